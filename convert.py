@@ -1,0 +1,1101 @@
+#!/usr/bin/env python3
+"""convert.py: checkpoints to weights files for lvm, and back. Python 3.8+, standard library only.
+
+    python3 convert.py -o mine.bin --llama DIR --vqgan DIR      either part may be left out
+    python3 convert.py -o mine.bin --llama DIR --type q8_0      then quantised by `lvm quantize`
+    python3 convert.py mine.bin --to-hf DIR                     writes DIR/llama and DIR/vqgan
+
+--llama is a folder of Hugging Face's LlamaForCausalLM, --vqgan one of open-muse's VQGANModel:
+config.json beside model.safetensors (or shards and their index). The output is one GGUF v3 file:
+
+    "GGUF", u32 3, u64 tensors, u64 keys | keys | tensor names, shapes, types, offsets | pad | data
+
+everything little-endian, the data section and every tensor in it aligned to 64 bytes. What changes:
+
+    names       model.layers.3.mlp.up_proj.weight: blk.3.ffn_up.weight; the tokenizer's get "vq."
+    vectors     norms and biases become F32, exactly; every matrix keeps its type and its bits
+    convolution [out, in, h, w] becomes [out, h, w, in]: a row of input channels can be quantised
+    Q and K     rows keep the checkpoint's order (halves rotate together): nothing is permuted
+    BOS, EOS    kept only when no picture code: num_embeddings <= id < vocab_size
+
+--to-hf undoes each of these. A vector goes back to its part's own type when that loses nothing, and
+Q8_0 and Q4_0 become F32. Matrices pass through in pieces; only a convolution is held as a whole.
+"""
+
+import argparse
+import array
+import collections
+import json
+import math
+import os
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+ALIGN = 64
+PIECE = 1 << 19             # elements moved at a time
+MAX_HEADER = 100_000_000    # bytes of JSON or of GGUF keys: what the safetensors library allows too
+MAX_NAMED = 20              # faulty tensors named in one message
+
+# name: (ggml's number, elements a block, bytes a block)
+TYPES = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2),
+         "Q8_0": (8, 32, 34), "Q4_0": (2, 32, 18)}
+FLOATS = ("F32", "F16", "BF16")
+
+# A tensor in a file; shape has the slowest dimension first, pos counts from the start of the file.
+Tensor = collections.namedtuple("Tensor", "path name dtype shape pos nbytes")
+# A tensor that a configuration calls for: both names, the checkpoint's shape. Tensors that share an
+# optional group may be left out, all of them together.
+Spec = collections.namedtuple("Spec", "hf gguf shape group")
+# A tensor to write: swap is None or (rows, a, b), which turns every row from [a, b] into [b, a].
+Job = collections.namedtuple("Job", "name dtype shape source swap")
+
+
+class Bad(Exception):
+    """A fault in what the user gave: the file, what is wrong with it, what to do."""
+
+    def __init__(self, path, text):
+        super().__init__("%s: %s" % (path, text))
+
+
+def shown(name):
+    """A name out of an untrusted file, fit for a terminal."""
+    name = name if name.isprintable() else ascii(name)
+    return name if len(name) <= 100 else name[:97] + "..."
+
+
+def spelt(value):
+    """A value out of an untrusted configuration, as JSON spells it."""
+    try:
+        return shown(json.dumps(value))
+    except RecursionError:
+        return "nested too deeply"
+
+
+def nbytes(dtype, shape):
+    _, elements, size = TYPES[dtype]
+    return math.prod(shape) // elements * size
+
+
+def padding(n):
+    return bytes(-n % ALIGN)
+
+
+# ---- safetensors in ------------------------------------------------------------------------------
+
+# Bytes an element, for checking sizes; other types are only ever refused by name.
+ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2,
+           "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+
+
+def parse_json(path, data, what):
+    """A JSON object. Python's parser takes the last of two equal keys; here they are a fault."""
+    def unique(pairs):
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("a key stands there twice")
+        return result
+    try:
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as fault:
+        raise Bad(path, "%s is not valid JSON (%s)" % (what, shown(str(fault)))) from None
+    if not isinstance(value, dict):
+        raise Bad(path, "%s is not a JSON object" % what)
+    return value
+
+
+def read_json(path):
+    if not os.path.isfile(path):
+        raise Bad(path, "there is no such file; give a checkpoint folder that holds it")
+    with open(path, "rb") as f:
+        data = f.read(MAX_HEADER + 1)
+    if len(data) > MAX_HEADER:
+        raise Bad(path, "is far too long for a JSON file")
+    return parse_json(path, data, "the file")
+
+
+def are_sizes(values):
+    """Whether this came out of JSON as a list of whole numbers that 63 bits hold."""
+    return isinstance(values, list) and len(values) <= 8 and all(
+        isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 1 << 63 for v in values)
+
+
+def check_entry(path, name, entry, data_pos, room):
+    """One tensor of a safetensors header, checked against the file's bytes."""
+    def bad(text):
+        return Bad(path, "tensor %s %s; the file is damaged, copy it again" % (shown(name), text))
+    if not isinstance(entry, dict) or not isinstance(entry.get("dtype"), str):
+        raise bad("has no proper description")
+    dtype, shape, offsets = entry["dtype"], entry.get("shape"), entry.get("data_offsets")
+    if not are_sizes(shape) or not are_sizes(offsets) or len(offsets) != 2:
+        raise bad("has no proper shape or data_offsets")
+    begin, end = offsets
+    if not begin <= end <= room:
+        raise bad("lies at bytes %d to %d of %d" % (begin, end, room))
+    if dtype in ELEMENT and math.prod(shape) * ELEMENT[dtype] != end - begin:
+        raise bad("is %s %s but has %d bytes" % (dtype, shape, end - begin))
+    return Tensor(path, name, dtype, tuple(shape), data_pos + begin, end - begin)
+
+
+def read_safetensors(path):
+    """{name: Tensor} of one file, which is a u64 length, that much JSON, then data without gaps."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        first = f.read(8)
+        length = struct.unpack("<Q", first)[0] if len(first) == 8 else size
+        if length > min(size - 8, MAX_HEADER):
+            raise Bad(path, "is no safetensors file, or cut short (%d bytes); copy it again" % size)
+        header = parse_json(path, f.read(length), "the header")
+    header.pop("__metadata__", None)
+    pos = 8 + length
+    tensors = {name: check_entry(path, name, e, pos, size - pos) for name, e in header.items()}
+    for t in sorted(tensors.values(), key=lambda t: (t.pos, t.nbytes)):
+        if t.pos != pos:
+            raise Bad(path, "tensor %s overlaps another or follows a gap; copy the file again"
+                      % shown(t.name))
+        pos += t.nbytes
+    if pos != size:
+        raise Bad(path, "has %d bytes more than its header explains; copy it again" % (size - pos))
+    return tensors
+
+
+def read_shards(index):
+    """The tensors of all files that an index lists."""
+    where = read_json(index).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
+        raise Bad(index, "has no weight_map of tensor names to file names")
+    tensors = {}
+    for shard in sorted(set(where.values())):
+        path = os.path.join(os.path.dirname(index), shard)
+        if os.path.basename(shard) != shard or "\0" in shard or not os.path.isfile(path):
+            raise Bad(index, "lists %s, which is no file beside it; copy it there" % shown(shard))
+        for name, tensor in read_safetensors(path).items():
+            if name in tensors:
+                raise Bad(path, "holds tensor %s, as another shard does" % shown(name))
+            tensors[name] = tensor
+    for name, shard in where.items():
+        if name not in tensors or os.path.basename(tensors[name].path) != shard:
+            raise Bad(index, "says that tensor %s is in %s, where it is not; copy both again"
+                      % (shown(name), shown(shard)))
+    return tensors
+
+
+def read_checkpoint(folder):
+    """(path of config.json, its keys, tensors) of a checkpoint folder."""
+    if not os.path.isdir(folder):
+        raise Bad(folder, "is no folder; give the one that holds config.json and model.safetensors")
+    config = os.path.join(folder, "config.json")
+    raw = read_json(config)
+    for stem in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+        path = os.path.join(folder, stem)
+        if os.path.isfile(path):
+            return config, raw, read_safetensors(path)
+        if os.path.isfile(path + ".index.json"):
+            return config, raw, read_shards(path + ".index.json")
+    pickled = any(name.endswith((".bin", ".pt", ".ckpt")) for name in os.listdir(folder))
+    raise Bad(folder, "holds no model.safetensors; " + (
+        "pickled weights cannot be read safely: save them with safe_serialization=True" if pickled
+        else "give the folder of a downloaded checkpoint"))
+
+
+# ---- configurations ------------------------------------------------------------------------------
+
+GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY = 4, 5, 6, 7, 8, 9
+
+# A key: its name in config.json and in the weights file, its type there, config.json's default
+# (None: it must be given), bounds.
+Key = collections.namedtuple("Key", "hf gguf kind default low high")
+
+
+def whole_key(hf, gguf, default=None, low=1, high=(1 << 31) - 1):
+    return Key(hf, "lvm." + gguf, GGUF_U32, default, low, high)
+
+
+LLAMA_KEYS = (
+    whole_key("max_position_embeddings", "context_length", 2048),
+    whole_key("hidden_size", "embedding_length"),
+    whole_key("num_hidden_layers", "block_count", high=1024),
+    whole_key("intermediate_size", "feed_forward_length"),
+    whole_key("vocab_size", "vocab_size"),
+    whole_key("num_attention_heads", "attention.head_count"),
+    whole_key("num_key_value_heads", "attention.head_count_kv"),
+    Key("rms_norm_eps", "lvm.attention.layer_norm_rms_epsilon", GGUF_F32, 1e-6, 1e-30, 1e30),
+    Key("rope_theta", "lvm.rope.freq_base", GGUF_F32, 10000.0, 1e-30, 1e30),
+)
+TOKEN_KEYS = (
+    whole_key("bos_token_id", "bos_token_id", low=0),
+    whole_key("eos_token_id", "eos_token_id", low=0),
+)
+VQGAN_KEYS = (
+    whole_key("resolution", "vq.resolution", 256, high=1 << 16),
+    whole_key("hidden_channels", "vq.hidden_channels", 128, high=1 << 16),
+    Key("channel_mult", "lvm.vq.channel_mult", GGUF_ARRAY, [1, 1, 2, 2, 4], 1, 1 << 10),
+    whole_key("num_res_blocks", "vq.num_res_blocks", 2, low=0, high=64),
+    Key("attn_resolutions", "lvm.vq.attn_resolutions", GGUF_ARRAY, [16], 1, 1 << 16),
+    Key("no_attn_mid_block", "lvm.vq.no_attn_mid_block", GGUF_BOOL, False, 0, 1),
+    whole_key("z_channels", "vq.z_channels", 256, high=1 << 16),
+    whole_key("num_embeddings", "vq.num_embeddings", 1024),
+    whole_key("quantized_embed_dim", "vq.quantized_embed_dim", 256, high=1 << 16),
+    Key("resample_with_conv", "lvm.vq.resample_with_conv", GGUF_BOOL, True, 0, 1),
+)
+
+
+def fits(key, value):
+    """Whether this is what the key must be. Python's True is an int too, which no file means."""
+    if key.kind == GGUF_BOOL or isinstance(value, bool):
+        return key.kind == GGUF_BOOL and isinstance(value, bool)
+    if key.kind == GGUF_ARRAY:
+        number = key._replace(kind=GGUF_U32)
+        return isinstance(value, list) and len(value) <= 16 and all(fits(number, v) for v in value)
+    types = (int, float) if key.kind == GGUF_F32 else int
+    return isinstance(value, types) and key.low <= value <= key.high
+
+
+def shortest(value):
+    """A number as the weights file's float32 holds it, in the fewest digits: 1e-06 again, say."""
+    single = struct.pack("<f", value)
+    spellings = (float("%.*g" % (digits, value)) for digits in range(1, 18))
+    return next(v for v in spellings if struct.pack("<f", v) == single)
+
+
+def read_config(path, raw, keys, side):
+    """The checked values of keys, under config.json's names; side is raw's: "hf" or "gguf"."""
+    config = {}
+    for key in keys:
+        name = getattr(key, side)
+        value = raw.get(name)
+        if value is None and side == "hf":
+            value = key.default
+        if not fits(key, value):
+            wanted = {GGUF_BOOL: "true or false", GGUF_F32: "a number",
+                      GGUF_U32: "a whole number", GGUF_ARRAY: "a list of at most 16 whole numbers"}
+            bounds = "" if key.kind == GGUF_BOOL else " from %s to %s" % (key.low, key.high)
+            raise Bad(path, "%s is %s; it must be %s%s" % (
+                name, "missing" if value is None else spelt(value), wanted[key.kind], bounds))
+        config[key.hf] = shortest(value) if key.kind == GGUF_F32 else value
+    return config
+
+
+def find_rope_theta(path, raw):
+    """The base of the rotary angles: at the top level, or where transformers 5 puts it."""
+    found = [raw.get("rope_theta")]
+    for key in ("rope_scaling", "rope_parameters"):
+        rope = raw.get(key) or {}
+        if not isinstance(rope, dict) or "factor" in rope or (
+                rope.get("rope_type", rope.get("type", "default")) != "default"
+                or rope.get("partial_rotary_factor", 1.0) != 1.0):
+            raise Bad(path, "%s is %s; only the default rotary embedding is supported"
+                      % (key, spelt(rope)))
+        found.append(rope.get("rope_theta"))
+    found = [theta for theta in found if theta is not None]
+    if any(theta != found[0] for theta in found):
+        raise Bad(path, "gives two values for rope_theta; remove the wrong one")
+    return found[0] if found else None
+
+
+def only(path, raw, key, wanted):
+    return Bad(path, "%s is %s; only %s is supported" % (key, spelt(raw.get(key)), spelt(wanted)))
+
+
+def check_llama_json(path, raw):
+    """A config.json with later spellings as the usual ones; arithmetic unlike lvm's is refused."""
+    names = raw.get("architectures") or [raw.get("model_type")]
+    if names not in (["LlamaForCausalLM"], ["llama"]) or raw.get("model_type", "llama") != "llama":
+        raise Bad(path, "describes %s; only LlamaForCausalLM can be converted" % spelt(names))
+    for key, wanted in (("hidden_act", "silu"), ("mlp_bias", False), ("quantization_config", None),
+                        ("partial_rotary_factor", 1.0)):
+        if raw.get(key) not in (wanted, None):
+            raise only(path, raw, key, wanted)
+    for key in ("tie_word_embeddings", "attention_bias"):
+        if raw.get(key) not in (True, False, None):
+            raise Bad(path, "%s is %s; it must be true or false" % (key, spelt(raw[key])))
+    raw = dict(raw, rope_theta=find_rope_theta(path, raw))
+    if raw.get("num_key_value_heads") is None:
+        raw["num_key_value_heads"] = raw.get("num_attention_heads")
+    return raw
+
+
+def llama_config(path, raw, side):
+    """The transformer's sizes."""
+    config = read_config(path, raw, LLAMA_KEYS, side)
+    heads = config["num_attention_heads"]
+    head_dim = config["hidden_size"] // heads
+    if config["hidden_size"] % (2 * heads):
+        raise Bad(path, "%d attention heads cannot share hidden size %d; each needs a whole, even "
+                  "number" % (heads, config["hidden_size"]))
+    if heads % config["num_key_value_heads"]:
+        raise Bad(path, "%d key-value heads do not divide %d attention heads"
+                  % (config["num_key_value_heads"], heads))
+    if side == "hf" and raw.get("head_dim") not in (None, head_dim):
+        raise only(path, raw, "head_dim", head_dim)
+    return config
+
+
+def vqgan_config(path, raw, side):
+    """The tokenizer's configuration."""
+    if side == "hf":
+        for key, wanted in (("_class_name", "VQGANModel"), ("num_channels", 3)):
+            if raw.get(key, wanted) != wanted:
+                raise only(path, raw, key, wanted)
+        if isinstance(raw.get("attn_resolutions"), int):
+            raw = dict(raw, attn_resolutions=[raw["attn_resolutions"]])
+    config = read_config(path, raw, VQGAN_KEYS, side)
+    if not config["channel_mult"]:
+        raise Bad(path, "channel_mult is empty; it must have a number for each resolution")
+    if config["hidden_channels"] % 32:
+        raise Bad(path, "hidden_channels is %d; it must be a multiple of 32, the number of "
+                  "normalised groups" % config["hidden_channels"])
+    return config
+
+
+# ---- the two name maps ---------------------------------------------------------------------------
+
+# Checkpoint name, weights file name, shape. The letters: v vocabulary, d hidden size, f width of
+# the feed-forward part, q all query heads, k all key (or value) heads. Biases are optional.
+LLAMA_TOP = (
+    ("model.embed_tokens.weight", "token_embd.weight", "vd"),
+    ("model.norm.weight", "output_norm.weight", "d"),
+    ("lm_head.weight", "output.weight", "vd"),
+)
+LLAMA_LAYER = (
+    ("input_layernorm.weight", "attn_norm.weight", "d"),
+    ("self_attn.q_proj.weight", "attn_q.weight", "qd"),
+    ("self_attn.k_proj.weight", "attn_k.weight", "kd"),
+    ("self_attn.v_proj.weight", "attn_v.weight", "kd"),
+    ("self_attn.o_proj.weight", "attn_output.weight", "dq"),
+    ("self_attn.q_proj.bias", "attn_q.bias", "q"),
+    ("self_attn.k_proj.bias", "attn_k.bias", "k"),
+    ("self_attn.v_proj.bias", "attn_v.bias", "k"),
+    ("self_attn.o_proj.bias", "attn_output.bias", "d"),
+    ("post_attention_layernorm.weight", "ffn_norm.weight", "d"),
+    ("mlp.gate_proj.weight", "ffn_gate.weight", "fd"),
+    ("mlp.up_proj.weight", "ffn_up.weight", "fd"),
+    ("mlp.down_proj.weight", "ffn_down.weight", "df"),
+)
+
+
+def llama_specs(config, tied):
+    """Every tensor of the transformer; with tied embeddings there is no output.weight."""
+    hidden = config["hidden_size"]
+    head_dim = hidden // config["num_attention_heads"]
+    sizes = {"v": config["vocab_size"], "d": hidden, "f": config["intermediate_size"], "q": hidden,
+             "k": head_dim * config["num_key_value_heads"]}
+
+    def spec(row, hf, gguf):
+        group = row[1] if row[1].endswith(".bias") else None
+        return Spec(hf + row[0], gguf + row[1], tuple(sizes[letter] for letter in row[2]), group)
+    specs = [spec(row, "", "") for row in LLAMA_TOP if not (tied and row[1] == "output.weight")]
+    for n in range(config["num_hidden_layers"]):
+        specs += [spec(row, "model.layers.%d." % n, "blk.%d." % n) for row in LLAMA_LAYER]
+    return specs
+
+
+def conv(name, inputs, outputs, kernel):
+    return [(name + ".weight", (outputs, inputs, kernel, kernel)), (name + ".bias", (outputs,))]
+
+
+def group_norm(name, channels):
+    return [(name + ".weight", (channels,)), (name + ".bias", (channels,))]
+
+
+def res_block(name, inputs, outputs):
+    shortcut = conv(name + ".nin_shortcut", inputs, outputs, 1) if inputs != outputs else []
+    return (group_norm(name + ".norm1", inputs) + conv(name + ".conv1", inputs, outputs, 3)
+            + group_norm(name + ".norm2", outputs) + conv(name + ".conv2", outputs, outputs, 3)
+            + shortcut)
+
+
+def attention(name, channels):
+    params = group_norm(name + ".norm", channels)
+    for part in ("q", "k", "v", "proj_out"):
+        params += conv(name + "." + part, channels, channels, 1)
+    return params
+
+
+def level(name, inputs, outputs, blocks, attends, resample):
+    """One resolution: residual blocks, attention after each, a convolution to resample, if asked.
+    The class never runs the attention of a level that has just one, but it has the parameters."""
+    params = []
+    for i in range(blocks):
+        params += res_block("%s.block.%d" % (name, i), inputs, outputs)
+        params += attention("%s.attn.%d" % (name, i), outputs) if attends else []
+        inputs = outputs
+    if resample:
+        params += conv("%s.%s.conv" % (name, resample), inputs, inputs, 3)
+    return params
+
+
+def middle(name, channels, attends):
+    return (res_block(name + ".block_1", channels, channels)
+            + (attention(name + ".attn_1", channels) if attends else [])
+            + res_block(name + ".block_2", channels, channels))
+
+
+def vqgan_specs(config):
+    """Every parameter of the class for this configuration; the weights file's names add "vq."."""
+    width = [config["hidden_channels"] * mult for mult in config["channel_mult"]]
+    first, last, resolution = config["hidden_channels"], len(width) - 1, config["resolution"]
+    z, code, blocks = (config[k] for k in ("z_channels", "quantized_embed_dim", "num_res_blocks"))
+    attends, with_conv = not config["no_attn_mid_block"], config["resample_with_conv"]
+
+    params = conv("encoder.conv_in", 3, first, 3)
+    for i, here in enumerate(width):
+        params += level("encoder.down.%d" % i, width[i - 1] if i else first, here, blocks,
+                        (resolution >> i) in config["attn_resolutions"],
+                        "downsample" if with_conv and i < last else None)
+    params += middle("encoder.mid", width[last], attends)
+    params += group_norm("encoder.norm_out", width[last])
+    params += conv("encoder.conv_out", width[last], z, 3) + conv("quant_conv", z, code, 1)
+    params += [("quantize.embedding.weight", (config["num_embeddings"], code))]
+    params += conv("post_quant_conv", code, z, 1) + conv("decoder.conv_in", z, width[last], 3)
+    params += middle("decoder.mid", width[last], attends)
+    for i, here in enumerate(width):
+        # the decoder doubles what the encoder halved: an odd resolution does not come back
+        params += level("decoder.up.%d" % i, width[min(i + 1, last)], here, blocks + 1,
+                        (resolution >> last << (last - i)) in config["attn_resolutions"],
+                        "upsample" if with_conv and i else None)
+    params += group_norm("decoder.norm_out", width[0]) + conv("decoder.conv_out", width[0], 3, 3)
+    return [Spec(name, "vq." + name, shape, None) for name, shape in params]
+
+
+def channels_last(shape):
+    """The shape in the weights file of a tensor of the checkpoint."""
+    return (shape[0], shape[2], shape[3], shape[1]) if len(shape) == 4 else shape
+
+
+def match(where, specs, tensors, side, allowed):
+    """Pairs (spec, tensor) if the tensors are just what specs ask for; else names all faults."""
+    groups = {spec.group for spec in specs if spec.group and getattr(spec, side) in tensors}
+    pairs, faults, known = [], [], set()
+    for spec in specs:
+        name = getattr(spec, side)
+        wanted = list(channels_last(spec.shape) if side == "gguf" else spec.shape)
+        tensor = tensors.get(name)
+        known.add(name)
+        if tensor is not None:
+            pairs.append((spec, tensor))
+            if list(tensor.shape) != wanted:
+                faults.append("%s is %s instead of %s" % (name, list(tensor.shape), wanted))
+            elif tensor.dtype not in allowed:
+                faults.append("%s has type %s, not %s"
+                              % (name, shown(tensor.dtype), ", ".join(allowed)))
+        elif spec.group is None or spec.group in groups:
+            faults.append("%s %s is missing" % (name, wanted))
+    faults += ["%s is unexpected" % shown(name) for name in tensors if name not in known]
+    if faults:
+        named = faults[:MAX_NAMED] + ["and %d more" % n for n in [len(faults) - MAX_NAMED] if n > 0]
+        raise Bad(where, "its tensors are not those that its configuration calls for:\n  "
+                  + "\n  ".join(named))
+    return pairs
+
+
+# ---- moving numbers ------------------------------------------------------------------------------
+
+def chunks(tensor):
+    """The tensor's bytes in pieces of PIECE elements."""
+    elements, size = TYPES[tensor.dtype][1:]
+    left = tensor.nbytes
+    with open(tensor.path, "rb") as f:
+        f.seek(tensor.pos)
+        while left:
+            data = f.read(min(left, PIECE // elements * size))
+            if not data:
+                raise Bad(tensor.path, "became shorter while it was read; try again")
+            left -= len(data)
+            yield data
+
+
+def floats(values):
+    """float32 bytes, little-endian on every machine."""
+    out = array.array("f", values)
+    if sys.byteorder == "big":
+        out.byteswap()
+    return out.tobytes()
+
+
+def widen(data, dtype):
+    """F32 from any other type, exactly: 11 bits of a scale and 8 of a quant fit into F32's 24."""
+    if dtype == "F32":
+        return data
+    if dtype == "BF16":                 # the upper half of a float32
+        out = bytearray(2 * len(data))
+        out[2::4], out[3::4] = data[0::2], data[1::2]
+        return bytes(out)
+    if dtype == "F16":
+        return floats(struct.unpack("<%de" % (len(data) // 2), data))
+    if dtype == "Q8_0":                 # f16 d, 32 x int8 q: d * q
+        return floats([d * q for d, *quants in struct.iter_unpack("<e32b", data) for q in quants])
+    out = []                            # Q4_0: f16 d, 16 bytes: element i low nibble, 16 + i high
+    for d, *pairs in struct.iter_unpack("<e16B", data):
+        value = [d * (q - 8) for q in range(16)]
+        out += [value[q & 15] for q in pairs]
+        out += [value[q >> 4] for q in pairs]
+    return floats(out)
+
+
+def narrow(data, dtype):
+    """F32 bytes as dtype, or None where that would change a bit of any value."""
+    if dtype == "F32":
+        return data
+    out = bytearray(len(data) // 2)
+    if dtype == "BF16":
+        out[0::2], out[1::2] = data[2::4], data[3::4]
+    else:
+        n = len(data) // 4
+        try:
+            struct.pack_into("<%de" % n, out, 0, *struct.unpack("<%df" % n, data))
+        except OverflowError:
+            return None
+    return bytes(out) if widen(out, dtype) == data else None
+
+
+def recode(data, source, target):
+    if source == target:
+        return data
+    return widen(data, source) if target == "F32" else narrow(data, target)
+
+
+def swap_inner(data, size, rows, a, b):
+    """Every one of the rows, an [a, b] matrix of size-byte elements, transposed to [b, a]."""
+    code = {2: "H", 4: "I"}[size]
+    source, out = array.array(code, data), array.array(code)
+    for start in range(0, rows * a * b, a * b):
+        row = source[start:start + a * b]
+        if b < a:
+            for j in range(b):
+                out.extend(row[j::b])
+        else:
+            turned = array.array(code, bytes(size * a * b))
+            for i in range(a):
+                turned[i::a] = row[i * b:(i + 1) * b]
+            out.extend(turned)
+    return out.tobytes()
+
+
+def job_pieces(job):
+    """The bytes to write for a job."""
+    pieces = (recode(data, job.source.dtype, job.dtype) for data in chunks(job.source))
+    if job.swap is None:
+        yield from pieces
+    else:
+        yield swap_inner(b"".join(pieces), TYPES[job.dtype][2], *job.swap)
+
+
+# ---- files out -----------------------------------------------------------------------------------
+
+class Outputs:
+    """Files that appear together, whole, or never: written beside their places, then renamed."""
+
+    def __init__(self, inputs, force, quiet):
+        self.inputs, self.force = inputs, force
+        self.bar = sys.stderr.isatty() and not quiet
+        self.pending, self.done, self.total, self.start, self.told = [], 0, 1, time.time(), 0.0
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for temp, _ in self.pending:
+            if os.path.lexists(temp):
+                os.remove(temp)
+        if self.bar:
+            sys.stderr.write("\r\x1b[K")
+
+    def check(self, path):
+        """Refuses a place that must not be written to."""
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise Bad(path, "its folder does not exist; make it first")
+        if not os.path.lexists(path):
+            return
+        if os.path.exists(path) and any(os.path.samefile(path, i) for i in self.inputs):
+            raise Bad(path, "is also an input; choose another output")
+        if not os.path.isfile(path):
+            raise Bad(path, "exists and is no ordinary file; choose another output")
+        if not self.force:
+            raise Bad(path, "exists already; choose another output, or add --force to replace it")
+
+    def temp(self, path, mark=""):
+        temp = "%s.%d%s.tmp" % (path, os.getpid(), mark)
+        if os.path.lexists(temp):
+            raise Bad(temp, "is in the way; remove it")
+        self.pending.append((temp, path))
+        return temp
+
+    def write(self, path, pieces):
+        """Writes a new temporary file for path."""
+        temp = self.temp(path)
+        try:
+            with open(temp, "xb") as f:
+                for data in pieces:
+                    f.write(data)
+                    self.progress(path, len(data))
+                f.flush()
+                os.fsync(f.fileno())
+        except OSError as fault:
+            raise Bad(fault.filename or path, "cannot be written: %s" % fault.strerror) from None
+        return temp
+
+    def progress(self, path, n):
+        self.done += n
+        now = time.time()
+        if self.bar and now - self.told > 0.1:
+            self.told = now
+            percent = min(100, 100 * self.done // self.total)
+            rate = self.done / 1e6 / max(now - self.start, 1e-3)
+            sys.stderr.write("\r\x1b[K%s %3d %%  %.0f MB/s" % (path, percent, rate))
+            sys.stderr.flush()
+
+    def commit(self):
+        for temp, path in self.pending:
+            os.replace(temp, path)
+
+
+def gguf_string(text):
+    data = text.encode("utf-8", "replace")
+    return struct.pack("<Q", len(data)) + data
+
+
+def gguf_key(key, kind, value):
+    """One key of a GGUF file; the arrays of this format all hold int32."""
+    if kind == GGUF_ARRAY:
+        body = struct.pack("<IQ%di" % len(value), GGUF_I32, len(value), *value)
+    elif kind == GGUF_STRING:
+        body = gguf_string(value)
+    else:
+        body = struct.pack({GGUF_U32: "<I", GGUF_F32: "<f", GGUF_BOOL: "<?"}[kind], value)
+    return gguf_string(key) + struct.pack("<I", kind) + body
+
+
+def gguf_pieces(keys, jobs):
+    """A whole GGUF file: header, keys, tensor descriptions, and the tensors one after the other."""
+    head = [b"GGUF", struct.pack("<IQQ", 3, len(jobs), len(keys))] + keys
+    offset = 0
+    for job in jobs:
+        head.append(gguf_string(job.name))
+        head.append(struct.pack("<I%dQ" % len(job.shape), len(job.shape), *reversed(job.shape)))
+        head.append(struct.pack("<IQ", TYPES[job.dtype][0], offset))
+        size = nbytes(job.dtype, job.shape)
+        offset += size + len(padding(size))
+    head = b"".join(head)
+    yield head + padding(len(head))
+    for job in jobs:
+        yield from job_pieces(job)
+        yield padding(nbytes(job.dtype, job.shape))
+
+
+def safetensors_pieces(jobs):
+    """A whole safetensors file; wider types come first, which aligns every tensor to its type."""
+    jobs = sorted(jobs, key=lambda job: -TYPES[job.dtype][2])
+    header, pos = {"__metadata__": {"format": "pt"}}, 0
+    for job in jobs:
+        size = nbytes(job.dtype, job.shape)
+        header[job.name] = dict(dtype=job.dtype, shape=job.shape, data_offsets=[pos, pos + size])
+        pos += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for job in jobs:
+        yield from job_pieces(job)
+
+
+# ---- GGUF in -------------------------------------------------------------------------------------
+
+GGUF_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?",
+                10: "Q", 11: "q", 12: "d"}
+
+
+class Cursor:
+    """Reads a file forward; no length or count is believed beyond the bytes that are left."""
+
+    def __init__(self, path, f, size):
+        self.path, self.f, self.pos, self.end = path, f, 0, min(size, MAX_HEADER)
+
+    def bad(self, text):
+        return Bad(self.path, "%s, near byte %d; the file is damaged: copy it again"
+                   % (text, self.pos))
+
+    def take(self, n):
+        data = self.f.read(n) if n <= self.end - self.pos else b""
+        if len(data) != n:
+            raise self.bad("%d bytes are wanted and %d are left" % (n, self.end - self.pos))
+        self.pos += n
+        return data
+
+    def number(self, code):
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code)))[0]
+
+    def count(self, smallest):
+        """A count of things that take at least so many bytes each."""
+        n = self.number("Q")
+        if n > (self.end - self.pos) // smallest:
+            raise self.bad("%d items cannot fit" % n)
+        return n
+
+    def string(self):
+        try:
+            return self.take(self.number("Q")).decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.bad("a string is not UTF-8") from None
+
+    def value(self, kind):
+        if kind == GGUF_STRING:
+            return self.string()
+        if kind == GGUF_ARRAY:
+            return self.items(self.number("I"))
+        if kind not in GGUF_SCALARS:
+            raise self.bad("there is no type %d of keys" % kind)
+        return self.number(GGUF_SCALARS[kind])
+
+    def items(self, kind):
+        """An array of numbers, or None if no key of this format can be so: strings, or long."""
+        if kind == GGUF_STRING:
+            for _ in range(self.count(8)):
+                self.string()
+            return None
+        if kind not in GGUF_SCALARS:
+            raise self.bad("there is no array of type %d" % kind)
+        size = struct.calcsize("<" + GGUF_SCALARS[kind])
+        n = self.count(size)
+        data = self.take(n * size)
+        return list(struct.unpack("<%d%s" % (n, GGUF_SCALARS[kind]), data)) if n <= 1024 else None
+
+
+def read_keys(cur, count):
+    keys = {}
+    for _ in range(count):
+        key = cur.string()
+        if key in keys:
+            raise cur.bad("key %s stands there twice" % shown(key))
+        keys[key] = cur.value(cur.number("I"))
+    return keys
+
+
+def read_description(cur):
+    """One tensor description, as a Tensor whose pos still counts from the data section."""
+    numbers = {number: name for name, (number, _, _) in TYPES.items()}
+    name, dims = cur.string(), cur.number("I")
+    if not 1 <= dims <= 4:
+        raise cur.bad("tensor %s has %d dimensions" % (shown(name), dims))
+    shape = tuple(reversed([cur.number("Q") for _ in range(dims)]))
+    kind, offset = cur.number("I"), cur.number("Q")
+    if kind not in numbers:
+        raise cur.bad("tensor %s has type %d, none of %s" % (shown(name), kind, ", ".join(TYPES)))
+    if 0 in shape or shape[-1] % TYPES[numbers[kind]][1]:
+        raise cur.bad("tensor %s of type %s cannot be %s"
+                      % (shown(name), numbers[kind], list(shape)))
+    return Tensor(cur.path, name, numbers[kind], shape, offset, nbytes(numbers[kind], shape))
+
+
+def place(cur, tensors, align, size):
+    """The tensors with their places in the file, which must be aligned, inside it and apart."""
+    start = (cur.pos + align - 1) // align * align
+    end, placed = start, {}
+    for t in sorted(tensors, key=lambda t: t.pos):
+        if t.name in placed:
+            raise cur.bad("tensor %s stands there twice" % shown(t.name))
+        if t.pos % align or start + t.pos < end or start + t.pos + t.nbytes > size:
+            raise cur.bad("tensor %s is unaligned, overlaps another or ends behind the file"
+                          % shown(t.name))
+        placed[t.name] = t._replace(pos=start + t.pos)
+        end = start + t.pos + t.nbytes
+    return placed
+
+
+def read_gguf(path):
+    """(keys, tensors) of a weights file."""
+    if not os.path.isfile(path):
+        raise Bad(path, "there is no such file")
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        cur = Cursor(path, f, size)
+        if size < 24 or cur.take(4) != b"GGUF":
+            raise Bad(path, "is no GGUF file; give a weights file of lvm")
+        version = cur.number("I")
+        if version != 3:
+            raise Bad(path, "is GGUF version %d; only version 3 can be read" % version)
+        n_tensors, n_keys = cur.count(32), cur.count(13)
+        keys = read_keys(cur, n_keys)
+        align = keys.get("general.alignment", 32)
+        if not isinstance(align, int) or align not in [1 << n for n in range(3, 17)]:
+            raise Bad(path, "general.alignment is %s; it must be a power of two from 8 to 65536"
+                      % spelt(align))
+        tensors = place(cur, [read_description(cur) for _ in range(n_tensors)], align, size)
+    for key, wanted in (("general.architecture", "lvm"), ("lvm.format_version", 1)):
+        if keys.get(key) != wanted:
+            raise only(path, keys, key, wanted)
+    return keys, tensors
+
+
+# ---- checkpoint to weights file ------------------------------------------------------------------
+
+def to_gguf_jobs(pairs):
+    jobs = []
+    for spec, t in pairs:
+        swap = (t.shape[0], t.shape[1], t.shape[2] * t.shape[3]) if len(t.shape) == 4 else None
+        dtype = "F32" if len(t.shape) == 1 else t.dtype
+        jobs.append(Job(spec.gguf, dtype, channels_last(t.shape), t, swap))
+    return jobs
+
+
+def check_tied(path, tensors):
+    """Takes away the output matrix of a model that says this is the embedding, if it really is."""
+    head, embedding = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
+    if head is None or embedding is None:
+        return
+    same = head.dtype == embedding.dtype in FLOATS and head.shape == embedding.shape
+    if not same or any(a != b for a, b in zip(chunks(head), chunks(embedding))):
+        raise Bad(path, "tie_word_embeddings is true, but lm_head.weight is not equal to "
+                  "model.embed_tokens.weight; set it to false, or remove lm_head.weight")
+
+
+def special_token(path, raw, key, codes, vocab, notes):
+    """A special token's number, or None when it is a picture code or none at all."""
+    ids = raw.get(key) if isinstance(raw.get(key), list) else [raw.get(key)]
+    for number in ids:
+        if isinstance(number, int) and codes <= number < vocab:
+            return number
+    if ids != [None]:
+        notes.append("%s: %s %s is a picture code or outside the vocabulary: not written"
+                     % (path, key, spelt(raw[key])))
+    return None
+
+
+def llama_part(args, codes, notes):
+    """(keys, jobs, inputs) of the transformer."""
+    path, raw, tensors = read_checkpoint(args.llama)
+    inputs = [path] + [t.path for t in tensors.values()]
+    raw = check_llama_json(path, raw)
+    config = llama_config(path, raw, "hf")
+    vocab = config["vocab_size"]
+    if args.vqgan and vocab < codes:
+        raise Bad(path, "vocab_size is %d, less than the tokenizer's %d codes; give two parts "
+                  "that belong together" % (vocab, codes))
+    for key in TOKEN_KEYS:
+        config[key.hf] = special_token(path, raw, key.hf, codes, vocab, notes)
+    if args.bos is not None:
+        if args.bos >= vocab:
+            raise Bad(path, "--bos %d is outside the vocabulary of %d" % (args.bos, vocab))
+        config["bos_token_id"] = args.bos if args.bos >= 0 else None
+    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    tied = bool(raw.get("tie_word_embeddings"))
+    if tied:
+        check_tied(path, tensors)
+    pairs = match(args.llama, llama_specs(config, tied), tensors, "hf", FLOATS)
+    if raw.get("attention_bias") and not any(spec.group for spec, _ in pairs):
+        raise Bad(args.llama, "config.json promises attention biases, but no tensor holds one")
+    return part_keys(LLAMA_KEYS + TOKEN_KEYS, config), to_gguf_jobs(pairs), inputs
+
+
+def vqgan_part(args):
+    """(keys, jobs, inputs, number of codes) of the tokenizer."""
+    path, raw, tensors = read_checkpoint(args.vqgan)
+    config = vqgan_config(path, raw, "hf")
+    pairs = match(args.vqgan, vqgan_specs(config), tensors, "hf", FLOATS)
+    inputs = [path] + [t.path for t in tensors.values()]
+    return part_keys(VQGAN_KEYS, config), to_gguf_jobs(pairs), inputs, config["num_embeddings"]
+
+
+def part_keys(keys, config):
+    given = [(key, config[key.hf]) for key in keys if config[key.hf] is not None]
+    return [gguf_key(key.gguf, key.kind, value) for key, value in given]
+
+
+def general_keys(args):
+    keys = [gguf_key("general.architecture", GGUF_STRING, "lvm"),
+            gguf_key("general.alignment", GGUF_U32, ALIGN)]
+    for name in ("name", "license", "description"):
+        if getattr(args, name) is not None:
+            keys.append(gguf_key("general." + name, GGUF_STRING, getattr(args, name)))
+    return keys + [gguf_key("lvm.format_version", GGUF_U32, 1)]
+
+
+def find_lvm(args):
+    """The program that quantises, sought before any work is done."""
+    lvm = args.lvm or os.path.join(os.path.dirname(os.path.abspath(__file__)), "lvm")
+    if not os.path.isfile(lvm) or not os.access(lvm, os.X_OK):
+        raise Bad(lvm, "is no program; --type and --vq-type need lvm: run make, or give --lvm PATH")
+    return os.path.abspath(lvm)
+
+
+def quantize(lvm, args, temp, outputs):
+    """Lets lvm write the quantised file, which takes the place of the exact one."""
+    small = outputs.temp(args.output, ".quantized")
+    command = [lvm, "quantize", os.path.abspath(temp), os.path.abspath(small)]
+    command += ["--type", args.type] if args.type else []
+    command += ["--vq-type", args.vq_type] if args.vq_type else []
+    status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
+    if status != 0 or not os.path.isfile(small):
+        raise Bad(lvm, "quantising failed (status %d); see its message above" % status)
+    outputs.pending.remove((temp, args.output))
+    os.remove(temp)
+
+
+def convert(args):
+    lvm = find_lvm(args) if args.type or args.vq_type else None
+    keys, jobs, inputs, codes, notes = general_keys(args), [], [], 8192, []
+    if args.vqgan:
+        vq_keys, vq_jobs, inputs, codes = vqgan_part(args)
+    if args.llama:
+        more_keys, jobs, more_inputs = llama_part(args, codes, notes)
+        keys, inputs = keys + more_keys, inputs + more_inputs
+    if args.vqgan:
+        keys, jobs = keys + vq_keys, jobs + vq_jobs
+    with Outputs(set(inputs), args.force, args.quiet) as outputs:
+        outputs.check(args.output)
+        outputs.total = sum(nbytes(job.dtype, job.shape) for job in jobs)
+        temp = outputs.write(args.output, gguf_pieces(keys, jobs))
+        if lvm:
+            quantize(lvm, args, temp, outputs)
+        outputs.commit()
+    report(args, [args.output], notes)
+
+
+# ---- weights file to checkpoint ------------------------------------------------------------------
+
+def to_hf_jobs(pairs, embedding):
+    """Jobs that write tensors as the checkpoint had them, and the type of its matrices."""
+    native = next(t.dtype for spec, t in pairs if spec.hf == embedding)
+    native = native if native in FLOATS else "F32"
+    vectors = {t.name for _, t in pairs if len(t.shape) == 1 and t.dtype == "F32"}
+    lossless = all(narrow(data, native) is not None
+                   for _, t in pairs if t.name in vectors for data in chunks(t))
+    jobs = []
+    for spec, t in pairs:
+        dtype = t.dtype if t.dtype in FLOATS else "F32"
+        dtype = native if t.name in vectors and lossless else dtype
+        swap = None
+        if len(spec.shape) == 4:
+            swap = (spec.shape[0], spec.shape[2] * spec.shape[3], spec.shape[1])
+        jobs.append(Job(spec.hf, dtype, spec.shape, t, swap))
+    return jobs, native
+
+
+def llama_folder(path, keys, tensors):
+    """(config.json, jobs) of the transformer in a weights file."""
+    config, tied = llama_config(path, keys, "gguf"), "output.weight" not in tensors
+    pairs = match(path, llama_specs(config, tied), tensors, "gguf", tuple(TYPES))
+    jobs, native = to_hf_jobs(pairs, "model.embed_tokens.weight")
+    config.update((key.hf, None) for key in TOKEN_KEYS)     # else the class would put in 1 and 2
+    config.update(read_config(path, keys, [key for key in TOKEN_KEYS if key.gguf in keys], "gguf"))
+    names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+    return dict(
+        {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"},
+        **config,
+        head_dim=config["hidden_size"] // config["num_attention_heads"], rope_scaling=None,
+        attention_bias=any(spec.group for spec, _ in pairs), mlp_bias=False, attention_dropout=0.0,
+        tie_word_embeddings=tied, initializer_range=0.02, torch_dtype=names[native],
+        use_cache=True), jobs
+
+
+def vqgan_folder(path, keys, tensors):
+    """(config.json, jobs) of the tokenizer; training settings get the class's defaults."""
+    config = vqgan_config(path, keys, "gguf")
+    pairs = match(path, vqgan_specs(config), tensors, "gguf", tuple(TYPES))
+    jobs, _ = to_hf_jobs(pairs, "quantize.embedding.weight")
+    return dict({"_class_name": "VQGANModel", "_version": "0.0.1", "num_channels": 3}, **config,
+                dropout=0.0, commitment_cost=0.25), jobs
+
+
+def to_hf(args):
+    keys, tensors = read_gguf(args.weights)
+    vq = {name: t for name, t in tensors.items() if name.startswith("vq.")}
+    llama = {name: t for name, t in tensors.items() if name not in vq}
+    parts = []
+    if llama:
+        parts.append((os.path.join(args.to_hf, "llama"), *llama_folder(args.weights, keys, llama)))
+    if vq:
+        parts.append((os.path.join(args.to_hf, "vqgan"), *vqgan_folder(args.weights, keys, vq)))
+    if not parts:
+        raise Bad(args.weights, "holds no tensors")
+    with Outputs({args.weights}, args.force, args.quiet) as outputs:
+        outputs.total = sum(nbytes(job.dtype, job.shape) for _, _, jobs in parts for job in jobs)
+        for folder, config, jobs in parts:
+            os.makedirs(folder, exist_ok=True)
+            config_path = os.path.join(folder, "config.json")
+            model_path = os.path.join(folder, "model.safetensors")
+            outputs.check(config_path)
+            outputs.check(model_path)
+            outputs.write(config_path, [json.dumps(config, indent=2).encode() + b"\n"])
+            outputs.write(model_path, safetensors_pieces(jobs))
+        outputs.commit()
+    report(args, [folder for folder, _, _ in parts], [])
+
+
+# ---- main ----------------------------------------------------------------------------------------
+
+def report(args, paths, notes):
+    """Notes to people, and to stdout what was written, one path a line."""
+    for note in notes if not args.quiet else []:
+        print(note, file=sys.stderr)
+    for path in paths:
+        print(path)
+
+
+def bos_number(text):
+    """--bos: a token's number, or -1 for none."""
+    if text == "none":
+        return -1
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError("a token's number or none, not %r" % text)
+    return int(text)
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("weights", nargs="?", help="the weights file that --to-hf reads")
+    add("--to-hf", metavar="DIR", help="write DIR/llama and DIR/vqgan from a weights file")
+    add("-o", "--output", metavar="FILE", help="the weights file to write")
+    add("--llama", metavar="DIR", help="checkpoint of the transformer")
+    add("--vqgan", metavar="DIR", help="checkpoint of the tokenizer")
+    add("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), help="the transformer's type")
+    add("--vq-type", choices=("f32", "f16", "bf16", "q8_0"), help="the tokenizer's type")
+    add("--bos", type=bos_number, metavar="ID|none", help="the token in front of every sequence")
+    add("--lvm", metavar="PATH", help="the lvm program (default: beside convert.py)")
+    for name in ("name", "license", "description"):
+        add("--" + name, metavar="TEXT", help="written into the file")
+    add("--force", action="store_true", help="replace files that exist")
+    add("--quiet", action="store_true", help="no progress, no notes")
+    args = parser.parse_args(argv)
+    making = ("output", "llama", "vqgan", "type", "vq_type", "bos", "lvm",
+              "name", "license", "description")
+    if args.to_hf is not None:
+        if args.weights is None or any(getattr(args, name) is not None for name in making):
+            parser.error("--to-hf takes one weights file, and only --force and --quiet beside it")
+    elif args.weights is not None or args.output is None or not (args.llama or args.vqgan):
+        parser.error("give -o FILE and --llama DIR, --vqgan DIR or both; or FILE --to-hf DIR")
+    if (args.type or args.bos is not None) and not args.llama:
+        parser.error("--type and --bos need --llama")
+    if args.vq_type and not args.vqgan:
+        parser.error("--vq-type needs --vqgan")
+    return args
+
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+
+def main(argv):
+    """Exit status: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted."""
+    args = parse_arguments(argv)
+    try:
+        to_hf(args) if args.to_hf is not None else convert(args)
+        return 0
+    except Bad as fault:
+        text = str(fault)
+    except OSError as fault:
+        text = "%s: %s" % (fault.filename or args.output or args.to_hf, fault.strerror or fault)
+    except KeyboardInterrupt:
+        print("convert.py: interrupted; nothing was written", file=sys.stderr)
+        return 130
+    print("convert.py: " + text, file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="surrogateescape")    # a path may be any bytes
+    signal.signal(signal.SIGTERM, interrupt)    # so that temporary files go away then too
+    sys.exit(main(sys.argv[1:]))

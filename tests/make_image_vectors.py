@@ -1,0 +1,364 @@
+#!/usr/bin/env python3
+"""Makes tests/images: small PNG files, and in index.txt what a correct reader, writer and resizer
+gives for them. Needs Pillow, release 12 or older, which is the reference (release 13 resizes tall
+pictures in another order); the files are committed, so running the tests needs neither.
+
+    python3 tests/make_image_vectors.py
+
+Lines of index.txt:
+    load FILE WIDTH HEIGHT HASH          HASH: FNV-1a 64 of the RGB bytes after convert('RGB')
+    bad FILE CODE TEXT                   loading fails with this code and TEXT in the message
+    resize KIND W H NEW_W NEW_H HASH     formula picture, resized with BICUBIC
+    size KIND W H BYTES                  formula picture, saved by Pillow at compress_level 6
+
+The formula pictures (tests/test_images.c has the same in C), where lcg() steps the generator
+s = s * 1664525 + 1013904223 mod 2^32 from s = 65537 w + h and gives s >> 24:
+    noise      every byte lcg()
+    gradient   255 x / max(w - 1, 1), 255 y / max(h - 1, 1), 255 (x + y) / max(w + h - 2, 1)
+    grain      gradient + (lcg() & 7), at most 255
+    blocks     16 x 16 pixels of one colour: with v = (x/16 * 73856093 xor y/16 * 19349663)
+               * 2654435761 mod 2^32, the bytes v >> 24, v >> 16, v >> 8
+    flat       200, 100, 50
+"""
+import io
+import os
+import random
+import struct
+import sys
+import zlib
+
+import PIL
+from PIL import Image
+
+HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
+CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}
+index = []
+
+
+def fnv(data):
+    h = 0xCBF29CE484222325
+    for byte in data:
+        h = (h ^ byte) * 0x100000001B3 & 0xFFFFFFFFFFFFFFFF
+    return "%016x" % h
+
+
+# ---- Formula pictures
+
+def lcg_bytes(w, h):
+    s = (65537 * w + h) & 0xFFFFFFFF
+    out = bytearray(w * h * 3)
+    for i in range(len(out)):
+        s = (s * 1664525 + 1013904223) & 0xFFFFFFFF
+        out[i] = s >> 24
+    return out
+
+
+def gradient(w, h):
+    return bytes(v for y in range(h) for x in range(w)
+                 for v in (255 * x // max(w - 1, 1), 255 * y // max(h - 1, 1),
+                           255 * (x + y) // max(w + h - 2, 1)))
+
+
+def blocks(w, h):
+    out = bytearray()
+    for y in range(h):
+        for x in range(w):
+            v = ((x // 16 * 73856093) ^ (y // 16 * 19349663)) * 2654435761 & 0xFFFFFFFF
+            out += bytes((v >> 24, v >> 16 & 255, v >> 8 & 255))
+    return bytes(out)
+
+
+def grain(w, h):
+    return bytes(min(255, a + (b & 7)) for a, b in zip(gradient(w, h), lcg_bytes(w, h)))
+
+
+FORMULAS = {"noise": lambda w, h: bytes(lcg_bytes(w, h)), "gradient": gradient, "grain": grain,
+            "blocks": blocks, "flat": lambda w, h: bytes((200, 100, 50)) * (w * h)}
+
+
+def formula(kind, w, h):
+    return Image.frombytes("RGB", (w, h), FORMULAS[kind](w, h))
+
+
+# ---- PNG files by hand
+
+def chunk(kind, data, crc=None):
+    crc = zlib.crc32(kind + data) if crc is None else crc
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", crc)
+
+
+def header(w, h, colour, depth=8, compression=0, filtering=0, interlace=0):
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, depth, colour, compression, filtering,
+                                      interlace))
+
+
+END = chunk(b"IEND", b"")
+
+
+def paeth(a, b, c):
+    p = a + b - c
+    return min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
+
+
+def filter_rows(w, h, colour, pixels, choose):
+    """Rows with their filter byte; choose(y) is the filter of row y."""
+    n, step = w * CHANNELS[colour], CHANNELS[colour]
+    above, out = bytes(n), bytearray()
+    for y in range(h):
+        row, kind = pixels[y * n:(y + 1) * n], choose(y)
+        out.append(kind)
+        for i in range(n):
+            a = row[i - step] if i >= step else 0
+            b = above[i]
+            c = above[i - step] if i >= step else 0
+            guess = (0, a, b, (a + b) // 2, paeth(a, b, c))[kind]
+            out.append(row[i] - guess & 255)
+        above = row
+    return bytes(out)
+
+
+def deflate(raw, level=6, window=15, strategy=zlib.Z_DEFAULT_STRATEGY):
+    z = zlib.compressobj(level, zlib.DEFLATED, window, 9, strategy)
+    return z.compress(raw) + z.flush()
+
+
+def png(w, h, colour, packed, before=b"", after=b""):
+    return SIGNATURE + header(w, h, colour) + before + chunk(b"IDAT", packed) + after + END
+
+
+def sample(rng, w, h, colour, colours=256):
+    """Pixels with some order in them, so that every filter and match length occurs."""
+    n = w * h * CHANNELS[colour]
+    if colour == PALETTE:
+        return bytes((i // 7 + rng.randrange(3)) % colours for i in range(n))
+    return bytes((i * 5 // 3 + (i // (w + 1)) * 9 + rng.randrange(5)) & 255 for i in range(n))
+
+
+def good(name, data):
+    with open(os.path.join(HERE, name), "wb") as f:
+        f.write(data)
+    image = Image.open(io.BytesIO(data)).convert("RGB")
+    index.append("load %s %d %d %s" % (name, image.width, image.height, fnv(image.tobytes())))
+
+
+def bad(name, data, code, text):
+    with open(os.path.join(HERE, name), "wb") as f:
+        f.write(data)
+    index.append("bad %s %s %s" % (name, code, text))
+
+
+def make_good():
+    rng = random.Random(7)
+    colours = bytes(rng.randrange(256) for _ in range(768))
+    plte, plte5 = chunk(b"PLTE", colours), chunk(b"PLTE", colours[:15])
+    names = {GREY: "grey", RGB: "rgb", PALETTE: "palette", GREY_ALPHA: "grey_alpha", RGBA: "rgba"}
+    for colour, name in names.items():
+        before = plte if colour == PALETTE else b""
+        for filtering in range(5):
+            raw = filter_rows(13, 9, colour, sample(rng, 13, 9, colour), lambda y: filtering)
+            good("%s_filter%d.png" % (name, filtering), png(13, 9, colour, deflate(raw), before))
+        raw = filter_rows(31, 23, colour, sample(rng, 31, 23, colour), lambda y: y * 3 % 5)
+        good("%s_mixed.png" % name, png(31, 23, colour, deflate(raw), before))
+
+    def one(colour, w=19, h=11, colours=256):
+        return filter_rows(w, h, colour, sample(rng, w, h, colour, colours), lambda y: y % 5)
+
+    good("palette_short.png", png(19, 11, PALETTE, deflate(one(PALETTE, colours=5)), plte5))
+    good("palette_trns.png", png(19, 11, PALETTE, deflate(one(PALETTE)),
+                                 plte + chunk(b"tRNS", bytes(range(0, 250, 5)))))
+    good("palette_trns_one.png", png(19, 11, PALETTE, deflate(one(PALETTE)),
+                                     plte + chunk(b"tRNS", b"\xff\xff\x00")))
+    good("grey_trns.png", png(19, 11, GREY, deflate(one(GREY)), chunk(b"tRNS", b"\0\x21")))
+    good("rgb_trns.png", png(19, 11, RGB, deflate(one(RGB)), chunk(b"tRNS", b"\0\1\0\2\0\3")))
+    good("rgb_plte.png", png(19, 11, RGB, deflate(one(RGB)), plte))
+    good("pixel.png", png(1, 1, RGB, deflate(b"\0\1\2\3")))
+    good("tall.png", png(1, 300, GREY, deflate(one(GREY, 1, 300))))
+    good("wide.png", png(300, 1, RGBA, deflate(one(RGBA, 300, 1))))
+    make_streams(rng, one)
+
+
+def make_streams(rng, one):
+    """Legal ways to cut and compress the data."""
+    raw = one(RGB)
+    packed = deflate(raw)
+    cut = b"".join(chunk(b"IDAT", packed[i:i + 1]) for i in range(len(packed)))
+    good("idat_bytes.png", SIGNATURE + header(19, 11, RGB) + cut + END)
+    cut = chunk(b"IDAT", b"") + chunk(b"IDAT", packed[:99]) + chunk(b"IDAT", b"")
+    cut += chunk(b"IDAT", packed[99:])
+    good("idat_empty.png", SIGNATURE + header(19, 11, RGB) + cut + END)
+    good("idat_tail.png", png(19, 11, RGB, packed + b"behind the stream"))
+    good("file_tail.png", png(19, 11, RGB, packed) + b"behind the end")
+    good("other_chunks.png", png(19, 11, RGB, packed, chunk(b"gAMA", b"\0\0\xb1\x8f") +
+                                 chunk(b"tEXt", b"Title\0x") + chunk(b"prVt", b"123"),
+                                 chunk(b"tEXt", b"Comment\0y")))
+    good("deflate_stored.png", png(19, 11, RGB, deflate(raw, 0)))
+    good("deflate_fixed.png", png(19, 11, RGB, deflate(raw, 6, 15, zlib.Z_FIXED)))
+    good("deflate_huffman.png", png(19, 11, RGB, deflate(raw, 6, 15, zlib.Z_HUFFMAN_ONLY)))
+    good("deflate_rle.png", png(19, 11, RGB, deflate(raw, 6, 15, zlib.Z_RLE)))
+    good("deflate_window.png", png(19, 11, RGB, deflate(raw, 9, 9)))
+    raw = b"\0" + bytes(600)
+    good("deflate_flat.png", png(200, 3, RGB, deflate(raw * 3)))
+    steep = bytes(b for i in range(1, 15) for b in bytes([i]) * max(1, 5000 >> i))
+    steep = bytes(rng.sample(steep, len(steep)))[:4900]
+    raw = b"".join(b"\0" + steep[i * 70:i * 70 + 70] for i in range(70))
+    good("deflate_long_codes.png", png(70, 70, GREY, deflate(raw, 6, 15, zlib.Z_HUFFMAN_ONLY)))
+    z = zlib.compressobj(6)
+    parts = b"".join(z.compress(raw[i:i + 500]) + z.flush(zlib.Z_FULL_FLUSH)
+                     for i in range(0, len(raw), 500))
+    good("deflate_blocks.png", png(70, 70, GREY, parts + z.flush()))
+    for kind in ("grain", "blocks"):
+        out = io.BytesIO()
+        formula(kind, 64, 48).save(out, "PNG", optimize=True)
+        good("pillow_%s.png" % kind, out.getvalue())
+
+
+def make_bad():
+    raw = bytes((0, 10, 20, 30)) * 2
+    packed = deflate(raw)
+    idat, head = chunk(b"IDAT", packed), SIGNATURE + header(3, 2, GREY)
+    plte = chunk(b"PLTE", bytes(range(9)))
+    indexed = SIGNATURE + header(3, 2, PALETTE)
+    low = deflate(bytes((0, 0, 1, 2)) * 2)
+    f, u = "FORMAT", "UNSUPPORTED"
+
+    bad("empty.png", b"", f, "is empty")
+    bad("text.png", b"hello, world\n", f, "is no picture that lvm knows")
+    bad("as_text.png", b"\x89PNG\n\x1a\n" + head[8:] + idat + END, f, "copied as text")
+    bad("signature_only.png", SIGNATURE, f, "cut off before its end")
+    bad("no_header.png", SIGNATURE + idat + END, f, "no header (IHDR)")
+    bad("short_header.png", SIGNATURE + chunk(b"IHDR", bytes(12)) + idat + END, f, "no header")
+    bad("two_headers.png", head + header(3, 2, GREY) + idat + END, f, "a second chunk IHDR")
+    bad("zero_width.png", SIGNATURE + header(0, 2, GREY) + idat + END, f, "0 x 2 pixels")
+    bad("zero_height.png", SIGNATURE + header(3, 0, GREY) + idat + END, f, "3 x 0 pixels")
+    bad("huge.png", SIGNATURE + header(1 << 31, 1 << 31, GREY) + idat + END, f, "1 to 2^28 pixels")
+    bad("bomb.png", SIGNATURE + header(16000, 16000, RGB) + idat + END, f, "cannot hold")
+    bad("colour_type.png", SIGNATURE + header(3, 2, 5) + idat + END, f, "colour type 5 with 8")
+    bad("depth.png", SIGNATURE + header(3, 2, RGB, 4) + idat + END, f, "colour type 2 with 4 bits")
+    bad("depth_255.png", SIGNATURE + header(3, 2, RGB, 255) + idat + END, f, "with 255 bits")
+    bad("compression.png", SIGNATURE + header(3, 2, GREY, 8, 1) + idat + END, f, "compression 1")
+    bad("filter_method.png", SIGNATURE + header(3, 2, GREY, 8, 0, 1) + idat + END, f, "filter 1")
+    bad("interlace_9.png", SIGNATURE + header(3, 2, GREY, interlace=9) + idat + END, f,
+        "interlace 9")
+    bad("interlaced.png", SIGNATURE + header(3, 2, GREY, 8, 0, 0, 1) + idat + END, u,
+        "an interlaced 8-bit greyscale PNG")
+    bad("sixteen_bit.png", SIGNATURE + header(3, 2, RGB, 16) + idat + END, u, "16-bit RGB PNG")
+    bad("one_bit.png", SIGNATURE + header(3, 2, GREY, 1) + idat + END, u, "1-bit greyscale PNG")
+    bad("no_idat.png", head + END, f, "no pixels (IDAT)")
+    bad("empty_idat.png", head + chunk(b"IDAT", b"") + END, f, "no pixels (IDAT)")
+    bad("no_end.png", head + idat, f, "cut off before its end (IEND)")
+    bad("idat_gap.png", head + chunk(b"IDAT", packed[:5]) + chunk(b"tEXt", b"a\0b") +
+        chunk(b"IDAT", packed[5:]) + END, f, "between its IDAT chunks")
+    bad("idat_cut.png", head + idat[:-8], f, "cut off inside its IDAT")
+    bad("idat_crc.png", head + chunk(b"IDAT", packed, 1) + END, f, "wrong checksum in its IDAT")
+    bad("text_crc.png", head + chunk(b"tEXt", b"a\0b", 1) + idat + END, f, "checksum in its tEXt")
+    bad("chunk_length.png", head + b"\xff\xff\xff\xffIDAT" + packed, f, "cut off inside its IDAT")
+    bad("chunk_name.png", head + chunk(b"ID\0T", packed) + END, f, "a chunk has no name")
+    bad("unknown.png", head + chunk(b"ABCD", b"") + idat + END, f, "an unknown chunk ABCD")
+    bad("no_palette.png", indexed + chunk(b"IDAT", low) + END, f, "no palette (PLTE)")
+    bad("late_palette.png", indexed + chunk(b"IDAT", low) + plte + END, f, "after the pixels")
+    bad("two_palettes.png", indexed + plte + plte + chunk(b"IDAT", low) + END, f, "two palettes")
+    bad("odd_palette.png", indexed + chunk(b"PLTE", b"1234") + chunk(b"IDAT", low) + END, f,
+        "a palette of 4 bytes")
+    bad("long_palette.png", indexed + chunk(b"PLTE", bytes(771)) + chunk(b"IDAT", low) + END, f,
+        "a palette of 771 bytes")
+    bad("palette_beyond.png", indexed + plte + idat + END, f, "row 0 uses a colour beyond")
+    bad("row_filter.png", png(3, 2, GREY, deflate(raw[:4] + b"\5abc")), f, "row 1 has filter 5")
+    make_bad_streams(raw, packed)
+
+
+def make_bad_streams(raw, packed):
+    def stream(name, data, text):
+        bad(name, png(3, 2, GREY, data), "FORMAT", text)
+
+    body = zlib.compressobj(6, zlib.DEFLATED, -15)
+    body = body.compress(raw) + body.flush()
+    adler = struct.pack(">I", zlib.adler32(raw))
+    stored = b"\x78\x01\x01\x08\x00\xf7\xff" + raw + adler
+    damaged, early = "the compressed data are damaged", "the compressed data end early"
+    stream("zlib_header.png", b"\x78\x9d" + packed[2:], "no valid zlib header")
+    stream("zlib_method.png", b"\x77\x85" + packed[2:], "no valid zlib header")
+    stream("zlib_dictionary.png", b"\x78\xbb" + packed[2:], "no valid zlib header")
+    stream("zlib_one_byte.png", packed[:1], early)
+    stream("zlib_early.png", packed[:5], early)
+    stream("zlib_no_adler.png", packed[:-4], early)
+    stream("zlib_adler.png", packed[:-1] + bytes([packed[-1] ^ 1]), "a wrong checksum")
+    stream("zlib_less.png", deflate(raw[:-1]), "hold less than the picture")
+    stream("zlib_more.png", deflate(raw + b"x"), "hold more than the picture")
+    stream("zlib_more_stored.png", deflate(raw + b"x", 0), "hold more than the picture")
+    stream("zlib_more_match.png", deflate(raw + bytes(400)), "hold more than the picture")
+    stream("stored_check.png", stored[:5] + b"\0" + stored[6:], damaged)
+    stream("stored_early.png", stored[:9], early)
+    stream("block_kind.png", b"\x78\x9c\x07" + body, damaged)
+    stream("distance_far.png", b"\x78\x9c" + bits("1 10", "00110000", "0000001", "00001"), damaged)
+    stream("distance_30.png", b"\x78\x9c" + bits("1 10", "00110000", "0000001", "11110"), damaged)
+    stream("length_286.png", b"\x78\x9c" + bits("1 10", "00110000", "11000110", "00000"), damaged)
+    stream("header_counts.png", b"\x78\x9c" + bits("1 01", "11111 00000 0000"), damaged)
+    stream("header_over.png", b"\x78\x9c" + bits("1 01", "00000 00000 0000", "100 100 100 100"),
+           damaged)
+    stream("header_repeat.png", b"\x78\x9c" + bits("1 01", "00000 00000 0000", "100 000 000 100",
+                                                   "1"), damaged)
+
+
+def bits(*groups):
+    """Bits in the order in which deflate reads them, and bytes of ones behind."""
+    text = "".join(groups).replace(" ", "")
+    text += "0" * (-len(text) % 8)
+    return bytes(int(text[i:i + 8][::-1], 2) for i in range(0, len(text), 8)) + b"\xff" * 12
+
+
+def make_kinds():
+    def kind(name, data, text):
+        bad(name, data + bytes(32), "UNSUPPORTED", "is a %s picture; lvm reads PNG" % text)
+
+    kind("kind.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF", "JPEG")
+    kind("kind.gif", b"GIF89a", "GIF")
+    kind("kind.webp", b"RIFF\x20\0\0\0WEBPVP8 ", "WebP")
+    kind("kind.heic", b"\0\0\0\x18ftypheic", "HEIC")
+    kind("kind.avif", b"\0\0\0\x1cftypavif", "AVIF")
+    kind("kind.bmp", b"BM\x46\0\0\0", "BMP")
+    kind("kind_le.tiff", b"II*\0\x08\0\0\0", "TIFF")
+    kind("kind_be.tiff", b"MM\0*\0\0\0\x08", "TIFF")
+    kind("kind.ppm", b"P6\n2 2\n255\n", "PNM")
+
+
+def make_resizes():
+    rng = random.Random(11)
+    cases = [("noise", 4000, 3000, 256, 256), ("noise", 1, 1, 1, 1), ("noise", 1, 1, 7, 5),
+             ("noise", 1, 5000, 256, 256), ("noise", 5000, 1, 256, 256), ("noise", 1, 5000, 1, 1),
+             ("noise", 5000, 1, 1, 1), ("noise", 1, 5000, 3, 6000), ("noise", 2, 2, 1, 1),
+             ("noise", 64, 64, 64, 64), ("noise", 64, 48, 64, 20), ("noise", 64, 48, 20, 48),
+             ("noise", 48, 64, 48, 200), ("noise", 48, 64, 200, 64), ("noise", 640, 480, 256, 256),
+             ("noise", 100, 75, 256, 256), ("grain", 257, 255, 256, 256),
+             ("gradient", 33, 17, 256, 256), ("blocks", 300, 200, 256, 256)]
+    while len(cases) < 60:
+        most, new = rng.choice((8, 60, 250)), rng.choice((8, 60, 250))
+        cases.append((rng.choice(("noise", "noise", "blocks")), rng.randint(1, most),
+                      rng.randint(1, most), rng.randint(1, new), rng.randint(1, new)))
+    for kind, w, h, new_w, new_h in cases:
+        out = formula(kind, w, h).resize((new_w, new_h), Image.BICUBIC)
+        index.append("resize %s %d %d %d %d %s" % (kind, w, h, new_w, new_h, fnv(out.tobytes())))
+
+
+def make_sizes():
+    for kind in FORMULAS:
+        for w, h in ((256, 256), (1, 1), (1, 5000), (5000, 1), (67, 131)):
+            out = io.BytesIO()
+            formula(kind, w, h).save(out, "PNG", compress_level=6)
+            index.append("size %s %d %d %d" % (kind, w, h, len(out.getvalue())))
+
+
+def main():
+    if int(PIL.__version__.split(".")[0]) > 12:
+        sys.exit("make_image_vectors.py: needs Pillow 12 or older, this is " + PIL.__version__)
+    os.makedirs(HERE, exist_ok=True)
+    for make in (make_good, make_bad, make_kinds, make_resizes, make_sizes):
+        make()
+    with open(os.path.join(HERE, "index.txt"), "w") as f:
+        f.write("# made by tests/make_image_vectors.py\n" + "\n".join(index) + "\n")
+    print("%d lines in tests/images/index.txt" % len(index))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+/* Tests of chapter 10: reading, writing and resizing pictures against the vectors of
+   make_image_vectors.py, and properties: saved = loaded, cut files and flipped bits are errors or
+   pictures but never crashes, a full disk leaves the old file.
+
+       test_images tests/images                     everything above; non-zero when a check fails
+       test_images tests/images --fuzz SECONDS      mutates the vectors for that long; meant for a
+                                                    build with -DLVM_FUZZING and sanitizers */
+#define LVM_NO_MAIN
+#include "../lvm.c"
+#include <signal.h>
+#include <stdio.h>
+#include <sys/resource.h>
+#include <time.h>
+
+struct tally {
+    const char *folder;
+    int passed, failed;
+    uint32_t random;
+};
+
+__attribute__((format(printf, 3, 4)))
+static void check(struct tally *t, int ok, const char *format, ...) {
+    if (ok) {
+        t->passed++;
+        return;
+    }
+    t->failed++;
+    va_list args;
+    va_start(args, format);
+    printf("FAILED: ");
+    vprintf(format, args);
+    printf("\n");
+    va_end(args);
+}
+
+static uint32_t lcg(uint32_t *state) {
+    *state = *state * 1664525u + 1013904223u;
+    return *state >> 24;
+}
+
+static uint32_t random_below(struct tally *t, uint32_t n) {
+    uint32_t r = lcg(&t->random) << 16;
+    r |= lcg(&t->random) << 8;
+    return (r | lcg(&t->random)) % n;
+}
+
+static uint64_t fnv(const uint8_t *data, size_t size) {
+    uint64_t h = 0xCBF29CE484222325u;
+    for (size_t i = 0; i < size; i++) h = (h ^ data[i]) * 0x100000001B3u;
+    return h;
+}
+
+static size_t image_bytes(const lvm_image *image) {
+    return (size_t)image->width * (size_t)image->height * 3;
+}
+
+/* ---- Formula pictures: the same as in make_image_vectors.py ---- */
+
+static void formula_pixel(const char *kind, int x, int y, int w, int h, uint32_t *state,
+                          uint8_t *p) {
+    int sum = w + h - 2 > 1 ? w + h - 2 : 1;
+    int smooth[3] = {255 * x / (w > 1 ? w - 1 : 1), 255 * y / (h > 1 ? h - 1 : 1),
+                     255 * (x + y) / sum};
+    uint32_t v = ((uint32_t)(x / 16) * 73856093u ^ (uint32_t)(y / 16) * 19349663u) * 2654435761u;
+    for (int c = 0; c < 3; c++) {
+        uint32_t noise = lcg(state), grain = (uint32_t)smooth[c] + (noise & 7);
+        if (strcmp(kind, "noise") == 0) p[c] = (uint8_t)noise;
+        else if (strcmp(kind, "gradient") == 0) p[c] = (uint8_t)smooth[c];
+        else if (strcmp(kind, "grain") == 0) p[c] = (uint8_t)(grain < 255 ? grain : 255);
+        else if (strcmp(kind, "blocks") == 0) p[c] = (uint8_t)(v >> (24 - 8 * c));
+        else p[c] = (uint8_t)(200 >> c);   /* flat: 200, 100, 50 */
+    }
+}
+
+static lvm_image formula(const char *kind, int w, int h) {
+    lvm_image image = {w, h, mem_alloc((size_t)w * (size_t)h, 3, NULL)};
+    uint32_t state = 65537u * (uint32_t)w + (uint32_t)h;
+    if (image.rgb == NULL) abort();
+    for (int y = 0; y < h; y++)
+        for (int x = 0; x < w; x++)
+            formula_pixel(kind, x, y, w, h, &state,
+                          image.rgb + 3 * ((size_t)y * (size_t)w + (size_t)x));
+    return image;
+}
+
+/* ---- The lines of index.txt ---- */
+
+static void path_of(const struct tally *t, const char *name, char *path, size_t size) {
+    snprintf(path, size, "%s/%s", t->folder, name);
+}
+
+static void test_load(struct tally *t, const char *line) {
+    char name[128], path[1024];
+    int w, h;
+    unsigned long long hash;
+    lvm_image image;
+    lvm_error error = {0, ""};
+    if (sscanf(line, "load %127s %d %d %llx", name, &w, &h, &hash) != 4) {
+        check(t, 0, "line not understood: %s", line);
+        return;
+    }
+    path_of(t, name, path, sizeof path);
+    int code = lvm_image_load(path, &image, &error);
+    check(t, code == LVM_OK && image.width == w && image.height == h &&
+             fnv(image.rgb, image_bytes(&image)) == hash, "%s: %s", name,
+          code ? error.text : "other pixels than the reference's");
+    lvm_image_free(&image);
+}
+
+static void test_bad(struct tally *t, const char *line) {
+    char name[128], code_name[32], path[1024];
+    int skip = 0;
+    lvm_image image;
+    lvm_error error = {0, ""};
+    if (sscanf(line, "bad %127s %31s %n", name, code_name, &skip) != 2 || !skip) {
+        check(t, 0, "line not understood: %s", line);
+        return;
+    }
+    path_of(t, name, path, sizeof path);
+    int want = strcmp(code_name, "UNSUPPORTED") == 0 ? LVM_UNSUPPORTED : LVM_FORMAT;
+    int code = lvm_image_load(path, &image, &error);
+    check(t, code == want && error.code == want, "%s: code %d instead of %d: %s", name, code, want,
+          error.text);
+    check(t, strstr(error.text, line + skip) != NULL, "%s: message \"%s\" lacks \"%s\"", name,
+          error.text, line + skip);
+    check(t, strstr(error.text, name) != NULL, "%s: message \"%s\" lacks the name", name,
+          error.text);
+    check(t, image.rgb == NULL, "%s: a picture in spite of an error", name);
+    lvm_image_free(&image);
+}
+
+static void test_resize(struct tally *t, const char *line) {
+    char kind[32];
+    int w, h, new_w, new_h;
+    unsigned long long hash;
+    lvm_image out = {0, 0, NULL};
+    if (sscanf(line, "resize %31s %d %d %d %d %llx", kind, &w, &h, &new_w, &new_h, &hash) != 6) {
+        check(t, 0, "line not understood: %s", line);
+        return;
+    }
+    lvm_image in = formula(kind, w, h);
+    int code = lvm_image_resize(&in, new_w, new_h, &out, NULL);
+    check(t, code == LVM_OK && out.width == new_w && out.height == new_h &&
+             fnv(out.rgb, image_bytes(&out)) == hash,
+          "other pixels than the reference's: %s", line);
+    lvm_image_free(&out);
+    lvm_image_free(&in);
+}
+
+static int same_image(const lvm_image *a, const lvm_image *b) {
+    return a->width == b->width && a->height == b->height && a->rgb && b->rgb &&
+           memcmp(a->rgb, b->rgb, image_bytes(a)) == 0;
+}
+
+static void test_size(struct tally *t, const char *line) {
+    char kind[32];
+    int w, h;
+    unsigned long reference;
+    uint8_t *png = NULL;
+    size_t size = 0;
+    lvm_image again = {0, 0, NULL};
+    lvm_error error = {0, ""};
+    if (sscanf(line, "size %31s %d %d %lu", kind, &w, &h, &reference) != 4) {
+        check(t, 0, "line not understood: %s", line);
+        return;
+    }
+    lvm_image image = formula(kind, w, h);
+    int code = png_encode(&image, &png, &size, &error);
+    check(t, code == LVM_OK && size * 10 <= reference * 13, "%zu bytes written: %s", size, line);
+    if (code == LVM_OK) code = lvm_image_load_memory(png, size, "saved", &again, &error);
+    check(t, code == LVM_OK && same_image(&image, &again), "written, not read back: %s %s", line,
+          error.text);
+    mem_free(png);
+    lvm_image_free(&again);
+    lvm_image_free(&image);
+}
+
+/* ---- Properties ---- */
+
+/* Loads a copy that ends where its memory ends, so that a sanitizer sees any step too far. */
+static int load_copy(const uint8_t *data, size_t size, lvm_image *image, lvm_error *error) {
+    uint8_t *copy = malloc(size ? size : 1);
+    if (copy == NULL) abort();
+    memcpy(copy, data, size);
+    int code = lvm_image_load_memory(copy, size, "copy", image, error);
+    free(copy);
+    return code;
+}
+
+static void test_cuts(struct tally *t, const char *name, const uint8_t *data, size_t size) {
+    size_t end = size, accepted = 0, silent = 0;
+    while (end >= 8 && memcmp(data + end - 8, "IEND", 4) != 0) end--;   /* bytes behind may go */
+    for (size_t n = 0; n < end; n++) {
+        lvm_image image;
+        lvm_error error = {0, ""};
+        int code = load_copy(data, n, &image, &error);
+        accepted += code == LVM_OK;
+        silent += error.code != code || !error.text[0];
+        lvm_image_free(&image);
+    }
+    check(t, accepted == 0, "%s: %zu of its beginnings were accepted", name, accepted);
+    check(t, silent == 0, "%s: %zu of its beginnings failed without a message", name, silent);
+}
+
+static void mutate(struct tally *t, uint8_t *data, size_t size) {
+    for (uint32_t n = 1 + random_below(t, 4); n > 0 && size > 0; n--) {
+        size_t at = random_below(t, (uint32_t)size);
+        if (random_below(t, 3)) data[at] ^= (uint8_t)(1u << random_below(t, 8));
+        else data[at] = (uint8_t)random_below(t, 256);
+    }
+}
+
+static void load_mutated(struct tally *t, const uint8_t *data, size_t size) {
+    uint8_t *copy = malloc(size ? size : 1);
+    lvm_image image;
+    lvm_error error = {0, ""};
+    if (copy == NULL) abort();
+    memcpy(copy, data, size);
+    mutate(t, copy, size);
+    size_t n = random_below(t, 8) ? size : random_below(t, (uint32_t)size + 1);
+    int code = load_copy(copy, n, &image, &error);
+    check(t, code == error.code && (code != LVM_OK) == (image.rgb == NULL) &&
+             (code == LVM_OK || error.text[0]), "a damaged file: code %d, message \"%s\"", code,
+          error.text);
+    lvm_image_free(&image);
+    free(copy);
+}
+
+static void test_round_trips(struct tally *t, const char *path) {
+    static const char *const kinds[] = {"noise", "gradient", "grain", "blocks", "flat"};
+    for (int i = 0; i < 60; i++) {
+        int most = i % 3 ? 40 : 300;
+        int w = 1 + (int)random_below(t, (uint32_t)most), h = 1 + (int)random_below(t, 90);
+        lvm_image image = formula(kinds[i % 5], w, h), again = {0, 0, NULL};
+        lvm_error error = {0, ""};
+        int code = lvm_image_save(path, &image, &error);
+        if (code == LVM_OK) code = lvm_image_load(path, &again, &error);
+        check(t, code == LVM_OK && same_image(&image, &again),
+              "%s %d x %d: saved, not read back: %s", kinds[i % 5], w, h, error.text);
+        lvm_image_free(&again);
+        lvm_image_free(&image);
+    }
+}
+
+/* A limit on the size of files stands in for a full disk. */
+static void test_full_disk(struct tally *t, const char *path) {
+    struct rlimit old, small;
+    lvm_image image = formula("noise", 100, 100), before = formula("flat", 5, 5);
+    lvm_image after = {0, 0, NULL};
+    lvm_error error = {0, ""};
+    check(t, lvm_image_save(path, &before, &error) == LVM_OK, "%s", error.text);
+    getrlimit(RLIMIT_FSIZE, &old);
+    small = old;
+    small.rlim_cur = 4096;
+    signal(SIGXFSZ, SIG_IGN);
+    setrlimit(RLIMIT_FSIZE, &small);
+    int code = lvm_image_save(path, &image, &error);
+    setrlimit(RLIMIT_FSIZE, &old);
+    check(t, code == LVM_IO && strstr(error.text, path), "full disk: code %d, \"%s\"", code,
+          error.text);
+    code = lvm_image_load(path, &after, &error);
+    check(t, code == LVM_OK && same_image(&before, &after), "full disk: the old file is gone");
+    lvm_image_free(&after);
+    lvm_image_free(&before);
+    lvm_image_free(&image);
+}
+
+static void test_refusals(struct tally *t, const char *folder) {
+    char path[1100];
+    lvm_image image = formula("flat", 3, 2), out = {0, 0, NULL}, none = {3, 2, NULL};
+    lvm_error error = {0, ""};
+    snprintf(path, sizeof path, "%s/none/x.png", folder);
+    check(t, lvm_image_save(path, &image, &error) == LVM_IO, "saved into a missing folder");
+    check(t, lvm_image_load(path, &out, &error) == LVM_IO && strstr(error.text, path),
+          "missing file: \"%s\"", error.text);
+    check(t, lvm_image_load(folder, &out, &error) == LVM_IO, "a folder: \"%s\"", error.text);
+    check(t, lvm_image_load(path, &out, NULL) == LVM_IO, "an error that nobody wants to read");
+    check(t, lvm_image_save(path, &none, &error) == LVM_INVALID, "saved a picture without pixels");
+    check(t, lvm_image_resize(&none, 2, 2, &out, &error) == LVM_INVALID, "resized no pixels");
+    check(t, lvm_image_resize(&image, 0, 2, &out, &error) == LVM_INVALID, "resized to 0 x 2");
+    check(t, lvm_image_resize(&image, 2, -1, &out, &error) == LVM_INVALID, "resized to 2 x -1");
+    check(t, lvm_image_resize(&image, 1 << 20, 1 << 20, &out, &error) == LVM_INVALID,
+          "resized to 2^40 pixels");
+    check(t, out.rgb == NULL, "a picture in spite of an error");
+    lvm_image_free(&image);
+    lvm_image_free(NULL);
+}
+
+/* ---- Running ---- */
+
+static void test_line(struct tally *t, char *line) {
+    char name[128], path[1024];
+    uint8_t *data = NULL;
+    size_t size = 0;
+    line[strcspn(line, "\n")] = 0;
+    if (strncmp(line, "resize ", 7) == 0) test_resize(t, line);
+    else if (strncmp(line, "size ", 5) == 0) test_size(t, line);
+    else if (strncmp(line, "bad ", 4) == 0) test_bad(t, line);
+    else if (strncmp(line, "load ", 5) == 0) test_load(t, line);
+    else if (line[0] != '#') check(t, 0, "line not understood: %s", line);
+    if (sscanf(line, "load %127s", name) != 1) return;
+    path_of(t, name, path, sizeof path);
+    if (read_file(path, &data, &size, NULL) != LVM_OK) return;
+    test_cuts(t, name, data, size);
+    for (int i = 0; i < 300; i++) load_mutated(t, data, size);
+    mem_free(data);
+}
+
+static int fuzz(struct tally *t, FILE *list, int seconds) {
+    static uint8_t *data[512];
+    static size_t size[512];
+    char line[512], name[128], path[1024];
+    int n = 0;
+    time_t end = time(NULL) + seconds;
+    while (n < 512 && fgets(line, sizeof line, list)) {
+        if (sscanf(line, "load %127s", name) != 1 && sscanf(line, "bad %127s", name) != 1) continue;
+        path_of(t, name, path, sizeof path);
+        if (read_file(path, &data[n], &size[n], NULL) == LVM_OK) n++;
+    }
+    while (n > 0 && time(NULL) < end)
+        for (int i = 0; i < 1000; i++) {
+            uint32_t which = random_below(t, (uint32_t)n);
+            load_mutated(t, data[which], size[which]);
+        }
+    for (int i = 0; i < n; i++) mem_free(data[i]);
+    return n > 0;
+}
+
+int main(int argc, char **argv) {
+    struct tally t = {.folder = argc > 1 ? argv[1] : "", .random = 1};
+    char line[512], path[1024], folder[] = "/tmp/test_images.XXXXXX";
+    int fuzzing = argc == 4 && strcmp(argv[2], "--fuzz") == 0;
+    path_of(&t, "index.txt", path, sizeof path);
+    FILE *list = argc == 2 || fuzzing ? fopen(path, "r") : NULL;
+    if (list == NULL) {
+        fprintf(stderr, "usage: test_images tests/images [--fuzz SECONDS]\n");
+        return 2;
+    }
+    if (fuzzing) {
+        check(&t, fuzz(&t, list, atoi(argv[3])), "no files to mutate");
+    } else {
+        while (fgets(line, sizeof line, list)) test_line(&t, line);
+        if (mkdtemp(folder) == NULL) abort();
+        snprintf(path, sizeof path, "%s/picture.png", folder);
+        test_round_trips(&t, path);
+        test_full_disk(&t, path);
+        test_refusals(&t, folder);
+        remove(path);
+        check(&t, rmdir(folder) == 0, "files were left in %s", folder);
+    }
+    fclose(list);
+    printf("images: %d passed, %d failed\n", t.passed, t.failed);
+    return t.failed != 0;
+}
