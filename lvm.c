@@ -684,15 +684,26 @@ static int64_t type_bytes(int type, int64_t k) {
     return k / t->block * t->bytes;
 }
 
+/* 1 / d, or 0 where d is 0 or too small for it (its f16 is 0 then). */
+static float inverse(float d) {
+    float id = 1 / (d != 0 ? d : 1);
+    return d != 0 && fabsf(id) < HUGE_VALF ? id : 0;
+}
+
+/* v as an integer in [low, high]; NaN gives low. */
+static int clamp_int(float v, int low, int high) {
+    return v > (float)low ? (v < (float)high ? (int)v : high) : low;
+}
+
 /* Q8_0: d = largest magnitude / 127, q = x / d to the nearest integer, halves away from zero. */
 static void quantize_q8_0(const float *x, void *out, int64_t k) {
     struct q8_0 *y = out;
     for (int64_t b = 0; b < k / QK; b++, x += QK) {
         float amax = 0;
         for (int i = 0; i < QK; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
-        float d = amax / 127, id = d != 0 ? 1 / d : 0;
+        float d = amax / 127, id = inverse(d);
         y[b].d = f32_to_f16(d);
-        for (int i = 0; i < QK; i++) y[b].q[i] = (int8_t)roundf(x[i] * id);
+        for (int i = 0; i < QK; i++) y[b].q[i] = (int8_t)clamp_int(roundf(x[i] * id), -127, 127);
     }
 }
 
@@ -703,11 +714,11 @@ static void quantize_q4_0(const float *x, void *out, int64_t k) {
         float amax = 0, extreme = 0;
         for (int i = 0; i < QK; i++)
             if (fabsf(x[i]) > amax) amax = fabsf(x[i]), extreme = x[i];
-        float d = extreme / -8, id = d != 0 ? 1 / d : 0;
+        float d = extreme / -8, id = inverse(d);
         y[b].d = f32_to_f16(d);
         for (int i = 0; i < QK / 2; i++) {
-            int low = (int)(x[i] * id + 8.5f), high = (int)(x[i + QK / 2] * id + 8.5f);
-            y[b].q[i] = (uint8_t)((low < 15 ? low : 15) | (high < 15 ? high : 15) << 4);
+            int low = clamp_int(x[i] * id + 8.5f, 0, 15), high = clamp_int(x[i + QK / 2] * id + 8.5f, 0, 15);
+            y[b].q[i] = (uint8_t)(low | high << 4);
         }
     }
 }
@@ -1287,7 +1298,7 @@ static void merge_block(struct query *row, const float *o, float m, float l, int
 static void attend_block(const struct kernels *kern, struct query *rows, int n, int d, const float *k,
                          const float *v, float scale, float *scratch) {
     float *s = scratch, *o = scratch + (int64_t)QUERY_ROWS * KEYS, m[QUERY_ROWS], l[QUERY_ROWS];
-    const float *q[QUERY_ROWS], *p[QUERY_ROWS];
+    const float *q[QUERY_ROWS] = {NULL}, *p[QUERY_ROWS] = {NULL};
     int keys = 0;
     for (int r = 0; r < n; r++) {
         q[r] = rows[r].q;

@@ -5,7 +5,8 @@
 
 Needs torch, transformers, safetensors, numpy, Pillow and a checkout of open-muse.
 --hf is a folder as `convert.py --to-hf` writes it, with llama/ and vqgan/. Every FOLDER of pictures
-is one prompt, read in the order of the names. OUT/FOLDER's name/ gets, in float32 on the CPU (GroupNorm as in oracle.py):
+is one prompt, read in the order of the names. OUT/FOLDER's name/ gets, in float32 on the CPU
+(GroupNorm as in oracle.py):
 
     pixels (n, R, R, 3) u1, ids (n, T), gap (n, T)         tokens; gap between the two nearest codes
     positions (8,), logits (8, V)                          of BOS and all tokens of the prompt

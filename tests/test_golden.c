@@ -1,0 +1,348 @@
+/* Golden parity: what PyTorch, transformers and open-muse computed, against lvm.
+
+       test_golden GOLDENS BLOBS            every folder of GOLDENS that has BLOBS/<name>.bin; GOLDENS/quant
+       test_golden --case FOLDER WEIGHTS    vectors of a full-size model for one prompt, exact arithmetic
+
+   The vectors and their names: tests/golden/README.md. The bounds are the design's: token ids identical
+   wherever the two nearest codes differ by more than 1e-3 and in 99.9 % of all cases, logits within
+   5e-4, likelihoods within 1e-3 nats, greedy continuations identical until the reference's own two best
+   scores are within 1e-3, pixels within 1/255. */
+#define LVM_NO_MAIN
+#include "../lvm.c"
+#include "npy.h"
+
+static int passed, failed;
+
+LVM_PRINTF(2, 3) static void check(int ok, const char *format, ...) {
+    va_list args;
+    passed += ok != 0;
+    failed += ok == 0;
+    if (ok) return;
+    va_start(args, format);
+    fputs("FAILED: ", stdout);
+    vprintf(format, args);
+    putchar('\n');
+    va_end(args);
+}
+
+static void must(int code, const lvm_error *error, const char *what) {
+    check(code == LVM_OK, "%s: %s", what, error->text);
+    if (code == LVM_OK) return;
+    printf("golden: %d passed, %d failed\n", passed, failed);
+    exit(1);
+}
+
+static double largest_difference(const float *a, const float *b, int64_t n) {
+    double most = 0;
+    for (int64_t i = 0; i < n; i++) {
+        double d = fabs((double)a[i] - b[i]);
+        if (!(d <= most)) most = d; /* a NaN counts */
+    }
+    return most;
+}
+
+/* Ids of any source against the reference's: equal where the gap is clear, nearly all equal. */
+static void check_ids_equal(const char *name, const int32_t *ids, const int32_t *want, const float *gap,
+                            int64_t n) {
+    int64_t clear = 0, differ = 0;
+    for (int64_t i = 0; i < n; i++) {
+        differ += ids[i] != want[i];
+        clear += ids[i] != want[i] && gap[i] > 1e-3f;
+    }
+    check(clear == 0, "%s: %lld token ids differ where the codes are clearly apart", name, (long long)clear);
+    check((double)differ <= 0.001 * (double)n || (n < 1000 && differ <= 1), "%s: %lld of %lld ids differ", name,
+          (long long)differ, (long long)n);
+}
+
+/* Greedy ids against the reference's, up to the first choice that it nearly made otherwise. */
+static int check_greedy(const char *name, const int32_t *ids, const struct npy *want,
+                        const struct npy *gap) {
+    for (int64_t i = 0; i < want->n; i++) {
+        if (npy_f32(gap)[i] < 1e-3f) {
+            check(i > 0, "%s: a greedy continuation that proves nothing", name);
+            return 0;
+        }
+        check(ids[i] == npy_i32(want)[i], "%s: greedy id %lld is %d, not %d", name, (long long)i, (int)ids[i],
+              (int)npy_i32(want)[i]);
+        if (ids[i] != npy_i32(want)[i]) return 0;
+    }
+    return 1;
+}
+
+static lvm_ctx *context(const lvm_model *m, int exact, int kv, int threads) {
+    lvm_error error = {0, ""};
+    lvm_options o = lvm_default_options();
+    o.exact = exact;
+    o.kv_type = kv;
+    o.threads = threads;
+    lvm_ctx *ctx = lvm_new(m, &o, &error);
+    must(ctx != NULL ? LVM_OK : error.code, &error, "lvm_new");
+    return ctx;
+}
+
+/* ---- Transformers ---- */
+
+static double check_logits(const char *name, lvm_ctx *ctx, const int32_t *ids, const struct npy *positions,
+                           const struct npy *logits) {
+    lvm_error error = {0, ""};
+    int V = logits->dim[1];
+    double worst = 0;
+    float *got = malloc((size_t)V * sizeof *got);
+    check(V == lvm_model_info(ctx->m).vocab_size, "%s: vocabulary", name);
+    for (int i = 0; i < positions->n; i++) {
+        int at = npy_i32(positions)[i];
+        must(lvm_prompt(ctx, ids, at + 1, got, &error), &error, name);
+        double d = largest_difference(got, npy_f32(logits) + (int64_t)i * V, V);
+        check(d <= 5e-4, "%s: logits after %d tokens differ by %g", name, at + 1, d);
+        worst = d > worst ? d : worst;
+    }
+    free(got);
+    return worst;
+}
+
+/* nll[i] belongs to ids[i + 1]. */
+static double check_nll(const char *name, lvm_ctx *ctx, const int32_t *ids, const struct npy *nll) {
+    lvm_error error = {0, ""};
+    float *got = malloc((size_t)nll->n * sizeof *got);
+    must(lvm_prompt(ctx, ids, 1, NULL, &error), &error, name);
+    must(lvm_score(ctx, ids + 1, (int)nll->n, got, &error), &error, name);
+    double d = largest_difference(got, npy_f32(nll), nll->n);
+    check(d <= 1e-3, "%s: likelihoods differ by %g nats", name, d);
+    free(got);
+    return d;
+}
+
+static void check_continuation(const char *name, lvm_ctx *ctx, const int32_t *ids, int n,
+                               const struct npy *want, const struct npy *gap, int32_t *out) {
+    lvm_error error = {0, ""};
+    lvm_sampling s = lvm_default_sampling();
+    s.greedy = 1;
+    must(lvm_prompt(ctx, ids, n, NULL, &error), &error, name);
+    must(lvm_generate(ctx, &s, 1, (int)want->n, out, &error), &error, name);
+    check_greedy(name, out, want, gap);
+}
+
+static void golden_llama(const char *name, const char *folder, lvm_model *m) {
+    struct npy ids = npy_load(folder, "ids"), positions = npy_load(folder, "positions");
+    struct npy logits = npy_load(folder, "logits"), nll = npy_load(folder, "nll");
+    struct npy greedy = npy_load(folder, "greedy"), gap = npy_load(folder, "greedy_gap");
+    struct npy codes = npy_load(folder, "codes");
+    int32_t out[1024];
+    m->info.codes = npy_i32(&codes)[0]; /* a transformer alone does not know its picture codes */
+    m->info.tokens_per_image = 64;      /* so that short contexts hold pictures */
+    lvm_ctx *ctx = context(m, 0, LVM_F32, 2);
+    double a = check_logits(name, ctx, ids.data, &positions, &logits);
+    double b = check_nll(name, ctx, ids.data, &nll);
+    check_continuation(name, ctx, ids.data, (int)ids.n, &greedy, &gap, out);
+    printf("%-22s logits within %.1e, likelihoods within %.1e\n", name, a, b);
+    lvm_free(ctx);
+    struct npy *all[] = {&ids, &positions, &logits, &nll, &greedy, &gap, &codes};
+    for (int i = 0; i < 7; i++) npy_free(all[i]);
+}
+
+/* ---- Tokenizers ---- */
+
+static double check_pixels(const char *name, lvm_ctx *ctx, const int32_t *ids, int n, const float *want) {
+    lvm_error error = {0, ""};
+    lvm_info info = lvm_model_info(ctx->m);
+    int64_t pixels = (int64_t)info.resolution * info.resolution * 3;
+    float *got = malloc((size_t)pixels * sizeof *got);
+    double worst = 0;
+    for (int i = 0; i < n; i++) {
+        must(ctx->b->decode(ctx->state, ids + (int64_t)i * info.tokens_per_image, 0, 1, got, &error), &error, name);
+        double d = largest_difference(got, want + i * pixels, pixels);
+        check(d <= 1.0 / 255, "%s: pixels of picture %d differ by %g", name, i, d);
+        worst = d > worst ? d : worst;
+    }
+    free(got);
+    return worst;
+}
+
+static double check_encoding(const char *name, lvm_ctx *ctx, const struct npy *pixels, const struct npy *ids,
+                             const struct npy *gap, const struct npy *latent) {
+    lvm_error error = {0, ""};
+    int n = pixels->dim[0], R = pixels->dim[1], T = (int)(ids->n / n), D = latent->dim[2];
+    float *rgb = malloc((size_t)R * (size_t)R * 3 * sizeof *rgb), *got = malloc((size_t)T * (size_t)D * sizeof *got);
+    int32_t *out = malloc((size_t)ids->n * sizeof *out);
+    double worst = 0, size = 0;
+    for (int64_t i = 0; i < latent->n; i++) size = fmax(size, fabs(npy_f32(latent)[i]));
+    for (int i = 0; i < n; i++) {
+        const uint8_t *p = (const uint8_t *)pixels->data + (int64_t)i * R * R * 3;
+        for (int j = 0; j < R * R * 3; j++) rgb[j] = (float)p[j] / 255;
+        must(ctx->b->encode(ctx->state, rgb, 0, 1, out + i * T, got, &error), &error, name);
+        worst = fmax(worst, largest_difference(got, npy_f32(latent) + (int64_t)i * T * D, (int64_t)T * D));
+    }
+    check(worst <= 1e-4 * size, "%s: vectors in front of the quantiser differ by %g of %g", name, worst, size);
+    check_ids_equal(name, out, ids->data, gap->data, ids->n);
+    free(rgb);
+    free(got);
+    free(out);
+    return worst;
+}
+
+static void golden_vqgan(const char *name, const char *folder, lvm_model *m) {
+    struct npy pixels = npy_load(folder, "pixels"), ids = npy_load(folder, "ids"), gap = npy_load(folder, "gap");
+    struct npy latent = npy_load(folder, "latent"), out = npy_load(folder, "pixels_out");
+    lvm_ctx *ctx = context(m, 0, LVM_AUTO, 2);
+    double a = check_encoding(name, ctx, &pixels, &ids, &gap, &latent);
+    double b = check_pixels(name, ctx, ids.data, pixels.dim[0], out.data);
+    printf("%-22s latent within %.1e, pixels within %.1e\n", name, a, b);
+    lvm_free(ctx);
+    struct npy *all[] = {&pixels, &ids, &gap, &latent, &out};
+    for (int i = 0; i < 5; i++) npy_free(all[i]);
+}
+
+/* ---- Both: pictures in, pictures out, the window sliding ---- */
+
+static void check_slide(const char *name, lvm_ctx *ctx, const char *folder, const struct npy *ids, int pictures,
+                        const char *greedy_name, const char *gap_name) {
+    struct npy greedy = npy_load(folder, greedy_name), gap = npy_load(folder, gap_name);
+    lvm_info info = lvm_model_info(ctx->m);
+    int T = info.tokens_per_image, n = (int)min64(pictures, info.window_images - 1) * T;
+    int32_t *prompt = malloc(((size_t)n + 1) * sizeof *prompt), *out = malloc((size_t)greedy.n * sizeof *out);
+    prompt[0] = info.bos;
+    memcpy(prompt + 1, npy_i32(ids) + pictures * T - n, (size_t)n * sizeof *prompt);
+    check_continuation(name, ctx, prompt, n + 1, &greedy, &gap, out);
+    free(prompt);
+    free(out);
+    npy_free(&greedy);
+    npy_free(&gap);
+}
+
+static void golden_both(const char *name, const char *folder, lvm_model *m) {
+    struct npy ids = npy_load(folder, "ids"), sentence = npy_load(folder, "sentence");
+    struct npy nll = npy_load(folder, "nll"), greedy = npy_load(folder, "greedy");
+    struct npy pixels = npy_load(folder, "greedy_pixels");
+    lvm_ctx *ctx = context(m, 0, LVM_F32, 2);
+    check(lvm_model_info(m).window_images == 4, "%s: window of %d", name, lvm_model_info(m).window_images);
+    check_nll(name, ctx, sentence.data, &nll);
+    check_slide(name, ctx, folder, &ids, 5, "greedy", "greedy_gap");
+    check_slide(name, ctx, folder, &ids, 2, "greedy_short", "greedy_short_gap");
+    check_pixels(name, ctx, greedy.data, pixels.dim[0], pixels.data);
+    lvm_free(ctx);
+    golden_vqgan(name, folder, m);
+    struct npy *all[] = {&ids, &sentence, &nll, &greedy, &pixels};
+    for (int i = 0; i < 5; i++) npy_free(all[i]);
+}
+
+/* ---- Quantised bytes ---- */
+
+static void golden_quant(const char *folder) {
+    struct npy x = npy_load(folder, "x"), q8 = npy_load(folder, "q8_0"), q4 = npy_load(folder, "q4_0");
+    check(x.data != NULL && q8.data != NULL && q4.data != NULL, "%s: vectors missing", folder);
+    if (x.data == NULL || q8.data == NULL || q4.data == NULL) return;
+    for (int r = 0; r < x.dim[0]; r++) {
+        uint8_t out[4096];
+        int k = x.dim[1];
+        quantize_q8_0(npy_f32(&x) + (int64_t)r * k, out, k);
+        check(memcmp(out, (uint8_t *)q8.data + r * q8.dim[1], (size_t)q8.dim[1]) == 0, "q8_0: row %d differs", r);
+        quantize_q4_0(npy_f32(&x) + (int64_t)r * k, out, k);
+        check(memcmp(out, (uint8_t *)q4.data + r * q4.dim[1], (size_t)q4.dim[1]) == 0, "q4_0: row %d differs", r);
+    }
+    npy_free(&x);
+    npy_free(&q8);
+    npy_free(&q4);
+}
+
+/* ---- A full-size model and one prompt: whichever vectors are there ---- */
+
+static void case_tokens(const char *folder, lvm_ctx *ctx) {
+    struct npy ids = npy_load(folder, "ids"), gap = npy_load(folder, "gap"), pixels = npy_load(folder, "pixels");
+    lvm_error error = {0, ""};
+    int R = lvm_model_info(ctx->m).resolution, T = lvm_model_info(ctx->m).tokens_per_image;
+    if (pixels.data != NULL && ids.data != NULL) {
+        int32_t *out = malloc((size_t)ids.n * sizeof *out);
+        for (int i = 0; i < pixels.dim[0]; i++) {
+            lvm_image image = {R, R, (uint8_t *)pixels.data + (int64_t)i * R * R * 3};
+            must(lvm_encode(ctx, &image, 1, out + (int64_t)i * T, &error), &error, folder);
+        }
+        check_ids_equal(folder, out, ids.data, gap.data, ids.n);
+        int64_t same = 0;
+        for (int64_t i = 0; i < ids.n; i++) same += out[i] == npy_i32(&ids)[i];
+        printf("%s: %lld of %lld token ids equal\n", folder, (long long)same, (long long)ids.n);
+        free(out);
+    }
+    npy_free(&ids);
+    npy_free(&gap);
+    npy_free(&pixels);
+}
+
+static void case_transformer(const char *folder, lvm_ctx *ctx) {
+    struct npy ids = npy_load(folder, "ids"), positions = npy_load(folder, "positions");
+    struct npy logits = npy_load(folder, "logits"), nll = npy_load(folder, "nll"), bos = npy_load(folder, "bos");
+    struct npy greedy = npy_load(folder, "greedy"), gap = npy_load(folder, "greedy_gap");
+    struct npy pixels = npy_load(folder, "greedy_pixels");
+    int with_bos = bos.data != NULL ? npy_i32(&bos)[0] : lvm_model_info(ctx->m).bos >= 0;
+    int32_t *sequence = malloc(((size_t)ids.n + 1) * sizeof *sequence);
+    int32_t *out = malloc((size_t)(greedy.n + 1) * sizeof *out);
+    if (with_bos) sequence[0] = lvm_model_info(ctx->m).bos;
+    if (ids.n > 0) memcpy(sequence + with_bos, ids.data, (size_t)ids.n * sizeof *sequence);
+    int n = (int)ids.n + with_bos;
+    if (logits.data != NULL)
+        printf("%s: logits within %.1e\n", folder, check_logits(folder, ctx, sequence, &positions, &logits));
+    if (greedy.data != NULL) check_continuation(folder, ctx, sequence, n, &greedy, &gap, out);
+    if (nll.data != NULL)
+        printf("%s: likelihoods within %.1e\n", folder, check_nll(folder, ctx, sequence, &nll));
+    if (pixels.data != NULL) {
+        const int32_t *drawn = greedy.data != NULL ? greedy.data : ids.data;
+        printf("%s: pixels within %.1e\n", folder, check_pixels(folder, ctx, drawn, 1, pixels.data));
+    }
+    struct npy *all[] = {&ids, &positions, &logits, &nll, &bos, &greedy, &gap, &pixels};
+    for (int i = 0; i < 8; i++) npy_free(all[i]);
+    free(sequence);
+    free(out);
+}
+
+static void golden_case(const char *folder, const char *weights) {
+    lvm_error error = {0, ""};
+    lvm_model *m = lvm_open(weights, 0, &error);
+    must(m != NULL ? LVM_OK : error.code, &error, weights);
+    lvm_ctx *ctx = context(m, 1, LVM_F32, 0);
+    case_tokens(folder, ctx);
+    case_transformer(folder, ctx);
+    lvm_free(ctx);
+    lvm_close(m);
+}
+
+static int is_there(const char *path) {
+    struct stat st;
+    return stat(path, &st) == 0;
+}
+
+static void golden_folder(const char *goldens, const char *blobs, const char *name) {
+    char folder[1024], blob[1024], part[1100];
+    lvm_error error = {0, ""};
+    snprintf(folder, sizeof folder, "%s/%s", goldens, name);
+    snprintf(blob, sizeof blob, "%s/%s.bin", blobs, name);
+    snprintf(part, sizeof part, "%s/llama", folder);
+    int has_llama = is_there(part);
+    snprintf(part, sizeof part, "%s/vqgan", folder);
+    int has_vqgan = is_there(part);
+    if (!has_llama && !has_vqgan) return;
+    lvm_model *m = lvm_open(blob, 0, &error);
+    must(m != NULL ? LVM_OK : error.code, &error, name);
+    if (has_llama && has_vqgan) golden_both(name, folder, m);
+    else if (has_llama) golden_llama(name, folder, m);
+    else golden_vqgan(name, folder, m);
+    lvm_close(m);
+}
+
+int main(int argc, char **argv) {
+    char path[1024];
+    if (argc == 4 && strcmp(argv[1], "--case") == 0) {
+        golden_case(argv[2], argv[3]);
+    } else if (argc == 3) {
+        DIR *dir = opendir(argv[1]);
+        check(dir != NULL, "%s: cannot be read", argv[1]);
+        for (struct dirent *e; dir != NULL && (e = readdir(dir)) != NULL;)
+            if (e->d_name[0] != '.') golden_folder(argv[1], argv[2], e->d_name);
+        if (dir != NULL) closedir(dir);
+        snprintf(path, sizeof path, "%s/quant", argv[1]);
+        golden_quant(path);
+    } else {
+        fputs("usage: test_golden GOLDENS BLOBS | --case FOLDER WEIGHTS\n", stderr);
+        return 2;
+    }
+    printf("golden: %d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}
