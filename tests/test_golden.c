@@ -1,7 +1,9 @@
 /* Golden parity: what PyTorch, transformers and open-muse computed, against lvm.
 
        test_golden GOLDENS BLOBS            every folder of GOLDENS that has BLOBS/<name>.bin; GOLDENS/quant
-       test_golden --case FOLDER WEIGHTS    vectors of a full-size model for one prompt, exact arithmetic
+       test_golden --case FOLDER WEIGHTS    a full-size model on one prompt, exact arithmetic
+       test_golden --nll LIST WEIGHTS [q]   lines "nll picture ... target": mean likelihood of the target;
+                                            with q the default arithmetic, whose mean is only printed
 
    The vectors and their names: tests/golden/README.md. The bounds are the design's: token ids identical
    wherever the two nearest codes differ by more than 1e-3 and in 99.9 % of all cases, logits within
@@ -246,25 +248,34 @@ static void golden_quant(const char *folder) {
 
 /* ---- A full-size model and one prompt: whichever vectors are there ---- */
 
+/* The pictures that a case names, one path a line, squashed as a prompt's are. */
 static void case_tokens(const char *folder, lvm_ctx *ctx) {
-    struct npy ids = npy_load(folder, "ids"), gap = npy_load(folder, "gap"), pixels = npy_load(folder, "pixels");
+    struct npy ids = npy_load(folder, "ids"), gap = npy_load(folder, "gap");
     lvm_error error = {0, ""};
-    int R = lvm_model_info(ctx->m).resolution, T = lvm_model_info(ctx->m).tokens_per_image;
-    if (pixels.data != NULL && ids.data != NULL) {
-        int32_t *out = malloc((size_t)ids.n * sizeof *out);
-        for (int i = 0; i < pixels.dim[0]; i++) {
-            lvm_image image = {R, R, (uint8_t *)pixels.data + (int64_t)i * R * R * 3};
-            must(lvm_encode(ctx, &image, 1, out + (int64_t)i * T, &error), &error, folder);
-        }
-        check_ids_equal(folder, out, ids.data, gap.data, ids.n);
-        int64_t same = 0;
-        for (int64_t i = 0; i < ids.n; i++) same += out[i] == npy_i32(&ids)[i];
-        printf("%s: %lld of %lld token ids equal\n", folder, (long long)same, (long long)ids.n);
-        free(out);
+    int T = lvm_model_info(ctx->m).tokens_per_image;
+    char path[1024];
+    snprintf(path, sizeof path, "%s/pictures.txt", folder);
+    FILE *f = fopen(path, "r");
+    check(f != NULL && ids.data != NULL && gap.data != NULL, "%s: incomplete case", folder);
+    if (f == NULL || ids.data == NULL || gap.data == NULL) return;
+    int32_t *out = malloc((size_t)ids.n * sizeof *out);
+    int64_t n = 0, same = 0;
+    while (n < ids.n && fgets(path, sizeof path, f) != NULL) {
+        lvm_image image = {0, 0, NULL};
+        path[strcspn(path, "\n")] = 0;
+        must(lvm_image_load(path, &image, &error), &error, folder);
+        must(lvm_encode(ctx, &image, 1, out + n, &error), &error, folder);
+        lvm_image_free(&image);
+        n += T;
     }
+    fclose(f);
+    check(n == ids.n, "%s: %lld ids for %lld", folder, (long long)n, (long long)ids.n);
+    check_ids_equal(folder, out, ids.data, gap.data, n);
+    for (int64_t i = 0; i < n; i++) same += out[i] == npy_i32(&ids)[i];
+    printf("%s: %lld of %lld token ids equal\n", folder, (long long)same, (long long)n);
+    free(out);
     npy_free(&ids);
     npy_free(&gap);
-    npy_free(&pixels);
 }
 
 static void case_transformer(const char *folder, lvm_ctx *ctx) {
@@ -304,6 +315,76 @@ static void golden_case(const char *folder, const char *weights) {
     lvm_close(m);
 }
 
+/* ---- Likelihoods of evaluation sets ---- */
+
+struct known_picture {
+    char *path;
+    int32_t *ids;
+};
+
+/* Ids of a picture, encoded once. */
+static const int32_t *picture_ids(lvm_ctx *ctx, struct known_picture *known, int *n, const char *path) {
+    lvm_error error = {0, ""};
+    lvm_image image = {0, 0, NULL};
+    for (int i = 0; i < *n; i++)
+        if (strcmp(known[i].path, path) == 0) return known[i].ids;
+    int32_t *ids = malloc((size_t)lvm_model_info(ctx->m).tokens_per_image * sizeof *ids);
+    must(lvm_image_load(path, &image, &error), &error, path);
+    must(lvm_encode(ctx, &image, 1, ids, &error), &error, path);
+    lvm_image_free(&image);
+    known[*n] = (struct known_picture){copy_string(path, NULL), ids};
+    return known[(*n)++].ids;
+}
+
+/* One line: the mean likelihood of its last picture after bos and the others. */
+static double line_nll(lvm_ctx *ctx, struct known_picture *known, int *n_known, char *line) {
+    lvm_error error = {0, ""};
+    lvm_info info = lvm_model_info(ctx->m);
+    int T = info.tokens_per_image, n = info.bos >= 0;
+    int32_t *ids = malloc((17 * (size_t)T + 1) * sizeof *ids);
+    float *nll = malloc((size_t)T * sizeof *nll);
+    double sum = 0;
+    ids[0] = info.bos;
+    for (char *path = strtok(line, " \n"); path != NULL; path = strtok(NULL, " \n"), n += T)
+        memcpy(ids + n, picture_ids(ctx, known, n_known, path), (size_t)T * sizeof *ids);
+    must(lvm_prompt(ctx, ids, n - T, NULL, &error), &error, "prompt");
+    must(lvm_score(ctx, ids + n - T, T, nll, &error), &error, "score");
+    for (int i = 0; i < T; i++) sum += nll[i];
+    free(ids);
+    free(nll);
+    return sum / T;
+}
+
+static void golden_answers(const char *list, const char *weights, int exact) {
+    lvm_error error = {0, ""};
+    lvm_model *m = lvm_open(weights, 0, &error);
+    FILE *f = fopen(list, "r");
+    static char line[1 << 16];
+    static struct known_picture known[4096];
+    double worst = 0, sum = 0, want_sum = 0;
+    int n_known = 0, n = 0;
+    must(m != NULL && f != NULL ? LVM_OK : LVM_IO, &error, weights);
+    lvm_ctx *ctx = context(m, exact, exact ? LVM_F32 : LVM_AUTO, 0);
+    for (; n_known < 4000 && fgets(line, sizeof line, f) != NULL; n++) {
+        char *rest = NULL;
+        double want = strtod(line, &rest), got = line_nll(ctx, known, &n_known, rest);
+        if (exact) check(fabs(got - want) <= 1e-3, "line %d: %.6f nats, not %.6f", n + 1, got, want);
+        worst = fmax(worst, fabs(got - want));
+        sum += got;
+        want_sum += want;
+    }
+    check(n > 0, "%s: no lines", list);
+    printf("%s: %d lines, perplexity %.5f (reference %.5f), largest difference %.1e nats\n", weights, n,
+           exp(sum / n), exp(want_sum / n), worst);
+    for (int i = 0; i < n_known; i++) {
+        mem_free(known[i].path);
+        free(known[i].ids);
+    }
+    fclose(f);
+    lvm_free(ctx);
+    lvm_close(m);
+}
+
 static int is_there(const char *path) {
     struct stat st;
     return stat(path, &st) == 0;
@@ -331,6 +412,8 @@ int main(int argc, char **argv) {
     char path[1024];
     if (argc == 4 && strcmp(argv[1], "--case") == 0) {
         golden_case(argv[2], argv[3]);
+    } else if ((argc == 4 || argc == 5) && strcmp(argv[1], "--nll") == 0) {
+        golden_answers(argv[2], argv[3], argc == 4);
     } else if (argc == 3) {
         DIR *dir = opendir(argv[1]);
         check(dir != NULL, "%s: cannot be read", argv[1]);
@@ -340,7 +423,7 @@ int main(int argc, char **argv) {
         snprintf(path, sizeof path, "%s/quant", argv[1]);
         golden_quant(path);
     } else {
-        fputs("usage: test_golden GOLDENS BLOBS | --case FOLDER WEIGHTS\n", stderr);
+        fputs("usage: test_golden GOLDENS BLOBS | --case FOLDER WEIGHTS | --nll LIST WEIGHTS [q]\n", stderr);
         return 2;
     }
     printf("golden: %d passed, %d failed\n", passed, failed);

@@ -1,0 +1,82 @@
+"""Lays the vectors of a reference model out for test_golden: standard library only.
+
+    python3 reference_vectors.py REFERENCE OUT [--full]
+
+REFERENCE is a folder with golden/golden.json, golden/answers.json, eval/*.jsonl and rank.jsonl, as its
+own REPORT.md describes. OUT gets one folder a prompt (ids, gap, positions, logits, greedy, ... as .npy,
+pictures.txt) and answers.txt: a line "expected-nll picture picture ... target" for two lines of each
+evaluation set and two choices of two puzzles, or with --full for all of them.
+"""
+import array
+import json
+import os
+import shutil
+import sys
+
+
+def save(path, values, kind, shape):
+    """Writes a .npy file, format 1.0."""
+    descr, code = {"f": ("<f4", "f"), "i": ("<i4", "i")}[kind]
+    header = repr({"descr": descr, "fortran_order": False, "shape": tuple(shape)})
+    header += " " * (-(len(header) + 11) % 64) + "\n"
+    with open(path, "wb") as f:
+        f.write(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode())
+        f.write(array.array(code, values).tobytes())
+
+
+def flat(rows):
+    return [value for row in rows for value in row]
+
+
+def write_case(folder, reference, pictures, ids, gap, entry=None, greedy=None, pixels=None):
+    os.makedirs(folder, exist_ok=True)
+    with open(os.path.join(folder, "pictures.txt"), "w") as f:
+        f.writelines(os.path.join(reference, p) + "\n" for p in pictures)
+    shape = (len(ids), len(ids[0]))
+    save(os.path.join(folder, "ids.npy"), flat(ids), "i", shape)
+    save(os.path.join(folder, "gap.npy"), flat(gap), "f", shape)
+    golden = os.path.join(reference, "golden")
+    if entry:
+        save(os.path.join(folder, "bos.npy"), [int(entry["bos"])], "i", (1,))
+        save(os.path.join(folder, "positions.npy"), entry["positions"], "i", (len(entry["positions"]),))
+        shutil.copy(os.path.join(golden, entry["logits"]), os.path.join(folder, "logits.npy"))
+    if greedy:
+        save(os.path.join(folder, "greedy.npy"), greedy["ids"], "i", (len(greedy["ids"]),))
+        save(os.path.join(folder, "greedy_gap.npy"), greedy["top2_gap"], "f", (len(greedy["ids"]),))
+    if pixels:
+        shutil.copy(os.path.join(golden, pixels), os.path.join(folder, "greedy_pixels.npy"))
+
+
+def write_answers(path, reference, full):
+    """Likelihoods of evaluation targets and puzzle choices; neighbours share prompts."""
+    answers = json.load(open(os.path.join(reference, "golden", "answers.json")))
+    with open(path, "w") as out:
+        def line(nll, pictures):
+            out.write(" ".join([repr(nll)] + [os.path.join(reference, p) for p in pictures]) + "\n")
+
+        for task in sorted(answers["eval"]):
+            lines = open(os.path.join(reference, "eval", task + ".jsonl")).read().split("\n")
+            for text, nll in list(zip(lines, answers["eval"][task]))[:None if full else 2]:
+                example = json.loads(text)
+                line(nll, example["input"] + example["target"])
+        puzzles = [json.loads(text) for text in open(os.path.join(reference, "rank.jsonl"))]
+        for puzzle, nlls in list(zip(puzzles, answers["rank"]))[:None if full else 2]:
+            for choice, nll in list(zip(puzzle["choices"], nlls))[:None if full else 2]:
+                line(nll, puzzle["input"] + [choice])
+
+
+def main():
+    reference, out, full = os.path.abspath(sys.argv[1]), sys.argv[2], "--full" in sys.argv[3:]
+    golden = json.load(open(os.path.join(reference, "golden", "golden.json")))
+    for name, entry in golden["prompts"].items():
+        greedy = golden["greedy"].get(name)
+        write_case(os.path.join(out, name), reference, entry["pictures"], entry["ids"],
+                   entry["distance_gap"], entry, greedy, greedy and "greedy_%s.npy" % name)
+    for name, entry in golden["reconstructions"].items():
+        write_case(os.path.join(out, name), reference, [entry["source"]], [entry["ids"]],
+                   [entry["distance_gap"]], pixels=name + ".npy")
+    write_answers(os.path.join(out, "answers.txt"), reference, full)
+
+
+if __name__ == "__main__":
+    main()
