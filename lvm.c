@@ -435,8 +435,9 @@ static int write_file(const char *path, const void *data, size_t size, lvm_error
 /* ---- Threads ----
 
    A pool of n threads, the caller being one of them, runs tasks 0 .. count-1; whoever is free takes
-   the next number. What a task computes must not depend on who runs it. Workers that wait spin for a
-   moment before they sleep, because the transformer asks for thousands of short runs a second. */
+   the next number. What a task computes must not depend on who runs it. Whoever waits spins for some
+   microseconds, because the transformer asks for thousands of short runs a second, then offers the
+   processor to others, who may be the very thread that is waited for; workers sleep in the end. */
 
 typedef void task_fn(void *arg, int task, int thread);
 
@@ -453,8 +454,9 @@ struct pool {
     task_fn *fn;
     void *arg;
     int count;
-    int spins; /* turns that a waiting thread spins before it sleeps */
 };
+
+enum { SPINS = 1500, YIELDS = 150 }; /* turns of waiting: a few ten microseconds each */
 
 struct worker {
     struct pool *pool;
@@ -477,10 +479,18 @@ static void pool_take_tasks(struct pool *p, int thread) {
     }
 }
 
-static void pool_wait_for_round(struct pool *p, int seen) {
-    for (int i = 0; i < p->spins; i++) {
-        if (atomic_load(&p->round) != seen) return;
+/* One turn of waiting. */
+static void wait_turn(int turn) {
+    if (turn < SPINS)
         spin_pause();
+    else
+        sched_yield();
+}
+
+static void pool_wait_for_round(struct pool *p, int seen) {
+    for (int i = 0; i < SPINS + YIELDS; i++) {
+        if (atomic_load(&p->round) != seen) return;
+        wait_turn(i);
     }
     pthread_mutex_lock(&p->mutex);
     atomic_fetch_add(&p->sleeping, 1);
@@ -523,12 +533,7 @@ static void pool_run(struct pool *p, int count, task_fn *fn, void *arg) {
     atomic_store(&p->working, p->n - 1);
     pool_start_round(p);
     pool_take_tasks(p, 0);
-    for (int i = 0; atomic_load(&p->working) != 0; i++) {
-        if (i < p->spins)
-            spin_pause();
-        else
-            sched_yield();
-    }
+    for (int i = 0; atomic_load(&p->working) != 0; i = i < SPINS ? i + 1 : i) wait_turn(i);
 }
 
 static void pool_free(struct pool *p) {
@@ -582,7 +587,6 @@ static struct pool *pool_new(int n, lvm_error *error) {
     }
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
-    p->spins = n <= processors() ? 20000 : 50; /* with more threads than processors, let others run */
     for (p->n = 1; p->n < n; p->n++) {
         if (pool_start_worker(p, p->n) == 0) continue;
         fail(error, LVM_MEMORY, "cannot start thread %d of %d", p->n + 1, n);
@@ -914,13 +918,16 @@ static void dot_tile_plain(int k, const float *const *a, const float *const *b, 
         for (int j = 0; j < PLAIN_COLS; j++) c[r * ldc + j] = dot_plain(k, a[r], b[j]);
 }
 
+/* Blocks of activations without a larger magnitude count as zeros: 127 / x must stay finite. */
+#define LEAST_X 1e-36f
+
 /* d = largest magnitude / 127, q = x / d to the nearest integer, ties to even. */
 static void quantize_x_plain(const float *x, struct xblock *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = 0;
         for (int i = 0; i < QK; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
-        float id = amax > 0 ? 127 / amax : 0;
-        y[b].d = amax / 127;
+        float id = amax > LEAST_X ? 127 / amax : 0;
+        y[b].d = amax > LEAST_X ? amax / 127 : 0;
         for (int i = 0; i < QK; i++) y[b].q.s16[i] = (int16_t)rintf(x[i] * id);
     }
 }
@@ -1130,8 +1137,8 @@ static void store_tile(const struct linear_job *job, const float *tile, int ld, 
                        int cols) {
     for (int r = 0; r < rows; r++) {
         float *y = job->y + (int64_t)(r0 + r) * job->w->rows + j0;
-        for (int j = 0; j < cols; j++)
-            y[j] = tile[r * ld + j] + (job->bias != NULL ? job->bias[j0 + j] : 0);
+        memcpy(y, tile + r * ld, (size_t)cols * sizeof *y);
+        for (int j = 0; job->bias != NULL && j < cols; j++) y[j] += job->bias[j0 + j];
     }
 }
 
@@ -2389,9 +2396,10 @@ static void conv_task(void *arg, int task, int thread) {
         int j0 = (job->strip0 + s) * STRIP, cols = conv->c_out - j0 < STRIP ? conv->c_out - j0 : STRIP;
         for (int i = 0; i < n; i++) {
             int64_t at = (int64_t)(p0 + i) * conv->c_out + j0;
-            for (int j = 0; j < cols; j++)
-                job->out[at + j] = sum[i * STRIP + j] + conv->bias[j0 + j] +
-                                   (job->residual != NULL ? job->residual[at + j] : 0);
+            for (int j = 0; j < cols; j++) {
+                float v = sum[i * STRIP + j] + conv->bias[j0 + j];
+                job->out[at + j] = job->residual != NULL ? v + job->residual[at + j] : v;
+            }
         }
     }
 }
@@ -5588,8 +5596,8 @@ AVX2 static float max_magnitude(const float *x) {
 AVX2 static void quantize_x_avx2(const float *x, struct xblock *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
-        __m256 id = _mm256_set1_ps(amax > 0 ? 127 / amax : 0);
-        y[b].d = amax / 127;
+        __m256 id = _mm256_set1_ps(amax > LEAST_X ? 127 / amax : 0);
+        y[b].d = amax > LEAST_X ? amax / 127 : 0;
         UNROLL for (int i = 0; i < QK; i += 16) {
             __m256i q0 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), id));
             __m256i q1 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8), id));
@@ -5943,8 +5951,8 @@ AVX512 static void int_tile_avx512(int blocks, const struct xblock *const *x, co
 AVX512 static void quantize_x_avx512(const float *x, struct xblock *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
-        __m512 id = _mm512_set1_ps(amax > 0 ? 127 / amax : 0);
-        y[b].d = amax / 127;
+        __m512 id = _mm512_set1_ps(amax > LEAST_X ? 127 / amax : 0);
+        y[b].d = amax > LEAST_X ? amax / 127 : 0;
         UNROLL for (int i = 0; i < QK; i += 16) {
             __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), id));
             q = _mm512_add_epi32(q, _mm512_set1_epi32(128));

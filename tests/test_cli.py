@@ -1,0 +1,1073 @@
+#!/usr/bin/env python3
+"""Tests of the command line: python3 tests/test_cli.py. Standard library only.
+
+LVM names the program (./lvm), WEIGHTS the shipped model (weights.bin), SANITIZE says that the program
+was built with sanitizers: it is slow then and may take address space. Most tests use the small random
+model of tests/golden/both, which convert.py puts together, in an empty folder each.
+
+A failure must end in one line on stderr that says what is wrong, the right exit status (1 the work
+failed, 2 wrong usage), and a folder in which nothing has changed.
+"""
+
+import os
+import pty
+import random
+import re
+import resource
+import shutil
+import signal
+import stat
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import unittest
+import zlib
+
+TESTS = os.path.dirname(os.path.abspath(__file__))
+TOP = os.path.dirname(TESTS)
+LVM = os.path.abspath(os.environ.get("LVM", os.path.join(TOP, "lvm")))
+WEIGHTS = os.path.abspath(os.environ.get("WEIGHTS", os.path.join(TOP, "weights.bin")))
+SANITIZED = bool(os.environ.get("SANITIZE"))
+TIMEOUT = 180 if SANITIZED else 60
+MEMORY = 2 << 30                          # address space that a hostile file may take
+T, CODES, WINDOW = 64, 256, 4             # of the small model: tokens a picture, codes, pictures
+REPORTS = ("ERROR: AddressSanitizer", "ERROR: LeakSanitizer", "runtime error:",
+           "WARNING: ThreadSanitizer")
+F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8         # GGUF's numbers
+U32, I32, FLOAT, TEXT, ARRAY = 4, 5, 6, 8, 9
+
+
+# ---- files ---------------------------------------------------------------------------------------
+
+def read(path):
+    with open(path, "rb") as f:
+        return f.read()
+
+
+def write(path, data):
+    with open(path, "wb") as f:
+        f.write(data)
+    return path
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, rows):
+    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def picture(seed, width=40, height=36):
+    """An RGB PNG with a gradient and some noise that the seed chooses."""
+    rng = random.Random(seed)
+    a, b, c = (rng.randrange(1, 9) for _ in range(3))
+    rows = bytearray()
+    for y in range(height):
+        rows.append(0)
+        for x in range(width):
+            rows += bytes(((a * x + b * y) % 256, (c * x * y) % 256, rng.randrange(256)))
+    return png(width, height, bytes(rows))
+
+
+def png_size(data):
+    """Width and height of a whole RGB PNG; an error where it is not one."""
+    assert data[:8] == b"\x89PNG\r\n\x1a\n" and data[-12:] == chunk(b"IEND", b""), "no whole PNG"
+    width, height, depth, colour = struct.unpack(">IIBB", data[16:26])
+    assert (depth, colour) == (8, 2), "not 8-bit RGB"
+    at, pixels = 8, b""
+    while at < len(data):
+        size, = struct.unpack(">I", data[at:at + 4])
+        assert data[at:at + 12 + size] == chunk(data[at + 4:at + 8], data[at + 8:at + 8 + size])
+        if data[at + 4:at + 8] == b"IDAT":
+            pixels += data[at + 8:at + 8 + size]
+        at += 12 + size
+    assert len(zlib.decompress(pixels)) == height * (1 + 3 * width), "too few or too many pixels"
+    return width, height
+
+
+class Gguf:
+    """A weights file taken apart: keys [name, type, value bytes], tensors [name, ne, type, offset]."""
+
+    def __init__(self, data):
+        self.at, self.whole = 8, data
+        n_tensors, n_keys = self.number(8), self.number(8)
+        self.keys, self.tensors = [], []
+        for _ in range(n_keys):
+            name, kind = self.text(), self.number(4)
+            start = self.at
+            self.skip(kind)
+            self.keys.append([name, kind, data[start:self.at]])
+        for _ in range(n_tensors):
+            name, n_dims = self.text(), self.number(4)
+            ne = [self.number(8) for _ in range(n_dims)]
+            kind = self.number(4)
+            self.tensors.append([name, ne, kind, self.number(8)])
+        self.head = self.at
+        self.data = data[(self.at + 63) // 64 * 64:]
+
+    def number(self, size):
+        self.at += size
+        return int.from_bytes(self.whole[self.at - size:self.at], "little")
+
+    def text(self):
+        n = self.number(8)
+        self.at += n
+        return self.whole[self.at - n:self.at]
+
+    def skip(self, kind):
+        if kind == TEXT:
+            self.text()
+        elif kind == ARRAY:
+            of, n = self.number(4), self.number(8)
+            for _ in range(n):
+                self.skip(of)
+        else:
+            self.at += (1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8)[kind]
+
+    def key(self, name, kind, value):
+        """Sets a key; value None removes it."""
+        self.keys = [k for k in self.keys if k[0] != name]
+        if value is not None:
+            self.keys.append([name, kind, value])
+
+    def tensor(self, name):
+        return next(t for t in self.tensors if t[0] == name)
+
+    def bytes(self, n_tensors=None, n_keys=None):
+        out = bytearray(b"GGUF" + struct.pack(
+            "<IQQ", 3, len(self.tensors) if n_tensors is None else n_tensors,
+            len(self.keys) if n_keys is None else n_keys))
+        for name, kind, value in self.keys:
+            out += gguf_text(name) + struct.pack("<I", kind) + value
+        for name, ne, kind, offset in self.tensors:
+            out += gguf_text(name) + struct.pack("<I", len(ne)) + struct.pack("<%dQ" % len(ne), *ne)
+            out += struct.pack("<IQ", kind, offset)
+        return bytes(out) + bytes(-len(out) % 64) + self.data
+
+
+def gguf_text(name):
+    return struct.pack("<Q", len(name)) + name
+
+
+def u32(n):
+    return struct.pack("<I", n)
+
+
+def f32(x):
+    return struct.pack("<f", x)
+
+
+# ---- running -------------------------------------------------------------------------------------
+
+def ignore_file_limit(size):
+    """In the child: no file may grow beyond size, and the write fails, as on a full disk."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+def processor_time():
+    """Of all programs that ran so far; a busy machine does not lengthen it."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
+def limit_memory():
+    if not SANITIZED:
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+class Case(unittest.TestCase):
+    """A test in an empty folder of its own, with the small model as self.weights."""
+
+    @classmethod
+    def setUpClass(cls):
+        cls.shared = tempfile.mkdtemp(prefix="test_cli.")
+        cls.weights = os.path.join(cls.shared, "both.bin")
+        golden = os.path.join(TESTS, "golden", "both")
+        cls.convert(cls.weights, "--llama", os.path.join(golden, "llama"), "--vqgan",
+                    os.path.join(golden, "vqgan"))
+        cls.pictures = [write(os.path.join(cls.shared, "p%d.png" % i), picture(i)) for i in range(4)]
+
+    @classmethod
+    def tearDownClass(cls):
+        shutil.rmtree(cls.shared)
+
+    @staticmethod
+    def convert(out, *args):
+        subprocess.run([sys.executable, os.path.join(TOP, "convert.py"), "-o", out] + list(args),
+                       check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def setUp(self):
+        self.folder = tempfile.mkdtemp(dir=self.shared)
+        self.addCleanup(shutil.rmtree, self.folder, True)
+
+    def tearDown(self):
+        left = [n for n in os.listdir(self.folder) if n.endswith(".tmp")]
+        self.assertEqual(left, [], "temporary files were left")
+
+    def path(self, name):
+        return os.path.join(self.folder, name)
+
+    def put(self, name, data):
+        return write(self.path(name), data)
+
+    def start(self, *args, **how):
+        how.setdefault("stdout", subprocess.PIPE)
+        how.setdefault("stderr", subprocess.PIPE)
+        how.setdefault("stdin", subprocess.PIPE)
+        how["env"] = dict(os.environ, **how.get("env", {}))
+        return subprocess.Popen([LVM] + list(args), cwd=self.folder, **how)
+
+    def finish(self, process, data=b"", limit=TIMEOUT):
+        try:
+            out, err = process.communicate(data, limit)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()
+            self.fail("did not end within %d seconds: %s" % (limit, process.args))
+        err = (err or b"").decode("utf-8", "replace")
+        for report in REPORTS:
+            self.assertNotIn(report, err, "%s\n%s" % (process.args, err))
+        return process.returncode, out or b"", err
+
+    def run_lvm(self, *args, **how):
+        data, limit = how.pop("data", b""), how.pop("limit", TIMEOUT)
+        return self.finish(self.start(*args, **how), data, limit)
+
+    def good(self, *args, **how):
+        """Runs a command that must succeed in silence; its standard output."""
+        code, out, err = self.run_lvm(*args, **how)
+        self.assertEqual((code, err), (0, ""), args)
+        return out
+
+    def lines(self, *args, **how):
+        return self.good(*args, **how).decode().splitlines()
+
+    def bad(self, status, words, *args, **how):
+        """Runs a command that must fail with one line that holds all words, and change nothing."""
+        before = sorted(os.listdir(self.folder))
+        code, out, err = self.run_lvm(*args, **how)
+        what = "%s\n%s" % (args, err)
+        self.assertEqual(code, status, what)
+        self.assertEqual(out, b"", what)
+        self.assertRegex(err, r"\Alvm: [ -~]+\n\Z", what)
+        for word in [words] if isinstance(words, str) else words:
+            self.assertIn(word, err, what)
+        self.assertEqual(sorted(os.listdir(self.folder)), before, what)
+        return err
+
+    def predict(self, *args, **how):
+        """The bytes of the one picture that a prediction writes."""
+        args += ("-o", "once.png") + (() if "-j" in args else ("-j", "1"))
+        self.assertEqual(self.lines(self.weights, *args, **how), ["once.png"])
+        return read(self.path("once.png"))
+
+
+# ---- what works ----------------------------------------------------------------------------------
+
+class Commands(Case):
+    def test_version(self):
+        self.assertRegex(self.good("--version"),
+                         rb"\Alvm \d+\.\d+\.\d+ \((scalar|avx2|avx512|neon), \d+ processors\)\n\Z")
+
+    def test_help(self):
+        text = self.good("help").decode()
+        commands = ("predict", "encode", "decode", "info", "quantize", "help")
+        for word in commands + ("--version", "--greedy"):
+            self.assertIn(word, text)
+        self.assertEqual(self.good("--help").decode(), text)
+        self.assertEqual(self.good("-h").decode(), text)
+        for command in commands:
+            self.assertIn("lvm ", self.good("help", command).decode())
+        self.assertIn("--temperature", self.good("help", "predict").decode())
+        self.assertNotIn("--temperature", self.good("help", "decode").decode())
+        self.bad(2, "nope", "help", "nope")
+
+    def test_help_without_arguments(self):
+        code, out, err = self.run_lvm()
+        self.assertEqual((code, out), (2, b""))
+        self.assertIn("WEIGHTS", err)
+
+    def test_info(self):
+        text = self.good("info", self.weights).decode()
+        for word in ("both.bin", str(os.path.getsize(self.weights)), "32 x 32 pixels", "256 codes",
+                     "2 layers", "width 64", "vocabulary 260", "256 tokens = 4 pictures", "bos 256",
+                     "f16", "bf16"):
+            self.assertIn(word, text)
+        self.assertEqual(self.good("info", self.weights, "--no-mmap").decode(), text)
+        every = self.good("info", self.weights, "--tensors").decode()
+        self.assertTrue(every.startswith(text))
+        for t in Gguf(read(self.weights)).tensors:
+            shape = " ".join(str(n) for n in reversed(t[1]))
+            self.assertRegex(every, r"(?m)^%s +\S+ +%s$" % (re.escape(t[0].decode()), shape))
+
+    def test_info_of_parts(self):
+        golden = os.path.join(TESTS, "golden", "both")
+        self.convert(self.path("t.bin"), "--llama", os.path.join(golden, "llama"))
+        self.convert(self.path("v.bin"), "--vqgan", os.path.join(golden, "vqgan"))
+        self.assertIn("tokenizer     none", self.good("info", "t.bin").decode())
+        self.assertIn("transformer   none", self.good("info", "v.bin").decode())
+        self.assertEqual(self.good("encode", "v.bin", self.pictures[0]),
+                         self.good("encode", self.weights, self.pictures[0]))
+        self.bad(1, ["v.bin", "no transformer"], "v.bin", self.pictures[0])
+        self.bad(1, ["t.bin", "no tokenizer"], "t.bin", self.pictures[0])
+        self.bad(1, ["t.bin", "no tokenizer"], "encode", "t.bin", self.pictures[0])
+        self.put("ids", b"1 " * 256)
+        self.bad(1, ["t.bin", "no tokenizer"], "decode", "t.bin", "ids")
+
+    def test_encode(self):
+        out = self.lines("encode", self.weights, *self.pictures)
+        self.assertEqual(len(out), len(self.pictures))
+        for line in out:
+            ids = [int(n) for n in line.split(" ")]
+            self.assertEqual(len(ids), T)
+            self.assertTrue(all(0 <= n < CODES for n in ids))
+        self.assertEqual(len(set(out)), len(out), "different pictures, the same tokens")
+        self.assertEqual(self.lines("encode", self.weights, self.pictures[2]), out[2:3])
+
+    def test_encode_to_a_file(self):
+        out = self.good("encode", self.weights, *self.pictures)
+        self.assertEqual(self.lines("encode", self.weights, *(self.pictures + ["-o", "ids"])), ["ids"])
+        self.assertEqual(read(self.path("ids")), out)
+        self.good("encode", self.weights, self.pictures[0], "--output=ids")
+        self.assertEqual(read(self.path("ids")), out.splitlines(True)[0])
+        self.assertEqual(self.good("encode", self.weights, *(self.pictures + ["-o", "-"])), out)
+        self.assertEqual(os.listdir(self.folder), ["ids"])
+
+    def test_decode(self):
+        ids = self.good("encode", self.weights, *self.pictures[:2])
+        self.put("ids", ids)
+        self.assertEqual(self.lines("decode", self.weights, "ids", "-o", "d.png"),
+                         ["d-1.png", "d-2.png"])
+        self.put("first", ids.splitlines()[0].replace(b" ", b"\n \t"))
+        self.assertEqual(self.lines("decode", self.weights, "first"), ["out.png"])
+        self.assertEqual(png_size(read(self.path("out.png"))), (32, 32))
+        self.assertEqual(read(self.path("out.png")), read(self.path("d-1.png")))
+        self.assertNotEqual(read(self.path("out.png")), read(self.path("d-2.png")))
+        self.assertEqual(self.good("decode", self.weights, "-", "-o", "in.png", data=ids.splitlines()[0]),
+                         b"in.png\n")
+        self.assertEqual(read(self.path("in.png")), read(self.path("out.png")))
+
+    def test_standard_output(self):
+        one = self.predict(self.pictures[0])
+        self.assertEqual(self.good(self.weights, self.pictures[0], "-o", "-"), one)
+        ids = self.good("encode", self.weights, self.pictures[0])
+        self.good("decode", self.weights, "-", "-o", "d.png", data=ids)
+        self.assertEqual(self.good("decode", self.weights, "-", "-o", "-", data=ids),
+                         read(self.path("d.png")))
+        self.bad(2, "-o", self.weights, self.pictures[0], "-o", "-", "-n", "2")
+        self.assertEqual(sorted(os.listdir(self.folder)), ["d.png", "once.png"])
+
+    def test_predict(self):
+        self.assertEqual(self.lines(self.weights, self.pictures[0]), ["out.png"])
+        self.assertEqual(png_size(read(self.path("out.png"))), (32, 32))
+        self.assertEqual(self.predict(self.pictures[0]), read(self.path("out.png")))
+        os.mkdir(self.path("a.b"))
+        self.assertEqual(self.lines("predict", self.weights, self.pictures[0], "-oa.b/../c.png"),
+                         ["a.b/../c.png"])
+        self.assertEqual(self.lines("predict", self.weights, self.pictures[0], "-o", "c"), ["c"])
+        self.assertEqual(read(self.path("c")), read(self.path("out.png")))
+        self.assertEqual(self.lines("-o", "d.png", self.weights, "--", self.pictures[0]), ["d.png"])
+
+    def test_names_of_several(self):
+        def names(*args):
+            return self.lines(self.weights, self.pictures[0], "-q", *args)
+        self.assertEqual(names("-n", "3"), ["out-1.png", "out-2.png", "out-3.png"])
+        self.assertEqual(names("-c", "2"), ["out-1a.png", "out-1b.png"])
+        os.mkdir(self.path("a.b"))
+        self.assertEqual(names("-n2", "--candidates=2", "-o", "a.b/x.y.png"),
+                         ["a.b/x.y-1a.png", "a.b/x.y-1b.png", "a.b/x.y-2a.png", "a.b/x.y-2b.png"])
+        self.assertEqual(names("-n", "2", "-o", "a.b/x"), ["a.b/x-1", "a.b/x-2"])
+        self.assertEqual(names("-c", "27", "-o", "m.png")[::26], ["m-1-1.png", "m-1-27.png"])
+        for name in ("out-3.png", "out-1b.png", "a.b/x.y-2b.png", "a.b/x-2", "m-1-27.png"):
+            self.assertEqual(png_size(read(self.path(name))), (32, 32))
+
+    def test_folder_in_natural_order(self):
+        os.mkdir(self.path("f"))
+        for name, i in (("f/2.png", 1), ("f/10.png", 2), ("f/1.png", 0), ("f/11.PNG", 3)):
+            self.put(name, picture(i))
+        self.put("f/notes.txt", b"not a picture")
+        os.mkdir(self.path("f/truth"))
+        ids = self.good("encode", self.weights, *self.pictures)
+        self.assertEqual(self.good("encode", self.weights, "f"), ids)
+        self.assertEqual(self.good("encode", self.weights, "f/"), ids)
+        self.assertEqual(self.good("encode", self.weights, self.pictures[3], "f"),
+                         ids.splitlines(True)[3] + ids)
+        self.assertEqual(self.predict("f/1.png", "f", "-q"), self.predict(*(self.pictures + ["-q"])))
+
+    def test_more_pictures_than_the_window(self):
+        many = [self.pictures[i % 4] for i in range(40)]
+        code, out, err = self.run_lvm(self.weights, *many)
+        self.assertEqual((code, out), (0, b"out.png\n"))
+        self.assertRegex(err, r"\Alvm: note: 40 pictures given, the last 3 count .*4\)\n\Z")
+        self.assertEqual(self.predict(*(many + ["--quiet"])), read(self.path("out.png")))
+        self.assertEqual(self.predict(*many[-3:]), read(self.path("out.png")))
+
+    def test_sliding_window(self):
+        self.lines(self.weights, *(self.pictures[:3] + ["-n", "6", "--greedy", "-o", "s.png"]))
+        self.lines(self.weights, *(self.pictures[:3] + ["-n", "2", "--greedy", "-o", "t.png"]))
+        for i in "12":
+            self.assertEqual(read(self.path("s-%s.png" % i)), read(self.path("t-%s.png" % i)))
+
+
+class Repeatable(Case):
+    def test_greedy(self):
+        greedy = self.predict(self.pictures[0], "--greedy")
+        self.assertEqual(self.predict(self.pictures[0], "--greedy", "-s", "7", "-t", "5"), greedy)
+        self.assertEqual(self.predict(self.pictures[0], "-k", "1"), greedy)
+
+    def test_seed(self):
+        default = self.predict(self.pictures[0])
+        self.assertEqual(self.predict(self.pictures[0]), default)
+        self.assertEqual(self.predict(self.pictures[0], "-s", "1"), default)
+        others = {self.predict(self.pictures[0], "-s", s) for s in ("0", "2", "18446744073709551615")}
+        self.assertEqual(len(others | {default}), 4, "seeds that give the same picture")
+
+    def test_sampling_options_matter(self):
+        def of(*args):
+            return self.predict(self.pictures[0], *args)
+        pictures = [of(), of("-t", "3"), of("-p", "0.3"), of("-k", "3"), of("--greedy")]
+        self.assertEqual(len(set(pictures)), len(pictures))
+        self.assertEqual(of("-t1", "-p0.9", "-k0"), pictures[0])
+
+    def test_threads_and_candidates(self):
+        args = self.pictures[:2] + ["-n", "3"]
+        self.lines(self.weights, *(args + ["-j", "1", "-o", "r.png"]))
+        want = [read(self.path("r-%d.png" % i)) for i in (1, 2, 3)]
+        for threads in ("2", "3", "5"):
+            for candidates in ("1", "3"):
+                self.lines(self.weights, *(args + ["-j", threads, "-c", candidates, "-o", "x.png"]))
+                letter = "a" if candidates == "3" else ""
+                got = [read(self.path("x-%d%s.png" % (i, letter))) for i in (1, 2, 3)]
+                self.assertEqual(got, want, "%s threads, %s candidates" % (threads, candidates))
+        self.assertNotEqual(read(self.path("x-1b.png")), want[0])
+        ids = {self.good("encode", self.weights, "-j", n, *self.pictures) for n in "1235"}
+        self.assertEqual(len(ids), 1)
+
+    def test_reading_and_exact(self):
+        self.good("quantize", self.weights, "q.bin", "--type", "q8_0", "--vq-type", "q8_0")
+        for weights in (self.weights, "q.bin"):
+            def of(*args):
+                self.lines(weights, self.pictures[0], self.pictures[1], "-o", "x.png", *args)
+                return read(self.path("x.png"))
+            self.assertEqual(of("--no-mmap"), of())
+            self.assertEqual(of("--exact", "--no-mmap"), of("--exact"))
+        for kv in ("f32", "f16", "q8_0"):
+            self.assertEqual(self.predict(self.pictures[0], "--kv", kv),
+                             self.predict(self.pictures[0], "--kv", kv, "-j", "3"))
+
+    def test_instruction_sets(self):
+        err = self.bad(1, ["LVM_ISA", "bogus"], "--version", env={"LVM_ISA": "bogus"})
+        isas = re.search(r"runs (.+)\n", err).group(1).split(", ")
+        self.assertIn("scalar", isas)
+        self.bad(1, ["LVM_ISA", "bogus"], self.weights, self.pictures[0], env={"LVM_ISA": "bogus"})
+        self.bad(1, ["LVM_ISA", "bogus"], "info", self.weights, env={"LVM_ISA": "bogus"})
+        for isa in isas:
+            env = {"LVM_ISA": isa}
+            self.assertIn(isa.encode(), self.good("--version", env=env))
+            one = self.predict(self.pictures[0], "--greedy", "-j", "1", env=env)
+            self.assertEqual(self.predict(self.pictures[0], "--greedy", "-j", "3", env=env), one)
+
+
+class Quantize(Case):
+    def types(self, name):
+        return {line.split()[0]: line.split()[1] for line in
+                self.lines("info", name, "--tensors") if re.match(r"\S+\.(weight|bias) ", line)}
+
+    def test_types(self):
+        before = self.types(self.weights)
+        for kind in ("q8_0", "q4_0", "f16", "bf16", "f32"):
+            name = kind + ".bin"
+            self.assertEqual(self.lines("quantize", self.weights, name, "--type", kind), [name])
+            for t, was in before.items():
+                matrix = not t.startswith("vq.") and was != "f32"
+                self.assertEqual(self.types(name)[t], kind if matrix else was, t)
+            self.predict_with(name)
+        self.good("quantize", self.weights, "v.bin", "--vq-type", "q8_0")
+        after = self.types("v.bin")
+        self.assertIn("q8_0", after.values())
+        for t in ("vq.quantize.embedding.weight", "vq.quant_conv.weight", "vq.encoder.conv_in.weight",
+                  "vq.post_quant_conv.weight", "token_embd.weight"):
+            self.assertEqual(after[t], before[t])
+        self.predict_with("v.bin")
+
+    def predict_with(self, weights):
+        self.assertEqual(self.lines(weights, self.pictures[0], "-j1", "-o", "q.png"), ["q.png"])
+        self.assertEqual(png_size(read(self.path("q.png"))), (32, 32))
+
+    def test_rules(self):
+        self.good("quantize", self.weights, "r.bin", "--type", "q4_0", "--rules",
+                  "blk.*.attn_v.*=q8_0,output.weight=f16")
+        types = self.types("r.bin")
+        self.assertEqual([types[t] for t in ("blk.1.attn_v.weight", "output.weight",
+                                             "blk.1.attn_q.weight")], ["q8_0", "f16", "q4_0"])
+        for rules in ("nothing", "a=q9", "a=", "a=f16,b"):
+            self.bad(2, ["rule", "PATTERN"], "quantize", self.weights, "x.bin", "--rules", rules)
+
+    def test_nothing_to_do(self):
+        self.good("quantize", self.weights, "same.bin")
+        self.assertEqual(read(self.path("same.bin")), read(self.weights))
+
+    def test_force(self):
+        self.put("q.bin", b"precious")
+        self.bad(1, ["q.bin", "exists", "--force"], "quantize", self.weights, "q.bin")
+        self.assertEqual(read(self.path("q.bin")), b"precious")
+        self.assertEqual(self.lines("quantize", self.weights, "q.bin", "--force"), ["q.bin"])
+        self.good("info", "q.bin")
+
+    def test_refusals(self):
+        shutil.copy(self.weights, self.path("w.bin"))
+        os.symlink("w.bin", self.path("link.bin"))
+        for name in ("w.bin", "./w.bin", "link.bin"):
+            self.bad(1, [name, "input"], "quantize", "w.bin", name, "--force")
+        self.bad(1, ["none.bin", "No such file"], "quantize", "none.bin", "x.bin")
+        self.bad(1, "none/x.bin", "quantize", "w.bin", "none/x.bin")
+        self.bad(2, "q9", "quantize", "w.bin", "x.bin", "--type", "q9")
+        self.bad(2, ["--vq-type", "q4_0"], "quantize", "w.bin", "x.bin", "--vq-type", "q4_0")
+        self.bad(2, "help quantize", "quantize", "w.bin")
+        self.bad(2, "help quantize", "quantize", "w.bin", "x.bin", "y.bin")
+        self.assertEqual(read(self.path("w.bin")), read(self.weights))
+
+    def test_full_disk(self):
+        self.put("q.bin", b"precious")
+        for size in (0, 5000, 300000):
+            self.bad(1, ["q.bin", "cannot be written"], "quantize", self.weights, "q.bin", "--force",
+                     preexec_fn=lambda: ignore_file_limit(size))
+            self.assertEqual(read(self.path("q.bin")), b"precious")
+
+    def test_a_pipe_is_not_replaced(self):
+        os.mkfifo(self.path("pipe"))
+        self.bad(1, "pipe", "quantize", self.weights, "pipe", "--force")
+        self.assertTrue(stat.S_ISFIFO(os.stat(self.path("pipe")).st_mode))
+
+
+# ---- wrong usage ---------------------------------------------------------------------------------
+
+class Usage(Case):
+    def test_missing_words(self):
+        self.bad(2, ["WEIGHTS", "IMAGE"], self.weights)
+        self.bad(2, ["WEIGHTS", "IMAGE"], "predict")
+        self.bad(2, "help encode", "encode", self.weights)
+        self.bad(2, "help decode", "decode", self.weights)
+        self.bad(2, "help decode", "decode", self.weights, "a", "b")
+        self.bad(2, "help info", "info")
+        self.bad(2, "help info", "info", self.weights, "more")
+
+    def test_unknown_options(self):
+        p = self.pictures[0]
+        for args, word in (((self.weights, p, "--nope"), "--nope"), ((self.weights, p, "-x"), "-x"),
+                           ((self.weights, p, "--greedyx"), "--greedyx"),
+                           ((self.weights, p, "--gree"), "--gree"), ((self.weights, p, "---"), "---"),
+                           ((self.weights, p, "--type", "f16"), "--type"),
+                           (("encode", self.weights, p, "--greedy"), "--greedy"),
+                           (("decode", self.weights, p, "-n", "2"), "-n"),
+                           (("info", self.weights, "--force"), "--force"),
+                           (("info", self.weights, "-o", "x"), "-o"),
+                           (("quantize", self.weights, "x.bin", "-j", "2"), "-j"),
+                           (("help", "--nope"), "--nope")):
+            self.bad(2, ["unknown option", word, "lvm help"], *args)
+
+    def test_values(self):
+        wrong = {
+            "-n": ("0", "-1", "4097", "1.5", "two", "", "99999999999999999999", "0x"),
+            "-c": ("0", "65", "-3", "x", "1e1"),
+            "-t": ("0", "-1", "101", "nan", "inf", "hot", "", "1,5"),
+            "-p": ("0", "1.01", "-0.5", "nan", "all"),
+            "-k": ("-1", "1048577", "many", "2.5"),
+            "-s": ("-1", "18446744073709551616", "1.5", "", "seed", "+1", " 1"),
+            "-j": ("0", "1025", "-2", "all", ""),
+            "--kv": ("q4_0", "bf16", "f64", "", "F16"),
+            "--images": ("0",), "--candidates": ("0",), "--temperature": ("0",), "--top-p": ("2",),
+            "--top-k": ("-1",), "--seed": ("x",), "--threads": ("0",)}
+        for option, values in wrong.items():
+            for value in values:
+                args = [self.weights, self.pictures[0], option, value]
+                if option.startswith("--"):
+                    self.bad(2, [option], *(args[:2] + [option + "=" + value]))
+                self.bad(2, [option, '"%s"' % value if option != "--kv" else option], *args)
+        for option, value in (("--type", "q9"), ("--vq-type", "f64"), ("--vq-type", "")):
+            self.bad(2, [option, value], "quantize", self.weights, "x.bin", option, value)
+
+    def test_limits_work(self):
+        for args in (("-t", "0.001"), ("-t", "100"), ("-p", "1"), ("-p", "0.000001"),
+                     ("-k", "1048576"), ("-k", "1"), ("-c", "64"), ("-n", "30")):
+            self.lines(self.weights, self.pictures[0], "-j", "1", *args)
+        self.good("encode", self.weights, self.pictures[0], "-j", "64")
+
+    def test_values_missing_or_too_many(self):
+        for option in ("-o", "-n", "-c", "-t", "-p", "-k", "-s", "-j", "--kv", "--output"):
+            self.bad(2, [option, "needs a value"], self.weights, self.pictures[0], option)
+        for option in ("--greedy=1", "--quiet=0", "--exact=", "-qq", "--no-mmap=yes"):
+            self.bad(2, [option, "takes no value"], self.weights, self.pictures[0], option)
+
+
+# ---- files that are not what they should be ------------------------------------------------------
+
+class Pictures(Case):
+    def refuse(self, words, *pictures):
+        self.bad(1, words, "encode", self.weights, *pictures)
+        self.bad(1, words, self.weights, *pictures)
+
+    def test_missing_empty_and_foreign(self):
+        self.refuse(["none.png", "No such file"], "none.png")
+        self.refuse(["none.png", "No such file"], self.pictures[0], "none.png", self.pictures[1])
+        self.put("empty.png", b"")
+        self.refuse(["empty.png", "empty"], "empty.png")
+        self.put("text.png", b"This is only text.\n" * 9)
+        self.refuse(["text.png", "no picture"], "text.png")
+        self.refuse(["both.bin", "no picture"], self.weights)
+        os.mkdir(self.path("folder"))
+        self.refuse(["folder", "no PNG"], "folder")
+        self.put("folder/bad.png", b"bad")
+        self.refuse(["folder/bad.png"], "folder")
+        self.refuse(["/dev/null", "regular file"], "/dev/null")
+        os.symlink("loop.png", self.path("loop.png"))
+        self.refuse(["loop.png", "symbolic link"], "loop.png")
+
+    def test_vectors(self):
+        """Every damaged picture of tests/images, by the words that its index asks for."""
+        folder, count = os.path.join(TESTS, "images"), 0
+        with open(os.path.join(folder, "index.txt"), encoding="utf-8") as f:
+            for line in f:
+                if line.startswith("bad "):
+                    _, name, _, words = line.rstrip("\n").split(" ", 3)
+                    self.bad(1, [name, words], "encode", self.weights, os.path.join(folder, name))
+                    count += 1
+        self.assertGreater(count, 50)
+
+    def test_other_formats_are_named(self):
+        for name, start in (("JPEG", b"\xff\xd8\xff\xe0\0\x10JFIF\0"), ("GIF", b"GIF89a"),
+                            ("WebP", b"RIFF\x24\0\0\0WEBPVP8 "), ("BMP", b"BM"), ("TIFF", b"II*\0"),
+                            ("HEIC", b"\0\0\0\x18ftypheic"), ("AVIF", b"\0\0\0\x1cftypavif")):
+            self.put("p.png", start + bytes(64))
+            self.refuse(["p.png", name, "PNG"], "p.png")
+
+    def test_truncated(self):
+        whole = picture(9, 60, 50)
+        for i in range(50):
+            self.put("cut.png", whole[:i * (len(whole) - 1) // 49])
+            self.bad(1, "cut.png", "encode", self.weights, "cut.png")
+
+    def test_bombs(self):
+        def header(w, h):
+            return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)))
+        zeros = chunk(b"IDAT", zlib.compress(bytes(100000))) + chunk(b"IEND", b"")
+        for w, h, words in ((16384, 16384, "cannot hold"), (20000, 20000, "pixels"),
+                            (0x7fffffff, 0x7fffffff, "pixels"), (0xffffffff, 1, "pixels"),
+                            (0, 5, "pixels"), (65536, 65536, "pixels"), (1 << 28, 1, "cannot hold")):
+            self.put("bomb.png", header(w, h) + zeros)
+            self.bad(1, ["bomb.png", words], "encode", self.weights, "bomb.png",
+                     preexec_fn=limit_memory)
+        self.put("more.png", header(10, 10) + chunk(b"IDAT", zlib.compress(bytes(50 << 20)))
+                 + chunk(b"IEND", b""))
+        self.bad(1, ["more.png", "more than the picture"], "encode", self.weights, "more.png")
+
+    def test_odd_sizes(self):
+        for w, h in ((1, 1), (1, 500), (500, 1), (31, 33)):
+            self.put("odd.png", picture(1, w, h))
+            self.assertEqual(len(self.good("encode", self.weights, "odd.png").split()), T)
+
+
+class Tokens(Case):
+    def test_bad_tokens(self):
+        ids = " ".join(str(i) for i in range(T))
+        for text, words in (("", ["0 token ids", "takes 64"]), ("1 2 3", ["3 token ids", "takes 64"]),
+                            (ids + " 7", ["65 token ids"]), (ids[:-2] + "x9", ["line 1", "x9"]),
+                            (ids[:-2] + "-1", ["line 1", "-1"]), (ids + "\n\n4a", ["line 3", "4a"]),
+                            (ids[:-2] + "256", ["256", "255"]), (ids + "\nx\ny", ["line 2", "x"]),
+                            (ids[:-2] + "4294967296", ["4294967296"]), (ids + " \x00", ["line 1"]),
+                            (ids[:-2] + "1.5", ["1.5"]), ("\x1b[2J" + ids, ["line 1"])):
+            self.put("ids", text.encode())
+            self.bad(1, ["ids"] + words, "decode", self.weights, "ids")
+            self.bad(1, words, "decode", self.weights, "-", data=text.encode())
+        self.bad(1, ["none", "No such file"], "decode", self.weights, "none")
+        self.bad(1, [".", "regular file"], "decode", self.weights, ".")
+
+    def test_random_bytes(self):
+        rng = random.Random(5)
+        for _ in range(20):
+            self.put("ids", bytes(rng.randrange(256) for _ in range(rng.randrange(1, 600))))
+            self.bad(1, "ids", "decode", self.weights, "ids")
+
+
+class Weights(Case):
+    def refuse(self, data, words, *options):
+        self.put("w.bin", data)
+        self.bad(1, ["w.bin"] + ([words] if isinstance(words, str) else words), "info", "w.bin",
+                 *options, preexec_fn=limit_memory)
+
+    def changed(self, words, change):
+        """change(g) spoils the small model; the message must hold words and the file's name."""
+        g = Gguf(read(self.weights))
+        data = change(g)
+        self.refuse(data if isinstance(data, bytes) else g.bytes(), words)
+
+    def test_builder(self):
+        self.assertEqual(Gguf(read(self.weights)).bytes(), read(self.weights))
+
+    def test_missing_empty_and_foreign(self):
+        for command in ("info", "encode", "predict"):
+            rest = [] if command == "info" else self.pictures[:1]
+            self.bad(1, ["none.bin", "No such file"], command, "none.bin", *rest)
+            self.bad(1, [".", "regular file"], command, ".", *rest)
+            self.bad(1, ["/dev/null", "regular file"], command, "/dev/null", *rest)
+            self.bad(1, ["p0.png", "not a weights file"], command, self.pictures[0], *rest)
+        for options in ((), ("--no-mmap",)):
+            self.refuse(b"", "empty", *options)
+            self.refuse(b"GGU", "not a weights file", *options)
+            self.refuse(b"#!/bin/sh\n" * 10, "not a weights file", *options)
+        self.bad(1, ["w.bin", "not a weights file"], "quantize", "w.bin", "x.bin")
+
+    def test_truncated(self):
+        whole = read(self.weights)
+        head = Gguf(whole).head
+        places = [0, 1, 3, 4, 5, 8, 15, 16, 23, 24] + [24 + (head - 24) * i // 24 for i in range(1, 24)]
+        places += [head + (len(whole) - 64 - head) * i // 16 for i in range(17)]
+        self.assertEqual(len(set(places)), 50)
+        for n in places:
+            words = "empty" if n == 0 else "not a weights" if n < 4 else ""
+            self.refuse(whole[:n], words)
+            self.refuse(whole[:n], "truncated" if n > head else words, "--no-mmap")
+        self.put("w.bin", whole[:-64])
+        self.bad(1, "w.bin", "w.bin", self.pictures[0])
+        self.bad(1, "w.bin", "quantize", "w.bin", "x.bin")
+
+    def test_counts(self):
+        for n in (1 << 64) - 1, 1 << 63, 1 << 32, 1 << 24, 763264 // 13:
+            self.changed("claims more", lambda g: g.bytes(n_tensors=n))
+            self.changed("claims more", lambda g: g.bytes(n_keys=n))
+        self.changed("damaged", lambda g: g.bytes(n_keys=len(g.keys) + 1))
+        self.changed("damaged", lambda g: g.bytes(n_keys=len(g.keys) - 1))
+        self.changed("damaged", lambda g: g.bytes(n_tensors=len(g.tensors) + 1))
+        self.changed("GGUF version 2", lambda g: b"GGUF" + u32(2) + g.bytes()[8:])
+        self.changed("GGUF version", lambda g: b"GGUF" + b"\0\0\0\x03" + g.bytes()[8:])
+
+    def test_keys(self):
+        def add(kind, value, name=b"x"):
+            return lambda g: g.keys.insert(0, [name, kind, value])
+        damaged = "damaged or truncated at key"
+        for kind in (13, 255, 0xffffffff):
+            self.changed(damaged, add(kind, b""))
+        for n in ((1 << 64) - 1, 1 << 63, 1 << 40):
+            self.changed(damaged, add(TEXT, struct.pack("<Q", n)))
+            for of in (0, 10, 12, TEXT, ARRAY):
+                self.changed(damaged, add(ARRAY, struct.pack("<IQ", of, n)))
+            raw = read(self.weights)
+            self.refuse(raw[:24] + struct.pack("<Q", n) + raw[32:], damaged + " 1")
+        self.changed(damaged, add(ARRAY, struct.pack("<IQ", 10, (1 << 61) + 1)))
+        self.changed(damaged, add(ARRAY, struct.pack("<IQ", 13, 1)))
+        self.changed(damaged, add(ARRAY, struct.pack("<IQ", ARRAY, 1) * 5000 + struct.pack("<IQ", 0, 0)))
+        self.changed(["lvm.vocab_size", "twice"], add(U32, u32(5), b"lvm.vocab_size"))
+
+    def test_many_keys(self):
+        """Many keys must not take a time that grows with their square."""
+        n = 300000
+        keys = b"".join(struct.pack("<Q", 3) + i.to_bytes(3, "little") + u32(0) + b"\0"
+                        for i in range(n))
+        before = processor_time()
+        self.refuse(b"GGUF" + struct.pack("<IQQ", 3, 0, n) + keys, "architecture")
+        self.assertLess(processor_time() - before, 20 if SANITIZED else 2)
+
+    def test_alignment(self):
+        for kind, value in ((U32, u32(0)), (U32, u32(3)), (U32, u32(12)), (U32, u32(1 << 31)),
+                            (U32, u32(0xffffffff)), (TEXT, gguf_text(b"64")), (FLOAT, f32(64)),
+                            (10, struct.pack("<Q", 64))):
+            self.changed("general.alignment", lambda g: g.key(b"general.alignment", kind, value))
+
+    def test_tensors(self):
+        name = b"blk.0.attn_q.weight"
+
+        def put(index, value):
+            def change(g):
+                g.tensor(name)[index] = value
+            return change
+        shown = name.decode()
+        for ne in ([], [64, 64, 1, 1, 1], [1] * 300):
+            self.changed("damaged list of tensors", put(1, ne))
+        for ne in ([0, 64], [64, 0], [1 << 63, 64], [1 << 32, 1 << 32], [(1 << 64) - 1],
+                   [1 << 31, 1 << 31, 4, 1], [1 << 16] * 4, [1 << 21, 1 << 21, 1 << 22]):
+            self.changed([shown, "impossible shape"], put(1, ne))
+        for ne in ([64, 63], [64], [64, 64, 2], [32, 128], [1, 64, 64]):
+            self.changed([shown, "wrong shape"], put(1, ne))
+        for ne in ([1 << 30], [64, 1 << 30], [1 << 15] * 3):
+            self.changed([shown, "outside the file"], put(1, ne))
+        for kind in (3, 7, 10, 29, 31, 999, 1 << 31, 0xffffffff):
+            self.changed([shown, "type %d" % kind, "Q8_0"], put(2, kind))
+        self.changed([shown, "blocks of 32"], lambda g: (put(2, Q8_0)(g), put(1, [33, 64])(g)))
+        size = len(read(self.weights))
+        for offset in ((1 << 64) - 64, (1 << 64) - 8192, 1 << 63, size // 64 * 64, size - 8000, 1, 32):
+            self.changed([shown], put(3, offset))
+        self.changed([shown, "is missing"], put(0, b"blk.0.attn_z.weight"))
+        self.changed(["token_embd.weight", "twice"], put(0, b"token_embd.weight"))
+        self.changed("damaged list of tensors", put(0, b"n" * 300))
+        self.changed("outside the file", lambda g: setattr(g, "data", b""))
+
+    def test_norms_must_be_f32(self):
+        def change(g):
+            g.tensor(b"output_norm.weight")[2] = F16
+        self.changed(["output_norm.weight", "F32"], change)
+
+    def test_architecture(self):
+        def arch(value, kind=TEXT):
+            return lambda g: g.key(b"general.architecture", kind, value)
+        self.changed("architecture", arch(gguf_text(b"llama")))
+        self.changed("architecture", arch(gguf_text(b"lvm\0")))
+        self.changed("architecture", arch(u32(1), U32))
+        self.changed("architecture", arch(None))
+        self.changed("lvm.format_version", lambda g: g.key(b"lvm.format_version", U32, u32(2)))
+        self.changed("lvm.format_version", lambda g: g.key(b"lvm.format_version", U32, None))
+        self.changed("neither a transformer nor a tokenizer", lambda g: (
+            g.key(b"lvm.block_count", U32, None), g.key(b"lvm.vq.resolution", U32, None)))
+
+    def test_transformer_keys(self):
+        keys = ("context_length", "embedding_length", "feed_forward_length", "vocab_size",
+                "attention.head_count", "attention.head_count_kv", "block_count")
+        for key in keys:
+            name = "lvm." + key
+            for n in (0, 0x7fffffff, 0xffffffff):
+                self.changed(name, lambda g: g.key(name.encode(), U32, u32(n)))
+            self.changed(name, lambda g: g.key(name.encode(), I32, struct.pack("<i", -1)))
+            self.changed(name, lambda g: g.key(name.encode(), TEXT, gguf_text(b"2")))
+            if key != "block_count":
+                self.changed([name, "missing"], lambda g: g.key(name.encode(), U32, None))
+        for key, low in (("attention.layer_norm_rms_epsilon", -1.0), ("rope.freq_base", 0.0)):
+            name = "lvm." + key
+            for value in (low, float("nan"), float("inf"), 1e30):
+                self.changed(name, lambda g: g.key(name.encode(), FLOAT, f32(value)))
+            self.changed(name, lambda g: g.key(name.encode(), U32, u32(1)))
+            self.changed(name, lambda g: g.key(name.encode(), U32, None))
+        for key, n, words in (("attention.head_count", 3, "heads"), ("vocab_size", 255, "wrong shape"),
+                              ("attention.head_count", 64, "heads"), ("block_count", 3, "missing"),
+                              ("attention.head_count_kv", 1, "wrong shape"),
+                              ("embedding_length", 128, "wrong shape"), ("bos_token_id", 260, "bos"),
+                              ("attention.head_count_kv", 3, "heads"), ("eos_token_id", 999, "eos")):
+            self.changed(words, lambda g: g.key(("lvm." + key).encode(), U32, u32(n)))
+
+    def test_tokenizer_keys(self):
+        def ints(*values):
+            return struct.pack("<IQ", I32, len(values)) + struct.pack("<%di" % len(values), *values)
+        for key, n, words in (("resolution", 0, "resolution"), ("resolution", 33, "does not halve"),
+                              ("resolution", 1 << 20, "resolution"), ("hidden_channels", 48, "32"),
+                              ("hidden_channels", 64, "wrong shape"), ("num_res_blocks", 0, "num_res"),
+                              ("num_res_blocks", 2, "missing"), ("num_res_blocks", 99, "num_res"),
+                              ("z_channels", 0, "z_channels"), ("z_channels", 17, "wrong shape"),
+                              ("num_embeddings", 257, "wrong shape"), ("no_attn_mid_block", 2, "no_attn"),
+                              ("quantized_embed_dim", 8, "wrong shape"),
+                              ("resample_with_conv", 1, "missing"), ("resample_with_conv", 5, "resample")):
+            self.changed(words, lambda g: g.key(("lvm.vq." + key).encode(), U32, u32(n)))
+        mult = b"lvm.vq.channel_mult"
+        for value, words in ((ints(), "halve"), (ints(*[1] * 9), "9 entries"), (ints(0, 1, 1), "32"),
+                             (ints(1, -1, 1), "holds -1"), (ints(1, 1, 1 << 30), "channel_mult"),
+                             (ints(1, 2, 1), "wrong shape"), (ints(*[1] * 8), "halve"),
+                             (struct.pack("<IQ", TEXT, 1) + gguf_text(b"1"), "no array of integers")):
+            self.changed(words, lambda g: g.key(mult, ARRAY, value))
+        self.changed("channel_mult", lambda g: g.key(mult, U32, u32(1)))
+        self.changed("channel_mult", lambda g: g.key(mult, U32, None))
+        attn = b"lvm.vq.attn_resolutions"
+        self.changed("17 entries", lambda g: g.key(attn, ARRAY, ints(*[8] * 17)))
+
+    def test_context_of_a_million(self):
+        """The context's length alone explains no memory that is never used."""
+        g = Gguf(read(self.weights))
+        g.key(b"lvm.context_length", U32, u32(1 << 20))
+        self.put("w.bin", g.bytes())
+        self.lines("w.bin", self.pictures[0])
+
+    def test_contexts_too_short(self):
+        for n in (1, 63, 64, 127):
+            g = Gguf(read(self.weights))
+            g.key(b"lvm.context_length", U32, u32(n))
+            self.put("w.bin", g.bytes())
+            if n == 64 or n == 127:      # a window of one picture: nothing of the prompt is left
+                code, _, err = self.run_lvm("w.bin", self.pictures[0])
+                self.assertIn(code, (0, 1))
+                self.assertTrue(code == 0 or "context" in err)
+            else:
+                self.bad(1, ["w.bin", "context"], "w.bin", self.pictures[0])
+
+    def test_flipped_bits(self):
+        rng, whole = random.Random(11), read(self.weights)
+        head = Gguf(whole).head
+        for i in range(60 if SANITIZED else 300):
+            data = bytearray(whole)
+            for _ in range(rng.randrange(1, 4)):
+                data[rng.randrange(head)] ^= 1 << rng.randrange(8)
+            self.put("w.bin", bytes(data))
+            code, out, err = self.run_lvm("info", "w.bin", "--tensors", preexec_fn=limit_memory)
+            self.assertIn(code, (0, 1), "flip %d: %s" % (i, err))
+            if code == 1:
+                self.assertIn("w.bin", err)
+
+    def test_any_numbers_as_weights(self):
+        """NaN, infinity and noise in every tensor: some picture or an error, never a crash."""
+        rng, whole = random.Random(3), read(self.weights)
+        start = (Gguf(whole).head + 63) // 64 * 64
+        n = len(whole) - start
+        noise = bytes(rng.getrandbits(8) for _ in range(n))
+        for fill in (b"\xff" * n, b"\0" * n, b"\x7f\x80" * (n // 2), noise):
+            self.put("w.bin", whole[:start] + fill)
+            for args in ((), ("--greedy",), ("--kv", "q8_0"), ("-k", "5", "-c", "2")):
+                code, _, err = self.run_lvm("w.bin", self.pictures[0], "-j", "1", *args)
+                self.assertIn(code, (0, 1), err)
+
+
+# ---- outputs -------------------------------------------------------------------------------------
+
+class Outputs(Case):
+    def test_an_output_that_is_an_input(self):
+        shutil.copy(self.weights, self.path("w.bin"))
+        shutil.copy(self.pictures[0], self.path("a.png"))
+        os.link(self.path("a.png"), self.path("hard.png"))
+        before = read(self.path("a.png"))
+        for name in ("a.png", "./a.png", "hard.png"):
+            self.bad(1, [name, "input"], "w.bin", "a.png", "-o", name)
+            self.bad(1, [name, "input"], "encode", "w.bin", "a.png", "-o", name)
+        self.bad(1, ["w.bin", "weights"], "w.bin", "a.png", "-o", "w.bin")
+        self.bad(1, ["w.bin", "weights"], "encode", "w.bin", "a.png", "-o", "w.bin")
+        self.put("ids", self.good("encode", "w.bin", "a.png"))
+        self.bad(1, ["ids", "input"], "decode", "w.bin", "ids", "-o", "ids")
+        shutil.copy(self.pictures[1], self.path("out-2.png"))
+        self.bad(1, ["out-2.png", "input"], "w.bin", "out-2.png", "-n", "3")
+        self.assertEqual(read(self.path("a.png")), before)
+        self.assertEqual(read(self.path("w.bin")), read(self.weights))
+
+    def test_unwritable(self):
+        self.put("file", b"")
+        places = ["none/x.png", "file/x.png", "/proc/x.png", "."]
+        if os.geteuid() != 0:
+            os.mkdir(self.path("locked"), 0o555)
+            places.append("locked/x.png")
+        self.put("ids", self.good("encode", self.weights, self.pictures[0]))
+        for place in places:
+            words = [place, "cannot be written"]
+            self.bad(1, words, self.weights, self.pictures[0], "-o", place)
+            self.bad(1, words, "encode", self.weights, self.pictures[0], "-o", place)
+            self.bad(1, words, "decode", self.weights, "ids", "-o", place)
+
+    def test_full_disk(self):
+        self.put("x.png", b"precious")
+        limit = {"preexec_fn": lambda: ignore_file_limit(16)}
+        self.put("ids", self.good("encode", self.weights, self.pictures[0]))
+        for command in ([self.weights, self.pictures[0]], ["encode", self.weights, self.pictures[0]],
+                        ["decode", self.weights, "ids"]):
+            self.bad(1, ["x.png", "cannot be written"], *(command + ["-o", "x.png"]), **limit)
+            self.assertEqual(read(self.path("x.png")), b"precious")
+
+    def test_full_device(self):
+        os.symlink("/dev/full", self.path("full.png"))     # should it be replaced, only the link is
+        for command in ("predict", "encode"):
+            self.bad(1, ["full.png", "cannot be written"], command, self.weights, self.pictures[0],
+                     "-o", "full.png")
+            self.assertTrue(os.path.islink(self.path("full.png")))
+
+    def test_full_standard_output(self):
+        commands = (["encode", self.weights, self.pictures[0]], ["info", self.weights],
+                    ["info", self.weights, "--tensors"], ["help"], ["help", "encode"], ["--version"],
+                    ["--help"], [self.weights, self.pictures[0], "-o", "x.png"],
+                    ["quantize", self.weights, "q.bin", "--force"])
+        for args in commands:
+            with open("/dev/full", "wb") as full:
+                code, _, err = self.run_lvm(*args, stdout=full)
+            self.assertEqual((code, err), (1, "lvm: standard output: cannot be written\n"), args)
+            code, _, err = self.run_lvm(*args, stdout=None, preexec_fn=lambda: os.close(1))
+            self.assertEqual((code, err), (1, "lvm: standard output: cannot be written\n"), args)
+        self.assertEqual(png_size(read(self.path("x.png"))), (32, 32))
+
+    def test_closed_pipe(self):
+        for args in (["encode", self.weights] + self.pictures, ["info", self.weights, "--tensors"]):
+            reader, writer = os.pipe()
+            os.close(reader)
+            code, _, _ = self.run_lvm(*args, stdout=writer)
+            os.close(writer)
+            self.assertIn(code, (1, -signal.SIGPIPE))
+
+    def test_other_closed_streams(self):
+        whole = self.predict(self.pictures[0])
+        code, out, _ = self.run_lvm(self.weights, self.pictures[0], stdin=None, stderr=None,
+                                    preexec_fn=lambda: (os.close(0), os.close(2)))
+        self.assertEqual((code, out), (0, b"out.png\n"))
+        self.assertEqual(read(self.path("out.png")), whole)
+
+
+# ---- interruption and progress -------------------------------------------------------------------
+
+class Interruption(Case):
+    LONG = ("-n", "4096", "-c", "8", "-o", "long.png", "-q")
+
+    def test_interrupt(self):
+        for moment in (0.1, 0.5):
+            p = self.start(self.weights, self.pictures[0], *self.LONG)
+            time.sleep(moment * (4 if SANITIZED else 1))
+            p.send_signal(signal.SIGINT)
+            code, out, err = self.finish(p)
+            self.assertEqual(out, b"")
+            self.assertEqual(code, 1, "interrupted after %g s: %d, %s" % (moment, code, err))
+            self.assertIn("cancelled", err)
+            self.assertEqual(os.listdir(self.folder), [])
+
+    def test_terminate(self):
+        p = self.start(self.weights, self.pictures[0], *self.LONG)
+        time.sleep(0.2)
+        p.terminate()
+        self.assertNotEqual(self.finish(p)[0], 0)
+        self.assertEqual(os.listdir(self.folder), [])
+
+    def on_terminal(self, *args):
+        """Standard error of a run that has a terminal there."""
+        ours, theirs = pty.openpty()
+        p = self.start(self.weights, self.pictures[0], *args, stderr=theirs)
+        os.close(theirs)
+        seen = b""
+        try:
+            while True:
+                piece = os.read(ours, 4096)
+                if not piece:
+                    break
+                seen += piece
+        except OSError:                    # the other end is closed
+            pass
+        os.close(ours)
+        self.assertEqual(self.finish(p)[0], 0)
+        return seen
+
+    def test_progress_only_on_a_terminal(self):
+        seen = self.on_terminal("-n", "8", "-c", "4")
+        for word in (b"generate", b"%", b"#", b"tokens/s"):
+            self.assertIn(word, seen)
+        self.assertTrue(seen.endswith(b"\r\x1b[K"), "the bar stays on the screen")
+        self.assertEqual(self.on_terminal("-n", "8", "-q"), b"")
+
+
+# ---- the shipped model ---------------------------------------------------------------------------
+
+class Shipped(Case):
+    PROMPT = sorted(os.path.join(TOP, "prompt", n) for n in os.listdir(os.path.join(TOP, "prompt"))
+                    if n.endswith(".png"))
+
+    def test_info(self):
+        text = self.good("info", WEIGHTS).decode()
+        for word in ("256 x 256 pixels -> 16 x 16 of 8192 codes", "= 16 pictures"):
+            self.assertIn(word, text)
+
+    def test_encode(self):
+        ids = self.good("encode", WEIGHTS, self.PROMPT[0]).split()
+        self.assertEqual(len(ids), 256)
+        self.assertGreater(len(set(ids)), 8)
+
+    def test_quick_start(self):
+        """The second command of the README: an answer within a minute of two processors."""
+        if SANITIZED:
+            self.skipTest("minutes under a sanitizer")
+        self.assertGreater(len(self.PROMPT), 2)
+        before = processor_time()
+        self.assertEqual(self.lines(WEIGHTS, *self.PROMPT, limit=300), ["out.png"])
+        self.assertLess(processor_time() - before, 120)
+        self.assertEqual(png_size(read(self.path("out.png"))), (256, 256))
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,895 @@
+/* Tests of chapters 2, 3 and 11: every kernel of every table that this machine can run against the
+   plain C, against sums in double precision, and against itself (one row = many rows, bit for bit).
+
+       test_kernels [--verbose]      non-zero when a check fails
+
+   Buffers come from malloc. In even rounds each stands between borders of 0xff bytes, which are NaNs
+   as floats and halves: an input read beyond its end spoils a sum, an output written beyond its end
+   shows. In odd rounds buffers end where malloc's do, for a build with -fsanitize=address.
+
+   Bounds count roundings, each of at most u = 2^-24 of the magnitude it happens at: m roundings on the
+   way of a sum of terms t cost at most m u sum |t| (first order; the bounds leave room for the rest). */
+#define LVM_NO_MAIN
+#include "../lvm.c"
+
+enum { ROUNDS = 200, BORDER = 68, MAX_BOXES = 16, MAX_NOTES = 64, SHOWN_FAILURES = 40 };
+static const double U = 0x1p-24;
+
+struct box {
+    uint8_t *base;
+    size_t bytes, border;
+};
+
+/* The largest error of a kernel, and what is allowed there, in units of u. */
+struct note {
+    const char *table, *what;
+    double worst, allowed;
+};
+
+struct test {
+    int passed, failed, verbose, round, n_boxes, n_notes;
+    uint64_t seed;
+    struct rng rng;
+    const struct kernels *k;
+    struct box box[MAX_BOXES];
+    struct note note[MAX_NOTES];
+};
+
+LVM_PRINTF(3, 4) static void check(struct test *t, int ok, const char *format, ...) {
+    if (ok) {
+        t->passed++;
+        return;
+    }
+    if (t->failed++ >= SHOWN_FAILURES) return;
+    va_list args;
+    va_start(args, format);
+    printf("FAILED: %s: ", t->k != NULL ? t->k->name : "numbers");
+    vprintf(format, args);
+    printf(" (seed %llu, round %d)\n", (unsigned long long)t->seed, t->round);
+    va_end(args);
+}
+
+static void start_round(struct test *t, int round) {
+    t->round = round;
+    t->rng = rng_new(t->seed, (uint64_t)round);
+}
+
+static int below(struct test *t, int n) { return (int)(rng_next(&t->rng) % (uint32_t)n); }
+static float uniform(struct test *t) { return (float)(int32_t)rng_next(&t->rng) * 0x1p-31f; }
+
+/* Values of many magnitudes around 1. */
+static float wide(struct test *t) { return ldexpf(uniform(t), below(t, 9) - 4); }
+
+static void *must(void *p) {
+    if (p == NULL) abort();
+    return p;
+}
+
+/* ---- Buffers ---- */
+
+static void *make(struct test *t, size_t bytes) {
+    struct box *b = &t->box[t->n_boxes++];
+    if (t->n_boxes > MAX_BOXES) abort();
+    b->bytes = bytes;
+    b->border = t->round % 2 == 0 ? BORDER : 0;
+    b->base = must(malloc(bytes + 2 * b->border));
+    memset(b->base, 0xff, bytes + 2 * b->border);
+    return b->base + b->border;
+}
+
+static float *make_space(struct test *t, int64_t n) { return make(t, (size_t)n * sizeof(float)); }
+
+static float *make_floats(struct test *t, int64_t n) {
+    float *x = make_space(t, n);
+    for (int64_t i = 0; i < n; i++) x[i] = wide(t);
+    return x;
+}
+
+/* rows of k values, ld apart; what lies between two rows stays NaN. */
+static float *make_rows(struct test *t, int rows, int64_t k, int64_t ld) {
+    float *x = make_space(t, (rows - 1) * ld + k);
+    for (int r = 0; r < rows; r++)
+        for (int64_t i = 0; i < k; i++) x[r * ld + i] = wide(t);
+    return x;
+}
+
+static int untouched(const void *p, size_t bytes) {
+    const uint8_t *b = p;
+    for (size_t i = 0; i < bytes; i++)
+        if (b[i] != 0xff) return 0;
+    return 1;
+}
+
+/* The gap between two rows of an output. */
+static int gap_untouched(const float *c, int ldc, int rows, int cols) {
+    for (int r = 0; r + 1 < rows; r++)
+        if (!untouched(c + r * ldc + cols, (size_t)(ldc - cols) * sizeof *c)) return 0;
+    return 1;
+}
+
+/* Looks at all borders, then frees everything that make() gave. */
+static void release(struct test *t, const char *what) {
+    int ok = 1;
+    for (int i = 0; i < t->n_boxes; i++) {
+        const struct box *b = &t->box[i];
+        ok &= untouched(b->base, b->border);
+        ok &= untouched(b->base + b->border + b->bytes, b->border);
+        free(b->base);
+    }
+    t->n_boxes = 0;
+    check(t, ok, "%s wrote outside its buffer", what);
+}
+
+/* ---- Comparisons ---- */
+
+static int same_bits(const float *a, const float *b, int64_t n) {
+    return memcmp(a, b, (size_t)n * sizeof *a) == 0;
+}
+
+/* NaNs count as equal, whatever they carry: processors quieten them. */
+static int same_or_nan(const float *a, const float *b, int64_t n) {
+    for (int64_t i = 0; i < n; i++)
+        if (f32_to_bits(a[i]) != f32_to_bits(b[i]) && !(isnan(a[i]) && isnan(b[i]))) return 0;
+    return 1;
+}
+
+static void note(struct test *t, const char *what, double error, double allowed) {
+    const char *table = t->k != NULL ? t->k->name : "";
+    int i = 0;
+    while (i < t->n_notes && (t->note[i].what != what || t->note[i].table != table)) i++;
+    if (i == MAX_NOTES) abort();
+    if (i == t->n_notes) t->note[t->n_notes++] = (struct note){table, what, -1, 0};
+    if (error > t->note[i].worst) t->note[i].worst = error, t->note[i].allowed = allowed;
+}
+
+/* |got - want| <= allowed u magnitude + floor; floor is for what underflows. */
+static int within(struct test *t, const char *what, double got, double want, double magnitude,
+                  double allowed, double floor) {
+    double error = fabs(got - want);
+    if (error <= floor) return 1;
+    note(t, what, error / (U * magnitude), allowed);
+    return error <= allowed * U * magnitude;
+}
+
+/* sum a[i] b[i * step] in double; *magnitude = sum of |products|. */
+static double dot_double(int k, const float *a, const float *b, int step, double *magnitude) {
+    double sum = 0;
+    *magnitude = 0;
+    for (int i = 0; i < k; i++) {
+        double p = (double)a[i] * b[(int64_t)i * step];
+        sum += p;
+        *magnitude += fabs(p);
+    }
+    return sum;
+}
+
+/* ---- Dot products ---- */
+
+/* Of a row's k/8 products a lane, each takes one rounding for the product (plain C) and one for the
+   sum; three or four more in the tree. */
+static void test_dot_row(struct test *t) {
+    int n = 1 + below(t, 40), k = 1 + below(t, 300);
+    int64_t ld = k + below(t, 4);
+    const float *a = make_floats(t, k), *b = make_rows(t, n, k, ld);
+    float *c = make_space(t, n);
+    int ok = 1;
+    t->k->dot_row(k, a, b, ld, n, c);
+    for (int j = 0; j < n; j++) {
+        double magnitude, sum = dot_double(k, a, b + j * ld, 1, &magnitude);
+        ok &= within(t, "dot_row", c[j], sum, magnitude, k / 8 + 6, 0);
+    }
+    check(t, ok, "dot_row of %d x %d differs from the sum in double", n, k);
+    release(t, "dot_row");
+}
+
+static void test_dot_tile(struct test *t) {
+    int rows = t->k->dot_rows, cols = t->k->dot_cols, k = 1 + below(t, 300), ldc = cols + below(t, 3);
+    const float *a = make_rows(t, rows, k, k + 3), *b = make_rows(t, cols, k, k + 1);
+    const float *pa[MAX_TILE], *pb[MAX_TILE];
+    float *c = make_space(t, (rows - 1) * ldc + cols), alone[MAX_TILE];
+    int ok = 1;
+    for (int r = 0; r < rows; r++) pa[r] = a + below(t, rows) * (k + 3);
+    for (int j = 0; j < cols; j++) pb[j] = b + j * (k + 1);
+    t->k->dot_tile(k, pa, pb, c, ldc);
+    for (int r = 0; r < rows; r++) {
+        t->k->dot_row(k, pa[r], b, k + 1, cols, alone);
+        ok &= same_bits(alone, c + r * ldc, cols);
+    }
+    check(t, ok, "dot_tile of length %d is not dot_row bit for bit", k);
+    check(t, gap_untouched(c, ldc, rows, cols), "dot_tile wrote between its rows");
+    release(t, "dot_tile");
+}
+
+/* ---- Outer products ---- */
+
+/* k products and k sums, one after the other: k + 1 roundings for each term at most. */
+static void test_outer_row(struct test *t) {
+    int k = 1 + below(t, 200), strips = 1 + below(t, 18), accumulate = below(t, 2);
+    int64_t strip = k * STRIP + below(t, 5);
+    const float *a = make_floats(t, k), *b = make_rows(t, strips, k * STRIP, strip);
+    float *c = make_floats(t, strips * STRIP), *split = make_space(t, strips * STRIP);
+    float *before = make_space(t, strips * STRIP);
+    int ok = 1, half = k / 2;
+    memcpy(before, c, (size_t)strips * STRIP * sizeof *c);
+    memcpy(split, c, (size_t)strips * STRIP * sizeof *c);
+    t->k->outer_row(k, a, b, strip, strips, c, accumulate);
+    for (int j = 0; j < strips * STRIP; j++) {
+        double magnitude, sum = dot_double(k, a, b + j / STRIP * strip + j % STRIP, STRIP, &magnitude);
+        if (accumulate) sum += before[j], magnitude += fabsf(before[j]);
+        ok &= within(t, "outer_row", c[j], sum, magnitude, k + 1, 0);
+    }
+    check(t, ok, "outer_row of %d strips x %d differs from the sum in double", strips, k);
+    if (half > 0) t->k->outer_row(half, a, b, strip, strips, split, accumulate);
+    t->k->outer_row(k - half, a + half, b + half * STRIP, strip, strips, split, accumulate || half > 0);
+    check(t, same_bits(c, split, strips * STRIP), "outer_row in two pieces of %d is not one", k);
+    release(t, "outer_row");
+}
+
+static void test_outer_tile(struct test *t) {
+    int rows = t->k->outer_rows, k = 1 + below(t, 200), accumulate = below(t, 2), half = k / 2, ok = 1;
+    int ldc = STRIP + below(t, 3), space = (rows - 1) * ldc + STRIP;
+    const float *a = make_rows(t, rows, k, k + 2), *b = make_floats(t, k * STRIP), *pa[MAX_TILE];
+    const float *pb[MAX_TILE];
+    float *c = make_rows(t, rows, STRIP, ldc), *split = make_space(t, space), alone[STRIP];
+    float *before = make_space(t, space);
+    memcpy(before, c, (size_t)space * sizeof *c);
+    memcpy(split, c, (size_t)space * sizeof *c);
+    for (int r = 0; r < rows; r++) {
+        pa[r] = a + r * (k + 2);
+        pb[r] = pa[r] + half;
+    }
+    t->k->outer_tile(k, pa, b, c, ldc, accumulate);
+    for (int r = 0; r < rows; r++) {
+        memcpy(alone, before + r * ldc, sizeof alone);
+        t->k->outer_row(k, pa[r], b, 0, 1, alone, accumulate);
+        ok &= same_bits(alone, c + r * ldc, STRIP);
+    }
+    check(t, ok, "outer_tile of length %d is not outer_row bit for bit", k);
+    check(t, gap_untouched(c, ldc, rows, STRIP), "outer_tile wrote between its rows");
+    if (half > 0) t->k->outer_tile(half, pa, b, split, ldc, accumulate);
+    t->k->outer_tile(k - half, pb, b + half * STRIP, split, ldc, accumulate || half > 0);
+    check(t, memcmp(c, split, (size_t)space * sizeof *c) == 0, "outer_tile in two pieces is not one");
+    release(t, "outer_tile");
+}
+
+/* ---- Quantised activations and weights ---- */
+
+static int x_value(const struct kernels *k, const struct xblock *x, int i) {
+    return strcmp(k->name, "avx512") == 0 ? x->q.u8[i] - 128 : x->q.s16[i];
+}
+
+/* Blocks of all kinds: ordinary, zero, huge, tiny, and halves that must round to even. */
+static void fill_block(struct test *t, float *x) {
+    int kind = below(t, 6);
+    float unit = kind == 1 ? 0 : kind == 2 ? 1e30f : kind == 3 ? 1e-30f : 1;
+    for (int i = 0; i < QK; i++) x[i] = unit * (kind == 4 ? (float)(below(t, 255) - 127) / 2 : wide(t));
+    if (kind == 4) x[below(t, QK)] = 127;
+}
+
+static void test_quantize_x(struct test *t) {
+    int blocks = 1 + below(t, 12), ok = 1, near = 1;
+    float *x = make_space(t, blocks * QK);
+    struct xblock *y = make(t, (size_t)blocks * sizeof *y);
+    struct xblock *plain = make(t, (size_t)blocks * sizeof *plain);
+    for (int b = 0; b < blocks; b++) fill_block(t, x + b * QK);
+    t->k->quantize_x(x, y, blocks * QK);
+    kernels_plain.quantize_x(x, plain, blocks * QK);
+    for (int b = 0; b < blocks; b++) {
+        ok &= same_bits(&y[b].d, &plain[b].d, 1);
+        for (int i = 0; i < QK; i++) {
+            int q = x_value(t->k, &y[b], i);
+            ok &= q == plain[b].q.s16[i];
+            near &= q >= -127 && q <= 127;
+            near &= fabs((double)q * y[b].d - x[b * QK + i]) <= y[b].d * 0.50001;
+        }
+    }
+    check(t, ok, "quantize_x differs from plain C");
+    check(t, near, "quantize_x is not the nearest integer");
+    release(t, "quantize_x");
+}
+
+/* Magnitudes so small that 127 / amax is infinite: whole numbers still, and as good as 0. */
+static void test_quantize_tiny(struct test *t) {
+    int ok = 1;
+    for (int e = -149; e < -110; e++) {
+        float x[QK];
+        struct xblock y;
+        for (int i = 0; i < QK; i++) x[i] = ldexpf(uniform(t), e);
+        t->k->quantize_x(x, &y, QK);
+        for (int i = 0; i < QK; i++) {
+            int q = x_value(t->k, &y, i);
+            ok &= q >= -127 && q <= 127 && fabs((double)q * y.d - x[i]) <= 0.51 * y.d + 1e-36;
+        }
+    }
+    check(t, ok, "quantize_x of tiny numbers");
+}
+
+/* Rows of weights from random bytes: also values that no quantiser makes (-128 in q8_0). */
+static uint8_t *make_weights(struct test *t, int type, int rows, int blocks) {
+    int bytes = type_info(type)->bytes;
+    uint8_t *w = make(t, (size_t)rows * (size_t)blocks * (size_t)bytes);
+    for (int i = 0; i < rows * blocks * bytes; i++) w[i] = (uint8_t)below(t, 256);
+    for (int b = 0; b < rows * blocks; b++) {
+        uint16_t d = f32_to_f16(uniform(t) * 0.1f);
+        memcpy(w + b * bytes, &d, sizeof d);
+    }
+    return w;
+}
+
+static void test_int(struct test *t, int type) {
+    const struct kernels *k = t->k;
+    int blocks = 1 + below(t, 12), n = STRIP + below(t, 25), rows = k->int_rows, ldc = STRIP + below(t, 3);
+    int64_t row_bytes = (int64_t)blocks * type_info(type)->bytes;
+    const uint8_t *w = make_weights(t, type, n, blocks), *pw[STRIP];
+    const float *x = make_floats(t, rows * blocks * QK);
+    struct xblock *xq = make(t, (size_t)(rows * blocks) * sizeof *xq);
+    struct xblock *plain = make(t, (size_t)(rows * blocks) * sizeof *plain);
+    const struct xblock *px[MAX_TILE];
+    uint8_t *packed = make(t, (size_t)(blocks * k->pack_bytes));
+    float *c = make_space(t, rows * n), *want = make_space(t, n);
+    float *tile = make_space(t, (rows - 1) * ldc + STRIP);
+    int first = below(t, n - STRIP + 1), row_ok = 1, tile_ok = 1;
+    k->quantize_x(x, xq, rows * blocks * QK);
+    kernels_plain.quantize_x(x, plain, rows * blocks * QK);
+    for (int j = 0; j < STRIP; j++) pw[j] = w + (first + j) * row_bytes;
+    for (int r = 0; r < rows; r++) px[r] = xq + r * blocks;
+    k->int_pack(type, blocks, pw, packed);
+    k->int_tile(blocks, px, packed, tile, ldc);
+    for (int r = 0; r < rows; r++) {
+        k->int_row(type, blocks, px[r], w, row_bytes, n, c + r * n);
+        kernels_plain.int_row(type, blocks, plain + r * blocks, w, row_bytes, n, want);
+        row_ok &= same_bits(c + r * n, want, n);
+        tile_ok &= same_bits(c + r * n + first, tile + r * ldc, STRIP);
+    }
+    check(t, row_ok, "int_row of %s, %d rows of %d blocks, differs from plain C", type_info(type)->name, n,
+          blocks);
+    check(t, tile_ok, "int_tile of %s is not int_row bit for bit", type_info(type)->name);
+    check(t, gap_untouched(tile, ldc, rows, STRIP), "int_tile wrote between its rows");
+    release(t, "an integer kernel");
+}
+
+/* The plain integer dot against dequantised values in double: 32 exact products a block; for each
+   block one rounding of the scales' product and one of the sum, so blocks + 2 u. */
+static void test_int_plain(struct test *t, int type) {
+    int blocks = 1 + below(t, 12), ok = 1;
+    const uint8_t *w = make_weights(t, type, 1, blocks);
+    const float *x = make_floats(t, blocks * QK);
+    struct xblock *xq = make(t, (size_t)blocks * sizeof *xq);
+    float got = 0;
+    double sum = 0, magnitude = 0;
+    kernels_plain.quantize_x(x, xq, blocks * QK);
+    kernels_plain.int_row(type, blocks, xq, w, 0, 1, &got);
+    for (int b = 0; b < blocks; b++) {
+        float y[QK];
+        double block = 0;
+        row_to_f32(type, w + b * type_info(type)->bytes, y, QK);
+        for (int i = 0; i < QK; i++) block += (double)y[i] * xq[b].q.s16[i] * xq[b].d;
+        sum += block;
+        for (int i = 0; i < QK; i++) magnitude += fabs((double)y[i] * xq[b].q.s16[i] * xq[b].d);
+    }
+    /* y[i] itself is rounded when d q needs more than 24 bits: one u more. */
+    ok &= within(t, "int_row", got, sum, magnitude, blocks + 3, 0);
+    check(t, ok, "int_row of %s differs from the sum in double", type_info(type)->name);
+    release(t, "int_row");
+}
+
+/* ---- Conversions ---- */
+
+static void test_to_f32(struct test *t, int type) {
+    const struct type_info *info = type_info(type);
+    int64_t k = (1 + below(t, 300 / info->block)) * (int64_t)info->block;
+    size_t bytes = (size_t)type_bytes(type, k);
+    uint8_t *in = make(t, bytes);
+    float *got = make_space(t, k), *want = make_space(t, k);
+    for (size_t i = 0; i < bytes; i++) in[i] = (uint8_t)below(t, 256);
+    t->k->to_f32(type, in, got, k);
+    row_to_f32(type, in, want, k);
+    check(t, same_or_nan(got, want, k), "to_f32 of %d values of %s differs", (int)k, info->name);
+    release(t, "to_f32");
+}
+
+static void test_all_halves(struct test *t, int type) {
+    uint16_t *in = make(t, 65536 * sizeof *in);
+    float *got = make_space(t, 65536), *want = make_space(t, 65536);
+    for (int i = 0; i < 65536; i++) in[i] = (uint16_t)i;
+    t->k->to_f32(type, in, got, 65536);
+    row_to_f32(type, in, want, 65536);
+    check(t, same_or_nan(got, want, 65536), "to_f32 of all values of %s differs", type_info(type)->name);
+    release(t, "to_f32");
+}
+
+static void test_cache_to_f32(struct test *t) {
+    int n = 1 + below(t, 5), keys = 1 + below(t, KEYS);
+    uint8_t *k8 = make(t, (size_t)(n * K8_BYTES));
+    struct q8_0 *v8 = make(t, (size_t)keys * sizeof *v8);
+    float *got = make_space(t, n * QK * STRIP), *want = make_space(t, n * QK * STRIP);
+    float *got_v = make_space(t, (KEYS + keys) * STRIP), *want_v = make_space(t, (KEYS + keys) * STRIP);
+    for (int i = 0; i < n * K8_BYTES; i++) k8[i] = (uint8_t)below(t, 256);
+    for (size_t i = 0; i < (size_t)keys * sizeof *v8; i++) ((uint8_t *)v8)[i] = (uint8_t)below(t, 256);
+    t->k->k8_to_f32(k8, n, got);
+    k8_to_f32_plain(k8, n, want);
+    check(t, same_or_nan(got, want, n * QK * STRIP), "k8_to_f32 of %d groups differs", n);
+    t->k->v8_to_f32(v8, keys, got_v);
+    v8_to_f32_plain(v8, keys, want_v);
+    check(t, same_or_nan(got_v, want_v, keys * STRIP) &&
+             same_or_nan(got_v + KEYS * STRIP, want_v + KEYS * STRIP, keys * STRIP),
+          "v8_to_f32 of %d keys differs", keys);
+    check(t, untouched(got_v + keys * STRIP, (size_t)((KEYS - keys) * STRIP) * sizeof *got_v),
+          "v8_to_f32 wrote between its strips");
+    release(t, "a cache conversion");
+}
+
+/* ---- Norms, softmax, SiLU ---- */
+
+/* The sum of squares has k/8 + 6 roundings, all terms positive; the root halves them; division, root,
+   reciprocal, eps and two products add six at most. */
+static void test_rmsnorm(struct test *t) {
+    int n = 1 + below(t, 300), ok = 1;
+    const float *x = make_floats(t, n), *weight = make_floats(t, n), eps = 1e-6f;
+    float *y = make_space(t, n);
+    double square, magnitude;
+    t->k->rmsnorm(x, weight, eps, n, y);
+    square = dot_double(n, x, x, 1, &magnitude);
+    double scale = 1 / sqrt(square / n + (double)eps);
+    for (int i = 0; i < n; i++) {
+        double want = weight[i] * (x[i] * scale);
+        ok &= within(t, "rmsnorm", y[i], want, fabs(want), (n / 8 + 6) / 2 + 6, 0);
+    }
+    check(t, ok, "rmsnorm of %d differs", n);
+    release(t, "rmsnorm");
+}
+
+/* exp_f32 is right to 3 ulp, each at most 2 u: 6 u; below e^-87 it gives 0. The argument is computed in
+   float here too, so that its rounding does not count. The sum: n/8 + 4 roundings of positive terms. */
+static void test_softmax(struct test *t) {
+    int n = STRIP * (1 + below(t, 16)), valid = 1 + below(t, n), ok = 1, zeros = 1;
+    float size = ldexpf(1, below(t, 14) - 3), scale = 0.03f + fabsf(uniform(t)), max = -HUGE_VALF;
+    float *s = make_space(t, n), *x = make_space(t, n), got_max = 0;
+    double total = 0;
+    for (int i = 0; i < valid; i++) {
+        s[i] = x[i] = uniform(t) * size;
+        max = x[i] * scale > max ? x[i] * scale : max;
+    }
+    float sum = t->k->softmax(s, n, valid, scale, &got_max);
+    for (int i = 0; i < valid; i++) {
+        float argument = x[i] * scale - max;
+        double want = exp((double)argument);
+        ok &= s[i] >= 0 && s[i] <= 1 && within(t, "softmax", s[i], want, want, 6, 2e-38);
+        total += s[i];
+    }
+    for (int i = valid; i < n; i++) zeros &= f32_to_bits(s[i]) == 0;
+    check(t, ok, "softmax of %d of %d differs", valid, n);
+    check(t, zeros, "softmax leaves something in the masked tail");
+    check(t, got_max == max, "softmax gives another maximum");
+    check(t, within(t, "softmax sum", sum, total, total, n / 8 + 4, 0), "the sum of softmax differs");
+    release(t, "softmax");
+}
+
+/* x / (1 + e^-x): 6 u of exp, three roundings. exp_f32 stops at e^88, so silu(-1000) is -1000 / e^88
+   instead of 0: below 1e-34 nothing counts. */
+static double silu_double(double x) { return x / (1 + exp(-x)); }
+enum { SILU_U = 10 };
+static const double SILU_FLOOR = 1e-34;
+
+static void test_silu_mul(struct test *t) {
+    int n = 1 + below(t, 300), ok = 1;
+    float size = ldexpf(1, below(t, 12) - 3);
+    float *gate = make_space(t, n), *x = make_space(t, n);
+    const float *up = make_floats(t, n);
+    for (int i = 0; i < n; i++) gate[i] = x[i] = uniform(t) * size;
+    t->k->silu_mul(gate, up, n);
+    for (int i = 0; i < n; i++) {
+        double want = silu_double(x[i]) * up[i];
+        ok &= within(t, "silu_mul", gate[i], want, fabs(want), SILU_U + 1, SILU_FLOOR);
+    }
+    check(t, ok, "silu_mul of %d differs", n);
+    release(t, "silu_mul");
+}
+
+/* v = x scale + shift is off by 2 u of the larger of its parts, and SiLU's slope is at most 1.1. */
+static void test_norm_rows(struct test *t) {
+    int c = 32 * (1 + below(t, 4)), pixels = 1 + below(t, 9), use_silu = below(t, 2), ok = 1;
+    const float *x = make_floats(t, pixels * c), *scale = make_floats(t, c), *shift = make_floats(t, c);
+    float *y = make_space(t, pixels * c);
+    t->k->norm_rows(x, scale, shift, use_silu, pixels, c, y);
+    for (int i = 0; i < pixels * c; i++) {
+        double product = (double)x[i] * scale[i % c], v = product + shift[i % c];
+        double want = use_silu ? silu_double(v) : v, parts = fabs(product) + fabsf(shift[i % c]);
+        double magnitude = parts + fabs(want);
+        ok &= within(t, "norm_rows", y[i], want, magnitude, use_silu ? SILU_U : 2, SILU_FLOOR);
+    }
+    check(t, ok, "norm_rows of %d x %d differs", pixels, c);
+    release(t, "norm_rows");
+}
+
+static void test_channel_sums(struct test *t) {
+    int c = 32 * (1 + below(t, 4)), pixels = 1 + below(t, 64), ok = 1;
+    const float *x = make_floats(t, pixels * c);
+    float *sum = make_space(t, c), *square = make_space(t, c);
+    t->k->channel_sums(x, pixels, c, sum, square);
+    for (int i = 0; i < c; i++) {
+        double s = 0, m = 0, q = 0;
+        for (int p = 0; p < pixels; p++) {
+            double v = x[p * c + i];
+            s += v, m += fabs(v), q += v * v;
+        }
+        ok &= within(t, "channel_sums", sum[i], s, m, pixels, 0);
+        ok &= within(t, "channel_sums", square[i], q, q, pixels + 1, 0);
+    }
+    check(t, ok, "channel_sums of %d x %d differs", pixels, c);
+    release(t, "channel_sums");
+}
+
+/* ---- Drivers ---- */
+
+struct matrix {
+    struct tensor w;
+    uint8_t *data;
+    float *bias;
+};
+
+static struct matrix make_matrix(struct test *t, int type, int rows, int cols) {
+    struct matrix m = {{NULL, type_bytes(type, cols), type, rows, cols}, NULL, NULL};
+    float *row = must(malloc((size_t)cols * sizeof *row));
+    m.data = must(malloc((size_t)m.w.row_bytes * (size_t)rows));
+    m.bias = must(malloc((size_t)rows * sizeof *m.bias));
+    m.w.data = m.data;
+    for (int r = 0; r < rows; r++) {
+        for (int i = 0; i < cols; i++) row[i] = uniform(t);
+        row_from_f32(type, row, m.data + r * m.w.row_bytes, cols);
+        m.bias[r] = uniform(t);
+    }
+    free(row);
+    return m;
+}
+
+static struct exec make_exec(struct test *t, int threads, const struct tensor *w, int rows, int exact) {
+    struct exec e = {.k = t->k, .exact = exact};
+    e.pool = must(pool_new(threads, NULL));
+    e.scratch_floats = linear_scratch(t->k, w->cols);
+    e.scratch = must(malloc((size_t)(threads * e.scratch_floats) * sizeof *e.scratch));
+    e.xq = must(malloc((size_t)(rows * (w->cols / QK) + 1) * sizeof *e.xq));
+    return e;
+}
+
+static void free_exec(struct exec *e) {
+    pool_free(e->pool);
+    free(e->scratch);
+    free(e->xq);
+}
+
+/* Against double: with integer products an activation is off by at most d/2 = max |x| / 254, |w| <= 1;
+   with floats see test_dot_row, and one rounding for the bias. */
+static int linear_near(struct test *t, const struct matrix *m, const float *bias, const float *x,
+                       const float *y, int integer) {
+    int k = m->w.cols, ok = 1;
+    float *row = must(malloc((size_t)k * sizeof *row));
+    for (int j = 0; j < m->w.rows; j++) {
+        double magnitude, sum;
+        row_to_f32(m->w.type, m->data + j * m->w.row_bytes, row, k);
+        sum = dot_double(k, x, row, 1, &magnitude);
+        if (bias != NULL) sum += bias[j], magnitude += fabsf(bias[j]);
+        if (integer) ok &= fabs(y[j] - sum) <= k * 1.01 / 254 + 1e-4;
+        else ok &= within(t, "linear", y[j], sum, magnitude, k / 8 + 7, 0);
+    }
+    free(row);
+    return ok;
+}
+
+/* All counts of rows and threads against each row alone. */
+static void test_linear(struct test *t, int type, int rows_of_w, int cols, int exact, int with_bias) {
+    enum { MOST = 17 };
+    struct matrix m = make_matrix(t, type, rows_of_w, cols);
+    const float *bias = with_bias ? m.bias : NULL;
+    float *x = must(malloc((size_t)(MOST * cols) * sizeof *x));
+    float *alone = must(malloc((size_t)(MOST * rows_of_w) * sizeof *alone));
+    int near = 1, integer = type_is_quantised(type) && !exact;
+    for (int i = 0; i < MOST * cols; i++) x[i] = uniform(t);
+    for (int threads = 1; threads <= 3; threads++) {
+        struct exec e = make_exec(t, threads, &m.w, MOST, exact);
+        for (int r = 0; r < MOST && threads == 1; r++) {
+            linear(&e, &m.w, bias, x + r * cols, 1, alone + r * rows_of_w);
+            near &= linear_near(t, &m, bias, x + r * cols, alone + r * rows_of_w, integer);
+        }
+        for (int rows = 1; rows <= MOST; rows++) {
+            float *y = must(malloc((size_t)(rows * rows_of_w) * sizeof *y));
+            linear(&e, &m.w, bias, x, rows, y);
+            check(t, same_bits(y, alone, rows * rows_of_w),
+                  "linear, %s, %d x %d, %d rows, %d threads, exact %d: not as each row alone",
+                  type_info(type)->name, rows_of_w, cols, rows, threads, exact);
+            free(y);
+        }
+        free_exec(&e);
+    }
+    check(t, near, "linear, %s, %d x %d, exact %d: differs from the sum in double", type_info(type)->name,
+          rows_of_w, cols, exact);
+    free(x), free(alone), free(m.data), free(m.bias);
+}
+
+/* Products that underflow to -0 must do so in a row alone and among many. */
+static void test_linear_zero(struct test *t) {
+    struct matrix m = make_matrix(t, LVM_F32, 5, 8);
+    float x[2 * 8], y[2 * 5], alone[5];
+    for (int i = 0; i < 5 * 8; i++) ((float *)(void *)m.data)[i] = 1e-30f;
+    for (int i = 0; i < 2 * 8; i++) x[i] = -1e-30f;
+    struct exec e = make_exec(t, 1, &m.w, 2, 0);
+    linear(&e, &m.w, NULL, x, 1, alone);
+    linear(&e, &m.w, NULL, x, 2, y);
+    check(t, same_bits(y, alone, 5) && same_bits(y + 5, alone, 5),
+          "linear without bias: the sign of a zero depends on the number of rows");
+    free_exec(&e);
+    free(m.data), free(m.bias);
+}
+
+static void test_linears(struct test *t) {
+    start_round(t, ROUNDS);
+    for (int i = 0; i < N_TYPES; i++)
+        for (int exact = 0; exact < 2; exact++)
+            for (int bias = 0; bias < 2; bias++) {
+                int type = type_table[i].type;
+                test_linear(t, type, 37, 96, exact, bias);
+                test_linear(t, type, 16, 160, exact, bias);
+                if (!type_is_quantised(type)) test_linear(t, type, 70, 43, exact, bias);
+                if (bias) test_linear(t, type, 29, 4128, exact, bias);
+            }
+    test_linear_zero(t);
+}
+
+static void test_outer_rows(struct test *t) {
+    for (int rows = 1; rows <= 50; rows++) {
+        start_round(t, rows);
+        int k = 1 + below(t, 60), strips = 1 + below(t, 6), accumulate = rows % 2, ok = 1;
+        int ldc = strips * STRIP + below(t, 4), width = strips * STRIP;
+        int64_t strip = k * STRIP + below(t, 4);
+        const float *a = make_rows(t, rows, k, k + 1), *b = make_rows(t, strips, k * STRIP, strip);
+        const float *pa[50];
+        float *c = make_rows(t, rows, width, ldc), alone[6 * STRIP];
+        float *before = make_space(t, (rows - 1) * ldc + width);
+        memcpy(before, c, (size_t)((rows - 1) * ldc + width) * sizeof *c);
+        for (int r = 0; r < rows; r++) pa[r] = a + r * (k + 1);
+        outer_rows(t->k, rows, k, pa, b, strip, strips, c, ldc, accumulate);
+        for (int r = 0; r < rows; r++) {
+            memcpy(alone, before + r * ldc, (size_t)width * sizeof *alone);
+            t->k->outer_row(k, pa[r], b, strip, strips, alone, accumulate);
+            ok &= same_bits(alone, c + r * ldc, width);
+        }
+        check(t, ok, "outer_rows of %d rows: not as each row alone", rows);
+        check(t, gap_untouched(c, ldc, rows, width), "outer_rows wrote between its rows");
+        release(t, "outer_rows");
+    }
+}
+
+/* softmax(q K^T scale) V of one row in double, from the packed forms. */
+static void attend_double(int keys, int d, const float *q, const float *k, const float *v, double scale,
+                          double *o) {
+    double s[KEYS], max = -HUGE_VAL, sum = 0;
+    for (int key = 0; key < keys; key++) {
+        s[key] = 0;
+        for (int i = 0; i < d; i++)
+            s[key] += (double)q[i] * k[(key / STRIP * d + i) * STRIP + key % STRIP] * scale;
+        max = s[key] > max ? s[key] : max;
+    }
+    for (int i = 0; i < d; i++) o[i] = 0;
+    for (int key = 0; key < keys; key++) {
+        double p = exp(s[key] - max);
+        sum += p;
+        for (int i = 0; i < d; i++) o[i] += p * v[(i / STRIP * KEYS + key) * STRIP + i % STRIP];
+    }
+    for (int i = 0; i < d; i++) o[i] /= sum;
+}
+
+/* A block of keys seen by many rows of different reach: each row as alone, and as in double. Values are
+   below 1, scores below d scale: 1e-5 is generous for either. */
+static void test_attend(struct test *t) {
+    int d = 32 * (1 + below(t, 3)), n = 1 + below(t, QUERY_ROWS), ok = 1, near = 1;
+    float scale = 1 / sqrtf((float)d), *q = make_space(t, n * d), *o = make_space(t, 2 * n * d);
+    float *k = make_space(t, KEYS * d), *v = make_space(t, KEYS * d);
+    float *scratch = make_space(t, attend_scratch(d));
+    struct query row[QUERY_ROWS], one;
+    for (int i = 0; i < n * d; i++) q[i] = uniform(t);
+    for (int i = 0; i < KEYS * d; i++) k[i] = uniform(t), v[i] = uniform(t);
+    for (int i = 0; i < 2 * n * d; i++) o[i] = 0;
+    for (int r = 0; r < n; r++)
+        row[r] = (struct query){q + r * d, o + r * d, -HUGE_VALF, 0, 1 + below(t, KEYS)};
+    attend_block(t->k, row, n, d, k, v, scale, scratch);
+    for (int r = 0; r < n; r++) {
+        double want[96];
+        one = (struct query){q + r * d, o + (n + r) * d, -HUGE_VALF, 0, row[r].keys};
+        attend_block(t->k, &one, 1, d, k, v, scale, scratch);
+        ok &= same_bits(row[r].o, one.o, d) && same_bits(&row[r].l, &one.l, 1);
+        attend_double(row[r].keys, d, row[r].q, k, v, (double)scale, want);
+        for (int i = 0; i < d; i++) near &= fabs((double)row[r].o[i] / row[r].l - want[i]) <= 1e-5;
+    }
+    check(t, ok, "attend_block of %d rows: not as each row alone", n);
+    check(t, near, "attend_block of %d rows differs from attention in double", n);
+    release(t, "attend_block");
+}
+
+/* ---- Chapter 2: numbers ---- */
+
+/* Distance of a float from a real value, in ulps of the float format at that value. */
+static double ulps_f32(float got, double want) {
+    int e;
+    frexp(want, &e);
+    return fabs(got - want) / ldexp(1, (e < -125 ? -125 : e) - 24);
+}
+
+static double ulps_f64(double got, long double want) {
+    int e;
+    frexpl(want, &e);
+    return (double)(fabsl(got - want) / ldexpl(1, (e < -1021 ? -1021 : e) - 53));
+}
+
+/* Taylor's first neglected term, r^7/5040 at r = ln 2 / 2, costs 2 ulp; roundings one. */
+static void test_exp_f32(struct test *t) {
+    double worst = 0;
+    for (uint32_t u = 0; u < 0x42b00000; u += 331) { /* 0 .. 88, all exponents */
+        float x = bits_to_f32(u);
+        double up = ulps_f32(exp_f32(x), exp((double)x));
+        double down = x < 87 ? ulps_f32(exp_f32(-x), exp(-(double)x)) : 0;
+        worst = up > worst ? up : worst;
+        worst = down > worst ? down : worst;
+    }
+    note(t, "exp_f32", worst, 3);
+    check(t, worst <= 3, "exp_f32 is off by %g ulp", worst);
+    check(t, exp_f32(0) == 1 && exp_f32(-0.0f) == 1, "exp_f32(0) is not 1");
+    check(t, exp_f32(-87) == 0 && exp_f32(-1e30f) == 0 && exp_f32(-HUGE_VALF) == 0,
+          "exp_f32 of very negative numbers is not 0");
+    check(t, exp_f32(1000) == exp_f32(88) && exp_f32(HUGE_VALF) == exp_f32(88) && isnan(exp_f32(NAN)),
+          "exp_f32 beyond 88");
+}
+
+static void test_exp_log_f64(struct test *t) {
+    double worst_exp = 0, worst_log = 0;
+    for (int i = 0; i < 400000; i++) {
+        double x = (double)uniform(t) * (i % 3 == 0 ? 1 : i % 3 == 1 ? 30 : 699), error;
+        double y = ldexp(1 + fabs((double)uniform(t)), below(t, i % 2 ? 3 : 2000) - (i % 2 ? 1 : 1000));
+        error = ulps_f64(exp_f64(x), expl((long double)x));
+        worst_exp = error > worst_exp ? error : worst_exp;
+        /* near 1 the logarithm cancels: errors there count in ulps of 1 */
+        error = fabs(log(y)) > 0.25 ? ulps_f64(log_f64(y), logl((long double)y))
+                                    : (double)fabsl(log_f64(y) - logl((long double)y)) * 0x1p53;
+        worst_log = error > worst_log ? error : worst_log;
+    }
+    note(t, "exp_f64", worst_exp, 3);
+    note(t, "log_f64", worst_log, 4);
+    check(t, worst_exp <= 3, "exp_f64 is off by %g ulp", worst_exp);
+    check(t, worst_log <= 4, "log_f64 is off by %g ulp", worst_log);
+    check(t, log_f64(1) == 0 && log_f64(0) == -HUGE_VAL && isnan(log_f64(-1)) && isnan(log_f64(NAN)),
+          "log_f64 at its edges");
+    check(t, exp_f64(0) == 1 && exp_f64(-1e9) == 0 && isnan(exp_f64(NAN)), "exp_f64 at its edges");
+}
+
+/* Angles as RoPE makes them, floats up to 1e6. pi/2 is known to 86 bits here: n times 2e-21 is left,
+   besides two ulps of 1. */
+static void test_sincos(struct test *t) {
+    double worst = 0;
+    for (int i = 0; i < 400000; i++) {
+        double range = i % 4 == 0 ? 1 : i % 4 == 1 ? 100 : i % 4 == 2 ? 4096 : 1e6, s, c;
+        double x = (double)(float)(fabs((double)uniform(t)) * range);
+        sincos_f64(x, &s, &c);
+        double allowed = 2 * 0x1p-53 + x * 3e-21;
+        double error = (double)fmaxl(fabsl(s - sinl((long double)x)), fabsl(c - cosl((long double)x)));
+        worst = error / allowed > worst ? error / allowed : worst;
+    }
+    note(t, "sincos_f64", 2 * worst, 2);
+    check(t, worst <= 1, "sincos_f64 is off by %g times what is allowed", worst);
+}
+
+/* The value of a positive half from its three fields, and of one step beyond the last as if it went on. */
+static double half_value(int h) {
+    int exponent = h >> 10, mantissa = h & 0x3ff;
+    return exponent == 0 ? ldexp(mantissa, -24) : ldexp(1024 + mantissa, exponent - 25);
+}
+
+static double bf16_value(int h) {
+    int exponent = h >> 7, mantissa = h & 0x7f;
+    return exponent == 0 ? ldexp(mantissa, -133) : ldexp(128 + mantissa, exponent - 134);
+}
+
+/* The nearest of the values 0 .. infinity (which counts as the next step), ties to even, by search. */
+static int nearest(double x, double (*value)(int), int infinity) {
+    int low = 0, high = infinity;
+    if (x >= value(infinity)) return infinity;
+    while (high - low > 1) {
+        int middle = (low + high) / 2;
+        if (value(middle) <= x) low = middle;
+        else high = middle;
+    }
+    double below_x = x - value(low), above = value(high) - x;
+    if (below_x == above) return low % 2 == 0 ? low : high;
+    return below_x < above ? low : high;
+}
+
+static int halves_right(float x) {
+    double magnitude = fabs((double)x);
+    int sign = signbit(x) ? 0x8000 : 0;
+    return f32_to_f16(x) == (nearest(magnitude, half_value, 0x7c00) | sign) &&
+           f32_to_bf16(x) == (nearest(magnitude, bf16_value, 0x7f80) | sign);
+}
+
+static void test_halves(struct test *t) {
+    int exact = 1, back = 1, edges = 1, random = 1;
+    for (int h = 0; h < 0x8000; h++) {
+        float f = f16_to_f32((uint16_t)h), b = bf16_to_f32((uint16_t)h);
+        exact &= h < 0x7c00 ? f == half_value(h) : h == 0x7c00 ? f == HUGE_VALF : isnan(f);
+        exact &= h < 0x7f80 ? b == bf16_value(h) : h == 0x7f80 ? b == HUGE_VALF : isnan(b);
+        exact &= f32_to_bits(f16_to_f32((uint16_t)(h | 0x8000))) == (f32_to_bits(f) | 0x80000000u);
+        exact &= f32_to_bits(bf16_to_f32((uint16_t)(h | 0x8000))) == (f32_to_bits(b) | 0x80000000u);
+        back &= isnan(f) ? isnan(f16_to_f32(f32_to_f16(f))) : f32_to_f16(f) == h;
+        back &= isnan(b) ? isnan(bf16_to_f32(f32_to_bf16(b))) : f32_to_bf16(b) == h;
+        for (int side = -1; side <= 1; side++) { /* midpoints of neighbours and beside them */
+            float f_mid = (float)((half_value(h < 0x7c00 ? h : 0) + half_value((h < 0x7c00 ? h : 0) + 1)) / 2);
+            uint32_t b_mid = (uint32_t)(h < 0x7f80 ? h : 0) << 16 | 0x8000;
+            edges &= halves_right(bits_to_f32(f32_to_bits(f_mid) + (uint32_t)side));
+            edges &= halves_right(-bits_to_f32(b_mid + (uint32_t)side));
+        }
+    }
+    for (int i = 0; i < 300000; i++) {
+        float x = bits_to_f32(rng_next(&t->rng)), small = ldexpf(uniform(t), below(t, 45) - 26);
+        random &= (isnan(x) || halves_right(x)) && halves_right(small);
+    }
+    check(t, exact, "a half or bf16 does not convert to its value");
+    check(t, back, "a half or bf16 does not survive the way to f32 and back");
+    check(t, edges, "rounding to halves or bf16 is wrong at a midpoint");
+    check(t, random, "rounding to halves or bf16 is not to the nearest");
+}
+
+/* ---- All ---- */
+
+static void test_table(struct test *t) {
+    for (int round = 0; round < ROUNDS; round++) {
+        start_round(t, round);
+        test_dot_row(t);
+        test_dot_tile(t);
+        test_outer_row(t);
+        test_outer_tile(t);
+        test_quantize_x(t);
+        test_int(t, LVM_Q8_0);
+        test_int(t, LVM_Q4_0);
+        for (int i = 0; i < N_TYPES; i++) test_to_f32(t, type_table[i].type);
+        test_cache_to_f32(t);
+        test_rmsnorm(t);
+        test_softmax(t);
+        test_silu_mul(t);
+        test_norm_rows(t);
+        test_channel_sums(t);
+        if (round % 10 == 0) test_attend(t);
+    }
+    test_quantize_tiny(t);
+    test_all_halves(t, LVM_F16);
+    test_all_halves(t, LVM_BF16);
+    test_outer_rows(t);
+    test_linears(t);
+}
+
+static void test_numbers(struct test *t) {
+    start_round(t, 0);
+    t->k = NULL;
+    test_exp_f32(t);
+    test_exp_log_f64(t);
+    test_sincos(t);
+    test_halves(t);
+    t->k = &kernels_plain;
+    for (int round = 0; round < ROUNDS; round++) {
+        start_round(t, round);
+        test_int_plain(t, LVM_Q8_0);
+        test_int_plain(t, LVM_Q4_0);
+    }
+}
+
+int main(int argc, char **argv) {
+    struct test t = {.seed = 20240607, .verbose = argc > 1 && strcmp(argv[1], "--verbose") == 0};
+    int tables = (int)(sizeof simd_kernels / sizeof *simd_kernels);
+    test_numbers(&t);
+    for (int i = 0; i < tables; i++) {
+        t.k = simd_kernels[i];
+        if (i <= simd_level()) test_table(&t);
+        else printf("skipped: %s (not on this machine)\n", t.k->name);
+    }
+    for (int i = 0; i < t.n_notes && t.verbose; i++)
+        printf("%-8s %-14s largest error %8.3f of %6.1f allowed (ulps, kernels in 2^-24)\n",
+               t.note[i].table, t.note[i].what, t.note[i].worst, t.note[i].allowed);
+    printf("kernels: %d passed, %d failed\n", t.passed, t.failed);
+    return t.failed > 0;
+}

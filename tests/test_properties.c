@@ -1,0 +1,1108 @@
+/* Properties of chapters 4 to 7 on small random models that this file builds in memory: what must not
+   change anything (threads, candidates, batches, reused prefixes, other contexts, a cancelled call)
+   changes no byte; the sliding window equals reading afresh; sampling follows its distribution; damaged
+   files and wrong arguments are errors and never crashes.
+
+       test_properties                  everything; non-zero when a check fails
+       test_properties --threads-only   contexts at work in several threads, for -fsanitize=thread */
+#define LVM_NO_MAIN
+#include "../lvm.c"
+
+enum {
+    D = 64, LAYERS = 2, HEADS = 4, KV_HEADS = 2, F = 96, V = 80, CODES = 64, BOS = 64,
+    HIDDEN = 32, Z = 32, E = 16,
+    MAX_TENSORS = 320, SHOWN_FAILURES = 40
+};
+
+struct test {
+    int passed, failed;
+    uint64_t seed;
+    struct rng rng;
+    const char *where; /* the model at hand, for messages */
+};
+
+LVM_PRINTF(3, 4) static void check(struct test *t, int ok, const char *format, ...) {
+    if (ok) {
+        t->passed++;
+        return;
+    }
+    if (t->failed++ >= SHOWN_FAILURES) return;
+    va_list args;
+    va_start(args, format);
+    printf("FAILED: %s: ", t->where);
+    vprintf(format, args);
+    printf(" (seed %llu)\n", (unsigned long long)t->seed);
+    va_end(args);
+}
+
+static void *must(void *p) {
+    if (p == NULL) abort();
+    return p;
+}
+
+static int below(struct rng *r, int n) { return (int)(rng_next(r) % (uint32_t)n); }
+static float uniform(struct rng *r) { return (float)(int32_t)rng_next(r) * 0x1p-31f; }
+
+/* ---- A GGUF file in memory ---- */
+
+/* What a model is made of. */
+struct spec {
+    const char *name;
+    int type;                 /* of the transformer's matrices */
+    int vq_type;              /* of the tokenizer's convolutions */
+    int context, bos;         /* bos 0: none */
+    int resolution, levels;   /* tokens a picture: (resolution >> (levels - 1)) squared */
+    int has_llama, has_vq;
+};
+
+struct entry {
+    char name[80];
+    int type, n_dims, dims[4]; /* slowest first */
+    float size, middle;        /* values are middle + size * (-1 .. 1) */
+};
+
+struct writer {
+    uint8_t *data;
+    size_t n, room;
+    struct entry tensor[MAX_TENSORS];
+    int n_tensors;
+    const struct spec *spec;
+};
+
+static void put(struct writer *w, const void *data, size_t n) {
+    if (w->n + n > w->room) {
+        w->room = 2 * w->room + n;
+        w->data = must(realloc(w->data, w->room));
+    }
+    memcpy(w->data + w->n, data, n);
+    w->n += n;
+}
+
+static void put_number(struct writer *w, uint64_t v, int bytes) {
+    for (int i = 0; i < bytes; i++) put(w, &(uint8_t){(uint8_t)(v >> 8 * i)}, 1);
+}
+
+static void put_text(struct writer *w, const char *s) {
+    put_number(w, strlen(s), 8);
+    put(w, s, strlen(s));
+}
+
+static void put_padding(struct writer *w) {
+    while (w->n % 64 != 0) put_number(w, 0, 1);
+}
+
+static void key_u32(struct writer *w, const char *name, int v) {
+    put_text(w, name);
+    put_number(w, GGUF_U32, 4);
+    put_number(w, (uint64_t)v, 4);
+}
+
+static void key_f32(struct writer *w, const char *name, float v) {
+    put_text(w, name);
+    put_number(w, GGUF_F32, 4);
+    put(w, &v, sizeof v);
+}
+
+static void key_array(struct writer *w, const char *name, int n, const int *v) {
+    put_text(w, name);
+    put_number(w, GGUF_ARRAY, 4);
+    put_number(w, GGUF_I32, 4);
+    put_number(w, (uint64_t)n, 8);
+    for (int i = 0; i < n; i++) put_number(w, (uint64_t)v[i], 4);
+}
+
+static int put_llama_keys(struct writer *w) {
+    key_u32(w, "lvm.context_length", w->spec->context);
+    key_u32(w, "lvm.embedding_length", D);
+    key_u32(w, "lvm.block_count", LAYERS);
+    key_u32(w, "lvm.feed_forward_length", F);
+    key_u32(w, "lvm.vocab_size", V);
+    key_u32(w, "lvm.attention.head_count", HEADS);
+    key_u32(w, "lvm.attention.head_count_kv", KV_HEADS);
+    key_f32(w, "lvm.attention.layer_norm_rms_epsilon", 1e-6f);
+    key_f32(w, "lvm.rope.freq_base", 10000);
+    if (w->spec->bos) key_u32(w, "lvm.bos_token_id", BOS);
+    return w->spec->bos ? 10 : 9;
+}
+
+static int put_vq_keys(struct writer *w) {
+    static const int mult[] = {1, 2};
+    int attn[] = {w->spec->resolution, w->spec->resolution / 2};
+    key_u32(w, "lvm.vq.resolution", w->spec->resolution);
+    key_u32(w, "lvm.vq.hidden_channels", HIDDEN);
+    key_u32(w, "lvm.vq.num_res_blocks", 1);
+    key_u32(w, "lvm.vq.z_channels", Z);
+    key_u32(w, "lvm.vq.num_embeddings", CODES);
+    key_u32(w, "lvm.vq.quantized_embed_dim", E);
+    key_u32(w, "lvm.vq.no_attn_mid_block", 0);
+    key_array(w, "lvm.vq.channel_mult", w->spec->levels, mult);
+    key_array(w, "lvm.vq.attn_resolutions", 2, attn);
+    return 9;
+}
+
+/* ---- Its tensors ---- */
+
+static struct entry *add(struct writer *w, int type, const char *name, int n_dims, int d0, int d1) {
+    struct entry *e = &w->tensor[w->n_tensors++];
+    if (w->n_tensors > MAX_TENSORS) abort();
+    *e = (struct entry){.type = type, .n_dims = n_dims, .dims = {d0, d1, 1, 1}};
+    snprintf(e->name, sizeof e->name, "%s", name);
+    e->size = n_dims == 1 ? 0.2f : 2 / sqrtf((float)d1);
+    return e;
+}
+
+static void add_vector(struct writer *w, const char *name, int n, float middle) {
+    add(w, LVM_F32, name, 1, n, 1)->middle = middle;
+}
+
+static void add_layer(struct writer *w, int i) {
+    static const struct { const char *name; int rows, cols, bias; } linear[] = {
+        {"attn_q", D, D, 1},      {"attn_k", D / 2, D, 1}, {"attn_v", D / 2, D, 1},
+        {"attn_output", D, D, 0}, {"ffn_gate", F, D, 0},   {"ffn_up", F, D, 0},
+        {"ffn_down", D, F, 0}};
+    char name[80];
+    for (size_t k = 0; k < sizeof linear / sizeof *linear; k++) {
+        snprintf(name, sizeof name, "blk.%d.%s.weight", i, linear[k].name);
+        add(w, w->spec->type, name, 2, linear[k].rows, linear[k].cols);
+        snprintf(name, sizeof name, "blk.%d.%s.bias", i, linear[k].name);
+        if (linear[k].bias) add_vector(w, name, linear[k].rows, 0);
+    }
+    snprintf(name, sizeof name, "blk.%d.attn_norm.weight", i);
+    add_vector(w, name, D, 1);
+    snprintf(name, sizeof name, "blk.%d.ffn_norm.weight", i);
+    add_vector(w, name, D, 1);
+}
+
+static void add_conv(struct writer *w, const char *prefix, const char *name, int c_in, int c_out,
+                     int size) {
+    char full[80];
+    snprintf(full, sizeof full, "vq.%s%s.weight", prefix, name);
+    int type = c_in % QK == 0 ? w->spec->vq_type : LVM_F16;
+    struct entry *e = add(w, type, full, 4, c_out, size);
+    e->dims[2] = size;
+    e->dims[3] = c_in;
+    e->size = 2 / sqrtf((float)(c_in * size * size));
+    snprintf(full, sizeof full, "vq.%s%s.bias", prefix, name);
+    add_vector(w, full, c_out, 0);
+}
+
+static void add_norm(struct writer *w, const char *prefix, const char *name, int c) {
+    char full[80];
+    snprintf(full, sizeof full, "vq.%s%s.weight", prefix, name);
+    add_vector(w, full, c, 1);
+    snprintf(full, sizeof full, "vq.%s%s.bias", prefix, name);
+    add_vector(w, full, c, 0);
+}
+
+static void add_res_block(struct writer *w, const char *prefix, int c_in, int c_out) {
+    add_norm(w, prefix, "norm1", c_in);
+    add_conv(w, prefix, "conv1", c_in, c_out, 3);
+    add_norm(w, prefix, "norm2", c_out);
+    add_conv(w, prefix, "conv2", c_out, c_out, 3);
+    if (c_in != c_out) add_conv(w, prefix, "nin_shortcut", c_in, c_out, 1);
+}
+
+static void add_attn_block(struct writer *w, const char *prefix, int c) {
+    static const char *const conv[] = {"q", "k", "v", "proj_out"};
+    add_norm(w, prefix, "norm", c);
+    for (int i = 0; i < 4; i++) add_conv(w, prefix, conv[i], c, c, 1);
+}
+
+static void add_level(struct writer *w, const char *half, int i, int c_in, int blocks,
+                      const char *resample) {
+    char prefix[64];
+    int c = HIDDEN * (i + 1);
+    for (int b = 0; b < blocks; b++) {
+        snprintf(prefix, sizeof prefix, "%s.%d.block.%d.", half, i, b);
+        add_res_block(w, prefix, b == 0 ? c_in : c, c);
+        snprintf(prefix, sizeof prefix, "%s.%d.attn.%d.", half, i, b);
+        if (blocks > 1) add_attn_block(w, prefix, c);
+    }
+    snprintf(prefix, sizeof prefix, "%s.%d.", half, i);
+    if (resample != NULL) add_conv(w, prefix, resample, c, c, 3);
+}
+
+static void add_tokenizer(struct writer *w) {
+    int last = w->spec->levels - 1, c = HIDDEN * w->spec->levels;
+    add_conv(w, "encoder.", "conv_in", 3, HIDDEN, 3);
+    add_conv(w, "encoder.", "conv_out", c, Z, 3);
+    add_norm(w, "encoder.", "norm_out", c);
+    add_conv(w, "decoder.", "conv_in", Z, c, 3);
+    add_conv(w, "decoder.", "conv_out", HIDDEN, 3, 3);
+    add_norm(w, "decoder.", "norm_out", HIDDEN);
+    for (int i = 0; i <= last; i++) {
+        int up_in = i == last ? c : c * 2 / w->spec->levels;
+        add_level(w, "encoder.down", i, HIDDEN, 1, i < last ? "downsample.conv" : NULL);
+        add_level(w, "decoder.up", i, up_in, 2, i > 0 ? "upsample.conv" : NULL);
+    }
+    for (int i = 0; i < 2; i++) {
+        const char *const middle[2][3] = {
+            {"encoder.mid.block_1.", "encoder.mid.attn_1.", "encoder.mid.block_2."},
+            {"decoder.mid.block_1.", "decoder.mid.attn_1.", "decoder.mid.block_2."}};
+        add_res_block(w, middle[i][0], c, c);
+        add_attn_block(w, middle[i][1], c);
+        add_res_block(w, middle[i][2], c, c);
+    }
+    add_conv(w, "", "quant_conv", Z, E, 1);
+    add_conv(w, "", "post_quant_conv", E, Z, 1);
+    add(w, LVM_F16, "vq.quantize.embedding.weight", 2, CODES, E)->size = 1;
+}
+
+static int64_t entry_bytes(const struct entry *e) {
+    int64_t row = e->dims[e->n_dims - 1], all = 1;
+    for (int i = 0; i < e->n_dims; i++) all *= e->dims[i];
+    return all / row * type_bytes(e->type, row);
+}
+
+static void put_tensor_list(struct writer *w) {
+    int64_t offset = 0;
+    for (int i = 0; i < w->n_tensors; i++) {
+        const struct entry *e = &w->tensor[i];
+        put_text(w, e->name);
+        put_number(w, (uint64_t)e->n_dims, 4);
+        for (int d = e->n_dims - 1; d >= 0; d--) put_number(w, (uint64_t)e->dims[d], 8);
+        put_number(w, (uint64_t)e->type, 4);
+        put_number(w, (uint64_t)offset, 8);
+        offset = (offset + entry_bytes(e) + 63) / 64 * 64;
+    }
+}
+
+static void put_tensor(struct writer *w, const struct entry *e, struct rng *rng) {
+    int64_t k = e->dims[e->n_dims - 1], bytes = type_bytes(e->type, k), rows = entry_bytes(e) / bytes;
+    float *row = must(malloc((size_t)k * sizeof *row));
+    uint8_t *packed = must(malloc((size_t)bytes));
+    for (int64_t r = 0; r < rows; r++) {
+        for (int64_t i = 0; i < k; i++) row[i] = e->middle + e->size * uniform(rng);
+        row_from_f32(e->type, row, packed, k);
+        put(w, packed, (size_t)bytes);
+    }
+    put_padding(w);
+    free(row);
+    free(packed);
+}
+
+struct file {
+    uint8_t *data;
+    size_t size, data_start;
+};
+
+static struct file build(const struct spec *spec) {
+    struct writer *w = must(calloc(1, sizeof *w));
+    struct rng rng = rng_new(7, (uint64_t)spec->type);
+    w->spec = spec;
+    if (spec->has_llama) {
+        add(w, spec->type, "token_embd.weight", 2, V, D)->size = 1;
+        for (int i = 0; i < LAYERS; i++) add_layer(w, i);
+        add_vector(w, "output_norm.weight", D, 1);
+        add(w, spec->type, "output.weight", 2, V, D)->size = 0.5f;
+    }
+    if (spec->has_vq) add_tokenizer(w);
+    put(w, "GGUF", 4);
+    put_number(w, 3, 4);
+    put_number(w, (uint64_t)w->n_tensors, 8);
+    size_t count_at = w->n;
+    put_number(w, 0, 8);
+    put_text(w, "general.architecture");
+    put_number(w, GGUF_STRING, 4);
+    put_text(w, "lvm");
+    key_u32(w, "lvm.format_version", 1);
+    key_u32(w, "general.alignment", 64);
+    int keys = 3 + (spec->has_llama ? put_llama_keys(w) : 0) + (spec->has_vq ? put_vq_keys(w) : 0);
+    w->data[count_at] = (uint8_t)keys;
+    put_tensor_list(w);
+    put_padding(w);
+    struct file f = {NULL, 0, w->n};
+    for (int i = 0; i < w->n_tensors; i++) put_tensor(w, &w->tensor[i], &rng);
+    f.data = w->data;
+    f.size = w->n;
+    free(w);
+    return f;
+}
+
+static lvm_model *open_spec(struct test *t, const struct spec *spec, struct file *f) {
+    lvm_error error = {0, ""};
+    *f = build(spec);
+    lvm_model *m = lvm_open_memory(f->data, f->size, &error);
+    t->where = spec->name;
+    check(t, m != NULL, "does not open: %s", error.text);
+    return must(m);
+}
+
+/* ---- What a context computes ---- */
+
+enum { PROMPT = 280, SCORED = 20, SHORT = 1 + 3 * 64, GENERATED = 70, MANY = 3, PIXELS = 16 };
+
+/* For a model of 64 tokens a picture and a context of 300: a prompt beyond a block of 256 keys, scores
+   behind it, three candidates whose window slides (at 257 tokens), a picture in and out. */
+struct outcome {
+    float logits[V], nll[SCORED];
+    int32_t ids[MANY][GENERATED], tokens[64];
+    uint8_t pixels[PIXELS * PIXELS * 3];
+};
+
+static lvm_sampling sampling_of(uint64_t seed) {
+    lvm_sampling s = lvm_default_sampling();
+    s.seed = seed;
+    return s;
+}
+
+/* bos, then codes. */
+static void fill_ids(int32_t *ids, int n, uint64_t stream) {
+    struct rng rng = rng_new(11, stream);
+    for (int i = 0; i < n; i++) ids[i] = below(&rng, CODES);
+    ids[0] = BOS;
+}
+
+static void fill_picture(uint8_t *rgb, int n) {
+    struct rng rng = rng_new(13, 0);
+    for (int i = 0; i < n; i++) rgb[i] = (uint8_t)below(&rng, 256);
+}
+
+static int encode_noise(lvm_ctx *ctx, int32_t *tokens) {
+    uint8_t rgb[23 * 17 * 3];
+    lvm_image image = {23, 17, rgb};
+    fill_picture(rgb, (int)sizeof rgb);
+    return lvm_encode(ctx, &image, 1, tokens, NULL);
+}
+
+static int decode_tokens(lvm_ctx *ctx, const int32_t *tokens, uint8_t *pixels) {
+    lvm_image image = {0, 0, NULL};
+    int code = lvm_decode(ctx, tokens, 1, &image, NULL);
+    if (code == LVM_OK) memcpy(pixels, image.rgb, PIXELS * PIXELS * 3);
+    lvm_image_free(&image);
+    return code;
+}
+
+static int compute(lvm_ctx *ctx, struct outcome *o) {
+    int32_t ids[PROMPT + SCORED];
+    lvm_sampling s = sampling_of(5);
+    memset(o, 0, sizeof *o);
+    fill_ids(ids, PROMPT + SCORED, 1);
+    int code = lvm_prompt(ctx, ids, PROMPT, o->logits, NULL);
+    if (code == LVM_OK) code = lvm_score(ctx, ids + PROMPT, SCORED, o->nll, NULL);
+    if (code == LVM_OK) code = lvm_prompt(ctx, ids, SHORT, NULL, NULL);
+    if (code == LVM_OK) code = lvm_generate(ctx, &s, MANY, GENERATED, o->ids[0], NULL);
+    if (code == LVM_OK) code = encode_noise(ctx, o->tokens);
+    if (code == LVM_OK) code = decode_tokens(ctx, o->tokens, o->pixels);
+    return code;
+}
+
+static lvm_options options_of(int threads, int kv_type, int exact) {
+    lvm_options o = lvm_default_options();
+    o.threads = threads;
+    o.kv_type = kv_type;
+    o.exact = exact;
+    return o;
+}
+
+static lvm_ctx *context(const lvm_model *m, const lvm_options *o) { return must(lvm_new(m, o, NULL)); }
+
+/* Names the difference, so that a failure says where to look. */
+static const char *difference(const struct outcome *a, const struct outcome *b) {
+    if (memcmp(a->logits, b->logits, sizeof a->logits) != 0) return "logits differ";
+    if (memcmp(a->nll, b->nll, sizeof a->nll) != 0) return "likelihoods differ";
+    if (memcmp(a->ids, b->ids, sizeof a->ids) != 0) return "generated ids differ";
+    if (memcmp(a->tokens, b->tokens, sizeof a->tokens) != 0) return "tokens differ";
+    return memcmp(a->pixels, b->pixels, sizeof a->pixels) != 0 ? "pixels differ" : NULL;
+}
+
+static void check_same(struct test *t, const struct outcome *a, const struct outcome *b,
+                       const char *what) {
+    const char *text = difference(a, b);
+    check(t, text == NULL, "%s: %s", what, text != NULL ? text : "");
+}
+
+static void compute_with(struct test *t, const lvm_model *m, lvm_options o, struct outcome *result) {
+    lvm_ctx *ctx = context(m, &o);
+    int code = compute(ctx, result);
+    check(t, code == LVM_OK, "%d threads, kv %d, exact %d: code %d", o.threads, o.kv_type, o.exact, code);
+    lvm_free(ctx);
+}
+
+/* counts: numbers of threads, ended by 0, each of which must give the bytes of one thread. */
+static void test_thread_counts(struct test *t, const lvm_model *m, lvm_options o, const int *counts) {
+    struct outcome one, many;
+    char what[80];
+    o.threads = 1;
+    compute_with(t, m, o, &one);
+    for (; *counts != 0; counts++) {
+        o.threads = *counts;
+        compute_with(t, m, o, &many);
+        snprintf(what, sizeof what, "%d threads, kv %d, exact %d", o.threads, o.kv_type, o.exact);
+        check_same(t, &one, &many, what);
+    }
+}
+
+/* ---- Batches, prefixes, scores ---- */
+
+static int same_logits(const float *a, const float *b) { return memcmp(a, b, V * sizeof *a) == 0; }
+
+/* One prompt of 280 against token by token, against pieces, and against what other prompts left. */
+static void test_prefixes(struct test *t, const lvm_model *m, const lvm_options *o) {
+    int32_t ids[PROMPT], other[PROMPT];
+    float want[V], got[V], fresh[V];
+    lvm_ctx *a = context(m, o), *b = context(m, o), *c = context(m, o);
+    fill_ids(ids, PROMPT, 2);
+    fill_ids(other, PROMPT, 3);
+    lvm_prompt(a, ids, PROMPT, want, NULL);
+    for (int n = 1; n <= PROMPT; n++) lvm_prompt(b, ids, n, got, NULL);
+    check(t, same_logits(want, got), "a prompt token by token is not the prompt at once");
+    for (int n = 0; n < PROMPT;) {
+        n = n + 1 + below(&t->rng, 90);
+        lvm_prompt(c, ids, n < PROMPT ? n : PROMPT, got, NULL);
+    }
+    check(t, same_logits(want, got), "a prompt in pieces is not the prompt at once");
+    lvm_free(c);
+    for (int same = 0; same < PROMPT; same += 1 + below(&t->rng, 60)) {
+        int n = same + 1 + below(&t->rng, PROMPT - same);
+        memcpy(other, ids, (size_t)same * sizeof *ids);
+        lvm_prompt(b, other, n, got, NULL);
+        c = context(m, o);
+        lvm_prompt(c, other, n, fresh, NULL);
+        check(t, same_logits(got, fresh), "%d tokens, %d of them reused, are not as fresh", n, same);
+        lvm_free(c);
+        lvm_prompt(b, ids, PROMPT, got, NULL);
+        check(t, same_logits(want, got), "back at the first prompt, %d tokens reused: differs", same);
+    }
+    lvm_prompt(b, ids, 100, NULL, NULL);
+    lvm_prompt(a, ids, 100, NULL, NULL);
+    lvm_prompt(b, ids, PROMPT, got, NULL);
+    check(t, same_logits(want, got), "a prompt, its beginning, the prompt again: differs");
+    lvm_free(a);
+    lvm_free(b);
+}
+
+static void test_score(struct test *t, const lvm_model *m, const lvm_options *o) {
+    int32_t ids[PROMPT + SCORED];
+    float nll[SCORED], again[SCORED], logits[V], before[V];
+    lvm_ctx *a = context(m, o), *b = context(m, o);
+    int same = 1;
+    fill_ids(ids, PROMPT + SCORED, 4);
+    lvm_prompt(a, ids, PROMPT - 30, before, NULL);
+    lvm_score(a, ids + PROMPT - 30, SCORED, nll, NULL);
+    for (int i = 0; i < SCORED; i++) {
+        lvm_prompt(b, ids, PROMPT - 30 + i, logits, NULL);
+        float alone = negative_log_likelihood(logits, V, ids[PROMPT - 30 + i]);
+        same &= f32_to_bits(alone) == f32_to_bits(nll[i]);
+    }
+    check(t, same, "lvm_score is not the likelihoods of lvm_prompt");
+    lvm_score(a, ids + 7, 1, again, NULL);
+    lvm_score(a, ids + PROMPT - 30, SCORED, again, NULL);
+    check(t, memcmp(nll, again, sizeof nll) == 0, "lvm_score twice differs");
+    lvm_prompt(a, ids, PROMPT - 30, logits, NULL);
+    check(t, same_logits(before, logits), "lvm_score does not leave the context at the prompt");
+    lvm_free(a);
+    lvm_free(b);
+}
+
+/* ---- Generation ---- */
+
+/* The naive way: when the window is full, a new context reads bos and the last pictures, of which an
+   unfinished one is none. */
+static void generate_naively(const lvm_model *m, const lvm_options *o, const lvm_sampling *s, int stream,
+                             const int32_t *prompt, int n, int32_t *out) {
+    lvm_info info = lvm_model_info(m);
+    int T = info.tokens_per_image, bos = prompt[0] == info.bos, length = n;
+    int full = bos + info.window_images * T;
+    int32_t *ids = must(malloc((size_t)(info.context_length + 1) * sizeof *ids));
+    struct choice heap[CODES];
+    struct rng rng = rng_new(s->seed, (uint64_t)stream);
+    float logits[V];
+    lvm_ctx *ctx = context(m, o);
+    memcpy(ids, prompt, (size_t)n * sizeof *ids);
+    for (int i = 0; i < GENERATED; i++) {
+        if (length >= full) {
+            int keep = (info.window_images - 1) * T + (length - bos) % T;
+            memmove(ids + bos, ids + length - keep, (size_t)keep * sizeof *ids);
+            length = bos + keep;
+            lvm_free(ctx);
+            ctx = context(m, o);
+        }
+        lvm_prompt(ctx, ids, length, logits, NULL);
+        out[i] = ids[length++] = sample(logits, CODES, s, &rng, heap);
+    }
+    lvm_free(ctx);
+    free(ids);
+}
+
+static void test_generation(struct test *t, const lvm_model *m, const lvm_options *o, int greedy) {
+    int32_t prompt[SHORT], ids[MANY][GENERATED], naive[GENERATED], alone[GENERATED];
+    lvm_sampling s = sampling_of(17);
+    lvm_ctx *ctx = context(m, o);
+    int in_range = 1;
+    s.greedy = greedy;
+    fill_ids(prompt, SHORT, 5);
+    lvm_prompt(ctx, prompt, SHORT, NULL, NULL);
+    lvm_generate(ctx, &s, MANY, GENERATED, ids[0], NULL);
+    for (int c = 0; c < MANY; c++) {
+        generate_naively(m, o, &s, c, prompt, SHORT, naive);
+        check(t, memcmp(naive, ids[c], sizeof naive) == 0, "candidate %d, greedy %d: not the naive way", c,
+              greedy);
+        for (int i = 0; i < GENERATED; i++) in_range &= ids[c][i] >= 0 && ids[c][i] < CODES;
+    }
+    check(t, in_range, "a generated id is no picture code");
+    lvm_prompt(ctx, prompt, SHORT, NULL, NULL);
+    lvm_generate(ctx, &s, 1, GENERATED, alone, NULL);
+    check(t, memcmp(alone, ids[0], sizeof alone) == 0, "one candidate is not the first of %d", MANY);
+    lvm_free(ctx);
+}
+
+/* A prompt longer than the window that ends within a picture: the oldest whole pictures leave. */
+static void test_partial_picture(struct test *t) {
+    static const struct spec spec = {"partial picture", LVM_F32, LVM_F16, 300, 1, 8, 2, 1, 1};
+    struct file f;
+    lvm_model *m = open_spec(t, &spec, &f);
+    lvm_options o = options_of(1, LVM_AUTO, 0);
+    lvm_sampling s = sampling_of(17);
+    int32_t prompt[1 + 17 * 16 + 5], ids[GENERATED], naive[GENERATED];
+    int n = (int)(sizeof prompt / sizeof *prompt);
+    lvm_ctx *ctx = context(m, &o);
+    fill_ids(prompt, n, 10);
+    generate_naively(m, &o, &s, 0, prompt, n, naive);
+    lvm_prompt(ctx, prompt, n, NULL, NULL);
+    lvm_generate(ctx, &s, 1, GENERATED, ids, NULL);
+    check(t, memcmp(naive, ids, sizeof ids) == 0, "a long prompt's window does not begin with a picture");
+    lvm_free(ctx);
+    lvm_close(m);
+    free(f.data);
+}
+
+/* In one call or in several: greedy, so that each call's fresh stream does not matter. */
+static void test_continued(struct test *t, const lvm_model *m, const lvm_options *o) {
+    int32_t prompt[SHORT], ids[GENERATED], pieces[GENERATED];
+    lvm_sampling s = sampling_of(1);
+    lvm_ctx *ctx = context(m, o);
+    s.greedy = 1;
+    fill_ids(prompt, SHORT, 6);
+    lvm_prompt(ctx, prompt, SHORT, NULL, NULL);
+    lvm_generate(ctx, &s, 1, GENERATED, ids, NULL);
+    lvm_prompt(ctx, prompt, SHORT, NULL, NULL);
+    for (int i = 0; i < GENERATED;) {
+        int n = 1 + below(&t->rng, 64);
+        if (n > GENERATED - i) n = GENERATED - i;
+        lvm_generate(ctx, &s, 1, n, pieces + i, NULL);
+        i += n;
+    }
+    check(t, memcmp(ids, pieces, sizeof ids) == 0, "generation in pieces is not generation at once");
+    lvm_free(ctx);
+}
+
+static void generate_with(lvm_ctx *ctx, const lvm_sampling *s, int32_t *ids) {
+    int32_t prompt[SHORT];
+    fill_ids(prompt, SHORT, 5);
+    lvm_prompt(ctx, prompt, SHORT, NULL, NULL);
+    lvm_generate(ctx, s, 1, GENERATED, ids, NULL);
+}
+
+static void test_seeds(struct test *t, const lvm_model *m, const lvm_options *o) {
+    int32_t first[GENERATED], second[GENERATED], greedy[GENERATED];
+    lvm_ctx *ctx = context(m, o);
+    lvm_sampling s = sampling_of(3);
+    generate_with(ctx, &s, first);
+    generate_with(ctx, &s, second);
+    check(t, memcmp(first, second, sizeof first) == 0, "the same seed gives other ids");
+    s.seed = 4;
+    generate_with(ctx, &s, second);
+    check(t, memcmp(first, second, sizeof first) != 0, "another seed gives the same ids");
+    s.greedy = 1;
+    generate_with(ctx, &s, greedy);
+    s.greedy = 0;
+    s.top_k = 1;
+    generate_with(ctx, &s, second);
+    check(t, memcmp(greedy, second, sizeof greedy) == 0, "top-k 1 is not greedy");
+    s.top_k = 0;
+    s.top_p = 1e-6f;
+    generate_with(ctx, &s, second);
+    check(t, memcmp(greedy, second, sizeof greedy) == 0, "a tiny top-p is not greedy");
+    lvm_free(ctx);
+}
+
+/* ---- The distribution of sample() ---- */
+
+/* Probabilities after temperature, top-k, top-p, computed plainly: sorted by insertion. */
+static void expected_distribution(const float *logits, int n, const lvm_sampling *s, double *p) {
+    int order[CODES], kept = s->top_k > 0 && s->top_k < n ? s->top_k : n, last = 0;
+    double sum = 0, mass = 0;
+    for (int i = 0; i < n; i++) {
+        int at = i;
+        for (; at > 0 && logits[order[at - 1]] < logits[i]; at--) order[at] = order[at - 1];
+        order[at] = i;
+        p[i] = exp((double)logits[i] / (double)s->temperature);
+    }
+    for (int i = 0; i < kept; i++) sum += p[order[i]];
+    while (last < kept && mass < (double)s->top_p * sum) mass += p[order[last++]];
+    for (int i = 0; i < n; i++) p[order[i]] = i < last ? p[order[i]] / mass : 0;
+}
+
+/* Chi-square of 20000 draws. Its mean is the degrees of freedom k, its deviation sqrt(2 k): six of them
+   are beyond chance. Cells that expect fewer than 5 draws count together. */
+static void test_distribution(struct test *t, float temperature, int top_k, float top_p) {
+    enum { DRAWS = 20000 };
+    float logits[CODES];
+    double p[CODES], chi = 0, rest_seen = 0, rest = 0;
+    int seen[CODES] = {0}, impossible = 0, cells = 0;
+    struct choice heap[CODES];
+    struct rng rng = rng_new(23, 1);
+    lvm_sampling s = sampling_of(1);
+    s.temperature = temperature;
+    s.top_k = top_k;
+    s.top_p = top_p;
+    for (int i = 0; i < CODES; i++) logits[i] = 2.5f * uniform(&rng);
+    expected_distribution(logits, CODES, &s, p);
+    for (int i = 0; i < DRAWS; i++) seen[sample(logits, CODES, &s, &rng, heap)]++;
+    for (int i = 0; i < CODES; i++) {
+        double expected = p[i] * DRAWS, off = seen[i] - expected;
+        impossible += p[i] == 0 && seen[i] > 0;
+        if (expected >= 5) chi += off * off / expected, cells++;
+        else rest += expected, rest_seen += seen[i];
+    }
+    if (rest >= 5) chi += (rest_seen - rest) * (rest_seen - rest) / rest, cells++;
+    check(t, impossible == 0, "sample() draws what top-k %d, top-p %g exclude", top_k, (double)top_p);
+    check(t, chi <= cells - 1 + 6 * sqrt(2.0 * cells),
+          "sample(), temperature %g, top-k %d, top-p %g: chi-square %g of %d cells", (double)temperature,
+          top_k, (double)top_p, chi, cells);
+}
+
+static void test_distributions(struct test *t) {
+    t->where = "sampling";
+    test_distribution(t, 1, 0, 1);
+    test_distribution(t, 0.5f, 0, 1);
+    test_distribution(t, 1, 10, 1);
+    test_distribution(t, 1, 0, 0.8f);
+    test_distribution(t, 2, 30, 0.7f);
+    test_distribution(t, 1, CODES, 0.9f);
+    test_distribution(t, 1, 1, 0.5f);
+}
+
+/* ---- Cancelling ---- */
+
+struct canceller {
+    int calls, at; /* cancels at call number `at`; -1: never */
+};
+
+static int cancel_progress(void *user, const char *stage, int64_t done, int64_t all) {
+    struct canceller *c = user;
+    (void)stage, (void)done, (void)all;
+    return c->calls++ == c->at;
+}
+
+enum action { ENCODE, DECODE, READ, SCORE, GENERATE, ACTIONS };
+static const char *const action_names[ACTIONS] = {"encode", "decode", "prompt", "score", "generate"};
+
+/* One call with its result in *o; the prompt of score and generate is read before, uncancelled. */
+static int act(lvm_ctx *ctx, enum action action, struct canceller *c, int at, struct outcome *o) {
+    int32_t ids[PROMPT + SCORED];
+    lvm_sampling s = sampling_of(9);
+    int code = LVM_OK;
+    memset(o, 0, sizeof *o);
+    fill_ids(ids, PROMPT + SCORED, 8);
+    c->at = -1;
+    if (action == READ) lvm_prompt(ctx, &(int32_t){1}, 1, NULL, NULL); /* so that nothing is reused */
+    if (action == SCORE) lvm_prompt(ctx, ids, PROMPT, NULL, NULL);
+    if (action == GENERATE) lvm_prompt(ctx, ids, 250, NULL, NULL); /* slides after 7 tokens */
+    for (int i = 0; i < 64; i++) o->tokens[i] = ids[i + 1];
+    c->calls = 0;
+    c->at = at;
+    if (action == ENCODE) code = encode_noise(ctx, o->tokens);
+    if (action == DECODE) code = decode_tokens(ctx, o->tokens, o->pixels);
+    if (action == READ) code = lvm_prompt(ctx, ids, PROMPT, o->logits, NULL);
+    if (action == SCORE) code = lvm_score(ctx, ids + PROMPT, SCORED, o->nll, NULL);
+    if (action == GENERATE) code = lvm_generate(ctx, &s, 2, 10, o->ids[0], NULL);
+    return code;
+}
+
+static void test_cancel(struct test *t, const lvm_model *m, int kv_type) {
+    struct canceller c = {0, -1};
+    struct outcome want[ACTIONS], got;
+    lvm_options o = options_of(1, kv_type, 0);
+    o.user = &c;
+    o.progress = cancel_progress;
+    for (int i = 0; i < ACTIONS; i++) {
+        lvm_ctx *ctx = context(m, &o);
+        check(t, act(ctx, i, &c, -1, &want[i]) == LVM_OK, "%s fails", action_names[i]);
+        int calls = c.calls;
+        check(t, calls >= 2, "%s calls progress only %d times", action_names[i], calls);
+        for (int at = 0; at < calls; at++) {
+            int code = act(ctx, i, &c, at, &got);
+            check(t, code == LVM_CANCELLED, "%s cancelled at call %d gives %d", action_names[i], at, code);
+            check(t, act(ctx, i, &c, -1, &got) == LVM_OK, "%s fails after a cancelled one", action_names[i]);
+            check_same(t, &want[i], &got, action_names[i]);
+        }
+        lvm_free(ctx);
+    }
+    lvm_ctx *ctx = context(m, &o); /* each cancelled call, then every other one */
+    for (int i = 0; i < ACTIONS * ACTIONS; i++) {
+        act(ctx, i / ACTIONS, &c, 1, &got);
+        act(ctx, i % ACTIONS, &c, -1, &got);
+        check_same(t, &want[i % ACTIONS], &got, "after another call was cancelled");
+    }
+    lvm_free(ctx);
+}
+
+/* A prompt of more than the 512 rows that pass the layers together, cancelled at every call. */
+static void test_cancel_long(struct test *t) {
+    static const struct spec spec = {"long context", LVM_F32, LVM_F16, 700, 1, 16, 2, 1, 0};
+    struct file f;
+    lvm_model *m = open_spec(t, &spec, &f);
+    struct canceller c = {0, -1};
+    lvm_options o = options_of(1, LVM_AUTO, 0);
+    int32_t ids[600];
+    float want[V], got[V];
+    o.user = &c;
+    o.progress = cancel_progress;
+    fill_ids(ids, 600, 9);
+    for (int at = -1, calls = 0; at < calls; at++) {
+        lvm_ctx *ctx = context(m, &o);
+        c = (struct canceller){0, at};
+        int code = lvm_prompt(ctx, ids, 600, at < 0 ? want : got, NULL);
+        if (at < 0) calls = c.calls;
+        check(t, code == (at < 0 ? LVM_OK : LVM_CANCELLED), "a long prompt at call %d: %d", at, code);
+        c.at = -1;
+        lvm_prompt(ctx, ids, 600, got, NULL);
+        check(t, same_logits(want, got), "a long prompt cancelled at call %d does not recover", at);
+        lvm_free(ctx);
+    }
+    lvm_close(m);
+    free(f.data);
+}
+
+/* Scratch memory must do for rows of both widths, whichever needs more. */
+static void test_scratch(struct test *t) {
+    t->where = "scratch";
+    for (int k = 0; k <= simd_level(); k++)
+        for (int width = 1024; width <= 8192; width += 256)
+            for (int wide = 1024; wide <= 16384; wide += 256) {
+                struct llama a = {.D = width, .F = wide, .d = 32};
+                int64_t n = lm_scratch(&a, simd_kernels[k]);
+                check(t, n >= linear_scratch(simd_kernels[k], width) &&
+                         n >= linear_scratch(simd_kernels[k], wide),
+                      "%s: too small for D %d, F %d", simd_kernels[k]->name, width, wide);
+            }
+}
+
+/* ---- Several contexts at once ---- */
+
+struct user {
+    const lvm_model *m;
+    lvm_options o;
+    struct outcome outcome;
+    int code;
+};
+
+static void *use(void *arg) {
+    struct user *u = arg;
+    lvm_ctx *ctx = lvm_new(u->m, &u->o, NULL);
+    u->code = ctx != NULL ? compute(ctx, &u->outcome) : LVM_MEMORY;
+    lvm_free(ctx);
+    return NULL;
+}
+
+/* Two contexts of a first model and one of a second, each alone and all at once. */
+static void test_concurrency(struct test *t) {
+    static const struct spec spec[2] = {{"f32, at once", LVM_F32, LVM_F16, 300, 1, 16, 2, 1, 1},
+                                        {"q8_0, at once", LVM_Q8_0, LVM_Q8_0, 300, 1, 16, 2, 1, 1}};
+    enum { USERS = 3 };
+    struct file f[2];
+    lvm_model *m[2] = {open_spec(t, &spec[0], &f[0]), open_spec(t, &spec[1], &f[1])};
+    static struct user alone[USERS], together[USERS];
+    pthread_t thread[USERS];
+    for (int i = 0; i < USERS; i++) {
+        alone[i] = together[i] = (struct user){.m = m[i / 2], .o = options_of(1 + i, LVM_AUTO, 0)};
+        use(&alone[i]);
+    }
+    for (int i = 0; i < USERS; i++)
+        if (pthread_create(&thread[i], NULL, use, &together[i]) != 0) abort();
+    for (int i = 0; i < USERS; i++) pthread_join(thread[i], NULL);
+    for (int i = 0; i < USERS; i++) {
+        check(t, alone[i].code == LVM_OK && together[i].code == LVM_OK, "user %d: codes %d, %d", i,
+              alone[i].code, together[i].code);
+        check_same(t, &alone[i].outcome, &together[i].outcome, "alone and beside others");
+    }
+    check_same(t, &alone[0].outcome, &alone[1].outcome, "two contexts of a model");
+    for (int i = 0; i < 2; i++) {
+        lvm_close(m[i]);
+        free(f[i].data);
+    }
+}
+
+/* ---- Damaged files ---- */
+
+/* What opens must also run. Sizes that no tensor vouches for may have grown: then opening is enough. */
+static void run_damaged(const lvm_model *m) {
+    lvm_info info = lvm_model_info(m);
+    lvm_options o = options_of(1, LVM_AUTO, 0);
+    if (info.resolution > 64 || info.context_length > 1 << 16) return;
+    lvm_ctx *ctx = lvm_new(m, &o, NULL);
+    if (ctx == NULL) return;
+    int32_t *tokens = must(calloc((size_t)info.tokens_per_image + 8, sizeof *tokens));
+    float logits[V];
+    if (info.has_transformer && info.vocab_size <= V) {
+        lvm_prompt(ctx, tokens, 5, logits, NULL);
+        lvm_generate(ctx, NULL, 2, 3, tokens, NULL);
+    }
+    if (info.has_tokenizer && encode_noise(ctx, tokens) == LVM_OK) {
+        lvm_image image = {0, 0, NULL};
+        lvm_decode(ctx, tokens, 1, &image, NULL);
+        lvm_image_free(&image);
+    }
+    free(tokens);
+    lvm_free(ctx);
+}
+
+/* Memory of exactly the file's size, so that a sanitizer sees every read beyond it. */
+static int open_and_run(const uint8_t *data, size_t size) {
+    lvm_error error = {0, ""};
+    uint8_t *copy = must(malloc(size > 0 ? size : 1));
+    memcpy(copy, data, size);
+    lvm_model *m = lvm_open_memory(copy, size, &error);
+    int ok = m != NULL || (error.code != LVM_OK && error.text[0] != 0);
+    if (m != NULL) run_damaged(m);
+    lvm_close(m);
+    free(copy);
+    return ok;
+}
+
+static void test_damage(struct test *t) {
+    static const struct spec spec = {"damaged file", LVM_Q4_0, LVM_F16, 300, 1, 4, 1, 1, 1};
+    enum { CUTS = 50, FLIPS = 2000 };
+    struct file f;
+    lvm_close(open_spec(t, &spec, &f));
+    for (int i = 0; i < CUTS; i++) {
+        size_t size = i < CUTS / 2 ? f.data_start * (size_t)i / (CUTS / 2)
+                                   : f.data_start + (f.size - f.data_start) * (size_t)(i - CUTS / 2) / (CUTS / 2);
+        lvm_error error = {0, ""};
+        lvm_model *m = lvm_open_memory(f.data, size, &error);
+        check(t, m == NULL && error.code == LVM_FORMAT, "cut to %zu bytes: %s", size,
+              m != NULL ? "opens" : error.text);
+        lvm_close(m);
+        check(t, open_and_run(f.data, size), "cut to %zu bytes: an error without words", size);
+    }
+    for (int i = 0; i < FLIPS; i++) {
+        int flips = 1 + below(&t->rng, 3), head = i % 8 != 0;
+        size_t at[3];
+        uint8_t old[3];
+        for (int k = 0; k < flips; k++) {
+            at[k] = rng_next(&t->rng) % (head ? f.data_start : f.size);
+            old[k] = f.data[at[k]];
+            f.data[at[k]] = (uint8_t)(i % 2 ? old[k] ^ 1 << below(&t->rng, 8) : below(&t->rng, 256));
+        }
+        check(t, open_and_run(f.data, f.size), "flipped bytes: an error without words");
+        for (int k = flips - 1; k >= 0; k--) f.data[at[k]] = old[k];
+    }
+    free(f.data);
+}
+
+/* ---- Wrong arguments ---- */
+
+static void check_invalid(struct test *t, const char *call, int with, int without,
+                          const lvm_error *fault) {
+    check(t, with == LVM_INVALID && fault->code == LVM_INVALID && fault->text[0] != 0, "%s gives %d: %s",
+          call, with, fault->text);
+    check(t, without == LVM_INVALID, "%s without an error struct gives %d", call, without);
+}
+
+/* Makes a call twice, with e an error struct and with e NULL: both must fail as invalid. A macro, for
+   only a macro can evaluate an expression twice and print it. */
+#define INVALID(t, call) do { \
+        lvm_error fault = {0, ""}, *e = &fault; \
+        int with = (call); \
+        e = NULL; \
+        int without = (call); \
+        check_invalid(t, #call, with, without, &fault); \
+    } while (0)
+
+static int new_code(const lvm_model *m, lvm_options o, lvm_error *e) {
+    lvm_error error = {0, ""};
+    lvm_ctx *ctx = lvm_new(m, &o, e);
+    if (ctx == NULL) ctx = lvm_new(m, &o, &error);
+    else error.code = LVM_OK;
+    lvm_free(ctx);
+    return error.code;
+}
+
+static void test_wrong_options(struct test *t, const lvm_model *m) {
+    lvm_options o = lvm_default_options();
+    o.size = 4;
+    INVALID(t, new_code(m, o, e));
+    o = options_of(-1, LVM_AUTO, 0);
+    INVALID(t, new_code(m, o, e));
+    o = options_of(1025, LVM_AUTO, 0);
+    INVALID(t, new_code(m, o, e));
+    o = options_of(1, LVM_Q4_0, 0);
+    INVALID(t, new_code(m, o, e));
+    o = options_of(1, 77, 0);
+    INVALID(t, new_code(m, o, e));
+}
+
+static void test_wrong_sampling(struct test *t, lvm_ctx *ctx) {
+    int32_t out[8];
+    static const float temperatures[] = {0, 1e-4f, -1, 101, HUGE_VALF, NAN}, ps[] = {0, -1, 1.001f, NAN};
+    for (size_t i = 0; i < sizeof temperatures / sizeof *temperatures; i++) {
+        lvm_sampling s = lvm_default_sampling();
+        s.temperature = temperatures[i];
+        INVALID(t, lvm_generate(ctx, &s, 1, 1, out, e));
+    }
+    for (size_t i = 0; i < sizeof ps / sizeof *ps; i++) {
+        lvm_sampling s = lvm_default_sampling();
+        s.top_p = ps[i];
+        INVALID(t, lvm_generate(ctx, &s, 1, 1, out, e));
+    }
+    lvm_sampling s = lvm_default_sampling();
+    s.top_k = -1;
+    INVALID(t, lvm_generate(ctx, &s, 1, 1, out, e));
+    s = lvm_default_sampling();
+    s.size = 0;
+    INVALID(t, lvm_generate(ctx, &s, 1, 1, out, e));
+    INVALID(t, lvm_generate(ctx, NULL, 0, 1, out, e));
+    INVALID(t, lvm_generate(ctx, NULL, 65, 1, out, e));
+    INVALID(t, lvm_generate(ctx, NULL, 1, 0, out, e));
+    INVALID(t, lvm_generate(ctx, NULL, 1, -5, out, e));
+}
+
+static void test_wrong_ids(struct test *t, lvm_ctx *ctx) {
+    int32_t ids[400] = {0}, bad[64] = {0};
+    float nll[64];
+    lvm_image images[2];
+    lvm_error error;
+    INVALID(t, lvm_generate(ctx, NULL, 1, 1, ids, e)); /* no prompt yet */
+    INVALID(t, lvm_score(ctx, ids, 1, nll, e));
+    INVALID(t, lvm_prompt(ctx, ids, 0, NULL, e));
+    INVALID(t, lvm_prompt(ctx, ids, -1, NULL, e));
+    INVALID(t, lvm_prompt(ctx, ids, 301, NULL, e));
+    check(t, lvm_prompt(ctx, ids, 300, NULL, &error) == LVM_OK, "a prompt of 300 fails");
+    INVALID(t, lvm_score(ctx, ids, 2, nll, e));
+    check(t, lvm_score(ctx, ids, 1, nll, &error) == LVM_OK, "one score behind 300 tokens fails");
+    INVALID(t, lvm_score(ctx, ids, 0, nll, e));
+    INVALID(t, lvm_score(ctx, ids, -1, nll, e));
+    for (int i = 0; i < 3; i++) {
+        bad[1] = i == 0 ? -1 : i == 1 ? V : INT32_MAX;
+        INVALID(t, lvm_prompt(ctx, bad, 2, NULL, e));
+        INVALID(t, lvm_decode(ctx, bad, 1, images, e));
+    }
+    bad[1] = CODES; /* the transformer may read it, the tokenizer has no picture for it */
+    check(t, lvm_prompt(ctx, bad, 2, NULL, &error) == LVM_OK, "a prompt with a special id fails");
+    INVALID(t, lvm_decode(ctx, bad, 1, images, e));
+    bad[0] = V;
+    INVALID(t, lvm_score(ctx, bad, 1, nll, e));
+}
+
+static void test_wrong_pictures(struct test *t, lvm_ctx *ctx) {
+    uint8_t rgb[3 * 4] = {0};
+    lvm_image good = {2, 2, rgb}, none = {0, 2, rgb}, out[4];
+    int32_t ids[64];
+    lvm_sampling s = lvm_default_sampling();
+    INVALID(t, lvm_encode(ctx, &none, 1, ids, e));
+    INVALID(t, lvm_encode(ctx, &good, -1, ids, e));
+    INVALID(t, lvm_decode(ctx, ids, -1, out, e));
+    INVALID(t, lvm_predict(ctx, &good, -1, &s, 1, 1, out, e));
+    INVALID(t, lvm_predict(ctx, &good, 1, &s, 0, 1, out, e));
+    INVALID(t, lvm_predict(ctx, &good, 1, &s, 65, 1, out, e));
+    INVALID(t, lvm_predict(ctx, &good, 1, &s, 1, 0, out, e));
+    s.top_p = 2;
+    INVALID(t, lvm_predict(ctx, &good, 1, &s, 1, 1, out, e));
+}
+
+/* Files with one part only: what needs the other says so. */
+static void test_parts(struct test *t) {
+    static const struct spec specs[2] = {{"tokenizer alone", LVM_F32, LVM_F32, 300, 0, 16, 2, 0, 1},
+                                         {"transformer alone", LVM_F32, LVM_F32, 300, 1, 16, 2, 1, 0}};
+    int32_t ids[64] = {0};
+    float nll[4];
+    uint8_t rgb[3] = {0};
+    lvm_image image = {1, 1, rgb}, out;
+    for (int i = 0; i < 2; i++) {
+        struct file f;
+        lvm_model *m = open_spec(t, &specs[i], &f);
+        lvm_ctx *ctx = context(m, NULL);
+        if (i == 0) {
+            INVALID(t, lvm_prompt(ctx, ids, 1, NULL, e));
+            INVALID(t, lvm_score(ctx, ids, 1, nll, e));
+            INVALID(t, lvm_generate(ctx, NULL, 1, 1, ids, e));
+        } else {
+            INVALID(t, lvm_encode(ctx, &image, 1, ids, e));
+            INVALID(t, lvm_decode(ctx, ids, 1, &out, e));
+        }
+        INVALID(t, lvm_predict(ctx, &image, 1, NULL, 1, 1, &out, e));
+        lvm_free(ctx);
+        lvm_close(m);
+        free(f.data);
+    }
+}
+
+static int open_code(const void *data, size_t size, lvm_error *e) {
+    lvm_error error = {0, ""};
+    lvm_model *m = lvm_open_memory(data, size, e);
+    lvm_close(m);
+    if (m == NULL) lvm_close(lvm_open_memory(data, size, &error));
+    return error.code;
+}
+
+static void test_wrong_arguments(struct test *t) {
+    static const struct spec spec = {"wrong arguments", LVM_F32, LVM_F16, 300, 1, 16, 2, 1, 1};
+    struct file f;
+    lvm_model *m = open_spec(t, &spec, &f);
+    lvm_ctx *ctx = context(m, NULL);
+    test_wrong_options(t, m);
+    test_wrong_ids(t, ctx);
+    test_wrong_sampling(t, ctx);
+    test_wrong_pictures(t, ctx);
+    uint8_t *moved = must(malloc(f.size + 1));
+    memcpy(moved + 1, f.data, f.size);
+    INVALID(t, open_code(moved + 1, f.size, e));
+    free(moved);
+    char *isa = getenv("LVM_ISA"), *kept = isa != NULL ? must(strdup(isa)) : NULL;
+    setenv("LVM_ISA", "abacus", 1);
+    INVALID(t, open_code(f.data, f.size, e));
+    if (kept != NULL) setenv("LVM_ISA", kept, 1);
+    else unsetenv("LVM_ISA");
+    free(kept);
+    lvm_free(NULL);
+    lvm_close(NULL);
+    lvm_free(ctx);
+    lvm_close(m);
+    free(f.data);
+}
+
+/* ---- All ---- */
+
+static void test_type(struct test *t, int type) {
+    static const int kv_types[] = {LVM_F32, LVM_F16, LVM_Q8_0};
+    const char *name = type_info(type)->name;
+    struct spec spec = {name, type, type == LVM_Q8_0 ? LVM_Q8_0 : LVM_F16, 300, 1, 16, 2, 1, 1};
+    struct file f;
+    lvm_model *m = open_spec(t, &spec, &f);
+    lvm_options usual = options_of(1, LVM_AUTO, 0);
+    for (int exact = 0; exact <= type_is_quantised(type); exact++)
+        for (int k = 0; k < 3; k++) {
+            lvm_options o = options_of(1, kv_types[k], exact);
+            test_thread_counts(t, m, o, (const int[]){3, 0});
+            test_prefixes(t, m, &o);
+            test_score(t, m, &o);
+            test_generation(t, m, &o, 0);
+            test_generation(t, m, &o, 1);
+        }
+    test_thread_counts(t, m, usual, (const int[]){2, 5, 0});
+    test_continued(t, m, &usual);
+    test_seeds(t, m, &usual);
+    test_cancel(t, m, LVM_AUTO);
+    lvm_close(m);
+    free(f.data);
+}
+
+int main(int argc, char **argv) {
+    struct test t = {.seed = 20240608, .where = ""};
+    t.rng = rng_new(t.seed, 0);
+    test_concurrency(&t);
+    if (argc < 2 || strcmp(argv[1], "--threads-only") != 0) {
+        for (int i = 0; i < N_TYPES; i++) test_type(&t, type_table[i].type);
+        test_distributions(&t);
+        test_cancel_long(&t);
+        test_partial_picture(&t);
+        test_scratch(&t);
+        test_damage(&t);
+        test_wrong_arguments(&t);
+        test_parts(&t);
+    }
+    printf("properties: %d passed, %d failed\n", t.passed, t.failed);
+    return t.failed > 0;
+}
