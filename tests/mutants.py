@@ -26,9 +26,9 @@ MUTANTS = [
      "y[i] = x[i] * cosines[i] + x[i + half] * sines[i];"),
     ("golden", ["llama_gqa"], "attention sees one key of the future",
      "keys = job->pos[r] + 1 - b * KEYS;", "keys = job->pos[r] + 2 - b * KEYS;"),
-    ("golden", ["llama_gqa"], "query heads read a neighbour's keys",
-     "int g = task / chunks, i0 = task % chunks * QUERY_ROWS, last = 0;",
-     "int g = a->G - 1 - task / chunks, i0 = task % chunks * QUERY_ROWS, last = 0;"),
+    ("golden", ["llama_hd100"], "attention scales by the padded width of a head",
+     "attend_block(k, rows, n, kv->dp, kp, vp, 1 / sqrtf((float)job->a->d), scratch);",
+     "attend_block(k, rows, n, kv->dp, kp, vp, 1 / sqrtf((float)kv->dp), scratch);"),
     ("golden", ["quant"], "Q8_0 rounds halves to even",
      "y[b].q[i] = (int8_t)clamp_int(roundf(x[i] * id), -127, 127);",
      "y[b].q[i] = (int8_t)clamp_int(rintf(x[i] * id), -127, 127);"),
@@ -63,7 +63,8 @@ class Bench:
             if parts:
                 command = [sys.executable, os.path.join(TOP, "convert.py"), "-o",
                            os.path.join(folder, name + ".bin")]
-                subprocess.run(command + parts, check=True, stderr=subprocess.PIPE)
+                subprocess.run(command + parts, check=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)
 
     def arguments(self, test, goldens, place):
         if test == "images":

@@ -375,7 +375,7 @@ class Commands(Case):
 
     def test_names_of_several(self):
         def names(*args):
-            return self.lines(self.weights, self.pictures[0], "-q", *args)
+            return self.lines(self.weights, self.pictures[0], "-q", "-j", "1", *args)
         self.assertEqual(names("-n", "3"), ["out-1.png", "out-2.png", "out-3.png"])
         self.assertEqual(names("-c", "2"), ["out-1a.png", "out-1b.png"])
         os.mkdir(self.path("a.b"))
@@ -408,8 +408,8 @@ class Commands(Case):
         self.assertEqual(self.predict(*many[-3:]), read(self.path("out.png")))
 
     def test_sliding_window(self):
-        self.lines(self.weights, *(self.pictures[:3] + ["-n", "6", "--greedy", "-o", "s.png"]))
-        self.lines(self.weights, *(self.pictures[:3] + ["-n", "2", "--greedy", "-o", "t.png"]))
+        self.lines(self.weights, *(self.pictures[:3] + ["-n", "6", "-j1", "--greedy", "-o", "s.png"]))
+        self.lines(self.weights, *(self.pictures[:3] + ["-n", "2", "-j1", "--greedy", "-o", "t.png"]))
         for i in "12":
             self.assertEqual(read(self.path("s-%s.png" % i)), read(self.path("t-%s.png" % i)))
 
@@ -1035,11 +1035,11 @@ class Interruption(Case):
         return seen
 
     def test_progress_only_on_a_terminal(self):
-        seen = self.on_terminal("-n", "8", "-c", "4")
+        seen = self.on_terminal("-j", "1", "-n", "8", "-c", "4")
         for word in (b"generate", b"%", b"#", b"tokens/s"):
             self.assertIn(word, seen)
         self.assertTrue(seen.endswith(b"\r\x1b[K"), "the bar stays on the screen")
-        self.assertEqual(self.on_terminal("-n", "8", "-q"), b"")
+        self.assertEqual(self.on_terminal("-j", "1", "-n", "8", "-q"), b"")
 
 
 # ---- the shipped model ---------------------------------------------------------------------------

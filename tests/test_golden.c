@@ -336,23 +336,81 @@ static const int32_t *picture_ids(lvm_ctx *ctx, struct known_picture *known, int
     return known[(*n)++].ids;
 }
 
-/* One line: the mean likelihood of its last picture after bos and the others. */
-static double line_nll(lvm_ctx *ctx, struct known_picture *known, int *n_known, char *line) {
+static double mean_nll(lvm_ctx *ctx, const int32_t *ids, int T) {
+    lvm_error error = {0, ""};
+    float *nll = malloc((size_t)T * sizeof *nll);
+    double sum = 0;
+    must(lvm_score(ctx, ids, T, nll, &error), &error, "score");
+    for (int i = 0; i < T; i++) sum += nll[i];
+    free(nll);
+    return sum / T;
+}
+
+/* The code next nearest to vector x[e] after id, and how much farther it is. */
+static int32_t second_code(const struct vqgan *vq, const float *x, int32_t id, double *gap) {
+    float *row = malloc((size_t)vq->e * sizeof *row);
+    double first = 0, second = HUGE_VAL;
+    int32_t best = 0;
+    for (int pass = 0; pass < 2; pass++)
+        for (int i = pass == 0 ? id : 0; i < (pass == 0 ? id + 1 : vq->codes); i++) {
+            double d = 0;
+            row_to_f32(vq->codebook.type, tensor_row(&vq->codebook, i), row, vq->e);
+            for (int j = 0; j < vq->e; j++) d += ((double)row[j] - x[j]) * ((double)row[j] - x[j]);
+            if (pass == 0) first = d;
+            else if (i != id && d < second) second = d, best = i;
+        }
+    free(row);
+    *gap = second - first;
+    return best;
+}
+
+/* Where the target's likelihood is not the reference's: is it because one of its tokens lies between
+   two codes equally near (within 1e-5) and the reference took the other? */
+static int tie_explains(lvm_ctx *ctx, const char *target, int32_t *ids, double want) {
+    const struct vqgan *vq = ctx->m->vq;
+    lvm_error error = {0, ""};
+    lvm_image image = {0, 0, NULL};
+    int T = vq->S * vq->S, found = 0;
+    int32_t *again = malloc((size_t)T * sizeof *again);
+    float *latent = malloc((size_t)T * (size_t)vq->e * sizeof *latent);
+    must(lvm_image_load(target, &image, &error), &error, target);
+    must(lvm_encode(ctx, &image, 1, again, &error), &error, target);
+    memcpy(latent, ((struct cpu *)ctx->state)->vq.x, (size_t)T * (size_t)vq->e * sizeof *latent);
+    for (int t = 0; t < T && !found; t++) {
+        double gap = 0;
+        int32_t kept = ids[t], other = second_code(vq, latent + (int64_t)t * vq->e, kept, &gap);
+        if (gap > 1e-5) continue;
+        ids[t] = other;
+        found = fabs(mean_nll(ctx, ids, T) - want) <= 1e-3;
+        printf("%s: token %d lies between codes %d and %d (%.1e apart)%s\n", target, t, (int)kept, (int)other,
+               gap, found ? "; the reference took the other" : "");
+        ids[t] = kept;
+    }
+    lvm_image_free(&image);
+    free(again);
+    free(latent);
+    return found;
+}
+
+/* One line: the mean likelihood of its last picture after bos and the others, in *got. Returns whether
+   it is the reference's. */
+static int line_nll(lvm_ctx *ctx, struct known_picture *known, int *n_known, char *line, double want,
+                    double *got, int judged) {
     lvm_error error = {0, ""};
     lvm_info info = lvm_model_info(ctx->m);
     int T = info.tokens_per_image, n = info.bos >= 0;
     int32_t *ids = malloc((17 * (size_t)T + 1) * sizeof *ids);
-    float *nll = malloc((size_t)T * sizeof *nll);
-    double sum = 0;
+    const char *target = NULL;
     ids[0] = info.bos;
-    for (char *path = strtok(line, " \n"); path != NULL; path = strtok(NULL, " \n"), n += T)
+    for (char *path = strtok(line, " \n"); path != NULL; path = strtok(NULL, " \n"), n += T) {
         memcpy(ids + n, picture_ids(ctx, known, n_known, path), (size_t)T * sizeof *ids);
+        target = path;
+    }
     must(lvm_prompt(ctx, ids, n - T, NULL, &error), &error, "prompt");
-    must(lvm_score(ctx, ids + n - T, T, nll, &error), &error, "score");
-    for (int i = 0; i < T; i++) sum += nll[i];
+    *got = mean_nll(ctx, ids + n - T, T);
+    int same = !judged || fabs(*got - want) <= 1e-3 || tie_explains(ctx, target, ids + n - T, want);
     free(ids);
-    free(nll);
-    return sum / T;
+    return same;
 }
 
 static void golden_answers(const char *list, const char *weights, int exact) {
@@ -367,8 +425,9 @@ static void golden_answers(const char *list, const char *weights, int exact) {
     lvm_ctx *ctx = context(m, exact, exact ? LVM_F32 : LVM_AUTO, 0);
     for (; n_known < 4000 && fgets(line, sizeof line, f) != NULL; n++) {
         char *rest = NULL;
-        double want = strtod(line, &rest), got = line_nll(ctx, known, &n_known, rest);
-        if (exact) check(fabs(got - want) <= 1e-3, "line %d: %.6f nats, not %.6f", n + 1, got, want);
+        double want = strtod(line, &rest), got = 0;
+        int same = line_nll(ctx, known, &n_known, rest, want, &got, exact);
+        check(same, "line %d: %.6f nats, not %.6f", n + 1, got, want);
         worst = fmax(worst, fabs(got - want));
         sum += got;
         want_sum += want;

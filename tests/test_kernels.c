@@ -3,12 +3,13 @@
 
        test_kernels [--verbose]      non-zero when a check fails
 
-   Buffers come from malloc. In even rounds each stands between borders of 0xff bytes, which are NaNs
-   as floats and halves: an input read beyond its end spoils a sum, an output written beyond its end
-   shows. In odd rounds buffers end where malloc's do, for a build with -fsanitize=address.
+   Buffers come from malloc. In even rounds each stands between borders of 0xff bytes, which are
+   NaNs as floats and halves: an input read beyond its end spoils a sum, an output written beyond
+   its end shows. In odd rounds buffers end where malloc's do, for a build with -fsanitize=address.
 
-   Bounds count roundings, each of at most u = 2^-24 of the magnitude it happens at: m roundings on the
-   way of a sum of terms t cost at most m u sum |t| (first order; the bounds leave room for the rest). */
+   Bounds count roundings, each of at most u = 2^-24 of the magnitude it happens at: m roundings on
+   the way of a sum of terms t cost at most m u sum |t| (first order; the bounds leave room for the
+   rest). */
 #define LVM_NO_MAIN
 #include "../lvm.c"
 
@@ -183,7 +184,8 @@ static void test_dot_row(struct test *t) {
 }
 
 static void test_dot_tile(struct test *t) {
-    int rows = t->k->dot_rows, cols = t->k->dot_cols, k = 1 + below(t, 300), ldc = cols + below(t, 3);
+    int rows = t->k->dot_rows, cols = t->k->dot_cols, k = 1 + below(t, 300),
+        ldc = cols + below(t, 3);
     const float *a = make_rows(t, rows, k, k + 3), *b = make_rows(t, cols, k, k + 1);
     const float *pa[MAX_TILE], *pb[MAX_TILE];
     float *c = make_space(t, (rows - 1) * ldc + cols), alone[MAX_TILE];
@@ -214,19 +216,22 @@ static void test_outer_row(struct test *t) {
     memcpy(split, c, (size_t)strips * STRIP * sizeof *c);
     t->k->outer_row(k, a, b, strip, strips, c, accumulate);
     for (int j = 0; j < strips * STRIP; j++) {
-        double magnitude, sum = dot_double(k, a, b + j / STRIP * strip + j % STRIP, STRIP, &magnitude);
+        const float *column = b + j / STRIP * strip + j % STRIP;
+        double magnitude, sum = dot_double(k, a, column, STRIP, &magnitude);
         if (accumulate) sum += before[j], magnitude += fabsf(before[j]);
         ok &= within(t, "outer_row", c[j], sum, magnitude, k + 1, 0);
     }
     check(t, ok, "outer_row of %d strips x %d differs from the sum in double", strips, k);
     if (half > 0) t->k->outer_row(half, a, b, strip, strips, split, accumulate);
-    t->k->outer_row(k - half, a + half, b + half * STRIP, strip, strips, split, accumulate || half > 0);
+    t->k->outer_row(k - half, a + half, b + half * STRIP, strip, strips, split,
+                    accumulate || half > 0);
     check(t, same_bits(c, split, strips * STRIP), "outer_row in two pieces of %d is not one", k);
     release(t, "outer_row");
 }
 
 static void test_outer_tile(struct test *t) {
-    int rows = t->k->outer_rows, k = 1 + below(t, 200), accumulate = below(t, 2), half = k / 2, ok = 1;
+    int rows = t->k->outer_rows, k = 1 + below(t, 200), accumulate = below(t, 2), half = k / 2,
+        ok = 1;
     int ldc = STRIP + below(t, 3), space = (rows - 1) * ldc + STRIP;
     const float *a = make_rows(t, rows, k, k + 2), *b = make_floats(t, k * STRIP), *pa[MAX_TILE];
     const float *pb[MAX_TILE];
@@ -248,7 +253,8 @@ static void test_outer_tile(struct test *t) {
     check(t, gap_untouched(c, ldc, rows, STRIP), "outer_tile wrote between its rows");
     if (half > 0) t->k->outer_tile(half, pa, b, split, ldc, accumulate);
     t->k->outer_tile(k - half, pb, b + half * STRIP, split, ldc, accumulate || half > 0);
-    check(t, memcmp(c, split, (size_t)space * sizeof *c) == 0, "outer_tile in two pieces is not one");
+    check(t, memcmp(c, split, (size_t)space * sizeof *c) == 0,
+          "outer_tile in two pieces is not one");
     release(t, "outer_tile");
 }
 
@@ -262,7 +268,8 @@ static int x_value(const struct kernels *k, const struct xblock *x, int i) {
 static void fill_block(struct test *t, float *x) {
     int kind = below(t, 6);
     float unit = kind == 1 ? 0 : kind == 2 ? 1e30f : kind == 3 ? 1e-30f : 1;
-    for (int i = 0; i < QK; i++) x[i] = unit * (kind == 4 ? (float)(below(t, 255) - 127) / 2 : wide(t));
+    for (int i = 0; i < QK; i++)
+        x[i] = unit * (kind == 4 ? (float)(below(t, 255) - 127) / 2 : wide(t));
     if (kind == 4) x[below(t, QK)] = 127;
 }
 
@@ -318,7 +325,8 @@ static uint8_t *make_weights(struct test *t, int type, int rows, int blocks) {
 
 static void test_int(struct test *t, int type) {
     const struct kernels *k = t->k;
-    int blocks = 1 + below(t, 12), n = STRIP + below(t, 25), rows = k->int_rows, ldc = STRIP + below(t, 3);
+    int blocks = 1 + below(t, 12), n = STRIP + below(t, 25), rows = k->int_rows,
+        ldc = STRIP + below(t, 3);
     int64_t row_bytes = (int64_t)blocks * type_info(type)->bytes;
     const uint8_t *w = make_weights(t, type, n, blocks), *pw[STRIP];
     const float *x = make_floats(t, rows * blocks * QK);
@@ -341,8 +349,8 @@ static void test_int(struct test *t, int type) {
         row_ok &= same_bits(c + r * n, want, n);
         tile_ok &= same_bits(c + r * n + first, tile + r * ldc, STRIP);
     }
-    check(t, row_ok, "int_row of %s, %d rows of %d blocks, differs from plain C", type_info(type)->name, n,
-          blocks);
+    check(t, row_ok, "int_row of %s, %d rows of %d blocks, differs from plain C",
+          type_info(type)->name, n, blocks);
     check(t, tile_ok, "int_tile of %s is not int_row bit for bit", type_info(type)->name);
     check(t, gap_untouched(tile, ldc, rows, STRIP), "int_tile wrote between its rows");
     release(t, "an integer kernel");
@@ -394,7 +402,8 @@ static void test_all_halves(struct test *t, int type) {
     for (int i = 0; i < 65536; i++) in[i] = (uint16_t)i;
     t->k->to_f32(type, in, got, 65536);
     row_to_f32(type, in, want, 65536);
-    check(t, same_or_nan(got, want, 65536), "to_f32 of all values of %s differs", type_info(type)->name);
+    check(t, same_or_nan(got, want, 65536), "to_f32 of all values of %s differs",
+          type_info(type)->name);
     release(t, "to_f32");
 }
 
@@ -403,9 +412,11 @@ static void test_cache_to_f32(struct test *t) {
     uint8_t *k8 = make(t, (size_t)(n * K8_BYTES));
     struct q8_0 *v8 = make(t, (size_t)keys * sizeof *v8);
     float *got = make_space(t, n * QK * STRIP), *want = make_space(t, n * QK * STRIP);
-    float *got_v = make_space(t, (KEYS + keys) * STRIP), *want_v = make_space(t, (KEYS + keys) * STRIP);
+    float *got_v = make_space(t, (KEYS + keys) * STRIP),
+          *want_v = make_space(t, (KEYS + keys) * STRIP);
     for (int i = 0; i < n * K8_BYTES; i++) k8[i] = (uint8_t)below(t, 256);
-    for (size_t i = 0; i < (size_t)keys * sizeof *v8; i++) ((uint8_t *)v8)[i] = (uint8_t)below(t, 256);
+    for (size_t i = 0; i < (size_t)keys * sizeof *v8; i++)
+        ((uint8_t *)v8)[i] = (uint8_t)below(t, 256);
     t->k->k8_to_f32(k8, n, got);
     k8_to_f32_plain(k8, n, want);
     check(t, same_or_nan(got, want, n * QK * STRIP), "k8_to_f32 of %d groups differs", n);
@@ -421,8 +432,8 @@ static void test_cache_to_f32(struct test *t) {
 
 /* ---- Norms, softmax, SiLU ---- */
 
-/* The sum of squares has k/8 + 6 roundings, all terms positive; the root halves them; division, root,
-   reciprocal, eps and two products add six at most. */
+/* The sum of squares has k/8 + 6 roundings, all terms positive; the root halves them; division,
+   root, reciprocal, eps and two products add six at most. */
 static void test_rmsnorm(struct test *t) {
     int n = 1 + below(t, 300), ok = 1;
     const float *x = make_floats(t, n), *weight = make_floats(t, n), eps = 1e-6f;
@@ -439,8 +450,9 @@ static void test_rmsnorm(struct test *t) {
     release(t, "rmsnorm");
 }
 
-/* exp_f32 is right to 3 ulp, each at most 2 u: 6 u; below e^-87 it gives 0. The argument is computed in
-   float here too, so that its rounding does not count. The sum: n/8 + 4 roundings of positive terms. */
+/* exp_f32 is right to 3 ulp, each at most 2 u: 6 u; below e^-87 it gives 0. The argument is
+   computed in float here too, so that its rounding does not count. The sum: n/8 + 4 roundings of
+   positive terms. */
 static void test_softmax(struct test *t) {
     int n = STRIP * (1 + below(t, 16)), valid = 1 + below(t, n), ok = 1, zeros = 1;
     float size = ldexpf(1, below(t, 14) - 3), scale = 0.03f + fabsf(uniform(t)), max = -HUGE_VALF;
@@ -461,12 +473,13 @@ static void test_softmax(struct test *t) {
     check(t, ok, "softmax of %d of %d differs", valid, n);
     check(t, zeros, "softmax leaves something in the masked tail");
     check(t, got_max == max, "softmax gives another maximum");
-    check(t, within(t, "softmax sum", sum, total, total, n / 8 + 4, 0), "the sum of softmax differs");
+    check(t, within(t, "softmax sum", sum, total, total, n / 8 + 4, 0),
+          "the sum of softmax differs");
     release(t, "softmax");
 }
 
-/* x / (1 + e^-x): 6 u of exp, three roundings. exp_f32 stops at e^88, so silu(-1000) is -1000 / e^88
-   instead of 0: below 1e-34 nothing counts. */
+/* x / (1 + e^-x): 6 u of exp, three roundings. exp_f32 stops at e^88, so silu(-1000) is
+   -1000 / e^88 instead of 0: below 1e-34 nothing counts. */
 static double silu_double(double x) { return x / (1 + exp(-x)); }
 enum { SILU_U = 10 };
 static const double SILU_FLOOR = 1e-34;
@@ -489,7 +502,8 @@ static void test_silu_mul(struct test *t) {
 /* v = x scale + shift is off by 2 u of the larger of its parts, and SiLU's slope is at most 1.1. */
 static void test_norm_rows(struct test *t) {
     int c = 32 * (1 + below(t, 4)), pixels = 1 + below(t, 9), use_silu = below(t, 2), ok = 1;
-    const float *x = make_floats(t, pixels * c), *scale = make_floats(t, c), *shift = make_floats(t, c);
+    const float *x = make_floats(t, pixels * c), *scale = make_floats(t, c),
+                *shift = make_floats(t, c);
     float *y = make_space(t, pixels * c);
     t->k->norm_rows(x, scale, shift, use_silu, pixels, c, y);
     for (int i = 0; i < pixels * c; i++) {
@@ -543,7 +557,8 @@ static struct matrix make_matrix(struct test *t, int type, int rows, int cols) {
     return m;
 }
 
-static struct exec make_exec(struct test *t, int threads, const struct tensor *w, int rows, int exact) {
+static struct exec make_exec(struct test *t, int threads, const struct tensor *w, int rows,
+                             int exact) {
     struct exec e = {.k = t->k, .exact = exact};
     e.pool = must(pool_new(threads, NULL));
     e.scratch_floats = linear_scratch(t->k, w->cols);
@@ -558,8 +573,8 @@ static void free_exec(struct exec *e) {
     free(e->xq);
 }
 
-/* Against double: with integer products an activation is off by at most d/2 = max |x| / 254, |w| <= 1;
-   with floats see test_dot_row, and one rounding for the bias. */
+/* Against double: with integer products an activation is off by at most d/2 = max |x| / 254, and
+   |w| <= 1; with floats see test_dot_row, and one rounding for the bias. */
 static int linear_near(struct test *t, const struct matrix *m, const float *bias, const float *x,
                        const float *y, int integer) {
     int k = m->w.cols, ok = 1;
@@ -577,7 +592,8 @@ static int linear_near(struct test *t, const struct matrix *m, const float *bias
 }
 
 /* All counts of rows and threads against each row alone. */
-static void test_linear(struct test *t, int type, int rows_of_w, int cols, int exact, int with_bias) {
+static void test_linear(struct test *t, int type, int rows_of_w, int cols, int exact,
+                        int with_bias) {
     enum { MOST = 17 };
     struct matrix m = make_matrix(t, type, rows_of_w, cols);
     const float *bias = with_bias ? m.bias : NULL;
@@ -601,8 +617,8 @@ static void test_linear(struct test *t, int type, int rows_of_w, int cols, int e
         }
         free_exec(&e);
     }
-    check(t, near, "linear, %s, %d x %d, exact %d: differs from the sum in double", type_info(type)->name,
-          rows_of_w, cols, exact);
+    check(t, near, "linear, %s, %d x %d, exact %d: differs from the sum in double",
+          type_info(type)->name, rows_of_w, cols, exact);
     free(x), free(alone), free(m.data), free(m.bias);
 }
 
@@ -660,8 +676,8 @@ static void test_outer_rows(struct test *t) {
 }
 
 /* softmax(q K^T scale) V of one row in double, from the packed forms. */
-static void attend_double(int keys, int d, const float *q, const float *k, const float *v, double scale,
-                          double *o) {
+static void attend_double(int keys, int d, const float *q, const float *k, const float *v,
+                          double scale, double *o) {
     double s[KEYS], max = -HUGE_VAL, sum = 0;
     for (int key = 0; key < keys; key++) {
         s[key] = 0;
@@ -678,8 +694,8 @@ static void attend_double(int keys, int d, const float *q, const float *k, const
     for (int i = 0; i < d; i++) o[i] /= sum;
 }
 
-/* A block of keys seen by many rows of different reach: each row as alone, and as in double. Values are
-   below 1, scores below d scale: 1e-5 is generous for either. */
+/* A block of keys seen by many rows of different reach: each row as alone, and as in double. Values
+   are below 1, scores below d scale: 1e-5 is generous for either. */
 static void test_attend(struct test *t) {
     int d = 32 * (1 + below(t, 3)), n = 1 + below(t, QUERY_ROWS), ok = 1, near = 1;
     float scale = 1 / sqrtf((float)d), *q = make_space(t, n * d), *o = make_space(t, 2 * n * d);
@@ -735,7 +751,8 @@ static void test_exp_f32(struct test *t) {
     check(t, exp_f32(0) == 1 && exp_f32(-0.0f) == 1, "exp_f32(0) is not 1");
     check(t, exp_f32(-87) == 0 && exp_f32(-1e30f) == 0 && exp_f32(-HUGE_VALF) == 0,
           "exp_f32 of very negative numbers is not 0");
-    check(t, exp_f32(1000) == exp_f32(88) && exp_f32(HUGE_VALF) == exp_f32(88) && isnan(exp_f32(NAN)),
+    check(t,
+          exp_f32(1000) == exp_f32(88) && exp_f32(HUGE_VALF) == exp_f32(88) && isnan(exp_f32(NAN)),
           "exp_f32 beyond 88");
 }
 
@@ -743,7 +760,8 @@ static void test_exp_log_f64(struct test *t) {
     double worst_exp = 0, worst_log = 0;
     for (int i = 0; i < 400000; i++) {
         double x = (double)uniform(t) * (i % 3 == 0 ? 1 : i % 3 == 1 ? 30 : 699), error;
-        double y = ldexp(1 + fabs((double)uniform(t)), below(t, i % 2 ? 3 : 2000) - (i % 2 ? 1 : 1000));
+        double y = ldexp(1 + fabs((double)uniform(t)),
+                         below(t, i % 2 ? 3 : 2000) - (i % 2 ? 1 : 1000));
         error = ulps_f64(exp_f64(x), expl((long double)x));
         worst_exp = error > worst_exp ? error : worst_exp;
         /* near 1 the logarithm cancels: errors there count in ulps of 1 */
@@ -755,13 +773,14 @@ static void test_exp_log_f64(struct test *t) {
     note(t, "log_f64", worst_log, 4);
     check(t, worst_exp <= 3, "exp_f64 is off by %g ulp", worst_exp);
     check(t, worst_log <= 4, "log_f64 is off by %g ulp", worst_log);
-    check(t, log_f64(1) == 0 && log_f64(0) == -HUGE_VAL && isnan(log_f64(-1)) && isnan(log_f64(NAN)),
+    check(t,
+          log_f64(1) == 0 && log_f64(0) == -HUGE_VAL && isnan(log_f64(-1)) && isnan(log_f64(NAN)),
           "log_f64 at its edges");
     check(t, exp_f64(0) == 1 && exp_f64(-1e9) == 0 && isnan(exp_f64(NAN)), "exp_f64 at its edges");
 }
 
-/* Angles as RoPE makes them, floats up to 1e6. pi/2 is known to 86 bits here: n times 2e-21 is left,
-   besides two ulps of 1. */
+/* Angles as RoPE makes them, floats up to 1e6. pi/2 is known to 86 bits here: n times 2e-21 is
+   left, besides two ulps of 1. */
 static void test_sincos(struct test *t) {
     double worst = 0;
     for (int i = 0; i < 400000; i++) {
@@ -769,14 +788,16 @@ static void test_sincos(struct test *t) {
         double x = (double)(float)(fabs((double)uniform(t)) * range);
         sincos_f64(x, &s, &c);
         double allowed = 2 * 0x1p-53 + x * 3e-21;
-        double error = (double)fmaxl(fabsl(s - sinl((long double)x)), fabsl(c - cosl((long double)x)));
+        double error = (double)fmaxl(fabsl(s - sinl((long double)x)),
+                                     fabsl(c - cosl((long double)x)));
         worst = error / allowed > worst ? error / allowed : worst;
     }
     note(t, "sincos_f64", 2 * worst, 2);
     check(t, worst <= 1, "sincos_f64 is off by %g times what is allowed", worst);
 }
 
-/* The value of a positive half from its three fields, and of one step beyond the last as if it went on. */
+/* The value of a positive half from its three fields, and of one step beyond the last,
+   as if they went on. */
 static double half_value(int h) {
     int exponent = h >> 10, mantissa = h & 0x3ff;
     return exponent == 0 ? ldexp(mantissa, -24) : ldexp(1024 + mantissa, exponent - 25);
@@ -787,7 +808,8 @@ static double bf16_value(int h) {
     return exponent == 0 ? ldexp(mantissa, -133) : ldexp(128 + mantissa, exponent - 134);
 }
 
-/* The nearest of the values 0 .. infinity (which counts as the next step), ties to even, by search. */
+/* The nearest of the values 0 .. infinity (which counts as one step more), ties to even: by
+   search. */
 static int nearest(double x, double (*value)(int), int infinity) {
     int low = 0, high = infinity;
     if (x >= value(infinity)) return infinity;
@@ -819,7 +841,8 @@ static void test_halves(struct test *t) {
         back &= isnan(f) ? isnan(f16_to_f32(f32_to_f16(f))) : f32_to_f16(f) == h;
         back &= isnan(b) ? isnan(bf16_to_f32(f32_to_bf16(b))) : f32_to_bf16(b) == h;
         for (int side = -1; side <= 1; side++) { /* midpoints of neighbours and beside them */
-            float f_mid = (float)((half_value(h < 0x7c00 ? h : 0) + half_value((h < 0x7c00 ? h : 0) + 1)) / 2);
+            int finite = h < 0x7c00 ? h : 0;
+            float f_mid = (float)((half_value(finite) + half_value(finite + 1)) / 2);
             uint32_t b_mid = (uint32_t)(h < 0x7f80 ? h : 0) << 16 | 0x8000;
             edges &= halves_right(bits_to_f32(f32_to_bits(f_mid) + (uint32_t)side));
             edges &= halves_right(-bits_to_f32(b_mid + (uint32_t)side));

@@ -1,10 +1,10 @@
-/* Properties of chapters 4 to 7 on small random models that this file builds in memory: what must not
-   change anything (threads, candidates, batches, reused prefixes, other contexts, a cancelled call)
-   changes no byte; the sliding window equals reading afresh; sampling follows its distribution; damaged
-   files and wrong arguments are errors and never crashes.
+/* Properties of chapters 4 to 7 on small random models that this file builds in memory: what must
+   not change anything (threads, candidates, batches, reused prefixes, other contexts, a cancelled
+   call) changes no byte; the sliding window equals reading afresh; sampling follows its
+   distribution; damaged files and wrong arguments are errors and never crashes.
 
        test_properties                  everything; non-zero when a check fails
-       test_properties --threads-only   contexts at work in several threads, for -fsanitize=thread */
+       test_properties --threads-only   contexts in several threads, for -fsanitize=thread */
 #define LVM_NO_MAIN
 #include "../lvm.c"
 
@@ -268,7 +268,8 @@ static void put_tensor_list(struct writer *w) {
 }
 
 static void put_tensor(struct writer *w, const struct entry *e, struct rng *rng) {
-    int64_t k = e->dims[e->n_dims - 1], bytes = type_bytes(e->type, k), rows = entry_bytes(e) / bytes;
+    int64_t k = e->dims[e->n_dims - 1], bytes = type_bytes(e->type, k),
+            rows = entry_bytes(e) / bytes;
     float *row = must(malloc((size_t)k * sizeof *row));
     uint8_t *packed = must(malloc((size_t)bytes));
     for (int64_t r = 0; r < rows; r++) {
@@ -332,8 +333,8 @@ static lvm_model *open_spec(struct test *t, const struct spec *spec, struct file
 
 enum { PROMPT = 280, SCORED = 20, SHORT = 1 + 3 * 64, GENERATED = 70, MANY = 3, PIXELS = 16 };
 
-/* For a model of 64 tokens a picture and a context of 300: a prompt beyond a block of 256 keys, scores
-   behind it, three candidates whose window slides (at 257 tokens), a picture in and out. */
+/* For a model of 64 tokens a picture and a context of 300: a prompt beyond a block of 256 keys,
+   scores behind it, three candidates whose window slides (at 257 tokens), a picture in and out. */
 struct outcome {
     float logits[V], nll[SCORED];
     int32_t ids[MANY][GENERATED], tokens[64];
@@ -395,7 +396,9 @@ static lvm_options options_of(int threads, int kv_type, int exact) {
     return o;
 }
 
-static lvm_ctx *context(const lvm_model *m, const lvm_options *o) { return must(lvm_new(m, o, NULL)); }
+static lvm_ctx *context(const lvm_model *m, const lvm_options *o) {
+    return must(lvm_new(m, o, NULL));
+}
 
 /* Names the difference, so that a failure says where to look. */
 static const char *difference(const struct outcome *a, const struct outcome *b) {
@@ -412,15 +415,18 @@ static void check_same(struct test *t, const struct outcome *a, const struct out
     check(t, text == NULL, "%s: %s", what, text != NULL ? text : "");
 }
 
-static void compute_with(struct test *t, const lvm_model *m, lvm_options o, struct outcome *result) {
+static void compute_with(struct test *t, const lvm_model *m, lvm_options o,
+                         struct outcome *result) {
     lvm_ctx *ctx = context(m, &o);
     int code = compute(ctx, result);
-    check(t, code == LVM_OK, "%d threads, kv %d, exact %d: code %d", o.threads, o.kv_type, o.exact, code);
+    check(t, code == LVM_OK, "%d threads, kv %d, exact %d: code %d", o.threads, o.kv_type, o.exact,
+          code);
     lvm_free(ctx);
 }
 
 /* counts: numbers of threads, ended by 0, each of which must give the bytes of one thread. */
-static void test_thread_counts(struct test *t, const lvm_model *m, lvm_options o, const int *counts) {
+static void test_thread_counts(struct test *t, const lvm_model *m, lvm_options o,
+                               const int *counts) {
     struct outcome one, many;
     char what[80];
     o.threads = 1;
@@ -459,10 +465,12 @@ static void test_prefixes(struct test *t, const lvm_model *m, const lvm_options 
         lvm_prompt(b, other, n, got, NULL);
         c = context(m, o);
         lvm_prompt(c, other, n, fresh, NULL);
-        check(t, same_logits(got, fresh), "%d tokens, %d of them reused, are not as fresh", n, same);
+        check(t, same_logits(got, fresh), "%d tokens, %d of them reused, are not as fresh", n,
+              same);
         lvm_free(c);
         lvm_prompt(b, ids, PROMPT, got, NULL);
-        check(t, same_logits(want, got), "back at the first prompt, %d tokens reused: differs", same);
+        check(t, same_logits(want, got), "back at the first prompt, %d tokens reused: differs",
+              same);
     }
     lvm_prompt(b, ids, 100, NULL, NULL);
     lvm_prompt(a, ids, 100, NULL, NULL);
@@ -497,10 +505,10 @@ static void test_score(struct test *t, const lvm_model *m, const lvm_options *o)
 
 /* ---- Generation ---- */
 
-/* The naive way: when the window is full, a new context reads bos and the last pictures, of which an
-   unfinished one is none. */
-static void generate_naively(const lvm_model *m, const lvm_options *o, const lvm_sampling *s, int stream,
-                             const int32_t *prompt, int n, int32_t *out) {
+/* The naive way: when the window is full, a new context reads bos and the last pictures, of which
+   an unfinished one is none. */
+static void generate_naively(const lvm_model *m, const lvm_options *o, const lvm_sampling *s,
+                             int stream, const int32_t *prompt, int n, int32_t *out) {
     lvm_info info = lvm_model_info(m);
     int T = info.tokens_per_image, bos = prompt[0] == info.bos, length = n;
     int full = bos + info.window_images * T;
@@ -536,14 +544,15 @@ static void test_generation(struct test *t, const lvm_model *m, const lvm_option
     lvm_generate(ctx, &s, MANY, GENERATED, ids[0], NULL);
     for (int c = 0; c < MANY; c++) {
         generate_naively(m, o, &s, c, prompt, SHORT, naive);
-        check(t, memcmp(naive, ids[c], sizeof naive) == 0, "candidate %d, greedy %d: not the naive way", c,
-              greedy);
+        check(t, memcmp(naive, ids[c], sizeof naive) == 0,
+              "candidate %d, greedy %d: not the naive way", c, greedy);
         for (int i = 0; i < GENERATED; i++) in_range &= ids[c][i] >= 0 && ids[c][i] < CODES;
     }
     check(t, in_range, "a generated id is no picture code");
     lvm_prompt(ctx, prompt, SHORT, NULL, NULL);
     lvm_generate(ctx, &s, 1, GENERATED, alone, NULL);
-    check(t, memcmp(alone, ids[0], sizeof alone) == 0, "one candidate is not the first of %d", MANY);
+    check(t, memcmp(alone, ids[0], sizeof alone) == 0, "one candidate is not the first of %d",
+          MANY);
     lvm_free(ctx);
 }
 
@@ -561,7 +570,8 @@ static void test_partial_picture(struct test *t) {
     generate_naively(m, &o, &s, 0, prompt, n, naive);
     lvm_prompt(ctx, prompt, n, NULL, NULL);
     lvm_generate(ctx, &s, 1, GENERATED, ids, NULL);
-    check(t, memcmp(naive, ids, sizeof ids) == 0, "a long prompt's window does not begin with a picture");
+    check(t, memcmp(naive, ids, sizeof ids) == 0,
+          "a long prompt's window does not begin with a picture");
     lvm_free(ctx);
     lvm_close(m);
     free(f.data);
@@ -583,7 +593,8 @@ static void test_continued(struct test *t, const lvm_model *m, const lvm_options
         lvm_generate(ctx, &s, 1, n, pieces + i, NULL);
         i += n;
     }
-    check(t, memcmp(ids, pieces, sizeof ids) == 0, "generation in pieces is not generation at once");
+    check(t, memcmp(ids, pieces, sizeof ids) == 0,
+          "generation in pieces is not generation at once");
     lvm_free(ctx);
 }
 
@@ -634,8 +645,8 @@ static void expected_distribution(const float *logits, int n, const lvm_sampling
     for (int i = 0; i < n; i++) p[order[i]] = i < last ? p[order[i]] / mass : 0;
 }
 
-/* Chi-square of 20000 draws. Its mean is the degrees of freedom k, its deviation sqrt(2 k): six of them
-   are beyond chance. Cells that expect fewer than 5 draws count together. */
+/* Chi-square of 20000 draws. Its mean is the degrees of freedom k, its deviation sqrt(2 k): six of
+   them are beyond chance. Cells that expect fewer than 5 draws count together. */
 static void test_distribution(struct test *t, float temperature, int top_k, float top_p) {
     enum { DRAWS = 20000 };
     float logits[CODES];
@@ -657,10 +668,11 @@ static void test_distribution(struct test *t, float temperature, int top_k, floa
         else rest += expected, rest_seen += seen[i];
     }
     if (rest >= 5) chi += (rest_seen - rest) * (rest_seen - rest) / rest, cells++;
-    check(t, impossible == 0, "sample() draws what top-k %d, top-p %g exclude", top_k, (double)top_p);
+    check(t, impossible == 0, "sample() draws what top-k %d, top-p %g exclude", top_k,
+          (double)top_p);
     check(t, chi <= cells - 1 + 6 * sqrt(2.0 * cells),
-          "sample(), temperature %g, top-k %d, top-p %g: chi-square %g of %d cells", (double)temperature,
-          top_k, (double)top_p, chi, cells);
+          "sample(), temperature %g, top-k %d, top-p %g: chi-square %g of %d cells",
+          (double)temperature, top_k, (double)top_p, chi, cells);
 }
 
 static void test_distributions(struct test *t) {
@@ -687,7 +699,8 @@ static int cancel_progress(void *user, const char *stage, int64_t done, int64_t 
 }
 
 enum action { ENCODE, DECODE, READ, SCORE, GENERATE, ACTIONS };
-static const char *const action_names[ACTIONS] = {"encode", "decode", "prompt", "score", "generate"};
+static const char *const action_names[ACTIONS] = {"encode", "decode", "prompt", "score",
+                                                  "generate"};
 
 /* One call with its result in *o; the prompt of score and generate is read before, uncancelled. */
 static int act(lvm_ctx *ctx, enum action action, struct canceller *c, int at, struct outcome *o) {
@@ -697,7 +710,8 @@ static int act(lvm_ctx *ctx, enum action action, struct canceller *c, int at, st
     memset(o, 0, sizeof *o);
     fill_ids(ids, PROMPT + SCORED, 8);
     c->at = -1;
-    if (action == READ) lvm_prompt(ctx, &(int32_t){1}, 1, NULL, NULL); /* so that nothing is reused */
+    if (action == READ)
+        lvm_prompt(ctx, &(int32_t){1}, 1, NULL, NULL); /* so that nothing is reused */
     if (action == SCORE) lvm_prompt(ctx, ids, PROMPT, NULL, NULL);
     if (action == GENERATE) lvm_prompt(ctx, ids, 250, NULL, NULL); /* slides after 7 tokens */
     for (int i = 0; i < 64; i++) o->tokens[i] = ids[i + 1];
@@ -724,8 +738,10 @@ static void test_cancel(struct test *t, const lvm_model *m, int kv_type) {
         check(t, calls >= 2, "%s calls progress only %d times", action_names[i], calls);
         for (int at = 0; at < calls; at++) {
             int code = act(ctx, i, &c, at, &got);
-            check(t, code == LVM_CANCELLED, "%s cancelled at call %d gives %d", action_names[i], at, code);
-            check(t, act(ctx, i, &c, -1, &got) == LVM_OK, "%s fails after a cancelled one", action_names[i]);
+            check(t, code == LVM_CANCELLED, "%s cancelled at call %d gives %d", action_names[i], at,
+                  code);
+            check(t, act(ctx, i, &c, -1, &got) == LVM_OK, "%s fails after a cancelled one",
+                  action_names[i]);
             check_same(t, &want[i], &got, action_names[i]);
         }
         lvm_free(ctx);
@@ -756,7 +772,8 @@ static void test_cancel_long(struct test *t) {
         c = (struct canceller){0, at};
         int code = lvm_prompt(ctx, ids, 600, at < 0 ? want : got, NULL);
         if (at < 0) calls = c.calls;
-        check(t, code == (at < 0 ? LVM_OK : LVM_CANCELLED), "a long prompt at call %d: %d", at, code);
+        check(t, code == (at < 0 ? LVM_OK : LVM_CANCELLED), "a long prompt at call %d: %d", at,
+              code);
         c.at = -1;
         lvm_prompt(ctx, ids, 600, got, NULL);
         check(t, same_logits(want, got), "a long prompt cancelled at call %d does not recover", at);
@@ -769,15 +786,17 @@ static void test_cancel_long(struct test *t) {
 /* Scratch memory must do for rows of both widths, whichever needs more. */
 static void test_scratch(struct test *t) {
     t->where = "scratch";
-    for (int k = 0; k <= simd_level(); k++)
+    for (int i = 0; i <= simd_level(); i++) {
+        const struct kernels *k = simd_kernels[i];
+        int bad_width = 0, bad_wide = 0;
         for (int width = 1024; width <= 8192; width += 256)
             for (int wide = 1024; wide <= 16384; wide += 256) {
                 struct llama a = {.D = width, .F = wide, .d = 32};
-                int64_t n = lm_scratch(&a, simd_kernels[k]);
-                check(t, n >= linear_scratch(simd_kernels[k], width) &&
-                         n >= linear_scratch(simd_kernels[k], wide),
-                      "%s: too small for D %d, F %d", simd_kernels[k]->name, width, wide);
+                int64_t want = max64(linear_scratch(k, width), linear_scratch(k, wide));
+                if (lm_scratch(&a, k) < want) bad_width = width, bad_wide = wide;
             }
+        check(t, bad_width == 0, "%s: too small for D %d, F %d", k->name, bad_width, bad_wide);
+    }
 }
 
 /* ---- Several contexts at once ---- */
@@ -827,7 +846,8 @@ static void test_concurrency(struct test *t) {
 
 /* ---- Damaged files ---- */
 
-/* What opens must also run. Sizes that no tensor vouches for may have grown: then opening is enough. */
+/* What opens must also run. Sizes that no tensor vouches for may have grown: then opening
+   is enough. */
 static void run_damaged(const lvm_model *m) {
     lvm_info info = lvm_model_info(m);
     lvm_options o = options_of(1, LVM_AUTO, 0);
@@ -867,9 +887,10 @@ static void test_damage(struct test *t) {
     enum { CUTS = 50, FLIPS = 2000 };
     struct file f;
     lvm_close(open_spec(t, &spec, &f));
-    for (int i = 0; i < CUTS; i++) {
-        size_t size = i < CUTS / 2 ? f.data_start * (size_t)i / (CUTS / 2)
-                                   : f.data_start + (f.size - f.data_start) * (size_t)(i - CUTS / 2) / (CUTS / 2);
+    for (int i = 0; i < CUTS; i++) { /* half of the cuts before the tensors' data, half in it */
+        size_t part = (size_t)i % (CUTS / 2), body = f.size - f.data_start;
+        size_t size = i < CUTS / 2 ? f.data_start * part / (CUTS / 2)
+                                   : f.data_start + body * part / (CUTS / 2);
         lvm_error error = {0, ""};
         lvm_model *m = lvm_open_memory(f.data, size, &error);
         check(t, m == NULL && error.code == LVM_FORMAT, "cut to %zu bytes: %s", size,
@@ -884,7 +905,8 @@ static void test_damage(struct test *t) {
         for (int k = 0; k < flips; k++) {
             at[k] = rng_next(&t->rng) % (head ? f.data_start : f.size);
             old[k] = f.data[at[k]];
-            f.data[at[k]] = (uint8_t)(i % 2 ? old[k] ^ 1 << below(&t->rng, 8) : below(&t->rng, 256));
+            f.data[at[k]] = (uint8_t)(i % 2 ? old[k] ^ 1 << below(&t->rng, 8)
+                                            : below(&t->rng, 256));
         }
         check(t, open_and_run(f.data, f.size), "flipped bytes: an error without words");
         for (int k = flips - 1; k >= 0; k--) f.data[at[k]] = old[k];
@@ -896,13 +918,13 @@ static void test_damage(struct test *t) {
 
 static void check_invalid(struct test *t, const char *call, int with, int without,
                           const lvm_error *fault) {
-    check(t, with == LVM_INVALID && fault->code == LVM_INVALID && fault->text[0] != 0, "%s gives %d: %s",
-          call, with, fault->text);
+    check(t, with == LVM_INVALID && fault->code == LVM_INVALID && fault->text[0] != 0,
+          "%s gives %d: %s", call, with, fault->text);
     check(t, without == LVM_INVALID, "%s without an error struct gives %d", call, without);
 }
 
-/* Makes a call twice, with e an error struct and with e NULL: both must fail as invalid. A macro, for
-   only a macro can evaluate an expression twice and print it. */
+/* Makes a call twice, with e an error struct and with e NULL: both must fail as invalid. A macro,
+   for only a macro can evaluate an expression twice and print it. */
 #define INVALID(t, call) do { \
         lvm_error fault = {0, ""}, *e = &fault; \
         int with = (call); \
@@ -936,7 +958,8 @@ static void test_wrong_options(struct test *t, const lvm_model *m) {
 
 static void test_wrong_sampling(struct test *t, lvm_ctx *ctx) {
     int32_t out[8];
-    static const float temperatures[] = {0, 1e-4f, -1, 101, HUGE_VALF, NAN}, ps[] = {0, -1, 1.001f, NAN};
+    static const float temperatures[] = {0, 1e-4f, -1, 101, HUGE_VALF, NAN},
+                       ps[] = {0, -1, 1.001f, NAN};
     for (size_t i = 0; i < sizeof temperatures / sizeof *temperatures; i++) {
         lvm_sampling s = lvm_default_sampling();
         s.temperature = temperatures[i];
@@ -1004,8 +1027,9 @@ static void test_wrong_pictures(struct test *t, lvm_ctx *ctx) {
 
 /* Files with one part only: what needs the other says so. */
 static void test_parts(struct test *t) {
-    static const struct spec specs[2] = {{"tokenizer alone", LVM_F32, LVM_F32, 300, 0, 16, 2, 0, 1},
-                                         {"transformer alone", LVM_F32, LVM_F32, 300, 1, 16, 2, 1, 0}};
+    static const struct spec specs[2] = {
+        {"tokenizer alone", LVM_F32, LVM_F32, 300, 0, 16, 2, 0, 1},
+        {"transformer alone", LVM_F32, LVM_F32, 300, 1, 16, 2, 1, 0}};
     int32_t ids[64] = {0};
     float nll[4];
     uint8_t rgb[3] = {0};

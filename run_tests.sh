@@ -1,0 +1,145 @@
+#!/bin/sh
+# Builds lvm and runs every test; needs cc, make and python3. The last line is `N passed, N failed`
+# (and `, N skipped` where some were); the exit status is 0 only when nothing failed.
+#
+#   LVM_REFERENCE=DIR   also compares with a full-size reference model; LVM_FULL=1 with all of its lines
+#   SANITIZE=address,undefined   everything that runs lvm.c, built with these sanitizers
+#   SANITIZE=thread              the threaded part only
+set -u
+cd "$(dirname "$0")" || exit 1
+SANITIZE=${SANITIZE:-}
+LVM_REFERENCE=${LVM_REFERENCE:-}
+LVM_FULL=${LVM_FULL:-}
+LIMIT=${LIMIT:-900}     # seconds that one part may take
+passed=0 failed=0 skipped=0
+
+case $SANITIZE in
+    "") B=build TEST_CFLAGS=-O2 LVM=./lvm ;;
+    thread) B=build/tsan TEST_CFLAGS="-O1 -g -fsanitize=thread" LVM=build/tsan/lvm ;;
+    *) B=build/debug LVM=build/debug/lvm
+       TEST_CFLAGS="-O1 -g -fsanitize=$SANITIZE -fno-sanitize-recover=all -fno-omit-frame-pointer" ;;
+esac
+WEIGHTS=${WEIGHTS:-weights.bin}
+export SANITIZE LVM WEIGHTS LVM_REFERENCE LVM_FULL
+mkdir -p "$B/logs" build/golden
+
+limited() {
+    if command -v timeout > /dev/null 2>&1; then timeout "$LIMIT" "$@"; else "$@"; fi
+}
+
+# The sums of all count lines of a log: "passed failed skipped", or nothing where there is none.
+counts() {
+    awk '
+        /^[a-z_]+: [0-9]+ passed, [0-9]+ failed/ { p += $2; f += $4; lines++ }
+        /^Ran [0-9]+ tests? in / { ran = $2; lines++ }
+        /^(OK|FAILED)( |$)/ && ran != "" {
+            bad = left = 0
+            n = split($0, part, /[(,)]/)
+            for (i = 2; i <= n; i++) {
+                split(part[i], pair, "=")
+                if (pair[1] ~ /failures|errors|unexpected/) bad += pair[2]
+                if (pair[1] ~ /skipped/) left += pair[2]
+            }
+            if (bad + left > ran) bad = ran - left
+            p += ran - bad - left; f += bad; s += left; ran = ""
+        }
+        END { if (lines) print p + 0, f + 0, s + 0 }' "$1"
+}
+
+# run NAME COMMAND...: runs one part and adds what it counted. A part that counts nothing, or fails
+# without having counted a failure, is a failure itself.
+run() {
+    name=$1 log=$B/logs/$1.log
+    shift
+    start=$(date +%s)
+    "$@" > "$log" 2>&1 < /dev/null
+    status=$?
+    seconds=$(($(date +%s) - start))
+    set -- $(counts "$log")
+    p=${1:-0} f=${2:-0} s=${3:-0} note=
+    if [ $# -eq 0 ]; then f=1 note=" (no count, status $status)"
+    elif [ "$status" -ne 0 ] && [ "$f" -eq 0 ]; then f=1 note=" (status $status)"; fi
+    passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
+    printf '%-12s %6d passed %4d failed %3d skipped %4d s%s\n' "$name" "$p" "$f" "$s" "$seconds" "$note"
+    [ "$f" -eq 0 ] || grep -v '^\.*$' "$log" | tail -n 100 | sed 's/^/    | /'
+}
+
+build() {
+    targets=$B/lvm
+    [ -n "$SANITIZE" ] || targets=lvm
+    for name in "$@"; do targets="$targets $B/test_$name"; done
+    # shellcheck disable=SC2086
+    make -k -j2 B="$B" TEST_CFLAGS="$TEST_CFLAGS" $targets && echo "build: 1 passed, 0 failed"
+}
+
+# Every small model of tests/golden as a weights file.
+convert_golden() {
+    made=0 bad=0
+    for folder in tests/golden/*/; do
+        name=$(basename "$folder")
+        set --
+        [ ! -d "$folder/llama" ] || set -- "$@" --llama "$folder/llama"
+        [ ! -d "$folder/vqgan" ] || set -- "$@" --vqgan "$folder/vqgan"
+        [ $# -gt 0 ] || continue
+        if python3 convert.py -o "build/golden/$name.bin" "$@"; then made=$((made + 1))
+        else bad=$((bad + 1)); fi
+    done
+    [ "$made" -gt 0 ] || bad=1
+    echo "convert: $made passed, $bad failed"
+    [ "$bad" -eq 0 ]
+}
+
+# The full-size reference: its own weights in float, then the shipped file's default arithmetic.
+reference() {
+    set -- $([ -z "$LVM_FULL" ] || echo --full)
+    out=build/reference$([ -z "$LVM_FULL" ] || echo _full)
+    code=0
+    rm -rf "$out"
+    python3 convert.py -o build/reference.bin --llama "$LVM_REFERENCE/llama" \
+        --vqgan "$LVM_REFERENCE/tokenizer" || return 1
+    python3 tests/reference_vectors.py "$LVM_REFERENCE" "$out" "$@" || return 1
+    for folder in "$out"/*/; do
+        limited "$B/test_golden" --case "$folder" build/reference.bin || code=1
+    done
+    limited "$B/test_golden" --nll "$out/answers.txt" build/reference.bin || code=1
+    limited "$B/test_golden" --nll "$out/answers.txt" "$WEIGHTS" q || code=1
+    return $code
+}
+
+# Threads at work under the thread sanitizer; it ends a program that it finds fault with with 66.
+threaded_commands() {
+    p=0 f=0
+    for options in "-j 3" "-j 3 -c 3 -n 2" "-j 2 --kv q8_0"; do
+        # shellcheck disable=SC2086
+        if limited "$LVM" build/golden/both.bin prompt/01.png prompt/02.png -q $options -o "$B/x.png"
+        then p=$((p + 1)); else f=$((f + 1)); fi
+    done
+    if limited "$LVM" encode build/golden/both.bin prompt/01.png prompt/02.png -j 3
+    then p=$((p + 1)); else f=$((f + 1)); fi
+    echo "threads: $p passed, $f failed"
+    [ "$f" -eq 0 ]
+}
+
+if [ "$SANITIZE" = thread ]; then
+    run build build properties
+    run convert convert_golden
+    run properties limited "$B/test_properties" --threads-only
+    run threads threaded_commands
+else
+    run build build images kernels properties golden
+    run convert convert_golden
+    run images limited "$B/test_images" tests/images
+    run kernels limited "$B/test_kernels"
+    run properties limited "$B/test_properties"
+    run golden limited "$B/test_golden" tests/golden build/golden
+    run cli limited python3 tests/test_cli.py
+    if [ -z "$SANITIZE" ]; then
+        run converter limited python3 tests/test_convert.py
+        run mutants limited python3 tests/mutants.py
+        [ -z "$LVM_REFERENCE" ] || run reference reference
+    fi
+fi
+
+[ "$skipped" -eq 0 ] || more=", $skipped skipped"
+echo "$passed passed, $failed failed${more:-}"
+[ "$failed" -eq 0 ]
