@@ -437,7 +437,7 @@ static int write_file(const char *path, const void *data, size_t size, lvm_error
    A pool of n threads, the caller being one of them, runs tasks 0 .. count-1; whoever is free takes
    the next number. What a task computes must not depend on who runs it. Whoever waits spins for some
    microseconds, because the transformer asks for thousands of short runs a second, then offers the
-   processor to others, who may be the very thread that is waited for; workers sleep in the end. */
+   processor to others, who may be the very thread that is waited for, and sleeps in the end. */
 
 typedef void task_fn(void *arg, int task, int thread);
 
@@ -445,18 +445,19 @@ struct pool {
     int n; /* threads, the caller included */
     pthread_t *threads;
     pthread_mutex_t mutex;
-    pthread_cond_t wake;
+    pthread_cond_t wake, done;
     atomic_int round;   /* counts runs; workers start when it changes */
     atomic_int next;    /* next task to take */
     atomic_int working; /* workers that have not finished this run */
-    atomic_int sleeping;
+    atomic_int sleeping;        /* workers that wait for a run asleep */
+    atomic_int caller_sleeping; /* the caller waits for their end asleep */
     atomic_int quit;
     task_fn *fn;
     void *arg;
     int count;
 };
 
-enum { SPINS = 1500, YIELDS = 150 }; /* turns of waiting: a few ten microseconds each */
+enum { SPINS = 1500, YIELDS = 50 }; /* turns of waiting: a few ten microseconds each */
 
 struct worker {
     struct pool *pool;
@@ -508,7 +509,10 @@ static void *pool_worker(void *arg) {
         seen++;
         if (atomic_load(&w.pool->quit)) return NULL;
         pool_take_tasks(w.pool, w.thread);
-        atomic_fetch_sub(&w.pool->working, 1);
+        if (atomic_fetch_sub(&w.pool->working, 1) != 1 || !atomic_load(&w.pool->caller_sleeping)) continue;
+        pthread_mutex_lock(&w.pool->mutex);
+        pthread_cond_signal(&w.pool->done);
+        pthread_mutex_unlock(&w.pool->mutex);
     }
 }
 
@@ -517,6 +521,18 @@ static void pool_start_round(struct pool *p) {
     if (atomic_load(&p->sleeping) == 0) return;
     pthread_mutex_lock(&p->mutex);
     pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void pool_wait_for_workers(struct pool *p) {
+    for (int i = 0; i < SPINS + YIELDS; i++) {
+        if (atomic_load(&p->working) == 0) return;
+        wait_turn(i);
+    }
+    pthread_mutex_lock(&p->mutex);
+    atomic_store(&p->caller_sleeping, 1);
+    while (atomic_load(&p->working) != 0) pthread_cond_wait(&p->done, &p->mutex);
+    atomic_store(&p->caller_sleeping, 0);
     pthread_mutex_unlock(&p->mutex);
 }
 
@@ -533,7 +549,7 @@ static void pool_run(struct pool *p, int count, task_fn *fn, void *arg) {
     atomic_store(&p->working, p->n - 1);
     pool_start_round(p);
     pool_take_tasks(p, 0);
-    for (int i = 0; atomic_load(&p->working) != 0; i = i < SPINS ? i + 1 : i) wait_turn(i);
+    pool_wait_for_workers(p);
 }
 
 static void pool_free(struct pool *p) {
@@ -542,6 +558,7 @@ static void pool_free(struct pool *p) {
     pool_start_round(p);
     for (int i = 1; i < p->n; i++) pthread_join(p->threads[i], NULL);
     pthread_cond_destroy(&p->wake);
+    pthread_cond_destroy(&p->done);
     pthread_mutex_destroy(&p->mutex);
     mem_free(p->threads);
     mem_free(p);
@@ -587,6 +604,7 @@ static struct pool *pool_new(int n, lvm_error *error) {
     }
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->done, NULL);
     for (p->n = 1; p->n < n; p->n++) {
         if (pool_start_worker(p, p->n) == 0) continue;
         fail(error, LVM_MEMORY, "cannot start thread %d of %d", p->n + 1, n);
@@ -760,15 +778,16 @@ static void row_to_f32(int type, const void *in, float *y, int64_t k) {
 
 /* ---- exp, log, sine, cosine ----
 
-   exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2, where a short Taylor polynomial
-   is exact to the last bit of the format. ln 2 is split in two, so that x - n ln 2 does not cancel. */
+   exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2, where what a short Taylor
+   polynomial leaves out is less than the format's last bit. ln 2 is split in two, so that x - n ln 2 does not cancel. */
 
 static float exp_f32(float x) {
     if (!(x > -87.0f)) return x != x ? x : 0.0f;
     if (x > 88.0f) x = 88.0f;
     float n = rintf(x * 1.44269504f);
     float r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
-    float p = 1.0f / 720;
+    float p = 1.0f / 5040;
+    p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
     p = p * r + 1.0f / 24;
     p = p * r + 1.0f / 6;
@@ -3136,7 +3155,7 @@ static int kv_setup(struct kv_cache *kv, const struct llama *a, int type, lvm_er
 
 static int64_t lm_scratch(const struct llama *a, const struct kernels *k) {
     int dp = round_up(a->d, QK);
-    int64_t widest = linear_scratch(k, (int)max64(a->D, a->F));
+    int64_t widest = max64(linear_scratch(k, a->D), linear_scratch(k, a->F));
     return max64(widest, attend_scratch(dp) + 2 * (int64_t)KEYS * dp);
 }
 
@@ -3422,6 +3441,7 @@ static int encode_image(lvm_ctx *ctx, const lvm_image *image, int i, int n, int3
 int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_error *error) {
     int code = need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
     int64_t T = ctx->m->info.tokens_per_image;
+    if (code == LVM_OK && n < 0) code = fail(error, LVM_INVALID, "%d pictures to encode", n);
     for (int i = 0; code == LVM_OK && i < n; i++)
         code = encode_image(ctx, &images[i], i, n, ids + i * T, error);
     return code == LVM_OK ? progress(ctx, "encode", 1, 1, error) : code;
@@ -3445,6 +3465,7 @@ static int decode_image(lvm_ctx *ctx, const int32_t *ids, int i, int n, lvm_imag
 
 int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_error *error) {
     int64_t T = ctx->m->info.tokens_per_image;
+    if (n < 0) return fail(error, LVM_INVALID, "%d pictures to decode", n);
     memset(images, 0, (size_t)n * sizeof *images);
     int code = need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
     if (code == LVM_OK) code = check_ids(ids, n * T, ctx->m->info.codes, error);
@@ -3530,12 +3551,13 @@ static float negative_log_likelihood(const float *logits, int n, int32_t id) {
 int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error) {
     const lvm_info *info = &ctx->m->info;
     int code = settle_sequence(ctx, error);
-    if (code == LVM_OK) code = check_ids(ids, n, info->vocab_size, error);
     if (code != LVM_OK) return code;
     int start = ctx->n_fed, V = info->vocab_size, seqs[SCORE_ROWS] = {0};
     if (n < 1 || n > info->context_length + 1 - start)
         return fail(error, LVM_INVALID, "%d tokens to score; behind the prompt the context holds 1 to %d", n,
                     info->context_length + 1 - start);
+    code = check_ids(ids, n, info->vocab_size, error);
+    if (code != LVM_OK) return code;
     nll[0] = negative_log_likelihood(ctx->logits, V, ids[0]);
     ctx->has_logits = n == 1;
     for (int at = 0; code == LVM_OK && at < n - 1; at += SCORE_ROWS) {
@@ -3670,7 +3692,8 @@ static int32_t *candidate_ids(const struct generation *g, int c) {
    windows have in common. */
 static int slide_window(struct generation *g, lvm_error *error) {
     lvm_ctx *ctx = g->ctx;
-    int keep = g->full - g->has_bos - g->T, V = ctx->m->info.vocab_size, code = LVM_OK;
+    int part = (g->length - g->has_bos) % g->T; /* of a picture that is still being drawn */
+    int keep = g->full - g->has_bos - g->T + part, V = ctx->m->info.vocab_size, code = LVM_OK;
     for (int c = 0; c < g->candidates; c++) {
         int32_t *ids = candidate_ids(g, c);
         memmove(ids + g->has_bos, ids + g->length - keep, (size_t)keep * sizeof *ids);
@@ -3786,7 +3809,7 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
 /* Tokens of the last window - 1 images, behind bos. */
 static int prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error) {
     const lvm_info *info = &ctx->m->info;
-    int most = info->window_images - 1, skip = count > most ? count - most : 0, bos = info->bos >= 0;
+    int most = (int)max64(0, info->window_images - 1), skip = count > most ? count - most : 0, bos = info->bos >= 0;
     int n = bos + (count - skip) * info->tokens_per_image;
     if (count - skip < 1 && !bos)
         return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt picture", ctx->m->path,
@@ -3805,10 +3828,12 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
     const lvm_info *info = &ctx->m->info;
     int code = need(ctx, info->has_tokenizer, "tokenizer", error);
     if (code == LVM_OK) code = need(ctx, info->has_transformer, "transformer", error);
-    if (code == LVM_OK && (count < 0 || n < 1 || n > 4096 || candidates < 1 || candidates > MAX_SEQUENCES))
+    if (code == LVM_OK && (count < 0 || n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES))
         code = fail(error, LVM_INVALID, "%d images, %d candidates of %d: out of range", count, candidates, n);
     if (code == LVM_OK) code = prompt_images(ctx, images, count, error);
     if (code != LVM_OK) return code;
+    if (info->tokens_per_image > INT32_MAX / n)
+        return fail(error, LVM_INVALID, "%d pictures of %d tokens are too many", n, info->tokens_per_image);
     int tokens = n * info->tokens_per_image;
     int32_t *ids = mem_alloc((size_t)candidates * (size_t)tokens, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
@@ -5687,7 +5712,8 @@ AVX2 static __m256 exp8(__m256 x) {
                                _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
     r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
-    __m256 p = _mm256_set1_ps(1.0f / 720);
+    __m256 p = _mm256_set1_ps(1.0f / 5040);
+    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 720));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 120));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 24));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f / 6));
@@ -6049,7 +6075,7 @@ struct option {
 #define AT(field) offsetof(struct cli, field)
 static const struct option option_table[] = {
     {'o', "output", "FILE", RUNS, TEXT, AT(out), 0, 0, "where to write (out.png; encode: stdout)"},
-    {'n', "images", "N", PREDICT, INTEGER, AT(images), 1, 4096, "pictures to predict, one after the other (1)"},
+    {'n', "images", "N", PREDICT, INTEGER, AT(images), 1, 1 << 11, "pictures to predict, one after the other (1)"},
     {'c', "candidates", "N", PREDICT, INTEGER, AT(candidates), 1, MAX_SEQUENCES, "different answers (1)"},
     {'t', "temperature", "T", PREDICT, NUMBER, AT(sampling.temperature), 1e-3, 100, "0.001 to 100 (1)"},
     {'p', "top-p", "P", PREDICT, NUMBER, AT(sampling.top_p), 1e-6, 1, "keep the likeliest that hold P (0.9)"},

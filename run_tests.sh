@@ -67,7 +67,7 @@ run() {
 build() {
     targets=$B/lvm
     [ -n "$SANITIZE" ] || targets=lvm
-    for name in "$@"; do targets="$targets $B/test_$name"; done
+    for test in "$@"; do targets="$targets $B/test_$test"; done
     # shellcheck disable=SC2086
     make -k -j2 B="$B" TEST_CFLAGS="$TEST_CFLAGS" $targets && echo "build: 1 passed, 0 failed"
 }
@@ -76,12 +76,12 @@ build() {
 convert_golden() {
     made=0 bad=0
     for folder in tests/golden/*/; do
-        name=$(basename "$folder")
+        model=build/golden/$(basename "$folder").bin
         set --
         [ ! -d "$folder/llama" ] || set -- "$@" --llama "$folder/llama"
         [ ! -d "$folder/vqgan" ] || set -- "$@" --vqgan "$folder/vqgan"
         [ $# -gt 0 ] || continue
-        if python3 convert.py -o "build/golden/$name.bin" "$@"; then made=$((made + 1))
+        if python3 convert.py --force -o "$model" "$@"; then made=$((made + 1))
         else bad=$((bad + 1)); fi
     done
     [ "$made" -gt 0 ] || bad=1
@@ -95,7 +95,7 @@ reference() {
     out=build/reference$([ -z "$LVM_FULL" ] || echo _full)
     code=0
     rm -rf "$out"
-    python3 convert.py -o build/reference.bin --llama "$LVM_REFERENCE/llama" \
+    python3 convert.py --force -o build/reference.bin --llama "$LVM_REFERENCE/llama" \
         --vqgan "$LVM_REFERENCE/tokenizer" || return 1
     python3 tests/reference_vectors.py "$LVM_REFERENCE" "$out" "$@" || return 1
     for folder in "$out"/*/; do
