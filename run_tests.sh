@@ -46,22 +46,37 @@ counts() {
         END { if (lines) print p + 0, f + 0, s + 0 }' "$1"
 }
 
-# run NAME COMMAND...: runs one part and adds what it counted. A part that counts nothing, or fails
-# without having counted a failure, is a failure itself.
-run() {
-    name=$1 log=$B/logs/$1.log
+# begin NAME COMMAND...: starts one part. end NAME: waits for it and adds what it counted. A part that
+# counts nothing, or fails without having counted a failure, is a failure itself.
+begin() {
+    part=$1
     shift
-    start=$(date +%s)
-    "$@" > "$log" 2>&1 < /dev/null
-    status=$?
-    seconds=$(($(date +%s) - start))
+    rm -f "$B/logs/$part.log" "$B/logs/$part.status"
+    (
+        start=$(date +%s)
+        "$@" > "$B/logs/$part.log" 2>&1 < /dev/null
+        echo "$? $(($(date +%s) - start))" > "$B/logs/$part.status"
+    ) &
+    eval "pid_$part=$!"
+}
+
+end() {
+    part=$1 log=$B/logs/$1.log
+    eval "wait \$pid_$part"
+    read -r status seconds < "$B/logs/$part.status"
+    # shellcheck disable=SC2046
     set -- $(counts "$log")
     p=${1:-0} f=${2:-0} s=${3:-0} note=
     if [ $# -eq 0 ]; then f=1 note=" (no count, status $status)"
     elif [ "$status" -ne 0 ] && [ "$f" -eq 0 ]; then f=1 note=" (status $status)"; fi
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
-    printf '%-12s %6d passed %4d failed %3d skipped %4d s%s\n' "$name" "$p" "$f" "$s" "$seconds" "$note"
+    printf '%-12s %6d passed %4d failed %3d skipped %4d s%s\n' "$part" "$p" "$f" "$s" "$seconds" "$note"
     [ "$f" -eq 0 ] || grep -v '^\.*$' "$log" | tail -n 100 | sed 's/^/    | /'
+}
+
+run() {
+    begin "$@"
+    end "$1"
 }
 
 build() {
@@ -128,13 +143,16 @@ if [ "$SANITIZE" = thread ]; then
 else
     run build build images kernels properties golden
     run convert convert_golden
+    begin properties limited "$B/test_properties"
     run images limited "$B/test_images" tests/images
     run kernels limited "$B/test_kernels"
-    run properties limited "$B/test_properties"
     run golden limited "$B/test_golden" tests/golden build/golden
-    run cli limited python3 tests/test_cli.py
+    [ -z "$SANITIZE" ] || run cli limited python3 tests/test_cli.py
+    end properties
     if [ -z "$SANITIZE" ]; then
+        begin cli limited python3 tests/test_cli.py
         run converter limited python3 tests/test_convert.py
+        end cli
         run mutants limited python3 tests/mutants.py
         [ -z "$LVM_REFERENCE" ] || run reference reference
     fi

@@ -438,7 +438,7 @@ class Repeatable(Case):
         args = self.pictures[:2] + ["-n", "3"]
         self.lines(self.weights, *(args + ["-j", "1", "-o", "r.png"]))
         want = [read(self.path("r-%d.png" % i)) for i in (1, 2, 3)]
-        for threads in ("2", "3", "5"):
+        for threads in ("3",) if SANITIZED else ("2", "3", "5"):
             for candidates in ("1", "3"):
                 self.lines(self.weights, *(args + ["-j", threads, "-c", candidates, "-o", "x.png"]))
                 letter = "a" if candidates == "3" else ""
@@ -483,9 +483,10 @@ class Quantize(Case):
         for kind in ("q8_0", "q4_0", "f16", "bf16", "f32"):
             name = kind + ".bin"
             self.assertEqual(self.lines("quantize", self.weights, name, "--type", kind), [name])
+            after = self.types(name)
             for t, was in before.items():
                 matrix = not t.startswith("vq.") and was != "f32"
-                self.assertEqual(self.types(name)[t], kind if matrix else was, t)
+                self.assertEqual(after[t], kind if matrix else was, t)
             self.predict_with(name)
         self.good("quantize", self.weights, "v.bin", "--vq-type", "q8_0")
         after = self.types("v.bin")
@@ -573,7 +574,7 @@ class Usage(Case):
 
     def test_values(self):
         wrong = {
-            "-n": ("0", "-1", "4097", "1.5", "two", "", "99999999999999999999", "0x"),
+            "-n": ("0", "-1", "99999", "1.5", "two", "", "99999999999999999999", "0x"),
             "-c": ("0", "65", "-3", "x", "1e1"),
             "-t": ("0", "-1", "101", "nan", "inf", "hot", "", "1,5"),
             "-p": ("0", "1.01", "-0.5", "nan", "all"),
@@ -765,12 +766,12 @@ class Weights(Case):
 
     def test_many_keys(self):
         """Many keys must not take a time that grows with their square."""
-        n = 300000
+        n = 50000 if SANITIZED else 300000
         keys = b"".join(struct.pack("<Q", 3) + i.to_bytes(3, "little") + u32(0) + b"\0"
                         for i in range(n))
         before = processor_time()
         self.refuse(b"GGUF" + struct.pack("<IQQ", 3, 0, n) + keys, "architecture")
-        self.assertLess(processor_time() - before, 20 if SANITIZED else 2)
+        self.assertLess(processor_time() - before, 2)
 
     def test_alignment(self):
         for kind, value in ((U32, u32(0)), (U32, u32(3)), (U32, u32(12)), (U32, u32(1 << 31)),
@@ -996,18 +997,20 @@ class Outputs(Case):
 # ---- interruption and progress -------------------------------------------------------------------
 
 class Interruption(Case):
-    LONG = ("-n", "4096", "-c", "8", "-o", "long.png", "-q")
+    LONG = ("-n", "2000", "-c", "8", "-o", "long.png", "-q")
 
     def test_interrupt(self):
-        for moment in (0.1, 0.5):
+        for moment in (0, 0.05, 1):
             p = self.start(self.weights, self.pictures[0], *self.LONG)
             time.sleep(moment * (4 if SANITIZED else 1))
             p.send_signal(signal.SIGINT)
             code, out, err = self.finish(p)
             self.assertEqual(out, b"")
-            self.assertEqual(code, 1, "interrupted after %g s: %d, %s" % (moment, code, err))
-            self.assertIn("cancelled", err)
             self.assertEqual(os.listdir(self.folder), [])
+            self.assertIn(code, (1, -signal.SIGINT))    # killed: it had not begun
+            if moment == 1:
+                self.assertEqual(code, 1)
+                self.assertRegex(err, r"\Alvm: cancelled[^\n]*\n\Z")
 
     def test_terminate(self):
         p = self.start(self.weights, self.pictures[0], *self.LONG)
