@@ -1,10 +1,10 @@
 /* lvm.c - run, embed and understand Large Vision Models, in one C file.
 
    A Large Vision Model (Bai et al., "Sequential Modeling Enables Scalable Learning for Large Vision
-   Models", arXiv 2312.00785) never saw a word. A VQGAN turns every picture into 256 tokens, up to 16
-   pictures become one sequence, a LLaMA-style transformer predicts the next token, and a task is
-   given by showing examples of it as pictures: photo, depth, photo, depth, ..., photo, and the model
-   answers with the depth.
+   Models", arXiv 2312.00785) never saw a word. A VQGAN turns every picture into 256 tokens, up to
+   16 pictures become one sequence, a LLaMA-style transformer predicts the next token, and a task is
+   given by showing examples of it as pictures: photo, depth, photo, depth, ..., photo, and the
+   model answers with the depth.
 
    As a program:       cc -O2 -ffp-contract=off lvm.c -o lvm -lm -lpthread
                        ./lvm weights.bin prompt/01.png prompt/02.png prompt/03.png
@@ -16,11 +16,13 @@
 
    Three surprises, first:
    1. Sums have one order. The same weights, input, seed, options and instruction set give the same
-      bytes, whatever the number of threads, candidates, batched rows or reused prefixes. Whoever adds
-      a faster kernel keeps the order that the plain C of chapter 3 documents.
-   2. Nothing here exits, prints or keeps mutable global state; only chapter 12, the command line, does.
-   3. A picture is a row of tokens in the tokenizer's raster order, and a context holds whole pictures:
-      when a sequence outgrows it, the oldest pictures leave and positions start again at zero.
+      bytes, whatever the number of threads, candidates, batched rows or reused prefixes. Whoever
+      adds a faster kernel keeps the order that the plain C of chapter 3 documents.
+   2. Nothing here exits, prints or keeps mutable global state; only chapter 12, the command line,
+      does.
+   3. A picture is a row of tokens in the tokenizer's raster order, and a context holds whole
+      pictures: when a sequence outgrows it, the oldest pictures leave and positions start again at
+      zero.
 
    CONTENTS
      Part one: how a Large Vision Model works
@@ -40,20 +42,20 @@
    Letters used in shapes throughout:
        T tokens or rows     D model width (embedding_length)     F feed-forward width   V vocabulary
        H attention heads    G key/value heads                    d width of one head    L layers
-       R picture side in pixels     S side of the token grid (R/16)     C channels      K products a sum
+       R picture side in pixels    S side of the token grid (R/16)    C channels    K terms a sum
 
    Licence: MIT, see the LICENSE file. */
 
-/* ===================================================================================================
+/* =================================================================================================
    Chapter 0.  The public API
 
-   Objects. An lvm_model is the weights: immutable, memory-mapped, shared by any number of threads and
-   contexts. An lvm_ctx is one conversation with a model: key/value cache, scratch memory and a pool of
-   threads; one thread at a time may use it. Close contexts before their model.
+   Objects. An lvm_model is the weights: immutable, memory-mapped, shared by any number of threads
+   and contexts. An lvm_ctx is one conversation with a model: key/value cache, scratch memory and a
+   pool of threads; one thread at a time may use it. Close contexts before their model.
 
-   Errors. Every call that can fail returns LVM_OK (0) or one of the codes below and fills *error, whose
-   text names the file or the argument and the fault. error may be NULL. A call that fails leaves its
-   objects usable.
+   Errors. Every call that can fail returns LVM_OK (0) or one of the codes below and fills *error,
+   whose text names the file or the argument and the fault. error may be NULL. A call that fails
+   leaves its objects usable.
 
    Ownership. You own what you pass in; lvm_image.rgb that lvm filled is released by lvm_image_free.
 
@@ -136,8 +138,9 @@ typedef struct lvm_info {
 } lvm_info;
 
 /* progress is called often, with the stage ("encode", "prompt", "generate", "score", "decode", and
-   "layers" inside a step of prompt and score) and done of all units of work; returning non-zero cancels: the call returns LVM_CANCELLED and the
-   context stays usable. It may look at a flag that another thread sets. */
+   "layers" inside a step of prompt and score) and done of all units of work; returning non-zero
+   cancels: the call returns LVM_CANCELLED and the context stays usable. It may look at a flag that
+   another thread sets. */
 typedef struct lvm_options {
     uint32_t size;
     int threads; /* 0: one a processor that this process may use */
@@ -150,7 +153,7 @@ typedef struct lvm_options {
 typedef struct lvm_sampling {
     uint32_t size;
     float temperature; /* 1e-3 .. 100; 1 leaves the distribution as it is */
-    float top_p;       /* 0 < p <= 1: the likeliest ids that hold p of the probability; 1 keeps all */
+    float top_p; /* 0 < p <= 1: the likeliest ids that hold p of the probability; 1 keeps all */
     int top_k;         /* >= 0: the k likeliest ids; 0 keeps all */
     int greedy;        /* 1: the likeliest id; of equal ones the lowest; the rest is ignored */
     uint64_t seed;
@@ -186,9 +189,9 @@ int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_e
 int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error);
 
 /* Continues the prompt by n tokens, in `candidates` independent ways that share its cache:
-   ids[candidates][n]. The window slides by whole pictures when the context is full, as the published
-   program does. Candidate c draws from stream c of the seed. Afterwards the context stands behind
-   candidate 0. */
+   ids[candidates][n]. The window slides by whole pictures when the context is full, as the
+   published program does. Candidate c draws from stream c of the seed. Afterwards the context
+   stands behind candidate 0. */
 int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n, int32_t *ids,
                  lvm_error *error);
 
@@ -211,11 +214,12 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 void lvm_image_free(lvm_image *image);
 
 /* Rewrites a weights file with other types: type for the transformer's matrices, vq_type for the
-   tokenizer's convolutions (LVM_AUTO keeps). rules: NULL, or "PATTERN=TYPE,..." tried first for each
-   tensor name, PATTERN with * for anything. Norms and biases stay F32; rows that are no multiple of
-   32 become F16 instead of a quantised type. Existing files are replaced only when force is 1. */
-int lvm_quantize(const char *in, const char *out, int type, int vq_type, const char *rules, int force,
-                 lvm_error *error);
+   tokenizer's convolutions (LVM_AUTO keeps). rules: NULL, or "PATTERN=TYPE,..." tried first for
+   each tensor name, PATTERN with * for anything. Norms and biases stay F32; rows that are no
+   multiple of 32 become F16 instead of a quantised type. Existing files are replaced only when
+   force is 1. */
+int lvm_quantize(const char *in, const char *out, int type, int vq_type, const char *rules,
+                 int force, lvm_error *error);
 
 #ifdef __cplusplus
 }
@@ -243,7 +247,7 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
 #include <time.h>
 #include <unistd.h>
 
-/* ===================================================================================================
+/* =================================================================================================
    Chapter 1.  Errors, memory, files, threads
 
    An error is a code and a sentence. Memory is asked for by count and size, so that the product is
@@ -397,7 +401,8 @@ static int outfile_write(struct outfile *out, const void *data, size_t size, lvm
     return fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
 }
 
-/* Finishes the file: with code LVM_OK it gets its name, else it is removed. Returns what happened. */
+/* Finishes the file: with code LVM_OK it gets its name, else it is removed. Returns what happened.
+   */
 static int outfile_close(struct outfile *out, int code, lvm_error *error) {
     int bad = fflush(out->file) != 0 || (code == LVM_OK && fsync(fileno(out->file)) != 0 &&
                                          errno != EINVAL && errno != EROFS);
@@ -435,9 +440,9 @@ static int write_file(const char *path, const void *data, size_t size, lvm_error
 /* ---- Threads ----
 
    A pool of n threads, the caller being one of them, runs tasks 0 .. count-1; whoever is free takes
-   the next number. What a task computes must not depend on who runs it. Whoever waits spins for some
-   microseconds, because the transformer asks for thousands of short runs a second, then offers the
-   processor to others, who may be the very thread that is waited for, and sleeps in the end. */
+   the next number. What a task computes must not depend on who runs it. Whoever waits spins for
+   some microseconds, because the transformer asks for thousands of short runs a second, then offers
+   the processor to others, who may be the very thread that is waited for, and sleeps in the end. */
 
 typedef void task_fn(void *arg, int task, int thread);
 
@@ -509,7 +514,8 @@ static void *pool_worker(void *arg) {
         seen++;
         if (atomic_load(&w.pool->quit)) return NULL;
         pool_take_tasks(w.pool, w.thread);
-        if (atomic_fetch_sub(&w.pool->working, 1) != 1 || !atomic_load(&w.pool->caller_sleeping)) continue;
+        if (atomic_fetch_sub(&w.pool->working, 1) != 1 || !atomic_load(&w.pool->caller_sleeping))
+            continue;
         pthread_mutex_lock(&w.pool->mutex);
         pthread_cond_signal(&w.pool->done);
         pthread_mutex_unlock(&w.pool->mutex);
@@ -614,7 +620,7 @@ static struct pool *pool_new(int n, lvm_error *error) {
     return p;
 }
 
-/* ===================================================================================================
+/* =================================================================================================
    Chapter 2.  Numbers
 
    Weights come as 32-bit floats, two kinds of 16-bit floats, and blocks of 32 small integers that
@@ -739,7 +745,8 @@ static void quantize_q4_0(const float *x, void *out, int64_t k) {
         float d = extreme / -8, id = inverse(d);
         y[b].d = f32_to_f16(d);
         for (int i = 0; i < QK / 2; i++) {
-            int low = clamp_int(x[i] * id + 8.5f, 0, 15), high = clamp_int(x[i + QK / 2] * id + 8.5f, 0, 15);
+            int low = clamp_int(x[i] * id + 8.5f, 0, 15),
+                high = clamp_int(x[i + QK / 2] * id + 8.5f, 0, 15);
             y[b].q[i] = (uint8_t)(low | high << 4);
         }
     }
@@ -779,7 +786,8 @@ static void row_to_f32(int type, const void *in, float *y, int64_t k) {
 /* ---- exp, log, sine, cosine ----
 
    exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2, where what a short Taylor
-   polynomial leaves out is less than the format's last bit. ln 2 is split in two, so that x - n ln 2 does not cancel. */
+   polynomial leaves out is less than the format's last bit. ln 2 is split in two, so that x - n ln
+   2 does not cancel. */
 
 static float exp_f32(float x) {
     if (!(x > -87.0f)) return x != x ? x : 0.0f;
@@ -813,7 +821,8 @@ static double exp_f64(double x) {
     return p * pow2_f64((int)n);
 }
 
-/* x = 2^e m with m near 1; ln m = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 ...), s = (m - 1) / (m + 1). */
+/* x = 2^e m with m near 1; ln m = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 ...), s = (m - 1) / (m + 1).
+   */
 static double log_f64(double x) {
     if (!(x > 0)) return x == 0 ? -HUGE_VAL : (double)NAN;
     if (x > 1.7e308) return x;
@@ -825,8 +834,8 @@ static double log_f64(double x) {
     return 2 * s * sum + e * 6.93147180369123816490e-01 + e * 1.90821492927058770002e-10;
 }
 
-/* Sine and cosine of x >= 0 (up to about 1e6): the nearest multiple n of pi/2 goes, Taylor series do
-   the rest, and n mod 4 says which is which. */
+/* Sine and cosine of x >= 0 (up to about 1e6): the nearest multiple n of pi/2 goes, Taylor series
+   do the rest, and n mod 4 says which is which. */
 static void sincos_f64(double x, double *sine, double *cosine) {
     double n = rint(x * 0.63661977236758134308);
     double r = (x - n * 1.57079632673412561417e+00) - n * 6.07710050650619224932e-11, r2 = r * r;
@@ -840,12 +849,12 @@ static void sincos_f64(double x, double *sine, double *cosine) {
     *cosine = quadrant == 0 ? c : quadrant == 1 ? -s : quadrant == 2 ? -c : s;
 }
 
-/* ===================================================================================================
+/* =================================================================================================
    Chapter 3.  Kernels in plain C, the table they are called through, and what drives them
 
-   Nearly all time goes into sums of products. Five kernels compute them, each defined here in plain C
-   and again, faster, in chapter 11 for every instruction set. A model holds the table that fits the
-   machine (struct kernels). Blocking, edges and threads are written once, below the kernels.
+   Nearly all time goes into sums of products. Six kernels compute them, each defined here in plain
+   C and again, faster, in chapter 11 for every instruction set. A model holds the table that fits
+   the machine (struct kernels). Blocking, edges and threads are written once, below the kernels.
 
    Dot products, both operands contiguous along k: linear layers.
        dot_row    c[j] = sum_k a[k] b[j][k]               one row of activations, n rows of weights
@@ -857,10 +866,10 @@ static void sincos_f64(double x, double *sine, double *cosine) {
        outer_row  the same for one row and several strips
 
    The order of the sums, which every version of a kernel keeps for its instruction set:
-       dot    element k belongs to partial sum k mod W (W = 8 floats; 16 with AVX-512); then halves are
-              added: sum i += sum i + W/2, ... until one is left. No splitting of k elsewhere.
-       int    inside a block of 32 the sum is an exact int32, so that order does not matter; the blocks
-              follow in ascending order, c = fma((float)sum, db * da, c).
+       dot    element k belongs to partial sum k mod W (W = 8 floats; 16 with AVX-512); then halves
+              are added: sum i += sum i + W/2, ... until one is left. No splitting of k elsewhere.
+       int    inside a block of 32 the sum is an exact int32, so that order does not matter; the
+              blocks follow in ascending order, c = fma((float)sum, db * da, c).
        outer  ascending k, one product added at a time.
    So a row's result does not depend on how many rows came with it: one row equals many rows. */
 
@@ -890,14 +899,15 @@ struct kernels {
     void (*dot_row)(int k, const float *a, const float *b, int64_t ldb, int n, float *c);
     void (*dot_tile)(int k, const float *const *a, const float *const *b, float *c, int ldc);
     void (*quantize_x)(const float *x, struct xblock *y, int k);
-    void (*int_row)(int type, int blocks, const struct xblock *x, const uint8_t *w, int64_t row_bytes,
-                    int n, float *c);
+    void (*int_row)(int type, int blocks, const struct xblock *x, const uint8_t *w,
+                    int64_t row_bytes, int n, float *c);
     void (*int_pack)(int type, int blocks, const uint8_t *const *w, uint8_t *packed);
     void (*int_tile)(int blocks, const struct xblock *const *x, const uint8_t *packed, float *c,
                      int ldc);
     void (*outer_row)(int k, const float *a, const float *b, int64_t strip, int strips, float *c,
                       int accumulate);
-    void (*outer_tile)(int k, const float *const *a, const float *b, float *c, int ldc, int accumulate);
+    void (*outer_tile)(int k, const float *const *a, const float *b, float *c, int ldc,
+                       int accumulate);
 
     void (*to_f32)(int type, const void *in, float *y, int64_t k);
     void (*k8_to_f32)(const uint8_t *in, int n, float *out);
@@ -905,8 +915,8 @@ struct kernels {
     void (*rmsnorm)(const float *x, const float *weight, float eps, int n, float *y);
     float (*softmax)(float *s, int n, int valid, float scale, float *max);
     void (*silu_mul)(float *gate, const float *up, int64_t n);
-    void (*norm_rows)(const float *x, const float *scale, const float *shift, int silu, int64_t pixels,
-                      int c, float *y);
+    void (*norm_rows)(const float *x, const float *scale, const float *shift, int silu,
+                      int64_t pixels, int c, float *y);
     void (*channel_sums)(const float *x, int64_t pixels, int c, float *sum, float *square);
 };
 
@@ -994,8 +1004,8 @@ static void int_pack_plain(int type, int blocks, const uint8_t *const *w, uint8_
         }
 }
 
-static void int_tile_plain(int blocks, const struct xblock *const *x, const uint8_t *packed, float *c,
-                           int ldc) {
+static void int_tile_plain(int blocks, const struct xblock *const *x, const uint8_t *packed,
+                           float *c, int ldc) {
     for (int r = 0; r < PLAIN_ROWS; r++)
         for (int j = 0; j < STRIP; j++) {
             float sum = 0;
@@ -1012,8 +1022,8 @@ static void int_tile_plain(int blocks, const struct xblock *const *x, const uint
         }
 }
 
-static void outer_row_plain(int k, const float *a, const float *b, int64_t strip, int strips, float *c,
-                            int accumulate) {
+static void outer_row_plain(int k, const float *a, const float *b, int64_t strip, int strips,
+                            float *c, int accumulate) {
     for (int s = 0; s < strips; s++, b += strip, c += STRIP) {
         float sum[STRIP] = {0};
         if (accumulate) memcpy(sum, c, sizeof sum);
@@ -1044,7 +1054,8 @@ static void k8_to_f32_plain(const uint8_t *in, int n, float *out) {
 static void v8_to_f32_plain(const struct q8_0 *in, int keys, float *out) {
     for (int key = 0; key < keys; key++)
         for (int i = 0; i < QK; i++)
-            out[(i / STRIP * KEYS + key) * STRIP + i % STRIP] = f16_to_f32(in[key].d) * in[key].q[i];
+            out[(i / STRIP * KEYS + key) * STRIP + i % STRIP] =
+                f16_to_f32(in[key].d) * in[key].q[i];
 }
 
 /* y = weight * x / sqrt(mean(x^2) + eps)      (Zhang and Sennrich 2019) */
@@ -1053,8 +1064,8 @@ static void rmsnorm_plain(const float *x, const float *weight, float eps, int n,
     for (int i = 0; i < n; i++) y[i] = weight[i] * (x[i] * scale);
 }
 
-/* s[i] = exp(scale s[i] - *max) for i < valid, *max being the largest scale s[i]; 0 for the rest up to
-   n. Returns their sum; valid >= 1. Sums in the order of dot. */
+/* s[i] = exp(scale s[i] - *max) for i < valid, *max being the largest scale s[i]; 0 for the rest up
+   to n. Returns their sum; valid >= 1. Sums in the order of dot. */
 static float softmax_plain(float *s, int n, int valid, float scale, float *max) {
     float partial[8] = {0}, m = s[0] * scale;
     for (int i = 1; i < valid; i++) m = s[i] * scale > m ? s[i] * scale : m;
@@ -1093,18 +1104,19 @@ static void channel_sums_plain(const float *x, int64_t pixels, int c, float *sum
 }
 
 static const struct kernels kernels_plain = {
-    "scalar",        PLAIN_ROWS,       PLAIN_COLS,       PLAIN_ROWS,      PLAIN_OUTER,    PLAIN_PACK,
-    dot_row_plain,   dot_tile_plain,   quantize_x_plain, int_row_plain,   int_pack_plain, int_tile_plain,
-    outer_row_plain, outer_tile_plain, row_to_f32,       k8_to_f32_plain, v8_to_f32_plain,
-    rmsnorm_plain,   softmax_plain,    silu_mul_plain,   norm_rows_plain, channel_sums_plain};
+    "scalar",        PLAIN_ROWS,        PLAIN_COLS,      PLAIN_ROWS,       PLAIN_OUTER,
+    PLAIN_PACK,      dot_row_plain,     dot_tile_plain,  quantize_x_plain, int_row_plain,
+    int_pack_plain,  int_tile_plain,    outer_row_plain, outer_tile_plain, row_to_f32,
+    k8_to_f32_plain, v8_to_f32_plain,   rmsnorm_plain,   softmax_plain,    silu_mul_plain,
+    norm_rows_plain, channel_sums_plain};
 
 /* The best table for this machine, or the one that LVM_ISA names; chapter 11. */
 static const struct kernels *choose_kernels(lvm_error *error);
 
 /* ---- Drivers ----
 
-   struct exec carries what every driver needs: the kernels, the threads, and scratch memory that was
-   sized when the context was made, so that nothing is allocated while work is done. */
+   struct exec carries what every driver needs: the kernels, the threads, and scratch memory that
+   was sized when the context was made, so that nothing is allocated while work is done. */
 
 struct exec {
     const struct kernels *k;
@@ -1152,8 +1164,8 @@ struct linear_job {
 };
 
 /* Copies the valid part of a tile to y and adds the bias. */
-static void store_tile(const struct linear_job *job, const float *tile, int ld, int r0, int rows, int j0,
-                       int cols) {
+static void store_tile(const struct linear_job *job, const float *tile, int ld, int r0, int rows,
+                       int j0, int cols) {
     for (int r = 0; r < rows; r++) {
         float *y = job->y + (int64_t)(r0 + r) * job->w->rows + j0;
         memcpy(y, tile + r * ld, (size_t)cols * sizeof *y);
@@ -1166,7 +1178,8 @@ static void linear_f32_task(void *arg, int task, int thread) {
     const struct linear_job *job = arg;
     const struct tensor *w = job->w;
     const struct kernels *k = job->e->k;
-    int panel = panel_rows(w->cols), j0 = task * panel, cols = w->rows - j0 < panel ? w->rows - j0 : panel;
+    int panel = panel_rows(w->cols), j0 = task * panel,
+        cols = w->rows - j0 < panel ? w->rows - j0 : panel;
     const float *b = (const float *)(const void *)tensor_row(w, j0);
     float tile[MAX_TILE * MAX_TILE];
     if (w->type != LVM_F32) {
@@ -1216,7 +1229,8 @@ static void linear_int_task(void *arg, int task, int thread) {
     const struct linear_job *job = arg;
     const struct tensor *w = job->w;
     const struct kernels *k = job->e->k;
-    int j0 = task * STRIP, cols = w->rows - j0 < STRIP ? w->rows - j0 : STRIP, blocks = w->cols / QK;
+    int j0 = task * STRIP, cols = w->rows - j0 < STRIP ? w->rows - j0 : STRIP,
+        blocks = w->cols / QK;
     const uint8_t *rows_of_w[STRIP];
     uint8_t *packed = (uint8_t *)exec_scratch(job->e, thread);
     float tile[MAX_TILE * STRIP];
@@ -1263,8 +1277,9 @@ static int64_t linear_scratch(const struct kernels *k, int cols) {
 }
 
 /* c[r][..16 strips] (+)= a[r][k] b for any number of rows; a row's pointer is a[r]. */
-static void outer_rows(const struct kernels *k, int rows, int n, const float *const *a, const float *b,
-                       int64_t strip, int strips, float *c, int ldc, int accumulate) {
+static void outer_rows(const struct kernels *k, int rows, int n, const float *const *a,
+                       const float *b, int64_t strip, int strips, float *c, int ldc,
+                       int accumulate) {
     float tile[MAX_TILE * STRIP];
     const float *pa[MAX_TILE];
     for (int r0 = 0; r0 < rows; r0 += k->outer_rows) {
@@ -1292,13 +1307,13 @@ static void outer_rows(const struct kernels *k, int rows, int n, const float *co
 
 /* ---- Attention over one block of keys ----
 
-   softmax(q K^T / sqrt(d)) V, computed block by block (Milakov and Gimelshein 2018; Dao et al. 2022):
-   each query row carries the largest score m so far, the sum l of exp(score - m), and the weighted sum
-   o of values. A block of up to 256 keys gives its own m', l', o', and
+   softmax(q K^T / sqrt(d)) V, computed block by block (Milakov and Gimelshein 2018; Dao et al.
+   2022): each query row carries the largest score m so far, the sum l of exp(score - m), and the
+   weighted sum o of values. A block of up to 256 keys gives its own m', l', o', and
        M = max(m, m'),   l = l e^(m-M) + l' e^(m'-M),   o = o e^(m-M) + o' e^(m'-M);
-   after the last block the answer is o / l. Blocks come in ascending order, so a row's result depends
-   on nothing but its own keys. Keys lie in panels of 16, k[16 keys / 16][d][16], values in strips of 16
-   dimensions, v[d / 16][256 keys][16]: both are strips for the outer tile. */
+   after the last block the answer is o / l. Blocks come in ascending order, so a row's result
+   depends on nothing but its own keys. Keys lie in panels of 16, k[16 keys / 16][d][16], values in
+   strips of 16 dimensions, v[d / 16][256 keys][16]: both are strips for the outer tile. */
 
 struct query {
     const float *q; /* [d] */
@@ -1321,8 +1336,8 @@ static void merge_block(struct query *row, const float *o, float m, float l, int
 }
 
 /* n <= QUERY_ROWS rows against one block; d is a multiple of 16. */
-static void attend_block(const struct kernels *kern, struct query *rows, int n, int d, const float *k,
-                         const float *v, float scale, float *scratch) {
+static void attend_block(const struct kernels *kern, struct query *rows, int n, int d,
+                         const float *k, const float *v, float scale, float *scratch) {
     float *s = scratch, *o = scratch + (int64_t)QUERY_ROWS * KEYS, m[QUERY_ROWS], l[QUERY_ROWS];
     const float *q[QUERY_ROWS] = {NULL}, *p[QUERY_ROWS] = {NULL};
     int keys = 0;
@@ -1339,7 +1354,7 @@ static void attend_block(const struct kernels *kern, struct query *rows, int n, 
     for (int r = 0; r < n; r++) merge_block(&rows[r], o + (int64_t)r * d, m[r], l[r], d);
 }
 
-/* ===================================================================================================
+/* =================================================================================================
    Chapter 4.  weights.bin: GGUF reader and writer, the model in memory
 
    A weights file is GGUF version 3 (the format of ggml's model files), little-endian:
@@ -1352,11 +1367,11 @@ static void attend_block(const struct kernels *kern, struct query *rows, int n, 
    Everything is read through one cursor that knows where the file ends; counts are believed only as
    far as the bytes that are left could hold them. Tensor data is used where it lies.
 
-   Keys of this format: general.architecture = "lvm", lvm.format_version = 1; the transformer's under
-   lvm. (context_length, embedding_length, block_count, feed_forward_length, vocab_size,
+   Keys of this format: general.architecture = "lvm", lvm.format_version = 1; the transformer's
+   under lvm. (context_length, embedding_length, block_count, feed_forward_length, vocab_size,
    attention.head_count, attention.head_count_kv, attention.layer_norm_rms_epsilon, rope.freq_base,
-   bos_token_id and eos_token_id where sequences were trained with them), the tokenizer's under lvm.vq.
-   (the published VQGAN configuration, one to one). A file may hold only one of the two. */
+   bos_token_id and eos_token_id where sequences were trained with them), the tokenizer's under
+   lvm.vq. (the published VQGAN configuration, one to one). A file may hold only one of the two. */
 
 struct cursor {
     const uint8_t *data;
@@ -1526,11 +1541,12 @@ static int parse_tensor(struct gguf *g, struct gguf_tensor *t, struct cursor *c,
     const struct type_info *info = type < 1000 ? type_info((int)type) : NULL;
     if (info == NULL)
         return fail(error, LVM_UNSUPPORTED,
-                    "%s: tensor %.*s has GGUF type %u; known are F32, F16, BF16, Q8_0 and Q4_0", g->path,
-                    TEXT_ARG(t->name), type);
+                    "%s: tensor %.*s has GGUF type %u; known are F32, F16, BF16, Q8_0 and Q4_0",
+                    g->path, TEXT_ARG(t->name), type);
     if (t->ne[0] % info->block != 0)
-        return fail(error, LVM_FORMAT, "%s: tensor %.*s: rows of %lld do not divide into blocks of %d",
-                    g->path, TEXT_ARG(t->name), (long long)t->ne[0], info->block);
+        return fail(error, LVM_FORMAT,
+                    "%s: tensor %.*s: rows of %lld do not divide into blocks of %d", g->path,
+                    TEXT_ARG(t->name), (long long)t->ne[0], info->block);
     t->bytes = elements / info->block * info->bytes;
     return LVM_OK;
 }
@@ -1573,9 +1589,10 @@ static int parse_tensors(struct gguf *g, struct cursor *c, lvm_error *error) {
     for (int64_t i = 0; i < g->n_tensors; i++) {
         const struct gguf_tensor *t = &g->tensors[i];
         uint64_t room = g->data_start <= g->size ? g->size - g->data_start : 0;
-        if (t->offset % g->alignment != 0 || t->offset > room || (uint64_t)t->bytes > room - t->offset)
-            return fail(error, LVM_FORMAT,
-                        "%s: tensor %.*s lies outside the file (truncated?)", g->path, TEXT_ARG(t->name));
+        if (t->offset % g->alignment != 0 || t->offset > room ||
+            (uint64_t)t->bytes > room - t->offset)
+            return fail(error, LVM_FORMAT, "%s: tensor %.*s lies outside the file (truncated?)",
+                        g->path, TEXT_ARG(t->name));
     }
     return sort_tensors(g, error);
 }
@@ -1598,15 +1615,17 @@ static int gguf_parse(struct gguf *g, const char *path, const void *data, size_t
     if (size == 0) return fail(error, LVM_FORMAT, "%s: the file is empty", path);
     const uint8_t *magic = cursor_take(&c, 4);
     if (magic == NULL || memcmp(magic, "GGUF", 4) != 0)
-        return fail(error, LVM_FORMAT, "%s: not a weights file (no GGUF at its start); convert.py makes one",
-                    path);
+        return fail(error, LVM_FORMAT,
+                    "%s: not a weights file (no GGUF at its start); convert.py makes one", path);
     uint32_t version = (uint32_t)cursor_number(&c, 4);
     uint64_t n_tensors = cursor_number(&c, 8), n_keys = cursor_number(&c, 8);
     if (c.failed) return fail(error, LVM_FORMAT, "%s: truncated: only %zu bytes", path, size);
-    if (version != 3) return fail(error, LVM_UNSUPPORTED, "%s: GGUF version %u, not 3", path, version);
-    if (n_keys > (size - c.at) / 13 || n_tensors > (size - c.at) / 33) /* the least that one takes */
-        return fail(error, LVM_FORMAT, "%s: claims more keys or tensors than its %zu bytes can hold", path,
-                    size);
+    if (version != 3)
+        return fail(error, LVM_UNSUPPORTED, "%s: GGUF version %u, not 3", path, version);
+    if (n_keys > (size - c.at) / 13 ||
+        n_tensors > (size - c.at) / 33) /* the least that one takes */
+        return fail(error, LVM_FORMAT,
+                    "%s: claims more keys or tensors than its %zu bytes can hold", path, size);
     g->n_keys = (int64_t)n_keys;
     g->n_tensors = (int64_t)n_tensors;
     g->keys = mem_alloc((size_t)n_keys, sizeof *g->keys, error);
@@ -1619,8 +1638,8 @@ static int gguf_parse(struct gguf *g, const char *path, const void *data, size_t
 
 /* ---- Keys by name and type ---- */
 
-/* Reads a whole number in [low, high]; a missing key gives `missing`, or an error when that is out of
-   range itself. */
+/* Reads a whole number in [low, high]; a missing key gives `missing`, or an error when that is out
+   of range itself. */
 static int key_int(const struct gguf *g, const char *name, int low, int high, int missing, int *out,
                    lvm_error *error) {
     const struct gguf_key *k = gguf_key(g, name);
@@ -1661,10 +1680,11 @@ static int key_ints(const struct gguf *g, const char *name, int max, int *out, i
     uint32_t of = (uint32_t)cursor_number(&c, 4);
     uint64_t count = cursor_number(&c, 8);
     if (k == NULL || k->type != GGUF_ARRAY || (count > 0 && of != GGUF_I32 && of != GGUF_U32))
-        return fail(error, LVM_FORMAT, "%s: key %s is missing or no array of integers", g->path, name);
+        return fail(error, LVM_FORMAT, "%s: key %s is missing or no array of integers", g->path,
+                    name);
     if (count > (uint64_t)max)
-        return fail(error, LVM_UNSUPPORTED, "%s: key %s has %llu entries; lvm takes %d", g->path, name,
-                    (unsigned long long)count, max);
+        return fail(error, LVM_UNSUPPORTED, "%s: key %s has %llu entries; lvm takes %d", g->path,
+                    name, (unsigned long long)count, max);
     *n = (int)count;
     for (int i = 0; i < *n; i++) {
         out[i] = (int)cursor_number(&c, 4);
@@ -1724,7 +1744,8 @@ struct attn_block {
 enum { MAX_LEVELS = 8, MAX_BLOCKS = 9 };
 
 struct level {
-    int n_blocks, c, has_attn, resample; /* resample: 1 where the level ends with a change of size */
+    int n_blocks, c, has_attn,
+        resample; /* resample: 1 where the level ends with a change of size */
     struct res_block block[MAX_BLOCKS];
     struct attn_block attn[MAX_BLOCKS];
     struct conv conv;                 /* of the resampling; absent when it is plain */
@@ -1768,8 +1789,9 @@ static int want_tensor(const lvm_model *m, const char *name, int n_dims, const i
     int same = t->n_dims == n_dims;
     for (int i = 0; i < n_dims; i++) same &= t->ne[i] == dims[n_dims - 1 - i];
     if (!same)
-        return fail(error, LVM_FORMAT, "%s: tensor %s has the wrong shape (%lld x %lld x %lld x %lld)",
-                    m->path, name, (long long)t->ne[3], (long long)t->ne[2], (long long)t->ne[1],
+        return fail(error, LVM_FORMAT,
+                    "%s: tensor %s has the wrong shape (%lld x %lld x %lld x %lld)", m->path, name,
+                    (long long)t->ne[3], (long long)t->ne[2], (long long)t->ne[1],
                     (long long)t->ne[0]);
     int64_t cols = 1;
     for (int i = 1; i < n_dims; i++) cols *= dims[i];
@@ -1807,11 +1829,14 @@ static int load_layer(const lvm_model *m, int n, struct layer *l, lvm_error *err
     const struct llama *a = &m->llama;
     int q_rows = a->H * a->d, kv_rows = a->G * a->d, code = LVM_OK;
     char name[64];
-    struct { const char *name; int rows, cols; struct tensor *w; const float **bias; } linear[] = {
-        {"attn_q", q_rows, a->D, &l->q, &l->q_bias},   {"attn_k", kv_rows, a->D, &l->k, &l->k_bias},
-        {"attn_v", kv_rows, a->D, &l->v, &l->v_bias},  {"attn_output", a->D, q_rows, &l->o, &l->o_bias},
-        {"ffn_gate", a->F, a->D, &l->gate, NULL},      {"ffn_up", a->F, a->D, &l->up, NULL},
-        {"ffn_down", a->D, a->F, &l->down, NULL}};
+    struct { const char *name; int rows, cols; struct tensor *w; const float **bias;
+    } linear[] = {{"attn_q", q_rows, a->D, &l->q, &l->q_bias},
+                  {"attn_k", kv_rows, a->D, &l->k, &l->k_bias},
+                  {"attn_v", kv_rows, a->D, &l->v, &l->v_bias},
+                  {"attn_output", a->D, q_rows, &l->o, &l->o_bias},
+                  {"ffn_gate", a->F, a->D, &l->gate, NULL},
+                  {"ffn_up", a->F, a->D, &l->up, NULL},
+                  {"ffn_down", a->D, a->F, &l->down, NULL}};
     for (size_t i = 0; code == LVM_OK && i < sizeof linear / sizeof *linear; i++) {
         snprintf(name, sizeof name, "blk.%d.%s.weight", n, linear[i].name);
         code = want_matrix(m, name, linear[i].rows, linear[i].cols, linear[i].w, error);
@@ -1838,14 +1863,16 @@ static int load_llama_keys(lvm_model *m, lvm_error *error) {
         code = key_int(&m->file, ints[i].name, 1, ints[i].high, 0, ints[i].out, error);
     if (code == LVM_OK)
         code = key_float(&m->file, "lvm.attention.layer_norm_rms_epsilon", 0, 1, &a->eps, error);
-    if (code == LVM_OK) code = key_float(&m->file, "lvm.rope.freq_base", 1, 1e12f, &a->theta, error);
+    if (code == LVM_OK)
+        code = key_float(&m->file, "lvm.rope.freq_base", 1, 1e12f, &a->theta, error);
     if (code != LVM_OK) return code;
     if (a->H % a->G != 0)
-        return fail(error, LVM_FORMAT, "%s: %d attention heads do not share %d key/value heads evenly",
-                    m->path, a->H, a->G);
+        return fail(error, LVM_FORMAT,
+                    "%s: %d attention heads do not share %d key/value heads evenly", m->path, a->H,
+                    a->G);
     if (a->D % a->H != 0 || a->D / a->H % 2 != 0)
-        return fail(error, LVM_FORMAT, "%s: width %d does not divide into %d heads of even width", m->path,
-                    a->D, a->H);
+        return fail(error, LVM_FORMAT, "%s: width %d does not divide into %d heads of even width",
+                    m->path, a->D, a->H);
     a->d = a->D / a->H;
     return LVM_OK;
 }
@@ -1976,7 +2003,8 @@ static int load_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error
         {"lvm.vq.resample_with_conv", 0, 1, 1, &vq->resample_conv}};
     int code = LVM_OK;
     for (size_t i = 0; code == LVM_OK && i < sizeof ints / sizeof *ints; i++)
-        code = key_int(g, ints[i].name, ints[i].low, ints[i].high, ints[i].missing, ints[i].out, error);
+        code = key_int(g, ints[i].name, ints[i].low, ints[i].high, ints[i].missing, ints[i].out,
+                       error);
     if (code == LVM_OK)
         code = key_ints(g, "lvm.vq.channel_mult", MAX_LEVELS, vq->mult, &vq->n_levels, error);
     if (code == LVM_OK)
@@ -1988,7 +2016,8 @@ static int load_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error
     for (int i = 0; i < vq->n_levels; i++)
         if (vq->mult[i] < 1 || vq->mult[i] > 64 || vq->hidden * vq->mult[i] % 32 != 0 ||
             vq->hidden % 32 != 0)
-            return fail(error, LVM_FORMAT, "%s: channels of level %d are no multiple of 32", g->path, i);
+            return fail(error, LVM_FORMAT, "%s: channels of level %d are no multiple of 32",
+                        g->path, i);
     vq->S = vq->R >> (vq->n_levels - 1);
     return LVM_OK;
 }
@@ -2005,15 +2034,16 @@ static int load_vq(lvm_model *m, lvm_error *error) {
     for (int i = 0; i <= last; i++) {
         int down_in = vq->hidden * (i == 0 ? 1 : vq->mult[i - 1]);
         int up_in = vq->hidden * vq->mult[i == last ? last : i + 1];
-        vq_level(&l, "encoder.down", i, down_in, vq->n_res_blocks, i < last ? "downsample.conv" : NULL,
-                 &vq->encoder.level[i]);
+        vq_level(&l, "encoder.down", i, down_in, vq->n_res_blocks,
+                 i < last ? "downsample.conv" : NULL, &vq->encoder.level[i]);
         vq_level(&l, "decoder.up", i, up_in, vq->n_res_blocks + 1, i > 0 ? "upsample.conv" : NULL,
                  &vq->decoder.level[i]);
     }
     vq_conv(&l, "", "quant_conv", vq->z, vq->e, 1, &vq->quant);
     vq_conv(&l, "", "post_quant_conv", vq->e, vq->z, 1, &vq->post_quant);
     if (l.code == LVM_OK)
-        l.code = want_matrix(m, "vq.quantize.embedding.weight", vq->codes, vq->e, &vq->codebook, error);
+        l.code =
+            want_matrix(m, "vq.quantize.embedding.weight", vq->codes, vq->e, &vq->codebook, error);
     return l.code;
 }
 
@@ -2034,8 +2064,9 @@ static int fill_info(lvm_model *m, lvm_error *error) {
     }
     if (!i->has_transformer) return LVM_OK;
     if (i->codes > a->V)
-        return fail(error, LVM_FORMAT, "%s: the tokenizer has %d codes, the transformer's vocabulary %d",
-                    m->path, i->codes, a->V);
+        return fail(error, LVM_FORMAT,
+                    "%s: the tokenizer has %d codes, the transformer's vocabulary %d", m->path,
+                    i->codes, a->V);
     i->context_length = a->context;
     i->vocab_size = a->V;
     i->layers = a->n_layers;
@@ -2044,7 +2075,8 @@ static int fill_info(lvm_model *m, lvm_error *error) {
     i->heads = a->H;
     i->kv_heads = a->G;
     int code = key_int(&m->file, "lvm.bos_token_id", -1, a->V - 1, -1, &i->bos, error);
-    if (code == LVM_OK) code = key_int(&m->file, "lvm.eos_token_id", -1, a->V - 1, -1, &i->eos, error);
+    if (code == LVM_OK)
+        code = key_int(&m->file, "lvm.eos_token_id", -1, a->V - 1, -1, &i->eos, error);
     i->window_images = (int)min64(16, (a->context + 1 - (i->bos >= 0)) / i->tokens_per_image);
     return code;
 }
@@ -2064,7 +2096,8 @@ static int load_model(lvm_model *m, const void *data, size_t size, lvm_error *er
     m->k = choose_kernels(error);
     if (m->k == NULL) return LVM_INVALID;
     if ((uintptr_t)data % 8 != 0)
-        return fail(error, LVM_INVALID, "%s: the weights in memory must be aligned to 8 bytes", m->path);
+        return fail(error, LVM_INVALID, "%s: the weights in memory must be aligned to 8 bytes",
+                    m->path);
     int code = gguf_parse(&m->file, m->path, data, size, error);
     if (code != LVM_OK) return code;
     if (!key_is_text(&m->file, "general.architecture", "lvm"))
@@ -2113,7 +2146,8 @@ static int map_file(lvm_model *m, lvm_error *error) {
     }
     close(fd);
     if (size > 0 && m->mapped == NULL)
-        return fail(error, LVM_IO, "%s: cannot be mapped: %s (try --no-mmap)", m->path, strerror(errno));
+        return fail(error, LVM_IO, "%s: cannot be mapped: %s (try --no-mmap)", m->path,
+                    strerror(errno));
     return load_model(m, m->mapped, m->mapped_size, error);
 }
 
@@ -2148,7 +2182,8 @@ static int matches(const char *pattern, size_t pattern_n, struct text name) {
     if (pattern_n == 0) return name.n == 0;
     if (*pattern == '*') {
         for (uint64_t skip = 0; skip <= name.n; skip++)
-            if (matches(pattern + 1, pattern_n - 1, (struct text){name.s + skip, name.n - skip})) return 1;
+            if (matches(pattern + 1, pattern_n - 1, (struct text){name.s + skip, name.n - skip}))
+                return 1;
         return 0;
     }
     return name.n > 0 && *pattern == *name.s &&
@@ -2170,22 +2205,23 @@ static int rule_type(const char *rules, struct text name, int *type, lvm_error *
         size_t n = strcspn(rules, ","), pattern = strcspn(rules, "=,");
         int t = pattern < n ? parse_type(rules + pattern + 1, n - pattern - 1) : LVM_AUTO;
         if (t == LVM_AUTO)
-            return fail(error, LVM_INVALID, "rule \"%.*s\" is not PATTERN=f32|f16|bf16|q8_0|q4_0", (int)n,
-                        rules);
+            return fail(error, LVM_INVALID, "rule \"%.*s\" is not PATTERN=f32|f16|bf16|q8_0|q4_0",
+                        (int)n, rules);
         if (name.s != NULL && *type == LVM_AUTO && matches(rules, pattern, name)) *type = t;
         rules += n + (rules[n] == ',');
     }
     return LVM_OK;
 }
 
-/* What a tensor becomes. Vectors stay as they are; of the tokenizer the first convolutions, those at
-   the codebook and the codebook itself are never quantised, because tokens hang on them. */
+/* What a tensor becomes. Vectors stay as they are; of the tokenizer the first convolutions, those
+   at the codebook and the codebook itself are never quantised, because tokens hang on them. */
 static int target_type(const struct gguf_tensor *t, int type, int vq_type, int ruled) {
     int in_vq = t->name.n > 3 && memcmp(t->name.s, "vq.", 3) == 0;
     int wanted = ruled != LVM_AUTO ? ruled : in_vq ? vq_type : type;
     if (t->n_dims == 1 || wanted == LVM_AUTO) return t->type;
     int fixed = text_is(t->name, "vq.quantize.embedding.weight") ||
-                text_is(t->name, "vq.quant_conv.weight") || text_is(t->name, "vq.post_quant_conv.weight") ||
+                text_is(t->name, "vq.quant_conv.weight") ||
+                text_is(t->name, "vq.post_quant_conv.weight") ||
                 text_is(t->name, "vq.encoder.conv_in.weight") ||
                 text_is(t->name, "vq.decoder.conv_in.weight");
     if (fixed && type_is_quantised(wanted)) return t->type;
@@ -2205,7 +2241,8 @@ static int write_text(struct outfile *out, struct text t, lvm_error *error) {
     return code == LVM_OK ? outfile_write(out, t.s, (size_t)t.n, error) : code;
 }
 
-static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment, lvm_error *error) {
+static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment,
+                         lvm_error *error) {
     static const uint8_t zeros[64];
     uint64_t n = (alignment - written % alignment) % alignment;
     int code = LVM_OK;
@@ -2215,7 +2252,8 @@ static int write_padding(struct outfile *out, uint64_t written, uint32_t alignme
 }
 
 /* Everything in front of the data: keys as they are, tensors with their new types. */
-static int write_head(struct outfile *out, const struct gguf *g, const int *types, lvm_error *error) {
+static int write_head(struct outfile *out, const struct gguf *g, const int *types,
+                      lvm_error *error) {
     int code = outfile_write(out, "GGUF", 4, error);
     if (code == LVM_OK) code = write_number(out, 3, 4, error);
     if (code == LVM_OK) code = write_number(out, (uint64_t)g->n_tensors, 8, error);
@@ -2234,15 +2272,16 @@ static int write_head(struct outfile *out, const struct gguf *g, const int *type
             code = write_number(out, (uint64_t)t->ne[d], 8, error);
         if (code == LVM_OK) code = write_number(out, (uint64_t)types[i], 4, error);
         if (code == LVM_OK) code = write_number(out, offset, 8, error);
-        offset += (uint64_t)type_bytes(types[i], t->ne[0]) * (uint64_t)(t->ne[1] * t->ne[2] * t->ne[3]);
+        offset +=
+            (uint64_t)type_bytes(types[i], t->ne[0]) * (uint64_t)(t->ne[1] * t->ne[2] * t->ne[3]);
         offset = (offset + g->alignment - 1) / g->alignment * g->alignment;
     }
     if (code == LVM_OK) code = write_padding(out, (uint64_t)ftello(out->file), g->alignment, error);
     return code;
 }
 
-static int write_tensor(struct outfile *out, const struct gguf *g, const struct gguf_tensor *t, int type,
-                        float *row, uint8_t *packed, lvm_error *error) {
+static int write_tensor(struct outfile *out, const struct gguf *g, const struct gguf_tensor *t,
+                        int type, float *row, uint8_t *packed, lvm_error *error) {
     const uint8_t *in = g->data + g->data_start + t->offset;
     int64_t rows = t->ne[1] * t->ne[2] * t->ne[3], in_bytes = type_bytes(t->type, t->ne[0]);
     int64_t out_bytes = type_bytes(type, t->ne[0]);
@@ -2256,7 +2295,8 @@ static int write_tensor(struct outfile *out, const struct gguf *g, const struct 
             code = outfile_write(out, packed, (size_t)out_bytes, error);
         }
     }
-    if (code == LVM_OK) code = write_padding(out, (uint64_t)(out_bytes * rows), g->alignment, error);
+    if (code == LVM_OK)
+        code = write_padding(out, (uint64_t)(out_bytes * rows), g->alignment, error);
     return code;
 }
 
@@ -2293,14 +2333,16 @@ static int same_file(const char *a, const char *b) {
     return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
 }
 
-int lvm_quantize(const char *in, const char *out, int type, int vq_type, const char *rules, int force,
-                 lvm_error *error) {
+int lvm_quantize(const char *in, const char *out, int type, int vq_type, const char *rules,
+                 int force, lvm_error *error) {
     struct stat st;
     int ruled = LVM_AUTO;
-    if (same_file(in, out)) return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
+    if (same_file(in, out))
+        return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
     if (stat(out, &st) == 0 && !force)
         return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
-    if ((type != LVM_AUTO && type_info(type) == NULL) || (vq_type != LVM_AUTO && type_info(vq_type) == NULL))
+    if ((type != LVM_AUTO && type_info(type) == NULL) ||
+        (vq_type != LVM_AUTO && type_info(vq_type) == NULL))
         return fail(error, LVM_INVALID, "unknown type %d or %d", type, vq_type);
     int code = rule_type(rules, (struct text){NULL, 0}, &ruled, error);
     if (code != LVM_OK) return code;
@@ -2311,7 +2353,7 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
     return code;
 }
 
-/* ===================================================================================================
+/* =================================================================================================
    Chapter 5.  The tokenizer: VQGAN encoder, quantiser, decoder
 
    A VQGAN (Esser, Rombach and Ommer 2021, arXiv 2012.09841) turns R x R pixels into S x S codes and
@@ -2323,17 +2365,17 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
        quantiser every S x S vector becomes the index of the nearest row of the codebook
        decoder   the mirror image, with one residual block more a level, doubling the size
 
-       residual  y = x + conv2(silu(norm2(conv1(silu(norm1(x))))))       x through a 1 x 1 conv if needed
+       residual  y = x + conv2(silu(norm2(conv1(silu(norm1(x))))));  x by a 1 x 1 conv if needed
        norm      GroupNorm: 32 groups of channels share mean and variance over all pixels, eps 1e-6
        attention one head over all pixels, as wide as the channels
 
-   Maps of activations are NHWC: map[y][x][c], so a pixel's channels are contiguous and a convolution is
-   a sum of products over contiguous pieces,
+   Maps of activations are NHWC: map[y][x][c], so a pixel's channels are contiguous and a
+   convolution is a sum of products over contiguous pieces,
 
        out[p][o] = bias[o] + sum over taps t, channels i of  in[p + t][i] * w[o][t][i],
 
-   nine outer products of a pixel strip with packed weights. No patch matrix is built: a tap is a row of
-   pointers, those that fall outside point to zeros, and nearest-neighbour doubling before a
+   nine outer products of a pixel strip with packed weights. No patch matrix is built: a tap is a
+   row of pointers, those that fall outside point to zeros, and nearest-neighbour doubling before a
    convolution is only another way to compute the pointers. */
 
 enum {
@@ -2376,7 +2418,8 @@ static void pack_conv_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
     const struct tensor *w = &job->conv->w;
     int j0 = (job->strip0 + task) * STRIP, n = w->rows - j0 < STRIP ? w->rows - j0 : STRIP;
-    float *rows = exec_scratch(job->e, thread), *out = job->work->packed + (int64_t)task * w->cols * STRIP;
+    float *rows = exec_scratch(job->e, thread),
+          *out = job->work->packed + (int64_t)task * w->cols * STRIP;
     memset(rows, 0, (size_t)w->cols * STRIP * sizeof *rows);
     for (int j = 0; j < n; j++)
         job->e->k->to_f32(w->type, tensor_row(w, j0 + j), rows + (int64_t)j * w->cols, w->cols);
@@ -2385,7 +2428,8 @@ static void pack_conv_task(void *arg, int task, int thread) {
 }
 
 /* a[t][i]: the input channels under tap t of output pixel p0 + i. */
-static void tap_pointers(const struct conv_job *job, int p0, int n, const float *a[9][CONV_PIXELS]) {
+static void tap_pointers(const struct conv_job *job, int p0, int n,
+                         const float *a[9][CONV_PIXELS]) {
     const struct sampling_grid *g = &job->g;
     int size = job->conv->size, c = job->conv->c_in;
     for (int i = 0; i < n; i++) {
@@ -2412,7 +2456,8 @@ static void conv_task(void *arg, int task, int thread) {
         const float *w = job->work->packed + (int64_t)s * conv->w.cols * STRIP;
         for (int t = 0; t < taps; t++, w += conv->c_in * STRIP)
             outer_rows(job->e->k, n, conv->c_in, a[t], w, 0, 1, sum, STRIP, t > 0);
-        int j0 = (job->strip0 + s) * STRIP, cols = conv->c_out - j0 < STRIP ? conv->c_out - j0 : STRIP;
+        int j0 = (job->strip0 + s) * STRIP,
+            cols = conv->c_out - j0 < STRIP ? conv->c_out - j0 : STRIP;
         for (int i = 0; i < n; i++) {
             int64_t at = (int64_t)(p0 + i) * conv->c_out + j0;
             for (int j = 0; j < cols; j++) {
@@ -2582,8 +2627,8 @@ static void run_attn_block(const struct exec *e, struct vq_work *w, const struct
     run_conv(e, w, &b->proj, grid, w->t1, w->x, w->x);
 }
 
-/* Halves the size: a convolution of stride 2 over the map with a row and a column of zeros behind it,
-   or the mean of four pixels. */
+/* Halves the size: a convolution of stride 2 over the map with a row and a column of zeros behind
+   it, or the mean of four pixels. */
 static void run_downsample(const struct exec *e, struct vq_work *w, const struct level *l) {
     int h = w->h / 2, width = w->w / 2, c = w->c;
     if (l->conv.c_out != 0) {
@@ -2626,7 +2671,8 @@ static int vq_step(const struct exec *e, struct vq_work *w, lvm_error *error) {
     return report(e, w->stage, w->done++, w->all, error);
 }
 
-static int run_level(const struct exec *e, struct vq_work *w, const struct level *l, lvm_error *error) {
+static int run_level(const struct exec *e, struct vq_work *w, const struct level *l,
+                     lvm_error *error) {
     for (int b = 0; b < l->n_blocks; b++) {
         int code = vq_step(e, w, error);
         if (code != LVM_OK) return code;
@@ -2657,8 +2703,8 @@ static void run_tail(const struct exec *e, struct vq_work *w, const struct half 
 
 /* ---- The quantiser ---- */
 
-/* ids[n]: for each vector the nearest row of the codebook, |e|^2 - 2 x e being smallest; of equal ones
-   the first. */
+/* ids[n]: for each vector the nearest row of the codebook, |e|^2 - 2 x e being smallest; of equal
+   ones the first. */
 static void nearest_codes(const struct exec *e, const struct vqgan *vq, const struct vq_work *w,
                           const float *x, int n, int32_t *ids) {
     struct exec exact = *e;
@@ -2681,8 +2727,8 @@ static void nearest_codes(const struct exec *e, const struct vqgan *vq, const st
 /* ---- The two directions ---- */
 
 /* rgb[R][R][3] in [0,1] -> latent vectors in w->x [S*S][e]. */
-static int vq_latent(const struct exec *e, const struct vqgan *vq, struct vq_work *w, const float *rgb,
-                     lvm_error *error) {
+static int vq_latent(const struct exec *e, const struct vqgan *vq, struct vq_work *w,
+                     const float *rgb, lvm_error *error) {
     w->h = w->w = vq->R;
     w->c = 3;
     memcpy(w->x, rgb, (size_t)vq->R * (size_t)vq->R * 3 * sizeof *rgb);
@@ -2700,19 +2746,20 @@ static int vq_latent(const struct exec *e, const struct vqgan *vq, struct vq_wor
 }
 
 /* ids[S*S] -> pixels in w->x [R][R][3], not clamped. */
-static int vq_pixels(const struct exec *e, const struct vqgan *vq, struct vq_work *w, const int32_t *ids,
-                     lvm_error *error) {
+static int vq_pixels(const struct exec *e, const struct vqgan *vq, struct vq_work *w,
+                     const int32_t *ids, lvm_error *error) {
     w->h = w->w = vq->S;
     w->c = vq->e;
     for (int p = 0; p < vq->S * vq->S; p++)
-        e->k->to_f32(vq->codebook.type, tensor_row(&vq->codebook, ids[p]), w->x + (int64_t)p * vq->e,
-                     vq->e);
+        e->k->to_f32(vq->codebook.type, tensor_row(&vq->codebook, ids[p]),
+                     w->x + (int64_t)p * vq->e, vq->e);
     conv_x(e, w, &vq->post_quant, same_grid(w, 1));
     conv_x(e, w, &vq->decoder.conv_in, same_grid(w, 3));
     int code = run_middle(e, w, &vq->decoder, error);
     for (int i = vq->n_levels - 1; code == LVM_OK && i >= 0; i--) {
         code = run_level(e, w, &vq->decoder.level[i], error);
-        if (code == LVM_OK && vq->decoder.level[i].resample) run_upsample(e, w, &vq->decoder.level[i]);
+        if (code == LVM_OK && vq->decoder.level[i].resample)
+            run_upsample(e, w, &vq->decoder.level[i]);
     }
     if (code == LVM_OK) run_tail(e, w, &vq->decoder);
     return code;
@@ -2768,11 +2815,21 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
                          lvm_error *error) {
     struct vq_sizes s = vq_sizes(vq);
     int64_t tasks = ((int64_t)vq->R * vq->R + NORM_PIXELS - 1) / NORM_PIXELS;
-    struct { float **p; int64_t n; } want[] = {
-        {&w->x, s.map},  {&w->t1, s.map}, {&w->t2, s.map}, {&w->packed, max64(CONV_PIECE, s.cols * STRIP)},
-        {&w->zeros, s.c}, {&w->scale, s.c}, {&w->shift, s.c}, {&w->q, s.attn}, {&w->k, s.attn},
-        {&w->v, s.attn}, {&w->kp, s.attn}, {&w->vp, s.attn}, {&w->scores, 64 * (int64_t)vq->codes},
-        {&w->norms, vq->codes}};
+    struct { float **p; int64_t n;
+    } want[] = {{&w->x, s.map},
+                {&w->t1, s.map},
+                {&w->t2, s.map},
+                {&w->packed, max64(CONV_PIECE, s.cols * STRIP)},
+                {&w->zeros, s.c},
+                {&w->scale, s.c},
+                {&w->shift, s.c},
+                {&w->q, s.attn},
+                {&w->k, s.attn},
+                {&w->v, s.attn},
+                {&w->kp, s.attn},
+                {&w->vp, s.attn},
+                {&w->scores, 64 * (int64_t)vq->codes},
+                {&w->norms, vq->codes}};
     for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
         *want[i].p = mem_alloc((size_t)want[i].n, sizeof(float), error);
         if (*want[i].p == NULL) return LVM_MEMORY;
@@ -2788,7 +2845,7 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
     return LVM_OK;
 }
 
-/* ===================================================================================================
+/* =================================================================================================
    Chapter 6.  The transformer: RMSNorm, RoPE, attention with a KV cache, SwiGLU
 
    LLaMA's decoder (Touvron et al. 2023, arXiv 2302.13971), as Hugging Face's LlamaForCausalLM
@@ -2803,8 +2860,9 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
 
    The KV cache is made of pages of 256 positions, the same 256 that attention merges as a block. A
    sequence is a list of pages; sequences that begin alike share them, and a shared page is copied
-   before it is written (candidates of one prompt differ only behind it). In a page, for each layer and
-   key/value head, keys lie in panels and values in strips (see attend_block), in one of three types:
+   before it is written (candidates of one prompt differ only behind it). In a page, for each layer
+   and key/value head, keys lie in panels and values in strips (see attend_block), in one of three
+   types:
 
        f32, f16   k[16 panels][d][16 keys]              v[d / 16][256 keys][16]
        q8_0       k[16 panels][d / 32] of {f16 scale[16 keys], int8 [32][16 keys]}
@@ -2865,7 +2923,8 @@ static struct page *page_new(const struct kv_cache *kv, lvm_error *error) {
 }
 
 /* Makes the page of position pos present and private to the sequence. */
-static int page_for_writing(const struct kv_cache *kv, struct sequence *s, int pos, lvm_error *error) {
+static int page_for_writing(const struct kv_cache *kv, struct sequence *s, int pos,
+                            lvm_error *error) {
     struct page **slot = &s->pages[pos / KEYS];
     if (*slot != NULL && (*slot)->refs == 1) return LVM_OK;
     struct page *fresh = page_new(kv, error);
@@ -2919,9 +2978,10 @@ static void store_value(const struct kv_cache *kv, uint8_t *head, int at, const 
     }
 }
 
-/* The first `keys` keys of a page's head as floats in panels: where they lie, or unpacked to out. */
-static const float *load_keys(const struct kernels *k, const struct kv_cache *kv, const uint8_t *head,
-                              int keys, float *out) {
+/* The first `keys` keys of a page's head as floats in panels: where they lie, or unpacked to out.
+   */
+static const float *load_keys(const struct kernels *k, const struct kv_cache *kv,
+                              const uint8_t *head, int keys, float *out) {
     int panels = (keys + STRIP - 1) / STRIP;
     if (kv->type == LVM_F32) return (const float *)(const void *)head;
     if (kv->type == LVM_Q8_0) k->k8_to_f32(head, panels * (kv->dp / QK), out);
@@ -2929,8 +2989,8 @@ static const float *load_keys(const struct kernels *k, const struct kv_cache *kv
     return out;
 }
 
-static const float *load_values(const struct kernels *k, const struct kv_cache *kv, const uint8_t *head,
-                                int keys, float *out) {
+static const float *load_values(const struct kernels *k, const struct kv_cache *kv,
+                                const uint8_t *head, int keys, float *out) {
     if (kv->type == LVM_F32) return (const float *)(const void *)head;
     if (kv->type == LVM_Q8_0) {
         for (int b = 0; b < kv->dp / QK; b++)
@@ -2963,8 +3023,8 @@ static void embed_task(void *arg, int r, int thread) {
     const struct llama *a = job->a;
     float *cosines = job->w->rope + (int64_t)r * a->d, *sines = cosines + a->d / 2;
     (void)thread;
-    job->e->k->to_f32(a->embed.type, tensor_row(&a->embed, job->tokens[r]), job->w->x + (int64_t)r * a->D,
-                      a->D);
+    job->e->k->to_f32(a->embed.type, tensor_row(&a->embed, job->tokens[r]),
+                      job->w->x + (int64_t)r * a->D, a->D);
     for (int i = 0; i < a->d / 2; i++) {
         double s, c;
         float angle = (float)job->pos[r] * job->w->inv_freq[i];
@@ -3015,20 +3075,22 @@ static void rope_store_task(void *arg, int r, int thread) {
 }
 
 /* Rows first..last-1 of a task, all of which read the same page, against that page. */
-static void attend_page(struct lm_job *job, const struct page *page, int g, struct query *rows, int n,
-                        float *scratch) {
+static void attend_page(struct lm_job *job, const struct page *page, int g, struct query *rows,
+                        int n, float *scratch) {
     const struct kv_cache *kv = &job->w->kv;
     const struct kernels *k = job->e->k;
     float *kf = scratch + attend_scratch(kv->dp), *vf = kf + (int64_t)KEYS * kv->dp;
     int keys = 0;
     for (int r = 0; r < n; r++) keys = rows[r].keys > keys ? rows[r].keys : keys;
-    const float *kp = load_keys(k, kv, page_head(kv, page, job->a, job->layer_index, g, 0), keys, kf);
-    const float *vp = load_values(k, kv, page_head(kv, page, job->a, job->layer_index, g, 1), keys, vf);
+    const float *kp =
+        load_keys(k, kv, page_head(kv, page, job->a, job->layer_index, g, 0), keys, kf);
+    const float *vp =
+        load_values(k, kv, page_head(kv, page, job->a, job->layer_index, g, 1), keys, vf);
     attend_block(k, rows, n, kv->dp, kp, vp, 1 / sqrtf((float)job->a->d), scratch);
 }
 
-/* Query rows of one key/value head: row i of the head is token i / (H/G), query head i % (H/G). Each
-   block of keys is read once for all neighbouring rows that share its page. */
+/* Query rows of one key/value head: row i of the head is token i / (H/G), query head i % (H/G).
+   Each block of keys is read once for all neighbouring rows that share its page. */
 static void attention_task(void *arg, int task, int thread) {
     struct lm_job *job = arg;
     const struct llama *a = job->a;
@@ -3097,8 +3159,8 @@ static void run_layer(struct lm_job *job) {
     linear(e, &l->down, NULL, w->gate, rows, w->delta);
 }
 
-/* Appends n <= ROWS tokens, token i to sequence seqs[i], and writes the logits of rows first .. n-1 to
-   logits[n - first][V]. After a failure the sequences are as they were. */
+/* Appends n <= ROWS tokens, token i to sequence seqs[i], and writes the logits of rows first .. n-1
+   to logits[n - first][V]. After a failure the sequences are as they were. */
 static int run_layers(const struct exec *e, const struct llama *a, struct lm_work *w, int n,
                       const int32_t *tokens, const int *seqs, int first, float *logits,
                       lvm_error *error) {
@@ -3128,8 +3190,8 @@ static int run_layers(const struct exec *e, const struct llama *a, struct lm_wor
 /* ---- Memory ---- */
 
 static void lm_work_free(struct lm_work *w) {
-    float *all[] = {w->x, w->h, w->delta, w->q, w->k, w->v, w->qp, w->op, w->o, w->gate, w->up, w->rope,
-                    w->inv_freq};
+    float *all[] = {w->x,  w->h, w->delta, w->q,  w->k,    w->v,       w->qp,
+                    w->op, w->o, w->gate,  w->up, w->rope, w->inv_freq};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
     for (int s = 0; s < MAX_SEQUENCES; s++) {
         for (int i = 0; w->kv.seq[s].pages != NULL && i < w->kv.max_pages; i++)
@@ -3160,10 +3222,12 @@ static int64_t lm_scratch(const struct llama *a, const struct kernels *k) {
 }
 
 static int lm_work_alloc(struct lm_work *w, const struct llama *a, int kv_type, lvm_error *error) {
-    int64_t q = (int64_t)a->H * a->d, kv = (int64_t)a->G * a->d, dp = (int64_t)a->H * round_up(a->d, QK);
-    struct { float **p; int64_t n; } want[] = {
-        {&w->x, a->D}, {&w->h, a->D}, {&w->delta, a->D}, {&w->q, q},     {&w->k, kv},   {&w->v, kv},
-        {&w->qp, dp},  {&w->op, dp},  {&w->o, q},        {&w->gate, a->F}, {&w->up, a->F}, {&w->rope, a->d}};
+    int64_t q = (int64_t)a->H * a->d, kv = (int64_t)a->G * a->d,
+            dp = (int64_t)a->H * round_up(a->d, QK);
+    struct { float **p; int64_t n;
+    } want[] = {{&w->x, a->D}, {&w->h, a->D},    {&w->delta, a->D}, {&w->q, q},
+                {&w->k, kv},   {&w->v, kv},      {&w->qp, dp},      {&w->op, dp},
+                {&w->o, q},    {&w->gate, a->F}, {&w->up, a->F},    {&w->rope, a->d}};
     for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
         *want[i].p = mem_alloc((size_t)want[i].n * ROWS, sizeof(float), error);
         if (*want[i].p == NULL) return LVM_MEMORY;
@@ -3179,21 +3243,22 @@ static int lm_work_alloc(struct lm_work *w, const struct llama *a, int kv_type, 
 
 /* ---- Backends ----
 
-   What a device does for a context. The public functions of chapter 7 call only this; a backend keeps
-   its state behind a pointer. Sequences are numbered 0 .. MAX_SEQUENCES - 1 and start empty. */
+   What a device does for a context. The public functions of chapter 7 call only this; a backend
+   keeps its state behind a pointer. Sequences are numbered 0 .. MAX_SEQUENCES - 1 and start empty.
+   */
 
 struct backend {
     const char *name;
     int (*open)(const lvm_model *m, const lvm_options *o, void **state, lvm_error *error);
     void (*close)(void *state);
-    /* rgb[R][R][3] in [0,1] -> ids[S*S], and back (not clamped); unit i of n for the progress. latent:
-       NULL, or the vectors in front of the quantiser, [S*S][e]. */
+    /* rgb[R][R][3] in [0,1] -> ids[S*S], and back (not clamped); unit i of n for the progress.
+       latent: NULL, or the vectors in front of the quantiser, [S*S][e]. */
     int (*encode)(void *state, const float *rgb, int i, int n, int32_t *ids, float *latent,
                   lvm_error *error);
     int (*decode)(void *state, const int32_t *ids, int i, int n, float *rgb, lvm_error *error);
     /* See run_layers. */
-    int (*forward)(void *state, int n, const int32_t *tokens, const int *seqs, int first, float *logits,
-                   lvm_error *error);
+    int (*forward)(void *state, int n, const int32_t *tokens, const int *seqs, int first,
+                   float *logits, lvm_error *error);
     void (*kv_copy)(void *state, int from, int to, int n); /* sequence `to` = first n of `from` */
     void (*kv_trim)(void *state, int seq, int n);
 };
@@ -3272,7 +3337,8 @@ static int cpu_encode(void *state, const float *rgb, int i, int n, int32_t *ids,
     c->vq.all = n * steps;
     int code = vq_latent(&c->e, vq, &c->vq, rgb, error);
     if (code != LVM_OK) return code;
-    if (latent != NULL) memcpy(latent, c->vq.x, (size_t)(vq->S * vq->S) * (size_t)vq->e * sizeof *latent);
+    if (latent != NULL)
+        memcpy(latent, c->vq.x, (size_t)(vq->S * vq->S) * (size_t)vq->e * sizeof *latent);
     nearest_codes(&c->e, vq, &c->vq, c->vq.x, vq->S * vq->S, ids);
     return LVM_OK;
 }
@@ -3318,7 +3384,7 @@ static void cpu_kv_copy(void *state, int from, int to, int n) {
 static const struct backend cpu_backend = {"cpu",      cpu_open,    cpu_close,   cpu_encode,
                                            cpu_decode, cpu_forward, cpu_kv_copy, cpu_kv_trim};
 
-/* ===================================================================================================
+/* =================================================================================================
    Chapter 7.  Generation and scoring
 
    A context holds one sequence: the tokens that were given or generated (ids), of which the first
@@ -3326,12 +3392,12 @@ static const struct backend cpu_backend = {"cpu",      cpu_open,    cpu_close,  
    last sampled token is never fed before it is needed, so a window of W pictures of T tokens behind
    bos needs W T - 1 + bos positions.
 
-   When a sequence is full, the oldest pictures leave: bos and the last W - 1 pictures are read again
-   from position zero, as the published program does for every further picture.
+   When a sequence is full, the oldest pictures leave: bos and the last W - 1 pictures are read
+   again from position zero, as the published program does for every further picture.
 
-   Sampling (Holtzman et al. 2019 for top-p): logits are divided by the temperature; the k likeliest ids
-   stay; of these, the fewest likeliest that together hold at least p of the probability stay; one is
-   drawn. Ids that are not picture codes do not take part. */
+   Sampling (Holtzman et al. 2019 for top-p): logits are divided by the temperature; the k likeliest
+   ids stay; of these, the fewest likeliest that together hold at least p of the probability stay;
+   one is drawn. Ids that are not picture codes do not take part. */
 
 enum { SCORE_ROWS = 256 };
 
@@ -3371,8 +3437,9 @@ void lvm_free(lvm_ctx *ctx) {
 /* Fills what was left to lvm and checks the rest. */
 static int settle_options(const lvm_model *m, lvm_options *o, lvm_error *error) {
     if (o->size != sizeof *o)
-        return fail(error, LVM_INVALID, "lvm_options.size is %u, not %zu: use lvm_default_options()",
-                    o->size, sizeof *o);
+        return fail(error, LVM_INVALID,
+                    "lvm_options.size is %u, not %zu: use lvm_default_options()", o->size,
+                    sizeof *o);
     if (o->threads == 0) o->threads = processors();
     if (o->threads < 1 || o->threads > 1024)
         return fail(error, LVM_INVALID, "%d threads: lvm takes 1 to 1024", o->threads);
@@ -3397,7 +3464,8 @@ lvm_ctx *lvm_new(const lvm_model *m, const lvm_options *options, lvm_error *erro
     if (code == LVM_OK) {
         ctx->ids = mem_alloc((size_t)i->context_length + 1, sizeof *ctx->ids, error);
         ctx->logits = mem_alloc((size_t)i->vocab_size * SCORE_ROWS + 1, sizeof *ctx->logits, error);
-        ctx->rgb = mem_alloc((size_t)i->resolution * (size_t)i->resolution * 3 + 1, sizeof *ctx->rgb, error);
+        ctx->rgb = mem_alloc((size_t)i->resolution * (size_t)i->resolution * 3 + 1,
+                             sizeof *ctx->rgb, error);
         code = ctx->ids == NULL || ctx->logits == NULL || ctx->rgb == NULL
                    ? LVM_MEMORY
                    : ctx->b->open(m, &ctx->o, &ctx->state, error);
@@ -3415,13 +3483,15 @@ static int need(const lvm_ctx *ctx, int part, const char *what, lvm_error *error
 static int check_ids(const int32_t *ids, int64_t n, int below, lvm_error *error) {
     for (int64_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= below)
-            return fail(error, LVM_INVALID, "token %lld is %d, not in 0 .. %d", (long long)i + 1, (int)ids[i],
-                        below - 1);
+            return fail(error, LVM_INVALID, "token %lld is %d, not in 0 .. %d", (long long)i + 1,
+                        (int)ids[i], below - 1);
     return LVM_OK;
 }
 
-static int progress(const lvm_ctx *ctx, const char *stage, int64_t done, int64_t all, lvm_error *error) {
-    if (ctx->o.progress == NULL || ctx->o.progress(ctx->o.user, stage, done, all) == 0) return LVM_OK;
+static int progress(const lvm_ctx *ctx, const char *stage, int64_t done, int64_t all,
+                    lvm_error *error) {
+    if (ctx->o.progress == NULL || ctx->o.progress(ctx->o.user, stage, done, all) == 0)
+        return LVM_OK;
     return fail(error, LVM_CANCELLED, "cancelled while at work on: %s", stage);
 }
 
@@ -3478,8 +3548,8 @@ int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_e
 
 /* ---- Sequences ---- */
 
-/* Appends ids[n] to a sequence of the cache; logits: NULL or V floats for the token behind them. *fed
-   counts what went in. */
+/* Appends ids[n] to a sequence of the cache; logits: NULL or V floats for the token behind them.
+   *fed counts what went in. */
 static int feed(lvm_ctx *ctx, int seq, const int32_t *ids, int n, const char *stage, float *logits,
                 int *fed, lvm_error *error) {
     int seqs[ROWS];
@@ -3488,7 +3558,8 @@ static int feed(lvm_ctx *ctx, int seq, const int32_t *ids, int n, const char *st
         int rows = n - at < ROWS ? n - at : ROWS, last = at + rows == n && logits != NULL;
         int code = progress(ctx, stage, at, n, error);
         if (code == LVM_OK)
-            code = ctx->b->forward(ctx->state, rows, ids + at, seqs, last ? rows - 1 : rows, logits, error);
+            code = ctx->b->forward(ctx->state, rows, ids + at, seqs, last ? rows - 1 : rows, logits,
+                                   error);
         if (code != LVM_OK) return code;
         *fed += rows;
     }
@@ -3525,14 +3596,15 @@ int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error
 static int settle_sequence(lvm_ctx *ctx, lvm_error *error) {
     int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
     if (code != LVM_OK) return code;
-    if (ctx->n_ids == 0) return fail(error, LVM_INVALID, "there is no prompt yet: call lvm_prompt first");
+    if (ctx->n_ids == 0)
+        return fail(error, LVM_INVALID, "there is no prompt yet: call lvm_prompt first");
     if (ctx->has_logits && ctx->n_fed == ctx->n_ids) return LVM_OK;
     if (ctx->n_ids > ctx->m->info.context_length)
         return fail(error, LVM_INVALID, "the context is full");
     if (ctx->n_fed == ctx->n_ids) ctx->b->kv_trim(ctx->state, 0, --ctx->n_fed);
     ctx->has_logits = 0;
-    code = feed(ctx, 0, ctx->ids + ctx->n_fed, ctx->n_ids - ctx->n_fed, "prompt", ctx->logits, &ctx->n_fed,
-                error);
+    code = feed(ctx, 0, ctx->ids + ctx->n_fed, ctx->n_ids - ctx->n_fed, "prompt", ctx->logits,
+                &ctx->n_fed, error);
     ctx->has_logits = code == LVM_OK;
     return code;
 }
@@ -3554,7 +3626,8 @@ int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *er
     if (code != LVM_OK) return code;
     int start = ctx->n_fed, V = info->vocab_size, seqs[SCORE_ROWS] = {0};
     if (n < 1 || n > info->context_length + 1 - start)
-        return fail(error, LVM_INVALID, "%d tokens to score; behind the prompt the context holds 1 to %d", n,
+        return fail(error, LVM_INVALID,
+                    "%d tokens to score; behind the prompt the context holds 1 to %d", n,
                     info->context_length + 1 - start);
     code = check_ids(ids, n, info->vocab_size, error);
     if (code != LVM_OK) return code;
@@ -3563,9 +3636,11 @@ int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *er
     for (int at = 0; code == LVM_OK && at < n - 1; at += SCORE_ROWS) {
         int rows = n - 1 - at < SCORE_ROWS ? n - 1 - at : SCORE_ROWS;
         code = progress(ctx, "score", at, n, error);
-        if (code == LVM_OK) code = ctx->b->forward(ctx->state, rows, ids + at, seqs, 0, ctx->logits, error);
+        if (code == LVM_OK)
+            code = ctx->b->forward(ctx->state, rows, ids + at, seqs, 0, ctx->logits, error);
         for (int r = 0; code == LVM_OK && r < rows; r++)
-            nll[at + r + 1] = negative_log_likelihood(ctx->logits + (int64_t)r * V, V, ids[at + r + 1]);
+            nll[at + r + 1] =
+                negative_log_likelihood(ctx->logits + (int64_t)r * V, V, ids[at + r + 1]);
     }
     ctx->b->kv_trim(ctx->state, 0, start);
     return code == LVM_OK ? progress(ctx, "score", n, n, error) : code;
@@ -3573,8 +3648,8 @@ int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *er
 
 /* ---- Sampling ---- */
 
-/* PCG-XSH-RR 64/32 (O'Neill 2014): a 64-bit linear congruential generator whose high bits, folded and
-   rotated, are the output; the odd increment chooses one of 2^63 streams. */
+/* PCG-XSH-RR 64/32 (O'Neill 2014): a 64-bit linear congruential generator whose high bits, folded
+   and rotated, are the output; the odd increment chooses one of 2^63 streams. */
 struct rng {
     uint64_t state, increment;
 };
@@ -3640,13 +3715,15 @@ static int32_t sample(const float *logits, int n, const lvm_sampling *s, struct 
     float max = logits[argmax(logits, n)];
     double mass = 0, kept = 0;
     int k = s->top_k > 0 && s->top_k < n ? s->top_k : n, size = n, count = 0;
-    for (int i = 0; i < n; i++) heap[i] = (struct choice){exp_f32((logits[i] - max) / s->temperature), i};
+    for (int i = 0; i < n; i++)
+        heap[i] = (struct choice){exp_f32((logits[i] - max) / s->temperature), i};
     for (int i = 0; k == n && i < n; i++) mass += heap[i].p;
     for (int i = n / 2 - 1; i >= 0; i--) sift_down(heap, n, i);
     if (k < n) { /* the k likeliest are the whole; they stand at heap[n-1], heap[n-2], ... */
         for (; count < k; count++) mass += pop_likeliest(heap, size--).p;
         int all = count;
-        for (count = 0; count < all && kept < s->top_p * mass; count++) kept += heap[n - 1 - count].p;
+        for (count = 0; count < all && kept < s->top_p * mass; count++)
+            kept += heap[n - 1 - count].p;
     } else {
         for (; count < n && kept < s->top_p * mass; count++) kept += pop_likeliest(heap, size--).p;
     }
@@ -3660,8 +3737,9 @@ static int32_t sample(const float *logits, int n, const lvm_sampling *s, struct 
 
 static int check_sampling(const lvm_sampling *s, lvm_error *error) {
     if (s->size != sizeof *s)
-        return fail(error, LVM_INVALID, "lvm_sampling.size is %u, not %zu: use lvm_default_sampling()",
-                    s->size, sizeof *s);
+        return fail(error, LVM_INVALID,
+                    "lvm_sampling.size is %u, not %zu: use lvm_default_sampling()", s->size,
+                    sizeof *s);
     if (!(s->temperature >= 1e-3f && s->temperature <= 100))
         return fail(error, LVM_INVALID, "temperature %g is not between 0.001 and 100",
                     (double)s->temperature);
@@ -3678,7 +3756,7 @@ struct generation {
     lvm_ctx *ctx;
     const lvm_sampling *s;
     int candidates, n, has_bos, T, full; /* full: tokens at which a sequence must slide */
-    int length;                          /* of every candidate's sequence, the pending token included */
+    int length; /* of every candidate's sequence, the pending token included */
     int32_t *ids;                        /* [candidates][context + 1] */
     struct rng rng[MAX_SEQUENCES];
     struct choice *heap;
@@ -3688,8 +3766,8 @@ static int32_t *candidate_ids(const struct generation *g, int c) {
     return g->ids + (int64_t)c * (g->ctx->m->info.context_length + 1);
 }
 
-/* Drops the oldest pictures of every candidate and reads the rest again. Candidates share what their
-   windows have in common. */
+/* Drops the oldest pictures of every candidate and reads the rest again. Candidates share what
+   their windows have in common. */
 static int slide_window(struct generation *g, lvm_error *error) {
     lvm_ctx *ctx = g->ctx;
     int part = (g->length - g->has_bos) % g->T; /* of a picture that is still being drawn */
@@ -3700,14 +3778,16 @@ static int slide_window(struct generation *g, lvm_error *error) {
     }
     g->length = g->has_bos + keep;
     if (g->length == 0)
-        return fail(error, LVM_INVALID, "the context of %d tokens holds no picture to continue from",
+        return fail(error, LVM_INVALID,
+                    "the context of %d tokens holds no picture to continue from",
                     ctx->m->info.context_length);
     for (int c = 0; code == LVM_OK && c < g->candidates; c++) {
         int same = 0, fed = 0;
         const int32_t *ids = candidate_ids(g, c), *first = candidate_ids(g, 0);
         while (c > 0 && same < g->length - 1 && ids[same] == first[same]) same++;
         ctx->b->kv_copy(ctx->state, 0, c, same);
-        code = feed(ctx, c, ids + same, g->length - same, "prompt", ctx->logits + (int64_t)c * V, &fed, error);
+        code = feed(ctx, c, ids + same, g->length - same, "prompt", ctx->logits + (int64_t)c * V,
+                    &fed, error);
     }
     return code;
 }
@@ -3783,20 +3863,22 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
     int code = check_sampling(&chosen, error);
     if (code != LVM_OK) return code;
     if (candidates < 1 || candidates > MAX_SEQUENCES)
-        return fail(error, LVM_INVALID, "%d candidates: lvm takes 1 to %d", candidates, MAX_SEQUENCES);
+        return fail(error, LVM_INVALID, "%d candidates: lvm takes 1 to %d", candidates,
+                    MAX_SEQUENCES);
     if (n < 1) return fail(error, LVM_INVALID, "%d tokens to generate", n);
     struct generation g = {.ctx = ctx, .s = &chosen, .candidates = candidates, .n = n};
     g.has_bos = info->bos >= 0 && ctx->n_ids > 0 && ctx->ids[0] == info->bos;
     g.T = info->tokens_per_image;
     g.full = g.has_bos + (int)min64(16, (info->context_length + 1 - g.has_bos) / g.T) * g.T;
     if (g.full < g.has_bos + g.T)
-        return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no picture of %d", ctx->m->path,
-                    info->context_length, g.T);
+        return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no picture of %d",
+                    ctx->m->path, info->context_length, g.T);
     if (ctx->n_ids < g.full) code = settle_sequence(ctx, error);
     if (code == LVM_OK && ctx->n_ids == 0)
         code = fail(error, LVM_INVALID, "there is no prompt yet: call lvm_prompt first");
     if (code != LVM_OK) return code;
-    g.ids = mem_alloc((size_t)candidates * ((size_t)info->context_length + 1), sizeof *g.ids, error);
+    g.ids =
+        mem_alloc((size_t)candidates * ((size_t)info->context_length + 1), sizeof *g.ids, error);
     g.heap = mem_alloc((size_t)info->codes, sizeof *g.heap, error);
     code = g.ids == NULL || g.heap == NULL ? LVM_MEMORY : run_generation(&g, ids, error);
     mem_free(g.ids);
@@ -3809,11 +3891,12 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
 /* Tokens of the last window - 1 images, behind bos. */
 static int prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error) {
     const lvm_info *info = &ctx->m->info;
-    int most = (int)max64(0, info->window_images - 1), skip = count > most ? count - most : 0, bos = info->bos >= 0;
+    int most = (int)max64(0, info->window_images - 1), skip = count > most ? count - most : 0,
+        bos = info->bos >= 0;
     int n = bos + (count - skip) * info->tokens_per_image;
     if (count - skip < 1 && !bos)
-        return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt picture", ctx->m->path,
-                    info->context_length);
+        return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt picture",
+                    ctx->m->path, info->context_length);
     int32_t *ids = mem_alloc((size_t)n + 1, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     if (bos) ids[0] = info->bos;
@@ -3828,12 +3911,15 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
     const lvm_info *info = &ctx->m->info;
     int code = need(ctx, info->has_tokenizer, "tokenizer", error);
     if (code == LVM_OK) code = need(ctx, info->has_transformer, "transformer", error);
-    if (code == LVM_OK && (count < 0 || n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES))
-        code = fail(error, LVM_INVALID, "%d images, %d candidates of %d: out of range", count, candidates, n);
+    if (code == LVM_OK &&
+        (count < 0 || n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES))
+        code = fail(error, LVM_INVALID, "%d images, %d candidates of %d: out of range", count,
+                    candidates, n);
     if (code == LVM_OK) code = prompt_images(ctx, images, count, error);
     if (code != LVM_OK) return code;
     if (info->tokens_per_image > INT32_MAX / n)
-        return fail(error, LVM_INVALID, "%d pictures of %d tokens are too many", n, info->tokens_per_image);
+        return fail(error, LVM_INVALID, "%d pictures of %d tokens are too many", n,
+                    info->tokens_per_image);
     int tokens = n * info->tokens_per_image;
     int32_t *ids = mem_alloc((size_t)candidates * (size_t)tokens, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
@@ -5309,23 +5395,24 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
     return code;
 }
 
-/* ===================================================================================================
+/* =================================================================================================
    Chapter 11.  Fast kernels: AVX2, AVX-512
 
    Each kernel of chapter 3 again, for processors that multiply 8 or 16 floats at a time. What makes
    them fast is only this: enough independent accumulators that a multiply-add can start every half
-   cycle (two units, four cycles of latency: eight or more), and as few loads as possible for each of
-   them, because a tile of r x c sums reads r + c vectors for r c multiply-adds.
+   cycle (two units, four cycles of latency: eight or more), and as few loads as possible for each
+   of them, because a tile of r x c sums reads r + c vectors for r c multiply-adds.
 
        dot tile    4 rows x 3 rows (AVX2), 5 x 4 (AVX-512): 7 loads for 12, 9 for 20
        outer tile  6 rows x 16 columns (AVX2), 12 x 16 (AVX-512): a packed strip and broadcast rows
-       int tile    AVX2 has no product of signed bytes that cannot overflow, so bytes are widened to 16
-                   bits while packing, two neighbours to a 32-bit lane, 16 rows of weights side by side:
-                   one vpmaddwd is 16 products, and lane j is row j. AVX-512 VNNI does four products a
-                   lane from bytes, one side unsigned: activations are stored as q + 128, and
-                   sum (q + 128) w = sum q w + 128 sum w is put right by packing -128 sum w.
-       int row     eight rows of weights at a time; eight vectors of partial sums become one vector of
-                   eight sums by a tree of horizontal additions.
+       int tile    AVX2 has no product of signed bytes that cannot overflow, so bytes are widened
+                   to 16 bits while packing, two neighbours to a 32-bit lane, 16 rows of weights
+                   side by side: one vpmaddwd is 16 products, and lane j is row j. AVX-512 VNNI
+                   does four products a lane from bytes, one side unsigned: activations are stored
+                   as q + 128, and sum (q + 128) w = sum q w + 128 sum w is put right by packing
+                   -128 sum w.
+       int row     eight rows of weights at a time; eight vectors of partial sums become one vector
+                   of eight sums by a tree of horizontal additions.
 
    Compilers keep an array of accumulators in registers only when its loops are unrolled: UNROLL. */
 
@@ -5339,7 +5426,8 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+#define AVX512                                                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
 static int32_t load_s32(const void *p) {
     int32_t v;
@@ -5363,7 +5451,8 @@ AVX2 static float sum8(__m256 v) {
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)));
 }
 
-AVX2 static void dot_tile_avx2(int k, const float *const *a, const float *const *b, float *c, int ldc) {
+AVX2 static void dot_tile_avx2(int k, const float *const *a, const float *const *b, float *c,
+                               int ldc) {
     __m256 sum[A2_ROWS][A2_COLS], vb[A2_COLS];
     UNROLL for (int r = 0; r < A2_ROWS; r++)
         UNROLL for (int j = 0; j < A2_COLS; j++) sum[r][j] = _mm256_setzero_ps();
@@ -5372,7 +5461,8 @@ AVX2 static void dot_tile_avx2(int k, const float *const *a, const float *const 
         UNROLL for (int j = 0; j < A2_COLS; j++) vb[j] = _mm256_loadu_ps(b[j] + i);
         UNROLL for (int r = 0; r < A2_ROWS; r++) {
             __m256 va = _mm256_loadu_ps(a[r] + i);
-            UNROLL for (int j = 0; j < A2_COLS; j++) sum[r][j] = _mm256_fmadd_ps(va, vb[j], sum[r][j]);
+            UNROLL
+            for (int j = 0; j < A2_COLS; j++) sum[r][j] = _mm256_fmadd_ps(va, vb[j], sum[r][j]);
         }
     }
     if (i < k) {
@@ -5380,7 +5470,8 @@ AVX2 static void dot_tile_avx2(int k, const float *const *a, const float *const 
         UNROLL for (int j = 0; j < A2_COLS; j++) vb[j] = _mm256_maskload_ps(b[j] + i, mask);
         UNROLL for (int r = 0; r < A2_ROWS; r++) {
             __m256 va = _mm256_maskload_ps(a[r] + i, mask);
-            UNROLL for (int j = 0; j < A2_COLS; j++) sum[r][j] = _mm256_fmadd_ps(va, vb[j], sum[r][j]);
+            UNROLL
+            for (int j = 0; j < A2_COLS; j++) sum[r][j] = _mm256_fmadd_ps(va, vb[j], sum[r][j]);
         }
     }
     UNROLL for (int r = 0; r < A2_ROWS; r++)
@@ -5449,7 +5540,8 @@ AVX2 static void outer_4_strips_avx2(int k, const float *a, const float *b, int6
         __m256 va = _mm256_broadcast_ss(a + i);
         UNROLL for (int s = 0; s < 4; s++) {
             sum[2 * s] = _mm256_fmadd_ps(va, _mm256_loadu_ps(b + s * strip), sum[2 * s]);
-            sum[2 * s + 1] = _mm256_fmadd_ps(va, _mm256_loadu_ps(b + s * strip + 8), sum[2 * s + 1]);
+            sum[2 * s + 1] =
+                _mm256_fmadd_ps(va, _mm256_loadu_ps(b + s * strip + 8), sum[2 * s + 1]);
         }
     }
     UNROLL for (int s = 0; s < 8; s++) _mm256_storeu_ps(c + s * 8, sum[s]);
@@ -5500,11 +5592,12 @@ AVX2 static __m256 block_scales(const uint8_t *const *rows, int64_t at) {
 AVX2 static __m256i sum_rows(const __m256i *p) {
     __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(p[0], p[1]), _mm256_hadd_epi32(p[2], p[3]));
     __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(p[4], p[5]), _mm256_hadd_epi32(p[6], p[7]));
-    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20), _mm256_permute2x128_si256(a, b, 0x31));
+    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
+                            _mm256_permute2x128_si256(a, b, 0x31));
 }
 
-AVX2 static void int_8_rows_avx2(int type, int blocks, const struct xblock *x, const uint8_t *const *rows,
-                                 float *c) {
+AVX2 static void int_8_rows_avx2(int type, int blocks, const struct xblock *x,
+                                 const uint8_t *const *rows, float *c) {
     __m256 sum = _mm256_setzero_ps();
     int bytes = type == LVM_Q8_0 ? 34 : 18;
     for (int b = 0; b < blocks; b++) {
@@ -5516,7 +5609,8 @@ AVX2 static void int_8_rows_avx2(int type, int blocks, const struct xblock *x, c
             unpack_block_avx2(type, rows[j], b, q);
             p[j] = _mm256_add_epi32(_mm256_madd_epi16(q[0], x0), _mm256_madd_epi16(q[1], x1));
         }
-        __m256 scale = _mm256_mul_ps(block_scales(rows, (int64_t)b * bytes), _mm256_set1_ps(x[b].d));
+        __m256 scale =
+            _mm256_mul_ps(block_scales(rows, (int64_t)b * bytes), _mm256_set1_ps(x[b].d));
         sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum_rows(p)), scale, sum);
     }
     _mm256_storeu_ps(c, sum);
@@ -5569,7 +5663,8 @@ AVX2 static void int_pack_avx2(int type, int blocks, const uint8_t *const *w, ui
             }
             transpose_8x8(low);
             transpose_8x8(high);
-            _mm256_storeu_ps((float *)(void *)packed + 8 * half, block_scales(rows, (int64_t)b * bytes));
+            _mm256_storeu_ps((float *)(void *)packed + 8 * half,
+                             block_scales(rows, (int64_t)b * bytes));
             for (int i = 0; i < 8; i++) {
                 uint8_t *to = packed + 4 * STRIP + 64 * i + 32 * half;
                 _mm256_storeu_si256((__m256i *)(void *)to, low[i]);
@@ -5578,8 +5673,8 @@ AVX2 static void int_pack_avx2(int type, int blocks, const uint8_t *const *w, ui
         }
 }
 
-AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const uint8_t *packed, float *c,
-                               int ldc) {
+AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const uint8_t *packed,
+                               float *c, int ldc) {
     __m256 sum[A2_ROWS][2];
     UNROLL for (int r = 0; r < A2_ROWS; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++, packed += A2_PACK) {
@@ -5598,8 +5693,10 @@ AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const 
         __m256 d1 = _mm256_loadu_ps((const float *)(const void *)packed + 8);
         UNROLL for (int r = 0; r < A2_ROWS; r++) {
             __m256 dx = _mm256_set1_ps(x[r][b].d);
-            sum[r][0] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r][0]), _mm256_mul_ps(d0, dx), sum[r][0]);
-            sum[r][1] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r][1]), _mm256_mul_ps(d1, dx), sum[r][1]);
+            sum[r][0] =
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r][0]), _mm256_mul_ps(d0, dx), sum[r][0]);
+            sum[r][1] =
+                _mm256_fmadd_ps(_mm256_cvtepi32_ps(acc[r][1]), _mm256_mul_ps(d1, dx), sum[r][1]);
         }
     }
     UNROLL for (int r = 0; r < A2_ROWS; r++) {
@@ -5660,10 +5757,12 @@ AVX2 static void to_f32_avx2(int type, const void *in, float *y, int64_t k) {
     int64_t i = 0;
     if (type == LVM_F16)
         for (; i + 8 <= k; i += 8)
-            _mm256_storeu_ps(y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + i))));
+            _mm256_storeu_ps(
+                y + i, _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(h + i))));
     if (type == LVM_BF16)
         for (; i + 8 <= k; i += 8) {
-            __m256i u = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(h + i)));
+            __m256i u =
+                _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)(const void *)(h + i)));
             _mm256_storeu_ps(y + i, _mm256_castsi256_ps(_mm256_slli_epi32(u, 16)));
         }
     if (type == LVM_Q8_0)
@@ -5720,7 +5819,8 @@ AVX2 static __m256 exp8(__m256 x) {
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(0.5f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
     p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(1.0f));
-    __m256i power = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
+    __m256i power =
+        _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     return _mm256_andnot_ps(small, _mm256_mul_ps(p, _mm256_castsi256_ps(power)));
 }
 
@@ -5735,8 +5835,9 @@ AVX2 static void rmsnorm_avx2(const float *x, const float *weight, float eps, in
     float scale = 1 / sqrtf(square / (float)n + eps);
     int i = 0;
     for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(y + i, _mm256_mul_ps(_mm256_loadu_ps(weight + i),
-                                              _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(scale))));
+        _mm256_storeu_ps(
+            y + i, _mm256_mul_ps(_mm256_loadu_ps(weight + i),
+                                 _mm256_mul_ps(_mm256_loadu_ps(x + i), _mm256_set1_ps(scale))));
     for (; i < n; i++) y[i] = weight[i] * (x[i] * scale);
 }
 
@@ -5746,7 +5847,8 @@ AVX2 static float softmax_avx2(float *s, int n, int valid, float scale, float *m
     float lanes[8], m;
     for (int i = 0; i < n; i += 8) {
         __m256 x = _mm256_mul_ps(_mm256_loadu_ps(s + i), vs);
-        x = _mm256_blendv_ps(_mm256_set1_ps(-HUGE_VALF), x, _mm256_castsi256_ps(first_lanes(valid - i)));
+        x = _mm256_blendv_ps(_mm256_set1_ps(-HUGE_VALF), x,
+                             _mm256_castsi256_ps(first_lanes(valid - i)));
         _mm256_storeu_ps(s + i, x);
         vm = _mm256_max_ps(x, vm);
     }
@@ -5766,16 +5868,18 @@ AVX2 static float softmax_avx2(float *s, int n, int valid, float scale, float *m
 AVX2 static void silu_mul_avx2(float *gate, const float *up, int64_t n) {
     int64_t i = 0;
     for (; i + 8 <= n; i += 8)
-        _mm256_storeu_ps(gate + i, _mm256_mul_ps(silu8(_mm256_loadu_ps(gate + i)), _mm256_loadu_ps(up + i)));
+        _mm256_storeu_ps(gate + i,
+                         _mm256_mul_ps(silu8(_mm256_loadu_ps(gate + i)), _mm256_loadu_ps(up + i)));
     if (i == n) return;
     __m256i mask = first_lanes((int)(n - i));
-    __m256 y = _mm256_mul_ps(silu8(_mm256_maskload_ps(gate + i, mask)), _mm256_maskload_ps(up + i, mask));
+    __m256 y =
+        _mm256_mul_ps(silu8(_mm256_maskload_ps(gate + i, mask)), _mm256_maskload_ps(up + i, mask));
     _mm256_maskstore_ps(gate + i, mask, y);
 }
 
 /* c is a multiple of 32. */
-AVX2 static void norm_rows_avx2(const float *x, const float *scale, const float *shift, int use_silu,
-                                int64_t pixels, int c, float *y) {
+AVX2 static void norm_rows_avx2(const float *x, const float *scale, const float *shift,
+                                int use_silu, int64_t pixels, int c, float *y) {
     for (int64_t p = 0; p < pixels; p++, x += c, y += c)
         for (int i = 0; i < c; i += 8) {
             __m256 v = _mm256_fmadd_ps(_mm256_loadu_ps(x + i), _mm256_loadu_ps(scale + i),
@@ -5784,7 +5888,8 @@ AVX2 static void norm_rows_avx2(const float *x, const float *scale, const float 
         }
 }
 
-AVX2 static void channel_sums_avx2(const float *x, int64_t pixels, int c, float *sum, float *square) {
+AVX2 static void channel_sums_avx2(const float *x, int64_t pixels, int c, float *sum,
+                                   float *square) {
     for (int i = 0; i < c; i += 16) {
         __m256 s0 = _mm256_setzero_ps(), s1 = s0, q0 = s0, q1 = s0;
         for (int64_t p = 0; p < pixels; p++) {
@@ -5826,14 +5931,16 @@ AVX512 static void dot_tile_avx512(int k, const float *const *a, const float *co
         UNROLL for (int j = 0; j < A5_COLS; j++) vb[j] = _mm512_maskz_loadu_ps(mask, b[j] + i);
         UNROLL for (int r = 0; r < A5_ROWS; r++) {
             __m512 va = _mm512_maskz_loadu_ps(mask, a[r] + i);
-            UNROLL for (int j = 0; j < A5_COLS; j++) sum[r][j] = _mm512_fmadd_ps(va, vb[j], sum[r][j]);
+            UNROLL
+            for (int j = 0; j < A5_COLS; j++) sum[r][j] = _mm512_fmadd_ps(va, vb[j], sum[r][j]);
         }
     }
     UNROLL for (int r = 0; r < A5_ROWS; r++)
         UNROLL for (int j = 0; j < A5_COLS; j++) c[r * ldc + j] = sum16(sum[r][j]);
 }
 
-AVX512 static void dot_8_avx512(int k, const float *a, const float *b, int64_t ldb, int n, float *c) {
+AVX512 static void dot_8_avx512(int k, const float *a, const float *b, int64_t ldb, int n,
+                                float *c) {
     const float *rows[8];
     __m512 sum[8];
     UNROLL for (int j = 0; j < 8; j++) {
@@ -5851,12 +5958,14 @@ AVX512 static void dot_8_avx512(int k, const float *a, const float *b, int64_t l
     memcpy(c, out, (size_t)n * sizeof *c);
 }
 
-AVX512 static void dot_row_avx512(int k, const float *a, const float *b, int64_t ldb, int n, float *c) {
-    for (int j = 0; j < n; j += 8) dot_8_avx512(k, a, b + j * ldb, ldb, n - j < 8 ? n - j : 8, c + j);
+AVX512 static void dot_row_avx512(int k, const float *a, const float *b, int64_t ldb, int n,
+                                  float *c) {
+    for (int j = 0; j < n; j += 8)
+        dot_8_avx512(k, a, b + j * ldb, ldb, n - j < 8 ? n - j : 8, c + j);
 }
 
-AVX512 static void outer_tile_avx512(int k, const float *const *a, const float *b, float *c, int ldc,
-                                     int accumulate) {
+AVX512 static void outer_tile_avx512(int k, const float *const *a, const float *b, float *c,
+                                     int ldc, int accumulate) {
     __m512 sum[A5_OUTER];
     const float *rows[A5_OUTER];
     UNROLL for (int r = 0; r < A5_OUTER; r++) {
@@ -5871,8 +5980,8 @@ AVX512 static void outer_tile_avx512(int k, const float *const *a, const float *
     UNROLL for (int r = 0; r < A5_OUTER; r++) _mm512_storeu_ps(c + r * ldc, sum[r]);
 }
 
-AVX512 static void outer_8_strips_avx512(int k, const float *a, const float *b, int64_t strip, float *c,
-                                         int accumulate) {
+AVX512 static void outer_8_strips_avx512(int k, const float *a, const float *b, int64_t strip,
+                                         float *c, int accumulate) {
     __m512 sum[8];
     UNROLL for (int s = 0; s < 8; s++)
         sum[s] = accumulate ? _mm512_loadu_ps(c + s * STRIP) : _mm512_setzero_ps();
@@ -5884,8 +5993,8 @@ AVX512 static void outer_8_strips_avx512(int k, const float *a, const float *b, 
     UNROLL for (int s = 0; s < 8; s++) _mm512_storeu_ps(c + s * STRIP, sum[s]);
 }
 
-AVX512 static void outer_row_avx512(int k, const float *a, const float *b, int64_t strip, int strips,
-                                    float *c, int accumulate) {
+AVX512 static void outer_row_avx512(int k, const float *a, const float *b, int64_t strip,
+                                    int strips, float *c, int accumulate) {
     for (; strips >= 8; strips -= 8, b += 8 * strip, c += 8 * STRIP)
         outer_8_strips_avx512(k, a, b, strip, c, accumulate);
     for (; strips > 0; strips--, b += strip, c += STRIP) {
@@ -5898,7 +6007,8 @@ AVX512 static void outer_row_avx512(int k, const float *a, const float *b, int64
 
 /* A block of weights as signed bytes. */
 AVX512 static __m256i block_bytes(int type, const uint8_t *w, int b) {
-    if (type == LVM_Q8_0) return _mm256_loadu_si256((const __m256i *)(const void *)(w + (int64_t)b * 34 + 2));
+    if (type == LVM_Q8_0)
+        return _mm256_loadu_si256((const __m256i *)(const void *)(w + (int64_t)b * 34 + 2));
     __m128i nibbles = _mm_loadu_si128((const __m128i *)(const void *)(w + (int64_t)b * 18 + 2));
     __m256i both = _mm256_set_m128i(_mm_srli_epi16(nibbles, 4), nibbles);
     return _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
@@ -5913,9 +6023,11 @@ AVX512 static void int_8_rows_avx512(int type, int blocks, const struct xblock *
         __m256i vx = _mm256_loadu_si256((const __m256i *)(const void *)x[b].q.u8), p[8];
         UNROLL for (int j = 0; j < 8; j++) {
             __m256i w = block_bytes(type, rows[j], b);
-            p[j] = _mm256_sub_epi32(_mm256_dpbusd_epi32(zero, vx, w), _mm256_dpbusd_epi32(zero, offset, w));
+            p[j] = _mm256_sub_epi32(_mm256_dpbusd_epi32(zero, vx, w),
+                                    _mm256_dpbusd_epi32(zero, offset, w));
         }
-        __m256 scale = _mm256_mul_ps(block_scales(rows, (int64_t)b * bytes), _mm256_set1_ps(x[b].d));
+        __m256 scale =
+            _mm256_mul_ps(block_scales(rows, (int64_t)b * bytes), _mm256_set1_ps(x[b].d));
         sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum_rows(p)), scale, sum);
     }
     _mm256_storeu_ps(c, sum);
@@ -5933,7 +6045,8 @@ AVX512 static void int_row_avx512(int type, int blocks, const struct xblock *x, 
     }
 }
 
-/* Packed block: 16 scales, 16 times -128 sum q, then for each four elements 16 rows of four bytes. */
+/* Packed block: 16 scales, 16 times -128 sum q, then for each four elements 16 rows of four bytes.
+   */
 AVX512 static void int_pack_avx512(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
     int bytes = type == LVM_Q8_0 ? 34 : 18;
     __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi8((char)128);
@@ -5946,11 +6059,13 @@ AVX512 static void int_pack_avx512(int type, int blocks, const uint8_t *const *w
                 sums[j] = _mm256_dpbusd_epi32(zero, offset, q[j]);
             }
             transpose_8x8(q);
-            _mm256_storeu_ps((float *)(void *)packed + 8 * half, block_scales(rows, (int64_t)b * bytes));
+            _mm256_storeu_ps((float *)(void *)packed + 8 * half,
+                             block_scales(rows, (int64_t)b * bytes));
             _mm256_storeu_si256((__m256i *)(void *)(packed + 4 * STRIP + 32 * half),
                                 _mm256_sub_epi32(zero, sum_rows(sums)));
             for (int i = 0; i < 8; i++)
-                _mm256_storeu_si256((__m256i *)(void *)(packed + 8 * STRIP + 64 * i + 32 * half), q[i]);
+                _mm256_storeu_si256((__m256i *)(void *)(packed + 8 * STRIP + 64 * i + 32 * half),
+                                    q[i]);
         }
 }
 
@@ -5964,7 +6079,8 @@ AVX512 static void int_tile_avx512(int blocks, const struct xblock *const *x, co
         for (int i = 0; i < QK / 4; i++) {
             __m512i w = _mm512_loadu_si512(packed + 8 * STRIP + 64 * i);
             UNROLL for (int r = 0; r < A5_INT; r++)
-                acc[r] = _mm512_dpbusd_epi32(acc[r], _mm512_set1_epi32(load_s32(x[r][b].q.u8 + 4 * i)), w);
+                acc[r] = _mm512_dpbusd_epi32(acc[r],
+                                             _mm512_set1_epi32(load_s32(x[r][b].q.u8 + 4 * i)), w);
         }
         __m512 d = _mm512_loadu_ps(packed);
         UNROLL for (int r = 0; r < A5_INT; r++)
@@ -5995,12 +6111,15 @@ AVX512 static void rmsnorm_avx512(const float *x, const float *weight, float eps
 }
 
 static const struct kernels kernels_avx512 = {
-    "avx512",         A5_ROWS,           A5_COLS,           A5_INT,         A5_OUTER,        A5_PACK,
-    dot_row_avx512,   dot_tile_avx512,   quantize_x_avx512, int_row_avx512, int_pack_avx512, int_tile_avx512,
-    outer_row_avx512, outer_tile_avx512, to_f32_avx2,       k8_to_f32_avx2, v8_to_f32_avx2,
-    rmsnorm_avx512,   softmax_avx2,      silu_mul_avx2,     norm_rows_avx2, channel_sums_avx2};
+    "avx512",          A5_ROWS,           A5_COLS,         A5_INT,
+    A5_OUTER,          A5_PACK,           dot_row_avx512,  dot_tile_avx512,
+    quantize_x_avx512, int_row_avx512,    int_pack_avx512, int_tile_avx512,
+    outer_row_avx512,  outer_tile_avx512, to_f32_avx2,     k8_to_f32_avx2,
+    v8_to_f32_avx2,    rmsnorm_avx512,    softmax_avx2,    silu_mul_avx2,
+    norm_rows_avx2,    channel_sums_avx2};
 
-/* ---- Which of them this machine can run: the processor must have it and the system save it ---- */
+/* ---- Which of them this machine can run: the processor must have it and the system save it ----
+   */
 
 /* Bits of XCR0: the registers that the operating system saves. */
 static uint64_t saved_state(void) {
@@ -6017,10 +6136,12 @@ static int simd_level(void) {
     if (!(c & 1u << 27) || !avx_fma_f16c || (saved_state() & 6) != 6) return 0;
     if (!__get_cpuid_count(7, 0, &a, &b7, &c7, &d) || !(b7 & 1u << 5)) return 0;
     unsigned f_dq_bw_vl = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;
-    int has_512 = (b7 & f_dq_bw_vl) == f_dq_bw_vl && (c7 & 1u << 11) && (saved_state() & 0xe6) == 0xe6;
+    int has_512 =
+        (b7 & f_dq_bw_vl) == f_dq_bw_vl && (c7 & 1u << 11) && (saved_state() & 0xe6) == 0xe6;
     return has_512 ? 2 : 1;
 }
-static const struct kernels *const simd_kernels[] = {&kernels_plain, &kernels_avx2, &kernels_avx512};
+static const struct kernels *const simd_kernels[] = {&kernels_plain, &kernels_avx2,
+                                                     &kernels_avx512};
 #else
 static int simd_level(void) { return 0; }
 static const struct kernels *const simd_kernels[] = {&kernels_plain};
@@ -6032,22 +6153,28 @@ static const struct kernels *choose_kernels(lvm_error *error) {
     if (wanted == NULL || *wanted == 0) return simd_kernels[level];
     for (int i = 0; i <= level; i++)
         if (strcmp(wanted, simd_kernels[i]->name) == 0) return simd_kernels[i];
-    fail(error, LVM_INVALID, "LVM_ISA=%s: this machine runs scalar%s%s", wanted, level > 0 ? ", avx2" : "",
-         level > 1 ? ", avx512" : "");
+    fail(error, LVM_INVALID, "LVM_ISA=%s: this machine runs scalar%s%s", wanted,
+         level > 0 ? ", avx2" : "", level > 1 ? ", avx512" : "");
     return NULL;
 }
 
-/* ===================================================================================================
+/* =================================================================================================
    Chapter 12.  The command line
 
-   One table names the commands, one the options with the commands that take them; help is printed from
-   the same tables. What was written goes to stdout, one path a line; everything else to stderr.
-   Exit status: 0 done, 1 the work failed, 2 wrong usage. */
+   One table names the commands, one the options with the commands that take them; help is printed
+   from the same tables. What was written goes to stdout, one path a line; everything else to
+   stderr. Exit status: 0 done, 1 the work failed, 2 wrong usage. */
 
 #ifndef LVM_NO_MAIN
 
 enum command_bit {
-    PREDICT = 1, ENCODE = 2, DECODE = 4, INFO = 8, QUANTIZE = 16, HELP = 32, RUNS = PREDICT | ENCODE | DECODE
+    PREDICT = 1,
+    ENCODE = 2,
+    DECODE = 4,
+    INFO = 8,
+    QUANTIZE = 16,
+    HELP = 32,
+    RUNS = PREDICT | ENCODE | DECODE
 };
 
 struct cli {
@@ -6075,20 +6202,33 @@ struct option {
 #define AT(field) offsetof(struct cli, field)
 static const struct option option_table[] = {
     {'o', "output", "FILE", RUNS, TEXT, AT(out), 0, 0, "where to write (out.png; encode: stdout)"},
-    {'n', "images", "N", PREDICT, INTEGER, AT(images), 1, 1 << 11, "pictures to predict, one after the other (1)"},
-    {'c', "candidates", "N", PREDICT, INTEGER, AT(candidates), 1, MAX_SEQUENCES, "different answers (1)"},
-    {'t', "temperature", "T", PREDICT, NUMBER, AT(sampling.temperature), 1e-3, 100, "0.001 to 100 (1)"},
-    {'p', "top-p", "P", PREDICT, NUMBER, AT(sampling.top_p), 1e-6, 1, "keep the likeliest that hold P (0.9)"},
-    {'k', "top-k", "K", PREDICT, INTEGER, AT(sampling.top_k), 0, 1 << 20, "keep the K likeliest (0: all)"},
-    {'s', "seed", "N", PREDICT, SEED, AT(sampling.seed), 0, 0, "the same seed gives the same picture (1)"},
+    {'n', "images", "N", PREDICT, INTEGER, AT(images), 1, 1 << 11,
+     "pictures to predict, one after the other (1)"},
+    {'c', "candidates", "N", PREDICT, INTEGER, AT(candidates), 1, MAX_SEQUENCES,
+     "different answers (1)"},
+    {'t', "temperature", "T", PREDICT, NUMBER, AT(sampling.temperature), 1e-3, 100,
+     "0.001 to 100 (1)"},
+    {'p', "top-p", "P", PREDICT, NUMBER, AT(sampling.top_p), 1e-6, 1,
+     "keep the likeliest that hold P (0.9)"},
+    {'k', "top-k", "K", PREDICT, INTEGER, AT(sampling.top_k), 0, 1 << 20,
+     "keep the K likeliest (0: all)"},
+    {'s', "seed", "N", PREDICT, SEED, AT(sampling.seed), 0, 0,
+     "the same seed gives the same picture (1)"},
     {0, "greedy", NULL, PREDICT, FLAG, AT(sampling.greedy), 0, 0, "always the likeliest token"},
-    {'j', "threads", "N", RUNS, INTEGER, AT(options.threads), 1, 1024, "threads (the processors allowed)"},
-    {0, "exact", NULL, RUNS, FLAG, AT(options.exact), 0, 0, "f32 arithmetic from quantised weights too"},
-    {0, "kv", "TYPE", PREDICT, TYPE, AT(options.kv_type), 0, 0, "cache: f32, f16 or q8_0 (by the weights)"},
-    {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0, "read the weights instead of mapping them"},
-    {0, "type", "TYPE", QUANTIZE, TYPE, AT(type), 0, 0, "of the transformer: q8_0 q4_0 f16 bf16 f32 (kept)"},
-    {0, "vq-type", "TYPE", QUANTIZE, TYPE, AT(vq_type), 0, 0, "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
-    {0, "rules", "P=T,...", QUANTIZE, TEXT, AT(rules), 0, 0, "types by tensor name, * for anything, first match"},
+    {'j', "threads", "N", RUNS, INTEGER, AT(options.threads), 1, 1024,
+     "threads (the processors allowed)"},
+    {0, "exact", NULL, RUNS, FLAG, AT(options.exact), 0, 0,
+     "f32 arithmetic from quantised weights too"},
+    {0, "kv", "TYPE", PREDICT, TYPE, AT(options.kv_type), 0, 0,
+     "cache: f32, f16 or q8_0 (by the weights)"},
+    {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0,
+     "read the weights instead of mapping them"},
+    {0, "type", "TYPE", QUANTIZE, TYPE, AT(type), 0, 0,
+     "of the transformer: q8_0 q4_0 f16 bf16 f32 (kept)"},
+    {0, "vq-type", "TYPE", QUANTIZE, TYPE, AT(vq_type), 0, 0,
+     "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
+    {0, "rules", "P=T,...", QUANTIZE, TEXT, AT(rules), 0, 0,
+     "types by tensor name, * for anything, first match"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
     {0, "force", NULL, QUANTIZE, FLAG, AT(force), 0, 0, "replace an existing file"},
     {'q', "quiet", NULL, RUNS, FLAG, AT(quiet), 0, 0, "no progress, no notes"}};
@@ -6113,9 +6253,11 @@ static const struct command command_table[] = {
      "predict the next picture(s) of a visual sentence"},
     {"encode", ENCODE, run_encode, "encode WEIGHTS IMAGE|FOLDER...",
      "pictures to token ids, one line a picture"},
-    {"decode", DECODE, run_decode, "decode WEIGHTS TOKENS", "token ids (a file, or - for stdin) to pictures"},
+    {"decode", DECODE, run_decode, "decode WEIGHTS TOKENS",
+     "token ids (a file, or - for stdin) to pictures"},
     {"info", INFO, run_info, "info WEIGHTS", "what is in a weights file"},
-    {"quantize", QUANTIZE, run_quantize, "quantize IN OUT", "rewrite a weights file with other types"},
+    {"quantize", QUANTIZE, run_quantize, "quantize IN OUT",
+     "rewrite a weights file with other types"},
     {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's options"}};
 enum { N_COMMANDS = sizeof command_table / sizeof *command_table };
 
@@ -6138,7 +6280,8 @@ LVM_PRINTF(1, 2) static int complain(const char *format, ...) {
 /* ---- Options ---- */
 
 /* Stores an option's value; 0, or a message and 2. */
-static int set_option(struct cli *cli, const struct option *o, const char *shown, const char *value) {
+static int set_option(struct cli *cli, const struct option *o, const char *shown,
+                      const char *value) {
     char *to = (char *)cli + o->where, *end = NULL;
     errno = 0;
     if (o->kind == FLAG) {
@@ -6148,7 +6291,9 @@ static int set_option(struct cli *cli, const struct option *o, const char *shown
     } else if (o->kind == TYPE) {
         *(int *)(void *)to = parse_type(value, strlen(value));
         if (*(int *)(void *)to == LVM_AUTO)
-            return complain("%s: \"%s\" is no type; there are f32, f16, bf16, q8_0 and q4_0", shown, value) + 1;
+            return complain("%s: \"%s\" is no type; there are f32, f16, bf16, q8_0 and q4_0", shown,
+                            value) +
+                   1;
     } else if (o->kind == SEED) {
         *(uint64_t *)(void *)to = strtoull(value, &end, 10);
         if (end == value || *end != 0 || errno != 0 || !isdigit((unsigned char)*value))
@@ -6170,7 +6315,8 @@ static const struct option *match_option(const char *arg, const char **value) {
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &option_table[i];
         size_t n = strlen(o->name);
-        if (arg[1] == '-' && strncmp(arg + 2, o->name, n) == 0 && (arg[2 + n] == 0 || arg[2 + n] == '=')) {
+        if (arg[1] == '-' && strncmp(arg + 2, o->name, n) == 0 &&
+            (arg[2 + n] == 0 || arg[2 + n] == '=')) {
             if (arg[2 + n] == '=') *value = arg + 3 + n;
             return o;
         }
@@ -6183,7 +6329,8 @@ static const struct option *match_option(const char *arg, const char **value) {
 }
 
 /* Splits argv[first..] into options and words; 0, or a message and 2. */
-static int parse_arguments(struct cli *cli, const struct command *c, int argc, char **argv, int first) {
+static int parse_arguments(struct cli *cli, const struct command *c, int argc, char **argv,
+                           int first) {
     int only_words = 0;
     for (int i = first; i < argc; i++) {
         const char *arg = argv[i], *value;
@@ -6197,7 +6344,9 @@ static int parse_arguments(struct cli *cli, const struct command *c, int argc, c
         }
         const struct option *o = match_option(arg, &value);
         if (o == NULL || (o->commands & c->bit) == 0)
-            return complain("%s: unknown option %s (lvm help %s lists them)", c->name, arg, c->name) + 1;
+            return complain("%s: unknown option %s (lvm help %s lists them)", c->name, arg,
+                            c->name) +
+                   1;
         if (o->kind == FLAG && value != NULL) return complain("%s: takes no value", arg) + 1;
         if (o->kind != FLAG && value == NULL) {
             if (i + 1 == argc) return complain("%s: needs a value", arg) + 1;
@@ -6216,8 +6365,9 @@ static void print_options(FILE *f, int bits) {
         const struct option *o = &option_table[i];
         char left[40];
         if ((o->commands & bits) == 0) continue;
-        snprintf(left, sizeof left, "%c%c%s --%s %s", o->letter ? '-' : ' ', o->letter ? o->letter : ' ',
-                 o->letter ? "," : " ", o->name, o->argument != NULL ? o->argument : "");
+        snprintf(left, sizeof left, "%c%c%s --%s %s", o->letter ? '-' : ' ',
+                 o->letter ? o->letter : ' ', o->letter ? "," : " ", o->name,
+                 o->argument != NULL ? o->argument : "");
         fprintf(f, "  %-24s %s\n", left, o->help);
     }
 }
@@ -6228,7 +6378,8 @@ static int print_help(FILE *f, const struct command *c) {
         print_options(f, c->bit);
         return 0;
     }
-    fprintf(f, "lvm %s - Large Vision Models: prompts are pictures, answers are pictures\n\n", LVM_VERSION);
+    fprintf(f, "lvm %s - Large Vision Models: prompts are pictures, answers are pictures\n\n",
+            LVM_VERSION);
     for (int i = 0; i < N_COMMANDS; i++)
         fprintf(f, "  lvm %-36s %s\n", command_table[i].usage, command_table[i].help);
     fprintf(f, "  lvm %-36s %s\n\nOptions of predict:\n", "--version", "version and kernels");
@@ -6238,7 +6389,8 @@ static int print_help(FILE *f, const struct command *c) {
 
 static int run_help(struct cli *cli) {
     const struct command *c = cli->n_words > 0 ? find_command(cli->words[0]) : NULL;
-    if (cli->n_words > 0 && c == NULL) return complain("there is no command \"%s\"", cli->words[0]) + 1;
+    if (cli->n_words > 0 && c == NULL)
+        return complain("there is no command \"%s\"", cli->words[0]) + 1;
     return print_help(stdout, c);
 }
 
@@ -6273,9 +6425,10 @@ static void draw_bar(struct bar *b, const char *stage, int64_t done, int64_t all
     b->drawn = now;
     double took = now - b->started, rate = took > 0 ? (double)done / took : 0;
     int width = 24, full = (int)((double)width * (double)done / (double)(all > 0 ? all : 1));
-    fprintf(stderr, "\r%-9s [%.*s%*s] %3d %%  ", stage, full, "########################", width - full, "",
-            (int)(100 * done / (all > 0 ? all : 1)));
-    if (strcmp(stage, "prompt") == 0 || strcmp(stage, "generate") == 0 || strcmp(stage, "score") == 0)
+    fprintf(stderr, "\r%-9s [%.*s%*s] %3d %%  ", stage, full, "########################",
+            width - full, "", (int)(100 * done / (all > 0 ? all : 1)));
+    if (strcmp(stage, "prompt") == 0 || strcmp(stage, "generate") == 0 ||
+        strcmp(stage, "score") == 0)
         fprintf(stderr, "%.0f tokens/s  ", rate);
     if (done < all && rate > 0) fprintf(stderr, "%.0f s left ", (double)(all - done) / rate);
     fputs("\033[K", stderr);
@@ -6361,7 +6514,8 @@ static int add_folder(struct paths *p, const char *folder, lvm_error *error) {
     closedir(dir);
     if (code == LVM_OK && p->n == first)
         code = fail(error, LVM_INVALID, "%s: this folder holds no PNG pictures", folder);
-    if (code == LVM_OK) qsort(p->path + first, (size_t)(p->n - first), sizeof *p->path, compare_paths);
+    if (code == LVM_OK)
+        qsort(p->path + first, (size_t)(p->n - first), sizeof *p->path, compare_paths);
     return code;
 }
 
@@ -6373,7 +6527,8 @@ static int is_folder(const char *path) {
 static int collect_paths(struct paths *p, const char **words, int n, lvm_error *error) {
     int code = LVM_OK;
     for (int i = 0; code == LVM_OK && i < n; i++)
-        code = is_folder(words[i]) ? add_folder(p, words[i], error) : paths_add(p, "", words[i], error);
+        code = is_folder(words[i]) ? add_folder(p, words[i], error)
+                                   : paths_add(p, "", words[i], error);
     return code;
 }
 
@@ -6410,12 +6565,15 @@ static char *output_name(const char *base, int image, int images, int candidate,
 }
 
 /* Refuses an output that is one of the inputs. */
-static int check_output(const char *name, const char *weights, const struct paths *p, lvm_error *error) {
+static int check_output(const char *name, const char *weights, const struct paths *p,
+                        lvm_error *error) {
     if (same_file(name, weights))
-        return fail(error, LVM_INVALID, "%s: is the weights file; choose another output with -o", name);
+        return fail(error, LVM_INVALID, "%s: is the weights file; choose another output with -o",
+                    name);
     for (int i = 0; i < p->n; i++)
         if (same_file(name, p->path[i]))
-            return fail(error, LVM_INVALID, "%s: is an input too; choose another output with -o", name);
+            return fail(error, LVM_INVALID, "%s: is an input too; choose another output with -o",
+                        name);
     return LVM_OK;
 }
 
@@ -6468,12 +6626,14 @@ static int finish(const lvm_error *error, int code) {
     return code == LVM_OK ? 0 : complain("%s", error->text);
 }
 
-static int predict_images(struct cli *cli, struct session *s, const struct paths *p, lvm_error *error) {
+static int predict_images(struct cli *cli, struct session *s, const struct paths *p,
+                          lvm_error *error) {
     int most = lvm_model_info(s->model).window_images - 1, first = p->n > most ? p->n - most : 0;
     if (!cli->quiet && first > 0 && most > 0)
-        fprintf(stderr, "lvm: note: %d pictures given, the last %d count (the context holds %d)\n", p->n, most,
-                most + 1);
-    char *name = output_name(cli->out != NULL ? cli->out : "out.png", 0, cli->images, 0, cli->candidates, error);
+        fprintf(stderr, "lvm: note: %d pictures given, the last %d count (the context holds %d)\n",
+                p->n, most, most + 1);
+    char *name = output_name(cli->out != NULL ? cli->out : "out.png", 0, cli->images, 0,
+                             cli->candidates, error);
     int code = name == NULL ? LVM_MEMORY : check_output(name, cli->words[0], p, error);
     mem_free(name);
     if (code != LVM_OK) return code;
@@ -6490,7 +6650,9 @@ static int predict_images(struct cli *cli, struct session *s, const struct paths
 
 static int run_predict(struct cli *cli) {
     if (cli->n_words < 2)
-        return complain("give a weights file and prompt pictures: lvm WEIGHTS IMAGE|FOLDER... (lvm help)") + 1;
+        return complain("give a weights file and prompt pictures: lvm WEIGHTS IMAGE|FOLDER... (lvm "
+                        "help)") +
+               1;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct paths p = {0};
@@ -6525,7 +6687,8 @@ static int buffer_add(struct buffer *b, const char *data, size_t n, lvm_error *e
 }
 
 /* Ids of one picture after the other, a line each. */
-static int encode_paths(struct session *s, const struct paths *p, struct buffer *text, lvm_error *error) {
+static int encode_paths(struct session *s, const struct paths *p, struct buffer *text,
+                        lvm_error *error) {
     int T = lvm_model_info(s->model).tokens_per_image, code = LVM_OK;
     int32_t *ids = mem_alloc((size_t)T, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
@@ -6551,7 +6714,8 @@ static int run_encode(struct cli *cli) {
     struct paths p = {0};
     struct buffer text = {0};
     int code = collect_paths(&p, cli->words + 1, cli->n_words - 1, &error);
-    if (code == LVM_OK && cli->out != NULL) code = check_output(cli->out, cli->words[0], &p, &error);
+    if (code == LVM_OK && cli->out != NULL)
+        code = check_output(cli->out, cli->words[0], &p, &error);
     if (code == LVM_OK) code = session_open(&s, cli, &error);
     if (code == LVM_OK) code = encode_paths(&s, &p, &text, &error);
     if (code == LVM_OK && cli->out != NULL) code = write_file(cli->out, text.data, text.n, &error);
@@ -6587,14 +6751,16 @@ static int parse_tokens(const char *name, const char *text, size_t size, int32_t
         size_t digits = strspn(text + i, "0123456789");
         int after = (unsigned char)text[i + digits];
         if (digits == 0 || digits > 9 || (after != 0 && !isspace(after)))
-            return fail(error, LVM_FORMAT, "%s: line %d: \"%.12s\" is no token id", name, line, text + i);
+            return fail(error, LVM_FORMAT, "%s: line %d: \"%.12s\" is no token id", name, line,
+                        text + i);
         (*ids)[(*n)++] = (int32_t)strtol(text + i, NULL, 10);
         i += digits;
     }
     return LVM_OK;
 }
 
-static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids, int n, lvm_error *error) {
+static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids, int n,
+                         lvm_error *error) {
     int T = lvm_model_info(s->model).tokens_per_image;
     struct paths inputs = {0};
     if (n == 0 || n % T != 0)
@@ -6610,7 +6776,8 @@ static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids,
 }
 
 static int run_decode(struct cli *cli) {
-    if (cli->n_words != 2) return complain("give a weights file and a file of token ids (lvm help decode)") + 1;
+    if (cli->n_words != 2)
+        return complain("give a weights file and a file of token ids (lvm help decode)") + 1;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct buffer text = {0};
@@ -6618,10 +6785,12 @@ static int run_decode(struct cli *cli) {
     size_t size = 0;
     int32_t *ids = NULL;
     int n = 0, from_stdin = strcmp(cli->words[1], "-") == 0;
-    int code = from_stdin ? read_stdin(&text, &error) : read_file(cli->words[1], &data, &size, &error);
+    int code =
+        from_stdin ? read_stdin(&text, &error) : read_file(cli->words[1], &data, &size, &error);
     if (code == LVM_OK && from_stdin) size = text.n;
     if (code == LVM_OK)
-        code = parse_tokens(cli->words[1], from_stdin ? text.data : (const char *)data, size, &ids, &n, &error);
+        code = parse_tokens(cli->words[1], from_stdin ? text.data : (const char *)data, size, &ids,
+                            &n, &error);
     if (code == LVM_OK) code = session_open(&s, cli, &error);
     if (code == LVM_OK) code = decode_tokens(cli, &s, ids, n, &error);
     mem_free(text.data);
@@ -6637,7 +6806,8 @@ static void print_key(const struct gguf *g, const char *key, const char *label) 
     struct cursor c = {k->value, k->size, 0, 0};
     struct text t = cursor_text(&c);
     printf("%-13s ", label);
-    for (uint64_t i = 0; i < t.n && i < 2000; i++) putchar(iscntrl((unsigned char)t.s[i]) ? ' ' : t.s[i]);
+    for (uint64_t i = 0; i < t.n && i < 2000; i++)
+        putchar(iscntrl((unsigned char)t.s[i]) ? ' ' : t.s[i]);
     putchar('\n');
 }
 
@@ -6654,8 +6824,8 @@ static void print_types(const struct gguf *g, int vq) {
             bytes += x->bytes;
         }
         if (n > 0)
-            printf("              %-5s %5lld tensors %13lld values %13lld bytes\n", type_table[i].name,
-                   (long long)n, (long long)elements, (long long)bytes);
+            printf("              %-5s %5lld tensors %13lld values %13lld bytes\n",
+                   type_table[i].name, (long long)n, (long long)elements, (long long)bytes);
     }
 }
 
@@ -6669,8 +6839,8 @@ static void print_tensors(const struct gguf *g) {
 }
 
 static void print_tokenizer(const struct vqgan *vq) {
-    printf("tokenizer     %d x %d pixels -> %d x %d of %d codes; %d channels x (", vq->R, vq->R, vq->S, vq->S,
-           vq->codes, vq->hidden);
+    printf("tokenizer     %d x %d pixels -> %d x %d of %d codes; %d channels x (", vq->R, vq->R,
+           vq->S, vq->S, vq->codes, vq->hidden);
     for (int i = 0; i < vq->n_levels; i++) printf("%s%d", i > 0 ? "," : "", vq->mult[i]);
     printf("), %d residual blocks, attention at ", vq->n_res_blocks);
     for (int i = 0; i < vq->n_attn_at; i++) printf("%s%d", i > 0 ? "," : "", vq->attn_at[i]);
@@ -6694,10 +6864,12 @@ static int run_info(struct cli *cli) {
     else printf("tokenizer     none\n");
     print_types(g, 1);
     if (i.has_transformer)
-        printf("transformer   %d layers, width %d, feed-forward %d, %d heads (%d key/value), vocabulary %d,\n"
+        printf("transformer   %d layers, width %d, feed-forward %d, %d heads (%d key/value), "
+               "vocabulary %d,\n"
                "              context %d tokens = %d pictures, rope %g, bos %d, eos %d%s\n",
-               i.layers, i.width, i.feed_forward, i.heads, i.kv_heads, i.vocab_size, i.context_length,
-               i.window_images, (double)m->llama.theta, i.bos, i.eos, i.bos < 0 ? " (none)" : "");
+               i.layers, i.width, i.feed_forward, i.heads, i.kv_heads, i.vocab_size,
+               i.context_length, i.window_images, (double)m->llama.theta, i.bos, i.eos,
+               i.bos < 0 ? " (none)" : "");
     else printf("transformer   none\n");
     print_types(g, 0);
     if (cli->list) print_tensors(g);
@@ -6709,8 +6881,8 @@ static int run_quantize(struct cli *cli) {
     if (cli->n_words != 2) return complain("give an input and an output (lvm help quantize)") + 1;
     if (cli->vq_type == LVM_Q4_0) return complain("--vq-type: the tokenizer is never q4_0") + 1;
     lvm_error error = {0, ""};
-    int code = lvm_quantize(cli->words[0], cli->words[1], cli->type, cli->vq_type, cli->rules, cli->force,
-                            &error);
+    int code = lvm_quantize(cli->words[0], cli->words[1], cli->type, cli->vq_type, cli->rules,
+                            cli->force, &error);
     if (code == LVM_OK) printf("%s\n", cli->words[1]);
     return finish(&error, code);
 }
@@ -6729,7 +6901,8 @@ int main(int argc, char **argv) {
         return 2;
     }
     if (strcmp(argv[1], "--version") == 0) return print_version();
-    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0) return print_help(stdout, NULL);
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)
+        return print_help(stdout, NULL);
     const struct command *c = find_command(argv[1]);
     struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO};
     cli.sampling = lvm_default_sampling();
@@ -6737,7 +6910,8 @@ int main(int argc, char **argv) {
     cli.words = calloc((size_t)argc, sizeof *cli.words);
     if (cli.words == NULL) return complain("out of memory");
     signal(SIGINT, on_interrupt);
-    int status = parse_arguments(&cli, c != NULL ? c : &command_table[0], argc, argv, c != NULL ? 2 : 1);
+    int status =
+        parse_arguments(&cli, c != NULL ? c : &command_table[0], argc, argv, c != NULL ? 2 : 1);
     if (status == 0) status = (c != NULL ? c : &command_table[0])->run(&cli);
     free(cli.words);
     return status;

@@ -39,7 +39,7 @@ MUTANTS = [
      "double r = 1 / sqrt((variance > 0 ? variance : 0) + 1e-6);",
      "double r = 1 / sqrt((variance > 0 ? variance : 0) + 1e-5);"),
     ("golden", ["both"], "the sliding window keeps one picture too few",
-     "keep = g->full - g->has_bos - g->T,", "keep = g->full - g->has_bos - 2 * g->T,"),
+     "keep = g->full - g->has_bos - g->T + part", "keep = g->full - g->has_bos - 2 * g->T + part"),
     ("images", [], "resizing cuts instead of rounding",
      "RESIZE_HALF = 1 << (RESIZE_BITS - 1)", "RESIZE_HALF = 0"),
     ("images", [], "PNG's Paeth filter breaks a tie the other way",
