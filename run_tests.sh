@@ -2,7 +2,8 @@
 # Builds lvm and runs every test; needs cc, make and python3. The last line is `N passed, N failed`
 # (and `, N skipped` where some were); the exit status is 0 only when nothing failed.
 #
-#   LVM_REFERENCE=DIR   also compares with a full-size reference model; LVM_FULL=1 with all of its lines
+#   LVM_REFERENCE=DIR            compares with a full-size reference model too
+#   LVM_FULL=1                   with all of its lines
 #   SANITIZE=address,undefined   everything that runs lvm.c, built with these sanitizers
 #   SANITIZE=thread              the threaded part only
 set -u
@@ -16,8 +17,8 @@ passed=0 failed=0 skipped=0
 case $SANITIZE in
     "") B=build TEST_CFLAGS=-O2 LVM=./lvm ;;
     thread) B=build/tsan TEST_CFLAGS="-O1 -g -fsanitize=thread" LVM=build/tsan/lvm ;;
-    *) B=build/debug LVM=build/debug/lvm
-       TEST_CFLAGS="-O1 -g -fsanitize=$SANITIZE -fno-sanitize-recover=all -fno-omit-frame-pointer" ;;
+    *) B=build/debug TEST_CFLAGS="-O1 -g -fsanitize=$SANITIZE -fno-sanitize-recover=all"
+       LVM=build/debug/lvm ;;
 esac
 WEIGHTS=${WEIGHTS:-weights.bin}
 export SANITIZE LVM WEIGHTS LVM_REFERENCE LVM_FULL
@@ -46,8 +47,8 @@ counts() {
         END { if (lines) print p + 0, f + 0, s + 0 }' "$1"
 }
 
-# begin NAME COMMAND...: starts one part. end NAME: waits for it and adds what it counted. A part that
-# counts nothing, or fails without having counted a failure, is a failure itself.
+# begin NAME COMMAND...: starts one part. end NAME: waits for it and adds what it counted. A part
+# that counts nothing, or fails without having counted a failure, is a failure itself.
 begin() {
     part=$1
     shift
@@ -70,7 +71,8 @@ end() {
     if [ $# -eq 0 ]; then f=1 note=" (no count, status $status)"
     elif [ "$status" -ne 0 ] && [ "$f" -eq 0 ]; then f=1 note=" (status $status)"; fi
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
-    printf '%-12s %6d passed %4d failed %3d skipped %4d s%s\n' "$part" "$p" "$f" "$s" "$seconds" "$note"
+    printf '%-12s %6d passed %4d failed %3d skipped %4d s%s\n' \
+        "$part" "$p" "$f" "$s" "$seconds" "$note"
     [ "$f" -eq 0 ] || grep -v '^\.*$' "$log" | tail -n 100 | sed 's/^/    | /'
 }
 
@@ -104,7 +106,8 @@ convert_golden() {
     [ "$bad" -eq 0 ]
 }
 
-# The full-size reference: its own weights in float, then the shipped file's default arithmetic.
+# The full-size reference: its own weights in float; in full also the shipped file's default
+# arithmetic.
 reference() {
     set -- $([ -z "$LVM_FULL" ] || echo --full)
     out=build/reference$([ -z "$LVM_FULL" ] || echo _full)
@@ -117,7 +120,7 @@ reference() {
         limited "$B/test_golden" --case "$folder" build/reference.bin || code=1
     done
     limited "$B/test_golden" --nll "$out/answers.txt" build/reference.bin || code=1
-    limited "$B/test_golden" --nll "$out/answers.txt" "$WEIGHTS" q || code=1
+    [ -z "$LVM_FULL" ] || limited "$B/test_golden" --nll "$out/answers.txt" "$WEIGHTS" q || code=1
     return $code
 }
 
@@ -126,7 +129,7 @@ threaded_commands() {
     p=0 f=0
     for options in "-j 3" "-j 3 -c 3 -n 2" "-j 2 --kv q8_0"; do
         # shellcheck disable=SC2086
-        if limited "$LVM" build/golden/both.bin prompt/01.png prompt/02.png -q $options -o "$B/x.png"
+        if limited "$LVM" build/golden/both.bin prompt/01.png prompt/02.png -o "$B/x.png" $options
         then p=$((p + 1)); else f=$((f + 1)); fi
     done
     if limited "$LVM" encode build/golden/both.bin prompt/01.png prompt/02.png -j 3
@@ -151,6 +154,7 @@ else
     end properties
     if [ -z "$SANITIZE" ]; then
         begin cli limited python3 tests/test_cli.py
+        run weights limited "$B/test_golden" --case tests/golden/weights "$WEIGHTS"
         run converter limited python3 tests/test_convert.py
         end cli
         run mutants limited python3 tests/mutants.py

@@ -2,9 +2,9 @@
 """A test of the tests: python3 tests/mutants.py. Standard library, cc and the golden vectors.
 
 Each mutant is lvm.c with one line made wrong in a way that a tired programmer might. The test that
-guards the line is built from the mutant and must go red; the same test built from lvm.c as it is must
-be green, so that a mutant dies of its fault and of nothing else. A mutant whose text no longer stands
-in lvm.c exactly once is a failure: choose the line's new words.
+guards the line is built from the mutant and must go red; the same test built from lvm.c as it is
+must be green, so that a mutant dies of its fault and of nothing else. A mutant whose text no longer
+stands in lvm.c exactly once is a failure: choose the line's new words.
 """
 
 import concurrent.futures
@@ -104,7 +104,7 @@ class Bench:
         """(passed, a line to print)"""
         test, goldens, what, right, wrong = m
         if self.source.count(right) != 1:
-            return False, "%s: stands %d times in lvm.c: %s" % (what, self.source.count(right), right)
+            return False, "%s: found %d times: %s" % (what, self.source.count(right), right)
         done, red, last = self.verdict(test, goldens, self.source.replace(right, wrong))
         return done and red, "%s: test_%s %s (%s)" % (
             what, test, "saw it" if done and red else "DID NOT SEE IT", last)

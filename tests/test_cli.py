@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Tests of the command line: python3 tests/test_cli.py. Standard library only.
 
-LVM names the program (./lvm), WEIGHTS the shipped model (weights.bin), SANITIZE says that the program
-was built with sanitizers: it is slow then and may take address space. Most tests use the small random
-model of tests/golden/both, which convert.py puts together, in an empty folder each.
+LVM names the program (./lvm), WEIGHTS the shipped model (weights.bin), SANITIZE says that the
+program was built with sanitizers: it is slow then and may take address space. Most tests use the
+small random model of tests/golden/both, which convert.py puts together, in an empty folder each.
 
 A failure must end in one line on stderr that says what is wrong, the right exit status (1 the work
 failed, 2 wrong usage), and a folder in which nothing has changed.
@@ -56,9 +56,13 @@ def chunk(kind, data):
     return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
 
+def png_header(width, height):
+    size = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", size)
+
+
 def png(width, height, rows):
-    return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
-            + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+    return (png_header(width, height) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
 def picture(seed, width=40, height=36):
@@ -90,7 +94,7 @@ def png_size(data):
 
 
 class Gguf:
-    """A weights file taken apart: keys [name, type, value bytes], tensors [name, ne, type, offset]."""
+    """A weights file apart: keys [name, type, value bytes], tensors [name, ne, type, offset]."""
 
     def __init__(self, data):
         self.at, self.whole = 8, data
@@ -190,7 +194,8 @@ class Case(unittest.TestCase):
         golden = os.path.join(TESTS, "golden", "both")
         cls.convert(cls.weights, "--llama", os.path.join(golden, "llama"), "--vqgan",
                     os.path.join(golden, "vqgan"))
-        cls.pictures = [write(os.path.join(cls.shared, "p%d.png" % i), picture(i)) for i in range(4)]
+        cls.pictures = [write(os.path.join(cls.shared, "p%d.png" % i), picture(i))
+                        for i in range(4)]
 
     @classmethod
     def tearDownClass(cls):
@@ -331,7 +336,7 @@ class Commands(Case):
 
     def test_encode_to_a_file(self):
         out = self.good("encode", self.weights, *self.pictures)
-        self.assertEqual(self.lines("encode", self.weights, *(self.pictures + ["-o", "ids"])), ["ids"])
+        self.assertEqual(self.lines("encode", self.weights, "-o", "ids", *self.pictures), ["ids"])
         self.assertEqual(read(self.path("ids")), out)
         self.good("encode", self.weights, self.pictures[0], "--output=ids")
         self.assertEqual(read(self.path("ids")), out.splitlines(True)[0])
@@ -348,8 +353,9 @@ class Commands(Case):
         self.assertEqual(png_size(read(self.path("out.png"))), (32, 32))
         self.assertEqual(read(self.path("out.png")), read(self.path("d-1.png")))
         self.assertNotEqual(read(self.path("out.png")), read(self.path("d-2.png")))
-        self.assertEqual(self.good("decode", self.weights, "-", "-o", "in.png", data=ids.splitlines()[0]),
-                         b"in.png\n")
+        first = ids.splitlines()[0]
+        self.assertEqual(self.lines("decode", self.weights, "-", "-o", "in.png", data=first),
+                         ["in.png"])
         self.assertEqual(read(self.path("in.png")), read(self.path("out.png")))
 
     def test_standard_output(self):
@@ -397,7 +403,7 @@ class Commands(Case):
         self.assertEqual(self.good("encode", self.weights, "f/"), ids)
         self.assertEqual(self.good("encode", self.weights, self.pictures[3], "f"),
                          ids.splitlines(True)[3] + ids)
-        self.assertEqual(self.predict("f/1.png", "f", "-q"), self.predict(*(self.pictures + ["-q"])))
+        self.assertEqual(self.predict("f/1.png", "f", "-q"), self.predict("-q", *self.pictures))
 
     def test_more_pictures_than_the_window(self):
         many = [self.pictures[i % 4] for i in range(40)]
@@ -408,8 +414,9 @@ class Commands(Case):
         self.assertEqual(self.predict(*many[-3:]), read(self.path("out.png")))
 
     def test_sliding_window(self):
-        self.lines(self.weights, *(self.pictures[:3] + ["-n", "6", "-j1", "--greedy", "-o", "s.png"]))
-        self.lines(self.weights, *(self.pictures[:3] + ["-n", "2", "-j1", "--greedy", "-o", "t.png"]))
+        args = [self.weights, "-j1", "--greedy"] + self.pictures[:3]
+        self.lines(*(args + ["-n", "6", "-o", "s.png"]))
+        self.lines(*(args + ["-n", "2", "-o", "t.png"]))
         for i in "12":
             self.assertEqual(read(self.path("s-%s.png" % i)), read(self.path("t-%s.png" % i)))
 
@@ -424,7 +431,8 @@ class Repeatable(Case):
         default = self.predict(self.pictures[0])
         self.assertEqual(self.predict(self.pictures[0]), default)
         self.assertEqual(self.predict(self.pictures[0], "-s", "1"), default)
-        others = {self.predict(self.pictures[0], "-s", s) for s in ("0", "2", "18446744073709551615")}
+        others = {self.predict(self.pictures[0], "-s", s)
+                  for s in ("0", "2", "18446744073709551615")}
         self.assertEqual(len(others | {default}), 4, "seeds that give the same picture")
 
     def test_sampling_options_matter(self):
@@ -486,13 +494,14 @@ class Quantize(Case):
             after = self.types(name)
             for t, was in before.items():
                 matrix = not t.startswith("vq.") and was != "f32"
-                self.assertEqual(after[t], kind if matrix else was, t)
+                logits = t == "output.weight" and kind == "q4_0"     # kept finer
+                self.assertEqual(after[t], "q8_0" if logits else kind if matrix else was, t)
             self.predict_with(name)
         self.good("quantize", self.weights, "v.bin", "--vq-type", "q8_0")
         after = self.types("v.bin")
         self.assertIn("q8_0", after.values())
-        for t in ("vq.quantize.embedding.weight", "vq.quant_conv.weight", "vq.encoder.conv_in.weight",
-                  "vq.post_quant_conv.weight", "token_embd.weight"):
+        for t in ("vq.quantize.embedding.weight", "vq.quant_conv.weight", "token_embd.weight",
+                  "vq.encoder.conv_in.weight", "vq.post_quant_conv.weight"):
             self.assertEqual(after[t], before[t])
         self.predict_with("v.bin")
 
@@ -506,6 +515,8 @@ class Quantize(Case):
         types = self.types("r.bin")
         self.assertEqual([types[t] for t in ("blk.1.attn_v.weight", "output.weight",
                                              "blk.1.attn_q.weight")], ["q8_0", "f16", "q4_0"])
+        self.good("quantize", self.weights, "o.bin", "--rules", "output.*=q4_0")
+        self.assertEqual(self.types("o.bin")["output.weight"], "q4_0")
         for rules in ("nothing", "a=q9", "a=", "a=f16,b"):
             self.bad(2, ["rule", "PATTERN"], "quantize", self.weights, "x.bin", "--rules", rules)
 
@@ -536,8 +547,8 @@ class Quantize(Case):
     def test_full_disk(self):
         self.put("q.bin", b"precious")
         for size in (0, 5000, 300000):
-            self.bad(1, ["q.bin", "cannot be written"], "quantize", self.weights, "q.bin", "--force",
-                     preexec_fn=lambda: ignore_file_limit(size))
+            self.bad(1, ["q.bin", "cannot be written"], "quantize", self.weights, "q.bin",
+                     "--force", preexec_fn=lambda: ignore_file_limit(size))
             self.assertEqual(read(self.path("q.bin")), b"precious")
 
     def test_a_pipe_is_not_replaced(self):
@@ -562,7 +573,8 @@ class Usage(Case):
         p = self.pictures[0]
         for args, word in (((self.weights, p, "--nope"), "--nope"), ((self.weights, p, "-x"), "-x"),
                            ((self.weights, p, "--greedyx"), "--greedyx"),
-                           ((self.weights, p, "--gree"), "--gree"), ((self.weights, p, "---"), "---"),
+                           ((self.weights, p, "--gree"), "--gree"),
+                           ((self.weights, p, "---"), "---"),
                            ((self.weights, p, "--type", "f16"), "--type"),
                            (("encode", self.weights, p, "--greedy"), "--greedy"),
                            (("decode", self.weights, p, "-n", "2"), "-n"),
@@ -654,17 +666,15 @@ class Pictures(Case):
             self.bad(1, "cut.png", "encode", self.weights, "cut.png")
 
     def test_bombs(self):
-        def header(w, h):
-            return (b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", w, h, 8, 2, 0, 0, 0)))
         zeros = chunk(b"IDAT", zlib.compress(bytes(100000))) + chunk(b"IEND", b"")
         for w, h, words in ((16384, 16384, "cannot hold"), (20000, 20000, "pixels"),
                             (0x7fffffff, 0x7fffffff, "pixels"), (0xffffffff, 1, "pixels"),
-                            (0, 5, "pixels"), (65536, 65536, "pixels"), (1 << 28, 1, "cannot hold")):
-            self.put("bomb.png", header(w, h) + zeros)
+                            (0, 5, "pixels"), (65536, 65536, "pixels"),
+                            (1 << 28, 1, "cannot hold")):
+            self.put("bomb.png", png_header(w, h) + zeros)
             self.bad(1, ["bomb.png", words], "encode", self.weights, "bomb.png",
                      preexec_fn=limit_memory)
-        self.put("more.png", header(10, 10) + chunk(b"IDAT", zlib.compress(bytes(50 << 20)))
-                 + chunk(b"IEND", b""))
+        self.put("more.png", png(10, 10, bytes(50 << 20)))
         self.bad(1, ["more.png", "more than the picture"], "encode", self.weights, "more.png")
 
     def test_odd_sizes(self):
@@ -676,7 +686,8 @@ class Pictures(Case):
 class Tokens(Case):
     def test_bad_tokens(self):
         ids = " ".join(str(i) for i in range(T))
-        for text, words in (("", ["0 token ids", "takes 64"]), ("1 2 3", ["3 token ids", "takes 64"]),
+        for text, words in (("", ["0 token ids", "takes 64"]),
+                            ("1 2 3", ["3 token ids", "takes 64"]),
                             (ids + " 7", ["65 token ids"]), (ids[:-2] + "x9", ["line 1", "x9"]),
                             (ids[:-2] + "-1", ["line 1", "-1"]), (ids + "\n\n4a", ["line 3", "4a"]),
                             (ids[:-2] + "256", ["256", "255"]), (ids + "\nx\ny", ["line 2", "x"]),
@@ -726,7 +737,8 @@ class Weights(Case):
     def test_truncated(self):
         whole = read(self.weights)
         head = Gguf(whole).head
-        places = [0, 1, 3, 4, 5, 8, 15, 16, 23, 24] + [24 + (head - 24) * i // 24 for i in range(1, 24)]
+        places = [0, 1, 3, 4, 5, 8, 15, 16, 23, 24]
+        places += [24 + (head - 24) * i // 24 for i in range(1, 24)]
         places += [head + (len(whole) - 64 - head) * i // 16 for i in range(17)]
         self.assertEqual(len(set(places)), 50)
         for n in places:
@@ -761,7 +773,8 @@ class Weights(Case):
             self.refuse(raw[:24] + struct.pack("<Q", n) + raw[32:], damaged + " 1")
         self.changed(damaged, add(ARRAY, struct.pack("<IQ", 10, (1 << 61) + 1)))
         self.changed(damaged, add(ARRAY, struct.pack("<IQ", 13, 1)))
-        self.changed(damaged, add(ARRAY, struct.pack("<IQ", ARRAY, 1) * 5000 + struct.pack("<IQ", 0, 0)))
+        nested = struct.pack("<IQ", ARRAY, 1) * 5000 + struct.pack("<IQ", 0, 0)
+        self.changed(damaged, add(ARRAY, nested))
         self.changed(["lvm.vocab_size", "twice"], add(U32, u32(5), b"lvm.vocab_size"))
 
     def test_many_keys(self):
@@ -800,7 +813,8 @@ class Weights(Case):
             self.changed([shown, "type %d" % kind, "Q8_0"], put(2, kind))
         self.changed([shown, "blocks of 32"], lambda g: (put(2, Q8_0)(g), put(1, [33, 64])(g)))
         size = len(read(self.weights))
-        for offset in ((1 << 64) - 64, (1 << 64) - 8192, 1 << 63, size // 64 * 64, size - 8000, 1, 32):
+        for offset in ((1 << 64) - 64, (1 << 64) - 8192, 1 << 63, size // 64 * 64, size - 8000, 1,
+                       32):
             self.changed([shown], put(3, offset))
         self.changed([shown, "is missing"], put(0, b"blk.0.attn_z.weight"))
         self.changed(["token_embd.weight", "twice"], put(0, b"token_embd.weight"))
@@ -841,30 +855,35 @@ class Weights(Case):
                 self.changed(name, lambda g: g.key(name.encode(), FLOAT, f32(value)))
             self.changed(name, lambda g: g.key(name.encode(), U32, u32(1)))
             self.changed(name, lambda g: g.key(name.encode(), U32, None))
-        for key, n, words in (("attention.head_count", 3, "heads"), ("vocab_size", 255, "wrong shape"),
+        shape = "wrong shape"
+        for key, n, words in (("attention.head_count", 3, "heads"), ("vocab_size", 255, shape),
                               ("attention.head_count", 64, "heads"), ("block_count", 3, "missing"),
-                              ("attention.head_count_kv", 1, "wrong shape"),
-                              ("embedding_length", 128, "wrong shape"), ("bos_token_id", 260, "bos"),
-                              ("attention.head_count_kv", 3, "heads"), ("eos_token_id", 999, "eos")):
+                              ("attention.head_count_kv", 1, shape), ("bos_token_id", 260, "bos"),
+                              ("embedding_length", 128, shape), ("eos_token_id", 999, "eos"),
+                              ("attention.head_count_kv", 3, "heads")):
             self.changed(words, lambda g: g.key(("lvm." + key).encode(), U32, u32(n)))
 
     def test_tokenizer_keys(self):
         def ints(*values):
             return struct.pack("<IQ", I32, len(values)) + struct.pack("<%di" % len(values), *values)
+        shape = "wrong shape"
         for key, n, words in (("resolution", 0, "resolution"), ("resolution", 33, "does not halve"),
                               ("resolution", 1 << 20, "resolution"), ("hidden_channels", 48, "32"),
-                              ("hidden_channels", 64, "wrong shape"), ("num_res_blocks", 0, "num_res"),
+                              ("hidden_channels", 64, shape), ("num_res_blocks", 0, "num_res"),
                               ("num_res_blocks", 2, "missing"), ("num_res_blocks", 99, "num_res"),
-                              ("z_channels", 0, "z_channels"), ("z_channels", 17, "wrong shape"),
-                              ("num_embeddings", 257, "wrong shape"), ("no_attn_mid_block", 2, "no_attn"),
-                              ("quantized_embed_dim", 8, "wrong shape"),
-                              ("resample_with_conv", 1, "missing"), ("resample_with_conv", 5, "resample")):
+                              ("z_channels", 0, "z_channels"), ("z_channels", 17, shape),
+                              ("num_embeddings", 257, shape), ("no_attn_mid_block", 2, "no_attn"),
+                              ("quantized_embed_dim", 8, shape),
+                              ("resample_with_conv", 1, "missing"),
+                              ("resample_with_conv", 5, "resample")):
             self.changed(words, lambda g: g.key(("lvm.vq." + key).encode(), U32, u32(n)))
         mult = b"lvm.vq.channel_mult"
-        for value, words in ((ints(), "halve"), (ints(*[1] * 9), "9 entries"), (ints(0, 1, 1), "32"),
+        text = struct.pack("<IQ", TEXT, 1) + gguf_text(b"1")
+        for value, words in ((ints(), "halve"), (ints(*[1] * 9), "9 entries"),
+                             (ints(0, 1, 1), "32"),
                              (ints(1, -1, 1), "holds -1"), (ints(1, 1, 1 << 30), "channel_mult"),
                              (ints(1, 2, 1), "wrong shape"), (ints(*[1] * 8), "halve"),
-                             (struct.pack("<IQ", TEXT, 1) + gguf_text(b"1"), "no array of integers")):
+                             (text, "no array of integers")):
             self.changed(words, lambda g: g.key(mult, ARRAY, value))
         self.changed("channel_mult", lambda g: g.key(mult, U32, u32(1)))
         self.changed("channel_mult", lambda g: g.key(mult, U32, None))
@@ -953,8 +972,8 @@ class Outputs(Case):
         self.put("x.png", b"precious")
         limit = {"preexec_fn": lambda: ignore_file_limit(16)}
         self.put("ids", self.good("encode", self.weights, self.pictures[0]))
-        for command in ([self.weights, self.pictures[0]], ["encode", self.weights, self.pictures[0]],
-                        ["decode", self.weights, "ids"]):
+        for command in ([self.weights, self.pictures[0]], ["decode", self.weights, "ids"],
+                        ["encode", self.weights, self.pictures[0]]):
             self.bad(1, ["x.png", "cannot be written"], *(command + ["-o", "x.png"]), **limit)
             self.assertEqual(read(self.path("x.png")), b"precious")
 
@@ -967,8 +986,8 @@ class Outputs(Case):
 
     def test_full_standard_output(self):
         commands = (["encode", self.weights, self.pictures[0]], ["info", self.weights],
-                    ["info", self.weights, "--tensors"], ["help"], ["help", "encode"], ["--version"],
-                    ["--help"], [self.weights, self.pictures[0], "-o", "x.png"],
+                    ["info", self.weights, "--tensors"], ["help"], ["help", "encode"],
+                    ["--version"], ["--help"], [self.weights, self.pictures[0], "-o", "x.png"],
                     ["quantize", self.weights, "q.bin", "--force"])
         for args in commands:
             with open("/dev/full", "wb") as full:
