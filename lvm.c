@@ -5762,9 +5762,12 @@ AVX2 static __m256 s8_to_f32(const void *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p)));
 }
 
+/* An f16 scale in all lanes. */
+AVX2 static __m256 scale8(uint16_t d) { return _mm256_cvtph_ps(_mm_set1_epi16((short)d)); }
+
 AVX2 static void q4_to_f32_avx2(const struct q4_0 *in, float *y, int64_t blocks) {
     for (int64_t b = 0; b < blocks; b++, y += QK) {
-        __m256 d = _mm256_set1_ps(f16_to_f32(in[b].d));
+        __m256 d = scale8(in[b].d);
         __m128i nibbles = _mm_loadu_si128((const __m128i *)(const void *)in[b].q);
         __m128i half[2] = {_mm_and_si128(nibbles, _mm_set1_epi8(15)),
                            _mm_and_si128(_mm_srli_epi16(nibbles, 4), _mm_set1_epi8(15))};
@@ -5794,7 +5797,7 @@ AVX2 static void to_f32_avx2(int type, const void *in, float *y, int64_t k) {
         }
     if (type == LVM_Q8_0)
         for (; i < k; i += QK) {
-            __m256 d = _mm256_set1_ps(f16_to_f32(q8[i / QK].d));
+            __m256 d = scale8(q8[i / QK].d);
             UNROLL for (int j = 0; j < QK; j += 8)
                 _mm256_storeu_ps(y + i + j, _mm256_mul_ps(d, s8_to_f32(q8[i / QK].q + j)));
         }
@@ -5820,7 +5823,7 @@ AVX2 static void k8_to_f32_avx2(const uint8_t *in, int n, float *out) {
 
 AVX2 static void v8_to_f32_avx2(const struct q8_0 *in, int keys, float *out) {
     for (int i = 0; i < keys; i++, out += STRIP) {
-        __m256 d = _mm256_cvtph_ps(_mm_set1_epi16((short)in[i].d));
+        __m256 d = scale8(in[i].d);
         _mm256_storeu_ps(out, _mm256_mul_ps(d, s8_to_f32(in[i].q)));
         _mm256_storeu_ps(out + 8, _mm256_mul_ps(d, s8_to_f32(in[i].q + 8)));
         _mm256_storeu_ps(out + KEYS * STRIP, _mm256_mul_ps(d, s8_to_f32(in[i].q + 16)));

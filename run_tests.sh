@@ -146,12 +146,14 @@ if [ "$SANITIZE" = thread ]; then
 else
     run build build images kernels properties golden
     run convert convert_golden
-    begin properties limited "$B/test_properties"
+    [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py
+    # shellcheck disable=SC2046
+    begin properties limited "$B/test_properties" $([ -z "$SANITIZE" ] || echo --quick)
     run images limited "$B/test_images" tests/images
     run kernels limited "$B/test_kernels"
     run golden limited "$B/test_golden" tests/golden build/golden
-    [ -z "$SANITIZE" ] || run cli limited python3 tests/test_cli.py
     end properties
+    [ -z "$SANITIZE" ] || end cli
     if [ -z "$SANITIZE" ]; then
         begin cli limited python3 tests/test_cli.py
         run weights limited "$B/test_golden" --case tests/golden/weights "$WEIGHTS"

@@ -4,6 +4,7 @@
    distribution; damaged files and wrong arguments are errors and never crashes.
 
        test_properties                  everything; non-zero when a check fails
+       test_properties --quick          two weight types instead of five, for sanitizer runs
        test_properties --threads-only   contexts in several threads, for -fsanitize=thread */
 #define LVM_NO_MAIN
 #include "../lvm.c"
@@ -1116,9 +1117,12 @@ static void test_type(struct test *t, int type) {
 int main(int argc, char **argv) {
     struct test t = {.seed = 20240608, .where = ""};
     t.rng = rng_new(t.seed, 0);
+    int quick = argc > 1 && strcmp(argv[1], "--quick") == 0; /* under sanitizers: two types will do */
     test_concurrency(&t);
     if (argc < 2 || strcmp(argv[1], "--threads-only") != 0) {
-        for (int i = 0; i < N_TYPES; i++) test_type(&t, type_table[i].type);
+        for (int i = 0; i < N_TYPES; i++)
+            if (!quick || type_table[i].type == LVM_F16 || type_table[i].type == LVM_Q4_0)
+                test_type(&t, type_table[i].type);
         test_distributions(&t);
         test_cancel_long(&t);
         test_partial_picture(&t);
