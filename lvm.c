@@ -34,7 +34,9 @@
        5  The tokenizer: VQGAN encoder, quantiser, decoder
        6  The transformer: RMSNorm, RoPE, attention with a KV cache, SwiGLU
        7  Generation and scoring
-     Part three: the machine room (part two, how one learns, comes with training)
+     Part two: how one learns (its other half, training, is to come)
+       9  Visual sentences: prompts by the line
+     Part three: the machine room
       10  Images: PNG in and out, Pillow's resizing
       11  Fast kernels: AVX2, AVX-512
       12  The command line
@@ -108,6 +110,10 @@ enum lvm_type {
     LVM_AUTO = -1
 };
 
+/* Pictures become R x R by resizing both sides at once, as the published program does, or by
+   resizing the short side and cutting the middle out of the long one. */
+enum lvm_fit { LVM_SQUASH = 0, LVM_CROP = 1 };
+
 typedef struct lvm_model lvm_model;
 typedef struct lvm_ctx lvm_ctx;
 
@@ -146,6 +152,8 @@ typedef struct lvm_options {
     int threads; /* 0: one a processor that this process may use */
     int kv_type; /* LVM_F32, LVM_F16, LVM_Q8_0 or LVM_AUTO: by the weights' type */
     int exact;   /* 1: f32 arithmetic from quantised weights too (integer dot products otherwise) */
+    int window;  /* pictures of the context, the predicted one included; 0: info.window_images */
+    int fit;     /* how a picture becomes R x R: LVM_SQUASH or LVM_CROP */
     void *user;
     int (*progress)(void *user, const char *stage, int64_t done, int64_t all);
 } lvm_options;
@@ -166,6 +174,11 @@ const char *lvm_version(void);
 lvm_options lvm_default_options(void);
 lvm_sampling lvm_default_sampling(void); /* temperature 1, top_p 0.9, top_k 0, seed 1 */
 
+/* What a published program samples with; greedy and seed stay. "lvm": temperature 1, top_p 1,
+   top_k 50 (which the library that it generates with applies silently); "delvm": temperature 0.1,
+   top_p 0.75. */
+int lvm_sampling_preset(const char *name, lvm_sampling *sampling, lvm_error *error);
+
 /* Opens a weights file (GGUF, see chapter 4), or one that lies in memory, which must outlive the
    model. Returns NULL and fills error on failure. lvm_close(NULL) is allowed. */
 lvm_model *lvm_open(const char *path, int flags, lvm_error *error);
@@ -177,7 +190,9 @@ lvm_info lvm_model_info(const lvm_model *model);
 lvm_ctx *lvm_new(const lvm_model *model, const lvm_options *options, lvm_error *error);
 void lvm_free(lvm_ctx *ctx);
 
-/* Pictures of any size -> ids[n][tokens_per_image]. Each is squashed to R x R first. */
+/* Pictures of any size -> ids[n][tokens_per_image]. Each is made R x R first (options.fit). A
+   context remembers the last 32 pictures that it encoded and does not compute the same pixels
+   twice. */
 int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_error *error);
 
 /* ids[n][tokens_per_image], each 0 .. codes-1 -> n pictures of R x R, which lvm allocates. */
@@ -188,6 +203,10 @@ int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_e
    scores of the next token. 1 <= n <= context_length. */
 int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error);
 
+/* Encodes pictures and reads them as the prompt, behind bos where the model has one. Of the images
+   the last window - 1 count (options.window). */
+int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error);
+
 /* Continues the prompt by n tokens, in `candidates` independent ways that share its cache:
    ids[candidates][n]. The window slides by whole pictures when the context is full, as the
    published program does. Candidate c draws from stream c of the seed. Afterwards the context
@@ -195,14 +214,27 @@ int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error
 int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n, int32_t *ids,
                  lvm_error *error);
 
+/* The next n pictures, `candidates` of each: lvm_generate and lvm_decode. out[candidates][n], which
+   lvm allocates. */
+int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n,
+                        lvm_image *out, lvm_error *error);
+
 /* nll[i] = -ln p(ids[i] | prompt, ids[..i-1]) over the whole vocabulary, in nats. The context stays
    at the prompt, so that many continuations can be compared. */
 int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error);
 
 /* All at once: the next n pictures after images[count], `candidates` of each:
-   out[candidates][n], which lvm allocates. Of the images the last window_images - 1 count. */
+   out[candidates][n], which lvm allocates: lvm_prompt_images, then lvm_generate_images. */
 int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_sampling *sampling,
                 int candidates, int n, lvm_image *out, lvm_error *error);
+
+/* Keeps what a context has computed in a file, for prompts that begin alike. save: the first n
+   tokens of the sequence, 1 <= n <= tokens read, and the remembered pictures. load: fills a context
+   whose weights, kernels and options (kv_type, exact) are the same; else, or when the file is
+   damaged, an error, and the context is empty. Afterwards lvm_prompt and lvm_encode find what they
+   need. */
+int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error);
+int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error);
 
 /* Pictures. load: PNG files or their bytes in memory (name is for messages). save: PNG, written
    beside and renamed. resize: the same bytes as Pillow's Image.resize with BICUBIC. */
@@ -321,6 +353,28 @@ static char *copy_string(const char *s, lvm_error *error) {
     char *copy = mem_alloc(n, 1, error);
     if (copy != NULL) memcpy(copy, s, n);
     return copy;
+}
+
+/* Bytes that grow; a zero stands behind them. */
+struct buffer {
+    char *data;
+    size_t n, room;
+};
+
+static int buffer_add(struct buffer *b, const void *data, size_t n, lvm_error *error) {
+    if (b->room - b->n < n + 1) {
+        size_t room = b->room * 2 + n + 256;
+        char *more = mem_alloc(room, 1, error);
+        if (more == NULL) return LVM_MEMORY;
+        if (b->n > 0) memcpy(more, b->data, b->n);
+        mem_free(b->data);
+        b->data = more;
+        b->room = room;
+    }
+    memcpy(b->data + b->n, data, n);
+    b->n += n;
+    b->data[b->n] = 0;
+    return LVM_OK;
 }
 
 /* ---- Files ---- */
@@ -3279,6 +3333,10 @@ struct backend {
                    float *logits, lvm_error *error);
     void (*kv_copy)(void *state, int from, int to, int n); /* sequence `to` = first n of `from` */
     void (*kv_trim)(void *state, int seq, int n);
+    /* Positions from page * KEYS on as bytes; writing leaves the sequence n tokens long. */
+    size_t (*kv_page_bytes)(void *state);
+    void (*kv_read)(void *state, int seq, int page, uint8_t *data);
+    int (*kv_write)(void *state, int seq, int page, const uint8_t *data, int n, lvm_error *error);
 };
 
 struct cpu {
@@ -3399,8 +3457,26 @@ static void cpu_kv_copy(void *state, int from, int to, int n) {
     kv->seq[to].n = n;
 }
 
-static const struct backend cpu_backend = {"cpu",      cpu_open,    cpu_close,   cpu_encode,
-                                           cpu_decode, cpu_forward, cpu_kv_copy, cpu_kv_trim};
+static size_t cpu_kv_page_bytes(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
+
+static void cpu_kv_read(void *state, int seq, int page, uint8_t *data) {
+    const struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
+    memcpy(data, kv->seq[seq].pages[page]->data, kv->page_bytes);
+}
+
+static int cpu_kv_write(void *state, int seq, int page, const uint8_t *data, int n,
+                        lvm_error *error) {
+    struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
+    int code = page_for_writing(kv, &kv->seq[seq], page * KEYS, error);
+    if (code != LVM_OK) return code;
+    memcpy(kv->seq[seq].pages[page]->data, data, kv->page_bytes);
+    kv->seq[seq].n = n;
+    return LVM_OK;
+}
+
+static const struct backend cpu_backend = {
+    "cpu",       cpu_open,    cpu_close,         cpu_encode,  cpu_decode,  cpu_forward,
+    cpu_kv_copy, cpu_kv_trim, cpu_kv_page_bytes, cpu_kv_read, cpu_kv_write};
 
 /* =================================================================================================
    Chapter 7.  Generation and scoring
@@ -3413,11 +3489,24 @@ static const struct backend cpu_backend = {"cpu",      cpu_open,    cpu_close,  
    When a sequence is full, the oldest pictures leave: bos and the last W - 1 pictures are read
    again from position zero, as the published program does for every further picture.
 
+   Pictures repeat: the shots of a task stand before every query. So a context remembers the pixels
+   and ids of the last pictures it encoded, and both, with the cache of keys and values, can be kept
+   in a file.
+
    Sampling (Holtzman et al. 2019 for top-p): logits are divided by the temperature; the k likeliest
    ids stay; of these, the fewest likeliest that together hold at least p of the probability stay;
    one is drawn. Ids that are not picture codes do not take part. */
 
-enum { SCORE_ROWS = 256 };
+enum {
+    SCORE_ROWS = 256,
+    REMEMBERED = 32 /* pictures: two windows */
+};
+
+/* A picture as the tokenizer saw it and what it became. */
+struct encoded {
+    uint8_t *rgb; /* [R][R][3] */
+    int32_t *ids; /* [tokens_per_image] */
+};
 
 struct lvm_ctx {
     const lvm_model *m;
@@ -3429,16 +3518,31 @@ struct lvm_ctx {
     int has_logits;    /* logits[0] belongs to ids[n_fed - 1] */
     float *logits;     /* [SCORE_ROWS][V]; row c is candidate c's while generating */
     float *rgb;        /* [R][R][3] */
+    int64_t n_encoded; /* pictures encoded so far; the last ones are remembered */
+    struct encoded encoded[REMEMBERED]; /* picture i at i % REMEMBERED */
 };
 
 lvm_options lvm_default_options(void) {
-    lvm_options o = {sizeof(lvm_options), 0, LVM_AUTO, 0, NULL, NULL};
+    lvm_options o = {.size = sizeof o, .kv_type = LVM_AUTO};
     return o;
 }
 
 lvm_sampling lvm_default_sampling(void) {
-    lvm_sampling s = {sizeof(lvm_sampling), 1.0f, 0.9f, 0, 0, 1};
+    lvm_sampling s = {.size = sizeof s, .temperature = 1, .top_p = 0.9f, .seed = 1};
     return s;
+}
+
+int lvm_sampling_preset(const char *name, lvm_sampling *sampling, lvm_error *error) {
+    static const struct { const char *name; float temperature, top_p; int top_k;
+    } presets[2] = {{"lvm", 1, 1, 50}, {"delvm", 0.1f, 0.75f, 0}};
+    for (int i = 0; name != NULL && sampling != NULL && i < 2; i++)
+        if (strcmp(presets[i].name, name) == 0) {
+            sampling->temperature = presets[i].temperature;
+            sampling->top_p = presets[i].top_p;
+            sampling->top_k = presets[i].top_k;
+            return LVM_OK;
+        }
+    return fail(error, LVM_INVALID, "the presets are lvm and delvm");
 }
 
 /* ---- Contexts ---- */
@@ -3446,10 +3550,24 @@ lvm_sampling lvm_default_sampling(void) {
 void lvm_free(lvm_ctx *ctx) {
     if (ctx == NULL) return;
     if (ctx->state != NULL) ctx->b->close(ctx->state);
+    for (int i = 0; i < REMEMBERED; i++) {
+        mem_free(ctx->encoded[i].rgb);
+        mem_free(ctx->encoded[i].ids);
+    }
     mem_free(ctx->ids);
     mem_free(ctx->logits);
     mem_free(ctx->rgb);
     mem_free(ctx);
+}
+
+static int settle_window(const lvm_model *m, lvm_options *o, lvm_error *error) {
+    const lvm_info *i = &m->info;
+    int most = (i->context_length + 1 - (i->bos >= 0)) / i->tokens_per_image;
+    if (o->window == 0) o->window = i->window_images;
+    else if (i->has_transformer && (o->window < 2 || o->window > most))
+        return fail(error, LVM_INVALID, "a window of %d pictures: %s takes 2 to %d", o->window,
+                    m->path, most);
+    return LVM_OK;
 }
 
 /* Fills what was left to lvm and checks the rest. */
@@ -3468,7 +3586,9 @@ static int settle_options(const lvm_model *m, lvm_options *o, lvm_error *error) 
                                                   : LVM_F16;
     if (o->kv_type != LVM_F32 && o->kv_type != LVM_F16 && o->kv_type != LVM_Q8_0)
         return fail(error, LVM_INVALID, "the key/value cache can be f32, f16 or q8_0");
-    return LVM_OK;
+    if (o->fit != LVM_SQUASH && o->fit != LVM_CROP)
+        return fail(error, LVM_INVALID, "fit is %d, neither LVM_SQUASH nor LVM_CROP", o->fit);
+    return settle_window(m, o, error);
 }
 
 lvm_ctx *lvm_new(const lvm_model *m, const lvm_options *options, lvm_error *error) {
@@ -3515,15 +3635,69 @@ static int progress(const lvm_ctx *ctx, const char *stage, int64_t done, int64_t
 
 /* ---- Pictures to tokens and back ---- */
 
+/* n / 2, halves to the even side as Python rounds them, so that a crop is torchvision's. */
+static int half_even(int n) { return n / 2 + (n & n >> 1 & 1); }
+
+/* image as R x R pixels. LVM_CROP: the short side becomes R, of the long one the middle stays. */
+static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm_error *error) {
+    int w = image->width, h = image->height;
+    if (fit == LVM_SQUASH || w == h) return lvm_image_resize(image, R, R, out, error);
+    int64_t width = w < h ? R : (int64_t)R * w / h, height = w < h ? (int64_t)R * h / w : R;
+    if (width > INT32_MAX || height > INT32_MAX)
+        return fail(error, LVM_UNSUPPORTED, "a picture of %d x %d is too long to be cropped", w, h);
+    lvm_image all = {.rgb = NULL};
+    int code = lvm_image_resize(image, (int)width, (int)height, &all, error);
+    if (code != LVM_OK) return code;
+    out->rgb = mem_alloc((size_t)R * (size_t)R, 3, error);
+    out->width = out->height = R;
+    int left = half_even(all.width - R), top = half_even(all.height - R);
+    for (int y = 0; out->rgb != NULL && y < R; y++)
+        memcpy(out->rgb + (size_t)y * (size_t)R * 3,
+               all.rgb + ((size_t)(top + y) * (size_t)all.width + (size_t)left) * 3, (size_t)R * 3);
+    lvm_image_free(&all);
+    return out->rgb != NULL ? LVM_OK : LVM_MEMORY;
+}
+
+static const struct encoded *find_encoded(const lvm_ctx *ctx, const uint8_t *rgb) {
+    size_t R = (size_t)ctx->m->info.resolution;
+    for (int i = 0; i < REMEMBERED && i < ctx->n_encoded; i++)
+        if (memcmp(ctx->encoded[i].rgb, rgb, R * R * 3) == 0) return &ctx->encoded[i];
+    return NULL;
+}
+
+/* Remembers a picture; the oldest makes room. rgb[R][R][3] becomes the context's. */
+static int remember(lvm_ctx *ctx, uint8_t *rgb, const int32_t *ids, lvm_error *error) {
+    struct encoded *e = &ctx->encoded[ctx->n_encoded % REMEMBERED];
+    size_t T = (size_t)ctx->m->info.tokens_per_image;
+    if (e->ids == NULL) e->ids = mem_alloc(T, sizeof *e->ids, error);
+    if (e->ids == NULL) {
+        mem_free(rgb);
+        return LVM_MEMORY;
+    }
+    mem_free(e->rgb);
+    e->rgb = rgb;
+    memcpy(e->ids, ids, T * sizeof *ids);
+    ctx->n_encoded++;
+    return LVM_OK;
+}
+
 static int encode_image(lvm_ctx *ctx, const lvm_image *image, int i, int n, int32_t *ids,
                         lvm_error *error) {
     int R = ctx->m->info.resolution;
-    lvm_image squashed = {0, 0, NULL};
-    int code = lvm_image_resize(image, R, R, &squashed, error);
+    lvm_image fitted = {.rgb = NULL};
+    int code = fit_image(image, R, ctx->o.fit, &fitted, error);
     if (code != LVM_OK) return code;
-    for (int p = 0; p < R * R * 3; p++) ctx->rgb[p] = (float)squashed.rgb[p] / 255;
-    lvm_image_free(&squashed);
-    return ctx->b->encode(ctx->state, ctx->rgb, i, n, ids, NULL, error);
+    const struct encoded *known = find_encoded(ctx, fitted.rgb);
+    if (known != NULL) {
+        memcpy(ids, known->ids, (size_t)ctx->m->info.tokens_per_image * sizeof *ids);
+        lvm_image_free(&fitted);
+        return progress(ctx, "encode", i, n, error);
+    }
+    for (int p = 0; p < R * R * 3; p++) ctx->rgb[p] = (float)fitted.rgb[p] / 255;
+    code = ctx->b->encode(ctx->state, ctx->rgb, i, n, ids, NULL, error);
+    if (code == LVM_OK) return remember(ctx, fitted.rgb, ids, error);
+    lvm_image_free(&fitted);
+    return code;
 }
 
 int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_error *error) {
@@ -3887,7 +4061,8 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
     struct generation g = {.ctx = ctx, .s = &chosen, .candidates = candidates, .n = n};
     g.has_bos = info->bos >= 0 && ctx->n_ids > 0 && ctx->ids[0] == info->bos;
     g.T = info->tokens_per_image;
-    g.full = g.has_bos + (int)min64(16, (info->context_length + 1 - g.has_bos) / g.T) * g.T;
+    int fit = (info->context_length + 1 - g.has_bos) / g.T;
+    g.full = g.has_bos + (ctx->o.window < fit ? ctx->o.window : fit) * g.T;
     if (g.full < g.has_bos + g.T)
         return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no picture of %d",
                     ctx->m->path, info->context_length, g.T);
@@ -3906,34 +4081,33 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
 
 /* ---- All at once ---- */
 
-/* Tokens of the last window - 1 images, behind bos. */
-static int prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error) {
+int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error) {
     const lvm_info *info = &ctx->m->info;
-    int most = (int)max64(0, info->window_images - 1), skip = count > most ? count - most : 0,
+    int most = (int)max64(0, ctx->o.window - 1), skip = count > most ? count - most : 0,
         bos = info->bos >= 0;
     int n = bos + (count - skip) * info->tokens_per_image;
-    if (count - skip < 1 && !bos)
-        return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt picture",
+    int code = need(ctx, info->has_transformer, "transformer", error);
+    if (code == LVM_OK && count < 0) code = fail(error, LVM_INVALID, "%d prompt pictures", count);
+    if (code == LVM_OK && n < 1)
+        code = fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt picture",
                     ctx->m->path, info->context_length);
+    if (code != LVM_OK) return code;
     int32_t *ids = mem_alloc((size_t)n + 1, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     if (bos) ids[0] = info->bos;
-    int code = lvm_encode(ctx, images + skip, count - skip, ids + bos, error);
+    code = lvm_encode(ctx, images + skip, count - skip, ids + bos, error);
     if (code == LVM_OK) code = lvm_prompt(ctx, ids, n, NULL, error);
     mem_free(ids);
     return code;
 }
 
-int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_sampling *sampling,
-                int candidates, int n, lvm_image *out, lvm_error *error) {
+int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n,
+                        lvm_image *out, lvm_error *error) {
     const lvm_info *info = &ctx->m->info;
     int code = need(ctx, info->has_tokenizer, "tokenizer", error);
-    if (code == LVM_OK) code = need(ctx, info->has_transformer, "transformer", error);
-    if (code == LVM_OK &&
-        (count < 0 || n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES))
-        code = fail(error, LVM_INVALID, "%d images, %d candidates of %d: out of range", count,
-                    candidates, n);
-    if (code == LVM_OK) code = prompt_images(ctx, images, count, error);
+    if (code == LVM_OK && (n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES))
+        code = fail(error, LVM_INVALID, "%d candidates of %d pictures: out of range", candidates,
+                    n);
     if (code != LVM_OK) return code;
     if (info->tokens_per_image > INT32_MAX / n)
         return fail(error, LVM_INVALID, "%d pictures of %d tokens are too many", n,
@@ -3946,6 +4120,541 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
     mem_free(ids);
     return code;
 }
+
+int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_sampling *sampling,
+                int candidates, int n, lvm_image *out, lvm_error *error) {
+    int code = need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
+    if (code == LVM_OK) code = lvm_prompt_images(ctx, images, count, error);
+    return code == LVM_OK ? lvm_generate_images(ctx, sampling, candidates, n, out, error) : code;
+}
+
+/* ---- A context's state in a file ----
+
+   head, ids i32[n_tokens], then of each remembered picture ids i32[T] and rgb[R][R][3], then the
+   pages of the key/value cache, then a hash of all of that. A file belongs to the weights, kernels
+   and options that made it, because other ones would have computed other numbers. */
+
+struct cache_head {
+    char magic[8]; /* "LVMCACHE" */
+    uint32_t version, kv_type, exact, resolution, tokens_per_image, n_tokens, n_pictures, n_pages;
+    uint64_t page_bytes, weights;
+    char isa[16];
+};
+_Static_assert(sizeof(struct cache_head) == 72, "no padding");
+
+/* Mixes n bytes into a 64-bit hash, eight at a time: it finds damage, not malice. */
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) {
+    const uint8_t *p = data;
+    for (; n > 0; p += n < 8 ? n : 8, n -= n < 8 ? n : 8) {
+        uint64_t word = n;
+        memcpy(&word, p, n < 8 ? n : 8);
+        h = (h ^ word) * 0x9e3779b97f4a7c15u;
+        h ^= h >> 29;
+    }
+    return h;
+}
+
+/* What tells weights apart without reading all of them: keys, names, shapes and a few bytes of
+   every tensor. */
+static uint64_t weights_hash(const struct gguf *g) {
+    uint64_t h = hash_bytes(g->size, g->data, g->data_start);
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        const uint8_t *data = g->data + g->data_start + g->tensors[i].offset;
+        int64_t bytes = g->tensors[i].bytes, n = min64(64, bytes);
+        h = hash_bytes(h, data, (size_t)n);
+        h = hash_bytes(h, data + (bytes - n) / 2, (size_t)n);
+        h = hash_bytes(h, data + bytes - n, (size_t)n);
+    }
+    return h;
+}
+
+static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
+    const lvm_info *i = &ctx->m->info;
+    struct cache_head h = {.version = 1,
+                           .kv_type = (uint32_t)ctx->o.kv_type,
+                           .exact = ctx->o.exact != 0,
+                           .resolution = (uint32_t)i->resolution,
+                           .tokens_per_image = (uint32_t)i->tokens_per_image,
+                           .n_tokens = (uint32_t)n,
+                           .n_pictures = (uint32_t)min64(ctx->n_encoded, REMEMBERED),
+                           .n_pages = (uint32_t)((n + KEYS - 1) / KEYS),
+                           .page_bytes = ctx->b->kv_page_bytes(ctx->state),
+                           .weights = weights_hash(&ctx->m->file)};
+    memcpy(h.magic, "LVMCACHE", sizeof h.magic);
+    snprintf(h.isa, sizeof h.isa, "%s", i->isa);
+    return h;
+}
+
+static int64_t cache_file_bytes(const struct cache_head *h) {
+    int64_t picture = 4 * (int64_t)h->tokens_per_image + 3 * (int64_t)h->resolution * h->resolution;
+    return (int64_t)sizeof *h + 4 * (int64_t)h->n_tokens + h->n_pictures * picture +
+           h->n_pages * (int64_t)h->page_bytes + 8;
+}
+
+static int cache_write(struct outfile *out, const void *data, size_t n, uint64_t *hash,
+                       lvm_error *error) {
+    *hash = hash_bytes(*hash, data, n);
+    return outfile_write(out, data, n, error);
+}
+
+static int write_cache(struct outfile *out, const lvm_ctx *ctx, int n, uint8_t *page,
+                       lvm_error *error) {
+    struct cache_head h = cache_head(ctx, n);
+    size_t R = h.resolution, T = h.tokens_per_image;
+    uint64_t hash = 0;
+    int code = cache_write(out, &h, sizeof h, &hash, error);
+    if (code == LVM_OK) code = cache_write(out, ctx->ids, (size_t)n * 4, &hash, error);
+    for (uint32_t i = 0; code == LVM_OK && i < h.n_pictures; i++) {
+        const struct encoded *e =
+            &ctx->encoded[(ctx->n_encoded - h.n_pictures + i) % REMEMBERED];
+        code = cache_write(out, e->ids, T * 4, &hash, error);
+        if (code == LVM_OK) code = cache_write(out, e->rgb, R * R * 3, &hash, error);
+    }
+    for (uint32_t i = 0; code == LVM_OK && i < h.n_pages; i++) {
+        ctx->b->kv_read(ctx->state, 0, (int)i, page);
+        code = cache_write(out, page, h.page_bytes, &hash, error);
+    }
+    return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
+}
+
+int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error) {
+    struct outfile out;
+    int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
+    if (code != LVM_OK) return code;
+    if (n < 1 || n > ctx->n_fed)
+        return fail(error, LVM_INVALID, "%d tokens to keep; the context has read %d", n,
+                    ctx->n_fed);
+    uint8_t *page = mem_alloc(1, ctx->b->kv_page_bytes(ctx->state), error);
+    if (page == NULL) return LVM_MEMORY;
+    code = outfile_open(&out, path, error);
+    if (code == LVM_OK)
+        code = outfile_close(&out, write_cache(&out, ctx, n, page, error), error);
+    mem_free(page);
+    return code;
+}
+
+struct cache_reader {
+    const char *path;
+    int fd;
+    uint64_t hash;
+};
+
+static int cache_read(struct cache_reader *r, void *data, size_t n, lvm_error *error) {
+    int code = read_exactly(r->fd, r->path, data, n, error);
+    if (code == LVM_OK) r->hash = hash_bytes(r->hash, data, n);
+    return code;
+}
+
+static int check_cache_head(const lvm_ctx *ctx, const struct cache_head *h, const char *path,
+                            int64_t size, lvm_error *error) {
+    const lvm_info *i = &ctx->m->info;
+    struct cache_head own = cache_head(ctx, 0);
+    if (memcmp(h->magic, own.magic, sizeof h->magic) != 0)
+        return fail(error, LVM_FORMAT, "%s: is no cache of lvm", path);
+    if (h->version != own.version || h->weights != own.weights)
+        return fail(error, LVM_INVALID, "%s: belongs to other weights", path);
+    if (h->kv_type != own.kv_type || h->exact != own.exact ||
+        memcmp(h->isa, own.isa, sizeof h->isa) != 0)
+        return fail(error, LVM_INVALID, "%s: was made with other options or kernels", path);
+    if (h->resolution != own.resolution || h->tokens_per_image != own.tokens_per_image ||
+        h->page_bytes != own.page_bytes || h->n_tokens < 1 ||
+        h->n_tokens > (uint32_t)i->context_length || h->n_pictures > REMEMBERED ||
+        h->n_pages != (h->n_tokens + KEYS - 1) / KEYS || cache_file_bytes(h) != size)
+        return fail(error, LVM_FORMAT, "%s: is damaged", path);
+    return LVM_OK;
+}
+
+static int read_cached_picture(lvm_ctx *ctx, struct cache_reader *r, lvm_error *error) {
+    size_t R = (size_t)ctx->m->info.resolution, T = (size_t)ctx->m->info.tokens_per_image;
+    uint8_t *rgb = mem_alloc(R * R, 3, error);
+    int32_t *ids = mem_alloc(T, sizeof *ids, error);
+    int code = rgb == NULL || ids == NULL ? LVM_MEMORY : cache_read(r, ids, T * 4, error);
+    if (code == LVM_OK) code = cache_read(r, rgb, R * R * 3, error);
+    if (code == LVM_OK && check_ids(ids, (int64_t)T, ctx->m->info.codes, NULL) != LVM_OK)
+        code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
+    if (code == LVM_OK) code = remember(ctx, rgb, ids, error);
+    else mem_free(rgb);
+    mem_free(ids);
+    return code;
+}
+
+/* Everything behind the head; the context is used only when the hash is right too. */
+static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_head *h,
+                      uint8_t *page, lvm_error *error) {
+    int n = (int)h->n_tokens;
+    uint64_t hash = 0;
+    int code = cache_read(r, ctx->ids, (size_t)n * 4, error);
+    if (code == LVM_OK && check_ids(ctx->ids, n, ctx->m->info.vocab_size, NULL) != LVM_OK)
+        code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
+    for (uint32_t i = 0; code == LVM_OK && i < h->n_pictures; i++)
+        code = read_cached_picture(ctx, r, error);
+    for (uint32_t i = 0; code == LVM_OK && i < h->n_pages; i++) {
+        code = cache_read(r, page, h->page_bytes, error);
+        if (code == LVM_OK)
+            code = ctx->b->kv_write(ctx->state, 0, (int)i, page,
+                                    (int)min64(n, (int64_t)(i + 1) * KEYS), error);
+    }
+    if (code == LVM_OK) code = read_exactly(r->fd, r->path, &hash, sizeof hash, error);
+    if (code == LVM_OK && hash != r->hash)
+        code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
+    return code;
+}
+
+static void forget(lvm_ctx *ctx) {
+    ctx->n_ids = ctx->n_fed = ctx->has_logits = 0;
+    ctx->n_encoded = 0;
+    ctx->b->kv_trim(ctx->state, 0, 0);
+}
+
+int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
+    struct cache_head h = {.version = 0};
+    int64_t size = 0;
+    int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
+    if (code != LVM_OK) return code;
+    forget(ctx);
+    struct cache_reader r = {path, open_file(path, &size, error), 0};
+    if (r.fd < 0) return LVM_IO;
+    if (size < (int64_t)sizeof h) code = fail(error, LVM_FORMAT, "%s: is no cache of lvm", path);
+    if (code == LVM_OK) code = cache_read(&r, &h, sizeof h, error);
+    if (code == LVM_OK) code = check_cache_head(ctx, &h, path, size, error);
+    if (code == LVM_OK) {
+        uint8_t *page = mem_alloc(1, h.page_bytes, error);
+        code = page == NULL ? LVM_MEMORY : read_cache(ctx, &r, &h, page, error);
+        mem_free(page);
+    }
+    close(r.fd);
+    if (code == LVM_OK) ctx->n_ids = ctx->n_fed = (int)h.n_tokens;
+    else forget(ctx);
+    return code;
+}
+
+/* =================================================================================================
+   Chapter 9.  Visual sentences: prompts by the line
+
+   A set of prompts is a file of JSON lines (RFC 8259, one object a line), as the published
+   evaluation reads them:
+
+       {"input": [pictures], "target": [pictures]}               perplexity of the targets
+       {"input": [pictures], "output": "name"}                   what to predict, where to put it
+       {"input": [pictures], "choices": [pictures], "answer": n} a puzzle, choices counted from 0
+
+   A picture is a path or the array of its tokens; "input_tokens", "target_tokens", "output_tokens"
+   and "choices_tokens" hold tokens alone: numbers, arrays of numbers or base64 (RFC 4648) of
+   little-endian int32, any number of whole pictures. An "output" counts as target where there is no
+   other. Keys with other names are skipped. */
+
+struct picture {
+    char *path;   /* NULL where the line gives tokens */
+    int32_t *ids; /* [T], or NULL */
+};
+
+struct pictures {
+    struct picture *list;
+    int n, room;
+};
+
+struct sentence {
+    struct pictures input, target, choices;
+    char *output; /* NULL: none */
+    int answer;   /* -1: unknown */
+};
+
+/* A line being read; the first fault ends it. */
+struct json {
+    const char *file;
+    int line;
+    const char *s;
+    size_t n, at;
+    int T, codes; /* tokens a picture; picture codes */
+    int code;     /* of the first fault, which stands in error */
+    lvm_error *error;
+};
+
+static void json_fail(struct json *j, const char *fault) {
+    if (j->code == LVM_OK)
+        j->code = fail(j->error, LVM_FORMAT, "%s: line %d: %s (at character %zu)", j->file, j->line,
+                       fault, j->at + 1);
+}
+
+static int json_peek(struct json *j) {
+    while (j->at < j->n && strchr(" \t\r", j->s[j->at]) != NULL && j->s[j->at] != 0) j->at++;
+    return j->code == LVM_OK && j->at < j->n ? (unsigned char)j->s[j->at] : 0;
+}
+
+/* Takes a character if it is the next one. */
+static int json_take(struct json *j, int c) {
+    if (json_peek(j) != c) return 0;
+    j->at++;
+    return 1;
+}
+
+static void json_want(struct json *j, int c, const char *fault) {
+    if (!json_take(j, c)) json_fail(j, fault);
+}
+
+/* After an element of an array or object: 1 when another follows, 0 at its end. */
+static int json_more(struct json *j, int end) {
+    if (json_take(j, ',')) return 1;
+    json_want(j, end, end == ']' ? "an array lacks , or ]" : "an object lacks , or }");
+    return 0;
+}
+
+static uint32_t json_hex4(struct json *j) {
+    uint32_t v = 0;
+    for (int i = 0; i < 4; i++, j->at++) {
+        int c = j->at < j->n ? (unsigned char)j->s[j->at] : 0;
+        if (!isxdigit(c)) {
+            json_fail(j, "\\u takes four hexadecimal digits");
+            return '?';
+        }
+        v = v << 4 | (uint32_t)(isdigit(c) ? c - '0' : (c | 32) - 'a' + 10);
+    }
+    return v;
+}
+
+/* What stands behind a backslash, as UTF-8; returns its bytes. */
+static int json_escape(struct json *j, char *out) {
+    static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
+    int c = j->at < j->n ? j->s[j->at++] : 0;
+    const char *simple = c != 0 ? strchr(from, c) : NULL;
+    if (simple != NULL) {
+        *out = to[simple - from];
+        return 1;
+    }
+    if (c != 'u') {
+        json_fail(j, "an unknown \\ in a string");
+        return 0;
+    }
+    uint32_t u = json_hex4(j);
+    if (u >> 10 == 0x36 && j->n - j->at >= 6 && memcmp(j->s + j->at, "\\u", 2) == 0) {
+        j->at += 2;
+        uint32_t low = json_hex4(j);
+        u = low >> 10 == 0x37 ? 0x10000 + ((u & 0x3ff) << 10 | (low & 0x3ff)) : 0;
+    }
+    if (u == 0 || u >> 11 == 0x1b) json_fail(j, "a string holds half a character or a zero");
+    int more = u < 0x80 ? 0 : u < 0x800 ? 1 : u < 0x10000 ? 2 : 3;
+    static const uint8_t lead[4] = {0, 0xc0, 0xe0, 0xf0};
+    out[0] = (char)(lead[more] | u >> 6 * more);
+    for (int i = 1; i <= more; i++) out[i] = (char)(0x80 | (u >> 6 * (more - i) & 0x3f));
+    return more + 1;
+}
+
+/* A string as allocated text; NULL after a fault. */
+static char *json_string(struct json *j) {
+    json_want(j, '"', "a string should stand here");
+    char *text = j->code == LVM_OK ? mem_alloc(j->n - j->at + 1, 1, j->error) : NULL;
+    size_t n = 0;
+    if (j->code == LVM_OK && text == NULL) j->code = LVM_MEMORY;
+    while (j->code == LVM_OK && j->at < j->n && j->s[j->at] != '"') {
+        char c = j->s[j->at++];
+        if (c == '\\') n += (size_t)json_escape(j, text + n);
+        else if (c == 0) json_fail(j, "a string holds half a character or a zero");
+        else text[n++] = c;
+    }
+    if (j->code == LVM_OK) json_want(j, '"', "a string does not end");
+    if (j->code == LVM_OK) return text;
+    mem_free(text);
+    return NULL;
+}
+
+/* A whole number in [0, below). */
+static int json_int(struct json *j, int below, const char *fault) {
+    int64_t v = 0;
+    int c = json_peek(j), digits = 0;
+    for (; isdigit(c) && v < below; c = j->at < j->n ? j->s[j->at] : 0, digits++) {
+        v = v * 10 + (c - '0');
+        j->at++;
+    }
+    if (digits == 0 || v >= below || c == '.' || c == 'e' || c == 'E') json_fail(j, fault);
+    return j->code == LVM_OK ? (int)v : 0;
+}
+
+/* A character of a number, true, false or null. */
+static int is_json_scalar(char c) { return c != 0 && strchr("+-.0123456789Eaeflnrstu", c) != NULL; }
+
+/* Steps over a value whose key has no meaning here. */
+static void json_skip(struct json *j, int depth) {
+    int c = json_peek(j);
+    if (depth == 0) json_fail(j, "values lie in each other too deeply");
+    if (c == '"') {
+        mem_free(json_string(j));
+    } else if (c == '[' || c == '{') {
+        int end = c == '[' ? ']' : '}';
+        j->at++;
+        if (json_take(j, end)) return;
+        do {
+            if (c == '{') {
+                mem_free(json_string(j));
+                json_want(j, ':', "a key lacks its :");
+            }
+            json_skip(j, depth - 1);
+        } while (j->code == LVM_OK && json_more(j, end));
+    } else {
+        size_t start = j->at;
+        while (j->at < j->n && is_json_scalar(j->s[j->at])) j->at++;
+        if (j->at == start) json_fail(j, "a value should stand here");
+    }
+}
+
+static void pictures_free(struct pictures *p) {
+    for (int i = 0; i < p->n; i++) {
+        mem_free(p->list[i].path);
+        mem_free(p->list[i].ids);
+    }
+    mem_free(p->list);
+    memset(p, 0, sizeof *p);
+}
+
+static void sentence_free(struct sentence *s) {
+    pictures_free(&s->input);
+    pictures_free(&s->target);
+    pictures_free(&s->choices);
+    mem_free(s->output);
+    memset(s, 0, sizeof *s);
+}
+
+/* Adds a picture, whose path or ids the list owns from now on, also after a failure. */
+static int pictures_add(struct pictures *p, char *path, int32_t *ids, lvm_error *error) {
+    if (p->n == p->room) {
+        int room = p->room * 2 + 16;
+        struct picture *more = mem_alloc((size_t)room, sizeof *more, error);
+        if (more == NULL) {
+            mem_free(path);
+            mem_free(ids);
+            return LVM_MEMORY;
+        }
+        if (p->n > 0) memcpy(more, p->list, (size_t)p->n * sizeof *more);
+        mem_free(p->list);
+        p->list = more;
+        p->room = room;
+    }
+    p->list[p->n++] = (struct picture){path, ids};
+    return LVM_OK;
+}
+
+/* Tokens of whole pictures, gathered in a buffer, become pictures. */
+static void add_tokens(struct json *j, struct buffer *tokens, struct pictures *out) {
+    size_t T = (size_t)j->T, n = tokens->n / sizeof(int32_t);
+    if (j->code == LVM_OK && n % T != 0) json_fail(j, "tokens that are no whole pictures");
+    for (size_t at = 0; j->code == LVM_OK && at < n; at += T) {
+        int32_t *ids = mem_alloc(T, sizeof *ids, j->error);
+        if (ids != NULL) memcpy(ids, tokens->data + at * sizeof *ids, T * sizeof *ids);
+        j->code = ids == NULL ? LVM_MEMORY : pictures_add(out, NULL, ids, j->error);
+    }
+    tokens->n = 0;
+}
+
+static void take_token(struct json *j, struct buffer *tokens) {
+    int32_t id = json_int(j, j->codes, "a token is no picture code");
+    if (j->code == LVM_OK) j->code = buffer_add(tokens, &id, sizeof id, j->error);
+}
+
+static int base64_digit(char c) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    const char *p = c != 0 ? strchr(digits, c) : NULL;
+    return p != NULL ? (int)(p - digits) : -1;
+}
+
+/* Base64 of little-endian int32. */
+static void take_base64(struct json *j, struct buffer *tokens) {
+    char *text = json_string(j);
+    uint32_t bits = 0, id = 0;
+    int held = 0, bytes = 0;
+    size_t n = text != NULL ? strlen(text) : 0, i = 0;
+    for (; j->code == LVM_OK && i < n && base64_digit(text[i]) >= 0; i++) {
+        bits = bits << 6 | (uint32_t)base64_digit(text[i]);
+        held += 6;
+        if (held < 8) continue;
+        held -= 8;
+        id |= (bits >> held & 255) << 8 * bytes++;
+        if (bytes < 4) continue;
+        if (id >= (uint32_t)j->codes) json_fail(j, "a token is no picture code");
+        else j->code = buffer_add(tokens, &id, sizeof id, j->error);
+        id = 0;
+        bytes = 0;
+    }
+    if (j->code == LVM_OK && (bytes != 0 || n - i > 2 || strspn(text + i, "=") != n - i))
+        json_fail(j, "tokens are no base64 of whole int32");
+    mem_free(text);
+}
+
+static void take_string_picture(struct json *j, int only_tokens, struct buffer *tokens,
+                                struct pictures *out) {
+    if (only_tokens) {
+        take_base64(j, tokens);
+        return;
+    }
+    char *path = json_string(j);
+    if (path != NULL) j->code = pictures_add(out, path, NULL, j->error);
+}
+
+/* A picture, or an array of pictures and tokens. */
+static void json_pictures(struct json *j, int only_tokens, struct pictures *out) {
+    struct buffer tokens = {0};
+    if (json_peek(j) == '"') {
+        take_string_picture(j, only_tokens, &tokens, out);
+    } else {
+        json_want(j, '[', "a list of pictures should stand here");
+        int more = j->code == LVM_OK && !json_take(j, ']');
+        for (; more && j->code == LVM_OK; more = j->code == LVM_OK && json_more(j, ']')) {
+            int c = json_peek(j);
+            if (c == '"') {
+                add_tokens(j, &tokens, out);
+                take_string_picture(j, only_tokens, &tokens, out);
+            } else if (json_take(j, '[')) {
+                if (json_take(j, ']')) continue;
+                do take_token(j, &tokens);
+                while (j->code == LVM_OK && json_more(j, ']'));
+                add_tokens(j, &tokens, out);
+            } else {
+                take_token(j, &tokens);
+            }
+        }
+    }
+    add_tokens(j, &tokens, out);
+    mem_free(tokens.data);
+}
+
+static void json_member(struct json *j, const char *key, struct sentence *s) {
+    struct { const char *name; struct pictures *list;
+    } lists[] = {{"input", &s->input}, {"target", &s->target}, {"choices", &s->choices},
+                 {"output", &s->target}};
+    for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) {
+        size_t n = strlen(lists[i].name);
+        int only_tokens = strcmp(key + (strlen(key) < n ? 0 : n), "_tokens") == 0;
+        if (strncmp(key, lists[i].name, n) != 0 || (key[n] != 0 && !only_tokens)) continue;
+        if (strcmp(key, "output") == 0 && json_peek(j) == '"') {
+            mem_free(s->output);
+            s->output = json_string(j);
+        } else {
+            json_pictures(j, only_tokens, lists[i].list);
+        }
+        return;
+    }
+    if (strcmp(key, "answer") == 0) s->answer = json_int(j, 1 << 20, "\"answer\" is no number");
+    else json_skip(j, 32);
+}
+
+/* Reads one line; s is freed by sentence_free, also after a failure. */
+static int parse_sentence(struct json *j, struct sentence *s) {
+    memset(s, 0, sizeof *s);
+    s->answer = -1;
+    json_want(j, '{', "a line is an object: {\"input\": [...], ...}");
+    int more = j->code == LVM_OK && !json_take(j, '}');
+    while (more) {
+        char *key = json_string(j);
+        json_want(j, ':', "a key lacks its :");
+        if (j->code == LVM_OK) json_member(j, key, s);
+        mem_free(key);
+        more = j->code == LVM_OK && json_more(j, '}');
+    }
+    if (json_peek(j) != 0 || (j->code == LVM_OK && j->at < j->n))
+        json_fail(j, "something stands behind the object");
+    if (j->code == LVM_OK && s->answer >= s->choices.n && s->answer >= 0)
+        json_fail(j, "\"answer\" is none of the choices");
+    return j->code;
+}
+
 /* =================================================================================================
    Chapter 10.  Images
 
@@ -6205,22 +6914,28 @@ enum command_bit {
     INFO = 8,
     QUANTIZE = 16,
     HELP = 32,
-    RUNS = PREDICT | ENCODE | DECODE
+    RANK = 64,
+    EVAL = 128,
+    BATCH = 256,
+    SAMPLES = PREDICT | BATCH,
+    READS = PREDICT | RANK | EVAL | BATCH, /* pictures as a prompt */
+    RUNS = READS | ENCODE | DECODE
 };
 
 struct cli {
     const char **words; /* arguments that are no options */
-    int n_words;
-    const char *out, *rules;
-    int images, candidates, flags, force, quiet, list, type, vq_type;
+    int n_words, split; /* split: words in front of a lone --, or -1 */
+    const char *out, *rules, *base, *sheet, *cache, *resize;
+    int images, candidates, flags, force, quiet, list, type, vq_type, preset, lines, grid, json;
     lvm_sampling sampling;
     lvm_options options;
 };
 
-enum option_kind { FLAG, TEXT, INTEGER, NUMBER, SEED, TYPE };
+enum option_kind { FLAG, TEXT, INTEGER, NUMBER, SEED, TYPE, WORD };
 
 /* where: offset of the value in struct cli. low, high: bounds of a number; of a TYPE high is the
-   set of those allowed, bit i for entry i of type_table. */
+   set of those allowed, bit i for entry i of type_table; of a WORD the argument lists those
+   allowed, and the value is the number of the one that is given. */
 struct option {
     char letter;
     const char *name, *argument;
@@ -6233,25 +6948,45 @@ struct option {
 
 #define AT(field) offsetof(struct cli, field)
 static const struct option option_table[] = {
-    {'o', "output", "FILE", RUNS, TEXT, AT(out), 0, 0, "where to write (out.png; encode: stdout)"},
-    {'n', "images", "N", PREDICT, INTEGER, AT(images), 1, 1 << 11,
+    {'o', "output", "FILE", PREDICT | ENCODE | DECODE, TEXT, AT(out), 0, 0,
+     "where to write (out.png; encode: stdout)"},
+    {'o', "output", "FOLDER", BATCH, TEXT, AT(out), 0, 0,
+     "where outputs go (the working directory)"},
+    {'n', "images", "N", SAMPLES, INTEGER, AT(images), 1, 1 << 11,
      "pictures to predict, one after the other (1)"},
-    {'c', "candidates", "N", PREDICT, INTEGER, AT(candidates), 1, MAX_SEQUENCES,
+    {'c', "candidates", "N", SAMPLES, INTEGER, AT(candidates), 1, MAX_SEQUENCES,
      "different answers (1)"},
-    {'t', "temperature", "T", PREDICT, NUMBER, AT(sampling.temperature), 1e-3, 100,
+    {'t', "temperature", "T", SAMPLES, NUMBER, AT(sampling.temperature), 1e-3, 100,
      "0.001 to 100 (1)"},
-    {'p', "top-p", "P", PREDICT, NUMBER, AT(sampling.top_p), 1e-6, 1,
+    {'p', "top-p", "P", SAMPLES, NUMBER, AT(sampling.top_p), 1e-6, 1,
      "keep the likeliest that hold P (0.9)"},
-    {'k', "top-k", "K", PREDICT, INTEGER, AT(sampling.top_k), 0, 1 << 20,
+    {'k', "top-k", "K", SAMPLES, INTEGER, AT(sampling.top_k), 0, 1 << 20,
      "keep the K likeliest (0: all)"},
-    {'s', "seed", "N", PREDICT, SEED, AT(sampling.seed), 0, 0,
+    {'s', "seed", "N", SAMPLES, SEED, AT(sampling.seed), 0, 0,
      "the same seed gives the same picture (1)"},
-    {0, "greedy", NULL, PREDICT, FLAG, AT(sampling.greedy), 0, 0, "always the likeliest token"},
+    {0, "greedy", NULL, SAMPLES, FLAG, AT(sampling.greedy), 0, 0, "always the likeliest token"},
+    {0, "preset", "lvm|delvm", SAMPLES, WORD, AT(preset), 0, 0,
+     "the published programs' temperature, top-p and top-k"},
+    {0, "window", "N", READS, INTEGER, AT(options.window), 2, 1 << 16,
+     "pictures in the context (all that fit, at most 16)"},
+    {0, "fit", "squash|crop", READS | ENCODE, WORD, AT(options.fit), 0, 0,
+     "how pictures become square (squash)"},
+    {0, "sheet", "FILE", PREDICT, TEXT, AT(sheet), 0, 0, "prompt and answers in one picture too"},
+    {0, "cache", "FILE", PREDICT | RANK, TEXT, AT(cache), 0, 0,
+     "keep the work on all but the last picture here"},
+    {0, "base", "FOLDER", EVAL | BATCH, TEXT, AT(base), 0, 0,
+     "where the pictures of the set are (beside it)"},
+    {0, "lines", "N", EVAL | BATCH, INTEGER, AT(lines), 1, INT32_MAX, "only the first N lines"},
+    {0, "grid", NULL, BATCH, FLAG, AT(grid), 0, 0,
+     "inputs in front of the answers, in one picture"},
+    {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
+     "size of an answer, or \"original\": the last input's"},
+    {0, "json", NULL, RANK | EVAL | BATCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
     {'j', "threads", "N", RUNS, INTEGER, AT(options.threads), 1, 1024,
      "threads (the processors allowed)"},
     {0, "exact", NULL, RUNS, FLAG, AT(options.exact), 0, 0,
      "f32 arithmetic from quantised weights too"},
-    {0, "kv", "TYPE", PREDICT, TYPE, AT(options.kv_type), 0, 11,
+    {0, "kv", "TYPE", READS, TYPE, AT(options.kv_type), 0, 11,
      "cache: f32, f16 or q8_0 (by the weights)"},
     {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0,
      "read the weights instead of mapping them"},
@@ -6262,7 +6997,8 @@ static const struct option option_table[] = {
     {0, "rules", "P=T,...", QUANTIZE, TEXT, AT(rules), 0, 0,
      "types by tensor name, * for anything, first match"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
-    {0, "force", NULL, QUANTIZE, FLAG, AT(force), 0, 0, "replace an existing file"},
+    {0, "force", NULL, QUANTIZE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
+     "replace an existing weights file"},
     {'q', "quiet", NULL, RUNS, FLAG, AT(quiet), 0, 0, "no progress, no notes"}};
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
@@ -6276,6 +7012,9 @@ struct command {
 static int run_predict(struct cli *cli);
 static int run_encode(struct cli *cli);
 static int run_decode(struct cli *cli);
+static int run_rank(struct cli *cli);
+static int run_eval(struct cli *cli);
+static int run_batch(struct cli *cli);
 static int run_info(struct cli *cli);
 static int run_quantize(struct cli *cli);
 static int run_help(struct cli *cli);
@@ -6287,6 +7026,11 @@ static const struct command command_table[] = {
      "pictures to token ids, one line a picture"},
     {"decode", DECODE, run_decode, "decode WEIGHTS TOKENS",
      "token ids (a file, or - for stdin) to pictures"},
+    {"rank", RANK, run_rank, "rank WEIGHTS IMAGE|FOLDER... -- CHOICE...",
+     "which choice continues a visual sentence best"},
+    {"eval", EVAL, run_eval, "eval WEIGHTS SET.jsonl",
+     "perplexity of target pictures, answers of puzzles"},
+    {"batch", BATCH, run_batch, "batch WEIGHTS SET.jsonl", "predictions for many prompts"},
     {"info", INFO, run_info, "info WEIGHTS", "what is in a weights file"},
     {"quantize", QUANTIZE, run_quantize, "quantize IN OUT",
      "rewrite a weights file with other types"},
@@ -6324,6 +7068,18 @@ static int set_type(void *to, int allowed, const char *shown, const char *value)
     return complain("%s: \"%s\" is none of the types it takes:%s", shown, value, names) + 1;
 }
 
+/* The number of value in "first|second|...", or -1. */
+static int word_index(const char *list, const char *value) {
+    size_t n = strlen(value);
+    for (int i = 0; n > 0; i++) {
+        size_t word = strcspn(list, "|");
+        if (word == n && memcmp(list, value, n) == 0) return i;
+        if (list[word] == 0) break;
+        list += word + 1;
+    }
+    return -1;
+}
+
 /* Stores an option's value; 0, or a message and 2. */
 static int set_option(struct cli *cli, const struct option *o, const char *shown,
                       const char *value) {
@@ -6335,6 +7091,10 @@ static int set_option(struct cli *cli, const struct option *o, const char *shown
         *(const char **)(void *)to = value;
     } else if (o->kind == TYPE) {
         return set_type(to, (int)o->high, shown, value);
+    } else if (o->kind == WORD) {
+        int i = word_index(o->argument, value);
+        if (i < 0) return complain("%s: \"%s\" is not %s", shown, value, o->argument) + 1;
+        *(int *)(void *)to = i;
     } else if (o->kind == SEED) {
         *(uint64_t *)(void *)to = strtoull(value, &end, 10);
         if (end == value || *end != 0 || errno != 0 || !isdigit((unsigned char)*value))
@@ -6350,12 +7110,15 @@ static int set_option(struct cli *cli, const struct option *o, const char *shown
     return 0;
 }
 
-/* Finds the option that an argument names; *value points behind "=" or a letter, or is NULL. */
-static const struct option *match_option(const char *arg, const char **value) {
+/* Finds the option of a command that an argument names; *value points behind "=" or a letter, or is
+   NULL. */
+static const struct option *match_option(const struct command *c, const char *arg,
+                                         const char **value) {
     *value = NULL;
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &option_table[i];
         size_t n = strlen(o->name);
+        if ((o->commands & c->bit) == 0) continue;
         if (arg[1] == '-' && strncmp(arg + 2, o->name, n) == 0 &&
             (arg[2 + n] == 0 || arg[2 + n] == '=')) {
             if (arg[2 + n] == '=') *value = arg + 3 + n;
@@ -6381,10 +7144,11 @@ static int parse_arguments(struct cli *cli, const struct command *c, int argc, c
         }
         if (strcmp(arg, "--") == 0) {
             only_words = 1;
+            cli->split = cli->n_words;
             continue;
         }
-        const struct option *o = match_option(arg, &value);
-        if (o == NULL || (o->commands & c->bit) == 0)
+        const struct option *o = match_option(c, arg, &value);
+        if (o == NULL)
             return complain("%s: unknown option %s (lvm help %s lists them)", c->name, arg,
                             c->name) +
                    1;
@@ -6445,7 +7209,7 @@ static void on_interrupt(int signal_number) {
 }
 
 struct bar {
-    int shown;
+    int shown, whole; /* whole: of a set, whose lines count and not their stages */
     double started, drawn;
     char stage[16];
 };
@@ -6479,8 +7243,13 @@ static void draw_bar(struct bar *b, const char *stage, int64_t done, int64_t all
 
 static int on_progress(void *user, const char *stage, int64_t done, int64_t all) {
     struct bar *b = user;
-    if (b->shown && strcmp(stage, "layers") != 0) draw_bar(b, stage, done, all);
+    if (b->shown && !b->whole && strcmp(stage, "layers") != 0) draw_bar(b, stage, done, all);
     return interrupted;
+}
+
+/* Clears the line for what is printed next. */
+static void hide_bar(const struct bar *b) {
+    if (b->shown) fputs("\r\033[K", stderr);
 }
 
 /* ---- Pictures named on the command line ---- */
@@ -6496,6 +7265,15 @@ static void paths_free(struct paths *p) {
     memset(p, 0, sizeof *p);
 }
 
+/* folder/name, allocated; the name alone where folder is empty. */
+static char *join_path(const char *folder, const char *name, lvm_error *error) {
+    size_t n = strlen(folder), bytes = n + strlen(name) + 2;
+    char *path = mem_alloc(bytes, 1, error);
+    if (path != NULL)
+        snprintf(path, bytes, "%s%s%s", folder, n > 0 && folder[n - 1] != '/' ? "/" : "", name);
+    return path;
+}
+
 static int paths_add(struct paths *p, const char *folder, const char *name, lvm_error *error) {
     if (p->n == p->room) {
         int room = p->room * 2 + 16;
@@ -6506,12 +7284,8 @@ static int paths_add(struct paths *p, const char *folder, const char *name, lvm_
         p->path = more;
         p->room = room;
     }
-    size_t bytes = strlen(folder) + strlen(name) + 2;
-    char *path = mem_alloc(bytes, 1, error);
-    if (path == NULL) return LVM_MEMORY;
-    snprintf(path, bytes, "%s%s%s", folder, *folder != 0 ? "/" : "", name);
-    p->path[p->n++] = path;
-    return LVM_OK;
+    p->path[p->n] = join_path(folder, name, error);
+    return p->path[p->n] != NULL ? (p->n++, LVM_OK) : LVM_MEMORY;
 }
 
 /* Natural order: runs of digits compare as numbers, so 2.png stands before 10.png. */
@@ -6540,21 +7314,32 @@ static int compare_paths(const void *a, const void *b) {
     return order != 0 ? order : strcmp(x, y);
 }
 
-static int ends_with_png(const char *name) {
-    size_t n = strlen(name);
-    return n > 4 && (strcmp(name + n - 4, ".png") == 0 || strcmp(name + n - 4, ".PNG") == 0);
+/* What follows the last dot of a file name, or "". */
+static const char *extension(const char *name) {
+    const char *dot = strrchr(name, '.'), *slash = strrchr(name, '/');
+    return dot != NULL && (slash == NULL || dot > slash) ? dot + 1 : "";
 }
 
-/* The PNG files of a folder in natural order; folders inside it are not entered. */
+/* 1 when a file name ends in one of "first|second|...", in small or capital letters. */
+static int has_extension(const char *name, const char *list) {
+    char small[8] = "";
+    const char *e = extension(name);
+    for (int i = 0; i < 7 && e[i] != 0; i++) small[i] = (char)tolower((unsigned char)e[i]);
+    return strlen(e) < sizeof small && word_index(list, small) >= 0;
+}
+
+/* The pictures of a folder in natural order; folders inside it are not entered. */
 static int add_folder(struct paths *p, const char *folder, lvm_error *error) {
     DIR *dir = opendir(folder);
     int code = LVM_OK, first = p->n;
     if (dir == NULL) return fail(error, LVM_IO, "%s: %s", folder, strerror(errno));
     for (struct dirent *entry; code == LVM_OK && (entry = readdir(dir)) != NULL;)
-        if (ends_with_png(entry->d_name)) code = paths_add(p, folder, entry->d_name, error);
+        if (has_extension(entry->d_name, "png|jpg|jpeg|ppm|pgm|pnm|pbm"))
+            code = paths_add(p, folder, entry->d_name, error);
     closedir(dir);
     if (code == LVM_OK && p->n == first)
-        code = fail(error, LVM_INVALID, "%s: this folder holds no PNG pictures", folder);
+        code = fail(error, LVM_INVALID, "%s: this folder holds no pictures (png, jpg, ppm)",
+                    folder);
     if (code == LVM_OK)
         qsort(p->path + first, (size_t)(p->n - first), sizeof *p->path, compare_paths);
     return code;
@@ -6565,8 +7350,24 @@ static int is_folder(const char *path) {
     return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
 }
 
-static int collect_paths(struct paths *p, const char **words, int n, lvm_error *error) {
-    int code = LVM_OK;
+/* Says so where names stand in the order 1, 10, 2, as a shell sorts them. */
+static void note_order(const char **words, int n) {
+    int lexical = n > 2, natural = 1;
+    for (int i = 1; i < n; i++) {
+        lexical &= strcmp(words[i - 1], words[i]) <= 0;
+        natural &= compare_natural(words[i - 1], words[i]) <= 0;
+    }
+    if (lexical && !natural)
+        fputs("lvm: note: the pictures stand in the order 1, 10, 2; their folder, named instead of "
+              "them, gives 1, 2, 10\n",
+              stderr);
+}
+
+static int collect_paths(const struct cli *cli, struct paths *p, int first, int last,
+                         lvm_error *error) {
+    const char **words = cli->words + first;
+    int n = last - first, code = LVM_OK;
+    if (!cli->quiet) note_order(words, n);
     for (int i = 0; code == LVM_OK && i < n; i++)
         code = is_folder(words[i]) ? add_folder(p, words[i], error)
                                    : paths_add(p, "", words[i], error);
@@ -6605,17 +7406,35 @@ static char *output_name(const char *base, int image, int images, int candidate,
     return name;
 }
 
-/* Refuses an output that is one of the inputs. */
-static int check_output(const char *name, const char *weights, const struct paths *p,
+static int begins_with(const char *path, const char *magic) {
+    char start[8] = "";
+    FILE *f = fopen(path, "rb");
+    if (f == NULL) return 0;
+    size_t n = fread(start, 1, sizeof start, f);
+    fclose(f);
+    return n >= strlen(magic) && memcmp(start, magic, strlen(magic)) == 0;
+}
+
+/* Refuses an output that is one of the inputs, or a weights file. */
+static int check_output(const struct cli *cli, const char *name, const struct paths *p,
                         lvm_error *error) {
-    if (same_file(name, weights))
+    if (same_file(name, cli->words[0]))
         return fail(error, LVM_INVALID, "%s: is the weights file; choose another output with -o",
                     name);
+    if (!cli->force && begins_with(name, "GGUF"))
+        return fail(error, LVM_INVALID, "%s: is a weights file; --force replaces it", name);
     for (int i = 0; i < p->n; i++)
         if (same_file(name, p->path[i]))
             return fail(error, LVM_INVALID, "%s: is an input too; choose another output with -o",
                         name);
     return LVM_OK;
+}
+
+/* Refuses a name that asks for another format of pictures; 0, or a message and 2. */
+static int check_png_name(const char *name) {
+    if (name == NULL || !has_extension(name, "jpg|jpeg|webp|gif|bmp|tif|tiff|ppm|heic|avif"))
+        return 0;
+    return complain("%s: lvm writes PNG pictures; choose a name that ends in .png", name) + 1;
 }
 
 /* "-o -" asks for standard output. */
@@ -6644,11 +7463,76 @@ static int save_images(const struct cli *cli, const lvm_image *images, int n, in
             for (int c = 0; code == LVM_OK && c < candidates; c++) {
                 char *name = output_name(base, i, n, c, candidates, error);
                 if (name == NULL) return LVM_MEMORY;
-                if (pass == 0) code = check_output(name, cli->words[0], inputs, error);
+                if (pass == 0) code = check_output(cli, name, inputs, error);
                 if (pass == 1) code = lvm_image_save(name, &images[c * n + i], error);
                 if (pass == 1 && code == LVM_OK) printf("%s\n", name);
                 mem_free(name);
             }
+    return code;
+}
+
+/* ---- Several pictures in one ---- */
+
+enum { SHEET_COLUMNS = 8, SHEET_GAP = 8, SHEET_FRAME = 5 };
+
+static void fill_rectangle(lvm_image *image, int x, int y, int width, int height,
+                           const uint8_t *color) {
+    for (int row = y; row < y + height; row++)
+        for (int column = x; column < x + width; column++)
+            memcpy(image->rgb + ((size_t)row * (size_t)image->width + (size_t)column) * RGB, color,
+                   RGB);
+}
+
+/* tiles[n], all of one size or empty, in rows of so many columns, on white, with a gap around each
+   and an orange frame in it where framed says so (NULL: nowhere). */
+static int compose(const lvm_image *tiles, int n, int columns, int gap, const uint8_t *framed,
+                   lvm_image *out, lvm_error *error) {
+    static const uint8_t white[RGB] = {255, 255, 255}, orange[RGB] = {240, 128, 32};
+    int w = tiles[0].width, h = tiles[0].height, rows = (n + columns - 1) / columns;
+    int64_t width = columns * ((int64_t)w + gap) + gap, height = rows * ((int64_t)h + gap) + gap;
+    if (!image_sides_ok(width, height))
+        return fail(error, LVM_UNSUPPORTED, "a picture of %lld x %lld is too large",
+                    (long long)width, (long long)height);
+    int code = image_new(out, (int)width, (int)height, error);
+    if (code != LVM_OK) return code;
+    fill_rectangle(out, 0, 0, out->width, out->height, white);
+    for (int i = 0; i < n; i++) {
+        int x = gap + i % columns * (w + gap), y = gap + i / columns * (h + gap), f = SHEET_FRAME;
+        if (tiles[i].rgb == NULL) continue;
+        if (framed != NULL && framed[i])
+            fill_rectangle(out, x - f, y - f, w + 2 * f, h + 2 * f, orange);
+        for (int row = 0; row < h; row++)
+            memcpy(out->rgb + ((size_t)(y + row) * (size_t)width + (size_t)x) * RGB,
+                   tiles[i].rgb + (size_t)row * (size_t)w * RGB, (size_t)w * RGB);
+    }
+    return LVM_OK;
+}
+
+/* The prompt, then the answers in frames; every further candidate in rows of its own. The tiles
+   borrow the answers' pixels and own the prompt's. */
+static int save_sheet(const struct cli *cli, const lvm_ctx *ctx, const lvm_image *prompt, int n,
+                      const lvm_image *answers, lvm_error *error) {
+    int columns = n + cli->images < SHEET_COLUMNS ? n + cli->images : SHEET_COLUMNS, used = n;
+    int most = n + cli->candidates * round_up(cli->images, columns) + columns, code = LVM_OK;
+    lvm_image *tiles = mem_alloc((size_t)most, sizeof *tiles, error), sheet = {.rgb = NULL};
+    uint8_t *framed = mem_alloc((size_t)most, 1, error);
+    if (tiles == NULL || framed == NULL) code = LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i < n; i++)
+        code = fit_image(&prompt[i], ctx->m->info.resolution, ctx->o.fit, &tiles[i], error);
+    for (int c = 0; code == LVM_OK && c < cli->candidates; c++) {
+        if (c > 0) used = round_up(used, columns);
+        for (int i = 0; i < cli->images; i++, used++) {
+            tiles[used] = answers[c * cli->images + i];
+            framed[used] = 1;
+        }
+    }
+    if (code == LVM_OK) code = compose(tiles, used, columns, SHEET_GAP, framed, &sheet, error);
+    if (code == LVM_OK) code = lvm_image_save(cli->sheet, &sheet, error);
+    if (code == LVM_OK) printf("%s\n", cli->sheet);
+    for (int i = 0; tiles != NULL && i < n; i++) lvm_image_free(&tiles[i]);
+    mem_free(tiles);
+    mem_free(framed);
+    lvm_image_free(&sheet);
     return code;
 }
 
@@ -6681,32 +7565,83 @@ static int finish(const lvm_error *error, int code) {
     return code == LVM_OK ? 0 : complain("%s", error->text);
 }
 
-static int predict_images(struct cli *cli, struct session *s, const struct paths *p,
-                          lvm_error *error) {
-    lvm_info info = lvm_model_info(s->model);
-    int most = info.window_images - 1, first = p->n > most ? p->n - most : 0;
-    int code = need(s->ctx, info.has_tokenizer, "tokenizer", error);
-    if (code == LVM_OK) code = need(s->ctx, info.has_transformer, "transformer", error);
-    if (code == LVM_OK && most < 1)
+/* Both parts, and room for a prompt. */
+static int need_all(const struct cli *cli, const struct session *s, lvm_error *error) {
+    const lvm_info *i = &s->model->info;
+    int code = need(s->ctx, i->has_tokenizer, "tokenizer", error);
+    if (code == LVM_OK) code = need(s->ctx, i->has_transformer, "transformer", error);
+    if (code == LVM_OK && s->ctx->o.window < 2)
         code = fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt picture",
-                    cli->words[0], info.context_length);
+                    cli->words[0], i->context_length);
+    return code;
+}
+
+/* The state that an earlier call kept; one that does not fit is made anew. */
+static int load_cache(const struct cli *cli, struct session *s, lvm_error *error) {
+    struct stat st;
+    lvm_error fault = {0, ""};
+    if (stat(cli->cache, &st) != 0) return LVM_OK;
+    if (!begins_with(cli->cache, "LVMCACHE"))
+        return fail(error, LVM_INVALID, "%s: exists and is no cache of lvm; choose another file",
+                    cli->cache);
+    int code = lvm_cache_load(s->ctx, cli->cache, &fault);
+    if (code == LVM_IO || code == LVM_MEMORY) return fail(error, code, "%s", fault.text);
+    if (code != LVM_OK && !cli->quiet)
+        fprintf(stderr, "lvm: note: %s; it is made anew\n", fault.text);
+    return LVM_OK;
+}
+
+/* Reads the prompt; with --cache all but its last picture from there, or into there. */
+static int prompt_images(const struct cli *cli, struct session *s, const lvm_image *images, int n,
+                         lvm_error *error) {
+    lvm_ctx *ctx = s->ctx;
+    if (cli->cache == NULL) return lvm_prompt_images(ctx, images, n, error);
+    int code = load_cache(cli, s, error);
     if (code != LVM_OK) return code;
+    int32_t *kept = mem_alloc((size_t)ctx->n_ids + 1, sizeof *kept, error);
+    if (kept == NULL) return LVM_MEMORY;
+    int n_kept = ctx->n_ids,
+        shots = (s->model->info.bos >= 0) + (n - 1) * s->model->info.tokens_per_image;
+    memcpy(kept, ctx->ids, (size_t)n_kept * sizeof *kept);
+    code = lvm_prompt_images(ctx, images, n, error);
+    int same = code == LVM_OK && n_kept >= shots &&
+               memcmp(kept, ctx->ids, (size_t)shots * sizeof *kept) == 0;
+    if (code == LVM_OK && shots > 0 && !same) code = lvm_cache_save(ctx, cli->cache, shots, error);
+    mem_free(kept);
+    return code;
+}
+
+/* The pictures of a prompt that count, the last ones, loaded. */
+static lvm_image *load_prompt(const struct cli *cli, const struct session *s, const struct paths *p,
+                              int *n, lvm_error *error) {
+    int most = s->ctx->o.window - 1, first = p->n > most ? p->n - most : 0;
     if (!cli->quiet && first > 0)
         fprintf(stderr, "lvm: note: %d pictures given, the last %d count (the context holds %d)\n",
                 p->n, most, most + 1);
-    char *name = output_name(cli->out != NULL ? cli->out : "out.png", 0, cli->images, 0,
-                             cli->candidates, error);
-    code = name == NULL ? LVM_MEMORY : check_output(name, cli->words[0], p, error);
-    mem_free(name);
+    *n = p->n - first;
+    return load_images(p, first, error);
+}
+
+static int predict_images(struct cli *cli, struct session *s, const struct paths *p,
+                          lvm_error *error) {
+    int n = 0, answers = cli->images * cli->candidates, code = need_all(cli, s, error);
     if (code != LVM_OK) return code;
-    lvm_image *images = load_images(p, first, error);
-    lvm_image *out = mem_alloc((size_t)cli->images * (size_t)cli->candidates, sizeof *out, error);
-    code = images == NULL || out == NULL ? error->code
-                                         : lvm_predict(s->ctx, images, p->n - first, &cli->sampling,
-                                                       cli->candidates, cli->images, out, error);
+    const char *base = cli->out != NULL ? cli->out : "out.png";
+    char *name = output_name(base, 0, cli->images, 0, cli->candidates, error);
+    code = name == NULL ? LVM_MEMORY : check_output(cli, name, p, error);
+    mem_free(name);
+    if (code == LVM_OK && cli->sheet != NULL) code = check_output(cli, cli->sheet, p, error);
+    if (code != LVM_OK) return code;
+    lvm_image *images = load_prompt(cli, s, p, &n, error);
+    lvm_image *out = mem_alloc((size_t)answers, sizeof *out, error);
+    code = images == NULL || out == NULL ? error->code : prompt_images(cli, s, images, n, error);
+    if (code == LVM_OK)
+        code =
+            lvm_generate_images(s->ctx, &cli->sampling, cli->candidates, cli->images, out, error);
     if (code == LVM_OK) code = save_images(cli, out, cli->images, cli->candidates, p, error);
-    free_images(images, p->n - first);
-    free_images(out, cli->images * cli->candidates);
+    if (code == LVM_OK && cli->sheet != NULL) code = save_sheet(cli, s->ctx, images, n, out, error);
+    if (images != NULL) free_images(images, n);
+    free_images(out, answers);
     return code;
 }
 
@@ -6717,37 +7652,16 @@ static int run_predict(struct cli *cli) {
                1;
     if (to_stdout(cli) && cli->images * cli->candidates > 1)
         return complain("-o -: standard output takes one picture") + 1;
+    if (check_png_name(cli->out) != 0 || check_png_name(cli->sheet) != 0) return 2;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct paths p = {0};
-    int code = collect_paths(&p, cli->words + 1, cli->n_words - 1, &error);
+    int code = collect_paths(cli, &p, 1, cli->n_words, &error);
     if (code == LVM_OK) code = session_open(&s, cli, &error);
     if (code == LVM_OK) code = predict_images(cli, &s, &p, &error);
     session_close(&s);
     paths_free(&p);
     return finish(&error, code);
-}
-
-/* A growing text. */
-struct buffer {
-    char *data;
-    size_t n, room;
-};
-
-static int buffer_add(struct buffer *b, const char *data, size_t n, lvm_error *error) {
-    if (b->room - b->n < n + 1) {
-        size_t room = b->room * 2 + n + 4096;
-        char *more = mem_alloc(room, 1, error);
-        if (more == NULL) return LVM_MEMORY;
-        if (b->n > 0) memcpy(more, b->data, b->n);
-        mem_free(b->data);
-        b->data = more;
-        b->room = room;
-    }
-    memcpy(b->data + b->n, data, n);
-    b->n += n;
-    b->data[b->n] = 0;
-    return LVM_OK;
 }
 
 /* Ids of one picture after the other, a line each. */
@@ -6778,8 +7692,8 @@ static int run_encode(struct cli *cli) {
     struct paths p = {0};
     struct buffer text = {0};
     const char *out = to_stdout(cli) ? NULL : cli->out;
-    int code = collect_paths(&p, cli->words + 1, cli->n_words - 1, &error);
-    if (code == LVM_OK && out != NULL) code = check_output(out, cli->words[0], &p, &error);
+    int code = collect_paths(cli, &p, 1, cli->n_words, &error);
+    if (code == LVM_OK && out != NULL) code = check_output(cli, out, &p, &error);
     if (code == LVM_OK) code = session_open(&s, cli, &error);
     if (code == LVM_OK) code = encode_paths(&s, &p, &text, &error);
     if (code == LVM_OK && out != NULL) code = write_file(out, text.data, text.n, &error);
@@ -6856,6 +7770,7 @@ static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids,
 static int run_decode(struct cli *cli) {
     if (cli->n_words != 2)
         return complain("give a weights file and a file of token ids (lvm help decode)") + 1;
+    if (check_png_name(cli->out) != 0) return 2;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct buffer text = {0};
@@ -6876,6 +7791,570 @@ static int run_decode(struct cli *cli) {
     mem_free(ids);
     session_close(&s);
     return finish(&error, code);
+}
+
+/* ---- Ranking, sets of prompts ---- */
+
+/* nll[i]: of all tokens of choice i, ids[n][T], behind the prompt. */
+static int score_choices(lvm_ctx *ctx, const int32_t *ids, int n, double *nll, lvm_error *error) {
+    int T = ctx->m->info.tokens_per_image, code = LVM_OK;
+    float *each = mem_alloc((size_t)T, sizeof *each, error);
+    if (each == NULL) return LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i < n; i++) {
+        code = lvm_score(ctx, ids + (int64_t)i * T, T, each, error);
+        nll[i] = 0;
+        for (int t = 0; code == LVM_OK && t < T; t++) nll[i] += each[t];
+    }
+    mem_free(each);
+    return code;
+}
+
+static int likeliest(const double *nll, int n) {
+    int best = 0;
+    for (int i = 1; i < n; i++)
+        if (nll[i] < nll[best]) best = i;
+    return best;
+}
+
+/* What softmax makes of the choices' log-likelihoods: the probability of choice i. */
+static double choice_probability(const double *nll, int n, int i) {
+    double sum = 0, least = nll[likeliest(nll, n)];
+    for (int j = 0; j < n; j++) sum += exp_f64(least - nll[j]);
+    return exp_f64(least - nll[i]) / sum;
+}
+
+static void print_json_text(const char *s) {
+    putchar('"');
+    for (; *s != 0; s++) {
+        if (*s == '"' || *s == '\\') printf("\\%c", *s);
+        else if ((unsigned char)*s < 32) printf("\\u%04x", *s);
+        else putchar(*s);
+    }
+    putchar('"');
+}
+
+static void print_json_number(double x) {
+    if (x - x == 0) printf("%.9g", x);
+    else printf("null");
+}
+
+/* "likelihoods" (in nats), "perplexities" of a token and "probabilities" of choices. */
+static void print_json_choices(const double *nll, int n, int T) {
+    static const char *const names[] = {"likelihoods", "perplexities", "probabilities"};
+    for (int k = 0; k < 3; k++) {
+        printf("%s\"%s\": [", k > 0 ? ", " : "", names[k]);
+        for (int i = 0; i < n; i++) {
+            if (i > 0) printf(", ");
+            print_json_number(k == 0   ? -nll[i]
+                              : k == 1 ? exp_f64(nll[i] / T)
+                                       : choice_probability(nll, n, i));
+        }
+        putchar(']');
+    }
+}
+
+static void print_rank(const struct cli *cli, const struct paths *choices, const double *nll,
+                       int T) {
+    int n = choices->n, best = likeliest(nll, n);
+    if (cli->json) {
+        printf("{\"choices\": [");
+        for (int i = 0; i < n; i++) {
+            if (i > 0) printf(", ");
+            print_json_text(choices->path[i]);
+        }
+        printf("], ");
+        print_json_choices(nll, n, T);
+        printf(", \"answer\": %d}\n", best);
+        return;
+    }
+    printf("perplexity  probability\n");
+    for (int i = 0; i < n; i++)
+        printf("%10.4f  %11.4f  %s%s\n", exp_f64(nll[i] / T), choice_probability(nll, n, i),
+               choices->path[i], i == best ? "  <- best" : "");
+}
+
+static int rank_choices(const struct cli *cli, struct session *s, const struct paths *prompt,
+                        const struct paths *choices, lvm_error *error) {
+    int T = s->model->info.tokens_per_image, n = 0, code = need_all(cli, s, error);
+    if (code != LVM_OK) return code;
+    lvm_image *shots = load_prompt(cli, s, prompt, &n, error);
+    lvm_image *images = load_images(choices, 0, error);
+    int32_t *ids = mem_alloc((size_t)choices->n * (size_t)T, sizeof *ids, error);
+    double *nll = mem_alloc((size_t)choices->n, sizeof *nll, error);
+    code = shots == NULL || images == NULL || ids == NULL || nll == NULL
+               ? error->code
+               : prompt_images(cli, s, shots, n, error);
+    if (code == LVM_OK) code = lvm_encode(s->ctx, images, choices->n, ids, error);
+    if (code == LVM_OK) code = score_choices(s->ctx, ids, choices->n, nll, error);
+    if (code == LVM_OK) print_rank(cli, choices, nll, T);
+    free_images(shots, n);
+    free_images(images, choices->n);
+    mem_free(ids);
+    mem_free(nll);
+    return code;
+}
+
+static int run_rank(struct cli *cli) {
+    if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
+        return complain("give weights, prompt pictures, -- and choices (lvm help rank)") + 1;
+    lvm_error error = {0, ""};
+    struct session s = {NULL, NULL, {0}};
+    struct paths prompt = {0}, choices = {0};
+    int code = collect_paths(cli, &prompt, 1, cli->split, &error);
+    if (code == LVM_OK) code = collect_paths(cli, &choices, cli->split, cli->n_words, &error);
+    if (code == LVM_OK) code = session_open(&s, cli, &error);
+    if (code == LVM_OK) code = rank_choices(cli, &s, &prompt, &choices, &error);
+    session_close(&s);
+    paths_free(&prompt);
+    paths_free(&choices);
+    return finish(&error, code);
+}
+
+/* A set at work: its lines, the sums for the end, and room for the tokens of one line. */
+struct set {
+    struct cli *cli;
+    struct session s;
+    uint8_t *data;
+    size_t size, at;
+    char *folder;            /* of the set, with its slash */
+    int line, lines;         /* line at hand; lines of the file */
+    int32_t *ids;            /* [bos + window T] */
+    int n_ids;
+    int good, bad, puzzles, answered, right, errors;
+    double perplexity, error; /* sums: of good lines; squared errors of answers with targets */
+};
+
+static void set_close(struct set *set) {
+    session_close(&set->s);
+    mem_free(set->data);
+    mem_free(set->folder);
+    mem_free(set->ids);
+}
+
+static int set_open(struct set *set, struct cli *cli, lvm_error *error) {
+    const char *path = cli->words[1], *slash = strrchr(path, '/');
+    size_t n = slash != NULL ? (size_t)(slash + 1 - path) : 0;
+    set->cli = cli;
+    int code = read_file(path, &set->data, &set->size, error);
+    if (code == LVM_OK) code = session_open(&set->s, cli, error);
+    if (code != LVM_OK) return code;
+    const lvm_info *i = &set->s.model->info;
+    code = need(set->s.ctx, i->has_transformer, "transformer", error);
+    if (code != LVM_OK) return code;
+    set->s.bar.whole = 1;
+    for (size_t at = 0; at < set->size; at++)
+        set->lines += set->data[at] == '\n' || at + 1 == set->size;
+    if (cli->lines > 0 && cli->lines < set->lines) set->lines = cli->lines;
+    if (set->size >= 3 && memcmp(set->data, "\xef\xbb\xbf", 3) == 0) set->at = 3; /* a byte mark */
+    set->folder = mem_alloc(n + 1, 1, error);
+    set->ids = mem_alloc((size_t)set->s.ctx->o.window * (size_t)i->tokens_per_image + 1,
+                         sizeof *set->ids, error);
+    if (set->folder == NULL || set->ids == NULL) return LVM_MEMORY;
+    memcpy(set->folder, path, n);
+    return LVM_OK;
+}
+
+/* The next line that is not blank; 0 at the end. */
+static int set_next(struct set *set, struct json *j, lvm_error *error) {
+    const lvm_info *i = &set->s.model->info;
+    while (set->at < set->size) {
+        const char *s = (const char *)set->data + set->at,
+                   *end = memchr(s, '\n', set->size - set->at);
+        size_t n = end != NULL ? (size_t)(end - s) : set->size - set->at, blank = 0;
+        set->at += n + (end != NULL);
+        set->line++;
+        if (set->line > set->lines) return 0;
+        *j = (struct json){.file = set->cli->words[1], .line = set->line, .s = s, .n = n,
+                           .T = i->tokens_per_image, .codes = i->codes, .error = error};
+        while (blank < n && isspace((unsigned char)s[blank])) blank++;
+        if (blank < n) return 1;
+    }
+    return 0;
+}
+
+/* Where a picture of a set lies: below --base, or beside the set, or else where the name says. */
+static char *find_picture(const struct set *set, const char *path, lvm_error *error) {
+    const char *base = set->cli->base;
+    struct stat st;
+    char *found = join_path(path[0] == '/' ? "" : base != NULL ? base : set->folder, path, error);
+    if (found == NULL || base != NULL || stat(found, &st) == 0) return found;
+    mem_free(found);
+    return join_path("", path, error);
+}
+
+static int load_set_picture(const struct set *set, const struct picture *p, lvm_image *image,
+                            lvm_error *error) {
+    char *path = find_picture(set, p->path, error);
+    int code = path != NULL ? lvm_image_load(path, image, error) : LVM_MEMORY;
+    mem_free(path);
+    return code;
+}
+
+/* Tokens of list[0..n-1] to ids[n][T]. */
+static int encode_set_pictures(const struct set *set, const struct picture *list, int n,
+                               int32_t *ids, lvm_error *error) {
+    size_t T = (size_t)set->s.model->info.tokens_per_image;
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < n; i++, ids += T) {
+        if (list[i].ids != NULL) {
+            memcpy(ids, list[i].ids, T * sizeof *ids);
+            continue;
+        }
+        lvm_image image = {.rgb = NULL};
+        code = load_set_picture(set, &list[i], &image, error);
+        if (code == LVM_OK) code = lvm_encode(set->s.ctx, &image, 1, ids, error);
+        lvm_image_free(&image);
+    }
+    return code;
+}
+
+/* Reads the last pictures of a line's input that leave room for so many more; *used is their
+   number. What the line before began with too is not computed again. */
+static int prompt_line(struct set *set, const struct sentence *line, int room, int *used,
+                       lvm_error *error) {
+    const lvm_info *i = &set->s.model->info;
+    int most = set->s.ctx->o.window - room, bos = i->bos >= 0;
+    if (most < 0)
+        return fail(error, LVM_INVALID, "%d pictures do not fit a context of %d", room,
+                    most + room);
+    int n = line->input.n < most ? line->input.n : most;
+    if (n == 0 && !bos) return fail(error, LVM_INVALID, "no picture fits in front of the targets");
+    if (bos) set->ids[0] = i->bos;
+    set->n_ids = bos + n * i->tokens_per_image;
+    *used = n;
+    const struct picture *first = line->input.list + line->input.n - n;
+    int code = encode_set_pictures(set, first, n, set->ids + bos, error);
+    return code == LVM_OK ? lvm_prompt(set->s.ctx, set->ids, set->n_ids, NULL, error) : code;
+}
+
+/* Runs every line of a set through run; a bad line is reported and the next one taken. */
+static int run_set(struct set *set, const char *stage,
+                   int (*run)(struct set *set, struct sentence *line, lvm_error *error)) {
+    struct json j;
+    lvm_error error = {0, ""};
+    while (set_next(set, &j, &error)) {
+        struct sentence line;
+        int code = parse_sentence(&j, &line);
+        int parsed = code == LVM_OK;
+        if (parsed) code = run(set, &line, &error);
+        sentence_free(&line);
+        hide_bar(&set->s.bar);
+        fflush(stdout);
+        if (code == LVM_CANCELLED) return complain("%s", error.text);
+        set->good += code == LVM_OK;
+        set->bad += code != LVM_OK;
+        if (!parsed) complain("%s", error.text);
+        else if (code != LVM_OK)
+            complain("%s: line %d: %s", set->cli->words[1], set->line, error.text);
+        if (set->s.bar.shown) draw_bar(&set->s.bar, stage, set->line, set->lines);
+    }
+    if (set->good + set->bad == 0) complain("%s: holds no lines", set->cli->words[1]);
+    return set->bad > 0 || set->good == 0;
+}
+
+/* A list of pictures as tokens, allocated. */
+static int32_t *list_ids(struct set *set, const struct pictures *list, lvm_error *error) {
+    size_t T = (size_t)set->s.model->info.tokens_per_image;
+    int32_t *ids = mem_alloc((size_t)list->n * T + 1, sizeof *ids, error);
+    if (ids == NULL) return NULL;
+    if (encode_set_pictures(set, list->list, list->n, ids, error) == LVM_OK) return ids;
+    mem_free(ids);
+    return NULL;
+}
+
+static int eval_puzzle(struct set *set, struct sentence *line, lvm_error *error) {
+    int used = 0, n = line->choices.n, T = set->s.model->info.tokens_per_image;
+    int code = prompt_line(set, line, 1, &used, error);
+    int32_t *ids = code == LVM_OK ? list_ids(set, &line->choices, error) : NULL;
+    double *nll = mem_alloc((size_t)n, sizeof *nll, error);
+    if (code == LVM_OK)
+        code = ids == NULL || nll == NULL ? error->code
+                                          : score_choices(set->s.ctx, ids, n, nll, error);
+    if (code == LVM_OK) {
+        int best = likeliest(nll, n), right = best == line->answer;
+        set->puzzles++;
+        set->answered += line->answer >= 0;
+        set->right += right;
+        hide_bar(&set->s.bar);
+        if (set->cli->json) {
+            printf("{\"line\": %d, ", set->line);
+            print_json_choices(nll, n, T);
+            printf(", \"answer\": %d", best);
+            if (line->answer >= 0) printf(", \"right\": %s", right ? "true" : "false");
+            printf("}\n");
+        } else {
+            printf("%d: answer %d%s, probability %.4f\n", set->line, best,
+                   line->answer < 0 ? "" : right ? " (right)" : " (wrong)",
+                   choice_probability(nll, n, best));
+        }
+    }
+    mem_free(ids);
+    mem_free(nll);
+    return code;
+}
+
+/* exp of the mean negative log-likelihood over all tokens of all targets. */
+static int eval_targets(struct set *set, struct sentence *line, lvm_error *error) {
+    int used = 0, n = line->target.n * set->s.model->info.tokens_per_image;
+    int code = prompt_line(set, line, line->target.n, &used, error);
+    int32_t *ids = code == LVM_OK ? list_ids(set, &line->target, error) : NULL;
+    float *nll = mem_alloc((size_t)n, sizeof *nll, error);
+    if (code == LVM_OK)
+        code = ids == NULL || nll == NULL ? error->code
+                                          : lvm_score(set->s.ctx, ids, n, nll, error);
+    if (code == LVM_OK) {
+        double sum = 0;
+        for (int i = 0; i < n; i++) sum += nll[i];
+        double perplexity = exp_f64(sum / n);
+        set->perplexity += perplexity;
+        hide_bar(&set->s.bar);
+        if (set->cli->json) {
+            printf("{\"line\": %d, \"perplexity\": ", set->line);
+            print_json_number(perplexity);
+            printf("}\n");
+        } else {
+            printf("%d: perplexity %.6f\n", set->line, perplexity);
+        }
+    }
+    mem_free(ids);
+    mem_free(nll);
+    return code;
+}
+
+static int eval_line(struct set *set, struct sentence *line, lvm_error *error) {
+    if (line->choices.n > 0) return eval_puzzle(set, line, error);
+    if (line->target.n == 0 && line->output != NULL) {
+        int code = pictures_add(&line->target, line->output, NULL, error);
+        line->output = NULL;
+        if (code != LVM_OK) return code;
+    }
+    if (line->target.n == 0)
+        return fail(error, LVM_FORMAT, "has neither \"target\" nor \"choices\"");
+    return eval_targets(set, line, error);
+}
+
+static void print_eval_sums(const struct set *set) {
+    int targets = set->good - set->puzzles;
+    double mean = targets > 0 ? set->perplexity / targets : 0;
+    if (set->cli->json) {
+        printf("{\"lines\": %d, \"bad\": %d", set->good, set->bad);
+        if (targets > 0) printf(", \"perplexity\": %.9g", mean);
+        if (set->answered > 0) printf(", \"right\": %d, \"of\": %d", set->right, set->answered);
+        printf("}\n");
+        return;
+    }
+    if (targets > 0) printf("perplexity %.6f, the mean of %d lines\n", mean, targets);
+    if (set->answered > 0) printf("right answers: %d of %d\n", set->right, set->answered);
+}
+
+static int run_eval(struct cli *cli) {
+    if (cli->n_words != 2) return complain("give weights and a set (lvm help eval)") + 1;
+    lvm_error error = {0, ""};
+    struct set set = {.cli = cli};
+    int code = set_open(&set, cli, &error), status = finish(&error, code);
+    if (code == LVM_OK) status = run_set(&set, "eval", eval_line);
+    if (code == LVM_OK && set.good > 0) print_eval_sums(&set);
+    set_close(&set);
+    return status;
+}
+
+/* "W,H" or "original"; 0, or a message and 2. */
+static int parse_resize(const char *text, int *width, int *height) {
+    char *end = NULL;
+    *width = *height = 0;
+    if (text == NULL || strcmp(text, "original") == 0) return 0;
+    long w = strtol(text, &end, 10), h = *end == ',' ? strtol(end + 1, &end, 10) : 0;
+    *width = (int)w;
+    *height = (int)h;
+    if (*end == 0 && w > 0 && h > 0 && w <= 1 << 15 && h <= 1 << 15) return 0;
+    return complain("--resize: \"%s\" is neither W,H nor original", text) + 1;
+}
+
+/* The size of an answer: what --resize says, else R x R. */
+static int answer_size(const struct set *set, const struct sentence *line, int *width, int *height,
+                       lvm_error *error) {
+    int R = set->s.model->info.resolution, n = line->input.n;
+    parse_resize(set->cli->resize, width, height);
+    if (*width > 0) return LVM_OK;
+    *width = *height = R;
+    if (set->cli->resize == NULL || n == 0 || line->input.list[n - 1].path == NULL) return LVM_OK;
+    lvm_image last = {.rgb = NULL};
+    int code = load_set_picture(set, &line->input.list[n - 1], &last, error);
+    *width = last.width;
+    *height = last.height;
+    lvm_image_free(&last);
+    return code;
+}
+
+/* The tokens of the prompt as pictures, for a grid. */
+static int decode_prompt(struct set *set, int n, lvm_image *images, lvm_error *error) {
+    int bos = set->s.model->info.bos >= 0;
+    return lvm_decode(set->s.ctx, set->ids + bos, n, images, error);
+}
+
+/* The inputs of a grid: pictures as the tokenizer saw them, tokens as they draw. */
+static int grid_inputs(struct set *set, const struct sentence *line, int n, lvm_image *images,
+                       lvm_error *error) {
+    int R = set->s.model->info.resolution, code = decode_prompt(set, n, images, error);
+    const struct picture *list = line->input.list + line->input.n - n;
+    for (int i = 0; code == LVM_OK && i < n; i++) {
+        lvm_image image = {.rgb = NULL};
+        if (list[i].path == NULL) continue;
+        lvm_image_free(&images[i]);
+        code = load_set_picture(set, &list[i], &image, error);
+        if (code == LVM_OK) code = fit_image(&image, R, set->s.ctx->o.fit, &images[i], error);
+        lvm_image_free(&image);
+    }
+    return code;
+}
+
+/* Candidates below each other, each a row of the inputs (with --grid) and the answers. */
+static int compose_answers(struct set *set, const struct sentence *line, const lvm_image *inputs,
+                           int n, const lvm_image *answers, lvm_image *out, lvm_error *error) {
+    int rows = set->cli->candidates, columns = n + set->cli->images, width = 0, height = 0;
+    int tiles = rows * columns, code = answer_size(set, line, &width, &height, error);
+    lvm_image *resized = mem_alloc((size_t)tiles, sizeof *resized, error);
+    if (resized == NULL) return LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i < tiles; i++) {
+        int row = i / columns, column = i % columns;
+        const lvm_image *from =
+            column < n ? &inputs[column] : &answers[row * set->cli->images + column - n];
+        code = lvm_image_resize(from, width, height, &resized[i], error);
+    }
+    if (code == LVM_OK) code = compose(resized, tiles, columns, 0, NULL, out, error);
+    free_images(resized, tiles);
+    return code;
+}
+
+/* As the published program counts it: the mean of the squared differences of values in [0,1], times
+   three channels, over candidates and targets. */
+static int squared_error(struct set *set, const struct sentence *line, const lvm_image *answers,
+                         double *out, lvm_error *error) {
+    int R = set->s.model->info.resolution, n = set->cli->images, code = LVM_OK;
+    double sum = 0;
+    for (int t = 0; code == LVM_OK && t < n; t++) {
+        lvm_image image = {.rgb = NULL}, truth = {.rgb = NULL};
+        const struct picture *p = &line->target.list[t];
+        if (p->ids != NULL) code = lvm_decode(set->s.ctx, p->ids, 1, &truth, error);
+        else code = load_set_picture(set, p, &image, error);
+        if (code == LVM_OK && p->ids == NULL)
+            code = fit_image(&image, R, set->s.ctx->o.fit, &truth, error);
+        for (int c = 0; code == LVM_OK && c < set->cli->candidates; c++)
+            for (int i = 0; i < R * R * 3; i++) {
+                double d = (answers[c * n + t].rgb[i] - truth.rgb[i]) / 255.0;
+                sum += d * d;
+            }
+        lvm_image_free(&image);
+        lvm_image_free(&truth);
+    }
+    *out = 3 * sum / ((double)R * R * 3 * n * set->cli->candidates);
+    return code;
+}
+
+/* The name of a line's answer: below the output folder and nowhere else, with the ending .png. */
+static char *batch_name(const struct set *set, const char *output, lvm_error *error) {
+    const char *ext = extension(output);
+    int stem = (int)(strlen(output) - strlen(ext) - (*ext != 0)), leaves = output[0] == '/';
+    for (const char *part = output; part != NULL; part = strchr(part, '/'), part += part != NULL)
+        leaves |= strncmp(part, "..", 2) == 0 && (part[2] == 0 || part[2] == '/');
+    if (leaves || stem == 0) {
+        fail(error, LVM_INVALID, "output %s: must be a name below the output folder (-o)", output);
+        return NULL;
+    }
+    size_t room = strlen(output) + 8;
+    char *png = mem_alloc(room, 1, error);
+    if (png == NULL) return NULL;
+    snprintf(png, room, "%.*s.png", stem, output);
+    char *name = join_path(set->cli->out != NULL ? set->cli->out : "", png, error);
+    mem_free(png);
+    return name;
+}
+
+/* Makes the folders in front of a file's name. */
+static int make_folders(const char *name, lvm_error *error) {
+    char *path = copy_string(name, error);
+    if (path == NULL) return LVM_MEMORY;
+    int code = LVM_OK;
+    for (char *p = path + 1; code == LVM_OK && (p = strchr(p, '/')) != NULL; *p++ = '/') {
+        *p = 0;
+        if (!is_folder(path) && mkdir(path, 0777) != 0)
+            code = fail(error, LVM_IO, "%s: cannot be made: %s", path, strerror(errno));
+    }
+    mem_free(path);
+    return code;
+}
+
+static int save_batch(struct set *set, const struct sentence *line, const lvm_image *image,
+                      const char *name, double *error_of_line, lvm_error *error) {
+    struct paths inputs = {0};
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < line->input.n; i++) {
+        char *path = line->input.list[i].path != NULL
+                         ? find_picture(set, line->input.list[i].path, error) : NULL;
+        if (path != NULL) code = paths_add(&inputs, "", path, error);
+        mem_free(path);
+    }
+    if (code == LVM_OK) code = check_output(set->cli, name, &inputs, error);
+    if (code == LVM_OK) code = make_folders(name, error);
+    if (code == LVM_OK) code = lvm_image_save(name, image, error);
+    paths_free(&inputs);
+    if (code != LVM_OK) return code;
+    hide_bar(&set->s.bar);
+    if (error_of_line != NULL) set->errors++, set->error += *error_of_line;
+    if (!set->cli->json) {
+        printf("%s\n", name);
+        return LVM_OK;
+    }
+    printf("{\"line\": %d, \"output\": ", set->line);
+    print_json_text(name);
+    if (error_of_line != NULL) printf(", \"mse\": %.9g", *error_of_line);
+    printf("}\n");
+    return LVM_OK;
+}
+
+static int batch_line(struct set *set, struct sentence *line, lvm_error *error) {
+    const struct cli *cli = set->cli;
+    int used = 0, n = cli->images * cli->candidates;
+    double mse = 0;
+    lvm_image all = {.rgb = NULL};
+    if (line->output == NULL) return fail(error, LVM_FORMAT, "has no \"output\" name");
+    char *name = batch_name(set, line->output, error);
+    if (name == NULL) return error->code;
+    int has_truth = line->target.n >= cli->images, code = prompt_line(set, line, 1, &used, error);
+    int shown = cli->grid ? used : 0;
+    lvm_image *answers = mem_alloc((size_t)n, sizeof *answers, error);
+    lvm_image *inputs = mem_alloc((size_t)shown + 1, sizeof *inputs, error);
+    if (answers == NULL || inputs == NULL) code = LVM_MEMORY;
+    if (code == LVM_OK)
+        code = lvm_generate_images(set->s.ctx, &cli->sampling, cli->candidates, cli->images,
+                                   answers, error);
+    if (code == LVM_OK && has_truth) code = squared_error(set, line, answers, &mse, error);
+    if (code == LVM_OK) code = grid_inputs(set, line, shown, inputs, error);
+    if (code == LVM_OK) code = compose_answers(set, line, inputs, shown, answers, &all, error);
+    if (code == LVM_OK) code = save_batch(set, line, &all, name, has_truth ? &mse : NULL, error);
+    lvm_image_free(&all);
+    free_images(inputs, shown);
+    free_images(answers, n);
+    mem_free(name);
+    return code;
+}
+
+static int run_batch(struct cli *cli) {
+    int width = 0, height = 0;
+    if (cli->n_words != 2) return complain("give weights and a set (lvm help batch)") + 1;
+    if (parse_resize(cli->resize, &width, &height) != 0) return 2;
+    lvm_error error = {0, ""};
+    struct set set = {.cli = cli};
+    int code = set_open(&set, cli, &error);
+    if (code == LVM_OK) code = need_all(cli, &set.s, &error);
+    int status = finish(&error, code);
+    if (code == LVM_OK) status = run_set(&set, "batch", batch_line);
+    double mse = set.errors > 0 ? set.error / set.errors : 0;
+    if (set.errors > 0 && cli->json) printf("{\"lines\": %d, \"mse\": %.9g}\n", set.good, mse);
+    else if (set.good > 0 && cli->json) printf("{\"lines\": %d}\n", set.good);
+    else if (set.errors > 0 && !cli->quiet) fprintf(stderr, "mean squared error %.6g\n", mse);
+    set_close(&set);
+    return status;
 }
 
 static void print_key(const struct gguf *g, const char *key, const char *label) {
@@ -6981,6 +8460,17 @@ static int print_version(void) {
     return 0;
 }
 
+/* Parses twice: a preset comes before every other option, wherever it stands. */
+static int run_command(struct cli *cli, const struct command *c, int argc, char **argv, int first) {
+    static const char *const presets[] = {"lvm", "delvm"};
+    struct cli probe = *cli;
+    int status = parse_arguments(&probe, c, argc, argv, first);
+    if (status != 0) return status;
+    if (probe.preset >= 0) lvm_sampling_preset(presets[probe.preset], &cli->sampling, NULL);
+    parse_arguments(cli, c, argc, argv, first);
+    return c->run(cli);
+}
+
 int main(int argc, char **argv) {
     if (argc < 2) {
         print_help(stderr, NULL);
@@ -6990,15 +8480,15 @@ int main(int argc, char **argv) {
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)
         return flush_output(print_help(stdout, NULL));
     const struct command *c = find_command(argv[1]);
-    struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO};
+    struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO,
+                      .split = -1, .preset = -1};
     cli.sampling = lvm_default_sampling();
     cli.options = lvm_default_options();
     cli.words = calloc((size_t)argc, sizeof *cli.words);
     if (cli.words == NULL) return complain("out of memory");
     signal(SIGINT, on_interrupt);
     int status =
-        parse_arguments(&cli, c != NULL ? c : &command_table[0], argc, argv, c != NULL ? 2 : 1);
-    if (status == 0) status = (c != NULL ? c : &command_table[0])->run(&cli);
+        run_command(&cli, c != NULL ? c : &command_table[0], argc, argv, c != NULL ? 2 : 1);
     free(cli.words);
     return flush_output(status);
 }

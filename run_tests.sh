@@ -11,7 +11,7 @@ cd "$(dirname "$0")" || exit 1
 SANITIZE=${SANITIZE:-}
 LVM_REFERENCE=${LVM_REFERENCE:-}
 LVM_FULL=${LVM_FULL:-}
-LIMIT=${LIMIT:-900}     # seconds that one part may take
+LIMIT=${LIMIT:-$([ -z "$LVM_FULL" ] && echo 900 || echo 7200)}     # seconds a part may take
 passed=0 failed=0 skipped=0
 
 case $SANITIZE in
@@ -154,8 +154,10 @@ else
     run golden limited "$B/test_golden" tests/golden build/golden
     end properties
     [ -z "$SANITIZE" ] || end cli
+    [ -z "$SANITIZE" ] || run sets limited python3 tests/test_sets.py
     if [ -z "$SANITIZE" ]; then
         begin cli limited python3 tests/test_cli.py
+        run sets limited python3 tests/test_sets.py
         run weights limited "$B/test_golden" --case tests/golden/weights "$WEIGHTS"
         run converter limited python3 tests/test_convert.py
         end cli

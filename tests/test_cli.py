@@ -179,6 +179,11 @@ def processor_time():
     return used.ru_utime + used.ru_stime
 
 
+def heed_interrupts():
+    """A shell's background jobs are born deaf to Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def limit_memory():
     if not SANITIZED:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -634,7 +639,7 @@ class Pictures(Case):
         self.refuse(["text.png", "no picture"], "text.png")
         self.refuse(["both.bin", "no picture"], self.weights)
         os.mkdir(self.path("folder"))
-        self.refuse(["folder", "no PNG"], "folder")
+        self.refuse(["folder", "no pictures"], "folder")
         self.put("folder/bad.png", b"bad")
         self.refuse(["folder/bad.png"], "folder")
         self.refuse(["/dev/null", "regular file"], "/dev/null")
@@ -1020,7 +1025,7 @@ class Interruption(Case):
 
     def test_interrupt(self):
         for moment in (0, 0.05, 1):
-            p = self.start(self.weights, self.pictures[0], *self.LONG)
+            p = self.start(self.weights, self.pictures[0], *self.LONG, preexec_fn=heed_interrupts)
             time.sleep(moment * (4 if SANITIZED else 1))
             p.send_signal(signal.SIGINT)
             code, out, err = self.finish(p)
