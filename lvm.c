@@ -355,6 +355,18 @@ static char *copy_string(const char *s, lvm_error *error) {
     return copy;
 }
 
+/* A fuzzer cannot guess checksums: built with -DLVM_FUZZING every checksum passes, so that its
+   mutations reach the code behind them. Nothing else depends on LVM_FUZZING. */
+static int checksum_wrong(uint64_t stored, uint64_t computed) {
+#ifdef LVM_FUZZING
+    (void)stored;
+    (void)computed;
+    return 0;
+#else
+    return stored != computed;
+#endif
+}
+
 /* Bytes that grow; a zero stands behind them. */
 struct buffer {
     char *data;
@@ -4295,7 +4307,7 @@ static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_h
                                     (int)min64(n, (int64_t)(i + 1) * KEYS), error);
     }
     if (code == LVM_OK) code = read_exactly(r->fd, r->path, &hash, sizeof hash, error);
-    if (code == LVM_OK && hash != r->hash)
+    if (code == LVM_OK && checksum_wrong(hash, r->hash))
         code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
     return code;
 }
@@ -4761,18 +4773,6 @@ static uint32_t adler32_of(const uint8_t *data, size_t size) {
         b %= 65521;
     }
     return b << 16 | a;
-}
-
-/* A fuzzer cannot guess checksums: built with -DLVM_FUZZING every checksum passes, so that its
-   mutations reach the code behind them. Nothing else depends on LVM_FUZZING. */
-static int checksum_wrong(uint32_t stored, uint32_t computed) {
-#ifdef LVM_FUZZING
-    (void)stored;
-    (void)computed;
-    return 0;
-#else
-    return stored != computed;
-#endif
 }
 
 /* ---- What inflate and deflate share ----
@@ -6926,7 +6926,8 @@ struct cli {
     const char **words; /* arguments that are no options */
     int n_words, split; /* split: words in front of a lone --, or -1 */
     const char *out, *rules, *base, *sheet, *cache, *resize;
-    int images, candidates, flags, force, quiet, list, type, vq_type, preset, lines, grid, json;
+    int images, candidates, flags, force, quiet, list, type, vq_type, preset;
+    int lines, grid, json, man;
     lvm_sampling sampling;
     lvm_options options;
 };
@@ -6999,14 +7000,17 @@ static const struct option option_table[] = {
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
     {0, "force", NULL, QUANTIZE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
      "replace an existing weights file"},
-    {'q', "quiet", NULL, RUNS, FLAG, AT(quiet), 0, 0, "no progress, no notes"}};
+    {'q', "quiet", NULL, RUNS, FLAG, AT(quiet), 0, 0, "no progress, no notes"},
+    {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"}};
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
+/* details: sentences for help COMMAND and the manual page; a line that begins with a blank is shown
+   as it stands. */
 struct command {
     const char *name;
     int bit;
     int (*run)(struct cli *cli);
-    const char *usage, *help;
+    const char *usage, *help, *details;
 };
 
 static int run_predict(struct cli *cli);
@@ -7021,20 +7025,44 @@ static int run_help(struct cli *cli);
 
 static const struct command command_table[] = {
     {"predict", PREDICT, run_predict, "[predict] WEIGHTS IMAGE|FOLDER...",
-     "predict the next picture(s) of a visual sentence"},
+     "predict the next picture(s) of a visual sentence",
+     "A prompt is a row of pictures: input, output, input, output, ..., input.\n"
+     "PNG, JPEG and PNM of any size are read; a folder stands for its pictures in\n"
+     "natural order. Several answers are numbered: out-1.png, out-2.png for -n 2,\n"
+     "out-1a.png, out-1b.png for -c 2. With --cache the next prompt that begins\n"
+     "with the same pictures computes only the rest.\n"
+     "  lvm weights.bin prompt/depth -o depth.png --sheet sheet.png\n"},
     {"encode", ENCODE, run_encode, "encode WEIGHTS IMAGE|FOLDER...",
-     "pictures to token ids, one line a picture"},
+     "pictures to token ids, one line a picture", "  lvm encode weights.bin a.png > tokens.txt\n"},
     {"decode", DECODE, run_decode, "decode WEIGHTS TOKENS",
-     "token ids (a file, or - for stdin) to pictures"},
+     "token ids (a file, or - for stdin) to pictures",
+     "  lvm encode weights.bin a.png | lvm decode weights.bin - -o copy.png\n"},
     {"rank", RANK, run_rank, "rank WEIGHTS IMAGE|FOLDER... -- CHOICE...",
-     "which choice continues a visual sentence best"},
+     "which choice continues a visual sentence best",
+     "For each choice the perplexity of its tokens behind the prompt, and the\n"
+     "probability that softmax gives it among the choices.\n"
+     "  lvm rank weights.bin puzzle/ -- a.png b.png c.png\n"},
     {"eval", EVAL, run_eval, "eval WEIGHTS SET.jsonl",
-     "perplexity of target pictures, answers of puzzles"},
-    {"batch", BATCH, run_batch, "batch WEIGHTS SET.jsonl", "predictions for many prompts"},
-    {"info", INFO, run_info, "info WEIGHTS", "what is in a weights file"},
+     "perplexity of target pictures, answers of puzzles",
+     "A set has a JSON object a line:\n"
+     "  {\"input\": [\"a.png\", \"b.png\"], \"target\": [\"c.png\"]}\n"
+     "  {\"input\": [\"a.png\", \"b.png\"], \"choices\": [\"c.png\", \"d.png\"], \"answer\": 1}\n"
+     "Paths are relative to --base, else to the set's folder, else to the working\n"
+     "directory; \"input_tokens\" and so on give token ids instead. The last line is\n"
+     "the mean over the lines. A bad line is reported and skipped; the exit status\n"
+     "is 1 then.\n"},
+    {"batch", BATCH, run_batch, "batch WEIGHTS SET.jsonl", "predictions for many prompts",
+     "A set has a JSON object a line, with the name of what to write:\n"
+     "  {\"input\": [\"a.png\", \"b.png\", \"c.png\"], \"output\": \"answer.png\"}\n"
+     "One picture a line is written below the output folder: candidates are its rows.\n"
+     "Lines that have a \"target\" too report the mean squared error.\n"},
+    {"info", INFO, run_info, "info WEIGHTS", "what is in a weights file", ""},
     {"quantize", QUANTIZE, run_quantize, "quantize IN OUT",
-     "rewrite a weights file with other types"},
-    {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's options"}};
+     "rewrite a weights file with other types",
+     "The tokenizer is never q4_0, its codebook and first convolutions are never\n"
+     "quantised, and --type q4_0 leaves the output matrix at q8_0.\n"
+     "  lvm quantize big.bin small.bin --type q8_0 --vq-type f16\n"},
+    {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's options", ""}};
 enum { N_COMMANDS = sizeof command_table / sizeof *command_table };
 
 static const struct command *find_command(const char *name) {
@@ -7180,6 +7208,8 @@ static void print_options(FILE *f, int bits) {
 static int print_help(FILE *f, const struct command *c) {
     if (c != NULL) {
         fprintf(f, "lvm %s\n  %s\n", c->usage, c->help);
+        for (const char *line = c->details; *line != 0; line += strcspn(line, "\n") + 1)
+            fprintf(f, "  %.*s\n", (int)strcspn(line, "\n"), line);
         print_options(f, c->bit);
         return 0;
     }
@@ -7192,7 +7222,59 @@ static int print_help(FILE *f, const struct command *c) {
     return 0;
 }
 
+/* n bytes as roff: its hyphens, backslashes and leading dots are the reader's. */
+static void print_roff(const char *s, size_t n) {
+    if (n > 0 && (*s == '.' || *s == '\'')) printf("\\&");
+    for (; n > 0; n--, s++) {
+        if (*s == '-' || *s == '\\') printf("\\%c", *s == '-' ? '-' : 'e');
+        else putchar(*s);
+    }
+    putchar('\n');
+}
+
+static void print_man_command(const struct command *c) {
+    printf(".SS ");
+    print_roff(c->usage, strlen(c->usage));
+    print_roff(c->help, strlen(c->help));
+    if (*c->details != 0) printf(".PP\n");
+    for (const char *line = c->details; *line != 0; line += strcspn(line, "\n") + 1) {
+        int shown = *line == ' ';
+        if (shown) printf(".RS\n.nf\n");
+        print_roff(line + 2 * shown, strcspn(line, "\n") - 2 * (size_t)shown);
+        if (shown) printf(".fi\n.RE\n");
+    }
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *o = &option_table[i];
+        if ((o->commands & c->bit) == 0) continue;
+        printf(".TP\n.B ");
+        if (o->letter != 0) printf("\\-%c, ", o->letter);
+        printf("\\-\\-%s%s", o->name, o->argument != NULL ? " " : "\n");
+        if (o->argument != NULL) print_roff(o->argument, strlen(o->argument));
+        print_roff(o->help, strlen(o->help));
+    }
+}
+
+static int print_man(void) {
+    printf(".TH LVM 1 \"\" \"lvm %s\"\n.SH NAME\nlvm \\- run Large Vision Models\n", LVM_VERSION);
+    printf(".SH SYNOPSIS\n.nf\n");
+    for (int i = 0; i < N_COMMANDS; i++) {
+        printf("lvm ");
+        print_roff(command_table[i].usage, strlen(command_table[i].usage));
+    }
+    printf(".fi\n.SH DESCRIPTION\nPrompts are pictures, answers are pictures: a VQGAN turns "
+           "pictures into tokens and a\n"
+           "transformer predicts the next ones. A task is given by examples.\n"
+           ".SH COMMANDS\n");
+    for (int i = 0; i < N_COMMANDS; i++) print_man_command(&command_table[i]);
+    printf(".SH EXIT STATUS\n0 done, 1 the work failed, 2 wrong usage. What was written goes to "
+           "standard output, one\npath a line; notes, progress and errors to standard error.\n"
+           ".SH ENVIRONMENT\n.TP\n.B LVM_ISA\nforces the kernels of one instruction set; "
+           "scalar is the plain C.\n");
+    return 0;
+}
+
 static int run_help(struct cli *cli) {
+    if (cli->man) return print_man();
     const struct command *c = cli->n_words > 0 ? find_command(cli->words[0]) : NULL;
     if (cli->n_words > 0 && c == NULL)
         return complain("there is no command \"%s\"", cli->words[0]) + 1;
@@ -7400,8 +7482,8 @@ static char *output_name(const char *base, int image, int images, int candidate,
     int stem = dot != NULL && (slash == NULL || dot > slash) ? (int)(dot - base) : (int)n;
     if (name == NULL) return NULL;
     if (images > 1 || candidates > 1) snprintf(tag, sizeof tag, "-%d", image + 1);
-    if (candidates > 26) snprintf(tag + strlen(tag), 12, "-%d", candidate + 1);
-    else if (candidates > 1) snprintf(tag + strlen(tag), 12, "%c", 'a' + candidate);
+    if (candidates > 26) snprintf(tag + strlen(tag), 16, "-%d", candidate + 1);
+    else if (candidates > 1) snprintf(tag + strlen(tag), 16, "%c", 'a' + candidate);
     snprintf(name, n + 48, "%.*s%s%s", stem, base, tag, base + stem);
     return name;
 }

@@ -1,0 +1,248 @@
+/* Fuzz targets: everything that reads bytes from others, and then the run of what was read.
+
+       LVM_FUZZ=gguf build/fuzz tests/corpus/gguf           with libFuzzer, see `make fuzz`
+       build/test_fuzz tests/corpus                         every corpus once, with any compiler
+       build/test_fuzz --cache FILE                         a first input for the cache
+
+   gguf   the head of a weights file, up to its tensors' data; the last byte chooses what the data are:
+          zeros, small numbers, any bytes, NaNs. What opens is run: a picture encoded, two tokens
+          generated, a score, a picture decoded, the file quantised
+   cache  a context's saved state, for a fixed little model; what loads continues
+   png, jpeg, pnm   a picture; what loads is resized
+   jsonl  lines of a set
+   tokens a file of token ids
+
+   Built with -DLVM_FUZZING checksums always pass, so that mutations reach what lies behind them. */
+
+#define LVM_FUZZING
+#define main lvm_main
+#include "../lvm.c"
+#undef main
+
+enum { DATA_ROOM = 1 << 20 }; /* more than the tensors of a model that is small enough to run */
+
+/* What stands for the tensors: zeros, small f16 and quantised numbers, any bytes, NaNs. */
+static const uint8_t *tensor_data(int kind) {
+    static uint8_t data[4][DATA_ROOM];
+    uint32_t state = 12345;
+    for (int i = 0; data[3][0] == 0 && i < DATA_ROOM; i++) {
+        state = state * 1664525 + 1013904223;
+        data[1][i] = i % 2 == 0 ? (uint8_t)(state >> 24) : (uint8_t)(0x28 | (state >> 24 & 0x83));
+        data[2][i] = (uint8_t)(state >> 24);
+    }
+    if (data[3][0] == 0) memset(data[3], 0xff, DATA_ROOM);
+    return data[kind];
+}
+
+/* A head with such data behind it, as a whole file. */
+static uint8_t *whole_file(const uint8_t *head, size_t n, size_t *size) {
+    *size = n + DATA_ROOM;
+    uint8_t *file = mem_alloc(*size, 1, NULL);
+    if (file == NULL) return NULL;
+    memcpy(file, head, n);
+    memcpy(file + n, tensor_data(n > 0 ? head[n - 1] % 4 : 0), DATA_ROOM);
+    return file;
+}
+
+/* Shapes that run in milliseconds: the fuzzer should not learn to make large models. */
+static int is_small(const lvm_model *m) {
+    const struct llama *a = &m->llama;
+    if (m->info.has_transformer &&
+        (a->D > 256 || a->F > 1024 || a->V > 4096 || a->n_layers > 8 || a->context > 4096))
+        return 0;
+    if (m->vq == NULL) return 1;
+    return m->vq->R <= 64 && m->vq->hidden <= 64 && m->vq->codes <= 4096 && m->vq->z <= 256 &&
+           m->vq->e <= 256 && vq_sizes(m->vq).map <= 1 << 18;
+}
+
+static void run_tokenizer(lvm_ctx *ctx) {
+    lvm_info i = lvm_model_info(ctx->m);
+    uint8_t rgb[12] = {0, 128, 255, 9, 8, 7, 255, 0, 3, 77, 66, 55};
+    lvm_image in = {.width = 2, .height = 2, .rgb = rgb}, out = {.rgb = NULL};
+    int32_t *ids = mem_alloc((size_t)i.tokens_per_image, sizeof *ids, NULL);
+    lvm_error error;
+    if (ids != NULL && lvm_encode(ctx, &in, 1, ids, &error) == LVM_OK) {
+        for (int t = 0; t < i.tokens_per_image; t++)
+            if (ids[t] < 0 || ids[t] >= i.codes) abort();
+        if (lvm_decode(ctx, ids, 1, &out, &error) != LVM_OK) abort();
+    }
+    lvm_image_free(&out);
+    mem_free(ids);
+}
+
+static void run_transformer(lvm_ctx *ctx) {
+    lvm_info i = lvm_model_info(ctx->m);
+    int32_t ids[2] = {0, i.vocab_size - 1}, more[4];
+    float nll[2];
+    lvm_error error;
+    if (lvm_prompt(ctx, ids, i.context_length < 2 ? 1 : 2, NULL, &error) != LVM_OK) abort();
+    lvm_score(ctx, ids, 2, nll, &error);
+    if (lvm_generate(ctx, NULL, 2, 2, more, &error) != LVM_OK) return;
+    for (int t = 0; t < 4; t++)
+        if (more[t] < 0 || more[t] >= i.codes) abort();
+}
+
+static void run_model(const lvm_model *m) {
+    lvm_options o = lvm_default_options();
+    lvm_error error;
+    o.threads = 1;
+    lvm_ctx *ctx = lvm_new(m, &o, &error);
+    if (ctx == NULL) return;
+    if (m->info.has_tokenizer) run_tokenizer(ctx);
+    if (m->info.has_transformer) run_transformer(ctx);
+    lvm_free(ctx);
+}
+
+static void fuzz_gguf(const uint8_t *data, size_t n) {
+    size_t size = 0;
+    uint8_t *file = whole_file(data, n, &size);
+    lvm_error error;
+    lvm_model *m = file != NULL ? lvm_open_memory(file, size, &error) : NULL;
+    if (m != NULL && is_small(m)) {
+        char name[64];
+        snprintf(name, sizeof name, "fuzz-%ld.bin", (long)getpid());
+        run_model(m);
+        if (quantize_file(&m->file, name, LVM_Q8_0, LVM_F16, "*q*=q4_0,*v*=bf16", &error) == LVM_OK)
+            remove(name);
+    }
+    lvm_close(m);
+    mem_free(file);
+}
+
+/* A context of the little model that the cache target has. */
+static lvm_ctx *cache_context(void) {
+    static lvm_ctx *ctx;
+    if (ctx != NULL) return ctx;
+    uint8_t *head = NULL;
+    size_t head_n = 0, size = 0;
+    lvm_error error;
+    lvm_options o = lvm_default_options();
+    o.threads = 1;
+    if (read_file("tests/corpus/gguf/both_q8_0", &head, &head_n, &error) != LVM_OK) abort();
+    uint8_t *file = whole_file(head, head_n, &size);
+    lvm_model *m = file != NULL ? lvm_open_memory(file, size, &error) : NULL;
+    if (m == NULL) abort();
+    mem_free(head);
+    return ctx = lvm_new(m, &o, &error);
+}
+
+static void fuzz_cache(const uint8_t *data, size_t n) {
+    lvm_ctx *ctx = cache_context();
+    char name[64];
+    lvm_error error;
+    snprintf(name, sizeof name, "fuzz-%ld.cache", (long)getpid());
+    FILE *f = fopen(name, "wb");
+    if (ctx == NULL || f == NULL || fwrite(data, 1, n, f) != n || fclose(f) != 0) abort();
+    int32_t ids[2];
+    if (lvm_cache_load(ctx, name, &error) == LVM_OK &&
+        lvm_prompt(ctx, ctx->ids, ctx->n_ids, NULL, &error) == LVM_OK)
+        lvm_generate(ctx, NULL, 1, 2, ids, &error);
+    remove(name);
+}
+
+/* Writes a first input for that target: two pictures and their tokens. */
+static int write_cache_seed(const char *path) {
+    lvm_ctx *ctx = cache_context();
+    uint8_t rgb[2][3] = {{9, 8, 7}, {200, 100, 0}};
+    lvm_image images[2] = {{.width = 1, .height = 1, .rgb = rgb[0]},
+                           {.width = 1, .height = 1, .rgb = rgb[1]}};
+    lvm_error error;
+    if (ctx == NULL || lvm_prompt_images(ctx, images, 2, &error) != LVM_OK ||
+        lvm_cache_save(ctx, path, ctx->n_ids, &error) != LVM_OK) {
+        fprintf(stderr, "%s\n", ctx != NULL ? error.text : "no context");
+        return 1;
+    }
+    return 0;
+}
+
+static void fuzz_image(const uint8_t *data, size_t n) {
+    lvm_image image = {.rgb = NULL}, small = {.rgb = NULL};
+    lvm_error error;
+    if (lvm_image_load_memory(data, n, "input", &image, &error) == LVM_OK) {
+        if ((int64_t)image.width * image.height < 1 << 20) {
+            if (lvm_image_resize(&image, 5, 3, &small, &error) == LVM_OK) lvm_image_free(&small);
+        }
+        lvm_image_free(&image);
+    }
+}
+
+static void fuzz_jsonl(const uint8_t *data, size_t n) {
+    int line = 0;
+    while (n > 0) {
+        const uint8_t *end = memchr(data, '\n', n);
+        size_t here = end != NULL ? (size_t)(end - data) : n;
+        lvm_error error;
+        struct sentence s;
+        struct json j = {.file = "set", .line = ++line, .s = (const char *)data, .n = here, .T = 2,
+                         .codes = 64, .error = &error};
+        if (parse_sentence(&j, &s) == LVM_OK)
+            for (int i = 0; i < s.input.n; i++)
+                if ((s.input.list[i].path == NULL) == (s.input.list[i].ids == NULL)) abort();
+        sentence_free(&s);
+        here += end != NULL;
+        data += here;
+        n -= here;
+    }
+}
+
+static void fuzz_tokens(const uint8_t *data, size_t n) {
+    int32_t *ids = NULL;
+    int count = 0;
+    lvm_error error;
+    char *text = mem_alloc(n + 1, 1, NULL);
+    if (text == NULL) return;
+    memcpy(text, data, n);
+    parse_tokens("tokens", text, n, &ids, &count, &error);
+    mem_free(ids);
+    mem_free(text);
+}
+
+static const struct target {
+    const char *name;
+    void (*run)(const uint8_t *data, size_t n);
+} targets[] = {{"gguf", fuzz_gguf}, {"cache", fuzz_cache}, {"png", fuzz_image},
+               {"jpeg", fuzz_image}, {"pnm", fuzz_image},   {"jsonl", fuzz_jsonl},
+               {"tokens", fuzz_tokens}};
+enum { N_TARGETS = sizeof targets / sizeof *targets };
+
+#ifdef LIBFUZZER
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n);
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
+    const char *name = getenv("LVM_FUZZ");
+    for (int i = 0; i < N_TARGETS; i++)
+        if (name != NULL && strcmp(targets[i].name, name) == 0) {
+            targets[i].run(data, n);
+            return 0;
+        }
+    fprintf(stderr, "LVM_FUZZ names the target: gguf, cache, png, jpeg, pnm, jsonl, tokens\n");
+    exit(2);
+}
+#else
+int main(int argc, char **argv) {
+    if (argc > 2 && strcmp(argv[1], "--cache") == 0) return write_cache_seed(argv[2]);
+    int passed = 0, failed = 0;
+    for (int i = 0; i < N_TARGETS; i++) {
+        lvm_error error;
+        char folder[512];
+        snprintf(folder, sizeof folder, "%s/%s", argc > 1 ? argv[1] : "tests/corpus", targets[i].name);
+        DIR *dir = opendir(folder);
+        int files = 0;
+        for (struct dirent *entry; dir != NULL && (entry = readdir(dir)) != NULL;) {
+            char path[1024];
+            uint8_t *data = NULL;
+            size_t n = 0;
+            snprintf(path, sizeof path, "%s/%s", folder, entry->d_name);
+            if (entry->d_name[0] == '.' || read_file(path, &data, &n, &error) != LVM_OK) continue;
+            targets[i].run(data, n);
+            mem_free(data);
+            files++;
+        }
+        if (dir != NULL) closedir(dir);
+        passed += files;
+        failed += files == 0;
+        printf("%s: %d inputs\n", folder, files);
+    }
+    printf("fuzz: %d passed, %d failed\n", passed, failed);
+    return failed != 0;
+}
+#endif
