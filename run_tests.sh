@@ -121,6 +121,8 @@ reference() {
     done
     limited "$B/test_golden" --nll "$out/answers.txt" build/reference.bin || code=1
     [ -z "$LVM_FULL" ] || limited "$B/test_golden" --nll "$out/answers.txt" "$WEIGHTS" q || code=1
+    limited python3 tests/reference_sets.py "$LVM_REFERENCE" "$LVM" build/reference.bin \
+        $([ -z "$LVM_FULL" ] || echo --full) || code=1
     return $code
 }
 

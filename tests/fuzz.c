@@ -140,21 +140,6 @@ static void fuzz_cache(const uint8_t *data, size_t n) {
     remove(name);
 }
 
-/* Writes a first input for that target: two pictures and their tokens. */
-static int write_cache_seed(const char *path) {
-    lvm_ctx *ctx = cache_context();
-    uint8_t rgb[2][3] = {{9, 8, 7}, {200, 100, 0}};
-    lvm_image images[2] = {{.width = 1, .height = 1, .rgb = rgb[0]},
-                           {.width = 1, .height = 1, .rgb = rgb[1]}};
-    lvm_error error;
-    if (ctx == NULL || lvm_prompt_images(ctx, images, 2, &error) != LVM_OK ||
-        lvm_cache_save(ctx, path, ctx->n_ids, &error) != LVM_OK) {
-        fprintf(stderr, "%s\n", ctx != NULL ? error.text : "no context");
-        return 1;
-    }
-    return 0;
-}
-
 static void fuzz_image(const uint8_t *data, size_t n) {
     lvm_image image = {.rgb = NULL}, small = {.rgb = NULL};
     lvm_error error;
@@ -218,6 +203,21 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     exit(2);
 }
 #else
+/* Writes a first input for that target: two pictures and their tokens. */
+static int write_cache_seed(const char *path) {
+    lvm_ctx *ctx = cache_context();
+    uint8_t rgb[2][3] = {{9, 8, 7}, {200, 100, 0}};
+    lvm_image images[2] = {{.width = 1, .height = 1, .rgb = rgb[0]},
+                           {.width = 1, .height = 1, .rgb = rgb[1]}};
+    lvm_error error;
+    if (ctx == NULL || lvm_prompt_images(ctx, images, 2, &error) != LVM_OK ||
+        lvm_cache_save(ctx, path, ctx->n_ids, &error) != LVM_OK) {
+        fprintf(stderr, "%s\n", ctx != NULL ? error.text : "no context");
+        return 1;
+    }
+    return 0;
+}
+
 int main(int argc, char **argv) {
     if (argc > 2 && strcmp(argv[1], "--cache") == 0) return write_cache_seed(argv[2]);
     int passed = 0, failed = 0;

@@ -1,0 +1,73 @@
+"""Compares `lvm eval` with the likelihoods that PyTorch gives a reference model: standard library only.
+
+    python3 reference_sets.py REFERENCE LVM WEIGHTS [--full]
+
+REFERENCE is a folder with rank.jsonl, eval/*.jsonl and golden/answers.json (see its own REPORT.md), LVM the
+program, WEIGHTS what convert.py made of the reference in its own types. On every puzzle the choice must be
+PyTorch's; likelihoods must agree within 1e-3 nats a token. A picture one of whose tokens lies between two
+equally near codes may differ (tests/test_golden.c --nll shows that it is a tie): such pictures are named,
+and more than one in forty of them is a failure. Two puzzles and two lines of two sets, or with --full all.
+"""
+import json
+import math
+import os
+import subprocess
+import sys
+
+reference, lvm, weights = sys.argv[1:4]
+full = "--full" in sys.argv
+passed = failed = compared = 0
+ties = []
+answers = json.load(open(os.path.join(reference, "golden", "answers.json")))
+
+
+def check(good, what):
+    global passed, failed
+    passed += bool(good)
+    failed += not good
+    if not good:
+        print("FAILED:", what)
+
+
+def run(name):
+    command = [lvm, "eval", weights, os.path.join(reference, name), "--json", "--base", reference]
+    done = subprocess.run(command + ([] if full else ["--lines", "2"]), stdout=subprocess.PIPE, timeout=7200)
+    check(done.returncode == 0, "%s: exit status %d" % (name, done.returncode))
+    lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    return lines[:-1], lines[-1]
+
+
+def compare(name, got, want):
+    """Mean negative log-likelihoods."""
+    global compared
+    compared += 1
+    if abs(got - want) > 1e-3:
+        ties.append("%s: %.5f nats a token, not %.5f" % (name, got, want))
+    else:
+        check(True, name)
+
+
+lines, sums = run("rank.jsonl")
+puzzles = [json.loads(line) for line in open(os.path.join(reference, "rank.jsonl"))]
+check(len(lines) == len(puzzles) or not full, "every puzzle has its line")
+for line, want, puzzle in zip(lines, answers["rank"], puzzles):
+    best = want.index(min(want))
+    check(line["answer"] == best, "puzzle %d: answer %d, not %d" % (line["line"], line["answer"], best))
+    check(line["right"] == (best == puzzle["answer"]), "puzzle %d: right or not" % line["line"])
+    for picture, p, nll in zip(puzzle["choices"], line["perplexities"], want):
+        compare("puzzle %d, %s" % (line["line"], picture), math.log(p), nll)
+print("right answers: %d of %d" % (sums["right"], sums["of"]))
+if full:
+    check(sums["right"] == answers["rank_right"], "as many right answers as PyTorch's")
+for task in sorted(answers["eval"])[:None if full else 2]:
+    lines, sums = run("eval/%s.jsonl" % task)
+    check(len(lines) == len(answers["eval"][task]) or not full, "every line of " + task)
+    for line, nll in zip(lines, answers["eval"][task]):
+        compare("%s %d" % (task, line["line"]), math.log(line["perplexity"]), nll)
+    mean = sum(line["perplexity"] for line in lines) / len(lines)
+    check(abs(mean - sums["perplexity"]) < 1e-6 * mean, "the mean of " + task)
+for tie in ties:
+    print("differs:", tie)
+check(len(ties) * 40 <= compared, "%d of %d likelihoods differ" % (len(ties), compared))
+print("sets: %d passed, %d failed" % (passed, failed))
+sys.exit(failed != 0)
