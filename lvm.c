@@ -1846,9 +1846,18 @@ struct vqgan {
     struct tensor codebook;           /* [codes][e] */
 };
 
+/* Weights without a file, for measurements: the loaders below ask for tensors by shape and get
+   pieces of one block of random numbers. */
+struct made_up {
+    int type, vq_type; /* of matrices with rows of whole blocks */
+    uint8_t *data;     /* NULL while sizes are only counted */
+    size_t size;
+};
+
 struct lvm_model {
     char *path, *name;
     uint8_t *owned;                   /* the file in memory, or NULL when it is mapped or foreign */
+    struct made_up *made_up;          /* NULL: the tensors are a file's */
     void *mapped;
     size_t mapped_size;
     struct gguf file;
@@ -1858,9 +1867,26 @@ struct lvm_model {
     struct vqgan *vq;                 /* NULL when the file has no tokenizer */
 };
 
+/* The next piece of made-up weights. Types follow the rules that lvm_quantize keeps. */
+static int made_up_tensor(struct made_up *made, const char *name, int n_dims, const int *dims,
+                          struct tensor *out) {
+    int64_t cols = 1;
+    for (int i = 1; i < n_dims; i++) cols *= dims[i];
+    int vq = strncmp(name, "vq.", 3) == 0, type = vq ? made->vq_type : made->type;
+    if (type == LVM_Q4_0 && strcmp(name, "output.weight") == 0) type = LVM_Q8_0;
+    if (n_dims == 1) type = LVM_F32;
+    else if (dims[n_dims - 1] % type_info(type)->block != 0) type = LVM_F16;
+    int64_t row_bytes = n_dims == 1 ? 4 : type_bytes(type, cols);
+    *out = (struct tensor){made->data != NULL ? made->data + made->size : NULL, row_bytes, type,
+                           dims[0], (int)cols};
+    made->size += ((size_t)row_bytes * (size_t)dims[0] + 63) / 64 * 64;
+    return LVM_OK;
+}
+
 /* Asks for a tensor by name and shape: a matrix of any type. dims are given slowest first. */
 static int want_tensor(const lvm_model *m, const char *name, int n_dims, const int *dims,
                        struct tensor *out, lvm_error *error) {
+    if (m->made_up != NULL) return made_up_tensor(m->made_up, name, n_dims, dims, out);
     const struct gguf_tensor *t = gguf_tensor(&m->file, name);
     if (t == NULL) return fail(error, LVM_FORMAT, "%s: tensor %s is missing", m->path, name);
     int same = t->n_dims == n_dims;
@@ -1894,7 +1920,7 @@ static int want_vector(const lvm_model *m, const char *name, int n, int optional
                        lvm_error *error) {
     struct tensor t = {0};
     *out = NULL;
-    if (optional && gguf_tensor(&m->file, name) == NULL) return LVM_OK;
+    if (optional && (m->made_up != NULL || gguf_tensor(&m->file, name) == NULL)) return LVM_OK;
     int code = want_tensor(m, name, 1, &n, &t, error);
     if (code == LVM_OK && t.type != LVM_F32)
         code = fail(error, LVM_FORMAT, "%s: tensor %s must be F32", m->path, name);
@@ -1956,18 +1982,15 @@ static int load_llama_keys(lvm_model *m, lvm_error *error) {
 
 static int load_llama(lvm_model *m, lvm_error *error) {
     struct llama *a = &m->llama;
-    int code = load_llama_keys(m, error);
-    if (code == LVM_OK) {
-        a->layers = mem_alloc((size_t)a->n_layers, sizeof *a->layers, error);
-        if (a->layers == NULL) return LVM_MEMORY;
-        code = want_matrix(m, "token_embd.weight", a->V, a->D, &a->embed, error);
-    }
+    if (a->layers == NULL) a->layers = mem_alloc((size_t)a->n_layers, sizeof *a->layers, error);
+    if (a->layers == NULL) return LVM_MEMORY;
+    int code = want_matrix(m, "token_embd.weight", a->V, a->D, &a->embed, error);
     for (int i = 0; code == LVM_OK && i < a->n_layers; i++)
         code = load_layer(m, i, &a->layers[i], error);
     if (code == LVM_OK) code = want_vector(m, "output_norm.weight", a->D, 0, &a->norm, error);
     if (code != LVM_OK) return code;
     a->output = a->embed;
-    if (gguf_tensor(&m->file, "output.weight") != NULL)
+    if (m->made_up != NULL || gguf_tensor(&m->file, "output.weight") != NULL)
         code = want_matrix(m, "output.weight", a->V, a->D, &a->output, error);
     return code;
 }
@@ -2100,10 +2123,7 @@ static int load_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error
 }
 
 static int load_vq(lvm_model *m, lvm_error *error) {
-    struct vqgan *vq = m->vq = mem_alloc(1, sizeof *m->vq, error);
-    if (vq == NULL) return LVM_MEMORY;
-    int code = load_vq_keys(&m->file, vq, error);
-    if (code != LVM_OK) return code;
+    struct vqgan *vq = m->vq;
     struct vq_loader l = {m, error, LVM_OK};
     int last = vq->n_levels - 1, c_mid = vq->hidden * vq->mult[last];
     vq_half(&l, "encoder", 3, vq->z, c_mid, &vq->encoder);
@@ -2186,8 +2206,13 @@ static int load_model(lvm_model *m, const void *data, size_t size, lvm_error *er
     m->info.has_tokenizer = gguf_key(&m->file, "lvm.vq.resolution") != NULL;
     if (code == LVM_OK && !m->info.has_transformer && !m->info.has_tokenizer)
         code = fail(error, LVM_FORMAT, "%s: holds neither a transformer nor a tokenizer", m->path);
+    if (code == LVM_OK && m->info.has_transformer) code = load_llama_keys(m, error);
     if (code == LVM_OK && m->info.has_transformer) code = load_llama(m, error);
-    if (code == LVM_OK && m->info.has_tokenizer) code = load_vq(m, error);
+    if (code == LVM_OK && m->info.has_tokenizer) {
+        m->vq = mem_alloc(1, sizeof *m->vq, error);
+        code = m->vq == NULL ? LVM_MEMORY : load_vq_keys(&m->file, m->vq, error);
+        if (code == LVM_OK) code = load_vq(m, error);
+    }
     if (code == LVM_OK) code = fill_info(m, error);
     return code;
 }
@@ -2251,6 +2276,48 @@ void lvm_close(lvm_model *m) {
 }
 
 lvm_info lvm_model_info(const lvm_model *model) { return model->info; }
+
+/* Random bits that are small numbers in every type: signs, and exponents near 2^-6. */
+static void fill_random(uint8_t *data, size_t size) {
+    uint64_t state = 1;
+    for (size_t i = 0; i + 8 <= size; i += 8) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        uint64_t word = (state >> 7 & 0x83ff83ff83ff83ffu) | 0x2000200020002000u;
+        memcpy(data + i, &word, 8);
+    }
+}
+
+/* A model of a given shape: llama's sizes or vq's configuration are filled in, weights are random.
+   Either may be NULL. */
+static lvm_model *model_made_up(const struct llama *llama, const struct vqgan *vq, int type,
+                                int vq_type, lvm_error *error) {
+    struct made_up made = {type, vq_type, NULL, 0};
+    lvm_model *m = model_new("(random weights)", error);
+    if (m == NULL) return NULL;
+    m->k = choose_kernels(error);
+    int code = m->k == NULL ? LVM_INVALID : load_name(m, error);
+    if (llama != NULL) m->llama = *llama;
+    if (code == LVM_OK && vq != NULL) {
+        m->vq = mem_alloc(1, sizeof *m->vq, error);
+        if (m->vq == NULL) code = LVM_MEMORY;
+        else *m->vq = *vq;
+    }
+    m->info.has_transformer = llama != NULL;
+    m->info.has_tokenizer = vq != NULL;
+    m->made_up = &made;
+    for (int pass = 0; code == LVM_OK && pass < 2; pass++) { /* count, then hand out */
+        made.size = 0;
+        if (llama != NULL) code = load_llama(m, error);
+        if (code == LVM_OK && vq != NULL) code = load_vq(m, error);
+        if (code != LVM_OK || pass == 1) break;
+        made.data = m->owned = mem_alloc(1, made.size, error);
+        if (made.data == NULL) code = LVM_MEMORY;
+        else fill_random(made.data, made.size);
+    }
+    m->made_up = NULL;
+    if (code == LVM_OK) code = fill_info(m, error);
+    return model_or_null(m, code);
+}
 
 /* ---- Writing: the same file with other types ---- */
 
