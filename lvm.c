@@ -6600,7 +6600,7 @@ struct cli {
     const char **words; /* arguments that are no options */
     int n_words;
     const char *out, *rules;
-    int images, candidates, flags, force, quiet, list, type, vq_type;
+    int images, candidates, flags, force, quiet, list, exif, type, vq_type;
     lvm_sampling sampling;
     lvm_options options;
 };
@@ -6641,6 +6641,8 @@ static const struct option option_table[] = {
      "f32 arithmetic from quantised weights too"},
     {0, "kv", "TYPE", PREDICT, TYPE, AT(options.kv_type), 0, 11,
      "cache: f32, f16 or q8_0 (by the weights)"},
+    {0, "exif", NULL, PREDICT | ENCODE, FLAG, AT(exif), 0, 0,
+     "turn pictures as their EXIF orientation says"},
     {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0,
      "read the weights instead of mapping them"},
     {0, "type", "TYPE", QUANTIZE, TYPE, AT(type), 0, 31,
@@ -6966,10 +6968,24 @@ static void free_images(lvm_image *images, int n) {
     mem_free(images);
 }
 
-static lvm_image *load_images(const struct paths *p, int first, lvm_error *error) {
+/* Loads a picture; its EXIF rotation is applied with --exif, else noted. */
+static int load_picture(const struct cli *cli, const char *path, lvm_image *image,
+                        lvm_error *error) {
+    int code = lvm_image_load(path, image, error);
+    if (code != LVM_OK || image->orientation < 2) return code;
+    if (!cli->exif && !cli->quiet)
+        fprintf(stderr, "lvm: note: %s: carries an EXIF rotation, left alone as the published "
+                "program does; --exif applies it\n", path);
+    if (cli->exif) code = lvm_image_upright(image, error);
+    if (code != LVM_OK) lvm_image_free(image);
+    return code;
+}
+
+static lvm_image *load_images(const struct cli *cli, const struct paths *p, int first,
+                              lvm_error *error) {
     lvm_image *images = mem_alloc((size_t)(p->n - first) + 1, sizeof *images, error);
     for (int i = first; images != NULL && i < p->n; i++)
-        if (lvm_image_load(p->path[i], &images[i - first], error) != LVM_OK) {
+        if (load_picture(cli, p->path[i], &images[i - first], error) != LVM_OK) {
             free_images(images, i - first);
             return NULL;
         }
@@ -7087,7 +7103,7 @@ static int predict_images(struct cli *cli, struct session *s, const struct paths
     code = name == NULL ? LVM_MEMORY : check_output(name, cli->words[0], p, error);
     mem_free(name);
     if (code != LVM_OK) return code;
-    lvm_image *images = load_images(p, first, error);
+    lvm_image *images = load_images(cli, p, first, error);
     lvm_image *out = mem_alloc((size_t)cli->images * (size_t)cli->candidates, sizeof *out, error);
     code = images == NULL || out == NULL ? error->code
                                          : lvm_predict(s->ctx, images, p->n - first, &cli->sampling,
@@ -7139,14 +7155,14 @@ static int buffer_add(struct buffer *b, const char *data, size_t n, lvm_error *e
 }
 
 /* Ids of one picture after the other, a line each. */
-static int encode_paths(struct session *s, const struct paths *p, struct buffer *text,
-                        lvm_error *error) {
+static int encode_paths(const struct cli *cli, struct session *s, const struct paths *p,
+                        struct buffer *text, lvm_error *error) {
     int T = lvm_model_info(s->model).tokens_per_image, code = LVM_OK;
     int32_t *ids = mem_alloc((size_t)T, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     for (int i = 0; code == LVM_OK && i < p->n; i++) {
         lvm_image image = {0, 0, NULL, 0};
-        code = lvm_image_load(p->path[i], &image, error);
+        code = load_picture(cli, p->path[i], &image, error);
         if (code == LVM_OK) code = lvm_encode(s->ctx, &image, 1, ids, error);
         for (int t = 0; code == LVM_OK && t < T; t++) {
             char number[16];
@@ -7169,7 +7185,7 @@ static int run_encode(struct cli *cli) {
     int code = collect_paths(&p, cli->words + 1, cli->n_words - 1, &error);
     if (code == LVM_OK && out != NULL) code = check_output(out, cli->words[0], &p, &error);
     if (code == LVM_OK) code = session_open(&s, cli, &error);
-    if (code == LVM_OK) code = encode_paths(&s, &p, &text, &error);
+    if (code == LVM_OK) code = encode_paths(cli, &s, &p, &text, &error);
     if (code == LVM_OK && out != NULL) code = write_file(out, text.data, text.n, &error);
     if (code == LVM_OK && out != NULL) printf("%s\n", out);
     if (code == LVM_OK && out == NULL) fwrite(text.data, 1, text.n, stdout);
