@@ -37,7 +37,7 @@
      Part two: how one learns (its other half, training, is to come)
        9  Visual sentences: prompts by the line
      Part three: the machine room
-      10  Images: PNG in and out, Pillow's resizing
+      10  Images: PNG and PNM in, PNG out, EXIF rotation, Pillow's resizing
       11  Fast kernels: AVX2, AVX-512
       12  The command line
 
@@ -125,6 +125,8 @@ typedef struct lvm_error {
 typedef struct lvm_image {
     int width, height;
     uint8_t *rgb; /* [height][width][3], rows from the top */
+    int orientation; /* EXIF's 1..8 as the file states it, 0 or 1: upright; lvm_image_load fills
+                        it, only lvm_image_upright applies it */
 } lvm_image;
 
 /* What a model is. Fields of an absent part are 0. */
@@ -236,11 +238,14 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
 int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error);
 int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error);
 
-/* Pictures. load: PNG files or their bytes in memory (name is for messages). save: PNG, written
-   beside and renamed. resize: the same bytes as Pillow's Image.resize with BICUBIC. */
+/* Pictures. load: PNG or PNM files or their bytes in memory (name is for messages). upright: turns
+   and mirrors the pixels as the orientation says (a camera held sideways) and sets it to 1; what
+   the published checkpoints saw was never turned. save: PNG, written beside and renamed. resize:
+   the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation 0. */
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error);
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error);
+int lvm_image_upright(lvm_image *image, lvm_error *error);
 int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error);
 int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out, lvm_error *error);
 void lvm_image_free(lvm_image *image);
@@ -4737,7 +4742,7 @@ static int parse_sentence(struct json *j, struct sentence *s) {
 /* =================================================================================================
    Chapter 10.  Images
 
-   Pictures come in as PNG files, go through Pillow's bicubic resizing on their way to the
+   Pictures come in as PNG or PNM files, go through Pillow's bicubic resizing on their way to the
    tokenizer, and leave as PNG files. Everything works on memory: a reader gets all bytes of a
    file and touches them through one checked cursor, so that a damaged or hostile file is an error
    message and never a crash.
@@ -4745,6 +4750,10 @@ static int parse_sentence(struct json *j, struct sentence *s) {
    Formats followed:
      PNG                  Portable Network Graphics, third edition (W3C)
      zlib, deflate        RFC 1950 (the wrapper: two bytes, data, Adler-32) and RFC 1951
+     PNM                  netpbm's pbm(5), pgm(5) and ppm(5), plain and raw
+     EXIF                 one tag of it, the orientation: Exif 2.32 (CIPA DC-008), TIFF 6.0
+     pixel values         Pillow's Image.open(file).convert('RGB'), byte for byte, as its releases
+                          9.4 to 13.0 compute it alike
      resizing             Pillow's Image.resize(size, BICUBIC) on 8-bit RGB, byte for byte, as its
                           releases up to 12 compute it: the width first, then the height. (Release
                           13 turns that round where the height shrinks much more than the width.)
@@ -4752,6 +4761,10 @@ static int parse_sentence(struct json *j, struct sentence *s) {
    Read first, the surprises:
      - Alpha is dropped, not blended: an RGBA pixel keeps its R, G, B, whatever A says. This is
        Pillow's convert('RGB'), hence what the published checkpoints saw. tRNS is ignored likewise.
+     - 16-bit colour keeps its high byte, but 16-bit grey is cut at 255, so that nearly all of it
+       turns white: Pillow holds such grey as integers, and its convert('RGB') clips integers.
+       Scale such pictures (depth maps, say) to 8 bits before they are shown to a model.
+     - A photo's EXIF rotation is left alone, as by Pillow, unless lvm_image_upright is called.
      - gAMA, iCCP, sRGB and cHRM are ignored, as by Pillow: the bytes are the values.
      - Deflate sends Huffman codes from their top bit and everything else from the lowest bit.
        Codes are therefore kept reversed, and all bits come from one little-endian stream.
@@ -4779,6 +4792,7 @@ static int image_new(lvm_image *image, int width, int height, lvm_error *error) 
     if (!image->rgb) return LVM_MEMORY;
     image->width = width;
     image->height = height;
+    image->orientation = 0;
     return LVM_OK;
 }
 
@@ -4787,10 +4801,18 @@ static int image_sides_ok(int64_t width, int64_t height) {
            width * height <= IMAGE_MAX_PIXELS;
 }
 
+/* Every reader comes here with its header's sides before it asks for memory. */
+static int image_check_sides(const char *name, const char *kind, int64_t width, int64_t height,
+                             lvm_error *error) {
+    if (image_sides_ok(width, height)) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: a %s picture of %lld x %lld pixels: must be 1 to 2^28 "
+                "pixels", name, kind, (long long)width, (long long)height);
+}
+
 void lvm_image_free(lvm_image *image) {
     if (!image) return;
     mem_free(image->rgb);
-    *image = (lvm_image){0, 0, NULL};
+    *image = (lvm_image){0, 0, NULL, 0};
 }
 
 /* ---- Checksums ----
@@ -5183,6 +5205,103 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
     return NULL;
 }
 
+/* ---- EXIF orientation ----
+
+   A camera held sideways writes the pixels as its sensor lay and the turn that makes them upright
+   as one number. It stands in a TIFF file inside a JPEG's APP1 segment or a PNG's eXIf chunk:
+
+       TIFF:   "II" or "MM" (its byte order) | 42 | offset of a directory
+       there:  number of entries (2 bytes), then each: tag 2 | type 2 | count 4 | value 4
+
+   Whoever looks for it finds 1 to 8, or 0 where nothing or nonsense stands; bad offsets are no
+   error, for the pixels do not depend on them. */
+
+enum {
+    EXIF_ORIENTATION = 0x0112, EXIF_SHORT = 3, EXIF_LONG = 4, EXIF_ENTRY_SIZE = 12,
+    JPEG_EXIF = 0xE1, JPEG_SCAN = 0xDA, JPEG_END = 0xD9   /* markers */
+};
+
+static size_t exif_number(const uint8_t *p, int n, int big_endian) {
+    size_t value = 0;
+    for (int i = 0; i < n; i++) value = value << 8 | p[big_endian ? i : n - 1 - i];
+    return value;
+}
+
+/* data: a TIFF file, with or without the "Exif\0\0" that JPEG puts in front. */
+static int exif_orientation(const uint8_t *data, size_t size) {
+    if (size >= 6 && memcmp(data, "Exif\0\0", 6) == 0) {
+        data += 6;
+        size -= 6;
+    }
+    if (size < 8 || (memcmp(data, "II*\0", 4) != 0 && memcmp(data, "MM\0*", 4) != 0)) return 0;
+    int big = data[0] == 'M';
+    size_t at = exif_number(data + 4, 4, big);
+    if (at > size - 2) return 0;
+    size_t entries = exif_number(data + at, 2, big);
+    for (at += 2; entries > 0 && size - at >= EXIF_ENTRY_SIZE; entries--, at += EXIF_ENTRY_SIZE) {
+        const uint8_t *entry = data + at;
+        size_t type = exif_number(entry + 2, 2, big), count = exif_number(entry + 4, 4, big);
+        if (exif_number(entry, 2, big) != EXIF_ORIENTATION || count != 1) continue;
+        if (type != EXIF_SHORT && type != EXIF_LONG) continue;
+        size_t value = exif_number(entry + 8, type == EXIF_SHORT ? 2 : 4, big);
+        return value >= 1 && value <= 8 ? (int)value : 0;
+    }
+    return 0;
+}
+
+/* Walks over a JPEG file's segments (FF, marker, length, data) up to the first scan. */
+static int jpeg_orientation(const uint8_t *data, size_t size) {
+    size_t at = 2;   /* behind FF D8 */
+    while (at < size && size - at >= 4 && data[at] == 0xFF) {
+        int marker = data[at + 1];
+        size_t length = exif_number(data + at + 2, 2, 1);
+        if (marker == 0xFF) {   /* padding */
+            at++;
+            continue;
+        }
+        if (marker == JPEG_SCAN || marker == JPEG_END || length < 2) return 0;
+        if (length > size - at - 2) return 0;
+        if (marker == JPEG_EXIF && length >= 8 && memcmp(data + at + 4, "Exif\0\0", 6) == 0)
+            return exif_orientation(data + at + 4, length - 2);
+        at += 2 + length;
+    }
+    return 0;
+}
+
+/* How each orientation finds the input pixel of an output pixel: by exchanging x and y, then
+   counting x from the right, y from the bottom. */
+static const struct exif_turn {
+    int exchange, from_right, from_bottom;
+} exif_turns[9] = {{0, 0, 0}, {0, 0, 0}, {0, 1, 0}, {0, 1, 1}, {0, 0, 1},
+                   {1, 0, 0}, {1, 0, 1}, {1, 1, 1}, {1, 1, 0}};
+
+int lvm_image_upright(lvm_image *image, lvm_error *error) {
+    lvm_image out = {0, 0, NULL, 0};
+    if (!image->rgb || !image_sides_ok(image->width, image->height))
+        return fail(error, LVM_INVALID, "turning upright: the picture has no pixels");
+    if (image->orientation < 0 || image->orientation > 8)
+        return fail(error, LVM_INVALID, "turning upright: orientation %d: EXIF has 1 to 8",
+                    image->orientation);
+    const struct exif_turn *turn = &exif_turns[image->orientation];
+    int w = image->width, h = image->height;
+    if (image->orientation > 1) {
+        int code = image_new(&out, turn->exchange ? h : w, turn->exchange ? w : h, error);
+        if (code) return code;
+        uint8_t *to = out.rgb;
+        for (int y = 0; y < out.height; y++)
+            for (int x = 0; x < out.width; x++, to += RGB) {
+                int from_x = turn->exchange ? y : x, from_y = turn->exchange ? x : y;
+                if (turn->from_right) from_x = w - 1 - from_x;
+                if (turn->from_bottom) from_y = h - 1 - from_y;
+                memcpy(to, image->rgb + ((size_t)from_y * (size_t)w + (size_t)from_x) * RGB, RGB);
+            }
+        lvm_image_free(image);
+        *image = out;
+    }
+    image->orientation = 1;
+    return LVM_OK;
+}
+
 /* ---- PNG in ----
 
        file:   8 bytes of signature, then chunks
@@ -5192,6 +5311,21 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
    zlib stream of rows, each a filter byte and its pixels; IEND ends the picture. A lower-case
    first letter marks a chunk that may be ignored; an unknown upper-case one may not. Bytes behind
    IEND are ignored.
+
+   A row is packed: pixels of 1, 2 or 4 bits fill bytes from the top bit, and each row starts a new
+   byte. Samples of 16 bits are big-endian.
+
+   An interlaced picture (Adam7) comes as seven smaller ones, each complete with its own rows and
+   filters; a pass without pixels has no bytes. Which pass brings which pixel of each 8 x 8 square:
+
+       1 6 4 6 2 6 4 6
+       7 7 7 7 7 7 7 7
+       5 6 5 6 5 6 5 6
+       7 7 7 7 7 7 7 7
+       3 6 4 6 3 6 4 6
+       7 7 7 7 7 7 7 7
+       5 6 5 6 5 6 5 6
+       7 7 7 7 7 7 7 7
 
    Memory is asked for only when the file explains it: deflate turns 2 bits into 258 bytes at best,
    a ratio of 1032, so a small file that claims a huge picture is refused first. */
@@ -5220,9 +5354,9 @@ struct png_reader {
     lvm_error *error;
     struct png_cursor file;
     struct crc32 crc;
-    int width, height, colour, channels;
+    int width, height, colour, channels, depth, interlaced;
     const uint8_t *palette;        /* [n_colours][RGB], inside the file's bytes */
-    int n_colours;
+    int n_colours, orientation;
     uint8_t *idat;                 /* the data of all IDAT chunks [idat_size] */
     size_t idat_size;
     int idat_ended;
@@ -5276,16 +5410,6 @@ static uint32_t png_legal_depths(int colour) {
     }
 }
 
-static const char *png_colour_name(int colour) {
-    switch (colour) {
-    case PNG_GREY: return "greyscale";
-    case PNG_PALETTE: return "palette";
-    case PNG_RGB: return "RGB";
-    case PNG_GREY_ALPHA: return "greyscale and alpha";
-    default: return "RGB and alpha";
-    }
-}
-
 static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
     const uint8_t *d = chunk->data;
     if (strcmp(chunk->type, "IHDR") != 0 || chunk->size != PNG_HEADER_SIZE)
@@ -5294,10 +5418,8 @@ static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
     uint32_t width = png_u32(d), height = png_u32(d + 4);
     int depth = d[8], interlace = d[12];
     png->colour = d[9];
-    if (!image_sides_ok(width, height))
-        return fail(png->error, LVM_FORMAT,
-                    "%s: a PNG picture of %lu x %lu pixels: must be 1 to 2^28 pixels", png->name,
-                    (unsigned long)width, (unsigned long)height);
+    int code = image_check_sides(png->name, "PNG", width, height, png->error);
+    if (code) return code;
     if (depth > 16 || !(png_legal_depths(png->colour) >> depth & 1))
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: colour type %d with %d bits does not exist", png->name,
@@ -5306,13 +5428,10 @@ static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: unknown method (compression %d, filter %d, "
                     "interlace %d)", png->name, d[10], d[11], interlace);
-    if (depth != 8 || interlace)
-        return fail(png->error, LVM_UNSUPPORTED,
-                    "%s: %s %d-bit %s PNG; lvm reads plain 8-bit PNG: convert it first",
-                    png->name, interlace ? "an interlaced" : "a", depth,
-                    png_colour_name(png->colour));
     png->width = (int)width;
     png->height = (int)height;
+    png->depth = depth;
+    png->interlaced = interlace;
     png->channels = png->colour == PNG_RGB ? 3 : png->colour == PNG_RGB_ALPHA ? 4 :
                     png->colour == PNG_GREY_ALPHA ? 2 : 1;
     return LVM_OK;
@@ -5359,6 +5478,8 @@ static int png_chunks(struct png_reader *png) {
             code = png_idat(png, &chunk);
         else if (strcmp(chunk.type, "PLTE") == 0)
             code = png_palette(png, &chunk);
+        else if (strcmp(chunk.type, "eXIf") == 0)
+            png->orientation = exif_orientation(chunk.data, chunk.size);
         else if (chunk.type[0] < 'a')
             code = fail(png->error, LVM_FORMAT, "%s: a PNG file with %s chunk %s where none may be",
                         png->name, strcmp(chunk.type, "IHDR") ? "an unknown" : "a second",
@@ -5408,62 +5529,132 @@ static int png_unfilter(int filter, uint8_t *row, const uint8_t *above, size_t n
     }
 }
 
-/* One row of any colour type to RGB. False: a pixel names a colour beyond the palette. */
-static int png_row_to_rgb(const struct png_reader *png, const uint8_t *row, uint8_t *rgb) {
-    size_t n = (size_t)png->width, step = (size_t)png->channels;
+/* Where the pixels of a pass lie: every dx-th from column x, in every dy-th row from row y. */
+struct png_pass {
+    int x, y, dx, dy;
+};
+
+/* The whole picture, then Adam7's seven passes. */
+static const struct png_pass png_passes[8] = {
+    {0, 0, 1, 1},
+    {0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4}, {1, 0, 2, 2}, {0, 1, 1, 2}
+};
+
+/* A picture consists of the passes from this one on, up to png_last_pass: 0 alone, or 1 to 7. */
+static int png_first_pass(const struct png_reader *png) { return png->interlaced ? 1 : 0; }
+static int png_last_pass(const struct png_reader *png) { return png->interlaced ? 7 : 0; }
+
+/* Of n columns or rows, those that a pass holds. */
+static int png_pass_count(int n, int from, int step) {
+    return n > from ? (n - from - 1) / step + 1 : 0;
+}
+
+/* Bytes of a row of n pixels, without its filter. */
+static size_t png_row_bytes(const struct png_reader *png, int n) {
+    return ((size_t)n * (size_t)png->channels * (size_t)png->depth + 7) / 8;
+}
+
+/* Bytes that the compressed data must hold. */
+static size_t png_raw_size(const struct png_reader *png) {
+    size_t sum = 0;
+    for (int i = png_first_pass(png); i <= png_last_pass(png); i++) {
+        const struct png_pass *pass = &png_passes[i];
+        int width = png_pass_count(png->width, pass->x, pass->dx);
+        int height = png_pass_count(png->height, pass->y, pass->dy);
+        if (width > 0) sum += (size_t)height * (1 + png_row_bytes(png, width));
+    }
+    return sum;
+}
+
+/* A row's n samples as a byte each: the row itself, or out. Palette indices stay as they are. */
+static const uint8_t *png_samples(const struct png_reader *png, const uint8_t *row, size_t n,
+                                  uint8_t *out) {
+    unsigned depth = (unsigned)png->depth, most = (1u << depth) - 1;
+    if (depth == 8) return row;
+    if (depth == 16 && png->colour == PNG_GREY)
+        for (size_t i = 0; i < n; i++) out[i] = row[2 * i] ? 255 : row[2 * i + 1];
+    else if (depth == 16)
+        for (size_t i = 0; i < n; i++) out[i] = row[2 * i];
+    else
+        for (size_t i = 0; i < n; i++) {
+            size_t bit = i * depth;
+            unsigned v = (unsigned)row[bit / 8] >> (8 - depth - bit % 8) & most;
+            out[i] = (uint8_t)(png->colour == PNG_GREY ? v * (255 / most) : v);
+        }
+    return out;
+}
+
+/* The samples of n pixels to RGB, one every stride bytes. False: a pixel names a colour beyond the
+   palette. */
+static int png_row_to_rgb(const struct png_reader *png, const uint8_t *samples, size_t n,
+                          uint8_t *rgb, size_t stride) {
+    size_t step = (size_t)png->channels;
     switch (png->colour) {
-    case PNG_RGB:
-        memcpy(rgb, row, n * RGB);
-        return 1;
-    case PNG_RGB_ALPHA:
-        for (size_t i = 0; i < n; i++) memcpy(rgb + RGB * i, row + step * i, RGB);
+    case PNG_RGB: case PNG_RGB_ALPHA:
+        for (size_t i = 0; i < n; i++) memcpy(rgb + stride * i, samples + step * i, RGB);
         return 1;
     case PNG_PALETTE:
         for (size_t i = 0; i < n; i++) {
-            if (row[i] >= png->n_colours) return 0;
-            memcpy(rgb + RGB * i, png->palette + RGB * row[i], RGB);
+            if (samples[i] >= png->n_colours) return 0;
+            memcpy(rgb + stride * i, png->palette + RGB * samples[i], RGB);
         }
         return 1;
     default:
-        for (size_t i = 0; i < n; i++) memset(rgb + RGB * i, row[step * i], RGB);
+        for (size_t i = 0; i < n; i++) memset(rgb + stride * i, samples[step * i], RGB);
         return 1;
     }
 }
 
-/* raw: [height][1 + width * channels], the filter byte in front of each row. */
-static int png_pixels(struct png_reader *png, uint8_t *raw, lvm_image *image) {
-    size_t n = (size_t)png->width * (size_t)png->channels;
-    uint8_t *zero = mem_alloc(n, 1, png->error);   /* the row above the first */
-    if (!zero) return LVM_MEMORY;
+/* One pass into the picture. *raw moves behind its rows; zero is the row above the first; samples
+   has room for those of a row. */
+static int png_pass_pixels(struct png_reader *png, const struct png_pass *pass, uint8_t **raw,
+                           const uint8_t *zero, uint8_t *samples, lvm_image *image) {
+    int width = png_pass_count(png->width, pass->x, pass->dx);
+    size_t n = png_row_bytes(png, width), bits = (size_t)png->channels * (size_t)png->depth;
+    size_t stride = RGB * (size_t)pass->dx;
     const uint8_t *above = zero;
-    int code = image_new(image, png->width, png->height, png->error);
-    for (int y = 0; y < png->height && !code; y++) {
-        uint8_t *row = raw + (size_t)y * (n + 1);
-        if (!png_unfilter(row[0], row + 1, above, n, (size_t)png->channels))
-            code = fail(png->error, LVM_FORMAT, "%s: damaged PNG file: row %d has filter %d",
-                        png->name, y, row[0]);
-        else if (!png_row_to_rgb(png, row + 1, image->rgb + (size_t)y * (size_t)png->width * RGB))
-            code = fail(png->error, LVM_FORMAT,
+    for (int y = pass->y; y < png->height && width > 0; y += pass->dy) {
+        uint8_t *row = *raw + 1;
+        uint8_t *rgb = image->rgb + ((size_t)y * (size_t)png->width + (size_t)pass->x) * RGB;
+        if (!png_unfilter(row[-1], row, above, n, (bits + 7) / 8))
+            return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: row %d has filter %d",
+                        png->name, y, row[-1]);
+        const uint8_t *s = png_samples(png, row, (size_t)width * (size_t)png->channels, samples);
+        if (!png_row_to_rgb(png, s, (size_t)width, rgb, stride))
+            return fail(png->error, LVM_FORMAT,
                         "%s: damaged PNG file: row %d uses a colour beyond its palette of %d",
                         png->name, y, png->n_colours);
-        above = row + 1;
+        *raw += n + 1;
+        above = row;
     }
+    return LVM_OK;
+}
+
+/* raw: the rows of all passes, [pass][row][1 + row's bytes], the filter in front of each row. */
+static int png_pixels(struct png_reader *png, uint8_t *raw, lvm_image *image) {
+    uint8_t *zero = mem_alloc(png_row_bytes(png, png->width), 1, png->error);
+    uint8_t *samples = mem_alloc((size_t)png->width, (size_t)png->channels, png->error);
+    int code = zero && samples ? image_new(image, png->width, png->height, png->error) : LVM_MEMORY;
+    for (int i = png_first_pass(png); i <= png_last_pass(png) && !code; i++)
+        code = png_pass_pixels(png, &png_passes[i], &raw, zero, samples, image);
+    mem_free(samples);
     mem_free(zero);
     if (code) lvm_image_free(image);
+    else image->orientation = png->orientation;
     return code;
 }
 
 static int png_decompress(struct png_reader *png, lvm_image *image) {
-    size_t row = 1 + (size_t)png->width * (size_t)png->channels, height = (size_t)png->height;
-    if (row * height / DEFLATE_MAX_RATIO > png->idat_size)
+    size_t raw_size = png_raw_size(png);
+    if (raw_size / DEFLATE_MAX_RATIO > png->idat_size)
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: %lu bytes of data cannot hold %d x %d pixels",
                     png->name, (unsigned long)png->idat_size, png->width, png->height);
-    uint8_t *raw = mem_alloc(height, row, png->error);
+    uint8_t *raw = mem_alloc(raw_size, 1, png->error);
     struct inflate *z = mem_alloc(1, sizeof *z, png->error);
     int code = raw && z ? LVM_OK : LVM_MEMORY;
     if (!code) {
-        const char *fault = inflate_zlib(z, png->idat, png->idat_size, raw, height * row);
+        const char *fault = inflate_zlib(z, png->idat, png->idat_size, raw, raw_size);
         if (fault)
             code = fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %s", png->name, fault);
     }
@@ -5484,6 +5675,177 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
     return code;
 }
 
+/* ---- PNM in ----
+
+       "P1" to "P6" | width | height | maximum (not for bitmaps) | samples, rows from the top
+
+   P1 and P4 are bitmaps (1 is black), P2 and P5 grey, P3 and P6 RGB. In P1, P2 and P3 samples are
+   decimal numbers (bitmaps: digits); in the others they are bytes behind exactly one whitespace
+   byte: two, the high one first, where the maximum is above 255; bits from the top in rows of
+   whole bytes for P4. A comment goes from # to the end of its line, and is as if it were not there:
+   it may stand inside a number, and its newline does not end one. Bytes behind the picture are
+   ignored.
+
+   Samples become bytes as Pillow makes them: v / maximum * 255, rounded, halves to even; grey with
+   a maximum above 255 becomes a 16-bit integer likewise, which is then cut at 255. A raw sample
+   above the maximum counts as white, a plain one is an error. */
+
+enum { PNM_DIGITS = 10, PNM_MAXIMUM = 65535 };
+
+struct pnm_reader {
+    const char *name;      /* of the file, for messages */
+    lvm_error *error;
+    const uint8_t *at, *end;
+    int kind;              /* '1' .. '6' */
+    int width, height, channels, maximum;
+    uint8_t *scale;        /* [sample] -> byte */
+};
+
+static int pnm_is_space(int c) {
+    return c == ' ' || (c >= '\t' && c <= '\r');
+}
+
+/* The next byte that is in no comment, or -1. */
+static int pnm_byte(struct pnm_reader *pnm) {
+    while (pnm->at < pnm->end) {
+        int c = *pnm->at++;
+        if (c != '#') return c;
+        while (pnm->at < pnm->end && *pnm->at != '\n' && *pnm->at != '\r') pnm->at++;
+        if (pnm->at < pnm->end) pnm->at++;
+    }
+    return -1;
+}
+
+/* A number and the whitespace byte behind it. Returns NULL or the fault in words. */
+static const char *pnm_number(struct pnm_reader *pnm, int64_t *value) {
+    int c, digits = 0;
+    do c = pnm_byte(pnm);
+    while (pnm_is_space(c));
+    if (c < 0) return "the file ends early";
+    for (*value = 0; c >= 0 && !pnm_is_space(c); c = pnm_byte(pnm)) {
+        if (c < '0' || c > '9') return "not a number";
+        if (++digits > PNM_DIGITS) return "a number too long";
+        *value = *value * 10 + (c - '0');
+    }
+    return NULL;
+}
+
+static int pnm_header(struct pnm_reader *pnm) {
+    static const char *const names[3] = {"width", "height", "maximum"};
+    int64_t value[3] = {0, 0, 1};
+    int bitmap = pnm->kind == '1' || pnm->kind == '4';
+    for (int i = 0; i < (bitmap ? 2 : 3); i++) {
+        const char *fault = pnm_number(pnm, &value[i]);
+        if (fault)
+            return fail(pnm->error, LVM_FORMAT, "%s: damaged PNM file: its %s: %s", pnm->name,
+                        names[i], fault);
+    }
+    int code = image_check_sides(pnm->name, "PNM", value[0], value[1], pnm->error);
+    if (code) return code;
+    if (value[2] < 1 || value[2] > PNM_MAXIMUM)
+        return fail(pnm->error, LVM_FORMAT, "%s: damaged PNM file: its maximum is %lld: must be 1 "
+                    "to %d", pnm->name, (long long)value[2], PNM_MAXIMUM);
+    pnm->width = (int)value[0];
+    pnm->height = (int)value[1];
+    pnm->maximum = (int)value[2];
+    pnm->channels = pnm->kind == '3' || pnm->kind == '6' ? 3 : 1;
+    return LVM_OK;
+}
+
+/* Memory is asked for only when the file explains it: the fewest bytes that hold the samples. */
+static int pnm_check_size(const struct pnm_reader *pnm) {
+    size_t row = (size_t)pnm->width * (size_t)pnm->channels, left = (size_t)(pnm->end - pnm->at);
+    size_t bytes = row * (size_t)pnm->height;
+    if (pnm->kind == '4') bytes = (row + 7) / 8 * (size_t)pnm->height;
+    else if (pnm->kind >= '5' && pnm->maximum > 255) bytes *= 2;
+    else if (pnm->kind == '2' || pnm->kind == '3') bytes = bytes * 2 - 1;
+    if (bytes <= left) return LVM_OK;
+    return fail(pnm->error, LVM_FORMAT, "%s: the PNM file is cut off: %zu bytes of data cannot "
+                "hold %d x %d pixels", pnm->name, left, pnm->width, pnm->height);
+}
+
+static int pnm_make_scale(struct pnm_reader *pnm) {
+    int n = pnm->maximum > 255 ? PNM_MAXIMUM + 1 : 256;
+    double white = pnm->maximum > 255 && pnm->channels == 1 ? 65535 : 255;
+    pnm->scale = mem_alloc((size_t)n, 1, pnm->error);
+    if (!pnm->scale) return LVM_MEMORY;
+    for (int v = 0; v < n; v++) {
+        double byte = rint((double)v / pnm->maximum * white);
+        pnm->scale[v] = (uint8_t)(byte < 255 ? byte : 255);
+    }
+    if (pnm->kind == '1' || pnm->kind == '4') {
+        pnm->scale[0] = 255;
+        pnm->scale[1] = 0;
+    }
+    return LVM_OK;
+}
+
+static const char *pnm_plain_sample(struct pnm_reader *pnm, int *sample) {
+    int64_t value = 0;
+    if (pnm->kind == '1') {
+        int c;
+        do c = pnm_byte(pnm);
+        while (pnm_is_space(c));
+        if (c < 0) return "the file ends early";
+        if (c != '0' && c != '1') return "neither 0 nor 1";
+        value = c - '0';
+    } else {
+        const char *fault = pnm_number(pnm, &value);
+        if (fault) return fault;
+        if (value > pnm->maximum) return "a sample above the maximum";
+    }
+    *sample = (int)value;
+    return NULL;
+}
+
+/* One row to out [width * channels]. Returns NULL or the fault in words. */
+static const char *pnm_row(struct pnm_reader *pnm, uint8_t *out) {
+    int n = pnm->width * pnm->channels, bytes = pnm->maximum > 255 ? 2 : 1;
+    for (int i = 0; i < n; i++) {
+        int sample = 0;
+        if (pnm->kind <= '3') {
+            const char *fault = pnm_plain_sample(pnm, &sample);
+            if (fault) return fault;
+        } else if (pnm->kind == '4') {
+            sample = pnm->at[i / 8] >> (7 - i % 8) & 1;
+        } else {
+            sample = bytes == 2 ? pnm->at[2 * i] << 8 | pnm->at[2 * i + 1] : pnm->at[i];
+        }
+        out[i] = pnm->scale[sample];
+    }
+    if (pnm->kind == '4') pnm->at += (n + 7) / 8;
+    if (pnm->kind > '4') pnm->at += n * bytes;
+    return NULL;
+}
+
+static int pnm_pixels(struct pnm_reader *pnm, lvm_image *image) {
+    size_t row = (size_t)pnm->width * RGB;
+    for (int y = 0; y < pnm->height; y++) {
+        uint8_t *rgb = image->rgb + (size_t)y * row;
+        const char *fault = pnm_row(pnm, rgb);
+        if (fault)
+            return fail(pnm->error, LVM_FORMAT, "%s: damaged PNM file: row %d: %s", pnm->name, y,
+                        fault);
+        if (pnm->channels == 1)   /* spread from the right, where nothing is waiting */
+            for (int x = pnm->width - 1; x >= 0; x--) memset(rgb + RGB * (size_t)x, rgb[x], RGB);
+    }
+    return LVM_OK;
+}
+
+static int pnm_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
+                    lvm_error *error) {
+    struct pnm_reader pnm = {.name = name, .error = error, .at = data + 3, .end = data + size,
+                             .kind = data[1]};   /* the caller recognised three bytes */
+    int code = pnm_header(&pnm);
+    if (!code) code = pnm_check_size(&pnm);
+    if (!code) code = pnm_make_scale(&pnm);
+    if (!code) code = image_new(image, pnm.width, pnm.height, error);
+    if (!code) code = pnm_pixels(&pnm, image);
+    if (code) lvm_image_free(image);
+    mem_free(pnm.scale);
+    return code;
+}
+
 /* ---- Recognising what a file is ----
 
    By its first bytes, never by its name. Pictures in formats that lvm does not read are named, so
@@ -5498,11 +5860,17 @@ static const struct picture_kind picture_kinds[] = {
     {0, 3, "\xFF\xD8\xFF", "JPEG"},     {0, 4, "GIF8", "GIF"},
     {8, 4, "WEBP", "WebP"},             {0, 2, "BM", "BMP"},
     {4, 8, "ftypheic", "HEIC"},         {4, 8, "ftypheix", "HEIC"},
-    {4, 8, "ftyphevc", "HEIC"},         {4, 8, "ftypmif1", "HEIC"},
-    {4, 8, "ftypmsf1", "HEIC"},         {4, 8, "ftypavif", "AVIF"},
-    {4, 8, "ftypavis", "AVIF"},         {0, 4, "II*\0", "TIFF"},
-    {0, 4, "MM\0*", "TIFF"},            {4, 4, "JXL ", "JPEG XL"},
-    {0, 2, "\xFF\x0A", "JPEG XL"},      {4, 4, "jP  ", "JPEG 2000"},
+    {4, 8, "ftyphevc", "HEIC"},         {4, 8, "ftyphevx", "HEIC"},
+    {4, 8, "ftypheim", "HEIC"},         {4, 8, "ftypheis", "HEIC"},
+    {4, 8, "ftypmif1", "HEIC"},         {4, 8, "ftypmsf1", "HEIC"},
+    {4, 8, "ftypavif", "AVIF"},         {4, 8, "ftypavis", "AVIF"},
+    {0, 4, "II*\0", "TIFF"},            {0, 4, "MM\0*", "TIFF"},
+    {0, 4, "II+\0", "TIFF"},            {0, 4, "MM\0+", "TIFF"},
+    {4, 4, "JXL ", "JPEG XL"},          {0, 2, "\xFF\x0A", "JPEG XL"},
+    {4, 4, "jP  ", "JPEG 2000"},        {0, 4, "\xFF\x4F\xFF\x51", "JPEG 2000"},
+    {0, 4, "8BPS", "Photoshop"},        {0, 5, "%PDF-", "PDF"},
+    {0, 3, "P7\n", "PAM"},              {0, 3, "PF\n", "PFM"},
+    {0, 3, "Pf\n", "PFM"},              {0, 4, "<svg", "SVG"},
 };
 
 static const char *picture_name(const uint8_t *data, size_t size) {
@@ -5512,33 +5880,53 @@ static const char *picture_name(const uint8_t *data, size_t size) {
         if (size >= end && !memcmp(data + kind->offset, kind->bytes, (size_t)kind->size))
             return kind->name;
     }
-    if (size > 2 && data[0] == 'P' && data[1] >= '1' && data[1] <= '7' &&
-        (data[2] == '\n' || data[2] == ' ' || data[2] == '\t' || data[2] == '\r'))
-        return "PNM";
     return NULL;
+}
+
+static int is_pnm(const uint8_t *data, size_t size) {
+    return size >= 3 && data[0] == 'P' && data[1] >= '1' && data[1] <= '6' && pnm_is_space(data[2]);
+}
+
+/* Nothing but text at the beginning: bytes above 127 may be letters of any language. */
+static int is_text(const uint8_t *data, size_t size) {
+    for (size_t i = 0; i < size && i < 512; i++)
+        if ((data[i] < ' ' && !pnm_is_space(data[i])) || data[i] == 127) return 0;
+    return 1;
+}
+
+/* The message for a file that is none of the formats which lvm reads. */
+static int no_picture(const uint8_t *data, size_t size, const char *name, lvm_error *error) {
+    const char *kind = picture_name(data, size);
+    if (kind)
+        return fail(error, LVM_UNSUPPORTED, "%s is a %s file, which lvm does not read: convert it "
+                    "to PNG or JPEG first", name, kind);
+    if (size >= 4 && !memcmp(data, png_signature, 4))
+        return fail(error, LVM_FORMAT, "%s: damaged PNG file: its first %d bytes were changed "
+                    "(copied as text?) or are missing", name, PNG_SIGNATURE_SIZE);
+    return fail(error, LVM_FORMAT, "%s is %s: lvm reads PNG and PNM", name,
+                is_text(data, size) ? "text, no picture" : "no picture that lvm knows");
 }
 
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error) {
     const uint8_t *bytes = data;
-    *image = (lvm_image){0, 0, NULL};
+    *image = (lvm_image){0, 0, NULL, 0};
     if (size == 0) return fail(error, LVM_FORMAT, "%s is empty", name);
+    int code;
     if (size >= PNG_SIGNATURE_SIZE && !memcmp(bytes, png_signature, PNG_SIGNATURE_SIZE))
-        return png_load(bytes, size, name, image, error);
-    const char *kind = picture_name(bytes, size);
-    if (kind)
-        return fail(error, LVM_UNSUPPORTED, "%s is a %s picture; lvm reads PNG: convert it first",
-                    name, kind);
-    if (size >= 4 && !memcmp(bytes, png_signature, 4))
-        return fail(error, LVM_FORMAT, "%s: damaged PNG file: its first %d bytes were changed "
-                    "(copied as text?) or are missing", name, PNG_SIGNATURE_SIZE);
-    return fail(error, LVM_FORMAT, "%s is no picture that lvm knows: it reads PNG", name);
+        code = png_load(bytes, size, name, image, error);
+    else if (is_pnm(bytes, size))
+        code = pnm_load(bytes, size, name, image, error);
+    else
+        code = no_picture(bytes, size, name, error);
+    if (!code && bytes[0] == 0xFF) image->orientation = jpeg_orientation(bytes, size);
+    return code;
 }
 
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error) {
     uint8_t *data = NULL;
     size_t size = 0;
-    *image = (lvm_image){0, 0, NULL};
+    *image = (lvm_image){0, 0, NULL, 0};
     int code = read_file(path, &data, &size, error);
     if (code) return code;
     code = lvm_image_load_memory(data, size, path, image, error);
@@ -6156,7 +6544,7 @@ static int resize_columns(const struct resize_taps *t, const lvm_image *in, int 
 static int resize_both(const lvm_image *in, int width, int height, lvm_image *out,
                        lvm_error *error) {
     struct resize_taps taps;
-    lvm_image narrow = {0, 0, NULL};
+    lvm_image narrow = {0, 0, NULL, 0};
     int code = resize_taps_make(&taps, in->height, height, error);
     if (code) return code;
     int first = taps.first[0], end = taps.first[height - 1] + taps.count[height - 1];
@@ -6172,7 +6560,7 @@ static int resize_both(const lvm_image *in, int width, int height, lvm_image *ou
 }
 
 int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out, lvm_error *error) {
-    lvm_image result = {0, 0, NULL};
+    lvm_image result = {0, 0, NULL, 0};
     int code;
     if (!in->rgb || !image_sides_ok(in->width, in->height) || !image_sides_ok(width, height))
         return fail(error, LVM_INVALID, "cannot resize a picture of %d x %d to %d x %d pixels",
@@ -6993,7 +7381,7 @@ struct cli {
     const char **words; /* arguments that are no options */
     int n_words, split; /* split: words in front of a lone --, or -1 */
     const char *out, *rules, *base, *sheet, *cache, *resize;
-    int images, candidates, flags, force, quiet, list, type, vq_type, preset;
+    int images, candidates, flags, force, quiet, list, exif, type, vq_type, preset;
     int lines, grid, json, man;
     lvm_sampling sampling;
     lvm_options options;
@@ -7056,6 +7444,8 @@ static const struct option option_table[] = {
      "f32 arithmetic from quantised weights too"},
     {0, "kv", "TYPE", READS, TYPE, AT(options.kv_type), 0, 11,
      "cache: f32, f16 or q8_0 (by the weights)"},
+    {0, "exif", NULL, READS | ENCODE, FLAG, AT(exif), 0, 0,
+     "turn pictures as their EXIF orientation says"},
     {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0,
      "read the weights instead of mapping them"},
     {0, "type", "TYPE", QUANTIZE, TYPE, AT(type), 0, 31,
@@ -7528,10 +7918,24 @@ static void free_images(lvm_image *images, int n) {
     mem_free(images);
 }
 
-static lvm_image *load_images(const struct paths *p, int first, lvm_error *error) {
+/* Loads a picture; its EXIF rotation is applied with --exif, else noted. */
+static int load_picture(const struct cli *cli, const char *path, lvm_image *image,
+                        lvm_error *error) {
+    int code = lvm_image_load(path, image, error);
+    if (code != LVM_OK || image->orientation < 2) return code;
+    if (!cli->exif && !cli->quiet)
+        fprintf(stderr, "lvm: note: %s: carries an EXIF rotation, left alone as the published "
+                "program does; --exif applies it\n", path);
+    if (cli->exif) code = lvm_image_upright(image, error);
+    if (code != LVM_OK) lvm_image_free(image);
+    return code;
+}
+
+static lvm_image *load_images(const struct cli *cli, const struct paths *p, int first,
+                              lvm_error *error) {
     lvm_image *images = mem_alloc((size_t)(p->n - first) + 1, sizeof *images, error);
     for (int i = first; images != NULL && i < p->n; i++)
-        if (lvm_image_load(p->path[i], &images[i - first], error) != LVM_OK) {
+        if (load_picture(cli, p->path[i], &images[i - first], error) != LVM_OK) {
             free_images(images, i - first);
             return NULL;
         }
@@ -7768,7 +8172,7 @@ static lvm_image *load_prompt(const struct cli *cli, const struct session *s, co
         fprintf(stderr, "lvm: note: %d pictures given, the last %d count (the context holds %d)\n",
                 p->n, most, most + 1);
     *n = p->n - first;
-    return load_images(p, first, error);
+    return load_images(cli, p, first, error);
 }
 
 static int predict_images(struct cli *cli, struct session *s, const struct paths *p,
@@ -7814,14 +8218,14 @@ static int run_predict(struct cli *cli) {
 }
 
 /* Ids of one picture after the other, a line each. */
-static int encode_paths(struct session *s, const struct paths *p, struct buffer *text,
-                        lvm_error *error) {
+static int encode_paths(const struct cli *cli, struct session *s, const struct paths *p,
+                        struct buffer *text, lvm_error *error) {
     int T = lvm_model_info(s->model).tokens_per_image, code = LVM_OK;
     int32_t *ids = mem_alloc((size_t)T, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     for (int i = 0; code == LVM_OK && i < p->n; i++) {
-        lvm_image image = {0, 0, NULL};
-        code = lvm_image_load(p->path[i], &image, error);
+        lvm_image image = {0, 0, NULL, 0};
+        code = load_picture(cli, p->path[i], &image, error);
         if (code == LVM_OK) code = lvm_encode(s->ctx, &image, 1, ids, error);
         for (int t = 0; code == LVM_OK && t < T; t++) {
             char number[16];
@@ -7844,7 +8248,7 @@ static int run_encode(struct cli *cli) {
     int code = collect_paths(cli, &p, 1, cli->n_words, &error);
     if (code == LVM_OK && out != NULL) code = check_output(cli, out, &p, &error);
     if (code == LVM_OK) code = session_open(&s, cli, &error);
-    if (code == LVM_OK) code = encode_paths(&s, &p, &text, &error);
+    if (code == LVM_OK) code = encode_paths(cli, &s, &p, &text, &error);
     if (code == LVM_OK && out != NULL) code = write_file(out, text.data, text.n, &error);
     if (code == LVM_OK && out != NULL) printf("%s\n", out);
     if (code == LVM_OK && out == NULL) fwrite(text.data, 1, text.n, stdout);
@@ -8027,7 +8431,7 @@ static int rank_choices(const struct cli *cli, struct session *s, const struct p
     int T = s->model->info.tokens_per_image, n = 0, code = need_all(cli, s, error);
     if (code != LVM_OK) return code;
     lvm_image *shots = load_prompt(cli, s, prompt, &n, error);
-    lvm_image *images = load_images(choices, 0, error);
+    lvm_image *images = load_images(cli, choices, 0, error);
     int32_t *ids = mem_alloc((size_t)choices->n * (size_t)T, sizeof *ids, error);
     double *nll = mem_alloc((size_t)choices->n, sizeof *nll, error);
     code = shots == NULL || images == NULL || ids == NULL || nll == NULL
@@ -8134,7 +8538,7 @@ static char *find_picture(const struct set *set, const char *path, lvm_error *er
 static int load_set_picture(const struct set *set, const struct picture *p, lvm_image *image,
                             lvm_error *error) {
     char *path = find_picture(set, p->path, error);
-    int code = path != NULL ? lvm_image_load(path, image, error) : LVM_MEMORY;
+    int code = path != NULL ? load_picture(set->cli, path, image, error) : LVM_MEMORY;
     mem_free(path);
     return code;
 }

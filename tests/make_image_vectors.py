@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Makes tests/images: small PNG files, and in index.txt what a correct reader, writer and resizer
-gives for them. Needs Pillow, release 12 or older, which is the reference (release 13 resizes tall
+"""Makes tests/images: small PNG and PNM files, and in index.txt what a correct reader, writer and
+resizer gives for them. Needs Pillow, release 12 or older, which is the reference (release 13 resizes tall
 pictures in another order); the files are committed, so running the tests needs neither.
 
     python3 tests/make_image_vectors.py
 
 Lines of index.txt:
     load FILE WIDTH HEIGHT HASH          HASH: FNV-1a 64 of the RGB bytes after convert('RGB')
+    upright FILE N WIDTH HEIGHT HASH     EXIF orientation N; the picture after exif_transpose
+    turn FILE N                          a JPEG whose segments tell orientation N (0: none)
     bad FILE CODE TEXT                   loading fails with this code and TEXT in the message
     resize KIND W H NEW_W NEW_H HASH     formula picture, resized with BICUBIC
     size KIND W H BYTES                  formula picture, saved by Pillow at compress_level 6
@@ -28,12 +30,17 @@ import sys
 import zlib
 
 import PIL
-from PIL import Image
+from PIL import Image, ImageOps
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 GREY, RGB, PALETTE, GREY_ALPHA, RGBA = 0, 2, 3, 4, 6
 CHANNELS = {GREY: 1, RGB: 3, PALETTE: 1, GREY_ALPHA: 2, RGBA: 4}
+DEPTHS = {GREY: (1, 2, 4, 8, 16), RGB: (8, 16), PALETTE: (1, 2, 4, 8), GREY_ALPHA: (8, 16),
+          RGBA: (8, 16)}
+NAMES = {GREY: "grey", RGB: "rgb", PALETTE: "palette", GREY_ALPHA: "grey_alpha", RGBA: "rgba"}
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2),
+         (0, 1, 1, 2))
 index = []
 
 
@@ -102,9 +109,9 @@ def paeth(a, b, c):
     return min((abs(p - a), 0, a), (abs(p - b), 1, b), (abs(p - c), 2, c))[2]
 
 
-def filter_rows(w, h, colour, pixels, choose):
+def filter_rows(w, h, colour, pixels, choose, depth=8):
     """Rows with their filter byte; choose(y) is the filter of row y."""
-    n, step = w * CHANNELS[colour], CHANNELS[colour]
+    n, step = (w * CHANNELS[colour] * depth + 7) // 8, max(1, CHANNELS[colour] * depth // 8)
     above, out = bytes(n), bytearray()
     for y in range(h):
         row, kind = pixels[y * n:(y + 1) * n], choose(y)
@@ -153,8 +160,7 @@ def make_good():
     rng = random.Random(7)
     colours = bytes(rng.randrange(256) for _ in range(768))
     plte, plte5 = chunk(b"PLTE", colours), chunk(b"PLTE", colours[:15])
-    names = {GREY: "grey", RGB: "rgb", PALETTE: "palette", GREY_ALPHA: "grey_alpha", RGBA: "rgba"}
-    for colour, name in names.items():
+    for colour, name in NAMES.items():
         before = plte if colour == PALETTE else b""
         for filtering in range(5):
             raw = filter_rows(13, 9, colour, sample(rng, 13, 9, colour), lambda y: filtering)
@@ -214,6 +220,205 @@ def make_streams(rng, one):
         good("pillow_%s.png" % kind, out.getvalue())
 
 
+# ---- Other depths, interlacing
+
+def pack(w, h, colour, depth, samples):
+    """Rows of samples [h][w][channels] as PNG stores them; spare bits are ones."""
+    n, out = w * CHANNELS[colour], bytearray()
+    for y in range(h):
+        bits = "".join(format(v, "0%db" % depth) for v in samples[y * n:(y + 1) * n])
+        bits += "1" * (-len(bits) % 8)
+        out += bytes(int(bits[i:i + 8], 2) for i in range(0, len(bits), 8))
+    return bytes(out)
+
+
+def rows_of(w, h, colour, depth, samples, interlaced):
+    """All rows with their filters, in the order of the file."""
+    step, out = CHANNELS[colour], b""
+    for x, y, dx, dy in ADAM7 if interlaced else ((0, 0, 1, 1),):
+        xs, ys = range(x, w, dx), range(y, h, dy)
+        part = [v for j in ys for i in xs for v in samples[(j * w + i) * step:][:step]]
+        if part:
+            packed = pack(len(xs), len(ys), colour, depth, part)
+            out += filter_rows(len(xs), len(ys), colour, packed, lambda j: (j + x) % 5, depth)
+    return out
+
+
+def any_png(rng, w, h, colour, depth, interlaced, before=b"", after=b""):
+    most = (1 << depth) - 1
+    n = w * h * CHANNELS[colour]
+    samples = [(i * most // n + rng.randrange(most // 4 + 2)) & most for i in range(n)]
+    if colour == GREY and depth == 16:   # Pillow cuts at 255: most of the values below that
+        samples = [v >> 7 if i % 9 else v for i, v in enumerate(samples)]
+    if colour == PALETTE:
+        plte = chunk(b"PLTE", bytes(rng.randrange(256) for _ in range(3 * (most + 1))))
+        before = plte + before
+    raw = rows_of(w, h, colour, depth, samples, interlaced)
+    return (SIGNATURE + header(w, h, colour, depth, interlace=interlaced) + before +
+            chunk(b"IDAT", deflate(raw)) + after + END)
+
+
+def make_depths():
+    rng = random.Random(13)
+    kinds = [(colour, depth) for colour in DEPTHS for depth in DEPTHS[colour]]
+    for colour, depth in kinds:
+        name = "%s%d" % (NAMES[colour], depth)
+        if depth != 8:
+            good(name + ".png", any_png(rng, 19, 11, colour, depth, 0))
+        good(name + "_adam7.png", any_png(rng, 21, 18, colour, depth, 1))
+    for w in range(1, 10):
+        for h in range(1, 10):
+            colour, depth = kinds[(w * 4 + h) % len(kinds)]
+            if colour == PALETTE and depth == 8:
+                colour = RGB
+            good("adam7_%d_%d.png" % (w, h), any_png(rng, w, h, colour, depth, 1))
+    good("interlaced.png", any_png(rng, 3, 2, GREY, 8, 1))
+    good("one_bit.png", any_png(rng, 3, 2, GREY, 1, 0))
+    good("sixteen_bit.png", any_png(rng, 3, 2, RGB, 16, 0))
+    for colour, depth, clear in ((GREY, 1, 1), (GREY, 2, 1), (GREY, 4, 1), (GREY, 16, 200)):
+        good("grey%d_trns.png" % depth, any_png(rng, 9, 7, colour, depth, 0,
+                                                chunk(b"tRNS", struct.pack(">H", clear))))
+    good("palette2_trns.png", any_png(rng, 9, 7, PALETTE, 2, 1, chunk(b"tRNS", b"\0\x80\xff")))
+    good("rgb16_trns.png", any_png(rng, 9, 7, RGB, 16, 1, chunk(b"tRNS", bytes(6))))
+    good("gamma.png", any_png(rng, 9, 7, RGB, 8, 0, chunk(b"gAMA", struct.pack(">I", 100000)) +
+                              chunk(b"cHRM", struct.pack(">8I", 31270, 32900, 64000, 33000, 30000,
+                                                         60000, 15000, 6000)) +
+                              chunk(b"sBIT", b"\5\6\5") + chunk(b"bKGD", bytes(6))))
+
+
+# ---- PNM
+
+def make_pnm():
+    rng = random.Random(17)
+
+    def some(n, most):
+        return [rng.choice((0, most, rng.randint(0, most), rng.randint(0, min(most, 300))))
+                for _ in range(n - 1)] + [min(most, 7)]   # no beginning of the last digit is left
+
+    def plain(name, kind, w, h, most):
+        values = some(w * h * (3 if kind == 3 else 1), most)
+        text = " ".join(map(str, values)) if kind > 1 else "".join(map(str, values))
+        head = "P%d\n%d %d\n" % (kind, w, h) + ("%d\n" % most if kind > 1 else "")
+        good(name, (head + text).encode())
+
+    def raw(name, kind, w, h, most, head=None):
+        values = some(w * h * (3 if kind == 6 else 1), most)
+        data = b"".join(struct.pack(">H" if most > 255 else ">B", v) for v in values)
+        good(name, (head or b"P%d\n%d %d\n%d\n" % (kind, w, h, most)) + data)
+
+    plain("plain.pbm", 1, 13, 5, 1)
+    good("plain_comments.pbm", b"P1 #c 1 0\n3 2 1 0\t1\n#1 1\r0 0#0\n1")
+    good("raw.pbm", b"P4\n13 5\n" + bytes(rng.randrange(256) for _ in range(10)))
+    for most in (1, 3, 100, 255, 510, 65535):
+        plain("plain_%d.pgm" % most, 2, 7, 5, most)
+        plain("plain_%d.ppm" % most, 3, 5, 4, most)
+        raw("raw_%d.pgm" % most, 5, 7, 5, most)
+        raw("raw_%d.ppm" % most, 6, 5, 4, most)
+    good("plain_halves.ppm", b"P3 171 1 510\n" + b" ".join(b"%d" % v for v in range(505)) +
+         b" 505 506 507 508 509 510 0 7")
+    good("plain_halves.pgm", b"P2 31 1 30\n" + b" ".join(b"%d" % v for v in range(30)) + b" 7")
+    good("raw_above.pgm", b"P5 5 1 100 " + bytes((0, 100, 101, 200, 255)))
+    good("raw_above.ppm", b"P6 1 1 1000 " + struct.pack(">3H", 1000, 1001, 65535))
+    good("raw_blank.pgm", b"P5\n3 2\n255\n" + b"\n# 1\t\r")
+    raw("raw_comments.ppm", 6, 12, 3, 255,
+        b"P6 # width\n#\r1#in a number\n2\v3#height\n\f# most\n00255#\n ")
+    good("plain_comments.ppm", b"P3 #x\n1\n1#\n 255#\n\n1#2\n2 # 3\r4\t\n#\n7")
+    good("kind.ppm", b"P6\n2 2\n255\n" + bytes(range(12)))
+    make_bad_pnm()
+
+
+def make_bad_pnm():
+    def pnm(name, data, text):
+        bad(name, data, "FORMAT", text)
+
+    pnm("no_width.ppm", b"P6\n", "its width: the file ends early")
+    pnm("no_maximum.pgm", b"P5 3 2 #", "its maximum: the file ends early")
+    pnm("width_word.ppm", b"P6\nwide 2\n255\n", "its width: not a number")
+    pnm("height_minus.ppm", b"P6\n3 -2\n255\n" + bytes(18), "its height: not a number")
+    pnm("width_long.pgm", b"P5 00000000003 2 255\n" + bytes(6), "its width: a number too long")
+    pnm("maximum_zero.ppm", b"P6 3 2 0\n" + bytes(18), "its maximum is 0: must be 1 to 65535")
+    pnm("maximum_over.ppm", b"P6 3 2 65536\n" + bytes(36), "its maximum is 65536")
+    pnm("zero_width.pgm", b"P5 0 2 255\n", "a PNM picture of 0 x 2 pixels")
+    pnm("zero_height.pbm", b"P1 2 0\n", "a PNM picture of 2 x 0 pixels")
+    pnm("large.ppm", b"P6 16384 16385 255\n", "16384 x 16385 pixels: must be 1 to 2^28")
+    pnm("huge.pbm", b"P4 9999999999 9999999999\n", "9999999999 x 9999999999 pixels")
+    pnm("bomb.pgm", b"P2 16384 16384 255\n0 0", "3 bytes of data cannot hold 16384 x 16384")
+    pnm("short.pbm", b"P4 9 2\n123", "is cut off: 3 bytes of data cannot hold 9 x 2 pixels")
+    pnm("short.pgm", b"P5 3 2 256\n" + bytes(11), "11 bytes of data cannot hold 3 x 2 pixels")
+    pnm("short.ppm", b"P6 3 2 255\n" + bytes(17), "17 bytes of data cannot hold 3 x 2 pixels")
+    pnm("plain_short.pbm", b"P1 2 2\n1 0 1 ", "row 1: the file ends early")
+    pnm("plain_short.pgm", b"P2 2 2 99\n11 10 11 ", "row 1: the file ends early")
+    pnm("plain_two.pbm", b"P1 2 2\n1021", "row 1: neither 0 nor 1")
+    pnm("plain_over.pgm", b"P2 2 2 99\n0 99 100 0\n", "row 1: a sample above the maximum")
+    pnm("plain_word.ppm", b"P3 1 1 99\n1 x 3", "row 0: not a number")
+
+
+# ---- EXIF orientation
+
+def tiff(value, order="<", kind=3, count=1, offset=None, entries=None, front=0, tag=0x112):
+    """A TIFF file whose directory names the orientation behind `front` other entries."""
+    packed = struct.pack(order + "HHI", tag, kind, count)
+    packed += struct.pack(order + ("H2x" if kind == 3 else "I"), value)
+    other = struct.pack(order + "HHIHxx", 0x128, 3, 1, 2) * front
+    n = 1 + front if entries is None else entries
+    return ((b"II*\0" if order == "<" else b"MM\0*") +
+            struct.pack(order + "I", 8 if offset is None else offset) +
+            struct.pack(order + "H", n) + other + packed + bytes(4))
+
+
+def make_exif():
+    rng = random.Random(19)
+
+    def upright(name, n, exif, late=False):
+        part = chunk(b"eXIf", exif)
+        data = any_png(rng, 5, 3, RGB, 8, 0, b"" if late else part, part if late else b"")
+        with open(os.path.join(HERE, name), "wb") as f:
+            f.write(data)
+        image = Image.open(io.BytesIO(data))
+        image.load()
+        if n:
+            assert image.getexif()[0x112] == n
+            image = ImageOps.exif_transpose(image)
+        index.append("upright %s %d %d %d %s" % (name, n, image.width, image.height,
+                                                 fnv(image.convert("RGB").tobytes())))
+
+    for n in range(1, 9):
+        upright("exif_%d.png" % n, n, tiff(n, "<>"[n % 2], front=n % 3), n > 4)
+    upright("exif_long.png", 6, tiff(6, ">", 4))
+    for name, exif in (("nine", tiff(9)), ("zero", tiff(0)), ("text", tiff(6, kind=2)),
+                       ("pair", tiff(6, count=2)), ("other", tiff(6, tag=0x113)),
+                       ("far", tiff(6, offset=0xFFFFFFFF)), ("edge", tiff(6, offset=25)),
+                       ("none", tiff(6, entries=0)), ("cut", tiff(6, entries=65535)[:21]),
+                       ("behind", tiff(6, ">", front=1, entries=1)), ("short", tiff(6)[:7]),
+                       ("magic", b"II+\0" + tiff(6)[4:])):
+        upright("exif_%s.png" % name, 0, exif)
+
+    def turn(name, n, segments):
+        out = io.BytesIO()
+        formula("flat", 1, 1).save(out, "JPEG")
+        data = out.getvalue()[:2] + segments + out.getvalue()[2:]
+        with open(os.path.join(HERE, name), "wb") as f:
+            f.write(data)
+        if n:
+            assert Image.open(io.BytesIO(data)).getexif()[0x112] == n
+        index.append("turn %s %d" % (name, n))
+
+    def segment(marker, data, size=None):
+        return b"\xff" + bytes([marker]) + struct.pack(">H", size or len(data) + 2) + data
+
+    exif, xmp = b"Exif\0\0", segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0")
+    turn("turn_little.jpg", 6, segment(0xE1, exif + tiff(6)))
+    turn("turn_big.jpg", 8, segment(0xE1, exif + tiff(8, ">", front=2)))
+    turn("turn_behind.jpg", 3, segment(0xFE, b"hello") + xmp + b"\xff\xff" +
+         segment(0xE1, exif + tiff(3, ">", 4)))
+    turn("turn_none.jpg", 0, xmp)
+    turn("turn_nine.jpg", 0, segment(0xE1, exif + tiff(9)))
+    turn("turn_length.jpg", 0, segment(0xE1, exif + tiff(6), 1))
+    turn("turn_beyond.jpg", 0, segment(0xE1, exif + tiff(6), 65535))
+    turn("turn_scan.jpg", 0, segment(0xDA, b"") + segment(0xE1, exif + tiff(6)))
+    turn("turn_short.jpg", 0, segment(0xE1, b"Exif"))
+
+
 def make_bad():
     raw = bytes((0, 10, 20, 30)) * 2
     packed = deflate(raw)
@@ -221,10 +426,11 @@ def make_bad():
     plte = chunk(b"PLTE", bytes(range(9)))
     indexed = SIGNATURE + header(3, 2, PALETTE)
     low = deflate(bytes((0, 0, 1, 2)) * 2)
-    f, u = "FORMAT", "UNSUPPORTED"
+    f = "FORMAT"
 
     bad("empty.png", b"", f, "is empty")
-    bad("text.png", b"hello, world\n", f, "is no picture that lvm knows")
+    bad("text.png", b"hello, world\n", f, "is text, no picture")
+    bad("noise.png", b"\0\1\2\3", f, "is no picture that lvm knows")
     bad("as_text.png", b"\x89PNG\n\x1a\n" + head[8:] + idat + END, f, "copied as text")
     bad("signature_only.png", SIGNATURE, f, "cut off before its end")
     bad("no_header.png", SIGNATURE + idat + END, f, "no header (IHDR)")
@@ -233,6 +439,10 @@ def make_bad():
     bad("zero_width.png", SIGNATURE + header(0, 2, GREY) + idat + END, f, "0 x 2 pixels")
     bad("zero_height.png", SIGNATURE + header(3, 0, GREY) + idat + END, f, "3 x 0 pixels")
     bad("huge.png", SIGNATURE + header(1 << 31, 1 << 31, GREY) + idat + END, f, "1 to 2^28 pixels")
+    bad("large.png", SIGNATURE + header(16385, 16384, GREY) + idat + END, f, "1 to 2^28 pixels")
+    bad("bomb_most.png", SIGNATURE + header(16384, 16384, GREY) + idat + END, f, "cannot hold")
+    bad("bomb_adam7.png", SIGNATURE + header(16384, 16384, GREY, 1, interlace=1) + idat + END, f,
+        "cannot hold")
     bad("bomb.png", SIGNATURE + header(16000, 16000, RGB) + idat + END, f, "cannot hold")
     bad("colour_type.png", SIGNATURE + header(3, 2, 5) + idat + END, f, "colour type 5 with 8")
     bad("depth.png", SIGNATURE + header(3, 2, RGB, 4) + idat + END, f, "colour type 2 with 4 bits")
@@ -241,10 +451,6 @@ def make_bad():
     bad("filter_method.png", SIGNATURE + header(3, 2, GREY, 8, 0, 1) + idat + END, f, "filter 1")
     bad("interlace_9.png", SIGNATURE + header(3, 2, GREY, interlace=9) + idat + END, f,
         "interlace 9")
-    bad("interlaced.png", SIGNATURE + header(3, 2, GREY, 8, 0, 0, 1) + idat + END, u,
-        "an interlaced 8-bit greyscale PNG")
-    bad("sixteen_bit.png", SIGNATURE + header(3, 2, RGB, 16) + idat + END, u, "16-bit RGB PNG")
-    bad("one_bit.png", SIGNATURE + header(3, 2, GREY, 1) + idat + END, u, "1-bit greyscale PNG")
     bad("no_idat.png", head + END, f, "no pixels (IDAT)")
     bad("empty_idat.png", head + chunk(b"IDAT", b"") + END, f, "no pixels (IDAT)")
     bad("no_end.png", head + idat, f, "cut off before its end (IEND)")
@@ -265,6 +471,15 @@ def make_bad():
         "a palette of 771 bytes")
     bad("palette_beyond.png", indexed + plte + idat + END, f, "row 0 uses a colour beyond")
     bad("row_filter.png", png(3, 2, GREY, deflate(raw[:4] + b"\5abc")), f, "row 1 has filter 5")
+    adam7 = SIGNATURE + header(3, 2, GREY, interlace=1)   # rows of 1, 1, 1 and 3 pixels
+    bad("adam7_filter.png", adam7 + chunk(b"IDAT", deflate(b"\0a\0b\0c\7def")) + END, f,
+        "row 1 has filter 7")
+    bad("adam7_less.png", adam7 + chunk(b"IDAT", deflate(b"\0a\0b\0c\0de")) + END, f,
+        "hold less than the picture")
+    bad("adam7_more.png", adam7 + chunk(b"IDAT", deflate(b"\0a\0b\0c\0defg")) + END, f,
+        "hold more than the picture")
+    bad("palette1_beyond.png", SIGNATURE + header(3, 2, PALETTE, 1) + chunk(b"PLTE", b"rgb") +
+        chunk(b"IDAT", deflate(b"\0\x1f\0\x20")) + END, f, "row 1 uses a colour beyond")
     make_bad_streams(raw, packed)
 
 
@@ -310,7 +525,8 @@ def bits(*groups):
 
 def make_kinds():
     def kind(name, data, text):
-        bad(name, data + bytes(32), "UNSUPPORTED", "is a %s picture; lvm reads PNG" % text)
+        bad(name, data + bytes(32), "UNSUPPORTED",
+            "is a %s file, which lvm does not read: convert it to PNG or JPEG first" % text)
 
     kind("kind.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF", "JPEG")
     kind("kind.gif", b"GIF89a", "GIF")
@@ -320,7 +536,16 @@ def make_kinds():
     kind("kind.bmp", b"BM\x46\0\0\0", "BMP")
     kind("kind_le.tiff", b"II*\0\x08\0\0\0", "TIFF")
     kind("kind_be.tiff", b"MM\0*\0\0\0\x08", "TIFF")
-    kind("kind.ppm", b"P6\n2 2\n255\n", "PNM")
+    kind("kind_big.tiff", b"II+\0\x08\0\0\0", "TIFF")
+    kind("kind.jxl", b"\xff\x0a\xfa\x7f", "JPEG XL")
+    kind("kind_boxed.jxl", b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL")
+    kind("kind.jp2", b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000")
+    kind("kind.psd", b"8BPS\0\1", "Photoshop")
+    kind("kind.pdf", b"%PDF-1.7\n", "PDF")
+    kind("kind.pam", b"P7\nWIDTH 2\n", "PAM")
+    kind("kind.pfm", b"Pf\n2 2\n-1\n", "PFM")
+    kind("kind.svg", b"<svg xmlns=\"\">\n", "SVG")
+    bad("kind.txt", "\u00c4pfel\tund Birnen\r\n".encode(), "FORMAT", "is text, no picture")
 
 
 def make_resizes():
@@ -353,7 +578,8 @@ def main():
     if int(PIL.__version__.split(".")[0]) > 12:
         sys.exit("make_image_vectors.py: needs Pillow 12 or older, this is " + PIL.__version__)
     os.makedirs(HERE, exist_ok=True)
-    for make in (make_good, make_bad, make_kinds, make_resizes, make_sizes):
+    for make in (make_good, make_depths, make_pnm, make_exif, make_bad, make_kinds, make_resizes,
+                 make_sizes):
         make()
     with open(os.path.join(HERE, "index.txt"), "w") as f:
         f.write("# made by tests/make_image_vectors.py\n" + "\n".join(index) + "\n")

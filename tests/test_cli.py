@@ -660,7 +660,8 @@ class Pictures(Case):
     def test_other_formats_are_named(self):
         for name, start in (("JPEG", b"\xff\xd8\xff\xe0\0\x10JFIF\0"), ("GIF", b"GIF89a"),
                             ("WebP", b"RIFF\x24\0\0\0WEBPVP8 "), ("BMP", b"BM"), ("TIFF", b"II*\0"),
-                            ("HEIC", b"\0\0\0\x18ftypheic"), ("AVIF", b"\0\0\0\x1cftypavif")):
+                            ("HEIC", b"\0\0\0\x18ftypheic"), ("AVIF", b"\0\0\0\x1cftypavif"),
+                            ("JPEG XL", b"\xff\x0a"), ("Photoshop", b"8BPS"), ("PDF", b"%PDF-1.4")):
             self.put("p.png", start + bytes(64))
             self.refuse(["p.png", name, "PNG"], "p.png")
 
@@ -686,6 +687,31 @@ class Pictures(Case):
         for w, h in ((1, 1), (1, 500), (500, 1), (31, 33)):
             self.put("odd.png", picture(1, w, h))
             self.assertEqual(len(self.good("encode", self.weights, "odd.png").split()), T)
+
+    def test_exif(self):
+        """A rotation is left alone with a note, or applied with --exif."""
+        def rows(w, h, pixel):
+            return b"".join(b"\0" + b"".join(pixel(x, y) for x in range(w)) for y in range(h))
+
+        def pixel(x, y):
+            return bytes((36 * x, 60 * y, 7 * x * y))
+
+        flat = png(7, 5, rows(7, 5, pixel))
+        tiff = b"MM\0*\0\0\0\x08" + struct.pack(">HHHIHxxI", 1, 0x112, 3, 1, 6, 0)
+        self.put("flat.png", flat)
+        self.put("turned.png", flat[:33] + chunk(b"eXIf", tiff) + flat[33:])
+        self.put("upright.png", png(5, 7, rows(5, 7, lambda x, y: pixel(y, 4 - x))))
+        for command in (("encode", self.weights), ("predict", self.weights, "-o", "-")):
+            left, right = (self.good(*command + (name,)) for name in ("flat.png", "upright.png"))
+            self.assertNotEqual(left, right)
+            code, out, err = self.run_lvm(*command + ("turned.png",))
+            self.assertEqual((code, out), (0, left))
+            self.assertRegex(err, r"\Alvm: note: turned.png: [ -~]*--exif[ -~]*\n\Z")
+            self.assertEqual(self.good(*command + ("turned.png", "-q")), left)
+            self.assertEqual(self.good(*command + ("turned.png", "--exif")), right)
+            self.assertEqual(self.good(*command + ("upright.png", "--exif")), right)
+            err = self.run_lvm(*command + ("turned.png", "flat.png", "turned.png"))[2]
+            self.assertEqual(err.count("note"), 2)
 
 
 class Tokens(Case):

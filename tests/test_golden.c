@@ -261,7 +261,7 @@ static void case_tokens(const char *folder, lvm_ctx *ctx) {
     int32_t *out = malloc((size_t)ids.n * sizeof *out);
     int64_t n = 0, same = 0;
     while (n < ids.n && fgets(path, sizeof path, f) != NULL) {
-        lvm_image image = {0, 0, NULL};
+        lvm_image image = {0, 0, NULL, 0};
         path[strcspn(path, "\n")] = 0;
         must(lvm_image_load(path, &image, &error), &error, folder);
         must(lvm_encode(ctx, &image, 1, out + n, &error), &error, folder);
@@ -325,7 +325,7 @@ struct known_picture {
 /* Ids of a picture, encoded once. */
 static const int32_t *picture_ids(lvm_ctx *ctx, struct known_picture *known, int *n, const char *path) {
     lvm_error error = {0, ""};
-    lvm_image image = {0, 0, NULL};
+    lvm_image image = {0, 0, NULL, 0};
     for (int i = 0; i < *n; i++)
         if (strcmp(known[i].path, path) == 0) return known[i].ids;
     int32_t *ids = malloc((size_t)lvm_model_info(ctx->m).tokens_per_image * sizeof *ids);
@@ -370,7 +370,7 @@ static int32_t second_code(const struct vqgan *vq, const float *x, int32_t id, d
 static int tie_explains(lvm_ctx *ctx, const char *target, int32_t *ids, double want) {
     const struct vqgan *vq = ctx->m->vq;
     lvm_error error = {0, ""};
-    lvm_image image = {0, 0, NULL};
+    lvm_image image = {0, 0, NULL, 0};
     int T = vq->S * vq->S, found = 0;
     int32_t *again = malloc((size_t)T * sizeof *again);
     float *latent = malloc((size_t)T * (size_t)vq->e * sizeof *latent);

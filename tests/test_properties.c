@@ -362,13 +362,13 @@ static void fill_picture(uint8_t *rgb, int n) {
 
 static int encode_noise(lvm_ctx *ctx, int32_t *tokens) {
     uint8_t rgb[23 * 17 * 3];
-    lvm_image image = {23, 17, rgb};
+    lvm_image image = {23, 17, rgb, 0};
     fill_picture(rgb, (int)sizeof rgb);
     return lvm_encode(ctx, &image, 1, tokens, NULL);
 }
 
 static int decode_tokens(lvm_ctx *ctx, const int32_t *tokens, uint8_t *pixels) {
-    lvm_image image = {0, 0, NULL};
+    lvm_image image = {0, 0, NULL, 0};
     int code = lvm_decode(ctx, tokens, 1, &image, NULL);
     if (code == LVM_OK) memcpy(pixels, image.rgb, PIXELS * PIXELS * 3);
     lvm_image_free(&image);
@@ -862,7 +862,7 @@ static void run_damaged(const lvm_model *m) {
         lvm_generate(ctx, NULL, 2, 3, tokens, NULL);
     }
     if (info.has_tokenizer && encode_noise(ctx, tokens) == LVM_OK) {
-        lvm_image image = {0, 0, NULL};
+        lvm_image image = {0, 0, NULL, 0};
         lvm_decode(ctx, tokens, 1, &image, NULL);
         lvm_image_free(&image);
     }
@@ -1012,7 +1012,7 @@ static void test_wrong_ids(struct test *t, lvm_ctx *ctx) {
 
 static void test_wrong_pictures(struct test *t, lvm_ctx *ctx) {
     uint8_t rgb[3 * 4] = {0};
-    lvm_image good = {2, 2, rgb}, none = {0, 2, rgb}, out[4];
+    lvm_image good = {2, 2, rgb, 0}, none = {0, 2, rgb, 0}, out[4];
     int32_t ids[64];
     lvm_sampling s = lvm_default_sampling();
     INVALID(t, lvm_encode(ctx, &none, 1, ids, e));
@@ -1034,7 +1034,7 @@ static void test_parts(struct test *t) {
     int32_t ids[64] = {0};
     float nll[4];
     uint8_t rgb[3] = {0};
-    lvm_image image = {1, 1, rgb}, out;
+    lvm_image image = {1, 1, rgb, 0}, out;
     for (int i = 0; i < 2; i++) {
         struct file f;
         lvm_model *m = open_spec(t, &specs[i], &f);
