@@ -7546,21 +7546,24 @@ static int compare_paths(const void *a, const void *b) {
     return order != 0 ? order : strcmp(x, y);
 }
 
-static int ends_with_png(const char *name) {
-    size_t n = strlen(name);
-    return n > 4 && (strcmp(name + n - 4, ".png") == 0 || strcmp(name + n - 4, ".PNG") == 0);
+static int ends_as_picture(const char *name) {
+    static const char *const endings[] = {".png", ".PNG", ".jpg", ".JPG", ".jpeg", ".JPEG"};
+    const char *dot = strrchr(name, '.');
+    for (size_t i = 0; dot != NULL && dot != name && i < sizeof endings / sizeof *endings; i++)
+        if (strcmp(dot, endings[i]) == 0) return 1;
+    return 0;
 }
 
-/* The PNG files of a folder in natural order; folders inside it are not entered. */
+/* The pictures of a folder in natural order; folders inside it are not entered. */
 static int add_folder(struct paths *p, const char *folder, lvm_error *error) {
     DIR *dir = opendir(folder);
     int code = LVM_OK, first = p->n;
     if (dir == NULL) return fail(error, LVM_IO, "%s: %s", folder, strerror(errno));
     for (struct dirent *entry; code == LVM_OK && (entry = readdir(dir)) != NULL;)
-        if (ends_with_png(entry->d_name)) code = paths_add(p, folder, entry->d_name, error);
+        if (ends_as_picture(entry->d_name)) code = paths_add(p, folder, entry->d_name, error);
     closedir(dir);
     if (code == LVM_OK && p->n == first)
-        code = fail(error, LVM_INVALID, "%s: this folder holds no PNG pictures", folder);
+        code = fail(error, LVM_INVALID, "%s: this folder holds no PNG or JPEG pictures", folder);
     if (code == LVM_OK)
         qsort(p->path + first, (size_t)(p->n - first), sizeof *p->path, compare_paths);
     return code;

@@ -653,15 +653,17 @@ class Pictures(Case):
         self.assertGreater(count, 50)
 
     def test_jpeg(self):
-        """Read by its bytes, whatever its name; cut or empty ones refused."""
+        """Read by its bytes, whatever its name, also out of a folder; cut or empty ones refused."""
         with open(os.path.join(TESTS, "images", "s420_prog.jpg"), "rb") as f:
             data = f.read()
-        names = ("p.jpg", "p.png")
+        names = ("p.jpg", "p.png", "photos/1.JPG", "photos/2.jpeg")
+        os.mkdir(self.path("photos"))
         for name in names:
             self.put(name, data)
         first = self.good("encode", self.weights, names[0])
         self.assertEqual(len(first.split()), T)
         self.assertEqual(self.good("encode", self.weights, names[1]), first)
+        self.assertEqual(self.good("encode", self.weights, "photos"), first * 2)
         self.put("p.jpg", data[:-2])
         self.bad(1, ["p.jpg", "cut off"], "encode", self.weights, "p.jpg")
         self.put("p.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(64))
