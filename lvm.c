@@ -37,7 +37,7 @@
      Part two: how one learns (its other half, training, is to come)
        9  Visual sentences: prompts by the line
      Part three: the machine room
-      10  Images: PNG and PNM in, PNG out, EXIF rotation, Pillow's resizing
+      10  Images: PNG, JPEG and PNM in, PNG out, EXIF rotation, Pillow's resizing
       11  Fast kernels: AVX2, AVX-512
       12  The command line
 
@@ -238,8 +238,8 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
 int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error);
 int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error);
 
-/* Pictures. load: PNG or PNM files or their bytes in memory (name is for messages). upright: turns
-   and mirrors the pixels as the orientation says (a camera held sideways) and sets it to 1; what
+/* Pictures. load: PNG, JPEG or PNM files or their bytes in memory (name is for messages). upright:
+   turns and mirrors the pixels as the orientation says (a camera held sideways) and sets it to 1; what
    the published checkpoints saw was never turned. save: PNG, written beside and renamed. resize:
    the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation 0. */
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error);
@@ -2281,48 +2281,6 @@ void lvm_close(lvm_model *m) {
 }
 
 lvm_info lvm_model_info(const lvm_model *model) { return model->info; }
-
-/* Random bits that are small numbers in every type: signs, and exponents near 2^-6. */
-static void fill_random(uint8_t *data, size_t size) {
-    uint64_t state = 1;
-    for (size_t i = 0; i + 8 <= size; i += 8) {
-        state = state * 6364136223846793005u + 1442695040888963407u;
-        uint64_t word = (state >> 7 & 0x83ff83ff83ff83ffu) | 0x2000200020002000u;
-        memcpy(data + i, &word, 8);
-    }
-}
-
-/* A model of a given shape: llama's sizes or vq's configuration are filled in, weights are random.
-   Either may be NULL. */
-static lvm_model *model_made_up(const struct llama *llama, const struct vqgan *vq, int type,
-                                int vq_type, lvm_error *error) {
-    struct made_up made = {type, vq_type, NULL, 0};
-    lvm_model *m = model_new("(random weights)", error);
-    if (m == NULL) return NULL;
-    m->k = choose_kernels(error);
-    int code = m->k == NULL ? LVM_INVALID : load_name(m, error);
-    if (llama != NULL) m->llama = *llama;
-    if (code == LVM_OK && vq != NULL) {
-        m->vq = mem_alloc(1, sizeof *m->vq, error);
-        if (m->vq == NULL) code = LVM_MEMORY;
-        else *m->vq = *vq;
-    }
-    m->info.has_transformer = llama != NULL;
-    m->info.has_tokenizer = vq != NULL;
-    m->made_up = &made;
-    for (int pass = 0; code == LVM_OK && pass < 2; pass++) { /* count, then hand out */
-        made.size = 0;
-        if (llama != NULL) code = load_llama(m, error);
-        if (code == LVM_OK && vq != NULL) code = load_vq(m, error);
-        if (code != LVM_OK || pass == 1) break;
-        made.data = m->owned = mem_alloc(1, made.size, error);
-        if (made.data == NULL) code = LVM_MEMORY;
-        else fill_random(made.data, made.size);
-    }
-    m->made_up = NULL;
-    if (code == LVM_OK) code = fill_info(m, error);
-    return model_or_null(m, code);
-}
 
 /* ---- Writing: the same file with other types ---- */
 
@@ -4427,6 +4385,8 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
    little-endian int32, any number of whole pictures. An "output" counts as target where there is no
    other. Keys with other names are skipped. */
 
+#ifndef LVM_NO_MAIN /* only the command line reads sets */
+
 struct picture {
     char *path;   /* NULL where the line gives tokens */
     int32_t *ids; /* [T], or NULL */
@@ -4739,16 +4699,19 @@ static int parse_sentence(struct json *j, struct sentence *s) {
     return j->code;
 }
 
+#endif
+
 /* =================================================================================================
    Chapter 10.  Images
 
-   Pictures come in as PNG or PNM files, go through Pillow's bicubic resizing on their way to the
+   Pictures come in as PNG, JPEG or PNM files, go through Pillow's bicubic resizing on their way to the
    tokenizer, and leave as PNG files. Everything works on memory: a reader gets all bytes of a
    file and touches them through one checked cursor, so that a damaged or hostile file is an error
    message and never a crash.
 
    Formats followed:
      PNG                  Portable Network Graphics, third edition (W3C)
+     JPEG                 ITU-T T.81, decoded to the bytes of libjpeg-turbo's default decoder
      zlib, deflate        RFC 1950 (the wrapper: two bytes, data, Adler-32) and RFC 1951
      PNM                  netpbm's pbm(5), pgm(5) and ppm(5), plain and raw
      EXIF                 one tag of it, the orientation: Exif 2.32 (CIPA DC-008), TIFF 6.0
@@ -5675,6 +5638,1006 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
     return code;
 }
 
+/* ---- JPEG in ----
+
+   ITU-T T.81 (ISO/IEC 10918-1) with JFIF's and Adobe's ways to say what the colours are. A file is
+   a row of segments. Each begins with a marker, a byte FF and one that is neither 00 nor FF:
+
+       FF D8                                     SOI, the file begins
+       FF marker | length, 2 bytes | data        in any order, but before they are needed:
+           FF DB  DQT   quantisation tables          FF C4  DHT   Huffman tables
+           FF DD  DRI   MCUs between restarts        FF Ex  APPx  JFIF, Adobe, Exif, ...
+           FF C0..C2  SOF   sides, precision, components; C2: the scans are progressive
+           FF DA  SOS   a scan: which components, which coefficients; behind it, without a length,
+                        the Huffman coded data, in which a byte FF is written FF 00. Every so many
+                        MCUs a marker FF D0 .. FF D7 (RSTn) may restart the decoder.
+       FF D9                                     EOI
+
+   What an encoder does, and a decoder undoes from the last step to the first:
+
+     1. Colour. R, G, B become brightness Y and two colour differences Cb and Cr.
+     2. Sampling. The eye sees colour coarsely: of the H x V samples that the finest component has
+        in some place, another keeps h x v. 2x2,1x1,1x1 is called 4:2:0; 2x1,1x1,1x1 is 4:2:2.
+     3. Blocks. Each component is cut into blocks of 8 x 8 samples, each turned into 64 frequencies
+        by the discrete cosine transform. A smallest piece with whole blocks of all components is
+        called an MCU, here one of 4:2:0, 16 x 16 pixels:      Y0 Y1  Cb  Cr
+                                                               Y2 Y3
+     4. Quantisation. Each coefficient is divided by its table's entry and rounded: the loss.
+     5. Order. Coefficient 0 (DC) is the block's mean; the others (AC) follow in zigzag, low
+        frequencies first, so that zeros gather at the end:
+
+             0  1  5  6 14 15 27 28
+             2  4  7 13 16 26 29 42
+             3  8 12 17 25 30 41 43
+             9 11 18 24 31 40 44 53
+            10 19 23 32 39 45 52 54
+            20 22 33 38 46 51 55 60
+            21 34 37 47 50 56 59 61
+            35 36 48 49 57 58 62 63
+
+     6. Coding. DC goes as the difference to the last block's DC of the same component: a Huffman
+        code for its number of bits, then the bits. AC goes as symbols (zeros to skip << 4 | number
+        of bits), each with its bits behind it; 00 ends the block, F0 skips sixteen zeros. A value
+        of n bits with a leading 0 is negative: v - 2^n + 1.
+
+   A progressive file sends the same coefficients in several scans, coarse ones first: a band
+   from..to of the zigzag (one component a scan, except for DC) and of its bits those from `low` up;
+   a later scan with high = low + 1 adds one more bit. In such a scan 0n, n < 15, ends the band for
+   a whole run of blocks, and a refining scan puts a bit for every coefficient that is no longer
+   zero between its codes.
+
+   The pixels are those of libjpeg-turbo as Pillow calls it, byte for byte: its accurate integer
+   transform, its triangle filter for coarse components, its integer colour conversion, and, where
+   a progressive file ends before it has sent all bits, its smoothing of blocks (the last as its
+   releases from 3.0.1 on do it, all else as since 2.1). Stricter than libjpeg, which warns and
+   paints grey: data that end early, codes that mean nothing and missing restart markers are errors.
+   As with libjpeg, bytes between segments that are no marker are skipped. Nothing is asked of what
+   follows the last pixel of a sequential file; a progressive one must have its EOI.
+
+   Memory is asked for only when the file explains it: a block takes a bit at least. Time is
+   bounded too, although a few bytes can make a scan of nothing over all blocks: no bit of a
+   coefficient is sent twice, and all scans together visit at most JPEG_MAX_VISITS blocks, which is
+   32 scans of a grey picture of 2^28 pixels, and of a smaller one as many more. */
+
+enum {
+    JPEG_SOF0 = 0xC0, JPEG_SOF1 = 0xC1, JPEG_SOF2 = 0xC2, JPEG_DHT = 0xC4, JPEG_RESERVED = 0xC8,
+    JPEG_DAC = 0xCC, JPEG_SOF15 = 0xCF, JPEG_RST0 = 0xD0, JPEG_RST7 = 0xD7, JPEG_SOI = 0xD8,
+    JPEG_EOI = 0xD9, JPEG_SOS = 0xDA, JPEG_DQT = 0xDB, JPEG_DRI = 0xDD, JPEG_DHP = 0xDE,
+    JPEG_APP0 = 0xE0, JPEG_APP14 = 0xEE, JPEG_TEM = 0x01,     /* markers; APP1 and on are skipped */
+    JPEG_SIDE = 8, JPEG_BLOCK = 64,           /* of a block, in samples and in coefficients */
+    JPEG_MAX_COMPONENTS = 4, JPEG_MCU_BLOCKS = 10, JPEG_MAX_VISITS = 1 << 27,
+    JPEG_CODE_BITS = 16, JPEG_FAST_BITS = 9,  /* the longest Huffman code; those in the table */
+    JPEG_MAX_LOW = 13                         /* the highest bit that a scan may leave to others */
+};
+
+/* Where the k-th coefficient of the zigzag lies in a block, row by row. */
+static const uint8_t jpeg_zigzag[JPEG_BLOCK] = {
+    0,  1,  8,  16, 9,  2,  3,  10, 17, 24, 32, 25, 18, 11, 4,  5,  12, 19, 26, 33, 40, 48,
+    41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
+    30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
+
+/* All bytes and bits of a file, or the bytes of one segment, are read through this. */
+struct jpeg_input {
+    const uint8_t *at, *end;
+    uint64_t hold;   /* the next bits of a scan, from the top; zeros where there are no more */
+    int count;       /* how many of them there are; negative: more were taken */
+};
+
+struct jpeg_huffman {
+    int made, standard;                   /* standard: not from the file, see jpeg_standard */
+    uint16_t fast[1 << JPEG_FAST_BITS];   /* symbol << 8 | length by the next bits, 0: longer */
+    uint32_t limit[JPEG_CODE_BITS + 1];   /* the first 16 bits above all codes of a length */
+    int offset[JPEG_CODE_BITS + 1];       /* code of a length + offset = index in symbol */
+    uint8_t symbol[256];                  /* in the order of their codes */
+};
+
+struct jpeg_component {
+    int id, h, v, table;              /* sampling factors and DQT table, from the frame header */
+    int expand_x, expand_y;           /* H / h, V / v: pixels that one sample covers */
+    int width, height;                /* samples that the picture needs */
+    int blocks_x, blocks_y;           /* blocks that hold them: what a scan of its own sends */
+    int all_x, all_y;                 /* blocks of whole MCUs: what a shared scan sends */
+    int dc, ac;                       /* Huffman tables of this scan */
+    int predicted;                    /* the last block's DC */
+    int scanned;
+    uint16_t quant[JPEG_BLOCK];       /* as it was when the first scan began */
+    int8_t known[JPEG_BLOCK];         /* progressive: the lowest bit sent so far, -1 none; zigzag */
+    int16_t *coefs;                   /* progressive: [all_y][all_x][JPEG_BLOCK] */
+    uint8_t *plane;                   /* [all_y * 8][all_x * 8] samples */
+};
+
+struct jpeg_reader;
+typedef const char *jpeg_pass(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block);
+
+struct jpeg_reader {
+    const char *name;                 /* of the file, for messages */
+    lvm_error *error;
+    struct jpeg_input in;
+    uint16_t quant[4][JPEG_BLOCK];
+    int quant_made[4];
+    struct jpeg_huffman huffman[2][4];          /* [DC, AC][table] */
+    int progressive, width, height, n;          /* n components; 0: no frame header yet */
+    int max_h, max_v, mcus_x, mcus_y;
+    struct jpeg_component component[JPEG_MAX_COMPONENTS];
+    int jfif, adobe;                            /* adobe: its transform number, -1 none */
+    int restart_interval, scans;
+    int64_t visits;                             /* blocks of all scans so far */
+    int scan_n, from, to, high, low, eob_run;   /* the scan at hand */
+    struct jpeg_component *scan[JPEG_MAX_COMPONENTS];
+    jpeg_pass *pass;                            /* what reads a block's data in this scan */
+};
+
+static int jpeg_damaged(const struct jpeg_reader *j, const char *fault) {
+    return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: %s", j->name, fault);
+}
+
+static int jpeg_cut(const struct jpeg_reader *j) {
+    return fail(j->error, LVM_FORMAT, "%s: the JPEG file is cut off before its end", j->name);
+}
+
+/* The next n bytes, or NULL where there are fewer. */
+static const uint8_t *jpeg_take(struct jpeg_input *in, size_t n) {
+    if (n > (size_t)(in->end - in->at)) return NULL;
+    in->at += n;
+    return in->at - n;
+}
+
+/* The next marker, 0 at the end of the file. Whatever stands in front of it is skipped. */
+static int jpeg_next_marker(struct jpeg_input *in) {
+    while (in->at < in->end) {
+        if (*in->at++ != 0xFF) continue;
+        while (in->at < in->end && *in->at == 0xFF) in->at++;   /* any number of them may pad */
+        if (in->at < in->end && *in->at != 0) return *in->at++;
+    }
+    return 0;
+}
+
+/* Tops the bits up. At a marker the scan's data end: the input stays in front of it. */
+static void jpeg_fill(struct jpeg_input *in) {
+    while (in->count <= 56 && in->at < in->end) {
+        const uint8_t *next = in->at + 1;
+        if (*in->at == 0xFF) {
+            while (next < in->end && *next == 0xFF) next++;
+            in->at = next - 1;
+            if (next == in->end || *next++ != 0) return;
+        }
+        in->hold |= (uint64_t)*in->at << (56 - in->count);
+        in->count += 8;
+        in->at = next;
+    }
+}
+
+/* The next n <= 16 bits; jpeg_symbol or jpeg_bit topped up before. */
+static inline int jpeg_bits(struct jpeg_input *in, int n) {
+    int value = (int)(in->hold >> 1 >> (63 - n));
+    in->hold <<= n;
+    in->count -= n;
+    return value;
+}
+
+static inline int jpeg_bit(struct jpeg_input *in) {
+    if (in->count < 1) jpeg_fill(in);
+    return jpeg_bits(in, 1);
+}
+
+/* A value of n bits behind its symbol. */
+static inline int jpeg_value(struct jpeg_input *in, int n) {
+    int value = jpeg_bits(in, n);
+    return value < 1 << n >> 1 ? value - (1 << n) + 1 : value;
+}
+
+/* The next symbol, or -1 where the bits are no code; at least 16 bits stand ready behind it. */
+static inline int jpeg_symbol(const struct jpeg_huffman *h, struct jpeg_input *in) {
+    if (in->count < 2 * JPEG_CODE_BITS) jpeg_fill(in);
+    uint32_t code = (uint32_t)(in->hold >> (64 - JPEG_CODE_BITS));
+    int entry = h->fast[code >> (JPEG_CODE_BITS - JPEG_FAST_BITS)];
+    if (entry) {
+        jpeg_bits(in, entry & 255);
+        return entry >> 8;
+    }
+    for (int bits = JPEG_FAST_BITS + 1; bits <= JPEG_CODE_BITS; bits++)
+        if (code < h->limit[bits]) {
+            jpeg_bits(in, bits);
+            return h->symbol[(int)(code >> (JPEG_CODE_BITS - bits)) + h->offset[bits]];
+        }
+    return -1;
+}
+
+/* ---- JPEG: tables ---- */
+
+/* count[i]: the codes of i + 1 bits. False if they do not fit; a code of ones only is not used. */
+static int jpeg_huffman_build(struct jpeg_huffman *h, const uint8_t *count) {
+    uint32_t code = 0;   /* << 16 - bits */
+    int used = 0;
+    memset(h->fast, 0, sizeof h->fast);
+    for (int bits = 1; bits <= JPEG_CODE_BITS; bits++) {
+        uint32_t step = 1u << (JPEG_CODE_BITS - bits);
+        h->offset[bits] = used - (int)(code / step);
+        for (int i = 0; i < count[bits - 1]; i++, used++) {
+            uint32_t first = code >> (JPEG_CODE_BITS - JPEG_FAST_BITS);
+            for (int j = 0; bits <= JPEG_FAST_BITS && j < 1 << (JPEG_FAST_BITS - bits); j++)
+                h->fast[first + (uint32_t)j] = (uint16_t)(h->symbol[used] << 8 | bits);
+            code += step;
+            if (code >= 1u << JPEG_CODE_BITS) return 0;
+        }
+        h->limit[bits] = code;
+    }
+    return 1;
+}
+
+/* DHT: class << 4 | number, 16 counts, the symbols; then the next table. */
+static int jpeg_huffman_tables(struct jpeg_reader *j, struct jpeg_input *s, int standard) {
+    while (s->at < s->end) {
+        const uint8_t *head = jpeg_take(s, 1 + JPEG_CODE_BITS), *symbols = NULL;
+        size_t n = 0;
+        for (int i = 1; head && i <= JPEG_CODE_BITS; i++) n += head[i];
+        if (head && head[0] >> 4 < 2 && (head[0] & 15) < 4 && n <= 256) symbols = jpeg_take(s, n);
+        if (!symbols) return jpeg_damaged(j, "a Huffman table (DHT) of a wrong size or number");
+        struct jpeg_huffman *h = &j->huffman[head[0] >> 4][head[0] & 15];
+        memset(h->symbol, 0, sizeof h->symbol);
+        memcpy(h->symbol, symbols, n);
+        int ok = jpeg_huffman_build(h, head + 1);
+        for (size_t i = 0; i < n; i++)
+            if (head[0] >> 4 == 0 && symbols[i] > 15) ok = 0;   /* a DC of more than 15 bits */
+        if (!ok) return jpeg_damaged(j, "a Huffman table (DHT) that is no code");
+        h->made = 1;
+        h->standard = standard;
+    }
+    return LVM_OK;
+}
+
+/* DQT: wide << 4 | number, 64 entries of one byte or two, in zigzag. */
+static int jpeg_quant_tables(struct jpeg_reader *j, struct jpeg_input *s) {
+    while (s->at < s->end) {
+        int head = *s->at++, wide = head >> 4 != 0;
+        const uint8_t *p = jpeg_take(s, wide ? 2 * JPEG_BLOCK : JPEG_BLOCK);
+        if (!p || (head & 15) > 3)
+            return jpeg_damaged(j, "a quantisation table (DQT) of a wrong size or number");
+        for (int k = 0; k < JPEG_BLOCK; k++)
+            j->quant[head & 15][jpeg_zigzag[k]] =
+                (uint16_t)(wide ? p[2 * k] << 8 | p[2 * k + 1] : p[k]);
+        j->quant_made[head & 15] = 1;
+    }
+    return LVM_OK;
+}
+
+/* The tables of T.81's annex K.3, as a DHT segment. Frames cut from a Motion JPEG film come without
+   tables and mean these. */
+static const uint8_t jpeg_standard[] = {
+    0x00, 0, 1, 5, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
+    0x01, 0, 3, 1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11,
+    0x10, 0, 2, 1, 3, 3, 2, 4, 3, 5, 5, 4, 4, 0, 0, 1, 125,
+    0x01, 0x02, 0x03, 0x00, 0x04, 0x11, 0x05, 0x12, 0x21, 0x31, 0x41, 0x06, 0x13, 0x51, 0x61, 0x07,
+    0x22, 0x71, 0x14, 0x32, 0x81, 0x91, 0xA1, 0x08, 0x23, 0x42, 0xB1, 0xC1, 0x15, 0x52, 0xD1, 0xF0,
+    0x24, 0x33, 0x62, 0x72, 0x82, 0x09, 0x0A, 0x16, 0x17, 0x18, 0x19, 0x1A, 0x25, 0x26, 0x27, 0x28,
+    0x29, 0x2A, 0x34, 0x35, 0x36, 0x37, 0x38, 0x39, 0x3A, 0x43, 0x44, 0x45, 0x46, 0x47, 0x48, 0x49,
+    0x4A, 0x53, 0x54, 0x55, 0x56, 0x57, 0x58, 0x59, 0x5A, 0x63, 0x64, 0x65, 0x66, 0x67, 0x68, 0x69,
+    0x6A, 0x73, 0x74, 0x75, 0x76, 0x77, 0x78, 0x79, 0x7A, 0x83, 0x84, 0x85, 0x86, 0x87, 0x88, 0x89,
+    0x8A, 0x92, 0x93, 0x94, 0x95, 0x96, 0x97, 0x98, 0x99, 0x9A, 0xA2, 0xA3, 0xA4, 0xA5, 0xA6, 0xA7,
+    0xA8, 0xA9, 0xAA, 0xB2, 0xB3, 0xB4, 0xB5, 0xB6, 0xB7, 0xB8, 0xB9, 0xBA, 0xC2, 0xC3, 0xC4, 0xC5,
+    0xC6, 0xC7, 0xC8, 0xC9, 0xCA, 0xD2, 0xD3, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8, 0xD9, 0xDA, 0xE1, 0xE2,
+    0xE3, 0xE4, 0xE5, 0xE6, 0xE7, 0xE8, 0xE9, 0xEA, 0xF1, 0xF2, 0xF3, 0xF4, 0xF5, 0xF6, 0xF7, 0xF8,
+    0xF9, 0xFA,
+    0x11, 0, 2, 1, 2, 4, 4, 3, 4, 7, 5, 4, 4, 0, 1, 2, 119,
+    0x00, 0x01, 0x02, 0x03, 0x11, 0x04, 0x05, 0x21, 0x31, 0x06, 0x12, 0x41, 0x51, 0x07, 0x61, 0x71,
+    0x13, 0x22, 0x32, 0x81, 0x08, 0x14, 0x42, 0x91, 0xA1, 0xB1, 0xC1, 0x09, 0x23, 0x33, 0x52, 0xF0,
+    0x15, 0x62, 0x72, 0xD1, 0x0A, 0x16, 0x24, 0x34, 0xE1, 0x25, 0xF1, 0x17, 0x18, 0x19, 0x1A, 0x26,
+    0x27, 0x28, 0x29, 0x2A, 0x35, 0x36, 0x37, 0x38, 0x39, 0x3A, 0x43, 0x44, 0x45, 0x46, 0x47, 0x48,
+    0x49, 0x4A, 0x53, 0x54, 0x55, 0x56, 0x57, 0x58, 0x59, 0x5A, 0x63, 0x64, 0x65, 0x66, 0x67, 0x68,
+    0x69, 0x6A, 0x73, 0x74, 0x75, 0x76, 0x77, 0x78, 0x79, 0x7A, 0x82, 0x83, 0x84, 0x85, 0x86, 0x87,
+    0x88, 0x89, 0x8A, 0x92, 0x93, 0x94, 0x95, 0x96, 0x97, 0x98, 0x99, 0x9A, 0xA2, 0xA3, 0xA4, 0xA5,
+    0xA6, 0xA7, 0xA8, 0xA9, 0xAA, 0xB2, 0xB3, 0xB4, 0xB5, 0xB6, 0xB7, 0xB8, 0xB9, 0xBA, 0xC2, 0xC3,
+    0xC4, 0xC5, 0xC6, 0xC7, 0xC8, 0xC9, 0xCA, 0xD2, 0xD3, 0xD4, 0xD5, 0xD6, 0xD7, 0xD8, 0xD9, 0xDA,
+    0xE2, 0xE3, 0xE4, 0xE5, 0xE6, 0xE7, 0xE8, 0xE9, 0xEA, 0xF2, 0xF3, 0xF4, 0xF5, 0xF6, 0xF7, 0xF8,
+    0xF9, 0xFA};
+
+/* ---- JPEG: the frame ---- */
+
+/* The processes that lvm does not read, by their SOF marker; NULL: no frame header. */
+static const char *jpeg_foreign_frame(int marker) {
+    if (marker == JPEG_DHP) return "hierarchical";
+    if (marker <= JPEG_SOF2 || marker > JPEG_SOF15 || marker == JPEG_DHT ||
+        marker == JPEG_RESERVED || marker == JPEG_DAC)
+        return NULL;
+    switch (marker & 7) {
+    case 1: case 2: return "arithmetic coding";
+    case 3: return "lossless";
+    default: return "hierarchical";
+    }
+}
+
+/* Derives all sizes in samples, blocks and MCUs from the sampling factors. */
+static int jpeg_frame_sizes(struct jpeg_reader *j) {
+    for (int i = 0; i < j->n; i++) {
+        struct jpeg_component *c = &j->component[i];
+        if (c->h > j->max_h) j->max_h = c->h;
+        if (c->v > j->max_v) j->max_v = c->v;
+    }
+    j->mcus_x = (j->width + JPEG_SIDE * j->max_h - 1) / (JPEG_SIDE * j->max_h);
+    j->mcus_y = (j->height + JPEG_SIDE * j->max_v - 1) / (JPEG_SIDE * j->max_v);
+    for (int i = 0; i < j->n; i++) {
+        struct jpeg_component *c = &j->component[i];
+        if (j->max_h % c->h || j->max_v % c->v)
+            return fail(j->error, LVM_UNSUPPORTED, "%s: a JPEG whose components have %d x %d and "
+                        "%d x %d samples in one place; lvm reads whole ratios: convert it first",
+                        j->name, j->max_h, j->max_v, c->h, c->v);
+        c->expand_x = j->max_h / c->h;
+        c->expand_y = j->max_v / c->v;
+        c->width = (j->width + c->expand_x - 1) / c->expand_x;
+        c->height = (j->height + c->expand_y - 1) / c->expand_y;
+        c->blocks_x = (c->width + JPEG_SIDE - 1) / JPEG_SIDE;
+        c->blocks_y = (c->height + JPEG_SIDE - 1) / JPEG_SIDE;
+        c->all_x = j->mcus_x * c->h;
+        c->all_y = j->mcus_y * c->v;
+        memset(c->known, -1, sizeof c->known);
+    }
+    return LVM_OK;
+}
+
+/* SOF: precision, height, width, n; for each component its id, h << 4 | v and DQT table. */
+static int jpeg_frame(struct jpeg_reader *j, int marker, struct jpeg_input *s) {
+    if (j->n) return jpeg_damaged(j, "a second frame header (SOF)");
+    const uint8_t *d = jpeg_take(s, 6);
+    int n = d ? d[5] : 0;
+    const uint8_t *p = jpeg_take(s, 3 * (size_t)n);
+    if (n == 0 || !p || s->at != s->end)
+        return jpeg_damaged(j, "a frame header (SOF) of a wrong size");
+    j->height = d[1] << 8 | d[2];
+    j->width = d[3] << 8 | d[4];
+    if (d[0] != 8)
+        return fail(j->error, d[0] == 12 ? LVM_UNSUPPORTED : LVM_FORMAT,
+                    "%s: a JPEG with %d bits a sample; lvm reads 8: convert it first", j->name,
+                    d[0]);
+    if (j->height == 0 && j->width > 0)
+        return fail(j->error, LVM_UNSUPPORTED, "%s: a JPEG that tells its height only behind its "
+                    "pixels (DNL); lvm does not read such: convert it first", j->name);
+    int code = image_check_sides(j->name, "JPEG", j->width, j->height, j->error);
+    if (code) return code;
+    if (n == 2 || n > JPEG_MAX_COMPONENTS)
+        return fail(j->error, LVM_UNSUPPORTED, "%s: a JPEG with %d components; lvm reads 1 (grey), "
+                    "3 (colour) and 4 (CMYK): convert it first", j->name, n);
+    j->progressive = marker == JPEG_SOF2;
+    j->n = n;
+    for (int i = 0; i < n; i++, p += 3) {
+        struct jpeg_component *c = &j->component[i];
+        c->id = p[0];
+        c->h = p[1] >> 4;
+        c->v = p[1] & 15;
+        c->table = p[2];
+        if (c->h < 1 || c->h > 4 || c->v < 1 || c->v > 4 || c->table > 3)
+            return jpeg_damaged(j, "a component with sampling factors or a table beyond 4");
+    }
+    return jpeg_frame_sizes(j);
+}
+
+/* ---- JPEG: reading one block in each kind of scan ----
+
+   The coefficients of a block begin as zeros. A fault comes back in words. */
+
+static const char *const jpeg_short = "the data of a scan end early";
+static const char *const jpeg_no_code = "the data of a scan are no Huffman code";
+static const char *const jpeg_too_many = "a block has more than 64 coefficients";
+
+/* The next DC of a component: what it was in the block before and a difference. */
+static const char *jpeg_next_dc(struct jpeg_reader *j, struct jpeg_component *c) {
+    int bits = jpeg_symbol(&j->huffman[0][c->dc], &j->in);
+    if (bits < 0) return jpeg_no_code;
+    c->predicted += jpeg_value(&j->in, bits);
+    if (c->predicted != (int16_t)c->predicted) return "a DC coefficient of more than 16 bits";
+    return NULL;
+}
+
+static const char *jpeg_sequential(struct jpeg_reader *j, struct jpeg_component *c,
+                                   int16_t *block) {
+    const struct jpeg_huffman *ac = &j->huffman[1][c->ac];
+    const char *fault = jpeg_next_dc(j, c);
+    if (fault) return fault;
+    block[0] = (int16_t)c->predicted;
+    for (int k = 1; k < JPEG_BLOCK; k++) {
+        int symbol = jpeg_symbol(ac, &j->in), bits = symbol & 15;
+        if (symbol < 0) return jpeg_no_code;
+        if (bits == 0 && symbol < 0xF0) break;
+        k += symbol >> 4;
+        if (bits == 0) continue;
+        if (k >= JPEG_BLOCK) return jpeg_too_many;
+        block[jpeg_zigzag[k]] = (int16_t)jpeg_value(&j->in, bits);
+    }
+    return NULL;
+}
+
+static const char *jpeg_dc_first(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block) {
+    const char *fault = jpeg_next_dc(j, c);
+    block[0] = (int16_t)(c->predicted * (1 << j->low));
+    return fault;
+}
+
+static const char *jpeg_dc_refine(struct jpeg_reader *j, struct jpeg_component *c,
+                                  int16_t *block) {
+    (void)c;
+    block[0] = (int16_t)(block[0] | jpeg_bit(&j->in) << j->low);
+    return NULL;
+}
+
+/* The blocks, this one included, whose bands end with symbol n << 4. */
+static int jpeg_end_of_bands(struct jpeg_input *in, int n) {
+    return (1 << n) + jpeg_bits(in, n);
+}
+
+static const char *jpeg_ac_first(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block) {
+    const struct jpeg_huffman *ac = &j->huffman[1][c->ac];
+    for (int k = j->from; k <= j->to && !j->eob_run; k++) {
+        int symbol = jpeg_symbol(ac, &j->in), bits = symbol & 15;
+        if (symbol < 0) return jpeg_no_code;
+        if (bits == 0 && symbol < 0xF0) {
+            j->eob_run = jpeg_end_of_bands(&j->in, symbol >> 4);
+            break;
+        }
+        k += symbol >> 4;
+        if (bits == 0) continue;
+        if (k > j->to) return jpeg_too_many;
+        block[jpeg_zigzag[k]] = (int16_t)(jpeg_value(&j->in, bits) * (1 << j->low));
+    }
+    if (j->eob_run) j->eob_run--;
+    return NULL;
+}
+
+/* Goes from k over so many zeros to the next one, or to the end of the band; each coefficient on
+   the way that is not zero takes a bit, which, if set, moves it away from zero. */
+static int jpeg_refine_until(struct jpeg_reader *j, int16_t *block, int k, int zeros) {
+    for (; k <= j->to; k++) {
+        int16_t *coef = &block[jpeg_zigzag[k]];
+        if (*coef == 0 && zeros-- == 0) break;
+        if (*coef != 0 && jpeg_bit(&j->in))
+            *coef = (int16_t)(*coef + (*coef > 0 ? 1 << j->low : -(1 << j->low)));
+    }
+    return k;
+}
+
+static const char *jpeg_ac_refine(struct jpeg_reader *j, struct jpeg_component *c,
+                                  int16_t *block) {
+    const struct jpeg_huffman *ac = &j->huffman[1][c->ac];
+    int k = j->from;
+    for (; k <= j->to && !j->eob_run; k++) {
+        int symbol = jpeg_symbol(ac, &j->in), value = 0;
+        if (symbol < 0 || (symbol & 15) > 1) return jpeg_no_code;
+        if (symbol & 15) {
+            value = jpeg_bit(&j->in) ? 1 << j->low : -(1 << j->low);
+        } else if (symbol < 0xF0) {
+            j->eob_run = jpeg_end_of_bands(&j->in, symbol >> 4);
+            break;
+        }
+        k = jpeg_refine_until(j, block, k, symbol >> 4);
+        if (value && k > j->to) return jpeg_too_many;
+        if (value) block[jpeg_zigzag[k]] = (int16_t)value;
+    }
+    if (j->eob_run) {
+        jpeg_refine_until(j, block, k, JPEG_BLOCK);
+        j->eob_run--;
+    }
+    return NULL;
+}
+
+/* ---- JPEG: the inverse transform ----
+
+   Loeffler, Ligtenberg and Moschytz, "Practical fast 1-D DCT algorithms with 11 multiplications",
+   ICASSP 1989, in integers: columns first, with two more bits kept, then rows. With c(i) =
+   sqrt(2) cos(i pi / 16), the constants below are sums of c(i), times 2^13. x[0] and x[4] meet in
+   a butterfly, x[2] and x[6] in a rotation by 6 pi / 16, the odd ones in the rotations that the
+   paper draws; even and odd halves then give y[i] and y[7 - i] as sum and difference.
+
+   All inputs are held to 16 bits, which no picture needs more of: so no sum leaves 32 bits,
+   whatever the file says. */
+
+enum { IDCT_BITS = 13, IDCT_KEPT = 2 };
+
+static inline void jpeg_idct_8(const int16_t *x, int step, int round, int32_t *y) {
+    int x0 = x[0], x1 = x[step], x2 = x[2 * step], x3 = x[3 * step];
+    int x4 = x[4 * step], x5 = x[5 * step], x6 = x[6 * step], x7 = x[7 * step];
+
+    int sum = (int16_t)(x0 + x4) * (1 << IDCT_BITS) + round;
+    int difference = (int16_t)(x0 - x4) * (1 << IDCT_BITS) + round;
+    int low = x2 * 10703 + x6 * 4433, high = x2 * 4433 - x6 * 10704;
+    int e0 = sum + low, e3 = sum - low, e1 = difference + high, e2 = difference - high;
+
+    int a = (int16_t)(x7 + x3), b = (int16_t)(x5 + x1);
+    int a2 = b * 9633 - a * 6436, b2 = a * 9633 + b * 6437;
+    int o0 = x1 * 4926 - x7 * 7373 + b2, o1 = x3 * 4177 - x5 * 20995 + a2;
+    int o2 = -x5 * 4176 - x3 * 20995 + b2, o3 = -x7 * 4927 - x1 * 7373 + a2;
+
+    y[0] = e0 + o0;
+    y[7] = e0 - o0;
+    y[1] = e1 + o1;
+    y[6] = e1 - o1;
+    y[2] = e2 + o2;
+    y[5] = e2 - o2;
+    y[3] = e3 + o3;
+    y[4] = e3 - o3;
+}
+
+static inline int jpeg_clamp(int v, int low, int high) {
+    return v < low ? low : v > high ? high : v;
+}
+
+static int jpeg_is_flat(const int16_t *coefs) {
+    int any = 0;
+    for (int i = 1; i < JPEG_BLOCK; i++) any |= coefs[i];
+    return any == 0;
+}
+
+/* One block of coefficients to 8 x 8 samples. */
+static void jpeg_idct(const int16_t *coefs, const uint16_t *quant, uint8_t *out, size_t stride) {
+    enum { COLUMN_SHIFT = IDCT_BITS - IDCT_KEPT, ROW_SHIFT = IDCT_BITS + IDCT_KEPT + 3 };
+    int16_t x[JPEG_BLOCK], column[JPEG_BLOCK];
+    int32_t y[JPEG_SIDE];
+    if (jpeg_is_flat(coefs)) {   /* the same in fewer steps */
+        int dc = (int16_t)((int16_t)(coefs[0] * quant[0]) * (1 << IDCT_KEPT));
+        for (int i = 0; i < JPEG_SIDE; i++)
+            memset(out + (size_t)i * stride, jpeg_clamp(128 + ((dc + 16) >> 5), 0, 255), JPEG_SIDE);
+        return;
+    }
+    for (int i = 0; i < JPEG_BLOCK; i++) x[i] = (int16_t)(coefs[i] * quant[i]);
+    for (int i = 0; i < JPEG_SIDE; i++) {
+        jpeg_idct_8(x + i, JPEG_SIDE, 1 << (COLUMN_SHIFT - 1), y);
+        for (int k = 0; k < JPEG_SIDE; k++)
+            column[JPEG_SIDE * k + i] = (int16_t)jpeg_clamp(y[k] >> COLUMN_SHIFT, -32768, 32767);
+    }
+    for (int i = 0; i < JPEG_SIDE; i++, out += stride) {
+        jpeg_idct_8(column + JPEG_SIDE * i, 1, 1 << (ROW_SHIFT - 1), y);
+        for (int k = 0; k < JPEG_SIDE; k++)
+            out[k] = (uint8_t)jpeg_clamp(128 + (y[k] >> ROW_SHIFT), 0, 255);
+    }
+}
+
+/* ---- JPEG: scans ---- */
+
+/* A progressive scan must send what was not sent yet; notes what it sends. */
+static int jpeg_progression(struct jpeg_reader *j) {
+    int band_ok = j->from == 0 ? j->to == 0
+                               : j->from <= j->to && j->to < JPEG_BLOCK && j->scan_n == 1;
+    if (!band_ok || j->low > JPEG_MAX_LOW || (j->high && j->high != j->low + 1))
+        return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: a scan of coefficients %d to %d, "
+                    "bits %d down to %d", j->name, j->from, j->to, j->high, j->low);
+    for (int i = 0; i < j->scan_n; i++)
+        for (int k = j->from; k <= j->to; k++) {
+            int8_t *known = &j->scan[i]->known[k];
+            if (j->high ? *known != j->high : *known >= 0)
+                return jpeg_damaged(j, "a scan repeats or leaves out bits of a coefficient");
+            *known = (int8_t)j->low;
+        }
+    if (j->from == 0) j->pass = j->high ? jpeg_dc_refine : jpeg_dc_first;
+    else j->pass = j->high ? jpeg_ac_refine : jpeg_ac_first;
+    return LVM_OK;
+}
+
+/* A component's tables for the scan; its quantisation table is that of its first scan. */
+static int jpeg_scan_tables(struct jpeg_reader *j, struct jpeg_component *c) {
+    const struct jpeg_huffman *dc = &j->huffman[0][c->dc], *ac = &j->huffman[1][c->ac];
+    int needs_dc = j->pass == jpeg_sequential || j->pass == jpeg_dc_first;
+    int needs_ac = j->pass != jpeg_dc_first && j->pass != jpeg_dc_refine;
+    if ((needs_dc && (!dc->made || (dc->standard && j->progressive))) ||
+        (needs_ac && (!ac->made || (ac->standard && j->progressive))))
+        return jpeg_damaged(j, "a scan whose Huffman table (DHT) is missing");
+    if (c->scanned && !j->progressive) return jpeg_damaged(j, "a component comes in two scans");
+    if (!c->scanned && !j->quant_made[c->table])
+        return jpeg_damaged(j, "a scan whose quantisation table (DQT) is missing");
+    if (!c->scanned) memcpy(c->quant, j->quant[c->table], sizeof c->quant);
+    c->scanned = 1;
+    return LVM_OK;
+}
+
+/* SOS: n; for each component its id and DC << 4 | AC tables; from, to, high << 4 | low. */
+static int jpeg_scan_header(struct jpeg_reader *j, struct jpeg_input *s) {
+    const uint8_t *head = jpeg_take(s, 1);
+    int n = head ? *head : 0, blocks = 0, next = 0;
+    const uint8_t *p = jpeg_take(s, 2 * (size_t)n), *band = jpeg_take(s, 3);
+    if (n < 1 || n > JPEG_MAX_COMPONENTS || !p || !band || s->at != s->end)
+        return jpeg_damaged(j, "a scan header (SOS) of a wrong size");
+    j->scan_n = n;
+    for (int i = 0; i < n; i++, p += 2, next++) {   /* in the order of the frame header */
+        while (next < j->n && j->component[next].id != p[0]) next++;
+        if (next == j->n)
+            return jpeg_damaged(j, "a scan of components that the frame does not have, or twice");
+        struct jpeg_component *c = j->scan[i] = &j->component[next];
+        c->dc = p[1] >> 4;
+        c->ac = p[1] & 15;
+        if (c->dc > 3 || c->ac > 3) return jpeg_damaged(j, "a Huffman table number beyond 3");
+        blocks += c->h * c->v;
+    }
+    if (n > 1 && blocks > JPEG_MCU_BLOCKS)
+        return jpeg_damaged(j, "a scan with more than 10 blocks in an MCU");
+    j->from = band[0];
+    j->to = band[1];
+    j->high = band[2] >> 4;
+    j->low = band[2] & 15;
+    j->pass = jpeg_sequential;   /* which has no use for them */
+    int code = j->progressive ? jpeg_progression(j) : LVM_OK;
+    for (int i = 0; i < n && !code; i++) code = jpeg_scan_tables(j, j->scan[i]);
+    return code;
+}
+
+/* Before the first scan: memory for the coefficients or the samples. */
+static int jpeg_allocate(struct jpeg_reader *j) {
+    int64_t bits = 0;
+    for (int i = 0; i < j->n; i++)
+        bits += (int64_t)j->component[i].blocks_x * j->component[i].blocks_y;
+    if (!j->progressive) bits *= 2;   /* a code for DC and one for the end of the block */
+    size_t left = (size_t)(j->in.end - j->in.at);
+    if ((uint64_t)bits / 8 > left)
+        return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: %zu bytes of data cannot hold "
+                    "%d x %d pixels", j->name, left, j->width, j->height);
+    for (int i = 0; i < j->n; i++) {
+        struct jpeg_component *c = &j->component[i];
+        size_t blocks = (size_t)c->all_x * (size_t)c->all_y;
+        if (j->progressive) c->coefs = mem_alloc(blocks, JPEG_BLOCK * sizeof *c->coefs, j->error);
+        else c->plane = mem_alloc(blocks, JPEG_BLOCK, j->error);
+        if (!c->coefs && !c->plane) return LVM_MEMORY;
+    }
+    return LVM_OK;
+}
+
+static uint8_t *jpeg_samples(const struct jpeg_component *c, int x, int y) {
+    return c->plane + ((size_t)y * JPEG_SIDE * (size_t)c->all_x + (size_t)x) * JPEG_SIDE;
+}
+
+static int16_t *jpeg_coefs(const struct jpeg_component *c, int x, int y) {
+    return c->coefs + ((size_t)y * (size_t)c->all_x + (size_t)x) * JPEG_BLOCK;
+}
+
+/* All blocks of one MCU; a scan of one component has MCUs of one block. */
+static const char *jpeg_mcu(struct jpeg_reader *j, int mcu_x, int mcu_y) {
+    const char *fault = NULL;
+    for (int i = 0; i < j->scan_n && !fault; i++) {
+        struct jpeg_component *c = j->scan[i];
+        int h = j->scan_n > 1 ? c->h : 1, v = j->scan_n > 1 ? c->v : 1;
+        for (int y = mcu_y * v; y < (mcu_y + 1) * v; y++)
+            for (int x = mcu_x * h; x < (mcu_x + 1) * h && !fault; x++) {
+                if (j->progressive) {
+                    fault = j->pass(j, c, jpeg_coefs(c, x, y));
+                    continue;
+                }
+                int16_t block[JPEG_BLOCK] = {0};
+                fault = j->pass(j, c, block);
+                jpeg_idct(block, c->quant, jpeg_samples(c, x, y), (size_t)c->all_x * JPEG_SIDE);
+            }
+    }
+    return fault;
+}
+
+/* Forgets what the blocks so far leave to the next ones. */
+static void jpeg_start(struct jpeg_reader *j) {
+    j->in.hold = 0;
+    j->in.count = 0;
+    j->eob_run = 0;
+    for (int i = 0; i < j->scan_n; i++) j->scan[i]->predicted = 0;
+}
+
+static const char *jpeg_scan_data(struct jpeg_reader *j) {
+    const struct jpeg_component *only = j->scan_n == 1 ? j->scan[0] : NULL;
+    int columns = only ? only->blocks_x : j->mcus_x, rows = only ? only->blocks_y : j->mcus_y;
+    int left = j->restart_interval, restarts = 0;
+    for (int i = 0; i < j->scan_n; i++)
+        j->visits += (int64_t)columns * rows * (only ? 1 : j->scan[i]->h * j->scan[i]->v);
+    if (j->visits > JPEG_MAX_VISITS) return "more scans than a picture of its size can need";
+    jpeg_start(j);
+    for (int y = 0; y < rows; y++)
+        for (int x = 0; x < columns; x++) {
+            if (j->restart_interval && left-- == 0) {
+                int marker = jpeg_next_marker(&j->in);
+                if (marker == 0) return jpeg_short;
+                if (marker != JPEG_RST0 + restarts++ % 8) return "a restart marker is missing";
+                jpeg_start(j);
+                left = j->restart_interval - 1;
+            }
+            const char *fault = jpeg_mcu(j, x, y);
+            if (j->in.count < (fault ? JPEG_CODE_BITS : 0)) return jpeg_short;
+            if (fault) return fault;
+        }
+    jpeg_start(j);
+    return NULL;
+}
+
+static int jpeg_scan(struct jpeg_reader *j, struct jpeg_input *s) {
+    if (!j->n) return jpeg_damaged(j, "a scan (SOS) in front of the frame header (SOF)");
+    int code = j->scans++ ? LVM_OK : jpeg_allocate(j);
+    if (!code) code = jpeg_scan_header(j, s);
+    if (code) return code;
+    const char *fault = jpeg_scan_data(j);
+    if (fault == jpeg_short && jpeg_next_marker(&j->in) == 0) return jpeg_cut(j);
+    return fault ? jpeg_damaged(j, fault) : LVM_OK;
+}
+
+/* ---- JPEG: segments ---- */
+
+static int jpeg_segment(struct jpeg_reader *j, int marker) {
+    const uint8_t *length = jpeg_take(&j->in, 2);
+    size_t size = length ? (size_t)(length[0] << 8 | length[1]) : 2;
+    if (size < 2) return jpeg_damaged(j, "a segment shorter than its own length");
+    const uint8_t *d = length ? jpeg_take(&j->in, size - 2) : NULL;
+    if (!d) return jpeg_cut(j);
+    struct jpeg_input s = {d, d + (size - 2), 0, 0};
+    switch (marker) {
+    case JPEG_SOF0: case JPEG_SOF1: case JPEG_SOF2: return jpeg_frame(j, marker, &s);
+    case JPEG_SOS: return jpeg_scan(j, &s);
+    case JPEG_DHT: return jpeg_huffman_tables(j, &s, 0);
+    case JPEG_DQT: return jpeg_quant_tables(j, &s);
+    case JPEG_DRI:
+        if (size != 4) return jpeg_damaged(j, "a restart interval (DRI) of a wrong size");
+        j->restart_interval = d[0] << 8 | d[1];
+        return LVM_OK;
+    case JPEG_APP0:
+        if (size >= 16 && memcmp(d, "JFIF", 5) == 0) j->jfif = 1;
+        return LVM_OK;
+    case JPEG_APP14:
+        if (size >= 14 && memcmp(d, "Adobe", 5) == 0) j->adobe = d[11];
+        return LVM_OK;
+    default:
+        return LVM_OK;
+    }
+}
+
+/* True when all components came and, in a progressive file, at least their DC. */
+static int jpeg_all_scanned(const struct jpeg_reader *j) {
+    for (int i = 0; i < j->n; i++) {
+        const struct jpeg_component *c = &j->component[i];
+        if (!c->scanned || (j->progressive && c->known[0] < 0)) return 0;
+    }
+    return j->n > 0;
+}
+
+/* Reads up to the last scan. Where a sequential file ends is known without its EOI. */
+static int jpeg_segments(struct jpeg_reader *j) {
+    int code = LVM_OK;
+    while (!code && (j->progressive || !jpeg_all_scanned(j))) {
+        int marker = jpeg_next_marker(&j->in);
+        if (marker == 0) return jpeg_cut(j);
+        if (marker == JPEG_EOI) break;
+        if (marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7)) continue;
+        if (marker == JPEG_SOI) return jpeg_damaged(j, "it begins a second time (SOI)");
+        const char *foreign = jpeg_foreign_frame(marker);
+        if (foreign)
+            return fail(j->error, LVM_UNSUPPORTED, "%s: a JPEG of a rare kind (%s); lvm reads "
+                        "baseline and progressive ones: convert it first", j->name, foreign);
+        code = jpeg_segment(j, marker);
+    }
+    if (!code && !j->n) return jpeg_damaged(j, "no frame header (SOF)");
+    if (!code && !jpeg_all_scanned(j)) return jpeg_damaged(j, "a component without its data");
+    return code;
+}
+
+/* ---- JPEG: smoothing what a progressive file left out ----
+
+   A progressive file may end when only DC, or only the upper bits of some AC, were sent. libjpeg
+   then guesses the first AC coefficients that are still zero from the DC of the 5 x 5 blocks
+   around: where DC falls from left to right, coefficient 1 is not zero, and so on. A guess is a
+   weighted sum of DC, / 256, held below the first bit that was not sent. Where no AC came at all
+   there are guesses for nine of them, and DC is smoothed too. A finished file needs none of this.
+*/
+
+enum { JPEG_WINDOW = 5, JPEG_GUESSED = 9, JPEG_GUESSED_OF_MORE = 5 };
+
+/* For rising horizontal frequency 1, 2, 3; for 1 x 1; for 2 x 1 and DC; then the first two and
+   1 x 1 where some AC is known. Vertical frequencies use them turned over the diagonal. */
+static const int16_t jpeg_kernels[9][JPEG_WINDOW * JPEG_WINDOW] = {
+    {-1, -1, 0, 1, 1,  -3, 13, 0, -13, 3,  -3, 38, 0, -38, 3,  -3, 13, 0, -13, 3,
+     -1, -1, 0, 1, 1},
+    {0, 0, 0, 0, 0,  0, 2, -5, 2, 0,  1, 7, -14, 7, 1,  0, 2, -5, 2, 0,  0, 0, 0, 0, 0},
+    {0, 0, 0, 0, 0,  0, 1, 0, -1, 0,  0, 2, 0, -2, 0,  0, 1, 0, -1, 0,  0, 0, 0, 0, 0},
+    {-1, 0, 0, 0, 1,  0, 9, 0, -9, 0,  0, 0, 0, 0, 0,  0, -9, 0, 9, 0,  1, 0, 0, 0, -1},
+    {0, 0, 0, 0, 0,  0, 1, -3, 1, 0,  0, 0, 0, 0, 0,  0, -1, 3, -1, 0,  0, 0, 0, 0, 0},
+    {-2, -6, -8, -6, -2,  -6, 6, 42, 6, -6,  -8, 42, 152, 42, -8,  -6, 6, 42, 6, -6,
+     -2, -6, -8, -6, -2},
+    {0, 0, 0, 0, 0,  0, 0, 0, 0, 0,  -7, 50, 0, -50, 7,  0, 0, 0, 0, 0,  0, 0, 0, 0, 0},
+    {0, 0, 0, 0, 0,  0, 0, 0, 0, 0,  -1, 13, -24, 13, -1,  0, 0, 0, 0, 0,  0, 0, 0, 0, 0},
+    {0, -1, 0, 1, 0,  -1, 10, 0, -10, 1,  0, 0, 0, 0, 0,  1, -10, 0, 10, -1,  0, 1, 0, -1, 0}};
+
+/* By zigzag: the kernel where only DC is known, where more is, and whether to turn it. */
+static const uint8_t jpeg_kernel_of[1 + JPEG_GUESSED][3] = {
+    {5, 5, 0}, {0, 6, 0}, {0, 6, 1}, {1, 7, 1}, {3, 8, 0}, {1, 7, 0}, {2, 0, 0}, {4, 0, 0},
+    {4, 0, 1}, {2, 0, 1}};
+
+/* Whether libjpeg would smooth: some of the first AC lack bits, and no divisor is zero. */
+static int jpeg_needs_smoothing(const struct jpeg_reader *j) {
+    int lacking = 0;
+    for (int i = 0; i < j->n; i++)
+        for (int k = 0; k <= JPEG_GUESSED; k++) {
+            if (j->component[i].quant[jpeg_zigzag[k]] == 0) return 0;
+            if (k > 0 && j->component[i].known[k] != 0) lacking = 1;
+        }
+    return lacking;
+}
+
+/* The DC around block x, y; blocks beyond the picture are the nearest inside. libjpeg counts the
+   block rows of a last, lower row of MCUs as if all rows of MCUs were that low, hence `row`. */
+static void jpeg_window(const struct jpeg_reader *j, const struct jpeg_component *c, int x, int y,
+                        int *dc) {
+    int mcu_y = y / c->v;
+    int rows = mcu_y < j->mcus_y - 1 ? c->v : c->blocks_y - mcu_y * c->v;
+    int row = mcu_y * rows + y % c->v, end = rows * j->mcus_y;
+    for (int i = 0; i < JPEG_WINDOW; i++)
+        for (int k = 0; k < JPEG_WINDOW; k++) {
+            int at_y = y + jpeg_clamp(row + i - JPEG_WINDOW / 2, 0, end - 1) - row;
+            int at_x = jpeg_clamp(x + k - JPEG_WINDOW / 2, 0, c->blocks_x - 1);
+            dc[i * JPEG_WINDOW + k] = jpeg_coefs(c, at_x, at_y)[0];
+        }
+}
+
+static void jpeg_smooth(const struct jpeg_component *c, const int *dc, int16_t *block) {
+    int more = 0;
+    for (int k = 1; k <= JPEG_GUESSED; k++)
+        if (c->known[k] >= 0) more = 1;
+    for (int k = more; k <= (more ? JPEG_GUESSED_OF_MORE : JPEG_GUESSED); k++) {
+        int at = jpeg_zigzag[k], low = c->known[k];
+        if (k > 0 && (low == 0 || block[at] != 0)) continue;
+        const int16_t *kernel = jpeg_kernels[jpeg_kernel_of[k][more]];
+        int64_t sum = 0, q = c->quant[at];
+        for (int y = 0; y < JPEG_WINDOW; y++)
+            for (int x = 0; x < JPEG_WINDOW; x++)
+                sum += dc[y * JPEG_WINDOW + x] *
+                       kernel[jpeg_kernel_of[k][2] ? x * JPEG_WINDOW + y : y * JPEG_WINDOW + x];
+        sum *= c->quant[0];
+        int64_t guess = ((sum < 0 ? -sum : sum) + q * 128) / (q * 256);
+        if (k > 0 && low > 0) guess = min64(guess, (1 << low) - 1);
+        block[at] = (int16_t)(sum < 0 ? -guess : guess);
+    }
+}
+
+/* The samples of a progressive component, whose coefficients are then no longer needed. */
+static int jpeg_finish_component(struct jpeg_reader *j, struct jpeg_component *c, int smooth) {
+    c->plane = mem_alloc((size_t)c->all_x * (size_t)c->all_y, JPEG_BLOCK, j->error);
+    if (!c->plane) return LVM_MEMORY;
+    for (int y = 0; y < c->blocks_y; y++)
+        for (int x = 0; x < c->blocks_x; x++) {
+            int16_t block[JPEG_BLOCK];
+            int dc[JPEG_WINDOW * JPEG_WINDOW];
+            memcpy(block, jpeg_coefs(c, x, y), sizeof block);
+            if (smooth) {
+                jpeg_window(j, c, x, y, dc);
+                jpeg_smooth(c, dc, block);
+            }
+            jpeg_idct(block, c->quant, jpeg_samples(c, x, y), (size_t)c->all_x * JPEG_SIDE);
+        }
+    mem_free(c->coefs);
+    c->coefs = NULL;
+    return LVM_OK;
+}
+
+/* ---- JPEG: from samples to pixels ----
+
+   A component with half the columns or half the rows goes through a triangle filter: a new sample
+   is 3/4 of the one that it lies in and 1/4 of the next one on its side, in both directions where
+   both are halved; at the borders the nearest sample stands for the missing one. The halves that
+   rounding meets go up for one neighbour and down for the other. Other ratios, and components of
+   at most two columns, repeat their samples. */
+
+/* out[2 i], out[2 i + 1] from s[i] and its neighbours; s[-1] and s[n] can be read. */
+static void jpeg_widen(const uint16_t *s, int n, int shift, int left, int right, uint8_t *out) {
+    for (int i = 0; i < n; i++) {
+        out[2 * i] = (uint8_t)((3 * s[i] + s[i - 1] + left) >> shift);
+        out[2 * i + 1] = (uint8_t)((3 * s[i] + s[i + 1] + right) >> shift);
+    }
+}
+
+/* Row y of the picture from one component. sums: room for width + 2. */
+static const uint8_t *jpeg_row(const struct jpeg_component *c, int y, uint16_t *sums,
+                               uint8_t *out) {
+    size_t stride = (size_t)c->all_x * JPEG_SIDE;
+    int at = y / c->expand_y, n = c->width;
+    int next = jpeg_clamp(y % 2 ? at + 1 : at - 1, 0, c->height - 1);
+    const uint8_t *near = c->plane + (size_t)at * stride, *far = c->plane + (size_t)next * stride;
+    int wide = c->expand_x == 2 && c->expand_y <= 2 && n > 2;
+    if (c->expand_x == 1 && c->expand_y == 2) {
+        for (int i = 0; i < n; i++) out[i] = (uint8_t)((3 * near[i] + far[i] + 1 + y % 2) >> 2);
+        return out;
+    }
+    if (!wide) {
+        if (c->expand_x == 1) return near;
+        for (int i = 0; i < n; i++)
+            memset(out + i * c->expand_x, near[i], (size_t)c->expand_x);
+        return out;
+    }
+    int both = c->expand_y == 2;
+    for (int i = 0; i < n; i++)
+        sums[1 + i] = (uint16_t)(both ? 3 * near[i] + far[i] : near[i]);
+    sums[0] = sums[1];
+    sums[1 + n] = sums[n];
+    if (both) jpeg_widen(sums + 1, n, 4, 8, 7, out);
+    else jpeg_widen(sums + 1, n, 2, 1, 2, out);
+    return out;
+}
+
+/* The colours that a file's components are. */
+enum jpeg_colours { JPEG_GREY, JPEG_YCC, JPEG_RGB, JPEG_YCCK, JPEG_CMYK };
+
+/* JFIF allows YCbCr only; Adobe's segment tells; else RGB is known by its components' names. */
+static enum jpeg_colours jpeg_colours_of(const struct jpeg_reader *j) {
+    const struct jpeg_component *c = j->component;
+    if (j->n == 1) return JPEG_GREY;
+    if (j->n == 4) return j->adobe > 0 ? JPEG_YCCK : JPEG_CMYK;
+    if (j->jfif) return JPEG_YCC;
+    if (j->adobe >= 0) return j->adobe == 0 ? JPEG_RGB : JPEG_YCC;
+    return c[0].id == 'R' && c[1].id == 'G' && c[2].id == 'B' ? JPEG_RGB : JPEG_YCC;
+}
+
+/* R = Y + 1.402 Cr, G = Y - 0.34414 Cb - 0.71414 Cr, B = Y + 1.772 Cb, times 2^16. */
+static inline void jpeg_ycc_to_rgb(int y, int cb, int cr, uint8_t *rgb) {
+    cb -= 128;
+    cr -= 128;
+    rgb[0] = (uint8_t)jpeg_clamp(y + ((91881 * cr + 32768) >> 16), 0, 255);
+    rgb[1] = (uint8_t)jpeg_clamp(y + ((-22554 * cb - 46802 * cr + 32768) >> 16), 0, 255);
+    rgb[2] = (uint8_t)jpeg_clamp(y + ((116130 * cb + 32768) >> 16), 0, 255);
+}
+
+/* Ink to light, where 255 is no ink, as Adobe's programs write it and Pillow takes for granted:
+   light k and the share c of it, rounded as Pillow does on inks 255 - k and 255 - c. */
+static inline uint8_t jpeg_light(int c, int k) {
+    int x = (255 - c) * k + 128;
+    return (uint8_t)(k - ((x + (x >> 8)) >> 8));
+}
+
+static void jpeg_row_to_rgb(enum jpeg_colours colours, const uint8_t *const *row, int n,
+                            uint8_t *rgb) {
+    for (int i = 0; i < n; i++, rgb += RGB) {
+        switch (colours) {
+        case JPEG_GREY:
+            memset(rgb, row[0][i], RGB);
+            break;
+        case JPEG_YCC:
+            jpeg_ycc_to_rgb(row[0][i], row[1][i], row[2][i], rgb);
+            break;
+        case JPEG_RGB: case JPEG_CMYK:
+            for (int c = 0; c < RGB; c++) rgb[c] = row[c][i];
+            break;
+        case JPEG_YCCK:   /* it is the inks that were turned into YCbCr */
+            jpeg_ycc_to_rgb(row[0][i], row[1][i], row[2][i], rgb);
+            for (int c = 0; c < RGB; c++) rgb[c] = (uint8_t)(255 - rgb[c]);
+            break;
+        }
+        if (colours >= JPEG_YCCK)
+            for (int c = 0; c < RGB; c++) rgb[c] = jpeg_light(rgb[c], row[3][i]);
+    }
+}
+
+static int jpeg_pixels(struct jpeg_reader *j, lvm_image *image) {
+    enum jpeg_colours colours = jpeg_colours_of(j);
+    size_t n = (size_t)j->mcus_x * (size_t)j->max_h * JPEG_SIDE;   /* a row, whole MCUs of it */
+    uint8_t *rows = mem_alloc((size_t)j->n, n, j->error);
+    uint16_t *sums = rows ? mem_alloc(n + 2, sizeof *sums, j->error) : NULL;
+    int code = sums ? image_new(image, j->width, j->height, j->error) : LVM_MEMORY;
+    for (int y = 0; y < j->height && !code; y++) {
+        const uint8_t *row[JPEG_MAX_COMPONENTS];
+        for (int i = 0; i < j->n; i++)
+            row[i] = jpeg_row(&j->component[i], y, sums, rows + (size_t)i * n);
+        jpeg_row_to_rgb(colours, row, j->width,
+                        image->rgb + (size_t)y * (size_t)j->width * RGB);
+    }
+    mem_free(sums);
+    mem_free(rows);
+    return code;
+}
+
+static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
+                     lvm_error *error) {
+    struct jpeg_reader *j = mem_alloc(1, sizeof *j, error);
+    if (!j) return LVM_MEMORY;
+    struct jpeg_input standard = {jpeg_standard, jpeg_standard + sizeof jpeg_standard, 0, 0};
+    j->name = name;
+    j->error = error;
+    j->adobe = -1;
+    j->in = (struct jpeg_input){data + 2, data + size, 0, 0};   /* the caller recognised the SOI */
+    int code = jpeg_huffman_tables(j, &standard, 1);
+    if (!code) code = jpeg_segments(j);
+    int smooth = !code && j->progressive && jpeg_needs_smoothing(j);
+    for (int i = 0; i < j->n && !code && j->progressive; i++)
+        code = jpeg_finish_component(j, &j->component[i], smooth);
+    if (!code) code = jpeg_pixels(j, image);
+    for (int i = 0; i < JPEG_MAX_COMPONENTS; i++) {
+        mem_free(j->component[i].coefs);
+        mem_free(j->component[i].plane);
+    }
+    mem_free(j);
+    return code;
+}
+
 /* ---- PNM in ----
 
        "P1" to "P6" | width | height | maximum (not for bitmaps) | samples, rows from the top
@@ -5857,8 +6820,8 @@ struct picture_kind {
 };
 
 static const struct picture_kind picture_kinds[] = {
-    {0, 3, "\xFF\xD8\xFF", "JPEG"},     {0, 4, "GIF8", "GIF"},
-    {8, 4, "WEBP", "WebP"},             {0, 2, "BM", "BMP"},
+    {0, 4, "GIF8", "GIF"},              {8, 4, "WEBP", "WebP"},
+    {0, 2, "BM", "BMP"},
     {4, 8, "ftypheic", "HEIC"},         {4, 8, "ftypheix", "HEIC"},
     {4, 8, "ftyphevc", "HEIC"},         {4, 8, "ftyphevx", "HEIC"},
     {4, 8, "ftypheim", "HEIC"},         {4, 8, "ftypheis", "HEIC"},
@@ -5903,7 +6866,7 @@ static int no_picture(const uint8_t *data, size_t size, const char *name, lvm_er
     if (size >= 4 && !memcmp(data, png_signature, 4))
         return fail(error, LVM_FORMAT, "%s: damaged PNG file: its first %d bytes were changed "
                     "(copied as text?) or are missing", name, PNG_SIGNATURE_SIZE);
-    return fail(error, LVM_FORMAT, "%s is %s: lvm reads PNG and PNM", name,
+    return fail(error, LVM_FORMAT, "%s is %s: lvm reads PNG, JPEG and PNM", name,
                 is_text(data, size) ? "text, no picture" : "no picture that lvm knows");
 }
 
@@ -5917,6 +6880,8 @@ int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_i
         code = png_load(bytes, size, name, image, error);
     else if (is_pnm(bytes, size))
         code = pnm_load(bytes, size, name, image, error);
+    else if (size >= 3 && !memcmp(bytes, "\xFF\xD8\xFF", 3))
+        code = jpeg_load(bytes, size, name, image, error);
     else
         code = no_picture(bytes, size, name, error);
     if (!code && bytes[0] == 0xFF) image->orientation = jpeg_orientation(bytes, size);
@@ -8997,6 +9962,50 @@ static int run_quantize(struct cli *cli) {
                             cli->force, &error);
     if (code == LVM_OK) printf("%s\n", cli->words[1]);
     return finish(&error, code);
+}
+
+/* ---- Bench ---- */
+
+/* Random bits that are small numbers in every type: signs, and exponents near 2^-6. */
+static void fill_random(uint8_t *data, size_t size) {
+    uint64_t state = 1;
+    for (size_t i = 0; i + 8 <= size; i += 8) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        uint64_t word = (state >> 7 & 0x83ff83ff83ff83ffu) | 0x2000200020002000u;
+        memcpy(data + i, &word, 8);
+    }
+}
+
+/* A model of a given shape: llama's sizes or vq's configuration are filled in, weights are random.
+   Either may be NULL. */
+static lvm_model *model_made_up(const struct llama *llama, const struct vqgan *vq, int type,
+                                int vq_type, lvm_error *error) {
+    struct made_up made = {type, vq_type, NULL, 0};
+    lvm_model *m = model_new("(random weights)", error);
+    if (m == NULL) return NULL;
+    m->k = choose_kernels(error);
+    int code = m->k == NULL ? LVM_INVALID : load_name(m, error);
+    if (llama != NULL) m->llama = *llama;
+    if (code == LVM_OK && vq != NULL) {
+        m->vq = mem_alloc(1, sizeof *m->vq, error);
+        if (m->vq == NULL) code = LVM_MEMORY;
+        else *m->vq = *vq;
+    }
+    m->info.has_transformer = llama != NULL;
+    m->info.has_tokenizer = vq != NULL;
+    m->made_up = &made;
+    for (int pass = 0; code == LVM_OK && pass < 2; pass++) { /* count, then hand out */
+        made.size = 0;
+        if (llama != NULL) code = load_llama(m, error);
+        if (code == LVM_OK && vq != NULL) code = load_vq(m, error);
+        if (code != LVM_OK || pass == 1) break;
+        made.data = m->owned = mem_alloc(1, made.size, error);
+        if (made.data == NULL) code = LVM_MEMORY;
+        else fill_random(made.data, made.size);
+    }
+    m->made_up = NULL;
+    if (code == LVM_OK) code = fill_info(m, error);
+    return model_or_null(m, code);
 }
 
 /* The exit status once everything is said: what was printed must have arrived. */

@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
-"""Makes tests/images: small PNG and PNM files, and in index.txt what a correct reader, writer and
-resizer gives for them. Needs Pillow, release 12 or older, which is the reference (release 13 resizes tall
-pictures in another order); the files are committed, so running the tests needs neither.
+"""Makes tests/images: small PNG, JPEG and PNM files, and in index.txt what a correct reader, writer
+and resizer gives for them. Needs Pillow, release 12 or older, which is the reference (release 13
+resizes tall pictures in another order), with libjpeg-turbo 3.0.1 or later inside, and cjpeg; made
+with Pillow 12.3.0, its libjpeg-turbo 3.1.4.1, and cjpeg of libjpeg-turbo 2.1.5. The files are
+committed, so running the tests needs none of them.
 
     python3 tests/make_image_vectors.py
 
@@ -26,11 +28,13 @@ import io
 import os
 import random
 import struct
+import subprocess
 import sys
+import tempfile
 import zlib
 
 import PIL
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "images")
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -528,7 +532,6 @@ def make_kinds():
         bad(name, data + bytes(32), "UNSUPPORTED",
             "is a %s file, which lvm does not read: convert it to PNG or JPEG first" % text)
 
-    kind("kind.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF", "JPEG")
     kind("kind.gif", b"GIF89a", "GIF")
     kind("kind.webp", b"RIFF\x20\0\0\0WEBPVP8 ", "WebP")
     kind("kind.heic", b"\0\0\0\x18ftypheic", "HEIC")
@@ -574,12 +577,305 @@ def make_sizes():
             index.append("size %s %d %d %d" % (kind, w, h, len(out.getvalue())))
 
 
+# ---- JPEG files
+
+def scene(w, h):
+    return Image.blend(formula("grain", w, h), formula("blocks", w, h), 0.5)
+
+
+def cjpeg(image, *options, scans=None):
+    data = ("P6 %d %d 255\n" % image.size).encode() + image.convert("RGB").tobytes()
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as script:
+        if scans:
+            script.write("".join(scan + ";\n" for scan in scans))
+            script.flush()
+            options += ("-scans", script.name)
+        return subprocess.run(("cjpeg",) + options, input=data, check=True,
+                              stdout=subprocess.PIPE).stdout
+
+
+def pillow_jpeg(image, **options):
+    out = io.BytesIO()
+    image.save(out, "JPEG", **options)
+    return out.getvalue()
+
+
+def without(jpeg, marker):
+    """The file less the segments with this marker in front of the scan."""
+    i = 2
+    while jpeg[i + 1] != 0xDA:
+        n = 2 + struct.unpack(">H", jpeg[i + 2:i + 4])[0]
+        jpeg, i = (jpeg[:i] + jpeg[i + n:], i) if jpeg[i + 1] == marker else (jpeg, i + n)
+    return jpeg
+
+
+def make_jpegs():
+    samplings = {"444": "1x1", "422": "2x1", "440": "1x2", "420": "2x2", "411": "4x1",
+                 "441": "1x4", "410": "4x2", "311": "3x1", "mixed": "2x2,1x2,2x1",
+                 "chroma": "1x1,2x2,1x2"}
+    for name, sampling in samplings.items():
+        good("s%s.jpg" % name, cjpeg(scene(35, 21), "-sample", sampling))
+        good("s%s_prog.jpg" % name, cjpeg(scene(35, 21), "-sample", sampling, "-progressive"))
+    for name in ("422", "440", "420"):
+        for w, h in ((1, 1), (4, 3), (17, 9)) + ((5, 5), (16, 16), (3, 40)) * (name == "420"):
+            good("s%s_%dx%d.jpg" % (name, w, h),
+                 cjpeg(scene(w, h), "-sample", samplings[name], "-optimize"))
+    for quality in ("1", "5", "100"):   # 1: tables of 16 bits
+        good("quality_%s.jpg" % quality, cjpeg(formula("noise", 17, 9), "-quality", quality,
+                                               "-optimize"))
+    good("grey.jpg", cjpeg(scene(35, 21), "-grayscale", "-sample", "1x1"))
+    good("grey_2x2.jpg", cjpeg(scene(35, 21), "-grayscale", "-sample", "2x2", "-optimize"))
+    good("grey_prog.jpg", cjpeg(scene(35, 21), "-grayscale", "-progressive"))
+    good("restart_1.jpg", cjpeg(scene(70, 35), "-restart", "1B", "-optimize"))
+    good("restart_row.jpg", cjpeg(scene(35, 21), "-restart", "1", "-sample", "1x2", "-optimize"))
+    good("restart_prog.jpg", cjpeg(scene(35, 21), "-restart", "2B", "-progressive"))
+    make_jpeg_colours()
+    make_jpeg_scans()
+    make_jpeg_oddities()
+    make_bad_jpegs()
+
+
+def make_jpeg_colours():
+    adobe_at = 11
+    rgb = cjpeg(scene(35, 21), "-rgb", "-optimize")
+    cmyk = pillow_jpeg(scene(35, 21).convert("CMYK"), quality=80, subsampling=2, optimize=True)
+    at = cmyk.index(b"Adobe") + adobe_at
+    ycck = cmyk[:at] + b"\2" + cmyk[at + 1:]
+    good("rgb.jpg", rgb)
+    good("rgb_names.jpg", without(rgb, 0xEE))
+    good("rgb_coarse.jpg", cjpeg(scene(35, 21), "-rgb", "-optimize", "-sample", "2x2,1x1,2x1"))
+    good("cmyk.jpg", cmyk)
+    good("cmyk_plain.jpg", without(cmyk, 0xEE))
+    good("cmyk_prog.jpg", pillow_jpeg(scene(35, 21).convert("CMYK"), progressive=True))
+    good("ycck.jpg", ycck)
+    ycc = cjpeg(scene(17, 9), "-optimize")
+    for transform in (0, 1, 9):   # JFIF's segment wins over Adobe's
+        segment = b"\xff\xee\0\x0eAdobe\0\x64\0\0\0\0" + bytes([transform])
+        good("adobe_%d.jpg" % transform, b"\xff\xd8" + segment + without(ycc, 0xE0)[2:])
+        good("jfif_adobe_%d.jpg" % transform, b"\xff\xd8" + segment + ycc[2:])
+    good("no_jfif.jpg", without(ycc, 0xE0))
+
+
+def make_jpeg_scans():
+    picture = scene(40, 35)
+    good("scans_sequential.jpg", cjpeg(picture, "-optimize", scans=["0", "1", "2"]))
+    good("scans_pair.jpg", cjpeg(picture, "-optimize", "-sample", "1x2", scans=["0,1", "2"]))
+    good("scans_bands.jpg", cjpeg(picture, scans=[
+        "0: 0-0, 0, 0", "1,2: 0-0, 0, 0", "0: 1-2, 0, 0", "0: 3-63, 0, 0", "2: 1-63, 0, 0",
+        "1: 1-8, 0, 0", "1: 9-9, 0, 0", "1: 10-63, 0, 0"]))
+    good("scans_bits.jpg", cjpeg(picture, "-restart", "3B", "-quality", "95", scans=[
+        "0,1,2: 0-0, 0, 3", "0: 1-63, 0, 4", "1: 1-63, 0, 1", "0: 1-63, 4, 3", "0,1,2: 0-0, 3, 2",
+        "2: 1-63, 0, 0", "0: 1-63, 3, 2", "0,1,2: 0-0, 2, 1", "0,1,2: 0-0, 1, 0",
+        "0: 1-63, 2, 1", "1: 1-63, 1, 0", "0: 1-63, 1, 0"]))
+    # Unfinished files, which libjpeg smooths.
+    few = ["0,1,2: 0-0, 0, 1", "0: 1-3, 0, 2", "1: 1-63, 0, 0"]
+    for name, w, h, sampling, scans in (
+            ("dc", 40, 35, "2x2", ["0,1,2: 0-0, 0, 0"]), ("dc_coarse", 9, 70, "1x2", few[:1]),
+            ("dc_apart", 33, 40, "2x2", ["0: 0-0, 0, 0", "1: 0-0, 0, 0", "2: 0-0, 0, 0"]),
+            ("dc_tall", 16, 100, "1x4", ["0,1,2: 0-0, 0, 0"]), ("some", 40, 35, "1x1", few),
+            ("more", 64, 30, "2x2", few + ["0: 1-3, 2, 1", "0: 4-63, 0, 3", "2: 1-6, 0, 1"])):
+        good("unfinished_%s.jpg" % name, cjpeg(scene(w, h), "-sample", sampling, scans=scans))
+
+
+def make_jpeg_oddities():
+    """What a decoder may find in files that others read without complaint."""
+    plain = cjpeg(scene(17, 9))
+    frame, data = plain.index(b"\xff\xc0"), plain.index(b"\xff\xda")
+    good("exif.jpg", pillow_jpeg(scene(17, 9), exif=b"Exif\0\0MM\0*\0\0\0\x08\0\0\0\0\0\0",
+                                 comment=b"a comment", optimize=True))
+    good("no_tables.jpg", without(plain, 0xC4))   # a frame of Motion JPEG
+    good("junk.jpg", plain[:frame] + b"ab\xff\0c" + plain[frame:-2] + b"d" + plain[-2:])
+    good("padded.jpg", plain[:frame] + b"\xff\xff" + plain[frame:-2] + b"\xff\xff" + plain[-2:])
+    good("file_tail.jpg", plain + b"behind the end")
+    good("lone_marker.jpg", plain[:frame] + b"\xff\xd3" + plain[frame:])
+    same = bytearray(plain)
+    for at in (frame + 10, frame + 13, frame + 16, data + 5, data + 7, data + 9):
+        same[at] = 7
+    good("same_ids.jpg", bytes(same))
+    good("band_ignored.jpg", plain[:data + 11] + b"\5\4\x21" + plain[data + 14:])
+    restart = cjpeg(scene(35, 21), "-restart", "1B", "-optimize")
+    at = restart.index(b"\xff\xd1")
+    good("restart_junk.jpg", restart[:at] + b"ab\xff" + restart[at:])
+    good("restart_last.jpg", restart[:-2] + b"\xff\xd6" + restart[-2:])
+
+
+# ---- Damaged JPEG files: 16 x 16 pixels, grey, with two Huffman codes: 0 (symbol 0) and 10
+
+def segment(marker, data=b""):
+    return bytes((0xFF, marker)) + struct.pack(">H", len(data) + 2) + data
+
+
+def sof(marker=0xC0, bits=8, h=16, w=16, components=((1, 0x11, 0),)):
+    return segment(marker, struct.pack(">BHHB", bits, h, w, len(components)) +
+                   b"".join(map(bytes, components)))
+
+
+def dht(kind, symbols=(0, 1), counts=(1, 1)):
+    return segment(0xC4, bytes((kind,) + tuple(counts)) + bytes(16 - len(counts)) + bytes(symbols))
+
+
+def sos(band=(0, 63, 0), components=((1, 0),)):
+    return segment(0xDA, bytes((len(components),)) + b"".join(map(bytes, components)) + bytes(band))
+
+
+def scan_bits(*groups):
+    text = "".join(groups).replace(" ", "")
+    text += "1" * (-len(text) % 8)
+    return int(text, 2).to_bytes(len(text) // 8, "big").replace(b"\xff", b"\xff\0")
+
+
+def make_bad_jpegs():
+    f, u = "FORMAT", "UNSUPPORTED"
+    dqt = segment(0xDB, b"\0" + b"\1" * 64)
+    soi, eoi, tables = b"\xff\xd8", b"\xff\xd9", dqt + dht(0) + dht(0x10)
+    grey = b"\0"   # 4 blocks: DC 0, end of block
+    three = ((1, 0x11, 0), (2, 0x11, 0), (3, 0x11, 0))
+
+    def one(name, text, code=f, before=tables, frame=sof(), scan=sos(), data=grey, end=eoi):
+        bad(name + ".jpg", soi + before + frame + scan + data + end, code, text)
+
+    def progressive(name, text, *scans):
+        bad(name + ".jpg", soi + tables + sof(0xC2) + b"".join(scans) + eoi, f, text)
+
+    whole = soi + tables + sof() + sos() + grey
+    good("tiny.jpg", whole + eoi)
+    good("no_eoi_tail.jpg", whole + b"behind the pixels")
+    with open(os.path.join(HERE, "no_eoi.jpg"), "wb") as out:   # Pillow wants the marker
+        out.write(whole)
+    index.append("load no_eoi.jpg" + index[-1][len("load no_eoi_tail.jpg"):])
+    good("tiny_prog.jpg", soi + tables + sof(0xC2) + sos((0, 0, 0)) + b"\0" + eoi)
+    bad("cut_soi.jpg", b"\xff\xd8\xff", f, "cut off before its end")
+    bad("cut_segment.jpg", whole[:20], f, "cut off before its end")
+    bad("cut_scan.jpg", soi + tables + sof(h=24) + sos() + grey, f, "cut off before its end")
+    progressive("cut_prog", "cut off before its end", sos((0, 0, 0)), b"\0", b"\xff\xfe\xff\xff")
+    one("two_soi", "begins a second time", before=soi + tables)
+    one("two_frames", "a second frame header", frame=sof() + sof())
+    one("no_frame", "in front of the frame header", frame=b"")
+    bad("no_scan.jpg", soi + tables + sof() + eoi, f, "a component without its data")
+    bad("only_eoi.jpg", soi + tables + eoi, f, "no frame header")
+    one("short_length", "shorter than its own length", before=b"\xff\xe3\0\1")
+    one("frame_size", "a frame header (SOF) of a wrong size", frame=segment(0xC0, b"\x08\0\1\0\1"))
+    one("frame_longer", "a frame header (SOF) of a wrong size",
+        frame=segment(0xC0, b"\x08\0\1\0\1\1\1\x11\0\0"))
+    one("no_component", "a frame header (SOF) of a wrong size", frame=sof(components=()))
+    one("bits_12", "12 bits a sample", u, frame=sof(0xC1, 12))
+    one("bits_7", "7 bits a sample", frame=sof(bits=7))
+    one("dnl", "its height only behind its pixels (DNL)", u, frame=sof(h=0))
+    one("zero_width", "0 x 16 pixels", frame=sof(w=0))
+    one("huge", "65535 x 65535 pixels: must be 1 to 2^28", frame=sof(h=65535, w=65535))
+    one("bomb", "cannot hold 16000 x 16000", frame=sof(h=16000, w=16000))
+    one("bomb_prog", "cannot hold 16000 x 16000", frame=sof(0xC2, h=16000, w=16000))
+    one("components_2", "with 2 components", u, frame=sof(components=three[:2]))
+    one("components_5", "with 5 components", u, frame=sof(components=three + three[:2]))
+    for marker, kind in ((0xC3, "lossless"), (0xC5, "hierarchical"), (0xC9, "arithmetic coding"),
+                         (0xCA, "arithmetic coding"), (0xDE, "hierarchical")):
+        one("frame_%02x" % marker, "of a rare kind (%s)" % kind, u, frame=sof(marker))
+    for h_v in (0x01, 0x10, 0x15, 0x51):
+        one("factors_%02x" % h_v, "sampling factors", frame=sof(components=((1, h_v, 0),)))
+    one("fraction", "3 x 1 and 2 x 1 samples", u,
+        frame=sof(components=((1, 0x31, 0), (2, 0x21, 0), (3, 0x11, 0))))
+    one("table_4", "or a table beyond 4", frame=sof(components=((1, 0x11, 4),)))
+    make_bad_jpeg_tables(one, dqt)
+    make_bad_jpeg_scans(one, progressive, three)
+
+
+def make_bad_jpeg_tables(one, dqt):
+    size, code = "of a wrong size or number", "that is no code"
+    one("dqt_short", size, before=segment(0xDB, b"\0" + bytes(63)))
+    one("dqt_16_short", size, before=segment(0xDB, b"\x10" + bytes(127)))
+    one("dqt_number", size, before=segment(0xDB, b"\4" + bytes(64)))
+    one("dqt_missing", "table (DQT) is missing", before=dht(0) + dht(0x10))
+    one("dht_short", size, before=segment(0xC4, bytes(16)))
+    one("dht_symbols", size, before=dht(0, (0, 1), (1, 2)))
+    one("dht_number", size, before=dht(4))
+    one("dht_class", size, before=dht(0x20))
+    one("dht_257", size, before=dht(0, bytes(257), (0,) * 14 + (2, 255)))
+    one("dht_over", code, before=dht(0, (0, 1, 2), (1, 2)))
+    one("dht_ones", code, before=dht(0, (0, 1), (2,)))
+    one("dht_long", code, before=dht(0, bytes(255), (0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,
+                                                    255)) + dht(0x10, (0, 1, 2, 3), (1, 3)))
+    one("dht_dc_16", code, before=dht(0, (0, 16)))
+    one("dht_missing", "table (DHT) is missing", before=dqt, scan=sos(components=((1, 0x23),)))
+    one("dht_none", "table (DHT) is missing", before=dqt, frame=sof(0xC2), scan=sos((0, 0, 0)))
+    one("dri_size", "a restart interval (DRI) of a wrong size", before=segment(0xDD, b"\1"))
+
+
+def make_bad_jpeg_scans(one, progressive, three):
+    size, band = "a scan header (SOS) of a wrong size", "a scan of coefficients "
+    dc, data = sos((0, 0, 0)), b"\0"
+    one("sos_short", size, scan=segment(0xDA, b"\1\1\0\0"))
+    one("sos_empty", size, scan=segment(0xDA))
+    one("sos_none", size, scan=sos(components=()))
+    one("sos_longer", size, scan=segment(0xDA, b"\1\1\0\0\x3f\0\0"))
+    one("sos_five", size, scan=sos(components=((1, 0),) * 5))
+    one("sos_unknown", "that the frame does not have, or twice", scan=sos(components=((2, 0),)))
+    for name, ids in (("twice", (1, 1, 2)), ("order", (2, 1, 3)), ("more", (1, 2, 3, 4))):
+        one("sos_" + name, "that the frame does not have, or twice", frame=sof(components=three),
+            scan=sos(components=[(i, 0) for i in ids]))
+    one("sos_table", "a Huffman table number beyond 3", scan=sos(components=((1, 0x40),)))
+    one("sos_blocks", "more than 10 blocks in an MCU",
+        frame=sof(components=((1, 0x33, 0), (2, 0x11, 0), (3, 0x11, 0))),
+        scan=sos(components=((1, 0), (2, 0), (3, 0))))
+    one("sos_again", "a component comes in two scans", frame=sof(components=three),
+        scan=sos() + bytes(2) + sos())
+    one("sos_missing", "a component without its data", frame=sof(components=three), data=bytes(2))
+    progressive("band_mixed", band + "0 to 5", sos((0, 5, 0)))
+    progressive("band_turned", band + "5 to 3", sos((5, 3, 0)))
+    progressive("band_64", band + "1 to 64", sos((1, 64, 0)))
+    progressive("band_bits", "bits 3 down to 1", sos((0, 0, 0x31)))
+    progressive("band_low", "bits 0 down to 14", sos((0, 0, 14)))
+    one("band_shared", band + "1 to 5", frame=sof(0xC2, components=three),
+        scan=sos((1, 5, 0), ((1, 0), (2, 0))))
+    repeats = "repeats or leaves out bits"
+    progressive("bits_repeated", repeats, dc, data, dc, data)
+    progressive("bits_refined", repeats, sos((0, 0, 1)), data, sos((0, 0, 0x10)), data,
+                sos((0, 0, 0x10)), data)
+    progressive("bits_unsent", repeats, dc, data, sos((1, 5, 0x10)), data)
+    progressive("bits_skipped", repeats, sos((0, 0, 2)), data, sos((0, 0, 0x10)), data)
+    progressive("no_dc", "a component without its data", sos((1, 63, 0)), data)
+    make_bad_jpeg_data(one, progressive)
+
+
+def make_bad_jpeg_data(one, progressive):
+    early, dqt = "data of a scan end early", segment(0xDB, b"\0" + b"\1" * 64)
+    dri = segment(0xDD, b"\0\1")
+
+    def ac(*symbols):
+        return dqt + dht(0, (0, 15)) + dht(0x10, symbols)
+
+    one("data_none", early, data=b"")
+    one("data_short", early, frame=sof(h=24))
+    one("data_early_rst", early, frame=sof(h=24), data=b"\0\xff\xd0\0")
+    one("data_code", "are no Huffman code", data=b"\xe0\0\0\0\0")
+    one("data_ac_code", "are no Huffman code", data=b"\x70\0\0\0\0")
+    one("data_many", "more than 64 coefficients", before=ac(0xF1, 0), data=b"\x2a" * 20)
+    one("data_wide_dc", "a DC coefficient of more than 16 bits", before=ac(0, 1),
+        data=scan_bits("10", "1" * 15, "0", "10", "1" * 15, "0" * 30))
+    one("rst_missing", "a restart marker is missing", before=dri + ac(0, 1))
+    one("rst_other", "a restart marker is missing", before=dri + ac(0, 1), data=b"\0\xff\xd1\0")
+    one("rst_order", "a restart marker is missing", before=dri + ac(0, 1),
+        data=b"\0\xff\xd0\0\xff\xd0\0\xff\xd2\0")
+    dc = sos((0, 0, 0)) + b"\0"
+    progressive("prog_early", early, sos((0, 0, 0)))
+    progressive("prog_code", "are no Huffman code", dc, sos((1, 63, 0)), b"\xe0\0\0\0\0")
+    progressive("prog_many", "more than 64 coefficients", dc, dht(0x10, (0x21, 0x30)),
+                sos((1, 2, 0)), bytes(5))
+    empty = sos((1, 2, 1)) + scan_bits("10 1", "10 0")   # bands end in 3 blocks, in 2 blocks
+    progressive("refine_size", "are no Huffman code", dc, dht(0x10, (0x02, 0x10)), empty,
+                sos((1, 2, 0x10)), bytes(9))
+    progressive("refine_many", "more than 64 coefficients", dc, dht(0x10, (0x01, 0x10)), empty,
+                dht(0x10, (0x31, 0x30)), sos((1, 2, 0x10)), bytes(9))
+
+
 def main():
+    version = features.version("libjpeg_turbo") or "0"
+    if [int(n) for n in version.split(".")[:3]] < [3, 0, 1]:
+        sys.exit("make_image_vectors.py: needs libjpeg-turbo 3.0.1 or later, this is " + version)
     if int(PIL.__version__.split(".")[0]) > 12:
         sys.exit("make_image_vectors.py: needs Pillow 12 or older, this is " + PIL.__version__)
     os.makedirs(HERE, exist_ok=True)
     for make in (make_good, make_depths, make_pnm, make_exif, make_bad, make_kinds, make_resizes,
-                 make_sizes):
+                 make_sizes, make_jpegs):
         make()
     with open(os.path.join(HERE, "index.txt"), "w") as f:
         f.write("# made by tests/make_image_vectors.py\n" + "\n".join(index) + "\n")

@@ -44,6 +44,10 @@ MUTANTS = [
      "RESIZE_HALF = 1 << (RESIZE_BITS - 1)", "RESIZE_HALF = 0"),
     ("images", [], "PNG's Paeth filter breaks a tie the other way",
      "return to_b <= to_c ? b : c;", "return to_b < to_c ? b : c;"),
+    ("images", [], "JPEG's triangle filter rounds both neighbours alike",
+     "else jpeg_widen(sums + 1, n, 2, 1, 2, out);", "else jpeg_widen(sums + 1, n, 2, 2, 2, out);"),
+    ("images", [], "a run of ended bands in a progressive JPEG is one block short",
+     "return (1 << n) + jpeg_bits(in, n);", "return (1 << n) - 1 + jpeg_bits(in, n);"),
     ("kernels", [], "exp reduces its argument downwards instead of to the nearest",
      "float n = rintf(x * 1.44269504f);", "float n = floorf(x * 1.44269504f);"),
 ]
