@@ -372,28 +372,6 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
 #endif
 }
 
-/* Bytes that grow; a zero stands behind them. */
-struct buffer {
-    char *data;
-    size_t n, room;
-};
-
-static int buffer_add(struct buffer *b, const void *data, size_t n, lvm_error *error) {
-    if (b->room - b->n < n + 1) {
-        size_t room = b->room * 2 + n + 256;
-        char *more = mem_alloc(room, 1, error);
-        if (more == NULL) return LVM_MEMORY;
-        if (b->n > 0) memcpy(more, b->data, b->n);
-        mem_free(b->data);
-        b->data = more;
-        b->room = room;
-    }
-    memcpy(b->data + b->n, data, n);
-    b->n += n;
-    b->data[b->n] = 0;
-    return LVM_OK;
-}
-
 /* ---- Files ---- */
 
 /* Opens a regular file for reading and tells its size. Returns the descriptor or -1. */
@@ -4386,6 +4364,28 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
    other. Keys with other names are skipped. */
 
 #ifndef LVM_NO_MAIN /* only the command line reads sets */
+
+/* Bytes that grow; a zero stands behind them. */
+struct buffer {
+    char *data;
+    size_t n, room;
+};
+
+static int buffer_add(struct buffer *b, const void *data, size_t n, lvm_error *error) {
+    if (b->room - b->n < n + 1) {
+        size_t room = b->room * 2 + n + 256;
+        char *more = mem_alloc(room, 1, error);
+        if (more == NULL) return LVM_MEMORY;
+        if (b->n > 0) memcpy(more, b->data, b->n);
+        mem_free(b->data);
+        b->data = more;
+        b->room = room;
+    }
+    memcpy(b->data + b->n, data, n);
+    b->n += n;
+    b->data[b->n] = 0;
+    return LVM_OK;
+}
 
 struct picture {
     char *path;   /* NULL where the line gives tokens */
