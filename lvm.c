@@ -8281,6 +8281,48 @@ static const struct kernels kernels_avx512 = {
 /* ---- Which of them this machine can run: the processor must have it and the system save it ----
    */
 
+/* ---- Peaks: what `lvm bench` calls 100 % ----
+
+   Independent accumulators and nothing to load. The barrier after each round keeps compilers from
+   folding the sums into one. */
+
+AVX2 static void peak_fma_avx2(int64_t rounds) {
+    __m256 a[12], x = _mm256_set1_ps(0.5f);
+    UNROLL for (int i = 0; i < 12; i++) a[i] = _mm256_set1_ps(1);
+    for (int64_t n = 0; n < rounds; n++) {
+        UNROLL for (int i = 0; i < 12; i++) a[i] = _mm256_fmadd_ps(a[i], x, x);
+        UNROLL for (int i = 0; i < 12; i++) __asm__ volatile("" : "+x"(a[i]));
+    }
+}
+
+AVX2 static void peak_int_avx2(int64_t rounds) {
+    __m256i a[12], x = _mm256_set1_epi16(3);
+    UNROLL for (int i = 0; i < 12; i++) a[i] = x;
+    for (int64_t n = 0; n < rounds; n++) {
+        UNROLL for (int i = 0; i < 12; i++)
+            a[i] = _mm256_add_epi32(a[i], _mm256_madd_epi16(a[i], x));
+        UNROLL for (int i = 0; i < 12; i++) __asm__ volatile("" : "+x"(a[i]));
+    }
+}
+
+AVX512 static void peak_fma_avx512(int64_t rounds) {
+    __m512 a[12], x = _mm512_set1_ps(0.5f);
+    UNROLL for (int i = 0; i < 12; i++) a[i] = _mm512_set1_ps(1);
+    for (int64_t n = 0; n < rounds; n++) {
+        UNROLL for (int i = 0; i < 12; i++) a[i] = _mm512_fmadd_ps(a[i], x, x);
+        UNROLL for (int i = 0; i < 12; i++) __asm__ volatile("" : "+v"(a[i]));
+    }
+}
+
+AVX512 static void peak_int_avx512(int64_t rounds) {
+    __m512i a[12], x = _mm512_set1_epi8(3);
+    UNROLL for (int i = 0; i < 12; i++) a[i] = x;
+    for (int64_t n = 0; n < rounds; n++) {
+        UNROLL for (int i = 0; i < 12; i++) a[i] = _mm512_dpbusd_epi32(a[i], x, x);
+        UNROLL for (int i = 0; i < 12; i++) __asm__ volatile("" : "+v"(a[i]));
+    }
+}
+
 /* Bits of XCR0: the registers that the operating system saves. */
 static uint64_t saved_state(void) {
     uint32_t low, high;
@@ -8305,6 +8347,46 @@ static const struct kernels *const simd_kernels[] = {&kernels_plain, &kernels_av
 #else
 static int simd_level(void) { return 0; }
 static const struct kernels *const simd_kernels[] = {&kernels_plain};
+#endif
+
+#ifndef LVM_NO_MAIN
+/* Operations a round of two loops that do nothing else. */
+struct peak {
+    const char *isa;
+    void (*fma)(int64_t rounds), (*integer)(int64_t rounds);
+    int64_t fma_ops, integer_ops;
+};
+
+static void peak_fma_plain(int64_t rounds) {
+    volatile float result;
+    float a[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    for (int64_t n = 0; n < rounds; n++)
+        for (int i = 0; i < 8; i++) a[i] = a[i] * 0.5f + 0.5f;
+    for (int i = 0; i < 8; i++) result = a[i];
+    (void)result;
+}
+
+static void peak_int_plain(int64_t rounds) {
+    volatile uint32_t result;
+    uint32_t a[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    for (int64_t n = 0; n < rounds; n++)
+        for (int i = 0; i < 8; i++) a[i] = a[i] * 3 + 1;
+    for (int i = 0; i < 8; i++) result = a[i];
+    (void)result;
+}
+
+static const struct peak peak_table[] = {
+#if defined(__x86_64__)
+    {"avx2", peak_fma_avx2, peak_int_avx2, 12 * 8 * 2, 12 * 16 * 2},
+    {"avx512", peak_fma_avx512, peak_int_avx512, 12 * 16 * 2, 12 * 64 * 2},
+#endif
+    {"scalar", peak_fma_plain, peak_int_plain, 16, 16}};
+
+static const struct peak *find_peak(const char *isa) {
+    const struct peak *p = peak_table;
+    while (strcmp(p->isa, isa) != 0 && strcmp(p->isa, "scalar") != 0) p++;
+    return p;
+}
 #endif
 
 static const struct kernels *choose_kernels(lvm_error *error) {
@@ -8337,6 +8419,7 @@ enum command_bit {
     RANK = 64,
     EVAL = 128,
     BATCH = 256,
+    BENCH = 512,
     SAMPLES = PREDICT | BATCH,
     READS = PREDICT | RANK | EVAL | BATCH, /* pictures as a prompt */
     RUNS = READS | ENCODE | DECODE
@@ -8347,7 +8430,7 @@ struct cli {
     int n_words, split; /* split: words in front of a lone --, or -1 */
     const char *out, *rules, *base, *sheet, *cache, *resize;
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, preset;
-    int lines, grid, json, man;
+    int lines, grid, json, man, config, vq, stage, prompt, new_tokens;
     lvm_sampling sampling;
     lvm_options options;
 };
@@ -8402,18 +8485,25 @@ static const struct option option_table[] = {
      "inputs in front of the answers, in one picture"},
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
      "size of an answer, or \"original\": the last input's"},
-    {0, "json", NULL, RANK | EVAL | BATCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
-    {'j', "threads", "N", RUNS, INTEGER, AT(options.threads), 1, 1024,
+    {0, "json", NULL, RANK | EVAL | BATCH | BENCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
+    {0, "config", "100m|300m|600m|1b|3b|7b", BENCH, WORD, AT(config), 0, 0,
+     "shape of the transformer"},
+    {0, "vq", "published|shipped", BENCH, WORD, AT(vq), 0, 0, "shape of the tokenizer (published)"},
+    {0, "prompt", "N", BENCH, INTEGER, AT(prompt), 1, 1 << 20, "tokens of the prompt (3840)"},
+    {0, "new", "N", BENCH, INTEGER, AT(new_tokens), 1, 1 << 20, "tokens to generate (256)"},
+    {0, "stage", "encode|prompt|new|candidates|draw", BENCH, WORD, AT(stage), 0, 0,
+     "only this one"},
+    {'j', "threads", "N", RUNS | BENCH, INTEGER, AT(options.threads), 1, 1024,
      "threads (the processors allowed)"},
-    {0, "exact", NULL, RUNS, FLAG, AT(options.exact), 0, 0,
+    {0, "exact", NULL, RUNS | BENCH, FLAG, AT(options.exact), 0, 0,
      "f32 arithmetic from quantised weights too"},
-    {0, "kv", "TYPE", READS, TYPE, AT(options.kv_type), 0, 11,
+    {0, "kv", "TYPE", READS | BENCH, TYPE, AT(options.kv_type), 0, 11,
      "cache: f32, f16 or q8_0 (by the weights)"},
     {0, "exif", NULL, READS | ENCODE, FLAG, AT(exif), 0, 0,
      "turn pictures as their EXIF orientation says"},
     {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0,
      "read the weights instead of mapping them"},
-    {0, "type", "TYPE", QUANTIZE, TYPE, AT(type), 0, 31,
+    {0, "type", "TYPE", QUANTIZE | BENCH, TYPE, AT(type), 0, 31,
      "of the transformer: q8_0 q4_0 f16 bf16 f32 (kept)"},
     {0, "vq-type", "TYPE", QUANTIZE, TYPE, AT(vq_type), 0, 15,
      "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
@@ -8422,7 +8512,7 @@ static const struct option option_table[] = {
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
     {0, "force", NULL, QUANTIZE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
      "replace an existing weights file"},
-    {'q', "quiet", NULL, RUNS, FLAG, AT(quiet), 0, 0, "no progress, no notes"},
+    {'q', "quiet", NULL, RUNS | BENCH, FLAG, AT(quiet), 0, 0, "no progress, no notes"},
     {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"}};
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
@@ -8441,6 +8531,7 @@ static int run_decode(struct cli *cli);
 static int run_rank(struct cli *cli);
 static int run_eval(struct cli *cli);
 static int run_batch(struct cli *cli);
+static int run_bench(struct cli *cli);
 static int run_info(struct cli *cli);
 static int run_quantize(struct cli *cli);
 static int run_help(struct cli *cli);
@@ -8478,6 +8569,13 @@ static const struct command command_table[] = {
      "  {\"input\": [\"a.png\", \"b.png\", \"c.png\"], \"output\": \"answer.png\"}\n"
      "One picture a line is written below the output folder: candidates are its rows.\n"
      "Lines that have a \"target\" too report the mean squared error.\n"},
+    {"bench", BENCH, run_bench, "bench [WEIGHTS]",
+     "speed of every stage beside this machine's limits",
+     "With --config and --vq instead of a weights file: random weights of that\n"
+     "shape, so that you see what a model costs before you have it. The floor is the\n"
+     "time at the limit: floats for the tokenizer, integer products for quantised\n"
+     "prompts, memory bandwidth for new tokens.\n"
+     "  lvm bench --config 300m --vq published --type q8_0\n"},
     {"info", INFO, run_info, "info WEIGHTS", "what is in a weights file", ""},
     {"quantize", QUANTIZE, run_quantize, "quantize IN OUT",
      "rewrite a weights file with other types",
@@ -9661,7 +9759,8 @@ static void print_eval_sums(const struct set *set) {
         printf("}\n");
         return;
     }
-    if (targets > 0) printf("perplexity %.6f, the mean of %d lines\n", mean, targets);
+    if (targets > 0)
+        printf("perplexity %.6f, the mean of %d line%s\n", mean, targets, targets > 1 ? "s" : "");
     if (set->answered > 0) printf("right answers: %d of %d\n", set->right, set->answered);
 }
 
@@ -9964,7 +10063,32 @@ static int run_quantize(struct cli *cli) {
     return finish(&error, code);
 }
 
-/* ---- Bench ---- */
+/* ---- Bench ----
+
+   What a model costs on this machine, stage by stage, beside the ceilings that are measured in the
+   same process: products of floats (the tokenizer, attention), integer products (quantised linear
+   layers), and reading memory (decoding, where every weight and every cached key and value is read
+   once a token). The time that a stage would take at the ceiling is its floor; the last column is
+   floor / time. Convolutions count as direct ones. */
+
+struct shape {
+    const char *name;
+    int n_layers, D, F, H;
+};
+
+static const struct shape shape_table[] = {
+    {"100m", 22, 640, 1664, 10}, {"300m", 22, 1024, 2688, 8},  {"600m", 22, 1536, 4096, 16},
+    {"1b", 22, 2048, 5504, 16},  {"3b", 26, 3200, 8640, 32},   {"7b", 32, 4096, 11008, 32}};
+enum { N_SHAPES = sizeof shape_table / sizeof *shape_table };
+#define STAGES "encode|prompt|new|candidates|draw"
+
+/* The published checkpoint's tokenizer and the one that ships with lvm. */
+static const struct vqgan published_vq = {.R = 256, .S = 16, .n_levels = 5, .n_res_blocks = 2,
+    .hidden = 128, .z = 64, .codes = 8192, .e = 64, .mult = {1, 2, 2, 4, 6}, .no_mid_attn = 1,
+    .resample_conv = 1};
+static const struct vqgan shipped_vq = {.R = 256, .S = 16, .n_levels = 5, .n_res_blocks = 2,
+    .hidden = 64, .z = 64, .codes = 8192, .e = 64, .mult = {1, 1, 2, 2, 4}, .attn_at = {16},
+    .n_attn_at = 1, .resample_conv = 1};
 
 /* Random bits that are small numbers in every type: signs, and exponents near 2^-6. */
 static void fill_random(uint8_t *data, size_t size) {
@@ -10008,6 +10132,289 @@ static lvm_model *model_made_up(const struct llama *llama, const struct vqgan *v
     return model_or_null(m, code);
 }
 
+struct bench {
+    const struct cli *cli;
+    lvm_model *m;
+    lvm_ctx *ctx;
+    double fma, integer, bandwidth; /* ceilings: operations and bytes a second, all threads */
+    int shown;                      /* stages so far */
+};
+
+struct peak_job {
+    void (*run)(int64_t rounds);
+    int64_t rounds;
+    const uint64_t *data;
+    int64_t words; /* of each task */
+    uint64_t sink[1024];
+};
+
+static void peak_task(void *arg, int task, int thread) {
+    struct peak_job *job = arg;
+    (void)task, (void)thread;
+    job->run(job->rounds);
+}
+
+static struct pool *bench_pool(const struct bench *b) {
+    return ((struct cpu *)b->ctx->state)->e.pool;
+}
+
+/* Operations a second of all threads: the best of five runs of some ten milliseconds. */
+static double measure_peak(const struct bench *b, void (*run)(int64_t), int64_t ops) {
+    struct peak_job job = {.run = run, .rounds = 1 << 20};
+    struct pool *pool = bench_pool(b);
+    double best = 0;
+    for (int i = 0; i < 5; i++) {
+        double start = seconds();
+        pool_run(pool, pool->n, peak_task, &job);
+        double rate = (double)ops * (double)job.rounds * pool->n / (seconds() - start);
+        best = rate > best ? rate : best;
+    }
+    return best;
+}
+
+static void read_task(void *arg, int task, int thread) {
+    struct peak_job *job = arg;
+    const uint64_t *p = job->data + task * job->words;
+    uint64_t sum[8] = {0};
+    (void)thread;
+    for (int64_t i = 0; i + 8 <= job->words; i += 8)
+        for (int j = 0; j < 8; j++) sum[j] += p[i + j];
+    for (int j = 0; j < 8; j++) job->sink[task & 1023] += sum[j];
+}
+
+/* Bytes a second that all threads read together from memory that fits no cache: the median of
+   five. */
+static double measure_bandwidth(const struct bench *b) {
+    enum { TASKS = 64, WORDS = 1 << 20 }; /* 512 MiB */
+    struct peak_job job = {.words = WORDS};
+    uint64_t *data = mem_alloc(TASKS * (size_t)WORDS, sizeof *data, NULL);
+    double rate[5] = {0};
+    if (data == NULL) return 0;
+    memset(data, 1, TASKS * (size_t)WORDS * sizeof *data);
+    job.data = data;
+    for (int i = 0; i < 5; i++) {
+        double start = seconds();
+        pool_run(bench_pool(b), TASKS, read_task, &job);
+        rate[i] = TASKS * 8.0 * WORDS / (seconds() - start);
+        for (int j = i; j > 0 && rate[j] < rate[j - 1]; j--) {
+            double swap = rate[j];
+            rate[j] = rate[j - 1];
+            rate[j - 1] = swap;
+        }
+    }
+    mem_free(data);
+    return rate[2];
+}
+
+/* ---- What a stage has to do ---- */
+
+static double conv_ops(const struct conv *c, int side) {
+    return 2.0 * side * side * c->c_in * c->c_out * c->size * c->size;
+}
+
+static double attn_ops(const struct attn_block *a, int side) {
+    double n = (double)side * side;
+    return 4 * conv_ops(&a->q, side) + 4 * n * n * a->norm.c;
+}
+
+static double res_ops(const struct res_block *r, int side) {
+    return conv_ops(&r->conv1, side) + conv_ops(&r->conv2, side) + conv_ops(&r->shortcut, side);
+}
+
+/* Multiplications and additions of one half, on the way from or to R x R pixels. */
+static double half_ops(const struct vqgan *vq, const struct half *h, int down) {
+    double sum = conv_ops(&h->conv_in, down ? vq->R : vq->S) +
+                 conv_ops(&h->conv_out, down ? vq->S : vq->R) + res_ops(&h->mid1, vq->S) +
+                 res_ops(&h->mid2, vq->S);
+    if (h->has_mid_attn) sum += attn_ops(&h->mid_attn, vq->S);
+    for (int i = 0; i < vq->n_levels; i++) {
+        const struct level *l = &h->level[i];
+        int side = vq->R >> i;
+        for (int b = 0; b < l->n_blocks; b++) {
+            sum += res_ops(&l->block[b], side);
+            if (l->has_attn) sum += attn_ops(&l->attn[b], side);
+        }
+        if (l->resample) sum += conv_ops(&l->conv, down ? side / 2 : side * 2);
+    }
+    return sum;
+}
+
+/* Values and bytes of the transformer's matrices; the embedding only where it is the output too. */
+static void llama_size(const struct llama *a, double *values, double *bytes) {
+    *values = (double)a->output.rows * a->output.cols;
+    *bytes = (double)a->output.rows * (double)a->output.row_bytes;
+    for (int i = 0; i < a->n_layers; i++) {
+        const struct layer *l = &a->layers[i];
+        const struct tensor *all[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
+        for (int t = 0; t < 7; t++) {
+            *values += (double)all[t]->rows * all[t]->cols;
+            *bytes += (double)all[t]->rows * (double)all[t]->row_bytes;
+        }
+    }
+}
+
+static double cache_bytes(const struct bench *b, double tokens) {
+    return tokens * (double)b->ctx->b->kv_page_bytes(b->ctx->state) / KEYS;
+}
+
+/* ---- Stages ---- */
+
+/* One line: units done in `took` seconds, and the floor's. */
+static void print_stage(struct bench *b, const char *name, double units, const char *unit,
+                        double took, double floor, double amount, const char *amount_unit) {
+    if (b->cli->json) {
+        printf("{\"stage\": \"%s\", \"seconds\": %.6g, \"rate\": %.6g, \"unit\": \"%s/s\", "
+               "\"amount\": %.6g, \"amount_unit\": \"%s/s\", \"floor_seconds\": %.6g}\n",
+               name, took, units / took, unit, amount / took / 1e9, amount_unit, floor);
+    } else {
+        if (b->shown == 0)
+            printf("%-11s %10s %20s %18s %10s %6s\n", "stage", "time", "rate", "", "floor", "");
+        printf("%-11s %8.3f s %11.2f %s/s %*.1f %s/s %8.3f s %4.0f %%\n", name, took, units / took,
+               unit, (int)(20 - strlen(unit) - strlen(amount_unit)), amount / took / 1e9,
+               amount_unit, floor, 100 * floor / took);
+    }
+    b->shown++;
+    fflush(stdout);
+}
+
+static int wanted(const struct bench *b, const char *stage) {
+    return b->cli->stage < 0 || word_index(STAGES, stage) == b->cli->stage;
+}
+
+/* Seconds of the fastest of three runs, or of one that takes longer than two. */
+static int time_vq(struct bench *b, int down, double *best, lvm_error *error) {
+    const struct vqgan *vq = b->m->vq;
+    size_t T = (size_t)b->m->info.tokens_per_image;
+    float *rgb = b->ctx->rgb;
+    int32_t *ids = mem_alloc(T, sizeof *ids, error);
+    int code = ids == NULL ? LVM_MEMORY : LVM_OK;
+    for (size_t t = 0; ids != NULL && t < T; t++) ids[t] = (int32_t)(t * 37 % (size_t)vq->codes);
+    for (int i = 0; down && i < vq->R * vq->R * 3; i++) rgb[i] = (float)(i % 255) / 255;
+    *best = HUGE_VAL;
+    for (int run = 0; code == LVM_OK && run < 3; run++) {
+        double start = seconds();
+        code = down ? b->ctx->b->encode(b->ctx->state, rgb, 0, 1, ids, NULL, error)
+                    : b->ctx->b->decode(b->ctx->state, ids, 0, 1, rgb, error);
+        double took = seconds() - start;
+        *best = took < *best ? took : *best;
+        if (took > 2 && run > 0) break;
+    }
+    mem_free(ids);
+    return code;
+}
+
+static int bench_vq(struct bench *b, int down, lvm_error *error) {
+    const struct vqgan *vq = b->m->vq;
+    double took = 0, ops = half_ops(vq, down ? &vq->encoder : &vq->decoder, down);
+    int code = time_vq(b, down, &took, error);
+    if (code == LVM_OK)
+        print_stage(b, down ? "encode" : "draw", 1, "pictures", took, ops / b->fma, ops, "GFLOP");
+    return code;
+}
+
+static int bench_prompt(struct bench *b, lvm_error *error) {
+    const struct llama *a = &b->m->llama;
+    int n = b->cli->prompt, code = LVM_OK;
+    double values = 0, bytes = 0;
+    llama_size(a, &values, &bytes);
+    values -= (double)a->output.rows * a->output.cols; /* only the last token needs its scores */
+    int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
+    if (ids == NULL) return LVM_MEMORY;
+    for (int i = 0; i < n; i++) ids[i] = (int32_t)((int64_t)i * 7919 % b->m->info.codes);
+    double start = seconds();
+    code = lvm_prompt(b->ctx, ids, n, NULL, error);
+    double took = seconds() - start, products = 2 * values * n;
+    double attention = 2.0 * n * n * a->H * a->d * a->n_layers; /* 4 of each pair, half of them */
+    int integer = type_is_quantised(a->layers[0].q.type) && !b->ctx->o.exact;
+    double floor = products / (integer ? b->integer : b->fma) + attention / b->fma;
+    mem_free(ids);
+    if (code == LVM_OK && wanted(b, "prompt"))
+        print_stage(b, "prompt", n, "tokens", took, floor, products + attention, "GOP");
+    return code;
+}
+
+/* The prompt stays as it is: a failure or a cancel forgets it. */
+static int bench_generate(struct bench *b, const char *name, int candidates, lvm_error *error) {
+    int n = b->cli->new_tokens, prompt = b->cli->prompt;
+    double values = 0, bytes = 0;
+    int32_t *ids = mem_alloc((size_t)candidates * (size_t)n, sizeof *ids, error);
+    int32_t *all = mem_alloc((size_t)prompt, sizeof *all, error);
+    int code = ids == NULL || all == NULL ? LVM_MEMORY : LVM_OK;
+    if (code == LVM_OK) memcpy(all, b->ctx->ids, (size_t)prompt * sizeof *all);
+    double before = measure_bandwidth(b), start = seconds();
+    if (code == LVM_OK)
+        code = lvm_generate(b->ctx, &b->cli->sampling, candidates, n, ids, error);
+    double took = seconds() - start, after = measure_bandwidth(b);
+    llama_size(&b->m->llama, &values, &bytes);
+    double depth = prompt + n / 2.0;
+    double read = n * (bytes + cache_bytes(b, depth) +
+                       (candidates - 1) * cache_bytes(b, depth - prompt));
+    if (code == LVM_OK)
+        print_stage(b, name, (double)n * candidates, "tokens", took,
+                    read / ((before + after) / 2), read, "GB");
+    if (code == LVM_OK) code = lvm_prompt(b->ctx, all, prompt, NULL, error);
+    mem_free(ids);
+    mem_free(all);
+    return code;
+}
+
+static int run_stages(struct bench *b, lvm_error *error) {
+    int code = LVM_OK, has_vq = b->m->vq != NULL, has_lm = b->m->info.has_transformer;
+    int decodes = wanted(b, "new") || wanted(b, "candidates");
+    if (has_vq && wanted(b, "encode")) code = bench_vq(b, 1, error);
+    if (code == LVM_OK && has_lm && (decodes || wanted(b, "prompt"))) code = bench_prompt(b, error);
+    if (code == LVM_OK && has_lm && wanted(b, "new")) code = bench_generate(b, "new", 1, error);
+    if (code == LVM_OK && has_lm && wanted(b, "candidates"))
+        code = bench_generate(b, "candidates", 4, error);
+    if (code == LVM_OK && has_vq && wanted(b, "draw")) code = bench_vq(b, 0, error);
+    return code;
+}
+
+static void print_ceilings(struct bench *b) {
+    const struct peak *p = find_peak(b->m->k->name);
+    b->fma = measure_peak(b, p->fma, p->fma_ops);
+    b->integer = measure_peak(b, p->integer, p->integer_ops);
+    b->bandwidth = measure_bandwidth(b);
+    printf(b->cli->json ? "{\"kernels\": \"%s\", \"threads\": %d, \"gflops\": %.4g, "
+                          "\"integer_gops\": %.4g, \"read_gbs\": %.4g}\n"
+                        : "%s, %d threads; ceilings: %.0f GFLOP/s, %.0f integer GOP/s, %.1f GB/s "
+                          "read\n\n",
+           b->m->k->name, b->ctx->o.threads, b->fma / 1e9, b->integer / 1e9, b->bandwidth / 1e9);
+}
+
+/* The model that --config and --vq ask for. */
+static lvm_model *bench_model(const struct cli *cli, lvm_error *error) {
+    const struct shape *s = &shape_table[cli->config < 0 ? 0 : cli->config];
+    struct llama a = {.context = 16 * 256 + 256, .n_layers = s->n_layers, .D = s->D, .F = s->F,
+                      .H = s->H, .G = s->H, .d = s->D / s->H, .V = 8292, .eps = 1e-6f,
+                      .theta = 10000};
+    int type = cli->type == LVM_AUTO ? LVM_Q8_0 : cli->type;
+    return model_made_up(cli->config < 0 ? NULL : &a, cli->vq == 1 ? &shipped_vq : &published_vq,
+                         type, type_is_quantised(type) ? LVM_F16 : type, error);
+}
+
+static int run_bench(struct cli *cli) {
+    lvm_error error = {0, ""};
+    struct bench b = {.cli = cli};
+    struct bar bar = {.shown = !cli->quiet && isatty(2)};
+    if (cli->n_words > 1 || (cli->n_words == 1) == (cli->config >= 0 || cli->vq >= 0))
+        return complain("give a weights file, or --config and --vq (lvm help bench)") + 1;
+    b.m = cli->n_words == 1 ? lvm_open(cli->words[0], 0, &error) : bench_model(cli, &error);
+    cli->options.user = &bar;
+    cli->options.progress = on_progress;
+    if (b.m != NULL) b.ctx = lvm_new(b.m, &cli->options, &error);
+    int code = b.ctx != NULL ? LVM_OK : error.code;
+    if (code == LVM_OK && b.m->info.has_transformer &&
+        cli->prompt + cli->new_tokens > b.m->info.context_length + 1)
+        code = fail(&error, LVM_INVALID, "a prompt of %d and %d new tokens: the context holds %d",
+                    cli->prompt, cli->new_tokens, b.m->info.context_length + 1);
+    if (code == LVM_OK) print_ceilings(&b);
+    if (code == LVM_OK) code = run_stages(&b, &error);
+    lvm_free(b.ctx);
+    lvm_close(b.m);
+    return finish(&error, code);
+}
+
 /* The exit status once everything is said: what was printed must have arrived. */
 static int flush_output(int status) {
     int bad = fflush(stdout) != 0 || ferror(stdout);
@@ -10043,7 +10450,8 @@ int main(int argc, char **argv) {
         return flush_output(print_help(stdout, NULL));
     const struct command *c = find_command(argv[1]);
     struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO,
-                      .split = -1, .preset = -1};
+                      .split = -1, .preset = -1, .config = -1, .vq = -1, .stage = -1,
+                      .prompt = 3840, .new_tokens = 256};
     cli.sampling = lvm_default_sampling();
     cli.options = lvm_default_options();
     cli.words = calloc((size_t)argc, sizeof *cli.words);
