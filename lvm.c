@@ -239,9 +239,9 @@ int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error);
 int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error);
 
 /* Pictures. load: PNG, JPEG or PNM files or their bytes in memory (name is for messages). upright:
-   turns and mirrors the pixels as the orientation says (a camera held sideways) and sets it to 1; what
-   the published checkpoints saw was never turned. save: PNG, written beside and renamed. resize:
-   the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation 0. */
+   turns and mirrors the pixels as the orientation says (a camera held sideways) and sets it to 1;
+   what the published checkpoints saw was never turned. save: PNG, written beside and renamed.
+   resize: the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation 0. */
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error);
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error);
@@ -4704,8 +4704,8 @@ static int parse_sentence(struct json *j, struct sentence *s) {
 /* =================================================================================================
    Chapter 10.  Images
 
-   Pictures come in as PNG, JPEG or PNM files, go through Pillow's bicubic resizing on their way to the
-   tokenizer, and leave as PNG files. Everything works on memory: a reader gets all bytes of a
+   Pictures come in as PNG, JPEG or PNM files, go through Pillow's bicubic resizing on their way to
+   the tokenizer, and leave as PNG files. Everything works on memory: a reader gets all bytes of a
    file and touches them through one checked cursor, so that a damaged or hostile file is an error
    message and never a crash.
 
