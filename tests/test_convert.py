@@ -1879,6 +1879,67 @@ class Program(Case):
         self.assertGreater(os.path.getsize(self.out), 134e6)
 
 
+# ---- side by side with llama.cpp -----------------------------------------------------------------
+
+
+class LlamaCpp(Case):
+    """tests/bench/make_gguf.py: the numbers of the weights file, Q and K in another order."""
+
+    def make(self, *argv):
+        command = [sys.executable, os.path.join(TOP, "tests", "bench", "make_gguf.py"), *argv]
+        return subprocess.run(command, capture_output=True, check=False, text=True)
+
+    def order(self, rows):
+        """Where the rows of heads of 8 come from."""
+        return [head + n // 2 + n % 2 * 4 for head in range(0, rows, 8) for n in range(8)]
+
+    def test_file(self):
+        self.good("-o", self.out, "--llama", self.llama(biases="qkvo", attention_bias=True),
+                  "--vqgan", self.vqgan(), "--bos", "70")
+        done = self.make(self.out, self.path("x.gguf"))
+        self.assertEqual((done.returncode, done.stdout, done.stderr),
+                         (0, self.path("x.gguf") + "\n", ""))
+        keys, tensors = load_gguf(self.out)
+        made_keys, made = load_gguf(self.path("x.gguf"))
+        self.assertEqual(made.keys(), {n for n in tensors if not n.startswith("vq.")})
+        for name, (kind, dims, raw) in made.items():
+            old = tensors[name][2]
+            if ".attn_q." in name or ".attn_k." in name:
+                size = len(old) // dims[-1]
+                old = b"".join(old[r * size:r * size + size] for r in self.order(dims[-1]))
+                self.assertNotEqual(raw, tensors[name][2])
+            self.assertEqual((kind, dims, raw), tensors[name][:2] + (old,), name)
+        self.assertEqual(made_keys["general.architecture"], "llama")
+        for name in ("embedding_length", "block_count", "attention.head_count_kv",
+                     "rope.freq_base", "attention.layer_norm_rms_epsilon"):
+            self.assertEqual(made_keys["llama." + name], keys["lvm." + name])
+        self.assertEqual((made_keys["llama.rope.dimension_count"],
+                          made_keys["tokenizer.ggml.bos_token_id"]), (8, 70))
+        words = made_keys["tokenizer.ggml.tokens"]
+        self.assertEqual((len(set(words)), words[10], len(made_keys["tokenizer.ggml.token_type"])),
+                         (80, "<0x0A>", 80))
+
+    def test_quantised_rows(self):
+        rng = random.Random(4)
+        blocks = [struct.pack("<e32b", 0.5, *[rng.randint(-9, 9) for _ in range(32)])
+                  for _ in range(16)]
+        self.good("-o", self.out, "--llama", self.llama())
+        Quantised.rewrite(self, "blk.0.attn_k.weight", 8, b"".join(blocks))
+        self.assertEqual(self.make(self.out, self.path("x.gguf")).returncode, 0)
+        made = load_gguf(self.path("x.gguf"))[1]["blk.0.attn_k.weight"]
+        self.assertEqual(made, (8, [32, 16], b"".join(blocks[r] for r in self.order(16))))
+
+    def test_refusals(self):
+        self.good("-o", self.out, "--vqgan", self.vqgan())
+        done = self.make(self.out, self.path("x.gguf"))
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("make_gguf.py: %s: lvm.context_length is missing" % self.out, done.stderr)
+        self.good("-o", self.out, "--llama", self.llama(), "--force")
+        self.assertIn("also an input", self.make(self.out, self.out, "--force").stderr)
+        self.assertIn("--force", self.make(self.out, self.path("vqgan", "config.json")).stderr)
+        self.assertEqual(self.make().returncode, 2)
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--fuzz"]:
         sys.exit(fuzz(int(sys.argv[2]), (sys.argv[3:] or ["1"])[0]))
