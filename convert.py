@@ -5,8 +5,11 @@
     python3 convert.py -o mine.bin --llama DIR --type q8_0      then quantised by `lvm quantize`
     python3 convert.py mine.bin --to-hf DIR                     writes DIR/llama and DIR/vqgan
 
---llama is a folder of Hugging Face's LlamaForCausalLM, --vqgan one of open-muse's VQGANModel:
-config.json beside model.safetensors (or shards and their index). The output is one GGUF v3 file:
+--llama is a folder of Hugging Face's LlamaForCausalLM (or of DeLVM's InternLMForCausalLM), --vqgan
+one of open-muse's VQGANModel: config.json beside model.safetensors or pytorch_model.bin (or shards
+and their index). A file of weights with config.json beside it may be named instead of its folder.
+PyTorch's files are pickles, which can run programs; here they can build tensors and nothing else.
+The output is one GGUF v3 file:
 
     "GGUF", u32 3, u64 tensors, u64 keys | keys | tensor names, shapes, types, offsets | pad | data
 
@@ -28,15 +31,18 @@ import collections
 import json
 import math
 import os
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
+import zlib
 
 ALIGN = 64
 PIECE = 1 << 19             # elements moved at a time
-MAX_HEADER = 100_000_000    # bytes of JSON or of GGUF keys: what the safetensors library allows too
+MAX_HEADER = 1 << 24        # bytes of JSON, of GGUF keys, of a pickle, of an archive's directory
+MAX_STEPS = 1 << 19         # operations of a pickle: a tensor takes some 35
 MAX_NAMED = 20              # faulty tensors named in one message
 
 # name: (ggml's number, elements a block, bytes a block)
@@ -45,7 +51,8 @@ TYPES = {"F32": (0, 1, 4), "F16": (1, 1, 2), "BF16": (30, 1, 2),
 FLOATS = ("F32", "F16", "BF16")
 
 # A tensor in a file; shape has the slowest dimension first, pos counts from the start of the file.
-Tensor = collections.namedtuple("Tensor", "path name dtype shape pos nbytes")
+# Where view is not None, the elements are not side by side in the file, or are packed (see View).
+Tensor = collections.namedtuple("Tensor", "path name dtype shape pos nbytes view", defaults=(None,))
 # A tensor that a configuration calls for: both names, the checkpoint's shape. Tensors that share an
 # optional group may be left out, all of them together.
 Spec = collections.namedtuple("Spec", "hf gguf shape group")
@@ -161,6 +168,467 @@ def read_safetensors(path):
     return tensors
 
 
+# ---- zip archives in -----------------------------------------------------------------------------
+
+# A piece of a file: its place, its bytes, and None or, if they are deflated, how many are stored.
+Piece = collections.namedtuple("Piece", "pos size packed")
+
+
+def read_at(f, pos, n):
+    f.seek(pos)
+    return f.read(n)
+
+
+def bad_zip(path, text):
+    return Bad(path, "is a zip archive %s; copy it again" % text)
+
+
+def find_directory(path, f, size):
+    """(place, bytes, entries) of an archive's directory, from the record at the end of the file."""
+    start = max(0, size - 22 - (1 << 16))
+    tail = read_at(f, start, size - start)
+    at = tail.rfind(b"PK\5\6")
+    if not 0 <= at <= len(tail) - 22:
+        raise bad_zip(path, "without an end, so cut short")
+    count, length, pos = struct.unpack_from("<10xHII", tail, at)
+    end = start + at
+    if at >= 20 and tail[at - 20:at - 16] == b"PK\6\7":         # 64-bit numbers are elsewhere
+        end = struct.unpack_from("<Q", tail, at - 12)[0]
+        record = read_at(f, end, 56) if end <= size - 56 else b""
+        if record[:4] != b"PK\6\6":
+            raise bad_zip(path, "whose end is damaged")
+        count, length, pos = struct.unpack_from("<QQQ", record, 32)
+    if pos + length > end or length > MAX_HEADER or count * 46 > length:
+        raise bad_zip(path, "whose directory of %d entries cannot fit" % count)
+    return pos, length, count
+
+
+def directory_entry(path, directory, at):
+    """(name, method, packed bytes, bytes, place of the header, place of the next entry)."""
+    if directory[at:at + 4] != b"PK\1\2" or len(directory) - at < 46:
+        raise bad_zip(path, "whose directory is damaged")
+    numbers = struct.unpack_from("<8xHH8xIIHHH8xI", directory, at)
+    flags, method, packed, size, *lengths, pos = numbers
+    end_name = at + 46 + lengths[0]
+    name = directory[at + 46:end_name].decode("latin-1")
+    extra = directory[end_name:end_name + lengths[1]]
+    if flags & 0x61:
+        raise bad_zip(path, "with an encrypted or patched entry, %s" % shown(name))
+    size, packed, pos = wide_numbers([size, packed, pos], extra)
+    return name, method, packed, size, pos, at + 46 + sum(lengths)
+
+
+def wide_numbers(numbers, extra):
+    """The numbers, those of all ones replaced by what the extra field says: u16 kind, u16 bytes,
+    the bytes, and so on; kind 1 has the 64-bit numbers."""
+    wide, at = [i for i in range(3) if numbers[i] == 0xFFFFFFFF], 0
+    while wide and at + 4 + 8 * len(wide) <= len(extra):
+        kind, n = struct.unpack_from("<HH", extra, at)
+        if kind == 1 and 8 * len(wide) <= n:
+            for i, value in zip(wide, struct.unpack_from("<%dQ" % len(wide), extra, at + 4)):
+                numbers[i] = value
+            break
+        at += 4 + n
+    return numbers
+
+
+def data_place(path, f, name, method, pos, end):
+    """Where the data of the entry begins whose own header is at pos."""
+    header = read_at(f, pos, 30 + len(name)) if pos <= end - 30 else b""
+    if len(header) < 30 or header[:4] != b"PK\3\4":
+        raise bad_zip(path, "whose entry %s is damaged" % shown(name))
+    own_method, name_length, extra_length = struct.unpack_from("<8xH16xHH", header)
+    if own_method != method or header[30:30 + name_length].decode("latin-1") != name:
+        raise bad_zip(path, "whose entry %s is another in its own header" % shown(name))
+    return pos + 30 + name_length + extra_length
+
+
+def read_zip(path, f, size):
+    """{name: Piece} of an archive whose entries are stored or deflated, and apart."""
+    end, length, count = find_directory(path, f, size)
+    directory, at, entries, places = read_at(f, end, length), 0, {}, []
+    for _ in range(count):
+        name, method, packed, unpacked_size, pos, at = directory_entry(path, directory, at)
+        if name in entries:
+            raise bad_zip(path, "that holds %s twice" % shown(name))
+        if method not in (0, 8) or method == 0 and packed != unpacked_size:
+            raise bad_zip(path, "whose entry %s is packed in an unknown way" % shown(name))
+        start = data_place(path, f, name, method, pos, end)
+        places.append((pos, start + packed, name))
+        entries[name] = Piece(start, unpacked_size, packed if method else None)
+    last = 0
+    for pos, stop, name in sorted(places):
+        if pos < last or stop > end:
+            raise bad_zip(path, "whose entry %s overlaps another" % shown(name))
+        last = stop
+    return entries
+
+
+def piece_bytes(path, piece):
+    """All bytes of a piece that must be short."""
+    if piece.size > MAX_HEADER:
+        raise Bad(path, "holds %d bytes where a short record is expected" % piece.size)
+    if piece.packed is None:
+        return b"".join(file_bytes(path, piece.pos, piece.size, PIECE))
+    return b"".join(inflate(path, piece.pos, piece.packed, 0, piece.size))
+
+
+# ---- PyTorch's pickles in ------------------------------------------------------------------------
+
+# What a pickle makes: the name of something in Python; a storage, which is a row of numbers in the
+# file; a tensor, which is some of them: element (i, j, ...) is number offset + i * strides[0] + ...
+Global = collections.namedtuple("Global", "name")
+Storage = collections.namedtuple("Storage", "dtype key numel")
+Stub = collections.namedtuple("Stub", "storage offset shape strides")
+# How a Tensor lies in a storage: the bytes before its first element, the strides of its dimensions,
+# and as in Piece whether the storage is deflated. The Tensor's pos is then the storage's.
+View = collections.namedtuple("View", "start strides packed")
+
+STORAGES = {"torch.%sStorage" % name: dtype for name, dtype in (
+    ("Double", "F64"), ("Float", "F32"), ("Half", "F16"), ("BFloat16", "BF16"), ("Long", "I64"),
+    ("Int", "I32"), ("Short", "I16"), ("Char", "I8"), ("Byte", "U8"), ("Bool", "BOOL"))}
+STORAGES["torch.storage.UntypedStorage"] = "U8"
+ORDERED = "collections.OrderedDict"
+TENSOR = "torch._utils._rebuild_tensor_v2"
+PARAMETER = "torch._utils._rebuild_parameter"
+GLOBALS = {ORDERED, TENSOR, PARAMETER} | set(STORAGES)
+
+
+class Pickle:
+    """A machine for pickles that can make numbers, strings, lists, dictionaries and Stubs of
+    tensors. A pickle is a program: each operation is one byte and its operand, works on a stack,
+    and may keep things in a memo. What Python's machine would import and call is looked up here in
+    a list of three; all else is refused."""
+
+    def __init__(self, path, data):
+        self.path, self.data, self.pos = path, data, 0
+        self.stack, self.marks, self.memo, self.storages = [], [], {}, {}
+
+    def bad(self, text):
+        return Bad(self.path, "its pickle %s (near byte %d); the file is damaged or no plain "
+                   "dictionary of tensors" % (text, self.pos))
+
+    def load(self):
+        """The object that the next pickle makes."""
+        self.stack, self.marks, self.memo = [], [], {}
+        for _ in range(MAX_STEPS):
+            code = self.take(1)
+            if code == b".":
+                return self.pop()
+            if code not in OPERATIONS:
+                raise self.bad("has the operation %s, which no checkpoint needs" % ascii(code)[1:])
+            operation, *argument = OPERATIONS[code]
+            operation(self, *argument)
+        raise self.bad("has more than %d operations" % MAX_STEPS)
+
+    # operands
+
+    def take(self, n):
+        data = self.data[self.pos:self.pos + n]
+        if len(data) < n:
+            raise self.bad("ends too early")
+        self.pos += n
+        return data
+
+    def number(self, code):
+        return struct.unpack(code, self.take(struct.calcsize(code)))[0]
+
+    def text(self, data):
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            raise self.bad("has a string that is not UTF-8") from None
+
+    def line(self):
+        end = self.data.find(b"\n", self.pos, self.pos + 256)
+        if end < 0:
+            raise self.bad("ends too early")
+        text = self.text(self.data[self.pos:end])
+        self.pos = end + 1
+        return text
+
+    # the stack; a mark hides what is below it until its operation takes all that is above
+
+    def push(self, value):
+        self.stack.append(value)
+
+    def pops(self, n):
+        """The topmost n values, or with None all above the topmost mark, which goes too."""
+        if n is None and not self.marks:
+            raise self.bad("takes from an empty stack")
+        at = len(self.stack) - n if n is not None else self.marks.pop()
+        if at < (self.marks[-1] if self.marks else 0):
+            raise self.bad("takes from an empty stack")
+        values = self.stack[at:]
+        del self.stack[at:]
+        return values
+
+    def pop(self):
+        return self.pops(1)[0]
+
+    def top(self, kind):
+        value = self.pop()
+        if not isinstance(value, kind):
+            raise self.bad("takes %s for %s" % (type(value).__name__, kind.__name__))
+        self.push(value)
+        return value
+
+    def mark(self):
+        self.marks.append(len(self.stack))
+
+    # operations
+
+    def protocol(self):
+        if self.number("<B") > 5:
+            raise self.bad("is of an unknown protocol")
+
+    def frame(self):
+        self.number("<Q")
+
+    def push_number(self, code):
+        self.push(self.number(code))
+
+    def push_long(self):
+        self.push(int.from_bytes(self.take(self.number("<B")), "little", signed=True))
+
+    def push_text(self, code):
+        self.push(self.text(self.take(self.number(code))))
+
+    def push_bytes(self, code):
+        self.push(self.take(self.number(code)))
+
+    def push_tuple(self, n):
+        self.push(tuple(self.pops(n)))
+
+    def push_new(self, kind):
+        self.push(kind())
+
+    def put(self, code):
+        at = len(self.memo) if code is None else self.number(code)
+        self.memo[at] = self.top(object)
+
+    def get(self, code):
+        at = self.number(code)
+        if at not in self.memo:
+            raise self.bad("recalls what it never kept")
+        self.push(self.memo[at])
+
+    def append(self, n):
+        values = self.pops(n)
+        self.top(list).extend(values)
+
+    def set_items(self, n):
+        values = self.pops(n)
+        target = self.top(dict)
+        if len(values) % 2:
+            raise self.bad("has a key without a value")
+        for key, value in zip(values[::2], values[1::2]):
+            if not (isinstance(key, str) or isinstance(key, int) and abs(key) < 1 << 31):
+                raise self.bad("has a key that is neither a name nor a small number")
+            if key in target:
+                raise self.bad("has %s twice" % shown(str(key)))
+            target[key] = value
+
+    def build(self):
+        """Attributes of a dictionary: state_dict() has some. Nothing needs them."""
+        self.pop()
+        self.top(dict)
+
+    def name_lines(self):
+        self.push_global(self.line(), self.line())
+
+    def name_words(self):
+        self.push_global(*self.pops(2))
+
+    def push_global(self, module, name):
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise self.bad("names something by no string")
+        name = "%s.%s" % (module, name)
+        if name not in GLOBALS:
+            raise Bad(self.path, "its pickle asks for %s; only tensors are read, for safety: save "
+                      "the dictionary of tensors alone, with torch.save(model.state_dict(), ...)"
+                      % shown(name))
+        self.push(Global(name))
+
+    def call(self):
+        function, args = self.pops(2)
+        name = function.name if isinstance(function, Global) else None
+        count = len(args) if isinstance(args, tuple) else None
+        if name == ORDERED and count == 0:
+            self.push({})
+        elif name == TENSOR and count in (6, 7):
+            self.push(self.tensor(*args[:4]))
+        elif name == PARAMETER and count == 3 and isinstance(args[0], Stub):
+            self.push(args[0])
+        else:
+            raise self.bad("makes a call that no checkpoint needs")
+
+    def tensor(self, storage, offset, shape, strides):
+        if not (isinstance(storage, Storage) and isinstance(shape, tuple)
+                and isinstance(strides, tuple) and len(shape) == len(strides)
+                and are_sizes([offset, *shape]) and are_sizes(list(strides))):
+            raise self.bad("describes a tensor wrongly")
+        if offset + span_of(shape, strides) > storage.numel:
+            raise self.bad("has a tensor %s outside its storage" % list(shape))
+        return Stub(storage, offset, shape, strides)
+
+    def persistent(self):
+        """A storage: ("storage", its type, its key, the device, how many numbers)."""
+        words = self.pop()
+        if not isinstance(words, tuple) or len(words) not in (5, 6) or words[0] != "storage" or (
+                words[5:] not in ((), (None,))):
+            raise self.bad("refers to something other than a storage")
+        kind, key, numel = words[1], words[2], words[4]
+        if not isinstance(kind, Global) or kind.name not in STORAGES or not isinstance(
+                key, str) or not are_sizes([numel]):
+            raise self.bad("describes a storage wrongly")
+        storage = Storage(STORAGES[kind.name], key, numel)
+        if self.storages.setdefault(key, storage) != storage:
+            raise self.bad("describes storage %s in two ways" % shown(key))
+        self.push(storage)
+
+
+# What to call for an operation, and with what.
+OPERATIONS = {
+    b"\x80": (Pickle.protocol,), b"\x95": (Pickle.frame,), b"(": (Pickle.mark,),
+    b"J": (Pickle.push_number, "<i"), b"K": (Pickle.push_number, "<B"),
+    b"M": (Pickle.push_number, "<H"), b"G": (Pickle.push_number, ">d"),
+    b"X": (Pickle.push_text, "<I"), b"\x8c": (Pickle.push_text, "<B"),
+    b"\x8d": (Pickle.push_text, "<Q"), b"T": (Pickle.push_text, "<I"),
+    b"U": (Pickle.push_text, "<B"), b"B": (Pickle.push_bytes, "<I"),
+    b"C": (Pickle.push_bytes, "<B"), b"\x8e": (Pickle.push_bytes, "<Q"),
+    b"N": (Pickle.push, None), b"\x88": (Pickle.push, True), b"\x89": (Pickle.push, False),
+    b"\x8a": (Pickle.push_long,), b"]": (Pickle.push_new, list), b"}": (Pickle.push_new, dict),
+    b")": (Pickle.push, ()), b"\x85": (Pickle.push_tuple, 1), b"\x86": (Pickle.push_tuple, 2),
+    b"\x87": (Pickle.push_tuple, 3), b"t": (Pickle.push_tuple, None),
+    b"a": (Pickle.append, 1), b"e": (Pickle.append, None),
+    b"s": (Pickle.set_items, 2), b"u": (Pickle.set_items, None),
+    b"q": (Pickle.put, "<B"), b"r": (Pickle.put, "<I"), b"\x94": (Pickle.put, None),
+    b"h": (Pickle.get, "<B"), b"j": (Pickle.get, "<I"),
+    b"c": (Pickle.name_lines,), b"\x93": (Pickle.name_words,),
+    b"R": (Pickle.call,), b"b": (Pickle.build,), b"Q": (Pickle.persistent,),
+}
+
+
+def span_of(shape, strides):
+    """Elements from a tensor's first to its last in the storage, both included."""
+    return 0 if 0 in shape else 1 + sum((n - 1) * step for n, step in zip(shape, strides))
+
+
+def is_dense(shape, strides):
+    """Whether the elements lie side by side in the usual order."""
+    wanted = 1
+    for n, step in zip(reversed(shape), reversed(strides)):
+        if n != 1 and step != wanted:
+            return 0 in shape
+        wanted *= n
+    return True
+
+
+def tensor_dict(path, value):
+    """{name: Stub} of a checkpoint, which may lie in a dictionary of several things."""
+    for key in ("state_dict", "model_state_dict", "model", "module") * 2:
+        if isinstance(value, dict) and isinstance(value.get(key), dict):
+            value = value[key]
+    if not isinstance(value, dict):
+        raise Bad(path, "holds no dictionary of tensors")
+    others = [k for k, v in value.items() if not isinstance(v, Stub) or not isinstance(k, str)]
+    if others:
+        raise Bad(path, "holds %s, which is no tensor with a name; save the dictionary of tensors "
+                  "alone, with torch.save(model.state_dict(), ...)" % shown(str(others[0])))
+    return value
+
+
+def locate(path, name, stub, piece):
+    """The Tensor of a Stub whose storage is a piece of the file."""
+    (dtype, key, numel), offset, shape, strides = stub
+    size = ELEMENT[dtype]
+    if piece is None or piece.size != numel * size:
+        raise Bad(path, "tensor %s needs %d bytes as storage %s, but there are %s; the file is "
+                  "damaged, copy it again" % (shown(name), numel * size, shown(key),
+                                              piece.size if piece else "none"))
+    total, start, dense = math.prod(shape) * size, offset * size, is_dense(shape, strides)
+    passed = span_of(shape, strides) * size + (start if piece.packed is not None else 0)
+    if passed > 16 * total + (1 << 16):
+        raise Bad(path, "tensor %s is a small part of a large storage; save a copy of it alone, "
+                  "made by .clone()" % shown(name))
+    if dense and piece.packed is None:
+        return Tensor(path, name, dtype, shape, piece.pos + start, total)
+    return Tensor(path, name, dtype, shape, piece.pos, total, View(start, strides, piece.packed))
+
+
+def read_archive(path, f, size):
+    """(value, {key: Piece}) of torch.save's format since PyTorch 1.6: a zip archive in which
+    X/data.pkl is the pickle and X/data/KEY a storage."""
+    entries = read_zip(path, f, size)
+    tops = [name[:-len("data.pkl")] for name in entries if re.fullmatch(r"[^/]*/data\.pkl", name)]
+    if len(tops) != 1:
+        raise Bad(path, "is a zip archive, but none that torch.save wrote; unpack it first")
+    top = tops[0]
+    if top + "byteorder" in entries and piece_bytes(path, entries[top + "byteorder"]) != b"little":
+        raise Bad(path, "was saved on a big-endian machine; save it again on another")
+    value = Pickle(path, piece_bytes(path, entries[top + "data.pkl"])).load()
+    data = top + "data/"
+    return value, {name[len(data):]: e for name, e in entries.items() if name.startswith(data)}
+
+
+def read_legacy(path, f, size):
+    """(value, {key: Piece}) of torch.save's format before PyTorch 1.6: pickles of a magic number, a
+    version, the machine's properties, the value and a list of keys; then for each of these a u64
+    count and the numbers."""
+    pickle = Pickle(path, read_at(f, 0, MAX_HEADER))
+    if pickle.load() != 0x1950A86A20F9469CFC6C or pickle.load() != 1001:
+        raise Bad(path, "is a pickle, but none that torch.save wrote")
+    machine = pickle.load()
+    if not isinstance(machine, dict) or machine.get("little_endian") is not True:
+        raise Bad(path, "was saved on a big-endian machine; save it again on another")
+    value, keys, places = pickle.load(), pickle.load(), {}
+    pos = pickle.pos
+    for key in keys if isinstance(keys, list) else []:
+        storage = pickle.storages.get(key) if isinstance(key, str) else None
+        count = read_at(f, pos, 8) if pos < size else b""
+        if storage is None or key in places or count != struct.pack("<Q", storage.numel):
+            raise Bad(path, "its storages are not those that its pickle tells of; copy it again")
+        places[key] = Piece(pos + 8, storage.numel * ELEMENT[storage.dtype], None)
+        pos += 8 + places[key].size
+    if pos != size:
+        raise Bad(path, "has %d bytes where its pickle tells of %d; copy it again" % (size, pos))
+    return value, places
+
+
+def read_pickled(path):
+    """The tensors of a file of torch.save, either format."""
+    size = os.path.getsize(path)
+    with open(path, "rb") as f:
+        first = f.read(4)
+        if first == b"PK\3\4":
+            value, places = read_archive(path, f, size)
+        elif first[:1] == b"\x80":
+            value, places = read_legacy(path, f, size)
+        else:
+            raise Bad(path, "is no checkpoint of PyTorch 0.4 or later, or cut short (%d bytes); "
+                      "copy it again, or load it there and torch.save it" % size)
+    tensors = tensor_dict(path, value)
+    return {name: locate(path, name, t, places.get(t.storage.key)) for name, t in tensors.items()}
+
+
+# ---- checkpoint folders --------------------------------------------------------------------------
+
+WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.safetensors",
+           "pytorch_model.bin", "diffusion_pytorch_model.bin")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+# Angles that older versions of transformers saved with each layer; they follow from rope_theta.
+INV_FREQ = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+def read_weights(path):
+    """The tensors of one file."""
+    with open(path, "rb") as f:
+        if f.read(23) == b"version https://git-lfs":
+            raise Bad(path, "only stands for a file of Git LFS; fetch that with git lfs pull")
+    return read_safetensors(path) if path.endswith(".safetensors") else read_pickled(path)
+
+
 def read_shards(index):
     """The tensors of all files that an index lists."""
     where = read_json(index).get("weight_map")
@@ -171,7 +639,7 @@ def read_shards(index):
         path = os.path.join(os.path.dirname(index), shard)
         if os.path.basename(shard) != shard or "\0" in shard or not os.path.isfile(path):
             raise Bad(index, "lists %s, which is no file beside it; copy it there" % shown(shard))
-        for name, tensor in read_safetensors(path).items():
+        for name, tensor in read_weights(path).items():
             if name in tensors:
                 raise Bad(path, "holds tensor %s, as another shard does" % shown(name))
             tensors[name] = tensor
@@ -183,21 +651,43 @@ def read_shards(index):
 
 
 def read_checkpoint(folder):
-    """(path of config.json, its keys, tensors) of a checkpoint folder."""
+    """(path of config.json, its keys, tensors) of a checkpoint: a folder, or one file in it."""
+    if os.path.isfile(folder):
+        config = os.path.join(os.path.dirname(folder), "config.json")
+        return config, read_json(config), read_weights(folder)
     if not os.path.isdir(folder):
         raise Bad(folder, "is no folder; give the one that holds config.json and model.safetensors")
-    config = os.path.join(folder, "config.json")
+    config, files = os.path.join(folder, "config.json"), os.listdir(folder)
+    if "model_config.pt" in files and "config.json" not in files:
+        raise Bad(folder, "is a checkpoint of InternLM's training; convert it with DeLVM's "
+                  "tools/convert2hf.py first")
     raw = read_json(config)
-    for stem in ("model.safetensors", "diffusion_pytorch_model.safetensors"):
+    for stem in WEIGHTS:
         path = os.path.join(folder, stem)
         if os.path.isfile(path):
-            return config, raw, read_safetensors(path)
+            return config, raw, read_weights(path)
         if os.path.isfile(path + ".index.json"):
             return config, raw, read_shards(path + ".index.json")
-    pickled = any(name.endswith((".bin", ".pt", ".ckpt")) for name in os.listdir(folder))
-    raise Bad(folder, "holds no model.safetensors; " + (
-        "pickled weights cannot be read safely: save them with safe_serialization=True" if pickled
-        else "give the folder of a downloaded checkpoint"))
+    pickled = sorted(name for name in files if name.endswith(PICKLED))
+    if not pickled:
+        raise Bad(folder, "holds no model.safetensors or pytorch_model.bin; give the folder of a "
+                  "downloaded checkpoint")
+    if len(pickled) > 1:
+        raise Bad(folder, "holds %s and more, but no pytorch_model.bin and no index of several "
+                  "files; name the right file" % shown(pickled[0]))
+    return config, raw, read_weights(os.path.join(folder, pickled[0]))
+
+
+def without_prefix(where, tensors, anchor):
+    """The tensors without the words, such as "module.", that stand before the name of each."""
+    found = [name[:-len(anchor)] for name in tensors if name.endswith("." + anchor)]
+    if anchor in tensors or len(found) != 1:
+        return tensors
+    other = next((name for name in tensors if not name.startswith(found[0])), None)
+    if other is not None:
+        raise Bad(where, "tensor %s does not begin with %s as others do; remove what does not "
+                  "belong to this part" % (shown(other), shown(found[0])))
+    return {name[len(found[0]):]: tensor for name, tensor in tensors.items()}
 
 
 # ---- configurations ------------------------------------------------------------------------------
@@ -249,8 +739,10 @@ def fits(key, value):
     if key.kind == GGUF_ARRAY:
         number = key._replace(kind=GGUF_U32)
         return isinstance(value, list) and len(value) <= 16 and all(fits(number, v) for v in value)
-    types = (int, float) if key.kind == GGUF_F32 else int
-    return isinstance(value, types) and key.low <= value <= key.high
+    if key.kind == GGUF_F32:                # bounds hold for what the weights file will say
+        return isinstance(value, (int, float)) and abs(value) < 3e38 and (
+            key.low <= shortest(value) <= key.high)
+    return isinstance(value, int) and key.low <= value <= key.high
 
 
 def shortest(value):
@@ -299,11 +791,27 @@ def only(path, raw, key, wanted):
     return Bad(path, "%s is %s; only %s is supported" % (key, spelt(raw.get(key)), spelt(wanted)))
 
 
+def check_family(path, raw):
+    """config.json of a class that computes as LlamaForCausalLM does, in that class's terms."""
+    names, kind = raw.get("architectures"), raw.get("model_type")
+    for wanted, family in (("LlamaForCausalLM", "llama"), ("InternLMForCausalLM", "internlm")):
+        if (names or [wanted]) == [wanted] and kind in ((None, family) if names else (family,)):
+            break
+    else:
+        raise Bad(path, "describes %s of type %s; only LlamaForCausalLM of type llama and "
+                  "InternLMForCausalLM of type internlm can be converted"
+                  % (spelt(names), spelt(kind)))
+    if family == "internlm":        # DeLVM's exports: biases by another name, angles of base 10000
+        for key, wanted in (("rotary", None), ("rope_theta", 10000.0)):
+            if raw.get(key) not in (wanted, None):
+                raise only(path, raw, key, wanted)
+        raw = dict(raw, attention_bias=raw.get("bias", True))
+    return raw
+
+
 def check_llama_json(path, raw):
     """A config.json with later spellings as the usual ones; arithmetic unlike lvm's is refused."""
-    names = raw.get("architectures") or [raw.get("model_type")]
-    if names not in (["LlamaForCausalLM"], ["llama"]) or raw.get("model_type", "llama") != "llama":
-        raise Bad(path, "describes %s; only LlamaForCausalLM can be converted" % spelt(names))
+    raw = check_family(path, raw)
     for key, wanted in (("hidden_act", "silu"), ("mlp_bias", False), ("quantization_config", None),
                         ("partial_rotary_factor", 1.0)):
         if raw.get(key) not in (wanted, None):
@@ -493,18 +1001,88 @@ def match(where, specs, tensors, side, allowed):
 
 # ---- moving numbers ------------------------------------------------------------------------------
 
+def file_bytes(path, pos, left, piece):
+    """So many bytes of a file, in pieces."""
+    with open(path, "rb") as f:
+        f.seek(pos)
+        while left:
+            data = f.read(min(left, piece))
+            if not data:
+                raise Bad(path, "became shorter while it was read; try again")
+            left -= len(data)
+            yield data
+
+
 def chunks(tensor):
     """The tensor's bytes in pieces of PIECE elements."""
     elements, size = TYPES[tensor.dtype][1:]
-    left = tensor.nbytes
-    with open(tensor.path, "rb") as f:
-        f.seek(tensor.pos)
-        while left:
-            data = f.read(min(left, PIECE // elements * size))
-            if not data:
-                raise Bad(tensor.path, "became shorter while it was read; try again")
-            left -= len(data)
-            yield data
+    piece = PIECE // elements * size
+    if tensor.view is None:
+        return file_bytes(tensor.path, tensor.pos, tensor.nbytes, piece)
+    return regroup(view_bytes(tensor, size), piece)
+
+
+def regroup(pieces, size):
+    """The same bytes in pieces of one size."""
+    held = bytearray()
+    for data in pieces:
+        held += data
+        while len(held) >= size:
+            yield bytes(held[:size])
+            del held[:size]
+    if held:
+        yield bytes(held)
+
+
+def view_bytes(tensor, size):
+    """The bytes of a tensor in a storage, in any pieces; with gaps, all it spans is held."""
+    start, strides, packed = tensor.view
+    span = span_of(tensor.shape, strides) * size
+    if packed is None:
+        pieces = file_bytes(tensor.path, tensor.pos + start, span, PIECE)
+    else:
+        pieces = inflate(tensor.path, tensor.pos, packed, start, span)
+    if is_dense(tensor.shape, strides):
+        return pieces
+    data = memoryview(b"".join(pieces)).cast({2: "H", 4: "I"}[size])
+    dims = [(n, step) for n, step in zip(tensor.shape, strides) if n != 1]
+    return rows_of(data, 0, dims)
+
+
+def rows_of(data, at, dims):
+    """The innermost rows of a tensor that begins at an element: dims are its (size, stride)."""
+    (n, step), inner = dims[0], dims[1:]
+    if inner:
+        for i in range(n):
+            yield from rows_of(data, at + i * step, inner)
+    else:
+        row = data[at:at + (n - 1) * step + 1:step or 1].tobytes()
+        yield row if step else row * n
+
+
+def unpacked(path, pos, packed):
+    """All that a deflated piece of a file holds, in any pieces."""
+    machine = zlib.decompressobj(-zlib.MAX_WBITS)
+    try:
+        for data in file_bytes(path, pos, packed, PIECE):
+            while data:
+                yield machine.decompress(data, PIECE)
+                data = machine.unconsumed_tail
+        yield machine.flush()
+    except zlib.error:
+        raise Bad(path, "holds compressed data that is damaged; copy it again") from None
+
+
+def inflate(path, pos, packed, skip, left):
+    """So many of the bytes that a deflated piece of a file holds, behind those to skip."""
+    for out in unpacked(path, pos, packed):
+        skipped = min(skip, len(out))
+        out = out[skipped:skipped + left]
+        skip, left = skip - skipped, left - len(out)
+        yield out
+        if not left:
+            return
+    raise Bad(path, "holds less compressed data than it says; copy it again")
 
 
 def floats(values):
@@ -668,8 +1246,8 @@ def gguf_key(key, kind, value):
     return gguf_string(key) + struct.pack("<I", kind) + body
 
 
-def gguf_pieces(keys, jobs):
-    """A whole GGUF file: header, keys, tensor descriptions, and the tensors one after the other."""
+def gguf_head(keys, jobs):
+    """A GGUF file up to its data: header, keys, tensor descriptions."""
     head = [b"GGUF", struct.pack("<IQQ", 3, len(jobs), len(keys))] + keys
     offset = 0
     for job in jobs:
@@ -679,7 +1257,12 @@ def gguf_pieces(keys, jobs):
         size = nbytes(job.dtype, job.shape)
         offset += size + len(padding(size))
     head = b"".join(head)
-    yield head + padding(len(head))
+    return head + padding(len(head))
+
+
+def gguf_pieces(keys, jobs):
+    """A whole GGUF file: its head, then the tensors one after the other."""
+    yield gguf_head(keys, jobs)
     for job in jobs:
         yield from job_pieces(job)
         yield padding(nbytes(job.dtype, job.shape))
@@ -850,6 +1433,16 @@ def check_tied(path, tensors):
                   "model.embed_tokens.weight; set it to false, or remove lm_head.weight")
 
 
+def check_claims(where, tensors, inputs):
+    """Refuses tensors that take far more than their files: many that share one storage, or are
+    packed better than weights can be. They would fill a disk."""
+    claimed = sum(t.nbytes for t in tensors.values())
+    given = sum(os.path.getsize(path) for path in set(inputs))
+    if claimed > 4 * given + (1 << 20):
+        raise Bad(where, "its tensors would take %d bytes, far more than the %d of its files; save "
+                  "each tensor whole and unpacked" % (claimed, given))
+
+
 def special_token(path, raw, key, codes, vocab, notes):
     """A special token's number, or None when it is a picture code or none at all."""
     ids = raw.get(key) if isinstance(raw.get(key), list) else [raw.get(key)]
@@ -866,6 +1459,7 @@ def llama_part(args, codes, notes):
     """(keys, jobs, inputs) of the transformer."""
     path, raw, tensors = read_checkpoint(args.llama)
     inputs = [path] + [t.path for t in tensors.values()]
+    check_claims(args.llama, tensors, inputs)
     raw = check_llama_json(path, raw)
     config = llama_config(path, raw, "hf")
     vocab = config["vocab_size"]
@@ -878,7 +1472,8 @@ def llama_part(args, codes, notes):
         if args.bos >= vocab:
             raise Bad(path, "--bos %d is outside the vocabulary of %d" % (args.bos, vocab))
         config["bos_token_id"] = args.bos if args.bos >= 0 else None
-    tensors = {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
+    tensors = without_prefix(args.llama, tensors, "model.embed_tokens.weight")
+    tensors = {name: t for name, t in tensors.items() if not INV_FREQ.fullmatch(name)}
     tied = bool(raw.get("tie_word_embeddings"))
     if tied:
         check_tied(path, tensors)
@@ -891,9 +1486,11 @@ def llama_part(args, codes, notes):
 def vqgan_part(args):
     """(keys, jobs, inputs, number of codes) of the tokenizer."""
     path, raw, tensors = read_checkpoint(args.vqgan)
-    config = vqgan_config(path, raw, "hf")
-    pairs = match(args.vqgan, vqgan_specs(config), tensors, "hf", FLOATS)
     inputs = [path] + [t.path for t in tensors.values()]
+    check_claims(args.vqgan, tensors, inputs)
+    config = vqgan_config(path, raw, "hf")
+    tensors = without_prefix(args.vqgan, tensors, "encoder.conv_in.weight")
+    pairs = match(args.vqgan, vqgan_specs(config), tensors, "hf", FLOATS)
     return part_keys(VQGAN_KEYS, config), to_gguf_jobs(pairs), inputs, config["num_embeddings"]
 
 
@@ -1088,6 +1685,9 @@ def main(argv):
         text = str(fault)
     except OSError as fault:
         text = "%s: %s" % (fault.filename or args.output or args.to_hf, fault.strerror or fault)
+    except MemoryError:
+        text = "%s: there is not enough memory for its largest tensor" % (
+            args.weights or args.llama or args.vqgan)
     except KeyboardInterrupt:
         print("convert.py: interrupted; nothing was written", file=sys.stderr)
         return 130

@@ -4,21 +4,34 @@
 Small made-up checkpoints go through convert.py and back; a reader written for this test alone looks
 at the weights file in between. Damaged inputs must end in a message: no traceback, no output. With
 LVM_REFERENCE set to a folder that holds llama/ and tokenizer/, these make the round trip too.
+python3 tests/test_convert.py --fuzz EXECUTIONS [SEED] damages inputs for longer.
 """
 
 import contextlib
+import copy
 import io
 import json
 import math
 import os
+import pickle
+import pickletools
 import random
+import resource
 import shutil
+import signal
 import stat
 import struct
 import subprocess
 import sys
 import tempfile
+import time
+import traceback
+import types
 import unittest
+import unittest.mock
+import zipfile
+import zlib
+from collections import OrderedDict
 
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, TOP)
@@ -162,7 +175,7 @@ def load_safetensors(path):
         blob = f.read()
     (n,) = struct.unpack_from("<Q", blob)
     header = json.loads(blob[8 : 8 + n])
-    header.pop("__metadata__")
+    header.pop("__metadata__", None)
     result = {}
     for name, e in header.items():
         begin, end = e["data_offsets"]
@@ -179,11 +192,141 @@ def save(folder, config, tensors, name="model.safetensors"):
     return folder
 
 
+# ---- files as torch.save writes them -------------------------------------------------------------
+
+STORAGES = {"F32": "FloatStorage", "F16": "HalfStorage", "BF16": "BFloat16Storage",
+            "F64": "DoubleStorage", "I8": "CharStorage"}
+
+
+class Storage:
+    """Stands for a storage; in pickles there is a persistent id in its place."""
+
+    def __init__(self, dtype, raw):
+        self.dtype, self.raw = dtype, raw
+
+
+class Strided:
+    """Stands for a tensor or a parameter; pickles as these do."""
+
+    def __init__(self, storage, shape, strides=None, offset=0, parameter=False):
+        if strides is None:
+            strides = [math.prod(shape[n + 1:]) for n in range(len(shape))]
+        self.args = (storage, offset, tuple(shape), tuple(strides), False, OrderedDict())
+        self.parameter = parameter
+
+    def __reduce__(self):
+        if not self.parameter:
+            return TORCH["torch._utils"]._rebuild_tensor_v2, self.args
+        plain = Strided(*[self.args[n] for n in (0, 2, 3, 1)])
+        return TORCH["torch._utils"]._rebuild_parameter, (plain, True, OrderedDict())
+
+
+def stand_ins():
+    """Modules in which pickle finds the names that it is to write; nothing in them is called."""
+    modules = {name: types.ModuleType(name) for name in ("torch", "torch._utils")}
+    for name in STORAGES.values():
+        setattr(modules["torch"], name, type(name, (), {"__module__": "torch"}))
+    for name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+        def rebuild(*_):
+            raise AssertionError("nothing calls this")
+        rebuild.__module__, rebuild.__name__, rebuild.__qualname__ = "torch._utils", name, name
+        setattr(modules["torch._utils"], name, rebuild)
+    return modules
+
+
+TORCH = stand_ins()
+
+
+class Pickler(pickle.Pickler):
+    """Notes the storages that come by, in self.storages. Old files have one more word for each."""
+
+    def __init__(self, file, protocol, old):
+        super().__init__(file, protocol)
+        self.storages, self.old = {}, old
+
+    def persistent_id(self, obj):
+        if not isinstance(obj, Storage):
+            return None
+        key, _ = self.storages.setdefault(id(obj), (str(len(self.storages)), obj))
+        kind = getattr(TORCH["torch"], STORAGES[obj.dtype])
+        words = ("storage", kind, key, "cpu", len(obj.raw) // SIZE[obj.dtype])
+        return words + (None,) if self.old else words
+
+
+def pickled(value, protocol=2, old=False):
+    """(pickle, [(key, Storage)]) of a value that holds Strideds."""
+    out = io.BytesIO()
+    pickler = Pickler(out, protocol, old)
+    with unittest.mock.patch.dict(sys.modules, TORCH):
+        pickler.dump(value)
+    return out.getvalue(), list(pickler.storages.values())
+
+
+def records(value, protocol=2, top="archive/"):
+    """[(name, bytes)] of torch.save's archive."""
+    text, storages = pickled(value, protocol)
+    return ([(top + "data.pkl", text), (top + "byteorder", b"little")]
+            + [(top + "data/" + key, s.raw) for key, s in storages] + [(top + "version", b"3\n")])
+
+
+def write_zip(path, entries, deflate=False, wide=False):
+    """An archive as PyTorch lays it out: data at multiples of 64, sizes behind it, 64-bit numbers
+    at the end; with wide, also in the directory. An entry that is a number is a hole of so many
+    bytes."""
+    with open(path, "wb") as f:
+        directory = b""
+        for name, raw in entries:
+            name, pos = name.encode(), f.tell()
+            size, crc = (raw, 0) if isinstance(raw, int) else (len(raw), zlib.crc32(raw))
+            if deflate:
+                machine = zlib.compressobj(9, zlib.DEFLATED, -15)
+                raw = machine.compress(raw) + machine.flush()
+            packed, method = size if isinstance(raw, int) else len(raw), 8 if deflate else 0
+            pad = -(pos + 34 + len(name)) % 64
+            f.write(struct.pack("<4s5H3I2H", b"PK\3\4", 0, 0x808, method, 0, 0, crc, 0, 0,
+                                len(name), 4 + pad) + name)
+            f.write(struct.pack("<2sH", b"FB", pad) + b"Z" * pad)
+            if isinstance(raw, int):
+                f.seek(raw, os.SEEK_CUR)
+            else:
+                f.write(raw)
+            f.write(struct.pack("<4s3I", b"PK\7\x08", crc, packed, size))
+            extra = struct.pack("<2H3Q", 1, 24, size, packed, pos) if wide else b""
+            numbers = [0xFFFFFFFF] * 3 if wide else [packed, size, pos]
+            directory += struct.pack("<4s6H3I5H2I", b"PK\1\2", 0, 0, 0x808, method, 0, 0, crc,
+                                     *numbers[:2], len(name), len(extra), 0, 0, 0, 0, numbers[2])
+            directory += name + extra
+        pos = f.tell()
+        f.write(directory)
+        end, n = f.tell(), len(entries)
+        f.write(struct.pack("<4sQ2H2I4Q", b"PK\6\6", 44, 45, 45, 0, 0, n, n, len(directory), pos))
+        f.write(struct.pack("<4sIQI", b"PK\6\7", 0, end, 1))
+        numbers = (0xFFFF, 0xFFFFFFFF, 0xFFFFFFFF) if wide else (n, len(directory), pos)
+        f.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, numbers[0], *numbers, 0))
+
+
+def old_format(value):
+    """The bytes of torch.save before version 1.6."""
+    text, storages = pickled(value, old=True)
+    out = pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2)
+    out += pickle.dumps({"protocol_version": 1001, "little_endian": True,
+                         "type_sizes": {"short": 2, "int": 4, "long": 4}}, 2) + text
+    out += pickle.dumps([key for key, _ in storages], 2)
+    return out + b"".join(struct.pack("<Q", len(s.raw) // SIZE[s.dtype]) + s.raw
+                          for _, s in storages)
+
+
+def strided(tensors, parameter=False):
+    """A dictionary of tensors as load_safetensors gives them, each with a storage of its own."""
+    return OrderedDict((name, Strided(Storage(dtype, raw), shape, parameter=parameter))
+                       for name, (dtype, shape, raw) in tensors.items())
+
+
 # ---- an independent look at a weights file -------------------------------------------------------
 
 
-def load_gguf(path):
-    """(keys, {name: (type number, dims, bytes)}); asserts what the format promises."""
+def load_gguf(path, strict=True):
+    """(keys, {name: (type number, dims, bytes)}); asserts what lvm's format promises, if strict."""
     with open(path, "rb") as f:
         blob = f.read()
     pos = 0
@@ -204,9 +347,9 @@ def load_gguf(path):
         if kind == 8:
             return text()
         if kind == 9:
-            assert take("I") == 5
-            return [take("i") for _ in range(take("Q"))]
-        return take({4: "I", 6: "f", 7: "?"}[kind])
+            kind = take("I")
+            return [value(kind) for _ in range(take("Q"))]
+        return take("BbHhIif?  Qqd"[kind])
 
     assert blob[:4] == b"GGUF"
     pos = 4
@@ -221,14 +364,15 @@ def load_gguf(path):
         name = text()
         assert len(name) < 64
         infos.append((name, [take("Q") for _ in range(take("I"))], take("I"), take("Q")))
-    start, tensors = -(-pos // 64) * 64, {}
+    align = keys.get("general.alignment", 32)
+    start, tensors = -(-pos // align) * align, {}
     end = 0
     for name, dims, kind, offset in infos:
-        size = math.prod(dims) * {0: 4, 1: 2, 30: 2}[kind]
-        assert offset == end and offset % 64 == 0
+        size = math.prod(dims) * {0: 128, 1: 64, 2: 18, 8: 34, 30: 64}[kind] // 32
+        assert not strict or offset == end and offset % 64 == 0
         tensors[name] = (kind, dims, blob[start + offset : start + offset + size])
         end = -(-(offset + size) // 64) * 64
-    assert start + end == len(blob)
+    assert not strict or start + end == len(blob)
     return keys, tensors
 
 
@@ -521,6 +665,282 @@ class RoundTrip(Case):
                 self.assertEqual(self.config_back(part), json.load(f))
 
 
+# ---- PyTorch's own files -------------------------------------------------------------------------
+
+
+def turned(tensor, rng):
+    """The tensor with its elements elsewhere in a larger storage: (Strided, its usual form)."""
+    dtype, shape, raw = tensor
+    size, order = SIZE[dtype], list(range(len(shape)))
+    rng.shuffle(order)
+    strides, step = [0] * len(shape), rng.choice((1, 1, 2))
+    for d in order:
+        strides[d] = step
+        step *= shape[d]
+    offset = rng.randrange(5)
+    room = bytearray(numbers(rng, dtype, offset + step))
+    places = [offset]
+    for n, stride in zip(shape, strides):
+        places = [at + i * stride for at in places for i in range(n)]
+    for i, at in enumerate(places):
+        room[at * size:(at + 1) * size] = raw[i * size:(i + 1) * size]
+    return Strided(Storage(dtype, bytes(room)), shape, strides, offset)
+
+
+class Torch(Case):
+    """Checkpoints of torch.save give the bytes that the same tensors give as safetensors."""
+
+    def setUp(self):
+        super().setUp()
+        self.sources, self.wanted = {}, {}
+        for part, folder in (("llama", self.llama()), ("vqgan", self.vqgan("F32"))):
+            self.good("-o", self.out, "--" + part, folder)
+            with open(self.out, "rb") as f:
+                self.wanted[part] = f.read()
+            os.remove(self.out)
+            model = os.path.join(folder, "model.safetensors")
+            self.sources[part] = load_safetensors(model)
+            os.remove(model)
+
+    def same(self, part="llama", given=None):
+        """Converts the folder, or what is given in its place."""
+        self.good("-o", self.out, "--" + part, given or self.path(part))
+        with open(self.out, "rb") as f:
+            self.assertEqual(f.read(), self.wanted[part])
+        os.remove(self.out)
+
+    def save(self, value, part="llama", name="pytorch_model.bin", **how):
+        path = self.path(part, name)
+        write_zip(path, records(value, how.pop("protocol", 2)), **how)
+        return path
+
+    def test_formats(self):
+        for part, tensors in self.sources.items():
+            value = strided(tensors)
+            for how in ({}, {"wide": True}, {"deflate": True}, {"protocol": 4}, {"protocol": 5}):
+                with self.subTest(part=part, how=how):
+                    self.save(value, part, **how)
+                    self.same(part)
+            self.save(strided(tensors, parameter=True), part)
+            self.same(part)
+            with open(self.path(part, "pytorch_model.bin"), "wb") as f:
+                f.write(old_format(value))
+            self.same(part)
+            with zipfile.ZipFile(self.path(part, "pytorch_model.bin"), "w") as z:
+                for name, raw in records(value, top="x/"):
+                    z.writestr(name, raw)
+            self.same(part)
+
+    def test_strides_and_offsets(self):
+        rng = random.Random(8)
+        for part, tensors in self.sources.items():
+            value = OrderedDict((name, turned(t, rng)) for name, t in tensors.items())
+            for deflate in (False, True):
+                self.save(value, part, deflate=deflate)
+                self.same(part)
+            with open(self.path(part, "pytorch_model.bin"), "wb") as f:
+                f.write(old_format(value))
+            self.same(part)
+
+    def test_one_storage_for_all(self):
+        for part, tensors in self.sources.items():
+            dtype = {"llama": "F16", "vqgan": "F32"}[part]
+            storage, value, at = Storage(dtype, b"".join(t[2] for t in tensors.values())), {}, 0
+            for name, (_, shape, raw) in tensors.items():
+                value[name] = Strided(storage, shape, offset=at)
+                at += len(raw) // SIZE[dtype]
+            self.save(value, part)
+            self.same(part)
+
+    def test_tied(self):
+        value = strided(self.sources["llama"])
+        value["lm_head.weight"] = value["model.embed_tokens.weight"]
+        with open(self.path("llama", "config.json"), "w") as f:
+            json.dump(dict(LLAMA, tie_word_embeddings=True), f)
+        self.save(value)
+        self.good("-o", self.out, "--llama", self.path("llama"))
+        self.assertNotIn("output.weight", load_gguf(self.out)[1])
+        with open(self.path("llama", "config.json"), "w") as f:
+            json.dump(LLAMA, f)
+        self.good("-o", self.out, "--llama", self.path("llama"), "--force")
+        tensors = load_gguf(self.out)[1]
+        self.assertEqual(tensors["output.weight"], tensors["token_embd.weight"])
+
+    def test_nested_and_attributes(self):
+        class Attributed(OrderedDict):
+            """As state_dict() makes them: an OrderedDict with an attribute."""
+            def __reduce__(self):
+                return (OrderedDict, (), {"_metadata": {"": {"version": 1}}}, None,
+                        iter(self.items()))
+
+        value = Attributed(strided(self.sources["llama"]))
+        for nest in (lambda v: v, lambda v: {"epoch": 3, "state_dict": v, "best": None},
+                     lambda v: {"model": v, "lr": 1e-3, "names": ["a", "b", (1, 2, 3, 4)]},
+                     lambda v: {"optimizer": {"state": {0: {"step": 1 << 40, "on": True}}},
+                                "model": {"state_dict": dict(v)}}):
+            self.save(nest(value))
+            self.same()
+        value.update(epoch=3)
+        self.save(value)
+        self.refused("holds epoch, which is no tensor", "-o", self.out, "--llama",
+                     self.path("llama"))
+        for odd in ([1], None, {"state_dict": [value["model.norm.weight"]]}, {3: 4}):
+            self.save(odd)
+            self.refused("holds (no dictionary|state_dict|3)", "-o", self.out, "--llama",
+                         self.path("llama"))
+
+    def test_prefixes(self):
+        for part, tensors in self.sources.items():
+            for prefix in ("module.", "_orig_mod.", "model.", "vqgan.net."):
+                self.save(strided({prefix + name: t for name, t in tensors.items()}), part)
+                self.same(part)
+            self.save(strided(dict({"x." + name: t for name, t in tensors.items()},
+                                   y=("F32", [1], bytes(4)))), part)
+            self.refused("tensor y does not begin with x[.] as", "-o", self.out, "--" + part,
+                         self.path(part))
+
+    def test_inv_freq(self):
+        angles = Strided(Storage("F32", bytes(16)), [4])
+        value = strided(self.sources["llama"])
+        for n in range(2):
+            value["model.layers.%d.self_attn.rotary_emb.inv_freq" % n] = angles
+        self.save(value)
+        self.same()
+        value["model.layers.0.mlp.rotary_emb.inv_freq"] = angles
+        self.save(value)
+        self.refused("mlp.rotary_emb.inv_freq is unexpected", "-o", self.out, "--llama",
+                     self.path("llama"))
+
+    def test_shards(self):
+        names, where = sorted(self.sources["llama"]), {}
+        for n in range(3):
+            file = "pytorch_model-%05d-of-00003.bin" % (n + 1)
+            part = {name: self.sources["llama"][name] for name in names[n::3]}
+            where.update(dict.fromkeys(part, file))
+            self.save(strided(part), name=file)
+        self.refused("no pytorch_model.bin and no index", "-o", self.out, "--llama",
+                     self.path("llama"))
+        with open(self.path("llama", "pytorch_model.bin.index.json"), "w") as f:
+            json.dump({"metadata": {"total_size": 1}, "weight_map": where}, f)
+        self.same()
+        self.save(strided(self.sources["llama"]), name=file)
+        self.refused("as another shard does", "-o", self.out, "--llama", self.path("llama"))
+
+    def test_which_file(self):
+        value = strided(self.sources["vqgan"])
+        for name in ("diffusion_pytorch_model.bin", "last.ckpt", "vq.pt", "vq.pth", "weights.bin"):
+            path = self.save(value, "vqgan", name=name)
+            self.same("vqgan")
+            self.same("vqgan", path)
+            os.remove(path)
+        path = self.save(value, "vqgan", name="a.pt")
+        self.save(OrderedDict(), "vqgan", name="b.pt")
+        self.refused("holds a.pt and more", "-o", self.out, "--vqgan", self.path("vqgan"))
+        self.same("vqgan", path)
+        self.refused("also an input", "-o", path, "--vqgan", path, "--force", path=path)
+        save_safetensors(self.path("vqgan", "pytorch_model.safetensors"), self.sources["vqgan"])
+        self.same("vqgan")
+        for name in os.listdir(self.path("vqgan")):
+            os.remove(self.path("vqgan", name))
+        with open(self.path("vqgan", "model_config.pt"), "w"):
+            self.refused("convert2hf.py", "-o", self.out, "--vqgan", self.path("vqgan"))
+
+    def test_what_is_no_checkpoint(self):
+        path = self.path("llama", "pytorch_model.bin")
+        with zipfile.ZipFile(self.path("plain"), "w") as z:
+            z.writestr("a/b/data.pkl", b"N.")
+        with open(self.path("plain"), "rb") as f:
+            plain = f.read()
+        good = old_format(strided({"a": ("F32", [2], bytes(8))}))
+        for blob, message in (
+                (b"", "no checkpoint of PyTorch"), (b"\x93NUMPY", "no checkpoint of PyTorch"),
+                (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+                (plain, "none that torch.save wrote"), (plain[:-30], "without an end"),
+                (pickle.dumps({}, 2), "none that torch.save wrote"),
+                (good + b"\0", "where its pickle tells of"), (good[:-1], "tells of"),
+                (good[:-9], "not those that its pickle"), (good[:-17], "ends too early"),
+                (good.replace(b"little_endianq\2\x88", b"little_endianq\2\x89"), "big-endian")):
+            with open(path, "wb") as f:
+                f.write(blob)
+            self.refused(message, "-o", self.out, "--llama", self.path("llama"), path=path)
+        value = records(strided({"a": ("F32", [2], bytes(8))}))
+        for change, message in (
+                (value[:1] + [("archive/byteorder", b"big")] + value[2:], "big-endian"),
+                (value + [("x/data.pkl", b"N.")], "none that torch.save wrote"),
+                (value + value[2:3], "holds archive/data/0 twice"),
+                (value[:2], "storage 0, but there are none"),
+                (value[:2] + [("archive/data/0", bytes(12))], "needs 8 bytes .* there are 12"),
+                ([(value[0][0], b" " * (convert.MAX_HEADER + 1))], "a short record is expected")):
+            write_zip(path, change)
+            self.refused(message, "-o", self.out, "--llama", self.path("llama"), path=path)
+
+    def test_expanded_and_sliced(self):
+        """Few bytes that stand for many, and tensors that are a thin slice of much."""
+        value = strided(self.sources["llama"])
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            value[name] = Strided(Storage("F16", bytes(64)), [1 << 30, 32], [0, 1])
+        self.save(value)
+        for tied in (False, True):              # equal, which would take long to find out
+            with open(self.path("llama", "config.json"), "w") as f:
+                json.dump(dict(LLAMA, vocab_size=1 << 30, tie_word_embeddings=tied), f)
+            self.refused("far more than the", "-o", self.out, "--llama", self.path("llama"))
+        with open(self.path("llama", "config.json"), "w") as f:
+            json.dump(LLAMA, f)
+        value = strided(self.sources["llama"])
+        value["model.norm.weight"] = Strided(Storage("F16", bytes(1 << 21)), [32], [1 << 15])
+        self.save(value)
+        self.refused("model.norm.weight is a small part", "-o", self.out, "--llama",
+                     self.path("llama"))
+        value["model.norm.weight"] = Strided(Storage("F16", bytes(64)), [32], [0])
+        self.save(value)
+        self.good("-o", self.out, "--llama", self.path("llama"))
+        self.assertEqual(load_gguf(self.out)[1]["output_norm.weight"][2], bytes(128))
+
+
+class DeLVM(Case):
+    """InternLM's class as DeLVM's tools export it: LLaMA with four biases a layer."""
+
+    CONFIG = dict({k: v for k, v in LLAMA.items() if k not in (
+        "num_key_value_heads", "rope_theta", "bos_token_id", "eos_token_id")},
+        architectures=["InternLMForCausalLM"], model_type="internlm", bias=True, use_cache=True,
+        auto_map={"AutoConfig": "modeling_internlm.InternLMConfig"})
+
+    def test_export(self):
+        tensors = fill(llama_shapes(dict(LLAMA, num_key_value_heads=4), "qkvo"), "F16")
+        for n in range(2):
+            tensors["model.layers.%d.self_attn.rotary_emb.inv_freq" % n] = ("F16", [4], bytes(8))
+        folder = save(self.path("delvm"), self.CONFIG, {})
+        os.remove(os.path.join(folder, "model.safetensors"))
+        write_zip(os.path.join(folder, "pytorch_model.bin"), records(strided(tensors)))
+        _, err = self.good("-o", self.out, "--llama", folder)
+        self.assertEqual(err, "")
+        keys, made = load_gguf(self.out)
+        self.assertEqual(keys["lvm.rope.freq_base"], 10000.0)
+        self.assertNotIn("lvm.bos_token_id", keys)
+        self.assertEqual(len([n for n in made if n.endswith(".bias")]), 8)
+        self.good(self.out, "--to-hf", self.path("hf"))
+        back = load_safetensors(self.path("hf", "llama", "model.safetensors"))
+        for name in back:
+            self.assertEqual(back[name], tensors[name], name)
+        config = self.config_back("llama")
+        self.assertEqual((config["architectures"], config["attention_bias"]),
+                         (["LlamaForCausalLM"], True))
+
+    def test_refusals(self):
+        tensors = fill(llama_shapes(dict(LLAMA, num_key_value_heads=4)), "F16")
+        for n, (message, change) in enumerate((
+                ('InternLMForCausalLM.* of type "vit"', {"model_type": "vit", "norm_eps": 1e-6}),
+                ('"Other"', {"architectures": ["Other"]}),
+                ('of type "llama"', {"model_type": "llama"}),
+                ("rotary is .*dynamic", {"rotary": {"base": 10000, "type": "dynamic"}}),
+                ("rope_theta is 500.0", {"rope_theta": 500.0}),
+                ("bias is 3", {"bias": 3}), ("promises attention biases", {}))):
+            folder = save(self.path(str(n)), dict(self.CONFIG, **change), tensors)
+            self.refused(message, "-o", self.out, "--llama", folder, path=folder)
+        folder = save(self.path("none"), dict(self.CONFIG, bias=False, architectures=None), tensors)
+        self.good("-o", self.out, "--llama", folder)
+
+
 # ---- quantised tensors back to floats ------------------------------------------------------------
 
 
@@ -655,8 +1075,6 @@ class Refusals(Case):
         with open(self.path("a", "config.json"), "w") as f:
             f.write("{}")
         self.refused("holds no model.safetensors", "-o", self.out, "--llama", self.path("a"))
-        with open(self.path("a", "pytorch_model.bin"), "w"):
-            self.refused("safe_serialization", "-o", self.out, "--llama", self.path("a"))
 
     def test_json(self):
         folder = self.llama()
@@ -859,6 +1277,540 @@ class Damage(Case):
         self.refused("version 2", path, "--to-hf", self.path("hf"), path=path)
 
 
+class Hostile(Case):
+    """Pickles and archives made to do harm: one message each."""
+
+    def setUp(self):
+        super().setUp()
+        self.folder = self.llama(num_hidden_layers=1)
+        os.remove(os.path.join(self.folder, "model.safetensors"))
+        self.file = os.path.join(self.folder, "pytorch_model.bin")
+
+    def refuses(self, message, blob=None):
+        if blob is not None:
+            with open(self.file, "wb") as f:
+                f.write(blob)
+        return self.refused(message, "-o", self.out, "--llama", self.folder, path=self.file)
+
+    def refuses_pickle(self, message, text):
+        write_zip(self.file, [("a/data.pkl", text), ("a/data/0", bytes(8))])
+        self.refuses(message)
+
+    def test_programs_in_pickles(self):
+        marker = self.path("marker")
+        shell = b"X" + struct.pack("<I", len(marker) + 6) + b"touch " + marker.encode()
+        for text, message in (
+                (b"cos\nsystem\n" + shell + b"\x85R.", "asks for os.system"),
+                (b"\x80\4\x8c\2os\x8c\6system\x93" + shell + b"\x85R.", "asks for os.system"),
+                (b"cbuiltins\neval\n.", "asks for builtins.eval"),
+                (b"ctorch\nload\n.", "asks for torch.load"),
+                (b"ctorch.storage\n_load_from_bytes\n.", "asks for torch.storage._load_from"),
+                (b"c" + b"x" * 300 + b"\n\n.", "ends too early"),
+                (b"c\x1b[2J\nx\n.", r"asks for '\\x1b\[2J.x'"),
+                (b"(" + shell + b"ios\nsystem\n.", "operation 'i'"),
+                (b"(cos\nsystem\n" + shell + b"o.", "asks for os.system"),
+                (b"ccollections\nOrderedDict\n)\x81.", r"operation '\\x81'"),
+                (b"\x82\1.", r"operation '\\x82'"), (b"I1\n.", "operation 'I'"),
+                (b"L9999999L\n.", "operation 'L'"),
+                (b"\x8b\xff\xff\xff\x7f.", r"operation '\\x8b'"),
+                (b"Pkey\n.", "operation 'P'"), (b"\x97.", r"operation '\\x97'"),
+                (b"ccollections\nOrderedDict\n(K\1tR.", "a call that no checkpoint"),
+                (b"ctorch\nFloatStorage\n)R.", "a call that no checkpoint"),
+                (b"K\1)R.", "a call that no checkpoint"),
+                (b"ctorch._utils\n_rebuild_parameter\n(NNNtR.", "a call that no checkpoint"),
+                (b"K\1\x8c\1x\x93.", "by no string"), (b"NNb.", "takes NoneType for dict"),
+                (b"K\1K\2a.", "takes int for list")):
+            with self.subTest(text):
+                self.refuses_pickle(message, text)
+        self.assertFalse(os.path.exists(marker))
+
+    def test_broken_pickles(self):
+        storage = b"(X\7\0\0\0storagectorch\nFloatStorage\nX\1\0\0\0" + b"0X\3\0\0\0cpuK\2tQ"
+        rebuild = b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage
+        tensor = rebuild + b"K\0K\2\x85K\1\x85\x89NtR"
+        for text, message in (
+                (b"", "ends too early"), (b".", "empty stack"), (b"(.", "empty stack"),
+                (b"t.", "empty stack"), (b"N(\x85.", "empty stack"), (b"K", "ends too early"),
+                (b"h\0.", "never kept"), (b"q\0N.", "empty stack"), (b"\x80\6N.", "protocol"),
+                (b"\x8c\1\xff.", "not UTF-8"), (b"X\xff\xff\xff\xffx.", "ends too early"),
+                (b"\x8d" + b"\xff" * 8 + b"x.", "ends too early"),
+                (b"\x8e" + b"\xff" * 8 + b"x.", "ends too early"), (b"}Ns.", "empty stack"),
+                (b"}(Nu.", "without a value"), (b"}(NNu.", "neither a name nor"),
+                (b"}()Nu.", "neither a name nor"), (b"}G" + b"\0" * 8 + b"Ns.", "neither a name"),
+                (b"}J\0\0\0\x80Ns.", "neither a name nor"), (b"}\x8c\1xN\x8c\1xN(u.", "dict"),
+                (b"}(\x8c\1xN\x8c\1xNu.", "has x twice"), (b"}(K\1N\x88Nu.", "has True twice"),
+                (b"NQ.", "other than a storage"), (b")Q.", "other than a storage"),
+                (storage.replace(b"K\2", b"J\xff\xff\xff\xff"), "a storage wrongly"),
+                (storage.replace(b"ctorch\nFloatStorage\n", b"N"), "a storage wrongly"),
+                (storage.replace(b"ctorch\nFloatStorage\n",
+                                 b"ccollections\nOrderedDict\n"), "a storage wrongly"),
+                (storage + storage.replace(b"K\2", b"K\3"), "storage 0 in two ways"),
+                (rebuild + b"K\1K\2\x85K\1\x85\x89NtR.", r"tensor \[2\] outside its"),
+                (rebuild + b"K\0K\2\x85J\xff\xff\xff\xff\x85\x89NtR.", "a tensor wrongly"),
+                (rebuild + b"K\0K\2\x85)\x89NtR.", "a tensor wrongly"),
+                (rebuild + b"K\0K\2K\1\x89NtR.", "a tensor wrongly"),
+                (rebuild + b"\x88K\2\x85K\1\x85\x89NtR.", "a tensor wrongly"),
+                (rebuild + b"K\0(" + b"K\1" * 9 + b"t(" + b"K\1" * 9 + b"t\x89NtR.",
+                 "a tensor wrongly"),
+                (b"(" + tensor + b"l.", "operation 'l'"), (tensor + b".", "no dictionary"),
+                (b"}q\0\x8c\1xh\0s.", "holds x, which is no tensor"),
+                (b"}\x8c\5modelh\0s.", "never kept"), (b"}q\0\x8c\5modelh\0s.", "holds model"),
+                (b"}X\1\0\0\0a" + tensor + b"s.", "not those that its configuration")):
+            with self.subTest(text):
+                if "configuration" in message:
+                    write_zip(self.file, [("a/data.pkl", text), ("a/data/0", bytes(8))])
+                    self.refused(message, "-o", self.out, "--llama", self.folder)
+                else:
+                    self.refuses_pickle(message, text)
+
+    def test_bombs(self):
+        """Each in a process of its own with 400 MB of addresses and 20 s."""
+        n = convert.MAX_STEPS
+        deep = b"]" * (n // 2 - 9) + b"a" * (n // 2 - 10) + b"."
+        chain = b"N" + b"\x85" * (n - 3) + b"."
+        memo = b"}" + b"".join(b"r" + struct.pack("<I", 4096 * i) for i in range(n // 2)) + b"."
+        keys = b"}(" + b"".join(b"J" + struct.pack("<i", i) + b"N" for i in range(n // 3)) + b"u."
+        wide = b"}(" + b"\x8c\1aN" * (n // 3) + b"u."
+        zeros = zlib.compress(bytes(1 << 26), 9)[2:-4]
+        tensors = fill(llama_shapes(dict(LLAMA, num_hidden_layers=1)), "F16")
+        cases = [([("a/data.pkl", text)], message) for text, message in (
+            (deep, "no dictionary"), (chain, "no dictionary"), (memo, "holds no|not those"),
+            (keys, "holds 0, which"), (wide, "has a twice"), (b"]" * (n + 9), "operations"),
+            (b"(" * (n + 9), "operations"), (b"]" * (convert.MAX_HEADER - 9), "operations"))]
+        for entries, message in cases:
+            with self.subTest(message):
+                write_zip(self.file, entries)
+                self.limited(message)
+        entries = records(strided(tensors))
+        write_zip(self.file, entries[:2] + [(entries[2][0], bytes(1 << 26))], deflate=True)
+        self.limited("needs .* bytes as storage")
+        with open(self.file, "wb") as f:        # a pickle of 64 MB in 64 KB
+            name = b"a/data.pkl"
+            f.write(struct.pack("<4s5H3I2H", b"PK\3\4", 0, 0, 8, 0, 0, 0, len(zeros), 1 << 20,
+                                len(name), 0) + name + zeros)
+            pos = f.tell()
+            f.write(struct.pack("<4s6H3I5H2I", b"PK\1\2", 0, 0, 0, 8, 0, 0, 0, len(zeros), 1 << 20,
+                                len(name), 0, 0, 0, 0, 0, 0) + name)
+            f.write(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, 1, 1, 46 + len(name), pos, 0))
+        self.limited("operation")
+
+    def limited(self, message):
+        code = ("import resource, sys; sys.path.insert(0, %r); sys.dont_write_bytecode = True\n"
+                "resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))\n"
+                "import convert; sys.exit(convert.main(sys.argv[1:]))" % TOP)
+        done = subprocess.run([sys.executable, "-c", code, "-o", self.out, "--llama", self.folder],
+                              capture_output=True, check=False, timeout=20)
+        err = done.stderr.decode()
+        self.assertEqual((done.returncode, done.stdout), (1, b""), err)
+        self.assertRegex(err, message)
+        self.assertTrue(err.startswith("convert.py: " + self.folder), err)
+        self.assertNotIn("memory", err)
+
+    def test_broken_archives(self):
+        """Changes in one place of a good archive, found by its bytes."""
+        tensors = fill(llama_shapes(dict(LLAMA, num_hidden_layers=1)), "F16")
+        write_zip(self.file, records(strided(tensors)), wide=True)
+        with open(self.file, "rb") as f:
+            good = f.read()
+        at, end = good.index(b"PK\1\2"), good.index(b"PK\6\6")
+        second = good.index(b"PK\1\2", at + 1)
+        header = good.index(b"PK\3\4", 1)
+        name = good[at + 46:at + 46 + 16]
+        big = struct.pack("<Q", 1 << 63)
+        for place, data, message in (
+                (at, b"XX", "directory is damaged"), (at + 8, b"\1", "encrypted or patched"),
+                (at + 10, b"\14", "unknown way"), (at + 10, b"\10", "another in its own header"),
+                (at + 28, b"\xff\xff", "directory is damaged|is damaged"),
+                (at + 46 + 16 + 4, big, "unknown way"), (at + 46 + 16 + 20, big, "is damaged"),
+                (at + 46 + 16 + 20, struct.pack("<Q", header), "another in its own header"),
+                (second + 46, name, "twice|another in its own"),
+                (header, b"XX", "is damaged"), (header + 30, b"zz", "another in its own header"),
+                (header + 28, b"\xff\xff", "overlaps another"),
+                (end, b"XX", "end is damaged"), (end + 32, big, "cannot fit"),
+                (end + 40, big, "cannot fit"), (end + 48, big, "cannot fit"),
+                (end + 32, struct.pack("<Q", 1), "none that torch.save|there are none"),
+                (len(good) - 22, b"XX", "without an end"), (len(good) - 34, big, "end is damaged")):
+            with self.subTest(place=place, data=data):
+                changed = bytearray(good)
+                changed[place:place + len(data)] = data
+                self.refuses(message, bytes(changed))
+        write_zip(self.file, records(strided(tensors)), deflate=True)
+        with open(self.file, "rb") as f:
+            packed = bytearray(f.read())
+        at = packed.index(b"archive/data/3") + len(b"archive/data/3")
+        packed[at + 40:at + 4000] = b"\xff" * 3960
+        self.refuses("damaged|less compressed", bytes(packed))
+
+    def test_storage_shared_by_all(self):
+        """What 200 layers of one storage would write is refused before anything is."""
+        config = dict(LLAMA, num_hidden_layers=200)
+        with open(os.path.join(self.folder, "config.json"), "w") as f:
+            json.dump(config, f)
+        storage = Storage("F16", bytes(2 * 80 * 32))
+        value = {name: Strided(storage, shape) for name, shape in llama_shapes(config).items()}
+        write_zip(self.file, records(value))
+        self.refused("would take .* bytes, far more", "-o", self.out, "--llama", self.folder)
+
+
+# ---- mutations -----------------------------------------------------------------------------------
+
+
+WEIRD = (None, True, False, -1, 0, 1, 2, 3, 7, 1 << 31, 1 << 63, 10 ** 30, 0.5, 1e308,
+         float("nan"), "", "x", "\0", "../x", [], {}, [[]], [1, 2], [1 << 62, 4], {"a": 1},
+         "F32", "F64", "BF16")
+NUMBERS = (0, 1, 2, 7, 8, 31, 32, 63, 64, 127, 128, 255, 256, 0x7FFF, 0xFFFF, 1 << 31,
+           (1 << 32) - 1, 1 << 62, 1 << 63, (1 << 64) - 1)
+OPERATIONS = (b"(", b")", b"]", b"}", b"N", b"\x88", b"K\1", b"J\xff\xff\xff\xff", b"t", b"\x85",
+              b"\x86", b"\x87", b"R", b"b", b"s", b"u", b"a", b"e", b"Q", b"q\0", b"h\0", b"h\1",
+              b"r\xff\xff\xff\xff", b"\x94", b"\x93", b"cos\nsystem\n", b"ctorch\nHalfStorage\n",
+              b"ccollections\nOrderedDict\n", b"X\1\0\0\0x", b"\x8c\7storage", b"2", b"0", b"1",
+              b"\x8a\x09" + b"\xff" * 9, b"\x8b\xff\xff\xff\x7f", b"\x8e" + b"\xff" * 8, b".",
+              b"(" * 999, b"]" * 999, b"\x85" * 999, b"ctorch.storage\nUntypedStorage\n", b"\x81")
+
+
+def mutate_bytes(rng, data, ends):
+    """A few random changes, most of them in front of ends."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
+        at = rng.randrange(min(ends, len(data)) if rng.random() < 0.8 and ends else len(data) + 1)
+        kind = rng.randrange(9)
+        if kind < 3 and at < len(data):
+            data[at] = data[at] ^ 1 << rng.randrange(8) if kind else rng.randrange(256)
+        elif kind < 6:
+            size = rng.choice((1, 2, 4, 8))
+            number = rng.choice(NUMBERS) & (1 << 8 * size) - 1
+            data[at:at + size] = number.to_bytes(size, "little")
+        elif kind == 6:
+            del data[at:at + rng.choice((1, 2, 8, 100))]
+        elif kind == 7:
+            start = rng.randrange(len(data) + 1)
+            data[at:at] = data[start:start + rng.choice((1, 4, 40, 400))]
+        else:
+            del data[at if rng.random() < 0.3 else len(data) - rng.randrange(1, 99):]
+        if not data:
+            break
+    return bytes(data)
+
+
+def mutate_json(rng, data, _):
+    """Another value, name or absence somewhere in a JSON text."""
+    value = json.loads(data)
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = value
+        while True:
+            key = rng.choice(list(at) if isinstance(at, dict) else range(len(at)))
+            if not (isinstance(at[key], (dict, list)) and at[key] and rng.random() < 0.8):
+                break
+            at = at[key]
+        kind = rng.randrange(4)
+        if kind == 0 and len(at) > 1:
+            del at[key]
+        elif kind == 1 and isinstance(at, dict):
+            at[rng.choice(("x", "", "\x1b", key + key))] = at[key]
+        elif kind == 2 and isinstance(at[key], (int, float)):
+            at[key] = at[key] * 2 if rng.random() < 0.5 else rng.choice(NUMBERS)
+        else:
+            at[key] = copy.deepcopy(rng.choice(WEIRD))
+    return json.dumps(value).encode()
+
+
+def mutate_pickle(rng, data, _):
+    """Operations left out, repeated, swapped or added."""
+    places = [pos for _, _, pos in pickletools.genops(data)] + [len(data)]
+    parts = [data[a:b] for a, b in zip(places, places[1:])]
+    for _ in range(rng.choice((1, 1, 2, 4))):
+        at = rng.randrange(len(parts))
+        kind = rng.randrange(5)
+        if kind == 0:
+            del parts[at]
+        elif kind == 1:
+            other = rng.randrange(len(parts))
+            parts[at], parts[other] = parts[other], parts[at]
+        elif kind == 2:
+            parts[at] = mutate_bytes(rng, parts[at], 0)
+        else:
+            parts.insert(at, rng.choice(OPERATIONS) if kind == 3 else rng.choice(parts))
+        parts = parts or [b"."]
+    return b"".join(parts)
+
+
+class Rereader(pickle._Unpickler):
+    """Python's own machine says what a pickle holds; only for what convert.py accepted."""
+
+    def find_class(self, module, name):
+        if name == "OrderedDict":
+            return OrderedDict
+        if name == "_rebuild_tensor_v2":
+            return lambda storage, offset, shape, strides, *_: (storage, offset, shape, strides)
+        return (lambda data, *_: data) if name == "_rebuild_parameter" else name
+
+    def persistent_load(self, pid):
+        return pid[1], pid[2]
+
+
+def elements(tensor, raws):
+    """(type, bytes) of what Rereader gives for a tensor."""
+    (kind, key), offset, shape, strides = tensor
+    dtype = {v: k for k, v in STORAGES.items()}[kind]
+    size, places = SIZE[dtype], [offset]
+    for n, stride in zip(shape, strides):
+        places = [at + i * stride for at in places for i in range(n)]
+    return dtype, b"".join(raws[key][at * size:at * size + size] for at in places)
+
+
+def torch_tensors(path):
+    """{name: (type, bytes)} of a file of torch.save, by zipfile and pickle."""
+    with open(path, "rb") as f:
+        if f.read(2) == b"PK":
+            with zipfile.ZipFile(path) as z:
+                top = [name for name in z.namelist() if name.endswith("/data.pkl")][0][:-8]
+                value = Rereader(z.open(top + "data.pkl")).load()
+                raws = {name[len(top) + 5:]: z.read(name) for name in z.namelist()}
+        else:
+            f.seek(0)
+            for _ in range(3):
+                Rereader(f).load()
+            value, keys, raws = Rereader(f).load(), Rereader(f).load(), {}
+            rest, sizes = f.read(), storage_sizes(value)
+            for key in keys:
+                raws[key] = rest[8:8 + struct.unpack("<Q", rest[:8])[0] * sizes[key]]
+                rest = rest[8 + len(raws[key]):]
+    for key in ("state_dict", "model_state_dict", "model", "module") * 2:
+        value = value[key] if isinstance(value.get(key), dict) else value
+    return {name: elements(t, raws) for name, t in value.items()}
+
+
+def storage_sizes(value):
+    return {t[0][1]: SIZE[{v: k for k, v in STORAGES.items()}[t[0][0]]] for t in value.values()}
+
+
+def wide(dtype, raw):
+    """The values as F32."""
+    if dtype == "F16":
+        return struct.pack("<%df" % (len(raw) // 2), *struct.unpack("<%de" % (len(raw) // 2), raw))
+    if dtype == "BF16":
+        return b"".join(b"\0\0" + raw[i:i + 2] for i in range(0, len(raw), 2))
+    return raw
+
+
+class Fuzzer:
+    """Damages each kind of input in turn. Every run must end in one message about that input and
+    leave nothing behind, or in a result that an independent reading of the input confirms."""
+
+    def __init__(self, case):
+        self.case, self.kinds, self.verdicts = case, [], 0
+        config = dict(LLAMA, hidden_size=8, intermediate_size=4, num_hidden_layers=1,
+                      num_attention_heads=2, num_key_value_heads=1, vocab_size=6)
+        tensors = fill(llama_shapes(config), "F16")
+        value = strided(dict(tensors, **{"model.layers.0.self_attn.rotary_emb.inv_freq":
+                                         ("F32", [2], bytes(8))}))
+        folder = save(case.path("st"), config, tensors)
+        self.add("safetensors", os.path.join(folder, "model.safetensors"), mutate_bytes, 2000)
+        self.add("config", os.path.join(folder, "config.json"), mutate_json)
+        self.add("config bytes", os.path.join(folder, "config.json"), mutate_bytes)
+        self.add_header(os.path.join(folder, "model.safetensors"))
+        self.add_index(config, tensors)
+        for name, how in (("zip", {}), ("wide", {"wide": True}), ("deflated", {"deflate": True})):
+            path = self.torch_folder(name, config)
+            write_zip(path, records(value), **how)
+            self.add(name, path, mutate_zip)
+        entries = records({"model": value, "epoch": 3}, 4)
+        path = self.torch_folder("pickle", config)
+        write_zip(path, entries)
+        self.add("pickle", path, lambda rng, _, ends: mutate_pickle(rng, entries[0][1], ends),
+                 pack=lambda text: write_zip(path, [(entries[0][0], text)] + entries[1:]))
+        old = self.torch_folder("old", config)
+        with open(old, "wb") as f:
+            f.write(old_format(value))
+        self.add("old", old, mutate_bytes, 3000)
+        self.add_others(folder, config)
+
+    def add(self, name, path, mutate, ends=0, pack=None):
+        argv = ("-o", self.case.out, "--quiet", "--llama", os.path.dirname(path))
+        with open(path, "rb") as f:
+            self.kinds.append((name, path, f.read(), argv, mutate, ends, pack))
+
+    def torch_folder(self, name, config):
+        folder = save(self.case.path(name), config, {})
+        os.remove(os.path.join(folder, "model.safetensors"))
+        return os.path.join(folder, "pytorch_model.bin")
+
+    def add_header(self, path):
+        """The JSON of a safetensors file, with its length made right again."""
+        with open(path, "rb") as f:
+            blob = f.read()
+        end = 8 + struct.unpack("<Q", blob[:8])[0]
+
+        def pack(text):
+            with open(path, "wb") as f:
+                f.write(struct.pack("<Q", len(text)) + text + blob[end:])
+        self.add("header", path, lambda rng, *_: mutate_json(rng, blob[8:end], 0), pack=pack)
+
+    def add_index(self, config, tensors):
+        folder = save(self.case.path("shards"), config, {})
+        os.remove(os.path.join(folder, "model.safetensors"))
+        where = {}
+        for n in range(2):
+            file = "model-%d.safetensors" % n
+            part = {name: tensors[name] for name in sorted(tensors)[n::2]}
+            save_safetensors(os.path.join(folder, file), part)
+            where.update(dict.fromkeys(part, file))
+        index = os.path.join(folder, "model.safetensors.index.json")
+        with open(index, "w") as f:
+            json.dump({"metadata": {"total_size": 1}, "weight_map": where}, f)
+        self.add("index", index, mutate_json)
+        self.add("index bytes", index, mutate_bytes)
+
+    def add_others(self, folder, config):
+        """A weights file, of which --to-hf reads, and the tokenizer's config.json."""
+        self.case.good("-o", self.case.path("in.bin"), "--llama", folder)
+        self.add("gguf", self.case.path("in.bin"), mutate_bytes, 2600)
+        self.kinds[-1] = self.kinds[-1][:3] + ((self.case.path("in.bin"), "--to-hf", self.case.path(
+            "hf"), "--quiet"),) + self.kinds[-1][4:]
+        vqgan = dict(VQGAN, channel_mult=[1, 1], attn_resolutions=[], no_attn_mid_block=True)
+        path = os.path.join(save(self.case.path("vqgan"), vqgan, fill(vqgan_shapes(vqgan), "F16")),
+                            "config.json")
+        self.add("vqgan config", path, mutate_json)
+        argv = ("-o", self.case.out, "--quiet", "--vqgan", self.case.path("vqgan"))
+        self.kinds[-1] = self.kinds[-1][:3] + (argv,) + self.kinds[-1][4:]
+
+    def run(self, count, seed):
+        """So many executions; the first fault ends them with an AssertionError that names it."""
+        self.before = sorted(os.listdir(self.case.dir))
+        for n in range(count):
+            rng = random.Random("%s %s" % (seed, n))
+            name, path, original, argv, mutate, ends, pack = self.kinds[n % len(self.kinds)]
+            data = mutate(rng, original, ends or len(original))
+            if pack:
+                pack(data)
+            else:
+                with open(path, "wb") as f:
+                    f.write(data)
+            try:
+                self.one(path, argv)
+            except BaseException as fault:
+                if isinstance(fault, KeyboardInterrupt):
+                    raise
+                raise AssertionError("%s, seed %s, execution %d" % (name, seed, n)) from fault
+            with open(path, "wb") as f:
+                f.write(original)
+
+    def one(self, path, argv):
+        signal.alarm(20)
+        status, out, err = self.case.run_main(*argv)
+        signal.alarm(0)
+        left = sorted(os.listdir(self.case.dir))
+        if status:
+            assert status == 1 and out == "" and left == self.before, (status, out, left, err)
+            assert err.startswith("convert.py: " + self.case.dir) and "memory" not in err, err
+            return
+        assert out and not err, err
+        self.confirm(path, argv)
+        for name in set(os.listdir(self.case.dir)) - set(self.before):
+            (shutil.rmtree if os.path.isdir(self.case.path(name)) else os.remove)(
+                self.case.path(name))
+
+    def confirm(self, path, argv):
+        hf = self.case.path("hf")
+        if "--to-hf" in argv:
+            self.case.good("-o", self.case.out, "--llama", os.path.join(hf, "llama"), "--quiet")
+            both = [{name: wide({0: "F32", 1: "F16", 30: "BF16"}.get(kind), raw)
+                     for name, (kind, _, raw) in load_gguf(file, False)[1].items()}
+                    for file in (path, self.case.out)]
+            assert both[0] == both[1]
+            self.verdicts += 1
+            return
+        keys, _ = load_gguf(self.case.out)
+        self.confirm_config(keys, os.path.join(argv[-1], "config.json"))
+        self.case.good(self.case.out, "--to-hf", hf, "--quiet")
+        part = argv[-2].strip("-")
+        back = load_safetensors(os.path.join(hf, part, "model.safetensors"))
+        try:
+            source = self.independent(argv[-1])
+        except self.NO_VERDICT:
+            return
+        for name, (dtype, raw) in source.items():
+            found = [b for b in back if name == b or name.endswith("." + b)]
+            assert len(found) == 1 or name.endswith("inv_freq"), (name, found)
+            if found:
+                tensor = back.pop(found[0])
+                assert wide(tensor[0], tensor[2]) == wide(dtype, raw), name
+        assert not back, sorted(back)
+        self.verdicts += 1
+
+    def independent(self, folder):
+        tensors = {}
+        for name in os.listdir(folder):
+            path = os.path.join(folder, name)
+            if name.endswith(".safetensors"):
+                tensors.update((n, t[::2]) for n, t in load_safetensors(path).items())
+            elif name.endswith(".bin"):
+                tensors.update(torch_tensors(path))
+        return tensors
+
+    # what Python's own modules refuse although convert.py need not, such as a wrong checksum
+    NO_VERDICT = (zipfile.BadZipFile, NotImplementedError, pickle.UnpicklingError, zlib.error,
+                  UnicodeDecodeError, AttributeError)
+
+    def confirm_config(self, keys, path):
+        with open(path) as f:
+            config = json.load(f)
+        for hf, gguf in (("hidden_size", "embedding_length"), ("vocab_size", "vocab_size"),
+                         ("num_attention_heads", "attention.head_count"),
+                         ("max_position_embeddings", "context_length"),
+                         ("rope_theta", "rope.freq_base"), ("resolution", "vq.resolution"),
+                         ("rms_norm_eps", "attention.layer_norm_rms_epsilon"),
+                         ("channel_mult", "vq.channel_mult")):
+            if "lvm." + gguf in keys and config.get(hf) is not None:
+                value = config[hf]
+                if gguf.startswith(("rope", "attention.layer")):
+                    value = struct.unpack("<f", struct.pack("<f", value))[0]
+                assert keys["lvm." + gguf] == value, (hf, value)
+
+
+def mutate_zip(rng, data, _):
+    """Most changes go to the pickle, the headers and the directory, which is at the end."""
+    if rng.random() < 0.5:
+        return mutate_bytes(rng, data, 3000)
+    at = data.index(b"PK\1\2")
+    return data[:at] + mutate_bytes(rng, data[at:], 0)
+
+
+def fuzz(count, seed):
+    """python3 tests/test_convert.py --fuzz EXECUTIONS [SEED]: in 600 MB of addresses."""
+    resource.setrlimit(resource.RLIMIT_AS, (600 << 20, 600 << 20))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64 << 20, 64 << 20))
+    signal.signal(signal.SIGALRM, hung)
+    os.fsync = lambda fd: None
+    if os.path.isdir("/dev/shm"):
+        tempfile.tempdir = "/dev/shm"
+    case = Case()
+    case.setUp()
+    start = time.process_time()
+    fuzzer = Fuzzer(case)
+    try:
+        fuzzer.run(count, seed)
+    except AssertionError as fault:
+        traceback.print_exception(type(fault), fault, fault.__traceback__, file=sys.stdout)
+        print("fuzz: the input is in %s" % case.dir)
+        return 1
+    case.doCleanups()
+    print("fuzz: %d executions, %d results confirmed, %.0f s of processor time, no finding"
+          % (count, fuzzer.verdicts, time.process_time() - start))
+    return 0
+
+
+def hung(*_):
+    raise TimeoutError("no end after 20 s")
+
+
+class Mutations(unittest.TestCase):
+    def test_some(self):
+        done = subprocess.run([sys.executable, os.path.abspath(__file__), "--fuzz", "1500", "1"],
+                              capture_output=True, check=False)
+        self.assertEqual((done.returncode, done.stderr), (0, b""), done.stdout)
+
+
 # ---- quantising and memory -----------------------------------------------------------------------
 
 
@@ -927,5 +1879,68 @@ class Program(Case):
         self.assertGreater(os.path.getsize(self.out), 134e6)
 
 
+# ---- side by side with llama.cpp -----------------------------------------------------------------
+
+
+class LlamaCpp(Case):
+    """tests/bench/make_gguf.py: the numbers of the weights file, Q and K in another order."""
+
+    def make(self, *argv):
+        command = [sys.executable, os.path.join(TOP, "tests", "bench", "make_gguf.py"), *argv]
+        return subprocess.run(command, capture_output=True, check=False, text=True)
+
+    def order(self, rows):
+        """Where the rows of heads of 8 come from."""
+        return [head + n // 2 + n % 2 * 4 for head in range(0, rows, 8) for n in range(8)]
+
+    def test_file(self):
+        self.good("-o", self.out, "--llama", self.llama(biases="qkvo", attention_bias=True),
+                  "--vqgan", self.vqgan(), "--bos", "70")
+        done = self.make(self.out, self.path("x.gguf"))
+        self.assertEqual((done.returncode, done.stdout, done.stderr),
+                         (0, self.path("x.gguf") + "\n", ""))
+        keys, tensors = load_gguf(self.out)
+        made_keys, made = load_gguf(self.path("x.gguf"))
+        self.assertEqual(made.keys(), {n for n in tensors if not n.startswith("vq.")})
+        for name, (kind, dims, raw) in made.items():
+            old = tensors[name][2]
+            if ".attn_q." in name or ".attn_k." in name:
+                size = len(old) // dims[-1]
+                old = b"".join(old[r * size:r * size + size] for r in self.order(dims[-1]))
+                self.assertNotEqual(raw, tensors[name][2])
+            self.assertEqual((kind, dims, raw), tensors[name][:2] + (old,), name)
+        self.assertEqual(made_keys["general.architecture"], "llama")
+        for name in ("embedding_length", "block_count", "attention.head_count_kv",
+                     "rope.freq_base", "attention.layer_norm_rms_epsilon"):
+            self.assertEqual(made_keys["llama." + name], keys["lvm." + name])
+        self.assertEqual((made_keys["llama.rope.dimension_count"],
+                          made_keys["tokenizer.ggml.bos_token_id"]), (8, 70))
+        words = made_keys["tokenizer.ggml.tokens"]
+        self.assertEqual((len(set(words)), words[10], len(made_keys["tokenizer.ggml.token_type"])),
+                         (80, "<0x0A>", 80))
+
+    def test_quantised_rows(self):
+        rng = random.Random(4)
+        blocks = [struct.pack("<e32b", 0.5, *[rng.randint(-9, 9) for _ in range(32)])
+                  for _ in range(16)]
+        self.good("-o", self.out, "--llama", self.llama())
+        Quantised.rewrite(self, "blk.0.attn_k.weight", 8, b"".join(blocks))
+        self.assertEqual(self.make(self.out, self.path("x.gguf")).returncode, 0)
+        made = load_gguf(self.path("x.gguf"))[1]["blk.0.attn_k.weight"]
+        self.assertEqual(made, (8, [32, 16], b"".join(blocks[r] for r in self.order(16))))
+
+    def test_refusals(self):
+        self.good("-o", self.out, "--vqgan", self.vqgan())
+        done = self.make(self.out, self.path("x.gguf"))
+        self.assertEqual(done.returncode, 1)
+        self.assertIn("make_gguf.py: %s: lvm.context_length is missing" % self.out, done.stderr)
+        self.good("-o", self.out, "--llama", self.llama(), "--force")
+        self.assertIn("also an input", self.make(self.out, self.out, "--force").stderr)
+        self.assertIn("--force", self.make(self.out, self.path("vqgan", "config.json")).stderr)
+        self.assertEqual(self.make().returncode, 2)
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["--fuzz"]:
+        sys.exit(fuzz(int(sys.argv[2]), (sys.argv[3:] or ["1"])[0]))
     unittest.main()
