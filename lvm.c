@@ -65,7 +65,7 @@
    Ownership. You own what you pass in; lvm_image.rgb that lvm filled is released by lvm_image_free.
 
    Memory comes from calloc and goes to free, or to the two functions that LVM_CALLOC(count, size)
-   and LVM_FREE(pointer) name where this file is compiled. Threads of a context call LVM_FREE too.
+   and LVM_FREE(pointer) name where lvm.c is compiled. Threads of a context call LVM_FREE too.
 
    Versions. Option structs carry their own size: fill them with lvm_default_options() or
    lvm_default_sampling(), then change what you need. */

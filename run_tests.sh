@@ -167,6 +167,7 @@ else
         run sets limited python3 tests/test_sets.py
         run weights limited "$B/test_golden" --case tests/golden/weights "$WEIGHTS"
         run converter limited python3 tests/test_convert.py
+        run examples limited python3 tests/test_embed.py
         end cli
         run mutants limited python3 tests/mutants.py
         [ -z "$LVM_REFERENCE" ] || run reference reference
