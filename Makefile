@@ -3,7 +3,7 @@
 #   make tsan       the threaded tests under the thread sanitizer
 #   make fuzz       damages pictures for FUZZ_SECONDS
 #   make liblvm.so  the library
-#   make install    PREFIX=DIR: the program, the library, lvm.h and lvm.pc; `make uninstall`
+#   make install    PREFIX=DIR: program, manual page, library, lvm.h, lvm.pc; `make uninstall`
 CC      ?= cc
 CFLAGS  ?= -O3
 WARN    = -Wall -Wextra -Wshadow -Wpedantic
@@ -69,14 +69,17 @@ $(B)/lvm.h: lvm.c | $(B)
 	echo >> $@
 	sed -n -e '/^.ifndef LVM_H/,/^.endif .* LVM_H /p' lvm.c >> $@
 
-MAN      = $(wildcard man/lvm.1)
+$(B)/lvm.1: lvm | $(B)
+	./lvm help --man > $@
+
+MAN      = $(B)/lvm.1
 BIN_TO   = $(DESTDIR)$(PREFIX)/bin
 LIB_TO   = $(DESTDIR)$(LIBDIR)
 H_TO     = $(DESTDIR)$(PREFIX)/include
 MAN_TO   = $(DESTDIR)$(PREFIX)/share/man/man1
 
 install: lvm liblvm.so $(B)/lvm.h $(MAN)
-	install -d $(BIN_TO) $(LIB_TO)/pkgconfig $(H_TO) $(if $(MAN),$(MAN_TO))
+	install -d $(BIN_TO) $(LIB_TO)/pkgconfig $(H_TO) $(MAN_TO)
 	install -m 755 lvm $(BIN_TO)/lvm
 	install -m 755 liblvm.so $(LIB_TO)/$(LIB_FILE)
 	ln -sf $(LIB_FILE) $(LIB_TO)/$(LIB_ABI)
@@ -86,7 +89,7 @@ install: lvm liblvm.so $(B)/lvm.h $(MAN)
 	    'Name: lvm' 'Description: Large Vision Models: prompts are pictures, answers are pictures' \
 	    'Version: $(VERSION)' 'Libs: -L$${libdir} -llvm' 'Libs.private: -lm -lpthread' \
 	    'Cflags: -I$${includedir}' > $(LIB_TO)/pkgconfig/lvm.pc
-	$(if $(MAN),install -m 644 $(MAN) $(MAN_TO)/lvm.1)
+	install -m 644 $(MAN) $(MAN_TO)/lvm.1
 
 uninstall:
 	rm -f $(BIN_TO)/lvm $(H_TO)/lvm.h $(LIB_TO)/pkgconfig/lvm.pc $(MAN_TO)/lvm.1 \
@@ -95,4 +98,5 @@ uninstall:
 clean:
 	rm -rf lvm liblvm.so build
 
+.DELETE_ON_ERROR:
 .PHONY: test debug tsan fuzz install uninstall clean

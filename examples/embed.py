@@ -22,7 +22,7 @@ class Error(ctypes.Structure):
 
 class Image(ctypes.Structure):
     _fields_ = [("width", ctypes.c_int), ("height", ctypes.c_int),
-                ("rgb", ctypes.POINTER(ctypes.c_uint8))]
+                ("rgb", ctypes.POINTER(ctypes.c_uint8)), ("orientation", ctypes.c_int)]
 
 
 class Info(ctypes.Structure):

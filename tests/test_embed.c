@@ -179,7 +179,7 @@ static int job_decode(struct world *w, lvm_error *error) {
     return note_pictures(w, out, 2, lvm_decode(w->ctx, ids, 2, out, error));
 }
 
-/* The context is a fresh one of LLAMA in the next three: its prompt takes two pages. */
+/* The context is a fresh one of LLAMA in the next three; its prompt takes two pages. */
 static int job_prompt(struct world *w, lvm_error *error) {
     int32_t ids[LONG];
     float logits[1024];
@@ -235,6 +235,31 @@ static int job_resize(struct world *w, lvm_error *error) {
     return code;
 }
 
+/* Turned on its side, from a picture of its own. */
+static int job_upright(struct world *w, lvm_error *error) {
+    lvm_image image = {0};
+    int code = lvm_image_resize(&w->picture[0], 20, 10, &image, error);
+    image.orientation = 6;
+    if (code == LVM_OK) code = lvm_image_upright(&image, error);
+    note_picture(w, &image);
+    return code;
+}
+
+/* A context's state into a file and back. */
+static int job_cache(struct world *w, lvm_error *error) {
+    int32_t ids[LONG];
+    float logits[1024];
+    const char *path = in_folder(w, "cache");
+    fill_ids(ids, LONG);
+    int code = lvm_prompt(w->ctx, ids, LONG, NULL, error);
+    if (code == LVM_OK) code = lvm_cache_save(w->ctx, path, LONG, error);
+    if (code == LVM_OK) code = lvm_cache_load(w->ctx, path, error);
+    if (code == LVM_OK) code = lvm_prompt(w->ctx, ids, LONG, logits, error);
+    if (code == LVM_OK) note(w, logits, (size_t)w->lm->info.vocab_size * sizeof *logits);
+    remove(path);
+    return code;
+}
+
 static int job_quantize(struct world *w, lvm_error *error) {
     int code = lvm_quantize(w->both, in_folder(w, "q.bin"), LVM_Q8_0, LVM_Q8_0, "*attn_q*=f32", 0,
                             error);
@@ -256,7 +281,8 @@ static const struct job jobs[] = {
     {"prompt", job_prompt, 'l', 4},   {"score", job_score, 'l', 4},
     {"generate", job_generate, 'l', 8}, {"predict", job_predict, 'b', 10},
     {"image load", job_load, 0, 4},   {"image save", job_save, 0, 5},
-    {"resize", job_resize, 0, 10},    {"quantize", job_quantize, 0, 10}};
+    {"resize", job_resize, 0, 10},    {"upright", job_upright, 0, 6},
+    {"cache", job_cache, 'l', 10},    {"quantize", job_quantize, 0, 10}};
 enum { N_JOBS = sizeof jobs / sizeof *jobs };
 
 static void prepare(struct world *w, const struct job *job) {
@@ -367,15 +393,13 @@ static lvm_ctx *cancellable(const lvm_model *m, struct canceller *c) {
     return ctx;
 }
 
-/* Everything at once, so that each stage is met: pictures to pictures, then likelihoods. The short
-   prompt in front leaves nothing that could be reused. */
+/* Everything at once, so that each stage is met: pictures to pictures, then likelihoods. */
 static int job_all(struct world *w, lvm_error *error) {
     int32_t ids[T];
     float nll[T];
-    lvm_image out = {0};
+    lvm_image out;
     fill_ids(ids, T);
-    int code = lvm_prompt(w->ctx, ids, 1, NULL, error);
-    if (code == LVM_OK) code = lvm_predict(w->ctx, w->picture, 2, NULL, 1, 1, &out, error);
+    int code = lvm_predict(w->ctx, w->picture, 2, NULL, 1, 1, &out, error);
     code = note_pictures(w, &out, 1, code);
     if (code == LVM_OK) code = lvm_score(w->ctx, ids, T, nll, error);
     if (code == LVM_OK) note(w, nll, sizeof nll);
@@ -394,6 +418,8 @@ static void test_cancel(struct test *t, struct world *w) {
     check(t, code == LVM_OK && n > T, "%s: code %d, %d progress calls", job.name, code, n);
     check(t, c.stages == (1 << N_STAGES) - 1, "%s: stages seen: %x", job.name, (unsigned)c.stages);
     for (int at = 0; at < n; at += t->step) {
+        lvm_free(w->ctx); /* a fresh one, which remembers no pictures */
+        w->ctx = cancellable(w->m, &c);
         cancel_at(&c, at);
         run_job(w, &job, &code, at % 2 ? NULL : &error);
         check(t, code == LVM_CANCELLED, "%s cancelled at call %d: code %d", job.name, at, code);
@@ -598,7 +624,7 @@ static void test_wrong_pointers(struct test *t, struct world *w) {
     int32_t ids[2 * T] = {0};
     float nll[2];
     lvm_image *in = w->picture, out[2], none = {.width = 4, .height = 4};
-    lvm_ctx *ctx = w->ctx;
+    lvm_ctx *ctx = new_context(w->m, 1, NULL);
     INVALID(t, lvm_encode(NULL, in, 1, ids, e));
     INVALID(t, lvm_encode(ctx, NULL, 1, ids, e));
     INVALID(t, lvm_encode(ctx, in, 1, NULL, e));
@@ -615,6 +641,17 @@ static void test_wrong_pointers(struct test *t, struct world *w) {
     INVALID(t, lvm_score(NULL, ids, 1, nll, e));
     INVALID(t, lvm_score(ctx, NULL, 1, nll, e));
     INVALID(t, lvm_score(ctx, ids, 1, NULL, e));
+    INVALID(t, lvm_prompt_images(NULL, in, 1, e));
+    INVALID(t, lvm_prompt_images(ctx, NULL, 1, e));
+    INVALID(t, lvm_prompt_images(ctx, in, -1, e));
+    INVALID(t, lvm_generate_images(NULL, NULL, 1, 1, out, e));
+    INVALID(t, lvm_generate_images(ctx, NULL, 1, 1, NULL, e));
+    INVALID(t, lvm_generate_images(ctx, NULL, 1, 0, out, e));
+    INVALID(t, lvm_cache_save(NULL, "x", 1, e));
+    INVALID(t, lvm_cache_save(ctx, NULL, 1, e));
+    INVALID(t, lvm_cache_save(ctx, "x", 0, e));
+    INVALID(t, lvm_cache_load(NULL, "x", e));
+    INVALID(t, lvm_cache_load(ctx, NULL, e));
     INVALID(t, lvm_predict(NULL, in, 1, NULL, 1, 1, out, e));
     INVALID(t, lvm_predict(ctx, NULL, 1, NULL, 1, 1, out, e));
     INVALID(t, lvm_predict(ctx, in, 1, NULL, 1, 1, NULL, e));
@@ -624,6 +661,7 @@ static void test_wrong_pointers(struct test *t, struct world *w) {
     check(t, lvm_decode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no pictures to decode fail");
     check(t, lvm_predict(ctx, NULL, 0, NULL, 1, 1, out, NULL) == LVM_OK, "no prompt but bos fails");
     lvm_image_free(&out[0]);
+    lvm_free(ctx);
 }
 
 static void test_wrong_picture_calls(struct test *t, struct world *w) {
@@ -637,6 +675,8 @@ static void test_wrong_picture_calls(struct test *t, struct world *w) {
     INVALID(t, lvm_image_save(NULL, in, e));
     INVALID(t, lvm_image_save(path, NULL, e));
     INVALID(t, lvm_image_save(path, &none, e));
+    INVALID(t, lvm_image_upright(NULL, e));
+    INVALID(t, lvm_image_upright(&none, e));
     INVALID(t, lvm_image_resize(NULL, 4, 4, &out, e));
     INVALID(t, lvm_image_resize(in, 4, 4, NULL, e));
     INVALID(t, lvm_image_resize(in, 4, 4, in, e));
@@ -661,6 +701,9 @@ static void test_wrong_models(struct test *t, struct world *w) {
     REFUSES(t, lvm_new(w->m, &small, e));
     REFUSES(t, lvm_new(w->m, &large, e));
     INVALID(t, lvm_generate(w->ctx, &s, 1, 1, ids, e));
+    INVALID(t, lvm_sampling_preset(NULL, &s, e));
+    INVALID(t, lvm_sampling_preset("lvm", NULL, e));
+    INVALID(t, lvm_sampling_preset("other", &s, e));
     INVALID(t, lvm_quantize(NULL, "x", LVM_Q8_0, LVM_AUTO, NULL, 0, e));
     INVALID(t, lvm_quantize(w->both, NULL, LVM_Q8_0, LVM_AUTO, NULL, 0, e));
     INVALID(t, lvm_quantize(w->both, in_folder(w, "q"), 77, LVM_AUTO, NULL, 0, e));
