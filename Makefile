@@ -2,23 +2,40 @@
 #   make debug      the tests under the address and undefined-behaviour sanitizers
 #   make tsan       the threaded tests under the thread sanitizer
 #   make fuzz       damages pictures for FUZZ_SECONDS
-#   make liblvm.so  the library; `make install PREFIX=DIR` installs the program
+#   make liblvm.so  the library
+#   make install    PREFIX=DIR: program, manual page, library, lvm.h, lvm.pc; `make uninstall`
 CC      ?= cc
 CFLAGS  ?= -O3
 WARN    = -Wall -Wextra -Wshadow -Wpedantic
 STD     = -std=c11 -ffp-contract=off
 LIBS    = -lm -lpthread
 PREFIX  ?= /usr/local
+LIBDIR  ?= $(PREFIX)/lib
 B       ?= build
 TEST_CFLAGS  ?= -O2
 FUZZ_SECONDS ?= 60
 SANITIZERS   = -fsanitize=address,undefined -fno-sanitize-recover=all
 
+# The library's names once it is installed. Before 1.0 every minor version has its own ABI.
+VERSION := $(shell sed -n 's/^.define LVM_VERSION "\(.*\)"/\1/p' lvm.c)
+ABI     := $(basename $(VERSION))
+ifeq ($(shell uname),Darwin)
+LIB      = liblvm.dylib
+LIB_ABI  = liblvm.$(ABI).dylib
+LIB_FILE = liblvm.$(VERSION).dylib
+SHARED   = -dynamiclib -install_name $(LIBDIR)/$(LIB_ABI)
+else
+LIB      = liblvm.so
+LIB_ABI  = liblvm.so.$(ABI)
+LIB_FILE = liblvm.so.$(VERSION)
+SHARED   = -shared -fPIC -Wl,-soname,$(LIB_ABI)
+endif
+
 lvm: lvm.c
 	$(CC) $(STD) $(WARN) $(CFLAGS) -o $@ lvm.c $(LDFLAGS) $(LIBS)
 
 liblvm.so: lvm.c
-	$(CC) $(STD) $(WARN) $(CFLAGS) -DLVM_NO_MAIN -shared -fPIC -o $@ lvm.c $(LDFLAGS) $(LIBS)
+	$(CC) $(STD) $(WARN) $(CFLAGS) -DLVM_NO_MAIN $(SHARED) -o $@ lvm.c $(LDFLAGS) $(LIBS)
 
 $(B)/lvm: lvm.c | $(B)
 	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -o $@ lvm.c $(LDFLAGS) $(LIBS)
@@ -44,11 +61,42 @@ tsan:
 fuzz: $(B)/fuzz_images
 	$(B)/fuzz_images tests/images --fuzz $(FUZZ_SECONDS)
 
-install: lvm
-	mkdir -p $(DESTDIR)$(PREFIX)/bin
-	cp lvm $(DESTDIR)$(PREFIX)/bin/lvm
+# The header is chapter 0 of lvm.c: its comment, then everything between the guards.
+$(B)/lvm.h: lvm.c | $(B)
+	echo '/* lvm.h - the public part of lvm.c $(VERSION), from which make takes it. MIT licence.' > $@
+	echo >> $@
+	sed -n -e '/^   Objects\. /,/\*\/$$/p' lvm.c >> $@
+	echo >> $@
+	sed -n -e '/^.ifndef LVM_H/,/^.endif .* LVM_H /p' lvm.c >> $@
+
+$(B)/lvm.1: lvm | $(B)
+	./lvm help --man > $@
+
+MAN      = $(B)/lvm.1
+BIN_TO   = $(DESTDIR)$(PREFIX)/bin
+LIB_TO   = $(DESTDIR)$(LIBDIR)
+H_TO     = $(DESTDIR)$(PREFIX)/include
+MAN_TO   = $(DESTDIR)$(PREFIX)/share/man/man1
+
+install: lvm liblvm.so $(B)/lvm.h $(MAN)
+	install -d $(BIN_TO) $(LIB_TO)/pkgconfig $(H_TO) $(MAN_TO)
+	install -m 755 lvm $(BIN_TO)/lvm
+	install -m 755 liblvm.so $(LIB_TO)/$(LIB_FILE)
+	ln -sf $(LIB_FILE) $(LIB_TO)/$(LIB_ABI)
+	ln -sf $(LIB_ABI) $(LIB_TO)/$(LIB)
+	install -m 644 $(B)/lvm.h $(H_TO)/lvm.h
+	printf '%s\n' 'prefix=$(PREFIX)' 'libdir=$(LIBDIR)' 'includedir=$${prefix}/include' '' \
+	    'Name: lvm' 'Description: Large Vision Models: prompts are pictures, answers are pictures' \
+	    'Version: $(VERSION)' 'Libs: -L$${libdir} -llvm' 'Libs.private: -lm -lpthread' \
+	    'Cflags: -I$${includedir}' > $(LIB_TO)/pkgconfig/lvm.pc
+	install -m 644 $(MAN) $(MAN_TO)/lvm.1
+
+uninstall:
+	rm -f $(BIN_TO)/lvm $(H_TO)/lvm.h $(LIB_TO)/pkgconfig/lvm.pc $(MAN_TO)/lvm.1 \
+	    $(LIB_TO)/$(LIB) $(LIB_TO)/$(LIB_ABI) $(LIB_TO)/$(LIB_FILE)
 
 clean:
 	rm -rf lvm liblvm.so build
 
-.PHONY: test debug tsan fuzz install clean
+.DELETE_ON_ERROR:
+.PHONY: test debug tsan fuzz install uninstall clean

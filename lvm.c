@@ -56,10 +56,16 @@
    pool of threads; one thread at a time may use it. Close contexts before their model.
 
    Errors. Every call that can fail returns LVM_OK (0) or one of the codes below and fills *error,
-   whose text names the file or the argument and the fault. error may be NULL. A call that fails
-   leaves its objects usable.
+   whose text names the file or the argument and the fault. error may be NULL; any other pointer may
+   be only where its call says so. A call that fails or is cancelled leaves its objects usable: the
+   context stays at its prompt (after lvm_prompt at the new one), and what is missing of it in the
+   cache is read again when it is needed. Pictures that it should have made are empty, so that
+   lvm_image_free is right in any case; what lies in other outputs then means nothing.
 
    Ownership. You own what you pass in; lvm_image.rgb that lvm filled is released by lvm_image_free.
+
+   Memory comes from calloc and goes to free, or to the two functions that LVM_CALLOC(count, size)
+   and LVM_FREE(pointer) name where lvm.c is compiled. Threads of a context call LVM_FREE too.
 
    Versions. Option structs carry their own size: fill them with lvm_default_options() or
    lvm_default_sampling(), then change what you need. */
@@ -182,19 +188,21 @@ lvm_sampling lvm_default_sampling(void); /* temperature 1, top_p 0.9, top_k 0, s
 int lvm_sampling_preset(const char *name, lvm_sampling *sampling, lvm_error *error);
 
 /* Opens a weights file (GGUF, see chapter 4), or one that lies in memory, which must outlive the
-   model. Returns NULL and fills error on failure. lvm_close(NULL) is allowed. */
+   model. Returns NULL and fills error on failure. lvm_close(NULL) is allowed; lvm_model_info(NULL)
+   tells of a model without parts. */
 lvm_model *lvm_open(const char *path, int flags, lvm_error *error);
 lvm_model *lvm_open_memory(const void *data, size_t size, lvm_error *error);
 void lvm_close(lvm_model *model);
 lvm_info lvm_model_info(const lvm_model *model);
 
-/* A context; options may be NULL. Returns NULL and fills error on failure. */
+/* A context; options may be NULL. Returns NULL and fills error on failure. lvm_free(NULL) is
+   allowed. */
 lvm_ctx *lvm_new(const lvm_model *model, const lvm_options *options, lvm_error *error);
 void lvm_free(lvm_ctx *ctx);
 
 /* Pictures of any size -> ids[n][tokens_per_image]. Each is made R x R first (options.fit). A
    context remembers the last 32 pictures that it encoded and does not compute the same pixels
-   twice. */
+   twice. n may be 0, here and in lvm_decode. */
 int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_error *error);
 
 /* ids[n][tokens_per_image], each 0 .. codes-1 -> n pictures of R x R, which lvm allocates. */
@@ -205,19 +213,19 @@ int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_e
    scores of the next token. 1 <= n <= context_length. */
 int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error);
 
-/* Encodes pictures and reads them as the prompt, behind bos where the model has one. Of the images
-   the last window - 1 count (options.window). */
+/* Encodes pictures and reads them as the prompt, behind bos where the model has one; count may be 0
+   there. Of the images the last window - 1 count (options.window). */
 int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error);
 
-/* Continues the prompt by n tokens, in `candidates` independent ways that share its cache:
-   ids[candidates][n]. The window slides by whole pictures when the context is full, as the
-   published program does. Candidate c draws from stream c of the seed. Afterwards the context
-   stands behind candidate 0. */
+/* Continues the prompt by n >= 1 tokens, in `candidates` (1 .. 64) independent ways that share its
+   cache: ids[candidates][n]. sampling may be NULL. The window slides by whole pictures when the
+   context is full, as the published program does. Candidate c draws from stream c of the seed.
+   Afterwards the context stands behind candidate 0. */
 int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n, int32_t *ids,
                  lvm_error *error);
 
-/* The next n pictures, `candidates` of each: lvm_generate and lvm_decode. out[candidates][n], which
-   lvm allocates. */
+/* The next n (1 .. 2048) pictures, `candidates` of each: lvm_generate and lvm_decode.
+   out[candidates][n], which lvm allocates. */
 int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n,
                         lvm_image *out, lvm_error *error);
 
@@ -238,10 +246,11 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
 int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error);
 int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error);
 
-/* Pictures. load: PNG, JPEG or PNM files or their bytes in memory (name is for messages). upright:
-   turns and mirrors the pixels as the orientation says (a camera held sideways) and sets it to 1;
-   what the published checkpoints saw was never turned. save: PNG, written beside and renamed.
-   resize: the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation 0. */
+/* Pictures. load: PNG, JPEG or PNM files or their bytes in memory (name is for messages and may be
+   NULL). upright: turns and mirrors the pixels as the orientation says (a camera held sideways) and
+   sets it to 1; what the published checkpoints saw was never turned. save: PNG, written beside and
+   renamed. resize: the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation
+   0. */
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error);
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error);
@@ -295,6 +304,14 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
 #error "lvm.c: weights files are little-endian and are used where they lie; this machine is not"
 #endif
 
+#if defined(LVM_CALLOC) != defined(LVM_FREE)
+#error "lvm.c: define both LVM_CALLOC and LVM_FREE, or neither"
+#endif
+#ifndef LVM_CALLOC
+#define LVM_CALLOC calloc
+#define LVM_FREE free
+#endif
+
 #ifdef __GNUC__
 #define LVM_PRINTF(a, b) __attribute__((format(printf, a, b)))
 #else
@@ -315,6 +332,11 @@ LVM_PRINTF(3, 4) static int fail(lvm_error *error, int code, const char *format,
     return code;
 }
 
+/* What a public call says of a pointer that it needs. */
+static int null_argument(lvm_error *error, const char *call, const char *name) {
+    return fail(error, LVM_INVALID, "%s: %s is NULL", call, name);
+}
+
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static int round_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -327,7 +349,7 @@ static int mul_fits(size_t a, size_t b, size_t *out) {
 }
 
 /* Zeroed memory for count elements of size bytes, aligned to 64; NULL and an error when there is
-   none or the product overflows. Released by mem_free. The pointer that malloc gave stands right in
+   none or the product overflows. Released by mem_free. The pointer that calloc gave stands right in
    front. */
 static void *mem_alloc(size_t count, size_t size, lvm_error *error) {
     size_t bytes = 0;
@@ -335,7 +357,7 @@ static void *mem_alloc(size_t count, size_t size, lvm_error *error) {
         fail(error, LVM_MEMORY, "out of memory: %zu x %zu bytes", count, size);
         return NULL;
     }
-    char *raw = calloc(1, bytes + 128);
+    char *raw = LVM_CALLOC(1, bytes + 128);
     if (raw == NULL) {
         fail(error, LVM_MEMORY, "out of memory: %zu bytes", bytes);
         return NULL;
@@ -350,7 +372,7 @@ static void mem_free(void *p) {
     if (p == NULL) return;
     char *raw;
     memcpy(&raw, (char *)p - sizeof(void *), sizeof raw);
-    free(raw);
+    LVM_FREE(raw);
 }
 
 static char *copy_string(const char *s, lvm_error *error) {
@@ -430,17 +452,18 @@ struct outfile {
 static int outfile_open(struct outfile *out, const char *path, lvm_error *error) {
     memset(out, 0, sizeof *out);
     size_t n = strlen(path) + 32;
+    int code = LVM_MEMORY;
     out->path = copy_string(path, error);
     out->temp = mem_alloc(n, 1, error);
     if (out->path != NULL && out->temp != NULL) {
         snprintf(out->temp, n, "%s.%ld.tmp", path, (long)getpid());
         out->file = fopen(out->temp, "wb");
         if (out->file != NULL) return LVM_OK;
-        fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
+        code = fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
     }
     mem_free(out->path);
     mem_free(out->temp);
-    return error != NULL && error->code == LVM_MEMORY ? LVM_MEMORY : LVM_IO;
+    return code;
 }
 
 static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error) {
@@ -554,7 +577,7 @@ static void pool_wait_for_round(struct pool *p, int seen) {
 
 static void *pool_worker(void *arg) {
     struct worker w = *(struct worker *)arg;
-    free(arg);
+    mem_free(arg);
     int seen = 0;
     for (;;) {
         pool_wait_for_round(w.pool, seen);
@@ -619,14 +642,14 @@ static void pool_free(struct pool *p) {
 
 static int pool_start_worker(struct pool *p, int thread) {
     pthread_attr_t attr;
-    struct worker *w = malloc(sizeof *w);
+    struct worker *w = mem_alloc(1, sizeof *w, NULL);
     if (w == NULL) return -1;
     *w = (struct worker){p, thread};
     pthread_attr_init(&attr);
     pthread_attr_setstacksize(&attr, 1 << 20); /* musl gives 128 KiB, macOS 512 KiB */
     int bad = pthread_create(&p->threads[thread], &attr, pool_worker, w);
     pthread_attr_destroy(&attr);
-    if (bad) free(w);
+    if (bad) mem_free(w);
     return bad;
 }
 
@@ -2216,6 +2239,10 @@ static lvm_model *model_or_null(lvm_model *m, int code) {
 }
 
 lvm_model *lvm_open_memory(const void *data, size_t size, lvm_error *error) {
+    if (data == NULL) {
+        null_argument(error, "lvm_open_memory", "data");
+        return NULL;
+    }
     lvm_model *m = model_new("(memory)", error);
     return m == NULL ? NULL : model_or_null(m, load_model(m, data, size, error));
 }
@@ -2237,6 +2264,11 @@ static int map_file(lvm_model *m, lvm_error *error) {
 }
 
 lvm_model *lvm_open(const char *path, int flags, lvm_error *error) {
+    if (path == NULL || (flags & ~LVM_NO_MMAP) != 0) {
+        if (path == NULL) null_argument(error, "lvm_open", "path");
+        else fail(error, LVM_INVALID, "%s: lvm_open knows no flags %d", path, flags);
+        return NULL;
+    }
     lvm_model *m = model_new(path, error);
     if (m == NULL) return NULL;
     if ((flags & LVM_NO_MMAP) == 0) return model_or_null(m, map_file(m, error));
@@ -2258,7 +2290,10 @@ void lvm_close(lvm_model *m) {
     mem_free(m);
 }
 
-lvm_info lvm_model_info(const lvm_model *model) { return model->info; }
+lvm_info lvm_model_info(const lvm_model *model) {
+    lvm_info nothing = {.bos = -1, .eos = -1, .name = "", .isa = ""};
+    return model != NULL ? model->info : nothing;
+}
 
 /* ---- Writing: the same file with other types ---- */
 
@@ -2426,7 +2461,11 @@ static int same_file(const char *a, const char *b) {
 int lvm_quantize(const char *in, const char *out, int type, int vq_type, const char *rules,
                  int force, lvm_error *error) {
     struct stat st;
+    lvm_error own = {LVM_OK, ""};
     int ruled = LVM_AUTO;
+    if (error == NULL) error = &own;
+    if (in == NULL || out == NULL)
+        return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
     if (same_file(in, out))
         return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
     int exists = stat(out, &st) == 0;
@@ -2439,7 +2478,7 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
     int code = rule_type(rules, (struct text){NULL, 0}, &ruled, error);
     if (code != LVM_OK) return code;
     lvm_model *m = lvm_open(in, 0, error);
-    if (m == NULL) return error != NULL ? error->code : LVM_FORMAT;
+    if (m == NULL) return error->code;
     code = quantize_file(&m->file, out, type, vq_type, rules, error);
     lvm_close(m);
     return code;
@@ -3555,7 +3594,9 @@ lvm_sampling lvm_default_sampling(void) {
 int lvm_sampling_preset(const char *name, lvm_sampling *sampling, lvm_error *error) {
     static const struct { const char *name; float temperature, top_p; int top_k;
     } presets[2] = {{"lvm", 1, 1, 50}, {"delvm", 0.1f, 0.75f, 0}};
-    for (int i = 0; name != NULL && sampling != NULL && i < 2; i++)
+    if (name == NULL || sampling == NULL)
+        return null_argument(error, "lvm_sampling_preset", name == NULL ? "name" : "sampling");
+    for (int i = 0; i < 2; i++)
         if (strcmp(presets[i].name, name) == 0) {
             sampling->temperature = presets[i].temperature;
             sampling->top_p = presets[i].top_p;
@@ -3590,12 +3631,15 @@ static int settle_window(const lvm_model *m, lvm_options *o, lvm_error *error) {
     return LVM_OK;
 }
 
-/* Fills what was left to lvm and checks the rest. */
-static int settle_options(const lvm_model *m, lvm_options *o, lvm_error *error) {
-    if (o->size != sizeof *o)
+/* Takes what the caller chose (NULL: nothing), fills what was left to lvm and checks the rest. */
+static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_options *o,
+                          lvm_error *error) {
+    *o = lvm_default_options();
+    if (chosen != NULL && chosen->size != sizeof *o)
         return fail(error, LVM_INVALID,
-                    "lvm_options.size is %u, not %zu: use lvm_default_options()", o->size,
+                    "lvm_options.size is %u, not %zu: use lvm_default_options()", chosen->size,
                     sizeof *o);
+    if (chosen != NULL) *o = *chosen;
     if (o->threads == 0) o->threads = processors();
     if (o->threads < 1 || o->threads > 1024)
         return fail(error, LVM_INVALID, "%d threads: lvm takes 1 to 1024", o->threads);
@@ -3612,13 +3656,16 @@ static int settle_options(const lvm_model *m, lvm_options *o, lvm_error *error) 
 }
 
 lvm_ctx *lvm_new(const lvm_model *m, const lvm_options *options, lvm_error *error) {
+    if (m == NULL) {
+        null_argument(error, "lvm_new", "model");
+        return NULL;
+    }
     lvm_ctx *ctx = mem_alloc(1, sizeof *ctx, error);
     if (ctx == NULL) return NULL;
     const lvm_info *i = &m->info;
     ctx->m = m;
-    ctx->o = options != NULL ? *options : lvm_default_options();
     ctx->b = &cpu_backend;
-    int code = settle_options(m, &ctx->o, error);
+    int code = settle_options(m, options, &ctx->o, error);
     if (code == LVM_OK) {
         ctx->ids = mem_alloc((size_t)i->context_length + 1, sizeof *ctx->ids, error);
         ctx->logits = mem_alloc((size_t)i->vocab_size * SCORE_ROWS + 1, sizeof *ctx->logits, error);
@@ -3721,6 +3768,9 @@ static int encode_image(lvm_ctx *ctx, const lvm_image *image, int i, int n, int3
 }
 
 int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_error *error) {
+    if (ctx == NULL) return null_argument(error, "lvm_encode", "ctx");
+    if (n > 0 && (images == NULL || ids == NULL))
+        return null_argument(error, "lvm_encode", images == NULL ? "images" : "ids");
     int code = need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
     int64_t T = ctx->m->info.tokens_per_image;
     if (code == LVM_OK && n < 0) code = fail(error, LVM_INVALID, "%d pictures to encode", n);
@@ -3746,9 +3796,12 @@ static int decode_image(lvm_ctx *ctx, const int32_t *ids, int i, int n, lvm_imag
 }
 
 int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_error *error) {
-    int64_t T = ctx->m->info.tokens_per_image;
+    for (int i = 0; images != NULL && i < n; i++) images[i] = (lvm_image){.rgb = NULL};
+    if (ctx == NULL) return null_argument(error, "lvm_decode", "ctx");
+    if (n > 0 && (ids == NULL || images == NULL))
+        return null_argument(error, "lvm_decode", ids == NULL ? "ids" : "images");
     if (n < 0) return fail(error, LVM_INVALID, "%d pictures to decode", n);
-    memset(images, 0, (size_t)n * sizeof *images);
+    int64_t T = ctx->m->info.tokens_per_image;
     int code = need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
     if (code == LVM_OK) code = check_ids(ids, n * T, ctx->m->info.codes, error);
     for (int i = 0; code == LVM_OK && i < n; i++)
@@ -3779,6 +3832,8 @@ static int feed(lvm_ctx *ctx, int seq, const int32_t *ids, int n, const char *st
 }
 
 int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error) {
+    if (ctx == NULL || ids == NULL)
+        return null_argument(error, "lvm_prompt", ctx == NULL ? "ctx" : "ids");
     const lvm_info *i = &ctx->m->info;
     int code = need(ctx, i->has_transformer, "transformer", error);
     if (code != LVM_OK) return code;
@@ -3833,6 +3888,9 @@ static float negative_log_likelihood(const float *logits, int n, int32_t id) {
 }
 
 int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error) {
+    if (ctx == NULL || ids == NULL || nll == NULL)
+        return null_argument(error, "lvm_score",
+                             ctx == NULL ? "ctx" : ids == NULL ? "ids" : "nll");
     const lvm_info *info = &ctx->m->info;
     int code = settle_sequence(ctx, error);
     if (code != LVM_OK) return code;
@@ -3968,6 +4026,7 @@ struct generation {
     lvm_ctx *ctx;
     const lvm_sampling *s;
     int candidates, n, has_bos, T, full; /* full: tokens at which a sequence must slide */
+    int slid;   /* 1: the cache no longer begins as the context's own sequence */
     int length; /* of every candidate's sequence, the pending token included */
     int32_t *ids;                        /* [candidates][context + 1] */
     struct rng rng[MAX_SEQUENCES];
@@ -3989,6 +4048,7 @@ static int slide_window(struct generation *g, lvm_error *error) {
         memmove(ids + g->has_bos, ids + g->length - keep, (size_t)keep * sizeof *ids);
     }
     g->length = g->has_bos + keep;
+    g->slid = 1;
     if (g->length == 0)
         return fail(error, LVM_INVALID,
                     "the context of %d tokens holds no picture to continue from",
@@ -4040,7 +4100,8 @@ static void share_prompt(struct generation *g) {
     g->length = ctx->n_ids;
 }
 
-/* Leaves the context behind candidate 0, with its last token pending. */
+/* Leaves the context behind candidate 0, with its last token pending; after a failure, where it was
+   before. */
 static void keep_first_candidate(struct generation *g, int code) {
     lvm_ctx *ctx = g->ctx;
     for (int c = 1; c < g->candidates; c++) ctx->b->kv_trim(ctx->state, c, 0);
@@ -4049,9 +4110,9 @@ static void keep_first_candidate(struct generation *g, int code) {
         memcpy(ctx->ids, candidate_ids(g, 0), (size_t)g->length * sizeof *ctx->ids);
         ctx->n_ids = g->length;
         ctx->n_fed = g->length - 1;
-    } else { /* start afresh: what the cache holds is not certain */
-        ctx->n_ids = ctx->n_fed = 0;
-        ctx->b->kv_trim(ctx->state, 0, 0);
+    } else {
+        if (g->slid) ctx->n_fed = 0;
+        ctx->b->kv_trim(ctx->state, 0, ctx->n_fed);
     }
 }
 
@@ -4070,15 +4131,18 @@ static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) 
 
 int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n, int32_t *ids,
                  lvm_error *error) {
+    if (ctx == NULL || ids == NULL)
+        return null_argument(error, "lvm_generate", ctx == NULL ? "ctx" : "ids");
     const lvm_info *info = &ctx->m->info;
-    lvm_sampling chosen = sampling != NULL ? *sampling : lvm_default_sampling();
-    int code = check_sampling(&chosen, error);
+    const lvm_sampling usual = lvm_default_sampling();
+    if (sampling == NULL) sampling = &usual;
+    int code = check_sampling(sampling, error);
     if (code != LVM_OK) return code;
     if (candidates < 1 || candidates > MAX_SEQUENCES)
         return fail(error, LVM_INVALID, "%d candidates: lvm takes 1 to %d", candidates,
                     MAX_SEQUENCES);
     if (n < 1) return fail(error, LVM_INVALID, "%d tokens to generate", n);
-    struct generation g = {.ctx = ctx, .s = &chosen, .candidates = candidates, .n = n};
+    struct generation g = {.ctx = ctx, .s = sampling, .candidates = candidates, .n = n};
     g.has_bos = info->bos >= 0 && ctx->n_ids > 0 && ctx->ids[0] == info->bos;
     g.T = info->tokens_per_image;
     int fit = (info->context_length + 1 - g.has_bos) / g.T;
@@ -4102,6 +4166,8 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
 /* ---- All at once ---- */
 
 int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error) {
+    if (ctx == NULL || (images == NULL && count > 0))
+        return null_argument(error, "lvm_prompt_images", ctx == NULL ? "ctx" : "images");
     const lvm_info *info = &ctx->m->info;
     int most = (int)max64(0, ctx->o.window - 1), skip = count > most ? count - most : 0,
         bos = info->bos >= 0;
@@ -4115,24 +4181,32 @@ int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_erro
     int32_t *ids = mem_alloc((size_t)n + 1, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     if (bos) ids[0] = info->bos;
-    code = lvm_encode(ctx, images + skip, count - skip, ids + bos, error);
+    if (skip > 0) images += skip;
+    code = lvm_encode(ctx, images, count - skip, ids + bos, error);
     if (code == LVM_OK) code = lvm_prompt(ctx, ids, n, NULL, error);
     mem_free(ids);
     return code;
 }
 
+/* Empties the pictures that a call is to make and refuses what it cannot do. */
+static int ready_pictures(const lvm_ctx *ctx, int candidates, int n, lvm_image *out,
+                          const char *call, lvm_error *error) {
+    if (n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES)
+        return fail(error, LVM_INVALID, "%d candidates of %d pictures: out of range", candidates,
+                    n);
+    for (int i = 0; out != NULL && i < candidates * n; i++) out[i] = (lvm_image){.rgb = NULL};
+    if (ctx == NULL || out == NULL) return null_argument(error, call, ctx == NULL ? "ctx" : "out");
+    int T = ctx->m->info.tokens_per_image;
+    if (T > INT32_MAX / n)
+        return fail(error, LVM_INVALID, "%d pictures of %d tokens are too many", n, T);
+    return need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
+}
+
 int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n,
                         lvm_image *out, lvm_error *error) {
-    const lvm_info *info = &ctx->m->info;
-    int code = need(ctx, info->has_tokenizer, "tokenizer", error);
-    if (code == LVM_OK && (n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES))
-        code = fail(error, LVM_INVALID, "%d candidates of %d pictures: out of range", candidates,
-                    n);
+    int code = ready_pictures(ctx, candidates, n, out, "lvm_generate_images", error);
     if (code != LVM_OK) return code;
-    if (info->tokens_per_image > INT32_MAX / n)
-        return fail(error, LVM_INVALID, "%d pictures of %d tokens are too many", n,
-                    info->tokens_per_image);
-    int tokens = n * info->tokens_per_image;
+    int tokens = n * ctx->m->info.tokens_per_image;
     int32_t *ids = mem_alloc((size_t)candidates * (size_t)tokens, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     code = lvm_generate(ctx, sampling, candidates, tokens, ids, error);
@@ -4143,7 +4217,7 @@ int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidat
 
 int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_sampling *sampling,
                 int candidates, int n, lvm_image *out, lvm_error *error) {
-    int code = need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
+    int code = ready_pictures(ctx, candidates, n, out, "lvm_predict", error);
     if (code == LVM_OK) code = lvm_prompt_images(ctx, images, count, error);
     return code == LVM_OK ? lvm_generate_images(ctx, sampling, candidates, n, out, error) : code;
 }
@@ -4239,6 +4313,8 @@ static int write_cache(struct outfile *out, const lvm_ctx *ctx, int n, uint8_t *
 
 int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error) {
     struct outfile out;
+    if (ctx == NULL || path == NULL)
+        return null_argument(error, "lvm_cache_save", ctx == NULL ? "ctx" : "path");
     int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
     if (code != LVM_OK) return code;
     if (n < 1 || n > ctx->n_fed)
@@ -4329,6 +4405,8 @@ static void forget(lvm_ctx *ctx) {
 int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
     struct cache_head h = {.version = 0};
     int64_t size = 0;
+    if (ctx == NULL || path == NULL)
+        return null_argument(error, "lvm_cache_load", ctx == NULL ? "ctx" : "path");
     int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
     if (code != LVM_OK) return code;
     forget(ctx);
@@ -5240,6 +5318,7 @@ static const struct exif_turn {
 
 int lvm_image_upright(lvm_image *image, lvm_error *error) {
     lvm_image out = {0, 0, NULL, 0};
+    if (image == NULL) return null_argument(error, "lvm_image_upright", "image");
     if (!image->rgb || !image_sides_ok(image->width, image->height))
         return fail(error, LVM_INVALID, "turning upright: the picture has no pixels");
     if (image->orientation < 0 || image->orientation > 8)
@@ -6873,7 +6952,10 @@ static int no_picture(const uint8_t *data, size_t size, const char *name, lvm_er
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error) {
     const uint8_t *bytes = data;
+    if (image == NULL) return null_argument(error, "lvm_image_load_memory", "image");
     *image = (lvm_image){0, 0, NULL, 0};
+    if (data == NULL) return null_argument(error, "lvm_image_load_memory", "data");
+    if (name == NULL) name = "(memory)";
     if (size == 0) return fail(error, LVM_FORMAT, "%s is empty", name);
     int code;
     if (size >= PNG_SIGNATURE_SIZE && !memcmp(bytes, png_signature, PNG_SIGNATURE_SIZE))
@@ -6891,7 +6973,9 @@ int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_i
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error) {
     uint8_t *data = NULL;
     size_t size = 0;
+    if (image == NULL) return null_argument(error, "lvm_image_load", "image");
     *image = (lvm_image){0, 0, NULL, 0};
+    if (path == NULL) return null_argument(error, "lvm_image_load", "path");
     int code = read_file(path, &data, &size, error);
     if (code) return code;
     code = lvm_image_load_memory(data, size, path, image, error);
@@ -7280,7 +7364,7 @@ static inline uint64_t png_filter_as(int filter, const uint8_t *row, const uint8
                                      size_t n, uint8_t *out) {
     uint64_t sum = 0;
     for (size_t i = 0; i < n; i++) {
-        int a = row[i - RGB], b = above[i], c = above[i - RGB];
+        int a = row[(ptrdiff_t)i - RGB], b = above[i], c = above[(ptrdiff_t)i - RGB];
         int guess = filter == 0 ? 0 : filter == 1 ? a : filter == 2 ? b : png_paeth(a, b, c);
         uint8_t rest = (uint8_t)(row[i] - guess);
         out[i] = rest;
@@ -7371,6 +7455,8 @@ static int png_encode(const lvm_image *image, uint8_t **png, size_t *size, lvm_e
 int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error) {
     uint8_t *png = NULL;
     size_t size = 0;
+    if (path == NULL || image == NULL)
+        return null_argument(error, "lvm_image_save", path == NULL ? "path" : "image");
     if (!image->rgb || !image_sides_ok(image->width, image->height))
         return fail(error, LVM_INVALID, "%s: cannot write a picture of %d x %d pixels", path,
                     image->width, image->height);
@@ -7527,6 +7613,10 @@ static int resize_both(const lvm_image *in, int width, int height, lvm_image *ou
 int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out, lvm_error *error) {
     lvm_image result = {0, 0, NULL, 0};
     int code;
+    if (in == NULL || out == NULL)
+        return null_argument(error, "lvm_image_resize", in == NULL ? "in" : "out");
+    if (in == out) return fail(error, LVM_INVALID, "lvm_image_resize: in and out are the same");
+    *out = result;
     if (!in->rgb || !image_sides_ok(in->width, in->height) || !image_sides_ok(width, height))
         return fail(error, LVM_INVALID, "cannot resize a picture of %d x %d to %d x %d pixels",
                     in->width, in->height, width, height);

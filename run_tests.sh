@@ -140,17 +140,22 @@ threaded_commands() {
     [ "$f" -eq 0 ]
 }
 
+embedded="build/golden/both.bin build/golden/llama_tied.bin"
 if [ "$SANITIZE" = thread ]; then
-    run build build properties
+    run build build properties embed
     run convert convert_golden
     run properties limited "$B/test_properties" --threads-only
+    # shellcheck disable=SC2086
+    run embed limited "$B/test_embed" $embedded --threads-only
     run threads threaded_commands
 else
-    run build build images kernels properties golden
+    run build build images kernels properties golden embed
     run convert convert_golden
     [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py
     # shellcheck disable=SC2046
     begin properties limited "$B/test_properties" $([ -z "$SANITIZE" ] || echo --quick)
+    # shellcheck disable=SC2046,SC2086
+    run embed limited "$B/test_embed" $embedded $([ -z "$SANITIZE" ] || echo --quick)
     run images limited "$B/test_images" tests/images
     run kernels limited "$B/test_kernels"
     run golden limited "$B/test_golden" tests/golden build/golden
@@ -162,6 +167,7 @@ else
         run sets limited python3 tests/test_sets.py
         run weights limited "$B/test_golden" --case tests/golden/weights "$WEIGHTS"
         run converter limited python3 tests/test_convert.py
+        run examples limited python3 tests/test_embed.py
         end cli
         run mutants limited python3 tests/mutants.py
         [ -z "$LVM_REFERENCE" ] || run reference reference

@@ -1,0 +1,789 @@
+/* What a program that embeds lvm relies on: several models, contexts and threads at once; a run
+   that is cancelled at any moment; memory or threads that run out at any call; arguments that
+   cannot be right. Each time the answer must be an error code with words, nothing may leak, and
+   the same objects must then give the same bytes as ever.
+
+       test_embed BOTH LLAMA                   weights files of tests/golden (both, llama_tied)
+       test_embed BOTH LLAMA --quick           fewer moments of cancelling, for sanitizer runs
+       test_embed BOTH LLAMA --threads-only    the threaded part, for -fsanitize=thread */
+#include <stddef.h>
+void *counted_calloc(size_t count, size_t size);
+void counted_free(void *p);
+#define LVM_NO_MAIN
+#define LVM_CALLOC counted_calloc
+#define LVM_FREE counted_free
+#define pthread_create counted_pthread_create
+#include "../lvm.c"
+#undef pthread_create
+int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *), void *arg);
+
+enum { T = 64, CODES = 256, SIDE = 32, BOS = 256, LONG = 300 }; /* of BOTH; LONG: ids for LLAMA */
+
+struct test {
+    int passed, failed;
+    int step; /* every so many moments of a run are tried */
+};
+
+LVM_PRINTF(3, 4) static void check(struct test *t, int ok, const char *format, ...) {
+    if (ok) {
+        t->passed++;
+        return;
+    }
+    va_list args;
+    va_start(args, format);
+    if (t->failed++ < 40) {
+        printf("FAILED: ");
+        vprintf(format, args);
+        printf("\n");
+    }
+    va_end(args);
+}
+
+/* ---- Memory and threads that run out ---- */
+
+/* Call number fail_at fails, and all after it when `all` is set; -1: none. */
+static atomic_int calls, fail_at = -1, fail_all, live, thread_calls, fail_thread_at = -1;
+
+static void fail_from(int at, int all) {
+    atomic_store(&calls, 0);
+    atomic_store(&fail_all, all);
+    atomic_store(&fail_at, at);
+}
+
+void *counted_calloc(size_t count, size_t size) {
+    int at = atomic_load(&fail_at), call = atomic_fetch_add(&calls, 1);
+    if (at >= 0 && (call == at || (call > at && atomic_load(&fail_all)))) return NULL;
+    void *p = calloc(count, size);
+    if (p == NULL) abort();
+    atomic_fetch_add(&live, 1);
+    return p;
+}
+
+void counted_free(void *p) {
+    if (p != NULL) atomic_fetch_sub(&live, 1);
+    free(p);
+}
+
+int counted_pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *),
+                           void *arg) {
+    if (atomic_fetch_add(&thread_calls, 1) == atomic_load(&fail_thread_at)) return EAGAIN;
+    return pthread_create(thread, attr, run, arg);
+}
+
+/* The lowest free descriptor: it rises when a file stays open. */
+static int free_descriptor(void) {
+    int fd = dup(0);
+    close(fd);
+    return fd;
+}
+
+/* ---- The work whose failures are looked at ---- */
+
+/* What the jobs work with. Each writes what it computed into hash. */
+struct world {
+    const char *both, *llama; /* paths */
+    char folder[128];         /* for what is written */
+    lvm_model *m, *lm;
+    lvm_ctx *ctx;
+    uint8_t rgb[2][3 * 40 * 36];
+    lvm_image picture[2];
+    void *file;               /* BOTH in memory */
+    size_t file_size;
+    uint64_t hash;
+};
+
+/* FNV-1a */
+static uint64_t hash_of(uint64_t hash, const void *data, size_t n) {
+    for (size_t i = 0; i < n; i++) hash = (hash ^ ((const uint8_t *)data)[i]) * 1099511628211u;
+    return hash;
+}
+
+static void note(struct world *w, const void *data, size_t n) {
+    w->hash = hash_of(w->hash, data, n);
+}
+
+static void note_picture(struct world *w, lvm_image *image) {
+    note(w, &image->width, sizeof image->width);
+    note(w, image->rgb, 3 * (size_t)image->width * (size_t)image->height);
+    lvm_image_free(image);
+}
+
+/* What was made of pictures; a call that failed must have left them empty. */
+static int note_pictures(struct world *w, lvm_image *out, int n, int code) {
+    int made = 0;
+    for (int i = 0; i < n; i++) {
+        made += out[i].rgb != NULL;
+        note_picture(w, &out[i]);
+    }
+    return made == (code == LVM_OK ? n : 0) ? code : -1;
+}
+
+static void fill_ids(int32_t *ids, int n) {
+    struct rng rng = rng_new(5, 0);
+    for (int i = 0; i < n; i++) ids[i] = (int32_t)(rng_next(&rng) % CODES);
+}
+
+static const char *in_folder(const struct world *w, const char *name) {
+    static _Thread_local char path[160];
+    snprintf(path, sizeof path, "%s/%s", w->folder, name);
+    return path;
+}
+
+static lvm_ctx *new_context(const lvm_model *m, int threads, lvm_error *error) {
+    lvm_options o = lvm_default_options();
+    o.threads = threads;
+    return lvm_new(m, &o, error);
+}
+
+/* Calls that return NULL have their code in error alone. */
+static int code_of(const void *made, const lvm_error *error) {
+    return made != NULL ? LVM_OK : error != NULL ? error->code : LVM_MEMORY;
+}
+
+static int note_model(struct world *w, lvm_model *m, const lvm_error *error) {
+    lvm_info info = lvm_model_info(m);
+    note(w, &info.parameters, sizeof info.parameters);
+    lvm_close(m);
+    return code_of(m, error);
+}
+
+static int job_open(struct world *w, lvm_error *error) {
+    return note_model(w, lvm_open(w->both, 0, error), error);
+}
+
+static int job_open_read(struct world *w, lvm_error *error) {
+    return note_model(w, lvm_open(w->both, LVM_NO_MMAP, error), error);
+}
+
+static int job_open_memory(struct world *w, lvm_error *error) {
+    return note_model(w, lvm_open_memory(w->file, w->file_size, error), error);
+}
+
+static int job_new(struct world *w, lvm_error *error) {
+    lvm_ctx *ctx = new_context(w->m, 3, error);
+    lvm_free(ctx);
+    return code_of(ctx, error);
+}
+
+static int job_encode(struct world *w, lvm_error *error) {
+    int32_t ids[2 * T];
+    int code = lvm_encode(w->ctx, w->picture, 2, ids, error);
+    if (code == LVM_OK) note(w, ids, sizeof ids);
+    return code;
+}
+
+static int job_decode(struct world *w, lvm_error *error) {
+    int32_t ids[2 * T];
+    lvm_image out[2];
+    fill_ids(ids, 2 * T);
+    return note_pictures(w, out, 2, lvm_decode(w->ctx, ids, 2, out, error));
+}
+
+/* The context is a fresh one of LLAMA in the next three; its prompt takes two pages. */
+static int job_prompt(struct world *w, lvm_error *error) {
+    int32_t ids[LONG];
+    float logits[1024];
+    fill_ids(ids, LONG);
+    int code = lvm_prompt(w->ctx, ids, LONG, logits, error);
+    if (code == LVM_OK) note(w, logits, (size_t)w->lm->info.vocab_size * sizeof *logits);
+    return code;
+}
+
+static int job_score(struct world *w, lvm_error *error) {
+    int32_t ids[LONG];
+    float nll[LONG];
+    fill_ids(ids, LONG);
+    int code = lvm_prompt(w->ctx, ids, 250, NULL, error);
+    if (code == LVM_OK) code = lvm_score(w->ctx, ids + 250, LONG - 250, nll, error);
+    if (code == LVM_OK) note(w, nll, (LONG - 250) * sizeof *nll);
+    return code;
+}
+
+static int job_generate(struct world *w, lvm_error *error) {
+    int32_t ids[LONG], out[3][20];
+    fill_ids(ids, LONG);
+    int code = lvm_prompt(w->ctx, ids, 250, NULL, error);
+    if (code == LVM_OK) code = lvm_generate(w->ctx, NULL, 3, 20, out[0], error);
+    if (code == LVM_OK) note(w, out, sizeof out);
+    return code;
+}
+
+static int job_predict(struct world *w, lvm_error *error) {
+    lvm_image out[2];
+    return note_pictures(w, out, 2, lvm_predict(w->ctx, w->picture, 2, NULL, 2, 1, out, error));
+}
+
+static int job_load(struct world *w, lvm_error *error) {
+    lvm_image image;
+    return note_pictures(w, &image, 1, lvm_image_load(in_folder(w, "a.png"), &image, error));
+}
+
+static int job_save(struct world *w, lvm_error *error) {
+    int code = lvm_image_save(in_folder(w, "b.png"), &w->picture[0], error);
+    if (code == LVM_OK) remove(in_folder(w, "b.png"));
+    return code;
+}
+
+static int job_resize(struct world *w, lvm_error *error) {
+    static const int side[4][2] = {{50, 20}, {60, 36}, {40, 72}, {40, 36}}; /* both, one, none */
+    lvm_image out;
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < 4; i++) {
+        code = lvm_image_resize(&w->picture[0], side[i][0], side[i][1], &out, error);
+        code = note_pictures(w, &out, 1, code);
+    }
+    return code;
+}
+
+/* Turned on its side, from a picture of its own. */
+static int job_upright(struct world *w, lvm_error *error) {
+    lvm_image image = {0};
+    int code = lvm_image_resize(&w->picture[0], 20, 10, &image, error);
+    image.orientation = 6;
+    if (code == LVM_OK) code = lvm_image_upright(&image, error);
+    note_picture(w, &image);
+    return code;
+}
+
+/* A context's state into a file and back. */
+static int job_cache(struct world *w, lvm_error *error) {
+    int32_t ids[LONG];
+    float logits[1024];
+    const char *path = in_folder(w, "cache");
+    fill_ids(ids, LONG);
+    int code = lvm_prompt(w->ctx, ids, LONG, NULL, error);
+    if (code == LVM_OK) code = lvm_cache_save(w->ctx, path, LONG, error);
+    if (code == LVM_OK) code = lvm_cache_load(w->ctx, path, error);
+    if (code == LVM_OK) code = lvm_prompt(w->ctx, ids, LONG, logits, error);
+    if (code == LVM_OK) note(w, logits, (size_t)w->lm->info.vocab_size * sizeof *logits);
+    remove(path);
+    return code;
+}
+
+static int job_quantize(struct world *w, lvm_error *error) {
+    int code = lvm_quantize(w->both, in_folder(w, "q.bin"), LVM_Q8_0, LVM_Q8_0, "*attn_q*=f32", 0,
+                            error);
+    if (code == LVM_OK) remove(in_folder(w, "q.bin"));
+    return code;
+}
+
+struct job {
+    const char *name;
+    int (*run)(struct world *w, lvm_error *error);
+    int uses;           /* 'b', 'l': a context of BOTH or LLAMA; 0: none */
+    int least;          /* allocations that it makes at least, from a fresh context on */
+};
+
+static const struct job jobs[] = {
+    {"open", job_open, 0, 8},         {"open without mapping", job_open_read, 0, 8},
+    {"open in memory", job_open_memory, 0, 8}, {"new", job_new, 0, 50},
+    {"encode", job_encode, 'b', 4},   {"decode", job_decode, 'b', 2},
+    {"prompt", job_prompt, 'l', 4},   {"score", job_score, 'l', 4},
+    {"generate", job_generate, 'l', 8}, {"predict", job_predict, 'b', 10},
+    {"image load", job_load, 0, 4},   {"image save", job_save, 0, 5},
+    {"resize", job_resize, 0, 10},    {"upright", job_upright, 0, 6},
+    {"cache", job_cache, 'l', 10},    {"quantize", job_quantize, 0, 10}};
+enum { N_JOBS = sizeof jobs / sizeof *jobs };
+
+static void prepare(struct world *w, const struct job *job) {
+    if (job->uses == 0) return;
+    lvm_free(w->ctx);
+    w->ctx = new_context(job->uses == 'b' ? w->m : w->lm, 1, NULL);
+    if (w->ctx == NULL) abort();
+}
+
+/* Runs a job and gives its hash; *code is what it returned. */
+static uint64_t run_job(struct world *w, const struct job *job, int *code, lvm_error *error) {
+    w->hash = 14695981039346656037u;
+    *code = job->run(w, error);
+    return w->hash;
+}
+
+/* One allocation fails, or all from it on; then the same objects do the job again. Jobs that take
+   longer are tried both ways by turns. */
+static void fail_job_at(struct test *t, struct world *w, const struct job *job, int at, int all,
+                        uint64_t want) {
+    lvm_error error = {0, ""};
+    int code = LVM_OK, before = 0, fd = free_descriptor();
+    prepare(w, job);
+    before = atomic_load(&live);
+    fail_from(at, all);
+    run_job(w, job, &code, all ? NULL : &error);
+    fail_from(-1, 0);
+    check(t, code == LVM_MEMORY, "%s, allocation %d fails: code %d", job->name, at, code);
+    check(t, all || (error.code == LVM_MEMORY && error.text[0] != 0),
+          "%s, allocation %d fails: error %d \"%s\"", job->name, at, error.code, error.text);
+    check(t, job->uses != 0 || atomic_load(&live) == before,
+          "%s, allocation %d fails: %d blocks are left", job->name, at,
+          atomic_load(&live) - before);
+    check(t, free_descriptor() == fd, "%s, allocation %d fails: a file stays open", job->name, at);
+    uint64_t got = run_job(w, job, &code, &error);
+    check(t, code == LVM_OK && got == want, "%s after a failed allocation %d: code %d, %s",
+          job->name, at, code, got == want ? "the same" : "another result");
+}
+
+static void test_allocations(struct test *t, struct world *w) {
+    for (int i = 0; i < N_JOBS; i++) {
+        const struct job *job = &jobs[i];
+        int code = LVM_OK;
+        prepare(w, job);
+        fail_from(-1, 0);
+        uint64_t want = run_job(w, job, &code, NULL);
+        int n = atomic_load(&calls);
+        check(t, code == LVM_OK && n >= job->least, "%s: code %d, %d allocations", job->name, code,
+              n);
+        for (int at = 0; at < n; at++)
+            for (int all = 0; all < 2; all++)
+                if (job->uses == 0 || at % 2 == all) fail_job_at(t, w, job, at, all, want);
+    }
+}
+
+static void test_thread_starts(struct test *t, struct world *w) {
+    enum { THREADS = 5 };
+    for (int at = 0; at < THREADS; at++) {
+        lvm_error error = {0, ""};
+        int before = atomic_load(&live);
+        atomic_store(&thread_calls, 0);
+        atomic_store(&fail_thread_at, at);
+        lvm_ctx *ctx = new_context(w->m, THREADS, at % 2 ? NULL : &error);
+        atomic_store(&fail_thread_at, -1);
+        if (at == THREADS - 1) { /* the caller is one of five, so four are started */
+            check(t, ctx != NULL && atomic_load(&thread_calls) == at, "five threads do not start");
+            lvm_free(ctx);
+            continue;
+        }
+        check(t, ctx == NULL, "thread %d does not start, the context does", at);
+        check(t, at % 2 || (error.code == LVM_MEMORY && error.text[0] != 0),
+              "thread %d does not start: %d \"%s\"", at, error.code, error.text);
+        check(t, atomic_load(&live) == before, "thread %d does not start: a leak", at);
+    }
+}
+
+/* ---- Cancelling ---- */
+
+struct canceller {
+    atomic_int calls, at; /* says stop from call number `at` on; -1: never */
+    int stages;           /* bits of the stages that were seen */
+};
+
+static const char *const stage_names[] = {"encode", "prompt", "generate", "score", "decode",
+                                          "layers"};
+enum { N_STAGES = sizeof stage_names / sizeof *stage_names };
+
+static int on_step(void *user, const char *stage, int64_t done, int64_t all) {
+    struct canceller *c = user;
+    int at = atomic_load(&c->at), call = atomic_fetch_add(&c->calls, 1);
+    for (int i = 0; i < N_STAGES; i++)
+        if (strcmp(stage, stage_names[i]) == 0 && done >= 0 && done <= all) c->stages |= 1 << i;
+    return at >= 0 && call >= at;
+}
+
+static void cancel_at(struct canceller *c, int at) {
+    atomic_store(&c->calls, 0);
+    atomic_store(&c->at, at);
+}
+
+static lvm_ctx *cancellable(const lvm_model *m, struct canceller *c) {
+    lvm_options o = lvm_default_options();
+    o.threads = 1;
+    o.user = c;
+    o.progress = on_step;
+    lvm_ctx *ctx = lvm_new(m, &o, NULL);
+    if (ctx == NULL) abort();
+    return ctx;
+}
+
+/* Everything at once, so that each stage is met: pictures to pictures, then likelihoods. */
+static int job_all(struct world *w, lvm_error *error) {
+    int32_t ids[T];
+    float nll[T];
+    lvm_image out;
+    fill_ids(ids, T);
+    int code = lvm_predict(w->ctx, w->picture, 2, NULL, 1, 1, &out, error);
+    code = note_pictures(w, &out, 1, code);
+    if (code == LVM_OK) code = lvm_score(w->ctx, ids, T, nll, error);
+    if (code == LVM_OK) note(w, nll, sizeof nll);
+    return code;
+}
+
+static void test_cancel(struct test *t, struct world *w) {
+    static const struct job job = {"predict and score", job_all, 'b', 0};
+    struct canceller c = {.at = -1};
+    lvm_error error = {0, ""};
+    lvm_ctx *kept = w->ctx;
+    int code = LVM_OK;
+    w->ctx = cancellable(w->m, &c);
+    uint64_t want = run_job(w, &job, &code, NULL);
+    int n = atomic_load(&c.calls);
+    check(t, code == LVM_OK && n > T, "%s: code %d, %d progress calls", job.name, code, n);
+    check(t, c.stages == (1 << N_STAGES) - 1, "%s: stages seen: %x", job.name, (unsigned)c.stages);
+    for (int at = 0; at < n; at += t->step) {
+        lvm_free(w->ctx); /* a fresh one, which remembers no pictures */
+        w->ctx = cancellable(w->m, &c);
+        cancel_at(&c, at);
+        run_job(w, &job, &code, at % 2 ? NULL : &error);
+        check(t, code == LVM_CANCELLED, "%s cancelled at call %d: code %d", job.name, at, code);
+        check(t, at % 2 || (error.code == LVM_CANCELLED && strstr(error.text, "cancelled") != NULL),
+              "%s cancelled at call %d: \"%s\"", job.name, at, error.text);
+        cancel_at(&c, -1);
+        uint64_t got = run_job(w, &job, &code, NULL);
+        check(t, code == LVM_OK && got == want, "%s after being cancelled at call %d: code %d, %s",
+              job.name, at, code, got == want ? "the same" : "another result");
+    }
+    lvm_free(w->ctx);
+    w->ctx = kept;
+}
+
+/* A prompt that was cancelled is the context's prompt all the same: the rest of it is read when it
+   is needed. */
+static void test_prompt_again(struct test *t, struct world *w) {
+    struct canceller c = {.at = -1};
+    int32_t ids[LONG];
+    float want[2], got[2];
+    lvm_ctx *ctx = cancellable(w->lm, &c);
+    fill_ids(ids, LONG);
+    lvm_prompt(ctx, ids, LONG, NULL, NULL);
+    int n = atomic_load(&c.calls);
+    lvm_score(ctx, ids, 2, want, NULL);
+    for (int at = 0; at < n; at++) {
+        lvm_prompt(ctx, ids + 1, 20, NULL, NULL);
+        cancel_at(&c, at);
+        int code = lvm_prompt(ctx, ids, LONG, NULL, NULL);
+        cancel_at(&c, -1);
+        check(t, code == LVM_CANCELLED && lvm_score(ctx, ids, 2, got, NULL) == LVM_OK &&
+                     memcmp(want, got, sizeof want) == 0,
+              "a prompt cancelled at call %d: code %d, or other scores behind it", at, code);
+    }
+    lvm_free(ctx);
+}
+
+/* A generation that was cancelled, or had no memory, left the context at its prompt: it may simply
+   be asked for again. The second prompt is so long that the window slides. */
+static void test_generate_again(struct test *t, struct world *w) {
+    struct canceller c = {.at = -1};
+    int32_t ids[1 + 4 * T], want[2][T], got[2][T];
+    float likely[2], again[2];
+    lvm_ctx *ctx = cancellable(w->m, &c);
+    fill_ids(ids, 1 + 4 * T);
+    ids[0] = BOS;
+    for (int n = 1 + T; n < 1 + 4 * T; n += 3 * T - 10) {
+        lvm_prompt(ctx, ids, n, NULL, NULL);
+        lvm_score(ctx, ids + 1, 2, likely, NULL);
+        lvm_prompt(ctx, ids, n, NULL, NULL);
+        cancel_at(&c, -1);
+        check(t, lvm_generate(ctx, NULL, 2, T, want[0], NULL) == LVM_OK, "generating fails");
+        int steps = atomic_load(&c.calls);
+        for (int at = 0; at < steps + 4;
+             at += at < steps ? (int)min64(3 * t->step, steps - at) : 1) {
+            cancel_at(&c, -1);
+            lvm_prompt(ctx, ids, n, NULL, NULL);
+            cancel_at(&c, at);
+            if (at >= steps) fail_from(at - steps, 0);
+            int code = lvm_generate(ctx, NULL, 2, T, got[0], NULL);
+            fail_from(-1, 0);
+            cancel_at(&c, -1);
+            check(t, code == (at < steps ? LVM_CANCELLED : LVM_MEMORY), "step %d: %d", at, code);
+            memset(got, 0, sizeof got);
+            check(t, lvm_score(ctx, ids + 1, 2, again, NULL) == LVM_OK &&
+                         memcmp(likely, again, sizeof likely) == 0,
+                  "prompt of %d, stopped at step %d: other scores", n, at);
+            check(t, lvm_generate(ctx, NULL, 2, T, got[0], NULL) == LVM_OK &&
+                         memcmp(want, got, sizeof want) == 0,
+                  "prompt of %d, stopped at step %d: other tokens", n, at);
+        }
+    }
+    lvm_free(ctx);
+}
+
+/* ---- Several models, contexts and threads ---- */
+
+struct user {
+    struct world w;
+    const struct job *job;
+    lvm_model *m;
+    int threads, code;
+    uint64_t hash;
+};
+
+static void *use(void *arg) {
+    struct user *u = arg;
+    u->w.ctx = new_context(u->m, u->threads, NULL);
+    if (u->w.ctx == NULL) abort();
+    u->hash = run_job(&u->w, u->job, &u->code, NULL);
+    lvm_free(u->w.ctx);
+    return NULL;
+}
+
+/* Two users of BOTH and two of LLAMA, one after the other and then all at once. */
+static void test_threads(struct test *t, const struct world *w) {
+    static const struct job predict = {"predict", job_predict, 'b', 0},
+                            generate = {"generate", job_generate, 'l', 0};
+    enum { USERS = 4 };
+    static struct user alone[USERS], together[USERS];
+    pthread_t thread[USERS];
+    for (int i = 0; i < USERS; i++) {
+        alone[i] = (struct user){.w = *w, .job = i < 2 ? &predict : &generate,
+                                 .m = i < 2 ? w->m : w->lm, .threads = 1 + i % 2};
+        together[i] = alone[i];
+        use(&alone[i]);
+    }
+    for (int i = 0; i < USERS; i++)
+        if (pthread_create(&thread[i], NULL, use, &together[i]) != 0) abort();
+    for (int i = 0; i < USERS; i++) pthread_join(thread[i], NULL);
+    for (int i = 0; i < USERS; i++)
+        check(t, alone[i].code == LVM_OK && together[i].code == LVM_OK &&
+                     alone[i].hash == together[i].hash && alone[i].hash == alone[i / 2 * 2].hash,
+              "%s in thread %d: codes %d and %d, other results than alone", alone[i].job->name, i,
+              alone[i].code, together[i].code);
+}
+
+/* Two models and their contexts in one thread, by turns. */
+static void test_two_models(struct test *t, struct world *w) {
+    static const struct job predict = {"predict", job_predict, 'b', 0},
+                            generate = {"generate", job_generate, 'l', 0};
+    const struct job *job[2] = {&predict, &generate};
+    lvm_model *twin = lvm_open(w->both, 0, NULL), *model[2] = {twin, w->lm};
+    lvm_ctx *ctx[2], *kept = w->ctx;
+    uint64_t hash[2][3];
+    int codes = 0, code = 0;
+    for (int i = 0; i < 2; i++) ctx[i] = new_context(model[i], 2, NULL);
+    for (int round = 0; round < 3; round++)
+        for (int i = 0; i < 2; i++) {
+            w->ctx = ctx[i];
+            hash[i][round] = run_job(w, job[i], &code, NULL);
+            codes |= code;
+        }
+    for (int i = 0; i < 2; i++) lvm_free(ctx[i]);
+    w->ctx = new_context(w->m, 1, NULL);
+    uint64_t want = run_job(w, &predict, &code, NULL);
+    check(t, codes == LVM_OK && code == LVM_OK, "two models by turns fail");
+    check(t, hash[0][0] == hash[0][1] && hash[0][1] == hash[0][2] && hash[0][0] == want &&
+                 hash[1][0] == hash[1][1] && hash[1][1] == hash[1][2],
+          "two models by turns: other results");
+    lvm_free(w->ctx);
+    w->ctx = kept;
+    lvm_close(twin);
+}
+
+static void *cancel_soon(void *arg) {
+    struct canceller *c = arg;
+    while (atomic_load(&c->calls) < 20) sched_yield();
+    atomic_store(&c->at, 0);
+    return NULL;
+}
+
+/* A thread stops a prediction that runs in another. */
+static void test_cancel_from_thread(struct test *t, struct world *w) {
+    struct canceller c = {.at = -1};
+    pthread_t thread;
+    int code = LVM_OK, n = 0;
+    lvm_ctx *kept = w->ctx;
+    lvm_image out[40];
+    w->ctx = cancellable(w->m, &c);
+    if (pthread_create(&thread, NULL, cancel_soon, &c) != 0) abort();
+    code = lvm_predict(w->ctx, w->picture, 2, NULL, 1, 40, out, NULL);
+    pthread_join(thread, NULL);
+    n = atomic_load(&c.calls);
+    check(t, code == LVM_CANCELLED && n >= 20, "cancelled from a thread: code %d, call %d", code,
+          n);
+    cancel_at(&c, -1);
+    check(t, job_all(w, NULL) == LVM_OK, "the context fails after a thread cancelled it");
+    lvm_free(w->ctx);
+    w->ctx = kept;
+}
+
+/* ---- Arguments that cannot be right ---- */
+
+static void check_invalid(struct test *t, const char *call, int with, int without,
+                          const lvm_error *fault) {
+    check(t, with == LVM_INVALID && fault->code == LVM_INVALID && fault->text[0] != 0,
+          "%s gives %d: %s", call, with, fault->text);
+    check(t, without == LVM_INVALID, "%s without an error struct gives %d", call, without);
+}
+
+/* Makes a call twice, with e an error struct and with e NULL. A macro, for only a macro can
+   evaluate an expression twice and print it. */
+#define INVALID(t, call) do { \
+        lvm_error fault = {0, ""}, *e = &fault; \
+        int with = (call); \
+        e = NULL; \
+        int without = (call); \
+        check_invalid(t, #call, with, without, &fault); \
+    } while (0)
+
+/* The same of calls that return NULL: their code is in the error alone. */
+#define REFUSES(t, call) do { \
+        lvm_error fault = {0, ""}, *e = &fault; \
+        int with = (call) == NULL ? fault.code : LVM_OK; \
+        e = NULL; \
+        int without = (call) == NULL ? LVM_INVALID : LVM_OK; \
+        check_invalid(t, #call, with, without, &fault); \
+    } while (0)
+
+static void test_wrong_pointers(struct test *t, struct world *w) {
+    int32_t ids[2 * T] = {0};
+    float nll[2];
+    lvm_image *in = w->picture, out[2], none = {.width = 4, .height = 4};
+    lvm_ctx *ctx = new_context(w->m, 1, NULL);
+    INVALID(t, lvm_encode(NULL, in, 1, ids, e));
+    INVALID(t, lvm_encode(ctx, NULL, 1, ids, e));
+    INVALID(t, lvm_encode(ctx, in, 1, NULL, e));
+    INVALID(t, lvm_encode(ctx, in, -1, ids, e));
+    INVALID(t, lvm_encode(ctx, &none, 1, ids, e));
+    INVALID(t, lvm_decode(NULL, ids, 1, out, e));
+    INVALID(t, lvm_decode(ctx, NULL, 1, out, e));
+    INVALID(t, lvm_decode(ctx, ids, 1, NULL, e));
+    INVALID(t, lvm_decode(ctx, ids, -1, out, e));
+    INVALID(t, lvm_prompt(NULL, ids, 1, NULL, e));
+    INVALID(t, lvm_prompt(ctx, NULL, 1, NULL, e));
+    INVALID(t, lvm_generate(NULL, NULL, 1, 1, ids, e));
+    INVALID(t, lvm_generate(ctx, NULL, 1, 1, NULL, e));
+    INVALID(t, lvm_score(NULL, ids, 1, nll, e));
+    INVALID(t, lvm_score(ctx, NULL, 1, nll, e));
+    INVALID(t, lvm_score(ctx, ids, 1, NULL, e));
+    INVALID(t, lvm_prompt_images(NULL, in, 1, e));
+    INVALID(t, lvm_prompt_images(ctx, NULL, 1, e));
+    INVALID(t, lvm_prompt_images(ctx, in, -1, e));
+    INVALID(t, lvm_generate_images(NULL, NULL, 1, 1, out, e));
+    INVALID(t, lvm_generate_images(ctx, NULL, 1, 1, NULL, e));
+    INVALID(t, lvm_generate_images(ctx, NULL, 1, 0, out, e));
+    INVALID(t, lvm_cache_save(NULL, "x", 1, e));
+    INVALID(t, lvm_cache_save(ctx, NULL, 1, e));
+    INVALID(t, lvm_cache_save(ctx, "x", 0, e));
+    INVALID(t, lvm_cache_load(NULL, "x", e));
+    INVALID(t, lvm_cache_load(ctx, NULL, e));
+    INVALID(t, lvm_predict(NULL, in, 1, NULL, 1, 1, out, e));
+    INVALID(t, lvm_predict(ctx, NULL, 1, NULL, 1, 1, out, e));
+    INVALID(t, lvm_predict(ctx, in, 1, NULL, 1, 1, NULL, e));
+    INVALID(t, lvm_predict(ctx, &none, 1, NULL, 1, 1, out, e));
+    check(t, out[0].rgb == NULL && out[0].width == 0, "a refused prediction leaves a picture");
+    check(t, lvm_encode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no pictures to encode fail");
+    check(t, lvm_decode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no pictures to decode fail");
+    check(t, lvm_predict(ctx, NULL, 0, NULL, 1, 1, out, NULL) == LVM_OK, "no prompt but bos fails");
+    lvm_image_free(&out[0]);
+    lvm_free(ctx);
+}
+
+static void test_wrong_picture_calls(struct test *t, struct world *w) {
+    lvm_image *in = w->picture, out = {.width = 9}, none = {.width = 4, .height = 4};
+    const char *path = in_folder(w, "a.png");
+    INVALID(t, lvm_image_load(NULL, &out, e));
+    INVALID(t, lvm_image_load(path, NULL, e));
+    INVALID(t, lvm_image_load_memory(NULL, 9, "x", &out, e));
+    INVALID(t, lvm_image_load_memory("abc", 3, "x", NULL, e));
+    check(t, lvm_image_load_memory("abc", 3, NULL, &out, NULL) == LVM_FORMAT, "without a name");
+    INVALID(t, lvm_image_save(NULL, in, e));
+    INVALID(t, lvm_image_save(path, NULL, e));
+    INVALID(t, lvm_image_save(path, &none, e));
+    INVALID(t, lvm_image_upright(NULL, e));
+    INVALID(t, lvm_image_upright(&none, e));
+    INVALID(t, lvm_image_resize(NULL, 4, 4, &out, e));
+    INVALID(t, lvm_image_resize(in, 4, 4, NULL, e));
+    INVALID(t, lvm_image_resize(in, 4, 4, in, e));
+    INVALID(t, lvm_image_resize(in, 0, 4, &out, e));
+    INVALID(t, lvm_image_resize(in, 4, -4, &out, e));
+    INVALID(t, lvm_image_resize(&none, 4, 4, &out, e));
+    check(t, out.rgb == NULL && out.width == 0, "a refused resize leaves a picture");
+    lvm_image_free(NULL);
+}
+
+static void test_wrong_models(struct test *t, struct world *w) {
+    lvm_options small = lvm_default_options(), large = small;
+    lvm_sampling s = lvm_default_sampling();
+    int32_t ids[2] = {0};
+    small.size = 4;
+    large.size += 8;
+    s.size = 0;
+    REFUSES(t, lvm_open(NULL, 0, e));
+    REFUSES(t, lvm_open(w->both, 1 << 20, e));
+    REFUSES(t, lvm_open_memory(NULL, 100, e));
+    REFUSES(t, lvm_new(NULL, NULL, e));
+    REFUSES(t, lvm_new(w->m, &small, e));
+    REFUSES(t, lvm_new(w->m, &large, e));
+    INVALID(t, lvm_generate(w->ctx, &s, 1, 1, ids, e));
+    INVALID(t, lvm_sampling_preset(NULL, &s, e));
+    INVALID(t, lvm_sampling_preset("lvm", NULL, e));
+    INVALID(t, lvm_sampling_preset("other", &s, e));
+    INVALID(t, lvm_quantize(NULL, "x", LVM_Q8_0, LVM_AUTO, NULL, 0, e));
+    INVALID(t, lvm_quantize(w->both, NULL, LVM_Q8_0, LVM_AUTO, NULL, 0, e));
+    INVALID(t, lvm_quantize(w->both, in_folder(w, "q"), 77, LVM_AUTO, NULL, 0, e));
+    INVALID(t, lvm_quantize(w->both, w->both, LVM_Q8_0, LVM_AUTO, NULL, 1, e));
+    lvm_info info = lvm_model_info(NULL);
+    check(t, !info.has_transformer && !info.has_tokenizer && info.bos == -1 && info.name != NULL,
+          "lvm_model_info(NULL)");
+    lvm_free(NULL);
+    lvm_close(NULL);
+}
+
+/* What is no misuse but fails all the same keeps its code without an error struct too. */
+static void test_codes_without_error(struct test *t, struct world *w) {
+    lvm_image out;
+    char none[192], deep[192];
+    snprintf(none, sizeof none, "%s/none", w->folder);
+    snprintf(deep, sizeof deep, "%s/none/x.png", w->folder);
+    check(t, lvm_open(none, 0, NULL) == NULL && lvm_open(none, LVM_NO_MMAP, NULL) == NULL,
+          "a file that is not there opens");
+    check(t, lvm_image_load(none, &out, NULL) == LVM_IO && out.rgb == NULL, "loading nothing");
+    check(t, lvm_image_save(deep, &w->picture[0], NULL) == LVM_IO, "saving to nowhere");
+    check(t, lvm_quantize(none, deep, LVM_F16, LVM_F16, NULL, 0, NULL) == LVM_IO, "from nothing");
+    check(t, lvm_quantize(in_folder(w, "a.png"), deep, LVM_F16, LVM_F16, NULL, 0, NULL) ==
+                 LVM_FORMAT, "from a picture");
+    check(t, lvm_quantize(w->both, deep, LVM_F16, LVM_F16, NULL, 0, NULL) == LVM_IO, "to nowhere");
+}
+
+/* ---- All ---- */
+
+static void world_open(struct world *w, char **argv) {
+    uint8_t *data = NULL;
+    memset(w, 0, sizeof *w);
+    w->both = argv[1];
+    w->llama = argv[2];
+    const char *tmp = getenv("TMPDIR");
+    snprintf(w->folder, sizeof w->folder, "%s/test_embed.XXXXXX", tmp != NULL ? tmp : "/tmp");
+    if (mkdtemp(w->folder) == NULL) abort();
+    w->m = lvm_open(w->both, 0, NULL);
+    w->lm = lvm_open(w->llama, 0, NULL);
+    if (w->m == NULL || w->lm == NULL || read_file(w->both, &data, &w->file_size, NULL)) abort();
+    w->file = data;
+    for (int i = 0; i < 2; i++) {
+        for (int k = 0; k < 3 * 40 * 36; k++) w->rgb[i][k] = (uint8_t)(k * (i + 3) / 7 + k % 11);
+        w->picture[i] = (lvm_image){.width = 40, .height = 36, .rgb = w->rgb[i]};
+    }
+    w->ctx = new_context(w->m, 1, NULL);
+    if (w->ctx == NULL || lvm_image_save(in_folder(w, "a.png"), &w->picture[0], NULL)) abort();
+}
+
+/* Nothing may be left: no memory, no file. */
+static void world_close(struct test *t, struct world *w) {
+    lvm_free(w->ctx);
+    lvm_close(w->m);
+    lvm_close(w->lm);
+    mem_free(w->file);
+    check(t, atomic_load(&live) == 0, "%d blocks of memory are left", atomic_load(&live));
+    remove(in_folder(w, "a.png"));
+    check(t, rmdir(w->folder) == 0, "files are left in %s", w->folder);
+}
+
+int main(int argc, char **argv) {
+    static struct world w;
+    struct test t = {.step = argc > 3 && strcmp(argv[3], "--quick") == 0 ? 5 : 1};
+    if (argc < 3) return printf("test_embed BOTH LLAMA [--quick | --threads-only]\n"), 2;
+    world_open(&w, argv);
+    test_threads(&t, &w);
+    test_cancel_from_thread(&t, &w);
+    if (argc < 4 || strcmp(argv[3], "--threads-only") != 0) {
+        test_two_models(&t, &w);
+        test_allocations(&t, &w);
+        test_thread_starts(&t, &w);
+        test_cancel(&t, &w);
+        test_prompt_again(&t, &w);
+        test_generate_again(&t, &w);
+        test_wrong_pointers(&t, &w);
+        test_wrong_picture_calls(&t, &w);
+        test_wrong_models(&t, &w);
+        test_codes_without_error(&t, &w);
+    }
+    world_close(&t, &w);
+    printf("embed: %d passed, %d failed\n", t.passed, t.failed);
+    return t.failed > 0;
+}
