@@ -1,7 +1,7 @@
 # lvm: one C file. `make` builds the program; `make test` builds and runs every test.
 #   make debug      the tests under the address and undefined-behaviour sanitizers
 #   make tsan       the threaded tests under the thread sanitizer
-#   make fuzz       damages pictures for FUZZ_SECONDS
+#   make fuzz       every fuzz target for FUZZ_SECONDS, two at a time (clang)
 #   make liblvm.so  the library
 #   make install    PREFIX=DIR: program, manual page, library, lvm.h, lvm.pc; `make uninstall`
 CC      ?= cc
@@ -14,7 +14,6 @@ LIBDIR  ?= $(PREFIX)/lib
 B       ?= build
 TEST_CFLAGS  ?= -O2
 FUZZ_SECONDS ?= 60
-SANITIZERS   = -fsanitize=address,undefined -fno-sanitize-recover=all
 
 # The library's names once it is installed. Before 1.0 every minor version has its own ABI.
 VERSION := $(shell sed -n 's/^.define LVM_VERSION "\(.*\)"/\1/p' lvm.c)
@@ -43,9 +42,6 @@ $(B)/lvm: lvm.c | $(B)
 $(B)/test_%: tests/test_%.c tests/npy.h lvm.c | $(B)
 	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -o $@ $< $(LDFLAGS) $(LIBS)
 
-$(B)/fuzz_images: tests/test_images.c lvm.c | $(B)
-	$(CC) $(STD) $(WARN) -O1 -g $(SANITIZERS) -DLVM_FUZZING -o $@ $< $(LDFLAGS) $(LIBS)
-
 $(B):
 	mkdir -p $@
 
@@ -58,8 +54,8 @@ debug:
 tsan:
 	SANITIZE=thread ./run_tests.sh
 
-fuzz: $(B)/fuzz_images
-	$(B)/fuzz_images tests/images --fuzz $(FUZZ_SECONDS)
+fuzz:
+	tests/fuzz.sh $(FUZZ_SECONDS)
 
 # The header is chapter 0 of lvm.c: its comment, then everything between the guards.
 $(B)/lvm.h: lvm.c | $(B)

@@ -149,7 +149,7 @@ if [ "$SANITIZE" = thread ]; then
     run embed limited "$B/test_embed" $embedded --threads-only
     run threads threaded_commands
 else
-    run build build images kernels properties golden embed
+    run build build images kernels properties golden embed fuzz
     run convert convert_golden
     [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py
     # shellcheck disable=SC2046
@@ -157,6 +157,7 @@ else
     # shellcheck disable=SC2046,SC2086
     run embed limited "$B/test_embed" $embedded $([ -z "$SANITIZE" ] || echo --quick)
     run images limited "$B/test_images" tests/images
+    run corpus limited "$B/test_fuzz" tests/corpus
     run kernels limited "$B/test_kernels"
     run golden limited "$B/test_golden" tests/golden build/golden
     end properties

@@ -2,12 +2,11 @@
 """Makes the first inputs of the fuzz targets: python3 tests/make_corpus.py FOLDER. Standard
 library only.
 
-FOLDER/gguf gets heads of small weights files (tests/fuzz.c adds the data), FOLDER/cache what
-`build/test_fuzz --cache FILE` writes, FOLDER/jsonl and FOLDER/tokens a few lines; png, jpeg and pnm get
-copies of the small pictures in tests/images. What a fuzzer found later lies there beside them.
+FOLDER/gguf gets heads of small weights files (tests/test_fuzz.c adds the data), FOLDER/cache what
+`build/test_fuzz --cache FILE` writes, FOLDER/jsonl and FOLDER/tokens a few lines; pictures
+start from tests/images. What a fuzzer found later lies there beside them.
 """
 import os
-import shutil
 import struct
 import sys
 
@@ -156,23 +155,11 @@ def write_text(folder):
     save(folder, "tokens", "bad", b"1 -2 x\n99999999999\n")
 
 
-def write_pictures(folder):
-    images = os.path.join(TESTS, "images")
-    for name in sorted(os.listdir(images)):
-        kind = {"png": "png", "jpg": "jpeg", "jpeg": "jpeg", "ppm": "pnm", "pgm": "pnm", "pbm": "pnm"}.get(
-            name.rsplit(".", 1)[-1])
-        path = os.path.join(images, name)
-        if kind and os.path.getsize(path) < 1500:
-            os.makedirs(os.path.join(folder, kind), exist_ok=True)
-            shutil.copy(path, os.path.join(folder, kind, name))
-
-
 def main():
     if len(sys.argv) != 2:
         sys.exit("usage: make_corpus.py FOLDER")
     write_gguf(sys.argv[1])
     write_text(sys.argv[1])
-    write_pictures(sys.argv[1])
 
 
 if __name__ == "__main__":

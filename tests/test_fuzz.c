@@ -1,6 +1,6 @@
 /* Fuzz targets: everything that reads bytes from others, and then the run of what was read.
 
-       LVM_FUZZ=gguf build/fuzz tests/corpus/gguf           with libFuzzer, see `make fuzz`
+       LVM_FUZZ=gguf build/fuzz tests/corpus/gguf           with libFuzzer, see tests/fuzz.sh
        build/test_fuzz tests/corpus                         every corpus once, with any compiler
        build/test_fuzz --cache FILE                         a first input for the cache
 
@@ -239,7 +239,7 @@ int main(int argc, char **argv) {
         }
         if (dir != NULL) closedir(dir);
         passed += files;
-        failed += files == 0;
+        failed += files == 0 && targets[i].run != fuzz_image; /* test_images reads pictures */
         printf("%s: %d inputs\n", folder, files);
     }
     printf("fuzz: %d passed, %d failed\n", passed, failed);
