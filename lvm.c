@@ -8376,6 +8376,7 @@ static const struct kernels kernels_avx512 = {
    Independent accumulators and nothing to load. The barrier after each round keeps compilers from
    folding the sums into one. */
 
+#ifndef LVM_NO_MAIN
 AVX2 static void peak_fma_avx2(int64_t rounds) {
     __m256 a[12], x = _mm256_set1_ps(0.5f);
     UNROLL for (int i = 0; i < 12; i++) a[i] = _mm256_set1_ps(1);
@@ -8412,6 +8413,7 @@ AVX512 static void peak_int_avx512(int64_t rounds) {
         UNROLL for (int i = 0; i < 12; i++) __asm__ volatile("" : "+v"(a[i]));
     }
 }
+#endif
 
 /* Bits of XCR0: the registers that the operating system saves. */
 static uint64_t saved_state(void) {
