@@ -718,6 +718,7 @@ static int act(lvm_ctx *ctx, enum action action, struct canceller *c, int at, st
     for (int i = 0; i < 64; i++) o->tokens[i] = ids[i + 1];
     c->calls = 0;
     c->at = at;
+    if (action == ENCODE) forget(ctx); /* or it would know the picture */
     if (action == ENCODE) code = encode_noise(ctx, o->tokens);
     if (action == DECODE) code = decode_tokens(ctx, o->tokens, o->pixels);
     if (action == READ) code = lvm_prompt(ctx, ids, PROMPT, o->logits, NULL);
