@@ -132,6 +132,7 @@ static void golden_llama(const char *name, const char *folder, lvm_model *m) {
     int32_t out[1024];
     m->info.codes = npy_i32(&codes)[0]; /* a transformer alone does not know its picture codes */
     m->info.tokens_per_image = 64;      /* so that short contexts hold pictures */
+    m->info.window_images = 16;
     lvm_ctx *ctx = context(m, 0, LVM_F32, 2);
     double a = check_logits(name, ctx, ids.data, &positions, &logits);
     double b = check_nll(name, ctx, ids.data, &nll);
