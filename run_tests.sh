@@ -140,7 +140,7 @@ threaded_commands() {
     [ "$f" -eq 0 ]
 }
 
-embedded="build/golden/both.bin build/golden/llama_tied.bin"
+embedded="build/golden/both.bin build/golden/llama_tied.bin tests/images"
 if [ "$SANITIZE" = thread ]; then
     run build build properties embed
     run convert convert_golden

@@ -3,9 +3,9 @@
    cannot be right. Each time the answer must be an error code with words, nothing may leak, and
    the same objects must then give the same bytes as ever.
 
-       test_embed BOTH LLAMA                   weights files of tests/golden (both, llama_tied)
-       test_embed BOTH LLAMA --quick           fewer moments of cancelling, for sanitizer runs
-       test_embed BOTH LLAMA --threads-only    the threaded part, for -fsanitize=thread */
+       test_embed BOTH LLAMA IMAGES    weights of tests/golden (both, llama_tied); tests/images
+           --quick                     fewer moments of cancelling, for sanitizer runs
+           --threads-only              the threaded part, for -fsanitize=thread */
 #include <stddef.h>
 void *counted_calloc(size_t count, size_t size);
 void counted_free(void *p);
@@ -81,7 +81,7 @@ static int free_descriptor(void) {
 
 /* What the jobs work with. Each writes what it computed into hash. */
 struct world {
-    const char *both, *llama; /* paths */
+    const char *both, *llama, *images; /* paths */
     char folder[128];         /* for what is written */
     lvm_model *m, *lm;
     lvm_ctx *ctx;
@@ -218,6 +218,21 @@ static int job_load(struct world *w, lvm_error *error) {
     return note_pictures(w, &image, 1, lvm_image_load(in_folder(w, "a.png"), &image, error));
 }
 
+/* Every reader of pictures. */
+static int job_load_kinds(struct world *w, lvm_error *error) {
+    static const char *const names[] = {"interlaced.png", "palette_mixed.png", "cmyk.jpg",
+                                        "cmyk_prog.jpg", "s420_17x9.jpg", "raw_100.ppm"};
+    int code = LVM_OK;
+    for (size_t i = 0; code == LVM_OK && i < sizeof names / sizeof *names; i++) {
+        char path[256];
+        lvm_image image;
+        snprintf(path, sizeof path, "%s/%s", w->images, names[i]);
+        code = lvm_image_load(path, &image, error);
+        code = note_pictures(w, &image, 1, code);
+    }
+    return code;
+}
+
 static int job_save(struct world *w, lvm_error *error) {
     int code = lvm_image_save(in_folder(w, "b.png"), &w->picture[0], error);
     if (code == LVM_OK) remove(in_folder(w, "b.png"));
@@ -280,7 +295,8 @@ static const struct job jobs[] = {
     {"encode", job_encode, 'b', 4},   {"decode", job_decode, 'b', 2},
     {"prompt", job_prompt, 'l', 4},   {"score", job_score, 'l', 4},
     {"generate", job_generate, 'l', 8}, {"predict", job_predict, 'b', 10},
-    {"image load", job_load, 0, 4},   {"image save", job_save, 0, 5},
+    {"image load", job_load, 0, 4},   {"images load", job_load_kinds, 0, 25},
+    {"image save", job_save, 0, 5},
     {"resize", job_resize, 0, 10},    {"upright", job_upright, 0, 6},
     {"cache", job_cache, 'l', 10},    {"quantize", job_quantize, 0, 10}};
 enum { N_JOBS = sizeof jobs / sizeof *jobs };
@@ -738,6 +754,7 @@ static void world_open(struct world *w, char **argv) {
     memset(w, 0, sizeof *w);
     w->both = argv[1];
     w->llama = argv[2];
+    w->images = argv[3];
     const char *tmp = getenv("TMPDIR");
     snprintf(w->folder, sizeof w->folder, "%s/test_embed.XXXXXX", tmp != NULL ? tmp : "/tmp");
     if (mkdtemp(w->folder) == NULL) abort();
@@ -766,12 +783,12 @@ static void world_close(struct test *t, struct world *w) {
 
 int main(int argc, char **argv) {
     static struct world w;
-    struct test t = {.step = argc > 3 && strcmp(argv[3], "--quick") == 0 ? 5 : 1};
-    if (argc < 3) return printf("test_embed BOTH LLAMA [--quick | --threads-only]\n"), 2;
+    struct test t = {.step = argc > 4 && strcmp(argv[4], "--quick") == 0 ? 5 : 1};
+    if (argc < 4) return printf("test_embed BOTH LLAMA IMAGES [--quick | --threads-only]\n"), 2;
     world_open(&w, argv);
     test_threads(&t, &w);
     test_cancel_from_thread(&t, &w);
-    if (argc < 4 || strcmp(argv[3], "--threads-only") != 0) {
+    if (argc < 5 || strcmp(argv[4], "--threads-only") != 0) {
         test_two_models(&t, &w);
         test_allocations(&t, &w);
         test_thread_starts(&t, &w);

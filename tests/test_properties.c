@@ -739,6 +739,8 @@ static void test_cancel(struct test *t, const lvm_model *m, int kv_type) {
         int calls = c.calls;
         check(t, calls >= 2, "%s calls progress only %d times", action_names[i], calls);
         for (int at = 0; at < calls; at++) {
+            lvm_free(ctx); /* a fresh one, which remembers no pictures */
+            ctx = context(m, &o);
             int code = act(ctx, i, &c, at, &got);
             check(t, code == LVM_CANCELLED, "%s cancelled at call %d gives %d", action_names[i], at,
                   code);
