@@ -534,7 +534,7 @@ static void pool_wait_for_workers(struct pool *p) {
         wait_turn(i);
     }
     pthread_mutex_lock(&p->mutex);
-    atomic_store(&p->caller_sleeping, 1);
+    atomic_exchange(&p->caller_sleeping, 1); /* QEMU's AArch64 lets a store pass the load below */
     while (atomic_load(&p->working) != 0) pthread_cond_wait(&p->done, &p->mutex);
     atomic_store(&p->caller_sleeping, 0);
     pthread_mutex_unlock(&p->mutex);
