@@ -38,7 +38,7 @@
        9  Visual sentences: prompts by the line
      Part three: the machine room
       10  Images: PNG, JPEG and PNM in, PNG out, EXIF rotation, Pillow's resizing
-      11  Fast kernels: AVX2, AVX-512
+      11  Fast kernels: AVX2, AVX-512, NEON
       12  The command line
 
    Letters used in shapes throughout:
@@ -148,7 +148,7 @@ typedef struct lvm_info {
     int window_images;    /* pictures that fit the context, the predicted one included */
     int64_t parameters;
     const char *name;     /* general.name of the file, or "" */
-    const char *isa;      /* the kernels in use: "scalar", "avx2", "avx512" */
+    const char *isa;      /* the kernels in use: "scalar", "avx2", "avx512", "neon", "neon-dot" */
 } lvm_info;
 
 /* progress is called often, with the stage ("encode", "prompt", "generate", "score", "decode", and
@@ -606,7 +606,7 @@ static void pool_wait_for_workers(struct pool *p) {
         wait_turn(i);
     }
     pthread_mutex_lock(&p->mutex);
-    atomic_store(&p->caller_sleeping, 1);
+    atomic_exchange(&p->caller_sleeping, 1); /* QEMU's AArch64 lets a store pass the load below */
     while (atomic_load(&p->working) != 0) pthread_cond_wait(&p->done, &p->mutex);
     atomic_store(&p->caller_sleeping, 0);
     pthread_mutex_unlock(&p->mutex);
@@ -938,6 +938,7 @@ static void sincos_f64(double x, double *sine, double *cosine) {
    The order of the sums, which every version of a kernel keeps for its instruction set:
        dot    element k belongs to partial sum k mod W (W = 8 floats; 16 with AVX-512); then halves
               are added: sum i += sum i + W/2, ... until one is left. No splitting of k elsewhere.
+              NEON takes two vectors for its 8, and so gives the same bits as AVX2.
        int    inside a block of 32 the sum is an exact int32, so that order does not matter; the
               blocks follow in ascending order, c = fma((float)sum, db * da, c).
        outer  ascending k, one product added at a time.
@@ -951,12 +952,13 @@ enum {
 };
 
 /* 32 activations, quantised on the fly: x = d q. AVX-512's VNNI multiplies unsigned by signed bytes
-   and keeps q + 128 in u8; the others keep q in s16. */
+   and keeps q + 128 in u8; NEON keeps q in s8, the others in s16. */
 struct xblock {
     float d;
     union {
         int16_t s16[QK];
         uint8_t u8[QK];
+        int8_t s8[QK];
     } q;
 };
 
@@ -7633,35 +7635,37 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 }
 
 /* =================================================================================================
-   Chapter 11.  Fast kernels: AVX2, AVX-512
+   Chapter 11.  Fast kernels: AVX2, AVX-512, NEON
 
-   Each kernel of chapter 3 again, for processors that multiply 8 or 16 floats at a time. What makes
+   Each kernel of chapter 3 again, for processors that multiply 4 to 16 floats at a time. What makes
    them fast is only this: enough independent accumulators that a multiply-add can start every half
    cycle (two units, four cycles of latency: eight or more), and as few loads as possible for each
    of them, because a tile of r x c sums reads r + c vectors for r c multiply-adds.
 
-       dot tile    4 rows x 3 rows (AVX2), 5 x 4 (AVX-512): 7 loads for 12, 9 for 20
-       outer tile  6 rows x 16 columns (AVX2), 12 x 16 (AVX-512): a packed strip and broadcast rows
+       dot tile    4 rows x 3 rows (AVX2, NEON), 5 x 4 (AVX-512): 7 loads for 12, 9 for 20
+       outer tile  6 rows x 16 columns (AVX2), 12 x 16 (AVX-512), 4 x 16 (NEON): a packed strip and
+                   broadcast rows
        int tile    AVX2 has no product of signed bytes that cannot overflow, so bytes are widened
                    to 16 bits while packing, two neighbours to a 32-bit lane, 16 rows of weights
                    side by side: one vpmaddwd is 16 products, and lane j is row j. AVX-512 VNNI
                    does four products a lane from bytes, one side unsigned: activations are stored
                    as q + 128, and sum (q + 128) w = sum q w + 128 sum w is put right by packing
-                   -128 sum w.
-       int row     eight rows of weights at a time; eight vectors of partial sums become one vector
-                   of eight sums by a tree of horizontal additions.
+                   -128 sum w. NEON multiplies signed bytes as they are.
+       int row     eight rows of weights at a time (NEON: four); eight vectors of partial sums
+                   become one vector of eight sums by a tree of horizontal additions.
 
    Compilers keep an array of accumulators in registers only when its loops are unrolled: UNROLL. */
-
-#if defined(__x86_64__)
-#include <cpuid.h>
-#include <immintrin.h>
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
 #else
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#include <immintrin.h>
+
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512                                                                                     \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
@@ -8436,6 +8440,675 @@ static int simd_level(void) {
 }
 static const struct kernels *const simd_kernels[] = {&kernels_plain, &kernels_avx2,
                                                      &kernels_avx512};
+#elif defined(__aarch64__)
+/* ---- NEON: what lies in the 32 registers of four floats or sixteen bytes ----
+
+   Registers, and all instructions of the inner loop, as gcc 12 makes them at -O2 and -O3 (clang 14
+   to 19: a few fewer or more):
+
+                   sums            operands              registers   instructions
+       dot tile    4 x 3 x 2 = 24  3 of b, 1 to 4 of a   28 to 31    42 for 24 fmla        1.8
+       dot row     4 x 2 = 8       2 of a, 1 to 8 of b   11 to 18    22 for 8 fmla         2.8
+       outer tile  4 x 4 = 16      4 of a, 1 to 4 of b   21 to 24    84 for 64 fmla        1.3
+       outer row   16              1 of a, 1 to 4 of b   18 to 21    34 for 16 fmla        2.1
+       int row     1, and 4 of     2 to 8 of w, 2 of x   up to 19    55 for 16 smull and
+                   a block                               with sdot   smlal: 128 products   0.4
+                                                                     43 for 8 sdot         0.3
+       int tile    4, and 4 of     8 of w, 2 of x,       22          155 for 64 smull and
+                   a block         2 products, 2 scales              smlal: 512 products   0.3
+       with sdot   8, and 8 of     2 to 8 of w, 4 of x   22 to 28    138 for 64 sdot: 1024
+                   a block                                           products              0.1
+
+   fmla in the outer tile and sdot take one operand "by element": nothing is broadcast. Four partial
+   sums a dot product would let a tile of 5 x 4 do with 9 loads for 20 fmla, eight need 14 for 24;
+   both are fewer than a processor does beside the fmla, and eight round as AVX2 does. */
+
+#include <arm_neon.h>
+#if defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(_WIN32)
+#include <windows.h>
+#endif
+
+#define INLINE inline __attribute__((always_inline))
+
+/* What follows is loaded after *sum is known. Without it compilers fetch so many operands ahead
+   that accumulators have to leave their registers. */
+static INLINE void load_later(float32x4_t *sum) { __asm__ volatile("" : "+w"(*sum) : : "memory"); }
+
+enum {
+    NEON_ROWS = 4,
+    NEON_COLS = 3,
+    NEON_OUTER = 4,
+    NEON_INT = 4,
+    NEON_QUAD = 4 * (4 + QK), /* bytes of a packed block of four rows */
+    NEON_PACK = STRIP / 4 * NEON_QUAD
+};
+
+/* ---- NEON: floats ---- */
+
+/* Four sums, each of eight lanes in two vectors; halves first: lane i + lane i+4, then i+2, i+1. */
+static INLINE float32x4_t sum8_neon(float32x4_t (*s)[2]) {
+    float32x4_t h[4], pair[2];
+    UNROLL for (int j = 0; j < 4; j++) h[j] = vaddq_f32(s[j][0], s[j][1]);
+    UNROLL for (int j = 0; j < 2; j++) {
+        float32x4_t v = h[2 * j], w = h[2 * j + 1];
+        pair[j] = vaddq_f32(vcombine_f32(vget_low_f32(v), vget_low_f32(w)),
+                            vcombine_f32(vget_high_f32(v), vget_high_f32(w)));
+    }
+    return vpaddq_f32(pair[0], pair[1]);
+}
+
+/* The last n < 8 elements of a row, then zeros. */
+static const float *last_lanes(const float *p, int n, float *lanes) {
+    memset(lanes, 0, 8 * sizeof *lanes);
+    memcpy(lanes, p, (size_t)n * sizeof *p);
+    return lanes;
+}
+
+/* Eight elements of every row, from element i on. */
+static INLINE void dot_step_neon(const float *const *a, const float *const *b, int i,
+                                 float32x4_t (*sum)[2]) {
+    UNROLL for (int half = 0; half < 2; half++) {
+        float32x4_t vb[NEON_COLS];
+        UNROLL for (int j = 0; j < NEON_COLS; j++) vb[j] = vld1q_f32(b[j] + i + 4 * half);
+        UNROLL for (int r = 0; r < NEON_ROWS; r++) {
+            float32x4_t va = vld1q_f32(a[r] + i + 4 * half);
+            UNROLL for (int j = 0; j < NEON_COLS; j++) {
+                float32x4_t *s = &sum[r * NEON_COLS + j][half];
+                *s = vfmaq_f32(*s, va, vb[j]);
+            }
+        }
+        load_later(&sum[NEON_ROWS * NEON_COLS - 1][half]);
+    }
+}
+
+static void dot_tile_neon(int k, const float *const *a, const float *const *b, float *c, int ldc) {
+    enum { SUMS = NEON_ROWS * NEON_COLS };
+    float32x4_t sum[SUMS][2];
+    float out[SUMS];
+    const float *pa[NEON_ROWS], *pb[NEON_COLS];
+    UNROLL for (int r = 0; r < NEON_ROWS; r++) pa[r] = a[r];
+    UNROLL for (int j = 0; j < NEON_COLS; j++) pb[j] = b[j];
+    UNROLL for (int s = 0; s < SUMS; s++) sum[s][0] = sum[s][1] = vdupq_n_f32(0);
+    int i = 0;
+    for (; i + 8 <= k; i += 8) dot_step_neon(pa, pb, i, sum);
+    if (i < k) {
+        float lanes[NEON_ROWS + NEON_COLS][8];
+        UNROLL for (int r = 0; r < NEON_ROWS; r++) pa[r] = last_lanes(a[r] + i, k - i, lanes[r]);
+        UNROLL for (int j = 0; j < NEON_COLS; j++)
+            pb[j] = last_lanes(b[j] + i, k - i, lanes[NEON_ROWS + j]);
+        dot_step_neon(pa, pb, 0, sum);
+    }
+    UNROLL for (int s = 0; s < SUMS; s += 4) vst1q_f32(out + s, sum8_neon(sum + s));
+    for (int r = 0; r < NEON_ROWS; r++)
+        memcpy(c + r * ldc, out + r * NEON_COLS, NEON_COLS * sizeof *c);
+}
+
+static INLINE void dot_row_step_neon(const float *a, const float *const *rows, int i,
+                                     float32x4_t (*sum)[2]) {
+    float32x4_t a0 = vld1q_f32(a), a1 = vld1q_f32(a + 4);
+    UNROLL for (int j = 0; j < 4; j++) {
+        sum[j][0] = vfmaq_f32(sum[j][0], a0, vld1q_f32(rows[j] + i));
+        sum[j][1] = vfmaq_f32(sum[j][1], a1, vld1q_f32(rows[j] + i + 4));
+    }
+}
+
+/* Four rows of b, the last repeated when there are fewer. */
+static void dot_4_neon(int k, const float *a, const float *b, int64_t ldb, int n, float *c) {
+    const float *rows[4];
+    float32x4_t sum[4][2];
+    float out[4];
+    UNROLL for (int j = 0; j < 4; j++) {
+        rows[j] = b + (j < n ? j : n - 1) * ldb;
+        sum[j][0] = sum[j][1] = vdupq_n_f32(0);
+    }
+    int i = 0;
+    for (; i + 8 <= k; i += 8) dot_row_step_neon(a + i, rows, i, sum);
+    if (i < k) {
+        float lanes[5][8];
+        const float *last[4];
+        for (int j = 0; j < 4; j++) last[j] = last_lanes(rows[j] + i, k - i, lanes[j]);
+        dot_row_step_neon(last_lanes(a + i, k - i, lanes[4]), last, 0, sum);
+    }
+    vst1q_f32(out, sum8_neon(sum));
+    memcpy(c, out, (size_t)n * sizeof *c);
+}
+
+static void dot_row_neon(int k, const float *a, const float *b, int64_t ldb, int n, float *c) {
+    for (int j = 0; j < n; j += 4) dot_4_neon(k, a, b + j * ldb, ldb, n - j < 4 ? n - j : 4, c + j);
+}
+
+/* sum + b times one lane of a. */
+static INLINE float32x4_t fma_lane(float32x4_t sum, float32x4_t b, float32x4_t a, int lane) {
+    if (lane == 0) return vfmaq_laneq_f32(sum, b, a, 0);
+    if (lane == 1) return vfmaq_laneq_f32(sum, b, a, 1);
+    return lane == 2 ? vfmaq_laneq_f32(sum, b, a, 2) : vfmaq_laneq_f32(sum, b, a, 3);
+}
+
+static void outer_tile_neon(int k, const float *const *a, const float *b, float *c, int ldc,
+                            int accumulate) {
+    float32x4_t sum[NEON_OUTER][4], va[NEON_OUTER];
+    const float *rows[NEON_OUTER];
+    UNROLL for (int r = 0; r < NEON_OUTER; r++) {
+        rows[r] = a[r];
+        UNROLL for (int j = 0; j < 4; j++)
+            sum[r][j] = accumulate ? vld1q_f32(c + r * ldc + 4 * j) : vdupq_n_f32(0);
+    }
+    int i = 0;
+    for (; i + 4 <= k; i += 4) {
+        UNROLL for (int r = 0; r < NEON_OUTER; r++) va[r] = vld1q_f32(rows[r] + i);
+        UNROLL for (int lane = 0; lane < 4; lane++, b += STRIP) {
+            UNROLL for (int j = 0; j < 4; j++) {
+                float32x4_t vb = vld1q_f32(b + 4 * j);
+                UNROLL for (int r = 0; r < NEON_OUTER; r++)
+                    sum[r][j] = fma_lane(sum[r][j], vb, va[r], lane);
+            }
+            load_later(&sum[NEON_OUTER - 1][3]);
+        }
+    }
+    for (; i < k; i++, b += STRIP)
+        UNROLL for (int j = 0; j < 4; j++) {
+            float32x4_t vb = vld1q_f32(b + 4 * j);
+            UNROLL for (int r = 0; r < NEON_OUTER; r++)
+                sum[r][j] = vfmaq_n_f32(sum[r][j], vb, rows[r][i]);
+        }
+    UNROLL for (int r = 0; r < NEON_OUTER; r++)
+        UNROLL for (int j = 0; j < 4; j++) vst1q_f32(c + r * ldc + 4 * j, sum[r][j]);
+}
+
+/* One row, four strips: sixteen independent sums. */
+static void outer_4_strips_neon(int k, const float *a, const float *b, int64_t strip, float *c,
+                                int accumulate) {
+    float32x4_t sum[16];
+    UNROLL for (int s = 0; s < 16; s++)
+        sum[s] = accumulate ? vld1q_f32(c + s * 4) : vdupq_n_f32(0);
+    for (int i = 0; i < k; i++, b += STRIP) {
+        float32_t ai = a[i];
+        UNROLL for (int s = 0; s < 4; s++) {
+            UNROLL for (int j = 0; j < 4; j++)
+                sum[4 * s + j] = vfmaq_n_f32(sum[4 * s + j], vld1q_f32(b + s * strip + 4 * j), ai);
+            load_later(&sum[4 * s]);
+        }
+    }
+    UNROLL for (int s = 0; s < 16; s++) vst1q_f32(c + s * 4, sum[s]);
+}
+
+static void outer_row_neon(int k, const float *a, const float *b, int64_t strip, int strips,
+                           float *c, int accumulate) {
+    for (; strips >= 4; strips -= 4, b += 4 * strip, c += 4 * STRIP)
+        outer_4_strips_neon(k, a, b, strip, c, accumulate);
+    for (; strips > 0; strips--, b += strip, c += STRIP) {
+        float32x4_t sum[4];
+        UNROLL for (int j = 0; j < 4; j++)
+            sum[j] = accumulate ? vld1q_f32(c + 4 * j) : vdupq_n_f32(0);
+        for (int i = 0; i < k; i++)
+            UNROLL for (int j = 0; j < 4; j++)
+                sum[j] = vfmaq_n_f32(sum[j], vld1q_f32(b + i * STRIP + 4 * j), a[i]);
+        UNROLL for (int j = 0; j < 4; j++) vst1q_f32(c + 4 * j, sum[j]);
+    }
+}
+
+/* ---- NEON: quantised blocks ---- */
+
+static int block_bytes_neon(int type) { return type == LVM_Q8_0 ? 34 : 18; }
+
+/* A block of weights as signed bytes: elements 0..15 in q[0], 16..31 in q[1]. */
+static INLINE void unpack_block_neon(int type, const uint8_t *block, int8x16_t *q) {
+    if (type == LVM_Q8_0) {
+        q[0] = vld1q_s8((const int8_t *)block + 2);
+        q[1] = vld1q_s8((const int8_t *)block + 18);
+        return;
+    }
+    uint8x16_t nibbles = vld1q_u8(block + 2);
+    int8x16_t eight = vdupq_n_s8(8);
+    q[0] = vsubq_s8(vreinterpretq_s8_u8(vandq_u8(nibbles, vdupq_n_u8(15))), eight);
+    q[1] = vsubq_s8(vreinterpretq_s8_u8(vshrq_n_u8(nibbles, 4)), eight);
+}
+
+/* The f16 scales of four blocks. */
+static INLINE float32x4_t block_scales_neon(const uint8_t *const *rows, int64_t at) {
+    uint16x4_t d = vld1_dup_u16((const uint16_t *)(const void *)(rows[0] + at));
+    d = vld1_lane_u16((const uint16_t *)(const void *)(rows[1] + at), d, 1);
+    d = vld1_lane_u16((const uint16_t *)(const void *)(rows[2] + at), d, 2);
+    d = vld1_lane_u16((const uint16_t *)(const void *)(rows[3] + at), d, 3);
+    return vcvt_f32_f16(vreinterpret_f16_u16(d));
+}
+
+/* Four vectors of partial sums to one vector of four sums. */
+static INLINE int32x4_t sum_quad(const int32x4_t *p) {
+    return vpaddq_s32(vpaddq_s32(p[0], p[1]), vpaddq_s32(p[2], p[3]));
+}
+
+/* 32 products, eight to a lane. |x| <= 127, so that two of them, 2 * 128 * 127 at most, fit the 16
+   bits in which they meet first. */
+static INLINE int32x4_t products_neon(const int8x16_t *w, const int8x16_t *x) {
+    int16x8_t low = vmull_s8(vget_low_s8(w[0]), vget_low_s8(x[0]));
+    int16x8_t high = vmull_high_s8(w[0], x[0]);
+    low = vmlal_s8(low, vget_low_s8(w[1]), vget_low_s8(x[1]));
+    high = vmlal_high_s8(high, w[1], x[1]);
+    return vpadalq_s16(vpaddlq_s16(low), high);
+}
+
+static INLINE void load_x_neon(const struct xblock *x, int8x16_t *q) {
+    q[0] = vld1q_s8(x->q.s8);
+    q[1] = vld1q_s8(x->q.s8 + 16);
+}
+
+static INLINE void int_4_rows_neon(int type, int blocks, const struct xblock *x,
+                                   const uint8_t *const *rows, float *c) {
+    float32x4_t sum = vdupq_n_f32(0);
+    for (int b = 0; b < blocks; b++) {
+        int64_t at = (int64_t)b * block_bytes_neon(type);
+        int8x16_t vx[2], w[2];
+        int32x4_t p[4];
+        load_x_neon(x + b, vx);
+        UNROLL for (int j = 0; j < 4; j++) {
+            unpack_block_neon(type, rows[j] + at, w);
+            p[j] = products_neon(w, vx);
+        }
+        sum = vfmaq_f32(sum, vcvtq_f32_s32(sum_quad(p)),
+                        vmulq_n_f32(block_scales_neon(rows, at), x[b].d));
+    }
+    vst1q_f32(c, sum);
+}
+
+/* Four rows of weights from w on, the last repeated when there are fewer. */
+static void quad_of_rows(const uint8_t *w, int64_t row_bytes, int n, const uint8_t **rows) {
+    for (int j = 0; j < 4; j++) rows[j] = w + (j < n ? j : n - 1) * row_bytes;
+}
+
+static void int_row_neon(int type, int blocks, const struct xblock *x, const uint8_t *w,
+                         int64_t row_bytes, int n, float *c) {
+    for (int j = 0; j < n; j += 4) {
+        const uint8_t *rows[4];
+        float out[4];
+        quad_of_rows(w + j * row_bytes, row_bytes, n - j, rows);
+        if (type == LVM_Q8_0) int_4_rows_neon(LVM_Q8_0, blocks, x, rows, out);
+        else int_4_rows_neon(LVM_Q4_0, blocks, x, rows, out);
+        memcpy(c + j, out, (size_t)(n - j < 4 ? n - j : 4) * sizeof *c);
+    }
+}
+
+/* Packed: four rows after four rows; of each block 4 scales, then 4 rows of 32 bytes. */
+static void int_pack_neon(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
+    for (int j0 = 0; j0 < STRIP; j0 += 4)
+        for (int b = 0; b < blocks; b++, packed += NEON_QUAD) {
+            int64_t at = (int64_t)b * block_bytes_neon(type);
+            vst1q_f32((float *)(void *)packed, block_scales_neon(w + j0, at));
+            for (int j = 0; j < 4; j++) {
+                int8x16_t q[2];
+                unpack_block_neon(type, w[j0 + j] + at, q);
+                vst1q_s8((int8_t *)packed + 16 + QK * j, q[0]);
+                vst1q_s8((int8_t *)packed + 32 + QK * j, q[1]);
+            }
+        }
+}
+
+static void int_tile_4_neon(int blocks, const struct xblock *const *x, const uint8_t *packed,
+                            float *c, int ldc) {
+    float32x4_t sum[NEON_INT];
+    UNROLL for (int r = 0; r < NEON_INT; r++) sum[r] = vdupq_n_f32(0);
+    for (int b = 0; b < blocks; b++, packed += NEON_QUAD) {
+        int8x16_t w[4][2];
+        float32x4_t d = vld1q_f32((const float *)(const void *)packed);
+        UNROLL for (int j = 0; j < 4; j++) {
+            w[j][0] = vld1q_s8((const int8_t *)packed + 16 + QK * j);
+            w[j][1] = vld1q_s8((const int8_t *)packed + 32 + QK * j);
+        }
+        UNROLL for (int r = 0; r < NEON_INT; r++) {
+            int8x16_t vx[2];
+            int32x4_t p[4];
+            load_x_neon(x[r] + b, vx);
+            UNROLL for (int j = 0; j < 4; j++) p[j] = products_neon(w[j], vx);
+            sum[r] = vfmaq_f32(sum[r], vcvtq_f32_s32(sum_quad(p)), vmulq_n_f32(d, x[r][b].d));
+            load_later(&sum[r]);
+        }
+    }
+    UNROLL for (int r = 0; r < NEON_INT; r++) vst1q_f32(c + r * ldc, sum[r]);
+}
+
+static void int_tile_neon(int blocks, const struct xblock *const *x, const uint8_t *packed,
+                          float *c, int ldc) {
+    for (int j = 0; j < STRIP; j += 4)
+        int_tile_4_neon(blocks, x, packed + (int64_t)j / 4 * blocks * NEON_QUAD, c + j, ldc);
+}
+
+static void quantize_x_neon(const float *x, struct xblock *y, int k) {
+    for (int b = 0; b < k / QK; b++, x += QK) {
+        float32x4_t m = vdupq_n_f32(0);
+        UNROLL for (int i = 0; i < QK; i += 4) m = vmaxnmq_f32(m, vabsq_f32(vld1q_f32(x + i)));
+        float amax = vmaxnmvq_f32(m), id = amax > LEAST_X ? 127 / amax : 0;
+        y[b].d = amax > LEAST_X ? amax / 127 : 0;
+        UNROLL for (int i = 0; i < QK; i += 8) {
+            int32x4_t q0 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), id));
+            int32x4_t q1 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), id));
+            vst1_s8(y[b].q.s8 + i, vmovn_s16(vcombine_s16(vmovn_s32(q0), vmovn_s32(q1))));
+        }
+    }
+}
+
+/* ---- NEON: quantised blocks with the dot product instruction ----
+
+   One sdot adds four products of bytes to each lane. In the tile a lane is a row of weights. */
+
+#if defined(__ARM_FEATURE_DOTPROD)
+#define NEON_DOT
+#elif defined(__clang__)
+#define NEON_DOT __attribute__((target("dotprod")))
+#else
+#define NEON_DOT __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+
+#if defined(__clang__) && !defined(vdotq_laneq_s32)
+/* Older clangs keep these to files that are compiled for them as a whole. */
+#define vdotq_s32(sum, a, b) ((int32x4_t)__builtin_neon_vdotq_v((int8x16_t)(sum), a, b, 34))
+#define vdotq_laneq_s32(sum, a, b, lane)                                                           \
+    vdotq_s32(sum, a, vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(b), lane)))
+#endif
+
+NEON_DOT static INLINE void int_4_rows_dot(int type, int blocks, const struct xblock *x,
+                                           const uint8_t *const *rows, float *c) {
+    float32x4_t sum = vdupq_n_f32(0);
+    for (int b = 0; b < blocks; b++) {
+        int64_t at = (int64_t)b * block_bytes_neon(type);
+        int8x16_t vx[2], w[2];
+        int32x4_t p[4];
+        load_x_neon(x + b, vx);
+        UNROLL for (int j = 0; j < 4; j++) {
+            unpack_block_neon(type, rows[j] + at, w);
+            p[j] = vdotq_s32(vdotq_s32(vdupq_n_s32(0), w[0], vx[0]), w[1], vx[1]);
+        }
+        sum = vfmaq_f32(sum, vcvtq_f32_s32(sum_quad(p)),
+                        vmulq_n_f32(block_scales_neon(rows, at), x[b].d));
+    }
+    vst1q_f32(c, sum);
+}
+
+NEON_DOT static void int_row_dot(int type, int blocks, const struct xblock *x, const uint8_t *w,
+                                 int64_t row_bytes, int n, float *c) {
+    for (int j = 0; j < n; j += 4) {
+        const uint8_t *rows[4];
+        float out[4];
+        quad_of_rows(w + j * row_bytes, row_bytes, n - j, rows);
+        if (type == LVM_Q8_0) int_4_rows_dot(LVM_Q8_0, blocks, x, rows, out);
+        else int_4_rows_dot(LVM_Q4_0, blocks, x, rows, out);
+        memcpy(c + j, out, (size_t)(n - j < 4 ? n - j : 4) * sizeof *c);
+    }
+}
+
+/* Packed: four rows after four rows; of each block 4 scales, then for each four elements 4 rows of
+   four bytes. */
+static void int_pack_dot(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
+    for (int j0 = 0; j0 < STRIP; j0 += 4)
+        for (int b = 0; b < blocks; b++, packed += NEON_QUAD) {
+            int64_t at = (int64_t)b * block_bytes_neon(type);
+            int32x4x4_t low, high;
+            UNROLL for (int j = 0; j < 4; j++) {
+                int8x16_t q[2];
+                unpack_block_neon(type, w[j0 + j] + at, q);
+                low.val[j] = vreinterpretq_s32_s8(q[0]);
+                high.val[j] = vreinterpretq_s32_s8(q[1]);
+            }
+            vst1q_f32((float *)(void *)packed, block_scales_neon(w + j0, at));
+            vst4q_s32((int32_t *)(void *)(packed + 16), low);
+            vst4q_s32((int32_t *)(void *)(packed + 80), high);
+        }
+}
+
+/* Four elements of one row of activations, which lie in lane, with four rows of weights. */
+NEON_DOT static INLINE int32x4_t dot_lane(int32x4_t sum, int8x16_t w, int8x16_t x, int lane) {
+    if (lane == 0) return vdotq_laneq_s32(sum, w, x, 0);
+    if (lane == 1) return vdotq_laneq_s32(sum, w, x, 1);
+    return lane == 2 ? vdotq_laneq_s32(sum, w, x, 2) : vdotq_laneq_s32(sum, w, x, 3);
+}
+
+/* Eight rows of weights: two packed fours. */
+NEON_DOT static void int_tile_8_dot(int blocks, const struct xblock *const *x,
+                                    const uint8_t *packed, float *c, int ldc) {
+    const uint8_t *quad[2] = {packed, packed + (int64_t)blocks * NEON_QUAD};
+    float32x4_t sum[NEON_INT][2];
+    UNROLL for (int r = 0; r < NEON_INT; r++) sum[r][0] = sum[r][1] = vdupq_n_f32(0);
+    for (int b = 0; b < blocks; b++) {
+        int64_t at = (int64_t)b * NEON_QUAD;
+        int32x4_t acc[NEON_INT][2];
+        UNROLL for (int r = 0; r < NEON_INT; r++) acc[r][0] = acc[r][1] = vdupq_n_s32(0);
+        UNROLL for (int half = 0; half < 2; half++) {
+            int8x16_t vx[NEON_INT];
+            UNROLL for (int r = 0; r < NEON_INT; r++) vx[r] = vld1q_s8(x[r][b].q.s8 + 16 * half);
+            UNROLL for (int i = 0; i < 4; i++) {
+                int8x16_t w0 = vld1q_s8((const int8_t *)quad[0] + at + 16 + 64 * half + 16 * i);
+                int8x16_t w1 = vld1q_s8((const int8_t *)quad[1] + at + 16 + 64 * half + 16 * i);
+                UNROLL for (int r = 0; r < NEON_INT; r++) {
+                    acc[r][0] = dot_lane(acc[r][0], w0, vx[r], i);
+                    acc[r][1] = dot_lane(acc[r][1], w1, vx[r], i);
+                }
+            }
+            load_later(&sum[0][0]);
+        }
+        UNROLL for (int q = 0; q < 2; q++) {
+            float32x4_t d = vld1q_f32((const float *)(const void *)(quad[q] + at));
+            UNROLL for (int r = 0; r < NEON_INT; r++)
+                sum[r][q] =
+                    vfmaq_f32(sum[r][q], vcvtq_f32_s32(acc[r][q]), vmulq_n_f32(d, x[r][b].d));
+        }
+    }
+    UNROLL for (int r = 0; r < NEON_INT; r++) {
+        vst1q_f32(c + r * ldc, sum[r][0]);
+        vst1q_f32(c + r * ldc + 4, sum[r][1]);
+    }
+}
+
+NEON_DOT static void int_tile_dot(int blocks, const struct xblock *const *x, const uint8_t *packed,
+                                  float *c, int ldc) {
+    for (int j = 0; j < STRIP; j += 8)
+        int_tile_8_dot(blocks, x, packed + (int64_t)j / 4 * blocks * NEON_QUAD, c + j, ldc);
+}
+
+/* ---- NEON: conversions ---- */
+
+/* y = 16 bytes times their scales, one vector of scales for each four. */
+static INLINE void store_16_neon(int8x16_t q, const float32x4_t *d, float *y) {
+    int16x8_t low = vmovl_s8(vget_low_s8(q)), high = vmovl_high_s8(q);
+    vst1q_f32(y, vmulq_f32(d[0], vcvtq_f32_s32(vmovl_s16(vget_low_s16(low)))));
+    vst1q_f32(y + 4, vmulq_f32(d[1], vcvtq_f32_s32(vmovl_high_s16(low))));
+    vst1q_f32(y + 8, vmulq_f32(d[2], vcvtq_f32_s32(vmovl_s16(vget_low_s16(high)))));
+    vst1q_f32(y + 12, vmulq_f32(d[3], vcvtq_f32_s32(vmovl_high_s16(high))));
+}
+
+static float32x4_t halves_to_f32(const void *p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p)));
+}
+
+/* The f16 scale of a block, for store_16_neon. */
+static INLINE void scale_16_neon(const void *block, float32x4_t *d) {
+    d[0] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_dup_u16(block)));
+    d[1] = d[2] = d[3] = d[0];
+}
+
+static INLINE void blocks_to_f32_neon(int type, const uint8_t *in, float *y, int64_t blocks) {
+    for (; blocks > 0; blocks--, in += block_bytes_neon(type), y += QK) {
+        float32x4_t d[4];
+        int8x16_t q[2];
+        scale_16_neon(in, d);
+        unpack_block_neon(type, in, q);
+        store_16_neon(q[0], d, y);
+        store_16_neon(q[1], d, y + 16);
+    }
+}
+
+static void to_f32_neon(int type, const void *in, float *y, int64_t k) {
+    const uint16_t *h = in;
+    int64_t i = 0;
+    if (type == LVM_F16)
+        for (; i + 4 <= k; i += 4) vst1q_f32(y + i, halves_to_f32(h + i));
+    if (type == LVM_BF16)
+        for (; i + 4 <= k; i += 4)
+            vst1q_f32(y + i, vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(h + i), 16)));
+    if (type == LVM_Q8_0) blocks_to_f32_neon(LVM_Q8_0, in, y, k / QK);
+    else if (type == LVM_Q4_0) blocks_to_f32_neon(LVM_Q4_0, in, y, k / QK);
+    else if (type == LVM_F32) row_to_f32(type, in, y, k);
+    else if (i < k) row_to_f32(type, h + i, y + i, k - i);
+}
+
+static void k8_to_f32_neon(const uint8_t *in, int n, float *out) {
+    for (; n > 0; n--, in += K8_BYTES, out += QK * STRIP) {
+        float32x4_t d[4];
+        UNROLL for (int j = 0; j < 4; j++) d[j] = halves_to_f32(in + 8 * j);
+        for (int i = 0; i < QK; i++)
+            store_16_neon(vld1q_s8((const int8_t *)in + (2 + i) * STRIP), d, out + i * STRIP);
+    }
+}
+
+static void v8_to_f32_neon(const struct q8_0 *in, int keys, float *out) {
+    for (int i = 0; i < keys; i++, out += STRIP) {
+        float32x4_t d[4];
+        scale_16_neon(&in[i].d, d);
+        store_16_neon(vld1q_s8(in[i].q), d, out);
+        store_16_neon(vld1q_s8(in[i].q + 16), d, out + KEYS * STRIP);
+    }
+}
+
+/* ---- NEON: elementwise ---- */
+
+/* exp_f32, four at a time. */
+static INLINE float32x4_t exp4(float32x4_t x) {
+    uint32x4_t tiny = vcleq_f32(x, vdupq_n_f32(-87.0f));
+    x = vmaxq_f32(vdupq_n_f32(-88.0f), vminq_f32(vdupq_n_f32(88.0f), x));
+    float32x4_t n = vrndnq_f32(vmulq_f32(x, vdupq_n_f32(1.44269504f)));
+    float32x4_t r = vfmsq_f32(x, n, vdupq_n_f32(0.693359375f));
+    r = vfmsq_f32(r, n, vdupq_n_f32(-2.12194440e-4f));
+    float32x4_t p = vdupq_n_f32(1.0f / 5040);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 720), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 120), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 24), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f / 6), p, r);
+    p = vfmaq_f32(vdupq_n_f32(0.5f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+    p = vfmaq_f32(vdupq_n_f32(1.0f), p, r);
+    int32x4_t power = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
+    p = vmulq_f32(p, vreinterpretq_f32_s32(power));
+    return vreinterpretq_f32_u32(vbicq_u32(vreinterpretq_u32_f32(p), tiny));
+}
+
+static INLINE float32x4_t silu4(float32x4_t x) {
+    return vdivq_f32(x, vaddq_f32(vdupq_n_f32(1), exp4(vnegq_f32(x))));
+}
+
+static void rmsnorm_neon(const float *x, const float *weight, float eps, int n, float *y) {
+    float square = 0;
+    dot_4_neon(n, x, x, 0, 1, &square);
+    float scale = 1 / sqrtf(square / (float)n + eps);
+    int i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(y + i, vmulq_f32(vld1q_f32(weight + i), vmulq_n_f32(vld1q_f32(x + i), scale)));
+    for (; i < n; i++) y[i] = weight[i] * (x[i] * scale);
+}
+
+/* A mask for the first n lanes of four. */
+static INLINE uint32x4_t first_4_lanes(int n) {
+    static const int32_t lanes[4] = {0, 1, 2, 3};
+    return vcltq_s32(vld1q_s32(lanes), vdupq_n_s32(n));
+}
+
+/* n is a multiple of 16. */
+static float softmax_neon(float *s, int n, int valid, float scale, float *max) {
+    float32x4_t least = vdupq_n_f32(-HUGE_VALF), vm = least, sum[2];
+    for (int i = 0; i < n; i += 4) {
+        float32x4_t x = vmulq_n_f32(vld1q_f32(s + i), scale);
+        x = vbslq_f32(first_4_lanes(valid - i), x, least);
+        vst1q_f32(s + i, x);
+        vm = vmaxnmq_f32(vm, x);
+    }
+    float m = vmaxnmvq_f32(vm);
+    sum[0] = sum[1] = vdupq_n_f32(0);
+    for (int i = 0; i < n; i += 8)
+        UNROLL for (int half = 0; half < 2; half++) {
+            float *p = s + i + 4 * half;
+            float32x4_t e = exp4(vsubq_f32(vld1q_f32(p), vdupq_n_f32(m)));
+            e = vbslq_f32(first_4_lanes(valid - i - 4 * half), e, vdupq_n_f32(0));
+            vst1q_f32(p, e);
+            sum[half] = vaddq_f32(sum[half], e);
+        }
+    float lanes[8];
+    vst1q_f32(lanes, sum[0]);
+    vst1q_f32(lanes + 4, sum[1]);
+    *max = m;
+    return sum_tree(lanes, 8);
+}
+
+static void silu_mul_neon(float *gate, const float *up, int64_t n) {
+    int64_t i = 0;
+    for (; i + 4 <= n; i += 4)
+        vst1q_f32(gate + i, vmulq_f32(silu4(vld1q_f32(gate + i)), vld1q_f32(up + i)));
+    if (i == n) return;
+    float g[8], u[8];
+    last_lanes(gate + i, (int)(n - i), g);
+    last_lanes(up + i, (int)(n - i), u);
+    vst1q_f32(g, vmulq_f32(silu4(vld1q_f32(g)), vld1q_f32(u)));
+    memcpy(gate + i, g, (size_t)(n - i) * sizeof *g);
+}
+
+/* c is a multiple of 32. */
+static void norm_rows_neon(const float *x, const float *scale, const float *shift, int use_silu,
+                           int64_t pixels, int c, float *y) {
+    for (int64_t p = 0; p < pixels; p++, x += c, y += c)
+        for (int i = 0; i < c; i += 4) {
+            float32x4_t v =
+                vfmaq_f32(vld1q_f32(shift + i), vld1q_f32(x + i), vld1q_f32(scale + i));
+            vst1q_f32(y + i, use_silu ? silu4(v) : v);
+        }
+}
+
+static void channel_sums_neon(const float *x, int64_t pixels, int c, float *sum, float *square) {
+    for (int i = 0; i < c; i += 16) {
+        float32x4_t s[4], q[4];
+        UNROLL for (int j = 0; j < 4; j++) s[j] = q[j] = vdupq_n_f32(0);
+        for (int64_t p = 0; p < pixels; p++)
+            UNROLL for (int j = 0; j < 4; j++) {
+                float32x4_t v = vld1q_f32(x + p * c + i + 4 * j);
+                s[j] = vaddq_f32(s[j], v);
+                q[j] = vfmaq_f32(q[j], v, v);
+            }
+        UNROLL for (int j = 0; j < 4; j++) {
+            vst1q_f32(sum + i + 4 * j, s[j]);
+            vst1q_f32(square + i + 4 * j, q[j]);
+        }
+    }
+}
+
+static const struct kernels kernels_neon = {
+    "neon",         NEON_ROWS,       NEON_COLS,       NEON_INT,       NEON_OUTER,    NEON_PACK,
+    dot_row_neon,   dot_tile_neon,   quantize_x_neon, int_row_neon,   int_pack_neon, int_tile_neon,
+    outer_row_neon, outer_tile_neon, to_f32_neon,     k8_to_f32_neon, v8_to_f32_neon,
+    rmsnorm_neon,   softmax_neon,    silu_mul_neon,   norm_rows_neon, channel_sums_neon};
+
+static const struct kernels kernels_neon_dot = {
+    "neon-dot",     NEON_ROWS,       NEON_COLS,       NEON_INT,       NEON_OUTER,    NEON_PACK,
+    dot_row_neon,   dot_tile_neon,   quantize_x_neon, int_row_dot,    int_pack_dot,  int_tile_dot,
+    outer_row_neon, outer_tile_neon, to_f32_neon,     k8_to_f32_neon, v8_to_f32_neon,
+    rmsnorm_neon,   softmax_neon,    silu_mul_neon,   norm_rows_neon, channel_sums_neon};
+
+/* 1 for NEON, which every AArch64 has; 2 where the system tells of the dot product instruction. */
+static int simd_level(void) {
+#if defined(__ARM_FEATURE_DOTPROD)
+    return 2; /* compiled for machines that have it */
+#elif defined(__APPLE__)
+    int has = 0;
+    size_t size = sizeof has;
+    return sysctlbyname("hw.optional.arm.FEAT_DotProd", &has, &size, NULL, 0) == 0 && has ? 2 : 1;
+#elif defined(__linux__)
+    return getauxval(AT_HWCAP) & 1ul << 20 ? 2 : 1; /* HWCAP_ASIMDDP */
+#elif defined(_WIN32)
+    return IsProcessorFeaturePresent(43) ? 2 : 1; /* PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE */
+#else
+    return 1;
+#endif
+}
+static const struct kernels *const simd_kernels[] = {&kernels_plain, &kernels_neon,
+                                                     &kernels_neon_dot};
 #else
 static int simd_level(void) { return 0; }
 static const struct kernels *const simd_kernels[] = {&kernels_plain};
@@ -8485,10 +9158,13 @@ static const struct kernels *choose_kernels(lvm_error *error) {
     const char *wanted = getenv("LVM_ISA");
     int level = simd_level();
     if (wanted == NULL || *wanted == 0) return simd_kernels[level];
-    for (int i = 0; i <= level; i++)
-        if (strcmp(wanted, simd_kernels[i]->name) == 0) return simd_kernels[i];
-    fail(error, LVM_INVALID, "LVM_ISA=%s: this machine runs scalar%s%s", wanted,
-         level > 0 ? ", avx2" : "", level > 1 ? ", avx512" : "");
+    char names[64] = "";
+    for (int i = 0; i <= level; i++) {
+        const char *name = simd_kernels[i]->name;
+        if (strcmp(wanted, name) == 0) return simd_kernels[i];
+        snprintf(names + strlen(names), sizeof names - strlen(names), "%s%s", i ? ", " : "", name);
+    }
+    fail(error, LVM_INVALID, "LVM_ISA=%s: this machine runs %s", wanted, names);
     return NULL;
 }
 

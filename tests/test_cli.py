@@ -282,7 +282,8 @@ class Case(unittest.TestCase):
 class Commands(Case):
     def test_version(self):
         self.assertRegex(self.good("--version"),
-                         rb"\Alvm \d+\.\d+\.\d+ \((scalar|avx2|avx512|neon), \d+ processors\)\n\Z")
+                         rb"\Alvm \d+\.\d+\.\d+ \((scalar|avx2|avx512|neon|neon-dot), \d+ processors\)"
+                         rb"\n\Z")
 
     def test_help(self):
         text = self.good("help").decode()

@@ -261,7 +261,8 @@ static void test_outer_tile(struct test *t) {
 /* ---- Quantised activations and weights ---- */
 
 static int x_value(const struct kernels *k, const struct xblock *x, int i) {
-    return strcmp(k->name, "avx512") == 0 ? x->q.u8[i] - 128 : x->q.s16[i];
+    if (strcmp(k->name, "avx512") == 0) return x->q.u8[i] - 128;
+    return strncmp(k->name, "neon", 4) == 0 ? x->q.s8[i] : x->q.s16[i];
 }
 
 /* Blocks of all kinds: ordinary, zero, huge, tiny, and halves that must round to even. */
@@ -532,6 +533,37 @@ static void test_channel_sums(struct test *t) {
     }
     check(t, ok, "channel_sums of %d x %d differs", pixels, c);
     release(t, "channel_sums");
+}
+
+/* ---- AVX2 and NEON ---- */
+
+static uint64_t digest(uint64_t h, const void *p, size_t bytes) {
+    for (const uint8_t *b = p; bytes > 0; b++, bytes--) h = (h ^ *b) * 0x100000001b3u;
+    return h;
+}
+
+/* Both keep the same order of the same roundings, so the outputs of either are these, on every
+   machine. (Integer products are compared with plain C above.) */
+static void test_same_everywhere(struct test *t) {
+    enum { K = 203, C = 96, N = 10000 };
+    if (strcmp(t->k->name, "avx2") != 0 && strncmp(t->k->name, "neon", 4) != 0) return;
+    start_round(t, 0);
+    float *x = make_space(t, N), *y = make_space(t, N), tail[2];
+    for (int i = 0; i < N; i++) x[i] = uniform(t) * 4;
+    memset(y, 0, N * sizeof *y);
+    t->k->dot_row(K, x, x + K, K + 1, 7, y);
+    t->k->outer_row(K, x, x + K, K * STRIP, 2, y + 7, 0);
+    t->k->rmsnorm(x, x + K, 1e-6f, K, y + 100);
+    memcpy(y + 400, x, 208 * sizeof *y);
+    tail[0] = t->k->softmax(y + 400, 208, K, 0.3f, &tail[1]);
+    memcpy(y + 700, x, K * sizeof *y);
+    t->k->silu_mul(y + 700, x + K, K);
+    t->k->norm_rows(x, x + 1000, x + 2000, 1, 9, C, y + 1000);
+    t->k->channel_sums(x, 9, C, y + 2000, y + 2000 + C);
+    uint64_t h = digest(digest(0xcbf29ce484222325u, y, N * sizeof *y), tail, sizeof tail);
+    check(t, h == 0xffb9bd7f9a860f9cu, "AVX2 and NEON no longer agree: digest %016llx",
+          (unsigned long long)h);
+    release(t, "one of all kernels");
 }
 
 /* ---- Drivers ---- */
@@ -880,6 +912,7 @@ static void test_table(struct test *t) {
         if (round % 10 == 0) test_attend(t);
     }
     test_quantize_tiny(t);
+    test_same_everywhere(t);
     test_all_halves(t, LVM_F16);
     test_all_halves(t, LVM_BF16);
     test_outer_rows(t);
