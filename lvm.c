@@ -9091,6 +9091,39 @@ static const struct kernels kernels_neon_dot = {
     outer_row_neon, outer_tile_neon, to_f32_neon,     k8_to_f32_neon, v8_to_f32_neon,
     rmsnorm_neon,   softmax_neon,    silu_mul_neon,   norm_rows_neon, channel_sums_neon};
 
+#ifndef LVM_NO_MAIN
+static void peak_fma_neon(int64_t rounds) {
+    float32x4_t a[16], x = vdupq_n_f32(0.5f);
+    UNROLL for (int i = 0; i < 16; i++) a[i] = vdupq_n_f32(1);
+    for (int64_t n = 0; n < rounds; n++) {
+        UNROLL for (int i = 0; i < 16; i++) a[i] = vfmaq_f32(x, a[i], x);
+        UNROLL for (int i = 0; i < 16; i++) __asm__ volatile("" : "+w"(a[i]));
+    }
+}
+
+static void peak_int_neon(int64_t rounds) {
+    int32x4_t a[16];
+    int8x8_t x = vdup_n_s8(3);
+    UNROLL for (int i = 0; i < 16; i++) a[i] = vdupq_n_s32(1);
+    for (int64_t n = 0; n < rounds; n++) {
+        UNROLL for (int i = 0; i < 16; i++) {
+            a[i] = vpadalq_s16(a[i], vmull_s8(x, x));
+            __asm__ volatile("" : "+w"(a[i]), "+w"(x));
+        }
+    }
+}
+
+NEON_DOT static void peak_int_dot(int64_t rounds) {
+    int32x4_t a[16];
+    int8x16_t x = vdupq_n_s8(3);
+    UNROLL for (int i = 0; i < 16; i++) a[i] = vdupq_n_s32(1);
+    for (int64_t n = 0; n < rounds; n++) {
+        UNROLL for (int i = 0; i < 16; i++) a[i] = vdotq_s32(a[i], x, x);
+        UNROLL for (int i = 0; i < 16; i++) __asm__ volatile("" : "+w"(a[i]));
+    }
+}
+#endif
+
 /* 1 for NEON, which every AArch64 has; 2 where the system tells of the dot product instruction. */
 static int simd_level(void) {
 #if defined(__ARM_FEATURE_DOTPROD)
@@ -9144,6 +9177,9 @@ static const struct peak peak_table[] = {
 #if defined(__x86_64__)
     {"avx2", peak_fma_avx2, peak_int_avx2, 12 * 8 * 2, 12 * 16 * 2},
     {"avx512", peak_fma_avx512, peak_int_avx512, 12 * 16 * 2, 12 * 64 * 2},
+#elif defined(__aarch64__)
+    {"neon", peak_fma_neon, peak_int_neon, 16 * 4 * 2, 16 * 8 * 2},
+    {"neon-dot", peak_fma_neon, peak_int_dot, 16 * 4 * 2, 16 * 16 * 2},
 #endif
     {"scalar", peak_fma_plain, peak_int_plain, 16, 16}};
 

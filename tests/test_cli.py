@@ -9,6 +9,7 @@ A failure must end in one line on stderr that says what is wrong, the right exit
 failed, 2 wrong usage), and a folder in which nothing has changed.
 """
 
+import json
 import os
 import pty
 import random
@@ -418,6 +419,27 @@ class Commands(Case):
         self.assertRegex(err, r"\Alvm: note: 40 pictures given, the last 3 count .*4\)\n\Z")
         self.assertEqual(self.predict(*(many + ["--quiet"])), read(self.path("out.png")))
         self.assertEqual(self.predict(*many[-3:]), read(self.path("out.png")))
+
+    def test_bench(self):
+        out = self.lines("bench", self.weights, "--json", "--prompt", "70", "--new", "6", "-j", "1")
+        first, stages = json.loads(out[0]), [json.loads(line) for line in out[1:]]
+        self.assertEqual([s["stage"] for s in stages], ["encode", "prompt", "new", "candidates", "draw"])
+        for s in stages:
+            self.assertGreater(s["seconds"], 0)
+            self.assertGreater(s["floor_seconds"], 0)
+        self.assertGreater(min(first["gflops"], first["integer_gops"], first["read_gbs"]), 0)
+        table = self.lines("bench", "--config", "100m", "--type", "q4_0", "--prompt", "8", "--new", "1",
+                           "--stage", "prompt", "-j", "1")
+        self.assertRegex(table[-1], r"^prompt .* tokens/s .* %$")
+        self.bad(2, "--config", "bench")
+        self.bad(2, "--config", "bench", self.weights, "--config", "100m")
+        self.bad(1, "the context holds", "bench", self.weights, "--prompt", "1000000")
+
+    def test_manual_page(self):
+        page = self.good("help", "--man").decode()
+        for command in ("predict", "encode", "decode", "rank", "eval", "batch", "bench", "info", "quantize"):
+            self.assertRegex(page, r"(?m)^\.SS \[?%s\b" % command)
+            self.assertIn("lvm ", self.good("help", command).decode())
 
     def test_sliding_window(self):
         args = [self.weights, "-j1", "--greedy"] + self.pictures[:3]
