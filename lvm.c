@@ -853,11 +853,25 @@ static void row_to_f32(int type, const void *in, float *y, int64_t k) {
         }
 }
 
-/* ---- exp, log, sine, cosine ----
+/* ---- a * b + c, exp, log, sine, cosine ----
+
+   a * b + c is rounded once, as a processor's own instruction does it; not every C library's fmaf
+   is (mingw-w64's rounds the product too). A double holds the product exactly. Their sum it rounds,
+   and a second rounding could then err at a tie: so the sum's last bit is made odd whenever
+   something was lost (Boldo and Melquiond 2008, "Emulation of FMA"), which keeps it off the ties.
 
    exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2, where what a short Taylor
    polynomial leaves out is less than the format's last bit. ln 2 is split in two, so that x - n ln
    2 does not cancel. */
+
+static float fma_f32(float a, float b, float c) {
+    double p = (double)a * b, s = p + c, part = s - p, lost = (p - (s - part)) + (c - part);
+    uint64_t u;
+    memcpy(&u, &s, sizeof u);
+    if ((lost > 0 || lost < 0) && (u & 1) == 0) u += (lost > 0) == (s > 0) ? 1 : UINT64_MAX;
+    memcpy(&s, &u, sizeof s);
+    return (float)s;
+}
 
 static float exp_f32(float x) {
     if (!(x > -87.0f)) return x != x ? x : 0.0f;
@@ -1055,7 +1069,7 @@ static void int_row_plain(int type, int blocks, const struct xblock *x, const ui
             float d = unpack_block(type, w, b, q);
             int32_t products = 0;
             for (int i = 0; i < QK; i++) products += q[i] * x[b].q.s16[i];
-            sum = fmaf((float)products, d * x[b].d, sum);
+            sum = fma_f32((float)products, d * x[b].d, sum);
         }
         c[j] = sum;
     }
@@ -1086,7 +1100,7 @@ static void int_tile_plain(int blocks, const struct xblock *const *x, const uint
                 int32_t products = 0;
                 memcpy(&d, p + 4 * j, sizeof d);
                 for (int i = 0; i < QK; i++) products += q[i] * x[r][b].q.s16[i];
-                sum = fmaf((float)products, d * x[r][b].d, sum);
+                sum = fma_f32((float)products, d * x[r][b].d, sum);
             }
             c[r * ldc + j] = sum;
         }

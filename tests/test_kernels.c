@@ -736,6 +736,20 @@ static double ulps_f64(double got, long double want) {
     return (double)(fabsl(got - want) / ldexpl(1, (e < -1021 ? -1021 : e) - 53));
 }
 
+/* p = (2^-12 + 2^-30)(2^-12 - 2^-30) is a little less than half a last bit of 1: rounding twice
+   makes it the half. The other lines are what the instruction gives at the format's ends. */
+static void test_fma_f32(struct test *t) {
+    float a = 0x1p-12f + 0x1p-30f, b = 0x1p-12f - 0x1p-30f, odd = 1 + 0x1p-23f;
+    check(t, fma_f32(a, b, odd) == odd, "fma: a little less than half a bit was added");
+    check(t, fma_f32(-a, b, odd) == odd, "fma: a little less than half a bit was taken");
+    check(t, fma_f32(a, b, -odd) == -odd && fma_f32(a, -b, -odd) == -odd, "fma: of negative c");
+    check(t, fma_f32(3, 5, -15) == 0 && fma_f32(-1, 4, 0) == -4, "fma: exact sums");
+    check(t, fma_f32(0x1p-100f, 0x1p-49f, 0) == 0x1p-149f, "fma: the least float");
+    check(t, fma_f32(0x1p100f, 0x1p100f, 1) == HUGE_VALF, "fma: overflow is infinite");
+    check(t, fma_f32(HUGE_VALF, -1, 1) == -HUGE_VALF, "fma: infinite stays so");
+    check(t, isnan(fma_f32(HUGE_VALF, 0, 1)) && isnan(fma_f32(1, 1, NAN)), "fma: NaN");
+}
+
 /* Taylor's first neglected term, r^7/5040 at r = ln 2 / 2, costs 2 ulp; roundings one. */
 static void test_exp_f32(struct test *t) {
     double worst = 0;
@@ -889,6 +903,7 @@ static void test_table(struct test *t) {
 static void test_numbers(struct test *t) {
     start_round(t, 0);
     t->k = NULL;
+    test_fma_f32(t);
     test_exp_f32(t);
     test_exp_log_f64(t);
     test_sincos(t);
