@@ -2,6 +2,8 @@
 #   make debug      the tests under the address and undefined-behaviour sanitizers
 #   make tsan       the threaded tests under the thread sanitizer
 #   make fuzz       every fuzz target for FUZZ_SECONDS, two at a time (clang)
+#   make static     lvm-static, which needs no library of the system (by musl-gcc if there is one)
+#   make lvm.exe    for Windows, by mingw-w64
 #   make liblvm.so  the library
 #   make install    PREFIX=DIR: program, manual page, library, lvm.h, lvm.pc; `make uninstall`
 CC      ?= cc
@@ -11,6 +13,8 @@ STD     = -std=c11 -ffp-contract=off
 LIBS    = -lm -lpthread
 PREFIX  ?= /usr/local
 LIBDIR  ?= $(PREFIX)/lib
+STATIC_CC    ?= $(shell command -v musl-gcc || echo "$(CC)")
+WINDOWS_CC   ?= x86_64-w64-mingw32-gcc
 B       ?= build
 TEST_CFLAGS  ?= -O2
 FUZZ_SECONDS ?= 60
@@ -32,6 +36,13 @@ endif
 
 lvm: lvm.c
 	$(CC) $(STD) $(WARN) $(CFLAGS) -o $@ lvm.c $(LDFLAGS) $(LIBS)
+
+static: lvm-static
+lvm-static: lvm.c
+	$(STATIC_CC) $(STD) $(WARN) $(CFLAGS) -static -o $@ lvm.c $(LDFLAGS) $(LIBS)
+
+lvm.exe: lvm.c
+	$(WINDOWS_CC) $(STD) $(WARN) $(CFLAGS) -static -o $@ lvm.c $(LDFLAGS) $(LIBS)
 
 liblvm.so: lvm.c
 	$(CC) $(STD) $(WARN) $(CFLAGS) -DLVM_NO_MAIN $(SHARED) -o $@ lvm.c $(LDFLAGS) $(LIBS)
@@ -92,7 +103,7 @@ uninstall:
 	    $(LIB_TO)/$(LIB) $(LIB_TO)/$(LIB_ABI) $(LIB_TO)/$(LIB_FILE)
 
 clean:
-	rm -rf lvm liblvm.so build
+	rm -rf lvm lvm-static lvm.exe liblvm.so build
 
 .DELETE_ON_ERROR:
-.PHONY: test debug tsan fuzz install uninstall clean
+.PHONY: static test debug tsan fuzz install uninstall clean

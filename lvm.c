@@ -7,6 +7,7 @@
    model answers with the depth.
 
    As a program:       cc -O2 -ffp-contract=off lvm.c -o lvm -lm -lpthread
+                       (for Windows: x86_64-w64-mingw32-gcc, and -static)
                        ./lvm weights.bin prompt/01.png prompt/02.png prompt/03.png
    In your program:    compile this file with -DLVM_NO_MAIN, and where you call it
                            #define LVM_API_ONLY
@@ -27,7 +28,7 @@
    CONTENTS
      Part one: how a Large Vision Model works
        0  What this is; the public API
-       1  Errors, memory, files, threads
+       1  Errors, memory, the operating system, files, threads
        2  Numbers: f16, bf16, the quantised blocks, exp and friends
        3  Kernels in plain C, the table they are called through, and what drives them
        4  weights.bin: GGUF reader and writer, the model in memory
@@ -72,7 +73,8 @@
 
 #if defined(__STDC__) || defined(__cplusplus)
 #if !defined(LVM_API_ONLY) && !defined(__cplusplus)
-#if defined(_STDIO_H) || defined(_STDLIB_H) || defined(_STRING_H) || defined(_UNISTD_H)
+#if defined(_STDIO_H) || defined(_STDLIB_H) || defined(_STRING_H) || defined(_UNISTD_H) ||        \
+    defined(_STDIO_H_) || defined(_STDLIB_H_) || defined(_INC_STDIO) || defined(_INC_STDLIB)
 #error "lvm.c: include it before any other header (it asks for POSIX), or define LVM_API_ONLY first"
 #endif
 #ifdef __FAST_MATH__
@@ -274,6 +276,16 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
 
 #ifndef LVM_API_ONLY
 
+#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "lvm.c: weights files are little-endian and are used where they lie; this machine is not"
+#endif
+#if SIZE_MAX < UINT64_MAX
+#error "lvm.c: weights are mapped whole and outgrow 32-bit addresses; compile for a 64-bit machine"
+#endif
+#if defined(_WIN32) && !defined(__MINGW32__)
+#error "lvm.c: on Windows compile it with mingw-w64, by gcc or clang (C11 atomics, POSIX threads)"
+#endif
+
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
@@ -287,22 +299,29 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
-#include <sys/mman.h>
-#include <sys/stat.h>
-#include <dirent.h>
 #include <time.h>
 #include <unistd.h>
+#ifdef _WIN32
+#define WIN32_LEAN_AND_MEAN
+#define NOGDI
+#include <windows.h>
+#include <direct.h>
+#include <io.h>
+#undef near
+#undef far
+#else
+#include <dirent.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#endif
 
 /* =================================================================================================
-   Chapter 1.  Errors, memory, files, threads
+   Chapter 1.  Errors, memory, the operating system, files, threads
 
    An error is a code and a sentence. Memory is asked for by count and size, so that the product is
-   checked in one place. A file is written beside its final name, flushed to the disk, then renamed:
-   whoever looks sees the old file or the whole new one. A pool of threads runs numbered tasks. */
-
-#if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
-#error "lvm.c: weights files are little-endian and are used where they lie; this machine is not"
-#endif
+   checked in one place. What differs between systems stands in one section. A file is written
+   beside its final name, flushed to the disk, then renamed: whoever looks sees the old file or the
+   whole new one. A pool of threads runs numbered tasks. */
 
 #if defined(LVM_CALLOC) != defined(LVM_FREE)
 #error "lvm.c: define both LVM_CALLOC and LVM_FREE, or neither"
@@ -312,7 +331,9 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
 #define LVM_FREE free
 #endif
 
-#ifdef __GNUC__
+#ifdef __MINGW32__ /* where "printf" means Microsoft's formats */
+#define LVM_PRINTF(a, b) __attribute__((format(__MINGW_PRINTF_FORMAT, a, b)))
+#elif defined(__GNUC__)
 #define LVM_PRINTF(a, b) __attribute__((format(printf, a, b)))
 #else
 #define LVM_PRINTF(a, b)
@@ -394,22 +415,401 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
 #endif
 }
 
+/* ---- The operating system ----
+
+   All that POSIX and Windows do differently; the rest of the file calls only these functions. A
+   path is UTF-8 everywhere; Windows' calls take UTF-16, so a path is turned at the last moment.
+   What fails returns -1 or NULL and leaves the reason in errno. */
+
+enum os_kind { OS_NOTHING, OS_FILE, OS_FOLDER, OS_DEVICE };
+
+/* What a path or a descriptor stands for. All names of one file share device and number. */
+struct os_info {
+    enum os_kind kind;
+    int64_t size;
+    uint64_t device, number;
+};
+
+#ifndef _WIN32
+
+static int os_open(const char *path) { return open(path, O_RDONLY); }
+static FILE *os_fopen(const char *path, const char *mode) { return fopen(path, mode); }
+static int os_rename(const char *from, const char *to) { return rename(from, to); }
+static int os_remove(const char *path) { return remove(path); }
+
+static struct os_info os_describe(int failed, const struct stat *st) {
+    if (failed) return (struct os_info){OS_NOTHING, 0, 0, 0};
+    return (struct os_info){S_ISREG(st->st_mode)   ? OS_FILE
+                            : S_ISDIR(st->st_mode) ? OS_FOLDER
+                                                   : OS_DEVICE,
+                            (int64_t)st->st_size, (uint64_t)st->st_dev, (uint64_t)st->st_ino};
+}
+
+static struct os_info os_stat(const char *path) {
+    struct stat st;
+    int failed = stat(path, &st);
+    return os_describe(failed, &st);
+}
+
+static struct os_info os_fstat(int fd) {
+    struct stat st;
+    int failed = fstat(fd, &st);
+    return os_describe(failed, &st);
+}
+
+/* Until the data is on the disk. */
+static int os_sync(FILE *file) {
+#ifdef F_FULLFSYNC /* macOS, whose fsync stops at the drive's cache; not every volume has it */
+    if (fcntl(fileno(file), F_FULLFSYNC) == 0) return 0;
+#endif
+    return fsync(fileno(file));
+}
+
+/* The first size > 0 bytes of a file, to be read only. */
+static void *os_map(int fd, size_t size) {
+    void *p = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fd, 0);
+    return p == MAP_FAILED ? NULL : p;
+}
+
+static void os_unmap(void *p, size_t size) { munmap(p, size); }
+
+#ifdef __linux__
+/* n, or fewer processors where a control group's folder grants less time. Version 2 keeps quota and
+   period in one file ("max" is none), version 1 in two (-1 is none). */
+static int64_t cgroup_limit(const char *folder, int64_t n) {
+    static const char *const names[3] = {"cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"};
+    long long value[4] = {0, 0, 0, 0}; /* version 2: quota, period; version 1: quota, period */
+    for (int i = 0; i < 3; i++) {
+        char path[4400];
+        snprintf(path, sizeof path, "%s/%s", folder, names[i]);
+        FILE *f = fopen(path, "r");
+        if (f == NULL) continue;
+        if (i == 0 && fscanf(f, "%lld %lld", &value[0], &value[1]) != 2) value[0] = 0;
+        if (i > 0 && fscanf(f, "%lld", &value[i + 1]) != 1) value[i + 1] = 0;
+        fclose(f);
+    }
+    for (int i = 0; i < 4; i += 2)
+        if (value[i] > 0 && value[i + 1] > 0)
+            n = min64(n, max64(1, (value[i] - 1) / value[i + 1] + 1));
+    return n;
+}
+
+/* The same for every group that this process is in and those above them. list is
+   /proc/self/cgroup, with lines NUMBER:CONTROLLERS:PATH; version 2's has no controllers. A group
+   that a container does not see is passed over; its own is then the root of mount. */
+static int64_t cgroup_processors(const char *list, const char *mount, int64_t n) {
+    char line[4096], folder[4200];
+    FILE *f = fopen(list, "r");
+    while (f != NULL && fgets(line, sizeof line, f) != NULL) {
+        char *controllers = strchr(line, ':');
+        char *path = controllers != NULL ? strchr(controllers + 1, ':') : NULL;
+        if (path == NULL) continue;
+        path[strcspn(path, "\n")] = 0;
+        *path++ = 0;
+        *controllers = ','; /* so that each of them stands behind a comma */
+        char *cpu = strstr(controllers, ",cpu");
+        while (cpu != NULL && cpu[4] != 0 && cpu[4] != ',') cpu = strstr(cpu + 1, ",cpu");
+        if (controllers[1] != 0 && cpu == NULL) continue;
+        for (char *end = path + strlen(path); end != NULL; end = strrchr(path, '/')) {
+            *end = 0;
+            snprintf(folder, sizeof folder, "%s%s%s", mount, cpu != NULL ? "/cpu" : "", path);
+            n = cgroup_limit(folder, n);
+        }
+    }
+    if (f != NULL) fclose(f);
+    return n;
+}
+#endif
+
+/* Processors that this process may use: on Linux by affinity and by its control groups' quota. */
+static int64_t os_processors(void) {
+    int64_t n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) n = min64(n, CPU_COUNT(&set));
+    n = cgroup_processors("/proc/self/cgroup", "/sys/fs/cgroup", n);
+#endif
+    return n;
+}
+
+#ifndef LVM_NO_MAIN
+
+/* Called first by main. */
+static int os_begin(int *argc, char ***argv) {
+    (void)argc, (void)argv;
+    return 0;
+}
+
+static int os_is_terminal(int fd) { return isatty(fd); }
+
+struct os_folder {
+    DIR *dir;
+};
+
+static int os_folder_open(struct os_folder *f, const char *path) {
+    f->dir = opendir(path);
+    return f->dir == NULL ? -1 : 0;
+}
+
+static const char *os_folder_next(struct os_folder *f) {
+    struct dirent *entry = readdir(f->dir);
+    return entry == NULL ? NULL : entry->d_name;
+}
+
+static void os_folder_close(struct os_folder *f) { closedir(f->dir); }
+static int os_make_folder(const char *path) { return mkdir(path, 0777); }
+static int os_is_separator(char c) { return c == '/'; }
+
+/* How many characters of a path name its root: none if it is relative. */
+static size_t os_root(const char *path) { return os_is_separator(path[0]); }
+#endif
+
+#else /* Windows */
+
+/* errno from Windows' own error; returns -1. */
+static int os_fault(void) {
+    switch (GetLastError()) {
+    case ERROR_FILE_NOT_FOUND:
+    case ERROR_PATH_NOT_FOUND:
+    case ERROR_INVALID_NAME: errno = ENOENT; break;
+    case ERROR_ACCESS_DENIED:
+    case ERROR_SHARING_VIOLATION:
+    case ERROR_USER_MAPPED_FILE: errno = EACCES; break;
+    case ERROR_DISK_FULL: errno = ENOSPC; break;
+    case ERROR_NOT_ENOUGH_MEMORY: errno = ENOMEM; break;
+    default: errno = EIO;
+    }
+    return -1;
+}
+
+/* UTF-16, to be freed. Windows takes only some 260 characters of a path unless it is absolute and
+   opens with \\?\, which a long one therefore becomes. */
+static wchar_t *os_wide(const char *path) {
+    int n = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, NULL, 0);
+    wchar_t *wide = LVM_CALLOC((size_t)n + 1, sizeof *wide);
+    if (n == 0) errno = EILSEQ;
+    if (n == 0 || wide == NULL) {
+        LVM_FREE(wide);
+        return NULL;
+    }
+    MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, n);
+    if (n < 240 || wcsncmp(wide, L"\\\\", 2) == 0) return wide;
+    DWORD room = GetFullPathNameW(wide, 0, NULL, NULL) + 4;
+    wchar_t *full = LVM_CALLOC(room, sizeof *full);
+    if (full != NULL) {
+        wcscpy(full, L"\\\\?\\");
+        GetFullPathNameW(wide, room - 4, full + 4, NULL);
+    }
+    LVM_FREE(wide);
+    return full;
+}
+
+static int os_open(const char *path) {
+    wchar_t *wide = os_wide(path);
+    int fd = wide == NULL ? -1 : _wopen(wide, _O_RDONLY | _O_BINARY | _O_NOINHERIT);
+    LVM_FREE(wide);
+    return fd;
+}
+
+static FILE *os_fopen(const char *path, const char *mode) {
+    wchar_t *wide = os_wide(path), *wide_mode = os_wide(mode);
+    FILE *f = wide == NULL || wide_mode == NULL ? NULL : _wfopen(wide, wide_mode);
+    LVM_FREE(wide);
+    LVM_FREE(wide_mode);
+    return f;
+}
+
+static int os_rename(const char *from, const char *to) {
+    wchar_t *a = os_wide(from), *b = os_wide(to);
+    int code = a == NULL || b == NULL ? -1 : 0;
+    if (code == 0 && !MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH))
+        code = os_fault();
+    LVM_FREE(a);
+    LVM_FREE(b);
+    return code;
+}
+
+static int os_remove(const char *path) {
+    wchar_t *wide = os_wide(path);
+    int code = wide == NULL ? -1 : _wremove(wide);
+    LVM_FREE(wide);
+    return code;
+}
+
+static struct os_info os_describe(HANDLE h) {
+    struct os_info info = {OS_NOTHING, 0, 0, 0};
+    BY_HANDLE_FILE_INFORMATION i;
+    if (GetFileType(h) != FILE_TYPE_DISK) {
+        info.kind = OS_DEVICE;
+    } else if (!GetFileInformationByHandle(h, &i)) {
+        os_fault();
+    } else {
+        info.kind = i.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY ? OS_FOLDER : OS_FILE;
+        info.size = (int64_t)i.nFileSizeHigh << 32 | i.nFileSizeLow;
+        info.device = i.dwVolumeSerialNumber;
+        info.number = (uint64_t)i.nFileIndexHigh << 32 | i.nFileIndexLow;
+    }
+    return info;
+}
+
+static struct os_info os_fstat(int fd) { return os_describe((HANDLE)_get_osfhandle(fd)); }
+
+static struct os_info os_stat(const char *path) {
+    struct os_info info = {OS_NOTHING, 0, 0, 0};
+    wchar_t *wide = os_wide(path);
+    if (wide == NULL) return info;
+    HANDLE h = CreateFileW(wide, FILE_READ_ATTRIBUTES,
+                           FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, NULL,
+                           OPEN_EXISTING, FILE_FLAG_BACKUP_SEMANTICS, NULL);
+    if (h == INVALID_HANDLE_VALUE) {
+        os_fault();
+    } else {
+        info = os_describe(h);
+        CloseHandle(h);
+    }
+    LVM_FREE(wide);
+    return info;
+}
+
+static int os_sync(FILE *file) { return _commit(_fileno(file)); }
+
+static void *os_map(int fd, size_t size) {
+    HANDLE h = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    void *p = h == NULL ? NULL : MapViewOfFile(h, FILE_MAP_READ, 0, 0, size);
+    if (p == NULL) os_fault();
+    if (h != NULL) CloseHandle(h);
+    return p;
+}
+
+static void os_unmap(void *p, size_t size) {
+    (void)size;
+    UnmapViewOfFile(p);
+}
+
+static int64_t os_processors(void) {
+    DWORD_PTR ours = 0, all = 0;
+    int64_t n = 0;
+    GetProcessAffinityMask(GetCurrentProcess(), &ours, &all);
+    for (; ours != 0; ours &= ours - 1) n++;
+    return n > 0 ? n : (int64_t)GetActiveProcessorCount(ALL_PROCESSOR_GROUPS);
+}
+
+#ifndef LVM_NO_MAIN
+
+static UINT os_old_code_page;
+
+static void os_end(void) { SetConsoleOutputCP(os_old_code_page); }
+
+/* The C runtime's own wide start: it also expands * and ?, which Windows' shells leave alone. */
+__declspec(dllimport) int __cdecl __wgetmainargs(int *argc, wchar_t ***argv, wchar_t ***environment,
+                                                 int expand, int *new_mode);
+
+/* Arguments become UTF-8, the console shows it, standard input and output are bytes. */
+static int os_begin(int *argc, char ***argv) {
+    wchar_t **wide = NULL, **environment = NULL;
+    int new_mode = 0;
+    __wgetmainargs(argc, &wide, &environment, 1, &new_mode);
+    *argv = LVM_CALLOC((size_t)*argc + 1, sizeof **argv);
+    for (int i = 0; *argv != NULL && i < *argc; i++) {
+        int n = WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, NULL, 0, NULL, NULL);
+        (*argv)[i] = LVM_CALLOC((size_t)n + 1, 1);
+        if ((*argv)[i] == NULL) return -1;
+        WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, (*argv)[i], n, NULL, NULL);
+    }
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    os_old_code_page = GetConsoleOutputCP();
+    SetConsoleOutputCP(CP_UTF8);
+    atexit(os_end);
+    return *argv == NULL ? -1 : 0;
+}
+
+/* NUL is a character device too, but no console; a console is told to obey the bar's escapes. */
+static int os_is_terminal(int fd) {
+    HANDLE h = (HANDLE)_get_osfhandle(fd);
+    DWORD mode = 0;
+    return GetConsoleMode(h, &mode) && SetConsoleMode(h, mode | 4 /* virtual terminal */);
+}
+
+struct os_folder {
+    HANDLE find;
+    int first;
+    WIN32_FIND_DATAW entry;
+    char name[3 * MAX_PATH + 1];
+};
+
+static int os_folder_open(struct os_folder *f, const char *path) {
+    size_t n = strlen(path) + 3;
+    char *pattern = LVM_CALLOC(n, 1);
+    wchar_t *wide = NULL;
+    if (pattern != NULL) {
+        snprintf(pattern, n, "%s/*", path);
+        wide = os_wide(pattern);
+    }
+    f->first = 1;
+    f->find = wide == NULL ? INVALID_HANDLE_VALUE : FindFirstFileW(wide, &f->entry);
+    int code = f->find != INVALID_HANDLE_VALUE ? 0 : wide == NULL ? -1 : os_fault();
+    LVM_FREE(pattern);
+    LVM_FREE(wide);
+    return code;
+}
+
+static const char *os_folder_next(struct os_folder *f) {
+    if (!f->first && !FindNextFileW(f->find, &f->entry)) return NULL;
+    f->first = 0;
+    WideCharToMultiByte(CP_UTF8, 0, f->entry.cFileName, -1, f->name, sizeof f->name, NULL, NULL);
+    return f->name;
+}
+
+static void os_folder_close(struct os_folder *f) { FindClose(f->find); }
+
+static int os_make_folder(const char *path) {
+    wchar_t *wide = os_wide(path);
+    int code = wide == NULL ? -1 : _wmkdir(wide);
+    LVM_FREE(wide);
+    return code;
+}
+
+static int os_is_separator(char c) { return c == '/' || c == '\\'; }
+
+/* "C:", "C:\", "\" and "\\server\share\". */
+static size_t os_root(const char *path) {
+    size_t n = isalpha((unsigned char)path[0]) && path[1] == ':' ? 2 : 0;
+    if (os_is_separator(path[0]) && os_is_separator(path[1])) {
+        n = 2 + strcspn(path + 2, "/\\");
+        if (path[n] != 0) n += 1 + strcspn(path + n + 1, "/\\");
+    }
+    return n + (size_t)os_is_separator(path[n]);
+}
+#endif
+#endif /* Windows */
+
+#ifndef LVM_NO_MAIN
+/* The part of a path behind its last separator. */
+static const char *os_file_name(const char *path) {
+    const char *name = path += os_root(path);
+    for (; *path != 0; path++)
+        if (os_is_separator(*path)) name = path + 1;
+    return name;
+}
+#endif
+
 /* ---- Files ---- */
 
 /* Opens a regular file for reading and tells its size. Returns the descriptor or -1. */
 static int open_file(const char *path, int64_t *size, lvm_error *error) {
-    int fd = open(path, O_RDONLY);
-    struct stat st;
+    int fd = os_open(path);
     if (fd < 0) {
         fail(error, LVM_IO, "%s: %s", path, strerror(errno));
         return -1;
     }
-    if (fstat(fd, &st) != 0 || !S_ISREG(st.st_mode)) {
+    struct os_info info = os_fstat(fd);
+    if (info.kind != OS_FILE) {
         fail(error, LVM_IO, "%s: not a regular file", path);
         close(fd);
         return -1;
     }
-    *size = (int64_t)st.st_size;
+    *size = info.size;
     return fd;
 }
 
@@ -457,7 +857,7 @@ static int outfile_open(struct outfile *out, const char *path, lvm_error *error)
     out->temp = mem_alloc(n, 1, error);
     if (out->path != NULL && out->temp != NULL) {
         snprintf(out->temp, n, "%s.%ld.tmp", path, (long)getpid());
-        out->file = fopen(out->temp, "wb");
+        out->file = os_fopen(out->temp, "wb");
         if (out->file != NULL) return LVM_OK;
         code = fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
     }
@@ -474,15 +874,15 @@ static int outfile_write(struct outfile *out, const void *data, size_t size, lvm
 /* Finishes the file: with code LVM_OK it gets its name, else it is removed. Returns what happened.
    */
 static int outfile_close(struct outfile *out, int code, lvm_error *error) {
-    int bad = fflush(out->file) != 0 || (code == LVM_OK && fsync(fileno(out->file)) != 0 &&
+    int bad = fflush(out->file) != 0 || (code == LVM_OK && os_sync(out->file) != 0 &&
                                          errno != EINVAL && errno != EROFS);
     if (code == LVM_OK && bad)
         code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
     if (fclose(out->file) != 0 && code == LVM_OK)
         code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
-    if (code == LVM_OK && rename(out->temp, out->path) != 0)
+    if (code == LVM_OK && os_rename(out->temp, out->path) != 0)
         code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
-    if (code != LVM_OK) remove(out->temp);
+    if (code != LVM_OK) os_remove(out->temp);
     mem_free(out->path);
     mem_free(out->temp);
     return code;
@@ -490,7 +890,7 @@ static int outfile_close(struct outfile *out, int code, lvm_error *error) {
 
 /* Devices and pipes (/dev/stdout) have no name to rename to: they are written directly. */
 static int write_device(const char *path, const void *data, size_t size, lvm_error *error) {
-    FILE *f = fopen(path, "wb");
+    FILE *f = os_fopen(path, "wb");
     if (f == NULL) return fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
     int bad = fwrite(data, 1, size, f) != size;
     bad |= fclose(f) != 0;
@@ -498,10 +898,8 @@ static int write_device(const char *path, const void *data, size_t size, lvm_err
 }
 
 static int write_file(const char *path, const void *data, size_t size, lvm_error *error) {
-    struct stat st;
     struct outfile out;
-    if (stat(path, &st) == 0 && !S_ISREG(st.st_mode) && !S_ISDIR(st.st_mode))
-        return write_device(path, data, size, error);
+    if (os_stat(path).kind == OS_DEVICE) return write_device(path, data, size, error);
     int code = outfile_open(&out, path, error);
     if (code != LVM_OK) return code;
     return outfile_close(&out, outfile_write(&out, data, size, error), error);
@@ -540,7 +938,7 @@ struct worker {
 };
 
 static void spin_pause(void) {
-#if defined(__x86_64__) || defined(__i386__)
+#if defined(__x86_64__)
     __builtin_ia32_pause();
 #elif defined(__aarch64__)
     __asm__ volatile("yield");
@@ -653,22 +1051,7 @@ static int pool_start_worker(struct pool *p, int thread) {
     return bad;
 }
 
-/* Processors that this process may use: affinity, then the quota of its control group (Linux). */
-static int processors(void) {
-    long n = sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0 && CPU_COUNT(&set) < n) n = CPU_COUNT(&set);
-    long quota = 0, period = 0;
-    FILE *f = fopen("/sys/fs/cgroup/cpu.max", "r");
-    if (f != NULL) {
-        if (fscanf(f, "%ld %ld", &quota, &period) == 2 && quota > 0 && period > 0)
-            n = (long)min64(n, max64(1, (quota + period - 1) / period));
-        fclose(f);
-    }
-#endif
-    return n < 1 ? 1 : n > 1024 ? 1024 : (int)n;
-}
+static int processors(void) { return (int)min64(max64(os_processors(), 1), 1024); }
 
 static struct pool *pool_new(int n, lvm_error *error) {
     struct pool *p = mem_alloc(1, sizeof *p, error);
@@ -853,11 +1236,25 @@ static void row_to_f32(int type, const void *in, float *y, int64_t k) {
         }
 }
 
-/* ---- exp, log, sine, cosine ----
+/* ---- a * b + c, exp, log, sine, cosine ----
+
+   a * b + c is rounded once, as a processor's own instruction does it; not every C library's fmaf
+   is (mingw-w64's rounds the product too). A double holds the product exactly. Their sum it rounds,
+   and a second rounding could then err at a tie: so the sum's last bit is made odd whenever
+   something was lost (Boldo and Melquiond 2008, "Emulation of FMA"), which keeps it off the ties.
 
    exp(x) = 2^n exp(r) with n = round(x / ln 2) and |r| <= ln 2 / 2, where what a short Taylor
    polynomial leaves out is less than the format's last bit. ln 2 is split in two, so that x - n ln
    2 does not cancel. */
+
+static float fma_f32(float a, float b, float c) {
+    double p = (double)a * b, s = p + c, part = s - p, lost = (p - (s - part)) + (c - part);
+    uint64_t u;
+    memcpy(&u, &s, sizeof u);
+    if ((lost > 0 || lost < 0) && (u & 1) == 0) u += (lost > 0) == (s > 0) ? 1 : UINT64_MAX;
+    memcpy(&s, &u, sizeof s);
+    return (float)s;
+}
 
 static float exp_f32(float x) {
     if (!(x > -87.0f)) return x != x ? x : 0.0f;
@@ -1057,7 +1454,7 @@ static void int_row_plain(int type, int blocks, const struct xblock *x, const ui
             float d = unpack_block(type, w, b, q);
             int32_t products = 0;
             for (int i = 0; i < QK; i++) products += q[i] * x[b].q.s16[i];
-            sum = fmaf((float)products, d * x[b].d, sum);
+            sum = fma_f32((float)products, d * x[b].d, sum);
         }
         c[j] = sum;
     }
@@ -1088,7 +1485,7 @@ static void int_tile_plain(int blocks, const struct xblock *const *x, const uint
                 int32_t products = 0;
                 memcpy(&d, p + 4 * j, sizeof d);
                 for (int i = 0; i < QK; i++) products += q[i] * x[r][b].q.s16[i];
-                sum = fmaf((float)products, d * x[r][b].d, sum);
+                sum = fma_f32((float)products, d * x[r][b].d, sum);
             }
             c[r * ldc + j] = sum;
         }
@@ -2254,8 +2651,7 @@ static int map_file(lvm_model *m, lvm_error *error) {
     int fd = open_file(m->path, &size, error);
     if (fd < 0) return LVM_IO;
     if (size > 0) {
-        m->mapped = mmap(NULL, (size_t)size, PROT_READ, MAP_PRIVATE, fd, 0);
-        if (m->mapped == MAP_FAILED) m->mapped = NULL;
+        m->mapped = os_map(fd, (size_t)size);
         if (m->mapped != NULL) m->mapped_size = (size_t)size;
     }
     close(fd);
@@ -2286,7 +2682,7 @@ void lvm_close(lvm_model *m) {
     mem_free(m->llama.layers);
     mem_free(m->vq);
     mem_free(m->owned);
-    if (m->mapped != NULL) munmap(m->mapped, m->mapped_size);
+    if (m->mapped != NULL) os_unmap(m->mapped, m->mapped_size);
     mem_free(m->path);
     mem_free(m->name);
     mem_free(m);
@@ -2456,13 +2852,13 @@ static int quantize_file(const struct gguf *g, const char *path, int type, int v
 
 /* 1 when both paths name the same existing file. */
 static int same_file(const char *a, const char *b) {
-    struct stat x, y;
-    return stat(a, &x) == 0 && stat(b, &y) == 0 && x.st_dev == y.st_dev && x.st_ino == y.st_ino;
+    struct os_info x = os_stat(a), y = os_stat(b);
+    return x.kind != OS_NOTHING && y.kind != OS_NOTHING && x.device == y.device &&
+           x.number == y.number;
 }
 
 int lvm_quantize(const char *in, const char *out, int type, int vq_type, const char *rules,
                  int force, lvm_error *error) {
-    struct stat st;
     lvm_error own = {LVM_OK, ""};
     int ruled = LVM_AUTO;
     if (error == NULL) error = &own;
@@ -2470,10 +2866,11 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
         return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
     if (same_file(in, out))
         return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
-    int exists = stat(out, &st) == 0;
-    if (exists && !S_ISREG(st.st_mode))
+    enum os_kind exists = os_stat(out).kind;
+    if (exists != OS_NOTHING && exists != OS_FILE)
         return fail(error, LVM_INVALID, "%s: is no regular file; choose another output", out);
-    if (exists && !force) return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
+    if (exists != OS_NOTHING && !force)
+        return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
     if ((type != LVM_AUTO && type_info(type) == NULL) ||
         (vq_type != LVM_AUTO && type_info(vq_type) == NULL))
         return fail(error, LVM_INVALID, "unknown type %d or %d", type, vq_type);
@@ -7670,6 +8067,16 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 #define AVX512                                                                                     \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
+#if defined(_WIN32) && !defined(__clang__)
+/* GCC takes Windows' stack to be aligned to 32 bytes where it is to 16 (its bug 54412, mended in
+   some builds), so the assembler turns moves that insist on alignment into those that do not. */
+__asm__(".macro vmovaps args:vararg\n\tvmovups \\args\n.endm\n"
+        ".macro vmovapd args:vararg\n\tvmovupd \\args\n.endm\n"
+        ".macro vmovdqa args:vararg\n\tvmovdqu \\args\n.endm\n"
+        ".macro vmovdqa32 args:vararg\n\tvmovdqu32 \\args\n.endm\n"
+        ".macro vmovdqa64 args:vararg\n\tvmovdqu64 \\args\n.endm\n");
+#endif
+
 static int32_t load_s32(const void *p) {
     int32_t v;
     memcpy(&v, p, sizeof v);
@@ -9239,10 +9646,10 @@ struct cli {
     lvm_options options;
 };
 
-enum option_kind { FLAG, TEXT, INTEGER, NUMBER, SEED, TYPE, WORD };
+enum option_kind { FLAG, TEXT, INTEGER, NUMBER, SEED, TYPE, ONE_OF };
 
 /* where: offset of the value in struct cli. low, high: bounds of a number; of a TYPE high is the
-   set of those allowed, bit i for entry i of type_table; of a WORD the argument lists those
+   set of those allowed, bit i for entry i of type_table; of a ONE_OF the argument lists those
    allowed, and the value is the number of the one that is given. */
 struct option {
     char letter;
@@ -9273,11 +9680,11 @@ static const struct option option_table[] = {
     {'s', "seed", "N", SAMPLES, SEED, AT(sampling.seed), 0, 0,
      "the same seed gives the same picture (1)"},
     {0, "greedy", NULL, SAMPLES, FLAG, AT(sampling.greedy), 0, 0, "always the likeliest token"},
-    {0, "preset", "lvm|delvm", SAMPLES, WORD, AT(preset), 0, 0,
+    {0, "preset", "lvm|delvm", SAMPLES, ONE_OF, AT(preset), 0, 0,
      "the published programs' temperature, top-p and top-k"},
     {0, "window", "N", READS, INTEGER, AT(options.window), 2, 1 << 16,
      "pictures in the context (all that fit, at most 16)"},
-    {0, "fit", "squash|crop", READS | ENCODE, WORD, AT(options.fit), 0, 0,
+    {0, "fit", "squash|crop", READS | ENCODE, ONE_OF, AT(options.fit), 0, 0,
      "how pictures become square (squash)"},
     {0, "sheet", "FILE", PREDICT, TEXT, AT(sheet), 0, 0, "prompt and answers in one picture too"},
     {0, "cache", "FILE", PREDICT | RANK, TEXT, AT(cache), 0, 0,
@@ -9290,12 +9697,12 @@ static const struct option option_table[] = {
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
      "size of an answer, or \"original\": the last input's"},
     {0, "json", NULL, RANK | EVAL | BATCH | BENCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
-    {0, "config", "100m|300m|600m|1b|3b|7b", BENCH, WORD, AT(config), 0, 0,
+    {0, "config", "100m|300m|600m|1b|3b|7b", BENCH, ONE_OF, AT(config), 0, 0,
      "shape of the transformer"},
-    {0, "vq", "published|shipped", BENCH, WORD, AT(vq), 0, 0, "shape of the tokenizer (published)"},
+    {0, "vq", "published|shipped", BENCH, ONE_OF, AT(vq), 0, 0, "shape of the tokenizer (published)"},
     {0, "prompt", "N", BENCH, INTEGER, AT(prompt), 1, 1 << 20, "tokens of the prompt (3840)"},
     {0, "new", "N", BENCH, INTEGER, AT(new_tokens), 1, 1 << 20, "tokens to generate (256)"},
-    {0, "stage", "encode|prompt|new|candidates|draw", BENCH, WORD, AT(stage), 0, 0,
+    {0, "stage", "encode|prompt|new|candidates|draw", BENCH, ONE_OF, AT(stage), 0, 0,
      "only this one"},
     {'j', "threads", "N", RUNS | BENCH, INTEGER, AT(options.threads), 1, 1024,
      "threads (the processors allowed)"},
@@ -9443,7 +9850,7 @@ static int set_option(struct cli *cli, const struct option *o, const char *shown
         *(const char **)(void *)to = value;
     } else if (o->kind == TYPE) {
         return set_type(to, (int)o->high, shown, value);
-    } else if (o->kind == WORD) {
+    } else if (o->kind == ONE_OF) {
         int i = word_index(o->argument, value);
         if (i < 0) return complain("%s: \"%s\" is not %s", shown, value, o->argument) + 1;
         *(int *)(void *)to = i;
@@ -9676,7 +10083,8 @@ static char *join_path(const char *folder, const char *name, lvm_error *error) {
     size_t n = strlen(folder), bytes = n + strlen(name) + 2;
     char *path = mem_alloc(bytes, 1, error);
     if (path != NULL)
-        snprintf(path, bytes, "%s%s%s", folder, n > 0 && folder[n - 1] != '/' ? "/" : "", name);
+        snprintf(path, bytes, "%s%s%s", folder,
+                 n > 0 && !os_is_separator(folder[n - 1]) ? "/" : "", name);
     return path;
 }
 
@@ -9722,8 +10130,8 @@ static int compare_paths(const void *a, const void *b) {
 
 /* What follows the last dot of a file name, or "". */
 static const char *extension(const char *name) {
-    const char *dot = strrchr(name, '.'), *slash = strrchr(name, '/');
-    return dot != NULL && (slash == NULL || dot > slash) ? dot + 1 : "";
+    const char *dot = strrchr(name, '.');
+    return dot != NULL && dot >= os_file_name(name) ? dot + 1 : "";
 }
 
 /* 1 when a file name ends in one of "first|second|...", in small or capital letters. */
@@ -9736,13 +10144,14 @@ static int has_extension(const char *name, const char *list) {
 
 /* The pictures of a folder in natural order; folders inside it are not entered. */
 static int add_folder(struct paths *p, const char *folder, lvm_error *error) {
-    DIR *dir = opendir(folder);
+    struct os_folder dir;
     int code = LVM_OK, first = p->n;
-    if (dir == NULL) return fail(error, LVM_IO, "%s: %s", folder, strerror(errno));
-    for (struct dirent *entry; code == LVM_OK && (entry = readdir(dir)) != NULL;)
-        if (has_extension(entry->d_name, "png|jpg|jpeg|ppm|pgm|pnm|pbm"))
-            code = paths_add(p, folder, entry->d_name, error);
-    closedir(dir);
+    if (os_folder_open(&dir, folder) != 0)
+        return fail(error, LVM_IO, "%s: %s", folder, strerror(errno));
+    for (const char *name; code == LVM_OK && (name = os_folder_next(&dir)) != NULL;)
+        if (has_extension(name, "png|jpg|jpeg|ppm|pgm|pnm|pbm"))
+            code = paths_add(p, folder, name, error);
+    os_folder_close(&dir);
     if (code == LVM_OK && p->n == first)
         code = fail(error, LVM_INVALID, "%s: this folder holds no pictures (png, jpg, ppm)",
                     folder);
@@ -9751,10 +10160,7 @@ static int add_folder(struct paths *p, const char *folder, lvm_error *error) {
     return code;
 }
 
-static int is_folder(const char *path) {
-    struct stat st;
-    return stat(path, &st) == 0 && S_ISDIR(st.st_mode);
-}
+static int is_folder(const char *path) { return os_stat(path).kind == OS_FOLDER; }
 
 /* Says so where names stand in the order 1, 10, 2, as a shell sorts them. */
 static void note_order(const char **words, int n) {
@@ -9816,8 +10222,8 @@ static char *output_name(const char *base, int image, int images, int candidate,
                          lvm_error *error) {
     size_t n = strlen(base);
     char tag[32] = "", *name = mem_alloc(n + 48, 1, error);
-    const char *dot = strrchr(base, '.'), *slash = strrchr(base, '/');
-    int stem = dot != NULL && (slash == NULL || dot > slash) ? (int)(dot - base) : (int)n;
+    const char *dot = strrchr(base, '.');
+    int stem = dot != NULL && dot >= os_file_name(base) ? (int)(dot - base) : (int)n;
     if (name == NULL) return NULL;
     if (images > 1 || candidates > 1) snprintf(tag, sizeof tag, "-%d", image + 1);
     if (candidates > 26) snprintf(tag + strlen(tag), 16, "-%d", candidate + 1);
@@ -9828,7 +10234,7 @@ static char *output_name(const char *base, int image, int images, int candidate,
 
 static int begins_with(const char *path, const char *magic) {
     char start[8] = "";
-    FILE *f = fopen(path, "rb");
+    FILE *f = os_fopen(path, "rb");
     if (f == NULL) return 0;
     size_t n = fread(start, 1, sizeof start, f);
     fclose(f);
@@ -9973,7 +10379,7 @@ static int session_open(struct session *s, struct cli *cli, lvm_error *error) {
     memset(s, 0, sizeof *s);
     s->model = lvm_open(cli->words[0], cli->flags ? LVM_NO_MMAP : 0, error);
     if (s->model == NULL) return error->code;
-    s->bar.shown = !cli->quiet && isatty(2);
+    s->bar.shown = !cli->quiet && os_is_terminal(2);
     cli->options.user = &s->bar;
     cli->options.progress = on_progress;
     s->ctx = lvm_new(s->model, &cli->options, error);
@@ -9998,9 +10404,8 @@ static int need_all(const struct cli *cli, const struct session *s, lvm_error *e
 
 /* The state that an earlier call kept; one that does not fit is made anew. */
 static int load_cache(const struct cli *cli, struct session *s, lvm_error *error) {
-    struct stat st;
     lvm_error fault = {0, ""};
-    if (stat(cli->cache, &st) != 0) return LVM_OK;
+    if (os_stat(cli->cache).kind == OS_NOTHING) return LVM_OK;
     if (!begins_with(cli->cache, "LVMCACHE"))
         return fail(error, LVM_INVALID, "%s: exists and is no cache of lvm; choose another file",
                     cli->cache);
@@ -10352,8 +10757,8 @@ static void set_close(struct set *set) {
 }
 
 static int set_open(struct set *set, struct cli *cli, lvm_error *error) {
-    const char *path = cli->words[1], *slash = strrchr(path, '/');
-    size_t n = slash != NULL ? (size_t)(slash + 1 - path) : 0;
+    const char *path = cli->words[1];
+    size_t n = (size_t)(os_file_name(path) - path);
     set->cli = cli;
     int code = read_file(path, &set->data, &set->size, error);
     if (code == LVM_OK) code = session_open(&set->s, cli, error);
@@ -10395,9 +10800,9 @@ static int set_next(struct set *set, struct json *j, lvm_error *error) {
 /* Where a picture of a set lies: below --base, or beside the set, or else where the name says. */
 static char *find_picture(const struct set *set, const char *path, lvm_error *error) {
     const char *base = set->cli->base;
-    struct stat st;
-    char *found = join_path(path[0] == '/' ? "" : base != NULL ? base : set->folder, path, error);
-    if (found == NULL || base != NULL || stat(found, &st) == 0) return found;
+    const char *folder = os_root(path) > 0 ? "" : base != NULL ? base : set->folder;
+    char *found = join_path(folder, path, error);
+    if (found == NULL || base != NULL || os_stat(found).kind != OS_NOTHING) return found;
     mem_free(found);
     return join_path("", path, error);
 }
@@ -10675,9 +11080,12 @@ static int squared_error(struct set *set, const struct sentence *line, const lvm
 /* The name of a line's answer: below the output folder and nowhere else, with the ending .png. */
 static char *batch_name(const struct set *set, const char *output, lvm_error *error) {
     const char *ext = extension(output);
-    int stem = (int)(strlen(output) - strlen(ext) - (*ext != 0)), leaves = output[0] == '/';
-    for (const char *part = output; part != NULL; part = strchr(part, '/'), part += part != NULL)
-        leaves |= strncmp(part, "..", 2) == 0 && (part[2] == 0 || part[2] == '/');
+    int stem = (int)(strlen(output) - strlen(ext) - (*ext != 0)), leaves = os_root(output) > 0;
+    for (const char *p = output; *p != 0; p++) {
+        const char *end = p + strspn(p, ". "); /* Windows drops dots and blanks that end a name */
+        leaves |= (p == output || os_is_separator(p[-1])) && strncmp(p, "..", 2) == 0 &&
+                  (*end == 0 || os_is_separator(*end));
+    }
     if (leaves || stem == 0) {
         fail(error, LVM_INVALID, "output %s: must be a name below the output folder (-o)", output);
         return NULL;
@@ -10696,10 +11104,13 @@ static int make_folders(const char *name, lvm_error *error) {
     char *path = copy_string(name, error);
     if (path == NULL) return LVM_MEMORY;
     int code = LVM_OK;
-    for (char *p = path + 1; code == LVM_OK && (p = strchr(p, '/')) != NULL; *p++ = '/') {
+    for (char *p = path + os_root(path); code == LVM_OK && *p != 0; p++) {
+        char separator = *p;
+        if (!os_is_separator(separator)) continue;
         *p = 0;
-        if (!is_folder(path) && mkdir(path, 0777) != 0)
+        if (!is_folder(path) && os_make_folder(path) != 0)
             code = fail(error, LVM_IO, "%s: cannot be made: %s", path, strerror(errno));
+        *p = separator;
     }
     mem_free(path);
     return code;
@@ -11200,7 +11611,7 @@ static lvm_model *bench_model(const struct cli *cli, lvm_error *error) {
 static int run_bench(struct cli *cli) {
     lvm_error error = {0, ""};
     struct bench b = {.cli = cli};
-    struct bar bar = {.shown = !cli->quiet && isatty(2)};
+    struct bar bar = {.shown = !cli->quiet && os_is_terminal(2)};
     if (cli->n_words > 1 || (cli->n_words == 1) == (cli->config >= 0 || cli->vq >= 0))
         return complain("give a weights file, or --config and --vq (lvm help bench)") + 1;
     b.m = cli->n_words == 1 ? lvm_open(cli->words[0], 0, &error) : bench_model(cli, &error);
@@ -11245,6 +11656,7 @@ static int run_command(struct cli *cli, const struct command *c, int argc, char 
 }
 
 int main(int argc, char **argv) {
+    if (os_begin(&argc, &argv) != 0) return complain("%s", strerror(errno));
     if (argc < 2) {
         print_help(stderr, NULL);
         return 2;

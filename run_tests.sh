@@ -2,6 +2,7 @@
 # Builds lvm and runs every test; needs cc, make and python3. The last line is `N passed, N failed`
 # (and `, N skipped` where some were); the exit status is 0 only when nothing failed.
 #
+#   PLATFORMS=required           other systems' compilers and emulators must be here; else: skipped
 #   LVM_REFERENCE=DIR            compares with a full-size reference model too
 #   LVM_FULL=1                   with all of its lines
 #   SANITIZE=address,undefined   everything that runs lvm.c, built with these sanitizers
@@ -31,7 +32,7 @@ limited() {
 # The sums of all count lines of a log: "passed failed skipped", or nothing where there is none.
 counts() {
     awk '
-        /^[a-z_]+: [0-9]+ passed, [0-9]+ failed/ { p += $2; f += $4; lines++ }
+        /^[a-z_]+: [0-9]+ passed, [0-9]+ failed/ { p += $2; f += $4; s += $6; lines++ }
         /^Ran [0-9]+ tests? in / { ran = $2; lines++ }
         /^(OK|FAILED)( |$)/ && ran != "" {
             bad = left = 0
@@ -73,6 +74,7 @@ end() {
     passed=$((passed + p)) failed=$((failed + f)) skipped=$((skipped + s))
     printf '%-12s %6d passed %4d failed %3d skipped %4d s%s\n' \
         "$part" "$p" "$f" "$s" "$seconds" "$note"
+    grep '^skipped: ' "$log" | sed 's/^/    /'
     [ "$f" -eq 0 ] || grep -v '^\.*$' "$log" | tail -n 100 | sed 's/^/    | /'
 }
 
@@ -149,7 +151,7 @@ if [ "$SANITIZE" = thread ]; then
     run embed limited "$B/test_embed" $embedded --threads-only
     run threads threaded_commands
 else
-    run build build images kernels properties golden embed fuzz
+    run build build images kernels properties golden os embed fuzz
     run convert convert_golden
     [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py
     # shellcheck disable=SC2046
@@ -159,17 +161,20 @@ else
     run images limited "$B/test_images" tests/images
     run corpus limited "$B/test_fuzz" tests/corpus
     run kernels limited "$B/test_kernels"
+    run os limited "$B/test_os" "$B/os"
     run golden limited "$B/test_golden" tests/golden build/golden
     end properties
     [ -z "$SANITIZE" ] || end cli
     [ -z "$SANITIZE" ] || run sets limited python3 tests/test_sets.py
     if [ -z "$SANITIZE" ]; then
+        begin platforms limited tests/platforms.sh
         begin cli limited python3 tests/test_cli.py
         run sets limited python3 tests/test_sets.py
         run weights limited "$B/test_golden" --case tests/golden/weights "$WEIGHTS"
         run converter limited python3 tests/test_convert.py
         run examples limited python3 tests/test_embed.py
         end cli
+        end platforms
         run mutants limited python3 tests/mutants.py
         [ -z "$LVM_REFERENCE" ] || run reference reference
     fi

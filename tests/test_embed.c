@@ -16,8 +16,11 @@ void counted_free(void *p);
 #include "../lvm.c"
 #undef pthread_create
 int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *), void *arg);
+#ifdef _WIN32
+static char *mkdtemp(char *name) { return _mktemp(name) && _mkdir(name) == 0 ? name : NULL; }
+#endif
 
-enum { T = 64, CODES = 256, SIDE = 32, BOS = 256, LONG = 300 }; /* of BOTH; LONG: ids for LLAMA */
+enum { T = 64, CODES = 256, SIDE = 32, BOS = 256, MANY = 300 }; /* of BOTH; MANY: ids for LLAMA */
 
 struct test {
     int passed, failed;
@@ -181,27 +184,27 @@ static int job_decode(struct world *w, lvm_error *error) {
 
 /* The context is a fresh one of LLAMA in the next three; its prompt takes two pages. */
 static int job_prompt(struct world *w, lvm_error *error) {
-    int32_t ids[LONG];
+    int32_t ids[MANY];
     float logits[1024];
-    fill_ids(ids, LONG);
-    int code = lvm_prompt(w->ctx, ids, LONG, logits, error);
+    fill_ids(ids, MANY);
+    int code = lvm_prompt(w->ctx, ids, MANY, logits, error);
     if (code == LVM_OK) note(w, logits, (size_t)w->lm->info.vocab_size * sizeof *logits);
     return code;
 }
 
 static int job_score(struct world *w, lvm_error *error) {
-    int32_t ids[LONG];
-    float nll[LONG];
-    fill_ids(ids, LONG);
+    int32_t ids[MANY];
+    float nll[MANY];
+    fill_ids(ids, MANY);
     int code = lvm_prompt(w->ctx, ids, 250, NULL, error);
-    if (code == LVM_OK) code = lvm_score(w->ctx, ids + 250, LONG - 250, nll, error);
-    if (code == LVM_OK) note(w, nll, (LONG - 250) * sizeof *nll);
+    if (code == LVM_OK) code = lvm_score(w->ctx, ids + 250, MANY - 250, nll, error);
+    if (code == LVM_OK) note(w, nll, (MANY - 250) * sizeof *nll);
     return code;
 }
 
 static int job_generate(struct world *w, lvm_error *error) {
-    int32_t ids[LONG], out[3][20];
-    fill_ids(ids, LONG);
+    int32_t ids[MANY], out[3][20];
+    fill_ids(ids, MANY);
     int code = lvm_prompt(w->ctx, ids, 250, NULL, error);
     if (code == LVM_OK) code = lvm_generate(w->ctx, NULL, 3, 20, out[0], error);
     if (code == LVM_OK) note(w, out, sizeof out);
@@ -262,14 +265,14 @@ static int job_upright(struct world *w, lvm_error *error) {
 
 /* A context's state into a file and back. */
 static int job_cache(struct world *w, lvm_error *error) {
-    int32_t ids[LONG];
+    int32_t ids[MANY];
     float logits[1024];
     const char *path = in_folder(w, "cache");
-    fill_ids(ids, LONG);
-    int code = lvm_prompt(w->ctx, ids, LONG, NULL, error);
-    if (code == LVM_OK) code = lvm_cache_save(w->ctx, path, LONG, error);
+    fill_ids(ids, MANY);
+    int code = lvm_prompt(w->ctx, ids, MANY, NULL, error);
+    if (code == LVM_OK) code = lvm_cache_save(w->ctx, path, MANY, error);
     if (code == LVM_OK) code = lvm_cache_load(w->ctx, path, error);
-    if (code == LVM_OK) code = lvm_prompt(w->ctx, ids, LONG, logits, error);
+    if (code == LVM_OK) code = lvm_prompt(w->ctx, ids, MANY, logits, error);
     if (code == LVM_OK) note(w, logits, (size_t)w->lm->info.vocab_size * sizeof *logits);
     remove(path);
     return code;
@@ -454,17 +457,17 @@ static void test_cancel(struct test *t, struct world *w) {
    is needed. */
 static void test_prompt_again(struct test *t, struct world *w) {
     struct canceller c = {.at = -1};
-    int32_t ids[LONG];
+    int32_t ids[MANY];
     float want[2], got[2];
     lvm_ctx *ctx = cancellable(w->lm, &c);
-    fill_ids(ids, LONG);
-    lvm_prompt(ctx, ids, LONG, NULL, NULL);
+    fill_ids(ids, MANY);
+    lvm_prompt(ctx, ids, MANY, NULL, NULL);
     int n = atomic_load(&c.calls);
     lvm_score(ctx, ids, 2, want, NULL);
     for (int at = 0; at < n; at++) {
         lvm_prompt(ctx, ids + 1, 20, NULL, NULL);
         cancel_at(&c, at);
-        int code = lvm_prompt(ctx, ids, LONG, NULL, NULL);
+        int code = lvm_prompt(ctx, ids, MANY, NULL, NULL);
         cancel_at(&c, -1);
         check(t, code == LVM_CANCELLED && lvm_score(ctx, ids, 2, got, NULL) == LVM_OK &&
                      memcmp(want, got, sizeof want) == 0,

@@ -18,6 +18,7 @@
 #define main lvm_main
 #include "../lvm.c"
 #undef main
+#include <dirent.h>
 
 enum { DATA_ROOM = 1 << 20 }; /* more than the tensors of a model that is small enough to run */
 

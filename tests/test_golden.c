@@ -12,6 +12,8 @@
 #define LVM_NO_MAIN
 #include "../lvm.c"
 #include "npy.h"
+#include <dirent.h>
+#include <sys/stat.h>
 
 static int passed, failed;
 
