@@ -587,6 +587,12 @@ class RoundTrip(Case):
                       self.llama(name=str(n), drop=drop, **config))
             self.assertEqual(load_gguf(self.out)[0]["lvm.rope.freq_base"], 1e6)
 
+    def test_bounds_that_float32_passes(self):
+        """1e30 is more than 1e30 as float32, which --to-hf must still read."""
+        self.round_trip(self.llama(rope_theta=1e30, rms_norm_eps=1e-30))
+        config = self.config_back("llama")
+        self.assertEqual((config["rope_theta"], config["rms_norm_eps"]), (1e30, 1e-30))
+
     def test_defaults_of_both_classes(self):
         folder = self.llama(num_key_value_heads=4,
                             drop=("rope_theta", "rms_norm_eps", "max_position_embeddings",
@@ -934,8 +940,10 @@ class DeLVM(Case):
                 ('of type "llama"', {"model_type": "llama"}),
                 ("rotary is .*dynamic", {"rotary": {"base": 10000, "type": "dynamic"}}),
                 ("rope_theta is 500.0", {"rope_theta": 500.0}),
-                ("bias is 3", {"bias": 3}), ("promises attention biases", {}))):
-            folder = save(self.path(str(n)), dict(self.CONFIG, **change), tensors)
+                ("bias is 3", {"bias": 3}), ("promises attention biases", {}),
+                ("promises attention biases", {"bias": None}))):
+            config = {k: v for k, v in dict(self.CONFIG, **change).items() if v is not None}
+            folder = save(self.path(str(n)), config, tensors)
             self.refused(message, "-o", self.out, "--llama", folder, path=folder)
         folder = save(self.path("none"), dict(self.CONFIG, bias=False, architectures=None), tensors)
         self.good("-o", self.out, "--llama", folder)
@@ -1440,6 +1448,17 @@ class Hostile(Case):
         at = packed.index(b"archive/data/3") + len(b"archive/data/3")
         packed[at + 40:at + 4000] = b"\xff" * 3960
         self.refuses("damaged|less compressed", bytes(packed))
+
+    def test_entries_inside_others(self):
+        """An archive may grow without end where entries share their bytes."""
+        inner = struct.pack("<4s5H3I2H", b"PK\3\4", 0, 0, 0, 0, 0, 0, 0, 0, 8, 0) + b"a/data/1"
+        write_zip(self.file, [("a/data.pkl", b"}."), ("a/data/0", inner + bytes(8)),
+                              ("a/data/1", bytes(8))])
+        with open(self.file, "rb") as f:
+            blob = f.read()
+        place = blob.rindex(b"PK\1\2") + 42
+        nested = struct.pack("<I", blob.index(inner))
+        self.refuses("overlaps another", blob[:place] + nested + blob[place + 4:])
 
     def test_storage_shared_by_all(self):
         """What 200 layers of one storage would write is refused before anything is."""
