@@ -2263,6 +2263,7 @@ struct lvm_model {
     char *path, *name;
     uint8_t *owned;                   /* the file in memory, or NULL when it is mapped or foreign */
     struct made_up *made_up;          /* NULL: the tensors are a file's */
+    void (*missing)(const char *name); /* NULL: a missing tensor is an error; else it is told of */
     void *mapped;
     size_t mapped_size;
     struct gguf file;
@@ -2293,6 +2294,11 @@ static int want_tensor(const lvm_model *m, const char *name, int n_dims, const i
                        struct tensor *out, lvm_error *error) {
     if (m->made_up != NULL) return made_up_tensor(m->made_up, name, n_dims, dims, out);
     const struct gguf_tensor *t = gguf_tensor(&m->file, name);
+    if (t == NULL && m->missing != NULL) {
+        m->missing(name);
+        *out = (struct tensor){.type = LVM_F32};
+        return LVM_OK;
+    }
     if (t == NULL) return fail(error, LVM_FORMAT, "%s: tensor %s is missing", m->path, name);
     int same = t->n_dims == n_dims;
     for (int i = 0; i < n_dims; i++) same &= t->ne[i] == dims[n_dims - 1 - i];
@@ -2661,19 +2667,25 @@ static int map_file(lvm_model *m, lvm_error *error) {
     return load_model(m, m->mapped, m->mapped_size, error);
 }
 
+static lvm_model *open_model(const char *path, int flags, void (*missing)(const char *name),
+                             lvm_error *error) {
+    lvm_model *m = model_new(path, error);
+    if (m == NULL) return NULL;
+    m->missing = missing;
+    if ((flags & LVM_NO_MMAP) == 0) return model_or_null(m, map_file(m, error));
+    size_t size = 0;
+    int code = read_file(path, &m->owned, &size, error);
+    if (code == LVM_OK) code = load_model(m, m->owned, size, error);
+    return model_or_null(m, code);
+}
+
 lvm_model *lvm_open(const char *path, int flags, lvm_error *error) {
     if (path == NULL || (flags & ~LVM_NO_MMAP) != 0) {
         if (path == NULL) null_argument(error, "lvm_open", "path");
         else fail(error, LVM_INVALID, "%s: lvm_open knows no flags %d", path, flags);
         return NULL;
     }
-    lvm_model *m = model_new(path, error);
-    if (m == NULL) return NULL;
-    if ((flags & LVM_NO_MMAP) == 0) return model_or_null(m, map_file(m, error));
-    size_t size = 0;
-    int code = read_file(path, &m->owned, &size, error);
-    if (code == LVM_OK) code = load_model(m, m->owned, size, error);
-    return model_or_null(m, code);
+    return open_model(path, flags, NULL, error);
 }
 
 void lvm_close(lvm_model *m) {
@@ -11237,10 +11249,18 @@ static void print_tokenizer(const struct vqgan *vq) {
            vq->no_mid_attn ? "" : " and in the middle", vq->z, vq->e);
 }
 
+static int missing_tensors; /* of the file that info looks at */
+
+static void on_missing(const char *name) {
+    printf("%-13s %s\n", "missing", name);
+    missing_tensors++;
+}
+
 static int run_info(struct cli *cli) {
     if (cli->n_words != 1) return complain("give one weights file (lvm help info)") + 1;
     lvm_error error = {0, ""};
-    lvm_model *m = lvm_open(cli->words[0], cli->flags ? LVM_NO_MMAP : 0, &error);
+    lvm_model *m =
+        open_model(cli->words[0], cli->flags ? LVM_NO_MMAP : 0, on_missing, &error);
     if (m == NULL) return finish(&error, error.code);
     const struct gguf *g = &m->file;
     lvm_info i = lvm_model_info(m);
@@ -11250,7 +11270,7 @@ static int run_info(struct cli *cli) {
     print_key(g, "general.description", "description");
     printf("%-13s %.1f million\n", "parameters", (double)i.parameters / 1e6);
     if (m->vq != NULL) print_tokenizer(m->vq);
-    else printf("tokenizer     none\n");
+    else printf("tokenizer     none: tokens in, tokens out (convert.py --vqgan adds it)\n");
     print_types(g, 1);
     if (i.has_transformer)
         printf("transformer   %d layers, width %d, feed-forward %d, %d heads (%d key/value), "
@@ -11259,11 +11279,12 @@ static int run_info(struct cli *cli) {
                i.layers, i.width, i.feed_forward, i.heads, i.kv_heads, i.vocab_size,
                i.context_length, i.window_images, (double)m->llama.theta, i.bos, i.eos,
                i.bos < 0 ? " (none)" : "");
-    else printf("transformer   none\n");
+    else printf("transformer   none: encode and decode only (convert.py --llama adds it)\n");
     print_types(g, 0);
     if (cli->list) print_tensors(g);
     lvm_close(m);
-    return finish(&error, LVM_OK);
+    if (missing_tensors == 0) return 0;
+    return complain("%s: %d tensors are missing", cli->words[0], missing_tensors);
 }
 
 static int run_quantize(struct cli *cli) {

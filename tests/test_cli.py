@@ -780,14 +780,25 @@ class Tokens(Case):
 class Weights(Case):
     def refuse(self, data, words, *options):
         self.put("w.bin", data)
-        self.bad(1, ["w.bin"] + ([words] if isinstance(words, str) else words), "info", "w.bin",
-                 *options, preexec_fn=limit_memory)
+        self.bad(1, ["w.bin"] + ([words] if isinstance(words, str) else words), "encode", "w.bin",
+                 self.pictures[0], *options, preexec_fn=limit_memory)
 
     def changed(self, words, change):
         """change(g) spoils the small model; the message must hold words and the file's name."""
         g = Gguf(read(self.weights))
         data = change(g)
         self.refuse(data if isinstance(data, bytes) else g.bytes(), words)
+
+    def test_info_tells_what_is_missing(self):
+        g = Gguf(read(self.weights))
+        names = [b"blk.0.ffn_up.weight", b"vq.quantize.embedding.weight"]
+        for tensor in g.tensors:
+            if tensor[0] in names:
+                tensor[0] = tensor[0].replace(b"weight", b"width")
+        self.put("w.bin", g.bytes())
+        code, out, err = self.run_lvm("info", "w.bin")
+        self.assertEqual((code, err), (1, "lvm: w.bin: 2 tensors are missing\n"))
+        self.assertEqual(re.findall(r"(?m)^missing +(.*)$", out.decode()), [n.decode() for n in names])
 
     def test_builder(self):
         self.assertEqual(Gguf(read(self.weights)).bytes(), read(self.weights))
