@@ -45,7 +45,7 @@ compile() {  # COMPILER LEVEL OUTPUT SOURCE
 
 # build COMPILER ENDING: the program and its tests; those that take no time to run, unoptimised.
 build() {
-    compile "$1" 2 "lvm$2" lvm.c && compile "$1" 1 "test_golden$2" tests/test_golden.c &&
+    compile "$1" 1 "lvm$2" lvm.c && compile "$1" 1 "test_golden$2" tests/test_golden.c &&
         compile "$1" 0 "test_images$2" tests/test_images.c &&
         compile "$1" 0 "test_os$2" tests/test_os.c
 }
@@ -75,7 +75,8 @@ static_musl() {
     build musl-gcc "" || return
     check "is static" is_static "$work/$system/lvm"
     the_same "" tests/golden tests/images env
-    check "a small stack" small_stack "$work/$system/test_golden" tests/golden build/golden
+    check "a small stack" small_stack "$lvm" $model $prompt tests/images/adobe_0.jpg \
+        -o "$work/$system/x.png"
 }
 
 # The emulator is slow: one of the small models, a fifth of the pictures, few rounds of the kernels.
