@@ -4,6 +4,7 @@
 #
 #   PLATFORMS=required           other systems' compilers and emulators must be here; else: skipped
 #   LVM_REFERENCE=DIR            compares with a full-size reference model too
+#   LVM_LINES=N                  with N lines of each of its sets (2)
 #   LVM_FULL=1                   with all of its lines
 #   SANITIZE=address,undefined   everything that runs lvm.c, built with these sanitizers
 #   SANITIZE=thread              the threaded part only
@@ -111,7 +112,7 @@ convert_golden() {
 # The full-size reference: its own weights in float; in full also the shipped file's default
 # arithmetic.
 reference() {
-    set -- $([ -z "$LVM_FULL" ] || echo --full)
+    set -- "$([ -z "$LVM_FULL" ] && echo "${LVM_LINES:-2}" || echo --full)"
     out=build/reference$([ -z "$LVM_FULL" ] || echo _full)
     code=0
     rm -rf "$out"
@@ -124,7 +125,7 @@ reference() {
     limited "$B/test_golden" --nll "$out/answers.txt" build/reference.bin || code=1
     [ -z "$LVM_FULL" ] || limited "$B/test_golden" --nll "$out/answers.txt" "$WEIGHTS" q || code=1
     limited python3 tests/reference_sets.py "$LVM_REFERENCE" "$LVM" build/reference.bin \
-        $([ -z "$LVM_FULL" ] || echo --full) || code=1
+        "$@" || code=1
     return $code
 }
 
@@ -153,7 +154,8 @@ if [ "$SANITIZE" = thread ]; then
 else
     run build build images kernels properties golden os embed fuzz
     run convert convert_golden
-    [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py
+    [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py \
+        Commands Quantize Pictures Tokens Weights Outputs Interruption
     # shellcheck disable=SC2046
     begin properties limited "$B/test_properties" $([ -z "$SANITIZE" ] || echo --quick)
     # shellcheck disable=SC2046,SC2086
@@ -165,7 +167,7 @@ else
     run golden limited "$B/test_golden" tests/golden build/golden
     end properties
     [ -z "$SANITIZE" ] || end cli
-    [ -z "$SANITIZE" ] || run sets limited python3 tests/test_sets.py
+    [ -z "$SANITIZE" ] || run sets limited python3 tests/test_sets.py Rank Eval Batch Cache
     if [ -z "$SANITIZE" ]; then
         begin platforms limited tests/platforms.sh
         begin cli limited python3 tests/test_cli.py

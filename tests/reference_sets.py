@@ -1,12 +1,12 @@
 """Compares `lvm eval` with the likelihoods that PyTorch gives a reference model: standard library only.
 
-    python3 reference_sets.py REFERENCE LVM WEIGHTS [--full]
+    python3 reference_sets.py REFERENCE LVM WEIGHTS [--full | LINES]
 
 REFERENCE is a folder with rank.jsonl, eval/*.jsonl and golden/answers.json (see its own REPORT.md), LVM the
 program, WEIGHTS what convert.py made of the reference in its own types. On every puzzle the choice must be
 PyTorch's; likelihoods must agree within 1e-3 nats a token. A picture one of whose tokens lies between two
 equally near codes may differ (tests/test_golden.c --nll shows that it is a tie): such pictures are named,
-and more than one in forty of them is a failure. Two puzzles and two lines of two sets, or with --full all.
+and more than one in forty of them is a failure. LINES (2) puzzles and lines of as many sets, or with --full all.
 """
 import json
 import math
@@ -15,7 +15,9 @@ import subprocess
 import sys
 
 reference, lvm, weights = sys.argv[1:4]
-full = "--full" in sys.argv
+most = (sys.argv[4:] or ["2"])[0]
+full = most == "--full"
+most = None if full else int(most)
 passed = failed = compared = 0
 ties = []
 answers = json.load(open(os.path.join(reference, "golden", "answers.json")))
@@ -31,7 +33,7 @@ def check(good, what):
 
 def run(name):
     command = [lvm, "eval", weights, os.path.join(reference, name), "--json", "--base", reference]
-    done = subprocess.run(command + ([] if full else ["--lines", "2"]), stdout=subprocess.PIPE, timeout=7200)
+    done = subprocess.run(command + ([] if full else ["--lines", str(most)]), stdout=subprocess.PIPE, timeout=7200)
     check(done.returncode == 0, "%s: exit status %d" % (name, done.returncode))
     lines = [json.loads(line) for line in done.stdout.decode().splitlines()]
     return lines[:-1], lines[-1]
@@ -59,7 +61,7 @@ for line, want, puzzle in zip(lines, answers["rank"], puzzles):
 print("right answers: %d of %d" % (sums["right"], sums["of"]))
 if full:
     check(sums["right"] == answers["rank_right"], "as many right answers as PyTorch's")
-for task in sorted(answers["eval"])[:None if full else 2]:
+for task in sorted(answers["eval"])[:most]:
     lines, sums = run("eval/%s.jsonl" % task)
     check(len(lines) == len(answers["eval"][task]) or not full, "every line of " + task)
     for line, nll in zip(lines, answers["eval"][task]):

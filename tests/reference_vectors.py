@@ -1,11 +1,11 @@
 """Lays the vectors of a reference model out for test_golden: standard library only.
 
-    python3 reference_vectors.py REFERENCE OUT [--full]
+    python3 reference_vectors.py REFERENCE OUT [--full | LINES]
 
 REFERENCE is a folder with golden/golden.json, golden/answers.json, eval/*.jsonl and rank.jsonl, as its
 own REPORT.md describes. OUT gets one folder a prompt (ids, gap, positions, logits, greedy, ... as .npy,
-pictures.txt) and answers.txt: a line "expected-nll picture picture ... target" for two lines of each
-evaluation set and two choices of two puzzles, or with --full for all of them.
+pictures.txt) and answers.txt: a line "expected-nll picture picture ... target" for LINES (2) lines of
+each evaluation set and as many choices of as many puzzles, or with --full for all of them.
 """
 import array
 import json
@@ -47,7 +47,7 @@ def write_case(folder, reference, pictures, ids, gap, entry=None, greedy=None, p
         shutil.copy(os.path.join(golden, pixels), os.path.join(folder, "greedy_pixels.npy"))
 
 
-def write_answers(path, reference, full):
+def write_answers(path, reference, most):
     """Likelihoods of evaluation targets and puzzle choices; neighbours share prompts."""
     answers = json.load(open(os.path.join(reference, "golden", "answers.json")))
     with open(path, "w") as out:
@@ -56,17 +56,18 @@ def write_answers(path, reference, full):
 
         for task in sorted(answers["eval"]):
             lines = open(os.path.join(reference, "eval", task + ".jsonl")).read().split("\n")
-            for text, nll in list(zip(lines, answers["eval"][task]))[:None if full else 2]:
+            for text, nll in list(zip(lines, answers["eval"][task]))[:most]:
                 example = json.loads(text)
                 line(nll, example["input"] + example["target"])
         puzzles = [json.loads(text) for text in open(os.path.join(reference, "rank.jsonl"))]
-        for puzzle, nlls in list(zip(puzzles, answers["rank"]))[:None if full else 2]:
-            for choice, nll in list(zip(puzzle["choices"], nlls))[:None if full else 2]:
+        for puzzle, nlls in list(zip(puzzles, answers["rank"]))[:most]:
+            for choice, nll in list(zip(puzzle["choices"], nlls))[:most]:
                 line(nll, puzzle["input"] + [choice])
 
 
 def main():
-    reference, out, full = os.path.abspath(sys.argv[1]), sys.argv[2], "--full" in sys.argv[3:]
+    reference, out, most = os.path.abspath(sys.argv[1]), sys.argv[2], (sys.argv[3:] or ["2"])[0]
+    most = None if most == "--full" else int(most)
     golden = json.load(open(os.path.join(reference, "golden", "golden.json")))
     for name, entry in golden["prompts"].items():
         greedy = golden["greedy"].get(name)
@@ -75,7 +76,7 @@ def main():
     for name, entry in golden["reconstructions"].items():
         write_case(os.path.join(out, name), reference, [entry["source"]], [entry["ids"]],
                    [entry["distance_gap"]], pixels=name + ".npy")
-    write_answers(os.path.join(out, "answers.txt"), reference, full)
+    write_answers(os.path.join(out, "answers.txt"), reference, most)
 
 
 if __name__ == "__main__":
