@@ -147,15 +147,16 @@ static void golden_llama(const char *name, const char *folder, lvm_model *m) {
 
 /* ---- Tokenizers ---- */
 
-/* want: [pictures][rows][R][3], where rows may be the first few of R alone. */
+/* want: [pictures][rows][R][3], where rows may be the first few of R alone, or one picture. */
 static double check_pixels(const char *name, lvm_ctx *ctx, const int32_t *ids, const struct npy *want) {
     lvm_error error = {0, ""};
     lvm_info info = lvm_model_info(ctx->m);
-    int64_t whole = (int64_t)info.resolution * info.resolution * 3, n = want->n / want->dim[0];
+    int pictures = want->n_dims == 4 ? want->dim[0] : 1;
+    int64_t whole = (int64_t)info.resolution * info.resolution * 3, n = want->n / pictures;
     float *got = malloc((size_t)whole * sizeof *got);
     double worst = 0;
     check(n >= whole / 4 && n <= whole, "%s: %lld values a picture", name, (long long)n);
-    for (int i = 0; n <= whole && i < want->dim[0]; i++) {
+    for (int i = 0; n <= whole && i < pictures; i++) {
         must(ctx->b->decode(ctx->state, ids + (int64_t)i * info.tokens_per_image, 0, 1, got, &error), &error, name);
         double d = largest_difference(got, npy_f32(want) + i * n, n);
         check(d <= 1.0 / 255, "%s: pixels of picture %d differ by %g", name, i, d);
