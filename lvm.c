@@ -305,6 +305,7 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
 #define WIN32_LEAN_AND_MEAN
 #define NOGDI
 #include <windows.h>
+#include <shellapi.h>
 #include <direct.h>
 #include <io.h>
 #undef near
@@ -700,28 +701,59 @@ static UINT os_old_code_page;
 
 static void os_end(void) { SetConsoleOutputCP(os_old_code_page); }
 
-/* The C runtime's own wide start: it also expands * and ?, which Windows' shells leave alone. */
-__declspec(dllimport) int __cdecl __wgetmainargs(int *argc, wchar_t ***argv, wchar_t ***environment,
-                                                 int expand, int *new_mode);
+/* head[0..n) and tail as UTF-8, allocated. */
+static char *os_utf8(const wchar_t *head, size_t n, const wchar_t *tail) {
+    size_t room = 3 * (n + wcslen(tail)) + 1; /* UTF-16's units take at most 3 bytes each */
+    char *text = calloc(room, 1);
+    if (text == NULL) return NULL;
+    int used = n == 0 ? 0
+                      : WideCharToMultiByte(CP_UTF8, 0, head, (int)n, text, (int)room, NULL, NULL);
+    WideCharToMultiByte(CP_UTF8, 0, tail, -1, text + used, (int)room - used, NULL, NULL);
+    return text;
+}
+
+static int os_add_word(int *argc, char ***argv, char *word) {
+    char **more = word == NULL ? NULL : realloc(*argv, ((size_t)*argc + 2) * sizeof *more);
+    if (more == NULL) return -1;
+    *argv = more;
+    more[(*argc)++] = word;
+    more[*argc] = NULL;
+    return 0;
+}
+
+/* A word, or the files that it stands for: Windows' shells leave * and ? to programs. */
+static int os_add_words(int *argc, char ***argv, const wchar_t *word) {
+    WIN32_FIND_DATAW entry;
+    size_t folder = wcslen(word);
+    int code = 0, n = *argc;
+    HANDLE find = INVALID_HANDLE_VALUE;
+    while (folder > 0 && wcschr(L"/\\:", word[folder - 1]) == NULL) folder--;
+    if (wcspbrk(word + folder, L"*?") != NULL) find = FindFirstFileW(word, &entry);
+    if (find != INVALID_HANDLE_VALUE) {
+        do {
+            if (entry.cFileName[0] == L'.') continue;
+            code = os_add_word(argc, argv, os_utf8(word, folder, entry.cFileName));
+        } while (code == 0 && FindNextFileW(find, &entry));
+        FindClose(find);
+    }
+    return code == 0 && *argc == n ? os_add_word(argc, argv, os_utf8(word, 0, word)) : code;
+}
 
 /* Arguments become UTF-8, the console shows it, standard input and output are bytes. */
 static int os_begin(int *argc, char ***argv) {
-    wchar_t **wide = NULL, **environment = NULL;
-    int new_mode = 0;
-    __wgetmainargs(argc, &wide, &environment, 1, &new_mode);
-    *argv = LVM_CALLOC((size_t)*argc + 1, sizeof **argv);
-    for (int i = 0; *argv != NULL && i < *argc; i++) {
-        int n = WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, NULL, 0, NULL, NULL);
-        (*argv)[i] = LVM_CALLOC((size_t)n + 1, 1);
-        if ((*argv)[i] == NULL) return -1;
-        WideCharToMultiByte(CP_UTF8, 0, wide[i], -1, (*argv)[i], n, NULL, NULL);
-    }
+    int n = 0, code = 0;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    if (wide == NULL) return os_fault();
+    *argc = 0;
+    *argv = NULL;
+    for (int i = 0; code == 0 && i < n; i++) code = os_add_words(argc, argv, wide[i]);
+    LocalFree(wide);
     _setmode(0, _O_BINARY);
     _setmode(1, _O_BINARY);
     os_old_code_page = GetConsoleOutputCP();
     SetConsoleOutputCP(CP_UTF8);
     atexit(os_end);
-    return *argv == NULL ? -1 : 0;
+    return code;
 }
 
 /* NUL is a character device too, but no console; a console is told to obey the bar's escapes. */
