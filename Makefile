@@ -50,7 +50,7 @@ liblvm.so: lvm.c
 $(B)/lvm: lvm.c | $(B)
 	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -o $@ lvm.c $(LDFLAGS) $(LIBS)
 
-$(B)/test_%: tests/test_%.c tests/npy.h lvm.c | $(B)
+$(B)/test_%: tests/test_%.c $(wildcard tests/*.h) lvm.c | $(B)
 	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -o $@ $< $(LDFLAGS) $(LIBS)
 
 $(B):

@@ -9658,9 +9658,10 @@ static const struct kernels *choose_kernels(lvm_error *error) {
 /* =================================================================================================
    Chapter 12.  The command line
 
-   One table names the commands, one the options with the commands that take them; help is printed
-   from the same tables. What was written goes to stdout, one path a line; everything else to
-   stderr. Exit status: 0 done, 1 the work failed, 2 wrong usage. */
+   One table names the commands, one the options with the commands that take them; help and manual
+   page are printed from the same tables. Behind them stand pictures and names on the command line,
+   then the commands: on one prompt, on sets of them (rank, eval, batch), on weights files, bench.
+   What was written goes to stdout, one path a line; everything else to stderr. Exit status: 0 done, 1 the work failed, 2 wrong usage. */
 
 #ifndef LVM_NO_MAIN
 
@@ -10517,8 +10518,10 @@ static int predict_images(struct cli *cli, struct session *s, const struct paths
 
 static int run_predict(struct cli *cli) {
     if (cli->n_words < 2)
-        return complain("give a weights file and prompt pictures: lvm WEIGHTS IMAGE|FOLDER... (lvm "
-                        "help)") +
+        return (cli->n_words == 1 && os_stat(cli->words[0]).kind == OS_NOTHING
+                    ? complain("there is no command and no file \"%s\" (lvm help)", cli->words[0])
+                    : complain("give a weights file and prompt pictures: lvm WEIGHTS "
+                               "IMAGE|FOLDER... (lvm help)")) +
                1;
     if (to_stdout(cli) && cli->images * cli->candidates > 1)
         return complain("-o -: standard output takes one picture") + 1;
@@ -11429,7 +11432,7 @@ static struct pool *bench_pool(const struct bench *b) {
 
 /* Operations a second of all threads: the best of five runs of some ten milliseconds. */
 static double measure_peak(const struct bench *b, void (*run)(int64_t), int64_t ops) {
-    struct peak_job job = {.run = run, .rounds = 1 << 20};
+    struct peak_job job = {.run = run, .rounds = 1 << 23};
     struct pool *pool = bench_pool(b);
     double best = 0;
     for (int i = 0; i < 5; i++) {

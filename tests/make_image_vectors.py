@@ -13,6 +13,7 @@ Lines of index.txt:
     turn FILE N                          a JPEG whose segments tell orientation N (0: none)
     bad FILE CODE TEXT                   loading fails with this code and TEXT in the message
     resize KIND W H NEW_W NEW_H HASH     formula picture, resized with BICUBIC
+    crop KIND W H R HASH                 formula picture, short side resized to R, the middle cut out
     size KIND W H BYTES                  formula picture, saved by Pillow at compress_level 6
 
 The formula pictures (tests/test_images.c has the same in C), where lcg() steps the generator
@@ -569,6 +570,19 @@ def make_resizes():
         index.append("resize %s %d %d %d %d %s" % (kind, w, h, new_w, new_h, fnv(out.tobytes())))
 
 
+def make_crops():
+    """torchvision's Resize(R) and CenterCrop(R): the long side cut down to a whole number, the offset
+    rounded as Python rounds."""
+    for kind, w, h, r in (("noise", 97, 61, 32), ("noise", 61, 97, 32), ("noise", 640, 480, 256),
+                          ("noise", 33, 500, 32), ("noise", 7, 5, 32), ("blocks", 300, 299, 256),
+                          ("noise", 1, 9, 16), ("gradient", 35, 32, 32), ("noise", 32, 37, 32)):
+        long = int(r * max(w, h) / min(w, h))
+        size = (long, r) if w > h else (r, long)
+        left, top = (int(round((side - r) / 2)) for side in size)
+        out = formula(kind, w, h).resize(size, Image.BICUBIC).crop((left, top, left + r, top + r))
+        index.append("crop %s %d %d %d %s" % (kind, w, h, r, fnv(out.tobytes())))
+
+
 def make_sizes():
     for kind in FORMULAS:
         for w, h in ((256, 256), (1, 1), (1, 5000), (5000, 1), (67, 131)):
@@ -875,7 +889,7 @@ def main():
         sys.exit("make_image_vectors.py: needs Pillow 12 or older, this is " + PIL.__version__)
     os.makedirs(HERE, exist_ok=True)
     for make in (make_good, make_depths, make_pnm, make_exif, make_bad, make_kinds, make_resizes,
-                 make_sizes, make_jpegs):
+                 make_crops, make_sizes, make_jpegs):
         make()
     with open(os.path.join(HERE, "index.txt"), "w") as f:
         f.write("# made by tests/make_image_vectors.py\n" + "\n".join(index) + "\n")

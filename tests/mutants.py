@@ -88,7 +88,7 @@ class Bench:
         os.mkdir(os.path.join(place, "tests"))
         with open(os.path.join(place, "lvm.c"), "w", encoding="utf-8") as f:
             f.write(source)
-        for name in ("test_%s.c" % test, "npy.h"):
+        for name in ["test_%s.c" % test] + [n for n in os.listdir(TESTS) if n.endswith(".h")]:
             shutil.copy(os.path.join(TESTS, name), os.path.join(place, "tests"))
         program = os.path.join(place, "test")
         build = [CC, "-std=c11", "-ffp-contract=off", "-O1", "-o", program,

@@ -589,6 +589,7 @@ class Quantize(Case):
 
 class Usage(Case):
     def test_missing_words(self):
+        self.bad(2, "no command and no file \"frobnicate\"", "frobnicate")
         self.bad(2, ["WEIGHTS", "IMAGE"], self.weights)
         self.bad(2, ["WEIGHTS", "IMAGE"], "predict")
         self.bad(2, "help encode", "encode", self.weights)
@@ -1149,6 +1150,24 @@ class Interruption(Case):
 # ---- the shipped model ---------------------------------------------------------------------------
 
 class Shipped(Case):
+    def test_readme(self):
+        """What the README shows of help and info is what they print."""
+        if os.path.basename(WEIGHTS) != "weights.bin":
+            self.skipTest("other weights")
+        readme = read(os.path.join(TOP, "README.md")).decode()
+        for command in ("help quantize", "info weights.bin"):
+            shown = readme.split("    $ ./lvm %s\n" % command)[1]
+            shown = re.match(r"(?:    (?!\$ ).*\n)+", shown).group()
+            out = self.good(*command.replace("weights.bin", WEIGHTS).split()).decode()
+            out = out.replace(WEIGHTS, "weights.bin")
+            self.assertEqual("".join(line[4:] for line in shown.splitlines(True)), out)
+
+    def test_bench_counts(self):
+        """Operations of the shipped tokenizer, counted by hooks on PyTorch's modules: 34.7 and 63.4 billion."""
+        for stage, billions in (("encode", 34.7), ("draw", 63.4)):
+            line = json.loads(self.lines("bench", WEIGHTS, "--json", "--stage", stage)[-1])
+            self.assertAlmostEqual(line["amount"] * line["seconds"], billions, delta=0.1)
+
     PROMPT = sorted(os.path.join(TOP, "prompt", n) for n in os.listdir(os.path.join(TOP, "prompt"))
                     if n.endswith(".png"))
 

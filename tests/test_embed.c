@@ -42,6 +42,8 @@ LVM_PRINTF(3, 4) static void check(struct test *t, int ok, const char *format, .
     va_end(args);
 }
 
+#include "invalid.h"
+
 /* ---- Memory and threads that run out ---- */
 
 /* Call number fail_at fails, and all after it when `all` is set; -1: none. */
@@ -612,23 +614,6 @@ static void test_cancel_from_thread(struct test *t, struct world *w) {
 }
 
 /* ---- Arguments that cannot be right ---- */
-
-static void check_invalid(struct test *t, const char *call, int with, int without,
-                          const lvm_error *fault) {
-    check(t, with == LVM_INVALID && fault->code == LVM_INVALID && fault->text[0] != 0,
-          "%s gives %d: %s", call, with, fault->text);
-    check(t, without == LVM_INVALID, "%s without an error struct gives %d", call, without);
-}
-
-/* Makes a call twice, with e an error struct and with e NULL. A macro, for only a macro can
-   evaluate an expression twice and print it. */
-#define INVALID(t, call) do { \
-        lvm_error fault = {0, ""}, *e = &fault; \
-        int with = (call); \
-        e = NULL; \
-        int without = (call); \
-        check_invalid(t, #call, with, without, &fault); \
-    } while (0)
 
 /* The same of calls that return NULL: their code is in the error alone. */
 #define REFUSES(t, call) do { \

@@ -11,23 +11,10 @@
    scores are within 1e-3, pixels within 1/255. */
 #define LVM_NO_MAIN
 #include "../lvm.c"
+#include "check.h"
 #include "npy.h"
 #include <dirent.h>
 #include <sys/stat.h>
-
-static int passed, failed;
-
-LVM_PRINTF(2, 3) static void check(int ok, const char *format, ...) {
-    va_list args;
-    passed += ok != 0;
-    failed += ok == 0;
-    if (ok) return;
-    va_start(args, format);
-    fputs("FAILED: ", stdout);
-    vprintf(format, args);
-    putchar('\n');
-    va_end(args);
-}
 
 static void must(int code, const lvm_error *error, const char *what) {
     check(code == LVM_OK, "%s: %s", what, error->text);

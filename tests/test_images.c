@@ -207,6 +207,24 @@ static void test_resize(struct tally *t, const char *line) {
     lvm_image_free(&in);
 }
 
+static void test_crop(struct tally *t, const char *line) {
+    char kind[32];
+    int w, h, R;
+    unsigned long long hash;
+    lvm_image out = {0, 0, NULL, 0};
+    if (sscanf(line, "crop %31s %d %d %d %llx", kind, &w, &h, &R, &hash) != 5) {
+        check(t, 0, "line not understood: %s", line);
+        return;
+    }
+    lvm_image in = formula(kind, w, h);
+    int code = fit_image(&in, R, LVM_CROP, &out, NULL);
+    check(t, code == LVM_OK && out.width == R && out.height == R &&
+             fnv(out.rgb, image_bytes(&out)) == hash,
+          "another crop than the reference's: %s", line);
+    lvm_image_free(&out);
+    lvm_image_free(&in);
+}
+
 static void test_size(struct tally *t, const char *line) {
     char kind[32];
     int w, h;
@@ -383,6 +401,7 @@ static void test_line(struct tally *t, char *line) {
     size_t size = 0;
     line[strcspn(line, "\n")] = 0;
     if (strncmp(line, "resize ", 7) == 0) test_resize(t, line);
+    else if (strncmp(line, "crop ", 5) == 0) test_crop(t, line);
     else if (strncmp(line, "size ", 5) == 0) test_size(t, line);
     else if (strncmp(line, "bad ", 4) == 0) test_bad(t, line);
     else if (strncmp(line, "load ", 5) == 0) test_load(t, line);

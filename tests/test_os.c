@@ -4,6 +4,7 @@
        test_os FOLDER     for its files: made, used and removed */
 #define LVM_NO_MAIN
 #include "../lvm.c"
+#include "check.h"
 #ifdef _WIN32
 #include <direct.h>
 #define make_folder(path) _mkdir(path)
@@ -12,20 +13,6 @@
 #endif
 
 enum { NAME = 1024 };
-
-static int passed, failed;
-
-LVM_PRINTF(2, 3) static void check(int ok, const char *format, ...) {
-    va_list args;
-    passed += ok != 0;
-    failed += ok == 0;
-    if (ok) return;
-    va_start(args, format);
-    fputs("FAILED: ", stdout);
-    vprintf(format, args);
-    putchar('\n');
-    va_end(args);
-}
 
 /* Whether the file holds just this text. */
 static int holds(const char *path, const char *text) {

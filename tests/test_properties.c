@@ -36,6 +36,8 @@ LVM_PRINTF(3, 4) static void check(struct test *t, int ok, const char *format, .
     va_end(args);
 }
 
+#include "invalid.h"
+
 static void *must(void *p) {
     if (p == NULL) abort();
     return p;
@@ -919,23 +921,6 @@ static void test_damage(struct test *t) {
 }
 
 /* ---- Wrong arguments ---- */
-
-static void check_invalid(struct test *t, const char *call, int with, int without,
-                          const lvm_error *fault) {
-    check(t, with == LVM_INVALID && fault->code == LVM_INVALID && fault->text[0] != 0,
-          "%s gives %d: %s", call, with, fault->text);
-    check(t, without == LVM_INVALID, "%s without an error struct gives %d", call, without);
-}
-
-/* Makes a call twice, with e an error struct and with e NULL: both must fail as invalid. A macro,
-   for only a macro can evaluate an expression twice and print it. */
-#define INVALID(t, call) do { \
-        lvm_error fault = {0, ""}, *e = &fault; \
-        int with = (call); \
-        e = NULL; \
-        int without = (call); \
-        check_invalid(t, #call, with, without, &fault); \
-    } while (0)
 
 static int new_code(const lvm_model *m, lvm_options o, lvm_error *e) {
     lvm_error error = {0, ""};

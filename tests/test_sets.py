@@ -445,7 +445,25 @@ class Cache(Sets):
         self.bad(1, "nowhere/c", self.weights, "p0.png", "p1.png", "--cache", "nowhere/c")
 
 
+def floats(path):
+    """The values of a one-dimensional .npy file of float32."""
+    data = read(path)
+    start = 10 + struct.unpack("<H", data[8:10])[0]
+    return struct.unpack("<%df" % ((len(data) - start) // 4), data[start:])
+
+
 class Shipped(Case):
+    @unittest.skipIf(os.path.basename(WEIGHTS) != "weights.bin", "other weights")
+    def test_eval_beside_pytorch(self):
+        """tests/golden/weights/nll.npy: PyTorch's, of every token behind the first of the example prompt."""
+        folder = os.path.dirname(WEIGHTS)
+        golden = os.path.join(folder, "tests", "golden", "weights")
+        names = read(os.path.join(golden, "pictures.txt")).decode().split()
+        nll = floats(os.path.join(golden, "nll.npy"))[-256:]
+        self.put("set.jsonl", json.dumps({"input": names[:-1], "target": names[-1:]}).encode())
+        got = json.loads(self.lines("eval", WEIGHTS, "set.jsonl", "--json", "--base", folder, "--exact")[0])
+        self.assertAlmostEqual(math.log(got["perplexity"]), sum(nll) / len(nll), delta=1e-3)
+
     @unittest.skipIf(not os.path.exists(WEIGHTS), "no weights.bin here")
     def test_rank(self):
         """The answer of the example prompt is likelier than its inputs."""
