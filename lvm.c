@@ -1361,7 +1361,8 @@ static void sincos_f64(double x, double *sine, double *cosine) {
        int_row    c[j] = sum_blocks (sum_k qa[k] qb[j][k]) da db[j]      quantised weights
        int_tile   the same for int_rows rows of activations and STRIP packed rows of weights
    Outer products, one operand packed in strips of 16 columns, b[k][16]: convolution and attention.
-       outer_tile c[r][0..15] (+)= sum_k a[r][k] b[k][0..15]  for outer_rows rows
+       outer_tile c[r][0..15] (+)= sum_k a[r][k] b[k][0..15]  for outer_rows rows and up to
+                  outer_strips strips
        outer_row  the same for one row and several strips
 
    The order of the sums, which every version of a kernel keeps for its instruction set:
@@ -1377,6 +1378,7 @@ enum {
     STRIP = 16,     /* columns of a packed strip */
     KEYS = 256,     /* keys of an attention block, and of a page of the KV cache */
     MAX_TILE = 16,  /* no tile has more rows or columns */
+    MAX_STRIPS = 2, /* nor more strips */
     K8_BYTES = STRIP * (2 + QK) /* 32 dimensions of 16 keys, quantised */
 };
 
@@ -1394,8 +1396,8 @@ struct xblock {
 /* Shapes: a panel or strip is 16 columns; see each plain version below for what it computes. */
 struct kernels {
     const char *name;
-    int dot_rows, dot_cols, int_rows, outer_rows; /* shapes of the tiles */
-    int pack_bytes;                               /* of a packed block of STRIP rows */
+    int dot_rows, dot_cols, int_rows, outer_rows, outer_strips; /* shapes of the tiles */
+    int pack_bytes; /* of a packed block of STRIP rows */
 
     void (*dot_row)(int k, const float *a, const float *b, int64_t ldb, int n, float *c);
     void (*dot_tile)(int k, const float *const *a, const float *const *b, float *c, int ldc);
@@ -1407,8 +1409,8 @@ struct kernels {
                      int ldc);
     void (*outer_row)(int k, const float *a, const float *b, int64_t strip, int strips, float *c,
                       int accumulate);
-    void (*outer_tile)(int k, const float *const *a, const float *b, float *c, int ldc,
-                       int accumulate);
+    void (*outer_tile)(int k, const float *const *a, const float *b, int64_t strip, int strips,
+                       float *c, int ldc, int accumulate);
 
     void (*to_f32)(int type, const void *in, float *y, int64_t k);
     void (*k8_to_f32)(const uint8_t *in, int n, float *out);
@@ -1441,7 +1443,7 @@ static void dot_row_plain(int k, const float *a, const float *b, int64_t ldb, in
     for (int j = 0; j < n; j++) c[j] = dot_plain(k, a, b + j * ldb);
 }
 
-enum { PLAIN_ROWS = 2, PLAIN_COLS = 2, PLAIN_OUTER = 4 };
+enum { PLAIN_ROWS = 2, PLAIN_COLS = 2, PLAIN_OUTER = 4, PLAIN_STRIPS = 2 };
 
 static void dot_tile_plain(int k, const float *const *a, const float *const *b, float *c, int ldc) {
     for (int r = 0; r < PLAIN_ROWS; r++)
@@ -1534,10 +1536,10 @@ static void outer_row_plain(int k, const float *a, const float *b, int64_t strip
     }
 }
 
-static void outer_tile_plain(int k, const float *const *a, const float *b, float *c, int ldc,
-                             int accumulate) {
+static void outer_tile_plain(int k, const float *const *a, const float *b, int64_t strip,
+                             int strips, float *c, int ldc, int accumulate) {
     for (int r = 0; r < PLAIN_OUTER; r++)
-        outer_row_plain(k, a[r], b, 0, 1, c + r * ldc, accumulate);
+        outer_row_plain(k, a[r], b, strip, strips, c + r * ldc, accumulate);
 }
 
 /* n groups of a q8_0 key panel (chapter 6): 16 scales, then 32 dimensions of 16 keys. */
@@ -1605,11 +1607,12 @@ static void channel_sums_plain(const float *x, int64_t pixels, int c, float *sum
 }
 
 static const struct kernels kernels_plain = {
-    "scalar",        PLAIN_ROWS,        PLAIN_COLS,      PLAIN_ROWS,       PLAIN_OUTER,
-    PLAIN_PACK,      dot_row_plain,     dot_tile_plain,  quantize_x_plain, int_row_plain,
-    int_pack_plain,  int_tile_plain,    outer_row_plain, outer_tile_plain, row_to_f32,
-    k8_to_f32_plain, v8_to_f32_plain,   rmsnorm_plain,   softmax_plain,    silu_mul_plain,
-    norm_rows_plain, channel_sums_plain};
+    "scalar",        PLAIN_ROWS,      PLAIN_COLS,       PLAIN_ROWS,
+    PLAIN_OUTER,     PLAIN_STRIPS,    PLAIN_PACK,       dot_row_plain,
+    dot_tile_plain,  quantize_x_plain, int_row_plain,   int_pack_plain,
+    int_tile_plain,  outer_row_plain, outer_tile_plain, row_to_f32,
+    k8_to_f32_plain, v8_to_f32_plain, rmsnorm_plain,    softmax_plain,
+    silu_mul_plain,  norm_rows_plain, channel_sums_plain};
 
 /* The best table for this machine, or the one that LVM_ISA names; chapter 11. */
 static const struct kernels *choose_kernels(lvm_error *error);
@@ -1781,7 +1784,7 @@ static int64_t linear_scratch(const struct kernels *k, int cols) {
 static void outer_rows(const struct kernels *k, int rows, int n, const float *const *a,
                        const float *b, int64_t strip, int strips, float *c, int ldc,
                        int accumulate) {
-    float tile[MAX_TILE * STRIP];
+    float tile[MAX_TILE * MAX_STRIPS * STRIP];
     const float *pa[MAX_TILE];
     for (int r0 = 0; r0 < rows; r0 += k->outer_rows) {
         int count = rows - r0 < k->outer_rows ? rows - r0 : k->outer_rows;
@@ -1791,17 +1794,19 @@ static void outer_rows(const struct kernels *k, int rows, int n, const float *co
             continue;
         }
         for (int r = 0; r < k->outer_rows; r++) pa[r] = a[r0 + (r < count ? r : count - 1)];
-        for (int s = 0; s < strips; s++) {
+        for (int s = 0; s < strips; s += k->outer_strips) {
             float *out = c + (int64_t)r0 * ldc + s * STRIP;
+            int wide = strips - s < k->outer_strips ? strips - s : k->outer_strips,
+                cols = wide * STRIP;
             if (count == k->outer_rows) {
-                k->outer_tile(n, pa, b + s * strip, out, ldc, accumulate);
+                k->outer_tile(n, pa, b + s * strip, strip, wide, out, ldc, accumulate);
                 continue;
             }
             for (int r = 0; accumulate && r < count; r++)
-                memcpy(tile + r * STRIP, out + (int64_t)r * ldc, STRIP * sizeof *tile);
-            k->outer_tile(n, pa, b + s * strip, tile, STRIP, accumulate);
+                memcpy(tile + r * cols, out + (int64_t)r * ldc, (size_t)cols * sizeof *tile);
+            k->outer_tile(n, pa, b + s * strip, strip, wide, tile, cols, accumulate);
             for (int r = 0; r < count; r++)
-                memcpy(out + (int64_t)r * ldc, tile + r * STRIP, STRIP * sizeof *tile);
+                memcpy(out + (int64_t)r * ldc, tile + r * cols, (size_t)cols * sizeof *tile);
         }
     }
 }
@@ -8084,7 +8089,7 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
    of them, because a tile of r x c sums reads r + c vectors for r c multiply-adds.
 
        dot tile    4 rows x 3 rows (AVX2, NEON), 5 x 4 (AVX-512): 7 loads for 12, 9 for 20
-       outer tile  6 rows x 16 columns (AVX2), 12 x 16 (AVX-512), 4 x 16 (NEON): a packed strip and
+       outer tile  6 rows x 16 columns (AVX2), 8 x 32 (AVX-512), 4 x 16 (NEON): packed strips and
                    broadcast rows
        int tile    AVX2 has no product of signed bytes that cannot overflow, so bytes are widened
                    to 16 bits while packing, two neighbours to a 32-bit lane, 16 rows of weights
@@ -8102,6 +8107,7 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 #else
 #define UNROLL _Pragma("GCC unroll 32")
 #endif
+#define INLINE inline __attribute__((always_inline))
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -8129,7 +8135,7 @@ static int32_t load_s32(const void *p) {
 
 /* ---- AVX2: floats ---- */
 
-enum { A2_ROWS = 4, A2_COLS = 3, A2_OUTER = 6, A2_PACK = STRIP * (4 + 2 * QK) };
+enum { A2_ROWS = 4, A2_COLS = 3, A2_OUTER = 6, A2_STRIPS = 1, A2_PACK = STRIP * (4 + 2 * QK) };
 
 /* A mask for the first n < 8 lanes. */
 AVX2 static __m256i first_lanes(int n) {
@@ -8199,8 +8205,9 @@ AVX2 static void dot_row_avx2(int k, const float *a, const float *b, int64_t ldb
     for (int j = 0; j < n; j += 8) dot_8_avx2(k, a, b + j * ldb, ldb, n - j < 8 ? n - j : 8, c + j);
 }
 
-AVX2 static void outer_tile_avx2(int k, const float *const *a, const float *b, float *c, int ldc,
-                                 int accumulate) {
+AVX2 static void outer_tile_avx2(int k, const float *const *a, const float *b, int64_t strip,
+                                 int strips, float *c, int ldc, int accumulate) {
+    (void)strip, (void)strips;
     __m256 sum[A2_OUTER][2];
     const float *rows[A2_OUTER];
     UNROLL for (int r = 0; r < A2_OUTER; r++) {
@@ -8611,14 +8618,17 @@ AVX2 static void channel_sums_avx2(const float *x, int64_t pixels, int c, float 
 }
 
 static const struct kernels kernels_avx2 = {
-    "avx2",         A2_ROWS,         A2_COLS,         A2_ROWS,        A2_OUTER,      A2_PACK,
-    dot_row_avx2,   dot_tile_avx2,   quantize_x_avx2, int_row_avx2,   int_pack_avx2, int_tile_avx2,
-    outer_row_avx2, outer_tile_avx2, to_f32_avx2,     k8_to_f32_avx2, v8_to_f32_avx2,
-    rmsnorm_avx2,   softmax_avx2,    silu_mul_avx2,   norm_rows_avx2, channel_sums_avx2};
+    "avx2",          A2_ROWS,        A2_COLS,         A2_ROWS,
+    A2_OUTER,        A2_STRIPS,      A2_PACK,         dot_row_avx2,
+    dot_tile_avx2,   quantize_x_avx2, int_row_avx2,   int_pack_avx2,
+    int_tile_avx2,   outer_row_avx2, outer_tile_avx2, to_f32_avx2,
+    k8_to_f32_avx2,  v8_to_f32_avx2, rmsnorm_avx2,    softmax_avx2,
+    silu_mul_avx2,   norm_rows_avx2, channel_sums_avx2};
 
 /* ---- AVX-512: the tiles; what is elementwise stays at eight lanes ---- */
 
-enum { A5_ROWS = 5, A5_COLS = 4, A5_OUTER = 12, A5_INT = 12, A5_PACK = STRIP * (4 + 4 + QK) };
+enum { A5_ROWS = 5, A5_COLS = 4, A5_OUTER = 8, A5_STRIPS = 2, A5_INT = 12 };
+enum { A5_PACK = STRIP * (4 + 4 + QK) };
 
 /* Halves first: lane i + lane i+8, then as eight lanes. */
 AVX512 static float sum16(__m512 v) {
@@ -8668,20 +8678,33 @@ AVX512 static void dot_row_avx512(int k, const float *a, const float *b, int64_t
         dot_8_avx512(k, a, b + j * ldb, ldb, n - j < 8 ? n - j : 8, c + j);
 }
 
-AVX512 static void outer_tile_avx512(int k, const float *const *a, const float *b, float *c,
-                                     int ldc, int accumulate) {
-    __m512 sum[A5_OUTER];
+AVX512 static INLINE void outer_strips_avx512(int k, const float *const *a, const float *b,
+                                              int64_t strip, int strips, float *c, int ldc,
+                                              int accumulate) {
+    __m512 sum[A5_OUTER][A5_STRIPS], vb[A5_STRIPS];
     const float *rows[A5_OUTER];
     UNROLL for (int r = 0; r < A5_OUTER; r++) {
         rows[r] = a[r];
-        sum[r] = accumulate ? _mm512_loadu_ps(c + r * ldc) : _mm512_setzero_ps();
+        UNROLL for (int s = 0; s < strips; s++)
+            sum[r][s] = accumulate ? _mm512_loadu_ps(c + r * ldc + s * STRIP) : _mm512_setzero_ps();
     }
     for (int i = 0; i < k; i++, b += STRIP) {
-        __m512 vb = _mm512_loadu_ps(b);
-        UNROLL for (int r = 0; r < A5_OUTER; r++)
-            sum[r] = _mm512_fmadd_ps(_mm512_set1_ps(rows[r][i]), vb, sum[r]);
+        UNROLL for (int s = 0; s < strips; s++) vb[s] = _mm512_loadu_ps(b + s * strip);
+        UNROLL for (int r = 0; r < A5_OUTER; r++) {
+            __m512 va = _mm512_set1_ps(rows[r][i]);
+            UNROLL for (int s = 0; s < strips; s++)
+                sum[r][s] = _mm512_fmadd_ps(va, vb[s], sum[r][s]);
+        }
     }
-    UNROLL for (int r = 0; r < A5_OUTER; r++) _mm512_storeu_ps(c + r * ldc, sum[r]);
+    UNROLL for (int r = 0; r < A5_OUTER; r++)
+        UNROLL for (int s = 0; s < strips; s++)
+            _mm512_storeu_ps(c + r * ldc + s * STRIP, sum[r][s]);
+}
+
+AVX512 static void outer_tile_avx512(int k, const float *const *a, const float *b, int64_t strip,
+                                     int strips, float *c, int ldc, int accumulate) {
+    if (strips == 2) outer_strips_avx512(k, a, b, strip, 2, c, ldc, accumulate);
+    else outer_strips_avx512(k, a, b, strip, 1, c, ldc, accumulate);
 }
 
 AVX512 static void outer_8_strips_avx512(int k, const float *a, const float *b, int64_t strip,
@@ -8816,12 +8839,12 @@ AVX512 static void rmsnorm_avx512(const float *x, const float *weight, float eps
 }
 
 static const struct kernels kernels_avx512 = {
-    "avx512",          A5_ROWS,           A5_COLS,         A5_INT,
-    A5_OUTER,          A5_PACK,           dot_row_avx512,  dot_tile_avx512,
-    quantize_x_avx512, int_row_avx512,    int_pack_avx512, int_tile_avx512,
-    outer_row_avx512,  outer_tile_avx512, to_f32_avx2,     k8_to_f32_avx2,
-    v8_to_f32_avx2,    rmsnorm_avx512,    softmax_avx2,    silu_mul_avx2,
-    norm_rows_avx2,    channel_sums_avx2};
+    "avx512",        A5_ROWS,           A5_COLS,           A5_INT,
+    A5_OUTER,        A5_STRIPS,         A5_PACK,           dot_row_avx512,
+    dot_tile_avx512, quantize_x_avx512, int_row_avx512,    int_pack_avx512,
+    int_tile_avx512, outer_row_avx512,  outer_tile_avx512, to_f32_avx2,
+    k8_to_f32_avx2,  v8_to_f32_avx2,    rmsnorm_avx512,    softmax_avx2,
+    silu_mul_avx2,   norm_rows_avx2,    channel_sums_avx2};
 
 /* ---- Which of them this machine can run: the processor must have it and the system save it ----
    */
@@ -8923,8 +8946,6 @@ static const struct kernels *const simd_kernels[] = {&kernels_plain, &kernels_av
 #include <windows.h>
 #endif
 
-#define INLINE inline __attribute__((always_inline))
-
 /* What follows is loaded after *sum is known. Without it compilers fetch so many operands ahead
    that accumulators have to leave their registers. */
 static INLINE void load_later(float32x4_t *sum) { __asm__ volatile("" : "+w"(*sum) : : "memory"); }
@@ -8933,6 +8954,7 @@ enum {
     NEON_ROWS = 4,
     NEON_COLS = 3,
     NEON_OUTER = 4,
+    NEON_STRIPS = 1,
     NEON_INT = 4,
     NEON_QUAD = 4 * (4 + QK), /* bytes of a packed block of four rows */
     NEON_PACK = STRIP / 4 * NEON_QUAD
@@ -9039,8 +9061,9 @@ static INLINE float32x4_t fma_lane(float32x4_t sum, float32x4_t b, float32x4_t a
     return lane == 2 ? vfmaq_laneq_f32(sum, b, a, 2) : vfmaq_laneq_f32(sum, b, a, 3);
 }
 
-static void outer_tile_neon(int k, const float *const *a, const float *b, float *c, int ldc,
-                            int accumulate) {
+static void outer_tile_neon(int k, const float *const *a, const float *b, int64_t strip,
+                            int strips, float *c, int ldc, int accumulate) {
+    (void)strip, (void)strips;
     float32x4_t sum[NEON_OUTER][4], va[NEON_OUTER];
     const float *rows[NEON_OUTER];
     UNROLL for (int r = 0; r < NEON_OUTER; r++) {
@@ -9531,16 +9554,20 @@ static void channel_sums_neon(const float *x, int64_t pixels, int c, float *sum,
 }
 
 static const struct kernels kernels_neon = {
-    "neon",         NEON_ROWS,       NEON_COLS,       NEON_INT,       NEON_OUTER,    NEON_PACK,
-    dot_row_neon,   dot_tile_neon,   quantize_x_neon, int_row_neon,   int_pack_neon, int_tile_neon,
-    outer_row_neon, outer_tile_neon, to_f32_neon,     k8_to_f32_neon, v8_to_f32_neon,
-    rmsnorm_neon,   softmax_neon,    silu_mul_neon,   norm_rows_neon, channel_sums_neon};
+    "neon",         NEON_ROWS,       NEON_COLS,         NEON_INT,
+    NEON_OUTER,     NEON_STRIPS,     NEON_PACK,         dot_row_neon,
+    dot_tile_neon,  quantize_x_neon, int_row_neon,      int_pack_neon,
+    int_tile_neon,  outer_row_neon,  outer_tile_neon,   to_f32_neon,
+    k8_to_f32_neon, v8_to_f32_neon,  rmsnorm_neon,      softmax_neon,
+    silu_mul_neon,  norm_rows_neon,  channel_sums_neon};
 
 static const struct kernels kernels_neon_dot = {
-    "neon-dot",     NEON_ROWS,       NEON_COLS,       NEON_INT,       NEON_OUTER,    NEON_PACK,
-    dot_row_neon,   dot_tile_neon,   quantize_x_neon, int_row_dot,    int_pack_dot,  int_tile_dot,
-    outer_row_neon, outer_tile_neon, to_f32_neon,     k8_to_f32_neon, v8_to_f32_neon,
-    rmsnorm_neon,   softmax_neon,    silu_mul_neon,   norm_rows_neon, channel_sums_neon};
+    "neon-dot",     NEON_ROWS,       NEON_COLS,         NEON_INT,
+    NEON_OUTER,     NEON_STRIPS,     NEON_PACK,         dot_row_neon,
+    dot_tile_neon,  quantize_x_neon, int_row_dot,       int_pack_dot,
+    int_tile_dot,   outer_row_neon,  outer_tile_neon,   to_f32_neon,
+    k8_to_f32_neon, v8_to_f32_neon,  rmsnorm_neon,      softmax_neon,
+    silu_mul_neon,  norm_rows_neon,  channel_sums_neon};
 
 #ifndef LVM_NO_MAIN
 static void peak_fma_neon(int64_t rounds) {

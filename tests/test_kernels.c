@@ -233,28 +233,30 @@ static void test_outer_row(struct test *t) {
 
 static void test_outer_tile(struct test *t) {
     int rows = t->k->outer_rows, k = 1 + below(t, 200), accumulate = below(t, 2), half = k / 2,
-        ok = 1;
-    int ldc = STRIP + below(t, 3), space = (rows - 1) * ldc + STRIP;
-    const float *a = make_rows(t, rows, k, k + 2), *b = make_floats(t, k * STRIP), *pa[MAX_TILE];
-    const float *pb[MAX_TILE];
-    float *c = make_rows(t, rows, STRIP, ldc), *split = make_space(t, space), alone[STRIP];
-    float *before = make_space(t, space);
+        ok = 1, strips = 1 + below(t, t->k->outer_strips), cols = strips * STRIP;
+    int ldc = cols + below(t, 3), space = (rows - 1) * ldc + cols;
+    int64_t strip = k * STRIP + below(t, 5);
+    const float *a = make_rows(t, rows, k, k + 2), *b = make_rows(t, strips, k * STRIP, strip);
+    const float *pa[MAX_TILE], *pb[MAX_TILE];
+    float *c = make_rows(t, rows, cols, ldc), *split = make_space(t, space);
+    float *before = make_space(t, space), alone[MAX_STRIPS * STRIP];
     memcpy(before, c, (size_t)space * sizeof *c);
     memcpy(split, c, (size_t)space * sizeof *c);
     for (int r = 0; r < rows; r++) {
         pa[r] = a + r * (k + 2);
         pb[r] = pa[r] + half;
     }
-    t->k->outer_tile(k, pa, b, c, ldc, accumulate);
+    t->k->outer_tile(k, pa, b, strip, strips, c, ldc, accumulate);
     for (int r = 0; r < rows; r++) {
-        memcpy(alone, before + r * ldc, sizeof alone);
-        t->k->outer_row(k, pa[r], b, 0, 1, alone, accumulate);
-        ok &= same_bits(alone, c + r * ldc, STRIP);
+        memcpy(alone, before + r * ldc, (size_t)cols * sizeof *alone);
+        t->k->outer_row(k, pa[r], b, strip, strips, alone, accumulate);
+        ok &= same_bits(alone, c + r * ldc, cols);
     }
     check(t, ok, "outer_tile of length %d is not outer_row bit for bit", k);
-    check(t, gap_untouched(c, ldc, rows, STRIP), "outer_tile wrote between its rows");
-    if (half > 0) t->k->outer_tile(half, pa, b, split, ldc, accumulate);
-    t->k->outer_tile(k - half, pb, b + half * STRIP, split, ldc, accumulate || half > 0);
+    check(t, gap_untouched(c, ldc, rows, cols), "outer_tile wrote between its rows");
+    if (half > 0) t->k->outer_tile(half, pa, b, strip, strips, split, ldc, accumulate);
+    t->k->outer_tile(k - half, pb, b + half * STRIP, strip, strips, split, ldc,
+                     accumulate || half > 0);
     check(t, memcmp(c, split, (size_t)space * sizeof *c) == 0,
           "outer_tile in two pieces is not one");
     release(t, "outer_tile");
