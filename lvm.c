@@ -1364,6 +1364,8 @@ static void sincos_f64(double x, double *sine, double *cosine) {
        outer_tile c[r][0..15] (+)= sum_k a[r][k] b[k][0..15]  for outer_rows rows and up to
                   outer_strips strips
        outer_row  the same for one row and several strips
+   Transforms around the outer products of a 3 x 3 convolution (Winograd, chapter 5): sums of a few
+   inputs times small constants, the same operations in the same order in every version.
 
    The order of the sums, which every version of a kernel keeps for its instruction set:
        dot    element k belongs to partial sum k mod W (W = 8 floats; 16 with AVX-512); then halves
@@ -1411,6 +1413,12 @@ struct kernels {
                       int accumulate);
     void (*outer_tile)(int k, const float *const *a, const float *b, int64_t strip, int strips,
                        float *c, int ldc, int accumulate);
+
+    void (*pack_strip)(const float *rows, int64_t ld, int k, float *strip);
+    void (*wino_filter)(const float *w, int n, int row, float *u);
+    void (*wino_input)(const float *patch, int64_t line, int c, float *v, int64_t tap);
+    void (*wino_output)(const float *m, int64_t tap, const float *bias,
+                        const float *const *residual, float *const *out);
 
     void (*to_f32)(int type, const void *in, float *y, int64_t k);
     void (*k8_to_f32)(const uint8_t *in, int n, float *out);
@@ -1542,6 +1550,96 @@ static void outer_tile_plain(int k, const float *const *a, const float *b, int64
         outer_row_plain(k, a[r], b, strip, strips, c + r * ldc, accumulate);
 }
 
+/* strip[i][j] = row j's element i, for STRIP rows of k elements. */
+static void pack_strip_plain(const float *rows, int64_t ld, int k, float *strip) {
+    for (int i = 0; i < k; i++)
+        for (int j = 0; j < STRIP; j++) strip[i * STRIP + j] = rows[j * ld + i];
+}
+
+/* ---- Winograd's transforms, F(4 x 4, 3 x 3) (Lavin and Gray 2015, arXiv 1509.09308) ----
+
+           4  0 -5  0  1  0              1/4    0    0
+           0 -4 -4  1  1  0             -1/6 -1/6 -1/6             1  1  1  1  1  0
+     B^T = 0  4 -4 -1  1  0         G = -1/6  1/6 -1/6       A^T = 0  1 -1  2 -2  0
+           0 -2 -1  2  1  0             1/24 1/12  1/6             0  1  1  4  4  0
+           0  2 -1 -2  1  0             1/24 -1/12 1/6             0  1 -1  8 -8  1
+           0  4  0 -5  0  1                0    0    1
+
+   Each comes as one dimension, then as both: U = G g G^T, V = B^T d B, out = A^T M A. */
+
+/* v[0..5] = B^T d; elements lie `from` and `to` apart. */
+static void wino_input_1d(const float *d, int from, float *v, int to) {
+    float a = d[4 * from] - 4 * d[2 * from], b = d[3 * from] - 4 * d[from];
+    float e = d[4 * from] - d[2 * from], f = 2 * (d[3 * from] - d[from]);
+    v[0] = 4 * (d[0] - d[2 * from]) + e;
+    v[to] = a + b;
+    v[2 * to] = a - b;
+    v[3 * to] = e + f;
+    v[4 * to] = e - f;
+    v[5 * to] = 4 * (d[from] - d[3 * from]) + (d[5 * from] - d[3 * from]);
+}
+
+/* y[0..3] = A^T m */
+static void wino_output_1d(const float *m, int from, float *y, int to) {
+    float p = m[from] + m[2 * from], q = m[from] - m[2 * from];
+    float r = m[3 * from] + m[4 * from], s = m[3 * from] - m[4 * from];
+    y[0] = m[0] + p + r;
+    y[to] = q + 2 * s;
+    y[2 * to] = p + 4 * r;
+    y[3 * to] = q + 8 * s + m[5 * from];
+}
+
+/* u[0..5] = G g */
+static void wino_filter_1d(const float *g, float *u) {
+    float ends = g[0] + g[2], halves = g[0] * (1.0f / 24) + g[2] * (1.0f / 6);
+    u[0] = g[0] * 0.25f;
+    u[1] = (ends + g[1]) * (-1.0f / 6);
+    u[2] = (g[1] - ends) * (1.0f / 6);
+    u[3] = halves + g[1] * (1.0f / 12);
+    u[4] = halves - g[1] * (1.0f / 12);
+    u[5] = g[2];
+}
+
+/* Row `row` of U for n filters at once: u[6][n] from w[3 x 3][n]. */
+static void wino_filter_plain(const float *w, int n, int row, float *u) {
+    for (int i = 0; i < n; i++) {
+        float g[3], column[3], all[6];
+        for (int x = 0; x < 3; x++) {
+            for (int y = 0; y < 3; y++) column[y] = w[(3 * y + x) * n + i];
+            wino_filter_1d(column, all);
+            g[x] = all[row];
+        }
+        wino_filter_1d(g, all);
+        for (int x = 0; x < 6; x++) u[x * n + i] = all[x];
+    }
+}
+
+/* v[36][c], `tap` apart, from a patch of 6 lines of 6 pixels of c channels. */
+static void wino_input_plain(const float *patch, int64_t line, int c, float *v, int64_t tap) {
+    for (int i = 0; i < c; i++) {
+        float d[36], t[36];
+        for (int p = 0; p < 36; p++) d[p] = patch[p / 6 * line + p % 6 * c + i];
+        for (int x = 0; x < 6; x++) wino_input_1d(d + x, 6, t + x, 6);
+        for (int y = 0; y < 6; y++) wino_input_1d(t + 6 * y, 1, d + 6 * y, 1);
+        for (int p = 0; p < 36; p++) v[p * tap + i] = d[p];
+    }
+}
+
+/* out[4 x 4][STRIP] = A^T m A + bias + residual, m[36] being `tap` apart; residual may be NULL. */
+static void wino_output_plain(const float *m, int64_t tap, const float *bias,
+                              const float *const *residual, float *const *out) {
+    for (int j = 0; j < STRIP; j++) {
+        float d[36], t[24], y[16];
+        for (int p = 0; p < 36; p++) d[p] = m[p * tap + j];
+        for (int x = 0; x < 6; x++) wino_output_1d(d + x, 6, t + x, 6);
+        for (int i = 0; i < 4; i++) wino_output_1d(t + 6 * i, 1, y + 4 * i, 1);
+        for (int p = 0; p < 16; p++) {
+            float v = y[p] + bias[j];
+            out[p][j] = residual != NULL ? v + residual[p][j] : v;
+        }
+    }
+}
+
 /* n groups of a q8_0 key panel (chapter 6): 16 scales, then 32 dimensions of 16 keys. */
 static void k8_to_f32_plain(const uint8_t *in, int n, float *out) {
     for (; n > 0; n--, in += K8_BYTES, out += QK * STRIP)
@@ -1607,12 +1705,13 @@ static void channel_sums_plain(const float *x, int64_t pixels, int c, float *sum
 }
 
 static const struct kernels kernels_plain = {
-    "scalar",        PLAIN_ROWS,      PLAIN_COLS,       PLAIN_ROWS,
-    PLAIN_OUTER,     PLAIN_STRIPS,    PLAIN_PACK,       dot_row_plain,
-    dot_tile_plain,  quantize_x_plain, int_row_plain,   int_pack_plain,
-    int_tile_plain,  outer_row_plain, outer_tile_plain, row_to_f32,
-    k8_to_f32_plain, v8_to_f32_plain, rmsnorm_plain,    softmax_plain,
-    silu_mul_plain,  norm_rows_plain, channel_sums_plain};
+    "scalar",          PLAIN_ROWS,        PLAIN_COLS,         PLAIN_ROWS,
+    PLAIN_OUTER,       PLAIN_STRIPS,      PLAIN_PACK,         dot_row_plain,
+    dot_tile_plain,    quantize_x_plain,  int_row_plain,      int_pack_plain,
+    int_tile_plain,    outer_row_plain,   outer_tile_plain,   pack_strip_plain,
+    wino_filter_plain, wino_input_plain,  wino_output_plain,  row_to_f32,
+    k8_to_f32_plain,   v8_to_f32_plain,   rmsnorm_plain,      softmax_plain,
+    silu_mul_plain,    norm_rows_plain,   channel_sums_plain};
 
 /* The best table for this machine, or the one that LVM_ISA names; chapter 11. */
 static const struct kernels *choose_kernels(lvm_error *error);
@@ -2955,13 +3054,20 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
 
    nine outer products of a pixel strip with packed weights. No patch matrix is built: a tap is a
    row of pointers, those that fall outside point to zeros, and nearest-neighbour doubling before a
-   convolution is only another way to compute the pointers. */
+   convolution is only another way to compute the pointers. Most of the work, the 3 x 3 convolutions
+   of stride 1, goes another way, by Winograd's transforms, with a quarter of the products. */
 
 enum {
     CONV_PIXELS = 48,      /* output pixels of a task: a multiple of every outer_rows */
     CONV_PIECE = 48 << 10, /* floats of packed weights worked on at a time: less than an L2 cache */
     NORM_PIXELS = 1024,    /* pixels of a task that sums channels */
-    GROUPS = 32
+    GROUPS = 32,
+    TAPS = 36,             /* of a transformed filter: 6 x 6 */
+    TILES = 72,            /* Winograd: tiles of a task, at most */
+    PATCH = 8,             /* tiles whose inputs are gathered together */
+    PAIR = 2 * STRIP,      /* output channels worked on together */
+    WINO_V = 256 << 10,    /* floats of a task's transformed inputs: half of an L2 cache */
+    WINO_U = 2560 << 10    /* floats of transformed filters kept for all tasks: of an L3 cache */
 };
 
 /* Where the sum for an output pixel takes its inputs. */
@@ -2973,7 +3079,7 @@ struct sampling_grid {
 struct vq_work {
     float *x, *t1, *t2;         /* maps, each as large as the largest one */
     int h, w, c;                /* shape of x */
-    float *packed, *zeros;      /* a piece of packed weights; channels of a pixel outside */
+    float *packed, *zeros;      /* what tasks share of weights or V; channels of a pixel outside */
     double *sums;               /* [tasks][2][c] of a GroupNorm */
     float *scale, *shift;       /* [c] */
     float *q, *k, *v, *kp, *vp; /* maps of an attention, keys in panels, values in strips */
@@ -2989,21 +3095,26 @@ struct conv_job {
     struct sampling_grid g;
     const float *in, *residual;
     float *out;
+    int normed;         /* `in` goes through work's scale and shift, then SiLU, first */
     int strip0, strips; /* of the piece at hand */
+    int across, tile0, tiles; /* Winograd: tiles side by side; those at hand */
 };
 
-/* Packs 16 output channels: strip[t * c_in + i][16]. Channels beyond c_out get zeros. */
-static void pack_conv_task(void *arg, int task, int thread) {
-    const struct conv_job *job = arg;
+/* Packs 16 output channels: out[t * c_in + i][16]. Channels beyond c_out get zeros. rows is room
+   for as much again. */
+static void pack_conv(const struct conv_job *job, int strip, float *rows, float *out) {
     const struct tensor *w = &job->conv->w;
-    int j0 = (job->strip0 + task) * STRIP, n = w->rows - j0 < STRIP ? w->rows - j0 : STRIP;
-    float *rows = exec_scratch(job->e, thread),
-          *out = job->work->packed + (int64_t)task * w->cols * STRIP;
-    memset(rows, 0, (size_t)w->cols * STRIP * sizeof *rows);
+    int j0 = strip * STRIP, n = w->rows - j0 < STRIP ? w->rows - j0 : STRIP;
     for (int j = 0; j < n; j++)
         job->e->k->to_f32(w->type, tensor_row(w, j0 + j), rows + (int64_t)j * w->cols, w->cols);
-    for (int k = 0; k < w->cols; k++)
-        for (int j = 0; j < STRIP; j++) out[k * STRIP + j] = rows[(int64_t)j * w->cols + k];
+    memset(rows + (int64_t)n * w->cols, 0, (size_t)(STRIP - n) * (size_t)w->cols * sizeof *rows);
+    job->e->k->pack_strip(rows, w->cols, w->cols, out);
+}
+
+static void pack_conv_task(void *arg, int task, int thread) {
+    const struct conv_job *job = arg;
+    pack_conv(job, job->strip0 + task, exec_scratch(job->e, thread),
+              job->work->packed + (int64_t)task * job->conv->w.cols * STRIP);
 }
 
 /* a[t][i]: the input channels under tap t of output pixel p0 + i. */
@@ -3022,42 +3133,247 @@ static void tap_pointers(const struct conv_job *job, int p0, int n,
     }
 }
 
-static void conv_task(void *arg, int task, int thread) {
-    const struct conv_job *job = arg;
+/* n output pixels from p0 on, the channels of one or two strips. */
+static void store_pixels(const struct conv_job *job, int p0, int n, int strip, const float *sum) {
     const struct conv *conv = job->conv;
-    int p0 = task * CONV_PIXELS, n = job->g.h * job->g.w - p0, taps = conv->size * conv->size;
-    const float *a[9][CONV_PIXELS];
-    float sum[CONV_PIXELS * STRIP];
-    (void)thread;
-    if (n > CONV_PIXELS) n = CONV_PIXELS;
-    tap_pointers(job, p0, n, a);
-    for (int s = 0; s < job->strips; s++) {
-        const float *w = job->work->packed + (int64_t)s * conv->w.cols * STRIP;
-        for (int t = 0; t < taps; t++, w += conv->c_in * STRIP)
-            outer_rows(job->e->k, n, conv->c_in, a[t], w, 0, 1, sum, STRIP, t > 0);
-        int j0 = (job->strip0 + s) * STRIP,
-            cols = conv->c_out - j0 < STRIP ? conv->c_out - j0 : STRIP;
-        for (int i = 0; i < n; i++) {
-            int64_t at = (int64_t)(p0 + i) * conv->c_out + j0;
-            for (int j = 0; j < cols; j++) {
-                float v = sum[i * STRIP + j] + conv->bias[j0 + j];
-                job->out[at + j] = job->residual != NULL ? v + job->residual[at + j] : v;
-            }
+    int j0 = strip * STRIP, cols = conv->c_out - j0 < PAIR ? conv->c_out - j0 : PAIR;
+    for (int i = 0; i < n; i++) {
+        int64_t at = (int64_t)(p0 + i) * conv->c_out + j0;
+        for (int j = 0; j < cols; j++) {
+            float v = sum[i * PAIR + j] + conv->bias[j0 + j];
+            job->out[at + j] = job->residual != NULL ? v + job->residual[at + j] : v;
         }
     }
 }
 
-/* out = conv(in) + residual; residual may be NULL or out itself. */
-static void run_conv(const struct exec *e, const struct vq_work *work, const struct conv *conv,
-                     struct sampling_grid g, const float *in, const float *residual, float *out) {
-    struct conv_job job = {e, conv, work, g, in, residual, out, 0, 0};
-    int strips = (conv->c_out + STRIP - 1) / STRIP;
-    int piece = (int)max64(1, CONV_PIECE / ((int64_t)conv->w.cols * STRIP));
-    for (; job.strip0 < strips; job.strip0 += piece) {
-        job.strips = strips - job.strip0 < piece ? strips - job.strip0 : piece;
-        pool_run(e->pool, job.strips, pack_conv_task, &job);
-        pool_run(e->pool, (g.h * g.w + CONV_PIXELS - 1) / CONV_PIXELS, conv_task, &job);
+static void conv_task(void *arg, int task, int thread) {
+    const struct conv_job *job = arg;
+    const struct conv *conv = job->conv;
+    int p0 = task * CONV_PIXELS, n = job->g.h * job->g.w - p0, taps = conv->size * conv->size;
+    int64_t strip = (int64_t)conv->w.cols * STRIP;
+    const float *a[9][CONV_PIXELS];
+    float sum[CONV_PIXELS * PAIR];
+    (void)thread;
+    if (n > CONV_PIXELS) n = CONV_PIXELS;
+    tap_pointers(job, p0, n, a);
+    for (int s = 0; s < job->strips; s += 2) {
+        const float *w = job->work->packed + s * strip;
+        int strips = job->strips - s < 2 ? 1 : 2;
+        for (int t = 0; t < taps; t++, w += conv->c_in * STRIP)
+            outer_rows(job->e->k, n, conv->c_in, a[t], w, strip, strips, sum, PAIR, t > 0);
+        store_pixels(job, p0, n, job->strip0 + s, sum);
     }
+}
+
+static int strips_of(const struct conv *conv) { return (conv->c_out + STRIP - 1) / STRIP; }
+
+static void run_direct(struct conv_job *job) {
+    int strips = strips_of(job->conv), pixels = job->g.h * job->g.w;
+    int piece = (int)max64(2, CONV_PIECE / ((int64_t)job->conv->w.cols * STRIP) / 2 * 2);
+    for (; job->strip0 < strips; job->strip0 += piece) {
+        job->strips = strips - job->strip0 < piece ? strips - job->strip0 : piece;
+        pool_run(job->e->pool, job->strips, pack_conv_task, job);
+        pool_run(job->e->pool, (pixels + CONV_PIXELS - 1) / CONV_PIXELS, conv_task, job);
+    }
+}
+
+/* ---- Winograd ----
+
+   Four by four output pixels, a tile, come from 6 x 6 inputs d and 3 x 3 filters g (chapter 3) as
+
+       out = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A      with * element by element,
+
+   so for each of the 36 elements the sum over channels is a product of matrices, M = V U, with
+   V [tiles][c_in] the transformed inputs and U [c_in][c_out] the transformed filters: 36 products
+   for 16 pixels, where nine taps take 144. What it costs is three transforms, so each of them is
+   done where its result is used at once and V, U and M need not leave the caches:
+
+       many tiles   a task takes a block of tiles, computes its V, and multiplies all of U, which
+                    was computed once before and is shared
+       few tiles    where c_in c_out is large: all of V is computed first and shared; a task takes
+                    two strips of output channels and computes their U, six elements at a time
+
+   Inputs are gathered into patches of a few tiles first. There padding becomes zeros, doubled
+   pixels are copied, and GroupNorm and SiLU in front of the convolution happen in passing. */
+
+/* Floats between the elements of V or M; the odd line keeps them out of the same cache sets. */
+static int64_t wino_stride(int tiles, int width) { return (int64_t)tiles * width + STRIP; }
+
+static int uses_winograd(const struct conv *conv, const struct sampling_grid *g) {
+    return conv->size == 3 && g->stride == 1 && conv->c_in % 8 == 0;
+}
+
+/* Tiles of a task when there are many: a multiple of every tile's rows. */
+static int wino_block(int c_in) {
+    int n = WINO_V / (TAPS * c_in) / 24 * 24;
+    return n < 24 ? 24 : n > TILES ? TILES : n;
+}
+
+/* Scratch floats of a thread for any convolution from up to c channels. */
+static int64_t wino_scratch(int c) {
+    int64_t v = max64(WINO_V, TAPS * 24 * (int64_t)c) + TAPS * STRIP;
+    int64_t many = v + 6 * (4 * PATCH + 2) * (int64_t)c, few = 2 * (9 + 6) * STRIP * (int64_t)c;
+    return max64(many, few) + TAPS * wino_stride(TILES, PAIR);
+}
+
+/* The inputs of n tiles side by side: patch[6][4 n + 2][c_in]. */
+static void fill_patch(const struct conv_job *job, int tile, int n, float *patch) {
+    const struct sampling_grid *g = &job->g;
+    int c = job->conv->c_in, y0 = tile / job->across * 4 - 1, x0 = tile % job->across * 4 - 1;
+    int first = x0 < 0 ? 0 : x0, last = x0 + 4 * n + 2 < g->w ? x0 + 4 * n + 2 : g->w;
+    for (int y = y0; y < y0 + 6; y++, patch += (int64_t)(4 * n + 2) * c) {
+        const float *line = job->in + (int64_t)(y >> g->up) * g->w_in * c;
+        float *to = patch + (int64_t)(first - x0) * c;
+        if (y < 0 || y >= g->h || first > x0 || last < x0 + 4 * n + 2)
+            memset(patch, 0, (size_t)(4 * n + 2) * (size_t)c * sizeof *patch);
+        if (y < 0 || y >= g->h) continue;
+        if (job->normed)
+            job->e->k->norm_rows(line + (int64_t)first * c, job->work->scale, job->work->shift, 1,
+                                 last - first, c, to);
+        else if (!g->up)
+            memcpy(to, line + (int64_t)first * c, (size_t)(last - first) * (size_t)c * sizeof *to);
+        else
+            for (int x = first; x < last; x++, to += c)
+                memcpy(to, line + (int64_t)(x >> 1) * c, (size_t)c * sizeof *to);
+    }
+}
+
+/* V of n tiles, one row of tiles after the other. */
+static void wino_inputs(const struct conv_job *job, int tile, int n, float *v, int64_t tap,
+                        float *patch) {
+    int64_t c = job->conv->c_in;
+    while (n > 0) {
+        int run = job->across - tile % job->across;
+        if (run > PATCH) run = PATCH;
+        if (run > n) run = n;
+        fill_patch(job, tile, run, patch);
+        for (int i = 0; i < run; i++)
+            job->e->k->wino_input(patch + 4 * i * c, (4 * run + 2) * c, (int)c, v + i * c, tap);
+        tile += run;
+        n -= run;
+        v += run * c;
+    }
+}
+
+/* M = V U for n tiles, elements tap0 .. tap0 + taps - 1, two strips of u (`strip` apart) or one. */
+static void wino_products(const struct conv_job *job, int n, int tap0, int taps, const float *v,
+                          int64_t v_tap, const float *u, int64_t strip, int strips, float *m) {
+    int c = job->conv->c_in;
+    const float *a[TILES];
+    for (int t = tap0; t < tap0 + taps; t++, u += (int64_t)c * STRIP) {
+        for (int i = 0; i < n; i++) a[i] = v + t * v_tap + (int64_t)i * c;
+        outer_rows(job->e->k, n, c, a, u, strip, strips, m + t * wino_stride(n, PAIR), PAIR, 0);
+    }
+}
+
+/* The pixels of one tile, one strip of channels, from M. */
+static void wino_pixels(const struct conv_job *job, int tile, int strip, const float *m,
+                        int64_t tap) {
+    const struct conv *conv = job->conv;
+    int y0 = tile / job->across * 4, x0 = tile % job->across * 4, j0 = strip * STRIP;
+    int h = job->g.h - y0, w = job->g.w - x0, cols = conv->c_out - j0;
+    int whole = h >= 4 && w >= 4 && cols >= STRIP;
+    float edge[16 * STRIP] = {0}, bias[STRIP] = {0}, *out[16];
+    const float *old[16];
+    size_t bytes = (size_t)(cols < STRIP ? cols : STRIP) * sizeof *edge;
+    memcpy(bias, conv->bias + j0, bytes);
+    for (int p = 0; p < 16; p++) {
+        int64_t at = ((int64_t)(y0 + p / 4) * job->g.w + x0 + p % 4) * conv->c_out + j0;
+        out[p] = whole ? job->out + at : edge + p * STRIP;
+        old[p] = whole && job->residual != NULL ? job->residual + at : edge + p * STRIP;
+        if (!whole && p / 4 < h && p % 4 < w && job->residual != NULL)
+            memcpy(edge + p * STRIP, job->residual + at, bytes);
+    }
+    job->e->k->wino_output(m, tap, bias, job->residual != NULL ? old : NULL, out);
+    for (int p = 0; !whole && p < 16; p++)
+        if (p / 4 < h && p % 4 < w)
+            memcpy(job->out + ((int64_t)(y0 + p / 4) * job->g.w + x0 + p % 4) * conv->c_out + j0,
+                   edge + p * STRIP, bytes);
+}
+
+static void wino_outputs(const struct conv_job *job, int tile, int n, int strip, int strips,
+                         const float *m) {
+    for (int i = 0; i < n; i++)
+        for (int s = 0; s < strips; s++)
+            wino_pixels(job, tile + i, strip + s, m + i * PAIR + s * STRIP, wino_stride(n, PAIR));
+}
+
+/* Many tiles: all of U ... */
+static void wino_filters_task(void *arg, int strip, int thread) {
+    const struct conv_job *job = arg;
+    int n = job->conv->c_in * STRIP;
+    float *w = exec_scratch(job->e, thread), *u = job->work->packed + (int64_t)strip * TAPS * n;
+    pack_conv(job, strip, w + 9 * (int64_t)n, w);
+    for (int row = 0; row < 6; row++, u += 6 * (int64_t)n) job->e->k->wino_filter(w, n, row, u);
+}
+
+/* ... then each block of tiles. */
+static void wino_tiles_task(void *arg, int task, int thread) {
+    const struct conv_job *job = arg;
+    int c = job->conv->c_in, block = wino_block(c), tile = task * block, strips = strips_of(job->conv);
+    int n = job->tiles - tile < block ? job->tiles - tile : block;
+    int64_t v_tap = wino_stride(n, c), strip = (int64_t)TAPS * c * STRIP;
+    float *v = exec_scratch(job->e, thread), *m = v + TAPS * v_tap,
+          *patch = m + TAPS * wino_stride(n, PAIR);
+    wino_inputs(job, tile, n, v, v_tap, patch);
+    for (int s = 0; s < strips; s += 2) {
+        int two = strips - s < 2 ? 1 : 2;
+        wino_products(job, n, 0, TAPS, v, v_tap, job->work->packed + s * strip, strip, two, m);
+        wino_outputs(job, tile, n, s, two, m);
+    }
+}
+
+/* Few tiles: all of V ... */
+static void wino_inputs_task(void *arg, int task, int thread) {
+    const struct conv_job *job = arg;
+    int first = task * PATCH, n = job->tiles - first < PATCH ? job->tiles - first : PATCH;
+    wino_inputs(job, job->tile0 + first, n, job->work->packed + (int64_t)first * job->conv->c_in,
+                wino_stride(job->tiles, job->conv->c_in), exec_scratch(job->e, thread));
+}
+
+/* ... then two strips of channels at a time. */
+static void wino_strips_task(void *arg, int task, int thread) {
+    const struct conv_job *job = arg;
+    int c = job->conv->c_in, first = 2 * task, n = c * STRIP;
+    int strips = strips_of(job->conv) - first < 2 ? 1 : 2;
+    float *w = exec_scratch(job->e, thread), *u = w + 2 * 9 * (int64_t)n, *m = u + 2 * 6 * (int64_t)n;
+    for (int s = 0; s < strips; s++) pack_conv(job, first + s, u, w + s * 9 * (int64_t)n);
+    for (int row = 0; row < 6; row++) {
+        for (int s = 0; s < strips; s++)
+            job->e->k->wino_filter(w + s * 9 * (int64_t)n, n, row, u + s * 6 * (int64_t)n);
+        wino_products(job, job->tiles, 6 * row, 6, job->work->packed, wino_stride(job->tiles, c), u,
+                      6 * (int64_t)n, strips, m);
+    }
+    wino_outputs(job, job->tile0, job->tiles, first, strips, m);
+}
+
+static void run_winograd(struct conv_job *job) {
+    const struct conv *conv = job->conv;
+    struct pool *pool = job->e->pool;
+    int down = (job->g.h + 3) / 4, strips = strips_of(conv), block = wino_block(conv->c_in), all;
+    job->across = (job->g.w + 3) / 4;
+    job->tiles = all = job->across * down;
+    if (all > TILES && (int64_t)TAPS * conv->c_in * strips * STRIP <= WINO_U) {
+        pool_run(pool, strips, wino_filters_task, job);
+        pool_run(pool, (all + block - 1) / block, wino_tiles_task, job);
+        return;
+    }
+    for (; job->tile0 < all; job->tile0 += TILES) {
+        job->tiles = all - job->tile0 < TILES ? all - job->tile0 : TILES;
+        pool_run(pool, (job->tiles + PATCH - 1) / PATCH, wino_inputs_task, job);
+        pool_run(pool, (strips + 1) / 2, wino_strips_task, job);
+    }
+}
+
+/* out = conv(in) + residual; residual may be NULL or out itself. With `normed`, which is for 3 x 3
+   convolutions of stride 1, conv(silu(in * scale + shift)). */
+static void run_conv(const struct exec *e, const struct vq_work *work, const struct conv *conv,
+                     struct sampling_grid g, int normed, const float *in, const float *residual,
+                     float *out) {
+    struct conv_job job = {.e = e, .conv = conv, .work = work, .g = g, .normed = normed, .in = in,
+                           .residual = residual, .out = out};
+    if (uses_winograd(conv, &g)) run_winograd(&job);
+    else run_direct(&job);
 }
 
 static struct sampling_grid same_grid(const struct vq_work *w, int size) {
@@ -3066,8 +3382,8 @@ static struct sampling_grid same_grid(const struct vq_work *w, int size) {
 
 /* x = conv(x) on a given grid. */
 static void conv_x(const struct exec *e, struct vq_work *w, const struct conv *conv,
-                   struct sampling_grid g) {
-    run_conv(e, w, conv, g, w->x, NULL, w->t2);
+                   struct sampling_grid g, int normed) {
+    run_conv(e, w, conv, g, normed, w->x, NULL, w->t2);
     float *swap = w->x;
     w->x = w->t2;
     w->t2 = swap;
@@ -3084,7 +3400,7 @@ struct norm_job {
     const float *in;
     float *out;
     int64_t pixels;
-    int c, silu;
+    int c;
 };
 
 /* Sums and sums of squares of each channel over NORM_PIXELS pixels: floats over 64 pixels, doubles
@@ -3105,16 +3421,16 @@ static void norm_apply_task(void *arg, int task, int thread) {
     const struct norm_job *job = arg;
     int64_t first = (int64_t)task * NORM_PIXELS, n = min64(NORM_PIXELS, job->pixels - first);
     (void)thread;
-    job->e->k->norm_rows(job->in + first * job->c, job->work->scale, job->work->shift, job->silu, n,
+    job->e->k->norm_rows(job->in + first * job->c, job->work->scale, job->work->shift, 0, n,
                          job->c, job->out + first * job->c);
 }
 
-/* out = norm(in), then SiLU if asked. The normalisation is one multiply-add a channel:
+/* work->scale and shift of norm(in): the normalisation is one multiply-add a channel,
    (x - mean) / sqrt(var + eps) * weight + bias = x * scale + shift. */
-static void group_norm(const struct exec *e, const struct vq_work *w, const struct norm *norm,
-                       const float *in, int silu, float *out) {
+static void norm_scales(const struct exec *e, const struct vq_work *w, const struct norm *norm,
+                        const float *in) {
     int64_t pixels = (int64_t)w->h * w->w;
-    struct norm_job job = {e, w, in, out, pixels, norm->c, silu};
+    struct norm_job job = {e, w, in, NULL, pixels, norm->c};
     int tasks = (int)((pixels + NORM_PIXELS - 1) / NORM_PIXELS), width = norm->c / GROUPS;
     pool_run(e->pool, tasks, norm_sum_task, &job);
     for (int g = 0; g < GROUPS; g++) {
@@ -3131,22 +3447,30 @@ static void group_norm(const struct exec *e, const struct vq_work *w, const stru
             w->shift[i] = (float)(norm->bias[i] - mean * norm->weight[i] * r);
         }
     }
-    pool_run(e->pool, tasks, norm_apply_task, &job);
+}
+
+/* out = norm(in), for an attention; convolutions normalise what they read themselves. */
+static void group_norm(const struct exec *e, const struct vq_work *w, const struct norm *norm,
+                       const float *in, float *out) {
+    int64_t pixels = (int64_t)w->h * w->w;
+    struct norm_job job = {e, w, in, out, pixels, norm->c};
+    norm_scales(e, w, norm, in);
+    pool_run(e->pool, (int)((pixels + NORM_PIXELS - 1) / NORM_PIXELS), norm_apply_task, &job);
 }
 
 /* ---- Blocks ---- */
 
 static void run_res_block(const struct exec *e, struct vq_work *w, const struct res_block *b) {
     struct sampling_grid grid = same_grid(w, 3);
-    group_norm(e, w, &b->norm1, w->x, 1, w->t1);
-    run_conv(e, w, &b->conv1, grid, w->t1, NULL, w->t2);
-    group_norm(e, w, &b->norm2, w->t2, 1, w->t1);
-    const float *residual = w->x;
-    if (b->shortcut.c_out != 0) {
-        run_conv(e, w, &b->shortcut, same_grid(w, 1), w->x, NULL, w->t2);
-        residual = w->t2;
+    norm_scales(e, w, &b->norm1, w->x);
+    run_conv(e, w, &b->conv1, grid, 1, w->x, NULL, w->t1);
+    norm_scales(e, w, &b->norm2, w->t1);
+    if (b->shortcut.c_out == 0) {
+        run_conv(e, w, &b->conv2, grid, 1, w->t1, w->x, w->x);
+        return;
     }
-    run_conv(e, w, &b->conv2, grid, w->t1, residual, w->t2);
+    run_conv(e, w, &b->shortcut, same_grid(w, 1), 0, w->x, NULL, w->t2);
+    run_conv(e, w, &b->conv2, grid, 1, w->t1, w->t2, w->t2);
     float *swap = w->x;
     w->x = w->t2;
     w->t2 = swap;
@@ -3197,13 +3521,13 @@ static void spatial_task(void *arg, int task, int thread) {
 static void run_attn_block(const struct exec *e, struct vq_work *w, const struct attn_block *b) {
     struct sampling_grid grid = same_grid(w, 1);
     struct spatial_job job = {e, w, w->h * w->w, w->c};
-    group_norm(e, w, &b->norm, w->x, 0, w->t1);
-    run_conv(e, w, &b->q, grid, w->t1, NULL, w->q);
-    run_conv(e, w, &b->k, grid, w->t1, NULL, w->k);
-    run_conv(e, w, &b->v, grid, w->t1, NULL, w->v);
+    group_norm(e, w, &b->norm, w->x, w->t1);
+    run_conv(e, w, &b->q, grid, 0, w->t1, NULL, w->q);
+    run_conv(e, w, &b->k, grid, 0, w->t1, NULL, w->k);
+    run_conv(e, w, &b->v, grid, 0, w->t1, NULL, w->v);
     pool_run(e->pool, (job.n + KEYS - 1) / KEYS, pack_keys_task, &job);
     pool_run(e->pool, (job.n + QUERY_ROWS - 1) / QUERY_ROWS, spatial_task, &job);
-    run_conv(e, w, &b->proj, grid, w->t1, w->x, w->x);
+    run_conv(e, w, &b->proj, grid, 0, w->t1, w->x, w->x);
 }
 
 /* Halves the size: a convolution of stride 2 over the map with a row and a column of zeros behind
@@ -3211,7 +3535,7 @@ static void run_attn_block(const struct exec *e, struct vq_work *w, const struct
 static void run_downsample(const struct exec *e, struct vq_work *w, const struct level *l) {
     int h = w->h / 2, width = w->w / 2, c = w->c;
     if (l->conv.c_out != 0) {
-        conv_x(e, w, &l->conv, (struct sampling_grid){w->h, w->w, h, width, 2, 0, 0});
+        conv_x(e, w, &l->conv, (struct sampling_grid){w->h, w->w, h, width, 2, 0, 0}, 0);
         return;
     }
     for (int y = 0; y < h; y++)
@@ -3232,7 +3556,7 @@ static void run_downsample(const struct exec *e, struct vq_work *w, const struct
 static void run_upsample(const struct exec *e, struct vq_work *w, const struct level *l) {
     int h = w->h * 2, width = w->w * 2;
     if (l->conv.c_out != 0) {
-        conv_x(e, w, &l->conv, (struct sampling_grid){w->h, w->w, h, width, 1, 1, 1});
+        conv_x(e, w, &l->conv, (struct sampling_grid){w->h, w->w, h, width, 1, 1, 1}, 0);
         return;
     }
     for (int y = 0; y < h; y++)
@@ -3273,11 +3597,8 @@ static int run_middle(const struct exec *e, struct vq_work *w, const struct half
 
 /* x = conv_out(silu(norm_out(x))) */
 static void run_tail(const struct exec *e, struct vq_work *w, const struct half *half) {
-    group_norm(e, w, &half->norm_out, w->x, 1, w->t1);
-    float *swap = w->x;
-    w->x = w->t1;
-    w->t1 = swap;
-    conv_x(e, w, &half->conv_out, same_grid(w, 3));
+    norm_scales(e, w, &half->norm_out, w->x);
+    conv_x(e, w, &half->conv_out, same_grid(w, 3), 1);
 }
 
 /* ---- The quantiser ---- */
@@ -3311,7 +3632,7 @@ static int vq_latent(const struct exec *e, const struct vqgan *vq, struct vq_wor
     w->h = w->w = vq->R;
     w->c = 3;
     memcpy(w->x, rgb, (size_t)vq->R * (size_t)vq->R * 3 * sizeof *rgb);
-    conv_x(e, w, &vq->encoder.conv_in, same_grid(w, 3));
+    conv_x(e, w, &vq->encoder.conv_in, same_grid(w, 3), 0);
     for (int i = 0; i < vq->n_levels; i++) {
         int code = run_level(e, w, &vq->encoder.level[i], error);
         if (code != LVM_OK) return code;
@@ -3320,7 +3641,7 @@ static int vq_latent(const struct exec *e, const struct vqgan *vq, struct vq_wor
     int code = run_middle(e, w, &vq->encoder, error);
     if (code != LVM_OK) return code;
     run_tail(e, w, &vq->encoder);
-    conv_x(e, w, &vq->quant, same_grid(w, 1));
+    conv_x(e, w, &vq->quant, same_grid(w, 1), 0);
     return LVM_OK;
 }
 
@@ -3332,8 +3653,8 @@ static int vq_pixels(const struct exec *e, const struct vqgan *vq, struct vq_wor
     for (int p = 0; p < vq->S * vq->S; p++)
         e->k->to_f32(vq->codebook.type, tensor_row(&vq->codebook, ids[p]),
                      w->x + (int64_t)p * vq->e, vq->e);
-    conv_x(e, w, &vq->post_quant, same_grid(w, 1));
-    conv_x(e, w, &vq->decoder.conv_in, same_grid(w, 3));
+    conv_x(e, w, &vq->post_quant, same_grid(w, 1), 0);
+    conv_x(e, w, &vq->decoder.conv_in, same_grid(w, 3), 0);
     int code = run_middle(e, w, &vq->decoder, error);
     for (int i = vq->n_levels - 1; code == LVM_OK && i >= 0; i--) {
         code = run_level(e, w, &vq->decoder.level[i], error);
@@ -3387,6 +3708,7 @@ static struct vq_sizes vq_sizes(const struct vqgan *vq) {
 static int64_t vq_scratch(const struct vqgan *vq, const struct kernels *k) {
     struct vq_sizes s = vq_sizes(vq);
     int64_t floats = max64(s.cols * STRIP, linear_scratch(k, vq->e));
+    floats = max64(floats, wino_scratch(s.c));
     return max64(floats, attend_scratch(s.c));
 }
 
@@ -3398,7 +3720,7 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
     } want[] = {{&w->x, s.map},
                 {&w->t1, s.map},
                 {&w->t2, s.map},
-                {&w->packed, max64(CONV_PIECE, s.cols * STRIP)},
+                {&w->packed, max64(WINO_U, TAPS * wino_stride(TILES, s.c))},
                 {&w->zeros, s.c},
                 {&w->scale, s.c},
                 {&w->shift, s.c},
@@ -8109,6 +8431,90 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 #endif
 #define INLINE inline __attribute__((always_inline))
 
+/* ---- Winograd's transforms, eight channels at a time ----
+
+   The operations of chapter 3 on vectors that compilers know themselves: each instruction set's
+   kernels below are these, compiled for it. */
+
+typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+
+static INLINE void wino_input_8(const vec8 *d, int from, vec8 *v, int to) {
+    vec8 a = d[4 * from] - 4 * d[2 * from], b = d[3 * from] - 4 * d[from];
+    vec8 e = d[4 * from] - d[2 * from], f = 2 * (d[3 * from] - d[from]);
+    v[0] = 4 * (d[0] - d[2 * from]) + e;
+    v[to] = a + b;
+    v[2 * to] = a - b;
+    v[3 * to] = e + f;
+    v[4 * to] = e - f;
+    v[5 * to] = 4 * (d[from] - d[3 * from]) + (d[5 * from] - d[3 * from]);
+}
+
+static INLINE void wino_output_8(const vec8 *m, int from, vec8 *y, int to) {
+    vec8 p = m[from] + m[2 * from], q = m[from] - m[2 * from];
+    vec8 r = m[3 * from] + m[4 * from], s = m[3 * from] - m[4 * from];
+    y[0] = m[0] + p + r;
+    y[to] = q + 2 * s;
+    y[2 * to] = p + 4 * r;
+    y[3 * to] = q + 8 * s + m[5 * from];
+}
+
+static INLINE void wino_filter_8(const vec8 *g, vec8 *u) {
+    vec8 ends = g[0] + g[2], halves = g[0] * (1.0f / 24) + g[2] * (1.0f / 6);
+    u[0] = g[0] * 0.25f;
+    u[1] = (ends + g[1]) * (-1.0f / 6);
+    u[2] = (g[1] - ends) * (1.0f / 6);
+    u[3] = halves + g[1] * (1.0f / 12);
+    u[4] = halves - g[1] * (1.0f / 12);
+    u[5] = g[2];
+}
+
+static INLINE void wino_filter_vec(const float *w, int n, int row, float *u) {
+    for (int i = 0; i < n; i += 8) {
+        vec8 g[3], column[3], all[6];
+        UNROLL for (int x = 0; x < 3; x++) {
+            UNROLL for (int y = 0; y < 3; y++) column[y] = *(const vec8 *)(w + (3 * y + x) * n + i);
+            wino_filter_8(column, all);
+            g[x] = all[row];
+        }
+        wino_filter_8(g, all);
+        UNROLL for (int x = 0; x < 6; x++) *(vec8 *)(u + x * n + i) = all[x];
+    }
+}
+
+static INLINE void wino_input_vec(const float *patch, int64_t line, int c, float *v, int64_t tap) {
+    for (int i = 0; i < c; i += 8) {
+        vec8 t[36], d[6];
+        UNROLL for (int x = 0; x < 6; x++) {
+            UNROLL for (int y = 0; y < 6; y++)
+                d[y] = *(const vec8 *)(patch + y * line + x * c + i);
+            wino_input_8(d, 1, t + x, 6);
+        }
+        UNROLL for (int y = 0; y < 6; y++) {
+            wino_input_8(t + 6 * y, 1, d, 1);
+            UNROLL for (int x = 0; x < 6; x++) *(vec8 *)(v + (6 * y + x) * tap + i) = d[x];
+        }
+    }
+}
+
+static INLINE void wino_output_vec(const float *m, int64_t tap, const float *bias,
+                                   const float *const *residual, float *const *out) {
+    for (int j = 0; j < STRIP; j += 8) {
+        vec8 t[24], d[6];
+        UNROLL for (int x = 0; x < 6; x++) {
+            UNROLL for (int y = 0; y < 6; y++) d[y] = *(const vec8 *)(m + (6 * y + x) * tap + j);
+            wino_output_8(d, 1, t + x, 6);
+        }
+        UNROLL for (int y = 0; y < 4; y++) {
+            wino_output_8(t + 6 * y, 1, d, 1);
+            UNROLL for (int x = 0; x < 4; x++) {
+                vec8 sum = d[x] + *(const vec8 *)(bias + j);
+                if (residual != NULL) sum += *(const vec8 *)(residual[4 * y + x] + j);
+                *(vec8 *)(out[4 * y + x] + j) = sum;
+            }
+        }
+    }
+}
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -8617,13 +9023,42 @@ AVX2 static void channel_sums_avx2(const float *x, int64_t pixels, int c, float 
     }
 }
 
+AVX2 static void pack_strip_avx2(const float *rows, int64_t ld, int k, float *strip) {
+    int i = 0;
+    for (; i + 8 <= k; i += 8)
+        for (int half = 0; half < STRIP; half += 8) {
+            __m256i v[8];
+            UNROLL for (int j = 0; j < 8; j++)
+                v[j] = _mm256_loadu_si256((const __m256i *)(const void *)(rows + (half + j) * ld + i));
+            transpose_8x8(v);
+            UNROLL for (int j = 0; j < 8; j++)
+                _mm256_storeu_si256((__m256i *)(void *)(strip + (i + j) * STRIP + half), v[j]);
+        }
+    if (i < k) pack_strip_plain(rows + i, ld, k - i, strip + i * STRIP);
+}
+
+AVX2 static void wino_filter_avx2(const float *w, int n, int row, float *u) {
+    wino_filter_vec(w, n, row, u);
+}
+
+AVX2 static void wino_input_avx2(const float *patch, int64_t line, int c, float *v,
+                                 int64_t tap) {
+    wino_input_vec(patch, line, c, v, tap);
+}
+
+AVX2 static void wino_output_avx2(const float *m, int64_t tap, const float *bias,
+                                  const float *const *residual, float *const *out) {
+    wino_output_vec(m, tap, bias, residual, out);
+}
+
 static const struct kernels kernels_avx2 = {
-    "avx2",          A2_ROWS,        A2_COLS,         A2_ROWS,
-    A2_OUTER,        A2_STRIPS,      A2_PACK,         dot_row_avx2,
-    dot_tile_avx2,   quantize_x_avx2, int_row_avx2,   int_pack_avx2,
-    int_tile_avx2,   outer_row_avx2, outer_tile_avx2, to_f32_avx2,
-    k8_to_f32_avx2,  v8_to_f32_avx2, rmsnorm_avx2,    softmax_avx2,
-    silu_mul_avx2,   norm_rows_avx2, channel_sums_avx2};
+    "avx2",           A2_ROWS,         A2_COLS,           A2_ROWS,
+    A2_OUTER,         A2_STRIPS,       A2_PACK,           dot_row_avx2,
+    dot_tile_avx2,    quantize_x_avx2, int_row_avx2,      int_pack_avx2,
+    int_tile_avx2,    outer_row_avx2,  outer_tile_avx2,   pack_strip_avx2,
+    wino_filter_avx2, wino_input_avx2, wino_output_avx2,  to_f32_avx2,
+    k8_to_f32_avx2,   v8_to_f32_avx2,  rmsnorm_avx2,      softmax_avx2,
+    silu_mul_avx2,    norm_rows_avx2,  channel_sums_avx2};
 
 /* ---- AVX-512: the tiles; what is elementwise stays at eight lanes ---- */
 
@@ -8838,13 +9273,28 @@ AVX512 static void rmsnorm_avx512(const float *x, const float *weight, float eps
     for (int i = 0; i < n; i++) y[i] = weight[i] * (x[i] * scale);
 }
 
+AVX512 static void wino_filter_avx512(const float *w, int n, int row, float *u) {
+    wino_filter_vec(w, n, row, u);
+}
+
+AVX512 static void wino_input_avx512(const float *patch, int64_t line, int c, float *v,
+                                 int64_t tap) {
+    wino_input_vec(patch, line, c, v, tap);
+}
+
+AVX512 static void wino_output_avx512(const float *m, int64_t tap, const float *bias,
+                                  const float *const *residual, float *const *out) {
+    wino_output_vec(m, tap, bias, residual, out);
+}
+
 static const struct kernels kernels_avx512 = {
-    "avx512",        A5_ROWS,           A5_COLS,           A5_INT,
-    A5_OUTER,        A5_STRIPS,         A5_PACK,           dot_row_avx512,
-    dot_tile_avx512, quantize_x_avx512, int_row_avx512,    int_pack_avx512,
-    int_tile_avx512, outer_row_avx512,  outer_tile_avx512, to_f32_avx2,
-    k8_to_f32_avx2,  v8_to_f32_avx2,    rmsnorm_avx512,    softmax_avx2,
-    silu_mul_avx2,   norm_rows_avx2,    channel_sums_avx2};
+    "avx512",           A5_ROWS,           A5_COLS,            A5_INT,
+    A5_OUTER,           A5_STRIPS,         A5_PACK,            dot_row_avx512,
+    dot_tile_avx512,    quantize_x_avx512, int_row_avx512,     int_pack_avx512,
+    int_tile_avx512,    outer_row_avx512,  outer_tile_avx512,  pack_strip_avx2,
+    wino_filter_avx512, wino_input_avx512, wino_output_avx512, to_f32_avx2,
+    k8_to_f32_avx2,     v8_to_f32_avx2,    rmsnorm_avx512,     softmax_avx2,
+    silu_mul_avx2,      norm_rows_avx2,    channel_sums_avx2};
 
 /* ---- Which of them this machine can run: the processor must have it and the system save it ----
    */
@@ -9553,21 +10003,55 @@ static void channel_sums_neon(const float *x, int64_t pixels, int c, float *sum,
     }
 }
 
+static void pack_strip_neon(const float *rows, int64_t ld, int k, float *strip) {
+    int i = 0;
+    for (; i + 4 <= k; i += 4)
+        for (int j = 0; j < STRIP; j += 4) {
+            float32x4x2_t low, high;
+            low = vtrnq_f32(vld1q_f32(rows + j * ld + i), vld1q_f32(rows + (j + 1) * ld + i));
+            high = vtrnq_f32(vld1q_f32(rows + (j + 2) * ld + i), vld1q_f32(rows + (j + 3) * ld + i));
+            UNROLL for (int odd = 0; odd < 2; odd++) {
+                float32x4_t a = low.val[odd], b = high.val[odd];
+                vst1q_f32(strip + (i + odd) * STRIP + j,
+                          vcombine_f32(vget_low_f32(a), vget_low_f32(b)));
+                vst1q_f32(strip + (i + 2 + odd) * STRIP + j,
+                          vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
+            }
+        }
+    if (i < k) pack_strip_plain(rows + i, ld, k - i, strip + i * STRIP);
+}
+
+static void wino_filter_neon(const float *w, int n, int row, float *u) {
+    wino_filter_vec(w, n, row, u);
+}
+
+static void wino_input_neon(const float *patch, int64_t line, int c, float *v,
+                                 int64_t tap) {
+    wino_input_vec(patch, line, c, v, tap);
+}
+
+static void wino_output_neon(const float *m, int64_t tap, const float *bias,
+                                  const float *const *residual, float *const *out) {
+    wino_output_vec(m, tap, bias, residual, out);
+}
+
 static const struct kernels kernels_neon = {
-    "neon",         NEON_ROWS,       NEON_COLS,         NEON_INT,
-    NEON_OUTER,     NEON_STRIPS,     NEON_PACK,         dot_row_neon,
-    dot_tile_neon,  quantize_x_neon, int_row_neon,      int_pack_neon,
-    int_tile_neon,  outer_row_neon,  outer_tile_neon,   to_f32_neon,
-    k8_to_f32_neon, v8_to_f32_neon,  rmsnorm_neon,      softmax_neon,
-    silu_mul_neon,  norm_rows_neon,  channel_sums_neon};
+    "neon",           NEON_ROWS,       NEON_COLS,         NEON_INT,
+    NEON_OUTER,       NEON_STRIPS,     NEON_PACK,         dot_row_neon,
+    dot_tile_neon,    quantize_x_neon, int_row_neon,      int_pack_neon,
+    int_tile_neon,    outer_row_neon,  outer_tile_neon,   pack_strip_neon,
+    wino_filter_neon, wino_input_neon, wino_output_neon,  to_f32_neon,
+    k8_to_f32_neon,   v8_to_f32_neon,  rmsnorm_neon,      softmax_neon,
+    silu_mul_neon,    norm_rows_neon,  channel_sums_neon};
 
 static const struct kernels kernels_neon_dot = {
-    "neon-dot",     NEON_ROWS,       NEON_COLS,         NEON_INT,
-    NEON_OUTER,     NEON_STRIPS,     NEON_PACK,         dot_row_neon,
-    dot_tile_neon,  quantize_x_neon, int_row_dot,       int_pack_dot,
-    int_tile_dot,   outer_row_neon,  outer_tile_neon,   to_f32_neon,
-    k8_to_f32_neon, v8_to_f32_neon,  rmsnorm_neon,      softmax_neon,
-    silu_mul_neon,  norm_rows_neon,  channel_sums_neon};
+    "neon-dot",       NEON_ROWS,       NEON_COLS,         NEON_INT,
+    NEON_OUTER,       NEON_STRIPS,     NEON_PACK,         dot_row_neon,
+    dot_tile_neon,    quantize_x_neon, int_row_dot,       int_pack_dot,
+    int_tile_dot,     outer_row_neon,  outer_tile_neon,   pack_strip_neon,
+    wino_filter_neon, wino_input_neon, wino_output_neon,  to_f32_neon,
+    k8_to_f32_neon,   v8_to_f32_neon,  rmsnorm_neon,      softmax_neon,
+    silu_mul_neon,    norm_rows_neon,  channel_sums_neon};
 
 #ifndef LVM_NO_MAIN
 static void peak_fma_neon(int64_t rounds) {

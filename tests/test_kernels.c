@@ -486,7 +486,7 @@ static void test_softmax(struct test *t) {
 /* x / (1 + e^-x): 6 u of exp, three roundings. exp_f32 stops at e^88, so silu(-1000) is
    -1000 / e^88 instead of 0: below 1e-34 nothing counts. */
 static double silu_double(double x) { return x / (1 + exp(-x)); }
-enum { SILU_U = 10 };
+enum { SILU_U = 10, CONV_U = 80 };
 static const double SILU_FLOOR = 1e-34;
 
 static void test_silu_mul(struct test *t) {
@@ -537,6 +537,110 @@ static void test_channel_sums(struct test *t) {
     }
     check(t, ok, "channel_sums of %d x %d differs", pixels, c);
     release(t, "channel_sums");
+}
+
+/* ---- Winograd's transforms ---- */
+
+static const double matrix_bt[6][6] = {{4, 0, -5, 0, 1, 0},  {0, -4, -4, 1, 1, 0},
+                                       {0, 4, -4, -1, 1, 0}, {0, -2, -1, 2, 1, 0},
+                                       {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}};
+static const double matrix_g[6][3] = {{1 / 4., 0, 0},
+                                      {-1 / 6., -1 / 6., -1 / 6.},
+                                      {-1 / 6., 1 / 6., -1 / 6.},
+                                      {1 / 24., 1 / 12., 1 / 6.},
+                                      {1 / 24., -1 / 12., 1 / 6.},
+                                      {0, 0, 1}};
+static const double matrix_at[4][6] = {
+    {1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}};
+
+/* Element (y, x) of L d L^T, L having n columns; d(i, j) is element i * n + j of values. */
+static double both_sides(const double *left, const double *right, int n, const double *values,
+                         double *magnitude) {
+    double sum = 0;
+    *magnitude = 0;
+    for (int i = 0; i < n; i++)
+        for (int j = 0; j < n; j++) {
+            double p = left[i] * values[i * n + j] * right[j];
+            sum += p;
+            *magnitude += fabs(p);
+        }
+    return sum;
+}
+
+enum { WINO_ROUNDINGS = 16 }; /* of a sum of at most 36 products, in two passes */
+
+static void test_wino_filter(struct test *t) {
+    int n = 8 * (1 + below(t, 9)), row = below(t, 6), ok = 1;
+    const float *w = make_floats(t, 9 * n);
+    float *u = make_space(t, 6 * n), *plain = make_space(t, 6 * n);
+    t->k->wino_filter(w, n, row, u);
+    kernels_plain.wino_filter(w, n, row, plain);
+    for (int i = 0; i < 6 * n; i++) {
+        double g[9], magnitude, want;
+        for (int p = 0; p < 9; p++) g[p] = w[p * n + i % n];
+        want = both_sides(matrix_g[row], matrix_g[i / n], 3, g, &magnitude);
+        ok &= within(t, "wino_filter", u[i], want, magnitude, WINO_ROUNDINGS, 0);
+    }
+    check(t, ok, "wino_filter of %d differs from G g G^T", n);
+    check(t, same_bits(u, plain, 6 * n), "wino_filter is not plain C's bit for bit");
+    release(t, "wino_filter");
+}
+
+static void test_wino_input(struct test *t) {
+    int c = 8 * (1 + below(t, 9)), line = 6 * c + below(t, 40), tap = c + below(t, 20), ok = 1;
+    const float *patch = make_rows(t, 6, 6 * c, line);
+    float *v = make_space(t, 35 * tap + c), *plain = make_space(t, 35 * tap + c);
+    t->k->wino_input(patch, line, c, v, tap);
+    kernels_plain.wino_input(patch, line, c, plain, tap);
+    for (int p = 0; p < 36; p++)
+        for (int i = 0; i < c; i++) {
+            double d[36], magnitude, want;
+            for (int q = 0; q < 36; q++) d[q] = patch[q / 6 * line + q % 6 * c + i];
+            want = both_sides(matrix_bt[p / 6], matrix_bt[p % 6], 6, d, &magnitude);
+            ok &= within(t, "wino_input", v[p * tap + i], want, magnitude, WINO_ROUNDINGS, 0);
+        }
+    check(t, ok, "wino_input of %d channels differs from B^T d B", c);
+    check(t, memcmp(v, plain, (size_t)(35 * tap + c) * sizeof *v) == 0,
+          "wino_input is not plain C's bit for bit");
+    check(t, gap_untouched(v, tap, 36, c), "wino_input wrote between its elements");
+    release(t, "wino_input");
+}
+
+static void test_wino_output(struct test *t) {
+    int tap = STRIP + below(t, 20), ld = STRIP + below(t, 9), with = below(t, 2), ok = 1;
+    const float *m = make_rows(t, 36, STRIP, tap), *bias = make_floats(t, STRIP);
+    const float *old = make_rows(t, 16, STRIP, ld), *residual[16];
+    float *y = make_space(t, 15 * ld + STRIP), *plain = make_space(t, 15 * ld + STRIP), *out[16],
+          *out_plain[16];
+    for (int p = 0; p < 16; p++)
+        residual[p] = old + p * ld, out[p] = y + p * ld, out_plain[p] = plain + p * ld;
+    t->k->wino_output(m, tap, bias, with ? residual : NULL, out);
+    kernels_plain.wino_output(m, tap, bias, with ? residual : NULL, out_plain);
+    for (int p = 0; p < 16; p++)
+        for (int j = 0; j < STRIP; j++) {
+            double d[36], magnitude, want;
+            for (int q = 0; q < 36; q++) d[q] = m[q * tap + j];
+            want = both_sides(matrix_at[p / 4], matrix_at[p % 4], 6, d, &magnitude) + bias[j];
+            magnitude += fabsf(bias[j]);
+            if (with) want += residual[p][j], magnitude += fabsf(residual[p][j]);
+            ok &= within(t, "wino_output", out[p][j], want, magnitude, WINO_ROUNDINGS, 0);
+        }
+    check(t, ok, "wino_output differs from A^T M A");
+    check(t, memcmp(y, plain, (size_t)(15 * ld + STRIP) * sizeof *y) == 0,
+          "wino_output is not plain C's bit for bit");
+    check(t, gap_untouched(y, ld, 16, STRIP), "wino_output wrote between its pixels");
+    t->k->wino_output(m, tap, bias, with ? residual : NULL, out);
+    release(t, "wino_output");
+}
+
+static void test_pack_strip(struct test *t) {
+    int k = 1 + below(t, 70), ld = k + below(t, 5), ok = 1;
+    const float *rows = make_rows(t, STRIP, k, ld);
+    float *strip = make_space(t, k * STRIP);
+    t->k->pack_strip(rows, ld, k, strip);
+    for (int i = 0; i < k * STRIP; i++) ok &= strip[i] == rows[i % STRIP * ld + i / STRIP];
+    check(t, ok, "pack_strip of %d: an element is not where it belongs", k);
+    release(t, "pack_strip");
 }
 
 /* ---- AVX2 and NEON ---- */
@@ -708,6 +812,92 @@ static void test_outer_rows(struct test *t) {
         check(t, ok, "outer_rows of %d rows: not as each row alone", rows);
         check(t, gap_untouched(c, ldc, rows, width), "outer_rows wrote between its rows");
         release(t, "outer_rows");
+    }
+}
+
+/* ---- Convolutions ---- */
+
+struct shape {
+    int c_in, c_out, size, h, w, stride, up, normed, residual;
+};
+
+/* What a pixel outside is to the sum, inside its value after normalisation. */
+static double conv_input(const struct vq_work *work, const struct shape *s, const float *in, int y,
+                         int x, int i) {
+    if (y < 0 || x < 0 || y >= s->h << s->up || x >= s->w << s->up) return 0;
+    double v = in[((y >> s->up) * s->w + (x >> s->up)) * s->c_in + i];
+    return s->normed ? silu_double(v * work->scale[i] + work->shift[i]) : v;
+}
+
+/* One output in double; inputs and weights lie within one, so errors are relative to the number of
+   products. */
+static double conv_double(const struct vq_work *work, const struct shape *s, const float *in,
+                          const float *w, int y, int x, int o) {
+    double sum = 0;
+    int pad = s->stride == 2 ? 0 : s->size / 2;
+    for (int t = 0; t < s->size * s->size; t++)
+        for (int i = 0; i < s->c_in; i++)
+            sum += conv_input(work, s, in, y * s->stride + t / s->size - pad,
+                              x * s->stride + t % s->size - pad, i) *
+                   w[(o * s->size * s->size + t) * s->c_in + i];
+    return sum;
+}
+
+static float *unit_floats(struct test *t, int64_t n) {
+    float *x = make_space(t, n);
+    for (int64_t i = 0; i < n; i++) x[i] = uniform(t);
+    return x;
+}
+
+/* Convolutions by either way, against sums in double, and with any number of threads the same. */
+static void test_conv(struct test *t, struct shape s) {
+    int cols = s.size * s.size * s.c_in, ok = 1, h = (s.h << s.up) / s.stride,
+        w = (s.w << s.up) / s.stride, pad = s.stride == 2 ? 0 : s.size / 2;
+    const float *in = unit_floats(t, s.h * s.w * s.c_in), *weights = unit_floats(t, s.c_out * cols),
+                *bias = unit_floats(t, s.c_out), *old = unit_floats(t, h * w * s.c_out);
+    float *out = make_space(t, h * w * s.c_out), *first = make_space(t, h * w * s.c_out);
+    struct vq_work work = {.scale = unit_floats(t, s.c_in), .shift = unit_floats(t, s.c_in)};
+    struct conv conv = {.bias = bias, .c_in = s.c_in, .c_out = s.c_out, .size = s.size};
+    struct sampling_grid g = {s.h, s.w, h, w, s.stride, s.up, pad};
+    conv.w = (struct tensor){(const uint8_t *)weights, cols * 4, LVM_F32, s.c_out, cols};
+    work.packed = must(malloc(sizeof(float) * (size_t)max64(WINO_U, TAPS * wino_stride(TILES, s.c_in))));
+    work.zeros = must(calloc((size_t)s.c_in, sizeof(float)));
+    for (int threads = 1; threads <= 3; threads++) {
+        struct exec e = make_exec(t, threads, &conv.w, 1, 0);
+        free(e.scratch);
+        e.scratch_floats = max64(cols * STRIP, wino_scratch(s.c_in));
+        e.scratch = must(malloc((size_t)(threads * e.scratch_floats) * sizeof(float)));
+        memcpy(out, old, (size_t)(h * w * s.c_out) * sizeof *out);
+        run_conv(&e, &work, &conv, g, s.normed, in, s.residual ? out : NULL, out);
+        if (threads == 1) memcpy(first, out, (size_t)(h * w * s.c_out) * sizeof *out);
+        check(t, same_bits(first, out, h * w * s.c_out), "a convolution depends on the threads");
+        free_exec(&e);
+    }
+    for (int n = 0; n < 200; n++) {
+        int p = below(t, h * w), o = below(t, s.c_out);
+        double want = conv_double(&work, &s, in, weights, p / w, p % w, o) + bias[o];
+        if (s.residual) want += old[p * s.c_out + o];
+        ok &= within(t, "conv", out[p * s.c_out + o], want, sqrt(cols + 2.0), CONV_U, 0);
+    }
+    check(t, ok, "convolution %d x %d x %d to %d, size %d, stride %d, up %d, normed %d: differs",
+          s.h, s.w, s.c_in, s.c_out, s.size, s.stride, s.up, s.normed);
+    free(work.packed), free(work.zeros);
+    release(t, "run_conv");
+}
+
+static void test_convs(struct test *t) {
+    static const struct shape shapes[] = {
+        {3, 32, 3, 13, 10, 1, 0, 0, 0},   {32, 5, 1, 9, 7, 1, 0, 0, 1},
+        {32, 48, 1, 11, 12, 1, 0, 0, 0},  {32, 40, 3, 14, 16, 2, 0, 0, 0},
+        {12, 16, 3, 6, 5, 1, 0, 0, 1},    {32, 32, 3, 16, 16, 1, 0, 1, 1},
+        {64, 3, 3, 13, 18, 1, 0, 1, 0},   {32, 48, 3, 37, 41, 1, 0, 1, 1},
+        {8, 16, 3, 40, 45, 1, 0, 0, 0},   {64, 64, 3, 9, 10, 1, 1, 0, 0},
+        {32, 16, 3, 22, 19, 1, 1, 0, 0},  {288, 272, 3, 35, 36, 1, 0, 1, 1},
+        {256, 40, 3, 36, 36, 1, 0, 1, 0}, {1, 1, 3, 1, 1, 1, 0, 0, 0},
+        {32, 1, 3, 1, 2, 1, 0, 1, 0}};
+    for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
+        start_round(t, (int)i);
+        test_conv(t, shapes[i]);
     }
 }
 
@@ -927,6 +1117,10 @@ static void test_table(struct test *t) {
         test_silu_mul(t);
         test_norm_rows(t);
         test_channel_sums(t);
+        test_pack_strip(t);
+        test_wino_filter(t);
+        test_wino_input(t);
+        test_wino_output(t);
         if (round % 10 == 0) test_attend(t);
     }
     test_quantize_tiny(t);
@@ -934,6 +1128,7 @@ static void test_table(struct test *t) {
     test_all_halves(t, LVM_F16);
     test_all_halves(t, LVM_BF16);
     test_outer_rows(t);
+    test_convs(t);
     test_linears(t);
 }
 
