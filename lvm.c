@@ -3310,8 +3310,8 @@ static void wino_filters_task(void *arg, int strip, int thread) {
 /* ... then each block of tiles. */
 static void wino_tiles_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
-    int c = job->conv->c_in, block = wino_block(c), tile = task * block, strips = strips_of(job->conv);
-    int n = job->tiles - tile < block ? job->tiles - tile : block;
+    int c = job->conv->c_in, strips = strips_of(job->conv), block = wino_block(c);
+    int tile = task * block, n = job->tiles - tile < block ? job->tiles - tile : block;
     int64_t v_tap = wino_stride(n, c), strip = (int64_t)TAPS * c * STRIP;
     float *v = exec_scratch(job->e, thread), *m = v + TAPS * v_tap,
           *patch = m + TAPS * wino_stride(n, PAIR);
@@ -3336,7 +3336,8 @@ static void wino_strips_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
     int c = job->conv->c_in, first = 2 * task, n = c * STRIP;
     int strips = strips_of(job->conv) - first < 2 ? 1 : 2;
-    float *w = exec_scratch(job->e, thread), *u = w + 2 * 9 * (int64_t)n, *m = u + 2 * 6 * (int64_t)n;
+    float *w = exec_scratch(job->e, thread), *u = w + 2 * 9 * (int64_t)n,
+          *m = u + 2 * 6 * (int64_t)n;
     for (int s = 0; s < strips; s++) pack_conv(job, first + s, u, w + s * 9 * (int64_t)n);
     for (int row = 0; row < 6; row++) {
         for (int s = 0; s < strips; s++)
@@ -9029,7 +9030,7 @@ AVX2 static void pack_strip_avx2(const float *rows, int64_t ld, int k, float *st
         for (int half = 0; half < STRIP; half += 8) {
             __m256i v[8];
             UNROLL for (int j = 0; j < 8; j++)
-                v[j] = _mm256_loadu_si256((const __m256i *)(const void *)(rows + (half + j) * ld + i));
+                v[j] = _mm256_castps_si256(_mm256_loadu_ps(rows + (half + j) * ld + i));
             transpose_8x8(v);
             UNROLL for (int j = 0; j < 8; j++)
                 _mm256_storeu_si256((__m256i *)(void *)(strip + (i + j) * STRIP + half), v[j]);
@@ -10007,9 +10008,9 @@ static void pack_strip_neon(const float *rows, int64_t ld, int k, float *strip) 
     int i = 0;
     for (; i + 4 <= k; i += 4)
         for (int j = 0; j < STRIP; j += 4) {
-            float32x4x2_t low, high;
-            low = vtrnq_f32(vld1q_f32(rows + j * ld + i), vld1q_f32(rows + (j + 1) * ld + i));
-            high = vtrnq_f32(vld1q_f32(rows + (j + 2) * ld + i), vld1q_f32(rows + (j + 3) * ld + i));
+            const float *r = rows + j * ld + i;
+            float32x4x2_t low = vtrnq_f32(vld1q_f32(r), vld1q_f32(r + ld)),
+                          high = vtrnq_f32(vld1q_f32(r + 2 * ld), vld1q_f32(r + 3 * ld));
             UNROLL for (int odd = 0; odd < 2; odd++) {
                 float32x4_t a = low.val[odd], b = high.val[odd];
                 vst1q_f32(strip + (i + odd) * STRIP + j,
@@ -10172,7 +10173,8 @@ static const struct kernels *choose_kernels(lvm_error *error) {
    One table names the commands, one the options with the commands that take them; help and manual
    page are printed from the same tables. Behind them stand pictures and names on the command line,
    then the commands: on one prompt, on sets of them (rank, eval, batch), on weights files, bench.
-   What was written goes to stdout, one path a line; everything else to stderr. Exit status: 0 done, 1 the work failed, 2 wrong usage. */
+   What was written goes to stdout, one path a line; everything else to stderr. Exit
+   status: 0 done, 1 the work failed, 2 wrong usage. */
 
 #ifndef LVM_NO_MAIN
 

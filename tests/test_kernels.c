@@ -860,7 +860,8 @@ static void test_conv(struct test *t, struct shape s) {
     struct conv conv = {.bias = bias, .c_in = s.c_in, .c_out = s.c_out, .size = s.size};
     struct sampling_grid g = {s.h, s.w, h, w, s.stride, s.up, pad};
     conv.w = (struct tensor){(const uint8_t *)weights, cols * 4, LVM_F32, s.c_out, cols};
-    work.packed = must(malloc(sizeof(float) * (size_t)max64(WINO_U, TAPS * wino_stride(TILES, s.c_in))));
+    size_t shared = (size_t)max64(WINO_U, TAPS * wino_stride(TILES, s.c_in));
+    work.packed = must(malloc(shared * sizeof(float)));
     work.zeros = must(calloc((size_t)s.c_in, sizeof(float)));
     for (int threads = 1; threads <= 3; threads++) {
         struct exec e = make_exec(t, threads, &conv.w, 1, 0);
