@@ -1359,7 +1359,8 @@ static void sincos_f64(double x, double *sine, double *cosine) {
        dot_row    c[j] = sum_k a[k] b[j][k]               one row of activations, n rows of weights
        dot_tile   the same for dot_rows x dot_cols of them at once
        int_row    c[j] = sum_blocks (sum_k qa[k] qb[j][k]) da db[j]      quantised weights
-       int_tile   the same for int_rows rows of activations and STRIP packed rows of weights
+       int_tile   the same for int_rows rows of activations and up to int_strips strips of STRIP
+                  packed rows of weights
    Outer products, one operand packed in strips of 16 columns, b[k][16]: convolution and attention.
        outer_tile c[r][0..15] (+)= sum_k a[r][k] b[k][0..15]  for outer_rows rows and up to
                   outer_strips strips
@@ -1398,8 +1399,8 @@ struct xblock {
 /* Shapes: a panel or strip is 16 columns; see each plain version below for what it computes. */
 struct kernels {
     const char *name;
-    int dot_rows, dot_cols, int_rows, outer_rows, outer_strips; /* shapes of the tiles */
-    int pack_bytes; /* of a packed block of STRIP rows */
+    int dot_rows, dot_cols, int_rows, int_strips, outer_rows, outer_strips; /* of the tiles */
+    int pack_bytes;                                     /* of a packed block of STRIP rows */
 
     void (*dot_row)(int k, const float *a, const float *b, int64_t ldb, int n, float *c);
     void (*dot_tile)(int k, const float *const *a, const float *const *b, float *c, int ldc);
@@ -1407,8 +1408,8 @@ struct kernels {
     void (*int_row)(int type, int blocks, const struct xblock *x, const uint8_t *w,
                     int64_t row_bytes, int n, float *c);
     void (*int_pack)(int type, int blocks, const uint8_t *const *w, uint8_t *packed);
-    void (*int_tile)(int blocks, const struct xblock *const *x, const uint8_t *packed, float *c,
-                     int ldc);
+    void (*int_tile)(int blocks, const struct xblock *const *x, const uint8_t *packed, int strips,
+                     float *c, int ldc);
     void (*outer_row)(int k, const float *a, const float *b, int64_t strip, int strips, float *c,
                       int accumulate);
     void (*outer_tile)(int k, const float *const *a, const float *b, int64_t strip, int strips,
@@ -1516,7 +1517,8 @@ static void int_pack_plain(int type, int blocks, const uint8_t *const *w, uint8_
 }
 
 static void int_tile_plain(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                           float *c, int ldc) {
+                           int strips, float *c, int ldc) {
+    (void)strips;
     for (int r = 0; r < PLAIN_ROWS; r++)
         for (int j = 0; j < STRIP; j++) {
             float sum = 0;
@@ -1705,13 +1707,13 @@ static void channel_sums_plain(const float *x, int64_t pixels, int c, float *sum
 }
 
 static const struct kernels kernels_plain = {
-    "scalar",          PLAIN_ROWS,        PLAIN_COLS,         PLAIN_ROWS,
-    PLAIN_OUTER,       PLAIN_STRIPS,      PLAIN_PACK,         dot_row_plain,
-    dot_tile_plain,    quantize_x_plain,  int_row_plain,      int_pack_plain,
-    int_tile_plain,    outer_row_plain,   outer_tile_plain,   pack_strip_plain,
-    wino_filter_plain, wino_input_plain,  wino_output_plain,  row_to_f32,
-    k8_to_f32_plain,   v8_to_f32_plain,   rmsnorm_plain,      softmax_plain,
-    silu_mul_plain,    norm_rows_plain,   channel_sums_plain};
+    "scalar",         PLAIN_ROWS,        PLAIN_COLS,       PLAIN_ROWS,
+    1,                PLAIN_OUTER,       PLAIN_STRIPS,     PLAIN_PACK,
+    dot_row_plain,    dot_tile_plain,    quantize_x_plain, int_row_plain,
+    int_pack_plain,   int_tile_plain,    outer_row_plain,  outer_tile_plain,
+    pack_strip_plain, wino_filter_plain, wino_input_plain, wino_output_plain,
+    row_to_f32,       k8_to_f32_plain,   v8_to_f32_plain,  rmsnorm_plain,
+    softmax_plain,    silu_mul_plain,    norm_rows_plain,  channel_sums_plain};
 
 /* The best table for this machine, or the one that LVM_ISA names; chapter 11. */
 static const struct kernels *choose_kernels(lvm_error *error);
@@ -1827,25 +1829,40 @@ static void linear_int_row_task(void *arg, int task, int thread) {
     }
 }
 
-/* Packs STRIP rows of weights, then multiplies all rows of x by them. */
+/* Packs the rows of weights from j0 on, STRIP to a strip. */
+static void pack_strips(const struct linear_job *job, int j0, int strips, uint8_t *packed) {
+    const struct tensor *w = job->w;
+    int blocks = w->cols / QK;
+    const uint8_t *rows[STRIP];
+    for (int s = 0; s < strips; s++, j0 += STRIP) {
+        for (int j = 0; j < STRIP; j++)
+            rows[j] = tensor_row(w, j0 + j < w->rows ? j0 + j : w->rows - 1);
+        job->e->k->int_pack(w->type, blocks, rows,
+                            packed + (int64_t)s * blocks * job->e->k->pack_bytes);
+    }
+}
+
+/* Packs int_strips strips of weights, then multiplies all rows of x by them. */
 static void linear_int_task(void *arg, int task, int thread) {
     const struct linear_job *job = arg;
     const struct tensor *w = job->w;
     const struct kernels *k = job->e->k;
-    int j0 = task * STRIP, cols = w->rows - j0 < STRIP ? w->rows - j0 : STRIP,
-        blocks = w->cols / QK;
-    const uint8_t *rows_of_w[STRIP];
+    int wide = k->int_strips * STRIP, j0 = task * wide, blocks = w->cols / QK,
+        cols = w->rows - j0 < wide ? w->rows - j0 : wide, strips = (cols + STRIP - 1) / STRIP;
     uint8_t *packed = (uint8_t *)exec_scratch(job->e, thread);
-    float tile[MAX_TILE * STRIP];
-    for (int j = 0; j < STRIP; j++) rows_of_w[j] = tensor_row(w, j0 + (j < cols ? j : cols - 1));
-    k->int_pack(w->type, blocks, rows_of_w, packed);
+    float tile[MAX_TILE * MAX_STRIPS * STRIP];
+    pack_strips(job, j0, strips, packed);
     for (int r0 = 0; r0 < job->rows; r0 += k->int_rows) {
         int rows = job->rows - r0 < k->int_rows ? job->rows - r0 : k->int_rows;
         const struct xblock *px[MAX_TILE];
         for (int r = 0; r < k->int_rows; r++)
             px[r] = job->e->xq + (int64_t)(r0 + (r < rows ? r : rows - 1)) * blocks;
-        k->int_tile(blocks, px, packed, tile, STRIP);
-        store_tile(job, tile, STRIP, r0, rows, j0, cols);
+        if (rows == k->int_rows && cols == strips * STRIP && job->bias == NULL) {
+            k->int_tile(blocks, px, packed, strips, job->y + (int64_t)r0 * w->rows + j0, w->rows);
+            continue;
+        }
+        k->int_tile(blocks, px, packed, strips, tile, wide);
+        store_tile(job, tile, wide, r0, rows, j0, cols);
     }
 }
 
@@ -1870,13 +1887,14 @@ static void linear(const struct exec *e, const struct tensor *w, const float *bi
     if (rows < e->k->int_rows)
         pool_run(e->pool, (w->rows + INT_ROW_TASK - 1) / INT_ROW_TASK, linear_int_row_task, &job);
     else
-        pool_run(e->pool, (w->rows + STRIP - 1) / STRIP, linear_int_task, &job);
+        pool_run(e->pool, (w->rows + e->k->int_strips * STRIP - 1) / (e->k->int_strips * STRIP),
+                 linear_int_task, &job);
 }
 
 /* Scratch floats that a thread needs for a matrix with so many columns. */
 static int64_t linear_scratch(const struct kernels *k, int cols) {
     int64_t panel = (int64_t)panel_rows(cols) * cols;
-    return max64(panel, (int64_t)(cols / QK) * k->pack_bytes / 4);
+    return max64(panel, (int64_t)(cols / QK) * k->int_strips * k->pack_bytes / 4);
 }
 
 /* c[r][..16 strips] (+)= a[r][k] b for any number of rows; a row's pointer is a[r]. */
@@ -8419,7 +8437,8 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
                    side by side: one vpmaddwd is 16 products, and lane j is row j. AVX-512 VNNI
                    does four products a lane from bytes, one side unsigned: activations are stored
                    as q + 128, and sum (q + 128) w = sum q w + 128 sum w is put right by packing
-                   -128 sum w. NEON multiplies signed bytes as they are.
+                   -128 sum w. NEON multiplies signed bytes as they are. 8 rows x 2 strips
+                   (AVX-512): 10 loads for 16 products; 4 x 1 (AVX2, NEON).
        int row     eight rows of weights at a time (NEON: four); eight vectors of partial sums
                    become one vector of eight sums by a tree of horizontal additions.
 
@@ -8789,7 +8808,8 @@ AVX2 static void int_pack_avx2(int type, int blocks, const uint8_t *const *w, ui
 }
 
 AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                               float *c, int ldc) {
+                               int strips, float *c, int ldc) {
+    (void)strips;
     __m256 sum[A2_ROWS][2];
     UNROLL for (int r = 0; r < A2_ROWS; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++, packed += A2_PACK) {
@@ -9053,17 +9073,17 @@ AVX2 static void wino_output_avx2(const float *m, int64_t tap, const float *bias
 }
 
 static const struct kernels kernels_avx2 = {
-    "avx2",           A2_ROWS,         A2_COLS,           A2_ROWS,
-    A2_OUTER,         A2_STRIPS,       A2_PACK,           dot_row_avx2,
-    dot_tile_avx2,    quantize_x_avx2, int_row_avx2,      int_pack_avx2,
-    int_tile_avx2,    outer_row_avx2,  outer_tile_avx2,   pack_strip_avx2,
-    wino_filter_avx2, wino_input_avx2, wino_output_avx2,  to_f32_avx2,
-    k8_to_f32_avx2,   v8_to_f32_avx2,  rmsnorm_avx2,      softmax_avx2,
-    silu_mul_avx2,    norm_rows_avx2,  channel_sums_avx2};
+    "avx2",          A2_ROWS,          A2_COLS,         A2_ROWS,
+    1,               A2_OUTER,         A2_STRIPS,       A2_PACK,
+    dot_row_avx2,    dot_tile_avx2,    quantize_x_avx2, int_row_avx2,
+    int_pack_avx2,   int_tile_avx2,    outer_row_avx2,  outer_tile_avx2,
+    pack_strip_avx2, wino_filter_avx2, wino_input_avx2, wino_output_avx2,
+    to_f32_avx2,     k8_to_f32_avx2,   v8_to_f32_avx2,  rmsnorm_avx2,
+    softmax_avx2,    silu_mul_avx2,    norm_rows_avx2,  channel_sums_avx2};
 
 /* ---- AVX-512: the tiles; what is elementwise stays at eight lanes ---- */
 
-enum { A5_ROWS = 5, A5_COLS = 4, A5_OUTER = 8, A5_STRIPS = 2, A5_INT = 12 };
+enum { A5_ROWS = 5, A5_COLS = 4, A5_OUTER = 8, A5_STRIPS = 2, A5_INT = 8 };
 enum { A5_PACK = STRIP * (4 + 4 + QK) };
 
 /* Halves first: lane i + lane i+8, then as eight lanes. */
@@ -9233,25 +9253,45 @@ AVX512 static void int_pack_avx512(int type, int blocks, const uint8_t *const *w
         }
 }
 
-AVX512 static void int_tile_avx512(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                                   float *c, int ldc) {
-    __m512 sum[A5_INT];
-    UNROLL for (int r = 0; r < A5_INT; r++) sum[r] = _mm512_setzero_ps();
+/* For each block and row, eight products and three instructions that scale them, so that 8 / 11 of
+   the ceiling is what there is to reach. A weight is read once for 8 rows, an activation once for
+   two strips; rounds over i must be unrolled, or the rows' pointers move through memory. */
+AVX512 static INLINE void int_strips_avx512(int blocks, const struct xblock *const *x,
+                                            const uint8_t *packed, int strips, float *c, int ldc) {
+    __m512 sum[A5_INT][A5_STRIPS];
+    int64_t strip = (int64_t)blocks * A5_PACK;
+    UNROLL for (int r = 0; r < A5_INT; r++)
+        UNROLL for (int s = 0; s < strips; s++) sum[r][s] = _mm512_setzero_ps();
     for (int b = 0; b < blocks; b++, packed += A5_PACK) {
-        __m512i acc[A5_INT], correction = _mm512_loadu_si512(packed + 4 * STRIP);
-        UNROLL for (int r = 0; r < A5_INT; r++) acc[r] = correction;
-        for (int i = 0; i < QK / 4; i++) {
-            __m512i w = _mm512_loadu_si512(packed + 8 * STRIP + 64 * i);
+        __m512i acc[A5_INT][A5_STRIPS], w[A5_STRIPS];
+        UNROLL for (int s = 0; s < strips; s++)
             UNROLL for (int r = 0; r < A5_INT; r++)
-                acc[r] = _mm512_dpbusd_epi32(acc[r],
-                                             _mm512_set1_epi32(load_s32(x[r][b].q.u8 + 4 * i)), w);
+                acc[r][s] = _mm512_loadu_si512(packed + s * strip + 4 * STRIP);
+        UNROLL for (int i = 0; i < QK / 4; i++) {
+            UNROLL for (int s = 0; s < strips; s++)
+                w[s] = _mm512_loadu_si512(packed + s * strip + 8 * STRIP + 64 * i);
+            UNROLL for (int r = 0; r < A5_INT; r++) {
+                __m512i four = _mm512_set1_epi32(load_s32(x[r][b].q.u8 + 4 * i));
+                UNROLL for (int s = 0; s < strips; s++)
+                    acc[r][s] = _mm512_dpbusd_epi32(acc[r][s], four, w[s]);
+            }
         }
-        __m512 d = _mm512_loadu_ps(packed);
-        UNROLL for (int r = 0; r < A5_INT; r++)
-            sum[r] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r]),
-                                     _mm512_mul_ps(d, _mm512_set1_ps(x[r][b].d)), sum[r]);
+        UNROLL for (int s = 0; s < strips; s++)
+            UNROLL for (int r = 0; r < A5_INT; r++) {
+                __m512 d = _mm512_mul_ps(_mm512_loadu_ps(packed + s * strip),
+                                         _mm512_set1_ps(x[r][b].d));
+                sum[r][s] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][s]), d, sum[r][s]);
+            }
     }
-    UNROLL for (int r = 0; r < A5_INT; r++) _mm512_storeu_ps(c + r * ldc, sum[r]);
+    UNROLL for (int r = 0; r < A5_INT; r++)
+        UNROLL for (int s = 0; s < strips; s++)
+            _mm512_storeu_ps(c + r * ldc + s * STRIP, sum[r][s]);
+}
+
+AVX512 static void int_tile_avx512(int blocks, const struct xblock *const *x, const uint8_t *packed,
+                                   int strips, float *c, int ldc) {
+    if (strips == 2) int_strips_avx512(blocks, x, packed, 2, c, ldc);
+    else int_strips_avx512(blocks, x, packed, 1, c, ldc);
 }
 
 AVX512 static void quantize_x_avx512(const float *x, struct xblock *y, int k) {
@@ -9289,13 +9329,13 @@ AVX512 static void wino_output_avx512(const float *m, int64_t tap, const float *
 }
 
 static const struct kernels kernels_avx512 = {
-    "avx512",           A5_ROWS,           A5_COLS,            A5_INT,
-    A5_OUTER,           A5_STRIPS,         A5_PACK,            dot_row_avx512,
-    dot_tile_avx512,    quantize_x_avx512, int_row_avx512,     int_pack_avx512,
-    int_tile_avx512,    outer_row_avx512,  outer_tile_avx512,  pack_strip_avx2,
-    wino_filter_avx512, wino_input_avx512, wino_output_avx512, to_f32_avx2,
-    k8_to_f32_avx2,     v8_to_f32_avx2,    rmsnorm_avx512,     softmax_avx2,
-    silu_mul_avx2,      norm_rows_avx2,    channel_sums_avx2};
+    "avx512",        A5_ROWS,            A5_COLS,           A5_INT,
+    A5_STRIPS,       A5_OUTER,           A5_STRIPS,         A5_PACK,
+    dot_row_avx512,  dot_tile_avx512,    quantize_x_avx512, int_row_avx512,
+    int_pack_avx512, int_tile_avx512,    outer_row_avx512,  outer_tile_avx512,
+    pack_strip_avx2, wino_filter_avx512, wino_input_avx512, wino_output_avx512,
+    to_f32_avx2,     k8_to_f32_avx2,     v8_to_f32_avx2,    rmsnorm_avx512,
+    softmax_avx2,    silu_mul_avx2,      norm_rows_avx2,    channel_sums_avx2};
 
 /* ---- Which of them this machine can run: the processor must have it and the system save it ----
    */
@@ -9696,7 +9736,8 @@ static void int_tile_4_neon(int blocks, const struct xblock *const *x, const uin
 }
 
 static void int_tile_neon(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                          float *c, int ldc) {
+                          int strips, float *c, int ldc) {
+    (void)strips;
     for (int j = 0; j < STRIP; j += 4)
         int_tile_4_neon(blocks, x, packed + (int64_t)j / 4 * blocks * NEON_QUAD, c + j, ldc);
 }
@@ -9827,7 +9868,8 @@ NEON_DOT static void int_tile_8_dot(int blocks, const struct xblock *const *x,
 }
 
 NEON_DOT static void int_tile_dot(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                                  float *c, int ldc) {
+                                  int strips, float *c, int ldc) {
+    (void)strips;
     for (int j = 0; j < STRIP; j += 8)
         int_tile_8_dot(blocks, x, packed + (int64_t)j / 4 * blocks * NEON_QUAD, c + j, ldc);
 }
@@ -10037,22 +10079,22 @@ static void wino_output_neon(const float *m, int64_t tap, const float *bias,
 }
 
 static const struct kernels kernels_neon = {
-    "neon",           NEON_ROWS,       NEON_COLS,         NEON_INT,
-    NEON_OUTER,       NEON_STRIPS,     NEON_PACK,         dot_row_neon,
-    dot_tile_neon,    quantize_x_neon, int_row_neon,      int_pack_neon,
-    int_tile_neon,    outer_row_neon,  outer_tile_neon,   pack_strip_neon,
-    wino_filter_neon, wino_input_neon, wino_output_neon,  to_f32_neon,
-    k8_to_f32_neon,   v8_to_f32_neon,  rmsnorm_neon,      softmax_neon,
-    silu_mul_neon,    norm_rows_neon,  channel_sums_neon};
+    "neon",          NEON_ROWS,        NEON_COLS,       NEON_INT,
+    1,               NEON_OUTER,       NEON_STRIPS,     NEON_PACK,
+    dot_row_neon,    dot_tile_neon,    quantize_x_neon, int_row_neon,
+    int_pack_neon,   int_tile_neon,    outer_row_neon,  outer_tile_neon,
+    pack_strip_neon, wino_filter_neon, wino_input_neon, wino_output_neon,
+    to_f32_neon,     k8_to_f32_neon,   v8_to_f32_neon,  rmsnorm_neon,
+    softmax_neon,    silu_mul_neon,    norm_rows_neon,  channel_sums_neon};
 
 static const struct kernels kernels_neon_dot = {
-    "neon-dot",       NEON_ROWS,       NEON_COLS,         NEON_INT,
-    NEON_OUTER,       NEON_STRIPS,     NEON_PACK,         dot_row_neon,
-    dot_tile_neon,    quantize_x_neon, int_row_dot,       int_pack_dot,
-    int_tile_dot,     outer_row_neon,  outer_tile_neon,   pack_strip_neon,
-    wino_filter_neon, wino_input_neon, wino_output_neon,  to_f32_neon,
-    k8_to_f32_neon,   v8_to_f32_neon,  rmsnorm_neon,      softmax_neon,
-    silu_mul_neon,    norm_rows_neon,  channel_sums_neon};
+    "neon-dot",      NEON_ROWS,        NEON_COLS,       NEON_INT,
+    1,               NEON_OUTER,       NEON_STRIPS,     NEON_PACK,
+    dot_row_neon,    dot_tile_neon,    quantize_x_neon, int_row_dot,
+    int_pack_dot,    int_tile_dot,     outer_row_neon,  outer_tile_neon,
+    pack_strip_neon, wino_filter_neon, wino_input_neon, wino_output_neon,
+    to_f32_neon,     k8_to_f32_neon,   v8_to_f32_neon,  rmsnorm_neon,
+    softmax_neon,    silu_mul_neon,    norm_rows_neon,  channel_sums_neon};
 
 #ifndef LVM_NO_MAIN
 static void peak_fma_neon(int64_t rounds) {

@@ -330,34 +330,37 @@ static uint8_t *make_weights(struct test *t, int type, int rows, int blocks) {
 
 static void test_int(struct test *t, int type) {
     const struct kernels *k = t->k;
-    int blocks = 1 + below(t, 12), n = STRIP + below(t, 25), rows = k->int_rows,
-        ldc = STRIP + below(t, 3);
+    int strips = 1 + below(t, k->int_strips), width = strips * STRIP;
+    int blocks = 1 + below(t, 12), n = width + below(t, 25), rows = k->int_rows,
+        ldc = width + below(t, 3);
     int64_t row_bytes = (int64_t)blocks * type_info(type)->bytes;
     const uint8_t *w = make_weights(t, type, n, blocks), *pw[STRIP];
     const float *x = make_floats(t, rows * blocks * QK);
     struct xblock *xq = make(t, (size_t)(rows * blocks) * sizeof *xq);
     struct xblock *plain = make(t, (size_t)(rows * blocks) * sizeof *plain);
     const struct xblock *px[MAX_TILE];
-    uint8_t *packed = make(t, (size_t)(blocks * k->pack_bytes));
+    uint8_t *packed = make(t, (size_t)(blocks * strips * k->pack_bytes));
     float *c = make_space(t, rows * n), *want = make_space(t, n);
-    float *tile = make_space(t, (rows - 1) * ldc + STRIP);
-    int first = below(t, n - STRIP + 1), row_ok = 1, tile_ok = 1;
+    float *tile = make_space(t, (rows - 1) * ldc + width);
+    int first = below(t, n - width + 1), row_ok = 1, tile_ok = 1;
     k->quantize_x(x, xq, rows * blocks * QK);
     kernels_plain.quantize_x(x, plain, rows * blocks * QK);
-    for (int j = 0; j < STRIP; j++) pw[j] = w + (first + j) * row_bytes;
     for (int r = 0; r < rows; r++) px[r] = xq + r * blocks;
-    k->int_pack(type, blocks, pw, packed);
-    k->int_tile(blocks, px, packed, tile, ldc);
+    for (int s = 0; s < strips; s++) {
+        for (int j = 0; j < STRIP; j++) pw[j] = w + (first + s * STRIP + j) * row_bytes;
+        k->int_pack(type, blocks, pw, packed + s * blocks * k->pack_bytes);
+    }
+    k->int_tile(blocks, px, packed, strips, tile, ldc);
     for (int r = 0; r < rows; r++) {
         k->int_row(type, blocks, px[r], w, row_bytes, n, c + r * n);
         kernels_plain.int_row(type, blocks, plain + r * blocks, w, row_bytes, n, want);
         row_ok &= same_bits(c + r * n, want, n);
-        tile_ok &= same_bits(c + r * n + first, tile + r * ldc, STRIP);
+        tile_ok &= same_bits(c + r * n + first, tile + r * ldc, width);
     }
     check(t, row_ok, "int_row of %s, %d rows of %d blocks, differs from plain C",
           type_info(type)->name, n, blocks);
     check(t, tile_ok, "int_tile of %s is not int_row bit for bit", type_info(type)->name);
-    check(t, gap_untouched(tile, ldc, rows, STRIP), "int_tile wrote between its rows");
+    check(t, gap_untouched(tile, ldc, rows, width), "int_tile wrote between its rows");
     release(t, "an integer kernel");
 }
 
