@@ -1416,7 +1416,7 @@ struct kernels {
                        float *c, int ldc, int accumulate);
 
     void (*pack_strip)(const float *rows, int64_t ld, int k, float *strip);
-    void (*wino_filter)(const float *w, int n, int row, float *u);
+    void (*wino_filter)(const float *w, int n, int64_t tap, float *u);
     void (*wino_input)(const float *patch, int64_t line, int c, float *v, int64_t tap);
     void (*wino_output)(const float *m, int64_t tap, const float *bias,
                         const float *const *residual, float *const *out);
@@ -1592,27 +1592,24 @@ static void wino_output_1d(const float *m, int from, float *y, int to) {
 }
 
 /* u[0..5] = G g */
-static void wino_filter_1d(const float *g, float *u) {
-    float ends = g[0] + g[2], halves = g[0] * (1.0f / 24) + g[2] * (1.0f / 6);
+static void wino_filter_1d(const float *g, int from, float *u, int to) {
+    float ends = g[0] + g[2 * from], halves = g[0] * (1.0f / 24) + g[2 * from] * (1.0f / 6);
     u[0] = g[0] * 0.25f;
-    u[1] = (ends + g[1]) * (-1.0f / 6);
-    u[2] = (g[1] - ends) * (1.0f / 6);
-    u[3] = halves + g[1] * (1.0f / 12);
-    u[4] = halves - g[1] * (1.0f / 12);
-    u[5] = g[2];
+    u[to] = (ends + g[from]) * (-1.0f / 6);
+    u[2 * to] = (g[from] - ends) * (1.0f / 6);
+    u[3 * to] = halves + g[from] * (1.0f / 12);
+    u[4 * to] = halves - g[from] * (1.0f / 12);
+    u[5 * to] = g[2 * from];
 }
 
-/* Row `row` of U for n filters at once: u[6][n] from w[3 x 3][n]. */
-static void wino_filter_plain(const float *w, int n, int row, float *u) {
+/* U of n filters at once: u[36][n] from w[3 x 3][n], elements `tap` apart. */
+static void wino_filter_plain(const float *w, int n, int64_t tap, float *u) {
     for (int i = 0; i < n; i++) {
-        float g[3], column[3], all[6];
-        for (int x = 0; x < 3; x++) {
-            for (int y = 0; y < 3; y++) column[y] = w[(3 * y + x) * n + i];
-            wino_filter_1d(column, all);
-            g[x] = all[row];
-        }
-        wino_filter_1d(g, all);
-        for (int x = 0; x < 6; x++) u[x * n + i] = all[x];
+        float g[9], t[18], all[36];
+        for (int p = 0; p < 9; p++) g[p] = w[p * tap + i];
+        for (int x = 0; x < 3; x++) wino_filter_1d(g + x, 3, t + x, 3);
+        for (int y = 0; y < 6; y++) wino_filter_1d(t + 3 * y, 1, all + 6 * y, 1);
+        for (int p = 0; p < 36; p++) u[p * tap + i] = all[p];
     }
 }
 
@@ -3084,6 +3081,7 @@ enum {
     TILES = 72,            /* Winograd: tiles of a task, at most */
     PATCH = 8,             /* tiles whose inputs are gathered together */
     PAIR = 2 * STRIP,      /* output channels worked on together */
+    CHUNK = 128,           /* input channels whose filters are transformed together */
     WINO_V = 256 << 10,    /* floats of a task's transformed inputs: half of an L2 cache */
     WINO_U = 2560 << 10    /* floats of transformed filters kept for all tasks: of an L3 cache */
 };
@@ -3118,21 +3116,26 @@ struct conv_job {
     int across, tile0, tiles; /* Winograd: tiles side by side; those at hand */
 };
 
-/* Packs 16 output channels: out[t * c_in + i][16]. Channels beyond c_out get zeros. rows is room
-   for as much again. */
-static void pack_conv(const struct conv_job *job, int strip, float *rows, float *out) {
+/* Packs n input channels from c0 on of 16 output channels: for each tap out[n][16], `tap` apart.
+   Channels beyond c_out get zeros. rows is room for 16 x n floats. */
+static void pack_conv(const struct conv_job *job, int strip, int c0, int n, float *rows,
+                      int64_t tap, float *out) {
     const struct tensor *w = &job->conv->w;
-    int j0 = strip * STRIP, n = w->rows - j0 < STRIP ? w->rows - j0 : STRIP;
-    for (int j = 0; j < n; j++)
-        job->e->k->to_f32(w->type, tensor_row(w, j0 + j), rows + (int64_t)j * w->cols, w->cols);
-    memset(rows + (int64_t)n * w->cols, 0, (size_t)(STRIP - n) * (size_t)w->cols * sizeof *rows);
-    job->e->k->pack_strip(rows, w->cols, w->cols, out);
+    int j0 = strip * STRIP, cols = w->rows - j0 < STRIP ? w->rows - j0 : STRIP;
+    memset(rows, 0, (size_t)n * STRIP * sizeof *rows);
+    for (int at = c0; at < w->cols; at += job->conv->c_in, out += tap) {
+        for (int j = 0; j < cols; j++)
+            job->e->k->to_f32(w->type, tensor_row(w, j0 + j) + type_bytes(w->type, at),
+                              rows + (int64_t)j * n, n);
+        job->e->k->pack_strip(rows, n, n, out);
+    }
 }
 
 static void pack_conv_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
-    pack_conv(job, job->strip0 + task, exec_scratch(job->e, thread),
-              job->work->packed + (int64_t)task * job->conv->w.cols * STRIP);
+    const struct conv *conv = job->conv;
+    pack_conv(job, job->strip0 + task, 0, conv->c_in, exec_scratch(job->e, thread),
+              conv->c_in * STRIP, job->work->packed + (int64_t)task * conv->w.cols * STRIP);
 }
 
 /* a[t][i]: the input channels under tap t of output pixel p0 + i. */
@@ -3209,12 +3212,13 @@ static void run_direct(struct conv_job *job) {
        many tiles   a task takes a block of tiles, computes its V, and multiplies all of U, which
                     was computed once before and is shared
        few tiles    where c_in c_out is large: all of V is computed first and shared; a task takes
-                    two strips of output channels and computes their U, six elements at a time
+                    two strips of output channels and computes their U, CHUNK inputs at a time
 
    Inputs are gathered into patches of a few tiles first. There padding becomes zeros, doubled
    pixels are copied, and GroupNorm and SiLU in front of the convolution happen in passing. */
 
-/* Floats between the elements of V or M; the odd line keeps them out of the same cache sets. */
+/* Floats between the elements of V, M, U or filters; the odd line keeps them out of the same cache
+   sets. */
 static int64_t wino_stride(int tiles, int width) { return (int64_t)tiles * width + STRIP; }
 
 static int uses_winograd(const struct conv *conv, const struct sampling_grid *g) {
@@ -3230,8 +3234,9 @@ static int wino_block(int c_in) {
 /* Scratch floats of a thread for any convolution from up to c channels. */
 static int64_t wino_scratch(int c) {
     int64_t v = max64(WINO_V, TAPS * 24 * (int64_t)c) + TAPS * STRIP;
-    int64_t many = v + 6 * (4 * PATCH + 2) * (int64_t)c, few = 2 * (9 + 6) * STRIP * (int64_t)c;
-    return max64(many, few) + TAPS * wino_stride(TILES, PAIR);
+    int64_t many = v + 6 * (4 * PATCH + 2) * (int64_t)c, few = (9 + 2 * TAPS) * wino_stride(CHUNK, STRIP);
+    int64_t filters = 2 * 9 * wino_stride(c, STRIP);
+    return max64(filters, max64(many, few) + TAPS * wino_stride(TILES, PAIR));
 }
 
 /* The inputs of n tiles side by side: patch[6][4 n + 2][c_in]. */
@@ -3273,14 +3278,22 @@ static void wino_inputs(const struct conv_job *job, int tile, int n, float *v, i
     }
 }
 
-/* M = V U for n tiles, elements tap0 .. tap0 + taps - 1, two strips of u (`strip` apart) or one. */
-static void wino_products(const struct conv_job *job, int n, int tap0, int taps, const float *v,
-                          int64_t v_tap, const float *u, int64_t strip, int strips, float *m) {
-    int c = job->conv->c_in;
-    const float *a[TILES];
-    for (int t = tap0; t < tap0 + taps; t++, u += (int64_t)c * STRIP) {
-        for (int i = 0; i < n; i++) a[i] = v + t * v_tap + (int64_t)i * c;
-        outer_rows(job->e->k, n, c, a, u, strip, strips, m + t * wino_stride(n, PAIR), PAIR, 0);
+/* M = V U over channels c0 .. c0 + c - 1; M += V U where c0 > 0. */
+struct wino_product {
+    const float *v, *u;     /* v[36][tiles][c_in], u[strips][36][c][16] */
+    float *m;               /* [36][tiles][PAIR] */
+    int64_t v_tap, u_strip; /* floats between elements of v, strips of u */
+    int tiles, strips, c0, c;
+};
+
+static void wino_products(const struct conv_job *job, const struct wino_product *p) {
+    int64_t m_tap = wino_stride(p->tiles, PAIR);
+    const float *a[TILES], *u = p->u;
+    for (int t = 0; t < TAPS; t++, u += wino_stride(p->c, STRIP)) {
+        for (int i = 0; i < p->tiles; i++)
+            a[i] = p->v + t * p->v_tap + (int64_t)i * job->conv->c_in + p->c0;
+        outer_rows(job->e->k, p->tiles, p->c, a, u, p->u_strip, p->strips, p->m + t * m_tap, PAIR,
+                   p->c0 > 0);
     }
 }
 
@@ -3319,10 +3332,10 @@ static void wino_outputs(const struct conv_job *job, int tile, int n, int strip,
 /* Many tiles: all of U ... */
 static void wino_filters_task(void *arg, int strip, int thread) {
     const struct conv_job *job = arg;
-    int n = job->conv->c_in * STRIP;
-    float *w = exec_scratch(job->e, thread), *u = job->work->packed + (int64_t)strip * TAPS * n;
-    pack_conv(job, strip, w + 9 * (int64_t)n, w);
-    for (int row = 0; row < 6; row++, u += 6 * (int64_t)n) job->e->k->wino_filter(w, n, row, u);
+    int64_t tap = wino_stride(job->conv->c_in, STRIP);
+    float *w = exec_scratch(job->e, thread), *u = job->work->packed + strip * TAPS * tap;
+    pack_conv(job, strip, 0, job->conv->c_in, w + 9 * tap, tap, w);
+    job->e->k->wino_filter(w, job->conv->c_in * STRIP, tap, u);
 }
 
 /* ... then each block of tiles. */
@@ -3330,14 +3343,15 @@ static void wino_tiles_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
     int c = job->conv->c_in, strips = strips_of(job->conv), block = wino_block(c);
     int tile = task * block, n = job->tiles - tile < block ? job->tiles - tile : block;
-    int64_t v_tap = wino_stride(n, c), strip = (int64_t)TAPS * c * STRIP;
+    int64_t v_tap = wino_stride(n, c), strip = TAPS * wino_stride(c, STRIP);
     float *v = exec_scratch(job->e, thread), *m = v + TAPS * v_tap,
           *patch = m + TAPS * wino_stride(n, PAIR);
     wino_inputs(job, tile, n, v, v_tap, patch);
     for (int s = 0; s < strips; s += 2) {
-        int two = strips - s < 2 ? 1 : 2;
-        wino_products(job, n, 0, TAPS, v, v_tap, job->work->packed + s * strip, strip, two, m);
-        wino_outputs(job, tile, n, s, two, m);
+        struct wino_product p = {v,     job->work->packed + s * strip,  m, v_tap,
+                                 strip, n, strips - s < 2 ? 1 : 2, 0, c};
+        wino_products(job, &p);
+        wino_outputs(job, tile, n, s, p.strips, m);
     }
 }
 
@@ -3349,21 +3363,26 @@ static void wino_inputs_task(void *arg, int task, int thread) {
                 wino_stride(job->tiles, job->conv->c_in), exec_scratch(job->e, thread));
 }
 
-/* ... then two strips of channels at a time. */
+/* ... then two strips of output channels at a time, and of them CHUNK input channels. */
 static void wino_strips_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
-    int c = job->conv->c_in, first = 2 * task, n = c * STRIP;
-    int strips = strips_of(job->conv) - first < 2 ? 1 : 2;
-    float *w = exec_scratch(job->e, thread), *u = w + 2 * 9 * (int64_t)n,
-          *m = u + 2 * 6 * (int64_t)n;
-    for (int s = 0; s < strips; s++) pack_conv(job, first + s, u, w + s * 9 * (int64_t)n);
-    for (int row = 0; row < 6; row++) {
-        for (int s = 0; s < strips; s++)
-            job->e->k->wino_filter(w + s * 9 * (int64_t)n, n, row, u + s * 6 * (int64_t)n);
-        wino_products(job, job->tiles, 6 * row, 6, job->work->packed, wino_stride(job->tiles, c), u,
-                      6 * (int64_t)n, strips, m);
+    int c = job->conv->c_in, first = 2 * task, most = c < CHUNK ? c : CHUNK;
+    int64_t room = wino_stride(most, STRIP);
+    float *w = exec_scratch(job->e, thread), *u = w + 9 * room, *m = u + 2 * TAPS * room;
+    struct wino_product p = {.v = job->work->packed, .u = u, .m = m, .tiles = job->tiles};
+    p.v_tap = wino_stride(job->tiles, c);
+    p.strips = strips_of(job->conv) - first < 2 ? 1 : 2;
+    for (; p.c0 < c; p.c0 += CHUNK) {
+        p.c = c - p.c0 < CHUNK ? c - p.c0 : CHUNK;
+        int64_t tap = wino_stride(p.c, STRIP);
+        p.u_strip = TAPS * tap;
+        for (int s = 0; s < p.strips; s++) {
+            pack_conv(job, first + s, p.c0, p.c, u + s * p.u_strip, tap, w);
+            job->e->k->wino_filter(w, p.c * STRIP, tap, u + s * p.u_strip);
+        }
+        wino_products(job, &p);
     }
-    wino_outputs(job, job->tile0, job->tiles, first, strips, m);
+    wino_outputs(job, job->tile0, job->tiles, first, p.strips, m);
 }
 
 static void run_winograd(struct conv_job *job) {
@@ -3372,7 +3391,7 @@ static void run_winograd(struct conv_job *job) {
     int down = (job->g.h + 3) / 4, strips = strips_of(conv), block = wino_block(conv->c_in), all;
     job->across = (job->g.w + 3) / 4;
     job->tiles = all = job->across * down;
-    if (all > TILES && (int64_t)TAPS * conv->c_in * strips * STRIP <= WINO_U) {
+    if (all > TILES && strips * TAPS * wino_stride(conv->c_in, STRIP) <= WINO_U) {
         pool_run(pool, strips, wino_filters_task, job);
         pool_run(pool, (all + block - 1) / block, wino_tiles_task, job);
         return;
@@ -8478,26 +8497,28 @@ static INLINE void wino_output_8(const vec8 *m, int from, vec8 *y, int to) {
     y[3 * to] = q + 8 * s + m[5 * from];
 }
 
-static INLINE void wino_filter_8(const vec8 *g, vec8 *u) {
+static INLINE void wino_filter_8(const vec8 *g, vec8 *u, int to) {
     vec8 ends = g[0] + g[2], halves = g[0] * (1.0f / 24) + g[2] * (1.0f / 6);
     u[0] = g[0] * 0.25f;
-    u[1] = (ends + g[1]) * (-1.0f / 6);
-    u[2] = (g[1] - ends) * (1.0f / 6);
-    u[3] = halves + g[1] * (1.0f / 12);
-    u[4] = halves - g[1] * (1.0f / 12);
-    u[5] = g[2];
+    u[to] = (ends + g[1]) * (-1.0f / 6);
+    u[2 * to] = (g[1] - ends) * (1.0f / 6);
+    u[3 * to] = halves + g[1] * (1.0f / 12);
+    u[4 * to] = halves - g[1] * (1.0f / 12);
+    u[5 * to] = g[2];
 }
 
-static INLINE void wino_filter_vec(const float *w, int n, int row, float *u) {
+static INLINE void wino_filter_vec(const float *w, int n, int64_t tap, float *u) {
     for (int i = 0; i < n; i += 8) {
-        vec8 g[3], column[3], all[6];
+        vec8 t[18], g[3], all[6];
         UNROLL for (int x = 0; x < 3; x++) {
-            UNROLL for (int y = 0; y < 3; y++) column[y] = *(const vec8 *)(w + (3 * y + x) * n + i);
-            wino_filter_8(column, all);
-            g[x] = all[row];
+            UNROLL for (int y = 0; y < 3; y++)
+                g[y] = *(const vec8 *)(w + (3 * y + x) * tap + i);
+            wino_filter_8(g, t + x, 3);
         }
-        wino_filter_8(g, all);
-        UNROLL for (int x = 0; x < 6; x++) *(vec8 *)(u + x * n + i) = all[x];
+        UNROLL for (int y = 0; y < 6; y++) {
+            wino_filter_8(t + 3 * y, all, 1);
+            UNROLL for (int x = 0; x < 6; x++) *(vec8 *)(u + (6 * y + x) * tap + i) = all[x];
+        }
     }
 }
 
@@ -9058,8 +9079,8 @@ AVX2 static void pack_strip_avx2(const float *rows, int64_t ld, int k, float *st
     if (i < k) pack_strip_plain(rows + i, ld, k - i, strip + i * STRIP);
 }
 
-AVX2 static void wino_filter_avx2(const float *w, int n, int row, float *u) {
-    wino_filter_vec(w, n, row, u);
+AVX2 static void wino_filter_avx2(const float *w, int n, int64_t tap, float *u) {
+    wino_filter_vec(w, n, tap, u);
 }
 
 AVX2 static void wino_input_avx2(const float *patch, int64_t line, int c, float *v,
@@ -9314,8 +9335,8 @@ AVX512 static void rmsnorm_avx512(const float *x, const float *weight, float eps
     for (int i = 0; i < n; i++) y[i] = weight[i] * (x[i] * scale);
 }
 
-AVX512 static void wino_filter_avx512(const float *w, int n, int row, float *u) {
-    wino_filter_vec(w, n, row, u);
+AVX512 static void wino_filter_avx512(const float *w, int n, int64_t tap, float *u) {
+    wino_filter_vec(w, n, tap, u);
 }
 
 AVX512 static void wino_input_avx512(const float *patch, int64_t line, int c, float *v,
@@ -10064,8 +10085,8 @@ static void pack_strip_neon(const float *rows, int64_t ld, int k, float *strip) 
     if (i < k) pack_strip_plain(rows + i, ld, k - i, strip + i * STRIP);
 }
 
-static void wino_filter_neon(const float *w, int n, int row, float *u) {
-    wino_filter_vec(w, n, row, u);
+static void wino_filter_neon(const float *w, int n, int64_t tap, float *u) {
+    wino_filter_vec(w, n, tap, u);
 }
 
 static void wino_input_neon(const float *patch, int64_t line, int c, float *v,

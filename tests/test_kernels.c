@@ -573,19 +573,21 @@ static double both_sides(const double *left, const double *right, int n, const d
 enum { WINO_ROUNDINGS = 16 }; /* of a sum of at most 36 products, in two passes */
 
 static void test_wino_filter(struct test *t) {
-    int n = 8 * (1 + below(t, 9)), row = below(t, 6), ok = 1;
-    const float *w = make_floats(t, 9 * n);
-    float *u = make_space(t, 6 * n), *plain = make_space(t, 6 * n);
-    t->k->wino_filter(w, n, row, u);
-    kernels_plain.wino_filter(w, n, row, plain);
-    for (int i = 0; i < 6 * n; i++) {
+    int n = 8 * (1 + below(t, 9)), tap = n + below(t, 20), ok = 1;
+    const float *w = make_rows(t, 9, n, tap);
+    float *u = make_space(t, 35 * tap + n), *plain = make_space(t, 35 * tap + n);
+    t->k->wino_filter(w, n, tap, u);
+    kernels_plain.wino_filter(w, n, tap, plain);
+    for (int i = 0; i < 36 * n; i++) {
         double g[9], magnitude, want;
-        for (int p = 0; p < 9; p++) g[p] = w[p * n + i % n];
-        want = both_sides(matrix_g[row], matrix_g[i / n], 3, g, &magnitude);
-        ok &= within(t, "wino_filter", u[i], want, magnitude, WINO_ROUNDINGS, 0);
+        for (int p = 0; p < 9; p++) g[p] = w[p * tap + i % n];
+        want = both_sides(matrix_g[i / n / 6], matrix_g[i / n % 6], 3, g, &magnitude);
+        ok &= within(t, "wino_filter", u[i / n * tap + i % n], want, magnitude, WINO_ROUNDINGS, 0);
     }
     check(t, ok, "wino_filter of %d differs from G g G^T", n);
-    check(t, same_bits(u, plain, 6 * n), "wino_filter is not plain C's bit for bit");
+    check(t, memcmp(u, plain, (size_t)(35 * tap + n) * sizeof *u) == 0,
+          "wino_filter is not plain C's bit for bit");
+    check(t, gap_untouched(u, tap, 36, n), "wino_filter wrote between its elements");
     release(t, "wino_filter");
 }
 
