@@ -655,6 +655,20 @@ static uint64_t digest(uint64_t h, const void *p, size_t bytes) {
     return h;
 }
 
+/* SiLU has one order of roundings in all fast versions, AVX-512's too. */
+static void test_same_silu(struct test *t) {
+    enum { K = 203, C = 96, N = 2000 };
+    if (t->k == &kernels_plain) return;
+    start_round(t, 0);
+    float *x = make_space(t, N), *y = make_space(t, N);
+    for (int i = 0; i < N; i++) x[i] = y[i] = uniform(t) * 20;
+    t->k->silu_mul(y, x + K, K);
+    t->k->norm_rows(x, x + 1000, x + 1100, 1, 9, C, y + 1000);
+    uint64_t h = digest(0xcbf29ce484222325u, y, N * sizeof *y);
+    check(t, h == 0x6ef968bc04727d92u, "SiLU's digest is %016llx", (unsigned long long)h);
+    release(t, "SiLU");
+}
+
 /* Both keep the same order of the same roundings, so the outputs of either are these, on every
    machine. (Integer products are compared with plain C above.) */
 static void test_same_everywhere(struct test *t) {
@@ -1130,6 +1144,7 @@ static void test_table(struct test *t) {
         if (round % 10 == 0) test_attend(t);
     }
     test_quantize_tiny(t);
+    test_same_silu(t);
     test_same_everywhere(t);
     test_all_halves(t, LVM_F16);
     test_all_halves(t, LVM_BF16);
