@@ -1957,6 +1957,19 @@ class LlamaCpp(Case):
         self.assertIn("also an input", self.make(self.out, self.out, "--force").stderr)
         self.assertIn("--force", self.make(self.out, self.path("vqgan", "config.json")).stderr)
         self.assertEqual(self.make().returncode, 2)
+        self.assertEqual(self.make("--config", "100m", self.out, self.path("x.gguf")).returncode, 2)
+
+    def test_random(self):
+        done = self.make("--config", "100m", "--type", "q4_0", self.path("x.gguf"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        keys, made = load_gguf(self.path("x.gguf"))
+        self.assertEqual(len(made), 22 * 9 + 3)
+        self.assertEqual((keys["llama.attention.head_count"], len(keys["tokenizer.ggml.tokens"])),
+                         (10, 8292))
+        self.assertEqual(made["output.weight"][:2], (8, [640, 8292]))
+        kind, dims, raw = made["blk.21.ffn_down.weight"]
+        self.assertEqual((kind, dims, len(raw)), (2, [1664, 640], 1664 * 640 // 32 * 18))
+        self.assertEqual(made["output_norm.weight"], (0, [640], struct.pack("<f", 1) * 640))
 
 
 if __name__ == "__main__":
