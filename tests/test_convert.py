@@ -1957,6 +1957,68 @@ class LlamaCpp(Case):
         self.assertIn("also an input", self.make(self.out, self.out, "--force").stderr)
         self.assertIn("--force", self.make(self.out, self.path("vqgan", "config.json")).stderr)
         self.assertEqual(self.make().returncode, 2)
+        self.assertEqual(self.make("--config", "100m", self.out, self.path("x.gguf")).returncode, 2)
+
+    def test_random(self):
+        done = self.make("--config", "100m", "--type", "q4_0", self.path("x.gguf"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        keys, made = load_gguf(self.path("x.gguf"))
+        self.assertEqual(len(made), 22 * 9 + 3)
+        self.assertEqual((keys["llama.attention.head_count"], len(keys["tokenizer.ggml.tokens"])),
+                         (10, 8292))
+        self.assertEqual(made["output.weight"][:2], (8, [640, 8292]))
+        kind, dims, raw = made["blk.21.ffn_down.weight"]
+        self.assertEqual((kind, dims, len(raw)), (2, [1664, 640], 1664 * 640 // 32 * 18))
+        self.assertEqual(made["output_norm.weight"], (0, [640], struct.pack("<f", 1) * 640))
+
+
+class Compare(Case):
+    """tests/bench/compare.py with stand-ins for the programs: its turns, ratios and refusals."""
+
+    def program(self, name, code):
+        path = self.path(name)
+        with open(path, "w", encoding="utf-8") as f:
+            f.write("#!%s\nimport json, sys\nargs = sys.argv[1:]\n%s" % (sys.executable, code))
+        os.chmod(path, 0o755)
+        return path
+
+    def compare(self, *argv):
+        lvm = self.program("lvm", "if args == ['--version']: sys.exit(print('lvm 9'))\n"
+                           "print(json.dumps({'kernels': 'none'}))\n"
+                           "print(json.dumps({'seconds': 2, 'stage': args[-1]}))\n")
+        command = [sys.executable, os.path.join(TOP, "tests", "bench", "compare.py"), "--lvm", lvm,
+                   "--config", "100m", "--type", "q4_0", "--runs", "3", *argv]
+        return subprocess.run(command, capture_output=True, check=False, text=True)
+
+    def test_ratios(self):
+        # Three seconds with flash attention, nine without; the model must be there.
+        ik = self.program("ik", "open(args[args.index('-m') + 1]).close()\n"
+                          "took = 9e9 - 6e9 * int(args[args.index('-fa') + 1])\n"
+                          "print('noise'), print(json.dumps([{'build_commit': 'abc',"
+                          "'samples_ns': [took]}]))\n")
+        broken = self.program("broken", "sys.exit('no such option')\n")
+        done = self.compare("--ik", ik, "--llama", broken, "--stage", "prompt,new",
+                            "--json", self.path("out.json"))
+        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertIn("ik_llama.cpp: abc", done.stdout)
+        self.assertRegex(done.stdout, r"prompt +lvm +2\.000 s +1920\.00 tokens/s\n")
+        self.assertRegex(done.stdout, r"prompt +ik_llama.cpp -fa 1 -rtr 0 .* 1\.50x +best\n")
+        self.assertRegex(done.stdout, r"prompt +ik_llama.cpp -fa 0 -rtr 0 .* 4\.50x +one run\n")
+        self.assertRegex(done.stdout, r"prompt +llama.cpp +left out: .*: no such option\n")
+        self.assertRegex(done.stdout, r"\nnew +2\.000 s +3\.000 s +1\.50x  ik_llama\.cpp -fa 1 ")
+        with open(self.path("out.json"), encoding="utf-8") as f:
+            found = json.load(f)
+        self.assertEqual(found["ratios"]["new"]["ratio"], 1.5)
+        self.assertEqual([len(e["seconds"]) for e in found["stages"]["prompt"][:3]], [3, 1, 3])
+
+    def test_refusals(self):
+        done = self.compare("--stage", "draw", "--python", self.path("none"), "--open-muse", ".")
+        self.assertRegex(done.stdout, r"draw +PyTorch +left out: .*none: No such file")
+        self.assertEqual(self.compare("--stage", "sleep").returncode, 2)
+        self.assertEqual(self.compare("--python", "python3").returncode, 2)
+        done = self.compare("--lvm", self.path("nothing"))
+        self.assertEqual((done.returncode, done.stdout), (1, ""))
+        self.assertIn("nothing: No such file", done.stderr)
 
 
 if __name__ == "__main__":

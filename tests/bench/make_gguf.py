@@ -2,15 +2,18 @@
 """Writes the transformer of a weights file as a GGUF file of llama.cpp, to measure side by side:
 
     python3 tests/bench/make_gguf.py weights.bin llama.gguf
+    python3 tests/bench/make_gguf.py --config 300m --type q8_0 random.gguf
     llama-bench -m llama.gguf
 
 Standard library only. Every number stays as it is, quantised ones too; only the rows of Q and K
 change places: lvm turns the halves of a head together (row j with row j + head_dim / 2), llama.cpp
-turns neighbours (rows 2j and 2j + 1). Its vocabulary is a stand-in of the right size.
+turns neighbours (rows 2j and 2j + 1). Its vocabulary is a stand-in of the right size. --config in
+place of a weights file makes random weights of the shape and types that `lvm bench` makes.
 """
 
 import argparse
 import os
+import random
 import struct
 import sys
 
@@ -19,6 +22,11 @@ sys.dont_write_bytecode = True
 import convert  # noqa: E402
 
 NORMAL, BYTE = 1, 6         # llama.cpp's types of tokens
+
+# Layers, width, feed-forward width, heads: lvm.c's shape_table.
+CONFIGS = {"100m": (22, 640, 1664, 10), "300m": (22, 1024, 2688, 8), "600m": (22, 1536, 4096, 16),
+           "1b": (22, 2048, 5504, 16), "3b": (26, 3200, 8640, 32), "7b": (32, 4096, 11008, 32)}
+VOCABULARY, CONTEXT = 8292, 4352
 
 
 def array_key(name, kind, count, body):
@@ -71,6 +79,51 @@ def pieces(keys, jobs, head_dim):
         yield convert.padding(job.source.nbytes)
 
 
+def save(output, data, inputs, force):
+    with convert.Outputs(inputs, force, True) as outputs:
+        outputs.check(output)
+        outputs.write(output, data)
+        outputs.commit()
+
+
+def random_block(dtype, rng):
+    """32 weights that a trained model might have: uniform within 0.06."""
+    if dtype == "Q8_0":
+        return struct.pack("<e", rng.uniform(3e-4, 6e-4)) + rng.randbytes(32)
+    return struct.pack("<e", rng.uniform(5e-3, 1e-2)) + rng.randbytes(16)
+
+
+def random_pieces(keys, jobs):
+    """The whole file; the rows of a matrix repeat the same few thousand blocks."""
+    rng = random.Random(1)
+    blocks = {dtype: b"".join(random_block(dtype, rng) for _ in range(5000))
+              for dtype in ("Q8_0", "Q4_0")}
+    blocks["F32"] = struct.pack("<f", 1) * 5000
+    yield convert.gguf_head(keys, jobs)
+    for job in jobs:
+        size = convert.nbytes(job.dtype, job.shape)
+        source = blocks[job.dtype]
+        for start in range(0, size, len(source)):
+            yield source[:size - start]
+        yield convert.padding(size)
+
+
+def make_random(name, dtype, output, force):
+    layers, width, feed_forward, heads = CONFIGS[name]
+    config = {"max_position_embeddings": CONTEXT, "hidden_size": width,
+              "num_hidden_layers": layers, "intermediate_size": feed_forward,
+              "vocab_size": VOCABULARY, "num_attention_heads": heads,
+              "num_key_value_heads": heads, "rms_norm_eps": 1e-6, "rope_theta": 10000.0}
+    jobs = []
+    for spec in convert.llama_specs(config, tied=False):
+        if spec.group is not None:
+            continue
+        kind = "Q8_0" if spec.gguf == "output.weight" else dtype
+        jobs.append(convert.Job(spec.gguf, "F32" if len(spec.shape) == 1 else kind, spec.shape,
+                                None, None))
+    save(output, random_pieces(model_keys(config, {}), jobs), set(), force)
+
+
 def make(weights, output, force):
     keys, tensors = convert.read_gguf(weights)
     tensors = {name: t for name, t in tensors.items() if not name.startswith("vq.")}
@@ -82,21 +135,26 @@ def make(weights, output, force):
     special = convert.read_config(
         weights, keys, [key for key in convert.TOKEN_KEYS if key.gguf in keys], "gguf")
     head_dim = config["hidden_size"] // config["num_attention_heads"]
-    with convert.Outputs({weights}, force, True) as outputs:
-        outputs.check(output)
-        outputs.write(output, pieces(model_keys(config, special), jobs, head_dim))
-        outputs.commit()
+    save(output, pieces(model_keys(config, special), jobs, head_dim), {weights}, force)
 
 
 def main(argv):
     parser = argparse.ArgumentParser(prog="make_gguf.py", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("weights", help="a weights file of lvm")
+    parser.add_argument("weights", nargs="?", help="a weights file of lvm")
     parser.add_argument("output", help="the GGUF file to write")
+    parser.add_argument("--config", choices=CONFIGS, help="random weights of this shape instead")
+    parser.add_argument("--type", choices=("q8_0", "q4_0"), default="q8_0",
+                        help="of the random weights (q8_0)")
     parser.add_argument("--force", action="store_true", help="replace a file that exists")
     args = parser.parse_args(argv)
+    if (args.weights is None) == (args.config is None):
+        parser.error("give a weights file or --config")
     try:
-        make(args.weights, args.output, args.force)
+        if args.config:
+            make_random(args.config, args.type.upper(), args.output, args.force)
+        else:
+            make(args.weights, args.output, args.force)
     except (convert.Bad, OSError) as fault:
         print("make_gguf.py: %s" % fault, file=sys.stderr)
         return 1
