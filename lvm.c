@@ -1358,7 +1358,8 @@ static void sincos_f64(double x, double *sine, double *cosine) {
    Dot products, both operands contiguous along k: linear layers.
        dot_row    c[j] = sum_k a[k] b[j][k]               one row of activations, n rows of weights
        dot_tile   the same for dot_rows x dot_cols of them at once
-       int_row    c[j] = sum_blocks (sum_k qa[k] qb[j][k]) da db[j]      quantised weights
+       int_row    c[r][j] = sum_blocks (sum_k qa[r][k] qb[j][k]) da[r] db[j]   quantised weights,
+                  for one row of activations or a few
        int_tile   the same for int_rows rows of activations and up to int_strips strips of STRIP
                   packed rows of weights
    Outer products, one operand packed in strips of 16 columns, b[k][16]: convolution and attention.
@@ -1405,8 +1406,8 @@ struct kernels {
     void (*dot_row)(int k, const float *a, const float *b, int64_t ldb, int n, float *c);
     void (*dot_tile)(int k, const float *const *a, const float *const *b, float *c, int ldc);
     void (*quantize_x)(const float *x, struct xblock *y, int k);
-    void (*int_row)(int type, int blocks, const struct xblock *x, const uint8_t *w,
-                    int64_t row_bytes, int n, float *c);
+    void (*int_row)(int type, int blocks, const struct xblock *x, int rows, const uint8_t *w,
+                    int64_t row_bytes, int n, float *c, int64_t ldc);
     void (*int_pack)(int type, int blocks, const uint8_t *const *w, uint8_t *packed);
     void (*int_tile)(int blocks, const struct xblock *const *x, const uint8_t *packed, int strips,
                      float *c, int ldc);
@@ -1488,19 +1489,20 @@ static float unpack_block(int type, const uint8_t *w, int b, int8_t *q) {
     return f16_to_f32(block->d);
 }
 
-static void int_row_plain(int type, int blocks, const struct xblock *x, const uint8_t *w,
-                          int64_t row_bytes, int n, float *c) {
-    for (int j = 0; j < n; j++, w += row_bytes) {
-        float sum = 0;
-        for (int b = 0; b < blocks; b++) {
-            int8_t q[QK];
-            float d = unpack_block(type, w, b, q);
-            int32_t products = 0;
-            for (int i = 0; i < QK; i++) products += q[i] * x[b].q.s16[i];
-            sum = fma_f32((float)products, d * x[b].d, sum);
+static void int_row_plain(int type, int blocks, const struct xblock *x, int rows, const uint8_t *w,
+                          int64_t row_bytes, int n, float *c, int64_t ldc) {
+    for (int r = 0; r < rows; r++, x += blocks)
+        for (int j = 0; j < n; j++) {
+            float sum = 0;
+            for (int b = 0; b < blocks; b++) {
+                int8_t q[QK];
+                float d = unpack_block(type, w + j * row_bytes, b, q);
+                int32_t products = 0;
+                for (int i = 0; i < QK; i++) products += q[i] * x[b].q.s16[i];
+                sum = fma_f32((float)products, d * x[b].d, sum);
+            }
+            c[r * ldc + j] = sum;
         }
-        c[j] = sum;
-    }
 }
 
 /* The plain packed form: for each block, STRIP scales, then STRIP rows of 32 bytes. */
@@ -1817,13 +1819,12 @@ static void linear_int_row_task(void *arg, int task, int thread) {
     const struct linear_job *job = arg;
     const struct tensor *w = job->w;
     int j0 = task * INT_ROW_TASK, n = w->rows - j0 < INT_ROW_TASK ? w->rows - j0 : INT_ROW_TASK;
+    float *y = job->y + j0;
     (void)thread;
-    for (int r = 0; r < job->rows; r++) {
-        float *y = job->y + (int64_t)r * w->rows + j0;
-        job->e->k->int_row(w->type, w->cols / QK, job->e->xq + (int64_t)r * (w->cols / QK),
-                           tensor_row(w, j0), w->row_bytes, n, y);
-        for (int j = 0; job->bias != NULL && j < n; j++) y[j] += job->bias[j0 + j];
-    }
+    job->e->k->int_row(w->type, w->cols / QK, job->e->xq, job->rows, tensor_row(w, j0),
+                       w->row_bytes, n, y, w->rows);
+    for (int r = 0; job->bias != NULL && r < job->rows; r++, y += w->rows)
+        for (int j = 0; j < n; j++) y[j] += job->bias[j0 + j];
 }
 
 /* Packs the rows of weights from j0 on, STRIP to a strip. */
@@ -8771,17 +8772,20 @@ AVX2 static void int_8_rows_avx2(int type, int blocks, const struct xblock *x,
     _mm256_storeu_ps(c, sum);
 }
 
-AVX2 static void int_row_avx2(int type, int blocks, const struct xblock *x, const uint8_t *w,
-                              int64_t row_bytes, int n, float *c) {
+AVX2 static void int_row_avx2(int type, int blocks, const struct xblock *x, int x_rows,
+                              const uint8_t *w, int64_t row_bytes, int n, float *c, int64_t ldc) {
     for (int j0 = 0; j0 < n; j0 += 8) {
         const uint8_t *rows[8];
         float out[8];
         int count = n - j0 < 8 ? n - j0 : 8;
         for (int j = 0; j < 8; j++) rows[j] = w + (j0 + (j < count ? j : count - 1)) * row_bytes;
         const uint8_t *next = w + (j0 + 8) * row_bytes;
-        if (type == LVM_Q8_0) int_8_rows_avx2(LVM_Q8_0, blocks, x, rows, next, out);
-        else int_8_rows_avx2(LVM_Q4_0, blocks, x, rows, next, out);
-        memcpy(c + j0, out, (size_t)count * sizeof *c);
+        for (int r = 0; r < x_rows; r++) {
+            const struct xblock *row = x + (int64_t)r * blocks;
+            if (type == LVM_Q8_0) int_8_rows_avx2(LVM_Q8_0, blocks, row, rows, next, out);
+            else int_8_rows_avx2(LVM_Q4_0, blocks, row, rows, next, out);
+            memcpy(c + r * ldc + j0, out, (size_t)count * sizeof *c);
+        }
     }
 }
 
@@ -9108,6 +9112,7 @@ static const struct kernels kernels_avx2 = {
    Sums that are defined over eight lanes, and what is waiting for memory, stay AVX2's. */
 
 enum { A5_ROWS = 5, A5_COLS = 4, A5_OUTER = 8, A5_STRIPS = 2, A5_INT = 8 };
+enum { FEW = 4 }; /* rows of activations for which weights are loaded once */
 enum { A5_PACK = STRIP * (4 + 4 + QK) };
 
 /* Halves first: lane i + lane i+8, then as eight lanes. */
@@ -9221,35 +9226,63 @@ AVX512 static __m256i block_bytes(int type, const uint8_t *w, int b) {
     return _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
 }
 
-AVX512 static void int_8_rows_avx512(int type, int blocks, const struct xblock *x,
-                                     const uint8_t *const *rows, const uint8_t *next, float *c) {
-    __m256 sum = _mm256_setzero_ps();
+/* Eight rows of weights, each loaded once for all n rows of activations. */
+AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct xblock *x, int n,
+                                            const uint8_t *const *rows, const uint8_t *next,
+                                            float (*c)[8]) {
+    __m256 sum[FEW];
     __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi8((char)128);
     int bytes = type == LVM_Q8_0 ? 34 : 18;
+    UNROLL for (int r = 0; r < n; r++) sum[r] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++) {
+        __m256i w[8], p[8];
         prefetch_share(next, b, bytes);
-        __m256i vx = _mm256_loadu_si256((const __m256i *)(const void *)x[b].q.u8), p[8];
         UNROLL for (int j = 0; j < 8; j++) {
-            __m256i w = block_bytes(type, rows[j], b);
-            p[j] = _mm256_sub_epi32(_mm256_dpbusd_epi32(zero, vx, w),
-                                    _mm256_dpbusd_epi32(zero, offset, w));
+            w[j] = block_bytes(type, rows[j], b);
+            p[j] = _mm256_dpbusd_epi32(zero, offset, w[j]);
         }
-        __m256 scale =
-            _mm256_mul_ps(block_scales(rows, (int64_t)b * bytes), _mm256_set1_ps(x[b].d));
-        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum_rows(p)), scale, sum);
+        __m256i correction = sum_rows(p);
+        __m256 scales = block_scales(rows, (int64_t)b * bytes);
+        UNROLL for (int r = 0; r < n; r++) {
+            const struct xblock *xb = x + (int64_t)r * blocks + b;
+            __m256i vx = _mm256_loadu_si256((const __m256i *)(const void *)xb->q.u8);
+            UNROLL for (int j = 0; j < 8; j++) p[j] = _mm256_dpbusd_epi32(zero, vx, w[j]);
+            __m256 products = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum_rows(p), correction));
+            __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(xb->d));
+            sum[r] = _mm256_fmadd_ps(products, scale, sum[r]);
+        }
     }
-    _mm256_storeu_ps(c, sum);
+    UNROLL for (int r = 0; r < n; r++) _mm256_storeu_ps(c[r], sum[r]);
 }
 
-AVX512 static void int_row_avx512(int type, int blocks, const struct xblock *x, const uint8_t *w,
-                                  int64_t row_bytes, int n, float *c) {
+AVX512 static void int_few_avx512(int type, int blocks, const struct xblock *x, int n,
+                                  const uint8_t *const *rows, const uint8_t *next, float (*c)[8]) {
+    if (type == LVM_Q8_0) {
+        if (n == 4) int_8_rows_avx512(LVM_Q8_0, blocks, x, 4, rows, next, c);
+        else if (n == 3) int_8_rows_avx512(LVM_Q8_0, blocks, x, 3, rows, next, c);
+        else if (n == 2) int_8_rows_avx512(LVM_Q8_0, blocks, x, 2, rows, next, c);
+        else int_8_rows_avx512(LVM_Q8_0, blocks, x, 1, rows, next, c);
+    } else if (n == 4) int_8_rows_avx512(LVM_Q4_0, blocks, x, 4, rows, next, c);
+    else if (n == 3) int_8_rows_avx512(LVM_Q4_0, blocks, x, 3, rows, next, c);
+    else if (n == 2) int_8_rows_avx512(LVM_Q4_0, blocks, x, 2, rows, next, c);
+    else int_8_rows_avx512(LVM_Q4_0, blocks, x, 1, rows, next, c);
+}
+
+AVX512 static void int_row_avx512(int type, int blocks, const struct xblock *x, int x_rows,
+                                  const uint8_t *w, int64_t row_bytes, int n, float *c,
+                                  int64_t ldc) {
     for (int j0 = 0; j0 < n; j0 += 8) {
         const uint8_t *rows[8];
-        float out[8];
+        float out[FEW][8];
         int count = n - j0 < 8 ? n - j0 : 8;
         for (int j = 0; j < 8; j++) rows[j] = w + (j0 + (j < count ? j : count - 1)) * row_bytes;
-        int_8_rows_avx512(type, blocks, x, rows, w + (j0 + 8) * row_bytes, out);
-        memcpy(c + j0, out, (size_t)count * sizeof *c);
+        for (int r0 = 0; r0 < x_rows; r0 += FEW) {
+            int few = x_rows - r0 < FEW ? x_rows - r0 : FEW;
+            int_few_avx512(type, blocks, x + (int64_t)r0 * blocks, few, rows,
+                           w + (j0 + 8) * row_bytes, out);
+            for (int r = 0; r < few; r++)
+                memcpy(c + (r0 + r) * ldc + j0, out[r], (size_t)count * sizeof *c);
+        }
     }
 }
 
@@ -9755,15 +9788,18 @@ static void quad_of_rows(const uint8_t *w, int64_t row_bytes, int n, const uint8
     for (int j = 0; j < 4; j++) rows[j] = w + (j < n ? j : n - 1) * row_bytes;
 }
 
-static void int_row_neon(int type, int blocks, const struct xblock *x, const uint8_t *w,
-                         int64_t row_bytes, int n, float *c) {
+static void int_row_neon(int type, int blocks, const struct xblock *x, int x_rows,
+                         const uint8_t *w, int64_t row_bytes, int n, float *c, int64_t ldc) {
     for (int j = 0; j < n; j += 4) {
         const uint8_t *rows[4];
         float out[4];
         quad_of_rows(w + j * row_bytes, row_bytes, n - j, rows);
-        if (type == LVM_Q8_0) int_4_rows_neon(LVM_Q8_0, blocks, x, rows, out);
-        else int_4_rows_neon(LVM_Q4_0, blocks, x, rows, out);
-        memcpy(c + j, out, (size_t)(n - j < 4 ? n - j : 4) * sizeof *c);
+        for (int r = 0; r < x_rows; r++) {
+            const struct xblock *row = x + (int64_t)r * blocks;
+            if (type == LVM_Q8_0) int_4_rows_neon(LVM_Q8_0, blocks, row, rows, out);
+            else int_4_rows_neon(LVM_Q4_0, blocks, row, rows, out);
+            memcpy(c + r * ldc + j, out, (size_t)(n - j < 4 ? n - j : 4) * sizeof *c);
+        }
     }
 }
 
@@ -9863,15 +9899,19 @@ NEON_DOT static INLINE void int_4_rows_dot(int type, int blocks, const struct xb
     vst1q_f32(c, sum);
 }
 
-NEON_DOT static void int_row_dot(int type, int blocks, const struct xblock *x, const uint8_t *w,
-                                 int64_t row_bytes, int n, float *c) {
+NEON_DOT static void int_row_dot(int type, int blocks, const struct xblock *x, int x_rows,
+                                 const uint8_t *w, int64_t row_bytes, int n, float *c,
+                                 int64_t ldc) {
     for (int j = 0; j < n; j += 4) {
         const uint8_t *rows[4];
         float out[4];
         quad_of_rows(w + j * row_bytes, row_bytes, n - j, rows);
-        if (type == LVM_Q8_0) int_4_rows_dot(LVM_Q8_0, blocks, x, rows, out);
-        else int_4_rows_dot(LVM_Q4_0, blocks, x, rows, out);
-        memcpy(c + j, out, (size_t)(n - j < 4 ? n - j : 4) * sizeof *c);
+        for (int r = 0; r < x_rows; r++) {
+            const struct xblock *row = x + (int64_t)r * blocks;
+            if (type == LVM_Q8_0) int_4_rows_dot(LVM_Q8_0, blocks, row, rows, out);
+            else int_4_rows_dot(LVM_Q4_0, blocks, row, rows, out);
+            memcpy(c + r * ldc + j, out, (size_t)(n - j < 4 ? n - j : 4) * sizeof *c);
+        }
     }
 }
 

@@ -332,7 +332,7 @@ static void test_int(struct test *t, int type) {
     const struct kernels *k = t->k;
     int strips = 1 + below(t, k->int_strips), width = strips * STRIP;
     int blocks = 1 + below(t, 12), n = width + below(t, 25), rows = k->int_rows,
-        ldc = width + below(t, 3);
+        ldc = width + below(t, 3), few = 1 + below(t, rows), gap = below(t, 3);
     int64_t row_bytes = (int64_t)blocks * type_info(type)->bytes;
     const uint8_t *w = make_weights(t, type, n, blocks), *pw[STRIP];
     const float *x = make_floats(t, rows * blocks * QK);
@@ -340,7 +340,7 @@ static void test_int(struct test *t, int type) {
     struct xblock *plain = make(t, (size_t)(rows * blocks) * sizeof *plain);
     const struct xblock *px[MAX_TILE];
     uint8_t *packed = make(t, (size_t)(blocks * strips * k->pack_bytes));
-    float *c = make_space(t, rows * n), *want = make_space(t, n);
+    float *c = make_space(t, rows * (n + gap)), *want = make_space(t, n);
     float *tile = make_space(t, (rows - 1) * ldc + width);
     int first = below(t, n - width + 1), row_ok = 1, tile_ok = 1;
     k->quantize_x(x, xq, rows * blocks * QK);
@@ -351,16 +351,19 @@ static void test_int(struct test *t, int type) {
         k->int_pack(type, blocks, pw, packed + s * blocks * k->pack_bytes);
     }
     k->int_tile(blocks, px, packed, strips, tile, ldc);
+    for (int r = 0; r < rows; r += few) /* by ones, twos, ... */
+        k->int_row(type, blocks, px[r], rows - r < few ? rows - r : few, w, row_bytes, n,
+                   c + r * (n + gap), n + gap);
     for (int r = 0; r < rows; r++) {
-        k->int_row(type, blocks, px[r], w, row_bytes, n, c + r * n);
-        kernels_plain.int_row(type, blocks, plain + r * blocks, w, row_bytes, n, want);
-        row_ok &= same_bits(c + r * n, want, n);
-        tile_ok &= same_bits(c + r * n + first, tile + r * ldc, width);
+        kernels_plain.int_row(type, blocks, plain + r * blocks, 1, w, row_bytes, n, want, n);
+        row_ok &= same_bits(c + r * (n + gap), want, n);
+        tile_ok &= same_bits(c + r * (n + gap) + first, tile + r * ldc, width);
     }
     check(t, row_ok, "int_row of %s, %d rows of %d blocks, differs from plain C",
           type_info(type)->name, n, blocks);
     check(t, tile_ok, "int_tile of %s is not int_row bit for bit", type_info(type)->name);
     check(t, gap_untouched(tile, ldc, rows, width), "int_tile wrote between its rows");
+    check(t, gap_untouched(c, n + gap, rows, n), "int_row wrote between its rows");
     release(t, "an integer kernel");
 }
 
@@ -374,7 +377,7 @@ static void test_int_plain(struct test *t, int type) {
     float got = 0;
     double sum = 0, magnitude = 0;
     kernels_plain.quantize_x(x, xq, blocks * QK);
-    kernels_plain.int_row(type, blocks, xq, w, 0, 1, &got);
+    kernels_plain.int_row(type, blocks, xq, 1, w, 0, 1, &got, 1);
     for (int b = 0; b < blocks; b++) {
         float y[QK];
         double block = 0;
