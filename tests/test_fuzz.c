@@ -7,7 +7,8 @@
    gguf   the head of a weights file, up to its tensors' data; the last byte chooses what the data are:
           zeros, small numbers, any bytes, NaNs. What opens is run: a picture encoded, two tokens
           generated, a score, a picture decoded, the file quantised
-   cache  a context's saved state, for a fixed little model; what loads continues
+   cache  a context's saved state, for a fixed little model, taken as this machine's kernels'; what
+          loads continues
    png, jpeg, pnm   a picture; what loads is resized
    jsonl  lines of a set
    tokens a file of token ids
@@ -129,11 +130,17 @@ static lvm_ctx *cache_context(void) {
 
 static void fuzz_cache(const uint8_t *data, size_t n) {
     lvm_ctx *ctx = cache_context();
+    uint8_t *bytes = mem_alloc(n + 1, 1, NULL);
     char name[64];
     lvm_error error;
+    if (ctx == NULL || bytes == NULL) abort();
+    memcpy(bytes, data, n);
+    struct cache_head own = cache_head(ctx, 0);
+    if (n >= sizeof own) memcpy(bytes + offsetof(struct cache_head, isa), own.isa, sizeof own.isa);
     snprintf(name, sizeof name, "fuzz-%ld.cache", (long)getpid());
     FILE *f = fopen(name, "wb");
-    if (ctx == NULL || f == NULL || fwrite(data, 1, n, f) != n || fclose(f) != 0) abort();
+    if (f == NULL || fwrite(bytes, 1, n, f) != n || fclose(f) != 0) abort();
+    mem_free(bytes);
     int32_t ids[2];
     if (lvm_cache_load(ctx, name, &error) == LVM_OK &&
         lvm_prompt(ctx, ctx->ids, ctx->n_ids, NULL, &error) == LVM_OK)
