@@ -1383,7 +1383,8 @@ enum {
     KEYS = 256,     /* keys of an attention block, and of a page of the KV cache */
     MAX_TILE = 16,  /* no tile has more rows or columns */
     MAX_STRIPS = 2, /* nor more strips */
-    K8_BYTES = STRIP * (2 + QK) /* 32 dimensions of 16 keys, quantised */
+    K8_BYTES = STRIP * (2 + QK), /* 32 dimensions of 16 keys, quantised */
+    FEW = 4         /* rows for which weights, keys and values are unpacked on the fly */
 };
 
 /* 32 activations, quantised on the fly: x = d q. AVX-512's VNNI multiplies unsigned by signed bytes
@@ -1423,6 +1424,11 @@ struct kernels {
                         const float *const *residual, float *const *out);
 
     void (*to_f32)(int type, const void *in, float *y, int64_t k);
+    void (*to_q8_0)(const float *x, void *out, int64_t k);
+    void (*k8_scores)(const uint8_t *keys, int groups, int panels, const float *const *q, int n,
+                      float *s, int lds);
+    void (*v8_sums)(const struct q8_0 *values, int groups, int keys, const float *const *p, int n,
+                    float *o, int ldo);
     void (*k8_to_f32)(const uint8_t *in, int n, float *out);
     void (*v8_to_f32)(const struct q8_0 *in, int keys, float *out);
     void (*rmsnorm)(const float *x, const float *weight, float eps, int n, float *y);
@@ -1660,6 +1666,31 @@ static void v8_to_f32_plain(const struct q8_0 *in, int keys, float *out) {
                 f16_to_f32(in[key].d) * in[key].q[i];
 }
 
+/* Scores of one query or FEW against panels of quantised keys: k8_to_f32 and outer_row in one.
+   s[r][16 panels], lds apart. */
+static void k8_scores_plain(const uint8_t *keys, int groups, int panels, const float *const *q,
+                            int n, float *s, int lds) {
+    float k[QK * STRIP];
+    for (int p = 0; p < panels; p++, s += STRIP)
+        for (int g = 0; g < groups; g++, keys += K8_BYTES) {
+            k8_to_f32_plain(keys, 1, k);
+            for (int r = 0; r < n; r++)
+                outer_row_plain(QK, q[r] + g * QK, k, 0, 1, s + (int64_t)r * lds, g > 0);
+        }
+}
+
+/* Sums of quantised values weighted by p, for one row or FEW: v8_to_f32 and outer_row in one.
+   o[r][32 groups], ldo apart; values of a group lie KEYS behind those of the one before. */
+static void v8_sums_plain(const struct q8_0 *values, int groups, int keys, const float *const *p,
+                          int n, float *o, int ldo) {
+    float v[2 * KEYS * STRIP];
+    for (int g = 0; g < groups; g++, values += KEYS, o += QK) {
+        v8_to_f32_plain(values, keys, v);
+        for (int r = 0; r < n; r++)
+            outer_row_plain(keys, p[r], v, KEYS * STRIP, 2, o + (int64_t)r * ldo, 0);
+    }
+}
+
 /* y = weight * x / sqrt(mean(x^2) + eps)      (Zhang and Sennrich 2019) */
 static void rmsnorm_plain(const float *x, const float *weight, float eps, int n, float *y) {
     float scale = 1 / sqrtf(dot_plain(n, x, x) / (float)n + eps);
@@ -1706,13 +1737,14 @@ static void channel_sums_plain(const float *x, int64_t pixels, int c, float *sum
 }
 
 static const struct kernels kernels_plain = {
-    "scalar",         PLAIN_ROWS,        PLAIN_COLS,       PLAIN_ROWS,
-    1,                PLAIN_OUTER,       PLAIN_STRIPS,     PLAIN_PACK,
-    dot_row_plain,    dot_tile_plain,    quantize_x_plain, int_row_plain,
-    int_pack_plain,   int_tile_plain,    outer_row_plain,  outer_tile_plain,
-    pack_strip_plain, wino_filter_plain, wino_input_plain, wino_output_plain,
-    row_to_f32,       k8_to_f32_plain,   v8_to_f32_plain,  rmsnorm_plain,
-    softmax_plain,    silu_mul_plain,    norm_rows_plain,  channel_sums_plain};
+    "scalar",         PLAIN_ROWS,        PLAIN_COLS,         PLAIN_ROWS,
+    1,                PLAIN_OUTER,       PLAIN_STRIPS,       PLAIN_PACK,
+    dot_row_plain,    dot_tile_plain,    quantize_x_plain,   int_row_plain,
+    int_pack_plain,   int_tile_plain,    outer_row_plain,    outer_tile_plain,
+    pack_strip_plain, wino_filter_plain, wino_input_plain,   wino_output_plain,
+    row_to_f32,       quantize_q8_0,     k8_scores_plain,    v8_sums_plain,
+    k8_to_f32_plain,  v8_to_f32_plain,   rmsnorm_plain,      softmax_plain,
+    silu_mul_plain,   norm_rows_plain,   channel_sums_plain};
 
 /* The best table for this machine, or the one that LVM_ISA names; chapter 11. */
 static const struct kernels *choose_kernels(lvm_error *error);
@@ -3888,13 +3920,14 @@ static uint8_t *page_head(const struct kv_cache *kv, const struct page *p, const
 }
 
 /* Writes one key of dp floats into slot `at` of a page's head. */
-static void store_key(const struct kv_cache *kv, uint8_t *head, int at, const float *k) {
+static void store_key(const struct kernels *kern, const struct kv_cache *kv, uint8_t *head, int at,
+                      const float *k) {
     int panel = at / STRIP, column = at % STRIP;
     if (kv->type == LVM_Q8_0) {
         uint8_t *p = head + (int64_t)panel * (kv->dp / QK) * K8_BYTES;
         for (int b = 0; b < kv->dp / QK; b++, p += K8_BYTES) {
             struct q8_0 block;
-            quantize_q8_0(k + b * QK, &block, QK);
+            kern->to_q8_0(k + b * QK, &block, QK);
             memcpy(p + 2 * column, &block.d, 2);
             for (int i = 0; i < QK; i++) p[2 * STRIP + i * STRIP + column] = (uint8_t)block.q[i];
         }
@@ -3907,10 +3940,11 @@ static void store_key(const struct kv_cache *kv, uint8_t *head, int at, const fl
     }
 }
 
-static void store_value(const struct kv_cache *kv, uint8_t *head, int at, const float *v) {
+static void store_value(const struct kernels *kern, const struct kv_cache *kv, uint8_t *head,
+                        int at, const float *v) {
     if (kv->type == LVM_Q8_0) {
         struct q8_0 *blocks = (struct q8_0 *)(void *)head;
-        for (int b = 0; b < kv->dp / QK; b++) quantize_q8_0(v + b * QK, blocks + b * KEYS + at, QK);
+        for (int b = 0; b < kv->dp / QK; b++) kern->to_q8_0(v + b * QK, blocks + b * KEYS + at, QK);
         return;
     }
     for (int s = 0; s < kv->dp / STRIP; s++) {
@@ -4010,23 +4044,49 @@ static void rope_store_task(void *arg, int r, int thread) {
         int64_t at = ((int64_t)r * a->G + g) * a->d;
         rotate(w->k + at, cosines, sines, a->d, key);
         memcpy(value, w->v + at, (size_t)a->d * sizeof *value);
-        store_key(kv, page_head(kv, page, a, job->layer_index, g, 0), job->pos[r] % KEYS, key);
-        store_value(kv, page_head(kv, page, a, job->layer_index, g, 1), job->pos[r] % KEYS, value);
+        uint8_t *keys = page_head(kv, page, a, job->layer_index, g, 0);
+        store_key(job->e->k, kv, keys, job->pos[r] % KEYS, key);
+        store_value(job->e->k, kv, keys + kv->head_bytes, job->pos[r] % KEYS, value);
     }
 }
 
-/* Rows first..last-1 of a task, all of which read the same page, against that page. */
+/* attend_block for up to FEW rows, straight from a quantised page. */
+static void attend_q8(const struct lm_job *job, const uint8_t *head, struct query *rows, int n,
+                      int keys, float *scratch) {
+    const struct kernels *k = job->e->k;
+    const struct kv_cache *kv = &job->w->kv;
+    float *s = scratch, *o = scratch + FEW * KEYS;
+    const float *q[FEW], *p[FEW];
+    int panels = (keys + STRIP - 1) / STRIP, wide = n == 1 ? 1 : FEW;
+    float l[FEW], m[FEW], scale = 1 / sqrtf((float)job->a->d);
+    for (int r = 0; r < FEW; r++) {
+        q[r] = rows[r < n ? r : 0].q;
+        p[r] = s + r * KEYS;
+    }
+    k->k8_scores(head, kv->dp / QK, panels, q, wide, s, KEYS);
+    for (int r = 0; r < n; r++)
+        l[r] = k->softmax(s + r * KEYS, panels * STRIP, rows[r].keys, scale, &m[r]);
+    k->v8_sums((const struct q8_0 *)(const void *)(head + kv->head_bytes), kv->dp / QK, keys, p,
+               wide, o, kv->dp);
+    for (int r = 0; r < n; r++)
+        merge_block(&rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
+}
+
+/* Rows of a task, all of which read the same page, against that page. */
 static void attend_page(struct lm_job *job, const struct page *page, int g, struct query *rows,
                         int n, float *scratch) {
     const struct kv_cache *kv = &job->w->kv;
     const struct kernels *k = job->e->k;
+    const uint8_t *head = page_head(kv, page, job->a, job->layer_index, g, 0);
     float *kf = scratch + attend_scratch(kv->dp), *vf = kf + (int64_t)KEYS * kv->dp;
     int keys = 0;
     for (int r = 0; r < n; r++) keys = rows[r].keys > keys ? rows[r].keys : keys;
-    const float *kp =
-        load_keys(k, kv, page_head(kv, page, job->a, job->layer_index, g, 0), keys, kf);
-    const float *vp =
-        load_values(k, kv, page_head(kv, page, job->a, job->layer_index, g, 1), keys, vf);
+    if (kv->type == LVM_Q8_0 && n <= FEW && k->k8_scores != NULL) {
+        attend_q8(job, head, rows, n, keys, scratch);
+        return;
+    }
+    const float *kp = load_keys(k, kv, head, keys, kf);
+    const float *vp = load_values(k, kv, head + kv->head_bytes, keys, vf);
     attend_block(k, rows, n, kv->dp, kp, vp, 1 / sqrtf((float)job->a->d), scratch);
 }
 
@@ -8870,7 +8930,7 @@ AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const 
 AVX2 static float max_magnitude(const float *x) {
     __m256 sign = _mm256_set1_ps(-0.0f), m = _mm256_setzero_ps();
     UNROLL for (int i = 0; i < QK; i += 8)
-        m = _mm256_max_ps(m, _mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)));
+        m = _mm256_max_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)), m);
     __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
     h = _mm_max_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
@@ -8962,6 +9022,110 @@ AVX2 static void v8_to_f32_avx2(const struct q8_0 *in, int keys, float *out) {
         _mm256_storeu_ps(out + 8, _mm256_mul_ps(d, s8_to_f32(in[i].q + 8)));
         _mm256_storeu_ps(out + KEYS * STRIP, _mm256_mul_ps(d, s8_to_f32(in[i].q + 16)));
         _mm256_storeu_ps(out + KEYS * STRIP + 8, _mm256_mul_ps(d, s8_to_f32(in[i].q + 24)));
+    }
+}
+
+/* x rounded to the nearest integer, halves away from zero, within -127 .. 127. */
+AVX2 static __m256i nearest8(__m256 x) {
+    __m256 sign = _mm256_set1_ps(-0.0f);
+    __m256 whole = _mm256_round_ps(x, _MM_FROUND_TO_ZERO | _MM_FROUND_NO_EXC);
+    __m256 rest = _mm256_andnot_ps(sign, _mm256_sub_ps(x, whole));
+    __m256 one = _mm256_or_ps(_mm256_set1_ps(1), _mm256_and_ps(sign, x));
+    __m256 up = _mm256_cmp_ps(rest, _mm256_set1_ps(0.5f), _CMP_GE_OQ);
+    whole = _mm256_add_ps(whole, _mm256_and_ps(up, one));
+    whole = _mm256_min_ps(_mm256_max_ps(whole, _mm256_set1_ps(-127)), _mm256_set1_ps(127));
+    return _mm256_cvtps_epi32(whole);
+}
+
+AVX2 static void to_q8_0_avx2(const float *x, void *out, int64_t k) {
+    struct q8_0 *y = out;
+    for (int64_t b = 0; b < k / QK; b++, x += QK) {
+        float d = max_magnitude(x) / 127;
+        __m256 id = _mm256_set1_ps(inverse(d));
+        __m256i q[4];
+        UNROLL for (int i = 0; i < 4; i++)
+            q[i] = nearest8(_mm256_mul_ps(_mm256_loadu_ps(x + 8 * i), id));
+        __m256i low = _mm256_packs_epi32(q[0], q[1]), high = _mm256_packs_epi32(q[2], q[3]);
+        __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high),
+                                                    _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        y[b].d = f32_to_f16(d);
+        _mm256_storeu_si256((__m256i *)(void *)y[b].q, bytes);
+    }
+}
+
+/* n queries against `wide` panels, panel_bytes apart. */
+AVX2 static INLINE void k8_panels_avx2(const uint8_t *keys, int groups, int wide,
+                                       const float *const *q, int n, float *s, int lds) {
+    int64_t panel_bytes = (int64_t)groups * K8_BYTES;
+    __m256 sum[FEW][8], d[8], k[8];
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < 2 * wide; j++) sum[r][j] = _mm256_setzero_ps();
+    for (int g = 0; g < groups; g++, keys += K8_BYTES) {
+        UNROLL for (int j = 0; j < 2 * wide; j++)
+            d[j] = _mm256_cvtph_ps(_mm_loadu_si128(
+                (const __m128i *)(const void *)(keys + j / 2 * panel_bytes + j % 2 * 16)));
+        for (int i = 0; i < QK; i++) {
+            const uint8_t *at = keys + 2 * STRIP + i * STRIP;
+            UNROLL for (int j = 0; j < 2 * wide; j++)
+                k[j] = _mm256_mul_ps(d[j], s8_to_f32(at + j / 2 * panel_bytes + j % 2 * 8));
+            UNROLL for (int r = 0; r < n; r++) {
+                __m256 vq = _mm256_broadcast_ss(q[r] + g * QK + i);
+                UNROLL for (int j = 0; j < 2 * wide; j++)
+                    sum[r][j] = _mm256_fmadd_ps(vq, k[j], sum[r][j]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < 2 * wide; j++)
+            _mm256_storeu_ps(s + (int64_t)r * lds + 8 * j, sum[r][j]);
+}
+
+AVX2 static void k8_scores_avx2(const uint8_t *keys, int groups, int panels, const float *const *q,
+                                int n, float *s, int lds) {
+    int64_t panel_bytes = (int64_t)groups * K8_BYTES;
+    while (panels > 0) {
+        int wide = n == 1 && panels >= 4 ? 4 : 1;
+        if (wide == 4) k8_panels_avx2(keys, groups, 4, q, 1, s, lds);
+        else if (n == 1) k8_panels_avx2(keys, groups, 1, q, 1, s, lds);
+        else k8_panels_avx2(keys, groups, 1, q, FEW, s, lds);
+        keys += wide * panel_bytes;
+        s += wide * STRIP;
+        panels -= wide;
+    }
+}
+
+/* `wide` groups of 32 dimensions. */
+AVX2 static INLINE void v8_groups_avx2(const struct q8_0 *values, int wide, int keys,
+                                       const float *const *p, int n, float *o, int ldo) {
+    __m256 sum[FEW][8], v[8];
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < 4 * wide; j++) sum[r][j] = _mm256_setzero_ps();
+    for (int key = 0; key < keys; key++) {
+        UNROLL for (int j = 0; j < 4 * wide; j++) {
+            const struct q8_0 *block = values + j / 4 * KEYS + key;
+            v[j] = _mm256_mul_ps(scale8(block->d), s8_to_f32(block->q + j % 4 * 8));
+        }
+        UNROLL for (int r = 0; r < n; r++) {
+            __m256 vp = _mm256_broadcast_ss(p[r] + key);
+            UNROLL for (int j = 0; j < 4 * wide; j++)
+                sum[r][j] = _mm256_fmadd_ps(vp, v[j], sum[r][j]);
+        }
+    }
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < 4 * wide; j++)
+            _mm256_storeu_ps(o + (int64_t)r * ldo + 8 * j, sum[r][j]);
+}
+
+AVX2 static void v8_sums_avx2(const struct q8_0 *values, int groups, int keys,
+                              const float *const *p, int n, float *o, int ldo) {
+    while (groups > 0) {
+        int wide = n == 1 && groups >= 2 ? 2 : 1;
+        if (wide == 2) v8_groups_avx2(values, 2, keys, p, 1, o, ldo);
+        else if (n == 1) v8_groups_avx2(values, 1, keys, p, 1, o, ldo);
+        else v8_groups_avx2(values, 1, keys, p, FEW, o, ldo);
+        values += wide * KEYS;
+        o += wide * QK;
+        groups -= wide;
     }
 }
 
@@ -9099,20 +9263,20 @@ AVX2 static void wino_output_avx2(const float *m, int64_t tap, const float *bias
 }
 
 static const struct kernels kernels_avx2 = {
-    "avx2",          A2_ROWS,          A2_COLS,         A2_ROWS,
-    1,               A2_OUTER,         A2_STRIPS,       A2_PACK,
-    dot_row_avx2,    dot_tile_avx2,    quantize_x_avx2, int_row_avx2,
-    int_pack_avx2,   int_tile_avx2,    outer_row_avx2,  outer_tile_avx2,
-    pack_strip_avx2, wino_filter_avx2, wino_input_avx2, wino_output_avx2,
-    to_f32_avx2,     k8_to_f32_avx2,   v8_to_f32_avx2,  rmsnorm_avx2,
-    softmax_avx2,    silu_mul_avx2,    norm_rows_avx2,  channel_sums_avx2};
+    "avx2",          A2_ROWS,          A2_COLS,           A2_ROWS,
+    1,               A2_OUTER,         A2_STRIPS,         A2_PACK,
+    dot_row_avx2,    dot_tile_avx2,    quantize_x_avx2,   int_row_avx2,
+    int_pack_avx2,   int_tile_avx2,    outer_row_avx2,    outer_tile_avx2,
+    pack_strip_avx2, wino_filter_avx2, wino_input_avx2,   wino_output_avx2,
+    to_f32_avx2,     to_q8_0_avx2,     k8_scores_avx2,    v8_sums_avx2,
+    k8_to_f32_avx2,  v8_to_f32_avx2,   rmsnorm_avx2,      softmax_avx2,
+    silu_mul_avx2,   norm_rows_avx2,   channel_sums_avx2};
 
 /* ---- AVX-512 ----
 
    Sums that are defined over eight lanes, and what is waiting for memory, stay AVX2's. */
 
 enum { A5_ROWS = 5, A5_COLS = 4, A5_OUTER = 8, A5_STRIPS = 2, A5_INT = 8 };
-enum { FEW = 4 }; /* rows of activations for which weights are loaded once */
 enum { A5_PACK = STRIP * (4 + 4 + QK) };
 
 /* Halves first: lane i + lane i+8, then as eight lanes. */
@@ -9398,6 +9562,32 @@ AVX512 static __m512 silu16(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), e));
 }
 
+/* The sum goes through softmax_avx2's eight lanes. */
+AVX512 static float softmax_avx512(float *s, int n, int valid, float scale, float *max) {
+    __m512 vm = _mm512_set1_ps(-HUGE_VALF);
+    __m256 sum = _mm256_setzero_ps();
+    for (int i = 0; i < n; i += 16) {
+        int left = valid - i;
+        __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s + i), _mm512_set1_ps(scale));
+        x = _mm512_mask_blend_ps(mask, _mm512_set1_ps(-HUGE_VALF), x);
+        _mm512_storeu_ps(s + i, x);
+        vm = _mm512_max_ps(x, vm);
+    }
+    float m = _mm512_reduce_max_ps(vm);
+    for (int i = 0; i < n; i += 16) {
+        int left = valid - i;
+        __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
+        __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(s + i), _mm512_set1_ps(m)));
+        e = _mm512_maskz_mov_ps(mask, e);
+        _mm512_storeu_ps(s + i, e);
+        sum = _mm256_add_ps(sum, _mm512_castps512_ps256(e));
+        sum = _mm256_add_ps(sum, _mm512_extractf32x8_ps(e, 1));
+    }
+    *max = m;
+    return sum8(sum);
+}
+
 AVX512 static void silu_mul_avx512(float *gate, const float *up, int64_t n) {
     for (int64_t i = 0; i < n; i += 16) {
         __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
@@ -9437,8 +9627,9 @@ static const struct kernels kernels_avx512 = {
     dot_row_avx512,  dot_tile_avx512,    quantize_x_avx512, int_row_avx512,
     int_pack_avx512, int_tile_avx512,    outer_row_avx512,  outer_tile_avx512,
     pack_strip_avx2, wino_filter_avx512, wino_input_avx512, wino_output_avx512,
-    to_f32_avx2,     k8_to_f32_avx2,     v8_to_f32_avx2,    rmsnorm_avx512,
-    softmax_avx2,    silu_mul_avx512,    norm_rows_avx512,  channel_sums_avx2};
+    to_f32_avx2,     to_q8_0_avx2,       k8_scores_avx2,    v8_sums_avx2,
+    k8_to_f32_avx2,  v8_to_f32_avx2,     rmsnorm_avx512,    softmax_avx512,
+    silu_mul_avx512, norm_rows_avx512,   channel_sums_avx2};
 
 /* ---- Which of them this machine can run: the processor must have it and the system save it ----
    */
@@ -10189,22 +10380,24 @@ static void wino_output_neon(const float *m, int64_t tap, const float *bias,
 }
 
 static const struct kernels kernels_neon = {
-    "neon",          NEON_ROWS,        NEON_COLS,       NEON_INT,
-    1,               NEON_OUTER,       NEON_STRIPS,     NEON_PACK,
-    dot_row_neon,    dot_tile_neon,    quantize_x_neon, int_row_neon,
-    int_pack_neon,   int_tile_neon,    outer_row_neon,  outer_tile_neon,
-    pack_strip_neon, wino_filter_neon, wino_input_neon, wino_output_neon,
-    to_f32_neon,     k8_to_f32_neon,   v8_to_f32_neon,  rmsnorm_neon,
-    softmax_neon,    silu_mul_neon,    norm_rows_neon,  channel_sums_neon};
+    "neon",          NEON_ROWS,        NEON_COLS,         NEON_INT,
+    1,               NEON_OUTER,       NEON_STRIPS,       NEON_PACK,
+    dot_row_neon,    dot_tile_neon,    quantize_x_neon,   int_row_neon,
+    int_pack_neon,   int_tile_neon,    outer_row_neon,    outer_tile_neon,
+    pack_strip_neon, wino_filter_neon, wino_input_neon,   wino_output_neon,
+    to_f32_neon,     quantize_q8_0,    NULL,              NULL,
+    k8_to_f32_neon,  v8_to_f32_neon,   rmsnorm_neon,      softmax_neon,
+    silu_mul_neon,   norm_rows_neon,   channel_sums_neon};
 
 static const struct kernels kernels_neon_dot = {
-    "neon-dot",      NEON_ROWS,        NEON_COLS,       NEON_INT,
-    1,               NEON_OUTER,       NEON_STRIPS,     NEON_PACK,
-    dot_row_neon,    dot_tile_neon,    quantize_x_neon, int_row_dot,
-    int_pack_dot,    int_tile_dot,     outer_row_neon,  outer_tile_neon,
-    pack_strip_neon, wino_filter_neon, wino_input_neon, wino_output_neon,
-    to_f32_neon,     k8_to_f32_neon,   v8_to_f32_neon,  rmsnorm_neon,
-    softmax_neon,    silu_mul_neon,    norm_rows_neon,  channel_sums_neon};
+    "neon-dot",      NEON_ROWS,        NEON_COLS,         NEON_INT,
+    1,               NEON_OUTER,       NEON_STRIPS,       NEON_PACK,
+    dot_row_neon,    dot_tile_neon,    quantize_x_neon,   int_row_dot,
+    int_pack_dot,    int_tile_dot,     outer_row_neon,    outer_tile_neon,
+    pack_strip_neon, wino_filter_neon, wino_input_neon,   wino_output_neon,
+    to_f32_neon,     quantize_q8_0,    NULL,              NULL,
+    k8_to_f32_neon,  v8_to_f32_neon,   rmsnorm_neon,      softmax_neon,
+    silu_mul_neon,   norm_rows_neon,   channel_sums_neon};
 
 #ifndef LVM_NO_MAIN
 static void peak_fma_neon(int64_t rounds) {

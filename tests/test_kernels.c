@@ -441,6 +441,60 @@ static void test_cache_to_f32(struct test *t) {
     release(t, "a cache conversion");
 }
 
+/* Attention of one row or a few straight from a quantised page is what unpacking and outer_row
+   give, bit for bit. */
+static void test_cache_rows(struct test *t) {
+    int groups = 1 + below(t, 5), keys = 1 + below(t, KEYS), n = below(t, 2) ? 1 : FEW, ok = 1;
+    int panels = (keys + STRIP - 1) / STRIP, d = groups * QK;
+    uint8_t *k8 = make(t, (size_t)(panels * groups * K8_BYTES));
+    struct q8_0 *v8 = make(t, (size_t)groups * KEYS * sizeof *v8);
+    const float *a[FEW], *rows = make_floats(t, FEW * KEYS);
+    float *keys_f = make_space(t, panels * d * STRIP), *values_f = make_space(t, KEYS * d);
+    float *s = make_space(t, n * panels * STRIP), *o = make_space(t, n * d);
+    float *want = make_space(t, panels * STRIP), *want_o = make_space(t, d);
+    for (int r = 0; r < FEW; r++) a[r] = rows + r * KEYS;
+    for (int i = 0; i < panels * groups * STRIP; i++)
+        t->k->to_q8_0(rows + below(t, KEYS), k8 + i * (2 + QK), QK);
+    for (int i = 0; i < panels * groups; i++) /* scales in front, of halves that are finite */
+        for (int j = 0; j < STRIP; j++) {
+            uint16_t half = f32_to_f16(uniform(t));
+            memcpy(k8 + i * K8_BYTES + 2 * j, &half, 2);
+        }
+    for (int i = 0; i < groups * KEYS; i++) t->k->to_q8_0(rows + below(t, KEYS), v8 + i, QK);
+    t->k->k8_to_f32(k8, panels * groups, keys_f);
+    for (int g = 0; g < groups; g++)
+        t->k->v8_to_f32(v8 + g * KEYS, keys, values_f + g * 2 * KEYS * STRIP);
+    t->k->k8_scores(k8, groups, panels, a, n, s, panels * STRIP);
+    t->k->v8_sums(v8, groups, keys, a, n, o, d);
+    for (int r = 0; r < n; r++) {
+        t->k->outer_row(d, a[r], keys_f, d * STRIP, panels, want, 0);
+        ok &= same_bits(s + r * panels * STRIP, want, panels * STRIP);
+        t->k->outer_row(keys, a[r], values_f, KEYS * STRIP, d / STRIP, want_o, 0);
+        ok &= same_bits(o + r * d, want_o, d);
+    }
+    check(t, ok, "%d rows, %d keys, %d groups: not as from unpacked keys and values", n, keys,
+          groups);
+    release(t, "attention from a quantised page");
+}
+
+static void test_to_q8_0(struct test *t) {
+    int blocks = 1 + below(t, 9);
+    float *x = make_floats(t, blocks * QK), size = ldexpf(1, below(t, 60) - 40);
+    struct q8_0 *got = make(t, (size_t)blocks * sizeof *got),
+                *want = make(t, (size_t)blocks * sizeof *want);
+    for (int i = 0; i < blocks * QK; i++) x[i] *= size;
+    if (below(t, 4) == 0) /* halves, which must go away from zero */
+        for (int i = 0; i < blocks * QK; i++)
+            x[i] = i % QK == 0 ? 127 : (float)(below(t, 509) - 254) / 2;
+    if (below(t, 4) == 0) x[below(t, blocks * QK)] = below(t, 2) ? NAN : -HUGE_VALF;
+    if (below(t, 4) == 0) memset(x, 0, QK * sizeof *x);
+    t->k->to_q8_0(x, got, blocks * QK);
+    quantize_q8_0(x, want, blocks * QK);
+    check(t, memcmp(got, want, (size_t)blocks * sizeof *got) == 0,
+          "to_q8_0 of %d blocks is not quantize_q8_0", blocks);
+    release(t, "to_q8_0");
+}
+
 /* ---- Norms, softmax, SiLU ---- */
 
 /* The sum of squares has k/8 + 6 roundings, all terms positive; the root halves them; division,
@@ -658,17 +712,19 @@ static uint64_t digest(uint64_t h, const void *p, size_t bytes) {
     return h;
 }
 
-/* SiLU has one order of roundings in all fast versions, AVX-512's too. */
-static void test_same_silu(struct test *t) {
+/* SiLU and softmax have one order of roundings in all fast versions, AVX-512's too. */
+static void test_same_elements(struct test *t) {
     enum { K = 203, C = 96, N = 2000 };
     if (t->k == &kernels_plain) return;
     start_round(t, 0);
     float *x = make_space(t, N), *y = make_space(t, N);
     for (int i = 0; i < N; i++) x[i] = y[i] = uniform(t) * 20;
+    y[400] = t->k->softmax(y + 512, 208, K, 0.3f, y + 401);
     t->k->silu_mul(y, x + K, K);
     t->k->norm_rows(x, x + 1000, x + 1100, 1, 9, C, y + 1000);
     uint64_t h = digest(0xcbf29ce484222325u, y, N * sizeof *y);
-    check(t, h == 0x6ef968bc04727d92u, "SiLU's digest is %016llx", (unsigned long long)h);
+    check(t, h == 0x63e0395debeb9c0bu, "the digest of SiLU and softmax is %016llx",
+          (unsigned long long)h);
     release(t, "SiLU");
 }
 
@@ -1135,6 +1191,8 @@ static void test_table(struct test *t) {
         test_int(t, LVM_Q4_0);
         for (int i = 0; i < N_TYPES; i++) test_to_f32(t, type_table[i].type);
         test_cache_to_f32(t);
+        if (t->k->k8_scores != NULL) test_cache_rows(t);
+        test_to_q8_0(t);
         test_rmsnorm(t);
         test_softmax(t);
         test_silu_mul(t);
@@ -1147,7 +1205,7 @@ static void test_table(struct test *t) {
         if (round % 10 == 0) test_attend(t);
     }
     test_quantize_tiny(t);
-    test_same_silu(t);
+    test_same_elements(t);
     test_same_everywhere(t);
     test_all_halves(t, LVM_F16);
     test_all_halves(t, LVM_BF16);

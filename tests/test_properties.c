@@ -334,7 +334,7 @@ static lvm_model *open_spec(struct test *t, const struct spec *spec, struct file
 
 /* ---- What a context computes ---- */
 
-enum { PROMPT = 280, SCORED = 20, FEW = 1 + 3 * 64, GENERATED = 70, MANY = 3, PIXELS = 16 };
+enum { PROMPT = 280, SCORED = 20, FEW_IDS = 1 + 3 * 64, GENERATED = 70, MANY = 3, PIXELS = 16 };
 
 /* For a model of 64 tokens a picture and a context of 300: a prompt beyond a block of 256 keys,
    scores behind it, three candidates whose window slides (at 257 tokens), a picture in and out. */
@@ -384,7 +384,7 @@ static int compute(lvm_ctx *ctx, struct outcome *o) {
     fill_ids(ids, PROMPT + SCORED, 1);
     int code = lvm_prompt(ctx, ids, PROMPT, o->logits, NULL);
     if (code == LVM_OK) code = lvm_score(ctx, ids + PROMPT, SCORED, o->nll, NULL);
-    if (code == LVM_OK) code = lvm_prompt(ctx, ids, FEW, NULL, NULL);
+    if (code == LVM_OK) code = lvm_prompt(ctx, ids, FEW_IDS, NULL, NULL);
     if (code == LVM_OK) code = lvm_generate(ctx, &s, MANY, GENERATED, o->ids[0], NULL);
     if (code == LVM_OK) code = encode_noise(ctx, o->tokens);
     if (code == LVM_OK) code = decode_tokens(ctx, o->tokens, o->pixels);
@@ -537,22 +537,22 @@ static void generate_naively(const lvm_model *m, const lvm_options *o, const lvm
 }
 
 static void test_generation(struct test *t, const lvm_model *m, const lvm_options *o, int greedy) {
-    int32_t prompt[FEW], ids[MANY][GENERATED], naive[GENERATED], alone[GENERATED];
+    int32_t prompt[FEW_IDS], ids[MANY][GENERATED], naive[GENERATED], alone[GENERATED];
     lvm_sampling s = sampling_of(17);
     lvm_ctx *ctx = context(m, o);
     int in_range = 1;
     s.greedy = greedy;
-    fill_ids(prompt, FEW, 5);
-    lvm_prompt(ctx, prompt, FEW, NULL, NULL);
+    fill_ids(prompt, FEW_IDS, 5);
+    lvm_prompt(ctx, prompt, FEW_IDS, NULL, NULL);
     lvm_generate(ctx, &s, MANY, GENERATED, ids[0], NULL);
     for (int c = 0; c < MANY; c++) {
-        generate_naively(m, o, &s, c, prompt, FEW, naive);
+        generate_naively(m, o, &s, c, prompt, FEW_IDS, naive);
         check(t, memcmp(naive, ids[c], sizeof naive) == 0,
               "candidate %d, greedy %d: not the naive way", c, greedy);
         for (int i = 0; i < GENERATED; i++) in_range &= ids[c][i] >= 0 && ids[c][i] < CODES;
     }
     check(t, in_range, "a generated id is no picture code");
-    lvm_prompt(ctx, prompt, FEW, NULL, NULL);
+    lvm_prompt(ctx, prompt, FEW_IDS, NULL, NULL);
     lvm_generate(ctx, &s, 1, GENERATED, alone, NULL);
     check(t, memcmp(alone, ids[0], sizeof alone) == 0, "one candidate is not the first of %d",
           MANY);
@@ -582,14 +582,14 @@ static void test_partial_picture(struct test *t) {
 
 /* In one call or in several: greedy, so that each call's fresh stream does not matter. */
 static void test_continued(struct test *t, const lvm_model *m, const lvm_options *o) {
-    int32_t prompt[FEW], ids[GENERATED], pieces[GENERATED];
+    int32_t prompt[FEW_IDS], ids[GENERATED], pieces[GENERATED];
     lvm_sampling s = sampling_of(1);
     lvm_ctx *ctx = context(m, o);
     s.greedy = 1;
-    fill_ids(prompt, FEW, 6);
-    lvm_prompt(ctx, prompt, FEW, NULL, NULL);
+    fill_ids(prompt, FEW_IDS, 6);
+    lvm_prompt(ctx, prompt, FEW_IDS, NULL, NULL);
     lvm_generate(ctx, &s, 1, GENERATED, ids, NULL);
-    lvm_prompt(ctx, prompt, FEW, NULL, NULL);
+    lvm_prompt(ctx, prompt, FEW_IDS, NULL, NULL);
     for (int i = 0; i < GENERATED;) {
         int n = 1 + below(&t->rng, 64);
         if (n > GENERATED - i) n = GENERATED - i;
@@ -602,9 +602,9 @@ static void test_continued(struct test *t, const lvm_model *m, const lvm_options
 }
 
 static void generate_with(lvm_ctx *ctx, const lvm_sampling *s, int32_t *ids) {
-    int32_t prompt[FEW];
-    fill_ids(prompt, FEW, 5);
-    lvm_prompt(ctx, prompt, FEW, NULL, NULL);
+    int32_t prompt[FEW_IDS];
+    fill_ids(prompt, FEW_IDS, 5);
+    lvm_prompt(ctx, prompt, FEW_IDS, NULL, NULL);
     lvm_generate(ctx, s, 1, GENERATED, ids, NULL);
 }
 
