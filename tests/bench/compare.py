@@ -18,9 +18,10 @@ setting of every peer runs once, and the slow ones of a program (SLOW times its 
 stage) are not run again: their rows keep this one figure. Then follow --runs turns, in each of
 which lvm and every setting left run once; figures are medians. A run of encode or draw is the
 fastest of three, for lvm as for the others. bf16 settings are shown but count for no ratio of
-float32: they lose codes, of which their rows tell. The first of the new tokens comes out of
-the prompt, so 256 of them are 255 steps; lvm's time to choose among their scores is counted, the
-llama-benches choose nothing.
+float32: they lose codes, of which their rows tell. The first of the new tokens comes out of the
+prompt, so 256 of them are 255 steps; lvm's time to choose among their scores is counted, the
+llama-benches choose nothing. The machine must be quiet: threads of the llama-benches wait busily,
+and a third process makes them many times slower.
 
 The peers, built for the machine that they run on:
 
@@ -296,7 +297,7 @@ def take_turns(table, runs):
 
 
 def fastest(entries, exact):
-    """The best peer's entry, or None."""
+    """The best peer's entry, or None; one run counts too, where it was the best after all."""
     peers = [e for e in entries[1:] if e.fault is None and e.seconds and e.exact == exact]
     return min(peers, key=Entry.median, default=None)
 
@@ -323,7 +324,7 @@ def print_stage(stage, entries, args):
             ratio = "%.2fx" % (took / lvm.median())
         if entry.slow:
             remarks.append("one run")
-        elif entry is fastest(entries, entry.exact):
+        if entry is fastest(entries, entry.exact):
             remarks.append("best" if entry.exact else "best bf16")
         print(("%-7s %-48s %8.3f s %9.2f %-10s %6s  %s"
                % (stage, name, took, amount / took, unit, ratio, ", ".join(remarks))).rstrip())
