@@ -18,9 +18,10 @@ setting of every peer runs once, and the slow ones of a program (SLOW times its 
 stage) are not run again: their rows keep this one figure. Then follow --runs turns, in each of
 which lvm and every setting left run once; figures are medians. A run of encode or draw is the
 fastest of three, for lvm as for the others. bf16 settings are shown but count for no ratio of
-float32: they lose codes, of which their rows tell. The first of the new tokens comes out of
-the prompt, so 256 of them are 255 steps; lvm's time to choose among their scores is counted, the
-llama-benches choose nothing.
+float32: they lose codes, of which their rows tell. The first of the new tokens comes out of the
+prompt, so 256 of them are 255 steps; lvm's time to choose among their scores is counted, the
+llama-benches choose nothing. The machine must be quiet: threads of the llama-benches wait busily,
+and a third process makes them many times slower.
 
 The peers, built for the machine that they run on:
 
@@ -71,9 +72,10 @@ LLAMA_SETTINGS = {
     "new": list(CACHES),
     "start": ["-fa 0", "-fa 1"]}
 VQGAN_SETTINGS = (
-    "PyTorch f32", "PyTorch f32 channels_last", "PyTorch f32 compiled",
-    "PyTorch f32 compiled channels_last", "PyTorch bf16 channels_last",
-    "PyTorch bf16 compiled channels_last", "onnxruntime f32", "openvino f32", "openvino bf16")
+    ("PyTorch", "f32"), ("PyTorch", "f32 channels_last"), ("PyTorch", "f32 compiled"),
+    ("PyTorch", "f32 compiled channels_last"), ("PyTorch", "bf16 channels_last"),
+    ("PyTorch", "bf16 compiled channels_last"), ("onnxruntime", "f32"), ("openvino", "f32"),
+    ("openvino", "bf16"))
 
 
 class Failed(Exception):
@@ -107,16 +109,17 @@ def output_of(command, env, timeout):
 
 
 class Entry:
-    """One setting of one program in one stage, and what it took so far."""
+    """One setting of a program in one stage, and what it took so far. The owner runs it."""
 
-    def __init__(self, program, setting, run, exact=True):
-        self.program, self.setting, self.run, self.exact = program, setting, run, exact
+    def __init__(self, owner, program, setting, exact=True):
+        self.owner, self.program, self.setting, self.exact = owner, program, setting, exact
         self.seconds, self.fault, self.slow, self.remark = [], None, False, ""
 
-    def turn(self, name):
-        note("%s: %s %s" % (name, self.program, self.setting))
+    def turn(self, stage, name):
+        note("%s, %s: %s %s" % (stage, name, self.program, self.setting))
         try:
-            self.seconds.append(self.run())
+            self.seconds.append(self.owner.run(stage, self.setting))
+            self.remark = self.owner.remark
         except Failed as fault:
             self.fault = str(fault)
 
@@ -130,16 +133,24 @@ class Entry:
 # ---- The programs --------------------------------------------------------------------------------
 
 
-class Lvm:
+class Program:
+    """Something that runs a stage with a setting and answers with the seconds it took."""
+    version, remark = None, ""
+
+    def close(self):
+        pass
+
+
+class Lvm(Program):
     def __init__(self, args, env):
-        self.args, self.env = args, env
+        self.program, self.args, self.env = "lvm", args, env
         self.ceilings = []
-        self.version = output_of([args.lvm, "--version"], env, 60).strip()
+        self.version = output_of([args.lvm, "--version"], env, 60).strip()[len("lvm "):]
 
-    def entry(self, stage):
-        return Entry("lvm", "", lambda: self.run(stage))
+    def entry(self):
+        return Entry(self, "lvm", "")
 
-    def run(self, stage):
+    def run(self, stage, _):
         args = self.args
         command = [args.lvm, "bench", "--json", "-q", "-j", str(args.threads), "--new",
                    str(args.new), "--prompt", str(1 if stage == "start" else args.prompt),
@@ -155,15 +166,14 @@ class Lvm:
         return json.loads(lines[-1])["seconds"]
 
 
-class LlamaBench:
+class LlamaBench(Program):
     """One of the two: they differ in how decoding at a depth is asked for."""
 
     def __init__(self, program, path, gguf, args, env):
         self.program, self.path, self.gguf, self.args, self.env = program, path, gguf, args, env
-        self.version = None
 
-    def entry(self, stage, setting):
-        return Entry(self.program, setting, lambda: self.run(stage, setting))
+    def entry(self, setting):
+        return Entry(self, self.program, setting)
 
     def run(self, stage, setting):
         prompt, new = str(self.args.prompt), str(self.args.new - 1)
@@ -185,46 +195,53 @@ class LlamaBench:
             raise Failed("%s: its output is not understood (%s)" % (self.path, fault)) from None
 
 
-class Tokenizer:
-    """A vqgan_torch.py that has prepared one setting and waits to be asked."""
+class Tokenizer(Program):
+    """A vqgan_torch.py that has prepared one setting and waits to be asked for stages."""
 
-    def __init__(self, setting, args, env):
-        self.setting, self.timeout = setting, args.timeout
-        self.version, self.same_codes = None, None
+    def __init__(self, program, setting, args, env):
+        self.program, self.setting, self.timeout = program, setting, args.timeout
+        self.command = [args.python, os.path.join(HERE, "vqgan_torch.py"), "--open-muse",
+                        args.open_muse, "--setting", program + " " + setting, "--threads",
+                        str(args.threads), "--shape", "shipped" if args.weights else "published"]
+        self.env = dict(env, OMP_NUM_THREADS=str(args.threads), **KEEP_MEMORY)
+        self.child, self.fault = None, None
+
+    def entry(self):
+        return Entry(self, self.program, self.setting, "bf16" not in self.setting)
+
+    def start(self):
         self.errors = tempfile.TemporaryFile("w+")
-        command = [args.python, os.path.join(HERE, "vqgan_torch.py"), "--open-muse",
-                   args.open_muse, "--setting", setting, "--threads", str(args.threads),
-                   "--shape", "shipped" if args.weights else "published"]
-        self.fault = None
         try:
-            self.child = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
-                text=True, env=dict(env, OMP_NUM_THREADS=str(args.threads), **KEEP_MEMORY))
+            self.child = subprocess.Popen(self.command, stdin=subprocess.PIPE,
+                                          stdout=subprocess.PIPE, stderr=self.errors, text=True,
+                                          env=self.env)
         except OSError as fault:
-            self.child, self.fault = None, "%s: %s" % (args.python, fault.strerror)
+            raise self.failed("%s: %s" % (self.command[0], fault.strerror)) from None
+        hello = self.answer()
+        self.version, self.remark = hello["version"], "%d of 256 codes" % hello["same_codes"]
 
-    def entry(self, stage):
-        program, setting = self.setting.split(" ", 1)
-        return Entry(program, setting, lambda: self.run(stage), "bf16" not in setting)
+    def failed(self, text):
+        """What failed once is not tried again."""
+        self.fault = text
+        self.close()
+        return Failed(text)
 
     def answer(self):
         timer = threading.Timer(self.timeout, self.child.kill)
         timer.start()
         line = self.child.stdout.readline()
         timer.cancel()
-        if not line:
-            self.child.wait()
-            self.errors.seek(0)
-            self.fault = last_line(self.errors.read())
-            raise Failed(self.fault)
-        return json.loads(line)
+        if line:
+            return json.loads(line)
+        self.child.wait()
+        self.errors.seek(0)
+        raise self.failed(last_line(self.errors.read()))
 
-    def run(self, stage):
+    def run(self, stage, _):
         if self.fault:
             raise Failed(self.fault)
-        if self.version is None:
-            hello = self.answer()
-            self.version, self.same_codes = hello["version"], hello["same_codes"]
+        if self.child is None:
+            self.start()
         try:
             self.child.stdin.write(stage + "\n")
             self.child.stdin.flush()
@@ -237,7 +254,7 @@ class Tokenizer:
             self.child.kill()
             self.child.communicate()
             self.child = None
-        self.errors.close()
+            self.errors.close()
 
 
 # ---- Taking turns --------------------------------------------------------------------------------
@@ -246,33 +263,41 @@ class Tokenizer:
 def drop_slow(entries):
     """Ends what its own program beats by far, in the same precision."""
     for entry in entries:
-        rivals = [e.seconds[0] for e in entries if e.seconds and e.fault is None
+        rivals = [e.seconds[0] for e in entries if e.seconds
                   and (e.program, e.exact) == (entry.program, entry.exact)]
-        if entry.seconds and entry.program != "lvm":
-            entry.slow = entry.seconds[0] > SLOW * min(rivals)
+        if entry.seconds and entry.seconds[0] > SLOW * min(rivals):
+            entry.slow = True
+
+
+def warm_up(table, programs):
+    """One program after the other, and an end to those that are of no more use: a tokenizer that
+    waits holds 2 GB."""
+    for program in programs:
+        for stage, entries in table.items():
+            for entry in entries:
+                if entry.owner is program:
+                    entry.turn(stage, "warm-up")
+            drop_slow(entries)
+        used = {entry.owner for entries in table.values() for entry in entries if entry.is_left()}
+        for other in programs:
+            if other not in used:
+                other.close()
 
 
 def take_turns(table, runs):
-    """table: a list of entries for every stage, lvm's first."""
     for stage, entries in table.items():
-        for entry in entries:
-            entry.turn("warm-up, " + stage)
-        drop_slow(entries)
-    yield                                   # the caller ends what nobody needs any more
-    for stage, entries in table.items():
-        for entry in entries:
-            if entry.is_left():
-                entry.seconds = []
+        left = [entry for entry in entries if entry.is_left()]
+        for entry in left:
+            entry.seconds = []
         for turn in range(runs):
-            for entry in entries:
+            for entry in left:
                 if entry.is_left():
-                    entry.turn("%s, turn %d of %d" % (stage, turn + 1, runs))
+                    entry.turn(stage, "turn %d of %d" % (turn + 1, runs))
     note("")
-    yield
 
 
 def fastest(entries, exact):
-    """The best peer's entry, or None."""
+    """The best peer's entry, or None; one run counts too, where it was the best after all."""
     peers = [e for e in entries[1:] if e.fault is None and e.seconds and e.exact == exact]
     return min(peers, key=Entry.median, default=None)
 
@@ -299,7 +324,7 @@ def print_stage(stage, entries, args):
             ratio = "%.2fx" % (took / lvm.median())
         if entry.slow:
             remarks.append("one run")
-        elif entry is fastest(entries, entry.exact):
+        if entry is fastest(entries, entry.exact):
             remarks.append("best" if entry.exact else "best bf16")
         print(("%-7s %-48s %8.3f s %9.2f %-10s %6s  %s"
                % (stage, name, took, amount / took, unit, ratio, ", ".join(remarks))).rstrip())
@@ -403,8 +428,7 @@ def make_gguf(args, folder):
 def llama_benches(args, env, folder):
     """The programs asked for, each with its settings by stage."""
     asked = [("ik_llama.cpp", args.ik, IK_SETTINGS), ("llama.cpp", args.llama, LLAMA_SETTINGS)]
-    wanted = [stage for stage in args.stages if stage in IK_SETTINGS]
-    if not wanted or not (args.ik or args.llama):
+    if not (args.ik or args.llama) or not set(IK_SETTINGS) & set(args.stages):
         return []
     gguf = make_gguf(args, folder)
     return [(LlamaBench(program, path, gguf, args, env), settings)
@@ -414,44 +438,36 @@ def llama_benches(args, env, folder):
 def tokenizers(args, env):
     if not args.python or not {"encode", "draw"} & set(args.stages):
         return []
-    return [Tokenizer(setting, args, env) for setting in VQGAN_SETTINGS
-            if args.setting in setting and not (args.avx2 and setting.startswith("onnxruntime"))]
+    return [Tokenizer(program, setting, args, env) for program, setting in VQGAN_SETTINGS
+            if args.setting in setting and not (args.avx2 and program == "onnxruntime")]
 
 
-def versions(lvm, benches, workers):
-    found = {"lvm": lvm.version}
-    found.update((b.program, b.version) for b, _ in benches if b.version)
-    found.update((w.setting.split()[0], w.version) for w in workers if w.version)
-    return found
-
-
-def compare(args, env, folder, workers):
-    lvm = Lvm(args, env)
-    benches = llama_benches(args, env, folder)
-    workers += tokenizers(args, env)
+def make_table(args, lvm, benches, workers):
+    """A list of entries for every stage, lvm's first."""
     table = {}
     for stage in args.stages:
-        table[stage] = [lvm.entry(stage)]
+        table[stage] = [lvm.entry()]
         if stage in IK_SETTINGS:
-            table[stage] += [bench.entry(stage, setting) for bench, settings in benches
+            table[stage] += [bench.entry(setting) for bench, settings in benches
                              for setting in settings[stage] if args.setting in setting]
         else:
-            table[stage] += [worker.entry(stage) for worker in workers]
-    turns = take_turns(table, args.runs)
-    next(turns)
-    for worker in workers:
-        entries = [e for entries in table.values() for e in entries
-                   if e.program + " " + e.setting == worker.setting]
-        for entry in entries:
-            if worker.same_codes is not None:
-                entry.remark = "%d of 256 codes" % worker.same_codes
-        if not any(entry.is_left() for entry in entries):
-            worker.close()
-    next(turns)
+            table[stage] += [worker.entry() for worker in workers]
+    return table
+
+
+def compare(args, env, folder, programs):
+    lvm = Lvm(args, env)
+    benches = llama_benches(args, env, folder)
+    workers = tokenizers(args, env)
+    programs += [lvm] + [bench for bench, _ in benches] + workers
+    table = make_table(args, lvm, benches, workers)
+    warm_up(table, programs)
+    take_turns(table, args.runs)
     head = {"date": datetime.date.today().isoformat(), "processor": processor(),
             "threads": args.threads, "runs": args.runs,
             "model": args.weights or "%s %s" % (args.config, args.type), "prompt": args.prompt,
-            "new": args.new, "avx2": args.avx2, "versions": versions(lvm, benches, workers)}
+            "new": args.new, "avx2": args.avx2,
+            "versions": {p.program: p.version for p in programs if p.version}}
     print("%(date)s, %(processor)s, %(threads)d threads, median of %(runs)d; %(model)s" % head)
     print(", ".join("%s: %s" % pair for pair in head["versions"].items()) + "\n")
     for stage, entries in table.items():
@@ -465,16 +481,18 @@ def compare(args, env, folder, workers):
 def main(argv):
     args = parse_arguments(argv)
     env = dict(os.environ, **(AVX2 if args.avx2 else {}))
-    workers = []
+    programs = []
     try:
         with tempfile.TemporaryDirectory() as folder:
-            compare(args, env, folder, workers)
+            compare(args, env, folder, programs)
     except (Failed, OSError) as fault:
         print("compare.py: %s" % fault, file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     finally:
-        for worker in workers:
-            worker.close()
+        for program in programs:
+            program.close()
     return 0
 
 

@@ -149,17 +149,18 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, pixels, codes = make_model(args.open_muse, args.shape)
-    modules = {"encode": (Encode(model), pixels), "draw": (Draw(model), codes)}
-    wanted = {stage: module(x) for stage, (module, x) in modules.items()}
+    modules = {"encode": Encode(model), "draw": Draw(model)}
+    inputs = {"encode": pixels, "draw": codes}
+    wanted = {stage: module(inputs[stage]) for stage, module in modules.items()}
     with tempfile.TemporaryDirectory() as folder:
-        runs = {stage: SETTINGS[args.setting](module, x, args.threads, folder)
-                for stage, (module, x) in modules.items()}
+        runs = {stage: SETTINGS[args.setting](module, inputs[stage], args.threads, folder)
+                for stage, module in modules.items()}
         print(json.dumps({"version": version(args.setting),
                           "same_codes": same_codes(args.setting, runs, wanted, pixels, codes)}),
               flush=True)
         for line in sys.stdin:
             for stage in line.split():
-                print(json.dumps({"seconds": fastest(runs[stage], modules[stage][1])}), flush=True)
+                print(json.dumps({"seconds": fastest(runs[stage], inputs[stage])}), flush=True)
 
 
 if __name__ == "__main__":
