@@ -8521,7 +8521,25 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
                    -128 sum w. NEON multiplies signed bytes as they are. 8 rows x 2 strips
                    (AVX-512): 10 loads for 16 products; 4 x 1 (AVX2, NEON).
        int row     eight rows of weights at a time (NEON: four); eight vectors of partial sums
-                   become one vector of eight sums by a tree of horizontal additions.
+                   become one vector of eight sums by a tree of horizontal additions. AVX-512 has
+                   registers enough to hold the eight blocks for up to four rows of activations.
+
+   What each stage costs at least, and where the rest of its time goes (a transformer of 22 layers,
+   width 1024; the published tokenizer; `lvm bench --config 300m` measures it, docs/performance.md
+   has figures):
+
+       a token behind 3840 others   all weights and the cache are read once: 300 + 184 MB over the
+                   read bandwidth. Nothing else counts until the products wait for no memory, hence
+                   the prefetches; one row of attention turns each key and value to floats in
+                   registers, on its way to one multiply-add.
+       a prompt    0.55 GOP of integer products and 0.17 GFLOP of attention a token. A block of 32
+                   products costs AVX-512 eight instructions and its scaling three more (convert,
+                   product of scales, multiply-add), so 8/11 of the peak is all there is.
+       a picture   216 GFLOP to encode and 477 to draw as direct convolutions, 65 and 124 with
+                   Winograd's transforms (chapter 5). Half of the time is the products, at 60 to 80 %
+                   of the peak (the transformed filters come from the third-level cache); a sixth is
+                   GroupNorm and SiLU, which normalise 1.6 pixels for each one because patches
+                   overlap; the rest are transforms, and convolutions of stride 2.
 
    Compilers keep an array of accumulators in registers only when its loops are unrolled: UNROLL. */
 
@@ -8537,7 +8555,8 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
    The operations of chapter 3 on vectors that compilers know themselves: each instruction set's
    kernels below are these, compiled for it. */
 
-typedef float vec8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef float vec8 __attribute__((vector_size(32))); /* and where memory is not aligned: */
+typedef float vec8u __attribute__((vector_size(32), aligned(4), may_alias));
 
 static INLINE void wino_input_8(const vec8 *d, int from, vec8 *v, int to) {
     vec8 a = d[4 * from] - 4 * d[2 * from], b = d[3 * from] - 4 * d[from];
@@ -8574,12 +8593,12 @@ static INLINE void wino_filter_vec(const float *w, int n, int64_t tap, float *u)
         vec8 t[18], g[3], all[6];
         UNROLL for (int x = 0; x < 3; x++) {
             UNROLL for (int y = 0; y < 3; y++)
-                g[y] = *(const vec8 *)(w + (3 * y + x) * tap + i);
+                g[y] = *(const vec8u *)(w + (3 * y + x) * tap + i);
             wino_filter_8(g, t + x, 3);
         }
         UNROLL for (int y = 0; y < 6; y++) {
             wino_filter_8(t + 3 * y, all, 1);
-            UNROLL for (int x = 0; x < 6; x++) *(vec8 *)(u + (6 * y + x) * tap + i) = all[x];
+            UNROLL for (int x = 0; x < 6; x++) *(vec8u *)(u + (6 * y + x) * tap + i) = all[x];
         }
     }
 }
@@ -8589,12 +8608,12 @@ static INLINE void wino_input_vec(const float *patch, int64_t line, int c, float
         vec8 t[36], d[6];
         UNROLL for (int x = 0; x < 6; x++) {
             UNROLL for (int y = 0; y < 6; y++)
-                d[y] = *(const vec8 *)(patch + y * line + x * c + i);
+                d[y] = *(const vec8u *)(patch + y * line + x * c + i);
             wino_input_8(d, 1, t + x, 6);
         }
         UNROLL for (int y = 0; y < 6; y++) {
             wino_input_8(t + 6 * y, 1, d, 1);
-            UNROLL for (int x = 0; x < 6; x++) *(vec8 *)(v + (6 * y + x) * tap + i) = d[x];
+            UNROLL for (int x = 0; x < 6; x++) *(vec8u *)(v + (6 * y + x) * tap + i) = d[x];
         }
     }
 }
@@ -8604,15 +8623,15 @@ static INLINE void wino_output_vec(const float *m, int64_t tap, const float *bia
     for (int j = 0; j < STRIP; j += 8) {
         vec8 t[24], d[6];
         UNROLL for (int x = 0; x < 6; x++) {
-            UNROLL for (int y = 0; y < 6; y++) d[y] = *(const vec8 *)(m + (6 * y + x) * tap + j);
+            UNROLL for (int y = 0; y < 6; y++) d[y] = *(const vec8u *)(m + (6 * y + x) * tap + j);
             wino_output_8(d, 1, t + x, 6);
         }
         UNROLL for (int y = 0; y < 4; y++) {
             wino_output_8(t + 6 * y, 1, d, 1);
             UNROLL for (int x = 0; x < 4; x++) {
-                vec8 sum = d[x] + *(const vec8 *)(bias + j);
-                if (residual != NULL) sum += *(const vec8 *)(residual[4 * y + x] + j);
-                *(vec8 *)(out[4 * y + x] + j) = sum;
+                vec8 sum = d[x] + *(const vec8u *)(bias + j);
+                if (residual != NULL) sum += *(const vec8u *)(residual[4 * y + x] + j);
+                *(vec8u *)(out[4 * y + x] + j) = sum;
             }
         }
     }
