@@ -940,9 +940,11 @@ static int write_file(const char *path, const void *data, size_t size, lvm_error
 /* ---- Threads ----
 
    A pool of n threads, the caller being one of them, runs tasks 0 .. count-1; whoever is free takes
-   the next number. What a task computes must not depend on who runs it. Whoever waits spins for
-   some microseconds, because the transformer asks for thousands of short runs a second, then offers
-   the processor to others, who may be the very thread that is waited for, and sleeps in the end. */
+   the next number. What a task computes must not depend on who runs it. A run ends when its tasks
+   are done: a worker that comes late, because others have its processor, finds none left and is
+   not waited for. Whoever waits spins for some microseconds, because the transformer asks for
+   thousands of short runs a second, then offers the processor to others, who may be the very thread
+   that is waited for, and sleeps in the end. */
 
 typedef void task_fn(void *arg, int task, int thread);
 
@@ -952,8 +954,8 @@ struct pool {
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
     atomic_int round;   /* counts runs; workers start when it changes */
-    atomic_int next;    /* next task to take */
-    atomic_int working; /* workers that have not finished this run */
+    atomic_int left;       /* tasks not yet taken; 0 or less: none */
+    atomic_int unfinished; /* tasks not yet done */
     atomic_int sleeping;        /* workers that wait for a run asleep */
     atomic_int caller_sleeping; /* the caller waits for their end asleep */
     atomic_int quit;
@@ -977,11 +979,16 @@ static void spin_pause(void) {
 #endif
 }
 
+/* Who gets a number above 0 has taken a task, and the run cannot end before it is done: only then
+   are fn, arg and count sure to be this run's. */
 static void pool_take_tasks(struct pool *p, int thread) {
-    for (;;) {
-        int task = atomic_fetch_add(&p->next, 1);
-        if (task >= p->count) return;
-        p->fn(p->arg, task, thread);
+    int left;
+    while ((left = atomic_fetch_sub(&p->left, 1)) > 0) {
+        p->fn(p->arg, p->count - left, thread);
+        if (atomic_fetch_sub(&p->unfinished, 1) != 1 || !atomic_load(&p->caller_sleeping)) continue;
+        pthread_mutex_lock(&p->mutex);
+        pthread_cond_signal(&p->done);
+        pthread_mutex_unlock(&p->mutex);
     }
 }
 
@@ -1011,14 +1018,9 @@ static void *pool_worker(void *arg) {
     int seen = 0;
     for (;;) {
         pool_wait_for_round(w.pool, seen);
-        seen++;
+        seen = atomic_load(&w.pool->round);
         if (atomic_load(&w.pool->quit)) return NULL;
         pool_take_tasks(w.pool, w.thread);
-        if (atomic_fetch_sub(&w.pool->working, 1) != 1 || !atomic_load(&w.pool->caller_sleeping))
-            continue;
-        pthread_mutex_lock(&w.pool->mutex);
-        pthread_cond_signal(&w.pool->done);
-        pthread_mutex_unlock(&w.pool->mutex);
     }
 }
 
@@ -1030,14 +1032,14 @@ static void pool_start_round(struct pool *p) {
     pthread_mutex_unlock(&p->mutex);
 }
 
-static void pool_wait_for_workers(struct pool *p) {
+static void pool_wait_for_tasks(struct pool *p) {
     for (int i = 0; i < SPINS + YIELDS; i++) {
-        if (atomic_load(&p->working) == 0) return;
+        if (atomic_load(&p->unfinished) == 0) return;
         wait_turn(i);
     }
     pthread_mutex_lock(&p->mutex);
     atomic_exchange(&p->caller_sleeping, 1); /* QEMU's AArch64 lets a store pass the load below */
-    while (atomic_load(&p->working) != 0) pthread_cond_wait(&p->done, &p->mutex);
+    while (atomic_load(&p->unfinished) != 0) pthread_cond_wait(&p->done, &p->mutex);
     atomic_store(&p->caller_sleeping, 0);
     pthread_mutex_unlock(&p->mutex);
 }
@@ -1051,11 +1053,11 @@ static void pool_run(struct pool *p, int count, task_fn *fn, void *arg) {
     p->fn = fn;
     p->arg = arg;
     p->count = count;
-    atomic_store(&p->next, 0);
-    atomic_store(&p->working, p->n - 1);
+    atomic_store(&p->unfinished, count);
+    atomic_store(&p->left, count);
     pool_start_round(p);
     pool_take_tasks(p, 0);
-    pool_wait_for_workers(p);
+    pool_wait_for_tasks(p);
 }
 
 static void pool_free(struct pool *p) {

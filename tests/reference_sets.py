@@ -6,7 +6,7 @@ REFERENCE is a folder with rank.jsonl, eval/*.jsonl and golden/answers.json (see
 program, WEIGHTS what convert.py made of the reference in its own types. On every puzzle the choice must be
 PyTorch's; likelihoods must agree within 1e-3 nats a token. A picture one of whose tokens lies between two
 equally near codes may differ (tests/test_golden.c --nll shows that it is a tie): such pictures are named,
-and more than one in forty of them is a failure. LINES (2) puzzles and lines of as many sets, or with --full all.
+and more than one in forty of them (but one) is a failure. LINES (2) puzzles and lines of as many sets, or with --full all.
 """
 import json
 import math
@@ -70,6 +70,6 @@ for task in sorted(answers["eval"])[:most]:
     check(abs(mean - sums["perplexity"]) < 1e-6 * mean, "the mean of " + task)
 for tie in ties:
     print("differs:", tie)
-check(len(ties) * 40 <= compared, "%d of %d likelihoods differ" % (len(ties), compared))
+check(len(ties) <= max(1, compared // 40), "%d of %d likelihoods differ" % (len(ties), compared))
 print("sets: %d passed, %d failed" % (passed, failed))
 sys.exit(failed != 0)
