@@ -1791,12 +1791,20 @@ static const uint8_t *tensor_row(const struct tensor *w, int64_t row) {
    floats stay in the second-level cache. A multiple of every tile's columns (2, 3 and 4). */
 static int panel_rows(int cols) { return cols <= 4096 ? 24 : 12; }
 
+/* One product of activations: y[rows][w->rows] = x[rows][w->cols] w^T + bias; bias may be NULL. */
+struct product {
+    const struct tensor *w;
+    const float *bias;
+    float *y;
+};
+
 struct linear_job {
     const struct exec *e;
     const struct tensor *w;
     const float *bias, *x;
     float *y;
-    int rows;
+    int rows, tasks;
+    task_fn *run;
 };
 
 /* Copies the valid part of a tile to y and adds the bias. */
@@ -1903,22 +1911,51 @@ static void quantize_task(void *arg, int task, int thread) {
     job->e->k->quantize_x(job->x + task * cols, job->e->xq + task * (cols / QK), (int)cols);
 }
 
-/* y[rows][w->rows] = x[rows][w->cols] w^T + bias; bias may be NULL. */
+static int is_integer(const struct exec *e, const struct tensor *w) {
+    return type_is_quantised(w->type) && !e->exact && e->xq != NULL;
+}
+
+/* Which task a product takes, and how many of them. */
+static void plan_linear(struct linear_job *job) {
+    const struct kernels *k = job->e->k;
+    int size = panel_rows(job->w->cols);
+    job->run = linear_f32_task;
+    if (is_integer(job->e, job->w)) {
+        int few = job->rows < k->int_rows;
+        job->run = few ? linear_int_row_task : linear_int_task;
+        size = few ? INT_ROW_TASK : k->int_strips * STRIP;
+    }
+    job->tasks = (job->w->rows + size - 1) / size;
+}
+
+enum { MAX_PRODUCTS = 3 };
+
+static void linear_task(void *arg, int task, int thread) {
+    struct linear_job *job = arg;
+    for (; task >= job->tasks; job++) task -= job->tasks;
+    job->run(job, task, thread);
+}
+
+/* Up to MAX_PRODUCTS products of the same x, whose threads meet once and not after each. */
+static void linear_all(const struct exec *e, const struct product *products, int n, const float *x,
+                       int rows) {
+    struct linear_job jobs[MAX_PRODUCTS];
+    int integer = -1, tasks = 0;
+    for (int i = 0; i < n; i++) {
+        jobs[i] = (struct linear_job){
+            .e = e, .w = products[i].w, .bias = products[i].bias, .x = x, .y = products[i].y,
+            .rows = rows};
+        plan_linear(&jobs[i]);
+        tasks += jobs[i].tasks;
+        if (is_integer(e, products[i].w)) integer = i;
+    }
+    if (integer >= 0) pool_run(e->pool, rows, quantize_task, &jobs[integer]);
+    pool_run(e->pool, tasks, linear_task, jobs);
+}
+
 static void linear(const struct exec *e, const struct tensor *w, const float *bias, const float *x,
                    int rows, float *y) {
-    struct linear_job job = {e, w, bias, x, y, rows};
-    int integer = type_is_quantised(w->type) && !e->exact && e->xq != NULL;
-    if (!integer) {
-        int panel = panel_rows(w->cols);
-        pool_run(e->pool, (w->rows + panel - 1) / panel, linear_f32_task, &job);
-        return;
-    }
-    pool_run(e->pool, rows, quantize_task, &job);
-    if (rows < e->k->int_rows)
-        pool_run(e->pool, (w->rows + INT_ROW_TASK - 1) / INT_ROW_TASK, linear_int_row_task, &job);
-    else
-        pool_run(e->pool, (w->rows + e->k->int_strips * STRIP - 1) / (e->k->int_strips * STRIP),
-                 linear_int_task, &job);
+    linear_all(e, &(struct product){w, bias, y}, 1, x, rows);
 }
 
 /* Scratch floats that a thread needs for a matrix with so many columns. */
@@ -4154,17 +4191,17 @@ static void run_layer(struct lm_job *job) {
     const struct llama *a = job->a;
     const struct layer *l = job->layer;
     struct lm_work *w = job->w;
+    const struct product qkv[] = {
+        {&l->q, l->q_bias, w->q}, {&l->k, l->k_bias, w->k}, {&l->v, l->v_bias, w->v}};
+    const struct product gate_up[] = {{&l->gate, NULL, w->gate}, {&l->up, NULL, w->up}};
     int rows = job->rows, group = a->H / a->G;
     norm_all(job, l->attn_norm, 0, job->layer_index > 0);
-    linear(e, &l->q, l->q_bias, w->h, rows, w->q);
-    linear(e, &l->k, l->k_bias, w->h, rows, w->k);
-    linear(e, &l->v, l->v_bias, w->h, rows, w->v);
+    linear_all(e, qkv, 3, w->h, rows);
     pool_run(e->pool, rows, rope_store_task, job);
     pool_run(e->pool, a->G * ((rows * group + TASK_ROWS - 1) / TASK_ROWS), attention_task, job);
     linear(e, &l->o, l->o_bias, w->o, rows, w->delta);
     norm_all(job, l->ffn_norm, 0, 1);
-    linear(e, &l->gate, NULL, w->h, rows, w->gate);
-    linear(e, &l->up, NULL, w->h, rows, w->up);
+    linear_all(e, gate_up, 2, w->h, rows);
     pool_run(e->pool, rows, swiglu_task, job);
     linear(e, &l->down, NULL, w->gate, rows, w->delta);
 }
