@@ -1793,12 +1793,20 @@ static const uint8_t *tensor_row(const struct tensor *w, int64_t row) {
    floats stay in the second-level cache. A multiple of every tile's columns (2, 3 and 4). */
 static int panel_rows(int cols) { return cols <= 4096 ? 24 : 12; }
 
+/* One product of activations: y[rows][w->rows] = x[rows][w->cols] w^T + bias; bias may be NULL. */
+struct product {
+    const struct tensor *w;
+    const float *bias;
+    float *y;
+};
+
 struct linear_job {
     const struct exec *e;
     const struct tensor *w;
     const float *bias, *x;
     float *y;
-    int rows;
+    int rows, tasks;
+    task_fn *run;
 };
 
 /* Copies the valid part of a tile to y and adds the bias. */
@@ -1905,22 +1913,51 @@ static void quantize_task(void *arg, int task, int thread) {
     job->e->k->quantize_x(job->x + task * cols, job->e->xq + task * (cols / QK), (int)cols);
 }
 
-/* y[rows][w->rows] = x[rows][w->cols] w^T + bias; bias may be NULL. */
+static int is_integer(const struct exec *e, const struct tensor *w) {
+    return type_is_quantised(w->type) && !e->exact && e->xq != NULL;
+}
+
+/* Which task a product takes, and how many of them. */
+static void plan_linear(struct linear_job *job) {
+    const struct kernels *k = job->e->k;
+    int size = panel_rows(job->w->cols);
+    job->run = linear_f32_task;
+    if (is_integer(job->e, job->w)) {
+        int few = job->rows < k->int_rows;
+        job->run = few ? linear_int_row_task : linear_int_task;
+        size = few ? INT_ROW_TASK : k->int_strips * STRIP;
+    }
+    job->tasks = (job->w->rows + size - 1) / size;
+}
+
+enum { MAX_PRODUCTS = 3 };
+
+static void linear_task(void *arg, int task, int thread) {
+    struct linear_job *job = arg;
+    for (; task >= job->tasks; job++) task -= job->tasks;
+    job->run(job, task, thread);
+}
+
+/* Up to MAX_PRODUCTS products of the same x, whose threads meet once and not after each. */
+static void linear_all(const struct exec *e, const struct product *products, int n, const float *x,
+                       int rows) {
+    struct linear_job jobs[MAX_PRODUCTS];
+    int integer = -1, tasks = 0;
+    for (int i = 0; i < n; i++) {
+        jobs[i] = (struct linear_job){
+            .e = e, .w = products[i].w, .bias = products[i].bias, .x = x, .y = products[i].y,
+            .rows = rows};
+        plan_linear(&jobs[i]);
+        tasks += jobs[i].tasks;
+        if (is_integer(e, products[i].w)) integer = i;
+    }
+    if (integer >= 0) pool_run(e->pool, rows, quantize_task, &jobs[integer]);
+    pool_run(e->pool, tasks, linear_task, jobs);
+}
+
 static void linear(const struct exec *e, const struct tensor *w, const float *bias, const float *x,
                    int rows, float *y) {
-    struct linear_job job = {e, w, bias, x, y, rows};
-    int integer = type_is_quantised(w->type) && !e->exact && e->xq != NULL;
-    if (!integer) {
-        int panel = panel_rows(w->cols);
-        pool_run(e->pool, (w->rows + panel - 1) / panel, linear_f32_task, &job);
-        return;
-    }
-    pool_run(e->pool, rows, quantize_task, &job);
-    if (rows < e->k->int_rows)
-        pool_run(e->pool, (w->rows + INT_ROW_TASK - 1) / INT_ROW_TASK, linear_int_row_task, &job);
-    else
-        pool_run(e->pool, (w->rows + e->k->int_strips * STRIP - 1) / (e->k->int_strips * STRIP),
-                 linear_int_task, &job);
+    linear_all(e, &(struct product){w, bias, y}, 1, x, rows);
 }
 
 /* Scratch floats that a thread needs for a matrix with so many columns. */
@@ -1929,35 +1966,39 @@ static int64_t linear_scratch(const struct kernels *k, int cols) {
     return max64(panel, (int64_t)(cols / QK) * k->int_strips * k->pack_bytes / 4);
 }
 
-/* c[r][..16 strips] (+)= a[r][k] b for any number of rows; a row's pointer is a[r]. */
-static void outer_rows(const struct kernels *k, int rows, int n, const float *const *a,
+/* One tile for count rows, of which there may be fewer than the kernel's. */
+static void outer_part(const struct kernels *k, int count, int n, const float *const *a,
                        const float *b, int64_t strip, int strips, float *c, int ldc,
                        int accumulate) {
     float tile[MAX_TILE * MAX_STRIPS * STRIP];
     const float *pa[MAX_TILE];
-    for (int r0 = 0; r0 < rows; r0 += k->outer_rows) {
-        int count = rows - r0 < k->outer_rows ? rows - r0 : k->outer_rows;
-        if (count < 3) {
-            for (int r = r0; r < r0 + count; r++)
-                k->outer_row(n, a[r], b, strip, strips, c + (int64_t)r * ldc, accumulate);
-            continue;
-        }
-        for (int r = 0; r < k->outer_rows; r++) pa[r] = a[r0 + (r < count ? r : count - 1)];
-        for (int s = 0; s < strips; s += k->outer_strips) {
-            float *out = c + (int64_t)r0 * ldc + s * STRIP;
-            int wide = strips - s < k->outer_strips ? strips - s : k->outer_strips,
-                cols = wide * STRIP;
-            if (count == k->outer_rows) {
-                k->outer_tile(n, pa, b + s * strip, strip, wide, out, ldc, accumulate);
-                continue;
-            }
-            for (int r = 0; accumulate && r < count; r++)
-                memcpy(tile + r * cols, out + (int64_t)r * ldc, (size_t)cols * sizeof *tile);
-            k->outer_tile(n, pa, b + s * strip, strip, wide, tile, cols, accumulate);
-            for (int r = 0; r < count; r++)
-                memcpy(out + (int64_t)r * ldc, tile + r * cols, (size_t)cols * sizeof *tile);
-        }
+    int cols = strips * STRIP;
+    if (count == k->outer_rows) {
+        k->outer_tile(n, a, b, strip, strips, c, ldc, accumulate);
+        return;
     }
+    for (int r = 0; r < k->outer_rows; r++) pa[r] = a[r < count ? r : count - 1];
+    for (int r = 0; accumulate && r < count; r++)
+        memcpy(tile + r * cols, c + (int64_t)r * ldc, (size_t)cols * sizeof *tile);
+    k->outer_tile(n, pa, b, strip, strips, tile, cols, accumulate);
+    for (int r = 0; r < count; r++)
+        memcpy(c + (int64_t)r * ldc, tile + r * cols, (size_t)cols * sizeof *tile);
+}
+
+/* c[r][..16 strips] (+)= a[r][k] b for any number of rows; a row's pointer is a[r]. All rows pass
+   a tile's strips while these are in the first-level cache. */
+static void outer_rows(const struct kernels *k, int rows, int n, const float *const *a,
+                       const float *b, int64_t strip, int strips, float *c, int ldc,
+                       int accumulate) {
+    int left = rows % k->outer_rows, tiled = left < 3 ? rows - left : rows;
+    for (int s = 0; s < strips; s += k->outer_strips)
+        for (int r = 0; r < tiled; r += k->outer_rows)
+            outer_part(k, rows - r < k->outer_rows ? rows - r : k->outer_rows, n, a + r,
+                       b + s * strip, strip,
+                       strips - s < k->outer_strips ? strips - s : k->outer_strips,
+                       c + (int64_t)r * ldc + s * STRIP, ldc, accumulate);
+    for (int r = tiled; r < rows; r++)
+        k->outer_row(n, a[r], b, strip, strips, c + (int64_t)r * ldc, accumulate);
 }
 
 /* ---- Attention over one block of keys ----
@@ -1982,12 +2023,14 @@ enum { QUERY_ROWS = 48 }; /* rows that go through a block together */
 /* Floats of scratch that attend_block needs for a head of width d. */
 static int64_t attend_scratch(int d) { return (int64_t)QUERY_ROWS * (KEYS + d); }
 
-static void merge_block(struct query *row, const float *o, float m, float l, int d) {
-    float top = m > row->m ? m : row->m;
-    float old = row->l > 0 ? exp_f32(row->m - top) : 0, new = exp_f32(m - top);
-    for (int i = 0; i < d; i++) row->o[i] = row->o[i] * old + o[i] * new;
+/* The factors of the two parts, e^(m-M) and e^(m'-M), are what a softmax makes of their maxima. */
+static void merge_block(const struct kernels *k, struct query *row, const float *o, float m,
+                        float l, int d) {
+    float part[STRIP] = {row->m, m}, *sum = row->o;
+    k->softmax(part, STRIP, 2, 1, &row->m);
+    float old = part[0], new = part[1];
+    for (int i = 0; i < d; i++) sum[i] = sum[i] * old + o[i] * new;
     row->l = row->l * old + l * new;
-    row->m = top;
 }
 
 /* n <= QUERY_ROWS rows against one block; d is a multiple of 16. */
@@ -2006,7 +2049,7 @@ static void attend_block(const struct kernels *kern, struct query *rows, int n, 
     for (int r = 0; r < n; r++)
         l[r] = kern->softmax(s + r * KEYS, panels * STRIP, rows[r].keys, scale, &m[r]);
     outer_rows(kern, n, keys, p, v, (int64_t)KEYS * STRIP, d / STRIP, o, d, 0);
-    for (int r = 0; r < n; r++) merge_block(&rows[r], o + (int64_t)r * d, m[r], l[r], d);
+    for (int r = 0; r < n; r++) merge_block(kern, &rows[r], o + (int64_t)r * d, m[r], l[r], d);
 }
 
 /* =================================================================================================
@@ -3846,7 +3889,8 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
 
 enum {
     ROWS = 512,          /* rows that pass the layers together */
-    MAX_SEQUENCES = 64   /* candidates that decode together */
+    MAX_SEQUENCES = 64,  /* candidates that decode together */
+    TASK_ROWS = 128      /* query rows that share a page's keys and values once unpacked */
 };
 
 struct page {
@@ -4071,10 +4115,10 @@ static void attend_q8(const struct lm_job *job, const uint8_t *head, struct quer
     k->v8_sums((const struct q8_0 *)(const void *)(head + kv->head_bytes), kv->dp / QK, keys, p,
                wide, o, kv->dp);
     for (int r = 0; r < n; r++)
-        merge_block(&rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
+        merge_block(k, &rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
 }
 
-/* Rows of a task, all of which read the same page, against that page. */
+/* n rows of a task, all of which read the same page, against that page. */
 static void attend_page(struct lm_job *job, const struct page *page, int g, struct query *rows,
                         int n, float *scratch) {
     const struct kv_cache *kv = &job->w->kv;
@@ -4089,7 +4133,9 @@ static void attend_page(struct lm_job *job, const struct page *page, int g, stru
     }
     const float *kp = load_keys(k, kv, head, keys, kf);
     const float *vp = load_values(k, kv, head + kv->head_bytes, keys, vf);
-    attend_block(k, rows, n, kv->dp, kp, vp, 1 / sqrtf((float)job->a->d), scratch);
+    for (int r = 0; r < n; r += QUERY_ROWS)
+        attend_block(k, rows + r, n - r < QUERY_ROWS ? n - r : QUERY_ROWS, kv->dp, kp, vp,
+                     1 / sqrtf((float)job->a->d), scratch);
 }
 
 /* Query rows of one key/value head: row i of the head is token i / (H/G), query head i % (H/G).
@@ -4098,10 +4144,10 @@ static void attention_task(void *arg, int task, int thread) {
     struct lm_job *job = arg;
     const struct llama *a = job->a;
     const struct kv_cache *kv = &job->w->kv;
-    int group = a->H / a->G, all = job->rows * group, chunks = (all + QUERY_ROWS - 1) / QUERY_ROWS;
-    int g = task / chunks, i0 = task % chunks * QUERY_ROWS, last = 0;
-    int n = all - i0 < QUERY_ROWS ? all - i0 : QUERY_ROWS;
-    struct query rows[QUERY_ROWS];
+    int group = a->H / a->G, all = job->rows * group, chunks = (all + TASK_ROWS - 1) / TASK_ROWS;
+    int g = task / chunks, i0 = task % chunks * TASK_ROWS, last = 0;
+    int n = all - i0 < TASK_ROWS ? all - i0 : TASK_ROWS;
+    struct query rows[TASK_ROWS];
     for (int i = 0; i < n; i++) {
         int r = (i0 + i) / group, h = g * group + (i0 + i) % group;
         int64_t at = ((int64_t)r * a->H + h) * kv->dp;
@@ -4147,17 +4193,17 @@ static void run_layer(struct lm_job *job) {
     const struct llama *a = job->a;
     const struct layer *l = job->layer;
     struct lm_work *w = job->w;
+    const struct product qkv[] = {
+        {&l->q, l->q_bias, w->q}, {&l->k, l->k_bias, w->k}, {&l->v, l->v_bias, w->v}};
+    const struct product gate_up[] = {{&l->gate, NULL, w->gate}, {&l->up, NULL, w->up}};
     int rows = job->rows, group = a->H / a->G;
     norm_all(job, l->attn_norm, 0, job->layer_index > 0);
-    linear(e, &l->q, l->q_bias, w->h, rows, w->q);
-    linear(e, &l->k, l->k_bias, w->h, rows, w->k);
-    linear(e, &l->v, l->v_bias, w->h, rows, w->v);
+    linear_all(e, qkv, 3, w->h, rows);
     pool_run(e->pool, rows, rope_store_task, job);
-    pool_run(e->pool, a->G * ((rows * group + QUERY_ROWS - 1) / QUERY_ROWS), attention_task, job);
+    pool_run(e->pool, a->G * ((rows * group + TASK_ROWS - 1) / TASK_ROWS), attention_task, job);
     linear(e, &l->o, l->o_bias, w->o, rows, w->delta);
     norm_all(job, l->ffn_norm, 0, 1);
-    linear(e, &l->gate, NULL, w->h, rows, w->gate);
-    linear(e, &l->up, NULL, w->h, rows, w->up);
+    linear_all(e, gate_up, 2, w->h, rows);
     pool_run(e->pool, rows, swiglu_task, job);
     linear(e, &l->down, NULL, w->gate, rows, w->delta);
 }

@@ -840,6 +840,32 @@ static void test_linear(struct test *t, int type, int rows_of_w, int cols, int e
     free(x), free(alone), free(m.data), free(m.bias);
 }
 
+/* Three products at once, of different types and sizes, against each alone. */
+static void test_linear_all(struct test *t) {
+    enum { COLS = 96, ROWS_OF_X = 9 };
+    int types[] = {LVM_Q8_0, LVM_F16, LVM_Q4_0}, sizes[] = {70, 37, 100};
+    struct matrix m[3];
+    struct product products[3];
+    float x[ROWS_OF_X * COLS], y[3][ROWS_OF_X * 100], alone[ROWS_OF_X * 100];
+    for (int i = 0; i < ROWS_OF_X * COLS; i++) x[i] = uniform(t);
+    for (int i = 0; i < 3; i++) {
+        m[i] = make_matrix(t, types[i], sizes[i], COLS);
+        products[i] = (struct product){&m[i].w, i == 1 ? NULL : m[i].bias, y[i]};
+    }
+    for (int rows = 1; rows <= ROWS_OF_X; rows++)
+        for (int threads = 1; threads <= 3; threads++) {
+            struct exec e = make_exec(t, threads, &m[0].w, ROWS_OF_X, 0);
+            linear_all(&e, products, 3, x, rows);
+            for (int i = 0; i < 3; i++) {
+                linear(&e, &m[i].w, products[i].bias, x, rows, alone);
+                check(t, same_bits(y[i], alone, rows * sizes[i]),
+                      "linear_all, product %d, %d rows, %d threads: not as alone", i, rows, threads);
+            }
+            free_exec(&e);
+        }
+    for (int i = 0; i < 3; i++) free(m[i].data), free(m[i].bias);
+}
+
 /* Products that underflow to -0 must do so in a row alone and among many. */
 static void test_linear_zero(struct test *t) {
     struct matrix m = make_matrix(t, LVM_F32, 5, 8);
@@ -867,6 +893,7 @@ static void test_linears(struct test *t) {
                 if (bias && t->rounds == ROUNDS) test_linear(t, type, 29, 4128, exact, bias);
             }
     test_linear_zero(t);
+    test_linear_all(t);
 }
 
 static void test_outer_rows(struct test *t) {
