@@ -8584,10 +8584,10 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
                    products costs AVX-512 eight instructions and its scaling three more (convert,
                    product of scales, multiply-add), so 8/11 of the peak is all there is.
        a picture   216 GFLOP to encode and 477 to draw as direct convolutions, 65 and 124 with
-                   Winograd's transforms (chapter 5). Half of the time is the products, at 60 to
-                   80 % of the peak (the transformed filters come from the third-level cache); more is
+                   Winograd's transforms (chapter 5). More than half of the time is the products, at
+                   60 to 80 % of the peak, for U comes from the third-level cache; the rest is
                    GroupNorm and SiLU, which normalise 1.6 pixels for each one because patches
-                   overlap; the rest are transforms, and convolutions of stride 2.
+                   overlap, the transforms, and convolutions of stride 2.
 
    Compilers keep an array of accumulators in registers only when its loops are unrolled: UNROLL. */
 
