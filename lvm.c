@@ -9595,6 +9595,90 @@ AVX512 static void quantize_x_avx512(const float *x, struct xblock *y, int k) {
     }
 }
 
+/* 16 bytes to floats. */
+AVX512 static __m512 s8_to_16_f32(const void *p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+}
+
+/* See k8_panels_avx2: a vector is a panel here. */
+AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int wide,
+                                           const float *const *q, int n, float *s, int lds) {
+    int64_t panel_bytes = (int64_t)groups * K8_BYTES;
+    __m512 sum[FEW][4], d[4], k[4];
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < wide; j++) sum[r][j] = _mm512_setzero_ps();
+    for (int g = 0; g < groups; g++, keys += K8_BYTES) {
+        UNROLL for (int j = 0; j < wide; j++)
+            d[j] = _mm512_cvtph_ps(
+                _mm256_loadu_si256((const __m256i *)(const void *)(keys + j * panel_bytes)));
+        for (int i = 0; i < QK; i++) {
+            const uint8_t *at = keys + 2 * STRIP + i * STRIP;
+            UNROLL for (int j = 0; j < wide; j++)
+                k[j] = _mm512_mul_ps(d[j], s8_to_16_f32(at + j * panel_bytes));
+            UNROLL for (int r = 0; r < n; r++) {
+                __m512 vq = _mm512_set1_ps(q[r][g * QK + i]);
+                UNROLL for (int j = 0; j < wide; j++)
+                    sum[r][j] = _mm512_fmadd_ps(vq, k[j], sum[r][j]);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < wide; j++)
+            _mm512_storeu_ps(s + (int64_t)r * lds + STRIP * j, sum[r][j]);
+}
+
+AVX512 static void k8_scores_avx512(const uint8_t *keys, int groups, int panels,
+                                    const float *const *q, int n, float *s, int lds) {
+    while (panels > 0) {
+        int most = n == 1 ? 4 : 2, wide = panels >= most ? most : 1;
+        if (wide == 4) k8_panels_avx512(keys, groups, 4, q, 1, s, lds);
+        else if (wide == 2) k8_panels_avx512(keys, groups, 2, q, FEW, s, lds);
+        else if (n == 1) k8_panels_avx512(keys, groups, 1, q, 1, s, lds);
+        else k8_panels_avx512(keys, groups, 1, q, FEW, s, lds);
+        keys += (int64_t)wide * groups * K8_BYTES;
+        s += wide * STRIP;
+        panels -= wide;
+    }
+}
+
+/* See v8_groups_avx2. */
+AVX512 static INLINE void v8_groups_avx512(const struct q8_0 *values, int wide, int keys,
+                                           const float *const *p, int n, float *o, int ldo) {
+    __m512 sum[FEW][4], v[4];
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < 2 * wide; j++) sum[r][j] = _mm512_setzero_ps();
+    for (int key = 0; key < keys; key++) {
+        UNROLL for (int j = 0; j < wide; j++) {
+            const struct q8_0 *block = values + j * KEYS + key;
+            __m512 d = _mm512_cvtph_ps(_mm256_set1_epi16((short)block->d));
+            v[2 * j] = _mm512_mul_ps(d, s8_to_16_f32(block->q));
+            v[2 * j + 1] = _mm512_mul_ps(d, s8_to_16_f32(block->q + STRIP));
+        }
+        UNROLL for (int r = 0; r < n; r++) {
+            __m512 vp = _mm512_set1_ps(p[r][key]);
+            UNROLL for (int j = 0; j < 2 * wide; j++)
+                sum[r][j] = _mm512_fmadd_ps(vp, v[j], sum[r][j]);
+        }
+    }
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < 2 * wide; j++)
+            _mm512_storeu_ps(o + (int64_t)r * ldo + STRIP * j, sum[r][j]);
+}
+
+AVX512 static void v8_sums_avx512(const struct q8_0 *values, int groups, int keys,
+                                  const float *const *p, int n, float *o, int ldo) {
+    while (groups > 0) {
+        int wide = groups >= 2 ? 2 : 1;
+        if (wide == 2 && n == 1) v8_groups_avx512(values, 2, keys, p, 1, o, ldo);
+        else if (wide == 2) v8_groups_avx512(values, 2, keys, p, FEW, o, ldo);
+        else if (n == 1) v8_groups_avx512(values, 1, keys, p, 1, o, ldo);
+        else v8_groups_avx512(values, 1, keys, p, FEW, o, ldo);
+        values += wide * KEYS;
+        o += wide * QK;
+        groups -= wide;
+    }
+}
+
 AVX512 static void rmsnorm_avx512(const float *x, const float *weight, float eps, int n, float *y) {
     float square = 0;
     dot_8_avx512(n, x, x, 0, 1, &square);
@@ -9694,7 +9778,7 @@ static const struct kernels kernels_avx512 = {
     dot_row_avx512,  dot_tile_avx512,    quantize_x_avx512, int_row_avx512,
     int_pack_avx512, int_tile_avx512,    outer_row_avx512,  outer_tile_avx512,
     pack_strip_avx2, wino_filter_avx512, wino_input_avx512, wino_output_avx512,
-    to_f32_avx2,     to_q8_0_avx2,       k8_scores_avx2,    v8_sums_avx2,
+    to_f32_avx2,     to_q8_0_avx2,       k8_scores_avx512,  v8_sums_avx512,
     k8_to_f32_avx2,  v8_to_f32_avx2,     rmsnorm_avx512,    softmax_avx512,
     silu_mul_avx512, norm_rows_avx512,   channel_sums_avx2};
 
