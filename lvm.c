@@ -9464,37 +9464,50 @@ AVX512 static void outer_row_avx512(int k, const float *a, const float *b, int64
     }
 }
 
-/* A block of weights as signed bytes. */
-AVX512 static __m256i block_bytes(int type, const uint8_t *w, int b) {
+/* A block of weights as they lie: Q8_0's signed bytes, Q4_0's from 0 to 15. */
+AVX512 static __m256i raw_block(int type, const uint8_t *w, int b) {
     if (type == LVM_Q8_0)
         return _mm256_loadu_si256((const __m256i *)(const void *)(w + (int64_t)b * 34 + 2));
     __m128i nibbles = _mm_loadu_si128((const __m128i *)(const void *)(w + (int64_t)b * 18 + 2));
     __m256i both = _mm256_set_m128i(_mm_srli_epi16(nibbles, 4), nibbles);
-    return _mm256_sub_epi8(_mm256_and_si256(both, _mm256_set1_epi8(15)), _mm256_set1_epi8(8));
+    return _mm256_and_si256(both, _mm256_set1_epi8(15));
 }
 
-/* Eight rows of weights, each loaded once for all n rows of activations. */
+/* A block of weights as signed bytes. */
+AVX512 static __m256i block_bytes(int type, const uint8_t *w, int b) {
+    __m256i q = raw_block(type, w, b);
+    return type == LVM_Q8_0 ? q : _mm256_sub_epi8(q, _mm256_set1_epi8(8));
+}
+
+/* Eight rows of weights, each loaded once for all n rows of activations. One side of a product is
+   unsigned: Q8_0's is x + 128, with 128 sum w to take away; Q4_0's is w + 8, which leaves x signed
+   and 8 sum x to take away, the same for all eight rows: no tree of additions for that. */
 AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct xblock *x, int n,
                                             const uint8_t *const *rows, const uint8_t *next,
                                             float (*c)[8]) {
     __m256 sum[FEW];
-    __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi8((char)128);
-    int bytes = type == LVM_Q8_0 ? 34 : 18;
+    __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi8((char)128), excess = zero;
+    int q8 = type == LVM_Q8_0, bytes = q8 ? 34 : 18;
     UNROLL for (int r = 0; r < n; r++) sum[r] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++) {
         __m256i w[8], p[8];
         prefetch_share(next, b, bytes);
         UNROLL for (int j = 0; j < 8; j++) {
-            w[j] = block_bytes(type, rows[j], b);
-            p[j] = _mm256_dpbusd_epi32(zero, offset, w[j]);
+            w[j] = raw_block(type, rows[j], b);
+            if (q8) p[j] = _mm256_dpbusd_epi32(zero, offset, w[j]);
         }
-        __m256i correction = sum_rows(p);
+        if (q8) excess = sum_rows(p);
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
             const struct xblock *xb = x + (int64_t)r * blocks + b;
             __m256i vx = _mm256_loadu_si256((const __m256i *)(const void *)xb->q.u8);
-            UNROLL for (int j = 0; j < 8; j++) p[j] = _mm256_dpbusd_epi32(zero, vx, w[j]);
-            __m256 products = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum_rows(p), correction));
+            __m256i signed_x = _mm256_xor_si256(vx, offset);
+            __m256i eight = _mm256_dpbusd_epi32(zero, _mm256_set1_epi8(8), signed_x);
+            __m256i start = _mm256_sub_epi32(zero, eight);
+            UNROLL for (int j = 0; j < 8; j++)
+                p[j] = q8 ? _mm256_dpbusd_epi32(zero, vx, w[j])
+                          : _mm256_dpbusd_epi32(start, w[j], signed_x);
+            __m256 products = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum_rows(p), excess));
             __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(xb->d));
             sum[r] = _mm256_fmadd_ps(products, scale, sum[r]);
         }
