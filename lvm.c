@@ -2502,9 +2502,9 @@ struct lvm_model {
     struct vqgan *vq;                 /* NULL when the file has no tokenizer */
 };
 
-/* Random signs and fractions of numbers just above 2^-7: halves, and the scales of quantised blocks,
-   are ready with that. What is much smaller becomes denormal on its way, which processors are slow
-   at. */
+/* Random signs and fractions of numbers just above 2^-7: halves, and the scales of quantised
+   blocks, are ready with that. What is much smaller becomes denormal on its way, which processors
+   are slow at. */
 static void fill_random(int type, uint8_t *data, size_t size) {
     uint64_t state = size, random = 0x83ff83ff83ff83ffu, exponents = 0x2000200020002000u;
     if (type == LVM_F32) random = 0x807fffff807fffffu, exponents = 0x3c0000003c000000u;
@@ -3316,7 +3316,7 @@ static void run_direct(struct conv_job *job) {
 static int64_t wino_stride(int tiles, int width) { return (int64_t)tiles * width + STRIP; }
 
 static int uses_winograd(const struct conv *conv, const struct sampling_grid *g) {
-    return conv->size == 3 && g->stride == 1 && conv->c_in % 8 == 0;
+    return conv->size == 3 && g->stride == 1 && g->pad == 1 && conv->c_in % 8 == 0;
 }
 
 /* Tiles of a task when there are many: a multiple of every tile's rows. */

@@ -125,7 +125,7 @@ reference() {
     [ ! -s "$out/answers.txt" ] ||
         limited "$B/test_golden" --nll "$out/answers.txt" build/reference.bin || code=1
     [ -z "$LVM_FULL" ] || limited "$B/test_golden" --nll "$out/answers.txt" "$WEIGHTS" q || code=1
-    limited python3 tests/reference_sets.py "$LVM_REFERENCE" "$LVM" build/reference.bin \
+    limited python3 tests/reference_sets.py "$LVM_REFERENCE" "$LVM" build/reference.bin "$B/test_golden" \
         "$([ "$1" = 0 ] && echo 1 || echo "$1")" || code=1
     return $code
 }
