@@ -1385,19 +1385,31 @@ enum {
     KEYS = 256,     /* keys of an attention block, and of a page of the KV cache */
     MAX_TILE = 16,  /* no tile has more rows or columns */
     MAX_STRIPS = 2, /* nor more strips */
-    K8_BYTES = STRIP * (2 + QK), /* 32 dimensions of 16 keys, quantised */
-    FEW = 4         /* rows for which weights, keys and values are unpacked on the fly */
+    KV8_BYTES = STRIP * (2 + QK), /* 32 dimensions of 16 keys or values, quantised */
+    FEW = 4         /* rows for which weights, keys and values are loaded once */
 };
 
 /* 32 activations, quantised on the fly: x = d q. AVX-512's VNNI multiplies unsigned by signed bytes
-   and keeps q + 128 in u8; NEON keeps q in s8, the others in s16. */
+   and keeps q + 128 in u8, then q, and the sum of q; NEON keeps q in s8, the others in s16. */
 struct xblock {
     float d;
+    int32_t sum;
     union {
         int16_t s16[QK];
-        uint8_t u8[QK];
+        uint8_t u8[2 * QK];
         int8_t s8[QK];
     } q;
+};
+
+/* 32 dimensions of a query against quantised keys: q = d x, where x has 16 bits. AVX-512 keeps
+   x = 256 hi + lo as signed bytes, of each four hi and then lo; the others keep x. */
+struct query_block {
+    float d;
+    int32_t start; /* -128 sum x */
+    union {
+        int16_t s16[QK];
+        int8_t s8[QK / 4][2][4];
+    } x;
 };
 
 /* Shapes: a panel or strip is 16 columns; see each plain version below for what it computes. */
@@ -1427,12 +1439,11 @@ struct kernels {
 
     void (*to_f32)(int type, const void *in, float *y, int64_t k);
     void (*to_q8_0)(const float *x, void *out, int64_t k);
-    void (*k8_scores)(const uint8_t *keys, int groups, int panels, const float *const *q, int n,
-                      float *s, int lds);
-    void (*v8_sums)(const struct q8_0 *values, int groups, int keys, const float *const *p, int n,
+    void (*quantize_q)(const float *q, struct query_block *x, int k);
+    void (*k8_scores)(const uint8_t *keys, int groups, int panels, const struct query_block *q,
+                      int rows, float *s, int lds);
+    void (*v8_sums)(const uint8_t *values, int groups, int panels, const float *const *p, int rows,
                     float *o, int ldo);
-    void (*k8_to_f32)(const uint8_t *in, int n, float *out);
-    void (*v8_to_f32)(const struct q8_0 *in, int keys, float *out);
     void (*rmsnorm)(const float *x, const float *weight, float eps, int n, float *y);
     float (*softmax)(float *s, int n, int valid, float scale, float *max);
     void (*silu_mul)(float *gate, const float *up, int64_t n);
@@ -1649,48 +1660,89 @@ static void wino_output_plain(const float *m, int64_t tap, const float *bias,
     }
 }
 
-/* n groups of a q8_0 key panel (chapter 6): 16 scales, then 32 dimensions of 16 keys. */
-static void k8_to_f32_plain(const uint8_t *in, int n, float *out) {
-    for (; n > 0; n--, in += K8_BYTES, out += QK * STRIP)
-        for (int key = 0; key < STRIP; key++) {
-            uint16_t d = 0;
-            memcpy(&d, in + 2 * key, 2);
-            for (int i = 0; i < QK; i++)
-                out[i * STRIP + key] = f16_to_f32(d) * (int8_t)in[2 * STRIP + i * STRIP + key];
+/* ---- Attention on a quantised cache ----
+
+   There (its layout: chapter 6) keys and values are bytes with a scale for each 32 dimensions. So
+   queries and probabilities become integers too, and inside a block all sums are exact:
+
+       q = dq x, |x| <= 127 * 256                score = sum over blocks of (dk dq) (k . x)
+       p dv = dw w, 0 <= w < 2^15                o = dw (sum of w v over a page's keys)
+
+   where dq belongs to 32 dimensions, dw to a page's 256 keys of 32 dimensions. What is rounded
+   there is 2^-16 of the largest, 256 times less than in the cache. Machines that multiply bytes
+   take x = 256 hi + lo with hi and lo signed, w = 256 hi + lo with both unsigned, and keys as
+   k + 128 >= 0, so that one side of each product is unsigned. */
+
+#define MOST_X 32512.0f /* 127 * 256: hi and lo stay signed bytes */
+#define MOST_W 32767.0f /* 256 w v fit 32 bits */
+
+static void quantize_q_plain(const float *q, struct query_block *x, int k) {
+    for (; k > 0; k -= QK, q += QK, x++) {
+        float amax = 0;
+        int32_t sum = 0;
+        for (int i = 0; i < QK; i++) amax = fabsf(q[i]) > amax ? fabsf(q[i]) : amax;
+        float id = amax > LEAST_X ? MOST_X / amax : 0;
+        for (int i = 0; i < QK; i++) {
+            x->x.s16[i] = (int16_t)rintf(q[i] * id);
+            sum += x->x.s16[i];
         }
-}
-
-/* 32 dimensions of `keys` values to two strips. */
-static void v8_to_f32_plain(const struct q8_0 *in, int keys, float *out) {
-    for (int key = 0; key < keys; key++)
-        for (int i = 0; i < QK; i++)
-            out[(i / STRIP * KEYS + key) * STRIP + i % STRIP] =
-                f16_to_f32(in[key].d) * in[key].q[i];
-}
-
-/* Scores of one query or FEW against panels of quantised keys: k8_to_f32 and outer_row in one.
-   s[r][16 panels], lds apart. */
-static void k8_scores_plain(const uint8_t *keys, int groups, int panels, const float *const *q,
-                            int n, float *s, int lds) {
-    float k[QK * STRIP];
-    for (int p = 0; p < panels; p++, s += STRIP)
-        for (int g = 0; g < groups; g++, keys += K8_BYTES) {
-            k8_to_f32_plain(keys, 1, k);
-            for (int r = 0; r < n; r++)
-                outer_row_plain(QK, q[r] + g * QK, k, 0, 1, s + (int64_t)r * lds, g > 0);
-        }
-}
-
-/* Sums of quantised values weighted by p, for one row or FEW: v8_to_f32 and outer_row in one.
-   o[r][32 groups], ldo apart; values of a group lie KEYS behind those of the one before. */
-static void v8_sums_plain(const struct q8_0 *values, int groups, int keys, const float *const *p,
-                          int n, float *o, int ldo) {
-    float v[2 * KEYS * STRIP];
-    for (int g = 0; g < groups; g++, values += KEYS, o += QK) {
-        v8_to_f32_plain(values, keys, v);
-        for (int r = 0; r < n; r++)
-            outer_row_plain(keys, p[r], v, KEYS * STRIP, 2, o + (int64_t)r * ldo, 0);
+        x->d = amax > LEAST_X ? amax / MOST_X : 0;
+        x->start = -128 * sum;
     }
+}
+
+/* The f16 scale of key or value i in front of its panel's bytes. */
+static float kv8_scale(const uint8_t *panel, int i) {
+    uint16_t d = 0;
+    memcpy(&d, panel + 2 * i, sizeof d);
+    return f16_to_f32(d);
+}
+
+/* s[r][16 panels], lds apart: rows of queries against panels of keys of 32 groups dimensions. */
+static void k8_scores_plain(const uint8_t *keys, int groups, int panels,
+                            const struct query_block *q, int rows, float *s, int lds) {
+    for (int p = 0; p < panels * STRIP; p++)
+        for (int r = 0; r < rows; r++) {
+            float score = 0;
+            for (int g = 0; g < groups; g++) {
+                const uint8_t *panel = keys + ((int64_t)p / STRIP * groups + g) * KV8_BYTES;
+                const uint8_t *k = panel + 2 * STRIP + p % STRIP * 4;
+                const struct query_block *x = q + r * groups + g;
+                int32_t sum = x->start;
+                for (int i = 0; i < QK; i++) sum += k[i / 4 * 4 * STRIP + i % 4] * x->x.s16[i];
+                score = fma_f32((float)sum, kv8_scale(panel, p % STRIP) * x->d, score);
+            }
+            s[(int64_t)r * lds + p] = score;
+        }
+}
+
+/* w for 32 dimensions of a page; returns dw. Probabilities are not negative. */
+static float quantize_p_plain(const float *p, const uint8_t *values, int panels, int32_t *w) {
+    float weighted[KEYS], most = 0;
+    for (int i = 0; i < panels * STRIP; i++) {
+        weighted[i] = p[i] * kv8_scale(values + (int64_t)i / STRIP * KV8_BYTES, i % STRIP);
+        most = weighted[i] > most ? weighted[i] : most;
+    }
+    float id = most > LEAST_X ? MOST_W / most : 0;
+    for (int i = 0; i < panels * STRIP; i++) w[i] = (int32_t)rintf(weighted[i] * id);
+    return most > LEAST_X ? most / MOST_W : 0;
+}
+
+/* o[r][32 groups], ldo apart: a page's values weighted by each row's probabilities, which are 0
+   behind its last key. A group's panels lie KEYS / STRIP panels behind those of the one before. */
+static void v8_sums_plain(const uint8_t *values, int groups, int panels, const float *const *p,
+                          int rows, float *o, int ldo) {
+    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
+        for (int r = 0; r < rows; r++) {
+            int32_t w[KEYS], sum[QK] = {0};
+            float d = quantize_p_plain(p[r], values, panels, w);
+            for (int key = 0; key < panels * STRIP; key++) {
+                const uint8_t *panel = values + (int64_t)key / STRIP * KV8_BYTES + 2 * STRIP;
+                const int8_t *v = (const int8_t *)panel + key % STRIP / 4 * 4 * QK + key % 4;
+                for (int i = 0; i < QK; i++) sum[i] += w[key] * v[4 * i];
+            }
+            for (int i = 0; i < QK; i++) o[(int64_t)r * ldo + i] = (float)sum[i] * d;
+        }
 }
 
 /* y = weight * x / sqrt(mean(x^2) + eps)      (Zhang and Sennrich 2019) */
@@ -1744,9 +1796,9 @@ static const struct kernels kernels_plain = {
     dot_row_plain,    dot_tile_plain,    quantize_x_plain,   int_row_plain,
     int_pack_plain,   int_tile_plain,    outer_row_plain,    outer_tile_plain,
     pack_strip_plain, wino_filter_plain, wino_input_plain,   wino_output_plain,
-    row_to_f32,       quantize_q8_0,     k8_scores_plain,    v8_sums_plain,
-    k8_to_f32_plain,  v8_to_f32_plain,   rmsnorm_plain,      softmax_plain,
-    silu_mul_plain,   norm_rows_plain,   channel_sums_plain};
+    row_to_f32,       quantize_q8_0,     quantize_q_plain,   k8_scores_plain,
+    v8_sums_plain,    rmsnorm_plain,     softmax_plain,      silu_mul_plain,
+    norm_rows_plain,  channel_sums_plain};
 
 /* The best table for this machine, or the one that LVM_ISA names; chapter 11. */
 static const struct kernels *choose_kernels(lvm_error *error);
@@ -2016,6 +2068,7 @@ struct query {
     float *o;       /* [d] */
     float m, l;
     int keys;       /* of this block, how many this row sees: 1 .. KEYS */
+    const struct query_block *x; /* q in integers, for a quantised cache */
 };
 
 enum { QUERY_ROWS = 48 }; /* rows that go through a block together */
@@ -3640,7 +3693,7 @@ static void spatial_task(void *arg, int task, int thread) {
     for (int r = 0; r < n; r++) {
         float *o = job->w->t1 + (r0 + r) * c;
         memset(o, 0, (size_t)c * sizeof *o);
-        rows[r] = (struct query){job->w->q + (r0 + r) * c, o, -HUGE_VALF, 0, 0};
+        rows[r] = (struct query){job->w->q + (r0 + r) * c, o, -HUGE_VALF, 0, 0, NULL};
     }
     for (int first = 0; first < job->n; first += KEYS) {
         for (int r = 0; r < n; r++) rows[r].keys = job->n - first < KEYS ? job->n - first : KEYS;
@@ -3899,9 +3952,10 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
    types:
 
        f32, f16   k[16 panels][d][16 keys]              v[d / 16][256 keys][16]
-       q8_0       k[16 panels][d / 32] of {f16 scale[16 keys], int8 [32][16 keys]}
-                  v[d / 32][256 keys] of q8_0 blocks
-   with d rounded up to a multiple of 32, zeros beyond. */
+       q8_0       k[16 panels][d / 32] of {f16 scale[16 keys], uint8 [32 / 4][16 keys][4]}
+                  v[d / 32][16 panels] of {f16 scale[16 values], int8 [16 / 4][32][4 values]}
+   with d rounded up to a multiple of 32, zeros beyond. Quantised keys are stored as k + 128; four
+   bytes that meet in one sum lie side by side. */
 
 enum {
     ROWS = 512,          /* rows that pass the layers together */
@@ -3986,12 +4040,13 @@ static void store_key(const struct kernels *kern, const struct kv_cache *kv, uin
                       const float *k) {
     int panel = at / STRIP, column = at % STRIP;
     if (kv->type == LVM_Q8_0) {
-        uint8_t *p = head + (int64_t)panel * (kv->dp / QK) * K8_BYTES;
-        for (int b = 0; b < kv->dp / QK; b++, p += K8_BYTES) {
+        uint8_t *p = head + (int64_t)panel * (kv->dp / QK) * KV8_BYTES;
+        for (int b = 0; b < kv->dp / QK; b++, p += KV8_BYTES) {
             struct q8_0 block;
             kern->to_q8_0(k + b * QK, &block, QK);
             memcpy(p + 2 * column, &block.d, 2);
-            for (int i = 0; i < QK; i++) p[2 * STRIP + i * STRIP + column] = (uint8_t)block.q[i];
+            for (int i = 0; i < QK; i++)
+                p[2 * STRIP + i / 4 * 4 * STRIP + 4 * column + i % 4] = (uint8_t)(block.q[i] + 128);
         }
         return;
     }
@@ -4005,8 +4060,14 @@ static void store_key(const struct kernels *kern, const struct kv_cache *kv, uin
 static void store_value(const struct kernels *kern, const struct kv_cache *kv, uint8_t *head,
                         int at, const float *v) {
     if (kv->type == LVM_Q8_0) {
-        struct q8_0 *blocks = (struct q8_0 *)(void *)head;
-        for (int b = 0; b < kv->dp / QK; b++) kern->to_q8_0(v + b * QK, blocks + b * KEYS + at, QK);
+        uint8_t *p = head + (int64_t)at / STRIP * KV8_BYTES;
+        int column = at % STRIP, place = 2 * STRIP + column / 4 * 4 * QK + column % 4;
+        for (int b = 0; b < kv->dp / QK; b++, p += KEYS / STRIP * KV8_BYTES) {
+            struct q8_0 block;
+            kern->to_q8_0(v + b * QK, &block, QK);
+            memcpy(p + 2 * column, &block.d, 2);
+            for (int i = 0; i < QK; i++) p[place + 4 * i] = (uint8_t)block.q[i];
+        }
         return;
     }
     for (int s = 0; s < kv->dp / STRIP; s++) {
@@ -4015,26 +4076,19 @@ static void store_value(const struct kernels *kern, const struct kv_cache *kv, u
     }
 }
 
-/* The first `keys` keys of a page's head as floats in panels: where they lie, or unpacked to out.
-   */
+/* The first `keys` keys of a page's head, f32 or f16, as floats in panels: where they lie, or
+   unpacked to out. */
 static const float *load_keys(const struct kernels *k, const struct kv_cache *kv,
                               const uint8_t *head, int keys, float *out) {
     int panels = (keys + STRIP - 1) / STRIP;
     if (kv->type == LVM_F32) return (const float *)(const void *)head;
-    if (kv->type == LVM_Q8_0) k->k8_to_f32(head, panels * (kv->dp / QK), out);
-    else k->to_f32(LVM_F16, head, out, (int64_t)panels * STRIP * kv->dp);
+    k->to_f32(LVM_F16, head, out, (int64_t)panels * STRIP * kv->dp);
     return out;
 }
 
 static const float *load_values(const struct kernels *k, const struct kv_cache *kv,
                                 const uint8_t *head, int keys, float *out) {
     if (kv->type == LVM_F32) return (const float *)(const void *)head;
-    if (kv->type == LVM_Q8_0) {
-        for (int b = 0; b < kv->dp / QK; b++)
-            k->v8_to_f32((const struct q8_0 *)(const void *)head + b * KEYS, keys,
-                         out + (int64_t)b * 2 * KEYS * STRIP);
-        return out;
-    }
     for (int s = 0; s < kv->dp / STRIP; s++)
         k->to_f32(LVM_F16, head + (int64_t)s * KEYS * STRIP * 2, out + (int64_t)s * KEYS * STRIP,
                   (int64_t)keys * STRIP);
@@ -4112,24 +4166,24 @@ static void rope_store_task(void *arg, int r, int thread) {
     }
 }
 
-/* attend_block for up to FEW rows, straight from a quantised page. */
+/* attend_block on a quantised page. */
 static void attend_q8(const struct lm_job *job, const uint8_t *head, struct query *rows, int n,
-                      int keys, float *scratch) {
+                      float *scratch) {
     const struct kernels *k = job->e->k;
     const struct kv_cache *kv = &job->w->kv;
-    float *s = scratch, *o = scratch + FEW * KEYS;
-    const float *q[FEW], *p[FEW];
-    int panels = (keys + STRIP - 1) / STRIP, wide = n == 1 ? 1 : FEW;
-    float l[FEW], m[FEW], scale = 1 / sqrtf((float)job->a->d);
-    for (int r = 0; r < FEW; r++) {
-        q[r] = rows[r < n ? r : 0].q;
+    float *s = scratch, *o = scratch + QUERY_ROWS * KEYS, m[QUERY_ROWS], l[QUERY_ROWS];
+    const float *p[QUERY_ROWS] = {NULL};
+    int groups = kv->dp / QK, keys = 0;
+    for (int r = 0; r < n; r++) {
         p[r] = s + r * KEYS;
+        keys = rows[r].keys > keys ? rows[r].keys : keys;
     }
-    k->k8_scores(head, kv->dp / QK, panels, q, wide, s, KEYS);
+    int panels = (keys + STRIP - 1) / STRIP;
+    k->k8_scores(head, groups, panels, rows[0].x, n, s, KEYS);
     for (int r = 0; r < n; r++)
-        l[r] = k->softmax(s + r * KEYS, panels * STRIP, rows[r].keys, scale, &m[r]);
-    k->v8_sums((const struct q8_0 *)(const void *)(head + kv->head_bytes), kv->dp / QK, keys, p,
-               wide, o, kv->dp);
+        l[r] = k->softmax(s + r * KEYS, panels * STRIP, rows[r].keys, 1 / sqrtf((float)job->a->d),
+                          &m[r]);
+    k->v8_sums(head + kv->head_bytes, groups, panels, p, n, o, kv->dp);
     for (int r = 0; r < n; r++)
         merge_block(k, &rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
 }
@@ -4142,11 +4196,12 @@ static void attend_page(struct lm_job *job, const struct page *page, int g, stru
     const uint8_t *head = page_head(kv, page, job->a, job->layer_index, g, 0);
     float *kf = scratch + attend_scratch(kv->dp), *vf = kf + (int64_t)KEYS * kv->dp;
     int keys = 0;
-    for (int r = 0; r < n; r++) keys = rows[r].keys > keys ? rows[r].keys : keys;
-    if (kv->type == LVM_Q8_0 && n <= FEW && k->k8_scores != NULL) {
-        attend_q8(job, head, rows, n, keys, scratch);
+    if (kv->type == LVM_Q8_0) {
+        for (int r = 0; r < n; r += QUERY_ROWS)
+            attend_q8(job, head, rows + r, n - r < QUERY_ROWS ? n - r : QUERY_ROWS, scratch);
         return;
     }
+    for (int r = 0; r < n; r++) keys = rows[r].keys > keys ? rows[r].keys : keys;
     const float *kp = load_keys(k, kv, head, keys, kf);
     const float *vp = load_values(k, kv, head + kv->head_bytes, keys, vf);
     for (int r = 0; r < n; r += QUERY_ROWS)
@@ -4163,12 +4218,15 @@ static void attention_task(void *arg, int task, int thread) {
     int group = a->H / a->G, all = job->rows * group, chunks = (all + TASK_ROWS - 1) / TASK_ROWS;
     int g = task / chunks, i0 = task % chunks * TASK_ROWS, last = 0;
     int n = all - i0 < TASK_ROWS ? all - i0 : TASK_ROWS;
+    float *scratch = exec_scratch(job->e, thread);
+    struct query_block *x = (struct query_block *)(void *)(scratch + attend_scratch(kv->dp));
     struct query rows[TASK_ROWS];
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < n; i++, x += kv->dp / QK) {
         int r = (i0 + i) / group, h = g * group + (i0 + i) % group;
         int64_t at = ((int64_t)r * a->H + h) * kv->dp;
         memset(job->w->op + at, 0, (size_t)kv->dp * sizeof(float));
-        rows[i] = (struct query){job->w->qp + at, job->w->op + at, -HUGE_VALF, 0, 0};
+        rows[i] = (struct query){job->w->qp + at, job->w->op + at, -HUGE_VALF, 0, 0, x};
+        if (kv->type == LVM_Q8_0) job->e->k->quantize_q(rows[i].q, x, kv->dp);
         last = job->pos[r] > last ? job->pos[r] : last;
     }
     for (int b = 0; b <= last / KEYS; b++)
@@ -4180,7 +4238,7 @@ static void attention_task(void *arg, int task, int thread) {
                 if (keys <= 0 || kv->seq[job->seq[r]].pages[b] != page) break;
                 rows[j].keys = keys < KEYS ? keys : KEYS;
             }
-            if (j > i) attend_page(job, page, g, rows + i, j - i, exec_scratch(job->e, thread));
+            if (j > i) attend_page(job, page, g, rows + i, j - i, scratch);
             i = j > i ? j : i + 1;
         }
     for (int i = 0; i < n; i++) {
@@ -4279,6 +4337,9 @@ static int kv_setup(struct kv_cache *kv, const struct llama *a, int type, lvm_er
     }
     return LVM_OK;
 }
+
+_Static_assert(TASK_ROWS * sizeof(struct query_block) / QK <= 2 * KEYS * sizeof(float),
+               "queries in integers take no more room than keys and values in floats");
 
 static int64_t lm_scratch(const struct llama *a, const struct kernels *k) {
     int dp = round_up(a->d, QK);
@@ -5198,7 +5259,7 @@ static uint64_t weights_hash(const struct gguf *g) {
 
 static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
     const lvm_info *i = &ctx->m->info;
-    struct cache_head h = {.version = 1,
+    struct cache_head h = {.version = 2,
                            .kv_type = (uint32_t)ctx->o.kv_type,
                            .exact = ctx->o.exact != 0,
                            .resolution = (uint32_t)i->resolution,
@@ -8888,8 +8949,9 @@ AVX2 static __m256i sum_rows(const __m256i *p) {
 }
 
 /* Asks for a block's share of the eight rows that follow these in memory: eight streams a few
-   hundred bytes apart are more than the processor's own prefetching follows. */
-AVX2 static void prefetch_share(const uint8_t *next, int b, int bytes) {
+   hundred bytes apart are more than the processor's own prefetching follows. Always inlined: gcc
+   drops calls of a function that does nothing else. */
+AVX2 static INLINE void prefetch_share(const uint8_t *next, int b, int bytes) {
     for (int i = 0; i < 8 * bytes; i += 64)
         _mm_prefetch((const char *)next + (int64_t)b * 8 * bytes + i, _MM_HINT_T0);
 }
@@ -8933,7 +8995,7 @@ AVX2 static void int_row_avx2(int type, int blocks, const struct xblock *x, int 
 }
 
 /* Transposes 8 x 8 lanes of 32 bits in place. */
-AVX2 static void transpose_8x8(__m256i *v) {
+AVX2 static INLINE void transpose_8x8(__m256i *v) {
     __m256i t[8], u[8];
     UNROLL for (int i = 0; i < 4; i++) {
         t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
@@ -9086,28 +9148,6 @@ AVX2 static void to_f32_avx2(int type, const void *in, float *y, int64_t k) {
     else if (i < k) row_to_f32(type, h + i, y + i, k - i);
 }
 
-AVX2 static void k8_to_f32_avx2(const uint8_t *in, int n, float *out) {
-    for (; n > 0; n--, in += K8_BYTES, out += QK * STRIP) {
-        __m256 d0 = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)in));
-        __m256 d1 = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)(in + 16)));
-        for (int i = 0; i < QK; i++) {
-            const uint8_t *q = in + 2 * STRIP + i * STRIP;
-            _mm256_storeu_ps(out + i * STRIP, _mm256_mul_ps(d0, s8_to_f32(q)));
-            _mm256_storeu_ps(out + i * STRIP + 8, _mm256_mul_ps(d1, s8_to_f32(q + 8)));
-        }
-    }
-}
-
-AVX2 static void v8_to_f32_avx2(const struct q8_0 *in, int keys, float *out) {
-    for (int i = 0; i < keys; i++, out += STRIP) {
-        __m256 d = scale8(in[i].d);
-        _mm256_storeu_ps(out, _mm256_mul_ps(d, s8_to_f32(in[i].q)));
-        _mm256_storeu_ps(out + 8, _mm256_mul_ps(d, s8_to_f32(in[i].q + 8)));
-        _mm256_storeu_ps(out + KEYS * STRIP, _mm256_mul_ps(d, s8_to_f32(in[i].q + 16)));
-        _mm256_storeu_ps(out + KEYS * STRIP + 8, _mm256_mul_ps(d, s8_to_f32(in[i].q + 24)));
-    }
-}
-
 /* x rounded to the nearest integer, halves away from zero, within -127 .. 127. */
 AVX2 static __m256i nearest8(__m256 x) {
     __m256 sign = _mm256_set1_ps(-0.0f);
@@ -9136,80 +9176,161 @@ AVX2 static void to_q8_0_avx2(const float *x, void *out, int64_t k) {
     }
 }
 
-/* n queries against `wide` panels, panel_bytes apart. */
-AVX2 static INLINE void k8_panels_avx2(const uint8_t *keys, int groups, int wide,
-                                       const float *const *q, int n, float *s, int lds) {
-    int64_t panel_bytes = (int64_t)groups * K8_BYTES;
-    __m256 sum[FEW][8], d[8], k[8];
+/* ---- AVX2: attention on a quantised cache ----
+
+   A vector holds four keys' four dimensions as 16-bit numbers, or four dimensions' four values;
+   one instruction multiplies them and adds neighbours, which leaves two sums to add at the end. */
+
+AVX2 static __m256i scaled_s16(const float *x, __m256 id) {
+    __m256i q0 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), id));
+    __m256i q1 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), id));
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xd8);
+}
+
+AVX2 static int32_t sum_s32(__m256i x) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+AVX2 static void quantize_q_avx2(const float *q, struct query_block *x, int k) {
+    for (; k > 0; k -= QK, q += QK, x++) {
+        float amax = max_magnitude(q);
+        __m256 id = _mm256_set1_ps(amax > LEAST_X ? MOST_X / amax : 0);
+        __m256i low = scaled_s16(q, id), high = scaled_s16(q + 16, id);
+        __m256i one = _mm256_set1_epi16(1);
+        _mm256_storeu_si256((__m256i *)(void *)x->x.s16, low);
+        _mm256_storeu_si256((__m256i *)(void *)(x->x.s16 + 16), high);
+        x->d = amax > LEAST_X ? amax / MOST_X : 0;
+        x->start = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(low, one),
+                                                   _mm256_madd_epi16(high, one)));
+    }
+}
+
+/* Sums of neighbours of two vectors, in their order. */
+AVX2 static __m256i add_neighbours(__m256i a, __m256i b) {
+    return _mm256_permute4x64_epi64(_mm256_hadd_epi32(a, b), 0xd8);
+}
+
+/* Four numbers of 16 bits, four times. */
+AVX2 static __m256i four_s16(const void *p) {
+    int64_t four = 0;
+    memcpy(&four, p, sizeof four);
+    return _mm256_set1_epi64x(four);
+}
+
+/* Eight scales. */
+AVX2 static __m256 halves_to_f32(const void *p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+}
+
+/* Scores of n rows and 8 wide keys of a panel, of which the first is `first`. */
+AVX2 static INLINE void k8_part_avx2(const uint8_t *panel, int groups, int first, int wide,
+                                     const struct query_block *q, int n, float *s, int lds) {
+    __m256 sum[FEW][2];
     UNROLL for (int r = 0; r < n; r++)
-        UNROLL for (int j = 0; j < 2 * wide; j++) sum[r][j] = _mm256_setzero_ps();
-    for (int g = 0; g < groups; g++, keys += K8_BYTES) {
-        UNROLL for (int j = 0; j < 2 * wide; j++)
-            d[j] = _mm256_cvtph_ps(_mm_loadu_si128(
-                (const __m128i *)(const void *)(keys + j / 2 * panel_bytes + j % 2 * 16)));
-        for (int i = 0; i < QK; i++) {
-            const uint8_t *at = keys + 2 * STRIP + i * STRIP;
+        UNROLL for (int j = 0; j < wide; j++) sum[r][j] = _mm256_setzero_ps();
+    for (int g = 0; g < groups; g++, panel += KV8_BYTES) {
+        __m256i acc[FEW][4], k[4];
+        UNROLL for (int r = 0; r < n; r++)
+            UNROLL for (int j = 0; j < 2 * wide; j++) acc[r][j] = _mm256_setzero_si256();
+        for (int i = 0; i < QK / 4; i++) {
+            const uint8_t *at = panel + 2 * STRIP + 4 * (i * STRIP + first);
             UNROLL for (int j = 0; j < 2 * wide; j++)
-                k[j] = _mm256_mul_ps(d[j], s8_to_f32(at + j / 2 * panel_bytes + j % 2 * 8));
+                k[j] = _mm256_cvtepu8_epi16(
+                    _mm_loadu_si128((const __m128i *)(const void *)(at + 16 * j)));
             UNROLL for (int r = 0; r < n; r++) {
-                __m256 vq = _mm256_broadcast_ss(q[r] + g * QK + i);
+                __m256i x = four_s16(q[r * groups + g].x.s16 + 4 * i);
                 UNROLL for (int j = 0; j < 2 * wide; j++)
-                    sum[r][j] = _mm256_fmadd_ps(vq, k[j], sum[r][j]);
+                    acc[r][j] = _mm256_add_epi32(acc[r][j], _mm256_madd_epi16(k[j], x));
+            }
+        }
+        UNROLL for (int j = 0; j < wide; j++) {
+            __m256 d = halves_to_f32(panel + 2 * (first + 8 * j));
+            UNROLL for (int r = 0; r < n; r++) {
+                const struct query_block *x = q + r * groups + g;
+                __m256i products = _mm256_add_epi32(add_neighbours(acc[r][2 * j], acc[r][2 * j + 1]),
+                                                    _mm256_set1_epi32(x->start));
+                sum[r][j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products),
+                                            _mm256_mul_ps(d, _mm256_set1_ps(x->d)), sum[r][j]);
             }
         }
     }
     UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < wide; j++)
+            _mm256_storeu_ps(s + (int64_t)r * lds + first + 8 * j, sum[r][j]);
+}
+
+AVX2 static void k8_scores_avx2(const uint8_t *keys, int groups, int panels,
+                                const struct query_block *q, int rows, float *s, int lds) {
+    for (int p = 0; p < panels; p++, keys += (int64_t)groups * KV8_BYTES, s += STRIP) {
+        int r = 0;
+        for (; r + FEW <= rows; r += FEW)
+            for (int first = 0; first < STRIP; first += 8)
+                k8_part_avx2(keys, groups, first, 1, q + r * groups, FEW, s + (int64_t)r * lds, lds);
+        for (; r < rows; r++)
+            k8_part_avx2(keys, groups, 0, 2, q + r * groups, 1, s + (int64_t)r * lds, lds);
+    }
+}
+
+AVX2 static float quantize_p_avx2(const float *p, const uint8_t *values, int panels, int16_t *w) {
+    float weighted[KEYS];
+    __m256 most = _mm256_setzero_ps();
+    for (int i = 0; i < panels * STRIP; i += 8) {
+        __m256 d = halves_to_f32(values + (int64_t)i / STRIP * KV8_BYTES + 2 * (i % STRIP));
+        __m256 x = _mm256_mul_ps(_mm256_loadu_ps(p + i), d);
+        _mm256_storeu_ps(weighted + i, x);
+        most = _mm256_max_ps(x, most);
+    }
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    float all = _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
+    __m256 id = _mm256_set1_ps(all > LEAST_X ? MOST_W / all : 0);
+    for (int i = 0; i < panels * STRIP; i += 16)
+        _mm256_storeu_si256((__m256i *)(void *)(w + i), scaled_s16(weighted + i, id));
+    return all > LEAST_X ? all / MOST_W : 0;
+}
+
+/* Sums of n rows and 8 wide dimensions of a group. */
+AVX2 static INLINE void v8_part_avx2(const uint8_t *values, int panels, int first, int wide,
+                                     int16_t (*w)[KEYS], const float *d, int n, float *o,
+                                     int ldo) {
+    __m256i acc[FEW][8], v[8];
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < 2 * wide; j++) acc[r][j] = _mm256_setzero_si256();
+    for (int i = 0; i < panels * STRIP / 4; i++) {
+        const uint8_t *at = values + (int64_t)i / 4 * KV8_BYTES + 2 * STRIP + i % 4 * 4 * QK + 4 * first;
         UNROLL for (int j = 0; j < 2 * wide; j++)
-            _mm256_storeu_ps(s + (int64_t)r * lds + 8 * j, sum[r][j]);
-}
-
-AVX2 static void k8_scores_avx2(const uint8_t *keys, int groups, int panels, const float *const *q,
-                                int n, float *s, int lds) {
-    int64_t panel_bytes = (int64_t)groups * K8_BYTES;
-    while (panels > 0) {
-        int wide = n == 1 && panels >= 4 ? 4 : 1;
-        if (wide == 4) k8_panels_avx2(keys, groups, 4, q, 1, s, lds);
-        else if (n == 1) k8_panels_avx2(keys, groups, 1, q, 1, s, lds);
-        else k8_panels_avx2(keys, groups, 1, q, FEW, s, lds);
-        keys += wide * panel_bytes;
-        s += wide * STRIP;
-        panels -= wide;
-    }
-}
-
-/* `wide` groups of 32 dimensions. */
-AVX2 static INLINE void v8_groups_avx2(const struct q8_0 *values, int wide, int keys,
-                                       const float *const *p, int n, float *o, int ldo) {
-    __m256 sum[FEW][8], v[8];
-    UNROLL for (int r = 0; r < n; r++)
-        UNROLL for (int j = 0; j < 4 * wide; j++) sum[r][j] = _mm256_setzero_ps();
-    for (int key = 0; key < keys; key++) {
-        UNROLL for (int j = 0; j < 4 * wide; j++) {
-            const struct q8_0 *block = values + j / 4 * KEYS + key;
-            v[j] = _mm256_mul_ps(scale8(block->d), s8_to_f32(block->q + j % 4 * 8));
-        }
+            v[j] = _mm256_cvtepi8_epi16(
+                _mm_loadu_si128((const __m128i *)(const void *)(at + 16 * j)));
         UNROLL for (int r = 0; r < n; r++) {
-            __m256 vp = _mm256_broadcast_ss(p[r] + key);
-            UNROLL for (int j = 0; j < 4 * wide; j++)
-                sum[r][j] = _mm256_fmadd_ps(vp, v[j], sum[r][j]);
+            __m256i vw = four_s16(w[r] + 4 * i);
+            UNROLL for (int j = 0; j < 2 * wide; j++)
+                acc[r][j] = _mm256_add_epi32(acc[r][j], _mm256_madd_epi16(v[j], vw));
         }
     }
     UNROLL for (int r = 0; r < n; r++)
-        UNROLL for (int j = 0; j < 4 * wide; j++)
-            _mm256_storeu_ps(o + (int64_t)r * ldo + 8 * j, sum[r][j]);
+        UNROLL for (int j = 0; j < wide; j++) {
+            __m256 sum = _mm256_cvtepi32_ps(add_neighbours(acc[r][2 * j], acc[r][2 * j + 1]));
+            _mm256_storeu_ps(o + (int64_t)r * ldo + first + 8 * j,
+                             _mm256_mul_ps(sum, _mm256_set1_ps(d[r])));
+        }
 }
 
-AVX2 static void v8_sums_avx2(const struct q8_0 *values, int groups, int keys,
-                              const float *const *p, int n, float *o, int ldo) {
-    while (groups > 0) {
-        int wide = n == 1 && groups >= 2 ? 2 : 1;
-        if (wide == 2) v8_groups_avx2(values, 2, keys, p, 1, o, ldo);
-        else if (n == 1) v8_groups_avx2(values, 1, keys, p, 1, o, ldo);
-        else v8_groups_avx2(values, 1, keys, p, FEW, o, ldo);
-        values += wide * KEYS;
-        o += wide * QK;
-        groups -= wide;
-    }
+AVX2 static void v8_sums_avx2(const uint8_t *values, int groups, int panels, const float *const *p,
+                              int rows, float *o, int ldo) {
+    int16_t w[FEW][KEYS];
+    float d[FEW];
+    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
+        for (int r = 0, n = 1; r < rows; r += n) {
+            float *to = o + (int64_t)r * ldo;
+            n = rows - r < FEW ? 1 : FEW;
+            for (int i = 0; i < n; i++) d[i] = quantize_p_avx2(p[r + i], values, panels, w[i]);
+            if (n == 1) v8_part_avx2(values, panels, 0, 4, w, d, 1, to, ldo);
+            else
+                for (int first = 0; first < QK; first += 8)
+                    v8_part_avx2(values, panels, first, 1, w, d, FEW, to, ldo);
+        }
 }
 
 /* ---- AVX2: elementwise ---- */
@@ -9351,8 +9472,8 @@ static const struct kernels kernels_avx2 = {
     dot_row_avx2,    dot_tile_avx2,    quantize_x_avx2,   int_row_avx2,
     int_pack_avx2,   int_tile_avx2,    outer_row_avx2,    outer_tile_avx2,
     pack_strip_avx2, wino_filter_avx2, wino_input_avx2,   wino_output_avx2,
-    to_f32_avx2,     to_q8_0_avx2,     k8_scores_avx2,    v8_sums_avx2,
-    k8_to_f32_avx2,  v8_to_f32_avx2,   rmsnorm_avx2,      softmax_avx2,
+    to_f32_avx2,     to_q8_0_avx2,     quantize_q_avx2,   k8_scores_avx2,
+    v8_sums_avx2,    rmsnorm_avx2,     softmax_avx2,
     silu_mul_avx2,   norm_rows_avx2,   channel_sums_avx2};
 
 /* ---- AVX-512 ----
@@ -9479,37 +9600,62 @@ AVX512 static __m256i block_bytes(int type, const uint8_t *w, int b) {
     return type == LVM_Q8_0 ? q : _mm256_sub_epi8(q, _mm256_set1_epi8(8));
 }
 
-/* Eight rows of weights, each loaded once for all n rows of activations. One side of a product is
-   unsigned: Q8_0's is x + 128, with 128 sum w to take away; Q4_0's is w + 8, which leaves x signed
-   and 8 sum x to take away, the same for all eight rows: no tree of additions for that. */
+/* 16 bytes of each of eight rows, turned: v[i] is four bytes of row 0, four of row 1, ... */
+AVX512 static INLINE void turn_rows(const uint8_t *const *rows, int64_t at, __m256i *v) {
+    __m256i r[4], t[4];
+    UNROLL for (int j = 0; j < 4; j++)
+        r[j] = _mm256_inserti128_si256(
+            _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(rows[j] + at))),
+            _mm_loadu_si128((const __m128i *)(const void *)(rows[j + 4] + at)), 1);
+    UNROLL for (int j = 0; j < 2; j++) {
+        t[j] = _mm256_unpacklo_epi32(r[2 * j], r[2 * j + 1]);
+        t[j + 2] = _mm256_unpackhi_epi32(r[2 * j], r[2 * j + 1]);
+    }
+    UNROLL for (int j = 0; j < 2; j++) {
+        v[2 * j] = _mm256_unpacklo_epi64(t[2 * j], t[2 * j + 1]);
+        v[2 * j + 1] = _mm256_unpackhi_epi64(t[2 * j], t[2 * j + 1]);
+    }
+}
+
+/* A block of eight rows as unsigned bytes, Q8_0's plus 128 and Q4_0's plus 8. */
+AVX512 static INLINE void turn_block(int type, const uint8_t *const *rows, int64_t b, __m256i *w) {
+    if (type == LVM_Q8_0) {
+        turn_rows(rows, b * 34 + 2, w);
+        turn_rows(rows, b * 34 + 18, w + 4);
+        UNROLL for (int i = 0; i < 8; i++)
+            w[i] = _mm256_xor_si256(w[i], _mm256_set1_epi8((char)128));
+        return;
+    }
+    turn_rows(rows, b * 18 + 2, w);
+    UNROLL for (int i = 0; i < 4; i++) {
+        w[i + 4] = _mm256_and_si256(_mm256_srli_epi16(w[i], 4), _mm256_set1_epi8(15));
+        w[i] = _mm256_and_si256(w[i], _mm256_set1_epi8(15));
+    }
+}
+
+/* Eight rows of weights, each loaded once for all n rows of activations. Turned so that a lane is a
+   row of weights, they need no additions across lanes. They go in unsigned, and what that adds is
+   taken away first. Two sums, because one would wait for itself. */
 AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct xblock *x, int n,
                                             const uint8_t *const *rows, const uint8_t *next,
                                             float (*c)[8]) {
     __m256 sum[FEW];
-    __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi8((char)128), excess = zero;
     int q8 = type == LVM_Q8_0, bytes = q8 ? 34 : 18;
     UNROLL for (int r = 0; r < n; r++) sum[r] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++) {
-        __m256i w[8], p[8];
+        __m256i w[8];
         prefetch_share(next, b, bytes);
-        UNROLL for (int j = 0; j < 8; j++) {
-            w[j] = raw_block(type, rows[j], b);
-            if (q8) p[j] = _mm256_dpbusd_epi32(zero, offset, w[j]);
-        }
-        if (q8) excess = sum_rows(p);
+        turn_block(type, rows, b, w);
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
             const struct xblock *xb = x + (int64_t)r * blocks + b;
-            __m256i vx = _mm256_loadu_si256((const __m256i *)(const void *)xb->q.u8);
-            __m256i signed_x = _mm256_xor_si256(vx, offset);
-            __m256i eight = _mm256_dpbusd_epi32(zero, _mm256_set1_epi8(8), signed_x);
-            __m256i start = _mm256_sub_epi32(zero, eight);
-            UNROLL for (int j = 0; j < 8; j++)
-                p[j] = q8 ? _mm256_dpbusd_epi32(zero, vx, w[j])
-                          : _mm256_dpbusd_epi32(start, w[j], signed_x);
-            __m256 products = _mm256_cvtepi32_ps(_mm256_sub_epi32(sum_rows(p), excess));
+            __m256i p[2] = {_mm256_set1_epi32((q8 ? -128 : -8) * xb->sum), _mm256_setzero_si256()};
+            UNROLL for (int i = 0; i < 8; i++)
+                p[i / 4] = _mm256_dpbusd_epi32(
+                    p[i / 4], w[i], _mm256_set1_epi32(load_s32(xb->q.u8 + QK + 4 * i)));
+            __m256i products = _mm256_add_epi32(p[0], p[1]);
             __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(xb->d));
-            sum[r] = _mm256_fmadd_ps(products, scale, sum[r]);
+            sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, sum[r]);
         }
     }
     UNROLL for (int r = 0; r < n; r++) _mm256_storeu_ps(c[r], sum[r]);
@@ -9615,39 +9761,84 @@ AVX512 static void quantize_x_avx512(const float *x, struct xblock *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
         __m512 id = _mm512_set1_ps(amax > LEAST_X ? 127 / amax : 0);
+        __m512i sum = _mm512_setzero_si512();
         y[b].d = amax > LEAST_X ? amax / 127 : 0;
         UNROLL for (int i = 0; i < QK; i += 16) {
             __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), id));
-            q = _mm512_add_epi32(q, _mm512_set1_epi32(128));
-            _mm_storeu_si128((__m128i *)(void *)(y[b].q.u8 + i), _mm512_cvtepi32_epi8(q));
+            __m128i bytes = _mm512_cvtepi32_epi8(q);
+            __m128i offset = _mm_xor_si128(bytes, _mm_set1_epi8((char)128));
+            _mm_storeu_si128((__m128i *)(void *)(y[b].q.u8 + i), offset);
+            _mm_storeu_si128((__m128i *)(void *)(y[b].q.u8 + QK + i), bytes);
+            sum = _mm512_add_epi32(sum, q);
         }
+        y[b].sum = _mm512_reduce_add_epi32(sum);
     }
 }
 
-/* 16 bytes to floats. */
-AVX512 static __m512 s8_to_16_f32(const void *p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)));
+/* ---- AVX-512: attention on a quantised cache ----
+
+   Two byte products, of hi and lo, make one of 16 bits; a vector is four dimensions of a panel's
+   keys, or 16 dimensions of four values. */
+
+/* The two lower bytes of 16 numbers, hi of each four in front of their lo. */
+AVX512 static void store_hi_lo(void *to, __m512i hi, __m512i x) {
+    __m128i h = _mm512_cvtepi32_epi8(_mm512_srai_epi32(hi, 8)), lo = _mm512_cvtepi32_epi8(x);
+    _mm_storeu_si128((__m128i *)to, _mm_unpacklo_epi32(h, lo));
+    _mm_storeu_si128((__m128i *)to + 1, _mm_unpackhi_epi32(h, lo));
 }
 
-/* See k8_panels_avx2: a vector is a panel here. */
+AVX512 static __m512 add_hi_lo(__m512i hi, __m512i lo) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo));
+}
+
+AVX512 static void quantize_q_avx512(const float *q, struct query_block *x, int k) {
+    for (; k > 0; k -= QK, q += QK, x++) {
+        float amax = max_magnitude(q);
+        __m512 id = _mm512_set1_ps(amax > LEAST_X ? MOST_X / amax : 0);
+        __m512i sum = _mm512_setzero_si512();
+        UNROLL for (int i = 0; i < 2; i++) {
+            __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(q + 16 * i), id));
+            store_hi_lo(x->x.s8[4 * i], _mm512_add_epi32(n, _mm512_set1_epi32(128)), n);
+            sum = _mm512_add_epi32(sum, n);
+        }
+        x->d = amax > LEAST_X ? amax / MOST_X : 0;
+        x->start = -128 * _mm512_reduce_add_epi32(sum);
+    }
+}
+
+/* n rows against `wide` panels. */
 AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int wide,
-                                           const float *const *q, int n, float *s, int lds) {
-    int64_t panel_bytes = (int64_t)groups * K8_BYTES;
-    __m512 sum[FEW][4], d[4], k[4];
+                                           const struct query_block *q, int n, float *s, int lds) {
+    int64_t panel = (int64_t)groups * KV8_BYTES;
+    __m512 sum[FEW][4];
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int j = 0; j < wide; j++) sum[r][j] = _mm512_setzero_ps();
-    for (int g = 0; g < groups; g++, keys += K8_BYTES) {
-        UNROLL for (int j = 0; j < wide; j++)
-            d[j] = _mm512_cvtph_ps(
-                _mm256_loadu_si256((const __m256i *)(const void *)(keys + j * panel_bytes)));
-        for (int i = 0; i < QK; i++) {
-            const uint8_t *at = keys + 2 * STRIP + i * STRIP;
+    for (int g = 0; g < groups; g++, keys += KV8_BYTES) {
+        __m512i hi[FEW][4], lo[FEW][4], k[4];
+        UNROLL for (int r = 0; r < n; r++)
+            UNROLL for (int j = 0; j < wide; j++) {
+                hi[r][j] = _mm512_setzero_si512();
+                lo[r][j] = _mm512_set1_epi32(q[r * groups + g].start);
+            }
+        UNROLL for (int i = 0; i < QK / 4; i++) {
             UNROLL for (int j = 0; j < wide; j++)
-                k[j] = _mm512_mul_ps(d[j], s8_to_16_f32(at + j * panel_bytes));
+                k[j] = _mm512_loadu_si512(keys + j * panel + 2 * STRIP + 4 * STRIP * i);
             UNROLL for (int r = 0; r < n; r++) {
-                __m512 vq = _mm512_set1_ps(q[r][g * QK + i]);
-                UNROLL for (int j = 0; j < wide; j++)
-                    sum[r][j] = _mm512_fmadd_ps(vq, k[j], sum[r][j]);
+                const int8_t (*x)[4] = q[r * groups + g].x.s8[i];
+                __m512i xh = _mm512_set1_epi32(load_s32(x[0]));
+                __m512i xl = _mm512_set1_epi32(load_s32(x[1]));
+                UNROLL for (int j = 0; j < wide; j++) {
+                    hi[r][j] = _mm512_dpbusd_epi32(hi[r][j], k[j], xh);
+                    lo[r][j] = _mm512_dpbusd_epi32(lo[r][j], k[j], xl);
+                }
+            }
+        }
+        UNROLL for (int j = 0; j < wide; j++) {
+            __m512 d = _mm512_cvtph_ps(
+                _mm256_loadu_si256((const __m256i *)(const void *)(keys + j * panel)));
+            UNROLL for (int r = 0; r < n; r++) {
+                __m512 scale = _mm512_mul_ps(d, _mm512_set1_ps(q[r * groups + g].d));
+                sum[r][j] = _mm512_fmadd_ps(add_hi_lo(hi[r][j], lo[r][j]), scale, sum[r][j]);
             }
         }
     }
@@ -9656,56 +9847,91 @@ AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int 
             _mm512_storeu_ps(s + (int64_t)r * lds + STRIP * j, sum[r][j]);
 }
 
+/* Two panels and FEW rows, or four panels and one row, keep enough sums going. */
 AVX512 static void k8_scores_avx512(const uint8_t *keys, int groups, int panels,
-                                    const float *const *q, int n, float *s, int lds) {
-    while (panels > 0) {
-        int most = n == 1 ? 4 : 2, wide = panels >= most ? most : 1;
-        if (wide == 4) k8_panels_avx512(keys, groups, 4, q, 1, s, lds);
-        else if (wide == 2) k8_panels_avx512(keys, groups, 2, q, FEW, s, lds);
-        else if (n == 1) k8_panels_avx512(keys, groups, 1, q, 1, s, lds);
-        else k8_panels_avx512(keys, groups, 1, q, FEW, s, lds);
-        keys += (int64_t)wide * groups * K8_BYTES;
-        s += wide * STRIP;
-        panels -= wide;
+                                    const struct query_block *q, int rows, float *s, int lds) {
+    int64_t panel = (int64_t)groups * KV8_BYTES;
+    for (int p = 0, wide = 1; p < panels; p += wide) {
+        const uint8_t *at = keys + p * panel;
+        int left = panels - p, r = 0;
+        wide = left >= 4 && rows < FEW ? 4 : left >= 2 ? 2 : 1;
+        for (; r + FEW <= rows; r += FEW) {
+            float *to = s + (int64_t)r * lds + p * STRIP;
+            if (wide == 2) k8_panels_avx512(at, groups, 2, q + r * groups, FEW, to, lds);
+            else k8_panels_avx512(at, groups, 1, q + r * groups, FEW, to, lds);
+        }
+        for (; r < rows; r++) {
+            float *to = s + (int64_t)r * lds + p * STRIP;
+            if (wide == 4) k8_panels_avx512(at, groups, 4, q + r * groups, 1, to, lds);
+            else if (wide == 2) k8_panels_avx512(at, groups, 2, q + r * groups, 1, to, lds);
+            else k8_panels_avx512(at, groups, 1, q + r * groups, 1, to, lds);
+        }
     }
 }
 
-/* See v8_groups_avx2. */
-AVX512 static INLINE void v8_groups_avx512(const struct q8_0 *values, int wide, int keys,
-                                           const float *const *p, int n, float *o, int ldo) {
-    __m512 sum[FEW][4], v[4];
-    UNROLL for (int r = 0; r < n; r++)
-        UNROLL for (int j = 0; j < 2 * wide; j++) sum[r][j] = _mm512_setzero_ps();
-    for (int key = 0; key < keys; key++) {
-        UNROLL for (int j = 0; j < wide; j++) {
-            const struct q8_0 *block = values + j * KEYS + key;
-            __m512 d = _mm512_cvtph_ps(_mm256_set1_epi16((short)block->d));
-            v[2 * j] = _mm512_mul_ps(d, s8_to_16_f32(block->q));
-            v[2 * j + 1] = _mm512_mul_ps(d, s8_to_16_f32(block->q + STRIP));
-        }
-        UNROLL for (int r = 0; r < n; r++) {
-            __m512 vp = _mm512_set1_ps(p[r][key]);
-            UNROLL for (int j = 0; j < 2 * wide; j++)
-                sum[r][j] = _mm512_fmadd_ps(vp, v[j], sum[r][j]);
-        }
+/* w as bytes, hi of each four keys in front of their lo. */
+AVX512 static float quantize_p_avx512(const float *p, const uint8_t *values, int panels,
+                                      uint8_t *w) {
+    __m512 weighted[KEYS / STRIP], most = _mm512_setzero_ps();
+    for (int i = 0; i < panels; i++) {
+        __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256(
+            (const __m256i *)(const void *)(values + (int64_t)i * KV8_BYTES)));
+        weighted[i] = _mm512_mul_ps(_mm512_loadu_ps(p + i * STRIP), d);
+        most = _mm512_max_ps(weighted[i], most);
     }
-    UNROLL for (int r = 0; r < n; r++)
-        UNROLL for (int j = 0; j < 2 * wide; j++)
-            _mm512_storeu_ps(o + (int64_t)r * ldo + STRIP * j, sum[r][j]);
+    float all = _mm512_reduce_max_ps(most);
+    __m512 id = _mm512_set1_ps(all > LEAST_X ? MOST_W / all : 0);
+    for (int i = 0; i < panels; i++) {
+        __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(weighted[i], id));
+        store_hi_lo(w + 2 * STRIP * i, x, x);
+    }
+    return all > LEAST_X ? all / MOST_W : 0;
 }
 
-AVX512 static void v8_sums_avx512(const struct q8_0 *values, int groups, int keys,
-                                  const float *const *p, int n, float *o, int ldo) {
-    while (groups > 0) {
-        int wide = groups >= 2 ? 2 : 1;
-        if (wide == 2 && n == 1) v8_groups_avx512(values, 2, keys, p, 1, o, ldo);
-        else if (wide == 2) v8_groups_avx512(values, 2, keys, p, FEW, o, ldo);
-        else if (n == 1) v8_groups_avx512(values, 1, keys, p, 1, o, ldo);
-        else v8_groups_avx512(values, 1, keys, p, FEW, o, ldo);
-        values += wide * KEYS;
-        o += wide * QK;
-        groups -= wide;
-    }
+/* n rows against a group's values; `apart` sums of neighbouring fours of keys are kept apart. */
+AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
+                                          uint8_t (*w)[2 * KEYS], const float *d, int n, int apart,
+                                          float *o, int ldo) {
+    __m512i hi[FEW][2], lo[FEW][2]; /* of [row or place][16 dimensions] */
+    UNROLL for (int r = 0; r < n * apart; r++)
+        UNROLL for (int j = 0; j < 2; j++) hi[r][j] = lo[r][j] = _mm512_setzero_si512();
+    for (int i = 0; i < panels; i++, values += KV8_BYTES)
+        UNROLL for (int four = 0; four < STRIP / 4; four++) {
+            const uint8_t *at = values + 2 * STRIP + four * 4 * QK;
+            __m512i v0 = _mm512_loadu_si512(at), v1 = _mm512_loadu_si512(at + 4 * STRIP);
+            UNROLL for (int r = 0; r < n; r++) {
+                const uint8_t *x = w[r] + 2 * (i * STRIP + 4 * four);
+                __m512i wh = _mm512_set1_epi32(load_s32(x)), wl = _mm512_set1_epi32(load_s32(x + 4));
+                int to = r * apart + four % apart;
+                hi[to][0] = _mm512_dpbusd_epi32(hi[to][0], wh, v0);
+                lo[to][0] = _mm512_dpbusd_epi32(lo[to][0], wl, v0);
+                hi[to][1] = _mm512_dpbusd_epi32(hi[to][1], wh, v1);
+                lo[to][1] = _mm512_dpbusd_epi32(lo[to][1], wl, v1);
+            }
+        }
+    UNROLL for (int r = 0; r < n; r++)
+        UNROLL for (int j = 0; j < 2; j++) {
+            __m512i h = hi[r * apart][j], l = lo[r * apart][j];
+            UNROLL for (int i = 1; i < apart; i++) {
+                h = _mm512_add_epi32(h, hi[r * apart + i][j]);
+                l = _mm512_add_epi32(l, lo[r * apart + i][j]);
+            }
+            _mm512_storeu_ps(o + (int64_t)r * ldo + STRIP * j,
+                             _mm512_mul_ps(add_hi_lo(h, l), _mm512_set1_ps(d[r])));
+        }
+}
+
+AVX512 static void v8_sums_avx512(const uint8_t *values, int groups, int panels,
+                                  const float *const *p, int rows, float *o, int ldo) {
+    uint8_t w[FEW][2 * KEYS];
+    float d[FEW];
+    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
+        for (int r = 0, n = 1; r < rows; r += n) {
+            n = rows - r < FEW ? 1 : FEW;
+            for (int i = 0; i < n; i++) d[i] = quantize_p_avx512(p[r + i], values, panels, w[i]);
+            if (n == 1) v8_group_avx512(values, panels, w, d, 1, 4, o + (int64_t)r * ldo, ldo);
+            else v8_group_avx512(values, panels, w, d, FEW, 1, o + (int64_t)r * ldo, ldo);
+        }
 }
 
 AVX512 static void rmsnorm_avx512(const float *x, const float *weight, float eps, int n, float *y) {
@@ -9807,9 +10033,9 @@ static const struct kernels kernels_avx512 = {
     dot_row_avx512,  dot_tile_avx512,    quantize_x_avx512, int_row_avx512,
     int_pack_avx512, int_tile_avx512,    outer_row_avx512,  outer_tile_avx512,
     pack_strip_avx2, wino_filter_avx512, wino_input_avx512, wino_output_avx512,
-    to_f32_avx2,     to_q8_0_avx2,       k8_scores_avx512,  v8_sums_avx512,
-    k8_to_f32_avx2,  v8_to_f32_avx2,     rmsnorm_avx512,    softmax_avx512,
-    silu_mul_avx512, norm_rows_avx512,   channel_sums_avx2};
+    to_f32_avx2,     to_q8_0_avx2,       quantize_q_avx512, k8_scores_avx512,
+    v8_sums_avx512,  rmsnorm_avx512,     softmax_avx512,    silu_mul_avx512,
+    norm_rows_avx512, channel_sums_avx2};
 
 /* ---- Which of them this machine can run: the processor must have it and the system save it ----
    */
@@ -10401,22 +10627,97 @@ static void to_f32_neon(int type, const void *in, float *y, int64_t k) {
     else if (i < k) row_to_f32(type, h + i, y + i, k - i);
 }
 
-static void k8_to_f32_neon(const uint8_t *in, int n, float *out) {
-    for (; n > 0; n--, in += K8_BYTES, out += QK * STRIP) {
-        float32x4_t d[4];
-        UNROLL for (int j = 0; j < 4; j++) d[j] = halves_to_f32(in + 8 * j);
-        for (int i = 0; i < QK; i++)
-            store_16_neon(vld1q_s8((const int8_t *)in + (2 + i) * STRIP), d, out + i * STRIP);
+/* ---- NEON: attention on a quantised cache ----
+
+   Loads that take every fourth byte give one dimension of a panel's 16 keys, or 16 dimensions of
+   one value, which are multiplied by a number of 16 bits. */
+
+static void quantize_q_neon(const float *q, struct query_block *x, int k) {
+    for (; k > 0; k -= QK, q += QK, x++) {
+        float32x4_t m = vdupq_n_f32(0);
+        int32x4_t sum = vdupq_n_s32(0);
+        UNROLL for (int i = 0; i < QK; i += 4) m = vmaxnmq_f32(m, vabsq_f32(vld1q_f32(q + i)));
+        float amax = vmaxnmvq_f32(m), id = amax > LEAST_X ? MOST_X / amax : 0;
+        UNROLL for (int i = 0; i < QK; i += 4) {
+            int32x4_t n = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(q + i), id));
+            vst1_s16(x->x.s16 + i, vmovn_s32(n));
+            sum = vaddq_s32(sum, n);
+        }
+        x->d = amax > LEAST_X ? amax / MOST_X : 0;
+        x->start = -128 * vaddvq_s32(sum);
     }
 }
 
-static void v8_to_f32_neon(const struct q8_0 *in, int keys, float *out) {
-    for (int i = 0; i < keys; i++, out += STRIP) {
-        float32x4_t d[4];
-        scale_16_neon(&in[i].d, d);
-        store_16_neon(vld1q_s8(in[i].q), d, out);
-        store_16_neon(vld1q_s8(in[i].q + 16), d, out + KEYS * STRIP);
+/* sum[16] += a[16] x */
+static INLINE void add_products_16(int32x4_t *sum, int16x8_t low, int16x8_t high, int16_t x) {
+    sum[0] = vmlal_n_s16(sum[0], vget_low_s16(low), x);
+    sum[1] = vmlal_n_s16(sum[1], vget_high_s16(low), x);
+    sum[2] = vmlal_n_s16(sum[2], vget_low_s16(high), x);
+    sum[3] = vmlal_n_s16(sum[3], vget_high_s16(high), x);
+}
+
+static void k8_scores_neon(const uint8_t *keys, int groups, int panels,
+                           const struct query_block *q, int rows, float *s, int lds) {
+    for (int p = 0; p < panels; p++, keys += (int64_t)groups * KV8_BYTES, s += STRIP)
+        for (int r = 0; r < rows; r++) {
+            float32x4_t score[4];
+            UNROLL for (int j = 0; j < 4; j++) score[j] = vdupq_n_f32(0);
+            for (int g = 0; g < groups; g++) {
+                const uint8_t *panel = keys + (int64_t)g * KV8_BYTES;
+                const struct query_block *x = q + r * groups + g;
+                int32x4_t sum[4];
+                UNROLL for (int j = 0; j < 4; j++) sum[j] = vdupq_n_s32(x->start);
+                for (int i = 0; i < QK; i += 4) {
+                    uint8x16x4_t k = vld4q_u8(panel + 2 * STRIP + i * STRIP);
+                    UNROLL for (int t = 0; t < 4; t++)
+                        add_products_16(sum, vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(k.val[t]))),
+                                        vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(k.val[t]))),
+                                        x->x.s16[i + t]);
+                }
+                UNROLL for (int j = 0; j < 4; j++) {
+                    float32x4_t d = vmulq_n_f32(halves_to_f32(panel + 8 * j), x->d);
+                    score[j] = vfmaq_f32(score[j], vcvtq_f32_s32(sum[j]), d);
+                }
+            }
+            UNROLL for (int j = 0; j < 4; j++) vst1q_f32(s + (int64_t)r * lds + 4 * j, score[j]);
+        }
+}
+
+static float quantize_p_neon(const float *p, const uint8_t *values, int panels, int16_t *w) {
+    float weighted[KEYS];
+    float32x4_t most = vdupq_n_f32(0);
+    for (int i = 0; i < panels * STRIP; i += 4) {
+        const uint8_t *d = values + (int64_t)i / STRIP * KV8_BYTES + 2 * (i % STRIP);
+        float32x4_t x = vmulq_f32(vld1q_f32(p + i), halves_to_f32(d));
+        vst1q_f32(weighted + i, x);
+        most = vmaxnmq_f32(most, x);
     }
+    float all = vmaxnmvq_f32(most), id = all > LEAST_X ? MOST_W / all : 0;
+    for (int i = 0; i < panels * STRIP; i += 4)
+        vst1_s16(w + i, vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(weighted + i), id))));
+    return all > LEAST_X ? all / MOST_W : 0;
+}
+
+static void v8_sums_neon(const uint8_t *values, int groups, int panels, const float *const *p,
+                         int rows, float *o, int ldo) {
+    int16_t w[KEYS];
+    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
+        for (int r = 0; r < rows; r++) {
+            float d = quantize_p_neon(p[r], values, panels, w);
+            int32x4_t sum[8];
+            UNROLL for (int j = 0; j < 8; j++) sum[j] = vdupq_n_s32(0);
+            for (int i = 0; i < panels * STRIP; i += 4) {
+                const uint8_t *at = values + (int64_t)i / STRIP * KV8_BYTES + 2 * STRIP + i % STRIP * QK;
+                UNROLL for (int half = 0; half < 2; half++) {
+                    int8x16x4_t v = vld4q_s8((const int8_t *)at + half * 4 * STRIP);
+                    UNROLL for (int t = 0; t < 4; t++)
+                        add_products_16(sum + 4 * half, vmovl_s8(vget_low_s8(v.val[t])),
+                                        vmovl_s8(vget_high_s8(v.val[t])), w[i + t]);
+                }
+            }
+            UNROLL for (int j = 0; j < 8; j++)
+                vst1q_f32(o + (int64_t)r * ldo + 4 * j, vmulq_n_f32(vcvtq_f32_s32(sum[j]), d));
+        }
 }
 
 /* ---- NEON: elementwise ---- */
@@ -10565,9 +10866,9 @@ static const struct kernels kernels_neon = {
     dot_row_neon,    dot_tile_neon,    quantize_x_neon,   int_row_neon,
     int_pack_neon,   int_tile_neon,    outer_row_neon,    outer_tile_neon,
     pack_strip_neon, wino_filter_neon, wino_input_neon,   wino_output_neon,
-    to_f32_neon,     quantize_q8_0,    NULL,              NULL,
-    k8_to_f32_neon,  v8_to_f32_neon,   rmsnorm_neon,      softmax_neon,
-    silu_mul_neon,   norm_rows_neon,   channel_sums_neon};
+    to_f32_neon,     quantize_q8_0,    quantize_q_neon,   k8_scores_neon,
+    v8_sums_neon,    rmsnorm_neon,     softmax_neon,      silu_mul_neon,
+    norm_rows_neon,  channel_sums_neon};
 
 static const struct kernels kernels_neon_dot = {
     "neon-dot",      NEON_ROWS,        NEON_COLS,         NEON_INT,
@@ -10575,9 +10876,9 @@ static const struct kernels kernels_neon_dot = {
     dot_row_neon,    dot_tile_neon,    quantize_x_neon,   int_row_dot,
     int_pack_dot,    int_tile_dot,     outer_row_neon,    outer_tile_neon,
     pack_strip_neon, wino_filter_neon, wino_input_neon,   wino_output_neon,
-    to_f32_neon,     quantize_q8_0,    NULL,              NULL,
-    k8_to_f32_neon,  v8_to_f32_neon,   rmsnorm_neon,      softmax_neon,
-    silu_mul_neon,   norm_rows_neon,   channel_sums_neon};
+    to_f32_neon,     quantize_q8_0,    quantize_q_neon,   k8_scores_neon,
+    v8_sums_neon,    rmsnorm_neon,     softmax_neon,      silu_mul_neon,
+    norm_rows_neon,  channel_sums_neon};
 
 #ifndef LVM_NO_MAIN
 static void peak_fma_neon(int64_t rounds) {

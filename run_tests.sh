@@ -18,8 +18,8 @@ passed=0 failed=0 skipped=0
 
 case $SANITIZE in
     "") B=build TEST_CFLAGS=-O2 LVM=./lvm ;;
-    thread) B=build/tsan TEST_CFLAGS="-O1 -g -fsanitize=thread" LVM=build/tsan/lvm ;;
-    *) B=build/debug TEST_CFLAGS="-O1 -g -fsanitize=$SANITIZE -fno-sanitize-recover=all"
+    thread) B=build/tsan TEST_CFLAGS="-O1 -g1 -fsanitize=thread" LVM=build/tsan/lvm ;;
+    *) B=build/debug TEST_CFLAGS="-O1 -g1 -fsanitize=$SANITIZE -fno-sanitize-recover=all"
        LVM=build/debug/lvm ;;
 esac
 WEIGHTS=${WEIGHTS:-weights.bin}

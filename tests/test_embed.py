@@ -100,9 +100,11 @@ def write_grey(path, source):
 
 
 class Place:
-    """A folder that looks like a fresh clone, for commands that are given as to a reader."""
+    """A folder that looks like a fresh clone, for commands that are given as to a reader. What make
+    builds there it builds with -O1: twice as fast, and numbers do not depend on it."""
 
     def __init__(self):
+        os.environ["CFLAGS"] = "-O1"
         self.folder = tempfile.mkdtemp(prefix="test_embed.")
         for name in ("lvm.c", "Makefile", "examples", "prompt", "tests"):
             os.symlink(os.path.join(TOP, name), self.path(name))

@@ -15,7 +15,7 @@
 #define LVM_NO_MAIN
 #include "../lvm.c"
 
-enum { ROUNDS = 200, BORDER = 68, MAX_BOXES = 16, MAX_NOTES = 64, SHOWN_FAILURES = 40 };
+enum { ROUNDS = 200, BORDER = 68, MAX_BOXES = 24, MAX_NOTES = 64, SHOWN_FAILURES = 40 };
 static const double U = 0x1p-24;
 
 struct box {
@@ -418,63 +418,133 @@ static void test_all_halves(struct test *t, int type) {
     release(t, "to_f32");
 }
 
-static void test_cache_to_f32(struct test *t) {
-    int n = 1 + below(t, 5), keys = 1 + below(t, KEYS);
-    uint8_t *k8 = make(t, (size_t)(n * K8_BYTES));
-    struct q8_0 *v8 = make(t, (size_t)keys * sizeof *v8);
-    float *got = make_space(t, n * QK * STRIP), *want = make_space(t, n * QK * STRIP);
-    float *got_v = make_space(t, (KEYS + keys) * STRIP),
-          *want_v = make_space(t, (KEYS + keys) * STRIP);
-    for (int i = 0; i < n * K8_BYTES; i++) k8[i] = (uint8_t)below(t, 256);
-    for (size_t i = 0; i < (size_t)keys * sizeof *v8; i++)
-        ((uint8_t *)v8)[i] = (uint8_t)below(t, 256);
-    t->k->k8_to_f32(k8, n, got);
-    k8_to_f32_plain(k8, n, want);
-    check(t, same_or_nan(got, want, n * QK * STRIP), "k8_to_f32 of %d groups differs", n);
-    t->k->v8_to_f32(v8, keys, got_v);
-    v8_to_f32_plain(v8, keys, want_v);
-    check(t, same_or_nan(got_v, want_v, keys * STRIP) &&
-             same_or_nan(got_v + KEYS * STRIP, want_v + KEYS * STRIP, keys * STRIP),
-          "v8_to_f32 of %d keys differs", keys);
-    check(t, untouched(got_v + keys * STRIP, (size_t)((KEYS - keys) * STRIP) * sizeof *got_v),
-          "v8_to_f32 wrote between its strips");
-    release(t, "a cache conversion");
+/* A page of one head: keys and values of d dimensions, quantised into their places. */
+struct test_page {
+    int d, keys, panels;
+    uint8_t *k8, *v8;
+    float *k, *v; /* what the bytes stand for, [keys][d] */
+};
+
+static void fill_q8(struct test *t, const struct test_page *p, int at, int values) {
+    struct kv_cache kv = {.type = LVM_Q8_0, .dp = p->d};
+    struct q8_0 block[8];
+    float row[8 * QK], size = ldexpf(1, below(t, 20) - 10);
+    for (int i = 0; i < p->d; i++) row[i] = size * uniform(t);
+    if (values) store_value(t->k, &kv, p->v8, at, row);
+    else store_key(t->k, &kv, p->k8, at, row);
+    quantize_q8_0(row, block, p->d);
+    row_to_f32(LVM_Q8_0, block, (values ? p->v : p->k) + at * p->d, p->d);
 }
 
-/* Attention of one row or a few straight from a quantised page is what unpacking and outer_row
-   give, bit for bit. */
-static void test_cache_rows(struct test *t) {
-    int groups = 1 + below(t, 5), keys = 1 + below(t, KEYS), n = below(t, 2) ? 1 : FEW, ok = 1;
-    int panels = (keys + STRIP - 1) / STRIP, d = groups * QK;
-    uint8_t *k8 = make(t, (size_t)(panels * groups * K8_BYTES));
-    struct q8_0 *v8 = make(t, (size_t)groups * KEYS * sizeof *v8);
-    const float *a[FEW], *rows = make_floats(t, FEW * KEYS);
-    float *keys_f = make_space(t, panels * d * STRIP), *values_f = make_space(t, KEYS * d);
-    float *s = make_space(t, n * panels * STRIP), *o = make_space(t, n * d);
-    float *want = make_space(t, panels * STRIP), *want_o = make_space(t, d);
-    for (int r = 0; r < FEW; r++) a[r] = rows + r * KEYS;
-    for (int i = 0; i < panels * groups * STRIP; i++)
-        t->k->to_q8_0(rows + below(t, KEYS), k8 + i * (2 + QK), QK);
-    for (int i = 0; i < panels * groups; i++) /* scales in front, of halves that are finite */
-        for (int j = 0; j < STRIP; j++) {
-            uint16_t half = f32_to_f16(uniform(t));
-            memcpy(k8 + i * K8_BYTES + 2 * j, &half, 2);
-        }
-    for (int i = 0; i < groups * KEYS; i++) t->k->to_q8_0(rows + below(t, KEYS), v8 + i, QK);
-    t->k->k8_to_f32(k8, panels * groups, keys_f);
-    for (int g = 0; g < groups; g++)
-        t->k->v8_to_f32(v8 + g * KEYS, keys, values_f + g * 2 * KEYS * STRIP);
-    t->k->k8_scores(k8, groups, panels, a, n, s, panels * STRIP);
-    t->k->v8_sums(v8, groups, keys, a, n, o, d);
-    for (int r = 0; r < n; r++) {
-        t->k->outer_row(d, a[r], keys_f, d * STRIP, panels, want, 0);
-        ok &= same_bits(s + r * panels * STRIP, want, panels * STRIP);
-        t->k->outer_row(keys, a[r], values_f, KEYS * STRIP, d / STRIP, want_o, 0);
-        ok &= same_bits(o + r * d, want_o, d);
+static void make_page(struct test *t, struct test_page *p) {
+    p->d = QK * (1 + below(t, 5));
+    p->keys = 1 + below(t, KEYS);
+    p->panels = (p->keys + STRIP - 1) / STRIP;
+    size_t k8 = (size_t)(p->panels * p->d / QK * KV8_BYTES),
+           v8 = (size_t)((p->d / QK - 1) * KEYS / STRIP + p->panels) * KV8_BYTES;
+    p->k8 = make(t, k8);
+    p->v8 = make(t, v8);
+    p->k = make_space(t, p->keys * p->d);
+    p->v = make_space(t, p->keys * p->d);
+    memset(p->k8, 0, k8);
+    memset(p->v8, 0, v8);
+    for (int at = 0; at < p->keys; at++) fill_q8(t, p, at, 0), fill_q8(t, p, at, 1);
+}
+
+static int query_number(const struct test *t, const struct query_block *x, int i) {
+    if (strncmp(t->k->name, "avx512", 6) != 0) return x->x.s16[i];
+    return 256 * x->x.s8[i / 4][0][i % 4] + x->x.s8[i / 4][1][i % 4];
+}
+
+static void test_quantize_q(struct test *t) {
+    int blocks = 1 + below(t, 5), ok = 1;
+    float *q = make_floats(t, blocks * QK), size = ldexpf(1, below(t, 100) - 80);
+    struct query_block *got = make(t, (size_t)blocks * sizeof *got),
+                       *want = make(t, (size_t)blocks * sizeof *want);
+    for (int i = 0; i < blocks * QK; i++) q[i] *= size;
+    if (below(t, 4) == 0) memset(q, 0, QK * sizeof *q);
+    t->k->quantize_q(q, got, blocks * QK);
+    quantize_q_plain(q, want, blocks * QK);
+    for (int b = 0; b < blocks; b++) {
+        ok &= same_bits(&got[b].d, &want[b].d, 1) && got[b].start == want[b].start;
+        for (int i = 0; i < QK; i++) ok &= query_number(t, &got[b], i) == want[b].x.s16[i];
     }
-    check(t, ok, "%d rows, %d keys, %d groups: not as from unpacked keys and values", n, keys,
-          groups);
-    release(t, "attention from a quantised page");
+    check(t, ok, "quantize_q of %d blocks differs", blocks);
+    release(t, "quantize_q");
+}
+
+/* Scores and sums in double from what the page's bytes stand for; what was rounded on the way: q and
+   p dv by half a unit each (and an ulp or two of them), then each addition. */
+static int scores_near(const struct test_page *p, const float *q, const float *s) {
+    for (int key = 0; key < p->keys; key++) {
+        double want = 0, allowed = 0;
+        for (int i = 0; i < p->d; i++) {
+            const float *block = q + i / QK * QK;
+            double most = 0, k = (double)p->k[key * p->d + i];
+            for (int j = 0; j < QK; j++) most = fmax(most, fabs((double)block[j]));
+            want += k * (double)q[i];
+            allowed += fabs(k) * most * (0.51 / 32512 + 16 * U);
+        }
+        if (!(fabs((double)s[key] - want) <= allowed)) return 0;
+    }
+    return 1;
+}
+
+static int sums_near(const struct test_page *p, const float *weights, const float *o) {
+    for (int i = 0; i < p->d; i++) {
+        double want = 0, allowed = 0, most = 0;
+        for (int key = 0; key < p->keys; key++) {
+            double largest = 0;
+            for (int j = i / QK * QK; j < (i / QK + 1) * QK; j++)
+                largest = fmax(largest, fabs((double)p->v[key * p->d + j]));
+            most = fmax(most, (double)weights[key] * largest / 127);
+        }
+        for (int key = 0; key < p->keys; key++) {
+            want += (double)weights[key] * (double)p->v[key * p->d + i];
+            allowed += 127 * most * (0.51 / 32767 + 16 * U);
+        }
+        if (!(fabs((double)o[i] - want) <= allowed)) return 0;
+    }
+    return 1;
+}
+
+/* Attention of many rows on a quantised page: as in plain C and as each row alone, bit for bit, and
+   near to what it is in double. */
+static void test_cache_rows(struct test *t) {
+    struct test_page page;
+    make_page(t, &page);
+    int rows = 1 + below(t, 9), d = page.d, groups = d / QK, width = page.panels * STRIP, ok = 1;
+    float *q = make_floats(t, rows * d), *p = make_space(t, rows * width);
+    float *s = make_space(t, rows * width), *o = make_space(t, rows * d);
+    float *want = make_space(t, rows * width), *want_o = make_space(t, rows * d);
+    struct query_block *x = make(t, (size_t)(rows * groups) * sizeof *x),
+                       *plain = make(t, (size_t)(rows * groups) * sizeof *plain);
+    const float *at[16];
+    t->k->quantize_q(q, x, rows * d);
+    quantize_q_plain(q, plain, rows * d);
+    for (int r = 0; r < rows; r++) {
+        at[r] = p + r * width;
+        for (int i = 0; i < width; i++)
+            p[r * width + i] = i < page.keys && below(t, 5) > 0 ? fabsf(uniform(t)) : 0;
+    }
+    t->k->k8_scores(page.k8, groups, page.panels, x, rows, s, width);
+    k8_scores_plain(page.k8, groups, page.panels, plain, rows, want, width);
+    ok &= same_bits(s, want, rows * width);
+    t->k->v8_sums(page.v8, groups, page.panels, at, rows, o, d);
+    v8_sums_plain(page.v8, groups, page.panels, at, rows, want_o, d);
+    ok &= same_bits(o, want_o, rows * d);
+    check(t, ok, "%d rows, %d keys of %d: scores or sums are not the plain ones", rows, page.keys, d);
+    for (int r = ok = 0; r < rows; r++) {
+        t->k->k8_scores(page.k8, groups, page.panels, x + r * groups, 1, want, width);
+        t->k->v8_sums(page.v8, groups, page.panels, at + r, 1, want_o, d);
+        ok += same_bits(s + r * width, want, width) && same_bits(o + r * d, want_o, d);
+    }
+    check(t, ok == rows, "%d rows, %d keys of %d: not as each row alone", rows, page.keys, d);
+    for (int r = ok = 0; r < rows; r++) ok += scores_near(&page, q + r * d, s + r * width);
+    check(t, ok == rows, "%d rows, %d keys of %d: scores differ from double", rows, page.keys, d);
+    for (int r = ok = 0; r < rows; r++) ok += sums_near(&page, at[r], o + r * d);
+    check(t, ok == rows, "%d rows, %d keys of %d: sums differ from double", rows, page.keys, d);
+    release(t, "attention on a quantised page");
 }
 
 static void test_to_q8_0(struct test *t) {
@@ -1038,11 +1108,11 @@ static void test_attend(struct test *t) {
     for (int i = 0; i < KEYS * d; i++) k[i] = uniform(t), v[i] = uniform(t);
     for (int i = 0; i < 2 * n * d; i++) o[i] = 0;
     for (int r = 0; r < n; r++)
-        row[r] = (struct query){q + r * d, o + r * d, -HUGE_VALF, 0, 1 + below(t, KEYS)};
+        row[r] = (struct query){q + r * d, o + r * d, -HUGE_VALF, 0, 1 + below(t, KEYS), NULL};
     attend_block(t->k, row, n, d, k, v, scale, scratch);
     for (int r = 0; r < n; r++) {
         double want[96];
-        one = (struct query){q + r * d, o + (n + r) * d, -HUGE_VALF, 0, row[r].keys};
+        one = (struct query){q + r * d, o + (n + r) * d, -HUGE_VALF, 0, row[r].keys, NULL};
         attend_block(t->k, &one, 1, d, k, v, scale, scratch);
         ok &= same_bits(row[r].o, one.o, d) && same_bits(&row[r].l, &one.l, 1);
         attend_double(row[r].keys, d, row[r].q, k, v, (double)scale, want);
@@ -1217,8 +1287,8 @@ static void test_table(struct test *t) {
         test_int(t, LVM_Q8_0);
         test_int(t, LVM_Q4_0);
         for (int i = 0; i < N_TYPES; i++) test_to_f32(t, type_table[i].type);
-        test_cache_to_f32(t);
-        if (t->k->k8_scores != NULL) test_cache_rows(t);
+        test_quantize_q(t);
+        test_cache_rows(t);
         test_to_q8_0(t);
         test_rmsnorm(t);
         test_softmax(t);
