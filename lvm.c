@@ -8948,18 +8948,21 @@ AVX2 static __m256i sum_rows(const __m256i *p) {
                             _mm256_permute2x128_si256(a, b, 0x31));
 }
 
-/* Asks for a block's share of the eight rows that follow these in memory, and for what lies FURTHER
-   behind them into the second-level cache: eight streams a few hundred bytes apart are more than
-   the processor's own prefetching follows. Always inlined: gcc drops calls of a function that does
+/* What is read once comes from memory faster when asked for in time: processors' own prefetching
+   ends at each page, and does not follow eight rows a few hundred bytes apart. FURTHER is how far
+   ahead the second-level cache is filled. Always inlined: gcc drops calls of a function that does
    nothing else. */
 enum { FURTHER = 8192 };
 
+AVX2 static INLINE void prefetch_ahead(const uint8_t *at, int bytes) {
+    for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)at + FURTHER + i, _MM_HINT_T1);
+}
+
+/* A block's share of the eight rows that follow these in memory, and of what lies behind them. */
 AVX2 static INLINE void prefetch_share(const uint8_t *next, int b, int bytes) {
-    const char *share = (const char *)next + (int64_t)b * 8 * bytes;
-    for (int i = 0; i < 8 * bytes; i += 64) {
-        _mm_prefetch(share + i, _MM_HINT_T0);
-        _mm_prefetch(share + FURTHER + i, _MM_HINT_T1);
-    }
+    const uint8_t *share = next + (int64_t)b * 8 * bytes;
+    for (int i = 0; i < 8 * bytes; i += 64) _mm_prefetch((const char *)share + i, _MM_HINT_T0);
+    prefetch_ahead(share, 8 * bytes);
 }
 
 AVX2 static void int_8_rows_avx2(int type, int blocks, const struct xblock *x,
@@ -9271,6 +9274,7 @@ AVX2 static void k8_scores_avx2(const uint8_t *keys, int groups, int panels,
                                 const struct query_block *q, int rows, float *s, int lds) {
     for (int p = 0; p < panels; p++, keys += (int64_t)groups * KV8_BYTES, s += STRIP) {
         int r = 0;
+        if (rows <= FEW) prefetch_ahead(keys, groups * KV8_BYTES);
         for (; r + FEW <= rows; r += FEW)
             for (int first = 0; first < STRIP; first += 8)
                 k8_part_avx2(keys, groups, first, 1, q + r * groups, FEW, s + (int64_t)r * lds, lds);
@@ -9331,6 +9335,7 @@ AVX2 static void v8_sums_avx2(const uint8_t *values, int groups, int panels, con
         for (int r = 0, n = 1; r < rows; r += n) {
             float *to = o + (int64_t)r * ldo;
             n = rows - r < FEW ? 1 : FEW;
+            if (rows <= FEW && r == 0) prefetch_ahead(values, panels * KV8_BYTES);
             for (int i = 0; i < n; i++) d[i] = quantize_p_avx2(p[r + i], values, panels, w[i]);
             if (n == 1) v8_part_avx2(values, panels, 0, 4, w, d, 1, to, ldo);
             else
@@ -9812,15 +9817,18 @@ AVX512 static void quantize_q_avx512(const float *q, struct query_block *x, int 
     }
 }
 
-/* n rows against `wide` panels. */
+/* n rows against `wide` panels; `once`: no other rows will read these. */
 AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int wide,
-                                           const struct query_block *q, int n, float *s, int lds) {
+                                           const struct query_block *q, int n, int once, float *s,
+                                           int lds) {
     int64_t panel = (int64_t)groups * KV8_BYTES;
+    const uint8_t *next = keys + wide * panel;
     __m512 sum[FEW][4];
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int j = 0; j < wide; j++) sum[r][j] = _mm512_setzero_ps();
     for (int g = 0; g < groups; g++, keys += KV8_BYTES) {
         __m512i hi[FEW][4], lo[FEW][4], k[4];
+        if (once) prefetch_ahead(next + (int64_t)g * wide * KV8_BYTES, wide * KV8_BYTES);
         UNROLL for (int r = 0; r < n; r++)
             UNROLL for (int j = 0; j < wide; j++) {
                 hi[r][j] = _mm512_setzero_si512();
@@ -9857,20 +9865,21 @@ AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int 
 AVX512 static void k8_scores_avx512(const uint8_t *keys, int groups, int panels,
                                     const struct query_block *q, int rows, float *s, int lds) {
     int64_t panel = (int64_t)groups * KV8_BYTES;
+    int once = rows <= FEW;
     for (int p = 0, wide = 1; p < panels; p += wide) {
         const uint8_t *at = keys + p * panel;
         int left = panels - p, r = 0;
         wide = left >= 4 && rows < FEW ? 4 : left >= 2 ? 2 : 1;
         for (; r + FEW <= rows; r += FEW) {
             float *to = s + (int64_t)r * lds + p * STRIP;
-            if (wide == 2) k8_panels_avx512(at, groups, 2, q + r * groups, FEW, to, lds);
-            else k8_panels_avx512(at, groups, 1, q + r * groups, FEW, to, lds);
+            if (wide == 2) k8_panels_avx512(at, groups, 2, q + r * groups, FEW, once, to, lds);
+            else k8_panels_avx512(at, groups, 1, q + r * groups, FEW, once, to, lds);
         }
         for (; r < rows; r++) {
             float *to = s + (int64_t)r * lds + p * STRIP;
-            if (wide == 4) k8_panels_avx512(at, groups, 4, q + r * groups, 1, to, lds);
-            else if (wide == 2) k8_panels_avx512(at, groups, 2, q + r * groups, 1, to, lds);
-            else k8_panels_avx512(at, groups, 1, q + r * groups, 1, to, lds);
+            if (wide == 4) k8_panels_avx512(at, groups, 4, q + r * groups, 1, once, to, lds);
+            else if (wide == 2) k8_panels_avx512(at, groups, 2, q + r * groups, 1, once, to, lds);
+            else k8_panels_avx512(at, groups, 1, q + r * groups, 1, once, to, lds);
         }
     }
 }
@@ -9897,11 +9906,12 @@ AVX512 static float quantize_p_avx512(const float *p, const uint8_t *values, int
 /* n rows against a group's values; `apart` sums of neighbouring fours of keys are kept apart. */
 AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
                                           uint8_t (*w)[2 * KEYS], const float *d, int n, int apart,
-                                          float *o, int ldo) {
+                                          int once, float *o, int ldo) {
     __m512i hi[FEW][2], lo[FEW][2]; /* of [row or place][16 dimensions] */
     UNROLL for (int r = 0; r < n * apart; r++)
         UNROLL for (int j = 0; j < 2; j++) hi[r][j] = lo[r][j] = _mm512_setzero_si512();
-    for (int i = 0; i < panels; i++, values += KV8_BYTES)
+    for (int i = 0; i < panels; i++, values += KV8_BYTES) {
+        if (once) prefetch_ahead(values, KV8_BYTES);
         UNROLL for (int four = 0; four < STRIP / 4; four++) {
             const uint8_t *at = values + 2 * STRIP + four * 4 * QK;
             __m512i v0 = _mm512_loadu_si512(at), v1 = _mm512_loadu_si512(at + 4 * STRIP);
@@ -9915,6 +9925,7 @@ AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
                 lo[to][1] = _mm512_dpbusd_epi32(lo[to][1], wl, v1);
             }
         }
+    }
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int j = 0; j < 2; j++) {
             __m512i h = hi[r * apart][j], l = lo[r * apart][j];
@@ -9935,8 +9946,9 @@ AVX512 static void v8_sums_avx512(const uint8_t *values, int groups, int panels,
         for (int r = 0, n = 1; r < rows; r += n) {
             n = rows - r < FEW ? 1 : FEW;
             for (int i = 0; i < n; i++) d[i] = quantize_p_avx512(p[r + i], values, panels, w[i]);
-            if (n == 1) v8_group_avx512(values, panels, w, d, 1, 4, o + (int64_t)r * ldo, ldo);
-            else v8_group_avx512(values, panels, w, d, FEW, 1, o + (int64_t)r * ldo, ldo);
+            float *to = o + (int64_t)r * ldo;
+            if (n == 1) v8_group_avx512(values, panels, w, d, 1, 4, rows <= FEW, to, ldo);
+            else v8_group_avx512(values, panels, w, d, FEW, 1, rows <= FEW, to, ldo);
         }
 }
 
