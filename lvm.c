@@ -1364,7 +1364,8 @@ static void sincos_f64(double x, double *sine, double *cosine) {
                   for one row of activations or a few
        int_tile   the same for int_rows rows of activations and up to int_strips strips of STRIP
                   packed rows of weights
-   Outer products, one operand packed in strips of 16 columns, b[k][16]: convolution and attention.
+   Outer products, one operand packed in strips of 16 columns, b[k][16]: convolution, and attention
+   on a cache of floats (on quantised pages: k8_scores and v8_sums below).
        outer_tile c[r][0..15] (+)= sum_k a[r][k] b[k][0..15]  for outer_rows rows and up to
                   outer_strips strips
        outer_row  the same for one row and several strips
@@ -8645,9 +8646,13 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
                    as q + 128, and sum (q + 128) w = sum q w + 128 sum w is put right by packing
                    -128 sum w. NEON multiplies signed bytes as they are. 8 rows x 2 strips
                    (AVX-512): 10 loads for 16 products; 4 x 1 (AVX2, NEON).
-       int row     eight rows of weights at a time (NEON: four); eight vectors of partial sums
-                   become one vector of eight sums by a tree of horizontal additions. AVX-512 has
-                   registers enough to hold the eight blocks for up to four rows of activations.
+       int row     eight rows of weights at a time (NEON: four). AVX2 and NEON add across lanes:
+                   eight vectors of partial sums become one vector of eight sums by a tree of
+                   horizontal additions. AVX-512 turns the eight blocks so that lane j is row j, as
+                   in the tile, and multiplies up to four rows of activations by them.
+       k8, v8      attention on a quantised cache multiplies integers of 16 and 8 bits (chapter 3).
+                   AVX-512 takes two byte products for one, four dimensions of 16 keys to a vector,
+                   four rows x two panels of sums; AVX2 and NEON widen the bytes to 16 bits.
 
    What each stage costs at least, and where the rest of its time goes (a transformer of 22 layers,
    width 1024; the published tokenizer; `lvm bench --config 300m` measures it, docs/performance.md
@@ -8655,11 +8660,11 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 
        a token behind 3840 others   all weights and the cache are read once: 300 + 184 MB over the
                    read bandwidth. Nothing else counts until the products wait for no memory, hence
-                   the prefetches; one row of attention turns each key and value to floats in
-                   registers, on its way to one multiply-add.
-       a prompt    0.55 GOP of integer products and 0.17 GFLOP of attention a token. A block of 32
-                   products costs AVX-512 eight instructions and its scaling three more (convert,
-                   product of scales, multiply-add), so 8/11 of the peak is all there is.
+                   the prefetches, without which the same products take twice as long.
+       a prompt    0.55 GOP of integer products and 0.17 GOP of attention a token, the latter twice
+                   because its numbers have two bytes. A block of 32 products costs AVX-512 eight
+                   instructions and its scaling three more (convert, product of scales,
+                   multiply-add), so 8/11 of the peak is all there is.
        a picture   216 GFLOP to encode and 477 to draw as direct convolutions, 65 and 124 with
                    Winograd's transforms (chapter 5). More than half of the time is the products, at
                    60 to 80 % of the peak, for U comes from the third-level cache; the rest is
@@ -12944,7 +12949,8 @@ static int bench_prompt(struct bench *b, lvm_error *error) {
     double took = seconds() - start, products = 2 * values * n;
     double attention = 2.0 * n * n * a->H * a->d * a->n_layers; /* 4 of each pair, half of them */
     int integer = type_is_quantised(a->layers[0].q.type) && !b->ctx->o.exact;
-    double floor = products / (integer ? b->integer : b->fma) + attention / b->fma;
+    double floor = products / (integer ? b->integer : b->fma); /* a q8_0 cache: see k8_scores */
+    floor += b->ctx->o.kv_type == LVM_Q8_0 ? 2 * attention / b->integer : attention / b->fma;
     mem_free(ids);
     if (code == LVM_OK && wanted(b, "prompt"))
         print_stage(b, "prompt", n, "tokens", took, floor, products + attention, "GOP");
