@@ -1858,7 +1858,7 @@ struct linear_job {
     const struct tensor *w;
     const float *bias, *x;
     float *y;
-    int rows, tasks;
+    int rows, tasks, size; /* rows of x; tasks of `size` outputs */
     task_fn *run;
 };
 
@@ -1908,12 +1908,14 @@ static void linear_f32_task(void *arg, int task, int thread) {
     }
 }
 
-enum { INT_ROW_TASK = 64 }; /* outputs of a task with few rows */
+/* With few rows, memory is what counts: a thread reads long stretches of weights, about FEW_TASKS in
+   all, but no task is smaller than LEAST_TASK outputs. */
+enum { FEW_TASKS = 4, LEAST_TASK = 64 };
 
 static void linear_int_row_task(void *arg, int task, int thread) {
     const struct linear_job *job = arg;
     const struct tensor *w = job->w;
-    int j0 = task * INT_ROW_TASK, n = w->rows - j0 < INT_ROW_TASK ? w->rows - j0 : INT_ROW_TASK;
+    int j0 = task * job->size, n = w->rows - j0 < job->size ? w->rows - j0 : job->size;
     float *y = job->y + j0;
     (void)thread;
     job->e->k->int_row(w->type, w->cols / QK, job->e->xq, job->rows, tensor_row(w, j0),
@@ -1973,14 +1975,17 @@ static int is_integer(const struct exec *e, const struct tensor *w) {
 /* Which task a product takes, and how many of them. */
 static void plan_linear(struct linear_job *job) {
     const struct kernels *k = job->e->k;
-    int size = panel_rows(job->w->cols);
     job->run = linear_f32_task;
-    if (is_integer(job->e, job->w)) {
-        int few = job->rows < k->int_rows;
-        job->run = few ? linear_int_row_task : linear_int_task;
-        size = few ? INT_ROW_TASK : k->int_strips * STRIP;
+    job->size = panel_rows(job->w->cols);
+    if (is_integer(job->e, job->w) && job->rows < k->int_rows) {
+        int share = round_up(job->w->rows / (FEW_TASKS * job->e->pool->n), 8);
+        job->run = linear_int_row_task;
+        job->size = share > LEAST_TASK ? share : LEAST_TASK;
+    } else if (is_integer(job->e, job->w)) {
+        job->run = linear_int_task;
+        job->size = k->int_strips * STRIP;
     }
-    job->tasks = (job->w->rows + size - 1) / size;
+    job->tasks = (job->w->rows + job->size - 1) / job->size;
 }
 
 enum { MAX_PRODUCTS = 3 };
@@ -3961,7 +3966,8 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
 enum {
     ROWS = 512,          /* rows that pass the layers together */
     MAX_SEQUENCES = 64,  /* candidates that decode together */
-    TASK_ROWS = 128      /* query rows that share a page's keys and values once unpacked */
+    TASK_ROWS = 128,     /* query rows that share a page's keys and values once unpacked */
+    PREFETCH = 16384     /* bytes of the next page's keys that are asked for early */
 };
 
 struct page {
@@ -4167,9 +4173,14 @@ static void rope_store_task(void *arg, int r, int thread) {
     }
 }
 
+/* Asks for the keys of a page that comes next: the kernels ask for what lies behind these. */
+static void prefetch_page(const uint8_t *head) {
+    for (int i = 0; i < PREFETCH; i += 64) __builtin_prefetch(head + i, 0, 2);
+}
+
 /* attend_block on a quantised page. */
-static void attend_q8(const struct lm_job *job, const uint8_t *head, struct query *rows, int n,
-                      float *scratch) {
+static void attend_q8(const struct lm_job *job, const uint8_t *head, const uint8_t *next,
+                      struct query *rows, int n, float *scratch) {
     const struct kernels *k = job->e->k;
     const struct kv_cache *kv = &job->w->kv;
     float *s = scratch, *o = scratch + QUERY_ROWS * KEYS, m[QUERY_ROWS], l[QUERY_ROWS];
@@ -4184,22 +4195,24 @@ static void attend_q8(const struct lm_job *job, const uint8_t *head, struct quer
     for (int r = 0; r < n; r++)
         l[r] = k->softmax(s + r * KEYS, panels * STRIP, rows[r].keys, 1 / sqrtf((float)job->a->d),
                           &m[r]);
+    if (next != NULL && n <= FEW) prefetch_page(next);
     k->v8_sums(head + kv->head_bytes, groups, panels, p, n, o, kv->dp);
     for (int r = 0; r < n; r++)
         merge_block(k, &rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
 }
 
-/* n rows of a task, all of which read the same page, against that page. */
-static void attend_page(struct lm_job *job, const struct page *page, int g, struct query *rows,
-                        int n, float *scratch) {
+/* n rows of a task, all of which read the same page, against that page; `after` may be NULL. */
+static void attend_page(struct lm_job *job, const struct page *page, const struct page *after,
+                        int g, struct query *rows, int n, float *scratch) {
     const struct kv_cache *kv = &job->w->kv;
     const struct kernels *k = job->e->k;
     const uint8_t *head = page_head(kv, page, job->a, job->layer_index, g, 0);
+    const uint8_t *next = after ? page_head(kv, after, job->a, job->layer_index, g, 0) : NULL;
     float *kf = scratch + attend_scratch(kv->dp), *vf = kf + (int64_t)KEYS * kv->dp;
     int keys = 0;
     if (kv->type == LVM_Q8_0) {
         for (int r = 0; r < n; r += QUERY_ROWS)
-            attend_q8(job, head, rows + r, n - r < QUERY_ROWS ? n - r : QUERY_ROWS, scratch);
+            attend_q8(job, head, next, rows + r, n - r < QUERY_ROWS ? n - r : QUERY_ROWS, scratch);
         return;
     }
     for (int r = 0; r < n; r++) keys = rows[r].keys > keys ? rows[r].keys : keys;
@@ -4232,14 +4245,15 @@ static void attention_task(void *arg, int task, int thread) {
     }
     for (int b = 0; b <= last / KEYS; b++)
         for (int i = 0; i < n;) {
-            const struct page *page = kv->seq[job->seq[(i0 + i) / group]].pages[b];
+            struct page *const *pages = kv->seq[job->seq[(i0 + i) / group]].pages;
+            const struct page *page = pages[b], *after = b < last / KEYS ? pages[b + 1] : NULL;
             int j = i;
             for (; j < n; j++) {
                 int r = (i0 + j) / group, keys = job->pos[r] + 1 - b * KEYS;
                 if (keys <= 0 || kv->seq[job->seq[r]].pages[b] != page) break;
                 rows[j].keys = keys < KEYS ? keys : KEYS;
             }
-            if (j > i) attend_page(job, page, g, rows + i, j - i, scratch);
+            if (j > i) attend_page(job, page, after, g, rows + i, j - i, scratch);
             i = j > i ? j : i + 1;
         }
     for (int i = 0; i < n; i++) {
