@@ -1717,7 +1717,7 @@ static void k8_scores_plain(const uint8_t *keys, int groups, int panels,
         }
 }
 
-/* w for 32 dimensions of a page; returns dw. Probabilities are not negative. */
+/* w for 32 dimensions of a page; returns dw. Probabilities and scales are not negative. */
 static float quantize_p_plain(const float *p, const uint8_t *values, int panels, int32_t *w) {
     float weighted[KEYS], most = 0;
     for (int i = 0; i < panels * STRIP; i++) {
@@ -1725,7 +1725,10 @@ static float quantize_p_plain(const float *p, const uint8_t *values, int panels,
         most = weighted[i] > most ? weighted[i] : most;
     }
     float id = most > LEAST_X ? MOST_W / most : 0;
-    for (int i = 0; i < panels * STRIP; i++) w[i] = (int32_t)rintf(weighted[i] * id);
+    for (int i = 0; i < panels * STRIP; i++) {
+        float x = rintf(weighted[i] * id);
+        w[i] = x > 0 ? (int32_t)x : 0; /* NaN counts as 0 */
+    }
     return most > LEAST_X ? most / MOST_W : 0;
 }
 
