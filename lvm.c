@@ -9112,6 +9112,12 @@ AVX2 static float max_magnitude(const float *x) {
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
 
+AVX2 static int32_t sum_s32(__m256i x) {
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
 AVX2 static void quantize_x_avx2(const float *x, struct xblock *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
@@ -9216,12 +9222,6 @@ AVX2 static __m256i scaled_s16(const float *x, __m256 id) {
     __m256i q0 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), id));
     __m256i q1 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), id));
     return _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xd8);
-}
-
-AVX2 static int32_t sum_s32(__m256i x) {
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
 AVX2 static void quantize_q_avx2(const float *q, struct query_block *x, int k) {
@@ -9790,11 +9790,16 @@ AVX512 static void int_tile_avx512(int blocks, const struct xblock *const *x, co
     else int_strips_avx512(blocks, x, packed, 1, c, ldc);
 }
 
+/* Sums of neighbours of 16 numbers of 16 bits; what a NaN became is cut to those. */
+AVX512 static __m256i pair_sums(__m512i x) {
+    return _mm256_madd_epi16(_mm512_cvtsepi32_epi16(x), _mm256_set1_epi16(1));
+}
+
 AVX512 static void quantize_x_avx512(const float *x, struct xblock *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
         __m512 id = _mm512_set1_ps(amax > LEAST_X ? 127 / amax : 0);
-        __m512i sum = _mm512_setzero_si512();
+        __m256i sum = _mm256_setzero_si256();
         y[b].d = amax > LEAST_X ? amax / 127 : 0;
         UNROLL for (int i = 0; i < QK; i += 16) {
             __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), id));
@@ -9802,9 +9807,9 @@ AVX512 static void quantize_x_avx512(const float *x, struct xblock *y, int k) {
             __m128i offset = _mm_xor_si128(bytes, _mm_set1_epi8((char)128));
             _mm_storeu_si128((__m128i *)(void *)(y[b].q.u8 + i), offset);
             _mm_storeu_si128((__m128i *)(void *)(y[b].q.u8 + QK + i), bytes);
-            sum = _mm512_add_epi32(sum, q);
+            sum = _mm256_add_epi32(sum, pair_sums(q));
         }
-        y[b].sum = _mm512_reduce_add_epi32(sum);
+        y[b].sum = sum_s32(sum);
     }
 }
 
@@ -9828,14 +9833,14 @@ AVX512 static void quantize_q_avx512(const float *q, struct query_block *x, int 
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = max_magnitude(q);
         __m512 id = _mm512_set1_ps(amax > LEAST_X ? MOST_X / amax : 0);
-        __m512i sum = _mm512_setzero_si512();
+        __m256i sum = _mm256_setzero_si256();
         UNROLL for (int i = 0; i < 2; i++) {
             __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(q + 16 * i), id));
             store_hi_lo(x->x.s8[4 * i], _mm512_add_epi32(n, _mm512_set1_epi32(128)), n);
-            sum = _mm512_add_epi32(sum, n);
+            sum = _mm256_add_epi32(sum, pair_sums(n));
         }
         x->d = amax > LEAST_X ? amax / MOST_X : 0;
-        x->start = -128 * _mm512_reduce_add_epi32(sum);
+        x->start = -128 * sum_s32(sum);
     }
 }
 
