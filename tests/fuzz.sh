@@ -3,14 +3,17 @@
 # Inputs that break something stay in build/fuzz-*; the last line counts targets.
 #
 #   tests/fuzz.sh [SECONDS [TARGET...]]
+#   FUZZ_CFLAGS="-O0 -g1"    compiles in seconds instead of a minute, runs a few times slower
 set -u
 cd "$(dirname "$0")/.." || exit 1
 seconds=${1:-60}
 [ $# -eq 0 ] || shift
 [ $# -gt 0 ] || set -- gguf cache png jpeg pnm jsonl tokens
 mkdir -p build
-${CLANG:-clang} -std=c11 -ffp-contract=off -O1 -g -fsanitize=fuzzer,address,undefined \
-    -fno-sanitize-recover=all -DLIBFUZZER -o build/fuzz tests/test_fuzz.c -lm -lpthread || exit 1
+# shellcheck disable=SC2086
+${CLANG:-clang} -std=c11 -ffp-contract=off ${FUZZ_CFLAGS:--O1 -g} \
+    -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -DLIBFUZZER -o build/fuzz \
+    tests/test_fuzz.c -lm -lpthread || exit 1
 
 fuzz() {
     mkdir -p "build/corpus/$1"
