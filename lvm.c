@@ -1911,8 +1911,8 @@ static void linear_f32_task(void *arg, int task, int thread) {
     }
 }
 
-/* With few rows, memory is what counts: a thread reads long stretches of weights, about FEW_TASKS in
-   all, but no task is smaller than LEAST_TASK outputs. */
+/* With few rows, memory is what counts: a thread reads long stretches of weights, about FEW_TASKS
+   in all, but no task is smaller than LEAST_TASK outputs. */
 enum { FEW_TASKS = 4, LEAST_TASK = 64 };
 
 static void linear_int_row_task(void *arg, int task, int thread) {
@@ -4176,12 +4176,8 @@ static void rope_store_task(void *arg, int r, int thread) {
     }
 }
 
-/* Asks for the keys of a page that comes next: the kernels ask for what lies behind these. */
-static void prefetch_page(const uint8_t *head) {
-    for (int i = 0; i < PREFETCH; i += 64) __builtin_prefetch(head + i, 0, 2);
-}
-
-/* attend_block on a quantised page. */
+/* attend_block on a quantised page. Few rows wait for memory, so they ask for the first keys of the
+   page that comes next, which may be NULL; the kernels ask for what lies behind those. */
 static void attend_q8(const struct lm_job *job, const uint8_t *head, const uint8_t *next,
                       struct query *rows, int n, float *scratch) {
     const struct kernels *k = job->e->k;
@@ -4198,7 +4194,9 @@ static void attend_q8(const struct lm_job *job, const uint8_t *head, const uint8
     for (int r = 0; r < n; r++)
         l[r] = k->softmax(s + r * KEYS, panels * STRIP, rows[r].keys, 1 / sqrtf((float)job->a->d),
                           &m[r]);
-    if (next != NULL && n <= FEW) prefetch_page(next);
+    if (next != NULL && n <= FEW)
+        for (int i = 0; i < PREFETCH && i < kv->head_bytes; i += 64)
+            __builtin_prefetch(next + i, 0, 2);
     k->v8_sums(head + kv->head_bytes, groups, panels, p, n, o, kv->dp);
     for (int r = 0; r < n; r++)
         merge_block(k, &rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
@@ -9103,13 +9101,24 @@ AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const 
 }
 
 /* The largest magnitude of 32 floats. */
+AVX2 static float max8(__m256 x) {
+    __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
+    return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
+}
+
 AVX2 static float max_magnitude(const float *x) {
     __m256 sign = _mm256_set1_ps(-0.0f), m = _mm256_setzero_ps();
     UNROLL for (int i = 0; i < QK; i += 8)
         m = _mm256_max_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)), m);
-    __m128 h = _mm_max_ps(_mm256_castps256_ps128(m), _mm256_extractf128_ps(m, 1));
-    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
-    return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
+    return max8(m);
+}
+
+/* 16 floats times id, rounded to numbers of 16 bits. */
+AVX2 static __m256i scaled_s16(const float *x, __m256 id) {
+    __m256i q0 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), id));
+    __m256i q1 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), id));
+    return _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xd8);
 }
 
 AVX2 static int32_t sum_s32(__m256i x) {
@@ -9123,12 +9132,8 @@ AVX2 static void quantize_x_avx2(const float *x, struct xblock *y, int k) {
         float amax = max_magnitude(x);
         __m256 id = _mm256_set1_ps(amax > LEAST_X ? 127 / amax : 0);
         y[b].d = amax > LEAST_X ? amax / 127 : 0;
-        UNROLL for (int i = 0; i < QK; i += 16) {
-            __m256i q0 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i), id));
-            __m256i q1 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + i + 8), id));
-            __m256i q = _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xd8);
-            _mm256_storeu_si256((__m256i *)(void *)(y[b].q.s16 + i), q);
-        }
+        UNROLL for (int i = 0; i < QK; i += 16)
+            _mm256_storeu_si256((__m256i *)(void *)(y[b].q.s16 + i), scaled_s16(x + i, id));
     }
 }
 
@@ -9218,12 +9223,6 @@ AVX2 static void to_q8_0_avx2(const float *x, void *out, int64_t k) {
    A vector holds four keys' four dimensions as 16-bit numbers, or four dimensions' four values;
    one instruction multiplies them and adds neighbours, which leaves two sums to add at the end. */
 
-AVX2 static __m256i scaled_s16(const float *x, __m256 id) {
-    __m256i q0 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x), id));
-    __m256i q1 = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + 8), id));
-    return _mm256_permute4x64_epi64(_mm256_packs_epi32(q0, q1), 0xd8);
-}
-
 AVX2 static void quantize_q_avx2(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = max_magnitude(q);
@@ -9280,8 +9279,8 @@ AVX2 static INLINE void k8_part_avx2(const uint8_t *panel, int groups, int first
             __m256 d = halves_to_f32(panel + 2 * (first + 8 * j));
             UNROLL for (int r = 0; r < n; r++) {
                 const struct query_block *x = q + r * groups + g;
-                __m256i products = _mm256_add_epi32(add_neighbours(acc[r][2 * j], acc[r][2 * j + 1]),
-                                                    _mm256_set1_epi32(x->start));
+                __m256i products = add_neighbours(acc[r][2 * j], acc[r][2 * j + 1]);
+                products = _mm256_add_epi32(products, _mm256_set1_epi32(x->start));
                 sum[r][j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products),
                                             _mm256_mul_ps(d, _mm256_set1_ps(x->d)), sum[r][j]);
             }
@@ -9297,9 +9296,11 @@ AVX2 static void k8_scores_avx2(const uint8_t *keys, int groups, int panels,
     for (int p = 0; p < panels; p++, keys += (int64_t)groups * KV8_BYTES, s += STRIP) {
         int r = 0;
         if (rows <= FEW) prefetch_ahead(keys, groups * KV8_BYTES);
-        for (; r + FEW <= rows; r += FEW)
-            for (int first = 0; first < STRIP; first += 8)
-                k8_part_avx2(keys, groups, first, 1, q + r * groups, FEW, s + (int64_t)r * lds, lds);
+        for (; r + FEW <= rows; r += FEW) {
+            const struct query_block *x = q + r * groups;
+            k8_part_avx2(keys, groups, 0, 1, x, FEW, s + (int64_t)r * lds, lds);
+            k8_part_avx2(keys, groups, 8, 1, x, FEW, s + (int64_t)r * lds, lds);
+        }
         for (; r < rows; r++)
             k8_part_avx2(keys, groups, 0, 2, q + r * groups, 1, s + (int64_t)r * lds, lds);
     }
@@ -9314,9 +9315,7 @@ AVX2 static float quantize_p_avx2(const float *p, const uint8_t *values, int pan
         _mm256_storeu_ps(weighted + i, x);
         most = _mm256_max_ps(x, most);
     }
-    __m128 h = _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1));
-    h = _mm_max_ps(h, _mm_movehl_ps(h, h));
-    float all = _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
+    float all = max8(most);
     __m256 id = _mm256_set1_ps(all > LEAST_X ? MOST_W / all : 0);
     for (int i = 0; i < panels * STRIP; i += 16)
         _mm256_storeu_si256((__m256i *)(void *)(w + i), scaled_s16(weighted + i, id));
@@ -9331,7 +9330,8 @@ AVX2 static INLINE void v8_part_avx2(const uint8_t *values, int panels, int firs
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int j = 0; j < 2 * wide; j++) acc[r][j] = _mm256_setzero_si256();
     for (int i = 0; i < panels * STRIP / 4; i++) {
-        const uint8_t *at = values + (int64_t)i / 4 * KV8_BYTES + 2 * STRIP + i % 4 * 4 * QK + 4 * first;
+        const uint8_t *panel = values + (int64_t)i / 4 * KV8_BYTES;
+        const uint8_t *at = panel + 2 * STRIP + i % 4 * 4 * QK + 4 * first;
         UNROLL for (int j = 0; j < 2 * wide; j++)
             v[j] = _mm256_cvtepi8_epi16(
                 _mm_loadu_si128((const __m128i *)(const void *)(at + 16 * j)));
@@ -9944,7 +9944,8 @@ AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
             __m512i v0 = _mm512_loadu_si512(at), v1 = _mm512_loadu_si512(at + 4 * STRIP);
             UNROLL for (int r = 0; r < n; r++) {
                 const uint8_t *x = w[r] + 2 * (i * STRIP + 4 * four);
-                __m512i wh = _mm512_set1_epi32(load_s32(x)), wl = _mm512_set1_epi32(load_s32(x + 4));
+                __m512i wh = _mm512_set1_epi32(load_s32(x));
+                __m512i wl = _mm512_set1_epi32(load_s32(x + 4));
                 int to = r * apart + four % apart;
                 hi[to][0] = _mm512_dpbusd_epi32(hi[to][0], wh, v0);
                 lo[to][0] = _mm512_dpbusd_epi32(lo[to][0], wl, v0);
@@ -10752,7 +10753,8 @@ static void v8_sums_neon(const uint8_t *values, int groups, int panels, const fl
             int32x4_t sum[8];
             UNROLL for (int j = 0; j < 8; j++) sum[j] = vdupq_n_s32(0);
             for (int i = 0; i < panels * STRIP; i += 4) {
-                const uint8_t *at = values + (int64_t)i / STRIP * KV8_BYTES + 2 * STRIP + i % STRIP * QK;
+                const uint8_t *panel = values + (int64_t)i / STRIP * KV8_BYTES;
+                const uint8_t *at = panel + 2 * STRIP + i % STRIP * QK;
                 UNROLL for (int half = 0; half < 2; half++) {
                     int8x16x4_t v = vld4q_s8((const int8_t *)at + half * 4 * STRIP);
                     UNROLL for (int t = 0; t < 4; t++)
