@@ -1353,7 +1353,7 @@ static void sincos_f64(double x, double *sine, double *cosine) {
 /* =================================================================================================
    Chapter 3.  Kernels in plain C, the table they are called through, and what drives them
 
-   Nearly all time goes into sums of products. Six kernels compute them, each defined here in plain
+   Nearly all time goes into sums of products. Eight kernels compute them, each defined here in plain
    C and again, faster, in chapter 11 for every instruction set. A model holds the table that fits
    the machine (struct kernels). Blocking, edges and threads are written once, below the kernels.
 
@@ -3969,7 +3969,7 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
 enum {
     ROWS = 512,          /* rows that pass the layers together */
     MAX_SEQUENCES = 64,  /* candidates that decode together */
-    TASK_ROWS = 128,     /* query rows that share a page's keys and values once unpacked */
+    TASK_ROWS = 128,     /* query rows that share a page's keys and values once loaded */
     PREFETCH = 16384     /* bytes of the next page's keys that are asked for early */
 };
 
