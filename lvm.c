@@ -1353,8 +1353,8 @@ static void sincos_f64(double x, double *sine, double *cosine) {
 /* =================================================================================================
    Chapter 3.  Kernels in plain C, the table they are called through, and what drives them
 
-   Nearly all time goes into sums of products. Eight kernels compute them, each defined here in plain
-   C and again, faster, in chapter 11 for every instruction set. A model holds the table that fits
+   Nearly all time goes into sums of products. Eight kernels compute them, each defined here in
+   plain C and again, faster, in chapter 11 for every instruction set. A model holds the table that fits
    the machine (struct kernels). Blocking, edges and threads are written once, below the kernels.
 
    Dot products, both operands contiguous along k: linear layers.
