@@ -1582,45 +1582,60 @@ static void pack_strip_plain(const float *rows, int64_t ld, int k, float *strip)
 
 /* ---- Winograd's transforms, F(4 x 4, 3 x 3) (Lavin and Gray 2015, arXiv 1509.09308) ----
 
-           4  0 -5  0  1  0              1/4    0    0
-           0 -4 -4  1  1  0             -1/6 -1/6 -1/6             1  1  1  1  1  0
-     B^T = 0  4 -4 -1  1  0         G = -1/6  1/6 -1/6       A^T = 0  1 -1  2 -2  0
-           0 -2 -1  2  1  0             1/24 1/12  1/6             0  1  1  4  4  0
-           0  2 -1 -2  1  0             1/24 -1/12 1/6             0  1 -1  8 -8  1
-           0  4  0 -5  0  1                0    0    1
+   Polynomials can be multiplied by multiplying their values at enough points; transposed, that is a
+   filter: four outputs of three taps from six products, for the points 0, +-a, +-b and infinity.
+
+           aabb   0   -aa-bb   0    1  0          1/aabb   0    0
+             0  -abb   -bb     a    1  0            p     ap   aap            1  1  1   1   1  0
+     B^T =   0   abb   -bb    -a    1  0      G =   p    -ap   aap     A^T =  0  a -a   b  -b  0
+             0  -aab   -aa     b    1  0            q     bq   bbq            0 aa aa  bb  bb  0
+             0   aab   -aa    -b    1  0            q    -bq   bbq            0 a3 -a3 b3 -b3  1
+             0   aabb   0   -aa-bb  0  1            0      0    1
+
+   p = 1 / 2aa(aa - bb) and q = 1 / 2bb(bb - aa). With the usual a = 1, b = 2 a few multiplications
+   fewer would do, but rounding errors grow with the powers in A^T: a = 5/8 and b = 3/2, all of whose
+   powers here are exact, halve them (on such choices: Barabasz and others, arXiv 1803.10986).
 
    Each comes as one dimension, then as both: U = G g G^T, V = B^T d B, out = A^T M A. */
 
+#define WINO_A 0.625f
+#define WINO_B 1.5f
+#define WINO_AA (WINO_A * WINO_A)
+#define WINO_BB (WINO_B * WINO_B)
+#define WINO_P (0.5f / (WINO_AA * (WINO_AA - WINO_BB)))
+#define WINO_Q (0.5f / (WINO_BB * (WINO_BB - WINO_AA)))
+
 /* v[0..5] = B^T d; elements lie `from` and `to` apart. */
 static void wino_input_1d(const float *d, int from, float *v, int to) {
-    float a = d[4 * from] - 4 * d[2 * from], b = d[3 * from] - 4 * d[from];
-    float e = d[4 * from] - d[2 * from], f = 2 * (d[3 * from] - d[from]);
-    v[0] = 4 * (d[0] - d[2 * from]) + e;
-    v[to] = a + b;
-    v[2 * to] = a - b;
-    v[3 * to] = e + f;
-    v[4 * to] = e - f;
-    v[5 * to] = 4 * (d[from] - d[3 * from]) + (d[5 * from] - d[3 * from]);
+    float p = d[4 * from] - WINO_BB * d[2 * from], q = WINO_A * (d[3 * from] - WINO_BB * d[from]);
+    float r = d[4 * from] - WINO_AA * d[2 * from], s = WINO_B * (d[3 * from] - WINO_AA * d[from]);
+    v[0] = WINO_AA * WINO_BB * d[0] - (WINO_AA + WINO_BB) * d[2 * from] + d[4 * from];
+    v[to] = p + q;
+    v[2 * to] = p - q;
+    v[3 * to] = r + s;
+    v[4 * to] = r - s;
+    v[5 * to] = WINO_AA * WINO_BB * d[from] - (WINO_AA + WINO_BB) * d[3 * from] + d[5 * from];
 }
 
 /* y[0..3] = A^T m */
 static void wino_output_1d(const float *m, int from, float *y, int to) {
-    float p = m[from] + m[2 * from], q = m[from] - m[2 * from];
-    float r = m[3 * from] + m[4 * from], s = m[3 * from] - m[4 * from];
+    float p = m[from] + m[2 * from], q = WINO_A * (m[from] - m[2 * from]);
+    float r = m[3 * from] + m[4 * from], s = WINO_B * (m[3 * from] - m[4 * from]);
     y[0] = m[0] + p + r;
-    y[to] = q + 2 * s;
-    y[2 * to] = p + 4 * r;
-    y[3 * to] = q + 8 * s + m[5 * from];
+    y[to] = q + s;
+    y[2 * to] = WINO_AA * p + WINO_BB * r;
+    y[3 * to] = WINO_AA * q + WINO_BB * s + m[5 * from];
 }
 
 /* u[0..5] = G g */
 static void wino_filter_1d(const float *g, int from, float *u, int to) {
-    float ends = g[0] + g[2 * from], halves = g[0] * (1.0f / 24) + g[2 * from] * (1.0f / 6);
-    u[0] = g[0] * 0.25f;
-    u[to] = (ends + g[from]) * (-1.0f / 6);
-    u[2 * to] = (g[from] - ends) * (1.0f / 6);
-    u[3 * to] = halves + g[from] * (1.0f / 12);
-    u[4 * to] = halves - g[from] * (1.0f / 12);
+    float p = WINO_P * g[0] + WINO_AA * WINO_P * g[2 * from], q = WINO_A * WINO_P * g[from];
+    float r = WINO_Q * g[0] + WINO_BB * WINO_Q * g[2 * from], s = WINO_B * WINO_Q * g[from];
+    u[0] = g[0] * (1 / (WINO_AA * WINO_BB));
+    u[to] = p + q;
+    u[2 * to] = p - q;
+    u[3 * to] = r + s;
+    u[4 * to] = r - s;
     u[5 * to] = g[2 * from];
 }
 
@@ -8704,32 +8719,33 @@ typedef float vec8 __attribute__((vector_size(32))); /* and where memory is not 
 typedef float vec8u __attribute__((vector_size(32), aligned(4), may_alias));
 
 static INLINE void wino_input_8(const vec8 *d, int from, vec8 *v, int to) {
-    vec8 a = d[4 * from] - 4 * d[2 * from], b = d[3 * from] - 4 * d[from];
-    vec8 e = d[4 * from] - d[2 * from], f = 2 * (d[3 * from] - d[from]);
-    v[0] = 4 * (d[0] - d[2 * from]) + e;
-    v[to] = a + b;
-    v[2 * to] = a - b;
-    v[3 * to] = e + f;
-    v[4 * to] = e - f;
-    v[5 * to] = 4 * (d[from] - d[3 * from]) + (d[5 * from] - d[3 * from]);
+    vec8 p = d[4 * from] - WINO_BB * d[2 * from], q = WINO_A * (d[3 * from] - WINO_BB * d[from]);
+    vec8 r = d[4 * from] - WINO_AA * d[2 * from], s = WINO_B * (d[3 * from] - WINO_AA * d[from]);
+    v[0] = WINO_AA * WINO_BB * d[0] - (WINO_AA + WINO_BB) * d[2 * from] + d[4 * from];
+    v[to] = p + q;
+    v[2 * to] = p - q;
+    v[3 * to] = r + s;
+    v[4 * to] = r - s;
+    v[5 * to] = WINO_AA * WINO_BB * d[from] - (WINO_AA + WINO_BB) * d[3 * from] + d[5 * from];
 }
 
 static INLINE void wino_output_8(const vec8 *m, int from, vec8 *y, int to) {
-    vec8 p = m[from] + m[2 * from], q = m[from] - m[2 * from];
-    vec8 r = m[3 * from] + m[4 * from], s = m[3 * from] - m[4 * from];
+    vec8 p = m[from] + m[2 * from], q = WINO_A * (m[from] - m[2 * from]);
+    vec8 r = m[3 * from] + m[4 * from], s = WINO_B * (m[3 * from] - m[4 * from]);
     y[0] = m[0] + p + r;
-    y[to] = q + 2 * s;
-    y[2 * to] = p + 4 * r;
-    y[3 * to] = q + 8 * s + m[5 * from];
+    y[to] = q + s;
+    y[2 * to] = WINO_AA * p + WINO_BB * r;
+    y[3 * to] = WINO_AA * q + WINO_BB * s + m[5 * from];
 }
 
 static INLINE void wino_filter_8(const vec8 *g, vec8 *u, int to) {
-    vec8 ends = g[0] + g[2], halves = g[0] * (1.0f / 24) + g[2] * (1.0f / 6);
-    u[0] = g[0] * 0.25f;
-    u[to] = (ends + g[1]) * (-1.0f / 6);
-    u[2 * to] = (g[1] - ends) * (1.0f / 6);
-    u[3 * to] = halves + g[1] * (1.0f / 12);
-    u[4 * to] = halves - g[1] * (1.0f / 12);
+    vec8 p = WINO_P * g[0] + WINO_AA * WINO_P * g[2], q = WINO_A * WINO_P * g[1];
+    vec8 r = WINO_Q * g[0] + WINO_BB * WINO_Q * g[2], s = WINO_B * WINO_Q * g[1];
+    u[0] = g[0] * (1 / (WINO_AA * WINO_BB));
+    u[to] = p + q;
+    u[2 * to] = p - q;
+    u[3 * to] = r + s;
+    u[4 * to] = r - s;
     u[5 * to] = g[2];
 }
 

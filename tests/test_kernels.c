@@ -616,7 +616,7 @@ static void test_softmax(struct test *t) {
 /* x / (1 + e^-x): 6 u of exp, three roundings. exp_f32 stops at e^88, so silu(-1000) is
    -1000 / e^88 instead of 0: below 1e-34 nothing counts. */
 static double silu_double(double x) { return x / (1 + exp(-x)); }
-enum { SILU_U = 10, CONV_U = 80 };
+enum { SILU_U = 10, CONV_U = 40 };
 static const double SILU_FLOOR = 1e-34;
 
 static void test_silu_mul(struct test *t) {
@@ -671,17 +671,22 @@ static void test_channel_sums(struct test *t) {
 
 /* ---- Winograd's transforms ---- */
 
-static const double matrix_bt[6][6] = {{4, 0, -5, 0, 1, 0},  {0, -4, -4, 1, 1, 0},
-                                       {0, 4, -4, -1, 1, 0}, {0, -2, -1, 2, 1, 0},
-                                       {0, 2, -1, -2, 1, 0}, {0, 4, 0, -5, 0, 1}};
-static const double matrix_g[6][3] = {{1 / 4., 0, 0},
-                                      {-1 / 6., -1 / 6., -1 / 6.},
-                                      {-1 / 6., 1 / 6., -1 / 6.},
-                                      {1 / 24., 1 / 12., 1 / 6.},
-                                      {1 / 24., -1 / 12., 1 / 6.},
+/* For the points 0, +-5/8, +-3/2 and infinity. */
+static const double matrix_bt[6][6] = {
+    {225 / 256., 0, -169 / 64., 0, 1, 0},       {0, -45 / 32., -9 / 4., 5 / 8., 1, 0},
+    {0, 45 / 32., -9 / 4., -5 / 8., 1, 0},      {0, -75 / 128., -25 / 64., 3 / 2., 1, 0},
+    {0, 75 / 128., -25 / 64., -3 / 2., 1, 0}, {0, 225 / 256., 0, -169 / 64., 0, 1}};
+static const double matrix_g[6][3] = {{256 / 225., 0, 0},
+                                      {-2048 / 2975., -256 / 595., -32 / 119.},
+                                      {-2048 / 2975., 256 / 595., -32 / 119.},
+                                      {128 / 1071., 64 / 357., 32 / 119.},
+                                      {128 / 1071., -64 / 357., 32 / 119.},
                                       {0, 0, 1}};
 static const double matrix_at[4][6] = {
-    {1, 1, 1, 1, 1, 0}, {0, 1, -1, 2, -2, 0}, {0, 1, 1, 4, 4, 0}, {0, 1, -1, 8, -8, 1}};
+    {1, 1, 1, 1, 1, 0},
+    {0, 5 / 8., -5 / 8., 3 / 2., -3 / 2., 0},
+    {0, 25 / 64., 25 / 64., 9 / 4., 9 / 4., 0},
+    {0, 125 / 512., -125 / 512., 27 / 8., -27 / 8., 1}};
 
 /* Element (y, x) of L d L^T, L having n columns; d(i, j) is element i * n + j of values. */
 static double both_sides(const double *left, const double *right, int n, const double *values,

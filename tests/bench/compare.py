@@ -15,8 +15,9 @@ Every peer is optional; one that is missing or fails is named in the table and l
 
 Weights are random, of the shape that `lvm bench --config` makes. A first turn warms up: every
 setting of every peer runs once, and the slow ones of a program (SLOW times its fastest, in that
-stage) are not run again: their rows keep this one figure. Then follow --runs turns, in each of
-which lvm and every setting left run once; figures are medians. A run of encode or draw is the
+stage) are not run again: their rows keep this one figure. Then follow, stage by stage, --runs turns,
+in each of which lvm and every setting left run once; figures are medians. Every figure goes to
+standard error when it is taken, a stage's table to standard output when the stage ends. A run of encode or draw is the
 fastest of three, for lvm as for the others. bf16 settings are shown but count for no ratio of
 float32: they lose codes, of which their rows tell. The first of the new tokens comes out of the
 prompt, so 256 of them are 255 steps; lvm's time to choose among their scores is counted, the
@@ -116,12 +117,17 @@ class Entry:
         self.seconds, self.fault, self.slow, self.remark = [], None, False, ""
 
     def turn(self, stage, name):
-        note("%s, %s: %s %s" % (stage, name, self.program, self.setting))
+        what = "%s, %s: %s" % (stage, name, (self.program + " " + self.setting).strip())
+        note(what)
         try:
             self.seconds.append(self.owner.run(stage, self.setting))
             self.remark = self.owner.remark
+            note("")
+            print("%s: %.3f s" % (what, self.seconds[-1]), file=sys.stderr, flush=True)
         except Failed as fault:
             self.fault = str(fault)
+            note("")
+            print("%s: %s" % (what, fault), file=sys.stderr, flush=True)
 
     def is_left(self):
         return self.fault is None and not self.slow
@@ -284,16 +290,14 @@ def warm_up(table, programs):
                 other.close()
 
 
-def take_turns(table, runs):
-    for stage, entries in table.items():
-        left = [entry for entry in entries if entry.is_left()]
+def take_turns(stage, entries, runs):
+    left = [entry for entry in entries if entry.is_left()]
+    for entry in left:
+        entry.seconds = []
+    for turn in range(runs):
         for entry in left:
-            entry.seconds = []
-        for turn in range(runs):
-            for entry in left:
-                if entry.is_left():
-                    entry.turn(stage, "turn %d of %d" % (turn + 1, runs))
-    note("")
+            if entry.is_left():
+                entry.turn(stage, "turn %d of %d" % (turn + 1, runs))
 
 
 def fastest(entries, exact):
@@ -331,7 +335,7 @@ def print_stage(stage, entries, args):
     for (program, fault), settings in faults.items():
         name = program if len(settings) > 1 else (program + " " + settings[0]).strip()
         print("%-7s %-48s left out: %s" % (stage, name, fault))
-    print()
+    print(flush=True)
 
 
 def summary(table, args):
@@ -462,7 +466,6 @@ def compare(args, env, folder, programs):
     programs += [lvm] + [bench for bench, _ in benches] + workers
     table = make_table(args, lvm, benches, workers)
     warm_up(table, programs)
-    take_turns(table, args.runs)
     head = {"date": datetime.date.today().isoformat(), "processor": processor(),
             "threads": args.threads, "runs": args.runs,
             "model": args.weights or "%s %s" % (args.config, args.type), "prompt": args.prompt,
@@ -471,11 +474,11 @@ def compare(args, env, folder, programs):
     print("%(date)s, %(processor)s, %(threads)d threads, median of %(runs)d; %(model)s" % head)
     print(", ".join("%s: %s" % pair for pair in head["versions"].items()) + "\n")
     for stage, entries in table.items():
+        take_turns(stage, entries, args.runs)
         print_stage(stage, entries, args)
-    rows = summary(table, args)
-    print_summary(rows)
-    if args.json:
-        save_json(args.json, head, table, rows, lvm.ceilings)
+        if args.json:
+            save_json(args.json, head, table, summary(table, args), lvm.ceilings)
+    print_summary(summary(table, args))
 
 
 def main(argv):
