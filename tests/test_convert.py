@@ -1999,7 +1999,12 @@ class Compare(Case):
         broken = self.program("broken", "sys.exit('no such option')\n")
         done = self.compare("--ik", ik, "--llama", broken, "--stage", "prompt,new",
                             "--json", self.path("out.json"))
-        self.assertEqual((done.returncode, done.stderr), (0, ""))
+        self.assertEqual(done.returncode, 0)
+        turns = done.stderr.splitlines()        # three of lvm, after a warm-up, and so on
+        self.assertEqual([turn for turn in turns if turn.startswith("prompt") and "lvm" in turn],
+                         ["prompt, %s: lvm: 2.000 s" % name for name in
+                          ("warm-up", "turn 1 of 3", "turn 2 of 3", "turn 3 of 3")])
+        self.assertIn("new, turn 3 of 3: ik_llama.cpp -fa 1 -rtr 1: 3.000 s", turns)
         self.assertIn("ik_llama.cpp: abc", done.stdout)
         self.assertRegex(done.stdout, r"prompt +lvm +2\.000 s +1920\.00 tokens/s\n")
         self.assertRegex(done.stdout, r"prompt +ik_llama.cpp -fa 1 -rtr 0 .* 1\.50x +best\n")
