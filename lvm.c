@@ -1391,7 +1391,8 @@ enum {
 };
 
 /* 32 activations, quantised on the fly: x = d q. AVX-512's VNNI multiplies unsigned by signed bytes
-   and keeps q + 128 in u8, then q, and the sum of q; NEON keeps q in s8, the others in s16. */
+   and keeps q + 128 in u8, then q, and the sum of q; AVX2 keeps q in s8 and the sum, NEON q in s8,
+   plain C q in s16. */
 struct xblock {
     float d;
     int32_t sum;
@@ -1592,9 +1593,10 @@ static void pack_strip_plain(const float *rows, int64_t ld, int k, float *strip)
              0   aab   -aa    -b    1  0            q    -bq   bbq            0 a3 -a3 b3 -b3  1
              0   aabb   0   -aa-bb  0  1            0      0    1
 
-   p = 1 / 2aa(aa - bb) and q = 1 / 2bb(bb - aa). With the usual a = 1, b = 2 a few multiplications
-   fewer would do, but rounding errors grow with the powers in A^T: a = 5/8 and b = 3/2, all of whose
-   powers here are exact, halve them (on such choices: Barabasz and others, arXiv 1803.10986).
+   p = 1 / 2aa(aa - bb) and q = 1 / 2bb(bb - aa). With the usual a = 1 and b = 2 fewer
+   multiplications would do, but rounding errors grow with the powers in A^T: a = 5/8 and b = 3/2,
+   exact in all of these products, halve them (on such choices: Barabasz and others, arXiv
+   1803.10986).
 
    Each comes as one dimension, then as both: U = G g G^T, V = B^T d B, out = A^T M A. */
 
@@ -8669,17 +8671,16 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
        dot tile    4 rows x 3 rows (AVX2, NEON), 5 x 4 (AVX-512): 7 loads for 12, 9 for 20
        outer tile  6 rows x 16 columns (AVX2), 8 x 32 (AVX-512), 4 x 16 (NEON): packed strips and
                    broadcast rows
-       int tile    AVX2 has no product of signed bytes that cannot overflow, so bytes are widened
-                   to 16 bits while packing, two neighbours to a 32-bit lane, 16 rows of weights
-                   side by side: one vpmaddwd is 16 products, and lane j is row j. AVX-512 VNNI
-                   does four products a lane from bytes, one side unsigned: activations are stored
-                   as q + 128, and sum (q + 128) w = sum q w + 128 sum w is put right by packing
-                   -128 sum w. NEON multiplies signed bytes as they are. 8 rows x 2 strips
+       int tile    four bytes of a row to a 32-bit lane, 16 rows of weights side by side, so that
+                   lane j is row j. AVX-512 VNNI does four products a lane, one side unsigned:
+                   activations are stored as q + 128, and sum (q + 128) w = sum q w + 128 sum w is
+                   put right by packing -128 sum w. AVX2 adds products of bytes in pairs of 16
+                   bits, one side unsigned too, where 255 x 127 would overflow: |w| times x with
+                   w's sign does not. NEON multiplies signed bytes as they are. 8 rows x 2 strips
                    (AVX-512): 10 loads for 16 products; 4 x 1 (AVX2, NEON).
-       int row     eight rows of weights at a time (NEON: four). AVX2 and NEON add across lanes:
-                   eight vectors of partial sums become one vector of eight sums by a tree of
-                   horizontal additions. AVX-512 turns the eight blocks so that lane j is row j, as
-                   in the tile, and multiplies up to four rows of activations by them.
+       int row     eight rows of weights at a time, turned on the way so that lane j is row j, and
+                   multiplied by up to four rows of activations. NEON takes four rows and adds
+                   across lanes by a tree of horizontal additions.
        k8, v8      attention on a quantised cache multiplies integers of 16 and 8 bits (chapter 3).
                    AVX-512 takes two byte products for one, four dimensions of 16 keys to a vector,
                    four rows x two panels of sums; AVX2 and NEON widen the bytes to 16 bits.
@@ -8824,7 +8825,7 @@ static int32_t load_s32(const void *p) {
 
 /* ---- AVX2: floats ---- */
 
-enum { A2_ROWS = 4, A2_COLS = 3, A2_OUTER = 6, A2_STRIPS = 1, A2_PACK = STRIP * (4 + 2 * QK) };
+enum { A2_ROWS = 4, A2_COLS = 3, A2_OUTER = 6, A2_STRIPS = 1, A2_PACK = STRIP * (4 + QK) };
 
 /* A mask for the first n < 8 lanes. */
 AVX2 static __m256i first_lanes(int n) {
@@ -8954,19 +8955,35 @@ AVX2 static void outer_row_avx2(int k, const float *a, const float *b, int64_t s
 
 /* ---- AVX2: quantised blocks ---- */
 
-/* A block of weights as 16-bit integers: elements 0..15 in q[0], 16..31 in q[1]. */
-AVX2 static void unpack_block_avx2(int type, const uint8_t *w, int b, __m256i *q) {
+/* 16 bytes of each of eight rows, turned: v[i] is four bytes of row 0, four of row 1, ... */
+AVX2 static INLINE void turn_rows(const uint8_t *const *rows, int64_t at, __m256i *v) {
+    __m256i r[4], t[4];
+    UNROLL for (int j = 0; j < 4; j++)
+        r[j] = _mm256_inserti128_si256(
+            _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(rows[j] + at))),
+            _mm_loadu_si128((const __m128i *)(const void *)(rows[j + 4] + at)), 1);
+    UNROLL for (int j = 0; j < 2; j++) {
+        t[j] = _mm256_unpacklo_epi32(r[2 * j], r[2 * j + 1]);
+        t[j + 2] = _mm256_unpackhi_epi32(r[2 * j], r[2 * j + 1]);
+    }
+    UNROLL for (int j = 0; j < 2; j++) {
+        v[2 * j] = _mm256_unpacklo_epi64(t[2 * j], t[2 * j + 1]);
+        v[2 * j + 1] = _mm256_unpackhi_epi64(t[2 * j], t[2 * j + 1]);
+    }
+}
+
+/* A block of eight rows turned, as the bytes that they are: Q8_0's signed, Q4_0's from 0 to 15. */
+AVX2 static INLINE void turn_block(int type, const uint8_t *const *rows, int64_t b, __m256i *v) {
     if (type == LVM_Q8_0) {
-        const int8_t *p = (const int8_t *)w + (int64_t)b * 34 + 2;
-        q[0] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
-        q[1] = _mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)(p + 16)));
+        turn_rows(rows, b * 34 + 2, v);
+        turn_rows(rows, b * 34 + 18, v + 4);
         return;
     }
-    __m128i nibbles = _mm_loadu_si128((const __m128i *)(const void *)(w + (int64_t)b * 18 + 2));
-    __m128i low = _mm_and_si128(nibbles, _mm_set1_epi8(15));
-    __m128i high = _mm_and_si128(_mm_srli_epi16(nibbles, 4), _mm_set1_epi8(15));
-    q[0] = _mm256_sub_epi16(_mm256_cvtepu8_epi16(low), _mm256_set1_epi16(8));
-    q[1] = _mm256_sub_epi16(_mm256_cvtepu8_epi16(high), _mm256_set1_epi16(8));
+    turn_rows(rows, b * 18 + 2, v);
+    UNROLL for (int i = 0; i < 4; i++) {
+        v[i + 4] = _mm256_and_si256(_mm256_srli_epi16(v[i], 4), _mm256_set1_epi8(15));
+        v[i] = _mm256_and_si256(v[i], _mm256_set1_epi8(15));
+    }
 }
 
 /* The f16 scales of block b of eight rows. */
@@ -8974,14 +8991,6 @@ AVX2 static __m256 block_scales(const uint8_t *const *rows, int64_t at) {
     uint16_t d[8];
     UNROLL for (int j = 0; j < 8; j++) memcpy(&d[j], rows[j] + at, 2);
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)d));
-}
-
-/* Eight vectors of eight partial sums to one vector of eight sums. */
-AVX2 static __m256i sum_rows(const __m256i *p) {
-    __m256i a = _mm256_hadd_epi32(_mm256_hadd_epi32(p[0], p[1]), _mm256_hadd_epi32(p[2], p[3]));
-    __m256i b = _mm256_hadd_epi32(_mm256_hadd_epi32(p[4], p[5]), _mm256_hadd_epi32(p[6], p[7]));
-    return _mm256_add_epi32(_mm256_permute2x128_si256(a, b, 0x20),
-                            _mm256_permute2x128_si256(a, b, 0x31));
 }
 
 /* What is read once comes from memory faster when asked for in time: processors' own prefetching
@@ -9001,85 +9010,105 @@ AVX2 static INLINE void prefetch_share(const uint8_t *next, int b, int bytes) {
     prefetch_ahead(share, 8 * bytes);
 }
 
-AVX2 static void int_8_rows_avx2(int type, int blocks, const struct xblock *x,
-                                 const uint8_t *const *rows, const uint8_t *next, float *c) {
-    __m256 sum = _mm256_setzero_ps();
-    int bytes = type == LVM_Q8_0 ? 34 : 18;
-    for (int b = 0; b < blocks; b++) {
-        prefetch_share(next, b, bytes);
-        __m256i x0 = _mm256_loadu_si256((const __m256i *)(const void *)x[b].q.s16);
-        __m256i x1 = _mm256_loadu_si256((const __m256i *)(const void *)(x[b].q.s16 + 16));
-        __m256i p[8];
-        UNROLL for (int j = 0; j < 8; j++) {
-            __m256i q[2];
-            unpack_block_avx2(type, rows[j], b, q);
-            p[j] = _mm256_add_epi32(_mm256_madd_epi16(q[0], x0), _mm256_madd_epi16(q[1], x1));
-        }
-        __m256 scale =
-            _mm256_mul_ps(block_scales(rows, (int64_t)b * bytes), _mm256_set1_ps(x[b].d));
-        sum = _mm256_fmadd_ps(_mm256_cvtepi32_ps(sum_rows(p)), scale, sum);
+/* Byte products in pairs, |w| times x with w's sign, which keeps them below 2^15, then fours. */
+AVX2 static INLINE __m256i add_products(__m256i sum, __m256i x, __m256i w) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(w), _mm256_sign_epi8(x, w));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+/* A block of activations times eight rows of Q8_0, turned, or of Q4_0, 8 more than they are: there
+   all eight products fit 16 bits. */
+AVX2 static INLINE __m256i products_avx2(int type, const struct xblock *x, const __m256i *w) {
+    __m256i sum = _mm256_setzero_si256(), pairs = sum;
+    if (type == LVM_Q8_0) {
+        UNROLL for (int i = 0; i < 8; i++)
+            sum = add_products(sum, _mm256_set1_epi32(load_s32(x->q.s8 + 4 * i)), w[i]);
+        return sum;
     }
-    _mm256_storeu_ps(c, sum);
+    UNROLL for (int i = 0; i < 8; i++)
+        pairs = _mm256_add_epi16(
+            pairs, _mm256_maddubs_epi16(w[i], _mm256_set1_epi32(load_s32(x->q.s8 + 4 * i))));
+    return _mm256_add_epi32(_mm256_set1_epi32(-8 * x->sum),
+                            _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+/* Eight rows of weights, each loaded once for all n rows of activations. Turned so that a lane is a
+   row of weights, they need no additions across lanes. */
+AVX2 static INLINE void int_8_rows_avx2(int type, int blocks, const struct xblock *x, int n,
+                                        const uint8_t *const *rows, const uint8_t *next,
+                                        float (*c)[8]) {
+    __m256 sum[FEW];
+    int bytes = type == LVM_Q8_0 ? 34 : 18;
+    UNROLL for (int r = 0; r < n; r++) sum[r] = _mm256_setzero_ps();
+    for (int b = 0; b < blocks; b++) {
+        __m256i w[8];
+        prefetch_share(next, b, bytes);
+        turn_block(type, rows, b, w);
+        __m256 scales = block_scales(rows, (int64_t)b * bytes);
+        UNROLL for (int r = 0; r < n; r++) {
+            const struct xblock *xb = x + (int64_t)r * blocks + b;
+            __m256 dot = _mm256_cvtepi32_ps(products_avx2(type, xb, w));
+            sum[r] = _mm256_fmadd_ps(dot, _mm256_mul_ps(scales, _mm256_set1_ps(xb->d)), sum[r]);
+        }
+    }
+    UNROLL for (int r = 0; r < n; r++) _mm256_storeu_ps(c[r], sum[r]);
+}
+
+AVX2 static void int_few_avx2(int type, int blocks, const struct xblock *x, int n,
+                              const uint8_t *const *rows, const uint8_t *next, float (*c)[8]) {
+    if (type == LVM_Q8_0) {
+        if (n == 4) int_8_rows_avx2(LVM_Q8_0, blocks, x, 4, rows, next, c);
+        else if (n == 3) int_8_rows_avx2(LVM_Q8_0, blocks, x, 3, rows, next, c);
+        else if (n == 2) int_8_rows_avx2(LVM_Q8_0, blocks, x, 2, rows, next, c);
+        else int_8_rows_avx2(LVM_Q8_0, blocks, x, 1, rows, next, c);
+    } else if (n == 4) int_8_rows_avx2(LVM_Q4_0, blocks, x, 4, rows, next, c);
+    else if (n == 3) int_8_rows_avx2(LVM_Q4_0, blocks, x, 3, rows, next, c);
+    else if (n == 2) int_8_rows_avx2(LVM_Q4_0, blocks, x, 2, rows, next, c);
+    else int_8_rows_avx2(LVM_Q4_0, blocks, x, 1, rows, next, c);
+}
+
+/* c[n][8]: up to FEW rows of activations times eight rows of weights; the rows at next follow. */
+typedef void int_few(int type, int blocks, const struct xblock *x, int n,
+                     const uint8_t *const *rows, const uint8_t *next, float (*c)[8]);
+
+/* All rows of activations, FEW at a time, times n rows of weights, eight at a time. */
+static INLINE void int_rows_by_8(int_few *few, int type, int blocks, const struct xblock *x,
+                                 int x_rows, const uint8_t *w, int64_t row_bytes, int n, float *c,
+                                 int64_t ldc) {
+    for (int j0 = 0; j0 < n; j0 += 8) {
+        const uint8_t *rows[8], *next = w + (j0 + 8) * row_bytes;
+        float out[FEW][8];
+        int count = n - j0 < 8 ? n - j0 : 8;
+        for (int j = 0; j < 8; j++) rows[j] = w + (j0 + (j < count ? j : count - 1)) * row_bytes;
+        for (int r0 = 0; r0 < x_rows; r0 += FEW) {
+            int at_once = x_rows - r0 < FEW ? x_rows - r0 : FEW;
+            few(type, blocks, x + (int64_t)r0 * blocks, at_once, rows, next, out);
+            for (int r = 0; r < at_once; r++)
+                memcpy(c + (r0 + r) * ldc + j0, out[r], (size_t)count * sizeof *c);
+        }
+    }
 }
 
 AVX2 static void int_row_avx2(int type, int blocks, const struct xblock *x, int x_rows,
                               const uint8_t *w, int64_t row_bytes, int n, float *c, int64_t ldc) {
-    for (int j0 = 0; j0 < n; j0 += 8) {
-        const uint8_t *rows[8];
-        float out[8];
-        int count = n - j0 < 8 ? n - j0 : 8;
-        for (int j = 0; j < 8; j++) rows[j] = w + (j0 + (j < count ? j : count - 1)) * row_bytes;
-        const uint8_t *next = w + (j0 + 8) * row_bytes;
-        for (int r = 0; r < x_rows; r++) {
-            const struct xblock *row = x + (int64_t)r * blocks;
-            if (type == LVM_Q8_0) int_8_rows_avx2(LVM_Q8_0, blocks, row, rows, next, out);
-            else int_8_rows_avx2(LVM_Q4_0, blocks, row, rows, next, out);
-            memcpy(c + r * ldc + j0, out, (size_t)count * sizeof *c);
-        }
-    }
+    int_rows_by_8(int_few_avx2, type, blocks, x, x_rows, w, row_bytes, n, c, ldc);
 }
 
-/* Transposes 8 x 8 lanes of 32 bits in place. */
-AVX2 static INLINE void transpose_8x8(__m256i *v) {
-    __m256i t[8], u[8];
-    UNROLL for (int i = 0; i < 4; i++) {
-        t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
-        t[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
-    }
-    UNROLL for (int i = 0; i < 2; i++) {
-        u[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
-        u[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
-        u[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
-        u[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
-    }
-    UNROLL for (int i = 0; i < 4; i++) {
-        v[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
-        v[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
-    }
-}
-
-/* Packed block: 16 scales, then for each pair of elements 16 rows of two 16-bit integers. */
+/* Packed block: 16 scales, then for each four elements 16 rows of four bytes. */
 AVX2 static void int_pack_avx2(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
     int bytes = type == LVM_Q8_0 ? 34 : 18;
     for (int b = 0; b < blocks; b++, packed += A2_PACK)
         for (int half = 0; half < 2; half++) {
             const uint8_t *const *rows = w + 8 * half;
-            __m256i low[8], high[8];
-            for (int j = 0; j < 8; j++) {
-                __m256i q[2];
-                unpack_block_avx2(type, rows[j], b, q);
-                low[j] = q[0];
-                high[j] = q[1];
+            __m256i q[8];
+            turn_block(type, rows, b, q);
+            for (int i = 0; i < 8; i++) {
+                if (type == LVM_Q4_0) q[i] = _mm256_sub_epi8(q[i], _mm256_set1_epi8(8));
+                _mm256_storeu_si256((__m256i *)(void *)(packed + 4 * STRIP + 64 * i + 32 * half),
+                                    q[i]);
             }
-            transpose_8x8(low);
-            transpose_8x8(high);
             _mm256_storeu_ps((float *)(void *)packed + 8 * half,
                              block_scales(rows, (int64_t)b * bytes));
-            for (int i = 0; i < 8; i++) {
-                uint8_t *to = packed + 4 * STRIP + 64 * i + 32 * half;
-                _mm256_storeu_si256((__m256i *)(void *)to, low[i]);
-                _mm256_storeu_si256((__m256i *)(void *)(to + 64 * 8), high[i]);
-            }
         }
 }
 
@@ -9092,12 +9121,12 @@ AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const 
         __m256i acc[A2_ROWS][2];
         UNROLL for (int r = 0; r < A2_ROWS; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
         const __m256i *q = (const __m256i *)(const void *)(packed + 4 * STRIP);
-        for (int i = 0; i < QK / 2; i++) {
+        for (int i = 0; i < QK / 4; i++) {
             __m256i w0 = _mm256_loadu_si256(q + 2 * i), w1 = _mm256_loadu_si256(q + 2 * i + 1);
             UNROLL for (int r = 0; r < A2_ROWS; r++) {
-                __m256i pair = _mm256_set1_epi32(load_s32(x[r][b].q.s16 + 2 * i));
-                acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(pair, w0));
-                acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(pair, w1));
+                __m256i four = _mm256_set1_epi32(load_s32(x[r][b].q.s8 + 4 * i));
+                acc[r][0] = add_products(acc[r][0], four, w0);
+                acc[r][1] = add_products(acc[r][1], four, w1);
             }
         }
         __m256 d0 = _mm256_loadu_ps((const float *)(const void *)packed);
@@ -9144,12 +9173,16 @@ AVX2 static int32_t sum_s32(__m256i x) {
 }
 
 AVX2 static void quantize_x_avx2(const float *x, struct xblock *y, int k) {
+    __m256i ones = _mm256_set1_epi16(1);
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
         __m256 id = _mm256_set1_ps(amax > LEAST_X ? 127 / amax : 0);
+        __m256i q0 = scaled_s16(x, id), q1 = scaled_s16(x + 16, id);
         y[b].d = amax > LEAST_X ? amax / 127 : 0;
-        UNROLL for (int i = 0; i < QK; i += 16)
-            _mm256_storeu_si256((__m256i *)(void *)(y[b].q.s16 + i), scaled_s16(x + i, id));
+        y[b].sum = sum_s32(
+            _mm256_add_epi32(_mm256_madd_epi16(q0, ones), _mm256_madd_epi16(q1, ones)));
+        _mm256_storeu_si256((__m256i *)(void *)y[b].q.s8,
+                            _mm256_permute4x64_epi64(_mm256_packs_epi16(q0, q1), 0xd8));
     }
 }
 
@@ -9487,6 +9520,25 @@ AVX2 static void channel_sums_avx2(const float *x, int64_t pixels, int c, float 
     }
 }
 
+/* Transposes 8 x 8 lanes of 32 bits in place. */
+AVX2 static INLINE void transpose_8x8(__m256i *v) {
+    __m256i t[8], u[8];
+    UNROLL for (int i = 0; i < 4; i++) {
+        t[2 * i] = _mm256_unpacklo_epi32(v[2 * i], v[2 * i + 1]);
+        t[2 * i + 1] = _mm256_unpackhi_epi32(v[2 * i], v[2 * i + 1]);
+    }
+    UNROLL for (int i = 0; i < 2; i++) {
+        u[4 * i] = _mm256_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+        u[4 * i + 1] = _mm256_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+        u[4 * i + 2] = _mm256_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+        u[4 * i + 3] = _mm256_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+    }
+    UNROLL for (int i = 0; i < 4; i++) {
+        v[i] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x20);
+        v[i + 4] = _mm256_permute2x128_si256(u[i], u[i + 4], 0x31);
+    }
+}
+
 AVX2 static void pack_strip_avx2(const float *rows, int64_t ld, int k, float *strip) {
     int i = 0;
     for (; i + 8 <= k; i += 8)
@@ -9634,57 +9686,9 @@ AVX512 static void outer_row_avx512(int k, const float *a, const float *b, int64
     }
 }
 
-/* A block of weights as they lie: Q8_0's signed bytes, Q4_0's from 0 to 15. */
-AVX512 static __m256i raw_block(int type, const uint8_t *w, int b) {
-    if (type == LVM_Q8_0)
-        return _mm256_loadu_si256((const __m256i *)(const void *)(w + (int64_t)b * 34 + 2));
-    __m128i nibbles = _mm_loadu_si128((const __m128i *)(const void *)(w + (int64_t)b * 18 + 2));
-    __m256i both = _mm256_set_m128i(_mm_srli_epi16(nibbles, 4), nibbles);
-    return _mm256_and_si256(both, _mm256_set1_epi8(15));
-}
-
-/* A block of weights as signed bytes. */
-AVX512 static __m256i block_bytes(int type, const uint8_t *w, int b) {
-    __m256i q = raw_block(type, w, b);
-    return type == LVM_Q8_0 ? q : _mm256_sub_epi8(q, _mm256_set1_epi8(8));
-}
-
-/* 16 bytes of each of eight rows, turned: v[i] is four bytes of row 0, four of row 1, ... */
-AVX512 static INLINE void turn_rows(const uint8_t *const *rows, int64_t at, __m256i *v) {
-    __m256i r[4], t[4];
-    UNROLL for (int j = 0; j < 4; j++)
-        r[j] = _mm256_inserti128_si256(
-            _mm256_castsi128_si256(_mm_loadu_si128((const __m128i *)(const void *)(rows[j] + at))),
-            _mm_loadu_si128((const __m128i *)(const void *)(rows[j + 4] + at)), 1);
-    UNROLL for (int j = 0; j < 2; j++) {
-        t[j] = _mm256_unpacklo_epi32(r[2 * j], r[2 * j + 1]);
-        t[j + 2] = _mm256_unpackhi_epi32(r[2 * j], r[2 * j + 1]);
-    }
-    UNROLL for (int j = 0; j < 2; j++) {
-        v[2 * j] = _mm256_unpacklo_epi64(t[2 * j], t[2 * j + 1]);
-        v[2 * j + 1] = _mm256_unpackhi_epi64(t[2 * j], t[2 * j + 1]);
-    }
-}
-
-/* A block of eight rows as unsigned bytes, Q8_0's plus 128 and Q4_0's plus 8. */
-AVX512 static INLINE void turn_block(int type, const uint8_t *const *rows, int64_t b, __m256i *w) {
-    if (type == LVM_Q8_0) {
-        turn_rows(rows, b * 34 + 2, w);
-        turn_rows(rows, b * 34 + 18, w + 4);
-        UNROLL for (int i = 0; i < 8; i++)
-            w[i] = _mm256_xor_si256(w[i], _mm256_set1_epi8((char)128));
-        return;
-    }
-    turn_rows(rows, b * 18 + 2, w);
-    UNROLL for (int i = 0; i < 4; i++) {
-        w[i + 4] = _mm256_and_si256(_mm256_srli_epi16(w[i], 4), _mm256_set1_epi8(15));
-        w[i] = _mm256_and_si256(w[i], _mm256_set1_epi8(15));
-    }
-}
-
-/* Eight rows of weights, each loaded once for all n rows of activations. Turned so that a lane is a
-   row of weights, they need no additions across lanes. They go in unsigned, and what that adds is
-   taken away first. Two sums, because one would wait for itself. */
+/* Eight rows of weights, each loaded once for all n rows of activations. They go in unsigned,
+   Q8_0's plus 128 and Q4_0's plus 8, and what that adds is taken away first. Two sums, because one
+   would wait for itself. */
 AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct xblock *x, int n,
                                             const uint8_t *const *rows, const uint8_t *next,
                                             float (*c)[8]) {
@@ -9695,6 +9699,8 @@ AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct x
         __m256i w[8];
         prefetch_share(next, b, bytes);
         turn_block(type, rows, b, w);
+        UNROLL for (int i = 0; i < 8 && q8; i++)
+            w[i] = _mm256_xor_si256(w[i], _mm256_set1_epi8((char)128));
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
             const struct xblock *xb = x + (int64_t)r * blocks + b;
@@ -9726,42 +9732,29 @@ AVX512 static void int_few_avx512(int type, int blocks, const struct xblock *x, 
 AVX512 static void int_row_avx512(int type, int blocks, const struct xblock *x, int x_rows,
                                   const uint8_t *w, int64_t row_bytes, int n, float *c,
                                   int64_t ldc) {
-    for (int j0 = 0; j0 < n; j0 += 8) {
-        const uint8_t *rows[8];
-        float out[FEW][8];
-        int count = n - j0 < 8 ? n - j0 : 8;
-        for (int j = 0; j < 8; j++) rows[j] = w + (j0 + (j < count ? j : count - 1)) * row_bytes;
-        for (int r0 = 0; r0 < x_rows; r0 += FEW) {
-            int few = x_rows - r0 < FEW ? x_rows - r0 : FEW;
-            int_few_avx512(type, blocks, x + (int64_t)r0 * blocks, few, rows,
-                           w + (j0 + 8) * row_bytes, out);
-            for (int r = 0; r < few; r++)
-                memcpy(c + (r0 + r) * ldc + j0, out[r], (size_t)count * sizeof *c);
-        }
-    }
+    int_rows_by_8(int_few_avx512, type, blocks, x, x_rows, w, row_bytes, n, c, ldc);
 }
 
 /* Packed block: 16 scales, 16 times -128 sum q, then for each four elements 16 rows of four bytes.
    */
 AVX512 static void int_pack_avx512(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
     int bytes = type == LVM_Q8_0 ? 34 : 18;
-    __m256i zero = _mm256_setzero_si256(), offset = _mm256_set1_epi8((char)128);
+    __m256i offset = _mm256_set1_epi8((char)128), eight = _mm256_set1_epi8(8);
     for (int b = 0; b < blocks; b++, packed += A5_PACK)
         for (int half = 0; half < 2; half++) {
             const uint8_t *const *rows = w + 8 * half;
-            __m256i q[8], sums[8];
-            for (int j = 0; j < 8; j++) {
-                q[j] = block_bytes(type, rows[j], b);
-                sums[j] = _mm256_dpbusd_epi32(zero, offset, q[j]);
+            __m256i q[8], sum = _mm256_setzero_si256();
+            turn_block(type, rows, b, q);
+            for (int i = 0; i < 8; i++) {
+                if (type == LVM_Q4_0) q[i] = _mm256_sub_epi8(q[i], eight);
+                sum = _mm256_dpbusd_epi32(sum, offset, q[i]);
+                _mm256_storeu_si256((__m256i *)(void *)(packed + 8 * STRIP + 64 * i + 32 * half),
+                                    q[i]);
             }
-            transpose_8x8(q);
             _mm256_storeu_ps((float *)(void *)packed + 8 * half,
                              block_scales(rows, (int64_t)b * bytes));
             _mm256_storeu_si256((__m256i *)(void *)(packed + 4 * STRIP + 32 * half),
-                                _mm256_sub_epi32(zero, sum_rows(sums)));
-            for (int i = 0; i < 8; i++)
-                _mm256_storeu_si256((__m256i *)(void *)(packed + 8 * STRIP + 64 * i + 32 * half),
-                                    q[i]);
+                                _mm256_sub_epi32(_mm256_setzero_si256(), sum));
         }
 }
 
