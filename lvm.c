@@ -4976,27 +4976,35 @@ static int likelier(struct choice a, struct choice b) {
     return a.p > b.p || (a.p == b.p && a.id < b.id);
 }
 
-/* Restores the heap (likeliest on top) below element i. */
-static void sift_down(struct choice *heap, int n, int i) {
-    for (;;) {
-        int child = 2 * i + 1;
-        if (child >= n) return;
-        if (child + 1 < n && likelier(heap[child + 1], heap[child])) child++;
-        if (!likelier(heap[child], heap[i])) return;
-        struct choice swap = heap[i];
-        heap[i] = heap[child];
-        heap[child] = swap;
-        i = child;
+/* Puts the likeliest of c[0 .. n-1] in front, the least of them last: as few as have this mass
+   together, but no more than `count` and at least one. Returns how many, and in *sum their mass.
+   Hoare's selection: what lies before a pivot is sorted out no further than the end needs. */
+static int take_likeliest(struct choice *c, int n, int count, double mass, double *sum) {
+    int from = 0, to = n; /* the last one to take is one of c[from .. to-1] */
+    *sum = 0;             /* of those before it */
+    while (from < to) {
+        int middle = from + (to - from) / 2, i = from;
+        struct choice pivot = c[middle];
+        double before = *sum;
+        c[middle] = c[to - 1];
+        for (int j = from; j < to - 1; j++) {
+            struct choice one = c[j];
+            if (!likelier(one, pivot)) continue;
+            c[j] = c[i];
+            c[i++] = one;
+            before += one.p;
+        }
+        c[to - 1] = c[i];
+        c[i] = pivot;
+        if (i > from && (i >= count || before >= mass)) {
+            to = i;
+            continue;
+        }
+        *sum = before + pivot.p;
+        from = i + 1;
+        if (from >= count || *sum >= mass) return from;
     }
-}
-
-/* Takes the likeliest off the heap of n and puts it behind its end. */
-static struct choice pop_likeliest(struct choice *heap, int n) {
-    struct choice top = heap[0];
-    heap[0] = heap[n - 1];
-    heap[n - 1] = top;
-    sift_down(heap, n - 1, 0);
-    return top;
+    return from;
 }
 
 static int32_t argmax(const float *logits, int n) {
@@ -5006,31 +5014,21 @@ static int32_t argmax(const float *logits, int n) {
     return best;
 }
 
-/* Draws one of the first n ids. heap: room for n choices. */
+/* Draws one of the first n ids, of the top_k likeliest alone (Fan and others 2018), and of these as
+   few as have the mass top_p (Holtzman and others 2020). c: room for n choices. */
 static int32_t sample(const float *logits, int n, const lvm_sampling *s, struct rng *rng,
-                      struct choice *heap) {
+                      struct choice *c) {
     if (s->greedy) return argmax(logits, n);
     float max = logits[argmax(logits, n)];
-    double mass = 0, kept = 0;
-    int k = s->top_k > 0 && s->top_k < n ? s->top_k : n, size = n, count = 0;
-    for (int i = 0; i < n; i++)
-        heap[i] = (struct choice){exp_f32((logits[i] - max) / s->temperature), i};
-    for (int i = 0; k == n && i < n; i++) mass += heap[i].p;
-    for (int i = n / 2 - 1; i >= 0; i--) sift_down(heap, n, i);
-    if (k < n) { /* the k likeliest are the whole; they stand at heap[n-1], heap[n-2], ... */
-        for (; count < k; count++) mass += pop_likeliest(heap, size--).p;
-        int all = count;
-        for (count = 0; count < all && kept < s->top_p * mass; count++)
-            kept += heap[n - 1 - count].p;
-    } else {
-        for (; count < n && kept < s->top_p * mass; count++) kept += pop_likeliest(heap, size--).p;
+    double mass = 0, drawn;
+    for (int i = 0; i < n; i++) {
+        c[i] = (struct choice){exp_f32((logits[i] - max) / s->temperature), i};
+        mass += c[i].p;
     }
-    double left = kept * (rng_next(rng) * 0x1p-32);
-    for (int i = 0; i < count - 1; i++) {
-        left -= heap[n - 1 - i].p;
-        if (left < 0) return heap[n - 1 - i].id;
-    }
-    return heap[n - (count > 0 ? count : 1)].id;
+    if (s->top_k > 0 && s->top_k < n) n = take_likeliest(c, n, s->top_k, HUGE_VAL, &mass);
+    n = take_likeliest(c, n, n, s->top_p * mass, &mass);
+    n = take_likeliest(c, n, n, mass * (rng_next(rng) * 0x1p-32), &drawn);
+    return c[n - 1].id;
 }
 
 static int check_sampling(const lvm_sampling *s, lvm_error *error) {
@@ -5058,7 +5056,7 @@ struct generation {
     int length; /* of every candidate's sequence, the pending token included */
     int32_t *ids;                        /* [candidates][context + 1] */
     struct rng rng[MAX_SEQUENCES];
-    struct choice *heap;
+    struct choice *choices;
 };
 
 static int32_t *candidate_ids(const struct generation *g, int c) {
@@ -5109,7 +5107,7 @@ static int generate_token(struct generation *g, int i, lvm_error *error) {
     if (code == LVM_OK) code = progress(ctx, "generate", i, g->n, error);
     for (int c = 0; code == LVM_OK && c < g->candidates; c++)
         candidate_ids(g, c)[g->length] =
-            sample(ctx->logits + (int64_t)c * V, ctx->m->info.codes, g->s, &g->rng[c], g->heap);
+            sample(ctx->logits + (int64_t)c * V, ctx->m->info.codes, g->s, &g->rng[c], g->choices);
     if (code == LVM_OK) g->length++;
     return code;
 }
@@ -5184,10 +5182,10 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
     if (code != LVM_OK) return code;
     g.ids =
         mem_alloc((size_t)candidates * ((size_t)info->context_length + 1), sizeof *g.ids, error);
-    g.heap = mem_alloc((size_t)info->codes, sizeof *g.heap, error);
-    code = g.ids == NULL || g.heap == NULL ? LVM_MEMORY : run_generation(&g, ids, error);
+    g.choices = mem_alloc((size_t)info->codes, sizeof *g.choices, error);
+    code = g.ids == NULL || g.choices == NULL ? LVM_MEMORY : run_generation(&g, ids, error);
     mem_free(g.ids);
-    mem_free(g.heap);
+    mem_free(g.choices);
     return code;
 }
 

@@ -516,7 +516,7 @@ static void generate_naively(const lvm_model *m, const lvm_options *o, const lvm
     int T = info.tokens_per_image, bos = prompt[0] == info.bos, length = n;
     int full = bos + info.window_images * T;
     int32_t *ids = must(malloc((size_t)(info.context_length + 1) * sizeof *ids));
-    struct choice heap[CODES];
+    struct choice choices[CODES];
     struct rng rng = rng_new(s->seed, (uint64_t)stream);
     float logits[V];
     lvm_ctx *ctx = context(m, o);
@@ -530,7 +530,7 @@ static void generate_naively(const lvm_model *m, const lvm_options *o, const lvm
             ctx = context(m, o);
         }
         lvm_prompt(ctx, ids, length, logits, NULL);
-        out[i] = ids[length++] = sample(logits, CODES, s, &rng, heap);
+        out[i] = ids[length++] = sample(logits, CODES, s, &rng, choices);
     }
     lvm_free(ctx);
     free(ids);
@@ -648,22 +648,49 @@ static void expected_distribution(const float *logits, int n, const lvm_sampling
     for (int i = 0; i < n; i++) p[order[i]] = i < last ? p[order[i]] / mass : 0;
 }
 
+/* The draw as one would do it by hand: all choices sorted, then walked along. */
+static int32_t draw_sorted(const float *logits, int n, const lvm_sampling *s, struct rng *rng) {
+    struct choice c[CODES];
+    double all = 0, kept = 0, mass = 0;
+    float max = logits[argmax(logits, n)];
+    int last = 0, k = s->top_k > 0 && s->top_k < n ? s->top_k : n;
+    for (int i = 0; i < n; i++) {
+        struct choice one = {exp_f32((logits[i] - max) / s->temperature), i};
+        int at = i;
+        for (; at > 0 && likelier(one, c[at - 1]); at--) c[at] = c[at - 1];
+        c[at] = one;
+    }
+    for (int i = 0; i < k; i++) all += c[i].p;
+    while (last < k && kept < s->top_p * all) kept += c[last++].p;
+    double at = kept * (rng_next(rng) * 0x1p-32);
+    for (int i = 0; i < last; i++)
+        if ((mass += c[i].p) >= at) return c[i].id;
+    return c[last - 1].id;
+}
+
 /* Chi-square of 20000 draws. Its mean is the degrees of freedom k, its deviation sqrt(2 k): six of
    them are beyond chance. Cells that expect fewer than 5 draws count together. */
 static void test_distribution(struct test *t, float temperature, int top_k, float top_p) {
     enum { DRAWS = 20000 };
     float logits[CODES];
     double p[CODES], chi = 0, rest_seen = 0, rest = 0;
-    int seen[CODES] = {0}, impossible = 0, cells = 0;
-    struct choice heap[CODES];
-    struct rng rng = rng_new(23, 1);
+    int seen[CODES] = {0}, impossible = 0, cells = 0, same = 1;
+    struct choice choices[CODES];
+    struct rng rng = rng_new(23, 1), rng_again = rng_new(24, 1);
     lvm_sampling s = sampling_of(1);
     s.temperature = temperature;
     s.top_k = top_k;
     s.top_p = top_p;
     for (int i = 0; i < CODES; i++) logits[i] = 2.5f * uniform(&rng);
     expected_distribution(logits, CODES, &s, p);
-    for (int i = 0; i < DRAWS; i++) seen[sample(logits, CODES, &s, &rng, heap)]++;
+    for (int i = 0; i < DRAWS; i++) seen[sample(logits, CODES, &s, &rng, choices)]++;
+    for (int i = 0; i < DRAWS / 40; i++) {
+        int n = 1 + (int)(rng_next(&rng_again) % CODES), few = 1 + (int)(rng_next(&rng_again) % 9);
+        struct rng before = rng;
+        for (int j = 0; j < n; j++) /* with many alike */
+            logits[j] = (float)(rng_next(&rng_again) % (unsigned)few) + uniform(&rng_again) * (i % 2);
+        same &= sample(logits, n, &s, &rng, choices) == draw_sorted(logits, n, &s, &before);
+    }
     for (int i = 0; i < CODES; i++) {
         double expected = p[i] * DRAWS, off = seen[i] - expected;
         impossible += p[i] == 0 && seen[i] > 0;
@@ -671,6 +698,8 @@ static void test_distribution(struct test *t, float temperature, int top_k, floa
         else rest += expected, rest_seen += seen[i];
     }
     if (rest >= 5) chi += (rest_seen - rest) * (rest_seen - rest) / rest, cells++;
+    check(t, same, "sample(), top-k %d, top-p %g: not what sorting and walking gives", top_k,
+          (double)top_p);
     check(t, impossible == 0, "sample() draws what top-k %d, top-p %g exclude", top_k,
           (double)top_p);
     check(t, chi <= cells - 1 + 6 * sqrt(2.0 * cells),
