@@ -12831,8 +12831,10 @@ static void read_task(void *arg, int task, int thread) {
     const uint64_t *p = job->data + task * job->words;
     uint64_t sum[8] = {0};
     (void)thread;
-    for (int64_t i = 0; i + 8 <= job->words; i += 8)
+    for (int64_t i = 0; i + 8 <= job->words; i += 8) {
+        __builtin_prefetch(p + i + 1024); /* 8 KiB, as the products do */
         for (int j = 0; j < 8; j++) sum[j] += p[i + j];
+    }
     for (int j = 0; j < 8; j++) job->sink[task & 1023] += sum[j];
 }
 
