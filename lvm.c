@@ -939,22 +939,28 @@ static int write_file(const char *path, const void *data, size_t size, lvm_error
 
 /* ---- Threads ----
 
-   A pool of n threads, the caller being one of them, runs tasks 0 .. count-1; whoever is free takes
-   the next number. What a task computes must not depend on who runs it. A run ends when its tasks
-   are done: a worker that comes late, because others have its processor, finds none left and is
-   not waited for. Whoever waits spins for some microseconds, because the transformer asks for
-   thousands of short runs a second, then offers the processor to others, who may be the very thread
-   that is waited for, and sleeps in the end. */
+   A pool of n threads, the caller being one of them, runs tasks 0 .. count-1. Each thread begins with
+   a share of its own, tasks whose weights lie behind each other in memory, and then helps others
+   with theirs. What a task computes must not depend on who runs it. A run ends when its tasks are
+   done: a worker that comes late, because others have its processor, finds none left and is not
+   waited for. Whoever waits spins for some microseconds, because the transformer asks for thousands
+   of short runs a second, then offers the processor to others, who may be the very thread that is
+   waited for, and sleeps in the end. */
 
 typedef void task_fn(void *arg, int task, int thread);
 
+struct share {
+    atomic_int left; /* tasks not yet taken; 0 or less: none */
+    char line[60];   /* each in a cache line of its own */
+};
+
 struct pool {
     int n; /* threads, the caller included */
+    struct share *shares; /* [n] */
     pthread_t *threads;
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
     atomic_int round;   /* counts runs; workers start when it changes */
-    atomic_int left;       /* tasks not yet taken; 0 or less: none */
     atomic_int unfinished; /* tasks not yet done */
     atomic_int sleeping;        /* workers that wait for a run asleep */
     atomic_int caller_sleeping; /* the caller waits for their end asleep */
@@ -979,17 +985,27 @@ static void spin_pause(void) {
 #endif
 }
 
+/* The first task of a share; share n begins behind the last. */
+static int first_task(const struct pool *p, int share) {
+    return (int)((int64_t)p->count * share / p->n);
+}
+
 /* Who gets a number above 0 has taken a task, and the run cannot end before it is done: only then
    are fn, arg and count sure to be this run's. */
-static void pool_take_tasks(struct pool *p, int thread) {
+static void take_share(struct pool *p, int share, int thread) {
+    atomic_int *tasks = &p->shares[share].left;
     int left;
-    while ((left = atomic_fetch_sub(&p->left, 1)) > 0) {
-        p->fn(p->arg, p->count - left, thread);
+    while (atomic_load(tasks) > 0 && (left = atomic_fetch_sub(tasks, 1)) > 0) {
+        p->fn(p->arg, first_task(p, share + 1) - left, thread);
         if (atomic_fetch_sub(&p->unfinished, 1) != 1 || !atomic_load(&p->caller_sleeping)) continue;
         pthread_mutex_lock(&p->mutex);
         pthread_cond_signal(&p->done);
         pthread_mutex_unlock(&p->mutex);
     }
+}
+
+static void pool_take_tasks(struct pool *p, int thread) {
+    for (int i = 0; i < p->n; i++) take_share(p, (thread + i) % p->n, thread);
 }
 
 /* One turn of waiting. */
@@ -1054,7 +1070,8 @@ static void pool_run(struct pool *p, int count, task_fn *fn, void *arg) {
     p->arg = arg;
     p->count = count;
     atomic_store(&p->unfinished, count);
-    atomic_store(&p->left, count);
+    for (int i = 0; i < p->n; i++)
+        atomic_store(&p->shares[i].left, first_task(p, i + 1) - first_task(p, i));
     pool_start_round(p);
     pool_take_tasks(p, 0);
     pool_wait_for_tasks(p);
@@ -1069,6 +1086,7 @@ static void pool_free(struct pool *p) {
     pthread_cond_destroy(&p->done);
     pthread_mutex_destroy(&p->mutex);
     mem_free(p->threads);
+    mem_free(p->shares);
     mem_free(p);
 }
 
@@ -1091,7 +1109,10 @@ static struct pool *pool_new(int n, lvm_error *error) {
     struct pool *p = mem_alloc(1, sizeof *p, error);
     if (p == NULL) return NULL;
     p->threads = mem_alloc((size_t)n, sizeof *p->threads, error);
-    if (p->threads == NULL) {
+    p->shares = mem_alloc((size_t)n, sizeof *p->shares, error);
+    if (p->threads == NULL || p->shares == NULL) {
+        mem_free(p->threads);
+        mem_free(p->shares);
         mem_free(p);
         return NULL;
     }
