@@ -474,6 +474,18 @@ static void *os_map(int fd, size_t size) {
 
 static void os_unmap(void *p, size_t size) { munmap(p, size); }
 
+/* A hint: what is read from end to end again and again is read faster in large pages. Linux gives
+   them to memory that is not in use yet, and to mapped files where the file system keeps such. */
+static void os_large_pages(void *p, size_t size) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t large = 2 << 20, at = (uintptr_t)p;
+    uintptr_t first = (at + large - 1) / large * large, end = (at + size) / large * large;
+    if (first < end) (void)madvise((char *)p + (first - at), end - first, MADV_HUGEPAGE);
+#else
+    (void)p, (void)size;
+#endif
+}
+
 #ifdef __linux__
 /* n, or fewer processors where a control group's folder grants less time. Version 2 keeps quota and
    period in one file ("max" is none), version 1 in two (-1 is none). */
@@ -687,6 +699,8 @@ static void os_unmap(void *p, size_t size) {
     UnmapViewOfFile(p);
 }
 
+static void os_large_pages(void *p, size_t size) { (void)p, (void)size; }
+
 static int64_t os_processors(void) {
     DWORD_PTR ours = 0, all = 0;
     int64_t n = 0;
@@ -865,7 +879,10 @@ static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *
     if (fd < 0) return LVM_IO;
     int code = LVM_MEMORY;
     *data = mem_alloc((size_t)bytes + 1, 1, error);
-    if (*data != NULL) code = read_exactly(fd, path, *data, (size_t)bytes, error);
+    if (*data != NULL) {
+        os_large_pages(*data, (size_t)bytes);
+        code = read_exactly(fd, path, *data, (size_t)bytes, error);
+    }
     close(fd);
     if (code != LVM_OK) {
         mem_free(*data);
@@ -939,12 +956,12 @@ static int write_file(const char *path, const void *data, size_t size, lvm_error
 
 /* ---- Threads ----
 
-   A pool of n threads, the caller being one of them, runs tasks 0 .. count-1. Each thread begins with
-   a share of its own, tasks whose weights lie behind each other in memory, and then helps others
-   with theirs. What a task computes must not depend on who runs it. A run ends when its tasks are
-   done: a worker that comes late, because others have its processor, finds none left and is not
-   waited for. Whoever waits spins for some microseconds, because the transformer asks for thousands
-   of short runs a second, then offers the processor to others, who may be the very thread that is
+   A pool of n threads, the caller being one, runs tasks 0 .. count-1. Each thread begins with a
+   share of its own, tasks whose weights lie behind each other in memory, and then helps others with
+   theirs. What a task computes must not depend on who runs it. A run ends when its tasks are done:
+   a worker that comes late, because others have its processor, finds none left and is not waited
+   for. Whoever waits spins for some microseconds, because the transformer asks for thousands of
+   short runs a second, then offers the processor to others, who may be the very thread that is
    waited for, and sleeps in the end. */
 
 typedef void task_fn(void *arg, int task, int thread);
@@ -1466,7 +1483,7 @@ struct kernels {
     void (*k8_scores)(const uint8_t *keys, int groups, int panels, const struct query_block *q,
                       int rows, float *s, int lds);
     void (*v8_sums)(const uint8_t *values, int groups, int panels, const float *const *p, int rows,
-                    float *o, int ldo);
+                    const uint8_t *next, float *o, int ldo);
     void (*rmsnorm)(const float *x, const float *weight, float eps, int n, float *y);
     float (*softmax)(float *s, int n, int valid, float scale, float *max);
     void (*silu_mul)(float *gate, const float *up, int64_t n);
@@ -1771,9 +1788,11 @@ static float quantize_p_plain(const float *p, const uint8_t *values, int panels,
 }
 
 /* o[r][32 groups], ldo apart: a page's values weighted by each row's probabilities, which are 0
-   behind its last key. A group's panels lie KEYS / STRIP panels behind those of the one before. */
+   behind its last key. A group's panels lie KEYS / STRIP panels behind those of the one before. What
+   lies at next will be read behind the values. */
 static void v8_sums_plain(const uint8_t *values, int groups, int panels, const float *const *p,
-                          int rows, float *o, int ldo) {
+                          int rows, const uint8_t *next, float *o, int ldo) {
+    (void)next;
     for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
         for (int r = 0; r < rows; r++) {
             int32_t w[KEYS], sum[QK] = {0};
@@ -3003,7 +3022,10 @@ static int map_file(lvm_model *m, lvm_error *error) {
     if (fd < 0) return LVM_IO;
     if (size > 0) {
         m->mapped = os_map(fd, (size_t)size);
-        if (m->mapped != NULL) m->mapped_size = (size_t)size;
+        if (m->mapped != NULL) {
+            m->mapped_size = (size_t)size;
+            os_large_pages(m->mapped, m->mapped_size);
+        }
     }
     close(fd);
     if (size > 0 && m->mapped == NULL)
@@ -4007,8 +4029,7 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
 enum {
     ROWS = 512,          /* rows that pass the layers together */
     MAX_SEQUENCES = 64,  /* candidates that decode together */
-    TASK_ROWS = 128,     /* query rows that share a page's keys and values once loaded */
-    PREFETCH = 16384     /* bytes of the next page's keys that are asked for early */
+    TASK_ROWS = 128      /* query rows that share a page's keys and values once loaded */
 };
 
 struct page {
@@ -4054,9 +4075,12 @@ static struct page *page_new(const struct kv_cache *kv, lvm_error *error) {
     if (p == NULL) return NULL;
     p->refs = 1;
     p->data = mem_alloc(1, kv->page_bytes, error);
-    if (p->data != NULL) return p;
-    mem_free(p);
-    return NULL;
+    if (p->data == NULL) {
+        mem_free(p);
+        return NULL;
+    }
+    os_large_pages(p->data, kv->page_bytes);
+    return p;
 }
 
 /* Makes the page of position pos present and private to the sequence. */
@@ -4214,8 +4238,7 @@ static void rope_store_task(void *arg, int r, int thread) {
     }
 }
 
-/* attend_block on a quantised page. Few rows wait for memory, so they ask for the first keys of the
-   page that comes next, which may be NULL; the kernels ask for what lies behind those. */
+/* attend_block on a quantised page; what lies at next will be read behind it. */
 static void attend_q8(const struct lm_job *job, const uint8_t *head, const uint8_t *next,
                       struct query *rows, int n, float *scratch) {
     const struct kernels *k = job->e->k;
@@ -4232,21 +4255,26 @@ static void attend_q8(const struct lm_job *job, const uint8_t *head, const uint8
     for (int r = 0; r < n; r++)
         l[r] = k->softmax(s + r * KEYS, panels * STRIP, rows[r].keys, 1 / sqrtf((float)job->a->d),
                           &m[r]);
-    if (next != NULL && n <= FEW)
-        for (int i = 0; i < PREFETCH && i < kv->head_bytes; i += 64)
-            __builtin_prefetch(next + i, 0, 2);
-    k->v8_sums(head + kv->head_bytes, groups, panels, p, n, o, kv->dp);
+    k->v8_sums(head + kv->head_bytes, groups, panels, p, n, next, o, kv->dp);
     for (int r = 0; r < n; r++)
         merge_block(k, &rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
 }
 
-/* n rows of a task, all of which read the same page, against that page; `after` may be NULL. */
-static void attend_page(struct lm_job *job, const struct page *page, const struct page *after,
-                        int g, struct query *rows, int n, float *scratch) {
+/* What a task reads when it is done with head g of a sequence's page b: the same head of the next
+   page, or the thread's next task, the next head from the first page on. */
+static const uint8_t *next_head(const struct lm_job *job, struct page *const *pages, int b,
+                                int last, int g) {
+    int again = b == last;
+    const struct page *page = pages[again ? 0 : b + 1];
+    return page_head(&job->w->kv, page, job->a, job->layer_index, g + again, 0);
+}
+
+/* n rows of a task, all of which read the same page, against that page. */
+static void attend_page(struct lm_job *job, const struct page *page, int g, const uint8_t *next,
+                        struct query *rows, int n, float *scratch) {
     const struct kv_cache *kv = &job->w->kv;
     const struct kernels *k = job->e->k;
     const uint8_t *head = page_head(kv, page, job->a, job->layer_index, g, 0);
-    const uint8_t *next = after ? page_head(kv, after, job->a, job->layer_index, g, 0) : NULL;
     float *kf = scratch + attend_scratch(kv->dp), *vf = kf + (int64_t)KEYS * kv->dp;
     int keys = 0;
     if (kv->type == LVM_Q8_0) {
@@ -4285,14 +4313,16 @@ static void attention_task(void *arg, int task, int thread) {
     for (int b = 0; b <= last / KEYS; b++)
         for (int i = 0; i < n;) {
             struct page *const *pages = kv->seq[job->seq[(i0 + i) / group]].pages;
-            const struct page *page = pages[b], *after = b < last / KEYS ? pages[b + 1] : NULL;
-            int j = i;
+            const struct page *page = pages[b];
+            int j = i, own_last = job->pos[(i0 + i) / group] / KEYS;
             for (; j < n; j++) {
                 int r = (i0 + j) / group, keys = job->pos[r] + 1 - b * KEYS;
                 if (keys <= 0 || kv->seq[job->seq[r]].pages[b] != page) break;
                 rows[j].keys = keys < KEYS ? keys : KEYS;
             }
-            if (j > i) attend_page(job, page, after, g, rows + i, j - i, scratch);
+            if (j > i)
+                attend_page(job, page, g, next_head(job, pages, b, own_last, g), rows + i, j - i,
+                            scratch);
             i = j > i ? j : i + 1;
         }
     for (int i = 0; i < n; i++) {
@@ -9022,6 +9052,24 @@ AVX2 static INLINE void prefetch_ahead(const uint8_t *at, int bytes) {
     for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)at + FURTHER + i, _MM_HINT_T1);
 }
 
+/* The same for keys and values, at two distances: */
+enum { SOON = 4096, LATER = 12288 };
+
+AVX2 static INLINE void prefetch_both(const uint8_t *soon, const uint8_t *later, int bytes) {
+    for (int i = 0; i < bytes; i += 64) {
+        _mm_prefetch((const char *)soon + i, _MM_HINT_T0);
+        _mm_prefetch((const char *)later + i, _MM_HINT_T1);
+    }
+}
+
+/* Behind the end of a page's values comes next. */
+AVX2 static INLINE void prefetch_values(const uint8_t *at, int bytes, const uint8_t *end,
+                                        const uint8_t *next) {
+    const uint8_t *soon = at + SOON, *later = at + LATER;
+    prefetch_both(soon < end ? soon : next + (soon - end),
+                  later < end ? later : next + (later - end), bytes);
+}
+
 /* A block's share of the eight rows that follow these in memory, and of what lies behind them. */
 AVX2 static INLINE void prefetch_share(const uint8_t *next, int b, int bytes) {
     const uint8_t *share = next + (int64_t)b * 8 * bytes;
@@ -9363,7 +9411,7 @@ AVX2 static void k8_scores_avx2(const uint8_t *keys, int groups, int panels,
                                 const struct query_block *q, int rows, float *s, int lds) {
     for (int p = 0; p < panels; p++, keys += (int64_t)groups * KV8_BYTES, s += STRIP) {
         int r = 0;
-        if (rows <= FEW) prefetch_ahead(keys, groups * KV8_BYTES);
+        if (rows <= FEW) prefetch_both(keys + SOON, keys + LATER, groups * KV8_BYTES);
         for (; r + FEW <= rows; r += FEW) {
             const struct query_block *x = q + r * groups;
             k8_part_avx2(keys, groups, 0, 1, x, FEW, s + (int64_t)r * lds, lds);
@@ -9418,14 +9466,15 @@ AVX2 static INLINE void v8_part_avx2(const uint8_t *values, int panels, int firs
 }
 
 AVX2 static void v8_sums_avx2(const uint8_t *values, int groups, int panels, const float *const *p,
-                              int rows, float *o, int ldo) {
+                              int rows, const uint8_t *next, float *o, int ldo) {
     int16_t w[FEW][KEYS];
     float d[FEW];
+    const uint8_t *end = values + (int64_t)groups * (KEYS / STRIP) * KV8_BYTES;
     for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
         for (int r = 0, n = 1; r < rows; r += n) {
             float *to = o + (int64_t)r * ldo;
             n = rows - r < FEW ? 1 : FEW;
-            if (rows <= FEW && r == 0) prefetch_ahead(values, panels * KV8_BYTES);
+            if (rows <= FEW && r == 0) prefetch_values(values, panels * KV8_BYTES, end, next);
             for (int i = 0; i < n; i++) d[i] = quantize_p_avx2(p[r + i], values, panels, w[i]);
             if (n == 1) v8_part_avx2(values, panels, 0, 4, w, d, 1, to, ldo);
             else
@@ -9872,7 +9921,8 @@ AVX512 static void quantize_q_avx512(const float *q, struct query_block *x, int 
     }
 }
 
-/* n rows against `wide` panels; `once`: no other rows will read these. */
+/* n rows against `wide` panels; `once`: no other rows will read these, and what follows is asked
+   for. */
 AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int wide,
                                            const struct query_block *q, int n, int once, float *s,
                                            int lds) {
@@ -9883,7 +9933,8 @@ AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int 
         UNROLL for (int j = 0; j < wide; j++) sum[r][j] = _mm512_setzero_ps();
     for (int g = 0; g < groups; g++, keys += KV8_BYTES) {
         __m512i hi[FEW][4], lo[FEW][4], k[4];
-        if (once) prefetch_ahead(next + (int64_t)g * wide * KV8_BYTES, wide * KV8_BYTES);
+        const uint8_t *share = next + (int64_t)g * wide * KV8_BYTES;
+        if (once) prefetch_both(share + SOON, share + LATER, wide * KV8_BYTES);
         UNROLL for (int r = 0; r < n; r++)
             UNROLL for (int j = 0; j < wide; j++) {
                 hi[r][j] = _mm512_setzero_si512();
@@ -9958,15 +10009,17 @@ AVX512 static float quantize_p_avx512(const float *p, const uint8_t *values, int
     return all > LEAST_X ? all / MOST_W : 0;
 }
 
-/* n rows against a group's values; `apart` sums of neighbouring fours of keys are kept apart. */
+/* n rows against a group's values; `apart` sums of neighbouring fours of keys are kept apart. With
+   next, what follows is asked for: values up to end, then that. */
 AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
                                           uint8_t (*w)[2 * KEYS], const float *d, int n, int apart,
-                                          int once, float *o, int ldo) {
+                                          const uint8_t *end, const uint8_t *next, float *o,
+                                          int ldo) {
     __m512i hi[FEW][2], lo[FEW][2]; /* of [row or place][16 dimensions] */
     UNROLL for (int r = 0; r < n * apart; r++)
         UNROLL for (int j = 0; j < 2; j++) hi[r][j] = lo[r][j] = _mm512_setzero_si512();
     for (int i = 0; i < panels; i++, values += KV8_BYTES) {
-        if (once) prefetch_ahead(values, KV8_BYTES);
+        if (next != NULL) prefetch_values(values, KV8_BYTES, end, next);
         UNROLL for (int four = 0; four < STRIP / 4; four++) {
             const uint8_t *at = values + 2 * STRIP + four * 4 * QK;
             __m512i v0 = _mm512_loadu_si512(at), v1 = _mm512_loadu_si512(at + 4 * STRIP);
@@ -9995,16 +10048,19 @@ AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
 }
 
 AVX512 static void v8_sums_avx512(const uint8_t *values, int groups, int panels,
-                                  const float *const *p, int rows, float *o, int ldo) {
+                                  const float *const *p, int rows, const uint8_t *next, float *o,
+                                  int ldo) {
     uint8_t w[FEW][2 * KEYS];
     float d[FEW];
+    const uint8_t *end = values + (int64_t)groups * (KEYS / STRIP) * KV8_BYTES;
+    if (rows > FEW) next = NULL;
     for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
         for (int r = 0, n = 1; r < rows; r += n) {
             n = rows - r < FEW ? 1 : FEW;
             for (int i = 0; i < n; i++) d[i] = quantize_p_avx512(p[r + i], values, panels, w[i]);
             float *to = o + (int64_t)r * ldo;
-            if (n == 1) v8_group_avx512(values, panels, w, d, 1, 4, rows <= FEW, to, ldo);
-            else v8_group_avx512(values, panels, w, d, FEW, 1, rows <= FEW, to, ldo);
+            if (n == 1) v8_group_avx512(values, panels, w, d, 1, 4, end, next, to, ldo);
+            else v8_group_avx512(values, panels, w, d, FEW, 1, end, next, to, ldo);
         }
 }
 
@@ -10773,7 +10829,8 @@ static float quantize_p_neon(const float *p, const uint8_t *values, int panels, 
 }
 
 static void v8_sums_neon(const uint8_t *values, int groups, int panels, const float *const *p,
-                         int rows, float *o, int ldo) {
+                         int rows, const uint8_t *next, float *o, int ldo) {
+    (void)next;
     int16_t w[KEYS];
     for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
         for (int r = 0; r < rows; r++) {
@@ -12801,6 +12858,7 @@ static lvm_model *model_made_up(const struct llama *llama, const struct vqgan *v
         if (code != LVM_OK || pass == 1) break;
         made.data = m->owned = mem_alloc(1, made.size, error);
         if (made.data == NULL) code = LVM_MEMORY;
+        else os_large_pages(m->owned, made.size);
     }
     m->made_up = NULL;
     if (code == LVM_OK) code = fill_info(m, error);

@@ -530,13 +530,13 @@ static void test_cache_rows(struct test *t) {
     t->k->k8_scores(page.k8, groups, page.panels, x, rows, s, width);
     k8_scores_plain(page.k8, groups, page.panels, plain, rows, want, width);
     ok &= same_bits(s, want, rows * width);
-    t->k->v8_sums(page.v8, groups, page.panels, at, rows, o, d);
-    v8_sums_plain(page.v8, groups, page.panels, at, rows, want_o, d);
+    t->k->v8_sums(page.v8, groups, page.panels, at, rows, page.k8, o, d);
+    v8_sums_plain(page.v8, groups, page.panels, at, rows, page.k8, want_o, d);
     ok &= same_bits(o, want_o, rows * d);
     check(t, ok, "%d rows, %d keys of %d: scores or sums are not the plain ones", rows, page.keys, d);
     for (int r = ok = 0; r < rows; r++) {
         t->k->k8_scores(page.k8, groups, page.panels, x + r * groups, 1, want, width);
-        t->k->v8_sums(page.v8, groups, page.panels, at + r, 1, want_o, d);
+        t->k->v8_sums(page.v8, groups, page.panels, at + r, 1, page.k8, want_o, d);
         ok += same_bits(s + r * width, want, width) && same_bits(o + r * d, want_o, d);
     }
     check(t, ok == rows, "%d rows, %d keys of %d: not as each row alone", rows, page.keys, d);
