@@ -9767,8 +9767,10 @@ AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct x
         __m256i w[8];
         prefetch_share(next, b, bytes);
         turn_block(type, rows, b, w);
-        UNROLL for (int i = 0; i < 8 && q8; i++)
-            w[i] = _mm256_xor_si256(w[i], _mm256_set1_epi8((char)128));
+        if (q8) {
+            UNROLL for (int i = 0; i < 8; i++)
+                w[i] = _mm256_xor_si256(w[i], _mm256_set1_epi8((char)128));
+        }
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
             const struct xblock *xb = x + (int64_t)r * blocks + b;
