@@ -972,13 +972,13 @@ struct share {
 };
 
 struct pool {
-    int n; /* threads, the caller included */
+    int n;                /* threads, the caller included */
     struct share *shares; /* [n] */
     pthread_t *threads;
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
-    atomic_int round;   /* counts runs; workers start when it changes */
-    atomic_int unfinished; /* tasks not yet done */
+    atomic_int round;           /* counts runs; workers start when it changes */
+    atomic_int unfinished;      /* tasks not yet done */
     atomic_int sleeping;        /* workers that wait for a run asleep */
     atomic_int caller_sleeping; /* the caller waits for their end asleep */
     atomic_int quit;
@@ -9121,17 +9121,17 @@ AVX2 static INLINE void int_8_rows_avx2(int type, int blocks, const struct xbloc
     UNROLL for (int r = 0; r < n; r++) _mm256_storeu_ps(c[r], sum[r]);
 }
 
+/* The arguments of the function around it for f, compiled for this type and each number of rows. */
+#define FOR_EACH_FEW(f, type)                                                                      \
+    (n == 4   ? f(type, blocks, x, 4, rows, next, c)                                               \
+     : n == 3 ? f(type, blocks, x, 3, rows, next, c)                                               \
+     : n == 2 ? f(type, blocks, x, 2, rows, next, c)                                               \
+              : f(type, blocks, x, 1, rows, next, c))
+
 AVX2 static void int_few_avx2(int type, int blocks, const struct xblock *x, int n,
                               const uint8_t *const *rows, const uint8_t *next, float (*c)[8]) {
-    if (type == LVM_Q8_0) {
-        if (n == 4) int_8_rows_avx2(LVM_Q8_0, blocks, x, 4, rows, next, c);
-        else if (n == 3) int_8_rows_avx2(LVM_Q8_0, blocks, x, 3, rows, next, c);
-        else if (n == 2) int_8_rows_avx2(LVM_Q8_0, blocks, x, 2, rows, next, c);
-        else int_8_rows_avx2(LVM_Q8_0, blocks, x, 1, rows, next, c);
-    } else if (n == 4) int_8_rows_avx2(LVM_Q4_0, blocks, x, 4, rows, next, c);
-    else if (n == 3) int_8_rows_avx2(LVM_Q4_0, blocks, x, 3, rows, next, c);
-    else if (n == 2) int_8_rows_avx2(LVM_Q4_0, blocks, x, 2, rows, next, c);
-    else int_8_rows_avx2(LVM_Q4_0, blocks, x, 1, rows, next, c);
+    if (type == LVM_Q8_0) FOR_EACH_FEW(int_8_rows_avx2, LVM_Q8_0);
+    else FOR_EACH_FEW(int_8_rows_avx2, LVM_Q4_0);
 }
 
 /* c[n][8]: up to FEW rows of activations times eight rows of weights; the rows at next follow. */
@@ -9788,15 +9788,8 @@ AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct x
 
 AVX512 static void int_few_avx512(int type, int blocks, const struct xblock *x, int n,
                                   const uint8_t *const *rows, const uint8_t *next, float (*c)[8]) {
-    if (type == LVM_Q8_0) {
-        if (n == 4) int_8_rows_avx512(LVM_Q8_0, blocks, x, 4, rows, next, c);
-        else if (n == 3) int_8_rows_avx512(LVM_Q8_0, blocks, x, 3, rows, next, c);
-        else if (n == 2) int_8_rows_avx512(LVM_Q8_0, blocks, x, 2, rows, next, c);
-        else int_8_rows_avx512(LVM_Q8_0, blocks, x, 1, rows, next, c);
-    } else if (n == 4) int_8_rows_avx512(LVM_Q4_0, blocks, x, 4, rows, next, c);
-    else if (n == 3) int_8_rows_avx512(LVM_Q4_0, blocks, x, 3, rows, next, c);
-    else if (n == 2) int_8_rows_avx512(LVM_Q4_0, blocks, x, 2, rows, next, c);
-    else int_8_rows_avx512(LVM_Q4_0, blocks, x, 1, rows, next, c);
+    if (type == LVM_Q8_0) FOR_EACH_FEW(int_8_rows_avx512, LVM_Q8_0);
+    else FOR_EACH_FEW(int_8_rows_avx512, LVM_Q4_0);
 }
 
 AVX512 static void int_row_avx512(int type, int blocks, const struct xblock *x, int x_rows,

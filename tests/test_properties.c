@@ -685,10 +685,10 @@ static void test_distribution(struct test *t, float temperature, int top_k, floa
     expected_distribution(logits, CODES, &s, p);
     for (int i = 0; i < DRAWS; i++) seen[sample(logits, CODES, &s, &rng, choices)]++;
     for (int i = 0; i < DRAWS / 40; i++) {
-        int n = 1 + (int)(rng_next(&rng_again) % CODES), few = 1 + (int)(rng_next(&rng_again) % 9);
+        int n = 1 + below(&rng_again, CODES), few = 1 + below(&rng_again, 9);
         struct rng before = rng;
         for (int j = 0; j < n; j++) /* with many alike */
-            logits[j] = (float)(rng_next(&rng_again) % (unsigned)few) + uniform(&rng_again) * (i % 2);
+            logits[j] = (float)below(&rng_again, few) + uniform(&rng_again) * (float)(i % 2);
         same &= sample(logits, n, &s, &rng, choices) == draw_sorted(logits, n, &s, &before);
     }
     for (int i = 0; i < CODES; i++) {
@@ -1138,10 +1138,58 @@ static void test_type(struct test *t, int type) {
     free(f.data);
 }
 
+/* ---- The pool ---- */
+
+struct tally {
+    atomic_int runs[1000], ended, bad; /* bad: a thread's number out of range, or no help in time */
+    int count, threads, held;          /* held: task 0 ends when all others have */
+};
+
+static void tally_task(void *arg, int task, int thread) {
+    struct tally *t = arg;
+    atomic_fetch_add(&t->runs[task], 1);
+    if (thread < 0 || thread >= t->threads) atomic_fetch_add(&t->bad, 1);
+    for (int turns = 0; t->held && task == 0 && atomic_load(&t->ended) < t->count - 1; turns++) {
+        if (turns == 20000) { /* 20 s */
+            atomic_fetch_add(&t->bad, 1);
+            break;
+        }
+        nanosleep(&(struct timespec){0, 1000000}, NULL);
+    }
+    atomic_fetch_add(&t->ended, 1);
+}
+
+/* Every task runs once, whatever a thread's share, and who waits in one leaves the rest of its
+   share to the others. */
+static void test_pool(struct test *t) {
+    static const int counts[] = {0, 1, 2, 3, 4, 5, 7, 64, 1000};
+    t->where = "pool";
+    for (int threads = 1; threads <= 5; threads++) {
+        struct pool *pool = must(pool_new(threads, NULL));
+        for (size_t i = 0, bad = 0; !bad && i < 2 * sizeof counts / sizeof *counts; i++) {
+            struct tally *tally = must(calloc(1, sizeof *tally));
+            int once = 1;
+            tally->count = counts[i / 2];
+            tally->threads = threads;
+            tally->held = i % 2 == 1 && threads > 1 && tally->count > 1;
+            pool_run(pool, tally->count, tally_task, tally);
+            check(t, atomic_load(&tally->ended) == tally->count,
+                  "a run of %d tasks ends before them", tally->count);
+            for (int k = 0; k < tally->count; k++) once &= atomic_load(&tally->runs[k]) == 1;
+            check(t, once, "%d threads: not every one of %d tasks ran once", threads, tally->count);
+            bad = atomic_load(&tally->bad) != 0;
+            check(t, !bad, "%d threads do not help one that waits", threads);
+            free(tally);
+        }
+        pool_free(pool);
+    }
+}
+
 int main(int argc, char **argv) {
     struct test t = {.seed = 20240608, .where = ""};
     t.rng = rng_new(t.seed, 0);
     int quick = argc > 1 && strcmp(argv[1], "--quick") == 0; /* under sanitizers: two types will do */
+    test_pool(&t);
     test_concurrency(&t);
     if (argc < 2 || strcmp(argv[1], "--threads-only") != 0) {
         for (int i = 0; i < N_TYPES; i++)
