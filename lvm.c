@@ -9890,6 +9890,8 @@ AVX512 static void quantize_x_avx512(const float *x, struct xblock *y, int k) {
    Two byte products, of hi and lo, make one of 16 bits; a vector is four dimensions of a panel's
    keys, or 16 dimensions of four values. */
 
+enum { V8_W_BYTES = 2 * 2 * STRIP }; /* w of two panels' keys, two bytes each */
+
 /* The two lower bytes of 16 numbers, hi of each four in front of their lo. */
 AVX512 static void store_hi_lo(void *to, __m512i hi, __m512i x) {
     __m128i h = _mm512_cvtepi32_epi8(_mm512_srai_epi32(hi, 8)), lo = _mm512_cvtepi32_epi8(x);
@@ -9985,21 +9987,35 @@ AVX512 static void k8_scores_avx512(const uint8_t *keys, int groups, int panels,
     }
 }
 
-/* w as bytes, hi of each four keys in front of their lo. */
-AVX512 static float quantize_p_avx512(const float *p, const uint8_t *values, int panels,
-                                      uint8_t *w) {
-    __m512 weighted[KEYS / STRIP], most = _mm512_setzero_ps();
-    for (int i = 0; i < panels; i++) {
-        __m512 d = _mm512_cvtph_ps(_mm256_loadu_si256(
-            (const __m256i *)(const void *)(values + (int64_t)i * KV8_BYTES)));
-        weighted[i] = _mm512_mul_ps(_mm512_loadu_ps(p + i * STRIP), d);
-        most = _mm512_max_ps(weighted[i], most);
-    }
+/* A group's scales, which all rows share. */
+AVX512 static void v8_scales_avx512(const uint8_t *values, int panels, float *scale) {
+    for (int i = 0; i < panels; i++, values += KV8_BYTES)
+        _mm512_storeu_ps(scale + i * STRIP, _mm512_cvtph_ps(_mm256_loadu_si256(
+                                                (const __m256i *)(const void *)values)));
+}
+
+/* w of 16 keys; what is below 0, as NaN is here, becomes 0 when it is packed. */
+AVX512 static INLINE __m512i scaled_p(const float *p, const float *scale, __m512 id) {
+    __m512 weighted = _mm512_mul_ps(_mm512_loadu_ps(p), _mm512_loadu_ps(scale));
+    return _mm512_cvtps_epi32(_mm512_mul_ps(weighted, id));
+}
+
+/* w as bytes: of each two panels in turn four keys, hi in front of lo (V8_W_BYTES a pair). */
+AVX512 static float quantize_p_avx512(const float *p, const float *scale, int panels, uint8_t *w) {
+    const __m512i turn = _mm512_broadcast_i32x4(
+        _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
+    __m512 most = _mm512_setzero_ps();
+    int n = panels * STRIP;
+    for (int i = 0; i < n; i += STRIP)
+        most = _mm512_max_ps(_mm512_mul_ps(_mm512_loadu_ps(p + i), _mm512_loadu_ps(scale + i)),
+                             most);
     float all = _mm512_reduce_max_ps(most);
     __m512 id = _mm512_set1_ps(all > LEAST_X ? MOST_W / all : 0);
-    for (int i = 0; i < panels; i++) {
-        __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(weighted[i], id));
-        store_hi_lo(w + 2 * STRIP * i, x, x);
+    for (int i = 0; i < n; i += 2 * STRIP, w += V8_W_BYTES) {
+        int j = i + STRIP < n ? i + STRIP : i; /* a last panel without a neighbour goes twice */
+        __m512i words = _mm512_packus_epi32(scaled_p(p + i, scale + i, id),
+                                            scaled_p(p + j, scale + j, id));
+        _mm512_storeu_si512(w, _mm512_shuffle_epi8(words, turn));
     }
     return all > LEAST_X ? all / MOST_W : 0;
 }
@@ -10019,7 +10035,7 @@ AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
             const uint8_t *at = values + 2 * STRIP + four * 4 * QK;
             __m512i v0 = _mm512_loadu_si512(at), v1 = _mm512_loadu_si512(at + 4 * STRIP);
             UNROLL for (int r = 0; r < n; r++) {
-                const uint8_t *x = w[r] + 2 * (i * STRIP + 4 * four);
+                const uint8_t *x = w[r] + i / 2 * V8_W_BYTES + i % 2 * 8 + 16 * four;
                 __m512i wh = _mm512_set1_epi32(load_s32(x));
                 __m512i wl = _mm512_set1_epi32(load_s32(x + 4));
                 int to = r * apart + four % apart;
@@ -10046,17 +10062,19 @@ AVX512 static void v8_sums_avx512(const uint8_t *values, int groups, int panels,
                                   const float *const *p, int rows, const uint8_t *next, float *o,
                                   int ldo) {
     uint8_t w[FEW][2 * KEYS];
-    float d[FEW];
+    float d[FEW], scale[KEYS];
     const uint8_t *end = values + (int64_t)groups * (KEYS / STRIP) * KV8_BYTES;
     if (rows > FEW) next = NULL;
-    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
+    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK) {
+        v8_scales_avx512(values, panels, scale);
         for (int r = 0, n = 1; r < rows; r += n) {
             n = rows - r < FEW ? 1 : FEW;
-            for (int i = 0; i < n; i++) d[i] = quantize_p_avx512(p[r + i], values, panels, w[i]);
+            for (int i = 0; i < n; i++) d[i] = quantize_p_avx512(p[r + i], scale, panels, w[i]);
             float *to = o + (int64_t)r * ldo;
             if (n == 1) v8_group_avx512(values, panels, w, d, 1, 4, end, next, to, ldo);
             else v8_group_avx512(values, panels, w, d, FEW, 1, end, next, to, ldo);
         }
+    }
 }
 
 AVX512 static void rmsnorm_avx512(const float *x, const float *weight, float eps, int n, float *y) {
@@ -10093,29 +10111,28 @@ AVX512 static __m512 silu16(__m512 x) {
     return _mm512_div_ps(x, _mm512_add_ps(_mm512_set1_ps(1), e));
 }
 
-/* The sum goes through softmax_avx2's eight lanes. */
+/* exp(scale s - m) of 16, which go back into s; adds them to softmax_avx2's eight sums. */
+AVX512 static INLINE __m256 exp_and_sum(float *s, __mmask16 mask, __m512 scale, __m512 m,
+                                        __m256 sum) {
+    __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s), scale);
+    __m512 e = _mm512_maskz_mov_ps(mask, exp16(_mm512_sub_ps(x, m)));
+    _mm512_storeu_ps(s, e);
+    sum = _mm256_add_ps(sum, _mm512_castps512_ps256(e));
+    return _mm256_add_ps(sum, _mm512_extractf32x8_ps(e, 1));
+}
+
+/* The largest is scaled once: rounding keeps an order. */
 AVX512 static float softmax_avx512(float *s, int n, int valid, float scale, float *max) {
-    __m512 vm = _mm512_set1_ps(-HUGE_VALF);
+    int whole = valid / 16 * 16;
+    __mmask16 rest = (__mmask16)((1u << (valid - whole)) - 1);
+    __m512 vm = _mm512_set1_ps(-HUGE_VALF), vs = _mm512_set1_ps(scale);
     __m256 sum = _mm256_setzero_ps();
-    for (int i = 0; i < n; i += 16) {
-        int left = valid - i;
-        __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(s + i), _mm512_set1_ps(scale));
-        x = _mm512_mask_blend_ps(mask, _mm512_set1_ps(-HUGE_VALF), x);
-        _mm512_storeu_ps(s + i, x);
-        vm = _mm512_max_ps(x, vm);
-    }
-    float m = _mm512_reduce_max_ps(vm);
-    for (int i = 0; i < n; i += 16) {
-        int left = valid - i;
-        __mmask16 mask = left >= 16 ? 0xffff : left <= 0 ? 0 : (__mmask16)((1u << left) - 1);
-        __m512 e = exp16(_mm512_sub_ps(_mm512_loadu_ps(s + i), _mm512_set1_ps(m)));
-        e = _mm512_maskz_mov_ps(mask, e);
-        _mm512_storeu_ps(s + i, e);
-        sum = _mm256_add_ps(sum, _mm512_castps512_ps256(e));
-        sum = _mm256_add_ps(sum, _mm512_extractf32x8_ps(e, 1));
-    }
-    *max = m;
+    for (int i = 0; i < whole; i += 16) vm = _mm512_max_ps(_mm512_loadu_ps(s + i), vm);
+    if (rest) vm = _mm512_mask_max_ps(vm, rest, _mm512_loadu_ps(s + whole), vm);
+    *max = _mm512_reduce_max_ps(vm) * scale;
+    vm = _mm512_set1_ps(*max);
+    for (int i = 0; i < whole; i += 16) sum = exp_and_sum(s + i, 0xffff, vs, vm, sum);
+    for (int i = whole; i < n; i += 16, rest = 0) sum = exp_and_sum(s + i, rest, vs, vm, sum);
     return sum8(sum);
 }
 
@@ -10143,12 +10160,12 @@ AVX512 static void wino_filter_avx512(const float *w, int n, int64_t tap, float 
 }
 
 AVX512 static void wino_input_avx512(const float *patch, int64_t line, int c, float *v,
-                                 int64_t tap) {
+                                     int64_t tap) {
     wino_input_vec(patch, line, c, v, tap);
 }
 
 AVX512 static void wino_output_avx512(const float *m, int64_t tap, const float *bias,
-                                  const float *const *residual, float *const *out) {
+                                      const float *const *residual, float *const *out) {
     wino_output_vec(m, tap, bias, residual, out);
 }
 
