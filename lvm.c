@@ -474,8 +474,8 @@ static void *os_map(int fd, size_t size) {
 
 static void os_unmap(void *p, size_t size) { munmap(p, size); }
 
-/* A hint: what is read from end to end again and again is read faster in large pages. Linux gives
-   them to memory that is not in use yet, and to mapped files where the file system keeps such. */
+/* A hint: what is read in many places at once, again and again, is read faster in large pages.
+   Linux gives them to memory that is not in use yet. */
 static void os_large_pages(void *p, size_t size) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t large = 2 << 20, at = (uintptr_t)p;
@@ -879,10 +879,7 @@ static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *
     if (fd < 0) return LVM_IO;
     int code = LVM_MEMORY;
     *data = mem_alloc((size_t)bytes + 1, 1, error);
-    if (*data != NULL) {
-        os_large_pages(*data, (size_t)bytes);
-        code = read_exactly(fd, path, *data, (size_t)bytes, error);
-    }
+    if (*data != NULL) code = read_exactly(fd, path, *data, (size_t)bytes, error);
     close(fd);
     if (code != LVM_OK) {
         mem_free(*data);
@@ -3022,10 +3019,7 @@ static int map_file(lvm_model *m, lvm_error *error) {
     if (fd < 0) return LVM_IO;
     if (size > 0) {
         m->mapped = os_map(fd, (size_t)size);
-        if (m->mapped != NULL) {
-            m->mapped_size = (size_t)size;
-            os_large_pages(m->mapped, m->mapped_size);
-        }
+        if (m->mapped != NULL) m->mapped_size = (size_t)size;
     }
     close(fd);
     if (size > 0 && m->mapped == NULL)
@@ -8856,6 +8850,8 @@ static INLINE void wino_output_vec(const float *m, int64_t tap, const float *bia
 #define AVX512                                                                                     \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
+#define AVX512_BF16 __attribute__((target("avx512f,avx512bf16")))
+
 #if defined(_WIN32) && !defined(__clang__)
 /* GCC takes Windows' stack to be aligned to 32 bytes where it is to 16 (its bug 54412, mended in
    some builds), so the assembler turns moves that insist on alignment into those that do not. */
@@ -10224,6 +10220,23 @@ AVX512 static void peak_int_avx512(int64_t rounds) {
         UNROLL for (int i = 0; i < 12; i++) __asm__ volatile("" : "+v"(a[i]));
     }
 }
+
+/* Products of bfloat16, which keep too few bits for anything here: what others have at hand. */
+AVX512_BF16 static void peak_bf16_avx512(int64_t rounds) {
+    __m512 a[12];
+    __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f003f00); /* 0.5 */
+    UNROLL for (int i = 0; i < 12; i++) a[i] = _mm512_set1_ps(1);
+    for (int64_t n = 0; n < rounds; n++) {
+        UNROLL for (int i = 0; i < 12; i++) a[i] = _mm512_dpbf16_ps(a[i], x, x);
+        UNROLL for (int i = 0; i < 12; i++) __asm__ volatile("" : "+v"(a[i]));
+    }
+}
+
+static int has_bf16(void) {
+    unsigned a, b, c, d;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && a >= 1 &&
+           __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 5);
+}
 #endif
 
 /* Bits of XCR0: the registers that the operating system saves. */
@@ -11081,11 +11094,15 @@ static const struct kernels *const simd_kernels[] = {&kernels_plain};
 #endif
 
 #ifndef LVM_NO_MAIN
-/* Operations a round of two loops that do nothing else. */
+#if !defined(__x86_64__)
+static int has_bf16(void) { return 0; }
+#endif
+
+/* Operations a round of loops that do nothing else; bf16 may be NULL. */
 struct peak {
     const char *isa;
-    void (*fma)(int64_t rounds), (*integer)(int64_t rounds);
-    int64_t fma_ops, integer_ops;
+    void (*fma)(int64_t rounds), (*integer)(int64_t rounds), (*bf16)(int64_t rounds);
+    int64_t fma_ops, integer_ops, bf16_ops;
 };
 
 static void peak_fma_plain(int64_t rounds) {
@@ -11108,13 +11125,14 @@ static void peak_int_plain(int64_t rounds) {
 
 static const struct peak peak_table[] = {
 #if defined(__x86_64__)
-    {"avx2", peak_fma_avx2, peak_int_avx2, 12 * 8 * 2, 12 * 16 * 2},
-    {"avx512", peak_fma_avx512, peak_int_avx512, 12 * 16 * 2, 12 * 64 * 2},
+    {"avx2", peak_fma_avx2, peak_int_avx2, NULL, 12 * 8 * 2, 12 * 16 * 2, 0},
+    {"avx512", peak_fma_avx512, peak_int_avx512, peak_bf16_avx512, 12 * 16 * 2, 12 * 64 * 2,
+     12 * 32 * 2},
 #elif defined(__aarch64__)
-    {"neon", peak_fma_neon, peak_int_neon, 16 * 4 * 2, 16 * 8 * 2},
-    {"neon-dot", peak_fma_neon, peak_int_dot, 16 * 4 * 2, 16 * 16 * 2},
+    {"neon", peak_fma_neon, peak_int_neon, NULL, 16 * 4 * 2, 16 * 8 * 2, 0},
+    {"neon-dot", peak_fma_neon, peak_int_dot, NULL, 16 * 4 * 2, 16 * 16 * 2, 0},
 #endif
-    {"scalar", peak_fma_plain, peak_int_plain, 16, 16}};
+    {"scalar", peak_fma_plain, peak_int_plain, NULL, 16, 16, 0}};
 
 static const struct peak *find_peak(const char *isa) {
     const struct peak *p = peak_table;
@@ -12870,7 +12888,6 @@ static lvm_model *model_made_up(const struct llama *llama, const struct vqgan *v
         if (code != LVM_OK || pass == 1) break;
         made.data = m->owned = mem_alloc(1, made.size, error);
         if (made.data == NULL) code = LVM_MEMORY;
-        else os_large_pages(m->owned, made.size);
     }
     m->made_up = NULL;
     if (code == LVM_OK) code = fill_info(m, error);
@@ -13120,14 +13137,19 @@ static int run_stages(struct bench *b, lvm_error *error) {
 
 static void print_ceilings(struct bench *b) {
     const struct peak *p = find_peak(b->m->k->name);
+    char bf16[32] = "";
     b->fma = measure_peak(b, p->fma, p->fma_ops);
     b->integer = measure_peak(b, p->integer, p->integer_ops);
+    if (p->bf16 != NULL && has_bf16())
+        snprintf(bf16, sizeof bf16, b->cli->json ? "\"bf16_gflops\": %.4g, " : "%.0f in bfloat16, ",
+                 measure_peak(b, p->bf16, p->bf16_ops) / 1e9);
     b->bandwidth = measure_bandwidth(b);
-    printf(b->cli->json ? "{\"kernels\": \"%s\", \"threads\": %d, \"gflops\": %.4g, "
+    printf(b->cli->json ? "{\"kernels\": \"%s\", \"threads\": %d, \"gflops\": %.4g, %s"
                           "\"integer_gops\": %.4g, \"read_gbs\": %.4g}\n"
-                        : "%s, %d threads; ceilings: %.0f GFLOP/s, %.0f integer GOP/s, %.1f GB/s "
+                        : "%s, %d threads; ceilings: %.0f GFLOP/s, %s%.0f integer GOP/s, %.1f GB/s "
                           "read\n\n",
-           b->m->k->name, b->ctx->o.threads, b->fma / 1e9, b->integer / 1e9, b->bandwidth / 1e9);
+           b->m->k->name, b->ctx->o.threads, b->fma / 1e9, bf16, b->integer / 1e9,
+           b->bandwidth / 1e9);
 }
 
 /* The model that --config and --vq ask for. */

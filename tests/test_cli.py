@@ -428,6 +428,7 @@ class Commands(Case):
             self.assertGreater(s["seconds"], 0)
             self.assertGreater(s["floor_seconds"], 0)
         self.assertGreater(min(first["gflops"], first["integer_gops"], first["read_gbs"]), 0)
+        self.assertGreater(first.get("bf16_gflops", 1), 0)
         table = self.lines("bench", "--config", "100m", "--type", "q4_0", "--prompt", "8", "--new", "1",
                            "--stage", "prompt", "-j", "1")
         self.assertRegex(table[-1], r"^prompt .* tokens/s .* %$")

@@ -17,12 +17,12 @@ Weights are random, of the shape that `lvm bench --config` makes. A first turn w
 setting of every peer runs once, and the slow ones of a program (SLOW times its fastest, in that
 stage) are not run again: their rows keep this one figure. Then follow, stage by stage, --runs turns,
 in each of which lvm and every setting left run once; figures are medians. Every figure goes to
-standard error when it is taken, a stage's table to standard output when the stage ends. A run of encode or draw is the
-fastest of three, for lvm as for the others. bf16 settings are shown but count for no ratio of
-float32: they lose codes, of which their rows tell. The first of the new tokens comes out of the
-prompt, so 256 of them are 255 steps; lvm's time to choose among their scores is counted, the
-llama-benches choose nothing. The machine must be quiet: threads of the llama-benches wait busily,
-and a third process makes them many times slower.
+standard error when it is taken, a stage's table to standard output when the stage ends. A run of
+encode or draw is the fastest of three, for lvm as for the others. bf16 settings are shown but count
+for no ratio of float32: they lose codes, of which their rows tell. The first of the new tokens comes
+out of the prompt, so 256 of them are 255 steps; lvm's time to choose among their scores is counted,
+the llama-benches choose nothing. The machine must be quiet: threads of the llama-benches wait
+busily, and a third process makes them many times slower.
 
 The peers, built for the machine that they run on:
 
