@@ -1389,8 +1389,9 @@ static void sincos_f64(double x, double *sine, double *cosine) {
    Chapter 3.  Kernels in plain C, the table they are called through, and what drives them
 
    Nearly all time goes into sums of products. Eight kernels compute them, each defined here in
-   plain C and again, faster, in chapter 11 for every instruction set. A model holds the table that fits
-   the machine (struct kernels). Blocking, edges and threads are written once, below the kernels.
+   plain C and again, faster, in chapter 11 for every instruction set. A model holds the table that
+   fits the machine (struct kernels). Blocking, edges and threads are written once, below the
+   kernels.
 
    Dot products, both operands contiguous along k: linear layers.
        dot_row    c[j] = sum_k a[k] b[j][k]               one row of activations, n rows of weights
@@ -1785,8 +1786,8 @@ static float quantize_p_plain(const float *p, const uint8_t *values, int panels,
 }
 
 /* o[r][32 groups], ldo apart: a page's values weighted by each row's probabilities, which are 0
-   behind its last key. A group's panels lie KEYS / STRIP panels behind those of the one before. What
-   lies at next will be read behind the values. */
+   behind its last key. A group's panels lie KEYS / STRIP panels behind those of the one before.
+   What lies at next will be read behind the values. */
 static void v8_sums_plain(const uint8_t *values, int groups, int panels, const float *const *p,
                           int rows, const uint8_t *next, float *o, int ldo) {
     (void)next;
@@ -8738,7 +8739,8 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
        a prompt    0.55 GOP of integer products and 0.17 GOP of attention a token, the latter twice
                    because its numbers have two bytes. A block of 32 products costs AVX-512 eight
                    instructions and its scaling three more (convert, product of scales,
-                   multiply-add), so 8/11 of the peak is all there is.
+                   multiply-add), so 8/11 of the peak is all there is, or 8/10 where
+                   conversions have a pipe of their own.
        a picture   216 GFLOP to encode and 477 to draw as direct convolutions, 65 and 124 with
                    Winograd's transforms (chapter 5). More than half of the time is the products, at
                    60 to 80 % of the peak, for U comes from the third-level cache; the rest is
@@ -9817,9 +9819,10 @@ AVX512 static void int_pack_avx512(int type, int blocks, const uint8_t *const *w
         }
 }
 
-/* For each block and row, eight products and three instructions that scale them, so that 8 / 11 of
-   the ceiling is what there is to reach. A weight is read once for 8 rows, an activation once for
-   two strips; rounds over i must be unrolled, or the rows' pointers move through memory. */
+/* For each block and row, eight products, a conversion and two multiplications: 8/10 of the ceiling
+   is what there is to reach where conversions have a pipe of their own, as on Zen 4, else 8/11. A
+   weight is read once for 8 rows, an activation once for two strips; rounds over i must be
+   unrolled, or the rows' pointers move through memory. */
 AVX512 static INLINE void int_strips_avx512(int blocks, const struct xblock *const *x,
                                             const uint8_t *packed, int strips, float *c, int ldc) {
     __m512 sum[A5_INT][A5_STRIPS];
