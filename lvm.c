@@ -8852,8 +8852,6 @@ static INLINE void wino_output_vec(const float *m, int64_t tap, const float *bia
 #define AVX512                                                                                     \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
 
-#define AVX512_BF16 __attribute__((target("avx512f,avx512bf16")))
-
 #if defined(_WIN32) && !defined(__clang__)
 /* GCC takes Windows' stack to be aligned to 32 bytes where it is to 16 (its bug 54412, mended in
    some builds), so the assembler turns moves that insist on alignment into those that do not. */
@@ -10225,7 +10223,8 @@ AVX512 static void peak_int_avx512(int64_t rounds) {
 }
 
 /* Products of bfloat16, which keep too few bits for anything here: what others have at hand. */
-AVX512_BF16 static void peak_bf16_avx512(int64_t rounds) {
+#if defined(__clang__) || __GNUC__ >= 10
+__attribute__((target("avx512f,avx512bf16"))) static void peak_bf16_avx512(int64_t rounds) {
     __m512 a[12];
     __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f003f00); /* 0.5 */
     UNROLL for (int i = 0; i < 12; i++) a[i] = _mm512_set1_ps(1);
@@ -10234,6 +10233,9 @@ AVX512_BF16 static void peak_bf16_avx512(int64_t rounds) {
         UNROLL for (int i = 0; i < 12; i++) __asm__ volatile("" : "+v"(a[i]));
     }
 }
+#else /* older compilers do not know them */
+#define peak_bf16_avx512 NULL
+#endif
 
 static int has_bf16(void) {
     unsigned a, b, c, d;
