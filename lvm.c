@@ -12846,8 +12846,9 @@ static int run_quantize(struct cli *cli) {
    What a model costs on this machine, stage by stage, beside the ceilings that are measured in the
    same process: products of floats (the tokenizer, attention), integer products (quantised linear
    layers), and reading memory (decoding, where every weight and every cached key and value is read
-   once a token). The time that a stage would take at the ceiling is its floor; the last column is
-   floor / time. Convolutions count as direct ones. */
+   once a token). Products of bfloat16 are measured where there are such, for who wants to compare;
+   no stage uses them. The time that a stage would take at the ceiling is its floor; the last column
+   is floor / time. Convolutions count as direct ones. */
 
 struct shape {
     const char *name;
