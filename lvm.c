@@ -1811,7 +1811,7 @@ static void rmsnorm_plain(const float *x, const float *weight, float eps, int n,
 }
 
 /* s[i] = exp(scale s[i] - *max) for i < valid, *max being the largest scale s[i]; 0 for the rest up
-   to n. Returns their sum; valid >= 1. Sums in the order of dot. */
+   to n, whatever stood there. Returns the sum, in the order of dot; valid >= 1, scale > 0. */
 static float softmax_plain(float *s, int n, int valid, float scale, float *max) {
     float partial[8] = {0}, m = s[0] * scale;
     for (int i = 1; i < valid; i++) m = s[i] * scale > m ? s[i] * scale : m;
@@ -9429,8 +9429,10 @@ AVX2 static float quantize_p_avx2(const float *p, const uint8_t *values, int pan
     }
     float all = max8(most);
     __m256 id = _mm256_set1_ps(all > LEAST_X ? MOST_W / all : 0);
-    for (int i = 0; i < panels * STRIP; i += 16)
-        _mm256_storeu_si256((__m256i *)(void *)(w + i), scaled_s16(weighted + i, id));
+    for (int i = 0; i < panels * STRIP; i += 16) /* NaN came out as the least number */
+        _mm256_storeu_si256((__m256i *)(void *)(w + i),
+                            _mm256_max_epi16(scaled_s16(weighted + i, id),
+                                             _mm256_setzero_si256()));
     return all > LEAST_X ? all / MOST_W : 0;
 }
 

@@ -429,6 +429,9 @@ class Commands(Case):
             self.assertGreater(s["floor_seconds"], 0)
         self.assertGreater(min(first["gflops"], first["integer_gops"], first["read_gbs"]), 0)
         self.assertGreater(first.get("bf16_gflops", 1), 0)
+        if os.path.exists("/proc/cpuinfo"):
+            able = first["kernels"] == "avx512" and b"avx512_bf16" in read("/proc/cpuinfo")
+            self.assertEqual("bf16_gflops" in first, able)
         table = self.lines("bench", "--config", "100m", "--type", "q4_0", "--prompt", "8", "--new", "1",
                            "--stage", "prompt", "-j", "1")
         self.assertRegex(table[-1], r"^prompt .* tokens/s .* %$")

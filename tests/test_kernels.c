@@ -544,6 +544,10 @@ static void test_cache_rows(struct test *t) {
     check(t, ok == rows, "%d rows, %d keys of %d: scores differ from double", rows, page.keys, d);
     for (int r = ok = 0; r < rows; r++) ok += sums_near(&page, at[r], o + r * d);
     check(t, ok == rows, "%d rows, %d keys of %d: sums differ from double", rows, page.keys, d);
+    for (int r = 0; r < rows; r++) p[r * width + below(t, page.keys)] = nanf("");
+    t->k->v8_sums(page.v8, groups, page.panels, at, rows, page.k8, o, d);
+    v8_sums_plain(page.v8, groups, page.panels, at, rows, page.k8, want_o, d);
+    check(t, same_bits(o, want_o, rows * d), "a NaN among the probabilities does not count as 0");
     release(t, "attention on a quantised page");
 }
 
@@ -597,6 +601,7 @@ static void test_softmax(struct test *t) {
         s[i] = x[i] = uniform(t) * size;
         max = x[i] * scale > max ? x[i] * scale : max;
     }
+    for (int i = valid; i < n; i++) s[i] = below(t, 2) ? HUGE_VALF : nanf("");
     float sum = t->k->softmax(s, n, valid, scale, &got_max);
     for (int i = 0; i < valid; i++) {
         float argument = x[i] * scale - max;
