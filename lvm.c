@@ -1426,17 +1426,12 @@ enum {
     FEW = 4         /* rows for which weights, keys and values are loaded once */
 };
 
-/* 32 activations, quantised on the fly: x = d q. AVX-512's VNNI multiplies unsigned by signed bytes
-   and keeps q + 128 in u8, then q, and the sum of q; AVX2 keeps q in s8 and the sum, NEON q in s8,
-   plain C q in s16. */
+/* 32 activations, quantised on the fly: x = d q, |q| <= 127. Machines that multiply unsigned by
+   signed bytes take weights w as w + 128 and so begin a sum at -128 sum q. */
 struct xblock {
     float d;
-    int32_t sum;
-    union {
-        int16_t s16[QK];
-        uint8_t u8[2 * QK];
-        int8_t s8[QK];
-    } q;
+    int32_t start; /* -128 sum q; plain C and NEON leave it alone */
+    int8_t q[QK];
 };
 
 /* 32 dimensions of a query against quantised keys: q = d x, where x has 16 bits. AVX-512 keeps
@@ -1527,7 +1522,7 @@ static void quantize_x_plain(const float *x, struct xblock *y, int k) {
         for (int i = 0; i < QK; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
         float id = amax > LEAST_X ? 127 / amax : 0;
         y[b].d = amax > LEAST_X ? amax / 127 : 0;
-        for (int i = 0; i < QK; i++) y[b].q.s16[i] = (int16_t)rintf(x[i] * id);
+        for (int i = 0; i < QK; i++) y[b].q[i] = (int8_t)rintf(x[i] * id);
     }
 }
 
@@ -1555,7 +1550,7 @@ static void int_row_plain(int type, int blocks, const struct xblock *x, int rows
                 int8_t q[QK];
                 float d = unpack_block(type, w + j * row_bytes, b, q);
                 int32_t products = 0;
-                for (int i = 0; i < QK; i++) products += q[i] * x[b].q.s16[i];
+                for (int i = 0; i < QK; i++) products += q[i] * x[b].q[i];
                 sum = fma_f32((float)products, d * x[b].d, sum);
             }
             c[r * ldc + j] = sum;
@@ -1587,7 +1582,7 @@ static void int_tile_plain(int blocks, const struct xblock *const *x, const uint
                 float d = 0;
                 int32_t products = 0;
                 memcpy(&d, p + 4 * j, sizeof d);
-                for (int i = 0; i < QK; i++) products += q[i] * x[r][b].q.s16[i];
+                for (int i = 0; i < QK; i++) products += q[i] * x[r][b].q[i];
                 sum = fma_f32((float)products, d * x[r][b].d, sum);
             }
             c[r * ldc + j] = sum;
@@ -1995,6 +1990,16 @@ static void pack_strips(const struct linear_job *job, int j0, int strips, uint8_
     }
 }
 
+/* While n rows from r0 on are multiplied: their share of what the next task packs, the weights from
+   row j0 on. They come from memory, and too late for a task that only then asks for them. */
+static void ask_for_weights(const struct linear_job *job, int j0, int r0, int n) {
+    const struct tensor *w = job->w;
+    int left = w->rows - j0 < job->size ? w->rows - j0 : job->size;
+    int64_t bytes = left > 0 ? left * w->row_bytes : 0;
+    for (int64_t i = bytes * r0 / job->rows; i < bytes * (r0 + n) / job->rows; i += 64)
+        __builtin_prefetch(tensor_row(w, j0) + i);
+}
+
 /* Packs int_strips strips of weights, then multiplies all rows of x by them. */
 static void linear_int_task(void *arg, int task, int thread) {
     const struct linear_job *job = arg;
@@ -2010,6 +2015,7 @@ static void linear_int_task(void *arg, int task, int thread) {
         const struct xblock *px[MAX_TILE];
         for (int r = 0; r < k->int_rows; r++)
             px[r] = job->e->xq + (int64_t)(r0 + (r < rows ? r : rows - 1)) * blocks;
+        ask_for_weights(job, j0 + wide, r0, rows);
         if (rows == k->int_rows && cols == strips * STRIP && job->bias == NULL) {
             k->int_tile(blocks, px, packed, strips, job->y + (int64_t)r0 * w->rows + j0, w->rows);
             continue;
@@ -8717,8 +8723,8 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
                    broadcast rows
        int tile    four bytes of a row to a 32-bit lane, 16 rows of weights side by side, so that
                    lane j is row j. AVX-512 VNNI does four products a lane, one side unsigned:
-                   activations are stored as q + 128, and sum (q + 128) w = sum q w + 128 sum w is
-                   put right by packing -128 sum w. AVX2 adds products of bytes in pairs of 16
+                   weights are packed as w + 128, and sum q (w + 128) = sum q w + 128 sum q is put
+                   right by beginning at -128 sum q. AVX2 adds products of bytes in pairs of 16
                    bits, one side unsigned too, where 255 x 127 would overflow: |w| times x with
                    w's sign does not. NEON multiplies signed bytes as they are. 8 rows x 2 strips
                    (AVX-512): 10 loads for 16 products; 4 x 1 (AVX2, NEON).
@@ -8850,7 +8856,7 @@ static INLINE void wino_output_vec(const float *m, int64_t tap, const float *bia
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define AVX512                                                                                     \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")))
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prfchw")))
 
 #if defined(_WIN32) && !defined(__clang__)
 /* GCC takes Windows' stack to be aligned to 32 bytes where it is to 16 (its bug 54412, mended in
@@ -9085,13 +9091,13 @@ AVX2 static INLINE __m256i products_avx2(int type, const struct xblock *x, const
     __m256i sum = _mm256_setzero_si256(), pairs = sum;
     if (type == LVM_Q8_0) {
         UNROLL for (int i = 0; i < 8; i++)
-            sum = add_products(sum, _mm256_set1_epi32(load_s32(x->q.s8 + 4 * i)), w[i]);
+            sum = add_products(sum, _mm256_set1_epi32(load_s32(x->q + 4 * i)), w[i]);
         return sum;
     }
     UNROLL for (int i = 0; i < 8; i++)
         pairs = _mm256_add_epi16(
-            pairs, _mm256_maddubs_epi16(w[i], _mm256_set1_epi32(load_s32(x->q.s8 + 4 * i))));
-    return _mm256_add_epi32(_mm256_set1_epi32(-8 * x->sum),
+            pairs, _mm256_maddubs_epi16(w[i], _mm256_set1_epi32(load_s32(x->q + 4 * i))));
+    return _mm256_add_epi32(_mm256_set1_epi32(x->start / 16),
                             _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
@@ -9187,7 +9193,7 @@ AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const 
         for (int i = 0; i < QK / 4; i++) {
             __m256i w0 = _mm256_loadu_si256(q + 2 * i), w1 = _mm256_loadu_si256(q + 2 * i + 1);
             UNROLL for (int r = 0; r < A2_ROWS; r++) {
-                __m256i four = _mm256_set1_epi32(load_s32(x[r][b].q.s8 + 4 * i));
+                __m256i four = _mm256_set1_epi32(load_s32(x[r][b].q + 4 * i));
                 acc[r][0] = add_products(acc[r][0], four, w0);
                 acc[r][1] = add_products(acc[r][1], four, w1);
             }
@@ -9242,9 +9248,9 @@ AVX2 static void quantize_x_avx2(const float *x, struct xblock *y, int k) {
         __m256 id = _mm256_set1_ps(amax > LEAST_X ? 127 / amax : 0);
         __m256i q0 = scaled_s16(x, id), q1 = scaled_s16(x + 16, id);
         y[b].d = amax > LEAST_X ? amax / 127 : 0;
-        y[b].sum = sum_s32(
-            _mm256_add_epi32(_mm256_madd_epi16(q0, ones), _mm256_madd_epi16(q1, ones)));
-        _mm256_storeu_si256((__m256i *)(void *)y[b].q.s8,
+        y[b].start = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(q0, ones),
+                                                     _mm256_madd_epi16(q1, ones)));
+        _mm256_storeu_si256((__m256i *)(void *)y[b].q,
                             _mm256_permute4x64_epi64(_mm256_packs_epi16(q0, q1), 0xd8));
     }
 }
@@ -9648,7 +9654,7 @@ static const struct kernels kernels_avx2 = {
    Sums that are defined over eight lanes, and what is waiting for memory, stay AVX2's. */
 
 enum { A5_ROWS = 5, A5_COLS = 4, A5_OUTER = 8, A5_STRIPS = 2, A5_INT = 8 };
-enum { A5_PACK = STRIP * (4 + 4 + QK) };
+enum { A5_PACK = STRIP * (4 + QK) };
 
 /* Halves first: lane i + lane i+8, then as eight lanes. */
 AVX512 static float sum16(__m512 v) {
@@ -9772,10 +9778,10 @@ AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct x
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
             const struct xblock *xb = x + (int64_t)r * blocks + b;
-            __m256i p[2] = {_mm256_set1_epi32((q8 ? -128 : -8) * xb->sum), _mm256_setzero_si256()};
+            __m256i p[2] = {_mm256_set1_epi32(xb->start / (q8 ? 1 : 16)), _mm256_setzero_si256()};
             UNROLL for (int i = 0; i < 8; i++)
-                p[i / 4] = _mm256_dpbusd_epi32(
-                    p[i / 4], w[i], _mm256_set1_epi32(load_s32(xb->q.u8 + QK + 4 * i)));
+                p[i / 4] = _mm256_dpbusd_epi32(p[i / 4], w[i],
+                                               _mm256_set1_epi32(load_s32(xb->q + 4 * i)));
             __m256i products = _mm256_add_epi32(p[0], p[1]);
             __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(xb->d));
             sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, sum[r]);
@@ -9796,51 +9802,49 @@ AVX512 static void int_row_avx512(int type, int blocks, const struct xblock *x, 
     int_rows_by_8(int_few_avx512, type, blocks, x, x_rows, w, row_bytes, n, c, ldc);
 }
 
-/* Packed block: 16 scales, 16 times -128 sum q, then for each four elements 16 rows of four bytes.
-   */
+/* Packed block: 16 scales, then for each four elements 16 rows of four bytes, 128 more than the
+   weights. */
 AVX512 static void int_pack_avx512(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
     int bytes = type == LVM_Q8_0 ? 34 : 18;
-    __m256i offset = _mm256_set1_epi8((char)128), eight = _mm256_set1_epi8(8);
+    __m256i offset = _mm256_set1_epi8((char)(type == LVM_Q8_0 ? 128 : 128 - 8));
     for (int b = 0; b < blocks; b++, packed += A5_PACK)
         for (int half = 0; half < 2; half++) {
             const uint8_t *const *rows = w + 8 * half;
-            __m256i q[8], sum = _mm256_setzero_si256();
+            __m256i q[8];
             turn_block(type, rows, b, q);
-            for (int i = 0; i < 8; i++) {
-                if (type == LVM_Q4_0) q[i] = _mm256_sub_epi8(q[i], eight);
-                sum = _mm256_dpbusd_epi32(sum, offset, q[i]);
-                _mm256_storeu_si256((__m256i *)(void *)(packed + 8 * STRIP + 64 * i + 32 * half),
-                                    q[i]);
-            }
+            UNROLL for (int i = 0; i < 8; i++)
+                _mm256_storeu_si256((__m256i *)(void *)(packed + 4 * STRIP + 64 * i + 32 * half),
+                                    _mm256_add_epi8(q[i], offset));
             _mm256_storeu_ps((float *)(void *)packed + 8 * half,
                              block_scales(rows, (int64_t)b * bytes));
-            _mm256_storeu_si256((__m256i *)(void *)(packed + 4 * STRIP + 32 * half),
-                                _mm256_sub_epi32(_mm256_setzero_si256(), sum));
         }
 }
 
 /* For each block and row, eight products, a conversion and two multiplications: 8/10 of the ceiling
    is what there is to reach where conversions have a pipe of their own, as on Zen 4, else 8/11. A
-   weight is read once for 8 rows, an activation once for two strips; rounds over i must be
-   unrolled, or the rows' pointers move through memory. */
+   weight is read once for 8 rows, an activation once for two strips, and the lines that the sums go
+   to are asked for at the start, to be there at the end; rounds over i must be unrolled, or the
+   rows' pointers move through memory. */
 AVX512 static INLINE void int_strips_avx512(int blocks, const struct xblock *const *x,
                                             const uint8_t *packed, int strips, float *c, int ldc) {
     __m512 sum[A5_INT][A5_STRIPS];
     int64_t strip = (int64_t)blocks * A5_PACK;
     UNROLL for (int r = 0; r < A5_INT; r++)
-        UNROLL for (int s = 0; s < strips; s++) sum[r][s] = _mm512_setzero_ps();
+        UNROLL for (int s = 0; s < strips; s++) {
+            sum[r][s] = _mm512_setzero_ps();
+            __builtin_prefetch(c + r * ldc + s * STRIP, 1);
+        }
     for (int b = 0; b < blocks; b++, packed += A5_PACK) {
         __m512i acc[A5_INT][A5_STRIPS], w[A5_STRIPS];
         UNROLL for (int s = 0; s < strips; s++)
-            UNROLL for (int r = 0; r < A5_INT; r++)
-                acc[r][s] = _mm512_loadu_si512(packed + s * strip + 4 * STRIP);
+            UNROLL for (int r = 0; r < A5_INT; r++) acc[r][s] = _mm512_set1_epi32(x[r][b].start);
         UNROLL for (int i = 0; i < QK / 4; i++) {
             UNROLL for (int s = 0; s < strips; s++)
-                w[s] = _mm512_loadu_si512(packed + s * strip + 8 * STRIP + 64 * i);
+                w[s] = _mm512_loadu_si512(packed + s * strip + 4 * STRIP + 64 * i);
             UNROLL for (int r = 0; r < A5_INT; r++) {
-                __m512i four = _mm512_set1_epi32(load_s32(x[r][b].q.u8 + 4 * i));
+                __m512i four = _mm512_set1_epi32(load_s32(x[r][b].q + 4 * i));
                 UNROLL for (int s = 0; s < strips; s++)
-                    acc[r][s] = _mm512_dpbusd_epi32(acc[r][s], four, w[s]);
+                    acc[r][s] = _mm512_dpbusd_epi32(acc[r][s], w[s], four);
             }
         }
         UNROLL for (int s = 0; s < strips; s++)
@@ -9874,13 +9878,10 @@ AVX512 static void quantize_x_avx512(const float *x, struct xblock *y, int k) {
         y[b].d = amax > LEAST_X ? amax / 127 : 0;
         UNROLL for (int i = 0; i < QK; i += 16) {
             __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), id));
-            __m128i bytes = _mm512_cvtepi32_epi8(q);
-            __m128i offset = _mm_xor_si128(bytes, _mm_set1_epi8((char)128));
-            _mm_storeu_si128((__m128i *)(void *)(y[b].q.u8 + i), offset);
-            _mm_storeu_si128((__m128i *)(void *)(y[b].q.u8 + QK + i), bytes);
+            _mm_storeu_si128((__m128i *)(void *)(y[b].q + i), _mm512_cvtepi32_epi8(q));
             sum = _mm256_add_epi32(sum, pair_sums(q));
         }
-        y[b].sum = sum_s32(sum);
+        y[b].start = -128 * sum_s32(sum);
     }
 }
 
@@ -10520,8 +10521,8 @@ static INLINE int32x4_t products_neon(const int8x16_t *w, const int8x16_t *x) {
 }
 
 static INLINE void load_x_neon(const struct xblock *x, int8x16_t *q) {
-    q[0] = vld1q_s8(x->q.s8);
-    q[1] = vld1q_s8(x->q.s8 + 16);
+    q[0] = vld1q_s8(x->q);
+    q[1] = vld1q_s8(x->q + 16);
 }
 
 static INLINE void int_4_rows_neon(int type, int blocks, const struct xblock *x,
@@ -10616,7 +10617,7 @@ static void quantize_x_neon(const float *x, struct xblock *y, int k) {
         UNROLL for (int i = 0; i < QK; i += 8) {
             int32x4_t q0 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), id));
             int32x4_t q1 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), id));
-            vst1_s8(y[b].q.s8 + i, vmovn_s16(vcombine_s16(vmovn_s32(q0), vmovn_s32(q1))));
+            vst1_s8(y[b].q + i, vmovn_s16(vcombine_s16(vmovn_s32(q0), vmovn_s32(q1))));
         }
     }
 }
@@ -10712,7 +10713,7 @@ NEON_DOT static void int_tile_8_dot(int blocks, const struct xblock *const *x,
         UNROLL for (int r = 0; r < NEON_INT; r++) acc[r][0] = acc[r][1] = vdupq_n_s32(0);
         UNROLL for (int half = 0; half < 2; half++) {
             int8x16_t vx[NEON_INT];
-            UNROLL for (int r = 0; r < NEON_INT; r++) vx[r] = vld1q_s8(x[r][b].q.s8 + 16 * half);
+            UNROLL for (int r = 0; r < NEON_INT; r++) vx[r] = vld1q_s8(x[r][b].q + 16 * half);
             UNROLL for (int i = 0; i < 4; i++) {
                 int8x16_t w0 = vld1q_s8((const int8_t *)quad[0] + at + 16 + 64 * half + 16 * i);
                 int8x16_t w1 = vld1q_s8((const int8_t *)quad[1] + at + 16 + 64 * half + 16 * i);

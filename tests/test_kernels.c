@@ -264,11 +264,6 @@ static void test_outer_tile(struct test *t) {
 
 /* ---- Quantised activations and weights ---- */
 
-static int x_value(const struct kernels *k, const struct xblock *x, int i) {
-    if (strcmp(k->name, "avx512") == 0) return x->q.u8[i] - 128;
-    return strcmp(k->name, "scalar") == 0 ? x->q.s16[i] : x->q.s8[i];
-}
-
 /* Blocks of all kinds: ordinary, zero, huge, tiny, and halves that must round to even. */
 static void fill_block(struct test *t, float *x) {
     int kind = below(t, 6);
@@ -289,8 +284,8 @@ static void test_quantize_x(struct test *t) {
     for (int b = 0; b < blocks; b++) {
         ok &= same_bits(&y[b].d, &plain[b].d, 1);
         for (int i = 0; i < QK; i++) {
-            int q = x_value(t->k, &y[b], i);
-            ok &= q == plain[b].q.s16[i];
+            int q = y[b].q[i];
+            ok &= q == plain[b].q[i];
             near &= q >= -127 && q <= 127;
             near &= fabs((double)q * y[b].d - x[b * QK + i]) <= y[b].d * 0.50001;
         }
@@ -309,7 +304,7 @@ static void test_quantize_tiny(struct test *t) {
         for (int i = 0; i < QK; i++) x[i] = ldexpf(uniform(t), e);
         t->k->quantize_x(x, &y, QK);
         for (int i = 0; i < QK; i++) {
-            int q = x_value(t->k, &y, i);
+            int q = y.q[i];
             ok &= q >= -127 && q <= 127 && fabs((double)q * y.d - x[i]) <= 0.51 * y.d + 1e-36;
         }
     }
@@ -382,9 +377,9 @@ static void test_int_plain(struct test *t, int type) {
         float y[QK];
         double block = 0;
         row_to_f32(type, w + b * type_info(type)->bytes, y, QK);
-        for (int i = 0; i < QK; i++) block += (double)y[i] * xq[b].q.s16[i] * xq[b].d;
+        for (int i = 0; i < QK; i++) block += (double)y[i] * xq[b].q[i] * xq[b].d;
         sum += block;
-        for (int i = 0; i < QK; i++) magnitude += fabs((double)y[i] * xq[b].q.s16[i] * xq[b].d);
+        for (int i = 0; i < QK; i++) magnitude += fabs((double)y[i] * xq[b].q[i] * xq[b].d);
     }
     /* y[i] itself is rounded when d q needs more than 24 bits: one u more. */
     ok &= within(t, "int_row", got, sum, magnitude, blocks + 3, 0);
