@@ -10087,7 +10087,7 @@ AVX512 static void rmsnorm_avx512(const float *x, const float *weight, float eps
 /* exp8 and silu8, sixteen at a time, to the same bits. */
 AVX512 static __m512 exp16(__m512 x) {
     __mmask16 small = _mm512_cmp_ps_mask(x, _mm512_set1_ps(-87.0f), _CMP_LE_OQ);
-    x = _mm512_max_ps(_mm512_set1_ps(-88.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), x));
+    x = _mm512_min_ps(_mm512_set1_ps(88.0f), x);
     __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)),
                                     _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
     __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
@@ -10100,10 +10100,7 @@ AVX512 static __m512 exp16(__m512 x) {
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(0.5f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-    __m512i power =
-        _mm512_slli_epi32(_mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127)), 23);
-    return _mm512_mask_mul_ps(_mm512_setzero_ps(), (__mmask16)~small, p,
-                              _mm512_castsi512_ps(power));
+    return _mm512_maskz_scalef_ps((__mmask16)~small, p, n);
 }
 
 AVX512 static __m512 silu16(__m512 x) {
