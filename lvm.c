@@ -4118,8 +4118,12 @@ static void store_key(const struct kernels *kern, const struct kv_cache *kv, uin
             struct q8_0 block;
             kern->to_q8_0(k + b * QK, &block, QK);
             memcpy(p + 2 * column, &block.d, 2);
-            for (int i = 0; i < QK; i++)
-                p[2 * STRIP + i / 4 * 4 * STRIP + 4 * column + i % 4] = (uint8_t)(block.q[i] + 128);
+            for (int i = 0; i < QK; i += 4) {
+                uint32_t four = 0;
+                memcpy(&four, block.q + i, sizeof four);
+                four ^= 0x80808080; /* each + 128 */
+                memcpy(p + 2 * STRIP + i * STRIP + 4 * column, &four, sizeof four);
+            }
         }
         return;
     }
