@@ -1991,11 +1991,16 @@ static void pack_strips(const struct linear_job *job, int j0, int strips, uint8_
 }
 
 /* While n rows from r0 on are multiplied: their share of what the next task packs, the weights from
-   row j0 on. They come from memory, and too late for a task that only then asks for them. */
+   row j0 on. They come from memory, and too late for a task that only then asks for them. Before the
+   first share a byte of each page is read, for prefetches do not wait for addresses to be
+   translated. */
 static void ask_for_weights(const struct linear_job *job, int j0, int r0, int n) {
+    enum { PAGE = 4096 };
     const struct tensor *w = job->w;
     int left = w->rows - j0 < job->size ? w->rows - j0 : job->size;
     int64_t bytes = left > 0 ? left * w->row_bytes : 0;
+    for (int64_t i = 0; r0 == 0 && i < bytes; i += PAGE)
+        (void)*(const volatile uint8_t *)(tensor_row(w, j0) + i);
     for (int64_t i = bytes * r0 / job->rows; i < bytes * (r0 + n) / job->rows; i += 64)
         __builtin_prefetch(tensor_row(w, j0) + i);
 }
@@ -8858,7 +8863,7 @@ static INLINE void wino_output_vec(const float *m, int64_t tap, const float *bia
 #include <cpuid.h>
 #include <immintrin.h>
 
-#define AVX2 __attribute__((target("avx2,fma,f16c")))
+#define AVX2 __attribute__((target("avx2,fma,f16c,prfchw")))
 #define AVX512                                                                                     \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c,prfchw")))
 
@@ -9189,7 +9194,10 @@ AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const 
                                int strips, float *c, int ldc) {
     (void)strips;
     __m256 sum[A2_ROWS][2];
-    UNROLL for (int r = 0; r < A2_ROWS; r++) sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+    UNROLL for (int r = 0; r < A2_ROWS; r++) {
+        sum[r][0] = sum[r][1] = _mm256_setzero_ps();
+        __builtin_prefetch(c + r * ldc, 1);
+    }
     for (int b = 0; b < blocks; b++, packed += A2_PACK) {
         __m256i acc[A2_ROWS][2];
         UNROLL for (int r = 0; r < A2_ROWS; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
