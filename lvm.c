@@ -1991,9 +1991,9 @@ static void pack_strips(const struct linear_job *job, int j0, int strips, uint8_
 }
 
 /* While n rows from r0 on are multiplied: their share of what the next task packs, the weights from
-   row j0 on. They come from memory, and too late for a task that only then asks for them. Before the
-   first share a byte of each page is read, for prefetches do not wait for addresses to be
-   translated. */
+   row j0 on. They come from memory, too late for a task that only then asks for them. Before the
+   first share a byte of each page is read: prefetches do not wait for addresses to be translated.
+   */
 static void ask_for_weights(const struct linear_job *job, int j0, int r0, int n) {
     enum { PAGE = 4096 };
     const struct tensor *w = job->w;
