@@ -1868,8 +1868,7 @@ struct exec {
     int exact;            /* f32 arithmetic from quantised weights too */
     float *scratch;       /* [threads][scratch_floats] */
     int64_t scratch_floats;
-    struct xblock *xq;    /* [xq_rows][xq_blocks]: quantised activations */
-    int xq_rows, xq_blocks;
+    struct xblock *xq;    /* quantised activations, rows of as many blocks as x has */
     void *user;
     int (*progress)(void *user, const char *stage, int64_t done, int64_t all);
 };
