@@ -4183,7 +4183,7 @@ struct lm_job {
     const struct llama *a;
     struct lm_work *w;
     const struct layer *layer;
-    int layer_index, rows, first;    /* first: of the rows at hand */
+    int layer_index, rows, first;    /* the step at hand is for rows first .. rows - 1 */
     const float *norm;               /* weights of the RMSNorm at hand */
     int has_delta;
     const int32_t *tokens;
@@ -4234,7 +4234,7 @@ static void rope_store_task(void *arg, int r, int thread) {
     float *key = exec_scratch(job->e, thread), *value = key + kv->dp;
     const struct page *page = kv->seq[job->seq[r]].pages[job->pos[r] / KEYS];
     memset(key, 0, 2 * (size_t)kv->dp * sizeof *key);
-    for (int h = 0; h < a->H; h++)
+    for (int h = 0; h < a->H && r >= job->first; h++)
         rotate(w->q + ((int64_t)r * a->H + h) * a->d, cosines, sines, a->d,
                w->qp + ((int64_t)r * a->H + h) * kv->dp);
     for (int g = 0; g < a->G; g++) {
@@ -4299,14 +4299,20 @@ static void attend_page(struct lm_job *job, const struct page *page, int g, cons
                      1 / sqrtf((float)job->a->d), scratch);
 }
 
-/* Query rows of one key/value head: row i of the head is token i / (H/G), query head i % (H/G).
-   Each block of keys is read once for all neighbouring rows that share its page. */
+/* Tasks of one key/value head. */
+static int attention_chunks(const struct lm_job *job) {
+    int queries = (job->rows - job->first) * (job->a->H / job->a->G);
+    return (queries + TASK_ROWS - 1) / TASK_ROWS;
+}
+
+/* Query rows of one key/value head: row i of the head is token first + i / (H/G), query head
+   i % (H/G). Each block of keys is read once for all neighbouring rows that share its page. */
 static void attention_task(void *arg, int task, int thread) {
     struct lm_job *job = arg;
     const struct llama *a = job->a;
     const struct kv_cache *kv = &job->w->kv;
-    int group = a->H / a->G, all = job->rows * group, chunks = (all + TASK_ROWS - 1) / TASK_ROWS;
-    int g = task / chunks, i0 = task % chunks * TASK_ROWS, last = 0;
+    int group = a->H / a->G, all = job->rows * group, chunks = attention_chunks(job);
+    int g = task / chunks, i0 = job->first * group + task % chunks * TASK_ROWS, last = 0;
     int n = all - i0 < TASK_ROWS ? all - i0 : TASK_ROWS;
     float *scratch = exec_scratch(job->e, thread);
     struct query_block *x = (struct query_block *)(void *)(scratch + attend_scratch(kv->dp));
@@ -4341,11 +4347,11 @@ static void attention_task(void *arg, int task, int thread) {
     }
 }
 
-static void swiglu_task(void *arg, int r, int thread) {
+static void swiglu_task(void *arg, int task, int thread) {
     struct lm_job *job = arg;
-    int64_t F = job->a->F;
+    int64_t F = job->a->F, at = (job->first + task) * F;
     (void)thread;
-    job->e->k->silu_mul(job->w->gate + r * F, job->w->up + r * F, F);
+    job->e->k->silu_mul(job->w->gate + at, job->w->up + at, F);
 }
 
 static void norm_all(struct lm_job *job, const float *weights, int first, int has_delta) {
@@ -4355,24 +4361,32 @@ static void norm_all(struct lm_job *job, const float *weights, int first, int ha
     pool_run(job->e->pool, job->rows - first, norm_task, job);
 }
 
-static void run_layer(struct lm_job *job) {
+/* Rows before `from` only leave their keys and values: of the last layer nobody asks more of rows
+   without logits. */
+static void run_layer(struct lm_job *job, int from) {
     const struct exec *e = job->e;
     const struct llama *a = job->a;
     const struct layer *l = job->layer;
     struct lm_work *w = job->w;
+    int n = job->rows - from, apart = from > 0; /* are queries of other rows than keys? */
+    int64_t D = a->D, Q = (int64_t)a->H * a->d, F = a->F;
+    float *h = w->h + from * D, *delta = w->delta + from * D, *q = w->q + from * Q,
+          *o = w->o + from * Q, *gate = w->gate + from * F, *up = w->up + from * F;
     const struct product qkv[] = {
-        {&l->q, l->q_bias, w->q}, {&l->k, l->k_bias, w->k}, {&l->v, l->v_bias, w->v}};
-    const struct product gate_up[] = {{&l->gate, NULL, w->gate}, {&l->up, NULL, w->up}};
-    int rows = job->rows, group = a->H / a->G;
+        {&l->q, l->q_bias, q}, {&l->k, l->k_bias, w->k}, {&l->v, l->v_bias, w->v}};
+    const struct product gate_up[] = {{&l->gate, NULL, gate}, {&l->up, NULL, up}};
     norm_all(job, l->attn_norm, 0, job->layer_index > 0);
-    linear_all(e, qkv, 3, w->h, rows);
-    pool_run(e->pool, rows, rope_store_task, job);
-    pool_run(e->pool, a->G * ((rows * group + TASK_ROWS - 1) / TASK_ROWS), attention_task, job);
-    linear(e, &l->o, l->o_bias, w->o, rows, w->delta);
-    norm_all(job, l->ffn_norm, 0, 1);
-    linear_all(e, gate_up, 2, w->h, rows);
-    pool_run(e->pool, rows, swiglu_task, job);
-    linear(e, &l->down, NULL, w->gate, rows, w->delta);
+    linear_all(e, qkv + apart, 3 - apart, w->h, job->rows);
+    if (apart && n > 0) linear(e, &l->q, l->q_bias, h, n, q);
+    job->first = from;
+    pool_run(e->pool, job->rows, rope_store_task, job);
+    if (n == 0) return;
+    pool_run(e->pool, a->G * attention_chunks(job), attention_task, job);
+    linear(e, &l->o, l->o_bias, o, n, delta);
+    norm_all(job, l->ffn_norm, from, 1);
+    linear_all(e, gate_up, 2, h, n);
+    pool_run(e->pool, n, swiglu_task, job);
+    linear(e, &l->down, NULL, gate, n, delta);
 }
 
 /* Appends n <= ROWS tokens, token i to sequence seqs[i], and writes the logits of rows first .. n-1
@@ -4392,7 +4406,7 @@ static int run_layers(const struct exec *e, const struct llama *a, struct lm_wor
     for (int i = 0; code == LVM_OK && i < a->n_layers; i++) {
         job.layer = &a->layers[i];
         job.layer_index = i;
-        run_layer(&job);
+        run_layer(&job, i + 1 < a->n_layers ? 0 : first);
         if (n > 1) code = report(e, "layers", i + 1, a->n_layers, error);
     }
     if (code != LVM_OK)
@@ -13098,14 +13112,17 @@ static int bench_prompt(struct bench *b, lvm_error *error) {
     int n = b->cli->prompt, code = LVM_OK;
     double values = 0, bytes = 0;
     llama_size(a, &values, &bytes);
-    values -= (double)a->output.rows * a->output.cols; /* only the last token needs its scores */
+    const struct layer *l = &a->layers[a->n_layers - 1]; /* only the last token needs what is behind */
+    const struct tensor *once[] = {&a->output, &l->q, &l->o, &l->gate, &l->up, &l->down};
+    for (size_t i = 0; i < sizeof once / sizeof *once; i++) /* the last layer's keys and values */
+        values -= (double)once[i]->rows * once[i]->cols;
     int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     for (int i = 0; i < n; i++) ids[i] = (int32_t)((int64_t)i * 7919 % b->m->info.codes);
     double start = seconds();
     code = lvm_prompt(b->ctx, ids, n, NULL, error);
     double took = seconds() - start, products = 2 * values * n;
-    double attention = 2.0 * n * n * a->H * a->d * a->n_layers; /* 4 of each pair, half of them */
+    double attention = 2.0 * n * n * a->H * a->d * (a->n_layers - 1); /* 4 of each pair, half of them */
     int integer = type_is_quantised(a->layers[0].q.type) && !b->ctx->o.exact;
     double floor = products / (integer ? b->integer : b->fma); /* a q8_0 cache: see k8_scores */
     floor += b->ctx->o.kv_type == LVM_Q8_0 ? 2 * attention / b->integer : attention / b->fma;
