@@ -370,6 +370,19 @@ static int mul_fits(size_t a, size_t b, size_t *out) {
     return 1;
 }
 
+/* A hint: memory of some megabytes is read faster in large pages, for which prefetches find their
+   addresses translated. Linux gives them to memory that is not in use yet, and to what is read of
+   a file from now on. */
+static void os_large_pages(void *p, size_t size) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t large = 2 << 20, at = (uintptr_t)p;
+    uintptr_t first = (at + large - 1) / large * large, end = (at + size) / large * large;
+    if (first < end) (void)madvise((char *)p + (first - at), end - first, MADV_HUGEPAGE);
+#else
+    (void)p, (void)size;
+#endif
+}
+
 /* Zeroed memory for count elements of size bytes, aligned to 64; NULL and an error when there is
    none or the product overflows. Released by mem_free. The pointer that calloc gave stands right in
    front. */
@@ -387,6 +400,7 @@ static void *mem_alloc(size_t count, size_t size, lvm_error *error) {
     char *p = raw + sizeof(void *);
     p += (64 - (uintptr_t)p % 64) % 64;
     memcpy(p - sizeof(void *), &raw, sizeof raw);
+    os_large_pages(p, bytes);
     return p;
 }
 
@@ -469,22 +483,12 @@ static int os_sync(FILE *file) {
 /* The first size > 0 bytes of a file, to be read only. */
 static void *os_map(int fd, size_t size) {
     void *p = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fd, 0);
-    return p == MAP_FAILED ? NULL : p;
+    if (p == MAP_FAILED) return NULL;
+    os_large_pages(p, size);
+    return p;
 }
 
 static void os_unmap(void *p, size_t size) { munmap(p, size); }
-
-/* A hint: what is read in many places at once, again and again, is read faster in large pages.
-   Linux gives them to memory that is not in use yet. */
-static void os_large_pages(void *p, size_t size) {
-#ifdef MADV_HUGEPAGE
-    const uintptr_t large = 2 << 20, at = (uintptr_t)p;
-    uintptr_t first = (at + large - 1) / large * large, end = (at + size) / large * large;
-    if (first < end) (void)madvise((char *)p + (first - at), end - first, MADV_HUGEPAGE);
-#else
-    (void)p, (void)size;
-#endif
-}
 
 #ifdef __linux__
 /* n, or fewer processors where a control group's folder grants less time. Version 2 keeps quota and
@@ -698,8 +702,6 @@ static void os_unmap(void *p, size_t size) {
     (void)size;
     UnmapViewOfFile(p);
 }
-
-static void os_large_pages(void *p, size_t size) { (void)p, (void)size; }
 
 static int64_t os_processors(void) {
     DWORD_PTR ours = 0, all = 0;
@@ -4084,7 +4086,6 @@ static struct page *page_new(const struct kv_cache *kv, lvm_error *error) {
         mem_free(p);
         return NULL;
     }
-    os_large_pages(p->data, kv->page_bytes);
     return p;
 }
 
