@@ -9784,9 +9784,25 @@ AVX512 static void outer_row_avx512(int k, const float *a, const float *b, int64
     }
 }
 
-/* Eight rows of weights, each loaded once for all n rows of activations. They go in unsigned,
-   Q8_0's plus 128 and Q4_0's plus 8, and what that adds is taken away first. Two sums, because one
-   would wait for itself. */
+/* A block of eight rows turned, as unsigned bytes: Q8_0's plus 128, Q4_0's plus 8, of which those of
+   the second half stay where they lie in their bytes, 16 times as large. */
+AVX512 static INLINE void turn_unsigned(int type, const uint8_t *const *rows, int64_t b,
+                                        __m256i *w) {
+    if (type == LVM_Q8_0) {
+        turn_block(type, rows, b, w);
+        UNROLL for (int i = 0; i < 8; i++)
+            w[i] = _mm256_xor_si256(w[i], _mm256_set1_epi8((char)128));
+        return;
+    }
+    turn_rows(rows, b * 18 + 2, w);
+    UNROLL for (int i = 0; i < 4; i++) {
+        w[i + 4] = _mm256_and_si256(w[i], _mm256_set1_epi8((char)0xf0));
+        w[i] = _mm256_and_si256(w[i], _mm256_set1_epi8(15));
+    }
+}
+
+/* Eight rows of weights, each loaded once for all n rows of activations. What unsigned weights add
+   to a sum is taken away first. Four sums, because fewer would wait for themselves. */
 AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct xblock *x, int n,
                                             const uint8_t *const *rows, const uint8_t *next,
                                             float (*c)[8]) {
@@ -9796,19 +9812,17 @@ AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct x
     for (int b = 0; b < blocks; b++) {
         __m256i w[8];
         prefetch_share(next, b, bytes);
-        turn_block(type, rows, b, w);
-        if (q8) {
-            UNROLL for (int i = 0; i < 8; i++)
-                w[i] = _mm256_xor_si256(w[i], _mm256_set1_epi8((char)128));
-        }
+        turn_unsigned(type, rows, b, w);
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
             const struct xblock *xb = x + (int64_t)r * blocks + b;
-            __m256i p[2] = {_mm256_set1_epi32(xb->start / (q8 ? 1 : 16)), _mm256_setzero_si256()};
+            __m256i zero = _mm256_setzero_si256(), start = _mm256_set1_epi32(xb->start),
+                    p[4] = {zero, zero, start, zero}; /* two of each half */
             UNROLL for (int i = 0; i < 8; i++)
-                p[i / 4] = _mm256_dpbusd_epi32(p[i / 4], w[i],
-                                               _mm256_set1_epi32(load_s32(xb->q + 4 * i)));
-            __m256i products = _mm256_add_epi32(p[0], p[1]);
+                p[i / 4 * 2 + i % 2] = _mm256_dpbusd_epi32(
+                    p[i / 4 * 2 + i % 2], w[i], _mm256_set1_epi32(load_s32(xb->q + 4 * i)));
+            __m256i half = _mm256_add_epi32(p[0], p[1]), other = _mm256_add_epi32(p[2], p[3]);
+            __m256i products = _mm256_add_epi32(half, q8 ? other : _mm256_srai_epi32(other, 4));
             __m256 scale = _mm256_mul_ps(scales, _mm256_set1_ps(xb->d));
             sum[r] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products), scale, sum[r]);
         }
