@@ -9095,10 +9095,21 @@ AVX2 static INLINE void prefetch_values(const uint8_t *at, int bytes, const uint
                   later < end ? later : next + (later - end), bytes);
 }
 
-/* A block's share of the eight rows that follow these in memory, and of what lies behind them. */
-AVX2 static INLINE void prefetch_share(const uint8_t *next, int b, int bytes) {
-    const uint8_t *share = next + (int64_t)b * 8 * bytes;
-    for (int i = 0; i < 8 * bytes; i += 64) _mm_prefetch((const char *)share + i, _MM_HINT_T0);
+/* What will be read behind block b of eight rows of weights. Into the first-level cache: a block's
+   share of the eight rows that follow these; where so many would fill more than half of that cache,
+   what lies ALONG bytes further in each row (behind its end, eight rows further), about once a line
+   of 64 bytes. Into the second-level cache: a share of what lies behind the eight rows. */
+enum { ALONG = 768, HALF_L1 = 16384 };
+
+AVX2 static INLINE void prefetch_weights(const uint8_t *const *rows, int b, int blocks, int bytes) {
+    int64_t row = (int64_t)blocks * bytes, to = (int64_t)b * bytes + ALONG;
+    const uint8_t *share = rows[0] + 8 * (row + (int64_t)b * bytes);
+    if (8 * row <= HALF_L1) {
+        for (int i = 0; i < 8 * bytes; i += 64) _mm_prefetch((const char *)share + i, _MM_HINT_T0);
+    } else if (b % (64 / bytes + 1) == 0) {
+        if (to >= row) to += 7 * row;
+        UNROLL for (int j = 0; j < 8; j++) _mm_prefetch((const char *)rows[j] + to, _MM_HINT_T0);
+    }
     prefetch_ahead(share, 8 * bytes);
 }
 
@@ -9127,14 +9138,13 @@ AVX2 static INLINE __m256i products_avx2(int type, const struct xblock *x, const
 /* Eight rows of weights, each loaded once for all n rows of activations. Turned so that a lane is a
    row of weights, they need no additions across lanes. */
 AVX2 static INLINE void int_8_rows_avx2(int type, int blocks, const struct xblock *x, int n,
-                                        const uint8_t *const *rows, const uint8_t *next,
-                                        float (*c)[8]) {
+                                        const uint8_t *const *rows, float (*c)[8]) {
     __m256 sum[FEW];
     int bytes = type == LVM_Q8_0 ? 34 : 18;
     UNROLL for (int r = 0; r < n; r++) sum[r] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++) {
         __m256i w[8];
-        prefetch_share(next, b, bytes);
+        prefetch_weights(rows, b, blocks, bytes);
         turn_block(type, rows, b, w);
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
@@ -9148,33 +9158,33 @@ AVX2 static INLINE void int_8_rows_avx2(int type, int blocks, const struct xbloc
 
 /* The arguments of the function around it for f, compiled for this type and each number of rows. */
 #define FOR_EACH_FEW(f, type)                                                                      \
-    (n == 4   ? f(type, blocks, x, 4, rows, next, c)                                               \
-     : n == 3 ? f(type, blocks, x, 3, rows, next, c)                                               \
-     : n == 2 ? f(type, blocks, x, 2, rows, next, c)                                               \
-              : f(type, blocks, x, 1, rows, next, c))
+    (n == 4   ? f(type, blocks, x, 4, rows, c)                                               \
+     : n == 3 ? f(type, blocks, x, 3, rows, c)                                               \
+     : n == 2 ? f(type, blocks, x, 2, rows, c)                                               \
+              : f(type, blocks, x, 1, rows, c))
 
 AVX2 static void int_few_avx2(int type, int blocks, const struct xblock *x, int n,
-                              const uint8_t *const *rows, const uint8_t *next, float (*c)[8]) {
+                              const uint8_t *const *rows, float (*c)[8]) {
     if (type == LVM_Q8_0) FOR_EACH_FEW(int_8_rows_avx2, LVM_Q8_0);
     else FOR_EACH_FEW(int_8_rows_avx2, LVM_Q4_0);
 }
 
-/* c[n][8]: up to FEW rows of activations times eight rows of weights; the rows at next follow. */
+/* c[n][8]: up to FEW rows of activations times eight rows of weights. */
 typedef void int_few(int type, int blocks, const struct xblock *x, int n,
-                     const uint8_t *const *rows, const uint8_t *next, float (*c)[8]);
+                     const uint8_t *const *rows, float (*c)[8]);
 
 /* All rows of activations, FEW at a time, times n rows of weights, eight at a time. */
 static INLINE void int_rows_by_8(int_few *few, int type, int blocks, const struct xblock *x,
                                  int x_rows, const uint8_t *w, int64_t row_bytes, int n, float *c,
                                  int64_t ldc) {
     for (int j0 = 0; j0 < n; j0 += 8) {
-        const uint8_t *rows[8], *next = w + (j0 + 8) * row_bytes;
+        const uint8_t *rows[8];
         float out[FEW][8];
         int count = n - j0 < 8 ? n - j0 : 8;
         for (int j = 0; j < 8; j++) rows[j] = w + (j0 + (j < count ? j : count - 1)) * row_bytes;
         for (int r0 = 0; r0 < x_rows; r0 += FEW) {
             int at_once = x_rows - r0 < FEW ? x_rows - r0 : FEW;
-            few(type, blocks, x + (int64_t)r0 * blocks, at_once, rows, next, out);
+            few(type, blocks, x + (int64_t)r0 * blocks, at_once, rows, out);
             for (int r = 0; r < at_once; r++)
                 memcpy(c + (r0 + r) * ldc + j0, out[r], (size_t)count * sizeof *c);
         }
@@ -9784,8 +9794,8 @@ AVX512 static void outer_row_avx512(int k, const float *a, const float *b, int64
     }
 }
 
-/* A block of eight rows turned, as unsigned bytes: Q8_0's plus 128, Q4_0's plus 8, of which those of
-   the second half stay where they lie in their bytes, 16 times as large. */
+/* A block of eight rows turned, as unsigned bytes: Q8_0's plus 128; Q4_0's plus 8, of which those
+   of the second half stay where they lie in their bytes, 16 times as large. */
 AVX512 static INLINE void turn_unsigned(int type, const uint8_t *const *rows, int64_t b,
                                         __m256i *w) {
     if (type == LVM_Q8_0) {
@@ -9804,14 +9814,13 @@ AVX512 static INLINE void turn_unsigned(int type, const uint8_t *const *rows, in
 /* Eight rows of weights, each loaded once for all n rows of activations. What unsigned weights add
    to a sum is taken away first. Four sums, because fewer would wait for themselves. */
 AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct xblock *x, int n,
-                                            const uint8_t *const *rows, const uint8_t *next,
-                                            float (*c)[8]) {
+                                            const uint8_t *const *rows, float (*c)[8]) {
     __m256 sum[FEW];
     int q8 = type == LVM_Q8_0, bytes = q8 ? 34 : 18;
     UNROLL for (int r = 0; r < n; r++) sum[r] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++) {
         __m256i w[8];
-        prefetch_share(next, b, bytes);
+        prefetch_weights(rows, b, blocks, bytes);
         turn_unsigned(type, rows, b, w);
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
@@ -9831,7 +9840,7 @@ AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct x
 }
 
 AVX512 static void int_few_avx512(int type, int blocks, const struct xblock *x, int n,
-                                  const uint8_t *const *rows, const uint8_t *next, float (*c)[8]) {
+                                  const uint8_t *const *rows, float (*c)[8]) {
     if (type == LVM_Q8_0) FOR_EACH_FEW(int_8_rows_avx512, LVM_Q8_0);
     else FOR_EACH_FEW(int_8_rows_avx512, LVM_Q4_0);
 }
@@ -13127,9 +13136,10 @@ static int bench_prompt(struct bench *b, lvm_error *error) {
     int n = b->cli->prompt, code = LVM_OK;
     double values = 0, bytes = 0;
     llama_size(a, &values, &bytes);
-    const struct layer *l = &a->layers[a->n_layers - 1]; /* only the last token needs what is behind */
+    /* Only the last token needs what lies behind the last layer's keys and values. */
+    const struct layer *l = &a->layers[a->n_layers - 1];
     const struct tensor *once[] = {&a->output, &l->q, &l->o, &l->gate, &l->up, &l->down};
-    for (size_t i = 0; i < sizeof once / sizeof *once; i++) /* the last layer's keys and values */
+    for (size_t i = 0; i < sizeof once / sizeof *once; i++)
         values -= (double)once[i]->rows * once[i]->cols;
     int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
@@ -13137,7 +13147,8 @@ static int bench_prompt(struct bench *b, lvm_error *error) {
     double start = seconds();
     code = lvm_prompt(b->ctx, ids, n, NULL, error);
     double took = seconds() - start, products = 2 * values * n;
-    double attention = 2.0 * n * n * a->H * a->d * (a->n_layers - 1); /* 4 of each pair, half of them */
+    /* four of each pair of query and key, half of the pairs: */
+    double attention = 2.0 * n * n * a->H * a->d * (a->n_layers - 1);
     int integer = type_is_quantised(a->layers[0].q.type) && !b->ctx->o.exact;
     double floor = products / (integer ? b->integer : b->fma); /* a q8_0 cache: see k8_scores */
     floor += b->ctx->o.kv_type == LVM_Q8_0 ? 2 * attention / b->integer : attention / b->fma;
