@@ -790,7 +790,8 @@ static void test_cancel(struct test *t, const lvm_model *m, int kv_type) {
     lvm_free(ctx);
 }
 
-/* A prompt of more than the 512 rows that pass the layers together, cancelled at every call. */
+/* A prompt of more than the 512 rows that pass the layers together, cancelled at every call, and in
+   pieces, of which each asks for logits. */
 static void test_cancel_long(struct test *t) {
     static const struct spec spec = {"long context", LVM_F32, LVM_F16, 700, 1, 16, 2, 1, 0};
     struct file f;
@@ -814,6 +815,10 @@ static void test_cancel_long(struct test *t) {
         check(t, same_logits(want, got), "a long prompt cancelled at call %d does not recover", at);
         lvm_free(ctx);
     }
+    lvm_ctx *ctx = context(m, &o);
+    for (int n = 150; n <= 600; n += 150) lvm_prompt(ctx, ids, n, got, NULL);
+    check(t, same_logits(want, got), "a long prompt in pieces is not the prompt at once");
+    lvm_free(ctx);
     lvm_close(m);
     free(f.data);
 }
