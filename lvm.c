@@ -9158,9 +9158,9 @@ AVX2 static INLINE void int_8_rows_avx2(int type, int blocks, const struct xbloc
 
 /* The arguments of the function around it for f, compiled for this type and each number of rows. */
 #define FOR_EACH_FEW(f, type)                                                                      \
-    (n == 4   ? f(type, blocks, x, 4, rows, c)                                               \
-     : n == 3 ? f(type, blocks, x, 3, rows, c)                                               \
-     : n == 2 ? f(type, blocks, x, 2, rows, c)                                               \
+    (n == 4   ? f(type, blocks, x, 4, rows, c)                                                     \
+     : n == 3 ? f(type, blocks, x, 3, rows, c)                                                     \
+     : n == 2 ? f(type, blocks, x, 2, rows, c)                                                     \
               : f(type, blocks, x, 1, rows, c))
 
 AVX2 static void int_few_avx2(int type, int blocks, const struct xblock *x, int n,
