@@ -19,7 +19,7 @@
    1. Sums have one order. The same weights, input, seed, options and instruction set give the same
       bytes, whatever the number of threads, candidates, batched rows or reused prefixes. Whoever
       adds a faster kernel keeps the order that the plain C of chapter 3 documents.
-   2. Nothing here exits, prints or keeps mutable global state; only chapter 12, the command line,
+   2. Nothing here exits, prints or keeps mutable global state; only chapter 15, the command line,
       does.
    3. A picture is a row of tokens in the tokenizer's raster order, and a context holds whole
       pictures: when a sequence outgrows it, the oldest pictures leave and positions start again at
@@ -28,19 +28,22 @@
    CONTENTS
      Part one: how a Large Vision Model works
        0  What this is; the public API
-       1  Errors, memory, the operating system, files, threads
+       1  Errors, memory, threads; what the system gives
        2  Numbers: f16, bf16, the quantised blocks, exp and friends
        3  Kernels in plain C, the table they are called through, and what drives them
-       4  weights.bin: GGUF reader and writer, the model in memory
+       4  The model: weights.bin, read from GGUF
        5  The tokenizer: VQGAN encoder, quantiser, decoder
        6  The transformer: RMSNorm, RoPE, attention with a KV cache, SwiGLU
-       7  Generation and scoring
+       7  The seam for devices and the CPU behind it; generation and scoring
      Part two: how one learns (its other half, training, is to come)
        9  Visual sentences: prompts by the line
      Part three: the machine room
-      10  Images: PNG, JPEG and PNM in, PNG out, EXIF rotation, Pillow's resizing
-      11  Fast kernels: AVX2, AVX-512, NEON
-      12  The command line
+      10  Systems: files, mapping, folders, processors, Windows
+      11  Images: PNG, JPEG and PNM in, PNG out, EXIF rotation, Pillow's resizing
+      12  Packing, fast convolution (Winograd), attention on quantised caches
+      13  Fast kernels: AVX2, AVX-512, NEON
+      14  Tools: quantise, random weights, the cache file
+      15  The command line, bench
 
    Letters used in shapes throughout:
        T tokens or rows     D model width (embedding_length)     F feed-forward width   V vocabulary
@@ -317,12 +320,11 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
 #endif
 
 /* =================================================================================================
-   Chapter 1.  Errors, memory, the operating system, files, threads
+   Chapter 1.  Errors, memory, threads; what the system gives
 
    An error is a code and a sentence. Memory is asked for by count and size, so that the product is
-   checked in one place. What differs between systems stands in one section. A file is written
-   beside its final name, flushed to the disk, then renamed: whoever looks sees the old file or the
-   whole new one. A pool of threads runs numbered tasks. */
+   checked in one place. What differs between systems, and files, stand in chapter 10. A pool of
+   threads runs numbered tasks. */
 
 #if defined(LVM_CALLOC) != defined(LVM_FREE)
 #error "lvm.c: define both LVM_CALLOC and LVM_FREE, or neither"
@@ -370,18 +372,16 @@ static int mul_fits(size_t a, size_t b, size_t *out) {
     return 1;
 }
 
-/* A hint: memory of some megabytes is read faster in large pages, for which prefetches find their
-   addresses translated. Linux gives them to memory that is not in use yet, and to what is read of
-   a file from now on. */
-static void os_large_pages(void *p, size_t size) {
-#ifdef MADV_HUGEPAGE
-    const uintptr_t large = 2 << 20, at = (uintptr_t)p;
-    uintptr_t first = (at + large - 1) / large * large, end = (at + size) / large * large;
-    if (first < end) (void)madvise((char *)p + (first - at), end - first, MADV_HUGEPAGE);
-#else
-    (void)p, (void)size;
-#endif
-}
+/* What the system gives (chapter 10): a hint that memory of some megabytes is read faster in large
+   pages; processors that this process may use; a regular file opened for reading, its size told; its
+   first size > 0 bytes mapped to be read only; a whole file in memory, which the caller mem_frees.
+   */
+static void os_large_pages(void *p, size_t size);
+static int64_t os_processors(void);
+static int open_file(const char *path, int64_t *size, lvm_error *error);
+static void *os_map(int fd, size_t size);
+static void os_unmap(void *p, size_t size);
+static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *error);
 
 /* Zeroed memory for count elements of size bytes, aligned to 64; NULL and an error when there is
    none or the product overflows. Released by mem_free. The pointer that calloc gave stands right in
@@ -416,541 +416,6 @@ static char *copy_string(const char *s, lvm_error *error) {
     char *copy = mem_alloc(n, 1, error);
     if (copy != NULL) memcpy(copy, s, n);
     return copy;
-}
-
-/* A fuzzer cannot guess checksums: built with -DLVM_FUZZING every checksum passes, so that its
-   mutations reach the code behind them. Nothing else depends on LVM_FUZZING. */
-static int checksum_wrong(uint64_t stored, uint64_t computed) {
-#ifdef LVM_FUZZING
-    (void)stored;
-    (void)computed;
-    return 0;
-#else
-    return stored != computed;
-#endif
-}
-
-/* ---- The operating system ----
-
-   All that POSIX and Windows do differently; the rest of the file calls only these functions. A
-   path is UTF-8 everywhere; Windows' calls take UTF-16, so a path is turned at the last moment.
-   What fails returns -1 or NULL and leaves the reason in errno. */
-
-enum os_kind { OS_NOTHING, OS_FILE, OS_FOLDER, OS_DEVICE };
-
-/* What a path or a descriptor stands for. All names of one file share device and number. */
-struct os_info {
-    enum os_kind kind;
-    int64_t size;
-    uint64_t device, number;
-};
-
-#ifndef _WIN32
-
-static int os_open(const char *path) { return open(path, O_RDONLY); }
-static FILE *os_fopen(const char *path, const char *mode) { return fopen(path, mode); }
-static int os_rename(const char *from, const char *to) { return rename(from, to); }
-static int os_remove(const char *path) { return remove(path); }
-
-static struct os_info os_describe(int failed, const struct stat *st) {
-    if (failed) return (struct os_info){OS_NOTHING, 0, 0, 0};
-    return (struct os_info){S_ISREG(st->st_mode)   ? OS_FILE
-                            : S_ISDIR(st->st_mode) ? OS_FOLDER
-                                                   : OS_DEVICE,
-                            (int64_t)st->st_size, (uint64_t)st->st_dev, (uint64_t)st->st_ino};
-}
-
-static struct os_info os_stat(const char *path) {
-    struct stat st;
-    int failed = stat(path, &st);
-    return os_describe(failed, &st);
-}
-
-static struct os_info os_fstat(int fd) {
-    struct stat st;
-    int failed = fstat(fd, &st);
-    return os_describe(failed, &st);
-}
-
-/* Until the data is on the disk. */
-static int os_sync(FILE *file) {
-#ifdef F_FULLFSYNC /* macOS, whose fsync stops at the drive's cache; not every volume has it */
-    if (fcntl(fileno(file), F_FULLFSYNC) == 0) return 0;
-#endif
-    return fsync(fileno(file));
-}
-
-/* The first size > 0 bytes of a file, to be read only. */
-static void *os_map(int fd, size_t size) {
-    void *p = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fd, 0);
-    if (p == MAP_FAILED) return NULL;
-    os_large_pages(p, size);
-    return p;
-}
-
-static void os_unmap(void *p, size_t size) { munmap(p, size); }
-
-#ifdef __linux__
-/* n, or fewer processors where a control group's folder grants less time. Version 2 keeps quota and
-   period in one file ("max" is none), version 1 in two (-1 is none). */
-static int64_t cgroup_limit(const char *folder, int64_t n) {
-    static const char *const names[3] = {"cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"};
-    long long value[4] = {0, 0, 0, 0}; /* version 2: quota, period; version 1: quota, period */
-    for (int i = 0; i < 3; i++) {
-        char path[4400];
-        snprintf(path, sizeof path, "%s/%s", folder, names[i]);
-        FILE *f = fopen(path, "r");
-        if (f == NULL) continue;
-        if (i == 0 && fscanf(f, "%lld %lld", &value[0], &value[1]) != 2) value[0] = 0;
-        if (i > 0 && fscanf(f, "%lld", &value[i + 1]) != 1) value[i + 1] = 0;
-        fclose(f);
-    }
-    for (int i = 0; i < 4; i += 2)
-        if (value[i] > 0 && value[i + 1] > 0)
-            n = min64(n, max64(1, (value[i] - 1) / value[i + 1] + 1));
-    return n;
-}
-
-/* The same for every group that this process is in and those above them. list is
-   /proc/self/cgroup, with lines NUMBER:CONTROLLERS:PATH; version 2's has no controllers. A group
-   that a container does not see is passed over; its own is then the root of mount. */
-static int64_t cgroup_processors(const char *list, const char *mount, int64_t n) {
-    char line[4096], folder[4200];
-    FILE *f = fopen(list, "r");
-    while (f != NULL && fgets(line, sizeof line, f) != NULL) {
-        char *controllers = strchr(line, ':');
-        char *path = controllers != NULL ? strchr(controllers + 1, ':') : NULL;
-        if (path == NULL) continue;
-        path[strcspn(path, "\n")] = 0;
-        *path++ = 0;
-        *controllers = ','; /* so that each of them stands behind a comma */
-        char *cpu = strstr(controllers, ",cpu");
-        while (cpu != NULL && cpu[4] != 0 && cpu[4] != ',') cpu = strstr(cpu + 1, ",cpu");
-        if (controllers[1] != 0 && cpu == NULL) continue;
-        for (char *end = path + strlen(path); end != NULL; end = strrchr(path, '/')) {
-            *end = 0;
-            snprintf(folder, sizeof folder, "%s%s%s", mount, cpu != NULL ? "/cpu" : "", path);
-            n = cgroup_limit(folder, n);
-        }
-    }
-    if (f != NULL) fclose(f);
-    return n;
-}
-#endif
-
-/* Processors that this process may use: on Linux by affinity and by its control groups' quota. */
-static int64_t os_processors(void) {
-    int64_t n = sysconf(_SC_NPROCESSORS_ONLN);
-#ifdef __linux__
-    cpu_set_t set;
-    if (sched_getaffinity(0, sizeof set, &set) == 0) n = min64(n, CPU_COUNT(&set));
-    n = cgroup_processors("/proc/self/cgroup", "/sys/fs/cgroup", n);
-#endif
-    return n;
-}
-
-#ifndef LVM_NO_MAIN
-
-/* Called first by main. */
-static int os_begin(int *argc, char ***argv) {
-    (void)argc, (void)argv;
-    return 0;
-}
-
-static int os_is_terminal(int fd) { return isatty(fd); }
-
-struct os_folder {
-    DIR *dir;
-};
-
-static int os_folder_open(struct os_folder *f, const char *path) {
-    f->dir = opendir(path);
-    return f->dir == NULL ? -1 : 0;
-}
-
-static const char *os_folder_next(struct os_folder *f) {
-    struct dirent *entry = readdir(f->dir);
-    return entry == NULL ? NULL : entry->d_name;
-}
-
-static void os_folder_close(struct os_folder *f) { closedir(f->dir); }
-static int os_make_folder(const char *path) { return mkdir(path, 0777); }
-static int os_is_separator(char c) { return c == '/'; }
-
-/* How many characters of a path name its root: none if it is relative. */
-static size_t os_root(const char *path) { return os_is_separator(path[0]); }
-#endif
-
-#else /* Windows */
-
-/* errno from Windows' own error; returns -1. */
-static int os_fault(void) {
-    switch (GetLastError()) {
-    case ERROR_FILE_NOT_FOUND:
-    case ERROR_PATH_NOT_FOUND:
-    case ERROR_INVALID_NAME: errno = ENOENT; break;
-    case ERROR_ACCESS_DENIED:
-    case ERROR_SHARING_VIOLATION:
-    case ERROR_USER_MAPPED_FILE: errno = EACCES; break;
-    case ERROR_DISK_FULL: errno = ENOSPC; break;
-    case ERROR_NOT_ENOUGH_MEMORY: errno = ENOMEM; break;
-    default: errno = EIO;
-    }
-    return -1;
-}
-
-/* UTF-16, to be freed. Windows takes only some 260 characters of a path unless it is absolute and
-   opens with \\?\, which a long one therefore becomes. */
-static wchar_t *os_wide(const char *path) {
-    int n = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, NULL, 0);
-    wchar_t *wide = LVM_CALLOC((size_t)n + 1, sizeof *wide);
-    if (n == 0) errno = EILSEQ;
-    if (n == 0 || wide == NULL) {
-        LVM_FREE(wide);
-        return NULL;
-    }
-    MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, n);
-    if (n < 240 || wcsncmp(wide, L"\\\\", 2) == 0) return wide;
-    DWORD room = GetFullPathNameW(wide, 0, NULL, NULL) + 4;
-    wchar_t *full = LVM_CALLOC(room, sizeof *full);
-    if (full != NULL) {
-        wcscpy(full, L"\\\\?\\");
-        GetFullPathNameW(wide, room - 4, full + 4, NULL);
-    }
-    LVM_FREE(wide);
-    return full;
-}
-
-static int os_open(const char *path) {
-    wchar_t *wide = os_wide(path);
-    int fd = wide == NULL ? -1 : _wopen(wide, _O_RDONLY | _O_BINARY | _O_NOINHERIT);
-    LVM_FREE(wide);
-    return fd;
-}
-
-static FILE *os_fopen(const char *path, const char *mode) {
-    wchar_t *wide = os_wide(path), *wide_mode = os_wide(mode);
-    FILE *f = wide == NULL || wide_mode == NULL ? NULL : _wfopen(wide, wide_mode);
-    LVM_FREE(wide);
-    LVM_FREE(wide_mode);
-    return f;
-}
-
-static int os_rename(const char *from, const char *to) {
-    wchar_t *a = os_wide(from), *b = os_wide(to);
-    int code = a == NULL || b == NULL ? -1 : 0;
-    if (code == 0 && !MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH))
-        code = os_fault();
-    LVM_FREE(a);
-    LVM_FREE(b);
-    return code;
-}
-
-static int os_remove(const char *path) {
-    wchar_t *wide = os_wide(path);
-    int code = wide == NULL ? -1 : _wremove(wide);
-    LVM_FREE(wide);
-    return code;
-}
-
-static struct os_info os_describe(HANDLE h) {
-    struct os_info info = {OS_NOTHING, 0, 0, 0};
-    BY_HANDLE_FILE_INFORMATION i;
-    if (GetFileType(h) != FILE_TYPE_DISK) {
-        info.kind = OS_DEVICE;
-    } else if (!GetFileInformationByHandle(h, &i)) {
-        os_fault();
-    } else {
-        info.kind = i.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY ? OS_FOLDER : OS_FILE;
-        info.size = (int64_t)i.nFileSizeHigh << 32 | i.nFileSizeLow;
-        info.device = i.dwVolumeSerialNumber;
-        info.number = (uint64_t)i.nFileIndexHigh << 32 | i.nFileIndexLow;
-    }
-    return info;
-}
-
-static struct os_info os_fstat(int fd) { return os_describe((HANDLE)_get_osfhandle(fd)); }
-
-static struct os_info os_stat(const char *path) {
-    struct os_info info = {OS_NOTHING, 0, 0, 0};
-    wchar_t *wide = os_wide(path);
-    if (wide == NULL) return info;
-    HANDLE h = CreateFileW(wide, FILE_READ_ATTRIBUTES,
-                           FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, NULL,
-                           OPEN_EXISTING, FILE_FLAG_BACKUP_SEMANTICS, NULL);
-    if (h == INVALID_HANDLE_VALUE) {
-        os_fault();
-    } else {
-        info = os_describe(h);
-        CloseHandle(h);
-    }
-    LVM_FREE(wide);
-    return info;
-}
-
-static int os_sync(FILE *file) { return _commit(_fileno(file)); }
-
-static void *os_map(int fd, size_t size) {
-    HANDLE h = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
-    void *p = h == NULL ? NULL : MapViewOfFile(h, FILE_MAP_READ, 0, 0, size);
-    if (p == NULL) os_fault();
-    if (h != NULL) CloseHandle(h);
-    return p;
-}
-
-static void os_unmap(void *p, size_t size) {
-    (void)size;
-    UnmapViewOfFile(p);
-}
-
-static int64_t os_processors(void) {
-    DWORD_PTR ours = 0, all = 0;
-    int64_t n = 0;
-    GetProcessAffinityMask(GetCurrentProcess(), &ours, &all);
-    for (; ours != 0; ours &= ours - 1) n++;
-    return n > 0 ? n : (int64_t)GetActiveProcessorCount(ALL_PROCESSOR_GROUPS);
-}
-
-#ifndef LVM_NO_MAIN
-
-static UINT os_old_code_page;
-
-static void os_end(void) { SetConsoleOutputCP(os_old_code_page); }
-
-/* head[0..n) and tail as UTF-8, allocated. */
-static char *os_utf8(const wchar_t *head, size_t n, const wchar_t *tail) {
-    size_t room = 3 * (n + wcslen(tail)) + 1; /* UTF-16's units take at most 3 bytes each */
-    char *text = calloc(room, 1);
-    if (text == NULL) return NULL;
-    int used = n == 0 ? 0
-                      : WideCharToMultiByte(CP_UTF8, 0, head, (int)n, text, (int)room, NULL, NULL);
-    WideCharToMultiByte(CP_UTF8, 0, tail, -1, text + used, (int)room - used, NULL, NULL);
-    return text;
-}
-
-static int os_add_word(int *argc, char ***argv, char *word) {
-    char **more = word == NULL ? NULL : realloc(*argv, ((size_t)*argc + 2) * sizeof *more);
-    if (more == NULL) return -1;
-    *argv = more;
-    more[(*argc)++] = word;
-    more[*argc] = NULL;
-    return 0;
-}
-
-/* A word, or the files that it stands for: Windows' shells leave * and ? to programs. */
-static int os_add_words(int *argc, char ***argv, const wchar_t *word) {
-    WIN32_FIND_DATAW entry;
-    size_t folder = wcslen(word);
-    int code = 0, n = *argc;
-    HANDLE find = INVALID_HANDLE_VALUE;
-    while (folder > 0 && wcschr(L"/\\:", word[folder - 1]) == NULL) folder--;
-    if (wcspbrk(word + folder, L"*?") != NULL) find = FindFirstFileW(word, &entry);
-    if (find != INVALID_HANDLE_VALUE) {
-        do {
-            if (entry.cFileName[0] == L'.') continue;
-            code = os_add_word(argc, argv, os_utf8(word, folder, entry.cFileName));
-        } while (code == 0 && FindNextFileW(find, &entry));
-        FindClose(find);
-    }
-    return code == 0 && *argc == n ? os_add_word(argc, argv, os_utf8(word, 0, word)) : code;
-}
-
-/* Arguments become UTF-8, the console shows it, standard input and output are bytes. */
-static int os_begin(int *argc, char ***argv) {
-    int n = 0, code = 0;
-    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
-    if (wide == NULL) return os_fault();
-    *argc = 0;
-    *argv = NULL;
-    for (int i = 0; code == 0 && i < n; i++) code = os_add_words(argc, argv, wide[i]);
-    LocalFree(wide);
-    _setmode(0, _O_BINARY);
-    _setmode(1, _O_BINARY);
-    os_old_code_page = GetConsoleOutputCP();
-    SetConsoleOutputCP(CP_UTF8);
-    atexit(os_end);
-    return code;
-}
-
-/* NUL is a character device too, but no console; a console is told to obey the bar's escapes. */
-static int os_is_terminal(int fd) {
-    HANDLE h = (HANDLE)_get_osfhandle(fd);
-    DWORD mode = 0;
-    return GetConsoleMode(h, &mode) && SetConsoleMode(h, mode | 4 /* virtual terminal */);
-}
-
-struct os_folder {
-    HANDLE find;
-    int first;
-    WIN32_FIND_DATAW entry;
-    char name[3 * MAX_PATH + 1];
-};
-
-static int os_folder_open(struct os_folder *f, const char *path) {
-    size_t n = strlen(path) + 3;
-    char *pattern = LVM_CALLOC(n, 1);
-    wchar_t *wide = NULL;
-    if (pattern != NULL) {
-        snprintf(pattern, n, "%s/*", path);
-        wide = os_wide(pattern);
-    }
-    f->first = 1;
-    f->find = wide == NULL ? INVALID_HANDLE_VALUE : FindFirstFileW(wide, &f->entry);
-    int code = f->find != INVALID_HANDLE_VALUE ? 0 : wide == NULL ? -1 : os_fault();
-    LVM_FREE(pattern);
-    LVM_FREE(wide);
-    return code;
-}
-
-static const char *os_folder_next(struct os_folder *f) {
-    if (!f->first && !FindNextFileW(f->find, &f->entry)) return NULL;
-    f->first = 0;
-    WideCharToMultiByte(CP_UTF8, 0, f->entry.cFileName, -1, f->name, sizeof f->name, NULL, NULL);
-    return f->name;
-}
-
-static void os_folder_close(struct os_folder *f) { FindClose(f->find); }
-
-static int os_make_folder(const char *path) {
-    wchar_t *wide = os_wide(path);
-    int code = wide == NULL ? -1 : _wmkdir(wide);
-    LVM_FREE(wide);
-    return code;
-}
-
-static int os_is_separator(char c) { return c == '/' || c == '\\'; }
-
-/* "C:", "C:\", "\" and "\\server\share\". */
-static size_t os_root(const char *path) {
-    size_t n = isalpha((unsigned char)path[0]) && path[1] == ':' ? 2 : 0;
-    if (os_is_separator(path[0]) && os_is_separator(path[1])) {
-        n = 2 + strcspn(path + 2, "/\\");
-        if (path[n] != 0) n += 1 + strcspn(path + n + 1, "/\\");
-    }
-    return n + (size_t)os_is_separator(path[n]);
-}
-#endif
-#endif /* Windows */
-
-#ifndef LVM_NO_MAIN
-/* The part of a path behind its last separator. */
-static const char *os_file_name(const char *path) {
-    const char *name = path += os_root(path);
-    for (; *path != 0; path++)
-        if (os_is_separator(*path)) name = path + 1;
-    return name;
-}
-#endif
-
-/* ---- Files ---- */
-
-/* Opens a regular file for reading and tells its size. Returns the descriptor or -1. */
-static int open_file(const char *path, int64_t *size, lvm_error *error) {
-    int fd = os_open(path);
-    if (fd < 0) {
-        fail(error, LVM_IO, "%s: %s", path, strerror(errno));
-        return -1;
-    }
-    struct os_info info = os_fstat(fd);
-    if (info.kind != OS_FILE) {
-        fail(error, LVM_IO, "%s: not a regular file", path);
-        close(fd);
-        return -1;
-    }
-    *size = info.size;
-    return fd;
-}
-
-static int read_exactly(int fd, const char *path, void *data, size_t size, lvm_error *error) {
-    char *p = data;
-    while (size > 0) {
-        ssize_t got = read(fd, p, size < (1u << 30) ? size : (1u << 30));
-        if (got < 0 && errno == EINTR) continue;
-        if (got < 0) return fail(error, LVM_IO, "%s: %s", path, strerror(errno));
-        if (got == 0) return fail(error, LVM_IO, "%s: became shorter while it was read", path);
-        p += got;
-        size -= (size_t)got;
-    }
-    return LVM_OK;
-}
-
-/* The whole file in memory; the caller mem_frees it. An empty file gives a valid pointer. */
-static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *error) {
-    int64_t bytes = 0;
-    int fd = open_file(path, &bytes, error);
-    if (fd < 0) return LVM_IO;
-    int code = LVM_MEMORY;
-    *data = mem_alloc((size_t)bytes + 1, 1, error);
-    if (*data != NULL) code = read_exactly(fd, path, *data, (size_t)bytes, error);
-    close(fd);
-    if (code != LVM_OK) {
-        mem_free(*data);
-        *data = NULL;
-    }
-    *size = (size_t)bytes;
-    return code;
-}
-
-/* A file being written under a temporary name beside its own. */
-struct outfile {
-    char *path, *temp;
-    FILE *file;
-};
-
-static int outfile_open(struct outfile *out, const char *path, lvm_error *error) {
-    memset(out, 0, sizeof *out);
-    size_t n = strlen(path) + 32;
-    int code = LVM_MEMORY;
-    out->path = copy_string(path, error);
-    out->temp = mem_alloc(n, 1, error);
-    if (out->path != NULL && out->temp != NULL) {
-        snprintf(out->temp, n, "%s.%ld.tmp", path, (long)getpid());
-        out->file = os_fopen(out->temp, "wb");
-        if (out->file != NULL) return LVM_OK;
-        code = fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
-    }
-    mem_free(out->path);
-    mem_free(out->temp);
-    return code;
-}
-
-static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error) {
-    if (size == 0 || fwrite(data, 1, size, out->file) == size) return LVM_OK;
-    return fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
-}
-
-/* Finishes the file: with code LVM_OK it gets its name, else it is removed. Returns what happened.
-   */
-static int outfile_close(struct outfile *out, int code, lvm_error *error) {
-    int bad = fflush(out->file) != 0 || (code == LVM_OK && os_sync(out->file) != 0 &&
-                                         errno != EINVAL && errno != EROFS);
-    if (code == LVM_OK && bad)
-        code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
-    if (fclose(out->file) != 0 && code == LVM_OK)
-        code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
-    if (code == LVM_OK && os_rename(out->temp, out->path) != 0)
-        code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
-    if (code != LVM_OK) os_remove(out->temp);
-    mem_free(out->path);
-    mem_free(out->temp);
-    return code;
-}
-
-/* Devices and pipes (/dev/stdout) have no name to rename to: they are written directly. */
-static int write_device(const char *path, const void *data, size_t size, lvm_error *error) {
-    FILE *f = os_fopen(path, "wb");
-    if (f == NULL) return fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
-    int bad = fwrite(data, 1, size, f) != size;
-    bad |= fclose(f) != 0;
-    return bad ? fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno)) : LVM_OK;
-}
-
-static int write_file(const char *path, const void *data, size_t size, lvm_error *error) {
-    struct outfile out;
-    if (os_stat(path).kind == OS_DEVICE) return write_device(path, data, size, error);
-    int code = outfile_open(&out, path, error);
-    if (code != LVM_OK) return code;
-    return outfile_close(&out, outfile_write(&out, data, size, error), error);
 }
 
 /* ---- Threads ----
@@ -1559,38 +1024,6 @@ static void int_row_plain(int type, int blocks, const struct xblock *x, int rows
         }
 }
 
-/* The plain packed form: for each block, STRIP scales, then STRIP rows of 32 bytes. */
-enum { PLAIN_PACK = STRIP * (4 + QK) };
-
-static void int_pack_plain(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
-    for (int b = 0; b < blocks; b++, packed += PLAIN_PACK)
-        for (int j = 0; j < STRIP; j++) {
-            int8_t q[QK];
-            float d = unpack_block(type, w[j], b, q);
-            memcpy(packed + 4 * j, &d, sizeof d);
-            memcpy(packed + 4 * STRIP + QK * j, q, QK);
-        }
-}
-
-static void int_tile_plain(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                           int strips, float *c, int ldc) {
-    (void)strips;
-    for (int r = 0; r < PLAIN_ROWS; r++)
-        for (int j = 0; j < STRIP; j++) {
-            float sum = 0;
-            for (int b = 0; b < blocks; b++) {
-                const uint8_t *p = packed + (int64_t)b * PLAIN_PACK;
-                const int8_t *q = (const int8_t *)p + 4 * STRIP + QK * j;
-                float d = 0;
-                int32_t products = 0;
-                memcpy(&d, p + 4 * j, sizeof d);
-                for (int i = 0; i < QK; i++) products += q[i] * x[r][b].q[i];
-                sum = fma_f32((float)products, d * x[r][b].d, sum);
-            }
-            c[r * ldc + j] = sum;
-        }
-}
-
 static void outer_row_plain(int k, const float *a, const float *b, int64_t strip, int strips,
                             float *c, int accumulate) {
     for (int s = 0; s < strips; s++, b += strip, c += STRIP) {
@@ -1606,199 +1039,6 @@ static void outer_tile_plain(int k, const float *const *a, const float *b, int64
                              int strips, float *c, int ldc, int accumulate) {
     for (int r = 0; r < PLAIN_OUTER; r++)
         outer_row_plain(k, a[r], b, strip, strips, c + r * ldc, accumulate);
-}
-
-/* strip[i][j] = row j's element i, for STRIP rows of k elements. */
-static void pack_strip_plain(const float *rows, int64_t ld, int k, float *strip) {
-    for (int i = 0; i < k; i++)
-        for (int j = 0; j < STRIP; j++) strip[i * STRIP + j] = rows[j * ld + i];
-}
-
-/* ---- Winograd's transforms, F(4 x 4, 3 x 3) (Lavin and Gray 2015, arXiv 1509.09308) ----
-
-   Polynomials can be multiplied by multiplying their values at enough points; transposed, that is a
-   filter: four outputs of three taps from six products, for the points 0, +-a, +-b and infinity.
-
-           aabb   0   -aa-bb   0    1  0          1/aabb   0    0
-             0  -abb   -bb     a    1  0            p     ap   aap            1  1  1   1   1  0
-     B^T =   0   abb   -bb    -a    1  0      G =   p    -ap   aap     A^T =  0  a -a   b  -b  0
-             0  -aab   -aa     b    1  0            q     bq   bbq            0 aa aa  bb  bb  0
-             0   aab   -aa    -b    1  0            q    -bq   bbq            0 a3 -a3 b3 -b3  1
-             0   aabb   0   -aa-bb  0  1            0      0    1
-
-   p = 1 / 2aa(aa - bb) and q = 1 / 2bb(bb - aa). With the usual a = 1 and b = 2 fewer
-   multiplications would do, but rounding errors grow with the powers in A^T: a = 5/8 and b = 3/2,
-   exact in all of these products, halve them (on such choices: Barabasz and others, arXiv
-   1803.10986).
-
-   Each comes as one dimension, then as both: U = G g G^T, V = B^T d B, out = A^T M A. */
-
-#define WINO_A 0.625f
-#define WINO_B 1.5f
-#define WINO_AA (WINO_A * WINO_A)
-#define WINO_BB (WINO_B * WINO_B)
-#define WINO_P (0.5f / (WINO_AA * (WINO_AA - WINO_BB)))
-#define WINO_Q (0.5f / (WINO_BB * (WINO_BB - WINO_AA)))
-
-/* v[0..5] = B^T d; elements lie `from` and `to` apart. */
-static void wino_input_1d(const float *d, int from, float *v, int to) {
-    float p = d[4 * from] - WINO_BB * d[2 * from], q = WINO_A * (d[3 * from] - WINO_BB * d[from]);
-    float r = d[4 * from] - WINO_AA * d[2 * from], s = WINO_B * (d[3 * from] - WINO_AA * d[from]);
-    v[0] = WINO_AA * WINO_BB * d[0] - (WINO_AA + WINO_BB) * d[2 * from] + d[4 * from];
-    v[to] = p + q;
-    v[2 * to] = p - q;
-    v[3 * to] = r + s;
-    v[4 * to] = r - s;
-    v[5 * to] = WINO_AA * WINO_BB * d[from] - (WINO_AA + WINO_BB) * d[3 * from] + d[5 * from];
-}
-
-/* y[0..3] = A^T m */
-static void wino_output_1d(const float *m, int from, float *y, int to) {
-    float p = m[from] + m[2 * from], q = WINO_A * (m[from] - m[2 * from]);
-    float r = m[3 * from] + m[4 * from], s = WINO_B * (m[3 * from] - m[4 * from]);
-    y[0] = m[0] + p + r;
-    y[to] = q + s;
-    y[2 * to] = WINO_AA * p + WINO_BB * r;
-    y[3 * to] = WINO_AA * q + WINO_BB * s + m[5 * from];
-}
-
-/* u[0..5] = G g */
-static void wino_filter_1d(const float *g, int from, float *u, int to) {
-    float p = WINO_P * g[0] + WINO_AA * WINO_P * g[2 * from], q = WINO_A * WINO_P * g[from];
-    float r = WINO_Q * g[0] + WINO_BB * WINO_Q * g[2 * from], s = WINO_B * WINO_Q * g[from];
-    u[0] = g[0] * (1 / (WINO_AA * WINO_BB));
-    u[to] = p + q;
-    u[2 * to] = p - q;
-    u[3 * to] = r + s;
-    u[4 * to] = r - s;
-    u[5 * to] = g[2 * from];
-}
-
-/* U of n filters at once: u[36][n] from w[3 x 3][n], elements `tap` apart. */
-static void wino_filter_plain(const float *w, int n, int64_t tap, float *u) {
-    for (int i = 0; i < n; i++) {
-        float g[9], t[18], all[36];
-        for (int p = 0; p < 9; p++) g[p] = w[p * tap + i];
-        for (int x = 0; x < 3; x++) wino_filter_1d(g + x, 3, t + x, 3);
-        for (int y = 0; y < 6; y++) wino_filter_1d(t + 3 * y, 1, all + 6 * y, 1);
-        for (int p = 0; p < 36; p++) u[p * tap + i] = all[p];
-    }
-}
-
-/* v[36][c], `tap` apart, from a patch of 6 lines of 6 pixels of c channels. */
-static void wino_input_plain(const float *patch, int64_t line, int c, float *v, int64_t tap) {
-    for (int i = 0; i < c; i++) {
-        float d[36], t[36];
-        for (int p = 0; p < 36; p++) d[p] = patch[p / 6 * line + p % 6 * c + i];
-        for (int x = 0; x < 6; x++) wino_input_1d(d + x, 6, t + x, 6);
-        for (int y = 0; y < 6; y++) wino_input_1d(t + 6 * y, 1, d + 6 * y, 1);
-        for (int p = 0; p < 36; p++) v[p * tap + i] = d[p];
-    }
-}
-
-/* out[4 x 4][STRIP] = A^T m A + bias + residual, m[36] being `tap` apart; residual may be NULL. */
-static void wino_output_plain(const float *m, int64_t tap, const float *bias,
-                              const float *const *residual, float *const *out) {
-    for (int j = 0; j < STRIP; j++) {
-        float d[36], t[24], y[16];
-        for (int p = 0; p < 36; p++) d[p] = m[p * tap + j];
-        for (int x = 0; x < 6; x++) wino_output_1d(d + x, 6, t + x, 6);
-        for (int i = 0; i < 4; i++) wino_output_1d(t + 6 * i, 1, y + 4 * i, 1);
-        for (int p = 0; p < 16; p++) {
-            float v = y[p] + bias[j];
-            out[p][j] = residual != NULL ? v + residual[p][j] : v;
-        }
-    }
-}
-
-/* ---- Attention on a quantised cache ----
-
-   There (its layout: chapter 6) keys and values are bytes with a scale for each 32 dimensions. So
-   queries and probabilities become integers too, and inside a block all sums are exact:
-
-       q = dq x, |x| <= 127 * 256                score = sum over blocks of (dk dq) (k . x)
-       p dv = dw w, 0 <= w < 2^15                o = dw (sum of w v over a page's keys)
-
-   where dq belongs to 32 dimensions, dw to a page's 256 keys of 32 dimensions. What is rounded
-   there is 2^-16 of the largest, 256 times less than in the cache. Machines that multiply bytes
-   take x = 256 hi + lo with hi and lo signed, w = 256 hi + lo with both unsigned, and keys as
-   k + 128 >= 0, so that one side of each product is unsigned. */
-
-#define MOST_X 32512.0f /* 127 * 256: hi and lo stay signed bytes */
-#define MOST_W 32767.0f /* 256 w v fit 32 bits */
-
-static void quantize_q_plain(const float *q, struct query_block *x, int k) {
-    for (; k > 0; k -= QK, q += QK, x++) {
-        float amax = 0;
-        int32_t sum = 0;
-        for (int i = 0; i < QK; i++) amax = fabsf(q[i]) > amax ? fabsf(q[i]) : amax;
-        float id = amax > LEAST_X ? MOST_X / amax : 0;
-        for (int i = 0; i < QK; i++) {
-            x->x.s16[i] = (int16_t)rintf(q[i] * id);
-            sum += x->x.s16[i];
-        }
-        x->d = amax > LEAST_X ? amax / MOST_X : 0;
-        x->start = -128 * sum;
-    }
-}
-
-/* The f16 scale of key or value i in front of its panel's bytes. */
-static float kv8_scale(const uint8_t *panel, int i) {
-    uint16_t d = 0;
-    memcpy(&d, panel + 2 * i, sizeof d);
-    return f16_to_f32(d);
-}
-
-/* s[r][16 panels], lds apart: rows of queries against panels of keys of 32 groups dimensions. */
-static void k8_scores_plain(const uint8_t *keys, int groups, int panels,
-                            const struct query_block *q, int rows, float *s, int lds) {
-    for (int p = 0; p < panels * STRIP; p++)
-        for (int r = 0; r < rows; r++) {
-            float score = 0;
-            for (int g = 0; g < groups; g++) {
-                const uint8_t *panel = keys + ((int64_t)p / STRIP * groups + g) * KV8_BYTES;
-                const uint8_t *k = panel + 2 * STRIP + p % STRIP * 4;
-                const struct query_block *x = q + r * groups + g;
-                int32_t sum = x->start;
-                for (int i = 0; i < QK; i++) sum += k[i / 4 * 4 * STRIP + i % 4] * x->x.s16[i];
-                score = fma_f32((float)sum, kv8_scale(panel, p % STRIP) * x->d, score);
-            }
-            s[(int64_t)r * lds + p] = score;
-        }
-}
-
-/* w for 32 dimensions of a page; returns dw. Probabilities and scales are not negative. */
-static float quantize_p_plain(const float *p, const uint8_t *values, int panels, int32_t *w) {
-    float weighted[KEYS], most = 0;
-    for (int i = 0; i < panels * STRIP; i++) {
-        weighted[i] = p[i] * kv8_scale(values + (int64_t)i / STRIP * KV8_BYTES, i % STRIP);
-        most = weighted[i] > most ? weighted[i] : most;
-    }
-    float id = most > LEAST_X ? MOST_W / most : 0;
-    for (int i = 0; i < panels * STRIP; i++) {
-        float x = rintf(weighted[i] * id);
-        w[i] = x > 0 ? (int32_t)x : 0; /* NaN counts as 0 */
-    }
-    return most > LEAST_X ? most / MOST_W : 0;
-}
-
-/* o[r][32 groups], ldo apart: a page's values weighted by each row's probabilities, which are 0
-   behind its last key. A group's panels lie KEYS / STRIP panels behind those of the one before.
-   What lies at next will be read behind the values. */
-static void v8_sums_plain(const uint8_t *values, int groups, int panels, const float *const *p,
-                          int rows, const uint8_t *next, float *o, int ldo) {
-    (void)next;
-    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
-        for (int r = 0; r < rows; r++) {
-            int32_t w[KEYS], sum[QK] = {0};
-            float d = quantize_p_plain(p[r], values, panels, w);
-            for (int key = 0; key < panels * STRIP; key++) {
-                const uint8_t *panel = values + (int64_t)key / STRIP * KV8_BYTES + 2 * STRIP;
-                const int8_t *v = (const int8_t *)panel + key % STRIP / 4 * 4 * QK + key % 4;
-                for (int i = 0; i < QK; i++) sum[i] += w[key] * v[4 * i];
-            }
-            for (int i = 0; i < QK; i++) o[(int64_t)r * ldo + i] = (float)sum[i] * d;
-        }
 }
 
 /* y = weight * x / sqrt(mean(x^2) + eps)      (Zhang and Sennrich 2019) */
@@ -1846,17 +1086,7 @@ static void channel_sums_plain(const float *x, int64_t pixels, int c, float *sum
         for (int i = 0; i < c; i++) sum[i] += x[i], square[i] += x[i] * x[i];
 }
 
-static const struct kernels kernels_plain = {
-    "scalar",         PLAIN_ROWS,        PLAIN_COLS,         PLAIN_ROWS,
-    1,                PLAIN_OUTER,       PLAIN_STRIPS,       PLAIN_PACK,
-    dot_row_plain,    dot_tile_plain,    quantize_x_plain,   int_row_plain,
-    int_pack_plain,   int_tile_plain,    outer_row_plain,    outer_tile_plain,
-    pack_strip_plain, wino_filter_plain, wino_input_plain,   wino_output_plain,
-    row_to_f32,       quantize_q8_0,     quantize_q_plain,   k8_scores_plain,
-    v8_sums_plain,    rmsnorm_plain,     softmax_plain,      silu_mul_plain,
-    norm_rows_plain,  channel_sums_plain};
-
-/* The best table for this machine, or the one that LVM_ISA names; chapter 11. */
+/* The best table for this machine, or the one that LVM_ISA names; chapter 13. */
 static const struct kernels *choose_kernels(lvm_error *error);
 
 /* ---- Drivers ----
@@ -1978,58 +1208,8 @@ static void linear_int_row_task(void *arg, int task, int thread) {
         for (int j = 0; j < n; j++) y[j] += job->bias[j0 + j];
 }
 
-/* Packs the rows of weights from j0 on, STRIP to a strip. */
-static void pack_strips(const struct linear_job *job, int j0, int strips, uint8_t *packed) {
-    const struct tensor *w = job->w;
-    int blocks = w->cols / QK;
-    const uint8_t *rows[STRIP];
-    for (int s = 0; s < strips; s++, j0 += STRIP) {
-        for (int j = 0; j < STRIP; j++)
-            rows[j] = tensor_row(w, j0 + j < w->rows ? j0 + j : w->rows - 1);
-        job->e->k->int_pack(w->type, blocks, rows,
-                            packed + (int64_t)s * blocks * job->e->k->pack_bytes);
-    }
-}
-
-/* While n rows from r0 on are multiplied: their share of what the next task packs, the weights from
-   row j0 on. They come from memory, too late for a task that only then asks for them. Before the
-   first share a byte of each page is read: prefetches do not wait for addresses to be translated.
-   */
-static void ask_for_weights(const struct linear_job *job, int j0, int r0, int n) {
-    enum { PAGE = 4096 };
-    const struct tensor *w = job->w;
-    int left = w->rows - j0 < job->size ? w->rows - j0 : job->size;
-    int64_t bytes = left > 0 ? left * w->row_bytes : 0;
-    for (int64_t i = 0; r0 == 0 && i < bytes; i += PAGE)
-        (void)*(const volatile uint8_t *)(tensor_row(w, j0) + i);
-    for (int64_t i = bytes * r0 / job->rows; i < bytes * (r0 + n) / job->rows; i += 64)
-        __builtin_prefetch(tensor_row(w, j0) + i);
-}
-
-/* Packs int_strips strips of weights, then multiplies all rows of x by them. */
-static void linear_int_task(void *arg, int task, int thread) {
-    const struct linear_job *job = arg;
-    const struct tensor *w = job->w;
-    const struct kernels *k = job->e->k;
-    int wide = k->int_strips * STRIP, j0 = task * wide, blocks = w->cols / QK,
-        cols = w->rows - j0 < wide ? w->rows - j0 : wide, strips = (cols + STRIP - 1) / STRIP;
-    uint8_t *packed = (uint8_t *)exec_scratch(job->e, thread);
-    float tile[MAX_TILE * MAX_STRIPS * STRIP];
-    pack_strips(job, j0, strips, packed);
-    for (int r0 = 0; r0 < job->rows; r0 += k->int_rows) {
-        int rows = job->rows - r0 < k->int_rows ? job->rows - r0 : k->int_rows;
-        const struct xblock *px[MAX_TILE];
-        for (int r = 0; r < k->int_rows; r++)
-            px[r] = job->e->xq + (int64_t)(r0 + (r < rows ? r : rows - 1)) * blocks;
-        ask_for_weights(job, j0 + wide, r0, rows);
-        if (rows == k->int_rows && cols == strips * STRIP && job->bias == NULL) {
-            k->int_tile(blocks, px, packed, strips, job->y + (int64_t)r0 * w->rows + j0, w->rows);
-            continue;
-        }
-        k->int_tile(blocks, px, packed, strips, tile, wide);
-        store_tile(job, tile, wide, r0, rows, j0, cols);
-    }
-}
+/* Packs weights, then multiplies all rows of x by them (chapter 12). */
+static void linear_int_task(void *arg, int task, int thread);
 
 static void quantize_task(void *arg, int task, int thread) {
     const struct linear_job *job = arg;
@@ -2094,40 +1274,10 @@ static int64_t linear_scratch(const struct kernels *k, int cols) {
     return max64(panel, (int64_t)(cols / QK) * k->int_strips * k->pack_bytes / 4);
 }
 
-/* One tile for count rows, of which there may be fewer than the kernel's. */
-static void outer_part(const struct kernels *k, int count, int n, const float *const *a,
-                       const float *b, int64_t strip, int strips, float *c, int ldc,
-                       int accumulate) {
-    float tile[MAX_TILE * MAX_STRIPS * STRIP];
-    const float *pa[MAX_TILE];
-    int cols = strips * STRIP;
-    if (count == k->outer_rows) {
-        k->outer_tile(n, a, b, strip, strips, c, ldc, accumulate);
-        return;
-    }
-    for (int r = 0; r < k->outer_rows; r++) pa[r] = a[r < count ? r : count - 1];
-    for (int r = 0; accumulate && r < count; r++)
-        memcpy(tile + r * cols, c + (int64_t)r * ldc, (size_t)cols * sizeof *tile);
-    k->outer_tile(n, pa, b, strip, strips, tile, cols, accumulate);
-    for (int r = 0; r < count; r++)
-        memcpy(c + (int64_t)r * ldc, tile + r * cols, (size_t)cols * sizeof *tile);
-}
-
-/* c[r][..16 strips] (+)= a[r][k] b for any number of rows; a row's pointer is a[r]. All rows pass
-   a tile's strips while these are in the first-level cache. */
+/* c[r][..16 strips] (+)= a[r][k] b for any number of rows; a row's pointer is a[r] (chapter 12). */
 static void outer_rows(const struct kernels *k, int rows, int n, const float *const *a,
                        const float *b, int64_t strip, int strips, float *c, int ldc,
-                       int accumulate) {
-    int left = rows % k->outer_rows, tiled = left < 3 ? rows - left : rows;
-    for (int s = 0; s < strips; s += k->outer_strips)
-        for (int r = 0; r < tiled; r += k->outer_rows)
-            outer_part(k, rows - r < k->outer_rows ? rows - r : k->outer_rows, n, a + r,
-                       b + s * strip, strip,
-                       strips - s < k->outer_strips ? strips - s : k->outer_strips,
-                       c + (int64_t)r * ldc + s * STRIP, ldc, accumulate);
-    for (int r = tiled; r < rows; r++)
-        k->outer_row(n, a[r], b, strip, strips, c + (int64_t)r * ldc, accumulate);
-}
+                       int accumulate);
 
 /* ---- Attention over one block of keys ----
 
@@ -2182,7 +1332,7 @@ static void attend_block(const struct kernels *kern, struct query *rows, int n, 
 }
 
 /* =================================================================================================
-   Chapter 4.  weights.bin: GGUF reader and writer, the model in memory
+   Chapter 4.  The model: weights.bin, read from GGUF
 
    A weights file is GGUF version 3 (the format of ggml's model files), little-endian:
 
@@ -2631,37 +1781,9 @@ struct lvm_model {
     struct vqgan *vq;                 /* NULL when the file has no tokenizer */
 };
 
-/* Random signs and fractions of numbers just above 2^-7: halves, and the scales of quantised
-   blocks, are ready with that. What is much smaller becomes denormal on its way, which processors
-   are slow at. */
-static void fill_random(int type, uint8_t *data, size_t size) {
-    uint64_t state = size, random = 0x83ff83ff83ff83ffu, exponents = 0x2000200020002000u;
-    if (type == LVM_F32) random = 0x807fffff807fffffu, exponents = 0x3c0000003c000000u;
-    if (type == LVM_BF16) random = 0x807f807f807f807fu, exponents = 0x3c003c003c003c00u;
-    for (size_t i = 0; i + 8 <= size; i += 8) {
-        state = state * 6364136223846793005u + 1442695040888963407u;
-        uint64_t word = (state >> 7 & random) | exponents;
-        memcpy(data + i, &word, 8);
-    }
-}
-
-/* The next piece of made-up weights. Types follow the rules that lvm_quantize keeps. */
+/* The next piece of made-up weights; chapter 14. */
 static int made_up_tensor(struct made_up *made, const char *name, int n_dims, const int *dims,
-                          struct tensor *out) {
-    int64_t cols = 1;
-    for (int i = 1; i < n_dims; i++) cols *= dims[i];
-    int vq = strncmp(name, "vq.", 3) == 0, type = vq ? made->vq_type : made->type;
-    if (type == LVM_Q4_0 && strcmp(name, "output.weight") == 0) type = LVM_Q8_0;
-    if (n_dims == 1) type = LVM_F32;
-    else if (dims[n_dims - 1] % type_info(type)->block != 0) type = LVM_F16;
-    int64_t row_bytes = n_dims == 1 ? 4 : type_bytes(type, cols);
-    size_t bytes = ((size_t)row_bytes * (size_t)dims[0] + 63) / 64 * 64;
-    if (made->data != NULL) fill_random(type, made->data + made->size, bytes);
-    *out = (struct tensor){made->data != NULL ? made->data + made->size : NULL, row_bytes, type,
-                           dims[0], (int)cols};
-    made->size += bytes;
-    return LVM_OK;
-}
+                          struct tensor *out);
 
 /* Asks for a tensor by name and shape: a matrix of any type. dims are given slowest first. */
 static int want_tensor(const lvm_model *m, const char *name, int n_dims, const int *dims,
@@ -3079,196 +2201,6 @@ lvm_info lvm_model_info(const lvm_model *model) {
     return model != NULL ? model->info : nothing;
 }
 
-/* ---- Writing: the same file with other types ---- */
-
-/* Matches name against a pattern in which * stands for anything. */
-static int matches(const char *pattern, size_t pattern_n, struct text name) {
-    if (pattern_n == 0) return name.n == 0;
-    if (*pattern == '*') {
-        for (uint64_t skip = 0; skip <= name.n; skip++)
-            if (matches(pattern + 1, pattern_n - 1, (struct text){name.s + skip, name.n - skip}))
-                return 1;
-        return 0;
-    }
-    return name.n > 0 && *pattern == *name.s &&
-           matches(pattern + 1, pattern_n - 1, (struct text){name.s + 1, name.n - 1});
-}
-
-static int parse_type(const char *s, size_t n) {
-    for (int i = 0; i < N_TYPES; i++)
-        if (strlen(type_table[i].name) == n && memcmp(type_table[i].name, s, n) == 0)
-            return type_table[i].type;
-    return LVM_AUTO;
-}
-
-/* The type that "PATTERN=TYPE,..." gives a tensor, LVM_AUTO for none; faults are reported once with
-   name NULL, before anything is written. */
-static int rule_type(const char *rules, struct text name, int *type, lvm_error *error) {
-    *type = LVM_AUTO;
-    while (rules != NULL && *rules != 0) {
-        size_t n = strcspn(rules, ","), pattern = strcspn(rules, "=,");
-        int t = pattern < n ? parse_type(rules + pattern + 1, n - pattern - 1) : LVM_AUTO;
-        if (t == LVM_AUTO)
-            return fail(error, LVM_INVALID, "rule \"%.*s\" is not PATTERN=f32|f16|bf16|q8_0|q4_0",
-                        (int)n, rules);
-        if (name.s != NULL && *type == LVM_AUTO && matches(rules, pattern, name)) *type = t;
-        rules += n + (rules[n] == ',');
-    }
-    return LVM_OK;
-}
-
-/* What a tensor becomes. Vectors stay as they are; of the tokenizer the first convolutions, those
-   at the codebook and the codebook itself are never quantised, because tokens hang on them. Q4_0
-   leaves the matrix of the logits at Q8_0: it costs little and is worth half a percent of
-   perplexity. */
-static int target_type(const struct gguf *g, const struct gguf_tensor *t, int type, int vq_type,
-                       int ruled) {
-    int in_vq = t->name.n > 3 && memcmp(t->name.s, "vq.", 3) == 0;
-    int wanted = ruled != LVM_AUTO ? ruled : in_vq ? vq_type : type;
-    if (t->n_dims == 1 || wanted == LVM_AUTO) return t->type;
-    int fixed = text_is(t->name, "vq.quantize.embedding.weight") ||
-                text_is(t->name, "vq.quant_conv.weight") ||
-                text_is(t->name, "vq.post_quant_conv.weight") ||
-                text_is(t->name, "vq.encoder.conv_in.weight") ||
-                text_is(t->name, "vq.decoder.conv_in.weight");
-    if (fixed && type_is_quantised(wanted)) return t->type;
-    int tied = gguf_tensor(g, "output.weight") == NULL;
-    int is_output = text_is(t->name, tied ? "token_embd.weight" : "output.weight");
-    if (wanted == LVM_Q4_0 && (in_vq || (is_output && ruled == LVM_AUTO))) wanted = LVM_Q8_0;
-    if (t->ne[0] % type_info(wanted)->block != 0) return LVM_F16;
-    return wanted;
-}
-
-static int write_number(struct outfile *out, uint64_t v, int bytes, lvm_error *error) {
-    uint8_t b[8];
-    for (int i = 0; i < bytes; i++) b[i] = (uint8_t)(v >> 8 * i);
-    return outfile_write(out, b, (size_t)bytes, error);
-}
-
-static int write_text(struct outfile *out, struct text t, lvm_error *error) {
-    int code = write_number(out, t.n, 8, error);
-    return code == LVM_OK ? outfile_write(out, t.s, (size_t)t.n, error) : code;
-}
-
-static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment,
-                         lvm_error *error) {
-    static const uint8_t zeros[64];
-    uint64_t n = (alignment - written % alignment) % alignment;
-    int code = LVM_OK;
-    for (; n > 0 && code == LVM_OK; n -= (uint64_t)min64(64, (int64_t)n))
-        code = outfile_write(out, zeros, (size_t)min64(64, (int64_t)n), error);
-    return code;
-}
-
-/* Everything in front of the data: keys as they are, tensors with their new types. */
-static int write_head(struct outfile *out, const struct gguf *g, const int *types,
-                      lvm_error *error) {
-    int code = outfile_write(out, "GGUF", 4, error);
-    if (code == LVM_OK) code = write_number(out, 3, 4, error);
-    if (code == LVM_OK) code = write_number(out, (uint64_t)g->n_tensors, 8, error);
-    if (code == LVM_OK) code = write_number(out, (uint64_t)g->n_keys, 8, error);
-    for (int64_t i = 0; code == LVM_OK && i < g->n_keys; i++) {
-        code = write_text(out, g->keys[i].name, error);
-        if (code == LVM_OK) code = write_number(out, g->keys[i].type, 4, error);
-        if (code == LVM_OK) code = outfile_write(out, g->keys[i].value, g->keys[i].size, error);
-    }
-    uint64_t offset = 0;
-    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
-        const struct gguf_tensor *t = &g->tensors[i];
-        code = write_text(out, t->name, error);
-        if (code == LVM_OK) code = write_number(out, (uint64_t)t->n_dims, 4, error);
-        for (int d = 0; code == LVM_OK && d < t->n_dims; d++)
-            code = write_number(out, (uint64_t)t->ne[d], 8, error);
-        if (code == LVM_OK) code = write_number(out, (uint64_t)types[i], 4, error);
-        if (code == LVM_OK) code = write_number(out, offset, 8, error);
-        offset +=
-            (uint64_t)type_bytes(types[i], t->ne[0]) * (uint64_t)(t->ne[1] * t->ne[2] * t->ne[3]);
-        offset = (offset + g->alignment - 1) / g->alignment * g->alignment;
-    }
-    if (code == LVM_OK) code = write_padding(out, (uint64_t)ftello(out->file), g->alignment, error);
-    return code;
-}
-
-static int write_tensor(struct outfile *out, const struct gguf *g, const struct gguf_tensor *t,
-                        int type, float *row, uint8_t *packed, lvm_error *error) {
-    const uint8_t *in = g->data + g->data_start + t->offset;
-    int64_t rows = t->ne[1] * t->ne[2] * t->ne[3], in_bytes = type_bytes(t->type, t->ne[0]);
-    int64_t out_bytes = type_bytes(type, t->ne[0]);
-    int code = LVM_OK;
-    if (type == t->type) {
-        code = outfile_write(out, in, (size_t)t->bytes, error);
-    } else {
-        for (int64_t r = 0; code == LVM_OK && r < rows; r++, in += in_bytes) {
-            row_to_f32(t->type, in, row, t->ne[0]);
-            row_from_f32(type, row, packed, t->ne[0]);
-            code = outfile_write(out, packed, (size_t)out_bytes, error);
-        }
-    }
-    if (code == LVM_OK)
-        code = write_padding(out, (uint64_t)(out_bytes * rows), g->alignment, error);
-    return code;
-}
-
-static int quantize_file(const struct gguf *g, const char *path, int type, int vq_type,
-                         const char *rules, lvm_error *error) {
-    struct outfile out;
-    int64_t widest = 1;
-    for (int64_t i = 0; i < g->n_tensors; i++) widest = max64(widest, g->tensors[i].ne[0]);
-    int *types = mem_alloc((size_t)g->n_tensors, sizeof *types, error);
-    float *row = mem_alloc((size_t)widest, sizeof *row, error);
-    uint8_t *packed = mem_alloc((size_t)widest, 4, error);
-    int code = types == NULL || row == NULL || packed == NULL ? LVM_MEMORY : LVM_OK;
-    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
-        int ruled = LVM_AUTO;
-        code = rule_type(rules, g->tensors[i].name, &ruled, error);
-        types[i] = target_type(g, &g->tensors[i], type, vq_type, ruled);
-    }
-    if (code == LVM_OK) code = outfile_open(&out, path, error);
-    if (code == LVM_OK) {
-        code = write_head(&out, g, types, error);
-        for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++)
-            code = write_tensor(&out, g, &g->tensors[i], types[i], row, packed, error);
-        code = outfile_close(&out, code, error);
-    }
-    mem_free(types);
-    mem_free(row);
-    mem_free(packed);
-    return code;
-}
-
-/* 1 when both paths name the same existing file. */
-static int same_file(const char *a, const char *b) {
-    struct os_info x = os_stat(a), y = os_stat(b);
-    return x.kind != OS_NOTHING && y.kind != OS_NOTHING && x.device == y.device &&
-           x.number == y.number;
-}
-
-int lvm_quantize(const char *in, const char *out, int type, int vq_type, const char *rules,
-                 int force, lvm_error *error) {
-    lvm_error own = {LVM_OK, ""};
-    int ruled = LVM_AUTO;
-    if (error == NULL) error = &own;
-    if (in == NULL || out == NULL)
-        return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
-    if (same_file(in, out))
-        return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
-    enum os_kind exists = os_stat(out).kind;
-    if (exists != OS_NOTHING && exists != OS_FILE)
-        return fail(error, LVM_INVALID, "%s: is no regular file; choose another output", out);
-    if (exists != OS_NOTHING && !force)
-        return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
-    if ((type != LVM_AUTO && type_info(type) == NULL) ||
-        (vq_type != LVM_AUTO && type_info(vq_type) == NULL))
-        return fail(error, LVM_INVALID, "unknown type %d or %d", type, vq_type);
-    int code = rule_type(rules, (struct text){NULL, 0}, &ruled, error);
-    if (code != LVM_OK) return code;
-    lvm_model *m = lvm_open(in, 0, error);
-    if (m == NULL) return error->code;
-    code = quantize_file(&m->file, out, type, vq_type, rules, error);
-    lvm_close(m);
-    return code;
-}
-
 /* =================================================================================================
    Chapter 5.  The tokenizer: VQGAN encoder, quantiser, decoder
 
@@ -3295,19 +2227,7 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
    convolution is only another way to compute the pointers. Most of the work, the 3 x 3 convolutions
    of stride 1, goes another way, by Winograd's transforms, with a quarter of the products. */
 
-enum {
-    CONV_PIXELS = 48,      /* output pixels of a task: a multiple of every outer_rows */
-    CONV_PIECE = 48 << 10, /* floats of packed weights worked on at a time: less than an L2 cache */
-    NORM_PIXELS = 1024,    /* pixels of a task that sums channels */
-    GROUPS = 32,
-    TAPS = 36,             /* of a transformed filter: 6 x 6 */
-    TILES = 72,            /* Winograd: tiles of a task, at most */
-    PATCH = 8,             /* tiles whose inputs are gathered together */
-    PAIR = 2 * STRIP,      /* output channels worked on together */
-    CHUNK = 128,           /* input channels whose filters are transformed together */
-    WINO_V = 256 << 10,    /* floats of a task's transformed inputs: half of an L2 cache */
-    WINO_U = 2560 << 10    /* floats of transformed filters kept for all tasks: of an L3 cache */
-};
+enum { GROUPS = 32, NORM_PIXELS = 1024 /* pixels of a task that sums channels */ };
 
 /* Where the sum for an output pixel takes its inputs. */
 struct sampling_grid {
@@ -3327,316 +2247,15 @@ struct vq_work {
     const char *stage;
 };
 
-struct conv_job {
-    const struct exec *e;
-    const struct conv *conv;
-    const struct vq_work *work;
-    struct sampling_grid g;
-    const float *in, *residual;
-    float *out;
-    int normed;         /* `in` goes through work's scale and shift, then SiLU, first */
-    int strip0, strips; /* of the piece at hand */
-    int across, tile0, tiles; /* Winograd: tiles side by side; those at hand */
-};
-
-/* Packs n input channels from c0 on of 16 output channels: for each tap out[n][16], `tap` apart.
-   Channels beyond c_out get zeros. rows is room for 16 x n floats. */
-static void pack_conv(const struct conv_job *job, int strip, int c0, int n, float *rows,
-                      int64_t tap, float *out) {
-    const struct tensor *w = &job->conv->w;
-    int j0 = strip * STRIP, cols = w->rows - j0 < STRIP ? w->rows - j0 : STRIP;
-    memset(rows, 0, (size_t)n * STRIP * sizeof *rows);
-    for (int at = c0; at < w->cols; at += job->conv->c_in, out += tap) {
-        for (int j = 0; j < cols; j++)
-            job->e->k->to_f32(w->type, tensor_row(w, j0 + j) + type_bytes(w->type, at),
-                              rows + (int64_t)j * n, n);
-        job->e->k->pack_strip(rows, n, n, out);
-    }
-}
-
-static void pack_conv_task(void *arg, int task, int thread) {
-    const struct conv_job *job = arg;
-    const struct conv *conv = job->conv;
-    pack_conv(job, job->strip0 + task, 0, conv->c_in, exec_scratch(job->e, thread),
-              conv->c_in * STRIP, job->work->packed + (int64_t)task * conv->w.cols * STRIP);
-}
-
-/* a[t][i]: the input channels under tap t of output pixel p0 + i. */
-static void tap_pointers(const struct conv_job *job, int p0, int n,
-                         const float *a[9][CONV_PIXELS]) {
-    const struct sampling_grid *g = &job->g;
-    int size = job->conv->size, c = job->conv->c_in;
-    for (int i = 0; i < n; i++) {
-        int y = (p0 + i) / g->w * g->stride - g->pad, x = (p0 + i) % g->w * g->stride - g->pad;
-        for (int t = 0; t < size * size; t++) {
-            int ty = y + t / size, tx = x + t % size;
-            int inside = ty >= 0 && tx >= 0 && ty >> g->up < g->h_in && tx >> g->up < g->w_in;
-            a[t][i] = inside ? job->in + ((int64_t)(ty >> g->up) * g->w_in + (tx >> g->up)) * c
-                             : job->work->zeros;
-        }
-    }
-}
-
-/* n output pixels from p0 on, the channels of one or two strips. */
-static void store_pixels(const struct conv_job *job, int p0, int n, int strip, const float *sum) {
-    const struct conv *conv = job->conv;
-    int j0 = strip * STRIP, cols = conv->c_out - j0 < PAIR ? conv->c_out - j0 : PAIR;
-    for (int i = 0; i < n; i++) {
-        int64_t at = (int64_t)(p0 + i) * conv->c_out + j0;
-        for (int j = 0; j < cols; j++) {
-            float v = sum[i * PAIR + j] + conv->bias[j0 + j];
-            job->out[at + j] = job->residual != NULL ? v + job->residual[at + j] : v;
-        }
-    }
-}
-
-static void conv_task(void *arg, int task, int thread) {
-    const struct conv_job *job = arg;
-    const struct conv *conv = job->conv;
-    int p0 = task * CONV_PIXELS, n = job->g.h * job->g.w - p0, taps = conv->size * conv->size;
-    int64_t strip = (int64_t)conv->w.cols * STRIP;
-    const float *a[9][CONV_PIXELS];
-    float sum[CONV_PIXELS * PAIR];
-    (void)thread;
-    if (n > CONV_PIXELS) n = CONV_PIXELS;
-    tap_pointers(job, p0, n, a);
-    for (int s = 0; s < job->strips; s += 2) {
-        const float *w = job->work->packed + s * strip;
-        int strips = job->strips - s < 2 ? 1 : 2;
-        for (int t = 0; t < taps; t++, w += conv->c_in * STRIP)
-            outer_rows(job->e->k, n, conv->c_in, a[t], w, strip, strips, sum, PAIR, t > 0);
-        store_pixels(job, p0, n, job->strip0 + s, sum);
-    }
-}
-
-static int strips_of(const struct conv *conv) { return (conv->c_out + STRIP - 1) / STRIP; }
-
-static void run_direct(struct conv_job *job) {
-    int strips = strips_of(job->conv), pixels = job->g.h * job->g.w;
-    int piece = (int)max64(2, CONV_PIECE / ((int64_t)job->conv->w.cols * STRIP) / 2 * 2);
-    for (; job->strip0 < strips; job->strip0 += piece) {
-        job->strips = strips - job->strip0 < piece ? strips - job->strip0 : piece;
-        pool_run(job->e->pool, job->strips, pack_conv_task, job);
-        pool_run(job->e->pool, (pixels + CONV_PIXELS - 1) / CONV_PIXELS, conv_task, job);
-    }
-}
-
-/* ---- Winograd ----
-
-   Four by four output pixels, a tile, come from 6 x 6 inputs d and 3 x 3 filters g (chapter 3) as
-
-       out = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A      with * element by element,
-
-   so for each of the 36 elements the sum over channels is a product of matrices, M = V U, with
-   V [tiles][c_in] the transformed inputs and U [c_in][c_out] the transformed filters: 36 products
-   for 16 pixels, where nine taps take 144. What it costs is three transforms, so each of them is
-   done where its result is used at once and V, U and M need not leave the caches:
-
-       many tiles   a task takes a block of tiles, computes its V, and multiplies all of U, which
-                    was computed once before and is shared
-       few tiles    where c_in c_out is large: all of V is computed first and shared; a task takes
-                    two strips of output channels and computes their U, CHUNK inputs at a time
-
-   Inputs are gathered into patches of a few tiles first. There padding becomes zeros, doubled
-   pixels are copied, and GroupNorm and SiLU in front of the convolution happen in passing. */
-
-/* Floats between the elements of V, M, U or filters; the odd line keeps them out of the same cache
-   sets. */
-static int64_t wino_stride(int tiles, int width) { return (int64_t)tiles * width + STRIP; }
-
-static int uses_winograd(const struct conv *conv, const struct sampling_grid *g) {
-    return conv->size == 3 && g->stride == 1 && g->pad == 1 && conv->c_in % 8 == 0;
-}
-
-/* Tiles of a task when there are many: a multiple of every tile's rows. */
-static int wino_block(int c_in) {
-    int n = WINO_V / (TAPS * c_in) / 24 * 24;
-    return n < 24 ? 24 : n > TILES ? TILES : n;
-}
-
-/* Scratch floats of a thread for any convolution from up to c channels. */
-static int64_t wino_scratch(int c) {
-    int64_t v = max64(WINO_V, TAPS * 24 * (int64_t)c) + TAPS * STRIP;
-    int64_t many = v + 6 * (4 * PATCH + 2) * (int64_t)c;
-    int64_t few = (9 + 2 * TAPS) * wino_stride(CHUNK, STRIP);
-    int64_t filters = 2 * 9 * wino_stride(c, STRIP);
-    return max64(filters, max64(many, few) + TAPS * wino_stride(TILES, PAIR));
-}
-
-/* The inputs of n tiles side by side: patch[6][4 n + 2][c_in]. */
-static void fill_patch(const struct conv_job *job, int tile, int n, float *patch) {
-    const struct sampling_grid *g = &job->g;
-    int c = job->conv->c_in, y0 = tile / job->across * 4 - 1, x0 = tile % job->across * 4 - 1;
-    int first = x0 < 0 ? 0 : x0, last = x0 + 4 * n + 2 < g->w ? x0 + 4 * n + 2 : g->w;
-    for (int y = y0; y < y0 + 6; y++, patch += (int64_t)(4 * n + 2) * c) {
-        const float *line = job->in + (int64_t)(y >> g->up) * g->w_in * c;
-        float *to = patch + (int64_t)(first - x0) * c;
-        if (y < 0 || y >= g->h || first > x0 || last < x0 + 4 * n + 2)
-            memset(patch, 0, (size_t)(4 * n + 2) * (size_t)c * sizeof *patch);
-        if (y < 0 || y >= g->h) continue;
-        if (job->normed)
-            job->e->k->norm_rows(line + (int64_t)first * c, job->work->scale, job->work->shift, 1,
-                                 last - first, c, to);
-        else if (!g->up)
-            memcpy(to, line + (int64_t)first * c, (size_t)(last - first) * (size_t)c * sizeof *to);
-        else
-            for (int x = first; x < last; x++, to += c)
-                memcpy(to, line + (int64_t)(x >> 1) * c, (size_t)c * sizeof *to);
-    }
-}
-
-/* V of n tiles, one row of tiles after the other. */
-static void wino_inputs(const struct conv_job *job, int tile, int n, float *v, int64_t tap,
-                        float *patch) {
-    int64_t c = job->conv->c_in;
-    while (n > 0) {
-        int run = job->across - tile % job->across;
-        if (run > PATCH) run = PATCH;
-        if (run > n) run = n;
-        fill_patch(job, tile, run, patch);
-        for (int i = 0; i < run; i++)
-            job->e->k->wino_input(patch + 4 * i * c, (4 * run + 2) * c, (int)c, v + i * c, tap);
-        tile += run;
-        n -= run;
-        v += run * c;
-    }
-}
-
-/* M = V U over channels c0 .. c0 + c - 1; M += V U where c0 > 0. */
-struct wino_product {
-    const float *v, *u;     /* v[36][tiles][c_in], u[strips][36][c][16] */
-    float *m;               /* [36][tiles][PAIR] */
-    int64_t v_tap, u_strip; /* floats between elements of v, strips of u */
-    int tiles, strips, c0, c;
-};
-
-static void wino_products(const struct conv_job *job, const struct wino_product *p) {
-    int64_t m_tap = wino_stride(p->tiles, PAIR);
-    const float *a[TILES], *u = p->u;
-    for (int t = 0; t < TAPS; t++, u += wino_stride(p->c, STRIP)) {
-        for (int i = 0; i < p->tiles; i++)
-            a[i] = p->v + t * p->v_tap + (int64_t)i * job->conv->c_in + p->c0;
-        outer_rows(job->e->k, p->tiles, p->c, a, u, p->u_strip, p->strips, p->m + t * m_tap, PAIR,
-                   p->c0 > 0);
-    }
-}
-
-/* The pixels of one tile, one strip of channels, from M. */
-static void wino_pixels(const struct conv_job *job, int tile, int strip, const float *m,
-                        int64_t tap) {
-    const struct conv *conv = job->conv;
-    int y0 = tile / job->across * 4, x0 = tile % job->across * 4, j0 = strip * STRIP;
-    int h = job->g.h - y0, w = job->g.w - x0, cols = conv->c_out - j0;
-    int whole = h >= 4 && w >= 4 && cols >= STRIP;
-    float edge[16 * STRIP] = {0}, bias[STRIP] = {0}, *out[16];
-    const float *old[16];
-    size_t bytes = (size_t)(cols < STRIP ? cols : STRIP) * sizeof *edge;
-    memcpy(bias, conv->bias + j0, bytes);
-    for (int p = 0; p < 16; p++) {
-        int64_t at = ((int64_t)(y0 + p / 4) * job->g.w + x0 + p % 4) * conv->c_out + j0;
-        out[p] = whole ? job->out + at : edge + p * STRIP;
-        old[p] = whole && job->residual != NULL ? job->residual + at : edge + p * STRIP;
-        if (!whole && p / 4 < h && p % 4 < w && job->residual != NULL)
-            memcpy(edge + p * STRIP, job->residual + at, bytes);
-    }
-    job->e->k->wino_output(m, tap, bias, job->residual != NULL ? old : NULL, out);
-    for (int p = 0; !whole && p < 16; p++)
-        if (p / 4 < h && p % 4 < w)
-            memcpy(job->out + ((int64_t)(y0 + p / 4) * job->g.w + x0 + p % 4) * conv->c_out + j0,
-                   edge + p * STRIP, bytes);
-}
-
-static void wino_outputs(const struct conv_job *job, int tile, int n, int strip, int strips,
-                         const float *m) {
-    for (int i = 0; i < n; i++)
-        for (int s = 0; s < strips; s++)
-            wino_pixels(job, tile + i, strip + s, m + i * PAIR + s * STRIP, wino_stride(n, PAIR));
-}
-
-/* Many tiles: all of U ... */
-static void wino_filters_task(void *arg, int strip, int thread) {
-    const struct conv_job *job = arg;
-    int64_t tap = wino_stride(job->conv->c_in, STRIP);
-    float *w = exec_scratch(job->e, thread), *u = job->work->packed + strip * TAPS * tap;
-    pack_conv(job, strip, 0, job->conv->c_in, w + 9 * tap, tap, w);
-    job->e->k->wino_filter(w, job->conv->c_in * STRIP, tap, u);
-}
-
-/* ... then each block of tiles. */
-static void wino_tiles_task(void *arg, int task, int thread) {
-    const struct conv_job *job = arg;
-    int c = job->conv->c_in, strips = strips_of(job->conv), block = wino_block(c);
-    int tile = task * block, n = job->tiles - tile < block ? job->tiles - tile : block;
-    int64_t v_tap = wino_stride(n, c), strip = TAPS * wino_stride(c, STRIP);
-    float *v = exec_scratch(job->e, thread), *m = v + TAPS * v_tap,
-          *patch = m + TAPS * wino_stride(n, PAIR);
-    wino_inputs(job, tile, n, v, v_tap, patch);
-    for (int s = 0; s < strips; s += 2) {
-        struct wino_product p = {v,     job->work->packed + s * strip,  m, v_tap,
-                                 strip, n, strips - s < 2 ? 1 : 2, 0, c};
-        wino_products(job, &p);
-        wino_outputs(job, tile, n, s, p.strips, m);
-    }
-}
-
-/* Few tiles: all of V ... */
-static void wino_inputs_task(void *arg, int task, int thread) {
-    const struct conv_job *job = arg;
-    int first = task * PATCH, n = job->tiles - first < PATCH ? job->tiles - first : PATCH;
-    wino_inputs(job, job->tile0 + first, n, job->work->packed + (int64_t)first * job->conv->c_in,
-                wino_stride(job->tiles, job->conv->c_in), exec_scratch(job->e, thread));
-}
-
-/* ... then two strips of output channels at a time, and of them CHUNK input channels. */
-static void wino_strips_task(void *arg, int task, int thread) {
-    const struct conv_job *job = arg;
-    int c = job->conv->c_in, first = 2 * task, most = c < CHUNK ? c : CHUNK;
-    int64_t room = wino_stride(most, STRIP);
-    float *w = exec_scratch(job->e, thread), *u = w + 9 * room, *m = u + 2 * TAPS * room;
-    struct wino_product p = {.v = job->work->packed, .u = u, .m = m, .tiles = job->tiles};
-    p.v_tap = wino_stride(job->tiles, c);
-    p.strips = strips_of(job->conv) - first < 2 ? 1 : 2;
-    for (; p.c0 < c; p.c0 += CHUNK) {
-        p.c = c - p.c0 < CHUNK ? c - p.c0 : CHUNK;
-        int64_t tap = wino_stride(p.c, STRIP);
-        p.u_strip = TAPS * tap;
-        for (int s = 0; s < p.strips; s++) {
-            pack_conv(job, first + s, p.c0, p.c, u + s * p.u_strip, tap, w);
-            job->e->k->wino_filter(w, p.c * STRIP, tap, u + s * p.u_strip);
-        }
-        wino_products(job, &p);
-    }
-    wino_outputs(job, job->tile0, job->tiles, first, p.strips, m);
-}
-
-static void run_winograd(struct conv_job *job) {
-    const struct conv *conv = job->conv;
-    struct pool *pool = job->e->pool;
-    int down = (job->g.h + 3) / 4, strips = strips_of(conv), block = wino_block(conv->c_in), all;
-    job->across = (job->g.w + 3) / 4;
-    job->tiles = all = job->across * down;
-    if (all > TILES && strips * TAPS * wino_stride(conv->c_in, STRIP) <= WINO_U) {
-        pool_run(pool, strips, wino_filters_task, job);
-        pool_run(pool, (all + block - 1) / block, wino_tiles_task, job);
-        return;
-    }
-    for (; job->tile0 < all; job->tile0 += TILES) {
-        job->tiles = all - job->tile0 < TILES ? all - job->tile0 : TILES;
-        pool_run(pool, (job->tiles + PATCH - 1) / PATCH, wino_inputs_task, job);
-        pool_run(pool, (strips + 1) / 2, wino_strips_task, job);
-    }
-}
-
-/* out = conv(in) + residual; residual may be NULL or out itself. With `normed`, which is for 3 x 3
-   convolutions of stride 1, conv(silu(in * scale + shift)). */
+/* Floats that a thread, and that all threads together, need for a convolution from up to c channels;
+   the convolution itself: out = conv(in) + residual; residual may be NULL or out itself. With
+   `normed`, which is for 3 x 3 convolutions of stride 1, conv(silu(in * scale + shift)). Chapter 12.
+   */
+static int64_t wino_scratch(int c);
+static int64_t conv_packed_floats(int c);
 static void run_conv(const struct exec *e, const struct vq_work *work, const struct conv *conv,
                      struct sampling_grid g, int normed, const float *in, const float *residual,
-                     float *out) {
-    struct conv_job job = {.e = e, .conv = conv, .work = work, .g = g, .normed = normed, .in = in,
-                           .residual = residual, .out = out};
-    if (uses_winograd(conv, &g)) run_winograd(&job);
-    else run_direct(&job);
-}
+                     float *out);
 
 static struct sampling_grid same_grid(const struct vq_work *w, int size) {
     return (struct sampling_grid){w->h, w->w, w->h, w->w, 1, 0, size / 2};
@@ -3982,7 +2601,7 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
     } want[] = {{&w->x, s.map},
                 {&w->t1, s.map},
                 {&w->t2, s.map},
-                {&w->packed, max64(WINO_U, TAPS * wino_stride(TILES, s.c))},
+                {&w->packed, conv_packed_floats(s.c)},
                 {&w->zeros, s.c},
                 {&w->scale, s.c},
                 {&w->shift, s.c},
@@ -5323,210 +3942,6 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
     return code == LVM_OK ? lvm_generate_images(ctx, sampling, candidates, n, out, error) : code;
 }
 
-/* ---- A context's state in a file ----
-
-   head, ids i32[n_tokens], then of each remembered picture ids i32[T] and rgb[R][R][3], then the
-   pages of the key/value cache, then a hash of all of that. A file belongs to the weights, kernels
-   and options that made it, because other ones would have computed other numbers. */
-
-struct cache_head {
-    char magic[8]; /* "LVMCACHE" */
-    uint32_t version, kv_type, exact, resolution, tokens_per_image, n_tokens, n_pictures, n_pages;
-    uint64_t page_bytes, weights;
-    char isa[16];
-};
-_Static_assert(sizeof(struct cache_head) == 72, "no padding");
-
-/* Mixes n bytes into a 64-bit hash, eight at a time: it finds damage, not malice. */
-static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) {
-    const uint8_t *p = data;
-    for (; n > 0; p += n < 8 ? n : 8, n -= n < 8 ? n : 8) {
-        uint64_t word = n;
-        memcpy(&word, p, n < 8 ? n : 8);
-        h = (h ^ word) * 0x9e3779b97f4a7c15u;
-        h ^= h >> 29;
-    }
-    return h;
-}
-
-/* What tells weights apart without reading all of them: keys, names, shapes and a few bytes of
-   every tensor. */
-static uint64_t weights_hash(const struct gguf *g) {
-    uint64_t h = hash_bytes(g->size, g->data, g->data_start);
-    for (int64_t i = 0; i < g->n_tensors; i++) {
-        const uint8_t *data = g->data + g->data_start + g->tensors[i].offset;
-        int64_t bytes = g->tensors[i].bytes, n = min64(64, bytes);
-        h = hash_bytes(h, data, (size_t)n);
-        h = hash_bytes(h, data + (bytes - n) / 2, (size_t)n);
-        h = hash_bytes(h, data + bytes - n, (size_t)n);
-    }
-    return h;
-}
-
-static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
-    const lvm_info *i = &ctx->m->info;
-    struct cache_head h = {.version = 2,
-                           .kv_type = (uint32_t)ctx->o.kv_type,
-                           .exact = ctx->o.exact != 0,
-                           .resolution = (uint32_t)i->resolution,
-                           .tokens_per_image = (uint32_t)i->tokens_per_image,
-                           .n_tokens = (uint32_t)n,
-                           .n_pictures = (uint32_t)min64(ctx->n_encoded, REMEMBERED),
-                           .n_pages = (uint32_t)((n + KEYS - 1) / KEYS),
-                           .page_bytes = ctx->b->kv_page_bytes(ctx->state),
-                           .weights = weights_hash(&ctx->m->file)};
-    memcpy(h.magic, "LVMCACHE", sizeof h.magic);
-    snprintf(h.isa, sizeof h.isa, "%s", i->isa);
-    return h;
-}
-
-static int64_t cache_file_bytes(const struct cache_head *h) {
-    int64_t picture = 4 * (int64_t)h->tokens_per_image + 3 * (int64_t)h->resolution * h->resolution;
-    return (int64_t)sizeof *h + 4 * (int64_t)h->n_tokens + h->n_pictures * picture +
-           h->n_pages * (int64_t)h->page_bytes + 8;
-}
-
-static int cache_write(struct outfile *out, const void *data, size_t n, uint64_t *hash,
-                       lvm_error *error) {
-    *hash = hash_bytes(*hash, data, n);
-    return outfile_write(out, data, n, error);
-}
-
-static int write_cache(struct outfile *out, const lvm_ctx *ctx, int n, uint8_t *page,
-                       lvm_error *error) {
-    struct cache_head h = cache_head(ctx, n);
-    size_t R = h.resolution, T = h.tokens_per_image;
-    uint64_t hash = 0;
-    int code = cache_write(out, &h, sizeof h, &hash, error);
-    if (code == LVM_OK) code = cache_write(out, ctx->ids, (size_t)n * 4, &hash, error);
-    for (uint32_t i = 0; code == LVM_OK && i < h.n_pictures; i++) {
-        const struct encoded *e =
-            &ctx->encoded[(ctx->n_encoded - h.n_pictures + i) % REMEMBERED];
-        code = cache_write(out, e->ids, T * 4, &hash, error);
-        if (code == LVM_OK) code = cache_write(out, e->rgb, R * R * 3, &hash, error);
-    }
-    for (uint32_t i = 0; code == LVM_OK && i < h.n_pages; i++) {
-        ctx->b->kv_read(ctx->state, 0, (int)i, page);
-        code = cache_write(out, page, h.page_bytes, &hash, error);
-    }
-    return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
-}
-
-int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error) {
-    struct outfile out;
-    if (ctx == NULL || path == NULL)
-        return null_argument(error, "lvm_cache_save", ctx == NULL ? "ctx" : "path");
-    int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
-    if (code != LVM_OK) return code;
-    if (n < 1 || n > ctx->n_fed)
-        return fail(error, LVM_INVALID, "%d tokens to keep; the context has read %d", n,
-                    ctx->n_fed);
-    uint8_t *page = mem_alloc(1, ctx->b->kv_page_bytes(ctx->state), error);
-    if (page == NULL) return LVM_MEMORY;
-    code = outfile_open(&out, path, error);
-    if (code == LVM_OK)
-        code = outfile_close(&out, write_cache(&out, ctx, n, page, error), error);
-    mem_free(page);
-    return code;
-}
-
-struct cache_reader {
-    const char *path;
-    int fd;
-    uint64_t hash;
-};
-
-static int cache_read(struct cache_reader *r, void *data, size_t n, lvm_error *error) {
-    int code = read_exactly(r->fd, r->path, data, n, error);
-    if (code == LVM_OK) r->hash = hash_bytes(r->hash, data, n);
-    return code;
-}
-
-static int check_cache_head(const lvm_ctx *ctx, const struct cache_head *h, const char *path,
-                            int64_t size, lvm_error *error) {
-    const lvm_info *i = &ctx->m->info;
-    struct cache_head own = cache_head(ctx, 0);
-    if (memcmp(h->magic, own.magic, sizeof h->magic) != 0)
-        return fail(error, LVM_FORMAT, "%s: is no cache of lvm", path);
-    if (h->version != own.version || h->weights != own.weights)
-        return fail(error, LVM_INVALID, "%s: belongs to other weights", path);
-    if (h->kv_type != own.kv_type || h->exact != own.exact ||
-        memcmp(h->isa, own.isa, sizeof h->isa) != 0)
-        return fail(error, LVM_INVALID, "%s: was made with other options or kernels", path);
-    if (h->resolution != own.resolution || h->tokens_per_image != own.tokens_per_image ||
-        h->page_bytes != own.page_bytes || h->n_tokens < 1 ||
-        h->n_tokens > (uint32_t)i->context_length || h->n_pictures > REMEMBERED ||
-        h->n_pages != (h->n_tokens + KEYS - 1) / KEYS || cache_file_bytes(h) != size)
-        return fail(error, LVM_FORMAT, "%s: is damaged", path);
-    return LVM_OK;
-}
-
-static int read_cached_picture(lvm_ctx *ctx, struct cache_reader *r, lvm_error *error) {
-    size_t R = (size_t)ctx->m->info.resolution, T = (size_t)ctx->m->info.tokens_per_image;
-    uint8_t *rgb = mem_alloc(R * R, 3, error);
-    int32_t *ids = mem_alloc(T, sizeof *ids, error);
-    int code = rgb == NULL || ids == NULL ? LVM_MEMORY : cache_read(r, ids, T * 4, error);
-    if (code == LVM_OK) code = cache_read(r, rgb, R * R * 3, error);
-    if (code == LVM_OK && check_ids(ids, (int64_t)T, ctx->m->info.codes, NULL) != LVM_OK)
-        code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
-    if (code == LVM_OK) code = remember(ctx, rgb, ids, error);
-    else mem_free(rgb);
-    mem_free(ids);
-    return code;
-}
-
-/* Everything behind the head; the context is used only when the hash is right too. */
-static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_head *h,
-                      uint8_t *page, lvm_error *error) {
-    int n = (int)h->n_tokens;
-    uint64_t hash = 0;
-    int code = cache_read(r, ctx->ids, (size_t)n * 4, error);
-    if (code == LVM_OK && check_ids(ctx->ids, n, ctx->m->info.vocab_size, NULL) != LVM_OK)
-        code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
-    for (uint32_t i = 0; code == LVM_OK && i < h->n_pictures; i++)
-        code = read_cached_picture(ctx, r, error);
-    for (uint32_t i = 0; code == LVM_OK && i < h->n_pages; i++) {
-        code = cache_read(r, page, h->page_bytes, error);
-        if (code == LVM_OK)
-            code = ctx->b->kv_write(ctx->state, 0, (int)i, page,
-                                    (int)min64(n, (int64_t)(i + 1) * KEYS), error);
-    }
-    if (code == LVM_OK) code = read_exactly(r->fd, r->path, &hash, sizeof hash, error);
-    if (code == LVM_OK && checksum_wrong(hash, r->hash))
-        code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
-    return code;
-}
-
-static void forget(lvm_ctx *ctx) {
-    ctx->n_ids = ctx->n_fed = ctx->has_logits = 0;
-    ctx->n_encoded = 0;
-    ctx->b->kv_trim(ctx->state, 0, 0);
-}
-
-int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
-    struct cache_head h = {.version = 0};
-    int64_t size = 0;
-    if (ctx == NULL || path == NULL)
-        return null_argument(error, "lvm_cache_load", ctx == NULL ? "ctx" : "path");
-    int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
-    if (code != LVM_OK) return code;
-    forget(ctx);
-    struct cache_reader r = {path, open_file(path, &size, error), 0};
-    if (r.fd < 0) return LVM_IO;
-    if (size < (int64_t)sizeof h) code = fail(error, LVM_FORMAT, "%s: is no cache of lvm", path);
-    if (code == LVM_OK) code = cache_read(&r, &h, sizeof h, error);
-    if (code == LVM_OK) code = check_cache_head(ctx, &h, path, size, error);
-    if (code == LVM_OK) {
-        uint8_t *page = mem_alloc(1, h.page_bytes, error);
-        code = page == NULL ? LVM_MEMORY : read_cache(ctx, &r, &h, page, error);
-        mem_free(page);
-    }
-    close(r.fd);
-    if (code == LVM_OK) ctx->n_ids = ctx->n_fed = (int)h.n_tokens;
-    else forget(ctx);
-    return code;
-}
-
 /* =================================================================================================
    Chapter 9.  Visual sentences: prompts by the line
 
@@ -5881,7 +4296,561 @@ static int parse_sentence(struct json *j, struct sentence *s) {
 #endif
 
 /* =================================================================================================
-   Chapter 10.  Images
+   Chapter 10.  Systems: files, mapping, folders, processors, Windows
+
+   What differs between systems stands in one section. A file is written beside its final name,
+   flushed to the disk, then renamed: whoever looks sees the old file or the whole new one. */
+
+/* A hint: memory of some megabytes is read faster in large pages, for which prefetches find their
+   addresses translated. Linux gives them to memory that is not in use yet, and to what is read of
+   a file from now on. */
+static void os_large_pages(void *p, size_t size) {
+#ifdef MADV_HUGEPAGE
+    const uintptr_t large = 2 << 20, at = (uintptr_t)p;
+    uintptr_t first = (at + large - 1) / large * large, end = (at + size) / large * large;
+    if (first < end) (void)madvise((char *)p + (first - at), end - first, MADV_HUGEPAGE);
+#else
+    (void)p, (void)size;
+#endif
+}
+
+/* ---- The operating system ----
+
+   All that POSIX and Windows do differently; the rest of the file calls only these functions. A
+   path is UTF-8 everywhere; Windows' calls take UTF-16, so a path is turned at the last moment.
+   What fails returns -1 or NULL and leaves the reason in errno. */
+
+enum os_kind { OS_NOTHING, OS_FILE, OS_FOLDER, OS_DEVICE };
+
+/* What a path or a descriptor stands for. All names of one file share device and number. */
+struct os_info {
+    enum os_kind kind;
+    int64_t size;
+    uint64_t device, number;
+};
+
+#ifndef _WIN32
+
+static int os_open(const char *path) { return open(path, O_RDONLY); }
+static FILE *os_fopen(const char *path, const char *mode) { return fopen(path, mode); }
+static int os_rename(const char *from, const char *to) { return rename(from, to); }
+static int os_remove(const char *path) { return remove(path); }
+
+static struct os_info os_describe(int failed, const struct stat *st) {
+    if (failed) return (struct os_info){OS_NOTHING, 0, 0, 0};
+    return (struct os_info){S_ISREG(st->st_mode)   ? OS_FILE
+                            : S_ISDIR(st->st_mode) ? OS_FOLDER
+                                                   : OS_DEVICE,
+                            (int64_t)st->st_size, (uint64_t)st->st_dev, (uint64_t)st->st_ino};
+}
+
+static struct os_info os_stat(const char *path) {
+    struct stat st;
+    int failed = stat(path, &st);
+    return os_describe(failed, &st);
+}
+
+static struct os_info os_fstat(int fd) {
+    struct stat st;
+    int failed = fstat(fd, &st);
+    return os_describe(failed, &st);
+}
+
+/* Until the data is on the disk. */
+static int os_sync(FILE *file) {
+#ifdef F_FULLFSYNC /* macOS, whose fsync stops at the drive's cache; not every volume has it */
+    if (fcntl(fileno(file), F_FULLFSYNC) == 0) return 0;
+#endif
+    return fsync(fileno(file));
+}
+
+/* The first size > 0 bytes of a file, to be read only. */
+static void *os_map(int fd, size_t size) {
+    void *p = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fd, 0);
+    if (p == MAP_FAILED) return NULL;
+    os_large_pages(p, size);
+    return p;
+}
+
+static void os_unmap(void *p, size_t size) { munmap(p, size); }
+
+#ifdef __linux__
+/* n, or fewer processors where a control group's folder grants less time. Version 2 keeps quota and
+   period in one file ("max" is none), version 1 in two (-1 is none). */
+static int64_t cgroup_limit(const char *folder, int64_t n) {
+    static const char *const names[3] = {"cpu.max", "cpu.cfs_quota_us", "cpu.cfs_period_us"};
+    long long value[4] = {0, 0, 0, 0}; /* version 2: quota, period; version 1: quota, period */
+    for (int i = 0; i < 3; i++) {
+        char path[4400];
+        snprintf(path, sizeof path, "%s/%s", folder, names[i]);
+        FILE *f = fopen(path, "r");
+        if (f == NULL) continue;
+        if (i == 0 && fscanf(f, "%lld %lld", &value[0], &value[1]) != 2) value[0] = 0;
+        if (i > 0 && fscanf(f, "%lld", &value[i + 1]) != 1) value[i + 1] = 0;
+        fclose(f);
+    }
+    for (int i = 0; i < 4; i += 2)
+        if (value[i] > 0 && value[i + 1] > 0)
+            n = min64(n, max64(1, (value[i] - 1) / value[i + 1] + 1));
+    return n;
+}
+
+/* The same for every group that this process is in and those above them. list is
+   /proc/self/cgroup, with lines NUMBER:CONTROLLERS:PATH; version 2's has no controllers. A group
+   that a container does not see is passed over; its own is then the root of mount. */
+static int64_t cgroup_processors(const char *list, const char *mount, int64_t n) {
+    char line[4096], folder[4200];
+    FILE *f = fopen(list, "r");
+    while (f != NULL && fgets(line, sizeof line, f) != NULL) {
+        char *controllers = strchr(line, ':');
+        char *path = controllers != NULL ? strchr(controllers + 1, ':') : NULL;
+        if (path == NULL) continue;
+        path[strcspn(path, "\n")] = 0;
+        *path++ = 0;
+        *controllers = ','; /* so that each of them stands behind a comma */
+        char *cpu = strstr(controllers, ",cpu");
+        while (cpu != NULL && cpu[4] != 0 && cpu[4] != ',') cpu = strstr(cpu + 1, ",cpu");
+        if (controllers[1] != 0 && cpu == NULL) continue;
+        for (char *end = path + strlen(path); end != NULL; end = strrchr(path, '/')) {
+            *end = 0;
+            snprintf(folder, sizeof folder, "%s%s%s", mount, cpu != NULL ? "/cpu" : "", path);
+            n = cgroup_limit(folder, n);
+        }
+    }
+    if (f != NULL) fclose(f);
+    return n;
+}
+#endif
+
+/* Processors that this process may use: on Linux by affinity and by its control groups' quota. */
+static int64_t os_processors(void) {
+    int64_t n = sysconf(_SC_NPROCESSORS_ONLN);
+#ifdef __linux__
+    cpu_set_t set;
+    if (sched_getaffinity(0, sizeof set, &set) == 0) n = min64(n, CPU_COUNT(&set));
+    n = cgroup_processors("/proc/self/cgroup", "/sys/fs/cgroup", n);
+#endif
+    return n;
+}
+
+#ifndef LVM_NO_MAIN
+
+/* Called first by main. */
+static int os_begin(int *argc, char ***argv) {
+    (void)argc, (void)argv;
+    return 0;
+}
+
+static int os_is_terminal(int fd) { return isatty(fd); }
+
+struct os_folder {
+    DIR *dir;
+};
+
+static int os_folder_open(struct os_folder *f, const char *path) {
+    f->dir = opendir(path);
+    return f->dir == NULL ? -1 : 0;
+}
+
+static const char *os_folder_next(struct os_folder *f) {
+    struct dirent *entry = readdir(f->dir);
+    return entry == NULL ? NULL : entry->d_name;
+}
+
+static void os_folder_close(struct os_folder *f) { closedir(f->dir); }
+static int os_make_folder(const char *path) { return mkdir(path, 0777); }
+static int os_is_separator(char c) { return c == '/'; }
+
+/* How many characters of a path name its root: none if it is relative. */
+static size_t os_root(const char *path) { return os_is_separator(path[0]); }
+#endif
+
+#else /* Windows */
+
+/* errno from Windows' own error; returns -1. */
+static int os_fault(void) {
+    switch (GetLastError()) {
+    case ERROR_FILE_NOT_FOUND:
+    case ERROR_PATH_NOT_FOUND:
+    case ERROR_INVALID_NAME: errno = ENOENT; break;
+    case ERROR_ACCESS_DENIED:
+    case ERROR_SHARING_VIOLATION:
+    case ERROR_USER_MAPPED_FILE: errno = EACCES; break;
+    case ERROR_DISK_FULL: errno = ENOSPC; break;
+    case ERROR_NOT_ENOUGH_MEMORY: errno = ENOMEM; break;
+    default: errno = EIO;
+    }
+    return -1;
+}
+
+/* UTF-16, to be freed. Windows takes only some 260 characters of a path unless it is absolute and
+   opens with \\?\, which a long one therefore becomes. */
+static wchar_t *os_wide(const char *path) {
+    int n = MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, NULL, 0);
+    wchar_t *wide = LVM_CALLOC((size_t)n + 1, sizeof *wide);
+    if (n == 0) errno = EILSEQ;
+    if (n == 0 || wide == NULL) {
+        LVM_FREE(wide);
+        return NULL;
+    }
+    MultiByteToWideChar(CP_UTF8, MB_ERR_INVALID_CHARS, path, -1, wide, n);
+    if (n < 240 || wcsncmp(wide, L"\\\\", 2) == 0) return wide;
+    DWORD room = GetFullPathNameW(wide, 0, NULL, NULL) + 4;
+    wchar_t *full = LVM_CALLOC(room, sizeof *full);
+    if (full != NULL) {
+        wcscpy(full, L"\\\\?\\");
+        GetFullPathNameW(wide, room - 4, full + 4, NULL);
+    }
+    LVM_FREE(wide);
+    return full;
+}
+
+static int os_open(const char *path) {
+    wchar_t *wide = os_wide(path);
+    int fd = wide == NULL ? -1 : _wopen(wide, _O_RDONLY | _O_BINARY | _O_NOINHERIT);
+    LVM_FREE(wide);
+    return fd;
+}
+
+static FILE *os_fopen(const char *path, const char *mode) {
+    wchar_t *wide = os_wide(path), *wide_mode = os_wide(mode);
+    FILE *f = wide == NULL || wide_mode == NULL ? NULL : _wfopen(wide, wide_mode);
+    LVM_FREE(wide);
+    LVM_FREE(wide_mode);
+    return f;
+}
+
+static int os_rename(const char *from, const char *to) {
+    wchar_t *a = os_wide(from), *b = os_wide(to);
+    int code = a == NULL || b == NULL ? -1 : 0;
+    if (code == 0 && !MoveFileExW(a, b, MOVEFILE_REPLACE_EXISTING | MOVEFILE_WRITE_THROUGH))
+        code = os_fault();
+    LVM_FREE(a);
+    LVM_FREE(b);
+    return code;
+}
+
+static int os_remove(const char *path) {
+    wchar_t *wide = os_wide(path);
+    int code = wide == NULL ? -1 : _wremove(wide);
+    LVM_FREE(wide);
+    return code;
+}
+
+static struct os_info os_describe(HANDLE h) {
+    struct os_info info = {OS_NOTHING, 0, 0, 0};
+    BY_HANDLE_FILE_INFORMATION i;
+    if (GetFileType(h) != FILE_TYPE_DISK) {
+        info.kind = OS_DEVICE;
+    } else if (!GetFileInformationByHandle(h, &i)) {
+        os_fault();
+    } else {
+        info.kind = i.dwFileAttributes & FILE_ATTRIBUTE_DIRECTORY ? OS_FOLDER : OS_FILE;
+        info.size = (int64_t)i.nFileSizeHigh << 32 | i.nFileSizeLow;
+        info.device = i.dwVolumeSerialNumber;
+        info.number = (uint64_t)i.nFileIndexHigh << 32 | i.nFileIndexLow;
+    }
+    return info;
+}
+
+static struct os_info os_fstat(int fd) { return os_describe((HANDLE)_get_osfhandle(fd)); }
+
+static struct os_info os_stat(const char *path) {
+    struct os_info info = {OS_NOTHING, 0, 0, 0};
+    wchar_t *wide = os_wide(path);
+    if (wide == NULL) return info;
+    HANDLE h = CreateFileW(wide, FILE_READ_ATTRIBUTES,
+                           FILE_SHARE_READ | FILE_SHARE_WRITE | FILE_SHARE_DELETE, NULL,
+                           OPEN_EXISTING, FILE_FLAG_BACKUP_SEMANTICS, NULL);
+    if (h == INVALID_HANDLE_VALUE) {
+        os_fault();
+    } else {
+        info = os_describe(h);
+        CloseHandle(h);
+    }
+    LVM_FREE(wide);
+    return info;
+}
+
+static int os_sync(FILE *file) { return _commit(_fileno(file)); }
+
+static void *os_map(int fd, size_t size) {
+    HANDLE h = CreateFileMappingW((HANDLE)_get_osfhandle(fd), NULL, PAGE_READONLY, 0, 0, NULL);
+    void *p = h == NULL ? NULL : MapViewOfFile(h, FILE_MAP_READ, 0, 0, size);
+    if (p == NULL) os_fault();
+    if (h != NULL) CloseHandle(h);
+    return p;
+}
+
+static void os_unmap(void *p, size_t size) {
+    (void)size;
+    UnmapViewOfFile(p);
+}
+
+static int64_t os_processors(void) {
+    DWORD_PTR ours = 0, all = 0;
+    int64_t n = 0;
+    GetProcessAffinityMask(GetCurrentProcess(), &ours, &all);
+    for (; ours != 0; ours &= ours - 1) n++;
+    return n > 0 ? n : (int64_t)GetActiveProcessorCount(ALL_PROCESSOR_GROUPS);
+}
+
+#ifndef LVM_NO_MAIN
+
+static UINT os_old_code_page;
+
+static void os_end(void) { SetConsoleOutputCP(os_old_code_page); }
+
+/* head[0..n) and tail as UTF-8, allocated. */
+static char *os_utf8(const wchar_t *head, size_t n, const wchar_t *tail) {
+    size_t room = 3 * (n + wcslen(tail)) + 1; /* UTF-16's units take at most 3 bytes each */
+    char *text = calloc(room, 1);
+    if (text == NULL) return NULL;
+    int used = n == 0 ? 0
+                      : WideCharToMultiByte(CP_UTF8, 0, head, (int)n, text, (int)room, NULL, NULL);
+    WideCharToMultiByte(CP_UTF8, 0, tail, -1, text + used, (int)room - used, NULL, NULL);
+    return text;
+}
+
+static int os_add_word(int *argc, char ***argv, char *word) {
+    char **more = word == NULL ? NULL : realloc(*argv, ((size_t)*argc + 2) * sizeof *more);
+    if (more == NULL) return -1;
+    *argv = more;
+    more[(*argc)++] = word;
+    more[*argc] = NULL;
+    return 0;
+}
+
+/* A word, or the files that it stands for: Windows' shells leave * and ? to programs. */
+static int os_add_words(int *argc, char ***argv, const wchar_t *word) {
+    WIN32_FIND_DATAW entry;
+    size_t folder = wcslen(word);
+    int code = 0, n = *argc;
+    HANDLE find = INVALID_HANDLE_VALUE;
+    while (folder > 0 && wcschr(L"/\\:", word[folder - 1]) == NULL) folder--;
+    if (wcspbrk(word + folder, L"*?") != NULL) find = FindFirstFileW(word, &entry);
+    if (find != INVALID_HANDLE_VALUE) {
+        do {
+            if (entry.cFileName[0] == L'.') continue;
+            code = os_add_word(argc, argv, os_utf8(word, folder, entry.cFileName));
+        } while (code == 0 && FindNextFileW(find, &entry));
+        FindClose(find);
+    }
+    return code == 0 && *argc == n ? os_add_word(argc, argv, os_utf8(word, 0, word)) : code;
+}
+
+/* Arguments become UTF-8, the console shows it, standard input and output are bytes. */
+static int os_begin(int *argc, char ***argv) {
+    int n = 0, code = 0;
+    wchar_t **wide = CommandLineToArgvW(GetCommandLineW(), &n);
+    if (wide == NULL) return os_fault();
+    *argc = 0;
+    *argv = NULL;
+    for (int i = 0; code == 0 && i < n; i++) code = os_add_words(argc, argv, wide[i]);
+    LocalFree(wide);
+    _setmode(0, _O_BINARY);
+    _setmode(1, _O_BINARY);
+    os_old_code_page = GetConsoleOutputCP();
+    SetConsoleOutputCP(CP_UTF8);
+    atexit(os_end);
+    return code;
+}
+
+/* NUL is a character device too, but no console; a console is told to obey the bar's escapes. */
+static int os_is_terminal(int fd) {
+    HANDLE h = (HANDLE)_get_osfhandle(fd);
+    DWORD mode = 0;
+    return GetConsoleMode(h, &mode) && SetConsoleMode(h, mode | 4 /* virtual terminal */);
+}
+
+struct os_folder {
+    HANDLE find;
+    int first;
+    WIN32_FIND_DATAW entry;
+    char name[3 * MAX_PATH + 1];
+};
+
+static int os_folder_open(struct os_folder *f, const char *path) {
+    size_t n = strlen(path) + 3;
+    char *pattern = LVM_CALLOC(n, 1);
+    wchar_t *wide = NULL;
+    if (pattern != NULL) {
+        snprintf(pattern, n, "%s/*", path);
+        wide = os_wide(pattern);
+    }
+    f->first = 1;
+    f->find = wide == NULL ? INVALID_HANDLE_VALUE : FindFirstFileW(wide, &f->entry);
+    int code = f->find != INVALID_HANDLE_VALUE ? 0 : wide == NULL ? -1 : os_fault();
+    LVM_FREE(pattern);
+    LVM_FREE(wide);
+    return code;
+}
+
+static const char *os_folder_next(struct os_folder *f) {
+    if (!f->first && !FindNextFileW(f->find, &f->entry)) return NULL;
+    f->first = 0;
+    WideCharToMultiByte(CP_UTF8, 0, f->entry.cFileName, -1, f->name, sizeof f->name, NULL, NULL);
+    return f->name;
+}
+
+static void os_folder_close(struct os_folder *f) { FindClose(f->find); }
+
+static int os_make_folder(const char *path) {
+    wchar_t *wide = os_wide(path);
+    int code = wide == NULL ? -1 : _wmkdir(wide);
+    LVM_FREE(wide);
+    return code;
+}
+
+static int os_is_separator(char c) { return c == '/' || c == '\\'; }
+
+/* "C:", "C:\", "\" and "\\server\share\". */
+static size_t os_root(const char *path) {
+    size_t n = isalpha((unsigned char)path[0]) && path[1] == ':' ? 2 : 0;
+    if (os_is_separator(path[0]) && os_is_separator(path[1])) {
+        n = 2 + strcspn(path + 2, "/\\");
+        if (path[n] != 0) n += 1 + strcspn(path + n + 1, "/\\");
+    }
+    return n + (size_t)os_is_separator(path[n]);
+}
+#endif
+#endif /* Windows */
+
+#ifndef LVM_NO_MAIN
+/* The part of a path behind its last separator. */
+static const char *os_file_name(const char *path) {
+    const char *name = path += os_root(path);
+    for (; *path != 0; path++)
+        if (os_is_separator(*path)) name = path + 1;
+    return name;
+}
+#endif
+
+/* ---- Files ---- */
+
+/* Opens a regular file for reading and tells its size. Returns the descriptor or -1. */
+static int open_file(const char *path, int64_t *size, lvm_error *error) {
+    int fd = os_open(path);
+    if (fd < 0) {
+        fail(error, LVM_IO, "%s: %s", path, strerror(errno));
+        return -1;
+    }
+    struct os_info info = os_fstat(fd);
+    if (info.kind != OS_FILE) {
+        fail(error, LVM_IO, "%s: not a regular file", path);
+        close(fd);
+        return -1;
+    }
+    *size = info.size;
+    return fd;
+}
+
+static int read_exactly(int fd, const char *path, void *data, size_t size, lvm_error *error) {
+    char *p = data;
+    while (size > 0) {
+        ssize_t got = read(fd, p, size < (1u << 30) ? size : (1u << 30));
+        if (got < 0 && errno == EINTR) continue;
+        if (got < 0) return fail(error, LVM_IO, "%s: %s", path, strerror(errno));
+        if (got == 0) return fail(error, LVM_IO, "%s: became shorter while it was read", path);
+        p += got;
+        size -= (size_t)got;
+    }
+    return LVM_OK;
+}
+
+/* The whole file in memory; the caller mem_frees it. An empty file gives a valid pointer. */
+static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *error) {
+    int64_t bytes = 0;
+    int fd = open_file(path, &bytes, error);
+    if (fd < 0) return LVM_IO;
+    int code = LVM_MEMORY;
+    *data = mem_alloc((size_t)bytes + 1, 1, error);
+    if (*data != NULL) code = read_exactly(fd, path, *data, (size_t)bytes, error);
+    close(fd);
+    if (code != LVM_OK) {
+        mem_free(*data);
+        *data = NULL;
+    }
+    *size = (size_t)bytes;
+    return code;
+}
+
+/* A file being written under a temporary name beside its own. */
+struct outfile {
+    char *path, *temp;
+    FILE *file;
+};
+
+static int outfile_open(struct outfile *out, const char *path, lvm_error *error) {
+    memset(out, 0, sizeof *out);
+    size_t n = strlen(path) + 32;
+    int code = LVM_MEMORY;
+    out->path = copy_string(path, error);
+    out->temp = mem_alloc(n, 1, error);
+    if (out->path != NULL && out->temp != NULL) {
+        snprintf(out->temp, n, "%s.%ld.tmp", path, (long)getpid());
+        out->file = os_fopen(out->temp, "wb");
+        if (out->file != NULL) return LVM_OK;
+        code = fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
+    }
+    mem_free(out->path);
+    mem_free(out->temp);
+    return code;
+}
+
+static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error) {
+    if (size == 0 || fwrite(data, 1, size, out->file) == size) return LVM_OK;
+    return fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
+}
+
+/* Finishes the file: with code LVM_OK it gets its name, else it is removed. Returns what happened.
+   */
+static int outfile_close(struct outfile *out, int code, lvm_error *error) {
+    int bad = fflush(out->file) != 0 || (code == LVM_OK && os_sync(out->file) != 0 &&
+                                         errno != EINVAL && errno != EROFS);
+    if (code == LVM_OK && bad)
+        code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
+    if (fclose(out->file) != 0 && code == LVM_OK)
+        code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
+    if (code == LVM_OK && os_rename(out->temp, out->path) != 0)
+        code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
+    if (code != LVM_OK) os_remove(out->temp);
+    mem_free(out->path);
+    mem_free(out->temp);
+    return code;
+}
+
+/* Devices and pipes (/dev/stdout) have no name to rename to: they are written directly. */
+static int write_device(const char *path, const void *data, size_t size, lvm_error *error) {
+    FILE *f = os_fopen(path, "wb");
+    if (f == NULL) return fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
+    int bad = fwrite(data, 1, size, f) != size;
+    bad |= fclose(f) != 0;
+    return bad ? fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno)) : LVM_OK;
+}
+
+static int write_file(const char *path, const void *data, size_t size, lvm_error *error) {
+    struct outfile out;
+    if (os_stat(path).kind == OS_DEVICE) return write_device(path, data, size, error);
+    int code = outfile_open(&out, path, error);
+    if (code != LVM_OK) return code;
+    return outfile_close(&out, outfile_write(&out, data, size, error), error);
+}
+
+/* A fuzzer cannot guess checksums: built with -DLVM_FUZZING every checksum passes, so that its
+   mutations reach the code behind them. Nothing else depends on LVM_FUZZING. */
+static int checksum_wrong(uint64_t stored, uint64_t computed) {
+#ifdef LVM_FUZZING
+    (void)stored;
+    (void)computed;
+    return 0;
+#else
+    return stored != computed;
+#endif
+}
+
+/* =================================================================================================
+   Chapter 11.  Images
 
    Pictures come in as PNG, JPEG or PNM files, go through Pillow's bicubic resizing on their way to
    the tokenizer, and leave as PNG files. Everything works on memory: a reader gets all bytes of a
@@ -8734,7 +7703,657 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 }
 
 /* =================================================================================================
-   Chapter 11.  Fast kernels: AVX2, AVX-512, NEON
+   Chapter 12.  Packing, fast convolution (Winograd), attention on quantised caches
+
+   What chapters 3, 5 and 6 declare and need not know: how operands are packed for the tiles, how a
+   convolution is cut up, how attention reads keys and values of eight bits. */
+
+/* ---- Packing for the integer tile ---- */
+
+/* The plain packed form: for each block, STRIP scales, then STRIP rows of 32 bytes. */
+enum { PLAIN_PACK = STRIP * (4 + QK) };
+
+static void int_pack_plain(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
+    for (int b = 0; b < blocks; b++, packed += PLAIN_PACK)
+        for (int j = 0; j < STRIP; j++) {
+            int8_t q[QK];
+            float d = unpack_block(type, w[j], b, q);
+            memcpy(packed + 4 * j, &d, sizeof d);
+            memcpy(packed + 4 * STRIP + QK * j, q, QK);
+        }
+}
+
+static void int_tile_plain(int blocks, const struct xblock *const *x, const uint8_t *packed,
+                           int strips, float *c, int ldc) {
+    (void)strips;
+    for (int r = 0; r < PLAIN_ROWS; r++)
+        for (int j = 0; j < STRIP; j++) {
+            float sum = 0;
+            for (int b = 0; b < blocks; b++) {
+                const uint8_t *p = packed + (int64_t)b * PLAIN_PACK;
+                const int8_t *q = (const int8_t *)p + 4 * STRIP + QK * j;
+                float d = 0;
+                int32_t products = 0;
+                memcpy(&d, p + 4 * j, sizeof d);
+                for (int i = 0; i < QK; i++) products += q[i] * x[r][b].q[i];
+                sum = fma_f32((float)products, d * x[r][b].d, sum);
+            }
+            c[r * ldc + j] = sum;
+        }
+}
+
+/* Packs the rows of weights from j0 on, STRIP to a strip. */
+static void pack_strips(const struct linear_job *job, int j0, int strips, uint8_t *packed) {
+    const struct tensor *w = job->w;
+    int blocks = w->cols / QK;
+    const uint8_t *rows[STRIP];
+    for (int s = 0; s < strips; s++, j0 += STRIP) {
+        for (int j = 0; j < STRIP; j++)
+            rows[j] = tensor_row(w, j0 + j < w->rows ? j0 + j : w->rows - 1);
+        job->e->k->int_pack(w->type, blocks, rows,
+                            packed + (int64_t)s * blocks * job->e->k->pack_bytes);
+    }
+}
+
+/* While n rows from r0 on are multiplied: their share of what the next task packs, the weights from
+   row j0 on. They come from memory, too late for a task that only then asks for them. Before the
+   first share a byte of each page is read: prefetches do not wait for addresses to be translated.
+   */
+static void ask_for_weights(const struct linear_job *job, int j0, int r0, int n) {
+    enum { PAGE = 4096 };
+    const struct tensor *w = job->w;
+    int left = w->rows - j0 < job->size ? w->rows - j0 : job->size;
+    int64_t bytes = left > 0 ? left * w->row_bytes : 0;
+    for (int64_t i = 0; r0 == 0 && i < bytes; i += PAGE)
+        (void)*(const volatile uint8_t *)(tensor_row(w, j0) + i);
+    for (int64_t i = bytes * r0 / job->rows; i < bytes * (r0 + n) / job->rows; i += 64)
+        __builtin_prefetch(tensor_row(w, j0) + i);
+}
+
+/* Packs int_strips strips of weights, then multiplies all rows of x by them. */
+static void linear_int_task(void *arg, int task, int thread) {
+    const struct linear_job *job = arg;
+    const struct tensor *w = job->w;
+    const struct kernels *k = job->e->k;
+    int wide = k->int_strips * STRIP, j0 = task * wide, blocks = w->cols / QK,
+        cols = w->rows - j0 < wide ? w->rows - j0 : wide, strips = (cols + STRIP - 1) / STRIP;
+    uint8_t *packed = (uint8_t *)exec_scratch(job->e, thread);
+    float tile[MAX_TILE * MAX_STRIPS * STRIP];
+    pack_strips(job, j0, strips, packed);
+    for (int r0 = 0; r0 < job->rows; r0 += k->int_rows) {
+        int rows = job->rows - r0 < k->int_rows ? job->rows - r0 : k->int_rows;
+        const struct xblock *px[MAX_TILE];
+        for (int r = 0; r < k->int_rows; r++)
+            px[r] = job->e->xq + (int64_t)(r0 + (r < rows ? r : rows - 1)) * blocks;
+        ask_for_weights(job, j0 + wide, r0, rows);
+        if (rows == k->int_rows && cols == strips * STRIP && job->bias == NULL) {
+            k->int_tile(blocks, px, packed, strips, job->y + (int64_t)r0 * w->rows + j0, w->rows);
+            continue;
+        }
+        k->int_tile(blocks, px, packed, strips, tile, wide);
+        store_tile(job, tile, wide, r0, rows, j0, cols);
+    }
+}
+
+/* ---- Products with packed strips ---- */
+
+/* strip[i][j] = row j's element i, for STRIP rows of k elements. */
+static void pack_strip_plain(const float *rows, int64_t ld, int k, float *strip) {
+    for (int i = 0; i < k; i++)
+        for (int j = 0; j < STRIP; j++) strip[i * STRIP + j] = rows[j * ld + i];
+}
+
+/* One tile for count rows, of which there may be fewer than the kernel's. */
+static void outer_part(const struct kernels *k, int count, int n, const float *const *a,
+                       const float *b, int64_t strip, int strips, float *c, int ldc,
+                       int accumulate) {
+    float tile[MAX_TILE * MAX_STRIPS * STRIP];
+    const float *pa[MAX_TILE];
+    int cols = strips * STRIP;
+    if (count == k->outer_rows) {
+        k->outer_tile(n, a, b, strip, strips, c, ldc, accumulate);
+        return;
+    }
+    for (int r = 0; r < k->outer_rows; r++) pa[r] = a[r < count ? r : count - 1];
+    for (int r = 0; accumulate && r < count; r++)
+        memcpy(tile + r * cols, c + (int64_t)r * ldc, (size_t)cols * sizeof *tile);
+    k->outer_tile(n, pa, b, strip, strips, tile, cols, accumulate);
+    for (int r = 0; r < count; r++)
+        memcpy(c + (int64_t)r * ldc, tile + r * cols, (size_t)cols * sizeof *tile);
+}
+
+/* c[r][..16 strips] (+)= a[r][k] b for any number of rows; a row's pointer is a[r]. All rows pass
+   a tile's strips while these are in the first-level cache. */
+static void outer_rows(const struct kernels *k, int rows, int n, const float *const *a,
+                       const float *b, int64_t strip, int strips, float *c, int ldc,
+                       int accumulate) {
+    int left = rows % k->outer_rows, tiled = left < 3 ? rows - left : rows;
+    for (int s = 0; s < strips; s += k->outer_strips)
+        for (int r = 0; r < tiled; r += k->outer_rows)
+            outer_part(k, rows - r < k->outer_rows ? rows - r : k->outer_rows, n, a + r,
+                       b + s * strip, strip,
+                       strips - s < k->outer_strips ? strips - s : k->outer_strips,
+                       c + (int64_t)r * ldc + s * STRIP, ldc, accumulate);
+    for (int r = tiled; r < rows; r++)
+        k->outer_row(n, a[r], b, strip, strips, c + (int64_t)r * ldc, accumulate);
+}
+
+/* ---- Winograd's transforms, F(4 x 4, 3 x 3) (Lavin and Gray 2015, arXiv 1509.09308) ----
+
+   Polynomials can be multiplied by multiplying their values at enough points; transposed, that is a
+   filter: four outputs of three taps from six products, for the points 0, +-a, +-b and infinity.
+
+           aabb   0   -aa-bb   0    1  0          1/aabb   0    0
+             0  -abb   -bb     a    1  0            p     ap   aap            1  1  1   1   1  0
+     B^T =   0   abb   -bb    -a    1  0      G =   p    -ap   aap     A^T =  0  a -a   b  -b  0
+             0  -aab   -aa     b    1  0            q     bq   bbq            0 aa aa  bb  bb  0
+             0   aab   -aa    -b    1  0            q    -bq   bbq            0 a3 -a3 b3 -b3  1
+             0   aabb   0   -aa-bb  0  1            0      0    1
+
+   p = 1 / 2aa(aa - bb) and q = 1 / 2bb(bb - aa). With the usual a = 1 and b = 2 fewer
+   multiplications would do, but rounding errors grow with the powers in A^T: a = 5/8 and b = 3/2,
+   exact in all of these products, halve them (on such choices: Barabasz and others, arXiv
+   1803.10986).
+
+   Each comes as one dimension, then as both: U = G g G^T, V = B^T d B, out = A^T M A. */
+
+#define WINO_A 0.625f
+#define WINO_B 1.5f
+#define WINO_AA (WINO_A * WINO_A)
+#define WINO_BB (WINO_B * WINO_B)
+#define WINO_P (0.5f / (WINO_AA * (WINO_AA - WINO_BB)))
+#define WINO_Q (0.5f / (WINO_BB * (WINO_BB - WINO_AA)))
+
+/* v[0..5] = B^T d; elements lie `from` and `to` apart. */
+static void wino_input_1d(const float *d, int from, float *v, int to) {
+    float p = d[4 * from] - WINO_BB * d[2 * from], q = WINO_A * (d[3 * from] - WINO_BB * d[from]);
+    float r = d[4 * from] - WINO_AA * d[2 * from], s = WINO_B * (d[3 * from] - WINO_AA * d[from]);
+    v[0] = WINO_AA * WINO_BB * d[0] - (WINO_AA + WINO_BB) * d[2 * from] + d[4 * from];
+    v[to] = p + q;
+    v[2 * to] = p - q;
+    v[3 * to] = r + s;
+    v[4 * to] = r - s;
+    v[5 * to] = WINO_AA * WINO_BB * d[from] - (WINO_AA + WINO_BB) * d[3 * from] + d[5 * from];
+}
+
+/* y[0..3] = A^T m */
+static void wino_output_1d(const float *m, int from, float *y, int to) {
+    float p = m[from] + m[2 * from], q = WINO_A * (m[from] - m[2 * from]);
+    float r = m[3 * from] + m[4 * from], s = WINO_B * (m[3 * from] - m[4 * from]);
+    y[0] = m[0] + p + r;
+    y[to] = q + s;
+    y[2 * to] = WINO_AA * p + WINO_BB * r;
+    y[3 * to] = WINO_AA * q + WINO_BB * s + m[5 * from];
+}
+
+/* u[0..5] = G g */
+static void wino_filter_1d(const float *g, int from, float *u, int to) {
+    float p = WINO_P * g[0] + WINO_AA * WINO_P * g[2 * from], q = WINO_A * WINO_P * g[from];
+    float r = WINO_Q * g[0] + WINO_BB * WINO_Q * g[2 * from], s = WINO_B * WINO_Q * g[from];
+    u[0] = g[0] * (1 / (WINO_AA * WINO_BB));
+    u[to] = p + q;
+    u[2 * to] = p - q;
+    u[3 * to] = r + s;
+    u[4 * to] = r - s;
+    u[5 * to] = g[2 * from];
+}
+
+/* U of n filters at once: u[36][n] from w[3 x 3][n], elements `tap` apart. */
+static void wino_filter_plain(const float *w, int n, int64_t tap, float *u) {
+    for (int i = 0; i < n; i++) {
+        float g[9], t[18], all[36];
+        for (int p = 0; p < 9; p++) g[p] = w[p * tap + i];
+        for (int x = 0; x < 3; x++) wino_filter_1d(g + x, 3, t + x, 3);
+        for (int y = 0; y < 6; y++) wino_filter_1d(t + 3 * y, 1, all + 6 * y, 1);
+        for (int p = 0; p < 36; p++) u[p * tap + i] = all[p];
+    }
+}
+
+/* v[36][c], `tap` apart, from a patch of 6 lines of 6 pixels of c channels. */
+static void wino_input_plain(const float *patch, int64_t line, int c, float *v, int64_t tap) {
+    for (int i = 0; i < c; i++) {
+        float d[36], t[36];
+        for (int p = 0; p < 36; p++) d[p] = patch[p / 6 * line + p % 6 * c + i];
+        for (int x = 0; x < 6; x++) wino_input_1d(d + x, 6, t + x, 6);
+        for (int y = 0; y < 6; y++) wino_input_1d(t + 6 * y, 1, d + 6 * y, 1);
+        for (int p = 0; p < 36; p++) v[p * tap + i] = d[p];
+    }
+}
+
+/* out[4 x 4][STRIP] = A^T m A + bias + residual, m[36] being `tap` apart; residual may be NULL. */
+static void wino_output_plain(const float *m, int64_t tap, const float *bias,
+                              const float *const *residual, float *const *out) {
+    for (int j = 0; j < STRIP; j++) {
+        float d[36], t[24], y[16];
+        for (int p = 0; p < 36; p++) d[p] = m[p * tap + j];
+        for (int x = 0; x < 6; x++) wino_output_1d(d + x, 6, t + x, 6);
+        for (int i = 0; i < 4; i++) wino_output_1d(t + 6 * i, 1, y + 4 * i, 1);
+        for (int p = 0; p < 16; p++) {
+            float v = y[p] + bias[j];
+            out[p][j] = residual != NULL ? v + residual[p][j] : v;
+        }
+    }
+}
+
+/* ---- Convolution ---- */
+
+enum {
+    CONV_PIXELS = 48,      /* output pixels of a task: a multiple of every outer_rows */
+    CONV_PIECE = 48 << 10, /* floats of packed weights worked on at a time: less than an L2 cache */
+    TAPS = 36,             /* of a transformed filter: 6 x 6 */
+    TILES = 72,            /* Winograd: tiles of a task, at most */
+    PATCH = 8,             /* tiles whose inputs are gathered together */
+    PAIR = 2 * STRIP,      /* output channels worked on together */
+    CHUNK = 128,           /* input channels whose filters are transformed together */
+    WINO_V = 256 << 10,    /* floats of a task's transformed inputs: half of an L2 cache */
+    WINO_U = 2560 << 10    /* floats of transformed filters kept for all tasks: of an L3 cache */
+};
+
+struct conv_job {
+    const struct exec *e;
+    const struct conv *conv;
+    const struct vq_work *work;
+    struct sampling_grid g;
+    const float *in, *residual;
+    float *out;
+    int normed;         /* `in` goes through work's scale and shift, then SiLU, first */
+    int strip0, strips; /* of the piece at hand */
+    int across, tile0, tiles; /* Winograd: tiles side by side; those at hand */
+};
+
+/* Packs n input channels from c0 on of 16 output channels: for each tap out[n][16], `tap` apart.
+   Channels beyond c_out get zeros. rows is room for 16 x n floats. */
+static void pack_conv(const struct conv_job *job, int strip, int c0, int n, float *rows,
+                      int64_t tap, float *out) {
+    const struct tensor *w = &job->conv->w;
+    int j0 = strip * STRIP, cols = w->rows - j0 < STRIP ? w->rows - j0 : STRIP;
+    memset(rows, 0, (size_t)n * STRIP * sizeof *rows);
+    for (int at = c0; at < w->cols; at += job->conv->c_in, out += tap) {
+        for (int j = 0; j < cols; j++)
+            job->e->k->to_f32(w->type, tensor_row(w, j0 + j) + type_bytes(w->type, at),
+                              rows + (int64_t)j * n, n);
+        job->e->k->pack_strip(rows, n, n, out);
+    }
+}
+
+static void pack_conv_task(void *arg, int task, int thread) {
+    const struct conv_job *job = arg;
+    const struct conv *conv = job->conv;
+    pack_conv(job, job->strip0 + task, 0, conv->c_in, exec_scratch(job->e, thread),
+              conv->c_in * STRIP, job->work->packed + (int64_t)task * conv->w.cols * STRIP);
+}
+
+/* a[t][i]: the input channels under tap t of output pixel p0 + i. */
+static void tap_pointers(const struct conv_job *job, int p0, int n,
+                         const float *a[9][CONV_PIXELS]) {
+    const struct sampling_grid *g = &job->g;
+    int size = job->conv->size, c = job->conv->c_in;
+    for (int i = 0; i < n; i++) {
+        int y = (p0 + i) / g->w * g->stride - g->pad, x = (p0 + i) % g->w * g->stride - g->pad;
+        for (int t = 0; t < size * size; t++) {
+            int ty = y + t / size, tx = x + t % size;
+            int inside = ty >= 0 && tx >= 0 && ty >> g->up < g->h_in && tx >> g->up < g->w_in;
+            a[t][i] = inside ? job->in + ((int64_t)(ty >> g->up) * g->w_in + (tx >> g->up)) * c
+                             : job->work->zeros;
+        }
+    }
+}
+
+/* n output pixels from p0 on, the channels of one or two strips. */
+static void store_pixels(const struct conv_job *job, int p0, int n, int strip, const float *sum) {
+    const struct conv *conv = job->conv;
+    int j0 = strip * STRIP, cols = conv->c_out - j0 < PAIR ? conv->c_out - j0 : PAIR;
+    for (int i = 0; i < n; i++) {
+        int64_t at = (int64_t)(p0 + i) * conv->c_out + j0;
+        for (int j = 0; j < cols; j++) {
+            float v = sum[i * PAIR + j] + conv->bias[j0 + j];
+            job->out[at + j] = job->residual != NULL ? v + job->residual[at + j] : v;
+        }
+    }
+}
+
+static void conv_task(void *arg, int task, int thread) {
+    const struct conv_job *job = arg;
+    const struct conv *conv = job->conv;
+    int p0 = task * CONV_PIXELS, n = job->g.h * job->g.w - p0, taps = conv->size * conv->size;
+    int64_t strip = (int64_t)conv->w.cols * STRIP;
+    const float *a[9][CONV_PIXELS];
+    float sum[CONV_PIXELS * PAIR];
+    (void)thread;
+    if (n > CONV_PIXELS) n = CONV_PIXELS;
+    tap_pointers(job, p0, n, a);
+    for (int s = 0; s < job->strips; s += 2) {
+        const float *w = job->work->packed + s * strip;
+        int strips = job->strips - s < 2 ? 1 : 2;
+        for (int t = 0; t < taps; t++, w += conv->c_in * STRIP)
+            outer_rows(job->e->k, n, conv->c_in, a[t], w, strip, strips, sum, PAIR, t > 0);
+        store_pixels(job, p0, n, job->strip0 + s, sum);
+    }
+}
+
+static int strips_of(const struct conv *conv) { return (conv->c_out + STRIP - 1) / STRIP; }
+
+static void run_direct(struct conv_job *job) {
+    int strips = strips_of(job->conv), pixels = job->g.h * job->g.w;
+    int piece = (int)max64(2, CONV_PIECE / ((int64_t)job->conv->w.cols * STRIP) / 2 * 2);
+    for (; job->strip0 < strips; job->strip0 += piece) {
+        job->strips = strips - job->strip0 < piece ? strips - job->strip0 : piece;
+        pool_run(job->e->pool, job->strips, pack_conv_task, job);
+        pool_run(job->e->pool, (pixels + CONV_PIXELS - 1) / CONV_PIXELS, conv_task, job);
+    }
+}
+
+/* ---- Winograd ----
+
+   Four by four output pixels, a tile, come from 6 x 6 inputs d and 3 x 3 filters g (chapter 3) as
+
+       out = A^T [ sum over channels of (G g G^T) * (B^T d B) ] A      with * element by element,
+
+   so for each of the 36 elements the sum over channels is a product of matrices, M = V U, with
+   V [tiles][c_in] the transformed inputs and U [c_in][c_out] the transformed filters: 36 products
+   for 16 pixels, where nine taps take 144. What it costs is three transforms, so each of them is
+   done where its result is used at once and V, U and M need not leave the caches:
+
+       many tiles   a task takes a block of tiles, computes its V, and multiplies all of U, which
+                    was computed once before and is shared
+       few tiles    where c_in c_out is large: all of V is computed first and shared; a task takes
+                    two strips of output channels and computes their U, CHUNK inputs at a time
+
+   Inputs are gathered into patches of a few tiles first. There padding becomes zeros, doubled
+   pixels are copied, and GroupNorm and SiLU in front of the convolution happen in passing. */
+
+/* Floats between the elements of V, M, U or filters; the odd line keeps them out of the same cache
+   sets. */
+static int64_t wino_stride(int tiles, int width) { return (int64_t)tiles * width + STRIP; }
+
+static int uses_winograd(const struct conv *conv, const struct sampling_grid *g) {
+    return conv->size == 3 && g->stride == 1 && g->pad == 1 && conv->c_in % 8 == 0;
+}
+
+/* Tiles of a task when there are many: a multiple of every tile's rows. */
+static int wino_block(int c_in) {
+    int n = WINO_V / (TAPS * c_in) / 24 * 24;
+    return n < 24 ? 24 : n > TILES ? TILES : n;
+}
+
+/* Scratch floats of a thread for any convolution from up to c channels. */
+static int64_t wino_scratch(int c) {
+    int64_t v = max64(WINO_V, TAPS * 24 * (int64_t)c) + TAPS * STRIP;
+    int64_t many = v + 6 * (4 * PATCH + 2) * (int64_t)c;
+    int64_t few = (9 + 2 * TAPS) * wino_stride(CHUNK, STRIP);
+    int64_t filters = 2 * 9 * wino_stride(c, STRIP);
+    return max64(filters, max64(many, few) + TAPS * wino_stride(TILES, PAIR));
+}
+
+/* The inputs of n tiles side by side: patch[6][4 n + 2][c_in]. */
+static void fill_patch(const struct conv_job *job, int tile, int n, float *patch) {
+    const struct sampling_grid *g = &job->g;
+    int c = job->conv->c_in, y0 = tile / job->across * 4 - 1, x0 = tile % job->across * 4 - 1;
+    int first = x0 < 0 ? 0 : x0, last = x0 + 4 * n + 2 < g->w ? x0 + 4 * n + 2 : g->w;
+    for (int y = y0; y < y0 + 6; y++, patch += (int64_t)(4 * n + 2) * c) {
+        const float *line = job->in + (int64_t)(y >> g->up) * g->w_in * c;
+        float *to = patch + (int64_t)(first - x0) * c;
+        if (y < 0 || y >= g->h || first > x0 || last < x0 + 4 * n + 2)
+            memset(patch, 0, (size_t)(4 * n + 2) * (size_t)c * sizeof *patch);
+        if (y < 0 || y >= g->h) continue;
+        if (job->normed)
+            job->e->k->norm_rows(line + (int64_t)first * c, job->work->scale, job->work->shift, 1,
+                                 last - first, c, to);
+        else if (!g->up)
+            memcpy(to, line + (int64_t)first * c, (size_t)(last - first) * (size_t)c * sizeof *to);
+        else
+            for (int x = first; x < last; x++, to += c)
+                memcpy(to, line + (int64_t)(x >> 1) * c, (size_t)c * sizeof *to);
+    }
+}
+
+/* V of n tiles, one row of tiles after the other. */
+static void wino_inputs(const struct conv_job *job, int tile, int n, float *v, int64_t tap,
+                        float *patch) {
+    int64_t c = job->conv->c_in;
+    while (n > 0) {
+        int run = job->across - tile % job->across;
+        if (run > PATCH) run = PATCH;
+        if (run > n) run = n;
+        fill_patch(job, tile, run, patch);
+        for (int i = 0; i < run; i++)
+            job->e->k->wino_input(patch + 4 * i * c, (4 * run + 2) * c, (int)c, v + i * c, tap);
+        tile += run;
+        n -= run;
+        v += run * c;
+    }
+}
+
+/* M = V U over channels c0 .. c0 + c - 1; M += V U where c0 > 0. */
+struct wino_product {
+    const float *v, *u;     /* v[36][tiles][c_in], u[strips][36][c][16] */
+    float *m;               /* [36][tiles][PAIR] */
+    int64_t v_tap, u_strip; /* floats between elements of v, strips of u */
+    int tiles, strips, c0, c;
+};
+
+static void wino_products(const struct conv_job *job, const struct wino_product *p) {
+    int64_t m_tap = wino_stride(p->tiles, PAIR);
+    const float *a[TILES], *u = p->u;
+    for (int t = 0; t < TAPS; t++, u += wino_stride(p->c, STRIP)) {
+        for (int i = 0; i < p->tiles; i++)
+            a[i] = p->v + t * p->v_tap + (int64_t)i * job->conv->c_in + p->c0;
+        outer_rows(job->e->k, p->tiles, p->c, a, u, p->u_strip, p->strips, p->m + t * m_tap, PAIR,
+                   p->c0 > 0);
+    }
+}
+
+/* The pixels of one tile, one strip of channels, from M. */
+static void wino_pixels(const struct conv_job *job, int tile, int strip, const float *m,
+                        int64_t tap) {
+    const struct conv *conv = job->conv;
+    int y0 = tile / job->across * 4, x0 = tile % job->across * 4, j0 = strip * STRIP;
+    int h = job->g.h - y0, w = job->g.w - x0, cols = conv->c_out - j0;
+    int whole = h >= 4 && w >= 4 && cols >= STRIP;
+    float edge[16 * STRIP] = {0}, bias[STRIP] = {0}, *out[16];
+    const float *old[16];
+    size_t bytes = (size_t)(cols < STRIP ? cols : STRIP) * sizeof *edge;
+    memcpy(bias, conv->bias + j0, bytes);
+    for (int p = 0; p < 16; p++) {
+        int64_t at = ((int64_t)(y0 + p / 4) * job->g.w + x0 + p % 4) * conv->c_out + j0;
+        out[p] = whole ? job->out + at : edge + p * STRIP;
+        old[p] = whole && job->residual != NULL ? job->residual + at : edge + p * STRIP;
+        if (!whole && p / 4 < h && p % 4 < w && job->residual != NULL)
+            memcpy(edge + p * STRIP, job->residual + at, bytes);
+    }
+    job->e->k->wino_output(m, tap, bias, job->residual != NULL ? old : NULL, out);
+    for (int p = 0; !whole && p < 16; p++)
+        if (p / 4 < h && p % 4 < w)
+            memcpy(job->out + ((int64_t)(y0 + p / 4) * job->g.w + x0 + p % 4) * conv->c_out + j0,
+                   edge + p * STRIP, bytes);
+}
+
+static void wino_outputs(const struct conv_job *job, int tile, int n, int strip, int strips,
+                         const float *m) {
+    for (int i = 0; i < n; i++)
+        for (int s = 0; s < strips; s++)
+            wino_pixels(job, tile + i, strip + s, m + i * PAIR + s * STRIP, wino_stride(n, PAIR));
+}
+
+/* Many tiles: all of U ... */
+static void wino_filters_task(void *arg, int strip, int thread) {
+    const struct conv_job *job = arg;
+    int64_t tap = wino_stride(job->conv->c_in, STRIP);
+    float *w = exec_scratch(job->e, thread), *u = job->work->packed + strip * TAPS * tap;
+    pack_conv(job, strip, 0, job->conv->c_in, w + 9 * tap, tap, w);
+    job->e->k->wino_filter(w, job->conv->c_in * STRIP, tap, u);
+}
+
+/* ... then each block of tiles. */
+static void wino_tiles_task(void *arg, int task, int thread) {
+    const struct conv_job *job = arg;
+    int c = job->conv->c_in, strips = strips_of(job->conv), block = wino_block(c);
+    int tile = task * block, n = job->tiles - tile < block ? job->tiles - tile : block;
+    int64_t v_tap = wino_stride(n, c), strip = TAPS * wino_stride(c, STRIP);
+    float *v = exec_scratch(job->e, thread), *m = v + TAPS * v_tap,
+          *patch = m + TAPS * wino_stride(n, PAIR);
+    wino_inputs(job, tile, n, v, v_tap, patch);
+    for (int s = 0; s < strips; s += 2) {
+        struct wino_product p = {v,     job->work->packed + s * strip,  m, v_tap,
+                                 strip, n, strips - s < 2 ? 1 : 2, 0, c};
+        wino_products(job, &p);
+        wino_outputs(job, tile, n, s, p.strips, m);
+    }
+}
+
+/* Few tiles: all of V ... */
+static void wino_inputs_task(void *arg, int task, int thread) {
+    const struct conv_job *job = arg;
+    int first = task * PATCH, n = job->tiles - first < PATCH ? job->tiles - first : PATCH;
+    wino_inputs(job, job->tile0 + first, n, job->work->packed + (int64_t)first * job->conv->c_in,
+                wino_stride(job->tiles, job->conv->c_in), exec_scratch(job->e, thread));
+}
+
+/* ... then two strips of output channels at a time, and of them CHUNK input channels. */
+static void wino_strips_task(void *arg, int task, int thread) {
+    const struct conv_job *job = arg;
+    int c = job->conv->c_in, first = 2 * task, most = c < CHUNK ? c : CHUNK;
+    int64_t room = wino_stride(most, STRIP);
+    float *w = exec_scratch(job->e, thread), *u = w + 9 * room, *m = u + 2 * TAPS * room;
+    struct wino_product p = {.v = job->work->packed, .u = u, .m = m, .tiles = job->tiles};
+    p.v_tap = wino_stride(job->tiles, c);
+    p.strips = strips_of(job->conv) - first < 2 ? 1 : 2;
+    for (; p.c0 < c; p.c0 += CHUNK) {
+        p.c = c - p.c0 < CHUNK ? c - p.c0 : CHUNK;
+        int64_t tap = wino_stride(p.c, STRIP);
+        p.u_strip = TAPS * tap;
+        for (int s = 0; s < p.strips; s++) {
+            pack_conv(job, first + s, p.c0, p.c, u + s * p.u_strip, tap, w);
+            job->e->k->wino_filter(w, p.c * STRIP, tap, u + s * p.u_strip);
+        }
+        wino_products(job, &p);
+    }
+    wino_outputs(job, job->tile0, job->tiles, first, p.strips, m);
+}
+
+static void run_winograd(struct conv_job *job) {
+    const struct conv *conv = job->conv;
+    struct pool *pool = job->e->pool;
+    int down = (job->g.h + 3) / 4, strips = strips_of(conv), block = wino_block(conv->c_in), all;
+    job->across = (job->g.w + 3) / 4;
+    job->tiles = all = job->across * down;
+    if (all > TILES && strips * TAPS * wino_stride(conv->c_in, STRIP) <= WINO_U) {
+        pool_run(pool, strips, wino_filters_task, job);
+        pool_run(pool, (all + block - 1) / block, wino_tiles_task, job);
+        return;
+    }
+    for (; job->tile0 < all; job->tile0 += TILES) {
+        job->tiles = all - job->tile0 < TILES ? all - job->tile0 : TILES;
+        pool_run(pool, (job->tiles + PATCH - 1) / PATCH, wino_inputs_task, job);
+        pool_run(pool, (strips + 1) / 2, wino_strips_task, job);
+    }
+}
+
+static int64_t conv_packed_floats(int c) {
+    return max64(WINO_U, TAPS * wino_stride(TILES, c));
+}
+
+static void run_conv(const struct exec *e, const struct vq_work *work, const struct conv *conv,
+                     struct sampling_grid g, int normed, const float *in, const float *residual,
+                     float *out) {
+    struct conv_job job = {.e = e, .conv = conv, .work = work, .g = g, .normed = normed, .in = in,
+                           .residual = residual, .out = out};
+    if (uses_winograd(conv, &g)) run_winograd(&job);
+    else run_direct(&job);
+}
+
+/* ---- Attention on a quantised cache ----
+
+   There (its layout: chapter 6) keys and values are bytes with a scale for each 32 dimensions. So
+   queries and probabilities become integers too, and inside a block all sums are exact:
+
+       q = dq x, |x| <= 127 * 256                score = sum over blocks of (dk dq) (k . x)
+       p dv = dw w, 0 <= w < 2^15                o = dw (sum of w v over a page's keys)
+
+   where dq belongs to 32 dimensions, dw to a page's 256 keys of 32 dimensions. What is rounded
+   there is 2^-16 of the largest, 256 times less than in the cache. Machines that multiply bytes
+   take x = 256 hi + lo with hi and lo signed, w = 256 hi + lo with both unsigned, and keys as
+   k + 128 >= 0, so that one side of each product is unsigned. */
+
+#define MOST_X 32512.0f /* 127 * 256: hi and lo stay signed bytes */
+#define MOST_W 32767.0f /* 256 w v fit 32 bits */
+
+static void quantize_q_plain(const float *q, struct query_block *x, int k) {
+    for (; k > 0; k -= QK, q += QK, x++) {
+        float amax = 0;
+        int32_t sum = 0;
+        for (int i = 0; i < QK; i++) amax = fabsf(q[i]) > amax ? fabsf(q[i]) : amax;
+        float id = amax > LEAST_X ? MOST_X / amax : 0;
+        for (int i = 0; i < QK; i++) {
+            x->x.s16[i] = (int16_t)rintf(q[i] * id);
+            sum += x->x.s16[i];
+        }
+        x->d = amax > LEAST_X ? amax / MOST_X : 0;
+        x->start = -128 * sum;
+    }
+}
+
+/* The f16 scale of key or value i in front of its panel's bytes. */
+static float kv8_scale(const uint8_t *panel, int i) {
+    uint16_t d = 0;
+    memcpy(&d, panel + 2 * i, sizeof d);
+    return f16_to_f32(d);
+}
+
+/* s[r][16 panels], lds apart: rows of queries against panels of keys of 32 groups dimensions. */
+static void k8_scores_plain(const uint8_t *keys, int groups, int panels,
+                            const struct query_block *q, int rows, float *s, int lds) {
+    for (int p = 0; p < panels * STRIP; p++)
+        for (int r = 0; r < rows; r++) {
+            float score = 0;
+            for (int g = 0; g < groups; g++) {
+                const uint8_t *panel = keys + ((int64_t)p / STRIP * groups + g) * KV8_BYTES;
+                const uint8_t *k = panel + 2 * STRIP + p % STRIP * 4;
+                const struct query_block *x = q + r * groups + g;
+                int32_t sum = x->start;
+                for (int i = 0; i < QK; i++) sum += k[i / 4 * 4 * STRIP + i % 4] * x->x.s16[i];
+                score = fma_f32((float)sum, kv8_scale(panel, p % STRIP) * x->d, score);
+            }
+            s[(int64_t)r * lds + p] = score;
+        }
+}
+
+/* w for 32 dimensions of a page; returns dw. Probabilities and scales are not negative. */
+static float quantize_p_plain(const float *p, const uint8_t *values, int panels, int32_t *w) {
+    float weighted[KEYS], most = 0;
+    for (int i = 0; i < panels * STRIP; i++) {
+        weighted[i] = p[i] * kv8_scale(values + (int64_t)i / STRIP * KV8_BYTES, i % STRIP);
+        most = weighted[i] > most ? weighted[i] : most;
+    }
+    float id = most > LEAST_X ? MOST_W / most : 0;
+    for (int i = 0; i < panels * STRIP; i++) {
+        float x = rintf(weighted[i] * id);
+        w[i] = x > 0 ? (int32_t)x : 0; /* NaN counts as 0 */
+    }
+    return most > LEAST_X ? most / MOST_W : 0;
+}
+
+/* o[r][32 groups], ldo apart: a page's values weighted by each row's probabilities, which are 0
+   behind its last key. A group's panels lie KEYS / STRIP panels behind those of the one before.
+   What lies at next will be read behind the values. */
+static void v8_sums_plain(const uint8_t *values, int groups, int panels, const float *const *p,
+                          int rows, const uint8_t *next, float *o, int ldo) {
+    (void)next;
+    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
+        for (int r = 0; r < rows; r++) {
+            int32_t w[KEYS], sum[QK] = {0};
+            float d = quantize_p_plain(p[r], values, panels, w);
+            for (int key = 0; key < panels * STRIP; key++) {
+                const uint8_t *panel = values + (int64_t)key / STRIP * KV8_BYTES + 2 * STRIP;
+                const int8_t *v = (const int8_t *)panel + key % STRIP / 4 * 4 * QK + key % 4;
+                for (int i = 0; i < QK; i++) sum[i] += w[key] * v[4 * i];
+            }
+            for (int i = 0; i < QK; i++) o[(int64_t)r * ldo + i] = (float)sum[i] * d;
+        }
+}
+
+/* =================================================================================================
+   Chapter 13.  Fast kernels: AVX2, AVX-512, NEON
 
    Each kernel of chapter 3 again, for processors that multiply 4 to 16 floats at a time. What makes
    them fast is only this: enough independent accumulators that a multiply-add can start every half
@@ -8777,6 +8396,16 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
                    overlap, the transforms, and convolutions of stride 2.
 
    Compilers keep an array of accumulators in registers only when its loops are unrolled: UNROLL. */
+
+static const struct kernels kernels_plain = {
+    "scalar",         PLAIN_ROWS,        PLAIN_COLS,         PLAIN_ROWS,
+    1,                PLAIN_OUTER,       PLAIN_STRIPS,       PLAIN_PACK,
+    dot_row_plain,    dot_tile_plain,    quantize_x_plain,   int_row_plain,
+    int_pack_plain,   int_tile_plain,    outer_row_plain,    outer_tile_plain,
+    pack_strip_plain, wino_filter_plain, wino_input_plain,   wino_output_plain,
+    row_to_f32,       quantize_q8_0,     quantize_q_plain,   k8_scores_plain,
+    v8_sums_plain,    rmsnorm_plain,     softmax_plain,      silu_mul_plain,
+    norm_rows_plain,  channel_sums_plain};
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -11210,7 +10839,438 @@ static const struct kernels *choose_kernels(lvm_error *error) {
 }
 
 /* =================================================================================================
-   Chapter 12.  The command line
+   Chapter 14.  Tools: quantise, random weights, the cache file */
+
+/* ---- Writing: the same file with other types ---- */
+
+/* Matches name against a pattern in which * stands for anything. */
+static int matches(const char *pattern, size_t pattern_n, struct text name) {
+    if (pattern_n == 0) return name.n == 0;
+    if (*pattern == '*') {
+        for (uint64_t skip = 0; skip <= name.n; skip++)
+            if (matches(pattern + 1, pattern_n - 1, (struct text){name.s + skip, name.n - skip}))
+                return 1;
+        return 0;
+    }
+    return name.n > 0 && *pattern == *name.s &&
+           matches(pattern + 1, pattern_n - 1, (struct text){name.s + 1, name.n - 1});
+}
+
+static int parse_type(const char *s, size_t n) {
+    for (int i = 0; i < N_TYPES; i++)
+        if (strlen(type_table[i].name) == n && memcmp(type_table[i].name, s, n) == 0)
+            return type_table[i].type;
+    return LVM_AUTO;
+}
+
+/* The type that "PATTERN=TYPE,..." gives a tensor, LVM_AUTO for none; faults are reported once with
+   name NULL, before anything is written. */
+static int rule_type(const char *rules, struct text name, int *type, lvm_error *error) {
+    *type = LVM_AUTO;
+    while (rules != NULL && *rules != 0) {
+        size_t n = strcspn(rules, ","), pattern = strcspn(rules, "=,");
+        int t = pattern < n ? parse_type(rules + pattern + 1, n - pattern - 1) : LVM_AUTO;
+        if (t == LVM_AUTO)
+            return fail(error, LVM_INVALID, "rule \"%.*s\" is not PATTERN=f32|f16|bf16|q8_0|q4_0",
+                        (int)n, rules);
+        if (name.s != NULL && *type == LVM_AUTO && matches(rules, pattern, name)) *type = t;
+        rules += n + (rules[n] == ',');
+    }
+    return LVM_OK;
+}
+
+/* What a tensor becomes. Vectors stay as they are; of the tokenizer the first convolutions, those
+   at the codebook and the codebook itself are never quantised, because tokens hang on them. Q4_0
+   leaves the matrix of the logits at Q8_0: it costs little and is worth half a percent of
+   perplexity. */
+static int target_type(const struct gguf *g, const struct gguf_tensor *t, int type, int vq_type,
+                       int ruled) {
+    int in_vq = t->name.n > 3 && memcmp(t->name.s, "vq.", 3) == 0;
+    int wanted = ruled != LVM_AUTO ? ruled : in_vq ? vq_type : type;
+    if (t->n_dims == 1 || wanted == LVM_AUTO) return t->type;
+    int fixed = text_is(t->name, "vq.quantize.embedding.weight") ||
+                text_is(t->name, "vq.quant_conv.weight") ||
+                text_is(t->name, "vq.post_quant_conv.weight") ||
+                text_is(t->name, "vq.encoder.conv_in.weight") ||
+                text_is(t->name, "vq.decoder.conv_in.weight");
+    if (fixed && type_is_quantised(wanted)) return t->type;
+    int tied = gguf_tensor(g, "output.weight") == NULL;
+    int is_output = text_is(t->name, tied ? "token_embd.weight" : "output.weight");
+    if (wanted == LVM_Q4_0 && (in_vq || (is_output && ruled == LVM_AUTO))) wanted = LVM_Q8_0;
+    if (t->ne[0] % type_info(wanted)->block != 0) return LVM_F16;
+    return wanted;
+}
+
+static int write_number(struct outfile *out, uint64_t v, int bytes, lvm_error *error) {
+    uint8_t b[8];
+    for (int i = 0; i < bytes; i++) b[i] = (uint8_t)(v >> 8 * i);
+    return outfile_write(out, b, (size_t)bytes, error);
+}
+
+static int write_text(struct outfile *out, struct text t, lvm_error *error) {
+    int code = write_number(out, t.n, 8, error);
+    return code == LVM_OK ? outfile_write(out, t.s, (size_t)t.n, error) : code;
+}
+
+static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment,
+                         lvm_error *error) {
+    static const uint8_t zeros[64];
+    uint64_t n = (alignment - written % alignment) % alignment;
+    int code = LVM_OK;
+    for (; n > 0 && code == LVM_OK; n -= (uint64_t)min64(64, (int64_t)n))
+        code = outfile_write(out, zeros, (size_t)min64(64, (int64_t)n), error);
+    return code;
+}
+
+/* Everything in front of the data: keys as they are, tensors with their new types. */
+static int write_head(struct outfile *out, const struct gguf *g, const int *types,
+                      lvm_error *error) {
+    int code = outfile_write(out, "GGUF", 4, error);
+    if (code == LVM_OK) code = write_number(out, 3, 4, error);
+    if (code == LVM_OK) code = write_number(out, (uint64_t)g->n_tensors, 8, error);
+    if (code == LVM_OK) code = write_number(out, (uint64_t)g->n_keys, 8, error);
+    for (int64_t i = 0; code == LVM_OK && i < g->n_keys; i++) {
+        code = write_text(out, g->keys[i].name, error);
+        if (code == LVM_OK) code = write_number(out, g->keys[i].type, 4, error);
+        if (code == LVM_OK) code = outfile_write(out, g->keys[i].value, g->keys[i].size, error);
+    }
+    uint64_t offset = 0;
+    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
+        const struct gguf_tensor *t = &g->tensors[i];
+        code = write_text(out, t->name, error);
+        if (code == LVM_OK) code = write_number(out, (uint64_t)t->n_dims, 4, error);
+        for (int d = 0; code == LVM_OK && d < t->n_dims; d++)
+            code = write_number(out, (uint64_t)t->ne[d], 8, error);
+        if (code == LVM_OK) code = write_number(out, (uint64_t)types[i], 4, error);
+        if (code == LVM_OK) code = write_number(out, offset, 8, error);
+        offset +=
+            (uint64_t)type_bytes(types[i], t->ne[0]) * (uint64_t)(t->ne[1] * t->ne[2] * t->ne[3]);
+        offset = (offset + g->alignment - 1) / g->alignment * g->alignment;
+    }
+    if (code == LVM_OK) code = write_padding(out, (uint64_t)ftello(out->file), g->alignment, error);
+    return code;
+}
+
+static int write_tensor(struct outfile *out, const struct gguf *g, const struct gguf_tensor *t,
+                        int type, float *row, uint8_t *packed, lvm_error *error) {
+    const uint8_t *in = g->data + g->data_start + t->offset;
+    int64_t rows = t->ne[1] * t->ne[2] * t->ne[3], in_bytes = type_bytes(t->type, t->ne[0]);
+    int64_t out_bytes = type_bytes(type, t->ne[0]);
+    int code = LVM_OK;
+    if (type == t->type) {
+        code = outfile_write(out, in, (size_t)t->bytes, error);
+    } else {
+        for (int64_t r = 0; code == LVM_OK && r < rows; r++, in += in_bytes) {
+            row_to_f32(t->type, in, row, t->ne[0]);
+            row_from_f32(type, row, packed, t->ne[0]);
+            code = outfile_write(out, packed, (size_t)out_bytes, error);
+        }
+    }
+    if (code == LVM_OK)
+        code = write_padding(out, (uint64_t)(out_bytes * rows), g->alignment, error);
+    return code;
+}
+
+static int quantize_file(const struct gguf *g, const char *path, int type, int vq_type,
+                         const char *rules, lvm_error *error) {
+    struct outfile out;
+    int64_t widest = 1;
+    for (int64_t i = 0; i < g->n_tensors; i++) widest = max64(widest, g->tensors[i].ne[0]);
+    int *types = mem_alloc((size_t)g->n_tensors, sizeof *types, error);
+    float *row = mem_alloc((size_t)widest, sizeof *row, error);
+    uint8_t *packed = mem_alloc((size_t)widest, 4, error);
+    int code = types == NULL || row == NULL || packed == NULL ? LVM_MEMORY : LVM_OK;
+    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
+        int ruled = LVM_AUTO;
+        code = rule_type(rules, g->tensors[i].name, &ruled, error);
+        types[i] = target_type(g, &g->tensors[i], type, vq_type, ruled);
+    }
+    if (code == LVM_OK) code = outfile_open(&out, path, error);
+    if (code == LVM_OK) {
+        code = write_head(&out, g, types, error);
+        for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++)
+            code = write_tensor(&out, g, &g->tensors[i], types[i], row, packed, error);
+        code = outfile_close(&out, code, error);
+    }
+    mem_free(types);
+    mem_free(row);
+    mem_free(packed);
+    return code;
+}
+
+/* 1 when both paths name the same existing file. */
+static int same_file(const char *a, const char *b) {
+    struct os_info x = os_stat(a), y = os_stat(b);
+    return x.kind != OS_NOTHING && y.kind != OS_NOTHING && x.device == y.device &&
+           x.number == y.number;
+}
+
+int lvm_quantize(const char *in, const char *out, int type, int vq_type, const char *rules,
+                 int force, lvm_error *error) {
+    lvm_error own = {LVM_OK, ""};
+    int ruled = LVM_AUTO;
+    if (error == NULL) error = &own;
+    if (in == NULL || out == NULL)
+        return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
+    if (same_file(in, out))
+        return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
+    enum os_kind exists = os_stat(out).kind;
+    if (exists != OS_NOTHING && exists != OS_FILE)
+        return fail(error, LVM_INVALID, "%s: is no regular file; choose another output", out);
+    if (exists != OS_NOTHING && !force)
+        return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
+    if ((type != LVM_AUTO && type_info(type) == NULL) ||
+        (vq_type != LVM_AUTO && type_info(vq_type) == NULL))
+        return fail(error, LVM_INVALID, "unknown type %d or %d", type, vq_type);
+    int code = rule_type(rules, (struct text){NULL, 0}, &ruled, error);
+    if (code != LVM_OK) return code;
+    lvm_model *m = lvm_open(in, 0, error);
+    if (m == NULL) return error->code;
+    code = quantize_file(&m->file, out, type, vq_type, rules, error);
+    lvm_close(m);
+    return code;
+}
+
+/* ---- Random weights ---- */
+
+/* Random signs and fractions of numbers just above 2^-7: halves, and the scales of quantised
+   blocks, are ready with that. What is much smaller becomes denormal on its way, which processors
+   are slow at. */
+static void fill_random(int type, uint8_t *data, size_t size) {
+    uint64_t state = size, random = 0x83ff83ff83ff83ffu, exponents = 0x2000200020002000u;
+    if (type == LVM_F32) random = 0x807fffff807fffffu, exponents = 0x3c0000003c000000u;
+    if (type == LVM_BF16) random = 0x807f807f807f807fu, exponents = 0x3c003c003c003c00u;
+    for (size_t i = 0; i + 8 <= size; i += 8) {
+        state = state * 6364136223846793005u + 1442695040888963407u;
+        uint64_t word = (state >> 7 & random) | exponents;
+        memcpy(data + i, &word, 8);
+    }
+}
+
+/* The next piece of made-up weights. Types follow the rules that lvm_quantize keeps. */
+static int made_up_tensor(struct made_up *made, const char *name, int n_dims, const int *dims,
+                          struct tensor *out) {
+    int64_t cols = 1;
+    for (int i = 1; i < n_dims; i++) cols *= dims[i];
+    int vq = strncmp(name, "vq.", 3) == 0, type = vq ? made->vq_type : made->type;
+    if (type == LVM_Q4_0 && strcmp(name, "output.weight") == 0) type = LVM_Q8_0;
+    if (n_dims == 1) type = LVM_F32;
+    else if (dims[n_dims - 1] % type_info(type)->block != 0) type = LVM_F16;
+    int64_t row_bytes = n_dims == 1 ? 4 : type_bytes(type, cols);
+    size_t bytes = ((size_t)row_bytes * (size_t)dims[0] + 63) / 64 * 64;
+    if (made->data != NULL) fill_random(type, made->data + made->size, bytes);
+    *out = (struct tensor){made->data != NULL ? made->data + made->size : NULL, row_bytes, type,
+                           dims[0], (int)cols};
+    made->size += bytes;
+    return LVM_OK;
+}
+
+/* ---- A context's state in a file ----
+
+   head, ids i32[n_tokens], then of each remembered picture ids i32[T] and rgb[R][R][3], then the
+   pages of the key/value cache, then a hash of all of that. A file belongs to the weights, kernels
+   and options that made it, because other ones would have computed other numbers. */
+
+struct cache_head {
+    char magic[8]; /* "LVMCACHE" */
+    uint32_t version, kv_type, exact, resolution, tokens_per_image, n_tokens, n_pictures, n_pages;
+    uint64_t page_bytes, weights;
+    char isa[16];
+};
+_Static_assert(sizeof(struct cache_head) == 72, "no padding");
+
+/* Mixes n bytes into a 64-bit hash, eight at a time: it finds damage, not malice. */
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n) {
+    const uint8_t *p = data;
+    for (; n > 0; p += n < 8 ? n : 8, n -= n < 8 ? n : 8) {
+        uint64_t word = n;
+        memcpy(&word, p, n < 8 ? n : 8);
+        h = (h ^ word) * 0x9e3779b97f4a7c15u;
+        h ^= h >> 29;
+    }
+    return h;
+}
+
+/* What tells weights apart without reading all of them: keys, names, shapes and a few bytes of
+   every tensor. */
+static uint64_t weights_hash(const struct gguf *g) {
+    uint64_t h = hash_bytes(g->size, g->data, g->data_start);
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        const uint8_t *data = g->data + g->data_start + g->tensors[i].offset;
+        int64_t bytes = g->tensors[i].bytes, n = min64(64, bytes);
+        h = hash_bytes(h, data, (size_t)n);
+        h = hash_bytes(h, data + (bytes - n) / 2, (size_t)n);
+        h = hash_bytes(h, data + bytes - n, (size_t)n);
+    }
+    return h;
+}
+
+static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
+    const lvm_info *i = &ctx->m->info;
+    struct cache_head h = {.version = 2,
+                           .kv_type = (uint32_t)ctx->o.kv_type,
+                           .exact = ctx->o.exact != 0,
+                           .resolution = (uint32_t)i->resolution,
+                           .tokens_per_image = (uint32_t)i->tokens_per_image,
+                           .n_tokens = (uint32_t)n,
+                           .n_pictures = (uint32_t)min64(ctx->n_encoded, REMEMBERED),
+                           .n_pages = (uint32_t)((n + KEYS - 1) / KEYS),
+                           .page_bytes = ctx->b->kv_page_bytes(ctx->state),
+                           .weights = weights_hash(&ctx->m->file)};
+    memcpy(h.magic, "LVMCACHE", sizeof h.magic);
+    snprintf(h.isa, sizeof h.isa, "%s", i->isa);
+    return h;
+}
+
+static int64_t cache_file_bytes(const struct cache_head *h) {
+    int64_t picture = 4 * (int64_t)h->tokens_per_image + 3 * (int64_t)h->resolution * h->resolution;
+    return (int64_t)sizeof *h + 4 * (int64_t)h->n_tokens + h->n_pictures * picture +
+           h->n_pages * (int64_t)h->page_bytes + 8;
+}
+
+static int cache_write(struct outfile *out, const void *data, size_t n, uint64_t *hash,
+                       lvm_error *error) {
+    *hash = hash_bytes(*hash, data, n);
+    return outfile_write(out, data, n, error);
+}
+
+static int write_cache(struct outfile *out, const lvm_ctx *ctx, int n, uint8_t *page,
+                       lvm_error *error) {
+    struct cache_head h = cache_head(ctx, n);
+    size_t R = h.resolution, T = h.tokens_per_image;
+    uint64_t hash = 0;
+    int code = cache_write(out, &h, sizeof h, &hash, error);
+    if (code == LVM_OK) code = cache_write(out, ctx->ids, (size_t)n * 4, &hash, error);
+    for (uint32_t i = 0; code == LVM_OK && i < h.n_pictures; i++) {
+        const struct encoded *e =
+            &ctx->encoded[(ctx->n_encoded - h.n_pictures + i) % REMEMBERED];
+        code = cache_write(out, e->ids, T * 4, &hash, error);
+        if (code == LVM_OK) code = cache_write(out, e->rgb, R * R * 3, &hash, error);
+    }
+    for (uint32_t i = 0; code == LVM_OK && i < h.n_pages; i++) {
+        ctx->b->kv_read(ctx->state, 0, (int)i, page);
+        code = cache_write(out, page, h.page_bytes, &hash, error);
+    }
+    return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
+}
+
+int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error) {
+    struct outfile out;
+    if (ctx == NULL || path == NULL)
+        return null_argument(error, "lvm_cache_save", ctx == NULL ? "ctx" : "path");
+    int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
+    if (code != LVM_OK) return code;
+    if (n < 1 || n > ctx->n_fed)
+        return fail(error, LVM_INVALID, "%d tokens to keep; the context has read %d", n,
+                    ctx->n_fed);
+    uint8_t *page = mem_alloc(1, ctx->b->kv_page_bytes(ctx->state), error);
+    if (page == NULL) return LVM_MEMORY;
+    code = outfile_open(&out, path, error);
+    if (code == LVM_OK)
+        code = outfile_close(&out, write_cache(&out, ctx, n, page, error), error);
+    mem_free(page);
+    return code;
+}
+
+struct cache_reader {
+    const char *path;
+    int fd;
+    uint64_t hash;
+};
+
+static int cache_read(struct cache_reader *r, void *data, size_t n, lvm_error *error) {
+    int code = read_exactly(r->fd, r->path, data, n, error);
+    if (code == LVM_OK) r->hash = hash_bytes(r->hash, data, n);
+    return code;
+}
+
+static int check_cache_head(const lvm_ctx *ctx, const struct cache_head *h, const char *path,
+                            int64_t size, lvm_error *error) {
+    const lvm_info *i = &ctx->m->info;
+    struct cache_head own = cache_head(ctx, 0);
+    if (memcmp(h->magic, own.magic, sizeof h->magic) != 0)
+        return fail(error, LVM_FORMAT, "%s: is no cache of lvm", path);
+    if (h->version != own.version || h->weights != own.weights)
+        return fail(error, LVM_INVALID, "%s: belongs to other weights", path);
+    if (h->kv_type != own.kv_type || h->exact != own.exact ||
+        memcmp(h->isa, own.isa, sizeof h->isa) != 0)
+        return fail(error, LVM_INVALID, "%s: was made with other options or kernels", path);
+    if (h->resolution != own.resolution || h->tokens_per_image != own.tokens_per_image ||
+        h->page_bytes != own.page_bytes || h->n_tokens < 1 ||
+        h->n_tokens > (uint32_t)i->context_length || h->n_pictures > REMEMBERED ||
+        h->n_pages != (h->n_tokens + KEYS - 1) / KEYS || cache_file_bytes(h) != size)
+        return fail(error, LVM_FORMAT, "%s: is damaged", path);
+    return LVM_OK;
+}
+
+static int read_cached_picture(lvm_ctx *ctx, struct cache_reader *r, lvm_error *error) {
+    size_t R = (size_t)ctx->m->info.resolution, T = (size_t)ctx->m->info.tokens_per_image;
+    uint8_t *rgb = mem_alloc(R * R, 3, error);
+    int32_t *ids = mem_alloc(T, sizeof *ids, error);
+    int code = rgb == NULL || ids == NULL ? LVM_MEMORY : cache_read(r, ids, T * 4, error);
+    if (code == LVM_OK) code = cache_read(r, rgb, R * R * 3, error);
+    if (code == LVM_OK && check_ids(ids, (int64_t)T, ctx->m->info.codes, NULL) != LVM_OK)
+        code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
+    if (code == LVM_OK) code = remember(ctx, rgb, ids, error);
+    else mem_free(rgb);
+    mem_free(ids);
+    return code;
+}
+
+/* Everything behind the head; the context is used only when the hash is right too. */
+static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_head *h,
+                      uint8_t *page, lvm_error *error) {
+    int n = (int)h->n_tokens;
+    uint64_t hash = 0;
+    int code = cache_read(r, ctx->ids, (size_t)n * 4, error);
+    if (code == LVM_OK && check_ids(ctx->ids, n, ctx->m->info.vocab_size, NULL) != LVM_OK)
+        code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
+    for (uint32_t i = 0; code == LVM_OK && i < h->n_pictures; i++)
+        code = read_cached_picture(ctx, r, error);
+    for (uint32_t i = 0; code == LVM_OK && i < h->n_pages; i++) {
+        code = cache_read(r, page, h->page_bytes, error);
+        if (code == LVM_OK)
+            code = ctx->b->kv_write(ctx->state, 0, (int)i, page,
+                                    (int)min64(n, (int64_t)(i + 1) * KEYS), error);
+    }
+    if (code == LVM_OK) code = read_exactly(r->fd, r->path, &hash, sizeof hash, error);
+    if (code == LVM_OK && checksum_wrong(hash, r->hash))
+        code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
+    return code;
+}
+
+static void forget(lvm_ctx *ctx) {
+    ctx->n_ids = ctx->n_fed = ctx->has_logits = 0;
+    ctx->n_encoded = 0;
+    ctx->b->kv_trim(ctx->state, 0, 0);
+}
+
+int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
+    struct cache_head h = {.version = 0};
+    int64_t size = 0;
+    if (ctx == NULL || path == NULL)
+        return null_argument(error, "lvm_cache_load", ctx == NULL ? "ctx" : "path");
+    int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
+    if (code != LVM_OK) return code;
+    forget(ctx);
+    struct cache_reader r = {path, open_file(path, &size, error), 0};
+    if (r.fd < 0) return LVM_IO;
+    if (size < (int64_t)sizeof h) code = fail(error, LVM_FORMAT, "%s: is no cache of lvm", path);
+    if (code == LVM_OK) code = cache_read(&r, &h, sizeof h, error);
+    if (code == LVM_OK) code = check_cache_head(ctx, &h, path, size, error);
+    if (code == LVM_OK) {
+        uint8_t *page = mem_alloc(1, h.page_bytes, error);
+        code = page == NULL ? LVM_MEMORY : read_cache(ctx, &r, &h, page, error);
+        mem_free(page);
+    }
+    close(r.fd);
+    if (code == LVM_OK) ctx->n_ids = ctx->n_fed = (int)h.n_tokens;
+    else forget(ctx);
+    return code;
+}
+
+/* =================================================================================================
+   Chapter 15.  The command line
 
    One table names the commands, one the options with the commands that take them; help and manual
    page are printed from the same tables. Behind them stand pictures and names on the command line,

@@ -1,4 +1,4 @@
-/* Tests of chapter 10: reading, writing and resizing pictures against the vectors of
+/* Tests of chapter 11: reading, writing and resizing pictures against the vectors of
    make_image_vectors.py, and properties: saved = loaded, cut files and flipped bits are errors or
    pictures but never crashes, bytes behind a picture do not matter, a full disk leaves the old
    file.

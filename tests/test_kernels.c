@@ -1,4 +1,4 @@
-/* Tests of chapters 2, 3 and 11: every kernel of every table that this machine can run against the
+/* Tests of chapters 2, 3, 12 and 13: every kernel of every table that this machine can run against the
    plain C, against sums in double precision, and against itself (one row = many rows, bit for bit).
 
        test_kernels [--verbose | --quick]      non-zero when a check fails

@@ -1,4 +1,4 @@
-/* Tests of chapter 1's section on the operating system, on whatever system they are built for:
+/* Tests of chapter 10, on whatever system they are built for:
    names beyond ASCII, replacing, mapping, sizes beyond 4 GiB, control groups.
 
        test_os FOLDER     for its files: made, used and removed */
