@@ -200,10 +200,10 @@ lvm_model *lvm_open_memory(const void *data, size_t size, lvm_error *error);
 void lvm_close(lvm_model *model);
 lvm_info lvm_model_info(const lvm_model *model);
 
-/* A context; options may be NULL. Returns NULL and fills error on failure. lvm_free(NULL) is
+/* A context; options may be NULL. Returns NULL and fills error on failure. lvm_ctx_free(NULL) is
    allowed. */
-lvm_ctx *lvm_new(const lvm_model *model, const lvm_options *options, lvm_error *error);
-void lvm_free(lvm_ctx *ctx);
+lvm_ctx *lvm_ctx_new(const lvm_model *model, const lvm_options *options, lvm_error *error);
+void lvm_ctx_free(lvm_ctx *ctx);
 
 /* Pictures of any size -> ids[n][tokens_per_image]. Each is made R x R first (options.fit). A
    context remembers the last 32 pictures that it encoded and does not compute the same pixels
@@ -373,8 +373,9 @@ static int mul_fits(size_t a, size_t b, size_t *out) {
 }
 
 /* What the system gives (chapter 10): a hint that memory of some megabytes is read faster in large
-   pages; processors that this process may use; a regular file opened for reading, its size told; its
-   first size > 0 bytes mapped to be read only; a whole file in memory, which the caller mem_frees.
+   pages; processors that this process may use; a regular file opened for reading, its size told;
+   its first size > 0 bytes mapped to be read only; a whole file in memory, which the caller
+   mem_frees.
    */
 static void os_large_pages(void *p, size_t size);
 static int64_t os_processors(void);
@@ -430,14 +431,14 @@ static char *copy_string(const char *s, lvm_error *error) {
 
 typedef void task_fn(void *arg, int task, int thread);
 
-struct share {
+struct queue {
     atomic_int left; /* tasks not yet taken; 0 or less: none */
     char line[60];   /* each in a cache line of its own */
 };
 
 struct pool {
     int n;                /* threads, the caller included */
-    struct share *shares; /* [n] */
+    struct queue *queues; /* [n] */
     pthread_t *threads;
     pthread_mutex_t mutex;
     pthread_cond_t wake, done;
@@ -473,8 +474,8 @@ static int first_task(const struct pool *p, int share) {
 
 /* Who gets a number above 0 has taken a task, and the run cannot end before it is done: only then
    are fn, arg and count sure to be this run's. */
-static void take_share(struct pool *p, int share, int thread) {
-    atomic_int *tasks = &p->shares[share].left;
+static void pool_run_queue(struct pool *p, int share, int thread) {
+    atomic_int *tasks = &p->queues[share].left;
     int left;
     while (atomic_load(tasks) > 0 && (left = atomic_fetch_sub(tasks, 1)) > 0) {
         p->fn(p->arg, first_task(p, share + 1) - left, thread);
@@ -485,8 +486,8 @@ static void take_share(struct pool *p, int share, int thread) {
     }
 }
 
-static void pool_take_tasks(struct pool *p, int thread) {
-    for (int i = 0; i < p->n; i++) take_share(p, (thread + i) % p->n, thread);
+static void pool_run_tasks(struct pool *p, int thread) {
+    for (int i = 0; i < p->n; i++) pool_run_queue(p, (thread + i) % p->n, thread);
 }
 
 /* One turn of waiting. */
@@ -517,7 +518,7 @@ static void *pool_worker(void *arg) {
         pool_wait_for_round(w.pool, seen);
         seen = atomic_load(&w.pool->round);
         if (atomic_load(&w.pool->quit)) return NULL;
-        pool_take_tasks(w.pool, w.thread);
+        pool_run_tasks(w.pool, w.thread);
     }
 }
 
@@ -552,9 +553,9 @@ static void pool_run(struct pool *p, int count, task_fn *fn, void *arg) {
     p->count = count;
     atomic_store(&p->unfinished, count);
     for (int i = 0; i < p->n; i++)
-        atomic_store(&p->shares[i].left, first_task(p, i + 1) - first_task(p, i));
+        atomic_store(&p->queues[i].left, first_task(p, i + 1) - first_task(p, i));
     pool_start_round(p);
-    pool_take_tasks(p, 0);
+    pool_run_tasks(p, 0);
     pool_wait_for_tasks(p);
 }
 
@@ -567,7 +568,7 @@ static void pool_free(struct pool *p) {
     pthread_cond_destroy(&p->done);
     pthread_mutex_destroy(&p->mutex);
     mem_free(p->threads);
-    mem_free(p->shares);
+    mem_free(p->queues);
     mem_free(p);
 }
 
@@ -590,10 +591,10 @@ static struct pool *pool_new(int n, lvm_error *error) {
     struct pool *p = mem_alloc(1, sizeof *p, error);
     if (p == NULL) return NULL;
     p->threads = mem_alloc((size_t)n, sizeof *p->threads, error);
-    p->shares = mem_alloc((size_t)n, sizeof *p->shares, error);
-    if (p->threads == NULL || p->shares == NULL) {
+    p->queues = mem_alloc((size_t)n, sizeof *p->queues, error);
+    if (p->threads == NULL || p->queues == NULL) {
         mem_free(p->threads);
-        mem_free(p->shares);
+        mem_free(p->queues);
         mem_free(p);
         return NULL;
     }
@@ -865,13 +866,13 @@ static void sincos_f64(double x, double *sine, double *cosine) {
        dot_tile   the same for dot_rows x dot_cols of them at once
        int_row    c[r][j] = sum_blocks (sum_k qa[r][k] qb[j][k]) da[r] db[j]   quantised weights,
                   for one row of activations or a few
-       int_tile   the same for int_rows rows of activations and up to int_strips strips of STRIP
+       int_tile   the same for int_rows rows of activations and up to int_panels panels of PANEL
                   packed rows of weights
-   Outer products, one operand packed in strips of 16 columns, b[k][16]: convolution, and attention
+   Outer products, one operand packed in panels of 16 columns, b[k][16]: convolution, and attention
    on a cache of floats (on quantised pages: k8_scores and v8_sums below).
        outer_tile c[r][0..15] (+)= sum_k a[r][k] b[k][0..15]  for outer_rows rows and up to
-                  outer_strips strips
-       outer_row  the same for one row and several strips
+                  outer_panels panels
+       outer_row  the same for one row and several panels
    Transforms around the outer products of a 3 x 3 convolution (Winograd, chapter 5): sums of a few
    inputs times small constants, the same operations in the same order in every version.
 
@@ -885,17 +886,17 @@ static void sincos_f64(double x, double *sine, double *cosine) {
    So a row's result does not depend on how many rows came with it: one row equals many rows. */
 
 enum {
-    STRIP = 16,     /* columns of a packed strip */
-    KEYS = 256,     /* keys of an attention block, and of a page of the KV cache */
+    PANEL = 16,     /* columns of a packed panel */
+    KV_BLOCK = 256,     /* keys of an attention block, and of a page of the KV cache */
     MAX_TILE = 16,  /* no tile has more rows or columns */
-    MAX_STRIPS = 2, /* nor more strips */
-    KV8_BYTES = STRIP * (2 + QK), /* 32 dimensions of 16 keys or values, quantised */
-    FEW = 4         /* rows for which weights, keys and values are loaded once */
+    MAX_PANELS = 2, /* nor more panels */
+    KV8_PANEL = PANEL * (2 + QK), /* 32 dimensions of 16 keys or values, quantised */
+    GEMV_ROWS = 4         /* rows for which weights, keys and values are loaded once */
 };
 
 /* 32 activations, quantised on the fly: x = d q, |q| <= 127. Machines that multiply unsigned by
    signed bytes take weights w as w + 128 and so begin a sum at -128 sum q. */
-struct xblock {
+struct act_block {
     float d;
     int32_t start; /* -128 sum q; plain C and NEON leave it alone */
     int8_t q[QK];
@@ -912,29 +913,29 @@ struct query_block {
     } x;
 };
 
-/* Shapes: a panel or strip is 16 columns; see each plain version below for what it computes. */
+/* Shapes: a panel or panel is 16 columns; see each plain version below for what it computes. */
 struct kernels {
     const char *name;
-    int dot_rows, dot_cols, int_rows, int_strips, outer_rows, outer_strips; /* of the tiles */
-    int pack_bytes;                                     /* of a packed block of STRIP rows */
+    int dot_rows, dot_cols, int_rows, int_panels, outer_rows, outer_panels; /* of the tiles */
+    int pack_bytes;                                     /* of a packed block of PANEL rows */
 
     void (*dot_row)(int k, const float *a, const float *b, int64_t ldb, int n, float *c);
     void (*dot_tile)(int k, const float *const *a, const float *const *b, float *c, int ldc);
-    void (*quantize_x)(const float *x, struct xblock *y, int k);
-    void (*int_row)(int type, int blocks, const struct xblock *x, int rows, const uint8_t *w,
+    void (*quantize_x)(const float *x, struct act_block *y, int k);
+    void (*int_row)(int type, int blocks, const struct act_block *x, int rows, const uint8_t *w,
                     int64_t row_bytes, int n, float *c, int64_t ldc);
     void (*int_pack)(int type, int blocks, const uint8_t *const *w, uint8_t *packed);
-    void (*int_tile)(int blocks, const struct xblock *const *x, const uint8_t *packed, int strips,
-                     float *c, int ldc);
-    void (*outer_row)(int k, const float *a, const float *b, int64_t strip, int strips, float *c,
+    void (*int_tile)(int blocks, const struct act_block *const *x, const uint8_t *packed,
+                     int panels, float *c, int ldc);
+    void (*outer_row)(int k, const float *a, const float *b, int64_t ldp, int panels, float *c,
                       int accumulate);
-    void (*outer_tile)(int k, const float *const *a, const float *b, int64_t strip, int strips,
+    void (*outer_tile)(int k, const float *const *a, const float *b, int64_t ldp, int panels,
                        float *c, int ldc, int accumulate);
 
-    void (*pack_strip)(const float *rows, int64_t ld, int k, float *strip);
-    void (*wino_filter)(const float *w, int n, int64_t tap, float *u);
-    void (*wino_input)(const float *patch, int64_t line, int c, float *v, int64_t tap);
-    void (*wino_output)(const float *m, int64_t tap, const float *bias,
+    void (*pack_panel)(const float *rows, int64_t ld, int k, float *ldp);
+    void (*winograd_filter)(const float *w, int n, int64_t tap, float *u);
+    void (*winograd_input)(const float *patch, int64_t line, int c, float *v, int64_t tap);
+    void (*winograd_output)(const float *m, int64_t tap, const float *bias,
                         const float *const *residual, float *const *out);
 
     void (*to_f32)(int type, const void *in, float *y, int64_t k);
@@ -947,7 +948,7 @@ struct kernels {
     void (*rmsnorm)(const float *x, const float *weight, float eps, int n, float *y);
     float (*softmax)(float *s, int n, int valid, float scale, float *max);
     void (*silu_mul)(float *gate, const float *up, int64_t n);
-    void (*norm_rows)(const float *x, const float *scale, const float *shift, int silu,
+    void (*scale_shift)(const float *x, const float *scale, const float *shift, int silu,
                       int64_t pixels, int c, float *y);
     void (*channel_sums)(const float *x, int64_t pixels, int c, float *sum, float *square);
 };
@@ -972,7 +973,7 @@ static void dot_row_plain(int k, const float *a, const float *b, int64_t ldb, in
     for (int j = 0; j < n; j++) c[j] = dot_plain(k, a, b + j * ldb);
 }
 
-enum { PLAIN_ROWS = 2, PLAIN_COLS = 2, PLAIN_OUTER = 4, PLAIN_STRIPS = 2 };
+enum { PLAIN_ROWS = 2, PLAIN_COLS = 2, PLAIN_OUTER = 4, PLAIN_PANELS = 2 };
 
 static void dot_tile_plain(int k, const float *const *a, const float *const *b, float *c, int ldc) {
     for (int r = 0; r < PLAIN_ROWS; r++)
@@ -980,15 +981,15 @@ static void dot_tile_plain(int k, const float *const *a, const float *const *b, 
 }
 
 /* Blocks of activations without a larger magnitude count as zeros: 127 / x must stay finite. */
-#define LEAST_X 1e-36f
+#define MIN_AMAX 1e-36f
 
 /* d = largest magnitude / 127, q = x / d to the nearest integer, ties to even. */
-static void quantize_x_plain(const float *x, struct xblock *y, int k) {
+static void quantize_x_plain(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = 0;
         for (int i = 0; i < QK; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
-        float id = amax > LEAST_X ? 127 / amax : 0;
-        y[b].d = amax > LEAST_X ? amax / 127 : 0;
+        float id = amax > MIN_AMAX ? 127 / amax : 0;
+        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
         for (int i = 0; i < QK; i++) y[b].q[i] = (int8_t)rintf(x[i] * id);
     }
 }
@@ -1008,8 +1009,8 @@ static float unpack_block(int type, const uint8_t *w, int b, int8_t *q) {
     return f16_to_f32(block->d);
 }
 
-static void int_row_plain(int type, int blocks, const struct xblock *x, int rows, const uint8_t *w,
-                          int64_t row_bytes, int n, float *c, int64_t ldc) {
+static void int_row_plain(int type, int blocks, const struct act_block *x, int rows,
+                          const uint8_t *w, int64_t row_bytes, int n, float *c, int64_t ldc) {
     for (int r = 0; r < rows; r++, x += blocks)
         for (int j = 0; j < n; j++) {
             float sum = 0;
@@ -1024,21 +1025,21 @@ static void int_row_plain(int type, int blocks, const struct xblock *x, int rows
         }
 }
 
-static void outer_row_plain(int k, const float *a, const float *b, int64_t strip, int strips,
+static void outer_row_plain(int k, const float *a, const float *b, int64_t ldp, int panels,
                             float *c, int accumulate) {
-    for (int s = 0; s < strips; s++, b += strip, c += STRIP) {
-        float sum[STRIP] = {0};
+    for (int s = 0; s < panels; s++, b += ldp, c += PANEL) {
+        float sum[PANEL] = {0};
         if (accumulate) memcpy(sum, c, sizeof sum);
         for (int i = 0; i < k; i++)
-            for (int j = 0; j < STRIP; j++) sum[j] += a[i] * b[i * STRIP + j];
+            for (int j = 0; j < PANEL; j++) sum[j] += a[i] * b[i * PANEL + j];
         memcpy(c, sum, sizeof sum);
     }
 }
 
-static void outer_tile_plain(int k, const float *const *a, const float *b, int64_t strip,
-                             int strips, float *c, int ldc, int accumulate) {
+static void outer_tile_plain(int k, const float *const *a, const float *b, int64_t ldp,
+                             int panels, float *c, int ldc, int accumulate) {
     for (int r = 0; r < PLAIN_OUTER; r++)
-        outer_row_plain(k, a[r], b, strip, strips, c + r * ldc, accumulate);
+        outer_row_plain(k, a[r], b, ldp, panels, c + r * ldc, accumulate);
 }
 
 /* y = weight * x / sqrt(mean(x^2) + eps)      (Zhang and Sennrich 2019) */
@@ -1069,7 +1070,7 @@ static void silu_mul_plain(float *gate, const float *up, int64_t n) {
 
 /* y[p][i] = f(x[p][i] * scale[i] + shift[i]), f = SiLU or nothing: what is left of a GroupNorm once
    its means and variances are known. */
-static void norm_rows_plain(const float *x, const float *scale, const float *shift, int use_silu,
+static void scale_shift_plain(const float *x, const float *scale, const float *shift, int use_silu,
                             int64_t pixels, int c, float *y) {
     for (int64_t p = 0; p < pixels; p++, x += c, y += c)
         for (int i = 0; i < c; i++) {
@@ -1100,7 +1101,7 @@ struct exec {
     int exact;            /* f32 arithmetic from quantised weights too */
     float *scratch;       /* [threads][scratch_floats] */
     int64_t scratch_floats;
-    struct xblock *xq;    /* quantised activations, rows of as many blocks as x has */
+    struct act_block *xq;    /* quantised activations, rows of as many blocks as x has */
     void *user;
     int (*progress)(void *user, const char *stage, int64_t done, int64_t all);
 };
@@ -1128,7 +1129,7 @@ static const uint8_t *tensor_row(const struct tensor *w, int64_t row) {
 
 /* Rows of weights that a task of linear() takes: enough to reuse activations, few enough that their
    floats stay in the second-level cache. A multiple of every tile's columns (2, 3 and 4). */
-static int panel_rows(int cols) { return cols <= 4096 ? 24 : 12; }
+static int weight_rows(int cols) { return cols <= 4096 ? 24 : 12; }
 
 /* One product of activations: y[rows][w->rows] = x[rows][w->cols] w^T + bias; bias may be NULL. */
 struct product {
@@ -1137,7 +1138,7 @@ struct product {
     float *y;
 };
 
-struct linear_job {
+struct matmul_job {
     const struct exec *e;
     const struct tensor *w;
     const float *bias, *x;
@@ -1147,7 +1148,7 @@ struct linear_job {
 };
 
 /* Copies the valid part of a tile to y and adds the bias. */
-static void store_tile(const struct linear_job *job, const float *tile, int ld, int r0, int rows,
+static void store_tile(const struct matmul_job *job, const float *tile, int ld, int r0, int rows,
                        int j0, int cols) {
     for (int r = 0; r < rows; r++) {
         float *y = job->y + (int64_t)(r0 + r) * job->w->rows + j0;
@@ -1157,12 +1158,12 @@ static void store_tile(const struct linear_job *job, const float *tile, int ld, 
 }
 
 /* One panel of weights as floats against all rows of x. */
-static void linear_f32_task(void *arg, int task, int thread) {
-    const struct linear_job *job = arg;
+static void matmul_f32_task(void *arg, int task, int thread) {
+    const struct matmul_job *job = arg;
     const struct tensor *w = job->w;
     const struct kernels *k = job->e->k;
-    int panel = panel_rows(w->cols), j0 = task * panel,
-        cols = w->rows - j0 < panel ? w->rows - j0 : panel;
+    int block = weight_rows(w->cols), j0 = task * block,
+        cols = w->rows - j0 < block ? w->rows - j0 : block;
     const float *b = (const float *)(const void *)tensor_row(w, j0);
     float tile[MAX_TILE * MAX_TILE];
     if (w->type != LVM_F32) {
@@ -1192,12 +1193,12 @@ static void linear_f32_task(void *arg, int task, int thread) {
     }
 }
 
-/* With few rows, memory is what counts: a thread reads long stretches of weights, about FEW_TASKS
-   in all, but no task is smaller than LEAST_TASK outputs. */
-enum { FEW_TASKS = 4, LEAST_TASK = 64 };
+/* With few rows, memory is what counts: a thread reads long stretches of weights, about GEMV_TASKS
+   in all, but no task is smaller than MIN_GEMV_COLS outputs. */
+enum { GEMV_TASKS = 4, MIN_GEMV_COLS = 64 };
 
-static void linear_int_row_task(void *arg, int task, int thread) {
-    const struct linear_job *job = arg;
+static void matmul_int_row_task(void *arg, int task, int thread) {
+    const struct matmul_job *job = arg;
     const struct tensor *w = job->w;
     int j0 = task * job->size, n = w->rows - j0 < job->size ? w->rows - j0 : job->size;
     float *y = job->y + j0;
@@ -1209,10 +1210,10 @@ static void linear_int_row_task(void *arg, int task, int thread) {
 }
 
 /* Packs weights, then multiplies all rows of x by them (chapter 12). */
-static void linear_int_task(void *arg, int task, int thread);
+static void matmul_int_tile_task(void *arg, int task, int thread);
 
 static void quantize_task(void *arg, int task, int thread) {
-    const struct linear_job *job = arg;
+    const struct matmul_job *job = arg;
     int64_t cols = job->w->cols;
     (void)thread;
     job->e->k->quantize_x(job->x + task * cols, job->e->xq + task * (cols / QK), (int)cols);
@@ -1223,60 +1224,60 @@ static int is_integer(const struct exec *e, const struct tensor *w) {
 }
 
 /* Which task a product takes, and how many of them. */
-static void plan_linear(struct linear_job *job) {
+static void matmul_plan(struct matmul_job *job) {
     const struct kernels *k = job->e->k;
-    job->run = linear_f32_task;
-    job->size = panel_rows(job->w->cols);
+    job->run = matmul_f32_task;
+    job->size = weight_rows(job->w->cols);
     if (is_integer(job->e, job->w) && job->rows < k->int_rows) {
-        int share = round_up(job->w->rows / (FEW_TASKS * job->e->pool->n), 8);
-        job->run = linear_int_row_task;
-        job->size = share > LEAST_TASK ? share : LEAST_TASK;
+        int share = round_up(job->w->rows / (GEMV_TASKS * job->e->pool->n), 8);
+        job->run = matmul_int_row_task;
+        job->size = share > MIN_GEMV_COLS ? share : MIN_GEMV_COLS;
     } else if (is_integer(job->e, job->w)) {
-        job->run = linear_int_task;
-        job->size = k->int_strips * STRIP;
+        job->run = matmul_int_tile_task;
+        job->size = k->int_panels * PANEL;
     }
     job->tasks = (job->w->rows + job->size - 1) / job->size;
 }
 
-enum { MAX_PRODUCTS = 3 };
+enum { MAX_MATMULS = 3 };
 
-static void linear_task(void *arg, int task, int thread) {
-    struct linear_job *job = arg;
+static void matmul_task(void *arg, int task, int thread) {
+    struct matmul_job *job = arg;
     for (; task >= job->tasks; job++) task -= job->tasks;
     job->run(job, task, thread);
 }
 
-/* Up to MAX_PRODUCTS products of the same x, whose threads meet once and not after each. */
-static void linear_all(const struct exec *e, const struct product *products, int n, const float *x,
+/* Up to MAX_MATMULS products of the same x, whose threads meet once and not after each. */
+static void matmul_all(const struct exec *e, const struct product *products, int n, const float *x,
                        int rows) {
-    struct linear_job jobs[MAX_PRODUCTS];
+    struct matmul_job jobs[MAX_MATMULS];
     int integer = -1, tasks = 0;
     for (int i = 0; i < n; i++) {
-        jobs[i] = (struct linear_job){
+        jobs[i] = (struct matmul_job){
             .e = e, .w = products[i].w, .bias = products[i].bias, .x = x, .y = products[i].y,
             .rows = rows};
-        plan_linear(&jobs[i]);
+        matmul_plan(&jobs[i]);
         tasks += jobs[i].tasks;
         if (is_integer(e, products[i].w)) integer = i;
     }
     if (integer >= 0) pool_run(e->pool, rows, quantize_task, &jobs[integer]);
-    pool_run(e->pool, tasks, linear_task, jobs);
+    pool_run(e->pool, tasks, matmul_task, jobs);
 }
 
 static void linear(const struct exec *e, const struct tensor *w, const float *bias, const float *x,
                    int rows, float *y) {
-    linear_all(e, &(struct product){w, bias, y}, 1, x, rows);
+    matmul_all(e, &(struct product){w, bias, y}, 1, x, rows);
 }
 
 /* Scratch floats that a thread needs for a matrix with so many columns. */
-static int64_t linear_scratch(const struct kernels *k, int cols) {
-    int64_t panel = (int64_t)panel_rows(cols) * cols;
-    return max64(panel, (int64_t)(cols / QK) * k->int_strips * k->pack_bytes / 4);
+static int64_t matmul_scratch(const struct kernels *k, int cols) {
+    int64_t block = (int64_t)weight_rows(cols) * cols;
+    return max64(block, (int64_t)(cols / QK) * k->int_panels * k->pack_bytes / 4);
 }
 
-/* c[r][..16 strips] (+)= a[r][k] b for any number of rows; a row's pointer is a[r] (chapter 12). */
-static void outer_rows(const struct kernels *k, int rows, int n, const float *const *a,
-                       const float *b, int64_t strip, int strips, float *c, int ldc,
+/* c[r][..16 panels] (+)= a[r][k] b for any number of rows; a row's pointer is a[r] (chapter 12). */
+static void matmul_panels(const struct kernels *k, int rows, int n, const float *const *a,
+                       const float *b, int64_t ldp, int panels, float *c, int ldc,
                        int accumulate);
 
 /* ---- Attention over one block of keys ----
@@ -1287,26 +1288,26 @@ static void outer_rows(const struct kernels *k, int rows, int n, const float *co
        M = max(m, m'),   l = l e^(m-M) + l' e^(m'-M),   o = o e^(m-M) + o' e^(m'-M);
    after the last block the answer is o / l. Blocks come in ascending order, so a row's result
    depends on nothing but its own keys. Keys lie in panels of 16, k[16 keys / 16][d][16], values in
-   strips of 16 dimensions, v[d / 16][256 keys][16]: both are strips for the outer tile. */
+   panels of 16 dimensions, v[d / 16][256 keys][16]: both are panels for the outer tile. */
 
 struct query {
     const float *q; /* [d] */
     float *o;       /* [d] */
     float m, l;
-    int keys;       /* of this block, how many this row sees: 1 .. KEYS */
+    int keys;       /* of this block, how many this row sees: 1 .. KV_BLOCK */
     const struct query_block *x; /* q in integers, for a quantised cache */
 };
 
 enum { QUERY_ROWS = 48 }; /* rows that go through a block together */
 
 /* Floats of scratch that attend_block needs for a head of width d. */
-static int64_t attend_scratch(int d) { return (int64_t)QUERY_ROWS * (KEYS + d); }
+static int64_t attend_scratch(int d) { return (int64_t)QUERY_ROWS * (KV_BLOCK + d); }
 
 /* The factors of the two parts, e^(m-M) and e^(m'-M), are what a softmax makes of their maxima. */
-static void merge_block(const struct kernels *k, struct query *row, const float *o, float m,
-                        float l, int d) {
-    float part[STRIP] = {row->m, m}, *sum = row->o;
-    k->softmax(part, STRIP, 2, 1, &row->m);
+static void online_softmax_merge(const struct kernels *k, struct query *row, const float *o,
+                                 float m, float l, int d) {
+    float part[PANEL] = {row->m, m}, *sum = row->o;
+    k->softmax(part, PANEL, 2, 1, &row->m);
     float old = part[0], new = part[1];
     for (int i = 0; i < d; i++) sum[i] = sum[i] * old + o[i] * new;
     row->l = row->l * old + l * new;
@@ -1315,20 +1316,21 @@ static void merge_block(const struct kernels *k, struct query *row, const float 
 /* n <= QUERY_ROWS rows against one block; d is a multiple of 16. */
 static void attend_block(const struct kernels *kern, struct query *rows, int n, int d,
                          const float *k, const float *v, float scale, float *scratch) {
-    float *s = scratch, *o = scratch + (int64_t)QUERY_ROWS * KEYS, m[QUERY_ROWS], l[QUERY_ROWS];
+    float *s = scratch, *o = scratch + (int64_t)QUERY_ROWS * KV_BLOCK, m[QUERY_ROWS], l[QUERY_ROWS];
     const float *q[QUERY_ROWS] = {NULL}, *p[QUERY_ROWS] = {NULL};
     int keys = 0;
     for (int r = 0; r < n; r++) {
         q[r] = rows[r].q;
-        p[r] = s + r * KEYS;
+        p[r] = s + r * KV_BLOCK;
         keys = rows[r].keys > keys ? rows[r].keys : keys;
     }
-    int panels = (keys + STRIP - 1) / STRIP;
-    outer_rows(kern, n, d, q, k, (int64_t)d * STRIP, panels, s, KEYS, 0);
+    int panels = (keys + PANEL - 1) / PANEL;
+    matmul_panels(kern, n, d, q, k, (int64_t)d * PANEL, panels, s, KV_BLOCK, 0);
     for (int r = 0; r < n; r++)
-        l[r] = kern->softmax(s + r * KEYS, panels * STRIP, rows[r].keys, scale, &m[r]);
-    outer_rows(kern, n, keys, p, v, (int64_t)KEYS * STRIP, d / STRIP, o, d, 0);
-    for (int r = 0; r < n; r++) merge_block(kern, &rows[r], o + (int64_t)r * d, m[r], l[r], d);
+        l[r] = kern->softmax(s + r * KV_BLOCK, panels * PANEL, rows[r].keys, scale, &m[r]);
+    matmul_panels(kern, n, keys, p, v, (int64_t)KV_BLOCK * PANEL, d / PANEL, o, d, 0);
+    for (int r = 0; r < n; r++)
+        online_softmax_merge(kern, &rows[r], o + (int64_t)r * d, m[r], l[r], d);
 }
 
 /* =================================================================================================
@@ -1786,7 +1788,7 @@ static int made_up_tensor(struct made_up *made, const char *name, int n_dims, co
                           struct tensor *out);
 
 /* Asks for a tensor by name and shape: a matrix of any type. dims are given slowest first. */
-static int want_tensor(const lvm_model *m, const char *name, int n_dims, const int *dims,
+static int get_tensor(const lvm_model *m, const char *name, int n_dims, const int *dims,
                        struct tensor *out, lvm_error *error) {
     if (m->made_up != NULL) return made_up_tensor(m->made_up, name, n_dims, dims, out);
     const struct gguf_tensor *t = gguf_tensor(&m->file, name);
@@ -1816,19 +1818,19 @@ static int want_tensor(const lvm_model *m, const char *name, int n_dims, const i
     return LVM_OK;
 }
 
-static int want_matrix(const lvm_model *m, const char *name, int rows, int cols, struct tensor *out,
+static int get_matrix(const lvm_model *m, const char *name, int rows, int cols, struct tensor *out,
                        lvm_error *error) {
     int dims[2] = {rows, cols};
-    return want_tensor(m, name, 2, dims, out, error);
+    return get_tensor(m, name, 2, dims, out, error);
 }
 
 /* A vector of n floats; *out stays NULL when an optional one is absent. */
-static int want_vector(const lvm_model *m, const char *name, int n, int optional, const float **out,
+static int get_vector(const lvm_model *m, const char *name, int n, int optional, const float **out,
                        lvm_error *error) {
     struct tensor t = {0};
     *out = NULL;
     if (optional && (m->made_up != NULL || gguf_tensor(&m->file, name) == NULL)) return LVM_OK;
-    int code = want_tensor(m, name, 1, &n, &t, error);
+    int code = get_tensor(m, name, 1, &n, &t, error);
     if (code == LVM_OK && t.type != LVM_F32)
         code = fail(error, LVM_FORMAT, "%s: tensor %s must be F32", m->path, name);
     if (code == LVM_OK) *out = (const float *)(const void *)t.data;
@@ -1849,15 +1851,15 @@ static int load_layer(const lvm_model *m, int n, struct layer *l, lvm_error *err
                   {"ffn_down", a->D, a->F, &l->down, NULL}};
     for (size_t i = 0; code == LVM_OK && i < sizeof linear / sizeof *linear; i++) {
         snprintf(name, sizeof name, "blk.%d.%s.weight", n, linear[i].name);
-        code = want_matrix(m, name, linear[i].rows, linear[i].cols, linear[i].w, error);
+        code = get_matrix(m, name, linear[i].rows, linear[i].cols, linear[i].w, error);
         if (code != LVM_OK || linear[i].bias == NULL) continue;
         snprintf(name, sizeof name, "blk.%d.%s.bias", n, linear[i].name);
-        code = want_vector(m, name, linear[i].rows, 1, linear[i].bias, error);
+        code = get_vector(m, name, linear[i].rows, 1, linear[i].bias, error);
     }
     snprintf(name, sizeof name, "blk.%d.attn_norm.weight", n);
-    if (code == LVM_OK) code = want_vector(m, name, a->D, 0, &l->attn_norm, error);
+    if (code == LVM_OK) code = get_vector(m, name, a->D, 0, &l->attn_norm, error);
     snprintf(name, sizeof name, "blk.%d.ffn_norm.weight", n);
-    if (code == LVM_OK) code = want_vector(m, name, a->D, 0, &l->ffn_norm, error);
+    if (code == LVM_OK) code = get_vector(m, name, a->D, 0, &l->ffn_norm, error);
     return code;
 }
 
@@ -1891,14 +1893,14 @@ static int load_llama(lvm_model *m, lvm_error *error) {
     struct llama *a = &m->llama;
     if (a->layers == NULL) a->layers = mem_alloc((size_t)a->n_layers, sizeof *a->layers, error);
     if (a->layers == NULL) return LVM_MEMORY;
-    int code = want_matrix(m, "token_embd.weight", a->V, a->D, &a->embed, error);
+    int code = get_matrix(m, "token_embd.weight", a->V, a->D, &a->embed, error);
     for (int i = 0; code == LVM_OK && i < a->n_layers; i++)
         code = load_layer(m, i, &a->layers[i], error);
-    if (code == LVM_OK) code = want_vector(m, "output_norm.weight", a->D, 0, &a->norm, error);
+    if (code == LVM_OK) code = get_vector(m, "output_norm.weight", a->D, 0, &a->norm, error);
     if (code != LVM_OK) return code;
     a->output = a->embed;
     if (m->made_up != NULL || gguf_tensor(&m->file, "output.weight") != NULL)
-        code = want_matrix(m, "output.weight", a->V, a->D, &a->output, error);
+        code = get_matrix(m, "output.weight", a->V, a->D, &a->output, error);
     return code;
 }
 
@@ -1914,7 +1916,7 @@ static const float *vq_vector(struct vq_loader *l, const char *prefix, const cha
     char full[256];
     const float *v = NULL;
     snprintf(full, sizeof full, "vq.%s%s", prefix, name);
-    if (l->code == LVM_OK) l->code = want_vector(l->m, full, n, 0, &v, l->error);
+    if (l->code == LVM_OK) l->code = get_vector(l->m, full, n, 0, &v, l->error);
     return v;
 }
 
@@ -1923,7 +1925,7 @@ static void vq_conv(struct vq_loader *l, const char *prefix, const char *name, i
     char full[128];
     int dims[4] = {c_out, size, size, c_in};
     snprintf(full, sizeof full, "vq.%s%s.weight", prefix, name);
-    if (l->code == LVM_OK) l->code = want_tensor(l->m, full, 4, dims, &out->w, l->error);
+    if (l->code == LVM_OK) l->code = get_tensor(l->m, full, 4, dims, &out->w, l->error);
     snprintf(full, sizeof full, "%s.bias", name);
     out->bias = vq_vector(l, prefix, full, c_out);
     out->c_in = c_in;
@@ -2047,7 +2049,7 @@ static int load_vq(lvm_model *m, lvm_error *error) {
     vq_conv(&l, "", "post_quant_conv", vq->e, vq->z, 1, &vq->post_quant);
     if (l.code == LVM_OK)
         l.code =
-            want_matrix(m, "vq.quantize.embedding.weight", vq->codes, vq->e, &vq->codebook, error);
+            get_matrix(m, "vq.quantize.embedding.weight", vq->codes, vq->e, &vq->codebook, error);
     return l.code;
 }
 
@@ -2222,7 +2224,7 @@ lvm_info lvm_model_info(const lvm_model *model) {
 
        out[p][o] = bias[o] + sum over taps t, channels i of  in[p + t][i] * w[o][t][i],
 
-   nine outer products of a pixel strip with packed weights. No patch matrix is built: a tap is a
+   nine outer products of a pixel panel with packed weights. No patch matrix is built: a tap is a
    row of pointers, those that fall outside point to zeros, and nearest-neighbour doubling before a
    convolution is only another way to compute the pointers. Most of the work, the 3 x 3 convolutions
    of stride 1, goes another way, by Winograd's transforms, with a quarter of the products. */
@@ -2230,7 +2232,7 @@ lvm_info lvm_model_info(const lvm_model *model) {
 enum { GROUPS = 32, NORM_PIXELS = 1024 /* pixels of a task that sums channels */ };
 
 /* Where the sum for an output pixel takes its inputs. */
-struct sampling_grid {
+struct conv_geometry {
     int h_in, w_in, h, w; /* sizes of input and output */
     int stride, up, pad;  /* input row of tap t: (y * stride + t - pad) >> up */
 };
@@ -2241,29 +2243,30 @@ struct vq_work {
     float *packed, *zeros;      /* what tasks share of weights or V; channels of a pixel outside */
     double *sums;               /* [tasks][2][c] of a GroupNorm */
     float *scale, *shift;       /* [c] */
-    float *q, *k, *v, *kp, *vp; /* maps of an attention, keys in panels, values in strips */
+    float *q, *k, *v, *kp, *vp; /* maps of an attention, keys in panels, values in panels */
     float *scores, *norms;      /* [64][codes] and [codes] of the quantiser */
     int64_t done, all;          /* progress */
     const char *stage;
 };
 
-/* Floats that a thread, and that all threads together, need for a convolution from up to c channels;
-   the convolution itself: out = conv(in) + residual; residual may be NULL or out itself. With
-   `normed`, which is for 3 x 3 convolutions of stride 1, conv(silu(in * scale + shift)). Chapter 12.
+/* Floats that a thread, and that all threads together, need for a convolution from up to c
+   channels; the convolution itself: out = conv(in) + residual; residual may be NULL or out itself.
+   With `normed`, which is for 3 x 3 convolutions of stride 1, conv(silu(in * scale + shift)).
+   Chapter 12.
    */
-static int64_t wino_scratch(int c);
+static int64_t winograd_scratch(int c);
 static int64_t conv_packed_floats(int c);
 static void run_conv(const struct exec *e, const struct vq_work *work, const struct conv *conv,
-                     struct sampling_grid g, int normed, const float *in, const float *residual,
+                     struct conv_geometry g, int normed, const float *in, const float *residual,
                      float *out);
 
-static struct sampling_grid same_grid(const struct vq_work *w, int size) {
-    return (struct sampling_grid){w->h, w->w, w->h, w->w, 1, 0, size / 2};
+static struct conv_geometry same_size(const struct vq_work *w, int size) {
+    return (struct conv_geometry){w->h, w->w, w->h, w->w, 1, 0, size / 2};
 }
 
 /* x = conv(x) on a given grid. */
 static void conv_x(const struct exec *e, struct vq_work *w, const struct conv *conv,
-                   struct sampling_grid g, int normed) {
+                   struct conv_geometry g, int normed) {
     run_conv(e, w, conv, g, normed, w->x, NULL, w->t2);
     float *swap = w->x;
     w->x = w->t2;
@@ -2302,13 +2305,13 @@ static void norm_apply_task(void *arg, int task, int thread) {
     const struct norm_job *job = arg;
     int64_t first = (int64_t)task * NORM_PIXELS, n = min64(NORM_PIXELS, job->pixels - first);
     (void)thread;
-    job->e->k->norm_rows(job->in + first * job->c, job->work->scale, job->work->shift, 0, n,
+    job->e->k->scale_shift(job->in + first * job->c, job->work->scale, job->work->shift, 0, n,
                          job->c, job->out + first * job->c);
 }
 
 /* work->scale and shift of norm(in): the normalisation is one multiply-add a channel,
    (x - mean) / sqrt(var + eps) * weight + bias = x * scale + shift. */
-static void norm_scales(const struct exec *e, const struct vq_work *w, const struct norm *norm,
+static void groupnorm_scales(const struct exec *e, const struct vq_work *w, const struct norm *norm,
                         const float *in) {
     int64_t pixels = (int64_t)w->h * w->w;
     struct norm_job job = {e, w, in, NULL, pixels, norm->c};
@@ -2331,26 +2334,26 @@ static void norm_scales(const struct exec *e, const struct vq_work *w, const str
 }
 
 /* out = norm(in), for an attention; convolutions normalise what they read themselves. */
-static void group_norm(const struct exec *e, const struct vq_work *w, const struct norm *norm,
+static void groupnorm(const struct exec *e, const struct vq_work *w, const struct norm *norm,
                        const float *in, float *out) {
     int64_t pixels = (int64_t)w->h * w->w;
     struct norm_job job = {e, w, in, out, pixels, norm->c};
-    norm_scales(e, w, norm, in);
+    groupnorm_scales(e, w, norm, in);
     pool_run(e->pool, (int)((pixels + NORM_PIXELS - 1) / NORM_PIXELS), norm_apply_task, &job);
 }
 
 /* ---- Blocks ---- */
 
 static void run_res_block(const struct exec *e, struct vq_work *w, const struct res_block *b) {
-    struct sampling_grid grid = same_grid(w, 3);
-    norm_scales(e, w, &b->norm1, w->x);
+    struct conv_geometry grid = same_size(w, 3);
+    groupnorm_scales(e, w, &b->norm1, w->x);
     run_conv(e, w, &b->conv1, grid, 1, w->x, NULL, w->t1);
-    norm_scales(e, w, &b->norm2, w->t1);
+    groupnorm_scales(e, w, &b->norm2, w->t1);
     if (b->shortcut.c_out == 0) {
         run_conv(e, w, &b->conv2, grid, 1, w->t1, w->x, w->x);
         return;
     }
-    run_conv(e, w, &b->shortcut, same_grid(w, 1), 0, w->x, NULL, w->t2);
+    run_conv(e, w, &b->shortcut, same_size(w, 1), 0, w->x, NULL, w->t2);
     run_conv(e, w, &b->conv2, grid, 1, w->t1, w->t2, w->t2);
     float *swap = w->x;
     w->x = w->t2;
@@ -2358,30 +2361,30 @@ static void run_res_block(const struct exec *e, struct vq_work *w, const struct 
     w->c = b->conv2.c_out;
 }
 
-struct spatial_job {
+struct vq_attention_job {
     const struct exec *e;
     const struct vq_work *w;
     int n, c;
 };
 
 /* Lays 256 keys and values out as attend_block wants them; keys beyond n are zeros. */
-static void pack_keys_task(void *arg, int block, int thread) {
-    const struct spatial_job *job = arg;
+static void vq_pack_keys_task(void *arg, int block, int thread) {
+    const struct vq_attention_job *job = arg;
     const struct vq_work *w = job->w;
-    int64_t c = job->c, first = (int64_t)block * KEYS;
+    int64_t c = job->c, first = (int64_t)block * KV_BLOCK;
     float *kp = w->kp + first * c, *vp = w->vp + first * c;
     (void)thread;
-    for (int key = 0; key < KEYS; key++)
+    for (int key = 0; key < KV_BLOCK; key++)
         for (int i = 0; i < c; i++) {
             int inside = first + key < job->n;
             int64_t from = (first + key) * c + i;
-            kp[((key / STRIP) * c + i) * STRIP + key % STRIP] = inside ? w->k[from] : 0;
-            vp[((i / STRIP) * KEYS + key) * STRIP + i % STRIP] = inside ? w->v[from] : 0;
+            kp[((key / PANEL) * c + i) * PANEL + key % PANEL] = inside ? w->k[from] : 0;
+            vp[((i / PANEL) * KV_BLOCK + key) * PANEL + i % PANEL] = inside ? w->v[from] : 0;
         }
 }
 
-static void spatial_task(void *arg, int task, int thread) {
-    const struct spatial_job *job = arg;
+static void vq_attention_task(void *arg, int task, int thread) {
+    const struct vq_attention_job *job = arg;
     int64_t c = job->c;
     int r0 = task * QUERY_ROWS, n = job->n - r0 < QUERY_ROWS ? job->n - r0 : QUERY_ROWS;
     struct query rows[QUERY_ROWS];
@@ -2390,8 +2393,9 @@ static void spatial_task(void *arg, int task, int thread) {
         memset(o, 0, (size_t)c * sizeof *o);
         rows[r] = (struct query){job->w->q + (r0 + r) * c, o, -HUGE_VALF, 0, 0, NULL};
     }
-    for (int first = 0; first < job->n; first += KEYS) {
-        for (int r = 0; r < n; r++) rows[r].keys = job->n - first < KEYS ? job->n - first : KEYS;
+    for (int first = 0; first < job->n; first += KV_BLOCK) {
+        for (int r = 0; r < n; r++)
+            rows[r].keys = job->n - first < KV_BLOCK ? job->n - first : KV_BLOCK;
         attend_block(job->e->k, rows, n, job->c, job->w->kp + first * c, job->w->vp + first * c,
                      1 / sqrtf((float)c), exec_scratch(job->e, thread));
     }
@@ -2400,14 +2404,14 @@ static void spatial_task(void *arg, int task, int thread) {
 }
 
 static void run_attn_block(const struct exec *e, struct vq_work *w, const struct attn_block *b) {
-    struct sampling_grid grid = same_grid(w, 1);
-    struct spatial_job job = {e, w, w->h * w->w, w->c};
-    group_norm(e, w, &b->norm, w->x, w->t1);
+    struct conv_geometry grid = same_size(w, 1);
+    struct vq_attention_job job = {e, w, w->h * w->w, w->c};
+    groupnorm(e, w, &b->norm, w->x, w->t1);
     run_conv(e, w, &b->q, grid, 0, w->t1, NULL, w->q);
     run_conv(e, w, &b->k, grid, 0, w->t1, NULL, w->k);
     run_conv(e, w, &b->v, grid, 0, w->t1, NULL, w->v);
-    pool_run(e->pool, (job.n + KEYS - 1) / KEYS, pack_keys_task, &job);
-    pool_run(e->pool, (job.n + QUERY_ROWS - 1) / QUERY_ROWS, spatial_task, &job);
+    pool_run(e->pool, (job.n + KV_BLOCK - 1) / KV_BLOCK, vq_pack_keys_task, &job);
+    pool_run(e->pool, (job.n + QUERY_ROWS - 1) / QUERY_ROWS, vq_attention_task, &job);
     run_conv(e, w, &b->proj, grid, 0, w->t1, w->x, w->x);
 }
 
@@ -2416,7 +2420,7 @@ static void run_attn_block(const struct exec *e, struct vq_work *w, const struct
 static void run_downsample(const struct exec *e, struct vq_work *w, const struct level *l) {
     int h = w->h / 2, width = w->w / 2, c = w->c;
     if (l->conv.c_out != 0) {
-        conv_x(e, w, &l->conv, (struct sampling_grid){w->h, w->w, h, width, 2, 0, 0}, 0);
+        conv_x(e, w, &l->conv, (struct conv_geometry){w->h, w->w, h, width, 2, 0, 0}, 0);
         return;
     }
     for (int y = 0; y < h; y++)
@@ -2437,7 +2441,7 @@ static void run_downsample(const struct exec *e, struct vq_work *w, const struct
 static void run_upsample(const struct exec *e, struct vq_work *w, const struct level *l) {
     int h = w->h * 2, width = w->w * 2;
     if (l->conv.c_out != 0) {
-        conv_x(e, w, &l->conv, (struct sampling_grid){w->h, w->w, h, width, 1, 1, 1}, 0);
+        conv_x(e, w, &l->conv, (struct conv_geometry){w->h, w->w, h, width, 1, 1, 1}, 0);
         return;
     }
     for (int y = 0; y < h; y++)
@@ -2478,15 +2482,15 @@ static int run_middle(const struct exec *e, struct vq_work *w, const struct half
 
 /* x = conv_out(silu(norm_out(x))) */
 static void run_tail(const struct exec *e, struct vq_work *w, const struct half *half) {
-    norm_scales(e, w, &half->norm_out, w->x);
-    conv_x(e, w, &half->conv_out, same_grid(w, 3), 1);
+    groupnorm_scales(e, w, &half->norm_out, w->x);
+    conv_x(e, w, &half->conv_out, same_size(w, 3), 1);
 }
 
 /* ---- The quantiser ---- */
 
 /* ids[n]: for each vector the nearest row of the codebook, |e|^2 - 2 x e being smallest; of equal
    ones the first. */
-static void nearest_codes(const struct exec *e, const struct vqgan *vq, const struct vq_work *w,
+static void vector_quantize(const struct exec *e, const struct vqgan *vq, const struct vq_work *w,
                           const float *x, int n, int32_t *ids) {
     struct exec exact = *e;
     exact.exact = 1;
@@ -2513,7 +2517,7 @@ static int vq_latent(const struct exec *e, const struct vqgan *vq, struct vq_wor
     w->h = w->w = vq->R;
     w->c = 3;
     memcpy(w->x, rgb, (size_t)vq->R * (size_t)vq->R * 3 * sizeof *rgb);
-    conv_x(e, w, &vq->encoder.conv_in, same_grid(w, 3), 0);
+    conv_x(e, w, &vq->encoder.conv_in, same_size(w, 3), 0);
     for (int i = 0; i < vq->n_levels; i++) {
         int code = run_level(e, w, &vq->encoder.level[i], error);
         if (code != LVM_OK) return code;
@@ -2522,7 +2526,7 @@ static int vq_latent(const struct exec *e, const struct vqgan *vq, struct vq_wor
     int code = run_middle(e, w, &vq->encoder, error);
     if (code != LVM_OK) return code;
     run_tail(e, w, &vq->encoder);
-    conv_x(e, w, &vq->quant, same_grid(w, 1), 0);
+    conv_x(e, w, &vq->quant, same_size(w, 1), 0);
     return LVM_OK;
 }
 
@@ -2534,8 +2538,8 @@ static int vq_pixels(const struct exec *e, const struct vqgan *vq, struct vq_wor
     for (int p = 0; p < vq->S * vq->S; p++)
         e->k->to_f32(vq->codebook.type, tensor_row(&vq->codebook, ids[p]),
                      w->x + (int64_t)p * vq->e, vq->e);
-    conv_x(e, w, &vq->post_quant, same_grid(w, 1), 0);
-    conv_x(e, w, &vq->decoder.conv_in, same_grid(w, 3), 0);
+    conv_x(e, w, &vq->post_quant, same_size(w, 1), 0);
+    conv_x(e, w, &vq->decoder.conv_in, same_size(w, 3), 0);
     int code = run_middle(e, w, &vq->decoder, error);
     for (int i = vq->n_levels - 1; code == LVM_OK && i >= 0; i--) {
         code = run_level(e, w, &vq->decoder.level[i], error);
@@ -2566,7 +2570,7 @@ static void vq_sizes_add(struct vq_sizes *s, int64_t side, int c, int has_attn) 
     s->map = max64(s->map, side * side * c);
     s->c = (int)max64(s->c, c);
     s->cols = max64(s->cols, 9 * (int64_t)c);
-    if (has_attn) s->attn = max64(s->attn, (side * side + KEYS - 1) / KEYS * KEYS * c);
+    if (has_attn) s->attn = max64(s->attn, (side * side + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK * c);
 }
 
 static struct vq_sizes vq_sizes(const struct vqgan *vq) {
@@ -2588,8 +2592,8 @@ static struct vq_sizes vq_sizes(const struct vqgan *vq) {
 /* Scratch floats a thread needs for the tokenizer. */
 static int64_t vq_scratch(const struct vqgan *vq, const struct kernels *k) {
     struct vq_sizes s = vq_sizes(vq);
-    int64_t floats = max64(s.cols * STRIP, linear_scratch(k, vq->e));
-    floats = max64(floats, wino_scratch(s.c));
+    int64_t floats = max64(s.cols * PANEL, matmul_scratch(k, vq->e));
+    floats = max64(floats, winograd_scratch(s.c));
     return max64(floats, attend_scratch(s.c));
 }
 
@@ -2643,7 +2647,7 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
    The KV cache is made of pages of 256 positions, the same 256 that attention merges as a block. A
    sequence is a list of pages; sequences that begin alike share them, and a shared page is copied
    before it is written (candidates of one prompt differ only behind it). In a page, for each layer
-   and key/value head, keys lie in panels and values in strips (see attend_block), in one of three
+   and key/value head, keys lie in panels and values in panels (see attend_block), in one of three
    types:
 
        f32, f16   k[16 panels][d][16 keys]              v[d / 16][256 keys][16]
@@ -2709,9 +2713,9 @@ static struct page *page_new(const struct kv_cache *kv, lvm_error *error) {
 }
 
 /* Makes the page of position pos present and private to the sequence. */
-static int page_for_writing(const struct kv_cache *kv, struct sequence *s, int pos,
+static int page_make_private(const struct kv_cache *kv, struct sequence *s, int pos,
                             lvm_error *error) {
-    struct page **slot = &s->pages[pos / KEYS];
+    struct page **slot = &s->pages[pos / KV_BLOCK];
     if (*slot != NULL && (*slot)->refs == 1) return LVM_OK;
     struct page *fresh = page_new(kv, error);
     if (fresh == NULL) return LVM_MEMORY;
@@ -2724,7 +2728,7 @@ static int page_for_writing(const struct kv_cache *kv, struct sequence *s, int p
 static void sequence_trim(const struct kv_cache *kv, struct sequence *s, int n) {
     if (n >= s->n) return;
     s->n = n;
-    for (int i = (n + KEYS - 1) / KEYS; i < kv->max_pages; i++) page_release(&s->pages[i]);
+    for (int i = (n + KV_BLOCK - 1) / KV_BLOCK; i < kv->max_pages; i++) page_release(&s->pages[i]);
 }
 
 static uint8_t *page_head(const struct kv_cache *kv, const struct page *p, const struct llama *a,
@@ -2735,10 +2739,10 @@ static uint8_t *page_head(const struct kv_cache *kv, const struct page *p, const
 /* Writes one key of dp floats into slot `at` of a page's head. */
 static void store_key(const struct kernels *kern, const struct kv_cache *kv, uint8_t *head, int at,
                       const float *k) {
-    int panel = at / STRIP, column = at % STRIP;
+    int panel = at / PANEL, column = at % PANEL;
     if (kv->type == LVM_Q8_0) {
-        uint8_t *p = head + (int64_t)panel * (kv->dp / QK) * KV8_BYTES;
-        for (int b = 0; b < kv->dp / QK; b++, p += KV8_BYTES) {
+        uint8_t *p = head + (int64_t)panel * (kv->dp / QK) * KV8_PANEL;
+        for (int b = 0; b < kv->dp / QK; b++, p += KV8_PANEL) {
             struct q8_0 block;
             kern->to_q8_0(k + b * QK, &block, QK);
             memcpy(p + 2 * column, &block.d, 2);
@@ -2746,24 +2750,24 @@ static void store_key(const struct kernels *kern, const struct kv_cache *kv, uin
                 uint32_t four = 0;
                 memcpy(&four, block.q + i, sizeof four);
                 four ^= 0x80808080; /* each + 128 */
-                memcpy(p + 2 * STRIP + i * STRIP + 4 * column, &four, sizeof four);
+                memcpy(p + 2 * PANEL + i * PANEL + 4 * column, &four, sizeof four);
             }
         }
         return;
     }
-    int64_t start = (int64_t)panel * kv->dp * STRIP + column;
+    int64_t start = (int64_t)panel * kv->dp * PANEL + column;
     for (int i = 0; i < kv->dp; i++) {
-        if (kv->type == LVM_F32) ((float *)(void *)head)[start + i * STRIP] = k[i];
-        else ((uint16_t *)(void *)head)[start + i * STRIP] = f32_to_f16(k[i]);
+        if (kv->type == LVM_F32) ((float *)(void *)head)[start + i * PANEL] = k[i];
+        else ((uint16_t *)(void *)head)[start + i * PANEL] = f32_to_f16(k[i]);
     }
 }
 
 static void store_value(const struct kernels *kern, const struct kv_cache *kv, uint8_t *head,
                         int at, const float *v) {
     if (kv->type == LVM_Q8_0) {
-        uint8_t *p = head + (int64_t)at / STRIP * KV8_BYTES;
-        int column = at % STRIP, place = 2 * STRIP + column / 4 * 4 * QK + column % 4;
-        for (int b = 0; b < kv->dp / QK; b++, p += KEYS / STRIP * KV8_BYTES) {
+        uint8_t *p = head + (int64_t)at / PANEL * KV8_PANEL;
+        int column = at % PANEL, place = 2 * PANEL + column / 4 * 4 * QK + column % 4;
+        for (int b = 0; b < kv->dp / QK; b++, p += KV_BLOCK / PANEL * KV8_PANEL) {
             struct q8_0 block;
             kern->to_q8_0(v + b * QK, &block, QK);
             memcpy(p + 2 * column, &block.d, 2);
@@ -2771,9 +2775,9 @@ static void store_value(const struct kernels *kern, const struct kv_cache *kv, u
         }
         return;
     }
-    for (int s = 0; s < kv->dp / STRIP; s++) {
-        int64_t to = ((int64_t)s * KEYS + at) * STRIP;
-        row_from_f32(kv->type, v + s * STRIP, head + to * (kv->type == LVM_F32 ? 4 : 2), STRIP);
+    for (int s = 0; s < kv->dp / PANEL; s++) {
+        int64_t to = ((int64_t)s * KV_BLOCK + at) * PANEL;
+        row_from_f32(kv->type, v + s * PANEL, head + to * (kv->type == LVM_F32 ? 4 : 2), PANEL);
     }
 }
 
@@ -2781,18 +2785,18 @@ static void store_value(const struct kernels *kern, const struct kv_cache *kv, u
    unpacked to out. */
 static const float *load_keys(const struct kernels *k, const struct kv_cache *kv,
                               const uint8_t *head, int keys, float *out) {
-    int panels = (keys + STRIP - 1) / STRIP;
+    int panels = (keys + PANEL - 1) / PANEL;
     if (kv->type == LVM_F32) return (const float *)(const void *)head;
-    k->to_f32(LVM_F16, head, out, (int64_t)panels * STRIP * kv->dp);
+    k->to_f32(LVM_F16, head, out, (int64_t)panels * PANEL * kv->dp);
     return out;
 }
 
 static const float *load_values(const struct kernels *k, const struct kv_cache *kv,
                                 const uint8_t *head, int keys, float *out) {
     if (kv->type == LVM_F32) return (const float *)(const void *)head;
-    for (int s = 0; s < kv->dp / STRIP; s++)
-        k->to_f32(LVM_F16, head + (int64_t)s * KEYS * STRIP * 2, out + (int64_t)s * KEYS * STRIP,
-                  (int64_t)keys * STRIP);
+    for (int s = 0; s < kv->dp / PANEL; s++)
+        k->to_f32(LVM_F16, head + (int64_t)s * KV_BLOCK * PANEL * 2,
+                  out + (int64_t)s * KV_BLOCK * PANEL, (int64_t)keys * PANEL);
     return out;
 }
 
@@ -2852,7 +2856,7 @@ static void rope_store_task(void *arg, int r, int thread) {
     const struct kv_cache *kv = &w->kv;
     const float *cosines = w->rope + (int64_t)r * a->d, *sines = cosines + a->d / 2;
     float *key = exec_scratch(job->e, thread), *value = key + kv->dp;
-    const struct page *page = kv->seq[job->seq[r]].pages[job->pos[r] / KEYS];
+    const struct page *page = kv->seq[job->seq[r]].pages[job->pos[r] / KV_BLOCK];
     memset(key, 0, 2 * (size_t)kv->dp * sizeof *key);
     for (int h = 0; h < a->H && r >= job->first; h++)
         rotate(w->q + ((int64_t)r * a->H + h) * a->d, cosines, sines, a->d,
@@ -2862,8 +2866,8 @@ static void rope_store_task(void *arg, int r, int thread) {
         rotate(w->k + at, cosines, sines, a->d, key);
         memcpy(value, w->v + at, (size_t)a->d * sizeof *value);
         uint8_t *keys = page_head(kv, page, a, job->layer_index, g, 0);
-        store_key(job->e->k, kv, keys, job->pos[r] % KEYS, key);
-        store_value(job->e->k, kv, keys + kv->head_bytes, job->pos[r] % KEYS, value);
+        store_key(job->e->k, kv, keys, job->pos[r] % KV_BLOCK, key);
+        store_value(job->e->k, kv, keys + kv->head_bytes, job->pos[r] % KV_BLOCK, value);
     }
 }
 
@@ -2872,21 +2876,21 @@ static void attend_q8(const struct lm_job *job, const uint8_t *head, const uint8
                       struct query *rows, int n, float *scratch) {
     const struct kernels *k = job->e->k;
     const struct kv_cache *kv = &job->w->kv;
-    float *s = scratch, *o = scratch + QUERY_ROWS * KEYS, m[QUERY_ROWS], l[QUERY_ROWS];
+    float *s = scratch, *o = scratch + QUERY_ROWS * KV_BLOCK, m[QUERY_ROWS], l[QUERY_ROWS];
     const float *p[QUERY_ROWS] = {NULL};
     int groups = kv->dp / QK, keys = 0;
     for (int r = 0; r < n; r++) {
-        p[r] = s + r * KEYS;
+        p[r] = s + r * KV_BLOCK;
         keys = rows[r].keys > keys ? rows[r].keys : keys;
     }
-    int panels = (keys + STRIP - 1) / STRIP;
-    k->k8_scores(head, groups, panels, rows[0].x, n, s, KEYS);
+    int panels = (keys + PANEL - 1) / PANEL;
+    k->k8_scores(head, groups, panels, rows[0].x, n, s, KV_BLOCK);
     for (int r = 0; r < n; r++)
-        l[r] = k->softmax(s + r * KEYS, panels * STRIP, rows[r].keys, 1 / sqrtf((float)job->a->d),
-                          &m[r]);
+        l[r] = k->softmax(s + r * KV_BLOCK, panels * PANEL, rows[r].keys,
+                          1 / sqrtf((float)job->a->d), &m[r]);
     k->v8_sums(head + kv->head_bytes, groups, panels, p, n, next, o, kv->dp);
     for (int r = 0; r < n; r++)
-        merge_block(k, &rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
+        online_softmax_merge(k, &rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
 }
 
 /* What a task reads when it is done with head g of a sequence's page b: the same head of the next
@@ -2904,7 +2908,7 @@ static void attend_page(struct lm_job *job, const struct page *page, int g, cons
     const struct kv_cache *kv = &job->w->kv;
     const struct kernels *k = job->e->k;
     const uint8_t *head = page_head(kv, page, job->a, job->layer_index, g, 0);
-    float *kf = scratch + attend_scratch(kv->dp), *vf = kf + (int64_t)KEYS * kv->dp;
+    float *kf = scratch + attend_scratch(kv->dp), *vf = kf + (int64_t)KV_BLOCK * kv->dp;
     int keys = 0;
     if (kv->type == LVM_Q8_0) {
         for (int r = 0; r < n; r += QUERY_ROWS)
@@ -2945,15 +2949,15 @@ static void attention_task(void *arg, int task, int thread) {
         if (kv->type == LVM_Q8_0) job->e->k->quantize_q(rows[i].q, x, kv->dp);
         last = job->pos[r] > last ? job->pos[r] : last;
     }
-    for (int b = 0; b <= last / KEYS; b++)
+    for (int b = 0; b <= last / KV_BLOCK; b++)
         for (int i = 0; i < n;) {
             struct page *const *pages = kv->seq[job->seq[(i0 + i) / group]].pages;
             const struct page *page = pages[b];
-            int j = i, own_last = job->pos[(i0 + i) / group] / KEYS;
+            int j = i, own_last = job->pos[(i0 + i) / group] / KV_BLOCK;
             for (; j < n; j++) {
-                int r = (i0 + j) / group, keys = job->pos[r] + 1 - b * KEYS;
+                int r = (i0 + j) / group, keys = job->pos[r] + 1 - b * KV_BLOCK;
                 if (keys <= 0 || kv->seq[job->seq[r]].pages[b] != page) break;
-                rows[j].keys = keys < KEYS ? keys : KEYS;
+                rows[j].keys = keys < KV_BLOCK ? keys : KV_BLOCK;
             }
             if (j > i)
                 attend_page(job, page, g, next_head(job, pages, b, own_last, g), rows + i, j - i,
@@ -2996,7 +3000,7 @@ static void run_layer(struct lm_job *job, int from) {
         {&l->q, l->q_bias, q}, {&l->k, l->k_bias, w->k}, {&l->v, l->v_bias, w->v}};
     const struct product gate_up[] = {{&l->gate, NULL, gate}, {&l->up, NULL, up}};
     norm_all(job, l->attn_norm, 0, job->layer_index > 0);
-    linear_all(e, qkv + apart, 3 - apart, w->h, job->rows);
+    matmul_all(e, qkv + apart, 3 - apart, w->h, job->rows);
     if (apart && n > 0) linear(e, &l->q, l->q_bias, h, n, q);
     job->first = from;
     pool_run(e->pool, job->rows, rope_store_task, job);
@@ -3004,7 +3008,7 @@ static void run_layer(struct lm_job *job, int from) {
     pool_run(e->pool, a->G * attention_chunks(job), attention_task, job);
     linear(e, &l->o, l->o_bias, o, n, delta);
     norm_all(job, l->ffn_norm, from, 1);
-    linear_all(e, gate_up, 2, h, n);
+    matmul_all(e, gate_up, 2, h, n);
     pool_run(e->pool, n, swiglu_task, job);
     linear(e, &l->down, NULL, gate, n, delta);
 }
@@ -3018,7 +3022,7 @@ static int run_layers(const struct exec *e, const struct llama *a, struct lm_wor
     int code = LVM_OK, done = 0;
     for (; code == LVM_OK && done < n; done++) {
         struct sequence *s = &w->kv.seq[seqs[done]];
-        code = page_for_writing(&w->kv, s, s->n, error);
+        code = page_make_private(&w->kv, s, s->n, error);
         job.seq[done] = seqs[done];
         job.pos[done] = s->n++;
     }
@@ -3054,8 +3058,8 @@ static void lm_work_free(struct lm_work *w) {
 static int kv_setup(struct kv_cache *kv, const struct llama *a, int type, lvm_error *error) {
     kv->type = type;
     kv->dp = round_up(a->d, QK);
-    kv->max_pages = (a->context + KEYS - 1) / KEYS;
-    kv->head_bytes = type_bytes(type, (int64_t)kv->dp * KEYS);
+    kv->max_pages = (a->context + KV_BLOCK - 1) / KV_BLOCK;
+    kv->head_bytes = type_bytes(type, (int64_t)kv->dp * KV_BLOCK);
     if (!mul_fits((size_t)kv->head_bytes, (size_t)a->G * 2 * (size_t)a->n_layers, &kv->page_bytes))
         return fail(error, LVM_MEMORY, "the key/value cache does not fit memory");
     for (int s = 0; s < MAX_SEQUENCES; s++) {
@@ -3065,13 +3069,13 @@ static int kv_setup(struct kv_cache *kv, const struct llama *a, int type, lvm_er
     return LVM_OK;
 }
 
-_Static_assert(TASK_ROWS * sizeof(struct query_block) / QK <= 2 * KEYS * sizeof(float),
+_Static_assert(TASK_ROWS * sizeof(struct query_block) / QK <= 2 * KV_BLOCK * sizeof(float),
                "queries in integers take no more room than keys and values in floats");
 
 static int64_t lm_scratch(const struct llama *a, const struct kernels *k) {
     int dp = round_up(a->d, QK);
-    int64_t widest = max64(linear_scratch(k, a->D), linear_scratch(k, a->F));
-    return max64(widest, attend_scratch(dp) + 2 * (int64_t)KEYS * dp);
+    int64_t widest = max64(matmul_scratch(k, a->D), matmul_scratch(k, a->F));
+    return max64(widest, attend_scratch(dp) + 2 * (int64_t)KV_BLOCK * dp);
 }
 
 static int lm_work_alloc(struct lm_work *w, const struct llama *a, int kv_type, lvm_error *error) {
@@ -3114,7 +3118,7 @@ struct backend {
                    float *logits, lvm_error *error);
     void (*kv_copy)(void *state, int from, int to, int n); /* sequence `to` = first n of `from` */
     void (*kv_trim)(void *state, int seq, int n);
-    /* Positions from page * KEYS on as bytes; writing leaves the sequence n tokens long. */
+    /* Positions from page * KV_BLOCK on as bytes; writing leaves the sequence n tokens long. */
     size_t (*kv_page_bytes)(void *state);
     void (*kv_read)(void *state, int seq, int page, uint8_t *data);
     int (*kv_write)(void *state, int seq, int page, const uint8_t *data, int n, lvm_error *error);
@@ -3196,7 +3200,7 @@ static int cpu_encode(void *state, const float *rgb, int i, int n, int32_t *ids,
     if (code != LVM_OK) return code;
     if (latent != NULL)
         memcpy(latent, c->vq.x, (size_t)(vq->S * vq->S) * (size_t)vq->e * sizeof *latent);
-    nearest_codes(&c->e, vq, &c->vq, c->vq.x, vq->S * vq->S, ids);
+    vector_quantize(&c->e, vq, &c->vq, c->vq.x, vq->S * vq->S, ids);
     return LVM_OK;
 }
 
@@ -3231,7 +3235,7 @@ static void cpu_kv_copy(void *state, int from, int to, int n) {
         return;
     }
     sequence_trim(kv, &kv->seq[to], 0);
-    for (int i = 0; i < (n + KEYS - 1) / KEYS; i++) {
+    for (int i = 0; i < (n + KV_BLOCK - 1) / KV_BLOCK; i++) {
         kv->seq[to].pages[i] = kv->seq[from].pages[i];
         kv->seq[to].pages[i]->refs++;
     }
@@ -3248,7 +3252,7 @@ static void cpu_kv_read(void *state, int seq, int page, uint8_t *data) {
 static int cpu_kv_write(void *state, int seq, int page, const uint8_t *data, int n,
                         lvm_error *error) {
     struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
-    int code = page_for_writing(kv, &kv->seq[seq], page * KEYS, error);
+    int code = page_make_private(kv, &kv->seq[seq], page * KV_BLOCK, error);
     if (code != LVM_OK) return code;
     memcpy(kv->seq[seq].pages[page]->data, data, kv->page_bytes);
     kv->seq[seq].n = n;
@@ -3280,7 +3284,7 @@ static const struct backend cpu_backend = {
 
 enum {
     SCORE_ROWS = 256,
-    REMEMBERED = 32 /* pictures: two windows */
+    MAX_ENCODED = 32 /* pictures: two windows */
 };
 
 /* A picture as the tokenizer saw it and what it became. */
@@ -3300,7 +3304,7 @@ struct lvm_ctx {
     float *logits;     /* [SCORE_ROWS][V]; row c is candidate c's while generating */
     float *rgb;        /* [R][R][3] */
     int64_t n_encoded; /* pictures encoded so far; the last ones are remembered */
-    struct encoded encoded[REMEMBERED]; /* picture i at i % REMEMBERED */
+    struct encoded encoded[MAX_ENCODED]; /* picture i at i % MAX_ENCODED */
 };
 
 lvm_options lvm_default_options(void) {
@@ -3330,10 +3334,10 @@ int lvm_sampling_preset(const char *name, lvm_sampling *sampling, lvm_error *err
 
 /* ---- Contexts ---- */
 
-void lvm_free(lvm_ctx *ctx) {
+void lvm_ctx_free(lvm_ctx *ctx) {
     if (ctx == NULL) return;
     if (ctx->state != NULL) ctx->b->close(ctx->state);
-    for (int i = 0; i < REMEMBERED; i++) {
+    for (int i = 0; i < MAX_ENCODED; i++) {
         mem_free(ctx->encoded[i].rgb);
         mem_free(ctx->encoded[i].ids);
     }
@@ -3377,9 +3381,9 @@ static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_opt
     return settle_window(m, o, error);
 }
 
-lvm_ctx *lvm_new(const lvm_model *m, const lvm_options *options, lvm_error *error) {
+lvm_ctx *lvm_ctx_new(const lvm_model *m, const lvm_options *options, lvm_error *error) {
     if (m == NULL) {
-        null_argument(error, "lvm_new", "model");
+        null_argument(error, "lvm_ctx_new", "model");
         return NULL;
     }
     lvm_ctx *ctx = mem_alloc(1, sizeof *ctx, error);
@@ -3398,7 +3402,7 @@ lvm_ctx *lvm_new(const lvm_model *m, const lvm_options *options, lvm_error *erro
                    : ctx->b->open(m, &ctx->o, &ctx->state, error);
     }
     if (code == LVM_OK) return ctx;
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     return NULL;
 }
 
@@ -3449,14 +3453,14 @@ static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm
 
 static const struct encoded *find_encoded(const lvm_ctx *ctx, const uint8_t *rgb) {
     size_t R = (size_t)ctx->m->info.resolution;
-    for (int i = 0; i < REMEMBERED && i < ctx->n_encoded; i++)
+    for (int i = 0; i < MAX_ENCODED && i < ctx->n_encoded; i++)
         if (memcmp(ctx->encoded[i].rgb, rgb, R * R * 3) == 0) return &ctx->encoded[i];
     return NULL;
 }
 
 /* Remembers a picture; the oldest makes room. rgb[R][R][3] becomes the context's. */
-static int remember(lvm_ctx *ctx, uint8_t *rgb, const int32_t *ids, lvm_error *error) {
-    struct encoded *e = &ctx->encoded[ctx->n_encoded % REMEMBERED];
+static int remember_encoded(lvm_ctx *ctx, uint8_t *rgb, const int32_t *ids, lvm_error *error) {
+    struct encoded *e = &ctx->encoded[ctx->n_encoded % MAX_ENCODED];
     size_t T = (size_t)ctx->m->info.tokens_per_image;
     if (e->ids == NULL) e->ids = mem_alloc(T, sizeof *e->ids, error);
     if (e->ids == NULL) {
@@ -3484,7 +3488,7 @@ static int encode_image(lvm_ctx *ctx, const lvm_image *image, int i, int n, int3
     }
     for (int p = 0; p < R * R * 3; p++) ctx->rgb[p] = (float)fitted.rgb[p] / 255;
     code = ctx->b->encode(ctx->state, ctx->rgb, i, n, ids, NULL, error);
-    if (code == LVM_OK) return remember(ctx, fitted.rgb, ids, error);
+    if (code == LVM_OK) return remember_encoded(ctx, fitted.rgb, ids, error);
     lvm_image_free(&fitted);
     return code;
 }
@@ -3537,8 +3541,8 @@ int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_e
 
 /* Appends ids[n] to a sequence of the cache; logits: NULL or V floats for the token behind them.
    *fed counts what went in. */
-static int feed(lvm_ctx *ctx, int seq, const int32_t *ids, int n, const char *stage, float *logits,
-                int *fed, lvm_error *error) {
+static int prefill(lvm_ctx *ctx, int seq, const int32_t *ids, int n, const char *stage,
+                   float *logits, int *fed, lvm_error *error) {
     int seqs[ROWS];
     for (int i = 0; i < ROWS; i++) seqs[i] = seq;
     for (int at = 0; at < n; at += ROWS) {
@@ -3573,7 +3577,7 @@ int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error
     ctx->n_fed = same;
     if (same < n) {
         ctx->has_logits = 0;
-        code = feed(ctx, 0, ids + same, n - same, "prompt", ctx->logits, &ctx->n_fed, error);
+        code = prefill(ctx, 0, ids + same, n - same, "prompt", ctx->logits, &ctx->n_fed, error);
         if (code != LVM_OK) return code;
         ctx->has_logits = 1;
     }
@@ -3582,7 +3586,7 @@ int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error
 }
 
 /* Feeds what is pending, so that logits[0] are those behind the whole sequence. */
-static int settle_sequence(lvm_ctx *ctx, lvm_error *error) {
+static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
     int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
     if (code != LVM_OK) return code;
     if (ctx->n_ids == 0)
@@ -3592,7 +3596,7 @@ static int settle_sequence(lvm_ctx *ctx, lvm_error *error) {
         return fail(error, LVM_INVALID, "the context is full");
     if (ctx->n_fed == ctx->n_ids) ctx->b->kv_trim(ctx->state, 0, --ctx->n_fed);
     ctx->has_logits = 0;
-    code = feed(ctx, 0, ctx->ids + ctx->n_fed, ctx->n_ids - ctx->n_fed, "prompt", ctx->logits,
+    code = prefill(ctx, 0, ctx->ids + ctx->n_fed, ctx->n_ids - ctx->n_fed, "prompt", ctx->logits,
                 &ctx->n_fed, error);
     ctx->has_logits = code == LVM_OK;
     return code;
@@ -3614,7 +3618,7 @@ int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *er
         return null_argument(error, "lvm_score",
                              ctx == NULL ? "ctx" : ids == NULL ? "ids" : "nll");
     const lvm_info *info = &ctx->m->info;
-    int code = settle_sequence(ctx, error);
+    int code = prefill_pending(ctx, error);
     if (code != LVM_OK) return code;
     int start = ctx->n_fed, V = info->vocab_size, seqs[SCORE_ROWS] = {0};
     if (n < 1 || n > info->context_length + 1 - start)
@@ -3778,7 +3782,7 @@ static int slide_window(struct generation *g, lvm_error *error) {
         const int32_t *ids = candidate_ids(g, c), *first = candidate_ids(g, 0);
         while (c > 0 && same < g->length - 1 && ids[same] == first[same]) same++;
         ctx->b->kv_copy(ctx->state, 0, c, same);
-        code = feed(ctx, c, ids + same, g->length - same, "prompt", ctx->logits + (int64_t)c * V,
+        code = prefill(ctx, c, ids + same, g->length - same, "prompt", ctx->logits + (int64_t)c * V,
                     &fed, error);
     }
     return code;
@@ -3807,7 +3811,7 @@ static int generate_token(struct generation *g, int i, lvm_error *error) {
 }
 
 /* Gives every candidate the prompt's ids, cache and logits. */
-static void share_prompt(struct generation *g) {
+static void fork_prompt(struct generation *g) {
     lvm_ctx *ctx = g->ctx;
     int V = ctx->m->info.vocab_size;
     for (int c = 0; c < g->candidates; c++) {
@@ -3838,7 +3842,7 @@ static void keep_first_candidate(struct generation *g, int code) {
 
 static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) {
     int code = LVM_OK;
-    share_prompt(g);
+    fork_prompt(g);
     for (int i = 0; code == LVM_OK && i < g->n; i++) {
         code = generate_token(g, i, error);
         for (int c = 0; code == LVM_OK && c < g->candidates; c++)
@@ -3870,7 +3874,7 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
     if (g.full < g.has_bos + g.T)
         return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no picture of %d",
                     ctx->m->path, info->context_length, g.T);
-    if (ctx->n_ids < g.full) code = settle_sequence(ctx, error);
+    if (ctx->n_ids < g.full) code = prefill_pending(ctx, error);
     if (code == LVM_OK && ctx->n_ids == 0)
         code = fail(error, LVM_INVALID, "there is no prompt yet: call lvm_prompt first");
     if (code != LVM_OK) return code;
@@ -3909,7 +3913,7 @@ int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_erro
 }
 
 /* Empties the pictures that a call is to make and refuses what it cannot do. */
-static int ready_pictures(const lvm_ctx *ctx, int candidates, int n, lvm_image *out,
+static int ready_images(const lvm_ctx *ctx, int candidates, int n, lvm_image *out,
                           const char *call, lvm_error *error) {
     if (n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES)
         return fail(error, LVM_INVALID, "%d candidates of %d pictures: out of range", candidates,
@@ -3924,7 +3928,7 @@ static int ready_pictures(const lvm_ctx *ctx, int candidates, int n, lvm_image *
 
 int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n,
                         lvm_image *out, lvm_error *error) {
-    int code = ready_pictures(ctx, candidates, n, out, "lvm_generate_images", error);
+    int code = ready_images(ctx, candidates, n, out, "lvm_generate_images", error);
     if (code != LVM_OK) return code;
     int tokens = n * ctx->m->info.tokens_per_image;
     int32_t *ids = mem_alloc((size_t)candidates * (size_t)tokens, sizeof *ids, error);
@@ -3937,7 +3941,7 @@ int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidat
 
 int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_sampling *sampling,
                 int candidates, int n, lvm_image *out, lvm_error *error) {
-    int code = ready_pictures(ctx, candidates, n, out, "lvm_predict", error);
+    int code = ready_images(ctx, candidates, n, out, "lvm_predict", error);
     if (code == LVM_OK) code = lvm_prompt_images(ctx, images, count, error);
     return code == LVM_OK ? lvm_generate_images(ctx, sampling, candidates, n, out, error) : code;
 }
@@ -3981,18 +3985,18 @@ static int buffer_add(struct buffer *b, const void *data, size_t n, lvm_error *e
     return LVM_OK;
 }
 
-struct picture {
+struct image_ref {
     char *path;   /* NULL where the line gives tokens */
     int32_t *ids; /* [T], or NULL */
 };
 
-struct pictures {
-    struct picture *list;
+struct image_list {
+    struct image_ref *list;
     int n, room;
 };
 
 struct sentence {
-    struct pictures input, target, choices;
+    struct image_list input, target, choices;
     char *output; /* NULL: none */
     int answer;   /* -1: unknown */
 };
@@ -4134,7 +4138,7 @@ static void json_skip(struct json *j, int depth) {
     }
 }
 
-static void pictures_free(struct pictures *p) {
+static void image_list_free(struct image_list *p) {
     for (int i = 0; i < p->n; i++) {
         mem_free(p->list[i].path);
         mem_free(p->list[i].ids);
@@ -4144,18 +4148,18 @@ static void pictures_free(struct pictures *p) {
 }
 
 static void sentence_free(struct sentence *s) {
-    pictures_free(&s->input);
-    pictures_free(&s->target);
-    pictures_free(&s->choices);
+    image_list_free(&s->input);
+    image_list_free(&s->target);
+    image_list_free(&s->choices);
     mem_free(s->output);
     memset(s, 0, sizeof *s);
 }
 
 /* Adds a picture, whose path or ids the list owns from now on, also after a failure. */
-static int pictures_add(struct pictures *p, char *path, int32_t *ids, lvm_error *error) {
+static int image_list_add(struct image_list *p, char *path, int32_t *ids, lvm_error *error) {
     if (p->n == p->room) {
         int room = p->room * 2 + 16;
-        struct picture *more = mem_alloc((size_t)room, sizeof *more, error);
+        struct image_ref *more = mem_alloc((size_t)room, sizeof *more, error);
         if (more == NULL) {
             mem_free(path);
             mem_free(ids);
@@ -4166,18 +4170,18 @@ static int pictures_add(struct pictures *p, char *path, int32_t *ids, lvm_error 
         p->list = more;
         p->room = room;
     }
-    p->list[p->n++] = (struct picture){path, ids};
+    p->list[p->n++] = (struct image_ref){path, ids};
     return LVM_OK;
 }
 
 /* Tokens of whole pictures, gathered in a buffer, become pictures. */
-static void add_tokens(struct json *j, struct buffer *tokens, struct pictures *out) {
+static void add_tokens(struct json *j, struct buffer *tokens, struct image_list *out) {
     size_t T = (size_t)j->T, n = tokens->n / sizeof(int32_t);
     if (j->code == LVM_OK && n % T != 0) json_fail(j, "tokens that are no whole pictures");
     for (size_t at = 0; j->code == LVM_OK && at < n; at += T) {
         int32_t *ids = mem_alloc(T, sizeof *ids, j->error);
         if (ids != NULL) memcpy(ids, tokens->data + at * sizeof *ids, T * sizeof *ids);
-        j->code = ids == NULL ? LVM_MEMORY : pictures_add(out, NULL, ids, j->error);
+        j->code = ids == NULL ? LVM_MEMORY : image_list_add(out, NULL, ids, j->error);
     }
     tokens->n = 0;
 }
@@ -4216,21 +4220,21 @@ static void take_base64(struct json *j, struct buffer *tokens) {
     mem_free(text);
 }
 
-static void take_string_picture(struct json *j, int only_tokens, struct buffer *tokens,
-                                struct pictures *out) {
+static void take_string_image(struct json *j, int only_tokens, struct buffer *tokens,
+                                struct image_list *out) {
     if (only_tokens) {
         take_base64(j, tokens);
         return;
     }
     char *path = json_string(j);
-    if (path != NULL) j->code = pictures_add(out, path, NULL, j->error);
+    if (path != NULL) j->code = image_list_add(out, path, NULL, j->error);
 }
 
 /* A picture, or an array of pictures and tokens. */
-static void json_pictures(struct json *j, int only_tokens, struct pictures *out) {
+static void json_images(struct json *j, int only_tokens, struct image_list *out) {
     struct buffer tokens = {0};
     if (json_peek(j) == '"') {
-        take_string_picture(j, only_tokens, &tokens, out);
+        take_string_image(j, only_tokens, &tokens, out);
     } else {
         json_want(j, '[', "a list of pictures should stand here");
         int more = j->code == LVM_OK && !json_take(j, ']');
@@ -4238,7 +4242,7 @@ static void json_pictures(struct json *j, int only_tokens, struct pictures *out)
             int c = json_peek(j);
             if (c == '"') {
                 add_tokens(j, &tokens, out);
-                take_string_picture(j, only_tokens, &tokens, out);
+                take_string_image(j, only_tokens, &tokens, out);
             } else if (json_take(j, '[')) {
                 if (json_take(j, ']')) continue;
                 do take_token(j, &tokens);
@@ -4254,7 +4258,7 @@ static void json_pictures(struct json *j, int only_tokens, struct pictures *out)
 }
 
 static void json_member(struct json *j, const char *key, struct sentence *s) {
-    struct { const char *name; struct pictures *list;
+    struct { const char *name; struct image_list *list;
     } lists[] = {{"input", &s->input}, {"target", &s->target}, {"choices", &s->choices},
                  {"output", &s->target}};
     for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) {
@@ -4265,7 +4269,7 @@ static void json_member(struct json *j, const char *key, struct sentence *s) {
             mem_free(s->output);
             s->output = json_string(j);
         } else {
-            json_pictures(j, only_tokens, lists[i].list);
+            json_images(j, only_tokens, lists[i].list);
         }
         return;
     }
@@ -7710,28 +7714,28 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 
 /* ---- Packing for the integer tile ---- */
 
-/* The plain packed form: for each block, STRIP scales, then STRIP rows of 32 bytes. */
-enum { PLAIN_PACK = STRIP * (4 + QK) };
+/* The plain packed form: for each block, PANEL scales, then PANEL rows of 32 bytes. */
+enum { PLAIN_PACK = PANEL * (4 + QK) };
 
 static void int_pack_plain(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
     for (int b = 0; b < blocks; b++, packed += PLAIN_PACK)
-        for (int j = 0; j < STRIP; j++) {
+        for (int j = 0; j < PANEL; j++) {
             int8_t q[QK];
             float d = unpack_block(type, w[j], b, q);
             memcpy(packed + 4 * j, &d, sizeof d);
-            memcpy(packed + 4 * STRIP + QK * j, q, QK);
+            memcpy(packed + 4 * PANEL + QK * j, q, QK);
         }
 }
 
-static void int_tile_plain(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                           int strips, float *c, int ldc) {
-    (void)strips;
+static void int_tile_plain(int blocks, const struct act_block *const *x, const uint8_t *packed,
+                           int panels, float *c, int ldc) {
+    (void)panels;
     for (int r = 0; r < PLAIN_ROWS; r++)
-        for (int j = 0; j < STRIP; j++) {
+        for (int j = 0; j < PANEL; j++) {
             float sum = 0;
             for (int b = 0; b < blocks; b++) {
                 const uint8_t *p = packed + (int64_t)b * PLAIN_PACK;
-                const int8_t *q = (const int8_t *)p + 4 * STRIP + QK * j;
+                const int8_t *q = (const int8_t *)p + 4 * PANEL + QK * j;
                 float d = 0;
                 int32_t products = 0;
                 memcpy(&d, p + 4 * j, sizeof d);
@@ -7742,13 +7746,13 @@ static void int_tile_plain(int blocks, const struct xblock *const *x, const uint
         }
 }
 
-/* Packs the rows of weights from j0 on, STRIP to a strip. */
-static void pack_strips(const struct linear_job *job, int j0, int strips, uint8_t *packed) {
+/* Packs the rows of weights from j0 on, PANEL to a panel. */
+static void pack_panels(const struct matmul_job *job, int j0, int panels, uint8_t *packed) {
     const struct tensor *w = job->w;
     int blocks = w->cols / QK;
-    const uint8_t *rows[STRIP];
-    for (int s = 0; s < strips; s++, j0 += STRIP) {
-        for (int j = 0; j < STRIP; j++)
+    const uint8_t *rows[PANEL];
+    for (int s = 0; s < panels; s++, j0 += PANEL) {
+        for (int j = 0; j < PANEL; j++)
             rows[j] = tensor_row(w, j0 + j < w->rows ? j0 + j : w->rows - 1);
         job->e->k->int_pack(w->type, blocks, rows,
                             packed + (int64_t)s * blocks * job->e->k->pack_bytes);
@@ -7759,7 +7763,7 @@ static void pack_strips(const struct linear_job *job, int j0, int strips, uint8_
    row j0 on. They come from memory, too late for a task that only then asks for them. Before the
    first share a byte of each page is read: prefetches do not wait for addresses to be translated.
    */
-static void ask_for_weights(const struct linear_job *job, int j0, int r0, int n) {
+static void prefetch_next_panels(const struct matmul_job *job, int j0, int r0, int n) {
     enum { PAGE = 4096 };
     const struct tensor *w = job->w;
     int left = w->rows - j0 < job->size ? w->rows - j0 : job->size;
@@ -7770,72 +7774,72 @@ static void ask_for_weights(const struct linear_job *job, int j0, int r0, int n)
         __builtin_prefetch(tensor_row(w, j0) + i);
 }
 
-/* Packs int_strips strips of weights, then multiplies all rows of x by them. */
-static void linear_int_task(void *arg, int task, int thread) {
-    const struct linear_job *job = arg;
+/* Packs int_panels panels of weights, then multiplies all rows of x by them. */
+static void matmul_int_tile_task(void *arg, int task, int thread) {
+    const struct matmul_job *job = arg;
     const struct tensor *w = job->w;
     const struct kernels *k = job->e->k;
-    int wide = k->int_strips * STRIP, j0 = task * wide, blocks = w->cols / QK,
-        cols = w->rows - j0 < wide ? w->rows - j0 : wide, strips = (cols + STRIP - 1) / STRIP;
+    int wide = k->int_panels * PANEL, j0 = task * wide, blocks = w->cols / QK,
+        cols = w->rows - j0 < wide ? w->rows - j0 : wide, panels = (cols + PANEL - 1) / PANEL;
     uint8_t *packed = (uint8_t *)exec_scratch(job->e, thread);
-    float tile[MAX_TILE * MAX_STRIPS * STRIP];
-    pack_strips(job, j0, strips, packed);
+    float tile[MAX_TILE * MAX_PANELS * PANEL];
+    pack_panels(job, j0, panels, packed);
     for (int r0 = 0; r0 < job->rows; r0 += k->int_rows) {
         int rows = job->rows - r0 < k->int_rows ? job->rows - r0 : k->int_rows;
-        const struct xblock *px[MAX_TILE];
+        const struct act_block *px[MAX_TILE];
         for (int r = 0; r < k->int_rows; r++)
             px[r] = job->e->xq + (int64_t)(r0 + (r < rows ? r : rows - 1)) * blocks;
-        ask_for_weights(job, j0 + wide, r0, rows);
-        if (rows == k->int_rows && cols == strips * STRIP && job->bias == NULL) {
-            k->int_tile(blocks, px, packed, strips, job->y + (int64_t)r0 * w->rows + j0, w->rows);
+        prefetch_next_panels(job, j0 + wide, r0, rows);
+        if (rows == k->int_rows && cols == panels * PANEL && job->bias == NULL) {
+            k->int_tile(blocks, px, packed, panels, job->y + (int64_t)r0 * w->rows + j0, w->rows);
             continue;
         }
-        k->int_tile(blocks, px, packed, strips, tile, wide);
+        k->int_tile(blocks, px, packed, panels, tile, wide);
         store_tile(job, tile, wide, r0, rows, j0, cols);
     }
 }
 
-/* ---- Products with packed strips ---- */
+/* ---- Products with packed panels ---- */
 
-/* strip[i][j] = row j's element i, for STRIP rows of k elements. */
-static void pack_strip_plain(const float *rows, int64_t ld, int k, float *strip) {
+/* panel[i][j] = row j's element i, for PANEL rows of k elements. */
+static void pack_panel_plain(const float *rows, int64_t ld, int k, float *panel) {
     for (int i = 0; i < k; i++)
-        for (int j = 0; j < STRIP; j++) strip[i * STRIP + j] = rows[j * ld + i];
+        for (int j = 0; j < PANEL; j++) panel[i * PANEL + j] = rows[j * ld + i];
 }
 
 /* One tile for count rows, of which there may be fewer than the kernel's. */
-static void outer_part(const struct kernels *k, int count, int n, const float *const *a,
-                       const float *b, int64_t strip, int strips, float *c, int ldc,
+static void matmul_panels_edge(const struct kernels *k, int count, int n, const float *const *a,
+                       const float *b, int64_t ldp, int panels, float *c, int ldc,
                        int accumulate) {
-    float tile[MAX_TILE * MAX_STRIPS * STRIP];
+    float tile[MAX_TILE * MAX_PANELS * PANEL];
     const float *pa[MAX_TILE];
-    int cols = strips * STRIP;
+    int cols = panels * PANEL;
     if (count == k->outer_rows) {
-        k->outer_tile(n, a, b, strip, strips, c, ldc, accumulate);
+        k->outer_tile(n, a, b, ldp, panels, c, ldc, accumulate);
         return;
     }
     for (int r = 0; r < k->outer_rows; r++) pa[r] = a[r < count ? r : count - 1];
     for (int r = 0; accumulate && r < count; r++)
         memcpy(tile + r * cols, c + (int64_t)r * ldc, (size_t)cols * sizeof *tile);
-    k->outer_tile(n, pa, b, strip, strips, tile, cols, accumulate);
+    k->outer_tile(n, pa, b, ldp, panels, tile, cols, accumulate);
     for (int r = 0; r < count; r++)
         memcpy(c + (int64_t)r * ldc, tile + r * cols, (size_t)cols * sizeof *tile);
 }
 
-/* c[r][..16 strips] (+)= a[r][k] b for any number of rows; a row's pointer is a[r]. All rows pass
-   a tile's strips while these are in the first-level cache. */
-static void outer_rows(const struct kernels *k, int rows, int n, const float *const *a,
-                       const float *b, int64_t strip, int strips, float *c, int ldc,
+/* c[r][..16 panels] (+)= a[r][k] b for any number of rows; a row's pointer is a[r]. All rows pass
+   a tile's panels while these are in the first-level cache. */
+static void matmul_panels(const struct kernels *k, int rows, int n, const float *const *a,
+                       const float *b, int64_t ldp, int panels, float *c, int ldc,
                        int accumulate) {
     int left = rows % k->outer_rows, tiled = left < 3 ? rows - left : rows;
-    for (int s = 0; s < strips; s += k->outer_strips)
+    for (int s = 0; s < panels; s += k->outer_panels)
         for (int r = 0; r < tiled; r += k->outer_rows)
-            outer_part(k, rows - r < k->outer_rows ? rows - r : k->outer_rows, n, a + r,
-                       b + s * strip, strip,
-                       strips - s < k->outer_strips ? strips - s : k->outer_strips,
-                       c + (int64_t)r * ldc + s * STRIP, ldc, accumulate);
+            matmul_panels_edge(k, rows - r < k->outer_rows ? rows - r : k->outer_rows, n, a + r,
+                       b + s * ldp, ldp,
+                       panels - s < k->outer_panels ? panels - s : k->outer_panels,
+                       c + (int64_t)r * ldc + s * PANEL, ldc, accumulate);
     for (int r = tiled; r < rows; r++)
-        k->outer_row(n, a[r], b, strip, strips, c + (int64_t)r * ldc, accumulate);
+        k->outer_row(n, a[r], b, ldp, panels, c + (int64_t)r * ldc, accumulate);
 }
 
 /* ---- Winograd's transforms, F(4 x 4, 3 x 3) (Lavin and Gray 2015, arXiv 1509.09308) ----
@@ -7865,7 +7869,7 @@ static void outer_rows(const struct kernels *k, int rows, int n, const float *co
 #define WINO_Q (0.5f / (WINO_BB * (WINO_BB - WINO_AA)))
 
 /* v[0..5] = B^T d; elements lie `from` and `to` apart. */
-static void wino_input_1d(const float *d, int from, float *v, int to) {
+static void winograd_input_1d(const float *d, int from, float *v, int to) {
     float p = d[4 * from] - WINO_BB * d[2 * from], q = WINO_A * (d[3 * from] - WINO_BB * d[from]);
     float r = d[4 * from] - WINO_AA * d[2 * from], s = WINO_B * (d[3 * from] - WINO_AA * d[from]);
     v[0] = WINO_AA * WINO_BB * d[0] - (WINO_AA + WINO_BB) * d[2 * from] + d[4 * from];
@@ -7877,7 +7881,7 @@ static void wino_input_1d(const float *d, int from, float *v, int to) {
 }
 
 /* y[0..3] = A^T m */
-static void wino_output_1d(const float *m, int from, float *y, int to) {
+static void winograd_output_1d(const float *m, int from, float *y, int to) {
     float p = m[from] + m[2 * from], q = WINO_A * (m[from] - m[2 * from]);
     float r = m[3 * from] + m[4 * from], s = WINO_B * (m[3 * from] - m[4 * from]);
     y[0] = m[0] + p + r;
@@ -7887,7 +7891,7 @@ static void wino_output_1d(const float *m, int from, float *y, int to) {
 }
 
 /* u[0..5] = G g */
-static void wino_filter_1d(const float *g, int from, float *u, int to) {
+static void winograd_filter_1d(const float *g, int from, float *u, int to) {
     float p = WINO_P * g[0] + WINO_AA * WINO_P * g[2 * from], q = WINO_A * WINO_P * g[from];
     float r = WINO_Q * g[0] + WINO_BB * WINO_Q * g[2 * from], s = WINO_B * WINO_Q * g[from];
     u[0] = g[0] * (1 / (WINO_AA * WINO_BB));
@@ -7899,35 +7903,35 @@ static void wino_filter_1d(const float *g, int from, float *u, int to) {
 }
 
 /* U of n filters at once: u[36][n] from w[3 x 3][n], elements `tap` apart. */
-static void wino_filter_plain(const float *w, int n, int64_t tap, float *u) {
+static void winograd_filter_plain(const float *w, int n, int64_t tap, float *u) {
     for (int i = 0; i < n; i++) {
         float g[9], t[18], all[36];
         for (int p = 0; p < 9; p++) g[p] = w[p * tap + i];
-        for (int x = 0; x < 3; x++) wino_filter_1d(g + x, 3, t + x, 3);
-        for (int y = 0; y < 6; y++) wino_filter_1d(t + 3 * y, 1, all + 6 * y, 1);
+        for (int x = 0; x < 3; x++) winograd_filter_1d(g + x, 3, t + x, 3);
+        for (int y = 0; y < 6; y++) winograd_filter_1d(t + 3 * y, 1, all + 6 * y, 1);
         for (int p = 0; p < 36; p++) u[p * tap + i] = all[p];
     }
 }
 
 /* v[36][c], `tap` apart, from a patch of 6 lines of 6 pixels of c channels. */
-static void wino_input_plain(const float *patch, int64_t line, int c, float *v, int64_t tap) {
+static void winograd_input_plain(const float *patch, int64_t line, int c, float *v, int64_t tap) {
     for (int i = 0; i < c; i++) {
         float d[36], t[36];
         for (int p = 0; p < 36; p++) d[p] = patch[p / 6 * line + p % 6 * c + i];
-        for (int x = 0; x < 6; x++) wino_input_1d(d + x, 6, t + x, 6);
-        for (int y = 0; y < 6; y++) wino_input_1d(t + 6 * y, 1, d + 6 * y, 1);
+        for (int x = 0; x < 6; x++) winograd_input_1d(d + x, 6, t + x, 6);
+        for (int y = 0; y < 6; y++) winograd_input_1d(t + 6 * y, 1, d + 6 * y, 1);
         for (int p = 0; p < 36; p++) v[p * tap + i] = d[p];
     }
 }
 
-/* out[4 x 4][STRIP] = A^T m A + bias + residual, m[36] being `tap` apart; residual may be NULL. */
-static void wino_output_plain(const float *m, int64_t tap, const float *bias,
+/* out[4 x 4][PANEL] = A^T m A + bias + residual, m[36] being `tap` apart; residual may be NULL. */
+static void winograd_output_plain(const float *m, int64_t tap, const float *bias,
                               const float *const *residual, float *const *out) {
-    for (int j = 0; j < STRIP; j++) {
+    for (int j = 0; j < PANEL; j++) {
         float d[36], t[24], y[16];
         for (int p = 0; p < 36; p++) d[p] = m[p * tap + j];
-        for (int x = 0; x < 6; x++) wino_output_1d(d + x, 6, t + x, 6);
-        for (int i = 0; i < 4; i++) wino_output_1d(t + 6 * i, 1, y + 4 * i, 1);
+        for (int x = 0; x < 6; x++) winograd_output_1d(d + x, 6, t + x, 6);
+        for (int i = 0; i < 4; i++) winograd_output_1d(t + 6 * i, 1, y + 4 * i, 1);
         for (int p = 0; p < 16; p++) {
             float v = y[p] + bias[j];
             out[p][j] = residual != NULL ? v + residual[p][j] : v;
@@ -7940,11 +7944,11 @@ static void wino_output_plain(const float *m, int64_t tap, const float *bias,
 enum {
     CONV_PIXELS = 48,      /* output pixels of a task: a multiple of every outer_rows */
     CONV_PIECE = 48 << 10, /* floats of packed weights worked on at a time: less than an L2 cache */
-    TAPS = 36,             /* of a transformed filter: 6 x 6 */
-    TILES = 72,            /* Winograd: tiles of a task, at most */
-    PATCH = 8,             /* tiles whose inputs are gathered together */
-    PAIR = 2 * STRIP,      /* output channels worked on together */
-    CHUNK = 128,           /* input channels whose filters are transformed together */
+    WINO_POINTS = 36,             /* of a transformed filter: 6 x 6 */
+    WINO_TILES = 72,            /* Winograd: tiles of a task, at most */
+    PATCH_TILES = 8,             /* tiles whose inputs are gathered together */
+    PANEL_2 = 2 * PANEL,      /* output channels worked on together */
+    CHANNEL_CHUNK = 128,           /* input channels whose filters are transformed together */
     WINO_V = 256 << 10,    /* floats of a task's transformed inputs: half of an L2 cache */
     WINO_U = 2560 << 10    /* floats of transformed filters kept for all tasks: of an L3 cache */
 };
@@ -7953,40 +7957,40 @@ struct conv_job {
     const struct exec *e;
     const struct conv *conv;
     const struct vq_work *work;
-    struct sampling_grid g;
+    struct conv_geometry g;
     const float *in, *residual;
     float *out;
     int normed;         /* `in` goes through work's scale and shift, then SiLU, first */
-    int strip0, strips; /* of the piece at hand */
+    int panel0, panels; /* of the piece at hand */
     int across, tile0, tiles; /* Winograd: tiles side by side; those at hand */
 };
 
 /* Packs n input channels from c0 on of 16 output channels: for each tap out[n][16], `tap` apart.
    Channels beyond c_out get zeros. rows is room for 16 x n floats. */
-static void pack_conv(const struct conv_job *job, int strip, int c0, int n, float *rows,
+static void pack_conv(const struct conv_job *job, int panel, int c0, int n, float *rows,
                       int64_t tap, float *out) {
     const struct tensor *w = &job->conv->w;
-    int j0 = strip * STRIP, cols = w->rows - j0 < STRIP ? w->rows - j0 : STRIP;
-    memset(rows, 0, (size_t)n * STRIP * sizeof *rows);
+    int j0 = panel * PANEL, cols = w->rows - j0 < PANEL ? w->rows - j0 : PANEL;
+    memset(rows, 0, (size_t)n * PANEL * sizeof *rows);
     for (int at = c0; at < w->cols; at += job->conv->c_in, out += tap) {
         for (int j = 0; j < cols; j++)
             job->e->k->to_f32(w->type, tensor_row(w, j0 + j) + type_bytes(w->type, at),
                               rows + (int64_t)j * n, n);
-        job->e->k->pack_strip(rows, n, n, out);
+        job->e->k->pack_panel(rows, n, n, out);
     }
 }
 
 static void pack_conv_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
     const struct conv *conv = job->conv;
-    pack_conv(job, job->strip0 + task, 0, conv->c_in, exec_scratch(job->e, thread),
-              conv->c_in * STRIP, job->work->packed + (int64_t)task * conv->w.cols * STRIP);
+    pack_conv(job, job->panel0 + task, 0, conv->c_in, exec_scratch(job->e, thread),
+              conv->c_in * PANEL, job->work->packed + (int64_t)task * conv->w.cols * PANEL);
 }
 
 /* a[t][i]: the input channels under tap t of output pixel p0 + i. */
 static void tap_pointers(const struct conv_job *job, int p0, int n,
                          const float *a[9][CONV_PIXELS]) {
-    const struct sampling_grid *g = &job->g;
+    const struct conv_geometry *g = &job->g;
     int size = job->conv->size, c = job->conv->c_in;
     for (int i = 0; i < n; i++) {
         int y = (p0 + i) / g->w * g->stride - g->pad, x = (p0 + i) % g->w * g->stride - g->pad;
@@ -7999,14 +8003,14 @@ static void tap_pointers(const struct conv_job *job, int p0, int n,
     }
 }
 
-/* n output pixels from p0 on, the channels of one or two strips. */
-static void store_pixels(const struct conv_job *job, int p0, int n, int strip, const float *sum) {
+/* n output pixels from p0 on, the channels of one or two panels. */
+static void store_pixels(const struct conv_job *job, int p0, int n, int panel, const float *sum) {
     const struct conv *conv = job->conv;
-    int j0 = strip * STRIP, cols = conv->c_out - j0 < PAIR ? conv->c_out - j0 : PAIR;
+    int j0 = panel * PANEL, cols = conv->c_out - j0 < PANEL_2 ? conv->c_out - j0 : PANEL_2;
     for (int i = 0; i < n; i++) {
         int64_t at = (int64_t)(p0 + i) * conv->c_out + j0;
         for (int j = 0; j < cols; j++) {
-            float v = sum[i * PAIR + j] + conv->bias[j0 + j];
+            float v = sum[i * PANEL_2 + j] + conv->bias[j0 + j];
             job->out[at + j] = job->residual != NULL ? v + job->residual[at + j] : v;
         }
     }
@@ -8016,29 +8020,29 @@ static void conv_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
     const struct conv *conv = job->conv;
     int p0 = task * CONV_PIXELS, n = job->g.h * job->g.w - p0, taps = conv->size * conv->size;
-    int64_t strip = (int64_t)conv->w.cols * STRIP;
+    int64_t ldp = (int64_t)conv->w.cols * PANEL;
     const float *a[9][CONV_PIXELS];
-    float sum[CONV_PIXELS * PAIR];
+    float sum[CONV_PIXELS * PANEL_2];
     (void)thread;
     if (n > CONV_PIXELS) n = CONV_PIXELS;
     tap_pointers(job, p0, n, a);
-    for (int s = 0; s < job->strips; s += 2) {
-        const float *w = job->work->packed + s * strip;
-        int strips = job->strips - s < 2 ? 1 : 2;
-        for (int t = 0; t < taps; t++, w += conv->c_in * STRIP)
-            outer_rows(job->e->k, n, conv->c_in, a[t], w, strip, strips, sum, PAIR, t > 0);
-        store_pixels(job, p0, n, job->strip0 + s, sum);
+    for (int s = 0; s < job->panels; s += 2) {
+        const float *w = job->work->packed + s * ldp;
+        int panels = job->panels - s < 2 ? 1 : 2;
+        for (int t = 0; t < taps; t++, w += conv->c_in * PANEL)
+            matmul_panels(job->e->k, n, conv->c_in, a[t], w, ldp, panels, sum, PANEL_2, t > 0);
+        store_pixels(job, p0, n, job->panel0 + s, sum);
     }
 }
 
-static int strips_of(const struct conv *conv) { return (conv->c_out + STRIP - 1) / STRIP; }
+static int panels_of(const struct conv *conv) { return (conv->c_out + PANEL - 1) / PANEL; }
 
 static void run_direct(struct conv_job *job) {
-    int strips = strips_of(job->conv), pixels = job->g.h * job->g.w;
-    int piece = (int)max64(2, CONV_PIECE / ((int64_t)job->conv->w.cols * STRIP) / 2 * 2);
-    for (; job->strip0 < strips; job->strip0 += piece) {
-        job->strips = strips - job->strip0 < piece ? strips - job->strip0 : piece;
-        pool_run(job->e->pool, job->strips, pack_conv_task, job);
+    int panels = panels_of(job->conv), pixels = job->g.h * job->g.w;
+    int piece = (int)max64(2, CONV_PIECE / ((int64_t)job->conv->w.cols * PANEL) / 2 * 2);
+    for (; job->panel0 < panels; job->panel0 += piece) {
+        job->panels = panels - job->panel0 < piece ? panels - job->panel0 : piece;
+        pool_run(job->e->pool, job->panels, pack_conv_task, job);
         pool_run(job->e->pool, (pixels + CONV_PIXELS - 1) / CONV_PIXELS, conv_task, job);
     }
 }
@@ -8057,37 +8061,38 @@ static void run_direct(struct conv_job *job) {
        many tiles   a task takes a block of tiles, computes its V, and multiplies all of U, which
                     was computed once before and is shared
        few tiles    where c_in c_out is large: all of V is computed first and shared; a task takes
-                    two strips of output channels and computes their U, CHUNK inputs at a time
+                    two panels of output channels and computes their U, CHANNEL_CHUNK inputs at a
+   time
 
    Inputs are gathered into patches of a few tiles first. There padding becomes zeros, doubled
    pixels are copied, and GroupNorm and SiLU in front of the convolution happen in passing. */
 
 /* Floats between the elements of V, M, U or filters; the odd line keeps them out of the same cache
    sets. */
-static int64_t wino_stride(int tiles, int width) { return (int64_t)tiles * width + STRIP; }
+static int64_t winograd_stride(int tiles, int width) { return (int64_t)tiles * width + PANEL; }
 
-static int uses_winograd(const struct conv *conv, const struct sampling_grid *g) {
+static int uses_winograd(const struct conv *conv, const struct conv_geometry *g) {
     return conv->size == 3 && g->stride == 1 && g->pad == 1 && conv->c_in % 8 == 0;
 }
 
 /* Tiles of a task when there are many: a multiple of every tile's rows. */
-static int wino_block(int c_in) {
-    int n = WINO_V / (TAPS * c_in) / 24 * 24;
-    return n < 24 ? 24 : n > TILES ? TILES : n;
+static int winograd_block(int c_in) {
+    int n = WINO_V / (WINO_POINTS * c_in) / 24 * 24;
+    return n < 24 ? 24 : n > WINO_TILES ? WINO_TILES : n;
 }
 
 /* Scratch floats of a thread for any convolution from up to c channels. */
-static int64_t wino_scratch(int c) {
-    int64_t v = max64(WINO_V, TAPS * 24 * (int64_t)c) + TAPS * STRIP;
-    int64_t many = v + 6 * (4 * PATCH + 2) * (int64_t)c;
-    int64_t few = (9 + 2 * TAPS) * wino_stride(CHUNK, STRIP);
-    int64_t filters = 2 * 9 * wino_stride(c, STRIP);
-    return max64(filters, max64(many, few) + TAPS * wino_stride(TILES, PAIR));
+static int64_t winograd_scratch(int c) {
+    int64_t v = max64(WINO_V, WINO_POINTS * 24 * (int64_t)c) + WINO_POINTS * PANEL;
+    int64_t many = v + 6 * (4 * PATCH_TILES + 2) * (int64_t)c;
+    int64_t few = (9 + 2 * WINO_POINTS) * winograd_stride(CHANNEL_CHUNK, PANEL);
+    int64_t filters = 2 * 9 * winograd_stride(c, PANEL);
+    return max64(filters, max64(many, few) + WINO_POINTS * winograd_stride(WINO_TILES, PANEL_2));
 }
 
 /* The inputs of n tiles side by side: patch[6][4 n + 2][c_in]. */
 static void fill_patch(const struct conv_job *job, int tile, int n, float *patch) {
-    const struct sampling_grid *g = &job->g;
+    const struct conv_geometry *g = &job->g;
     int c = job->conv->c_in, y0 = tile / job->across * 4 - 1, x0 = tile % job->across * 4 - 1;
     int first = x0 < 0 ? 0 : x0, last = x0 + 4 * n + 2 < g->w ? x0 + 4 * n + 2 : g->w;
     for (int y = y0; y < y0 + 6; y++, patch += (int64_t)(4 * n + 2) * c) {
@@ -8097,7 +8102,7 @@ static void fill_patch(const struct conv_job *job, int tile, int n, float *patch
             memset(patch, 0, (size_t)(4 * n + 2) * (size_t)c * sizeof *patch);
         if (y < 0 || y >= g->h) continue;
         if (job->normed)
-            job->e->k->norm_rows(line + (int64_t)first * c, job->work->scale, job->work->shift, 1,
+            job->e->k->scale_shift(line + (int64_t)first * c, job->work->scale, job->work->shift, 1,
                                  last - first, c, to);
         else if (!g->up)
             memcpy(to, line + (int64_t)first * c, (size_t)(last - first) * (size_t)c * sizeof *to);
@@ -8108,16 +8113,16 @@ static void fill_patch(const struct conv_job *job, int tile, int n, float *patch
 }
 
 /* V of n tiles, one row of tiles after the other. */
-static void wino_inputs(const struct conv_job *job, int tile, int n, float *v, int64_t tap,
+static void winograd_inputs(const struct conv_job *job, int tile, int n, float *v, int64_t tap,
                         float *patch) {
     int64_t c = job->conv->c_in;
     while (n > 0) {
         int run = job->across - tile % job->across;
-        if (run > PATCH) run = PATCH;
+        if (run > PATCH_TILES) run = PATCH_TILES;
         if (run > n) run = n;
         fill_patch(job, tile, run, patch);
         for (int i = 0; i < run; i++)
-            job->e->k->wino_input(patch + 4 * i * c, (4 * run + 2) * c, (int)c, v + i * c, tap);
+            job->e->k->winograd_input(patch + 4 * i * c, (4 * run + 2) * c, (int)c, v + i * c, tap);
         tile += run;
         n -= run;
         v += run * c;
@@ -8125,136 +8130,140 @@ static void wino_inputs(const struct conv_job *job, int tile, int n, float *v, i
 }
 
 /* M = V U over channels c0 .. c0 + c - 1; M += V U where c0 > 0. */
-struct wino_product {
-    const float *v, *u;     /* v[36][tiles][c_in], u[strips][36][c][16] */
-    float *m;               /* [36][tiles][PAIR] */
-    int64_t v_tap, u_strip; /* floats between elements of v, strips of u */
-    int tiles, strips, c0, c;
+struct winograd_product {
+    const float *v, *u;     /* v[36][tiles][c_in], u[panels][36][c][16] */
+    float *m;               /* [36][tiles][PANEL_2] */
+    int64_t v_tap, u_panel; /* floats between elements of v, panels of u */
+    int tiles, panels, c0, c;
 };
 
-static void wino_products(const struct conv_job *job, const struct wino_product *p) {
-    int64_t m_tap = wino_stride(p->tiles, PAIR);
-    const float *a[TILES], *u = p->u;
-    for (int t = 0; t < TAPS; t++, u += wino_stride(p->c, STRIP)) {
+static void winograd_products(const struct conv_job *job, const struct winograd_product *p) {
+    int64_t m_tap = winograd_stride(p->tiles, PANEL_2);
+    const float *a[WINO_TILES], *u = p->u;
+    for (int t = 0; t < WINO_POINTS; t++, u += winograd_stride(p->c, PANEL)) {
         for (int i = 0; i < p->tiles; i++)
             a[i] = p->v + t * p->v_tap + (int64_t)i * job->conv->c_in + p->c0;
-        outer_rows(job->e->k, p->tiles, p->c, a, u, p->u_strip, p->strips, p->m + t * m_tap, PAIR,
-                   p->c0 > 0);
+        matmul_panels(job->e->k, p->tiles, p->c, a, u, p->u_panel, p->panels, p->m + t * m_tap,
+                      PANEL_2, p->c0 > 0);
     }
 }
 
-/* The pixels of one tile, one strip of channels, from M. */
-static void wino_pixels(const struct conv_job *job, int tile, int strip, const float *m,
+/* The pixels of one tile, one panel of channels, from M. */
+static void winograd_pixels(const struct conv_job *job, int tile, int panel, const float *m,
                         int64_t tap) {
     const struct conv *conv = job->conv;
-    int y0 = tile / job->across * 4, x0 = tile % job->across * 4, j0 = strip * STRIP;
+    int y0 = tile / job->across * 4, x0 = tile % job->across * 4, j0 = panel * PANEL;
     int h = job->g.h - y0, w = job->g.w - x0, cols = conv->c_out - j0;
-    int whole = h >= 4 && w >= 4 && cols >= STRIP;
-    float edge[16 * STRIP] = {0}, bias[STRIP] = {0}, *out[16];
+    int whole = h >= 4 && w >= 4 && cols >= PANEL;
+    float edge[16 * PANEL] = {0}, bias[PANEL] = {0}, *out[16];
     const float *old[16];
-    size_t bytes = (size_t)(cols < STRIP ? cols : STRIP) * sizeof *edge;
+    size_t bytes = (size_t)(cols < PANEL ? cols : PANEL) * sizeof *edge;
     memcpy(bias, conv->bias + j0, bytes);
     for (int p = 0; p < 16; p++) {
         int64_t at = ((int64_t)(y0 + p / 4) * job->g.w + x0 + p % 4) * conv->c_out + j0;
-        out[p] = whole ? job->out + at : edge + p * STRIP;
-        old[p] = whole && job->residual != NULL ? job->residual + at : edge + p * STRIP;
+        out[p] = whole ? job->out + at : edge + p * PANEL;
+        old[p] = whole && job->residual != NULL ? job->residual + at : edge + p * PANEL;
         if (!whole && p / 4 < h && p % 4 < w && job->residual != NULL)
-            memcpy(edge + p * STRIP, job->residual + at, bytes);
+            memcpy(edge + p * PANEL, job->residual + at, bytes);
     }
-    job->e->k->wino_output(m, tap, bias, job->residual != NULL ? old : NULL, out);
+    job->e->k->winograd_output(m, tap, bias, job->residual != NULL ? old : NULL, out);
     for (int p = 0; !whole && p < 16; p++)
         if (p / 4 < h && p % 4 < w)
             memcpy(job->out + ((int64_t)(y0 + p / 4) * job->g.w + x0 + p % 4) * conv->c_out + j0,
-                   edge + p * STRIP, bytes);
+                   edge + p * PANEL, bytes);
 }
 
-static void wino_outputs(const struct conv_job *job, int tile, int n, int strip, int strips,
+static void winograd_outputs(const struct conv_job *job, int tile, int n, int panel, int panels,
                          const float *m) {
     for (int i = 0; i < n; i++)
-        for (int s = 0; s < strips; s++)
-            wino_pixels(job, tile + i, strip + s, m + i * PAIR + s * STRIP, wino_stride(n, PAIR));
+        for (int s = 0; s < panels; s++)
+            winograd_pixels(job, tile + i, panel + s, m + i * PANEL_2 + s * PANEL,
+                            winograd_stride(n, PANEL_2));
 }
 
 /* Many tiles: all of U ... */
-static void wino_filters_task(void *arg, int strip, int thread) {
+static void winograd_filters_task(void *arg, int panel, int thread) {
     const struct conv_job *job = arg;
-    int64_t tap = wino_stride(job->conv->c_in, STRIP);
-    float *w = exec_scratch(job->e, thread), *u = job->work->packed + strip * TAPS * tap;
-    pack_conv(job, strip, 0, job->conv->c_in, w + 9 * tap, tap, w);
-    job->e->k->wino_filter(w, job->conv->c_in * STRIP, tap, u);
+    int64_t tap = winograd_stride(job->conv->c_in, PANEL);
+    float *w = exec_scratch(job->e, thread), *u = job->work->packed + panel * WINO_POINTS * tap;
+    pack_conv(job, panel, 0, job->conv->c_in, w + 9 * tap, tap, w);
+    job->e->k->winograd_filter(w, job->conv->c_in * PANEL, tap, u);
 }
 
 /* ... then each block of tiles. */
-static void wino_tiles_task(void *arg, int task, int thread) {
+static void winograd_tiles_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
-    int c = job->conv->c_in, strips = strips_of(job->conv), block = wino_block(c);
+    int c = job->conv->c_in, panels = panels_of(job->conv), block = winograd_block(c);
     int tile = task * block, n = job->tiles - tile < block ? job->tiles - tile : block;
-    int64_t v_tap = wino_stride(n, c), strip = TAPS * wino_stride(c, STRIP);
-    float *v = exec_scratch(job->e, thread), *m = v + TAPS * v_tap,
-          *patch = m + TAPS * wino_stride(n, PAIR);
-    wino_inputs(job, tile, n, v, v_tap, patch);
-    for (int s = 0; s < strips; s += 2) {
-        struct wino_product p = {v,     job->work->packed + s * strip,  m, v_tap,
-                                 strip, n, strips - s < 2 ? 1 : 2, 0, c};
-        wino_products(job, &p);
-        wino_outputs(job, tile, n, s, p.strips, m);
+    int64_t v_tap = winograd_stride(n, c), panel = WINO_POINTS * winograd_stride(c, PANEL);
+    float *v = exec_scratch(job->e, thread), *m = v + WINO_POINTS * v_tap,
+          *patch = m + WINO_POINTS * winograd_stride(n, PANEL_2);
+    winograd_inputs(job, tile, n, v, v_tap, patch);
+    for (int s = 0; s < panels; s += 2) {
+        struct winograd_product p = {v,     job->work->packed + s * panel,  m, v_tap,
+                                 panel, n, panels - s < 2 ? 1 : 2, 0, c};
+        winograd_products(job, &p);
+        winograd_outputs(job, tile, n, s, p.panels, m);
     }
 }
 
 /* Few tiles: all of V ... */
-static void wino_inputs_task(void *arg, int task, int thread) {
+static void winograd_inputs_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
-    int first = task * PATCH, n = job->tiles - first < PATCH ? job->tiles - first : PATCH;
-    wino_inputs(job, job->tile0 + first, n, job->work->packed + (int64_t)first * job->conv->c_in,
-                wino_stride(job->tiles, job->conv->c_in), exec_scratch(job->e, thread));
+    int first = task * PATCH_TILES,
+        n = job->tiles - first < PATCH_TILES ? job->tiles - first : PATCH_TILES;
+    winograd_inputs(job, job->tile0 + first, n,
+                    job->work->packed + (int64_t)first * job->conv->c_in,
+                    winograd_stride(job->tiles, job->conv->c_in), exec_scratch(job->e, thread));
 }
 
-/* ... then two strips of output channels at a time, and of them CHUNK input channels. */
-static void wino_strips_task(void *arg, int task, int thread) {
+/* ... then two panels of output channels at a time, and of them CHANNEL_CHUNK input channels. */
+static void winograd_panels_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
-    int c = job->conv->c_in, first = 2 * task, most = c < CHUNK ? c : CHUNK;
-    int64_t room = wino_stride(most, STRIP);
-    float *w = exec_scratch(job->e, thread), *u = w + 9 * room, *m = u + 2 * TAPS * room;
-    struct wino_product p = {.v = job->work->packed, .u = u, .m = m, .tiles = job->tiles};
-    p.v_tap = wino_stride(job->tiles, c);
-    p.strips = strips_of(job->conv) - first < 2 ? 1 : 2;
-    for (; p.c0 < c; p.c0 += CHUNK) {
-        p.c = c - p.c0 < CHUNK ? c - p.c0 : CHUNK;
-        int64_t tap = wino_stride(p.c, STRIP);
-        p.u_strip = TAPS * tap;
-        for (int s = 0; s < p.strips; s++) {
-            pack_conv(job, first + s, p.c0, p.c, u + s * p.u_strip, tap, w);
-            job->e->k->wino_filter(w, p.c * STRIP, tap, u + s * p.u_strip);
+    int c = job->conv->c_in, first = 2 * task, most = c < CHANNEL_CHUNK ? c : CHANNEL_CHUNK;
+    int64_t room = winograd_stride(most, PANEL);
+    float *w = exec_scratch(job->e, thread), *u = w + 9 * room, *m = u + 2 * WINO_POINTS * room;
+    struct winograd_product p = {.v = job->work->packed, .u = u, .m = m, .tiles = job->tiles};
+    p.v_tap = winograd_stride(job->tiles, c);
+    p.panels = panels_of(job->conv) - first < 2 ? 1 : 2;
+    for (; p.c0 < c; p.c0 += CHANNEL_CHUNK) {
+        p.c = c - p.c0 < CHANNEL_CHUNK ? c - p.c0 : CHANNEL_CHUNK;
+        int64_t tap = winograd_stride(p.c, PANEL);
+        p.u_panel = WINO_POINTS * tap;
+        for (int s = 0; s < p.panels; s++) {
+            pack_conv(job, first + s, p.c0, p.c, u + s * p.u_panel, tap, w);
+            job->e->k->winograd_filter(w, p.c * PANEL, tap, u + s * p.u_panel);
         }
-        wino_products(job, &p);
+        winograd_products(job, &p);
     }
-    wino_outputs(job, job->tile0, job->tiles, first, p.strips, m);
+    winograd_outputs(job, job->tile0, job->tiles, first, p.panels, m);
 }
 
 static void run_winograd(struct conv_job *job) {
     const struct conv *conv = job->conv;
     struct pool *pool = job->e->pool;
-    int down = (job->g.h + 3) / 4, strips = strips_of(conv), block = wino_block(conv->c_in), all;
+    int down = (job->g.h + 3) / 4, panels = panels_of(conv), block = winograd_block(conv->c_in),
+        all;
     job->across = (job->g.w + 3) / 4;
     job->tiles = all = job->across * down;
-    if (all > TILES && strips * TAPS * wino_stride(conv->c_in, STRIP) <= WINO_U) {
-        pool_run(pool, strips, wino_filters_task, job);
-        pool_run(pool, (all + block - 1) / block, wino_tiles_task, job);
+    if (all > WINO_TILES && panels * WINO_POINTS * winograd_stride(conv->c_in, PANEL) <= WINO_U) {
+        pool_run(pool, panels, winograd_filters_task, job);
+        pool_run(pool, (all + block - 1) / block, winograd_tiles_task, job);
         return;
     }
-    for (; job->tile0 < all; job->tile0 += TILES) {
-        job->tiles = all - job->tile0 < TILES ? all - job->tile0 : TILES;
-        pool_run(pool, (job->tiles + PATCH - 1) / PATCH, wino_inputs_task, job);
-        pool_run(pool, (strips + 1) / 2, wino_strips_task, job);
+    for (; job->tile0 < all; job->tile0 += WINO_TILES) {
+        job->tiles = all - job->tile0 < WINO_TILES ? all - job->tile0 : WINO_TILES;
+        pool_run(pool, (job->tiles + PATCH_TILES - 1) / PATCH_TILES, winograd_inputs_task, job);
+        pool_run(pool, (panels + 1) / 2, winograd_panels_task, job);
     }
 }
 
 static int64_t conv_packed_floats(int c) {
-    return max64(WINO_U, TAPS * wino_stride(TILES, c));
+    return max64(WINO_U, WINO_POINTS * winograd_stride(WINO_TILES, c));
 }
 
 static void run_conv(const struct exec *e, const struct vq_work *work, const struct conv *conv,
-                     struct sampling_grid g, int normed, const float *in, const float *residual,
+                     struct conv_geometry g, int normed, const float *in, const float *residual,
                      float *out) {
     struct conv_job job = {.e = e, .conv = conv, .work = work, .g = g, .normed = normed, .in = in,
                            .residual = residual, .out = out};
@@ -8275,20 +8284,20 @@ static void run_conv(const struct exec *e, const struct vq_work *work, const str
    take x = 256 hi + lo with hi and lo signed, w = 256 hi + lo with both unsigned, and keys as
    k + 128 >= 0, so that one side of each product is unsigned. */
 
-#define MOST_X 32512.0f /* 127 * 256: hi and lo stay signed bytes */
-#define MOST_W 32767.0f /* 256 w v fit 32 bits */
+#define MAX_Q16 32512.0f /* 127 * 256: hi and lo stay signed bytes */
+#define MAX_P15 32767.0f /* 256 w v fit 32 bits */
 
 static void quantize_q_plain(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = 0;
         int32_t sum = 0;
         for (int i = 0; i < QK; i++) amax = fabsf(q[i]) > amax ? fabsf(q[i]) : amax;
-        float id = amax > LEAST_X ? MOST_X / amax : 0;
+        float id = amax > MIN_AMAX ? MAX_Q16 / amax : 0;
         for (int i = 0; i < QK; i++) {
             x->x.s16[i] = (int16_t)rintf(q[i] * id);
             sum += x->x.s16[i];
         }
-        x->d = amax > LEAST_X ? amax / MOST_X : 0;
+        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
         x->start = -128 * sum;
     }
 }
@@ -8303,16 +8312,16 @@ static float kv8_scale(const uint8_t *panel, int i) {
 /* s[r][16 panels], lds apart: rows of queries against panels of keys of 32 groups dimensions. */
 static void k8_scores_plain(const uint8_t *keys, int groups, int panels,
                             const struct query_block *q, int rows, float *s, int lds) {
-    for (int p = 0; p < panels * STRIP; p++)
+    for (int p = 0; p < panels * PANEL; p++)
         for (int r = 0; r < rows; r++) {
             float score = 0;
             for (int g = 0; g < groups; g++) {
-                const uint8_t *panel = keys + ((int64_t)p / STRIP * groups + g) * KV8_BYTES;
-                const uint8_t *k = panel + 2 * STRIP + p % STRIP * 4;
+                const uint8_t *panel = keys + ((int64_t)p / PANEL * groups + g) * KV8_PANEL;
+                const uint8_t *k = panel + 2 * PANEL + p % PANEL * 4;
                 const struct query_block *x = q + r * groups + g;
                 int32_t sum = x->start;
-                for (int i = 0; i < QK; i++) sum += k[i / 4 * 4 * STRIP + i % 4] * x->x.s16[i];
-                score = fma_f32((float)sum, kv8_scale(panel, p % STRIP) * x->d, score);
+                for (int i = 0; i < QK; i++) sum += k[i / 4 * 4 * PANEL + i % 4] * x->x.s16[i];
+                score = fma_f32((float)sum, kv8_scale(panel, p % PANEL) * x->d, score);
             }
             s[(int64_t)r * lds + p] = score;
         }
@@ -8320,32 +8329,32 @@ static void k8_scores_plain(const uint8_t *keys, int groups, int panels,
 
 /* w for 32 dimensions of a page; returns dw. Probabilities and scales are not negative. */
 static float quantize_p_plain(const float *p, const uint8_t *values, int panels, int32_t *w) {
-    float weighted[KEYS], most = 0;
-    for (int i = 0; i < panels * STRIP; i++) {
-        weighted[i] = p[i] * kv8_scale(values + (int64_t)i / STRIP * KV8_BYTES, i % STRIP);
+    float weighted[KV_BLOCK], most = 0;
+    for (int i = 0; i < panels * PANEL; i++) {
+        weighted[i] = p[i] * kv8_scale(values + (int64_t)i / PANEL * KV8_PANEL, i % PANEL);
         most = weighted[i] > most ? weighted[i] : most;
     }
-    float id = most > LEAST_X ? MOST_W / most : 0;
-    for (int i = 0; i < panels * STRIP; i++) {
+    float id = most > MIN_AMAX ? MAX_P15 / most : 0;
+    for (int i = 0; i < panels * PANEL; i++) {
         float x = rintf(weighted[i] * id);
         w[i] = x > 0 ? (int32_t)x : 0; /* NaN counts as 0 */
     }
-    return most > LEAST_X ? most / MOST_W : 0;
+    return most > MIN_AMAX ? most / MAX_P15 : 0;
 }
 
 /* o[r][32 groups], ldo apart: a page's values weighted by each row's probabilities, which are 0
-   behind its last key. A group's panels lie KEYS / STRIP panels behind those of the one before.
+   behind its last key. A group's panels lie KV_BLOCK / PANEL panels behind those of the one before.
    What lies at next will be read behind the values. */
 static void v8_sums_plain(const uint8_t *values, int groups, int panels, const float *const *p,
                           int rows, const uint8_t *next, float *o, int ldo) {
     (void)next;
-    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
+    for (int g = 0; g < groups; g++, values += KV_BLOCK / PANEL * KV8_PANEL, o += QK)
         for (int r = 0; r < rows; r++) {
-            int32_t w[KEYS], sum[QK] = {0};
+            int32_t w[KV_BLOCK], sum[QK] = {0};
             float d = quantize_p_plain(p[r], values, panels, w);
-            for (int key = 0; key < panels * STRIP; key++) {
-                const uint8_t *panel = values + (int64_t)key / STRIP * KV8_BYTES + 2 * STRIP;
-                const int8_t *v = (const int8_t *)panel + key % STRIP / 4 * 4 * QK + key % 4;
+            for (int key = 0; key < panels * PANEL; key++) {
+                const uint8_t *panel = values + (int64_t)key / PANEL * KV8_PANEL + 2 * PANEL;
+                const int8_t *v = (const int8_t *)panel + key % PANEL / 4 * 4 * QK + key % 4;
                 for (int i = 0; i < QK; i++) sum[i] += w[key] * v[4 * i];
             }
             for (int i = 0; i < QK; i++) o[(int64_t)r * ldo + i] = (float)sum[i] * d;
@@ -8361,14 +8370,14 @@ static void v8_sums_plain(const uint8_t *values, int groups, int panels, const f
    of them, because a tile of r x c sums reads r + c vectors for r c multiply-adds.
 
        dot tile    4 rows x 3 rows (AVX2, NEON), 5 x 4 (AVX-512): 7 loads for 12, 9 for 20
-       outer tile  6 rows x 16 columns (AVX2), 8 x 32 (AVX-512), 4 x 16 (NEON): packed strips and
+       outer tile  6 rows x 16 columns (AVX2), 8 x 32 (AVX-512), 4 x 16 (NEON): packed panels and
                    broadcast rows
        int tile    four bytes of a row to a 32-bit lane, 16 rows of weights side by side, so that
                    lane j is row j. AVX-512 VNNI does four products a lane, one side unsigned:
                    weights are packed as w + 128, and sum q (w + 128) = sum q w + 128 sum q is put
                    right by beginning at -128 sum q. AVX2 adds products of bytes in pairs of 16
                    bits, one side unsigned too, where 255 x 127 would overflow: |w| times x with
-                   w's sign does not. NEON multiplies signed bytes as they are. 8 rows x 2 strips
+                   w's sign does not. NEON multiplies signed bytes as they are. 8 rows x 2 panels
                    (AVX-512): 10 loads for 16 products; 4 x 1 (AVX2, NEON).
        int row     eight rows of weights at a time, turned on the way so that lane j is row j, and
                    multiplied by up to four rows of activations. NEON takes four rows and adds
@@ -8399,13 +8408,13 @@ static void v8_sums_plain(const uint8_t *values, int groups, int panels, const f
 
 static const struct kernels kernels_plain = {
     "scalar",         PLAIN_ROWS,        PLAIN_COLS,         PLAIN_ROWS,
-    1,                PLAIN_OUTER,       PLAIN_STRIPS,       PLAIN_PACK,
+    1,                PLAIN_OUTER,       PLAIN_PANELS,       PLAIN_PACK,
     dot_row_plain,    dot_tile_plain,    quantize_x_plain,   int_row_plain,
     int_pack_plain,   int_tile_plain,    outer_row_plain,    outer_tile_plain,
-    pack_strip_plain, wino_filter_plain, wino_input_plain,   wino_output_plain,
+    pack_panel_plain, winograd_filter_plain, winograd_input_plain,   winograd_output_plain,
     row_to_f32,       quantize_q8_0,     quantize_q_plain,   k8_scores_plain,
     v8_sums_plain,    rmsnorm_plain,     softmax_plain,      silu_mul_plain,
-    norm_rows_plain,  channel_sums_plain};
+    scale_shift_plain,  channel_sums_plain};
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -8422,7 +8431,7 @@ static const struct kernels kernels_plain = {
 typedef float vec8 __attribute__((vector_size(32))); /* and where memory is not aligned: */
 typedef float vec8u __attribute__((vector_size(32), aligned(4), may_alias));
 
-static INLINE void wino_input_8(const vec8 *d, int from, vec8 *v, int to) {
+static INLINE void winograd_input_8(const vec8 *d, int from, vec8 *v, int to) {
     vec8 p = d[4 * from] - WINO_BB * d[2 * from], q = WINO_A * (d[3 * from] - WINO_BB * d[from]);
     vec8 r = d[4 * from] - WINO_AA * d[2 * from], s = WINO_B * (d[3 * from] - WINO_AA * d[from]);
     v[0] = WINO_AA * WINO_BB * d[0] - (WINO_AA + WINO_BB) * d[2 * from] + d[4 * from];
@@ -8433,7 +8442,7 @@ static INLINE void wino_input_8(const vec8 *d, int from, vec8 *v, int to) {
     v[5 * to] = WINO_AA * WINO_BB * d[from] - (WINO_AA + WINO_BB) * d[3 * from] + d[5 * from];
 }
 
-static INLINE void wino_output_8(const vec8 *m, int from, vec8 *y, int to) {
+static INLINE void winograd_output_8(const vec8 *m, int from, vec8 *y, int to) {
     vec8 p = m[from] + m[2 * from], q = WINO_A * (m[from] - m[2 * from]);
     vec8 r = m[3 * from] + m[4 * from], s = WINO_B * (m[3 * from] - m[4 * from]);
     y[0] = m[0] + p + r;
@@ -8442,7 +8451,7 @@ static INLINE void wino_output_8(const vec8 *m, int from, vec8 *y, int to) {
     y[3 * to] = WINO_AA * q + WINO_BB * s + m[5 * from];
 }
 
-static INLINE void wino_filter_8(const vec8 *g, vec8 *u, int to) {
+static INLINE void winograd_filter_8(const vec8 *g, vec8 *u, int to) {
     vec8 p = WINO_P * g[0] + WINO_AA * WINO_P * g[2], q = WINO_A * WINO_P * g[1];
     vec8 r = WINO_Q * g[0] + WINO_BB * WINO_Q * g[2], s = WINO_B * WINO_Q * g[1];
     u[0] = g[0] * (1 / (WINO_AA * WINO_BB));
@@ -8453,46 +8462,47 @@ static INLINE void wino_filter_8(const vec8 *g, vec8 *u, int to) {
     u[5 * to] = g[2];
 }
 
-static INLINE void wino_filter_vec(const float *w, int n, int64_t tap, float *u) {
+static INLINE void winograd_filter_vec(const float *w, int n, int64_t tap, float *u) {
     for (int i = 0; i < n; i += 8) {
         vec8 t[18], g[3], all[6];
         UNROLL for (int x = 0; x < 3; x++) {
             UNROLL for (int y = 0; y < 3; y++)
                 g[y] = *(const vec8u *)(w + (3 * y + x) * tap + i);
-            wino_filter_8(g, t + x, 3);
+            winograd_filter_8(g, t + x, 3);
         }
         UNROLL for (int y = 0; y < 6; y++) {
-            wino_filter_8(t + 3 * y, all, 1);
+            winograd_filter_8(t + 3 * y, all, 1);
             UNROLL for (int x = 0; x < 6; x++) *(vec8u *)(u + (6 * y + x) * tap + i) = all[x];
         }
     }
 }
 
-static INLINE void wino_input_vec(const float *patch, int64_t line, int c, float *v, int64_t tap) {
+static INLINE void winograd_input_vec(const float *patch, int64_t line, int c, float *v,
+                                      int64_t tap) {
     for (int i = 0; i < c; i += 8) {
         vec8 t[36], d[6];
         UNROLL for (int x = 0; x < 6; x++) {
             UNROLL for (int y = 0; y < 6; y++)
                 d[y] = *(const vec8u *)(patch + y * line + x * c + i);
-            wino_input_8(d, 1, t + x, 6);
+            winograd_input_8(d, 1, t + x, 6);
         }
         UNROLL for (int y = 0; y < 6; y++) {
-            wino_input_8(t + 6 * y, 1, d, 1);
+            winograd_input_8(t + 6 * y, 1, d, 1);
             UNROLL for (int x = 0; x < 6; x++) *(vec8u *)(v + (6 * y + x) * tap + i) = d[x];
         }
     }
 }
 
-static INLINE void wino_output_vec(const float *m, int64_t tap, const float *bias,
+static INLINE void winograd_output_vec(const float *m, int64_t tap, const float *bias,
                                    const float *const *residual, float *const *out) {
-    for (int j = 0; j < STRIP; j += 8) {
+    for (int j = 0; j < PANEL; j += 8) {
         vec8 t[24], d[6];
         UNROLL for (int x = 0; x < 6; x++) {
             UNROLL for (int y = 0; y < 6; y++) d[y] = *(const vec8u *)(m + (6 * y + x) * tap + j);
-            wino_output_8(d, 1, t + x, 6);
+            winograd_output_8(d, 1, t + x, 6);
         }
         UNROLL for (int y = 0; y < 4; y++) {
-            wino_output_8(t + 6 * y, 1, d, 1);
+            winograd_output_8(t + 6 * y, 1, d, 1);
             UNROLL for (int x = 0; x < 4; x++) {
                 vec8 sum = d[x] + *(const vec8u *)(bias + j);
                 if (residual != NULL) sum += *(const vec8u *)(residual[4 * y + x] + j);
@@ -8528,7 +8538,7 @@ static int32_t load_s32(const void *p) {
 
 /* ---- AVX2: floats ---- */
 
-enum { A2_ROWS = 4, A2_COLS = 3, A2_OUTER = 6, A2_STRIPS = 1, A2_PACK = STRIP * (4 + QK) };
+enum { A2_ROWS = 4, A2_COLS = 3, A2_OUTER = 6, A2_PANELS = 1, A2_PACK = PANEL * (4 + QK) };
 
 /* A mask for the first n < 8 lanes. */
 AVX2 static __m256i first_lanes(int n) {
@@ -8598,9 +8608,9 @@ AVX2 static void dot_row_avx2(int k, const float *a, const float *b, int64_t ldb
     for (int j = 0; j < n; j += 8) dot_8_avx2(k, a, b + j * ldb, ldb, n - j < 8 ? n - j : 8, c + j);
 }
 
-AVX2 static void outer_tile_avx2(int k, const float *const *a, const float *b, int64_t strip,
-                                 int strips, float *c, int ldc, int accumulate) {
-    (void)strip, (void)strips;
+AVX2 static void outer_tile_avx2(int k, const float *const *a, const float *b, int64_t ldp,
+                                 int panels, float *c, int ldc, int accumulate) {
+    (void)ldp, (void)panels;
     __m256 sum[A2_OUTER][2];
     const float *rows[A2_OUTER];
     UNROLL for (int r = 0; r < A2_OUTER; r++) {
@@ -8608,7 +8618,7 @@ AVX2 static void outer_tile_avx2(int k, const float *const *a, const float *b, i
         sum[r][0] = accumulate ? _mm256_loadu_ps(c + r * ldc) : _mm256_setzero_ps();
         sum[r][1] = accumulate ? _mm256_loadu_ps(c + r * ldc + 8) : _mm256_setzero_ps();
     }
-    for (int i = 0; i < k; i++, b += STRIP) {
+    for (int i = 0; i < k; i++, b += PANEL) {
         __m256 b0 = _mm256_loadu_ps(b), b1 = _mm256_loadu_ps(b + 8);
         UNROLL for (int r = 0; r < A2_OUTER; r++) {
             __m256 va = _mm256_broadcast_ss(rows[r] + i);
@@ -8622,34 +8632,34 @@ AVX2 static void outer_tile_avx2(int k, const float *const *a, const float *b, i
     }
 }
 
-/* One row, four strips: eight independent sums. */
-AVX2 static void outer_4_strips_avx2(int k, const float *a, const float *b, int64_t strip, float *c,
+/* One row, four panels: eight independent sums. */
+AVX2 static void outer_4_panels_avx2(int k, const float *a, const float *b, int64_t ldp, float *c,
                                      int accumulate) {
     __m256 sum[8];
     UNROLL for (int s = 0; s < 8; s++)
         sum[s] = accumulate ? _mm256_loadu_ps(c + s * 8) : _mm256_setzero_ps();
-    for (int i = 0; i < k; i++, b += STRIP) {
+    for (int i = 0; i < k; i++, b += PANEL) {
         __m256 va = _mm256_broadcast_ss(a + i);
         UNROLL for (int s = 0; s < 4; s++) {
-            sum[2 * s] = _mm256_fmadd_ps(va, _mm256_loadu_ps(b + s * strip), sum[2 * s]);
+            sum[2 * s] = _mm256_fmadd_ps(va, _mm256_loadu_ps(b + s * ldp), sum[2 * s]);
             sum[2 * s + 1] =
-                _mm256_fmadd_ps(va, _mm256_loadu_ps(b + s * strip + 8), sum[2 * s + 1]);
+                _mm256_fmadd_ps(va, _mm256_loadu_ps(b + s * ldp + 8), sum[2 * s + 1]);
         }
     }
     UNROLL for (int s = 0; s < 8; s++) _mm256_storeu_ps(c + s * 8, sum[s]);
 }
 
-AVX2 static void outer_row_avx2(int k, const float *a, const float *b, int64_t strip, int strips,
+AVX2 static void outer_row_avx2(int k, const float *a, const float *b, int64_t ldp, int panels,
                                 float *c, int accumulate) {
-    for (; strips >= 4; strips -= 4, b += 4 * strip, c += 4 * STRIP)
-        outer_4_strips_avx2(k, a, b, strip, c, accumulate);
-    for (; strips > 0; strips--, b += strip, c += STRIP) {
+    for (; panels >= 4; panels -= 4, b += 4 * ldp, c += 4 * PANEL)
+        outer_4_panels_avx2(k, a, b, ldp, c, accumulate);
+    for (; panels > 0; panels--, b += ldp, c += PANEL) {
         __m256 s0 = accumulate ? _mm256_loadu_ps(c) : _mm256_setzero_ps();
         __m256 s1 = accumulate ? _mm256_loadu_ps(c + 8) : _mm256_setzero_ps();
         for (int i = 0; i < k; i++) {
             __m256 va = _mm256_broadcast_ss(a + i);
-            s0 = _mm256_fmadd_ps(va, _mm256_loadu_ps(b + i * STRIP), s0);
-            s1 = _mm256_fmadd_ps(va, _mm256_loadu_ps(b + i * STRIP + 8), s1);
+            s0 = _mm256_fmadd_ps(va, _mm256_loadu_ps(b + i * PANEL), s0);
+            s1 = _mm256_fmadd_ps(va, _mm256_loadu_ps(b + i * PANEL + 8), s1);
         }
         _mm256_storeu_ps(c, s0);
         _mm256_storeu_ps(c + 8, s1);
@@ -8659,7 +8669,7 @@ AVX2 static void outer_row_avx2(int k, const float *a, const float *b, int64_t s
 /* ---- AVX2: quantised blocks ---- */
 
 /* 16 bytes of each of eight rows, turned: v[i] is four bytes of row 0, four of row 1, ... */
-AVX2 static INLINE void turn_rows(const uint8_t *const *rows, int64_t at, __m256i *v) {
+AVX2 static INLINE void interleave_rows(const uint8_t *const *rows, int64_t at, __m256i *v) {
     __m256i r[4], t[4];
     UNROLL for (int j = 0; j < 4; j++)
         r[j] = _mm256_inserti128_si256(
@@ -8676,13 +8686,14 @@ AVX2 static INLINE void turn_rows(const uint8_t *const *rows, int64_t at, __m256
 }
 
 /* A block of eight rows turned, as the bytes that they are: Q8_0's signed, Q4_0's from 0 to 15. */
-AVX2 static INLINE void turn_block(int type, const uint8_t *const *rows, int64_t b, __m256i *v) {
+AVX2 static INLINE void interleave_block(int type, const uint8_t *const *rows, int64_t b,
+                                         __m256i *v) {
     if (type == LVM_Q8_0) {
-        turn_rows(rows, b * 34 + 2, v);
-        turn_rows(rows, b * 34 + 18, v + 4);
+        interleave_rows(rows, b * 34 + 2, v);
+        interleave_rows(rows, b * 34 + 18, v + 4);
         return;
     }
-    turn_rows(rows, b * 18 + 2, v);
+    interleave_rows(rows, b * 18 + 2, v);
     UNROLL for (int i = 0; i < 4; i++) {
         v[i + 4] = _mm256_and_si256(_mm256_srli_epi16(v[i], 4), _mm256_set1_epi8(15));
         v[i] = _mm256_and_si256(v[i], _mm256_set1_epi8(15));
@@ -8697,19 +8708,20 @@ AVX2 static __m256 block_scales(const uint8_t *const *rows, int64_t at) {
 }
 
 /* What is read once comes from memory faster when asked for in time: processors' own prefetching
-   ends at each page, and does not follow eight rows a few hundred bytes apart. FURTHER is how far
-   ahead the second-level cache is filled. Always inlined: gcc drops calls of a function that does
-   nothing else. */
-enum { FURTHER = 8192 };
+   ends at each page, and does not follow eight rows a few hundred bytes apart. PREFETCH_L2 is how
+   far ahead the second-level cache is filled. Always inlined: gcc drops calls of a function that
+   does nothing else. */
+enum { PREFETCH_L2 = 8192 };
 
-AVX2 static INLINE void prefetch_ahead(const uint8_t *at, int bytes) {
-    for (int i = 0; i < bytes; i += 64) _mm_prefetch((const char *)at + FURTHER + i, _MM_HINT_T1);
+AVX2 static INLINE void prefetch_l2(const uint8_t *at, int bytes) {
+    for (int i = 0; i < bytes; i += 64)
+        _mm_prefetch((const char *)at + PREFETCH_L2 + i, _MM_HINT_T1);
 }
 
 /* The same for keys and values, at two distances: */
-enum { SOON = 4096, LATER = 12288 };
+enum { KV_PREFETCH_L1 = 4096, KV_PREFETCH_L2 = 12288 };
 
-AVX2 static INLINE void prefetch_both(const uint8_t *soon, const uint8_t *later, int bytes) {
+AVX2 static INLINE void prefetch_l1_l2(const uint8_t *soon, const uint8_t *later, int bytes) {
     for (int i = 0; i < bytes; i += 64) {
         _mm_prefetch((const char *)soon + i, _MM_HINT_T0);
         _mm_prefetch((const char *)later + i, _MM_HINT_T1);
@@ -8719,19 +8731,20 @@ AVX2 static INLINE void prefetch_both(const uint8_t *soon, const uint8_t *later,
 /* Behind the end of a page's values comes next. */
 AVX2 static INLINE void prefetch_values(const uint8_t *at, int bytes, const uint8_t *end,
                                         const uint8_t *next) {
-    const uint8_t *soon = at + SOON, *later = at + LATER;
-    prefetch_both(soon < end ? soon : next + (soon - end),
+    const uint8_t *soon = at + KV_PREFETCH_L1, *later = at + KV_PREFETCH_L2;
+    prefetch_l1_l2(soon < end ? soon : next + (soon - end),
                   later < end ? later : next + (later - end), bytes);
 }
 
 /* What will be read behind block b of eight rows of weights. Into the first-level cache: a block's
    share of the eight rows that follow these; where so many would fill more than half of that cache,
-   what lies ALONG bytes further in each row (behind its end, eight rows further), about once a line
-   of 64 bytes. Into the second-level cache: a share of what lies behind the eight rows. */
-enum { ALONG = 768, HALF_L1 = 16384 };
+   what lies ROW_PREFETCH_L1 bytes further in each row (behind its end, eight rows further), about
+   once a line of 64 bytes. Into the second-level cache: a share of what lies behind the eight rows.
+ */
+enum { ROW_PREFETCH_L1 = 768, HALF_L1 = 16384 };
 
 AVX2 static INLINE void prefetch_weights(const uint8_t *const *rows, int b, int blocks, int bytes) {
-    int64_t row = (int64_t)blocks * bytes, to = (int64_t)b * bytes + ALONG;
+    int64_t row = (int64_t)blocks * bytes, to = (int64_t)b * bytes + ROW_PREFETCH_L1;
     const uint8_t *share = rows[0] + 8 * (row + (int64_t)b * bytes);
     if (8 * row <= HALF_L1) {
         for (int i = 0; i < 8 * bytes; i += 64) _mm_prefetch((const char *)share + i, _MM_HINT_T0);
@@ -8739,7 +8752,7 @@ AVX2 static INLINE void prefetch_weights(const uint8_t *const *rows, int b, int 
         if (to >= row) to += 7 * row;
         UNROLL for (int j = 0; j < 8; j++) _mm_prefetch((const char *)rows[j] + to, _MM_HINT_T0);
     }
-    prefetch_ahead(share, 8 * bytes);
+    prefetch_l2(share, 8 * bytes);
 }
 
 /* Byte products in pairs, |w| times x with w's sign, which keeps them below 2^15, then fours. */
@@ -8750,7 +8763,7 @@ AVX2 static INLINE __m256i add_products(__m256i sum, __m256i x, __m256i w) {
 
 /* A block of activations times eight rows of Q8_0, turned, or of Q4_0, 8 more than they are: there
    all eight products fit 16 bits. */
-AVX2 static INLINE __m256i products_avx2(int type, const struct xblock *x, const __m256i *w) {
+AVX2 static INLINE __m256i products_avx2(int type, const struct act_block *x, const __m256i *w) {
     __m256i sum = _mm256_setzero_si256(), pairs = sum;
     if (type == LVM_Q8_0) {
         UNROLL for (int i = 0; i < 8; i++)
@@ -8766,18 +8779,18 @@ AVX2 static INLINE __m256i products_avx2(int type, const struct xblock *x, const
 
 /* Eight rows of weights, each loaded once for all n rows of activations. Turned so that a lane is a
    row of weights, they need no additions across lanes. */
-AVX2 static INLINE void int_8_rows_avx2(int type, int blocks, const struct xblock *x, int n,
+AVX2 static INLINE void int_gemv_8_avx2(int type, int blocks, const struct act_block *x, int n,
                                         const uint8_t *const *rows, float (*c)[8]) {
-    __m256 sum[FEW];
+    __m256 sum[GEMV_ROWS];
     int bytes = type == LVM_Q8_0 ? 34 : 18;
     UNROLL for (int r = 0; r < n; r++) sum[r] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++) {
         __m256i w[8];
         prefetch_weights(rows, b, blocks, bytes);
-        turn_block(type, rows, b, w);
+        interleave_block(type, rows, b, w);
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
-            const struct xblock *xb = x + (int64_t)r * blocks + b;
+            const struct act_block *xb = x + (int64_t)r * blocks + b;
             __m256 dot = _mm256_cvtepi32_ps(products_avx2(type, xb, w));
             sum[r] = _mm256_fmadd_ps(dot, _mm256_mul_ps(scales, _mm256_set1_ps(xb->d)), sum[r]);
         }
@@ -8786,33 +8799,33 @@ AVX2 static INLINE void int_8_rows_avx2(int type, int blocks, const struct xbloc
 }
 
 /* The arguments of the function around it for f, compiled for this type and each number of rows. */
-#define FOR_EACH_FEW(f, type)                                                                      \
+#define FOR_EACH_GEMV_ROWS(f, type)                                                                \
     (n == 4   ? f(type, blocks, x, 4, rows, c)                                                     \
      : n == 3 ? f(type, blocks, x, 3, rows, c)                                                     \
      : n == 2 ? f(type, blocks, x, 2, rows, c)                                                     \
               : f(type, blocks, x, 1, rows, c))
 
-AVX2 static void int_few_avx2(int type, int blocks, const struct xblock *x, int n,
+AVX2 static void int_gemv_avx2(int type, int blocks, const struct act_block *x, int n,
                               const uint8_t *const *rows, float (*c)[8]) {
-    if (type == LVM_Q8_0) FOR_EACH_FEW(int_8_rows_avx2, LVM_Q8_0);
-    else FOR_EACH_FEW(int_8_rows_avx2, LVM_Q4_0);
+    if (type == LVM_Q8_0) FOR_EACH_GEMV_ROWS(int_gemv_8_avx2, LVM_Q8_0);
+    else FOR_EACH_GEMV_ROWS(int_gemv_8_avx2, LVM_Q4_0);
 }
 
-/* c[n][8]: up to FEW rows of activations times eight rows of weights. */
-typedef void int_few(int type, int blocks, const struct xblock *x, int n,
+/* c[n][8]: up to GEMV_ROWS rows of activations times eight rows of weights. */
+typedef void int_gemv(int type, int blocks, const struct act_block *x, int n,
                      const uint8_t *const *rows, float (*c)[8]);
 
-/* All rows of activations, FEW at a time, times n rows of weights, eight at a time. */
-static INLINE void int_rows_by_8(int_few *few, int type, int blocks, const struct xblock *x,
+/* All rows of activations, GEMV_ROWS at a time, times n rows of weights, eight at a time. */
+static INLINE void int_row_by_8(int_gemv *few, int type, int blocks, const struct act_block *x,
                                  int x_rows, const uint8_t *w, int64_t row_bytes, int n, float *c,
                                  int64_t ldc) {
     for (int j0 = 0; j0 < n; j0 += 8) {
         const uint8_t *rows[8];
-        float out[FEW][8];
+        float out[GEMV_ROWS][8];
         int count = n - j0 < 8 ? n - j0 : 8;
         for (int j = 0; j < 8; j++) rows[j] = w + (j0 + (j < count ? j : count - 1)) * row_bytes;
-        for (int r0 = 0; r0 < x_rows; r0 += FEW) {
-            int at_once = x_rows - r0 < FEW ? x_rows - r0 : FEW;
+        for (int r0 = 0; r0 < x_rows; r0 += GEMV_ROWS) {
+            int at_once = x_rows - r0 < GEMV_ROWS ? x_rows - r0 : GEMV_ROWS;
             few(type, blocks, x + (int64_t)r0 * blocks, at_once, rows, out);
             for (int r = 0; r < at_once; r++)
                 memcpy(c + (r0 + r) * ldc + j0, out[r], (size_t)count * sizeof *c);
@@ -8820,9 +8833,9 @@ static INLINE void int_rows_by_8(int_few *few, int type, int blocks, const struc
     }
 }
 
-AVX2 static void int_row_avx2(int type, int blocks, const struct xblock *x, int x_rows,
+AVX2 static void int_row_avx2(int type, int blocks, const struct act_block *x, int x_rows,
                               const uint8_t *w, int64_t row_bytes, int n, float *c, int64_t ldc) {
-    int_rows_by_8(int_few_avx2, type, blocks, x, x_rows, w, row_bytes, n, c, ldc);
+    int_row_by_8(int_gemv_avx2, type, blocks, x, x_rows, w, row_bytes, n, c, ldc);
 }
 
 /* Packed block: 16 scales, then for each four elements 16 rows of four bytes. */
@@ -8832,10 +8845,10 @@ AVX2 static void int_pack_avx2(int type, int blocks, const uint8_t *const *w, ui
         for (int half = 0; half < 2; half++) {
             const uint8_t *const *rows = w + 8 * half;
             __m256i q[8];
-            turn_block(type, rows, b, q);
+            interleave_block(type, rows, b, q);
             for (int i = 0; i < 8; i++) {
                 if (type == LVM_Q4_0) q[i] = _mm256_sub_epi8(q[i], _mm256_set1_epi8(8));
-                _mm256_storeu_si256((__m256i *)(void *)(packed + 4 * STRIP + 64 * i + 32 * half),
+                _mm256_storeu_si256((__m256i *)(void *)(packed + 4 * PANEL + 64 * i + 32 * half),
                                     q[i]);
             }
             _mm256_storeu_ps((float *)(void *)packed + 8 * half,
@@ -8843,9 +8856,9 @@ AVX2 static void int_pack_avx2(int type, int blocks, const uint8_t *const *w, ui
         }
 }
 
-AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                               int strips, float *c, int ldc) {
-    (void)strips;
+AVX2 static void int_tile_avx2(int blocks, const struct act_block *const *x, const uint8_t *packed,
+                               int panels, float *c, int ldc) {
+    (void)panels;
     __m256 sum[A2_ROWS][2];
     UNROLL for (int r = 0; r < A2_ROWS; r++) {
         sum[r][0] = sum[r][1] = _mm256_setzero_ps();
@@ -8854,7 +8867,7 @@ AVX2 static void int_tile_avx2(int blocks, const struct xblock *const *x, const 
     for (int b = 0; b < blocks; b++, packed += A2_PACK) {
         __m256i acc[A2_ROWS][2];
         UNROLL for (int r = 0; r < A2_ROWS; r++) acc[r][0] = acc[r][1] = _mm256_setzero_si256();
-        const __m256i *q = (const __m256i *)(const void *)(packed + 4 * STRIP);
+        const __m256i *q = (const __m256i *)(const void *)(packed + 4 * PANEL);
         for (int i = 0; i < QK / 4; i++) {
             __m256i w0 = _mm256_loadu_si256(q + 2 * i), w1 = _mm256_loadu_si256(q + 2 * i + 1);
             UNROLL for (int r = 0; r < A2_ROWS; r++) {
@@ -8906,13 +8919,13 @@ AVX2 static int32_t sum_s32(__m256i x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
-AVX2 static void quantize_x_avx2(const float *x, struct xblock *y, int k) {
+AVX2 static void quantize_x_avx2(const float *x, struct act_block *y, int k) {
     __m256i ones = _mm256_set1_epi16(1);
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
-        __m256 id = _mm256_set1_ps(amax > LEAST_X ? 127 / amax : 0);
+        __m256 id = _mm256_set1_ps(amax > MIN_AMAX ? 127 / amax : 0);
         __m256i q0 = scaled_s16(x, id), q1 = scaled_s16(x + 16, id);
-        y[b].d = amax > LEAST_X ? amax / 127 : 0;
+        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
         y[b].start = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(q0, ones),
                                                      _mm256_madd_epi16(q1, ones)));
         _mm256_storeu_si256((__m256i *)(void *)y[b].q,
@@ -9009,12 +9022,12 @@ AVX2 static void to_q8_0_avx2(const float *x, void *out, int64_t k) {
 AVX2 static void quantize_q_avx2(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = max_magnitude(q);
-        __m256 id = _mm256_set1_ps(amax > LEAST_X ? MOST_X / amax : 0);
+        __m256 id = _mm256_set1_ps(amax > MIN_AMAX ? MAX_Q16 / amax : 0);
         __m256i low = scaled_s16(q, id), high = scaled_s16(q + 16, id);
         __m256i one = _mm256_set1_epi16(1);
         _mm256_storeu_si256((__m256i *)(void *)x->x.s16, low);
         _mm256_storeu_si256((__m256i *)(void *)(x->x.s16 + 16), high);
-        x->d = amax > LEAST_X ? amax / MOST_X : 0;
+        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
         x->start = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(low, one),
                                                    _mm256_madd_epi16(high, one)));
     }
@@ -9040,15 +9053,15 @@ AVX2 static __m256 halves_to_f32(const void *p) {
 /* Scores of n rows and 8 wide keys of a panel, of which the first is `first`. */
 AVX2 static INLINE void k8_part_avx2(const uint8_t *panel, int groups, int first, int wide,
                                      const struct query_block *q, int n, float *s, int lds) {
-    __m256 sum[FEW][2];
+    __m256 sum[GEMV_ROWS][2];
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int j = 0; j < wide; j++) sum[r][j] = _mm256_setzero_ps();
-    for (int g = 0; g < groups; g++, panel += KV8_BYTES) {
-        __m256i acc[FEW][4], k[4];
+    for (int g = 0; g < groups; g++, panel += KV8_PANEL) {
+        __m256i acc[GEMV_ROWS][4], k[4];
         UNROLL for (int r = 0; r < n; r++)
             UNROLL for (int j = 0; j < 2 * wide; j++) acc[r][j] = _mm256_setzero_si256();
         for (int i = 0; i < QK / 4; i++) {
-            const uint8_t *at = panel + 2 * STRIP + 4 * (i * STRIP + first);
+            const uint8_t *at = panel + 2 * PANEL + 4 * (i * PANEL + first);
             UNROLL for (int j = 0; j < 2 * wide; j++)
                 k[j] = _mm256_cvtepu8_epi16(
                     _mm_loadu_si128((const __m128i *)(const void *)(at + 16 * j)));
@@ -9076,13 +9089,14 @@ AVX2 static INLINE void k8_part_avx2(const uint8_t *panel, int groups, int first
 
 AVX2 static void k8_scores_avx2(const uint8_t *keys, int groups, int panels,
                                 const struct query_block *q, int rows, float *s, int lds) {
-    for (int p = 0; p < panels; p++, keys += (int64_t)groups * KV8_BYTES, s += STRIP) {
+    for (int p = 0; p < panels; p++, keys += (int64_t)groups * KV8_PANEL, s += PANEL) {
         int r = 0;
-        if (rows <= FEW) prefetch_both(keys + SOON, keys + LATER, groups * KV8_BYTES);
-        for (; r + FEW <= rows; r += FEW) {
+        if (rows <= GEMV_ROWS)
+            prefetch_l1_l2(keys + KV_PREFETCH_L1, keys + KV_PREFETCH_L2, groups * KV8_PANEL);
+        for (; r + GEMV_ROWS <= rows; r += GEMV_ROWS) {
             const struct query_block *x = q + r * groups;
-            k8_part_avx2(keys, groups, 0, 1, x, FEW, s + (int64_t)r * lds, lds);
-            k8_part_avx2(keys, groups, 8, 1, x, FEW, s + (int64_t)r * lds, lds);
+            k8_part_avx2(keys, groups, 0, 1, x, GEMV_ROWS, s + (int64_t)r * lds, lds);
+            k8_part_avx2(keys, groups, 8, 1, x, GEMV_ROWS, s + (int64_t)r * lds, lds);
         }
         for (; r < rows; r++)
             k8_part_avx2(keys, groups, 0, 2, q + r * groups, 1, s + (int64_t)r * lds, lds);
@@ -9090,33 +9104,33 @@ AVX2 static void k8_scores_avx2(const uint8_t *keys, int groups, int panels,
 }
 
 AVX2 static float quantize_p_avx2(const float *p, const uint8_t *values, int panels, int16_t *w) {
-    float weighted[KEYS];
+    float weighted[KV_BLOCK];
     __m256 most = _mm256_setzero_ps();
-    for (int i = 0; i < panels * STRIP; i += 8) {
-        __m256 d = halves_to_f32(values + (int64_t)i / STRIP * KV8_BYTES + 2 * (i % STRIP));
+    for (int i = 0; i < panels * PANEL; i += 8) {
+        __m256 d = halves_to_f32(values + (int64_t)i / PANEL * KV8_PANEL + 2 * (i % PANEL));
         __m256 x = _mm256_mul_ps(_mm256_loadu_ps(p + i), d);
         _mm256_storeu_ps(weighted + i, x);
         most = _mm256_max_ps(x, most);
     }
     float all = max8(most);
-    __m256 id = _mm256_set1_ps(all > LEAST_X ? MOST_W / all : 0);
-    for (int i = 0; i < panels * STRIP; i += 16) /* NaN came out as the least number */
+    __m256 id = _mm256_set1_ps(all > MIN_AMAX ? MAX_P15 / all : 0);
+    for (int i = 0; i < panels * PANEL; i += 16) /* NaN came out as the least number */
         _mm256_storeu_si256((__m256i *)(void *)(w + i),
                             _mm256_max_epi16(scaled_s16(weighted + i, id),
                                              _mm256_setzero_si256()));
-    return all > LEAST_X ? all / MOST_W : 0;
+    return all > MIN_AMAX ? all / MAX_P15 : 0;
 }
 
 /* Sums of n rows and 8 wide dimensions of a group. */
 AVX2 static INLINE void v8_part_avx2(const uint8_t *values, int panels, int first, int wide,
-                                     int16_t (*w)[KEYS], const float *d, int n, float *o,
+                                     int16_t (*w)[KV_BLOCK], const float *d, int n, float *o,
                                      int ldo) {
-    __m256i acc[FEW][8], v[8];
+    __m256i acc[GEMV_ROWS][8], v[8];
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int j = 0; j < 2 * wide; j++) acc[r][j] = _mm256_setzero_si256();
-    for (int i = 0; i < panels * STRIP / 4; i++) {
-        const uint8_t *panel = values + (int64_t)i / 4 * KV8_BYTES;
-        const uint8_t *at = panel + 2 * STRIP + i % 4 * 4 * QK + 4 * first;
+    for (int i = 0; i < panels * PANEL / 4; i++) {
+        const uint8_t *panel = values + (int64_t)i / 4 * KV8_PANEL;
+        const uint8_t *at = panel + 2 * PANEL + i % 4 * 4 * QK + 4 * first;
         UNROLL for (int j = 0; j < 2 * wide; j++)
             v[j] = _mm256_cvtepi8_epi16(
                 _mm_loadu_si128((const __m128i *)(const void *)(at + 16 * j)));
@@ -9136,19 +9150,19 @@ AVX2 static INLINE void v8_part_avx2(const uint8_t *values, int panels, int firs
 
 AVX2 static void v8_sums_avx2(const uint8_t *values, int groups, int panels, const float *const *p,
                               int rows, const uint8_t *next, float *o, int ldo) {
-    int16_t w[FEW][KEYS];
-    float d[FEW];
-    const uint8_t *end = values + (int64_t)groups * (KEYS / STRIP) * KV8_BYTES;
-    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
+    int16_t w[GEMV_ROWS][KV_BLOCK];
+    float d[GEMV_ROWS];
+    const uint8_t *end = values + (int64_t)groups * (KV_BLOCK / PANEL) * KV8_PANEL;
+    for (int g = 0; g < groups; g++, values += KV_BLOCK / PANEL * KV8_PANEL, o += QK)
         for (int r = 0, n = 1; r < rows; r += n) {
             float *to = o + (int64_t)r * ldo;
-            n = rows - r < FEW ? 1 : FEW;
-            if (rows <= FEW && r == 0) prefetch_values(values, panels * KV8_BYTES, end, next);
+            n = rows - r < GEMV_ROWS ? 1 : GEMV_ROWS;
+            if (rows <= GEMV_ROWS && r == 0) prefetch_values(values, panels * KV8_PANEL, end, next);
             for (int i = 0; i < n; i++) d[i] = quantize_p_avx2(p[r + i], values, panels, w[i]);
             if (n == 1) v8_part_avx2(values, panels, 0, 4, w, d, 1, to, ldo);
             else
                 for (int first = 0; first < QK; first += 8)
-                    v8_part_avx2(values, panels, first, 1, w, d, FEW, to, ldo);
+                    v8_part_avx2(values, panels, first, 1, w, d, GEMV_ROWS, to, ldo);
         }
 }
 
@@ -9229,7 +9243,7 @@ AVX2 static void silu_mul_avx2(float *gate, const float *up, int64_t n) {
 }
 
 /* c is a multiple of 32. */
-AVX2 static void norm_rows_avx2(const float *x, const float *scale, const float *shift,
+AVX2 static void scale_shift_avx2(const float *x, const float *scale, const float *shift,
                                 int use_silu, int64_t pixels, int c, float *y) {
     for (int64_t p = 0; p < pixels; p++, x += c, y += c)
         for (int i = 0; i < c; i += 8) {
@@ -9276,50 +9290,50 @@ AVX2 static INLINE void transpose_8x8(__m256i *v) {
     }
 }
 
-AVX2 static void pack_strip_avx2(const float *rows, int64_t ld, int k, float *strip) {
+AVX2 static void pack_panel_avx2(const float *rows, int64_t ld, int k, float *panel) {
     int i = 0;
     for (; i + 8 <= k; i += 8)
-        for (int half = 0; half < STRIP; half += 8) {
+        for (int half = 0; half < PANEL; half += 8) {
             __m256i v[8];
             UNROLL for (int j = 0; j < 8; j++)
                 v[j] = _mm256_castps_si256(_mm256_loadu_ps(rows + (half + j) * ld + i));
             transpose_8x8(v);
             UNROLL for (int j = 0; j < 8; j++)
-                _mm256_storeu_si256((__m256i *)(void *)(strip + (i + j) * STRIP + half), v[j]);
+                _mm256_storeu_si256((__m256i *)(void *)(panel + (i + j) * PANEL + half), v[j]);
         }
-    if (i < k) pack_strip_plain(rows + i, ld, k - i, strip + i * STRIP);
+    if (i < k) pack_panel_plain(rows + i, ld, k - i, panel + i * PANEL);
 }
 
-AVX2 static void wino_filter_avx2(const float *w, int n, int64_t tap, float *u) {
-    wino_filter_vec(w, n, tap, u);
+AVX2 static void winograd_filter_avx2(const float *w, int n, int64_t tap, float *u) {
+    winograd_filter_vec(w, n, tap, u);
 }
 
-AVX2 static void wino_input_avx2(const float *patch, int64_t line, int c, float *v,
+AVX2 static void winograd_input_avx2(const float *patch, int64_t line, int c, float *v,
                                  int64_t tap) {
-    wino_input_vec(patch, line, c, v, tap);
+    winograd_input_vec(patch, line, c, v, tap);
 }
 
-AVX2 static void wino_output_avx2(const float *m, int64_t tap, const float *bias,
+AVX2 static void winograd_output_avx2(const float *m, int64_t tap, const float *bias,
                                   const float *const *residual, float *const *out) {
-    wino_output_vec(m, tap, bias, residual, out);
+    winograd_output_vec(m, tap, bias, residual, out);
 }
 
 static const struct kernels kernels_avx2 = {
     "avx2",          A2_ROWS,          A2_COLS,           A2_ROWS,
-    1,               A2_OUTER,         A2_STRIPS,         A2_PACK,
+    1,               A2_OUTER,         A2_PANELS,         A2_PACK,
     dot_row_avx2,    dot_tile_avx2,    quantize_x_avx2,   int_row_avx2,
     int_pack_avx2,   int_tile_avx2,    outer_row_avx2,    outer_tile_avx2,
-    pack_strip_avx2, wino_filter_avx2, wino_input_avx2,   wino_output_avx2,
+    pack_panel_avx2, winograd_filter_avx2, winograd_input_avx2,   winograd_output_avx2,
     to_f32_avx2,     to_q8_0_avx2,     quantize_q_avx2,   k8_scores_avx2,
     v8_sums_avx2,    rmsnorm_avx2,     softmax_avx2,
-    silu_mul_avx2,   norm_rows_avx2,   channel_sums_avx2};
+    silu_mul_avx2,   scale_shift_avx2,   channel_sums_avx2};
 
 /* ---- AVX-512 ----
 
    Sums that are defined over eight lanes, and what is waiting for memory, stay AVX2's. */
 
-enum { A5_ROWS = 5, A5_COLS = 4, A5_OUTER = 8, A5_STRIPS = 2, A5_INT = 8 };
-enum { A5_PACK = STRIP * (4 + QK) };
+enum { A5_ROWS = 5, A5_COLS = 4, A5_OUTER = 8, A5_PANELS = 2, A5_INT = 8 };
+enum { A5_PACK = PANEL * (4 + QK) };
 
 /* Halves first: lane i + lane i+8, then as eight lanes. */
 AVX512 static float sum16(__m512 v) {
@@ -9369,71 +9383,71 @@ AVX512 static void dot_row_avx512(int k, const float *a, const float *b, int64_t
         dot_8_avx512(k, a, b + j * ldb, ldb, n - j < 8 ? n - j : 8, c + j);
 }
 
-AVX512 static INLINE void outer_strips_avx512(int k, const float *const *a, const float *b,
-                                              int64_t strip, int strips, float *c, int ldc,
+AVX512 static INLINE void outer_panels_avx512(int k, const float *const *a, const float *b,
+                                              int64_t ldp, int panels, float *c, int ldc,
                                               int accumulate) {
-    __m512 sum[A5_OUTER][A5_STRIPS], vb[A5_STRIPS];
+    __m512 sum[A5_OUTER][A5_PANELS], vb[A5_PANELS];
     const float *rows[A5_OUTER];
     UNROLL for (int r = 0; r < A5_OUTER; r++) {
         rows[r] = a[r];
-        UNROLL for (int s = 0; s < strips; s++)
-            sum[r][s] = accumulate ? _mm512_loadu_ps(c + r * ldc + s * STRIP) : _mm512_setzero_ps();
+        UNROLL for (int s = 0; s < panels; s++)
+            sum[r][s] = accumulate ? _mm512_loadu_ps(c + r * ldc + s * PANEL) : _mm512_setzero_ps();
     }
-    for (int i = 0; i < k; i++, b += STRIP) {
-        UNROLL for (int s = 0; s < strips; s++) vb[s] = _mm512_loadu_ps(b + s * strip);
+    for (int i = 0; i < k; i++, b += PANEL) {
+        UNROLL for (int s = 0; s < panels; s++) vb[s] = _mm512_loadu_ps(b + s * ldp);
         UNROLL for (int r = 0; r < A5_OUTER; r++) {
             __m512 va = _mm512_set1_ps(rows[r][i]);
-            UNROLL for (int s = 0; s < strips; s++)
+            UNROLL for (int s = 0; s < panels; s++)
                 sum[r][s] = _mm512_fmadd_ps(va, vb[s], sum[r][s]);
         }
     }
     UNROLL for (int r = 0; r < A5_OUTER; r++)
-        UNROLL for (int s = 0; s < strips; s++)
-            _mm512_storeu_ps(c + r * ldc + s * STRIP, sum[r][s]);
+        UNROLL for (int s = 0; s < panels; s++)
+            _mm512_storeu_ps(c + r * ldc + s * PANEL, sum[r][s]);
 }
 
-AVX512 static void outer_tile_avx512(int k, const float *const *a, const float *b, int64_t strip,
-                                     int strips, float *c, int ldc, int accumulate) {
-    if (strips == 2) outer_strips_avx512(k, a, b, strip, 2, c, ldc, accumulate);
-    else outer_strips_avx512(k, a, b, strip, 1, c, ldc, accumulate);
+AVX512 static void outer_tile_avx512(int k, const float *const *a, const float *b, int64_t ldp,
+                                     int panels, float *c, int ldc, int accumulate) {
+    if (panels == 2) outer_panels_avx512(k, a, b, ldp, 2, c, ldc, accumulate);
+    else outer_panels_avx512(k, a, b, ldp, 1, c, ldc, accumulate);
 }
 
-AVX512 static void outer_8_strips_avx512(int k, const float *a, const float *b, int64_t strip,
+AVX512 static void outer_8_panels_avx512(int k, const float *a, const float *b, int64_t ldp,
                                          float *c, int accumulate) {
     __m512 sum[8];
     UNROLL for (int s = 0; s < 8; s++)
-        sum[s] = accumulate ? _mm512_loadu_ps(c + s * STRIP) : _mm512_setzero_ps();
-    for (int i = 0; i < k; i++, b += STRIP) {
+        sum[s] = accumulate ? _mm512_loadu_ps(c + s * PANEL) : _mm512_setzero_ps();
+    for (int i = 0; i < k; i++, b += PANEL) {
         __m512 va = _mm512_set1_ps(a[i]);
         UNROLL for (int s = 0; s < 8; s++)
-            sum[s] = _mm512_fmadd_ps(va, _mm512_loadu_ps(b + s * strip), sum[s]);
+            sum[s] = _mm512_fmadd_ps(va, _mm512_loadu_ps(b + s * ldp), sum[s]);
     }
-    UNROLL for (int s = 0; s < 8; s++) _mm512_storeu_ps(c + s * STRIP, sum[s]);
+    UNROLL for (int s = 0; s < 8; s++) _mm512_storeu_ps(c + s * PANEL, sum[s]);
 }
 
-AVX512 static void outer_row_avx512(int k, const float *a, const float *b, int64_t strip,
-                                    int strips, float *c, int accumulate) {
-    for (; strips >= 8; strips -= 8, b += 8 * strip, c += 8 * STRIP)
-        outer_8_strips_avx512(k, a, b, strip, c, accumulate);
-    for (; strips > 0; strips--, b += strip, c += STRIP) {
+AVX512 static void outer_row_avx512(int k, const float *a, const float *b, int64_t ldp,
+                                    int panels, float *c, int accumulate) {
+    for (; panels >= 8; panels -= 8, b += 8 * ldp, c += 8 * PANEL)
+        outer_8_panels_avx512(k, a, b, ldp, c, accumulate);
+    for (; panels > 0; panels--, b += ldp, c += PANEL) {
         __m512 sum = accumulate ? _mm512_loadu_ps(c) : _mm512_setzero_ps();
         for (int i = 0; i < k; i++)
-            sum = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), _mm512_loadu_ps(b + i * STRIP), sum);
+            sum = _mm512_fmadd_ps(_mm512_set1_ps(a[i]), _mm512_loadu_ps(b + i * PANEL), sum);
         _mm512_storeu_ps(c, sum);
     }
 }
 
 /* A block of eight rows turned, as unsigned bytes: Q8_0's plus 128; Q4_0's plus 8, of which those
    of the second half stay where they lie in their bytes, 16 times as large. */
-AVX512 static INLINE void turn_unsigned(int type, const uint8_t *const *rows, int64_t b,
+AVX512 static INLINE void interleave_unsigned(int type, const uint8_t *const *rows, int64_t b,
                                         __m256i *w) {
     if (type == LVM_Q8_0) {
-        turn_block(type, rows, b, w);
+        interleave_block(type, rows, b, w);
         UNROLL for (int i = 0; i < 8; i++)
             w[i] = _mm256_xor_si256(w[i], _mm256_set1_epi8((char)128));
         return;
     }
-    turn_rows(rows, b * 18 + 2, w);
+    interleave_rows(rows, b * 18 + 2, w);
     UNROLL for (int i = 0; i < 4; i++) {
         w[i + 4] = _mm256_and_si256(w[i], _mm256_set1_epi8((char)0xf0));
         w[i] = _mm256_and_si256(w[i], _mm256_set1_epi8(15));
@@ -9442,18 +9456,18 @@ AVX512 static INLINE void turn_unsigned(int type, const uint8_t *const *rows, in
 
 /* Eight rows of weights, each loaded once for all n rows of activations. What unsigned weights add
    to a sum is taken away first. Four sums, because fewer would wait for themselves. */
-AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct xblock *x, int n,
+AVX512 static INLINE void int_gemv_8_avx512(int type, int blocks, const struct act_block *x, int n,
                                             const uint8_t *const *rows, float (*c)[8]) {
-    __m256 sum[FEW];
+    __m256 sum[GEMV_ROWS];
     int q8 = type == LVM_Q8_0, bytes = q8 ? 34 : 18;
     UNROLL for (int r = 0; r < n; r++) sum[r] = _mm256_setzero_ps();
     for (int b = 0; b < blocks; b++) {
         __m256i w[8];
         prefetch_weights(rows, b, blocks, bytes);
-        turn_unsigned(type, rows, b, w);
+        interleave_unsigned(type, rows, b, w);
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
-            const struct xblock *xb = x + (int64_t)r * blocks + b;
+            const struct act_block *xb = x + (int64_t)r * blocks + b;
             __m256i zero = _mm256_setzero_si256(), start = _mm256_set1_epi32(xb->start),
                     p[4] = {zero, zero, start, zero}; /* two of each half */
             UNROLL for (int i = 0; i < 8; i++)
@@ -9468,16 +9482,16 @@ AVX512 static INLINE void int_8_rows_avx512(int type, int blocks, const struct x
     UNROLL for (int r = 0; r < n; r++) _mm256_storeu_ps(c[r], sum[r]);
 }
 
-AVX512 static void int_few_avx512(int type, int blocks, const struct xblock *x, int n,
+AVX512 static void int_gemv_avx512(int type, int blocks, const struct act_block *x, int n,
                                   const uint8_t *const *rows, float (*c)[8]) {
-    if (type == LVM_Q8_0) FOR_EACH_FEW(int_8_rows_avx512, LVM_Q8_0);
-    else FOR_EACH_FEW(int_8_rows_avx512, LVM_Q4_0);
+    if (type == LVM_Q8_0) FOR_EACH_GEMV_ROWS(int_gemv_8_avx512, LVM_Q8_0);
+    else FOR_EACH_GEMV_ROWS(int_gemv_8_avx512, LVM_Q4_0);
 }
 
-AVX512 static void int_row_avx512(int type, int blocks, const struct xblock *x, int x_rows,
+AVX512 static void int_row_avx512(int type, int blocks, const struct act_block *x, int x_rows,
                                   const uint8_t *w, int64_t row_bytes, int n, float *c,
                                   int64_t ldc) {
-    int_rows_by_8(int_few_avx512, type, blocks, x, x_rows, w, row_bytes, n, c, ldc);
+    int_row_by_8(int_gemv_avx512, type, blocks, x, x_rows, w, row_bytes, n, c, ldc);
 }
 
 /* Packed block: 16 scales, then for each four elements 16 rows of four bytes, 128 more than the
@@ -9489,9 +9503,9 @@ AVX512 static void int_pack_avx512(int type, int blocks, const uint8_t *const *w
         for (int half = 0; half < 2; half++) {
             const uint8_t *const *rows = w + 8 * half;
             __m256i q[8];
-            turn_block(type, rows, b, q);
+            interleave_block(type, rows, b, q);
             UNROLL for (int i = 0; i < 8; i++)
-                _mm256_storeu_si256((__m256i *)(void *)(packed + 4 * STRIP + 64 * i + 32 * half),
+                _mm256_storeu_si256((__m256i *)(void *)(packed + 4 * PANEL + 64 * i + 32 * half),
                                     _mm256_add_epi8(q[i], offset));
             _mm256_storeu_ps((float *)(void *)packed + 8 * half,
                              block_scales(rows, (int64_t)b * bytes));
@@ -9500,47 +9514,47 @@ AVX512 static void int_pack_avx512(int type, int blocks, const uint8_t *const *w
 
 /* For each block and row, eight products, a conversion and two multiplications: 8/10 of the ceiling
    is what there is to reach where conversions have a pipe of their own, as on Zen 4, else 8/11. A
-   weight is read once for 8 rows, an activation once for two strips, and the lines that the sums go
+   weight is read once for 8 rows, an activation once for two panels, and the lines that the sums go
    to are asked for at the start, to be there at the end; rounds over i must be unrolled, or the
    rows' pointers move through memory. */
-AVX512 static INLINE void int_strips_avx512(int blocks, const struct xblock *const *x,
-                                            const uint8_t *packed, int strips, float *c, int ldc) {
-    __m512 sum[A5_INT][A5_STRIPS];
-    int64_t strip = (int64_t)blocks * A5_PACK;
+AVX512 static INLINE void int_panels_avx512(int blocks, const struct act_block *const *x,
+                                            const uint8_t *packed, int panels, float *c, int ldc) {
+    __m512 sum[A5_INT][A5_PANELS];
+    int64_t ldp = (int64_t)blocks * A5_PACK;
     UNROLL for (int r = 0; r < A5_INT; r++)
-        UNROLL for (int s = 0; s < strips; s++) {
+        UNROLL for (int s = 0; s < panels; s++) {
             sum[r][s] = _mm512_setzero_ps();
-            __builtin_prefetch(c + r * ldc + s * STRIP, 1);
+            __builtin_prefetch(c + r * ldc + s * PANEL, 1);
         }
     for (int b = 0; b < blocks; b++, packed += A5_PACK) {
-        __m512i acc[A5_INT][A5_STRIPS], w[A5_STRIPS];
-        UNROLL for (int s = 0; s < strips; s++)
+        __m512i acc[A5_INT][A5_PANELS], w[A5_PANELS];
+        UNROLL for (int s = 0; s < panels; s++)
             UNROLL for (int r = 0; r < A5_INT; r++) acc[r][s] = _mm512_set1_epi32(x[r][b].start);
         UNROLL for (int i = 0; i < QK / 4; i++) {
-            UNROLL for (int s = 0; s < strips; s++)
-                w[s] = _mm512_loadu_si512(packed + s * strip + 4 * STRIP + 64 * i);
+            UNROLL for (int s = 0; s < panels; s++)
+                w[s] = _mm512_loadu_si512(packed + s * ldp + 4 * PANEL + 64 * i);
             UNROLL for (int r = 0; r < A5_INT; r++) {
                 __m512i four = _mm512_set1_epi32(load_s32(x[r][b].q + 4 * i));
-                UNROLL for (int s = 0; s < strips; s++)
+                UNROLL for (int s = 0; s < panels; s++)
                     acc[r][s] = _mm512_dpbusd_epi32(acc[r][s], w[s], four);
             }
         }
-        UNROLL for (int s = 0; s < strips; s++)
+        UNROLL for (int s = 0; s < panels; s++)
             UNROLL for (int r = 0; r < A5_INT; r++) {
-                __m512 d = _mm512_mul_ps(_mm512_loadu_ps(packed + s * strip),
+                __m512 d = _mm512_mul_ps(_mm512_loadu_ps(packed + s * ldp),
                                          _mm512_set1_ps(x[r][b].d));
                 sum[r][s] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[r][s]), d, sum[r][s]);
             }
     }
     UNROLL for (int r = 0; r < A5_INT; r++)
-        UNROLL for (int s = 0; s < strips; s++)
-            _mm512_storeu_ps(c + r * ldc + s * STRIP, sum[r][s]);
+        UNROLL for (int s = 0; s < panels; s++)
+            _mm512_storeu_ps(c + r * ldc + s * PANEL, sum[r][s]);
 }
 
-AVX512 static void int_tile_avx512(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                                   int strips, float *c, int ldc) {
-    if (strips == 2) int_strips_avx512(blocks, x, packed, 2, c, ldc);
-    else int_strips_avx512(blocks, x, packed, 1, c, ldc);
+AVX512 static void int_tile_avx512(int blocks, const struct act_block *const *x,
+                                   const uint8_t *packed, int panels, float *c, int ldc) {
+    if (panels == 2) int_panels_avx512(blocks, x, packed, 2, c, ldc);
+    else int_panels_avx512(blocks, x, packed, 1, c, ldc);
 }
 
 /* Sums of neighbours of 16 numbers of 16 bits; what a NaN became is cut to those. */
@@ -9548,12 +9562,12 @@ AVX512 static __m256i pair_sums(__m512i x) {
     return _mm256_madd_epi16(_mm512_cvtsepi32_epi16(x), _mm256_set1_epi16(1));
 }
 
-AVX512 static void quantize_x_avx512(const float *x, struct xblock *y, int k) {
+AVX512 static void quantize_x_avx512(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
-        __m512 id = _mm512_set1_ps(amax > LEAST_X ? 127 / amax : 0);
+        __m512 id = _mm512_set1_ps(amax > MIN_AMAX ? 127 / amax : 0);
         __m256i sum = _mm256_setzero_si256();
-        y[b].d = amax > LEAST_X ? amax / 127 : 0;
+        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
         UNROLL for (int i = 0; i < QK; i += 16) {
             __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), id));
             _mm_storeu_si128((__m128i *)(void *)(y[b].q + i), _mm512_cvtepi32_epi8(q));
@@ -9568,7 +9582,7 @@ AVX512 static void quantize_x_avx512(const float *x, struct xblock *y, int k) {
    Two byte products, of hi and lo, make one of 16 bits; a vector is four dimensions of a panel's
    keys, or 16 dimensions of four values. */
 
-enum { V8_W_BYTES = 2 * 2 * STRIP }; /* w of two panels' keys, two bytes each */
+enum { V8_W_BYTES = 2 * 2 * PANEL }; /* w of two panels' keys, two bytes each */
 
 /* The two lower bytes of 16 numbers, hi of each four in front of their lo. */
 AVX512 static void store_hi_lo(void *to, __m512i hi, __m512i x) {
@@ -9584,14 +9598,14 @@ AVX512 static __m512 add_hi_lo(__m512i hi, __m512i lo) {
 AVX512 static void quantize_q_avx512(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = max_magnitude(q);
-        __m512 id = _mm512_set1_ps(amax > LEAST_X ? MOST_X / amax : 0);
+        __m512 id = _mm512_set1_ps(amax > MIN_AMAX ? MAX_Q16 / amax : 0);
         __m256i sum = _mm256_setzero_si256();
         UNROLL for (int i = 0; i < 2; i++) {
             __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(q + 16 * i), id));
             store_hi_lo(x->x.s8[4 * i], _mm512_add_epi32(n, _mm512_set1_epi32(128)), n);
             sum = _mm256_add_epi32(sum, pair_sums(n));
         }
-        x->d = amax > LEAST_X ? amax / MOST_X : 0;
+        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
         x->start = -128 * sum_s32(sum);
     }
 }
@@ -9601,15 +9615,15 @@ AVX512 static void quantize_q_avx512(const float *q, struct query_block *x, int 
 AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int wide,
                                            const struct query_block *q, int n, int once, float *s,
                                            int lds) {
-    int64_t panel = (int64_t)groups * KV8_BYTES;
+    int64_t panel = (int64_t)groups * KV8_PANEL;
     const uint8_t *next = keys + wide * panel;
-    __m512 sum[FEW][4];
+    __m512 sum[GEMV_ROWS][4];
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int j = 0; j < wide; j++) sum[r][j] = _mm512_setzero_ps();
-    for (int g = 0; g < groups; g++, keys += KV8_BYTES) {
-        __m512i hi[FEW][4], lo[FEW][4], k[4];
-        const uint8_t *share = next + (int64_t)g * wide * KV8_BYTES;
-        if (once) prefetch_both(share + SOON, share + LATER, wide * KV8_BYTES);
+    for (int g = 0; g < groups; g++, keys += KV8_PANEL) {
+        __m512i hi[GEMV_ROWS][4], lo[GEMV_ROWS][4], k[4];
+        const uint8_t *share = next + (int64_t)g * wide * KV8_PANEL;
+        if (once) prefetch_l1_l2(share + KV_PREFETCH_L1, share + KV_PREFETCH_L2, wide * KV8_PANEL);
         UNROLL for (int r = 0; r < n; r++)
             UNROLL for (int j = 0; j < wide; j++) {
                 hi[r][j] = _mm512_setzero_si512();
@@ -9617,7 +9631,7 @@ AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int 
             }
         UNROLL for (int i = 0; i < QK / 4; i++) {
             UNROLL for (int j = 0; j < wide; j++)
-                k[j] = _mm512_loadu_si512(keys + j * panel + 2 * STRIP + 4 * STRIP * i);
+                k[j] = _mm512_loadu_si512(keys + j * panel + 2 * PANEL + 4 * PANEL * i);
             UNROLL for (int r = 0; r < n; r++) {
                 const int8_t (*x)[4] = q[r * groups + g].x.s8[i];
                 __m512i xh = _mm512_set1_epi32(load_s32(x[0]));
@@ -9639,25 +9653,26 @@ AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int 
     }
     UNROLL for (int r = 0; r < n; r++)
         UNROLL for (int j = 0; j < wide; j++)
-            _mm512_storeu_ps(s + (int64_t)r * lds + STRIP * j, sum[r][j]);
+            _mm512_storeu_ps(s + (int64_t)r * lds + PANEL * j, sum[r][j]);
 }
 
-/* Two panels and FEW rows, or four panels and one row, keep enough sums going. */
+/* Two panels and GEMV_ROWS rows, or four panels and one row, keep enough sums going. */
 AVX512 static void k8_scores_avx512(const uint8_t *keys, int groups, int panels,
                                     const struct query_block *q, int rows, float *s, int lds) {
-    int64_t panel = (int64_t)groups * KV8_BYTES;
-    int once = rows <= FEW;
+    int64_t panel = (int64_t)groups * KV8_PANEL;
+    int once = rows <= GEMV_ROWS;
     for (int p = 0, wide = 1; p < panels; p += wide) {
         const uint8_t *at = keys + p * panel;
         int left = panels - p, r = 0;
-        wide = left >= 4 && rows < FEW ? 4 : left >= 2 ? 2 : 1;
-        for (; r + FEW <= rows; r += FEW) {
-            float *to = s + (int64_t)r * lds + p * STRIP;
-            if (wide == 2) k8_panels_avx512(at, groups, 2, q + r * groups, FEW, once, to, lds);
-            else k8_panels_avx512(at, groups, 1, q + r * groups, FEW, once, to, lds);
+        wide = left >= 4 && rows < GEMV_ROWS ? 4 : left >= 2 ? 2 : 1;
+        for (; r + GEMV_ROWS <= rows; r += GEMV_ROWS) {
+            float *to = s + (int64_t)r * lds + p * PANEL;
+            if (wide == 2)
+                k8_panels_avx512(at, groups, 2, q + r * groups, GEMV_ROWS, once, to, lds);
+            else k8_panels_avx512(at, groups, 1, q + r * groups, GEMV_ROWS, once, to, lds);
         }
         for (; r < rows; r++) {
-            float *to = s + (int64_t)r * lds + p * STRIP;
+            float *to = s + (int64_t)r * lds + p * PANEL;
             if (wide == 4) k8_panels_avx512(at, groups, 4, q + r * groups, 1, once, to, lds);
             else if (wide == 2) k8_panels_avx512(at, groups, 2, q + r * groups, 1, once, to, lds);
             else k8_panels_avx512(at, groups, 1, q + r * groups, 1, once, to, lds);
@@ -9667,8 +9682,8 @@ AVX512 static void k8_scores_avx512(const uint8_t *keys, int groups, int panels,
 
 /* A group's scales, which all rows share. */
 AVX512 static void v8_scales_avx512(const uint8_t *values, int panels, float *scale) {
-    for (int i = 0; i < panels; i++, values += KV8_BYTES)
-        _mm512_storeu_ps(scale + i * STRIP, _mm512_cvtph_ps(_mm256_loadu_si256(
+    for (int i = 0; i < panels; i++, values += KV8_PANEL)
+        _mm512_storeu_ps(scale + i * PANEL, _mm512_cvtph_ps(_mm256_loadu_si256(
                                                 (const __m256i *)(const void *)values)));
 }
 
@@ -9683,35 +9698,35 @@ AVX512 static float quantize_p_avx512(const float *p, const float *scale, int pa
     const __m512i turn = _mm512_broadcast_i32x4(
         _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
     __m512 most = _mm512_setzero_ps();
-    int n = panels * STRIP;
-    for (int i = 0; i < n; i += STRIP)
+    int n = panels * PANEL;
+    for (int i = 0; i < n; i += PANEL)
         most = _mm512_max_ps(_mm512_mul_ps(_mm512_loadu_ps(p + i), _mm512_loadu_ps(scale + i)),
                              most);
     float all = _mm512_reduce_max_ps(most);
-    __m512 id = _mm512_set1_ps(all > LEAST_X ? MOST_W / all : 0);
-    for (int i = 0; i < n; i += 2 * STRIP, w += V8_W_BYTES) {
-        int j = i + STRIP < n ? i + STRIP : i; /* a last panel without a neighbour goes twice */
+    __m512 id = _mm512_set1_ps(all > MIN_AMAX ? MAX_P15 / all : 0);
+    for (int i = 0; i < n; i += 2 * PANEL, w += V8_W_BYTES) {
+        int j = i + PANEL < n ? i + PANEL : i; /* a last panel without a neighbour goes twice */
         __m512i words = _mm512_packus_epi32(scaled_p(p + i, scale + i, id),
                                             scaled_p(p + j, scale + j, id));
         _mm512_storeu_si512(w, _mm512_shuffle_epi8(words, turn));
     }
-    return all > LEAST_X ? all / MOST_W : 0;
+    return all > MIN_AMAX ? all / MAX_P15 : 0;
 }
 
 /* n rows against a group's values; `apart` sums of neighbouring fours of keys are kept apart. With
    next, what follows is asked for: values up to end, then that. */
 AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
-                                          uint8_t (*w)[2 * KEYS], const float *d, int n, int apart,
-                                          const uint8_t *end, const uint8_t *next, float *o,
-                                          int ldo) {
-    __m512i hi[FEW][2], lo[FEW][2]; /* of [row or place][16 dimensions] */
+                                          uint8_t (*w)[2 * KV_BLOCK], const float *d, int n,
+                                          int apart, const uint8_t *end, const uint8_t *next,
+                                          float *o, int ldo) {
+    __m512i hi[GEMV_ROWS][2], lo[GEMV_ROWS][2]; /* of [row or place][16 dimensions] */
     UNROLL for (int r = 0; r < n * apart; r++)
         UNROLL for (int j = 0; j < 2; j++) hi[r][j] = lo[r][j] = _mm512_setzero_si512();
-    for (int i = 0; i < panels; i++, values += KV8_BYTES) {
-        if (next != NULL) prefetch_values(values, KV8_BYTES, end, next);
-        UNROLL for (int four = 0; four < STRIP / 4; four++) {
-            const uint8_t *at = values + 2 * STRIP + four * 4 * QK;
-            __m512i v0 = _mm512_loadu_si512(at), v1 = _mm512_loadu_si512(at + 4 * STRIP);
+    for (int i = 0; i < panels; i++, values += KV8_PANEL) {
+        if (next != NULL) prefetch_values(values, KV8_PANEL, end, next);
+        UNROLL for (int four = 0; four < PANEL / 4; four++) {
+            const uint8_t *at = values + 2 * PANEL + four * 4 * QK;
+            __m512i v0 = _mm512_loadu_si512(at), v1 = _mm512_loadu_si512(at + 4 * PANEL);
             UNROLL for (int r = 0; r < n; r++) {
                 const uint8_t *x = w[r] + i / 2 * V8_W_BYTES + i % 2 * 8 + 16 * four;
                 __m512i wh = _mm512_set1_epi32(load_s32(x));
@@ -9731,7 +9746,7 @@ AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
                 h = _mm512_add_epi32(h, hi[r * apart + i][j]);
                 l = _mm512_add_epi32(l, lo[r * apart + i][j]);
             }
-            _mm512_storeu_ps(o + (int64_t)r * ldo + STRIP * j,
+            _mm512_storeu_ps(o + (int64_t)r * ldo + PANEL * j,
                              _mm512_mul_ps(add_hi_lo(h, l), _mm512_set1_ps(d[r])));
         }
 }
@@ -9739,18 +9754,18 @@ AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
 AVX512 static void v8_sums_avx512(const uint8_t *values, int groups, int panels,
                                   const float *const *p, int rows, const uint8_t *next, float *o,
                                   int ldo) {
-    uint8_t w[FEW][2 * KEYS];
-    float d[FEW], scale[KEYS];
-    const uint8_t *end = values + (int64_t)groups * (KEYS / STRIP) * KV8_BYTES;
-    if (rows > FEW) next = NULL;
-    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK) {
+    uint8_t w[GEMV_ROWS][2 * KV_BLOCK];
+    float d[GEMV_ROWS], scale[KV_BLOCK];
+    const uint8_t *end = values + (int64_t)groups * (KV_BLOCK / PANEL) * KV8_PANEL;
+    if (rows > GEMV_ROWS) next = NULL;
+    for (int g = 0; g < groups; g++, values += KV_BLOCK / PANEL * KV8_PANEL, o += QK) {
         v8_scales_avx512(values, panels, scale);
         for (int r = 0, n = 1; r < rows; r += n) {
-            n = rows - r < FEW ? 1 : FEW;
+            n = rows - r < GEMV_ROWS ? 1 : GEMV_ROWS;
             for (int i = 0; i < n; i++) d[i] = quantize_p_avx512(p[r + i], scale, panels, w[i]);
             float *to = o + (int64_t)r * ldo;
             if (n == 1) v8_group_avx512(values, panels, w, d, 1, 4, end, next, to, ldo);
-            else v8_group_avx512(values, panels, w, d, FEW, 1, end, next, to, ldo);
+            else v8_group_avx512(values, panels, w, d, GEMV_ROWS, 1, end, next, to, ldo);
         }
     }
 }
@@ -9820,7 +9835,7 @@ AVX512 static void silu_mul_avx512(float *gate, const float *up, int64_t n) {
     }
 }
 
-AVX512 static void norm_rows_avx512(const float *x, const float *scale, const float *shift,
+AVX512 static void scale_shift_avx512(const float *x, const float *scale, const float *shift,
                                     int use_silu, int64_t pixels, int c, float *y) {
     for (int64_t p = 0; p < pixels; p++, x += c, y += c)
         for (int i = 0; i < c; i += 16) {
@@ -9830,29 +9845,29 @@ AVX512 static void norm_rows_avx512(const float *x, const float *scale, const fl
         }
 }
 
-AVX512 static void wino_filter_avx512(const float *w, int n, int64_t tap, float *u) {
-    wino_filter_vec(w, n, tap, u);
+AVX512 static void winograd_filter_avx512(const float *w, int n, int64_t tap, float *u) {
+    winograd_filter_vec(w, n, tap, u);
 }
 
-AVX512 static void wino_input_avx512(const float *patch, int64_t line, int c, float *v,
+AVX512 static void winograd_input_avx512(const float *patch, int64_t line, int c, float *v,
                                      int64_t tap) {
-    wino_input_vec(patch, line, c, v, tap);
+    winograd_input_vec(patch, line, c, v, tap);
 }
 
-AVX512 static void wino_output_avx512(const float *m, int64_t tap, const float *bias,
+AVX512 static void winograd_output_avx512(const float *m, int64_t tap, const float *bias,
                                       const float *const *residual, float *const *out) {
-    wino_output_vec(m, tap, bias, residual, out);
+    winograd_output_vec(m, tap, bias, residual, out);
 }
 
 static const struct kernels kernels_avx512 = {
     "avx512",        A5_ROWS,            A5_COLS,           A5_INT,
-    A5_STRIPS,       A5_OUTER,           A5_STRIPS,         A5_PACK,
+    A5_PANELS,       A5_OUTER,           A5_PANELS,         A5_PACK,
     dot_row_avx512,  dot_tile_avx512,    quantize_x_avx512, int_row_avx512,
     int_pack_avx512, int_tile_avx512,    outer_row_avx512,  outer_tile_avx512,
-    pack_strip_avx2, wino_filter_avx512, wino_input_avx512, wino_output_avx512,
+    pack_panel_avx2, winograd_filter_avx512, winograd_input_avx512, winograd_output_avx512,
     to_f32_avx2,     to_q8_0_avx2,       quantize_q_avx512, k8_scores_avx512,
     v8_sums_avx512,  rmsnorm_avx512,     softmax_avx512,    silu_mul_avx512,
-    norm_rows_avx512, channel_sums_avx2};
+    scale_shift_avx512, channel_sums_avx2};
 
 /* ---- Which of them this machine can run: the processor must have it and the system save it ----
    */
@@ -9983,10 +9998,10 @@ enum {
     NEON_ROWS = 4,
     NEON_COLS = 3,
     NEON_OUTER = 4,
-    NEON_STRIPS = 1,
+    NEON_PANELS = 1,
     NEON_INT = 4,
     NEON_QUAD = 4 * (4 + QK), /* bytes of a packed block of four rows */
-    NEON_PACK = STRIP / 4 * NEON_QUAD
+    NEON_PACK = PANEL / 4 * NEON_QUAD
 };
 
 /* ---- NEON: floats ---- */
@@ -10090,9 +10105,9 @@ static INLINE float32x4_t fma_lane(float32x4_t sum, float32x4_t b, float32x4_t a
     return lane == 2 ? vfmaq_laneq_f32(sum, b, a, 2) : vfmaq_laneq_f32(sum, b, a, 3);
 }
 
-static void outer_tile_neon(int k, const float *const *a, const float *b, int64_t strip,
-                            int strips, float *c, int ldc, int accumulate) {
-    (void)strip, (void)strips;
+static void outer_tile_neon(int k, const float *const *a, const float *b, int64_t ldp,
+                            int panels, float *c, int ldc, int accumulate) {
+    (void)ldp, (void)panels;
     float32x4_t sum[NEON_OUTER][4], va[NEON_OUTER];
     const float *rows[NEON_OUTER];
     UNROLL for (int r = 0; r < NEON_OUTER; r++) {
@@ -10103,7 +10118,7 @@ static void outer_tile_neon(int k, const float *const *a, const float *b, int64_
     int i = 0;
     for (; i + 4 <= k; i += 4) {
         UNROLL for (int r = 0; r < NEON_OUTER; r++) va[r] = vld1q_f32(rows[r] + i);
-        UNROLL for (int lane = 0; lane < 4; lane++, b += STRIP) {
+        UNROLL for (int lane = 0; lane < 4; lane++, b += PANEL) {
             UNROLL for (int j = 0; j < 4; j++) {
                 float32x4_t vb = vld1q_f32(b + 4 * j);
                 UNROLL for (int r = 0; r < NEON_OUTER; r++)
@@ -10112,7 +10127,7 @@ static void outer_tile_neon(int k, const float *const *a, const float *b, int64_
             load_later(&sum[NEON_OUTER - 1][3]);
         }
     }
-    for (; i < k; i++, b += STRIP)
+    for (; i < k; i++, b += PANEL)
         UNROLL for (int j = 0; j < 4; j++) {
             float32x4_t vb = vld1q_f32(b + 4 * j);
             UNROLL for (int r = 0; r < NEON_OUTER; r++)
@@ -10122,34 +10137,34 @@ static void outer_tile_neon(int k, const float *const *a, const float *b, int64_
         UNROLL for (int j = 0; j < 4; j++) vst1q_f32(c + r * ldc + 4 * j, sum[r][j]);
 }
 
-/* One row, four strips: sixteen independent sums. */
-static void outer_4_strips_neon(int k, const float *a, const float *b, int64_t strip, float *c,
+/* One row, four panels: sixteen independent sums. */
+static void outer_4_panels_neon(int k, const float *a, const float *b, int64_t ldp, float *c,
                                 int accumulate) {
     float32x4_t sum[16];
     UNROLL for (int s = 0; s < 16; s++)
         sum[s] = accumulate ? vld1q_f32(c + s * 4) : vdupq_n_f32(0);
-    for (int i = 0; i < k; i++, b += STRIP) {
+    for (int i = 0; i < k; i++, b += PANEL) {
         float32_t ai = a[i];
         UNROLL for (int s = 0; s < 4; s++) {
             UNROLL for (int j = 0; j < 4; j++)
-                sum[4 * s + j] = vfmaq_n_f32(sum[4 * s + j], vld1q_f32(b + s * strip + 4 * j), ai);
+                sum[4 * s + j] = vfmaq_n_f32(sum[4 * s + j], vld1q_f32(b + s * ldp + 4 * j), ai);
             load_later(&sum[4 * s]);
         }
     }
     UNROLL for (int s = 0; s < 16; s++) vst1q_f32(c + s * 4, sum[s]);
 }
 
-static void outer_row_neon(int k, const float *a, const float *b, int64_t strip, int strips,
+static void outer_row_neon(int k, const float *a, const float *b, int64_t ldp, int panels,
                            float *c, int accumulate) {
-    for (; strips >= 4; strips -= 4, b += 4 * strip, c += 4 * STRIP)
-        outer_4_strips_neon(k, a, b, strip, c, accumulate);
-    for (; strips > 0; strips--, b += strip, c += STRIP) {
+    for (; panels >= 4; panels -= 4, b += 4 * ldp, c += 4 * PANEL)
+        outer_4_panels_neon(k, a, b, ldp, c, accumulate);
+    for (; panels > 0; panels--, b += ldp, c += PANEL) {
         float32x4_t sum[4];
         UNROLL for (int j = 0; j < 4; j++)
             sum[j] = accumulate ? vld1q_f32(c + 4 * j) : vdupq_n_f32(0);
         for (int i = 0; i < k; i++)
             UNROLL for (int j = 0; j < 4; j++)
-                sum[j] = vfmaq_n_f32(sum[j], vld1q_f32(b + i * STRIP + 4 * j), a[i]);
+                sum[j] = vfmaq_n_f32(sum[j], vld1q_f32(b + i * PANEL + 4 * j), a[i]);
         UNROLL for (int j = 0; j < 4; j++) vst1q_f32(c + 4 * j, sum[j]);
     }
 }
@@ -10195,12 +10210,12 @@ static INLINE int32x4_t products_neon(const int8x16_t *w, const int8x16_t *x) {
     return vpadalq_s16(vpaddlq_s16(low), high);
 }
 
-static INLINE void load_x_neon(const struct xblock *x, int8x16_t *q) {
+static INLINE void load_x_neon(const struct act_block *x, int8x16_t *q) {
     q[0] = vld1q_s8(x->q);
     q[1] = vld1q_s8(x->q + 16);
 }
 
-static INLINE void int_4_rows_neon(int type, int blocks, const struct xblock *x,
+static INLINE void int_4_rows_neon(int type, int blocks, const struct act_block *x,
                                    const uint8_t *const *rows, float *c) {
     float32x4_t sum = vdupq_n_f32(0);
     for (int b = 0; b < blocks; b++) {
@@ -10223,14 +10238,14 @@ static void quad_of_rows(const uint8_t *w, int64_t row_bytes, int n, const uint8
     for (int j = 0; j < 4; j++) rows[j] = w + (j < n ? j : n - 1) * row_bytes;
 }
 
-static void int_row_neon(int type, int blocks, const struct xblock *x, int x_rows,
+static void int_row_neon(int type, int blocks, const struct act_block *x, int x_rows,
                          const uint8_t *w, int64_t row_bytes, int n, float *c, int64_t ldc) {
     for (int j = 0; j < n; j += 4) {
         const uint8_t *rows[4];
         float out[4];
         quad_of_rows(w + j * row_bytes, row_bytes, n - j, rows);
         for (int r = 0; r < x_rows; r++) {
-            const struct xblock *row = x + (int64_t)r * blocks;
+            const struct act_block *row = x + (int64_t)r * blocks;
             if (type == LVM_Q8_0) int_4_rows_neon(LVM_Q8_0, blocks, row, rows, out);
             else int_4_rows_neon(LVM_Q4_0, blocks, row, rows, out);
             memcpy(c + r * ldc + j, out, (size_t)(n - j < 4 ? n - j : 4) * sizeof *c);
@@ -10240,7 +10255,7 @@ static void int_row_neon(int type, int blocks, const struct xblock *x, int x_row
 
 /* Packed: four rows after four rows; of each block 4 scales, then 4 rows of 32 bytes. */
 static void int_pack_neon(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
-    for (int j0 = 0; j0 < STRIP; j0 += 4)
+    for (int j0 = 0; j0 < PANEL; j0 += 4)
         for (int b = 0; b < blocks; b++, packed += NEON_QUAD) {
             int64_t at = (int64_t)b * block_bytes_neon(type);
             vst1q_f32((float *)(void *)packed, block_scales_neon(w + j0, at));
@@ -10253,7 +10268,7 @@ static void int_pack_neon(int type, int blocks, const uint8_t *const *w, uint8_t
         }
 }
 
-static void int_tile_4_neon(int blocks, const struct xblock *const *x, const uint8_t *packed,
+static void int_tile_4_neon(int blocks, const struct act_block *const *x, const uint8_t *packed,
                             float *c, int ldc) {
     float32x4_t sum[NEON_INT];
     UNROLL for (int r = 0; r < NEON_INT; r++) sum[r] = vdupq_n_f32(0);
@@ -10276,19 +10291,19 @@ static void int_tile_4_neon(int blocks, const struct xblock *const *x, const uin
     UNROLL for (int r = 0; r < NEON_INT; r++) vst1q_f32(c + r * ldc, sum[r]);
 }
 
-static void int_tile_neon(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                          int strips, float *c, int ldc) {
-    (void)strips;
-    for (int j = 0; j < STRIP; j += 4)
+static void int_tile_neon(int blocks, const struct act_block *const *x, const uint8_t *packed,
+                          int panels, float *c, int ldc) {
+    (void)panels;
+    for (int j = 0; j < PANEL; j += 4)
         int_tile_4_neon(blocks, x, packed + (int64_t)j / 4 * blocks * NEON_QUAD, c + j, ldc);
 }
 
-static void quantize_x_neon(const float *x, struct xblock *y, int k) {
+static void quantize_x_neon(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float32x4_t m = vdupq_n_f32(0);
         UNROLL for (int i = 0; i < QK; i += 4) m = vmaxnmq_f32(m, vabsq_f32(vld1q_f32(x + i)));
-        float amax = vmaxnmvq_f32(m), id = amax > LEAST_X ? 127 / amax : 0;
-        y[b].d = amax > LEAST_X ? amax / 127 : 0;
+        float amax = vmaxnmvq_f32(m), id = amax > MIN_AMAX ? 127 / amax : 0;
+        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
         UNROLL for (int i = 0; i < QK; i += 8) {
             int32x4_t q0 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), id));
             int32x4_t q1 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), id));
@@ -10316,7 +10331,7 @@ static void quantize_x_neon(const float *x, struct xblock *y, int k) {
     vdotq_s32(sum, a, vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(b), lane)))
 #endif
 
-NEON_DOT static INLINE void int_4_rows_dot(int type, int blocks, const struct xblock *x,
+NEON_DOT static INLINE void int_4_rows_dot(int type, int blocks, const struct act_block *x,
                                            const uint8_t *const *rows, float *c) {
     float32x4_t sum = vdupq_n_f32(0);
     for (int b = 0; b < blocks; b++) {
@@ -10334,7 +10349,7 @@ NEON_DOT static INLINE void int_4_rows_dot(int type, int blocks, const struct xb
     vst1q_f32(c, sum);
 }
 
-NEON_DOT static void int_row_dot(int type, int blocks, const struct xblock *x, int x_rows,
+NEON_DOT static void int_row_dot(int type, int blocks, const struct act_block *x, int x_rows,
                                  const uint8_t *w, int64_t row_bytes, int n, float *c,
                                  int64_t ldc) {
     for (int j = 0; j < n; j += 4) {
@@ -10342,7 +10357,7 @@ NEON_DOT static void int_row_dot(int type, int blocks, const struct xblock *x, i
         float out[4];
         quad_of_rows(w + j * row_bytes, row_bytes, n - j, rows);
         for (int r = 0; r < x_rows; r++) {
-            const struct xblock *row = x + (int64_t)r * blocks;
+            const struct act_block *row = x + (int64_t)r * blocks;
             if (type == LVM_Q8_0) int_4_rows_dot(LVM_Q8_0, blocks, row, rows, out);
             else int_4_rows_dot(LVM_Q4_0, blocks, row, rows, out);
             memcpy(c + r * ldc + j, out, (size_t)(n - j < 4 ? n - j : 4) * sizeof *c);
@@ -10353,7 +10368,7 @@ NEON_DOT static void int_row_dot(int type, int blocks, const struct xblock *x, i
 /* Packed: four rows after four rows; of each block 4 scales, then for each four elements 4 rows of
    four bytes. */
 static void int_pack_dot(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
-    for (int j0 = 0; j0 < STRIP; j0 += 4)
+    for (int j0 = 0; j0 < PANEL; j0 += 4)
         for (int b = 0; b < blocks; b++, packed += NEON_QUAD) {
             int64_t at = (int64_t)b * block_bytes_neon(type);
             int32x4x4_t low, high;
@@ -10377,7 +10392,7 @@ NEON_DOT static INLINE int32x4_t dot_lane(int32x4_t sum, int8x16_t w, int8x16_t 
 }
 
 /* Eight rows of weights: two packed fours. */
-NEON_DOT static void int_tile_8_dot(int blocks, const struct xblock *const *x,
+NEON_DOT static void int_tile_8_dot(int blocks, const struct act_block *const *x,
                                     const uint8_t *packed, float *c, int ldc) {
     const uint8_t *quad[2] = {packed, packed + (int64_t)blocks * NEON_QUAD};
     float32x4_t sum[NEON_INT][2];
@@ -10412,10 +10427,10 @@ NEON_DOT static void int_tile_8_dot(int blocks, const struct xblock *const *x,
     }
 }
 
-NEON_DOT static void int_tile_dot(int blocks, const struct xblock *const *x, const uint8_t *packed,
-                                  int strips, float *c, int ldc) {
-    (void)strips;
-    for (int j = 0; j < STRIP; j += 8)
+NEON_DOT static void int_tile_dot(int blocks, const struct act_block *const *x,
+                                  const uint8_t *packed, int panels, float *c, int ldc) {
+    (void)panels;
+    for (int j = 0; j < PANEL; j += 8)
         int_tile_8_dot(blocks, x, packed + (int64_t)j / 4 * blocks * NEON_QUAD, c + j, ldc);
 }
 
@@ -10475,13 +10490,13 @@ static void quantize_q_neon(const float *q, struct query_block *x, int k) {
         float32x4_t m = vdupq_n_f32(0);
         int32x4_t sum = vdupq_n_s32(0);
         UNROLL for (int i = 0; i < QK; i += 4) m = vmaxnmq_f32(m, vabsq_f32(vld1q_f32(q + i)));
-        float amax = vmaxnmvq_f32(m), id = amax > LEAST_X ? MOST_X / amax : 0;
+        float amax = vmaxnmvq_f32(m), id = amax > MIN_AMAX ? MAX_Q16 / amax : 0;
         UNROLL for (int i = 0; i < QK; i += 4) {
             int32x4_t n = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(q + i), id));
             vst1_s16(x->x.s16 + i, vmovn_s32(n));
             sum = vaddq_s32(sum, n);
         }
-        x->d = amax > LEAST_X ? amax / MOST_X : 0;
+        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
         x->start = -128 * vaddvq_s32(sum);
     }
 }
@@ -10496,17 +10511,17 @@ static INLINE void add_products_16(int32x4_t *sum, int16x8_t low, int16x8_t high
 
 static void k8_scores_neon(const uint8_t *keys, int groups, int panels,
                            const struct query_block *q, int rows, float *s, int lds) {
-    for (int p = 0; p < panels; p++, keys += (int64_t)groups * KV8_BYTES, s += STRIP)
+    for (int p = 0; p < panels; p++, keys += (int64_t)groups * KV8_PANEL, s += PANEL)
         for (int r = 0; r < rows; r++) {
             float32x4_t score[4];
             UNROLL for (int j = 0; j < 4; j++) score[j] = vdupq_n_f32(0);
             for (int g = 0; g < groups; g++) {
-                const uint8_t *panel = keys + (int64_t)g * KV8_BYTES;
+                const uint8_t *panel = keys + (int64_t)g * KV8_PANEL;
                 const struct query_block *x = q + r * groups + g;
                 int32x4_t sum[4];
                 UNROLL for (int j = 0; j < 4; j++) sum[j] = vdupq_n_s32(x->start);
                 for (int i = 0; i < QK; i += 4) {
-                    uint8x16x4_t k = vld4q_u8(panel + 2 * STRIP + i * STRIP);
+                    uint8x16x4_t k = vld4q_u8(panel + 2 * PANEL + i * PANEL);
                     UNROLL for (int t = 0; t < 4; t++)
                         add_products_16(sum, vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(k.val[t]))),
                                         vreinterpretq_s16_u16(vmovl_u8(vget_high_u8(k.val[t]))),
@@ -10522,34 +10537,34 @@ static void k8_scores_neon(const uint8_t *keys, int groups, int panels,
 }
 
 static float quantize_p_neon(const float *p, const uint8_t *values, int panels, int16_t *w) {
-    float weighted[KEYS];
+    float weighted[KV_BLOCK];
     float32x4_t most = vdupq_n_f32(0);
-    for (int i = 0; i < panels * STRIP; i += 4) {
-        const uint8_t *d = values + (int64_t)i / STRIP * KV8_BYTES + 2 * (i % STRIP);
+    for (int i = 0; i < panels * PANEL; i += 4) {
+        const uint8_t *d = values + (int64_t)i / PANEL * KV8_PANEL + 2 * (i % PANEL);
         float32x4_t x = vmulq_f32(vld1q_f32(p + i), halves_to_f32(d));
         vst1q_f32(weighted + i, x);
         most = vmaxnmq_f32(most, x);
     }
-    float all = vmaxnmvq_f32(most), id = all > LEAST_X ? MOST_W / all : 0;
-    for (int i = 0; i < panels * STRIP; i += 4)
+    float all = vmaxnmvq_f32(most), id = all > MIN_AMAX ? MAX_P15 / all : 0;
+    for (int i = 0; i < panels * PANEL; i += 4)
         vst1_s16(w + i, vmovn_s32(vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(weighted + i), id))));
-    return all > LEAST_X ? all / MOST_W : 0;
+    return all > MIN_AMAX ? all / MAX_P15 : 0;
 }
 
 static void v8_sums_neon(const uint8_t *values, int groups, int panels, const float *const *p,
                          int rows, const uint8_t *next, float *o, int ldo) {
     (void)next;
-    int16_t w[KEYS];
-    for (int g = 0; g < groups; g++, values += KEYS / STRIP * KV8_BYTES, o += QK)
+    int16_t w[KV_BLOCK];
+    for (int g = 0; g < groups; g++, values += KV_BLOCK / PANEL * KV8_PANEL, o += QK)
         for (int r = 0; r < rows; r++) {
             float d = quantize_p_neon(p[r], values, panels, w);
             int32x4_t sum[8];
             UNROLL for (int j = 0; j < 8; j++) sum[j] = vdupq_n_s32(0);
-            for (int i = 0; i < panels * STRIP; i += 4) {
-                const uint8_t *panel = values + (int64_t)i / STRIP * KV8_BYTES;
-                const uint8_t *at = panel + 2 * STRIP + i % STRIP * QK;
+            for (int i = 0; i < panels * PANEL; i += 4) {
+                const uint8_t *panel = values + (int64_t)i / PANEL * KV8_PANEL;
+                const uint8_t *at = panel + 2 * PANEL + i % PANEL * QK;
                 UNROLL for (int half = 0; half < 2; half++) {
-                    int8x16x4_t v = vld4q_s8((const int8_t *)at + half * 4 * STRIP);
+                    int8x16x4_t v = vld4q_s8((const int8_t *)at + half * 4 * PANEL);
                     UNROLL for (int t = 0; t < 4; t++)
                         add_products_16(sum + 4 * half, vmovl_s8(vget_low_s8(v.val[t])),
                                         vmovl_s8(vget_high_s8(v.val[t])), w[i + t]);
@@ -10641,7 +10656,7 @@ static void silu_mul_neon(float *gate, const float *up, int64_t n) {
 }
 
 /* c is a multiple of 32. */
-static void norm_rows_neon(const float *x, const float *scale, const float *shift, int use_silu,
+static void scale_shift_neon(const float *x, const float *scale, const float *shift, int use_silu,
                            int64_t pixels, int c, float *y) {
     for (int64_t p = 0; p < pixels; p++, x += c, y += c)
         for (int i = 0; i < c; i += 4) {
@@ -10668,57 +10683,57 @@ static void channel_sums_neon(const float *x, int64_t pixels, int c, float *sum,
     }
 }
 
-static void pack_strip_neon(const float *rows, int64_t ld, int k, float *strip) {
+static void pack_panel_neon(const float *rows, int64_t ld, int k, float *panel) {
     int i = 0;
     for (; i + 4 <= k; i += 4)
-        for (int j = 0; j < STRIP; j += 4) {
+        for (int j = 0; j < PANEL; j += 4) {
             const float *r = rows + j * ld + i;
             float32x4x2_t low = vtrnq_f32(vld1q_f32(r), vld1q_f32(r + ld)),
                           high = vtrnq_f32(vld1q_f32(r + 2 * ld), vld1q_f32(r + 3 * ld));
             UNROLL for (int odd = 0; odd < 2; odd++) {
                 float32x4_t a = low.val[odd], b = high.val[odd];
-                vst1q_f32(strip + (i + odd) * STRIP + j,
+                vst1q_f32(panel + (i + odd) * PANEL + j,
                           vcombine_f32(vget_low_f32(a), vget_low_f32(b)));
-                vst1q_f32(strip + (i + 2 + odd) * STRIP + j,
+                vst1q_f32(panel + (i + 2 + odd) * PANEL + j,
                           vcombine_f32(vget_high_f32(a), vget_high_f32(b)));
             }
         }
-    if (i < k) pack_strip_plain(rows + i, ld, k - i, strip + i * STRIP);
+    if (i < k) pack_panel_plain(rows + i, ld, k - i, panel + i * PANEL);
 }
 
-static void wino_filter_neon(const float *w, int n, int64_t tap, float *u) {
-    wino_filter_vec(w, n, tap, u);
+static void winograd_filter_neon(const float *w, int n, int64_t tap, float *u) {
+    winograd_filter_vec(w, n, tap, u);
 }
 
-static void wino_input_neon(const float *patch, int64_t line, int c, float *v,
+static void winograd_input_neon(const float *patch, int64_t line, int c, float *v,
                                  int64_t tap) {
-    wino_input_vec(patch, line, c, v, tap);
+    winograd_input_vec(patch, line, c, v, tap);
 }
 
-static void wino_output_neon(const float *m, int64_t tap, const float *bias,
+static void winograd_output_neon(const float *m, int64_t tap, const float *bias,
                                   const float *const *residual, float *const *out) {
-    wino_output_vec(m, tap, bias, residual, out);
+    winograd_output_vec(m, tap, bias, residual, out);
 }
 
 static const struct kernels kernels_neon = {
     "neon",          NEON_ROWS,        NEON_COLS,         NEON_INT,
-    1,               NEON_OUTER,       NEON_STRIPS,       NEON_PACK,
+    1,               NEON_OUTER,       NEON_PANELS,       NEON_PACK,
     dot_row_neon,    dot_tile_neon,    quantize_x_neon,   int_row_neon,
     int_pack_neon,   int_tile_neon,    outer_row_neon,    outer_tile_neon,
-    pack_strip_neon, wino_filter_neon, wino_input_neon,   wino_output_neon,
+    pack_panel_neon, winograd_filter_neon, winograd_input_neon,   winograd_output_neon,
     to_f32_neon,     quantize_q8_0,    quantize_q_neon,   k8_scores_neon,
     v8_sums_neon,    rmsnorm_neon,     softmax_neon,      silu_mul_neon,
-    norm_rows_neon,  channel_sums_neon};
+    scale_shift_neon,  channel_sums_neon};
 
 static const struct kernels kernels_neon_dot = {
     "neon-dot",      NEON_ROWS,        NEON_COLS,         NEON_INT,
-    1,               NEON_OUTER,       NEON_STRIPS,       NEON_PACK,
+    1,               NEON_OUTER,       NEON_PANELS,       NEON_PACK,
     dot_row_neon,    dot_tile_neon,    quantize_x_neon,   int_row_dot,
     int_pack_dot,    int_tile_dot,     outer_row_neon,    outer_tile_neon,
-    pack_strip_neon, wino_filter_neon, wino_input_neon,   wino_output_neon,
+    pack_panel_neon, winograd_filter_neon, winograd_input_neon,   winograd_output_neon,
     to_f32_neon,     quantize_q8_0,    quantize_q_neon,   k8_scores_neon,
     v8_sums_neon,    rmsnorm_neon,     softmax_neon,      silu_mul_neon,
-    norm_rows_neon,  channel_sums_neon};
+    scale_shift_neon,  channel_sums_neon};
 
 #ifndef LVM_NO_MAIN
 static void peak_fma_neon(int64_t rounds) {
@@ -11073,7 +11088,7 @@ static int made_up_tensor(struct made_up *made, const char *name, int n_dims, co
 
 struct cache_head {
     char magic[8]; /* "LVMCACHE" */
-    uint32_t version, kv_type, exact, resolution, tokens_per_image, n_tokens, n_pictures, n_pages;
+    uint32_t version, kv_type, exact, resolution, tokens_per_image, n_tokens, n_images, n_pages;
     uint64_t page_bytes, weights;
     char isa[16];
 };
@@ -11113,8 +11128,8 @@ static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
                            .resolution = (uint32_t)i->resolution,
                            .tokens_per_image = (uint32_t)i->tokens_per_image,
                            .n_tokens = (uint32_t)n,
-                           .n_pictures = (uint32_t)min64(ctx->n_encoded, REMEMBERED),
-                           .n_pages = (uint32_t)((n + KEYS - 1) / KEYS),
+                           .n_images = (uint32_t)min64(ctx->n_encoded, MAX_ENCODED),
+                           .n_pages = (uint32_t)((n + KV_BLOCK - 1) / KV_BLOCK),
                            .page_bytes = ctx->b->kv_page_bytes(ctx->state),
                            .weights = weights_hash(&ctx->m->file)};
     memcpy(h.magic, "LVMCACHE", sizeof h.magic);
@@ -11123,8 +11138,9 @@ static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
 }
 
 static int64_t cache_file_bytes(const struct cache_head *h) {
-    int64_t picture = 4 * (int64_t)h->tokens_per_image + 3 * (int64_t)h->resolution * h->resolution;
-    return (int64_t)sizeof *h + 4 * (int64_t)h->n_tokens + h->n_pictures * picture +
+    int64_t image_ref = 4 * (int64_t)h->tokens_per_image +
+                        3 * (int64_t)h->resolution * h->resolution;
+    return (int64_t)sizeof *h + 4 * (int64_t)h->n_tokens + h->n_images * image_ref +
            h->n_pages * (int64_t)h->page_bytes + 8;
 }
 
@@ -11141,9 +11157,9 @@ static int write_cache(struct outfile *out, const lvm_ctx *ctx, int n, uint8_t *
     uint64_t hash = 0;
     int code = cache_write(out, &h, sizeof h, &hash, error);
     if (code == LVM_OK) code = cache_write(out, ctx->ids, (size_t)n * 4, &hash, error);
-    for (uint32_t i = 0; code == LVM_OK && i < h.n_pictures; i++) {
+    for (uint32_t i = 0; code == LVM_OK && i < h.n_images; i++) {
         const struct encoded *e =
-            &ctx->encoded[(ctx->n_encoded - h.n_pictures + i) % REMEMBERED];
+            &ctx->encoded[(ctx->n_encoded - h.n_images + i) % MAX_ENCODED];
         code = cache_write(out, e->ids, T * 4, &hash, error);
         if (code == LVM_OK) code = cache_write(out, e->rgb, R * R * 3, &hash, error);
     }
@@ -11197,13 +11213,13 @@ static int check_cache_head(const lvm_ctx *ctx, const struct cache_head *h, cons
         return fail(error, LVM_INVALID, "%s: was made with other options or kernels", path);
     if (h->resolution != own.resolution || h->tokens_per_image != own.tokens_per_image ||
         h->page_bytes != own.page_bytes || h->n_tokens < 1 ||
-        h->n_tokens > (uint32_t)i->context_length || h->n_pictures > REMEMBERED ||
-        h->n_pages != (h->n_tokens + KEYS - 1) / KEYS || cache_file_bytes(h) != size)
+        h->n_tokens > (uint32_t)i->context_length || h->n_images > MAX_ENCODED ||
+        h->n_pages != (h->n_tokens + KV_BLOCK - 1) / KV_BLOCK || cache_file_bytes(h) != size)
         return fail(error, LVM_FORMAT, "%s: is damaged", path);
     return LVM_OK;
 }
 
-static int read_cached_picture(lvm_ctx *ctx, struct cache_reader *r, lvm_error *error) {
+static int read_cached_image(lvm_ctx *ctx, struct cache_reader *r, lvm_error *error) {
     size_t R = (size_t)ctx->m->info.resolution, T = (size_t)ctx->m->info.tokens_per_image;
     uint8_t *rgb = mem_alloc(R * R, 3, error);
     int32_t *ids = mem_alloc(T, sizeof *ids, error);
@@ -11211,7 +11227,7 @@ static int read_cached_picture(lvm_ctx *ctx, struct cache_reader *r, lvm_error *
     if (code == LVM_OK) code = cache_read(r, rgb, R * R * 3, error);
     if (code == LVM_OK && check_ids(ids, (int64_t)T, ctx->m->info.codes, NULL) != LVM_OK)
         code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
-    if (code == LVM_OK) code = remember(ctx, rgb, ids, error);
+    if (code == LVM_OK) code = remember_encoded(ctx, rgb, ids, error);
     else mem_free(rgb);
     mem_free(ids);
     return code;
@@ -11225,13 +11241,13 @@ static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_h
     int code = cache_read(r, ctx->ids, (size_t)n * 4, error);
     if (code == LVM_OK && check_ids(ctx->ids, n, ctx->m->info.vocab_size, NULL) != LVM_OK)
         code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
-    for (uint32_t i = 0; code == LVM_OK && i < h->n_pictures; i++)
-        code = read_cached_picture(ctx, r, error);
+    for (uint32_t i = 0; code == LVM_OK && i < h->n_images; i++)
+        code = read_cached_image(ctx, r, error);
     for (uint32_t i = 0; code == LVM_OK && i < h->n_pages; i++) {
         code = cache_read(r, page, h->page_bytes, error);
         if (code == LVM_OK)
             code = ctx->b->kv_write(ctx->state, 0, (int)i, page,
-                                    (int)min64(n, (int64_t)(i + 1) * KEYS), error);
+                                    (int)min64(n, (int64_t)(i + 1) * KV_BLOCK), error);
     }
     if (code == LVM_OK) code = read_exactly(r->fd, r->path, &hash, sizeof hash, error);
     if (code == LVM_OK && checksum_wrong(hash, r->hash))
@@ -11239,7 +11255,7 @@ static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_h
     return code;
 }
 
-static void forget(lvm_ctx *ctx) {
+static void ctx_reset(lvm_ctx *ctx) {
     ctx->n_ids = ctx->n_fed = ctx->has_logits = 0;
     ctx->n_encoded = 0;
     ctx->b->kv_trim(ctx->state, 0, 0);
@@ -11252,7 +11268,7 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
         return null_argument(error, "lvm_cache_load", ctx == NULL ? "ctx" : "path");
     int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
     if (code != LVM_OK) return code;
-    forget(ctx);
+    ctx_reset(ctx);
     struct cache_reader r = {path, open_file(path, &size, error), 0};
     if (r.fd < 0) return LVM_IO;
     if (size < (int64_t)sizeof h) code = fail(error, LVM_FORMAT, "%s: is no cache of lvm", path);
@@ -11265,7 +11281,7 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
     }
     close(r.fd);
     if (code == LVM_OK) ctx->n_ids = ctx->n_fed = (int)h.n_tokens;
-    else forget(ctx);
+    else ctx_reset(ctx);
     return code;
 }
 
@@ -11853,7 +11869,7 @@ static void free_images(lvm_image *images, int n) {
 }
 
 /* Loads a picture; its EXIF rotation is applied with --exif, else noted. */
-static int load_picture(const struct cli *cli, const char *path, lvm_image *image,
+static int load_image(const struct cli *cli, const char *path, lvm_image *image,
                         lvm_error *error) {
     int code = lvm_image_load(path, image, error);
     if (code != LVM_OK || image->orientation < 2) return code;
@@ -11869,7 +11885,7 @@ static lvm_image *load_images(const struct cli *cli, const struct paths *p, int 
                               lvm_error *error) {
     lvm_image *images = mem_alloc((size_t)(p->n - first) + 1, sizeof *images, error);
     for (int i = first; images != NULL && i < p->n; i++)
-        if (load_picture(cli, p->path[i], &images[i - first], error) != LVM_OK) {
+        if (load_image(cli, p->path[i], &images[i - first], error) != LVM_OK) {
             free_images(images, i - first);
             return NULL;
         }
@@ -12032,7 +12048,7 @@ struct session {
 };
 
 static void session_close(struct session *s) {
-    lvm_free(s->ctx);
+    lvm_ctx_free(s->ctx);
     lvm_close(s->model);
 }
 
@@ -12043,7 +12059,7 @@ static int session_open(struct session *s, struct cli *cli, lvm_error *error) {
     s->bar.shown = !cli->quiet && os_is_terminal(2);
     cli->options.user = &s->bar;
     cli->options.progress = on_progress;
-    s->ctx = lvm_new(s->model, &cli->options, error);
+    s->ctx = lvm_ctx_new(s->model, &cli->options, error);
     return s->ctx == NULL ? error->code : LVM_OK;
 }
 
@@ -12160,7 +12176,7 @@ static int encode_paths(const struct cli *cli, struct session *s, const struct p
     if (ids == NULL) return LVM_MEMORY;
     for (int i = 0; code == LVM_OK && i < p->n; i++) {
         lvm_image image = {0, 0, NULL, 0};
-        code = load_picture(cli, p->path[i], &image, error);
+        code = load_image(cli, p->path[i], &image, error);
         if (code == LVM_OK) code = lvm_encode(s->ctx, &image, 1, ids, error);
         for (int t = 0; code == LVM_OK && t < T; t++) {
             char number[16];
@@ -12461,7 +12477,7 @@ static int set_next(struct set *set, struct json *j, lvm_error *error) {
 }
 
 /* Where a picture of a set lies: below --base, or beside the set, or else where the name says. */
-static char *find_picture(const struct set *set, const char *path, lvm_error *error) {
+static char *find_image(const struct set *set, const char *path, lvm_error *error) {
     const char *base = set->cli->base;
     const char *folder = os_root(path) > 0 ? "" : base != NULL ? base : set->folder;
     char *found = join_path(folder, path, error);
@@ -12470,16 +12486,16 @@ static char *find_picture(const struct set *set, const char *path, lvm_error *er
     return join_path("", path, error);
 }
 
-static int load_set_picture(const struct set *set, const struct picture *p, lvm_image *image,
+static int load_set_image(const struct set *set, const struct image_ref *p, lvm_image *image,
                             lvm_error *error) {
-    char *path = find_picture(set, p->path, error);
-    int code = path != NULL ? load_picture(set->cli, path, image, error) : LVM_MEMORY;
+    char *path = find_image(set, p->path, error);
+    int code = path != NULL ? load_image(set->cli, path, image, error) : LVM_MEMORY;
     mem_free(path);
     return code;
 }
 
 /* Tokens of list[0..n-1] to ids[n][T]. */
-static int encode_set_pictures(const struct set *set, const struct picture *list, int n,
+static int encode_set_images(const struct set *set, const struct image_ref *list, int n,
                                int32_t *ids, lvm_error *error) {
     size_t T = (size_t)set->s.model->info.tokens_per_image;
     int code = LVM_OK;
@@ -12489,7 +12505,7 @@ static int encode_set_pictures(const struct set *set, const struct picture *list
             continue;
         }
         lvm_image image = {.rgb = NULL};
-        code = load_set_picture(set, &list[i], &image, error);
+        code = load_set_image(set, &list[i], &image, error);
         if (code == LVM_OK) code = lvm_encode(set->s.ctx, &image, 1, ids, error);
         lvm_image_free(&image);
     }
@@ -12510,8 +12526,8 @@ static int prompt_line(struct set *set, const struct sentence *line, int room, i
     if (bos) set->ids[0] = i->bos;
     set->n_ids = bos + n * i->tokens_per_image;
     *used = n;
-    const struct picture *first = line->input.list + line->input.n - n;
-    int code = encode_set_pictures(set, first, n, set->ids + bos, error);
+    const struct image_ref *first = line->input.list + line->input.n - n;
+    int code = encode_set_images(set, first, n, set->ids + bos, error);
     return code == LVM_OK ? lvm_prompt(set->s.ctx, set->ids, set->n_ids, NULL, error) : code;
 }
 
@@ -12541,11 +12557,11 @@ static int run_set(struct set *set, const char *stage,
 }
 
 /* A list of pictures as tokens, allocated. */
-static int32_t *list_ids(struct set *set, const struct pictures *list, lvm_error *error) {
+static int32_t *list_ids(struct set *set, const struct image_list *list, lvm_error *error) {
     size_t T = (size_t)set->s.model->info.tokens_per_image;
     int32_t *ids = mem_alloc((size_t)list->n * T + 1, sizeof *ids, error);
     if (ids == NULL) return NULL;
-    if (encode_set_pictures(set, list->list, list->n, ids, error) == LVM_OK) return ids;
+    if (encode_set_images(set, list->list, list->n, ids, error) == LVM_OK) return ids;
     mem_free(ids);
     return NULL;
 }
@@ -12612,7 +12628,7 @@ static int eval_targets(struct set *set, struct sentence *line, lvm_error *error
 static int eval_line(struct set *set, struct sentence *line, lvm_error *error) {
     if (line->choices.n > 0) return eval_puzzle(set, line, error);
     if (line->target.n == 0 && line->output != NULL) {
-        int code = pictures_add(&line->target, line->output, NULL, error);
+        int code = image_list_add(&line->target, line->output, NULL, error);
         line->output = NULL;
         if (code != LVM_OK) return code;
     }
@@ -12668,7 +12684,7 @@ static int answer_size(const struct set *set, const struct sentence *line, int *
     *width = *height = R;
     if (set->cli->resize == NULL || n == 0 || line->input.list[n - 1].path == NULL) return LVM_OK;
     lvm_image last = {.rgb = NULL};
-    int code = load_set_picture(set, &line->input.list[n - 1], &last, error);
+    int code = load_set_image(set, &line->input.list[n - 1], &last, error);
     *width = last.width;
     *height = last.height;
     lvm_image_free(&last);
@@ -12685,12 +12701,12 @@ static int decode_prompt(struct set *set, int n, lvm_image *images, lvm_error *e
 static int grid_inputs(struct set *set, const struct sentence *line, int n, lvm_image *images,
                        lvm_error *error) {
     int R = set->s.model->info.resolution, code = decode_prompt(set, n, images, error);
-    const struct picture *list = line->input.list + line->input.n - n;
+    const struct image_ref *list = line->input.list + line->input.n - n;
     for (int i = 0; code == LVM_OK && i < n; i++) {
         lvm_image image = {.rgb = NULL};
         if (list[i].path == NULL) continue;
         lvm_image_free(&images[i]);
-        code = load_set_picture(set, &list[i], &image, error);
+        code = load_set_image(set, &list[i], &image, error);
         if (code == LVM_OK) code = fit_image(&image, R, set->s.ctx->o.fit, &images[i], error);
         lvm_image_free(&image);
     }
@@ -12723,9 +12739,9 @@ static int squared_error(struct set *set, const struct sentence *line, const lvm
     double sum = 0;
     for (int t = 0; code == LVM_OK && t < n; t++) {
         lvm_image image = {.rgb = NULL}, truth = {.rgb = NULL};
-        const struct picture *p = &line->target.list[t];
+        const struct image_ref *p = &line->target.list[t];
         if (p->ids != NULL) code = lvm_decode(set->s.ctx, p->ids, 1, &truth, error);
-        else code = load_set_picture(set, p, &image, error);
+        else code = load_set_image(set, p, &image, error);
         if (code == LVM_OK && p->ids == NULL)
             code = fit_image(&image, R, set->s.ctx->o.fit, &truth, error);
         for (int c = 0; code == LVM_OK && c < set->cli->candidates; c++)
@@ -12785,7 +12801,7 @@ static int save_batch(struct set *set, const struct sentence *line, const lvm_im
     int code = LVM_OK;
     for (int i = 0; code == LVM_OK && i < line->input.n; i++) {
         char *path = line->input.list[i].path != NULL
-                         ? find_picture(set, line->input.list[i].path, error) : NULL;
+                         ? find_image(set, line->input.list[i].path, error) : NULL;
         if (path != NULL) code = paths_add(&inputs, "", path, error);
         mem_free(path);
     }
@@ -13133,7 +13149,7 @@ static void llama_size(const struct llama *a, double *values, double *bytes) {
 }
 
 static double cache_bytes(const struct bench *b, double tokens) {
-    return tokens * (double)b->ctx->b->kv_page_bytes(b->ctx->state) / KEYS;
+    return tokens * (double)b->ctx->b->kv_page_bytes(b->ctx->state) / KV_BLOCK;
 }
 
 /* ---- Stages ---- */
@@ -13292,7 +13308,7 @@ static int run_bench(struct cli *cli) {
     b.m = cli->n_words == 1 ? lvm_open(cli->words[0], 0, &error) : bench_model(cli, &error);
     cli->options.user = &bar;
     cli->options.progress = on_progress;
-    if (b.m != NULL) b.ctx = lvm_new(b.m, &cli->options, &error);
+    if (b.m != NULL) b.ctx = lvm_ctx_new(b.m, &cli->options, &error);
     int code = b.ctx != NULL ? LVM_OK : error.code;
     if (code == LVM_OK && b.m->info.has_transformer &&
         cli->prompt + cli->new_tokens > b.m->info.context_length + 1)
@@ -13300,7 +13316,7 @@ static int run_bench(struct cli *cli) {
                     cli->prompt, cli->new_tokens, b.m->info.context_length + 1);
     if (code == LVM_OK) print_ceilings(&b);
     if (code == LVM_OK) code = run_stages(&b, &error);
-    lvm_free(b.ctx);
+    lvm_ctx_free(b.ctx);
     lvm_close(b.m);
     return finish(&error, code);
 }

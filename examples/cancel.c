@@ -72,7 +72,7 @@ int main(int argc, char **argv) {
     options.progress = on_progress;
     options.user = &job;
     lvm_model *model = lvm_open(argv[1], 0, &job.error);
-    job.ctx = model != NULL ? lvm_new(model, &options, &job.error) : NULL;
+    job.ctx = model != NULL ? lvm_ctx_new(model, &options, &job.error) : NULL;
     job.prompt = calloc((size_t)job.n, sizeof *job.prompt);
     int done = job.ctx != NULL && job.prompt != NULL;
     for (int i = 0; done && i < job.n; i++)
@@ -84,7 +84,7 @@ int main(int argc, char **argv) {
     for (int i = 0; job.prompt != NULL && i < job.n; i++) lvm_image_free(&job.prompt[i]);
     free(job.prompt);
     lvm_image_free(&job.answer);
-    lvm_free(job.ctx);
+    lvm_ctx_free(job.ctx);
     lvm_close(model);
     return !done;
 }

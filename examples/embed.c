@@ -61,13 +61,13 @@ int main(int argc, char **argv) {
     lvm_image answer = {0};
     if (argc < 3) return fprintf(stderr, "usage: embed WEIGHTS PICTURE...\n"), 2;
     lvm_model *model = lvm_open(argv[1], 0, &error);
-    lvm_ctx *ctx = model != NULL ? lvm_new(model, NULL, &error) : NULL;
+    lvm_ctx *ctx = model != NULL ? lvm_ctx_new(model, NULL, &error) : NULL;
     int done = ctx != NULL && predict(ctx, argv + 2, argc - 2, &answer, &error) == LVM_OK &&
                lvm_image_save("out.png", &answer, &error) == LVM_OK;
     if (done) printf("out.png: %d x %d\n", answer.width, answer.height);
     else fprintf(stderr, "embed: %s\n", error.text);
     lvm_image_free(&answer);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     lvm_close(model);
     return !done;
 }

@@ -15,7 +15,7 @@
 
 struct Closer {
     void operator()(lvm_model *model) const { lvm_close(model); }
-    void operator()(lvm_ctx *ctx) const { lvm_free(ctx); }
+    void operator()(lvm_ctx *ctx) const { lvm_ctx_free(ctx); }
 };
 using Model = std::unique_ptr<lvm_model, Closer>;
 using Context = std::unique_ptr<lvm_ctx, Closer>;
@@ -40,7 +40,7 @@ static void run(const char *weights, const std::vector<const char *> &files) {
     lvm_error error;
     Model model(lvm_open(weights, 0, &error));
     check(model != nullptr, error);
-    Context ctx(lvm_new(model.get(), nullptr, &error)); // is freed before its model
+    Context ctx(lvm_ctx_new(model.get(), nullptr, &error)); // is freed before its model
     check(ctx != nullptr, error);
 
     Pictures prompt(files.size()), answers(2);

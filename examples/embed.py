@@ -46,8 +46,8 @@ def load_library(path):
             ("lvm_open", p, [ctypes.c_char_p, n, error]),
             ("lvm_close", None, [p]),
             ("lvm_model_info", Info, [p]),
-            ("lvm_new", p, [p, p, error]),
-            ("lvm_free", None, [p]),
+            ("lvm_ctx_new", p, [p, p, error]),
+            ("lvm_ctx_free", None, [p]),
             ("lvm_default_sampling", Sampling, []),
             ("lvm_encode", n, [p, image, n, ids, error]),
             ("lvm_prompt", n, [p, ids, n, p, error]),
@@ -68,7 +68,7 @@ class Lvm:
         self.lvm, self.error, self.model, self.ctx = load_library(LIBRARY), Error(), None, None
         self.model = self.made(self.lvm.lvm_open(os.fsencode(weights), 0, self.error))
         self.info = self.lvm.lvm_model_info(self.model)
-        self.ctx = self.made(self.lvm.lvm_new(self.model, None, self.error))
+        self.ctx = self.made(self.lvm.lvm_ctx_new(self.model, None, self.error))
 
     def __enter__(self):
         return self
@@ -77,7 +77,7 @@ class Lvm:
         self.close()
 
     def close(self):
-        self.lvm.lvm_free(self.ctx)
+        self.lvm.lvm_ctx_free(self.ctx)
         self.lvm.lvm_close(self.model)
         self.model = self.ctx = None
 

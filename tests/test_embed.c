@@ -137,7 +137,7 @@ static const char *in_folder(const struct world *w, const char *name) {
 static lvm_ctx *new_context(const lvm_model *m, int threads, lvm_error *error) {
     lvm_options o = lvm_default_options();
     o.threads = threads;
-    return lvm_new(m, &o, error);
+    return lvm_ctx_new(m, &o, error);
 }
 
 /* Calls that return NULL have their code in error alone. */
@@ -166,7 +166,7 @@ static int job_open_memory(struct world *w, lvm_error *error) {
 
 static int job_new(struct world *w, lvm_error *error) {
     lvm_ctx *ctx = new_context(w->m, 3, error);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     return code_of(ctx, error);
 }
 
@@ -308,7 +308,7 @@ enum { N_JOBS = sizeof jobs / sizeof *jobs };
 
 static void prepare(struct world *w, const struct job *job) {
     if (job->uses == 0) return;
-    lvm_free(w->ctx);
+    lvm_ctx_free(w->ctx);
     w->ctx = new_context(job->uses == 'b' ? w->m : w->lm, 1, NULL);
     if (w->ctx == NULL) abort();
 }
@@ -370,7 +370,7 @@ static void test_thread_starts(struct test *t, struct world *w) {
         atomic_store(&fail_thread_at, -1);
         if (at == THREADS - 1) { /* the caller is one of five, so four are started */
             check(t, ctx != NULL && atomic_load(&thread_calls) == at, "five threads do not start");
-            lvm_free(ctx);
+            lvm_ctx_free(ctx);
             continue;
         }
         check(t, ctx == NULL, "thread %d does not start, the context does", at);
@@ -409,7 +409,7 @@ static lvm_ctx *cancellable(const lvm_model *m, struct canceller *c) {
     o.threads = 1;
     o.user = c;
     o.progress = on_step;
-    lvm_ctx *ctx = lvm_new(m, &o, NULL);
+    lvm_ctx *ctx = lvm_ctx_new(m, &o, NULL);
     if (ctx == NULL) abort();
     return ctx;
 }
@@ -439,7 +439,7 @@ static void test_cancel(struct test *t, struct world *w) {
     check(t, code == LVM_OK && n > T, "%s: code %d, %d progress calls", job.name, code, n);
     check(t, c.stages == (1 << N_STAGES) - 1, "%s: stages seen: %x", job.name, (unsigned)c.stages);
     for (int at = 0; at < n; at += t->step) {
-        lvm_free(w->ctx); /* a fresh one, which remembers no pictures */
+        lvm_ctx_free(w->ctx); /* a fresh one, which remembers no pictures */
         w->ctx = cancellable(w->m, &c);
         cancel_at(&c, at);
         run_job(w, &job, &code, at % 2 ? NULL : &error);
@@ -451,7 +451,7 @@ static void test_cancel(struct test *t, struct world *w) {
         check(t, code == LVM_OK && got == want, "%s after being cancelled at call %d: code %d, %s",
               job.name, at, code, got == want ? "the same" : "another result");
     }
-    lvm_free(w->ctx);
+    lvm_ctx_free(w->ctx);
     w->ctx = kept;
 }
 
@@ -475,7 +475,7 @@ static void test_prompt_again(struct test *t, struct world *w) {
                      memcmp(want, got, sizeof want) == 0,
               "a prompt cancelled at call %d: code %d, or other scores behind it", at, code);
     }
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
 }
 
 /* A generation that was cancelled, or had no memory, left the context at its prompt: it may simply
@@ -513,7 +513,7 @@ static void test_generate_again(struct test *t, struct world *w) {
                   "prompt of %d, stopped at step %d: other tokens", n, at);
         }
     }
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
 }
 
 /* ---- Several models, contexts and threads ---- */
@@ -531,7 +531,7 @@ static void *use(void *arg) {
     u->w.ctx = new_context(u->m, u->threads, NULL);
     if (u->w.ctx == NULL) abort();
     u->hash = run_job(&u->w, u->job, &u->code, NULL);
-    lvm_free(u->w.ctx);
+    lvm_ctx_free(u->w.ctx);
     return NULL;
 }
 
@@ -574,14 +574,14 @@ static void test_two_models(struct test *t, struct world *w) {
             hash[i][round] = run_job(w, job[i], &code, NULL);
             codes |= code;
         }
-    for (int i = 0; i < 2; i++) lvm_free(ctx[i]);
+    for (int i = 0; i < 2; i++) lvm_ctx_free(ctx[i]);
     w->ctx = new_context(w->m, 1, NULL);
     uint64_t want = run_job(w, &predict, &code, NULL);
     check(t, codes == LVM_OK && code == LVM_OK, "two models by turns fail");
     check(t, hash[0][0] == hash[0][1] && hash[0][1] == hash[0][2] && hash[0][0] == want &&
                  hash[1][0] == hash[1][1] && hash[1][1] == hash[1][2],
           "two models by turns: other results");
-    lvm_free(w->ctx);
+    lvm_ctx_free(w->ctx);
     w->ctx = kept;
     lvm_close(twin);
 }
@@ -609,7 +609,7 @@ static void test_cancel_from_thread(struct test *t, struct world *w) {
           n);
     cancel_at(&c, -1);
     check(t, job_all(w, NULL) == LVM_OK, "the context fails after a thread cancelled it");
-    lvm_free(w->ctx);
+    lvm_ctx_free(w->ctx);
     w->ctx = kept;
 }
 
@@ -665,7 +665,7 @@ static void test_wrong_pointers(struct test *t, struct world *w) {
     check(t, lvm_decode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no pictures to decode fail");
     check(t, lvm_predict(ctx, NULL, 0, NULL, 1, 1, out, NULL) == LVM_OK, "no prompt but bos fails");
     lvm_image_free(&out[0]);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
 }
 
 static void test_wrong_picture_calls(struct test *t, struct world *w) {
@@ -701,9 +701,9 @@ static void test_wrong_models(struct test *t, struct world *w) {
     REFUSES(t, lvm_open(NULL, 0, e));
     REFUSES(t, lvm_open(w->both, 1 << 20, e));
     REFUSES(t, lvm_open_memory(NULL, 100, e));
-    REFUSES(t, lvm_new(NULL, NULL, e));
-    REFUSES(t, lvm_new(w->m, &small, e));
-    REFUSES(t, lvm_new(w->m, &large, e));
+    REFUSES(t, lvm_ctx_new(NULL, NULL, e));
+    REFUSES(t, lvm_ctx_new(w->m, &small, e));
+    REFUSES(t, lvm_ctx_new(w->m, &large, e));
     INVALID(t, lvm_generate(w->ctx, &s, 1, 1, ids, e));
     INVALID(t, lvm_sampling_preset(NULL, &s, e));
     INVALID(t, lvm_sampling_preset("lvm", NULL, e));
@@ -715,7 +715,7 @@ static void test_wrong_models(struct test *t, struct world *w) {
     lvm_info info = lvm_model_info(NULL);
     check(t, !info.has_transformer && !info.has_tokenizer && info.bos == -1 && info.name != NULL,
           "lvm_model_info(NULL)");
-    lvm_free(NULL);
+    lvm_ctx_free(NULL);
     lvm_close(NULL);
 }
 
@@ -760,7 +760,7 @@ static void world_open(struct world *w, char **argv) {
 
 /* Nothing may be left: no memory, no file. */
 static void world_close(struct test *t, struct world *w) {
-    lvm_free(w->ctx);
+    lvm_ctx_free(w->ctx);
     lvm_close(w->m);
     lvm_close(w->lm);
     mem_free(w->file);

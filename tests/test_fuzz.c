@@ -88,11 +88,11 @@ static void run_model(const lvm_model *m) {
     lvm_options o = lvm_default_options();
     lvm_error error;
     o.threads = 1;
-    lvm_ctx *ctx = lvm_new(m, &o, &error);
+    lvm_ctx *ctx = lvm_ctx_new(m, &o, &error);
     if (ctx == NULL) return;
     if (m->info.has_tokenizer) run_tokenizer(ctx);
     if (m->info.has_transformer) run_transformer(ctx);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
 }
 
 static void fuzz_gguf(const uint8_t *data, size_t n) {
@@ -125,7 +125,7 @@ static lvm_ctx *cache_context(void) {
     lvm_model *m = file != NULL ? lvm_open_memory(file, size, &error) : NULL;
     if (m == NULL) abort();
     mem_free(head);
-    return ctx = lvm_new(m, &o, &error);
+    return ctx = lvm_ctx_new(m, &o, &error);
 }
 
 static void fuzz_cache(const uint8_t *data, size_t n) {

@@ -66,8 +66,8 @@ static lvm_ctx *context(const lvm_model *m, int exact, int kv, int threads) {
     o.exact = exact;
     o.kv_type = kv;
     o.threads = threads;
-    lvm_ctx *ctx = lvm_new(m, &o, &error);
-    must(ctx != NULL ? LVM_OK : error.code, &error, "lvm_new");
+    lvm_ctx *ctx = lvm_ctx_new(m, &o, &error);
+    must(ctx != NULL ? LVM_OK : error.code, &error, "lvm_ctx_new");
     return ctx;
 }
 
@@ -127,7 +127,7 @@ static void golden_llama(const char *name, const char *folder, lvm_model *m) {
     double b = check_nll(name, ctx, ids.data, &nll);
     check_continuation(name, ctx, ids.data, (int)ids.n, &greedy, &gap, out);
     printf("%-22s logits within %.1e, likelihoods within %.1e\n", name, a, b);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     struct npy *all[] = {&ids, &positions, &logits, &nll, &greedy, &gap, &codes};
     for (int i = 0; i < 7; i++) npy_free(all[i]);
 }
@@ -182,7 +182,7 @@ static void golden_vqgan(const char *name, const char *folder, lvm_model *m) {
     double a = check_encoding(name, ctx, &pixels, &ids, &gap, &latent);
     double b = check_pixels(name, ctx, ids.data, &out);
     printf("%-22s latent within %.1e, pixels within %.1e\n", name, a, b);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     struct npy *all[] = {&pixels, &ids, &gap, &latent, &out};
     for (int i = 0; i < 5; i++) npy_free(all[i]);
 }
@@ -214,7 +214,7 @@ static void golden_both(const char *name, const char *folder, lvm_model *m) {
     check_slide(name, ctx, folder, &ids, 5, "greedy", "greedy_gap");
     check_slide(name, ctx, folder, &ids, 2, "greedy_short", "greedy_short_gap");
     check_pixels(name, ctx, greedy.data, &pixels);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     golden_vqgan(name, folder, m);
     struct npy *all[] = {&ids, &sentence, &nll, &greedy, &pixels};
     for (int i = 0; i < 5; i++) npy_free(all[i]);
@@ -304,7 +304,7 @@ static void golden_case(const char *folder, const char *weights) {
     lvm_ctx *ctx = context(m, 1, LVM_F32, 0);
     case_tokens(folder, ctx);
     case_transformer(folder, ctx);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     lvm_close(m);
 }
 
@@ -434,7 +434,7 @@ static void golden_answers(const char *list, const char *weights, int exact) {
         free(known[i].ids);
     }
     fclose(f);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     lvm_close(m);
 }
 

@@ -1,5 +1,6 @@
-/* Tests of chapters 2, 3, 12 and 13: every kernel of every table that this machine can run against the
-   plain C, against sums in double precision, and against itself (one row = many rows, bit for bit).
+/* Tests of chapters 2, 3, 12 and 13: every kernel of every table that this machine can run against
+   the plain C, against sums in double precision, and against itself (one row = many rows, bit for
+   bit).
 
        test_kernels [--verbose | --quick]      non-zero when a check fails
 
@@ -208,54 +209,54 @@ static void test_dot_tile(struct test *t) {
 
 /* k products and k sums, one after the other: k + 1 roundings for each term at most. */
 static void test_outer_row(struct test *t) {
-    int k = 1 + below(t, 200), strips = 1 + below(t, 18), accumulate = below(t, 2);
-    int64_t strip = k * STRIP + below(t, 5);
-    const float *a = make_floats(t, k), *b = make_rows(t, strips, k * STRIP, strip);
-    float *c = make_floats(t, strips * STRIP), *split = make_space(t, strips * STRIP);
-    float *before = make_space(t, strips * STRIP);
+    int k = 1 + below(t, 200), panels = 1 + below(t, 18), accumulate = below(t, 2);
+    int64_t ldp = k * PANEL + below(t, 5);
+    const float *a = make_floats(t, k), *b = make_rows(t, panels, k * PANEL, ldp);
+    float *c = make_floats(t, panels * PANEL), *split = make_space(t, panels * PANEL);
+    float *before = make_space(t, panels * PANEL);
     int ok = 1, half = k / 2;
-    memcpy(before, c, (size_t)strips * STRIP * sizeof *c);
-    memcpy(split, c, (size_t)strips * STRIP * sizeof *c);
-    t->k->outer_row(k, a, b, strip, strips, c, accumulate);
-    for (int j = 0; j < strips * STRIP; j++) {
-        const float *column = b + j / STRIP * strip + j % STRIP;
-        double magnitude, sum = dot_double(k, a, column, STRIP, &magnitude);
+    memcpy(before, c, (size_t)panels * PANEL * sizeof *c);
+    memcpy(split, c, (size_t)panels * PANEL * sizeof *c);
+    t->k->outer_row(k, a, b, ldp, panels, c, accumulate);
+    for (int j = 0; j < panels * PANEL; j++) {
+        const float *column = b + j / PANEL * ldp + j % PANEL;
+        double magnitude, sum = dot_double(k, a, column, PANEL, &magnitude);
         if (accumulate) sum += before[j], magnitude += fabsf(before[j]);
         ok &= within(t, "outer_row", c[j], sum, magnitude, k + 1, 0);
     }
-    check(t, ok, "outer_row of %d strips x %d differs from the sum in double", strips, k);
-    if (half > 0) t->k->outer_row(half, a, b, strip, strips, split, accumulate);
-    t->k->outer_row(k - half, a + half, b + half * STRIP, strip, strips, split,
+    check(t, ok, "outer_row of %d panels x %d differs from the sum in double", panels, k);
+    if (half > 0) t->k->outer_row(half, a, b, ldp, panels, split, accumulate);
+    t->k->outer_row(k - half, a + half, b + half * PANEL, ldp, panels, split,
                     accumulate || half > 0);
-    check(t, same_bits(c, split, strips * STRIP), "outer_row in two pieces of %d is not one", k);
+    check(t, same_bits(c, split, panels * PANEL), "outer_row in two pieces of %d is not one", k);
     release(t, "outer_row");
 }
 
 static void test_outer_tile(struct test *t) {
     int rows = t->k->outer_rows, k = 1 + below(t, 200), accumulate = below(t, 2), half = k / 2,
-        ok = 1, strips = 1 + below(t, t->k->outer_strips), cols = strips * STRIP;
+        ok = 1, panels = 1 + below(t, t->k->outer_panels), cols = panels * PANEL;
     int ldc = cols + below(t, 3), space = (rows - 1) * ldc + cols;
-    int64_t strip = k * STRIP + below(t, 5);
-    const float *a = make_rows(t, rows, k, k + 2), *b = make_rows(t, strips, k * STRIP, strip);
+    int64_t ldp = k * PANEL + below(t, 5);
+    const float *a = make_rows(t, rows, k, k + 2), *b = make_rows(t, panels, k * PANEL, ldp);
     const float *pa[MAX_TILE], *pb[MAX_TILE];
     float *c = make_rows(t, rows, cols, ldc), *split = make_space(t, space);
-    float *before = make_space(t, space), alone[MAX_STRIPS * STRIP];
+    float *before = make_space(t, space), alone[MAX_PANELS * PANEL];
     memcpy(before, c, (size_t)space * sizeof *c);
     memcpy(split, c, (size_t)space * sizeof *c);
     for (int r = 0; r < rows; r++) {
         pa[r] = a + r * (k + 2);
         pb[r] = pa[r] + half;
     }
-    t->k->outer_tile(k, pa, b, strip, strips, c, ldc, accumulate);
+    t->k->outer_tile(k, pa, b, ldp, panels, c, ldc, accumulate);
     for (int r = 0; r < rows; r++) {
         memcpy(alone, before + r * ldc, (size_t)cols * sizeof *alone);
-        t->k->outer_row(k, pa[r], b, strip, strips, alone, accumulate);
+        t->k->outer_row(k, pa[r], b, ldp, panels, alone, accumulate);
         ok &= same_bits(alone, c + r * ldc, cols);
     }
     check(t, ok, "outer_tile of length %d is not outer_row bit for bit", k);
     check(t, gap_untouched(c, ldc, rows, cols), "outer_tile wrote between its rows");
-    if (half > 0) t->k->outer_tile(half, pa, b, strip, strips, split, ldc, accumulate);
-    t->k->outer_tile(k - half, pb, b + half * STRIP, strip, strips, split, ldc,
+    if (half > 0) t->k->outer_tile(half, pa, b, ldp, panels, split, ldc, accumulate);
+    t->k->outer_tile(k - half, pb, b + half * PANEL, ldp, panels, split, ldc,
                      accumulate || half > 0);
     check(t, memcmp(c, split, (size_t)space * sizeof *c) == 0,
           "outer_tile in two pieces is not one");
@@ -276,8 +277,8 @@ static void fill_block(struct test *t, float *x) {
 static void test_quantize_x(struct test *t) {
     int blocks = 1 + below(t, 12), ok = 1, near = 1;
     float *x = make_space(t, blocks * QK);
-    struct xblock *y = make(t, (size_t)blocks * sizeof *y);
-    struct xblock *plain = make(t, (size_t)blocks * sizeof *plain);
+    struct act_block *y = make(t, (size_t)blocks * sizeof *y);
+    struct act_block *plain = make(t, (size_t)blocks * sizeof *plain);
     for (int b = 0; b < blocks; b++) fill_block(t, x + b * QK);
     t->k->quantize_x(x, y, blocks * QK);
     kernels_plain.quantize_x(x, plain, blocks * QK);
@@ -300,7 +301,7 @@ static void test_quantize_tiny(struct test *t) {
     int ok = 1;
     for (int e = -149; e < -110; e++) {
         float x[QK];
-        struct xblock y;
+        struct act_block y;
         for (int i = 0; i < QK; i++) x[i] = ldexpf(uniform(t), e);
         t->k->quantize_x(x, &y, QK);
         for (int i = 0; i < QK; i++) {
@@ -325,27 +326,27 @@ static uint8_t *make_weights(struct test *t, int type, int rows, int blocks) {
 
 static void test_int(struct test *t, int type) {
     const struct kernels *k = t->k;
-    int strips = 1 + below(t, k->int_strips), width = strips * STRIP;
+    int panels = 1 + below(t, k->int_panels), width = panels * PANEL;
     int blocks = 1 + below(t, 12), n = width + below(t, 25), rows = k->int_rows,
         ldc = width + below(t, 3), few = 1 + below(t, rows), gap = below(t, 3);
     int64_t row_bytes = (int64_t)blocks * type_info(type)->bytes;
-    const uint8_t *w = make_weights(t, type, n, blocks), *pw[STRIP];
+    const uint8_t *w = make_weights(t, type, n, blocks), *pw[PANEL];
     const float *x = make_floats(t, rows * blocks * QK);
-    struct xblock *xq = make(t, (size_t)(rows * blocks) * sizeof *xq);
-    struct xblock *plain = make(t, (size_t)(rows * blocks) * sizeof *plain);
-    const struct xblock *px[MAX_TILE];
-    uint8_t *packed = make(t, (size_t)(blocks * strips * k->pack_bytes));
+    struct act_block *xq = make(t, (size_t)(rows * blocks) * sizeof *xq);
+    struct act_block *plain = make(t, (size_t)(rows * blocks) * sizeof *plain);
+    const struct act_block *px[MAX_TILE];
+    uint8_t *packed = make(t, (size_t)(blocks * panels * k->pack_bytes));
     float *c = make_space(t, rows * (n + gap)), *want = make_space(t, n);
     float *tile = make_space(t, (rows - 1) * ldc + width);
     int first = below(t, n - width + 1), row_ok = 1, tile_ok = 1;
     k->quantize_x(x, xq, rows * blocks * QK);
     kernels_plain.quantize_x(x, plain, rows * blocks * QK);
     for (int r = 0; r < rows; r++) px[r] = xq + r * blocks;
-    for (int s = 0; s < strips; s++) {
-        for (int j = 0; j < STRIP; j++) pw[j] = w + (first + s * STRIP + j) * row_bytes;
+    for (int s = 0; s < panels; s++) {
+        for (int j = 0; j < PANEL; j++) pw[j] = w + (first + s * PANEL + j) * row_bytes;
         k->int_pack(type, blocks, pw, packed + s * blocks * k->pack_bytes);
     }
-    k->int_tile(blocks, px, packed, strips, tile, ldc);
+    k->int_tile(blocks, px, packed, panels, tile, ldc);
     for (int r = 0; r < rows; r += few) /* by ones, twos, ... */
         k->int_row(type, blocks, px[r], rows - r < few ? rows - r : few, w, row_bytes, n,
                    c + r * (n + gap), n + gap);
@@ -368,7 +369,7 @@ static void test_int_plain(struct test *t, int type) {
     int blocks = 1 + below(t, 12), ok = 1;
     const uint8_t *w = make_weights(t, type, 1, blocks);
     const float *x = make_floats(t, blocks * QK);
-    struct xblock *xq = make(t, (size_t)blocks * sizeof *xq);
+    struct act_block *xq = make(t, (size_t)blocks * sizeof *xq);
     float got = 0;
     double sum = 0, magnitude = 0;
     kernels_plain.quantize_x(x, xq, blocks * QK);
@@ -433,10 +434,10 @@ static void fill_q8(struct test *t, const struct test_page *p, int at, int value
 
 static void make_page(struct test *t, struct test_page *p) {
     p->d = QK * (1 + below(t, 5));
-    p->keys = 1 + below(t, KEYS);
-    p->panels = (p->keys + STRIP - 1) / STRIP;
-    size_t k8 = (size_t)(p->panels * p->d / QK * KV8_BYTES),
-           v8 = (size_t)((p->d / QK - 1) * KEYS / STRIP + p->panels) * KV8_BYTES;
+    p->keys = 1 + below(t, KV_BLOCK);
+    p->panels = (p->keys + PANEL - 1) / PANEL;
+    size_t k8 = (size_t)(p->panels * p->d / QK * KV8_PANEL),
+           v8 = (size_t)((p->d / QK - 1) * KV_BLOCK / PANEL + p->panels) * KV8_PANEL;
     p->k8 = make(t, k8);
     p->v8 = make(t, v8);
     p->k = make_space(t, p->keys * p->d);
@@ -468,8 +469,8 @@ static void test_quantize_q(struct test *t) {
     release(t, "quantize_q");
 }
 
-/* Scores and sums in double from what the page's bytes stand for; what was rounded on the way: q and
-   p dv by half a unit each (and an ulp or two of them), then each addition. */
+/* Scores and sums in double from what the page's bytes stand for; what was rounded on the way: q
+   and p dv by half a unit each (and an ulp or two of them), then each addition. */
 static int scores_near(const struct test_page *p, const float *q, const float *s) {
     for (int key = 0; key < p->keys; key++) {
         double want = 0, allowed = 0;
@@ -508,7 +509,7 @@ static int sums_near(const struct test_page *p, const float *weights, const floa
 static void test_cache_rows(struct test *t) {
     struct test_page page;
     make_page(t, &page);
-    int rows = 1 + below(t, 9), d = page.d, groups = d / QK, width = page.panels * STRIP, ok = 1;
+    int rows = 1 + below(t, 9), d = page.d, groups = d / QK, width = page.panels * PANEL, ok = 1;
     float *q = make_floats(t, rows * d), *p = make_space(t, rows * width);
     float *s = make_space(t, rows * width), *o = make_space(t, rows * d);
     float *want = make_space(t, rows * width), *want_o = make_space(t, rows * d);
@@ -528,7 +529,8 @@ static void test_cache_rows(struct test *t) {
     t->k->v8_sums(page.v8, groups, page.panels, at, rows, page.k8, o, d);
     v8_sums_plain(page.v8, groups, page.panels, at, rows, page.k8, want_o, d);
     ok &= same_bits(o, want_o, rows * d);
-    check(t, ok, "%d rows, %d keys of %d: scores or sums are not the plain ones", rows, page.keys, d);
+    check(t, ok, "%d rows, %d keys of %d: scores or sums are not the plain ones", rows, page.keys,
+          d);
     for (int r = ok = 0; r < rows; r++) {
         t->k->k8_scores(page.k8, groups, page.panels, x + r * groups, 1, want, width);
         t->k->v8_sums(page.v8, groups, page.panels, at + r, 1, page.k8, want_o, d);
@@ -590,7 +592,7 @@ static void test_rmsnorm(struct test *t) {
 /* Where e^x is 0, it is 0 and no more: far below the largest, and infinitely far. */
 static void test_softmax(struct test *t) {
     static const float far[] = {-3000, -1e30f, -HUGE_VALF};
-    int n = STRIP * (1 + below(t, 16)), valid = 1 + below(t, n), ok = 1, zeros = 1;
+    int n = PANEL * (1 + below(t, 16)), valid = 1 + below(t, n), ok = 1, zeros = 1;
     float size = ldexpf(1, below(t, 14) - 3), scale = 0.03f + fabsf(uniform(t)), max = -HUGE_VALF;
     float *s = make_space(t, n), *x = make_space(t, n), got_max = 0;
     double total = 0;
@@ -643,15 +645,15 @@ static void test_norm_rows(struct test *t) {
     const float *x = make_floats(t, pixels * c), *scale = make_floats(t, c),
                 *shift = make_floats(t, c);
     float *y = make_space(t, pixels * c);
-    t->k->norm_rows(x, scale, shift, use_silu, pixels, c, y);
+    t->k->scale_shift(x, scale, shift, use_silu, pixels, c, y);
     for (int i = 0; i < pixels * c; i++) {
         double product = (double)x[i] * scale[i % c], v = product + shift[i % c];
         double want = use_silu ? silu_double(v) : v, parts = fabs(product) + fabsf(shift[i % c]);
         double magnitude = parts + fabs(want);
-        ok &= within(t, "norm_rows", y[i], want, magnitude, use_silu ? SILU_U : 2, SILU_FLOOR);
+        ok &= within(t, "scale_shift", y[i], want, magnitude, use_silu ? SILU_U : 2, SILU_FLOOR);
     }
-    check(t, ok, "norm_rows of %d x %d differs", pixels, c);
-    release(t, "norm_rows");
+    check(t, ok, "scale_shift of %d x %d differs", pixels, c);
+    release(t, "scale_shift");
 }
 
 static void test_channel_sums(struct test *t) {
@@ -711,76 +713,77 @@ static void test_wino_filter(struct test *t) {
     int n = 8 * (1 + below(t, 9)), tap = n + below(t, 20), ok = 1;
     const float *w = make_rows(t, 9, n, tap);
     float *u = make_space(t, 35 * tap + n), *plain = make_space(t, 35 * tap + n);
-    t->k->wino_filter(w, n, tap, u);
-    kernels_plain.wino_filter(w, n, tap, plain);
+    t->k->winograd_filter(w, n, tap, u);
+    kernels_plain.winograd_filter(w, n, tap, plain);
     for (int i = 0; i < 36 * n; i++) {
         double g[9], magnitude, want;
         for (int p = 0; p < 9; p++) g[p] = w[p * tap + i % n];
         want = both_sides(matrix_g[i / n / 6], matrix_g[i / n % 6], 3, g, &magnitude);
-        ok &= within(t, "wino_filter", u[i / n * tap + i % n], want, magnitude, WINO_ROUNDINGS, 0);
+        ok &= within(t, "winograd_filter", u[i / n * tap + i % n], want, magnitude, WINO_ROUNDINGS,
+                     0);
     }
-    check(t, ok, "wino_filter of %d differs from G g G^T", n);
+    check(t, ok, "winograd_filter of %d differs from G g G^T", n);
     check(t, memcmp(u, plain, (size_t)(35 * tap + n) * sizeof *u) == 0,
-          "wino_filter is not plain C's bit for bit");
-    check(t, gap_untouched(u, tap, 36, n), "wino_filter wrote between its elements");
-    release(t, "wino_filter");
+          "winograd_filter is not plain C's bit for bit");
+    check(t, gap_untouched(u, tap, 36, n), "winograd_filter wrote between its elements");
+    release(t, "winograd_filter");
 }
 
 static void test_wino_input(struct test *t) {
     int c = 8 * (1 + below(t, 9)), line = 6 * c + below(t, 40), tap = c + below(t, 20), ok = 1;
     const float *patch = make_rows(t, 6, 6 * c, line);
     float *v = make_space(t, 35 * tap + c), *plain = make_space(t, 35 * tap + c);
-    t->k->wino_input(patch, line, c, v, tap);
-    kernels_plain.wino_input(patch, line, c, plain, tap);
+    t->k->winograd_input(patch, line, c, v, tap);
+    kernels_plain.winograd_input(patch, line, c, plain, tap);
     for (int p = 0; p < 36; p++)
         for (int i = 0; i < c; i++) {
             double d[36], magnitude, want;
             for (int q = 0; q < 36; q++) d[q] = patch[q / 6 * line + q % 6 * c + i];
             want = both_sides(matrix_bt[p / 6], matrix_bt[p % 6], 6, d, &magnitude);
-            ok &= within(t, "wino_input", v[p * tap + i], want, magnitude, WINO_ROUNDINGS, 0);
+            ok &= within(t, "winograd_input", v[p * tap + i], want, magnitude, WINO_ROUNDINGS, 0);
         }
-    check(t, ok, "wino_input of %d channels differs from B^T d B", c);
+    check(t, ok, "winograd_input of %d channels differs from B^T d B", c);
     check(t, memcmp(v, plain, (size_t)(35 * tap + c) * sizeof *v) == 0,
-          "wino_input is not plain C's bit for bit");
-    check(t, gap_untouched(v, tap, 36, c), "wino_input wrote between its elements");
-    release(t, "wino_input");
+          "winograd_input is not plain C's bit for bit");
+    check(t, gap_untouched(v, tap, 36, c), "winograd_input wrote between its elements");
+    release(t, "winograd_input");
 }
 
 static void test_wino_output(struct test *t) {
-    int tap = STRIP + below(t, 20), ld = STRIP + below(t, 9), with = below(t, 2), ok = 1;
-    const float *m = make_rows(t, 36, STRIP, tap), *bias = make_floats(t, STRIP);
-    const float *old = make_rows(t, 16, STRIP, ld), *residual[16];
-    float *y = make_space(t, 15 * ld + STRIP), *plain = make_space(t, 15 * ld + STRIP), *out[16],
+    int tap = PANEL + below(t, 20), ld = PANEL + below(t, 9), with = below(t, 2), ok = 1;
+    const float *m = make_rows(t, 36, PANEL, tap), *bias = make_floats(t, PANEL);
+    const float *old = make_rows(t, 16, PANEL, ld), *residual[16];
+    float *y = make_space(t, 15 * ld + PANEL), *plain = make_space(t, 15 * ld + PANEL), *out[16],
           *out_plain[16];
     for (int p = 0; p < 16; p++)
         residual[p] = old + p * ld, out[p] = y + p * ld, out_plain[p] = plain + p * ld;
-    t->k->wino_output(m, tap, bias, with ? residual : NULL, out);
-    kernels_plain.wino_output(m, tap, bias, with ? residual : NULL, out_plain);
+    t->k->winograd_output(m, tap, bias, with ? residual : NULL, out);
+    kernels_plain.winograd_output(m, tap, bias, with ? residual : NULL, out_plain);
     for (int p = 0; p < 16; p++)
-        for (int j = 0; j < STRIP; j++) {
+        for (int j = 0; j < PANEL; j++) {
             double d[36], magnitude, want;
             for (int q = 0; q < 36; q++) d[q] = m[q * tap + j];
             want = both_sides(matrix_at[p / 4], matrix_at[p % 4], 6, d, &magnitude) + bias[j];
             magnitude += fabsf(bias[j]);
             if (with) want += residual[p][j], magnitude += fabsf(residual[p][j]);
-            ok &= within(t, "wino_output", out[p][j], want, magnitude, WINO_ROUNDINGS, 0);
+            ok &= within(t, "winograd_output", out[p][j], want, magnitude, WINO_ROUNDINGS, 0);
         }
-    check(t, ok, "wino_output differs from A^T M A");
-    check(t, memcmp(y, plain, (size_t)(15 * ld + STRIP) * sizeof *y) == 0,
-          "wino_output is not plain C's bit for bit");
-    check(t, gap_untouched(y, ld, 16, STRIP), "wino_output wrote between its pixels");
-    t->k->wino_output(m, tap, bias, with ? residual : NULL, out);
-    release(t, "wino_output");
+    check(t, ok, "winograd_output differs from A^T M A");
+    check(t, memcmp(y, plain, (size_t)(15 * ld + PANEL) * sizeof *y) == 0,
+          "winograd_output is not plain C's bit for bit");
+    check(t, gap_untouched(y, ld, 16, PANEL), "winograd_output wrote between its pixels");
+    t->k->winograd_output(m, tap, bias, with ? residual : NULL, out);
+    release(t, "winograd_output");
 }
 
 static void test_pack_strip(struct test *t) {
     int k = 1 + below(t, 70), ld = k + below(t, 5), ok = 1;
-    const float *rows = make_rows(t, STRIP, k, ld);
-    float *strip = make_space(t, k * STRIP);
-    t->k->pack_strip(rows, ld, k, strip);
-    for (int i = 0; i < k * STRIP; i++) ok &= strip[i] == rows[i % STRIP * ld + i / STRIP];
-    check(t, ok, "pack_strip of %d: an element is not where it belongs", k);
-    release(t, "pack_strip");
+    const float *rows = make_rows(t, PANEL, k, ld);
+    float *panel = make_space(t, k * PANEL);
+    t->k->pack_panel(rows, ld, k, panel);
+    for (int i = 0; i < k * PANEL; i++) ok &= panel[i] == rows[i % PANEL * ld + i / PANEL];
+    check(t, ok, "pack_panel of %d: an element is not where it belongs", k);
+    release(t, "pack_panel");
 }
 
 /* ---- AVX2 and NEON ---- */
@@ -799,7 +802,7 @@ static void test_same_elements(struct test *t) {
     for (int i = 0; i < N; i++) x[i] = y[i] = uniform(t) * 20;
     y[400] = t->k->softmax(y + 512, 208, K, 0.3f, y + 401);
     t->k->silu_mul(y, x + K, K);
-    t->k->norm_rows(x, x + 1000, x + 1100, 1, 9, C, y + 1000);
+    t->k->scale_shift(x, x + 1000, x + 1100, 1, 9, C, y + 1000);
     uint64_t h = digest(0xcbf29ce484222325u, y, N * sizeof *y);
     check(t, h == 0x63e0395debeb9c0bu, "the digest of SiLU and softmax is %016llx",
           (unsigned long long)h);
@@ -816,13 +819,13 @@ static void test_same_everywhere(struct test *t) {
     for (int i = 0; i < N; i++) x[i] = uniform(t) * 4;
     memset(y, 0, N * sizeof *y);
     t->k->dot_row(K, x, x + K, K + 1, 7, y);
-    t->k->outer_row(K, x, x + K, K * STRIP, 2, y + 7, 0);
+    t->k->outer_row(K, x, x + K, K * PANEL, 2, y + 7, 0);
     t->k->rmsnorm(x, x + K, 1e-6f, K, y + 100);
     memcpy(y + 400, x, 208 * sizeof *y);
     tail[0] = t->k->softmax(y + 400, 208, K, 0.3f, &tail[1]);
     memcpy(y + 700, x, K * sizeof *y);
     t->k->silu_mul(y + 700, x + K, K);
-    t->k->norm_rows(x, x + 1000, x + 2000, 1, 9, C, y + 1000);
+    t->k->scale_shift(x, x + 1000, x + 2000, 1, 9, C, y + 1000);
     t->k->channel_sums(x, 9, C, y + 2000, y + 2000 + C);
     uint64_t h = digest(digest(0xcbf29ce484222325u, y, N * sizeof *y), tail, sizeof tail);
     check(t, h == 0xffb9bd7f9a860f9cu, "AVX2 and NEON no longer agree: digest %016llx",
@@ -857,7 +860,7 @@ static struct exec make_exec(struct test *t, int threads, const struct tensor *w
                              int exact) {
     struct exec e = {.k = t->k, .exact = exact};
     e.pool = must(pool_new(threads, NULL));
-    e.scratch_floats = linear_scratch(t->k, w->cols);
+    e.scratch_floats = matmul_scratch(t->k, w->cols);
     e.scratch = must(malloc((size_t)(threads * e.scratch_floats) * sizeof *e.scratch));
     e.xq = must(malloc((size_t)(rows * (w->cols / QK) + 1) * sizeof *e.xq));
     return e;
@@ -933,11 +936,12 @@ static void test_linear_all(struct test *t) {
     for (int rows = 1; rows <= ROWS_OF_X; rows++)
         for (int threads = 1; threads <= 3; threads++) {
             struct exec e = make_exec(t, threads, &m[0].w, ROWS_OF_X, 0);
-            linear_all(&e, products, 3, x, rows);
+            matmul_all(&e, products, 3, x, rows);
             for (int i = 0; i < 3; i++) {
                 linear(&e, &m[i].w, products[i].bias, x, rows, alone);
                 check(t, same_bits(y[i], alone, rows * sizes[i]),
-                      "linear_all, product %d, %d rows, %d threads: not as alone", i, rows, threads);
+                      "matmul_all, product %d, %d rows, %d threads: not as alone", i, rows,
+                      threads);
             }
             free_exec(&e);
         }
@@ -974,27 +978,27 @@ static void test_linears(struct test *t) {
     test_linear_all(t);
 }
 
-static void test_outer_rows(struct test *t) {
+static void test_matmul_panels(struct test *t) {
     for (int rows = 1; rows <= 50; rows++) {
         start_round(t, rows);
-        int k = 1 + below(t, 60), strips = 1 + below(t, 6), accumulate = rows % 2, ok = 1;
-        int ldc = strips * STRIP + below(t, 4), width = strips * STRIP;
-        int64_t strip = k * STRIP + below(t, 4);
-        const float *a = make_rows(t, rows, k, k + 1), *b = make_rows(t, strips, k * STRIP, strip);
+        int k = 1 + below(t, 60), panels = 1 + below(t, 6), accumulate = rows % 2, ok = 1;
+        int ldc = panels * PANEL + below(t, 4), width = panels * PANEL;
+        int64_t ldp = k * PANEL + below(t, 4);
+        const float *a = make_rows(t, rows, k, k + 1), *b = make_rows(t, panels, k * PANEL, ldp);
         const float *pa[50];
-        float *c = make_rows(t, rows, width, ldc), alone[6 * STRIP];
+        float *c = make_rows(t, rows, width, ldc), alone[6 * PANEL];
         float *before = make_space(t, (rows - 1) * ldc + width);
         memcpy(before, c, (size_t)((rows - 1) * ldc + width) * sizeof *c);
         for (int r = 0; r < rows; r++) pa[r] = a + r * (k + 1);
-        outer_rows(t->k, rows, k, pa, b, strip, strips, c, ldc, accumulate);
+        matmul_panels(t->k, rows, k, pa, b, ldp, panels, c, ldc, accumulate);
         for (int r = 0; r < rows; r++) {
             memcpy(alone, before + r * ldc, (size_t)width * sizeof *alone);
-            t->k->outer_row(k, pa[r], b, strip, strips, alone, accumulate);
+            t->k->outer_row(k, pa[r], b, ldp, panels, alone, accumulate);
             ok &= same_bits(alone, c + r * ldc, width);
         }
-        check(t, ok, "outer_rows of %d rows: not as each row alone", rows);
-        check(t, gap_untouched(c, ldc, rows, width), "outer_rows wrote between its rows");
-        release(t, "outer_rows");
+        check(t, ok, "matmul_panels of %d rows: not as each row alone", rows);
+        check(t, gap_untouched(c, ldc, rows, width), "matmul_panels wrote between its rows");
+        release(t, "matmul_panels");
     }
 }
 
@@ -1041,15 +1045,15 @@ static void test_conv(struct test *t, struct shape s) {
     float *out = make_space(t, h * w * s.c_out), *first = make_space(t, h * w * s.c_out);
     struct vq_work work = {.scale = unit_floats(t, s.c_in), .shift = unit_floats(t, s.c_in)};
     struct conv conv = {.bias = bias, .c_in = s.c_in, .c_out = s.c_out, .size = s.size};
-    struct sampling_grid g = {s.h, s.w, h, w, s.stride, s.up, pad};
+    struct conv_geometry g = {s.h, s.w, h, w, s.stride, s.up, pad};
     conv.w = (struct tensor){(const uint8_t *)weights, cols * 4, LVM_F32, s.c_out, cols};
-    size_t shared = (size_t)max64(WINO_U, TAPS * wino_stride(TILES, s.c_in));
+    size_t shared = (size_t)max64(WINO_U, WINO_POINTS * winograd_stride(WINO_TILES, s.c_in));
     work.packed = must(malloc(shared * sizeof(float)));
     work.zeros = must(calloc((size_t)s.c_in, sizeof(float)));
     for (int threads = 1; threads <= 3; threads++) {
         struct exec e = make_exec(t, threads, &conv.w, 1, 0);
         free(e.scratch);
-        e.scratch_floats = max64(cols * STRIP, wino_scratch(s.c_in));
+        e.scratch_floats = max64(cols * PANEL, winograd_scratch(s.c_in));
         e.scratch = must(malloc((size_t)(threads * e.scratch_floats) * sizeof(float)));
         memcpy(out, old, (size_t)(h * w * s.c_out) * sizeof *out);
         run_conv(&e, &work, &conv, g, s.normed, in, s.residual ? out : NULL, out);
@@ -1088,18 +1092,18 @@ static void test_convs(struct test *t) {
 /* softmax(q K^T scale) V of one row in double, from the packed forms. */
 static void attend_double(int keys, int d, const float *q, const float *k, const float *v,
                           double scale, double *o) {
-    double s[KEYS], max = -HUGE_VAL, sum = 0;
+    double s[KV_BLOCK], max = -HUGE_VAL, sum = 0;
     for (int key = 0; key < keys; key++) {
         s[key] = 0;
         for (int i = 0; i < d; i++)
-            s[key] += (double)q[i] * k[(key / STRIP * d + i) * STRIP + key % STRIP] * scale;
+            s[key] += (double)q[i] * k[(key / PANEL * d + i) * PANEL + key % PANEL] * scale;
         max = s[key] > max ? s[key] : max;
     }
     for (int i = 0; i < d; i++) o[i] = 0;
     for (int key = 0; key < keys; key++) {
         double p = exp(s[key] - max);
         sum += p;
-        for (int i = 0; i < d; i++) o[i] += p * v[(i / STRIP * KEYS + key) * STRIP + i % STRIP];
+        for (int i = 0; i < d; i++) o[i] += p * v[(i / PANEL * KV_BLOCK + key) * PANEL + i % PANEL];
     }
     for (int i = 0; i < d; i++) o[i] /= sum;
 }
@@ -1109,14 +1113,14 @@ static void attend_double(int keys, int d, const float *q, const float *k, const
 static void test_attend(struct test *t) {
     int d = 32 * (1 + below(t, 3)), n = 1 + below(t, QUERY_ROWS), ok = 1, near = 1;
     float scale = 1 / sqrtf((float)d), *q = make_space(t, n * d), *o = make_space(t, 2 * n * d);
-    float *k = make_space(t, KEYS * d), *v = make_space(t, KEYS * d);
+    float *k = make_space(t, KV_BLOCK * d), *v = make_space(t, KV_BLOCK * d);
     float *scratch = make_space(t, attend_scratch(d));
     struct query row[QUERY_ROWS], one;
     for (int i = 0; i < n * d; i++) q[i] = uniform(t);
-    for (int i = 0; i < KEYS * d; i++) k[i] = uniform(t), v[i] = uniform(t);
+    for (int i = 0; i < KV_BLOCK * d; i++) k[i] = uniform(t), v[i] = uniform(t);
     for (int i = 0; i < 2 * n * d; i++) o[i] = 0;
     for (int r = 0; r < n; r++)
-        row[r] = (struct query){q + r * d, o + r * d, -HUGE_VALF, 0, 1 + below(t, KEYS), NULL};
+        row[r] = (struct query){q + r * d, o + r * d, -HUGE_VALF, 0, 1 + below(t, KV_BLOCK), NULL};
     attend_block(t->k, row, n, d, k, v, scale, scratch);
     for (int r = 0; r < n; r++) {
         double want[96];
@@ -1314,7 +1318,7 @@ static void test_table(struct test *t) {
     test_same_everywhere(t);
     test_all_halves(t, LVM_F16);
     test_all_halves(t, LVM_BF16);
-    test_outer_rows(t);
+    test_matmul_panels(t);
     test_convs(t);
     test_linears(t);
 }

@@ -400,7 +400,7 @@ static lvm_options options_of(int threads, int kv_type, int exact) {
 }
 
 static lvm_ctx *context(const lvm_model *m, const lvm_options *o) {
-    return must(lvm_new(m, o, NULL));
+    return must(lvm_ctx_new(m, o, NULL));
 }
 
 /* Names the difference, so that a failure says where to look. */
@@ -424,7 +424,7 @@ static void compute_with(struct test *t, const lvm_model *m, lvm_options o,
     int code = compute(ctx, result);
     check(t, code == LVM_OK, "%d threads, kv %d, exact %d: code %d", o.threads, o.kv_type, o.exact,
           code);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
 }
 
 /* counts: numbers of threads, ended by 0, each of which must give the bytes of one thread. */
@@ -461,7 +461,7 @@ static void test_prefixes(struct test *t, const lvm_model *m, const lvm_options 
         lvm_prompt(c, ids, n < PROMPT ? n : PROMPT, got, NULL);
     }
     check(t, same_logits(want, got), "a prompt in pieces is not the prompt at once");
-    lvm_free(c);
+    lvm_ctx_free(c);
     for (int same = 0; same < PROMPT; same += 1 + below(&t->rng, 60)) {
         int n = same + 1 + below(&t->rng, PROMPT - same);
         memcpy(other, ids, (size_t)same * sizeof *ids);
@@ -470,7 +470,7 @@ static void test_prefixes(struct test *t, const lvm_model *m, const lvm_options 
         lvm_prompt(c, other, n, fresh, NULL);
         check(t, same_logits(got, fresh), "%d tokens, %d of them reused, are not as fresh", n,
               same);
-        lvm_free(c);
+        lvm_ctx_free(c);
         lvm_prompt(b, ids, PROMPT, got, NULL);
         check(t, same_logits(want, got), "back at the first prompt, %d tokens reused: differs",
               same);
@@ -479,8 +479,8 @@ static void test_prefixes(struct test *t, const lvm_model *m, const lvm_options 
     lvm_prompt(a, ids, 100, NULL, NULL);
     lvm_prompt(b, ids, PROMPT, got, NULL);
     check(t, same_logits(want, got), "a prompt, its beginning, the prompt again: differs");
-    lvm_free(a);
-    lvm_free(b);
+    lvm_ctx_free(a);
+    lvm_ctx_free(b);
 }
 
 static void test_score(struct test *t, const lvm_model *m, const lvm_options *o) {
@@ -502,8 +502,8 @@ static void test_score(struct test *t, const lvm_model *m, const lvm_options *o)
     check(t, memcmp(nll, again, sizeof nll) == 0, "lvm_score twice differs");
     lvm_prompt(a, ids, PROMPT - 30, logits, NULL);
     check(t, same_logits(before, logits), "lvm_score does not leave the context at the prompt");
-    lvm_free(a);
-    lvm_free(b);
+    lvm_ctx_free(a);
+    lvm_ctx_free(b);
 }
 
 /* ---- Generation ---- */
@@ -526,13 +526,13 @@ static void generate_naively(const lvm_model *m, const lvm_options *o, const lvm
             int keep = (info.window_images - 1) * T + (length - bos) % T;
             memmove(ids + bos, ids + length - keep, (size_t)keep * sizeof *ids);
             length = bos + keep;
-            lvm_free(ctx);
+            lvm_ctx_free(ctx);
             ctx = context(m, o);
         }
         lvm_prompt(ctx, ids, length, logits, NULL);
         out[i] = ids[length++] = sample(logits, CODES, s, &rng, choices);
     }
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     free(ids);
 }
 
@@ -556,7 +556,7 @@ static void test_generation(struct test *t, const lvm_model *m, const lvm_option
     lvm_generate(ctx, &s, 1, GENERATED, alone, NULL);
     check(t, memcmp(alone, ids[0], sizeof alone) == 0, "one candidate is not the first of %d",
           MANY);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
 }
 
 /* A prompt longer than the window that ends within a picture: the oldest whole pictures leave. */
@@ -575,7 +575,7 @@ static void test_partial_picture(struct test *t) {
     lvm_generate(ctx, &s, 1, GENERATED, ids, NULL);
     check(t, memcmp(naive, ids, sizeof ids) == 0,
           "a long prompt's window does not begin with a picture");
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     lvm_close(m);
     free(f.data);
 }
@@ -598,7 +598,7 @@ static void test_continued(struct test *t, const lvm_model *m, const lvm_options
     }
     check(t, memcmp(ids, pieces, sizeof ids) == 0,
           "generation in pieces is not generation at once");
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
 }
 
 static void generate_with(lvm_ctx *ctx, const lvm_sampling *s, int32_t *ids) {
@@ -628,7 +628,7 @@ static void test_seeds(struct test *t, const lvm_model *m, const lvm_options *o)
     s.top_p = 1e-6f;
     generate_with(ctx, &s, second);
     check(t, memcmp(greedy, second, sizeof greedy) == 0, "a tiny top-p is not greedy");
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
 }
 
 /* ---- The distribution of sample() ---- */
@@ -749,7 +749,7 @@ static int act(lvm_ctx *ctx, enum action action, struct canceller *c, int at, st
     for (int i = 0; i < 64; i++) o->tokens[i] = ids[i + 1];
     c->calls = 0;
     c->at = at;
-    if (action == ENCODE) forget(ctx); /* or it would know the picture */
+    if (action == ENCODE) ctx_reset(ctx); /* or it would know the picture */
     if (action == ENCODE) code = encode_noise(ctx, o->tokens);
     if (action == DECODE) code = decode_tokens(ctx, o->tokens, o->pixels);
     if (action == READ) code = lvm_prompt(ctx, ids, PROMPT, o->logits, NULL);
@@ -770,7 +770,7 @@ static void test_cancel(struct test *t, const lvm_model *m, int kv_type) {
         int calls = c.calls;
         check(t, calls >= 2, "%s calls progress only %d times", action_names[i], calls);
         for (int at = 0; at < calls; at++) {
-            lvm_free(ctx); /* a fresh one, which remembers no pictures */
+            lvm_ctx_free(ctx); /* a fresh one, which remembers no pictures */
             ctx = context(m, &o);
             int code = act(ctx, i, &c, at, &got);
             check(t, code == LVM_CANCELLED, "%s cancelled at call %d gives %d", action_names[i], at,
@@ -779,7 +779,7 @@ static void test_cancel(struct test *t, const lvm_model *m, int kv_type) {
                   action_names[i]);
             check_same(t, &want[i], &got, action_names[i]);
         }
-        lvm_free(ctx);
+        lvm_ctx_free(ctx);
     }
     lvm_ctx *ctx = context(m, &o); /* each cancelled call, then every other one */
     for (int i = 0; i < ACTIONS * ACTIONS; i++) {
@@ -787,7 +787,7 @@ static void test_cancel(struct test *t, const lvm_model *m, int kv_type) {
         act(ctx, i % ACTIONS, &c, -1, &got);
         check_same(t, &want[i % ACTIONS], &got, "after another call was cancelled");
     }
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
 }
 
 /* A prompt of more than the 512 rows that pass the layers together, cancelled at every call, and in
@@ -813,12 +813,12 @@ static void test_cancel_long(struct test *t) {
         c.at = -1;
         lvm_prompt(ctx, ids, 600, got, NULL);
         check(t, same_logits(want, got), "a long prompt cancelled at call %d does not recover", at);
-        lvm_free(ctx);
+        lvm_ctx_free(ctx);
     }
     lvm_ctx *ctx = context(m, &o);
     for (int n = 150; n <= 600; n += 150) lvm_prompt(ctx, ids, n, got, NULL);
     check(t, same_logits(want, got), "a long prompt in pieces is not the prompt at once");
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     lvm_close(m);
     free(f.data);
 }
@@ -832,7 +832,7 @@ static void test_scratch(struct test *t) {
         for (int width = 1024; width <= 8192; width += 256)
             for (int wide = 1024; wide <= 16384; wide += 256) {
                 struct llama a = {.D = width, .F = wide, .d = 32};
-                int64_t want = max64(linear_scratch(k, width), linear_scratch(k, wide));
+                int64_t want = max64(matmul_scratch(k, width), matmul_scratch(k, wide));
                 if (lm_scratch(&a, k) < want) bad_width = width, bad_wide = wide;
             }
         check(t, bad_width == 0, "%s: too small for D %d, F %d", k->name, bad_width, bad_wide);
@@ -850,9 +850,9 @@ struct user {
 
 static void *use(void *arg) {
     struct user *u = arg;
-    lvm_ctx *ctx = lvm_new(u->m, &u->o, NULL);
+    lvm_ctx *ctx = lvm_ctx_new(u->m, &u->o, NULL);
     u->code = ctx != NULL ? compute(ctx, &u->outcome) : LVM_MEMORY;
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     return NULL;
 }
 
@@ -892,7 +892,7 @@ static void run_damaged(const lvm_model *m) {
     lvm_info info = lvm_model_info(m);
     lvm_options o = options_of(1, LVM_AUTO, 0);
     if (info.resolution > 64 || info.context_length > 1 << 16) return;
-    lvm_ctx *ctx = lvm_new(m, &o, NULL);
+    lvm_ctx *ctx = lvm_ctx_new(m, &o, NULL);
     if (ctx == NULL) return;
     int32_t *tokens = must(calloc((size_t)info.tokens_per_image + 8, sizeof *tokens));
     float logits[V];
@@ -906,7 +906,7 @@ static void run_damaged(const lvm_model *m) {
         lvm_image_free(&image);
     }
     free(tokens);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
 }
 
 /* Memory of exactly the file's size, so that a sanitizer sees every read beyond it. */
@@ -958,10 +958,10 @@ static void test_damage(struct test *t) {
 
 static int new_code(const lvm_model *m, lvm_options o, lvm_error *e) {
     lvm_error error = {0, ""};
-    lvm_ctx *ctx = lvm_new(m, &o, e);
-    if (ctx == NULL) ctx = lvm_new(m, &o, &error);
+    lvm_ctx *ctx = lvm_ctx_new(m, &o, e);
+    if (ctx == NULL) ctx = lvm_ctx_new(m, &o, &error);
     else error.code = LVM_OK;
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     return error.code;
 }
 
@@ -1070,7 +1070,7 @@ static void test_parts(struct test *t) {
             INVALID(t, lvm_decode(ctx, ids, 1, &out, e));
         }
         INVALID(t, lvm_predict(ctx, &image, 1, NULL, 1, 1, &out, e));
-        lvm_free(ctx);
+        lvm_ctx_free(ctx);
         lvm_close(m);
         free(f.data);
     }
@@ -1110,9 +1110,9 @@ static void test_wrong_arguments(struct test *t) {
     INVALID(t, open_code(f.data, f.size, e));
     set_variable("LVM_ISA", kept != NULL ? kept : ""); /* to lvm an empty one is none */
     free(kept);
-    lvm_free(NULL);
+    lvm_ctx_free(NULL);
     lvm_close(NULL);
-    lvm_free(ctx);
+    lvm_ctx_free(ctx);
     lvm_close(m);
     free(f.data);
 }
@@ -1193,7 +1193,8 @@ static void test_pool(struct test *t) {
 int main(int argc, char **argv) {
     struct test t = {.seed = 20240608, .where = ""};
     t.rng = rng_new(t.seed, 0);
-    int quick = argc > 1 && strcmp(argv[1], "--quick") == 0; /* under sanitizers: two types will do */
+    int quick = argc > 1 &&
+                strcmp(argv[1], "--quick") == 0; /* under sanitizers: two types will do */
     test_pool(&t);
     test_concurrency(&t);
     if (argc < 2 || strcmp(argv[1], "--threads-only") != 0) {
