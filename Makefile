@@ -93,7 +93,7 @@ install: lvm liblvm.so $(B)/lvm.h $(MAN)
 	ln -sf $(LIB_ABI) $(LIB_TO)/$(LIB)
 	install -m 644 $(B)/lvm.h $(H_TO)/lvm.h
 	printf '%s\n' 'prefix=$(PREFIX)' 'libdir=$(LIBDIR)' 'includedir=$${prefix}/include' '' \
-	    'Name: lvm' 'Description: Large Vision Models: prompts are pictures, answers are pictures' \
+	    'Name: lvm' 'Description: Large Vision Models: prompts are images, answers are images' \
 	    'Version: $(VERSION)' 'Libs: -L$${libdir} -llvm' 'Libs.private: -lm -lpthread' \
 	    'Cflags: -I$${includedir}' > $(LIB_TO)/pkgconfig/lvm.pc
 	install -m 644 $(MAN) $(MAN_TO)/lvm.1

@@ -19,7 +19,7 @@ everything little-endian, the data section and every tensor in it aligned to 64 
     vectors     norms and biases become F32, exactly; every matrix keeps its type and its bits
     convolution [out, in, h, w] becomes [out, h, w, in]: a row of input channels can be quantised
     Q and K     rows keep the checkpoint's order (halves rotate together): nothing is permuted
-    BOS, EOS    kept only when no picture code: num_embeddings <= id < vocab_size
+    BOS, EOS    kept only when no image token: num_embeddings <= id < vocab_size
 
 --to-hf undoes each of these. A vector goes back to its part's own type when that loses nothing, and
 Q8_0 and Q4_0 become F32. Matrices pass through in pieces; only a convolution is held as a whole.
@@ -1444,13 +1444,13 @@ def check_claims(where, tensors, inputs):
 
 
 def special_token(path, raw, key, codes, vocab, notes):
-    """A special token's number, or None when it is a picture code or none at all."""
+    """A special token's number, or None when it is an image token or none at all."""
     ids = raw.get(key) if isinstance(raw.get(key), list) else [raw.get(key)]
     for number in ids:
         if isinstance(number, int) and codes <= number < vocab:
             return number
     if ids != [None]:
-        notes.append("%s: %s %s is a picture code or outside the vocabulary: not written"
+        notes.append("%s: %s %s is an image token or outside the vocabulary: not written"
                      % (path, key, spelt(raw[key])))
     return None
 

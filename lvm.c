@@ -1,9 +1,9 @@
 /* lvm.c - run, embed and understand Large Vision Models, in one C file.
 
    A Large Vision Model (Bai et al., "Sequential Modeling Enables Scalable Learning for Large Vision
-   Models", arXiv 2312.00785) never saw a word. A VQGAN turns every picture into 256 tokens, up to
-   16 pictures become one sequence, a LLaMA-style transformer predicts the next token, and a task is
-   given by showing examples of it as pictures: photo, depth, photo, depth, ..., photo, and the
+   Models", arXiv 2312.00785) never saw a word. A VQGAN turns every image into 256 tokens, up to
+   16 images become one sequence, a LLaMA-style transformer predicts the next token, and a task is
+   given by showing examples of it as images: photo, depth, photo, depth, ..., photo, and the
    model answers with the depth.
 
    As a program:       cc -O2 -ffp-contract=off lvm.c -o lvm -lm -lpthread
@@ -21,8 +21,8 @@
       adds a faster kernel keeps the order that the plain C of chapter 3 documents.
    2. Nothing here exits, prints or keeps mutable global state; only chapter 15, the command line,
       does.
-   3. A picture is a row of tokens in the tokenizer's raster order, and a context holds whole
-      pictures: when a sequence outgrows it, the oldest pictures leave and positions start again at
+   3. An image is a row of tokens in the tokenizer's raster order, and a context holds whole
+      images: when a sequence outgrows it, the oldest images leave and positions start again at
       zero.
 
    CONTENTS
@@ -48,7 +48,7 @@
    Letters used in shapes throughout:
        T tokens or rows     D model width (embedding_length)     F feed-forward width   V vocabulary
        H attention heads    G key/value heads                    d width of one head    L layers
-       R picture side in pixels    S side of the token grid (R/16)    C channels    K terms a sum
+       R image side in pixels    S side of the token grid (R/16)    C channels    K terms a sum
 
    Licence: MIT, see the LICENSE file. */
 
@@ -63,7 +63,7 @@
    whose text names the file or the argument and the fault. error may be NULL; any other pointer may
    be only where its call says so. A call that fails or is cancelled leaves its objects usable: the
    context stays at its prompt (after lvm_prompt at the new one), and what is missing of it in the
-   cache is read again when it is needed. Pictures that it should have made are empty, so that
+   cache is read again when it is needed. Images that it should have made are empty, so that
    lvm_image_free is right in any case; what lies in other outputs then means nothing.
 
    Ownership. You own what you pass in; lvm_image.rgb that lvm filled is released by lvm_image_free.
@@ -121,7 +121,7 @@ enum lvm_type {
     LVM_AUTO = -1
 };
 
-/* Pictures become R x R by resizing both sides at once, as the published program does, or by
+/* Images become R x R by resizing both sides at once, as the published program does, or by
    resizing the short side and cutting the middle out of the long one. */
 enum lvm_fit { LVM_SQUASH = 0, LVM_CROP = 1 };
 
@@ -144,13 +144,13 @@ typedef struct lvm_image {
 typedef struct lvm_info {
     int has_transformer, has_tokenizer;
     int context_length;   /* tokens that the transformer was made for */
-    int vocab_size;       /* V: picture codes and special ids */
-    int codes;            /* picture codes are 0 .. codes-1; ids from there on are never sampled */
+    int vocab_size;       /* V: image tokens and special ids */
+    int codes;            /* image tokens are 0 .. codes-1; ids from there on are never sampled */
     int bos, eos;         /* ids, or -1: bos stands in front of every sequence where it exists */
     int layers, width, feed_forward, heads, kv_heads;
-    int resolution;       /* R: pictures are squashed to R x R */
+    int resolution;       /* R: images are squashed to R x R */
     int tokens_per_image; /* S*S, 256 in the published models */
-    int window_images;    /* pictures that fit the context, the predicted one included */
+    int window_images;    /* images that fit the context, the predicted one included */
     int64_t parameters;
     const char *name;     /* general.name of the file, or "" */
     const char *isa;      /* the kernels in use: "scalar", "avx2", "avx512", "neon", "neon-dot" */
@@ -165,8 +165,8 @@ typedef struct lvm_options {
     int threads; /* 0: one a processor that this process may use */
     int kv_type; /* LVM_F32, LVM_F16, LVM_Q8_0 or LVM_AUTO: by the weights' type */
     int exact;   /* 1: f32 arithmetic from quantised weights too (integer dot products otherwise) */
-    int window;  /* pictures of the context, the predicted one included; 0: info.window_images */
-    int fit;     /* how a picture becomes R x R: LVM_SQUASH or LVM_CROP */
+    int window;  /* images of the context, the predicted one included; 0: info.window_images */
+    int fit;     /* how an image becomes R x R: LVM_SQUASH or LVM_CROP */
     void *user;
     int (*progress)(void *user, const char *stage, int64_t done, int64_t all);
 } lvm_options;
@@ -205,12 +205,12 @@ lvm_info lvm_model_info(const lvm_model *model);
 lvm_ctx *lvm_ctx_new(const lvm_model *model, const lvm_options *options, lvm_error *error);
 void lvm_ctx_free(lvm_ctx *ctx);
 
-/* Pictures of any size -> ids[n][tokens_per_image]. Each is made R x R first (options.fit). A
-   context remembers the last 32 pictures that it encoded and does not compute the same pixels
+/* Images of any size -> ids[n][tokens_per_image]. Each is made R x R first (options.fit). A
+   context remembers the last 32 images that it encoded and does not compute the same pixels
    twice. n may be 0, here and in lvm_decode. */
 int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_error *error);
 
-/* ids[n][tokens_per_image], each 0 .. codes-1 -> n pictures of R x R, which lvm allocates. */
+/* ids[n][tokens_per_image], each 0 .. codes-1 -> n images of R x R, which lvm allocates. */
 int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_error *error);
 
 /* Reads the sequence ids[n] exactly as given (put bos in front where the model has one). What the
@@ -218,18 +218,18 @@ int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_e
    scores of the next token. 1 <= n <= context_length. */
 int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error);
 
-/* Encodes pictures and reads them as the prompt, behind bos where the model has one; count may be 0
+/* Encodes images and reads them as the prompt, behind bos where the model has one; count may be 0
    there. Of the images the last window - 1 count (options.window). */
 int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error);
 
 /* Continues the prompt by n >= 1 tokens, in `candidates` (1 .. 64) independent ways that share its
-   cache: ids[candidates][n]. sampling may be NULL. The window slides by whole pictures when the
+   cache: ids[candidates][n]. sampling may be NULL. The window slides by whole images when the
    context is full, as the published program does. Candidate c draws from stream c of the seed.
    Afterwards the context stands behind candidate 0. */
 int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n, int32_t *ids,
                  lvm_error *error);
 
-/* The next n (1 .. 2048) pictures, `candidates` of each: lvm_generate and lvm_decode.
+/* The next n (1 .. 2048) images, `candidates` of each: lvm_generate and lvm_decode.
    out[candidates][n], which lvm allocates. */
 int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n,
                         lvm_image *out, lvm_error *error);
@@ -238,20 +238,20 @@ int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidat
    at the prompt, so that many continuations can be compared. */
 int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error);
 
-/* All at once: the next n pictures after images[count], `candidates` of each:
+/* All at once: the next n images after images[count], `candidates` of each:
    out[candidates][n], which lvm allocates: lvm_prompt_images, then lvm_generate_images. */
 int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_sampling *sampling,
                 int candidates, int n, lvm_image *out, lvm_error *error);
 
 /* Keeps what a context has computed in a file, for prompts that begin alike. save: the first n
-   tokens of the sequence, 1 <= n <= tokens read, and the remembered pictures. load: fills a context
+   tokens of the sequence, 1 <= n <= tokens read, and the remembered images. load: fills a context
    whose weights, kernels and options (kv_type, exact) are the same; else, or when the file is
    damaged, an error, and the context is empty. Afterwards lvm_prompt and lvm_encode find what they
    need. */
 int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error);
 int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error);
 
-/* Pictures. load: PNG, JPEG or PNM files or their bytes in memory (name is for messages and may be
+/* Images. load: PNG, JPEG or PNM files or their bytes in memory (name is for messages and may be
    NULL). upright: turns and mirrors the pixels as the orientation says (a camera held sideways) and
    sets it to 1; what the published checkpoints saw was never turned. save: PNG, written beside and
    renamed. resize: the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation
@@ -616,7 +616,7 @@ static struct pool *pool_new(int n, lvm_error *error) {
    Weights come as 32-bit floats, two kinds of 16-bit floats, and blocks of 32 small integers that
    share a scale. The layouts and the rounding are ggml's, byte for byte, so that standard tools can
    read the files. The second half holds exp, log, sine and cosine: the C library's differ between
-   systems in their last bits, and sampled pictures must not.
+   systems in their last bits, and sampled images must not.
 
        f16    seeeeemm mmmmmmmm            IEEE 754 binary16
        bf16   seeeeeee emmmmmmm            the upper half of a binary32
@@ -3268,26 +3268,26 @@ static const struct backend cpu_backend = {
 
    A context holds one sequence: the tokens that were given or generated (ids), of which the first
    n_fed lie in the cache of sequence 0, and the scores of the token that follows them (logits). The
-   last sampled token is never fed before it is needed, so a window of W pictures of T tokens behind
+   last sampled token is never fed before it is needed, so a window of W images of T tokens behind
    bos needs W T - 1 + bos positions.
 
-   When a sequence is full, the oldest pictures leave: bos and the last W - 1 pictures are read
-   again from position zero, as the published program does for every further picture.
+   When a sequence is full, the oldest images leave: bos and the last W - 1 images are read
+   again from position zero, as the published program does for every further image.
 
-   Pictures repeat: the shots of a task stand before every query. So a context remembers the pixels
-   and ids of the last pictures it encoded, and both, with the cache of keys and values, can be kept
+   Images repeat: the shots of a task stand before every query. So a context remembers the pixels
+   and ids of the last images it encoded, and both, with the cache of keys and values, can be kept
    in a file.
 
    Sampling (Holtzman et al. 2019 for top-p): logits are divided by the temperature; the k likeliest
    ids stay; of these, the fewest likeliest that together hold at least p of the probability stay;
-   one is drawn. Ids that are not picture codes do not take part. */
+   one is drawn. Ids that are not image tokens do not take part. */
 
 enum {
     SCORE_ROWS = 256,
-    MAX_ENCODED = 32 /* pictures: two windows */
+    MAX_ENCODED = 32 /* images: two windows */
 };
 
-/* A picture as the tokenizer saw it and what it became. */
+/* An image as the tokenizer saw it and what it became. */
 struct encoded {
     uint8_t *rgb; /* [R][R][3] */
     int32_t *ids; /* [tokens_per_image] */
@@ -3303,8 +3303,8 @@ struct lvm_ctx {
     int has_logits;    /* logits[0] belongs to ids[n_fed - 1] */
     float *logits;     /* [SCORE_ROWS][V]; row c is candidate c's while generating */
     float *rgb;        /* [R][R][3] */
-    int64_t n_encoded; /* pictures encoded so far; the last ones are remembered */
-    struct encoded encoded[MAX_ENCODED]; /* picture i at i % MAX_ENCODED */
+    int64_t n_encoded; /* images encoded so far; the last ones are remembered */
+    struct encoded encoded[MAX_ENCODED]; /* image i at i % MAX_ENCODED */
 };
 
 lvm_options lvm_default_options(void) {
@@ -3352,7 +3352,7 @@ static int settle_window(const lvm_model *m, lvm_options *o, lvm_error *error) {
     int most = (i->context_length + 1 - (i->bos >= 0)) / i->tokens_per_image;
     if (o->window == 0) o->window = i->window_images;
     else if (i->has_transformer && (o->window < 2 || o->window > most))
-        return fail(error, LVM_INVALID, "a window of %d pictures: %s takes 2 to %d", o->window,
+        return fail(error, LVM_INVALID, "a window of %d images: %s takes 2 to %d", o->window,
                     m->path, most);
     return LVM_OK;
 }
@@ -3426,7 +3426,7 @@ static int progress(const lvm_ctx *ctx, const char *stage, int64_t done, int64_t
     return fail(error, LVM_CANCELLED, "cancelled while at work on: %s", stage);
 }
 
-/* ---- Pictures to tokens and back ---- */
+/* ---- Images to tokens and back ---- */
 
 /* n / 2, halves to the even side as Python rounds them, so that a crop is torchvision's. */
 static int half_even(int n) { return n / 2 + (n & n >> 1 & 1); }
@@ -3437,7 +3437,7 @@ static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm
     if (fit == LVM_SQUASH || w == h) return lvm_image_resize(image, R, R, out, error);
     int64_t width = w < h ? R : (int64_t)R * w / h, height = w < h ? (int64_t)R * h / w : R;
     if (width > INT32_MAX || height > INT32_MAX)
-        return fail(error, LVM_UNSUPPORTED, "a picture of %d x %d is too long to be cropped", w, h);
+        return fail(error, LVM_UNSUPPORTED, "an image of %d x %d is too long to be cropped", w, h);
     lvm_image all = {.rgb = NULL};
     int code = lvm_image_resize(image, (int)width, (int)height, &all, error);
     if (code != LVM_OK) return code;
@@ -3458,7 +3458,7 @@ static const struct encoded *find_encoded(const lvm_ctx *ctx, const uint8_t *rgb
     return NULL;
 }
 
-/* Remembers a picture; the oldest makes room. rgb[R][R][3] becomes the context's. */
+/* Remembers an image; the oldest makes room. rgb[R][R][3] becomes the context's. */
 static int remember_encoded(lvm_ctx *ctx, uint8_t *rgb, const int32_t *ids, lvm_error *error) {
     struct encoded *e = &ctx->encoded[ctx->n_encoded % MAX_ENCODED];
     size_t T = (size_t)ctx->m->info.tokens_per_image;
@@ -3499,7 +3499,7 @@ int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_e
         return null_argument(error, "lvm_encode", images == NULL ? "images" : "ids");
     int code = need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
     int64_t T = ctx->m->info.tokens_per_image;
-    if (code == LVM_OK && n < 0) code = fail(error, LVM_INVALID, "%d pictures to encode", n);
+    if (code == LVM_OK && n < 0) code = fail(error, LVM_INVALID, "%d images to encode", n);
     for (int i = 0; code == LVM_OK && i < n; i++)
         code = encode_image(ctx, &images[i], i, n, ids + i * T, error);
     return code == LVM_OK ? progress(ctx, "encode", 1, 1, error) : code;
@@ -3526,7 +3526,7 @@ int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_e
     if (ctx == NULL) return null_argument(error, "lvm_decode", "ctx");
     if (n > 0 && (ids == NULL || images == NULL))
         return null_argument(error, "lvm_decode", ids == NULL ? "ids" : "images");
-    if (n < 0) return fail(error, LVM_INVALID, "%d pictures to decode", n);
+    if (n < 0) return fail(error, LVM_INVALID, "%d images to decode", n);
     int64_t T = ctx->m->info.tokens_per_image;
     int code = need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
     if (code == LVM_OK) code = check_ids(ids, n * T, ctx->m->info.codes, error);
@@ -3761,11 +3761,11 @@ static int32_t *candidate_ids(const struct generation *g, int c) {
     return g->ids + (int64_t)c * (g->ctx->m->info.context_length + 1);
 }
 
-/* Drops the oldest pictures of every candidate and reads the rest again. Candidates share what
+/* Drops the oldest images of every candidate and reads the rest again. Candidates share what
    their windows have in common. */
 static int slide_window(struct generation *g, lvm_error *error) {
     lvm_ctx *ctx = g->ctx;
-    int part = (g->length - g->has_bos) % g->T; /* of a picture that is still being drawn */
+    int part = (g->length - g->has_bos) % g->T; /* of an image that is still being drawn */
     int keep = g->full - g->has_bos - g->T + part, V = ctx->m->info.vocab_size, code = LVM_OK;
     for (int c = 0; c < g->candidates; c++) {
         int32_t *ids = candidate_ids(g, c);
@@ -3775,7 +3775,7 @@ static int slide_window(struct generation *g, lvm_error *error) {
     g->slid = 1;
     if (g->length == 0)
         return fail(error, LVM_INVALID,
-                    "the context of %d tokens holds no picture to continue from",
+                    "the context of %d tokens holds no image to continue from",
                     ctx->m->info.context_length);
     for (int c = 0; code == LVM_OK && c < g->candidates; c++) {
         int same = 0, fed = 0;
@@ -3872,7 +3872,7 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
     int fit = (info->context_length + 1 - g.has_bos) / g.T;
     g.full = g.has_bos + (ctx->o.window < fit ? ctx->o.window : fit) * g.T;
     if (g.full < g.has_bos + g.T)
-        return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no picture of %d",
+        return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no image of %d",
                     ctx->m->path, info->context_length, g.T);
     if (ctx->n_ids < g.full) code = prefill_pending(ctx, error);
     if (code == LVM_OK && ctx->n_ids == 0)
@@ -3897,9 +3897,9 @@ int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_erro
         bos = info->bos >= 0;
     int n = bos + (count - skip) * info->tokens_per_image;
     int code = need(ctx, info->has_transformer, "transformer", error);
-    if (code == LVM_OK && count < 0) code = fail(error, LVM_INVALID, "%d prompt pictures", count);
+    if (code == LVM_OK && count < 0) code = fail(error, LVM_INVALID, "%d prompt images", count);
     if (code == LVM_OK && n < 1)
-        code = fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt picture",
+        code = fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt image",
                     ctx->m->path, info->context_length);
     if (code != LVM_OK) return code;
     int32_t *ids = mem_alloc((size_t)n + 1, sizeof *ids, error);
@@ -3912,17 +3912,17 @@ int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_erro
     return code;
 }
 
-/* Empties the pictures that a call is to make and refuses what it cannot do. */
+/* Empties the images that a call is to make and refuses what it cannot do. */
 static int ready_images(const lvm_ctx *ctx, int candidates, int n, lvm_image *out,
                           const char *call, lvm_error *error) {
     if (n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES)
-        return fail(error, LVM_INVALID, "%d candidates of %d pictures: out of range", candidates,
+        return fail(error, LVM_INVALID, "%d candidates of %d images: out of range", candidates,
                     n);
     for (int i = 0; out != NULL && i < candidates * n; i++) out[i] = (lvm_image){.rgb = NULL};
     if (ctx == NULL || out == NULL) return null_argument(error, call, ctx == NULL ? "ctx" : "out");
     int T = ctx->m->info.tokens_per_image;
     if (T > INT32_MAX / n)
-        return fail(error, LVM_INVALID, "%d pictures of %d tokens are too many", n, T);
+        return fail(error, LVM_INVALID, "%d images of %d tokens are too many", n, T);
     return need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
 }
 
@@ -3952,13 +3952,13 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    A set of prompts is a file of JSON lines (RFC 8259, one object a line), as the published
    evaluation reads them:
 
-       {"input": [pictures], "target": [pictures]}               perplexity of the targets
-       {"input": [pictures], "output": "name"}                   what to predict, where to put it
-       {"input": [pictures], "choices": [pictures], "answer": n} a puzzle, choices counted from 0
+       {"input": [images], "target": [images]}               perplexity of the targets
+       {"input": [images], "output": "name"}                 what to predict, where to put it
+       {"input": [images], "choices": [images], "answer": n} a puzzle, choices counted from 0
 
-   A picture is a path or the array of its tokens; "input_tokens", "target_tokens", "output_tokens"
+   An image is a path or the array of its tokens; "input_tokens", "target_tokens", "output_tokens"
    and "choices_tokens" hold tokens alone: numbers, arrays of numbers or base64 (RFC 4648) of
-   little-endian int32, any number of whole pictures. An "output" counts as target where there is no
+   little-endian int32, any number of whole images. An "output" counts as target where there is no
    other. Keys with other names are skipped. */
 
 #ifndef LVM_NO_MAIN /* only the command line reads sets */
@@ -4007,7 +4007,7 @@ struct json {
     int line;
     const char *s;
     size_t n, at;
-    int T, codes; /* tokens a picture; picture codes */
+    int T, codes; /* tokens an image; image tokens */
     int code;     /* of the first fault, which stands in error */
     lvm_error *error;
 };
@@ -4155,7 +4155,7 @@ static void sentence_free(struct sentence *s) {
     memset(s, 0, sizeof *s);
 }
 
-/* Adds a picture, whose path or ids the list owns from now on, also after a failure. */
+/* Adds an image, whose path or ids the list owns from now on, also after a failure. */
 static int image_list_add(struct image_list *p, char *path, int32_t *ids, lvm_error *error) {
     if (p->n == p->room) {
         int room = p->room * 2 + 16;
@@ -4174,10 +4174,10 @@ static int image_list_add(struct image_list *p, char *path, int32_t *ids, lvm_er
     return LVM_OK;
 }
 
-/* Tokens of whole pictures, gathered in a buffer, become pictures. */
+/* Tokens of whole images, gathered in a buffer, become images. */
 static void add_tokens(struct json *j, struct buffer *tokens, struct image_list *out) {
     size_t T = (size_t)j->T, n = tokens->n / sizeof(int32_t);
-    if (j->code == LVM_OK && n % T != 0) json_fail(j, "tokens that are no whole pictures");
+    if (j->code == LVM_OK && n % T != 0) json_fail(j, "tokens that are no whole images");
     for (size_t at = 0; j->code == LVM_OK && at < n; at += T) {
         int32_t *ids = mem_alloc(T, sizeof *ids, j->error);
         if (ids != NULL) memcpy(ids, tokens->data + at * sizeof *ids, T * sizeof *ids);
@@ -4187,7 +4187,7 @@ static void add_tokens(struct json *j, struct buffer *tokens, struct image_list 
 }
 
 static void take_token(struct json *j, struct buffer *tokens) {
-    int32_t id = json_int(j, j->codes, "a token is no picture code");
+    int32_t id = json_int(j, j->codes, "an id is no image token");
     if (j->code == LVM_OK) j->code = buffer_add(tokens, &id, sizeof id, j->error);
 }
 
@@ -4210,7 +4210,7 @@ static void take_base64(struct json *j, struct buffer *tokens) {
         held -= 8;
         id |= (bits >> held & 255) << 8 * bytes++;
         if (bytes < 4) continue;
-        if (id >= (uint32_t)j->codes) json_fail(j, "a token is no picture code");
+        if (id >= (uint32_t)j->codes) json_fail(j, "an id is no image token");
         else j->code = buffer_add(tokens, &id, sizeof id, j->error);
         id = 0;
         bytes = 0;
@@ -4230,13 +4230,13 @@ static void take_string_image(struct json *j, int only_tokens, struct buffer *to
     if (path != NULL) j->code = image_list_add(out, path, NULL, j->error);
 }
 
-/* A picture, or an array of pictures and tokens. */
+/* An image, or an array of images and tokens. */
 static void json_images(struct json *j, int only_tokens, struct image_list *out) {
     struct buffer tokens = {0};
     if (json_peek(j) == '"') {
         take_string_image(j, only_tokens, &tokens, out);
     } else {
-        json_want(j, '[', "a list of pictures should stand here");
+        json_want(j, '[', "a list of images should stand here");
         int more = j->code == LVM_OK && !json_take(j, ']');
         for (; more && j->code == LVM_OK; more = j->code == LVM_OK && json_more(j, ']')) {
             int c = json_peek(j);
@@ -4856,7 +4856,7 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
 /* =================================================================================================
    Chapter 11.  Images
 
-   Pictures come in as PNG, JPEG or PNM files, go through Pillow's bicubic resizing on their way to
+   Images come in as PNG, JPEG or PNM files, go through Pillow's bicubic resizing on their way to
    the tokenizer, and leave as PNG files. Everything works on memory: a reader gets all bytes of a
    file and touches them through one checked cursor, so that a damaged or hostile file is an error
    message and never a crash.
@@ -4878,7 +4878,7 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
        Pillow's convert('RGB'), hence what the published checkpoints saw. tRNS is ignored likewise.
      - 16-bit colour keeps its high byte, but 16-bit grey is cut at 255, so that nearly all of it
        turns white: Pillow holds such grey as integers, and its convert('RGB') clips integers.
-       Scale such pictures (depth maps, say) to 8 bits before they are shown to a model.
+       Scale such images (depth maps, say) to 8 bits before they are shown to a model.
      - A photo's EXIF rotation is left alone, as by Pillow, unless lvm_image_upright is called.
      - gAMA, iCCP, sRGB and cHRM are ignored, as by Pillow: the bytes are the values.
      - Deflate sends Huffman codes from their top bit and everything else from the lowest bit.
@@ -4890,7 +4890,7 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
        w(x) = (a+2)|x|^3 - (a+3)|x|^2 + 1        for |x| < 1
             = a|x|^3 - 5a|x|^2 + 8a|x| - 4a      for 1 <= |x| < 2,   else 0.
 
-   Output pixel i of n_out lies at c = (i + 1/2) s in the input, s = n_in / n_out. When the picture
+   Output pixel i of n_out lies at c = (i + 1/2) s in the input, s = n_in / n_out. When the image
    shrinks (s > 1) the kernel is stretched by s and so averages instead of skipping; it spans
    c +- 2 max(s, 1), cut at the borders, and its weights are divided by their sum:
 
@@ -4920,7 +4920,7 @@ static int image_sides_ok(int64_t width, int64_t height) {
 static int image_check_sides(const char *name, const char *kind, int64_t width, int64_t height,
                              lvm_error *error) {
     if (image_sides_ok(width, height)) return LVM_OK;
-    return fail(error, LVM_FORMAT, "%s: a %s picture of %lld x %lld pixels: must be 1 to 2^28 "
+    return fail(error, LVM_FORMAT, "%s: a %s image of %lld x %lld pixels: must be 1 to 2^28 "
                 "pixels", name, kind, (long long)width, (long long)height);
 }
 
@@ -5065,7 +5065,7 @@ static void deflate_fixed_lengths(uint8_t *literal, uint8_t *distance) {
 
 /* ---- Inflate ----
 
-   The output's size is known beforehand (from the picture's header), so the caller gives a buffer
+   The output's size is known beforehand (from the image's header), so the caller gives a buffer
    of exactly that size and any other amount of data is a fault. Each function returns NULL or the
    fault in words; the caller adds the file's name.
 
@@ -5166,7 +5166,7 @@ struct inflate {
 };
 
 static const char *const inflate_short = "the compressed data end early";
-static const char *const inflate_long = "the compressed data hold more than the picture";
+static const char *const inflate_long = "the compressed data hold more than the image";
 static const char *const inflate_damaged = "the compressed data are damaged";
 
 static const char *inflate_stored(struct inflate *z) {
@@ -5309,7 +5309,7 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
         const char *fault = inflate_block(z, kind);
         if (fault) return fault;
     }
-    if (z->at != z->end) return "the compressed data hold less than the picture";
+    if (z->at != z->end) return "the compressed data hold less than the image";
     bits_skip(&z->bits, z->bits.count & 7);
     bits_fill(&z->bits);
     uint32_t adler = 0;
@@ -5394,7 +5394,7 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
     lvm_image out = {0, 0, NULL, 0};
     if (image == NULL) return null_argument(error, "lvm_image_upright", "image");
     if (!image->rgb || !image_sides_ok(image->width, image->height))
-        return fail(error, LVM_INVALID, "turning upright: the picture has no pixels");
+        return fail(error, LVM_INVALID, "turning upright: the image has no pixels");
     if (image->orientation < 0 || image->orientation > 8)
         return fail(error, LVM_INVALID, "turning upright: orientation %d: EXIF has 1 to 8",
                     image->orientation);
@@ -5424,14 +5424,14 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
        chunk:  length (4 bytes, big-endian) | type (4 letters) | data | CRC-32 of type and data
 
    IHDR comes first and tells the shape; PLTE holds a palette; all IDAT chunks together hold one
-   zlib stream of rows, each a filter byte and its pixels; IEND ends the picture. A lower-case
+   zlib stream of rows, each a filter byte and its pixels; IEND ends the image. A lower-case
    first letter marks a chunk that may be ignored; an unknown upper-case one may not. Bytes behind
    IEND are ignored.
 
    A row is packed: pixels of 1, 2 or 4 bits fill bytes from the top bit, and each row starts a new
    byte. Samples of 16 bits are big-endian.
 
-   An interlaced picture (Adam7) comes as seven smaller ones, each complete with its own rows and
+   An interlaced image (Adam7) comes as seven smaller ones, each complete with its own rows and
    filters; a pass without pixels has no bytes. Which pass brings which pixel of each 8 x 8 square:
 
        1 6 4 6 2 6 4 6
@@ -5444,7 +5444,7 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
        7 7 7 7 7 7 7 7
 
    Memory is asked for only when the file explains it: deflate turns 2 bits into 258 bytes at best,
-   a ratio of 1032, so a small file that claims a huge picture is refused first. */
+   a ratio of 1032, so a small file that claims a huge image is refused first. */
 
 enum {
     PNG_GREY = 0, PNG_RGB = 2, PNG_PALETTE = 3, PNG_GREY_ALPHA = 4, PNG_RGB_ALPHA = 6,
@@ -5650,13 +5650,13 @@ struct png_pass {
     int x, y, dx, dy;
 };
 
-/* The whole picture, then Adam7's seven passes. */
+/* The whole image, then Adam7's seven passes. */
 static const struct png_pass png_passes[8] = {
     {0, 0, 1, 1},
     {0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4}, {1, 0, 2, 2}, {0, 1, 1, 2}
 };
 
-/* A picture consists of the passes from this one on, up to png_last_pass: 0 alone, or 1 to 7. */
+/* An image consists of the passes from this one on, up to png_last_pass: 0 alone, or 1 to 7. */
 static int png_first_pass(const struct png_reader *png) { return png->interlaced ? 1 : 0; }
 static int png_last_pass(const struct png_reader *png) { return png->interlaced ? 7 : 0; }
 
@@ -5721,7 +5721,7 @@ static int png_row_to_rgb(const struct png_reader *png, const uint8_t *samples, 
     }
 }
 
-/* One pass into the picture. *raw moves behind its rows; zero is the row above the first; samples
+/* One pass into the image. *raw moves behind its rows; zero is the row above the first; samples
    has room for those of a row. */
 static int png_pass_pixels(struct png_reader *png, const struct png_pass *pass, uint8_t **raw,
                            const uint8_t *zero, uint8_t *samples, lvm_image *image) {
@@ -5850,7 +5850,7 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
    Memory is asked for only when the file explains it: a block takes a bit at least. Time is
    bounded too, although a few bytes can make a scan of nothing over all blocks: no bit of a
    coefficient is sent twice, and all scans together visit at most JPEG_MAX_VISITS blocks, which is
-   32 scans of a grey picture of 2^28 pixels, and of a smaller one as many more. */
+   32 scans of a grey image of 2^28 pixels, and of a smaller one as many more. */
 
 enum {
     JPEG_SOF0 = 0xC0, JPEG_SOF1 = 0xC1, JPEG_SOF2 = 0xC2, JPEG_DHT = 0xC4, JPEG_RESERVED = 0xC8,
@@ -5887,7 +5887,7 @@ struct jpeg_huffman {
 struct jpeg_component {
     int id, h, v, table;              /* sampling factors and DQT table, from the frame header */
     int expand_x, expand_y;           /* H / h, V / v: pixels that one sample covers */
-    int width, height;                /* samples that the picture needs */
+    int width, height;                /* samples that the image needs */
     int blocks_x, blocks_y;           /* blocks that hold them: what a scan of its own sends */
     int all_x, all_y;                 /* blocks of whole MCUs: what a shared scan sends */
     int dc, ac;                       /* Huffman tables of this scan */
@@ -6278,7 +6278,7 @@ static const char *jpeg_ac_refine(struct jpeg_reader *j, struct jpeg_component *
    a butterfly, x[2] and x[6] in a rotation by 6 pi / 16, the odd ones in the rotations that the
    paper draws; even and odd halves then give y[i] and y[7 - i] as sum and difference.
 
-   All inputs are held to 16 bits, which no picture needs more of: so no sum leaves 32 bits,
+   All inputs are held to 16 bits, which no image needs more of: so no sum leaves 32 bits,
    whatever the file says. */
 
 enum { IDCT_BITS = 13, IDCT_KEPT = 2 };
@@ -6470,7 +6470,7 @@ static const char *jpeg_scan_data(struct jpeg_reader *j) {
     int left = j->restart_interval, restarts = 0;
     for (int i = 0; i < j->scan_n; i++)
         j->visits += (int64_t)columns * rows * (only ? 1 : j->scan[i]->h * j->scan[i]->v);
-    if (j->visits > JPEG_MAX_VISITS) return "more scans than a picture of its size can need";
+    if (j->visits > JPEG_MAX_VISITS) return "more scans than an image of its size can need";
     jpeg_start(j);
     for (int y = 0; y < rows; y++)
         for (int x = 0; x < columns; x++) {
@@ -6599,7 +6599,7 @@ static int jpeg_needs_smoothing(const struct jpeg_reader *j) {
     return lacking;
 }
 
-/* The DC around block x, y; blocks beyond the picture are the nearest inside. libjpeg counts the
+/* The DC around block x, y; blocks beyond the image are the nearest inside. libjpeg counts the
    block rows of a last, lower row of MCUs as if all rows of MCUs were that low, hence `row`. */
 static void jpeg_window(const struct jpeg_reader *j, const struct jpeg_component *c, int x, int y,
                         int *dc) {
@@ -6670,7 +6670,7 @@ static void jpeg_widen(const uint16_t *s, int n, int shift, int left, int right,
     }
 }
 
-/* Row y of the picture from one component. sums: room for width + 2. */
+/* Row y of the image from one component. sums: room for width + 2. */
 static const uint8_t *jpeg_row(const struct jpeg_component *c, int y, uint16_t *sums,
                                uint8_t *out) {
     size_t stride = (size_t)c->all_x * JPEG_SIDE;
@@ -6799,7 +6799,7 @@ static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_ima
    decimal numbers (bitmaps: digits); in the others they are bytes behind exactly one whitespace
    byte: two, the high one first, where the maximum is above 255; bits from the top in rows of
    whole bytes for P4. A comment goes from # to the end of its line, and is as if it were not there:
-   it may stand inside a number, and its newline does not end one. Bytes behind the picture are
+   it may stand inside a number, and its newline does not end one. Bytes behind the image are
    ignored.
 
    Samples become bytes as Pillow makes them: v / maximum * 255, rounded, halves to even; grey with
@@ -6964,15 +6964,15 @@ static int pnm_load(const uint8_t *data, size_t size, const char *name, lvm_imag
 
 /* ---- Recognising what a file is ----
 
-   By its first bytes, never by its name. Pictures in formats that lvm does not read are named, so
+   By its first bytes, never by its name. Images in formats that lvm does not read are named, so
    that their owner knows what to convert. */
 
-struct picture_kind {
+struct image_kind {
     int offset, size;
     const char *bytes, *name;
 };
 
-static const struct picture_kind picture_kinds[] = {
+static const struct image_kind image_kinds[] = {
     {0, 4, "GIF8", "GIF"},              {8, 4, "WEBP", "WebP"},
     {0, 2, "BM", "BMP"},
     {4, 8, "ftypheic", "HEIC"},         {4, 8, "ftypheix", "HEIC"},
@@ -6989,9 +6989,9 @@ static const struct picture_kind picture_kinds[] = {
     {0, 3, "Pf\n", "PFM"},              {0, 4, "<svg", "SVG"},
 };
 
-static const char *picture_name(const uint8_t *data, size_t size) {
-    for (size_t i = 0; i < sizeof picture_kinds / sizeof *picture_kinds; i++) {
-        const struct picture_kind *kind = &picture_kinds[i];
+static const char *image_name(const uint8_t *data, size_t size) {
+    for (size_t i = 0; i < sizeof image_kinds / sizeof *image_kinds; i++) {
+        const struct image_kind *kind = &image_kinds[i];
         size_t end = (size_t)(kind->offset + kind->size);
         if (size >= end && !memcmp(data + kind->offset, kind->bytes, (size_t)kind->size))
             return kind->name;
@@ -7011,8 +7011,8 @@ static int is_text(const uint8_t *data, size_t size) {
 }
 
 /* The message for a file that is none of the formats which lvm reads. */
-static int no_picture(const uint8_t *data, size_t size, const char *name, lvm_error *error) {
-    const char *kind = picture_name(data, size);
+static int no_image(const uint8_t *data, size_t size, const char *name, lvm_error *error) {
+    const char *kind = image_name(data, size);
     if (kind)
         return fail(error, LVM_UNSUPPORTED, "%s is a %s file, which lvm does not read: convert it "
                     "to PNG or JPEG first", name, kind);
@@ -7020,7 +7020,7 @@ static int no_picture(const uint8_t *data, size_t size, const char *name, lvm_er
         return fail(error, LVM_FORMAT, "%s: damaged PNG file: its first %d bytes were changed "
                     "(copied as text?) or are missing", name, PNG_SIGNATURE_SIZE);
     return fail(error, LVM_FORMAT, "%s is %s: lvm reads PNG, JPEG and PNM", name,
-                is_text(data, size) ? "text, no picture" : "no picture that lvm knows");
+                is_text(data, size) ? "text, no image" : "no image that lvm knows");
 }
 
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
@@ -7039,7 +7039,7 @@ int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_i
     else if (size >= 3 && !memcmp(bytes, "\xFF\xD8\xFF", 3))
         code = jpeg_load(bytes, size, name, image, error);
     else
-        code = no_picture(bytes, size, name, error);
+        code = no_image(bytes, size, name, error);
     if (!code && bytes[0] == 0xFF) image->orientation = jpeg_orientation(bytes, size);
     return code;
 }
@@ -7532,7 +7532,7 @@ int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error) {
     if (path == NULL || image == NULL)
         return null_argument(error, "lvm_image_save", path == NULL ? "path" : "image");
     if (!image->rgb || !image_sides_ok(image->width, image->height))
-        return fail(error, LVM_INVALID, "%s: cannot write a picture of %d x %d pixels", path,
+        return fail(error, LVM_INVALID, "%s: cannot write an image of %d x %d pixels", path,
                     image->width, image->height);
     int code = png_encode(image, &png, &size, error);
     if (code) return code;
@@ -7645,7 +7645,7 @@ static int resize_rows(const lvm_image *in, int first_row, int rows, int width, 
     return code;
 }
 
-/* Row first_row of the picture that t was made for is row 0 of `in`. */
+/* Row first_row of the image that t was made for is row 0 of `in`. */
 static int resize_columns(const struct resize_taps *t, const lvm_image *in, int first_row,
                           lvm_image *out, lvm_error *error) {
     size_t n = (size_t)in->width * RGB;
@@ -7692,7 +7692,7 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
     if (in == out) return fail(error, LVM_INVALID, "lvm_image_resize: in and out are the same");
     *out = result;
     if (!in->rgb || !image_sides_ok(in->width, in->height) || !image_sides_ok(width, height))
-        return fail(error, LVM_INVALID, "cannot resize a picture of %d x %d to %d x %d pixels",
+        return fail(error, LVM_INVALID, "cannot resize an image of %d x %d to %d x %d pixels",
                     in->width, in->height, width, height);
     if (height != in->height) {
         code = resize_both(in, width, height, &result, error);
@@ -8398,7 +8398,7 @@ static void v8_sums_plain(const uint8_t *values, int groups, int panels, const f
                    instructions and its scaling three more (convert, product of scales,
                    multiply-add), so 8/11 of the peak is all there is, or 8/10 where
                    conversions have a pipe of their own.
-       a picture   216 GFLOP to encode and 477 to draw as direct convolutions, 65 and 124 with
+       an image   216 GFLOP to encode and 477 to draw as direct convolutions, 65 and 124 with
                    Winograd's transforms (chapter 5). More than half of the time is the products, at
                    60 to 80 % of the peak, for U comes from the third-level cache; the rest is
                    GroupNorm and SiLU, which normalise 1.6 pixels for each one because patches
@@ -11082,7 +11082,7 @@ static int made_up_tensor(struct made_up *made, const char *name, int n_dims, co
 
 /* ---- A context's state in a file ----
 
-   head, ids i32[n_tokens], then of each remembered picture ids i32[T] and rgb[R][R][3], then the
+   head, ids i32[n_tokens], then of each remembered image ids i32[T] and rgb[R][R][3], then the
    pages of the key/value cache, then a hash of all of that. A file belongs to the weights, kernels
    and options that made it, because other ones would have computed other numbers. */
 
@@ -11289,7 +11289,7 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
    Chapter 15.  The command line
 
    One table names the commands, one the options with the commands that take them; help and manual
-   page are printed from the same tables. Behind them stand pictures and names on the command line,
+   page are printed from the same tables. Behind them stand images and names on the command line,
    then the commands: on one prompt, on sets of them (rank, eval, batch), on weights files, bench.
    What was written goes to stdout, one path a line; everything else to stderr. Exit
    status: 0 done, 1 the work failed, 2 wrong usage. */
@@ -11308,7 +11308,7 @@ enum command_bit {
     BATCH = 256,
     BENCH = 512,
     SAMPLES = PREDICT | BATCH,
-    READS = PREDICT | RANK | EVAL | BATCH, /* pictures as a prompt */
+    READS = PREDICT | RANK | EVAL | BATCH, /* images as a prompt */
     RUNS = READS | ENCODE | DECODE
 };
 
@@ -11344,7 +11344,7 @@ static const struct option option_table[] = {
     {'o', "output", "FOLDER", BATCH, TEXT, AT(out), 0, 0,
      "where outputs go (the working directory)"},
     {'n', "images", "N", SAMPLES, INTEGER, AT(images), 1, 1 << 11,
-     "pictures to predict, one after the other (1)"},
+     "images to predict, one after the other (1)"},
     {'c', "candidates", "N", SAMPLES, INTEGER, AT(candidates), 1, MAX_SEQUENCES,
      "different answers (1)"},
     {'t', "temperature", "T", SAMPLES, NUMBER, AT(sampling.temperature), 1e-3, 100,
@@ -11354,22 +11354,22 @@ static const struct option option_table[] = {
     {'k', "top-k", "K", SAMPLES, INTEGER, AT(sampling.top_k), 0, 1 << 20,
      "keep the K likeliest (0: all)"},
     {'s', "seed", "N", SAMPLES, SEED, AT(sampling.seed), 0, 0,
-     "the same seed gives the same picture (1)"},
+     "the same seed gives the same image (1)"},
     {0, "greedy", NULL, SAMPLES, FLAG, AT(sampling.greedy), 0, 0, "always the likeliest token"},
     {0, "preset", "lvm|delvm", SAMPLES, ONE_OF, AT(preset), 0, 0,
      "the published programs' temperature, top-p and top-k"},
     {0, "window", "N", READS, INTEGER, AT(options.window), 2, 1 << 16,
-     "pictures in the context (all that fit, at most 16)"},
+     "images in the context (all that fit, at most 16)"},
     {0, "fit", "squash|crop", READS | ENCODE, ONE_OF, AT(options.fit), 0, 0,
-     "how pictures become square (squash)"},
-    {0, "sheet", "FILE", PREDICT, TEXT, AT(sheet), 0, 0, "prompt and answers in one picture too"},
+     "how images become square (squash)"},
+    {0, "sheet", "FILE", PREDICT, TEXT, AT(sheet), 0, 0, "prompt and answers in one image too"},
     {0, "cache", "FILE", PREDICT | RANK, TEXT, AT(cache), 0, 0,
-     "keep the work on all but the last picture here"},
+     "keep the work on all but the last image here"},
     {0, "base", "FOLDER", EVAL | BATCH, TEXT, AT(base), 0, 0,
-     "where the pictures of the set are (beside it)"},
+     "where the images of the set are (beside it)"},
     {0, "lines", "N", EVAL | BATCH, INTEGER, AT(lines), 1, INT32_MAX, "only the first N lines"},
     {0, "grid", NULL, BATCH, FLAG, AT(grid), 0, 0,
-     "inputs in front of the answers, in one picture"},
+     "inputs in front of the answers, in one image"},
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
      "size of an answer, or \"original\": the last input's"},
     {0, "json", NULL, RANK | EVAL | BATCH | BENCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
@@ -11388,7 +11388,7 @@ static const struct option option_table[] = {
     {0, "kv", "TYPE", READS | BENCH, TYPE, AT(options.kv_type), 0, 11,
      "cache: f32, f16 or q8_0 (by the weights)"},
     {0, "exif", NULL, READS | ENCODE, FLAG, AT(exif), 0, 0,
-     "turn pictures as their EXIF orientation says"},
+     "turn images as their EXIF orientation says"},
     {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0,
      "read the weights instead of mapping them"},
     {0, "type", "TYPE", QUANTIZE | BENCH, TYPE, AT(type), 0, 31,
@@ -11426,17 +11426,17 @@ static int run_help(struct cli *cli);
 
 static const struct command command_table[] = {
     {"predict", PREDICT, run_predict, "[predict] WEIGHTS IMAGE|FOLDER...",
-     "predict the next picture(s) of a visual sentence",
-     "A prompt is a row of pictures: input, output, input, output, ..., input.\n"
-     "PNG, JPEG and PNM of any size are read; a folder stands for its pictures in\n"
+     "predict the next image(s) of a visual sentence",
+     "A prompt is a row of images: input, output, input, output, ..., input.\n"
+     "PNG, JPEG and PNM of any size are read; a folder stands for its images in\n"
      "natural order. Several answers are numbered: out-1.png, out-2.png for -n 2,\n"
      "out-1a.png, out-1b.png for -c 2. With --cache the next prompt that begins\n"
-     "with the same pictures computes only the rest.\n"
+     "with the same images computes only the rest.\n"
      "  lvm weights.bin prompt/depth -o depth.png --sheet sheet.png\n"},
     {"encode", ENCODE, run_encode, "encode WEIGHTS IMAGE|FOLDER...",
-     "pictures to token ids, one line a picture", "  lvm encode weights.bin a.png > tokens.txt\n"},
+     "images to token ids, one line an image", "  lvm encode weights.bin a.png > tokens.txt\n"},
     {"decode", DECODE, run_decode, "decode WEIGHTS TOKENS",
-     "token ids (a file, or - for stdin) to pictures",
+     "token ids (a file, or - for stdin) to images",
      "  lvm encode weights.bin a.png | lvm decode weights.bin - -o copy.png\n"},
     {"rank", RANK, run_rank, "rank WEIGHTS IMAGE|FOLDER... -- CHOICE...",
      "which choice continues a visual sentence best",
@@ -11444,7 +11444,7 @@ static const struct command command_table[] = {
      "probability that softmax gives it among the choices.\n"
      "  lvm rank weights.bin puzzle/ -- a.png b.png c.png\n"},
     {"eval", EVAL, run_eval, "eval WEIGHTS SET.jsonl",
-     "perplexity of target pictures, answers of puzzles",
+     "perplexity of target images, answers of puzzles",
      "A set has a JSON object a line:\n"
      "  {\"input\": [\"a.png\", \"b.png\"], \"target\": [\"c.png\"]}\n"
      "  {\"input\": [\"a.png\", \"b.png\"], \"choices\": [\"c.png\", \"d.png\"], \"answer\": 1}\n"
@@ -11455,7 +11455,7 @@ static const struct command command_table[] = {
     {"batch", BATCH, run_batch, "batch WEIGHTS SET.jsonl", "predictions for many prompts",
      "A set has a JSON object a line, with the name of what to write:\n"
      "  {\"input\": [\"a.png\", \"b.png\", \"c.png\"], \"output\": \"answer.png\"}\n"
-     "One picture a line is written below the output folder: candidates are its rows.\n"
+     "One image a line is written below the output folder: candidates are its rows.\n"
      "Lines that have a \"target\" too report the mean squared error.\n"},
     {"bench", BENCH, run_bench, "bench [WEIGHTS]",
      "speed of every stage beside this machine's limits",
@@ -11621,7 +11621,7 @@ static int print_help(FILE *f, const struct command *c) {
         print_options(f, c->bit);
         return 0;
     }
-    fprintf(f, "lvm %s - Large Vision Models: prompts are pictures, answers are pictures\n\n",
+    fprintf(f, "lvm %s - Large Vision Models: prompts are images, answers are images\n\n",
             LVM_VERSION);
     for (int i = 0; i < N_COMMANDS; i++)
         fprintf(f, "  lvm %-36s %s\n", command_table[i].usage, command_table[i].help);
@@ -11669,8 +11669,8 @@ static int print_man(void) {
         printf("lvm ");
         print_roff(command_table[i].usage, strlen(command_table[i].usage));
     }
-    printf(".fi\n.SH DESCRIPTION\nPrompts are pictures, answers are pictures: a VQGAN turns "
-           "pictures into tokens and a\n"
+    printf(".fi\n.SH DESCRIPTION\nPrompts are images, answers are images: a VQGAN turns "
+           "images into tokens and a\n"
            "transformer predicts the next ones. A task is given by examples.\n"
            ".SH COMMANDS\n");
     for (int i = 0; i < N_COMMANDS; i++) print_man_command(&command_table[i]);
@@ -11742,7 +11742,7 @@ static void hide_bar(const struct bar *b) {
     if (b->shown) fputs("\r\033[K", stderr);
 }
 
-/* ---- Pictures named on the command line ---- */
+/* ---- Images named on the command line ---- */
 
 struct paths {
     char **path;
@@ -11819,7 +11819,7 @@ static int has_extension(const char *name, const char *list) {
     return strlen(e) < sizeof small && word_index(list, small) >= 0;
 }
 
-/* The pictures of a folder in natural order; folders inside it are not entered. */
+/* The images of a folder in natural order; folders inside it are not entered. */
 static int add_folder(struct paths *p, const char *folder, lvm_error *error) {
     struct os_folder dir;
     int code = LVM_OK, first = p->n;
@@ -11830,7 +11830,7 @@ static int add_folder(struct paths *p, const char *folder, lvm_error *error) {
             code = paths_add(p, folder, name, error);
     os_folder_close(&dir);
     if (code == LVM_OK && p->n == first)
-        code = fail(error, LVM_INVALID, "%s: this folder holds no pictures (png, jpg, ppm)",
+        code = fail(error, LVM_INVALID, "%s: this folder holds no images (png, jpg, ppm)",
                     folder);
     if (code == LVM_OK)
         qsort(p->path + first, (size_t)(p->n - first), sizeof *p->path, compare_paths);
@@ -11847,7 +11847,7 @@ static void note_order(const char **words, int n) {
         natural &= compare_natural(words[i - 1], words[i]) <= 0;
     }
     if (lexical && !natural)
-        fputs("lvm: note: the pictures stand in the order 1, 10, 2; their folder, named instead of "
+        fputs("lvm: note: the images stand in the order 1, 10, 2; their folder, named instead of "
               "them, gives 1, 2, 10\n",
               stderr);
 }
@@ -11868,7 +11868,7 @@ static void free_images(lvm_image *images, int n) {
     mem_free(images);
 }
 
-/* Loads a picture; its EXIF rotation is applied with --exif, else noted. */
+/* Loads an image; its EXIF rotation is applied with --exif, else noted. */
 static int load_image(const struct cli *cli, const char *path, lvm_image *image,
                         lvm_error *error) {
     int code = lvm_image_load(path, image, error);
@@ -11933,11 +11933,11 @@ static int check_output(const struct cli *cli, const char *name, const struct pa
     return LVM_OK;
 }
 
-/* Refuses a name that asks for another format of pictures; 0, or a message and 2. */
+/* Refuses a name that asks for another format of images; 0, or a message and 2. */
 static int check_png_name(const char *name) {
     if (name == NULL || !has_extension(name, "jpg|jpeg|webp|gif|bmp|tif|tiff|ppm|heic|avif"))
         return 0;
-    return complain("%s: lvm writes PNG pictures; choose a name that ends in .png", name) + 1;
+    return complain("%s: lvm writes PNG images; choose a name that ends in .png", name) + 1;
 }
 
 /* "-o -" asks for standard output. */
@@ -11948,14 +11948,14 @@ static int to_stdout(const struct cli *cli) {
 static int print_image(const lvm_image *image, int n, lvm_error *error) {
     uint8_t *png = NULL;
     size_t size = 0;
-    if (n > 1) return fail(error, LVM_INVALID, "-o -: takes one picture, not %d", n);
+    if (n > 1) return fail(error, LVM_INVALID, "-o -: takes one image, not %d", n);
     int code = png_encode(image, &png, &size, error);
     if (code == LVM_OK) fwrite(png, 1, size, stdout);
     mem_free(png);
     return code;
 }
 
-/* Writes pictures [candidate][image] under their names and prints the names. */
+/* Writes images [candidate][image] under their names and prints the names. */
 static int save_images(const struct cli *cli, const lvm_image *images, int n, int candidates,
                        const struct paths *inputs, lvm_error *error) {
     const char *base = cli->out != NULL ? cli->out : "out.png";
@@ -11974,7 +11974,7 @@ static int save_images(const struct cli *cli, const lvm_image *images, int n, in
     return code;
 }
 
-/* ---- Several pictures in one ---- */
+/* ---- Several images in one ---- */
 
 enum { SHEET_COLUMNS = 8, SHEET_GAP = 8, SHEET_FRAME = 5 };
 
@@ -11994,7 +11994,7 @@ static int compose(const lvm_image *tiles, int n, int columns, int gap, const ui
     int w = tiles[0].width, h = tiles[0].height, rows = (n + columns - 1) / columns;
     int64_t width = columns * ((int64_t)w + gap) + gap, height = rows * ((int64_t)h + gap) + gap;
     if (!image_sides_ok(width, height))
-        return fail(error, LVM_UNSUPPORTED, "a picture of %lld x %lld is too large",
+        return fail(error, LVM_UNSUPPORTED, "an image of %lld x %lld is too large",
                     (long long)width, (long long)height);
     int code = image_new(out, (int)width, (int)height, error);
     if (code != LVM_OK) return code;
@@ -12074,7 +12074,7 @@ static int need_all(const struct cli *cli, const struct session *s, lvm_error *e
     int code = need(s->ctx, i->has_tokenizer, "tokenizer", error);
     if (code == LVM_OK) code = need(s->ctx, i->has_transformer, "transformer", error);
     if (code == LVM_OK && s->ctx->o.window < 2)
-        code = fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt picture",
+        code = fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt image",
                     cli->words[0], i->context_length);
     return code;
 }
@@ -12093,7 +12093,7 @@ static int load_cache(const struct cli *cli, struct session *s, lvm_error *error
     return LVM_OK;
 }
 
-/* Reads the prompt; with --cache all but its last picture from there, or into there. */
+/* Reads the prompt; with --cache all but its last image from there, or into there. */
 static int prompt_images(const struct cli *cli, struct session *s, const lvm_image *images, int n,
                          lvm_error *error) {
     lvm_ctx *ctx = s->ctx;
@@ -12113,12 +12113,12 @@ static int prompt_images(const struct cli *cli, struct session *s, const lvm_ima
     return code;
 }
 
-/* The pictures of a prompt that count, the last ones, loaded. */
+/* The images of a prompt that count, the last ones, loaded. */
 static lvm_image *load_prompt(const struct cli *cli, const struct session *s, const struct paths *p,
                               int *n, lvm_error *error) {
     int most = s->ctx->o.window - 1, first = p->n > most ? p->n - most : 0;
     if (!cli->quiet && first > 0)
-        fprintf(stderr, "lvm: note: %d pictures given, the last %d count (the context holds %d)\n",
+        fprintf(stderr, "lvm: note: %d images given, the last %d count (the context holds %d)\n",
                 p->n, most, most + 1);
     *n = p->n - first;
     return load_images(cli, p, first, error);
@@ -12151,11 +12151,11 @@ static int run_predict(struct cli *cli) {
     if (cli->n_words < 2)
         return (cli->n_words == 1 && os_stat(cli->words[0]).kind == OS_NOTHING
                     ? complain("there is no command and no file \"%s\" (lvm help)", cli->words[0])
-                    : complain("give a weights file and prompt pictures: lvm WEIGHTS "
+                    : complain("give a weights file and prompt images: lvm WEIGHTS "
                                "IMAGE|FOLDER... (lvm help)")) +
                1;
     if (to_stdout(cli) && cli->images * cli->candidates > 1)
-        return complain("-o -: standard output takes one picture") + 1;
+        return complain("-o -: standard output takes one image") + 1;
     if (check_png_name(cli->out) != 0 || check_png_name(cli->sheet) != 0) return 2;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
@@ -12168,7 +12168,7 @@ static int run_predict(struct cli *cli) {
     return finish(&error, code);
 }
 
-/* Ids of one picture after the other, a line each. */
+/* Ids of one image after the other, a line each. */
 static int encode_paths(const struct cli *cli, struct session *s, const struct paths *p,
                         struct buffer *text, lvm_error *error) {
     int T = lvm_model_info(s->model).tokens_per_image, code = LVM_OK;
@@ -12190,7 +12190,7 @@ static int encode_paths(const struct cli *cli, struct session *s, const struct p
 }
 
 static int run_encode(struct cli *cli) {
-    if (cli->n_words < 2) return complain("give a weights file and pictures (lvm help encode)") + 1;
+    if (cli->n_words < 2) return complain("give a weights file and images (lvm help encode)") + 1;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct paths p = {0};
@@ -12258,7 +12258,7 @@ static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids,
     int code = need(s->ctx, s->model->vq != NULL, "tokenizer", error);
     if (code != LVM_OK) return code;
     if (n == 0 || n % T != 0)
-        return fail(error, LVM_FORMAT, "%s: %d token ids; a picture takes %d", cli->words[1], n, T);
+        return fail(error, LVM_FORMAT, "%s: %d token ids; an image takes %d", cli->words[1], n, T);
     if (check_ids(ids, n, lvm_model_info(s->model).codes, &fault) != LVM_OK)
         return fail(error, LVM_FORMAT, "%s: %s", cli->words[1], fault.text);
     lvm_image *images = mem_alloc((size_t)(n / T), sizeof *images, error);
@@ -12400,7 +12400,7 @@ static int rank_choices(const struct cli *cli, struct session *s, const struct p
 
 static int run_rank(struct cli *cli) {
     if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
-        return complain("give weights, prompt pictures, -- and choices (lvm help rank)") + 1;
+        return complain("give weights, prompt images, -- and choices (lvm help rank)") + 1;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct paths prompt = {0}, choices = {0};
@@ -12476,7 +12476,7 @@ static int set_next(struct set *set, struct json *j, lvm_error *error) {
     return 0;
 }
 
-/* Where a picture of a set lies: below --base, or beside the set, or else where the name says. */
+/* Where an image of a set lies: below --base, or beside the set, or else where the name says. */
 static char *find_image(const struct set *set, const char *path, lvm_error *error) {
     const char *base = set->cli->base;
     const char *folder = os_root(path) > 0 ? "" : base != NULL ? base : set->folder;
@@ -12512,17 +12512,17 @@ static int encode_set_images(const struct set *set, const struct image_ref *list
     return code;
 }
 
-/* Reads the last pictures of a line's input that leave room for so many more; *used is their
+/* Reads the last images of a line's input that leave room for so many more; *used is their
    number. What the line before began with too is not computed again. */
 static int prompt_line(struct set *set, const struct sentence *line, int room, int *used,
                        lvm_error *error) {
     const lvm_info *i = &set->s.model->info;
     int most = set->s.ctx->o.window - room, bos = i->bos >= 0;
     if (most < 0)
-        return fail(error, LVM_INVALID, "%d pictures do not fit a context of %d", room,
+        return fail(error, LVM_INVALID, "%d images do not fit a context of %d", room,
                     most + room);
     int n = line->input.n < most ? line->input.n : most;
-    if (n == 0 && !bos) return fail(error, LVM_INVALID, "no picture fits in front of the targets");
+    if (n == 0 && !bos) return fail(error, LVM_INVALID, "no image fits in front of the targets");
     if (bos) set->ids[0] = i->bos;
     set->n_ids = bos + n * i->tokens_per_image;
     *used = n;
@@ -12556,7 +12556,7 @@ static int run_set(struct set *set, const char *stage,
     return set->bad > 0 || set->good == 0;
 }
 
-/* A list of pictures as tokens, allocated. */
+/* A list of images as tokens, allocated. */
 static int32_t *list_ids(struct set *set, const struct image_list *list, lvm_error *error) {
     size_t T = (size_t)set->s.model->info.tokens_per_image;
     int32_t *ids = mem_alloc((size_t)list->n * T + 1, sizeof *ids, error);
@@ -12691,13 +12691,13 @@ static int answer_size(const struct set *set, const struct sentence *line, int *
     return code;
 }
 
-/* The tokens of the prompt as pictures, for a grid. */
+/* The tokens of the prompt as images, for a grid. */
 static int decode_prompt(struct set *set, int n, lvm_image *images, lvm_error *error) {
     int bos = set->s.model->info.bos >= 0;
     return lvm_decode(set->s.ctx, set->ids + bos, n, images, error);
 }
 
-/* The inputs of a grid: pictures as the tokenizer saw them, tokens as they draw. */
+/* The inputs of a grid: images as the tokenizer saw them, tokens as they draw. */
 static int grid_inputs(struct set *set, const struct sentence *line, int n, lvm_image *images,
                        lvm_error *error) {
     int R = set->s.model->info.resolution, code = decode_prompt(set, n, images, error);
@@ -12942,7 +12942,7 @@ static int run_info(struct cli *cli) {
     if (i.has_transformer)
         printf("transformer   %d layers, width %d, feed-forward %d, %d heads (%d key/value), "
                "vocabulary %d,\n"
-               "              context %d tokens = %d pictures, rope %g, bos %d, eos %d%s\n",
+               "              context %d tokens = %d images, rope %g, bos %d, eos %d%s\n",
                i.layers, i.width, i.feed_forward, i.heads, i.kv_heads, i.vocab_size,
                i.context_length, i.window_images, (double)m->llama.theta, i.bos, i.eos,
                i.bos < 0 ? " (none)" : "");
@@ -13203,7 +13203,7 @@ static int bench_vq(struct bench *b, int down, lvm_error *error) {
     double took = 0, ops = half_ops(vq, down ? &vq->encoder : &vq->decoder, down);
     int code = time_vq(b, down, &took, error);
     if (code == LVM_OK)
-        print_stage(b, down ? "encode" : "draw", 1, "pictures", took, ops / b->fma, ops, "GFLOP");
+        print_stage(b, down ? "encode" : "draw", 1, "images", took, ops / b->fma, ops, "GFLOP");
     return code;
 }
 

@@ -156,7 +156,7 @@ else
     run build build images kernels properties golden os embed fuzz
     run convert convert_golden
     [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py \
-        Commands Quantize Pictures Tokens Weights Outputs Interruption
+        Commands Quantize Images Tokens Weights Outputs Interruption
     # shellcheck disable=SC2046
     begin properties limited "$B/test_properties" $([ -z "$SANITIZE" ] || echo --quick)
     # shellcheck disable=SC2046,SC2086

@@ -3,14 +3,14 @@
        cc -O2 -ffp-contract=off -DLVM_NO_MAIN -o embed examples/embed.c lvm.c -lm -lpthread
        ./embed weights.bin prompt/colorize/08.png prompt/colorize/09.png
 
-   Colours the last picture. The others are examples: of each the prompt holds a grey copy, which
-   this program computes, and the picture itself. Several examples are better than one. */
+   Colours the last image. The others are examples: of each the prompt holds a grey copy, which
+   this program computes, and the image itself. Several examples are better than one. */
 #define LVM_API_ONLY
 #include "../lvm.c"
 #include <stdio.h>
 #include <stdlib.h>
 
-/* Any width * height * 3 bytes are a picture, rows from the top; these are ours to free. */
+/* Any width * height * 3 bytes are an image, rows from the top; these are ours to free. */
 static int grey_copy(const lvm_image *colour, lvm_image *grey, lvm_error *error) {
     size_t pixels = (size_t)colour->width * (size_t)colour->height;
     uint8_t *to = malloc(3 * pixels);
@@ -24,7 +24,7 @@ static int grey_copy(const lvm_image *colour, lvm_image *grey, lvm_error *error)
     return LVM_OK;
 }
 
-/* prompt[2 i] is the grey copy of file i, prompt[2 i + 1] the picture that was loaded from it. */
+/* prompt[2 i] is the grey copy of file i, prompt[2 i + 1] the image that was loaded from it. */
 static int make_prompt(char **files, int n, lvm_image *prompt, lvm_error *error) {
     int code = LVM_OK;
     for (int i = 0; code == LVM_OK && i < n; i++) {

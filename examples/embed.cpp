@@ -4,7 +4,7 @@
 //     c++ -std=c++11 -O2 -o embed_cpp examples/embed.cpp lvm.o -lm -lpthread
 //     ./embed_cpp weights.bin prompt/01.png prompt/02.png prompt/03.png
 //
-// Predicts the next picture, two candidates of it: out-1a.png and out-1b.png.
+// Predicts the next image, two candidates of it: out-1a.png and out-1b.png.
 #define LVM_API_ONLY
 #include "../lvm.c"
 #include <exception>
@@ -20,13 +20,13 @@ struct Closer {
 using Model = std::unique_ptr<lvm_model, Closer>;
 using Context = std::unique_ptr<lvm_ctx, Closer>;
 
-// Pictures that lvm filled, empty ones included.
-struct Pictures {
+// Images that lvm filled, empty ones included.
+struct Images {
     std::vector<lvm_image> all;
-    explicit Pictures(size_t n) : all(n) {}
-    Pictures(const Pictures &) = delete;
-    Pictures &operator=(const Pictures &) = delete;
-    ~Pictures() {
+    explicit Images(size_t n) : all(n) {}
+    Images(const Images &) = delete;
+    Images &operator=(const Images &) = delete;
+    ~Images() {
         for (lvm_image &image : all) lvm_image_free(&image);
     }
     int size() const { return static_cast<int>(all.size()); }
@@ -43,7 +43,7 @@ static void run(const char *weights, const std::vector<const char *> &files) {
     Context ctx(lvm_ctx_new(model.get(), nullptr, &error)); // is freed before its model
     check(ctx != nullptr, error);
 
-    Pictures prompt(files.size()), answers(2);
+    Images prompt(files.size()), answers(2);
     for (size_t i = 0; i < files.size(); i++)
         check(lvm_image_load(files[i], &prompt.all[i], &error) == LVM_OK, error);
 

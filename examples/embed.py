@@ -4,8 +4,8 @@
     make liblvm.so
     python3 examples/embed.py weights.bin prompt/01.png prompt/02.png prompt/03.png
 
-Turns pictures into token ids, continues them by the tokens of one more picture, shows these and
-writes the picture they stand for: out.png.
+Turns images into token ids, continues them by the tokens of one more image, shows these and
+writes the image they stand for: out.png.
 """
 import ctypes
 import os
@@ -92,7 +92,7 @@ class Lvm:
             raise RuntimeError(self.error.text.decode("utf-8", "replace"))
 
     def encode(self, path):
-        """The token ids of a picture file."""
+        """The token ids of an image file."""
         image, ids = Image(), (ctypes.c_int32 * self.info.tokens_per_image)()
         self.check(self.lvm.lvm_image_load(os.fsencode(path), image, self.error))
         try:
@@ -101,10 +101,10 @@ class Lvm:
             self.lvm.lvm_image_free(image)
         return list(ids)
 
-    def predict(self, pictures, seed=1):
-        """The token ids of the picture that follows these, the last of which count."""
+    def predict(self, images, seed=1):
+        """The token ids of the image that follows these, the last of which count."""
         prompt = [self.info.bos] if self.info.bos >= 0 else []
-        for ids in pictures[-(self.info.window_images - 1):]:
+        for ids in images[-(self.info.window_images - 1):]:
             prompt += ids
         sampling, n = self.lvm.lvm_default_sampling(), self.info.tokens_per_image
         sampling.seed = seed
@@ -114,7 +114,7 @@ class Lvm:
         return list(answer)
 
     def decode(self, ids, path):
-        """Writes the picture that the ids stand for."""
+        """Writes the image that the ids stand for."""
         image = Image()
         given = (ctypes.c_int32 * len(ids))(*ids)
         self.check(self.lvm.lvm_decode(self.ctx, given, 1, image, self.error))

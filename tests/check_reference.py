@@ -4,15 +4,15 @@
                               --out DIR FOLDER...
 
 Needs torch, transformers, safetensors, numpy, Pillow and a checkout of open-muse.
---hf is a folder as `convert.py --to-hf` writes it, with llama/ and vqgan/. Every FOLDER of pictures
+--hf is a folder as `convert.py --to-hf` writes it, with llama/ and vqgan/. Every FOLDER of images
 is one prompt, read in the order of the names. OUT/FOLDER's name/ gets, in float32 on the CPU
 (GroupNorm as in oracle.py):
 
     pixels (n, R, R, 3) u1, ids (n, T), gap (n, T)         tokens; gap between the two nearest codes
     positions (8,), logits (8, V)                          of BOS and all tokens of the prompt
     nll (m - 1,)                                           of these m tokens; the last T of it are
-                                                           the last picture's
-    greedy (T,), greedy_gap (T,), greedy_pixels (1, 72, R, 3)   the top of the next picture, unclamped
+                                                           the last image's
+    greedy (T,), greedy_gap (T,), greedy_pixels (1, 72, R, 3)   the top of the next image, unclamped
 """
 import argparse
 import os
@@ -30,13 +30,13 @@ def read_prompt(folder, size):
     images = [Image.open(os.path.join(folder, f)).convert("RGB") for f in names
               if not f.startswith("truth")]
     if not images:
-        sys.exit(f"{folder}: no pictures")
+        sys.exit(f"{folder}: no images")
     return np.stack([np.asarray(i if i.size == (size, size) else
                                 i.resize((size, size), Image.BICUBIC)) for i in images])
 
 
 def special(config, name, n_codes):
-    """An id of config.json where it stands behind the picture codes, else None."""
+    """An id of config.json where it stands behind the image tokens, else None."""
     value = config.get(name)
     return value if value is not None and n_codes <= value < config["vocab_size"] else None
 
@@ -58,9 +58,9 @@ def reference(folder, out, vqgan, llama, bos):
     oracle.save(out, "nll", nll, "<f4")
     oracle.save(out, "greedy", new, "<i4")
     oracle.save(out, "greedy_gap", new_gap, "<f4")
-    oracle.save(out, "greedy_pixels", oracle.pictures(vqgan, [new])[:, :72], "<f4")
-    print(f"{folder}: {len(pixels)} pictures, {n} tokens, gaps below 1e-3: {(gap < 1e-3).sum()}; "
-          f"last picture {nll[-tokens:].mean():.6f} nats a token; least greedy gap "
+    oracle.save(out, "greedy_pixels", oracle.images(vqgan, [new])[:, :72], "<f4")
+    print(f"{folder}: {len(pixels)} images, {n} tokens, gaps below 1e-3: {(gap < 1e-3).sum()}; "
+          f"last image {nll[-tokens:].mean():.6f} nats a token; least greedy gap "
           f"{min(new_gap):.5f}", flush=True)
 
 

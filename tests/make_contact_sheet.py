@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Lay prompts, predictions and true answers out in one picture; Python's standard library alone.
+"""Lay prompts, predictions and true answers out in one image; Python's standard library alone.
 
     python3 tests/make_contact_sheet.py -o docs/sheet.png \\
         --row prompt/depth out-depth.png prompt/depth/truth/12.png \\
         --row prompt/edges out-edges.png prompt/edges/truth/12.png
 
-One line of the sheet for every --row FOLDER PREDICTION TRUTH: the last K pictures of the folder in
+One line of the sheet for every --row FOLDER PREDICTION TRUTH: the last K images of the folder in
 the order of their names (-k, 5 unless told; fewer leave the front empty), the prediction in an
-orange frame, the truth. Every picture must be an 8-bit RGB PNG of 256 x 256, not interlaced, as
+orange frame, the truth. Every image must be an 8-bit RGB PNG of 256 x 256, not interlaced, as
 `lvm` writes them and as prompt/ holds them; it is shown at 128 x 128, each pixel the mean of four.
 """
 import argparse
@@ -16,7 +16,7 @@ import struct
 import sys
 import zlib
 
-SIDE = 256                       # of the pictures read
+SIDE = 256                       # of the images read
 CELL = SIDE // 2                 # of their thumbnails
 GAP = 6                          # white around every thumbnail
 FRAME = 3                        # thickness of the prediction's frame, inside the gap
@@ -146,7 +146,7 @@ def halve(rows):
 
 
 def thumbnail(path):
-    """The rows of the picture in file `path` at half its size."""
+    """The rows of the image in file `path` at half its size."""
     try:
         with open(path, "rb") as f:
             return halve(decode_png(f.read()))
@@ -179,7 +179,7 @@ def sheet_line(folder, prediction, truth, k):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-o", "--out", required=True, metavar="SHEET.png")
-    parser.add_argument("-k", type=int, default=5, help="prompt pictures a line (5)")
+    parser.add_argument("-k", type=int, default=5, help="prompt images a line (5)")
     parser.add_argument("--row", nargs=3, action="append", required=True,
                         metavar=("FOLDER", "PREDICTION", "TRUTH"))
     args = parser.parse_args()

@@ -3,7 +3,7 @@
 library only.
 
 FOLDER/gguf gets heads of small weights files (tests/test_fuzz.c adds the data), FOLDER/cache what
-`build/test_fuzz --cache FILE` writes, FOLDER/jsonl and FOLDER/tokens a few lines; pictures
+`build/test_fuzz --cache FILE` writes, FOLDER/jsonl and FOLDER/tokens a few lines; images
 start from tests/images. What a fuzzer found later lies there beside them.
 """
 import os

@@ -23,8 +23,8 @@ import oracle
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 LEAST_GAP = 2e-3    # a greedy continuation must not hang on the last bits of a logit
 
-# type, ids in the sequence, picture codes, then config.json. bos_token_id 1 and eos_token_id 2 are
-# what published checkpoints inherit: picture codes, not special ids.
+# type, ids in the sequence, image tokens, then config.json. bos_token_id 1 and eos_token_id 2 are
+# what published checkpoints inherit: image tokens, not special ids.
 LLAMAS = {
     "llama_gqa": dict(type="f16", n=700, codes=192, hidden_size=128, num_hidden_layers=2,
                       num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
@@ -78,7 +78,7 @@ LARGE = {
                       quantized_embed_dim=4),
 }
 
-# Four pictures of 64 tokens behind a BOS; the last token is never fed, hence 4 * 64 - 1 + 1.
+# Four images of 64 tokens behind a BOS; the last token is never fed, hence 4 * 64 - 1 + 1.
 BOTH_LLAMA = dict(type="f16", codes=256, hidden_size=64, num_hidden_layers=2,
                   num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
                   vocab_size=260, max_position_embeddings=256, bos_token_id=256, eos_token_id=257)
@@ -194,7 +194,7 @@ def smooth(rng, size, cells):
     return rows[:, low] * (1 - part)[None, :, None] + rows[:, low + 1] * part[None, :, None]
 
 
-def picture(rng, size, kind):
+def image(rng, size, kind):
     """0: smooth colours, 1: noise, 2: shaded discs before a textured ground, like a photo."""
     if kind == 0:
         image = smooth(rng, size, 4)
@@ -254,7 +254,7 @@ def make_vqgan(folder, name, spec, vqgan_class):
     weights = vqgan_weights(model, rng)
     model.load_state_dict({k: v.float() for k, v in stored(weights, spec).items()})
     size, rows = spec["resolution"], spec["num_embeddings"]
-    seen = np.stack([picture(rng, size, i % 3) for i in range(30)])
+    seen = np.stack([image(rng, size, i % 3) for i in range(30)])
     z = oracle.latents(model, seen).reshape(-1, spec["quantized_embed_dim"])
     book = z[torch.from_numpy(rng.choice(len(z), rows, replace=False))]
     weights["quantize.embedding.weight"] = book + 0.1 * z.std() * draw(rng, book.shape, 1)
@@ -264,11 +264,11 @@ def make_vqgan(folder, name, spec, vqgan_class):
 
 def vqgan_vectors(folder, name, model, kinds):
     size = model.config.resolution
-    rng = generator(name, "pictures")
-    pixels = np.stack([picture(rng, size, kind) for kind in kinds])
+    rng = generator(name, "images")
+    pixels = np.stack([image(rng, size, kind) for kind in kinds])
     z = oracle.latents(model, pixels)
     ids, gap = oracle.codes(model, z)
-    out = oracle.pictures(model, ids)
+    out = oracle.images(model, ids)
     oracle.save(folder, "pixels", pixels, "|u1")
     oracle.save(folder, "latent", z, "<f4")
     oracle.save(folder, "ids", ids, "<i4")
@@ -281,7 +281,7 @@ def vqgan_vectors(folder, name, model, kinds):
 
 
 def slide(llama, history, bos, n_codes, count):
-    """The published loop: at most WINDOW - 1 last pictures, one new picture, again."""
+    """The published loop: at most WINDOW - 1 last images, one new image, again."""
     history, gaps = [list(h) for h in history], []
     given = len(history)
     for _ in range(count):
@@ -310,7 +310,7 @@ def make_both(out, vqgan_class):
         oracle.save(folder, name, np.concatenate(new), "<i4")
         oracle.save(folder, name + "_gap", gaps, "<f4")
         print(f"both {name}: {[len(set(p)) for p in new]} distinct of 64, least {min(gaps):.4f}")
-    oracle.save(folder, "greedy_pixels", oracle.pictures(vqgan, runs["greedy"][0]), "<f4")
+    oracle.save(folder, "greedy_pixels", oracle.images(vqgan, runs["greedy"][0]), "<f4")
     sentence = np.concatenate([[bos], ids[-WINDOW:].reshape(-1)])
     logits, _ = oracle.read_sequence(llama, sentence)
     nll = oracle.likelihoods(logits, sentence)

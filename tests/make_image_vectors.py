@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Makes tests/images: small PNG, JPEG and PNM files, and in index.txt what a correct reader, writer
 and resizer gives for them. Needs Pillow, release 12 or older, which is the reference (release 13
-resizes tall pictures in another order), with libjpeg-turbo 3.0.1 or later inside, and cjpeg; made
+resizes tall images in another order), with libjpeg-turbo 3.0.1 or later inside, and cjpeg; made
 with Pillow 12.3.0, its libjpeg-turbo 3.1.4.1, and cjpeg of libjpeg-turbo 2.1.5. The files are
 committed, so running the tests needs none of them.
 
@@ -9,14 +9,14 @@ committed, so running the tests needs none of them.
 
 Lines of index.txt:
     load FILE WIDTH HEIGHT HASH          HASH: FNV-1a 64 of the RGB bytes after convert('RGB')
-    upright FILE N WIDTH HEIGHT HASH     EXIF orientation N; the picture after exif_transpose
+    upright FILE N WIDTH HEIGHT HASH     EXIF orientation N; the image after exif_transpose
     turn FILE N                          a JPEG whose segments tell orientation N (0: none)
     bad FILE CODE TEXT                   loading fails with this code and TEXT in the message
-    resize KIND W H NEW_W NEW_H HASH     formula picture, resized with BICUBIC
-    crop KIND W H R HASH                 formula picture, short side resized to R, the middle cut out
-    size KIND W H BYTES                  formula picture, saved by Pillow at compress_level 6
+    resize KIND W H NEW_W NEW_H HASH     formula image, resized with BICUBIC
+    crop KIND W H R HASH                 formula image, short side resized to R, the middle cut out
+    size KIND W H BYTES                  formula image, saved by Pillow at compress_level 6
 
-The formula pictures (tests/test_images.c has the same in C), where lcg() steps the generator
+The formula images (tests/test_images.c has the same in C), where lcg() steps the generator
 s = s * 1664525 + 1013904223 mod 2^32 from s = 65537 w + h and gives s >> 24:
     noise      every byte lcg()
     gradient   255 x / max(w - 1, 1), 255 y / max(h - 1, 1), 255 (x + y) / max(w + h - 2, 1)
@@ -56,7 +56,7 @@ def fnv(data):
     return "%016x" % h
 
 
-# ---- Formula pictures
+# ---- Formula images
 
 def lcg_bytes(w, h):
     s = (65537 * w + h) & 0xFFFFFFFF
@@ -343,8 +343,8 @@ def make_bad_pnm():
     pnm("width_long.pgm", b"P5 00000000003 2 255\n" + bytes(6), "its width: a number too long")
     pnm("maximum_zero.ppm", b"P6 3 2 0\n" + bytes(18), "its maximum is 0: must be 1 to 65535")
     pnm("maximum_over.ppm", b"P6 3 2 65536\n" + bytes(36), "its maximum is 65536")
-    pnm("zero_width.pgm", b"P5 0 2 255\n", "a PNM picture of 0 x 2 pixels")
-    pnm("zero_height.pbm", b"P1 2 0\n", "a PNM picture of 2 x 0 pixels")
+    pnm("zero_width.pgm", b"P5 0 2 255\n", "a PNM image of 0 x 2 pixels")
+    pnm("zero_height.pbm", b"P1 2 0\n", "a PNM image of 2 x 0 pixels")
     pnm("large.ppm", b"P6 16384 16385 255\n", "16384 x 16385 pixels: must be 1 to 2^28")
     pnm("huge.pbm", b"P4 9999999999 9999999999\n", "9999999999 x 9999999999 pixels")
     pnm("bomb.pgm", b"P2 16384 16384 255\n0 0", "3 bytes of data cannot hold 16384 x 16384")
@@ -434,8 +434,8 @@ def make_bad():
     f = "FORMAT"
 
     bad("empty.png", b"", f, "is empty")
-    bad("text.png", b"hello, world\n", f, "is text, no picture")
-    bad("noise.png", b"\0\1\2\3", f, "is no picture that lvm knows")
+    bad("text.png", b"hello, world\n", f, "is text, no image")
+    bad("noise.png", b"\0\1\2\3", f, "is no image that lvm knows")
     bad("as_text.png", b"\x89PNG\n\x1a\n" + head[8:] + idat + END, f, "copied as text")
     bad("signature_only.png", SIGNATURE, f, "cut off before its end")
     bad("no_header.png", SIGNATURE + idat + END, f, "no header (IHDR)")
@@ -480,9 +480,9 @@ def make_bad():
     bad("adam7_filter.png", adam7 + chunk(b"IDAT", deflate(b"\0a\0b\0c\7def")) + END, f,
         "row 1 has filter 7")
     bad("adam7_less.png", adam7 + chunk(b"IDAT", deflate(b"\0a\0b\0c\0de")) + END, f,
-        "hold less than the picture")
+        "hold less than the image")
     bad("adam7_more.png", adam7 + chunk(b"IDAT", deflate(b"\0a\0b\0c\0defg")) + END, f,
-        "hold more than the picture")
+        "hold more than the image")
     bad("palette1_beyond.png", SIGNATURE + header(3, 2, PALETTE, 1) + chunk(b"PLTE", b"rgb") +
         chunk(b"IDAT", deflate(b"\0\x1f\0\x20")) + END, f, "row 1 uses a colour beyond")
     make_bad_streams(raw, packed)
@@ -504,10 +504,10 @@ def make_bad_streams(raw, packed):
     stream("zlib_early.png", packed[:5], early)
     stream("zlib_no_adler.png", packed[:-4], early)
     stream("zlib_adler.png", packed[:-1] + bytes([packed[-1] ^ 1]), "a wrong checksum")
-    stream("zlib_less.png", deflate(raw[:-1]), "hold less than the picture")
-    stream("zlib_more.png", deflate(raw + b"x"), "hold more than the picture")
-    stream("zlib_more_stored.png", deflate(raw + b"x", 0), "hold more than the picture")
-    stream("zlib_more_match.png", deflate(raw + bytes(400)), "hold more than the picture")
+    stream("zlib_less.png", deflate(raw[:-1]), "hold less than the image")
+    stream("zlib_more.png", deflate(raw + b"x"), "hold more than the image")
+    stream("zlib_more_stored.png", deflate(raw + b"x", 0), "hold more than the image")
+    stream("zlib_more_match.png", deflate(raw + bytes(400)), "hold more than the image")
     stream("stored_check.png", stored[:5] + b"\0" + stored[6:], damaged)
     stream("stored_early.png", stored[:9], early)
     stream("block_kind.png", b"\x78\x9c\x07" + body, damaged)
@@ -549,7 +549,7 @@ def make_kinds():
     kind("kind.pam", b"P7\nWIDTH 2\n", "PAM")
     kind("kind.pfm", b"Pf\n2 2\n-1\n", "PFM")
     kind("kind.svg", b"<svg xmlns=\"\">\n", "SVG")
-    bad("kind.txt", "\u00c4pfel\tund Birnen\r\n".encode(), "FORMAT", "is text, no picture")
+    bad("kind.txt", "\u00c4pfel\tund Birnen\r\n".encode(), "FORMAT", "is text, no image")
 
 
 def make_resizes():
@@ -671,13 +671,13 @@ def make_jpeg_colours():
 
 
 def make_jpeg_scans():
-    picture = scene(40, 35)
-    good("scans_sequential.jpg", cjpeg(picture, "-optimize", scans=["0", "1", "2"]))
-    good("scans_pair.jpg", cjpeg(picture, "-optimize", "-sample", "1x2", scans=["0,1", "2"]))
-    good("scans_bands.jpg", cjpeg(picture, scans=[
+    image = scene(40, 35)
+    good("scans_sequential.jpg", cjpeg(image, "-optimize", scans=["0", "1", "2"]))
+    good("scans_pair.jpg", cjpeg(image, "-optimize", "-sample", "1x2", scans=["0,1", "2"]))
+    good("scans_bands.jpg", cjpeg(image, scans=[
         "0: 0-0, 0, 0", "1,2: 0-0, 0, 0", "0: 1-2, 0, 0", "0: 3-63, 0, 0", "2: 1-63, 0, 0",
         "1: 1-8, 0, 0", "1: 9-9, 0, 0", "1: 10-63, 0, 0"]))
-    good("scans_bits.jpg", cjpeg(picture, "-restart", "3B", "-quality", "95", scans=[
+    good("scans_bits.jpg", cjpeg(image, "-restart", "3B", "-quality", "95", scans=[
         "0,1,2: 0-0, 0, 3", "0: 1-63, 0, 4", "1: 1-63, 0, 1", "0: 1-63, 4, 3", "0,1,2: 0-0, 3, 2",
         "2: 1-63, 0, 0", "0: 1-63, 3, 2", "0,1,2: 0-0, 2, 1", "0,1,2: 0-0, 1, 0",
         "0: 1-63, 2, 1", "1: 1-63, 1, 0", "0: 1-63, 1, 0"]))

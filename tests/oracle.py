@@ -58,7 +58,7 @@ def read_weights(folder):
 
 def precise_group_norm(norm, x):
     """What norm computes, with float64 inside. The float32 code of torch 1.13 on CPUs loses half
-    its digits when values drift along a group, as they do in pictures: 0.4 % of the deviation after
+    its digits when values drift along a group, as they do in images: 0.4 % of the deviation after
     conv_in of a 256-pixel photo, 1.7 % in its worst group. Its var_mean has no such fault."""
     return torch.nn.functional.groupnorm(
         x.double(), norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps).float()
@@ -117,7 +117,7 @@ def codes(vqgan, z):
 
 
 @torch.no_grad()
-def pictures(vqgan, ids):
+def images(vqgan, ids):
     """(n, T) -> (n, R, R, 3) float32, 0..1 where the decoder stays inside, not clamped."""
     rows = torch.as_tensor(np.asarray(ids), dtype=torch.long).split(1)
     return torch.cat([vqgan.decode_code(one) for one in rows]).permute(0, 2, 3, 1).numpy()

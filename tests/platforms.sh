@@ -1,7 +1,7 @@
 #!/bin/sh
 # lvm on the systems that this one can stand in for: a static program on musl, Windows by mingw-w64
 # and wine, AArch64 by qemu's user mode. Each is built without a warning, passes the small models'
-# golden vectors and the tests of pictures and of the operating system, and predicts and encodes the
+# golden vectors and the tests of images and of the operating system, and predicts and encodes the
 # very bytes that lvm does here in plain C. run_tests.sh calls it, having made ./lvm and the small
 # models; the last line is `platforms: N passed, N failed, N skipped`.
 #
@@ -79,7 +79,7 @@ static_musl() {
         -o "$work/$system/x.png"
 }
 
-# The emulator is slow: one of the small models, a fifth of the pictures, few rounds of the kernels.
+# The emulator is slow: one of the small models, a fifth of the images, few rounds of the kernels.
 aarch64() {
     build aarch64-linux-gnu-gcc "" || return
     compile aarch64-linux-gnu-gcc 1 test_kernels tests/test_kernels.c || return
@@ -101,7 +101,7 @@ windows_names() {
     mkdir -p "$folder/prompt.d" && cp $model "$folder/gewichte é.bin" &&
         cp $prompt "$folder/prompt.d" && echo old > "$folder/ö.png" || return 1
     check "a folder" "$wine" "$lvm" "$folder/gewichte é.bin" "$folder/prompt.d" -o "$folder/ö.png"
-    check "the same picture" cmp "$folder/ö.png" "$work/native/default.png"
+    check "the same image" cmp "$folder/ö.png" "$work/native/default.png"
     check "read, not mapped" "$wine" "$lvm" "$folder/gewichte é.bin" "$folder/prompt.d/0*.png" \
         --no-mmap -o "$folder/ü.png"
     check "the same again" cmp "$folder/ü.png" "$work/native/default.png"

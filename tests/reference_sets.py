@@ -4,9 +4,9 @@
 
 REFERENCE is a folder with rank.jsonl, eval/*.jsonl and golden/answers.json (see its own REPORT.md), LVM the
 program, WEIGHTS what convert.py made of the reference in its own types. On every puzzle the choice must be
-PyTorch's; likelihoods must agree within 1e-3 nats a token. A picture one of whose tokens lies between two
+PyTorch's; likelihoods must agree within 1e-3 nats a token. An image one of whose tokens lies between two
 equally near codes may differ, if TEST_GOLDEN --nll finds that token, takes the other code and has PyTorch's
-likelihood then; and among all pictures (--full) no more than one in forty. LINES (2) puzzles and lines of as
+likelihood then; and among all images (--full) no more than one in forty. LINES (2) puzzles and lines of as
 many sets, or with --full all.
 """
 import json
@@ -41,13 +41,13 @@ def run(name):
     return lines[:-1], lines[-1]
 
 
-def compare(name, got, want, pictures):
-    """Mean negative log-likelihoods of the last picture behind the others."""
+def compare(name, got, want, images):
+    """Mean negative log-likelihoods of the last image behind the others."""
     global compared
     compared += 1
     if abs(got - want) > 1e-3:
         print("differs: %s: %.5f nats a token, not %.5f" % (name, got, want))
-        ties.append(" ".join([repr(want)] + [os.path.join(reference, p) for p in pictures]))
+        ties.append(" ".join([repr(want)] + [os.path.join(reference, p) for p in images]))
     else:
         check(True, name)
 
@@ -59,8 +59,8 @@ for line, want, puzzle in zip(lines, answers["rank"], puzzles):
     best = want.index(min(want))
     check(line["answer"] == best, "puzzle %d: answer %d, not %d" % (line["line"], line["answer"], best))
     check(line["right"] == (best == puzzle["answer"]), "puzzle %d: right or not" % line["line"])
-    for picture, p, nll in zip(puzzle["choices"], line["perplexities"], want):
-        compare("puzzle %d, %s" % (line["line"], picture), math.log(p), nll, puzzle["input"] + [picture])
+    for image, p, nll in zip(puzzle["choices"], line["perplexities"], want):
+        compare("puzzle %d, %s" % (line["line"], image), math.log(p), nll, puzzle["input"] + [image])
 print("right answers: %d of %d" % (sums["right"], sums["of"]))
 if full:
     check(sums["right"] == answers["rank_right"], "as many right answers as PyTorch's")

@@ -4,7 +4,7 @@
 
 REFERENCE is a folder with golden/golden.json, golden/answers.json, eval/*.jsonl and rank.jsonl, as its
 own REPORT.md describes. OUT gets one folder a prompt (ids, gap, positions, logits, greedy, ... as .npy,
-pictures.txt) and answers.txt: a line "expected-nll picture picture ... target" for LINES (2) lines of
+images.txt) and answers.txt: a line "expected-nll image image ... target" for LINES (2) lines of
 each evaluation set and as many choices of as many puzzles, or with --full for all of them.
 """
 import array
@@ -28,10 +28,10 @@ def flat(rows):
     return [value for row in rows for value in row]
 
 
-def write_case(folder, reference, pictures, ids, gap, entry=None, greedy=None, pixels=None):
+def write_case(folder, reference, images, ids, gap, entry=None, greedy=None, pixels=None):
     os.makedirs(folder, exist_ok=True)
-    with open(os.path.join(folder, "pictures.txt"), "w") as f:
-        f.writelines(os.path.join(reference, p) + "\n" for p in pictures)
+    with open(os.path.join(folder, "images.txt"), "w") as f:
+        f.writelines(os.path.join(reference, p) + "\n" for p in images)
     shape = (len(ids), len(ids[0]))
     save(os.path.join(folder, "ids.npy"), flat(ids), "i", shape)
     save(os.path.join(folder, "gap.npy"), flat(gap), "f", shape)
@@ -51,8 +51,8 @@ def write_answers(path, reference, most):
     """Likelihoods of evaluation targets and puzzle choices; neighbours share prompts."""
     answers = json.load(open(os.path.join(reference, "golden", "answers.json")))
     with open(path, "w") as out:
-        def line(nll, pictures):
-            out.write(" ".join([repr(nll)] + [os.path.join(reference, p) for p in pictures]) + "\n")
+        def line(nll, images):
+            out.write(" ".join([repr(nll)] + [os.path.join(reference, p) for p in images]) + "\n")
 
         for task in sorted(answers["eval"]):
             lines = open(os.path.join(reference, "eval", task + ".jsonl")).read().split("\n")
@@ -71,7 +71,7 @@ def main():
     golden = json.load(open(os.path.join(reference, "golden", "golden.json")))
     for name, entry in golden["prompts"].items():
         greedy = golden["greedy"].get(name)
-        write_case(os.path.join(out, name), reference, entry["pictures"], entry["ids"],
+        write_case(os.path.join(out, name), reference, entry["images"], entry["ids"],
                    entry["distance_gap"], entry, greedy, greedy and "greedy_%s.npy" % name)
     for name, entry in golden["reconstructions"].items():
         write_case(os.path.join(out, name), reference, [entry["source"]], [entry["ids"]],

@@ -33,7 +33,7 @@ WEIGHTS = os.path.abspath(os.environ.get("WEIGHTS", os.path.join(TOP, "weights.b
 SANITIZED = bool(os.environ.get("SANITIZE"))
 TIMEOUT = 180 if SANITIZED else 60
 MEMORY = 2 << 30                          # address space that a hostile file may take
-T, CODES, WINDOW = 64, 256, 4             # of the small model: tokens a picture, codes, pictures
+T, CODES, WINDOW = 64, 256, 4             # of the small model: tokens an image, codes, images
 REPORTS = ("ERROR: AddressSanitizer", "ERROR: LeakSanitizer", "runtime error:",
            "WARNING: ThreadSanitizer")
 F32, F16, Q4_0, Q8_0 = 0, 1, 2, 8         # GGUF's numbers
@@ -66,7 +66,7 @@ def png(width, height, rows):
     return (png_header(width, height) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
 
 
-def picture(seed, width=40, height=36):
+def image(seed, width=40, height=36):
     """An RGB PNG with a gradient and some noise that the seed chooses."""
     rng = random.Random(seed)
     a, b, c = (rng.randrange(1, 9) for _ in range(3))
@@ -200,7 +200,7 @@ class Case(unittest.TestCase):
         golden = os.path.join(TESTS, "golden", "both")
         cls.convert(cls.weights, "--llama", os.path.join(golden, "llama"), "--vqgan",
                     os.path.join(golden, "vqgan"))
-        cls.pictures = [write(os.path.join(cls.shared, "p%d.png" % i), picture(i))
+        cls.images = [write(os.path.join(cls.shared, "p%d.png" % i), image(i))
                         for i in range(4)]
 
     @classmethod
@@ -272,7 +272,7 @@ class Case(unittest.TestCase):
         return err
 
     def predict(self, *args, **how):
-        """The bytes of the one picture that a prediction writes."""
+        """The bytes of the one image that a prediction writes."""
         args += ("-o", "once.png") + (() if "-j" in args else ("-j", "1"))
         self.assertEqual(self.lines(self.weights, *args, **how), ["once.png"])
         return read(self.path("once.png"))
@@ -307,7 +307,7 @@ class Commands(Case):
     def test_info(self):
         text = self.good("info", self.weights).decode()
         for word in ("both.bin", str(os.path.getsize(self.weights)), "32 x 32 pixels", "256 codes",
-                     "2 layers", "width 64", "vocabulary 260", "256 tokens = 4 pictures", "bos 256",
+                     "2 layers", "width 64", "vocabulary 260", "256 tokens = 4 images", "bos 256",
                      "f16", "bf16"):
             self.assertIn(word, text)
         self.assertEqual(self.good("info", self.weights, "--no-mmap").decode(), text)
@@ -323,35 +323,35 @@ class Commands(Case):
         self.convert(self.path("v.bin"), "--vqgan", os.path.join(golden, "vqgan"))
         self.assertIn("tokenizer     none", self.good("info", "t.bin").decode())
         self.assertIn("transformer   none", self.good("info", "v.bin").decode())
-        self.assertEqual(self.good("encode", "v.bin", self.pictures[0]),
-                         self.good("encode", self.weights, self.pictures[0]))
-        self.bad(1, ["v.bin", "no transformer"], "v.bin", self.pictures[0])
-        self.bad(1, ["t.bin", "no tokenizer"], "t.bin", self.pictures[0])
-        self.bad(1, ["t.bin", "no tokenizer"], "encode", "t.bin", self.pictures[0])
+        self.assertEqual(self.good("encode", "v.bin", self.images[0]),
+                         self.good("encode", self.weights, self.images[0]))
+        self.bad(1, ["v.bin", "no transformer"], "v.bin", self.images[0])
+        self.bad(1, ["t.bin", "no tokenizer"], "t.bin", self.images[0])
+        self.bad(1, ["t.bin", "no tokenizer"], "encode", "t.bin", self.images[0])
         self.put("ids", b"1 " * 256)
         self.bad(1, ["t.bin", "no tokenizer"], "decode", "t.bin", "ids")
 
     def test_encode(self):
-        out = self.lines("encode", self.weights, *self.pictures)
-        self.assertEqual(len(out), len(self.pictures))
+        out = self.lines("encode", self.weights, *self.images)
+        self.assertEqual(len(out), len(self.images))
         for line in out:
             ids = [int(n) for n in line.split(" ")]
             self.assertEqual(len(ids), T)
             self.assertTrue(all(0 <= n < CODES for n in ids))
-        self.assertEqual(len(set(out)), len(out), "different pictures, the same tokens")
-        self.assertEqual(self.lines("encode", self.weights, self.pictures[2]), out[2:3])
+        self.assertEqual(len(set(out)), len(out), "different images, the same tokens")
+        self.assertEqual(self.lines("encode", self.weights, self.images[2]), out[2:3])
 
     def test_encode_to_a_file(self):
-        out = self.good("encode", self.weights, *self.pictures)
-        self.assertEqual(self.lines("encode", self.weights, "-o", "ids", *self.pictures), ["ids"])
+        out = self.good("encode", self.weights, *self.images)
+        self.assertEqual(self.lines("encode", self.weights, "-o", "ids", *self.images), ["ids"])
         self.assertEqual(read(self.path("ids")), out)
-        self.good("encode", self.weights, self.pictures[0], "--output=ids")
+        self.good("encode", self.weights, self.images[0], "--output=ids")
         self.assertEqual(read(self.path("ids")), out.splitlines(True)[0])
-        self.assertEqual(self.good("encode", self.weights, *(self.pictures + ["-o", "-"])), out)
+        self.assertEqual(self.good("encode", self.weights, *(self.images + ["-o", "-"])), out)
         self.assertEqual(os.listdir(self.folder), ["ids"])
 
     def test_decode(self):
-        ids = self.good("encode", self.weights, *self.pictures[:2])
+        ids = self.good("encode", self.weights, *self.images[:2])
         self.put("ids", ids)
         self.assertEqual(self.lines("decode", self.weights, "ids", "-o", "d.png"),
                          ["d-1.png", "d-2.png"])
@@ -366,29 +366,29 @@ class Commands(Case):
         self.assertEqual(read(self.path("in.png")), read(self.path("out.png")))
 
     def test_standard_output(self):
-        one = self.predict(self.pictures[0])
-        self.assertEqual(self.good(self.weights, self.pictures[0], "-o", "-"), one)
-        ids = self.good("encode", self.weights, self.pictures[0])
+        one = self.predict(self.images[0])
+        self.assertEqual(self.good(self.weights, self.images[0], "-o", "-"), one)
+        ids = self.good("encode", self.weights, self.images[0])
         self.good("decode", self.weights, "-", "-o", "d.png", data=ids)
         self.assertEqual(self.good("decode", self.weights, "-", "-o", "-", data=ids),
                          read(self.path("d.png")))
-        self.bad(2, "-o", self.weights, self.pictures[0], "-o", "-", "-n", "2")
+        self.bad(2, "-o", self.weights, self.images[0], "-o", "-", "-n", "2")
         self.assertEqual(sorted(os.listdir(self.folder)), ["d.png", "once.png"])
 
     def test_predict(self):
-        self.assertEqual(self.lines(self.weights, self.pictures[0]), ["out.png"])
+        self.assertEqual(self.lines(self.weights, self.images[0]), ["out.png"])
         self.assertEqual(png_size(read(self.path("out.png"))), (32, 32))
-        self.assertEqual(self.predict(self.pictures[0]), read(self.path("out.png")))
+        self.assertEqual(self.predict(self.images[0]), read(self.path("out.png")))
         os.mkdir(self.path("a.b"))
-        self.assertEqual(self.lines("predict", self.weights, self.pictures[0], "-oa.b/../c.png"),
+        self.assertEqual(self.lines("predict", self.weights, self.images[0], "-oa.b/../c.png"),
                          ["a.b/../c.png"])
-        self.assertEqual(self.lines("predict", self.weights, self.pictures[0], "-o", "c"), ["c"])
+        self.assertEqual(self.lines("predict", self.weights, self.images[0], "-o", "c"), ["c"])
         self.assertEqual(read(self.path("c")), read(self.path("out.png")))
-        self.assertEqual(self.lines("-o", "d.png", self.weights, "--", self.pictures[0]), ["d.png"])
+        self.assertEqual(self.lines("-o", "d.png", self.weights, "--", self.images[0]), ["d.png"])
 
     def test_names_of_several(self):
         def names(*args):
-            return self.lines(self.weights, self.pictures[0], "-q", "-j", "1", *args)
+            return self.lines(self.weights, self.images[0], "-q", "-j", "1", *args)
         self.assertEqual(names("-n", "3"), ["out-1.png", "out-2.png", "out-3.png"])
         self.assertEqual(names("-c", "2"), ["out-1a.png", "out-1b.png"])
         os.mkdir(self.path("a.b"))
@@ -402,21 +402,21 @@ class Commands(Case):
     def test_folder_in_natural_order(self):
         os.mkdir(self.path("f"))
         for name, i in (("f/2.png", 1), ("f/10.png", 2), ("f/1.png", 0), ("f/11.PNG", 3)):
-            self.put(name, picture(i))
-        self.put("f/notes.txt", b"not a picture")
+            self.put(name, image(i))
+        self.put("f/notes.txt", b"not an image")
         os.mkdir(self.path("f/truth"))
-        ids = self.good("encode", self.weights, *self.pictures)
+        ids = self.good("encode", self.weights, *self.images)
         self.assertEqual(self.good("encode", self.weights, "f"), ids)
         self.assertEqual(self.good("encode", self.weights, "f/"), ids)
-        self.assertEqual(self.good("encode", self.weights, self.pictures[3], "f"),
+        self.assertEqual(self.good("encode", self.weights, self.images[3], "f"),
                          ids.splitlines(True)[3] + ids)
-        self.assertEqual(self.predict("f/1.png", "f", "-q"), self.predict("-q", *self.pictures))
+        self.assertEqual(self.predict("f/1.png", "f", "-q"), self.predict("-q", *self.images))
 
-    def test_more_pictures_than_the_window(self):
-        many = [self.pictures[i % 4] for i in range(40)]
+    def test_more_images_than_the_window(self):
+        many = [self.images[i % 4] for i in range(40)]
         code, out, err = self.run_lvm(self.weights, *many)
         self.assertEqual((code, out), (0, b"out.png\n"))
-        self.assertRegex(err, r"\Alvm: note: 40 pictures given, the last 3 count .*4\)\n\Z")
+        self.assertRegex(err, r"\Alvm: note: 40 images given, the last 3 count .*4\)\n\Z")
         self.assertEqual(self.predict(*(many + ["--quiet"])), read(self.path("out.png")))
         self.assertEqual(self.predict(*many[-3:]), read(self.path("out.png")))
 
@@ -446,7 +446,7 @@ class Commands(Case):
             self.assertIn("lvm ", self.good("help", command).decode())
 
     def test_sliding_window(self):
-        args = [self.weights, "-j1", "--greedy"] + self.pictures[:3]
+        args = [self.weights, "-j1", "--greedy"] + self.images[:3]
         self.lines(*(args + ["-n", "6", "-o", "s.png"]))
         self.lines(*(args + ["-n", "2", "-o", "t.png"]))
         for i in "12":
@@ -455,27 +455,27 @@ class Commands(Case):
 
 class Repeatable(Case):
     def test_greedy(self):
-        greedy = self.predict(self.pictures[0], "--greedy")
-        self.assertEqual(self.predict(self.pictures[0], "--greedy", "-s", "7", "-t", "5"), greedy)
-        self.assertEqual(self.predict(self.pictures[0], "-k", "1"), greedy)
+        greedy = self.predict(self.images[0], "--greedy")
+        self.assertEqual(self.predict(self.images[0], "--greedy", "-s", "7", "-t", "5"), greedy)
+        self.assertEqual(self.predict(self.images[0], "-k", "1"), greedy)
 
     def test_seed(self):
-        default = self.predict(self.pictures[0])
-        self.assertEqual(self.predict(self.pictures[0]), default)
-        self.assertEqual(self.predict(self.pictures[0], "-s", "1"), default)
-        others = {self.predict(self.pictures[0], "-s", s)
+        default = self.predict(self.images[0])
+        self.assertEqual(self.predict(self.images[0]), default)
+        self.assertEqual(self.predict(self.images[0], "-s", "1"), default)
+        others = {self.predict(self.images[0], "-s", s)
                   for s in ("0", "2", "18446744073709551615")}
-        self.assertEqual(len(others | {default}), 4, "seeds that give the same picture")
+        self.assertEqual(len(others | {default}), 4, "seeds that give the same image")
 
     def test_sampling_options_matter(self):
         def of(*args):
-            return self.predict(self.pictures[0], *args)
-        pictures = [of(), of("-t", "3"), of("-p", "0.3"), of("-k", "3"), of("--greedy")]
-        self.assertEqual(len(set(pictures)), len(pictures))
-        self.assertEqual(of("-t1", "-p0.9", "-k0"), pictures[0])
+            return self.predict(self.images[0], *args)
+        images = [of(), of("-t", "3"), of("-p", "0.3"), of("-k", "3"), of("--greedy")]
+        self.assertEqual(len(set(images)), len(images))
+        self.assertEqual(of("-t1", "-p0.9", "-k0"), images[0])
 
     def test_threads_and_candidates(self):
-        args = self.pictures[:2] + ["-n", "3"]
+        args = self.images[:2] + ["-n", "3"]
         self.lines(self.weights, *(args + ["-j", "1", "-o", "r.png"]))
         want = [read(self.path("r-%d.png" % i)) for i in (1, 2, 3)]
         for threads in ("3",) if SANITIZED else ("2", "3", "5"):
@@ -485,32 +485,32 @@ class Repeatable(Case):
                 got = [read(self.path("x-%d%s.png" % (i, letter))) for i in (1, 2, 3)]
                 self.assertEqual(got, want, "%s threads, %s candidates" % (threads, candidates))
         self.assertNotEqual(read(self.path("x-1b.png")), want[0])
-        ids = {self.good("encode", self.weights, "-j", n, *self.pictures) for n in "1235"}
+        ids = {self.good("encode", self.weights, "-j", n, *self.images) for n in "1235"}
         self.assertEqual(len(ids), 1)
 
     def test_reading_and_exact(self):
         self.good("quantize", self.weights, "q.bin", "--type", "q8_0", "--vq-type", "q8_0")
         for weights in (self.weights, "q.bin"):
             def of(*args):
-                self.lines(weights, self.pictures[0], self.pictures[1], "-o", "x.png", *args)
+                self.lines(weights, self.images[0], self.images[1], "-o", "x.png", *args)
                 return read(self.path("x.png"))
             self.assertEqual(of("--no-mmap"), of())
             self.assertEqual(of("--exact", "--no-mmap"), of("--exact"))
         for kv in ("f32", "f16", "q8_0"):
-            self.assertEqual(self.predict(self.pictures[0], "--kv", kv),
-                             self.predict(self.pictures[0], "--kv", kv, "-j", "3"))
+            self.assertEqual(self.predict(self.images[0], "--kv", kv),
+                             self.predict(self.images[0], "--kv", kv, "-j", "3"))
 
     def test_instruction_sets(self):
         err = self.bad(1, ["LVM_ISA", "bogus"], "--version", env={"LVM_ISA": "bogus"})
         isas = re.search(r"runs (.+)\n", err).group(1).split(", ")
         self.assertIn("scalar", isas)
-        self.bad(1, ["LVM_ISA", "bogus"], self.weights, self.pictures[0], env={"LVM_ISA": "bogus"})
+        self.bad(1, ["LVM_ISA", "bogus"], self.weights, self.images[0], env={"LVM_ISA": "bogus"})
         self.bad(1, ["LVM_ISA", "bogus"], "info", self.weights, env={"LVM_ISA": "bogus"})
         for isa in isas:
             env = {"LVM_ISA": isa}
             self.assertIn(isa.encode(), self.good("--version", env=env))
-            one = self.predict(self.pictures[0], "--greedy", "-j", "1", env=env)
-            self.assertEqual(self.predict(self.pictures[0], "--greedy", "-j", "3", env=env), one)
+            one = self.predict(self.images[0], "--greedy", "-j", "1", env=env)
+            self.assertEqual(self.predict(self.images[0], "--greedy", "-j", "3", env=env), one)
 
 
 class Quantize(Case):
@@ -538,7 +538,7 @@ class Quantize(Case):
         self.predict_with("v.bin")
 
     def predict_with(self, weights):
-        self.assertEqual(self.lines(weights, self.pictures[0], "-j1", "-o", "q.png"), ["q.png"])
+        self.assertEqual(self.lines(weights, self.images[0], "-j1", "-o", "q.png"), ["q.png"])
         self.assertEqual(png_size(read(self.path("q.png"))), (32, 32))
 
     def test_rules(self):
@@ -603,7 +603,7 @@ class Usage(Case):
         self.bad(2, "help info", "info", self.weights, "more")
 
     def test_unknown_options(self):
-        p = self.pictures[0]
+        p = self.images[0]
         for args, word in (((self.weights, p, "--nope"), "--nope"), ((self.weights, p, "-x"), "-x"),
                            ((self.weights, p, "--greedyx"), "--greedyx"),
                            ((self.weights, p, "--gree"), "--gree"),
@@ -631,7 +631,7 @@ class Usage(Case):
             "--top-k": ("-1",), "--seed": ("x",), "--threads": ("0",)}
         for option, values in wrong.items():
             for value in values:
-                args = [self.weights, self.pictures[0], option, value]
+                args = [self.weights, self.images[0], option, value]
                 if option.startswith("--"):
                     self.bad(2, [option], *(args[:2] + [option + "=" + value]))
                 self.bad(2, [option, '"%s"' % value if option != "--kv" else option], *args)
@@ -641,33 +641,33 @@ class Usage(Case):
     def test_limits_work(self):
         for args in (("-t", "0.001"), ("-t", "100"), ("-p", "1"), ("-p", "0.000001"),
                      ("-k", "1048576"), ("-k", "1"), ("-c", "64"), ("-n", "30")):
-            self.lines(self.weights, self.pictures[0], "-j", "1", *args)
-        self.good("encode", self.weights, self.pictures[0], "-j", "64")
+            self.lines(self.weights, self.images[0], "-j", "1", *args)
+        self.good("encode", self.weights, self.images[0], "-j", "64")
 
     def test_values_missing_or_too_many(self):
         for option in ("-o", "-n", "-c", "-t", "-p", "-k", "-s", "-j", "--kv", "--output"):
-            self.bad(2, [option, "needs a value"], self.weights, self.pictures[0], option)
+            self.bad(2, [option, "needs a value"], self.weights, self.images[0], option)
         for option in ("--greedy=1", "--quiet=0", "--exact=", "-qq", "--no-mmap=yes"):
-            self.bad(2, [option, "takes no value"], self.weights, self.pictures[0], option)
+            self.bad(2, [option, "takes no value"], self.weights, self.images[0], option)
 
 
 # ---- files that are not what they should be ------------------------------------------------------
 
-class Pictures(Case):
-    def refuse(self, words, *pictures):
-        self.bad(1, words, "encode", self.weights, *pictures)
-        self.bad(1, words, self.weights, *pictures)
+class Images(Case):
+    def refuse(self, words, *images):
+        self.bad(1, words, "encode", self.weights, *images)
+        self.bad(1, words, self.weights, *images)
 
     def test_missing_empty_and_foreign(self):
         self.refuse(["none.png", "No such file"], "none.png")
-        self.refuse(["none.png", "No such file"], self.pictures[0], "none.png", self.pictures[1])
+        self.refuse(["none.png", "No such file"], self.images[0], "none.png", self.images[1])
         self.put("empty.png", b"")
         self.refuse(["empty.png", "empty"], "empty.png")
         self.put("text.png", b"This is only text.\n" * 9)
-        self.refuse(["text.png", "no picture"], "text.png")
-        self.refuse(["both.bin", "no picture"], self.weights)
+        self.refuse(["text.png", "no image"], "text.png")
+        self.refuse(["both.bin", "no image"], self.weights)
         os.mkdir(self.path("folder"))
-        self.refuse(["folder", "no pictures"], "folder")
+        self.refuse(["folder", "no images"], "folder")
         self.put("folder/bad.png", b"bad")
         self.refuse(["folder/bad.png"], "folder")
         self.refuse(["/dev/null", "regular file"], "/dev/null")
@@ -675,7 +675,7 @@ class Pictures(Case):
         self.refuse(["loop.png", "symbolic link"], "loop.png")
 
     def test_vectors(self):
-        """Every damaged picture of tests/images, by the words that its index asks for."""
+        """Every damaged image of tests/images, by the words that its index asks for."""
         folder, count = os.path.join(TESTS, "images"), 0
         with open(os.path.join(folder, "index.txt"), encoding="utf-8") as f:
             for line in f:
@@ -711,7 +711,7 @@ class Pictures(Case):
             self.refuse(["p.png", name, "PNG"], "p.png")
 
     def test_truncated(self):
-        whole = picture(9, 60, 50)
+        whole = image(9, 60, 50)
         for i in range(50):
             self.put("cut.png", whole[:i * (len(whole) - 1) // 49])
             self.bad(1, "cut.png", "encode", self.weights, "cut.png")
@@ -726,11 +726,11 @@ class Pictures(Case):
             self.bad(1, ["bomb.png", words], "encode", self.weights, "bomb.png",
                      preexec_fn=limit_memory)
         self.put("more.png", png(10, 10, bytes(50 << 20)))
-        self.bad(1, ["more.png", "more than the picture"], "encode", self.weights, "more.png")
+        self.bad(1, ["more.png", "more than the image"], "encode", self.weights, "more.png")
 
     def test_odd_sizes(self):
         for w, h in ((1, 1), (1, 500), (500, 1), (31, 33)):
-            self.put("odd.png", picture(1, w, h))
+            self.put("odd.png", image(1, w, h))
             self.assertEqual(len(self.good("encode", self.weights, "odd.png").split()), T)
 
     def test_exif(self):
@@ -786,7 +786,7 @@ class Weights(Case):
     def refuse(self, data, words, *options):
         self.put("w.bin", data)
         self.bad(1, ["w.bin"] + ([words] if isinstance(words, str) else words), "encode", "w.bin",
-                 self.pictures[0], *options, preexec_fn=limit_memory)
+                 self.images[0], *options, preexec_fn=limit_memory)
 
     def changed(self, words, change):
         """change(g) spoils the small model; the message must hold words and the file's name."""
@@ -810,11 +810,11 @@ class Weights(Case):
 
     def test_missing_empty_and_foreign(self):
         for command in ("info", "encode", "predict"):
-            rest = [] if command == "info" else self.pictures[:1]
+            rest = [] if command == "info" else self.images[:1]
             self.bad(1, ["none.bin", "No such file"], command, "none.bin", *rest)
             self.bad(1, [".", "regular file"], command, ".", *rest)
             self.bad(1, ["/dev/null", "regular file"], command, "/dev/null", *rest)
-            self.bad(1, ["p0.png", "not a weights file"], command, self.pictures[0], *rest)
+            self.bad(1, ["p0.png", "not a weights file"], command, self.images[0], *rest)
         for options in ((), ("--no-mmap",)):
             self.refuse(b"", "empty", *options)
             self.refuse(b"GGU", "not a weights file", *options)
@@ -833,7 +833,7 @@ class Weights(Case):
             self.refuse(whole[:n], words)
             self.refuse(whole[:n], "truncated" if n > head else words, "--no-mmap")
         self.put("w.bin", whole[:-64])
-        self.bad(1, "w.bin", "w.bin", self.pictures[0])
+        self.bad(1, "w.bin", "w.bin", self.images[0])
         self.bad(1, "w.bin", "quantize", "w.bin", "x.bin")
 
     def test_counts(self):
@@ -982,19 +982,19 @@ class Weights(Case):
         g = Gguf(read(self.weights))
         g.key(b"lvm.context_length", U32, u32(1 << 20))
         self.put("w.bin", g.bytes())
-        self.lines("w.bin", self.pictures[0])
+        self.lines("w.bin", self.images[0])
 
     def test_contexts_too_short(self):
         for n in (1, 63, 64, 127):
             g = Gguf(read(self.weights))
             g.key(b"lvm.context_length", U32, u32(n))
             self.put("w.bin", g.bytes())
-            if n == 64 or n == 127:      # a window of one picture: nothing of the prompt is left
-                code, _, err = self.run_lvm("w.bin", self.pictures[0])
+            if n == 64 or n == 127:      # a window of one image: nothing of the prompt is left
+                code, _, err = self.run_lvm("w.bin", self.images[0])
                 self.assertIn(code, (0, 1))
                 self.assertTrue(code == 0 or "context" in err)
             else:
-                self.bad(1, ["w.bin", "context"], "w.bin", self.pictures[0])
+                self.bad(1, ["w.bin", "context"], "w.bin", self.images[0])
 
     def test_flipped_bits(self):
         rng, whole = random.Random(11), read(self.weights)
@@ -1010,7 +1010,7 @@ class Weights(Case):
                 self.assertIn("w.bin", err)
 
     def test_any_numbers_as_weights(self):
-        """NaN, infinity and noise in every tensor: some picture or an error, never a crash."""
+        """NaN, infinity and noise in every tensor: some image or an error, never a crash."""
         rng, whole = random.Random(3), read(self.weights)
         start = (Gguf(whole).head + 63) // 64 * 64
         n = len(whole) - start
@@ -1018,7 +1018,7 @@ class Weights(Case):
         for fill in (b"\xff" * n, b"\0" * n, b"\x7f\x80" * (n // 2), noise):
             self.put("w.bin", whole[:start] + fill)
             for args in ((), ("--greedy",), ("--kv", "q8_0"), ("-k", "5", "-c", "2")):
-                code, _, err = self.run_lvm("w.bin", self.pictures[0], "-j", "1", *args)
+                code, _, err = self.run_lvm("w.bin", self.images[0], "-j", "1", *args)
                 self.assertIn(code, (0, 1), err)
 
 
@@ -1027,7 +1027,7 @@ class Weights(Case):
 class Outputs(Case):
     def test_an_output_that_is_an_input(self):
         shutil.copy(self.weights, self.path("w.bin"))
-        shutil.copy(self.pictures[0], self.path("a.png"))
+        shutil.copy(self.images[0], self.path("a.png"))
         os.link(self.path("a.png"), self.path("hard.png"))
         before = read(self.path("a.png"))
         for name in ("a.png", "./a.png", "hard.png"):
@@ -1037,7 +1037,7 @@ class Outputs(Case):
         self.bad(1, ["w.bin", "weights"], "encode", "w.bin", "a.png", "-o", "w.bin")
         self.put("ids", self.good("encode", "w.bin", "a.png"))
         self.bad(1, ["ids", "input"], "decode", "w.bin", "ids", "-o", "ids")
-        shutil.copy(self.pictures[1], self.path("out-2.png"))
+        shutil.copy(self.images[1], self.path("out-2.png"))
         self.bad(1, ["out-2.png", "input"], "w.bin", "out-2.png", "-n", "3")
         self.assertEqual(read(self.path("a.png")), before)
         self.assertEqual(read(self.path("w.bin")), read(self.weights))
@@ -1048,33 +1048,33 @@ class Outputs(Case):
         if os.geteuid() != 0:
             os.mkdir(self.path("locked"), 0o555)
             places.append("locked/x.png")
-        self.put("ids", self.good("encode", self.weights, self.pictures[0]))
+        self.put("ids", self.good("encode", self.weights, self.images[0]))
         for place in places:
             words = [place, "cannot be written"]
-            self.bad(1, words, self.weights, self.pictures[0], "-o", place)
-            self.bad(1, words, "encode", self.weights, self.pictures[0], "-o", place)
+            self.bad(1, words, self.weights, self.images[0], "-o", place)
+            self.bad(1, words, "encode", self.weights, self.images[0], "-o", place)
             self.bad(1, words, "decode", self.weights, "ids", "-o", place)
 
     def test_full_disk(self):
         self.put("x.png", b"precious")
         limit = {"preexec_fn": lambda: ignore_file_limit(16)}
-        self.put("ids", self.good("encode", self.weights, self.pictures[0]))
-        for command in ([self.weights, self.pictures[0]], ["decode", self.weights, "ids"],
-                        ["encode", self.weights, self.pictures[0]]):
+        self.put("ids", self.good("encode", self.weights, self.images[0]))
+        for command in ([self.weights, self.images[0]], ["decode", self.weights, "ids"],
+                        ["encode", self.weights, self.images[0]]):
             self.bad(1, ["x.png", "cannot be written"], *(command + ["-o", "x.png"]), **limit)
             self.assertEqual(read(self.path("x.png")), b"precious")
 
     def test_full_device(self):
         os.symlink("/dev/full", self.path("full.png"))     # should it be replaced, only the link is
         for command in ("predict", "encode"):
-            self.bad(1, ["full.png", "cannot be written"], command, self.weights, self.pictures[0],
+            self.bad(1, ["full.png", "cannot be written"], command, self.weights, self.images[0],
                      "-o", "full.png")
             self.assertTrue(os.path.islink(self.path("full.png")))
 
     def test_full_standard_output(self):
-        commands = (["encode", self.weights, self.pictures[0]], ["info", self.weights],
+        commands = (["encode", self.weights, self.images[0]], ["info", self.weights],
                     ["info", self.weights, "--tensors"], ["help"], ["help", "encode"],
-                    ["--version"], ["--help"], [self.weights, self.pictures[0], "-o", "x.png"],
+                    ["--version"], ["--help"], [self.weights, self.images[0], "-o", "x.png"],
                     ["quantize", self.weights, "q.bin", "--force"])
         for args in commands:
             with open("/dev/full", "wb") as full:
@@ -1085,7 +1085,7 @@ class Outputs(Case):
         self.assertEqual(png_size(read(self.path("x.png"))), (32, 32))
 
     def test_closed_pipe(self):
-        for args in (["encode", self.weights] + self.pictures, ["info", self.weights, "--tensors"]):
+        for args in (["encode", self.weights] + self.images, ["info", self.weights, "--tensors"]):
             reader, writer = os.pipe()
             os.close(reader)
             code, _, _ = self.run_lvm(*args, stdout=writer)
@@ -1093,8 +1093,8 @@ class Outputs(Case):
             self.assertIn(code, (1, -signal.SIGPIPE))
 
     def test_other_closed_streams(self):
-        whole = self.predict(self.pictures[0])
-        code, out, _ = self.run_lvm(self.weights, self.pictures[0], stdin=None, stderr=None,
+        whole = self.predict(self.images[0])
+        code, out, _ = self.run_lvm(self.weights, self.images[0], stdin=None, stderr=None,
                                     preexec_fn=lambda: (os.close(0), os.close(2)))
         self.assertEqual((code, out), (0, b"out.png\n"))
         self.assertEqual(read(self.path("out.png")), whole)
@@ -1107,7 +1107,7 @@ class Interruption(Case):
 
     def test_interrupt(self):
         for moment in (0, 0.05, 1):
-            p = self.start(self.weights, self.pictures[0], *self.LONG, preexec_fn=heed_interrupts)
+            p = self.start(self.weights, self.images[0], *self.LONG, preexec_fn=heed_interrupts)
             time.sleep(moment * (4 if SANITIZED else 1))
             p.send_signal(signal.SIGINT)
             code, out, err = self.finish(p)
@@ -1119,7 +1119,7 @@ class Interruption(Case):
                 self.assertRegex(err, r"\Alvm: cancelled[^\n]*\n\Z")
 
     def test_terminate(self):
-        p = self.start(self.weights, self.pictures[0], *self.LONG)
+        p = self.start(self.weights, self.images[0], *self.LONG)
         time.sleep(0.2)
         p.terminate()
         self.assertNotEqual(self.finish(p)[0], 0)
@@ -1128,7 +1128,7 @@ class Interruption(Case):
     def on_terminal(self, *args):
         """Standard error of a run that has a terminal there."""
         ours, theirs = pty.openpty()
-        p = self.start(self.weights, self.pictures[0], *args, stderr=theirs)
+        p = self.start(self.weights, self.images[0], *args, stderr=theirs)
         os.close(theirs)
         seen = b""
         try:
@@ -1177,7 +1177,7 @@ class Shipped(Case):
 
     def test_info(self):
         text = self.good("info", WEIGHTS).decode()
-        for word in ("256 x 256 pixels -> 16 x 16 of 8192 codes", "= 16 pictures"):
+        for word in ("256 x 256 pixels -> 16 x 16 of 8192 codes", "= 16 images"):
             self.assertIn(word, text)
 
     def test_encode(self):

@@ -91,7 +91,7 @@ struct world {
     lvm_model *m, *lm;
     lvm_ctx *ctx;
     uint8_t rgb[2][3 * 40 * 36];
-    lvm_image picture[2];
+    lvm_image image[2];
     void *file;               /* BOTH in memory */
     size_t file_size;
     uint64_t hash;
@@ -107,18 +107,18 @@ static void note(struct world *w, const void *data, size_t n) {
     w->hash = hash_of(w->hash, data, n);
 }
 
-static void note_picture(struct world *w, lvm_image *image) {
+static void note_image(struct world *w, lvm_image *image) {
     note(w, &image->width, sizeof image->width);
     note(w, image->rgb, 3 * (size_t)image->width * (size_t)image->height);
     lvm_image_free(image);
 }
 
-/* What was made of pictures; a call that failed must have left them empty. */
-static int note_pictures(struct world *w, lvm_image *out, int n, int code) {
+/* What was made of images; a call that failed must have left them empty. */
+static int note_images(struct world *w, lvm_image *out, int n, int code) {
     int made = 0;
     for (int i = 0; i < n; i++) {
         made += out[i].rgb != NULL;
-        note_picture(w, &out[i]);
+        note_image(w, &out[i]);
     }
     return made == (code == LVM_OK ? n : 0) ? code : -1;
 }
@@ -172,7 +172,7 @@ static int job_new(struct world *w, lvm_error *error) {
 
 static int job_encode(struct world *w, lvm_error *error) {
     int32_t ids[2 * T];
-    int code = lvm_encode(w->ctx, w->picture, 2, ids, error);
+    int code = lvm_encode(w->ctx, w->image, 2, ids, error);
     if (code == LVM_OK) note(w, ids, sizeof ids);
     return code;
 }
@@ -181,7 +181,7 @@ static int job_decode(struct world *w, lvm_error *error) {
     int32_t ids[2 * T];
     lvm_image out[2];
     fill_ids(ids, 2 * T);
-    return note_pictures(w, out, 2, lvm_decode(w->ctx, ids, 2, out, error));
+    return note_images(w, out, 2, lvm_decode(w->ctx, ids, 2, out, error));
 }
 
 /* The context is a fresh one of LLAMA in the next three; its prompt takes two pages. */
@@ -215,15 +215,15 @@ static int job_generate(struct world *w, lvm_error *error) {
 
 static int job_predict(struct world *w, lvm_error *error) {
     lvm_image out[2];
-    return note_pictures(w, out, 2, lvm_predict(w->ctx, w->picture, 2, NULL, 2, 1, out, error));
+    return note_images(w, out, 2, lvm_predict(w->ctx, w->image, 2, NULL, 2, 1, out, error));
 }
 
 static int job_load(struct world *w, lvm_error *error) {
     lvm_image image;
-    return note_pictures(w, &image, 1, lvm_image_load(in_folder(w, "a.png"), &image, error));
+    return note_images(w, &image, 1, lvm_image_load(in_folder(w, "a.png"), &image, error));
 }
 
-/* Every reader of pictures. */
+/* Every reader of images. */
 static int job_load_kinds(struct world *w, lvm_error *error) {
     static const char *const names[] = {"interlaced.png", "palette_mixed.png", "cmyk.jpg",
                                         "cmyk_prog.jpg", "s420_17x9.jpg", "raw_100.ppm"};
@@ -233,13 +233,13 @@ static int job_load_kinds(struct world *w, lvm_error *error) {
         lvm_image image;
         snprintf(path, sizeof path, "%s/%s", w->images, names[i]);
         code = lvm_image_load(path, &image, error);
-        code = note_pictures(w, &image, 1, code);
+        code = note_images(w, &image, 1, code);
     }
     return code;
 }
 
 static int job_save(struct world *w, lvm_error *error) {
-    int code = lvm_image_save(in_folder(w, "b.png"), &w->picture[0], error);
+    int code = lvm_image_save(in_folder(w, "b.png"), &w->image[0], error);
     if (code == LVM_OK) remove(in_folder(w, "b.png"));
     return code;
 }
@@ -249,19 +249,19 @@ static int job_resize(struct world *w, lvm_error *error) {
     lvm_image out;
     int code = LVM_OK;
     for (int i = 0; code == LVM_OK && i < 4; i++) {
-        code = lvm_image_resize(&w->picture[0], side[i][0], side[i][1], &out, error);
-        code = note_pictures(w, &out, 1, code);
+        code = lvm_image_resize(&w->image[0], side[i][0], side[i][1], &out, error);
+        code = note_images(w, &out, 1, code);
     }
     return code;
 }
 
-/* Turned on its side, from a picture of its own. */
+/* Turned on its side, from an image of its own. */
 static int job_upright(struct world *w, lvm_error *error) {
     lvm_image image = {0};
-    int code = lvm_image_resize(&w->picture[0], 20, 10, &image, error);
+    int code = lvm_image_resize(&w->image[0], 20, 10, &image, error);
     image.orientation = 6;
     if (code == LVM_OK) code = lvm_image_upright(&image, error);
-    note_picture(w, &image);
+    note_image(w, &image);
     return code;
 }
 
@@ -414,14 +414,14 @@ static lvm_ctx *cancellable(const lvm_model *m, struct canceller *c) {
     return ctx;
 }
 
-/* Everything at once, so that each stage is met: pictures to pictures, then likelihoods. */
+/* Everything at once, so that each stage is met: images to images, then likelihoods. */
 static int job_all(struct world *w, lvm_error *error) {
     int32_t ids[T];
     float nll[T];
     lvm_image out;
     fill_ids(ids, T);
-    int code = lvm_predict(w->ctx, w->picture, 2, NULL, 1, 1, &out, error);
-    code = note_pictures(w, &out, 1, code);
+    int code = lvm_predict(w->ctx, w->image, 2, NULL, 1, 1, &out, error);
+    code = note_images(w, &out, 1, code);
     if (code == LVM_OK) code = lvm_score(w->ctx, ids, T, nll, error);
     if (code == LVM_OK) note(w, nll, sizeof nll);
     return code;
@@ -439,7 +439,7 @@ static void test_cancel(struct test *t, struct world *w) {
     check(t, code == LVM_OK && n > T, "%s: code %d, %d progress calls", job.name, code, n);
     check(t, c.stages == (1 << N_STAGES) - 1, "%s: stages seen: %x", job.name, (unsigned)c.stages);
     for (int at = 0; at < n; at += t->step) {
-        lvm_ctx_free(w->ctx); /* a fresh one, which remembers no pictures */
+        lvm_ctx_free(w->ctx); /* a fresh one, which remembers no images */
         w->ctx = cancellable(w->m, &c);
         cancel_at(&c, at);
         run_job(w, &job, &code, at % 2 ? NULL : &error);
@@ -602,7 +602,7 @@ static void test_cancel_from_thread(struct test *t, struct world *w) {
     lvm_image out[40];
     w->ctx = cancellable(w->m, &c);
     if (pthread_create(&thread, NULL, cancel_soon, &c) != 0) abort();
-    code = lvm_predict(w->ctx, w->picture, 2, NULL, 1, 40, out, NULL);
+    code = lvm_predict(w->ctx, w->image, 2, NULL, 1, 40, out, NULL);
     pthread_join(thread, NULL);
     n = atomic_load(&c.calls);
     check(t, code == LVM_CANCELLED && n >= 20, "cancelled from a thread: code %d, call %d", code,
@@ -627,7 +627,7 @@ static void test_cancel_from_thread(struct test *t, struct world *w) {
 static void test_wrong_pointers(struct test *t, struct world *w) {
     int32_t ids[2 * T] = {0};
     float nll[2];
-    lvm_image *in = w->picture, out[2], none = {.width = 4, .height = 4};
+    lvm_image *in = w->image, out[2], none = {.width = 4, .height = 4};
     lvm_ctx *ctx = new_context(w->m, 1, NULL);
     INVALID(t, lvm_encode(NULL, in, 1, ids, e));
     INVALID(t, lvm_encode(ctx, NULL, 1, ids, e));
@@ -660,16 +660,16 @@ static void test_wrong_pointers(struct test *t, struct world *w) {
     INVALID(t, lvm_predict(ctx, NULL, 1, NULL, 1, 1, out, e));
     INVALID(t, lvm_predict(ctx, in, 1, NULL, 1, 1, NULL, e));
     INVALID(t, lvm_predict(ctx, &none, 1, NULL, 1, 1, out, e));
-    check(t, out[0].rgb == NULL && out[0].width == 0, "a refused prediction leaves a picture");
-    check(t, lvm_encode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no pictures to encode fail");
-    check(t, lvm_decode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no pictures to decode fail");
+    check(t, out[0].rgb == NULL && out[0].width == 0, "a refused prediction leaves an image");
+    check(t, lvm_encode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no images to encode fail");
+    check(t, lvm_decode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no images to decode fail");
     check(t, lvm_predict(ctx, NULL, 0, NULL, 1, 1, out, NULL) == LVM_OK, "no prompt but bos fails");
     lvm_image_free(&out[0]);
     lvm_ctx_free(ctx);
 }
 
-static void test_wrong_picture_calls(struct test *t, struct world *w) {
-    lvm_image *in = w->picture, out = {.width = 9}, none = {.width = 4, .height = 4};
+static void test_wrong_image_calls(struct test *t, struct world *w) {
+    lvm_image *in = w->image, out = {.width = 9}, none = {.width = 4, .height = 4};
     const char *path = in_folder(w, "a.png");
     INVALID(t, lvm_image_load(NULL, &out, e));
     INVALID(t, lvm_image_load(path, NULL, e));
@@ -687,7 +687,7 @@ static void test_wrong_picture_calls(struct test *t, struct world *w) {
     INVALID(t, lvm_image_resize(in, 0, 4, &out, e));
     INVALID(t, lvm_image_resize(in, 4, -4, &out, e));
     INVALID(t, lvm_image_resize(&none, 4, 4, &out, e));
-    check(t, out.rgb == NULL && out.width == 0, "a refused resize leaves a picture");
+    check(t, out.rgb == NULL && out.width == 0, "a refused resize leaves an image");
     lvm_image_free(NULL);
 }
 
@@ -728,10 +728,10 @@ static void test_codes_without_error(struct test *t, struct world *w) {
     check(t, lvm_open(none, 0, NULL) == NULL && lvm_open(none, LVM_NO_MMAP, NULL) == NULL,
           "a file that is not there opens");
     check(t, lvm_image_load(none, &out, NULL) == LVM_IO && out.rgb == NULL, "loading nothing");
-    check(t, lvm_image_save(deep, &w->picture[0], NULL) == LVM_IO, "saving to nowhere");
+    check(t, lvm_image_save(deep, &w->image[0], NULL) == LVM_IO, "saving to nowhere");
     check(t, lvm_quantize(none, deep, LVM_F16, LVM_F16, NULL, 0, NULL) == LVM_IO, "from nothing");
     check(t, lvm_quantize(in_folder(w, "a.png"), deep, LVM_F16, LVM_F16, NULL, 0, NULL) ==
-                 LVM_FORMAT, "from a picture");
+                 LVM_FORMAT, "from an image");
     check(t, lvm_quantize(w->both, deep, LVM_F16, LVM_F16, NULL, 0, NULL) == LVM_IO, "to nowhere");
 }
 
@@ -752,10 +752,10 @@ static void world_open(struct world *w, char **argv) {
     w->file = data;
     for (int i = 0; i < 2; i++) {
         for (int k = 0; k < 3 * 40 * 36; k++) w->rgb[i][k] = (uint8_t)(k * (i + 3) / 7 + k % 11);
-        w->picture[i] = (lvm_image){.width = 40, .height = 36, .rgb = w->rgb[i]};
+        w->image[i] = (lvm_image){.width = 40, .height = 36, .rgb = w->rgb[i]};
     }
     w->ctx = new_context(w->m, 1, NULL);
-    if (w->ctx == NULL || lvm_image_save(in_folder(w, "a.png"), &w->picture[0], NULL)) abort();
+    if (w->ctx == NULL || lvm_image_save(in_folder(w, "a.png"), &w->image[0], NULL)) abort();
 }
 
 /* Nothing may be left: no memory, no file. */
@@ -784,7 +784,7 @@ int main(int argc, char **argv) {
         test_prompt_again(&t, &w);
         test_generate_again(&t, &w);
         test_wrong_pointers(&t, &w);
-        test_wrong_picture_calls(&t, &w);
+        test_wrong_image_calls(&t, &w);
         test_wrong_models(&t, &w);
         test_codes_without_error(&t, &w);
     }

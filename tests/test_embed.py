@@ -84,7 +84,7 @@ def pixels_of(path):
 
 
 def write_grey(path, source):
-    """The grey copy that examples/embed.c makes of a picture."""
+    """The grey copy that examples/embed.c makes of an image."""
     width, height, rgb = pixels_of(source)
     grey = bytes((299 * rgb[i] + 587 * rgb[i + 1] + 114 * rgb[i + 2] + 500) // 1000
                  for i in range(0, len(rgb), 3))
@@ -127,9 +127,9 @@ class Place:
         os.remove(self.path(name))
         return data
 
-    def cli(self, weights, pictures, *options):
+    def cli(self, weights, images, *options):
         """What the command line predicts, by file name."""
-        names = self.must(["./lvm", weights] + pictures + list(options)).split()
+        names = self.must(["./lvm", weights] + images + list(options)).split()
         return {name: self.take(name) for name in names}
 
 
@@ -148,7 +148,7 @@ def tearDownModule():
 class TestExamples(unittest.TestCase):
     """Each example as its comment says, then on the small model."""
 
-    WANT = {}   # (weights, pictures) -> what the command line makes of them
+    WANT = {}   # (weights, images) -> what the command line makes of them
 
     def built(self, name):
         """Builds an example as it says; returns the words that run it: program, weights, ..."""
@@ -160,21 +160,21 @@ class TestExamples(unittest.TestCase):
             PLACE.must(line)
         return lines[-1].split()
 
-    def wanted(self, weights, pictures):
+    def wanted(self, weights, images):
         """Two candidates of the command line: the first is what one alone gives."""
-        key = (weights,) + tuple(pictures)
+        key = (weights,) + tuple(images)
         if key not in self.WANT:
-            self.WANT[key] = PLACE.cli(weights, pictures, "-c", "2")
+            self.WANT[key] = PLACE.cli(weights, images, "-c", "2")
         return self.WANT[key]
 
     def check_failures(self, program, *between):
-        """Faults end with status 1 and one line that names them; no picture is written."""
-        for weights, picture in (("nothing.bin", "prompt/01.png"), ("both.bin", "nothing.png"),
+        """Faults end with status 1 and one line that names them; no image is written."""
+        for weights, image in (("nothing.bin", "prompt/01.png"), ("both.bin", "nothing.png"),
                                  ("prompt/01.png", "prompt/01.png"), ("both.bin", "both.bin")):
-            status, out, err = run(program + [weights] + list(between) + [picture], PLACE.folder)
-            self.assertEqual(status, 1, (program, weights, picture))
+            status, out, err = run(program + [weights] + list(between) + [image], PLACE.folder)
+            self.assertEqual(status, 1, (program, weights, image))
             self.assertEqual(err.count("\n"), 1, err)
-            self.assertIn(weights if weights != "both.bin" else picture, err)
+            self.assertIn(weights if weights != "both.bin" else image, err)
             self.assertEqual(glob.glob(PLACE.path("out*")), [])
 
     def test_c(self):

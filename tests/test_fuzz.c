@@ -5,11 +5,11 @@
        build/test_fuzz --cache FILE                         a first input for the cache
 
    gguf   the head of a weights file, up to its tensors' data; the last byte chooses what the data are:
-          zeros, small numbers, any bytes, NaNs. What opens is run: a picture encoded, two tokens
-          generated, a score, a picture decoded, the file quantised
+          zeros, small numbers, any bytes, NaNs. What opens is run: an image encoded, two tokens
+          generated, a score, an image decoded, the file quantised
    cache  a context's saved state, for a fixed little model, taken as this machine's kernels'; what
           loads continues
-   png, jpeg, pnm   a picture; what loads is resized
+   png, jpeg, pnm   an image; what loads is resized
    jsonl  lines of a set
    tokens a file of token ids
 
@@ -211,7 +211,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
     exit(2);
 }
 #else
-/* Writes a first input for that target: two pictures and their tokens. */
+/* Writes a first input for that target: two images and their tokens. */
 static int write_cache_seed(const char *path) {
     lvm_ctx *ctx = cache_context();
     uint8_t rgb[2][3] = {{9, 8, 7}, {200, 100, 0}};
@@ -247,7 +247,7 @@ int main(int argc, char **argv) {
         }
         if (dir != NULL) closedir(dir);
         passed += files;
-        failed += files == 0 && targets[i].run != fuzz_image; /* test_images reads pictures */
+        failed += files == 0 && targets[i].run != fuzz_image; /* test_images reads images */
         printf("%s: %d inputs\n", folder, files);
     }
     printf("fuzz: %d passed, %d failed\n", passed, failed);

@@ -2,7 +2,7 @@
 
        test_golden GOLDENS BLOBS            every folder of GOLDENS that has BLOBS/<name>.bin; GOLDENS/quant
        test_golden --case FOLDER WEIGHTS    a full-size model on one prompt, exact arithmetic
-       test_golden --nll LIST WEIGHTS [q]   lines "nll picture ... target": mean likelihood of the target;
+       test_golden --nll LIST WEIGHTS [q]   lines "nll image ... target": mean likelihood of the target;
                                             with q the default arithmetic, whose mean is only printed
 
    The vectors and their names: tests/golden/README.md. The bounds are the design's: token ids identical
@@ -119,8 +119,8 @@ static void golden_llama(const char *name, const char *folder, lvm_model *m) {
     struct npy greedy = npy_load(folder, "greedy"), gap = npy_load(folder, "greedy_gap");
     struct npy codes = npy_load(folder, "codes");
     int32_t out[1024];
-    m->info.codes = npy_i32(&codes)[0]; /* a transformer alone does not know its picture codes */
-    m->info.tokens_per_image = 64;      /* so that short contexts hold pictures */
+    m->info.codes = npy_i32(&codes)[0]; /* a transformer alone does not know its image tokens */
+    m->info.tokens_per_image = 64;      /* so that short contexts hold images */
     m->info.window_images = (int)min64(16, (m->info.context_length + 1 - (m->info.bos >= 0)) / 64);
     lvm_ctx *ctx = context(m, 0, LVM_F32, 2);
     double a = check_logits(name, ctx, ids.data, &positions, &logits);
@@ -134,19 +134,19 @@ static void golden_llama(const char *name, const char *folder, lvm_model *m) {
 
 /* ---- Tokenizers ---- */
 
-/* want: [pictures][rows][R][3], where rows may be the first few of R alone, or one picture. */
+/* want: [images][rows][R][3], where rows may be the first few of R alone, or one image. */
 static double check_pixels(const char *name, lvm_ctx *ctx, const int32_t *ids, const struct npy *want) {
     lvm_error error = {0, ""};
     lvm_info info = lvm_model_info(ctx->m);
-    int pictures = want->n_dims == 4 ? want->dim[0] : 1;
-    int64_t whole = (int64_t)info.resolution * info.resolution * 3, n = want->n / pictures;
+    int images = want->n_dims == 4 ? want->dim[0] : 1;
+    int64_t whole = (int64_t)info.resolution * info.resolution * 3, n = want->n / images;
     float *got = malloc((size_t)whole * sizeof *got);
     double worst = 0;
-    check(n >= whole / 4 && n <= whole, "%s: %lld values a picture", name, (long long)n);
-    for (int i = 0; n <= whole && i < pictures; i++) {
+    check(n >= whole / 4 && n <= whole, "%s: %lld values an image", name, (long long)n);
+    for (int i = 0; n <= whole && i < images; i++) {
         must(ctx->b->decode(ctx->state, ids + (int64_t)i * info.tokens_per_image, 0, 1, got, &error), &error, name);
         double d = largest_difference(got, npy_f32(want) + i * n, n);
-        check(d <= 1.0 / 255, "%s: pixels of picture %d differ by %g", name, i, d);
+        check(d <= 1.0 / 255, "%s: pixels of image %d differ by %g", name, i, d);
         worst = d > worst ? d : worst;
     }
     free(got);
@@ -187,16 +187,16 @@ static void golden_vqgan(const char *name, const char *folder, lvm_model *m) {
     for (int i = 0; i < 5; i++) npy_free(all[i]);
 }
 
-/* ---- Both: pictures in, pictures out, the window sliding ---- */
+/* ---- Both: images in, images out, the window sliding ---- */
 
-static void check_slide(const char *name, lvm_ctx *ctx, const char *folder, const struct npy *ids, int pictures,
+static void check_slide(const char *name, lvm_ctx *ctx, const char *folder, const struct npy *ids, int images,
                         const char *greedy_name, const char *gap_name) {
     struct npy greedy = npy_load(folder, greedy_name), gap = npy_load(folder, gap_name);
     lvm_info info = lvm_model_info(ctx->m);
-    int T = info.tokens_per_image, n = (int)min64(pictures, info.window_images - 1) * T;
+    int T = info.tokens_per_image, n = (int)min64(images, info.window_images - 1) * T;
     int32_t *prompt = malloc(((size_t)n + 1) * sizeof *prompt), *out = malloc((size_t)greedy.n * sizeof *out);
     prompt[0] = info.bos;
-    memcpy(prompt + 1, npy_i32(ids) + pictures * T - n, (size_t)n * sizeof *prompt);
+    memcpy(prompt + 1, npy_i32(ids) + images * T - n, (size_t)n * sizeof *prompt);
     check_continuation(name, ctx, prompt, n + 1, &greedy, &gap, out);
     free(prompt);
     free(out);
@@ -241,13 +241,13 @@ static void golden_quant(const char *folder) {
 
 /* ---- A full-size model and one prompt: whichever vectors are there ---- */
 
-/* The pictures that a case names, one path a line, squashed as a prompt's are. */
+/* The images that a case names, one path a line, squashed as a prompt's are. */
 static void case_tokens(const char *folder, lvm_ctx *ctx) {
     struct npy ids = npy_load(folder, "ids"), gap = npy_load(folder, "gap");
     lvm_error error = {0, ""};
     int T = lvm_model_info(ctx->m).tokens_per_image;
     char path[1024];
-    snprintf(path, sizeof path, "%s/pictures.txt", folder);
+    snprintf(path, sizeof path, "%s/images.txt", folder);
     FILE *f = fopen(path, "r");
     check(f != NULL && ids.data != NULL && gap.data != NULL, "%s: incomplete case", folder);
     if (f == NULL || ids.data == NULL || gap.data == NULL) return;
@@ -310,13 +310,13 @@ static void golden_case(const char *folder, const char *weights) {
 
 /* ---- Likelihoods of evaluation sets ---- */
 
-struct known_picture {
+struct known_image {
     char *path;
     int32_t *ids;
 };
 
-/* Ids of a picture, encoded once. */
-static const int32_t *picture_ids(lvm_ctx *ctx, struct known_picture *known, int *n, const char *path) {
+/* Ids of an image, encoded once. */
+static const int32_t *image_ids(lvm_ctx *ctx, struct known_image *known, int *n, const char *path) {
     lvm_error error = {0, ""};
     lvm_image image = {0, 0, NULL, 0};
     for (int i = 0; i < *n; i++)
@@ -325,7 +325,7 @@ static const int32_t *picture_ids(lvm_ctx *ctx, struct known_picture *known, int
     must(lvm_image_load(path, &image, &error), &error, path);
     must(lvm_encode(ctx, &image, 1, ids, &error), &error, path);
     lvm_image_free(&image);
-    known[*n] = (struct known_picture){copy_string(path, NULL), ids};
+    known[*n] = (struct known_image){copy_string(path, NULL), ids};
     return known[(*n)++].ids;
 }
 
@@ -386,9 +386,9 @@ static int tie_explains(lvm_ctx *ctx, const char *target, int32_t *ids, double w
     return found;
 }
 
-/* One line: the mean likelihood of its last picture after bos and the others, in *got. Returns whether
+/* One line: the mean likelihood of its last image after bos and the others, in *got. Returns whether
    it is the reference's. */
-static int line_nll(lvm_ctx *ctx, struct known_picture *known, int *n_known, char *line, double want,
+static int line_nll(lvm_ctx *ctx, struct known_image *known, int *n_known, char *line, double want,
                     double *got, int judged) {
     lvm_error error = {0, ""};
     lvm_info info = lvm_model_info(ctx->m);
@@ -397,7 +397,7 @@ static int line_nll(lvm_ctx *ctx, struct known_picture *known, int *n_known, cha
     const char *target = NULL;
     ids[0] = info.bos;
     for (char *path = strtok(line, " \n"); path != NULL; path = strtok(NULL, " \n"), n += T) {
-        memcpy(ids + n, picture_ids(ctx, known, n_known, path), (size_t)T * sizeof *ids);
+        memcpy(ids + n, image_ids(ctx, known, n_known, path), (size_t)T * sizeof *ids);
         target = path;
     }
     must(lvm_prompt(ctx, ids, n - T, NULL, &error), &error, "prompt");
@@ -412,7 +412,7 @@ static void golden_answers(const char *list, const char *weights, int exact) {
     lvm_model *m = lvm_open(weights, 0, &error);
     FILE *f = fopen(list, "r");
     static char line[1 << 16];
-    static struct known_picture known[4096];
+    static struct known_image known[4096];
     double worst = 0, sum = 0, want_sum = 0;
     int n_known = 0, n = 0;
     must(m != NULL && f != NULL ? LVM_OK : LVM_IO, &error, weights);

@@ -1,6 +1,6 @@
-/* Tests of chapter 11: reading, writing and resizing pictures against the vectors of
+/* Tests of chapter 11: reading, writing and resizing images against the vectors of
    make_image_vectors.py, and properties: saved = loaded, cut files and flipped bits are errors or
-   pictures but never crashes, bytes behind a picture do not matter, a full disk leaves the old
+   images but never crashes, bytes behind an image do not matter, a full disk leaves the old
    file.
 
        test_images tests/images                     everything above; non-zero when a check fails
@@ -66,7 +66,7 @@ static int same_image(const lvm_image *a, const lvm_image *b) {
            memcmp(a->rgb, b->rgb, image_bytes(a)) == 0;
 }
 
-/* ---- Formula pictures: the same as in make_image_vectors.py ---- */
+/* ---- Formula images: the same as in make_image_vectors.py ---- */
 
 static void formula_pixel(const char *kind, int x, int y, int w, int h, uint32_t *state,
                           uint8_t *p) {
@@ -185,7 +185,7 @@ static void test_bad(struct tally *t, const char *line) {
           error.text, line + skip);
     check(t, strstr(error.text, name) != NULL, "%s: message \"%s\" lacks the name", name,
           error.text);
-    check(t, image.rgb == NULL, "%s: a picture in spite of an error", name);
+    check(t, image.rgb == NULL, "%s: an image in spite of an error", name);
     lvm_image_free(&image);
 }
 
@@ -260,7 +260,7 @@ static int load_copy(const uint8_t *data, size_t size, lvm_image *image, lvm_err
     return code;
 }
 
-/* No beginning of a file is a picture, except that a JPEG may lack what follows its pixels. */
+/* No beginning of a file is an image, except that a JPEG may lack what follows its pixels. */
 static void test_cuts(struct tally *t, const char *name, const uint8_t *data, size_t size) {
     size_t end = size, accepted = 0, silent = 0;
     int is_jpeg = data[0] == 0xFF;
@@ -281,7 +281,7 @@ static void test_cuts(struct tally *t, const char *name, const uint8_t *data, si
     check(t, silent == 0, "%s: %zu of its beginnings failed without a message", name, silent);
 }
 
-/* Bytes behind a picture change nothing. */
+/* Bytes behind an image change nothing. */
 static void test_tail(struct tally *t, const char *name, const uint8_t *data, size_t size) {
     lvm_image image = {0, 0, NULL, 0}, longer = {0, 0, NULL, 0};
     uint8_t *copy = malloc(size + 4);
@@ -376,13 +376,13 @@ static void test_refusals(struct tally *t, const char *folder) {
           "missing file: \"%s\"", error.text);
     check(t, lvm_image_load(folder, &out, &error) == LVM_IO, "a folder: \"%s\"", error.text);
     check(t, lvm_image_load(path, &out, NULL) == LVM_IO, "an error that nobody wants to read");
-    check(t, lvm_image_save(path, &none, &error) == LVM_INVALID, "saved a picture without pixels");
+    check(t, lvm_image_save(path, &none, &error) == LVM_INVALID, "saved an image without pixels");
     check(t, lvm_image_resize(&none, 2, 2, &out, &error) == LVM_INVALID, "resized no pixels");
     check(t, lvm_image_resize(&image, 0, 2, &out, &error) == LVM_INVALID, "resized to 0 x 2");
     check(t, lvm_image_resize(&image, 2, -1, &out, &error) == LVM_INVALID, "resized to 2 x -1");
     check(t, lvm_image_resize(&image, 1 << 20, 1 << 20, &out, &error) == LVM_INVALID,
           "resized to 2^40 pixels");
-    check(t, out.rgb == NULL, "a picture in spite of an error");
+    check(t, out.rgb == NULL, "an image in spite of an error");
     check(t, lvm_image_upright(&none, &error) == LVM_INVALID, "turned no pixels");
     for (int n = -1; n <= 9; n += 10) {
         image.orientation = n;
@@ -454,7 +454,7 @@ int main(int argc, char **argv) {
     } else {
         while (fgets(line, sizeof line, list)) test_line(&t, line);
         if (mkdtemp(folder) == NULL) abort();
-        snprintf(path, sizeof path, "%s/picture.png", folder);
+        snprintf(path, sizeof path, "%s/image.png", folder);
         test_round_trips(&t, path);
 #ifndef _WIN32
         test_full_disk(&t, path);

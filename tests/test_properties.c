@@ -54,7 +54,7 @@ struct spec {
     int type;                 /* of the transformer's matrices */
     int vq_type;              /* of the tokenizer's convolutions */
     int context, bos;         /* bos 0: none */
-    int resolution, levels;   /* tokens a picture: (resolution >> (levels - 1)) squared */
+    int resolution, levels;   /* tokens an image: (resolution >> (levels - 1)) squared */
     int has_llama, has_vq;
 };
 
@@ -336,8 +336,8 @@ static lvm_model *open_spec(struct test *t, const struct spec *spec, struct file
 
 enum { PROMPT = 280, SCORED = 20, FEW_IDS = 1 + 3 * 64, GENERATED = 70, MANY = 3, PIXELS = 16 };
 
-/* For a model of 64 tokens a picture and a context of 300: a prompt beyond a block of 256 keys,
-   scores behind it, three candidates whose window slides (at 257 tokens), a picture in and out. */
+/* For a model of 64 tokens an image and a context of 300: a prompt beyond a block of 256 keys,
+   scores behind it, three candidates whose window slides (at 257 tokens), an image in and out. */
 struct outcome {
     float logits[V], nll[SCORED];
     int32_t ids[MANY][GENERATED], tokens[64];
@@ -357,7 +357,7 @@ static void fill_ids(int32_t *ids, int n, uint64_t stream) {
     ids[0] = BOS;
 }
 
-static void fill_picture(uint8_t *rgb, int n) {
+static void fill_image(uint8_t *rgb, int n) {
     struct rng rng = rng_new(13, 0);
     for (int i = 0; i < n; i++) rgb[i] = (uint8_t)below(&rng, 256);
 }
@@ -365,7 +365,7 @@ static void fill_picture(uint8_t *rgb, int n) {
 static int encode_noise(lvm_ctx *ctx, int32_t *tokens) {
     uint8_t rgb[23 * 17 * 3];
     lvm_image image = {23, 17, rgb, 0};
-    fill_picture(rgb, (int)sizeof rgb);
+    fill_image(rgb, (int)sizeof rgb);
     return lvm_encode(ctx, &image, 1, tokens, NULL);
 }
 
@@ -508,7 +508,7 @@ static void test_score(struct test *t, const lvm_model *m, const lvm_options *o)
 
 /* ---- Generation ---- */
 
-/* The naive way: when the window is full, a new context reads bos and the last pictures, of which
+/* The naive way: when the window is full, a new context reads bos and the last images, of which
    an unfinished one is none. */
 static void generate_naively(const lvm_model *m, const lvm_options *o, const lvm_sampling *s,
                              int stream, const int32_t *prompt, int n, int32_t *out) {
@@ -551,7 +551,7 @@ static void test_generation(struct test *t, const lvm_model *m, const lvm_option
               "candidate %d, greedy %d: not the naive way", c, greedy);
         for (int i = 0; i < GENERATED; i++) in_range &= ids[c][i] >= 0 && ids[c][i] < CODES;
     }
-    check(t, in_range, "a generated id is no picture code");
+    check(t, in_range, "a generated id is no image token");
     lvm_prompt(ctx, prompt, FEW_IDS, NULL, NULL);
     lvm_generate(ctx, &s, 1, GENERATED, alone, NULL);
     check(t, memcmp(alone, ids[0], sizeof alone) == 0, "one candidate is not the first of %d",
@@ -559,9 +559,9 @@ static void test_generation(struct test *t, const lvm_model *m, const lvm_option
     lvm_ctx_free(ctx);
 }
 
-/* A prompt longer than the window that ends within a picture: the oldest whole pictures leave. */
-static void test_partial_picture(struct test *t) {
-    static const struct spec spec = {"partial picture", LVM_F32, LVM_F16, 300, 1, 8, 2, 1, 1};
+/* A prompt longer than the window that ends within an image: the oldest whole images leave. */
+static void test_partial_image(struct test *t) {
+    static const struct spec spec = {"partial image", LVM_F32, LVM_F16, 300, 1, 8, 2, 1, 1};
     struct file f;
     lvm_model *m = open_spec(t, &spec, &f);
     lvm_options o = options_of(1, LVM_AUTO, 0);
@@ -574,7 +574,7 @@ static void test_partial_picture(struct test *t) {
     lvm_prompt(ctx, prompt, n, NULL, NULL);
     lvm_generate(ctx, &s, 1, GENERATED, ids, NULL);
     check(t, memcmp(naive, ids, sizeof ids) == 0,
-          "a long prompt's window does not begin with a picture");
+          "a long prompt's window does not begin with an image");
     lvm_ctx_free(ctx);
     lvm_close(m);
     free(f.data);
@@ -749,7 +749,7 @@ static int act(lvm_ctx *ctx, enum action action, struct canceller *c, int at, st
     for (int i = 0; i < 64; i++) o->tokens[i] = ids[i + 1];
     c->calls = 0;
     c->at = at;
-    if (action == ENCODE) ctx_reset(ctx); /* or it would know the picture */
+    if (action == ENCODE) ctx_reset(ctx); /* or it would know the image */
     if (action == ENCODE) code = encode_noise(ctx, o->tokens);
     if (action == DECODE) code = decode_tokens(ctx, o->tokens, o->pixels);
     if (action == READ) code = lvm_prompt(ctx, ids, PROMPT, o->logits, NULL);
@@ -770,7 +770,7 @@ static void test_cancel(struct test *t, const lvm_model *m, int kv_type) {
         int calls = c.calls;
         check(t, calls >= 2, "%s calls progress only %d times", action_names[i], calls);
         for (int at = 0; at < calls; at++) {
-            lvm_ctx_free(ctx); /* a fresh one, which remembers no pictures */
+            lvm_ctx_free(ctx); /* a fresh one, which remembers no images */
             ctx = context(m, &o);
             int code = act(ctx, i, &c, at, &got);
             check(t, code == LVM_CANCELLED, "%s cancelled at call %d gives %d", action_names[i], at,
@@ -1025,14 +1025,14 @@ static void test_wrong_ids(struct test *t, lvm_ctx *ctx) {
         INVALID(t, lvm_prompt(ctx, bad, 2, NULL, e));
         INVALID(t, lvm_decode(ctx, bad, 1, images, e));
     }
-    bad[1] = CODES; /* the transformer may read it, the tokenizer has no picture for it */
+    bad[1] = CODES; /* the transformer may read it, the tokenizer has no image for it */
     check(t, lvm_prompt(ctx, bad, 2, NULL, &error) == LVM_OK, "a prompt with a special id fails");
     INVALID(t, lvm_decode(ctx, bad, 1, images, e));
     bad[0] = V;
     INVALID(t, lvm_score(ctx, bad, 1, nll, e));
 }
 
-static void test_wrong_pictures(struct test *t, lvm_ctx *ctx) {
+static void test_wrong_images(struct test *t, lvm_ctx *ctx) {
     uint8_t rgb[3 * 4] = {0};
     lvm_image good = {2, 2, rgb, 0}, none = {0, 2, rgb, 0}, out[4];
     int32_t ids[64];
@@ -1100,7 +1100,7 @@ static void test_wrong_arguments(struct test *t) {
     test_wrong_options(t, m);
     test_wrong_ids(t, ctx);
     test_wrong_sampling(t, ctx);
-    test_wrong_pictures(t, ctx);
+    test_wrong_images(t, ctx);
     uint8_t *moved = must(malloc(f.size + 1));
     memcpy(moved + 1, f.data, f.size);
     INVALID(t, open_code(moved + 1, f.size, e));
@@ -1203,7 +1203,7 @@ int main(int argc, char **argv) {
                 test_type(&t, type_table[i].type);
         test_distributions(&t);
         test_cancel_long(&t);
-        test_partial_picture(&t);
+        test_partial_image(&t);
         test_scratch(&t);
         test_damage(&t);
         test_wrong_arguments(&t);

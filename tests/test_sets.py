@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Tests of the commands that work on many pictures: python3 tests/test_sets.py. Standard library
+"""Tests of the commands that work on many images: python3 tests/test_sets.py. Standard library
 only; the environment is that of test_cli.py, from which the tools come.
 
 rank, eval, batch, and predict's --sheet, --preset, --window, --fit and --cache, on the small random
@@ -15,9 +15,9 @@ import struct
 import unittest
 import zlib
 
-from test_cli import CODES, T, WEIGHTS, WINDOW, Case, picture, png, png_size, read
+from test_cli import CODES, T, WEIGHTS, WINDOW, Case, image, png, png_size, read
 
-R = 32                                    # side of the small model's pictures
+R = 32                                    # side of the small model's images
 
 
 def pixels(data):
@@ -51,9 +51,9 @@ class Sets(Case):
     def setUp(self):
         super().setUp()
         self.ids = [[int(word) for word in line.split()]
-                    for line in self.lines("encode", self.weights, *self.pictures)]
+                    for line in self.lines("encode", self.weights, *self.images)]
         for i in range(4):
-            self.put("p%d.png" % i, picture(i))
+            self.put("p%d.png" % i, image(i))
 
     def put_set(self, *lines, **how):
         text = "".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines)
@@ -113,7 +113,7 @@ class Rank(Sets):
 
 
 class Eval(Sets):
-    def test_tokens_in_place_of_pictures(self):
+    def test_tokens_in_place_of_images(self):
         a, b, c = self.ids[:3]
         packed = base64.b64encode(struct.pack("<%di" % (2 * T), *(a + b))).decode()
         self.put_set({"input": ["p0.png", "p1.png"], "target": ["p2.png"]},
@@ -162,7 +162,7 @@ class Eval(Sets):
             self.put_set(line)
             self.assertEqual(self.eval()[0]["perplexity"], got["perplexity"])
 
-    def test_where_pictures_lie(self):
+    def test_where_images_lie(self):
         os.mkdir(self.path("sets"))
         os.mkdir(self.path("sets/inner"))
         os.rename(self.path("p1.png"), self.path("sets/inner/q.png"))
@@ -197,10 +197,10 @@ class Eval(Sets):
                ("{\"a\": \"\\x\"}", "unknown \\"), ("{\"a\": \"\\u12g4\"}", "four hexadecimal"),
                ("{\"a\": \"\\ud800\"}", "half a character"), ("{\"a\" 1}", "lacks its :"),
                ("{\"a\": }", "a value"), ("{\"a\": %s}" % ("[" * 40), "too deeply"),
-               ("{\"input\": 5}", "a list of pictures"), ("{\"input\": [1, 2]}", "no whole pictures"),
-               ("{\"input\": [%d]}" % CODES, "no picture code"), ("{\"input\": [-1]}", "no picture code"),
-               ("{\"input\": [1.5]}", "no picture code"), ("{\"input_tokens\": \"AAA\"}", "base64"),
-               ("{\"input_tokens\": \"AA?=\"}", "base64"), ("{\"input_tokens\": \"/////w==\"}", "code"),
+               ("{\"input\": 5}", "a list of images"), ("{\"input\": [1, 2]}", "no whole images"),
+               ("{\"input\": [%d]}" % CODES, "no image token"), ("{\"input\": [-1]}", "no image token"),
+               ("{\"input\": [1.5]}", "no image token"), ("{\"input_tokens\": \"AAA\"}", "base64"),
+               ("{\"input_tokens\": \"AA?=\"}", "base64"), ("{\"input_tokens\": \"/////w==\"}", "image token"),
                ("{}", "neither \"target\" nor \"choices\""),
                ("{\"choices\": [\"p0.png\"], \"answer\": 1}", "none of the choices"),
                ("{\"answer\": \"1\"}", "\"answer\""), ("{\"input\": [\"no.png\"], \"target\": \"p0.png\"}", "no.png"),
@@ -342,7 +342,7 @@ class Options(Sets):
     def test_fit(self):
         """Where the short side is the model's, cropping only cuts."""
         for width, height in ((R + 16, R), (R, R + 16), (R + 1, R), (R, R + 3), (R + 5, R)):
-            whole = self.put("w.png", picture(9, width, height))
+            whole = self.put("w.png", image(9, width, height))
             rows = pixels(read(whole))
             left, top = round((width - R) / 2), round((height - R) / 2)
             cut = self.put("c.png", plain_png([row[left * 3:(left + R) * 3] for row in rows[top:top + R]]))
@@ -350,7 +350,7 @@ class Options(Sets):
                              self.good("encode", self.weights, cut))
             self.assertNotEqual(self.good("encode", self.weights, "--fit=squash", whole),
                                 self.good("encode", self.weights, cut))
-        self.assertEqual(self.good("encode", self.weights, "--fit=crop", self.put("big.png", picture(1, 97, 61)))
+        self.assertEqual(self.good("encode", self.weights, "--fit=crop", self.put("big.png", image(1, 97, 61)))
                          .count(b"\n"), 1)
         self.bad(2, "squash|crop", "encode", self.weights, "--fit=x", "p0.png")
 
@@ -358,7 +358,7 @@ class Options(Sets):
         os.mkdir(self.path("f"))
         names = ["f/1.png", "f/10.png", "f/2.png"]
         for i, name in enumerate(names):
-            self.put(name, picture(i))
+            self.put(name, image(i))
         code, out, err = self.run_lvm("encode", self.weights, *names)
         self.assertEqual(code, 0)
         self.assertIn("1, 10, 2", err)
@@ -385,7 +385,7 @@ class Cache(Sets):
         self.assertEqual(code, 0, err)
         return err, read(self.path("once.png"))
 
-    def test_same_pictures(self):
+    def test_same_images(self):
         plain = [self.predict("p0.png", "p1.png", "p%d.png" % i) for i in (2, 3)]
         self.assertEqual(self.cached("p0.png", "p1.png", "p2.png"), plain[0])
         kept = read(self.path("c"))
@@ -402,9 +402,9 @@ class Cache(Sets):
         for _ in range(2):
             self.assertEqual(self.good("rank", "--cache", "c", *args[1:]), want)
 
-    def test_changed_pictures(self):
+    def test_changed_images(self):
         self.cached("p0.png", "p1.png", "p2.png")
-        self.put("p0.png", picture(7))
+        self.put("p0.png", image(7))
         self.assertEqual(self.cached("p0.png", "p1.png", "p2.png"), self.predict("p0.png", "p1.png", "p2.png"))
 
     def test_other_weights_and_options(self):
@@ -458,7 +458,7 @@ class Shipped(Case):
         """tests/golden/weights/nll.npy: PyTorch's, of every token behind the first of the example prompt."""
         folder = os.path.dirname(WEIGHTS)
         golden = os.path.join(folder, "tests", "golden", "weights")
-        names = read(os.path.join(golden, "pictures.txt")).decode().split()
+        names = read(os.path.join(golden, "images.txt")).decode().split()
         nll = floats(os.path.join(golden, "nll.npy"))[-256:]
         self.put("set.jsonl", json.dumps({"input": names[:-1], "target": names[-1:]}).encode())
         got = json.loads(self.lines("eval", WEIGHTS, "set.jsonl", "--json", "--base", folder, "--exact")[0])

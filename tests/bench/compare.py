@@ -311,7 +311,7 @@ def fastest(entries, exact):
 
 def units(stage, args):
     amount = {"prompt": args.prompt, "new": args.new, "start": args.new}.get(stage, 1)
-    return amount, "tokens/s" if stage in ("prompt", "new", "start") else "pictures/s"
+    return amount, "tokens/s" if stage in ("prompt", "new", "start") else "images/s"
 
 
 def print_stage(stage, entries, args):
@@ -347,11 +347,11 @@ def summary(table, args):
             rows.append((stage, entries[0].median(), best.median(),
                          (best.program + " " + best.setting).strip()))
     times = {row[0]: row[1:3] for row in rows}
-    pictures = -(-args.prompt // 256)
+    images = -(-args.prompt // 256)
     if all(stage in times for stage in ("encode", "prompt", "new", "draw")):
-        lvm, peers = (pictures * times["encode"][i] + times["prompt"][i] + times["new"][i]
+        lvm, peers = (images * times["encode"][i] + times["prompt"][i] + times["new"][i]
                       + times["draw"][i] for i in (0, 1))
-        rows.append(("whole", lvm, peers, "the best peers together, %d encodes" % pictures))
+        rows.append(("whole", lvm, peers, "the best peers together, %d encodes" % images))
     return rows
 
 

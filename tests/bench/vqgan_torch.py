@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""The tokenizer under other programs, one picture at a time, for compare.py:
+"""The tokenizer under other programs, one image at a time, for compare.py:
 
     echo encode draw | python vqgan_torch.py --open-muse DIR --setting "PyTorch f32"
 
