@@ -99,7 +99,7 @@
 extern "C" {
 #endif
 
-#define LVM_VERSION "0.1.0"
+#define LVM_VERSION "0.2.0"
 
 enum lvm_code {
     LVM_OK = 0,
@@ -154,10 +154,11 @@ typedef struct lvm_info {
     int64_t parameters;
     const char *name;     /* general.name of the file, or "" */
     const char *isa;      /* the kernels in use: "scalar", "avx2", "avx512", "neon", "neon-dot" */
+    const char *device;   /* a context's; of a model: what a context without a choice would take */
 } lvm_info;
 
-/* progress is called often, with the stage ("encode", "prompt", "generate", "score", "decode", and
-   "layers" inside a step of prompt and score) and done of all units of work; returning non-zero
+/* progress is called often, with the stage ("encode", "prefill", "generate", "score", "decode", and
+   "layers" inside a step of prefill and score) and done of all units of work; returning non-zero
    cancels: the call returns LVM_CANCELLED and the context stays usable. It may look at a flag that
    another thread sets. */
 typedef struct lvm_options {
@@ -169,6 +170,7 @@ typedef struct lvm_options {
     int fit;     /* how an image becomes R x R: LVM_SQUASH or LVM_CROP */
     void *user;
     int (*progress)(void *user, const char *stage, int64_t done, int64_t all);
+    const char *device; /* "cpu"; NULL: what the environment's LVM_DEVICE names, else the best */
 } lvm_options;
 
 typedef struct lvm_sampling {
@@ -204,6 +206,7 @@ lvm_info lvm_model_info(const lvm_model *model);
    allowed. */
 lvm_ctx *lvm_ctx_new(const lvm_model *model, const lvm_options *options, lvm_error *error);
 void lvm_ctx_free(lvm_ctx *ctx);
+lvm_info lvm_ctx_info(const lvm_ctx *ctx); /* of its model, and its device */
 
 /* Images of any size -> ids[n][tokens_per_image]. Each is made R x R first (options.fit). A
    context remembers the last 32 images that it encoded and does not compute the same pixels
@@ -265,12 +268,11 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 void lvm_image_free(lvm_image *image);
 
 /* Rewrites a weights file with other types: type for the transformer's matrices, vq_type for the
-   tokenizer's convolutions (LVM_AUTO keeps). rules: NULL, or "PATTERN=TYPE,..." tried first for
-   each tensor name, PATTERN with * for anything. Norms and biases stay F32; rows that are no
-   multiple of 32 become F16 instead of a quantised type. Existing files are replaced only when
-   force is 1. */
-int lvm_quantize(const char *in, const char *out, int type, int vq_type, const char *rules,
-                 int force, lvm_error *error);
+   tokenizer's convolutions (LVM_AUTO keeps). Norms and biases stay F32; rows that are no multiple
+   of 32 become F16 instead of a quantised type. Existing files are replaced only when force is 1.
+ */
+int lvm_quantize(const char *in, const char *out, int type, int vq_type, int force,
+                 lvm_error *error);
 
 #ifdef __cplusplus
 }
@@ -361,6 +363,13 @@ static int null_argument(lvm_error *error, const char *call, const char *name) {
     return fail(error, LVM_INVALID, "%s: %s is NULL", call, name);
 }
 
+/* Tells the caller's progress function how far a stage is; it may cancel. */
+static int report(const lvm_options *o, const char *stage, int64_t done, int64_t all,
+                  lvm_error *error) {
+    if (o->progress == NULL || o->progress(o->user, stage, done, all) == 0) return LVM_OK;
+    return fail(error, LVM_CANCELLED, "cancelled while at work on: %s", stage);
+}
+
 static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static int round_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -372,16 +381,13 @@ static int mul_fits(size_t a, size_t b, size_t *out) {
     return 1;
 }
 
-/* What the system gives (chapter 10): a hint that memory of some megabytes is read faster in large
-   pages; processors that this process may use; a regular file opened for reading, its size told;
-   its first size > 0 bytes mapped to be read only; a whole file in memory, which the caller
-   mem_frees.
-   */
-static void os_large_pages(void *p, size_t size);
+/* What the system gives (chapter 10): a hint that memory of some megabytes is read faster in huge
+   pages; processors that this process may use; a whole file to be read only, mapped until
+   unmap_file, or in memory of its own until mem_free. */
+static void os_huge_pages(void *p, size_t size);
 static int64_t os_processors(void);
-static int open_file(const char *path, int64_t *size, lvm_error *error);
-static void *os_map(int fd, size_t size);
-static void os_unmap(void *p, size_t size);
+static int map_file(const char *path, void **data, size_t *size, lvm_error *error);
+static void unmap_file(void *data, size_t size);
 static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *error);
 
 /* Zeroed memory for count elements of size bytes, aligned to 64; NULL and an error when there is
@@ -401,7 +407,7 @@ static void *mem_alloc(size_t count, size_t size, lvm_error *error) {
     char *p = raw + sizeof(void *);
     p += (64 - (uintptr_t)p % 64) % 64;
     memcpy(p - sizeof(void *), &raw, sizeof raw);
-    os_large_pages(p, bytes);
+    os_huge_pages(p, bytes);
     return p;
 }
 
@@ -417,6 +423,52 @@ static char *copy_string(const char *s, lvm_error *error) {
     char *copy = mem_alloc(n, 1, error);
     if (copy != NULL) memcpy(copy, s, n);
     return copy;
+}
+
+/* Bytes that grow; a zero stands behind them. */
+struct buffer {
+    char *data;
+    size_t n, room;
+};
+
+static int buffer_add(struct buffer *b, const void *data, size_t n, lvm_error *error) {
+    if (b->room - b->n < n + 1) {
+        size_t room = b->room * 2 + n + 256;
+        char *more = mem_alloc(room, 1, error);
+        if (more == NULL) return LVM_MEMORY;
+        if (b->n > 0) memcpy(more, b->data, b->n);
+        mem_free(b->data);
+        b->data = more;
+        b->room = room;
+    }
+    if (n > 0) memcpy(b->data + b->n, data, n);
+    b->n += n;
+    b->data[b->n] = 0;
+    return LVM_OK;
+}
+
+/* ---- Bytes that others wrote, read by one checked cursor ---- */
+
+struct cursor {
+    const uint8_t *data;
+    size_t size, at;
+    int failed; /* set by the first read beyond the end; reads after that give zeros */
+};
+
+static const uint8_t *cursor_take(struct cursor *c, uint64_t n) {
+    if (c->failed || n > c->size - c->at) {
+        c->failed = 1;
+        return NULL;
+    }
+    c->at += (size_t)n;
+    return c->data + c->at - n;
+}
+
+static uint64_t cursor_number(struct cursor *c, int bytes) {
+    uint64_t v = 0;
+    const uint8_t *p = cursor_take(c, (uint64_t)bytes);
+    for (int i = 0; p != NULL && i < bytes; i++) v |= (uint64_t)p[i] << 8 * i;
+    return v;
 }
 
 /* ---- Threads ----
@@ -773,6 +825,20 @@ static void row_to_f32(int type, const void *in, float *y, int64_t k) {
         }
 }
 
+/* A tensor where it lies in a file or in memory: rows x cols, each row contiguous in its type. */
+struct tensor {
+    const uint8_t *data; /* NULL: absent */
+    int64_t row_bytes;
+    int type, rows, cols;
+};
+
+static const uint8_t *tensor_row(const struct tensor *w, int64_t row) {
+    return w->data + row * w->row_bytes;
+}
+
+/* A vector's values (its type is F32), or NULL. */
+static const float *floats(const struct tensor *v) { return (const float *)(const void *)v->data; }
+
 /* ---- a * b + c, exp, log, sine, cosine ----
 
    a * b + c is rounded once, as a processor's own instruction does it; not every C library's fmaf
@@ -854,51 +920,51 @@ static void sincos_f64(double x, double *sine, double *cosine) {
 }
 
 /* =================================================================================================
-   Chapter 3.  Kernels in plain C, the table they are called through, and what drives them
+   Chapter 3.  Kernels in plain C, the tables they are called through, matmul and attention
 
-   Nearly all time goes into sums of products. Eight kernels compute them, each defined here in
-   plain C and again, faster, in chapter 11 for every instruction set. A model holds the table that
-   fits the machine (struct kernels). Blocking, edges and threads are written once, below the
-   kernels.
+   Nearly all time goes into sums of products. Each kernel is defined here or in chapter 12 in plain
+   C, which is what LVM_ISA=scalar runs, and again, faster, in chapter 13 for every instruction set.
+   A model holds the table that fits the machine (struct kernels); blocking, edges and threads are
+   written once, around the tables.
 
-   Dot products, both operands contiguous along k: linear layers.
-       dot_row    c[j] = sum_k a[k] b[j][k]               one row of activations, n rows of weights
-       dot_tile   the same for dot_rows x dot_cols of them at once
-       int_row    c[r][j] = sum_blocks (sum_k qa[r][k] qb[j][k]) da[r] db[j]   quantised weights,
-                  for one row of activations or a few
-       int_tile   the same for int_rows rows of activations and up to int_panels panels of PANEL
-                  packed rows of weights
-   Outer products, one operand packed in panels of 16 columns, b[k][16]: convolution, and attention
-   on a cache of floats (on quantised pages: k8_scores and v8_sums below).
-       outer_tile c[r][0..15] (+)= sum_k a[r][k] b[k][0..15]  for outer_rows rows and up to
-                  outer_panels panels
-       outer_row  the same for one row and several panels
-   Transforms around the outer products of a 3 x 3 convolution (Winograd, chapter 5): sums of a few
-   inputs times small constants, the same operations in the same order in every version.
+   matmul       dot_row, dot_tile     c[r][j] = sum_k a[r][k] b[j][k]: both operands contiguous
+   along k int_row, int_tile     the same from quantised weights and activations of 8 bits: c[r][j]
+   = sum over blocks of (sum_k qa[k] qb[k]) da db outer_row, outer_tile c[r][0..15] (+)= sum_k
+   a[r][k] b[k][0..15]: b is a packed panel, 16 columns of a matrix side by side, k after k
+                quantize_act          activations to 8 bits;  int_pack: weights to panels
+   conv         pack_panel            16 rows of a matrix, transposed, become a panel
+                winograd_filter, winograd_input, winograd_output     (chapter 12)
+                scale_shift           what is left of GroupNorm: x scale + shift, then SiLU
+                channel_sums          sums and sums of squares of each channel
+   attention    softmax               exp(scale s - max) and the sum, of one row
+                quantize_query, k8_scores, v8_sums, to_q8_0: on a quantised cache (chapter 12)
+   elementwise  rmsnorm, silu_mul, to_f32
 
    The order of the sums, which every version of a kernel keeps for its instruction set:
+
        dot    element k belongs to partial sum k mod W (W = 8 floats; 16 with AVX-512); then halves
               are added: sum i += sum i + W/2, ... until one is left. No splitting of k elsewhere.
               NEON takes two vectors for its 8, and so gives the same bits as AVX2.
        int    inside a block of 32 the sum is an exact int32, so that order does not matter; the
               blocks follow in ascending order, c = fma((float)sum, db * da, c).
        outer  ascending k, one product added at a time.
-   So a row's result does not depend on how many rows came with it: one row equals many rows. */
+
+   So a row's result does not depend on how many rows came with it: GEMV equals GEMM bit for bit. */
 
 enum {
-    PANEL = 16,     /* columns of a packed panel */
-    KV_BLOCK = 256,     /* keys of an attention block, and of a page of the KV cache */
-    MAX_TILE = 16,  /* no tile has more rows or columns */
-    MAX_PANELS = 2, /* nor more panels */
-    KV8_PANEL = PANEL * (2 + QK), /* 32 dimensions of 16 keys or values, quantised */
-    GEMV_ROWS = 4         /* rows for which weights, keys and values are loaded once */
+    PANEL = 16,      /* columns of a packed panel */
+    KV_BLOCK = 256,  /* keys of an attention block, and of a page of the KV cache */
+    MAX_TILE = 16,   /* no tile has more rows or columns */
+    MAX_PANELS = 2,  /* nor more panels */
+    GEMV_ROWS = 4,   /* rows for which weights, keys and values are loaded once */
+    KV8_PANEL = PANEL * (2 + QK) /* bytes of 32 dimensions of 16 keys or values, quantised */
 };
 
 /* 32 activations, quantised on the fly: x = d q, |q| <= 127. Machines that multiply unsigned by
-   signed bytes take weights w as w + 128 and so begin a sum at -128 sum q. */
+   signed bytes take weights w as w + 128, a zero point of 128, and so begin a sum at -128 sum q. */
 struct act_block {
     float d;
-    int32_t start; /* -128 sum q; plain C and NEON leave it alone */
+    int32_t zero_point; /* -128 sum q; plain C and NEON leave it alone */
     int8_t q[QK];
 };
 
@@ -906,52 +972,66 @@ struct act_block {
    x = 256 hi + lo as signed bytes, of each four hi and then lo; the others keep x. */
 struct query_block {
     float d;
-    int32_t start; /* -128 sum x */
+    int32_t zero_point; /* -128 sum x */
     union {
         int16_t s16[QK];
         int8_t s8[QK / 4][2][4];
     } x;
 };
 
-/* Shapes: a panel or panel is 16 columns; see each plain version below for what it computes. */
+/* What each computes and asks of its arguments stands at its plain version. ld*: floats between two
+   rows or panels; a tile's rows are pointers, so that an edge can repeat its last row. */
 struct kernels {
     const char *name;
-    int dot_rows, dot_cols, int_rows, int_panels, outer_rows, outer_panels; /* of the tiles */
-    int pack_bytes;                                     /* of a packed block of PANEL rows */
-
-    void (*dot_row)(int k, const float *a, const float *b, int64_t ldb, int n, float *c);
-    void (*dot_tile)(int k, const float *const *a, const float *const *b, float *c, int ldc);
-    void (*quantize_x)(const float *x, struct act_block *y, int k);
-    void (*int_row)(int type, int blocks, const struct act_block *x, int rows, const uint8_t *w,
-                    int64_t row_bytes, int n, float *c, int64_t ldc);
-    void (*int_pack)(int type, int blocks, const uint8_t *const *w, uint8_t *packed);
-    void (*int_tile)(int blocks, const struct act_block *const *x, const uint8_t *packed,
-                     int panels, float *c, int ldc);
-    void (*outer_row)(int k, const float *a, const float *b, int64_t ldp, int panels, float *c,
-                      int accumulate);
-    void (*outer_tile)(int k, const float *const *a, const float *b, int64_t ldp, int panels,
-                       float *c, int ldc, int accumulate);
-
-    void (*pack_panel)(const float *rows, int64_t ld, int k, float *ldp);
-    void (*winograd_filter)(const float *w, int n, int64_t tap, float *u);
-    void (*winograd_input)(const float *patch, int64_t line, int c, float *v, int64_t tap);
-    void (*winograd_output)(const float *m, int64_t tap, const float *bias,
-                        const float *const *residual, float *const *out);
-
-    void (*to_f32)(int type, const void *in, float *y, int64_t k);
-    void (*to_q8_0)(const float *x, void *out, int64_t k);
-    void (*quantize_q)(const float *q, struct query_block *x, int k);
-    void (*k8_scores)(const uint8_t *keys, int groups, int panels, const struct query_block *q,
-                      int rows, float *s, int lds);
-    void (*v8_sums)(const uint8_t *values, int groups, int panels, const float *const *p, int rows,
-                    const uint8_t *next, float *o, int ldo);
-    void (*rmsnorm)(const float *x, const float *weight, float eps, int n, float *y);
-    float (*softmax)(float *s, int n, int valid, float scale, float *max);
-    void (*silu_mul)(float *gate, const float *up, int64_t n);
-    void (*scale_shift)(const float *x, const float *scale, const float *shift, int silu,
-                      int64_t pixels, int c, float *y);
-    void (*channel_sums)(const float *x, int64_t pixels, int c, float *sum, float *square);
+    struct {
+        int dot_rows, dot_cols, int_rows, int_panels, outer_rows, outer_panels; /* of the tiles */
+        int pack_bytes; /* of a packed block of PANEL rows of weights */
+        void (*dot_row)(int k, const float *a, const float *b, int64_t ldb, int n, float *c);
+        void (*dot_tile)(int k, const float *const *a, const float *const *b, float *c, int ldc);
+        void (*quantize_act)(const float *x, struct act_block *y, int k);
+        void (*int_row)(int type, int blocks, const struct act_block *x, int rows, const uint8_t *w,
+                        int64_t row_bytes, int n, float *c, int64_t ldc);
+        void (*int_pack)(int type, int blocks, const uint8_t *const *w, uint8_t *packed);
+        void (*int_tile)(int blocks, const struct act_block *const *x, const uint8_t *packed,
+                         int panels, float *c, int ldc);
+        void (*outer_row)(int k, const float *a, const float *b, int64_t ldp, int panels, float *c,
+                          int accumulate);
+        void (*outer_tile)(int k, const float *const *a, const float *b, int64_t ldp, int panels,
+                           float *c, int ldc, int accumulate);
+    } matmul;
+    struct {
+        int tiled; /* 0: convolutions that Winograd does not serve go by their definition */
+        void (*pack_panel)(const float *rows, int64_t ld, int k, float *panel);
+        void (*winograd_filter)(const float *w, int n, int64_t tap, float *u);
+        void (*winograd_input)(const float *patch, int64_t line, int c, float *v, int64_t tap);
+        void (*winograd_output)(const float *m, int64_t tap, const float *bias,
+                                const float *const *residual, float *const *out);
+        void (*scale_shift)(const float *x, const float *scale, const float *shift, int silu,
+                            int64_t pixels, int c, float *y);
+        void (*channel_sums)(const float *x, int64_t pixels, int c, float *sum, float *square);
+    } conv;
+    struct {
+        float (*softmax)(float *s, int n, int valid, float scale, float *max);
+        void (*quantize_query)(const float *q, struct query_block *x, int k);
+        void (*k8_scores)(const uint8_t *keys, int groups, int panels, const struct query_block *q,
+                          int rows, float *s, int lds);
+        void (*v8_sums)(const uint8_t *values, int groups, int panels, const float *const *p,
+                        int rows, const uint8_t *next, float *o, int ldo);
+        void (*to_q8_0)(const float *x, void *out, int64_t k);
+    } attention;
+    struct {
+        void (*rmsnorm)(const float *x, const float *weight, float eps, int n, float *y);
+        void (*silu_mul)(float *gate, const float *up, int64_t n);
+        void (*to_f32)(int type, const void *in, float *y, int64_t k);
+    } elementwise;
 };
+
+/* The best table for this machine, or the one that LVM_ISA names; chapter 13. */
+static const struct kernels *choose_kernels(lvm_error *error);
+
+/* ---- Dot products ---- */
+
+enum { PLAIN_ROWS = 2, PLAIN_COLS = 2, PLAIN_OUTER = 4, PLAIN_PANELS = 2 };
 
 /* Adds w partial sums, halves first. */
 static float sum_tree(float *partial, int w) {
@@ -969,22 +1049,25 @@ static float dot_plain(int k, const float *a, const float *b) {
     return sum_tree(partial, 8);
 }
 
+/* c[j] = a . b[j]: one row a[k] against n rows b[n][k], ldb apart. Any k and n. */
 static void dot_row_plain(int k, const float *a, const float *b, int64_t ldb, int n, float *c) {
     for (int j = 0; j < n; j++) c[j] = dot_plain(k, a, b + j * ldb);
 }
 
-enum { PLAIN_ROWS = 2, PLAIN_COLS = 2, PLAIN_OUTER = 4, PLAIN_PANELS = 2 };
-
+/* c[r][j] = a[r] . b[j] for dot_rows x dot_cols rows, which may repeat. */
 static void dot_tile_plain(int k, const float *const *a, const float *const *b, float *c, int ldc) {
     for (int r = 0; r < PLAIN_ROWS; r++)
         for (int j = 0; j < PLAIN_COLS; j++) c[r * ldc + j] = dot_plain(k, a[r], b[j]);
 }
 
+/* ---- Dot products of integers ---- */
+
 /* Blocks of activations without a larger magnitude count as zeros: 127 / x must stay finite. */
 #define MIN_AMAX 1e-36f
 
-/* d = largest magnitude / 127, q = x / d to the nearest integer, ties to even. */
-static void quantize_x_plain(const float *x, struct act_block *y, int k) {
+/* d = largest magnitude / 127, q = x / d to the nearest integer, ties to even. k is a multiple of
+   QK; what a NaN becomes is some number. */
+static void quantize_act_plain(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = 0;
         for (int i = 0; i < QK; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
@@ -1009,6 +1092,8 @@ static float unpack_block(int type, const uint8_t *w, int b, int8_t *q) {
     return f16_to_f32(block->d);
 }
 
+/* c[r][j]: rows x[rows][blocks] of activations against n rows of weights, row_bytes apart, of type
+   Q8_0 or Q4_0. Any number of rows; memory may be read ahead, but nothing is written beyond c. */
 static void int_row_plain(int type, int blocks, const struct act_block *x, int rows,
                           const uint8_t *w, int64_t row_bytes, int n, float *c, int64_t ldc) {
     for (int r = 0; r < rows; r++, x += blocks)
@@ -1025,6 +1110,10 @@ static void int_row_plain(int type, int blocks, const struct act_block *x, int r
         }
 }
 
+/* ---- Outer products ---- */
+
+/* c[0 .. 16 panels) = sum over i < k of a[i] b[i], on top of what c holds with accumulate. b:
+   panels of b[k][PANEL], ldp floats apart. */
 static void outer_row_plain(int k, const float *a, const float *b, int64_t ldp, int panels,
                             float *c, int accumulate) {
     for (int s = 0; s < panels; s++, b += ldp, c += PANEL) {
@@ -1036,20 +1125,24 @@ static void outer_row_plain(int k, const float *a, const float *b, int64_t ldp, 
     }
 }
 
-static void outer_tile_plain(int k, const float *const *a, const float *b, int64_t ldp,
-                             int panels, float *c, int ldc, int accumulate) {
+/* The same for outer_rows rows and 1 .. outer_panels panels. */
+static void outer_tile_plain(int k, const float *const *a, const float *b, int64_t ldp, int panels,
+                             float *c, int ldc, int accumulate) {
     for (int r = 0; r < PLAIN_OUTER; r++)
         outer_row_plain(k, a[r], b, ldp, panels, c + r * ldc, accumulate);
 }
 
-/* y = weight * x / sqrt(mean(x^2) + eps)      (Zhang and Sennrich 2019) */
+/* ---- Row by row ---- */
+
+/* y = weight * x / sqrt(mean(x^2) + eps)      (Zhang and Sennrich 2019); y may be x */
 static void rmsnorm_plain(const float *x, const float *weight, float eps, int n, float *y) {
     float scale = 1 / sqrtf(dot_plain(n, x, x) / (float)n + eps);
     for (int i = 0; i < n; i++) y[i] = weight[i] * (x[i] * scale);
 }
 
 /* s[i] = exp(scale s[i] - *max) for i < valid, *max being the largest scale s[i]; 0 for the rest up
-   to n, whatever stood there. Returns the sum, in the order of dot; valid >= 1, scale > 0. */
+   to n, whatever stood there. Returns the sum, in the order of dot with W = 8 everywhere. valid >=
+   1, scale > 0; n is a multiple of PANEL. */
 static float softmax_plain(float *s, int n, int valid, float scale, float *max) {
     float partial[8] = {0}, m = s[0] * scale;
     for (int i = 1; i < valid; i++) m = s[i] * scale > m ? s[i] * scale : m;
@@ -1062,16 +1155,17 @@ static float softmax_plain(float *s, int n, int valid, float scale, float *max) 
     return sum_tree(partial, 8);
 }
 
+/* silu(x) = x sigmoid(x)      (Ramachandran, Zoph and Le 2017, as "swish") */
 static float silu(float x) { return x / (1 + exp_f32(-x)); }
 
+/* gate = silu(gate) * up      (SwiGLU: Shazeer 2020) */
 static void silu_mul_plain(float *gate, const float *up, int64_t n) {
     for (int64_t i = 0; i < n; i++) gate[i] = silu(gate[i]) * up[i];
 }
 
-/* y[p][i] = f(x[p][i] * scale[i] + shift[i]), f = SiLU or nothing: what is left of a GroupNorm once
-   its means and variances are known. */
+/* y[p][i] = f(x[p][i] * scale[i] + shift[i]), f = SiLU or nothing; c is a multiple of 32. */
 static void scale_shift_plain(const float *x, const float *scale, const float *shift, int use_silu,
-                            int64_t pixels, int c, float *y) {
+                              int64_t pixels, int c, float *y) {
     for (int64_t p = 0; p < pixels; p++, x += c, y += c)
         for (int i = 0; i < c; i++) {
             float v = x[i] * scale[i] + shift[i];
@@ -1079,7 +1173,7 @@ static void scale_shift_plain(const float *x, const float *scale, const float *s
         }
 }
 
-/* Sums and sums of squares of each channel over a few pixels. */
+/* Of each channel over a few pixels; c is a multiple of 32. */
 static void channel_sums_plain(const float *x, int64_t pixels, int c, float *sum, float *square) {
     memset(sum, 0, (size_t)c * sizeof *sum);
     memset(square, 0, (size_t)c * sizeof *square);
@@ -1087,52 +1181,28 @@ static void channel_sums_plain(const float *x, int64_t pixels, int c, float *sum
         for (int i = 0; i < c; i++) sum[i] += x[i], square[i] += x[i] * x[i];
 }
 
-/* The best table for this machine, or the one that LVM_ISA names; chapter 13. */
-static const struct kernels *choose_kernels(lvm_error *error);
+/* ---- Matmul ----
 
-/* ---- Drivers ----
-
-   struct exec carries what every driver needs: the kernels, the threads, and scratch memory that
-   was sized when the context was made, so that nothing is allocated while work is done. */
+   struct exec carries what computing needs: the kernels, the threads, and scratch memory that was
+   sized when the context was made, so that nothing is allocated while work is done. */
 
 struct exec {
-    const struct kernels *k;
+    const struct kernels *kern;
     struct pool *pool;
-    int exact;            /* f32 arithmetic from quantised weights too */
-    float *scratch;       /* [threads][scratch_floats] */
+    const lvm_options *o;
+    int exact;              /* f32 arithmetic from quantised weights too */
+    float *scratch;         /* [threads][scratch_floats] */
     int64_t scratch_floats;
-    struct act_block *xq;    /* quantised activations, rows of as many blocks as x has */
-    void *user;
-    int (*progress)(void *user, const char *stage, int64_t done, int64_t all);
+    struct act_block *act;  /* activations of 8 bits, rows of as many blocks as x has; or NULL */
 };
 
 static float *exec_scratch(const struct exec *e, int thread) {
     return e->scratch + thread * e->scratch_floats;
 }
 
-static int report(const struct exec *e, const char *stage, int64_t done, int64_t all,
-                  lvm_error *error) {
-    if (e->progress == NULL || e->progress(e->user, stage, done, all) == 0) return LVM_OK;
-    return fail(error, LVM_CANCELLED, "cancelled while at work on: %s", stage);
-}
-
-/* A matrix of weights: rows x cols, each row contiguous in `type`. */
-struct tensor {
-    const uint8_t *data;
-    int64_t row_bytes;
-    int type, rows, cols;
-};
-
-static const uint8_t *tensor_row(const struct tensor *w, int64_t row) {
-    return w->data + row * w->row_bytes;
-}
-
-/* Rows of weights that a task of linear() takes: enough to reuse activations, few enough that their
-   floats stay in the second-level cache. A multiple of every tile's columns (2, 3 and 4). */
-static int weight_rows(int cols) { return cols <= 4096 ? 24 : 12; }
-
-/* One product of activations: y[rows][w->rows] = x[rows][w->cols] w^T + bias; bias may be NULL. */
-struct product {
+/* What is wanted of activations x[rows][w->cols]: y[rows][w->rows] = x w^T + bias; bias may be
+ * NULL. */
+struct matmul_output {
     const struct tensor *w;
     const float *bias;
     float *y;
@@ -1143,9 +1213,13 @@ struct matmul_job {
     const struct tensor *w;
     const float *bias, *x;
     float *y;
-    int rows, tasks, size; /* rows of x; tasks of `size` outputs */
+    int rows, tasks, size;  /* rows of x; tasks of `size` outputs */
     task_fn *run;
 };
+
+/* Rows of weights that a task takes: enough to reuse activations, few enough that their floats stay
+   in the L2 cache. A multiple of every tile's columns (2, 3 and 4). */
+static int weight_rows(int cols) { return cols <= 4096 ? 24 : 12; }
 
 /* Copies the valid part of a tile to y and adds the bias. */
 static void store_tile(const struct matmul_job *job, const float *tile, int ld, int r0, int rows,
@@ -1157,38 +1231,31 @@ static void store_tile(const struct matmul_job *job, const float *tile, int ld, 
     }
 }
 
-/* One panel of weights as floats against all rows of x. */
+/* A few rows of weights, as floats, against all rows of x. */
 static void matmul_f32_task(void *arg, int task, int thread) {
     const struct matmul_job *job = arg;
     const struct tensor *w = job->w;
-    const struct kernels *k = job->e->k;
-    int block = weight_rows(w->cols), j0 = task * block,
-        cols = w->rows - j0 < block ? w->rows - j0 : block;
+    const struct kernels *kern = job->e->kern;
+    int tile_rows = kern->matmul.dot_rows, tile_cols = kern->matmul.dot_cols;
+    int j0 = task * job->size, cols = w->rows - j0 < job->size ? w->rows - j0 : job->size;
     const float *b = (const float *)(const void *)tensor_row(w, j0);
-    float tile[MAX_TILE * MAX_TILE];
-    if (w->type != LVM_F32) {
-        float *floats = exec_scratch(job->e, thread);
-        for (int j = 0; j < cols; j++)
-            k->to_f32(w->type, tensor_row(w, j0 + j), floats + (int64_t)j * w->cols, w->cols);
-        b = floats;
-    }
-    for (int r0 = 0; r0 < job->rows; r0 += k->dot_rows) {
-        int rows = job->rows - r0 < k->dot_rows ? job->rows - r0 : k->dot_rows;
+    float tile[MAX_TILE * MAX_TILE], *scratch = exec_scratch(job->e, thread);
+    for (int j = 0; w->type != LVM_F32 && j < cols; j++, b = scratch)
+        kern->elementwise.to_f32(w->type, tensor_row(w, j0 + j), scratch + (int64_t)j * w->cols,
+                                 w->cols);
+    for (int r0 = 0; r0 < job->rows; r0 += tile_rows) {
+        int rows = job->rows - r0 < tile_rows ? job->rows - r0 : tile_rows;
         const float *pa[MAX_TILE], *pb[MAX_TILE];
-        for (int r = 0; r < k->dot_rows; r++)
+        for (int r = 0; r < tile_rows; r++)
             pa[r] = job->x + (int64_t)(r0 + (r < rows ? r : rows - 1)) * w->cols;
-        if (rows == 1) {
-            float *y = job->y + (int64_t)r0 * w->rows + j0;
-            k->dot_row(w->cols, pa[0], b, w->cols, cols, y);
-            for (int j = 0; job->bias != NULL && j < cols; j++) y[j] += job->bias[j0 + j];
-            continue;
-        }
-        for (int j = 0; j < cols; j += k->dot_cols) {
-            int n = cols - j < k->dot_cols ? cols - j : k->dot_cols;
-            for (int i = 0; i < k->dot_cols; i++)
+        if (rows == 1) kern->matmul.dot_row(w->cols, pa[0], b, w->cols, cols, tile);
+        if (rows == 1) store_tile(job, tile, 0, r0, 1, j0, cols);
+        for (int j = 0; rows > 1 && j < cols; j += tile_cols) {
+            int n = cols - j < tile_cols ? cols - j : tile_cols;
+            for (int i = 0; i < tile_cols; i++)
                 pb[i] = b + (int64_t)(j + (i < n ? i : n - 1)) * w->cols;
-            k->dot_tile(w->cols, pa, pb, tile, k->dot_cols);
-            store_tile(job, tile, k->dot_cols, r0, rows, j0 + j, n);
+            kern->matmul.dot_tile(w->cols, pa, pb, tile, tile_cols);
+            store_tile(job, tile, tile_cols, r0, rows, j0 + j, n);
         }
     }
 }
@@ -1203,38 +1270,39 @@ static void matmul_int_row_task(void *arg, int task, int thread) {
     int j0 = task * job->size, n = w->rows - j0 < job->size ? w->rows - j0 : job->size;
     float *y = job->y + j0;
     (void)thread;
-    job->e->k->int_row(w->type, w->cols / QK, job->e->xq, job->rows, tensor_row(w, j0),
-                       w->row_bytes, n, y, w->rows);
+    job->e->kern->matmul.int_row(w->type, w->cols / QK, job->e->act, job->rows, tensor_row(w, j0),
+                                 w->row_bytes, n, y, w->rows);
     for (int r = 0; job->bias != NULL && r < job->rows; r++, y += w->rows)
         for (int j = 0; j < n; j++) y[j] += job->bias[j0 + j];
 }
 
-/* Packs weights, then multiplies all rows of x by them (chapter 12). */
+/* The same for many rows: packs panels of weights, then multiplies all rows by them (chapter 12).
+ */
 static void matmul_int_tile_task(void *arg, int task, int thread);
 
-static void quantize_task(void *arg, int task, int thread) {
+static void quantize_task(void *arg, int r, int thread) {
     const struct matmul_job *job = arg;
     int64_t cols = job->w->cols;
     (void)thread;
-    job->e->k->quantize_x(job->x + task * cols, job->e->xq + task * (cols / QK), (int)cols);
+    job->e->kern->matmul.quantize_act(job->x + r * cols, job->e->act + r * (cols / QK), (int)cols);
 }
 
 static int is_integer(const struct exec *e, const struct tensor *w) {
-    return type_is_quantised(w->type) && !e->exact && e->xq != NULL;
+    return type_is_quantised(w->type) && !e->exact && e->act != NULL;
 }
 
-/* Which task a product takes, and how many of them. */
+/* Which task a matmul takes, and how many of them. */
 static void matmul_plan(struct matmul_job *job) {
-    const struct kernels *k = job->e->k;
+    const struct kernels *kern = job->e->kern;
     job->run = matmul_f32_task;
     job->size = weight_rows(job->w->cols);
-    if (is_integer(job->e, job->w) && job->rows < k->int_rows) {
-        int share = round_up(job->w->rows / (GEMV_TASKS * job->e->pool->n), 8);
+    if (is_integer(job->e, job->w) && job->rows < kern->matmul.int_rows) {
+        int size = round_up(job->w->rows / (GEMV_TASKS * job->e->pool->n), 8);
         job->run = matmul_int_row_task;
-        job->size = share > MIN_GEMV_COLS ? share : MIN_GEMV_COLS;
+        job->size = size > MIN_GEMV_COLS ? size : MIN_GEMV_COLS;
     } else if (is_integer(job->e, job->w)) {
         job->run = matmul_int_tile_task;
-        job->size = k->int_panels * PANEL;
+        job->size = kern->matmul.int_panels * PANEL;
     }
     job->tasks = (job->w->rows + job->size - 1) / job->size;
 }
@@ -1247,54 +1315,60 @@ static void matmul_task(void *arg, int task, int thread) {
     job->run(job, task, thread);
 }
 
-/* Up to MAX_MATMULS products of the same x, whose threads meet once and not after each. */
-static void matmul_all(const struct exec *e, const struct product *products, int n, const float *x,
-                       int rows) {
+/* Up to MAX_MATMULS matmuls of the same x, whose threads meet once and not after each. */
+static void matmul_all(const struct exec *e, const struct matmul_output *outputs, int n,
+                       const float *x, int rows) {
     struct matmul_job jobs[MAX_MATMULS];
     int integer = -1, tasks = 0;
     for (int i = 0; i < n; i++) {
-        jobs[i] = (struct matmul_job){
-            .e = e, .w = products[i].w, .bias = products[i].bias, .x = x, .y = products[i].y,
-            .rows = rows};
+        jobs[i] = (struct matmul_job){.e = e, .w = outputs[i].w, .bias = outputs[i].bias, .x = x,
+                                      .y = outputs[i].y, .rows = rows};
         matmul_plan(&jobs[i]);
         tasks += jobs[i].tasks;
-        if (is_integer(e, products[i].w)) integer = i;
+        if (is_integer(e, outputs[i].w)) integer = i;
     }
     if (integer >= 0) pool_run(e->pool, rows, quantize_task, &jobs[integer]);
     pool_run(e->pool, tasks, matmul_task, jobs);
 }
 
-static void linear(const struct exec *e, const struct tensor *w, const float *bias, const float *x,
+/* y[rows][w->rows] = x[rows][w->cols] w^T + bias, on all threads; bias may be NULL. */
+static void matmul(const struct exec *e, const struct tensor *w, const float *bias, const float *x,
                    int rows, float *y) {
-    matmul_all(e, &(struct product){w, bias, y}, 1, x, rows);
+    matmul_all(e, &(struct matmul_output){w, bias, y}, 1, x, rows);
 }
 
 /* Scratch floats that a thread needs for a matrix with so many columns. */
-static int64_t matmul_scratch(const struct kernels *k, int cols) {
+static int64_t matmul_scratch(const struct kernels *kern, int cols) {
     int64_t block = (int64_t)weight_rows(cols) * cols;
-    return max64(block, (int64_t)(cols / QK) * k->int_panels * k->pack_bytes / 4);
+    return max64(block,
+                 (int64_t)(cols / QK) * kern->matmul.int_panels * kern->matmul.pack_bytes / 4);
 }
 
-/* c[r][..16 panels] (+)= a[r][k] b for any number of rows; a row's pointer is a[r] (chapter 12). */
-static void matmul_panels(const struct kernels *k, int rows, int n, const float *const *a,
-                       const float *b, int64_t ldp, int panels, float *c, int ldc,
-                       int accumulate);
+/* c[r][0 .. 16 panels) (+)= a[r] b for any number of rows and panels, on the calling thread: the
+   outer products above, cut into tiles (chapter 12). a[r]: [k]; b: panels of [k][PANEL], ldp apart.
+ */
+static void matmul_panels(const struct kernels *kern, int rows, int k, const float *const *a,
+                          const float *b, int64_t ldp, int panels, float *c, int ldc,
+                          int accumulate);
 
 /* ---- Attention over one block of keys ----
 
-   softmax(q K^T / sqrt(d)) V, computed block by block (Milakov and Gimelshein 2018; Dao et al.
-   2022): each query row carries the largest score m so far, the sum l of exp(score - m), and the
-   weighted sum o of values. A block of up to 256 keys gives its own m', l', o', and
+   softmax(q K^T / sqrt(d)) V without the whole row of scores: online softmax, block by block
+   (Milakov and Gimelshein 2018; Dao et al. 2022). Each query row carries the largest score m so
+   far, the sum l of exp(score - m), and the weighted sum o of values. A block of up to 256 keys
+   gives its own m', l', o', and
+
        M = max(m, m'),   l = l e^(m-M) + l' e^(m'-M),   o = o e^(m-M) + o' e^(m'-M);
-   after the last block the answer is o / l. Blocks come in ascending order, so a row's result
-   depends on nothing but its own keys. Keys lie in panels of 16, k[16 keys / 16][d][16], values in
-   panels of 16 dimensions, v[d / 16][256 keys][16]: both are panels for the outer tile. */
+
+   after the last block the answer is o / l. Blocks come in ascending order, so that a row's result
+   depends on nothing but its own keys. Keys and values lie in panels, k[256 / 16][d][16 keys] and
+   v[d / 16][256 keys][16]: right operands of outer products over d and over keys. */
 
 struct query {
-    const float *q; /* [d] */
-    float *o;       /* [d] */
+    const float *q;              /* [d] */
+    float *o;                    /* [d] */
     float m, l;
-    int keys;       /* of this block, how many this row sees: 1 .. KV_BLOCK */
+    int keys;                    /* of this block, how many this row sees: 1 .. KV_BLOCK */
     const struct query_block *x; /* q in integers, for a quantised cache */
 };
 
@@ -1303,20 +1377,22 @@ enum { QUERY_ROWS = 48 }; /* rows that go through a block together */
 /* Floats of scratch that attend_block needs for a head of width d. */
 static int64_t attend_scratch(int d) { return (int64_t)QUERY_ROWS * (KV_BLOCK + d); }
 
-/* The factors of the two parts, e^(m-M) and e^(m'-M), are what a softmax makes of their maxima. */
-static void online_softmax_merge(const struct kernels *k, struct query *row, const float *o,
+/* Merges a block's o[d], m and l into a row's. The factors of the two parts, e^(m-M) and e^(m'-M),
+   are what a softmax makes of their maxima. */
+static void online_softmax_merge(const struct kernels *kern, struct query *row, const float *o,
                                  float m, float l, int d) {
     float part[PANEL] = {row->m, m}, *sum = row->o;
-    k->softmax(part, PANEL, 2, 1, &row->m);
+    kern->attention.softmax(part, PANEL, 2, 1, &row->m);
     float old = part[0], new = part[1];
     for (int i = 0; i < d; i++) sum[i] = sum[i] * old + o[i] * new;
     row->l = row->l * old + l * new;
 }
 
-/* n <= QUERY_ROWS rows against one block; d is a multiple of 16. */
+/* n <= QUERY_ROWS rows against one block of keys and values; d is a multiple of 16. */
 static void attend_block(const struct kernels *kern, struct query *rows, int n, int d,
                          const float *k, const float *v, float scale, float *scratch) {
-    float *s = scratch, *o = scratch + (int64_t)QUERY_ROWS * KV_BLOCK, m[QUERY_ROWS], l[QUERY_ROWS];
+    float *s = scratch, *o = scratch + (int64_t)QUERY_ROWS * KV_BLOCK; /* [n][KV_BLOCK]  [n][d] */
+    float m[QUERY_ROWS], l[QUERY_ROWS];
     const float *q[QUERY_ROWS] = {NULL}, *p[QUERY_ROWS] = {NULL};
     int keys = 0;
     for (int r = 0; r < n; r++) {
@@ -1325,76 +1401,43 @@ static void attend_block(const struct kernels *kern, struct query *rows, int n, 
         keys = rows[r].keys > keys ? rows[r].keys : keys;
     }
     int panels = (keys + PANEL - 1) / PANEL;
-    matmul_panels(kern, n, d, q, k, (int64_t)d * PANEL, panels, s, KV_BLOCK, 0);
-    for (int r = 0; r < n; r++)
-        l[r] = kern->softmax(s + r * KV_BLOCK, panels * PANEL, rows[r].keys, scale, &m[r]);
-    matmul_panels(kern, n, keys, p, v, (int64_t)KV_BLOCK * PANEL, d / PANEL, o, d, 0);
+    matmul_panels(kern, n, d, q, k, (int64_t)d * PANEL, panels, s, KV_BLOCK, 0); /* s = q K^T */
+    for (int r = 0; r < n; r++) /* the causal mask: a row's keys end at its own position */
+        l[r] =
+            kern->attention.softmax(s + r * KV_BLOCK, panels * PANEL, rows[r].keys, scale, &m[r]);
+    matmul_panels(kern, n, keys, p, v, (int64_t)KV_BLOCK * PANEL, d / PANEL, o, d, 0); /* o = p V */
     for (int r = 0; r < n; r++)
         online_softmax_merge(kern, &rows[r], o + (int64_t)r * d, m[r], l[r], d);
 }
 
 /* =================================================================================================
-   Chapter 4.  The model: weights.bin, read from GGUF
+   Chapter 4.  The model: one description of its tensors and operations, read from GGUF
 
-   A weights file is GGUF version 3 (the format of ggml's model files), little-endian:
+   A weights file is GGUF version 3 (the format of ggml's model files): keys with values, then
+   tensors with names, types and shapes, then their data, used where it lies (chapter 14 reads and
+   writes it). The keys say what the model is. From them the model is described once, as a list of
+   tensors (name, kind, shape, where its pointer lives) and, for the tokenizer, a list of
+   operations:
 
-       "GGUF"  u32 version  u64 tensors  u64 keys
-       keys:     string name, u32 type, value          string = u64 length, bytes
-       tensors:  string name, u32 n_dims, u64 ne[n_dims] (fastest first), u32 type, u64 offset
-       padding to general.alignment, then the tensors' data at their offsets
+       keys --> struct llama, struct vqgan (sizes) --> vqgan.ops[]  what the tokenizer runs
+                                                  \--> model.specs[] every tensor by name and shape
+                                                          |
+            GGUF's tensors, by name  ---------------------+--> struct tensor: data, type, shape
 
-   Everything is read through one cursor that knows where the file ends; counts are believed only as
-   far as the bytes that are left could hold them. Tensor data is used where it lies.
+   Whatever needs to know the tensors walks that list: opening a file, messages about what is
+   missing, the choice of types when a file is quantised, random weights, `info`, the counts of
+   `bench`, and devices that keep a copy.
 
-   Keys of this format: general.architecture = "lvm", lvm.format_version = 1; the transformer's
-   under lvm. (context_length, embedding_length, block_count, feed_forward_length, vocab_size,
-   attention.head_count, attention.head_count_kv, attention.layer_norm_rms_epsilon, rope.freq_base,
-   bos_token_id and eos_token_id where sequences were trained with them), the tokenizer's under
-   lvm.vq. (the published VQGAN configuration, one to one). A file may hold only one of the two. */
+   Keys: general.architecture = "lvm", lvm.format_version = 1; the transformer's under lvm. and the
+   tokenizer's under lvm.vq. stand in the tables below. A file may hold only one of the two. */
 
-struct cursor {
-    const uint8_t *data;
-    size_t size, at;
-    int failed; /* set by the first read beyond the end; reads after that give zeros */
-};
+/* ---- The model in memory: the shape behind every pointer ---- */
 
-static const uint8_t *cursor_take(struct cursor *c, uint64_t n) {
-    if (c->failed || n > c->size - c->at) {
-        c->failed = 1;
-        return NULL;
-    }
-    c->at += (size_t)n;
-    return c->data + c->at - n;
-}
-
-static uint64_t cursor_number(struct cursor *c, int bytes) {
-    uint64_t v = 0;
-    const uint8_t *p = cursor_take(c, (uint64_t)bytes);
-    for (int i = 0; p != NULL && i < bytes; i++) v |= (uint64_t)p[i] << 8 * i;
-    return v;
-}
-
+/* A piece of the file, not terminated. */
 struct text {
-    const char *s; /* not terminated */
+    const char *s;
     uint64_t n;
 };
-
-static struct text cursor_text(struct cursor *c) {
-    struct text t = {NULL, cursor_number(c, 8)};
-    t.s = (const char *)cursor_take(c, t.n);
-    if (t.s == NULL) t.n = 0;
-    return t;
-}
-
-static int text_is(struct text t, const char *s) {
-    return t.n == strlen(s) && memcmp(t.s, s, (size_t)t.n) == 0;
-}
-
-enum gguf_type {
-    GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING,
-    GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_F64, GGUF_TYPES
-};
-static const uint8_t gguf_bytes[GGUF_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
 
 struct gguf_key {
     struct text name;
@@ -1411,249 +1454,166 @@ struct gguf_tensor {
     int64_t bytes;
 };
 
+struct named_index; /* for finding keys and tensors by name: chapter 14 */
+
 struct gguf {
     const char *path;
     const uint8_t *data;
     size_t size, data_start;
     uint32_t alignment;
     int64_t n_keys, n_tensors;
-    struct gguf_key *keys;        /* in the file's order */
-    struct gguf_tensor *tensors;  /* in the file's order */
-    int64_t *by_name;             /* [n_tensors] indices, sorted by name */
+    struct gguf_key *keys;        /* [n_keys] in the file's order */
+    struct gguf_tensor *tensors;  /* [n_tensors] in the file's order */
+    struct named_index *key_by_name, *tensor_by_name;
 };
 
-static int text_compare(struct text a, struct text b) {
-    int order = memcmp(a.s, b.s, (size_t)(a.n < b.n ? a.n : b.n));
-    return order != 0 ? order : (a.n > b.n) - (a.n < b.n);
-}
-
-/* How a message prints a name from a file: at most 64 bytes. */
-#define TEXT_ARG(t) (int)((t).n < 64 ? (t).n : 64), (t).s
-
-static void skip_value(struct cursor *c, uint32_t type, int depth) {
-    if (type == GGUF_STRING) {
-        cursor_text(c);
-    } else if (type == GGUF_ARRAY) {
-        uint32_t of = (uint32_t)cursor_number(c, 4);
-        uint64_t n = cursor_number(c, 8);
-        if (of < GGUF_TYPES && gguf_bytes[of] != 0) {
-            if (n > c->size) c->failed = 1;
-            else cursor_take(c, n * gguf_bytes[of]);
-        } else {
-            if (of >= GGUF_TYPES || depth == 0) c->failed = 1;
-            for (uint64_t i = 0; i < n && !c->failed; i++) skip_value(c, of, depth - 1);
-        }
-    } else if (type < GGUF_TYPES) {
-        cursor_take(c, gguf_bytes[type]);
-    } else {
-        c->failed = 1;
-    }
-}
-
-static const struct gguf_key *gguf_key(const struct gguf *g, const char *name) {
-    for (int64_t i = 0; i < g->n_keys; i++)
-        if (text_is(g->keys[i].name, name)) return &g->keys[i];
-    return NULL;
-}
-
-static const struct gguf_tensor *gguf_tensor(const struct gguf *g, const char *name) {
-    struct text wanted = {name, strlen(name)};
-    int64_t low = 0, high = g->n_tensors;
-    while (low < high) {
-        int64_t middle = (low + high) / 2;
-        const struct gguf_tensor *t = &g->tensors[g->by_name[middle]];
-        int order = text_compare(wanted, t->name);
-        if (order == 0) return t;
-        if (order < 0) high = middle;
-        else low = middle + 1;
-    }
-    return NULL;
-}
-
-/* qsort has no argument for context: sorts pairs that carry their names. */
-struct named_index {
-    struct text name;
-    int64_t index;
+struct layer {
+    struct tensor attn_norm;                      /* [D] */
+    struct tensor q, k, v, o;                     /* [H d][D]  [G d][D]  [G d][D]  [D][H d] */
+    struct tensor q_bias, k_bias, v_bias, o_bias; /* [H d]  [G d]  [G d]  [D]; most have none */
+    struct tensor ffn_norm;                       /* [D] */
+    struct tensor gate, up, down;                 /* [F][D]  [F][D]  [D][F] */
 };
 
-static int compare_named(const void *a, const void *b) {
-    const struct named_index *x = a, *y = b;
-    return text_compare(x->name, y->name);
-}
+struct llama {
+    int context, L, D, F, H, G, d, V;  /* tokens that it was made for; the rest: see the letters */
+    int bos, eos;                      /* ids, or -1 */
+    float eps, theta;                  /* of RMSNorm and of RoPE */
+    struct tensor embed;               /* [V][D] */
+    struct layer *layers;              /* [L]; L 0: the file has no transformer */
+    struct tensor norm;                /* [D] */
+    struct tensor output;              /* [V][D]; the same as embed where they are tied */
+};
 
-/* Sorts by name and refuses a name that comes twice. */
-static int sort_names(const struct gguf *g, struct named_index *pairs, int64_t n, const char *what,
-                      lvm_error *error) {
-    qsort(pairs, (size_t)n, sizeof *pairs, compare_named);
-    for (int64_t i = 1; i < n; i++)
-        if (text_compare(pairs[i - 1].name, pairs[i].name) == 0)
-            return fail(error, LVM_FORMAT, "%s: %s %.*s appears twice", g->path, what,
-                        TEXT_ARG(pairs[i].name));
-    return LVM_OK;
-}
+/* A VQGAN's encoder and decoder are chains of operations on square maps of channels; each reads
+   what the one before it left (chapter 5 says what they compute):
 
-static int check_key_names(const struct gguf *g, lvm_error *error) {
-    struct named_index *pairs = mem_alloc((size_t)g->n_keys, sizeof *pairs, error);
-    if (pairs == NULL) return LVM_MEMORY;
-    for (int64_t i = 0; i < g->n_keys; i++) pairs[i] = (struct named_index){g->keys[i].name, i};
-    int code = sort_names(g, pairs, g->n_keys, "key", error);
-    mem_free(pairs);
-    return code;
-}
+       conv       a convolution, 3 x 3 or 1 x 1
+       residual   norm1, conv1, norm2, conv2, and nin_shortcut (1 x 1) where the channels change
+       attention  norm, q, k, v, proj_out (1 x 1): one head as wide as the channels
+       down, up   half and twice the side, with a 3 x 3 convolution or without
+       head       norm_out, SiLU, conv_out: the end of either chain */
+enum vq_kind { VQ_CONV_3X3, VQ_CONV_1X1, VQ_RESIDUAL, VQ_ATTENTION, VQ_DOWN, VQ_UP, VQ_HEAD };
 
-static int parse_keys(struct gguf *g, struct cursor *c, lvm_error *error) {
-    for (int64_t i = 0; i < g->n_keys; i++) {
-        struct gguf_key *key = &g->keys[i];
-        key->name = cursor_text(c);
-        key->type = (uint32_t)cursor_number(c, 4);
-        size_t start = c->at;
-        skip_value(c, key->type, 4);
-        key->value = c->data + start;
-        key->size = c->at - start;
-        if (c->failed)
-            return fail(error, LVM_FORMAT, "%s: damaged or truncated at key %lld of %lld", g->path,
-                        (long long)i + 1, (long long)g->n_keys);
-    }
-    int code = check_key_names(g, error);
-    if (code != LVM_OK) return code;
-    const struct gguf_key *a = gguf_key(g, "general.alignment");
-    g->alignment = 32;
-    if (a != NULL && a->type == GGUF_U32) memcpy(&g->alignment, a->value, 4);
-    if ((a != NULL && a->type != GGUF_U32) || g->alignment % 8 != 0 || g->alignment == 0 ||
-        g->alignment > 1 << 20)
-        return fail(error, LVM_FORMAT, "%s: general.alignment is not a usable number", g->path);
-    return LVM_OK;
-}
+struct conv {
+    struct tensor w;             /* [C_out][k][k][C_in]: rows C_out, columns k k C_in; or absent */
+    struct tensor bias;          /* [C_out] */
+    int size;                    /* k: 3 or 1 */
+};
 
-/* Shape and size of one tensor; its offset is checked when the start of the data is known. */
-static int parse_tensor(struct gguf *g, struct gguf_tensor *t, struct cursor *c, lvm_error *error) {
-    t->name = cursor_text(c);
-    uint32_t n_dims = (uint32_t)cursor_number(c, 4);
-    if (c->failed || n_dims < 1 || n_dims > 4 || t->name.n > 256) {
-        c->failed = 1;
-        return fail(error, LVM_FORMAT, "%s: damaged list of tensors", g->path);
-    }
-    t->n_dims = (int)n_dims;
-    int64_t elements = 1;
-    for (int i = 0; i < 4; i++) {
-        uint64_t n = i < t->n_dims ? cursor_number(c, 8) : 1;
-        if (n == 0 || n > INT32_MAX || elements > INT64_MAX / 8 / (int64_t)n)
-            return fail(error, LVM_FORMAT, "%s: tensor %.*s has an impossible shape", g->path,
-                        TEXT_ARG(t->name));
-        t->ne[i] = (int64_t)n;
-        elements *= (int64_t)n;
-    }
-    uint32_t type = (uint32_t)cursor_number(c, 4);
-    t->offset = cursor_number(c, 8);
-    t->type = (int)type;
-    const struct type_info *info = type < 1000 ? type_info((int)type) : NULL;
-    if (info == NULL)
-        return fail(error, LVM_UNSUPPORTED,
-                    "%s: tensor %.*s has GGUF type %u; known are F32, F16, BF16, Q8_0 and Q4_0",
-                    g->path, TEXT_ARG(t->name), type);
-    if (t->ne[0] % info->block != 0)
-        return fail(error, LVM_FORMAT,
-                    "%s: tensor %.*s: rows of %lld do not divide into blocks of %d", g->path,
-                    TEXT_ARG(t->name), (long long)t->ne[0], info->block);
-    t->bytes = elements / info->block * info->bytes;
-    return LVM_OK;
-}
+struct groupnorm {
+    struct tensor scale, shift;  /* [C] */
+};
 
-static int sort_tensors(struct gguf *g, lvm_error *error) {
-    struct named_index *pairs = mem_alloc((size_t)g->n_tensors, sizeof *pairs, error);
-    g->by_name = mem_alloc((size_t)g->n_tensors, sizeof *g->by_name, error);
-    int code = pairs == NULL || g->by_name == NULL ? LVM_MEMORY : LVM_OK;
-    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++)
-        pairs[i] = (struct named_index){g->tensors[i].name, i};
-    if (code == LVM_OK) code = sort_names(g, pairs, g->n_tensors, "tensor", error);
-    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) g->by_name[i] = pairs[i].index;
-    mem_free(pairs);
-    return code;
-}
+struct vq_op {
+    enum vq_kind kind;
+    char name[40];               /* such as encoder.down.0.block.1 */
+    int side_in, c_in;           /* reads a map [side_in][side_in][c_in] */
+    int side_out, c_out;         /* and leaves one [side_out][side_out][c_out] */
+    struct groupnorm norm[2];
+    struct conv conv[4];
+};
 
-static int parse_tensors(struct gguf *g, struct cursor *c, lvm_error *error) {
-    for (int64_t i = 0; i < g->n_tensors; i++) {
-        int code = parse_tensor(g, &g->tensors[i], c, error);
-        if (c->failed) return fail(error, LVM_FORMAT, "%s: damaged list of tensors", g->path);
-        if (code != LVM_OK) return code;
-    }
-    g->data_start = (c->at + g->alignment - 1) / g->alignment * g->alignment;
-    for (int64_t i = 0; i < g->n_tensors; i++) {
-        const struct gguf_tensor *t = &g->tensors[i];
-        uint64_t room = g->data_start <= g->size ? g->size - g->data_start : 0;
-        if (t->offset % g->alignment != 0 || t->offset > room ||
-            (uint64_t)t->bytes > room - t->offset)
-            return fail(error, LVM_FORMAT, "%s: tensor %.*s lies outside the file (truncated?)",
-                        g->path, TEXT_ARG(t->name));
-    }
-    return sort_tensors(g, error);
-}
+enum { MAX_LEVELS = 8, MAX_RES_BLOCKS = 8, MAX_ATTN_AT = 16,
+       MAX_VQ_OPS = 2 * (MAX_LEVELS * (2 * (MAX_RES_BLOCKS + 1) + 1) + 7) };
 
-static void gguf_free(struct gguf *g) {
-    mem_free(g->keys);
-    mem_free(g->tensors);
-    mem_free(g->by_name);
-    memset(g, 0, sizeof *g);
-}
+struct vqgan {
+    int R, S;                    /* sides of the image and of the token grid */
+    int hidden, z, codes, code_dim, n_res_blocks, no_mid_attn, resample_conv;
+    int n_levels, mult[MAX_LEVELS], n_attn_at, attn_at[MAX_ATTN_AT];
+    struct tensor codebook;      /* [codes][code_dim] */
+    struct vq_op *ops;           /* [MAX_VQ_OPS] */
+    int n_encoder, n_ops;        /* the encoder's come first */
+};
 
-/* Parses a file that lies in memory. path is for messages; both must outlive g. */
-static int gguf_parse(struct gguf *g, const char *path, const void *data, size_t size,
-                      lvm_error *error) {
-    struct cursor c = {data, size, 0, 0};
-    memset(g, 0, sizeof *g);
-    g->path = path;
-    g->data = data;
-    g->size = size;
-    if (size == 0) return fail(error, LVM_FORMAT, "%s: the file is empty", path);
-    const uint8_t *magic = cursor_take(&c, 4);
-    if (magic == NULL || memcmp(magic, "GGUF", 4) != 0)
-        return fail(error, LVM_FORMAT,
-                    "%s: not a weights file (no GGUF at its start); convert.py makes one", path);
-    uint32_t version = (uint32_t)cursor_number(&c, 4);
-    uint64_t n_tensors = cursor_number(&c, 8), n_keys = cursor_number(&c, 8);
-    if (c.failed) return fail(error, LVM_FORMAT, "%s: truncated: only %zu bytes", path, size);
-    if (version != 3)
-        return fail(error, LVM_UNSUPPORTED, "%s: GGUF version %u, not 3", path, version);
-    if (n_keys > (size - c.at) / 13 ||
-        n_tensors > (size - c.at) / 33) /* the least that one takes */
-        return fail(error, LVM_FORMAT,
-                    "%s: claims more keys or tensors than its %zu bytes can hold", path, size);
-    g->n_keys = (int64_t)n_keys;
-    g->n_tensors = (int64_t)n_tensors;
-    g->keys = mem_alloc((size_t)n_keys, sizeof *g->keys, error);
-    g->tensors = mem_alloc((size_t)n_tensors, sizeof *g->tensors, error);
-    int code = g->keys == NULL || g->tensors == NULL ? LVM_MEMORY : parse_keys(g, &c, error);
-    if (code == LVM_OK) code = parse_tensors(g, &c, error);
-    if (code != LVM_OK) gguf_free(g);
-    return code;
-}
+/* What a tensor is for. */
+enum tensor_kind {
+    T_VECTOR, /* scales, shifts and biases: always F32 */
+    T_EMBED,  /* a row a token */
+    T_MATRIX, /* of a linear layer */
+    T_OUTPUT, /* the matrix of the logits */
+    T_CONV,   /* of a convolution, [C_out][k][k][C_in] */
+    T_EXACT   /* the codebook, and convolutions at it or at the pixels: tokens hang on them */
+};
+
+/* A tensor of the description: what a file must hold, and where the model keeps it. */
+struct tensor_spec {
+    char name[80];
+    enum tensor_kind kind;
+    int optional, n_dims, dims[4]; /* dims: slowest first */
+    struct tensor *tensor;         /* data NULL where an optional one is absent */
+};
+
+struct lvm_model {
+    char *path, *name;
+    uint8_t *owned;                /* the file in memory, or NULL when it is mapped or foreign */
+    void *mapped;
+    size_t mapped_size;
+    struct gguf file;
+    const struct kernels *kern;    /* of this machine */
+    int T, codes;                  /* tokens of an image; ids below codes are image tokens */
+    struct llama llama;
+    struct vqgan *vq;              /* NULL when the file has no tokenizer */
+    struct tensor_spec *specs;     /* [n_specs] */
+    int n_specs;
+    struct devices *devices;       /* copies of the model on devices: chapter 7 */
+};
 
 /* ---- Keys by name and type ---- */
 
-/* Reads a whole number in [low, high]; a missing key gives `missing`, or an error when that is out
-   of range itself. */
-static int key_int(const struct gguf *g, const char *name, int low, int high, int missing, int *out,
-                   lvm_error *error) {
-    const struct gguf_key *k = gguf_key(g, name);
-    int64_t v = missing;
+/* Parses a file that lies in memory (chapter 14). path is for messages; both must outlive g. The
+   key or tensor of a name, NULL where there is none. */
+static int gguf_parse(struct gguf *g, const char *path, const void *data, size_t size,
+                      lvm_error *error);
+static void gguf_free(struct gguf *g);
+static const struct gguf_key *gguf_key(const struct gguf *g, const char *name);
+static const struct gguf_tensor *gguf_tensor(const struct gguf *g, const char *name);
+
+enum gguf_type {
+    GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING,
+    GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_F64, GGUF_TYPES
+};
+
+static struct text cursor_text(struct cursor *c) {
+    struct text t = {NULL, cursor_number(c, 8)};
+    t.s = (const char *)cursor_take(c, t.n);
+    if (t.s == NULL) t.n = 0;
+    return t;
+}
+
+static int text_is(struct text t, const char *s) {
+    return t.n == strlen(s) && memcmp(t.s, s, (size_t)t.n) == 0;
+}
+
+/* A key as a description names it: a whole number in [low, high]; a missing one gives `missing`, or
+   is an error when that is out of range itself. where: of the int in struct llama or vqgan. */
+struct int_key {
+    const char *name;
+    int low, high, missing;
+    size_t where;
+};
+
+static int read_int(const struct gguf *g, const struct int_key *key, int *out, lvm_error *error) {
+    const struct gguf_key *k = gguf_key(g, key->name);
+    int64_t v = key->missing;
     if (k != NULL) {
         struct cursor c = {k->value, k->size, 0, 0};
         if (k->type == GGUF_U32) v = (int64_t)cursor_number(&c, 4);
         else if (k->type == GGUF_I32) v = (int32_t)cursor_number(&c, 4);
         else if (k->type == GGUF_BOOL) v = (int64_t)cursor_number(&c, 1);
-        else return fail(error, LVM_FORMAT, "%s: key %s is not a whole number", g->path, name);
-    } else if (missing < low || missing > high) {
-        return fail(error, LVM_FORMAT, "%s: key %s is missing", g->path, name);
+        else return fail(error, LVM_FORMAT, "%s: key %s is not a whole number", g->path, key->name);
+    } else if (v < key->low || v > key->high) {
+        return fail(error, LVM_FORMAT, "%s: key %s is missing", g->path, key->name);
     }
-    if (v < low || v > high)
-        return fail(error, LVM_FORMAT, "%s: key %s is %lld; lvm takes %d to %d", g->path, name,
-                    (long long)v, low, high);
+    if (v < key->low || v > key->high)
+        return fail(error, LVM_FORMAT, "%s: key %s is %lld; lvm takes %d to %d", g->path, key->name,
+                    (long long)v, key->low, key->high);
     *out = (int)v;
     return LVM_OK;
 }
 
-static int key_float(const struct gguf *g, const char *name, float low, float high, float *out,
-                     lvm_error *error) {
+static int read_float(const struct gguf *g, const char *name, float low, float high, float *out,
+                      lvm_error *error) {
     const struct gguf_key *k = gguf_key(g, name);
     if (k == NULL || k->type != GGUF_F32)
         return fail(error, LVM_FORMAT, "%s: key %s is missing or no 32-bit float", g->path, name);
@@ -1665,8 +1625,8 @@ static int key_float(const struct gguf *g, const char *name, float low, float hi
 }
 
 /* An array of at most max 32-bit integers, each in [0, 2^20]; *n is its length. */
-static int key_ints(const struct gguf *g, const char *name, int max, int *out, int *n,
-                    lvm_error *error) {
+static int read_ints(const struct gguf *g, const char *name, int max, int *out, int *n,
+                     lvm_error *error) {
     const struct gguf_key *k = gguf_key(g, name);
     struct cursor c = {k != NULL ? k->value : NULL, k != NULL ? k->size : 0, 0, 0};
     uint32_t of = (uint32_t)cursor_number(&c, 4);
@@ -1686,338 +1646,285 @@ static int key_ints(const struct gguf *g, const char *name, int max, int *out, i
     return LVM_OK;
 }
 
-static int key_is_text(const struct gguf *g, const char *name, const char *value) {
+/* The text of a key, or nothing. */
+static struct text read_text(const struct gguf *g, const char *name) {
     const struct gguf_key *k = gguf_key(g, name);
-    if (k == NULL || k->type != GGUF_STRING) return 0;
-    struct cursor c = {k->value, k->size, 0, 0};
-    return text_is(cursor_text(&c), value);
+    struct cursor c = {k != NULL ? k->value : NULL, k != NULL ? k->size : 0, 0, 0};
+    return k != NULL && k->type == GGUF_STRING ? cursor_text(&c) : (struct text){"", 0};
 }
 
-/* ---- The model in memory: shapes behind every pointer ---- */
+/* ---- The transformer's description ---- */
 
-struct layer {
-    const float *attn_norm;           /* [D] */
-    struct tensor q, k, v, o;         /* [H d][D]  [G d][D]  [G d][D]  [D][H d] */
-    const float *q_bias, *k_bias, *v_bias, *o_bias; /* NULL where the checkpoint has none */
-    const float *ffn_norm;            /* [D] */
-    struct tensor gate, up, down;     /* [F][D]  [F][D]  [D][F] */
+#define LLAMA(field) offsetof(struct llama, field)
+#define LAYER(field) offsetof(struct layer, field)
+
+static const struct int_key llama_keys[] = {
+    {"lvm.context_length", 1, 1 << 20, 0, LLAMA(context)},
+    {"lvm.embedding_length", 1, 1 << 16, 0, LLAMA(D)},
+    {"lvm.block_count", 1, 1024, 0, LLAMA(L)},
+    {"lvm.feed_forward_length", 1, 1 << 18, 0, LLAMA(F)},
+    {"lvm.vocab_size", 1, 1 << 20, 0, LLAMA(V)},
+    {"lvm.attention.head_count", 1, 1024, 0, LLAMA(H)},
+    {"lvm.attention.head_count_kv", 1, 1024, 0, LLAMA(G)},
+    {"lvm.bos_token_id", -1, 1 << 20, -1, LLAMA(bos)},
+    {"lvm.eos_token_id", -1, 1 << 20, -1, LLAMA(eos)}};
+
+/* rows, cols: letters of the shape, Q = H d and K = G d; no cols: a vector. Names with a layer
+   stand behind "blk.N." */
+static const struct llama_tensor {
+    const char *name;
+    enum tensor_kind kind;
+    char rows, cols;
+    int in_layer, optional;
+    size_t where;
+} llama_tensors[] = {
+    {"token_embd.weight", T_EMBED, 'V', 'D', 0, 0, LLAMA(embed)},
+    {"attn_norm.weight", T_VECTOR, 'D', 0, 1, 0, LAYER(attn_norm)},
+    {"attn_q.weight", T_MATRIX, 'Q', 'D', 1, 0, LAYER(q)},
+    {"attn_k.weight", T_MATRIX, 'K', 'D', 1, 0, LAYER(k)},
+    {"attn_v.weight", T_MATRIX, 'K', 'D', 1, 0, LAYER(v)},
+    {"attn_output.weight", T_MATRIX, 'D', 'Q', 1, 0, LAYER(o)},
+    {"attn_q.bias", T_VECTOR, 'Q', 0, 1, 1, LAYER(q_bias)},
+    {"attn_k.bias", T_VECTOR, 'K', 0, 1, 1, LAYER(k_bias)},
+    {"attn_v.bias", T_VECTOR, 'K', 0, 1, 1, LAYER(v_bias)},
+    {"attn_output.bias", T_VECTOR, 'D', 0, 1, 1, LAYER(o_bias)},
+    {"ffn_norm.weight", T_VECTOR, 'D', 0, 1, 0, LAYER(ffn_norm)},
+    {"ffn_gate.weight", T_MATRIX, 'F', 'D', 1, 0, LAYER(gate)},
+    {"ffn_up.weight", T_MATRIX, 'F', 'D', 1, 0, LAYER(up)},
+    {"ffn_down.weight", T_MATRIX, 'D', 'F', 1, 0, LAYER(down)},
+    {"output_norm.weight", T_VECTOR, 'D', 0, 0, 0, LLAMA(norm)},
+    {"output.weight", T_OUTPUT, 'V', 'D', 0, 1, LLAMA(output)}};
+enum { LLAMA_TENSORS = sizeof llama_tensors / sizeof *llama_tensors };
+
+/* ---- The tokenizer's description; names are the published checkpoint's behind "vq." ---- */
+
+#define VQGAN(field) offsetof(struct vqgan, field)
+
+static const struct int_key vq_keys[] = {
+    {"lvm.vq.resolution", 1, 4096, 0, VQGAN(R)},
+    {"lvm.vq.hidden_channels", 1, 4096, 0, VQGAN(hidden)},
+    {"lvm.vq.num_res_blocks", 1, MAX_RES_BLOCKS, 0, VQGAN(n_res_blocks)},
+    {"lvm.vq.z_channels", 1, 4096, 0, VQGAN(z)},
+    {"lvm.vq.num_embeddings", 1, 1 << 20, 0, VQGAN(codes)},
+    {"lvm.vq.quantized_embed_dim", 1, 4096, 0, VQGAN(code_dim)},
+    {"lvm.vq.no_attn_mid_block", 0, 1, 0, VQGAN(no_mid_attn)},
+    {"lvm.vq.resample_with_conv", 0, 1, 1, VQGAN(resample_conv)}};
+
+/* What each kind of operation is made of: norm[index] of c_in ('i') or c_out ('o') channels, or
+   conv[index], k x k, from so many to c_out channels. */
+static const struct vq_part {
+    enum vq_kind kind;
+    const char *name;            /* behind the operation's own */
+    int index, k;                /* k 0: a norm */
+    char channels;
+} vq_parts[] = {
+    {VQ_CONV_3X3, "", 0, 3, 'i'},       {VQ_CONV_1X1, "", 0, 1, 'i'},
+    {VQ_RESIDUAL, ".norm1", 0, 0, 'i'}, {VQ_RESIDUAL, ".conv1", 0, 3, 'i'},
+    {VQ_RESIDUAL, ".norm2", 1, 0, 'o'}, {VQ_RESIDUAL, ".conv2", 1, 3, 'o'},
+    {VQ_RESIDUAL, ".nin_shortcut", 2, 1, 'i'},
+    {VQ_ATTENTION, ".norm", 0, 0, 'i'}, {VQ_ATTENTION, ".q", 0, 1, 'i'},
+    {VQ_ATTENTION, ".k", 1, 1, 'i'},    {VQ_ATTENTION, ".v", 2, 1, 'i'},
+    {VQ_ATTENTION, ".proj_out", 3, 1, 'i'},
+    {VQ_DOWN, "", 0, 3, 'i'},           {VQ_UP, "", 0, 3, 'i'},
+    {VQ_HEAD, ".norm_out", 0, 0, 'i'},  {VQ_HEAD, ".conv_out", 0, 3, 'i'}};
+enum { VQ_PARTS = sizeof vq_parts / sizeof *vq_parts, MAX_PARTS_OF_OP = 5 };
+
+/* A chain of operations being built, and the map that its last one leaves. */
+struct vq_chain {
+    struct vqgan *vq;
+    int side, c;
 };
 
-struct llama {
-    int context, n_layers, D, F, H, G, d, V;
-    float eps, theta;
-    struct tensor embed;              /* [V][D] */
-    struct layer *layers;             /* [L] */
-    const float *norm;                /* [D] */
-    struct tensor output;             /* [V][D]; the same as embed when tied */
-};
+LVM_PRINTF(4, 5) static void vq_add(struct vq_chain *chain, enum vq_kind kind, int c_out,
+                                    const char *format, ...) {
+    struct vq_op *op = &chain->vq->ops[chain->vq->n_ops++];
+    va_list args;
+    va_start(args, format);
+    vsnprintf(op->name, sizeof op->name, format, args);
+    va_end(args);
+    op->kind = kind;
+    op->side_in = chain->side;
+    op->c_in = chain->c;
+    op->side_out = chain->side =
+        kind == VQ_DOWN ? chain->side / 2 : kind == VQ_UP ? 2 * chain->side : chain->side;
+    op->c_out = chain->c = c_out;
+}
 
-struct norm {
-    const float *weight, *bias;       /* [c] */
-    int c;
-};
-
-struct conv {
-    struct tensor w;                  /* [c_out][size][size][c_in] */
-    const float *bias;                /* [c_out] */
-    int c_in, c_out, size;            /* size 3 or 1; c_out 0: absent */
-};
-
-struct res_block {
-    struct norm norm1, norm2;
-    struct conv conv1, conv2, shortcut; /* shortcut: 1 x 1, only where the channels change */
-};
-
-struct attn_block {
-    struct norm norm;
-    struct conv q, k, v, proj;        /* 1 x 1, c -> c */
-};
-
-enum { MAX_LEVELS = 8, MAX_BLOCKS = 9 };
-
-struct level {
-    int n_blocks, c, has_attn,
-        resample; /* resample: 1 where the level ends with a change of size */
-    struct res_block block[MAX_BLOCKS];
-    struct attn_block attn[MAX_BLOCKS];
-    struct conv conv;                 /* of the resampling; absent when it is plain */
-};
-
-/* One half of the VQGAN; levels in the order of the checkpoint, finest first, in both halves. */
-struct half {
-    struct conv conv_in, conv_out;
-    struct level level[MAX_LEVELS];
-    struct res_block mid1, mid2;
-    struct attn_block mid_attn;
-    int has_mid_attn;
-    struct norm norm_out;
-};
-
-struct vqgan {
-    int R, S, n_levels, n_res_blocks, hidden, z, codes, e; /* e: width of a codebook vector */
-    int mult[MAX_LEVELS], attn_at[16], n_attn_at, no_mid_attn, resample_conv;
-    struct half encoder, decoder;
-    struct conv quant, post_quant;    /* 1 x 1, z -> e and e -> z */
-    struct tensor codebook;           /* [codes][e] */
-};
-
-/* Weights without a file, for measurements: the loaders below ask for tensors by shape and get
-   pieces of one block of random numbers. */
-struct made_up {
-    int type, vq_type; /* of matrices with rows of whole blocks */
-    uint8_t *data;     /* NULL while sizes are only counted */
-    size_t size;
-};
-
-struct lvm_model {
-    char *path, *name;
-    uint8_t *owned;                   /* the file in memory, or NULL when it is mapped or foreign */
-    struct made_up *made_up;          /* NULL: the tensors are a file's */
-    void (*missing)(const char *name); /* NULL: a missing tensor is an error; else it is told of */
-    void *mapped;
-    size_t mapped_size;
-    struct gguf file;
-    const struct kernels *k;
-    lvm_info info;
-    struct llama llama;
-    struct vqgan *vq;                 /* NULL when the file has no tokenizer */
-};
-
-/* The next piece of made-up weights; chapter 14. */
-static int made_up_tensor(struct made_up *made, const char *name, int n_dims, const int *dims,
-                          struct tensor *out);
-
-/* Asks for a tensor by name and shape: a matrix of any type. dims are given slowest first. */
-static int get_tensor(const lvm_model *m, const char *name, int n_dims, const int *dims,
-                       struct tensor *out, lvm_error *error) {
-    if (m->made_up != NULL) return made_up_tensor(m->made_up, name, n_dims, dims, out);
-    const struct gguf_tensor *t = gguf_tensor(&m->file, name);
-    if (t == NULL && m->missing != NULL) {
-        m->missing(name);
-        *out = (struct tensor){.type = LVM_F32};
-        return LVM_OK;
+/* n blocks of level i. As in the published class, a level runs its attention blocks only where it
+   has more than one. */
+static void vq_add_level(struct vq_chain *chain, const char *name, int i, int n) {
+    const struct vqgan *vq = chain->vq;
+    int c = vq->hidden * vq->mult[i], attention = 0;
+    for (int a = 0; a < vq->n_attn_at; a++) attention |= vq->attn_at[a] == vq->R >> i && n > 1;
+    for (int b = 0; b < n; b++) {
+        vq_add(chain, VQ_RESIDUAL, c, "%s.%d.block.%d", name, i, b);
+        if (attention) vq_add(chain, VQ_ATTENTION, c, "%s.%d.attn.%d", name, i, b);
     }
-    if (t == NULL) return fail(error, LVM_FORMAT, "%s: tensor %s is missing", m->path, name);
-    int same = t->n_dims == n_dims;
-    for (int i = 0; i < n_dims; i++) same &= t->ne[i] == dims[n_dims - 1 - i];
-    if (!same)
-        return fail(error, LVM_FORMAT,
-                    "%s: tensor %s has the wrong shape (%lld x %lld x %lld x %lld)", m->path, name,
-                    (long long)t->ne[3], (long long)t->ne[2], (long long)t->ne[1],
-                    (long long)t->ne[0]);
-    int64_t cols = 1;
-    for (int i = 1; i < n_dims; i++) cols *= dims[i];
-    if (cols > INT32_MAX / 64)
-        return fail(error, LVM_UNSUPPORTED, "%s: tensor %s has rows of %lld", m->path, name,
-                    (long long)cols);
-    out->data = m->file.data + m->file.data_start + t->offset;
-    out->type = t->type;
-    out->rows = dims[0];
-    out->cols = (int)cols;
-    out->row_bytes = type_bytes(t->type, cols);
+}
+
+static void vq_add_middle(struct vq_chain *chain, const char *name) {
+    vq_add(chain, VQ_RESIDUAL, chain->c, "%s.mid.block_1", name);
+    if (!chain->vq->no_mid_attn) vq_add(chain, VQ_ATTENTION, chain->c, "%s.mid.attn_1", name);
+    vq_add(chain, VQ_RESIDUAL, chain->c, "%s.mid.block_2", name);
+}
+
+/* R x R x 3 pixels -> S x S x code_dim, the vectors in front of the quantiser. */
+static void vq_build_encoder(struct vqgan *vq) {
+    struct vq_chain chain = {vq, vq->R, 3};
+    vq_add(&chain, VQ_CONV_3X3, vq->hidden, "encoder.conv_in");
+    for (int i = 0; i < vq->n_levels; i++) {
+        vq_add_level(&chain, "encoder.down", i, vq->n_res_blocks);
+        if (i + 1 < vq->n_levels)
+            vq_add(&chain, VQ_DOWN, chain.c, "encoder.down.%d.downsample.conv", i);
+    }
+    vq_add_middle(&chain, "encoder");
+    vq_add(&chain, VQ_HEAD, vq->z, "encoder");
+    vq_add(&chain, VQ_CONV_1X1, vq->code_dim, "quant_conv");
+    vq->n_encoder = vq->n_ops;
+}
+
+/* And back: the mirror image, with one residual block more a level. */
+static void vq_build_decoder(struct vqgan *vq) {
+    struct vq_chain chain = {vq, vq->S, vq->code_dim};
+    vq_add(&chain, VQ_CONV_1X1, vq->z, "post_quant_conv");
+    vq_add(&chain, VQ_CONV_3X3, vq->hidden * vq->mult[vq->n_levels - 1], "decoder.conv_in");
+    vq_add_middle(&chain, "decoder");
+    for (int i = vq->n_levels - 1; i >= 0; i--) {
+        vq_add_level(&chain, "decoder.up", i, vq->n_res_blocks + 1);
+        if (i > 0) vq_add(&chain, VQ_UP, chain.c, "decoder.up.%d.upsample.conv", i);
+    }
+    vq_add(&chain, VQ_HEAD, 3, "decoder");
+}
+
+/* ---- From the descriptions to one list ---- */
+
+static struct tensor_spec *describe(lvm_model *m, enum tensor_kind kind, int optional,
+                                    struct tensor *tensor, int n_dims, const int *dims) {
+    struct tensor_spec *s = &m->specs[m->n_specs++];
+    s->kind = kind;
+    s->optional = optional;
+    s->tensor = tensor;
+    s->n_dims = n_dims;
+    memcpy(s->dims, dims, (size_t)n_dims * sizeof *dims);
+    return s;
+}
+
+static int llama_size(const struct llama *a, char letter) {
+    switch (letter) {
+    case 'V': return a->V;
+    case 'F': return a->F;
+    case 'K': return a->G * a->d;
+    default: return a->D; /* Q too: H d is D */
+    }
+}
+
+static void describe_llama(lvm_model *m) {
+    struct llama *a = &m->llama;
+    for (int layer = 0; layer < a->L; layer++)
+        for (int i = 0; i < LLAMA_TENSORS; i++) {
+            const struct llama_tensor *t = &llama_tensors[i];
+            char *base = t->in_layer ? (char *)&a->layers[layer] : (char *)a;
+            int dims[2] = {llama_size(a, t->rows), llama_size(a, t->cols)};
+            if (!t->in_layer && layer > 0) continue;
+            struct tensor_spec *s =
+                describe(m, t->kind, t->optional, (struct tensor *)(void *)(base + t->where),
+                         t->cols != 0 ? 2 : 1, dims);
+            if (t->in_layer) snprintf(s->name, sizeof s->name, "blk.%d.%s", layer, t->name);
+            else snprintf(s->name, sizeof s->name, "%s", t->name);
+        }
+}
+
+/* Some parts are there only where they are needed. */
+static int vq_has_part(const struct vqgan *vq, const struct vq_op *op, const struct vq_part *p) {
+    if (p->kind != op->kind) return 0;
+    if (p->kind == VQ_RESIDUAL && p->k == 1) return op->c_in != op->c_out;
+    return (p->kind != VQ_DOWN && p->kind != VQ_UP) || vq->resample_conv;
+}
+
+static void describe_op(lvm_model *m, struct vq_op *op) {
+    int exact = op->kind == VQ_CONV_3X3 || op->kind == VQ_CONV_1X1;
+    for (int i = 0; i < VQ_PARTS; i++) {
+        const struct vq_part *p = &vq_parts[i];
+        struct tensor_spec *s[2];
+        if (!vq_has_part(m->vq, op, p)) continue;
+        int c_in = p->channels == 'i' ? op->c_in : op->c_out;
+        if (p->k == 0) {
+            struct groupnorm *norm = &op->norm[p->index];
+            s[0] = describe(m, T_VECTOR, 0, &norm->scale, 1, &c_in);
+            s[1] = describe(m, T_VECTOR, 0, &norm->shift, 1, &c_in);
+        } else {
+            struct conv *conv = &op->conv[p->index];
+            conv->size = p->k;
+            s[0] = describe(m, exact ? T_EXACT : T_CONV, 0, &conv->w, 4,
+                            (const int[]){op->c_out, p->k, p->k, c_in});
+            s[1] = describe(m, T_VECTOR, 0, &conv->bias, 1, &op->c_out);
+        }
+        snprintf(s[0]->name, sizeof s[0]->name, "vq.%s%s.weight", op->name, p->name);
+        snprintf(s[1]->name, sizeof s[1]->name, "vq.%s%s.bias", op->name, p->name);
+    }
+}
+
+static void describe_vqgan(lvm_model *m) {
+    struct vqgan *vq = m->vq;
+    for (int i = 0; i < vq->n_ops; i++) describe_op(m, &vq->ops[i]);
+    struct tensor_spec *s =
+        describe(m, T_EXACT, 0, &vq->codebook, 2, (const int[]){vq->codes, vq->code_dim});
+    snprintf(s->name, sizeof s->name, "vq.quantize.embedding.weight");
+}
+
+/* From sizes to lists: llama's and vq's sizes are set, nothing else. */
+static int describe_model(lvm_model *m, lvm_error *error) {
+    struct llama *a = &m->llama;
+    struct vqgan *vq = m->vq;
+    int most = (a->L + 1) * LLAMA_TENSORS;
+    if (vq != NULL) {
+        vq->ops = mem_alloc(MAX_VQ_OPS, sizeof *vq->ops, error);
+        if (vq->ops == NULL) return LVM_MEMORY;
+        vq->S = vq->R >> (vq->n_levels - 1);
+        vq_build_encoder(vq);
+        vq_build_decoder(vq);
+        most += vq->n_ops * 2 * MAX_PARTS_OF_OP + 1;
+    }
+    m->T = vq != NULL ? vq->S * vq->S : 256;
+    m->codes = vq != NULL ? vq->codes : (int)min64(a->V, 8192);
+    m->specs = mem_alloc((size_t)most, sizeof *m->specs, error);
+    a->layers = mem_alloc((size_t)a->L, sizeof *a->layers, error);
+    if (m->specs == NULL || a->layers == NULL) return LVM_MEMORY;
+    if (a->L > 0) describe_llama(m);
+    if (vq != NULL) describe_vqgan(m);
     return LVM_OK;
 }
 
-static int get_matrix(const lvm_model *m, const char *name, int rows, int cols, struct tensor *out,
-                       lvm_error *error) {
-    int dims[2] = {rows, cols};
-    return get_tensor(m, name, 2, dims, out, error);
-}
+/* ---- Opening ---- */
 
-/* A vector of n floats; *out stays NULL when an optional one is absent. */
-static int get_vector(const lvm_model *m, const char *name, int n, int optional, const float **out,
-                       lvm_error *error) {
-    struct tensor t = {0};
-    *out = NULL;
-    if (optional && (m->made_up != NULL || gguf_tensor(&m->file, name) == NULL)) return LVM_OK;
-    int code = get_tensor(m, name, 1, &n, &t, error);
-    if (code == LVM_OK && t.type != LVM_F32)
-        code = fail(error, LVM_FORMAT, "%s: tensor %s must be F32", m->path, name);
-    if (code == LVM_OK) *out = (const float *)(const void *)t.data;
-    return code;
-}
-
-static int load_layer(const lvm_model *m, int n, struct layer *l, lvm_error *error) {
-    const struct llama *a = &m->llama;
-    int q_rows = a->H * a->d, kv_rows = a->G * a->d, code = LVM_OK;
-    char name[64];
-    struct { const char *name; int rows, cols; struct tensor *w; const float **bias;
-    } linear[] = {{"attn_q", q_rows, a->D, &l->q, &l->q_bias},
-                  {"attn_k", kv_rows, a->D, &l->k, &l->k_bias},
-                  {"attn_v", kv_rows, a->D, &l->v, &l->v_bias},
-                  {"attn_output", a->D, q_rows, &l->o, &l->o_bias},
-                  {"ffn_gate", a->F, a->D, &l->gate, NULL},
-                  {"ffn_up", a->F, a->D, &l->up, NULL},
-                  {"ffn_down", a->D, a->F, &l->down, NULL}};
-    for (size_t i = 0; code == LVM_OK && i < sizeof linear / sizeof *linear; i++) {
-        snprintf(name, sizeof name, "blk.%d.%s.weight", n, linear[i].name);
-        code = get_matrix(m, name, linear[i].rows, linear[i].cols, linear[i].w, error);
-        if (code != LVM_OK || linear[i].bias == NULL) continue;
-        snprintf(name, sizeof name, "blk.%d.%s.bias", n, linear[i].name);
-        code = get_vector(m, name, linear[i].rows, 1, linear[i].bias, error);
-    }
-    snprintf(name, sizeof name, "blk.%d.attn_norm.weight", n);
-    if (code == LVM_OK) code = get_vector(m, name, a->D, 0, &l->attn_norm, error);
-    snprintf(name, sizeof name, "blk.%d.ffn_norm.weight", n);
-    if (code == LVM_OK) code = get_vector(m, name, a->D, 0, &l->ffn_norm, error);
-    return code;
-}
-
-static int load_llama_keys(lvm_model *m, lvm_error *error) {
-    struct llama *a = &m->llama;
-    struct { const char *name; int high; int *out; } ints[] = {
-        {"lvm.context_length", 1 << 20, &a->context}, {"lvm.embedding_length", 1 << 16, &a->D},
-        {"lvm.block_count", 1024, &a->n_layers},      {"lvm.feed_forward_length", 1 << 18, &a->F},
-        {"lvm.vocab_size", 1 << 20, &a->V},           {"lvm.attention.head_count", 1024, &a->H},
-        {"lvm.attention.head_count_kv", 1024, &a->G}};
+static int read_llama_keys(const struct gguf *g, struct llama *a, lvm_error *error) {
     int code = LVM_OK;
-    for (size_t i = 0; code == LVM_OK && i < sizeof ints / sizeof *ints; i++)
-        code = key_int(&m->file, ints[i].name, 1, ints[i].high, 0, ints[i].out, error);
+    for (size_t i = 0; code == LVM_OK && i < sizeof llama_keys / sizeof *llama_keys; i++)
+        code = read_int(g, &llama_keys[i], (int *)(void *)((char *)a + llama_keys[i].where), error);
     if (code == LVM_OK)
-        code = key_float(&m->file, "lvm.attention.layer_norm_rms_epsilon", 0, 1, &a->eps, error);
-    if (code == LVM_OK)
-        code = key_float(&m->file, "lvm.rope.freq_base", 1, 1e12f, &a->theta, error);
+        code = read_float(g, "lvm.attention.layer_norm_rms_epsilon", 0, 1, &a->eps, error);
+    if (code == LVM_OK) code = read_float(g, "lvm.rope.freq_base", 1, 1e12f, &a->theta, error);
     if (code != LVM_OK) return code;
     if (a->H % a->G != 0)
         return fail(error, LVM_FORMAT,
-                    "%s: %d attention heads do not share %d key/value heads evenly", m->path, a->H,
+                    "%s: %d attention heads do not share %d key/value heads evenly", g->path, a->H,
                     a->G);
     if (a->D % a->H != 0 || a->D / a->H % 2 != 0)
         return fail(error, LVM_FORMAT, "%s: width %d does not divide into %d heads of even width",
-                    m->path, a->D, a->H);
+                    g->path, a->D, a->H);
     a->d = a->D / a->H;
     return LVM_OK;
 }
 
-static int load_llama(lvm_model *m, lvm_error *error) {
-    struct llama *a = &m->llama;
-    if (a->layers == NULL) a->layers = mem_alloc((size_t)a->n_layers, sizeof *a->layers, error);
-    if (a->layers == NULL) return LVM_MEMORY;
-    int code = get_matrix(m, "token_embd.weight", a->V, a->D, &a->embed, error);
-    for (int i = 0; code == LVM_OK && i < a->n_layers; i++)
-        code = load_layer(m, i, &a->layers[i], error);
-    if (code == LVM_OK) code = get_vector(m, "output_norm.weight", a->D, 0, &a->norm, error);
-    if (code != LVM_OK) return code;
-    a->output = a->embed;
-    if (m->made_up != NULL || gguf_tensor(&m->file, "output.weight") != NULL)
-        code = get_matrix(m, "output.weight", a->V, a->D, &a->output, error);
-    return code;
-}
-
-/* ---- The tokenizer's tensors, by the names of the published checkpoint behind "vq." ---- */
-
-struct vq_loader {
-    const lvm_model *m;
-    lvm_error *error;
-    int code; /* the first failure; later requests do nothing */
-};
-
-static const float *vq_vector(struct vq_loader *l, const char *prefix, const char *name, int n) {
-    char full[256];
-    const float *v = NULL;
-    snprintf(full, sizeof full, "vq.%s%s", prefix, name);
-    if (l->code == LVM_OK) l->code = get_vector(l->m, full, n, 0, &v, l->error);
-    return v;
-}
-
-static void vq_conv(struct vq_loader *l, const char *prefix, const char *name, int c_in, int c_out,
-                    int size, struct conv *out) {
-    char full[128];
-    int dims[4] = {c_out, size, size, c_in};
-    snprintf(full, sizeof full, "vq.%s%s.weight", prefix, name);
-    if (l->code == LVM_OK) l->code = get_tensor(l->m, full, 4, dims, &out->w, l->error);
-    snprintf(full, sizeof full, "%s.bias", name);
-    out->bias = vq_vector(l, prefix, full, c_out);
-    out->c_in = c_in;
-    out->c_out = c_out;
-    out->size = size;
-}
-
-static void vq_norm(struct vq_loader *l, const char *prefix, const char *name, int c,
-                    struct norm *out) {
-    char full[128];
-    snprintf(full, sizeof full, "%s.weight", name);
-    out->weight = vq_vector(l, prefix, full, c);
-    snprintf(full, sizeof full, "%s.bias", name);
-    out->bias = vq_vector(l, prefix, full, c);
-    out->c = c;
-}
-
-static void vq_res_block(struct vq_loader *l, const char *prefix, int c_in, int c_out,
-                         struct res_block *out) {
-    vq_norm(l, prefix, "norm1", c_in, &out->norm1);
-    vq_conv(l, prefix, "conv1", c_in, c_out, 3, &out->conv1);
-    vq_norm(l, prefix, "norm2", c_out, &out->norm2);
-    vq_conv(l, prefix, "conv2", c_out, c_out, 3, &out->conv2);
-    if (c_in != c_out) vq_conv(l, prefix, "nin_shortcut", c_in, c_out, 1, &out->shortcut);
-}
-
-static void vq_attn_block(struct vq_loader *l, const char *prefix, int c, struct attn_block *out) {
-    vq_norm(l, prefix, "norm", c, &out->norm);
-    vq_conv(l, prefix, "q", c, c, 1, &out->q);
-    vq_conv(l, prefix, "k", c, c, 1, &out->k);
-    vq_conv(l, prefix, "v", c, c, 1, &out->v);
-    vq_conv(l, prefix, "proj_out", c, c, 1, &out->proj);
-}
-
-/* One level of either half. As in the published class, a level runs its attention blocks only where
-   it has more than one, so a lone one is not loaded. */
-static void vq_level(struct vq_loader *l, const char *half, int i, int c_in, int n_blocks,
-                     const char *resample, struct level *out) {
-    const struct vqgan *vq = l->m->vq;
-    char prefix[64];
-    out->n_blocks = n_blocks;
-    out->c = vq->hidden * vq->mult[i];
-    out->resample = resample != NULL;
-    for (int r = 0; r < vq->n_attn_at; r++)
-        if (vq->attn_at[r] == vq->R >> i && n_blocks > 1) out->has_attn = 1;
-    for (int b = 0; b < n_blocks; b++) {
-        snprintf(prefix, sizeof prefix, "%s.%d.block.%d.", half, i, b);
-        vq_res_block(l, prefix, b == 0 ? c_in : out->c, out->c, &out->block[b]);
-        snprintf(prefix, sizeof prefix, "%s.%d.attn.%d.", half, i, b);
-        if (out->has_attn) vq_attn_block(l, prefix, out->c, &out->attn[b]);
-    }
-    snprintf(prefix, sizeof prefix, "%s.%d.", half, i);
-    if (resample != NULL && vq->resample_conv)
-        vq_conv(l, prefix, resample, out->c, out->c, 3, &out->conv);
-}
-
-static void vq_half(struct vq_loader *l, const char *name, int c_in, int c_out, int c_mid,
-                    struct half *out) {
-    char prefix[64];
-    snprintf(prefix, sizeof prefix, "%s.mid.block_1.", name);
-    vq_res_block(l, prefix, c_mid, c_mid, &out->mid1);
-    snprintf(prefix, sizeof prefix, "%s.mid.block_2.", name);
-    vq_res_block(l, prefix, c_mid, c_mid, &out->mid2);
-    out->has_mid_attn = !l->m->vq->no_mid_attn;
-    snprintf(prefix, sizeof prefix, "%s.mid.attn_1.", name);
-    if (out->has_mid_attn) vq_attn_block(l, prefix, c_mid, &out->mid_attn);
-    snprintf(prefix, sizeof prefix, "%s.", name);
-    int first = strcmp(name, "encoder") == 0 ? l->m->vq->hidden : c_mid;
-    int last = strcmp(name, "encoder") == 0 ? c_mid : l->m->vq->hidden * l->m->vq->mult[0];
-    vq_conv(l, prefix, "conv_in", c_in, first, 3, &out->conv_in);
-    vq_norm(l, prefix, "norm_out", last, &out->norm_out);
-    vq_conv(l, prefix, "conv_out", last, c_out, 3, &out->conv_out);
-}
-
-static int load_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error) {
-    struct { const char *name; int low, high, missing; int *out; } ints[] = {
-        {"lvm.vq.resolution", 1, 4096, 0, &vq->R},
-        {"lvm.vq.hidden_channels", 1, 4096, 0, &vq->hidden},
-        {"lvm.vq.num_res_blocks", 1, MAX_BLOCKS - 1, 0, &vq->n_res_blocks},
-        {"lvm.vq.z_channels", 1, 4096, 0, &vq->z},
-        {"lvm.vq.num_embeddings", 1, 1 << 20, 0, &vq->codes},
-        {"lvm.vq.quantized_embed_dim", 1, 4096, 0, &vq->e},
-        {"lvm.vq.no_attn_mid_block", 0, 1, 0, &vq->no_mid_attn},
-        {"lvm.vq.resample_with_conv", 0, 1, 1, &vq->resample_conv}};
+static int read_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error) {
     int code = LVM_OK;
-    for (size_t i = 0; code == LVM_OK && i < sizeof ints / sizeof *ints; i++)
-        code = key_int(g, ints[i].name, ints[i].low, ints[i].high, ints[i].missing, ints[i].out,
-                       error);
+    for (size_t i = 0; code == LVM_OK && i < sizeof vq_keys / sizeof *vq_keys; i++)
+        code = read_int(g, &vq_keys[i], (int *)(void *)((char *)vq + vq_keys[i].where), error);
     if (code == LVM_OK)
-        code = key_ints(g, "lvm.vq.channel_mult", MAX_LEVELS, vq->mult, &vq->n_levels, error);
+        code = read_ints(g, "lvm.vq.channel_mult", MAX_LEVELS, vq->mult, &vq->n_levels, error);
     if (code == LVM_OK)
-        code = key_ints(g, "lvm.vq.attn_resolutions", 16, vq->attn_at, &vq->n_attn_at, error);
+        code = read_ints(g, "lvm.vq.attn_resolutions", MAX_ATTN_AT, vq->attn_at, &vq->n_attn_at,
+                         error);
     if (code != LVM_OK) return code;
     if (vq->n_levels < 1 || vq->R % (1 << (vq->n_levels - 1)) != 0)
         return fail(error, LVM_FORMAT, "%s: resolution %d does not halve %d times", g->path, vq->R,
@@ -2027,115 +1934,116 @@ static int load_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error
             vq->hidden % 32 != 0)
             return fail(error, LVM_FORMAT, "%s: channels of level %d are no multiple of 32",
                         g->path, i);
-    vq->S = vq->R >> (vq->n_levels - 1);
     return LVM_OK;
 }
 
-static int load_vq(lvm_model *m, lvm_error *error) {
-    struct vqgan *vq = m->vq;
-    struct vq_loader l = {m, error, LVM_OK};
-    int last = vq->n_levels - 1, c_mid = vq->hidden * vq->mult[last];
-    vq_half(&l, "encoder", 3, vq->z, c_mid, &vq->encoder);
-    vq_half(&l, "decoder", vq->z, 3, c_mid, &vq->decoder);
-    for (int i = 0; i <= last; i++) {
-        int down_in = vq->hidden * (i == 0 ? 1 : vq->mult[i - 1]);
-        int up_in = vq->hidden * vq->mult[i == last ? last : i + 1];
-        vq_level(&l, "encoder.down", i, down_in, vq->n_res_blocks,
-                 i < last ? "downsample.conv" : NULL, &vq->encoder.level[i]);
-        vq_level(&l, "decoder.up", i, up_in, vq->n_res_blocks + 1, i > 0 ? "upsample.conv" : NULL,
-                 &vq->decoder.level[i]);
+/* Reads what the file says the model is, and describes it. */
+static int read_description(lvm_model *m, lvm_error *error) {
+    const struct gguf *g = &m->file;
+    int version = 0, code = LVM_OK;
+    if (!text_is(read_text(g, "general.architecture"), "lvm"))
+        return fail(error, LVM_FORMAT, "%s: a GGUF file of another architecture than lvm", m->path);
+    code = read_int(g, &(struct int_key){"lvm.format_version", 1, 1, 0, 0}, &version, error);
+    if (code != LVM_OK) return code;
+    int has_llama = gguf_key(g, "lvm.block_count") != NULL;
+    int has_vq = gguf_key(g, "lvm.vq.resolution") != NULL;
+    if (!has_llama && !has_vq)
+        return fail(error, LVM_FORMAT, "%s: holds neither a transformer nor a tokenizer", m->path);
+    if (has_llama) code = read_llama_keys(g, &m->llama, error);
+    if (code == LVM_OK && has_vq) {
+        m->vq = mem_alloc(1, sizeof *m->vq, error);
+        code = m->vq == NULL ? LVM_MEMORY : read_vq_keys(g, m->vq, error);
     }
-    vq_conv(&l, "", "quant_conv", vq->z, vq->e, 1, &vq->quant);
-    vq_conv(&l, "", "post_quant_conv", vq->e, vq->z, 1, &vq->post_quant);
-    if (l.code == LVM_OK)
-        l.code =
-            get_matrix(m, "vq.quantize.embedding.weight", vq->codes, vq->e, &vq->codebook, error);
-    return l.code;
+    return code == LVM_OK ? describe_model(m, error) : code;
 }
 
-/* ---- Opening ---- */
-
-static int fill_info(lvm_model *m, lvm_error *error) {
-    const struct llama *a = &m->llama;
-    lvm_info *i = &m->info;
-    const struct vqgan *vq = m->vq;
-    i->tokens_per_image = vq != NULL ? vq->S * vq->S : 256;
-    i->resolution = vq != NULL ? vq->R : 0;
-    i->codes = vq != NULL ? vq->codes : (int)min64(a->V, 8192);
-    i->bos = i->eos = -1;
-    i->isa = m->k->name;
-    for (int64_t t = 0; t < m->file.n_tensors; t++) {
-        const int64_t *ne = m->file.tensors[t].ne;
-        i->parameters += ne[0] * ne[1] * ne[2] * ne[3];
-    }
-    if (!i->has_transformer) return LVM_OK;
-    if (i->codes > a->V)
+/* Finds a tensor of the description in the file: rows of any type, vectors in F32. */
+static int get_tensor(const lvm_model *m, const struct tensor_spec *s, lvm_error *error) {
+    const struct gguf_tensor *t = gguf_tensor(&m->file, s->name);
+    if (t == NULL && s->optional) return LVM_OK;
+    if (t == NULL) return fail(error, LVM_FORMAT, "%s: tensor %s is missing", m->path, s->name);
+    int same = t->n_dims == s->n_dims;
+    int64_t cols = 1;
+    for (int i = 0; i < s->n_dims; i++) same &= t->ne[i] == s->dims[s->n_dims - 1 - i];
+    for (int i = 1; i < s->n_dims; i++) cols *= s->dims[i];
+    if (!same)
         return fail(error, LVM_FORMAT,
-                    "%s: the tokenizer has %d codes, the transformer's vocabulary %d", m->path,
-                    i->codes, a->V);
-    i->context_length = a->context;
-    i->vocab_size = a->V;
-    i->layers = a->n_layers;
-    i->width = a->D;
-    i->feed_forward = a->F;
-    i->heads = a->H;
-    i->kv_heads = a->G;
-    int code = key_int(&m->file, "lvm.bos_token_id", -1, a->V - 1, -1, &i->bos, error);
-    if (code == LVM_OK)
-        code = key_int(&m->file, "lvm.eos_token_id", -1, a->V - 1, -1, &i->eos, error);
-    i->window_images = (int)min64(16, (a->context + 1 - (i->bos >= 0)) / i->tokens_per_image);
-    return code;
+                    "%s: tensor %s has the wrong shape (%lld x %lld x %lld x %lld)", m->path,
+                    s->name, (long long)t->ne[3], (long long)t->ne[2], (long long)t->ne[1],
+                    (long long)t->ne[0]);
+    if (cols > INT32_MAX / 64)
+        return fail(error, LVM_UNSUPPORTED, "%s: tensor %s has rows of %lld", m->path, s->name,
+                    (long long)cols);
+    if (s->kind == T_VECTOR && t->type != LVM_F32)
+        return fail(error, LVM_FORMAT, "%s: tensor %s must be F32", m->path, s->name);
+    int64_t row_bytes = s->n_dims == 1 ? 4 : type_bytes(t->type, cols);
+    *s->tensor = (struct tensor){m->file.data + m->file.data_start + t->offset, row_bytes, t->type,
+                                 s->dims[0], (int)cols};
+    return LVM_OK;
 }
 
-static int load_name(lvm_model *m, lvm_error *error) {
-    const struct gguf_key *k = gguf_key(&m->file, "general.name");
-    struct cursor c = {k != NULL ? k->value : NULL, k != NULL ? k->size : 0, 0, 0};
-    struct text t = k != NULL && k->type == GGUF_STRING ? cursor_text(&c) : (struct text){NULL, 0};
+static int copy_name(lvm_model *m, lvm_error *error) {
+    struct text t = read_text(&m->file, "general.name");
     m->name = mem_alloc((size_t)t.n + 1, 1, error);
     if (m->name == NULL) return LVM_MEMORY;
-    if (t.n > 0) memcpy(m->name, t.s, (size_t)t.n);
-    m->info.name = m->name;
+    memcpy(m->name, t.s, (size_t)t.n);
     return LVM_OK;
 }
 
-static int load_model(lvm_model *m, const void *data, size_t size, lvm_error *error) {
-    m->k = choose_kernels(error);
-    if (m->k == NULL) return LVM_INVALID;
+/* Everything up to the tensors' data, which `info` shows even of a file that lacks some. */
+static int load_description(lvm_model *m, const void *data, size_t size, lvm_error *error) {
+    m->kern = choose_kernels(error);
+    if (m->kern == NULL) return LVM_INVALID;
     if ((uintptr_t)data % 8 != 0)
         return fail(error, LVM_INVALID, "%s: the weights in memory must be aligned to 8 bytes",
                     m->path);
     int code = gguf_parse(&m->file, m->path, data, size, error);
-    if (code != LVM_OK) return code;
-    if (!key_is_text(&m->file, "general.architecture", "lvm"))
-        return fail(error, LVM_FORMAT, "%s: a GGUF file of another architecture than lvm", m->path);
-    int version = 0;
-    code = key_int(&m->file, "lvm.format_version", 1, 1, 0, &version, error);
-    if (code == LVM_OK) code = load_name(m, error);
-    m->info.has_transformer = gguf_key(&m->file, "lvm.block_count") != NULL;
-    m->info.has_tokenizer = gguf_key(&m->file, "lvm.vq.resolution") != NULL;
-    if (code == LVM_OK && !m->info.has_transformer && !m->info.has_tokenizer)
-        code = fail(error, LVM_FORMAT, "%s: holds neither a transformer nor a tokenizer", m->path);
-    if (code == LVM_OK && m->info.has_transformer) code = load_llama_keys(m, error);
-    if (code == LVM_OK && m->info.has_transformer) code = load_llama(m, error);
-    if (code == LVM_OK && m->info.has_tokenizer) {
-        m->vq = mem_alloc(1, sizeof *m->vq, error);
-        code = m->vq == NULL ? LVM_MEMORY : load_vq_keys(&m->file, m->vq, error);
-        if (code == LVM_OK) code = load_vq(m, error);
-    }
-    if (code == LVM_OK) code = fill_info(m, error);
-    return code;
+    if (code == LVM_OK) code = read_description(m, error);
+    return code == LVM_OK ? copy_name(m, error) : code;
 }
+
+static int load_tensors(lvm_model *m, lvm_error *error) {
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < m->n_specs; i++)
+        code = get_tensor(m, &m->specs[i], error);
+    if (code != LVM_OK) return code;
+    const struct llama *a = &m->llama;
+    if (a->output.data == NULL) m->llama.output = a->embed;
+    if (a->L > 0 && m->codes > a->V)
+        return fail(error, LVM_FORMAT,
+                    "%s: the tokenizer has %d codes, the transformer's vocabulary %d", m->path,
+                    m->codes, a->V);
+    if (a->L > 0 && (a->bos >= a->V || a->eos >= a->V))
+        return fail(error, LVM_FORMAT, "%s: bos %d or eos %d lies outside the vocabulary of %d",
+                    m->path, a->bos, a->eos, a->V);
+    return LVM_OK;
+}
+
+/* Copies of a model on devices (chapter 7). */
+static struct devices *devices_new(lvm_error *error);
+static void devices_free(struct devices *d);
 
 static lvm_model *model_new(const char *path, lvm_error *error) {
     lvm_model *m = mem_alloc(1, sizeof *m, error);
     if (m == NULL) return NULL;
     m->path = copy_string(path, error);
-    if (m->path != NULL) return m;
-    mem_free(m);
+    m->llama.bos = m->llama.eos = -1;
+    m->devices = devices_new(error);
+    if (m->path != NULL && m->devices != NULL) return m;
+    lvm_close(m);
     return NULL;
 }
 
-static lvm_model *model_or_null(lvm_model *m, int code) {
+/* The file at m's path, mapped or read, and its description. */
+static int load_file(lvm_model *m, int flags, lvm_error *error) {
+    int code = flags & LVM_NO_MMAP ? read_file(m->path, &m->owned, &m->mapped_size, error)
+                                   : map_file(m->path, &m->mapped, &m->mapped_size, error);
+    const void *data = m->owned != NULL ? m->owned : m->mapped;
+    return code == LVM_OK ? load_description(m, data, m->mapped_size, error) : code;
+}
+
+static lvm_model *open_model(lvm_model *m, int code, lvm_error *error) {
+    if (code == LVM_OK) code = load_tensors(m, error);
     if (code == LVM_OK) return m;
     lvm_close(m);
     return NULL;
@@ -2147,34 +2055,7 @@ lvm_model *lvm_open_memory(const void *data, size_t size, lvm_error *error) {
         return NULL;
     }
     lvm_model *m = model_new("(memory)", error);
-    return m == NULL ? NULL : model_or_null(m, load_model(m, data, size, error));
-}
-
-static int map_file(lvm_model *m, lvm_error *error) {
-    int64_t size = 0;
-    int fd = open_file(m->path, &size, error);
-    if (fd < 0) return LVM_IO;
-    if (size > 0) {
-        m->mapped = os_map(fd, (size_t)size);
-        if (m->mapped != NULL) m->mapped_size = (size_t)size;
-    }
-    close(fd);
-    if (size > 0 && m->mapped == NULL)
-        return fail(error, LVM_IO, "%s: cannot be mapped: %s (try --no-mmap)", m->path,
-                    strerror(errno));
-    return load_model(m, m->mapped, m->mapped_size, error);
-}
-
-static lvm_model *open_model(const char *path, int flags, void (*missing)(const char *name),
-                             lvm_error *error) {
-    lvm_model *m = model_new(path, error);
-    if (m == NULL) return NULL;
-    m->missing = missing;
-    if ((flags & LVM_NO_MMAP) == 0) return model_or_null(m, map_file(m, error));
-    size_t size = 0;
-    int code = read_file(path, &m->owned, &size, error);
-    if (code == LVM_OK) code = load_model(m, m->owned, size, error);
-    return model_or_null(m, code);
+    return m == NULL ? NULL : open_model(m, load_description(m, data, size, error), error);
 }
 
 lvm_model *lvm_open(const char *path, int flags, lvm_error *error) {
@@ -2183,105 +2064,194 @@ lvm_model *lvm_open(const char *path, int flags, lvm_error *error) {
         else fail(error, LVM_INVALID, "%s: lvm_open knows no flags %d", path, flags);
         return NULL;
     }
-    return open_model(path, flags, NULL, error);
+    lvm_model *m = model_new(path, error);
+    return m == NULL ? NULL : open_model(m, load_file(m, flags, error), error);
 }
 
 void lvm_close(lvm_model *m) {
     if (m == NULL) return;
+    devices_free(m->devices);
     gguf_free(&m->file);
+    mem_free(m->specs);
     mem_free(m->llama.layers);
+    if (m->vq != NULL) mem_free(m->vq->ops);
     mem_free(m->vq);
     mem_free(m->owned);
-    if (m->mapped != NULL) os_unmap(m->mapped, m->mapped_size);
+    if (m->mapped != NULL) unmap_file(m->mapped, m->mapped_size);
     mem_free(m->path);
     mem_free(m->name);
     mem_free(m);
 }
 
-lvm_info lvm_model_info(const lvm_model *model) {
-    lvm_info nothing = {.bos = -1, .eos = -1, .name = "", .isa = ""};
-    return model != NULL ? model->info : nothing;
+/* Images that the context holds, the predicted one included: the last sampled token is never fed.
+ */
+static int images_that_fit(const lvm_model *m, int has_bos) {
+    return (m->llama.context + 1 - has_bos) / m->T;
+}
+
+/* What a context takes that does not choose a device. */
+static const char *default_device(void) {
+    const char *forced = getenv("LVM_DEVICE");
+    return forced != NULL && *forced != 0 ? forced : "cpu";
+}
+
+lvm_info lvm_model_info(const lvm_model *m) {
+    lvm_info i = {.bos = -1, .eos = -1, .name = "", .isa = "", .device = ""};
+    if (m == NULL) return i;
+    const struct llama *a = &m->llama;
+    i = (lvm_info){.has_transformer = a->L > 0, .has_tokenizer = m->vq != NULL,
+                   .context_length = a->context, .vocab_size = a->V, .codes = m->codes,
+                   .bos = a->bos, .eos = a->eos, .layers = a->L, .width = a->D,
+                   .feed_forward = a->F, .heads = a->H, .kv_heads = a->G,
+                   .resolution = m->vq != NULL ? m->vq->R : 0, .tokens_per_image = m->T,
+                   .name = m->name, .isa = m->kern->name, .device = default_device()};
+    if (a->L > 0) i.window_images = (int)min64(16, images_that_fit(m, a->bos >= 0));
+    for (int64_t t = 0; t < m->file.n_tensors; t++) {
+        const int64_t *ne = m->file.tensors[t].ne;
+        i.parameters += ne[0] * ne[1] * ne[2] * ne[3];
+    }
+    return i;
 }
 
 /* =================================================================================================
-   Chapter 5.  The tokenizer: VQGAN encoder, quantiser, decoder
+   Chapter 5.  The tokenizer: VQGAN encoder, vector quantiser, decoder
 
-   A VQGAN (Esser, Rombach and Ommer 2021, arXiv 2012.09841) turns R x R pixels into S x S codes and
-   back. Configuration, parameter names and behaviour are those of the published class (open-muse's
-   VQGANModel, itself after taming-transformers):
+   A VQGAN (Esser, Rombach and Ommer 2021, arXiv 2012.09841) is an autoencoder whose code is
+   discrete: an encoder and a decoder of convolutions, and between them a codebook, a table of
+   vectors that was learnt with them. "GAN" is how it was trained: an adversary, a second network
+   that judged whether an image looked real, kept the decoder's images sharp. Nothing of the
+   adversary is left here.
 
-       encoder   conv_in, then levels of residual blocks, each level but the last ending at half the
-                 size; a middle of two residual blocks around an attention; norm, SiLU, conv_out
-       quantiser every S x S vector becomes the index of the nearest row of the codebook
-       decoder   the mirror image, with one residual block more a level, doubling the size
+       image [R][R][3] --encoder--> z [S][S][code_dim] --nearest rows of the codebook--> tokens
+   [S][S] tokens [S][S] --rows of the codebook--> z [S][S][code_dim] --decoder--> image [R][R][3]
 
-       residual  y = x + conv2(silu(norm2(conv1(silu(norm1(x))))));  x by a 1 x 1 conv if needed
-       norm      GroupNorm: 32 groups of channels share mean and variance over all pixels, eps 1e-6
-       attention one head over all pixels, as wide as the channels
+   In the published models R is 256 and S 16: an image is 256 tokens of 8192 codes. Configuration,
+   parameter names and behaviour are those of the published class (open-muse's VQGANModel, itself
+   after taming-transformers). The encoder halves the side a few times while channels grow, the
+   decoder doubles it; chapter 4 builds both as lists of operations:
 
-   Maps of activations are NHWC: map[y][x][c], so a pixel's channels are contiguous and a
-   convolution is a sum of products over contiguous pieces,
+       residual  y = x + conv2(silu(norm2(conv1(silu(norm1(x))))));  x by a 1 x 1 convolution where
+   the channels change norm      GroupNorm (Wu and He 2018): 32 groups of channels share mean and
+   variance over all pixels, eps 1e-6:  norm(x) = (x - mean) / sqrt(var + eps) * scale + shift silu
+   x / (1 + e^-x) attention x + proj(softmax(q k^T / sqrt(c)) v): one head over all pixels, as wide
+   as the channels
 
-       out[p][o] = bias[o] + sum over taps t, channels i of  in[p + t][i] * w[o][t][i],
+   Maps of activations are NHWC: map[y][x][c], so that a pixel's channels lie side by side. All of
+   it is computed in f32, whatever type the weights are stored in: tokens hang on the last bits. */
 
-   nine outer products of a pixel panel with packed weights. No patch matrix is built: a tap is a
-   row of pointers, those that fall outside point to zeros, and nearest-neighbour doubling before a
-   convolution is only another way to compute the pointers. Most of the work, the 3 x 3 convolutions
-   of stride 1, goes another way, by Winograd's transforms, with a quarter of the products. */
+enum { GROUPS = 32, NORM_PIXELS = 1024 /* pixels of a task of GroupNorm */,
+       VQ_ROWS = 64 /* vectors quantised at a time */ };
 
-enum { GROUPS = 32, NORM_PIXELS = 1024 /* pixels of a task that sums channels */ };
+struct vq_state {
+    float *x;                      /* the map at hand, [side][side][c] */
+    float *t, *u;                  /* maps to work in; all three as large as the largest */
+    int side, c;
+    double *sums;                  /* [tasks][2][c]: of a GroupNorm */
+    float *scale, *shift;          /* [c]: what it comes to */
+    float *q, *k, *v;              /* [side * side][c]: of an attention */
+    float *k_panels, *v_panels;    /* its keys and values as attend_block reads them */
+    float *packed, *zeros;         /* convolution: what its tasks share; a pixel outside, [c] */
+    float *dots, *code_norms;      /* [VQ_ROWS][codes] and [codes]: of the quantiser */
+};
 
-/* Where the sum for an output pixel takes its inputs. */
+/* ---- Convolution ---- */
+
+/* The filter's tap (i, j) over output pixel (y, x) reads input pixel ((y stride + i - pad) >> up,
+   (x stride + j - pad) >> up): nearest-neighbour doubling before a convolution (up 1) is only
+   another way to find the pixel. What falls outside counts as zeros. */
 struct conv_geometry {
-    int h_in, w_in, h, w; /* sizes of input and output */
-    int stride, up, pad;  /* input row of tap t: (y * stride + t - pad) >> up */
+    int side_in, side_out, stride, up, pad;
 };
 
-struct vq_work {
-    float *x, *t1, *t2;         /* maps, each as large as the largest one */
-    int h, w, c;                /* shape of x */
-    float *packed, *zeros;      /* what tasks share of weights or V; channels of a pixel outside */
-    double *sums;               /* [tasks][2][c] of a GroupNorm */
-    float *scale, *shift;       /* [c] */
-    float *q, *k, *v, *kp, *vp; /* maps of an attention, keys in panels, values in panels */
-    float *scores, *norms;      /* [64][codes] and [codes] of the quantiser */
-    int64_t done, all;          /* progress */
-    const char *stage;
+/* What the tasks of a convolution work on; the last two lines are chapter 12's. */
+struct conv_job {
+    const struct exec *e;
+    const struct vq_state *s;
+    const struct conv *conv;
+    struct conv_geometry g;
+    int c_in, c_out;
+    const float *in, *residual; /* [side_in][side_in][c_in]  NULL or [side_out][side_out][c_out] */
+    float *out;                    /* [side_out][side_out][c_out]; may be residual */
+    int normed;                    /* `in` goes through s->scale and shift, then SiLU, first */
+    int panel0, panels;            /* packed panels of weights at hand */
+    int across, tile0, tiles;      /* Winograd: tiles side by side; those at hand */
 };
 
-/* Floats that a thread, and that all threads together, need for a convolution from up to c
-   channels; the convolution itself: out = conv(in) + residual; residual may be NULL or out itself.
-   With `normed`, which is for 3 x 3 convolutions of stride 1, conv(silu(in * scale + shift)).
-   Chapter 12.
-   */
-static int64_t winograd_scratch(int c);
-static int64_t conv_packed_floats(int c);
-static void run_conv(const struct exec *e, const struct vq_work *work, const struct conv *conv,
-                     struct conv_geometry g, int normed, const float *in, const float *residual,
-                     float *out);
-
-static struct conv_geometry same_size(const struct vq_work *w, int size) {
-    return (struct conv_geometry){w->h, w->w, w->h, w->w, 1, 0, size / 2};
+/* The channels [c_in] under tap (i, j) of output pixel (y, x). */
+static const float *conv_input(const struct conv_job *job, int y, int x, int i, int j) {
+    const struct conv_geometry *g = &job->g;
+    int ty = y * g->stride + i - g->pad, tx = x * g->stride + j - g->pad;
+    if (ty < 0 || tx < 0 || ty >> g->up >= g->side_in || tx >> g->up >= g->side_in)
+        return job->s->zeros;
+    return job->in + ((int64_t)(ty >> g->up) * g->side_in + (tx >> g->up)) * job->c_in;
 }
 
-/* x = conv(x) on a given grid. */
-static void conv_x(const struct exec *e, struct vq_work *w, const struct conv *conv,
-                   struct conv_geometry g, int normed) {
-    run_conv(e, w, conv, g, normed, w->x, NULL, w->t2);
-    float *swap = w->x;
-    w->x = w->t2;
-    w->t2 = swap;
-    w->h = g.h;
-    w->w = g.w;
-    w->c = conv->c_out;
+/* The definition, for output channel o of every pixel: with taps and channels in ascending order,
+
+       out[y][x][o] = bias[o] + residual[y][x][o] + sum over i, j, c of in[tap (i, j)][c]
+   w[o][i][j][c] */
+static void conv2d_plain_task(void *arg, int o, int thread) {
+    const struct conv_job *job = arg;
+    const struct conv *conv = job->conv;
+    int k = conv->size, c_in = job->c_in, side = job->g.side_out;
+    float *w = exec_scratch(job->e, thread), bias = floats(&conv->bias)[o];
+    job->e->kern->elementwise.to_f32(conv->w.type, tensor_row(&conv->w, o), w, conv->w.cols);
+    for (int64_t p = 0; p < (int64_t)side * side; p++) {
+        float sum = 0;
+        for (int t = 0; t < k * k; t++) {
+            const float *in = conv_input(job, (int)p / side, (int)p % side, t / k, t % k);
+            for (int c = 0; c < c_in; c++) sum += in[c] * w[t * c_in + c];
+        }
+        sum += bias;
+        int64_t at = p * job->c_out + o;
+        job->out[at] = job->residual != NULL ? sum + job->residual[at] : sum;
+    }
+}
+
+/* The same by matrix tiles, or by Winograd's transforms with a quarter of the products; 0 where
+   only the definition is at hand. Scratch floats of a thread and floats of s->packed that
+   convolutions from or to at most c channels need. All three: chapter 12. */
+static int conv2d_fast(struct conv_job *job);
+static int64_t conv2d_scratch(int c);
+static int64_t conv2d_packed(int c);
+
+/* out = conv(in) + residual on all threads; residual may be NULL or out. With `normed`, for which
+   conv must be 3 x 3 of stride 1, conv(silu(in * scale + shift)). */
+static void conv2d(const struct exec *e, const struct vq_state *s, const struct conv *conv,
+                   struct conv_geometry g, int normed, const float *in, const float *residual,
+                   float *out) {
+    struct conv_job job = {.e = e, .s = s, .conv = conv, .g = g, .in = in, .residual = residual,
+                           .out = out, .normed = normed, .c_out = conv->w.rows,
+                           .c_in = conv->w.cols / (conv->size * conv->size)};
+    if (!conv2d_fast(&job)) pool_run(e->pool, job.c_out, conv2d_plain_task, &job);
+}
+
+static struct conv_geometry same_size(const struct vq_state *s, const struct conv *conv) {
+    return (struct conv_geometry){s->side, s->side, 1, 0, conv->size / 2};
+}
+
+/* What was left in *map becomes the map at hand. */
+static void take_map(struct vq_state *s, float **map, int side, int c) {
+    float *x = s->x;
+    s->x = *map;
+    *map = x;
+    s->side = side;
+    s->c = c;
+}
+
+/* x = conv(x), or conv(silu(x * scale + shift)) */
+static void conv2d_x(const struct exec *e, struct vq_state *s, const struct conv *conv,
+                     struct conv_geometry g, int normed) {
+    conv2d(e, s, conv, g, normed, s->x, NULL, s->t);
+    take_map(s, &s->t, g.side_out, conv->w.rows);
 }
 
 /* ---- GroupNorm ---- */
 
-struct norm_job {
+struct groupnorm_job {
     const struct exec *e;
-    const struct vq_work *work;
-    const float *in;
+    const struct vq_state *s;
+    const float *in;               /* [pixels][c] */
     float *out;
     int64_t pixels;
     int c;
@@ -2289,220 +2259,200 @@ struct norm_job {
 
 /* Sums and sums of squares of each channel over NORM_PIXELS pixels: floats over 64 pixels, doubles
    from there on. */
-static void norm_sum_task(void *arg, int task, int thread) {
-    const struct norm_job *job = arg;
+static void groupnorm_sum_task(void *arg, int task, int thread) {
+    const struct groupnorm_job *job = arg;
     int64_t first = (int64_t)task * NORM_PIXELS, last = min64(job->pixels, first + NORM_PIXELS);
-    double *sum = job->work->sums + (int64_t)task * 2 * job->c, *square = sum + job->c;
-    float *s = exec_scratch(job->e, thread), *q = s + job->c;
+    double *sum = job->s->sums + (int64_t)task * 2 * job->c, *square = sum + job->c;
+    float *sum64 = exec_scratch(job->e, thread), *square64 = sum64 + job->c;
     memset(sum, 0, 2 * (size_t)job->c * sizeof *sum);
     for (; first < last; first += 64) {
-        job->e->k->channel_sums(job->in + first * job->c, min64(64, last - first), job->c, s, q);
-        for (int i = 0; i < job->c; i++) sum[i] += s[i], square[i] += q[i];
+        job->e->kern->conv.channel_sums(job->in + first * job->c, min64(64, last - first), job->c,
+                                        sum64, square64);
+        for (int i = 0; i < job->c; i++) sum[i] += sum64[i], square[i] += square64[i];
     }
 }
 
-static void norm_apply_task(void *arg, int task, int thread) {
-    const struct norm_job *job = arg;
+static void groupnorm_apply_task(void *arg, int task, int thread) {
+    const struct groupnorm_job *job = arg;
     int64_t first = (int64_t)task * NORM_PIXELS, n = min64(NORM_PIXELS, job->pixels - first);
     (void)thread;
-    job->e->k->scale_shift(job->in + first * job->c, job->work->scale, job->work->shift, 0, n,
-                         job->c, job->out + first * job->c);
+    job->e->kern->conv.scale_shift(job->in + first * job->c, job->s->scale, job->s->shift, 0, n,
+                                   job->c, job->out + first * job->c);
 }
 
-/* work->scale and shift of norm(in): the normalisation is one multiply-add a channel,
-   (x - mean) / sqrt(var + eps) * weight + bias = x * scale + shift. */
-static void groupnorm_scales(const struct exec *e, const struct vq_work *w, const struct norm *norm,
-                        const float *in) {
-    int64_t pixels = (int64_t)w->h * w->w;
-    struct norm_job job = {e, w, in, NULL, pixels, norm->c};
-    int tasks = (int)((pixels + NORM_PIXELS - 1) / NORM_PIXELS), width = norm->c / GROUPS;
-    pool_run(e->pool, tasks, norm_sum_task, &job);
+/* s->scale and shift such that norm(in) = in * scale + shift: once mean and variance of a group are
+   known, all of it is one multiply-add a channel. in: a map of s->side. */
+static void groupnorm_scales(const struct exec *e, const struct vq_state *s,
+                             const struct groupnorm *norm, const float *in) {
+    int64_t pixels = (int64_t)s->side * s->side;
+    int c = norm->scale.rows, width = c / GROUPS;
+    int tasks = (int)((pixels + NORM_PIXELS - 1) / NORM_PIXELS);
+    struct groupnorm_job job = {e, s, in, NULL, pixels, c};
+    pool_run(e->pool, tasks, groupnorm_sum_task, &job);
     for (int g = 0; g < GROUPS; g++) {
         double sum = 0, square = 0, count = (double)pixels * width;
         for (int t = 0; t < tasks; t++)
             for (int i = g * width; i < (g + 1) * width; i++) {
-                sum += w->sums[(int64_t)t * 2 * norm->c + i];
-                square += w->sums[((int64_t)t * 2 + 1) * norm->c + i];
+                sum += s->sums[(int64_t)t * 2 * c + i];
+                square += s->sums[((int64_t)t * 2 + 1) * c + i];
             }
         double mean = sum / count, variance = square / count - mean * mean;
         double r = 1 / sqrt((variance > 0 ? variance : 0) + 1e-6);
         for (int i = g * width; i < (g + 1) * width; i++) {
-            w->scale[i] = (float)(norm->weight[i] * r);
-            w->shift[i] = (float)(norm->bias[i] - mean * norm->weight[i] * r);
+            float scale = floats(&norm->scale)[i], shift = floats(&norm->shift)[i];
+            s->scale[i] = (float)(scale * r);
+            s->shift[i] = (float)(shift - mean * scale * r);
         }
     }
 }
 
-/* out = norm(in), for an attention; convolutions normalise what they read themselves. */
-static void groupnorm(const struct exec *e, const struct vq_work *w, const struct norm *norm,
-                       const float *in, float *out) {
-    int64_t pixels = (int64_t)w->h * w->w;
-    struct norm_job job = {e, w, in, out, pixels, norm->c};
-    groupnorm_scales(e, w, norm, in);
-    pool_run(e->pool, (int)((pixels + NORM_PIXELS - 1) / NORM_PIXELS), norm_apply_task, &job);
+/* out = norm(x), for an attention; convolutions normalise what they read themselves. */
+static void groupnorm(const struct exec *e, const struct vq_state *s, const struct groupnorm *norm,
+                      float *out) {
+    int64_t pixels = (int64_t)s->side * s->side;
+    struct groupnorm_job job = {e, s, s->x, out, pixels, s->c};
+    groupnorm_scales(e, s, norm, s->x);
+    pool_run(e->pool, (int)((pixels + NORM_PIXELS - 1) / NORM_PIXELS), groupnorm_apply_task, &job);
 }
 
-/* ---- Blocks ---- */
+/* ---- The operations; each turns the map at hand into the next ---- */
 
-static void run_res_block(const struct exec *e, struct vq_work *w, const struct res_block *b) {
-    struct conv_geometry grid = same_size(w, 3);
-    groupnorm_scales(e, w, &b->norm1, w->x);
-    run_conv(e, w, &b->conv1, grid, 1, w->x, NULL, w->t1);
-    groupnorm_scales(e, w, &b->norm2, w->t1);
-    if (b->shortcut.c_out == 0) {
-        run_conv(e, w, &b->conv2, grid, 1, w->t1, w->x, w->x);
+/* x = x + conv2(silu(norm2(conv1(silu(norm1(x)))))) */
+static void run_residual(const struct exec *e, struct vq_state *s, const struct vq_op *op) {
+    const struct conv *conv1 = &op->conv[0], *conv2 = &op->conv[1], *shortcut = &op->conv[2];
+    groupnorm_scales(e, s, &op->norm[0], s->x);
+    conv2d(e, s, conv1, same_size(s, conv1), 1, s->x, NULL, s->t);
+    groupnorm_scales(e, s, &op->norm[1], s->t);
+    if (shortcut->w.data == NULL) {
+        conv2d(e, s, conv2, same_size(s, conv2), 1, s->t, s->x, s->x);
         return;
     }
-    run_conv(e, w, &b->shortcut, same_size(w, 1), 0, w->x, NULL, w->t2);
-    run_conv(e, w, &b->conv2, grid, 1, w->t1, w->t2, w->t2);
-    float *swap = w->x;
-    w->x = w->t2;
-    w->t2 = swap;
-    w->c = b->conv2.c_out;
+    conv2d(e, s, shortcut, same_size(s, shortcut), 0, s->x, NULL, s->u);
+    conv2d(e, s, conv2, same_size(s, conv2), 1, s->t, s->u, s->u);
+    take_map(s, &s->u, s->side, op->c_out);
 }
 
 struct vq_attention_job {
     const struct exec *e;
-    const struct vq_work *w;
-    int n, c;
+    const struct vq_state *s;
+    int n, c;                      /* pixels, channels */
 };
 
-/* Lays 256 keys and values out as attend_block wants them; keys beyond n are zeros. */
+/* Packs a block of keys and values as attend_block reads them; keys beyond n are zeros. */
 static void vq_pack_keys_task(void *arg, int block, int thread) {
     const struct vq_attention_job *job = arg;
-    const struct vq_work *w = job->w;
+    const struct vq_state *s = job->s;
     int64_t c = job->c, first = (int64_t)block * KV_BLOCK;
-    float *kp = w->kp + first * c, *vp = w->vp + first * c;
+    float *k = s->k_panels + first * c, *v = s->v_panels + first * c;
     (void)thread;
     for (int key = 0; key < KV_BLOCK; key++)
         for (int i = 0; i < c; i++) {
             int inside = first + key < job->n;
             int64_t from = (first + key) * c + i;
-            kp[((key / PANEL) * c + i) * PANEL + key % PANEL] = inside ? w->k[from] : 0;
-            vp[((i / PANEL) * KV_BLOCK + key) * PANEL + i % PANEL] = inside ? w->v[from] : 0;
+            k[((key / PANEL) * c + i) * PANEL + key % PANEL] = inside ? s->k[from] : 0;
+            v[((i / PANEL) * KV_BLOCK + key) * PANEL + i % PANEL] = inside ? s->v[from] : 0;
         }
 }
 
+/* t = softmax(q k^T / sqrt(c)) v for QUERY_ROWS pixels. */
 static void vq_attention_task(void *arg, int task, int thread) {
     const struct vq_attention_job *job = arg;
+    const struct vq_state *s = job->s;
     int64_t c = job->c;
     int r0 = task * QUERY_ROWS, n = job->n - r0 < QUERY_ROWS ? job->n - r0 : QUERY_ROWS;
     struct query rows[QUERY_ROWS];
     for (int r = 0; r < n; r++) {
-        float *o = job->w->t1 + (r0 + r) * c;
+        float *o = s->t + (r0 + r) * c;
         memset(o, 0, (size_t)c * sizeof *o);
-        rows[r] = (struct query){job->w->q + (r0 + r) * c, o, -HUGE_VALF, 0, 0, NULL};
+        rows[r] = (struct query){s->q + (r0 + r) * c, o, -HUGE_VALF, 0, 0, NULL};
     }
     for (int first = 0; first < job->n; first += KV_BLOCK) {
         for (int r = 0; r < n; r++)
             rows[r].keys = job->n - first < KV_BLOCK ? job->n - first : KV_BLOCK;
-        attend_block(job->e->k, rows, n, job->c, job->w->kp + first * c, job->w->vp + first * c,
-                     1 / sqrtf((float)c), exec_scratch(job->e, thread));
+        attend_block(job->e->kern, rows, n, job->c, s->k_panels + first * c,
+                     s->v_panels + first * c, 1 / sqrtf((float)c), exec_scratch(job->e, thread));
     }
     for (int r = 0; r < n; r++)
         for (int i = 0; i < c; i++) rows[r].o[i] /= rows[r].l;
 }
 
-static void run_attn_block(const struct exec *e, struct vq_work *w, const struct attn_block *b) {
-    struct conv_geometry grid = same_size(w, 1);
-    struct vq_attention_job job = {e, w, w->h * w->w, w->c};
-    groupnorm(e, w, &b->norm, w->x, w->t1);
-    run_conv(e, w, &b->q, grid, 0, w->t1, NULL, w->q);
-    run_conv(e, w, &b->k, grid, 0, w->t1, NULL, w->k);
-    run_conv(e, w, &b->v, grid, 0, w->t1, NULL, w->v);
+/* x = x + proj(attention(q, k, v)), each of them a 1 x 1 convolution of norm(x) */
+static void run_vq_attention(const struct exec *e, struct vq_state *s, const struct vq_op *op) {
+    struct conv_geometry g = same_size(s, &op->conv[0]);
+    struct vq_attention_job job = {e, s, s->side * s->side, s->c};
+    float *out[] = {s->q, s->k, s->v};
+    groupnorm(e, s, &op->norm[0], s->t);
+    for (int i = 0; i < 3; i++) conv2d(e, s, &op->conv[i], g, 0, s->t, NULL, out[i]);
     pool_run(e->pool, (job.n + KV_BLOCK - 1) / KV_BLOCK, vq_pack_keys_task, &job);
     pool_run(e->pool, (job.n + QUERY_ROWS - 1) / QUERY_ROWS, vq_attention_task, &job);
-    run_conv(e, w, &b->proj, grid, 0, w->t1, w->x, w->x);
+    conv2d(e, s, &op->conv[3], g, 0, s->t, s->x, s->x);
 }
 
-/* Halves the size: a convolution of stride 2 over the map with a row and a column of zeros behind
-   it, or the mean of four pixels. */
-static void run_downsample(const struct exec *e, struct vq_work *w, const struct level *l) {
-    int h = w->h / 2, width = w->w / 2, c = w->c;
-    if (l->conv.c_out != 0) {
-        conv_x(e, w, &l->conv, (struct conv_geometry){w->h, w->w, h, width, 2, 0, 0}, 0);
+/* Half the side: a convolution of stride 2 over the map with a row and a column of zeros behind it,
+   or the mean of four pixels. */
+static void run_down(const struct exec *e, struct vq_state *s, const struct vq_op *op) {
+    int side = op->side_out, c = s->c;
+    if (op->conv[0].w.data != NULL) {
+        conv2d_x(e, s, &op->conv[0], (struct conv_geometry){s->side, side, 2, 0, 0}, 0);
         return;
     }
-    for (int y = 0; y < h; y++)
-        for (int x = 0; x < width; x++)
+    for (int y = 0; y < side; y++)
+        for (int x = 0; x < side; x++)
             for (int i = 0; i < c; i++) {
-                const float *p = w->x + ((int64_t)2 * y * w->w + 2 * x) * c + i;
-                float sum = p[0] + p[c] + p[(int64_t)w->w * c] + p[(int64_t)(w->w + 1) * c];
-                w->t1[((int64_t)y * width + x) * c + i] = sum * 0.25f;
+                const float *p = s->x + ((int64_t)2 * y * s->side + 2 * x) * c + i;
+                float sum = p[0] + p[c] + p[(int64_t)s->side * c] + p[(int64_t)(s->side + 1) * c];
+                s->t[((int64_t)y * side + x) * c + i] = sum * 0.25f;
             }
-    float *swap = w->x;
-    w->x = w->t1;
-    w->t1 = swap;
-    w->h = h;
-    w->w = width;
+    take_map(s, &s->t, side, c);
 }
 
-/* Doubles the size: each pixel four times, then a convolution or nothing. */
-static void run_upsample(const struct exec *e, struct vq_work *w, const struct level *l) {
-    int h = w->h * 2, width = w->w * 2;
-    if (l->conv.c_out != 0) {
-        conv_x(e, w, &l->conv, (struct conv_geometry){w->h, w->w, h, width, 1, 1, 1}, 0);
+/* Twice the side: each pixel four times, then a convolution or nothing. */
+static void run_up(const struct exec *e, struct vq_state *s, const struct vq_op *op) {
+    int side = op->side_out, c = s->c;
+    if (op->conv[0].w.data != NULL) {
+        conv2d_x(e, s, &op->conv[0], (struct conv_geometry){s->side, side, 1, 1, 1}, 0);
         return;
     }
-    for (int y = 0; y < h; y++)
-        for (int x = 0; x < width; x++)
-            memcpy(w->t1 + ((int64_t)y * width + x) * w->c,
-                   w->x + ((int64_t)(y / 2) * w->w + x / 2) * w->c, (size_t)w->c * sizeof *w->x);
-    float *swap = w->x;
-    w->x = w->t1;
-    w->t1 = swap;
-    w->h = h;
-    w->w = width;
+    for (int y = 0; y < side; y++)
+        for (int x = 0; x < side; x++)
+            memcpy(s->t + ((int64_t)y * side + x) * c,
+                   s->x + ((int64_t)(y / 2) * s->side + x / 2) * c, (size_t)c * sizeof *s->x);
+    take_map(s, &s->t, side, c);
 }
 
-static int vq_step(const struct exec *e, struct vq_work *w, lvm_error *error) {
-    return report(e, w->stage, w->done++, w->all, error);
-}
-
-static int run_level(const struct exec *e, struct vq_work *w, const struct level *l,
-                     lvm_error *error) {
-    for (int b = 0; b < l->n_blocks; b++) {
-        int code = vq_step(e, w, error);
-        if (code != LVM_OK) return code;
-        run_res_block(e, w, &l->block[b]);
-        if (l->has_attn) run_attn_block(e, w, &l->attn[b]);
+static void run_op(const struct exec *e, struct vq_state *s, const struct vq_op *op) {
+    const struct conv *conv = &op->conv[0];
+    switch (op->kind) {
+    case VQ_CONV_3X3:
+    case VQ_CONV_1X1: conv2d_x(e, s, conv, same_size(s, conv), 0); break;
+    case VQ_RESIDUAL: run_residual(e, s, op); break;
+    case VQ_ATTENTION: run_vq_attention(e, s, op); break;
+    case VQ_DOWN: run_down(e, s, op); break;
+    case VQ_UP: run_up(e, s, op); break;
+    case VQ_HEAD: /* x = conv_out(silu(norm_out(x))) */
+        groupnorm_scales(e, s, &op->norm[0], s->x);
+        conv2d_x(e, s, conv, same_size(s, conv), 1);
     }
-    return LVM_OK;
 }
 
-static int run_middle(const struct exec *e, struct vq_work *w, const struct half *half,
-                      lvm_error *error) {
-    int code = vq_step(e, w, error);
-    if (code != LVM_OK) return code;
-    run_res_block(e, w, &half->mid1);
-    if (half->has_mid_attn) run_attn_block(e, w, &half->mid_attn);
-    run_res_block(e, w, &half->mid2);
-    return LVM_OK;
-}
+/* ---- The vector quantiser ---- */
 
-/* x = conv_out(silu(norm_out(x))) */
-static void run_tail(const struct exec *e, struct vq_work *w, const struct half *half) {
-    groupnorm_scales(e, w, &half->norm_out, w->x);
-    conv_x(e, w, &half->conv_out, same_size(w, 3), 1);
-}
-
-/* ---- The quantiser ---- */
-
-/* ids[n]: for each vector the nearest row of the codebook, |e|^2 - 2 x e being smallest; of equal
-   ones the first. */
-static void vector_quantize(const struct exec *e, const struct vqgan *vq, const struct vq_work *w,
-                          const float *x, int n, int32_t *ids) {
+/* ids[n]: for each x[n][code_dim] the row of the codebook nearest to it. |x - e|^2 is
+   |x|^2 - 2 x.e + |e|^2, of which |x|^2 is the same for all rows; of equally near ones the first.
+ */
+static void vector_quantize(const struct exec *e, const struct vqgan *vq, const struct vq_state *s,
+                            const float *x, int n, int32_t *ids) {
     struct exec exact = *e;
     exact.exact = 1;
-    for (int r0 = 0; r0 < n; r0 += 64) {
-        int rows = n - r0 < 64 ? n - r0 : 64;
-        linear(&exact, &vq->codebook, NULL, x + (int64_t)r0 * vq->e, rows, w->scores);
+    for (int r0 = 0; r0 < n; r0 += VQ_ROWS) {
+        int rows = n - r0 < VQ_ROWS ? n - r0 : VQ_ROWS;
+        matmul(&exact, &vq->codebook, NULL, x + (int64_t)r0 * vq->code_dim, rows, s->dots);
         for (int r = 0; r < rows; r++) {
-            const float *s = w->scores + (int64_t)r * vq->codes;
+            const float *dot = s->dots + (int64_t)r * vq->codes;
             float best = HUGE_VALF;
             ids[r0 + r] = 0;
             for (int i = 0; i < vq->codes; i++) {
-                float distance = w->norms[i] - 2 * s[i];
+                float distance = s->code_norms[i] - 2 * dot[i];
                 if (distance < best) best = distance, ids[r0 + r] = i;
             }
         }
@@ -2511,122 +2461,95 @@ static void vector_quantize(const struct exec *e, const struct vqgan *vq, const 
 
 /* ---- The two directions ---- */
 
-/* rgb[R][R][3] in [0,1] -> latent vectors in w->x [S*S][e]. */
-static int vq_latent(const struct exec *e, const struct vqgan *vq, struct vq_work *w,
-                     const float *rgb, lvm_error *error) {
-    w->h = w->w = vq->R;
-    w->c = 3;
-    memcpy(w->x, rgb, (size_t)vq->R * (size_t)vq->R * 3 * sizeof *rgb);
-    conv_x(e, w, &vq->encoder.conv_in, same_size(w, 3), 0);
-    for (int i = 0; i < vq->n_levels; i++) {
-        int code = run_level(e, w, &vq->encoder.level[i], error);
-        if (code != LVM_OK) return code;
-        if (vq->encoder.level[i].resample) run_downsample(e, w, &vq->encoder.level[i]);
+/* rgb[R][R][3] -> ids[S * S]; latent: NULL, or the vectors in front of the quantiser,
+   [S * S][code_dim]. at: where the progress of this image begins, of all. */
+static int vq_encode(const struct exec *e, const struct vqgan *vq, struct vq_state *s,
+                     const uint8_t *rgb, int64_t at, int64_t all, int32_t *ids, float *latent,
+                     lvm_error *error) {
+    int n = vq->S * vq->S, code = LVM_OK;
+    for (int p = 0; p < vq->R * vq->R * 3; p++) s->x[p] = (float)rgb[p] / 255;
+    s->side = vq->R;
+    s->c = 3;
+    for (int i = 0; code == LVM_OK && i < vq->n_encoder; i++) {
+        code = report(e->o, "encode", at + i, all, error);
+        if (code == LVM_OK) run_op(e, s, &vq->ops[i]);
     }
-    int code = run_middle(e, w, &vq->encoder, error);
     if (code != LVM_OK) return code;
-    run_tail(e, w, &vq->encoder);
-    conv_x(e, w, &vq->quant, same_size(w, 1), 0);
+    if (latent != NULL) memcpy(latent, s->x, (size_t)n * (size_t)vq->code_dim * sizeof *latent);
+    vector_quantize(e, vq, s, s->x, n, ids);
     return LVM_OK;
 }
 
-/* ids[S*S] -> pixels in w->x [R][R][3], not clamped. */
-static int vq_pixels(const struct exec *e, const struct vqgan *vq, struct vq_work *w,
-                     const int32_t *ids, lvm_error *error) {
-    w->h = w->w = vq->S;
-    w->c = vq->e;
+/* ids[S * S] -> the map at hand, [R][R][3], about 0 to 1 but not clamped. */
+static int vq_decode(const struct exec *e, const struct vqgan *vq, struct vq_state *s,
+                     const int32_t *ids, int64_t at, int64_t all, lvm_error *error) {
+    int code = LVM_OK;
     for (int p = 0; p < vq->S * vq->S; p++)
-        e->k->to_f32(vq->codebook.type, tensor_row(&vq->codebook, ids[p]),
-                     w->x + (int64_t)p * vq->e, vq->e);
-    conv_x(e, w, &vq->post_quant, same_size(w, 1), 0);
-    conv_x(e, w, &vq->decoder.conv_in, same_size(w, 3), 0);
-    int code = run_middle(e, w, &vq->decoder, error);
-    for (int i = vq->n_levels - 1; code == LVM_OK && i >= 0; i--) {
-        code = run_level(e, w, &vq->decoder.level[i], error);
-        if (code == LVM_OK && vq->decoder.level[i].resample)
-            run_upsample(e, w, &vq->decoder.level[i]);
+        e->kern->elementwise.to_f32(vq->codebook.type, tensor_row(&vq->codebook, ids[p]),
+                                    s->x + (int64_t)p * vq->code_dim, vq->code_dim);
+    s->side = vq->S;
+    s->c = vq->code_dim;
+    for (int i = vq->n_encoder; code == LVM_OK && i < vq->n_ops; i++) {
+        code = report(e->o, "decode", at + i - vq->n_encoder, all, error);
+        if (code == LVM_OK) run_op(e, s, &vq->ops[i]);
     }
-    if (code == LVM_OK) run_tail(e, w, &vq->decoder);
     return code;
 }
 
 /* ---- Memory ---- */
 
-static void vq_work_free(struct vq_work *w) {
-    float *all[] = {w->x,     w->t1, w->t2, w->packed, w->zeros, w->scale,  w->shift,
-                    w->q,     w->k,  w->v,  w->kp,     w->vp,    w->scores, w->norms};
+static void vq_state_free(struct vq_state *s) {
+    float *all[] = {s->x, s->t, s->u,        s->scale,    s->shift,  s->q,     s->k,
+                    s->v, s->k_panels, s->v_panels, s->packed, s->zeros, s->dots, s->code_norms};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
-    mem_free(w->sums);
-    memset(w, 0, sizeof *w);
+    mem_free(s->sums);
+    memset(s, 0, sizeof *s);
 }
 
-/* The largest numbers that the walk through a VQGAN meets. */
-struct vq_sizes {
-    int64_t map, attn, cols;
-    int c;
-};
-
-static void vq_sizes_add(struct vq_sizes *s, int64_t side, int c, int has_attn) {
-    s->map = max64(s->map, side * side * c);
-    s->c = (int)max64(s->c, c);
-    s->cols = max64(s->cols, 9 * (int64_t)c);
-    if (has_attn) s->attn = max64(s->attn, (side * side + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK * c);
-}
-
-static struct vq_sizes vq_sizes(const struct vqgan *vq) {
-    struct vq_sizes s = {0};
-    int c = vq->hidden * vq->mult[vq->n_levels - 1];
-    vq_sizes_add(&s, vq->R, 3, 0);
-    vq_sizes_add(&s, vq->R, vq->hidden, 0);
-    vq_sizes_add(&s, vq->S, vq->z, 0);
-    vq_sizes_add(&s, vq->S, vq->e, 0);
-    vq_sizes_add(&s, vq->S, c, !vq->no_mid_attn);
-    for (int i = 0; i < vq->n_levels; i++) {
-        const struct level *down = &vq->encoder.level[i], *up = &vq->decoder.level[i];
-        vq_sizes_add(&s, vq->R >> i, down->c, down->has_attn || up->has_attn);
-        if (i > 0) vq_sizes_add(&s, vq->R >> (i - 1), down->c, 0); /* what a doubling leaves */
+/* The largest numbers of the list of operations: floats of a map, floats of an attention's queries
+   rounded up to whole blocks of keys, channels. */
+static void vq_largest(const struct vqgan *vq, int64_t *map, int64_t *attention, int *c) {
+    *map = *attention = *c = 0;
+    for (int i = 0; i < vq->n_ops; i++) {
+        const struct vq_op *op = &vq->ops[i];
+        int64_t in = (int64_t)op->side_in * op->side_in, out = (int64_t)op->side_out * op->side_out;
+        *map = max64(*map, max64(in * op->c_in, out * op->c_out));
+        *c = (int)max64(*c, max64(op->c_in, op->c_out));
+        if (op->kind == VQ_ATTENTION)
+            *attention = max64(*attention, (in + KV_BLOCK - 1) / KV_BLOCK * KV_BLOCK * op->c_in);
     }
-    return s;
 }
 
-/* Scratch floats a thread needs for the tokenizer. */
-static int64_t vq_scratch(const struct vqgan *vq, const struct kernels *k) {
-    struct vq_sizes s = vq_sizes(vq);
-    int64_t floats = max64(s.cols * PANEL, matmul_scratch(k, vq->e));
-    floats = max64(floats, winograd_scratch(s.c));
-    return max64(floats, attend_scratch(s.c));
+/* Scratch floats that a thread needs for the tokenizer. */
+static int64_t vq_scratch(const struct vqgan *vq, const struct kernels *kern) {
+    int64_t map, attention;
+    int c;
+    vq_largest(vq, &map, &attention, &c);
+    return max64(max64(conv2d_scratch(c), attend_scratch(c)), matmul_scratch(kern, vq->code_dim));
 }
 
-static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct vqgan *vq,
-                         lvm_error *error) {
-    struct vq_sizes s = vq_sizes(vq);
-    int64_t tasks = ((int64_t)vq->R * vq->R + NORM_PIXELS - 1) / NORM_PIXELS;
-    struct { float **p; int64_t n;
-    } want[] = {{&w->x, s.map},
-                {&w->t1, s.map},
-                {&w->t2, s.map},
-                {&w->packed, conv_packed_floats(s.c)},
-                {&w->zeros, s.c},
-                {&w->scale, s.c},
-                {&w->shift, s.c},
-                {&w->q, s.attn},
-                {&w->k, s.attn},
-                {&w->v, s.attn},
-                {&w->kp, s.attn},
-                {&w->vp, s.attn},
-                {&w->scores, 64 * (int64_t)vq->codes},
-                {&w->norms, vq->codes}};
+static int vq_state_alloc(struct vq_state *s, const struct exec *e, const struct vqgan *vq,
+                          lvm_error *error) {
+    int64_t map, attn, tasks = ((int64_t)vq->R * vq->R + NORM_PIXELS - 1) / NORM_PIXELS;
+    int c;
+    vq_largest(vq, &map, &attn, &c);
+    struct { float **p; int64_t n; } want[] = {
+        {&s->x, map}, {&s->t, map}, {&s->u, map}, {&s->scale, c}, {&s->shift, c}, {&s->zeros, c},
+        {&s->q, attn}, {&s->k, attn}, {&s->v, attn}, {&s->k_panels, attn}, {&s->v_panels, attn},
+        {&s->packed, conv2d_packed(c)}, {&s->dots, VQ_ROWS * (int64_t)vq->codes},
+        {&s->code_norms, vq->codes}};
     for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
         *want[i].p = mem_alloc((size_t)want[i].n, sizeof(float), error);
         if (*want[i].p == NULL) return LVM_MEMORY;
     }
-    w->sums = mem_alloc((size_t)(tasks * 2 * s.c), sizeof *w->sums, error);
-    if (w->sums == NULL) return LVM_MEMORY;
+    s->sums = mem_alloc((size_t)(tasks * 2 * c), sizeof *s->sums, error);
+    if (s->sums == NULL) return LVM_MEMORY;
     for (int i = 0; i < vq->codes; i++) {
         double sum = 0;
-        e->k->to_f32(vq->codebook.type, tensor_row(&vq->codebook, i), e->scratch, vq->e);
-        for (int j = 0; j < vq->e; j++) sum += (double)e->scratch[j] * e->scratch[j];
-        w->norms[i] = (float)sum;
+        e->kern->elementwise.to_f32(vq->codebook.type, tensor_row(&vq->codebook, i), e->scratch,
+                                    vq->code_dim);
+        for (int j = 0; j < vq->code_dim; j++) sum += (double)e->scratch[j] * e->scratch[j];
+        s->code_norms[i] = (float)sum;
     }
     return LVM_OK;
 }
@@ -2635,31 +2558,51 @@ static int vq_work_alloc(struct vq_work *w, const struct exec *e, const struct v
    Chapter 6.  The transformer: RMSNorm, RoPE, attention with a KV cache, SwiGLU
 
    LLaMA's decoder (Touvron et al. 2023, arXiv 2302.13971), as Hugging Face's LlamaForCausalLM
-   computes it. For each layer and each row x, one token at position p:
+   computes it. For each layer and each row x[D], one token at position p:
 
        h = rmsnorm(x);  q, k, v = Wq h, Wk h, Wv h  (+ biases)
-       rotate q and k by RoPE (Su et al. 2021): dimensions i and i + d/2 of a head turn as a pair by
-           the angle p * theta^(-2i/d), computed in float32 as the checkpoints' authors did
+       rotate q and k by RoPE (Su et al. 2021, arXiv 2104.09864): dimensions i and i + d/2 of a head
+           turn as a pair by the angle p * theta^(-2i/d), in float32 as the checkpoints' authors did
        x += Wo attention(q, keys 0..p, values 0..p)    query head j reads key/value head j G / H
        h = rmsnorm(x);  x += Wdown (silu(Wgate h) * (Wup h))
-   and at the end  logits = Wout rmsnorm(x).
 
-   The KV cache is made of pages of 256 positions, the same 256 that attention merges as a block. A
-   sequence is a list of pages; sequences that begin alike share them, and a shared page is copied
-   before it is written (candidates of one prompt differ only behind it). In a page, for each layer
-   and key/value head, keys lie in panels and values in panels (see attend_block), in one of three
-   types:
+   and at the end  logits = Wout rmsnorm(x). That a row sees keys 0..p alone is the causal mask: a
+   token never looks at those behind it, so that all rows of a prompt can be computed at once
+   (prefill) and give the keys and values that the next token needs (generate), kept in the KV
+   cache.
 
-       f32, f16   k[16 panels][d][16 keys]              v[d / 16][256 keys][16]
-       q8_0       k[16 panels][d / 32] of {f16 scale[16 keys], uint8 [32 / 4][16 keys][4]}
-                  v[d / 32][16 panels] of {f16 scale[16 values], int8 [16 / 4][32][4 values]}
-   with d rounded up to a multiple of 32, zeros beyond. Quantised keys are stored as k + 128; four
-   bytes that meet in one sum lie side by side. */
+       sequence 0   [page 0] [page 1] [page 2]
+                        |        |                 a page: 256 positions of all layers and heads,
+   the sequence 1   ....+........+....[page 3]     same 256 that attention merges as a block
+
+   The cache is paged (as in Kwon et al. 2023, arXiv 2309.06180): a sequence is a list of pages;
+   sequences that begin alike share them, and a shared page is copied on write (candidates of one
+   prompt differ only behind it). In a page, for each layer and key/value head, keys and values lie
+   in panels (see attend_block), in one of three types:
+
+       f32, f16   k[16 panels][dp][16 keys]             v[dp / 16][256 keys][16]
+       q8_0       quantised panels: chapter 12
+
+   with dp = d rounded up to a multiple of 32, zeros beyond. */
 
 enum {
-    ROWS = 512,          /* rows that pass the layers together */
-    MAX_SEQUENCES = 64,  /* candidates that decode together */
-    TASK_ROWS = 128      /* query rows that share a page's keys and values once loaded */
+    MAX_ROWS = 512,      /* rows that pass the layers together */
+    MAX_SEQUENCES = 64,  /* candidates that generate together */
+    TASK_ROWS = 128,     /* query rows that share a page's keys and values once loaded */
+    NLL_ROWS = 64        /* rows of logits at a time where only likelihoods are wanted */
+};
+
+/* Rows for a forward pass, and what is wanted of them. Row i appends tokens[i] to sequence seqs[i];
+   several rows of one sequence follow each other in it. */
+struct batch {
+    int n;                   /* 1 .. limits.rows */
+    const int32_t *tokens;   /* [n] */
+    const int *seqs;         /* [n] */
+    int n_out;               /* rows of which something is wanted, ascending; 0 .. n */
+    const int *out;          /* [n_out] */
+    float *logits; /* [n_out][V]: the scores of the token behind each; or NULL, and then */
+    const int32_t *targets;  /* [n_out]: the tokens behind them, */
+    float *nll;              /* [n_out]: -ln of their probabilities, in nats */
 };
 
 struct page {
@@ -2675,22 +2618,23 @@ struct sequence {
 struct kv_cache {
     int type, dp, max_pages;      /* dp: width of a head, padded */
     int64_t head_bytes;           /* keys (or values) of one head of one layer in a page */
-    size_t page_bytes;
+    size_t page_bytes;            /* [L][G][2: keys, values][head_bytes] */
     struct sequence seq[MAX_SEQUENCES];
 };
 
-struct lm_work {
-    float *x, *h, *delta;         /* [ROWS][D] */
-    float *q, *k, *v;             /* [ROWS][H d]  [ROWS][G d]  [ROWS][G d] */
-    float *qp, *op;               /* [ROWS][H][dp]: padded queries, attention's answers */
-    float *o;                     /* [ROWS][H d] */
-    float *gate, *up;             /* [ROWS][F] */
-    float *rope;                  /* [ROWS][2][d / 2]: cosines, sines */
+struct lm_state {
+    float *x, *h, *delta; /* [N][D]: the residual stream; normed; what is added to it next */
+    float *q, *k, *v;             /* [N][H d]  [N][G d]  [N][G d] */
+    float *qp, *op;               /* [N][H][dp]: rotated queries and attention's answers, padded */
+    float *o;                     /* [N][H d] */
+    float *gate, *up;             /* [N][F] */
+    float *rope;                  /* [N][2][d / 2]: cosines, sines */
     float *inv_freq;              /* [d / 2] */
+    float *logits;                /* [NLL_ROWS][V] */
     struct kv_cache kv;
 };
 
-/* ---- The cache ---- */
+/* ---- The paged cache ---- */
 
 static void page_release(struct page **slot) {
     struct page *p = *slot;
@@ -2712,9 +2656,9 @@ static struct page *page_new(const struct kv_cache *kv, lvm_error *error) {
     return p;
 }
 
-/* Makes the page of position pos present and private to the sequence. */
+/* Copy on write: makes the page of position pos present and private to the sequence. */
 static int page_make_private(const struct kv_cache *kv, struct sequence *s, int pos,
-                            lvm_error *error) {
+                             lvm_error *error) {
     struct page **slot = &s->pages[pos / KV_BLOCK];
     if (*slot != NULL && (*slot)->refs == 1) return LVM_OK;
     struct page *fresh = page_new(kv, error);
@@ -2725,121 +2669,85 @@ static int page_make_private(const struct kv_cache *kv, struct sequence *s, int 
     return LVM_OK;
 }
 
+/* Keeps the first n tokens. */
 static void sequence_trim(const struct kv_cache *kv, struct sequence *s, int n) {
     if (n >= s->n) return;
     s->n = n;
     for (int i = (n + KV_BLOCK - 1) / KV_BLOCK; i < kv->max_pages; i++) page_release(&s->pages[i]);
 }
 
+/* Keys of key/value head g in a page; its values lie kv->head_bytes behind them. */
 static uint8_t *page_head(const struct kv_cache *kv, const struct page *p, const struct llama *a,
-                          int layer, int g, int values) {
-    return p->data + (((int64_t)layer * a->G + g) * 2 + values) * kv->head_bytes;
+                          int layer, int g) {
+    return p->data + ((int64_t)layer * a->G + g) * 2 * kv->head_bytes;
 }
 
-/* Writes one key of dp floats into slot `at` of a page's head. */
-static void store_key(const struct kernels *kern, const struct kv_cache *kv, uint8_t *head, int at,
-                      const float *k) {
-    int panel = at / PANEL, column = at % PANEL;
-    if (kv->type == LVM_Q8_0) {
-        uint8_t *p = head + (int64_t)panel * (kv->dp / QK) * KV8_PANEL;
-        for (int b = 0; b < kv->dp / QK; b++, p += KV8_PANEL) {
-            struct q8_0 block;
-            kern->to_q8_0(k + b * QK, &block, QK);
-            memcpy(p + 2 * column, &block.d, 2);
-            for (int i = 0; i < QK; i += 4) {
-                uint32_t four = 0;
-                memcpy(&four, block.q + i, sizeof four);
-                four ^= 0x80808080; /* each + 128 */
-                memcpy(p + 2 * PANEL + i * PANEL + 4 * column, &four, sizeof four);
-            }
-        }
-        return;
-    }
-    int64_t start = (int64_t)panel * kv->dp * PANEL + column;
+/* On a quantised cache (chapter 12): stores one key and value, k[dp] and v[dp], at position `at` of
+   a page; and attend_block on such a page, before what lies at `next` is read. */
+static void store_kv8(const struct kernels *kern, const struct kv_cache *kv, uint8_t *head, int at,
+                      const float *k, const float *v);
+static void attend_block_kv8(const struct kernels *kern, const struct kv_cache *kv,
+                             const uint8_t *head, const uint8_t *next, struct query *rows, int n,
+                             float scale, float *scratch);
+
+/* The same on a cache of floats: the key becomes a column of its panel, k[dp][16 keys], the value a
+   row of each of its panels, v[256 keys][16]. */
+static void store_kv(const struct kv_cache *kv, uint8_t *head, int at, const float *k,
+                     const float *v) {
+    int64_t column = (int64_t)at / PANEL * kv->dp * PANEL + at % PANEL,
+            bytes = type_bytes(kv->type, 1);
     for (int i = 0; i < kv->dp; i++) {
-        if (kv->type == LVM_F32) ((float *)(void *)head)[start + i * PANEL] = k[i];
-        else ((uint16_t *)(void *)head)[start + i * PANEL] = f32_to_f16(k[i]);
+        if (kv->type == LVM_F32) ((float *)(void *)head)[column + i * PANEL] = k[i];
+        else ((uint16_t *)(void *)head)[column + i * PANEL] = f32_to_f16(k[i]);
     }
+    for (int i = 0; i < kv->dp; i += PANEL)
+        row_from_f32(kv->type, v + i,
+                     head + kv->head_bytes + ((int64_t)i * KV_BLOCK + at * PANEL) * bytes, PANEL);
 }
 
-static void store_value(const struct kernels *kern, const struct kv_cache *kv, uint8_t *head,
-                        int at, const float *v) {
-    if (kv->type == LVM_Q8_0) {
-        uint8_t *p = head + (int64_t)at / PANEL * KV8_PANEL;
-        int column = at % PANEL, place = 2 * PANEL + column / 4 * 4 * QK + column % 4;
-        for (int b = 0; b < kv->dp / QK; b++, p += KV_BLOCK / PANEL * KV8_PANEL) {
-            struct q8_0 block;
-            kern->to_q8_0(v + b * QK, &block, QK);
-            memcpy(p + 2 * column, &block.d, 2);
-            for (int i = 0; i < QK; i++) p[place + 4 * i] = (uint8_t)block.q[i];
-        }
-        return;
-    }
-    for (int s = 0; s < kv->dp / PANEL; s++) {
-        int64_t to = ((int64_t)s * KV_BLOCK + at) * PANEL;
-        row_from_f32(kv->type, v + s * PANEL, head + to * (kv->type == LVM_F32 ? 4 : 2), PANEL);
-    }
-}
-
-/* The first `keys` keys of a page's head, f32 or f16, as floats in panels: where they lie, or
-   unpacked to out. */
-static const float *load_keys(const struct kernels *k, const struct kv_cache *kv,
-                              const uint8_t *head, int keys, float *out) {
-    int panels = (keys + PANEL - 1) / PANEL;
-    if (kv->type == LVM_F32) return (const float *)(const void *)head;
-    k->to_f32(LVM_F16, head, out, (int64_t)panels * PANEL * kv->dp);
-    return out;
-}
-
-static const float *load_values(const struct kernels *k, const struct kv_cache *kv,
-                                const uint8_t *head, int keys, float *out) {
-    if (kv->type == LVM_F32) return (const float *)(const void *)head;
-    for (int s = 0; s < kv->dp / PANEL; s++)
-        k->to_f32(LVM_F16, head + (int64_t)s * KV_BLOCK * PANEL * 2,
-                  out + (int64_t)s * KV_BLOCK * PANEL, (int64_t)keys * PANEL);
-    return out;
-}
-
-/* ---- One pass of rows through the layers ---- */
+/* ---- One forward pass ---- */
 
 struct lm_job {
     const struct exec *e;
     const struct llama *a;
-    struct lm_work *w;
-    const struct layer *layer;
-    int layer_index, rows, first;    /* the step at hand is for rows first .. rows - 1 */
+    struct lm_state *s;
+    const struct layer *l;
+    int layer, rows, first;          /* the step at hand is for rows first .. rows - 1 */
+    const int *which;                /* rows of a norm; NULL: all from first on */
     const float *norm;               /* weights of the RMSNorm at hand */
     int has_delta;
     const int32_t *tokens;
-    int seq[ROWS], pos[ROWS];
+    int seq[MAX_ROWS], pos[MAX_ROWS];
 };
 
+/* x = the token's row of the embedding; and the cosines and sines of its position. */
 static void embed_task(void *arg, int r, int thread) {
     struct lm_job *job = arg;
     const struct llama *a = job->a;
-    float *cosines = job->w->rope + (int64_t)r * a->d, *sines = cosines + a->d / 2;
+    float *cosines = job->s->rope + (int64_t)r * a->d, *sines = cosines + a->d / 2;
     (void)thread;
-    job->e->k->to_f32(a->embed.type, tensor_row(&a->embed, job->tokens[r]),
-                      job->w->x + (int64_t)r * a->D, a->D);
+    job->e->kern->elementwise.to_f32(a->embed.type, tensor_row(&a->embed, job->tokens[r]),
+                                     job->s->x + (int64_t)r * a->D, a->D);
     for (int i = 0; i < a->d / 2; i++) {
-        double s, c;
-        float angle = (float)job->pos[r] * job->w->inv_freq[i];
-        sincos_f64(angle, &s, &c);
-        cosines[i] = (float)c;
-        sines[i] = (float)s;
+        double sine, cosine;
+        float angle = (float)job->pos[r] * job->s->inv_freq[i];
+        sincos_f64(angle, &sine, &cosine);
+        cosines[i] = (float)cosine;
+        sines[i] = (float)sine;
     }
 }
 
-/* x += delta; h = rmsnorm(x) */
+/* x += delta; h = rmsnorm(x). With `which`, row which[task] of x to row `task` of h. */
 static void norm_task(void *arg, int task, int thread) {
     struct lm_job *job = arg;
-    int64_t D = job->a->D, at = (job->first + task) * D;
-    float *x = job->w->x + at;
+    int64_t D = job->a->D, row = job->which != NULL ? job->which[task] : job->first + task;
+    float *x = job->s->x + row * D, *h = job->s->h + (job->which != NULL ? task : row) * D;
     (void)thread;
-    for (int64_t i = 0; job->has_delta && i < D; i++) x[i] += job->w->delta[at + i];
-    job->e->k->rmsnorm(x, job->norm, job->a->eps, (int)D, job->w->h + at);
+    for (int64_t i = 0; job->has_delta && i < D; i++) x[i] += job->s->delta[row * D + i];
+    job->e->kern->elementwise.rmsnorm(x, job->norm, job->a->eps, (int)D, h);
 }
 
+/* RoPE on one head: pairs (i, i + d/2) turn by their angle. */
 static void rotate(const float *x, const float *cosines, const float *sines, int d, float *y) {
     int half = d / 2;
     for (int i = 0; i < half; i++) {
@@ -2848,49 +2756,55 @@ static void rotate(const float *x, const float *cosines, const float *sines, int
     }
 }
 
-/* Rotates a row's queries into their padded place, its key and value into the cache. */
+/* Rotates a row's queries into their padded place, its keys and values into the cache. */
 static void rope_store_task(void *arg, int r, int thread) {
     struct lm_job *job = arg;
     const struct llama *a = job->a;
-    struct lm_work *w = job->w;
-    const struct kv_cache *kv = &w->kv;
-    const float *cosines = w->rope + (int64_t)r * a->d, *sines = cosines + a->d / 2;
+    struct lm_state *s = job->s;
+    const struct kv_cache *kv = &s->kv;
+    const float *cosines = s->rope + (int64_t)r * a->d, *sines = cosines + a->d / 2;
     float *key = exec_scratch(job->e, thread), *value = key + kv->dp;
     const struct page *page = kv->seq[job->seq[r]].pages[job->pos[r] / KV_BLOCK];
     memset(key, 0, 2 * (size_t)kv->dp * sizeof *key);
     for (int h = 0; h < a->H && r >= job->first; h++)
-        rotate(w->q + ((int64_t)r * a->H + h) * a->d, cosines, sines, a->d,
-               w->qp + ((int64_t)r * a->H + h) * kv->dp);
+        rotate(s->q + ((int64_t)r * a->H + h) * a->d, cosines, sines, a->d,
+               s->qp + ((int64_t)r * a->H + h) * kv->dp);
     for (int g = 0; g < a->G; g++) {
-        int64_t at = ((int64_t)r * a->G + g) * a->d;
-        rotate(w->k + at, cosines, sines, a->d, key);
-        memcpy(value, w->v + at, (size_t)a->d * sizeof *value);
-        uint8_t *keys = page_head(kv, page, a, job->layer_index, g, 0);
-        store_key(job->e->k, kv, keys, job->pos[r] % KV_BLOCK, key);
-        store_value(job->e->k, kv, keys + kv->head_bytes, job->pos[r] % KV_BLOCK, value);
+        int64_t from = ((int64_t)r * a->G + g) * a->d;
+        uint8_t *head = page_head(kv, page, a, job->layer, g);
+        rotate(s->k + from, cosines, sines, a->d, key);
+        memcpy(value, s->v + from, (size_t)a->d * sizeof *value);
+        if (kv->type == LVM_Q8_0)
+            store_kv8(job->e->kern, kv, head, job->pos[r] % KV_BLOCK, key, value);
+        else store_kv(kv, head, job->pos[r] % KV_BLOCK, key, value);
     }
 }
 
-/* attend_block on a quantised page; what lies at next will be read behind it. */
-static void attend_q8(const struct lm_job *job, const uint8_t *head, const uint8_t *next,
-                      struct query *rows, int n, float *scratch) {
-    const struct kernels *k = job->e->k;
-    const struct kv_cache *kv = &job->w->kv;
-    float *s = scratch, *o = scratch + QUERY_ROWS * KV_BLOCK, m[QUERY_ROWS], l[QUERY_ROWS];
-    const float *p[QUERY_ROWS] = {NULL};
-    int groups = kv->dp / QK, keys = 0;
-    for (int r = 0; r < n; r++) {
-        p[r] = s + r * KV_BLOCK;
-        keys = rows[r].keys > keys ? rows[r].keys : keys;
+/* n query rows, all of which read the same page, against key/value head g of that page. */
+static void attend_page(struct lm_job *job, const struct page *page, int g, const uint8_t *next,
+                        struct query *rows, int n, float *scratch) {
+    const struct kv_cache *kv = &job->s->kv;
+    const struct kernels *kern = job->e->kern;
+    const uint8_t *head = page_head(kv, page, job->a, job->layer, g),
+                  *values = head + kv->head_bytes;
+    float *kf = scratch + attend_scratch(kv->dp), *vf = kf + (int64_t)KV_BLOCK * kv->dp;
+    float scale = 1 / sqrtf((float)job->a->d);
+    int keys = 0;
+    for (int r = 0; r < n; r++) keys = rows[r].keys > keys ? rows[r].keys : keys;
+    const float *k = (const float *)(const void *)head, *v = (const float *)(const void *)values;
+    if (kv->type == LVM_F16) { /* panels of keys as far as they go; of values the first keys */
+        kern->elementwise.to_f32(LVM_F16, head, kf, (int64_t)round_up(keys, PANEL) * kv->dp);
+        for (int64_t at = 0; at < (int64_t)KV_BLOCK * kv->dp; at += KV_BLOCK * PANEL)
+            kern->elementwise.to_f32(LVM_F16, values + at * 2, vf + at, (int64_t)keys * PANEL);
+        k = kf;
+        v = vf;
     }
-    int panels = (keys + PANEL - 1) / PANEL;
-    k->k8_scores(head, groups, panels, rows[0].x, n, s, KV_BLOCK);
-    for (int r = 0; r < n; r++)
-        l[r] = k->softmax(s + r * KV_BLOCK, panels * PANEL, rows[r].keys,
-                          1 / sqrtf((float)job->a->d), &m[r]);
-    k->v8_sums(head + kv->head_bytes, groups, panels, p, n, next, o, kv->dp);
-    for (int r = 0; r < n; r++)
-        online_softmax_merge(k, &rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
+    for (int r = 0; r < n; r += QUERY_ROWS) {
+        int count = n - r < QUERY_ROWS ? n - r : QUERY_ROWS;
+        if (kv->type == LVM_Q8_0)
+            attend_block_kv8(kern, kv, head, next, rows + r, count, scale, scratch);
+        else attend_block(kern, rows + r, count, kv->dp, k, v, scale, scratch);
+    }
 }
 
 /* What a task reads when it is done with head g of a sequence's page b: the same head of the next
@@ -2898,43 +2812,42 @@ static void attend_q8(const struct lm_job *job, const uint8_t *head, const uint8
 static const uint8_t *next_head(const struct lm_job *job, struct page *const *pages, int b,
                                 int last, int g) {
     int again = b == last;
-    const struct page *page = pages[again ? 0 : b + 1];
-    return page_head(&job->w->kv, page, job->a, job->layer_index, g + again, 0);
+    return page_head(&job->s->kv, pages[again ? 0 : b + 1], job->a, job->layer, g + again);
 }
 
-/* n rows of a task, all of which read the same page, against that page. */
-static void attend_page(struct lm_job *job, const struct page *page, int g, const uint8_t *next,
-                        struct query *rows, int n, float *scratch) {
-    const struct kv_cache *kv = &job->w->kv;
-    const struct kernels *k = job->e->k;
-    const uint8_t *head = page_head(kv, page, job->a, job->layer_index, g, 0);
-    float *kf = scratch + attend_scratch(kv->dp), *vf = kf + (int64_t)KV_BLOCK * kv->dp;
-    int keys = 0;
-    if (kv->type == LVM_Q8_0) {
-        for (int r = 0; r < n; r += QUERY_ROWS)
-            attend_q8(job, head, next, rows + r, n - r < QUERY_ROWS ? n - r : QUERY_ROWS, scratch);
-        return;
-    }
-    for (int r = 0; r < n; r++) keys = rows[r].keys > keys ? rows[r].keys : keys;
-    const float *kp = load_keys(k, kv, head, keys, kf);
-    const float *vp = load_values(k, kv, head + kv->head_bytes, keys, vf);
-    for (int r = 0; r < n; r += QUERY_ROWS)
-        attend_block(k, rows + r, n - r < QUERY_ROWS ? n - r : QUERY_ROWS, kv->dp, kp, vp,
-                     1 / sqrtf((float)job->a->d), scratch);
-}
-
-/* Tasks of one key/value head. */
+/* Tasks of one key/value head. Its query rows are numbered i: token i / (H/G), the i % (H/G)th of
+   the H/G query heads that share it. */
 static int attention_chunks(const struct lm_job *job) {
     int queries = (job->rows - job->first) * (job->a->H / job->a->G);
     return (queries + TASK_ROWS - 1) / TASK_ROWS;
 }
 
-/* Query rows of one key/value head: row i of the head is token first + i / (H/G), query head
-   i % (H/G). Each block of keys is read once for all neighbouring rows that share its page. */
+/* Query rows i0 .. i0 + n - 1 of head g against block b: each page is read once for all
+   neighbouring rows that share it. */
+static void attend_rows(struct lm_job *job, int g, int i0, int n, int b, struct query *rows,
+                        float *scratch) {
+    const struct sequence *seq = job->s->kv.seq;
+    int group = job->a->H / job->a->G;
+    for (int i = 0; i < n;) {
+        struct page *const *pages = seq[job->seq[(i0 + i) / group]].pages;
+        int j = i, last = job->pos[(i0 + i) / group] / KV_BLOCK;
+        for (; j < n; j++) {
+            int r = (i0 + j) / group, keys = job->pos[r] + 1 - b * KV_BLOCK;
+            if (keys <= 0 || seq[job->seq[r]].pages[b] != pages[b]) break;
+            rows[j].keys = keys < KV_BLOCK ? keys : KV_BLOCK;
+        }
+        if (j > i)
+            attend_page(job, pages[b], g, next_head(job, pages, b, last, g), rows + i, j - i,
+                        scratch);
+        i = j > i ? j : i + 1;
+    }
+}
+
+/* o = softmax(q K^T / sqrt(d)) V for up to TASK_ROWS query rows of one key/value head. */
 static void attention_task(void *arg, int task, int thread) {
     struct lm_job *job = arg;
     const struct llama *a = job->a;
-    const struct kv_cache *kv = &job->w->kv;
+    const struct kv_cache *kv = &job->s->kv;
     int group = a->H / a->G, all = job->rows * group, chunks = attention_chunks(job);
     int g = task / chunks, i0 = job->first * group + task % chunks * TASK_ROWS, last = 0;
     int n = all - i0 < TASK_ROWS ? all - i0 : TASK_ROWS;
@@ -2944,29 +2857,15 @@ static void attention_task(void *arg, int task, int thread) {
     for (int i = 0; i < n; i++, x += kv->dp / QK) {
         int r = (i0 + i) / group, h = g * group + (i0 + i) % group;
         int64_t at = ((int64_t)r * a->H + h) * kv->dp;
-        memset(job->w->op + at, 0, (size_t)kv->dp * sizeof(float));
-        rows[i] = (struct query){job->w->qp + at, job->w->op + at, -HUGE_VALF, 0, 0, x};
-        if (kv->type == LVM_Q8_0) job->e->k->quantize_q(rows[i].q, x, kv->dp);
+        memset(job->s->op + at, 0, (size_t)kv->dp * sizeof(float));
+        rows[i] = (struct query){job->s->qp + at, job->s->op + at, -HUGE_VALF, 0, 0, x};
+        if (kv->type == LVM_Q8_0) job->e->kern->attention.quantize_query(rows[i].q, x, kv->dp);
         last = job->pos[r] > last ? job->pos[r] : last;
     }
-    for (int b = 0; b <= last / KV_BLOCK; b++)
-        for (int i = 0; i < n;) {
-            struct page *const *pages = kv->seq[job->seq[(i0 + i) / group]].pages;
-            const struct page *page = pages[b];
-            int j = i, own_last = job->pos[(i0 + i) / group] / KV_BLOCK;
-            for (; j < n; j++) {
-                int r = (i0 + j) / group, keys = job->pos[r] + 1 - b * KV_BLOCK;
-                if (keys <= 0 || kv->seq[job->seq[r]].pages[b] != page) break;
-                rows[j].keys = keys < KV_BLOCK ? keys : KV_BLOCK;
-            }
-            if (j > i)
-                attend_page(job, page, g, next_head(job, pages, b, own_last, g), rows + i, j - i,
-                            scratch);
-            i = j > i ? j : i + 1;
-        }
+    for (int b = 0; b <= last / KV_BLOCK; b++) attend_rows(job, g, i0, n, b, rows, scratch);
     for (int i = 0; i < n; i++) {
         int r = (i0 + i) / group, h = g * group + (i0 + i) % group;
-        float *o = job->w->o + ((int64_t)r * a->H + h) * a->d;
+        float *o = job->s->o + ((int64_t)r * a->H + h) * a->d;
         for (int k = 0; k < a->d; k++) o[k] = rows[i].o[k] / rows[i].l;
     }
 }
@@ -2975,84 +2874,126 @@ static void swiglu_task(void *arg, int task, int thread) {
     struct lm_job *job = arg;
     int64_t F = job->a->F, at = (job->first + task) * F;
     (void)thread;
-    job->e->k->silu_mul(job->w->gate + at, job->w->up + at, F);
+    job->e->kern->elementwise.silu_mul(job->s->gate + at, job->s->up + at, F);
 }
 
-static void norm_all(struct lm_job *job, const float *weights, int first, int has_delta) {
-    job->norm = weights;
+/* x += delta, h = rmsnorm(x), for rows from `first` on. */
+static void norm_rows(struct lm_job *job, const struct tensor *norm, int first, int has_delta) {
+    job->norm = floats(norm);
     job->first = first;
     job->has_delta = has_delta;
     pool_run(job->e->pool, job->rows - first, norm_task, job);
 }
 
-/* Rows before `from` only leave their keys and values: of the last layer nobody asks more of rows
-   without logits. */
+/* One layer, for N rows. Rows before `from` only leave their keys and values: of the last layer
+   nobody asks more of rows of which nothing is wanted. What the layer adds to x is left in delta.
+ */
 static void run_layer(struct lm_job *job, int from) {
     const struct exec *e = job->e;
     const struct llama *a = job->a;
-    const struct layer *l = job->layer;
-    struct lm_work *w = job->w;
-    int n = job->rows - from, apart = from > 0; /* are queries of other rows than keys? */
+    const struct layer *l = job->l;
+    struct lm_state *s = job->s;
+    int N = job->rows, n = N - from, apart = from > 0; /* apart: queries of fewer rows than keys */
     int64_t D = a->D, Q = (int64_t)a->H * a->d, F = a->F;
-    float *h = w->h + from * D, *delta = w->delta + from * D, *q = w->q + from * Q,
-          *o = w->o + from * Q, *gate = w->gate + from * F, *up = w->up + from * F;
-    const struct product qkv[] = {
-        {&l->q, l->q_bias, q}, {&l->k, l->k_bias, w->k}, {&l->v, l->v_bias, w->v}};
-    const struct product gate_up[] = {{&l->gate, NULL, gate}, {&l->up, NULL, up}};
-    norm_all(job, l->attn_norm, 0, job->layer_index > 0);
-    matmul_all(e, qkv + apart, 3 - apart, w->h, job->rows);
-    if (apart && n > 0) linear(e, &l->q, l->q_bias, h, n, q);
+    float *h = s->h + from * D, *delta = s->delta + from * D, *q = s->q + from * Q,
+          *o = s->o + from * Q, *gate = s->gate + from * F, *up = s->up + from * F;
+    const struct matmul_output qkv[] = {{&l->q, floats(&l->q_bias), q},
+                                        {&l->k, floats(&l->k_bias), s->k},
+                                        {&l->v, floats(&l->v_bias), s->v}};
+    const struct matmul_output gate_up[] = {{&l->gate, NULL, gate}, {&l->up, NULL, up}};
+
+    norm_rows(job, &l->attn_norm, 0, job->layer > 0);           /* h[N][D] = rmsnorm(x += delta) */
+    matmul_all(e, qkv + apart, 3 - apart, s->h, N);             /* q[N][H d], k and v[N][G d] */
+    if (apart && n > 0) matmul(e, &l->q, floats(&l->q_bias), h, n, q);
     job->first = from;
-    pool_run(e->pool, job->rows, rope_store_task, job);
+    pool_run(e->pool, N, rope_store_task, job); /* qp[n][H][dp]; k, v to the cache */
     if (n == 0) return;
-    pool_run(e->pool, a->G * attention_chunks(job), attention_task, job);
-    linear(e, &l->o, l->o_bias, o, n, delta);
-    norm_all(job, l->ffn_norm, from, 1);
-    matmul_all(e, gate_up, 2, h, n);
-    pool_run(e->pool, n, swiglu_task, job);
-    linear(e, &l->down, NULL, gate, n, delta);
+    pool_run(e->pool, a->G * attention_chunks(job), attention_task, job);          /* o[n][H d] */
+    matmul(e, &l->o, floats(&l->o_bias), o, n, delta);          /* delta[n][D] = Wo o */
+
+    norm_rows(job, &l->ffn_norm, from, 1);                      /* h[n][D] = rmsnorm(x += delta) */
+    matmul_all(e, gate_up, 2, h, n);                            /* gate, up[n][F] */
+    pool_run(e->pool, n, swiglu_task, job);                     /* gate = silu(gate) * up */
+    matmul(e, &l->down, NULL, gate, n, delta);                  /* delta[n][D] = Wdown gate */
 }
 
-/* Appends n <= ROWS tokens, token i to sequence seqs[i], and writes the logits of rows first .. n-1
-   to logits[n - first][V]. After a failure the sequences are as they were. */
-static int run_layers(const struct exec *e, const struct llama *a, struct lm_work *w, int n,
-                      const int32_t *tokens, const int *seqs, int first, float *logits,
-                      lvm_error *error) {
-    struct lm_job job = {.e = e, .a = a, .w = w, .rows = n, .tokens = tokens};
-    int code = LVM_OK, done = 0;
-    for (; code == LVM_OK && done < n; done++) {
-        struct sequence *s = &w->kv.seq[seqs[done]];
-        code = page_make_private(&w->kv, s, s->n, error);
-        job.seq[done] = seqs[done];
-        job.pos[done] = s->n++;
+/* -ln softmax(logits[n])[id], in nats */
+static float negative_log_likelihood(const float *logits, int n, int32_t id) {
+    float max = logits[0];
+    double sum = 0;
+    for (int i = 1; i < n; i++) max = logits[i] > max ? logits[i] : max;
+    for (int i = 0; i < n; i++) sum += exp_f32(logits[i] - max);
+    return (float)(log_f64(sum) - ((double)logits[id] - max));
+}
+
+struct nll_job {
+    const float *logits;     /* [n][V] */
+    int V;
+    const int32_t *targets;  /* [n] */
+    float *nll;              /* [n] */
+};
+
+static void nll_task(void *arg, int r, int thread) {
+    const struct nll_job *job = arg;
+    (void)thread;
+    job->nll[r] = negative_log_likelihood(job->logits + (int64_t)r * job->V, job->V,
+                                          job->targets[r]);
+}
+
+/* What is wanted of the rows, once they have passed all layers. */
+static void run_head(struct lm_job *job, const struct batch *b) {
+    const struct llama *a = job->a;
+    const float *h = job->s->h;
+    job->which = b->out;
+    job->rows = b->n_out;
+    norm_rows(job, &a->norm, 0, 1); /* h[n_out][D] */
+    if (b->logits != NULL) matmul(job->e, &a->output, NULL, h, b->n_out, b->logits);
+    for (int at = 0; b->logits == NULL && at < b->n_out; at += NLL_ROWS) {
+        int n = b->n_out - at < NLL_ROWS ? b->n_out - at : NLL_ROWS;
+        struct nll_job nll = {job->s->logits, a->V, b->targets + at, b->nll + at};
+        matmul(job->e, &a->output, NULL, h + (int64_t)at * a->D, n, job->s->logits);
+        pool_run(job->e->pool, n, nll_task, &nll);
     }
-    if (code == LVM_OK) pool_run(e->pool, n, embed_task, &job);
-    for (int i = 0; code == LVM_OK && i < a->n_layers; i++) {
-        job.layer = &a->layers[i];
-        job.layer_index = i;
-        run_layer(&job, i + 1 < a->n_layers ? 0 : first);
-        if (n > 1) code = report(e, "layers", i + 1, a->n_layers, error);
+}
+
+/* Appends a batch to its sequences and computes what is wanted of it. After a failure the sequences
+   are as they were. */
+static int run_layers(const struct exec *e, const struct llama *a, struct lm_state *s,
+                      const struct batch *b, lvm_error *error) {
+    struct lm_job job = {.e = e, .a = a, .s = s, .rows = b->n, .tokens = b->tokens};
+    int code = LVM_OK, done = 0, from = b->n_out > 0 ? b->out[0] : b->n;
+    for (; code == LVM_OK && done < b->n; done++) {
+        struct sequence *seq = &s->kv.seq[b->seqs[done]];
+        code = page_make_private(&s->kv, seq, seq->n, error);
+        job.seq[done] = b->seqs[done];
+        job.pos[done] = seq->n++;
     }
+    if (code == LVM_OK) pool_run(e->pool, b->n, embed_task, &job);
+    for (int i = 0; code == LVM_OK && i < a->L; i++) {
+        job.l = &a->layers[i];
+        job.layer = i;
+        run_layer(&job, i + 1 < a->L ? 0 : from);
+        if (b->n > 1) code = report(e->o, "layers", i + 1, a->L, error);
+    }
+    if (code == LVM_OK && b->n_out > 0) run_head(&job, b);
     if (code != LVM_OK)
-        for (int i = done - 1; i >= 0; i--) sequence_trim(&w->kv, &w->kv.seq[seqs[i]], job.pos[i]);
-    if (code != LVM_OK || first >= n) return code;
-    norm_all(&job, a->norm, first, 1);
-    linear(e, &a->output, NULL, w->h + (int64_t)first * a->D, n - first, logits);
-    return LVM_OK;
+        for (int i = done - 1; i >= 0; i--)
+            sequence_trim(&s->kv, &s->kv.seq[b->seqs[i]], job.pos[i]);
+    return code;
 }
 
 /* ---- Memory ---- */
 
-static void lm_work_free(struct lm_work *w) {
-    float *all[] = {w->x,  w->h, w->delta, w->q,  w->k,    w->v,       w->qp,
-                    w->op, w->o, w->gate,  w->up, w->rope, w->inv_freq};
+static void lm_state_free(struct lm_state *s) {
+    float *all[] = {s->x,  s->h, s->delta, s->q,  s->k,    s->v,        s->qp,
+                    s->op, s->o, s->gate,  s->up, s->rope, s->inv_freq, s->logits};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
-    for (int s = 0; s < MAX_SEQUENCES; s++) {
-        for (int i = 0; w->kv.seq[s].pages != NULL && i < w->kv.max_pages; i++)
-            page_release(&w->kv.seq[s].pages[i]);
-        mem_free(w->kv.seq[s].pages);
+    for (int i = 0; i < MAX_SEQUENCES; i++) {
+        for (int p = 0; s->kv.seq[i].pages != NULL && p < s->kv.max_pages; p++)
+            page_release(&s->kv.seq[i].pages[p]);
+        mem_free(s->kv.seq[i].pages);
     }
-    memset(w, 0, sizeof *w);
+    memset(s, 0, sizeof *s);
 }
 
 static int kv_setup(struct kv_cache *kv, const struct llama *a, int type, lvm_error *error) {
@@ -3060,7 +3001,7 @@ static int kv_setup(struct kv_cache *kv, const struct llama *a, int type, lvm_er
     kv->dp = round_up(a->d, QK);
     kv->max_pages = (a->context + KV_BLOCK - 1) / KV_BLOCK;
     kv->head_bytes = type_bytes(type, (int64_t)kv->dp * KV_BLOCK);
-    if (!mul_fits((size_t)kv->head_bytes, (size_t)a->G * 2 * (size_t)a->n_layers, &kv->page_bytes))
+    if (!mul_fits((size_t)kv->head_bytes, (size_t)a->G * 2 * (size_t)a->L, &kv->page_bytes))
         return fail(error, LVM_MEMORY, "the key/value cache does not fit memory");
     for (int s = 0; s < MAX_SEQUENCES; s++) {
         kv->seq[s].pages = mem_alloc((size_t)kv->max_pages, sizeof *kv->seq[s].pages, error);
@@ -3072,154 +3013,223 @@ static int kv_setup(struct kv_cache *kv, const struct llama *a, int type, lvm_er
 _Static_assert(TASK_ROWS * sizeof(struct query_block) / QK <= 2 * KV_BLOCK * sizeof(float),
                "queries in integers take no more room than keys and values in floats");
 
-static int64_t lm_scratch(const struct llama *a, const struct kernels *k) {
+/* Scratch floats that a thread needs for the transformer. */
+static int64_t lm_scratch(const struct llama *a, const struct kernels *kern) {
     int dp = round_up(a->d, QK);
-    int64_t widest = max64(matmul_scratch(k, a->D), matmul_scratch(k, a->F));
+    int64_t widest = max64(matmul_scratch(kern, a->D), matmul_scratch(kern, a->F));
     return max64(widest, attend_scratch(dp) + 2 * (int64_t)KV_BLOCK * dp);
 }
 
-static int lm_work_alloc(struct lm_work *w, const struct llama *a, int kv_type, lvm_error *error) {
+static int lm_state_alloc(struct lm_state *s, const struct llama *a, int kv_type,
+                          lvm_error *error) {
     int64_t q = (int64_t)a->H * a->d, kv = (int64_t)a->G * a->d,
-            dp = (int64_t)a->H * round_up(a->d, QK);
-    struct { float **p; int64_t n;
-    } want[] = {{&w->x, a->D}, {&w->h, a->D},    {&w->delta, a->D}, {&w->q, q},
-                {&w->k, kv},   {&w->v, kv},      {&w->qp, dp},      {&w->op, dp},
-                {&w->o, q},    {&w->gate, a->F}, {&w->up, a->F},    {&w->rope, a->d}};
+            dp = (int64_t)a->H * round_up(a->d, QK), N = MAX_ROWS;
+    struct { float **p; int64_t n; } want[] = {
+        {&s->x, N * a->D}, {&s->h, N * a->D}, {&s->delta, N * a->D}, {&s->q, N * q},
+        {&s->k, N * kv}, {&s->v, N * kv}, {&s->qp, N * dp}, {&s->op, N * dp}, {&s->o, N * q},
+        {&s->gate, N * a->F}, {&s->up, N * a->F}, {&s->rope, N * a->d}, {&s->inv_freq, a->d},
+        {&s->logits, NLL_ROWS * (int64_t)a->V}};
     for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
-        *want[i].p = mem_alloc((size_t)want[i].n * ROWS, sizeof(float), error);
+        *want[i].p = mem_alloc((size_t)want[i].n, sizeof(float), error);
         if (*want[i].p == NULL) return LVM_MEMORY;
     }
-    w->inv_freq = mem_alloc((size_t)a->d, sizeof(float), error);
-    if (w->inv_freq == NULL) return LVM_MEMORY;
     for (int i = 0; i < a->d / 2; i++) {
         float power = (float)(2 * i) / (float)a->d;
-        w->inv_freq[i] = 1 / (float)exp_f64((double)power * log_f64(a->theta));
+        s->inv_freq[i] = 1 / (float)exp_f64((double)power * log_f64(a->theta));
     }
-    return kv_setup(&w->kv, a, kv_type, error);
+    return kv_setup(&s->kv, a, kv_type, error);
 }
 
-/* ---- Backends ----
+/* =================================================================================================
+   Chapter 7.  The seam for devices and the CPU behind it; generation and scoring
 
-   What a device does for a context. The public functions of chapter 7 call only this; a backend
-   keeps its state behind a pointer. Sequences are numbered 0 .. MAX_SEQUENCES - 1 and start empty.
-   */
+       lvm_encode, lvm_prompt, lvm_generate, lvm_score, ...           one sequence of tokens a
+   context |  images, tokens, logits, ids: always in host memory struct backend          encode
+   decode  forward  [generate]  kv_copy ... kv_set | | cpu (chapters 5 and 6) another device (its
+   own file)
 
-struct backend {
-    const char *name;
-    int (*open)(const lvm_model *m, const lvm_options *o, void **state, lvm_error *error);
-    void (*close)(void *state);
-    /* rgb[R][R][3] in [0,1] -> ids[S*S], and back (not clamped); unit i of n for the progress.
-       latent: NULL, or the vectors in front of the quantiser, [S*S][e]. */
-    int (*encode)(void *state, const float *rgb, int i, int n, int32_t *ids, float *latent,
-                  lvm_error *error);
-    int (*decode)(void *state, const int32_t *ids, int i, int n, float *rgb, lvm_error *error);
-    /* See run_layers. */
-    int (*forward)(void *state, int n, const int32_t *tokens, const int *seqs, int first,
-                   float *logits, lvm_error *error);
-    void (*kv_copy)(void *state, int from, int to, int n); /* sequence `to` = first n of `from` */
-    void (*kv_trim)(void *state, int seq, int n);
-    /* Positions from page * KV_BLOCK on as bytes; writing leaves the sequence n tokens long. */
-    size_t (*kv_page_bytes)(void *state);
-    void (*kv_read)(void *state, int seq, int page, uint8_t *data);
-    int (*kv_write)(void *state, int seq, int page, const uint8_t *data, int n, lvm_error *error);
+   A device keeps its copy of a model, which contexts share, and for each context its work memory
+   and key/value cache. Everything above the seam is the same for all of them.
+
+   A context holds one sequence: the tokens that were given or generated (ids), of which the first
+   n_fed lie in the cache of sequence 0, and the scores of the token that follows them (logits). The
+   last sampled token is not fed before it is needed, so a window of W images of T tokens behind bos
+   needs W T - 1 + bos positions. When a sequence is full the oldest images leave: bos and the last
+   W - 1 images are read again from position zero, as the published program does for every image.
+
+   Images repeat: the examples ("shots") of a task stand before every query. So a context remembers
+   the pixels and tokens of the last images it encoded, and both, with the cache of keys and values,
+   can be kept in a file (chapter 14). */
+
+/* ---- The seam ---- */
+
+/* What a device takes at once. */
+struct limits {
+    int images;     /* of encode and decode */
+    int rows;       /* of forward; at least as many as sequences */
+    int sequences;  /* numbered from 0: candidates that generate together */
+    int kv_block;   /* positions of a block of kv_get and kv_set */
 };
+
+/* PCG-XSH-RR 64/32 (O'Neill 2014): a 64-bit linear congruential generator whose high bits, folded
+   and rotated, are the output; the odd increment chooses one of 2^63 streams. */
+struct rng {
+    uint64_t state, increment;
+};
+
+/* n further tokens for sequences 0 .. n_seqs - 1. */
+struct continuation {
+    const lvm_sampling *sampling;
+    int n_seqs, n;
+    int codes;             /* only ids below are sampled */
+    float *logits;         /* [n_seqs][V]: the scores of each sequence's next token; used up */
+    struct rng *rng;       /* [n_seqs]: one draw a token, none when greedy */
+    int32_t *ids;          /* [n_seqs][ld]: what was sampled; the last of each is not fed */
+    int64_t ld;
+    int64_t done, all;     /* progress: tokens before these, and of all calls */
+};
+
+/* What a device does for a context. The functions return LVM_OK or a code with the error filled;
+   calls that fail or are cancelled leave sequences as they were. report(o, ...) is theirs to call;
+   it never needs the device to be waited for. */
+struct backend {
+    uint32_t size, version;  /* of this struct: sizeof and BACKEND_VERSION when it was compiled */
+    const char *name;        /* "cpu", "cuda" */
+
+    /* The device's copy of a model, made once and shared by contexts; device: "cuda:1", say. */
+    int (*model_open)(const lvm_model *m, const char *device, void **copy, lvm_error *error);
+    void (*model_close)(void *copy);
+
+    /* A context's state; o outlives it. Its sequences start empty. */
+    int (*open)(void *copy, const lvm_options *o, void **state, struct limits *limits,
+                lvm_error *error);
+    void (*close)(void *state);
+
+    /* n <= limits.images images, rgb[n][R][R][3], -> ids[n][T]; and back. They are number `first`
+       and the following of `all` for the progress. latent: NULL, or the vectors in front of the
+       quantiser, [n][T][code_dim]; pixels: NULL, or the image in floats, about 0 to 1 but not
+       clamped. */
+    int (*encode)(void *state, const uint8_t *rgb, int n, int first, int all, int32_t *ids,
+                  float *latent, lvm_error *error);
+    int (*decode)(void *state, const int32_t *ids, int n, int first, int all, uint8_t *rgb,
+                  float *pixels, lvm_error *error);
+
+    int (*forward)(void *state, const struct batch *b, lvm_error *error);
+    /* NULL: the host samples from logits, see generate_on_host, with the same result. */
+    int (*generate)(void *state, struct continuation *c, lvm_error *error);
+
+    /* Sequence `to` becomes the first n tokens of `from`; keeps the first n. */
+    int (*kv_copy)(void *state, int from, int to, int n, lvm_error *error);
+    void (*kv_trim)(void *state, int seq, int n);
+    /* A block of limits.kv_block positions as kv_size bytes that only this device understands;
+       kv_set leaves the sequence n tokens long. */
+    size_t (*kv_size)(void *state);
+    int (*kv_get)(void *state, int seq, int block, void *data, lvm_error *error);
+    int (*kv_set)(void *state, int seq, int block, const void *data, int n, lvm_error *error);
+};
+enum { BACKEND_VERSION = 1 };
+
+/* ---- The CPU ---- */
 
 struct cpu {
     const lvm_model *m;
     struct exec e;
-    struct vq_work vq;
-    struct lm_work lm;
+    struct vq_state vq;
+    struct lm_state lm;
 };
+
+/* The model lies in memory, where all contexts read it. */
+static int cpu_model_open(const lvm_model *m, const char *device, void **copy, lvm_error *error) {
+    if (strcmp(device, "cpu") != 0)
+        return fail(error, LVM_INVALID, "device %s: the CPU is \"cpu\"", device);
+    *copy = mem_alloc(1, sizeof(lvm_model *), error);
+    if (*copy == NULL) return LVM_MEMORY;
+    *(const lvm_model **)*copy = m;
+    return LVM_OK;
+}
 
 static void cpu_close(void *state) {
     struct cpu *c = state;
     if (c == NULL) return;
-    vq_work_free(&c->vq);
-    lm_work_free(&c->lm);
+    vq_state_free(&c->vq);
+    lm_state_free(&c->lm);
     mem_free(c->e.scratch);
-    mem_free(c->e.xq);
+    mem_free(c->e.act);
     pool_free(c->e.pool);
     mem_free(c);
 }
 
-static int cpu_alloc(struct cpu *c, const lvm_options *o, int kv_type, lvm_error *error) {
+static int cpu_alloc(struct cpu *c, lvm_error *error) {
     const lvm_model *m = c->m;
     const struct llama *a = &m->llama;
     struct exec *e = &c->e;
+    int code = LVM_OK;
     e->scratch_floats = 1024;
-    if (m->vq != NULL) e->scratch_floats = max64(e->scratch_floats, vq_scratch(m->vq, m->k));
-    if (m->info.has_transformer) e->scratch_floats = max64(e->scratch_floats, lm_scratch(a, m->k));
+    if (m->vq != NULL) e->scratch_floats = max64(e->scratch_floats, vq_scratch(m->vq, m->kern));
+    if (a->L > 0) e->scratch_floats = max64(e->scratch_floats, lm_scratch(a, m->kern));
     e->scratch_floats = (e->scratch_floats + 1023) / 1024 * 1024;
-    e->pool = pool_new(o->threads, error);
+    e->pool = pool_new(e->o->threads, error);
     if (e->pool == NULL) return LVM_MEMORY;
-    e->scratch = mem_alloc((size_t)o->threads * (size_t)e->scratch_floats, sizeof(float), error);
+    e->scratch = mem_alloc((size_t)e->pool->n * (size_t)e->scratch_floats, sizeof(float), error);
     if (e->scratch == NULL) return LVM_MEMORY;
-    if (m->info.has_transformer) {
-        int blocks = (int)max64(max64(a->D, (int64_t)a->H * a->d), a->F) / QK + 1;
-        e->xq = mem_alloc((size_t)blocks * ROWS, sizeof *e->xq, error);
-        if (e->xq == NULL) return LVM_MEMORY;
-        int code = lm_work_alloc(&c->lm, a, kv_type, error);
-        if (code != LVM_OK) return code;
+    if (a->L > 0) {
+        int blocks = (int)max64(a->D, a->F) / QK + 1;
+        e->act = mem_alloc((size_t)blocks * MAX_ROWS, sizeof *e->act, error);
+        if (e->act == NULL) return LVM_MEMORY;
+        code = lm_state_alloc(&c->lm, a, e->o->kv_type, error);
     }
-    return m->vq != NULL ? vq_work_alloc(&c->vq, e, m->vq, error) : LVM_OK;
-}
-
-static int cpu_open(const lvm_model *m, const lvm_options *o, void **state, lvm_error *error) {
-    struct cpu *c = mem_alloc(1, sizeof *c, error);
-    if (c == NULL) return LVM_MEMORY;
-    c->m = m;
-    c->e.k = m->k;
-    c->e.exact = o->exact;
-    c->e.user = o->user;
-    c->e.progress = o->progress;
-    int code = cpu_alloc(c, o, o->kv_type, error);
-    if (code != LVM_OK) {
-        cpu_close(c);
-        return code;
-    }
-    *state = c;
-    return LVM_OK;
-}
-
-/* Blocks of one half, for the progress: levels and the middle. */
-static int64_t half_steps(const struct vqgan *vq, const struct half *half) {
-    int64_t steps = 1;
-    for (int i = 0; i < vq->n_levels; i++) steps += half->level[i].n_blocks;
-    return steps;
-}
-
-static int cpu_encode(void *state, const float *rgb, int i, int n, int32_t *ids, float *latent,
-                      lvm_error *error) {
-    struct cpu *c = state;
-    const struct vqgan *vq = c->m->vq;
-    int64_t steps = half_steps(vq, &vq->encoder);
-    c->vq.stage = "encode";
-    c->vq.done = i * steps;
-    c->vq.all = n * steps;
-    int code = vq_latent(&c->e, vq, &c->vq, rgb, error);
-    if (code != LVM_OK) return code;
-    if (latent != NULL)
-        memcpy(latent, c->vq.x, (size_t)(vq->S * vq->S) * (size_t)vq->e * sizeof *latent);
-    vector_quantize(&c->e, vq, &c->vq, c->vq.x, vq->S * vq->S, ids);
-    return LVM_OK;
-}
-
-static int cpu_decode(void *state, const int32_t *ids, int i, int n, float *rgb, lvm_error *error) {
-    struct cpu *c = state;
-    const struct vqgan *vq = c->m->vq;
-    int64_t steps = half_steps(vq, &vq->decoder);
-    c->vq.stage = "decode";
-    c->vq.done = i * steps;
-    c->vq.all = n * steps;
-    int code = vq_pixels(&c->e, vq, &c->vq, ids, error);
-    if (code == LVM_OK) memcpy(rgb, c->vq.x, (size_t)vq->R * (size_t)vq->R * 3 * sizeof *rgb);
+    if (code == LVM_OK && m->vq != NULL) code = vq_state_alloc(&c->vq, e, m->vq, error);
     return code;
 }
 
-static int cpu_forward(void *state, int n, const int32_t *tokens, const int *seqs, int first,
-                       float *logits, lvm_error *error) {
+static int cpu_open(void *copy, const lvm_options *o, void **state, struct limits *limits,
+                    lvm_error *error) {
+    struct cpu *c = mem_alloc(1, sizeof *c, error);
+    if (c == NULL) return LVM_MEMORY;
+    c->m = *(const lvm_model **)copy;
+    c->e.kern = c->m->kern;
+    c->e.o = o;
+    c->e.exact = o->exact;
+    *limits = (struct limits){1, MAX_ROWS, MAX_SEQUENCES, KV_BLOCK};
+    int code = cpu_alloc(c, error);
+    if (code == LVM_OK) *state = c;
+    else cpu_close(c);
+    return code;
+}
+
+/* Halves to even, as NumPy rounds. */
+static uint8_t to_byte(float x) { return (uint8_t)rintf(255 * (x > 0 ? (x < 1 ? x : 1) : 0)); }
+
+static int cpu_encode(void *state, const uint8_t *rgb, int n, int first, int all, int32_t *ids,
+                      float *latent, lvm_error *error) {
     struct cpu *c = state;
-    return run_layers(&c->e, &c->m->llama, &c->lm, n, tokens, seqs, first, logits, error);
+    const struct vqgan *vq = c->m->vq;
+    int64_t steps = vq->n_encoder, T = c->m->T, size = (int64_t)vq->R * vq->R * 3;
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < n; i++)
+        code = vq_encode(&c->e, vq, &c->vq, rgb + i * size, (first + i) * steps, all * steps,
+                         ids + i * T, latent != NULL ? latent + i * T * vq->code_dim : NULL, error);
+    return code;
+}
+
+static int cpu_decode(void *state, const int32_t *ids, int n, int first, int all, uint8_t *rgb,
+                      float *pixels, lvm_error *error) {
+    struct cpu *c = state;
+    const struct vqgan *vq = c->m->vq;
+    int64_t steps = vq->n_ops - vq->n_encoder, size = (int64_t)vq->R * vq->R * 3;
+    for (int i = 0; i < n; i++, rgb += size) {
+        int code = vq_decode(&c->e, vq, &c->vq, ids + (int64_t)i * c->m->T, (first + i) * steps,
+                             all * steps, error);
+        if (code != LVM_OK) return code;
+        for (int64_t p = 0; p < size; p++) rgb[p] = to_byte(c->vq.x[p]);
+        if (pixels != NULL) memcpy(pixels + i * size, c->vq.x, (size_t)size * sizeof *pixels);
+    }
+    return LVM_OK;
+}
+
+static int cpu_forward(void *state, const struct batch *b, lvm_error *error) {
+    struct cpu *c = state;
+    return run_layers(&c->e, &c->m->llama, &c->lm, b, error);
 }
 
 static void cpu_kv_trim(void *state, int seq, int n) {
@@ -3227,83 +3237,144 @@ static void cpu_kv_trim(void *state, int seq, int n) {
     sequence_trim(&c->lm.kv, &c->lm.kv.seq[seq], n);
 }
 
-static void cpu_kv_copy(void *state, int from, int to, int n) {
-    struct cpu *c = state;
-    struct kv_cache *kv = &c->lm.kv;
-    if (from == to) {
-        cpu_kv_trim(state, to, n);
-        return;
-    }
-    sequence_trim(kv, &kv->seq[to], 0);
-    for (int i = 0; i < (n + KV_BLOCK - 1) / KV_BLOCK; i++) {
+static int cpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
+    struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
+    (void)error;
+    if (from != to) sequence_trim(kv, &kv->seq[to], 0);
+    for (int i = 0; from != to && i < (n + KV_BLOCK - 1) / KV_BLOCK; i++) {
         kv->seq[to].pages[i] = kv->seq[from].pages[i];
         kv->seq[to].pages[i]->refs++;
     }
-    kv->seq[to].n = n;
+    if (from != to) kv->seq[to].n = n;
+    sequence_trim(kv, &kv->seq[to], n);
+    return LVM_OK;
 }
 
-static size_t cpu_kv_page_bytes(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
+static size_t cpu_kv_size(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
 
-static void cpu_kv_read(void *state, int seq, int page, uint8_t *data) {
+static int cpu_kv_get(void *state, int seq, int block, void *data, lvm_error *error) {
     const struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
-    memcpy(data, kv->seq[seq].pages[page]->data, kv->page_bytes);
+    (void)error;
+    memcpy(data, kv->seq[seq].pages[block]->data, kv->page_bytes);
+    return LVM_OK;
 }
 
-static int cpu_kv_write(void *state, int seq, int page, const uint8_t *data, int n,
-                        lvm_error *error) {
+static int cpu_kv_set(void *state, int seq, int block, const void *data, int n, lvm_error *error) {
     struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
-    int code = page_make_private(kv, &kv->seq[seq], page * KV_BLOCK, error);
+    int code = page_make_private(kv, &kv->seq[seq], block * KV_BLOCK, error);
     if (code != LVM_OK) return code;
-    memcpy(kv->seq[seq].pages[page]->data, data, kv->page_bytes);
+    memcpy(kv->seq[seq].pages[block]->data, data, kv->page_bytes);
     kv->seq[seq].n = n;
     return LVM_OK;
 }
 
 static const struct backend cpu_backend = {
-    "cpu",       cpu_open,    cpu_close,         cpu_encode,  cpu_decode,  cpu_forward,
-    cpu_kv_copy, cpu_kv_trim, cpu_kv_page_bytes, cpu_kv_read, cpu_kv_write};
+    .size = sizeof cpu_backend, .version = BACKEND_VERSION, .name = "cpu",
+    .model_open = cpu_model_open, .model_close = mem_free, .open = cpu_open, .close = cpu_close,
+    .encode = cpu_encode, .decode = cpu_decode, .forward = cpu_forward, .kv_copy = cpu_kv_copy,
+    .kv_trim = cpu_kv_trim, .kv_size = cpu_kv_size, .kv_get = cpu_kv_get, .kv_set = cpu_kv_set};
 
-/* =================================================================================================
-   Chapter 7.  Generation and scoring
+/* ---- Choosing a device ---- */
 
-   A context holds one sequence: the tokens that were given or generated (ids), of which the first
-   n_fed lie in the cache of sequence 0, and the scores of the token that follows them (logits). The
-   last sampled token is never fed before it is needed, so a window of W images of T tokens behind
-   bos needs W T - 1 + bos positions.
+#ifdef LVM_CUDA
+const struct backend *lvm_cuda_backend(void); /* lvm_cuda.cu */
+#define DEVICES "cpu, cuda and cuda:N"
+#else
+#define DEVICES "cpu"
+#endif
 
-   When a sequence is full, the oldest images leave: bos and the last W - 1 images are read
-   again from position zero, as the published program does for every further image.
-
-   Images repeat: the shots of a task stand before every query. So a context remembers the pixels
-   and ids of the last images it encoded, and both, with the cache of keys and values, can be kept
-   in a file.
-
-   Sampling (Holtzman et al. 2019 for top-p): logits are divided by the temperature; the k likeliest
-   ids stay; of these, the fewest likeliest that together hold at least p of the probability stay;
-   one is drawn. Ids that are not image tokens do not take part. */
-
-enum {
-    SCORE_ROWS = 256,
-    MAX_ENCODED = 32 /* images: two windows */
+/* A copy of a model: one a device that a context was ever opened on. */
+struct device {
+    const struct backend *b;
+    char name[32];
+    void *copy;
+    struct device *next;
 };
+
+struct devices {
+    pthread_mutex_t mutex; /* for contexts that are made at the same time */
+    struct device *first;
+};
+
+static struct devices *devices_new(lvm_error *error) {
+    struct devices *d = mem_alloc(1, sizeof *d, error);
+    if (d != NULL) pthread_mutex_init(&d->mutex, NULL);
+    return d;
+}
+
+static void devices_free(struct devices *d) {
+    struct device *next;
+    if (d == NULL) return;
+    for (struct device *i = d->first; i != NULL; i = next) {
+        next = i->next;
+        i->b->model_close(i->copy);
+        mem_free(i);
+    }
+    pthread_mutex_destroy(&d->mutex);
+    mem_free(d);
+}
+
+/* The backend that a device's name asks for. */
+static const struct backend *find_backend(const char *device, lvm_error *error) {
+    size_t n = strcspn(device, ":");
+#ifdef LVM_CUDA
+    if (n == 4 && memcmp(device, "cuda", n) == 0) return lvm_cuda_backend();
+#endif
+    if (n == 3 && memcmp(device, "cpu", n) == 0) return &cpu_backend;
+    fail(error, LVM_INVALID, "device \"%.40s\": this lvm was built for " DEVICES, device);
+    return NULL;
+}
+
+/* The model's copy on a device, made when the first context needs it. */
+static int open_device(const lvm_model *m, const struct backend *b, const char *name, void **copy,
+                       lvm_error *error) {
+    struct devices *all = m->devices;
+    int code = LVM_OK;
+    pthread_mutex_lock(&all->mutex);
+    struct device *d = all->first;
+    while (d != NULL && (d->b != b || strcmp(d->name, name) != 0)) d = d->next;
+    if (d == NULL) {
+        d = mem_alloc(1, sizeof *d, error);
+        code = d == NULL ? LVM_MEMORY : b->model_open(m, name, &d->copy, error);
+        if (code == LVM_OK) {
+            d->b = b;
+            snprintf(d->name, sizeof d->name, "%s", name);
+            d->next = all->first;
+            all->first = d;
+        } else {
+            mem_free(d);
+        }
+    }
+    if (code == LVM_OK) *copy = d->copy;
+    pthread_mutex_unlock(&all->mutex);
+    return code;
+}
+
+/* ---- Contexts ---- */
+
+enum { MAX_ENCODED = 32 /* images that a context remembers: two windows */ };
 
 /* An image as the tokenizer saw it and what it became. */
 struct encoded {
     uint8_t *rgb; /* [R][R][3] */
-    int32_t *ids; /* [tokens_per_image] */
+    int32_t *ids; /* [T] */
 };
 
 struct lvm_ctx {
     const lvm_model *m;
     lvm_options o;
+    char device[32];
     const struct backend *b;
     void *state;
-    int32_t *ids;      /* [context + 1] */
-    int n_ids, n_fed;  /* n_fed <= n_ids */
-    int has_logits;    /* logits[0] belongs to ids[n_fed - 1] */
-    float *logits;     /* [SCORE_ROWS][V]; row c is candidate c's while generating */
-    float *rgb;        /* [R][R][3] */
-    int64_t n_encoded; /* images encoded so far; the last ones are remembered */
+    struct limits limits;
+    int32_t *ids;       /* [context + 1] */
+    int n_ids, n_fed;   /* n_fed <= n_ids */
+    int has_logits;     /* logits[0] belongs to ids[n_fed - 1] */
+    float *logits;      /* [sequences][V]; row c is candidate c's while generating */
+    int *seqs, *rows;   /* [rows]: a batch's sequences; 0, 1, 2, ... */
+    uint8_t *rgb;       /* [images][R][R][3]: on their way to the tokenizer or back */
+    int32_t *tokens;    /* [images][T] */
+    int64_t n_encoded;  /* images encoded so far; the last ones are remembered */
     struct encoded encoded[MAX_ENCODED]; /* image i at i % MAX_ENCODED */
 };
 
@@ -3332,7 +3403,18 @@ int lvm_sampling_preset(const char *name, lvm_sampling *sampling, lvm_error *err
     return fail(error, LVM_INVALID, "the presets are lvm and delvm");
 }
 
-/* ---- Contexts ---- */
+/* Copies an option struct, which begins with its size: an older program's is smaller, and what it
+   does not have keeps its default. oldest: the size of version 0.1's. */
+static int copy_options(void *to, size_t size, size_t oldest, const void *from, const char *name,
+                        lvm_error *error) {
+    uint32_t given;
+    memcpy(&given, from, sizeof given);
+    if (given < oldest || given > size)
+        return fail(error, LVM_INVALID, "%s.size is %u; this lvm takes %zu to %zu: fill it with "
+                    "its default function", name, given, oldest, size);
+    memcpy(to, from, given);
+    return LVM_OK;
+}
 
 void lvm_ctx_free(lvm_ctx *ctx) {
     if (ctx == NULL) return;
@@ -3341,17 +3423,16 @@ void lvm_ctx_free(lvm_ctx *ctx) {
         mem_free(ctx->encoded[i].rgb);
         mem_free(ctx->encoded[i].ids);
     }
-    mem_free(ctx->ids);
-    mem_free(ctx->logits);
-    mem_free(ctx->rgb);
+    void *all[] = {ctx->ids, ctx->logits, ctx->seqs, ctx->rows, ctx->rgb, ctx->tokens};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
     mem_free(ctx);
 }
 
 static int settle_window(const lvm_model *m, lvm_options *o, lvm_error *error) {
-    const lvm_info *i = &m->info;
-    int most = (i->context_length + 1 - (i->bos >= 0)) / i->tokens_per_image;
-    if (o->window == 0) o->window = i->window_images;
-    else if (i->has_transformer && (o->window < 2 || o->window > most))
+    int most = images_that_fit(m, m->llama.bos >= 0);
+    if (m->llama.L == 0) return LVM_OK;
+    if (o->window == 0) o->window = (int)min64(16, most);
+    else if (o->window < 2 || o->window > most)
         return fail(error, LVM_INVALID, "a window of %d images: %s takes 2 to %d", o->window,
                     m->path, most);
     return LVM_OK;
@@ -3361,54 +3442,92 @@ static int settle_window(const lvm_model *m, lvm_options *o, lvm_error *error) {
 static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_options *o,
                           lvm_error *error) {
     *o = lvm_default_options();
-    if (chosen != NULL && chosen->size != sizeof *o)
-        return fail(error, LVM_INVALID,
-                    "lvm_options.size is %u, not %zu: use lvm_default_options()", chosen->size,
-                    sizeof *o);
-    if (chosen != NULL) *o = *chosen;
+    int code = LVM_OK, weights = m->llama.L > 0 ? m->llama.layers[0].q.type : LVM_F32;
+    if (chosen != NULL)
+        code = copy_options(o, sizeof *o, offsetof(lvm_options, device), chosen, "lvm_options",
+                            error);
+    if (code != LVM_OK) return code;
+    o->size = sizeof *o;
     if (o->threads == 0) o->threads = processors();
     if (o->threads < 1 || o->threads > 1024)
         return fail(error, LVM_INVALID, "%d threads: lvm takes 1 to 1024", o->threads);
-    int weights = m->info.has_transformer ? m->llama.layers[0].q.type : LVM_F32;
     if (o->kv_type == LVM_AUTO)
-        o->kv_type = weights == LVM_F32 || o->exact        ? LVM_F32
-                     : type_is_quantised(weights) ? LVM_Q8_0
-                                                  : LVM_F16;
+        o->kv_type = weights == LVM_F32 || o->exact ? LVM_F32
+                     : type_is_quantised(weights)   ? LVM_Q8_0
+                                                    : LVM_F16;
     if (o->kv_type != LVM_F32 && o->kv_type != LVM_F16 && o->kv_type != LVM_Q8_0)
         return fail(error, LVM_INVALID, "the key/value cache can be f32, f16 or q8_0");
     if (o->fit != LVM_SQUASH && o->fit != LVM_CROP)
         return fail(error, LVM_INVALID, "fit is %d, neither LVM_SQUASH nor LVM_CROP", o->fit);
+    if (o->device == NULL || *o->device == 0) o->device = default_device();
+    if (strlen(o->device) >= sizeof((lvm_ctx *)0)->device)
+        return fail(error, LVM_INVALID, "device \"%.40s...\": no device has so long a name",
+                    o->device);
     return settle_window(m, o, error);
 }
 
-lvm_ctx *lvm_ctx_new(const lvm_model *m, const lvm_options *options, lvm_error *error) {
-    if (m == NULL) {
-        null_argument(error, "lvm_ctx_new", "model");
-        return NULL;
-    }
+static int ctx_alloc(lvm_ctx *ctx, lvm_error *error) {
+    const lvm_model *m = ctx->m;
+    size_t R = m->vq != NULL ? (size_t)m->vq->R : 0, images = (size_t)ctx->limits.images,
+           rows = (size_t)ctx->limits.rows;
+    ctx->ids = mem_alloc((size_t)m->llama.context + 1, sizeof *ctx->ids, error);
+    ctx->logits = mem_alloc((size_t)ctx->limits.sequences * (size_t)m->llama.V,
+                            sizeof *ctx->logits, error);
+    ctx->seqs = mem_alloc(rows, sizeof *ctx->seqs, error);
+    ctx->rows = mem_alloc(rows, sizeof *ctx->rows, error);
+    ctx->rgb = mem_alloc(images, R * R * 3, error);
+    ctx->tokens = mem_alloc(images, (size_t)m->T * sizeof *ctx->tokens, error);
+    if (ctx->ids == NULL || ctx->logits == NULL || ctx->seqs == NULL || ctx->rows == NULL ||
+        ctx->rgb == NULL || ctx->tokens == NULL)
+        return LVM_MEMORY;
+    for (int i = 0; i < ctx->limits.rows; i++) ctx->rows[i] = i;
+    return LVM_OK;
+}
+
+/* A context on a given backend, or on that of options.device where b is NULL. */
+static lvm_ctx *ctx_new(const lvm_model *m, const struct backend *b, const lvm_options *options,
+                        lvm_error *error) {
     lvm_ctx *ctx = mem_alloc(1, sizeof *ctx, error);
+    void *copy = NULL;
     if (ctx == NULL) return NULL;
-    const lvm_info *i = &m->info;
     ctx->m = m;
-    ctx->b = &cpu_backend;
     int code = settle_options(m, options, &ctx->o, error);
     if (code == LVM_OK) {
-        ctx->ids = mem_alloc((size_t)i->context_length + 1, sizeof *ctx->ids, error);
-        ctx->logits = mem_alloc((size_t)i->vocab_size * SCORE_ROWS + 1, sizeof *ctx->logits, error);
-        ctx->rgb = mem_alloc((size_t)i->resolution * (size_t)i->resolution * 3 + 1,
-                             sizeof *ctx->rgb, error);
-        code = ctx->ids == NULL || ctx->logits == NULL || ctx->rgb == NULL
-                   ? LVM_MEMORY
-                   : ctx->b->open(m, &ctx->o, &ctx->state, error);
+        snprintf(ctx->device, sizeof ctx->device, "%s", ctx->o.device);
+        ctx->o.device = ctx->device;
+        ctx->b = b != NULL ? b : find_backend(ctx->device, error);
+        code = ctx->b == NULL ? LVM_INVALID : open_device(m, ctx->b, ctx->device, &copy, error);
     }
+    if (code == LVM_OK) code = ctx->b->open(copy, &ctx->o, &ctx->state, &ctx->limits, error);
+    if (code == LVM_OK) code = ctx_alloc(ctx, error);
     if (code == LVM_OK) return ctx;
     lvm_ctx_free(ctx);
     return NULL;
 }
 
+lvm_ctx *lvm_ctx_new(const lvm_model *model, const lvm_options *options, lvm_error *error) {
+    if (model != NULL) return ctx_new(model, NULL, options, error);
+    null_argument(error, "lvm_ctx_new", "model");
+    return NULL;
+}
+
+lvm_info lvm_ctx_info(const lvm_ctx *ctx) {
+    lvm_info i = lvm_model_info(ctx != NULL ? ctx->m : NULL);
+    if (ctx != NULL) i.device = ctx->device;
+    return i;
+}
+
 static int need(const lvm_ctx *ctx, int part, const char *what, lvm_error *error) {
     if (part) return LVM_OK;
     return fail(error, LVM_INVALID, "%s: holds no %s, which this needs", ctx->m->path, what);
+}
+
+static int need_tokenizer(const lvm_ctx *ctx, lvm_error *error) {
+    return need(ctx, ctx->m->vq != NULL, "tokenizer", error);
+}
+
+static int need_transformer(const lvm_ctx *ctx, lvm_error *error) {
+    return need(ctx, ctx->m->llama.L > 0, "transformer", error);
 }
 
 static int check_ids(const int32_t *ids, int64_t n, int below, lvm_error *error) {
@@ -3417,13 +3536,6 @@ static int check_ids(const int32_t *ids, int64_t n, int below, lvm_error *error)
             return fail(error, LVM_INVALID, "token %lld is %d, not in 0 .. %d", (long long)i + 1,
                         (int)ids[i], below - 1);
     return LVM_OK;
-}
-
-static int progress(const lvm_ctx *ctx, const char *stage, int64_t done, int64_t all,
-                    lvm_error *error) {
-    if (ctx->o.progress == NULL || ctx->o.progress(ctx->o.user, stage, done, all) == 0)
-        return LVM_OK;
-    return fail(error, LVM_CANCELLED, "cancelled while at work on: %s", stage);
 }
 
 /* ---- Images to tokens and back ---- */
@@ -3451,44 +3563,70 @@ static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm
     return out->rgb != NULL ? LVM_OK : LVM_MEMORY;
 }
 
+static size_t image_bytes(const lvm_ctx *ctx) {
+    size_t R = (size_t)ctx->m->vq->R;
+    return R * R * 3;
+}
+
 static const struct encoded *find_encoded(const lvm_ctx *ctx, const uint8_t *rgb) {
-    size_t R = (size_t)ctx->m->info.resolution;
     for (int i = 0; i < MAX_ENCODED && i < ctx->n_encoded; i++)
-        if (memcmp(ctx->encoded[i].rgb, rgb, R * R * 3) == 0) return &ctx->encoded[i];
+        if (memcmp(ctx->encoded[i].rgb, rgb, image_bytes(ctx)) == 0) return &ctx->encoded[i];
     return NULL;
 }
 
-/* Remembers an image; the oldest makes room. rgb[R][R][3] becomes the context's. */
-static int remember_encoded(lvm_ctx *ctx, uint8_t *rgb, const int32_t *ids, lvm_error *error) {
+/* Remembers an image, rgb[R][R][3] and ids[T]; the oldest makes room. */
+static int remember_encoded(lvm_ctx *ctx, const uint8_t *rgb, const int32_t *ids,
+                            lvm_error *error) {
     struct encoded *e = &ctx->encoded[ctx->n_encoded % MAX_ENCODED];
-    size_t T = (size_t)ctx->m->info.tokens_per_image;
+    size_t T = (size_t)ctx->m->T;
+    if (e->rgb == NULL) e->rgb = mem_alloc(1, image_bytes(ctx), error);
     if (e->ids == NULL) e->ids = mem_alloc(T, sizeof *e->ids, error);
-    if (e->ids == NULL) {
-        mem_free(rgb);
-        return LVM_MEMORY;
-    }
-    mem_free(e->rgb);
-    e->rgb = rgb;
+    if (e->rgb == NULL || e->ids == NULL) return LVM_MEMORY;
+    memcpy(e->rgb, rgb, image_bytes(ctx));
     memcpy(e->ids, ids, T * sizeof *ids);
     ctx->n_encoded++;
     return LVM_OK;
 }
 
-static int encode_image(lvm_ctx *ctx, const lvm_image *image, int i, int n, int32_t *ids,
-                        lvm_error *error) {
-    int R = ctx->m->info.resolution;
-    lvm_image fitted = {.rgb = NULL};
-    int code = fit_image(image, R, ctx->o.fit, &fitted, error);
-    if (code != LVM_OK) return code;
-    const struct encoded *known = find_encoded(ctx, fitted.rgb);
-    if (known != NULL) {
-        memcpy(ids, known->ids, (size_t)ctx->m->info.tokens_per_image * sizeof *ids);
-        lvm_image_free(&fitted);
-        return progress(ctx, "encode", i, n, error);
+/* Images of a call that wait in ctx->rgb to be encoded together. */
+struct encode_group {
+    int n, done, all;     /* waiting; before them; of the call */
+    int32_t *to[64];      /* where their tokens go */
+};
+
+static int encode_waiting(lvm_ctx *ctx, struct encode_group *g, lvm_error *error) {
+    size_t T = (size_t)ctx->m->T;
+    if (g->n == 0) return LVM_OK;
+    int code =
+        ctx->b->encode(ctx->state, ctx->rgb, g->n, g->done, g->all, ctx->tokens, NULL, error);
+    for (int i = 0; code == LVM_OK && i < g->n; i++) {
+        const int32_t *ids = ctx->tokens + (size_t)i * T;
+        memcpy(g->to[i], ids, T * sizeof *ids);
+        code = remember_encoded(ctx, ctx->rgb + (size_t)i * image_bytes(ctx), ids, error);
     }
-    for (int p = 0; p < R * R * 3; p++) ctx->rgb[p] = (float)fitted.rgb[p] / 255;
-    code = ctx->b->encode(ctx->state, ctx->rgb, i, n, ids, NULL, error);
-    if (code == LVM_OK) return remember_encoded(ctx, fitted.rgb, ids, error);
+    g->done += g->n;
+    g->n = 0;
+    return code;
+}
+
+/* An image is known, or joins those that wait. */
+static int encode_image(lvm_ctx *ctx, const lvm_image *image, struct encode_group *g, int32_t *ids,
+                        lvm_error *error) {
+    size_t size = image_bytes(ctx);
+    lvm_image fitted = {.rgb = NULL};
+    int code = fit_image(image, ctx->m->vq->R, ctx->o.fit, &fitted, error), twice = 0;
+    for (int i = 0; code == LVM_OK && i < g->n; i++)
+        twice |= memcmp(ctx->rgb + (size_t)i * size, fitted.rgb, size) == 0;
+    if (twice) code = encode_waiting(ctx, g, error);
+    const struct encoded *known = code == LVM_OK ? find_encoded(ctx, fitted.rgb) : NULL;
+    if (known != NULL) {
+        memcpy(ids, known->ids, (size_t)ctx->m->T * sizeof *ids);
+        code = report(&ctx->o, "encode", g->done++, g->all, error);
+    } else if (code == LVM_OK) {
+        memcpy(ctx->rgb + (size_t)g->n * size, fitted.rgb, size);
+        g->to[g->n++] = ids;
+        if (g->n == ctx->limits.images) code = encode_waiting(ctx, g, error);
+    }
     lvm_image_free(&fitted);
     return code;
 }
@@ -3497,28 +3635,29 @@ int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_e
     if (ctx == NULL) return null_argument(error, "lvm_encode", "ctx");
     if (n > 0 && (images == NULL || ids == NULL))
         return null_argument(error, "lvm_encode", images == NULL ? "images" : "ids");
-    int code = need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
-    int64_t T = ctx->m->info.tokens_per_image;
+    struct encode_group g = {.all = n};
+    int code = need_tokenizer(ctx, error);
     if (code == LVM_OK && n < 0) code = fail(error, LVM_INVALID, "%d images to encode", n);
     for (int i = 0; code == LVM_OK && i < n; i++)
-        code = encode_image(ctx, &images[i], i, n, ids + i * T, error);
-    return code == LVM_OK ? progress(ctx, "encode", 1, 1, error) : code;
+        code = encode_image(ctx, &images[i], &g, ids + (int64_t)i * ctx->m->T, error);
+    if (code == LVM_OK) code = encode_waiting(ctx, &g, error);
+    return code == LVM_OK ? report(&ctx->o, "encode", 1, 1, error) : code;
 }
 
-static uint8_t to_byte(float x) {
-    return (uint8_t)rintf(255 * (x > 0 ? (x < 1 ? x : 1) : 0));
-}
-
-static int decode_image(lvm_ctx *ctx, const int32_t *ids, int i, int n, lvm_image *image,
-                        lvm_error *error) {
-    int R = ctx->m->info.resolution;
-    int code = ctx->b->decode(ctx->state, ids, i, n, ctx->rgb, error);
-    if (code != LVM_OK) return code;
-    image->rgb = mem_alloc((size_t)R * (size_t)R, 3, error);
-    if (image->rgb == NULL) return LVM_MEMORY;
-    image->width = image->height = R;
-    for (int p = 0; p < R * R * 3; p++) image->rgb[p] = to_byte(ctx->rgb[p]);
-    return LVM_OK;
+/* Images first .. first + count - 1 of a call. */
+static int decode_images(lvm_ctx *ctx, const int32_t *ids, int first, int count, int n,
+                         lvm_image *images, lvm_error *error) {
+    int R = ctx->m->vq->R;
+    int code = ctx->b->decode(ctx->state, ids + (int64_t)first * ctx->m->T, count, first, n,
+                              ctx->rgb, NULL, error);
+    for (int i = 0; code == LVM_OK && i < count; i++) {
+        lvm_image *image = &images[first + i];
+        image->rgb = mem_alloc(1, image_bytes(ctx), error);
+        if (image->rgb == NULL) return LVM_MEMORY;
+        memcpy(image->rgb, ctx->rgb + (size_t)i * image_bytes(ctx), image_bytes(ctx));
+        image->width = image->height = R;
+    }
+    return code;
 }
 
 int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_error *error) {
@@ -3527,48 +3666,47 @@ int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_e
     if (n > 0 && (ids == NULL || images == NULL))
         return null_argument(error, "lvm_decode", ids == NULL ? "ids" : "images");
     if (n < 0) return fail(error, LVM_INVALID, "%d images to decode", n);
-    int64_t T = ctx->m->info.tokens_per_image;
-    int code = need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
-    if (code == LVM_OK) code = check_ids(ids, n * T, ctx->m->info.codes, error);
-    for (int i = 0; code == LVM_OK && i < n; i++)
-        code = decode_image(ctx, ids + i * T, i, n, &images[i], error);
-    if (code == LVM_OK) code = progress(ctx, "decode", 1, 1, error);
+    int code = need_tokenizer(ctx, error), count = ctx->limits.images;
+    if (code == LVM_OK) code = check_ids(ids, (int64_t)n * ctx->m->T, ctx->m->codes, error);
+    for (int i = 0; code == LVM_OK && i < n; i += count)
+        code = decode_images(ctx, ids, i, n - i < count ? n - i : count, n, images, error);
+    if (code == LVM_OK) code = report(&ctx->o, "decode", 1, 1, error);
     for (int i = 0; code != LVM_OK && i < n; i++) lvm_image_free(&images[i]);
     return code;
 }
 
-/* ---- Sequences ---- */
+/* ---- Prefill ---- */
 
 /* Appends ids[n] to a sequence of the cache; logits: NULL or V floats for the token behind them.
    *fed counts what went in. */
-static int prefill(lvm_ctx *ctx, int seq, const int32_t *ids, int n, const char *stage,
-                   float *logits, int *fed, lvm_error *error) {
-    int seqs[ROWS];
-    for (int i = 0; i < ROWS; i++) seqs[i] = seq;
-    for (int at = 0; at < n; at += ROWS) {
-        int rows = n - at < ROWS ? n - at : ROWS, last = at + rows == n && logits != NULL;
-        int code = progress(ctx, stage, at, n, error);
-        if (code == LVM_OK)
-            code = ctx->b->forward(ctx->state, rows, ids + at, seqs, last ? rows - 1 : rows, logits,
-                                   error);
+static int prefill(lvm_ctx *ctx, int seq, const int32_t *ids, int n, float *logits, int *fed,
+                   lvm_error *error) {
+    int most = ctx->limits.rows;
+    for (int i = 0; i < most; i++) ctx->seqs[i] = seq;
+    for (int at = 0; at < n; at += most) {
+        int rows = n - at < most ? n - at : most, last = rows - 1;
+        struct batch b = {.n = rows, .tokens = ids + at, .seqs = ctx->seqs, .out = &last,
+                          .n_out = at + rows == n && logits != NULL, .logits = logits};
+        int code = report(&ctx->o, "prefill", at, n, error);
+        if (code == LVM_OK) code = ctx->b->forward(ctx->state, &b, error);
         if (code != LVM_OK) return code;
         *fed += rows;
     }
-    return progress(ctx, stage, n, n, error);
+    return report(&ctx->o, "prefill", n, n, error);
 }
 
 int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error) {
     if (ctx == NULL || ids == NULL)
         return null_argument(error, "lvm_prompt", ctx == NULL ? "ctx" : "ids");
-    const lvm_info *i = &ctx->m->info;
-    int code = need(ctx, i->has_transformer, "transformer", error);
+    const struct llama *a = &ctx->m->llama;
+    int code = need_transformer(ctx, error);
     if (code != LVM_OK) return code;
-    if (n < 1 || n > i->context_length)
+    if (n < 1 || n > a->context)
         return fail(error, LVM_INVALID, "a prompt of %d tokens; the context holds 1 to %d", n,
-                    i->context_length);
-    code = check_ids(ids, n, i->vocab_size, error);
+                    a->context);
+    code = check_ids(ids, n, a->V, error);
     if (code != LVM_OK) return code;
-    int same = 0;
+    int same = 0; /* tokens of the beginning that are in the cache already */
     while (same < n && same < ctx->n_fed && ids[same] == ctx->ids[same]) same++;
     if (same == n && !(ctx->n_fed == n && ctx->has_logits)) same = n - 1;
     ctx->b->kv_trim(ctx->state, 0, same);
@@ -3577,78 +3715,72 @@ int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error
     ctx->n_fed = same;
     if (same < n) {
         ctx->has_logits = 0;
-        code = prefill(ctx, 0, ids + same, n - same, "prompt", ctx->logits, &ctx->n_fed, error);
+        code = prefill(ctx, 0, ids + same, n - same, ctx->logits, &ctx->n_fed, error);
         if (code != LVM_OK) return code;
         ctx->has_logits = 1;
     }
-    if (logits != NULL) memcpy(logits, ctx->logits, (size_t)i->vocab_size * sizeof *logits);
+    if (logits != NULL) memcpy(logits, ctx->logits, (size_t)a->V * sizeof *logits);
     return LVM_OK;
 }
 
 /* Feeds what is pending, so that logits[0] are those behind the whole sequence. */
 static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
-    int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
+    int code = need_transformer(ctx, error);
     if (code != LVM_OK) return code;
     if (ctx->n_ids == 0)
         return fail(error, LVM_INVALID, "there is no prompt yet: call lvm_prompt first");
     if (ctx->has_logits && ctx->n_fed == ctx->n_ids) return LVM_OK;
-    if (ctx->n_ids > ctx->m->info.context_length)
+    if (ctx->n_ids > ctx->m->llama.context)
         return fail(error, LVM_INVALID, "the context is full");
     if (ctx->n_fed == ctx->n_ids) ctx->b->kv_trim(ctx->state, 0, --ctx->n_fed);
     ctx->has_logits = 0;
-    code = prefill(ctx, 0, ctx->ids + ctx->n_fed, ctx->n_ids - ctx->n_fed, "prompt", ctx->logits,
-                &ctx->n_fed, error);
+    code = prefill(ctx, 0, ctx->ids + ctx->n_fed, ctx->n_ids - ctx->n_fed, ctx->logits,
+                   &ctx->n_fed, error);
     ctx->has_logits = code == LVM_OK;
     return code;
 }
 
-/* ---- Scoring ---- */
+/* ---- Scoring ----
 
-/* -ln softmax(logits)[id] */
-static float negative_log_likelihood(const float *logits, int n, int32_t id) {
-    float max = logits[0];
-    double sum = 0;
-    for (int i = 1; i < n; i++) max = logits[i] > max ? logits[i] : max;
-    for (int i = 0; i < n; i++) sum += exp_f32(logits[i] - max);
-    return (float)(log_f64(sum) - ((double)logits[id] - max));
-}
+   How likely a continuation is: the negative log-likelihood (nll) of each of its tokens, in nats,
+   that is -ln p. Its mean's exponential is the perplexity, the number of equally likely tokens that
+   the model was as unsure between. */
 
 int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error) {
     if (ctx == NULL || ids == NULL || nll == NULL)
         return null_argument(error, "lvm_score",
                              ctx == NULL ? "ctx" : ids == NULL ? "ids" : "nll");
-    const lvm_info *info = &ctx->m->info;
+    const struct llama *a = &ctx->m->llama;
     int code = prefill_pending(ctx, error);
     if (code != LVM_OK) return code;
-    int start = ctx->n_fed, V = info->vocab_size, seqs[SCORE_ROWS] = {0};
-    if (n < 1 || n > info->context_length + 1 - start)
+    int start = ctx->n_fed, most = ctx->limits.rows;
+    if (n < 1 || n > a->context + 1 - start)
         return fail(error, LVM_INVALID,
                     "%d tokens to score; behind the prompt the context holds 1 to %d", n,
-                    info->context_length + 1 - start);
-    code = check_ids(ids, n, info->vocab_size, error);
+                    a->context + 1 - start);
+    code = check_ids(ids, n, a->V, error);
     if (code != LVM_OK) return code;
-    nll[0] = negative_log_likelihood(ctx->logits, V, ids[0]);
-    ctx->has_logits = n == 1;
-    for (int at = 0; code == LVM_OK && at < n - 1; at += SCORE_ROWS) {
-        int rows = n - 1 - at < SCORE_ROWS ? n - 1 - at : SCORE_ROWS;
-        code = progress(ctx, "score", at, n, error);
-        if (code == LVM_OK)
-            code = ctx->b->forward(ctx->state, rows, ids + at, seqs, 0, ctx->logits, error);
-        for (int r = 0; code == LVM_OK && r < rows; r++)
-            nll[at + r + 1] =
-                negative_log_likelihood(ctx->logits + (int64_t)r * V, V, ids[at + r + 1]);
+    nll[0] = negative_log_likelihood(ctx->logits, a->V, ids[0]);
+    memset(ctx->seqs, 0, (size_t)most * sizeof *ctx->seqs);
+    for (int at = 0; code == LVM_OK && at < n - 1; at += most) {
+        int rows = n - 1 - at < most ? n - 1 - at : most;
+        struct batch b = {.n = rows, .tokens = ids + at, .seqs = ctx->seqs, .n_out = rows,
+                          .out = ctx->rows, .targets = ids + at + 1, .nll = nll + at + 1};
+        code = report(&ctx->o, "score", at, n, error);
+        if (code == LVM_OK) code = ctx->b->forward(ctx->state, &b, error);
     }
     ctx->b->kv_trim(ctx->state, 0, start);
-    return code == LVM_OK ? progress(ctx, "score", n, n, error) : code;
+    return code == LVM_OK ? report(&ctx->o, "score", n, n, error) : code;
 }
 
-/* ---- Sampling ---- */
+/* ---- Sampling ----
 
-/* PCG-XSH-RR 64/32 (O'Neill 2014): a 64-bit linear congruential generator whose high bits, folded
-   and rotated, are the output; the odd increment chooses one of 2^63 streams. */
-struct rng {
-    uint64_t state, increment;
-};
+   p(id) is e^(logit / temperature) over their sum. Of the ids that are image tokens the top_k
+   likeliest stay (Fan et al. 2018), of these the nucleus, the fewest likeliest that together hold
+   at least top_p of the probability (Holtzman et al. 2020), and one of them is drawn: with the
+   likeliest first, the cumulative sum is walked until it reaches a random share of all. Sorting
+   8192 choices for each token would be slow; each of the three asks for no more than "the fewest
+   likeliest that reach this mass", which quickselect finds. */
 
 static uint32_t rng_next(struct rng *r) {
     uint64_t old = r->state;
@@ -3676,8 +3808,9 @@ static int likelier(struct choice a, struct choice b) {
 
 /* Puts the likeliest of c[0 .. n-1] in front, the least of them last: as few as have this mass
    together, but no more than `count` and at least one. Returns how many, and in *sum their mass.
-   Hoare's selection: what lies before a pivot is sorted out no further than the end needs. */
-static int take_likeliest(struct choice *c, int n, int count, double mass, double *sum) {
+   Quickselect (Hoare 1961): what lies before a pivot is sorted out no further than the end needs.
+ */
+static int select_likeliest(struct choice *c, int n, int count, double mass, double *sum) {
     int from = 0, to = n; /* the last one to take is one of c[from .. to-1] */
     *sum = 0;             /* of those before it */
     while (from < to) {
@@ -3712,8 +3845,7 @@ static int32_t argmax(const float *logits, int n) {
     return best;
 }
 
-/* Draws one of the first n ids, of the top_k likeliest alone (Fan and others 2018), and of these as
-   few as have the mass top_p (Holtzman and others 2020). c: room for n choices. */
+/* One of the first n ids. c: room for n choices. */
 static int32_t sample(const float *logits, int n, const lvm_sampling *s, struct rng *rng,
                       struct choice *c) {
     if (s->greedy) return argmax(logits, n);
@@ -3723,17 +3855,19 @@ static int32_t sample(const float *logits, int n, const lvm_sampling *s, struct 
         c[i] = (struct choice){exp_f32((logits[i] - max) / s->temperature), i};
         mass += c[i].p;
     }
-    if (s->top_k > 0 && s->top_k < n) n = take_likeliest(c, n, s->top_k, HUGE_VAL, &mass);
-    n = take_likeliest(c, n, n, s->top_p * mass, &mass);
-    n = take_likeliest(c, n, n, mass * (rng_next(rng) * 0x1p-32), &drawn);
+    if (s->top_k > 0 && s->top_k < n) n = select_likeliest(c, n, s->top_k, HUGE_VAL, &mass);
+    n = select_likeliest(c, n, n, s->top_p * mass, &mass);
+    n = select_likeliest(c, n, n, mass * (rng_next(rng) * 0x1p-32), &drawn);
     return c[n - 1].id;
 }
 
-static int check_sampling(const lvm_sampling *s, lvm_error *error) {
-    if (s->size != sizeof *s)
-        return fail(error, LVM_INVALID,
-                    "lvm_sampling.size is %u, not %zu: use lvm_default_sampling()", s->size,
-                    sizeof *s);
+/* The caller's sampling (NULL: the default), checked. */
+static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_error *error) {
+    *s = lvm_default_sampling();
+    int code = LVM_OK;
+    if (chosen != NULL)
+        code = copy_options(s, sizeof *s, sizeof *s, chosen, "lvm_sampling", error);
+    if (code != LVM_OK) return code;
     if (!(s->temperature >= 1e-3f && s->temperature <= 100))
         return fail(error, LVM_INVALID, "temperature %g is not between 0.001 and 100",
                     (double)s->temperature);
@@ -3748,25 +3882,44 @@ static int check_sampling(const lvm_sampling *s, lvm_error *error) {
 /* What a call of lvm_generate works with; candidate c is sequence c of the cache. */
 struct generation {
     lvm_ctx *ctx;
-    const lvm_sampling *s;
+    lvm_sampling s;
     int candidates, n, has_bos, T, full; /* full: tokens at which a sequence must slide */
     int slid;   /* 1: the cache no longer begins as the context's own sequence */
     int length; /* of every candidate's sequence, the pending token included */
     int32_t *ids;                        /* [candidates][context + 1] */
-    struct rng rng[MAX_SEQUENCES];
-    struct choice *choices;
+    struct rng *rng;                     /* [candidates] */
 };
 
 static int32_t *candidate_ids(const struct generation *g, int c) {
-    return g->ids + (int64_t)c * (g->ctx->m->info.context_length + 1);
+    return g->ids + (int64_t)c * (g->ctx->m->llama.context + 1);
 }
 
-/* Drops the oldest images of every candidate and reads the rest again. Candidates share what
-   their windows have in common. */
+/* The loop of generating: sample a token of each sequence, feed it, sample the next. */
+static int generate_on_host(lvm_ctx *ctx, struct continuation *c, lvm_error *error) {
+    int V = ctx->m->llama.V, code = LVM_OK;
+    struct choice *choices = mem_alloc((size_t)c->codes, sizeof *choices, error);
+    int32_t *last = mem_alloc((size_t)c->n_seqs, sizeof *last, error);
+    struct batch b = {.n = c->n_seqs, .tokens = last, .seqs = ctx->rows, .n_out = c->n_seqs,
+                      .out = ctx->rows, .logits = c->logits};
+    if (choices == NULL || last == NULL) code = LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i < c->n; i++) {
+        if (i > 0) code = ctx->b->forward(ctx->state, &b, error);
+        if (code == LVM_OK) code = report(&ctx->o, "generate", c->done + i, c->all, error);
+        for (int s = 0; code == LVM_OK && s < c->n_seqs; s++)
+            c->ids[s * c->ld + i] = last[s] = sample(c->logits + (int64_t)s * V, c->codes,
+                                                     c->sampling, &c->rng[s], choices);
+    }
+    mem_free(choices);
+    mem_free(last);
+    return code;
+}
+
+/* Drops the oldest images of every candidate and reads the rest again. Candidates share what their
+   windows have in common. */
 static int slide_window(struct generation *g, lvm_error *error) {
     lvm_ctx *ctx = g->ctx;
-    int part = (g->length - g->has_bos) % g->T; /* of an image that is still being drawn */
-    int keep = g->full - g->has_bos - g->T + part, V = ctx->m->info.vocab_size, code = LVM_OK;
+    int part = (g->length - g->has_bos) % g->T; /* of an image that is still being generated */
+    int keep = g->full - g->has_bos - g->T + part, code = LVM_OK;
     for (int c = 0; c < g->candidates; c++) {
         int32_t *ids = candidate_ids(g, c);
         memmove(ids + g->has_bos, ids + g->length - keep, (size_t)keep * sizeof *ids);
@@ -3776,52 +3929,33 @@ static int slide_window(struct generation *g, lvm_error *error) {
     if (g->length == 0)
         return fail(error, LVM_INVALID,
                     "the context of %d tokens holds no image to continue from",
-                    ctx->m->info.context_length);
+                    ctx->m->llama.context);
     for (int c = 0; code == LVM_OK && c < g->candidates; c++) {
         int same = 0, fed = 0;
         const int32_t *ids = candidate_ids(g, c), *first = candidate_ids(g, 0);
         while (c > 0 && same < g->length - 1 && ids[same] == first[same]) same++;
-        ctx->b->kv_copy(ctx->state, 0, c, same);
-        code = prefill(ctx, c, ids + same, g->length - same, "prompt", ctx->logits + (int64_t)c * V,
-                    &fed, error);
+        code = ctx->b->kv_copy(ctx->state, 0, c, same, error);
+        if (code == LVM_OK)
+            code = prefill(ctx, c, ids + same, g->length - same,
+                           ctx->logits + (int64_t)c * ctx->m->llama.V, &fed, error);
     }
-    return code;
-}
-
-/* One more token for every candidate: scores, then a draw. */
-static int generate_token(struct generation *g, int i, lvm_error *error) {
-    lvm_ctx *ctx = g->ctx;
-    int V = ctx->m->info.vocab_size, code = LVM_OK, seqs[MAX_SEQUENCES];
-    int32_t last[MAX_SEQUENCES];
-    if (g->length >= g->full) {
-        code = slide_window(g, error);
-    } else if (i > 0) {
-        for (int c = 0; c < g->candidates; c++) {
-            seqs[c] = c;
-            last[c] = candidate_ids(g, c)[g->length - 1];
-        }
-        code = ctx->b->forward(ctx->state, g->candidates, last, seqs, 0, ctx->logits, error);
-    }
-    if (code == LVM_OK) code = progress(ctx, "generate", i, g->n, error);
-    for (int c = 0; code == LVM_OK && c < g->candidates; c++)
-        candidate_ids(g, c)[g->length] =
-            sample(ctx->logits + (int64_t)c * V, ctx->m->info.codes, g->s, &g->rng[c], g->choices);
-    if (code == LVM_OK) g->length++;
     return code;
 }
 
 /* Gives every candidate the prompt's ids, cache and logits. */
-static void fork_prompt(struct generation *g) {
+static int fork_prompt(struct generation *g, lvm_error *error) {
     lvm_ctx *ctx = g->ctx;
-    int V = ctx->m->info.vocab_size;
-    for (int c = 0; c < g->candidates; c++) {
+    size_t V = (size_t)ctx->m->llama.V;
+    int code = LVM_OK;
+    for (int c = 0; code == LVM_OK && c < g->candidates; c++) {
         memcpy(candidate_ids(g, c), ctx->ids, (size_t)ctx->n_ids * sizeof *ctx->ids);
-        g->rng[c] = rng_new(g->s->seed, (uint64_t)c);
+        g->rng[c] = rng_new(g->s.seed, (uint64_t)c);
         if (c == 0) continue;
-        ctx->b->kv_copy(ctx->state, 0, c, ctx->n_fed);
-        memcpy(ctx->logits + (int64_t)c * V, ctx->logits, (size_t)V * sizeof *ctx->logits);
+        code = ctx->b->kv_copy(ctx->state, 0, c, ctx->n_fed, error);
+        memcpy(ctx->logits + (size_t)c * V, ctx->logits, V * sizeof *ctx->logits);
     }
     g->length = ctx->n_ids;
+    return code;
 }
 
 /* Leaves the context behind candidate 0, with its last token pending; after a failure, where it was
@@ -3840,15 +3974,24 @@ static void keep_first_candidate(struct generation *g, int code) {
     }
 }
 
+/* Up to the end of the window, slide, and on. */
 static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) {
-    int code = LVM_OK;
-    fork_prompt(g);
-    for (int i = 0; code == LVM_OK && i < g->n; i++) {
-        code = generate_token(g, i, error);
-        for (int c = 0; code == LVM_OK && c < g->candidates; c++)
-            ids[(int64_t)c * g->n + i] = candidate_ids(g, c)[g->length - 1];
+    lvm_ctx *ctx = g->ctx;
+    int code = fork_prompt(g, error);
+    for (int done = 0, n; code == LVM_OK && done < g->n; done += n) {
+        if (g->length >= g->full) code = slide_window(g, error);
+        n = g->n - done < g->full - g->length ? g->n - done : g->full - g->length;
+        struct continuation c = {&g->s, g->candidates, n, ctx->m->codes, ctx->logits, g->rng,
+                                 g->ids + g->length, ctx->m->llama.context + 1, done, g->n};
+        if (code == LVM_OK)
+            code = ctx->b->generate != NULL ? ctx->b->generate(ctx->state, &c, error)
+                                            : generate_on_host(ctx, &c, error);
+        for (int i = 0; code == LVM_OK && i < g->candidates; i++)
+            memcpy(ids + (int64_t)i * g->n + done, candidate_ids(g, i) + g->length,
+                   (size_t)n * sizeof *ids);
+        if (code == LVM_OK) g->length += n;
     }
-    if (code == LVM_OK) code = progress(g->ctx, "generate", g->n, g->n, error);
+    if (code == LVM_OK) code = report(&ctx->o, "generate", g->n, g->n, error);
     keep_first_candidate(g, code);
     return code;
 }
@@ -3857,33 +4000,28 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
                  lvm_error *error) {
     if (ctx == NULL || ids == NULL)
         return null_argument(error, "lvm_generate", ctx == NULL ? "ctx" : "ids");
-    const lvm_info *info = &ctx->m->info;
-    const lvm_sampling usual = lvm_default_sampling();
-    if (sampling == NULL) sampling = &usual;
-    int code = check_sampling(sampling, error);
+    const struct llama *a = &ctx->m->llama;
+    struct generation g = {.ctx = ctx, .candidates = candidates, .n = n, .T = ctx->m->T};
+    int code = settle_sampling(sampling, &g.s, error);
     if (code != LVM_OK) return code;
-    if (candidates < 1 || candidates > MAX_SEQUENCES)
+    if (candidates < 1 || candidates > ctx->limits.sequences)
         return fail(error, LVM_INVALID, "%d candidates: lvm takes 1 to %d", candidates,
-                    MAX_SEQUENCES);
+                    ctx->limits.sequences);
     if (n < 1) return fail(error, LVM_INVALID, "%d tokens to generate", n);
-    struct generation g = {.ctx = ctx, .s = sampling, .candidates = candidates, .n = n};
-    g.has_bos = info->bos >= 0 && ctx->n_ids > 0 && ctx->ids[0] == info->bos;
-    g.T = info->tokens_per_image;
-    int fit = (info->context_length + 1 - g.has_bos) / g.T;
-    g.full = g.has_bos + (ctx->o.window < fit ? ctx->o.window : fit) * g.T;
+    g.has_bos = a->bos >= 0 && ctx->n_ids > 0 && ctx->ids[0] == a->bos;
+    g.full = g.has_bos + (int)min64(ctx->o.window, images_that_fit(ctx->m, g.has_bos)) * g.T;
     if (g.full < g.has_bos + g.T)
         return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no image of %d",
-                    ctx->m->path, info->context_length, g.T);
+                    ctx->m->path, a->context, g.T);
     if (ctx->n_ids < g.full) code = prefill_pending(ctx, error);
     if (code == LVM_OK && ctx->n_ids == 0)
         code = fail(error, LVM_INVALID, "there is no prompt yet: call lvm_prompt first");
     if (code != LVM_OK) return code;
-    g.ids =
-        mem_alloc((size_t)candidates * ((size_t)info->context_length + 1), sizeof *g.ids, error);
-    g.choices = mem_alloc((size_t)info->codes, sizeof *g.choices, error);
-    code = g.ids == NULL || g.choices == NULL ? LVM_MEMORY : run_generation(&g, ids, error);
+    g.ids = mem_alloc((size_t)candidates * ((size_t)a->context + 1), sizeof *g.ids, error);
+    g.rng = mem_alloc((size_t)candidates, sizeof *g.rng, error);
+    code = g.ids == NULL || g.rng == NULL ? LVM_MEMORY : run_generation(&g, ids, error);
     mem_free(g.ids);
-    mem_free(g.choices);
+    mem_free(g.rng);
     return code;
 }
 
@@ -3892,19 +4030,18 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
 int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error) {
     if (ctx == NULL || (images == NULL && count > 0))
         return null_argument(error, "lvm_prompt_images", ctx == NULL ? "ctx" : "images");
-    const lvm_info *info = &ctx->m->info;
+    const struct llama *a = &ctx->m->llama;
     int most = (int)max64(0, ctx->o.window - 1), skip = count > most ? count - most : 0,
-        bos = info->bos >= 0;
-    int n = bos + (count - skip) * info->tokens_per_image;
-    int code = need(ctx, info->has_transformer, "transformer", error);
+        bos = a->bos >= 0, n = bos + (count - skip) * ctx->m->T;
+    int code = need_transformer(ctx, error);
     if (code == LVM_OK && count < 0) code = fail(error, LVM_INVALID, "%d prompt images", count);
     if (code == LVM_OK && n < 1)
         code = fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt image",
-                    ctx->m->path, info->context_length);
+                    ctx->m->path, a->context);
     if (code != LVM_OK) return code;
     int32_t *ids = mem_alloc((size_t)n + 1, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
-    if (bos) ids[0] = info->bos;
+    if (bos) ids[0] = a->bos;
     if (skip > 0) images += skip;
     code = lvm_encode(ctx, images, count - skip, ids + bos, error);
     if (code == LVM_OK) code = lvm_prompt(ctx, ids, n, NULL, error);
@@ -3914,23 +4051,22 @@ int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_erro
 
 /* Empties the images that a call is to make and refuses what it cannot do. */
 static int ready_images(const lvm_ctx *ctx, int candidates, int n, lvm_image *out,
-                          const char *call, lvm_error *error) {
+                        const char *call, lvm_error *error) {
     if (n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES)
         return fail(error, LVM_INVALID, "%d candidates of %d images: out of range", candidates,
                     n);
     for (int i = 0; out != NULL && i < candidates * n; i++) out[i] = (lvm_image){.rgb = NULL};
     if (ctx == NULL || out == NULL) return null_argument(error, call, ctx == NULL ? "ctx" : "out");
-    int T = ctx->m->info.tokens_per_image;
-    if (T > INT32_MAX / n)
-        return fail(error, LVM_INVALID, "%d images of %d tokens are too many", n, T);
-    return need(ctx, ctx->m->info.has_tokenizer, "tokenizer", error);
+    if (ctx->m->T > INT32_MAX / n)
+        return fail(error, LVM_INVALID, "%d images of %d tokens are too many", n, ctx->m->T);
+    return need_tokenizer(ctx, error);
 }
 
 int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n,
                         lvm_image *out, lvm_error *error) {
     int code = ready_images(ctx, candidates, n, out, "lvm_generate_images", error);
     if (code != LVM_OK) return code;
-    int tokens = n * ctx->m->info.tokens_per_image;
+    int tokens = n * ctx->m->T;
     int32_t *ids = mem_alloc((size_t)candidates * (size_t)tokens, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     code = lvm_generate(ctx, sampling, candidates, tokens, ids, error);
@@ -3962,28 +4098,6 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    other. Keys with other names are skipped. */
 
 #ifndef LVM_NO_MAIN /* only the command line reads sets */
-
-/* Bytes that grow; a zero stands behind them. */
-struct buffer {
-    char *data;
-    size_t n, room;
-};
-
-static int buffer_add(struct buffer *b, const void *data, size_t n, lvm_error *error) {
-    if (b->room - b->n < n + 1) {
-        size_t room = b->room * 2 + n + 256;
-        char *more = mem_alloc(room, 1, error);
-        if (more == NULL) return LVM_MEMORY;
-        if (b->n > 0) memcpy(more, b->data, b->n);
-        mem_free(b->data);
-        b->data = more;
-        b->room = room;
-    }
-    memcpy(b->data + b->n, data, n);
-    b->n += n;
-    b->data[b->n] = 0;
-    return LVM_OK;
-}
 
 struct image_ref {
     char *path;   /* NULL where the line gives tokens */
@@ -4308,7 +4422,7 @@ static int parse_sentence(struct json *j, struct sentence *s) {
 /* A hint: memory of some megabytes is read faster in large pages, for which prefetches find their
    addresses translated. Linux gives them to memory that is not in use yet, and to what is read of
    a file from now on. */
-static void os_large_pages(void *p, size_t size) {
+static void os_huge_pages(void *p, size_t size) {
 #ifdef MADV_HUGEPAGE
     const uintptr_t large = 2 << 20, at = (uintptr_t)p;
     uintptr_t first = (at + large - 1) / large * large, end = (at + size) / large * large;
@@ -4372,7 +4486,7 @@ static int os_sync(FILE *file) {
 static void *os_map(int fd, size_t size) {
     void *p = mmap(NULL, size, PROT_READ, MAP_PRIVATE, fd, 0);
     if (p == MAP_FAILED) return NULL;
-    os_large_pages(p, size);
+    os_huge_pages(p, size);
     return p;
 }
 
@@ -4778,6 +4892,20 @@ static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *
     *size = (size_t)bytes;
     return code;
 }
+
+static int map_file(const char *path, void **data, size_t *size, lvm_error *error) {
+    int64_t bytes = 0;
+    int fd = open_file(path, &bytes, error);
+    if (fd < 0) return LVM_IO;
+    *data = bytes > 0 ? os_map(fd, (size_t)bytes) : NULL;
+    *size = *data != NULL ? (size_t)bytes : 0;
+    int reason = errno;
+    close(fd);
+    if (bytes == 0 || *data != NULL) return LVM_OK;
+    return fail(error, LVM_IO, "%s: cannot be mapped: %s (try --no-mmap)", path, strerror(reason));
+}
+
+static void unmap_file(void *data, size_t size) { os_unmap(data, size); }
 
 /* A file being written under a temporary name beside its own. */
 struct outfile {
@@ -7709,8 +7837,13 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 /* =================================================================================================
    Chapter 12.  Packing, fast convolution (Winograd), attention on quantised caches
 
-   What chapters 3, 5 and 6 declare and need not know: how operands are packed for the tiles, how a
-   convolution is cut up, how attention reads keys and values of eight bits. */
+   What chapters 3, 5 and 6 declare and need not know:
+
+       matmul_int_tile_task, matmul_panels    operands packed into panels, and cut into tiles
+       conv2d_fast                            direct convolution by panels, and Winograd's
+       store_kv8, attend_block_kv8            keys and values of eight bits
+
+   with the plain C of their kernels. */
 
 /* ---- Packing for the integer tile ---- */
 
@@ -7754,8 +7887,8 @@ static void pack_panels(const struct matmul_job *job, int j0, int panels, uint8_
     for (int s = 0; s < panels; s++, j0 += PANEL) {
         for (int j = 0; j < PANEL; j++)
             rows[j] = tensor_row(w, j0 + j < w->rows ? j0 + j : w->rows - 1);
-        job->e->k->int_pack(w->type, blocks, rows,
-                            packed + (int64_t)s * blocks * job->e->k->pack_bytes);
+        job->e->kern->matmul.int_pack(w->type, blocks, rows,
+                            packed + (int64_t)s * blocks * job->e->kern->matmul.pack_bytes);
     }
 }
 
@@ -7778,28 +7911,30 @@ static void prefetch_next_panels(const struct matmul_job *job, int j0, int r0, i
 static void matmul_int_tile_task(void *arg, int task, int thread) {
     const struct matmul_job *job = arg;
     const struct tensor *w = job->w;
-    const struct kernels *k = job->e->k;
-    int wide = k->int_panels * PANEL, j0 = task * wide, blocks = w->cols / QK,
+    const struct kernels *kern = job->e->kern;
+    int tile_rows = kern->matmul.int_rows;
+    int wide = kern->matmul.int_panels * PANEL, j0 = task * wide, blocks = w->cols / QK,
         cols = w->rows - j0 < wide ? w->rows - j0 : wide, panels = (cols + PANEL - 1) / PANEL;
     uint8_t *packed = (uint8_t *)exec_scratch(job->e, thread);
     float tile[MAX_TILE * MAX_PANELS * PANEL];
     pack_panels(job, j0, panels, packed);
-    for (int r0 = 0; r0 < job->rows; r0 += k->int_rows) {
-        int rows = job->rows - r0 < k->int_rows ? job->rows - r0 : k->int_rows;
+    for (int r0 = 0; r0 < job->rows; r0 += tile_rows) {
+        int rows = job->rows - r0 < tile_rows ? job->rows - r0 : tile_rows;
         const struct act_block *px[MAX_TILE];
-        for (int r = 0; r < k->int_rows; r++)
-            px[r] = job->e->xq + (int64_t)(r0 + (r < rows ? r : rows - 1)) * blocks;
+        for (int r = 0; r < tile_rows; r++)
+            px[r] = job->e->act + (int64_t)(r0 + (r < rows ? r : rows - 1)) * blocks;
         prefetch_next_panels(job, j0 + wide, r0, rows);
-        if (rows == k->int_rows && cols == panels * PANEL && job->bias == NULL) {
-            k->int_tile(blocks, px, packed, panels, job->y + (int64_t)r0 * w->rows + j0, w->rows);
+        if (rows == tile_rows && cols == panels * PANEL && job->bias == NULL) {
+            kern->matmul.int_tile(blocks, px, packed, panels, job->y + (int64_t)r0 * w->rows + j0,
+                                  w->rows);
             continue;
         }
-        k->int_tile(blocks, px, packed, panels, tile, wide);
+        kern->matmul.int_tile(blocks, px, packed, panels, tile, wide);
         store_tile(job, tile, wide, r0, rows, j0, cols);
     }
 }
 
-/* ---- Products with packed panels ---- */
+/* ---- Outer products, cut into tiles ---- */
 
 /* panel[i][j] = row j's element i, for PANEL rows of k elements. */
 static void pack_panel_plain(const float *rows, int64_t ld, int k, float *panel) {
@@ -7808,38 +7943,39 @@ static void pack_panel_plain(const float *rows, int64_t ld, int k, float *panel)
 }
 
 /* One tile for count rows, of which there may be fewer than the kernel's. */
-static void matmul_panels_edge(const struct kernels *k, int count, int n, const float *const *a,
+static void matmul_panels_edge(const struct kernels *kern, int count, int n, const float *const *a,
                        const float *b, int64_t ldp, int panels, float *c, int ldc,
                        int accumulate) {
     float tile[MAX_TILE * MAX_PANELS * PANEL];
     const float *pa[MAX_TILE];
     int cols = panels * PANEL;
-    if (count == k->outer_rows) {
-        k->outer_tile(n, a, b, ldp, panels, c, ldc, accumulate);
+    if (count == kern->matmul.outer_rows) {
+        kern->matmul.outer_tile(n, a, b, ldp, panels, c, ldc, accumulate);
         return;
     }
-    for (int r = 0; r < k->outer_rows; r++) pa[r] = a[r < count ? r : count - 1];
+    for (int r = 0; r < kern->matmul.outer_rows; r++) pa[r] = a[r < count ? r : count - 1];
     for (int r = 0; accumulate && r < count; r++)
         memcpy(tile + r * cols, c + (int64_t)r * ldc, (size_t)cols * sizeof *tile);
-    k->outer_tile(n, pa, b, ldp, panels, tile, cols, accumulate);
+    kern->matmul.outer_tile(n, pa, b, ldp, panels, tile, cols, accumulate);
     for (int r = 0; r < count; r++)
         memcpy(c + (int64_t)r * ldc, tile + r * cols, (size_t)cols * sizeof *tile);
 }
 
 /* c[r][..16 panels] (+)= a[r][k] b for any number of rows; a row's pointer is a[r]. All rows pass
    a tile's panels while these are in the first-level cache. */
-static void matmul_panels(const struct kernels *k, int rows, int n, const float *const *a,
+static void matmul_panels(const struct kernels *kern, int rows, int n, const float *const *a,
                        const float *b, int64_t ldp, int panels, float *c, int ldc,
                        int accumulate) {
-    int left = rows % k->outer_rows, tiled = left < 3 ? rows - left : rows;
-    for (int s = 0; s < panels; s += k->outer_panels)
-        for (int r = 0; r < tiled; r += k->outer_rows)
-            matmul_panels_edge(k, rows - r < k->outer_rows ? rows - r : k->outer_rows, n, a + r,
-                       b + s * ldp, ldp,
-                       panels - s < k->outer_panels ? panels - s : k->outer_panels,
-                       c + (int64_t)r * ldc + s * PANEL, ldc, accumulate);
+    int left = rows % kern->matmul.outer_rows, tiled = left < 3 ? rows - left : rows;
+    for (int s = 0; s < panels; s += kern->matmul.outer_panels)
+        for (int r = 0; r < tiled; r += kern->matmul.outer_rows)
+            matmul_panels_edge(
+                kern, rows - r < kern->matmul.outer_rows ? rows - r : kern->matmul.outer_rows, n,
+                a + r, b + s * ldp, ldp,
+                panels - s < kern->matmul.outer_panels ? panels - s : kern->matmul.outer_panels,
+                c + (int64_t)r * ldc + s * PANEL, ldc, accumulate);
     for (int r = tiled; r < rows; r++)
-        k->outer_row(n, a[r], b, ldp, panels, c + (int64_t)r * ldc, accumulate);
+        kern->matmul.outer_row(n, a[r], b, ldp, panels, c + (int64_t)r * ldc, accumulate);
 }
 
 /* ---- Winograd's transforms, F(4 x 4, 3 x 3) (Lavin and Gray 2015, arXiv 1509.09308) ----
@@ -7953,18 +8089,6 @@ enum {
     WINO_U = 2560 << 10    /* floats of transformed filters kept for all tasks: of an L3 cache */
 };
 
-struct conv_job {
-    const struct exec *e;
-    const struct conv *conv;
-    const struct vq_work *work;
-    struct conv_geometry g;
-    const float *in, *residual;
-    float *out;
-    int normed;         /* `in` goes through work's scale and shift, then SiLU, first */
-    int panel0, panels; /* of the piece at hand */
-    int across, tile0, tiles; /* Winograd: tiles side by side; those at hand */
-};
-
 /* Packs n input channels from c0 on of 16 output channels: for each tap out[n][16], `tap` apart.
    Channels beyond c_out get zeros. rows is room for 16 x n floats. */
 static void pack_conv(const struct conv_job *job, int panel, int c0, int n, float *rows,
@@ -7972,73 +8096,63 @@ static void pack_conv(const struct conv_job *job, int panel, int c0, int n, floa
     const struct tensor *w = &job->conv->w;
     int j0 = panel * PANEL, cols = w->rows - j0 < PANEL ? w->rows - j0 : PANEL;
     memset(rows, 0, (size_t)n * PANEL * sizeof *rows);
-    for (int at = c0; at < w->cols; at += job->conv->c_in, out += tap) {
+    for (int at = c0; at < w->cols; at += job->c_in, out += tap) {
         for (int j = 0; j < cols; j++)
-            job->e->k->to_f32(w->type, tensor_row(w, j0 + j) + type_bytes(w->type, at),
-                              rows + (int64_t)j * n, n);
-        job->e->k->pack_panel(rows, n, n, out);
+            job->e->kern->elementwise.to_f32(
+                w->type, tensor_row(w, j0 + j) + type_bytes(w->type, at), rows + (int64_t)j * n, n);
+        job->e->kern->conv.pack_panel(rows, n, n, out);
     }
 }
 
 static void pack_conv_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
     const struct conv *conv = job->conv;
-    pack_conv(job, job->panel0 + task, 0, conv->c_in, exec_scratch(job->e, thread),
-              conv->c_in * PANEL, job->work->packed + (int64_t)task * conv->w.cols * PANEL);
-}
-
-/* a[t][i]: the input channels under tap t of output pixel p0 + i. */
-static void tap_pointers(const struct conv_job *job, int p0, int n,
-                         const float *a[9][CONV_PIXELS]) {
-    const struct conv_geometry *g = &job->g;
-    int size = job->conv->size, c = job->conv->c_in;
-    for (int i = 0; i < n; i++) {
-        int y = (p0 + i) / g->w * g->stride - g->pad, x = (p0 + i) % g->w * g->stride - g->pad;
-        for (int t = 0; t < size * size; t++) {
-            int ty = y + t / size, tx = x + t % size;
-            int inside = ty >= 0 && tx >= 0 && ty >> g->up < g->h_in && tx >> g->up < g->w_in;
-            a[t][i] = inside ? job->in + ((int64_t)(ty >> g->up) * g->w_in + (tx >> g->up)) * c
-                             : job->work->zeros;
-        }
-    }
+    pack_conv(job, job->panel0 + task, 0, job->c_in, exec_scratch(job->e, thread),
+              job->c_in * PANEL, job->s->packed + (int64_t)task * conv->w.cols * PANEL);
 }
 
 /* n output pixels from p0 on, the channels of one or two panels. */
 static void store_pixels(const struct conv_job *job, int p0, int n, int panel, const float *sum) {
-    const struct conv *conv = job->conv;
-    int j0 = panel * PANEL, cols = conv->c_out - j0 < PANEL_2 ? conv->c_out - j0 : PANEL_2;
+    const float *bias = floats(&job->conv->bias);
+    int j0 = panel * PANEL, cols = job->c_out - j0 < PANEL_2 ? job->c_out - j0 : PANEL_2;
     for (int i = 0; i < n; i++) {
-        int64_t at = (int64_t)(p0 + i) * conv->c_out + j0;
+        int64_t at = (int64_t)(p0 + i) * job->c_out + j0;
         for (int j = 0; j < cols; j++) {
-            float v = sum[i * PANEL_2 + j] + conv->bias[j0 + j];
+            float v = sum[i * PANEL_2 + j] + bias[j0 + j];
             job->out[at + j] = job->residual != NULL ? v + job->residual[at + j] : v;
         }
     }
 }
 
+/* CONV_PIXELS output pixels: for each tap an outer product of its inputs, a row of pointers, with
+   the tap's packed weights. No patch matrix is built. */
 static void conv_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
     const struct conv *conv = job->conv;
-    int p0 = task * CONV_PIXELS, n = job->g.h * job->g.w - p0, taps = conv->size * conv->size;
+    int k = conv->size, taps = k * k, side = job->g.side_out;
+    int p0 = task * CONV_PIXELS, n = side * side - p0;
     int64_t ldp = (int64_t)conv->w.cols * PANEL;
     const float *a[9][CONV_PIXELS];
     float sum[CONV_PIXELS * PANEL_2];
     (void)thread;
     if (n > CONV_PIXELS) n = CONV_PIXELS;
-    tap_pointers(job, p0, n, a);
+    for (int i = 0; i < n; i++) {
+        int y = (p0 + i) / side, x = (p0 + i) % side;
+        for (int t = 0; t < taps; t++) a[t][i] = conv_input(job, y, x, t / k, t % k);
+    }
     for (int s = 0; s < job->panels; s += 2) {
-        const float *w = job->work->packed + s * ldp;
+        const float *w = job->s->packed + s * ldp;
         int panels = job->panels - s < 2 ? 1 : 2;
-        for (int t = 0; t < taps; t++, w += conv->c_in * PANEL)
-            matmul_panels(job->e->k, n, conv->c_in, a[t], w, ldp, panels, sum, PANEL_2, t > 0);
+        for (int t = 0; t < taps; t++, w += job->c_in * PANEL)
+            matmul_panels(job->e->kern, n, job->c_in, a[t], w, ldp, panels, sum, PANEL_2, t > 0);
         store_pixels(job, p0, n, job->panel0 + s, sum);
     }
 }
 
-static int panels_of(const struct conv *conv) { return (conv->c_out + PANEL - 1) / PANEL; }
+static int panels_of(const struct conv_job *job) { return (job->c_out + PANEL - 1) / PANEL; }
 
 static void run_direct(struct conv_job *job) {
-    int panels = panels_of(job->conv), pixels = job->g.h * job->g.w;
+    int panels = panels_of(job), pixels = job->g.side_out * job->g.side_out;
     int piece = (int)max64(2, CONV_PIECE / ((int64_t)job->conv->w.cols * PANEL) / 2 * 2);
     for (; job->panel0 < panels; job->panel0 += piece) {
         job->panels = panels - job->panel0 < piece ? panels - job->panel0 : piece;
@@ -8071,8 +8185,8 @@ static void run_direct(struct conv_job *job) {
    sets. */
 static int64_t winograd_stride(int tiles, int width) { return (int64_t)tiles * width + PANEL; }
 
-static int uses_winograd(const struct conv *conv, const struct conv_geometry *g) {
-    return conv->size == 3 && g->stride == 1 && g->pad == 1 && conv->c_in % 8 == 0;
+static int uses_winograd(const struct conv_job *job) {
+    return job->conv->size == 3 && job->g.stride == 1 && job->g.pad == 1 && job->c_in % 8 == 0;
 }
 
 /* Tiles of a task when there are many: a multiple of every tile's rows. */
@@ -8093,17 +8207,17 @@ static int64_t winograd_scratch(int c) {
 /* The inputs of n tiles side by side: patch[6][4 n + 2][c_in]. */
 static void fill_patch(const struct conv_job *job, int tile, int n, float *patch) {
     const struct conv_geometry *g = &job->g;
-    int c = job->conv->c_in, y0 = tile / job->across * 4 - 1, x0 = tile % job->across * 4 - 1;
-    int first = x0 < 0 ? 0 : x0, last = x0 + 4 * n + 2 < g->w ? x0 + 4 * n + 2 : g->w;
+    int c = job->c_in, y0 = tile / job->across * 4 - 1, x0 = tile % job->across * 4 - 1;
+    int first = x0 < 0 ? 0 : x0, last = x0 + 4 * n + 2 < g->side_out ? x0 + 4 * n + 2 : g->side_out;
     for (int y = y0; y < y0 + 6; y++, patch += (int64_t)(4 * n + 2) * c) {
-        const float *line = job->in + (int64_t)(y >> g->up) * g->w_in * c;
+        const float *line = job->in + (int64_t)(y >> g->up) * g->side_in * c;
         float *to = patch + (int64_t)(first - x0) * c;
-        if (y < 0 || y >= g->h || first > x0 || last < x0 + 4 * n + 2)
+        if (y < 0 || y >= g->side_out || first > x0 || last < x0 + 4 * n + 2)
             memset(patch, 0, (size_t)(4 * n + 2) * (size_t)c * sizeof *patch);
-        if (y < 0 || y >= g->h) continue;
+        if (y < 0 || y >= g->side_out) continue;
         if (job->normed)
-            job->e->k->scale_shift(line + (int64_t)first * c, job->work->scale, job->work->shift, 1,
-                                 last - first, c, to);
+            job->e->kern->conv.scale_shift(line + (int64_t)first * c, job->s->scale, job->s->shift,
+                                           1, last - first, c, to);
         else if (!g->up)
             memcpy(to, line + (int64_t)first * c, (size_t)(last - first) * (size_t)c * sizeof *to);
         else
@@ -8115,14 +8229,15 @@ static void fill_patch(const struct conv_job *job, int tile, int n, float *patch
 /* V of n tiles, one row of tiles after the other. */
 static void winograd_inputs(const struct conv_job *job, int tile, int n, float *v, int64_t tap,
                         float *patch) {
-    int64_t c = job->conv->c_in;
+    int64_t c = job->c_in;
     while (n > 0) {
         int run = job->across - tile % job->across;
         if (run > PATCH_TILES) run = PATCH_TILES;
         if (run > n) run = n;
         fill_patch(job, tile, run, patch);
         for (int i = 0; i < run; i++)
-            job->e->k->winograd_input(patch + 4 * i * c, (4 * run + 2) * c, (int)c, v + i * c, tap);
+            job->e->kern->conv.winograd_input(patch + 4 * i * c, (4 * run + 2) * c, (int)c,
+                                              v + i * c, tap);
         tile += run;
         n -= run;
         v += run * c;
@@ -8142,8 +8257,8 @@ static void winograd_products(const struct conv_job *job, const struct winograd_
     const float *a[WINO_TILES], *u = p->u;
     for (int t = 0; t < WINO_POINTS; t++, u += winograd_stride(p->c, PANEL)) {
         for (int i = 0; i < p->tiles; i++)
-            a[i] = p->v + t * p->v_tap + (int64_t)i * job->conv->c_in + p->c0;
-        matmul_panels(job->e->k, p->tiles, p->c, a, u, p->u_panel, p->panels, p->m + t * m_tap,
+            a[i] = p->v + t * p->v_tap + (int64_t)i * job->c_in + p->c0;
+        matmul_panels(job->e->kern, p->tiles, p->c, a, u, p->u_panel, p->panels, p->m + t * m_tap,
                       PANEL_2, p->c0 > 0);
     }
 }
@@ -8151,25 +8266,25 @@ static void winograd_products(const struct conv_job *job, const struct winograd_
 /* The pixels of one tile, one panel of channels, from M. */
 static void winograd_pixels(const struct conv_job *job, int tile, int panel, const float *m,
                         int64_t tap) {
-    const struct conv *conv = job->conv;
-    int y0 = tile / job->across * 4, x0 = tile % job->across * 4, j0 = panel * PANEL;
-    int h = job->g.h - y0, w = job->g.w - x0, cols = conv->c_out - j0;
+    int side = job->g.side_out, y0 = tile / job->across * 4, x0 = tile % job->across * 4,
+        j0 = panel * PANEL;
+    int h = side - y0, w = side - x0, cols = job->c_out - j0;
     int whole = h >= 4 && w >= 4 && cols >= PANEL;
     float edge[16 * PANEL] = {0}, bias[PANEL] = {0}, *out[16];
     const float *old[16];
     size_t bytes = (size_t)(cols < PANEL ? cols : PANEL) * sizeof *edge;
-    memcpy(bias, conv->bias + j0, bytes);
+    memcpy(bias, floats(&job->conv->bias) + j0, bytes);
     for (int p = 0; p < 16; p++) {
-        int64_t at = ((int64_t)(y0 + p / 4) * job->g.w + x0 + p % 4) * conv->c_out + j0;
+        int64_t at = ((int64_t)(y0 + p / 4) * side + x0 + p % 4) * job->c_out + j0;
         out[p] = whole ? job->out + at : edge + p * PANEL;
         old[p] = whole && job->residual != NULL ? job->residual + at : edge + p * PANEL;
         if (!whole && p / 4 < h && p % 4 < w && job->residual != NULL)
             memcpy(edge + p * PANEL, job->residual + at, bytes);
     }
-    job->e->k->winograd_output(m, tap, bias, job->residual != NULL ? old : NULL, out);
+    job->e->kern->conv.winograd_output(m, tap, bias, job->residual != NULL ? old : NULL, out);
     for (int p = 0; !whole && p < 16; p++)
         if (p / 4 < h && p % 4 < w)
-            memcpy(job->out + ((int64_t)(y0 + p / 4) * job->g.w + x0 + p % 4) * conv->c_out + j0,
+            memcpy(job->out + ((int64_t)(y0 + p / 4) * side + x0 + p % 4) * job->c_out + j0,
                    edge + p * PANEL, bytes);
 }
 
@@ -8184,23 +8299,23 @@ static void winograd_outputs(const struct conv_job *job, int tile, int n, int pa
 /* Many tiles: all of U ... */
 static void winograd_filters_task(void *arg, int panel, int thread) {
     const struct conv_job *job = arg;
-    int64_t tap = winograd_stride(job->conv->c_in, PANEL);
-    float *w = exec_scratch(job->e, thread), *u = job->work->packed + panel * WINO_POINTS * tap;
-    pack_conv(job, panel, 0, job->conv->c_in, w + 9 * tap, tap, w);
-    job->e->k->winograd_filter(w, job->conv->c_in * PANEL, tap, u);
+    int64_t tap = winograd_stride(job->c_in, PANEL);
+    float *w = exec_scratch(job->e, thread), *u = job->s->packed + panel * WINO_POINTS * tap;
+    pack_conv(job, panel, 0, job->c_in, w + 9 * tap, tap, w);
+    job->e->kern->conv.winograd_filter(w, job->c_in * PANEL, tap, u);
 }
 
 /* ... then each block of tiles. */
 static void winograd_tiles_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
-    int c = job->conv->c_in, panels = panels_of(job->conv), block = winograd_block(c);
+    int c = job->c_in, panels = panels_of(job), block = winograd_block(c);
     int tile = task * block, n = job->tiles - tile < block ? job->tiles - tile : block;
     int64_t v_tap = winograd_stride(n, c), panel = WINO_POINTS * winograd_stride(c, PANEL);
     float *v = exec_scratch(job->e, thread), *m = v + WINO_POINTS * v_tap,
           *patch = m + WINO_POINTS * winograd_stride(n, PANEL_2);
     winograd_inputs(job, tile, n, v, v_tap, patch);
     for (int s = 0; s < panels; s += 2) {
-        struct winograd_product p = {v,     job->work->packed + s * panel,  m, v_tap,
+        struct winograd_product p = {v,     job->s->packed + s * panel,  m, v_tap,
                                  panel, n, panels - s < 2 ? 1 : 2, 0, c};
         winograd_products(job, &p);
         winograd_outputs(job, tile, n, s, p.panels, m);
@@ -8213,26 +8328,26 @@ static void winograd_inputs_task(void *arg, int task, int thread) {
     int first = task * PATCH_TILES,
         n = job->tiles - first < PATCH_TILES ? job->tiles - first : PATCH_TILES;
     winograd_inputs(job, job->tile0 + first, n,
-                    job->work->packed + (int64_t)first * job->conv->c_in,
-                    winograd_stride(job->tiles, job->conv->c_in), exec_scratch(job->e, thread));
+                    job->s->packed + (int64_t)first * job->c_in,
+                    winograd_stride(job->tiles, job->c_in), exec_scratch(job->e, thread));
 }
 
 /* ... then two panels of output channels at a time, and of them CHANNEL_CHUNK input channels. */
 static void winograd_panels_task(void *arg, int task, int thread) {
     const struct conv_job *job = arg;
-    int c = job->conv->c_in, first = 2 * task, most = c < CHANNEL_CHUNK ? c : CHANNEL_CHUNK;
+    int c = job->c_in, first = 2 * task, most = c < CHANNEL_CHUNK ? c : CHANNEL_CHUNK;
     int64_t room = winograd_stride(most, PANEL);
     float *w = exec_scratch(job->e, thread), *u = w + 9 * room, *m = u + 2 * WINO_POINTS * room;
-    struct winograd_product p = {.v = job->work->packed, .u = u, .m = m, .tiles = job->tiles};
+    struct winograd_product p = {.v = job->s->packed, .u = u, .m = m, .tiles = job->tiles};
     p.v_tap = winograd_stride(job->tiles, c);
-    p.panels = panels_of(job->conv) - first < 2 ? 1 : 2;
+    p.panels = panels_of(job) - first < 2 ? 1 : 2;
     for (; p.c0 < c; p.c0 += CHANNEL_CHUNK) {
         p.c = c - p.c0 < CHANNEL_CHUNK ? c - p.c0 : CHANNEL_CHUNK;
         int64_t tap = winograd_stride(p.c, PANEL);
         p.u_panel = WINO_POINTS * tap;
         for (int s = 0; s < p.panels; s++) {
             pack_conv(job, first + s, p.c0, p.c, u + s * p.u_panel, tap, w);
-            job->e->k->winograd_filter(w, p.c * PANEL, tap, u + s * p.u_panel);
+            job->e->kern->conv.winograd_filter(w, p.c * PANEL, tap, u + s * p.u_panel);
         }
         winograd_products(job, &p);
     }
@@ -8240,13 +8355,12 @@ static void winograd_panels_task(void *arg, int task, int thread) {
 }
 
 static void run_winograd(struct conv_job *job) {
-    const struct conv *conv = job->conv;
     struct pool *pool = job->e->pool;
-    int down = (job->g.h + 3) / 4, panels = panels_of(conv), block = winograd_block(conv->c_in),
+    int panels = panels_of(job), block = winograd_block(job->c_in),
         all;
-    job->across = (job->g.w + 3) / 4;
-    job->tiles = all = job->across * down;
-    if (all > WINO_TILES && panels * WINO_POINTS * winograd_stride(conv->c_in, PANEL) <= WINO_U) {
+    job->across = (job->g.side_out + 3) / 4;
+    job->tiles = all = job->across * job->across;
+    if (all > WINO_TILES && panels * WINO_POINTS * winograd_stride(job->c_in, PANEL) <= WINO_U) {
         pool_run(pool, panels, winograd_filters_task, job);
         pool_run(pool, (all + block - 1) / block, winograd_tiles_task, job);
         return;
@@ -8258,36 +8372,45 @@ static void run_winograd(struct conv_job *job) {
     }
 }
 
-static int64_t conv_packed_floats(int c) {
-    return max64(WINO_U, WINO_POINTS * winograd_stride(WINO_TILES, c));
+/* ---- Which way ---- */
+
+static int conv2d_fast(struct conv_job *job) {
+    if (uses_winograd(job)) run_winograd(job);
+    else if (job->e->kern->conv.tiled) run_direct(job);
+    else return 0;
+    return 1;
 }
 
-static void run_conv(const struct exec *e, const struct vq_work *work, const struct conv *conv,
-                     struct conv_geometry g, int normed, const float *in, const float *residual,
-                     float *out) {
-    struct conv_job job = {.e = e, .conv = conv, .work = work, .g = g, .normed = normed, .in = in,
-                           .residual = residual, .out = out};
-    if (uses_winograd(conv, &g)) run_winograd(&job);
-    else run_direct(&job);
+/* Packing a panel takes 16 rows of c floats, the definition all taps of one channel. */
+static int64_t conv2d_scratch(int c) { return max64(winograd_scratch(c), (int64_t)PANEL * c); }
+
+static int64_t conv2d_packed(int c) {
+    return max64(WINO_U, WINO_POINTS * winograd_stride(WINO_TILES, c));
 }
 
 /* ---- Attention on a quantised cache ----
 
-   There (its layout: chapter 6) keys and values are bytes with a scale for each 32 dimensions. So
-   queries and probabilities become integers too, and inside a block all sums are exact:
+   There keys and values are bytes with a scale for each 32 dimensions, in panels of 16 as in
+   chapter 6; four bytes that meet in one sum lie side by side, and keys are stored as k + 128:
+
+       k[16 panels][dp / 32] of {f16 scale[16 keys], uint8 [32 / 4][16 keys][4]}
+       v[dp / 32][16 panels] of {f16 scale[16 values], int8 [16 / 4][32][4 values]}
+
+   So queries and probabilities become integers too, and inside a block all sums are exact:
 
        q = dq x, |x| <= 127 * 256                score = sum over blocks of (dk dq) (k . x)
        p dv = dw w, 0 <= w < 2^15                o = dw (sum of w v over a page's keys)
 
    where dq belongs to 32 dimensions, dw to a page's 256 keys of 32 dimensions. What is rounded
    there is 2^-16 of the largest, 256 times less than in the cache. Machines that multiply bytes
-   take x = 256 hi + lo with hi and lo signed, w = 256 hi + lo with both unsigned, and keys as
-   k + 128 >= 0, so that one side of each product is unsigned. */
+   take x = 256 hi + lo with hi and lo signed, w = 256 hi + lo with both unsigned, and keys with
+   their zero point of 128, so that one side of each product is unsigned. */
 
 #define MAX_Q16 32512.0f /* 127 * 256: hi and lo stay signed bytes */
 #define MAX_P15 32767.0f /* 256 w v fit 32 bits */
 
-static void quantize_q_plain(const float *q, struct query_block *x, int k) {
+/* k is a multiple of QK. */
+static void quantize_query_plain(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = 0;
         int32_t sum = 0;
@@ -8298,7 +8421,7 @@ static void quantize_q_plain(const float *q, struct query_block *x, int k) {
             sum += x->x.s16[i];
         }
         x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
-        x->start = -128 * sum;
+        x->zero_point = -128 * sum;
     }
 }
 
@@ -8319,7 +8442,7 @@ static void k8_scores_plain(const uint8_t *keys, int groups, int panels,
                 const uint8_t *panel = keys + ((int64_t)p / PANEL * groups + g) * KV8_PANEL;
                 const uint8_t *k = panel + 2 * PANEL + p % PANEL * 4;
                 const struct query_block *x = q + r * groups + g;
-                int32_t sum = x->start;
+                int32_t sum = x->zero_point;
                 for (int i = 0; i < QK; i++) sum += k[i / 4 * 4 * PANEL + i % 4] * x->x.s16[i];
                 score = fma_f32((float)sum, kv8_scale(panel, p % PANEL) * x->d, score);
             }
@@ -8359,6 +8482,49 @@ static void v8_sums_plain(const uint8_t *values, int groups, int panels, const f
             }
             for (int i = 0; i < QK; i++) o[(int64_t)r * ldo + i] = (float)sum[i] * d;
         }
+}
+
+static void store_kv8(const struct kernels *kern, const struct kv_cache *kv, uint8_t *head, int at,
+                      const float *k, const float *v) {
+    int groups = kv->dp / QK, column = at % PANEL;
+    uint8_t *keys = head + (int64_t)at / PANEL * groups * KV8_PANEL;
+    uint8_t *values = head + kv->head_bytes + (int64_t)at / PANEL * KV8_PANEL;
+    for (int g = 0; g < groups; g++, keys += KV8_PANEL, values += KV_BLOCK / PANEL * KV8_PANEL) {
+        struct q8_0 block;
+        kern->attention.to_q8_0(k + g * QK, &block, QK);
+        memcpy(keys + 2 * column, &block.d, 2);
+        for (int i = 0; i < QK; i += 4) {
+            uint32_t four = 0;
+            memcpy(&four, block.q + i, sizeof four);
+            four ^= 0x80808080; /* each + 128 */
+            memcpy(keys + 2 * PANEL + i * PANEL + 4 * column, &four, sizeof four);
+        }
+        kern->attention.to_q8_0(v + g * QK, &block, QK);
+        memcpy(values + 2 * column, &block.d, 2);
+        uint8_t *to = values + 2 * PANEL + column / 4 * 4 * QK + column % 4;
+        for (int i = 0; i < QK; i++) to[4 * i] = (uint8_t)block.q[i];
+    }
+}
+
+/* Step by step attend_block (chapter 3), with integers for the two products. */
+static void attend_block_kv8(const struct kernels *kern, const struct kv_cache *kv,
+                             const uint8_t *head, const uint8_t *next, struct query *rows, int n,
+                             float scale, float *scratch) {
+    float *s = scratch, *o = scratch + QUERY_ROWS * KV_BLOCK, m[QUERY_ROWS], l[QUERY_ROWS];
+    const float *p[QUERY_ROWS] = {NULL};
+    int groups = kv->dp / QK, keys = 0;
+    for (int r = 0; r < n; r++) {
+        p[r] = s + r * KV_BLOCK;
+        keys = rows[r].keys > keys ? rows[r].keys : keys;
+    }
+    int panels = (keys + PANEL - 1) / PANEL;
+    kern->attention.k8_scores(head, groups, panels, rows[0].x, n, s, KV_BLOCK);
+    for (int r = 0; r < n; r++)
+        l[r] =
+            kern->attention.softmax(s + r * KV_BLOCK, panels * PANEL, rows[r].keys, scale, &m[r]);
+    kern->attention.v8_sums(head + kv->head_bytes, groups, panels, p, n, next, o, kv->dp);
+    for (int r = 0; r < n; r++)
+        online_softmax_merge(kern, &rows[r], o + (int64_t)r * kv->dp, m[r], l[r], kv->dp);
 }
 
 /* =================================================================================================
@@ -8407,14 +8573,35 @@ static void v8_sums_plain(const uint8_t *values, int groups, int panels, const f
    Compilers keep an array of accumulators in registers only when its loops are unrolled: UNROLL. */
 
 static const struct kernels kernels_plain = {
-    "scalar",         PLAIN_ROWS,        PLAIN_COLS,         PLAIN_ROWS,
-    1,                PLAIN_OUTER,       PLAIN_PANELS,       PLAIN_PACK,
-    dot_row_plain,    dot_tile_plain,    quantize_x_plain,   int_row_plain,
-    int_pack_plain,   int_tile_plain,    outer_row_plain,    outer_tile_plain,
-    pack_panel_plain, winograd_filter_plain, winograd_input_plain,   winograd_output_plain,
-    row_to_f32,       quantize_q8_0,     quantize_q_plain,   k8_scores_plain,
-    v8_sums_plain,    rmsnorm_plain,     softmax_plain,      silu_mul_plain,
-    scale_shift_plain,  channel_sums_plain};
+    .name = "scalar",
+    .matmul = {.dot_rows = PLAIN_ROWS,
+               .dot_cols = PLAIN_COLS,
+               .int_rows = PLAIN_ROWS,
+               .int_panels = 1,
+               .outer_rows = PLAIN_OUTER,
+               .outer_panels = PLAIN_PANELS,
+               .pack_bytes = PLAIN_PACK,
+               .dot_row = dot_row_plain,
+               .dot_tile = dot_tile_plain,
+               .quantize_act = quantize_act_plain,
+               .int_row = int_row_plain,
+               .int_pack = int_pack_plain,
+               .int_tile = int_tile_plain,
+               .outer_row = outer_row_plain,
+               .outer_tile = outer_tile_plain},
+    .conv = {.tiled = 0,
+             .pack_panel = pack_panel_plain,
+             .winograd_filter = winograd_filter_plain,
+             .winograd_input = winograd_input_plain,
+             .winograd_output = winograd_output_plain,
+             .scale_shift = scale_shift_plain,
+             .channel_sums = channel_sums_plain},
+    .attention = {.softmax = softmax_plain,
+                  .quantize_query = quantize_query_plain,
+                  .k8_scores = k8_scores_plain,
+                  .v8_sums = v8_sums_plain,
+                  .to_q8_0 = quantize_q8_0},
+    .elementwise = {.rmsnorm = rmsnorm_plain, .silu_mul = silu_mul_plain, .to_f32 = row_to_f32}};
 
 #if defined(__clang__)
 #define UNROLL _Pragma("clang loop unroll(full)")
@@ -8773,7 +8960,7 @@ AVX2 static INLINE __m256i products_avx2(int type, const struct act_block *x, co
     UNROLL for (int i = 0; i < 8; i++)
         pairs = _mm256_add_epi16(
             pairs, _mm256_maddubs_epi16(w[i], _mm256_set1_epi32(load_s32(x->q + 4 * i))));
-    return _mm256_add_epi32(_mm256_set1_epi32(x->start / 16),
+    return _mm256_add_epi32(_mm256_set1_epi32(x->zero_point / 16),
                             _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
@@ -8919,14 +9106,14 @@ AVX2 static int32_t sum_s32(__m256i x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
-AVX2 static void quantize_x_avx2(const float *x, struct act_block *y, int k) {
+AVX2 static void quantize_act_avx2(const float *x, struct act_block *y, int k) {
     __m256i ones = _mm256_set1_epi16(1);
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
         __m256 id = _mm256_set1_ps(amax > MIN_AMAX ? 127 / amax : 0);
         __m256i q0 = scaled_s16(x, id), q1 = scaled_s16(x + 16, id);
         y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
-        y[b].start = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(q0, ones),
+        y[b].zero_point = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(q0, ones),
                                                      _mm256_madd_epi16(q1, ones)));
         _mm256_storeu_si256((__m256i *)(void *)y[b].q,
                             _mm256_permute4x64_epi64(_mm256_packs_epi16(q0, q1), 0xd8));
@@ -9019,7 +9206,7 @@ AVX2 static void to_q8_0_avx2(const float *x, void *out, int64_t k) {
    A vector holds four keys' four dimensions as 16-bit numbers, or four dimensions' four values;
    one instruction multiplies them and adds neighbours, which leaves two sums to add at the end. */
 
-AVX2 static void quantize_q_avx2(const float *q, struct query_block *x, int k) {
+AVX2 static void quantize_query_avx2(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = max_magnitude(q);
         __m256 id = _mm256_set1_ps(amax > MIN_AMAX ? MAX_Q16 / amax : 0);
@@ -9028,7 +9215,7 @@ AVX2 static void quantize_q_avx2(const float *q, struct query_block *x, int k) {
         _mm256_storeu_si256((__m256i *)(void *)x->x.s16, low);
         _mm256_storeu_si256((__m256i *)(void *)(x->x.s16 + 16), high);
         x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
-        x->start = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(low, one),
+        x->zero_point = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(low, one),
                                                    _mm256_madd_epi16(high, one)));
     }
 }
@@ -9076,7 +9263,7 @@ AVX2 static INLINE void k8_part_avx2(const uint8_t *panel, int groups, int first
             UNROLL for (int r = 0; r < n; r++) {
                 const struct query_block *x = q + r * groups + g;
                 __m256i products = add_neighbours(acc[r][2 * j], acc[r][2 * j + 1]);
-                products = _mm256_add_epi32(products, _mm256_set1_epi32(x->start));
+                products = _mm256_add_epi32(products, _mm256_set1_epi32(x->zero_point));
                 sum[r][j] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(products),
                                             _mm256_mul_ps(d, _mm256_set1_ps(x->d)), sum[r][j]);
             }
@@ -9319,14 +9506,35 @@ AVX2 static void winograd_output_avx2(const float *m, int64_t tap, const float *
 }
 
 static const struct kernels kernels_avx2 = {
-    "avx2",          A2_ROWS,          A2_COLS,           A2_ROWS,
-    1,               A2_OUTER,         A2_PANELS,         A2_PACK,
-    dot_row_avx2,    dot_tile_avx2,    quantize_x_avx2,   int_row_avx2,
-    int_pack_avx2,   int_tile_avx2,    outer_row_avx2,    outer_tile_avx2,
-    pack_panel_avx2, winograd_filter_avx2, winograd_input_avx2,   winograd_output_avx2,
-    to_f32_avx2,     to_q8_0_avx2,     quantize_q_avx2,   k8_scores_avx2,
-    v8_sums_avx2,    rmsnorm_avx2,     softmax_avx2,
-    silu_mul_avx2,   scale_shift_avx2,   channel_sums_avx2};
+    .name = "avx2",
+    .matmul = {.dot_rows = A2_ROWS,
+               .dot_cols = A2_COLS,
+               .int_rows = A2_ROWS,
+               .int_panels = 1,
+               .outer_rows = A2_OUTER,
+               .outer_panels = A2_PANELS,
+               .pack_bytes = A2_PACK,
+               .dot_row = dot_row_avx2,
+               .dot_tile = dot_tile_avx2,
+               .quantize_act = quantize_act_avx2,
+               .int_row = int_row_avx2,
+               .int_pack = int_pack_avx2,
+               .int_tile = int_tile_avx2,
+               .outer_row = outer_row_avx2,
+               .outer_tile = outer_tile_avx2},
+    .conv = {.tiled = 1,
+             .pack_panel = pack_panel_avx2,
+             .winograd_filter = winograd_filter_avx2,
+             .winograd_input = winograd_input_avx2,
+             .winograd_output = winograd_output_avx2,
+             .scale_shift = scale_shift_avx2,
+             .channel_sums = channel_sums_avx2},
+    .attention = {.softmax = softmax_avx2,
+                  .quantize_query = quantize_query_avx2,
+                  .k8_scores = k8_scores_avx2,
+                  .v8_sums = v8_sums_avx2,
+                  .to_q8_0 = to_q8_0_avx2},
+    .elementwise = {.rmsnorm = rmsnorm_avx2, .silu_mul = silu_mul_avx2, .to_f32 = to_f32_avx2}};
 
 /* ---- AVX-512 ----
 
@@ -9468,7 +9676,7 @@ AVX512 static INLINE void int_gemv_8_avx512(int type, int blocks, const struct a
         __m256 scales = block_scales(rows, (int64_t)b * bytes);
         UNROLL for (int r = 0; r < n; r++) {
             const struct act_block *xb = x + (int64_t)r * blocks + b;
-            __m256i zero = _mm256_setzero_si256(), start = _mm256_set1_epi32(xb->start),
+            __m256i zero = _mm256_setzero_si256(), start = _mm256_set1_epi32(xb->zero_point),
                     p[4] = {zero, zero, start, zero}; /* two of each half */
             UNROLL for (int i = 0; i < 8; i++)
                 p[i / 4 * 2 + i % 2] = _mm256_dpbusd_epi32(
@@ -9528,8 +9736,9 @@ AVX512 static INLINE void int_panels_avx512(int blocks, const struct act_block *
         }
     for (int b = 0; b < blocks; b++, packed += A5_PACK) {
         __m512i acc[A5_INT][A5_PANELS], w[A5_PANELS];
-        UNROLL for (int s = 0; s < panels; s++)
-            UNROLL for (int r = 0; r < A5_INT; r++) acc[r][s] = _mm512_set1_epi32(x[r][b].start);
+        UNROLL
+        for (int s = 0; s < panels; s++) UNROLL
+        for (int r = 0; r < A5_INT; r++) acc[r][s] = _mm512_set1_epi32(x[r][b].zero_point);
         UNROLL for (int i = 0; i < QK / 4; i++) {
             UNROLL for (int s = 0; s < panels; s++)
                 w[s] = _mm512_loadu_si512(packed + s * ldp + 4 * PANEL + 64 * i);
@@ -9562,7 +9771,7 @@ AVX512 static __m256i pair_sums(__m512i x) {
     return _mm256_madd_epi16(_mm512_cvtsepi32_epi16(x), _mm256_set1_epi16(1));
 }
 
-AVX512 static void quantize_x_avx512(const float *x, struct act_block *y, int k) {
+AVX512 static void quantize_act_avx512(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
         __m512 id = _mm512_set1_ps(amax > MIN_AMAX ? 127 / amax : 0);
@@ -9573,7 +9782,7 @@ AVX512 static void quantize_x_avx512(const float *x, struct act_block *y, int k)
             _mm_storeu_si128((__m128i *)(void *)(y[b].q + i), _mm512_cvtepi32_epi8(q));
             sum = _mm256_add_epi32(sum, pair_sums(q));
         }
-        y[b].start = -128 * sum_s32(sum);
+        y[b].zero_point = -128 * sum_s32(sum);
     }
 }
 
@@ -9595,7 +9804,7 @@ AVX512 static __m512 add_hi_lo(__m512i hi, __m512i lo) {
     return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo));
 }
 
-AVX512 static void quantize_q_avx512(const float *q, struct query_block *x, int k) {
+AVX512 static void quantize_query_avx512(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = max_magnitude(q);
         __m512 id = _mm512_set1_ps(amax > MIN_AMAX ? MAX_Q16 / amax : 0);
@@ -9606,7 +9815,7 @@ AVX512 static void quantize_q_avx512(const float *q, struct query_block *x, int 
             sum = _mm256_add_epi32(sum, pair_sums(n));
         }
         x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
-        x->start = -128 * sum_s32(sum);
+        x->zero_point = -128 * sum_s32(sum);
     }
 }
 
@@ -9627,7 +9836,7 @@ AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int 
         UNROLL for (int r = 0; r < n; r++)
             UNROLL for (int j = 0; j < wide; j++) {
                 hi[r][j] = _mm512_setzero_si512();
-                lo[r][j] = _mm512_set1_epi32(q[r * groups + g].start);
+                lo[r][j] = _mm512_set1_epi32(q[r * groups + g].zero_point);
             }
         UNROLL for (int i = 0; i < QK / 4; i++) {
             UNROLL for (int j = 0; j < wide; j++)
@@ -9860,14 +10069,35 @@ AVX512 static void winograd_output_avx512(const float *m, int64_t tap, const flo
 }
 
 static const struct kernels kernels_avx512 = {
-    "avx512",        A5_ROWS,            A5_COLS,           A5_INT,
-    A5_PANELS,       A5_OUTER,           A5_PANELS,         A5_PACK,
-    dot_row_avx512,  dot_tile_avx512,    quantize_x_avx512, int_row_avx512,
-    int_pack_avx512, int_tile_avx512,    outer_row_avx512,  outer_tile_avx512,
-    pack_panel_avx2, winograd_filter_avx512, winograd_input_avx512, winograd_output_avx512,
-    to_f32_avx2,     to_q8_0_avx2,       quantize_q_avx512, k8_scores_avx512,
-    v8_sums_avx512,  rmsnorm_avx512,     softmax_avx512,    silu_mul_avx512,
-    scale_shift_avx512, channel_sums_avx2};
+    .name = "avx512",
+    .matmul = {.dot_rows = A5_ROWS,
+               .dot_cols = A5_COLS,
+               .int_rows = A5_INT,
+               .int_panels = A5_PANELS,
+               .outer_rows = A5_OUTER,
+               .outer_panels = A5_PANELS,
+               .pack_bytes = A5_PACK,
+               .dot_row = dot_row_avx512,
+               .dot_tile = dot_tile_avx512,
+               .quantize_act = quantize_act_avx512,
+               .int_row = int_row_avx512,
+               .int_pack = int_pack_avx512,
+               .int_tile = int_tile_avx512,
+               .outer_row = outer_row_avx512,
+               .outer_tile = outer_tile_avx512},
+    .conv = {.tiled = 1,
+             .pack_panel = pack_panel_avx2,
+             .winograd_filter = winograd_filter_avx512,
+             .winograd_input = winograd_input_avx512,
+             .winograd_output = winograd_output_avx512,
+             .scale_shift = scale_shift_avx512,
+             .channel_sums = channel_sums_avx2},
+    .attention = {.softmax = softmax_avx512,
+                  .quantize_query = quantize_query_avx512,
+                  .k8_scores = k8_scores_avx512,
+                  .v8_sums = v8_sums_avx512,
+                  .to_q8_0 = to_q8_0_avx2},
+    .elementwise = {.rmsnorm = rmsnorm_avx512, .silu_mul = silu_mul_avx512, .to_f32 = to_f32_avx2}};
 
 /* ---- Which of them this machine can run: the processor must have it and the system save it ----
    */
@@ -10298,7 +10528,7 @@ static void int_tile_neon(int blocks, const struct act_block *const *x, const ui
         int_tile_4_neon(blocks, x, packed + (int64_t)j / 4 * blocks * NEON_QUAD, c + j, ldc);
 }
 
-static void quantize_x_neon(const float *x, struct act_block *y, int k) {
+static void quantize_act_neon(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float32x4_t m = vdupq_n_f32(0);
         UNROLL for (int i = 0; i < QK; i += 4) m = vmaxnmq_f32(m, vabsq_f32(vld1q_f32(x + i)));
@@ -10485,7 +10715,7 @@ static void to_f32_neon(int type, const void *in, float *y, int64_t k) {
    Loads that take every fourth byte give one dimension of a panel's 16 keys, or 16 dimensions of
    one value, which are multiplied by a number of 16 bits. */
 
-static void quantize_q_neon(const float *q, struct query_block *x, int k) {
+static void quantize_query_neon(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float32x4_t m = vdupq_n_f32(0);
         int32x4_t sum = vdupq_n_s32(0);
@@ -10497,7 +10727,7 @@ static void quantize_q_neon(const float *q, struct query_block *x, int k) {
             sum = vaddq_s32(sum, n);
         }
         x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
-        x->start = -128 * vaddvq_s32(sum);
+        x->zero_point = -128 * vaddvq_s32(sum);
     }
 }
 
@@ -10519,7 +10749,7 @@ static void k8_scores_neon(const uint8_t *keys, int groups, int panels,
                 const uint8_t *panel = keys + (int64_t)g * KV8_PANEL;
                 const struct query_block *x = q + r * groups + g;
                 int32x4_t sum[4];
-                UNROLL for (int j = 0; j < 4; j++) sum[j] = vdupq_n_s32(x->start);
+                UNROLL for (int j = 0; j < 4; j++) sum[j] = vdupq_n_s32(x->zero_point);
                 for (int i = 0; i < QK; i += 4) {
                     uint8x16x4_t k = vld4q_u8(panel + 2 * PANEL + i * PANEL);
                     UNROLL for (int t = 0; t < 4; t++)
@@ -10716,24 +10946,66 @@ static void winograd_output_neon(const float *m, int64_t tap, const float *bias,
 }
 
 static const struct kernels kernels_neon = {
-    "neon",          NEON_ROWS,        NEON_COLS,         NEON_INT,
-    1,               NEON_OUTER,       NEON_PANELS,       NEON_PACK,
-    dot_row_neon,    dot_tile_neon,    quantize_x_neon,   int_row_neon,
-    int_pack_neon,   int_tile_neon,    outer_row_neon,    outer_tile_neon,
-    pack_panel_neon, winograd_filter_neon, winograd_input_neon,   winograd_output_neon,
-    to_f32_neon,     quantize_q8_0,    quantize_q_neon,   k8_scores_neon,
-    v8_sums_neon,    rmsnorm_neon,     softmax_neon,      silu_mul_neon,
-    scale_shift_neon,  channel_sums_neon};
+    .name = "neon",
+    .matmul = {.dot_rows = NEON_ROWS,
+               .dot_cols = NEON_COLS,
+               .int_rows = NEON_INT,
+               .int_panels = 1,
+               .outer_rows = NEON_OUTER,
+               .outer_panels = NEON_PANELS,
+               .pack_bytes = NEON_PACK,
+               .dot_row = dot_row_neon,
+               .dot_tile = dot_tile_neon,
+               .quantize_act = quantize_act_neon,
+               .int_row = int_row_neon,
+               .int_pack = int_pack_neon,
+               .int_tile = int_tile_neon,
+               .outer_row = outer_row_neon,
+               .outer_tile = outer_tile_neon},
+    .conv = {.tiled = 1,
+             .pack_panel = pack_panel_neon,
+             .winograd_filter = winograd_filter_neon,
+             .winograd_input = winograd_input_neon,
+             .winograd_output = winograd_output_neon,
+             .scale_shift = scale_shift_neon,
+             .channel_sums = channel_sums_neon},
+    .attention = {.softmax = softmax_neon,
+                  .quantize_query = quantize_query_neon,
+                  .k8_scores = k8_scores_neon,
+                  .v8_sums = v8_sums_neon,
+                  .to_q8_0 = quantize_q8_0},
+    .elementwise = {.rmsnorm = rmsnorm_neon, .silu_mul = silu_mul_neon, .to_f32 = to_f32_neon}};
 
 static const struct kernels kernels_neon_dot = {
-    "neon-dot",      NEON_ROWS,        NEON_COLS,         NEON_INT,
-    1,               NEON_OUTER,       NEON_PANELS,       NEON_PACK,
-    dot_row_neon,    dot_tile_neon,    quantize_x_neon,   int_row_dot,
-    int_pack_dot,    int_tile_dot,     outer_row_neon,    outer_tile_neon,
-    pack_panel_neon, winograd_filter_neon, winograd_input_neon,   winograd_output_neon,
-    to_f32_neon,     quantize_q8_0,    quantize_q_neon,   k8_scores_neon,
-    v8_sums_neon,    rmsnorm_neon,     softmax_neon,      silu_mul_neon,
-    scale_shift_neon,  channel_sums_neon};
+    .name = "neon-dot",
+    .matmul = {.dot_rows = NEON_ROWS,
+               .dot_cols = NEON_COLS,
+               .int_rows = NEON_INT,
+               .int_panels = 1,
+               .outer_rows = NEON_OUTER,
+               .outer_panels = NEON_PANELS,
+               .pack_bytes = NEON_PACK,
+               .dot_row = dot_row_neon,
+               .dot_tile = dot_tile_neon,
+               .quantize_act = quantize_act_neon,
+               .int_row = int_row_dot,
+               .int_pack = int_pack_dot,
+               .int_tile = int_tile_dot,
+               .outer_row = outer_row_neon,
+               .outer_tile = outer_tile_neon},
+    .conv = {.tiled = 1,
+             .pack_panel = pack_panel_neon,
+             .winograd_filter = winograd_filter_neon,
+             .winograd_input = winograd_input_neon,
+             .winograd_output = winograd_output_neon,
+             .scale_shift = scale_shift_neon,
+             .channel_sums = channel_sums_neon},
+    .attention = {.softmax = softmax_neon,
+                  .quantize_query = quantize_query_neon,
+                  .k8_scores = k8_scores_neon,
+                  .v8_sums = v8_sums_neon,
+                  .to_q8_0 = quantize_q8_0},
+    .elementwise = {.rmsnorm = rmsnorm_neon, .silu_mul = silu_mul_neon, .to_f32 = to_f32_neon}};
 
 #ifndef LVM_NO_MAIN
 static void peak_fma_neon(int64_t rounds) {
@@ -10854,78 +11126,308 @@ static const struct kernels *choose_kernels(lvm_error *error) {
 }
 
 /* =================================================================================================
-   Chapter 14.  Tools: quantise, random weights, the cache file */
+   Chapter 14.  Tools: GGUF, quantise, random weights, the cache file
 
-/* ---- Writing: the same file with other types ---- */
+   What stands around a model: its file format, files with other types, models without a file, and a
+   context's state in a file. */
 
-/* Matches name against a pattern in which * stands for anything. */
-static int matches(const char *pattern, size_t pattern_n, struct text name) {
-    if (pattern_n == 0) return name.n == 0;
-    if (*pattern == '*') {
-        for (uint64_t skip = 0; skip <= name.n; skip++)
-            if (matches(pattern + 1, pattern_n - 1, (struct text){name.s + skip, name.n - skip}))
-                return 1;
-        return 0;
-    }
-    return name.n > 0 && *pattern == *name.s &&
-           matches(pattern + 1, pattern_n - 1, (struct text){name.s + 1, name.n - 1});
+/* ---- GGUF: reading ----
+
+       "GGUF"  u32 version  u64 tensors  u64 keys                         all little-endian
+       keys:     string name, u32 type, value          string = u64 length, bytes
+       tensors:  string name, u32 n_dims, u64 ne[n_dims] (fastest first), u32 type, u64 offset
+       padding to general.alignment, then the tensors' data at their offsets
+
+   Everything is read through one cursor that knows where the file ends; counts are believed only as
+   far as the bytes that are left could hold them. */
+
+/* How a message prints a name from a file: at most 64 bytes. */
+#define TEXT_ARG(t) (int)((t).n < 64 ? (t).n : 64), (t).s
+
+static const uint8_t gguf_bytes[GGUF_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+
+static int text_compare(struct text a, struct text b) {
+    int order = memcmp(a.s, b.s, (size_t)(a.n < b.n ? a.n : b.n));
+    return order != 0 ? order : (a.n > b.n) - (a.n < b.n);
 }
 
-static int parse_type(const char *s, size_t n) {
-    for (int i = 0; i < N_TYPES; i++)
-        if (strlen(type_table[i].name) == n && memcmp(type_table[i].name, s, n) == 0)
-            return type_table[i].type;
-    return LVM_AUTO;
+/* An entry of a list that is sorted by name (qsort has no argument for context). */
+struct named_index {
+    struct text name;
+    int64_t index;
+};
+
+/* Steps over a value; arrays may lie in arrays `depth` deep. */
+static void skip_value(struct cursor *c, uint32_t type, int depth) {
+    if (type == GGUF_STRING) {
+        cursor_text(c);
+    } else if (type == GGUF_ARRAY) {
+        uint32_t of = (uint32_t)cursor_number(c, 4);
+        uint64_t n = cursor_number(c, 8);
+        if (of < GGUF_TYPES && gguf_bytes[of] != 0) {
+            if (n > c->size) c->failed = 1;
+            else cursor_take(c, n * gguf_bytes[of]);
+        } else {
+            if (of >= GGUF_TYPES || depth == 0) c->failed = 1;
+            for (uint64_t i = 0; i < n && !c->failed; i++) skip_value(c, of, depth - 1);
+        }
+    } else if (type < GGUF_TYPES) {
+        cursor_take(c, gguf_bytes[type]);
+    } else {
+        c->failed = 1;
+    }
 }
 
-/* The type that "PATTERN=TYPE,..." gives a tensor, LVM_AUTO for none; faults are reported once with
-   name NULL, before anything is written. */
-static int rule_type(const char *rules, struct text name, int *type, lvm_error *error) {
-    *type = LVM_AUTO;
-    while (rules != NULL && *rules != 0) {
-        size_t n = strcspn(rules, ","), pattern = strcspn(rules, "=,");
-        int t = pattern < n ? parse_type(rules + pattern + 1, n - pattern - 1) : LVM_AUTO;
-        if (t == LVM_AUTO)
-            return fail(error, LVM_INVALID, "rule \"%.*s\" is not PATTERN=f32|f16|bf16|q8_0|q4_0",
-                        (int)n, rules);
-        if (name.s != NULL && *type == LVM_AUTO && matches(rules, pattern, name)) *type = t;
-        rules += n + (rules[n] == ',');
-    }
+static int compare_named(const void *a, const void *b) {
+    const struct named_index *x = a, *y = b;
+    return text_compare(x->name, y->name);
+}
+
+/* Sorts a list by name and refuses a name that comes twice. */
+static int sort_names(const struct gguf *g, struct named_index *list, int64_t n, const char *what,
+                      lvm_error *error) {
+    qsort(list, (size_t)n, sizeof *list, compare_named);
+    for (int64_t i = 1; i < n; i++)
+        if (text_compare(list[i - 1].name, list[i].name) == 0)
+            return fail(error, LVM_FORMAT, "%s: %s %.*s appears twice", g->path, what,
+                        TEXT_ARG(list[i].name));
     return LVM_OK;
 }
 
-/* What a tensor becomes. Vectors stay as they are; of the tokenizer the first convolutions, those
-   at the codebook and the codebook itself are never quantised, because tokens hang on them. Q4_0
-   leaves the matrix of the logits at Q8_0: it costs little and is worth half a percent of
-   perplexity. */
-static int target_type(const struct gguf *g, const struct gguf_tensor *t, int type, int vq_type,
-                       int ruled) {
-    int in_vq = t->name.n > 3 && memcmp(t->name.s, "vq.", 3) == 0;
-    int wanted = ruled != LVM_AUTO ? ruled : in_vq ? vq_type : type;
-    if (t->n_dims == 1 || wanted == LVM_AUTO) return t->type;
-    int fixed = text_is(t->name, "vq.quantize.embedding.weight") ||
-                text_is(t->name, "vq.quant_conv.weight") ||
-                text_is(t->name, "vq.post_quant_conv.weight") ||
-                text_is(t->name, "vq.encoder.conv_in.weight") ||
-                text_is(t->name, "vq.decoder.conv_in.weight");
-    if (fixed && type_is_quantised(wanted)) return t->type;
-    int tied = gguf_tensor(g, "output.weight") == NULL;
-    int is_output = text_is(t->name, tied ? "token_embd.weight" : "output.weight");
-    if (wanted == LVM_Q4_0 && (in_vq || (is_output && ruled == LVM_AUTO))) wanted = LVM_Q8_0;
-    if (t->ne[0] % type_info(wanted)->block != 0) return LVM_F16;
-    return wanted;
+/* The entry of a name by binary search, or -1. */
+static int64_t find_name(const struct named_index *list, int64_t n, const char *name) {
+    const struct named_index wanted = {{name, strlen(name)}, 0}, *found = NULL;
+    if (n > 0) found = bsearch(&wanted, list, (size_t)n, sizeof *list, compare_named);
+    return found != NULL ? found->index : -1;
 }
 
-static int write_number(struct outfile *out, uint64_t v, int bytes, lvm_error *error) {
-    uint8_t b[8];
-    for (int i = 0; i < bytes; i++) b[i] = (uint8_t)(v >> 8 * i);
-    return outfile_write(out, b, (size_t)bytes, error);
+static const struct gguf_key *gguf_key(const struct gguf *g, const char *name) {
+    int64_t i = find_name(g->key_by_name, g->n_keys, name);
+    return i >= 0 ? &g->keys[i] : NULL;
 }
 
-static int write_text(struct outfile *out, struct text t, lvm_error *error) {
-    int code = write_number(out, t.n, 8, error);
-    return code == LVM_OK ? outfile_write(out, t.s, (size_t)t.n, error) : code;
+static const struct gguf_tensor *gguf_tensor(const struct gguf *g, const char *name) {
+    int64_t i = find_name(g->tensor_by_name, g->n_tensors, name);
+    return i >= 0 ? &g->tensors[i] : NULL;
 }
+
+static int parse_keys(struct gguf *g, struct cursor *c, lvm_error *error) {
+    for (int64_t i = 0; i < g->n_keys; i++) {
+        struct gguf_key *key = &g->keys[i];
+        key->name = cursor_text(c);
+        key->type = (uint32_t)cursor_number(c, 4);
+        size_t start = c->at;
+        skip_value(c, key->type, 4);
+        key->value = c->data + start;
+        key->size = c->at - start;
+        if (c->failed)
+            return fail(error, LVM_FORMAT, "%s: damaged or truncated at key %lld of %lld", g->path,
+                        (long long)i + 1, (long long)g->n_keys);
+        g->key_by_name[i] = (struct named_index){key->name, i};
+    }
+    int code = sort_names(g, g->key_by_name, g->n_keys, "key", error);
+    if (code != LVM_OK) return code;
+    const struct gguf_key *a = gguf_key(g, "general.alignment");
+    g->alignment = 32;
+    if (a != NULL && a->type == GGUF_U32) memcpy(&g->alignment, a->value, 4);
+    if ((a != NULL && a->type != GGUF_U32) || g->alignment % 8 != 0 || g->alignment == 0 ||
+        g->alignment > 1 << 20)
+        return fail(error, LVM_FORMAT, "%s: general.alignment is not a usable number", g->path);
+    return LVM_OK;
+}
+
+/* Shape and size of one tensor; its offset is checked when the start of the data is known. */
+static int parse_tensor(struct gguf *g, struct gguf_tensor *t, struct cursor *c, lvm_error *error) {
+    t->name = cursor_text(c);
+    uint32_t n_dims = (uint32_t)cursor_number(c, 4);
+    if (c->failed || n_dims < 1 || n_dims > 4 || t->name.n > 256) {
+        c->failed = 1;
+        return fail(error, LVM_FORMAT, "%s: damaged list of tensors", g->path);
+    }
+    t->n_dims = (int)n_dims;
+    int64_t elements = 1;
+    for (int i = 0; i < 4; i++) {
+        uint64_t n = i < t->n_dims ? cursor_number(c, 8) : 1;
+        if (n == 0 || n > INT32_MAX || elements > INT64_MAX / 8 / (int64_t)n)
+            return fail(error, LVM_FORMAT, "%s: tensor %.*s has an impossible shape", g->path,
+                        TEXT_ARG(t->name));
+        t->ne[i] = (int64_t)n;
+        elements *= (int64_t)n;
+    }
+    uint32_t type = (uint32_t)cursor_number(c, 4);
+    t->offset = cursor_number(c, 8);
+    t->type = (int)type;
+    const struct type_info *info = type < 1000 ? type_info((int)type) : NULL;
+    if (info == NULL)
+        return fail(error, LVM_UNSUPPORTED,
+                    "%s: tensor %.*s has GGUF type %u; known are F32, F16, BF16, Q8_0 and Q4_0",
+                    g->path, TEXT_ARG(t->name), type);
+    if (t->ne[0] % info->block != 0)
+        return fail(error, LVM_FORMAT,
+                    "%s: tensor %.*s: rows of %lld do not divide into blocks of %d", g->path,
+                    TEXT_ARG(t->name), (long long)t->ne[0], info->block);
+    t->bytes = elements / info->block * info->bytes;
+    return LVM_OK;
+}
+
+static int parse_tensors(struct gguf *g, struct cursor *c, lvm_error *error) {
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        int code = parse_tensor(g, &g->tensors[i], c, error);
+        if (c->failed) return fail(error, LVM_FORMAT, "%s: damaged list of tensors", g->path);
+        if (code != LVM_OK) return code;
+        g->tensor_by_name[i] = (struct named_index){g->tensors[i].name, i};
+    }
+    g->data_start = (c->at + g->alignment - 1) / g->alignment * g->alignment;
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        const struct gguf_tensor *t = &g->tensors[i];
+        uint64_t room = g->data_start <= g->size ? g->size - g->data_start : 0;
+        if (t->offset % g->alignment != 0 || t->offset > room ||
+            (uint64_t)t->bytes > room - t->offset)
+            return fail(error, LVM_FORMAT, "%s: tensor %.*s lies outside the file (truncated?)",
+                        g->path, TEXT_ARG(t->name));
+    }
+    return sort_names(g, g->tensor_by_name, g->n_tensors, "tensor", error);
+}
+
+static void gguf_free(struct gguf *g) {
+    mem_free(g->keys);
+    mem_free(g->tensors);
+    mem_free(g->key_by_name);
+    mem_free(g->tensor_by_name);
+    memset(g, 0, sizeof *g);
+}
+
+static int gguf_alloc(struct gguf *g, lvm_error *error) {
+    g->keys = mem_alloc((size_t)g->n_keys, sizeof *g->keys, error);
+    g->key_by_name = mem_alloc((size_t)g->n_keys, sizeof *g->key_by_name, error);
+    g->tensors = mem_alloc((size_t)g->n_tensors, sizeof *g->tensors, error);
+    g->tensor_by_name = mem_alloc((size_t)g->n_tensors, sizeof *g->tensor_by_name, error);
+    return g->keys == NULL || g->key_by_name == NULL || g->tensors == NULL ||
+                   g->tensor_by_name == NULL ? LVM_MEMORY : LVM_OK;
+}
+
+/* Parses a file that lies in memory. path is for messages; both must outlive g. */
+static int gguf_parse(struct gguf *g, const char *path, const void *data, size_t size,
+                      lvm_error *error) {
+    struct cursor c = {data, size, 0, 0};
+    memset(g, 0, sizeof *g);
+    g->path = path;
+    g->data = data;
+    g->size = size;
+    if (size == 0) return fail(error, LVM_FORMAT, "%s: the file is empty", path);
+    const uint8_t *magic = cursor_take(&c, 4);
+    if (magic == NULL || memcmp(magic, "GGUF", 4) != 0)
+        return fail(error, LVM_FORMAT,
+                    "%s: not a weights file (no GGUF at its start); convert.py makes one", path);
+    uint32_t version = (uint32_t)cursor_number(&c, 4);
+    uint64_t n_tensors = cursor_number(&c, 8), n_keys = cursor_number(&c, 8);
+    if (c.failed) return fail(error, LVM_FORMAT, "%s: truncated: only %zu bytes", path, size);
+    if (version != 3)
+        return fail(error, LVM_UNSUPPORTED, "%s: GGUF version %u, not 3", path, version);
+    if (n_keys > (size - c.at) / 13 ||
+        n_tensors > (size - c.at) / 33) /* the least that one takes */
+        return fail(error, LVM_FORMAT,
+                    "%s: claims more keys or tensors than its %zu bytes can hold", path, size);
+    g->n_keys = (int64_t)n_keys;
+    g->n_tensors = (int64_t)n_tensors;
+    int code = gguf_alloc(g, error);
+    if (code == LVM_OK) code = parse_keys(g, &c, error);
+    if (code == LVM_OK) code = parse_tensors(g, &c, error);
+    if (code != LVM_OK) gguf_free(g);
+    return code;
+}
+
+/* ---- GGUF: writing ----
+
+   A head, which may begin from nothing or take keys of another file, then the tensors' data in the
+   order in which they were named, each padded to the alignment. The first failure ends it. */
+
+struct gguf_writer {
+    struct buffer keys, tensors; /* as the file will hold them */
+    uint64_t n_keys, n_tensors;
+    size_t data_bytes;           /* of the tensors so far, padded */
+    uint32_t alignment;
+    int code;
+    lvm_error *error;
+};
+
+static void put_bytes(struct gguf_writer *w, struct buffer *b, const void *data, size_t n) {
+    if (w->code == LVM_OK) w->code = buffer_add(b, data, n, w->error);
+}
+
+/* The low bytes of a number: machines that are not little-endian do not compile this file. */
+static void put_number(struct gguf_writer *w, struct buffer *b, uint64_t v, size_t bytes) {
+    put_bytes(w, b, &v, bytes);
+}
+
+static void put_text(struct gguf_writer *w, struct buffer *b, struct text t) {
+    put_number(w, b, t.n, 8);
+    put_bytes(w, b, t.s, (size_t)t.n);
+}
+
+/* A key with a value as the file holds it. */
+static void put_key(struct gguf_writer *w, struct text name, uint32_t type, const void *value,
+                    size_t size) {
+    put_text(w, &w->keys, name);
+    put_number(w, &w->keys, type, 4);
+    put_bytes(w, &w->keys, value, size);
+    w->n_keys++;
+}
+
+/* ne: fastest first. Returns where the tensor's data begin, behind the head. */
+static size_t put_tensor(struct gguf_writer *w, struct text name, int n_dims, const int64_t *ne,
+                         int type) {
+    size_t at = w->data_bytes, bytes = (size_t)type_bytes(type, ne[0]);
+    put_text(w, &w->tensors, name);
+    put_number(w, &w->tensors, (uint64_t)n_dims, 4);
+    for (int i = 0; i < n_dims; i++) put_number(w, &w->tensors, (uint64_t)ne[i], 8);
+    put_number(w, &w->tensors, (uint64_t)type, 4);
+    put_number(w, &w->tensors, at, 8);
+    for (int i = 1; i < n_dims; i++) bytes *= (size_t)ne[i];
+    w->data_bytes = (at + bytes + w->alignment - 1) / w->alignment * w->alignment;
+    w->n_tensors++;
+    return at;
+}
+
+/* The whole head with its padding; the writer is empty afterwards. */
+static int finish_head(struct gguf_writer *w, struct buffer *head) {
+    put_bytes(w, head, "GGUF", 4);
+    put_number(w, head, 3, 4);
+    put_number(w, head, w->n_tensors, 8);
+    put_number(w, head, w->n_keys, 8);
+    put_bytes(w, head, w->keys.data, w->keys.n);
+    put_bytes(w, head, w->tensors.data, w->tensors.n);
+    while (w->code == LVM_OK && head->n % w->alignment != 0) put_number(w, head, 0, 1);
+    mem_free(w->keys.data);
+    mem_free(w->tensors.data);
+    return w->code;
+}
+
+/* ---- Types: what a tensor is stored as ---- */
+
+/* What a tensor with rows of k elements, now of type `now`, becomes where `wanted` is asked for
+   (LVM_AUTO: nothing). Vectors stay as they are; so does what tokens hang on where it would be
+   quantised. Q4_0 leaves convolutions and the matrix of the logits at Q8_0: for the latter it costs
+   little and is worth half a percent of perplexity. */
+static int stored_type(enum tensor_kind kind, int64_t k, int now, int wanted) {
+    if (kind == T_VECTOR || wanted == LVM_AUTO) return now;
+    if (kind == T_EXACT && type_is_quantised(wanted)) return now;
+    if (wanted == LVM_Q4_0 && (kind == T_OUTPUT || kind == T_CONV)) wanted = LVM_Q8_0;
+    return k % type_info(wanted)->block != 0 ? LVM_F16 : wanted;
+}
+
+/* Of a tensor of the file, which may hold some that the description does not know. Tied embeddings
+   are the matrix of the logits too. */
+static enum tensor_kind kind_of(const lvm_model *m, const struct gguf_tensor *t, int in_vq) {
+    for (int i = 0; i < m->n_specs; i++)
+        if (text_is(t->name, m->specs[i].name)) {
+            int tied = m->specs[i].kind == T_EMBED && m->llama.output.data == m->llama.embed.data;
+            return tied ? T_OUTPUT : m->specs[i].kind;
+        }
+    return t->n_dims == 1 ? T_VECTOR : in_vq ? T_CONV : T_MATRIX;
+}
+
+/* ---- Quantise: the same file with other types ---- */
 
 static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment,
                          lvm_error *error) {
@@ -10934,35 +11436,6 @@ static int write_padding(struct outfile *out, uint64_t written, uint32_t alignme
     int code = LVM_OK;
     for (; n > 0 && code == LVM_OK; n -= (uint64_t)min64(64, (int64_t)n))
         code = outfile_write(out, zeros, (size_t)min64(64, (int64_t)n), error);
-    return code;
-}
-
-/* Everything in front of the data: keys as they are, tensors with their new types. */
-static int write_head(struct outfile *out, const struct gguf *g, const int *types,
-                      lvm_error *error) {
-    int code = outfile_write(out, "GGUF", 4, error);
-    if (code == LVM_OK) code = write_number(out, 3, 4, error);
-    if (code == LVM_OK) code = write_number(out, (uint64_t)g->n_tensors, 8, error);
-    if (code == LVM_OK) code = write_number(out, (uint64_t)g->n_keys, 8, error);
-    for (int64_t i = 0; code == LVM_OK && i < g->n_keys; i++) {
-        code = write_text(out, g->keys[i].name, error);
-        if (code == LVM_OK) code = write_number(out, g->keys[i].type, 4, error);
-        if (code == LVM_OK) code = outfile_write(out, g->keys[i].value, g->keys[i].size, error);
-    }
-    uint64_t offset = 0;
-    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
-        const struct gguf_tensor *t = &g->tensors[i];
-        code = write_text(out, t->name, error);
-        if (code == LVM_OK) code = write_number(out, (uint64_t)t->n_dims, 4, error);
-        for (int d = 0; code == LVM_OK && d < t->n_dims; d++)
-            code = write_number(out, (uint64_t)t->ne[d], 8, error);
-        if (code == LVM_OK) code = write_number(out, (uint64_t)types[i], 4, error);
-        if (code == LVM_OK) code = write_number(out, offset, 8, error);
-        offset +=
-            (uint64_t)type_bytes(types[i], t->ne[0]) * (uint64_t)(t->ne[1] * t->ne[2] * t->ne[3]);
-        offset = (offset + g->alignment - 1) / g->alignment * g->alignment;
-    }
-    if (code == LVM_OK) code = write_padding(out, (uint64_t)ftello(out->file), g->alignment, error);
     return code;
 }
 
@@ -10986,23 +11459,37 @@ static int write_tensor(struct outfile *out, const struct gguf *g, const struct 
     return code;
 }
 
-static int quantize_file(const struct gguf *g, const char *path, int type, int vq_type,
-                         const char *rules, lvm_error *error) {
+/* Keys as they are, tensors in the file's order with their new types. */
+static int quantized_head(const lvm_model *m, int type, int vq_type, int *types,
+                          struct buffer *head, lvm_error *error) {
+    const struct gguf *g = &m->file;
+    struct gguf_writer w = {.alignment = g->alignment, .error = error};
+    for (int64_t i = 0; i < g->n_keys; i++)
+        put_key(&w, g->keys[i].name, g->keys[i].type, g->keys[i].value, g->keys[i].size);
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        const struct gguf_tensor *t = &g->tensors[i];
+        int in_vq = t->name.n > 3 && memcmp(t->name.s, "vq.", 3) == 0;
+        types[i] = stored_type(kind_of(m, t, in_vq), t->ne[0], t->type, in_vq ? vq_type : type);
+        put_tensor(&w, t->name, t->n_dims, t->ne, types[i]);
+    }
+    return finish_head(&w, head);
+}
+
+static int quantize_model(const lvm_model *m, const char *path, int type, int vq_type,
+                          lvm_error *error) {
+    const struct gguf *g = &m->file;
     struct outfile out;
+    struct buffer head = {0};
     int64_t widest = 1;
     for (int64_t i = 0; i < g->n_tensors; i++) widest = max64(widest, g->tensors[i].ne[0]);
     int *types = mem_alloc((size_t)g->n_tensors, sizeof *types, error);
     float *row = mem_alloc((size_t)widest, sizeof *row, error);
     uint8_t *packed = mem_alloc((size_t)widest, 4, error);
     int code = types == NULL || row == NULL || packed == NULL ? LVM_MEMORY : LVM_OK;
-    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
-        int ruled = LVM_AUTO;
-        code = rule_type(rules, g->tensors[i].name, &ruled, error);
-        types[i] = target_type(g, &g->tensors[i], type, vq_type, ruled);
-    }
+    if (code == LVM_OK) code = quantized_head(m, type, vq_type, types, &head, error);
     if (code == LVM_OK) code = outfile_open(&out, path, error);
     if (code == LVM_OK) {
-        code = write_head(&out, g, types, error);
+        code = outfile_write(&out, head.data, head.n, error);
         for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++)
             code = write_tensor(&out, g, &g->tensors[i], types[i], row, packed, error);
         code = outfile_close(&out, code, error);
@@ -11010,6 +11497,7 @@ static int quantize_file(const struct gguf *g, const char *path, int type, int v
     mem_free(types);
     mem_free(row);
     mem_free(packed);
+    mem_free(head.data);
     return code;
 }
 
@@ -11020,10 +11508,9 @@ static int same_file(const char *a, const char *b) {
            x.number == y.number;
 }
 
-int lvm_quantize(const char *in, const char *out, int type, int vq_type, const char *rules,
-                 int force, lvm_error *error) {
+int lvm_quantize(const char *in, const char *out, int type, int vq_type, int force,
+                 lvm_error *error) {
     lvm_error own = {LVM_OK, ""};
-    int ruled = LVM_AUTO;
     if (error == NULL) error = &own;
     if (in == NULL || out == NULL)
         return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
@@ -11037,16 +11524,66 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, const c
     if ((type != LVM_AUTO && type_info(type) == NULL) ||
         (vq_type != LVM_AUTO && type_info(vq_type) == NULL))
         return fail(error, LVM_INVALID, "unknown type %d or %d", type, vq_type);
-    int code = rule_type(rules, (struct text){NULL, 0}, &ruled, error);
-    if (code != LVM_OK) return code;
     lvm_model *m = lvm_open(in, 0, error);
     if (m == NULL) return error->code;
-    code = quantize_file(&m->file, out, type, vq_type, rules, error);
+    int code = quantize_model(m, out, type, vq_type, error);
     lvm_close(m);
     return code;
 }
 
-/* ---- Random weights ---- */
+/* ---- Random weights: a model of given sizes, to measure with ---- */
+
+#ifndef LVM_NO_MAIN
+
+static struct text text_of(const char *s) { return (struct text){s, strlen(s)}; }
+
+static void put_int_key(struct gguf_writer *w, const char *name, int v) {
+    put_key(w, text_of(name), GGUF_U32, &v, 4);
+}
+
+static void put_float_key(struct gguf_writer *w, const char *name, float v) {
+    put_key(w, text_of(name), GGUF_F32, &v, 4);
+}
+
+static void put_text_key(struct gguf_writer *w, const char *name, const char *v) {
+    put_key(w, text_of(name), GGUF_STRING, NULL, 0);
+    put_text(w, &w->keys, text_of(v));
+}
+
+static void put_ints_key(struct gguf_writer *w, const char *name, const int *v, int n) {
+    put_key(w, text_of(name), GGUF_ARRAY, NULL, 0);
+    put_number(w, &w->keys, GGUF_I32, 4);
+    put_number(w, &w->keys, (uint64_t)n, 8);
+    put_bytes(w, &w->keys, v, (size_t)n * sizeof *v);
+}
+
+/* Sizes as keys, from the tables that read them; those that have their default value are left out.
+ */
+static void put_int_keys(struct gguf_writer *w, const struct int_key *keys, size_t n,
+                         const void *sizes) {
+    for (size_t i = 0; i < n; i++) {
+        int v = *(const int *)(const void *)((const char *)sizes + keys[i].where);
+        if (v != keys[i].missing) put_int_key(w, keys[i].name, v);
+    }
+}
+
+/* All that chapter 4 reads of a model. */
+static void put_model_keys(struct gguf_writer *w, const lvm_model *m) {
+    const struct llama *a = &m->llama;
+    put_text_key(w, "general.architecture", "lvm");
+    put_int_key(w, "general.alignment", (int)w->alignment);
+    put_int_key(w, "lvm.format_version", 1);
+    if (a->L > 0) {
+        put_int_keys(w, llama_keys, sizeof llama_keys / sizeof *llama_keys, a);
+        put_float_key(w, "lvm.attention.layer_norm_rms_epsilon", a->eps);
+        put_float_key(w, "lvm.rope.freq_base", a->theta);
+    }
+    if (m->vq != NULL) {
+        put_int_keys(w, vq_keys, sizeof vq_keys / sizeof *vq_keys, m->vq);
+        put_ints_key(w, "lvm.vq.channel_mult", m->vq->mult, m->vq->n_levels);
+        put_ints_key(w, "lvm.vq.attn_resolutions", m->vq->attn_at, m->vq->n_attn_at);
+    }
+}
 
 /* Random signs and fractions of numbers just above 2^-7: halves, and the scales of quantised
    blocks, are ready with that. What is much smaller becomes denormal on its way, which processors
@@ -11062,23 +11599,74 @@ static void fill_random(int type, uint8_t *data, size_t size) {
     }
 }
 
-/* The next piece of made-up weights. Types follow the rules that lvm_quantize keeps. */
-static int made_up_tensor(struct made_up *made, const char *name, int n_dims, const int *dims,
-                          struct tensor *out) {
-    int64_t cols = 1;
-    for (int i = 1; i < n_dims; i++) cols *= dims[i];
-    int vq = strncmp(name, "vq.", 3) == 0, type = vq ? made->vq_type : made->type;
-    if (type == LVM_Q4_0 && strcmp(name, "output.weight") == 0) type = LVM_Q8_0;
-    if (n_dims == 1) type = LVM_F32;
-    else if (dims[n_dims - 1] % type_info(type)->block != 0) type = LVM_F16;
-    int64_t row_bytes = n_dims == 1 ? 4 : type_bytes(type, cols);
-    size_t bytes = ((size_t)row_bytes * (size_t)dims[0] + 63) / 64 * 64;
-    if (made->data != NULL) fill_random(type, made->data + made->size, bytes);
-    *out = (struct tensor){made->data != NULL ? made->data + made->size : NULL, row_bytes, type,
-                           dims[0], (int)cols};
-    made->size += bytes;
-    return LVM_OK;
+/* The head of a file of such a model, and of each tensor of the description its type (-1: left out)
+   and where its data begin. Optional vectors are left out. */
+static int random_head(const lvm_model *m, int type, int vq_type, int *types, size_t *at,
+                       struct buffer *head, size_t *data_bytes, lvm_error *error) {
+    struct gguf_writer w = {.alignment = 64, .error = error};
+    put_model_keys(&w, m);
+    for (int i = 0; i < m->n_specs; i++) {
+        const struct tensor_spec *s = &m->specs[i];
+        int64_t ne[4];
+        for (int d = 0; d < s->n_dims; d++) ne[d] = s->dims[s->n_dims - 1 - d];
+        int wanted = strncmp(s->name, "vq.", 3) == 0 ? vq_type : type;
+        types[i] = s->kind == T_VECTOR ? LVM_F32 : stored_type(s->kind, ne[0], LVM_F16, wanted);
+        if (s->kind == T_VECTOR && s->optional) types[i] = -1;
+        else at[i] = put_tensor(&w, text_of(s->name), s->n_dims, ne, types[i]);
+    }
+    *data_bytes = w.data_bytes;
+    return finish_head(&w, head);
 }
+
+/* Writes the file of a described model into memory that is m's from then on. */
+static int write_random(lvm_model *m, const lvm_model *shape, int type, int vq_type, size_t *size,
+                        lvm_error *error) {
+    struct buffer head = {0};
+    int *types = mem_alloc((size_t)shape->n_specs, sizeof *types, error);
+    size_t *at = mem_alloc((size_t)shape->n_specs, sizeof *at, error), bytes = 0;
+    int code = types == NULL || at == NULL
+                   ? LVM_MEMORY
+                   : random_head(shape, type, vq_type, types, at, &head, &bytes, error);
+    if (code == LVM_OK) m->owned = mem_alloc(1, head.n + bytes, error);
+    if (m->owned == NULL) code = LVM_MEMORY;
+    if (code == LVM_OK) memcpy(m->owned, head.data, head.n);
+    for (int i = 0; code == LVM_OK && i < shape->n_specs; i++) {
+        const struct tensor_spec *s = &shape->specs[i];
+        int64_t elements = 1;
+        for (int d = 0; d < s->n_dims; d++) elements *= s->dims[d];
+        if (types[i] >= 0)
+            fill_random(types[i], m->owned + head.n + at[i],
+                        (size_t)type_bytes(types[i], elements));
+    }
+    *size = head.n + bytes;
+    mem_free(types);
+    mem_free(at);
+    mem_free(head.data);
+    return code;
+}
+
+/* llama's sizes and vq's configuration are given; either may be NULL. type: of matrices; vq_type:
+   of convolutions. */
+static lvm_model *random_model(const struct llama *llama, const struct vqgan *vq, int type,
+                               int vq_type, lvm_error *error) {
+    lvm_model *shape = model_new("(random weights)", error);
+    lvm_model *m = model_new("(random weights)", error);
+    size_t size = 0;
+    int code = shape == NULL || m == NULL ? LVM_MEMORY : LVM_OK;
+    if (code == LVM_OK && llama != NULL) shape->llama = *llama;
+    if (code == LVM_OK && vq != NULL) {
+        shape->vq = mem_alloc(1, sizeof *vq, error);
+        if (shape->vq == NULL) code = LVM_MEMORY;
+        else *shape->vq = *vq;
+    }
+    if (code == LVM_OK) code = describe_model(shape, error);
+    if (code == LVM_OK) code = write_random(m, shape, type, vq_type, &size, error);
+    if (code == LVM_OK) code = load_description(m, m->owned, size, error);
+    lvm_close(shape);
+    return open_model(m, code, error);
+}
+
+#endif
 
 /* ---- A context's state in a file ----
 
@@ -11121,19 +11709,20 @@ static uint64_t weights_hash(const struct gguf *g) {
 }
 
 static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
-    const lvm_info *i = &ctx->m->info;
+    const lvm_model *m = ctx->m;
+    int block = ctx->limits.kv_block;
     struct cache_head h = {.version = 2,
                            .kv_type = (uint32_t)ctx->o.kv_type,
                            .exact = ctx->o.exact != 0,
-                           .resolution = (uint32_t)i->resolution,
-                           .tokens_per_image = (uint32_t)i->tokens_per_image,
+                           .resolution = m->vq != NULL ? (uint32_t)m->vq->R : 0,
+                           .tokens_per_image = (uint32_t)m->T,
                            .n_tokens = (uint32_t)n,
                            .n_images = (uint32_t)min64(ctx->n_encoded, MAX_ENCODED),
-                           .n_pages = (uint32_t)((n + KV_BLOCK - 1) / KV_BLOCK),
-                           .page_bytes = ctx->b->kv_page_bytes(ctx->state),
-                           .weights = weights_hash(&ctx->m->file)};
+                           .n_pages = (uint32_t)((n + block - 1) / block),
+                           .page_bytes = ctx->b->kv_size(ctx->state),
+                           .weights = weights_hash(&m->file)};
     memcpy(h.magic, "LVMCACHE", sizeof h.magic);
-    snprintf(h.isa, sizeof h.isa, "%s", i->isa);
+    snprintf(h.isa, sizeof h.isa, "%s", ctx->b == &cpu_backend ? m->kern->name : ctx->b->name);
     return h;
 }
 
@@ -11164,8 +11753,8 @@ static int write_cache(struct outfile *out, const lvm_ctx *ctx, int n, uint8_t *
         if (code == LVM_OK) code = cache_write(out, e->rgb, R * R * 3, &hash, error);
     }
     for (uint32_t i = 0; code == LVM_OK && i < h.n_pages; i++) {
-        ctx->b->kv_read(ctx->state, 0, (int)i, page);
-        code = cache_write(out, page, h.page_bytes, &hash, error);
+        code = ctx->b->kv_get(ctx->state, 0, (int)i, page, error);
+        if (code == LVM_OK) code = cache_write(out, page, h.page_bytes, &hash, error);
     }
     return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
 }
@@ -11174,12 +11763,12 @@ int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error) {
     struct outfile out;
     if (ctx == NULL || path == NULL)
         return null_argument(error, "lvm_cache_save", ctx == NULL ? "ctx" : "path");
-    int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
+    int code = need_transformer(ctx, error);
     if (code != LVM_OK) return code;
     if (n < 1 || n > ctx->n_fed)
         return fail(error, LVM_INVALID, "%d tokens to keep; the context has read %d", n,
                     ctx->n_fed);
-    uint8_t *page = mem_alloc(1, ctx->b->kv_page_bytes(ctx->state), error);
+    uint8_t *page = mem_alloc(1, ctx->b->kv_size(ctx->state), error);
     if (page == NULL) return LVM_MEMORY;
     code = outfile_open(&out, path, error);
     if (code == LVM_OK)
@@ -11202,8 +11791,7 @@ static int cache_read(struct cache_reader *r, void *data, size_t n, lvm_error *e
 
 static int check_cache_head(const lvm_ctx *ctx, const struct cache_head *h, const char *path,
                             int64_t size, lvm_error *error) {
-    const lvm_info *i = &ctx->m->info;
-    struct cache_head own = cache_head(ctx, 0);
+    struct cache_head own = cache_head(ctx, (int)min64(h->n_tokens, ctx->m->llama.context));
     if (memcmp(h->magic, own.magic, sizeof h->magic) != 0)
         return fail(error, LVM_FORMAT, "%s: is no cache of lvm", path);
     if (h->version != own.version || h->weights != own.weights)
@@ -11213,22 +11801,22 @@ static int check_cache_head(const lvm_ctx *ctx, const struct cache_head *h, cons
         return fail(error, LVM_INVALID, "%s: was made with other options or kernels", path);
     if (h->resolution != own.resolution || h->tokens_per_image != own.tokens_per_image ||
         h->page_bytes != own.page_bytes || h->n_tokens < 1 ||
-        h->n_tokens > (uint32_t)i->context_length || h->n_images > MAX_ENCODED ||
-        h->n_pages != (h->n_tokens + KV_BLOCK - 1) / KV_BLOCK || cache_file_bytes(h) != size)
+        h->n_tokens > (uint32_t)ctx->m->llama.context || h->n_images > MAX_ENCODED ||
+        h->n_pages != own.n_pages || cache_file_bytes(h) != size)
         return fail(error, LVM_FORMAT, "%s: is damaged", path);
     return LVM_OK;
 }
 
 static int read_cached_image(lvm_ctx *ctx, struct cache_reader *r, lvm_error *error) {
-    size_t R = (size_t)ctx->m->info.resolution, T = (size_t)ctx->m->info.tokens_per_image;
-    uint8_t *rgb = mem_alloc(R * R, 3, error);
+    size_t T = (size_t)ctx->m->T, size = ctx->m->vq != NULL ? image_bytes(ctx) : 0;
+    uint8_t *rgb = mem_alloc(1, size, error);
     int32_t *ids = mem_alloc(T, sizeof *ids, error);
     int code = rgb == NULL || ids == NULL ? LVM_MEMORY : cache_read(r, ids, T * 4, error);
-    if (code == LVM_OK) code = cache_read(r, rgb, R * R * 3, error);
-    if (code == LVM_OK && check_ids(ids, (int64_t)T, ctx->m->info.codes, NULL) != LVM_OK)
+    if (code == LVM_OK) code = cache_read(r, rgb, size, error);
+    if (code == LVM_OK && check_ids(ids, (int64_t)T, ctx->m->codes, NULL) != LVM_OK)
         code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
     if (code == LVM_OK) code = remember_encoded(ctx, rgb, ids, error);
-    else mem_free(rgb);
+    mem_free(rgb);
     mem_free(ids);
     return code;
 }
@@ -11239,15 +11827,15 @@ static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_h
     int n = (int)h->n_tokens;
     uint64_t hash = 0;
     int code = cache_read(r, ctx->ids, (size_t)n * 4, error);
-    if (code == LVM_OK && check_ids(ctx->ids, n, ctx->m->info.vocab_size, NULL) != LVM_OK)
+    if (code == LVM_OK && check_ids(ctx->ids, n, ctx->m->llama.V, NULL) != LVM_OK)
         code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
     for (uint32_t i = 0; code == LVM_OK && i < h->n_images; i++)
         code = read_cached_image(ctx, r, error);
     for (uint32_t i = 0; code == LVM_OK && i < h->n_pages; i++) {
         code = cache_read(r, page, h->page_bytes, error);
         if (code == LVM_OK)
-            code = ctx->b->kv_write(ctx->state, 0, (int)i, page,
-                                    (int)min64(n, (int64_t)(i + 1) * KV_BLOCK), error);
+            code = ctx->b->kv_set(ctx->state, 0, (int)i, page,
+                                  (int)min64(n, (int64_t)(i + 1) * ctx->limits.kv_block), error);
     }
     if (code == LVM_OK) code = read_exactly(r->fd, r->path, &hash, sizeof hash, error);
     if (code == LVM_OK && checksum_wrong(hash, r->hash))
@@ -11266,7 +11854,7 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
     int64_t size = 0;
     if (ctx == NULL || path == NULL)
         return null_argument(error, "lvm_cache_load", ctx == NULL ? "ctx" : "path");
-    int code = need(ctx, ctx->m->info.has_transformer, "transformer", error);
+    int code = need_transformer(ctx, error);
     if (code != LVM_OK) return code;
     ctx_reset(ctx);
     struct cache_reader r = {path, open_file(path, &size, error), 0};
@@ -11315,7 +11903,7 @@ enum command_bit {
 struct cli {
     const char **words; /* arguments that are no options */
     int n_words, split; /* split: words in front of a lone --, or -1 */
-    const char *out, *rules, *base, *sheet, *cache, *resize;
+    const char *out, *base, *sheet, *cache, *resize;
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, preset;
     int lines, grid, json, man, config, vq, stage, prompt, new_tokens;
     lvm_sampling sampling;
@@ -11379,10 +11967,11 @@ static const struct option option_table[] = {
      "shape of the tokenizer (published)"},
     {0, "prompt", "N", BENCH, INTEGER, AT(prompt), 1, 1 << 20, "tokens of the prompt (3840)"},
     {0, "new", "N", BENCH, INTEGER, AT(new_tokens), 1, 1 << 20, "tokens to generate (256)"},
-    {0, "stage", "encode|prompt|new|candidates|draw", BENCH, ONE_OF, AT(stage), 0, 0,
+    {0, "stage", "encode|prefill|generate|candidates|decode", BENCH, ONE_OF, AT(stage), 0, 0,
      "only this one"},
     {'j', "threads", "N", RUNS | BENCH, INTEGER, AT(options.threads), 1, 1024,
      "threads (the processors allowed)"},
+    {0, "device", "NAME", RUNS | BENCH, TEXT, AT(options.device), 0, 0, "cpu (the best there is)"},
     {0, "exact", NULL, RUNS | BENCH, FLAG, AT(options.exact), 0, 0,
      "f32 arithmetic from quantised weights too"},
     {0, "kv", "TYPE", READS | BENCH, TYPE, AT(options.kv_type), 0, 11,
@@ -11395,8 +11984,6 @@ static const struct option option_table[] = {
      "of the transformer: q8_0 q4_0 f16 bf16 f32 (kept)"},
     {0, "vq-type", "TYPE", QUANTIZE, TYPE, AT(vq_type), 0, 15,
      "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
-    {0, "rules", "P=T,...", QUANTIZE, TEXT, AT(rules), 0, 0,
-     "types by tensor name, * for anything, first match"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
     {0, "force", NULL, QUANTIZE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
      "replace an existing weights file"},
@@ -11722,7 +12309,7 @@ static void draw_bar(struct bar *b, const char *stage, int64_t done, int64_t all
     int width = 24, full = (int)((double)width * (double)done / (double)(all > 0 ? all : 1));
     fprintf(stderr, "\r%-9s [%.*s%*s] %3d %%  ", stage, full, "########################",
             width - full, "", (int)(100 * done / (all > 0 ? all : 1)));
-    if (strcmp(stage, "prompt") == 0 || strcmp(stage, "generate") == 0 ||
+    if (strcmp(stage, "prefill") == 0 || strcmp(stage, "generate") == 0 ||
         strcmp(stage, "score") == 0)
         fprintf(stderr, "%.0f tokens/s  ", rate);
     if (done < all && rate > 0) fprintf(stderr, "%.0f s left ", (double)(all - done) / rate);
@@ -12021,7 +12608,7 @@ static int save_sheet(const struct cli *cli, const lvm_ctx *ctx, const lvm_image
     uint8_t *framed = mem_alloc((size_t)most, 1, error);
     if (tiles == NULL || framed == NULL) code = LVM_MEMORY;
     for (int i = 0; code == LVM_OK && i < n; i++)
-        code = fit_image(&prompt[i], ctx->m->info.resolution, ctx->o.fit, &tiles[i], error);
+        code = fit_image(&prompt[i], ctx->m->vq->R, ctx->o.fit, &tiles[i], error);
     for (int c = 0; code == LVM_OK && c < cli->candidates; c++) {
         if (c > 0) used = round_up(used, columns);
         for (int i = 0; i < cli->images; i++, used++) {
@@ -12070,12 +12657,11 @@ static int finish(const lvm_error *error, int code) {
 
 /* Both parts, and room for a prompt. */
 static int need_all(const struct cli *cli, const struct session *s, lvm_error *error) {
-    const lvm_info *i = &s->model->info;
-    int code = need(s->ctx, i->has_tokenizer, "tokenizer", error);
-    if (code == LVM_OK) code = need(s->ctx, i->has_transformer, "transformer", error);
+    int code = need_tokenizer(s->ctx, error);
+    if (code == LVM_OK) code = need_transformer(s->ctx, error);
     if (code == LVM_OK && s->ctx->o.window < 2)
         code = fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt image",
-                    cli->words[0], i->context_length);
+                    cli->words[0], s->model->llama.context);
     return code;
 }
 
@@ -12103,7 +12689,7 @@ static int prompt_images(const struct cli *cli, struct session *s, const lvm_ima
     int32_t *kept = mem_alloc((size_t)ctx->n_ids + 1, sizeof *kept, error);
     if (kept == NULL) return LVM_MEMORY;
     int n_kept = ctx->n_ids,
-        shots = (s->model->info.bos >= 0) + (n - 1) * s->model->info.tokens_per_image;
+        shots = (s->model->llama.bos >= 0) + (n - 1) * s->model->T;
     memcpy(kept, ctx->ids, (size_t)n_kept * sizeof *kept);
     code = lvm_prompt_images(ctx, images, n, error);
     int same = code == LVM_OK && n_kept >= shots &&
@@ -12171,7 +12757,7 @@ static int run_predict(struct cli *cli) {
 /* Ids of one image after the other, a line each. */
 static int encode_paths(const struct cli *cli, struct session *s, const struct paths *p,
                         struct buffer *text, lvm_error *error) {
-    int T = lvm_model_info(s->model).tokens_per_image, code = LVM_OK;
+    int T = s->model->T, code = LVM_OK;
     int32_t *ids = mem_alloc((size_t)T, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     for (int i = 0; code == LVM_OK && i < p->n; i++) {
@@ -12252,14 +12838,14 @@ static int parse_tokens(const char *name, const char *text, size_t size, int32_t
 
 static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids, int n,
                          lvm_error *error) {
-    int T = lvm_model_info(s->model).tokens_per_image;
+    int T = s->model->T;
     struct paths inputs = {0};
     lvm_error fault = {0, ""};
-    int code = need(s->ctx, s->model->vq != NULL, "tokenizer", error);
+    int code = need_tokenizer(s->ctx, error);
     if (code != LVM_OK) return code;
     if (n == 0 || n % T != 0)
         return fail(error, LVM_FORMAT, "%s: %d token ids; an image takes %d", cli->words[1], n, T);
-    if (check_ids(ids, n, lvm_model_info(s->model).codes, &fault) != LVM_OK)
+    if (check_ids(ids, n, s->model->codes, &fault) != LVM_OK)
         return fail(error, LVM_FORMAT, "%s: %s", cli->words[1], fault.text);
     lvm_image *images = mem_alloc((size_t)(n / T), sizeof *images, error);
     if (images == NULL) return LVM_MEMORY;
@@ -12301,7 +12887,7 @@ static int run_decode(struct cli *cli) {
 
 /* nll[i]: of all tokens of choice i, ids[n][T], behind the prompt. */
 static int score_choices(lvm_ctx *ctx, const int32_t *ids, int n, double *nll, lvm_error *error) {
-    int T = ctx->m->info.tokens_per_image, code = LVM_OK;
+    int T = ctx->m->T, code = LVM_OK;
     float *each = mem_alloc((size_t)T, sizeof *each, error);
     if (each == NULL) return LVM_MEMORY;
     for (int i = 0; code == LVM_OK && i < n; i++) {
@@ -12379,7 +12965,7 @@ static void print_rank(const struct cli *cli, const struct paths *choices, const
 
 static int rank_choices(const struct cli *cli, struct session *s, const struct paths *prompt,
                         const struct paths *choices, lvm_error *error) {
-    int T = s->model->info.tokens_per_image, n = 0, code = need_all(cli, s, error);
+    int T = s->model->T, n = 0, code = need_all(cli, s, error);
     if (code != LVM_OK) return code;
     lvm_image *shots = load_prompt(cli, s, prompt, &n, error);
     lvm_image *images = load_images(cli, choices, 0, error);
@@ -12442,8 +13028,7 @@ static int set_open(struct set *set, struct cli *cli, lvm_error *error) {
     int code = read_file(path, &set->data, &set->size, error);
     if (code == LVM_OK) code = session_open(&set->s, cli, error);
     if (code != LVM_OK) return code;
-    const lvm_info *i = &set->s.model->info;
-    code = need(set->s.ctx, i->has_transformer, "transformer", error);
+    code = need_transformer(set->s.ctx, error);
     if (code != LVM_OK) return code;
     set->s.bar.whole = 1;
     for (size_t at = 0; at < set->size; at++)
@@ -12451,7 +13036,7 @@ static int set_open(struct set *set, struct cli *cli, lvm_error *error) {
     if (cli->lines > 0 && cli->lines < set->lines) set->lines = cli->lines;
     if (set->size >= 3 && memcmp(set->data, "\xef\xbb\xbf", 3) == 0) set->at = 3; /* a byte mark */
     set->folder = mem_alloc(n + 1, 1, error);
-    set->ids = mem_alloc((size_t)set->s.ctx->o.window * (size_t)i->tokens_per_image + 1,
+    set->ids = mem_alloc((size_t)set->s.ctx->o.window * (size_t)set->s.model->T + 1,
                          sizeof *set->ids, error);
     if (set->folder == NULL || set->ids == NULL) return LVM_MEMORY;
     memcpy(set->folder, path, n);
@@ -12460,7 +13045,7 @@ static int set_open(struct set *set, struct cli *cli, lvm_error *error) {
 
 /* The next line that is not blank; 0 at the end. */
 static int set_next(struct set *set, struct json *j, lvm_error *error) {
-    const lvm_info *i = &set->s.model->info;
+    const lvm_model *m = set->s.model;
     while (set->at < set->size) {
         const char *s = (const char *)set->data + set->at,
                    *end = memchr(s, '\n', set->size - set->at);
@@ -12469,7 +13054,7 @@ static int set_next(struct set *set, struct json *j, lvm_error *error) {
         set->line++;
         if (set->line > set->lines) return 0;
         *j = (struct json){.file = set->cli->words[1], .line = set->line, .s = s, .n = n,
-                           .T = i->tokens_per_image, .codes = i->codes, .error = error};
+                           .T = m->T, .codes = m->codes, .error = error};
         while (blank < n && isspace((unsigned char)s[blank])) blank++;
         if (blank < n) return 1;
     }
@@ -12497,7 +13082,7 @@ static int load_set_image(const struct set *set, const struct image_ref *p, lvm_
 /* Tokens of list[0..n-1] to ids[n][T]. */
 static int encode_set_images(const struct set *set, const struct image_ref *list, int n,
                                int32_t *ids, lvm_error *error) {
-    size_t T = (size_t)set->s.model->info.tokens_per_image;
+    size_t T = (size_t)set->s.model->T;
     int code = LVM_OK;
     for (int i = 0; code == LVM_OK && i < n; i++, ids += T) {
         if (list[i].ids != NULL) {
@@ -12516,15 +13101,15 @@ static int encode_set_images(const struct set *set, const struct image_ref *list
    number. What the line before began with too is not computed again. */
 static int prompt_line(struct set *set, const struct sentence *line, int room, int *used,
                        lvm_error *error) {
-    const lvm_info *i = &set->s.model->info;
-    int most = set->s.ctx->o.window - room, bos = i->bos >= 0;
+    const lvm_model *m = set->s.model;
+    int most = set->s.ctx->o.window - room, bos = m->llama.bos >= 0;
     if (most < 0)
         return fail(error, LVM_INVALID, "%d images do not fit a context of %d", room,
                     most + room);
     int n = line->input.n < most ? line->input.n : most;
     if (n == 0 && !bos) return fail(error, LVM_INVALID, "no image fits in front of the targets");
-    if (bos) set->ids[0] = i->bos;
-    set->n_ids = bos + n * i->tokens_per_image;
+    if (bos) set->ids[0] = m->llama.bos;
+    set->n_ids = bos + n * m->T;
     *used = n;
     const struct image_ref *first = line->input.list + line->input.n - n;
     int code = encode_set_images(set, first, n, set->ids + bos, error);
@@ -12558,7 +13143,7 @@ static int run_set(struct set *set, const char *stage,
 
 /* A list of images as tokens, allocated. */
 static int32_t *list_ids(struct set *set, const struct image_list *list, lvm_error *error) {
-    size_t T = (size_t)set->s.model->info.tokens_per_image;
+    size_t T = (size_t)set->s.model->T;
     int32_t *ids = mem_alloc((size_t)list->n * T + 1, sizeof *ids, error);
     if (ids == NULL) return NULL;
     if (encode_set_images(set, list->list, list->n, ids, error) == LVM_OK) return ids;
@@ -12567,7 +13152,7 @@ static int32_t *list_ids(struct set *set, const struct image_list *list, lvm_err
 }
 
 static int eval_puzzle(struct set *set, struct sentence *line, lvm_error *error) {
-    int used = 0, n = line->choices.n, T = set->s.model->info.tokens_per_image;
+    int used = 0, n = line->choices.n, T = set->s.model->T;
     int code = prompt_line(set, line, 1, &used, error);
     int32_t *ids = code == LVM_OK ? list_ids(set, &line->choices, error) : NULL;
     double *nll = mem_alloc((size_t)n, sizeof *nll, error);
@@ -12599,7 +13184,7 @@ static int eval_puzzle(struct set *set, struct sentence *line, lvm_error *error)
 
 /* exp of the mean negative log-likelihood over all tokens of all targets. */
 static int eval_targets(struct set *set, struct sentence *line, lvm_error *error) {
-    int used = 0, n = line->target.n * set->s.model->info.tokens_per_image;
+    int used = 0, n = line->target.n * set->s.model->T;
     int code = prompt_line(set, line, line->target.n, &used, error);
     int32_t *ids = code == LVM_OK ? list_ids(set, &line->target, error) : NULL;
     float *nll = mem_alloc((size_t)n, sizeof *nll, error);
@@ -12678,7 +13263,7 @@ static int parse_resize(const char *text, int *width, int *height) {
 /* The size of an answer: what --resize says, else R x R. */
 static int answer_size(const struct set *set, const struct sentence *line, int *width, int *height,
                        lvm_error *error) {
-    int R = set->s.model->info.resolution, n = line->input.n;
+    int R = set->s.model->vq->R, n = line->input.n;
     parse_resize(set->cli->resize, width, height);
     if (*width > 0) return LVM_OK;
     *width = *height = R;
@@ -12693,14 +13278,14 @@ static int answer_size(const struct set *set, const struct sentence *line, int *
 
 /* The tokens of the prompt as images, for a grid. */
 static int decode_prompt(struct set *set, int n, lvm_image *images, lvm_error *error) {
-    int bos = set->s.model->info.bos >= 0;
+    int bos = set->s.model->llama.bos >= 0;
     return lvm_decode(set->s.ctx, set->ids + bos, n, images, error);
 }
 
 /* The inputs of a grid: images as the tokenizer saw them, tokens as they draw. */
 static int grid_inputs(struct set *set, const struct sentence *line, int n, lvm_image *images,
                        lvm_error *error) {
-    int R = set->s.model->info.resolution, code = decode_prompt(set, n, images, error);
+    int R = set->s.model->vq->R, code = decode_prompt(set, n, images, error);
     const struct image_ref *list = line->input.list + line->input.n - n;
     for (int i = 0; code == LVM_OK && i < n; i++) {
         lvm_image image = {.rgb = NULL};
@@ -12735,7 +13320,7 @@ static int compose_answers(struct set *set, const struct sentence *line, const l
    three channels, over candidates and targets. */
 static int squared_error(struct set *set, const struct sentence *line, const lvm_image *answers,
                          double *out, lvm_error *error) {
-    int R = set->s.model->info.resolution, n = set->cli->images, code = LVM_OK;
+    int R = set->s.model->vq->R, n = set->cli->images, code = LVM_OK;
     double sum = 0;
     for (int t = 0; code == LVM_OK && t < n; t++) {
         lvm_image image = {.rgb = NULL}, truth = {.rgb = NULL};
@@ -12869,10 +13454,8 @@ static int run_batch(struct cli *cli) {
 }
 
 static void print_key(const struct gguf *g, const char *key, const char *label) {
-    const struct gguf_key *k = gguf_key(g, key);
-    if (k == NULL || k->type != GGUF_STRING) return;
-    struct cursor c = {k->value, k->size, 0, 0};
-    struct text t = cursor_text(&c);
+    struct text t = read_text(g, key);
+    if (gguf_key(g, key) == NULL) return;
     printf("%-13s ", label);
     for (uint64_t i = 0; i < t.n && i < 2000; i++)
         putchar(iscntrl((unsigned char)t.s[i]) ? ' ' : t.s[i]);
@@ -12913,25 +13496,26 @@ static void print_tokenizer(const struct vqgan *vq) {
     printf("), %d residual blocks, attention at ", vq->n_res_blocks);
     for (int i = 0; i < vq->n_attn_at; i++) printf("%s%d", i > 0 ? "," : "", vq->attn_at[i]);
     printf("%s%s, z %d, code width %d\n", vq->n_attn_at == 0 ? "no resolution" : "",
-           vq->no_mid_attn ? "" : " and in the middle", vq->z, vq->e);
+           vq->no_mid_attn ? "" : " and in the middle", vq->z, vq->code_dim);
 }
 
-static int missing_tensors; /* of the file that info looks at */
-
-static void on_missing(const char *name) {
-    printf("%-13s %s\n", "missing", name);
-    missing_tensors++;
+/* Names the tensors that the description asks for and the file lacks, and does without them;
+   returns how many. */
+static int print_missing(lvm_model *m) {
+    int n = 0;
+    for (int i = 0; i < m->n_specs; i++)
+        if (!m->specs[i].optional && gguf_tensor(&m->file, m->specs[i].name) == NULL) {
+            printf("%-13s %s\n", "missing", m->specs[i].name);
+            m->specs[i].optional = 1;
+            n++;
+        }
+    return n;
 }
 
-static int run_info(struct cli *cli) {
-    if (cli->n_words != 1) return complain("give one weights file (lvm help info)") + 1;
-    lvm_error error = {0, ""};
-    lvm_model *m =
-        open_model(cli->words[0], cli->flags ? LVM_NO_MMAP : 0, on_missing, &error);
-    if (m == NULL) return finish(&error, error.code);
+static void print_model(const lvm_model *m) {
     const struct gguf *g = &m->file;
     lvm_info i = lvm_model_info(m);
-    printf("%-13s %s, %zu bytes\n", "file", cli->words[0], g->size);
+    printf("%-13s %s, %zu bytes\n", "file", m->path, g->size);
     print_key(g, "general.name", "name");
     print_key(g, "general.license", "license");
     print_key(g, "general.description", "description");
@@ -12948,20 +13532,29 @@ static int run_info(struct cli *cli) {
                i.bos < 0 ? " (none)" : "");
     else printf("transformer   none: encode and decode only (convert.py --llama adds it)\n");
     print_types(g, 0);
-    if (cli->list) print_tensors(g);
+}
+
+/* A file that lacks tensors is shown too, with what it lacks. */
+static int run_info(struct cli *cli) {
+    if (cli->n_words != 1) return complain("give one weights file (lvm help info)") + 1;
+    lvm_error error = {0, ""};
+    lvm_model *m = model_new(cli->words[0], &error);
+    int code = m == NULL ? error.code : load_file(m, cli->flags ? LVM_NO_MMAP : 0, &error);
+    int missing = code == LVM_OK ? print_missing(m) : 0;
+    if (code == LVM_OK) code = load_tensors(m, &error);
+    if (code == LVM_OK) print_model(m);
+    if (code == LVM_OK && cli->list) print_tensors(&m->file);
     lvm_close(m);
-    if (missing_tensors == 0) return 0;
-    return complain("%s: %d tensors are missing", cli->words[0], missing_tensors);
+    if (code == LVM_OK && missing > 0)
+        return complain("%s: %d tensors are missing", cli->words[0], missing);
+    return finish(&error, code);
 }
 
 static int run_quantize(struct cli *cli) {
     if (cli->n_words != 2) return complain("give an input and an output (lvm help quantize)") + 1;
     lvm_error error = {0, ""};
-    int ruled = LVM_AUTO;
-    if (rule_type(cli->rules, (struct text){NULL, 0}, &ruled, &error) != LVM_OK)
-        return complain("--rules: %s", error.text) + 1;
-    int code = lvm_quantize(cli->words[0], cli->words[1], cli->type, cli->vq_type, cli->rules,
-                            cli->force, &error);
+    int code = lvm_quantize(cli->words[0], cli->words[1], cli->type, cli->vq_type, cli->force,
+                            &error);
     if (code == LVM_OK) printf("%s\n", cli->words[1]);
     return finish(&error, code);
 }
@@ -12977,58 +13570,36 @@ static int run_quantize(struct cli *cli) {
 
 struct shape {
     const char *name;
-    int n_layers, D, F, H;
+    int L, D, F, H;
 };
 
 static const struct shape shape_table[] = {
     {"100m", 22, 640, 1664, 10}, {"300m", 22, 1024, 2688, 8},  {"600m", 22, 1536, 4096, 16},
     {"1b", 22, 2048, 5504, 16},  {"3b", 26, 3200, 8640, 32},   {"7b", 32, 4096, 11008, 32}};
 enum { N_SHAPES = sizeof shape_table / sizeof *shape_table };
-#define STAGES "encode|prompt|new|candidates|draw"
+#define STAGES "encode|prefill|generate|candidates|decode"
 
 /* The published checkpoint's tokenizer and the one that ships with lvm. */
-static const struct vqgan published_vq = {.R = 256, .S = 16, .n_levels = 5, .n_res_blocks = 2,
-    .hidden = 128, .z = 64, .codes = 8192, .e = 64, .mult = {1, 2, 2, 4, 6}, .no_mid_attn = 1,
-    .resample_conv = 1};
+static const struct vqgan published_vq = {.R = 256,
+                                          .S = 16,
+                                          .n_levels = 5,
+                                          .n_res_blocks = 2,
+                                          .hidden = 128,
+                                          .z = 64,
+                                          .codes = 8192,
+                                          .code_dim = 64,
+                                          .mult = {1, 2, 2, 4, 6},
+                                          .no_mid_attn = 1,
+                                          .resample_conv = 1};
 static const struct vqgan shipped_vq = {.R = 256, .S = 16, .n_levels = 5, .n_res_blocks = 2,
-    .hidden = 64, .z = 64, .codes = 8192, .e = 64, .mult = {1, 1, 2, 2, 4}, .attn_at = {16},
+    .hidden = 64, .z = 64, .codes = 8192, .code_dim = 64, .mult = {1, 1, 2, 2, 4}, .attn_at = {16},
     .n_attn_at = 1, .resample_conv = 1};
-
-/* A model of a given shape: llama's sizes or vq's configuration are filled in, weights are random.
-   Either may be NULL. */
-static lvm_model *model_made_up(const struct llama *llama, const struct vqgan *vq, int type,
-                                int vq_type, lvm_error *error) {
-    struct made_up made = {type, vq_type, NULL, 0};
-    lvm_model *m = model_new("(random weights)", error);
-    if (m == NULL) return NULL;
-    m->k = choose_kernels(error);
-    int code = m->k == NULL ? LVM_INVALID : load_name(m, error);
-    if (llama != NULL) m->llama = *llama;
-    if (code == LVM_OK && vq != NULL) {
-        m->vq = mem_alloc(1, sizeof *m->vq, error);
-        if (m->vq == NULL) code = LVM_MEMORY;
-        else *m->vq = *vq;
-    }
-    m->info.has_transformer = llama != NULL;
-    m->info.has_tokenizer = vq != NULL;
-    m->made_up = &made;
-    for (int pass = 0; code == LVM_OK && pass < 2; pass++) { /* count, then hand out */
-        made.size = 0;
-        if (llama != NULL) code = load_llama(m, error);
-        if (code == LVM_OK && vq != NULL) code = load_vq(m, error);
-        if (code != LVM_OK || pass == 1) break;
-        made.data = m->owned = mem_alloc(1, made.size, error);
-        if (made.data == NULL) code = LVM_MEMORY;
-    }
-    m->made_up = NULL;
-    if (code == LVM_OK) code = fill_info(m, error);
-    return model_or_null(m, code);
-}
 
 struct bench {
     const struct cli *cli;
     lvm_model *m;
     lvm_ctx *ctx;
+    struct pool *pool;              /* for the ceilings, as many threads as the context's */
     double fma, integer, bandwidth; /* ceilings: operations and bytes a second, all threads */
     int shown;                      /* stages so far */
 };
@@ -13047,19 +13618,14 @@ static void peak_task(void *arg, int task, int thread) {
     job->run(job->rounds);
 }
 
-static struct pool *bench_pool(const struct bench *b) {
-    return ((struct cpu *)b->ctx->state)->e.pool;
-}
-
 /* Operations a second of all threads: the best of five runs of some ten milliseconds. */
 static double measure_peak(const struct bench *b, void (*run)(int64_t), int64_t ops) {
     struct peak_job job = {.run = run, .rounds = 1 << 23};
-    struct pool *pool = bench_pool(b);
     double best = 0;
     for (int i = 0; i < 5; i++) {
         double start = seconds();
-        pool_run(pool, pool->n, peak_task, &job);
-        double rate = (double)ops * (double)job.rounds * pool->n / (seconds() - start);
+        pool_run(b->pool, b->pool->n, peak_task, &job);
+        double rate = (double)ops * (double)job.rounds * b->pool->n / (seconds() - start);
         best = rate > best ? rate : best;
     }
     return best;
@@ -13089,7 +13655,7 @@ static double measure_bandwidth(const struct bench *b) {
     job.data = data;
     for (int i = 0; i < 5; i++) {
         double start = seconds();
-        pool_run(bench_pool(b), TASKS, read_task, &job);
+        pool_run(b->pool, TASKS, read_task, &job);
         rate[i] = TASKS * 8.0 * WORDS / (seconds() - start);
         for (int j = i; j > 0 && rate[j] < rate[j - 1]; j--) {
             double swap = rate[j];
@@ -13103,53 +13669,27 @@ static double measure_bandwidth(const struct bench *b) {
 
 /* ---- What a stage has to do ---- */
 
-static double conv_ops(const struct conv *c, int side) {
-    return 2.0 * side * side * c->c_in * c->c_out * c->size * c->size;
-}
-
-static double attn_ops(const struct attn_block *a, int side) {
-    double n = (double)side * side;
-    return 4 * conv_ops(&a->q, side) + 4 * n * n * a->norm.c;
-}
-
-static double res_ops(const struct res_block *r, int side) {
-    return conv_ops(&r->conv1, side) + conv_ops(&r->conv2, side) + conv_ops(&r->shortcut, side);
-}
-
-/* Multiplications and additions of one half, on the way from or to R x R pixels. */
-static double half_ops(const struct vqgan *vq, const struct half *h, int down) {
-    double sum = conv_ops(&h->conv_in, down ? vq->R : vq->S) +
-                 conv_ops(&h->conv_out, down ? vq->S : vq->R) + res_ops(&h->mid1, vq->S) +
-                 res_ops(&h->mid2, vq->S);
-    if (h->has_mid_attn) sum += attn_ops(&h->mid_attn, vq->S);
-    for (int i = 0; i < vq->n_levels; i++) {
-        const struct level *l = &h->level[i];
-        int side = vq->R >> i;
-        for (int b = 0; b < l->n_blocks; b++) {
-            sum += res_ops(&l->block[b], side);
-            if (l->has_attn) sum += attn_ops(&l->attn[b], side);
-        }
-        if (l->resample) sum += conv_ops(&l->conv, down ? side / 2 : side * 2);
-    }
-    return sum;
+/* Multiplications and additions of an operation of the tokenizer, convolutions counted as direct.
+ */
+static double op_cost(const struct vq_op *op) {
+    double pixels = (double)op->side_out * op->side_out, cost = 0;
+    for (int i = 0; i < 4; i++) cost += 2 * pixels * op->conv[i].w.rows * op->conv[i].w.cols;
+    return op->kind == VQ_ATTENTION ? cost + 4 * pixels * pixels * op->c_in : cost;
 }
 
 /* Values and bytes of the transformer's matrices; the embedding only where it is the output too. */
-static void llama_size(const struct llama *a, double *values, double *bytes) {
-    *values = (double)a->output.rows * a->output.cols;
-    *bytes = (double)a->output.rows * (double)a->output.row_bytes;
-    for (int i = 0; i < a->n_layers; i++) {
-        const struct layer *l = &a->layers[i];
-        const struct tensor *all[] = {&l->q, &l->k, &l->v, &l->o, &l->gate, &l->up, &l->down};
-        for (int t = 0; t < 7; t++) {
-            *values += (double)all[t]->rows * all[t]->cols;
-            *bytes += (double)all[t]->rows * (double)all[t]->row_bytes;
-        }
+static void matrix_sizes(const lvm_model *m, double *values, double *bytes) {
+    *values = *bytes = 0;
+    for (int i = 0; i < m->n_specs; i++) {
+        const struct tensor *t = m->specs[i].tensor;
+        if (m->specs[i].kind != T_MATRIX && t != &m->llama.output) continue;
+        *values += (double)t->rows * t->cols;
+        *bytes += (double)t->rows * (double)t->row_bytes;
     }
 }
 
 static double cache_bytes(const struct bench *b, double tokens) {
-    return tokens * (double)b->ctx->b->kv_page_bytes(b->ctx->state) / KV_BLOCK;
+    return tokens * (double)b->ctx->b->kv_size(b->ctx->state) / b->ctx->limits.kv_block;
 }
 
 /* ---- Stages ---- */
@@ -13177,60 +13717,63 @@ static int wanted(const struct bench *b, const char *stage) {
 }
 
 /* Seconds of the fastest of three runs, or of one that takes longer than two. */
-static int time_vq(struct bench *b, int down, double *best, lvm_error *error) {
+static int time_vq(struct bench *b, int encode, double *best, lvm_error *error) {
     const struct vqgan *vq = b->m->vq;
-    size_t T = (size_t)b->m->info.tokens_per_image;
-    float *rgb = b->ctx->rgb;
-    int32_t *ids = mem_alloc(T, sizeof *ids, error);
-    int code = ids == NULL ? LVM_MEMORY : LVM_OK;
-    for (size_t t = 0; ids != NULL && t < T; t++) ids[t] = (int32_t)(t * 37 % (size_t)vq->codes);
-    for (int i = 0; down && i < vq->R * vq->R * 3; i++) rgb[i] = (float)(i % 255) / 255;
+    int T = b->m->T, size = vq->R * vq->R * 3;
+    int32_t *ids = mem_alloc((size_t)T, sizeof *ids, error);
+    uint8_t *rgb = mem_alloc((size_t)size, 1, error);
+    int code = ids == NULL || rgb == NULL ? LVM_MEMORY : LVM_OK;
+    for (int t = 0; code == LVM_OK && t < T; t++) ids[t] = t * 37 % vq->codes;
+    for (int i = 0; code == LVM_OK && i < size; i++) rgb[i] = (uint8_t)(i % 255);
     *best = HUGE_VAL;
     for (int run = 0; code == LVM_OK && run < 3; run++) {
         double start = seconds();
-        code = down ? b->ctx->b->encode(b->ctx->state, rgb, 0, 1, ids, NULL, error)
-                    : b->ctx->b->decode(b->ctx->state, ids, 0, 1, rgb, error);
+        code = encode ? b->ctx->b->encode(b->ctx->state, rgb, 1, 0, 1, ids, NULL, error)
+                      : b->ctx->b->decode(b->ctx->state, ids, 1, 0, 1, rgb, NULL, error);
         double took = seconds() - start;
         *best = took < *best ? took : *best;
         if (took > 2 && run > 0) break;
     }
     mem_free(ids);
+    mem_free(rgb);
     return code;
 }
 
-static int bench_vq(struct bench *b, int down, lvm_error *error) {
+static int bench_vq(struct bench *b, int encode, lvm_error *error) {
     const struct vqgan *vq = b->m->vq;
-    double took = 0, ops = half_ops(vq, down ? &vq->encoder : &vq->decoder, down);
-    int code = time_vq(b, down, &took, error);
+    double took = 0, ops = 0;
+    for (int i = encode ? 0 : vq->n_encoder; i < (encode ? vq->n_encoder : vq->n_ops); i++)
+        ops += op_cost(&vq->ops[i]);
+    int code = time_vq(b, encode, &took, error);
     if (code == LVM_OK)
-        print_stage(b, down ? "encode" : "draw", 1, "images", took, ops / b->fma, ops, "GFLOP");
+        print_stage(b, encode ? "encode" : "decode", 1, "images", took, ops / b->fma, ops, "GFLOP");
     return code;
 }
 
-static int bench_prompt(struct bench *b, lvm_error *error) {
+static int bench_prefill(struct bench *b, lvm_error *error) {
     const struct llama *a = &b->m->llama;
     int n = b->cli->prompt, code = LVM_OK;
     double values = 0, bytes = 0;
-    llama_size(a, &values, &bytes);
+    matrix_sizes(b->m, &values, &bytes);
     /* Only the last token needs what lies behind the last layer's keys and values. */
-    const struct layer *l = &a->layers[a->n_layers - 1];
+    const struct layer *l = &a->layers[a->L - 1];
     const struct tensor *once[] = {&a->output, &l->q, &l->o, &l->gate, &l->up, &l->down};
     for (size_t i = 0; i < sizeof once / sizeof *once; i++)
         values -= (double)once[i]->rows * once[i]->cols;
     int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
-    for (int i = 0; i < n; i++) ids[i] = (int32_t)((int64_t)i * 7919 % b->m->info.codes);
+    for (int i = 0; i < n; i++) ids[i] = (int32_t)((int64_t)i * 7919 % b->m->codes);
     double start = seconds();
     code = lvm_prompt(b->ctx, ids, n, NULL, error);
     double took = seconds() - start, products = 2 * values * n;
     /* four of each pair of query and key, half of the pairs: */
-    double attention = 2.0 * n * n * a->H * a->d * (a->n_layers - 1);
+    double attention = 2.0 * n * n * a->H * a->d * (a->L - 1);
     int integer = type_is_quantised(a->layers[0].q.type) && !b->ctx->o.exact;
     double floor = products / (integer ? b->integer : b->fma); /* a q8_0 cache: see k8_scores */
     floor += b->ctx->o.kv_type == LVM_Q8_0 ? 2 * attention / b->integer : attention / b->fma;
     mem_free(ids);
-    if (code == LVM_OK && wanted(b, "prompt"))
-        print_stage(b, "prompt", n, "tokens", took, floor, products + attention, "GOP");
+    if (code == LVM_OK && wanted(b, "prefill"))
+        print_stage(b, "prefill", n, "tokens", took, floor, products + attention, "GOP");
     return code;
 }
 
@@ -13246,7 +13789,7 @@ static int bench_generate(struct bench *b, const char *name, int candidates, lvm
     if (code == LVM_OK)
         code = lvm_generate(b->ctx, &b->cli->sampling, candidates, n, ids, error);
     double took = seconds() - start, after = measure_bandwidth(b);
-    llama_size(&b->m->llama, &values, &bytes);
+    matrix_sizes(b->m, &values, &bytes);
     double depth = prompt + n / 2.0;
     double read = n * (bytes + cache_bytes(b, depth) +
                        (candidates - 1) * cache_bytes(b, depth - prompt));
@@ -13260,19 +13803,21 @@ static int bench_generate(struct bench *b, const char *name, int candidates, lvm
 }
 
 static int run_stages(struct bench *b, lvm_error *error) {
-    int code = LVM_OK, has_vq = b->m->vq != NULL, has_lm = b->m->info.has_transformer;
-    int decodes = wanted(b, "new") || wanted(b, "candidates");
+    int code = LVM_OK, has_vq = b->m->vq != NULL, has_lm = b->m->llama.L > 0;
+    int decodes = wanted(b, "generate") || wanted(b, "candidates");
     if (has_vq && wanted(b, "encode")) code = bench_vq(b, 1, error);
-    if (code == LVM_OK && has_lm && (decodes || wanted(b, "prompt"))) code = bench_prompt(b, error);
-    if (code == LVM_OK && has_lm && wanted(b, "new")) code = bench_generate(b, "new", 1, error);
+    if (code == LVM_OK && has_lm && (decodes || wanted(b, "prefill")))
+        code = bench_prefill(b, error);
+    if (code == LVM_OK && has_lm && wanted(b, "generate"))
+        code = bench_generate(b, "generate", 1, error);
     if (code == LVM_OK && has_lm && wanted(b, "candidates"))
         code = bench_generate(b, "candidates", 4, error);
-    if (code == LVM_OK && has_vq && wanted(b, "draw")) code = bench_vq(b, 0, error);
+    if (code == LVM_OK && has_vq && wanted(b, "decode")) code = bench_vq(b, 0, error);
     return code;
 }
 
 static void print_ceilings(struct bench *b) {
-    const struct peak *p = find_peak(b->m->k->name);
+    const struct peak *p = find_peak(b->m->kern->name);
     char bf16[32] = "";
     b->fma = measure_peak(b, p->fma, p->fma_ops);
     b->integer = measure_peak(b, p->integer, p->integer_ops);
@@ -13284,18 +13829,27 @@ static void print_ceilings(struct bench *b) {
                           "\"integer_gops\": %.4g, \"read_gbs\": %.4g}\n"
                         : "%s, %d threads; ceilings: %.0f GFLOP/s, %s%.0f integer GOP/s, %.1f GB/s "
                           "read\n\n",
-           b->m->k->name, b->ctx->o.threads, b->fma / 1e9, bf16, b->integer / 1e9,
+           b->m->kern->name, b->ctx->o.threads, b->fma / 1e9, bf16, b->integer / 1e9,
            b->bandwidth / 1e9);
 }
 
 /* The model that --config and --vq ask for. */
 static lvm_model *bench_model(const struct cli *cli, lvm_error *error) {
     const struct shape *s = &shape_table[cli->config < 0 ? 0 : cli->config];
-    struct llama a = {.context = 16 * 256 + 256, .n_layers = s->n_layers, .D = s->D, .F = s->F,
-                      .H = s->H, .G = s->H, .d = s->D / s->H, .V = 8292, .eps = 1e-6f,
+    struct llama a = {.context = 16 * 256 + 256,
+                      .bos = -1,
+                      .eos = -1,
+                      .L = s->L,
+                      .D = s->D,
+                      .F = s->F,
+                      .H = s->H,
+                      .G = s->H,
+                      .d = s->D / s->H,
+                      .V = 8292,
+                      .eps = 1e-6f,
                       .theta = 10000};
     int type = cli->type == LVM_AUTO ? LVM_Q8_0 : cli->type;
-    return model_made_up(cli->config < 0 ? NULL : &a, cli->vq == 1 ? &shipped_vq : &published_vq,
+    return random_model(cli->config < 0 ? NULL : &a, cli->vq == 1 ? &shipped_vq : &published_vq,
                          type, type_is_quantised(type) ? LVM_F16 : type, error);
 }
 
@@ -13309,13 +13863,15 @@ static int run_bench(struct cli *cli) {
     cli->options.user = &bar;
     cli->options.progress = on_progress;
     if (b.m != NULL) b.ctx = lvm_ctx_new(b.m, &cli->options, &error);
-    int code = b.ctx != NULL ? LVM_OK : error.code;
-    if (code == LVM_OK && b.m->info.has_transformer &&
-        cli->prompt + cli->new_tokens > b.m->info.context_length + 1)
+    if (b.ctx != NULL) b.pool = pool_new(b.ctx->o.threads, &error);
+    int code = b.pool != NULL ? LVM_OK : error.code;
+    if (code == LVM_OK && b.m->llama.L > 0 &&
+        cli->prompt + cli->new_tokens > b.m->llama.context + 1)
         code = fail(&error, LVM_INVALID, "a prompt of %d and %d new tokens: the context holds %d",
-                    cli->prompt, cli->new_tokens, b.m->info.context_length + 1);
+                    cli->prompt, cli->new_tokens, b.m->llama.context + 1);
     if (code == LVM_OK) print_ceilings(&b);
     if (code == LVM_OK) code = run_stages(&b, &error);
+    pool_free(b.pool);
     lvm_ctx_free(b.ctx);
     lvm_close(b.m);
     return finish(&error, code);

@@ -68,7 +68,7 @@ static int stop_and_repeat(struct job *job, double seconds) {
 int main(int argc, char **argv) {
     struct job job = {.n = argc - 3, .error = {LVM_MEMORY, "out of memory"}};
     lvm_options options = lvm_default_options();
-    if (argc < 4) return fprintf(stderr, "usage: cancel WEIGHTS SECONDS PICTURE...\n"), 2;
+    if (argc < 4) return fprintf(stderr, "usage: cancel WEIGHTS SECONDS IMAGE...\n"), 2;
     options.progress = on_progress;
     options.user = &job;
     lvm_model *model = lvm_open(argv[1], 0, &job.error);

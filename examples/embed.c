@@ -59,7 +59,7 @@ static int predict(lvm_ctx *ctx, char **files, int n, lvm_image *answer, lvm_err
 int main(int argc, char **argv) {
     lvm_error error = {LVM_OK, ""};
     lvm_image answer = {0};
-    if (argc < 3) return fprintf(stderr, "usage: embed WEIGHTS PICTURE...\n"), 2;
+    if (argc < 3) return fprintf(stderr, "usage: embed WEIGHTS IMAGE...\n"), 2;
     lvm_model *model = lvm_open(argv[1], 0, &error);
     lvm_ctx *ctx = model != NULL ? lvm_ctx_new(model, NULL, &error) : NULL;
     int done = ctx != NULL && predict(ctx, argv + 2, argc - 2, &answer, &error) == LVM_OK &&

@@ -29,7 +29,8 @@ class Info(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int) for name in (
         "has_transformer has_tokenizer context_length vocab_size codes bos eos layers width "
         "feed_forward heads kv_heads resolution tokens_per_image window_images").split()] + [
-        ("parameters", ctypes.c_int64), ("name", ctypes.c_char_p), ("isa", ctypes.c_char_p)]
+        ("parameters", ctypes.c_int64), ("name", ctypes.c_char_p), ("isa", ctypes.c_char_p),
+        ("device", ctypes.c_char_p)]
 
 
 class Sampling(ctypes.Structure):
@@ -126,7 +127,7 @@ class Lvm:
 
 def main():
     if len(sys.argv) < 3:
-        sys.exit("usage: embed.py WEIGHTS PICTURE...")
+        sys.exit("usage: embed.py WEIGHTS IMAGE...")
     try:
         with Lvm(sys.argv[1]) as lvm:
             ids = lvm.predict([lvm.encode(path) for path in sys.argv[2:]])

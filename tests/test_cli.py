@@ -423,7 +423,7 @@ class Commands(Case):
     def test_bench(self):
         out = self.lines("bench", self.weights, "--json", "--prompt", "70", "--new", "6", "-j", "1")
         first, stages = json.loads(out[0]), [json.loads(line) for line in out[1:]]
-        self.assertEqual([s["stage"] for s in stages], ["encode", "prompt", "new", "candidates", "draw"])
+        self.assertEqual([s["stage"] for s in stages], ["encode", "prefill", "generate", "candidates", "decode"])
         for s in stages:
             self.assertGreater(s["seconds"], 0)
             self.assertGreater(s["floor_seconds"], 0)
@@ -433,8 +433,8 @@ class Commands(Case):
             able = first["kernels"] == "avx512" and b"avx512_bf16" in read("/proc/cpuinfo")
             self.assertEqual("bf16_gflops" in first, able)
         table = self.lines("bench", "--config", "100m", "--type", "q4_0", "--prompt", "8", "--new", "1",
-                           "--stage", "prompt", "-j", "1")
-        self.assertRegex(table[-1], r"^prompt .* tokens/s .* %$")
+                           "--stage", "prefill", "-j", "1")
+        self.assertRegex(table[-1], r"^prefill .* tokens/s .* %$")
         self.bad(2, "--config", "bench")
         self.bad(2, "--config", "bench", self.weights, "--config", "100m")
         self.bad(1, "the context holds", "bench", self.weights, "--prompt", "1000000")
@@ -540,17 +540,6 @@ class Quantize(Case):
     def predict_with(self, weights):
         self.assertEqual(self.lines(weights, self.images[0], "-j1", "-o", "q.png"), ["q.png"])
         self.assertEqual(png_size(read(self.path("q.png"))), (32, 32))
-
-    def test_rules(self):
-        self.good("quantize", self.weights, "r.bin", "--type", "q4_0", "--rules",
-                  "blk.*.attn_v.*=q8_0,output.weight=f16")
-        types = self.types("r.bin")
-        self.assertEqual([types[t] for t in ("blk.1.attn_v.weight", "output.weight",
-                                             "blk.1.attn_q.weight")], ["q8_0", "f16", "q4_0"])
-        self.good("quantize", self.weights, "o.bin", "--rules", "output.*=q4_0")
-        self.assertEqual(self.types("o.bin")["output.weight"], "q4_0")
-        for rules in ("nothing", "a=q9", "a=", "a=f16,b"):
-            self.bad(2, ["rule", "PATTERN"], "quantize", self.weights, "x.bin", "--rules", rules)
 
     def test_nothing_to_do(self):
         self.good("quantize", self.weights, "same.bin")
@@ -1168,7 +1157,7 @@ class Shipped(Case):
 
     def test_bench_counts(self):
         """Operations of the shipped tokenizer, counted by hooks on PyTorch's modules: 34.7 and 63.4 billion."""
-        for stage, billions in (("encode", 34.7), ("draw", 63.4)):
+        for stage, billions in (("encode", 34.7), ("decode", 63.4)):
             line = json.loads(self.lines("bench", WEIGHTS, "--json", "--stage", stage)[-1])
             self.assertAlmostEqual(line["amount"] * line["seconds"], billions, delta=0.1)
 

@@ -1997,28 +1997,28 @@ class Compare(Case):
                           "print('noise'), print(json.dumps([{'build_commit': 'abc',"
                           "'samples_ns': [took]}]))\n")
         broken = self.program("broken", "sys.exit('no such option')\n")
-        done = self.compare("--ik", ik, "--llama", broken, "--stage", "prompt,new",
+        done = self.compare("--ik", ik, "--llama", broken, "--stage", "prefill,generate",
                             "--json", self.path("out.json"))
         self.assertEqual(done.returncode, 0)
         turns = done.stderr.splitlines()        # three of lvm, after a warm-up, and so on
-        self.assertEqual([turn for turn in turns if turn.startswith("prompt") and "lvm" in turn],
-                         ["prompt, %s: lvm: 2.000 s" % name for name in
+        self.assertEqual([turn for turn in turns if turn.startswith("prefill") and "lvm" in turn],
+                         ["prefill, %s: lvm: 2.000 s" % name for name in
                           ("warm-up", "turn 1 of 3", "turn 2 of 3", "turn 3 of 3")])
-        self.assertIn("new, turn 3 of 3: ik_llama.cpp -fa 1 -rtr 1: 3.000 s", turns)
+        self.assertIn("generate, turn 3 of 3: ik_llama.cpp -fa 1 -rtr 1: 3.000 s", turns)
         self.assertIn("ik_llama.cpp: abc", done.stdout)
-        self.assertRegex(done.stdout, r"prompt +lvm +2\.000 s +1920\.00 tokens/s\n")
-        self.assertRegex(done.stdout, r"prompt +ik_llama.cpp -fa 1 -rtr 0 .* 1\.50x +best\n")
-        self.assertRegex(done.stdout, r"prompt +ik_llama.cpp -fa 0 -rtr 0 .* 4\.50x +one run\n")
-        self.assertRegex(done.stdout, r"prompt +llama.cpp +left out: .*: no such option\n")
-        self.assertRegex(done.stdout, r"\nnew +2\.000 s +3\.000 s +1\.50x  ik_llama\.cpp -fa 1 ")
+        self.assertRegex(done.stdout, r"prefill +lvm +2\.000 s +1920\.00 tokens/s\n")
+        self.assertRegex(done.stdout, r"prefill +ik_llama.cpp -fa 1 -rtr 0 .* 1\.50x +best\n")
+        self.assertRegex(done.stdout, r"prefill +ik_llama.cpp -fa 0 -rtr 0 .* 4\.50x +one run\n")
+        self.assertRegex(done.stdout, r"prefill +llama.cpp +left out: .*: no such option\n")
+        self.assertRegex(done.stdout, r"\ngenerate +2\.000 s +3\.000 s +1\.50x  ik_llama\.cpp -fa 1 ")
         with open(self.path("out.json"), encoding="utf-8") as f:
             found = json.load(f)
-        self.assertEqual(found["ratios"]["new"]["ratio"], 1.5)
-        self.assertEqual([len(e["seconds"]) for e in found["stages"]["prompt"][:3]], [3, 1, 3])
+        self.assertEqual(found["ratios"]["generate"]["ratio"], 1.5)
+        self.assertEqual([len(e["seconds"]) for e in found["stages"]["prefill"][:3]], [3, 1, 3])
 
     def test_refusals(self):
-        done = self.compare("--stage", "draw", "--python", self.path("none"), "--open-muse", ".")
-        self.assertRegex(done.stdout, r"draw +PyTorch +left out: .*none: No such file")
+        done = self.compare("--stage", "decode", "--python", self.path("none"), "--open-muse", ".")
+        self.assertRegex(done.stdout, r"decode +PyTorch +left out: .*none: No such file")
         self.assertEqual(self.compare("--stage", "sleep").returncode, 2)
         self.assertEqual(self.compare("--python", "python3").returncode, 2)
         done = self.compare("--lvm", self.path("nothing"))

@@ -190,7 +190,7 @@ static int job_prompt(struct world *w, lvm_error *error) {
     float logits[1024];
     fill_ids(ids, MANY);
     int code = lvm_prompt(w->ctx, ids, MANY, logits, error);
-    if (code == LVM_OK) note(w, logits, (size_t)w->lm->info.vocab_size * sizeof *logits);
+    if (code == LVM_OK) note(w, logits, (size_t)w->lm->llama.V * sizeof *logits);
     return code;
 }
 
@@ -275,14 +275,13 @@ static int job_cache(struct world *w, lvm_error *error) {
     if (code == LVM_OK) code = lvm_cache_save(w->ctx, path, MANY, error);
     if (code == LVM_OK) code = lvm_cache_load(w->ctx, path, error);
     if (code == LVM_OK) code = lvm_prompt(w->ctx, ids, MANY, logits, error);
-    if (code == LVM_OK) note(w, logits, (size_t)w->lm->info.vocab_size * sizeof *logits);
+    if (code == LVM_OK) note(w, logits, (size_t)w->lm->llama.V * sizeof *logits);
     remove(path);
     return code;
 }
 
 static int job_quantize(struct world *w, lvm_error *error) {
-    int code = lvm_quantize(w->both, in_folder(w, "q.bin"), LVM_Q8_0, LVM_Q8_0, "*attn_q*=f32", 0,
-                            error);
+    int code = lvm_quantize(w->both, in_folder(w, "q.bin"), LVM_Q8_0, LVM_Q8_0, 0, error);
     if (code == LVM_OK) remove(in_folder(w, "q.bin"));
     return code;
 }
@@ -298,7 +297,7 @@ static const struct job jobs[] = {
     {"open", job_open, 0, 8},         {"open without mapping", job_open_read, 0, 8},
     {"open in memory", job_open_memory, 0, 8}, {"new", job_new, 0, 50},
     {"encode", job_encode, 'b', 4},   {"decode", job_decode, 'b', 2},
-    {"prompt", job_prompt, 'l', 4},   {"score", job_score, 'l', 4},
+    {"prefill", job_prompt, 'l', 4},   {"score", job_score, 'l', 4},
     {"generate", job_generate, 'l', 8}, {"predict", job_predict, 'b', 10},
     {"image load", job_load, 0, 4},   {"images load", job_load_kinds, 0, 25},
     {"image save", job_save, 0, 5},
@@ -387,7 +386,7 @@ struct canceller {
     int stages;           /* bits of the stages that were seen */
 };
 
-static const char *const stage_names[] = {"encode", "prompt", "generate", "score", "decode",
+static const char *const stage_names[] = {"encode", "prefill", "generate", "score", "decode",
                                           "layers"};
 enum { N_STAGES = sizeof stage_names / sizeof *stage_names };
 
@@ -708,10 +707,10 @@ static void test_wrong_models(struct test *t, struct world *w) {
     INVALID(t, lvm_sampling_preset(NULL, &s, e));
     INVALID(t, lvm_sampling_preset("lvm", NULL, e));
     INVALID(t, lvm_sampling_preset("other", &s, e));
-    INVALID(t, lvm_quantize(NULL, "x", LVM_Q8_0, LVM_AUTO, NULL, 0, e));
-    INVALID(t, lvm_quantize(w->both, NULL, LVM_Q8_0, LVM_AUTO, NULL, 0, e));
-    INVALID(t, lvm_quantize(w->both, in_folder(w, "q"), 77, LVM_AUTO, NULL, 0, e));
-    INVALID(t, lvm_quantize(w->both, w->both, LVM_Q8_0, LVM_AUTO, NULL, 1, e));
+    INVALID(t, lvm_quantize(NULL, "x", LVM_Q8_0, LVM_AUTO, 0, e));
+    INVALID(t, lvm_quantize(w->both, NULL, LVM_Q8_0, LVM_AUTO, 0, e));
+    INVALID(t, lvm_quantize(w->both, in_folder(w, "q"), 77, LVM_AUTO, 0, e));
+    INVALID(t, lvm_quantize(w->both, w->both, LVM_Q8_0, LVM_AUTO, 1, e));
     lvm_info info = lvm_model_info(NULL);
     check(t, !info.has_transformer && !info.has_tokenizer && info.bos == -1 && info.name != NULL,
           "lvm_model_info(NULL)");
@@ -729,10 +728,10 @@ static void test_codes_without_error(struct test *t, struct world *w) {
           "a file that is not there opens");
     check(t, lvm_image_load(none, &out, NULL) == LVM_IO && out.rgb == NULL, "loading nothing");
     check(t, lvm_image_save(deep, &w->image[0], NULL) == LVM_IO, "saving to nowhere");
-    check(t, lvm_quantize(none, deep, LVM_F16, LVM_F16, NULL, 0, NULL) == LVM_IO, "from nothing");
-    check(t, lvm_quantize(in_folder(w, "a.png"), deep, LVM_F16, LVM_F16, NULL, 0, NULL) ==
+    check(t, lvm_quantize(none, deep, LVM_F16, LVM_F16, 0, NULL) == LVM_IO, "from nothing");
+    check(t, lvm_quantize(in_folder(w, "a.png"), deep, LVM_F16, LVM_F16, 0, NULL) ==
                  LVM_FORMAT, "from an image");
-    check(t, lvm_quantize(w->both, deep, LVM_F16, LVM_F16, NULL, 0, NULL) == LVM_IO, "to nowhere");
+    check(t, lvm_quantize(w->both, deep, LVM_F16, LVM_F16, 0, NULL) == LVM_IO, "to nowhere");
 }
 
 /* ---- All ---- */

@@ -49,12 +49,15 @@ static uint8_t *whole_file(const uint8_t *head, size_t n, size_t *size) {
 /* Shapes that run in milliseconds: the fuzzer should not learn to make large models. */
 static int is_small(const lvm_model *m) {
     const struct llama *a = &m->llama;
-    if (m->info.has_transformer &&
-        (a->D > 256 || a->F > 1024 || a->V > 4096 || a->n_layers > 8 || a->context > 4096))
+    if (a->L > 0 &&
+        (a->D > 256 || a->F > 1024 || a->V > 4096 || a->L > 8 || a->context > 4096))
         return 0;
+    int64_t map = 0, attention = 0;
+    int c = 0;
     if (m->vq == NULL) return 1;
+    vq_largest(m->vq, &map, &attention, &c);
     return m->vq->R <= 64 && m->vq->hidden <= 64 && m->vq->codes <= 4096 && m->vq->z <= 256 &&
-           m->vq->e <= 256 && vq_sizes(m->vq).map <= 1 << 18;
+           m->vq->code_dim <= 256 && map <= 1 << 18;
 }
 
 static void run_tokenizer(lvm_ctx *ctx) {
@@ -90,8 +93,8 @@ static void run_model(const lvm_model *m) {
     o.threads = 1;
     lvm_ctx *ctx = lvm_ctx_new(m, &o, &error);
     if (ctx == NULL) return;
-    if (m->info.has_tokenizer) run_tokenizer(ctx);
-    if (m->info.has_transformer) run_transformer(ctx);
+    if (m->vq != NULL) run_tokenizer(ctx);
+    if (m->llama.L > 0) run_transformer(ctx);
     lvm_ctx_free(ctx);
 }
 
@@ -104,7 +107,7 @@ static void fuzz_gguf(const uint8_t *data, size_t n) {
         char name[64];
         snprintf(name, sizeof name, "fuzz-%ld.bin", (long)getpid());
         run_model(m);
-        if (quantize_file(&m->file, name, LVM_Q8_0, LVM_F16, "*q*=q4_0,*v*=bf16", &error) == LVM_OK)
+        if (quantize_model(m, name, LVM_Q4_0, LVM_BF16, &error) == LVM_OK)
             remove(name);
     }
     lvm_close(m);

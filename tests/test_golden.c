@@ -119,9 +119,8 @@ static void golden_llama(const char *name, const char *folder, lvm_model *m) {
     struct npy greedy = npy_load(folder, "greedy"), gap = npy_load(folder, "greedy_gap");
     struct npy codes = npy_load(folder, "codes");
     int32_t out[1024];
-    m->info.codes = npy_i32(&codes)[0]; /* a transformer alone does not know its image tokens */
-    m->info.tokens_per_image = 64;      /* so that short contexts hold images */
-    m->info.window_images = (int)min64(16, (m->info.context_length + 1 - (m->info.bos >= 0)) / 64);
+    m->codes = npy_i32(&codes)[0]; /* a transformer alone does not know its image tokens */
+    m->T = 64;                     /* so that short contexts hold images */
     lvm_ctx *ctx = context(m, 0, LVM_F32, 2);
     double a = check_logits(name, ctx, ids.data, &positions, &logits);
     double b = check_nll(name, ctx, ids.data, &nll);
@@ -141,15 +140,21 @@ static double check_pixels(const char *name, lvm_ctx *ctx, const int32_t *ids, c
     int images = want->n_dims == 4 ? want->dim[0] : 1;
     int64_t whole = (int64_t)info.resolution * info.resolution * 3, n = want->n / images;
     float *got = malloc((size_t)whole * sizeof *got);
+    uint8_t *rgb = malloc((size_t)whole);
     double worst = 0;
+    int64_t bytes = 0; /* that are not their pixel's */
     check(n >= whole / 4 && n <= whole, "%s: %lld values an image", name, (long long)n);
     for (int i = 0; n <= whole && i < images; i++) {
-        must(ctx->b->decode(ctx->state, ids + (int64_t)i * info.tokens_per_image, 0, 1, got, &error), &error, name);
+        must(ctx->b->decode(ctx->state, ids + (int64_t)i * info.tokens_per_image, 1, 0, 1, rgb, got, &error), &error,
+             name);
+        for (int64_t p = 0; p < whole; p++) bytes += rgb[p] != to_byte(got[p]);
         double d = largest_difference(got, npy_f32(want) + i * n, n);
         check(d <= 1.0 / 255, "%s: pixels of image %d differ by %g", name, i, d);
         worst = d > worst ? d : worst;
     }
+    check(bytes == 0, "%s: %lld bytes are not their pixels, rounded", name, (long long)bytes);
     free(got);
+    free(rgb);
     return worst;
 }
 
@@ -157,19 +162,17 @@ static double check_encoding(const char *name, lvm_ctx *ctx, const struct npy *p
                              const struct npy *gap, const struct npy *latent) {
     lvm_error error = {0, ""};
     int n = pixels->dim[0], R = pixels->dim[1], T = (int)(ids->n / n), D = latent->dim[2];
-    float *rgb = malloc((size_t)R * (size_t)R * 3 * sizeof *rgb), *got = malloc((size_t)T * (size_t)D * sizeof *got);
+    float *got = malloc((size_t)T * (size_t)D * sizeof *got);
     int32_t *out = malloc((size_t)ids->n * sizeof *out);
     double worst = 0, size = 0;
     for (int64_t i = 0; i < latent->n; i++) size = fmax(size, fabs(npy_f32(latent)[i]));
     for (int i = 0; i < n; i++) {
         const uint8_t *p = (const uint8_t *)pixels->data + (int64_t)i * R * R * 3;
-        for (int j = 0; j < R * R * 3; j++) rgb[j] = (float)p[j] / 255;
-        must(ctx->b->encode(ctx->state, rgb, 0, 1, out + i * T, got, &error), &error, name);
+        must(ctx->b->encode(ctx->state, p, 1, 0, 1, out + i * T, got, &error), &error, name);
         worst = fmax(worst, largest_difference(got, npy_f32(latent) + (int64_t)i * T * D, (int64_t)T * D));
     }
     check(worst <= 1e-4 * size, "%s: vectors in front of the quantiser differ by %g of %g", name, worst, size);
     check_ids_equal(name, out, ids->data, gap->data, ids->n);
-    free(rgb);
     free(got);
     free(out);
     return worst;
@@ -341,14 +344,14 @@ static double mean_nll(lvm_ctx *ctx, const int32_t *ids, int T) {
 
 /* The code next nearest to vector x[e] after id, and how much farther it is. */
 static int32_t second_code(const struct vqgan *vq, const float *x, int32_t id, double *gap) {
-    float *row = malloc((size_t)vq->e * sizeof *row);
+    float *row = malloc((size_t)vq->code_dim * sizeof *row);
     double first = 0, second = HUGE_VAL;
     int32_t best = 0;
     for (int pass = 0; pass < 2; pass++)
         for (int i = pass == 0 ? id : 0; i < (pass == 0 ? id + 1 : vq->codes); i++) {
             double d = 0;
-            row_to_f32(vq->codebook.type, tensor_row(&vq->codebook, i), row, vq->e);
-            for (int j = 0; j < vq->e; j++) d += ((double)row[j] - x[j]) * ((double)row[j] - x[j]);
+            row_to_f32(vq->codebook.type, tensor_row(&vq->codebook, i), row, vq->code_dim);
+            for (int j = 0; j < vq->code_dim; j++) d += ((double)row[j] - x[j]) * ((double)row[j] - x[j]);
             if (pass == 0) first = d;
             else if (i != id && d < second) second = d, best = i;
         }
@@ -363,16 +366,16 @@ static int32_t second_code(const struct vqgan *vq, const float *x, int32_t id, d
 static int tie_explains(lvm_ctx *ctx, const char *target, int32_t *ids, double want) {
     const struct vqgan *vq = ctx->m->vq;
     lvm_error error = {0, ""};
-    lvm_image image = {0, 0, NULL, 0};
+    lvm_image image = {0, 0, NULL, 0}, fitted = {0, 0, NULL, 0};
     int T = vq->S * vq->S, found = 0;
     int32_t *again = malloc((size_t)T * sizeof *again);
-    float *latent = malloc((size_t)T * (size_t)vq->e * sizeof *latent);
+    float *latent = malloc((size_t)T * (size_t)vq->code_dim * sizeof *latent);
     must(lvm_image_load(target, &image, &error), &error, target);
-    must(lvm_encode(ctx, &image, 1, again, &error), &error, target);
-    memcpy(latent, ((struct cpu *)ctx->state)->vq.x, (size_t)T * (size_t)vq->e * sizeof *latent);
+    must(fit_image(&image, vq->R, LVM_SQUASH, &fitted, &error), &error, target);
+    must(ctx->b->encode(ctx->state, fitted.rgb, 1, 0, 1, again, latent, &error), &error, target);
     for (int t = 0; t < T && !found; t++) {
         double gap = 0;
-        int32_t kept = ids[t], other = second_code(vq, latent + (int64_t)t * vq->e, kept, &gap);
+        int32_t kept = ids[t], other = second_code(vq, latent + (int64_t)t * vq->code_dim, kept, &gap);
         if (gap > 1e-4) continue;
         ids[t] = other;
         found = fabs(mean_nll(ctx, ids, T) - want) <= 1e-3;
@@ -380,6 +383,7 @@ static int tie_explains(lvm_ctx *ctx, const char *target, int32_t *ids, double w
                gap, found ? "; the reference took the other" : "");
         ids[t] = kept;
     }
+    lvm_image_free(&fitted);
     lvm_image_free(&image);
     free(again);
     free(latent);

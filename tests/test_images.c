@@ -57,13 +57,13 @@ static uint64_t fnv(const uint8_t *data, size_t size) {
     return h;
 }
 
-static size_t image_bytes(const lvm_image *image) {
+static size_t pixel_bytes(const lvm_image *image) {
     return (size_t)image->width * (size_t)image->height * 3;
 }
 
 static int same_image(const lvm_image *a, const lvm_image *b) {
     return a->width == b->width && a->height == b->height && a->rgb && b->rgb &&
-           memcmp(a->rgb, b->rgb, image_bytes(a)) == 0;
+           memcmp(a->rgb, b->rgb, pixel_bytes(a)) == 0;
 }
 
 /* ---- Formula images: the same as in make_image_vectors.py ---- */
@@ -114,7 +114,7 @@ static void test_load(struct tally *t, const char *line) {
     path_of(t, name, path, sizeof path);
     int code = lvm_image_load(path, &image, &error);
     check(t, code == LVM_OK && image.width == w && image.height == h &&
-             fnv(image.rgb, image_bytes(&image)) == hash, "%s: %s", name,
+             fnv(image.rgb, pixel_bytes(&image)) == hash, "%s: %s", name,
           code ? error.text : "other pixels than the reference's");
     lvm_image_free(&image);
 }
@@ -136,7 +136,7 @@ static void test_upright(struct tally *t, const char *line) {
     for (int again = 0; code == LVM_OK && again < 2; again++) {   /* the second time does nothing */
         code = lvm_image_upright(&image, &error);
         check(t, code == LVM_OK && image.orientation == 1 && image.width == w &&
-                 image.height == h && fnv(image.rgb, image_bytes(&image)) == hash, "%s: %s", name,
+                 image.height == h && fnv(image.rgb, pixel_bytes(&image)) == hash, "%s: %s", name,
               code ? error.text : "turned another way than the reference");
     }
     lvm_image_free(&image);
@@ -201,7 +201,7 @@ static void test_resize(struct tally *t, const char *line) {
     lvm_image in = formula(kind, w, h);
     int code = lvm_image_resize(&in, new_w, new_h, &out, NULL);
     check(t, code == LVM_OK && out.width == new_w && out.height == new_h &&
-             fnv(out.rgb, image_bytes(&out)) == hash,
+             fnv(out.rgb, pixel_bytes(&out)) == hash,
           "other pixels than the reference's: %s", line);
     lvm_image_free(&out);
     lvm_image_free(&in);
@@ -219,7 +219,7 @@ static void test_crop(struct tally *t, const char *line) {
     lvm_image in = formula(kind, w, h);
     int code = fit_image(&in, R, LVM_CROP, &out, NULL);
     check(t, code == LVM_OK && out.width == R && out.height == R &&
-             fnv(out.rgb, image_bytes(&out)) == hash,
+             fnv(out.rgb, pixel_bytes(&out)) == hash,
           "another crop than the reference's: %s", line);
     lvm_image_free(&out);
     lvm_image_free(&in);

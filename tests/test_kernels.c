@@ -177,7 +177,7 @@ static void test_dot_row(struct test *t) {
     const float *a = make_floats(t, k), *b = make_rows(t, n, k, ld);
     float *c = make_space(t, n);
     int ok = 1;
-    t->k->dot_row(k, a, b, ld, n, c);
+    t->k->matmul.dot_row(k, a, b, ld, n, c);
     for (int j = 0; j < n; j++) {
         double magnitude, sum = dot_double(k, a, b + j * ld, 1, &magnitude);
         ok &= within(t, "dot_row", c[j], sum, magnitude, k / 8 + 6, 0);
@@ -187,7 +187,7 @@ static void test_dot_row(struct test *t) {
 }
 
 static void test_dot_tile(struct test *t) {
-    int rows = t->k->dot_rows, cols = t->k->dot_cols, k = 1 + below(t, 300),
+    int rows = t->k->matmul.dot_rows, cols = t->k->matmul.dot_cols, k = 1 + below(t, 300),
         ldc = cols + below(t, 3);
     const float *a = make_rows(t, rows, k, k + 3), *b = make_rows(t, cols, k, k + 1);
     const float *pa[MAX_TILE], *pb[MAX_TILE];
@@ -195,9 +195,9 @@ static void test_dot_tile(struct test *t) {
     int ok = 1;
     for (int r = 0; r < rows; r++) pa[r] = a + below(t, rows) * (k + 3);
     for (int j = 0; j < cols; j++) pb[j] = b + j * (k + 1);
-    t->k->dot_tile(k, pa, pb, c, ldc);
+    t->k->matmul.dot_tile(k, pa, pb, c, ldc);
     for (int r = 0; r < rows; r++) {
-        t->k->dot_row(k, pa[r], b, k + 1, cols, alone);
+        t->k->matmul.dot_row(k, pa[r], b, k + 1, cols, alone);
         ok &= same_bits(alone, c + r * ldc, cols);
     }
     check(t, ok, "dot_tile of length %d is not dot_row bit for bit", k);
@@ -217,7 +217,7 @@ static void test_outer_row(struct test *t) {
     int ok = 1, half = k / 2;
     memcpy(before, c, (size_t)panels * PANEL * sizeof *c);
     memcpy(split, c, (size_t)panels * PANEL * sizeof *c);
-    t->k->outer_row(k, a, b, ldp, panels, c, accumulate);
+    t->k->matmul.outer_row(k, a, b, ldp, panels, c, accumulate);
     for (int j = 0; j < panels * PANEL; j++) {
         const float *column = b + j / PANEL * ldp + j % PANEL;
         double magnitude, sum = dot_double(k, a, column, PANEL, &magnitude);
@@ -225,16 +225,16 @@ static void test_outer_row(struct test *t) {
         ok &= within(t, "outer_row", c[j], sum, magnitude, k + 1, 0);
     }
     check(t, ok, "outer_row of %d panels x %d differs from the sum in double", panels, k);
-    if (half > 0) t->k->outer_row(half, a, b, ldp, panels, split, accumulate);
-    t->k->outer_row(k - half, a + half, b + half * PANEL, ldp, panels, split,
+    if (half > 0) t->k->matmul.outer_row(half, a, b, ldp, panels, split, accumulate);
+    t->k->matmul.outer_row(k - half, a + half, b + half * PANEL, ldp, panels, split,
                     accumulate || half > 0);
     check(t, same_bits(c, split, panels * PANEL), "outer_row in two pieces of %d is not one", k);
     release(t, "outer_row");
 }
 
 static void test_outer_tile(struct test *t) {
-    int rows = t->k->outer_rows, k = 1 + below(t, 200), accumulate = below(t, 2), half = k / 2,
-        ok = 1, panels = 1 + below(t, t->k->outer_panels), cols = panels * PANEL;
+    int rows = t->k->matmul.outer_rows, k = 1 + below(t, 200), accumulate = below(t, 2), half = k / 2,
+        ok = 1, panels = 1 + below(t, t->k->matmul.outer_panels), cols = panels * PANEL;
     int ldc = cols + below(t, 3), space = (rows - 1) * ldc + cols;
     int64_t ldp = k * PANEL + below(t, 5);
     const float *a = make_rows(t, rows, k, k + 2), *b = make_rows(t, panels, k * PANEL, ldp);
@@ -247,16 +247,16 @@ static void test_outer_tile(struct test *t) {
         pa[r] = a + r * (k + 2);
         pb[r] = pa[r] + half;
     }
-    t->k->outer_tile(k, pa, b, ldp, panels, c, ldc, accumulate);
+    t->k->matmul.outer_tile(k, pa, b, ldp, panels, c, ldc, accumulate);
     for (int r = 0; r < rows; r++) {
         memcpy(alone, before + r * ldc, (size_t)cols * sizeof *alone);
-        t->k->outer_row(k, pa[r], b, ldp, panels, alone, accumulate);
+        t->k->matmul.outer_row(k, pa[r], b, ldp, panels, alone, accumulate);
         ok &= same_bits(alone, c + r * ldc, cols);
     }
     check(t, ok, "outer_tile of length %d is not outer_row bit for bit", k);
     check(t, gap_untouched(c, ldc, rows, cols), "outer_tile wrote between its rows");
-    if (half > 0) t->k->outer_tile(half, pa, b, ldp, panels, split, ldc, accumulate);
-    t->k->outer_tile(k - half, pb, b + half * PANEL, ldp, panels, split, ldc,
+    if (half > 0) t->k->matmul.outer_tile(half, pa, b, ldp, panels, split, ldc, accumulate);
+    t->k->matmul.outer_tile(k - half, pb, b + half * PANEL, ldp, panels, split, ldc,
                      accumulate || half > 0);
     check(t, memcmp(c, split, (size_t)space * sizeof *c) == 0,
           "outer_tile in two pieces is not one");
@@ -280,8 +280,8 @@ static void test_quantize_x(struct test *t) {
     struct act_block *y = make(t, (size_t)blocks * sizeof *y);
     struct act_block *plain = make(t, (size_t)blocks * sizeof *plain);
     for (int b = 0; b < blocks; b++) fill_block(t, x + b * QK);
-    t->k->quantize_x(x, y, blocks * QK);
-    kernels_plain.quantize_x(x, plain, blocks * QK);
+    t->k->matmul.quantize_act(x, y, blocks * QK);
+    kernels_plain.matmul.quantize_act(x, plain, blocks * QK);
     for (int b = 0; b < blocks; b++) {
         ok &= same_bits(&y[b].d, &plain[b].d, 1);
         for (int i = 0; i < QK; i++) {
@@ -291,9 +291,9 @@ static void test_quantize_x(struct test *t) {
             near &= fabs((double)q * y[b].d - x[b * QK + i]) <= y[b].d * 0.50001;
         }
     }
-    check(t, ok, "quantize_x differs from plain C");
-    check(t, near, "quantize_x is not the nearest integer");
-    release(t, "quantize_x");
+    check(t, ok, "quantize_act differs from plain C");
+    check(t, near, "quantize_act is not the nearest integer");
+    release(t, "quantize_act");
 }
 
 /* Magnitudes so small that 127 / amax is infinite: whole numbers still, and as good as 0. */
@@ -303,13 +303,13 @@ static void test_quantize_tiny(struct test *t) {
         float x[QK];
         struct act_block y;
         for (int i = 0; i < QK; i++) x[i] = ldexpf(uniform(t), e);
-        t->k->quantize_x(x, &y, QK);
+        t->k->matmul.quantize_act(x, &y, QK);
         for (int i = 0; i < QK; i++) {
             int q = y.q[i];
             ok &= q >= -127 && q <= 127 && fabs((double)q * y.d - x[i]) <= 0.51 * y.d + 1e-36;
         }
     }
-    check(t, ok, "quantize_x of tiny numbers");
+    check(t, ok, "quantize_act of tiny numbers");
 }
 
 /* Rows of weights from random bytes: also values that no quantiser makes (-128 in q8_0). */
@@ -326,8 +326,8 @@ static uint8_t *make_weights(struct test *t, int type, int rows, int blocks) {
 
 static void test_int(struct test *t, int type) {
     const struct kernels *k = t->k;
-    int panels = 1 + below(t, k->int_panels), width = panels * PANEL;
-    int blocks = 1 + below(t, 12), n = width + below(t, 25), rows = k->int_rows,
+    int panels = 1 + below(t, k->matmul.int_panels), width = panels * PANEL;
+    int blocks = 1 + below(t, 12), n = width + below(t, 25), rows = k->matmul.int_rows,
         ldc = width + below(t, 3), few = 1 + below(t, rows), gap = below(t, 3);
     int64_t row_bytes = (int64_t)blocks * type_info(type)->bytes;
     const uint8_t *w = make_weights(t, type, n, blocks), *pw[PANEL];
@@ -335,23 +335,23 @@ static void test_int(struct test *t, int type) {
     struct act_block *xq = make(t, (size_t)(rows * blocks) * sizeof *xq);
     struct act_block *plain = make(t, (size_t)(rows * blocks) * sizeof *plain);
     const struct act_block *px[MAX_TILE];
-    uint8_t *packed = make(t, (size_t)(blocks * panels * k->pack_bytes));
+    uint8_t *packed = make(t, (size_t)(blocks * panels * k->matmul.pack_bytes));
     float *c = make_space(t, rows * (n + gap)), *want = make_space(t, n);
     float *tile = make_space(t, (rows - 1) * ldc + width);
     int first = below(t, n - width + 1), row_ok = 1, tile_ok = 1;
-    k->quantize_x(x, xq, rows * blocks * QK);
-    kernels_plain.quantize_x(x, plain, rows * blocks * QK);
+    k->matmul.quantize_act(x, xq, rows * blocks * QK);
+    kernels_plain.matmul.quantize_act(x, plain, rows * blocks * QK);
     for (int r = 0; r < rows; r++) px[r] = xq + r * blocks;
     for (int s = 0; s < panels; s++) {
         for (int j = 0; j < PANEL; j++) pw[j] = w + (first + s * PANEL + j) * row_bytes;
-        k->int_pack(type, blocks, pw, packed + s * blocks * k->pack_bytes);
+        k->matmul.int_pack(type, blocks, pw, packed + s * blocks * k->matmul.pack_bytes);
     }
-    k->int_tile(blocks, px, packed, panels, tile, ldc);
+    k->matmul.int_tile(blocks, px, packed, panels, tile, ldc);
     for (int r = 0; r < rows; r += few) /* by ones, twos, ... */
-        k->int_row(type, blocks, px[r], rows - r < few ? rows - r : few, w, row_bytes, n,
+        k->matmul.int_row(type, blocks, px[r], rows - r < few ? rows - r : few, w, row_bytes, n,
                    c + r * (n + gap), n + gap);
     for (int r = 0; r < rows; r++) {
-        kernels_plain.int_row(type, blocks, plain + r * blocks, 1, w, row_bytes, n, want, n);
+        kernels_plain.matmul.int_row(type, blocks, plain + r * blocks, 1, w, row_bytes, n, want, n);
         row_ok &= same_bits(c + r * (n + gap), want, n);
         tile_ok &= same_bits(c + r * (n + gap) + first, tile + r * ldc, width);
     }
@@ -372,8 +372,8 @@ static void test_int_plain(struct test *t, int type) {
     struct act_block *xq = make(t, (size_t)blocks * sizeof *xq);
     float got = 0;
     double sum = 0, magnitude = 0;
-    kernels_plain.quantize_x(x, xq, blocks * QK);
-    kernels_plain.int_row(type, blocks, xq, 1, w, 0, 1, &got, 1);
+    kernels_plain.matmul.quantize_act(x, xq, blocks * QK);
+    kernels_plain.matmul.int_row(type, blocks, xq, 1, w, 0, 1, &got, 1);
     for (int b = 0; b < blocks; b++) {
         float y[QK];
         double block = 0;
@@ -397,7 +397,7 @@ static void test_to_f32(struct test *t, int type) {
     uint8_t *in = make(t, bytes);
     float *got = make_space(t, k), *want = make_space(t, k);
     for (size_t i = 0; i < bytes; i++) in[i] = (uint8_t)below(t, 256);
-    t->k->to_f32(type, in, got, k);
+    t->k->elementwise.to_f32(type, in, got, k);
     row_to_f32(type, in, want, k);
     check(t, same_or_nan(got, want, k), "to_f32 of %d values of %s differs", (int)k, info->name);
     release(t, "to_f32");
@@ -407,7 +407,7 @@ static void test_all_halves(struct test *t, int type) {
     uint16_t *in = make(t, 65536 * sizeof *in);
     float *got = make_space(t, 65536), *want = make_space(t, 65536);
     for (int i = 0; i < 65536; i++) in[i] = (uint16_t)i;
-    t->k->to_f32(type, in, got, 65536);
+    t->k->elementwise.to_f32(type, in, got, 65536);
     row_to_f32(type, in, want, 65536);
     check(t, same_or_nan(got, want, 65536), "to_f32 of all values of %s differs",
           type_info(type)->name);
@@ -421,15 +421,19 @@ struct test_page {
     float *k, *v; /* what the bytes stand for, [keys][d] */
 };
 
-static void fill_q8(struct test *t, const struct test_page *p, int at, int values) {
-    struct kv_cache kv = {.type = LVM_Q8_0, .dp = p->d};
-    struct q8_0 block[8];
-    float row[8 * QK], size = ldexpf(1, below(t, 20) - 10);
-    for (int i = 0; i < p->d; i++) row[i] = size * uniform(t);
-    if (values) store_value(t->k, &kv, p->v8, at, row);
-    else store_key(t->k, &kv, p->k8, at, row);
-    quantize_q8_0(row, block, p->d);
-    row_to_f32(LVM_Q8_0, block, (values ? p->v : p->k) + at * p->d, p->d);
+/* A key and a value of random sizes at position `at`. */
+static void fill_page(struct test *t, const struct test_page *p, int at) {
+    struct kv_cache kv = {.type = LVM_Q8_0, .dp = p->d,
+                          .head_bytes = (intptr_t)p->v8 - (intptr_t)p->k8};
+    float row[2][8 * QK];
+    for (int i = 0; i < 2; i++) {
+        struct q8_0 block[8];
+        float size = ldexpf(1, below(t, 20) - 10);
+        for (int j = 0; j < p->d; j++) row[i][j] = size * uniform(t);
+        quantize_q8_0(row[i], block, p->d);
+        row_to_f32(LVM_Q8_0, block, (i == 0 ? p->k : p->v) + at * p->d, p->d);
+    }
+    store_kv8(t->k, &kv, p->k8, at, row[0], row[1]);
 }
 
 static void make_page(struct test *t, struct test_page *p) {
@@ -444,7 +448,7 @@ static void make_page(struct test *t, struct test_page *p) {
     p->v = make_space(t, p->keys * p->d);
     memset(p->k8, 0, k8);
     memset(p->v8, 0, v8);
-    for (int at = 0; at < p->keys; at++) fill_q8(t, p, at, 0), fill_q8(t, p, at, 1);
+    for (int at = 0; at < p->keys; at++) fill_page(t, p, at);
 }
 
 static int query_number(const struct test *t, const struct query_block *x, int i) {
@@ -452,21 +456,21 @@ static int query_number(const struct test *t, const struct query_block *x, int i
     return 256 * x->x.s8[i / 4][0][i % 4] + x->x.s8[i / 4][1][i % 4];
 }
 
-static void test_quantize_q(struct test *t) {
+static void test_quantize_query(struct test *t) {
     int blocks = 1 + below(t, 5), ok = 1;
     float *q = make_floats(t, blocks * QK), size = ldexpf(1, below(t, 100) - 80);
     struct query_block *got = make(t, (size_t)blocks * sizeof *got),
                        *want = make(t, (size_t)blocks * sizeof *want);
     for (int i = 0; i < blocks * QK; i++) q[i] *= size;
     if (below(t, 4) == 0) memset(q, 0, QK * sizeof *q);
-    t->k->quantize_q(q, got, blocks * QK);
-    quantize_q_plain(q, want, blocks * QK);
+    t->k->attention.quantize_query(q, got, blocks * QK);
+    quantize_query_plain(q, want, blocks * QK);
     for (int b = 0; b < blocks; b++) {
-        ok &= same_bits(&got[b].d, &want[b].d, 1) && got[b].start == want[b].start;
+        ok &= same_bits(&got[b].d, &want[b].d, 1) && got[b].zero_point == want[b].zero_point;
         for (int i = 0; i < QK; i++) ok &= query_number(t, &got[b], i) == want[b].x.s16[i];
     }
-    check(t, ok, "quantize_q of %d blocks differs", blocks);
-    release(t, "quantize_q");
+    check(t, ok, "quantize_query of %d blocks differs", blocks);
+    release(t, "quantize_query");
 }
 
 /* Scores and sums in double from what the page's bytes stand for; what was rounded on the way: q
@@ -516,24 +520,24 @@ static void test_cache_rows(struct test *t) {
     struct query_block *x = make(t, (size_t)(rows * groups) * sizeof *x),
                        *plain = make(t, (size_t)(rows * groups) * sizeof *plain);
     const float *at[16];
-    t->k->quantize_q(q, x, rows * d);
-    quantize_q_plain(q, plain, rows * d);
+    t->k->attention.quantize_query(q, x, rows * d);
+    quantize_query_plain(q, plain, rows * d);
     for (int r = 0; r < rows; r++) {
         at[r] = p + r * width;
         for (int i = 0; i < width; i++)
             p[r * width + i] = i < page.keys && below(t, 5) > 0 ? fabsf(uniform(t)) : 0;
     }
-    t->k->k8_scores(page.k8, groups, page.panels, x, rows, s, width);
+    t->k->attention.k8_scores(page.k8, groups, page.panels, x, rows, s, width);
     k8_scores_plain(page.k8, groups, page.panels, plain, rows, want, width);
     ok &= same_bits(s, want, rows * width);
-    t->k->v8_sums(page.v8, groups, page.panels, at, rows, page.k8, o, d);
+    t->k->attention.v8_sums(page.v8, groups, page.panels, at, rows, page.k8, o, d);
     v8_sums_plain(page.v8, groups, page.panels, at, rows, page.k8, want_o, d);
     ok &= same_bits(o, want_o, rows * d);
     check(t, ok, "%d rows, %d keys of %d: scores or sums are not the plain ones", rows, page.keys,
           d);
     for (int r = ok = 0; r < rows; r++) {
-        t->k->k8_scores(page.k8, groups, page.panels, x + r * groups, 1, want, width);
-        t->k->v8_sums(page.v8, groups, page.panels, at + r, 1, page.k8, want_o, d);
+        t->k->attention.k8_scores(page.k8, groups, page.panels, x + r * groups, 1, want, width);
+        t->k->attention.v8_sums(page.v8, groups, page.panels, at + r, 1, page.k8, want_o, d);
         ok += same_bits(s + r * width, want, width) && same_bits(o + r * d, want_o, d);
     }
     check(t, ok == rows, "%d rows, %d keys of %d: not as each row alone", rows, page.keys, d);
@@ -542,7 +546,7 @@ static void test_cache_rows(struct test *t) {
     for (int r = ok = 0; r < rows; r++) ok += sums_near(&page, at[r], o + r * d);
     check(t, ok == rows, "%d rows, %d keys of %d: sums differ from double", rows, page.keys, d);
     for (int r = 0; r < rows; r++) p[r * width + below(t, page.keys)] = nanf("");
-    t->k->v8_sums(page.v8, groups, page.panels, at, rows, page.k8, o, d);
+    t->k->attention.v8_sums(page.v8, groups, page.panels, at, rows, page.k8, o, d);
     v8_sums_plain(page.v8, groups, page.panels, at, rows, page.k8, want_o, d);
     check(t, same_bits(o, want_o, rows * d), "a NaN among the probabilities does not count as 0");
     release(t, "attention on a quantised page");
@@ -559,7 +563,7 @@ static void test_to_q8_0(struct test *t) {
             x[i] = i % QK == 0 ? 127 : (float)(below(t, 509) - 254) / 2;
     if (below(t, 4) == 0) x[below(t, blocks * QK)] = below(t, 2) ? NAN : -HUGE_VALF;
     if (below(t, 4) == 0) memset(x, 0, QK * sizeof *x);
-    t->k->to_q8_0(x, got, blocks * QK);
+    t->k->attention.to_q8_0(x, got, blocks * QK);
     quantize_q8_0(x, want, blocks * QK);
     check(t, memcmp(got, want, (size_t)blocks * sizeof *got) == 0,
           "to_q8_0 of %d blocks is not quantize_q8_0", blocks);
@@ -575,7 +579,7 @@ static void test_rmsnorm(struct test *t) {
     const float *x = make_floats(t, n), *weight = make_floats(t, n), eps = 1e-6f;
     float *y = make_space(t, n);
     double square, magnitude;
-    t->k->rmsnorm(x, weight, eps, n, y);
+    t->k->elementwise.rmsnorm(x, weight, eps, n, y);
     square = dot_double(n, x, x, 1, &magnitude);
     double scale = 1 / sqrt(square / n + (double)eps);
     for (int i = 0; i < n; i++) {
@@ -601,7 +605,7 @@ static void test_softmax(struct test *t) {
         max = x[i] * scale > max ? x[i] * scale : max;
     }
     for (int i = valid; i < n; i++) s[i] = below(t, 2) ? HUGE_VALF : nanf("");
-    float sum = t->k->softmax(s, n, valid, scale, &got_max);
+    float sum = t->k->attention.softmax(s, n, valid, scale, &got_max);
     for (int i = 0; i < valid; i++) {
         float argument = x[i] * scale - max;
         double want = exp((double)argument);
@@ -630,7 +634,7 @@ static void test_silu_mul(struct test *t) {
     float *gate = make_space(t, n), *x = make_space(t, n);
     const float *up = make_floats(t, n);
     for (int i = 0; i < n; i++) gate[i] = x[i] = uniform(t) * size;
-    t->k->silu_mul(gate, up, n);
+    t->k->elementwise.silu_mul(gate, up, n);
     for (int i = 0; i < n; i++) {
         double want = silu_double(x[i]) * up[i];
         ok &= within(t, "silu_mul", gate[i], want, fabs(want), SILU_U + 1, SILU_FLOOR);
@@ -645,7 +649,7 @@ static void test_norm_rows(struct test *t) {
     const float *x = make_floats(t, pixels * c), *scale = make_floats(t, c),
                 *shift = make_floats(t, c);
     float *y = make_space(t, pixels * c);
-    t->k->scale_shift(x, scale, shift, use_silu, pixels, c, y);
+    t->k->conv.scale_shift(x, scale, shift, use_silu, pixels, c, y);
     for (int i = 0; i < pixels * c; i++) {
         double product = (double)x[i] * scale[i % c], v = product + shift[i % c];
         double want = use_silu ? silu_double(v) : v, parts = fabs(product) + fabsf(shift[i % c]);
@@ -660,7 +664,7 @@ static void test_channel_sums(struct test *t) {
     int c = 32 * (1 + below(t, 4)), pixels = 1 + below(t, 64), ok = 1;
     const float *x = make_floats(t, pixels * c);
     float *sum = make_space(t, c), *square = make_space(t, c);
-    t->k->channel_sums(x, pixels, c, sum, square);
+    t->k->conv.channel_sums(x, pixels, c, sum, square);
     for (int i = 0; i < c; i++) {
         double s = 0, m = 0, q = 0;
         for (int p = 0; p < pixels; p++) {
@@ -709,12 +713,12 @@ static double both_sides(const double *left, const double *right, int n, const d
 
 enum { WINO_ROUNDINGS = 16 }; /* of a sum of at most 36 products, in two passes */
 
-static void test_wino_filter(struct test *t) {
+static void test_winograd_filter(struct test *t) {
     int n = 8 * (1 + below(t, 9)), tap = n + below(t, 20), ok = 1;
     const float *w = make_rows(t, 9, n, tap);
     float *u = make_space(t, 35 * tap + n), *plain = make_space(t, 35 * tap + n);
-    t->k->winograd_filter(w, n, tap, u);
-    kernels_plain.winograd_filter(w, n, tap, plain);
+    t->k->conv.winograd_filter(w, n, tap, u);
+    kernels_plain.conv.winograd_filter(w, n, tap, plain);
     for (int i = 0; i < 36 * n; i++) {
         double g[9], magnitude, want;
         for (int p = 0; p < 9; p++) g[p] = w[p * tap + i % n];
@@ -729,12 +733,12 @@ static void test_wino_filter(struct test *t) {
     release(t, "winograd_filter");
 }
 
-static void test_wino_input(struct test *t) {
+static void test_winograd_input(struct test *t) {
     int c = 8 * (1 + below(t, 9)), line = 6 * c + below(t, 40), tap = c + below(t, 20), ok = 1;
     const float *patch = make_rows(t, 6, 6 * c, line);
     float *v = make_space(t, 35 * tap + c), *plain = make_space(t, 35 * tap + c);
-    t->k->winograd_input(patch, line, c, v, tap);
-    kernels_plain.winograd_input(patch, line, c, plain, tap);
+    t->k->conv.winograd_input(patch, line, c, v, tap);
+    kernels_plain.conv.winograd_input(patch, line, c, plain, tap);
     for (int p = 0; p < 36; p++)
         for (int i = 0; i < c; i++) {
             double d[36], magnitude, want;
@@ -749,7 +753,7 @@ static void test_wino_input(struct test *t) {
     release(t, "winograd_input");
 }
 
-static void test_wino_output(struct test *t) {
+static void test_winograd_output(struct test *t) {
     int tap = PANEL + below(t, 20), ld = PANEL + below(t, 9), with = below(t, 2), ok = 1;
     const float *m = make_rows(t, 36, PANEL, tap), *bias = make_floats(t, PANEL);
     const float *old = make_rows(t, 16, PANEL, ld), *residual[16];
@@ -757,8 +761,8 @@ static void test_wino_output(struct test *t) {
           *out_plain[16];
     for (int p = 0; p < 16; p++)
         residual[p] = old + p * ld, out[p] = y + p * ld, out_plain[p] = plain + p * ld;
-    t->k->winograd_output(m, tap, bias, with ? residual : NULL, out);
-    kernels_plain.winograd_output(m, tap, bias, with ? residual : NULL, out_plain);
+    t->k->conv.winograd_output(m, tap, bias, with ? residual : NULL, out);
+    kernels_plain.conv.winograd_output(m, tap, bias, with ? residual : NULL, out_plain);
     for (int p = 0; p < 16; p++)
         for (int j = 0; j < PANEL; j++) {
             double d[36], magnitude, want;
@@ -772,7 +776,7 @@ static void test_wino_output(struct test *t) {
     check(t, memcmp(y, plain, (size_t)(15 * ld + PANEL) * sizeof *y) == 0,
           "winograd_output is not plain C's bit for bit");
     check(t, gap_untouched(y, ld, 16, PANEL), "winograd_output wrote between its pixels");
-    t->k->winograd_output(m, tap, bias, with ? residual : NULL, out);
+    t->k->conv.winograd_output(m, tap, bias, with ? residual : NULL, out);
     release(t, "winograd_output");
 }
 
@@ -780,7 +784,7 @@ static void test_pack_strip(struct test *t) {
     int k = 1 + below(t, 70), ld = k + below(t, 5), ok = 1;
     const float *rows = make_rows(t, PANEL, k, ld);
     float *panel = make_space(t, k * PANEL);
-    t->k->pack_panel(rows, ld, k, panel);
+    t->k->conv.pack_panel(rows, ld, k, panel);
     for (int i = 0; i < k * PANEL; i++) ok &= panel[i] == rows[i % PANEL * ld + i / PANEL];
     check(t, ok, "pack_panel of %d: an element is not where it belongs", k);
     release(t, "pack_panel");
@@ -800,9 +804,9 @@ static void test_same_elements(struct test *t) {
     start_round(t, 0);
     float *x = make_space(t, N), *y = make_space(t, N);
     for (int i = 0; i < N; i++) x[i] = y[i] = uniform(t) * 20;
-    y[400] = t->k->softmax(y + 512, 208, K, 0.3f, y + 401);
-    t->k->silu_mul(y, x + K, K);
-    t->k->scale_shift(x, x + 1000, x + 1100, 1, 9, C, y + 1000);
+    y[400] = t->k->attention.softmax(y + 512, 208, K, 0.3f, y + 401);
+    t->k->elementwise.silu_mul(y, x + K, K);
+    t->k->conv.scale_shift(x, x + 1000, x + 1100, 1, 9, C, y + 1000);
     uint64_t h = digest(0xcbf29ce484222325u, y, N * sizeof *y);
     check(t, h == 0x63e0395debeb9c0bu, "the digest of SiLU and softmax is %016llx",
           (unsigned long long)h);
@@ -818,15 +822,15 @@ static void test_same_everywhere(struct test *t) {
     float *x = make_space(t, N), *y = make_space(t, N), tail[2];
     for (int i = 0; i < N; i++) x[i] = uniform(t) * 4;
     memset(y, 0, N * sizeof *y);
-    t->k->dot_row(K, x, x + K, K + 1, 7, y);
-    t->k->outer_row(K, x, x + K, K * PANEL, 2, y + 7, 0);
-    t->k->rmsnorm(x, x + K, 1e-6f, K, y + 100);
+    t->k->matmul.dot_row(K, x, x + K, K + 1, 7, y);
+    t->k->matmul.outer_row(K, x, x + K, K * PANEL, 2, y + 7, 0);
+    t->k->elementwise.rmsnorm(x, x + K, 1e-6f, K, y + 100);
     memcpy(y + 400, x, 208 * sizeof *y);
-    tail[0] = t->k->softmax(y + 400, 208, K, 0.3f, &tail[1]);
+    tail[0] = t->k->attention.softmax(y + 400, 208, K, 0.3f, &tail[1]);
     memcpy(y + 700, x, K * sizeof *y);
-    t->k->silu_mul(y + 700, x + K, K);
-    t->k->scale_shift(x, x + 1000, x + 2000, 1, 9, C, y + 1000);
-    t->k->channel_sums(x, 9, C, y + 2000, y + 2000 + C);
+    t->k->elementwise.silu_mul(y + 700, x + K, K);
+    t->k->conv.scale_shift(x, x + 1000, x + 2000, 1, 9, C, y + 1000);
+    t->k->conv.channel_sums(x, 9, C, y + 2000, y + 2000 + C);
     uint64_t h = digest(digest(0xcbf29ce484222325u, y, N * sizeof *y), tail, sizeof tail);
     check(t, h == 0xffb9bd7f9a860f9cu, "AVX2 and NEON no longer agree: digest %016llx",
           (unsigned long long)h);
@@ -858,23 +862,23 @@ static struct matrix make_matrix(struct test *t, int type, int rows, int cols) {
 
 static struct exec make_exec(struct test *t, int threads, const struct tensor *w, int rows,
                              int exact) {
-    struct exec e = {.k = t->k, .exact = exact};
+    struct exec e = {.kern = t->k, .exact = exact};
     e.pool = must(pool_new(threads, NULL));
     e.scratch_floats = matmul_scratch(t->k, w->cols);
     e.scratch = must(malloc((size_t)(threads * e.scratch_floats) * sizeof *e.scratch));
-    e.xq = must(malloc((size_t)(rows * (w->cols / QK) + 1) * sizeof *e.xq));
+    e.act = must(malloc((size_t)(rows * (w->cols / QK) + 1) * sizeof *e.act));
     return e;
 }
 
 static void free_exec(struct exec *e) {
     pool_free(e->pool);
     free(e->scratch);
-    free(e->xq);
+    free(e->act);
 }
 
 /* Against double: with integer products an activation is off by at most d/2 = max |x| / 254, and
    |w| <= 1; with floats see test_dot_row, and one rounding for the bias. */
-static int linear_near(struct test *t, const struct matrix *m, const float *bias, const float *x,
+static int matmul_near(struct test *t, const struct matrix *m, const float *bias, const float *x,
                        const float *y, int integer) {
     int k = m->w.cols, ok = 1;
     float *row = must(malloc((size_t)k * sizeof *row));
@@ -884,14 +888,14 @@ static int linear_near(struct test *t, const struct matrix *m, const float *bias
         sum = dot_double(k, x, row, 1, &magnitude);
         if (bias != NULL) sum += bias[j], magnitude += fabsf(bias[j]);
         if (integer) ok &= fabs(y[j] - sum) <= k * 1.01 / 254 + 1e-4;
-        else ok &= within(t, "linear", y[j], sum, magnitude, k / 8 + 7, 0);
+        else ok &= within(t, "matmul", y[j], sum, magnitude, k / 8 + 7, 0);
     }
     free(row);
     return ok;
 }
 
 /* All counts of rows and threads against each row alone. */
-static void test_linear(struct test *t, int type, int rows_of_w, int cols, int exact,
+static void test_matmul(struct test *t, int type, int rows_of_w, int cols, int exact,
                         int with_bias) {
     enum { MOST = 17 };
     struct matrix m = make_matrix(t, type, rows_of_w, cols);
@@ -903,44 +907,44 @@ static void test_linear(struct test *t, int type, int rows_of_w, int cols, int e
     for (int threads = 1; threads <= 3; threads++) {
         struct exec e = make_exec(t, threads, &m.w, MOST, exact);
         for (int r = 0; r < MOST && threads == 1; r++) {
-            linear(&e, &m.w, bias, x + r * cols, 1, alone + r * rows_of_w);
-            near &= linear_near(t, &m, bias, x + r * cols, alone + r * rows_of_w, integer);
+            matmul(&e, &m.w, bias, x + r * cols, 1, alone + r * rows_of_w);
+            near &= matmul_near(t, &m, bias, x + r * cols, alone + r * rows_of_w, integer);
         }
         for (int rows = 1; rows <= MOST; rows++) {
             float *y = must(malloc((size_t)(rows * rows_of_w) * sizeof *y));
-            linear(&e, &m.w, bias, x, rows, y);
+            matmul(&e, &m.w, bias, x, rows, y);
             check(t, same_bits(y, alone, rows * rows_of_w),
-                  "linear, %s, %d x %d, %d rows, %d threads, exact %d: not as each row alone",
+                  "matmul, %s, %d x %d, %d rows, %d threads, exact %d: not as each row alone",
                   type_info(type)->name, rows_of_w, cols, rows, threads, exact);
             free(y);
         }
         free_exec(&e);
     }
-    check(t, near, "linear, %s, %d x %d, exact %d: differs from the sum in double",
+    check(t, near, "matmul, %s, %d x %d, exact %d: differs from the sum in double",
           type_info(type)->name, rows_of_w, cols, exact);
     free(x), free(alone), free(m.data), free(m.bias);
 }
 
-/* Three products at once, of different types and sizes, against each alone. */
-static void test_linear_all(struct test *t) {
+/* Three matmuls at once, of different types and sizes, against each alone. */
+static void test_matmul_all(struct test *t) {
     enum { COLS = 96, ROWS_OF_X = 9 };
     int types[] = {LVM_Q8_0, LVM_F16, LVM_Q4_0}, sizes[] = {70, 37, 100};
     struct matrix m[3];
-    struct product products[3];
+    struct matmul_output outputs[3];
     float x[ROWS_OF_X * COLS], y[3][ROWS_OF_X * 100], alone[ROWS_OF_X * 100];
     for (int i = 0; i < ROWS_OF_X * COLS; i++) x[i] = uniform(t);
     for (int i = 0; i < 3; i++) {
         m[i] = make_matrix(t, types[i], sizes[i], COLS);
-        products[i] = (struct product){&m[i].w, i == 1 ? NULL : m[i].bias, y[i]};
+        outputs[i] = (struct matmul_output){&m[i].w, i == 1 ? NULL : m[i].bias, y[i]};
     }
     for (int rows = 1; rows <= ROWS_OF_X; rows++)
         for (int threads = 1; threads <= 3; threads++) {
             struct exec e = make_exec(t, threads, &m[0].w, ROWS_OF_X, 0);
-            matmul_all(&e, products, 3, x, rows);
+            matmul_all(&e, outputs, 3, x, rows);
             for (int i = 0; i < 3; i++) {
-                linear(&e, &m[i].w, products[i].bias, x, rows, alone);
+                matmul(&e, &m[i].w, outputs[i].bias, x, rows, alone);
                 check(t, same_bits(y[i], alone, rows * sizes[i]),
-                      "matmul_all, product %d, %d rows, %d threads: not as alone", i, rows,
+                      "matmul_all, output %d, %d rows, %d threads: not as alone", i, rows,
                       threads);
             }
             free_exec(&e);
@@ -949,33 +953,33 @@ static void test_linear_all(struct test *t) {
 }
 
 /* Products that underflow to -0 must do so in a row alone and among many. */
-static void test_linear_zero(struct test *t) {
+static void test_matmul_zero(struct test *t) {
     struct matrix m = make_matrix(t, LVM_F32, 5, 8);
     float x[2 * 8], y[2 * 5], alone[5];
     for (int i = 0; i < 5 * 8; i++) ((float *)(void *)m.data)[i] = 1e-30f;
     for (int i = 0; i < 2 * 8; i++) x[i] = -1e-30f;
     struct exec e = make_exec(t, 1, &m.w, 2, 0);
-    linear(&e, &m.w, NULL, x, 1, alone);
-    linear(&e, &m.w, NULL, x, 2, y);
+    matmul(&e, &m.w, NULL, x, 1, alone);
+    matmul(&e, &m.w, NULL, x, 2, y);
     check(t, same_bits(y, alone, 5) && same_bits(y + 5, alone, 5),
-          "linear without bias: the sign of a zero depends on the number of rows");
+          "matmul without bias: the sign of a zero depends on the number of rows");
     free_exec(&e);
     free(m.data), free(m.bias);
 }
 
-static void test_linears(struct test *t) {
+static void test_matmuls(struct test *t) {
     start_round(t, ROUNDS);
     for (int i = 0; i < N_TYPES; i++)
         for (int exact = 0; exact < 2; exact++)
             for (int bias = 0; bias < 2; bias++) {
                 int type = type_table[i].type;
-                test_linear(t, type, 37, 96, exact, bias);
-                test_linear(t, type, 16, 160, exact, bias);
-                if (!type_is_quantised(type)) test_linear(t, type, 70, 43, exact, bias);
-                if (bias && t->rounds == ROUNDS) test_linear(t, type, 29, 4128, exact, bias);
+                test_matmul(t, type, 37, 96, exact, bias);
+                test_matmul(t, type, 16, 160, exact, bias);
+                if (!type_is_quantised(type)) test_matmul(t, type, 70, 43, exact, bias);
+                if (bias && t->rounds == ROUNDS) test_matmul(t, type, 29, 4128, exact, bias);
             }
-    test_linear_zero(t);
-    test_linear_all(t);
+    test_matmul_zero(t);
+    test_matmul_all(t);
 }
 
 static void test_matmul_panels(struct test *t) {
@@ -993,7 +997,7 @@ static void test_matmul_panels(struct test *t) {
         matmul_panels(t->k, rows, k, pa, b, ldp, panels, c, ldc, accumulate);
         for (int r = 0; r < rows; r++) {
             memcpy(alone, before + r * ldc, (size_t)width * sizeof *alone);
-            t->k->outer_row(k, pa[r], b, ldp, panels, alone, accumulate);
+            t->k->matmul.outer_row(k, pa[r], b, ldp, panels, alone, accumulate);
             ok &= same_bits(alone, c + r * ldc, width);
         }
         check(t, ok, "matmul_panels of %d rows: not as each row alone", rows);
@@ -1005,27 +1009,27 @@ static void test_matmul_panels(struct test *t) {
 /* ---- Convolutions ---- */
 
 struct shape {
-    int c_in, c_out, size, h, w, stride, up, normed, residual;
+    int c_in, c_out, size, side, stride, up, normed, residual;
 };
 
 /* What a pixel outside is to the sum, inside its value after normalisation. */
-static double conv_input(const struct vq_work *work, const struct shape *s, const float *in, int y,
-                         int x, int i) {
-    if (y < 0 || x < 0 || y >= s->h << s->up || x >= s->w << s->up) return 0;
-    double v = in[((y >> s->up) * s->w + (x >> s->up)) * s->c_in + i];
-    return s->normed ? silu_double(v * work->scale[i] + work->shift[i]) : v;
+static double input_double(const struct vq_state *vs, const struct shape *s, const float *in, int y,
+                           int x, int i) {
+    if (y < 0 || x < 0 || y >= s->side << s->up || x >= s->side << s->up) return 0;
+    double v = in[((y >> s->up) * s->side + (x >> s->up)) * s->c_in + i];
+    return s->normed ? silu_double(v * vs->scale[i] + vs->shift[i]) : v;
 }
 
 /* One output in double; inputs and weights lie within one, so errors are relative to the number of
    products. */
-static double conv_double(const struct vq_work *work, const struct shape *s, const float *in,
+static double conv_double(const struct vq_state *vs, const struct shape *s, const float *in,
                           const float *w, int y, int x, int o) {
     double sum = 0;
     int pad = s->stride == 2 ? 0 : s->size / 2;
     for (int t = 0; t < s->size * s->size; t++)
         for (int i = 0; i < s->c_in; i++)
-            sum += conv_input(work, s, in, y * s->stride + t / s->size - pad,
-                              x * s->stride + t % s->size - pad, i) *
+            sum += input_double(vs, s, in, y * s->stride + t / s->size - pad,
+                                x * s->stride + t % s->size - pad, i) *
                    w[(o * s->size * s->size + t) * s->c_in + i];
     return sum;
 }
@@ -1036,53 +1040,59 @@ static float *unit_floats(struct test *t, int64_t n) {
     return x;
 }
 
-/* Convolutions by either way, against sums in double, and with any number of threads the same. */
+/* Convolutions by every way, against sums in double, with any number of threads the same; the plain
+   definition and packed panels of plain C give the same bits. */
 static void test_conv(struct test *t, struct shape s) {
-    int cols = s.size * s.size * s.c_in, ok = 1, h = (s.h << s.up) / s.stride,
-        w = (s.w << s.up) / s.stride, pad = s.stride == 2 ? 0 : s.size / 2;
-    const float *in = unit_floats(t, s.h * s.w * s.c_in), *weights = unit_floats(t, s.c_out * cols),
-                *bias = unit_floats(t, s.c_out), *old = unit_floats(t, h * w * s.c_out);
-    float *out = make_space(t, h * w * s.c_out), *first = make_space(t, h * w * s.c_out);
-    struct vq_work work = {.scale = unit_floats(t, s.c_in), .shift = unit_floats(t, s.c_in)};
-    struct conv conv = {.bias = bias, .c_in = s.c_in, .c_out = s.c_out, .size = s.size};
-    struct conv_geometry g = {s.h, s.w, h, w, s.stride, s.up, pad};
+    int cols = s.size * s.size * s.c_in, ok = 1, side = (s.side << s.up) / s.stride,
+        pad = s.stride == 2 ? 0 : s.size / 2, outputs = side * side * s.c_out;
+    const float *in = unit_floats(t, s.side * s.side * s.c_in),
+                *weights = unit_floats(t, s.c_out * cols), *bias = unit_floats(t, s.c_out),
+                *old = unit_floats(t, outputs);
+    float *out = make_space(t, outputs), *first = make_space(t, outputs);
+    struct vq_state vs = {.scale = unit_floats(t, s.c_in), .shift = unit_floats(t, s.c_in)};
+    struct conv conv = {.size = s.size};
+    struct conv_geometry g = {s.side, side, s.stride, s.up, pad};
+    struct kernels tiled = *t->k;
+    int most = s.c_in > s.c_out ? s.c_in : s.c_out;
+    tiled.conv.tiled = 1;
     conv.w = (struct tensor){(const uint8_t *)weights, cols * 4, LVM_F32, s.c_out, cols};
-    size_t shared = (size_t)max64(WINO_U, WINO_POINTS * winograd_stride(WINO_TILES, s.c_in));
-    work.packed = must(malloc(shared * sizeof(float)));
-    work.zeros = must(calloc((size_t)s.c_in, sizeof(float)));
-    for (int threads = 1; threads <= 3; threads++) {
+    conv.bias = (struct tensor){(const uint8_t *)bias, 4, LVM_F32, s.c_out, 1};
+    vs.packed = must(malloc((size_t)conv2d_packed(most) * sizeof(float)));
+    vs.zeros = must(calloc((size_t)s.c_in, sizeof(float)));
+    for (int run = 0; run < 4; run++) {
+        int threads = run % 3 + 1;
         struct exec e = make_exec(t, threads, &conv.w, 1, 0);
         free(e.scratch);
-        e.scratch_floats = max64(cols * PANEL, winograd_scratch(s.c_in));
+        e.scratch_floats = conv2d_scratch(most);
         e.scratch = must(malloc((size_t)(threads * e.scratch_floats) * sizeof(float)));
-        memcpy(out, old, (size_t)(h * w * s.c_out) * sizeof *out);
-        run_conv(&e, &work, &conv, g, s.normed, in, s.residual ? out : NULL, out);
-        if (threads == 1) memcpy(first, out, (size_t)(h * w * s.c_out) * sizeof *out);
-        check(t, same_bits(first, out, h * w * s.c_out), "a convolution depends on the threads");
+        if (run == 3) e.kern = &tiled;
+        memcpy(out, old, (size_t)outputs * sizeof *out);
+        conv2d(&e, &vs, &conv, g, s.normed, in, s.residual ? out : NULL, out);
+        if (run == 0) memcpy(first, out, (size_t)outputs * sizeof *out);
+        check(t, same_bits(first, out, outputs), run < 3 ? "a convolution depends on the threads"
+                                                 : "the plain convolution is not the panels'");
         free_exec(&e);
     }
     for (int n = 0; n < 200; n++) {
-        int p = below(t, h * w), o = below(t, s.c_out);
-        double want = conv_double(&work, &s, in, weights, p / w, p % w, o) + bias[o];
+        int p = below(t, side * side), o = below(t, s.c_out);
+        double want = conv_double(&vs, &s, in, weights, p / side, p % side, o) + bias[o];
         if (s.residual) want += old[p * s.c_out + o];
         ok &= within(t, "conv", out[p * s.c_out + o], want, sqrt(cols + 2.0), CONV_U, 0);
     }
-    check(t, ok, "convolution %d x %d x %d to %d, size %d, stride %d, up %d, normed %d: differs",
-          s.h, s.w, s.c_in, s.c_out, s.size, s.stride, s.up, s.normed);
-    free(work.packed), free(work.zeros);
-    release(t, "run_conv");
+    check(t, ok, "convolution %d x %d to %d, size %d, stride %d, up %d, normed %d: differs", s.side,
+          s.c_in, s.c_out, s.size, s.stride, s.up, s.normed);
+    free(vs.packed), free(vs.zeros);
+    release(t, "conv2d");
 }
 
 static void test_convs(struct test *t) {
     static const struct shape shapes[] = {
-        {3, 32, 3, 13, 10, 1, 0, 0, 0},   {32, 5, 1, 9, 7, 1, 0, 0, 1},
-        {32, 48, 1, 11, 12, 1, 0, 0, 0},  {32, 40, 3, 14, 16, 2, 0, 0, 0},
-        {12, 16, 3, 6, 5, 1, 0, 0, 1},    {32, 32, 3, 16, 16, 1, 0, 1, 1},
-        {64, 3, 3, 13, 18, 1, 0, 1, 0},   {32, 48, 3, 37, 41, 1, 0, 1, 1},
-        {8, 16, 3, 40, 45, 1, 0, 0, 0},   {64, 64, 3, 9, 10, 1, 1, 0, 0},
-        {32, 16, 3, 22, 19, 1, 1, 0, 0},  {288, 272, 3, 35, 36, 1, 0, 1, 1},
-        {256, 40, 3, 36, 36, 1, 0, 1, 0}, {1, 1, 3, 1, 1, 1, 0, 0, 0},
-        {32, 1, 3, 1, 2, 1, 0, 1, 0}};
+        {3, 32, 3, 13, 1, 0, 0, 0},   {32, 5, 1, 9, 1, 0, 0, 1},    {32, 48, 1, 11, 1, 0, 0, 0},
+        {32, 40, 3, 14, 2, 0, 0, 0},  {12, 16, 3, 6, 1, 0, 0, 1},   {32, 32, 3, 16, 1, 0, 1, 1},
+        {64, 3, 3, 17, 1, 0, 1, 0},   {32, 48, 3, 41, 1, 0, 1, 1},  {8, 16, 3, 43, 1, 0, 0, 0},
+        {64, 64, 3, 10, 1, 1, 0, 0},  {32, 16, 3, 19, 1, 1, 0, 0},  {288, 272, 3, 35, 1, 0, 1, 1},
+        {256, 40, 3, 36, 1, 0, 1, 0}, {1, 1, 3, 1, 1, 0, 0, 0},     {32, 1, 3, 2, 1, 0, 1, 0},
+        {32, 16, 3, 1, 1, 0, 1, 0},   {64, 96, 3, 64, 2, 0, 0, 0},  {12, 8, 3, 7, 1, 1, 0, 0}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         start_round(t, (int)i);
         test_conv(t, shapes[i]);
@@ -1299,7 +1309,7 @@ static void test_table(struct test *t) {
         test_int(t, LVM_Q8_0);
         test_int(t, LVM_Q4_0);
         for (int i = 0; i < N_TYPES; i++) test_to_f32(t, type_table[i].type);
-        test_quantize_q(t);
+        test_quantize_query(t);
         test_cache_rows(t);
         test_to_q8_0(t);
         test_rmsnorm(t);
@@ -1308,9 +1318,9 @@ static void test_table(struct test *t) {
         test_norm_rows(t);
         test_channel_sums(t);
         test_pack_strip(t);
-        test_wino_filter(t);
-        test_wino_input(t);
-        test_wino_output(t);
+        test_winograd_filter(t);
+        test_winograd_input(t);
+        test_winograd_output(t);
         if (round % 10 == 0) test_attend(t);
     }
     test_quantize_tiny(t);
@@ -1320,7 +1330,7 @@ static void test_table(struct test *t) {
     test_all_halves(t, LVM_BF16);
     test_matmul_panels(t);
     test_convs(t);
-    test_linears(t);
+    test_matmuls(t);
 }
 
 static void test_numbers(struct test *t) {

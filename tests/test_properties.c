@@ -6,13 +6,15 @@
        test_properties                  everything; non-zero when a check fails
        test_properties --quick          two weight types instead of five, for sanitizer runs
        test_properties --threads-only   contexts in several threads, for -fsanitize=thread */
-#define LVM_NO_MAIN
+#define main lvm_main
 #include "../lvm.c"
+#undef main
+#include "gguf.h"
 
 enum {
     D = 64, LAYERS = 2, HEADS = 4, KV_HEADS = 2, F = 96, V = 80, CODES = 64, BOS = 64,
     HIDDEN = 32, Z = 32, E = 16,
-    MAX_TENSORS = 320, SHOWN_FAILURES = 40
+    SHOWN_FAILURES = 40
 };
 
 struct test {
@@ -44,9 +46,8 @@ static void *must(void *p) {
 }
 
 static int below(struct rng *r, int n) { return (int)(rng_next(r) % (uint32_t)n); }
-static float uniform(struct rng *r) { return (float)(int32_t)rng_next(r) * 0x1p-31f; }
 
-/* ---- A GGUF file in memory ---- */
+/* ---- Models in memory ---- */
 
 /* What a model is made of. */
 struct spec {
@@ -58,272 +59,19 @@ struct spec {
     int has_llama, has_vq;
 };
 
-struct entry {
-    char name[80];
-    int type, n_dims, dims[4]; /* slowest first */
-    float size, middle;        /* values are middle + size * (-1 .. 1) */
-};
-
-struct writer {
-    uint8_t *data;
-    size_t n, room;
-    struct entry tensor[MAX_TENSORS];
-    int n_tensors;
-    const struct spec *spec;
-};
-
-static void put(struct writer *w, const void *data, size_t n) {
-    if (w->n + n > w->room) {
-        w->room = 2 * w->room + n;
-        w->data = must(realloc(w->data, w->room));
-    }
-    memcpy(w->data + w->n, data, n);
-    w->n += n;
+static struct model_file build(const struct spec *spec) {
+    struct llama a = {.context = spec->context, .L = LAYERS, .D = D, .F = F, .H = HEADS,
+                      .G = KV_HEADS, .d = D / HEADS, .V = V, .bos = spec->bos ? BOS : -1, .eos = -1,
+                      .eps = 1e-6f, .theta = 10000};
+    struct vqgan vq = {.R = spec->resolution, .hidden = HIDDEN, .z = Z, .codes = CODES, .code_dim = E,
+                       .n_res_blocks = 1, .resample_conv = 1, .n_levels = spec->levels,
+                       .mult = {1, 2}, .n_attn_at = 2,
+                       .attn_at = {spec->resolution, spec->resolution / 2}};
+    if (!spec->has_llama) a = (struct llama){.bos = -1, .eos = -1};
+    return make_model(&a, spec->has_vq ? &vq : NULL, spec->type, spec->vq_type);
 }
 
-static void put_number(struct writer *w, uint64_t v, int bytes) {
-    for (int i = 0; i < bytes; i++) put(w, &(uint8_t){(uint8_t)(v >> 8 * i)}, 1);
-}
-
-static void put_text(struct writer *w, const char *s) {
-    put_number(w, strlen(s), 8);
-    put(w, s, strlen(s));
-}
-
-static void put_padding(struct writer *w) {
-    while (w->n % 64 != 0) put_number(w, 0, 1);
-}
-
-static void key_u32(struct writer *w, const char *name, int v) {
-    put_text(w, name);
-    put_number(w, GGUF_U32, 4);
-    put_number(w, (uint64_t)v, 4);
-}
-
-static void key_f32(struct writer *w, const char *name, float v) {
-    put_text(w, name);
-    put_number(w, GGUF_F32, 4);
-    put(w, &v, sizeof v);
-}
-
-static void key_array(struct writer *w, const char *name, int n, const int *v) {
-    put_text(w, name);
-    put_number(w, GGUF_ARRAY, 4);
-    put_number(w, GGUF_I32, 4);
-    put_number(w, (uint64_t)n, 8);
-    for (int i = 0; i < n; i++) put_number(w, (uint64_t)v[i], 4);
-}
-
-static int put_llama_keys(struct writer *w) {
-    key_u32(w, "lvm.context_length", w->spec->context);
-    key_u32(w, "lvm.embedding_length", D);
-    key_u32(w, "lvm.block_count", LAYERS);
-    key_u32(w, "lvm.feed_forward_length", F);
-    key_u32(w, "lvm.vocab_size", V);
-    key_u32(w, "lvm.attention.head_count", HEADS);
-    key_u32(w, "lvm.attention.head_count_kv", KV_HEADS);
-    key_f32(w, "lvm.attention.layer_norm_rms_epsilon", 1e-6f);
-    key_f32(w, "lvm.rope.freq_base", 10000);
-    if (w->spec->bos) key_u32(w, "lvm.bos_token_id", BOS);
-    return w->spec->bos ? 10 : 9;
-}
-
-static int put_vq_keys(struct writer *w) {
-    static const int mult[] = {1, 2};
-    int attn[] = {w->spec->resolution, w->spec->resolution / 2};
-    key_u32(w, "lvm.vq.resolution", w->spec->resolution);
-    key_u32(w, "lvm.vq.hidden_channels", HIDDEN);
-    key_u32(w, "lvm.vq.num_res_blocks", 1);
-    key_u32(w, "lvm.vq.z_channels", Z);
-    key_u32(w, "lvm.vq.num_embeddings", CODES);
-    key_u32(w, "lvm.vq.quantized_embed_dim", E);
-    key_u32(w, "lvm.vq.no_attn_mid_block", 0);
-    key_array(w, "lvm.vq.channel_mult", w->spec->levels, mult);
-    key_array(w, "lvm.vq.attn_resolutions", 2, attn);
-    return 9;
-}
-
-/* ---- Its tensors ---- */
-
-static struct entry *add(struct writer *w, int type, const char *name, int n_dims, int d0, int d1) {
-    struct entry *e = &w->tensor[w->n_tensors++];
-    if (w->n_tensors > MAX_TENSORS) abort();
-    *e = (struct entry){.type = type, .n_dims = n_dims, .dims = {d0, d1, 1, 1}};
-    snprintf(e->name, sizeof e->name, "%s", name);
-    e->size = n_dims == 1 ? 0.2f : 2 / sqrtf((float)d1);
-    return e;
-}
-
-static void add_vector(struct writer *w, const char *name, int n, float middle) {
-    add(w, LVM_F32, name, 1, n, 1)->middle = middle;
-}
-
-static void add_layer(struct writer *w, int i) {
-    static const struct { const char *name; int rows, cols, bias; } linear[] = {
-        {"attn_q", D, D, 1},      {"attn_k", D / 2, D, 1}, {"attn_v", D / 2, D, 1},
-        {"attn_output", D, D, 0}, {"ffn_gate", F, D, 0},   {"ffn_up", F, D, 0},
-        {"ffn_down", D, F, 0}};
-    char name[80];
-    for (size_t k = 0; k < sizeof linear / sizeof *linear; k++) {
-        snprintf(name, sizeof name, "blk.%d.%s.weight", i, linear[k].name);
-        add(w, w->spec->type, name, 2, linear[k].rows, linear[k].cols);
-        snprintf(name, sizeof name, "blk.%d.%s.bias", i, linear[k].name);
-        if (linear[k].bias) add_vector(w, name, linear[k].rows, 0);
-    }
-    snprintf(name, sizeof name, "blk.%d.attn_norm.weight", i);
-    add_vector(w, name, D, 1);
-    snprintf(name, sizeof name, "blk.%d.ffn_norm.weight", i);
-    add_vector(w, name, D, 1);
-}
-
-static void add_conv(struct writer *w, const char *prefix, const char *name, int c_in, int c_out,
-                     int size) {
-    char full[80];
-    snprintf(full, sizeof full, "vq.%s%s.weight", prefix, name);
-    int type = c_in % QK == 0 ? w->spec->vq_type : LVM_F16;
-    struct entry *e = add(w, type, full, 4, c_out, size);
-    e->dims[2] = size;
-    e->dims[3] = c_in;
-    e->size = 2 / sqrtf((float)(c_in * size * size));
-    snprintf(full, sizeof full, "vq.%s%s.bias", prefix, name);
-    add_vector(w, full, c_out, 0);
-}
-
-static void add_norm(struct writer *w, const char *prefix, const char *name, int c) {
-    char full[80];
-    snprintf(full, sizeof full, "vq.%s%s.weight", prefix, name);
-    add_vector(w, full, c, 1);
-    snprintf(full, sizeof full, "vq.%s%s.bias", prefix, name);
-    add_vector(w, full, c, 0);
-}
-
-static void add_res_block(struct writer *w, const char *prefix, int c_in, int c_out) {
-    add_norm(w, prefix, "norm1", c_in);
-    add_conv(w, prefix, "conv1", c_in, c_out, 3);
-    add_norm(w, prefix, "norm2", c_out);
-    add_conv(w, prefix, "conv2", c_out, c_out, 3);
-    if (c_in != c_out) add_conv(w, prefix, "nin_shortcut", c_in, c_out, 1);
-}
-
-static void add_attn_block(struct writer *w, const char *prefix, int c) {
-    static const char *const conv[] = {"q", "k", "v", "proj_out"};
-    add_norm(w, prefix, "norm", c);
-    for (int i = 0; i < 4; i++) add_conv(w, prefix, conv[i], c, c, 1);
-}
-
-static void add_level(struct writer *w, const char *half, int i, int c_in, int blocks,
-                      const char *resample) {
-    char prefix[64];
-    int c = HIDDEN * (i + 1);
-    for (int b = 0; b < blocks; b++) {
-        snprintf(prefix, sizeof prefix, "%s.%d.block.%d.", half, i, b);
-        add_res_block(w, prefix, b == 0 ? c_in : c, c);
-        snprintf(prefix, sizeof prefix, "%s.%d.attn.%d.", half, i, b);
-        if (blocks > 1) add_attn_block(w, prefix, c);
-    }
-    snprintf(prefix, sizeof prefix, "%s.%d.", half, i);
-    if (resample != NULL) add_conv(w, prefix, resample, c, c, 3);
-}
-
-static void add_tokenizer(struct writer *w) {
-    int last = w->spec->levels - 1, c = HIDDEN * w->spec->levels;
-    add_conv(w, "encoder.", "conv_in", 3, HIDDEN, 3);
-    add_conv(w, "encoder.", "conv_out", c, Z, 3);
-    add_norm(w, "encoder.", "norm_out", c);
-    add_conv(w, "decoder.", "conv_in", Z, c, 3);
-    add_conv(w, "decoder.", "conv_out", HIDDEN, 3, 3);
-    add_norm(w, "decoder.", "norm_out", HIDDEN);
-    for (int i = 0; i <= last; i++) {
-        int up_in = i == last ? c : c * 2 / w->spec->levels;
-        add_level(w, "encoder.down", i, HIDDEN, 1, i < last ? "downsample.conv" : NULL);
-        add_level(w, "decoder.up", i, up_in, 2, i > 0 ? "upsample.conv" : NULL);
-    }
-    for (int i = 0; i < 2; i++) {
-        const char *const middle[2][3] = {
-            {"encoder.mid.block_1.", "encoder.mid.attn_1.", "encoder.mid.block_2."},
-            {"decoder.mid.block_1.", "decoder.mid.attn_1.", "decoder.mid.block_2."}};
-        add_res_block(w, middle[i][0], c, c);
-        add_attn_block(w, middle[i][1], c);
-        add_res_block(w, middle[i][2], c, c);
-    }
-    add_conv(w, "", "quant_conv", Z, E, 1);
-    add_conv(w, "", "post_quant_conv", E, Z, 1);
-    add(w, LVM_F16, "vq.quantize.embedding.weight", 2, CODES, E)->size = 1;
-}
-
-static int64_t entry_bytes(const struct entry *e) {
-    int64_t row = e->dims[e->n_dims - 1], all = 1;
-    for (int i = 0; i < e->n_dims; i++) all *= e->dims[i];
-    return all / row * type_bytes(e->type, row);
-}
-
-static void put_tensor_list(struct writer *w) {
-    int64_t offset = 0;
-    for (int i = 0; i < w->n_tensors; i++) {
-        const struct entry *e = &w->tensor[i];
-        put_text(w, e->name);
-        put_number(w, (uint64_t)e->n_dims, 4);
-        for (int d = e->n_dims - 1; d >= 0; d--) put_number(w, (uint64_t)e->dims[d], 8);
-        put_number(w, (uint64_t)e->type, 4);
-        put_number(w, (uint64_t)offset, 8);
-        offset = (offset + entry_bytes(e) + 63) / 64 * 64;
-    }
-}
-
-static void put_tensor(struct writer *w, const struct entry *e, struct rng *rng) {
-    int64_t k = e->dims[e->n_dims - 1], bytes = type_bytes(e->type, k),
-            rows = entry_bytes(e) / bytes;
-    float *row = must(malloc((size_t)k * sizeof *row));
-    uint8_t *packed = must(malloc((size_t)bytes));
-    for (int64_t r = 0; r < rows; r++) {
-        for (int64_t i = 0; i < k; i++) row[i] = e->middle + e->size * uniform(rng);
-        row_from_f32(e->type, row, packed, k);
-        put(w, packed, (size_t)bytes);
-    }
-    put_padding(w);
-    free(row);
-    free(packed);
-}
-
-struct file {
-    uint8_t *data;
-    size_t size, data_start;
-};
-
-static struct file build(const struct spec *spec) {
-    struct writer *w = must(calloc(1, sizeof *w));
-    struct rng rng = rng_new(7, (uint64_t)spec->type);
-    w->spec = spec;
-    if (spec->has_llama) {
-        add(w, spec->type, "token_embd.weight", 2, V, D)->size = 1;
-        for (int i = 0; i < LAYERS; i++) add_layer(w, i);
-        add_vector(w, "output_norm.weight", D, 1);
-        add(w, spec->type, "output.weight", 2, V, D)->size = 0.5f;
-    }
-    if (spec->has_vq) add_tokenizer(w);
-    put(w, "GGUF", 4);
-    put_number(w, 3, 4);
-    put_number(w, (uint64_t)w->n_tensors, 8);
-    size_t count_at = w->n;
-    put_number(w, 0, 8);
-    put_text(w, "general.architecture");
-    put_number(w, GGUF_STRING, 4);
-    put_text(w, "lvm");
-    key_u32(w, "lvm.format_version", 1);
-    key_u32(w, "general.alignment", 64);
-    int keys = 3 + (spec->has_llama ? put_llama_keys(w) : 0) + (spec->has_vq ? put_vq_keys(w) : 0);
-    w->data[count_at] = (uint8_t)keys;
-    put_tensor_list(w);
-    put_padding(w);
-    struct file f = {NULL, 0, w->n};
-    for (int i = 0; i < w->n_tensors; i++) put_tensor(w, &w->tensor[i], &rng);
-    f.data = w->data;
-    f.size = w->n;
-    free(w);
-    return f;
-}
-
-static lvm_model *open_spec(struct test *t, const struct spec *spec, struct file *f) {
+static lvm_model *open_spec(struct test *t, const struct spec *spec, struct model_file *f) {
     lvm_error error = {0, ""};
     *f = build(spec);
     lvm_model *m = lvm_open_memory(f->data, f->size, &error);
@@ -369,7 +117,7 @@ static int encode_noise(lvm_ctx *ctx, int32_t *tokens) {
     return lvm_encode(ctx, &image, 1, tokens, NULL);
 }
 
-static int decode_tokens(lvm_ctx *ctx, const int32_t *tokens, uint8_t *pixels) {
+static int decode_ids(lvm_ctx *ctx, const int32_t *tokens, uint8_t *pixels) {
     lvm_image image = {0, 0, NULL, 0};
     int code = lvm_decode(ctx, tokens, 1, &image, NULL);
     if (code == LVM_OK) memcpy(pixels, image.rgb, PIXELS * PIXELS * 3);
@@ -387,7 +135,7 @@ static int compute(lvm_ctx *ctx, struct outcome *o) {
     if (code == LVM_OK) code = lvm_prompt(ctx, ids, FEW_IDS, NULL, NULL);
     if (code == LVM_OK) code = lvm_generate(ctx, &s, MANY, GENERATED, o->ids[0], NULL);
     if (code == LVM_OK) code = encode_noise(ctx, o->tokens);
-    if (code == LVM_OK) code = decode_tokens(ctx, o->tokens, o->pixels);
+    if (code == LVM_OK) code = decode_ids(ctx, o->tokens, o->pixels);
     return code;
 }
 
@@ -562,7 +310,7 @@ static void test_generation(struct test *t, const lvm_model *m, const lvm_option
 /* A prompt longer than the window that ends within an image: the oldest whole images leave. */
 static void test_partial_image(struct test *t) {
     static const struct spec spec = {"partial image", LVM_F32, LVM_F16, 300, 1, 8, 2, 1, 1};
-    struct file f;
+    struct model_file f;
     lvm_model *m = open_spec(t, &spec, &f);
     lvm_options o = options_of(1, LVM_AUTO, 0);
     lvm_sampling s = sampling_of(17);
@@ -681,14 +429,14 @@ static void test_distribution(struct test *t, float temperature, int top_k, floa
     s.temperature = temperature;
     s.top_k = top_k;
     s.top_p = top_p;
-    for (int i = 0; i < CODES; i++) logits[i] = 2.5f * uniform(&rng);
+    for (int i = 0; i < CODES; i++) logits[i] = 2.5f * uniform_of(&rng);
     expected_distribution(logits, CODES, &s, p);
     for (int i = 0; i < DRAWS; i++) seen[sample(logits, CODES, &s, &rng, choices)]++;
     for (int i = 0; i < DRAWS / 40; i++) {
         int n = 1 + below(&rng_again, CODES), few = 1 + below(&rng_again, 9);
         struct rng before = rng;
         for (int j = 0; j < n; j++) /* with many alike */
-            logits[j] = (float)below(&rng_again, few) + uniform(&rng_again) * (float)(i % 2);
+            logits[j] = (float)below(&rng_again, few) + uniform_of(&rng_again) * (float)(i % 2);
         same &= sample(logits, n, &s, &rng, choices) == draw_sorted(logits, n, &s, &before);
     }
     for (int i = 0; i < CODES; i++) {
@@ -730,8 +478,8 @@ static int cancel_progress(void *user, const char *stage, int64_t done, int64_t 
     return c->calls++ == c->at;
 }
 
-enum action { ENCODE, DECODE, READ, SCORE, GENERATE, ACTIONS };
-static const char *const action_names[ACTIONS] = {"encode", "decode", "prompt", "score",
+enum action { DO_ENCODE, DO_DECODE, DO_PREFILL, DO_SCORE, DO_GENERATE, ACTIONS };
+static const char *const action_names[ACTIONS] = {"encode", "decode", "prefill", "score",
                                                   "generate"};
 
 /* One call with its result in *o; the prompt of score and generate is read before, uncancelled. */
@@ -742,19 +490,19 @@ static int act(lvm_ctx *ctx, enum action action, struct canceller *c, int at, st
     memset(o, 0, sizeof *o);
     fill_ids(ids, PROMPT + SCORED, 8);
     c->at = -1;
-    if (action == READ)
+    if (action == DO_PREFILL)
         lvm_prompt(ctx, &(int32_t){1}, 1, NULL, NULL); /* so that nothing is reused */
-    if (action == SCORE) lvm_prompt(ctx, ids, PROMPT, NULL, NULL);
-    if (action == GENERATE) lvm_prompt(ctx, ids, 250, NULL, NULL); /* slides after 7 tokens */
+    if (action == DO_SCORE) lvm_prompt(ctx, ids, PROMPT, NULL, NULL);
+    if (action == DO_GENERATE) lvm_prompt(ctx, ids, 250, NULL, NULL); /* slides after 7 tokens */
     for (int i = 0; i < 64; i++) o->tokens[i] = ids[i + 1];
     c->calls = 0;
     c->at = at;
-    if (action == ENCODE) ctx_reset(ctx); /* or it would know the image */
-    if (action == ENCODE) code = encode_noise(ctx, o->tokens);
-    if (action == DECODE) code = decode_tokens(ctx, o->tokens, o->pixels);
-    if (action == READ) code = lvm_prompt(ctx, ids, PROMPT, o->logits, NULL);
-    if (action == SCORE) code = lvm_score(ctx, ids + PROMPT, SCORED, o->nll, NULL);
-    if (action == GENERATE) code = lvm_generate(ctx, &s, 2, 10, o->ids[0], NULL);
+    if (action == DO_ENCODE) ctx_reset(ctx); /* or it would know the image */
+    if (action == DO_ENCODE) code = encode_noise(ctx, o->tokens);
+    if (action == DO_DECODE) code = decode_ids(ctx, o->tokens, o->pixels);
+    if (action == DO_PREFILL) code = lvm_prompt(ctx, ids, PROMPT, o->logits, NULL);
+    if (action == DO_SCORE) code = lvm_score(ctx, ids + PROMPT, SCORED, o->nll, NULL);
+    if (action == DO_GENERATE) code = lvm_generate(ctx, &s, 2, 10, o->ids[0], NULL);
     return code;
 }
 
@@ -794,7 +542,7 @@ static void test_cancel(struct test *t, const lvm_model *m, int kv_type) {
    pieces, of which each asks for logits. */
 static void test_cancel_long(struct test *t) {
     static const struct spec spec = {"long context", LVM_F32, LVM_F16, 700, 1, 16, 2, 1, 0};
-    struct file f;
+    struct model_file f;
     lvm_model *m = open_spec(t, &spec, &f);
     struct canceller c = {0, -1};
     lvm_options o = options_of(1, LVM_AUTO, 0);
@@ -861,7 +609,7 @@ static void test_concurrency(struct test *t) {
     static const struct spec spec[2] = {{"f32, at once", LVM_F32, LVM_F16, 300, 1, 16, 2, 1, 1},
                                         {"q8_0, at once", LVM_Q8_0, LVM_Q8_0, 300, 1, 16, 2, 1, 1}};
     enum { USERS = 3 };
-    struct file f[2];
+    struct model_file f[2];
     lvm_model *m[2] = {open_spec(t, &spec[0], &f[0]), open_spec(t, &spec[1], &f[1])};
     static struct user alone[USERS], together[USERS];
     pthread_t thread[USERS];
@@ -925,7 +673,7 @@ static int open_and_run(const uint8_t *data, size_t size) {
 static void test_damage(struct test *t) {
     static const struct spec spec = {"damaged file", LVM_Q4_0, LVM_F16, 300, 1, 4, 1, 1, 1};
     enum { CUTS = 50, FLIPS = 2000 };
-    struct file f;
+    struct model_file f;
     lvm_close(open_spec(t, &spec, &f));
     for (int i = 0; i < CUTS; i++) { /* half of the cuts before the tensors' data, half in it */
         size_t part = (size_t)i % (CUTS / 2), body = f.size - f.data_start;
@@ -1058,7 +806,7 @@ static void test_parts(struct test *t) {
     uint8_t rgb[3] = {0};
     lvm_image image = {1, 1, rgb, 0}, out;
     for (int i = 0; i < 2; i++) {
-        struct file f;
+        struct model_file f;
         lvm_model *m = open_spec(t, &specs[i], &f);
         lvm_ctx *ctx = context(m, NULL);
         if (i == 0) {
@@ -1094,7 +842,7 @@ static void set_variable(const char *name, const char *value) {
 
 static void test_wrong_arguments(struct test *t) {
     static const struct spec spec = {"wrong arguments", LVM_F32, LVM_F16, 300, 1, 16, 2, 1, 1};
-    struct file f;
+    struct model_file f;
     lvm_model *m = open_spec(t, &spec, &f);
     lvm_ctx *ctx = context(m, NULL);
     test_wrong_options(t, m);
@@ -1123,7 +871,7 @@ static void test_type(struct test *t, int type) {
     static const int kv_types[] = {LVM_F32, LVM_F16, LVM_Q8_0};
     const char *name = type_info(type)->name;
     struct spec spec = {name, type, type == LVM_Q8_0 ? LVM_Q8_0 : LVM_F16, 300, 1, 16, 2, 1, 1};
-    struct file f;
+    struct model_file f;
     lvm_model *m = open_spec(t, &spec, &f);
     lvm_options usual = options_of(1, LVM_AUTO, 0);
     for (int exact = 0; exact <= type_is_quantised(type); exact++)

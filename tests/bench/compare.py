@@ -7,18 +7,18 @@
 Every peer is optional; one that is missing or fails is named in the table and left out. Stages:
 
     encode   256 x 256 pixels to 256 codes: PyTorch, onnxruntime and openvino on open-muse's class
-    prompt   3840 tokens at once: ik_llama.cpp and llama.cpp
-    new      256 tokens one by one at that depth: the same two, also with a q8_0 cache
+    prefill  3840 tokens at once: ik_llama.cpp and llama.cpp
+    generate 256 tokens one by one at that depth: the same two, also with a q8_0 cache
     start    256 tokens one by one behind a prompt of one: the same
-    draw     256 codes to pixels: as encode
-    whole    15 encodes, prompt, new and one draw, from the medians: the best peers' sum
+    decode   256 codes to pixels: as encode
+    whole    15 encodes, prefill, generate and one decode, from the medians: the best peers' sum
 
 Weights are random, of the shape that `lvm bench --config` makes. A first turn warms up: every
 setting of every peer runs once, and the slow ones of a program (SLOW times its fastest, in that
 stage) are not run again: their rows keep this one figure. Then follow, stage by stage, --runs turns,
 in each of which lvm and every setting left run once; figures are medians. Every figure goes to
 standard error when it is taken, a stage's table to standard output when the stage ends. A run of
-encode or draw is the fastest of three, for lvm as for the others. bf16 settings are shown but count
+encode or decode is the fastest of three, for lvm as for the others. bf16 settings are shown but count
 for no ratio of float32: they lose codes, of which their rows tell. The first of the new tokens comes
 out of the prompt, so 256 of them are 255 steps; lvm's time to choose among their scores is counted,
 the llama-benches choose nothing. The machine must be quiet: threads of the llama-benches wait
@@ -53,7 +53,7 @@ import tempfile
 import threading
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-STAGES = ("encode", "prompt", "new", "start", "draw")
+STAGES = ("encode", "prefill", "generate", "start", "decode")
 SLOW = 1.25
 AVX2 = {"LVM_ISA": "avx2", "ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2",
         "DNNL_MAX_CPU_ISA": "AVX2"}
@@ -63,14 +63,14 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_":
 
 CACHES = ("-fa 0", "-fa 1", "-fa 0 -ctk q8_0", "-fa 1 -ctk q8_0 -ctv q8_0")
 IK_SETTINGS = {
-    "prompt": ["-fa %d -rtr %d -ub 512" % (fa, rtr) for rtr in (0, 1) for fa in (0, 1)]
+    "prefill": ["-fa %d -rtr %d -ub 512" % (fa, rtr) for rtr in (0, 1) for fa in (0, 1)]
     + ["-fa 1 -rtr 1 -ub 2048", "-fa 1 -rtr 1 -ub 512 -thp 1"],
-    "new": ["%s -rtr %d" % (cache, rtr) for rtr in (0, 1) for cache in CACHES],
+    "generate": ["%s -rtr %d" % (cache, rtr) for rtr in (0, 1) for cache in CACHES],
     "start": ["-fa %d -rtr %d" % (fa, rtr) for rtr in (0, 1) for fa in (0, 1)]}
 LLAMA_SETTINGS = {
-    "prompt": ["-fa %d --repack %d -ub 512" % (fa, pack) for pack in (0, 1) for fa in (0, 1)]
+    "prefill": ["-fa %d --repack %d -ub 512" % (fa, pack) for pack in (0, 1) for fa in (0, 1)]
     + ["-fa 1 --repack 1 -ub 2048"],
-    "new": list(CACHES),
+    "generate": list(CACHES),
     "start": ["-fa 0", "-fa 1"]}
 VQGAN_SETTINGS = (
     ("PyTorch", "f32"), ("PyTorch", "f32 channels_last"), ("PyTorch", "f32 compiled"),
@@ -160,12 +160,12 @@ class Lvm(Program):
         args = self.args
         command = [args.lvm, "bench", "--json", "-q", "-j", str(args.threads), "--new",
                    str(args.new), "--prompt", str(1 if stage == "start" else args.prompt),
-                   "--stage", "new" if stage == "start" else stage]
+                   "--stage", "generate" if stage == "start" else stage]
         if args.weights:
             command += [args.weights]
         else:
             command += ["--vq", "published"]
-            if stage not in ("encode", "draw"):
+            if stage not in ("encode", "decode"):
                 command += ["--config", args.config, "--type", args.type]
         lines = output_of(command, self.env, args.timeout).splitlines()
         self.ceilings.append(json.loads(lines[0]))
@@ -186,9 +186,9 @@ class LlamaBench(Program):
         work = ["-p", prompt, "-n", "0"]
         if stage == "start":
             work = ["-p", "0", "-n", new]
-        elif stage == "new" and self.program == "ik_llama.cpp":
+        elif stage == "generate" and self.program == "ik_llama.cpp":
             work = ["-p", "0", "-n", "0", "-gp", prompt + "," + new]
-        elif stage == "new":
+        elif stage == "generate":
             work = ["-p", "0", "-n", new, "-d", prompt]
         command = [self.path, "-m", self.gguf, "-t", str(self.args.threads), "-r", "1", "-o",
                    "json"] + work + setting.split()
@@ -310,8 +310,8 @@ def fastest(entries, exact):
 
 
 def units(stage, args):
-    amount = {"prompt": args.prompt, "new": args.new, "start": args.new}.get(stage, 1)
-    return amount, "tokens/s" if stage in ("prompt", "new", "start") else "images/s"
+    amount = {"prefill": args.prompt, "generate": args.new, "start": args.new}.get(stage, 1)
+    return amount, "tokens/s" if stage in ("prefill", "generate", "start") else "images/s"
 
 
 def print_stage(stage, entries, args):
@@ -330,11 +330,11 @@ def print_stage(stage, entries, args):
             remarks.append("one run")
         if entry is fastest(entries, entry.exact):
             remarks.append("best" if entry.exact else "best bf16")
-        print(("%-7s %-48s %8.3f s %9.2f %-10s %6s  %s"
+        print(("%-8s %-48s %8.3f s %9.2f %-10s %6s  %s"
                % (stage, name, took, amount / took, unit, ratio, ", ".join(remarks))).rstrip())
     for (program, fault), settings in faults.items():
         name = program if len(settings) > 1 else (program + " " + settings[0]).strip()
-        print("%-7s %-48s left out: %s" % (stage, name, fault))
+        print("%-8s %-48s left out: %s" % (stage, name, fault))
     print(flush=True)
 
 
@@ -348,9 +348,9 @@ def summary(table, args):
                          (best.program + " " + best.setting).strip()))
     times = {row[0]: row[1:3] for row in rows}
     images = -(-args.prompt // 256)
-    if all(stage in times for stage in ("encode", "prompt", "new", "draw")):
-        lvm, peers = (images * times["encode"][i] + times["prompt"][i] + times["new"][i]
-                      + times["draw"][i] for i in (0, 1))
+    if all(stage in times for stage in ("encode", "prefill", "generate", "decode")):
+        lvm, peers = (images * times["encode"][i] + times["prefill"][i] + times["generate"][i]
+                      + times["decode"][i] for i in (0, 1))
         rows.append(("whole", lvm, peers, "the best peers together, %d encodes" % images))
     return rows
 
@@ -358,9 +358,9 @@ def summary(table, args):
 def print_summary(rows):
     if not rows:
         return
-    print("%-7s %10s %12s %7s" % ("stage", "lvm", "best peer", "ratio"))
+    print("%-8s %10s %12s %7s" % ("stage", "lvm", "best peer", "ratio"))
     for stage, lvm, peer, name in rows:
-        print("%-7s %8.3f s %10.3f s %6.2fx  %s" % (stage, lvm, peer, peer / lvm, name))
+        print("%-8s %8.3f s %10.3f s %6.2fx  %s" % (stage, lvm, peer, peer / lvm, name))
 
 
 def processor():
@@ -440,7 +440,7 @@ def llama_benches(args, env, folder):
 
 
 def tokenizers(args, env):
-    if not args.python or not {"encode", "draw"} & set(args.stages):
+    if not args.python or not {"encode", "decode"} & set(args.stages):
         return []
     return [Tokenizer(program, setting, args, env) for program, setting in VQGAN_SETTINGS
             if args.setting in setting and not (args.avx2 and program == "onnxruntime")]

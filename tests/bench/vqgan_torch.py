@@ -1,16 +1,16 @@
 #!/usr/bin/env python3
 """The tokenizer under other programs, one image at a time, for compare.py:
 
-    echo encode draw | python vqgan_torch.py --open-muse DIR --setting "PyTorch f32"
+    echo encode decode | python vqgan_torch.py --open-muse DIR --setting "PyTorch f32"
 
 Runs in a Python that has torch, and what tests/oracle.py and open-muse ask for: transformers,
 safetensors, numpy and requests; onnx, onnxscript and onnxruntime, or openvino, for the settings of
 these names. The model is open-muse's VQGANModel with random weights. The first line printed tells
 the program's version and how many of 256 codes the setting shares with PyTorch's float32; then
-every word of standard input, encode or draw, is answered by one line with the seconds of the
+every word of standard input, encode or decode, is answered by one line with the seconds of the
 fastest of three runs, or of two that take longer than two seconds, as `lvm bench` counts.
 
-Encoding goes from pixels to codes, drawing from codes to pixels. A setting whose float32 pixels
+Encoding goes from pixels to codes, decoding from codes to pixels. A setting whose float32 pixels
 differ from PyTorch's own by more than one in ten thousand of their range is an error.
 """
 import argparse
@@ -42,7 +42,7 @@ class Encode(torch.nn.Module):
         return self.model.get_code(pixels)
 
 
-class Draw(Encode):
+class Decode(Encode):
     def forward(self, codes):
         return self.model.decode_code(codes)
 
@@ -122,8 +122,8 @@ def make_model(open_muse, shape):
 def same_codes(setting, runs, wanted, pixels, codes):
     """How many codes come out as PyTorch's; for float32 nearly all must, and the pixels."""
     same = int((runs["encode"](pixels).reshape(-1) == wanted["encode"].reshape(-1)).sum())
-    drawn, true = runs["draw"](codes).float(), wanted["draw"]
-    off = float((drawn - true).abs().max() / (true.max() - true.min()))
+    decoded, true = runs["decode"](codes).float(), wanted["decode"]
+    off = float((decoded - true).abs().max() / (true.max() - true.min()))
     if " f32" in setting and (off > 1e-4 or same < TOKENS - 4):
         sys.exit("%s: pixels differ by %.2g of their range, %d of %d codes are the same"
                  % (setting, off, same, TOKENS))
@@ -149,8 +149,8 @@ def main():
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, pixels, codes = make_model(args.open_muse, args.shape)
-    modules = {"encode": Encode(model), "draw": Draw(model)}
-    inputs = {"encode": pixels, "draw": codes}
+    modules = {"encode": Encode(model), "decode": Decode(model)}
+    inputs = {"encode": pixels, "decode": codes}
     wanted = {stage: module(inputs[stage]) for stage, module in modules.items()}
     with tempfile.TemporaryDirectory() as folder:
         runs = {stage: SETTINGS[args.setting](module, inputs[stage], args.threads, folder)
