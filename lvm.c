@@ -1,10 +1,10 @@
 /* lvm.c - run, embed and understand Large Vision Models, in one C file.
 
    A Large Vision Model (Bai et al., "Sequential Modeling Enables Scalable Learning for Large Vision
-   Models", arXiv 2312.00785) never saw a word. A VQGAN turns every image into 256 tokens, up to
-   16 images become one sequence, a LLaMA-style transformer predicts the next token, and a task is
-   given by showing examples of it as images: photo, depth, photo, depth, ..., photo, and the
-   model answers with the depth.
+   Models", arXiv 2312.00785) never saw a word. A VQGAN turns every image into 256 tokens, up to 16
+   images become one sequence (a visual sentence), a LLaMA-style transformer predicts the next
+   token, and a task is given by showing examples of it as images: photo, depth, photo, depth, ...,
+   photo, and the model answers with the depth.
 
    As a program:       cc -O2 -ffp-contract=off lvm.c -o lvm -lm -lpthread
                        (for Windows: x86_64-w64-mingw32-gcc, and -static)
@@ -14,6 +14,8 @@
                            #include "lvm.c"
                        Or make `#include "lvm.c"` the first include of one C file of yours, with
                        LVM_NO_MAIN defined above it.
+   For another device: a file of its own, in C or C++17, that defines LVM_INTERNAL and includes this
+                       one gets what both sides of the seam share (chapter 7).
 
    Three surprises, first:
    1. Sums have one order. The same weights, input, seed, options and instruction set give the same
@@ -21,34 +23,49 @@
       adds a faster kernel keeps the order that the plain C of chapter 3 documents.
    2. Nothing here exits, prints or keeps mutable global state; only chapter 15, the command line,
       does.
-   3. An image is a row of tokens in the tokenizer's raster order, and a context holds whole
-      images: when a sequence outgrows it, the oldest images leave and positions start again at
-      zero.
+   3. An image is a row of tokens in the tokenizer's raster order, and a context holds whole images:
+      when a sequence outgrows it, the oldest images leave and positions start again at zero.
+
+   THE SHORTEST PATH, some 300 lines in reading order, from images to an image:
+
+       vq_encode          5   pixels to tokens: run_residual, whose heart is conv2d_plain_task,
+       vector_quantize    5   and the nearest row of the codebook
+       rmsnorm_plain      3   of a row of activations
+       rotate             6   RoPE: what tells a query how far away a key is
+       softmax_plain      3   scores to probabilities,
+       attend_block       3   and what is done with them: attention
+       run_layer          6   one layer, all shapes in sight; run_layers: all of them
+       sample             7   logits to a token
+       generate_on_host   7   the loop that predicts an image
+       vq_decode          5   tokens to pixels
 
    CONTENTS
      Part one: how a Large Vision Model works
        0  What this is; the public API
        1  Errors, memory, threads; what the system gives
        2  Numbers: f16, bf16, the quantised blocks, exp and friends
-       3  Kernels in plain C, the table they are called through, and what drives them
-       4  The model: weights.bin, read from GGUF
-       5  The tokenizer: VQGAN encoder, quantiser, decoder
+       3  Kernels in plain C, the tables they are called through, matmul and attention
+       4  The model: one description of its tensors and operations, read from GGUF
+       5  The tokenizer: VQGAN encoder, vector quantiser, decoder
        6  The transformer: RMSNorm, RoPE, attention with a KV cache, SwiGLU
        7  The seam for devices and the CPU behind it; generation and scoring
-     Part two: how one learns (its other half, training, is to come)
+     Part two: how one learns (chapter 8, training, is to come)
        9  Visual sentences: prompts by the line
      Part three: the machine room
       10  Systems: files, mapping, folders, processors, Windows
       11  Images: PNG, JPEG and PNM in, PNG out, EXIF rotation, Pillow's resizing
       12  Packing, fast convolution (Winograd), attention on quantised caches
       13  Fast kernels: AVX2, AVX-512, NEON
-      14  Tools: quantise, random weights, the cache file
+      14  Tools: GGUF, quantise, random weights, the cache file
       15  The command line, bench
 
-   Letters used in shapes throughout:
-       T tokens or rows     D model width (embedding_length)     F feed-forward width   V vocabulary
-       H attention heads    G key/value heads                    d width of one head    L layers
-       R image side in pixels    S side of the token grid (R/16)    C channels    K terms a sum
+   LETTERS in shapes, and in code where a name would be longer than what it says:
+       N rows (tokens) at once   T tokens of an image (S S)   V vocabulary   D model width
+       F feed-forward width      H attention heads            G key/value heads   d width of a head
+       L layers                  R image side in pixels       S side of the token grid (R/16)
+       C channels                K, in kernels k: terms of a sum; next to q and v, k is a key
+       e struct exec: how to compute     s activations and scratch ("state")     w weights
+       a struct llama                    m a model; of an online softmax, the largest score
 
    Licence: MIT, see the LICENSE file. */
 
@@ -268,9 +285,9 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 void lvm_image_free(lvm_image *image);
 
 /* Rewrites a weights file with other types: type for the transformer's matrices, vq_type for the
-   tokenizer's convolutions (LVM_AUTO keeps). Norms and biases stay F32; rows that are no multiple
-   of 32 become F16 instead of a quantised type. Existing files are replaced only when force is 1.
- */
+   tokenizer's convolutions (LVM_AUTO keeps). Norms and biases stay F32; rows that are no
+   multiple of 32 become F16 instead of a quantised type. Existing files are replaced only when
+   force is 1. */
 int lvm_quantize(const char *in, const char *out, int type, int vq_type, int force,
                  lvm_error *error);
 
@@ -281,6 +298,15 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int for
 
 #ifndef LVM_API_ONLY
 
+/* A device's own file takes of what follows only the parts that LVM_INTERNAL leaves in: errors and
+   progress (chapter 1), types and tensors (2), the model in memory (4), batches (6), the seam (7).
+   They are C11 and C++17. */
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+
+#ifndef LVM_INTERNAL
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "lvm.c: weights files are little-endian and are used where they lie; this machine is not"
 #endif
@@ -295,15 +321,11 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int for
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <math.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
-#include <stdarg.h>
 #include <stdatomic.h>
-#include <stdio.h>
 #include <stdlib.h>
-#include <string.h>
 #include <time.h>
 #include <unistd.h>
 #ifdef _WIN32
@@ -320,21 +342,19 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int for
 #include <sys/mman.h>
 #include <sys/stat.h>
 #endif
+#endif /* LVM_INTERNAL */
 
 /* =================================================================================================
    Chapter 1.  Errors, memory, threads; what the system gives
 
    An error is a code and a sentence. Memory is asked for by count and size, so that the product is
-   checked in one place. What differs between systems, and files, stand in chapter 10. A pool of
-   threads runs numbered tasks. */
+   checked in one place. Bytes of a file are read through one cursor that knows where they end.
+   Files and what differs between systems stand in chapter 10. A pool of threads runs numbered
+   tasks:
 
-#if defined(LVM_CALLOC) != defined(LVM_FREE)
-#error "lvm.c: define both LVM_CALLOC and LVM_FREE, or neither"
-#endif
-#ifndef LVM_CALLOC
-#define LVM_CALLOC calloc
-#define LVM_FREE free
-#endif
+       pool_run(pool, count, fn, arg)   -->   fn(arg, task, thread) for each task 0 .. count-1
+
+   Nearly all parallel work is such a loop; what a task computes never depends on who runs it. */
 
 #ifdef __MINGW32__ /* where "printf" means Microsoft's formats */
 #define LVM_PRINTF(a, b) __attribute__((format(__MINGW_PRINTF_FORMAT, a, b)))
@@ -344,10 +364,9 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int for
 #define LVM_PRINTF(a, b)
 #endif
 
-const char *lvm_version(void) { return LVM_VERSION; }
-
 /* Fills error (which may be NULL) and returns code, so that `return fail(...)` reads well. */
-LVM_PRINTF(3, 4) static int fail(lvm_error *error, int code, const char *format, ...) {
+LVM_PRINTF(3, 4)
+static inline int fail(lvm_error *error, int code, const char *format, ...) {
     if (error != NULL) {
         va_list args;
         va_start(args, format);
@@ -358,21 +377,35 @@ LVM_PRINTF(3, 4) static int fail(lvm_error *error, int code, const char *format,
     return code;
 }
 
+/* Tells the caller's progress function how far a stage is; it may cancel. */
+static inline int report(const lvm_options *o, const char *stage, int64_t done, int64_t all,
+                         lvm_error *error) {
+    if (o->progress == NULL || o->progress(o->user, stage, done, all) == 0) return LVM_OK;
+    return fail(error, LVM_CANCELLED, "cancelled while at work on: %s", stage);
+}
+
+static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
+static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
+static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
+
+#ifndef LVM_INTERNAL
+
+#if defined(LVM_CALLOC) != defined(LVM_FREE)
+#error "lvm.c: define both LVM_CALLOC and LVM_FREE, or neither"
+#endif
+#ifndef LVM_CALLOC
+#define LVM_CALLOC calloc
+#define LVM_FREE free
+#endif
+
+const char *lvm_version(void) { return LVM_VERSION; }
+
 /* What a public call says of a pointer that it needs. */
 static int null_argument(lvm_error *error, const char *call, const char *name) {
     return fail(error, LVM_INVALID, "%s: %s is NULL", call, name);
 }
 
-/* Tells the caller's progress function how far a stage is; it may cancel. */
-static int report(const lvm_options *o, const char *stage, int64_t done, int64_t all,
-                  lvm_error *error) {
-    if (o->progress == NULL || o->progress(o->user, stage, done, all) == 0) return LVM_OK;
-    return fail(error, LVM_CANCELLED, "cancelled while at work on: %s", stage);
-}
-
-static int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
-static int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
-static int round_up(int n, int to) { return (n + to - 1) / to * to; }
+/* ---- Memory ---- */
 
 /* *out = a * b; 0 when the product does not fit. */
 static int mul_fits(size_t a, size_t b, size_t *out) {
@@ -425,6 +458,21 @@ static char *copy_string(const char *s, lvm_error *error) {
     return copy;
 }
 
+/* An array that grows: room for n + more elements of size bytes, of which the first n are kept.
+   Returns where it lies from now on; NULL and an error when there is no memory, and then as it
+   was. */
+static void *array_grow(void *array, size_t n, size_t more, size_t size, size_t *room,
+                        lvm_error *error) {
+    if (*room - n >= more) return array;
+    size_t wanted = *room * 2 + more + 16;
+    void *larger = mem_alloc(wanted, size, error);
+    if (larger == NULL) return NULL;
+    if (n > 0) memcpy(larger, array, n * size);
+    mem_free(array);
+    *room = wanted;
+    return larger;
+}
+
 /* Bytes that grow; a zero stands behind them. */
 struct buffer {
     char *data;
@@ -432,22 +480,16 @@ struct buffer {
 };
 
 static int buffer_add(struct buffer *b, const void *data, size_t n, lvm_error *error) {
-    if (b->room - b->n < n + 1) {
-        size_t room = b->room * 2 + n + 256;
-        char *more = mem_alloc(room, 1, error);
-        if (more == NULL) return LVM_MEMORY;
-        if (b->n > 0) memcpy(more, b->data, b->n);
-        mem_free(b->data);
-        b->data = more;
-        b->room = room;
-    }
+    char *larger = array_grow(b->data, b->n, n + 1, 1, &b->room, error);
+    if (larger == NULL) return LVM_MEMORY;
+    b->data = larger;
     if (n > 0) memcpy(b->data + b->n, data, n);
     b->n += n;
     b->data[b->n] = 0;
     return LVM_OK;
 }
 
-/* ---- Bytes that others wrote, read by one checked cursor ---- */
+/* ---- The cursor: bytes that somebody else wrote ---- */
 
 struct cursor {
     const uint8_t *data;
@@ -455,6 +497,7 @@ struct cursor {
     int failed; /* set by the first read beyond the end; reads after that give zeros */
 };
 
+/* The next n bytes, or NULL where there are not so many. */
 static const uint8_t *cursor_take(struct cursor *c, uint64_t n) {
     if (c->failed || n > c->size - c->at) {
         c->failed = 1;
@@ -464,6 +507,7 @@ static const uint8_t *cursor_take(struct cursor *c, uint64_t n) {
     return c->data + c->at - n;
 }
 
+/* A little-endian number of 1 to 8 bytes. */
 static uint64_t cursor_number(struct cursor *c, int bytes) {
     uint64_t v = 0;
     const uint8_t *p = cursor_take(c, (uint64_t)bytes);
@@ -474,12 +518,12 @@ static uint64_t cursor_number(struct cursor *c, int bytes) {
 /* ---- Threads ----
 
    A pool of n threads, the caller being one, runs tasks 0 .. count-1. Each thread begins with a
-   share of its own, tasks whose weights lie behind each other in memory, and then helps others with
-   theirs. What a task computes must not depend on who runs it. A run ends when its tasks are done:
-   a worker that comes late, because others have its processor, finds none left and is not waited
-   for. Whoever waits spins for some microseconds, because the transformer asks for thousands of
-   short runs a second, then offers the processor to others, who may be the very thread that is
-   waited for, and sleeps in the end. */
+   queue of its own, a range of neighbouring tasks, so that the weights it reads lie behind each
+   other, and when that is empty steals from the others' queues. A run ends when its tasks are done:
+   a worker that comes late, because another program has its processor, finds the queues empty and
+   is not waited for. Whoever waits spins for some microseconds, for the transformer starts
+   thousands of short runs a second, then yields the processor, perhaps to the very thread it waits
+   for, and sleeps in the end. */
 
 typedef void task_fn(void *arg, int task, int thread);
 
@@ -519,18 +563,16 @@ static void spin_pause(void) {
 #endif
 }
 
-/* The first task of a share; share n begins behind the last. */
-static int first_task(const struct pool *p, int share) {
-    return (int)((int64_t)p->count * share / p->n);
-}
+/* The first task of queue i; queue n begins behind the last. */
+static int first_task(const struct pool *p, int i) { return (int)((int64_t)p->count * i / p->n); }
 
 /* Who gets a number above 0 has taken a task, and the run cannot end before it is done: only then
    are fn, arg and count sure to be this run's. */
-static void pool_run_queue(struct pool *p, int share, int thread) {
-    atomic_int *tasks = &p->queues[share].left;
+static void pool_run_queue(struct pool *p, int i, int thread) {
+    atomic_int *tasks = &p->queues[i].left;
     int left;
     while (atomic_load(tasks) > 0 && (left = atomic_fetch_sub(tasks, 1)) > 0) {
-        p->fn(p->arg, first_task(p, share + 1) - left, thread);
+        p->fn(p->arg, first_task(p, i + 1) - left, thread);
         if (atomic_fetch_sub(&p->unfinished, 1) != 1 || !atomic_load(&p->caller_sleeping)) continue;
         pthread_mutex_lock(&p->mutex);
         pthread_cond_signal(&p->done);
@@ -662,12 +704,14 @@ static struct pool *pool_new(int n, lvm_error *error) {
     return p;
 }
 
+#endif /* LVM_INTERNAL */
+
 /* =================================================================================================
    Chapter 2.  Numbers
 
    Weights come as 32-bit floats, two kinds of 16-bit floats, and blocks of 32 small integers that
    share a scale. The layouts and the rounding are ggml's, byte for byte, so that standard tools can
-   read the files. The second half holds exp, log, sine and cosine: the C library's differ between
+   read the files. The last part holds exp, log, sine and cosine: the C library's differ between
    systems in their last bits, and sampled images must not.
 
        f16    seeeeemm mmmmmmmm            IEEE 754 binary16
@@ -686,21 +730,20 @@ struct q4_0 {
     uint16_t d;
     uint8_t q[QK / 2];
 };
-_Static_assert(sizeof(struct q8_0) == 34 && sizeof(struct q4_0) == 18, "ggml's block layouts");
 
-static float bits_to_f32(uint32_t u) {
+static inline float bits_to_f32(uint32_t u) {
     float f;
     memcpy(&f, &u, sizeof f);
     return f;
 }
-static uint32_t f32_to_bits(float f) {
+static inline uint32_t f32_to_bits(float f) {
     uint32_t u;
     memcpy(&u, &f, sizeof u);
     return u;
 }
 
 /* Exact. Normal numbers: move the exponent by 127 - 15; subnormals are mantissa * 2^-24. */
-static float f16_to_f32(uint16_t h) {
+static inline float f16_to_f32(uint16_t h) {
     uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff;
     if (magnitude >= 0x7c00) return bits_to_f32(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);
     if (magnitude >= 0x0400) return bits_to_f32(sign | ((magnitude << 13) + (112u << 23)));
@@ -709,7 +752,7 @@ static float f16_to_f32(uint16_t h) {
 }
 
 /* Round to nearest, ties to even; beyond 65504 infinity; NaN stays NaN. */
-static uint16_t f32_to_f16(float f) {
+static inline uint16_t f32_to_f16(float f) {
     uint32_t u = f32_to_bits(f), sign = u >> 16 & 0x8000;
     u &= 0x7fffffff;
     if (u > 0x7f800000) return (uint16_t)(sign | 0x7e00);
@@ -720,17 +763,17 @@ static uint16_t f32_to_f16(float f) {
     return (uint16_t)(sign | (u - (112u << 23)) >> 13);
 }
 
-static float bf16_to_f32(uint16_t h) { return bits_to_f32((uint32_t)h << 16); }
+static inline float bf16_to_f32(uint16_t h) { return bits_to_f32((uint32_t)h << 16); }
 
-static uint16_t f32_to_bf16(float f) {
+static inline uint16_t f32_to_bf16(float f) {
     uint32_t u = f32_to_bits(f);
     if ((u & 0x7fffffff) > 0x7f800000) return (uint16_t)(u >> 16 | 0x40);
     return (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
-/* ---- Types: bytes, names, conversion of rows ---- */
+/* ---- Types: bytes, names; a tensor ---- */
 
-static const struct type_info {
+static const struct type_entry {
     int type, block, bytes; /* a block of `block` elements takes `bytes` bytes */
     const char *name;
 } type_table[] = {{LVM_F32, 1, 4, "f32"},
@@ -740,19 +783,41 @@ static const struct type_info {
                   {LVM_Q4_0, QK, 18, "q4_0"}};
 enum { N_TYPES = sizeof type_table / sizeof *type_table };
 
-static const struct type_info *type_info(int type) {
+static inline const struct type_entry *type_info(int type) {
     for (int i = 0; i < N_TYPES; i++)
         if (type_table[i].type == type) return &type_table[i];
     return NULL;
 }
 
-static int type_is_quantised(int type) { return type == LVM_Q8_0 || type == LVM_Q4_0; }
+static inline int type_is_quantised(int type) { return type == LVM_Q8_0 || type == LVM_Q4_0; }
 
 /* Bytes of k elements, k a multiple of the type's block. */
-static int64_t type_bytes(int type, int64_t k) {
-    const struct type_info *t = type_info(type);
+static inline int64_t type_bytes(int type, int64_t k) {
+    const struct type_entry *t = type_info(type);
     return k / t->block * t->bytes;
 }
+
+/* A tensor where it lies in a file or in memory: rows x cols, each row contiguous in its type. */
+struct tensor {
+    const uint8_t *data; /* NULL: absent */
+    int64_t row_bytes;
+    int type, rows, cols;
+};
+
+static inline const uint8_t *tensor_row(const struct tensor *w, int64_t row) {
+    return w->data + row * w->row_bytes;
+}
+
+/* A vector's values (its type is F32), or NULL. */
+static inline const float *floats(const struct tensor *v) {
+    return (const float *)(const void *)v->data;
+}
+
+#ifndef LVM_INTERNAL
+
+_Static_assert(sizeof(struct q8_0) == 34 && sizeof(struct q4_0) == 18, "ggml's block layouts");
+
+/* ---- Conversion of rows ---- */
 
 /* 1 / d, or 0 where d is 0 or too small for it (its f16 is 0 then). */
 static float inverse(float d) {
@@ -825,20 +890,6 @@ static void row_to_f32(int type, const void *in, float *y, int64_t k) {
         }
 }
 
-/* A tensor where it lies in a file or in memory: rows x cols, each row contiguous in its type. */
-struct tensor {
-    const uint8_t *data; /* NULL: absent */
-    int64_t row_bytes;
-    int type, rows, cols;
-};
-
-static const uint8_t *tensor_row(const struct tensor *w, int64_t row) {
-    return w->data + row * w->row_bytes;
-}
-
-/* A vector's values (its type is F32), or NULL. */
-static const float *floats(const struct tensor *v) { return (const float *)(const void *)v->data; }
-
 /* ---- a * b + c, exp, log, sine, cosine ----
 
    a * b + c is rounded once, as a processor's own instruction does it; not every C library's fmaf
@@ -891,8 +942,8 @@ static double exp_f64(double x) {
     return p * pow2_f64((int)n);
 }
 
-/* x = 2^e m with m near 1; ln m = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 ...), s = (m - 1) / (m + 1).
-   */
+/* x = 2^e m with m near 1; ln m = 2 artanh(s) = 2 (s + s^3/3 + s^5/5 ...), s = (m - 1) / (m +
+   1). */
 static double log_f64(double x) {
     if (!(x > 0)) return x == 0 ? -HUGE_VAL : (double)NAN;
     if (x > 1.7e308) return x;
@@ -927,16 +978,17 @@ static void sincos_f64(double x, double *sine, double *cosine) {
    A model holds the table that fits the machine (struct kernels); blocking, edges and threads are
    written once, around the tables.
 
-   matmul       dot_row, dot_tile     c[r][j] = sum_k a[r][k] b[j][k]: both operands contiguous
-   along k int_row, int_tile     the same from quantised weights and activations of 8 bits: c[r][j]
-   = sum over blocks of (sum_k qa[k] qb[k]) da db outer_row, outer_tile c[r][0..15] (+)= sum_k
-   a[r][k] b[k][0..15]: b is a packed panel, 16 columns of a matrix side by side, k after k
-                quantize_act          activations to 8 bits;  int_pack: weights to panels
-   conv         pack_panel            16 rows of a matrix, transposed, become a panel
+   matmul       dot_row, dot_tile      c[r][j] = sum_k a[r][k] b[j][k]: both contiguous along k
+                int_row, int_tile      the same from quantised weights and activations of 8 bits:
+                                       c[r][j] = sum over blocks of (sum_k qa[k] qb[k]) da db
+                outer_row, outer_tile  c[r][0..15] (+)= sum_k a[r][k] b[k][0..15]: b is a packed
+                                       panel, 16 columns of a matrix side by side, k after k
+                quantize_act           activations to 8 bits;  int_pack: weights to panels
+   conv         pack_panel             16 rows of a matrix, transposed, become a panel
                 winograd_filter, winograd_input, winograd_output     (chapter 12)
-                scale_shift           what is left of GroupNorm: x scale + shift, then SiLU
-                channel_sums          sums and sums of squares of each channel
-   attention    softmax               exp(scale s - max) and the sum, of one row
+                scale_shift            what is left of GroupNorm: x scale + shift, then SiLU
+                channel_sums           sums and sums of squares of each channel
+   attention    softmax                exp(scale s - max) and the sum, of one row
                 quantize_query, k8_scores, v8_sums, to_q8_0: on a quantised cache (chapter 12)
    elementwise  rmsnorm, silu_mul, to_f32
 
@@ -1276,8 +1328,8 @@ static void matmul_int_row_task(void *arg, int task, int thread) {
         for (int j = 0; j < n; j++) y[j] += job->bias[j0 + j];
 }
 
-/* The same for many rows: packs panels of weights, then multiplies all rows by them (chapter 12).
- */
+/* The same for many rows: packs panels of weights, then multiplies all rows by them (chapter
+   12). */
 static void matmul_int_tile_task(void *arg, int task, int thread);
 
 static void quantize_task(void *arg, int r, int thread) {
@@ -1345,8 +1397,8 @@ static int64_t matmul_scratch(const struct kernels *kern, int cols) {
 }
 
 /* c[r][0 .. 16 panels) (+)= a[r] b for any number of rows and panels, on the calling thread: the
-   outer products above, cut into tiles (chapter 12). a[r]: [k]; b: panels of [k][PANEL], ldp apart.
- */
+   outer products above, cut into tiles (chapter 12). a[r]: [k]; b: panels of [k][PANEL], ldp
+   apart. */
 static void matmul_panels(const struct kernels *kern, int rows, int k, const float *const *a,
                           const float *b, int64_t ldp, int panels, float *c, int ldc,
                           int accumulate);
@@ -1409,6 +1461,8 @@ static void attend_block(const struct kernels *kern, struct query *rows, int n, 
     for (int r = 0; r < n; r++)
         online_softmax_merge(kern, &rows[r], o + (int64_t)r * d, m[r], l[r], d);
 }
+
+#endif /* LVM_INTERNAL */
 
 /* =================================================================================================
    Chapter 4.  The model: one description of its tensors and operations, read from GGUF
@@ -1559,6 +1613,8 @@ struct lvm_model {
     struct devices *devices;       /* copies of the model on devices: chapter 7 */
 };
 
+#ifndef LVM_INTERNAL
+
 /* ---- Keys by name and type ---- */
 
 /* Parses a file that lies in memory (chapter 14). path is for messages; both must outlive g. The
@@ -1568,18 +1624,6 @@ static int gguf_parse(struct gguf *g, const char *path, const void *data, size_t
 static void gguf_free(struct gguf *g);
 static const struct gguf_key *gguf_key(const struct gguf *g, const char *name);
 static const struct gguf_tensor *gguf_tensor(const struct gguf *g, const char *name);
-
-enum gguf_type {
-    GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING,
-    GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_F64, GGUF_TYPES
-};
-
-static struct text cursor_text(struct cursor *c) {
-    struct text t = {NULL, cursor_number(c, 8)};
-    t.s = (const char *)cursor_take(c, t.n);
-    if (t.s == NULL) t.n = 0;
-    return t;
-}
 
 static int text_is(struct text t, const char *s) {
     return t.n == strlen(s) && memcmp(t.s, s, (size_t)t.n) == 0;
@@ -1593,65 +1637,15 @@ struct int_key {
     size_t where;
 };
 
-static int read_int(const struct gguf *g, const struct int_key *key, int *out, lvm_error *error) {
-    const struct gguf_key *k = gguf_key(g, key->name);
-    int64_t v = key->missing;
-    if (k != NULL) {
-        struct cursor c = {k->value, k->size, 0, 0};
-        if (k->type == GGUF_U32) v = (int64_t)cursor_number(&c, 4);
-        else if (k->type == GGUF_I32) v = (int32_t)cursor_number(&c, 4);
-        else if (k->type == GGUF_BOOL) v = (int64_t)cursor_number(&c, 1);
-        else return fail(error, LVM_FORMAT, "%s: key %s is not a whole number", g->path, key->name);
-    } else if (v < key->low || v > key->high) {
-        return fail(error, LVM_FORMAT, "%s: key %s is missing", g->path, key->name);
-    }
-    if (v < key->low || v > key->high)
-        return fail(error, LVM_FORMAT, "%s: key %s is %lld; lvm takes %d to %d", g->path, key->name,
-                    (long long)v, key->low, key->high);
-    *out = (int)v;
-    return LVM_OK;
-}
-
+static int read_int(const struct gguf *g, const struct int_key *key, int *out, lvm_error *error);
 static int read_float(const struct gguf *g, const char *name, float low, float high, float *out,
-                      lvm_error *error) {
-    const struct gguf_key *k = gguf_key(g, name);
-    if (k == NULL || k->type != GGUF_F32)
-        return fail(error, LVM_FORMAT, "%s: key %s is missing or no 32-bit float", g->path, name);
-    memcpy(out, k->value, 4);
-    if (!(*out >= low && *out <= high))
-        return fail(error, LVM_FORMAT, "%s: key %s is %g; lvm takes %g to %g", g->path, name,
-                    (double)*out, (double)low, (double)high);
-    return LVM_OK;
-}
+                      lvm_error *error);
 
-/* An array of at most max 32-bit integers, each in [0, 2^20]; *n is its length. */
+/* An array of at most max integers, each in [0, 2^20]; *n is its length. The text of a key, or
+   nothing. */
 static int read_ints(const struct gguf *g, const char *name, int max, int *out, int *n,
-                     lvm_error *error) {
-    const struct gguf_key *k = gguf_key(g, name);
-    struct cursor c = {k != NULL ? k->value : NULL, k != NULL ? k->size : 0, 0, 0};
-    uint32_t of = (uint32_t)cursor_number(&c, 4);
-    uint64_t count = cursor_number(&c, 8);
-    if (k == NULL || k->type != GGUF_ARRAY || (count > 0 && of != GGUF_I32 && of != GGUF_U32))
-        return fail(error, LVM_FORMAT, "%s: key %s is missing or no array of integers", g->path,
-                    name);
-    if (count > (uint64_t)max)
-        return fail(error, LVM_UNSUPPORTED, "%s: key %s has %llu entries; lvm takes %d", g->path,
-                    name, (unsigned long long)count, max);
-    *n = (int)count;
-    for (int i = 0; i < *n; i++) {
-        out[i] = (int)cursor_number(&c, 4);
-        if (out[i] < 0 || out[i] > 1 << 20)
-            return fail(error, LVM_FORMAT, "%s: key %s holds %d", g->path, name, out[i]);
-    }
-    return LVM_OK;
-}
-
-/* The text of a key, or nothing. */
-static struct text read_text(const struct gguf *g, const char *name) {
-    const struct gguf_key *k = gguf_key(g, name);
-    struct cursor c = {k != NULL ? k->value : NULL, k != NULL ? k->size : 0, 0, 0};
-    return k != NULL && k->type == GGUF_STRING ? cursor_text(&c) : (struct text){"", 0};
-}
+                     lvm_error *error);
+static struct text read_text(const struct gguf *g, const char *name);
 
 /* ---- The transformer's description ---- */
 
@@ -2083,8 +2077,8 @@ void lvm_close(lvm_model *m) {
     mem_free(m);
 }
 
-/* Images that the context holds, the predicted one included: the last sampled token is never fed.
- */
+/* Images that the context holds, the predicted one included: the last sampled token is never
+   fed. */
 static int images_that_fit(const lvm_model *m, int has_bos) {
     return (m->llama.context + 1 - has_bos) / m->T;
 }
@@ -2122,19 +2116,21 @@ lvm_info lvm_model_info(const lvm_model *m) {
    that judged whether an image looked real, kept the decoder's images sharp. Nothing of the
    adversary is left here.
 
-       image [R][R][3] --encoder--> z [S][S][code_dim] --nearest rows of the codebook--> tokens
-   [S][S] tokens [S][S] --rows of the codebook--> z [S][S][code_dim] --decoder--> image [R][R][3]
+       image [R][R][3] --encoder--> z [S][S][code_dim] --nearest row of the codebook--> tokens [S][S]
+       tokens [S][S] --their rows--> z [S][S][code_dim] --decoder--> image [R][R][3]
 
    In the published models R is 256 and S 16: an image is 256 tokens of 8192 codes. Configuration,
    parameter names and behaviour are those of the published class (open-muse's VQGANModel, itself
    after taming-transformers). The encoder halves the side a few times while channels grow, the
    decoder doubles it; chapter 4 builds both as lists of operations:
 
-       residual  y = x + conv2(silu(norm2(conv1(silu(norm1(x))))));  x by a 1 x 1 convolution where
-   the channels change norm      GroupNorm (Wu and He 2018): 32 groups of channels share mean and
-   variance over all pixels, eps 1e-6:  norm(x) = (x - mean) / sqrt(var + eps) * scale + shift silu
-   x / (1 + e^-x) attention x + proj(softmax(q k^T / sqrt(c)) v): one head over all pixels, as wide
-   as the channels
+       residual   y = x + conv2(silu(norm2(conv1(silu(norm1(x))))));  x by a 1 x 1 convolution where
+                  the channels change
+       norm       GroupNorm (Wu and He 2018): 32 groups of channels share mean and variance over all
+                  pixels, eps 1e-6:  norm(x) = (x - mean) / sqrt(var + eps) * scale + shift
+       silu       x / (1 + e^-x)
+       attention  y = x + proj(softmax(q k^T / sqrt(c)) v): one head, as wide as the channels, over
+                  all pixels
 
    Maps of activations are NHWC: map[y][x][c], so that a pixel's channels lie side by side. All of
    it is computed in f32, whatever type the weights are stored in: tokens hang on the last bits. */
@@ -2437,9 +2433,8 @@ static void run_op(const struct exec *e, struct vq_state *s, const struct vq_op 
 
 /* ---- The vector quantiser ---- */
 
-/* ids[n]: for each x[n][code_dim] the row of the codebook nearest to it. |x - e|^2 is
-   |x|^2 - 2 x.e + |e|^2, of which |x|^2 is the same for all rows; of equally near ones the first.
- */
+/* ids[n]: for each x[n][code_dim] the row of the codebook nearest to it. |x - e|^2 is |x|^2 - 2 x.e
+   + |e|^2, of which |x|^2 is the same for all rows; of equally near ones the first. */
 static void vector_quantize(const struct exec *e, const struct vqgan *vq, const struct vq_state *s,
                             const float *x, int n, int32_t *ids) {
     struct exec exact = *e;
@@ -2554,6 +2549,8 @@ static int vq_state_alloc(struct vq_state *s, const struct exec *e, const struct
     return LVM_OK;
 }
 
+#endif /* LVM_INTERNAL */
+
 /* =================================================================================================
    Chapter 6.  The transformer: RMSNorm, RoPE, attention with a KV cache, SwiGLU
 
@@ -2568,12 +2565,12 @@ static int vq_state_alloc(struct vq_state *s, const struct exec *e, const struct
 
    and at the end  logits = Wout rmsnorm(x). That a row sees keys 0..p alone is the causal mask: a
    token never looks at those behind it, so that all rows of a prompt can be computed at once
-   (prefill) and give the keys and values that the next token needs (generate), kept in the KV
-   cache.
+   (prefill), and the next token needs nothing of them but their keys and values, kept in the KV
+   cache (generate).
 
        sequence 0   [page 0] [page 1] [page 2]
-                        |        |                 a page: 256 positions of all layers and heads,
-   the sequence 1   ....+........+....[page 3]     same 256 that attention merges as a block
+                        |        |                a page: 256 positions of all layers and heads, the
+       sequence 1   ....+........+....[page 3]    same 256 that attention merges as a block
 
    The cache is paged (as in Kwon et al. 2023, arXiv 2309.06180): a sequence is a list of pages;
    sequences that begin alike share them, and a shared page is copied on write (candidates of one
@@ -2584,13 +2581,6 @@ static int vq_state_alloc(struct vq_state *s, const struct exec *e, const struct
        q8_0       quantised panels: chapter 12
 
    with dp = d rounded up to a multiple of 32, zeros beyond. */
-
-enum {
-    MAX_ROWS = 512,      /* rows that pass the layers together */
-    MAX_SEQUENCES = 64,  /* candidates that generate together */
-    TASK_ROWS = 128,     /* query rows that share a page's keys and values once loaded */
-    NLL_ROWS = 64        /* rows of logits at a time where only likelihoods are wanted */
-};
 
 /* Rows for a forward pass, and what is wanted of them. Row i appends tokens[i] to sequence seqs[i];
    several rows of one sequence follow each other in it. */
@@ -2603,6 +2593,15 @@ struct batch {
     float *logits; /* [n_out][V]: the scores of the token behind each; or NULL, and then */
     const int32_t *targets;  /* [n_out]: the tokens behind them, */
     float *nll;              /* [n_out]: -ln of their probabilities, in nats */
+};
+
+#ifndef LVM_INTERNAL
+
+enum {
+    MAX_ROWS = 512,      /* rows that pass the layers together */
+    MAX_SEQUENCES = 64,  /* candidates that generate together */
+    TASK_ROWS = 128,     /* query rows that share a page's keys and values once loaded */
+    NLL_ROWS = 64        /* rows of logits at a time where only likelihoods are wanted */
 };
 
 struct page {
@@ -2886,8 +2885,8 @@ static void norm_rows(struct lm_job *job, const struct tensor *norm, int first, 
 }
 
 /* One layer, for N rows. Rows before `from` only leave their keys and values: of the last layer
-   nobody asks more of rows of which nothing is wanted. What the layer adds to x is left in delta.
- */
+   nobody asks more of rows of which nothing is wanted. What the layer adds to x is left in
+   delta. */
 static void run_layer(struct lm_job *job, int from) {
     const struct exec *e = job->e;
     const struct llama *a = job->a;
@@ -3040,13 +3039,16 @@ static int lm_state_alloc(struct lm_state *s, const struct llama *a, int kv_type
     return kv_setup(&s->kv, a, kv_type, error);
 }
 
+#endif /* LVM_INTERNAL */
+
 /* =================================================================================================
    Chapter 7.  The seam for devices and the CPU behind it; generation and scoring
 
-       lvm_encode, lvm_prompt, lvm_generate, lvm_score, ...           one sequence of tokens a
-   context |  images, tokens, logits, ids: always in host memory struct backend          encode
-   decode  forward  [generate]  kv_copy ... kv_set | | cpu (chapters 5 and 6) another device (its
-   own file)
+       lvm_encode, lvm_prompt, lvm_generate, lvm_score, ...        one sequence of tokens a context
+              |  images, tokens, logits: always in host memory
+       struct backend            encode   decode   forward   [generate]   kv_copy ... kv_set
+              |                                                        |
+       the CPU (chapters 5 and 6)                    another device (its own file)
 
    A device keeps its copy of a model, which contexts share, and for each context its work memory
    and key/value cache. Everything above the seam is the same for all of them.
@@ -3128,6 +3130,8 @@ struct backend {
     int (*kv_set)(void *state, int seq, int block, const void *data, int n, lvm_error *error);
 };
 enum { BACKEND_VERSION = 1 };
+
+#ifndef LVM_INTERNAL
 
 /* ---- The CPU ---- */
 
@@ -3274,81 +3278,11 @@ static const struct backend cpu_backend = {
     .encode = cpu_encode, .decode = cpu_decode, .forward = cpu_forward, .kv_copy = cpu_kv_copy,
     .kv_trim = cpu_kv_trim, .kv_size = cpu_kv_size, .kv_get = cpu_kv_get, .kv_set = cpu_kv_set};
 
-/* ---- Choosing a device ---- */
-
-#ifdef LVM_CUDA
-const struct backend *lvm_cuda_backend(void); /* lvm_cuda.cu */
-#define DEVICES "cpu, cuda and cuda:N"
-#else
-#define DEVICES "cpu"
-#endif
-
-/* A copy of a model: one a device that a context was ever opened on. */
-struct device {
-    const struct backend *b;
-    char name[32];
-    void *copy;
-    struct device *next;
-};
-
-struct devices {
-    pthread_mutex_t mutex; /* for contexts that are made at the same time */
-    struct device *first;
-};
-
-static struct devices *devices_new(lvm_error *error) {
-    struct devices *d = mem_alloc(1, sizeof *d, error);
-    if (d != NULL) pthread_mutex_init(&d->mutex, NULL);
-    return d;
-}
-
-static void devices_free(struct devices *d) {
-    struct device *next;
-    if (d == NULL) return;
-    for (struct device *i = d->first; i != NULL; i = next) {
-        next = i->next;
-        i->b->model_close(i->copy);
-        mem_free(i);
-    }
-    pthread_mutex_destroy(&d->mutex);
-    mem_free(d);
-}
-
-/* The backend that a device's name asks for. */
-static const struct backend *find_backend(const char *device, lvm_error *error) {
-    size_t n = strcspn(device, ":");
-#ifdef LVM_CUDA
-    if (n == 4 && memcmp(device, "cuda", n) == 0) return lvm_cuda_backend();
-#endif
-    if (n == 3 && memcmp(device, "cpu", n) == 0) return &cpu_backend;
-    fail(error, LVM_INVALID, "device \"%.40s\": this lvm was built for " DEVICES, device);
-    return NULL;
-}
-
-/* The model's copy on a device, made when the first context needs it. */
+/* The backend of a device ("cpu", "cuda:1") and the model's copy there, which is made when the
+   first context needs it (chapter 14). */
+static const struct backend *find_backend(const char *device, lvm_error *error);
 static int open_device(const lvm_model *m, const struct backend *b, const char *name, void **copy,
-                       lvm_error *error) {
-    struct devices *all = m->devices;
-    int code = LVM_OK;
-    pthread_mutex_lock(&all->mutex);
-    struct device *d = all->first;
-    while (d != NULL && (d->b != b || strcmp(d->name, name) != 0)) d = d->next;
-    if (d == NULL) {
-        d = mem_alloc(1, sizeof *d, error);
-        code = d == NULL ? LVM_MEMORY : b->model_open(m, name, &d->copy, error);
-        if (code == LVM_OK) {
-            d->b = b;
-            snprintf(d->name, sizeof d->name, "%s", name);
-            d->next = all->first;
-            all->first = d;
-        } else {
-            mem_free(d);
-        }
-    }
-    if (code == LVM_OK) *copy = d->copy;
-    pthread_mutex_unlock(&all->mutex);
-    return code;
-}
+                       lvm_error *error);
 
 /* ---- Contexts ---- */
 
@@ -3378,43 +3312,11 @@ struct lvm_ctx {
     struct encoded encoded[MAX_ENCODED]; /* image i at i % MAX_ENCODED */
 };
 
-lvm_options lvm_default_options(void) {
-    lvm_options o = {.size = sizeof o, .kv_type = LVM_AUTO};
-    return o;
-}
-
-lvm_sampling lvm_default_sampling(void) {
-    lvm_sampling s = {.size = sizeof s, .temperature = 1, .top_p = 0.9f, .seed = 1};
-    return s;
-}
-
-int lvm_sampling_preset(const char *name, lvm_sampling *sampling, lvm_error *error) {
-    static const struct { const char *name; float temperature, top_p; int top_k;
-    } presets[2] = {{"lvm", 1, 1, 50}, {"delvm", 0.1f, 0.75f, 0}};
-    if (name == NULL || sampling == NULL)
-        return null_argument(error, "lvm_sampling_preset", name == NULL ? "name" : "sampling");
-    for (int i = 0; i < 2; i++)
-        if (strcmp(presets[i].name, name) == 0) {
-            sampling->temperature = presets[i].temperature;
-            sampling->top_p = presets[i].top_p;
-            sampling->top_k = presets[i].top_k;
-            return LVM_OK;
-        }
-    return fail(error, LVM_INVALID, "the presets are lvm and delvm");
-}
-
-/* Copies an option struct, which begins with its size: an older program's is smaller, and what it
-   does not have keeps its default. oldest: the size of version 0.1's. */
-static int copy_options(void *to, size_t size, size_t oldest, const void *from, const char *name,
-                        lvm_error *error) {
-    uint32_t given;
-    memcpy(&given, from, sizeof given);
-    if (given < oldest || given > size)
-        return fail(error, LVM_INVALID, "%s.size is %u; this lvm takes %zu to %zu: fill it with "
-                    "its default function", name, given, oldest, size);
-    memcpy(to, from, given);
-    return LVM_OK;
-}
+/* Options and sampling as the caller chose them (NULL: nothing), with what was left to lvm filled
+   in and the rest checked (chapter 14). */
+static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_options *o,
+                          lvm_error *error);
+static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_error *error);
 
 void lvm_ctx_free(lvm_ctx *ctx) {
     if (ctx == NULL) return;
@@ -3426,44 +3328,6 @@ void lvm_ctx_free(lvm_ctx *ctx) {
     void *all[] = {ctx->ids, ctx->logits, ctx->seqs, ctx->rows, ctx->rgb, ctx->tokens};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
     mem_free(ctx);
-}
-
-static int settle_window(const lvm_model *m, lvm_options *o, lvm_error *error) {
-    int most = images_that_fit(m, m->llama.bos >= 0);
-    if (m->llama.L == 0) return LVM_OK;
-    if (o->window == 0) o->window = (int)min64(16, most);
-    else if (o->window < 2 || o->window > most)
-        return fail(error, LVM_INVALID, "a window of %d images: %s takes 2 to %d", o->window,
-                    m->path, most);
-    return LVM_OK;
-}
-
-/* Takes what the caller chose (NULL: nothing), fills what was left to lvm and checks the rest. */
-static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_options *o,
-                          lvm_error *error) {
-    *o = lvm_default_options();
-    int code = LVM_OK, weights = m->llama.L > 0 ? m->llama.layers[0].q.type : LVM_F32;
-    if (chosen != NULL)
-        code = copy_options(o, sizeof *o, offsetof(lvm_options, device), chosen, "lvm_options",
-                            error);
-    if (code != LVM_OK) return code;
-    o->size = sizeof *o;
-    if (o->threads == 0) o->threads = processors();
-    if (o->threads < 1 || o->threads > 1024)
-        return fail(error, LVM_INVALID, "%d threads: lvm takes 1 to 1024", o->threads);
-    if (o->kv_type == LVM_AUTO)
-        o->kv_type = weights == LVM_F32 || o->exact ? LVM_F32
-                     : type_is_quantised(weights)   ? LVM_Q8_0
-                                                    : LVM_F16;
-    if (o->kv_type != LVM_F32 && o->kv_type != LVM_F16 && o->kv_type != LVM_Q8_0)
-        return fail(error, LVM_INVALID, "the key/value cache can be f32, f16 or q8_0");
-    if (o->fit != LVM_SQUASH && o->fit != LVM_CROP)
-        return fail(error, LVM_INVALID, "fit is %d, neither LVM_SQUASH nor LVM_CROP", o->fit);
-    if (o->device == NULL || *o->device == 0) o->device = default_device();
-    if (strlen(o->device) >= sizeof((lvm_ctx *)0)->device)
-        return fail(error, LVM_INVALID, "device \"%.40s...\": no device has so long a name",
-                    o->device);
-    return settle_window(m, o, error);
 }
 
 static int ctx_alloc(lvm_ctx *ctx, lvm_error *error) {
@@ -3540,28 +3404,8 @@ static int check_ids(const int32_t *ids, int64_t n, int below, lvm_error *error)
 
 /* ---- Images to tokens and back ---- */
 
-/* n / 2, halves to the even side as Python rounds them, so that a crop is torchvision's. */
-static int half_even(int n) { return n / 2 + (n & n >> 1 & 1); }
-
-/* image as R x R pixels. LVM_CROP: the short side becomes R, of the long one the middle stays. */
-static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm_error *error) {
-    int w = image->width, h = image->height;
-    if (fit == LVM_SQUASH || w == h) return lvm_image_resize(image, R, R, out, error);
-    int64_t width = w < h ? R : (int64_t)R * w / h, height = w < h ? (int64_t)R * h / w : R;
-    if (width > INT32_MAX || height > INT32_MAX)
-        return fail(error, LVM_UNSUPPORTED, "an image of %d x %d is too long to be cropped", w, h);
-    lvm_image all = {.rgb = NULL};
-    int code = lvm_image_resize(image, (int)width, (int)height, &all, error);
-    if (code != LVM_OK) return code;
-    out->rgb = mem_alloc((size_t)R * (size_t)R, 3, error);
-    out->width = out->height = R;
-    int left = half_even(all.width - R), top = half_even(all.height - R);
-    for (int y = 0; out->rgb != NULL && y < R; y++)
-        memcpy(out->rgb + (size_t)y * (size_t)R * 3,
-               all.rgb + ((size_t)(top + y) * (size_t)all.width + (size_t)left) * 3, (size_t)R * 3);
-    lvm_image_free(&all);
-    return out->rgb != NULL ? LVM_OK : LVM_MEMORY;
-}
+/* An image as R x R pixels, squashed or cropped to its middle (chapter 11); the caller frees it. */
+static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm_error *error);
 
 static size_t image_bytes(const lvm_ctx *ctx) {
     size_t R = (size_t)ctx->m->vq->R;
@@ -3808,8 +3652,8 @@ static int likelier(struct choice a, struct choice b) {
 
 /* Puts the likeliest of c[0 .. n-1] in front, the least of them last: as few as have this mass
    together, but no more than `count` and at least one. Returns how many, and in *sum their mass.
-   Quickselect (Hoare 1961): what lies before a pivot is sorted out no further than the end needs.
- */
+   Quickselect (Hoare 1961): what lies before a pivot is sorted out no further than the end
+   needs. */
 static int select_likeliest(struct choice *c, int n, int count, double mass, double *sum) {
     int from = 0, to = n; /* the last one to take is one of c[from .. to-1] */
     *sum = 0;             /* of those before it */
@@ -3859,22 +3703,6 @@ static int32_t sample(const float *logits, int n, const lvm_sampling *s, struct 
     n = select_likeliest(c, n, n, s->top_p * mass, &mass);
     n = select_likeliest(c, n, n, mass * (rng_next(rng) * 0x1p-32), &drawn);
     return c[n - 1].id;
-}
-
-/* The caller's sampling (NULL: the default), checked. */
-static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_error *error) {
-    *s = lvm_default_sampling();
-    int code = LVM_OK;
-    if (chosen != NULL)
-        code = copy_options(s, sizeof *s, sizeof *s, chosen, "lvm_sampling", error);
-    if (code != LVM_OK) return code;
-    if (!(s->temperature >= 1e-3f && s->temperature <= 100))
-        return fail(error, LVM_INVALID, "temperature %g is not between 0.001 and 100",
-                    (double)s->temperature);
-    if (!(s->top_p > 0 && s->top_p <= 1))
-        return fail(error, LVM_INVALID, "top-p %g is not above 0 and up to 1", (double)s->top_p);
-    if (s->top_k < 0) return fail(error, LVM_INVALID, "top-k %d is negative", s->top_k);
-    return LVM_OK;
 }
 
 /* ---- Generation ---- */
@@ -4106,7 +3934,8 @@ struct image_ref {
 
 struct image_list {
     struct image_ref *list;
-    int n, room;
+    int n;
+    size_t room;
 };
 
 struct sentence {
@@ -4271,19 +4100,13 @@ static void sentence_free(struct sentence *s) {
 
 /* Adds an image, whose path or ids the list owns from now on, also after a failure. */
 static int image_list_add(struct image_list *p, char *path, int32_t *ids, lvm_error *error) {
-    if (p->n == p->room) {
-        int room = p->room * 2 + 16;
-        struct image_ref *more = mem_alloc((size_t)room, sizeof *more, error);
-        if (more == NULL) {
-            mem_free(path);
-            mem_free(ids);
-            return LVM_MEMORY;
-        }
-        if (p->n > 0) memcpy(more, p->list, (size_t)p->n * sizeof *more);
-        mem_free(p->list);
-        p->list = more;
-        p->room = room;
+    struct image_ref *list = array_grow(p->list, (size_t)p->n, 1, sizeof *list, &p->room, error);
+    if (list == NULL) {
+        mem_free(path);
+        mem_free(ids);
+        return LVM_MEMORY;
     }
+    p->list = list;
     p->list[p->n++] = (struct image_ref){path, ids};
     return LVM_OK;
 }
@@ -4935,8 +4758,8 @@ static int outfile_write(struct outfile *out, const void *data, size_t size, lvm
     return fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
 }
 
-/* Finishes the file: with code LVM_OK it gets its name, else it is removed. Returns what happened.
-   */
+/* Finishes the file: with code LVM_OK it gets its name, else it is removed. Returns what
+   happened. */
 static int outfile_close(struct outfile *out, int code, lvm_error *error) {
     int bad = fflush(out->file) != 0 || (code == LVM_OK && os_sync(out->file) != 0 &&
                                          errno != EINVAL && errno != EROFS);
@@ -6691,8 +6514,8 @@ static int jpeg_segments(struct jpeg_reader *j) {
    then guesses the first AC coefficients that are still zero from the DC of the 5 x 5 blocks
    around: where DC falls from left to right, coefficient 1 is not zero, and so on. A guess is a
    weighted sum of DC, / 256, held below the first bit that was not sent. Where no AC came at all
-   there are guesses for nine of them, and DC is smoothed too. A finished file needs none of this.
-*/
+   there are guesses for nine of them, and DC is smoothed too. A finished file needs none of
+   this. */
 
 enum { JPEG_WINDOW = 5, JPEG_GUESSED = 9, JPEG_GUESSED_OF_MORE = 5 };
 
@@ -7834,6 +7657,29 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
     return code;
 }
 
+/* n / 2, halves to the even side as Python rounds them, so that a crop is torchvision's. */
+static int half_even(int n) { return n / 2 + (n & n >> 1 & 1); }
+
+/* image as R x R pixels. LVM_CROP: the short side becomes R, of the long one the middle stays. */
+static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm_error *error) {
+    int w = image->width, h = image->height;
+    if (fit == LVM_SQUASH || w == h) return lvm_image_resize(image, R, R, out, error);
+    int64_t width = w < h ? R : (int64_t)R * w / h, height = w < h ? (int64_t)R * h / w : R;
+    if (width > INT32_MAX || height > INT32_MAX)
+        return fail(error, LVM_UNSUPPORTED, "an image of %d x %d is too long to be cropped", w, h);
+    lvm_image all = {.rgb = NULL};
+    int code = lvm_image_resize(image, (int)width, (int)height, &all, error);
+    if (code != LVM_OK) return code;
+    out->rgb = mem_alloc((size_t)R * (size_t)R, 3, error);
+    out->width = out->height = R;
+    int left = half_even(all.width - R), top = half_even(all.height - R);
+    for (int y = 0; out->rgb != NULL && y < R; y++)
+        memcpy(out->rgb + (size_t)y * (size_t)R * 3,
+               all.rgb + ((size_t)(top + y) * (size_t)all.width + (size_t)left) * 3, (size_t)R * 3);
+    lvm_image_free(&all);
+    return out->rgb != NULL ? LVM_OK : LVM_MEMORY;
+}
+
 /* =================================================================================================
    Chapter 12.  Packing, fast convolution (Winograd), attention on quantised caches
 
@@ -7892,10 +7738,10 @@ static void pack_panels(const struct matmul_job *job, int j0, int panels, uint8_
     }
 }
 
-/* While n rows from r0 on are multiplied: their share of what the next task packs, the weights from
-   row j0 on. They come from memory, too late for a task that only then asks for them. Before the
-   first share a byte of each page is read: prefetches do not wait for addresses to be translated.
-   */
+/* While n rows from r0 on are multiplied: their share of what the next task packs, the weights
+   from row j0 on. They come from memory, too late for a task that only then asks for them.
+   Before the first share a byte of each page is read: prefetches do not wait for addresses to be
+   translated. */
 static void prefetch_next_panels(const struct matmul_job *job, int j0, int r0, int n) {
     enum { PAGE = 4096 };
     const struct tensor *w = job->w;
@@ -8923,11 +8769,11 @@ AVX2 static INLINE void prefetch_values(const uint8_t *at, int bytes, const uint
                   later < end ? later : next + (later - end), bytes);
 }
 
-/* What will be read behind block b of eight rows of weights. Into the first-level cache: a block's
-   share of the eight rows that follow these; where so many would fill more than half of that cache,
-   what lies ROW_PREFETCH_L1 bytes further in each row (behind its end, eight rows further), about
-   once a line of 64 bytes. Into the second-level cache: a share of what lies behind the eight rows.
- */
+/* What will be read behind block b of eight rows of weights. Into the first-level cache: a
+   block's share of the eight rows that follow these; where so many would fill more than half of
+   that cache, what lies ROW_PREFETCH_L1 bytes further in each row (behind its end, eight rows
+   further), about once a line of 64 bytes. Into the second-level cache: a share of what lies
+   behind the eight rows. */
 enum { ROW_PREFETCH_L1 = 768, HALF_L1 = 16384 };
 
 AVX2 static INLINE void prefetch_weights(const uint8_t *const *rows, int b, int blocks, int bytes) {
@@ -10099,9 +9945,6 @@ static const struct kernels kernels_avx512 = {
                   .to_q8_0 = to_q8_0_avx2},
     .elementwise = {.rmsnorm = rmsnorm_avx512, .silu_mul = silu_mul_avx512, .to_f32 = to_f32_avx2}};
 
-/* ---- Which of them this machine can run: the processor must have it and the system save it ----
-   */
-
 /* ---- Peaks: what `lvm bench` calls 100 % ----
 
    Independent accumulators and nothing to load. The barrier after each round keeps compilers from
@@ -11144,7 +10987,19 @@ static const struct kernels *choose_kernels(lvm_error *error) {
 /* How a message prints a name from a file: at most 64 bytes. */
 #define TEXT_ARG(t) (int)((t).n < 64 ? (t).n : 64), (t).s
 
+enum gguf_type {
+    GGUF_U8, GGUF_I8, GGUF_U16, GGUF_I16, GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING,
+    GGUF_ARRAY, GGUF_U64, GGUF_I64, GGUF_F64, GGUF_TYPES
+};
+
 static const uint8_t gguf_bytes[GGUF_TYPES] = {1, 1, 2, 2, 4, 4, 4, 1, 0, 0, 8, 8, 8};
+
+static struct text cursor_text(struct cursor *c) {
+    struct text t = {NULL, cursor_number(c, 8)};
+    t.s = (const char *)cursor_take(c, t.n);
+    if (t.s == NULL) t.n = 0;
+    return t;
+}
 
 static int text_compare(struct text a, struct text b) {
     int order = memcmp(a.s, b.s, (size_t)(a.n < b.n ? a.n : b.n));
@@ -11257,7 +11112,7 @@ static int parse_tensor(struct gguf *g, struct gguf_tensor *t, struct cursor *c,
     uint32_t type = (uint32_t)cursor_number(c, 4);
     t->offset = cursor_number(c, 8);
     t->type = (int)type;
-    const struct type_info *info = type < 1000 ? type_info((int)type) : NULL;
+    const struct type_entry *info = type < 1000 ? type_info((int)type) : NULL;
     if (info == NULL)
         return fail(error, LVM_UNSUPPORTED,
                     "%s: tensor %.*s has GGUF type %u; known are F32, F16, BF16, Q8_0 and Q4_0",
@@ -11335,6 +11190,68 @@ static int gguf_parse(struct gguf *g, const char *path, const void *data, size_t
     if (code == LVM_OK) code = parse_tensors(g, &c, error);
     if (code != LVM_OK) gguf_free(g);
     return code;
+}
+
+/* ---- GGUF: keys by name and type ---- */
+
+static int read_int(const struct gguf *g, const struct int_key *key, int *out, lvm_error *error) {
+    const struct gguf_key *k = gguf_key(g, key->name);
+    int64_t v = key->missing;
+    if (k != NULL) {
+        struct cursor c = {k->value, k->size, 0, 0};
+        if (k->type == GGUF_U32) v = (int64_t)cursor_number(&c, 4);
+        else if (k->type == GGUF_I32) v = (int32_t)cursor_number(&c, 4);
+        else if (k->type == GGUF_BOOL) v = (int64_t)cursor_number(&c, 1);
+        else return fail(error, LVM_FORMAT, "%s: key %s is not a whole number", g->path, key->name);
+    } else if (v < key->low || v > key->high) {
+        return fail(error, LVM_FORMAT, "%s: key %s is missing", g->path, key->name);
+    }
+    if (v < key->low || v > key->high)
+        return fail(error, LVM_FORMAT, "%s: key %s is %lld; lvm takes %d to %d", g->path, key->name,
+                    (long long)v, key->low, key->high);
+    *out = (int)v;
+    return LVM_OK;
+}
+
+static int read_float(const struct gguf *g, const char *name, float low, float high, float *out,
+                      lvm_error *error) {
+    const struct gguf_key *k = gguf_key(g, name);
+    if (k == NULL || k->type != GGUF_F32)
+        return fail(error, LVM_FORMAT, "%s: key %s is missing or no 32-bit float", g->path, name);
+    memcpy(out, k->value, 4);
+    if (!(*out >= low && *out <= high))
+        return fail(error, LVM_FORMAT, "%s: key %s is %g; lvm takes %g to %g", g->path, name,
+                    (double)*out, (double)low, (double)high);
+    return LVM_OK;
+}
+
+/* An array of at most max 32-bit integers, each in [0, 2^20]; *n is its length. */
+static int read_ints(const struct gguf *g, const char *name, int max, int *out, int *n,
+                     lvm_error *error) {
+    const struct gguf_key *k = gguf_key(g, name);
+    struct cursor c = {k != NULL ? k->value : NULL, k != NULL ? k->size : 0, 0, 0};
+    uint32_t of = (uint32_t)cursor_number(&c, 4);
+    uint64_t count = cursor_number(&c, 8);
+    if (k == NULL || k->type != GGUF_ARRAY || (count > 0 && of != GGUF_I32 && of != GGUF_U32))
+        return fail(error, LVM_FORMAT, "%s: key %s is missing or no array of integers", g->path,
+                    name);
+    if (count > (uint64_t)max)
+        return fail(error, LVM_UNSUPPORTED, "%s: key %s has %llu entries; lvm takes %d", g->path,
+                    name, (unsigned long long)count, max);
+    *n = (int)count;
+    for (int i = 0; i < *n; i++) {
+        out[i] = (int)cursor_number(&c, 4);
+        if (out[i] < 0 || out[i] > 1 << 20)
+            return fail(error, LVM_FORMAT, "%s: key %s holds %d", g->path, name, out[i]);
+    }
+    return LVM_OK;
+}
+
+/* The text of a key, or nothing. */
+static struct text read_text(const struct gguf *g, const char *name) {
+    const struct gguf_key *k = gguf_key(g, name);
+    struct cursor c = {k != NULL ? k->value : NULL, k != NULL ? k->size : 0, 0, 0};
+    return k != NULL && k->type == GGUF_STRING ? cursor_text(&c) : (struct text){"", 0};
 }
 
 /* ---- GGUF: writing ----
@@ -11557,8 +11474,8 @@ static void put_ints_key(struct gguf_writer *w, const char *name, const int *v, 
     put_bytes(w, &w->keys, v, (size_t)n * sizeof *v);
 }
 
-/* Sizes as keys, from the tables that read them; those that have their default value are left out.
- */
+/* Sizes as keys, from the tables that read them; those that have their default value are left
+   out. */
 static void put_int_keys(struct gguf_writer *w, const struct int_key *keys, size_t n,
                          const void *sizes) {
     for (size_t i = 0; i < n; i++) {
@@ -11667,6 +11584,176 @@ static lvm_model *random_model(const struct llama *llama, const struct vqgan *vq
 }
 
 #endif
+
+/* ---- Options: defaults, presets, checks ---- */
+
+lvm_options lvm_default_options(void) {
+    lvm_options o = {.size = sizeof o, .kv_type = LVM_AUTO};
+    return o;
+}
+
+lvm_sampling lvm_default_sampling(void) {
+    lvm_sampling s = {.size = sizeof s, .temperature = 1, .top_p = 0.9f, .seed = 1};
+    return s;
+}
+
+int lvm_sampling_preset(const char *name, lvm_sampling *sampling, lvm_error *error) {
+    static const struct { const char *name; float temperature, top_p; int top_k;
+    } presets[2] = {{"lvm", 1, 1, 50}, {"delvm", 0.1f, 0.75f, 0}};
+    if (name == NULL || sampling == NULL)
+        return null_argument(error, "lvm_sampling_preset", name == NULL ? "name" : "sampling");
+    for (int i = 0; i < 2; i++)
+        if (strcmp(presets[i].name, name) == 0) {
+            sampling->temperature = presets[i].temperature;
+            sampling->top_p = presets[i].top_p;
+            sampling->top_k = presets[i].top_k;
+            return LVM_OK;
+        }
+    return fail(error, LVM_INVALID, "the presets are lvm and delvm");
+}
+
+/* Copies an option struct, which begins with its size: an older program's is smaller, and what it
+   does not have keeps its default. oldest: the size of version 0.1's. */
+static int copy_options(void *to, size_t size, size_t oldest, const void *from, const char *name,
+                        lvm_error *error) {
+    uint32_t given;
+    memcpy(&given, from, sizeof given);
+    if (given < oldest || given > size)
+        return fail(error, LVM_INVALID, "%s.size is %u; this lvm takes %zu to %zu: fill it with "
+                    "its default function", name, given, oldest, size);
+    memcpy(to, from, given);
+    return LVM_OK;
+}
+
+static int settle_window(const lvm_model *m, lvm_options *o, lvm_error *error) {
+    int most = images_that_fit(m, m->llama.bos >= 0);
+    if (m->llama.L == 0) return LVM_OK;
+    if (o->window == 0) o->window = (int)min64(16, most);
+    else if (o->window < 2 || o->window > most)
+        return fail(error, LVM_INVALID, "a window of %d images: %s takes 2 to %d", o->window,
+                    m->path, most);
+    return LVM_OK;
+}
+
+/* Takes what the caller chose (NULL: nothing), fills what was left to lvm and checks the rest. */
+static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_options *o,
+                          lvm_error *error) {
+    *o = lvm_default_options();
+    int code = LVM_OK, weights = m->llama.L > 0 ? m->llama.layers[0].q.type : LVM_F32;
+    if (chosen != NULL)
+        code = copy_options(o, sizeof *o, offsetof(lvm_options, device), chosen, "lvm_options",
+                            error);
+    if (code != LVM_OK) return code;
+    o->size = sizeof *o;
+    if (o->threads == 0) o->threads = processors();
+    if (o->threads < 1 || o->threads > 1024)
+        return fail(error, LVM_INVALID, "%d threads: lvm takes 1 to 1024", o->threads);
+    if (o->kv_type == LVM_AUTO)
+        o->kv_type = weights == LVM_F32 || o->exact ? LVM_F32
+                     : type_is_quantised(weights)   ? LVM_Q8_0
+                                                    : LVM_F16;
+    if (o->kv_type != LVM_F32 && o->kv_type != LVM_F16 && o->kv_type != LVM_Q8_0)
+        return fail(error, LVM_INVALID, "the key/value cache can be f32, f16 or q8_0");
+    if (o->fit != LVM_SQUASH && o->fit != LVM_CROP)
+        return fail(error, LVM_INVALID, "fit is %d, neither LVM_SQUASH nor LVM_CROP", o->fit);
+    if (o->device == NULL || *o->device == 0) o->device = default_device();
+    if (strlen(o->device) >= sizeof((lvm_ctx *)0)->device)
+        return fail(error, LVM_INVALID, "device \"%.40s...\": no device has so long a name",
+                    o->device);
+    return settle_window(m, o, error);
+}
+
+/* The caller's sampling (NULL: the default), checked. */
+static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_error *error) {
+    *s = lvm_default_sampling();
+    int code = LVM_OK;
+    if (chosen != NULL)
+        code = copy_options(s, sizeof *s, sizeof *s, chosen, "lvm_sampling", error);
+    if (code != LVM_OK) return code;
+    if (!(s->temperature >= 1e-3f && s->temperature <= 100))
+        return fail(error, LVM_INVALID, "temperature %g is not between 0.001 and 100",
+                    (double)s->temperature);
+    if (!(s->top_p > 0 && s->top_p <= 1))
+        return fail(error, LVM_INVALID, "top-p %g is not above 0 and up to 1", (double)s->top_p);
+    if (s->top_k < 0) return fail(error, LVM_INVALID, "top-k %d is negative", s->top_k);
+    return LVM_OK;
+}
+
+/* ---- Devices: which there are, and a model's copies on them ---- */
+
+#ifdef LVM_CUDA
+const struct backend *lvm_cuda_backend(void); /* lvm_cuda.cu */
+#define DEVICES "cpu, cuda and cuda:N"
+#else
+#define DEVICES "cpu"
+#endif
+
+/* A copy of a model: one a device that a context was ever opened on. */
+struct device {
+    const struct backend *b;
+    char name[32];
+    void *copy;
+    struct device *next;
+};
+
+struct devices {
+    pthread_mutex_t mutex; /* for contexts that are made at the same time */
+    struct device *first;
+};
+
+static struct devices *devices_new(lvm_error *error) {
+    struct devices *d = mem_alloc(1, sizeof *d, error);
+    if (d != NULL) pthread_mutex_init(&d->mutex, NULL);
+    return d;
+}
+
+static void devices_free(struct devices *d) {
+    struct device *next;
+    if (d == NULL) return;
+    for (struct device *i = d->first; i != NULL; i = next) {
+        next = i->next;
+        i->b->model_close(i->copy);
+        mem_free(i);
+    }
+    pthread_mutex_destroy(&d->mutex);
+    mem_free(d);
+}
+
+/* The backend that a device's name asks for. */
+static const struct backend *find_backend(const char *device, lvm_error *error) {
+    size_t n = strcspn(device, ":");
+#ifdef LVM_CUDA
+    if (n == 4 && memcmp(device, "cuda", n) == 0) return lvm_cuda_backend();
+#endif
+    if (n == 3 && memcmp(device, "cpu", n) == 0) return &cpu_backend;
+    fail(error, LVM_INVALID, "device \"%.40s\": this lvm was built for " DEVICES, device);
+    return NULL;
+}
+
+/* The model's copy on a device, made when the first context needs it. */
+static int open_device(const lvm_model *m, const struct backend *b, const char *name, void **copy,
+                       lvm_error *error) {
+    struct devices *all = m->devices;
+    int code = LVM_OK;
+    pthread_mutex_lock(&all->mutex);
+    struct device *d = all->first;
+    while (d != NULL && (d->b != b || strcmp(d->name, name) != 0)) d = d->next;
+    if (d == NULL) {
+        d = mem_alloc(1, sizeof *d, error);
+        code = d == NULL ? LVM_MEMORY : b->model_open(m, name, &d->copy, error);
+        if (code == LVM_OK) {
+            d->b = b;
+            snprintf(d->name, sizeof d->name, "%s", name);
+            d->next = all->first;
+            all->first = d;
+        } else {
+            mem_free(d);
+        }
+    }
+    if (code == LVM_OK) *copy = d->copy;
+    pthread_mutex_unlock(&all->mutex);
+    return code;
+}
 
 /* ---- A context's state in a file ----
 
@@ -12333,7 +12420,8 @@ static void hide_bar(const struct bar *b) {
 
 struct paths {
     char **path;
-    int n, room;
+    int n;
+    size_t room;
 };
 
 static void paths_free(struct paths *p) {
@@ -12353,15 +12441,9 @@ static char *join_path(const char *folder, const char *name, lvm_error *error) {
 }
 
 static int paths_add(struct paths *p, const char *folder, const char *name, lvm_error *error) {
-    if (p->n == p->room) {
-        int room = p->room * 2 + 16;
-        char **more = mem_alloc((size_t)room, sizeof *more, error);
-        if (more == NULL) return LVM_MEMORY;
-        if (p->n > 0) memcpy(more, p->path, (size_t)p->n * sizeof *more);
-        mem_free(p->path);
-        p->path = more;
-        p->room = room;
-    }
+    char **larger = array_grow(p->path, (size_t)p->n, 1, sizeof *larger, &p->room, error);
+    if (larger == NULL) return LVM_MEMORY;
+    p->path = larger;
     p->path[p->n] = join_path(folder, name, error);
     return p->path[p->n] != NULL ? (p->n++, LVM_OK) : LVM_MEMORY;
 }
@@ -13669,8 +13751,8 @@ static double measure_bandwidth(const struct bench *b) {
 
 /* ---- What a stage has to do ---- */
 
-/* Multiplications and additions of an operation of the tokenizer, convolutions counted as direct.
- */
+/* Multiplications and additions of an operation of the tokenizer, convolutions counted as
+   direct. */
 static double op_cost(const struct vq_op *op) {
     double pixels = (double)op->side_out * op->side_out, cost = 0;
     for (int i = 0; i < 4; i++) cost += 2 * pixels * op->conv[i].w.rows * op->conv[i].w.cols;
@@ -13927,4 +14009,5 @@ int main(int argc, char **argv) {
 }
 
 #endif /* LVM_NO_MAIN */
+#endif /* LVM_INTERNAL */
 #endif /* LVM_API_ONLY */

@@ -391,7 +391,7 @@ static void test_int_plain(struct test *t, int type) {
 /* ---- Conversions ---- */
 
 static void test_to_f32(struct test *t, int type) {
-    const struct type_info *info = type_info(type);
+    const struct type_entry *info = type_info(type);
     int64_t k = (1 + below(t, 300 / info->block)) * (int64_t)info->block;
     size_t bytes = (size_t)type_bytes(type, k);
     uint8_t *in = make(t, bytes);
