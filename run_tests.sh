@@ -23,7 +23,8 @@ case $SANITIZE in
        LVM=build/debug/lvm ;;
 esac
 WEIGHTS=${WEIGHTS:-weights.bin}
-export SANITIZE LVM WEIGHTS LVM_REFERENCE LVM_FULL
+LVM_DEVICE=cpu # a GPU has its own tests
+export SANITIZE LVM WEIGHTS LVM_REFERENCE LVM_FULL LVM_DEVICE
 mkdir -p "$B/logs" build/golden
 
 limited() {
@@ -153,7 +154,7 @@ if [ "$SANITIZE" = thread ]; then
     run embed limited "$B/test_embed" $embedded --threads-only
     run threads threaded_commands
 else
-    run build build images kernels properties golden os embed fuzz
+    run build build images kernels properties backend golden os embed fuzz
     run convert convert_golden
     [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py \
         Commands Quantize Images Tokens Weights Outputs Interruption
@@ -161,6 +162,8 @@ else
     begin properties limited "$B/test_properties" $([ -z "$SANITIZE" ] || echo --quick)
     # shellcheck disable=SC2046,SC2086
     run embed limited "$B/test_embed" $embedded $([ -z "$SANITIZE" ] || echo --quick)
+    # shellcheck disable=SC2046
+    run backend limited "$B/test_backend" "$B/backend.cache" $([ -z "$SANITIZE" ] || echo --quick)
     run images limited "$B/test_images" tests/images
     run corpus limited "$B/test_fuzz" tests/corpus
     run kernels limited "$B/test_kernels"

@@ -1,0 +1,296 @@
+/* What any backend must do for a context, whatever its limits: a device's tests include this file and
+   call check_backend. Include behind lvm.c (with its main renamed), check() and gguf.h.
+
+   A backend is compared with itself, byte for byte (a prompt at once and in pieces, with a reused
+   prefix, after a cancelled or failed call, saved and loaded; a candidate alone and among others), and
+   with the CPU's, whose results it must reach within `off` in logits and nats (0: the same bytes). */
+#ifndef CONFORMANCE_H
+#define CONFORMANCE_H
+
+enum { CF_V = 80, CF_CODES = 64, CF_BOS = 64, CF_T = 64, CF_R = 16, CF_CONTEXT = 300,
+       CF_PROMPT = 280, CF_SCORED = 20, CF_SHORT = 1 + 3 * CF_T, CF_NEW = 70, CF_MANY = 3,
+       CF_IMAGES = 5 };
+
+/* What a context computes: a prompt longer than a block of keys, scores behind it, candidates whose
+   window slides (at 257 tokens), images in and out. */
+struct cf_outcome {
+    float logits[CF_V], nll[CF_SCORED];
+    int32_t ids[CF_MANY][CF_NEW], tokens[CF_IMAGES][CF_T];
+    uint8_t pixels[CF_IMAGES][CF_R * CF_R * 3];
+};
+
+enum cf_action { CF_ENCODE, CF_DECODE, CF_PREFILL, CF_SCORE, CF_GENERATE, CF_ACTIONS };
+static const char *const cf_names[CF_ACTIONS] = {"encode", "decode", "prefill", "score",
+                                                 "generate"};
+
+static struct model_file cf_model(int type) {
+    struct llama a = {.context = CF_CONTEXT, .L = 2, .D = 64, .F = 96, .H = 4, .G = 2, .d = 16,
+                      .V = CF_V, .bos = CF_BOS, .eos = -1, .eps = 1e-6f, .theta = 10000};
+    struct vqgan vq = {.R = CF_R, .hidden = 32, .z = 32, .codes = CF_CODES, .code_dim = 16,
+                       .n_res_blocks = 1, .resample_conv = 1, .n_levels = 2, .mult = {1, 2}};
+    return make_model(&a, &vq, type, LVM_F16);
+}
+
+static void cf_ids(int32_t *ids, int n, uint64_t stream) {
+    struct rng rng = rng_new(11, stream);
+    for (int i = 0; i < n; i++) ids[i] = (int32_t)(rng_next(&rng) % CF_CODES);
+    ids[0] = CF_BOS;
+}
+
+/* Image 3 is image 0 again, so that a batch meets one that it holds already. */
+static int cf_encode(lvm_ctx *ctx, struct cf_outcome *o, lvm_error *error) {
+    static uint8_t rgb[CF_IMAGES][19 * 23 * 3];
+    lvm_image images[CF_IMAGES];
+    for (int i = 0; i < CF_IMAGES; i++) {
+        struct rng rng = rng_new(13, (uint64_t)(i == 3 ? 0 : i));
+        for (size_t p = 0; p < sizeof rgb[i]; p++) rgb[i][p] = (uint8_t)rng_next(&rng);
+        images[i] = (lvm_image){19, 23, rgb[i], 0};
+    }
+    return lvm_encode(ctx, images, CF_IMAGES, o->tokens[0], error);
+}
+
+static int cf_decode(lvm_ctx *ctx, struct cf_outcome *o, lvm_error *error) {
+    lvm_image images[CF_IMAGES];
+    int32_t ids[CF_IMAGES * CF_T];
+    struct rng rng = rng_new(17, 0);
+    for (int i = 0; i < CF_IMAGES * CF_T; i++) ids[i] = (int32_t)(rng_next(&rng) % CF_CODES);
+    int code = lvm_decode(ctx, ids, CF_IMAGES, images, error);
+    for (int i = 0; i < CF_IMAGES; i++) {
+        if (code == LVM_OK) memcpy(o->pixels[i], images[i].rgb, sizeof o->pixels[i]);
+        lvm_image_free(&images[i]);
+    }
+    return code;
+}
+
+/* One call with its result in *o; what it needs before it is done with no interference. */
+static int cf_act(lvm_ctx *ctx, enum cf_action action, struct cf_outcome *o, int before,
+                  lvm_error *error) {
+    int32_t ids[CF_PROMPT + CF_SCORED];
+    lvm_sampling s = lvm_default_sampling();
+    int code = LVM_OK;
+    s.seed = 5;
+    cf_ids(ids, CF_PROMPT + CF_SCORED, 1);
+    if (before && action == CF_ENCODE) ctx_reset(ctx); /* or it would know the images */
+    if (before && action == CF_PREFILL) code = lvm_prompt(ctx, &(int32_t){1}, 1, NULL, error);
+    if (before && action == CF_SCORE) code = lvm_prompt(ctx, ids, CF_PROMPT, NULL, error);
+    if (before && action == CF_GENERATE) code = lvm_prompt(ctx, ids, CF_SHORT, NULL, error);
+    if (before) return code;
+    if (action == CF_ENCODE) return cf_encode(ctx, o, error);
+    if (action == CF_DECODE) return cf_decode(ctx, o, error);
+    if (action == CF_PREFILL) return lvm_prompt(ctx, ids, CF_PROMPT, o->logits, error);
+    if (action == CF_SCORE) return lvm_score(ctx, ids + CF_PROMPT, CF_SCORED, o->nll, error);
+    return lvm_generate(ctx, &s, CF_MANY, CF_NEW, o->ids[0], error);
+}
+
+static int cf_all(lvm_ctx *ctx, struct cf_outcome *o) {
+    lvm_error error = {0, ""};
+    int code = LVM_OK;
+    memset(o, 0, sizeof *o);
+    for (int i = 0; code == LVM_OK && i < CF_ACTIONS; i++) {
+        code = cf_act(ctx, i, o, 1, &error);
+        if (code == LVM_OK) code = cf_act(ctx, i, o, 0, &error);
+        check(code == LVM_OK, "%s fails: %s", cf_names[i], error.text);
+    }
+    return code;
+}
+
+static void cf_same(const struct cf_outcome *a, const struct cf_outcome *b, const char *what) {
+    check(memcmp(a->logits, b->logits, sizeof a->logits) == 0, "%s: logits differ", what);
+    check(memcmp(a->nll, b->nll, sizeof a->nll) == 0, "%s: likelihoods differ", what);
+    check(memcmp(a->ids, b->ids, sizeof a->ids) == 0, "%s: generated ids differ", what);
+    check(memcmp(a->tokens, b->tokens, sizeof a->tokens) == 0, "%s: tokens differ", what);
+    check(memcmp(a->pixels, b->pixels, sizeof a->pixels) == 0, "%s: pixels differ", what);
+}
+
+/* Near enough to the CPU's: generated ids are not compared, for one near tie changes all that follow. */
+static void cf_near(const struct cf_outcome *a, const struct cf_outcome *b, double off) {
+    double logits = 0, nll = 0;
+    int tokens = 0, pixels = 0;
+    for (int i = 0; i < CF_V; i++)
+        logits = fmax(logits, fabs((double)a->logits[i] - b->logits[i]));
+    for (int i = 0; i < CF_SCORED; i++) nll = fmax(nll, fabs((double)a->nll[i] - b->nll[i]));
+    for (int i = 0; i < CF_IMAGES; i++) {
+        for (int t = 0; t < CF_T; t++) tokens += a->tokens[i][t] != b->tokens[i][t];
+        for (int p = 0; p < CF_R * CF_R * 3; p++) {
+            int d = abs(a->pixels[i][p] - b->pixels[i][p]);
+            pixels = d > pixels ? d : pixels;
+        }
+    }
+    check(logits <= off && nll <= off, "logits %g and likelihoods %g off the CPU's", logits, nll);
+    check(tokens <= 1 && pixels <= 1, "%d tokens are not the CPU's, pixels %d off", tokens, pixels);
+}
+
+static lvm_ctx *cf_context(const lvm_model *m, const struct backend *b, const lvm_options *o) {
+    lvm_error error = {0, ""};
+    lvm_ctx *ctx = ctx_new(m, b, o, &error);
+    check(ctx != NULL, "no context: %s", error.text);
+    if (ctx == NULL) abort();
+    return ctx;
+}
+
+/* A prompt in pieces, after another one with the same beginning, and back. */
+static void cf_prefixes(const lvm_model *m, const struct backend *b, const lvm_options *o) {
+    int32_t ids[CF_PROMPT], other[CF_PROMPT];
+    float want[CF_V], got[CF_V];
+    lvm_ctx *at_once = cf_context(m, b, o), *pieces = cf_context(m, b, o);
+    cf_ids(ids, CF_PROMPT, 2);
+    cf_ids(other, CF_PROMPT, 3);
+    check(lvm_prompt(at_once, ids, CF_PROMPT, want, NULL) == LVM_OK, "a prompt fails");
+    for (int n = 1; n < CF_PROMPT; n += 1 + n / 3) lvm_prompt(pieces, ids, n, got, NULL);
+    lvm_prompt(pieces, ids, CF_PROMPT, got, NULL);
+    check(memcmp(want, got, sizeof want) == 0, "a prompt in pieces is not the prompt at once");
+    for (int same = 0; same < CF_PROMPT; same += 93) {
+        memcpy(other, ids, (size_t)same * sizeof *ids);
+        lvm_prompt(pieces, other, CF_PROMPT - 7, NULL, NULL);
+        lvm_prompt(pieces, ids, CF_PROMPT, got, NULL);
+        check(memcmp(want, got, sizeof want) == 0, "with %d tokens reused a prompt differs", same);
+    }
+    lvm_ctx_free(at_once);
+    lvm_ctx_free(pieces);
+}
+
+/* A candidate alone is the first of several; in one call or in several. */
+static void cf_candidates(lvm_ctx *ctx, const struct cf_outcome *want) {
+    int32_t prompt[CF_SHORT], ids[CF_NEW], pieces[CF_NEW], most[64];
+    lvm_sampling s = lvm_default_sampling();
+    lvm_error error = {0, ""};
+    s.seed = 5;
+    cf_ids(prompt, CF_SHORT, 1);
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    check(lvm_generate(ctx, &s, 1, CF_NEW, ids, NULL) == LVM_OK, "one candidate fails");
+    check(memcmp(ids, want->ids[0], sizeof ids) == 0, "a candidate alone is not the first of %d",
+          CF_MANY);
+    s.greedy = 1;
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    lvm_generate(ctx, &s, 1, CF_NEW, ids, NULL);
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    for (int i = 0; i < CF_NEW; i += 14) lvm_generate(ctx, &s, 1, 14, pieces + i, NULL);
+    check(memcmp(ids, pieces, sizeof ids) == 0, "generating in pieces is not generating at once");
+    int sequences = ctx->limits.sequences < 64 ? ctx->limits.sequences : 64;
+    check(lvm_generate(ctx, &s, sequences, 1, most, &error) == LVM_OK,
+          "%d candidates, as many as the limit: %s", sequences, error.text);
+    check(lvm_generate(ctx, &s, ctx->limits.sequences + 1, 1, most, &error) == LVM_INVALID,
+          "more candidates than the limit: %s", error.text);
+}
+
+/* Saved behind n tokens, loaded by another context: the same numbers, with nothing computed twice. */
+static void cf_cache(const lvm_model *m, const struct backend *b, const lvm_options *o, int n,
+                     const char *path) {
+    int32_t ids[CF_PROMPT];
+    float want[CF_V], got[CF_V];
+    lvm_error error = {0, ""};
+    lvm_ctx *from = cf_context(m, b, o), *to = cf_context(m, b, o);
+    cf_ids(ids, CF_PROMPT, 4);
+    lvm_prompt(from, ids, CF_PROMPT, want, NULL);
+    check(lvm_cache_save(from, path, n, &error) == LVM_OK, "saving %d tokens: %s", n, error.text);
+    lvm_prompt(to, ids + 1, 9, NULL, NULL);
+    check(lvm_cache_load(to, path, &error) == LVM_OK, "loading %d tokens: %s", n, error.text);
+    check(to->n_fed == n, "%d tokens were loaded, not %d", to->n_fed, n);
+    lvm_prompt(to, ids, CF_PROMPT, got, NULL);
+    check(memcmp(want, got, sizeof want) == 0, "behind a cache of %d tokens logits differ", n);
+    remove(path);
+    lvm_ctx_free(from);
+    lvm_ctx_free(to);
+}
+
+/* Scores and logits of the same tokens, many rows and one, in any order of the rows wanted. */
+static void cf_rows(const lvm_model *m, const struct backend *b, const lvm_options *o) {
+    enum { N = 3 };
+    int32_t ids[N + 1];
+    float logits[N * CF_V], alone[CF_V], nll[N];
+    lvm_ctx *ctx = cf_context(m, b, o);
+    int seqs[N] = {0}, rows[N] = {0, 1, 2}, last = N - 1;
+    cf_ids(ids, N + 1, 6);
+    struct batch all = {.n = N, .tokens = ids, .seqs = seqs, .n_out = N, .out = rows,
+                        .logits = logits};
+    check(ctx->b->forward(ctx->state, &all, NULL) == LVM_OK, "a batch of rows fails");
+    ctx->b->kv_trim(ctx->state, 0, 0);
+    struct batch scored = all;
+    scored.logits = NULL;
+    scored.targets = ids + 1;
+    scored.nll = nll;
+    check(ctx->b->forward(ctx->state, &scored, NULL) == LVM_OK, "a batch with targets fails");
+    ctx->b->kv_trim(ctx->state, 0, 0);
+    struct batch one = {.n = N, .tokens = ids, .seqs = seqs, .n_out = 1, .out = &last,
+                        .logits = alone};
+    check(ctx->b->forward(ctx->state, &one, NULL) == LVM_OK, "a batch for its last row fails");
+    check(memcmp(alone, logits + last * CF_V, sizeof alone) == 0,
+          "a row's logits depend on what is wanted of others");
+    for (int r = 0; r < N; r++)
+        check(fabsf(negative_log_likelihood(logits + r * CF_V, CF_V, ids[r + 1]) - nll[r]) < 1e-5f,
+              "row %d: likelihood of its target is not its logits'", r);
+    lvm_ctx_free(ctx);
+}
+
+struct cf_canceller {
+    int calls, at; /* cancels at call number `at`; -1: never */
+};
+
+static int cf_progress(void *user, const char *stage, int64_t done, int64_t all) {
+    struct cf_canceller *c = user;
+    if (*stage == 0 || done < 0 || done > all) check(0, "progress: %s", stage);
+    return c->calls++ == c->at;
+}
+
+/* Every action cancelled at its first moments and at later ones ever further apart, then done: as if
+   nothing had happened. */
+static void cf_cancel(const lvm_model *m, const struct backend *b, const lvm_options *usual,
+                      const struct cf_outcome *want) {
+    struct cf_canceller c = {0, -1};
+    lvm_options o = *usual;
+    o.user = &c;
+    o.progress = cf_progress;
+    lvm_ctx *ctx = cf_context(m, b, &o);
+    for (int i = 0; i < CF_ACTIONS; i++)
+        for (int at = 0, calls = 1; at < calls; at += 1 + at / 4) {
+            struct cf_outcome got = *want;
+            cf_act(ctx, i, &got, 1, NULL);
+            c = (struct cf_canceller){0, at};
+            int code = cf_act(ctx, i, &got, 0, NULL);
+            check(code == LVM_CANCELLED, "%s cancelled at call %d gives %d", cf_names[i], at, code);
+            cf_act(ctx, i, &got, 1, NULL);
+            c = (struct cf_canceller){0, -1};
+            check(cf_act(ctx, i, &got, 0, NULL) == LVM_OK, "%s fails after a cancelled one",
+                  cf_names[i]);
+            calls = c.calls;
+            cf_same(want, &got, cf_names[i]);
+        }
+    lvm_ctx_free(ctx);
+}
+
+/* path: a file that may be written. off: see above. */
+static void check_backend(const struct backend *b, const char *device, int type, int kv_type,
+                          double off, const char *path) {
+    struct cf_outcome cpu, got, again;
+    struct model_file f = cf_model(type);
+    lvm_error error = {0, ""};
+    lvm_model *m = lvm_open_memory(f.data, f.size, &error);
+    lvm_options o = lvm_default_options(), here;
+    if (m == NULL) abort();
+    o.threads = 2;
+    o.kv_type = kv_type;
+    here = o;
+    here.device = device;
+    o.device = "cpu";
+    lvm_ctx *reference = cf_context(m, &cpu_backend, &o), *ctx = cf_context(m, b, &here);
+    if (cf_all(reference, &cpu) == LVM_OK && cf_all(ctx, &got) == LVM_OK) {
+        if (off > 0) cf_near(&cpu, &got, off);
+        else cf_same(&cpu, &got, "beside the CPU");
+        cf_all(ctx, &again);
+        cf_same(&got, &again, "again");
+        cf_candidates(ctx, &got);
+        cf_prefixes(m, b, &here);
+        cf_rows(m, b, &here);
+        for (int n = 1; n <= CF_PROMPT; n += 93) cf_cache(m, b, &here, n, path);
+        cf_cache(m, b, &here, KV_BLOCK, path);
+        cf_cancel(m, b, &here, &got);
+    }
+    check(strcmp(lvm_ctx_info(ctx).device, device) == 0, "the device is %s",
+          lvm_ctx_info(ctx).device);
+    lvm_ctx_free(reference);
+    lvm_ctx_free(ctx);
+    lvm_close(m);
+    free(f.data);
+}
+
+#endif
