@@ -1145,10 +1145,10 @@ def swap_inner(data, size, rows, a, b):
             for j in range(b):
                 out.extend(row[j::b])
         else:
-            turned = array.array(code, bytes(size * a * b))
+            transposed = array.array(code, bytes(size * a * b))
             for i in range(a):
-                turned[i::a] = row[i * b:(i + 1) * b]
-            out.extend(turned)
+                transposed[i::a] = row[i * b:(i + 1) * b]
+            out.extend(transposed)
     return out.tobytes()
 
 

@@ -59,6 +59,16 @@
       14  Tools: GGUF, quantise, random weights, the cache file
       15  The command line, bench
 
+   WORDS, as they are used here
+     image token   the number of a row of the VQGAN's codebook (a code); one stands for a patch of
+                   16 x 16 pixels. id: any entry of the vocabulary: image tokens, bos, eos
+     prompt        what is given: examples of a task (two or three: shots), then the query image
+     prefill       the forward over the whole prompt; generate: one forward a token; decode: tokens
+                   to pixels
+     causal mask   token i attends to tokens 0 .. i, so what was computed for them stays right, and
+                   keys and values are kept: the KV cache
+     nat           the unit of -ln p, an id's negative log-likelihood; perplexity: exp of its mean
+
    LETTERS in shapes, and in code where a name would be longer than what it says:
        N rows (tokens) at once   T tokens of an image (S S)   V vocabulary   D model width
        F feed-forward width      H attention heads            G key/value heads   d width of a head
@@ -1496,31 +1506,32 @@ struct text {
 struct gguf_key {
     struct text name;
     uint32_t type;
-    const uint8_t *value; /* raw, size bytes */
+    const uint8_t *value; /* as the file holds it, size bytes */
     size_t size;
 };
 
 struct gguf_tensor {
     struct text name;
     int n_dims, type;
-    int64_t ne[4]; /* fastest first; 1 beyond n_dims */
-    uint64_t offset;
+    int64_t ne[4];        /* fastest first; 1 beyond n_dims */
+    uint64_t offset;      /* behind data_start */
     int64_t bytes;
 };
 
 struct named_index; /* for finding keys and tensors by name: chapter 14 */
 
 struct gguf {
-    const char *path;
-    const uint8_t *data;
+    const char *path;             /* for messages */
+    const uint8_t *data;          /* [size]: the whole file */
     size_t size, data_start;
-    uint32_t alignment;
+    uint32_t alignment;           /* of the tensors' data */
     int64_t n_keys, n_tensors;
     struct gguf_key *keys;        /* [n_keys] in the file's order */
     struct gguf_tensor *tensors;  /* [n_tensors] in the file's order */
-    struct named_index *key_by_name, *tensor_by_name;
+    struct named_index *key_by_name, *tensor_by_name; /* the same, sorted */
 };
 
+/* One layer of the transformer (chapter 6). */
 struct layer {
     struct tensor attn_norm;                      /* [D] */
     struct tensor q, k, v, o;                     /* [H d][D]  [G d][D]  [G d][D]  [D][H d] */
@@ -1756,6 +1767,7 @@ static void vq_add_level(struct vq_chain *chain, const char *name, int i, int n)
     }
 }
 
+/* The narrowest part of either chain, where every pixel may attend to every other. */
 static void vq_add_middle(struct vq_chain *chain, const char *name) {
     vq_add(chain, VQ_RESIDUAL, chain->c, "%s.mid.block_1", name);
     if (!chain->vq->no_mid_attn) vq_add(chain, VQ_ATTENTION, chain->c, "%s.mid.attn_1", name);
@@ -1792,6 +1804,7 @@ static void vq_build_decoder(struct vqgan *vq) {
 
 /* ---- From the descriptions to one list ---- */
 
+/* Adds a tensor to the list; the caller names it. */
 static struct tensor_spec *describe(lvm_model *m, enum tensor_kind kind, int optional,
                                     struct tensor *tensor, int n_dims, const int *dims) {
     struct tensor_spec *s = &m->specs[m->n_specs++];
@@ -1803,6 +1816,7 @@ static struct tensor_spec *describe(lvm_model *m, enum tensor_kind kind, int opt
     return s;
 }
 
+/* The size that a letter of llama_tensors stands for. */
 static int llama_size(const struct llama *a, char letter) {
     switch (letter) {
     case 'V': return a->V;
@@ -1812,6 +1826,7 @@ static int llama_size(const struct llama *a, char letter) {
     }
 }
 
+/* A model's own tensors once, those of a layer for each of them. */
 static void describe_llama(lvm_model *m) {
     struct llama *a = &m->llama;
     for (int layer = 0; layer < a->L; layer++)
@@ -1835,6 +1850,8 @@ static int vq_has_part(const struct vqgan *vq, const struct vq_op *op, const str
     return (p->kind != VQ_DOWN && p->kind != VQ_UP) || vq->resample_conv;
 }
 
+/* The tensors of one operation. A convolution that stands alone is one at the pixels or at the
+   codebook, and exact. */
 static void describe_op(lvm_model *m, struct vq_op *op) {
     int exact = op->kind == VQ_CONV_3X3 || op->kind == VQ_CONV_1X1;
     for (int i = 0; i < VQ_PARTS; i++) {
@@ -1858,6 +1875,7 @@ static void describe_op(lvm_model *m, struct vq_op *op) {
     }
 }
 
+/* All operations, then the codebook between encoder and decoder. */
 static void describe_vqgan(lvm_model *m) {
     struct vqgan *vq = m->vq;
     for (int i = 0; i < vq->n_ops; i++) describe_op(m, &vq->ops[i]);
@@ -1891,6 +1909,7 @@ static int describe_model(lvm_model *m, lvm_error *error) {
 
 /* ---- Opening ---- */
 
+/* The transformer's sizes, and whether they fit each other. */
 static int read_llama_keys(const struct gguf *g, struct llama *a, lvm_error *error) {
     int code = LVM_OK;
     for (size_t i = 0; code == LVM_OK && i < sizeof llama_keys / sizeof *llama_keys; i++)
@@ -1910,6 +1929,7 @@ static int read_llama_keys(const struct gguf *g, struct llama *a, lvm_error *err
     return LVM_OK;
 }
 
+/* The tokenizer's configuration: sides must halve, channels divide into GroupNorm's groups. */
 static int read_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error) {
     int code = LVM_OK;
     for (size_t i = 0; code == LVM_OK && i < sizeof vq_keys / sizeof *vq_keys; i++)
@@ -1976,6 +1996,7 @@ static int get_tensor(const lvm_model *m, const struct tensor_spec *s, lvm_error
     return LVM_OK;
 }
 
+/* general.name as a string that ends. */
 static int copy_name(lvm_model *m, lvm_error *error) {
     struct text t = read_text(&m->file, "general.name");
     m->name = mem_alloc((size_t)t.n + 1, 1, error);
@@ -1996,6 +2017,7 @@ static int load_description(lvm_model *m, const void *data, size_t size, lvm_err
     return code == LVM_OK ? copy_name(m, error) : code;
 }
 
+/* Every tensor of the description; then what only tensors and keys together can show. */
 static int load_tensors(lvm_model *m, lvm_error *error) {
     int code = LVM_OK;
     for (int i = 0; code == LVM_OK && i < m->n_specs; i++)
@@ -2036,6 +2058,7 @@ static int load_file(lvm_model *m, int flags, lvm_error *error) {
     return code == LVM_OK ? load_description(m, data, m->mapped_size, error) : code;
 }
 
+/* The last step of opening, where the ones before it gave `code`; NULL after a failure. */
 static lvm_model *open_model(lvm_model *m, int code, lvm_error *error) {
     if (code == LVM_OK) code = load_tensors(m, error);
     if (code == LVM_OK) return m;
@@ -2116,8 +2139,8 @@ lvm_info lvm_model_info(const lvm_model *m) {
    that judged whether an image looked real, kept the decoder's images sharp. Nothing of the
    adversary is left here.
 
-       image [R][R][3] --encoder--> z [S][S][code_dim] --nearest row of the codebook--> tokens [S][S]
-       tokens [S][S] --their rows--> z [S][S][code_dim] --decoder--> image [R][R][3]
+       image [R][R][3]  --encoder-->  z [S][S][code_dim]  --nearest rows-->  tokens [S][S]
+       tokens [S][S]  --rows of the codebook-->  z [S][S][code_dim]  --decoder-->  image [R][R][3]
 
    In the published models R is 256 and S 16: an image is 256 tokens of 8192 codes. Configuration,
    parameter names and behaviour are those of the published class (open-muse's VQGANModel, itself
@@ -3065,9 +3088,11 @@ static int lm_state_alloc(struct lm_state *s, const struct llama *a, int kv_type
 
 /* ---- The seam ---- */
 
+enum { MAX_ENCODED = 32 /* images that a context remembers: two windows */ };
+
 /* What a device takes at once. */
 struct limits {
-    int images;     /* of encode and decode */
+    int images;     /* of encode and decode; no more than MAX_ENCODED will come */
     int rows;       /* of forward; at least as many as sequences */
     int sequences;  /* numbered from 0: candidates that generate together */
     int kv_block;   /* positions of a block of kv_get and kv_set */
@@ -3133,13 +3158,13 @@ enum { BACKEND_VERSION = 1 };
 
 #ifndef LVM_INTERNAL
 
-/* ---- The CPU ---- */
+/* ---- The CPU: chapters 5 and 6 behind the seam ---- */
 
 struct cpu {
     const lvm_model *m;
-    struct exec e;
-    struct vq_state vq;
-    struct lm_state lm;
+    struct exec e;         /* kernels, threads, scratch */
+    struct vq_state vq;    /* of the tokenizer, where there is one */
+    struct lm_state lm;    /* of the transformer, with its KV cache */
 };
 
 /* The model lies in memory, where all contexts read it. */
@@ -3163,6 +3188,8 @@ static void cpu_close(void *state) {
     mem_free(c);
 }
 
+/* All memory that a context will ever need but the pages of its cache, so that nothing can run out
+   in the middle of work. */
 static int cpu_alloc(struct cpu *c, lvm_error *error) {
     const lvm_model *m = c->m;
     const struct llama *a = &m->llama;
@@ -3204,6 +3231,7 @@ static int cpu_open(void *copy, const lvm_options *o, void **state, struct limit
 /* Halves to even, as NumPy rounds. */
 static uint8_t to_byte(float x) { return (uint8_t)rintf(255 * (x > 0 ? (x < 1 ? x : 1) : 0)); }
 
+/* Image by image; the progress counts operations of the encoder. */
 static int cpu_encode(void *state, const uint8_t *rgb, int n, int first, int all, int32_t *ids,
                       float *latent, lvm_error *error) {
     struct cpu *c = state;
@@ -3241,6 +3269,7 @@ static void cpu_kv_trim(void *state, int seq, int n) {
     sequence_trim(&c->lm.kv, &c->lm.kv.seq[seq], n);
 }
 
+/* Shares the pages: whoever writes into one first copies it. */
 static int cpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
     struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
     (void)error;
@@ -3286,8 +3315,6 @@ static int open_device(const lvm_model *m, const struct backend *b, const char *
 
 /* ---- Contexts ---- */
 
-enum { MAX_ENCODED = 32 /* images that a context remembers: two windows */ };
-
 /* An image as the tokenizer saw it and what it became. */
 struct encoded {
     uint8_t *rgb; /* [R][R][3] */
@@ -3296,10 +3323,10 @@ struct encoded {
 
 struct lvm_ctx {
     const lvm_model *m;
-    lvm_options o;
-    char device[32];
+    lvm_options o;      /* settled: no field is left open */
+    char device[32];    /* its name; o.device points here */
     const struct backend *b;
-    void *state;
+    void *state;        /* what the backend made for this context */
     struct limits limits;
     int32_t *ids;       /* [context + 1] */
     int n_ids, n_fed;   /* n_fed <= n_ids */
@@ -3330,8 +3357,10 @@ void lvm_ctx_free(lvm_ctx *ctx) {
     mem_free(ctx);
 }
 
+/* Buffers on the host, as large as the device's limits ask for. */
 static int ctx_alloc(lvm_ctx *ctx, lvm_error *error) {
     const lvm_model *m = ctx->m;
+    ctx->limits.images = (int)min64(ctx->limits.images, MAX_ENCODED);
     size_t R = m->vq != NULL ? (size_t)m->vq->R : 0, images = (size_t)ctx->limits.images,
            rows = (size_t)ctx->limits.rows;
     ctx->ids = mem_alloc((size_t)m->llama.context + 1, sizeof *ctx->ids, error);
@@ -3381,6 +3410,7 @@ lvm_info lvm_ctx_info(const lvm_ctx *ctx) {
     return i;
 }
 
+/* A file may hold only one part of a model: what needs the other says so. */
 static int need(const lvm_ctx *ctx, int part, const char *what, lvm_error *error) {
     if (part) return LVM_OK;
     return fail(error, LVM_INVALID, "%s: holds no %s, which this needs", ctx->m->path, what);
@@ -3394,6 +3424,7 @@ static int need_transformer(const lvm_ctx *ctx, lvm_error *error) {
     return need(ctx, ctx->m->llama.L > 0, "transformer", error);
 }
 
+/* Every id is 0 .. below - 1. */
 static int check_ids(const int32_t *ids, int64_t n, int below, lvm_error *error) {
     for (int64_t i = 0; i < n; i++)
         if (ids[i] < 0 || ids[i] >= below)
@@ -3412,6 +3443,8 @@ static size_t image_bytes(const lvm_ctx *ctx) {
     return R * R * 3;
 }
 
+/* What the context knows of these pixels, or NULL. Comparing 32 images costs microseconds, encoding
+   one a good part of a second. */
 static const struct encoded *find_encoded(const lvm_ctx *ctx, const uint8_t *rgb) {
     for (int i = 0; i < MAX_ENCODED && i < ctx->n_encoded; i++)
         if (memcmp(ctx->encoded[i].rgb, rgb, image_bytes(ctx)) == 0) return &ctx->encoded[i];
@@ -3435,9 +3468,10 @@ static int remember_encoded(lvm_ctx *ctx, const uint8_t *rgb, const int32_t *ids
 /* Images of a call that wait in ctx->rgb to be encoded together. */
 struct encode_group {
     int n, done, all;     /* waiting; before them; of the call */
-    int32_t *to[64];      /* where their tokens go */
+    int32_t *to[MAX_ENCODED]; /* where their tokens go */
 };
 
+/* Encodes the images that wait and remembers them. */
 static int encode_waiting(lvm_ctx *ctx, struct encode_group *g, lvm_error *error) {
     size_t T = (size_t)ctx->m->T;
     if (g->n == 0) return LVM_OK;
@@ -3453,7 +3487,8 @@ static int encode_waiting(lvm_ctx *ctx, struct encode_group *g, lvm_error *error
     return code;
 }
 
-/* An image is known, or joins those that wait. */
+/* An image is known already, or it joins those that wait; one that waits twice is encoded first and
+   then known. */
 static int encode_image(lvm_ctx *ctx, const lvm_image *image, struct encode_group *g, int32_t *ids,
                         lvm_error *error) {
     size_t size = image_bytes(ctx);
@@ -3539,6 +3574,8 @@ static int prefill(lvm_ctx *ctx, int seq, const int32_t *ids, int n, float *logi
     return report(&ctx->o, "prefill", n, n, error);
 }
 
+/* Keys and values depend on nothing but the tokens up to theirs, so that what two prompts begin
+   with alike is read once (prefix reuse). */
 int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error) {
     if (ctx == NULL || ids == NULL)
         return null_argument(error, "lvm_prompt", ctx == NULL ? "ctx" : "ids");
@@ -3590,6 +3627,8 @@ static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
    that is -ln p. Its mean's exponential is the perplexity, the number of equally likely tokens that
    the model was as unsure between. */
 
+/* The first token is judged by the logits behind the prompt, each further one by those behind the
+   one before it, many rows at a time; then the sequence is cut back to the prompt. */
 int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error) {
     if (ctx == NULL || ids == NULL || nll == NULL)
         return null_argument(error, "lvm_score",
@@ -3626,6 +3665,7 @@ int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *er
    8192 choices for each token would be slow; each of the three asks for no more than "the fewest
    likeliest that reach this mass", which quickselect finds. */
 
+/* The next 32 random bits. */
 static uint32_t rng_next(struct rng *r) {
     uint64_t old = r->state;
     r->state = old * 6364136223846793005u + r->increment;
@@ -3633,6 +3673,7 @@ static uint32_t rng_next(struct rng *r) {
     return x >> turn | x << (-turn & 31);
 }
 
+/* A generator's start; streams of one seed are independent. */
 static struct rng rng_new(uint64_t seed, uint64_t stream) {
     struct rng r = {0, stream << 1 | 1};
     rng_next(&r);
@@ -3642,10 +3683,11 @@ static struct rng rng_new(uint64_t seed, uint64_t stream) {
 }
 
 struct choice {
-    float p;
+    float p; /* e^((logit - largest) / temperature): a share of all, not a probability yet */
     int32_t id;
 };
 
+/* Of equally likely ids the lower comes first, so that the order is one. */
 static int likelier(struct choice a, struct choice b) {
     return a.p > b.p || (a.p == b.p && a.id < b.id);
 }
@@ -3682,6 +3724,7 @@ static int select_likeliest(struct choice *c, int n, int count, double mass, dou
     return from;
 }
 
+/* The id of the largest; of equal ones the lowest. */
 static int32_t argmax(const float *logits, int n) {
     int32_t best = 0;
     for (int i = 1; i < n; i++)
@@ -3700,8 +3743,8 @@ static int32_t sample(const float *logits, int n, const lvm_sampling *s, struct 
         mass += c[i].p;
     }
     if (s->top_k > 0 && s->top_k < n) n = select_likeliest(c, n, s->top_k, HUGE_VAL, &mass);
-    n = select_likeliest(c, n, n, s->top_p * mass, &mass);
-    n = select_likeliest(c, n, n, mass * (rng_next(rng) * 0x1p-32), &drawn);
+    n = select_likeliest(c, n, n, s->top_p * mass, &mass); /* the nucleus */
+    n = select_likeliest(c, n, n, mass * (rng_next(rng) * 0x1p-32), &drawn); /* the draw */
     return c[n - 1].id;
 }
 
@@ -3711,18 +3754,20 @@ static int32_t sample(const float *logits, int n, const lvm_sampling *s, struct 
 struct generation {
     lvm_ctx *ctx;
     lvm_sampling s;
-    int candidates, n, has_bos, T, full; /* full: tokens at which a sequence must slide */
-    int slid;   /* 1: the cache no longer begins as the context's own sequence */
-    int length; /* of every candidate's sequence, the pending token included */
-    int32_t *ids;                        /* [candidates][context + 1] */
-    struct rng *rng;                     /* [candidates] */
+    int candidates, n;    /* n: tokens wanted of each */
+    int has_bos, T, full; /* full: tokens at which a sequence must slide */
+    int slid;             /* 1: the cache no longer begins as the context's own sequence */
+    int length;           /* of every candidate's sequence, the pending token included */
+    int32_t *ids;         /* [candidates][context + 1] */
+    struct rng *rng;      /* [candidates] */
 };
 
 static int32_t *candidate_ids(const struct generation *g, int c) {
     return g->ids + (int64_t)c * (g->ctx->m->llama.context + 1);
 }
 
-/* The loop of generating: sample a token of each sequence, feed it, sample the next. */
+/* The loop of generating: sample a token of each sequence, feed it, sample the next. Sequences are
+   one batch: weights and the keys of a shared prompt are read once for all of them. */
 static int generate_on_host(lvm_ctx *ctx, struct continuation *c, lvm_error *error) {
     int V = ctx->m->llama.V, code = LVM_OK;
     struct choice *choices = mem_alloc((size_t)c->codes, sizeof *choices, error);
@@ -3802,7 +3847,7 @@ static void keep_first_candidate(struct generation *g, int code) {
     }
 }
 
-/* Up to the end of the window, slide, and on. */
+/* Generates to the end of the window, slides it, and goes on. */
 static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) {
     lvm_ctx *ctx = g->ctx;
     int code = fork_prompt(g, error);
@@ -3855,6 +3900,7 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
 
 /* ---- All at once ---- */
 
+/* bos, then the tokens of the last images that leave room for the next one. */
 int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error) {
     if (ctx == NULL || (images == NULL && count > 0))
         return null_argument(error, "lvm_prompt_images", ctx == NULL ? "ctx" : "images");
@@ -3927,24 +3973,28 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
 
 #ifndef LVM_NO_MAIN /* only the command line reads sets */
 
+/* An image as a line names it. */
 struct image_ref {
     char *path;   /* NULL where the line gives tokens */
     int32_t *ids; /* [T], or NULL */
 };
 
 struct image_list {
-    struct image_ref *list;
+    struct image_ref *list; /* [n] */
     int n;
     size_t room;
 };
 
+/* One line: a prompt and what belongs to it. */
 struct sentence {
     struct image_list input, target, choices;
     char *output; /* NULL: none */
     int answer;   /* -1: unknown */
 };
 
-/* A line being read; the first fault ends it. */
+/* A recursive descent reader of one line of JSON (RFC 8259). Each json_ function below reads what
+   its name says and moves `at` behind it. The first fault is kept in code and error, and from then
+   on nothing is read: loops end by asking for code, and no caller has to look at each call. */
 struct json {
     const char *file;
     int line;
@@ -3955,12 +4005,14 @@ struct json {
     lvm_error *error;
 };
 
+/* Says where in which line the fault is. */
 static void json_fail(struct json *j, const char *fault) {
     if (j->code == LVM_OK)
         j->code = fail(j->error, LVM_FORMAT, "%s: line %d: %s (at character %zu)", j->file, j->line,
                        fault, j->at + 1);
 }
 
+/* The next character behind blanks; 0 at the end and after a fault. */
 static int json_peek(struct json *j) {
     while (j->at < j->n && strchr(" \t\r", j->s[j->at]) != NULL && j->s[j->at] != 0) j->at++;
     return j->code == LVM_OK && j->at < j->n ? (unsigned char)j->s[j->at] : 0;
@@ -3973,6 +4025,7 @@ static int json_take(struct json *j, int c) {
     return 1;
 }
 
+/* Takes a character that must be the next one. */
 static void json_want(struct json *j, int c, const char *fault) {
     if (!json_take(j, c)) json_fail(j, fault);
 }
@@ -3984,6 +4037,7 @@ static int json_more(struct json *j, int end) {
     return 0;
 }
 
+/* The four digits behind \u. */
 static uint32_t json_hex4(struct json *j) {
     uint32_t v = 0;
     for (int i = 0; i < 4; i++, j->at++) {
@@ -3997,7 +4051,10 @@ static uint32_t json_hex4(struct json *j) {
     return v;
 }
 
-/* What stands behind a backslash, as UTF-8; returns its bytes. */
+/* What stands behind a backslash, as UTF-8; returns its bytes. A character above U+FFFF is written
+   as two units of UTF-16, a high surrogate D800..DBFF with its upper ten bits, then a low one
+   DC00..DFFF; one without the other is no character. UTF-8 gives the first byte a length, 110xxxxx,
+   1110xxxx or 11110xxx, and each further byte six bits, 10xxxxxx. */
 static int json_escape(struct json *j, char *out) {
     static const char from[] = "\"\\/bfnrt", to[] = "\"\\/\b\f\n\r\t";
     int c = j->at < j->n ? j->s[j->at++] : 0;
@@ -4024,7 +4081,8 @@ static int json_escape(struct json *j, char *out) {
     return more + 1;
 }
 
-/* A string as allocated text; NULL after a fault. */
+/* A string as allocated text, which the caller frees; NULL after a fault. No escape stands for
+   more bytes than it has, so the rest of the line is room enough. */
 static char *json_string(struct json *j) {
     json_want(j, '"', "a string should stand here");
     char *text = j->code == LVM_OK ? mem_alloc(j->n - j->at + 1, 1, j->error) : NULL;
@@ -4042,7 +4100,7 @@ static char *json_string(struct json *j) {
     return NULL;
 }
 
-/* A whole number in [0, below). */
+/* A whole number in [0, below), without fraction or exponent. */
 static int json_int(struct json *j, int below, const char *fault) {
     int64_t v = 0;
     int c = json_peek(j), digits = 0;
@@ -4057,7 +4115,8 @@ static int json_int(struct json *j, int below, const char *fault) {
 /* A character of a number, true, false or null. */
 static int is_json_scalar(char c) { return c != 0 && strchr("+-.0123456789Eaeflnrstu", c) != NULL; }
 
-/* Steps over a value whose key has no meaning here. */
+/* Steps over a value whose key has no meaning here: a string, an array, an object or a scalar. The
+   depth that is left bounds the recursion, whatever the file holds. */
 static void json_skip(struct json *j, int depth) {
     int c = json_peek(j);
     if (depth == 0) json_fail(j, "values lie in each other too deeply");
@@ -4081,6 +4140,7 @@ static void json_skip(struct json *j, int depth) {
     }
 }
 
+/* Also of a list that is empty or was given up half-way. */
 static void image_list_free(struct image_list *p) {
     for (int i = 0; i < p->n; i++) {
         mem_free(p->list[i].path);
@@ -4090,6 +4150,7 @@ static void image_list_free(struct image_list *p) {
     memset(p, 0, sizeof *p);
 }
 
+/* Also of one that was never filled but is zero. */
 static void sentence_free(struct sentence *s) {
     image_list_free(&s->input);
     image_list_free(&s->target);
@@ -4111,7 +4172,8 @@ static int image_list_add(struct image_list *p, char *path, int32_t *ids, lvm_er
     return LVM_OK;
 }
 
-/* Tokens of whole images, gathered in a buffer, become images. */
+/* Tokens of whole images, gathered in a buffer, become images of T tokens each; the buffer is empty
+   afterwards and keeps its memory. */
 static void add_tokens(struct json *j, struct buffer *tokens, struct image_list *out) {
     size_t T = (size_t)j->T, n = tokens->n / sizeof(int32_t);
     if (j->code == LVM_OK && n % T != 0) json_fail(j, "tokens that are no whole images");
@@ -4123,18 +4185,21 @@ static void add_tokens(struct json *j, struct buffer *tokens, struct image_list 
     tokens->n = 0;
 }
 
+/* One id of an array of numbers. */
 static void take_token(struct json *j, struct buffer *tokens) {
     int32_t id = json_int(j, j->codes, "an id is no image token");
     if (j->code == LVM_OK) j->code = buffer_add(tokens, &id, sizeof id, j->error);
 }
 
+/* The 6 bits of a digit, or -1. */
 static int base64_digit(char c) {
     static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     const char *p = c != 0 ? strchr(digits, c) : NULL;
     return p != NULL ? (int)(p - digits) : -1;
 }
 
-/* Base64 of little-endian int32. */
+/* Base64 of little-endian int32: each character brings six bits, highest first, each eight of them
+   make a byte, each four bytes an id, lowest byte first. At the end no more than two = may pad. */
 static void take_base64(struct json *j, struct buffer *tokens) {
     char *text = json_string(j);
     uint32_t bits = 0, id = 0;
@@ -4157,6 +4222,7 @@ static void take_base64(struct json *j, struct buffer *tokens) {
     mem_free(text);
 }
 
+/* A string is a path, or, behind a key that takes tokens alone, base64. */
 static void take_string_image(struct json *j, int only_tokens, struct buffer *tokens,
                                 struct image_list *out) {
     if (only_tokens) {
@@ -4167,7 +4233,9 @@ static void take_string_image(struct json *j, int only_tokens, struct buffer *to
     if (path != NULL) j->code = image_list_add(out, path, NULL, j->error);
 }
 
-/* An image, or an array of images and tokens. */
+/* An image, or an array of images and tokens. Single ids are gathered until a path, an inner array
+   or the end comes, so [1, 2, ... 512] is two images of 256, and so is [[1 ... 256], [257 ...
+   512]]. */
 static void json_images(struct json *j, int only_tokens, struct image_list *out) {
     struct buffer tokens = {0};
     if (json_peek(j) == '"') {
@@ -4194,6 +4262,8 @@ static void json_images(struct json *j, int only_tokens, struct image_list *out)
     mem_free(tokens.data);
 }
 
+/* The value of one key: a list's name, or that name and "_tokens", or "answer"; an "output" that is
+   a string is the name of a file to write. Keys without a meaning here are skipped. */
 static void json_member(struct json *j, const char *key, struct sentence *s) {
     struct { const char *name; struct image_list *list;
     } lists[] = {{"input", &s->input}, {"target", &s->target}, {"choices", &s->choices},
@@ -4239,10 +4309,16 @@ static int parse_sentence(struct json *j, struct sentence *s) {
 /* =================================================================================================
    Chapter 10.  Systems: files, mapping, folders, processors, Windows
 
-   What differs between systems stands in one section. A file is written beside its final name,
-   flushed to the disk, then renamed: whoever looks sees the old file or the whole new one. */
+   What chapter 1 declares and the command line needs, for POSIX and for Windows:
 
-/* A hint: memory of some megabytes is read faster in large pages, for which prefetches find their
+       map_file, read_file    path  -->  all bytes of a file, mapped or in memory
+       outfile, write_file    bytes  -->  path.PID.tmp, flushed to the disk, then renamed to path:
+                              whoever looks sees the old file or the whole new one, also when the
+                              machine stops in between
+       os_...                 all that the two systems do differently; the rest of the file calls
+                              only these */
+
+/* A hint: memory of some megabytes is read faster in huge pages, for which prefetches find their
    addresses translated. Linux gives them to memory that is not in use yet, and to what is read of
    a file from now on. */
 static void os_huge_pages(void *p, size_t size) {
@@ -4257,9 +4333,8 @@ static void os_huge_pages(void *p, size_t size) {
 
 /* ---- The operating system ----
 
-   All that POSIX and Windows do differently; the rest of the file calls only these functions. A
-   path is UTF-8 everywhere; Windows' calls take UTF-16, so a path is turned at the last moment.
-   What fails returns -1 or NULL and leaves the reason in errno. */
+   A path is UTF-8 everywhere; Windows' calls take UTF-16, so a path is converted at the last
+   moment. What fails returns -1 or NULL and leaves the reason in errno. */
 
 enum os_kind { OS_NOTHING, OS_FILE, OS_FOLDER, OS_DEVICE };
 
@@ -4336,30 +4411,26 @@ static int64_t cgroup_limit(const char *folder, int64_t n) {
     return n;
 }
 
-/* The same for every group that this process is in and those above them. list is
-   /proc/self/cgroup, with lines NUMBER:CONTROLLERS:PATH; version 2's has no controllers. A group
-   that a container does not see is passed over; its own is then the root of mount. */
+/* The same for every group of version 2 that this process is in and those above them: list is
+   /proc/self/cgroup, whose line "0::PATH" names its own. A group that a container does not see is
+   passed over; its own is then the root of mount. Of version 1, which is on its way out, only that
+   root is looked at. */
 static int64_t cgroup_processors(const char *list, const char *mount, int64_t n) {
     char line[4096], folder[4200];
     FILE *f = fopen(list, "r");
     while (f != NULL && fgets(line, sizeof line, f) != NULL) {
-        char *controllers = strchr(line, ':');
-        char *path = controllers != NULL ? strchr(controllers + 1, ':') : NULL;
-        if (path == NULL) continue;
+        char *path = line + 3;
+        if (strncmp(line, "0::", 3) != 0) continue;
         path[strcspn(path, "\n")] = 0;
-        *path++ = 0;
-        *controllers = ','; /* so that each of them stands behind a comma */
-        char *cpu = strstr(controllers, ",cpu");
-        while (cpu != NULL && cpu[4] != 0 && cpu[4] != ',') cpu = strstr(cpu + 1, ",cpu");
-        if (controllers[1] != 0 && cpu == NULL) continue;
         for (char *end = path + strlen(path); end != NULL; end = strrchr(path, '/')) {
             *end = 0;
-            snprintf(folder, sizeof folder, "%s%s%s", mount, cpu != NULL ? "/cpu" : "", path);
+            snprintf(folder, sizeof folder, "%s%s", mount, path);
             n = cgroup_limit(folder, n);
         }
     }
     if (f != NULL) fclose(f);
-    return n;
+    snprintf(folder, sizeof folder, "%s/cpu", mount);
+    return cgroup_limit(folder, n);
 }
 #endif
 
@@ -7683,19 +7754,30 @@ static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm
 /* =================================================================================================
    Chapter 12.  Packing, fast convolution (Winograd), attention on quantised caches
 
-   What chapters 3, 5 and 6 declare and need not know:
+   What chapters 3, 5 and 6 declare and need not know, with the plain C of their kernels:
 
        matmul_int_tile_task, matmul_panels    operands packed into panels, and cut into tiles
        conv2d_fast                            direct convolution by panels, and Winograd's
        store_kv8, attend_block_kv8            keys and values of eight bits
 
-   with the plain C of their kernels. */
+   A packed panel is what 16 rows of a matrix have in common with a vector register: element i of
+   all of them side by side, so that one load gives a step of 16 sums and no lane has to be moved.
+
+       rows                      packed panel
+       a0 a1 a2 ...              a0 b0 c0 ... p0
+       b0 b1 b2 ...      -->     a1 b1 c1 ... p1
+       ... 16 rows               ...
+
+   A tile is the block of sums that stays in registers while k runs: some rows of one operand by one
+   or more panels of the other. */
 
 /* ---- Packing for the integer tile ---- */
 
 /* The plain packed form: for each block, PANEL scales, then PANEL rows of 32 bytes. */
 enum { PLAIN_PACK = PANEL * (4 + QK) };
 
+/* Packs PANEL rows of `blocks` blocks of Q8_0 or Q4_0 into blocks * pack_bytes; each instruction
+   set has a form of its own, which only its int_tile reads. */
 static void int_pack_plain(int type, int blocks, const uint8_t *const *w, uint8_t *packed) {
     for (int b = 0; b < blocks; b++, packed += PLAIN_PACK)
         for (int j = 0; j < PANEL; j++) {
@@ -7706,6 +7788,9 @@ static void int_pack_plain(int type, int blocks, const uint8_t *const *w, uint8_
         }
 }
 
+/* c[r][16 j ..] = row r of x times panel j, for int_rows rows, which may repeat, and up to
+   int_panels panels. Inside a block all sums are exact integers; blocks are added in order by
+   multiply-adds. */
 static void int_tile_plain(int blocks, const struct act_block *const *x, const uint8_t *packed,
                            int panels, float *c, int ldc) {
     (void)panels;
@@ -7738,10 +7823,9 @@ static void pack_panels(const struct matmul_job *job, int j0, int panels, uint8_
     }
 }
 
-/* While n rows from r0 on are multiplied: their share of what the next task packs, the weights
-   from row j0 on. They come from memory, too late for a task that only then asks for them.
-   Before the first share a byte of each page is read: prefetches do not wait for addresses to be
-   translated. */
+/* Prefetches what the next task packs, the weights from row j0 on, in pieces while n rows from r0
+   on are multiplied: packing cannot wait for memory. Before the first piece a byte of each page is
+   read, because prefetches do not wait for an address to be translated. */
 static void prefetch_next_panels(const struct matmul_job *job, int j0, int r0, int n) {
     enum { PAGE = 4096 };
     const struct tensor *w = job->w;
@@ -7782,7 +7866,8 @@ static void matmul_int_tile_task(void *arg, int task, int thread) {
 
 /* ---- Outer products, cut into tiles ---- */
 
-/* panel[i][j] = row j's element i, for PANEL rows of k elements. */
+/* panel[i][j] = row j's element i, for PANEL rows of k >= 1 elements that lie ld >= k apart. All 16
+   rows are read: a matrix of fewer is filled up by the caller. */
 static void pack_panel_plain(const float *rows, int64_t ld, int k, float *panel) {
     for (int i = 0; i < k; i++)
         for (int j = 0; j < PANEL; j++) panel[i * PANEL + j] = rows[j * ld + i];
@@ -7884,7 +7969,8 @@ static void winograd_filter_1d(const float *g, int from, float *u, int to) {
     u[5 * to] = g[2 * from];
 }
 
-/* U of n filters at once: u[36][n] from w[3 x 3][n], elements `tap` apart. */
+/* U of n filters at once: u[36][n] from w[3 x 3][n], elements `tap` apart; n is a multiple of
+   16. */
 static void winograd_filter_plain(const float *w, int n, int64_t tap, float *u) {
     for (int i = 0; i < n; i++) {
         float g[9], t[18], all[36];
@@ -7895,7 +7981,8 @@ static void winograd_filter_plain(const float *w, int n, int64_t tap, float *u) 
     }
 }
 
-/* v[36][c], `tap` apart, from a patch of 6 lines of 6 pixels of c channels. */
+/* v[36][c], `tap` apart, from a patch of 6 lines, `line` apart, of 6 pixels of c channels; c is a
+   multiple of 8. */
 static void winograd_input_plain(const float *patch, int64_t line, int c, float *v, int64_t tap) {
     for (int i = 0; i < c; i++) {
         float d[36], t[36];
@@ -8022,7 +8109,7 @@ static void run_direct(struct conv_job *job) {
                     was computed once before and is shared
        few tiles    where c_in c_out is large: all of V is computed first and shared; a task takes
                     two panels of output channels and computes their U, CHANNEL_CHUNK inputs at a
-   time
+                    time
 
    Inputs are gathered into patches of a few tiles first. There padding becomes zeros, doubled
    pixels are copied, and GroupNorm and SiLU in front of the convolution happen in passing. */
@@ -8376,25 +8463,25 @@ static void attend_block_kv8(const struct kernels *kern, const struct kv_cache *
 /* =================================================================================================
    Chapter 13.  Fast kernels: AVX2, AVX-512, NEON
 
-   Each kernel of chapter 3 again, for processors that multiply 4 to 16 floats at a time. What makes
-   them fast is only this: enough independent accumulators that a multiply-add can start every half
-   cycle (two units, four cycles of latency: eight or more), and as few loads as possible for each
-   of them, because a tile of r x c sums reads r + c vectors for r c multiply-adds.
+   Each kernel of chapters 3 and 12 again, for processors that multiply 4 to 16 floats at a time.
+   What makes them fast is only this: enough independent accumulators that a multiply-add can start
+   every half cycle (two units, four cycles of latency: eight or more), and as few loads as possible
+   for each of them, because a tile of r x c sums reads r + c vectors for r c multiply-adds.
 
        dot tile    4 rows x 3 rows (AVX2, NEON), 5 x 4 (AVX-512): 7 loads for 12, 9 for 20
        outer tile  6 rows x 16 columns (AVX2), 8 x 32 (AVX-512), 4 x 16 (NEON): packed panels and
                    broadcast rows
-       int tile    four bytes of a row to a 32-bit lane, 16 rows of weights side by side, so that
+       int tile    four bytes of a row to a 32-bit lane, 16 rows of weights interleaved, so that
                    lane j is row j. AVX-512 VNNI does four products a lane, one side unsigned:
                    weights are packed as w + 128, and sum q (w + 128) = sum q w + 128 sum q is put
-                   right by beginning at -128 sum q. AVX2 adds products of bytes in pairs of 16
-                   bits, one side unsigned too, where 255 x 127 would overflow: |w| times x with
-                   w's sign does not. NEON multiplies signed bytes as they are. 8 rows x 2 panels
-                   (AVX-512): 10 loads for 16 products; 4 x 1 (AVX2, NEON).
-       int row     eight rows of weights at a time, turned on the way so that lane j is row j, and
-                   multiplied by up to four rows of activations. NEON takes four rows and adds
+                   right by beginning at the zero point, -128 sum q. AVX2 adds products of bytes in
+                   pairs of 16 bits, one side unsigned too, where 255 x 127 would overflow: |w|
+                   times x with w's sign does not. NEON multiplies signed bytes as they are. 8 rows
+                   x 2 panels (AVX-512): 10 loads for 16 products; 4 x 1 (AVX2, NEON).
+       int row     eight rows of weights at a time, interleaved on the way so that lane j is row j,
+                   and multiplied by up to four rows of activations. NEON takes four rows and adds
                    across lanes by a tree of horizontal additions.
-       k8, v8      attention on a quantised cache multiplies integers of 16 and 8 bits (chapter 3).
+       k8, v8      attention on a quantised cache multiplies integers of 16 and 8 bits (chapter 12).
                    AVX-512 takes two byte products for one, four dimensions of 16 keys to a vector,
                    four rows x two panels of sums; AVX2 and NEON widen the bytes to 16 bits.
 
@@ -8402,19 +8489,19 @@ static void attend_block_kv8(const struct kernels *kern, const struct kv_cache *
    width 1024; the published tokenizer; `lvm bench --config 300m` measures it, docs/performance.md
    has figures):
 
-       a token behind 3840 others   all weights and the cache are read once: 300 + 184 MB over the
-                   read bandwidth. Nothing else counts until the products wait for no memory, hence
-                   the prefetches, without which the same products take twice as long.
-       a prompt    0.55 GOP of integer products and 0.17 GOP of attention a token, the latter twice
+       generate    a token behind 3840 others reads all weights and the cache once: 300 + 184 MB
+                   over the read bandwidth. Nothing else counts until the products wait for no
+                   memory, hence the prefetches, without which the same products take twice as long.
+       prefill     0.55 GOP of integer products and 0.17 GOP of attention a token, the latter twice
                    because its numbers have two bytes. A block of 32 products costs AVX-512 eight
                    instructions and its scaling three more (convert, product of scales,
-                   multiply-add), so 8/11 of the peak is all there is, or 8/10 where
-                   conversions have a pipe of their own.
-       an image   216 GFLOP to encode and 477 to draw as direct convolutions, 65 and 124 with
-                   Winograd's transforms (chapter 5). More than half of the time is the products, at
-                   60 to 80 % of the peak, for U comes from the third-level cache; the rest is
-                   GroupNorm and SiLU, which normalise 1.6 pixels for each one because patches
-                   overlap, the transforms, and convolutions of stride 2.
+                   multiply-add), so 8/11 of the peak is all there is, or 8/10 where conversions
+                   have a pipe of their own.
+       an image    216 GFLOP to encode and 477 to decode as direct convolutions, 65 and 124 with
+                   Winograd's transforms (chapter 12). More than half of the time is the products,
+                   at 60 to 80 % of the peak, for U comes from the L3 cache; the rest is GroupNorm
+                   and SiLU, which normalise 1.6 pixels for each one because patches overlap, the
+                   transforms, and convolutions of stride 2.
 
    Compilers keep an array of accumulators in registers only when its loops are unrolled: UNROLL. */
 
@@ -8458,7 +8545,7 @@ static const struct kernels kernels_plain = {
 
 /* ---- Winograd's transforms, eight channels at a time ----
 
-   The operations of chapter 3 on vectors that compilers know themselves: each instruction set's
+   The operations of chapter 12 on vectors that compilers know themselves: each instruction set's
    kernels below are these, compiled for it. */
 
 typedef float vec8 __attribute__((vector_size(32))); /* and where memory is not aligned: */
@@ -8555,7 +8642,7 @@ static INLINE void winograd_output_vec(const float *m, int64_t tap, const float 
 
 #if defined(_WIN32) && !defined(__clang__)
 /* GCC takes Windows' stack to be aligned to 32 bytes where it is to 16 (its bug 54412, mended in
-   some builds), so the assembler turns moves that insist on alignment into those that do not. */
+   some builds), so the assembler makes of moves that insist on alignment those that do not. */
 __asm__(".macro vmovaps args:vararg\n\tvmovups \\args\n.endm\n"
         ".macro vmovapd args:vararg\n\tvmovupd \\args\n.endm\n"
         ".macro vmovdqa args:vararg\n\tvmovdqu \\args\n.endm\n"
@@ -8701,7 +8788,7 @@ AVX2 static void outer_row_avx2(int k, const float *a, const float *b, int64_t l
 
 /* ---- AVX2: quantised blocks ---- */
 
-/* 16 bytes of each of eight rows, turned: v[i] is four bytes of row 0, four of row 1, ... */
+/* 16 bytes of each of eight rows, interleaved: v[i] is four bytes of row 0, four of row 1, ... */
 AVX2 static INLINE void interleave_rows(const uint8_t *const *rows, int64_t at, __m256i *v) {
     __m256i r[4], t[4];
     UNROLL for (int j = 0; j < 4; j++)
@@ -8718,7 +8805,8 @@ AVX2 static INLINE void interleave_rows(const uint8_t *const *rows, int64_t at, 
     }
 }
 
-/* A block of eight rows turned, as the bytes that they are: Q8_0's signed, Q4_0's from 0 to 15. */
+/* A block of eight rows interleaved, as the bytes that they are: Q8_0's signed, Q4_0's from 0 to
+   15. */
 AVX2 static INLINE void interleave_block(int type, const uint8_t *const *rows, int64_t b,
                                          __m256i *v) {
     if (type == LVM_Q8_0) {
@@ -8740,10 +8828,10 @@ AVX2 static __m256 block_scales(const uint8_t *const *rows, int64_t at) {
     return _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(const void *)d));
 }
 
-/* What is read once comes from memory faster when asked for in time: processors' own prefetching
-   ends at each page, and does not follow eight rows a few hundred bytes apart. PREFETCH_L2 is how
-   far ahead the second-level cache is filled. Always inlined: gcc drops calls of a function that
-   does nothing else. */
+/* What is read once comes from memory faster when it is prefetched in time: processors' own
+   prefetchers stop at each page, and do not follow eight rows a few hundred bytes apart.
+   PREFETCH_L2 is how many bytes ahead the L2 cache is filled. Always inlined: gcc drops calls of a
+   function that does nothing else. */
 enum { PREFETCH_L2 = 8192 };
 
 AVX2 static INLINE void prefetch_l2(const uint8_t *at, int bytes) {
@@ -8751,41 +8839,40 @@ AVX2 static INLINE void prefetch_l2(const uint8_t *at, int bytes) {
         _mm_prefetch((const char *)at + PREFETCH_L2 + i, _MM_HINT_T1);
 }
 
-/* The same for keys and values, at two distances: */
+/* The same for keys and values, into L1 and, further ahead, L2: */
 enum { KV_PREFETCH_L1 = 4096, KV_PREFETCH_L2 = 12288 };
 
-AVX2 static INLINE void prefetch_l1_l2(const uint8_t *soon, const uint8_t *later, int bytes) {
+AVX2 static INLINE void prefetch_l1_l2(const uint8_t *l1, const uint8_t *l2, int bytes) {
     for (int i = 0; i < bytes; i += 64) {
-        _mm_prefetch((const char *)soon + i, _MM_HINT_T0);
-        _mm_prefetch((const char *)later + i, _MM_HINT_T1);
+        _mm_prefetch((const char *)l1 + i, _MM_HINT_T0);
+        _mm_prefetch((const char *)l2 + i, _MM_HINT_T1);
     }
 }
 
 /* Behind the end of a page's values comes next. */
 AVX2 static INLINE void prefetch_values(const uint8_t *at, int bytes, const uint8_t *end,
                                         const uint8_t *next) {
-    const uint8_t *soon = at + KV_PREFETCH_L1, *later = at + KV_PREFETCH_L2;
-    prefetch_l1_l2(soon < end ? soon : next + (soon - end),
-                  later < end ? later : next + (later - end), bytes);
+    const uint8_t *l1 = at + KV_PREFETCH_L1, *l2 = at + KV_PREFETCH_L2;
+    prefetch_l1_l2(l1 < end ? l1 : next + (l1 - end), l2 < end ? l2 : next + (l2 - end), bytes);
 }
 
-/* What will be read behind block b of eight rows of weights. Into the first-level cache: a
-   block's share of the eight rows that follow these; where so many would fill more than half of
-   that cache, what lies ROW_PREFETCH_L1 bytes further in each row (behind its end, eight rows
-   further), about once a line of 64 bytes. Into the second-level cache: a share of what lies
-   behind the eight rows. */
+/* What will be read behind block b of eight rows of weights. Into L1: block b of the eight rows
+   that follow these; where so many would fill more than half of L1, what lies ROW_PREFETCH_L1 bytes
+   further in each row (behind its end, eight rows further), about once a cache line of 64 bytes.
+   Into L2: what lies PREFETCH_L2 bytes behind that block. */
 enum { ROW_PREFETCH_L1 = 768, HALF_L1 = 16384 };
 
 AVX2 static INLINE void prefetch_weights(const uint8_t *const *rows, int b, int blocks, int bytes) {
     int64_t row = (int64_t)blocks * bytes, to = (int64_t)b * bytes + ROW_PREFETCH_L1;
-    const uint8_t *share = rows[0] + 8 * (row + (int64_t)b * bytes);
+    const uint8_t *following = rows[0] + 8 * (row + (int64_t)b * bytes);
     if (8 * row <= HALF_L1) {
-        for (int i = 0; i < 8 * bytes; i += 64) _mm_prefetch((const char *)share + i, _MM_HINT_T0);
+        for (int i = 0; i < 8 * bytes; i += 64)
+            _mm_prefetch((const char *)following + i, _MM_HINT_T0);
     } else if (b % (64 / bytes + 1) == 0) {
         if (to >= row) to += 7 * row;
         UNROLL for (int j = 0; j < 8; j++) _mm_prefetch((const char *)rows[j] + to, _MM_HINT_T0);
     }
-    prefetch_l2(share, 8 * bytes);
+    prefetch_l2(following, 8 * bytes);
 }
 
 /* Byte products in pairs, |w| times x with w's sign, which keeps them below 2^15, then fours. */
@@ -8794,8 +8881,8 @@ AVX2 static INLINE __m256i add_products(__m256i sum, __m256i x, __m256i w) {
     return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-/* A block of activations times eight rows of Q8_0, turned, or of Q4_0, 8 more than they are: there
-   all eight products fit 16 bits. */
+/* A block of activations times eight rows of Q8_0, interleaved, or of Q4_0, 8 more than they are:
+   there all eight products fit 16 bits. */
 AVX2 static INLINE __m256i products_avx2(int type, const struct act_block *x, const __m256i *w) {
     __m256i sum = _mm256_setzero_si256(), pairs = sum;
     if (type == LVM_Q8_0) {
@@ -8810,8 +8897,8 @@ AVX2 static INLINE __m256i products_avx2(int type, const struct act_block *x, co
                             _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 
-/* Eight rows of weights, each loaded once for all n rows of activations. Turned so that a lane is a
-   row of weights, they need no additions across lanes. */
+/* Eight rows of weights, each loaded once for all n rows of activations. Interleaved so that a lane
+   is a row of weights, they need no additions across lanes. */
 AVX2 static INLINE void int_gemv_8_avx2(int type, int blocks, const struct act_block *x, int n,
                                         const uint8_t *const *rows, float (*c)[8]) {
     __m256 sum[GEMV_ROWS];
@@ -9227,10 +9314,20 @@ AVX2 static __m256 silu8(__m256 x) {
     return _mm256_div_ps(x, _mm256_add_ps(_mm256_set1_ps(1), e));
 }
 
+/* x . x, in dot's order. */
+AVX2 static float squares_avx2(const float *x, int n) {
+    __m256 sum = _mm256_setzero_ps(), v;
+    int i = 0;
+    for (; i + 8 <= n; i += 8) {
+        v = _mm256_loadu_ps(x + i);
+        sum = _mm256_fmadd_ps(v, v, sum);
+    }
+    v = _mm256_maskload_ps(x + i, first_lanes(n - i));
+    return sum8(_mm256_fmadd_ps(v, v, sum));
+}
+
 AVX2 static void rmsnorm_avx2(const float *x, const float *weight, float eps, int n, float *y) {
-    float square = 0;
-    dot_8_avx2(n, x, x, 0, 1, &square);
-    float scale = 1 / sqrtf(square / (float)n + eps);
+    float scale = 1 / sqrtf(squares_avx2(x, n) / (float)n + eps);
     int i = 0;
     for (; i + 8 <= n; i += 8)
         _mm256_storeu_ps(
@@ -9491,8 +9588,8 @@ AVX512 static void outer_row_avx512(int k, const float *a, const float *b, int64
     }
 }
 
-/* A block of eight rows turned, as unsigned bytes: Q8_0's plus 128; Q4_0's plus 8, of which those
-   of the second half stay where they lie in their bytes, 16 times as large. */
+/* A block of eight rows interleaved, as unsigned bytes: Q8_0's plus 128; Q4_0's plus 8, of which
+   those of the second half stay where they lie in their bytes, 16 times as large. */
 AVX512 static INLINE void interleave_unsigned(int type, const uint8_t *const *rows, int64_t b,
                                         __m256i *w) {
     if (type == LVM_Q8_0) {
@@ -9569,8 +9666,8 @@ AVX512 static void int_pack_avx512(int type, int blocks, const uint8_t *const *w
 /* For each block and row, eight products, a conversion and two multiplications: 8/10 of the ceiling
    is what there is to reach where conversions have a pipe of their own, as on Zen 4, else 8/11. A
    weight is read once for 8 rows, an activation once for two panels, and the lines that the sums go
-   to are asked for at the start, to be there at the end; rounds over i must be unrolled, or the
-   rows' pointers move through memory. */
+   to are prefetched for writing; loops over i must be unrolled, or the rows' pointers move through
+   memory. */
 AVX512 static INLINE void int_panels_avx512(int blocks, const struct act_block *const *x,
                                             const uint8_t *packed, int panels, float *c, int ldc) {
     __m512 sum[A5_INT][A5_PANELS];
@@ -9665,8 +9762,8 @@ AVX512 static void quantize_query_avx512(const float *q, struct query_block *x, 
     }
 }
 
-/* n rows against `wide` panels; `once`: no other rows will read these, and what follows is asked
-   for. */
+/* n rows against `wide` panels; `once`: no other rows will read these, and what
+   follows is prefetched. */
 AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int wide,
                                            const struct query_block *q, int n, int once, float *s,
                                            int lds) {
@@ -9677,8 +9774,10 @@ AVX512 static INLINE void k8_panels_avx512(const uint8_t *keys, int groups, int 
         UNROLL for (int j = 0; j < wide; j++) sum[r][j] = _mm512_setzero_ps();
     for (int g = 0; g < groups; g++, keys += KV8_PANEL) {
         __m512i hi[GEMV_ROWS][4], lo[GEMV_ROWS][4], k[4];
-        const uint8_t *share = next + (int64_t)g * wide * KV8_PANEL;
-        if (once) prefetch_l1_l2(share + KV_PREFETCH_L1, share + KV_PREFETCH_L2, wide * KV8_PANEL);
+        const uint8_t *following = next + (int64_t)g * wide * KV8_PANEL;
+        if (once)
+            prefetch_l1_l2(following + KV_PREFETCH_L1, following + KV_PREFETCH_L2,
+                           wide * KV8_PANEL);
         UNROLL for (int r = 0; r < n; r++)
             UNROLL for (int j = 0; j < wide; j++) {
                 hi[r][j] = _mm512_setzero_si512();
@@ -9750,7 +9849,7 @@ AVX512 static INLINE __m512i scaled_p(const float *p, const float *scale, __m512
 
 /* w as bytes: of each two panels in turn four keys, hi in front of lo (V8_W_BYTES a pair). */
 AVX512 static float quantize_p_avx512(const float *p, const float *scale, int panels, uint8_t *w) {
-    const __m512i turn = _mm512_broadcast_i32x4(
+    const __m512i order = _mm512_broadcast_i32x4(
         _mm_setr_epi8(1, 3, 5, 7, 0, 2, 4, 6, 9, 11, 13, 15, 8, 10, 12, 14));
     __m512 most = _mm512_setzero_ps();
     int n = panels * PANEL;
@@ -9763,13 +9862,13 @@ AVX512 static float quantize_p_avx512(const float *p, const float *scale, int pa
         int j = i + PANEL < n ? i + PANEL : i; /* a last panel without a neighbour goes twice */
         __m512i words = _mm512_packus_epi32(scaled_p(p + i, scale + i, id),
                                             scaled_p(p + j, scale + j, id));
-        _mm512_storeu_si512(w, _mm512_shuffle_epi8(words, turn));
+        _mm512_storeu_si512(w, _mm512_shuffle_epi8(words, order));
     }
     return all > MIN_AMAX ? all / MAX_P15 : 0;
 }
 
 /* n rows against a group's values; `apart` sums of neighbouring fours of keys are kept apart. With
-   next, what follows is asked for: values up to end, then that. */
+   next, what follows is prefetched: values up to end, then that. */
 AVX512 static INLINE void v8_group_avx512(const uint8_t *values, int panels,
                                           uint8_t (*w)[2 * KV_BLOCK], const float *d, int n,
                                           int apart, const uint8_t *end, const uint8_t *next,
@@ -9826,9 +9925,13 @@ AVX512 static void v8_sums_avx512(const uint8_t *values, int groups, int panels,
 }
 
 AVX512 static void rmsnorm_avx512(const float *x, const float *weight, float eps, int n, float *y) {
-    float square = 0;
-    dot_8_avx512(n, x, x, 0, 1, &square);
-    float scale = 1 / sqrtf(square / (float)n + eps);
+    __m512 sum = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 16) {
+        __mmask16 mask = n - i >= 16 ? 0xffff : (__mmask16)((1u << (n - i)) - 1);
+        __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+        sum = _mm512_fmadd_ps(v, v, sum);
+    }
+    float scale = 1 / sqrtf(sum16(sum) / (float)n + eps);
     for (int i = 0; i < n; i++) y[i] = weight[i] * (x[i] * scale);
 }
 
@@ -10288,8 +10391,12 @@ static INLINE void load_x_neon(const struct act_block *x, int8x16_t *q) {
     q[1] = vld1q_s8(x->q + 16);
 }
 
-static INLINE void int_4_rows_neon(int type, int blocks, const struct act_block *x,
-                                   const uint8_t *const *rows, float *c) {
+/* The 32 products of a block, some to a lane: one of two instruction sets' way. */
+typedef int32x4_t block_products(const int8x16_t *w, const int8x16_t *x);
+
+static INLINE void int_4_rows_neon(block_products *products, int type, int blocks,
+                                   const struct act_block *x, const uint8_t *const *rows,
+                                   float *c) {
     float32x4_t sum = vdupq_n_f32(0);
     for (int b = 0; b < blocks; b++) {
         int64_t at = (int64_t)b * block_bytes_neon(type);
@@ -10298,7 +10405,7 @@ static INLINE void int_4_rows_neon(int type, int blocks, const struct act_block 
         load_x_neon(x + b, vx);
         UNROLL for (int j = 0; j < 4; j++) {
             unpack_block_neon(type, rows[j] + at, w);
-            p[j] = products_neon(w, vx);
+            p[j] = products(w, vx);
         }
         sum = vfmaq_f32(sum, vcvtq_f32_s32(sum_quad(p)),
                         vmulq_n_f32(block_scales_neon(rows, at), x[b].d));
@@ -10311,19 +10418,25 @@ static void quad_of_rows(const uint8_t *w, int64_t row_bytes, int n, const uint8
     for (int j = 0; j < 4; j++) rows[j] = w + (j < n ? j : n - 1) * row_bytes;
 }
 
-static void int_row_neon(int type, int blocks, const struct act_block *x, int x_rows,
-                         const uint8_t *w, int64_t row_bytes, int n, float *c, int64_t ldc) {
+static INLINE void int_rows_neon(block_products *products, int type, int blocks,
+                                 const struct act_block *x, int x_rows, const uint8_t *w,
+                                 int64_t row_bytes, int n, float *c, int64_t ldc) {
     for (int j = 0; j < n; j += 4) {
         const uint8_t *rows[4];
         float out[4];
         quad_of_rows(w + j * row_bytes, row_bytes, n - j, rows);
         for (int r = 0; r < x_rows; r++) {
             const struct act_block *row = x + (int64_t)r * blocks;
-            if (type == LVM_Q8_0) int_4_rows_neon(LVM_Q8_0, blocks, row, rows, out);
-            else int_4_rows_neon(LVM_Q4_0, blocks, row, rows, out);
+            if (type == LVM_Q8_0) int_4_rows_neon(products, LVM_Q8_0, blocks, row, rows, out);
+            else int_4_rows_neon(products, LVM_Q4_0, blocks, row, rows, out);
             memcpy(c + r * ldc + j, out, (size_t)(n - j < 4 ? n - j : 4) * sizeof *c);
         }
     }
+}
+
+static void int_row_neon(int type, int blocks, const struct act_block *x, int x_rows,
+                         const uint8_t *w, int64_t row_bytes, int n, float *c, int64_t ldc) {
+    int_rows_neon(products_neon, type, blocks, x, x_rows, w, row_bytes, n, c, ldc);
 }
 
 /* Packed: four rows after four rows; of each block 4 scales, then 4 rows of 32 bytes. */
@@ -10404,38 +10517,14 @@ static void quantize_act_neon(const float *x, struct act_block *y, int k) {
     vdotq_s32(sum, a, vreinterpretq_s8_s32(vdupq_laneq_s32(vreinterpretq_s32_s8(b), lane)))
 #endif
 
-NEON_DOT static INLINE void int_4_rows_dot(int type, int blocks, const struct act_block *x,
-                                           const uint8_t *const *rows, float *c) {
-    float32x4_t sum = vdupq_n_f32(0);
-    for (int b = 0; b < blocks; b++) {
-        int64_t at = (int64_t)b * block_bytes_neon(type);
-        int8x16_t vx[2], w[2];
-        int32x4_t p[4];
-        load_x_neon(x + b, vx);
-        UNROLL for (int j = 0; j < 4; j++) {
-            unpack_block_neon(type, rows[j] + at, w);
-            p[j] = vdotq_s32(vdotq_s32(vdupq_n_s32(0), w[0], vx[0]), w[1], vx[1]);
-        }
-        sum = vfmaq_f32(sum, vcvtq_f32_s32(sum_quad(p)),
-                        vmulq_n_f32(block_scales_neon(rows, at), x[b].d));
-    }
-    vst1q_f32(c, sum);
+NEON_DOT static INLINE int32x4_t products_dot(const int8x16_t *w, const int8x16_t *x) {
+    return vdotq_s32(vdotq_s32(vdupq_n_s32(0), w[0], x[0]), w[1], x[1]);
 }
 
 NEON_DOT static void int_row_dot(int type, int blocks, const struct act_block *x, int x_rows,
                                  const uint8_t *w, int64_t row_bytes, int n, float *c,
                                  int64_t ldc) {
-    for (int j = 0; j < n; j += 4) {
-        const uint8_t *rows[4];
-        float out[4];
-        quad_of_rows(w + j * row_bytes, row_bytes, n - j, rows);
-        for (int r = 0; r < x_rows; r++) {
-            const struct act_block *row = x + (int64_t)r * blocks;
-            if (type == LVM_Q8_0) int_4_rows_dot(LVM_Q8_0, blocks, row, rows, out);
-            else int_4_rows_dot(LVM_Q4_0, blocks, row, rows, out);
-            memcpy(c + r * ldc + j, out, (size_t)(n - j < 4 ? n - j : 4) * sizeof *c);
-        }
-    }
+    int_rows_neon(products_dot, type, blocks, x, x_rows, w, row_bytes, n, c, ldc);
 }
 
 /* Packed: four rows after four rows; of each block 4 scales, then for each four elements 4 rows of
@@ -10675,9 +10764,21 @@ static INLINE float32x4_t silu4(float32x4_t x) {
 }
 
 static void rmsnorm_neon(const float *x, const float *weight, float eps, int n, float *y) {
-    float square = 0;
-    dot_4_neon(n, x, x, 0, 1, &square);
-    float scale = 1 / sqrtf(square / (float)n + eps);
+    float32x4_t sum[4][2];
+    int k = 0;
+    UNROLL for (int j = 0; j < 4; j++) sum[j][0] = sum[j][1] = vdupq_n_f32(0);
+    for (; k + 8 <= n; k += 8)
+        UNROLL for (int half = 0; half < 2; half++) {
+            float32x4_t v = vld1q_f32(x + k + 4 * half);
+            sum[0][half] = vfmaq_f32(sum[0][half], v, v);
+        }
+    float lanes[8];
+    last_lanes(x + k, n - k, lanes);
+    UNROLL for (int half = 0; half < 2; half++) {
+        float32x4_t v = vld1q_f32(lanes + 4 * half);
+        sum[0][half] = vfmaq_f32(sum[0][half], v, v);
+    }
+    float scale = 1 / sqrtf(vgetq_lane_f32(sum8_neon(sum), 0) / (float)n + eps);
     int i = 0;
     for (; i + 4 <= n; i += 4)
         vst1q_f32(y + i, vmulq_f32(vld1q_f32(weight + i), vmulq_n_f32(vld1q_f32(x + i), scale)));
@@ -12064,7 +12165,7 @@ static const struct option option_table[] = {
     {0, "kv", "TYPE", READS | BENCH, TYPE, AT(options.kv_type), 0, 11,
      "cache: f32, f16 or q8_0 (by the weights)"},
     {0, "exif", NULL, READS | ENCODE, FLAG, AT(exif), 0, 0,
-     "turn images as their EXIF orientation says"},
+     "rotate images as their EXIF orientation says"},
     {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0,
      "read the weights instead of mapping them"},
     {0, "type", "TYPE", QUANTIZE | BENCH, TYPE, AT(type), 0, 31,
@@ -12304,54 +12405,23 @@ static int print_help(FILE *f, const struct command *c) {
     return 0;
 }
 
-/* n bytes as roff: its hyphens, backslashes and leading dots are the reader's. */
-static void print_roff(const char *s, size_t n) {
-    if (n > 0 && (*s == '.' || *s == '\'')) printf("\\&");
-    for (; n > 0; n--, s++) {
-        if (*s == '-' || *s == '\\') printf("\\%c", *s == '-' ? '-' : 'e');
-        else putchar(*s);
-    }
-    putchar('\n');
-}
-
-static void print_man_command(const struct command *c) {
-    printf(".SS ");
-    print_roff(c->usage, strlen(c->usage));
-    print_roff(c->help, strlen(c->help));
-    if (*c->details != 0) printf(".PP\n");
-    for (const char *line = c->details; *line != 0; line += strcspn(line, "\n") + 1) {
-        int shown = *line == ' ';
-        if (shown) printf(".RS\n.nf\n");
-        print_roff(line + 2 * shown, strcspn(line, "\n") - 2 * (size_t)shown);
-        if (shown) printf(".fi\n.RE\n");
-    }
-    for (int i = 0; i < N_OPTIONS; i++) {
-        const struct option *o = &option_table[i];
-        if ((o->commands & c->bit) == 0) continue;
-        printf(".TP\n.B ");
-        if (o->letter != 0) printf("\\-%c, ", o->letter);
-        printf("\\-\\-%s%s", o->name, o->argument != NULL ? " " : "\n");
-        if (o->argument != NULL) print_roff(o->argument, strlen(o->argument));
-        print_roff(o->help, strlen(o->help));
-    }
-}
-
+/* The help of every command, as a manual page shows text that is laid out already; roff then writes
+   its hyphens as what one types. */
 static int print_man(void) {
-    printf(".TH LVM 1 \"\" \"lvm %s\"\n.SH NAME\nlvm \\- run Large Vision Models\n", LVM_VERSION);
-    printf(".SH SYNOPSIS\n.nf\n");
+    printf(".TH LVM 1 \"\" \"lvm %s\"\n.tr -\\-\n.SH NAME\nlvm \\- run Large Vision Models\n",
+           LVM_VERSION);
+    printf(
+        ".SH DESCRIPTION\nPrompts are images, answers are images: a VQGAN turns images into tokens "
+        "and a\ntransformer predicts the next ones. A task is given by examples.\n.SH COMMANDS\n");
     for (int i = 0; i < N_COMMANDS; i++) {
-        printf("lvm ");
-        print_roff(command_table[i].usage, strlen(command_table[i].usage));
+        printf(".SS %s\n.nf\n", command_table[i].name);
+        print_help(stdout, &command_table[i]);
+        printf(".fi\n");
     }
-    printf(".fi\n.SH DESCRIPTION\nPrompts are images, answers are images: a VQGAN turns "
-           "images into tokens and a\n"
-           "transformer predicts the next ones. A task is given by examples.\n"
-           ".SH COMMANDS\n");
-    for (int i = 0; i < N_COMMANDS; i++) print_man_command(&command_table[i]);
     printf(".SH EXIT STATUS\n0 done, 1 the work failed, 2 wrong usage. What was written goes to "
            "standard output, one\npath a line; notes, progress and errors to standard error.\n"
            ".SH ENVIRONMENT\n.TP\n.B LVM_ISA\nforces the kernels of one instruction set; "
-           "scalar is the plain C.\n");
+           "scalar is the plain C.\n.TP\n.B LVM_DEVICE\nthe device where --device names none.\n");
     return 0;
 }
 
@@ -13364,7 +13434,7 @@ static int decode_prompt(struct set *set, int n, lvm_image *images, lvm_error *e
     return lvm_decode(set->s.ctx, set->ids + bos, n, images, error);
 }
 
-/* The inputs of a grid: images as the tokenizer saw them, tokens as they draw. */
+/* The inputs of a grid: images as the tokenizer saw them, tokens as they decode. */
 static int grid_inputs(struct set *set, const struct sentence *line, int n, lvm_image *images,
                        lvm_error *error) {
     int R = set->s.model->vq->R, code = decode_prompt(set, n, images, error);

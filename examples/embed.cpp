@@ -61,7 +61,7 @@ static void run(const char *weights, const std::vector<const char *> &files) {
 
 int main(int argc, char **argv) {
     if (argc < 3) {
-        std::cerr << "usage: embed_cpp WEIGHTS PICTURE...\n";
+        std::cerr << "usage: embed_cpp WEIGHTS IMAGE...\n";
         return 2;
     }
     try {

@@ -127,14 +127,13 @@ static const struct cgroup_case {
     {"0::/a/b\n", {{"/a", "cpu.max", "900000 100000\n"}, {"/a/b", "cpu.max", "5000 10000\n"}}, 1},
     {"0::/a/b\n", {{"/a/c", "cpu.max", "100000 100000\n"}}, 16},
     {"0::/not/seen\n", {{"", "cpu.max", "400000 100000\n"}}, 4},
-    {"7:memory:/a\n3:cpuset:/a\n4:cpu,cpuacct:/a\n0::/\n",
-     {{"/cpu/a", "cpu.cfs_quota_us", "250000\n"}, {"/cpu/a", "cpu.cfs_period_us", "100000\n"}}, 3},
     {"4:cpuset,cpu:/docker/x\n",
      {{"/cpu", "cpu.cfs_quota_us", "700000\n"}, {"/cpu", "cpu.cfs_period_us", "100000\n"}}, 7},
     {"4:cpu:/a\n",
-     {{"/cpu/a", "cpu.cfs_quota_us", "-1\n"}, {"/cpu/a", "cpu.cfs_period_us", "100000\n"}}, 16},
-    {"3:cpuset:/a\n",
-     {{"/cpu/a", "cpu.cfs_quota_us", "100000\n"}, {"/cpu/a", "cpu.cfs_period_us", "100000\n"}}, 16},
+     {{"/cpu", "cpu.cfs_quota_us", "-1\n"}, {"/cpu", "cpu.cfs_period_us", "100000\n"}}, 16},
+    {"4:cpu:/\n0::/a\n",
+     {{"/a", "cpu.max", "500000 100000\n"}, {"/cpu", "cpu.cfs_quota_us", "200000\n"},
+      {"/cpu", "cpu.cfs_period_us", "100000\n"}}, 2},
     {"0::/a\n", {{"/a", "cpu.max", "words 1\n"}}, 16},
     {"no colons\n\n0:\n", {{"/a", "cpu.max", "100000 100000\n"}}, 16}};
 
