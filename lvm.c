@@ -1263,7 +1263,7 @@ static float *exec_scratch(const struct exec *e, int thread) {
 }
 
 /* What is wanted of activations x[rows][w->cols]: y[rows][w->rows] = x w^T + bias; bias may be
- * NULL. */
+   NULL. */
 struct matmul_output {
     const struct tensor *w;
     const float *bias;
@@ -2162,7 +2162,7 @@ enum { GROUPS = 32, NORM_PIXELS = 1024 /* pixels of a task of GroupNorm */,
        VQ_ROWS = 64 /* vectors quantised at a time */ };
 
 struct vq_state {
-    float *x;                      /* the map at hand, [side][side][c] */
+    float *x;                      /* the current feature map, [side][side][c] */
     float *t, *u;                  /* maps to work in; all three as large as the largest */
     int side, c;
     double *sums;                  /* [tasks][2][c]: of a GroupNorm */
@@ -2192,8 +2192,8 @@ struct conv_job {
     const float *in, *residual; /* [side_in][side_in][c_in]  NULL or [side_out][side_out][c_out] */
     float *out;                    /* [side_out][side_out][c_out]; may be residual */
     int normed;                    /* `in` goes through s->scale and shift, then SiLU, first */
-    int panel0, panels;            /* packed panels of weights at hand */
-    int across, tile0, tiles;      /* Winograd: tiles side by side; those at hand */
+    int panel0, panels;            /* packed panels of weights: the current ones */
+    int across, tile0, tiles;      /* Winograd: tiles side by side; the current ones */
 };
 
 /* The channels [c_in] under tap (i, j) of output pixel (y, x). */
@@ -2228,7 +2228,7 @@ static void conv2d_plain_task(void *arg, int o, int thread) {
 }
 
 /* The same by matrix tiles, or by Winograd's transforms with a quarter of the products; 0 where
-   only the definition is at hand. Scratch floats of a thread and floats of s->packed that
+   only the definition serves. Scratch floats of a thread and floats of s->packed that
    convolutions from or to at most c channels need. All three: chapter 12. */
 static int conv2d_fast(struct conv_job *job);
 static int64_t conv2d_scratch(int c);
@@ -2249,7 +2249,7 @@ static struct conv_geometry same_size(const struct vq_state *s, const struct con
     return (struct conv_geometry){s->side, s->side, 1, 0, conv->size / 2};
 }
 
-/* What was left in *map becomes the map at hand. */
+/* What was left in *map becomes the current one. */
 static void take_map(struct vq_state *s, float **map, int side, int c) {
     float *x = s->x;
     s->x = *map;
@@ -2334,7 +2334,7 @@ static void groupnorm(const struct exec *e, const struct vq_state *s, const stru
     pool_run(e->pool, (int)((pixels + NORM_PIXELS - 1) / NORM_PIXELS), groupnorm_apply_task, &job);
 }
 
-/* ---- The operations; each turns the map at hand into the next ---- */
+/* ---- The operations; each turns the current feature map into the next ---- */
 
 /* x = x + conv2(silu(norm2(conv1(silu(norm1(x)))))) */
 static void run_residual(const struct exec *e, struct vq_state *s, const struct vq_op *op) {
@@ -2498,7 +2498,7 @@ static int vq_encode(const struct exec *e, const struct vqgan *vq, struct vq_sta
     return LVM_OK;
 }
 
-/* ids[S * S] -> the map at hand, [R][R][3], about 0 to 1 but not clamped. */
+/* ids[S * S] -> the current map, [R][R][3], about 0 to 1 but not clamped. */
 static int vq_decode(const struct exec *e, const struct vqgan *vq, struct vq_state *s,
                      const int32_t *ids, int64_t at, int64_t all, lvm_error *error) {
     int code = LVM_OK;
@@ -2734,9 +2734,9 @@ struct lm_job {
     const struct llama *a;
     struct lm_state *s;
     const struct layer *l;
-    int layer, rows, first;          /* the step at hand is for rows first .. rows - 1 */
+    int layer, rows, first;          /* the current step is for rows first .. rows - 1 */
     const int *which;                /* rows of a norm; NULL: all from first on */
-    const float *norm;               /* weights of the RMSNorm at hand */
+    const float *norm;               /* weights of the current RMSNorm */
     int has_delta;
     const int32_t *tokens;
     int seq[MAX_ROWS], pos[MAX_ROWS];
@@ -3153,6 +3153,8 @@ struct backend {
     size_t (*kv_size)(void *state);
     int (*kv_get)(void *state, int seq, int block, void *data, lvm_error *error);
     int (*kv_set)(void *state, int seq, int block, const void *data, int n, lvm_error *error);
+
+    /* Training's functions will follow here; size and version tell which there are. */
 };
 enum { BACKEND_VERSION = 1 };
 
@@ -3661,7 +3663,8 @@ int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *er
    p(id) is e^(logit / temperature) over their sum. Of the ids that are image tokens the top_k
    likeliest stay (Fan et al. 2018), of these the nucleus, the fewest likeliest that together hold
    at least top_p of the probability (Holtzman et al. 2020), and one of them is drawn: with the
-   likeliest first, the cumulative sum is walked until it reaches a random share of all. Sorting
+   likeliest first, the cumulative sum is walked until it reaches a uniform random number times the
+   whole sum. Sorting
    8192 choices for each token would be slow; each of the three asks for no more than "the fewest
    likeliest that reach this mass", which quickselect finds. */
 
@@ -3683,7 +3686,7 @@ static struct rng rng_new(uint64_t seed, uint64_t stream) {
 }
 
 struct choice {
-    float p; /* e^((logit - largest) / temperature): a share of all, not a probability yet */
+    float p; /* e^((logit - largest) / temperature): a probability before it is normalised */
     int32_t id;
 };
 
@@ -5937,7 +5940,7 @@ struct jpeg_reader {
     int jfif, adobe;                            /* adobe: its transform number, -1 none */
     int restart_interval, scans;
     int64_t visits;                             /* blocks of all scans so far */
-    int scan_n, from, to, high, low, eob_run;   /* the scan at hand */
+    int scan_n, from, to, high, low, eob_run;   /* the current scan */
     struct jpeg_component *scan[JPEG_MAX_COMPONENTS];
     jpeg_pass *pass;                            /* what reads a block's data in this scan */
 };
@@ -10091,7 +10094,7 @@ AVX512 static void peak_int_avx512(int64_t rounds) {
     }
 }
 
-/* Products of bfloat16, which keep too few bits for anything here: what others have at hand. */
+/* Products of bfloat16, which keep too few bits for anything here: measured for comparison. */
 #if defined(__clang__) || __GNUC__ >= 10
 __attribute__((target("avx512f,avx512bf16"))) static void peak_bf16_avx512(int64_t rounds) {
     __m512 a[12];
@@ -13159,7 +13162,7 @@ struct set {
     uint8_t *data;
     size_t size, at;
     char *folder;            /* of the set, with its slash */
-    int line, lines;         /* line at hand; lines of the file */
+    int line, lines;         /* current line; lines of the file */
     int32_t *ids;            /* [bos + window T] */
     int n_ids;
     int good, bad, puzzles, answered, right, errors;
