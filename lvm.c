@@ -4930,6 +4930,23 @@ void lvm_image_free(lvm_image *image) {
     *image = (lvm_image){0, 0, NULL, 0};
 }
 
+/* ---- Bytes ----
+
+   All readers of this chapter take their bytes through chapter 4's cursor. Numbers in PNG and JPEG
+   files begin with their high byte. */
+
+static uint32_t cursor_big(struct cursor *c, int bytes) {
+    uint32_t v = 0;
+    const uint8_t *p = cursor_take(c, (uint64_t)bytes);
+    for (int i = 0; p != NULL && i < bytes; i++) v = v << 8 | p[i];
+    return v;
+}
+
+/* The next byte, or -1 at the end, which is no failure. */
+static inline int cursor_byte(struct cursor *c) {
+    return c->at < c->size ? c->data[c->at++] : -1;
+}
+
 /* ---- Checksums ----
 
    CRC-32 guards every PNG chunk, Adler-32 the decompressed data. The CRC takes four bytes a step:
@@ -5336,29 +5353,25 @@ enum {
     JPEG_EXIF = 0xE1, JPEG_SCAN = 0xDA, JPEG_END = 0xD9   /* markers */
 };
 
-static size_t exif_number(const uint8_t *p, int n, int big_endian) {
-    size_t value = 0;
-    for (int i = 0; i < n; i++) value = value << 8 | p[big_endian ? i : n - 1 - i];
-    return value;
+static uint32_t exif_number(struct cursor *c, int bytes, int big_endian) {
+    return big_endian ? cursor_big(c, bytes) : (uint32_t)cursor_number(c, bytes);
 }
 
 /* data: a TIFF file, with or without the "Exif\0\0" that JPEG puts in front. */
 static int exif_orientation(const uint8_t *data, size_t size) {
-    if (size >= 6 && memcmp(data, "Exif\0\0", 6) == 0) {
-        data += 6;
-        size -= 6;
-    }
-    if (size < 8 || (memcmp(data, "II*\0", 4) != 0 && memcmp(data, "MM\0*", 4) != 0)) return 0;
-    int big = data[0] == 'M';
-    size_t at = exif_number(data + 4, 4, big);
-    if (at > size - 2) return 0;
-    size_t entries = exif_number(data + at, 2, big);
-    for (at += 2; entries > 0 && size - at >= EXIF_ENTRY_SIZE; entries--, at += EXIF_ENTRY_SIZE) {
-        const uint8_t *entry = data + at;
-        size_t type = exif_number(entry + 2, 2, big), count = exif_number(entry + 4, 4, big);
-        if (exif_number(entry, 2, big) != EXIF_ORIENTATION || count != 1) continue;
+    size_t prefix = size >= 6 && memcmp(data, "Exif\0\0", 6) == 0 ? 6 : 0;
+    struct cursor head = {data + prefix, size - prefix, 0, 0}, directory = head;
+    const uint8_t *magic = cursor_take(&head, 4);
+    if (!magic || (memcmp(magic, "II*\0", 4) != 0 && memcmp(magic, "MM\0*", 4) != 0)) return 0;
+    int big = magic[0] == 'M';
+    cursor_take(&directory, exif_number(&head, 4, big));
+    for (uint32_t n = exif_number(&directory, 2, big); n > 0; n--) {
+        struct cursor entry = {cursor_take(&directory, EXIF_ENTRY_SIZE), EXIF_ENTRY_SIZE, 0, 0};
+        if (directory.failed) return 0;
+        uint32_t tag = exif_number(&entry, 2, big), type = exif_number(&entry, 2, big);
+        if (exif_number(&entry, 4, big) != 1 || tag != EXIF_ORIENTATION) continue;
         if (type != EXIF_SHORT && type != EXIF_LONG) continue;
-        size_t value = exif_number(entry + 8, type == EXIF_SHORT ? 2 : 4, big);
+        uint32_t value = exif_number(&entry, type == EXIF_SHORT ? 2 : 4, big);
         return value >= 1 && value <= 8 ? (int)value : 0;
     }
     return 0;
@@ -5366,19 +5379,15 @@ static int exif_orientation(const uint8_t *data, size_t size) {
 
 /* Walks over a JPEG file's segments (FF, marker, length, data) up to the first scan. */
 static int jpeg_orientation(const uint8_t *data, size_t size) {
-    size_t at = 2;   /* behind FF D8 */
-    while (at < size && size - at >= 4 && data[at] == 0xFF) {
-        int marker = data[at + 1];
-        size_t length = exif_number(data + at + 2, 2, 1);
-        if (marker == 0xFF) {   /* padding */
-            at++;
-            continue;
-        }
+    struct cursor c = {data, size, 2, 0};   /* behind FF D8 */
+    while (cursor_byte(&c) == 0xFF) {
+        int marker = cursor_byte(&c);
+        while (marker == 0xFF) marker = cursor_byte(&c);   /* padding */
+        uint32_t length = cursor_big(&c, 2);
         if (marker == JPEG_SCAN || marker == JPEG_END || length < 2) return 0;
-        if (length > size - at - 2) return 0;
-        if (marker == JPEG_EXIF && length >= 8 && memcmp(data + at + 4, "Exif\0\0", 6) == 0)
-            return exif_orientation(data + at + 4, length - 2);
-        at += 2 + length;
+        const uint8_t *segment = cursor_take(&c, length - 2);
+        if (segment && marker == JPEG_EXIF && length >= 8 && memcmp(segment, "Exif\0\0", 6) == 0)
+            return exif_orientation(segment, length - 2);
     }
     return 0;
 }
@@ -5454,11 +5463,6 @@ enum {
 
 static const uint8_t png_signature[PNG_SIGNATURE_SIZE] = {137, 'P', 'N', 'G', 13, 10, 26, 10};
 
-struct png_cursor {
-    const uint8_t *at;
-    size_t left;
-};
-
 struct png_chunk {
     char type[5];
     const uint8_t *data;
@@ -5468,7 +5472,7 @@ struct png_chunk {
 struct png_reader {
     const char *name;              /* of the file, for messages */
     lvm_error *error;
-    struct png_cursor file;
+    struct cursor file;
     struct crc32 crc;
     int width, height, colour, channels, depth, interlaced;
     const uint8_t *palette;        /* [n_colours][RGB], inside the file's bytes */
@@ -5478,39 +5482,26 @@ struct png_reader {
     int idat_ended;
 };
 
-static uint32_t png_u32(const uint8_t *p) {
-    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
-}
-
-/* The next n bytes, or NULL where the file has fewer. */
-static const uint8_t *png_take(struct png_cursor *c, size_t n) {
-    if (n > c->left) return NULL;
-    const uint8_t *p = c->at;
-    c->at += n;
-    c->left -= n;
-    return p;
-}
-
 static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
-    const uint8_t *head = png_take(&png->file, 8);
-    if (!head)
+    struct cursor *c = &png->file;
+    chunk->size = cursor_big(c, 4);
+    const uint8_t *type = cursor_take(c, 4);
+    if (!type)
         return fail(png->error, LVM_FORMAT, "%s: the PNG file is cut off before its end (IEND)",
                     png->name);
     for (int i = 0; i < 4; i++) {
-        int letter = head[4 + i];
-        if (!((letter >= 'A' && letter <= 'Z') || (letter >= 'a' && letter <= 'z')))
+        if (!((type[i] >= 'A' && type[i] <= 'Z') || (type[i] >= 'a' && type[i] <= 'z')))
             return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: a chunk has no name",
                         png->name);
-        chunk->type[i] = (char)letter;
+        chunk->type[i] = (char)type[i];
     }
     chunk->type[4] = 0;
-    chunk->size = png_u32(head);
-    chunk->data = png_take(&png->file, chunk->size);
-    const uint8_t *crc = chunk->data ? png_take(&png->file, 4) : NULL;
-    if (!crc)
+    chunk->data = cursor_take(c, chunk->size);
+    uint32_t crc = cursor_big(c, 4);
+    if (c->failed)
         return fail(png->error, LVM_FORMAT, "%s: the PNG file is cut off inside its %s chunk",
                     png->name, chunk->type);
-    if (checksum_wrong(png_u32(crc), crc32_of(&png->crc, head + 4, (size_t)chunk->size + 4)))
+    if (checksum_wrong(crc, crc32_of(&png->crc, type, (size_t)chunk->size + 4)))
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: wrong checksum in its %s chunk", png->name, chunk->type);
     return LVM_OK;
@@ -5527,29 +5518,30 @@ static uint32_t png_legal_depths(int colour) {
 }
 
 static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
-    const uint8_t *d = chunk->data;
+    struct cursor c = {chunk->data, chunk->size, 0, 0};
     if (strcmp(chunk->type, "IHDR") != 0 || chunk->size != PNG_HEADER_SIZE)
         return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: no header (IHDR) in front",
                     png->name);
-    uint32_t width = png_u32(d), height = png_u32(d + 4);
-    int depth = d[8], interlace = d[12];
-    png->colour = d[9];
+    uint32_t width = cursor_big(&c, 4), height = cursor_big(&c, 4);
+    int depth = cursor_byte(&c), colour = cursor_byte(&c), compression = cursor_byte(&c);
+    int filter = cursor_byte(&c), interlace = cursor_byte(&c);
     int code = image_check_sides(png->name, "PNG", width, height, png->error);
     if (code) return code;
-    if (depth > 16 || !(png_legal_depths(png->colour) >> depth & 1))
+    if (depth > 16 || !(png_legal_depths(colour) >> depth & 1))
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: colour type %d with %d bits does not exist", png->name,
-                    png->colour, depth);
-    if (d[10] || d[11] || interlace > 1)
+                    colour, depth);
+    if (compression || filter || interlace > 1)
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: unknown method (compression %d, filter %d, "
-                    "interlace %d)", png->name, d[10], d[11], interlace);
+                    "interlace %d)", png->name, compression, filter, interlace);
     png->width = (int)width;
     png->height = (int)height;
     png->depth = depth;
+    png->colour = colour;
     png->interlaced = interlace;
-    png->channels = png->colour == PNG_RGB ? 3 : png->colour == PNG_RGB_ALPHA ? 4 :
-                    png->colour == PNG_GREY_ALPHA ? 2 : 1;
+    png->channels = colour == PNG_RGB ? 3 : colour == PNG_RGB_ALPHA ? 4 :
+                    colour == PNG_GREY_ALPHA ? 2 : 1;
     return LVM_OK;
 }
 
@@ -5571,7 +5563,7 @@ static int png_idat(struct png_reader *png, const struct png_chunk *chunk) {
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: other chunks between its IDAT chunks", png->name);
     if (!png->idat) {   /* all that the file still holds is the most that can come */
-        png->idat = mem_alloc(png->file.left + chunk->size, 1, png->error);
+        png->idat = mem_alloc(png->file.size - png->file.at + chunk->size, 1, png->error);
         if (!png->idat) return LVM_MEMORY;
     }
     memcpy(png->idat + png->idat_size, chunk->data, chunk->size);
@@ -5782,9 +5774,9 @@ static int png_decompress(struct png_reader *png, lvm_image *image) {
 
 static int png_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
                     lvm_error *error) {
-    struct png_reader png = {.name = name, .error = error, .file = {data, size}};
+    struct png_reader png = {.name = name, .error = error,   /* the caller saw the signature */
+                             .file = {data, size, PNG_SIGNATURE_SIZE, 0}};
     crc32_init(&png.crc);
-    png_take(&png.file, PNG_SIGNATURE_SIZE);   /* the caller recognised it */
     int code = png_chunks(&png);
     if (!code) code = png_decompress(&png, image);
     mem_free(png.idat);
@@ -6811,7 +6803,7 @@ enum { PNM_DIGITS = 10, PNM_MAXIMUM = 65535 };
 struct pnm_reader {
     const char *name;      /* of the file, for messages */
     lvm_error *error;
-    const uint8_t *at, *end;
+    struct cursor file;
     int kind;              /* '1' .. '6' */
     int width, height, channels, maximum;
     uint8_t *scale;        /* [sample] -> byte */
@@ -6822,14 +6814,12 @@ static int pnm_is_space(int c) {
 }
 
 /* The next byte that is in no comment, or -1. */
-static int pnm_byte(struct pnm_reader *pnm) {
-    while (pnm->at < pnm->end) {
-        int c = *pnm->at++;
-        if (c != '#') return c;
-        while (pnm->at < pnm->end && *pnm->at != '\n' && *pnm->at != '\r') pnm->at++;
-        if (pnm->at < pnm->end) pnm->at++;
-    }
-    return -1;
+static inline int pnm_byte(struct pnm_reader *pnm) {
+    int c;
+    while ((c = cursor_byte(&pnm->file)) == '#')
+        do c = cursor_byte(&pnm->file);
+        while (c >= 0 && c != '\n' && c != '\r');
+    return c;
 }
 
 /* A number and the whitespace byte behind it. Returns NULL or the fault in words. */
@@ -6838,11 +6828,13 @@ static const char *pnm_number(struct pnm_reader *pnm, int64_t *value) {
     do c = pnm_byte(pnm);
     while (pnm_is_space(c));
     if (c < 0) return "the file ends early";
-    for (*value = 0; c >= 0 && !pnm_is_space(c); c = pnm_byte(pnm)) {
+    *value = 0;
+    do {
         if (c < '0' || c > '9') return "not a number";
         if (++digits > PNM_DIGITS) return "a number too long";
         *value = *value * 10 + (c - '0');
-    }
+        c = pnm_byte(pnm);
+    } while (c >= 0 && !pnm_is_space(c));
     return NULL;
 }
 
@@ -6868,13 +6860,18 @@ static int pnm_header(struct pnm_reader *pnm) {
     return LVM_OK;
 }
 
-/* Memory is asked for only when the file explains it: the fewest bytes that hold the samples. */
+/* The fewest bytes that hold a row: a digit and a space are the least that a plain number takes. */
+static size_t pnm_row_bytes(const struct pnm_reader *pnm) {
+    size_t n = (size_t)pnm->width * (size_t)pnm->channels;
+    if (pnm->kind == '4') return (n + 7) / 8;
+    return pnm->kind == '2' || pnm->kind == '3' || pnm->maximum > 255 ? 2 * n : n;
+}
+
+/* Memory is asked for only when the file explains it. */
 static int pnm_check_size(const struct pnm_reader *pnm) {
-    size_t row = (size_t)pnm->width * (size_t)pnm->channels, left = (size_t)(pnm->end - pnm->at);
-    size_t bytes = row * (size_t)pnm->height;
-    if (pnm->kind == '4') bytes = (row + 7) / 8 * (size_t)pnm->height;
-    else if (pnm->kind >= '5' && pnm->maximum > 255) bytes *= 2;
-    else if (pnm->kind == '2' || pnm->kind == '3') bytes = bytes * 2 - 1;
+    size_t left = pnm->file.size - pnm->file.at;
+    size_t bytes = pnm_row_bytes(pnm) * (size_t)pnm->height;
+    if (pnm->kind == '2' || pnm->kind == '3') bytes--;   /* no space behind the last number */
     if (bytes <= left) return LVM_OK;
     return fail(pnm->error, LVM_FORMAT, "%s: the PNM file is cut off: %zu bytes of data cannot "
                 "hold %d x %d pixels", pnm->name, left, pnm->width, pnm->height);
@@ -6917,20 +6914,19 @@ static const char *pnm_plain_sample(struct pnm_reader *pnm, int *sample) {
 /* One row to out [width * channels]. Returns NULL or the fault in words. */
 static const char *pnm_row(struct pnm_reader *pnm, uint8_t *out) {
     int n = pnm->width * pnm->channels, bytes = pnm->maximum > 255 ? 2 : 1;
+    const uint8_t *raw = pnm->kind < '4' ? NULL : cursor_take(&pnm->file, pnm_row_bytes(pnm));
     for (int i = 0; i < n; i++) {
         int sample = 0;
-        if (pnm->kind <= '3') {
+        if (pnm->kind < '4') {
             const char *fault = pnm_plain_sample(pnm, &sample);
             if (fault) return fault;
         } else if (pnm->kind == '4') {
-            sample = pnm->at[i / 8] >> (7 - i % 8) & 1;
+            sample = raw[i / 8] >> (7 - i % 8) & 1;
         } else {
-            sample = bytes == 2 ? pnm->at[2 * i] << 8 | pnm->at[2 * i + 1] : pnm->at[i];
+            sample = bytes == 2 ? raw[2 * i] << 8 | raw[2 * i + 1] : raw[i];
         }
         out[i] = pnm->scale[sample];
     }
-    if (pnm->kind == '4') pnm->at += (n + 7) / 8;
-    if (pnm->kind > '4') pnm->at += n * bytes;
     return NULL;
 }
 
@@ -6950,7 +6946,7 @@ static int pnm_pixels(struct pnm_reader *pnm, lvm_image *image) {
 
 static int pnm_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
                     lvm_error *error) {
-    struct pnm_reader pnm = {.name = name, .error = error, .at = data + 3, .end = data + size,
+    struct pnm_reader pnm = {.name = name, .error = error, .file = {data, size, 3, 0},
                              .kind = data[1]};   /* the caller recognised three bytes */
     int code = pnm_header(&pnm);
     if (!code) code = pnm_check_size(&pnm);
