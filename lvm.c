@@ -5091,16 +5091,14 @@ static void deflate_fixed_lengths(uint8_t *literal, uint8_t *distance) {
    `count` tells how many bits are real; taking more than that is "ends early". */
 
 struct bit_reader {
-    const uint8_t *at, *end;
-    uint64_t hold;   /* the next bits, lowest first */
-    int count;       /* how many of them there are */
+    struct cursor bytes;
+    uint64_t hold;   /* the next bits, lowest first (JPEG: highest first); zeros behind them */
+    int count;       /* how many of them there are; negative: more were taken */
 };
 
 static void bits_fill(struct bit_reader *b) {
-    while (b->count <= 56 && b->at < b->end) {
-        b->hold |= (uint64_t)*b->at++ << b->count;
-        b->count += 8;
-    }
+    for (int byte; b->count <= 56 && (byte = cursor_byte(&b->bytes)) >= 0; b->count += 8)
+        b->hold |= (uint64_t)byte << b->count;
 }
 
 static unsigned bits_peek(const struct bit_reader *b, int n) {
@@ -5193,14 +5191,14 @@ static const char *inflate_stored(struct inflate *z) {
     unsigned size = bits_take(b, 16), check = bits_take(b, 16);
     if (b->count < 0) return inflate_short;
     if (size != (check ^ 0xFFFF)) return inflate_damaged;
-    b->at -= b->count / 8;   /* whole bytes read ahead go back */
+    b->bytes.at -= (size_t)b->count / 8;   /* whole bytes read ahead go back */
     b->hold = 0;
     b->count = 0;
-    if (size > (size_t)(b->end - b->at)) return inflate_short;
+    const uint8_t *data = cursor_take(&b->bytes, size);
+    if (!data) return inflate_short;
     if (size > (size_t)(z->end - z->at)) return inflate_long;
-    memcpy(z->at, b->at, size);
+    memcpy(z->at, data, size);
     z->at += size;
-    b->at += size;
     return NULL;
 }
 
@@ -5315,7 +5313,7 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
     if (size < 2) return inflate_short;
     if ((data[0] & 15) != 8 || data[0] >> 4 > 7 || (data[0] << 8 | data[1]) % 31 || data[1] & 32)
         return "the compressed data have no valid zlib header";
-    z->bits = (struct bit_reader){data + 2, data + size, 0, 0};
+    z->bits = (struct bit_reader){{data, size, 2, 0}, 0, 0};
     z->out = z->at = out;
     z->end = out + out_size;
     for (unsigned last = 0; !last;) {
@@ -5861,13 +5859,6 @@ static const uint8_t jpeg_zigzag[JPEG_BLOCK] = {
     41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
     30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
-/* All bytes and bits of a file, or the bytes of one segment, are read through this. */
-struct jpeg_input {
-    const uint8_t *at, *end;
-    uint64_t hold;   /* the next bits of a scan, from the top; zeros where there are no more */
-    int count;       /* how many of them there are; negative: more were taken */
-};
-
 struct jpeg_huffman {
     int made, standard;                   /* standard: not from the file, see jpeg_standard */
     uint16_t fast[1 << JPEG_FAST_BITS];   /* symbol << 8 | length by the next bits, 0: longer */
@@ -5897,7 +5888,7 @@ typedef const char *jpeg_pass(struct jpeg_reader *j, struct jpeg_component *c, i
 struct jpeg_reader {
     const char *name;                 /* of the file, for messages */
     lvm_error *error;
-    struct jpeg_input in;
+    struct bit_reader in;             /* the file; its bits are those of the scan at hand */
     uint16_t quant[4][JPEG_BLOCK];
     int quant_made[4];
     struct jpeg_huffman huffman[2][4];          /* [DC, AC][table] */
@@ -5920,59 +5911,49 @@ static int jpeg_cut(const struct jpeg_reader *j) {
     return fail(j->error, LVM_FORMAT, "%s: the JPEG file is cut off before its end", j->name);
 }
 
-/* The next n bytes, or NULL where there are fewer. */
-static const uint8_t *jpeg_take(struct jpeg_input *in, size_t n) {
-    if (n > (size_t)(in->end - in->at)) return NULL;
-    in->at += n;
-    return in->at - n;
-}
-
-/* The next marker, 0 at the end of the file. Whatever stands in front of it is skipped. */
-static int jpeg_next_marker(struct jpeg_input *in) {
-    while (in->at < in->end) {
-        if (*in->at++ != 0xFF) continue;
-        while (in->at < in->end && *in->at == 0xFF) in->at++;   /* any number of them may pad */
-        if (in->at < in->end && *in->at != 0) return *in->at++;
-    }
+/* The next marker, 0 at the end of the file. Whatever stands in front of it is skipped; any number
+   of bytes FF may pad it. */
+static int jpeg_next_marker(struct cursor *c) {
+    for (int last = 0, byte; (byte = cursor_byte(c)) >= 0; last = byte)
+        if (last == 0xFF && byte != 0xFF && byte != 0) return byte;
     return 0;
 }
 
 /* Tops the bits up. At a marker the scan's data end: the input stays in front of it. */
-static void jpeg_fill(struct jpeg_input *in) {
-    while (in->count <= 56 && in->at < in->end) {
-        const uint8_t *next = in->at + 1;
-        if (*in->at == 0xFF) {
-            while (next < in->end && *next == 0xFF) next++;
-            in->at = next - 1;
-            if (next == in->end || *next++ != 0) return;
+static void jpeg_fill(struct bit_reader *in) {
+    struct cursor *c = &in->bytes;
+    for (int byte; in->count <= 56 && (byte = cursor_byte(c)) >= 0; in->count += 8) {
+        int next = 0;
+        while (byte == 0xFF && (next = cursor_byte(c)) == 0xFF) continue;
+        if (next != 0) {
+            c->at -= next < 0 ? 1 : 2;
+            return;
         }
-        in->hold |= (uint64_t)*in->at << (56 - in->count);
-        in->count += 8;
-        in->at = next;
+        in->hold |= (uint64_t)byte << (56 - in->count);
     }
 }
 
 /* The next n <= 16 bits; jpeg_symbol or jpeg_bit topped up before. */
-static inline int jpeg_bits(struct jpeg_input *in, int n) {
+static inline int jpeg_bits(struct bit_reader *in, int n) {
     int value = (int)(in->hold >> 1 >> (63 - n));
     in->hold <<= n;
     in->count -= n;
     return value;
 }
 
-static inline int jpeg_bit(struct jpeg_input *in) {
+static inline int jpeg_bit(struct bit_reader *in) {
     if (in->count < 1) jpeg_fill(in);
     return jpeg_bits(in, 1);
 }
 
 /* A value of n bits behind its symbol. */
-static inline int jpeg_value(struct jpeg_input *in, int n) {
+static inline int jpeg_value(struct bit_reader *in, int n) {
     int value = jpeg_bits(in, n);
     return value < 1 << n >> 1 ? value - (1 << n) + 1 : value;
 }
 
 /* The next symbol, or -1 where the bits are no code; at least 16 bits stand ready behind it. */
-static inline int jpeg_symbol(const struct jpeg_huffman *h, struct jpeg_input *in) {
+static inline int jpeg_symbol(const struct jpeg_huffman *h, struct bit_reader *in) {
     if (in->count < 2 * JPEG_CODE_BITS) jpeg_fill(in);
     uint32_t code = (uint32_t)(in->hold >> (64 - JPEG_CODE_BITS));
     int entry = h->fast[code >> (JPEG_CODE_BITS - JPEG_FAST_BITS)];
@@ -6011,19 +5992,21 @@ static int jpeg_huffman_build(struct jpeg_huffman *h, const uint8_t *count) {
 }
 
 /* DHT: class << 4 | number, 16 counts, the symbols; then the next table. */
-static int jpeg_huffman_tables(struct jpeg_reader *j, struct jpeg_input *s, int standard) {
-    while (s->at < s->end) {
-        const uint8_t *head = jpeg_take(s, 1 + JPEG_CODE_BITS), *symbols = NULL;
+static int jpeg_huffman_tables(struct jpeg_reader *j, struct cursor *s, int standard) {
+    while (s->at < s->size) {
+        int class_number = cursor_byte(s), ac = class_number >> 4, number = class_number & 15;
+        const uint8_t *count = cursor_take(s, JPEG_CODE_BITS);
         size_t n = 0;
-        for (int i = 1; head && i <= JPEG_CODE_BITS; i++) n += head[i];
-        if (head && head[0] >> 4 < 2 && (head[0] & 15) < 4 && n <= 256) symbols = jpeg_take(s, n);
-        if (!symbols) return jpeg_damaged(j, "a Huffman table (DHT) of a wrong size or number");
-        struct jpeg_huffman *h = &j->huffman[head[0] >> 4][head[0] & 15];
+        for (int i = 0; count && i < JPEG_CODE_BITS; i++) n += count[i];
+        const uint8_t *symbols = cursor_take(s, n);
+        if (!symbols || ac > 1 || number > 3 || n > 256)
+            return jpeg_damaged(j, "a Huffman table (DHT) of a wrong size or number");
+        struct jpeg_huffman *h = &j->huffman[ac][number];
         memset(h->symbol, 0, sizeof h->symbol);
         memcpy(h->symbol, symbols, n);
-        int ok = jpeg_huffman_build(h, head + 1);
+        int ok = jpeg_huffman_build(h, count);
         for (size_t i = 0; i < n; i++)
-            if (head[0] >> 4 == 0 && symbols[i] > 15) ok = 0;   /* a DC of more than 15 bits */
+            if (!ac && symbols[i] > 15) ok = 0;   /* a DC of more than 15 bits */
         if (!ok) return jpeg_damaged(j, "a Huffman table (DHT) that is no code");
         h->made = 1;
         h->standard = standard;
@@ -6032,16 +6015,16 @@ static int jpeg_huffman_tables(struct jpeg_reader *j, struct jpeg_input *s, int 
 }
 
 /* DQT: wide << 4 | number, 64 entries of one byte or two, in zigzag. */
-static int jpeg_quant_tables(struct jpeg_reader *j, struct jpeg_input *s) {
-    while (s->at < s->end) {
-        int head = *s->at++, wide = head >> 4 != 0;
-        const uint8_t *p = jpeg_take(s, wide ? 2 * JPEG_BLOCK : JPEG_BLOCK);
-        if (!p || (head & 15) > 3)
-            return jpeg_damaged(j, "a quantisation table (DQT) of a wrong size or number");
+static int jpeg_quant_tables(struct jpeg_reader *j, struct cursor *s) {
+    while (s->at < s->size) {
+        int head = cursor_byte(s), number = head & 15;
+        uint16_t table[JPEG_BLOCK];
         for (int k = 0; k < JPEG_BLOCK; k++)
-            j->quant[head & 15][jpeg_zigzag[k]] =
-                (uint16_t)(wide ? p[2 * k] << 8 | p[2 * k + 1] : p[k]);
-        j->quant_made[head & 15] = 1;
+            table[jpeg_zigzag[k]] = (uint16_t)cursor_big(s, head >> 4 ? 2 : 1);
+        if (s->failed || number > 3)
+            return jpeg_damaged(j, "a quantisation table (DQT) of a wrong size or number");
+        memcpy(j->quant[number], table, sizeof table);
+        j->quant_made[number] = 1;
     }
     return LVM_OK;
 }
@@ -6120,19 +6103,18 @@ static int jpeg_frame_sizes(struct jpeg_reader *j) {
 }
 
 /* SOF: precision, height, width, n; for each component its id, h << 4 | v and DQT table. */
-static int jpeg_frame(struct jpeg_reader *j, int marker, struct jpeg_input *s) {
+static int jpeg_frame(struct jpeg_reader *j, int marker, struct cursor *s) {
     if (j->n) return jpeg_damaged(j, "a second frame header (SOF)");
-    const uint8_t *d = jpeg_take(s, 6);
-    int n = d ? d[5] : 0;
-    const uint8_t *p = jpeg_take(s, 3 * (size_t)n);
-    if (n == 0 || !p || s->at != s->end)
+    int precision = cursor_byte(s);
+    j->height = (int)cursor_big(s, 2);
+    j->width = (int)cursor_big(s, 2);
+    int n = cursor_byte(s);
+    if (n < 1 || s->size - s->at != 3 * (size_t)n)
         return jpeg_damaged(j, "a frame header (SOF) of a wrong size");
-    j->height = d[1] << 8 | d[2];
-    j->width = d[3] << 8 | d[4];
-    if (d[0] != 8)
-        return fail(j->error, d[0] == 12 ? LVM_UNSUPPORTED : LVM_FORMAT,
+    if (precision != 8)
+        return fail(j->error, precision == 12 ? LVM_UNSUPPORTED : LVM_FORMAT,
                     "%s: a JPEG with %d bits a sample; lvm reads 8: convert it first", j->name,
-                    d[0]);
+                    precision);
     if (j->height == 0 && j->width > 0)
         return fail(j->error, LVM_UNSUPPORTED, "%s: a JPEG that tells its height only behind its "
                     "pixels (DNL); lvm does not read such: convert it first", j->name);
@@ -6143,12 +6125,13 @@ static int jpeg_frame(struct jpeg_reader *j, int marker, struct jpeg_input *s) {
                     "3 (colour) and 4 (CMYK): convert it first", j->name, n);
     j->progressive = marker == JPEG_SOF2;
     j->n = n;
-    for (int i = 0; i < n; i++, p += 3) {
+    for (int i = 0; i < n; i++) {
         struct jpeg_component *c = &j->component[i];
-        c->id = p[0];
-        c->h = p[1] >> 4;
-        c->v = p[1] & 15;
-        c->table = p[2];
+        c->id = cursor_byte(s);
+        int factors = cursor_byte(s);
+        c->h = factors >> 4;
+        c->v = factors & 15;
+        c->table = cursor_byte(s);
         if (c->h < 1 || c->h > 4 || c->v < 1 || c->v > 4 || c->table > 3)
             return jpeg_damaged(j, "a component with sampling factors or a table beyond 4");
     }
@@ -6204,7 +6187,7 @@ static const char *jpeg_dc_refine(struct jpeg_reader *j, struct jpeg_component *
 }
 
 /* The blocks, this one included, whose bands end with symbol n << 4. */
-static int jpeg_end_of_bands(struct jpeg_input *in, int n) {
+static int jpeg_end_of_bands(struct bit_reader *in, int n) {
     return (1 << n) + jpeg_bits(in, n);
 }
 
@@ -6371,29 +6354,29 @@ static int jpeg_scan_tables(struct jpeg_reader *j, struct jpeg_component *c) {
 }
 
 /* SOS: n; for each component its id and DC << 4 | AC tables; from, to, high << 4 | low. */
-static int jpeg_scan_header(struct jpeg_reader *j, struct jpeg_input *s) {
-    const uint8_t *head = jpeg_take(s, 1);
-    int n = head ? *head : 0, blocks = 0, next = 0;
-    const uint8_t *p = jpeg_take(s, 2 * (size_t)n), *band = jpeg_take(s, 3);
-    if (n < 1 || n > JPEG_MAX_COMPONENTS || !p || !band || s->at != s->end)
+static int jpeg_scan_header(struct jpeg_reader *j, struct cursor *s) {
+    int n = cursor_byte(s), blocks = 0, next = 0;
+    if (n < 1 || n > JPEG_MAX_COMPONENTS || s->size - s->at != 2 * (size_t)n + 3)
         return jpeg_damaged(j, "a scan header (SOS) of a wrong size");
     j->scan_n = n;
-    for (int i = 0; i < n; i++, p += 2, next++) {   /* in the order of the frame header */
-        while (next < j->n && j->component[next].id != p[0]) next++;
+    for (int i = 0; i < n; i++, next++) {   /* in the order of the frame header */
+        int id = cursor_byte(s), tables = cursor_byte(s);
+        while (next < j->n && j->component[next].id != id) next++;
         if (next == j->n)
             return jpeg_damaged(j, "a scan of components that the frame does not have, or twice");
         struct jpeg_component *c = j->scan[i] = &j->component[next];
-        c->dc = p[1] >> 4;
-        c->ac = p[1] & 15;
+        c->dc = tables >> 4;
+        c->ac = tables & 15;
         if (c->dc > 3 || c->ac > 3) return jpeg_damaged(j, "a Huffman table number beyond 3");
         blocks += c->h * c->v;
     }
     if (n > 1 && blocks > JPEG_MCU_BLOCKS)
         return jpeg_damaged(j, "a scan with more than 10 blocks in an MCU");
-    j->from = band[0];
-    j->to = band[1];
-    j->high = band[2] >> 4;
-    j->low = band[2] & 15;
+    j->from = cursor_byte(s);
+    j->to = cursor_byte(s);
+    int bits = cursor_byte(s);
+    j->high = bits >> 4;
+    j->low = bits & 15;
     j->pass = jpeg_sequential;   /* which has no use for them */
     int code = j->progressive ? jpeg_progression(j) : LVM_OK;
     for (int i = 0; i < n && !code; i++) code = jpeg_scan_tables(j, j->scan[i]);
@@ -6406,7 +6389,7 @@ static int jpeg_allocate(struct jpeg_reader *j) {
     for (int i = 0; i < j->n; i++)
         bits += (int64_t)j->component[i].blocks_x * j->component[i].blocks_y;
     if (!j->progressive) bits *= 2;   /* a code for DC and one for the end of the block */
-    size_t left = (size_t)(j->in.end - j->in.at);
+    size_t left = j->in.bytes.size - j->in.bytes.at;
     if ((uint64_t)bits / 8 > left)
         return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: %zu bytes of data cannot hold "
                     "%d x %d pixels", j->name, left, j->width, j->height);
@@ -6467,7 +6450,7 @@ static const char *jpeg_scan_data(struct jpeg_reader *j) {
     for (int y = 0; y < rows; y++)
         for (int x = 0; x < columns; x++) {
             if (j->restart_interval && left-- == 0) {
-                int marker = jpeg_next_marker(&j->in);
+                int marker = jpeg_next_marker(&j->in.bytes);
                 if (marker == 0) return jpeg_short;
                 if (marker != JPEG_RST0 + restarts++ % 8) return "a restart marker is missing";
                 jpeg_start(j);
@@ -6481,25 +6464,25 @@ static const char *jpeg_scan_data(struct jpeg_reader *j) {
     return NULL;
 }
 
-static int jpeg_scan(struct jpeg_reader *j, struct jpeg_input *s) {
+static int jpeg_scan(struct jpeg_reader *j, struct cursor *s) {
     if (!j->n) return jpeg_damaged(j, "a scan (SOS) in front of the frame header (SOF)");
     int code = j->scans++ ? LVM_OK : jpeg_allocate(j);
     if (!code) code = jpeg_scan_header(j, s);
     if (code) return code;
     const char *fault = jpeg_scan_data(j);
-    if (fault == jpeg_short && jpeg_next_marker(&j->in) == 0) return jpeg_cut(j);
+    if (fault == jpeg_short && jpeg_next_marker(&j->in.bytes) == 0) return jpeg_cut(j);
     return fault ? jpeg_damaged(j, fault) : LVM_OK;
 }
 
 /* ---- JPEG: segments ---- */
 
 static int jpeg_segment(struct jpeg_reader *j, int marker) {
-    const uint8_t *length = jpeg_take(&j->in, 2);
-    size_t size = length ? (size_t)(length[0] << 8 | length[1]) : 2;
-    if (size < 2) return jpeg_damaged(j, "a segment shorter than its own length");
-    const uint8_t *d = length ? jpeg_take(&j->in, size - 2) : NULL;
+    struct cursor *file = &j->in.bytes;
+    uint32_t size = cursor_big(file, 2);
+    if (size < 2 && !file->failed) return jpeg_damaged(j, "a segment shorter than its own length");
+    const uint8_t *d = cursor_take(file, size - 2);
     if (!d) return jpeg_cut(j);
-    struct jpeg_input s = {d, d + (size - 2), 0, 0};
+    struct cursor s = {d, size - 2, 0, 0};
     switch (marker) {
     case JPEG_SOF0: case JPEG_SOF1: case JPEG_SOF2: return jpeg_frame(j, marker, &s);
     case JPEG_SOS: return jpeg_scan(j, &s);
@@ -6507,7 +6490,7 @@ static int jpeg_segment(struct jpeg_reader *j, int marker) {
     case JPEG_DQT: return jpeg_quant_tables(j, &s);
     case JPEG_DRI:
         if (size != 4) return jpeg_damaged(j, "a restart interval (DRI) of a wrong size");
-        j->restart_interval = d[0] << 8 | d[1];
+        j->restart_interval = (int)cursor_big(&s, 2);
         return LVM_OK;
     case JPEG_APP0:
         if (size >= 16 && memcmp(d, "JFIF", 5) == 0) j->jfif = 1;
@@ -6533,7 +6516,7 @@ static int jpeg_all_scanned(const struct jpeg_reader *j) {
 static int jpeg_segments(struct jpeg_reader *j) {
     int code = LVM_OK;
     while (!code && (j->progressive || !jpeg_all_scanned(j))) {
-        int marker = jpeg_next_marker(&j->in);
+        int marker = jpeg_next_marker(&j->in.bytes);
         if (marker == 0) return jpeg_cut(j);
         if (marker == JPEG_EOI) break;
         if (marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7)) continue;
@@ -6764,11 +6747,11 @@ static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_ima
                      lvm_error *error) {
     struct jpeg_reader *j = mem_alloc(1, sizeof *j, error);
     if (!j) return LVM_MEMORY;
-    struct jpeg_input standard = {jpeg_standard, jpeg_standard + sizeof jpeg_standard, 0, 0};
+    struct cursor standard = {jpeg_standard, sizeof jpeg_standard, 0, 0};
     j->name = name;
     j->error = error;
     j->adobe = -1;
-    j->in = (struct jpeg_input){data + 2, data + size, 0, 0};   /* the caller recognised the SOI */
+    j->in.bytes = (struct cursor){data, size, 2, 0};   /* the caller recognised the SOI */
     int code = jpeg_huffman_tables(j, &standard, 1);
     if (!code) code = jpeg_segments(j);
     int smooth = !code && j->progressive && jpeg_needs_smoothing(j);
