@@ -5347,8 +5347,7 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
    error, for the pixels do not depend on them. */
 
 enum {
-    EXIF_ORIENTATION = 0x0112, EXIF_SHORT = 3, EXIF_LONG = 4, EXIF_ENTRY_SIZE = 12,
-    JPEG_EXIF = 0xE1, JPEG_SCAN = 0xDA, JPEG_END = 0xD9   /* markers */
+    EXIF_ORIENTATION = 0x0112, EXIF_SHORT = 3, EXIF_LONG = 4, EXIF_ENTRY_SIZE = 12
 };
 
 static uint32_t exif_number(struct cursor *c, int bytes, int big_endian) {
@@ -5371,21 +5370,6 @@ static int exif_orientation(const uint8_t *data, size_t size) {
         if (type != EXIF_SHORT && type != EXIF_LONG) continue;
         uint32_t value = exif_number(&entry, type == EXIF_SHORT ? 2 : 4, big);
         return value >= 1 && value <= 8 ? (int)value : 0;
-    }
-    return 0;
-}
-
-/* Walks over a JPEG file's segments (FF, marker, length, data) up to the first scan. */
-static int jpeg_orientation(const uint8_t *data, size_t size) {
-    struct cursor c = {data, size, 2, 0};   /* behind FF D8 */
-    while (cursor_byte(&c) == 0xFF) {
-        int marker = cursor_byte(&c);
-        while (marker == 0xFF) marker = cursor_byte(&c);   /* padding */
-        uint32_t length = cursor_big(&c, 2);
-        if (marker == JPEG_SCAN || marker == JPEG_END || length < 2) return 0;
-        const uint8_t *segment = cursor_take(&c, length - 2);
-        if (segment && marker == JPEG_EXIF && length >= 8 && memcmp(segment, "Exif\0\0", 6) == 0)
-            return exif_orientation(segment, length - 2);
     }
     return 0;
 }
@@ -5837,6 +5821,9 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
    As with libjpeg, bytes between segments that are no marker are skipped. Nothing is asked of what
    follows the last pixel of a sequential file; a progressive one must have its EOI.
 
+   The orientation is that of the first APP1 that begins with "Exif\0\0", whatever stands in it. It
+   counts only where segments alone lead to it: not behind a scan, TEM, RSTn or stray bytes.
+
    Memory is asked for only when the file explains it: a block takes a bit at least. Time is
    bounded too, although a few bytes can make a scan of nothing over all blocks: no bit of a
    coefficient is sent twice, and all scans together visit at most JPEG_MAX_VISITS blocks, which is
@@ -5846,7 +5833,7 @@ enum {
     JPEG_SOF0 = 0xC0, JPEG_SOF1 = 0xC1, JPEG_SOF2 = 0xC2, JPEG_DHT = 0xC4, JPEG_RESERVED = 0xC8,
     JPEG_DAC = 0xCC, JPEG_SOF15 = 0xCF, JPEG_RST0 = 0xD0, JPEG_RST7 = 0xD7, JPEG_SOI = 0xD8,
     JPEG_EOI = 0xD9, JPEG_SOS = 0xDA, JPEG_DQT = 0xDB, JPEG_DRI = 0xDD, JPEG_DHP = 0xDE,
-    JPEG_APP0 = 0xE0, JPEG_APP14 = 0xEE, JPEG_TEM = 0x01,     /* markers; APP1 and on are skipped */
+    JPEG_APP0 = 0xE0, JPEG_APP1 = 0xE1, JPEG_APP14 = 0xEE, JPEG_TEM = 0x01,   /* markers */
     JPEG_SIDE = 8, JPEG_BLOCK = 64,           /* of a block, in samples and in coefficients */
     JPEG_MAX_COMPONENTS = 4, JPEG_MCU_BLOCKS = 10, JPEG_MAX_VISITS = 1 << 27,
     JPEG_CODE_BITS = 16, JPEG_FAST_BITS = 9,  /* the longest Huffman code; those in the table */
@@ -5896,6 +5883,7 @@ struct jpeg_reader {
     int max_h, max_v, mcus_x, mcus_y;
     struct jpeg_component component[JPEG_MAX_COMPONENTS];
     int jfif, adobe;                            /* adobe: its transform number, -1 none */
+    int orientation, exif_over;                 /* exif_over: no further APP1 counts */
     int restart_interval, scans;
     int64_t visits;                             /* blocks of all scans so far */
     int scan_n, from, to, high, low, eob_run;   /* the scan at hand */
@@ -5911,11 +5899,13 @@ static int jpeg_cut(const struct jpeg_reader *j) {
     return fail(j->error, LVM_FORMAT, "%s: the JPEG file is cut off before its end", j->name);
 }
 
-/* The next marker, 0 at the end of the file. Whatever stands in front of it is skipped; any number
-   of bytes FF may pad it. */
-static int jpeg_next_marker(struct cursor *c) {
-    for (int last = 0, byte; (byte = cursor_byte(c)) >= 0; last = byte)
+/* The next marker, 0 at the end of the file. Any number of bytes FF may pad it; whatever else
+   stands in front of it is skipped. */
+static int jpeg_next_marker(struct jpeg_reader *j) {
+    for (int last = 0, byte; (byte = cursor_byte(&j->in.bytes)) >= 0; last = byte) {
         if (last == 0xFF && byte != 0xFF && byte != 0) return byte;
+        if (byte != 0xFF) j->exif_over = 1;
+    }
     return 0;
 }
 
@@ -6450,7 +6440,7 @@ static const char *jpeg_scan_data(struct jpeg_reader *j) {
     for (int y = 0; y < rows; y++)
         for (int x = 0; x < columns; x++) {
             if (j->restart_interval && left-- == 0) {
-                int marker = jpeg_next_marker(&j->in.bytes);
+                int marker = jpeg_next_marker(j);
                 if (marker == 0) return jpeg_short;
                 if (marker != JPEG_RST0 + restarts++ % 8) return "a restart marker is missing";
                 jpeg_start(j);
@@ -6470,7 +6460,7 @@ static int jpeg_scan(struct jpeg_reader *j, struct cursor *s) {
     if (!code) code = jpeg_scan_header(j, s);
     if (code) return code;
     const char *fault = jpeg_scan_data(j);
-    if (fault == jpeg_short && jpeg_next_marker(&j->in.bytes) == 0) return jpeg_cut(j);
+    if (fault == jpeg_short && jpeg_next_marker(j) == 0) return jpeg_cut(j);
     return fault ? jpeg_damaged(j, fault) : LVM_OK;
 }
 
@@ -6495,6 +6485,11 @@ static int jpeg_segment(struct jpeg_reader *j, int marker) {
     case JPEG_APP0:
         if (size >= 16 && memcmp(d, "JFIF", 5) == 0) j->jfif = 1;
         return LVM_OK;
+    case JPEG_APP1:
+        if (j->scans || j->exif_over || size < 8 || memcmp(d, "Exif\0\0", 6) != 0) return LVM_OK;
+        j->orientation = exif_orientation(d, size - 2);
+        j->exif_over = 1;
+        return LVM_OK;
     case JPEG_APP14:
         if (size >= 14 && memcmp(d, "Adobe", 5) == 0) j->adobe = d[11];
         return LVM_OK;
@@ -6516,10 +6511,13 @@ static int jpeg_all_scanned(const struct jpeg_reader *j) {
 static int jpeg_segments(struct jpeg_reader *j) {
     int code = LVM_OK;
     while (!code && (j->progressive || !jpeg_all_scanned(j))) {
-        int marker = jpeg_next_marker(&j->in.bytes);
+        int marker = jpeg_next_marker(j);
         if (marker == 0) return jpeg_cut(j);
         if (marker == JPEG_EOI) break;
-        if (marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7)) continue;
+        if (marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7)) {
+            j->exif_over = 1;
+            continue;
+        }
         if (marker == JPEG_SOI) return jpeg_damaged(j, "it begins a second time (SOI)");
         const char *foreign = jpeg_foreign_frame(marker);
         if (foreign)
@@ -6738,6 +6736,7 @@ static int jpeg_pixels(struct jpeg_reader *j, lvm_image *image) {
         jpeg_row_to_rgb(colours, row, j->width,
                         image->rgb + (size_t)y * (size_t)j->width * RGB);
     }
+    if (!code) image->orientation = j->orientation;
     mem_free(sums);
     mem_free(rows);
     return code;
@@ -7019,7 +7018,6 @@ int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_i
         code = jpeg_load(bytes, size, name, image, error);
     else
         code = no_image(bytes, size, name, error);
-    if (!code && bytes[0] == 0xFF) image->orientation = jpeg_orientation(bytes, size);
     return code;
 }
 
