@@ -5077,7 +5077,7 @@ static void deflate_fixed_lengths(uint8_t *literal, uint8_t *distance) {
     memset(literal + 144, 9, 112);
     memset(literal + 256, 7, 24);
     memset(literal + 280, 8, 8);
-    memset(distance, 5, 30);
+    memset(distance, 5, 32);   /* the last two complete the code and are refused when met */
 }
 
 /* ---- Inflate ----
@@ -5114,6 +5114,14 @@ static unsigned bits_take(struct bit_reader *b, int n) {
     unsigned value = bits_peek(b, n);
     bits_skip(b, n);
     return value;
+}
+
+/* Drops the rest of a byte that was begun; whole bytes read ahead go back to the cursor. */
+static struct cursor *bits_to_bytes(struct bit_reader *b) {
+    b->bytes.at -= (size_t)b->count / 8;
+    b->hold = 0;
+    b->count = 0;
+    return &b->bytes;
 }
 
 /* A Huffman decoder. Codes up to HUFFMAN_FAST_BITS are looked up by the next bits; for the rare
@@ -5185,16 +5193,11 @@ static const char *const inflate_long = "the compressed data hold more than the 
 static const char *const inflate_damaged = "the compressed data are damaged";
 
 static const char *inflate_stored(struct inflate *z) {
-    struct bit_reader *b = &z->bits;
-    bits_skip(b, b->count & 7);
-    bits_fill(b);
-    unsigned size = bits_take(b, 16), check = bits_take(b, 16);
-    if (b->count < 0) return inflate_short;
+    struct cursor *c = bits_to_bytes(&z->bits);
+    size_t size = (size_t)cursor_number(c, 2), check = (size_t)cursor_number(c, 2);
+    if (c->failed) return inflate_short;
     if (size != (check ^ 0xFFFF)) return inflate_damaged;
-    b->bytes.at -= (size_t)b->count / 8;   /* whole bytes read ahead go back */
-    b->hold = 0;
-    b->count = 0;
-    const uint8_t *data = cursor_take(&b->bytes, size);
+    const uint8_t *data = cursor_take(c, size);
     if (!data) return inflate_short;
     if (size > (size_t)(z->end - z->at)) return inflate_long;
     memcpy(z->at, data, size);
@@ -5247,9 +5250,8 @@ static const char *inflate_header(struct inflate *z) {
 }
 
 static void inflate_fixed(struct inflate *z) {
-    uint8_t literal[HUFFMAN_MAX_SYMBOLS], distance[32] = {0};
+    uint8_t literal[HUFFMAN_MAX_SYMBOLS], distance[32];
     deflate_fixed_lengths(literal, distance);
-    distance[30] = distance[31] = 5;   /* they complete the code and are refused when met */
     huffman_build(&z->literals, literal, HUFFMAN_MAX_SYMBOLS);
     huffman_build(&z->distances, distance, 32);
 }
@@ -5310,10 +5312,12 @@ static const char *inflate_block(struct inflate *z, unsigned kind) {
 /* Decompresses a zlib stream into exactly out_size bytes. Bytes behind the stream are ignored. */
 static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t size,
                                 uint8_t *out, size_t out_size) {
-    if (size < 2) return inflate_short;
-    if ((data[0] & 15) != 8 || data[0] >> 4 > 7 || (data[0] << 8 | data[1]) % 31 || data[1] & 32)
+    struct cursor *c = &z->bits.bytes;
+    *c = (struct cursor){data, size, 0, 0};
+    uint32_t header = cursor_big(c, 2);
+    if (c->failed) return inflate_short;
+    if ((header >> 8 & 15) != 8 || header >> 12 > 7 || header % 31 || header & 32)
         return "the compressed data have no valid zlib header";
-    z->bits = (struct bit_reader){{data, size, 2, 0}, 0, 0};
     z->out = z->at = out;
     z->end = out + out_size;
     for (unsigned last = 0; !last;) {
@@ -5325,11 +5329,8 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
         if (fault) return fault;
     }
     if (z->at != z->end) return "the compressed data hold less than the image";
-    bits_skip(&z->bits, z->bits.count & 7);
-    bits_fill(&z->bits);
-    uint32_t adler = 0;
-    for (int i = 0; i < 4; i++) adler = adler << 8 | bits_take(&z->bits, 8);
-    if (z->bits.count < 0) return inflate_short;
+    uint32_t adler = cursor_big(bits_to_bytes(&z->bits), 4);
+    if (c->failed) return inflate_short;
     if (checksum_wrong(adler, adler32_of(out, out_size)))
         return "the decompressed data have a wrong checksum";
     return NULL;
@@ -5456,13 +5457,18 @@ struct png_reader {
     lvm_error *error;
     struct cursor file;
     struct crc32 crc;
-    int width, height, colour, channels, depth, interlaced;
+    int width, height, colour, channels, depth;
+    int first_pass, last_pass;     /* of png_passes: 0 alone, or 1 to 7 */
     const uint8_t *palette;        /* [n_colours][RGB], inside the file's bytes */
     int n_colours, orientation;
     uint8_t *idat;                 /* the data of all IDAT chunks [idat_size] */
     size_t idat_size;
     int idat_ended;
 };
+
+static int png_damaged(const struct png_reader *png, const char *fault) {
+    return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %s", png->name, fault);
+}
 
 static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
     struct cursor *c = &png->file;
@@ -5473,8 +5479,7 @@ static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
                     png->name);
     for (int i = 0; i < 4; i++) {
         if (!((type[i] >= 'A' && type[i] <= 'Z') || (type[i] >= 'a' && type[i] <= 'z')))
-            return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: a chunk has no name",
-                        png->name);
+            return png_damaged(png, "a chunk has no name");
         chunk->type[i] = (char)type[i];
     }
     chunk->type[4] = 0;
@@ -5502,8 +5507,7 @@ static uint32_t png_legal_depths(int colour) {
 static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
     struct cursor c = {chunk->data, chunk->size, 0, 0};
     if (strcmp(chunk->type, "IHDR") != 0 || chunk->size != PNG_HEADER_SIZE)
-        return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: no header (IHDR) in front",
-                    png->name);
+        return png_damaged(png, "no header (IHDR) in front");
     uint32_t width = cursor_big(&c, 4), height = cursor_big(&c, 4);
     int depth = cursor_byte(&c), colour = cursor_byte(&c), compression = cursor_byte(&c);
     int filter = cursor_byte(&c), interlace = cursor_byte(&c);
@@ -5521,7 +5525,8 @@ static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
     png->height = (int)height;
     png->depth = depth;
     png->colour = colour;
-    png->interlaced = interlace;
+    png->first_pass = interlace;
+    png->last_pass = 7 * interlace;
     png->channels = colour == PNG_RGB ? 3 : colour == PNG_RGB_ALPHA ? 4 :
                     colour == PNG_GREY_ALPHA ? 2 : 1;
     return LVM_OK;
@@ -5529,9 +5534,8 @@ static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
 
 static int png_palette(struct png_reader *png, const struct png_chunk *chunk) {
     if (png->colour != PNG_PALETTE) return LVM_OK;   /* only a suggestion there */
-    if (png->palette || png->idat_size)
-        return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %s", png->name,
-                    png->palette ? "two palettes (PLTE)" : "its palette comes after the pixels");
+    if (png->palette) return png_damaged(png, "two palettes (PLTE)");
+    if (png->idat_size) return png_damaged(png, "its palette comes after the pixels");
     if (chunk->size == 0 || chunk->size % RGB || chunk->size > 256 * RGB)
         return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: a palette of %lu bytes",
                     png->name, (unsigned long)chunk->size);
@@ -5541,9 +5545,7 @@ static int png_palette(struct png_reader *png, const struct png_chunk *chunk) {
 }
 
 static int png_idat(struct png_reader *png, const struct png_chunk *chunk) {
-    if (png->idat_ended)
-        return fail(png->error, LVM_FORMAT,
-                    "%s: damaged PNG file: other chunks between its IDAT chunks", png->name);
+    if (png->idat_ended) return png_damaged(png, "other chunks between its IDAT chunks");
     if (!png->idat) {   /* all that the file still holds is the most that can come */
         png->idat = mem_alloc(png->file.size - png->file.at + chunk->size, 1, png->error);
         if (!png->idat) return LVM_MEMORY;
@@ -5576,10 +5578,8 @@ static int png_chunks(struct png_reader *png) {
                         chunk.type);
     }
     if (code) return code;
-    if (!png->idat_size)
-        return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: no pixels (IDAT)", png->name);
-    if (png->colour == PNG_PALETTE && !png->palette)
-        return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: no palette (PLTE)", png->name);
+    if (!png->idat_size) return png_damaged(png, "no pixels (IDAT)");
+    if (png->colour == PNG_PALETTE && !png->palette) return png_damaged(png, "no palette (PLTE)");
     return LVM_OK;
 }
 
@@ -5630,10 +5630,6 @@ static const struct png_pass png_passes[8] = {
     {0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4}, {1, 0, 2, 2}, {0, 1, 1, 2}
 };
 
-/* An image consists of the passes from this one on, up to png_last_pass: 0 alone, or 1 to 7. */
-static int png_first_pass(const struct png_reader *png) { return png->interlaced ? 1 : 0; }
-static int png_last_pass(const struct png_reader *png) { return png->interlaced ? 7 : 0; }
-
 /* Of n columns or rows, those that a pass holds. */
 static int png_pass_count(int n, int from, int step) {
     return n > from ? (n - from - 1) / step + 1 : 0;
@@ -5647,7 +5643,7 @@ static size_t png_row_bytes(const struct png_reader *png, int n) {
 /* Bytes that the compressed data must hold. */
 static size_t png_raw_size(const struct png_reader *png) {
     size_t sum = 0;
-    for (int i = png_first_pass(png); i <= png_last_pass(png); i++) {
+    for (int i = png->first_pass; i <= png->last_pass; i++) {
         const struct png_pass *pass = &png_passes[i];
         int width = png_pass_count(png->width, pass->x, pass->dx);
         int height = png_pass_count(png->height, pass->y, pass->dy);
@@ -5725,7 +5721,7 @@ static int png_pixels(struct png_reader *png, uint8_t *raw, lvm_image *image) {
     uint8_t *zero = mem_alloc(png_row_bytes(png, png->width), 1, png->error);
     uint8_t *samples = mem_alloc((size_t)png->width, (size_t)png->channels, png->error);
     int code = zero && samples ? image_new(image, png->width, png->height, png->error) : LVM_MEMORY;
-    for (int i = png_first_pass(png); i <= png_last_pass(png) && !code; i++)
+    for (int i = png->first_pass; i <= png->last_pass && !code; i++)
         code = png_pass_pixels(png, &png_passes[i], &raw, zero, samples, image);
     mem_free(samples);
     mem_free(zero);
@@ -5745,8 +5741,7 @@ static int png_decompress(struct png_reader *png, lvm_image *image) {
     int code = raw && z ? LVM_OK : LVM_MEMORY;
     if (!code) {
         const char *fault = inflate_zlib(z, png->idat, png->idat_size, raw, raw_size);
-        if (fault)
-            code = fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %s", png->name, fault);
+        if (fault) code = png_damaged(png, fault);
     }
     if (!code) code = png_pixels(png, raw, image);
     mem_free(z);
@@ -6066,11 +6061,6 @@ static const char *jpeg_foreign_frame(int marker) {
 
 /* Derives all sizes in samples, blocks and MCUs from the sampling factors. */
 static int jpeg_frame_sizes(struct jpeg_reader *j) {
-    for (int i = 0; i < j->n; i++) {
-        struct jpeg_component *c = &j->component[i];
-        if (c->h > j->max_h) j->max_h = c->h;
-        if (c->v > j->max_v) j->max_v = c->v;
-    }
     j->mcus_x = (j->width + JPEG_SIDE * j->max_h - 1) / (JPEG_SIDE * j->max_h);
     j->mcus_y = (j->height + JPEG_SIDE * j->max_v - 1) / (JPEG_SIDE * j->max_v);
     for (int i = 0; i < j->n; i++) {
@@ -6124,6 +6114,8 @@ static int jpeg_frame(struct jpeg_reader *j, int marker, struct cursor *s) {
         c->table = cursor_byte(s);
         if (c->h < 1 || c->h > 4 || c->v < 1 || c->v > 4 || c->table > 3)
             return jpeg_damaged(j, "a component with sampling factors or a table beyond 4");
+        if (c->h > j->max_h) j->max_h = c->h;
+        if (c->v > j->max_v) j->max_v = c->v;
     }
     return jpeg_frame_sizes(j);
 }
@@ -6136,37 +6128,14 @@ static const char *const jpeg_short = "the data of a scan end early";
 static const char *const jpeg_no_code = "the data of a scan are no Huffman code";
 static const char *const jpeg_too_many = "a block has more than 64 coefficients";
 
-/* The next DC of a component: what it was in the block before and a difference. */
-static const char *jpeg_next_dc(struct jpeg_reader *j, struct jpeg_component *c) {
+/* DC is what it was in the component's last block and a difference. */
+static const char *jpeg_dc_first(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block) {
     int bits = jpeg_symbol(&j->huffman[0][c->dc], &j->in);
     if (bits < 0) return jpeg_no_code;
     c->predicted += jpeg_value(&j->in, bits);
     if (c->predicted != (int16_t)c->predicted) return "a DC coefficient of more than 16 bits";
-    return NULL;
-}
-
-static const char *jpeg_sequential(struct jpeg_reader *j, struct jpeg_component *c,
-                                   int16_t *block) {
-    const struct jpeg_huffman *ac = &j->huffman[1][c->ac];
-    const char *fault = jpeg_next_dc(j, c);
-    if (fault) return fault;
-    block[0] = (int16_t)c->predicted;
-    for (int k = 1; k < JPEG_BLOCK; k++) {
-        int symbol = jpeg_symbol(ac, &j->in), bits = symbol & 15;
-        if (symbol < 0) return jpeg_no_code;
-        if (bits == 0 && symbol < 0xF0) break;
-        k += symbol >> 4;
-        if (bits == 0) continue;
-        if (k >= JPEG_BLOCK) return jpeg_too_many;
-        block[jpeg_zigzag[k]] = (int16_t)jpeg_value(&j->in, bits);
-    }
-    return NULL;
-}
-
-static const char *jpeg_dc_first(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block) {
-    const char *fault = jpeg_next_dc(j, c);
     block[0] = (int16_t)(c->predicted * (1 << j->low));
-    return fault;
+    return NULL;
 }
 
 static const char *jpeg_dc_refine(struct jpeg_reader *j, struct jpeg_component *c,
@@ -6187,7 +6156,7 @@ static const char *jpeg_ac_first(struct jpeg_reader *j, struct jpeg_component *c
         int symbol = jpeg_symbol(ac, &j->in), bits = symbol & 15;
         if (symbol < 0) return jpeg_no_code;
         if (bits == 0 && symbol < 0xF0) {
-            j->eob_run = jpeg_end_of_bands(&j->in, symbol >> 4);
+            j->eob_run = j->progressive ? jpeg_end_of_bands(&j->in, symbol >> 4) : 1;
             break;
         }
         k += symbol >> 4;
@@ -6197,6 +6166,12 @@ static const char *jpeg_ac_first(struct jpeg_reader *j, struct jpeg_component *c
     }
     if (j->eob_run) j->eob_run--;
     return NULL;
+}
+
+static const char *jpeg_sequential(struct jpeg_reader *j, struct jpeg_component *c,
+                                   int16_t *block) {
+    const char *fault = jpeg_dc_first(j, c, block);
+    return fault ? fault : jpeg_ac_first(j, c, block);
 }
 
 /* Goes from k over so many zeros to the next one, or to the end of the band; each coefficient on
@@ -6367,8 +6342,15 @@ static int jpeg_scan_header(struct jpeg_reader *j, struct cursor *s) {
     int bits = cursor_byte(s);
     j->high = bits >> 4;
     j->low = bits & 15;
-    j->pass = jpeg_sequential;   /* which has no use for them */
-    int code = j->progressive ? jpeg_progression(j) : LVM_OK;
+    int code = LVM_OK;
+    if (j->progressive) {
+        code = jpeg_progression(j);
+    } else {   /* whatever the header says */
+        j->pass = jpeg_sequential;
+        j->from = 1;
+        j->to = JPEG_BLOCK - 1;
+        j->low = 0;
+    }
     for (int i = 0; i < n && !code; i++) code = jpeg_scan_tables(j, j->scan[i]);
     return code;
 }
