@@ -5762,31 +5762,32 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
 
 /* ---- JPEG in ----
 
-   ITU-T T.81 (ISO/IEC 10918-1) with JFIF's and Adobe's ways to say what the colours are. A file is
-   a row of segments. Each begins with a marker, a byte FF and one that is neither 00 nor FF:
+   ITU-T T.81 (ISO/IEC 10918-1) with JFIF's and Adobe's ways to name the colour space. A file is a
+   row of segments (annex B). Each begins with a marker, a byte FF and one that is neither 00 nor
+   FF:
 
        FF D8                                     SOI, the file begins
        FF marker | length, 2 bytes | data        in any order, but before they are needed:
            FF DB  DQT   quantisation tables          FF C4  DHT   Huffman tables
-           FF DD  DRI   MCUs between restarts        FF Ex  APPx  JFIF, Adobe, Exif, ...
+           FF DD  DRI   the restart interval, MCUs   FF Ex  APPx  JFIF, Adobe, Exif, ...
            FF C0..C2  SOF   sides, precision, components; C2: the scans are progressive
            FF DA  SOS   a scan: which components, which coefficients; behind it, without a length,
-                        the Huffman coded data, in which a byte FF is written FF 00. Every so many
-                        MCUs a marker FF D0 .. FF D7 (RSTn) may restart the decoder.
+                        entropy-coded segments, in which a byte FF is written FF 00; markers
+                        FF D0 .. FF D7 (RSTn) part them, one every restart interval
        FF D9                                     EOI
 
    What an encoder does, and a decoder undoes from the last step to the first:
 
-     1. Colour. R, G, B become brightness Y and two colour differences Cb and Cr.
-     2. Sampling. The eye sees colour coarsely: of the H x V samples that the finest component has
-        in some place, another keeps h x v. 2x2,1x1,1x1 is called 4:2:0; 2x1,1x1,1x1 is 4:2:2.
-     3. Blocks. Each component is cut into blocks of 8 x 8 samples, each turned into 64 frequencies
-        by the discrete cosine transform. A smallest piece with whole blocks of all components is
-        called an MCU, here one of 4:2:0, 16 x 16 pixels:      Y0 Y1  Cb  Cr
-                                                               Y2 Y3
+     1. Colour. R, G, B become luma Y and chroma Cb and Cr.
+     2. Subsampling. The eye sees chroma coarsely: of the H x V samples that the finest component
+        has in some place, another keeps h x v. 2x2,1x1,1x1 is 4:2:0; 2x1,1x1,1x1 is 4:2:2.
+     3. DCT. Each component's plane is cut into blocks of 8 x 8 samples, each made 64 coefficients
+        by the discrete cosine transform. The smallest piece with whole blocks of all components is
+        the MCU, minimum coded unit, here one of 4:2:0, 16 x 16 pixels:      Y0 Y1  Cb  Cr
+                                                                             Y2 Y3
      4. Quantisation. Each coefficient is divided by its table's entry and rounded: the loss.
-     5. Order. Coefficient 0 (DC) is the block's mean; the others (AC) follow in zigzag, low
-        frequencies first, so that zeros gather at the end:
+     5. Zigzag. Coefficient 0 (DC) is the block's mean; the others (AC) follow, low frequencies
+        first, so that zeros gather at the end:
 
              0  1  5  6 14 15 27 28
              2  4  7 13 16 26 29 42
@@ -5797,32 +5798,32 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
             21 34 37 47 50 56 59 61
             35 36 48 49 57 58 62 63
 
-     6. Coding. DC goes as the difference to the last block's DC of the same component: a Huffman
-        code for its number of bits, then the bits. AC goes as symbols (zeros to skip << 4 | number
-        of bits), each with its bits behind it; 00 ends the block, F0 skips sixteen zeros. A value
-        of n bits with a leading 0 is negative: v - 2^n + 1.
+     6. Entropy coding. DC goes as the difference to the last block's DC of the same component: a
+        Huffman code for its number of bits, then the bits. AC goes as symbols (zeros to skip << 4 |
+        number of bits), each with its bits behind it; 00 is EOB, the end of the block, F0 skips
+        sixteen zeros. A value of n bits with a leading 0 is negative: v - 2^n + 1.
 
-   A progressive file sends the same coefficients in several scans, coarse ones first: a band
-   from..to of the zigzag (one component a scan, except for DC) and of its bits those from `low` up;
-   a later scan with high = low + 1 adds one more bit. In such a scan 0n, n < 15, ends the band for
-   a whole run of blocks, and a refining scan puts a bit for every coefficient that is no longer
-   zero between its codes.
+   A progressive file (annex G) sends the same coefficients in several scans. Spectral selection: a
+   scan holds the band Ss..Se of the zigzag, of one component except for DC. Successive
+   approximation: of their bits it holds those from Al up; a later scan with Ah = Al + 1 refines
+   them by one bit. There n0, n < 15, is EOBn, which ends the band for a whole run of blocks, and
+   refining puts a correction bit for each coefficient that is not zero any more between its codes.
 
    The pixels are those of libjpeg-turbo as Pillow calls it, byte for byte: its accurate integer
-   transform, its triangle filter for coarse components, its integer colour conversion, and, where
-   a progressive file ends before it has sent all bits, its smoothing of blocks (the last as its
-   releases from 3.0.1 on do it, all else as since 2.1). Stricter than libjpeg, which warns and
-   paints grey: data that end early, codes that mean nothing and missing restart markers are errors.
-   As with libjpeg, bytes between segments that are no marker are skipped. Nothing is asked of what
-   follows the last pixel of a sequential file; a progressive one must have its EOI.
+   IDCT, its fancy upsampling, its integer colour conversion, and, where a progressive file ends
+   before it has sent all bits, its block smoothing (the last as its releases from 3.0.1 on do it,
+   all else as since 2.1). Stricter than libjpeg, which warns and paints grey: data that end early,
+   codes that mean nothing and missing restart markers are errors. As with libjpeg, bytes between
+   segments that are no marker are skipped. What follows the last pixel of a sequential file does
+   not matter; a progressive one must have its EOI.
 
    The orientation is that of the first APP1 that begins with "Exif\0\0", whatever stands in it. It
    counts only where segments alone lead to it: not behind a scan, TEM, RSTn or stray bytes.
 
-   Memory is asked for only when the file explains it: a block takes a bit at least. Time is
-   bounded too, although a few bytes can make a scan of nothing over all blocks: no bit of a
-   coefficient is sent twice, and all scans together visit at most JPEG_MAX_VISITS blocks, which is
-   32 scans of a grey image of 2^28 pixels, and of a smaller one as many more. */
+   Memory is allocated only when the file explains it: a block takes a bit at least. Time is bounded
+   too, although a few bytes can make a scan of nothing over all blocks: no bit of a coefficient is
+   sent twice, and all scans together have at most JPEG_MAX_BLOCKS blocks, which is 32 scans of a
+   grey image of 2^28 pixels, and of a smaller one as many more. */
 
 enum {
     JPEG_SOF0 = 0xC0, JPEG_SOF1 = 0xC1, JPEG_SOF2 = 0xC2, JPEG_DHT = 0xC4, JPEG_RESERVED = 0xC8,
@@ -5830,9 +5831,9 @@ enum {
     JPEG_EOI = 0xD9, JPEG_SOS = 0xDA, JPEG_DQT = 0xDB, JPEG_DRI = 0xDD, JPEG_DHP = 0xDE,
     JPEG_APP0 = 0xE0, JPEG_APP1 = 0xE1, JPEG_APP14 = 0xEE, JPEG_TEM = 0x01,   /* markers */
     JPEG_SIDE = 8, JPEG_BLOCK = 64,           /* of a block, in samples and in coefficients */
-    JPEG_MAX_COMPONENTS = 4, JPEG_MCU_BLOCKS = 10, JPEG_MAX_VISITS = 1 << 27,
+    JPEG_MAX_COMPONENTS = 4, JPEG_MCU_BLOCKS = 10, JPEG_MAX_BLOCKS = 1 << 27,
     JPEG_CODE_BITS = 16, JPEG_FAST_BITS = 9,  /* the longest Huffman code; those in the table */
-    JPEG_MAX_LOW = 13                         /* the highest bit that a scan may leave to others */
+    JPEG_MAX_AL = 13                          /* the highest bit that a scan may leave to others */
 };
 
 /* Where the k-th coefficient of the zigzag lies in a block, row by row. */
@@ -5842,7 +5843,7 @@ static const uint8_t jpeg_zigzag[JPEG_BLOCK] = {
     30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
 struct jpeg_huffman {
-    int made, standard;                   /* standard: not from the file, see jpeg_standard */
+    int defined, standard;                /* standard: not from the file, see jpeg_standard */
     uint16_t fast[1 << JPEG_FAST_BITS];   /* symbol << 8 | length by the next bits, 0: longer */
     uint32_t limit[JPEG_CODE_BITS + 1];   /* the first 16 bits above all codes of a length */
     int offset[JPEG_CODE_BITS + 1];       /* code of a length + offset = index in symbol */
@@ -5851,28 +5852,28 @@ struct jpeg_huffman {
 
 struct jpeg_component {
     int id, h, v, table;              /* sampling factors and DQT table, from the frame header */
-    int expand_x, expand_y;           /* H / h, V / v: pixels that one sample covers */
+    int upsample_x, upsample_y;       /* H / h, V / v: pixels that one sample covers */
     int width, height;                /* samples that the image needs */
-    int blocks_x, blocks_y;           /* blocks that hold them: what a scan of its own sends */
-    int all_x, all_y;                 /* blocks of whole MCUs: what a shared scan sends */
+    int blocks_x, blocks_y;           /* blocks that hold them: what a scan of its own holds */
+    int padded_x, padded_y;           /* blocks of whole MCUs: what an interleaved scan holds */
     int dc, ac;                       /* Huffman tables of this scan */
-    int predicted;                    /* the last block's DC */
+    int dc_pred;                      /* the last block's DC */
     int scanned;
     uint16_t quant[JPEG_BLOCK];       /* as it was when the first scan began */
-    int8_t known[JPEG_BLOCK];         /* progressive: the lowest bit sent so far, -1 none; zigzag */
-    int16_t *coefs;                   /* progressive: [all_y][all_x][JPEG_BLOCK] */
-    uint8_t *plane;                   /* [all_y * 8][all_x * 8] samples */
+    int8_t coef_bits[JPEG_BLOCK];     /* progressive: Al of the last scan, -1 none; in zigzag */
+    int16_t *coefs;                   /* progressive: [padded_y][padded_x][JPEG_BLOCK] */
+    uint8_t *plane;                   /* [padded_y * 8][padded_x * 8] samples */
 };
 
 struct jpeg_reader;
-typedef const char *jpeg_pass(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block);
+typedef const char *jpeg_decode_fn(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block);
 
 struct jpeg_reader {
     const char *name;                 /* of the file, for messages */
     lvm_error *error;
     struct bit_reader in;             /* the file; its bits are those of the scan at hand */
     uint16_t quant[4][JPEG_BLOCK];
-    int quant_made[4];
+    int quant_defined[4];
     struct jpeg_huffman huffman[2][4];          /* [DC, AC][table] */
     int progressive, width, height, n;          /* n components; 0: no frame header yet */
     int max_h, max_v, mcus_x, mcus_y;
@@ -5880,17 +5881,17 @@ struct jpeg_reader {
     int jfif, adobe;                            /* adobe: its transform number, -1 none */
     int orientation, exif_over;                 /* exif_over: no further APP1 counts */
     int restart_interval, scans;
-    int64_t visits;                             /* blocks of all scans so far */
-    int scan_n, from, to, high, low, eob_run;   /* the scan at hand */
+    int64_t scanned_blocks;                     /* of all scans so far */
+    int scan_n, ss, se, ah, al, eob_run;        /* the scan at hand: T.81's Ns, Ss, Se, Ah, Al */
     struct jpeg_component *scan[JPEG_MAX_COMPONENTS];
-    jpeg_pass *pass;                            /* what reads a block's data in this scan */
+    jpeg_decode_fn *decode_block;
 };
 
 static int jpeg_damaged(const struct jpeg_reader *j, const char *fault) {
     return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: %s", j->name, fault);
 }
 
-static int jpeg_cut(const struct jpeg_reader *j) {
+static int jpeg_truncated(const struct jpeg_reader *j) {
     return fail(j->error, LVM_FORMAT, "%s: the JPEG file is cut off before its end", j->name);
 }
 
@@ -5904,13 +5905,13 @@ static int jpeg_next_marker(struct jpeg_reader *j) {
     return 0;
 }
 
-/* Tops the bits up. At a marker the scan's data end: the input stays in front of it. */
+/* Tops the bits up. At a marker the entropy-coded segment ends: the cursor stays in front of it. */
 static void jpeg_fill(struct bit_reader *in) {
     struct cursor *c = &in->bytes;
     for (int byte; in->count <= 56 && (byte = cursor_byte(c)) >= 0; in->count += 8) {
         int next = 0;
         while (byte == 0xFF && (next = cursor_byte(c)) == 0xFF) continue;
-        if (next != 0) {
+        if (next != 0) {   /* a marker, or the end of the file */
             c->at -= next < 0 ? 1 : 2;
             return;
         }
@@ -5931,8 +5932,8 @@ static inline int jpeg_bit(struct bit_reader *in) {
     return jpeg_bits(in, 1);
 }
 
-/* A value of n bits behind its symbol. */
-static inline int jpeg_value(struct bit_reader *in, int n) {
+/* T.81's RECEIVE and EXTEND: the value of n bits behind a symbol. */
+static inline int jpeg_receive_extend(struct bit_reader *in, int n) {
     int value = jpeg_bits(in, n);
     return value < 1 << n >> 1 ? value - (1 << n) + 1 : value;
 }
@@ -5954,7 +5955,10 @@ static inline int jpeg_symbol(const struct jpeg_huffman *h, struct bit_reader *i
     return -1;
 }
 
-/* ---- JPEG: tables ---- */
+/* ---- JPEG: tables ----
+
+   Segments DHT and DQT (T.81, B.2.4.1 and B.2.4.2) define tables, which hold until others of the
+   same number replace them. Huffman codes are listed by length and canonical (annex C). */
 
 /* count[i]: the codes of i + 1 bits. False if they do not fit; a code of ones only is not used. */
 static int jpeg_huffman_build(struct jpeg_huffman *h, const uint8_t *count) {
@@ -5976,10 +5980,10 @@ static int jpeg_huffman_build(struct jpeg_huffman *h, const uint8_t *count) {
     return 1;
 }
 
-/* DHT: class << 4 | number, 16 counts, the symbols; then the next table. */
+/* DHT: Tc (0: DC, 1: AC) << 4 | number, 16 counts, the symbols; then the next table. */
 static int jpeg_huffman_tables(struct jpeg_reader *j, struct cursor *s, int standard) {
     while (s->at < s->size) {
-        int class_number = cursor_byte(s), ac = class_number >> 4, number = class_number & 15;
+        int head = cursor_byte(s), ac = head >> 4, number = head & 15;
         const uint8_t *count = cursor_take(s, JPEG_CODE_BITS);
         size_t n = 0;
         for (int i = 0; count && i < JPEG_CODE_BITS; i++) n += count[i];
@@ -5993,13 +5997,13 @@ static int jpeg_huffman_tables(struct jpeg_reader *j, struct cursor *s, int stan
         for (size_t i = 0; i < n; i++)
             if (!ac && symbols[i] > 15) ok = 0;   /* a DC of more than 15 bits */
         if (!ok) return jpeg_damaged(j, "a Huffman table (DHT) that is no code");
-        h->made = 1;
+        h->defined = 1;
         h->standard = standard;
     }
     return LVM_OK;
 }
 
-/* DQT: wide << 4 | number, 64 entries of one byte or two, in zigzag. */
+/* DQT: Pq << 4 | number, 64 entries of one byte or, where Pq is not 0, two, in zigzag. */
 static int jpeg_quant_tables(struct jpeg_reader *j, struct cursor *s) {
     while (s->at < s->size) {
         int head = cursor_byte(s), number = head & 15;
@@ -6009,7 +6013,7 @@ static int jpeg_quant_tables(struct jpeg_reader *j, struct cursor *s) {
         if (s->failed || number > 3)
             return jpeg_damaged(j, "a quantisation table (DQT) of a wrong size or number");
         memcpy(j->quant[number], table, sizeof table);
-        j->quant_made[number] = 1;
+        j->quant_defined[number] = 1;
     }
     return LVM_OK;
 }
@@ -6044,10 +6048,13 @@ static const uint8_t jpeg_standard[] = {
     0xE2, 0xE3, 0xE4, 0xE5, 0xE6, 0xE7, 0xE8, 0xE9, 0xEA, 0xF2, 0xF3, 0xF4, 0xF5, 0xF6, 0xF7, 0xF8,
     0xF9, 0xFA};
 
-/* ---- JPEG: the frame ---- */
+/* ---- JPEG: the frame ----
+
+   The frame header (T.81, B.2.2) names the process, the sides and the components; how many samples,
+   blocks and MCUs there are follows from its sampling factors (A.1 and A.2). */
 
 /* The processes that lvm does not read, by their SOF marker; NULL: no frame header. */
-static const char *jpeg_foreign_frame(int marker) {
+static const char *jpeg_other_process(int marker) {
     if (marker == JPEG_DHP) return "hierarchical";
     if (marker <= JPEG_SOF2 || marker > JPEG_SOF15 || marker == JPEG_DHT ||
         marker == JPEG_RESERVED || marker == JPEG_DAC)
@@ -6069,15 +6076,15 @@ static int jpeg_frame_sizes(struct jpeg_reader *j) {
             return fail(j->error, LVM_UNSUPPORTED, "%s: a JPEG whose components have %d x %d and "
                         "%d x %d samples in one place; lvm reads whole ratios: convert it first",
                         j->name, j->max_h, j->max_v, c->h, c->v);
-        c->expand_x = j->max_h / c->h;
-        c->expand_y = j->max_v / c->v;
-        c->width = (j->width + c->expand_x - 1) / c->expand_x;
-        c->height = (j->height + c->expand_y - 1) / c->expand_y;
+        c->upsample_x = j->max_h / c->h;
+        c->upsample_y = j->max_v / c->v;
+        c->width = (j->width + c->upsample_x - 1) / c->upsample_x;
+        c->height = (j->height + c->upsample_y - 1) / c->upsample_y;
         c->blocks_x = (c->width + JPEG_SIDE - 1) / JPEG_SIDE;
         c->blocks_y = (c->height + JPEG_SIDE - 1) / JPEG_SIDE;
-        c->all_x = j->mcus_x * c->h;
-        c->all_y = j->mcus_y * c->v;
-        memset(c->known, -1, sizeof c->known);
+        c->padded_x = j->mcus_x * c->h;
+        c->padded_y = j->mcus_y * c->v;
+        memset(c->coef_bits, -1, sizeof c->coef_bits);
     }
     return LVM_OK;
 }
@@ -6120,9 +6127,10 @@ static int jpeg_frame(struct jpeg_reader *j, int marker, struct cursor *s) {
     return jpeg_frame_sizes(j);
 }
 
-/* ---- JPEG: reading one block in each kind of scan ----
+/* ---- JPEG: decoding one block ----
 
-   The coefficients of a block begin as zeros. A fault comes back in words. */
+   T.81's procedures for sequential scans (F.2.2), and for progressive ones (G.2) of DC or AC, first
+   or refining. A block's coefficients begin as zeros. A fault comes back in words. */
 
 static const char *const jpeg_short = "the data of a scan end early";
 static const char *const jpeg_no_code = "the data of a scan are no Huffman code";
@@ -6132,37 +6140,37 @@ static const char *const jpeg_too_many = "a block has more than 64 coefficients"
 static const char *jpeg_dc_first(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block) {
     int bits = jpeg_symbol(&j->huffman[0][c->dc], &j->in);
     if (bits < 0) return jpeg_no_code;
-    c->predicted += jpeg_value(&j->in, bits);
-    if (c->predicted != (int16_t)c->predicted) return "a DC coefficient of more than 16 bits";
-    block[0] = (int16_t)(c->predicted * (1 << j->low));
+    c->dc_pred += jpeg_receive_extend(&j->in, bits);
+    if (c->dc_pred != (int16_t)c->dc_pred) return "a DC coefficient of more than 16 bits";
+    block[0] = (int16_t)(c->dc_pred * (1 << j->al));
     return NULL;
 }
 
 static const char *jpeg_dc_refine(struct jpeg_reader *j, struct jpeg_component *c,
                                   int16_t *block) {
     (void)c;
-    block[0] = (int16_t)(block[0] | jpeg_bit(&j->in) << j->low);
+    block[0] = (int16_t)(block[0] | jpeg_bit(&j->in) << j->al);
     return NULL;
 }
 
-/* The blocks, this one included, whose bands end with symbol n << 4. */
-static int jpeg_end_of_bands(struct bit_reader *in, int n) {
+/* EOBRUN of symbol EOBn: the blocks, this one included, whose bands end here. */
+static int jpeg_eob_run(struct bit_reader *in, int n) {
     return (1 << n) + jpeg_bits(in, n);
 }
 
 static const char *jpeg_ac_first(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block) {
     const struct jpeg_huffman *ac = &j->huffman[1][c->ac];
-    for (int k = j->from; k <= j->to && !j->eob_run; k++) {
+    for (int k = j->ss; k <= j->se && !j->eob_run; k++) {
         int symbol = jpeg_symbol(ac, &j->in), bits = symbol & 15;
         if (symbol < 0) return jpeg_no_code;
         if (bits == 0 && symbol < 0xF0) {
-            j->eob_run = j->progressive ? jpeg_end_of_bands(&j->in, symbol >> 4) : 1;
+            j->eob_run = j->progressive ? jpeg_eob_run(&j->in, symbol >> 4) : 1;
             break;
         }
         k += symbol >> 4;
         if (bits == 0) continue;
-        if (k > j->to) return jpeg_too_many;
-        block[jpeg_zigzag[k]] = (int16_t)(jpeg_value(&j->in, bits) * (1 << j->low));
+        if (k > j->se) return jpeg_too_many;
+        block[jpeg_zigzag[k]] = (int16_t)(jpeg_receive_extend(&j->in, bits) * (1 << j->al));
     }
     if (j->eob_run) j->eob_run--;
     return NULL;
@@ -6175,13 +6183,13 @@ static const char *jpeg_sequential(struct jpeg_reader *j, struct jpeg_component 
 }
 
 /* Goes from k over so many zeros to the next one, or to the end of the band; each coefficient on
-   the way that is not zero takes a bit, which, if set, moves it away from zero. */
+   the way that is not zero takes a correction bit, which, if set, moves it away from zero. */
 static int jpeg_refine_until(struct jpeg_reader *j, int16_t *block, int k, int zeros) {
-    for (; k <= j->to; k++) {
+    for (; k <= j->se; k++) {
         int16_t *coef = &block[jpeg_zigzag[k]];
         if (*coef == 0 && zeros-- == 0) break;
         if (*coef != 0 && jpeg_bit(&j->in))
-            *coef = (int16_t)(*coef + (*coef > 0 ? 1 << j->low : -(1 << j->low)));
+            *coef = (int16_t)(*coef + (*coef > 0 ? 1 << j->al : -(1 << j->al)));
     }
     return k;
 }
@@ -6189,18 +6197,18 @@ static int jpeg_refine_until(struct jpeg_reader *j, int16_t *block, int k, int z
 static const char *jpeg_ac_refine(struct jpeg_reader *j, struct jpeg_component *c,
                                   int16_t *block) {
     const struct jpeg_huffman *ac = &j->huffman[1][c->ac];
-    int k = j->from;
-    for (; k <= j->to && !j->eob_run; k++) {
+    int k = j->ss;
+    for (; k <= j->se && !j->eob_run; k++) {
         int symbol = jpeg_symbol(ac, &j->in), value = 0;
         if (symbol < 0 || (symbol & 15) > 1) return jpeg_no_code;
         if (symbol & 15) {
-            value = jpeg_bit(&j->in) ? 1 << j->low : -(1 << j->low);
+            value = jpeg_bit(&j->in) ? 1 << j->al : -(1 << j->al);
         } else if (symbol < 0xF0) {
-            j->eob_run = jpeg_end_of_bands(&j->in, symbol >> 4);
+            j->eob_run = jpeg_eob_run(&j->in, symbol >> 4);
             break;
         }
         k = jpeg_refine_until(j, block, k, symbol >> 4);
-        if (value && k > j->to) return jpeg_too_many;
+        if (value && k > j->se) return jpeg_too_many;
         if (value) block[jpeg_zigzag[k]] = (int16_t)value;
     }
     if (j->eob_run) {
@@ -6210,20 +6218,21 @@ static const char *jpeg_ac_refine(struct jpeg_reader *j, struct jpeg_component *
     return NULL;
 }
 
-/* ---- JPEG: the inverse transform ----
+/* ---- JPEG: dequantisation and inverse DCT ----
 
-   Loeffler, Ligtenberg and Moschytz, "Practical fast 1-D DCT algorithms with 11 multiplications",
-   ICASSP 1989, in integers: columns first, with two more bits kept, then rows. With c(i) =
-   sqrt(2) cos(i pi / 16), the constants below are sums of c(i), times 2^13. x[0] and x[4] meet in
-   a butterfly, x[2] and x[6] in a rotation by 6 pi / 16, the odd ones in the rotations that the
-   paper draws; even and odd halves then give y[i] and y[7 - i] as sum and difference.
+   T.81's IDCT (A.3.3) as Loeffler, Ligtenberg and Moschytz compute it ("Practical fast 1-D DCT
+   algorithms with 11 multiplications", ICASSP 1989), in integers: columns first, with two more bits
+   kept, then rows. With c(i) = sqrt(2) cos(i pi / 16), the constants below are sums of c(i), times
+   2^13. x[0] and x[4] meet in a butterfly, x[2] and x[6] in a rotation by 6 pi / 16, the odd ones
+   in the rotations that the paper draws; even part and odd part then give y[i] and y[7 - i] as sum
+   and difference.
 
    All inputs are held to 16 bits, which no image needs more of: so no sum leaves 32 bits,
    whatever the file says. */
 
 enum { IDCT_BITS = 13, IDCT_KEPT = 2 };
 
-static inline void jpeg_idct_8(const int16_t *x, int step, int round, int32_t *y) {
+static inline void jpeg_idct_1d(const int16_t *x, int step, int round, int32_t *y) {
     int x0 = x[0], x1 = x[step], x2 = x[2 * step], x3 = x[3 * step];
     int x4 = x[4 * step], x5 = x[5 * step], x6 = x[6 * step], x7 = x[7 * step];
 
@@ -6251,18 +6260,18 @@ static inline int jpeg_clamp(int v, int low, int high) {
     return v < low ? low : v > high ? high : v;
 }
 
-static int jpeg_is_flat(const int16_t *coefs) {
+static int jpeg_is_dc_only(const int16_t *coefs) {
     int any = 0;
     for (int i = 1; i < JPEG_BLOCK; i++) any |= coefs[i];
     return any == 0;
 }
 
-/* One block of coefficients to 8 x 8 samples. */
+/* Dequantises one block of coefficients and makes them 8 x 8 samples. */
 static void jpeg_idct(const int16_t *coefs, const uint16_t *quant, uint8_t *out, size_t stride) {
     enum { COLUMN_SHIFT = IDCT_BITS - IDCT_KEPT, ROW_SHIFT = IDCT_BITS + IDCT_KEPT + 3 };
     int16_t x[JPEG_BLOCK], column[JPEG_BLOCK];
     int32_t y[JPEG_SIDE];
-    if (jpeg_is_flat(coefs)) {   /* the same in fewer steps */
+    if (jpeg_is_dc_only(coefs)) {   /* the same in fewer steps */
         int dc = (int16_t)((int16_t)(coefs[0] * quant[0]) * (1 << IDCT_KEPT));
         for (int i = 0; i < JPEG_SIDE; i++)
             memset(out + (size_t)i * stride, jpeg_clamp(128 + ((dc + 16) >> 5), 0, 255), JPEG_SIDE);
@@ -6270,55 +6279,59 @@ static void jpeg_idct(const int16_t *coefs, const uint16_t *quant, uint8_t *out,
     }
     for (int i = 0; i < JPEG_BLOCK; i++) x[i] = (int16_t)(coefs[i] * quant[i]);
     for (int i = 0; i < JPEG_SIDE; i++) {
-        jpeg_idct_8(x + i, JPEG_SIDE, 1 << (COLUMN_SHIFT - 1), y);
+        jpeg_idct_1d(x + i, JPEG_SIDE, 1 << (COLUMN_SHIFT - 1), y);
         for (int k = 0; k < JPEG_SIDE; k++)
             column[JPEG_SIDE * k + i] = (int16_t)jpeg_clamp(y[k] >> COLUMN_SHIFT, -32768, 32767);
     }
     for (int i = 0; i < JPEG_SIDE; i++, out += stride) {
-        jpeg_idct_8(column + JPEG_SIDE * i, 1, 1 << (ROW_SHIFT - 1), y);
+        jpeg_idct_1d(column + JPEG_SIDE * i, 1, 1 << (ROW_SHIFT - 1), y);
         for (int k = 0; k < JPEG_SIDE; k++)
             out[k] = (uint8_t)jpeg_clamp(128 + (y[k] >> ROW_SHIFT), 0, 255);
     }
 }
 
-/* ---- JPEG: scans ---- */
+/* ---- JPEG: scans ----
+
+   A scan header (T.81, B.2.3) chooses components, Huffman tables and, in a progressive file, band
+   and bits (G.1.1.1). The MCUs (A.2) follow in entropy-coded segments of one restart interval each.
+   A scan of several components is interleaved; of one component, each block is an MCU. */
 
 /* A progressive scan must send what was not sent yet; notes what it sends. */
 static int jpeg_progression(struct jpeg_reader *j) {
-    int band_ok = j->from == 0 ? j->to == 0
-                               : j->from <= j->to && j->to < JPEG_BLOCK && j->scan_n == 1;
-    if (!band_ok || j->low > JPEG_MAX_LOW || (j->high && j->high != j->low + 1))
+    int band_ok = j->ss == 0 ? j->se == 0
+                             : j->ss <= j->se && j->se < JPEG_BLOCK && j->scan_n == 1;
+    if (!band_ok || j->al > JPEG_MAX_AL || (j->ah && j->ah != j->al + 1))
         return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: a scan of coefficients %d to %d, "
-                    "bits %d down to %d", j->name, j->from, j->to, j->high, j->low);
+                    "bits %d down to %d", j->name, j->ss, j->se, j->ah, j->al);
     for (int i = 0; i < j->scan_n; i++)
-        for (int k = j->from; k <= j->to; k++) {
-            int8_t *known = &j->scan[i]->known[k];
-            if (j->high ? *known != j->high : *known >= 0)
+        for (int k = j->ss; k <= j->se; k++) {
+            int8_t *bits = &j->scan[i]->coef_bits[k];
+            if (j->ah ? *bits != j->ah : *bits >= 0)
                 return jpeg_damaged(j, "a scan repeats or leaves out bits of a coefficient");
-            *known = (int8_t)j->low;
+            *bits = (int8_t)j->al;
         }
-    if (j->from == 0) j->pass = j->high ? jpeg_dc_refine : jpeg_dc_first;
-    else j->pass = j->high ? jpeg_ac_refine : jpeg_ac_first;
+    if (j->ss == 0) j->decode_block = j->ah ? jpeg_dc_refine : jpeg_dc_first;
+    else j->decode_block = j->ah ? jpeg_ac_refine : jpeg_ac_first;
     return LVM_OK;
 }
 
 /* A component's tables for the scan; its quantisation table is that of its first scan. */
 static int jpeg_scan_tables(struct jpeg_reader *j, struct jpeg_component *c) {
     const struct jpeg_huffman *dc = &j->huffman[0][c->dc], *ac = &j->huffman[1][c->ac];
-    int needs_dc = j->pass == jpeg_sequential || j->pass == jpeg_dc_first;
-    int needs_ac = j->pass != jpeg_dc_first && j->pass != jpeg_dc_refine;
-    if ((needs_dc && (!dc->made || (dc->standard && j->progressive))) ||
-        (needs_ac && (!ac->made || (ac->standard && j->progressive))))
+    int needs_dc = j->decode_block == jpeg_sequential || j->decode_block == jpeg_dc_first;
+    int needs_ac = j->decode_block != jpeg_dc_first && j->decode_block != jpeg_dc_refine;
+    if ((needs_dc && (!dc->defined || (dc->standard && j->progressive))) ||
+        (needs_ac && (!ac->defined || (ac->standard && j->progressive))))
         return jpeg_damaged(j, "a scan whose Huffman table (DHT) is missing");
     if (c->scanned && !j->progressive) return jpeg_damaged(j, "a component comes in two scans");
-    if (!c->scanned && !j->quant_made[c->table])
+    if (!c->scanned && !j->quant_defined[c->table])
         return jpeg_damaged(j, "a scan whose quantisation table (DQT) is missing");
     if (!c->scanned) memcpy(c->quant, j->quant[c->table], sizeof c->quant);
     c->scanned = 1;
     return LVM_OK;
 }
 
-/* SOS: n; for each component its id and DC << 4 | AC tables; from, to, high << 4 | low. */
+/* SOS: n; for each component its id and DC << 4 | AC tables; Ss, Se, Ah << 4 | Al. */
 static int jpeg_scan_header(struct jpeg_reader *j, struct cursor *s) {
     int n = cursor_byte(s), blocks = 0, next = 0;
     if (n < 1 || n > JPEG_MAX_COMPONENTS || s->size - s->at != 2 * (size_t)n + 3)
@@ -6337,25 +6350,25 @@ static int jpeg_scan_header(struct jpeg_reader *j, struct cursor *s) {
     }
     if (n > 1 && blocks > JPEG_MCU_BLOCKS)
         return jpeg_damaged(j, "a scan with more than 10 blocks in an MCU");
-    j->from = cursor_byte(s);
-    j->to = cursor_byte(s);
+    j->ss = cursor_byte(s);
+    j->se = cursor_byte(s);
     int bits = cursor_byte(s);
-    j->high = bits >> 4;
-    j->low = bits & 15;
+    j->ah = bits >> 4;
+    j->al = bits & 15;
     int code = LVM_OK;
     if (j->progressive) {
         code = jpeg_progression(j);
     } else {   /* whatever the header says */
-        j->pass = jpeg_sequential;
-        j->from = 1;
-        j->to = JPEG_BLOCK - 1;
-        j->low = 0;
+        j->decode_block = jpeg_sequential;
+        j->ss = 1;
+        j->se = JPEG_BLOCK - 1;
+        j->al = 0;
     }
     for (int i = 0; i < n && !code; i++) code = jpeg_scan_tables(j, j->scan[i]);
     return code;
 }
 
-/* Before the first scan: memory for the coefficients or the samples. */
+/* Before the first scan: memory for the coefficients or the planes. */
 static int jpeg_allocate(struct jpeg_reader *j) {
     int64_t bits = 0;
     for (int i = 0; i < j->n; i++)
@@ -6367,7 +6380,7 @@ static int jpeg_allocate(struct jpeg_reader *j) {
                     "%d x %d pixels", j->name, left, j->width, j->height);
     for (int i = 0; i < j->n; i++) {
         struct jpeg_component *c = &j->component[i];
-        size_t blocks = (size_t)c->all_x * (size_t)c->all_y;
+        size_t blocks = (size_t)c->padded_x * (size_t)c->padded_y;
         if (j->progressive) c->coefs = mem_alloc(blocks, JPEG_BLOCK * sizeof *c->coefs, j->error);
         else c->plane = mem_alloc(blocks, JPEG_BLOCK, j->error);
         if (!c->coefs && !c->plane) return LVM_MEMORY;
@@ -6376,14 +6389,13 @@ static int jpeg_allocate(struct jpeg_reader *j) {
 }
 
 static uint8_t *jpeg_samples(const struct jpeg_component *c, int x, int y) {
-    return c->plane + ((size_t)y * JPEG_SIDE * (size_t)c->all_x + (size_t)x) * JPEG_SIDE;
+    return c->plane + ((size_t)y * JPEG_SIDE * (size_t)c->padded_x + (size_t)x) * JPEG_SIDE;
 }
 
 static int16_t *jpeg_coefs(const struct jpeg_component *c, int x, int y) {
-    return c->coefs + ((size_t)y * (size_t)c->all_x + (size_t)x) * JPEG_BLOCK;
+    return c->coefs + ((size_t)y * (size_t)c->padded_x + (size_t)x) * JPEG_BLOCK;
 }
 
-/* All blocks of one MCU; a scan of one component has MCUs of one block. */
 static const char *jpeg_mcu(struct jpeg_reader *j, int mcu_x, int mcu_y) {
     const char *fault = NULL;
     for (int i = 0; i < j->scan_n && !fault; i++) {
@@ -6392,23 +6404,23 @@ static const char *jpeg_mcu(struct jpeg_reader *j, int mcu_x, int mcu_y) {
         for (int y = mcu_y * v; y < (mcu_y + 1) * v; y++)
             for (int x = mcu_x * h; x < (mcu_x + 1) * h && !fault; x++) {
                 if (j->progressive) {
-                    fault = j->pass(j, c, jpeg_coefs(c, x, y));
+                    fault = j->decode_block(j, c, jpeg_coefs(c, x, y));
                     continue;
                 }
                 int16_t block[JPEG_BLOCK] = {0};
-                fault = j->pass(j, c, block);
-                jpeg_idct(block, c->quant, jpeg_samples(c, x, y), (size_t)c->all_x * JPEG_SIDE);
+                fault = j->decode_block(j, c, block);
+                jpeg_idct(block, c->quant, jpeg_samples(c, x, y), (size_t)c->padded_x * JPEG_SIDE);
             }
     }
     return fault;
 }
 
-/* Forgets what the blocks so far leave to the next ones. */
-static void jpeg_start(struct jpeg_reader *j) {
+/* Forgets what blocks leave to the next ones: the state at the start of a restart interval. */
+static void jpeg_reset(struct jpeg_reader *j) {
     j->in.hold = 0;
     j->in.count = 0;
     j->eob_run = 0;
-    for (int i = 0; i < j->scan_n; i++) j->scan[i]->predicted = 0;
+    for (int i = 0; i < j->scan_n; i++) j->scan[i]->dc_pred = 0;
 }
 
 static const char *jpeg_scan_data(struct jpeg_reader *j) {
@@ -6416,23 +6428,23 @@ static const char *jpeg_scan_data(struct jpeg_reader *j) {
     int columns = only ? only->blocks_x : j->mcus_x, rows = only ? only->blocks_y : j->mcus_y;
     int left = j->restart_interval, restarts = 0;
     for (int i = 0; i < j->scan_n; i++)
-        j->visits += (int64_t)columns * rows * (only ? 1 : j->scan[i]->h * j->scan[i]->v);
-    if (j->visits > JPEG_MAX_VISITS) return "more scans than an image of its size can need";
-    jpeg_start(j);
+        j->scanned_blocks += (int64_t)columns * rows * (only ? 1 : j->scan[i]->h * j->scan[i]->v);
+    if (j->scanned_blocks > JPEG_MAX_BLOCKS) return "more scans than an image of its size can need";
+    jpeg_reset(j);
     for (int y = 0; y < rows; y++)
         for (int x = 0; x < columns; x++) {
             if (j->restart_interval && left-- == 0) {
                 int marker = jpeg_next_marker(j);
                 if (marker == 0) return jpeg_short;
                 if (marker != JPEG_RST0 + restarts++ % 8) return "a restart marker is missing";
-                jpeg_start(j);
+                jpeg_reset(j);
                 left = j->restart_interval - 1;
             }
             const char *fault = jpeg_mcu(j, x, y);
             if (j->in.count < (fault ? JPEG_CODE_BITS : 0)) return jpeg_short;
             if (fault) return fault;
         }
-    jpeg_start(j);
+    jpeg_reset(j);
     return NULL;
 }
 
@@ -6442,18 +6454,20 @@ static int jpeg_scan(struct jpeg_reader *j, struct cursor *s) {
     if (!code) code = jpeg_scan_header(j, s);
     if (code) return code;
     const char *fault = jpeg_scan_data(j);
-    if (fault == jpeg_short && jpeg_next_marker(j) == 0) return jpeg_cut(j);
+    if (fault == jpeg_short && jpeg_next_marker(j) == 0) return jpeg_truncated(j);
     return fault ? jpeg_damaged(j, fault) : LVM_OK;
 }
 
-/* ---- JPEG: segments ---- */
+/* ---- JPEG: segments ----
+
+   The order of segments is free (T.81, B.2 and B.2.4), but for what needs another first. */
 
 static int jpeg_segment(struct jpeg_reader *j, int marker) {
     struct cursor *file = &j->in.bytes;
     uint32_t size = cursor_big(file, 2);
     if (size < 2 && !file->failed) return jpeg_damaged(j, "a segment shorter than its own length");
     const uint8_t *d = cursor_take(file, size - 2);
-    if (!d) return jpeg_cut(j);
+    if (!d) return jpeg_truncated(j);
     struct cursor s = {d, size - 2, 0, 0};
     switch (marker) {
     case JPEG_SOF0: case JPEG_SOF1: case JPEG_SOF2: return jpeg_frame(j, marker, &s);
@@ -6484,7 +6498,7 @@ static int jpeg_segment(struct jpeg_reader *j, int marker) {
 static int jpeg_all_scanned(const struct jpeg_reader *j) {
     for (int i = 0; i < j->n; i++) {
         const struct jpeg_component *c = &j->component[i];
-        if (!c->scanned || (j->progressive && c->known[0] < 0)) return 0;
+        if (!c->scanned || (j->progressive && c->coef_bits[0] < 0)) return 0;
     }
     return j->n > 0;
 }
@@ -6494,17 +6508,17 @@ static int jpeg_segments(struct jpeg_reader *j) {
     int code = LVM_OK;
     while (!code && (j->progressive || !jpeg_all_scanned(j))) {
         int marker = jpeg_next_marker(j);
-        if (marker == 0) return jpeg_cut(j);
+        if (marker == 0) return jpeg_truncated(j);
         if (marker == JPEG_EOI) break;
         if (marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7)) {
             j->exif_over = 1;
             continue;
         }
         if (marker == JPEG_SOI) return jpeg_damaged(j, "it begins a second time (SOI)");
-        const char *foreign = jpeg_foreign_frame(marker);
-        if (foreign)
+        const char *process = jpeg_other_process(marker);
+        if (process)
             return fail(j->error, LVM_UNSUPPORTED, "%s: a JPEG of a rare kind (%s); lvm reads "
-                        "baseline and progressive ones: convert it first", j->name, foreign);
+                        "baseline and progressive ones: convert it first", j->name, process);
         code = jpeg_segment(j, marker);
     }
     if (!code && !j->n) return jpeg_damaged(j, "no frame header (SOF)");
@@ -6512,19 +6526,19 @@ static int jpeg_segments(struct jpeg_reader *j) {
     return code;
 }
 
-/* ---- JPEG: smoothing what a progressive file left out ----
+/* ---- JPEG: block smoothing ----
 
-   A progressive file may end when only DC, or only the upper bits of some AC, were sent. libjpeg
-   then guesses the first AC coefficients that are still zero from the DC of the 5 x 5 blocks
-   around: where DC falls from left to right, coefficient 1 is not zero, and so on. A guess is a
-   weighted sum of DC, / 256, held below the first bit that was not sent. Where no AC came at all
-   there are guesses for nine of them, and DC is smoothed too. A finished file needs none of this.
-*/
+   A progressive file may end when only DC, or only the upper bits of some AC, were sent. As T.81's
+   K.8 suggests, libjpeg then predicts the first AC coefficients that are still zero from the DC of
+   the 5 x 5 blocks around: where DC falls from left to right, coefficient 1 is not zero, and so on.
+   A prediction is a weighted sum of DC, / 256, held below the first bit that was not sent. Where no
+   AC came at all nine of them are predicted, and DC is smoothed too. A finished file needs none of
+   this. */
 
-enum { JPEG_WINDOW = 5, JPEG_GUESSED = 9, JPEG_GUESSED_OF_MORE = 5 };
+enum { JPEG_WINDOW = 5, JPEG_PREDICTED = 9, JPEG_PREDICTED_OF_MORE = 5 };
 
 /* For rising horizontal frequency 1, 2, 3; for 1 x 1; for 2 x 1 and DC; then the first two and
-   1 x 1 where some AC is known. Vertical frequencies use them turned over the diagonal. */
+   1 x 1 where some AC is known. Vertical frequencies use them transposed. */
 static const int16_t jpeg_kernels[9][JPEG_WINDOW * JPEG_WINDOW] = {
     {-1, -1, 0, 1, 1,  -3, 13, 0, -13, 3,  -3, 38, 0, -38, 3,  -3, 13, 0, -13, 3,
      -1, -1, 0, 1, 1},
@@ -6538,8 +6552,8 @@ static const int16_t jpeg_kernels[9][JPEG_WINDOW * JPEG_WINDOW] = {
     {0, 0, 0, 0, 0,  0, 0, 0, 0, 0,  -1, 13, -24, 13, -1,  0, 0, 0, 0, 0,  0, 0, 0, 0, 0},
     {0, -1, 0, 1, 0,  -1, 10, 0, -10, 1,  0, 0, 0, 0, 0,  1, -10, 0, 10, -1,  0, 1, 0, -1, 0}};
 
-/* By zigzag: the kernel where only DC is known, where more is, and whether to turn it. */
-static const uint8_t jpeg_kernel_of[1 + JPEG_GUESSED][3] = {
+/* By zigzag: the kernel where only DC is known, where more is, and whether to transpose it. */
+static const uint8_t jpeg_kernel_of[1 + JPEG_PREDICTED][3] = {
     {5, 5, 0}, {0, 6, 0}, {0, 6, 1}, {1, 7, 1}, {3, 8, 0}, {1, 7, 0}, {2, 0, 0}, {4, 0, 0},
     {4, 0, 1}, {2, 0, 1}};
 
@@ -6547,9 +6561,9 @@ static const uint8_t jpeg_kernel_of[1 + JPEG_GUESSED][3] = {
 static int jpeg_needs_smoothing(const struct jpeg_reader *j) {
     int lacking = 0;
     for (int i = 0; i < j->n; i++)
-        for (int k = 0; k <= JPEG_GUESSED; k++) {
+        for (int k = 0; k <= JPEG_PREDICTED; k++) {
             if (j->component[i].quant[jpeg_zigzag[k]] == 0) return 0;
-            if (k > 0 && j->component[i].known[k] != 0) lacking = 1;
+            if (k > 0 && j->component[i].coef_bits[k] != 0) lacking = 1;
         }
     return lacking;
 }
@@ -6571,11 +6585,11 @@ static void jpeg_window(const struct jpeg_reader *j, const struct jpeg_component
 
 static void jpeg_smooth(const struct jpeg_component *c, const int *dc, int16_t *block) {
     int more = 0;
-    for (int k = 1; k <= JPEG_GUESSED; k++)
-        if (c->known[k] >= 0) more = 1;
-    for (int k = more; k <= (more ? JPEG_GUESSED_OF_MORE : JPEG_GUESSED); k++) {
-        int at = jpeg_zigzag[k], low = c->known[k];
-        if (k > 0 && (low == 0 || block[at] != 0)) continue;
+    for (int k = 1; k <= JPEG_PREDICTED; k++)
+        if (c->coef_bits[k] >= 0) more = 1;
+    for (int k = more; k <= (more ? JPEG_PREDICTED_OF_MORE : JPEG_PREDICTED); k++) {
+        int at = jpeg_zigzag[k], al = c->coef_bits[k];
+        if (k > 0 && (al == 0 || block[at] != 0)) continue;
         const int16_t *kernel = jpeg_kernels[jpeg_kernel_of[k][more]];
         int64_t sum = 0, q = c->quant[at];
         for (int y = 0; y < JPEG_WINDOW; y++)
@@ -6583,15 +6597,15 @@ static void jpeg_smooth(const struct jpeg_component *c, const int *dc, int16_t *
                 sum += dc[y * JPEG_WINDOW + x] *
                        kernel[jpeg_kernel_of[k][2] ? x * JPEG_WINDOW + y : y * JPEG_WINDOW + x];
         sum *= c->quant[0];
-        int64_t guess = ((sum < 0 ? -sum : sum) + q * 128) / (q * 256);
-        if (k > 0 && low > 0) guess = min64(guess, (1 << low) - 1);
-        block[at] = (int16_t)(sum < 0 ? -guess : guess);
+        int64_t pred = ((sum < 0 ? -sum : sum) + q * 128) / (q * 256);
+        if (k > 0 && al > 0) pred = min64(pred, (1 << al) - 1);
+        block[at] = (int16_t)(sum < 0 ? -pred : pred);
     }
 }
 
-/* The samples of a progressive component, whose coefficients are then no longer needed. */
+/* The plane of a progressive component, whose coefficients are then no longer needed. */
 static int jpeg_finish_component(struct jpeg_reader *j, struct jpeg_component *c, int smooth) {
-    c->plane = mem_alloc((size_t)c->all_x * (size_t)c->all_y, JPEG_BLOCK, j->error);
+    c->plane = mem_alloc((size_t)c->padded_x * (size_t)c->padded_y, JPEG_BLOCK, j->error);
     if (!c->plane) return LVM_MEMORY;
     for (int y = 0; y < c->blocks_y; y++)
         for (int x = 0; x < c->blocks_x; x++) {
@@ -6602,23 +6616,25 @@ static int jpeg_finish_component(struct jpeg_reader *j, struct jpeg_component *c
                 jpeg_window(j, c, x, y, dc);
                 jpeg_smooth(c, dc, block);
             }
-            jpeg_idct(block, c->quant, jpeg_samples(c, x, y), (size_t)c->all_x * JPEG_SIDE);
+            jpeg_idct(block, c->quant, jpeg_samples(c, x, y), (size_t)c->padded_x * JPEG_SIDE);
         }
     mem_free(c->coefs);
     c->coefs = NULL;
     return LVM_OK;
 }
 
-/* ---- JPEG: from samples to pixels ----
+/* ---- JPEG: from planes to pixels ----
 
-   A component with half the columns or half the rows goes through a triangle filter: a new sample
-   is 3/4 of the one that it lies in and 1/4 of the next one on its side, in both directions where
-   both are halved; at the borders the nearest sample stands for the missing one. The halves that
-   rounding meets go up for one neighbour and down for the other. Other ratios, and components of
-   at most two columns, repeat their samples. */
+   Chroma of every other column, row or both (h2v1, h1v2, h2v2) goes through libjpeg's fancy
+   upsampling, a triangle filter: a new sample is 3/4 of the one that it lies in and 1/4 of the next
+   one on its side, in both directions for h2v2; at the borders the nearest sample stands for the
+   missing one. Ties of the rounding go up for one neighbour and down for the other. Other ratios,
+   and components of at most two columns, repeat their samples. Then the colour space of JFIF
+   (ITU-T T.871) or of Adobe's APP14 becomes RGB. */
 
-/* out[2 i], out[2 i + 1] from s[i] and its neighbours; s[-1] and s[n] can be read. */
-static void jpeg_widen(const uint16_t *s, int n, int shift, int left, int right, uint8_t *out) {
+/* h2: out[2 i], out[2 i + 1] from s[i] and its neighbours; s[-1] and s[n] can be read. */
+static void jpeg_upsample_h2(const uint16_t *s, int n, int shift, int left, int right,
+                             uint8_t *out) {
     for (int i = 0; i < n; i++) {
         out[2 * i] = (uint8_t)((3 * s[i] + s[i - 1] + left) >> shift);
         out[2 * i + 1] = (uint8_t)((3 * s[i] + s[i + 1] + right) >> shift);
@@ -6626,38 +6642,32 @@ static void jpeg_widen(const uint16_t *s, int n, int shift, int left, int right,
 }
 
 /* Row y of the image from one component. sums: room for width + 2. */
-static const uint8_t *jpeg_row(const struct jpeg_component *c, int y, uint16_t *sums,
-                               uint8_t *out) {
-    size_t stride = (size_t)c->all_x * JPEG_SIDE;
-    int at = y / c->expand_y, n = c->width;
+static const uint8_t *jpeg_upsample_row(const struct jpeg_component *c, int y, uint16_t *sums,
+                                        uint8_t *out) {
+    size_t stride = (size_t)c->padded_x * JPEG_SIDE;
+    int at = y / c->upsample_y, n = c->width, h = c->upsample_x, v2 = c->upsample_y == 2;
     int next = jpeg_clamp(y % 2 ? at + 1 : at - 1, 0, c->height - 1);
     const uint8_t *near = c->plane + (size_t)at * stride, *far = c->plane + (size_t)next * stride;
-    int wide = c->expand_x == 2 && c->expand_y <= 2 && n > 2;
-    if (c->expand_x == 1 && c->expand_y == 2) {
+    if (h == 1 && !v2) return near;
+    if (h == 1) {
         for (int i = 0; i < n; i++) out[i] = (uint8_t)((3 * near[i] + far[i] + 1 + y % 2) >> 2);
-        return out;
-    }
-    if (!wide) {
-        if (c->expand_x == 1) return near;
+    } else if (h == 2 && c->upsample_y <= 2 && n > 2) {
         for (int i = 0; i < n; i++)
-            memset(out + i * c->expand_x, near[i], (size_t)c->expand_x);
-        return out;
+            sums[1 + i] = (uint16_t)(v2 ? 3 * near[i] + far[i] : near[i]);
+        sums[0] = sums[1];
+        sums[1 + n] = sums[n];
+        if (v2) jpeg_upsample_h2(sums + 1, n, 4, 8, 7, out);
+        else jpeg_upsample_h2(sums + 1, n, 2, 1, 2, out);
+    } else {
+        for (int i = 0; i < n; i++) memset(out + i * h, near[i], (size_t)h);
     }
-    int both = c->expand_y == 2;
-    for (int i = 0; i < n; i++)
-        sums[1 + i] = (uint16_t)(both ? 3 * near[i] + far[i] : near[i]);
-    sums[0] = sums[1];
-    sums[1 + n] = sums[n];
-    if (both) jpeg_widen(sums + 1, n, 4, 8, 7, out);
-    else jpeg_widen(sums + 1, n, 2, 1, 2, out);
     return out;
 }
 
-/* The colours that a file's components are. */
-enum jpeg_colours { JPEG_GREY, JPEG_YCC, JPEG_RGB, JPEG_YCCK, JPEG_CMYK };
+enum jpeg_colour_space { JPEG_GREY, JPEG_YCC, JPEG_RGB, JPEG_YCCK, JPEG_CMYK };
 
-/* JFIF allows YCbCr only; Adobe's segment tells; else RGB is known by its components' names. */
-static enum jpeg_colours jpeg_colours_of(const struct jpeg_reader *j) {
+/* JFIF allows YCbCr only; Adobe's APP14 names its transform; else RGB is known by its ids. */
+static enum jpeg_colour_space jpeg_colour_space_of(const struct jpeg_reader *j) {
     const struct jpeg_component *c = j->component;
     if (j->n == 1) return JPEG_GREY;
     if (j->n == 4) return j->adobe > 0 ? JPEG_YCCK : JPEG_CMYK;
@@ -6675,17 +6685,17 @@ static inline void jpeg_ycc_to_rgb(int y, int cb, int cr, uint8_t *rgb) {
     rgb[2] = (uint8_t)jpeg_clamp(y + ((116130 * cb + 32768) >> 16), 0, 255);
 }
 
-/* Ink to light, where 255 is no ink, as Adobe's programs write it and Pillow takes for granted:
-   light k and the share c of it, rounded as Pillow does on inks 255 - k and 255 - c. */
-static inline uint8_t jpeg_light(int c, int k) {
+/* R from C, G from M or B from Y, and K. CMYK is inverted, 255 being no ink, as Adobe's programs
+   write it and Pillow takes for granted: k c / 255, rounded as Pillow does on 255 - c and k. */
+static inline uint8_t jpeg_cmyk_to_rgb(int c, int k) {
     int x = (255 - c) * k + 128;
     return (uint8_t)(k - ((x + (x >> 8)) >> 8));
 }
 
-static void jpeg_row_to_rgb(enum jpeg_colours colours, const uint8_t *const *row, int n,
+static void jpeg_row_to_rgb(enum jpeg_colour_space space, const uint8_t *const *row, int n,
                             uint8_t *rgb) {
     for (int i = 0; i < n; i++, rgb += RGB) {
-        switch (colours) {
+        switch (space) {
         case JPEG_GREY:
             memset(rgb, row[0][i], RGB);
             break;
@@ -6695,18 +6705,18 @@ static void jpeg_row_to_rgb(enum jpeg_colours colours, const uint8_t *const *row
         case JPEG_RGB: case JPEG_CMYK:
             for (int c = 0; c < RGB; c++) rgb[c] = row[c][i];
             break;
-        case JPEG_YCCK:   /* it is the inks that were turned into YCbCr */
+        case JPEG_YCCK:   /* by its definition C is 255 - R, M 255 - G, Y 255 - B */
             jpeg_ycc_to_rgb(row[0][i], row[1][i], row[2][i], rgb);
             for (int c = 0; c < RGB; c++) rgb[c] = (uint8_t)(255 - rgb[c]);
             break;
         }
-        if (colours >= JPEG_YCCK)
-            for (int c = 0; c < RGB; c++) rgb[c] = jpeg_light(rgb[c], row[3][i]);
+        if (space >= JPEG_YCCK)
+            for (int c = 0; c < RGB; c++) rgb[c] = jpeg_cmyk_to_rgb(rgb[c], row[3][i]);
     }
 }
 
 static int jpeg_pixels(struct jpeg_reader *j, lvm_image *image) {
-    enum jpeg_colours colours = jpeg_colours_of(j);
+    enum jpeg_colour_space space = jpeg_colour_space_of(j);
     size_t n = (size_t)j->mcus_x * (size_t)j->max_h * JPEG_SIDE;   /* a row, whole MCUs of it */
     uint8_t *rows = mem_alloc((size_t)j->n, n, j->error);
     uint16_t *sums = rows ? mem_alloc(n + 2, sizeof *sums, j->error) : NULL;
@@ -6714,9 +6724,8 @@ static int jpeg_pixels(struct jpeg_reader *j, lvm_image *image) {
     for (int y = 0; y < j->height && !code; y++) {
         const uint8_t *row[JPEG_MAX_COMPONENTS];
         for (int i = 0; i < j->n; i++)
-            row[i] = jpeg_row(&j->component[i], y, sums, rows + (size_t)i * n);
-        jpeg_row_to_rgb(colours, row, j->width,
-                        image->rgb + (size_t)y * (size_t)j->width * RGB);
+            row[i] = jpeg_upsample_row(&j->component[i], y, sums, rows + (size_t)i * n);
+        jpeg_row_to_rgb(space, row, j->width, image->rgb + (size_t)y * (size_t)j->width * RGB);
     }
     if (!code) image->orientation = j->orientation;
     mem_free(sums);
