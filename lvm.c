@@ -4861,7 +4861,7 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
    file and touches them through one checked cursor, so that a damaged or hostile file is an error
    message and never a crash.
 
-   Formats followed:
+   Formats:
      PNG                  Portable Network Graphics, third edition (W3C)
      JPEG                 ITU-T T.81, decoded to the bytes of libjpeg-turbo's default decoder
      zlib, deflate        RFC 1950 (the wrapper: two bytes, data, Adler-32) and RFC 1951
@@ -4877,24 +4877,13 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
      - Alpha is dropped, not blended: an RGBA pixel keeps its R, G, B, whatever A says. This is
        Pillow's convert('RGB'), hence what the published checkpoints saw. tRNS is ignored likewise.
      - 16-bit colour keeps its high byte, but 16-bit grey is cut at 255, so that nearly all of it
-       turns white: Pillow holds such grey as integers, and its convert('RGB') clips integers.
+       becomes white: Pillow holds such grey as integers, and its convert('RGB') clips integers.
        Scale such images (depth maps, say) to 8 bits before they are shown to a model.
-     - A photo's EXIF rotation is left alone, as by Pillow, unless lvm_image_upright is called.
+     - A photo's EXIF orientation is left alone, as by Pillow, unless lvm_image_upright is called.
      - gAMA, iCCP, sRGB and cHRM are ignored, as by Pillow: the bytes are the values.
      - Deflate sends Huffman codes from their top bit and everything else from the lowest bit.
        Codes are therefore kept reversed, and all bits come from one little-endian stream.
-     - A filtered row depends on the row above *after* that one was unfiltered.
-
-   The bicubic kernel (Keys 1981, a = -1/2) gives a sample at distance x the weight
-
-       w(x) = (a+2)|x|^3 - (a+3)|x|^2 + 1        for |x| < 1
-            = a|x|^3 - 5a|x|^2 + 8a|x| - 4a      for 1 <= |x| < 2,   else 0.
-
-   Output pixel i of n_out lies at c = (i + 1/2) s in the input, s = n_in / n_out. When the image
-   shrinks (s > 1) the kernel is stretched by s and so averages instead of skipping; it spans
-   c +- 2 max(s, 1), cut at the borders, and its weights are divided by their sum:
-
-       out[i] = sum_j w((j + 1/2 - c) / max(s, 1)) in[j]  /  sum_j w((j + 1/2 - c) / max(s, 1)) */
+     - A filtered row depends on the row above after that one was unfiltered. */
 
 enum {
     IMAGE_MAX_PIXELS = 1 << 28,  /* 800 MB of RGB: larger is a mistake or an attack */
@@ -4916,7 +4905,7 @@ static int image_sides_ok(int64_t width, int64_t height) {
            width * height <= IMAGE_MAX_PIXELS;
 }
 
-/* Every reader comes here with its header's sides before it asks for memory. */
+/* Every reader comes here with its header's sides before it allocates memory. */
 static int image_check_sides(const char *name, const char *kind, int64_t width, int64_t height,
                              lvm_error *error) {
     if (image_sides_ok(width, height)) return LVM_OK;
@@ -4932,8 +4921,7 @@ void lvm_image_free(lvm_image *image) {
 
 /* ---- Bytes ----
 
-   All readers of this chapter take their bytes through chapter 4's cursor. Numbers in PNG and JPEG
-   files begin with their high byte. */
+   All readers take their bytes through chapter 4's cursor. PNG and JPEG are big-endian. */
 
 static uint32_t cursor_big(struct cursor *c, int bytes) {
     uint32_t v = 0;
@@ -4949,9 +4937,9 @@ static inline int cursor_byte(struct cursor *c) {
 
 /* ---- Checksums ----
 
-   CRC-32 guards every PNG chunk, Adler-32 the decompressed data. The CRC takes four bytes a step:
-   table[k][b] is the effect of byte b with k zero bytes behind it. The tables take microseconds to
-   make, so each file makes its own and nothing is shared between threads. */
+   CRC-32 guards every PNG chunk (PNG, 5.5), Adler-32 the decompressed data (RFC 1950). CRC takes
+   four bytes a step: table[k][b] is the effect of byte b with k zero bytes behind it. The tables
+   take microseconds to make, so each file makes its own and nothing is shared between threads. */
 
 struct crc32 {
     uint32_t table[4][256];
@@ -4998,57 +4986,65 @@ static uint32_t adler32_of(const uint8_t *data, size_t size) {
 
 /* ---- What inflate and deflate share ----
 
-   Deflate data are literals (symbols 0..255), an end mark (256) and matches: "copy `length` bytes
-   from `distance` back". Lengths and distances are coded as small floating-point numbers: a class
-   (exponent and leading mantissa bits, Huffman coded) and the rest of the mantissa as plain bits.
-   With v = length - 3 and 2 mantissa bits in the class, or v = distance - 1 and 1 bit:
+   Deflate data (RFC 1951, 3.2) are literals (symbols 0..255), end-of-block (256) and matches: "copy
+   `length` bytes from `distance` back". Lengths and distances are written as small floating-point
+   numbers: a length code or distance code (exponent and leading mantissa bits, Huffman coded) and
+   extra bits (the rest of the mantissa). With v = length - 3 and 2 mantissa bits in the code, or
+   v = distance - 1 and 1 bit:
 
-       v < 2^(bits+1):  class = v, no further bits
-       otherwise:       class = (n << bits) + (v >> n), then the n low bits of v
+       v < 2^(bits+1):  code = v, no extra bits
+       otherwise:       code = (n << bits) + (v >> n), then the n low bits of v
 
-   so no table of bases is needed. One exception: length 258 has a class of its own, 28, while the
-   formula's last code (v = 255 in class 27) stays unused. */
+   so no table of bases is needed. One exception: length 258 has a code of its own, 28, while the
+   formula's last value (v = 255 in code 27) stays unused. */
 
 enum {
     DEFLATE_END = 256, DEFLATE_MATCH = 257,
     DEFLATE_LITERALS = 286, DEFLATE_DISTANCES = 30,   /* symbols with a meaning */
     DEFLATE_MIN_LENGTH = 3, DEFLATE_MAX_LENGTH = 258, DEFLATE_WINDOW = 32768,
-    DEFLATE_LONGEST_CLASS = 28,
-    LENGTH_BITS = 2, DISTANCE_BITS = 1,               /* mantissa bits inside the class */
+    DEFLATE_LONGEST_CODE = 28,
+    LENGTH_BITS = 2, DISTANCE_BITS = 1,               /* mantissa bits inside the code */
     HUFFMAN_MAX_BITS = 15, HUFFMAN_MAX_SYMBOLS = 288
 };
 
-/* The order in which a block's header lists the lengths of the code for code lengths. */
+/* The order in which the header of a dynamic block lists the lengths of the code length code. */
 static const uint8_t deflate_header_order[19] =
     {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
 
-static int class_extra_bits(int class, int bits) {
-    return class < 2 << bits ? 0 : (class >> bits) - 1;
+static int code_extra_bits(int code, int bits) {
+    return code < 2 << bits ? 0 : (code >> bits) - 1;
 }
 
-static int class_base(int class, int bits) {
-    int n = class_extra_bits(class, bits);
-    return (class - (n << bits)) << n;
+static int code_base(int code, int bits) {
+    int n = code_extra_bits(code, bits);
+    return (code - (n << bits)) << n;
 }
 
-static int class_of(unsigned value, int bits) {
+static int deflate_code(unsigned value, int bits) {
     int n = 0;
     while (value >> (n + bits + 1)) n++;
     return (n << bits) + (int)(value >> n);
 }
 
-static int length_class(int length) {
-    if (length == DEFLATE_MAX_LENGTH) return DEFLATE_LONGEST_CLASS;
-    return class_of((unsigned)(length - DEFLATE_MIN_LENGTH), LENGTH_BITS);
+static int length_code(int length) {
+    if (length == DEFLATE_MAX_LENGTH) return DEFLATE_LONGEST_CODE;
+    return deflate_code((unsigned)(length - DEFLATE_MIN_LENGTH), LENGTH_BITS);
 }
 
-static int length_extra_bits(int class) {
-    return class == DEFLATE_LONGEST_CLASS ? 0 : class_extra_bits(class, LENGTH_BITS);
+static int length_extra_bits(int code) {
+    return code == DEFLATE_LONGEST_CODE ? 0 : code_extra_bits(code, LENGTH_BITS);
 }
 
-static int length_base(int class) {
-    if (class == DEFLATE_LONGEST_CLASS) return DEFLATE_MAX_LENGTH;
-    return DEFLATE_MIN_LENGTH + class_base(class, LENGTH_BITS);
+static int length_base(int code) {
+    if (code == DEFLATE_LONGEST_CODE) return DEFLATE_MAX_LENGTH;
+    return DEFLATE_MIN_LENGTH + code_base(code, LENGTH_BITS);
+}
+
+/* Code lengths are themselves run-length and Huffman coded: symbol 16 repeats the last one 3..6
+   times, 17 zero 3..10 times, 18 zero 11..138 times. */
+static int run_base(int symbol) { return symbol == 18 ? 11 : 3; }
+static int run_extra_bits(int symbol) {
+    return symbol == 16 ? 2 : symbol == 17 ? 3 : symbol == 18 ? 7 : 0;
 }
 
 static uint32_t reverse_bits(uint32_t value, int n) {
@@ -5082,9 +5078,9 @@ static void deflate_fixed_lengths(uint8_t *literal, uint8_t *distance) {
 
 /* ---- Inflate ----
 
-   The output's size is known beforehand (from the image's header), so the caller gives a buffer
-   of exactly that size and any other amount of data is a fault. Each function returns NULL or the
-   fault in words; the caller adds the file's name.
+   A zlib stream (RFC 1950) of deflate blocks. The output's size is known beforehand (from the
+   image's header), so the caller gives a buffer of exactly that size and any other amount of data
+   is a fault. Each function returns NULL or the fault in words; the caller adds the file's name.
 
    Bits are held in a 64-bit word that is topped up once per literal or match: 56 bits are enough
    for the longest match (15 + 5 + 15 + 13). Past the end of input the word fills with zeros while
@@ -5205,7 +5201,6 @@ static const char *inflate_stored(struct inflate *z) {
     return NULL;
 }
 
-/* Code lengths are themselves run-length and Huffman coded: 16 repeats the last, 17 and 18 zero. */
 static const char *inflate_lengths(struct inflate *z, uint8_t *length, int n) {
     struct bit_reader *b = &z->bits;
     for (int i = 0; i < n;) {
@@ -5214,12 +5209,9 @@ static const char *inflate_lengths(struct inflate *z, uint8_t *length, int n) {
         uint8_t value = (uint8_t)symbol;
         if (symbol < 0 || (symbol == 16 && i == 0))
             return b->count <= 0 ? inflate_short : inflate_damaged;
-        if (symbol == 16) {
-            value = length[i - 1];
-            repeat = 3 + (int)bits_take(b, 2);
-        } else if (symbol >= 17) {
-            value = 0;
-            repeat = symbol == 17 ? 3 + (int)bits_take(b, 3) : 11 + (int)bits_take(b, 7);
+        if (symbol >= 16) {
+            value = symbol == 16 ? length[i - 1] : 0;
+            repeat = run_base(symbol) + (int)bits_take(b, run_extra_bits(symbol));
         }
         if (b->count < 0) return inflate_short;
         if (repeat > n - i) return inflate_damaged;
@@ -5228,7 +5220,7 @@ static const char *inflate_lengths(struct inflate *z, uint8_t *length, int n) {
     return NULL;
 }
 
-static const char *inflate_header(struct inflate *z) {
+static const char *inflate_dynamic(struct inflate *z) {
     struct bit_reader *b = &z->bits;
     uint8_t length[HUFFMAN_MAX_SYMBOLS + 32] = {0};
     bits_fill(b);
@@ -5257,15 +5249,15 @@ static void inflate_fixed(struct inflate *z) {
 }
 
 /* A match whose literal/length symbol was just read. */
-static const char *inflate_match(struct inflate *z, int class) {
+static const char *inflate_match(struct inflate *z, int code) {
     struct bit_reader *b = &z->bits;
-    if (class > DEFLATE_LONGEST_CLASS) return inflate_damaged;
-    size_t length = (size_t)length_base(class) + bits_take(b, length_extra_bits(class));
-    class = huffman_next(&z->distances, b);
-    if (class < 0 || class >= DEFLATE_DISTANCES)
+    if (code > DEFLATE_LONGEST_CODE) return inflate_damaged;
+    size_t length = (size_t)length_base(code) + bits_take(b, length_extra_bits(code));
+    code = huffman_next(&z->distances, b);
+    if (code < 0 || code >= DEFLATE_DISTANCES)
         return b->count <= 0 ? inflate_short : inflate_damaged;
-    size_t distance = 1 + (size_t)class_base(class, DISTANCE_BITS);
-    distance += bits_take(b, class_extra_bits(class, DISTANCE_BITS));
+    size_t distance = 1 + (size_t)code_base(code, DISTANCE_BITS);
+    distance += bits_take(b, code_extra_bits(code, DISTANCE_BITS));
     if (b->count < 0) return inflate_short;
     if (distance > (size_t)(z->at - z->out)) return inflate_damaged;
     if (length > (size_t)(z->end - z->at)) return inflate_long;
@@ -5297,23 +5289,20 @@ static const char *inflate_codes(struct inflate *z) {
     }
 }
 
-static const char *inflate_block(struct inflate *z, unsigned kind) {
-    if (kind == 0) return inflate_stored(z);
-    if (kind == 3) return inflate_damaged;
-    if (kind == 1) {
-        inflate_fixed(z);
-    } else {
-        const char *fault = inflate_header(z);
-        if (fault) return fault;
-    }
-    return inflate_codes(z);
+static const char *inflate_block(struct inflate *z, unsigned type) {
+    if (type == 0) return inflate_stored(z);
+    if (type == 3) return inflate_damaged;
+    const char *fault = NULL;
+    if (type == 1) inflate_fixed(z);
+    else fault = inflate_dynamic(z);
+    return fault ? fault : inflate_codes(z);
 }
 
 /* Decompresses a zlib stream into exactly out_size bytes. Bytes behind the stream are ignored. */
 static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t size,
                                 uint8_t *out, size_t out_size) {
     struct cursor *c = &z->bits.bytes;
-    *c = (struct cursor){data, size, 0, 0};
+    z->bits = (struct bit_reader){{data, size, 0, 0}, 0, 0};
     uint32_t header = cursor_big(c, 2);
     if (c->failed) return inflate_short;
     if ((header >> 8 & 15) != 8 || header >> 12 > 7 || header % 31 || header & 32)
@@ -5323,9 +5312,9 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
     for (unsigned last = 0; !last;) {
         bits_fill(&z->bits);
         last = bits_take(&z->bits, 1);
-        unsigned kind = bits_take(&z->bits, 2);
+        unsigned type = bits_take(&z->bits, 2);
         if (z->bits.count < 0) return inflate_short;
-        const char *fault = inflate_block(z, kind);
+        const char *fault = inflate_block(z, type);
         if (fault) return fault;
     }
     if (z->at != z->end) return "the compressed data hold less than the image";
@@ -5338,18 +5327,17 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
 
 /* ---- EXIF orientation ----
 
-   A camera held sideways writes the pixels as its sensor lay and the turn that makes them upright
-   as one number. It stands in a TIFF file inside a JPEG's APP1 segment or a PNG's eXIf chunk:
+   A camera held sideways writes the pixels as its sensor lay and how to make them upright as one
+   number, Exif's tag Orientation. It stands in a TIFF file inside a JPEG's APP1 segment or a PNG's
+   eXIf chunk:
 
-       TIFF:   "II" or "MM" (its byte order) | 42 | offset of a directory
+       TIFF:   "II" or "MM" (its byte order) | 42 | offset of a directory (IFD)
        there:  number of entries (2 bytes), then each: tag 2 | type 2 | count 4 | value 4
 
-   Whoever looks for it finds 1 to 8, or 0 where nothing or nonsense stands; bad offsets are no
-   error, for the pixels do not depend on them. */
+   Readers find 1 to 8, or 0 where nothing or nonsense stands; bad offsets are no error, for the
+   pixels do not depend on them. */
 
-enum {
-    EXIF_ORIENTATION = 0x0112, EXIF_SHORT = 3, EXIF_LONG = 4, EXIF_ENTRY_SIZE = 12
-};
+enum { EXIF_ORIENTATION = 0x0112, EXIF_SHORT = 3, EXIF_LONG = 4, EXIF_ENTRY_SIZE = 12 };
 
 static uint32_t exif_number(struct cursor *c, int bytes, int big_endian) {
     return big_endian ? cursor_big(c, bytes) : (uint32_t)cursor_number(c, bytes);
@@ -5377,10 +5365,10 @@ static int exif_orientation(const uint8_t *data, size_t size) {
 
 /* How each orientation finds the input pixel of an output pixel: by exchanging x and y, then
    counting x from the right, y from the bottom. */
-static const struct exif_turn {
-    int exchange, from_right, from_bottom;
-} exif_turns[9] = {{0, 0, 0}, {0, 0, 0}, {0, 1, 0}, {0, 1, 1}, {0, 0, 1},
-                   {1, 0, 0}, {1, 0, 1}, {1, 1, 1}, {1, 1, 0}};
+static const struct exif_transform {
+    int transpose, flip_x, flip_y;
+} exif_transforms[9] = {{0, 0, 0}, {0, 0, 0}, {0, 1, 0}, {0, 1, 1}, {0, 0, 1},
+                        {1, 0, 0}, {1, 0, 1}, {1, 1, 1}, {1, 1, 0}};
 
 int lvm_image_upright(lvm_image *image, lvm_error *error) {
     lvm_image out = {0, 0, NULL, 0};
@@ -5390,17 +5378,17 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
     if (image->orientation < 0 || image->orientation > 8)
         return fail(error, LVM_INVALID, "turning upright: orientation %d: EXIF has 1 to 8",
                     image->orientation);
-    const struct exif_turn *turn = &exif_turns[image->orientation];
+    const struct exif_transform *t = &exif_transforms[image->orientation];
     int w = image->width, h = image->height;
     if (image->orientation > 1) {
-        int code = image_new(&out, turn->exchange ? h : w, turn->exchange ? w : h, error);
+        int code = image_new(&out, t->transpose ? h : w, t->transpose ? w : h, error);
         if (code) return code;
         uint8_t *to = out.rgb;
         for (int y = 0; y < out.height; y++)
             for (int x = 0; x < out.width; x++, to += RGB) {
-                int from_x = turn->exchange ? y : x, from_y = turn->exchange ? x : y;
-                if (turn->from_right) from_x = w - 1 - from_x;
-                if (turn->from_bottom) from_y = h - 1 - from_y;
+                int from_x = t->transpose ? y : x, from_y = t->transpose ? x : y;
+                if (t->flip_x) from_x = w - 1 - from_x;
+                if (t->flip_y) from_y = h - 1 - from_y;
                 memcpy(to, image->rgb + ((size_t)from_y * (size_t)w + (size_t)from_x) * RGB, RGB);
             }
         lvm_image_free(image);
@@ -5412,12 +5400,14 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
 
 /* ---- PNG in ----
 
+   PNG, sections 5 (chunks), 7 to 9 (rows, filters) and 11 (what the chunks hold).
+
        file:   8 bytes of signature, then chunks
        chunk:  length (4 bytes, big-endian) | type (4 letters) | data | CRC-32 of type and data
 
    IHDR comes first and tells the shape; PLTE holds a palette; all IDAT chunks together hold one
-   zlib stream of rows, each a filter byte and its pixels; IEND ends the image. A lower-case
-   first letter marks a chunk that may be ignored; an unknown upper-case one may not. Bytes behind
+   zlib stream of rows, each a filter type and its pixels; IEND ends the image. A lower-case
+   first letter marks an ancillary chunk; an unknown critical one may not be ignored. Bytes behind
    IEND are ignored.
 
    A row is packed: pixels of 1, 2 or 4 bits fill bytes from the top bit, and each row starts a new
@@ -5435,16 +5425,24 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
        5 6 5 6 5 6 5 6
        7 7 7 7 7 7 7 7
 
-   Memory is asked for only when the file explains it: deflate turns 2 bits into 258 bytes at best,
-   a ratio of 1032, so a small file that claims a huge image is refused first. */
+   Memory is allocated only when the file explains it: deflate makes 258 bytes of 2 bits at best, a
+   ratio of 1032, so a small file that claims a huge image is refused first. */
 
 enum {
     PNG_GREY = 0, PNG_RGB = 2, PNG_PALETTE = 3, PNG_GREY_ALPHA = 4, PNG_RGB_ALPHA = 6,
+    PNG_NONE = 0, PNG_SUB = 1, PNG_UP = 2, PNG_AVERAGE = 3, PNG_PAETH = 4,   /* filter types */
     PNG_HEADER_SIZE = 13, PNG_SIGNATURE_SIZE = 8, PNG_CHUNK_FRAME = 12,
     DEFLATE_MAX_RATIO = 1032
 };
 
 static const uint8_t png_signature[PNG_SIGNATURE_SIZE] = {137, 'P', 'N', 'G', 13, 10, 26, 10};
+
+/* By colour type: samples a pixel, and in bit d whether it may have d bits a sample. */
+static const struct png_colour_type {
+    int channels, depths;
+} png_colour_types[PNG_RGB_ALPHA + 1] = {
+    [PNG_GREY] = {1, 0x10116}, [PNG_RGB] = {3, 0x10100}, [PNG_PALETTE] = {1, 0x116},
+    [PNG_GREY_ALPHA] = {2, 0x10100}, [PNG_RGB_ALPHA] = {4, 0x10100}};
 
 struct png_chunk {
     char type[5];
@@ -5457,10 +5455,10 @@ struct png_reader {
     lvm_error *error;
     struct cursor file;
     struct crc32 crc;
-    int width, height, colour, channels, depth;
+    int width, height, colour_type, channels, depth;
     int first_pass, last_pass;     /* of png_passes: 0 alone, or 1 to 7 */
-    const uint8_t *palette;        /* [n_colours][RGB], inside the file's bytes */
-    int n_colours, orientation;
+    const uint8_t *palette;        /* [palette_size][RGB], inside the file's bytes */
+    int palette_size, orientation;
     uint8_t *idat;                 /* the data of all IDAT chunks [idat_size] */
     size_t idat_size;
     int idat_ended;
@@ -5494,16 +5492,6 @@ static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
     return LVM_OK;
 }
 
-/* Bit d of the result: depth d is legal for this colour type. 0: no colour type. */
-static uint32_t png_legal_depths(int colour) {
-    switch (colour) {
-    case PNG_GREY: return 1u << 1 | 1u << 2 | 1u << 4 | 1u << 8 | 1u << 16;
-    case PNG_PALETTE: return 1u << 1 | 1u << 2 | 1u << 4 | 1u << 8;
-    case PNG_RGB: case PNG_GREY_ALPHA: case PNG_RGB_ALPHA: return 1u << 8 | 1u << 16;
-    default: return 0;
-    }
-}
-
 static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
     struct cursor c = {chunk->data, chunk->size, 0, 0};
     if (strcmp(chunk->type, "IHDR") != 0 || chunk->size != PNG_HEADER_SIZE)
@@ -5513,7 +5501,7 @@ static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
     int filter = cursor_byte(&c), interlace = cursor_byte(&c);
     int code = image_check_sides(png->name, "PNG", width, height, png->error);
     if (code) return code;
-    if (depth > 16 || !(png_legal_depths(colour) >> depth & 1))
+    if (colour > PNG_RGB_ALPHA || depth > 16 || !(png_colour_types[colour].depths >> depth & 1))
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: colour type %d with %d bits does not exist", png->name,
                     colour, depth);
@@ -5524,23 +5512,22 @@ static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
     png->width = (int)width;
     png->height = (int)height;
     png->depth = depth;
-    png->colour = colour;
+    png->colour_type = colour;
+    png->channels = png_colour_types[colour].channels;
     png->first_pass = interlace;
     png->last_pass = 7 * interlace;
-    png->channels = colour == PNG_RGB ? 3 : colour == PNG_RGB_ALPHA ? 4 :
-                    colour == PNG_GREY_ALPHA ? 2 : 1;
     return LVM_OK;
 }
 
 static int png_palette(struct png_reader *png, const struct png_chunk *chunk) {
-    if (png->colour != PNG_PALETTE) return LVM_OK;   /* only a suggestion there */
+    if (png->colour_type != PNG_PALETTE) return LVM_OK;   /* only a suggestion there */
     if (png->palette) return png_damaged(png, "two palettes (PLTE)");
     if (png->idat_size) return png_damaged(png, "its palette comes after the pixels");
     if (chunk->size == 0 || chunk->size % RGB || chunk->size > 256 * RGB)
         return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: a palette of %lu bytes",
                     png->name, (unsigned long)chunk->size);
     png->palette = chunk->data;
-    png->n_colours = (int)(chunk->size / RGB);
+    png->palette_size = (int)(chunk->size / RGB);
     return LVM_OK;
 }
 
@@ -5579,8 +5566,8 @@ static int png_chunks(struct png_reader *png) {
     }
     if (code) return code;
     if (!png->idat_size) return png_damaged(png, "no pixels (IDAT)");
-    if (png->colour == PNG_PALETTE && !png->palette) return png_damaged(png, "no palette (PLTE)");
-    return LVM_OK;
+    if (png->colour_type != PNG_PALETTE || png->palette) return LVM_OK;
+    return png_damaged(png, "no palette (PLTE)");
 }
 
 /* Of left a, above b and above-left c, the one nearest to a + b - c; ties in this order. */
@@ -5595,28 +5582,20 @@ static inline int png_paeth(int a, int b, int c) {
 
 /* Undoes a row's filter in place; above is the row above, unfiltered. False: no such filter. */
 static int png_unfilter(int filter, uint8_t *row, const uint8_t *above, size_t n, size_t pixel) {
-    switch (filter) {
-    case 0:
-        return 1;
-    case 1:
+    if (filter == PNG_SUB) {
         for (size_t i = pixel; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - pixel]);
-        return 1;
-    case 2:
+    } else if (filter == PNG_UP) {
         for (size_t i = 0; i < n; i++) row[i] = (uint8_t)(row[i] + above[i]);
-        return 1;
-    case 3:
+    } else if (filter == PNG_AVERAGE) {
         for (size_t i = 0; i < pixel; i++) row[i] = (uint8_t)(row[i] + above[i] / 2);
         for (size_t i = pixel; i < n; i++)
             row[i] = (uint8_t)(row[i] + (row[i - pixel] + above[i]) / 2);
-        return 1;
-    case 4:
+    } else if (filter == PNG_PAETH) {
         for (size_t i = 0; i < pixel; i++) row[i] = (uint8_t)(row[i] + above[i]);
         for (size_t i = pixel; i < n; i++)
             row[i] = (uint8_t)(row[i] + png_paeth(row[i - pixel], above[i], above[i - pixel]));
-        return 1;
-    default:
-        return 0;
     }
+    return filter <= PNG_PAETH;
 }
 
 /* Where the pixels of a pass lie: every dx-th from column x, in every dy-th row from row y. */
@@ -5635,7 +5614,7 @@ static int png_pass_count(int n, int from, int step) {
     return n > from ? (n - from - 1) / step + 1 : 0;
 }
 
-/* Bytes of a row of n pixels, without its filter. */
+/* Bytes of a row of n pixels, without its filter type. */
 static size_t png_row_bytes(const struct png_reader *png, int n) {
     return ((size_t)n * (size_t)png->channels * (size_t)png->depth + 7) / 8;
 }
@@ -5652,12 +5631,12 @@ static size_t png_raw_size(const struct png_reader *png) {
     return sum;
 }
 
-/* A row's n samples as a byte each: the row itself, or out. Palette indices stay as they are. */
+/* A row's n samples as a byte each: the row itself, or out. Palette indices are not scaled. */
 static const uint8_t *png_samples(const struct png_reader *png, const uint8_t *row, size_t n,
                                   uint8_t *out) {
     unsigned depth = (unsigned)png->depth, most = (1u << depth) - 1;
     if (depth == 8) return row;
-    if (depth == 16 && png->colour == PNG_GREY)
+    if (depth == 16 && png->colour_type == PNG_GREY)
         for (size_t i = 0; i < n; i++) out[i] = row[2 * i] ? 255 : row[2 * i + 1];
     else if (depth == 16)
         for (size_t i = 0; i < n; i++) out[i] = row[2 * i];
@@ -5665,7 +5644,7 @@ static const uint8_t *png_samples(const struct png_reader *png, const uint8_t *r
         for (size_t i = 0; i < n; i++) {
             size_t bit = i * depth;
             unsigned v = (unsigned)row[bit / 8] >> (8 - depth - bit % 8) & most;
-            out[i] = (uint8_t)(png->colour == PNG_GREY ? v * (255 / most) : v);
+            out[i] = (uint8_t)(png->colour_type == PNG_GREY ? v * (255 / most) : v);
         }
     return out;
 }
@@ -5675,13 +5654,13 @@ static const uint8_t *png_samples(const struct png_reader *png, const uint8_t *r
 static int png_row_to_rgb(const struct png_reader *png, const uint8_t *samples, size_t n,
                           uint8_t *rgb, size_t stride) {
     size_t step = (size_t)png->channels;
-    switch (png->colour) {
+    switch (png->colour_type) {
     case PNG_RGB: case PNG_RGB_ALPHA:
         for (size_t i = 0; i < n; i++) memcpy(rgb + stride * i, samples + step * i, RGB);
         return 1;
     case PNG_PALETTE:
         for (size_t i = 0; i < n; i++) {
-            if (samples[i] >= png->n_colours) return 0;
+            if (samples[i] >= png->palette_size) return 0;
             memcpy(rgb + stride * i, png->palette + RGB * samples[i], RGB);
         }
         return 1;
@@ -5709,14 +5688,14 @@ static int png_pass_pixels(struct png_reader *png, const struct png_pass *pass, 
         if (!png_row_to_rgb(png, s, (size_t)width, rgb, stride))
             return fail(png->error, LVM_FORMAT,
                         "%s: damaged PNG file: row %d uses a colour beyond its palette of %d",
-                        png->name, y, png->n_colours);
+                        png->name, y, png->palette_size);
         *raw += n + 1;
         above = row;
     }
     return LVM_OK;
 }
 
-/* raw: the rows of all passes, [pass][row][1 + row's bytes], the filter in front of each row. */
+/* raw: the rows of all passes, [pass][row][1 + row's bytes], each behind its filter type. */
 static int png_pixels(struct png_reader *png, uint8_t *raw, lvm_image *image) {
     uint8_t *zero = mem_alloc(png_row_bytes(png, png->width), 1, png->error);
     uint8_t *samples = mem_alloc((size_t)png->width, (size_t)png->channels, png->error);
@@ -6695,21 +6674,14 @@ static inline uint8_t jpeg_cmyk_to_rgb(int c, int k) {
 static void jpeg_row_to_rgb(enum jpeg_colour_space space, const uint8_t *const *row, int n,
                             uint8_t *rgb) {
     for (int i = 0; i < n; i++, rgb += RGB) {
-        switch (space) {
-        case JPEG_GREY:
+        if (space == JPEG_GREY)
             memset(rgb, row[0][i], RGB);
-            break;
-        case JPEG_YCC:
+        else if (space == JPEG_YCC || space == JPEG_YCCK)
             jpeg_ycc_to_rgb(row[0][i], row[1][i], row[2][i], rgb);
-            break;
-        case JPEG_RGB: case JPEG_CMYK:
+        else
             for (int c = 0; c < RGB; c++) rgb[c] = row[c][i];
-            break;
-        case JPEG_YCCK:   /* by its definition C is 255 - R, M 255 - G, Y 255 - B */
-            jpeg_ycc_to_rgb(row[0][i], row[1][i], row[2][i], rgb);
+        if (space == JPEG_YCCK)   /* by its definition C is 255 - R, M 255 - G, Y 255 - B */
             for (int c = 0; c < RGB; c++) rgb[c] = (uint8_t)(255 - rgb[c]);
-            break;
-        }
         if (space >= JPEG_YCCK)
             for (int c = 0; c < RGB; c++) rgb[c] = jpeg_cmyk_to_rgb(rgb[c], row[3][i]);
     }
@@ -6758,27 +6730,29 @@ static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_ima
 
 /* ---- PNM in ----
 
-       "P1" to "P6" | width | height | maximum (not for bitmaps) | samples, rows from the top
+   netpbm's pbm(5), pgm(5) and ppm(5), as Pillow reads them.
 
-   P1 and P4 are bitmaps (1 is black), P2 and P5 grey, P3 and P6 RGB. In P1, P2 and P3 samples are
-   decimal numbers (bitmaps: digits); in the others they are bytes behind exactly one whitespace
-   byte: two, the high one first, where the maximum is above 255; bits from the top in rows of
-   whole bytes for P4. A comment goes from # to the end of its line, and is as if it were not there:
-   it may stand inside a number, and its newline does not end one. Bytes behind the image are
-   ignored.
+       "P1" to "P6" | width | height | maxval (not for bitmaps) | samples, rows from the top
 
-   Samples become bytes as Pillow makes them: v / maximum * 255, rounded, halves to even; grey with
-   a maximum above 255 becomes a 16-bit integer likewise, which is then cut at 255. A raw sample
-   above the maximum counts as white, a plain one is an error. */
+   P1 and P4 are bitmaps (1 is black), P2 and P5 grey, P3 and P6 RGB. In the plain formats P1, P2
+   and P3 samples are decimal numbers (bitmaps: digits); in the raw ones they are bytes behind
+   exactly one whitespace byte: two, the high one first, where maxval is above 255; bits from the
+   top in rows of whole bytes for P4. A comment goes from # to the end of its line, and is as if it
+   were not there: it may stand inside a number, and its newline does not end one. Bytes behind the
+   image are ignored.
 
-enum { PNM_DIGITS = 10, PNM_MAXIMUM = 65535 };
+   Samples become bytes as Pillow makes them: v / maxval * 255, rounded, ties to even; grey with a
+   maxval above 255 becomes a 16-bit integer likewise, which is then cut at 255. A raw sample above
+   maxval counts as white, a plain one is an error. */
+
+enum { PNM_DIGITS = 10, PNM_MAXVAL = 65535 };
 
 struct pnm_reader {
     const char *name;      /* of the file, for messages */
     lvm_error *error;
     struct cursor file;
     int kind;              /* '1' .. '6' */
-    int width, height, channels, maximum;
+    int width, height, channels, maxval;
     uint8_t *scale;        /* [sample] -> byte */
 };
 
@@ -6823,12 +6797,12 @@ static int pnm_header(struct pnm_reader *pnm) {
     }
     int code = image_check_sides(pnm->name, "PNM", value[0], value[1], pnm->error);
     if (code) return code;
-    if (value[2] < 1 || value[2] > PNM_MAXIMUM)
+    if (value[2] < 1 || value[2] > PNM_MAXVAL)
         return fail(pnm->error, LVM_FORMAT, "%s: damaged PNM file: its maximum is %lld: must be 1 "
-                    "to %d", pnm->name, (long long)value[2], PNM_MAXIMUM);
+                    "to %d", pnm->name, (long long)value[2], PNM_MAXVAL);
     pnm->width = (int)value[0];
     pnm->height = (int)value[1];
-    pnm->maximum = (int)value[2];
+    pnm->maxval = (int)value[2];
     pnm->channels = pnm->kind == '3' || pnm->kind == '6' ? 3 : 1;
     return LVM_OK;
 }
@@ -6837,10 +6811,10 @@ static int pnm_header(struct pnm_reader *pnm) {
 static size_t pnm_row_bytes(const struct pnm_reader *pnm) {
     size_t n = (size_t)pnm->width * (size_t)pnm->channels;
     if (pnm->kind == '4') return (n + 7) / 8;
-    return pnm->kind == '2' || pnm->kind == '3' || pnm->maximum > 255 ? 2 * n : n;
+    return pnm->kind == '2' || pnm->kind == '3' || pnm->maxval > 255 ? 2 * n : n;
 }
 
-/* Memory is asked for only when the file explains it. */
+/* Memory is allocated only when the file explains it. */
 static int pnm_check_size(const struct pnm_reader *pnm) {
     size_t left = pnm->file.size - pnm->file.at;
     size_t bytes = pnm_row_bytes(pnm) * (size_t)pnm->height;
@@ -6851,12 +6825,12 @@ static int pnm_check_size(const struct pnm_reader *pnm) {
 }
 
 static int pnm_make_scale(struct pnm_reader *pnm) {
-    int n = pnm->maximum > 255 ? PNM_MAXIMUM + 1 : 256;
-    double white = pnm->maximum > 255 && pnm->channels == 1 ? 65535 : 255;
+    int n = pnm->maxval > 255 ? PNM_MAXVAL + 1 : 256;
+    double white = pnm->maxval > 255 && pnm->channels == 1 ? 65535 : 255;
     pnm->scale = mem_alloc((size_t)n, 1, pnm->error);
     if (!pnm->scale) return LVM_MEMORY;
     for (int v = 0; v < n; v++) {
-        double byte = rint((double)v / pnm->maximum * white);
+        double byte = rint((double)v / pnm->maxval * white);
         pnm->scale[v] = (uint8_t)(byte < 255 ? byte : 255);
     }
     if (pnm->kind == '1' || pnm->kind == '4') {
@@ -6866,41 +6840,39 @@ static int pnm_make_scale(struct pnm_reader *pnm) {
     return LVM_OK;
 }
 
-static const char *pnm_plain_sample(struct pnm_reader *pnm, int *sample) {
+static const char *pnm_plain_sample(struct pnm_reader *pnm, uint8_t *out) {
     int64_t value = 0;
-    if (pnm->kind == '1') {
+    if (pnm->kind != '1') {
+        const char *fault = pnm_number(pnm, &value);
+        if (fault) return fault;
+        if (value > pnm->maxval) return "a sample above the maximum";
+    } else {
         int c;
         do c = pnm_byte(pnm);
         while (pnm_is_space(c));
         if (c < 0) return "the file ends early";
         if (c != '0' && c != '1') return "neither 0 nor 1";
         value = c - '0';
-    } else {
-        const char *fault = pnm_number(pnm, &value);
-        if (fault) return fault;
-        if (value > pnm->maximum) return "a sample above the maximum";
     }
-    *sample = (int)value;
+    *out = pnm->scale[value];
     return NULL;
 }
 
 /* One row to out [width * channels]. Returns NULL or the fault in words. */
 static const char *pnm_row(struct pnm_reader *pnm, uint8_t *out) {
-    int n = pnm->width * pnm->channels, bytes = pnm->maximum > 255 ? 2 : 1;
-    const uint8_t *raw = pnm->kind < '4' ? NULL : cursor_take(&pnm->file, pnm_row_bytes(pnm));
-    for (int i = 0; i < n; i++) {
-        int sample = 0;
-        if (pnm->kind < '4') {
-            const char *fault = pnm_plain_sample(pnm, &sample);
-            if (fault) return fault;
-        } else if (pnm->kind == '4') {
-            sample = raw[i / 8] >> (7 - i % 8) & 1;
-        } else {
-            sample = bytes == 2 ? raw[2 * i] << 8 | raw[2 * i + 1] : raw[i];
-        }
-        out[i] = pnm->scale[sample];
-    }
-    return NULL;
+    int n = pnm->width * pnm->channels;
+    const uint8_t *scale = pnm->scale, *raw = NULL;
+    const char *fault = NULL;
+    if (pnm->kind > '3') raw = cursor_take(&pnm->file, pnm_row_bytes(pnm));
+    if (!raw)
+        for (int i = 0; i < n && !fault; i++) fault = pnm_plain_sample(pnm, out + i);
+    else if (pnm->kind == '4')
+        for (int i = 0; i < n; i++) out[i] = scale[raw[i / 8] >> (7 - i % 8) & 1];
+    else if (pnm->maxval > 255)
+        for (int i = 0; i < n; i++) out[i] = scale[raw[2 * i] << 8 | raw[2 * i + 1]];
+    else
+        for (int i = 0; i < n; i++) out[i] = scale[raw[i]];
+    return fault;
 }
 
 static int pnm_pixels(struct pnm_reader *pnm, lvm_image *image) {
@@ -7000,16 +6972,12 @@ int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_i
     if (data == NULL) return null_argument(error, "lvm_image_load_memory", "data");
     if (name == NULL) name = "(memory)";
     if (size == 0) return fail(error, LVM_FORMAT, "%s is empty", name);
-    int code;
     if (size >= PNG_SIGNATURE_SIZE && !memcmp(bytes, png_signature, PNG_SIGNATURE_SIZE))
-        code = png_load(bytes, size, name, image, error);
-    else if (is_pnm(bytes, size))
-        code = pnm_load(bytes, size, name, image, error);
-    else if (size >= 3 && !memcmp(bytes, "\xFF\xD8\xFF", 3))
-        code = jpeg_load(bytes, size, name, image, error);
-    else
-        code = no_image(bytes, size, name, error);
-    return code;
+        return png_load(bytes, size, name, image, error);
+    if (size >= 3 && !memcmp(bytes, "\xFF\xD8\xFF", 3))
+        return jpeg_load(bytes, size, name, image, error);
+    if (is_pnm(bytes, size)) return pnm_load(bytes, size, name, image, error);
+    return no_image(bytes, size, name, error);
 }
 
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error) {
@@ -7030,7 +6998,7 @@ int lvm_image_load(const char *path, lvm_image *image, lvm_error *error) {
    Matches are found through hash chains: head[h] is the latest position whose next four bytes
    hash to h, prev[p mod window] the one before p with the same hash. A match is taken lazily: if
    the next byte starts a longer one, this byte goes out as a literal instead. Symbols gather into
-   blocks; a block is written with its own Huffman codes, with the fixed ones or stored, whichever
+   blocks; a block is written with dynamic Huffman codes, with the fixed ones or stored, whichever
    is shortest. The stored form bounds the output, so its buffer is allocated once. */
 
 enum {
@@ -7054,7 +7022,8 @@ struct deflate_codes {
     uint16_t literal_code[HUFFMAN_MAX_SYMBOLS], distance_code[32];
 };
 
-/* A block's header: the code lengths of both codes as runs, and the code that those use. */
+/* The header of a dynamic block: the code lengths of both codes as runs, and the code length code
+   that those use. */
 struct deflate_header {
     int n_literals, n_distances, n_listed, n_runs;
     uint8_t run_symbol[DEFLATE_LITERALS + DEFLATE_DISTANCES];
@@ -7073,7 +7042,7 @@ struct deflate {
     uint32_t symbols[DEFLATE_BLOCK_SYMBOLS];    /* literal, or distance << 16 | length */
     uint32_t literal_count[DEFLATE_LITERALS], distance_count[DEFLATE_DISTANCES];
     struct bit_writer bits;
-    struct deflate_codes own, fixed;
+    struct deflate_codes dynamic, fixed;
     struct deflate_header header;
 };
 
@@ -7091,8 +7060,7 @@ static void bits_align(struct bit_writer *b) {
    order they arise, which is ascending too. Returns the greatest depth. */
 static int huffman_depths(const uint32_t *weight, int n, uint8_t *depth) {
     uint32_t inner[HUFFMAN_MAX_SYMBOLS];
-    int parent[2 * HUFFMAN_MAX_SYMBOLS], leaf = 0, node = 0, deepest = 0;
-    int level[2 * HUFFMAN_MAX_SYMBOLS];
+    int parent[2 * HUFFMAN_MAX_SYMBOLS], leaf = 0, node = 0, deepest = 0, *level = parent;
     for (int made = 0; made < n - 1; made++) {
         inner[made] = 0;
         for (int k = 0; k < 2; k++) {
@@ -7142,7 +7110,7 @@ static void huffman_lengths(const uint32_t *count, int n, int max_bits, uint8_t 
     for (int i = 0; i < used; i++) length[symbol[i]] = depth[i];
 }
 
-/* Splits the code lengths into runs: a length, 16: the last again 3..6 times, 17 and 18: zeros. */
+/* Splits the code lengths into runs. */
 static void deflate_runs(struct deflate_header *h, const uint8_t *length, int n) {
     h->n_runs = 0;
     for (int i = 0; i < n;) {
@@ -7165,20 +7133,16 @@ static void deflate_runs(struct deflate_header *h, const uint8_t *length, int n)
     }
 }
 
-static int run_extra_bits(int symbol) {
-    return symbol == 16 ? 2 : symbol == 17 ? 3 : symbol == 18 ? 7 : 0;
-}
-
 static void deflate_plan_header(struct deflate *d) {
     struct deflate_header *h = &d->header;
     uint8_t all[DEFLATE_LITERALS + DEFLATE_DISTANCES];
     uint32_t count[19] = {0};
     h->n_literals = DEFLATE_LITERALS;
     h->n_distances = DEFLATE_DISTANCES;
-    while (h->n_literals > 257 && !d->own.literal_length[h->n_literals - 1]) h->n_literals--;
-    while (h->n_distances > 1 && !d->own.distance_length[h->n_distances - 1]) h->n_distances--;
-    memcpy(all, d->own.literal_length, (size_t)h->n_literals);
-    memcpy(all + h->n_literals, d->own.distance_length, (size_t)h->n_distances);
+    while (h->n_literals > 257 && !d->dynamic.literal_length[h->n_literals - 1]) h->n_literals--;
+    while (h->n_distances > 1 && !d->dynamic.distance_length[h->n_distances - 1]) h->n_distances--;
+    memcpy(all, d->dynamic.literal_length, (size_t)h->n_literals);
+    memcpy(all + h->n_literals, d->dynamic.distance_length, (size_t)h->n_distances);
     deflate_runs(h, all, h->n_literals + h->n_distances);
 
     for (int i = 0; i < h->n_runs; i++) count[h->run_symbol[i]]++;
@@ -7213,13 +7177,13 @@ static void deflate_put_symbols(struct deflate *d, const struct deflate_codes *c
             bits_put(b, c->literal_code[low], c->literal_length[low]);
             continue;
         }
-        int class = length_class(low), symbol = DEFLATE_MATCH + class;
+        int code = length_code(low), symbol = DEFLATE_MATCH + code;
         bits_put(b, c->literal_code[symbol], c->literal_length[symbol]);
-        bits_put(b, (uint32_t)(low - length_base(class)), length_extra_bits(class));
-        class = class_of((unsigned)distance - 1, DISTANCE_BITS);
-        bits_put(b, c->distance_code[class], c->distance_length[class]);
-        bits_put(b, (uint32_t)(distance - 1 - class_base(class, DISTANCE_BITS)),
-                 class_extra_bits(class, DISTANCE_BITS));
+        bits_put(b, (uint32_t)(low - length_base(code)), length_extra_bits(code));
+        code = deflate_code((unsigned)distance - 1, DISTANCE_BITS);
+        bits_put(b, c->distance_code[code], c->distance_length[code]);
+        bits_put(b, (uint32_t)(distance - 1 - code_base(code, DISTANCE_BITS)),
+                 code_extra_bits(code, DISTANCE_BITS));
     }
     bits_put(b, c->literal_code[DEFLATE_END], c->literal_length[DEFLATE_END]);
 }
@@ -7227,7 +7191,7 @@ static void deflate_put_symbols(struct deflate *d, const struct deflate_codes *c
 static void deflate_put_stored(struct deflate *d, const uint8_t *data, size_t size, int last) {
     do {
         size_t n = size < DEFLATE_STORED_MAX ? size : DEFLATE_STORED_MAX;
-        bits_put(&d->bits, last && n == size, 3);   /* kind 0 */
+        bits_put(&d->bits, last && n == size, 3);   /* type 0 */
         bits_align(&d->bits);
         bits_put(&d->bits, (uint32_t)n, 16);
         bits_put(&d->bits, (uint32_t)~n & 0xFFFF, 16);
@@ -7247,7 +7211,7 @@ static uint64_t deflate_cost(const struct deflate *d, const struct deflate_codes
     }
     for (int i = 0; i < DEFLATE_DISTANCES; i++)
         bits += (uint64_t)d->distance_count[i] *
-                (uint64_t)(c->distance_length[i] + class_extra_bits(i, DISTANCE_BITS));
+                (uint64_t)(c->distance_length[i] + code_extra_bits(i, DISTANCE_BITS));
     return bits;
 }
 
@@ -7261,24 +7225,24 @@ static void deflate_block(struct deflate *d, size_t end) {
     size_t size = end - d->block_start;
     int last = end == d->size;
     d->literal_count[DEFLATE_END] = 1;
-    huffman_lengths(d->literal_count, DEFLATE_LITERALS, HUFFMAN_MAX_BITS, d->own.literal_length);
-    huffman_lengths(d->distance_count, DEFLATE_DISTANCES, HUFFMAN_MAX_BITS,
-                    d->own.distance_length);
-    deflate_assign_codes(&d->own);
+    struct deflate_codes *c = &d->dynamic;
+    huffman_lengths(d->literal_count, DEFLATE_LITERALS, HUFFMAN_MAX_BITS, c->literal_length);
+    huffman_lengths(d->distance_count, DEFLATE_DISTANCES, HUFFMAN_MAX_BITS, c->distance_length);
+    deflate_assign_codes(c);
     deflate_plan_header(d);
 
-    uint64_t own = d->header.bits + deflate_cost(d, &d->own);
+    uint64_t dynamic = d->header.bits + deflate_cost(d, c);
     uint64_t fixed = deflate_cost(d, &d->fixed);
     uint64_t stored = 8 * (uint64_t)size + 40 * (uint64_t)(size / DEFLATE_STORED_MAX + 1);
-    if (stored <= own && stored <= fixed) {
+    if (stored <= dynamic && stored <= fixed) {
         deflate_put_stored(d, d->in + d->block_start, size, last);
-    } else if (fixed <= own) {
+    } else if (fixed <= dynamic) {
         bits_put(&d->bits, (uint32_t)(last | 1 << 1), 3);
         deflate_put_symbols(d, &d->fixed);
     } else {
         bits_put(&d->bits, (uint32_t)(last | 2 << 1), 3);
         deflate_put_header(d);
-        deflate_put_symbols(d, &d->own);
+        deflate_put_symbols(d, c);
     }
     d->block_start = end;
     d->n_symbols = 0;
@@ -7290,8 +7254,8 @@ static void deflate_block(struct deflate *d, size_t end) {
 static void deflate_symbol(struct deflate *d, int value, int distance, size_t end) {
     d->symbols[d->n_symbols++] = (uint32_t)distance << 16 | (uint32_t)value;
     if (distance) {
-        d->literal_count[DEFLATE_MATCH + length_class(value)]++;
-        d->distance_count[class_of((unsigned)distance - 1, DISTANCE_BITS)]++;
+        d->literal_count[DEFLATE_MATCH + length_code(value)]++;
+        d->distance_count[deflate_code((unsigned)distance - 1, DISTANCE_BITS)]++;
     } else {
         d->literal_count[value]++;
     }
@@ -7356,13 +7320,9 @@ static void deflate_all(struct deflate *d) {
             length = later;
             distance = later_distance;
         }
-        if (length) {
-            at += (size_t)length;
-            deflate_symbol(d, length, distance, at);
-        } else {
-            at++;
-            deflate_symbol(d, d->in[at - 1], 0, at);
-        }
+        int value = length ? length : d->in[at];
+        at += length ? (size_t)length : 1;
+        deflate_symbol(d, value, distance, at);
     }
 }
 
@@ -7397,7 +7357,7 @@ static size_t deflate_zlib(const uint8_t *data, size_t size, uint8_t *out, lvm_e
 /* ---- PNG out ----
 
    8-bit RGB, one IDAT. Each row takes the filter whose output, read as signed bytes, has the
-   smallest sum of absolute values: the standard's own rule of thumb. Filter 3, the average, is not
+   smallest sum of absolute values, the heuristic that PNG's section 12 advises. Average is not
    tried: it gains nothing on photos and breaks up the repetitions of drawings. */
 
 /* Filters a row of n bytes; both rows have a zero pixel in front. Returns the sum of |output|.
@@ -7407,10 +7367,11 @@ static inline uint64_t png_filter_as(int filter, const uint8_t *row, const uint8
     uint64_t sum = 0;
     for (size_t i = 0; i < n; i++) {
         int a = row[(ptrdiff_t)i - RGB], b = above[i], c = above[(ptrdiff_t)i - RGB];
-        int guess = filter == 0 ? 0 : filter == 1 ? a : filter == 2 ? b : png_paeth(a, b, c);
-        uint8_t rest = (uint8_t)(row[i] - guess);
-        out[i] = rest;
-        sum += rest < 128 ? rest : 256u - rest;
+        int predictor = filter == PNG_NONE ? 0 : filter == PNG_SUB ? a : filter == PNG_UP ? b
+                                                                       : png_paeth(a, b, c);
+        uint8_t residual = (uint8_t)(row[i] - predictor);
+        out[i] = residual;
+        sum += residual < 128 ? residual : 256u - residual;
     }
     return sum;
 }
@@ -7418,24 +7379,24 @@ static inline uint64_t png_filter_as(int filter, const uint8_t *row, const uint8
 static uint64_t png_filter(int filter, const uint8_t *row, const uint8_t *above, size_t n,
                            uint8_t *out) {
     switch (filter) {
-    case 0: return png_filter_as(0, row, above, n, out);
-    case 1: return png_filter_as(1, row, above, n, out);
-    case 2: return png_filter_as(2, row, above, n, out);
-    default: return png_filter_as(4, row, above, n, out);
+    case PNG_NONE: return png_filter_as(PNG_NONE, row, above, n, out);
+    case PNG_SUB: return png_filter_as(PNG_SUB, row, above, n, out);
+    case PNG_UP: return png_filter_as(PNG_UP, row, above, n, out);
+    default: return png_filter_as(PNG_PAETH, row, above, n, out);
     }
 }
 
-/* out: [height][1 + width * RGB], the filter byte in front of each row. */
+/* out: [height][1 + width * RGB], the filter type in front of each row. */
 static int png_filter_rows(const lvm_image *image, uint8_t *out, lvm_error *error) {
-    static const uint8_t tried[3] = {1, 2, 4};
+    static const uint8_t tried[3] = {PNG_SUB, PNG_UP, PNG_PAETH};
     size_t n = (size_t)image->width * RGB;
     uint8_t *scratch = mem_alloc(3, n + RGB, error);   /* two padded rows and a trial */
     if (!scratch) return LVM_MEMORY;
     uint8_t *row = scratch + RGB, *above = row + n + RGB, *trial = above + n;
     for (int y = 0; y < image->height; y++, out += 1 + n) {
         memcpy(row, image->rgb + (size_t)y * n, n);
-        out[0] = 0;
-        uint64_t least = png_filter(0, row, above, n, out + 1);
+        out[0] = PNG_NONE;
+        uint64_t least = png_filter(PNG_NONE, row, above, n, out + 1);
         for (int i = 0; i < 3 && least; i++) {
             uint64_t sum = png_filter(tried[i], row, above, n, trial);
             if (sum >= least) continue;
@@ -7511,9 +7472,21 @@ int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error) {
 
 /* ---- Resizing ----
 
-   Two passes, along rows, then along columns, each only where that side changes, with bytes in
-   between. Weights are computed in double and rounded to integers in units of 2^-22: sums of
-   weight times byte overshoot by less than a factor of two either way and so fit in 32 bits. */
+   The bicubic kernel (Keys 1981, a = -1/2) gives a sample at distance x the weight
+
+       w(x) = (a+2)|x|^3 - (a+3)|x|^2 + 1        for |x| < 1
+            = a|x|^3 - 5a|x|^2 + 8a|x| - 4a      for 1 <= |x| < 2,   else 0.
+
+   Output pixel i of n_out lies at c = (i + 1/2) s in the input, s = n_in / n_out. When the image
+   shrinks (s > 1) the kernel is stretched by s and so averages instead of skipping; its support is
+   c +- 2 max(s, 1), cut at the borders, and its weights are divided by their sum:
+
+       out[i] = sum_j w((j + 1/2 - c) / max(s, 1)) in[j]  /  sum_j w((j + 1/2 - c) / max(s, 1))
+
+   As in Pillow there are two passes, along rows, then along columns, each only where that side
+   changes, with bytes in between. Weights are computed in double and rounded to integers in units
+   of 2^-22: sums of weight times byte overshoot by less than a factor of two either way and so fit
+   in 32 bits. */
 
 enum { RESIZE_BITS = 32 - 8 - 2, RESIZE_HALF = 1 << (RESIZE_BITS - 1) };
 
