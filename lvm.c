@@ -4861,7 +4861,7 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
    file and touches them through one checked cursor, so that a damaged or hostile file is an error
    message and never a crash.
 
-   Formats:
+   Formats followed:
      PNG                  Portable Network Graphics, third edition (W3C)
      JPEG                 ITU-T T.81, decoded to the bytes of libjpeg-turbo's default decoder
      zlib, deflate        RFC 1950 (the wrapper: two bytes, data, Adler-32) and RFC 1951
@@ -5406,9 +5406,9 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
        chunk:  length (4 bytes, big-endian) | type (4 letters) | data | CRC-32 of type and data
 
    IHDR comes first and tells the shape; PLTE holds a palette; all IDAT chunks together hold one
-   zlib stream of rows, each a filter type and its pixels; IEND ends the image. A lower-case
-   first letter marks an ancillary chunk; an unknown critical one may not be ignored. Bytes behind
-   IEND are ignored.
+   zlib stream of rows, each a filter type and its pixels; IEND ends the image. A lower-case first
+   letter marks an ancillary chunk, which may be ignored; an unknown critical one, upper-case, may
+   not. Bytes behind IEND are ignored.
 
    A row is packed: pixels of 1, 2 or 4 bits fill bytes from the top bit, and each row starts a new
    byte. Samples of 16 bits are big-endian.
@@ -5598,13 +5598,11 @@ static int png_unfilter(int filter, uint8_t *row, const uint8_t *above, size_t n
     return filter <= PNG_PAETH;
 }
 
-/* Where the pixels of a pass lie: every dx-th from column x, in every dy-th row from row y. */
-struct png_pass {
+/* Where the pixels of a pass lie: every dx-th from column x, in every dy-th row from row y. First
+   the whole image, then Adam7's seven passes. */
+static const struct png_pass {
     int x, y, dx, dy;
-};
-
-/* The whole image, then Adam7's seven passes. */
-static const struct png_pass png_passes[8] = {
+} png_passes[8] = {
     {0, 0, 1, 1},
     {0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4}, {1, 0, 2, 2}, {0, 1, 1, 2}
 };
@@ -5742,8 +5740,7 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
 /* ---- JPEG in ----
 
    ITU-T T.81 (ISO/IEC 10918-1) with JFIF's and Adobe's ways to name the colour space. A file is a
-   row of segments (annex B). Each begins with a marker, a byte FF and one that is neither 00 nor
-   FF:
+   row of segments (annex B). Each begins with a marker, a byte FF and one not 00 or FF:
 
        FF D8                                     SOI, the file begins
        FF marker | length, 2 bytes | data        in any order, but before they are needed:
@@ -5796,7 +5793,7 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
    segments that are no marker are skipped. What follows the last pixel of a sequential file does
    not matter; a progressive one must have its EOI.
 
-   The orientation is that of the first APP1 that begins with "Exif\0\0", whatever stands in it. It
+   The orientation is what the first APP1 that begins with "Exif\0\0" holds, be it nonsense. An APP1
    counts only where segments alone lead to it: not behind a scan, TEM, RSTn or stray bytes.
 
    Memory is allocated only when the file explains it: a block takes a bit at least. Time is bounded
@@ -6665,7 +6662,7 @@ static inline void jpeg_ycc_to_rgb(int y, int cb, int cr, uint8_t *rgb) {
 }
 
 /* R from C, G from M or B from Y, and K. CMYK is inverted, 255 being no ink, as Adobe's programs
-   write it and Pillow takes for granted: k c / 255, rounded as Pillow does on 255 - c and k. */
+   write it and Pillow takes for granted: k c / 255, rounded as on 255 - c and 255 - k by Pillow. */
 static inline uint8_t jpeg_cmyk_to_rgb(int c, int k) {
     int x = (255 - c) * k + 128;
     return (uint8_t)(k - ((x + (x >> 8)) >> 8));
@@ -6775,13 +6772,11 @@ static const char *pnm_number(struct pnm_reader *pnm, int64_t *value) {
     do c = pnm_byte(pnm);
     while (pnm_is_space(c));
     if (c < 0) return "the file ends early";
-    *value = 0;
-    do {
+    for (*value = 0; c >= 0 && !pnm_is_space(c); c = pnm_byte(pnm)) {
         if (c < '0' || c > '9') return "not a number";
         if (++digits > PNM_DIGITS) return "a number too long";
         *value = *value * 10 + (c - '0');
-        c = pnm_byte(pnm);
-    } while (c >= 0 && !pnm_is_space(c));
+    }
     return NULL;
 }
 
@@ -6908,12 +6903,10 @@ static int pnm_load(const uint8_t *data, size_t size, const char *name, lvm_imag
    By its first bytes, never by its name. Images in formats that lvm does not read are named, so
    that their owner knows what to convert. */
 
-struct image_kind {
+static const struct image_kind {
     int offset, size;
     const char *bytes, *name;
-};
-
-static const struct image_kind image_kinds[] = {
+} image_kinds[] = {
     {0, 4, "GIF8", "GIF"},              {8, 4, "WEBP", "WebP"},
     {0, 2, "BM", "BMP"},
     {4, 8, "ftypheic", "HEIC"},         {4, 8, "ftypheix", "HEIC"},
@@ -6995,11 +6988,11 @@ int lvm_image_load(const char *path, lvm_image *image, lvm_error *error) {
 
 /* ---- Deflate ----
 
-   Matches are found through hash chains: head[h] is the latest position whose next four bytes
-   hash to h, prev[p mod window] the one before p with the same hash. A match is taken lazily: if
-   the next byte starts a longer one, this byte goes out as a literal instead. Symbols gather into
-   blocks; a block is written with dynamic Huffman codes, with the fixed ones or stored, whichever
-   is shortest. The stored form bounds the output, so its buffer is allocated once. */
+   Matches are found through hash chains, as RFC 1951 (4) advises: head[h] is the latest position
+   whose next four bytes hash to h, prev[p mod window] the one before p with the same hash. Lazy
+   matching: if the next byte starts a longer match, this byte goes out as a literal instead.
+   Symbols gather into blocks; a block is written with dynamic Huffman codes, with the fixed ones or
+   stored, whichever is shortest, so that the output's buffer can be allocated once. */
 
 enum {
     DEFLATE_HASH_BITS = 15, DEFLATE_HASH_BYTES = 4,
@@ -7367,8 +7360,8 @@ static inline uint64_t png_filter_as(int filter, const uint8_t *row, const uint8
     uint64_t sum = 0;
     for (size_t i = 0; i < n; i++) {
         int a = row[(ptrdiff_t)i - RGB], b = above[i], c = above[(ptrdiff_t)i - RGB];
-        int predictor = filter == PNG_NONE ? 0 : filter == PNG_SUB ? a : filter == PNG_UP ? b
-                                                                       : png_paeth(a, b, c);
+        int predictor = filter == PNG_PAETH ? png_paeth(a, b, c)
+                                            : filter == PNG_UP ? b : filter == PNG_SUB ? a : 0;
         uint8_t residual = (uint8_t)(row[i] - predictor);
         out[i] = residual;
         sum += residual < 128 ? residual : 256u - residual;
