@@ -6671,9 +6671,7 @@ static inline uint8_t jpeg_cmyk_to_rgb(int c, int k) {
 static void jpeg_row_to_rgb(enum jpeg_colour_space space, const uint8_t *const *row, int n,
                             uint8_t *rgb) {
     for (int i = 0; i < n; i++, rgb += RGB) {
-        if (space == JPEG_GREY)
-            memset(rgb, row[0][i], RGB);
-        else if (space == JPEG_YCC || space == JPEG_YCCK)
+        if (space == JPEG_YCC || space == JPEG_YCCK)
             jpeg_ycc_to_rgb(row[0][i], row[1][i], row[2][i], rgb);
         else
             for (int c = 0; c < RGB; c++) rgb[c] = row[c][i];
@@ -6694,6 +6692,7 @@ static int jpeg_pixels(struct jpeg_reader *j, lvm_image *image) {
         const uint8_t *row[JPEG_MAX_COMPONENTS];
         for (int i = 0; i < j->n; i++)
             row[i] = jpeg_upsample_row(&j->component[i], y, sums, rows + (size_t)i * n);
+        if (space == JPEG_GREY) row[1] = row[2] = row[0];
         jpeg_row_to_rgb(space, row, j->width, image->rgb + (size_t)y * (size_t)j->width * RGB);
     }
     if (!code) image->orientation = j->orientation;
