@@ -4902,24 +4902,13 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
      - Alpha is dropped, not blended: an RGBA pixel keeps its R, G, B, whatever A says. This is
        Pillow's convert('RGB'), hence what the published checkpoints saw. tRNS is ignored likewise.
      - 16-bit colour keeps its high byte, but 16-bit grey is cut at 255, so that nearly all of it
-       turns white: Pillow holds such grey as integers, and its convert('RGB') clips integers.
+       becomes white: Pillow holds such grey as integers, and its convert('RGB') clips integers.
        Scale such images (depth maps, say) to 8 bits before they are shown to a model.
-     - A photo's EXIF rotation is left alone, as by Pillow, unless lvm_image_upright is called.
+     - A photo's EXIF orientation is left alone, as by Pillow, unless lvm_image_upright is called.
      - gAMA, iCCP, sRGB and cHRM are ignored, as by Pillow: the bytes are the values.
      - Deflate sends Huffman codes from their top bit and everything else from the lowest bit.
        Codes are therefore kept reversed, and all bits come from one little-endian stream.
-     - A filtered row depends on the row above *after* that one was unfiltered.
-
-   The bicubic kernel (Keys 1981, a = -1/2) gives a sample at distance x the weight
-
-       w(x) = (a+2)|x|^3 - (a+3)|x|^2 + 1        for |x| < 1
-            = a|x|^3 - 5a|x|^2 + 8a|x| - 4a      for 1 <= |x| < 2,   else 0.
-
-   Output pixel i of n_out lies at c = (i + 1/2) s in the input, s = n_in / n_out. When the image
-   shrinks (s > 1) the kernel is stretched by s and so averages instead of skipping; it spans
-   c +- 2 max(s, 1), cut at the borders, and its weights are divided by their sum:
-
-       out[i] = sum_j w((j + 1/2 - c) / max(s, 1)) in[j]  /  sum_j w((j + 1/2 - c) / max(s, 1)) */
+     - A filtered row depends on the row above after that one was unfiltered. */
 
 enum {
     IMAGE_MAX_PIXELS = 1 << 28,  /* 800 MB of RGB: larger is a mistake or an attack */
@@ -4941,7 +4930,7 @@ static int image_sides_ok(int64_t width, int64_t height) {
            width * height <= IMAGE_MAX_PIXELS;
 }
 
-/* Every reader comes here with its header's sides before it asks for memory. */
+/* Every reader comes here with its header's sides before it allocates memory. */
 static int image_check_sides(const char *name, const char *kind, int64_t width, int64_t height,
                              lvm_error *error) {
     if (image_sides_ok(width, height)) return LVM_OK;
@@ -4955,11 +4944,27 @@ void lvm_image_free(lvm_image *image) {
     *image = (lvm_image){0, 0, NULL, 0};
 }
 
+/* ---- Bytes ----
+
+   All readers take their bytes through chapter 1's cursor. PNG and JPEG are big-endian. */
+
+static uint32_t cursor_big(struct cursor *c, int bytes) {
+    uint32_t v = 0;
+    const uint8_t *p = cursor_take(c, (uint64_t)bytes);
+    for (int i = 0; p != NULL && i < bytes; i++) v = v << 8 | p[i];
+    return v;
+}
+
+/* The next byte, or -1 at the end, which is no failure. */
+static inline int cursor_byte(struct cursor *c) {
+    return c->at < c->size ? c->data[c->at++] : -1;
+}
+
 /* ---- Checksums ----
 
-   CRC-32 guards every PNG chunk, Adler-32 the decompressed data. The CRC takes four bytes a step:
-   table[k][b] is the effect of byte b with k zero bytes behind it. The tables take microseconds to
-   make, so each file makes its own and nothing is shared between threads. */
+   CRC-32 guards every PNG chunk (PNG, 5.5), Adler-32 the decompressed data (RFC 1950). CRC takes
+   four bytes a step: table[k][b] is the effect of byte b with k zero bytes behind it. The tables
+   take microseconds to make, so each file makes its own and nothing is shared between threads. */
 
 struct crc32 {
     uint32_t table[4][256];
@@ -5006,57 +5011,65 @@ static uint32_t adler32_of(const uint8_t *data, size_t size) {
 
 /* ---- What inflate and deflate share ----
 
-   Deflate data are literals (symbols 0..255), an end mark (256) and matches: "copy `length` bytes
-   from `distance` back". Lengths and distances are coded as small floating-point numbers: a class
-   (exponent and leading mantissa bits, Huffman coded) and the rest of the mantissa as plain bits.
-   With v = length - 3 and 2 mantissa bits in the class, or v = distance - 1 and 1 bit:
+   Deflate data (RFC 1951, 3.2) are literals (symbols 0..255), end-of-block (256) and matches: "copy
+   `length` bytes from `distance` back". Lengths and distances are written as small floating-point
+   numbers: a length code or distance code (exponent and leading mantissa bits, Huffman coded) and
+   extra bits (the rest of the mantissa). With v = length - 3 and 2 mantissa bits in the code, or
+   v = distance - 1 and 1 bit:
 
-       v < 2^(bits+1):  class = v, no further bits
-       otherwise:       class = (n << bits) + (v >> n), then the n low bits of v
+       v < 2^(bits+1):  code = v, no extra bits
+       otherwise:       code = (n << bits) + (v >> n), then the n low bits of v
 
-   so no table of bases is needed. One exception: length 258 has a class of its own, 28, while the
-   formula's last code (v = 255 in class 27) stays unused. */
+   so no table of bases is needed. One exception: length 258 has a code of its own, 28, while the
+   formula's last value (v = 255 in code 27) stays unused. */
 
 enum {
     DEFLATE_END = 256, DEFLATE_MATCH = 257,
     DEFLATE_LITERALS = 286, DEFLATE_DISTANCES = 30,   /* symbols with a meaning */
     DEFLATE_MIN_LENGTH = 3, DEFLATE_MAX_LENGTH = 258, DEFLATE_WINDOW = 32768,
-    DEFLATE_LONGEST_CLASS = 28,
-    LENGTH_BITS = 2, DISTANCE_BITS = 1,               /* mantissa bits inside the class */
+    DEFLATE_LONGEST_CODE = 28,
+    LENGTH_BITS = 2, DISTANCE_BITS = 1,               /* mantissa bits inside the code */
     HUFFMAN_MAX_BITS = 15, HUFFMAN_MAX_SYMBOLS = 288
 };
 
-/* The order in which a block's header lists the lengths of the code for code lengths. */
+/* The order in which the header of a dynamic block lists the lengths of the code length code. */
 static const uint8_t deflate_header_order[19] =
     {16, 17, 18, 0, 8, 7, 9, 6, 10, 5, 11, 4, 12, 3, 13, 2, 14, 1, 15};
 
-static int class_extra_bits(int class, int bits) {
-    return class < 2 << bits ? 0 : (class >> bits) - 1;
+static int code_extra_bits(int code, int bits) {
+    return code < 2 << bits ? 0 : (code >> bits) - 1;
 }
 
-static int class_base(int class, int bits) {
-    int n = class_extra_bits(class, bits);
-    return (class - (n << bits)) << n;
+static int code_base(int code, int bits) {
+    int n = code_extra_bits(code, bits);
+    return (code - (n << bits)) << n;
 }
 
-static int class_of(unsigned value, int bits) {
+static int deflate_code(unsigned value, int bits) {
     int n = 0;
     while (value >> (n + bits + 1)) n++;
     return (n << bits) + (int)(value >> n);
 }
 
-static int length_class(int length) {
-    if (length == DEFLATE_MAX_LENGTH) return DEFLATE_LONGEST_CLASS;
-    return class_of((unsigned)(length - DEFLATE_MIN_LENGTH), LENGTH_BITS);
+static int length_code(int length) {
+    if (length == DEFLATE_MAX_LENGTH) return DEFLATE_LONGEST_CODE;
+    return deflate_code((unsigned)(length - DEFLATE_MIN_LENGTH), LENGTH_BITS);
 }
 
-static int length_extra_bits(int class) {
-    return class == DEFLATE_LONGEST_CLASS ? 0 : class_extra_bits(class, LENGTH_BITS);
+static int length_extra_bits(int code) {
+    return code == DEFLATE_LONGEST_CODE ? 0 : code_extra_bits(code, LENGTH_BITS);
 }
 
-static int length_base(int class) {
-    if (class == DEFLATE_LONGEST_CLASS) return DEFLATE_MAX_LENGTH;
-    return DEFLATE_MIN_LENGTH + class_base(class, LENGTH_BITS);
+static int length_base(int code) {
+    if (code == DEFLATE_LONGEST_CODE) return DEFLATE_MAX_LENGTH;
+    return DEFLATE_MIN_LENGTH + code_base(code, LENGTH_BITS);
+}
+
+/* Code lengths are themselves run-length and Huffman coded: symbol 16 repeats the last one 3..6
+   times, 17 zero 3..10 times, 18 zero 11..138 times. */
+static int run_base(int symbol) { return symbol == 18 ? 11 : 3; }
+static int run_extra_bits(int symbol) {
+    return symbol == 16 ? 2 : symbol == 17 ? 3 : symbol == 18 ? 7 : 0;
 }
 
 static uint32_t reverse_bits(uint32_t value, int n) {
@@ -5085,30 +5098,28 @@ static void deflate_fixed_lengths(uint8_t *literal, uint8_t *distance) {
     memset(literal + 144, 9, 112);
     memset(literal + 256, 7, 24);
     memset(literal + 280, 8, 8);
-    memset(distance, 5, 30);
+    memset(distance, 5, 32);   /* the last two complete the code and are refused when met */
 }
 
 /* ---- Inflate ----
 
-   The output's size is known beforehand (from the image's header), so the caller gives a buffer
-   of exactly that size and any other amount of data is a fault. Each function returns NULL or the
-   fault in words; the caller adds the file's name.
+   A zlib stream (RFC 1950) of deflate blocks. The output's size is known beforehand (from the
+   image's header), so the caller gives a buffer of exactly that size and any other amount of data
+   is a fault. Each function returns NULL or the fault in words; the caller adds the file's name.
 
    Bits are held in a 64-bit word that is topped up once per literal or match: 56 bits are enough
    for the longest match (15 + 5 + 15 + 13). Past the end of input the word fills with zeros while
    `count` tells how many bits are real; taking more than that is "ends early". */
 
 struct bit_reader {
-    const uint8_t *at, *end;
-    uint64_t hold;   /* the next bits, lowest first */
-    int count;       /* how many of them there are */
+    struct cursor bytes;
+    uint64_t hold;   /* the next bits, lowest first (JPEG: highest first); zeros behind them */
+    int count;       /* how many of them there are; negative: more were taken */
 };
 
 static void bits_fill(struct bit_reader *b) {
-    while (b->count <= 56 && b->at < b->end) {
-        b->hold |= (uint64_t)*b->at++ << b->count;
-        b->count += 8;
-    }
+    for (int byte; b->count <= 56 && (byte = cursor_byte(&b->bytes)) >= 0; b->count += 8)
+        b->hold |= (uint64_t)byte << b->count;
 }
 
 static unsigned bits_peek(const struct bit_reader *b, int n) {
@@ -5124,6 +5135,14 @@ static unsigned bits_take(struct bit_reader *b, int n) {
     unsigned value = bits_peek(b, n);
     bits_skip(b, n);
     return value;
+}
+
+/* Drops the rest of a byte that was begun; whole bytes read ahead go back to the cursor. */
+static struct cursor *bits_to_bytes(struct bit_reader *b) {
+    b->bytes.at -= (size_t)b->count / 8;
+    b->hold = 0;
+    b->count = 0;
+    return &b->bytes;
 }
 
 /* A Huffman decoder. Codes up to HUFFMAN_FAST_BITS are looked up by the next bits; for the rare
@@ -5195,24 +5214,18 @@ static const char *const inflate_long = "the compressed data hold more than the 
 static const char *const inflate_damaged = "the compressed data are damaged";
 
 static const char *inflate_stored(struct inflate *z) {
-    struct bit_reader *b = &z->bits;
-    bits_skip(b, b->count & 7);
-    bits_fill(b);
-    unsigned size = bits_take(b, 16), check = bits_take(b, 16);
-    if (b->count < 0) return inflate_short;
+    struct cursor *c = bits_to_bytes(&z->bits);
+    size_t size = (size_t)cursor_number(c, 2), check = (size_t)cursor_number(c, 2);
+    if (c->failed) return inflate_short;
     if (size != (check ^ 0xFFFF)) return inflate_damaged;
-    b->at -= b->count / 8;   /* whole bytes read ahead go back */
-    b->hold = 0;
-    b->count = 0;
-    if (size > (size_t)(b->end - b->at)) return inflate_short;
+    const uint8_t *data = cursor_take(c, size);
+    if (!data) return inflate_short;
     if (size > (size_t)(z->end - z->at)) return inflate_long;
-    memcpy(z->at, b->at, size);
+    memcpy(z->at, data, size);
     z->at += size;
-    b->at += size;
     return NULL;
 }
 
-/* Code lengths are themselves run-length and Huffman coded: 16 repeats the last, 17 and 18 zero. */
 static const char *inflate_lengths(struct inflate *z, uint8_t *length, int n) {
     struct bit_reader *b = &z->bits;
     for (int i = 0; i < n;) {
@@ -5221,12 +5234,9 @@ static const char *inflate_lengths(struct inflate *z, uint8_t *length, int n) {
         uint8_t value = (uint8_t)symbol;
         if (symbol < 0 || (symbol == 16 && i == 0))
             return b->count <= 0 ? inflate_short : inflate_damaged;
-        if (symbol == 16) {
-            value = length[i - 1];
-            repeat = 3 + (int)bits_take(b, 2);
-        } else if (symbol >= 17) {
-            value = 0;
-            repeat = symbol == 17 ? 3 + (int)bits_take(b, 3) : 11 + (int)bits_take(b, 7);
+        if (symbol >= 16) {
+            value = symbol == 16 ? length[i - 1] : 0;
+            repeat = run_base(symbol) + (int)bits_take(b, run_extra_bits(symbol));
         }
         if (b->count < 0) return inflate_short;
         if (repeat > n - i) return inflate_damaged;
@@ -5235,7 +5245,7 @@ static const char *inflate_lengths(struct inflate *z, uint8_t *length, int n) {
     return NULL;
 }
 
-static const char *inflate_header(struct inflate *z) {
+static const char *inflate_dynamic(struct inflate *z) {
     struct bit_reader *b = &z->bits;
     uint8_t length[HUFFMAN_MAX_SYMBOLS + 32] = {0};
     bits_fill(b);
@@ -5257,23 +5267,22 @@ static const char *inflate_header(struct inflate *z) {
 }
 
 static void inflate_fixed(struct inflate *z) {
-    uint8_t literal[HUFFMAN_MAX_SYMBOLS], distance[32] = {0};
+    uint8_t literal[HUFFMAN_MAX_SYMBOLS], distance[32];
     deflate_fixed_lengths(literal, distance);
-    distance[30] = distance[31] = 5;   /* they complete the code and are refused when met */
     huffman_build(&z->literals, literal, HUFFMAN_MAX_SYMBOLS);
     huffman_build(&z->distances, distance, 32);
 }
 
 /* A match whose literal/length symbol was just read. */
-static const char *inflate_match(struct inflate *z, int class) {
+static const char *inflate_match(struct inflate *z, int code) {
     struct bit_reader *b = &z->bits;
-    if (class > DEFLATE_LONGEST_CLASS) return inflate_damaged;
-    size_t length = (size_t)length_base(class) + bits_take(b, length_extra_bits(class));
-    class = huffman_next(&z->distances, b);
-    if (class < 0 || class >= DEFLATE_DISTANCES)
+    if (code > DEFLATE_LONGEST_CODE) return inflate_damaged;
+    size_t length = (size_t)length_base(code) + bits_take(b, length_extra_bits(code));
+    code = huffman_next(&z->distances, b);
+    if (code < 0 || code >= DEFLATE_DISTANCES)
         return b->count <= 0 ? inflate_short : inflate_damaged;
-    size_t distance = 1 + (size_t)class_base(class, DISTANCE_BITS);
-    distance += bits_take(b, class_extra_bits(class, DISTANCE_BITS));
+    size_t distance = 1 + (size_t)code_base(code, DISTANCE_BITS);
+    distance += bits_take(b, code_extra_bits(code, DISTANCE_BITS));
     if (b->count < 0) return inflate_short;
     if (distance > (size_t)(z->at - z->out)) return inflate_damaged;
     if (length > (size_t)(z->end - z->at)) return inflate_long;
@@ -5305,41 +5314,37 @@ static const char *inflate_codes(struct inflate *z) {
     }
 }
 
-static const char *inflate_block(struct inflate *z, unsigned kind) {
-    if (kind == 0) return inflate_stored(z);
-    if (kind == 3) return inflate_damaged;
-    if (kind == 1) {
-        inflate_fixed(z);
-    } else {
-        const char *fault = inflate_header(z);
-        if (fault) return fault;
-    }
-    return inflate_codes(z);
+static const char *inflate_block(struct inflate *z, unsigned type) {
+    if (type == 0) return inflate_stored(z);
+    if (type == 3) return inflate_damaged;
+    const char *fault = NULL;
+    if (type == 1) inflate_fixed(z);
+    else fault = inflate_dynamic(z);
+    return fault ? fault : inflate_codes(z);
 }
 
 /* Decompresses a zlib stream into exactly out_size bytes. Bytes behind the stream are ignored. */
 static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t size,
                                 uint8_t *out, size_t out_size) {
-    if (size < 2) return inflate_short;
-    if ((data[0] & 15) != 8 || data[0] >> 4 > 7 || (data[0] << 8 | data[1]) % 31 || data[1] & 32)
+    struct cursor *c = &z->bits.bytes;
+    z->bits = (struct bit_reader){{data, size, 0, 0}, 0, 0};
+    uint32_t header = cursor_big(c, 2);
+    if (c->failed) return inflate_short;
+    if ((header >> 8 & 15) != 8 || header >> 12 > 7 || header % 31 || header & 32)
         return "the compressed data have no valid zlib header";
-    z->bits = (struct bit_reader){data + 2, data + size, 0, 0};
     z->out = z->at = out;
     z->end = out + out_size;
     for (unsigned last = 0; !last;) {
         bits_fill(&z->bits);
         last = bits_take(&z->bits, 1);
-        unsigned kind = bits_take(&z->bits, 2);
+        unsigned type = bits_take(&z->bits, 2);
         if (z->bits.count < 0) return inflate_short;
-        const char *fault = inflate_block(z, kind);
+        const char *fault = inflate_block(z, type);
         if (fault) return fault;
     }
     if (z->at != z->end) return "the compressed data hold less than the image";
-    bits_skip(&z->bits, z->bits.count & 7);
-    bits_fill(&z->bits);
-    uint32_t adler = 0;
-    for (int i = 0; i < 4; i++) adler = adler << 8 | bits_take(&z->bits, 8);
-    if (z->bits.count < 0) return inflate_short;
+    uint32_t adler = cursor_big(bits_to_bytes(&z->bits), 4);
+    if (c->failed) return inflate_short;
     if (checksum_wrong(adler, adler32_of(out, out_size)))
         return "the decompressed data have a wrong checksum";
     return NULL;
@@ -5347,73 +5352,48 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
 
 /* ---- EXIF orientation ----
 
-   A camera held sideways writes the pixels as its sensor lay and the turn that makes them upright
-   as one number. It stands in a TIFF file inside a JPEG's APP1 segment or a PNG's eXIf chunk:
+   A camera held sideways writes the pixels as its sensor lay and how to make them upright as one
+   number, Exif's tag Orientation. It stands in a TIFF file inside a JPEG's APP1 segment or a PNG's
+   eXIf chunk:
 
-       TIFF:   "II" or "MM" (its byte order) | 42 | offset of a directory
+       TIFF:   "II" or "MM" (its byte order) | 42 | offset of a directory (IFD)
        there:  number of entries (2 bytes), then each: tag 2 | type 2 | count 4 | value 4
 
-   Whoever looks for it finds 1 to 8, or 0 where nothing or nonsense stands; bad offsets are no
-   error, for the pixels do not depend on them. */
+   Readers find 1 to 8, or 0 where nothing or nonsense stands; bad offsets are no error, for the
+   pixels do not depend on them. */
 
-enum {
-    EXIF_ORIENTATION = 0x0112, EXIF_SHORT = 3, EXIF_LONG = 4, EXIF_ENTRY_SIZE = 12,
-    JPEG_EXIF = 0xE1, JPEG_SCAN = 0xDA, JPEG_END = 0xD9   /* markers */
-};
+enum { EXIF_ORIENTATION = 0x0112, EXIF_SHORT = 3, EXIF_LONG = 4, EXIF_ENTRY_SIZE = 12 };
 
-static size_t exif_number(const uint8_t *p, int n, int big_endian) {
-    size_t value = 0;
-    for (int i = 0; i < n; i++) value = value << 8 | p[big_endian ? i : n - 1 - i];
-    return value;
+static uint32_t exif_number(struct cursor *c, int bytes, int big_endian) {
+    return big_endian ? cursor_big(c, bytes) : (uint32_t)cursor_number(c, bytes);
 }
 
 /* data: a TIFF file, with or without the "Exif\0\0" that JPEG puts in front. */
 static int exif_orientation(const uint8_t *data, size_t size) {
-    if (size >= 6 && memcmp(data, "Exif\0\0", 6) == 0) {
-        data += 6;
-        size -= 6;
-    }
-    if (size < 8 || (memcmp(data, "II*\0", 4) != 0 && memcmp(data, "MM\0*", 4) != 0)) return 0;
-    int big = data[0] == 'M';
-    size_t at = exif_number(data + 4, 4, big);
-    if (at > size - 2) return 0;
-    size_t entries = exif_number(data + at, 2, big);
-    for (at += 2; entries > 0 && size - at >= EXIF_ENTRY_SIZE; entries--, at += EXIF_ENTRY_SIZE) {
-        const uint8_t *entry = data + at;
-        size_t type = exif_number(entry + 2, 2, big), count = exif_number(entry + 4, 4, big);
-        if (exif_number(entry, 2, big) != EXIF_ORIENTATION || count != 1) continue;
+    size_t prefix = size >= 6 && memcmp(data, "Exif\0\0", 6) == 0 ? 6 : 0;
+    struct cursor head = {data + prefix, size - prefix, 0, 0}, directory = head;
+    const uint8_t *magic = cursor_take(&head, 4);
+    if (!magic || (memcmp(magic, "II*\0", 4) != 0 && memcmp(magic, "MM\0*", 4) != 0)) return 0;
+    int big = magic[0] == 'M';
+    cursor_take(&directory, exif_number(&head, 4, big));
+    for (uint32_t n = exif_number(&directory, 2, big); n > 0; n--) {
+        struct cursor entry = {cursor_take(&directory, EXIF_ENTRY_SIZE), EXIF_ENTRY_SIZE, 0, 0};
+        if (directory.failed) return 0;
+        uint32_t tag = exif_number(&entry, 2, big), type = exif_number(&entry, 2, big);
+        if (exif_number(&entry, 4, big) != 1 || tag != EXIF_ORIENTATION) continue;
         if (type != EXIF_SHORT && type != EXIF_LONG) continue;
-        size_t value = exif_number(entry + 8, type == EXIF_SHORT ? 2 : 4, big);
+        uint32_t value = exif_number(&entry, type == EXIF_SHORT ? 2 : 4, big);
         return value >= 1 && value <= 8 ? (int)value : 0;
-    }
-    return 0;
-}
-
-/* Walks over a JPEG file's segments (FF, marker, length, data) up to the first scan. */
-static int jpeg_orientation(const uint8_t *data, size_t size) {
-    size_t at = 2;   /* behind FF D8 */
-    while (at < size && size - at >= 4 && data[at] == 0xFF) {
-        int marker = data[at + 1];
-        size_t length = exif_number(data + at + 2, 2, 1);
-        if (marker == 0xFF) {   /* padding */
-            at++;
-            continue;
-        }
-        if (marker == JPEG_SCAN || marker == JPEG_END || length < 2) return 0;
-        if (length > size - at - 2) return 0;
-        if (marker == JPEG_EXIF && length >= 8 && memcmp(data + at + 4, "Exif\0\0", 6) == 0)
-            return exif_orientation(data + at + 4, length - 2);
-        at += 2 + length;
     }
     return 0;
 }
 
 /* How each orientation finds the input pixel of an output pixel: by exchanging x and y, then
    counting x from the right, y from the bottom. */
-static const struct exif_turn {
-    int exchange, from_right, from_bottom;
-} exif_turns[9] = {{0, 0, 0}, {0, 0, 0}, {0, 1, 0}, {0, 1, 1}, {0, 0, 1},
-                   {1, 0, 0}, {1, 0, 1}, {1, 1, 1}, {1, 1, 0}};
+static const struct exif_transform {
+    int transpose, flip_x, flip_y;
+} exif_transforms[9] = {{0, 0, 0}, {0, 0, 0}, {0, 1, 0}, {0, 1, 1}, {0, 0, 1},
+                        {1, 0, 0}, {1, 0, 1}, {1, 1, 1}, {1, 1, 0}};
 
 int lvm_image_upright(lvm_image *image, lvm_error *error) {
     lvm_image out = {0, 0, NULL, 0};
@@ -5423,17 +5403,17 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
     if (image->orientation < 0 || image->orientation > 8)
         return fail(error, LVM_INVALID, "turning upright: orientation %d: EXIF has 1 to 8",
                     image->orientation);
-    const struct exif_turn *turn = &exif_turns[image->orientation];
+    const struct exif_transform *t = &exif_transforms[image->orientation];
     int w = image->width, h = image->height;
     if (image->orientation > 1) {
-        int code = image_new(&out, turn->exchange ? h : w, turn->exchange ? w : h, error);
+        int code = image_new(&out, t->transpose ? h : w, t->transpose ? w : h, error);
         if (code) return code;
         uint8_t *to = out.rgb;
         for (int y = 0; y < out.height; y++)
             for (int x = 0; x < out.width; x++, to += RGB) {
-                int from_x = turn->exchange ? y : x, from_y = turn->exchange ? x : y;
-                if (turn->from_right) from_x = w - 1 - from_x;
-                if (turn->from_bottom) from_y = h - 1 - from_y;
+                int from_x = t->transpose ? y : x, from_y = t->transpose ? x : y;
+                if (t->flip_x) from_x = w - 1 - from_x;
+                if (t->flip_y) from_y = h - 1 - from_y;
                 memcpy(to, image->rgb + ((size_t)from_y * (size_t)w + (size_t)from_x) * RGB, RGB);
             }
         lvm_image_free(image);
@@ -5445,13 +5425,15 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
 
 /* ---- PNG in ----
 
+   PNG, sections 5 (chunks), 7 to 9 (rows, filters) and 11 (what the chunks hold).
+
        file:   8 bytes of signature, then chunks
        chunk:  length (4 bytes, big-endian) | type (4 letters) | data | CRC-32 of type and data
 
    IHDR comes first and tells the shape; PLTE holds a palette; all IDAT chunks together hold one
-   zlib stream of rows, each a filter byte and its pixels; IEND ends the image. A lower-case
-   first letter marks a chunk that may be ignored; an unknown upper-case one may not. Bytes behind
-   IEND are ignored.
+   zlib stream of rows, each a filter type and its pixels; IEND ends the image. A lower-case first
+   letter marks an ancillary chunk, which may be ignored; an unknown critical one, upper-case, may
+   not. Bytes behind IEND are ignored.
 
    A row is packed: pixels of 1, 2 or 4 bits fill bytes from the top bit, and each row starts a new
    byte. Samples of 16 bits are big-endian.
@@ -5468,21 +5450,24 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
        5 6 5 6 5 6 5 6
        7 7 7 7 7 7 7 7
 
-   Memory is asked for only when the file explains it: deflate turns 2 bits into 258 bytes at best,
-   a ratio of 1032, so a small file that claims a huge image is refused first. */
+   Memory is allocated only when the file explains it: deflate makes 258 bytes of 2 bits at best, a
+   ratio of 1032, so a small file that claims a huge image is refused first. */
 
 enum {
     PNG_GREY = 0, PNG_RGB = 2, PNG_PALETTE = 3, PNG_GREY_ALPHA = 4, PNG_RGB_ALPHA = 6,
+    PNG_NONE = 0, PNG_SUB = 1, PNG_UP = 2, PNG_AVERAGE = 3, PNG_PAETH = 4,   /* filter types */
     PNG_HEADER_SIZE = 13, PNG_SIGNATURE_SIZE = 8, PNG_CHUNK_FRAME = 12,
     DEFLATE_MAX_RATIO = 1032
 };
 
 static const uint8_t png_signature[PNG_SIGNATURE_SIZE] = {137, 'P', 'N', 'G', 13, 10, 26, 10};
 
-struct png_cursor {
-    const uint8_t *at;
-    size_t left;
-};
+/* By colour type: samples a pixel, and in bit d whether it may have d bits a sample. */
+static const struct png_colour_type {
+    int channels, depths;
+} png_colour_types[PNG_RGB_ALPHA + 1] = {
+    [PNG_GREY] = {1, 0x10116}, [PNG_RGB] = {3, 0x10100}, [PNG_PALETTE] = {1, 0x116},
+    [PNG_GREY_ALPHA] = {2, 0x10100}, [PNG_RGB_ALPHA] = {4, 0x10100}};
 
 struct png_chunk {
     char type[5];
@@ -5493,110 +5478,88 @@ struct png_chunk {
 struct png_reader {
     const char *name;              /* of the file, for messages */
     lvm_error *error;
-    struct png_cursor file;
+    struct cursor file;
     struct crc32 crc;
-    int width, height, colour, channels, depth, interlaced;
-    const uint8_t *palette;        /* [n_colours][RGB], inside the file's bytes */
-    int n_colours, orientation;
+    int width, height, colour_type, channels, depth;
+    int first_pass, last_pass;     /* of png_passes: 0 alone, or 1 to 7 */
+    const uint8_t *palette;        /* [palette_size][RGB], inside the file's bytes */
+    int palette_size, orientation;
     uint8_t *idat;                 /* the data of all IDAT chunks [idat_size] */
     size_t idat_size;
     int idat_ended;
 };
 
-static uint32_t png_u32(const uint8_t *p) {
-    return (uint32_t)p[0] << 24 | (uint32_t)p[1] << 16 | (uint32_t)p[2] << 8 | p[3];
-}
-
-/* The next n bytes, or NULL where the file has fewer. */
-static const uint8_t *png_take(struct png_cursor *c, size_t n) {
-    if (n > c->left) return NULL;
-    const uint8_t *p = c->at;
-    c->at += n;
-    c->left -= n;
-    return p;
+static int png_damaged(const struct png_reader *png, const char *fault) {
+    return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %s", png->name, fault);
 }
 
 static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
-    const uint8_t *head = png_take(&png->file, 8);
-    if (!head)
+    struct cursor *c = &png->file;
+    chunk->size = cursor_big(c, 4);
+    const uint8_t *type = cursor_take(c, 4);
+    if (!type)
         return fail(png->error, LVM_FORMAT, "%s: the PNG file is cut off before its end (IEND)",
                     png->name);
     for (int i = 0; i < 4; i++) {
-        int letter = head[4 + i];
-        if (!((letter >= 'A' && letter <= 'Z') || (letter >= 'a' && letter <= 'z')))
-            return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: a chunk has no name",
-                        png->name);
-        chunk->type[i] = (char)letter;
+        if (!((type[i] >= 'A' && type[i] <= 'Z') || (type[i] >= 'a' && type[i] <= 'z')))
+            return png_damaged(png, "a chunk has no name");
+        chunk->type[i] = (char)type[i];
     }
     chunk->type[4] = 0;
-    chunk->size = png_u32(head);
-    chunk->data = png_take(&png->file, chunk->size);
-    const uint8_t *crc = chunk->data ? png_take(&png->file, 4) : NULL;
-    if (!crc)
+    chunk->data = cursor_take(c, chunk->size);
+    uint32_t crc = cursor_big(c, 4);
+    if (c->failed)
         return fail(png->error, LVM_FORMAT, "%s: the PNG file is cut off inside its %s chunk",
                     png->name, chunk->type);
-    if (checksum_wrong(png_u32(crc), crc32_of(&png->crc, head + 4, (size_t)chunk->size + 4)))
+    if (checksum_wrong(crc, crc32_of(&png->crc, type, (size_t)chunk->size + 4)))
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: wrong checksum in its %s chunk", png->name, chunk->type);
     return LVM_OK;
 }
 
-/* Bit d of the result: depth d is legal for this colour type. 0: no colour type. */
-static uint32_t png_legal_depths(int colour) {
-    switch (colour) {
-    case PNG_GREY: return 1u << 1 | 1u << 2 | 1u << 4 | 1u << 8 | 1u << 16;
-    case PNG_PALETTE: return 1u << 1 | 1u << 2 | 1u << 4 | 1u << 8;
-    case PNG_RGB: case PNG_GREY_ALPHA: case PNG_RGB_ALPHA: return 1u << 8 | 1u << 16;
-    default: return 0;
-    }
-}
-
 static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
-    const uint8_t *d = chunk->data;
+    struct cursor c = {chunk->data, chunk->size, 0, 0};
     if (strcmp(chunk->type, "IHDR") != 0 || chunk->size != PNG_HEADER_SIZE)
-        return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: no header (IHDR) in front",
-                    png->name);
-    uint32_t width = png_u32(d), height = png_u32(d + 4);
-    int depth = d[8], interlace = d[12];
-    png->colour = d[9];
+        return png_damaged(png, "no header (IHDR) in front");
+    uint32_t width = cursor_big(&c, 4), height = cursor_big(&c, 4);
+    int depth = cursor_byte(&c), colour = cursor_byte(&c), compression = cursor_byte(&c);
+    int filter = cursor_byte(&c), interlace = cursor_byte(&c);
     int code = image_check_sides(png->name, "PNG", width, height, png->error);
     if (code) return code;
-    if (depth > 16 || !(png_legal_depths(png->colour) >> depth & 1))
+    if (colour > PNG_RGB_ALPHA || depth > 16 || !(png_colour_types[colour].depths >> depth & 1))
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: colour type %d with %d bits does not exist", png->name,
-                    png->colour, depth);
-    if (d[10] || d[11] || interlace > 1)
+                    colour, depth);
+    if (compression || filter || interlace > 1)
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: unknown method (compression %d, filter %d, "
-                    "interlace %d)", png->name, d[10], d[11], interlace);
+                    "interlace %d)", png->name, compression, filter, interlace);
     png->width = (int)width;
     png->height = (int)height;
     png->depth = depth;
-    png->interlaced = interlace;
-    png->channels = png->colour == PNG_RGB ? 3 : png->colour == PNG_RGB_ALPHA ? 4 :
-                    png->colour == PNG_GREY_ALPHA ? 2 : 1;
+    png->colour_type = colour;
+    png->channels = png_colour_types[colour].channels;
+    png->first_pass = interlace;
+    png->last_pass = 7 * interlace;
     return LVM_OK;
 }
 
 static int png_palette(struct png_reader *png, const struct png_chunk *chunk) {
-    if (png->colour != PNG_PALETTE) return LVM_OK;   /* only a suggestion there */
-    if (png->palette || png->idat_size)
-        return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %s", png->name,
-                    png->palette ? "two palettes (PLTE)" : "its palette comes after the pixels");
+    if (png->colour_type != PNG_PALETTE) return LVM_OK;   /* only a suggestion there */
+    if (png->palette) return png_damaged(png, "two palettes (PLTE)");
+    if (png->idat_size) return png_damaged(png, "its palette comes after the pixels");
     if (chunk->size == 0 || chunk->size % RGB || chunk->size > 256 * RGB)
         return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: a palette of %lu bytes",
                     png->name, (unsigned long)chunk->size);
     png->palette = chunk->data;
-    png->n_colours = (int)(chunk->size / RGB);
+    png->palette_size = (int)(chunk->size / RGB);
     return LVM_OK;
 }
 
 static int png_idat(struct png_reader *png, const struct png_chunk *chunk) {
-    if (png->idat_ended)
-        return fail(png->error, LVM_FORMAT,
-                    "%s: damaged PNG file: other chunks between its IDAT chunks", png->name);
+    if (png->idat_ended) return png_damaged(png, "other chunks between its IDAT chunks");
     if (!png->idat) {   /* all that the file still holds is the most that can come */
-        png->idat = mem_alloc(png->file.left + chunk->size, 1, png->error);
+        png->idat = mem_alloc(png->file.size - png->file.at + chunk->size, 1, png->error);
         if (!png->idat) return LVM_MEMORY;
     }
     memcpy(png->idat + png->idat_size, chunk->data, chunk->size);
@@ -5627,11 +5590,9 @@ static int png_chunks(struct png_reader *png) {
                         chunk.type);
     }
     if (code) return code;
-    if (!png->idat_size)
-        return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: no pixels (IDAT)", png->name);
-    if (png->colour == PNG_PALETTE && !png->palette)
-        return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: no palette (PLTE)", png->name);
-    return LVM_OK;
+    if (!png->idat_size) return png_damaged(png, "no pixels (IDAT)");
+    if (png->colour_type != PNG_PALETTE || png->palette) return LVM_OK;
+    return png_damaged(png, "no palette (PLTE)");
 }
 
 /* Of left a, above b and above-left c, the one nearest to a + b - c; ties in this order. */
@@ -5646,51 +5607,37 @@ static inline int png_paeth(int a, int b, int c) {
 
 /* Undoes a row's filter in place; above is the row above, unfiltered. False: no such filter. */
 static int png_unfilter(int filter, uint8_t *row, const uint8_t *above, size_t n, size_t pixel) {
-    switch (filter) {
-    case 0:
-        return 1;
-    case 1:
+    if (filter == PNG_SUB) {
         for (size_t i = pixel; i < n; i++) row[i] = (uint8_t)(row[i] + row[i - pixel]);
-        return 1;
-    case 2:
+    } else if (filter == PNG_UP) {
         for (size_t i = 0; i < n; i++) row[i] = (uint8_t)(row[i] + above[i]);
-        return 1;
-    case 3:
+    } else if (filter == PNG_AVERAGE) {
         for (size_t i = 0; i < pixel; i++) row[i] = (uint8_t)(row[i] + above[i] / 2);
         for (size_t i = pixel; i < n; i++)
             row[i] = (uint8_t)(row[i] + (row[i - pixel] + above[i]) / 2);
-        return 1;
-    case 4:
+    } else if (filter == PNG_PAETH) {
         for (size_t i = 0; i < pixel; i++) row[i] = (uint8_t)(row[i] + above[i]);
         for (size_t i = pixel; i < n; i++)
             row[i] = (uint8_t)(row[i] + png_paeth(row[i - pixel], above[i], above[i - pixel]));
-        return 1;
-    default:
-        return 0;
     }
+    return filter <= PNG_PAETH;
 }
 
-/* Where the pixels of a pass lie: every dx-th from column x, in every dy-th row from row y. */
-struct png_pass {
+/* Where the pixels of a pass lie: every dx-th from column x, in every dy-th row from row y. First
+   the whole image, then Adam7's seven passes. */
+static const struct png_pass {
     int x, y, dx, dy;
-};
-
-/* The whole image, then Adam7's seven passes. */
-static const struct png_pass png_passes[8] = {
+} png_passes[8] = {
     {0, 0, 1, 1},
     {0, 0, 8, 8}, {4, 0, 8, 8}, {0, 4, 4, 8}, {2, 0, 4, 4}, {0, 2, 2, 4}, {1, 0, 2, 2}, {0, 1, 1, 2}
 };
-
-/* An image consists of the passes from this one on, up to png_last_pass: 0 alone, or 1 to 7. */
-static int png_first_pass(const struct png_reader *png) { return png->interlaced ? 1 : 0; }
-static int png_last_pass(const struct png_reader *png) { return png->interlaced ? 7 : 0; }
 
 /* Of n columns or rows, those that a pass holds. */
 static int png_pass_count(int n, int from, int step) {
     return n > from ? (n - from - 1) / step + 1 : 0;
 }
 
-/* Bytes of a row of n pixels, without its filter. */
+/* Bytes of a row of n pixels, without its filter type. */
 static size_t png_row_bytes(const struct png_reader *png, int n) {
     return ((size_t)n * (size_t)png->channels * (size_t)png->depth + 7) / 8;
 }
@@ -5698,7 +5645,7 @@ static size_t png_row_bytes(const struct png_reader *png, int n) {
 /* Bytes that the compressed data must hold. */
 static size_t png_raw_size(const struct png_reader *png) {
     size_t sum = 0;
-    for (int i = png_first_pass(png); i <= png_last_pass(png); i++) {
+    for (int i = png->first_pass; i <= png->last_pass; i++) {
         const struct png_pass *pass = &png_passes[i];
         int width = png_pass_count(png->width, pass->x, pass->dx);
         int height = png_pass_count(png->height, pass->y, pass->dy);
@@ -5707,12 +5654,12 @@ static size_t png_raw_size(const struct png_reader *png) {
     return sum;
 }
 
-/* A row's n samples as a byte each: the row itself, or out. Palette indices stay as they are. */
+/* A row's n samples as a byte each: the row itself, or out. Palette indices are not scaled. */
 static const uint8_t *png_samples(const struct png_reader *png, const uint8_t *row, size_t n,
                                   uint8_t *out) {
     unsigned depth = (unsigned)png->depth, most = (1u << depth) - 1;
     if (depth == 8) return row;
-    if (depth == 16 && png->colour == PNG_GREY)
+    if (depth == 16 && png->colour_type == PNG_GREY)
         for (size_t i = 0; i < n; i++) out[i] = row[2 * i] ? 255 : row[2 * i + 1];
     else if (depth == 16)
         for (size_t i = 0; i < n; i++) out[i] = row[2 * i];
@@ -5720,7 +5667,7 @@ static const uint8_t *png_samples(const struct png_reader *png, const uint8_t *r
         for (size_t i = 0; i < n; i++) {
             size_t bit = i * depth;
             unsigned v = (unsigned)row[bit / 8] >> (8 - depth - bit % 8) & most;
-            out[i] = (uint8_t)(png->colour == PNG_GREY ? v * (255 / most) : v);
+            out[i] = (uint8_t)(png->colour_type == PNG_GREY ? v * (255 / most) : v);
         }
     return out;
 }
@@ -5730,13 +5677,13 @@ static const uint8_t *png_samples(const struct png_reader *png, const uint8_t *r
 static int png_row_to_rgb(const struct png_reader *png, const uint8_t *samples, size_t n,
                           uint8_t *rgb, size_t stride) {
     size_t step = (size_t)png->channels;
-    switch (png->colour) {
+    switch (png->colour_type) {
     case PNG_RGB: case PNG_RGB_ALPHA:
         for (size_t i = 0; i < n; i++) memcpy(rgb + stride * i, samples + step * i, RGB);
         return 1;
     case PNG_PALETTE:
         for (size_t i = 0; i < n; i++) {
-            if (samples[i] >= png->n_colours) return 0;
+            if (samples[i] >= png->palette_size) return 0;
             memcpy(rgb + stride * i, png->palette + RGB * samples[i], RGB);
         }
         return 1;
@@ -5764,19 +5711,19 @@ static int png_pass_pixels(struct png_reader *png, const struct png_pass *pass, 
         if (!png_row_to_rgb(png, s, (size_t)width, rgb, stride))
             return fail(png->error, LVM_FORMAT,
                         "%s: damaged PNG file: row %d uses a colour beyond its palette of %d",
-                        png->name, y, png->n_colours);
+                        png->name, y, png->palette_size);
         *raw += n + 1;
         above = row;
     }
     return LVM_OK;
 }
 
-/* raw: the rows of all passes, [pass][row][1 + row's bytes], the filter in front of each row. */
+/* raw: the rows of all passes, [pass][row][1 + row's bytes], each behind its filter type. */
 static int png_pixels(struct png_reader *png, uint8_t *raw, lvm_image *image) {
     uint8_t *zero = mem_alloc(png_row_bytes(png, png->width), 1, png->error);
     uint8_t *samples = mem_alloc((size_t)png->width, (size_t)png->channels, png->error);
     int code = zero && samples ? image_new(image, png->width, png->height, png->error) : LVM_MEMORY;
-    for (int i = png_first_pass(png); i <= png_last_pass(png) && !code; i++)
+    for (int i = png->first_pass; i <= png->last_pass && !code; i++)
         code = png_pass_pixels(png, &png_passes[i], &raw, zero, samples, image);
     mem_free(samples);
     mem_free(zero);
@@ -5796,8 +5743,7 @@ static int png_decompress(struct png_reader *png, lvm_image *image) {
     int code = raw && z ? LVM_OK : LVM_MEMORY;
     if (!code) {
         const char *fault = inflate_zlib(z, png->idat, png->idat_size, raw, raw_size);
-        if (fault)
-            code = fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %s", png->name, fault);
+        if (fault) code = png_damaged(png, fault);
     }
     if (!code) code = png_pixels(png, raw, image);
     mem_free(z);
@@ -5807,9 +5753,9 @@ static int png_decompress(struct png_reader *png, lvm_image *image) {
 
 static int png_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
                     lvm_error *error) {
-    struct png_reader png = {.name = name, .error = error, .file = {data, size}};
+    struct png_reader png = {.name = name, .error = error,   /* the caller saw the signature */
+                             .file = {data, size, PNG_SIGNATURE_SIZE, 0}};
     crc32_init(&png.crc);
-    png_take(&png.file, PNG_SIGNATURE_SIZE);   /* the caller recognised it */
     int code = png_chunks(&png);
     if (!code) code = png_decompress(&png, image);
     mem_free(png.idat);
@@ -5818,31 +5764,31 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
 
 /* ---- JPEG in ----
 
-   ITU-T T.81 (ISO/IEC 10918-1) with JFIF's and Adobe's ways to say what the colours are. A file is
-   a row of segments. Each begins with a marker, a byte FF and one that is neither 00 nor FF:
+   ITU-T T.81 (ISO/IEC 10918-1) with JFIF's and Adobe's ways to name the colour space. A file is a
+   row of segments (annex B). Each begins with a marker, a byte FF and one not 00 or FF:
 
        FF D8                                     SOI, the file begins
        FF marker | length, 2 bytes | data        in any order, but before they are needed:
            FF DB  DQT   quantisation tables          FF C4  DHT   Huffman tables
-           FF DD  DRI   MCUs between restarts        FF Ex  APPx  JFIF, Adobe, Exif, ...
+           FF DD  DRI   the restart interval, MCUs   FF Ex  APPx  JFIF, Adobe, Exif, ...
            FF C0..C2  SOF   sides, precision, components; C2: the scans are progressive
            FF DA  SOS   a scan: which components, which coefficients; behind it, without a length,
-                        the Huffman coded data, in which a byte FF is written FF 00. Every so many
-                        MCUs a marker FF D0 .. FF D7 (RSTn) may restart the decoder.
+                        entropy-coded segments, in which a byte FF is written FF 00; markers
+                        FF D0 .. FF D7 (RSTn) part them, one every restart interval
        FF D9                                     EOI
 
    What an encoder does, and a decoder undoes from the last step to the first:
 
-     1. Colour. R, G, B become brightness Y and two colour differences Cb and Cr.
-     2. Sampling. The eye sees colour coarsely: of the H x V samples that the finest component has
-        in some place, another keeps h x v. 2x2,1x1,1x1 is called 4:2:0; 2x1,1x1,1x1 is 4:2:2.
-     3. Blocks. Each component is cut into blocks of 8 x 8 samples, each turned into 64 frequencies
-        by the discrete cosine transform. A smallest piece with whole blocks of all components is
-        called an MCU, here one of 4:2:0, 16 x 16 pixels:      Y0 Y1  Cb  Cr
-                                                               Y2 Y3
+     1. Colour. R, G, B become luma Y and chroma Cb and Cr.
+     2. Subsampling. The eye sees chroma coarsely: of the H x V samples that the finest component
+        has in some place, another keeps h x v. 2x2,1x1,1x1 is 4:2:0; 2x1,1x1,1x1 is 4:2:2.
+     3. DCT. Each component's plane is cut into blocks of 8 x 8 samples, each made 64 coefficients
+        by the discrete cosine transform. The smallest piece with whole blocks of all components is
+        the MCU, minimum coded unit, here one of 4:2:0, 16 x 16 pixels:      Y0 Y1  Cb  Cr
+                                                                             Y2 Y3
      4. Quantisation. Each coefficient is divided by its table's entry and rounded: the loss.
-     5. Order. Coefficient 0 (DC) is the block's mean; the others (AC) follow in zigzag, low
-        frequencies first, so that zeros gather at the end:
+     5. Zigzag. Coefficient 0 (DC) is the block's mean; the others (AC) follow, low frequencies
+        first, so that zeros gather at the end:
 
              0  1  5  6 14 15 27 28
              2  4  7 13 16 26 29 42
@@ -5853,39 +5799,42 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
             21 34 37 47 50 56 59 61
             35 36 48 49 57 58 62 63
 
-     6. Coding. DC goes as the difference to the last block's DC of the same component: a Huffman
-        code for its number of bits, then the bits. AC goes as symbols (zeros to skip << 4 | number
-        of bits), each with its bits behind it; 00 ends the block, F0 skips sixteen zeros. A value
-        of n bits with a leading 0 is negative: v - 2^n + 1.
+     6. Entropy coding. DC goes as the difference to the last block's DC of the same component: a
+        Huffman code for its number of bits, then the bits. AC goes as symbols (zeros to skip << 4 |
+        number of bits), each with its bits behind it; 00 is EOB, the end of the block, F0 skips
+        sixteen zeros. A value of n bits with a leading 0 is negative: v - 2^n + 1.
 
-   A progressive file sends the same coefficients in several scans, coarse ones first: a band
-   from..to of the zigzag (one component a scan, except for DC) and of its bits those from `low` up;
-   a later scan with high = low + 1 adds one more bit. In such a scan 0n, n < 15, ends the band for
-   a whole run of blocks, and a refining scan puts a bit for every coefficient that is no longer
-   zero between its codes.
+   A progressive file (annex G) sends the same coefficients in several scans. Spectral selection: a
+   scan holds the band Ss..Se of the zigzag, of one component except for DC. Successive
+   approximation: of their bits it holds those from Al up; a later scan with Ah = Al + 1 refines
+   them by one bit. There n0, n < 15, is EOBn, which ends the band for a whole run of blocks, and
+   refining puts a correction bit for each coefficient that is not zero any more between its codes.
 
    The pixels are those of libjpeg-turbo as Pillow calls it, byte for byte: its accurate integer
-   transform, its triangle filter for coarse components, its integer colour conversion, and, where
-   a progressive file ends before it has sent all bits, its smoothing of blocks (the last as its
-   releases from 3.0.1 on do it, all else as since 2.1). Stricter than libjpeg, which warns and
-   paints grey: data that end early, codes that mean nothing and missing restart markers are errors.
-   As with libjpeg, bytes between segments that are no marker are skipped. Nothing is asked of what
-   follows the last pixel of a sequential file; a progressive one must have its EOI.
+   IDCT, its fancy upsampling, its integer colour conversion, and, where a progressive file ends
+   before it has sent all bits, its block smoothing (the last as its releases from 3.0.1 on do it,
+   all else as since 2.1). Stricter than libjpeg, which warns and paints grey: data that end early,
+   codes that mean nothing and missing restart markers are errors. As with libjpeg, bytes between
+   segments that are no marker are skipped. What follows the last pixel of a sequential file does
+   not matter; a progressive one must have its EOI.
 
-   Memory is asked for only when the file explains it: a block takes a bit at least. Time is
-   bounded too, although a few bytes can make a scan of nothing over all blocks: no bit of a
-   coefficient is sent twice, and all scans together visit at most JPEG_MAX_VISITS blocks, which is
-   32 scans of a grey image of 2^28 pixels, and of a smaller one as many more. */
+   The orientation is what the first APP1 that begins with "Exif\0\0" holds, be it nonsense. An APP1
+   counts only where segments alone lead to it: not behind a scan, TEM, RSTn or stray bytes.
+
+   Memory is allocated only when the file explains it: a block takes a bit at least. Time is bounded
+   too, although a few bytes can make a scan of nothing over all blocks: no bit of a coefficient is
+   sent twice, and all scans together have at most JPEG_MAX_BLOCKS blocks, which is 32 scans of a
+   grey image of 2^28 pixels, and of a smaller one as many more. */
 
 enum {
     JPEG_SOF0 = 0xC0, JPEG_SOF1 = 0xC1, JPEG_SOF2 = 0xC2, JPEG_DHT = 0xC4, JPEG_RESERVED = 0xC8,
     JPEG_DAC = 0xCC, JPEG_SOF15 = 0xCF, JPEG_RST0 = 0xD0, JPEG_RST7 = 0xD7, JPEG_SOI = 0xD8,
     JPEG_EOI = 0xD9, JPEG_SOS = 0xDA, JPEG_DQT = 0xDB, JPEG_DRI = 0xDD, JPEG_DHP = 0xDE,
-    JPEG_APP0 = 0xE0, JPEG_APP14 = 0xEE, JPEG_TEM = 0x01,     /* markers; APP1 and on are skipped */
+    JPEG_APP0 = 0xE0, JPEG_APP1 = 0xE1, JPEG_APP14 = 0xEE, JPEG_TEM = 0x01,   /* markers */
     JPEG_SIDE = 8, JPEG_BLOCK = 64,           /* of a block, in samples and in coefficients */
-    JPEG_MAX_COMPONENTS = 4, JPEG_MCU_BLOCKS = 10, JPEG_MAX_VISITS = 1 << 27,
+    JPEG_MAX_COMPONENTS = 4, JPEG_MCU_BLOCKS = 10, JPEG_MAX_BLOCKS = 1 << 27,
     JPEG_CODE_BITS = 16, JPEG_FAST_BITS = 9,  /* the longest Huffman code; those in the table */
-    JPEG_MAX_LOW = 13                         /* the highest bit that a scan may leave to others */
+    JPEG_MAX_AL = 13                          /* the highest bit that a scan may leave to others */
 };
 
 /* Where the k-th coefficient of the zigzag lies in a block, row by row. */
@@ -5894,15 +5843,8 @@ static const uint8_t jpeg_zigzag[JPEG_BLOCK] = {
     41, 34, 27, 20, 13, 6,  7,  14, 21, 28, 35, 42, 49, 56, 57, 50, 43, 36, 29, 22, 15, 23,
     30, 37, 44, 51, 58, 59, 52, 45, 38, 31, 39, 46, 53, 60, 61, 54, 47, 55, 62, 63};
 
-/* All bytes and bits of a file, or the bytes of one segment, are read through this. */
-struct jpeg_input {
-    const uint8_t *at, *end;
-    uint64_t hold;   /* the next bits of a scan, from the top; zeros where there are no more */
-    int count;       /* how many of them there are; negative: more were taken */
-};
-
 struct jpeg_huffman {
-    int made, standard;                   /* standard: not from the file, see jpeg_standard */
+    int defined, standard;                /* standard: not from the file, see jpeg_standard */
     uint16_t fast[1 << JPEG_FAST_BITS];   /* symbol << 8 | length by the next bits, 0: longer */
     uint32_t limit[JPEG_CODE_BITS + 1];   /* the first 16 bits above all codes of a length */
     int offset[JPEG_CODE_BITS + 1];       /* code of a length + offset = index in symbol */
@@ -5911,101 +5853,94 @@ struct jpeg_huffman {
 
 struct jpeg_component {
     int id, h, v, table;              /* sampling factors and DQT table, from the frame header */
-    int expand_x, expand_y;           /* H / h, V / v: pixels that one sample covers */
+    int upsample_x, upsample_y;       /* H / h, V / v: pixels that one sample covers */
     int width, height;                /* samples that the image needs */
-    int blocks_x, blocks_y;           /* blocks that hold them: what a scan of its own sends */
-    int all_x, all_y;                 /* blocks of whole MCUs: what a shared scan sends */
+    int blocks_x, blocks_y;           /* blocks that hold them: what a scan of its own holds */
+    int padded_x, padded_y;           /* blocks of whole MCUs: what an interleaved scan holds */
     int dc, ac;                       /* Huffman tables of this scan */
-    int predicted;                    /* the last block's DC */
+    int dc_pred;                      /* the last block's DC */
     int scanned;
     uint16_t quant[JPEG_BLOCK];       /* as it was when the first scan began */
-    int8_t known[JPEG_BLOCK];         /* progressive: the lowest bit sent so far, -1 none; zigzag */
-    int16_t *coefs;                   /* progressive: [all_y][all_x][JPEG_BLOCK] */
-    uint8_t *plane;                   /* [all_y * 8][all_x * 8] samples */
+    int8_t coef_bits[JPEG_BLOCK];     /* progressive: Al of the last scan, -1 none; in zigzag */
+    int16_t *coefs;                   /* progressive: [padded_y][padded_x][JPEG_BLOCK] */
+    uint8_t *plane;                   /* [padded_y * 8][padded_x * 8] samples */
 };
 
 struct jpeg_reader;
-typedef const char *jpeg_pass(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block);
+typedef const char *jpeg_decode_fn(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block);
 
 struct jpeg_reader {
     const char *name;                 /* of the file, for messages */
     lvm_error *error;
-    struct jpeg_input in;
+    struct bit_reader in;             /* the file; its bits are those of the current scan */
     uint16_t quant[4][JPEG_BLOCK];
-    int quant_made[4];
+    int quant_defined[4];
     struct jpeg_huffman huffman[2][4];          /* [DC, AC][table] */
     int progressive, width, height, n;          /* n components; 0: no frame header yet */
     int max_h, max_v, mcus_x, mcus_y;
     struct jpeg_component component[JPEG_MAX_COMPONENTS];
     int jfif, adobe;                            /* adobe: its transform number, -1 none */
+    int orientation, exif_over;                 /* exif_over: no further APP1 counts */
     int restart_interval, scans;
-    int64_t visits;                             /* blocks of all scans so far */
-    int scan_n, from, to, high, low, eob_run;   /* the current scan */
+    int64_t scanned_blocks;                     /* of all scans so far */
+    int scan_n, ss, se, ah, al, eob_run;        /* the current scan: T.81's Ns, Ss, Se, Ah, Al */
     struct jpeg_component *scan[JPEG_MAX_COMPONENTS];
-    jpeg_pass *pass;                            /* what reads a block's data in this scan */
+    jpeg_decode_fn *decode_block;
 };
 
 static int jpeg_damaged(const struct jpeg_reader *j, const char *fault) {
     return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: %s", j->name, fault);
 }
 
-static int jpeg_cut(const struct jpeg_reader *j) {
+static int jpeg_truncated(const struct jpeg_reader *j) {
     return fail(j->error, LVM_FORMAT, "%s: the JPEG file is cut off before its end", j->name);
 }
 
-/* The next n bytes, or NULL where there are fewer. */
-static const uint8_t *jpeg_take(struct jpeg_input *in, size_t n) {
-    if (n > (size_t)(in->end - in->at)) return NULL;
-    in->at += n;
-    return in->at - n;
-}
-
-/* The next marker, 0 at the end of the file. Whatever stands in front of it is skipped. */
-static int jpeg_next_marker(struct jpeg_input *in) {
-    while (in->at < in->end) {
-        if (*in->at++ != 0xFF) continue;
-        while (in->at < in->end && *in->at == 0xFF) in->at++;   /* any number of them may pad */
-        if (in->at < in->end && *in->at != 0) return *in->at++;
+/* The next marker, 0 at the end of the file. Any number of bytes FF may pad it; whatever else
+   stands in front of it is skipped. */
+static int jpeg_next_marker(struct jpeg_reader *j) {
+    for (int last = 0, byte; (byte = cursor_byte(&j->in.bytes)) >= 0; last = byte) {
+        if (last == 0xFF && byte != 0xFF && byte != 0) return byte;
+        if (byte != 0xFF) j->exif_over = 1;
     }
     return 0;
 }
 
-/* Tops the bits up. At a marker the scan's data end: the input stays in front of it. */
-static void jpeg_fill(struct jpeg_input *in) {
-    while (in->count <= 56 && in->at < in->end) {
-        const uint8_t *next = in->at + 1;
-        if (*in->at == 0xFF) {
-            while (next < in->end && *next == 0xFF) next++;
-            in->at = next - 1;
-            if (next == in->end || *next++ != 0) return;
+/* Tops the bits up. At a marker the entropy-coded segment ends: the cursor stays in front of it. */
+static void jpeg_fill(struct bit_reader *in) {
+    struct cursor *c = &in->bytes;
+    for (int byte; in->count <= 56 && (byte = cursor_byte(c)) >= 0; in->count += 8) {
+        int next = 0;
+        while (byte == 0xFF && (next = cursor_byte(c)) == 0xFF) continue;
+        if (next != 0) {   /* a marker, or the end of the file */
+            c->at -= next < 0 ? 1 : 2;
+            return;
         }
-        in->hold |= (uint64_t)*in->at << (56 - in->count);
-        in->count += 8;
-        in->at = next;
+        in->hold |= (uint64_t)byte << (56 - in->count);
     }
 }
 
 /* The next n <= 16 bits; jpeg_symbol or jpeg_bit topped up before. */
-static inline int jpeg_bits(struct jpeg_input *in, int n) {
+static inline int jpeg_bits(struct bit_reader *in, int n) {
     int value = (int)(in->hold >> 1 >> (63 - n));
     in->hold <<= n;
     in->count -= n;
     return value;
 }
 
-static inline int jpeg_bit(struct jpeg_input *in) {
+static inline int jpeg_bit(struct bit_reader *in) {
     if (in->count < 1) jpeg_fill(in);
     return jpeg_bits(in, 1);
 }
 
-/* A value of n bits behind its symbol. */
-static inline int jpeg_value(struct jpeg_input *in, int n) {
+/* T.81's RECEIVE and EXTEND: the value of n bits behind a symbol. */
+static inline int jpeg_receive_extend(struct bit_reader *in, int n) {
     int value = jpeg_bits(in, n);
     return value < 1 << n >> 1 ? value - (1 << n) + 1 : value;
 }
 
 /* The next symbol, or -1 where the bits are no code; at least 16 bits stand ready behind it. */
-static inline int jpeg_symbol(const struct jpeg_huffman *h, struct jpeg_input *in) {
+static inline int jpeg_symbol(const struct jpeg_huffman *h, struct bit_reader *in) {
     if (in->count < 2 * JPEG_CODE_BITS) jpeg_fill(in);
     uint32_t code = (uint32_t)(in->hold >> (64 - JPEG_CODE_BITS));
     int entry = h->fast[code >> (JPEG_CODE_BITS - JPEG_FAST_BITS)];
@@ -6021,7 +5956,10 @@ static inline int jpeg_symbol(const struct jpeg_huffman *h, struct jpeg_input *i
     return -1;
 }
 
-/* ---- JPEG: tables ---- */
+/* ---- JPEG: tables ----
+
+   Segments DHT and DQT (T.81, B.2.4.1 and B.2.4.2) define tables, which hold until others of the
+   same number replace them. Huffman codes are listed by length and canonical (annex C). */
 
 /* count[i]: the codes of i + 1 bits. False if they do not fit; a code of ones only is not used. */
 static int jpeg_huffman_build(struct jpeg_huffman *h, const uint8_t *count) {
@@ -6043,38 +5981,40 @@ static int jpeg_huffman_build(struct jpeg_huffman *h, const uint8_t *count) {
     return 1;
 }
 
-/* DHT: class << 4 | number, 16 counts, the symbols; then the next table. */
-static int jpeg_huffman_tables(struct jpeg_reader *j, struct jpeg_input *s, int standard) {
-    while (s->at < s->end) {
-        const uint8_t *head = jpeg_take(s, 1 + JPEG_CODE_BITS), *symbols = NULL;
+/* DHT: Tc (0: DC, 1: AC) << 4 | number, 16 counts, the symbols; then the next table. */
+static int jpeg_huffman_tables(struct jpeg_reader *j, struct cursor *s, int standard) {
+    while (s->at < s->size) {
+        int head = cursor_byte(s), ac = head >> 4, number = head & 15;
+        const uint8_t *count = cursor_take(s, JPEG_CODE_BITS);
         size_t n = 0;
-        for (int i = 1; head && i <= JPEG_CODE_BITS; i++) n += head[i];
-        if (head && head[0] >> 4 < 2 && (head[0] & 15) < 4 && n <= 256) symbols = jpeg_take(s, n);
-        if (!symbols) return jpeg_damaged(j, "a Huffman table (DHT) of a wrong size or number");
-        struct jpeg_huffman *h = &j->huffman[head[0] >> 4][head[0] & 15];
+        for (int i = 0; count && i < JPEG_CODE_BITS; i++) n += count[i];
+        const uint8_t *symbols = cursor_take(s, n);
+        if (!symbols || ac > 1 || number > 3 || n > 256)
+            return jpeg_damaged(j, "a Huffman table (DHT) of a wrong size or number");
+        struct jpeg_huffman *h = &j->huffman[ac][number];
         memset(h->symbol, 0, sizeof h->symbol);
         memcpy(h->symbol, symbols, n);
-        int ok = jpeg_huffman_build(h, head + 1);
+        int ok = jpeg_huffman_build(h, count);
         for (size_t i = 0; i < n; i++)
-            if (head[0] >> 4 == 0 && symbols[i] > 15) ok = 0;   /* a DC of more than 15 bits */
+            if (!ac && symbols[i] > 15) ok = 0;   /* a DC of more than 15 bits */
         if (!ok) return jpeg_damaged(j, "a Huffman table (DHT) that is no code");
-        h->made = 1;
+        h->defined = 1;
         h->standard = standard;
     }
     return LVM_OK;
 }
 
-/* DQT: wide << 4 | number, 64 entries of one byte or two, in zigzag. */
-static int jpeg_quant_tables(struct jpeg_reader *j, struct jpeg_input *s) {
-    while (s->at < s->end) {
-        int head = *s->at++, wide = head >> 4 != 0;
-        const uint8_t *p = jpeg_take(s, wide ? 2 * JPEG_BLOCK : JPEG_BLOCK);
-        if (!p || (head & 15) > 3)
-            return jpeg_damaged(j, "a quantisation table (DQT) of a wrong size or number");
+/* DQT: Pq << 4 | number, 64 entries of one byte or, where Pq is not 0, two, in zigzag. */
+static int jpeg_quant_tables(struct jpeg_reader *j, struct cursor *s) {
+    while (s->at < s->size) {
+        int head = cursor_byte(s), number = head & 15;
+        uint16_t table[JPEG_BLOCK];
         for (int k = 0; k < JPEG_BLOCK; k++)
-            j->quant[head & 15][jpeg_zigzag[k]] =
-                (uint16_t)(wide ? p[2 * k] << 8 | p[2 * k + 1] : p[k]);
-        j->quant_made[head & 15] = 1;
+            table[jpeg_zigzag[k]] = (uint16_t)cursor_big(s, head >> 4 ? 2 : 1);
+        if (s->failed || number > 3)
+            return jpeg_damaged(j, "a quantisation table (DQT) of a wrong size or number");
+        memcpy(j->quant[number], table, sizeof table);
+        j->quant_defined[number] = 1;
     }
     return LVM_OK;
 }
@@ -6109,10 +6049,13 @@ static const uint8_t jpeg_standard[] = {
     0xE2, 0xE3, 0xE4, 0xE5, 0xE6, 0xE7, 0xE8, 0xE9, 0xEA, 0xF2, 0xF3, 0xF4, 0xF5, 0xF6, 0xF7, 0xF8,
     0xF9, 0xFA};
 
-/* ---- JPEG: the frame ---- */
+/* ---- JPEG: the frame ----
+
+   The frame header (T.81, B.2.2) names the process, the sides and the components; how many samples,
+   blocks and MCUs there are follows from its sampling factors (A.1 and A.2). */
 
 /* The processes that lvm does not read, by their SOF marker; NULL: no frame header. */
-static const char *jpeg_foreign_frame(int marker) {
+static const char *jpeg_other_process(int marker) {
     if (marker == JPEG_DHP) return "hierarchical";
     if (marker <= JPEG_SOF2 || marker > JPEG_SOF15 || marker == JPEG_DHT ||
         marker == JPEG_RESERVED || marker == JPEG_DAC)
@@ -6126,11 +6069,6 @@ static const char *jpeg_foreign_frame(int marker) {
 
 /* Derives all sizes in samples, blocks and MCUs from the sampling factors. */
 static int jpeg_frame_sizes(struct jpeg_reader *j) {
-    for (int i = 0; i < j->n; i++) {
-        struct jpeg_component *c = &j->component[i];
-        if (c->h > j->max_h) j->max_h = c->h;
-        if (c->v > j->max_v) j->max_v = c->v;
-    }
     j->mcus_x = (j->width + JPEG_SIDE * j->max_h - 1) / (JPEG_SIDE * j->max_h);
     j->mcus_y = (j->height + JPEG_SIDE * j->max_v - 1) / (JPEG_SIDE * j->max_v);
     for (int i = 0; i < j->n; i++) {
@@ -6139,33 +6077,32 @@ static int jpeg_frame_sizes(struct jpeg_reader *j) {
             return fail(j->error, LVM_UNSUPPORTED, "%s: a JPEG whose components have %d x %d and "
                         "%d x %d samples in one place; lvm reads whole ratios: convert it first",
                         j->name, j->max_h, j->max_v, c->h, c->v);
-        c->expand_x = j->max_h / c->h;
-        c->expand_y = j->max_v / c->v;
-        c->width = (j->width + c->expand_x - 1) / c->expand_x;
-        c->height = (j->height + c->expand_y - 1) / c->expand_y;
+        c->upsample_x = j->max_h / c->h;
+        c->upsample_y = j->max_v / c->v;
+        c->width = (j->width + c->upsample_x - 1) / c->upsample_x;
+        c->height = (j->height + c->upsample_y - 1) / c->upsample_y;
         c->blocks_x = (c->width + JPEG_SIDE - 1) / JPEG_SIDE;
         c->blocks_y = (c->height + JPEG_SIDE - 1) / JPEG_SIDE;
-        c->all_x = j->mcus_x * c->h;
-        c->all_y = j->mcus_y * c->v;
-        memset(c->known, -1, sizeof c->known);
+        c->padded_x = j->mcus_x * c->h;
+        c->padded_y = j->mcus_y * c->v;
+        memset(c->coef_bits, -1, sizeof c->coef_bits);
     }
     return LVM_OK;
 }
 
 /* SOF: precision, height, width, n; for each component its id, h << 4 | v and DQT table. */
-static int jpeg_frame(struct jpeg_reader *j, int marker, struct jpeg_input *s) {
+static int jpeg_frame(struct jpeg_reader *j, int marker, struct cursor *s) {
     if (j->n) return jpeg_damaged(j, "a second frame header (SOF)");
-    const uint8_t *d = jpeg_take(s, 6);
-    int n = d ? d[5] : 0;
-    const uint8_t *p = jpeg_take(s, 3 * (size_t)n);
-    if (n == 0 || !p || s->at != s->end)
+    int precision = cursor_byte(s);
+    j->height = (int)cursor_big(s, 2);
+    j->width = (int)cursor_big(s, 2);
+    int n = cursor_byte(s);
+    if (n < 1 || s->size - s->at != 3 * (size_t)n)
         return jpeg_damaged(j, "a frame header (SOF) of a wrong size");
-    j->height = d[1] << 8 | d[2];
-    j->width = d[3] << 8 | d[4];
-    if (d[0] != 8)
-        return fail(j->error, d[0] == 12 ? LVM_UNSUPPORTED : LVM_FORMAT,
+    if (precision != 8)
+        return fail(j->error, precision == 12 ? LVM_UNSUPPORTED : LVM_FORMAT,
                     "%s: a JPEG with %d bits a sample; lvm reads 8: convert it first", j->name,
-                    d[0]);
+                    precision);
     if (j->height == 0 && j->width > 0)
         return fail(j->error, LVM_UNSUPPORTED, "%s: a JPEG that tells its height only behind its "
                     "pixels (DNL); lvm does not read such: convert it first", j->name);
@@ -6176,97 +6113,84 @@ static int jpeg_frame(struct jpeg_reader *j, int marker, struct jpeg_input *s) {
                     "3 (colour) and 4 (CMYK): convert it first", j->name, n);
     j->progressive = marker == JPEG_SOF2;
     j->n = n;
-    for (int i = 0; i < n; i++, p += 3) {
+    for (int i = 0; i < n; i++) {
         struct jpeg_component *c = &j->component[i];
-        c->id = p[0];
-        c->h = p[1] >> 4;
-        c->v = p[1] & 15;
-        c->table = p[2];
+        c->id = cursor_byte(s);
+        int factors = cursor_byte(s);
+        c->h = factors >> 4;
+        c->v = factors & 15;
+        c->table = cursor_byte(s);
         if (c->h < 1 || c->h > 4 || c->v < 1 || c->v > 4 || c->table > 3)
             return jpeg_damaged(j, "a component with sampling factors or a table beyond 4");
+        if (c->h > j->max_h) j->max_h = c->h;
+        if (c->v > j->max_v) j->max_v = c->v;
     }
     return jpeg_frame_sizes(j);
 }
 
-/* ---- JPEG: reading one block in each kind of scan ----
+/* ---- JPEG: decoding one block ----
 
-   The coefficients of a block begin as zeros. A fault comes back in words. */
+   T.81's procedures for sequential scans (F.2.2), and for progressive ones (G.2) of DC or AC, first
+   or refining. A block's coefficients begin as zeros. A fault comes back in words. */
 
 static const char *const jpeg_short = "the data of a scan end early";
 static const char *const jpeg_no_code = "the data of a scan are no Huffman code";
 static const char *const jpeg_too_many = "a block has more than 64 coefficients";
 
-/* The next DC of a component: what it was in the block before and a difference. */
-static const char *jpeg_next_dc(struct jpeg_reader *j, struct jpeg_component *c) {
+/* DC is what it was in the component's last block and a difference. */
+static const char *jpeg_dc_first(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block) {
     int bits = jpeg_symbol(&j->huffman[0][c->dc], &j->in);
     if (bits < 0) return jpeg_no_code;
-    c->predicted += jpeg_value(&j->in, bits);
-    if (c->predicted != (int16_t)c->predicted) return "a DC coefficient of more than 16 bits";
+    c->dc_pred += jpeg_receive_extend(&j->in, bits);
+    if (c->dc_pred != (int16_t)c->dc_pred) return "a DC coefficient of more than 16 bits";
+    block[0] = (int16_t)(c->dc_pred * (1 << j->al));
     return NULL;
-}
-
-static const char *jpeg_sequential(struct jpeg_reader *j, struct jpeg_component *c,
-                                   int16_t *block) {
-    const struct jpeg_huffman *ac = &j->huffman[1][c->ac];
-    const char *fault = jpeg_next_dc(j, c);
-    if (fault) return fault;
-    block[0] = (int16_t)c->predicted;
-    for (int k = 1; k < JPEG_BLOCK; k++) {
-        int symbol = jpeg_symbol(ac, &j->in), bits = symbol & 15;
-        if (symbol < 0) return jpeg_no_code;
-        if (bits == 0 && symbol < 0xF0) break;
-        k += symbol >> 4;
-        if (bits == 0) continue;
-        if (k >= JPEG_BLOCK) return jpeg_too_many;
-        block[jpeg_zigzag[k]] = (int16_t)jpeg_value(&j->in, bits);
-    }
-    return NULL;
-}
-
-static const char *jpeg_dc_first(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block) {
-    const char *fault = jpeg_next_dc(j, c);
-    block[0] = (int16_t)(c->predicted * (1 << j->low));
-    return fault;
 }
 
 static const char *jpeg_dc_refine(struct jpeg_reader *j, struct jpeg_component *c,
                                   int16_t *block) {
     (void)c;
-    block[0] = (int16_t)(block[0] | jpeg_bit(&j->in) << j->low);
+    block[0] = (int16_t)(block[0] | jpeg_bit(&j->in) << j->al);
     return NULL;
 }
 
-/* The blocks, this one included, whose bands end with symbol n << 4. */
-static int jpeg_end_of_bands(struct jpeg_input *in, int n) {
+/* EOBRUN of symbol EOBn: the blocks, this one included, whose bands end here. */
+static int jpeg_eob_run(struct bit_reader *in, int n) {
     return (1 << n) + jpeg_bits(in, n);
 }
 
 static const char *jpeg_ac_first(struct jpeg_reader *j, struct jpeg_component *c, int16_t *block) {
     const struct jpeg_huffman *ac = &j->huffman[1][c->ac];
-    for (int k = j->from; k <= j->to && !j->eob_run; k++) {
+    for (int k = j->ss; k <= j->se && !j->eob_run; k++) {
         int symbol = jpeg_symbol(ac, &j->in), bits = symbol & 15;
         if (symbol < 0) return jpeg_no_code;
         if (bits == 0 && symbol < 0xF0) {
-            j->eob_run = jpeg_end_of_bands(&j->in, symbol >> 4);
+            j->eob_run = j->progressive ? jpeg_eob_run(&j->in, symbol >> 4) : 1;
             break;
         }
         k += symbol >> 4;
         if (bits == 0) continue;
-        if (k > j->to) return jpeg_too_many;
-        block[jpeg_zigzag[k]] = (int16_t)(jpeg_value(&j->in, bits) * (1 << j->low));
+        if (k > j->se) return jpeg_too_many;
+        block[jpeg_zigzag[k]] = (int16_t)(jpeg_receive_extend(&j->in, bits) * (1 << j->al));
     }
     if (j->eob_run) j->eob_run--;
     return NULL;
 }
 
+static const char *jpeg_sequential(struct jpeg_reader *j, struct jpeg_component *c,
+                                   int16_t *block) {
+    const char *fault = jpeg_dc_first(j, c, block);
+    return fault ? fault : jpeg_ac_first(j, c, block);
+}
+
 /* Goes from k over so many zeros to the next one, or to the end of the band; each coefficient on
-   the way that is not zero takes a bit, which, if set, moves it away from zero. */
+   the way that is not zero takes a correction bit, which, if set, moves it away from zero. */
 static int jpeg_refine_until(struct jpeg_reader *j, int16_t *block, int k, int zeros) {
-    for (; k <= j->to; k++) {
+    for (; k <= j->se; k++) {
         int16_t *coef = &block[jpeg_zigzag[k]];
         if (*coef == 0 && zeros-- == 0) break;
         if (*coef != 0 && jpeg_bit(&j->in))
-            *coef = (int16_t)(*coef + (*coef > 0 ? 1 << j->low : -(1 << j->low)));
+            *coef = (int16_t)(*coef + (*coef > 0 ? 1 << j->al : -(1 << j->al)));
     }
     return k;
 }
@@ -6274,18 +6198,18 @@ static int jpeg_refine_until(struct jpeg_reader *j, int16_t *block, int k, int z
 static const char *jpeg_ac_refine(struct jpeg_reader *j, struct jpeg_component *c,
                                   int16_t *block) {
     const struct jpeg_huffman *ac = &j->huffman[1][c->ac];
-    int k = j->from;
-    for (; k <= j->to && !j->eob_run; k++) {
+    int k = j->ss;
+    for (; k <= j->se && !j->eob_run; k++) {
         int symbol = jpeg_symbol(ac, &j->in), value = 0;
         if (symbol < 0 || (symbol & 15) > 1) return jpeg_no_code;
         if (symbol & 15) {
-            value = jpeg_bit(&j->in) ? 1 << j->low : -(1 << j->low);
+            value = jpeg_bit(&j->in) ? 1 << j->al : -(1 << j->al);
         } else if (symbol < 0xF0) {
-            j->eob_run = jpeg_end_of_bands(&j->in, symbol >> 4);
+            j->eob_run = jpeg_eob_run(&j->in, symbol >> 4);
             break;
         }
         k = jpeg_refine_until(j, block, k, symbol >> 4);
-        if (value && k > j->to) return jpeg_too_many;
+        if (value && k > j->se) return jpeg_too_many;
         if (value) block[jpeg_zigzag[k]] = (int16_t)value;
     }
     if (j->eob_run) {
@@ -6295,20 +6219,21 @@ static const char *jpeg_ac_refine(struct jpeg_reader *j, struct jpeg_component *
     return NULL;
 }
 
-/* ---- JPEG: the inverse transform ----
+/* ---- JPEG: dequantisation and inverse DCT ----
 
-   Loeffler, Ligtenberg and Moschytz, "Practical fast 1-D DCT algorithms with 11 multiplications",
-   ICASSP 1989, in integers: columns first, with two more bits kept, then rows. With c(i) =
-   sqrt(2) cos(i pi / 16), the constants below are sums of c(i), times 2^13. x[0] and x[4] meet in
-   a butterfly, x[2] and x[6] in a rotation by 6 pi / 16, the odd ones in the rotations that the
-   paper draws; even and odd halves then give y[i] and y[7 - i] as sum and difference.
+   T.81's IDCT (A.3.3) as Loeffler, Ligtenberg and Moschytz compute it ("Practical fast 1-D DCT
+   algorithms with 11 multiplications", ICASSP 1989), in integers: columns first, with two more bits
+   kept, then rows. With c(i) = sqrt(2) cos(i pi / 16), the constants below are sums of c(i), times
+   2^13. x[0] and x[4] meet in a butterfly, x[2] and x[6] in a rotation by 6 pi / 16, the odd ones
+   in the rotations that the paper draws; even part and odd part then give y[i] and y[7 - i] as sum
+   and difference.
 
    All inputs are held to 16 bits, which no image needs more of: so no sum leaves 32 bits,
    whatever the file says. */
 
 enum { IDCT_BITS = 13, IDCT_KEPT = 2 };
 
-static inline void jpeg_idct_8(const int16_t *x, int step, int round, int32_t *y) {
+static inline void jpeg_idct_1d(const int16_t *x, int step, int round, int32_t *y) {
     int x0 = x[0], x1 = x[step], x2 = x[2 * step], x3 = x[3 * step];
     int x4 = x[4 * step], x5 = x[5 * step], x6 = x[6 * step], x7 = x[7 * step];
 
@@ -6336,18 +6261,18 @@ static inline int jpeg_clamp(int v, int low, int high) {
     return v < low ? low : v > high ? high : v;
 }
 
-static int jpeg_is_flat(const int16_t *coefs) {
+static int jpeg_is_dc_only(const int16_t *coefs) {
     int any = 0;
     for (int i = 1; i < JPEG_BLOCK; i++) any |= coefs[i];
     return any == 0;
 }
 
-/* One block of coefficients to 8 x 8 samples. */
+/* Dequantises one block of coefficients and makes them 8 x 8 samples. */
 static void jpeg_idct(const int16_t *coefs, const uint16_t *quant, uint8_t *out, size_t stride) {
     enum { COLUMN_SHIFT = IDCT_BITS - IDCT_KEPT, ROW_SHIFT = IDCT_BITS + IDCT_KEPT + 3 };
     int16_t x[JPEG_BLOCK], column[JPEG_BLOCK];
     int32_t y[JPEG_SIDE];
-    if (jpeg_is_flat(coefs)) {   /* the same in fewer steps */
+    if (jpeg_is_dc_only(coefs)) {   /* the same in fewer steps */
         int dc = (int16_t)((int16_t)(coefs[0] * quant[0]) * (1 << IDCT_KEPT));
         for (int i = 0; i < JPEG_SIDE; i++)
             memset(out + (size_t)i * stride, jpeg_clamp(128 + ((dc + 16) >> 5), 0, 255), JPEG_SIDE);
@@ -6355,97 +6280,108 @@ static void jpeg_idct(const int16_t *coefs, const uint16_t *quant, uint8_t *out,
     }
     for (int i = 0; i < JPEG_BLOCK; i++) x[i] = (int16_t)(coefs[i] * quant[i]);
     for (int i = 0; i < JPEG_SIDE; i++) {
-        jpeg_idct_8(x + i, JPEG_SIDE, 1 << (COLUMN_SHIFT - 1), y);
+        jpeg_idct_1d(x + i, JPEG_SIDE, 1 << (COLUMN_SHIFT - 1), y);
         for (int k = 0; k < JPEG_SIDE; k++)
             column[JPEG_SIDE * k + i] = (int16_t)jpeg_clamp(y[k] >> COLUMN_SHIFT, -32768, 32767);
     }
     for (int i = 0; i < JPEG_SIDE; i++, out += stride) {
-        jpeg_idct_8(column + JPEG_SIDE * i, 1, 1 << (ROW_SHIFT - 1), y);
+        jpeg_idct_1d(column + JPEG_SIDE * i, 1, 1 << (ROW_SHIFT - 1), y);
         for (int k = 0; k < JPEG_SIDE; k++)
             out[k] = (uint8_t)jpeg_clamp(128 + (y[k] >> ROW_SHIFT), 0, 255);
     }
 }
 
-/* ---- JPEG: scans ---- */
+/* ---- JPEG: scans ----
+
+   A scan header (T.81, B.2.3) chooses components, Huffman tables and, in a progressive file, band
+   and bits (G.1.1.1). The MCUs (A.2) follow in entropy-coded segments of one restart interval each.
+   A scan of several components is interleaved; of one component, each block is an MCU. */
 
 /* A progressive scan must send what was not sent yet; notes what it sends. */
 static int jpeg_progression(struct jpeg_reader *j) {
-    int band_ok = j->from == 0 ? j->to == 0
-                               : j->from <= j->to && j->to < JPEG_BLOCK && j->scan_n == 1;
-    if (!band_ok || j->low > JPEG_MAX_LOW || (j->high && j->high != j->low + 1))
+    int band_ok = j->ss == 0 ? j->se == 0
+                             : j->ss <= j->se && j->se < JPEG_BLOCK && j->scan_n == 1;
+    if (!band_ok || j->al > JPEG_MAX_AL || (j->ah && j->ah != j->al + 1))
         return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: a scan of coefficients %d to %d, "
-                    "bits %d down to %d", j->name, j->from, j->to, j->high, j->low);
+                    "bits %d down to %d", j->name, j->ss, j->se, j->ah, j->al);
     for (int i = 0; i < j->scan_n; i++)
-        for (int k = j->from; k <= j->to; k++) {
-            int8_t *known = &j->scan[i]->known[k];
-            if (j->high ? *known != j->high : *known >= 0)
+        for (int k = j->ss; k <= j->se; k++) {
+            int8_t *bits = &j->scan[i]->coef_bits[k];
+            if (j->ah ? *bits != j->ah : *bits >= 0)
                 return jpeg_damaged(j, "a scan repeats or leaves out bits of a coefficient");
-            *known = (int8_t)j->low;
+            *bits = (int8_t)j->al;
         }
-    if (j->from == 0) j->pass = j->high ? jpeg_dc_refine : jpeg_dc_first;
-    else j->pass = j->high ? jpeg_ac_refine : jpeg_ac_first;
+    if (j->ss == 0) j->decode_block = j->ah ? jpeg_dc_refine : jpeg_dc_first;
+    else j->decode_block = j->ah ? jpeg_ac_refine : jpeg_ac_first;
     return LVM_OK;
 }
 
 /* A component's tables for the scan; its quantisation table is that of its first scan. */
 static int jpeg_scan_tables(struct jpeg_reader *j, struct jpeg_component *c) {
     const struct jpeg_huffman *dc = &j->huffman[0][c->dc], *ac = &j->huffman[1][c->ac];
-    int needs_dc = j->pass == jpeg_sequential || j->pass == jpeg_dc_first;
-    int needs_ac = j->pass != jpeg_dc_first && j->pass != jpeg_dc_refine;
-    if ((needs_dc && (!dc->made || (dc->standard && j->progressive))) ||
-        (needs_ac && (!ac->made || (ac->standard && j->progressive))))
+    int needs_dc = j->decode_block == jpeg_sequential || j->decode_block == jpeg_dc_first;
+    int needs_ac = j->decode_block != jpeg_dc_first && j->decode_block != jpeg_dc_refine;
+    if ((needs_dc && (!dc->defined || (dc->standard && j->progressive))) ||
+        (needs_ac && (!ac->defined || (ac->standard && j->progressive))))
         return jpeg_damaged(j, "a scan whose Huffman table (DHT) is missing");
     if (c->scanned && !j->progressive) return jpeg_damaged(j, "a component comes in two scans");
-    if (!c->scanned && !j->quant_made[c->table])
+    if (!c->scanned && !j->quant_defined[c->table])
         return jpeg_damaged(j, "a scan whose quantisation table (DQT) is missing");
     if (!c->scanned) memcpy(c->quant, j->quant[c->table], sizeof c->quant);
     c->scanned = 1;
     return LVM_OK;
 }
 
-/* SOS: n; for each component its id and DC << 4 | AC tables; from, to, high << 4 | low. */
-static int jpeg_scan_header(struct jpeg_reader *j, struct jpeg_input *s) {
-    const uint8_t *head = jpeg_take(s, 1);
-    int n = head ? *head : 0, blocks = 0, next = 0;
-    const uint8_t *p = jpeg_take(s, 2 * (size_t)n), *band = jpeg_take(s, 3);
-    if (n < 1 || n > JPEG_MAX_COMPONENTS || !p || !band || s->at != s->end)
+/* SOS: n; for each component its id and DC << 4 | AC tables; Ss, Se, Ah << 4 | Al. */
+static int jpeg_scan_header(struct jpeg_reader *j, struct cursor *s) {
+    int n = cursor_byte(s), blocks = 0, next = 0;
+    if (n < 1 || n > JPEG_MAX_COMPONENTS || s->size - s->at != 2 * (size_t)n + 3)
         return jpeg_damaged(j, "a scan header (SOS) of a wrong size");
     j->scan_n = n;
-    for (int i = 0; i < n; i++, p += 2, next++) {   /* in the order of the frame header */
-        while (next < j->n && j->component[next].id != p[0]) next++;
+    for (int i = 0; i < n; i++, next++) {   /* in the order of the frame header */
+        int id = cursor_byte(s), tables = cursor_byte(s);
+        while (next < j->n && j->component[next].id != id) next++;
         if (next == j->n)
             return jpeg_damaged(j, "a scan of components that the frame does not have, or twice");
         struct jpeg_component *c = j->scan[i] = &j->component[next];
-        c->dc = p[1] >> 4;
-        c->ac = p[1] & 15;
+        c->dc = tables >> 4;
+        c->ac = tables & 15;
         if (c->dc > 3 || c->ac > 3) return jpeg_damaged(j, "a Huffman table number beyond 3");
         blocks += c->h * c->v;
     }
     if (n > 1 && blocks > JPEG_MCU_BLOCKS)
         return jpeg_damaged(j, "a scan with more than 10 blocks in an MCU");
-    j->from = band[0];
-    j->to = band[1];
-    j->high = band[2] >> 4;
-    j->low = band[2] & 15;
-    j->pass = jpeg_sequential;   /* which has no use for them */
-    int code = j->progressive ? jpeg_progression(j) : LVM_OK;
+    j->ss = cursor_byte(s);
+    j->se = cursor_byte(s);
+    int bits = cursor_byte(s);
+    j->ah = bits >> 4;
+    j->al = bits & 15;
+    int code = LVM_OK;
+    if (j->progressive) {
+        code = jpeg_progression(j);
+    } else {   /* whatever the header says */
+        j->decode_block = jpeg_sequential;
+        j->ss = 1;
+        j->se = JPEG_BLOCK - 1;
+        j->al = 0;
+    }
     for (int i = 0; i < n && !code; i++) code = jpeg_scan_tables(j, j->scan[i]);
     return code;
 }
 
-/* Before the first scan: memory for the coefficients or the samples. */
+/* Before the first scan: memory for the coefficients or the planes. */
 static int jpeg_allocate(struct jpeg_reader *j) {
     int64_t bits = 0;
     for (int i = 0; i < j->n; i++)
         bits += (int64_t)j->component[i].blocks_x * j->component[i].blocks_y;
     if (!j->progressive) bits *= 2;   /* a code for DC and one for the end of the block */
-    size_t left = (size_t)(j->in.end - j->in.at);
+    size_t left = j->in.bytes.size - j->in.bytes.at;
     if ((uint64_t)bits / 8 > left)
         return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: %zu bytes of data cannot hold "
                     "%d x %d pixels", j->name, left, j->width, j->height);
     for (int i = 0; i < j->n; i++) {
         struct jpeg_component *c = &j->component[i];
-        size_t blocks = (size_t)c->all_x * (size_t)c->all_y;
+        size_t blocks = (size_t)c->padded_x * (size_t)c->padded_y;
         if (j->progressive) c->coefs = mem_alloc(blocks, JPEG_BLOCK * sizeof *c->coefs, j->error);
         else c->plane = mem_alloc(blocks, JPEG_BLOCK, j->error);
         if (!c->coefs && !c->plane) return LVM_MEMORY;
@@ -6454,14 +6390,13 @@ static int jpeg_allocate(struct jpeg_reader *j) {
 }
 
 static uint8_t *jpeg_samples(const struct jpeg_component *c, int x, int y) {
-    return c->plane + ((size_t)y * JPEG_SIDE * (size_t)c->all_x + (size_t)x) * JPEG_SIDE;
+    return c->plane + ((size_t)y * JPEG_SIDE * (size_t)c->padded_x + (size_t)x) * JPEG_SIDE;
 }
 
 static int16_t *jpeg_coefs(const struct jpeg_component *c, int x, int y) {
-    return c->coefs + ((size_t)y * (size_t)c->all_x + (size_t)x) * JPEG_BLOCK;
+    return c->coefs + ((size_t)y * (size_t)c->padded_x + (size_t)x) * JPEG_BLOCK;
 }
 
-/* All blocks of one MCU; a scan of one component has MCUs of one block. */
 static const char *jpeg_mcu(struct jpeg_reader *j, int mcu_x, int mcu_y) {
     const char *fault = NULL;
     for (int i = 0; i < j->scan_n && !fault; i++) {
@@ -6470,23 +6405,23 @@ static const char *jpeg_mcu(struct jpeg_reader *j, int mcu_x, int mcu_y) {
         for (int y = mcu_y * v; y < (mcu_y + 1) * v; y++)
             for (int x = mcu_x * h; x < (mcu_x + 1) * h && !fault; x++) {
                 if (j->progressive) {
-                    fault = j->pass(j, c, jpeg_coefs(c, x, y));
+                    fault = j->decode_block(j, c, jpeg_coefs(c, x, y));
                     continue;
                 }
                 int16_t block[JPEG_BLOCK] = {0};
-                fault = j->pass(j, c, block);
-                jpeg_idct(block, c->quant, jpeg_samples(c, x, y), (size_t)c->all_x * JPEG_SIDE);
+                fault = j->decode_block(j, c, block);
+                jpeg_idct(block, c->quant, jpeg_samples(c, x, y), (size_t)c->padded_x * JPEG_SIDE);
             }
     }
     return fault;
 }
 
-/* Forgets what the blocks so far leave to the next ones. */
-static void jpeg_start(struct jpeg_reader *j) {
+/* Forgets what blocks leave to the next ones: the state at the start of a restart interval. */
+static void jpeg_reset(struct jpeg_reader *j) {
     j->in.hold = 0;
     j->in.count = 0;
     j->eob_run = 0;
-    for (int i = 0; i < j->scan_n; i++) j->scan[i]->predicted = 0;
+    for (int i = 0; i < j->scan_n; i++) j->scan[i]->dc_pred = 0;
 }
 
 static const char *jpeg_scan_data(struct jpeg_reader *j) {
@@ -6494,45 +6429,47 @@ static const char *jpeg_scan_data(struct jpeg_reader *j) {
     int columns = only ? only->blocks_x : j->mcus_x, rows = only ? only->blocks_y : j->mcus_y;
     int left = j->restart_interval, restarts = 0;
     for (int i = 0; i < j->scan_n; i++)
-        j->visits += (int64_t)columns * rows * (only ? 1 : j->scan[i]->h * j->scan[i]->v);
-    if (j->visits > JPEG_MAX_VISITS) return "more scans than an image of its size can need";
-    jpeg_start(j);
+        j->scanned_blocks += (int64_t)columns * rows * (only ? 1 : j->scan[i]->h * j->scan[i]->v);
+    if (j->scanned_blocks > JPEG_MAX_BLOCKS) return "more scans than an image of its size can need";
+    jpeg_reset(j);
     for (int y = 0; y < rows; y++)
         for (int x = 0; x < columns; x++) {
             if (j->restart_interval && left-- == 0) {
-                int marker = jpeg_next_marker(&j->in);
+                int marker = jpeg_next_marker(j);
                 if (marker == 0) return jpeg_short;
                 if (marker != JPEG_RST0 + restarts++ % 8) return "a restart marker is missing";
-                jpeg_start(j);
+                jpeg_reset(j);
                 left = j->restart_interval - 1;
             }
             const char *fault = jpeg_mcu(j, x, y);
             if (j->in.count < (fault ? JPEG_CODE_BITS : 0)) return jpeg_short;
             if (fault) return fault;
         }
-    jpeg_start(j);
+    jpeg_reset(j);
     return NULL;
 }
 
-static int jpeg_scan(struct jpeg_reader *j, struct jpeg_input *s) {
+static int jpeg_scan(struct jpeg_reader *j, struct cursor *s) {
     if (!j->n) return jpeg_damaged(j, "a scan (SOS) in front of the frame header (SOF)");
     int code = j->scans++ ? LVM_OK : jpeg_allocate(j);
     if (!code) code = jpeg_scan_header(j, s);
     if (code) return code;
     const char *fault = jpeg_scan_data(j);
-    if (fault == jpeg_short && jpeg_next_marker(&j->in) == 0) return jpeg_cut(j);
+    if (fault == jpeg_short && jpeg_next_marker(j) == 0) return jpeg_truncated(j);
     return fault ? jpeg_damaged(j, fault) : LVM_OK;
 }
 
-/* ---- JPEG: segments ---- */
+/* ---- JPEG: segments ----
+
+   The order of segments is free (T.81, B.2 and B.2.4), but for what needs another first. */
 
 static int jpeg_segment(struct jpeg_reader *j, int marker) {
-    const uint8_t *length = jpeg_take(&j->in, 2);
-    size_t size = length ? (size_t)(length[0] << 8 | length[1]) : 2;
-    if (size < 2) return jpeg_damaged(j, "a segment shorter than its own length");
-    const uint8_t *d = length ? jpeg_take(&j->in, size - 2) : NULL;
-    if (!d) return jpeg_cut(j);
-    struct jpeg_input s = {d, d + (size - 2), 0, 0};
+    struct cursor *file = &j->in.bytes;
+    uint32_t size = cursor_big(file, 2);
+    if (size < 2 && !file->failed) return jpeg_damaged(j, "a segment shorter than its own length");
+    const uint8_t *d = cursor_take(file, size - 2);
+    if (!d) return jpeg_truncated(j);
+    struct cursor s = {d, size - 2, 0, 0};
     switch (marker) {
     case JPEG_SOF0: case JPEG_SOF1: case JPEG_SOF2: return jpeg_frame(j, marker, &s);
     case JPEG_SOS: return jpeg_scan(j, &s);
@@ -6540,10 +6477,15 @@ static int jpeg_segment(struct jpeg_reader *j, int marker) {
     case JPEG_DQT: return jpeg_quant_tables(j, &s);
     case JPEG_DRI:
         if (size != 4) return jpeg_damaged(j, "a restart interval (DRI) of a wrong size");
-        j->restart_interval = d[0] << 8 | d[1];
+        j->restart_interval = (int)cursor_big(&s, 2);
         return LVM_OK;
     case JPEG_APP0:
         if (size >= 16 && memcmp(d, "JFIF", 5) == 0) j->jfif = 1;
+        return LVM_OK;
+    case JPEG_APP1:
+        if (j->scans || j->exif_over || size < 8 || memcmp(d, "Exif\0\0", 6) != 0) return LVM_OK;
+        j->orientation = exif_orientation(d, size - 2);
+        j->exif_over = 1;
         return LVM_OK;
     case JPEG_APP14:
         if (size >= 14 && memcmp(d, "Adobe", 5) == 0) j->adobe = d[11];
@@ -6557,7 +6499,7 @@ static int jpeg_segment(struct jpeg_reader *j, int marker) {
 static int jpeg_all_scanned(const struct jpeg_reader *j) {
     for (int i = 0; i < j->n; i++) {
         const struct jpeg_component *c = &j->component[i];
-        if (!c->scanned || (j->progressive && c->known[0] < 0)) return 0;
+        if (!c->scanned || (j->progressive && c->coef_bits[0] < 0)) return 0;
     }
     return j->n > 0;
 }
@@ -6566,15 +6508,18 @@ static int jpeg_all_scanned(const struct jpeg_reader *j) {
 static int jpeg_segments(struct jpeg_reader *j) {
     int code = LVM_OK;
     while (!code && (j->progressive || !jpeg_all_scanned(j))) {
-        int marker = jpeg_next_marker(&j->in);
-        if (marker == 0) return jpeg_cut(j);
+        int marker = jpeg_next_marker(j);
+        if (marker == 0) return jpeg_truncated(j);
         if (marker == JPEG_EOI) break;
-        if (marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7)) continue;
+        if (marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7)) {
+            j->exif_over = 1;
+            continue;
+        }
         if (marker == JPEG_SOI) return jpeg_damaged(j, "it begins a second time (SOI)");
-        const char *foreign = jpeg_foreign_frame(marker);
-        if (foreign)
+        const char *process = jpeg_other_process(marker);
+        if (process)
             return fail(j->error, LVM_UNSUPPORTED, "%s: a JPEG of a rare kind (%s); lvm reads "
-                        "baseline and progressive ones: convert it first", j->name, foreign);
+                        "baseline and progressive ones: convert it first", j->name, process);
         code = jpeg_segment(j, marker);
     }
     if (!code && !j->n) return jpeg_damaged(j, "no frame header (SOF)");
@@ -6582,19 +6527,19 @@ static int jpeg_segments(struct jpeg_reader *j) {
     return code;
 }
 
-/* ---- JPEG: smoothing what a progressive file left out ----
+/* ---- JPEG: block smoothing ----
 
-   A progressive file may end when only DC, or only the upper bits of some AC, were sent. libjpeg
-   then guesses the first AC coefficients that are still zero from the DC of the 5 x 5 blocks
-   around: where DC falls from left to right, coefficient 1 is not zero, and so on. A guess is a
-   weighted sum of DC, / 256, held below the first bit that was not sent. Where no AC came at all
-   there are guesses for nine of them, and DC is smoothed too. A finished file needs none of
+   A progressive file may end when only DC, or only the upper bits of some AC, were sent. As T.81's
+   K.8 suggests, libjpeg then predicts the first AC coefficients that are still zero from the DC of
+   the 5 x 5 blocks around: where DC falls from left to right, coefficient 1 is not zero, and so on.
+   A prediction is a weighted sum of DC, / 256, held below the first bit that was not sent. Where no
+   AC came at all nine of them are predicted, and DC is smoothed too. A finished file needs none of
    this. */
 
-enum { JPEG_WINDOW = 5, JPEG_GUESSED = 9, JPEG_GUESSED_OF_MORE = 5 };
+enum { JPEG_WINDOW = 5, JPEG_PREDICTED = 9, JPEG_PREDICTED_OF_MORE = 5 };
 
 /* For rising horizontal frequency 1, 2, 3; for 1 x 1; for 2 x 1 and DC; then the first two and
-   1 x 1 where some AC is known. Vertical frequencies use them turned over the diagonal. */
+   1 x 1 where some AC is known. Vertical frequencies use them transposed. */
 static const int16_t jpeg_kernels[9][JPEG_WINDOW * JPEG_WINDOW] = {
     {-1, -1, 0, 1, 1,  -3, 13, 0, -13, 3,  -3, 38, 0, -38, 3,  -3, 13, 0, -13, 3,
      -1, -1, 0, 1, 1},
@@ -6608,8 +6553,8 @@ static const int16_t jpeg_kernels[9][JPEG_WINDOW * JPEG_WINDOW] = {
     {0, 0, 0, 0, 0,  0, 0, 0, 0, 0,  -1, 13, -24, 13, -1,  0, 0, 0, 0, 0,  0, 0, 0, 0, 0},
     {0, -1, 0, 1, 0,  -1, 10, 0, -10, 1,  0, 0, 0, 0, 0,  1, -10, 0, 10, -1,  0, 1, 0, -1, 0}};
 
-/* By zigzag: the kernel where only DC is known, where more is, and whether to turn it. */
-static const uint8_t jpeg_kernel_of[1 + JPEG_GUESSED][3] = {
+/* By zigzag: the kernel where only DC is known, where more is, and whether to transpose it. */
+static const uint8_t jpeg_kernel_of[1 + JPEG_PREDICTED][3] = {
     {5, 5, 0}, {0, 6, 0}, {0, 6, 1}, {1, 7, 1}, {3, 8, 0}, {1, 7, 0}, {2, 0, 0}, {4, 0, 0},
     {4, 0, 1}, {2, 0, 1}};
 
@@ -6617,9 +6562,9 @@ static const uint8_t jpeg_kernel_of[1 + JPEG_GUESSED][3] = {
 static int jpeg_needs_smoothing(const struct jpeg_reader *j) {
     int lacking = 0;
     for (int i = 0; i < j->n; i++)
-        for (int k = 0; k <= JPEG_GUESSED; k++) {
+        for (int k = 0; k <= JPEG_PREDICTED; k++) {
             if (j->component[i].quant[jpeg_zigzag[k]] == 0) return 0;
-            if (k > 0 && j->component[i].known[k] != 0) lacking = 1;
+            if (k > 0 && j->component[i].coef_bits[k] != 0) lacking = 1;
         }
     return lacking;
 }
@@ -6641,11 +6586,11 @@ static void jpeg_window(const struct jpeg_reader *j, const struct jpeg_component
 
 static void jpeg_smooth(const struct jpeg_component *c, const int *dc, int16_t *block) {
     int more = 0;
-    for (int k = 1; k <= JPEG_GUESSED; k++)
-        if (c->known[k] >= 0) more = 1;
-    for (int k = more; k <= (more ? JPEG_GUESSED_OF_MORE : JPEG_GUESSED); k++) {
-        int at = jpeg_zigzag[k], low = c->known[k];
-        if (k > 0 && (low == 0 || block[at] != 0)) continue;
+    for (int k = 1; k <= JPEG_PREDICTED; k++)
+        if (c->coef_bits[k] >= 0) more = 1;
+    for (int k = more; k <= (more ? JPEG_PREDICTED_OF_MORE : JPEG_PREDICTED); k++) {
+        int at = jpeg_zigzag[k], al = c->coef_bits[k];
+        if (k > 0 && (al == 0 || block[at] != 0)) continue;
         const int16_t *kernel = jpeg_kernels[jpeg_kernel_of[k][more]];
         int64_t sum = 0, q = c->quant[at];
         for (int y = 0; y < JPEG_WINDOW; y++)
@@ -6653,15 +6598,15 @@ static void jpeg_smooth(const struct jpeg_component *c, const int *dc, int16_t *
                 sum += dc[y * JPEG_WINDOW + x] *
                        kernel[jpeg_kernel_of[k][2] ? x * JPEG_WINDOW + y : y * JPEG_WINDOW + x];
         sum *= c->quant[0];
-        int64_t guess = ((sum < 0 ? -sum : sum) + q * 128) / (q * 256);
-        if (k > 0 && low > 0) guess = min64(guess, (1 << low) - 1);
-        block[at] = (int16_t)(sum < 0 ? -guess : guess);
+        int64_t pred = ((sum < 0 ? -sum : sum) + q * 128) / (q * 256);
+        if (k > 0 && al > 0) pred = min64(pred, (1 << al) - 1);
+        block[at] = (int16_t)(sum < 0 ? -pred : pred);
     }
 }
 
-/* The samples of a progressive component, whose coefficients are then no longer needed. */
+/* The plane of a progressive component, whose coefficients are then no longer needed. */
 static int jpeg_finish_component(struct jpeg_reader *j, struct jpeg_component *c, int smooth) {
-    c->plane = mem_alloc((size_t)c->all_x * (size_t)c->all_y, JPEG_BLOCK, j->error);
+    c->plane = mem_alloc((size_t)c->padded_x * (size_t)c->padded_y, JPEG_BLOCK, j->error);
     if (!c->plane) return LVM_MEMORY;
     for (int y = 0; y < c->blocks_y; y++)
         for (int x = 0; x < c->blocks_x; x++) {
@@ -6672,23 +6617,25 @@ static int jpeg_finish_component(struct jpeg_reader *j, struct jpeg_component *c
                 jpeg_window(j, c, x, y, dc);
                 jpeg_smooth(c, dc, block);
             }
-            jpeg_idct(block, c->quant, jpeg_samples(c, x, y), (size_t)c->all_x * JPEG_SIDE);
+            jpeg_idct(block, c->quant, jpeg_samples(c, x, y), (size_t)c->padded_x * JPEG_SIDE);
         }
     mem_free(c->coefs);
     c->coefs = NULL;
     return LVM_OK;
 }
 
-/* ---- JPEG: from samples to pixels ----
+/* ---- JPEG: from planes to pixels ----
 
-   A component with half the columns or half the rows goes through a triangle filter: a new sample
-   is 3/4 of the one that it lies in and 1/4 of the next one on its side, in both directions where
-   both are halved; at the borders the nearest sample stands for the missing one. The halves that
-   rounding meets go up for one neighbour and down for the other. Other ratios, and components of
-   at most two columns, repeat their samples. */
+   Chroma of every other column, row or both (h2v1, h1v2, h2v2) goes through libjpeg's fancy
+   upsampling, a triangle filter: a new sample is 3/4 of the one that it lies in and 1/4 of the next
+   one on its side, in both directions for h2v2; at the borders the nearest sample stands for the
+   missing one. Ties of the rounding go up for one neighbour and down for the other. Other ratios,
+   and components of at most two columns, repeat their samples. Then the colour space of JFIF
+   (ITU-T T.871) or of Adobe's APP14 becomes RGB. */
 
-/* out[2 i], out[2 i + 1] from s[i] and its neighbours; s[-1] and s[n] can be read. */
-static void jpeg_widen(const uint16_t *s, int n, int shift, int left, int right, uint8_t *out) {
+/* h2: out[2 i], out[2 i + 1] from s[i] and its neighbours; s[-1] and s[n] can be read. */
+static void jpeg_upsample_h2(const uint16_t *s, int n, int shift, int left, int right,
+                             uint8_t *out) {
     for (int i = 0; i < n; i++) {
         out[2 * i] = (uint8_t)((3 * s[i] + s[i - 1] + left) >> shift);
         out[2 * i + 1] = (uint8_t)((3 * s[i] + s[i + 1] + right) >> shift);
@@ -6696,38 +6643,32 @@ static void jpeg_widen(const uint16_t *s, int n, int shift, int left, int right,
 }
 
 /* Row y of the image from one component. sums: room for width + 2. */
-static const uint8_t *jpeg_row(const struct jpeg_component *c, int y, uint16_t *sums,
-                               uint8_t *out) {
-    size_t stride = (size_t)c->all_x * JPEG_SIDE;
-    int at = y / c->expand_y, n = c->width;
+static const uint8_t *jpeg_upsample_row(const struct jpeg_component *c, int y, uint16_t *sums,
+                                        uint8_t *out) {
+    size_t stride = (size_t)c->padded_x * JPEG_SIDE;
+    int at = y / c->upsample_y, n = c->width, h = c->upsample_x, v2 = c->upsample_y == 2;
     int next = jpeg_clamp(y % 2 ? at + 1 : at - 1, 0, c->height - 1);
     const uint8_t *near = c->plane + (size_t)at * stride, *far = c->plane + (size_t)next * stride;
-    int wide = c->expand_x == 2 && c->expand_y <= 2 && n > 2;
-    if (c->expand_x == 1 && c->expand_y == 2) {
+    if (h == 1 && !v2) return near;
+    if (h == 1) {
         for (int i = 0; i < n; i++) out[i] = (uint8_t)((3 * near[i] + far[i] + 1 + y % 2) >> 2);
-        return out;
-    }
-    if (!wide) {
-        if (c->expand_x == 1) return near;
+    } else if (h == 2 && c->upsample_y <= 2 && n > 2) {
         for (int i = 0; i < n; i++)
-            memset(out + i * c->expand_x, near[i], (size_t)c->expand_x);
-        return out;
+            sums[1 + i] = (uint16_t)(v2 ? 3 * near[i] + far[i] : near[i]);
+        sums[0] = sums[1];
+        sums[1 + n] = sums[n];
+        if (v2) jpeg_upsample_h2(sums + 1, n, 4, 8, 7, out);
+        else jpeg_upsample_h2(sums + 1, n, 2, 1, 2, out);
+    } else {
+        for (int i = 0; i < n; i++) memset(out + i * h, near[i], (size_t)h);
     }
-    int both = c->expand_y == 2;
-    for (int i = 0; i < n; i++)
-        sums[1 + i] = (uint16_t)(both ? 3 * near[i] + far[i] : near[i]);
-    sums[0] = sums[1];
-    sums[1 + n] = sums[n];
-    if (both) jpeg_widen(sums + 1, n, 4, 8, 7, out);
-    else jpeg_widen(sums + 1, n, 2, 1, 2, out);
     return out;
 }
 
-/* The colours that a file's components are. */
-enum jpeg_colours { JPEG_GREY, JPEG_YCC, JPEG_RGB, JPEG_YCCK, JPEG_CMYK };
+enum jpeg_colour_space { JPEG_GREY, JPEG_YCC, JPEG_RGB, JPEG_YCCK, JPEG_CMYK };
 
-/* JFIF allows YCbCr only; Adobe's segment tells; else RGB is known by its components' names. */
-static enum jpeg_colours jpeg_colours_of(const struct jpeg_reader *j) {
+/* JFIF allows YCbCr only; Adobe's APP14 names its transform; else RGB is known by its ids. */
+static enum jpeg_colour_space jpeg_colour_space_of(const struct jpeg_reader *j) {
     const struct jpeg_component *c = j->component;
     if (j->n == 1) return JPEG_GREY;
     if (j->n == 4) return j->adobe > 0 ? JPEG_YCCK : JPEG_CMYK;
@@ -6745,38 +6686,29 @@ static inline void jpeg_ycc_to_rgb(int y, int cb, int cr, uint8_t *rgb) {
     rgb[2] = (uint8_t)jpeg_clamp(y + ((116130 * cb + 32768) >> 16), 0, 255);
 }
 
-/* Ink to light, where 255 is no ink, as Adobe's programs write it and Pillow takes for granted:
-   light k and the share c of it, rounded as Pillow does on inks 255 - k and 255 - c. */
-static inline uint8_t jpeg_light(int c, int k) {
+/* R from C, G from M or B from Y, and K. CMYK is inverted, 255 being no ink, as Adobe's programs
+   write it and Pillow takes for granted: k c / 255, rounded as on 255 - c and 255 - k by Pillow. */
+static inline uint8_t jpeg_cmyk_to_rgb(int c, int k) {
     int x = (255 - c) * k + 128;
     return (uint8_t)(k - ((x + (x >> 8)) >> 8));
 }
 
-static void jpeg_row_to_rgb(enum jpeg_colours colours, const uint8_t *const *row, int n,
+static void jpeg_row_to_rgb(enum jpeg_colour_space space, const uint8_t *const *row, int n,
                             uint8_t *rgb) {
     for (int i = 0; i < n; i++, rgb += RGB) {
-        switch (colours) {
-        case JPEG_GREY:
-            memset(rgb, row[0][i], RGB);
-            break;
-        case JPEG_YCC:
+        if (space == JPEG_YCC || space == JPEG_YCCK)
             jpeg_ycc_to_rgb(row[0][i], row[1][i], row[2][i], rgb);
-            break;
-        case JPEG_RGB: case JPEG_CMYK:
+        else
             for (int c = 0; c < RGB; c++) rgb[c] = row[c][i];
-            break;
-        case JPEG_YCCK:   /* it is the inks that were turned into YCbCr */
-            jpeg_ycc_to_rgb(row[0][i], row[1][i], row[2][i], rgb);
+        if (space == JPEG_YCCK)   /* by its definition C is 255 - R, M 255 - G, Y 255 - B */
             for (int c = 0; c < RGB; c++) rgb[c] = (uint8_t)(255 - rgb[c]);
-            break;
-        }
-        if (colours >= JPEG_YCCK)
-            for (int c = 0; c < RGB; c++) rgb[c] = jpeg_light(rgb[c], row[3][i]);
+        if (space >= JPEG_YCCK)
+            for (int c = 0; c < RGB; c++) rgb[c] = jpeg_cmyk_to_rgb(rgb[c], row[3][i]);
     }
 }
 
 static int jpeg_pixels(struct jpeg_reader *j, lvm_image *image) {
-    enum jpeg_colours colours = jpeg_colours_of(j);
+    enum jpeg_colour_space space = jpeg_colour_space_of(j);
     size_t n = (size_t)j->mcus_x * (size_t)j->max_h * JPEG_SIDE;   /* a row, whole MCUs of it */
     uint8_t *rows = mem_alloc((size_t)j->n, n, j->error);
     uint16_t *sums = rows ? mem_alloc(n + 2, sizeof *sums, j->error) : NULL;
@@ -6784,10 +6716,11 @@ static int jpeg_pixels(struct jpeg_reader *j, lvm_image *image) {
     for (int y = 0; y < j->height && !code; y++) {
         const uint8_t *row[JPEG_MAX_COMPONENTS];
         for (int i = 0; i < j->n; i++)
-            row[i] = jpeg_row(&j->component[i], y, sums, rows + (size_t)i * n);
-        jpeg_row_to_rgb(colours, row, j->width,
-                        image->rgb + (size_t)y * (size_t)j->width * RGB);
+            row[i] = jpeg_upsample_row(&j->component[i], y, sums, rows + (size_t)i * n);
+        if (space == JPEG_GREY) row[1] = row[2] = row[0];
+        jpeg_row_to_rgb(space, row, j->width, image->rgb + (size_t)y * (size_t)j->width * RGB);
     }
+    if (!code) image->orientation = j->orientation;
     mem_free(sums);
     mem_free(rows);
     return code;
@@ -6797,11 +6730,11 @@ static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_ima
                      lvm_error *error) {
     struct jpeg_reader *j = mem_alloc(1, sizeof *j, error);
     if (!j) return LVM_MEMORY;
-    struct jpeg_input standard = {jpeg_standard, jpeg_standard + sizeof jpeg_standard, 0, 0};
+    struct cursor standard = {jpeg_standard, sizeof jpeg_standard, 0, 0};
     j->name = name;
     j->error = error;
     j->adobe = -1;
-    j->in = (struct jpeg_input){data + 2, data + size, 0, 0};   /* the caller recognised the SOI */
+    j->in.bytes = (struct cursor){data, size, 2, 0};   /* the caller recognised the SOI */
     int code = jpeg_huffman_tables(j, &standard, 1);
     if (!code) code = jpeg_segments(j);
     int smooth = !code && j->progressive && jpeg_needs_smoothing(j);
@@ -6818,27 +6751,29 @@ static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_ima
 
 /* ---- PNM in ----
 
-       "P1" to "P6" | width | height | maximum (not for bitmaps) | samples, rows from the top
+   netpbm's pbm(5), pgm(5) and ppm(5), as Pillow reads them.
 
-   P1 and P4 are bitmaps (1 is black), P2 and P5 grey, P3 and P6 RGB. In P1, P2 and P3 samples are
-   decimal numbers (bitmaps: digits); in the others they are bytes behind exactly one whitespace
-   byte: two, the high one first, where the maximum is above 255; bits from the top in rows of
-   whole bytes for P4. A comment goes from # to the end of its line, and is as if it were not there:
-   it may stand inside a number, and its newline does not end one. Bytes behind the image are
-   ignored.
+       "P1" to "P6" | width | height | maxval (not for bitmaps) | samples, rows from the top
 
-   Samples become bytes as Pillow makes them: v / maximum * 255, rounded, halves to even; grey with
-   a maximum above 255 becomes a 16-bit integer likewise, which is then cut at 255. A raw sample
-   above the maximum counts as white, a plain one is an error. */
+   P1 and P4 are bitmaps (1 is black), P2 and P5 grey, P3 and P6 RGB. In the plain formats P1, P2
+   and P3 samples are decimal numbers (bitmaps: digits); in the raw ones they are bytes behind
+   exactly one whitespace byte: two, the high one first, where maxval is above 255; bits from the
+   top in rows of whole bytes for P4. A comment goes from # to the end of its line, and is as if it
+   were not there: it may stand inside a number, and its newline does not end one. Bytes behind the
+   image are ignored.
 
-enum { PNM_DIGITS = 10, PNM_MAXIMUM = 65535 };
+   Samples become bytes as Pillow makes them: v / maxval * 255, rounded, ties to even; grey with a
+   maxval above 255 becomes a 16-bit integer likewise, which is then cut at 255. A raw sample above
+   maxval counts as white, a plain one is an error. */
+
+enum { PNM_DIGITS = 10, PNM_MAXVAL = 65535 };
 
 struct pnm_reader {
     const char *name;      /* of the file, for messages */
     lvm_error *error;
-    const uint8_t *at, *end;
+    struct cursor file;
     int kind;              /* '1' .. '6' */
-    int width, height, channels, maximum;
+    int width, height, channels, maxval;
     uint8_t *scale;        /* [sample] -> byte */
 };
 
@@ -6847,14 +6782,12 @@ static int pnm_is_space(int c) {
 }
 
 /* The next byte that is in no comment, or -1. */
-static int pnm_byte(struct pnm_reader *pnm) {
-    while (pnm->at < pnm->end) {
-        int c = *pnm->at++;
-        if (c != '#') return c;
-        while (pnm->at < pnm->end && *pnm->at != '\n' && *pnm->at != '\r') pnm->at++;
-        if (pnm->at < pnm->end) pnm->at++;
-    }
-    return -1;
+static inline int pnm_byte(struct pnm_reader *pnm) {
+    int c;
+    while ((c = cursor_byte(&pnm->file)) == '#')
+        do c = cursor_byte(&pnm->file);
+        while (c >= 0 && c != '\n' && c != '\r');
+    return c;
 }
 
 /* A number and the whitespace byte behind it. Returns NULL or the fault in words. */
@@ -6883,35 +6816,40 @@ static int pnm_header(struct pnm_reader *pnm) {
     }
     int code = image_check_sides(pnm->name, "PNM", value[0], value[1], pnm->error);
     if (code) return code;
-    if (value[2] < 1 || value[2] > PNM_MAXIMUM)
+    if (value[2] < 1 || value[2] > PNM_MAXVAL)
         return fail(pnm->error, LVM_FORMAT, "%s: damaged PNM file: its maximum is %lld: must be 1 "
-                    "to %d", pnm->name, (long long)value[2], PNM_MAXIMUM);
+                    "to %d", pnm->name, (long long)value[2], PNM_MAXVAL);
     pnm->width = (int)value[0];
     pnm->height = (int)value[1];
-    pnm->maximum = (int)value[2];
+    pnm->maxval = (int)value[2];
     pnm->channels = pnm->kind == '3' || pnm->kind == '6' ? 3 : 1;
     return LVM_OK;
 }
 
-/* Memory is asked for only when the file explains it: the fewest bytes that hold the samples. */
+/* The fewest bytes that hold a row: a digit and a space are the least that a plain number takes. */
+static size_t pnm_row_bytes(const struct pnm_reader *pnm) {
+    size_t n = (size_t)pnm->width * (size_t)pnm->channels;
+    if (pnm->kind == '4') return (n + 7) / 8;
+    return pnm->kind == '2' || pnm->kind == '3' || pnm->maxval > 255 ? 2 * n : n;
+}
+
+/* Memory is allocated only when the file explains it. */
 static int pnm_check_size(const struct pnm_reader *pnm) {
-    size_t row = (size_t)pnm->width * (size_t)pnm->channels, left = (size_t)(pnm->end - pnm->at);
-    size_t bytes = row * (size_t)pnm->height;
-    if (pnm->kind == '4') bytes = (row + 7) / 8 * (size_t)pnm->height;
-    else if (pnm->kind >= '5' && pnm->maximum > 255) bytes *= 2;
-    else if (pnm->kind == '2' || pnm->kind == '3') bytes = bytes * 2 - 1;
+    size_t left = pnm->file.size - pnm->file.at;
+    size_t bytes = pnm_row_bytes(pnm) * (size_t)pnm->height;
+    if (pnm->kind == '2' || pnm->kind == '3') bytes--;   /* no space behind the last number */
     if (bytes <= left) return LVM_OK;
     return fail(pnm->error, LVM_FORMAT, "%s: the PNM file is cut off: %zu bytes of data cannot "
                 "hold %d x %d pixels", pnm->name, left, pnm->width, pnm->height);
 }
 
 static int pnm_make_scale(struct pnm_reader *pnm) {
-    int n = pnm->maximum > 255 ? PNM_MAXIMUM + 1 : 256;
-    double white = pnm->maximum > 255 && pnm->channels == 1 ? 65535 : 255;
+    int n = pnm->maxval > 255 ? PNM_MAXVAL + 1 : 256;
+    double white = pnm->maxval > 255 && pnm->channels == 1 ? 65535 : 255;
     pnm->scale = mem_alloc((size_t)n, 1, pnm->error);
     if (!pnm->scale) return LVM_MEMORY;
     for (int v = 0; v < n; v++) {
-        double byte = rint((double)v / pnm->maximum * white);
+        double byte = rint((double)v / pnm->maxval * white);
         pnm->scale[v] = (uint8_t)(byte < 255 ? byte : 255);
     }
     if (pnm->kind == '1' || pnm->kind == '4') {
@@ -6921,42 +6859,39 @@ static int pnm_make_scale(struct pnm_reader *pnm) {
     return LVM_OK;
 }
 
-static const char *pnm_plain_sample(struct pnm_reader *pnm, int *sample) {
+static const char *pnm_plain_sample(struct pnm_reader *pnm, uint8_t *out) {
     int64_t value = 0;
-    if (pnm->kind == '1') {
+    if (pnm->kind != '1') {
+        const char *fault = pnm_number(pnm, &value);
+        if (fault) return fault;
+        if (value > pnm->maxval) return "a sample above the maximum";
+    } else {
         int c;
         do c = pnm_byte(pnm);
         while (pnm_is_space(c));
         if (c < 0) return "the file ends early";
         if (c != '0' && c != '1') return "neither 0 nor 1";
         value = c - '0';
-    } else {
-        const char *fault = pnm_number(pnm, &value);
-        if (fault) return fault;
-        if (value > pnm->maximum) return "a sample above the maximum";
     }
-    *sample = (int)value;
+    *out = pnm->scale[value];
     return NULL;
 }
 
 /* One row to out [width * channels]. Returns NULL or the fault in words. */
 static const char *pnm_row(struct pnm_reader *pnm, uint8_t *out) {
-    int n = pnm->width * pnm->channels, bytes = pnm->maximum > 255 ? 2 : 1;
-    for (int i = 0; i < n; i++) {
-        int sample = 0;
-        if (pnm->kind <= '3') {
-            const char *fault = pnm_plain_sample(pnm, &sample);
-            if (fault) return fault;
-        } else if (pnm->kind == '4') {
-            sample = pnm->at[i / 8] >> (7 - i % 8) & 1;
-        } else {
-            sample = bytes == 2 ? pnm->at[2 * i] << 8 | pnm->at[2 * i + 1] : pnm->at[i];
-        }
-        out[i] = pnm->scale[sample];
-    }
-    if (pnm->kind == '4') pnm->at += (n + 7) / 8;
-    if (pnm->kind > '4') pnm->at += n * bytes;
-    return NULL;
+    int n = pnm->width * pnm->channels;
+    const uint8_t *scale = pnm->scale, *raw = NULL;
+    const char *fault = NULL;
+    if (pnm->kind > '3') raw = cursor_take(&pnm->file, pnm_row_bytes(pnm));
+    if (!raw)
+        for (int i = 0; i < n && !fault; i++) fault = pnm_plain_sample(pnm, out + i);
+    else if (pnm->kind == '4')
+        for (int i = 0; i < n; i++) out[i] = scale[raw[i / 8] >> (7 - i % 8) & 1];
+    else if (pnm->maxval > 255)
+        for (int i = 0; i < n; i++) out[i] = scale[raw[2 * i] << 8 | raw[2 * i + 1]];
+    else
+        for (int i = 0; i < n; i++) out[i] = scale[raw[i]];
+    return fault;
 }
 
 static int pnm_pixels(struct pnm_reader *pnm, lvm_image *image) {
@@ -6975,7 +6910,7 @@ static int pnm_pixels(struct pnm_reader *pnm, lvm_image *image) {
 
 static int pnm_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
                     lvm_error *error) {
-    struct pnm_reader pnm = {.name = name, .error = error, .at = data + 3, .end = data + size,
+    struct pnm_reader pnm = {.name = name, .error = error, .file = {data, size, 3, 0},
                              .kind = data[1]};   /* the caller recognised three bytes */
     int code = pnm_header(&pnm);
     if (!code) code = pnm_check_size(&pnm);
@@ -6992,12 +6927,10 @@ static int pnm_load(const uint8_t *data, size_t size, const char *name, lvm_imag
    By its first bytes, never by its name. Images in formats that lvm does not read are named, so
    that their owner knows what to convert. */
 
-struct image_kind {
+static const struct image_kind {
     int offset, size;
     const char *bytes, *name;
-};
-
-static const struct image_kind image_kinds[] = {
+} image_kinds[] = {
     {0, 4, "GIF8", "GIF"},              {8, 4, "WEBP", "WebP"},
     {0, 2, "BM", "BMP"},
     {4, 8, "ftypheic", "HEIC"},         {4, 8, "ftypheix", "HEIC"},
@@ -7056,17 +6989,12 @@ int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_i
     if (data == NULL) return null_argument(error, "lvm_image_load_memory", "data");
     if (name == NULL) name = "(memory)";
     if (size == 0) return fail(error, LVM_FORMAT, "%s is empty", name);
-    int code;
     if (size >= PNG_SIGNATURE_SIZE && !memcmp(bytes, png_signature, PNG_SIGNATURE_SIZE))
-        code = png_load(bytes, size, name, image, error);
-    else if (is_pnm(bytes, size))
-        code = pnm_load(bytes, size, name, image, error);
-    else if (size >= 3 && !memcmp(bytes, "\xFF\xD8\xFF", 3))
-        code = jpeg_load(bytes, size, name, image, error);
-    else
-        code = no_image(bytes, size, name, error);
-    if (!code && bytes[0] == 0xFF) image->orientation = jpeg_orientation(bytes, size);
-    return code;
+        return png_load(bytes, size, name, image, error);
+    if (size >= 3 && !memcmp(bytes, "\xFF\xD8\xFF", 3))
+        return jpeg_load(bytes, size, name, image, error);
+    if (is_pnm(bytes, size)) return pnm_load(bytes, size, name, image, error);
+    return no_image(bytes, size, name, error);
 }
 
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error) {
@@ -7084,11 +7012,11 @@ int lvm_image_load(const char *path, lvm_image *image, lvm_error *error) {
 
 /* ---- Deflate ----
 
-   Matches are found through hash chains: head[h] is the latest position whose next four bytes
-   hash to h, prev[p mod window] the one before p with the same hash. A match is taken lazily: if
-   the next byte starts a longer one, this byte goes out as a literal instead. Symbols gather into
-   blocks; a block is written with its own Huffman codes, with the fixed ones or stored, whichever
-   is shortest. The stored form bounds the output, so its buffer is allocated once. */
+   Matches are found through hash chains, as RFC 1951 (4) advises: head[h] is the latest position
+   whose next four bytes hash to h, prev[p mod window] the one before p with the same hash. Lazy
+   matching: if the next byte starts a longer match, this byte goes out as a literal instead.
+   Symbols gather into blocks; a block is written with dynamic Huffman codes, with the fixed ones or
+   stored, whichever is shortest, so that the output's buffer can be allocated once. */
 
 enum {
     DEFLATE_HASH_BITS = 15, DEFLATE_HASH_BYTES = 4,
@@ -7111,7 +7039,8 @@ struct deflate_codes {
     uint16_t literal_code[HUFFMAN_MAX_SYMBOLS], distance_code[32];
 };
 
-/* A block's header: the code lengths of both codes as runs, and the code that those use. */
+/* The header of a dynamic block: the code lengths of both codes as runs, and the code length code
+   that those use. */
 struct deflate_header {
     int n_literals, n_distances, n_listed, n_runs;
     uint8_t run_symbol[DEFLATE_LITERALS + DEFLATE_DISTANCES];
@@ -7130,7 +7059,7 @@ struct deflate {
     uint32_t symbols[DEFLATE_BLOCK_SYMBOLS];    /* literal, or distance << 16 | length */
     uint32_t literal_count[DEFLATE_LITERALS], distance_count[DEFLATE_DISTANCES];
     struct bit_writer bits;
-    struct deflate_codes own, fixed;
+    struct deflate_codes dynamic, fixed;
     struct deflate_header header;
 };
 
@@ -7148,8 +7077,7 @@ static void bits_align(struct bit_writer *b) {
    order they arise, which is ascending too. Returns the greatest depth. */
 static int huffman_depths(const uint32_t *weight, int n, uint8_t *depth) {
     uint32_t inner[HUFFMAN_MAX_SYMBOLS];
-    int parent[2 * HUFFMAN_MAX_SYMBOLS], leaf = 0, node = 0, deepest = 0;
-    int level[2 * HUFFMAN_MAX_SYMBOLS];
+    int parent[2 * HUFFMAN_MAX_SYMBOLS], leaf = 0, node = 0, deepest = 0, *level = parent;
     for (int made = 0; made < n - 1; made++) {
         inner[made] = 0;
         for (int k = 0; k < 2; k++) {
@@ -7199,7 +7127,7 @@ static void huffman_lengths(const uint32_t *count, int n, int max_bits, uint8_t 
     for (int i = 0; i < used; i++) length[symbol[i]] = depth[i];
 }
 
-/* Splits the code lengths into runs: a length, 16: the last again 3..6 times, 17 and 18: zeros. */
+/* Splits the code lengths into runs. */
 static void deflate_runs(struct deflate_header *h, const uint8_t *length, int n) {
     h->n_runs = 0;
     for (int i = 0; i < n;) {
@@ -7222,20 +7150,16 @@ static void deflate_runs(struct deflate_header *h, const uint8_t *length, int n)
     }
 }
 
-static int run_extra_bits(int symbol) {
-    return symbol == 16 ? 2 : symbol == 17 ? 3 : symbol == 18 ? 7 : 0;
-}
-
 static void deflate_plan_header(struct deflate *d) {
     struct deflate_header *h = &d->header;
     uint8_t all[DEFLATE_LITERALS + DEFLATE_DISTANCES];
     uint32_t count[19] = {0};
     h->n_literals = DEFLATE_LITERALS;
     h->n_distances = DEFLATE_DISTANCES;
-    while (h->n_literals > 257 && !d->own.literal_length[h->n_literals - 1]) h->n_literals--;
-    while (h->n_distances > 1 && !d->own.distance_length[h->n_distances - 1]) h->n_distances--;
-    memcpy(all, d->own.literal_length, (size_t)h->n_literals);
-    memcpy(all + h->n_literals, d->own.distance_length, (size_t)h->n_distances);
+    while (h->n_literals > 257 && !d->dynamic.literal_length[h->n_literals - 1]) h->n_literals--;
+    while (h->n_distances > 1 && !d->dynamic.distance_length[h->n_distances - 1]) h->n_distances--;
+    memcpy(all, d->dynamic.literal_length, (size_t)h->n_literals);
+    memcpy(all + h->n_literals, d->dynamic.distance_length, (size_t)h->n_distances);
     deflate_runs(h, all, h->n_literals + h->n_distances);
 
     for (int i = 0; i < h->n_runs; i++) count[h->run_symbol[i]]++;
@@ -7270,13 +7194,13 @@ static void deflate_put_symbols(struct deflate *d, const struct deflate_codes *c
             bits_put(b, c->literal_code[low], c->literal_length[low]);
             continue;
         }
-        int class = length_class(low), symbol = DEFLATE_MATCH + class;
+        int code = length_code(low), symbol = DEFLATE_MATCH + code;
         bits_put(b, c->literal_code[symbol], c->literal_length[symbol]);
-        bits_put(b, (uint32_t)(low - length_base(class)), length_extra_bits(class));
-        class = class_of((unsigned)distance - 1, DISTANCE_BITS);
-        bits_put(b, c->distance_code[class], c->distance_length[class]);
-        bits_put(b, (uint32_t)(distance - 1 - class_base(class, DISTANCE_BITS)),
-                 class_extra_bits(class, DISTANCE_BITS));
+        bits_put(b, (uint32_t)(low - length_base(code)), length_extra_bits(code));
+        code = deflate_code((unsigned)distance - 1, DISTANCE_BITS);
+        bits_put(b, c->distance_code[code], c->distance_length[code]);
+        bits_put(b, (uint32_t)(distance - 1 - code_base(code, DISTANCE_BITS)),
+                 code_extra_bits(code, DISTANCE_BITS));
     }
     bits_put(b, c->literal_code[DEFLATE_END], c->literal_length[DEFLATE_END]);
 }
@@ -7284,7 +7208,7 @@ static void deflate_put_symbols(struct deflate *d, const struct deflate_codes *c
 static void deflate_put_stored(struct deflate *d, const uint8_t *data, size_t size, int last) {
     do {
         size_t n = size < DEFLATE_STORED_MAX ? size : DEFLATE_STORED_MAX;
-        bits_put(&d->bits, last && n == size, 3);   /* kind 0 */
+        bits_put(&d->bits, last && n == size, 3);   /* type 0 */
         bits_align(&d->bits);
         bits_put(&d->bits, (uint32_t)n, 16);
         bits_put(&d->bits, (uint32_t)~n & 0xFFFF, 16);
@@ -7304,7 +7228,7 @@ static uint64_t deflate_cost(const struct deflate *d, const struct deflate_codes
     }
     for (int i = 0; i < DEFLATE_DISTANCES; i++)
         bits += (uint64_t)d->distance_count[i] *
-                (uint64_t)(c->distance_length[i] + class_extra_bits(i, DISTANCE_BITS));
+                (uint64_t)(c->distance_length[i] + code_extra_bits(i, DISTANCE_BITS));
     return bits;
 }
 
@@ -7318,24 +7242,24 @@ static void deflate_block(struct deflate *d, size_t end) {
     size_t size = end - d->block_start;
     int last = end == d->size;
     d->literal_count[DEFLATE_END] = 1;
-    huffman_lengths(d->literal_count, DEFLATE_LITERALS, HUFFMAN_MAX_BITS, d->own.literal_length);
-    huffman_lengths(d->distance_count, DEFLATE_DISTANCES, HUFFMAN_MAX_BITS,
-                    d->own.distance_length);
-    deflate_assign_codes(&d->own);
+    struct deflate_codes *c = &d->dynamic;
+    huffman_lengths(d->literal_count, DEFLATE_LITERALS, HUFFMAN_MAX_BITS, c->literal_length);
+    huffman_lengths(d->distance_count, DEFLATE_DISTANCES, HUFFMAN_MAX_BITS, c->distance_length);
+    deflate_assign_codes(c);
     deflate_plan_header(d);
 
-    uint64_t own = d->header.bits + deflate_cost(d, &d->own);
+    uint64_t dynamic = d->header.bits + deflate_cost(d, c);
     uint64_t fixed = deflate_cost(d, &d->fixed);
     uint64_t stored = 8 * (uint64_t)size + 40 * (uint64_t)(size / DEFLATE_STORED_MAX + 1);
-    if (stored <= own && stored <= fixed) {
+    if (stored <= dynamic && stored <= fixed) {
         deflate_put_stored(d, d->in + d->block_start, size, last);
-    } else if (fixed <= own) {
+    } else if (fixed <= dynamic) {
         bits_put(&d->bits, (uint32_t)(last | 1 << 1), 3);
         deflate_put_symbols(d, &d->fixed);
     } else {
         bits_put(&d->bits, (uint32_t)(last | 2 << 1), 3);
         deflate_put_header(d);
-        deflate_put_symbols(d, &d->own);
+        deflate_put_symbols(d, c);
     }
     d->block_start = end;
     d->n_symbols = 0;
@@ -7347,8 +7271,8 @@ static void deflate_block(struct deflate *d, size_t end) {
 static void deflate_symbol(struct deflate *d, int value, int distance, size_t end) {
     d->symbols[d->n_symbols++] = (uint32_t)distance << 16 | (uint32_t)value;
     if (distance) {
-        d->literal_count[DEFLATE_MATCH + length_class(value)]++;
-        d->distance_count[class_of((unsigned)distance - 1, DISTANCE_BITS)]++;
+        d->literal_count[DEFLATE_MATCH + length_code(value)]++;
+        d->distance_count[deflate_code((unsigned)distance - 1, DISTANCE_BITS)]++;
     } else {
         d->literal_count[value]++;
     }
@@ -7413,13 +7337,9 @@ static void deflate_all(struct deflate *d) {
             length = later;
             distance = later_distance;
         }
-        if (length) {
-            at += (size_t)length;
-            deflate_symbol(d, length, distance, at);
-        } else {
-            at++;
-            deflate_symbol(d, d->in[at - 1], 0, at);
-        }
+        int value = length ? length : d->in[at];
+        at += length ? (size_t)length : 1;
+        deflate_symbol(d, value, distance, at);
     }
 }
 
@@ -7454,7 +7374,7 @@ static size_t deflate_zlib(const uint8_t *data, size_t size, uint8_t *out, lvm_e
 /* ---- PNG out ----
 
    8-bit RGB, one IDAT. Each row takes the filter whose output, read as signed bytes, has the
-   smallest sum of absolute values: the standard's own rule of thumb. Filter 3, the average, is not
+   smallest sum of absolute values, the heuristic that PNG's section 12 advises. Average is not
    tried: it gains nothing on photos and breaks up the repetitions of drawings. */
 
 /* Filters a row of n bytes; both rows have a zero pixel in front. Returns the sum of |output|.
@@ -7464,10 +7384,11 @@ static inline uint64_t png_filter_as(int filter, const uint8_t *row, const uint8
     uint64_t sum = 0;
     for (size_t i = 0; i < n; i++) {
         int a = row[(ptrdiff_t)i - RGB], b = above[i], c = above[(ptrdiff_t)i - RGB];
-        int guess = filter == 0 ? 0 : filter == 1 ? a : filter == 2 ? b : png_paeth(a, b, c);
-        uint8_t rest = (uint8_t)(row[i] - guess);
-        out[i] = rest;
-        sum += rest < 128 ? rest : 256u - rest;
+        int predictor = filter == PNG_PAETH ? png_paeth(a, b, c)
+                                            : filter == PNG_UP ? b : filter == PNG_SUB ? a : 0;
+        uint8_t residual = (uint8_t)(row[i] - predictor);
+        out[i] = residual;
+        sum += residual < 128 ? residual : 256u - residual;
     }
     return sum;
 }
@@ -7475,24 +7396,24 @@ static inline uint64_t png_filter_as(int filter, const uint8_t *row, const uint8
 static uint64_t png_filter(int filter, const uint8_t *row, const uint8_t *above, size_t n,
                            uint8_t *out) {
     switch (filter) {
-    case 0: return png_filter_as(0, row, above, n, out);
-    case 1: return png_filter_as(1, row, above, n, out);
-    case 2: return png_filter_as(2, row, above, n, out);
-    default: return png_filter_as(4, row, above, n, out);
+    case PNG_NONE: return png_filter_as(PNG_NONE, row, above, n, out);
+    case PNG_SUB: return png_filter_as(PNG_SUB, row, above, n, out);
+    case PNG_UP: return png_filter_as(PNG_UP, row, above, n, out);
+    default: return png_filter_as(PNG_PAETH, row, above, n, out);
     }
 }
 
-/* out: [height][1 + width * RGB], the filter byte in front of each row. */
+/* out: [height][1 + width * RGB], the filter type in front of each row. */
 static int png_filter_rows(const lvm_image *image, uint8_t *out, lvm_error *error) {
-    static const uint8_t tried[3] = {1, 2, 4};
+    static const uint8_t tried[3] = {PNG_SUB, PNG_UP, PNG_PAETH};
     size_t n = (size_t)image->width * RGB;
     uint8_t *scratch = mem_alloc(3, n + RGB, error);   /* two padded rows and a trial */
     if (!scratch) return LVM_MEMORY;
     uint8_t *row = scratch + RGB, *above = row + n + RGB, *trial = above + n;
     for (int y = 0; y < image->height; y++, out += 1 + n) {
         memcpy(row, image->rgb + (size_t)y * n, n);
-        out[0] = 0;
-        uint64_t least = png_filter(0, row, above, n, out + 1);
+        out[0] = PNG_NONE;
+        uint64_t least = png_filter(PNG_NONE, row, above, n, out + 1);
         for (int i = 0; i < 3 && least; i++) {
             uint64_t sum = png_filter(tried[i], row, above, n, trial);
             if (sum >= least) continue;
@@ -7568,9 +7489,21 @@ int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error) {
 
 /* ---- Resizing ----
 
-   Two passes, along rows, then along columns, each only where that side changes, with bytes in
-   between. Weights are computed in double and rounded to integers in units of 2^-22: sums of
-   weight times byte overshoot by less than a factor of two either way and so fit in 32 bits. */
+   The bicubic kernel (Keys 1981, a = -1/2) gives a sample at distance x the weight
+
+       w(x) = (a+2)|x|^3 - (a+3)|x|^2 + 1        for |x| < 1
+            = a|x|^3 - 5a|x|^2 + 8a|x| - 4a      for 1 <= |x| < 2,   else 0.
+
+   Output pixel i of n_out lies at c = (i + 1/2) s in the input, s = n_in / n_out. When the image
+   shrinks (s > 1) the kernel is stretched by s and so averages instead of skipping; its support is
+   c +- 2 max(s, 1), cut at the borders, and its weights are divided by their sum:
+
+       out[i] = sum_j w((j + 1/2 - c) / max(s, 1)) in[j]  /  sum_j w((j + 1/2 - c) / max(s, 1))
+
+   As in Pillow there are two passes, along rows, then along columns, each only where that side
+   changes, with bytes in between. Weights are computed in double and rounded to integers in units
+   of 2^-22: sums of weight times byte overshoot by less than a factor of two either way and so fit
+   in 32 bits. */
 
 enum { RESIZE_BITS = 32 - 8 - 2, RESIZE_HALF = 1 << (RESIZE_BITS - 1) };
 
