@@ -52,7 +52,7 @@
      Part two: how one learns (chapter 8, training, is to come)
        9  Visual sentences: prompts by the line
      Part three: the machine room
-      10  Systems: files, mapping, folders, processors, Windows
+      10  Systems: files, mapping, folders, threads, Windows
       11  Images: PNG, JPEG and PNM in, PNG out, EXIF rotation, Pillow's resizing
       12  Packing, fast convolution (Winograd), attention on quantised caches
       13  Fast kernels: AVX2, AVX-512, NEON
@@ -359,8 +359,8 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int for
 
    An error is a code and a sentence. Memory is asked for by count and size, so that the product is
    checked in one place. Bytes of a file are read through one cursor that knows where they end.
-   Files and what differs between systems stand in chapter 10. A pool of threads runs numbered
-   tasks:
+   Threads, files and what differs between systems stand in chapter 10. A pool of threads runs
+   numbered tasks:
 
        pool_run(pool, count, fn, arg)   -->   fn(arg, task, thread) for each task 0 .. count-1
 
@@ -425,10 +425,9 @@ static int mul_fits(size_t a, size_t b, size_t *out) {
 }
 
 /* What the system gives (chapter 10): a hint that memory of some megabytes is read faster in huge
-   pages; processors that this process may use; a whole file to be read only, mapped until
-   unmap_file, or in memory of its own until mem_free. */
+   pages; a whole file to be read only, mapped until unmap_file, or in memory of its own until
+   mem_free. */
 static void os_huge_pages(void *p, size_t size);
-static int64_t os_processors(void);
 static int map_file(const char *path, void **data, size_t *size, lvm_error *error);
 static void unmap_file(void *data, size_t size);
 static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *error);
@@ -525,194 +524,18 @@ static uint64_t cursor_number(struct cursor *c, int bytes) {
     return v;
 }
 
-/* ---- Threads ----
-
-   A pool of n threads, the caller being one, runs tasks 0 .. count-1. Each thread begins with a
-   queue of its own, a range of neighbouring tasks, so that the weights it reads lie behind each
-   other, and when that is empty steals from the others' queues. A run ends when its tasks are done:
-   a worker that comes late, because another program has its processor, finds the queues empty and
-   is not waited for. Whoever waits spins for some microseconds, for the transformer starts
-   thousands of short runs a second, then yields the processor, perhaps to the very thread it waits
-   for, and sleeps in the end. */
+/* ---- Threads ---- */
 
 typedef void task_fn(void *arg, int task, int thread);
 
-struct queue {
-    atomic_int left; /* tasks not yet taken; 0 or less: none */
-    char line[60];   /* each in a cache line of its own */
-};
-
-struct pool {
-    int n;                /* threads, the caller included */
-    struct queue *queues; /* [n] */
-    pthread_t *threads;
-    pthread_mutex_t mutex;
-    pthread_cond_t wake, done;
-    atomic_int round;           /* counts runs; workers start when it changes */
-    atomic_int unfinished;      /* tasks not yet done */
-    atomic_int sleeping;        /* workers that wait for a run asleep */
-    atomic_int caller_sleeping; /* the caller waits for their end asleep */
-    atomic_int quit;
-    task_fn *fn;
-    void *arg;
-    int count;
-};
-
-enum { SPINS = 1500, YIELDS = 50 }; /* turns of waiting: a few ten microseconds each */
-
-struct worker {
-    struct pool *pool;
-    int thread;
-};
-
-static void spin_pause(void) {
-#if defined(__x86_64__)
-    __builtin_ia32_pause();
-#elif defined(__aarch64__)
-    __asm__ volatile("yield");
-#endif
-}
-
-/* The first task of queue i; queue n begins behind the last. */
-static int first_task(const struct pool *p, int i) { return (int)((int64_t)p->count * i / p->n); }
-
-/* Who gets a number above 0 has taken a task, and the run cannot end before it is done: only then
-   are fn, arg and count sure to be this run's. */
-static void pool_run_queue(struct pool *p, int i, int thread) {
-    atomic_int *tasks = &p->queues[i].left;
-    int left;
-    while (atomic_load(tasks) > 0 && (left = atomic_fetch_sub(tasks, 1)) > 0) {
-        p->fn(p->arg, first_task(p, i + 1) - left, thread);
-        if (atomic_fetch_sub(&p->unfinished, 1) != 1 || !atomic_load(&p->caller_sleeping)) continue;
-        pthread_mutex_lock(&p->mutex);
-        pthread_cond_signal(&p->done);
-        pthread_mutex_unlock(&p->mutex);
-    }
-}
-
-static void pool_run_tasks(struct pool *p, int thread) {
-    for (int i = 0; i < p->n; i++) pool_run_queue(p, (thread + i) % p->n, thread);
-}
-
-/* One turn of waiting. */
-static void wait_turn(int turn) {
-    if (turn < SPINS)
-        spin_pause();
-    else
-        sched_yield();
-}
-
-static void pool_wait_for_round(struct pool *p, int seen) {
-    for (int i = 0; i < SPINS + YIELDS; i++) {
-        if (atomic_load(&p->round) != seen) return;
-        wait_turn(i);
-    }
-    pthread_mutex_lock(&p->mutex);
-    atomic_fetch_add(&p->sleeping, 1);
-    while (atomic_load(&p->round) == seen) pthread_cond_wait(&p->wake, &p->mutex);
-    atomic_fetch_sub(&p->sleeping, 1);
-    pthread_mutex_unlock(&p->mutex);
-}
-
-static void *pool_worker(void *arg) {
-    struct worker w = *(struct worker *)arg;
-    mem_free(arg);
-    int seen = 0;
-    for (;;) {
-        pool_wait_for_round(w.pool, seen);
-        seen = atomic_load(&w.pool->round);
-        if (atomic_load(&w.pool->quit)) return NULL;
-        pool_run_tasks(w.pool, w.thread);
-    }
-}
-
-static void pool_start_round(struct pool *p) {
-    atomic_fetch_add(&p->round, 1);
-    if (atomic_load(&p->sleeping) == 0) return;
-    pthread_mutex_lock(&p->mutex);
-    pthread_cond_broadcast(&p->wake);
-    pthread_mutex_unlock(&p->mutex);
-}
-
-static void pool_wait_for_tasks(struct pool *p) {
-    for (int i = 0; i < SPINS + YIELDS; i++) {
-        if (atomic_load(&p->unfinished) == 0) return;
-        wait_turn(i);
-    }
-    pthread_mutex_lock(&p->mutex);
-    atomic_exchange(&p->caller_sleeping, 1); /* QEMU's AArch64 lets a store pass the load below */
-    while (atomic_load(&p->unfinished) != 0) pthread_cond_wait(&p->done, &p->mutex);
-    atomic_store(&p->caller_sleeping, 0);
-    pthread_mutex_unlock(&p->mutex);
-}
-
-/* Runs fn(arg, task, thread) for every task below count and returns when all are done. */
-static void pool_run(struct pool *p, int count, task_fn *fn, void *arg) {
-    if (p->n == 1 || count <= 1) {
-        for (int task = 0; task < count; task++) fn(arg, task, 0);
-        return;
-    }
-    p->fn = fn;
-    p->arg = arg;
-    p->count = count;
-    atomic_store(&p->unfinished, count);
-    for (int i = 0; i < p->n; i++)
-        atomic_store(&p->queues[i].left, first_task(p, i + 1) - first_task(p, i));
-    pool_start_round(p);
-    pool_run_tasks(p, 0);
-    pool_wait_for_tasks(p);
-}
-
-static void pool_free(struct pool *p) {
-    if (p == NULL) return;
-    atomic_store(&p->quit, 1);
-    pool_start_round(p);
-    for (int i = 1; i < p->n; i++) pthread_join(p->threads[i], NULL);
-    pthread_cond_destroy(&p->wake);
-    pthread_cond_destroy(&p->done);
-    pthread_mutex_destroy(&p->mutex);
-    mem_free(p->threads);
-    mem_free(p->queues);
-    mem_free(p);
-}
-
-static int pool_start_worker(struct pool *p, int thread) {
-    pthread_attr_t attr;
-    struct worker *w = mem_alloc(1, sizeof *w, NULL);
-    if (w == NULL) return -1;
-    *w = (struct worker){p, thread};
-    pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, 1 << 20); /* musl gives 128 KiB, macOS 512 KiB */
-    int bad = pthread_create(&p->threads[thread], &attr, pool_worker, w);
-    pthread_attr_destroy(&attr);
-    if (bad) mem_free(w);
-    return bad;
-}
-
-static int processors(void) { return (int)min64(max64(os_processors(), 1), 1024); }
-
-static struct pool *pool_new(int n, lvm_error *error) {
-    struct pool *p = mem_alloc(1, sizeof *p, error);
-    if (p == NULL) return NULL;
-    p->threads = mem_alloc((size_t)n, sizeof *p->threads, error);
-    p->queues = mem_alloc((size_t)n, sizeof *p->queues, error);
-    if (p->threads == NULL || p->queues == NULL) {
-        mem_free(p->threads);
-        mem_free(p->queues);
-        mem_free(p);
-        return NULL;
-    }
-    pthread_mutex_init(&p->mutex, NULL);
-    pthread_cond_init(&p->wake, NULL);
-    pthread_cond_init(&p->done, NULL);
-    for (p->n = 1; p->n < n; p->n++) {
-        if (pool_start_worker(p, p->n) == 0) continue;
-        fail(error, LVM_MEMORY, "cannot start thread %d of %d", p->n + 1, n);
-        pool_free(p);
-        return NULL;
-    }
-    return p;
-}
+/* n threads, the caller being one: a context's (chapter 10). pool_run runs fn(arg, task, thread)
+   for every task 0 .. count-1, each once, thread being 0 .. n-1 and nobody else's meanwhile, and
+   returns when all are done. */
+struct pool;
+static struct pool *pool_new(int n, lvm_error *error);
+static void pool_free(struct pool *p);
+static int pool_threads(const struct pool *p);
+static void pool_run(struct pool *p, int count, task_fn *fn, void *arg);
 
 #endif /* LVM_INTERNAL */
 
@@ -1359,7 +1182,7 @@ static void matmul_plan(struct matmul_job *job) {
     job->run = matmul_f32_task;
     job->size = weight_rows(job->w->cols);
     if (is_integer(job->e, job->w) && job->rows < kern->matmul.int_rows) {
-        int size = round_up(job->w->rows / (GEMV_TASKS * job->e->pool->n), 8);
+        int size = round_up(job->w->rows / (GEMV_TASKS * pool_threads(job->e->pool)), 8);
         job->run = matmul_int_row_task;
         job->size = size > MIN_GEMV_COLS ? size : MIN_GEMV_COLS;
     } else if (is_integer(job->e, job->w)) {
@@ -1740,6 +1563,7 @@ struct vq_chain {
     int side, c;
 };
 
+/* Appends an operation that leaves c_out channels; its side follows from its kind. */
 LVM_PRINTF(4, 5) static void vq_add(struct vq_chain *chain, enum vq_kind kind, int c_out,
                                     const char *format, ...) {
     struct vq_op *op = &chain->vq->ops[chain->vq->n_ops++];
@@ -2035,10 +1859,12 @@ static int load_tensors(lvm_model *m, lvm_error *error) {
     return LVM_OK;
 }
 
-/* Copies of a model on devices (chapter 7). */
+/* Copies of a model on devices, made when a context first asks for one, freed with the model
+   (chapter 14). */
 static struct devices *devices_new(lvm_error *error);
 static void devices_free(struct devices *d);
 
+/* A model without contents, which lvm_close takes back at any later step. */
 static lvm_model *model_new(const char *path, lvm_error *error) {
     lvm_model *m = mem_alloc(1, sizeof *m, error);
     if (m == NULL) return NULL;
@@ -2123,7 +1949,7 @@ lvm_info lvm_model_info(const lvm_model *m) {
                    .resolution = m->vq != NULL ? m->vq->R : 0, .tokens_per_image = m->T,
                    .name = m->name, .isa = m->kern->name, .device = default_device()};
     if (a->L > 0) i.window_images = (int)min64(16, images_that_fit(m, a->bos >= 0));
-    for (int64_t t = 0; t < m->file.n_tensors; t++) {
+    for (int64_t t = 0; t < m->file.n_tensors; t++) { /* also of tensors that nobody here needs */
         const int64_t *ne = m->file.tensors[t].ne;
         i.parameters += ne[0] * ne[1] * ne[2] * ne[3];
     }
@@ -3179,6 +3005,7 @@ static int cpu_model_open(const lvm_model *m, const char *device, void **copy, l
     return LVM_OK;
 }
 
+/* Also of one that cpu_open could not finish. */
 static void cpu_close(void *state) {
     struct cpu *c = state;
     if (c == NULL) return;
@@ -3203,7 +3030,8 @@ static int cpu_alloc(struct cpu *c, lvm_error *error) {
     e->scratch_floats = (e->scratch_floats + 1023) / 1024 * 1024;
     e->pool = pool_new(e->o->threads, error);
     if (e->pool == NULL) return LVM_MEMORY;
-    e->scratch = mem_alloc((size_t)e->pool->n * (size_t)e->scratch_floats, sizeof(float), error);
+    e->scratch = mem_alloc((size_t)pool_threads(e->pool) * (size_t)e->scratch_floats,
+                           sizeof(float), error);
     if (e->scratch == NULL) return LVM_MEMORY;
     if (a->L > 0) {
         int blocks = (int)max64(a->D, a->F) / QK + 1;
@@ -3215,6 +3043,8 @@ static int cpu_alloc(struct cpu *c, lvm_error *error) {
     return code;
 }
 
+/* One image at a time: its convolutions fill all threads. Threads and memory are the context's
+   own, so that contexts may compute side by side. */
 static int cpu_open(void *copy, const lvm_options *o, void **state, struct limits *limits,
                     lvm_error *error) {
     struct cpu *c = mem_alloc(1, sizeof *c, error);
@@ -3230,7 +3060,8 @@ static int cpu_open(void *copy, const lvm_options *o, void **state, struct limit
     return code;
 }
 
-/* Halves to even, as NumPy rounds. */
+/* A channel of a pixel, 0 to 1 in floats, to 0 .. 255; halves to even, as NumPy rounds, and NaN to
+   0. */
 static uint8_t to_byte(float x) { return (uint8_t)rintf(255 * (x > 0 ? (x < 1 ? x : 1) : 0)); }
 
 /* Image by image; the progress counts operations of the encoder. */
@@ -3246,6 +3077,7 @@ static int cpu_encode(void *state, const uint8_t *rgb, int n, int first, int all
     return code;
 }
 
+/* The same backwards, with rounding to bytes at the end. */
 static int cpu_decode(void *state, const int32_t *ids, int n, int first, int all, uint8_t *rgb,
                       float *pixels, lvm_error *error) {
     struct cpu *c = state;
@@ -3266,6 +3098,8 @@ static int cpu_forward(void *state, const struct batch *b, lvm_error *error) {
     return run_layers(&c->e, &c->m->llama, &c->lm, b, error);
 }
 
+/* Pages that are no longer needed go back; the last one may keep positions beyond n, which nobody
+   reads before they are written again. */
 static void cpu_kv_trim(void *state, int seq, int n) {
     struct cpu *c = state;
     sequence_trim(&c->lm.kv, &c->lm.kv.seq[seq], n);
@@ -3285,6 +3119,7 @@ static int cpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
     return LVM_OK;
 }
 
+/* A block is a page, as it lies in memory. */
 static size_t cpu_kv_size(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
 
 static int cpu_kv_get(void *state, int seq, int block, void *data, lvm_error *error) {
@@ -3294,6 +3129,7 @@ static int cpu_kv_get(void *state, int seq, int block, void *data, lvm_error *er
     return LVM_OK;
 }
 
+/* Blocks come in ascending order; each leaves the sequence as long as is known by then. */
 static int cpu_kv_set(void *state, int seq, int block, const void *data, int n, lvm_error *error) {
     struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
     int code = page_make_private(kv, &kv->seq[seq], block * KV_BLOCK, error);
@@ -3347,6 +3183,7 @@ static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_opt
                           lvm_error *error);
 static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_error *error);
 
+/* Also of a context that ctx_new could not finish. */
 void lvm_ctx_free(lvm_ctx *ctx) {
     if (ctx == NULL) return;
     if (ctx->state != NULL) ctx->b->close(ctx->state);
@@ -3440,6 +3277,7 @@ static int check_ids(const int32_t *ids, int64_t n, int below, lvm_error *error)
 /* An image as R x R pixels, squashed or cropped to its middle (chapter 11); the caller frees it. */
 static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm_error *error);
 
+/* Of an image as the tokenizer takes it, [R][R][3]. */
 static size_t image_bytes(const lvm_ctx *ctx) {
     size_t R = (size_t)ctx->m->vq->R;
     return R * R * 3;
@@ -3512,6 +3350,7 @@ static int encode_image(lvm_ctx *ctx, const lvm_image *image, struct encode_grou
     return code;
 }
 
+/* As many images at a time as the device takes; what the context knows already costs nothing. */
 int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_error *error) {
     if (ctx == NULL) return null_argument(error, "lvm_encode", "ctx");
     if (n > 0 && (images == NULL || ids == NULL))
@@ -3541,6 +3380,7 @@ static int decode_images(lvm_ctx *ctx, const int32_t *ids, int first, int count,
     return code;
 }
 
+/* Likewise. After a failure none of the images is left. */
 int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_error *error) {
     for (int i = 0; images != NULL && i < n; i++) images[i] = (lvm_image){.rgb = NULL};
     if (ctx == NULL) return null_argument(error, "lvm_decode", "ctx");
@@ -3765,6 +3605,7 @@ struct generation {
     struct rng *rng;      /* [candidates] */
 };
 
+/* The sequence of candidate c, as long as a context and the token behind it. */
 static int32_t *candidate_ids(const struct generation *g, int c) {
     return g->ids + (int64_t)c * (g->ctx->m->llama.context + 1);
 }
@@ -3872,6 +3713,8 @@ static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) 
     return code;
 }
 
+/* A window that is full already slides before it is fed: what would be computed for it is not
+   needed. */
 int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n, int32_t *ids,
                  lvm_error *error) {
     if (ctx == NULL || ids == NULL)
@@ -3939,6 +3782,7 @@ static int ready_images(const lvm_ctx *ctx, int candidates, int n, lvm_image *ou
     return need_tokenizer(ctx, error);
 }
 
+/* Tokens first, for all images; then pixels. */
 int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n,
                         lvm_image *out, lvm_error *error) {
     int code = ready_images(ctx, candidates, n, out, "lvm_generate_images", error);
@@ -3965,6 +3809,9 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    A set of prompts is a file of JSON lines (RFC 8259, one object a line), as the published
    evaluation reads them:
 
+       line  --parse_sentence-->  struct sentence: lists of images, each a path or tokens
+             --chapter 15: eval, batch-->  tokens, a prompt, likelihoods or new images
+
        {"input": [images], "target": [images]}               perplexity of the targets
        {"input": [images], "output": "name"}                 what to predict, where to put it
        {"input": [images], "choices": [images], "answer": n} a puzzle, choices counted from 0
@@ -3982,6 +3829,7 @@ struct image_ref {
     int32_t *ids; /* [T], or NULL */
 };
 
+/* Images in the order of the line. */
 struct image_list {
     struct image_ref *list; /* [n] */
     int n;
@@ -4071,6 +3919,7 @@ static int json_escape(struct json *j, char *out) {
         return 0;
     }
     uint32_t u = json_hex4(j);
+    /* 0x36 << 10 is D800, the first high surrogate; 0x37 << 10 is DC00, the first low one */
     if (u >> 10 == 0x36 && j->n - j->at >= 6 && memcmp(j->s + j->at, "\\u", 2) == 0) {
         j->at += 2;
         uint32_t low = json_hex4(j);
@@ -4078,6 +3927,7 @@ static int json_escape(struct json *j, char *out) {
     }
     if (u == 0 || u >> 11 == 0x1b) json_fail(j, "a string holds half a character or a zero");
     int more = u < 0x80 ? 0 : u < 0x800 ? 1 : u < 0x10000 ? 2 : 3;
+    /* the first byte's marks by the number of bytes behind it */
     static const uint8_t lead[4] = {0, 0xc0, 0xe0, 0xf0};
     out[0] = (char)(lead[more] | u >> 6 * more);
     for (int i = 1; i <= more; i++) out[i] = (char)(0x80 | (u >> 6 * (more - i) & 0x3f));
@@ -4188,7 +4038,7 @@ static void add_tokens(struct json *j, struct buffer *tokens, struct image_list 
     tokens->n = 0;
 }
 
-/* One id of an array of numbers. */
+/* One id of an array of numbers; special ids (bos, eos) are no part of an image. */
 static void take_token(struct json *j, struct buffer *tokens) {
     int32_t id = json_int(j, j->codes, "an id is no image token");
     if (j->code == LVM_OK) j->code = buffer_add(tokens, &id, sizeof id, j->error);
@@ -4225,7 +4075,7 @@ static void take_base64(struct json *j, struct buffer *tokens) {
     mem_free(text);
 }
 
-/* A string is a path, or, behind a key that takes tokens alone, base64. */
+/* An element that is a string: a path, or, behind a key that takes tokens alone, base64. */
 static void take_string_image(struct json *j, int only_tokens, struct buffer *tokens,
                                 struct image_list *out) {
     if (only_tokens) {
@@ -4287,7 +4137,9 @@ static void json_member(struct json *j, const char *key, struct sentence *s) {
     else json_skip(j, 32);
 }
 
-/* Reads one line; s is freed by sentence_free, also after a failure. */
+/* Reads one line, an object in which every key may be missing; an answer must be one of the
+   choices, and nothing may stand behind the object. s is freed by sentence_free, also after a
+   failure. */
 static int parse_sentence(struct json *j, struct sentence *s) {
     memset(s, 0, sizeof *s);
     s->answer = -1;
@@ -4310,7 +4162,7 @@ static int parse_sentence(struct json *j, struct sentence *s) {
 #endif
 
 /* =================================================================================================
-   Chapter 10.  Systems: files, mapping, folders, processors, Windows
+   Chapter 10.  Systems: files, mapping, folders, threads, Windows
 
    What chapter 1 declares and the command line needs, for POSIX and for Windows:
 
@@ -4318,6 +4170,7 @@ static int parse_sentence(struct json *j, struct sentence *s) {
        outfile, write_file    bytes  -->  path.PID.tmp, flushed to the disk, then renamed to path:
                               whoever looks sees the old file or the whole new one, also when the
                               machine stops in between
+       pool_run               numbered tasks  -->  threads, each with a queue; an idle one steals
        os_...                 all that the two systems do differently; the rest of the file calls
                               only these */
 
@@ -4740,6 +4593,194 @@ static const char *os_file_name(const char *path) {
     return name;
 }
 #endif
+
+static int processors(void) { return (int)min64(max64(os_processors(), 1), 1024); }
+
+/* ---- Threads ----
+
+   A pool of n threads, the caller being one, runs tasks 0 .. count-1. Each thread begins with a
+   queue of its own, a range of neighbouring tasks, so that the weights it reads lie behind each
+   other, and when that is empty steals from the others' queues. A run ends when its tasks are done:
+   a worker that comes late, because another program has its processor, finds the queues empty and
+   is not waited for. Whoever waits spins for some microseconds, for the transformer starts
+   thousands of short runs a second, then yields the processor, perhaps to the very thread it waits
+   for, and sleeps in the end. */
+
+struct queue {
+    atomic_int left; /* tasks not yet taken; 0 or less: none */
+    char line[60];   /* each in a cache line of its own */
+};
+
+struct pool {
+    int n;                /* threads, the caller included */
+    struct queue *queues; /* [n] */
+    pthread_t *threads;
+    pthread_mutex_t mutex;
+    pthread_cond_t wake, done;
+    atomic_int round;           /* counts runs; workers start when it changes */
+    atomic_int unfinished;      /* tasks not yet done */
+    atomic_int sleeping;        /* workers that wait for a run asleep */
+    atomic_int caller_sleeping; /* the caller waits for their end asleep */
+    atomic_int quit;
+    task_fn *fn;
+    void *arg;
+    int count;
+};
+
+enum { SPINS = 1500, YIELDS = 50 }; /* turns of waiting: a few ten microseconds each */
+
+struct worker {
+    struct pool *pool;
+    int thread;
+};
+
+static void spin_pause(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+/* The first task of queue i; queue n begins behind the last. */
+static int first_task(const struct pool *p, int i) { return (int)((int64_t)p->count * i / p->n); }
+
+/* Who gets a number above 0 has taken a task, and the run cannot end before it is done: only then
+   are fn, arg and count sure to be this run's. */
+static void pool_run_queue(struct pool *p, int i, int thread) {
+    atomic_int *tasks = &p->queues[i].left;
+    int left;
+    while (atomic_load(tasks) > 0 && (left = atomic_fetch_sub(tasks, 1)) > 0) {
+        p->fn(p->arg, first_task(p, i + 1) - left, thread);
+        if (atomic_fetch_sub(&p->unfinished, 1) != 1 || !atomic_load(&p->caller_sleeping)) continue;
+        pthread_mutex_lock(&p->mutex);
+        pthread_cond_signal(&p->done);
+        pthread_mutex_unlock(&p->mutex);
+    }
+}
+
+static void pool_run_tasks(struct pool *p, int thread) {
+    for (int i = 0; i < p->n; i++) pool_run_queue(p, (thread + i) % p->n, thread);
+}
+
+/* One turn of waiting. */
+static void wait_turn(int turn) {
+    if (turn < SPINS)
+        spin_pause();
+    else
+        sched_yield();
+}
+
+static void pool_wait_for_round(struct pool *p, int seen) {
+    for (int i = 0; i < SPINS + YIELDS; i++) {
+        if (atomic_load(&p->round) != seen) return;
+        wait_turn(i);
+    }
+    pthread_mutex_lock(&p->mutex);
+    atomic_fetch_add(&p->sleeping, 1);
+    while (atomic_load(&p->round) == seen) pthread_cond_wait(&p->wake, &p->mutex);
+    atomic_fetch_sub(&p->sleeping, 1);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void *pool_worker(void *arg) {
+    struct worker w = *(struct worker *)arg;
+    mem_free(arg);
+    int seen = 0;
+    for (;;) {
+        pool_wait_for_round(w.pool, seen);
+        seen = atomic_load(&w.pool->round);
+        if (atomic_load(&w.pool->quit)) return NULL;
+        pool_run_tasks(w.pool, w.thread);
+    }
+}
+
+static void pool_start_round(struct pool *p) {
+    atomic_fetch_add(&p->round, 1);
+    if (atomic_load(&p->sleeping) == 0) return;
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void pool_wait_for_tasks(struct pool *p) {
+    for (int i = 0; i < SPINS + YIELDS; i++) {
+        if (atomic_load(&p->unfinished) == 0) return;
+        wait_turn(i);
+    }
+    pthread_mutex_lock(&p->mutex);
+    atomic_exchange(&p->caller_sleeping, 1); /* QEMU's AArch64 lets a store pass the load below */
+    while (atomic_load(&p->unfinished) != 0) pthread_cond_wait(&p->done, &p->mutex);
+    atomic_store(&p->caller_sleeping, 0);
+    pthread_mutex_unlock(&p->mutex);
+}
+
+static void pool_run(struct pool *p, int count, task_fn *fn, void *arg) {
+    if (p->n == 1 || count <= 1) {
+        for (int task = 0; task < count; task++) fn(arg, task, 0);
+        return;
+    }
+    p->fn = fn;
+    p->arg = arg;
+    p->count = count;
+    atomic_store(&p->unfinished, count);
+    for (int i = 0; i < p->n; i++)
+        atomic_store(&p->queues[i].left, first_task(p, i + 1) - first_task(p, i));
+    pool_start_round(p);
+    pool_run_tasks(p, 0);
+    pool_wait_for_tasks(p);
+}
+
+static void pool_free(struct pool *p) {
+    if (p == NULL) return;
+    atomic_store(&p->quit, 1);
+    pool_start_round(p);
+    for (int i = 1; i < p->n; i++) pthread_join(p->threads[i], NULL);
+    pthread_cond_destroy(&p->wake);
+    pthread_cond_destroy(&p->done);
+    pthread_mutex_destroy(&p->mutex);
+    mem_free(p->threads);
+    mem_free(p->queues);
+    mem_free(p);
+}
+
+static int pool_start_worker(struct pool *p, int thread) {
+    pthread_attr_t attr;
+    struct worker *w = mem_alloc(1, sizeof *w, NULL);
+    if (w == NULL) return -1;
+    *w = (struct worker){p, thread};
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, 1 << 20); /* musl gives 128 KiB, macOS 512 KiB */
+    int bad = pthread_create(&p->threads[thread], &attr, pool_worker, w);
+    pthread_attr_destroy(&attr);
+    if (bad) mem_free(w);
+    return bad;
+}
+
+static struct pool *pool_new(int n, lvm_error *error) {
+    struct pool *p = mem_alloc(1, sizeof *p, error);
+    if (p == NULL) return NULL;
+    p->threads = mem_alloc((size_t)n, sizeof *p->threads, error);
+    p->queues = mem_alloc((size_t)n, sizeof *p->queues, error);
+    if (p->threads == NULL || p->queues == NULL) {
+        mem_free(p->threads);
+        mem_free(p->queues);
+        mem_free(p);
+        return NULL;
+    }
+    pthread_mutex_init(&p->mutex, NULL);
+    pthread_cond_init(&p->wake, NULL);
+    pthread_cond_init(&p->done, NULL);
+    for (p->n = 1; p->n < n; p->n++) {
+        if (pool_start_worker(p, p->n) == 0) continue;
+        fail(error, LVM_MEMORY, "cannot start thread %d of %d", p->n + 1, n);
+        pool_free(p);
+        return NULL;
+    }
+    return p;
+}
+
+static int pool_threads(const struct pool *p) { return p->n; }
 
 /* ---- Files ---- */
 
@@ -13712,8 +13753,9 @@ static double measure_peak(const struct bench *b, void (*run)(int64_t), int64_t 
     double best = 0;
     for (int i = 0; i < 5; i++) {
         double start = seconds();
-        pool_run(b->pool, b->pool->n, peak_task, &job);
-        double rate = (double)ops * (double)job.rounds * b->pool->n / (seconds() - start);
+        pool_run(b->pool, pool_threads(b->pool), peak_task, &job);
+        double rate = (double)ops * (double)job.rounds * pool_threads(b->pool) /
+                      (seconds() - start);
         best = rate > best ? rate : best;
     }
     return best;
