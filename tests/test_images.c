@@ -247,6 +247,7 @@ static void test_cuts(const char *name, const uint8_t *data, size_t size) {
     int is_jpeg = data[0] == 0xFF;
     lvm_image whole;
     int unread = load_copy(data, size, &whole, NULL);
+    check(!unread, "%s: not read, so nothing is known of its beginnings", name);
     while (data[0] == png_signature[0] && end >= 8 && memcmp(data + end - 8, "IEND", 4) != 0)
         end--;   /* bytes behind may go */
     for (size_t n = 0; n < end && !unread; n++) {
@@ -421,7 +422,7 @@ static int fuzz(struct source *t, FILE *list, int seconds) {
 int main(int argc, char **argv) {
     struct source t = {.folder = argc > 1 ? argv[1] : "", .random = 1};
     char line[512], path[1024], folder[] = TEMPORARY;
-    int fuzzing = argc == 4 && strcmp(argv[2], "--fuzz") == 0;
+    int fuzzing = argc == 4 && strcmp(argv[2], "--fuzz") == 0, lines = 0;
     path_of(&t, "index.txt", path, sizeof path);
     FILE *list = argc == 2 || fuzzing ? fopen(path, "r") : NULL;
     if (list == NULL) {
@@ -431,7 +432,8 @@ int main(int argc, char **argv) {
     if (fuzzing) {
         check(fuzz(&t, list, atoi(argv[3])), "no files to mutate");
     } else {
-        while (fgets(line, sizeof line, list)) test_line(&t, line);
+        for (; fgets(line, sizeof line, list); lines++) test_line(&t, line);
+        check(lines > 100, "%s: %d lines", path, lines);
         must(mkdtemp(folder));
         snprintf(path, sizeof path, "%s/image.png", folder);
         test_round_trips(&t, path);
