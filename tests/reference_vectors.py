@@ -71,7 +71,7 @@ def main():
     golden = json.load(open(os.path.join(reference, "golden", "golden.json")))
     for name, entry in golden["prompts"].items():
         greedy = golden["greedy"].get(name)
-        write_case(os.path.join(out, name), reference, entry["images"], entry["ids"],
+        write_case(os.path.join(out, name), reference, entry["pictures"], entry["ids"],
                    entry["distance_gap"], entry, greedy, greedy and "greedy_%s.npy" % name)
     for name, entry in golden["reconstructions"].items():
         write_case(os.path.join(out, name), reference, [entry["source"]], [entry["ids"]],
