@@ -1,20 +1,28 @@
 /* Golden parity: what PyTorch, transformers and open-muse computed, against lvm.
 
-       test_golden GOLDENS BLOBS            every folder of GOLDENS that has BLOBS/<name>.bin; GOLDENS/quant
-       test_golden --case FOLDER WEIGHTS    a full-size model on one prompt, exact arithmetic
-       test_golden --nll LIST WEIGHTS [q]   lines "nll image ... target": mean likelihood of the target;
-                                            with q the default arithmetic, whose mean is only printed
+       test_golden GOLDENS BLOBS           every folder of GOLDENS that has BLOBS/<name>.bin, and
+                                           GOLDENS/quant
+       test_golden --case FOLDER WEIGHTS   a full-size model on one prompt, exact arithmetic
+       test_golden --nll LIST WEIGHTS [PERCENT QUANTISED]...
+                                           lines "nll image ... target", the target's mean
+                                           likelihood in exact arithmetic; then what quantised
+                                           models of the same tokenizer cost beside it
+       test_golden --cost PERCENT LIST QUANTISED
+                                           the same lines by a quantised model and its own tokenizer
+                                           in the default arithmetic; their mean alone counts
 
-   The vectors and their names: tests/golden/README.md. The bounds are the design's: token ids identical
-   wherever the two nearest codes differ by more than 1e-3 and in 99.9 % of all cases, logits within
-   5e-4, likelihoods within 1e-3 nats, greedy continuations identical until the reference's own two best
-   scores are within 1e-3, pixels within 1/255. */
+   The vectors and their names: tests/golden/README.md. The bounds are the design's: token ids
+   identical wherever the two nearest codes differ by more than 1e-3 and in 99.9 % of all cases,
+   logits within 5e-4, likelihoods within 1e-3 nats, greedy continuations identical until the
+   reference's own two best scores are within 1e-3, pixels within 1/255. */
 #define LVM_NO_MAIN
 #include "../lvm.c"
 #include "check.h"
 #include "npy.h"
 #include <dirent.h>
 #include <sys/stat.h>
+
+enum { MOST_IMAGES = 17, MOST_PAIRS = 4 };
 
 /* What nothing can be compared without. */
 static void succeed(int code, const lvm_error *error, const char *what) {
@@ -57,6 +65,13 @@ static int check_greedy(const char *name, const int32_t *ids, const struct npy *
         if (ids[i] != npy_i32(want)[i]) return 0;
     }
     return 1;
+}
+
+static lvm_model *load_model(const char *path) {
+    lvm_error error = {0, ""};
+    lvm_model *m = lvm_open(path, 0, &error);
+    succeed(m != NULL ? LVM_OK : error.code, &error, path);
+    return m;
 }
 
 static lvm_ctx *context(const lvm_model *m, int exact, int kv, int threads) {
@@ -284,6 +299,7 @@ static void case_transformer(const char *folder, lvm_ctx *ctx) {
     if (with_bos) sequence[0] = lvm_model_info(ctx->m).bos;
     if (ids.n > 0) memcpy(sequence + with_bos, ids.data, (size_t)ids.n * sizeof *sequence);
     int n = (int)ids.n + with_bos;
+    check(logits.data != NULL || pixels.data != NULL, "%s: nothing but tokens to compare", folder);
     if (logits.data != NULL)
         printf("%s: logits within %.1e\n", folder, check_logits(folder, ctx, sequence, &positions, &logits));
     if (greedy.data != NULL) check_continuation(folder, ctx, sequence, n, &greedy, &gap, out);
@@ -300,9 +316,7 @@ static void case_transformer(const char *folder, lvm_ctx *ctx) {
 }
 
 static void golden_case(const char *folder, const char *weights) {
-    lvm_error error = {0, ""};
-    lvm_model *m = lvm_open(weights, 0, &error);
-    succeed(m != NULL ? LVM_OK : error.code, &error, weights);
+    lvm_model *m = load_model(weights);
     lvm_ctx *ctx = context(m, 1, LVM_F32, 0);
     case_tokens(folder, ctx);
     case_transformer(folder, ctx);
@@ -312,25 +326,103 @@ static void golden_case(const char *folder, const char *weights) {
 
 /* ---- Likelihoods of evaluation sets ---- */
 
+/* A line of a list: images, of which the last is the target, and its mean likelihood. */
+struct sentence_line {
+    double want;
+    char *paths[MOST_IMAGES];
+    int n;
+};
+
 struct known_image {
     char *path;
     int32_t *ids;
 };
 
-/* Ids of an image, encoded once. */
-static const int32_t *image_ids(lvm_ctx *ctx, struct known_image *known, int *n, const char *path) {
-    lvm_error error = {0, ""};
-    lvm_image image = {0, 0, NULL, 0};
-    for (int i = 0; i < *n; i++)
-        if (strcmp(known[i].path, path) == 0) return known[i].ids;
-    int32_t *ids = must(malloc((size_t)lvm_model_info(ctx->m).tokens_per_image * sizeof *ids));
-    succeed(lvm_image_load(path, &image, &error), &error, path);
-    succeed(lvm_encode(ctx, &image, 1, ids, &error), &error, path);
-    lvm_image_free(&image);
-    known[*n] = (struct known_image){copy_string(path, NULL), ids};
-    return known[(*n)++].ids;
+/* A model at work on a list: the images it has encoded, the sums of its means so far and of those
+   that they are compared with, the largest difference. */
+struct scorer {
+    const char *weights;
+    lvm_model *m;
+    lvm_ctx *ctx;
+    struct known_image *known;
+    int32_t *ids; /* of a line, behind bos */
+    int n_known, lines;
+    double sum, want, worst;
+};
+
+static struct sentence_line *read_list(const char *path, int *n_lines, int *n_images) {
+    static char text[1 << 16];
+    struct sentence_line *lines = NULL;
+    FILE *f = fopen(path, "r");
+    check(f != NULL, "%s: cannot be read", path);
+    for (*n_lines = *n_images = 0; f != NULL && fgets(text, sizeof text, f) != NULL;) {
+        char *rest = NULL;
+        struct sentence_line line = {.want = strtod(text, &rest)};
+        for (char *at = strtok(rest, " \n"); at != NULL; at = strtok(NULL, " \n")) {
+            if (line.n == MOST_IMAGES) break;
+            line.paths[line.n++] = must(copy_string(at, NULL));
+        }
+        if (text[0] == '#' || line.n == 0) continue;
+        lines = must(realloc(lines, ((size_t)*n_lines + 1) * sizeof *lines));
+        lines[(*n_lines)++] = line;
+        *n_images += line.n;
+    }
+    if (f != NULL) fclose(f);
+    check(*n_lines > 0, "%s: no lines", path);
+    return lines;
 }
 
+static void free_list(struct sentence_line *lines, int n) {
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < lines[i].n; k++) mem_free(lines[i].paths[k]);
+    free(lines);
+}
+
+static struct scorer open_scorer(const char *weights, int exact, int n_images) {
+    struct scorer s = {.weights = weights, .m = load_model(weights)};
+    size_t T = (size_t)lvm_model_info(s.m).tokens_per_image;
+    s.ctx = context(s.m, exact, exact ? LVM_F32 : LVM_AUTO, 0);
+    s.known = must(calloc((size_t)n_images + 1, sizeof *s.known));
+    s.ids = must(malloc((MOST_IMAGES * T + 1) * sizeof *s.ids));
+    return s;
+}
+
+static void close_scorer(struct scorer *s) {
+    for (int i = 0; i < s->n_known; i++) {
+        mem_free(s->known[i].path);
+        free(s->known[i].ids);
+    }
+    free(s->known);
+    free(s->ids);
+    lvm_ctx_free(s->ctx);
+    lvm_close(s->m);
+}
+
+/* Ids of an image, encoded once. */
+static const int32_t *image_ids(struct scorer *s, const char *path) {
+    lvm_error error = {0, ""};
+    lvm_image image = {0, 0, NULL, 0};
+    for (int i = 0; i < s->n_known; i++)
+        if (strcmp(s->known[i].path, path) == 0) return s->known[i].ids;
+    int32_t *ids = must(malloc((size_t)lvm_model_info(s->m).tokens_per_image * sizeof *ids));
+    succeed(lvm_image_load(path, &image, &error), &error, path);
+    succeed(lvm_encode(s->ctx, &image, 1, ids, &error), &error, path);
+    lvm_image_free(&image);
+    s->known[s->n_known] = (struct known_image){must(copy_string(path, NULL)), ids};
+    return s->known[s->n_known++].ids;
+}
+
+/* Of a line; returns how many. */
+static int line_ids(struct scorer *s, const struct sentence_line *line) {
+    lvm_info info = lvm_model_info(s->m);
+    int T = info.tokens_per_image, n = info.bos >= 0;
+    s->ids[0] = info.bos;
+    for (int i = 0; i < line->n; i++, n += T)
+        memcpy(s->ids + n, image_ids(s, line->paths[i]), (size_t)T * sizeof *s->ids);
+    return n;
+}
+
+/* Of ids behind the context's prompt. */
 static double mean_nll(lvm_ctx *ctx, const int32_t *ids, int T) {
     lvm_error error = {0, ""};
     float *nll = must(malloc((size_t)T * sizeof *nll));
@@ -339,6 +431,28 @@ static double mean_nll(lvm_ctx *ctx, const int32_t *ids, int T) {
     for (int i = 0; i < T; i++) sum += nll[i];
     free(nll);
     return sum / T;
+}
+
+/* Of the last image of n ids, beside what it is compared with. */
+static double target_nll(struct scorer *s, const int32_t *ids, int n, double want) {
+    lvm_error error = {0, ""};
+    int T = lvm_model_info(s->m).tokens_per_image;
+    succeed(lvm_prompt(s->ctx, ids, n - T, NULL, &error), &error, "prompt");
+    double mean = mean_nll(s->ctx, ids + n - T, T);
+    s->lines++;
+    s->sum += mean;
+    s->want += want;
+    s->worst = fmax(s->worst, fabs(mean - want));
+    return mean;
+}
+
+/* What quantised weights in the default arithmetic cost, as a share of the perplexity. A target that
+   becomes likelier by more is a fault too. */
+static void check_cost(const struct scorer *s, double percent) {
+    double cost = 100 * (exp((s->sum - s->want) / s->lines) - 1);
+    check(fabs(cost) <= percent, "%s costs %.3f %%, not within %g %%", s->weights, cost, percent);
+    printf("%s: perplexity of %d targets %.5f, exactly %.5f: %+.3f %%\n", s->weights, s->lines,
+           exp(s->sum / s->lines), exp(s->want / s->lines), cost);
 }
 
 /* The code next nearest to vector x[e] after id, and how much farther it is. */
@@ -389,56 +503,49 @@ static int tie_explains(lvm_ctx *ctx, const char *target, int32_t *ids, double w
     return found;
 }
 
-/* One line: the mean likelihood of its last image after bos and the others, in *got. Returns whether
-   it is the reference's. */
-static int line_nll(lvm_ctx *ctx, struct known_image *known, int *n_known, char *line, double want,
-                    double *got, int judged) {
-    lvm_error error = {0, ""};
-    lvm_info info = lvm_model_info(ctx->m);
-    int T = info.tokens_per_image, n = info.bos >= 0;
-    int32_t *ids = must(malloc((17 * (size_t)T + 1) * sizeof *ids));
-    const char *target = NULL;
-    ids[0] = info.bos;
-    for (char *path = strtok(line, " \n"); path != NULL; path = strtok(NULL, " \n"), n += T) {
-        memcpy(ids + n, image_ids(ctx, known, n_known, path), (size_t)T * sizeof *ids);
-        target = path;
+/* One line by the first of n models, exactly; then by the others, on the first's ids: their
+   tokenizers are the same, as the first line's images show. */
+static void score_line(struct scorer *s, int n_models, const struct sentence_line *line) {
+    int T = lvm_model_info(s->m).tokens_per_image, n = line_ids(s, line);
+    double got = target_nll(s, s->ids, n, line->want);
+    int same = fabs(got - line->want) <= 1e-3 ||
+               tie_explains(s->ctx, line->paths[line->n - 1], s->ids + n - T, line->want);
+    check(same, "line %d: %.6f nats, not %.6f", s->lines, got, line->want);
+    for (int k = 1; k < n_models; k++) {
+        if (s->lines == 1)
+            check(line_ids(&s[k], line) == n &&
+                      memcmp(s->ids, s[k].ids, (size_t)n * sizeof *s->ids) == 0,
+                  "%s: another tokenizer", s[k].weights);
+        target_nll(&s[k], s->ids, n, got);
     }
-    succeed(lvm_prompt(ctx, ids, n - T, NULL, &error), &error, "prompt");
-    *got = mean_nll(ctx, ids + n - T, T);
-    int same = !judged || fabs(*got - want) <= 1e-3 || tie_explains(ctx, target, ids + n - T, want);
-    free(ids);
-    return same;
 }
 
-static void golden_answers(const char *list, const char *weights, int exact) {
-    lvm_error error = {0, ""};
-    lvm_model *m = lvm_open(weights, 0, &error);
-    FILE *f = fopen(list, "r");
-    static char line[1 << 16];
-    static struct known_image known[4096];
-    double worst = 0, sum = 0, want_sum = 0;
-    int n_known = 0, n = 0;
-    succeed(m != NULL && f != NULL ? LVM_OK : LVM_IO, &error, weights);
-    lvm_ctx *ctx = context(m, exact, exact ? LVM_F32 : LVM_AUTO, 0);
-    for (; n_known < 4000 && fgets(line, sizeof line, f) != NULL; n++) {
-        char *rest = NULL;
-        double want = strtod(line, &rest), got = 0;
-        int same = line_nll(ctx, known, &n_known, rest, want, &got, exact);
-        check(same, "line %d: %.6f nats, not %.6f", n + 1, got, want);
-        worst = fmax(worst, fabs(got - want));
-        sum += got;
-        want_sum += want;
+/* pairs: percent and weights of quantised models. */
+static void golden_answers(const char *list, const char *weights, char **pairs, int n_pairs) {
+    int n_lines = 0, n_images = 0;
+    struct sentence_line *lines = read_list(list, &n_lines, &n_images);
+    struct scorer s[1 + MOST_PAIRS] = {open_scorer(weights, 1, n_images)};
+    for (int k = 0; k < n_pairs; k++) s[k + 1] = open_scorer(pairs[2 * k + 1], 0, n_images);
+    for (int i = 0; i < n_lines; i++) score_line(s, 1 + n_pairs, &lines[i]);
+    printf("%s: %d lines, perplexity %.5f (reference %.5f), largest difference %.1e nats\n",
+           weights, n_lines, exp(s->sum / n_lines), exp(s->want / n_lines), s->worst);
+    for (int k = 0; k < n_pairs; k++) check_cost(&s[k + 1], atof(pairs[2 * k]));
+    for (int k = 0; k <= n_pairs; k++) close_scorer(&s[k]);
+    free_list(lines, n_lines);
+}
+
+static void golden_cost(double percent, const char *list, const char *weights) {
+    int n_lines = 0, n_images = 0;
+    struct sentence_line *lines = read_list(list, &n_lines, &n_images);
+    struct scorer s = open_scorer(weights, 0, n_images);
+    for (int i = 0; i < n_lines; i++) {
+        double got = target_nll(&s, s.ids, line_ids(&s, &lines[i]), lines[i].want);
+        printf("%s: %.5f nats, exactly %.5f\n", lines[i].paths[lines[i].n - 1], got,
+               lines[i].want);
     }
-    check(n > 0, "%s: no lines", list);
-    printf("%s: %d lines, perplexity %.5f (reference %.5f), largest difference %.1e nats\n", weights, n,
-           exp(sum / n), exp(want_sum / n), worst);
-    for (int i = 0; i < n_known; i++) {
-        mem_free(known[i].path);
-        free(known[i].ids);
-    }
-    fclose(f);
-    lvm_ctx_free(ctx);
-    lvm_close(m);
+    check_cost(&s, percent);
+    close_scorer(&s);
+    free_list(lines, n_lines);
 }
 
 static int is_there(const char *path) {
@@ -448,7 +555,6 @@ static int is_there(const char *path) {
 
 static void golden_folder(const char *goldens, const char *blobs, const char *name) {
     char folder[1024], blob[1024], part[1100];
-    lvm_error error = {0, ""};
     snprintf(folder, sizeof folder, "%s/%s", goldens, name);
     snprintf(blob, sizeof blob, "%s/%s.bin", blobs, name);
     snprintf(part, sizeof part, "%s/llama", folder);
@@ -456,8 +562,7 @@ static void golden_folder(const char *goldens, const char *blobs, const char *na
     snprintf(part, sizeof part, "%s/vqgan", folder);
     int has_vqgan = is_there(part);
     if (!has_llama && !has_vqgan) return;
-    lvm_model *m = lvm_open(blob, 0, &error);
-    succeed(m != NULL ? LVM_OK : error.code, &error, name);
+    lvm_model *m = load_model(blob);
     if (has_llama && has_vqgan) golden_both(name, folder, m);
     else if (has_llama) golden_llama(name, folder, m);
     else golden_vqgan(name, folder, m);
@@ -468,8 +573,11 @@ int main(int argc, char **argv) {
     char path[1024];
     if (argc == 4 && strcmp(argv[1], "--case") == 0) {
         golden_case(argv[2], argv[3]);
-    } else if ((argc == 4 || argc == 5) && strcmp(argv[1], "--nll") == 0) {
-        golden_answers(argv[2], argv[3], argc == 4);
+    } else if (argc >= 4 && argc % 2 == 0 && argc <= 4 + 2 * MOST_PAIRS &&
+               strcmp(argv[1], "--nll") == 0) {
+        golden_answers(argv[2], argv[3], argv + 4, argc / 2 - 2);
+    } else if (argc == 5 && strcmp(argv[1], "--cost") == 0) {
+        golden_cost(atof(argv[2]), argv[3], argv[4]);
     } else if (argc == 3) {
         DIR *dir = opendir(argv[1]);
         check(dir != NULL, "%s: cannot be read", argv[1]);
@@ -479,7 +587,9 @@ int main(int argc, char **argv) {
         snprintf(path, sizeof path, "%s/quant", argv[1]);
         golden_quant(path);
     } else {
-        fputs("usage: test_golden GOLDENS BLOBS | --case FOLDER WEIGHTS | --nll LIST WEIGHTS [q]\n", stderr);
+        fputs("usage: test_golden GOLDENS BLOBS | --case FOLDER WEIGHTS |\n"
+              "       --nll LIST WEIGHTS [PERCENT QUANTISED]... | --cost PERCENT LIST QUANTISED\n",
+              stderr);
         return 2;
     }
     return checked("golden");
