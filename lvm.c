@@ -11536,6 +11536,10 @@ static void put_int_key(struct gguf_writer *w, const char *name, int v) {
     put_key(w, text_of(name), GGUF_U32, &v, 4);
 }
 
+static void put_bool_key(struct gguf_writer *w, const char *name, int v) {
+    put_key(w, text_of(name), GGUF_BOOL, &(uint8_t){v != 0}, 1);
+}
+
 static void put_float_key(struct gguf_writer *w, const char *name, float v) {
     put_key(w, text_of(name), GGUF_F32, &v, 4);
 }
@@ -11552,13 +11556,14 @@ static void put_ints_key(struct gguf_writer *w, const char *name, const int *v, 
     put_bytes(w, &w->keys, v, (size_t)n * sizeof *v);
 }
 
-/* Sizes as keys, from the tables that read them; those that have their default value are left
-   out. */
+/* Sizes as keys, from the tables that read them: switches as booleans, as convert.py writes them; an
+   id of -1 is none. */
 static void put_int_keys(struct gguf_writer *w, const struct int_key *keys, size_t n,
                          const void *sizes) {
     for (size_t i = 0; i < n; i++) {
         int v = *(const int *)(const void *)((const char *)sizes + keys[i].where);
-        if (v != keys[i].missing) put_int_key(w, keys[i].name, v);
+        if (keys[i].low == 0 && keys[i].high == 1) put_bool_key(w, keys[i].name, v);
+        else if (v >= 0) put_int_key(w, keys[i].name, v);
     }
 }
 

@@ -1,9 +1,15 @@
 #!/bin/sh
-# Builds lvm and runs every test; needs cc, make and python3. The last line is `N passed, N failed`
-# (and `, N skipped` where some were); the exit status is 0 only when nothing failed.
+# Builds lvm and runs every test, or the PARTs named; needs cc, make and python3. The last line is
+# `N passed, N failed` (and `, N skipped` where some were); the exit status is 0 only when nothing
+# failed. tests/README.md says which part proves what.
 #
-#   PLATFORMS=required           other systems' compilers and emulators must be here; else: skipped
-#   LVM_REFERENCE=DIR            compares with a full-size reference model too
+#   ./run_tests.sh [PART...]     build embed backend images corpus kernels os golden properties cli
+#                                sets weights converter examples platforms mutants reference threads
+#   PLATFORMS=1                  other systems too, by the compilers and emulators that are here;
+#   PLATFORMS=required           and they must all be
+#   MUTANTS=1                    faults put into lvm.c, which the tests must see
+#   LVM_REFERENCE=DIR            compares with a full-size reference model too, and judges what
+#                                quantising costs it
 #   LVM_LINES=N                  with N lines of each of its sets (2); 0: two lines in all
 #   LVM_FULL=1                   with all of its lines
 #   SANITIZE=address,undefined   everything that runs lvm.c, built with these sanitizers
@@ -14,7 +20,27 @@ SANITIZE=${SANITIZE:-}
 LVM_REFERENCE=${LVM_REFERENCE:-}
 LVM_FULL=${LVM_FULL:-}
 LIMIT=${LIMIT:-$([ -z "$LVM_FULL" ] && echo 900 || echo 7200)}     # seconds a part may take
-passed=0 failed=0 skipped=0
+passed=0 failed=0 skipped=0 parts=${1:+build convert $*}
+known="build convert embed backend images corpus kernels os golden properties cli sets weights
+    converter examples platforms mutants reference threads"
+
+is_of() { for word in $2; do [ "$word" != "$1" ] || return 0; done; return 1; }
+
+# Whether to run a part: those named; else all but the long ones that a variable asks for.
+wanted() {
+    if [ -n "$parts" ]; then is_of "$1" "$parts"; return; fi
+    case $1 in
+        platforms) [ -n "${PLATFORMS:-}" ] ;;
+        mutants) [ -n "${MUTANTS:-}" ] ;;
+        reference) [ -n "$LVM_REFERENCE" ] ;;
+    esac
+}
+
+for part in "$@"; do
+    is_of "$part" "$known" && continue
+    echo "run_tests.sh: no part $part; there are $known" >&2
+    exit 2
+done
 
 case $SANITIZE in
     "") B=build TEST_CFLAGS=-O2 LVM=./lvm ;;
@@ -53,6 +79,7 @@ counts() {
 # begin NAME COMMAND...: starts one part. end NAME: waits for it and adds what it counted. A part
 # that counts nothing, or fails without having counted a failure, is a failure itself.
 begin() {
+    wanted "$1" || return 0
     part=$1
     shift
     rm -f "$B/logs/$part.log" "$B/logs/$part.status"
@@ -65,6 +92,7 @@ begin() {
 }
 
 end() {
+    wanted "$1" || return 0
     part=$1 log=$B/logs/$1.log
     eval "wait \$pid_$part"
     read -r status seconds < "$B/logs/$part.status"
@@ -110,9 +138,35 @@ convert_golden() {
     [ "$bad" -eq 0 ]
 }
 
-# The full-size reference: its own weights in float; in full also the shipped file's default
-# arithmetic.
+# The shipped model: PyTorch's vectors of its own weights, in exact arithmetic; and what they cost
+# beside the float weights that they were made of, from images in, in the default arithmetic. The
+# six targets of prompt/ cost 2.01 % with AVX-512, 2.00 % with AVX2; another order of sums moves
+# each by 0.2 %, their mean by 0.1 %. It would be 4.6 % with activations of 5 bits, 2.5 % with
+# cached keys and 2.7 % with cached values of 5, but 2.2 % with activations of 6, which nobody sees.
+weights() {
+    code=0
+    limited "$B/test_golden" --case tests/golden/weights "$WEIGHTS" || code=1
+    [ "$(basename "$WEIGHTS")" != weights.bin ] || limited "$B/test_golden" \
+        --cost 2.3 tests/golden/weights/likelihoods.txt "$WEIGHTS" || code=1
+    return $code
+}
+
+# The full-size reference: its own weights in float against PyTorch, and what quantising costs
+# beside them in the default arithmetic, as exp of the mean nats a token. Promised: Q8_0 0.3 %, Q4_0
+# 2.5 %.
+#
+#   lines a set      as it is         if Q4_0 were                    if Q8_0 were
+#                 Q8_0     Q4_0    of 3 bits   cut short   of +-7   of 5 bits   of 6 bits
+#   1 (17)      +0.12 %  +2.26 %    19.4 %      12.8 %     2.68 %    1.64 %      0.09 %
+#   2 (34)      +0.06 %  +2.22 %    19.5 %      13.3 %     3.01 %    1.69 %      0.12 %
+#   all (102)   +0.00 %  +2.34 %
+#
+# Another order of sums moves a line's cost by 0.2 %, so the mean of 34 lines by 0.04 %: far less
+# than what lies between it and the bounds. That Q4_0's lines differ by 2 % is the weights' doing
+# and the same every time; another way to quantise should be judged over all lines. weights.bin
+# costs 2.72 % over all, for some of its tokens are others.
 reference() {
+    [ -d "$LVM_REFERENCE" ] || { echo "LVM_REFERENCE names no folder"; return 1; }
     set -- "$([ -z "$LVM_FULL" ] && echo "${LVM_LINES:-2}" || echo --full)"
     out=build/reference$([ -z "$LVM_FULL" ] || echo _full)
     code=0
@@ -123,11 +177,19 @@ reference() {
     for folder in "$out"/*/; do
         limited "$B/test_golden" --case "$folder" build/reference.bin || code=1
     done
-    [ ! -s "$out/answers.txt" ] ||
-        limited "$B/test_golden" --nll "$out/answers.txt" build/reference.bin || code=1
-    [ -z "$LVM_FULL" ] || limited "$B/test_golden" --nll "$out/answers.txt" "$WEIGHTS" q || code=1
-    limited python3 tests/reference_sets.py "$LVM_REFERENCE" "$LVM" build/reference.bin "$B/test_golden" \
-        "$([ "$1" = 0 ] && echo 1 || echo "$1")" || code=1
+    if [ -s "$out/targets.txt" ]; then
+        for type in q8_0 q4_0; do
+            "$LVM" quantize build/reference.bin "build/reference_$type.bin" --type $type \
+                --vq-type f16 --force || return 1
+        done
+        limited "$B/test_golden" --nll "$out/targets.txt" build/reference.bin \
+            0.3 build/reference_q8_0.bin 2.5 build/reference_q4_0.bin || code=1
+        limited "$B/test_golden" --nll "$out/choices.txt" build/reference.bin || code=1
+    fi
+    [ -z "$LVM_FULL" ] ||
+        limited "$B/test_golden" --cost 2.8 "$out/targets.txt" "$WEIGHTS" || code=1
+    limited python3 tests/reference_sets.py "$LVM_REFERENCE" "$LVM" build/reference.bin \
+        "$B/test_golden" "$([ "$1" = 0 ] && echo 1 || echo "$1")" || code=1
     return $code
 }
 
@@ -176,13 +238,13 @@ else
         begin platforms limited tests/platforms.sh
         begin cli limited python3 tests/test_cli.py
         run sets limited python3 tests/test_sets.py
-        run weights limited "$B/test_golden" --case tests/golden/weights "$WEIGHTS"
+        run weights weights
         run converter limited python3 tests/test_convert.py
         run examples limited python3 tests/test_embed.py
         end cli
         end platforms
         run mutants limited python3 tests/mutants.py
-        [ -z "$LVM_REFERENCE" ] || run reference reference
+        run reference reference
     fi
 fi
 

@@ -34,7 +34,8 @@ done
 for target in $targets; do
     runs=$(sed -n 's/^stat::number_of_executed_units: *//p' "build/fuzz-$target.log")
     echo "$target: ${runs:-0} inputs"
-    if [ "$(cat "build/fuzz-$target.status")" = 0 ]; then passed=$((passed + 1))
+    if [ "$(cat "build/fuzz-$target.status")" = 0 ] && [ "${runs:-0}" -gt 0 ]; then
+        passed=$((passed + 1))
     else
         failed=$((failed + 1))
         tail -n 40 "build/fuzz-$target.log"

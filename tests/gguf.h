@@ -1,7 +1,7 @@
 /* Small models in memory for the test drivers: sizes in, a GGUF file with random weights out, written
-   by chapter 14's writer from chapter 4's description. Include behind lvm.c without LVM_NO_MAIN, with
-   main renamed: the writer of whole models belongs to the program. That standard tools read what it
-   writes, and it what they write, is proven elsewhere (tests/README.md). */
+   by chapter 14's writer from chapter 4's description. Include behind lvm.c without LVM_NO_MAIN,
+   with main renamed: the writer of whole models belongs to the program. What others read of that
+   writer's files: tests/README.md. */
 #ifndef GGUF_H
 #define GGUF_H
 
@@ -23,8 +23,7 @@ static void fill_tensor(const struct tensor_spec *s, int type, uint8_t *out, str
                  : s->kind == T_EMBED || strstr(s->name, "quantize") != NULL ? 1
                  : s->kind == T_OUTPUT ? 0.5f
                                        : 2 / sqrtf((float)cols);
-    float *row = calloc((size_t)k, sizeof *row);
-    if (row == NULL) abort();
+    float *row = must(calloc((size_t)k, sizeof *row));
     for (rows /= k; rows > 0; rows--, out += type_bytes(type, k)) {
         for (int64_t i = 0; i < k; i++)
             row[i] = (s->kind == T_VECTOR && norm ? 1.0f : 0.0f) + size * uniform_of(rng);
@@ -33,25 +32,25 @@ static void fill_tensor(const struct tensor_spec *s, int type, uint8_t *out, str
     free(row);
 }
 
-/* The sizes of a transformer (L 0: none) and of a tokenizer (NULL: none), the types of their matrices;
-   rows that are no multiple of a block become F16. Biases: on q, k and v. data is free()d. */
+/* The sizes of a transformer (L 0: none) and of a tokenizer (NULL: none), the types of their
+   matrices; rows that are no multiple of a block become F16. Biases: on q, k and v. data is
+   free()d. Behind check.h. */
 static struct model_file make_model(const struct llama *llama, const struct vqgan *vq, int type,
                                     int vq_type) {
     struct rng rng = rng_new(7, (uint64_t)type);
     struct gguf_writer w = {.alignment = 64};
     struct buffer head = {0};
-    lvm_model *shape = model_new("(test)", NULL);
-    if (shape == NULL) abort();
+    lvm_model *shape = must(model_new("(test)", NULL));
     shape->llama = *llama;
     if (vq != NULL) {
-        shape->vq = mem_alloc(1, sizeof *vq, NULL);
+        shape->vq = must(mem_alloc(1, sizeof *vq, NULL));
         *shape->vq = *vq;
     }
     if (describe_model(shape, NULL) != LVM_OK) abort();
     put_model_keys(&w, shape);
-    size_t *at = calloc((size_t)shape->n_specs + 1, sizeof *at);
-    int *types = calloc((size_t)shape->n_specs + 1, sizeof *types);
-    for (int i = 0; at != NULL && types != NULL && i < shape->n_specs; i++) {
+    size_t *at = must(calloc((size_t)shape->n_specs + 1, sizeof *at));
+    int *types = must(calloc((size_t)shape->n_specs + 1, sizeof *types));
+    for (int i = 0; i < shape->n_specs; i++) {
         const struct tensor_spec *s = &shape->specs[i];
         int64_t ne[4];
         for (int d = 0; d < s->n_dims; d++) ne[d] = s->dims[s->n_dims - 1 - d];
@@ -61,8 +60,7 @@ static struct model_file make_model(const struct llama *llama, const struct vqga
         else at[i] = put_tensor(&w, text_of(s->name), s->n_dims, ne, types[i]);
     }
     if (finish_head(&w, &head) != LVM_OK) abort();
-    struct model_file f = {calloc(1, head.n + w.data_bytes), head.n + w.data_bytes, head.n};
-    if (f.data == NULL) abort();
+    struct model_file f = {must(calloc(1, head.n + w.data_bytes)), head.n + w.data_bytes, head.n};
     memcpy(f.data, head.data, head.n);
     for (int i = 0; i < shape->n_specs; i++)
         if (types[i] >= 0) fill_tensor(&shape->specs[i], types[i], f.data + head.n + at[i], &rng);

@@ -655,6 +655,18 @@ class RoundTrip(Case):
         self.refused("--bos 80 is outside", "-o", self.path("x"), "--llama", self.llama(), "--bos",
                      "80")
 
+    def test_own_writer(self):
+        """What lvm writes from nothing is a file that convert.py takes, and makes again."""
+        made = self.path("made.bin")
+        subprocess.run([os.path.join(TOP, "build", "test_backend"), "--model", made], check=True)
+        self.good(made, "--to-hf", self.path("hf"))
+        self.good("-o", self.out, "--llama", self.path("hf", "llama"),
+                  "--vqgan", self.path("hf", "vqgan"))
+        (made_keys, made_tensors), (keys, tensors) = load_gguf(made), load_gguf(self.out)
+        self.assertEqual({k: v for k, v in keys.items() if k.startswith("lvm.")},
+                         {k: v for k, v in made_keys.items() if k.startswith("lvm.")})
+        self.assertEqual(tensors, made_tensors)
+
     def test_general_keys(self):
         self.good("-o", self.out, "--vqgan", self.vqgan(), "--name", "Größe", "--license", "MIT")
         keys, _ = load_gguf(self.out)

@@ -15,6 +15,7 @@ void counted_free(void *p);
 #define pthread_create counted_pthread_create
 #include "../lvm.c"
 #undef pthread_create
+#include "check.h"
 int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *), void *arg);
 #ifdef _WIN32
 static char *mkdtemp(char *name) { return _mktemp(name) && _mkdir(name) == 0 ? name : NULL; }
@@ -22,27 +23,7 @@ static char *mkdtemp(char *name) { return _mktemp(name) && _mkdir(name) == 0 ? n
 
 enum { T = 64, CODES = 256, SIDE = 32, BOS = 256, MANY = 300 }; /* of BOTH; MANY: ids for LLAMA */
 
-struct test {
-    int passed, failed;
-    int step; /* every so many moments of a run are tried */
-};
-
-LVM_PRINTF(3, 4) static void check(struct test *t, int ok, const char *format, ...) {
-    if (ok) {
-        t->passed++;
-        return;
-    }
-    va_list args;
-    va_start(args, format);
-    if (t->failed++ < 40) {
-        printf("FAILED: ");
-        vprintf(format, args);
-        printf("\n");
-    }
-    va_end(args);
-}
-
-#include "invalid.h"
+static int step = 1; /* every so many moments of a run are tried */
 
 /* ---- Memory and threads that run out ---- */
 
@@ -308,8 +289,7 @@ enum { N_JOBS = sizeof jobs / sizeof *jobs };
 static void prepare(struct world *w, const struct job *job) {
     if (job->uses == 0) return;
     lvm_ctx_free(w->ctx);
-    w->ctx = new_context(job->uses == 'b' ? w->m : w->lm, 1, NULL);
-    if (w->ctx == NULL) abort();
+    w->ctx = must(new_context(job->uses == 'b' ? w->m : w->lm, 1, NULL));
 }
 
 /* Runs a job and gives its hash; *code is what it returned. */
@@ -321,8 +301,7 @@ static uint64_t run_job(struct world *w, const struct job *job, int *code, lvm_e
 
 /* One allocation fails, or all from it on; then the same objects do the job again. Jobs that take
    longer are tried both ways by turns. */
-static void fail_job_at(struct test *t, struct world *w, const struct job *job, int at, int all,
-                        uint64_t want) {
+static void fail_job_at(struct world *w, const struct job *job, int at, int all, uint64_t want) {
     lvm_error error = {0, ""};
     int code = LVM_OK, before = 0, fd = free_descriptor();
     prepare(w, job);
@@ -330,19 +309,19 @@ static void fail_job_at(struct test *t, struct world *w, const struct job *job, 
     fail_from(at, all);
     run_job(w, job, &code, all ? NULL : &error);
     fail_from(-1, 0);
-    check(t, code == LVM_MEMORY, "%s, allocation %d fails: code %d", job->name, at, code);
-    check(t, all || (error.code == LVM_MEMORY && error.text[0] != 0),
+    check(code == LVM_MEMORY, "%s, allocation %d fails: code %d", job->name, at, code);
+    check(all || (error.code == LVM_MEMORY && error.text[0] != 0),
           "%s, allocation %d fails: error %d \"%s\"", job->name, at, error.code, error.text);
-    check(t, job->uses != 0 || atomic_load(&live) == before,
+    check(job->uses != 0 || atomic_load(&live) == before,
           "%s, allocation %d fails: %d blocks are left", job->name, at,
           atomic_load(&live) - before);
-    check(t, free_descriptor() == fd, "%s, allocation %d fails: a file stays open", job->name, at);
+    check(free_descriptor() == fd, "%s, allocation %d fails: a file stays open", job->name, at);
     uint64_t got = run_job(w, job, &code, &error);
-    check(t, code == LVM_OK && got == want, "%s after a failed allocation %d: code %d, %s",
+    check(code == LVM_OK && got == want, "%s after a failed allocation %d: code %d, %s",
           job->name, at, code, got == want ? "the same" : "another result");
 }
 
-static void test_allocations(struct test *t, struct world *w) {
+static void test_allocations(struct world *w) {
     for (int i = 0; i < N_JOBS; i++) {
         const struct job *job = &jobs[i];
         int code = LVM_OK;
@@ -350,15 +329,14 @@ static void test_allocations(struct test *t, struct world *w) {
         fail_from(-1, 0);
         uint64_t want = run_job(w, job, &code, NULL);
         int n = atomic_load(&calls);
-        check(t, code == LVM_OK && n >= job->least, "%s: code %d, %d allocations", job->name, code,
-              n);
+        check(code == LVM_OK && n >= job->least, "%s: code %d, %d allocations", job->name, code, n);
         for (int at = 0; at < n; at++)
             for (int all = 0; all < 2; all++)
-                if (job->uses == 0 || at % 2 == all) fail_job_at(t, w, job, at, all, want);
+                if (job->uses == 0 || at % 2 == all) fail_job_at(w, job, at, all, want);
     }
 }
 
-static void test_thread_starts(struct test *t, struct world *w) {
+static void test_thread_starts(struct world *w) {
     enum { THREADS = 5 };
     for (int at = 0; at < THREADS; at++) {
         lvm_error error = {0, ""};
@@ -368,14 +346,14 @@ static void test_thread_starts(struct test *t, struct world *w) {
         lvm_ctx *ctx = new_context(w->m, THREADS, at % 2 ? NULL : &error);
         atomic_store(&fail_thread_at, -1);
         if (at == THREADS - 1) { /* the caller is one of five, so four are started */
-            check(t, ctx != NULL && atomic_load(&thread_calls) == at, "five threads do not start");
+            check(ctx != NULL && atomic_load(&thread_calls) == at, "five threads do not start");
             lvm_ctx_free(ctx);
             continue;
         }
-        check(t, ctx == NULL, "thread %d does not start, the context does", at);
-        check(t, at % 2 || (error.code == LVM_MEMORY && error.text[0] != 0),
+        check(ctx == NULL, "thread %d does not start, the context does", at);
+        check(at % 2 || (error.code == LVM_MEMORY && error.text[0] != 0),
               "thread %d does not start: %d \"%s\"", at, error.code, error.text);
-        check(t, atomic_load(&live) == before, "thread %d does not start: a leak", at);
+        check(atomic_load(&live) == before, "thread %d does not start: a leak", at);
     }
 }
 
@@ -408,9 +386,7 @@ static lvm_ctx *cancellable(const lvm_model *m, struct canceller *c) {
     o.threads = 1;
     o.user = c;
     o.progress = on_step;
-    lvm_ctx *ctx = lvm_ctx_new(m, &o, NULL);
-    if (ctx == NULL) abort();
-    return ctx;
+    return must(lvm_ctx_new(m, &o, NULL));
 }
 
 /* Everything at once, so that each stage is met: images to images, then likelihoods. */
@@ -426,7 +402,7 @@ static int job_all(struct world *w, lvm_error *error) {
     return code;
 }
 
-static void test_cancel(struct test *t, struct world *w) {
+static void test_cancel(struct world *w) {
     static const struct job job = {"predict and score", job_all, 'b', 0};
     struct canceller c = {.at = -1};
     lvm_error error = {0, ""};
@@ -435,19 +411,19 @@ static void test_cancel(struct test *t, struct world *w) {
     w->ctx = cancellable(w->m, &c);
     uint64_t want = run_job(w, &job, &code, NULL);
     int n = atomic_load(&c.calls);
-    check(t, code == LVM_OK && n > T, "%s: code %d, %d progress calls", job.name, code, n);
-    check(t, c.stages == (1 << N_STAGES) - 1, "%s: stages seen: %x", job.name, (unsigned)c.stages);
-    for (int at = 0; at < n; at += t->step) {
+    check(code == LVM_OK && n > T, "%s: code %d, %d progress calls", job.name, code, n);
+    check(c.stages == (1 << N_STAGES) - 1, "%s: stages seen: %x", job.name, (unsigned)c.stages);
+    for (int at = 0; at < n; at += step) {
         lvm_ctx_free(w->ctx); /* a fresh one, which remembers no images */
         w->ctx = cancellable(w->m, &c);
         cancel_at(&c, at);
         run_job(w, &job, &code, at % 2 ? NULL : &error);
-        check(t, code == LVM_CANCELLED, "%s cancelled at call %d: code %d", job.name, at, code);
-        check(t, at % 2 || (error.code == LVM_CANCELLED && strstr(error.text, "cancelled") != NULL),
+        check(code == LVM_CANCELLED, "%s cancelled at call %d: code %d", job.name, at, code);
+        check(at % 2 || (error.code == LVM_CANCELLED && strstr(error.text, "cancelled") != NULL),
               "%s cancelled at call %d: \"%s\"", job.name, at, error.text);
         cancel_at(&c, -1);
         uint64_t got = run_job(w, &job, &code, NULL);
-        check(t, code == LVM_OK && got == want, "%s after being cancelled at call %d: code %d, %s",
+        check(code == LVM_OK && got == want, "%s after being cancelled at call %d: code %d, %s",
               job.name, at, code, got == want ? "the same" : "another result");
     }
     lvm_ctx_free(w->ctx);
@@ -456,21 +432,21 @@ static void test_cancel(struct test *t, struct world *w) {
 
 /* A prompt that was cancelled is the context's prompt all the same: the rest of it is read when it
    is needed. */
-static void test_prompt_again(struct test *t, struct world *w) {
+static void test_prompt_again(struct world *w) {
     struct canceller c = {.at = -1};
     int32_t ids[MANY];
     float want[2], got[2];
     lvm_ctx *ctx = cancellable(w->lm, &c);
     fill_ids(ids, MANY);
-    lvm_prompt(ctx, ids, MANY, NULL, NULL);
-    int n = atomic_load(&c.calls);
-    lvm_score(ctx, ids, 2, want, NULL);
+    int read = lvm_prompt(ctx, ids, MANY, NULL, NULL), n = atomic_load(&c.calls);
+    check(read == LVM_OK && n > 2 && lvm_score(ctx, ids, 2, want, NULL) == LVM_OK,
+          "a prompt and its scores: code %d, %d progress calls", read, n);
     for (int at = 0; at < n; at++) {
         lvm_prompt(ctx, ids + 1, 20, NULL, NULL);
         cancel_at(&c, at);
         int code = lvm_prompt(ctx, ids, MANY, NULL, NULL);
         cancel_at(&c, -1);
-        check(t, code == LVM_CANCELLED && lvm_score(ctx, ids, 2, got, NULL) == LVM_OK &&
+        check(code == LVM_CANCELLED && lvm_score(ctx, ids, 2, got, NULL) == LVM_OK &&
                      memcmp(want, got, sizeof want) == 0,
               "a prompt cancelled at call %d: code %d, or other scores behind it", at, code);
     }
@@ -479,7 +455,7 @@ static void test_prompt_again(struct test *t, struct world *w) {
 
 /* A generation that was cancelled, or had no memory, left the context at its prompt: it may simply
    be asked for again. The second prompt is so long that the window slides. */
-static void test_generate_again(struct test *t, struct world *w) {
+static void test_generate_again(struct world *w) {
     struct canceller c = {.at = -1};
     int32_t ids[1 + 4 * T], want[2][T], got[2][T];
     float likely[2], again[2];
@@ -491,10 +467,10 @@ static void test_generate_again(struct test *t, struct world *w) {
         lvm_score(ctx, ids + 1, 2, likely, NULL);
         lvm_prompt(ctx, ids, n, NULL, NULL);
         cancel_at(&c, -1);
-        check(t, lvm_generate(ctx, NULL, 2, T, want[0], NULL) == LVM_OK, "generating fails");
+        check(lvm_generate(ctx, NULL, 2, T, want[0], NULL) == LVM_OK, "generating fails");
         int steps = atomic_load(&c.calls);
         for (int at = 0; at < steps + 4;
-             at += at < steps ? (int)min64(3 * t->step, steps - at) : 1) {
+             at += at < steps ? (int)min64(3 * step, steps - at) : 1) {
             cancel_at(&c, -1);
             lvm_prompt(ctx, ids, n, NULL, NULL);
             cancel_at(&c, at);
@@ -502,12 +478,12 @@ static void test_generate_again(struct test *t, struct world *w) {
             int code = lvm_generate(ctx, NULL, 2, T, got[0], NULL);
             fail_from(-1, 0);
             cancel_at(&c, -1);
-            check(t, code == (at < steps ? LVM_CANCELLED : LVM_MEMORY), "step %d: %d", at, code);
+            check(code == (at < steps ? LVM_CANCELLED : LVM_MEMORY), "step %d: %d", at, code);
             memset(got, 0, sizeof got);
-            check(t, lvm_score(ctx, ids + 1, 2, again, NULL) == LVM_OK &&
+            check(lvm_score(ctx, ids + 1, 2, again, NULL) == LVM_OK &&
                          memcmp(likely, again, sizeof likely) == 0,
                   "prompt of %d, stopped at step %d: other scores", n, at);
-            check(t, lvm_generate(ctx, NULL, 2, T, got[0], NULL) == LVM_OK &&
+            check(lvm_generate(ctx, NULL, 2, T, got[0], NULL) == LVM_OK &&
                          memcmp(want, got, sizeof want) == 0,
                   "prompt of %d, stopped at step %d: other tokens", n, at);
         }
@@ -527,15 +503,14 @@ struct user {
 
 static void *use(void *arg) {
     struct user *u = arg;
-    u->w.ctx = new_context(u->m, u->threads, NULL);
-    if (u->w.ctx == NULL) abort();
+    u->w.ctx = must(new_context(u->m, u->threads, NULL));
     u->hash = run_job(&u->w, u->job, &u->code, NULL);
     lvm_ctx_free(u->w.ctx);
     return NULL;
 }
 
 /* Two users of BOTH and two of LLAMA, one after the other and then all at once. */
-static void test_threads(struct test *t, const struct world *w) {
+static void test_threads(const struct world *w) {
     static const struct job predict = {"predict", job_predict, 'b', 0},
                             generate = {"generate", job_generate, 'l', 0};
     enum { USERS = 4 };
@@ -551,14 +526,14 @@ static void test_threads(struct test *t, const struct world *w) {
         if (pthread_create(&thread[i], NULL, use, &together[i]) != 0) abort();
     for (int i = 0; i < USERS; i++) pthread_join(thread[i], NULL);
     for (int i = 0; i < USERS; i++)
-        check(t, alone[i].code == LVM_OK && together[i].code == LVM_OK &&
+        check(alone[i].code == LVM_OK && together[i].code == LVM_OK &&
                      alone[i].hash == together[i].hash && alone[i].hash == alone[i / 2 * 2].hash,
               "%s in thread %d: codes %d and %d, other results than alone", alone[i].job->name, i,
               alone[i].code, together[i].code);
 }
 
 /* Two models and their contexts in one thread, by turns. */
-static void test_two_models(struct test *t, struct world *w) {
+static void test_two_models(struct world *w) {
     static const struct job predict = {"predict", job_predict, 'b', 0},
                             generate = {"generate", job_generate, 'l', 0};
     const struct job *job[2] = {&predict, &generate};
@@ -576,8 +551,8 @@ static void test_two_models(struct test *t, struct world *w) {
     for (int i = 0; i < 2; i++) lvm_ctx_free(ctx[i]);
     w->ctx = new_context(w->m, 1, NULL);
     uint64_t want = run_job(w, &predict, &code, NULL);
-    check(t, codes == LVM_OK && code == LVM_OK, "two models by turns fail");
-    check(t, hash[0][0] == hash[0][1] && hash[0][1] == hash[0][2] && hash[0][0] == want &&
+    check(codes == LVM_OK && code == LVM_OK, "two models by turns fail");
+    check(hash[0][0] == hash[0][1] && hash[0][1] == hash[0][2] && hash[0][0] == want &&
                  hash[1][0] == hash[1][1] && hash[1][1] == hash[1][2],
           "two models by turns: other results");
     lvm_ctx_free(w->ctx);
@@ -593,7 +568,7 @@ static void *cancel_soon(void *arg) {
 }
 
 /* A thread stops a prediction that runs in another. */
-static void test_cancel_from_thread(struct test *t, struct world *w) {
+static void test_cancel_from_thread(struct world *w) {
     struct canceller c = {.at = -1};
     pthread_t thread;
     int code = LVM_OK, n = 0;
@@ -604,134 +579,124 @@ static void test_cancel_from_thread(struct test *t, struct world *w) {
     code = lvm_predict(w->ctx, w->image, 2, NULL, 1, 40, out, NULL);
     pthread_join(thread, NULL);
     n = atomic_load(&c.calls);
-    check(t, code == LVM_CANCELLED && n >= 20, "cancelled from a thread: code %d, call %d", code,
-          n);
+    check(code == LVM_CANCELLED && n >= 20, "cancelled from a thread: code %d, call %d", code, n);
     cancel_at(&c, -1);
-    check(t, job_all(w, NULL) == LVM_OK, "the context fails after a thread cancelled it");
+    check(job_all(w, NULL) == LVM_OK, "the context fails after a thread cancelled it");
     lvm_ctx_free(w->ctx);
     w->ctx = kept;
 }
 
 /* ---- Arguments that cannot be right ---- */
 
-/* The same of calls that return NULL: their code is in the error alone. */
-#define REFUSES(t, call) do { \
-        lvm_error fault = {0, ""}, *e = &fault; \
-        int with = (call) == NULL ? fault.code : LVM_OK; \
-        e = NULL; \
-        int without = (call) == NULL ? LVM_INVALID : LVM_OK; \
-        check_invalid(t, #call, with, without, &fault); \
-    } while (0)
-
-static void test_wrong_pointers(struct test *t, struct world *w) {
+static void test_wrong_pointers(struct world *w) {
     int32_t ids[2 * T] = {0};
     float nll[2];
     lvm_image *in = w->image, out[2], none = {.width = 4, .height = 4};
     lvm_ctx *ctx = new_context(w->m, 1, NULL);
-    INVALID(t, lvm_encode(NULL, in, 1, ids, e));
-    INVALID(t, lvm_encode(ctx, NULL, 1, ids, e));
-    INVALID(t, lvm_encode(ctx, in, 1, NULL, e));
-    INVALID(t, lvm_encode(ctx, in, -1, ids, e));
-    INVALID(t, lvm_encode(ctx, &none, 1, ids, e));
-    INVALID(t, lvm_decode(NULL, ids, 1, out, e));
-    INVALID(t, lvm_decode(ctx, NULL, 1, out, e));
-    INVALID(t, lvm_decode(ctx, ids, 1, NULL, e));
-    INVALID(t, lvm_decode(ctx, ids, -1, out, e));
-    INVALID(t, lvm_prompt(NULL, ids, 1, NULL, e));
-    INVALID(t, lvm_prompt(ctx, NULL, 1, NULL, e));
-    INVALID(t, lvm_generate(NULL, NULL, 1, 1, ids, e));
-    INVALID(t, lvm_generate(ctx, NULL, 1, 1, NULL, e));
-    INVALID(t, lvm_score(NULL, ids, 1, nll, e));
-    INVALID(t, lvm_score(ctx, NULL, 1, nll, e));
-    INVALID(t, lvm_score(ctx, ids, 1, NULL, e));
-    INVALID(t, lvm_prompt_images(NULL, in, 1, e));
-    INVALID(t, lvm_prompt_images(ctx, NULL, 1, e));
-    INVALID(t, lvm_prompt_images(ctx, in, -1, e));
-    INVALID(t, lvm_generate_images(NULL, NULL, 1, 1, out, e));
-    INVALID(t, lvm_generate_images(ctx, NULL, 1, 1, NULL, e));
-    INVALID(t, lvm_generate_images(ctx, NULL, 1, 0, out, e));
-    INVALID(t, lvm_cache_save(NULL, "x", 1, e));
-    INVALID(t, lvm_cache_save(ctx, NULL, 1, e));
-    INVALID(t, lvm_cache_save(ctx, "x", 0, e));
-    INVALID(t, lvm_cache_load(NULL, "x", e));
-    INVALID(t, lvm_cache_load(ctx, NULL, e));
-    INVALID(t, lvm_predict(NULL, in, 1, NULL, 1, 1, out, e));
-    INVALID(t, lvm_predict(ctx, NULL, 1, NULL, 1, 1, out, e));
-    INVALID(t, lvm_predict(ctx, in, 1, NULL, 1, 1, NULL, e));
-    INVALID(t, lvm_predict(ctx, &none, 1, NULL, 1, 1, out, e));
-    check(t, out[0].rgb == NULL && out[0].width == 0, "a refused prediction leaves an image");
-    check(t, lvm_encode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no images to encode fail");
-    check(t, lvm_decode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no images to decode fail");
-    check(t, lvm_predict(ctx, NULL, 0, NULL, 1, 1, out, NULL) == LVM_OK, "no prompt but bos fails");
+    INVALID(lvm_encode(NULL, in, 1, ids, e));
+    INVALID(lvm_encode(ctx, NULL, 1, ids, e));
+    INVALID(lvm_encode(ctx, in, 1, NULL, e));
+    INVALID(lvm_encode(ctx, in, -1, ids, e));
+    INVALID(lvm_encode(ctx, &none, 1, ids, e));
+    INVALID(lvm_decode(NULL, ids, 1, out, e));
+    INVALID(lvm_decode(ctx, NULL, 1, out, e));
+    INVALID(lvm_decode(ctx, ids, 1, NULL, e));
+    INVALID(lvm_decode(ctx, ids, -1, out, e));
+    INVALID(lvm_prompt(NULL, ids, 1, NULL, e));
+    INVALID(lvm_prompt(ctx, NULL, 1, NULL, e));
+    INVALID(lvm_generate(NULL, NULL, 1, 1, ids, e));
+    INVALID(lvm_generate(ctx, NULL, 1, 1, NULL, e));
+    INVALID(lvm_score(NULL, ids, 1, nll, e));
+    INVALID(lvm_score(ctx, NULL, 1, nll, e));
+    INVALID(lvm_score(ctx, ids, 1, NULL, e));
+    INVALID(lvm_prompt_images(NULL, in, 1, e));
+    INVALID(lvm_prompt_images(ctx, NULL, 1, e));
+    INVALID(lvm_prompt_images(ctx, in, -1, e));
+    INVALID(lvm_generate_images(NULL, NULL, 1, 1, out, e));
+    INVALID(lvm_generate_images(ctx, NULL, 1, 1, NULL, e));
+    INVALID(lvm_generate_images(ctx, NULL, 1, 0, out, e));
+    INVALID(lvm_cache_save(NULL, "x", 1, e));
+    INVALID(lvm_cache_save(ctx, NULL, 1, e));
+    INVALID(lvm_cache_save(ctx, "x", 0, e));
+    INVALID(lvm_cache_load(NULL, "x", e));
+    INVALID(lvm_cache_load(ctx, NULL, e));
+    INVALID(lvm_predict(NULL, in, 1, NULL, 1, 1, out, e));
+    INVALID(lvm_predict(ctx, NULL, 1, NULL, 1, 1, out, e));
+    INVALID(lvm_predict(ctx, in, 1, NULL, 1, 1, NULL, e));
+    INVALID(lvm_predict(ctx, &none, 1, NULL, 1, 1, out, e));
+    check(out[0].rgb == NULL && out[0].width == 0, "a refused prediction leaves an image");
+    check(lvm_encode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no images to encode fail");
+    check(lvm_decode(ctx, NULL, 0, NULL, NULL) == LVM_OK, "no images to decode fail");
+    check(lvm_predict(ctx, NULL, 0, NULL, 1, 1, out, NULL) == LVM_OK, "no prompt but bos fails");
     lvm_image_free(&out[0]);
     lvm_ctx_free(ctx);
 }
 
-static void test_wrong_image_calls(struct test *t, struct world *w) {
+static void test_wrong_image_calls(struct world *w) {
     lvm_image *in = w->image, out = {.width = 9}, none = {.width = 4, .height = 4};
     const char *path = in_folder(w, "a.png");
-    INVALID(t, lvm_image_load(NULL, &out, e));
-    INVALID(t, lvm_image_load(path, NULL, e));
-    INVALID(t, lvm_image_load_memory(NULL, 9, "x", &out, e));
-    INVALID(t, lvm_image_load_memory("abc", 3, "x", NULL, e));
-    check(t, lvm_image_load_memory("abc", 3, NULL, &out, NULL) == LVM_FORMAT, "without a name");
-    INVALID(t, lvm_image_save(NULL, in, e));
-    INVALID(t, lvm_image_save(path, NULL, e));
-    INVALID(t, lvm_image_save(path, &none, e));
-    INVALID(t, lvm_image_upright(NULL, e));
-    INVALID(t, lvm_image_upright(&none, e));
-    INVALID(t, lvm_image_resize(NULL, 4, 4, &out, e));
-    INVALID(t, lvm_image_resize(in, 4, 4, NULL, e));
-    INVALID(t, lvm_image_resize(in, 4, 4, in, e));
-    INVALID(t, lvm_image_resize(in, 0, 4, &out, e));
-    INVALID(t, lvm_image_resize(in, 4, -4, &out, e));
-    INVALID(t, lvm_image_resize(&none, 4, 4, &out, e));
-    check(t, out.rgb == NULL && out.width == 0, "a refused resize leaves an image");
+    INVALID(lvm_image_load(NULL, &out, e));
+    INVALID(lvm_image_load(path, NULL, e));
+    INVALID(lvm_image_load_memory(NULL, 9, "x", &out, e));
+    INVALID(lvm_image_load_memory("abc", 3, "x", NULL, e));
+    check(lvm_image_load_memory("abc", 3, NULL, &out, NULL) == LVM_FORMAT, "without a name");
+    INVALID(lvm_image_save(NULL, in, e));
+    INVALID(lvm_image_save(path, NULL, e));
+    INVALID(lvm_image_save(path, &none, e));
+    INVALID(lvm_image_upright(NULL, e));
+    INVALID(lvm_image_upright(&none, e));
+    INVALID(lvm_image_resize(NULL, 4, 4, &out, e));
+    INVALID(lvm_image_resize(in, 4, 4, NULL, e));
+    INVALID(lvm_image_resize(in, 4, 4, in, e));
+    INVALID(lvm_image_resize(in, 0, 4, &out, e));
+    INVALID(lvm_image_resize(in, 4, -4, &out, e));
+    INVALID(lvm_image_resize(&none, 4, 4, &out, e));
+    check(out.rgb == NULL && out.width == 0, "a refused resize leaves an image");
     lvm_image_free(NULL);
 }
 
-static void test_wrong_models(struct test *t, struct world *w) {
+static void test_wrong_models(struct world *w) {
     lvm_options small = lvm_default_options(), large = small;
     lvm_sampling s = lvm_default_sampling();
     int32_t ids[2] = {0};
     small.size = 4;
     large.size += 8;
     s.size = 0;
-    REFUSES(t, lvm_open(NULL, 0, e));
-    REFUSES(t, lvm_open(w->both, 1 << 20, e));
-    REFUSES(t, lvm_open_memory(NULL, 100, e));
-    REFUSES(t, lvm_ctx_new(NULL, NULL, e));
-    REFUSES(t, lvm_ctx_new(w->m, &small, e));
-    REFUSES(t, lvm_ctx_new(w->m, &large, e));
-    INVALID(t, lvm_generate(w->ctx, &s, 1, 1, ids, e));
-    INVALID(t, lvm_sampling_preset(NULL, &s, e));
-    INVALID(t, lvm_sampling_preset("lvm", NULL, e));
-    INVALID(t, lvm_sampling_preset("other", &s, e));
-    INVALID(t, lvm_quantize(NULL, "x", LVM_Q8_0, LVM_AUTO, 0, e));
-    INVALID(t, lvm_quantize(w->both, NULL, LVM_Q8_0, LVM_AUTO, 0, e));
-    INVALID(t, lvm_quantize(w->both, in_folder(w, "q"), 77, LVM_AUTO, 0, e));
-    INVALID(t, lvm_quantize(w->both, w->both, LVM_Q8_0, LVM_AUTO, 1, e));
+    REFUSES(lvm_open(NULL, 0, e));
+    REFUSES(lvm_open(w->both, 1 << 20, e));
+    REFUSES(lvm_open_memory(NULL, 100, e));
+    REFUSES(lvm_ctx_new(NULL, NULL, e));
+    REFUSES(lvm_ctx_new(w->m, &small, e));
+    REFUSES(lvm_ctx_new(w->m, &large, e));
+    INVALID(lvm_generate(w->ctx, &s, 1, 1, ids, e));
+    INVALID(lvm_sampling_preset(NULL, &s, e));
+    INVALID(lvm_sampling_preset("lvm", NULL, e));
+    INVALID(lvm_sampling_preset("other", &s, e));
+    INVALID(lvm_quantize(NULL, "x", LVM_Q8_0, LVM_AUTO, 0, e));
+    INVALID(lvm_quantize(w->both, NULL, LVM_Q8_0, LVM_AUTO, 0, e));
+    INVALID(lvm_quantize(w->both, in_folder(w, "q"), 77, LVM_AUTO, 0, e));
+    INVALID(lvm_quantize(w->both, w->both, LVM_Q8_0, LVM_AUTO, 1, e));
     lvm_info info = lvm_model_info(NULL);
-    check(t, !info.has_transformer && !info.has_tokenizer && info.bos == -1 && info.name != NULL,
+    check(!info.has_transformer && !info.has_tokenizer && info.bos == -1 && info.name != NULL,
           "lvm_model_info(NULL)");
     lvm_ctx_free(NULL);
     lvm_close(NULL);
 }
 
 /* What is no misuse but fails all the same keeps its code without an error struct too. */
-static void test_codes_without_error(struct test *t, struct world *w) {
+static void test_codes_without_error(struct world *w) {
     lvm_image out;
     char none[192], deep[192];
     snprintf(none, sizeof none, "%s/none", w->folder);
     snprintf(deep, sizeof deep, "%s/none/x.png", w->folder);
-    check(t, lvm_open(none, 0, NULL) == NULL && lvm_open(none, LVM_NO_MMAP, NULL) == NULL,
+    check(lvm_open(none, 0, NULL) == NULL && lvm_open(none, LVM_NO_MMAP, NULL) == NULL,
           "a file that is not there opens");
-    check(t, lvm_image_load(none, &out, NULL) == LVM_IO && out.rgb == NULL, "loading nothing");
-    check(t, lvm_image_save(deep, &w->image[0], NULL) == LVM_IO, "saving to nowhere");
-    check(t, lvm_quantize(none, deep, LVM_F16, LVM_F16, 0, NULL) == LVM_IO, "from nothing");
-    check(t, lvm_quantize(in_folder(w, "a.png"), deep, LVM_F16, LVM_F16, 0, NULL) ==
+    check(lvm_image_load(none, &out, NULL) == LVM_IO && out.rgb == NULL, "loading nothing");
+    check(lvm_image_save(deep, &w->image[0], NULL) == LVM_IO, "saving to nowhere");
+    check(lvm_quantize(none, deep, LVM_F16, LVM_F16, 0, NULL) == LVM_IO, "from nothing");
+    check(lvm_quantize(in_folder(w, "a.png"), deep, LVM_F16, LVM_F16, 0, NULL) ==
                  LVM_FORMAT, "from an image");
-    check(t, lvm_quantize(w->both, deep, LVM_F16, LVM_F16, 0, NULL) == LVM_IO, "to nowhere");
+    check(lvm_quantize(w->both, deep, LVM_F16, LVM_F16, 0, NULL) == LVM_IO, "to nowhere");
 }
 
 /* ---- All ---- */
@@ -744,50 +709,49 @@ static void world_open(struct world *w, char **argv) {
     w->images = argv[3];
     const char *tmp = getenv("TMPDIR");
     snprintf(w->folder, sizeof w->folder, "%s/test_embed.XXXXXX", tmp != NULL ? tmp : "/tmp");
-    if (mkdtemp(w->folder) == NULL) abort();
-    w->m = lvm_open(w->both, 0, NULL);
-    w->lm = lvm_open(w->llama, 0, NULL);
-    if (w->m == NULL || w->lm == NULL || read_file(w->both, &data, &w->file_size, NULL)) abort();
+    must(mkdtemp(w->folder));
+    w->m = must(lvm_open(w->both, 0, NULL));
+    w->lm = must(lvm_open(w->llama, 0, NULL));
+    if (read_file(w->both, &data, &w->file_size, NULL) != LVM_OK) abort();
     w->file = data;
     for (int i = 0; i < 2; i++) {
         for (int k = 0; k < 3 * 40 * 36; k++) w->rgb[i][k] = (uint8_t)(k * (i + 3) / 7 + k % 11);
         w->image[i] = (lvm_image){.width = 40, .height = 36, .rgb = w->rgb[i]};
     }
-    w->ctx = new_context(w->m, 1, NULL);
-    if (w->ctx == NULL || lvm_image_save(in_folder(w, "a.png"), &w->image[0], NULL)) abort();
+    w->ctx = must(new_context(w->m, 1, NULL));
+    if (lvm_image_save(in_folder(w, "a.png"), &w->image[0], NULL) != LVM_OK) abort();
 }
 
 /* Nothing may be left: no memory, no file. */
-static void world_close(struct test *t, struct world *w) {
+static void world_close(struct world *w) {
     lvm_ctx_free(w->ctx);
     lvm_close(w->m);
     lvm_close(w->lm);
     mem_free(w->file);
-    check(t, atomic_load(&live) == 0, "%d blocks of memory are left", atomic_load(&live));
+    check(atomic_load(&live) == 0, "%d blocks of memory are left", atomic_load(&live));
     remove(in_folder(w, "a.png"));
-    check(t, rmdir(w->folder) == 0, "files are left in %s", w->folder);
+    check(rmdir(w->folder) == 0, "files are left in %s", w->folder);
 }
 
 int main(int argc, char **argv) {
     static struct world w;
-    struct test t = {.step = argc > 4 && strcmp(argv[4], "--quick") == 0 ? 5 : 1};
     if (argc < 4) return printf("test_embed BOTH LLAMA IMAGES [--quick | --threads-only]\n"), 2;
+    if (argc > 4 && strcmp(argv[4], "--quick") == 0) step = 5;
     world_open(&w, argv);
-    test_threads(&t, &w);
-    test_cancel_from_thread(&t, &w);
+    test_threads(&w);
+    test_cancel_from_thread(&w);
     if (argc < 5 || strcmp(argv[4], "--threads-only") != 0) {
-        test_two_models(&t, &w);
-        test_allocations(&t, &w);
-        test_thread_starts(&t, &w);
-        test_cancel(&t, &w);
-        test_prompt_again(&t, &w);
-        test_generate_again(&t, &w);
-        test_wrong_pointers(&t, &w);
-        test_wrong_image_calls(&t, &w);
-        test_wrong_models(&t, &w);
-        test_codes_without_error(&t, &w);
+        test_two_models(&w);
+        test_allocations(&w);
+        test_thread_starts(&w);
+        test_cancel(&w);
+        test_prompt_again(&w);
+        test_generate_again(&w);
+        test_wrong_pointers(&w);
+        test_wrong_image_calls(&w);
+        test_wrong_models(&w);
+        test_codes_without_error(&w);
     }
-    world_close(&t, &w);
-    printf("embed: %d passed, %d failed\n", t.passed, t.failed);
-    return t.failed > 0;
+    world_close(&w);
+    return checked("embed");
 }

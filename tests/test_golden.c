@@ -1,14 +1,20 @@
 /* Golden parity: what PyTorch, transformers and open-muse computed, against lvm.
 
-       test_golden GOLDENS BLOBS            every folder of GOLDENS that has BLOBS/<name>.bin; GOLDENS/quant
-       test_golden --case FOLDER WEIGHTS    a full-size model on one prompt, exact arithmetic
-       test_golden --nll LIST WEIGHTS [q]   lines "nll image ... target": mean likelihood of the target;
-                                            with q the default arithmetic, whose mean is only printed
+       test_golden GOLDENS BLOBS           every folder of GOLDENS that has BLOBS/<name>.bin, and
+                                           GOLDENS/quant
+       test_golden --case FOLDER WEIGHTS   a full-size model on one prompt, exact arithmetic
+       test_golden --nll LIST WEIGHTS [PERCENT QUANTISED]...
+                                           lines "nll image ... target", the target's mean
+                                           likelihood in exact arithmetic; then what quantised
+                                           models of the same tokenizer cost beside it
+       test_golden --cost PERCENT LIST QUANTISED
+                                           the same lines by a quantised model and its own tokenizer
+                                           in the default arithmetic; their mean alone counts
 
-   The vectors and their names: tests/golden/README.md. The bounds are the design's: token ids identical
-   wherever the two nearest codes differ by more than 1e-3 and in 99.9 % of all cases, logits within
-   5e-4, likelihoods within 1e-3 nats, greedy continuations identical until the reference's own two best
-   scores are within 1e-3, pixels within 1/255. */
+   The vectors and their names: tests/golden/README.md. The bounds are the design's: token ids
+   identical wherever the two nearest codes differ by more than 1e-3 and in 99.9 % of all cases,
+   logits within 5e-4, likelihoods within 1e-3 nats, greedy continuations identical until the
+   reference's own two best scores are within 1e-3, pixels within 1/255. */
 #define LVM_NO_MAIN
 #include "../lvm.c"
 #include "check.h"
@@ -16,11 +22,12 @@
 #include <dirent.h>
 #include <sys/stat.h>
 
-static void must(int code, const lvm_error *error, const char *what) {
+enum { MOST_IMAGES = 17, MOST_PAIRS = 4 };
+
+/* What nothing can be compared without. */
+static void succeed(int code, const lvm_error *error, const char *what) {
     check(code == LVM_OK, "%s: %s", what, error->text);
-    if (code == LVM_OK) return;
-    printf("golden: %d passed, %d failed\n", passed, failed);
-    exit(1);
+    if (code != LVM_OK) exit(checked("golden"));
 }
 
 static double largest_difference(const float *a, const float *b, int64_t n) {
@@ -60,6 +67,13 @@ static int check_greedy(const char *name, const int32_t *ids, const struct npy *
     return 1;
 }
 
+static lvm_model *load_model(const char *path) {
+    lvm_error error = {0, ""};
+    lvm_model *m = lvm_open(path, 0, &error);
+    succeed(m != NULL ? LVM_OK : error.code, &error, path);
+    return m;
+}
+
 static lvm_ctx *context(const lvm_model *m, int exact, int kv, int threads) {
     lvm_error error = {0, ""};
     lvm_options o = lvm_default_options();
@@ -67,7 +81,7 @@ static lvm_ctx *context(const lvm_model *m, int exact, int kv, int threads) {
     o.kv_type = kv;
     o.threads = threads;
     lvm_ctx *ctx = lvm_ctx_new(m, &o, &error);
-    must(ctx != NULL ? LVM_OK : error.code, &error, "lvm_ctx_new");
+    succeed(ctx != NULL ? LVM_OK : error.code, &error, "lvm_ctx_new");
     return ctx;
 }
 
@@ -78,11 +92,11 @@ static double check_logits(const char *name, lvm_ctx *ctx, const int32_t *ids, c
     lvm_error error = {0, ""};
     int V = logits->dim[1];
     double worst = 0;
-    float *got = malloc((size_t)V * sizeof *got);
+    float *got = must(malloc((size_t)V * sizeof *got));
     check(V == lvm_model_info(ctx->m).vocab_size, "%s: vocabulary", name);
     for (int i = 0; i < positions->n; i++) {
         int at = npy_i32(positions)[i];
-        must(lvm_prompt(ctx, ids, at + 1, got, &error), &error, name);
+        succeed(lvm_prompt(ctx, ids, at + 1, got, &error), &error, name);
         double d = largest_difference(got, npy_f32(logits) + (int64_t)i * V, V);
         check(d <= 5e-4, "%s: logits after %d tokens differ by %g", name, at + 1, d);
         worst = d > worst ? d : worst;
@@ -94,9 +108,9 @@ static double check_logits(const char *name, lvm_ctx *ctx, const int32_t *ids, c
 /* nll[i] belongs to ids[i + 1]. */
 static double check_nll(const char *name, lvm_ctx *ctx, const int32_t *ids, const struct npy *nll) {
     lvm_error error = {0, ""};
-    float *got = malloc((size_t)nll->n * sizeof *got);
-    must(lvm_prompt(ctx, ids, 1, NULL, &error), &error, name);
-    must(lvm_score(ctx, ids + 1, (int)nll->n, got, &error), &error, name);
+    float *got = must(malloc((size_t)nll->n * sizeof *got));
+    succeed(lvm_prompt(ctx, ids, 1, NULL, &error), &error, name);
+    succeed(lvm_score(ctx, ids + 1, (int)nll->n, got, &error), &error, name);
     double d = largest_difference(got, npy_f32(nll), nll->n);
     check(d <= 1e-3, "%s: likelihoods differ by %g nats", name, d);
     free(got);
@@ -108,8 +122,8 @@ static void check_continuation(const char *name, lvm_ctx *ctx, const int32_t *id
     lvm_error error = {0, ""};
     lvm_sampling s = lvm_default_sampling();
     s.greedy = 1;
-    must(lvm_prompt(ctx, ids, n, NULL, &error), &error, name);
-    must(lvm_generate(ctx, &s, 1, (int)want->n, out, &error), &error, name);
+    succeed(lvm_prompt(ctx, ids, n, NULL, &error), &error, name);
+    succeed(lvm_generate(ctx, &s, 1, (int)want->n, out, &error), &error, name);
     check_greedy(name, out, want, gap);
 }
 
@@ -139,13 +153,13 @@ static double check_pixels(const char *name, lvm_ctx *ctx, const int32_t *ids, c
     lvm_info info = lvm_model_info(ctx->m);
     int images = want->n_dims == 4 ? want->dim[0] : 1;
     int64_t whole = (int64_t)info.resolution * info.resolution * 3, n = want->n / images;
-    float *got = malloc((size_t)whole * sizeof *got);
-    uint8_t *rgb = malloc((size_t)whole);
+    float *got = must(malloc((size_t)whole * sizeof *got));
+    uint8_t *rgb = must(malloc((size_t)whole));
     double worst = 0;
     int64_t bytes = 0; /* that are not their pixel's */
     check(n >= whole / 4 && n <= whole, "%s: %lld values an image", name, (long long)n);
     for (int i = 0; n <= whole && i < images; i++) {
-        must(ctx->b->decode(ctx->state, ids + (int64_t)i * info.tokens_per_image, 1, 0, 1, rgb, got, &error), &error,
+        succeed(ctx->b->decode(ctx->state, ids + (int64_t)i * info.tokens_per_image, 1, 0, 1, rgb, got, &error), &error,
              name);
         for (int64_t p = 0; p < whole; p++) bytes += rgb[p] != to_byte(got[p]);
         double d = largest_difference(got, npy_f32(want) + i * n, n);
@@ -162,13 +176,13 @@ static double check_encoding(const char *name, lvm_ctx *ctx, const struct npy *p
                              const struct npy *gap, const struct npy *latent) {
     lvm_error error = {0, ""};
     int n = pixels->dim[0], R = pixels->dim[1], T = (int)(ids->n / n), D = latent->dim[2];
-    float *got = malloc((size_t)T * (size_t)D * sizeof *got);
-    int32_t *out = malloc((size_t)ids->n * sizeof *out);
+    float *got = must(malloc((size_t)T * (size_t)D * sizeof *got));
+    int32_t *out = must(malloc((size_t)ids->n * sizeof *out));
     double worst = 0, size = 0;
     for (int64_t i = 0; i < latent->n; i++) size = fmax(size, fabs(npy_f32(latent)[i]));
     for (int i = 0; i < n; i++) {
         const uint8_t *p = (const uint8_t *)pixels->data + (int64_t)i * R * R * 3;
-        must(ctx->b->encode(ctx->state, p, 1, 0, 1, out + i * T, got, &error), &error, name);
+        succeed(ctx->b->encode(ctx->state, p, 1, 0, 1, out + i * T, got, &error), &error, name);
         worst = fmax(worst, largest_difference(got, npy_f32(latent) + (int64_t)i * T * D, (int64_t)T * D));
     }
     check(worst <= 1e-4 * size, "%s: vectors in front of the quantiser differ by %g of %g", name, worst, size);
@@ -197,7 +211,7 @@ static void check_slide(const char *name, lvm_ctx *ctx, const char *folder, cons
     struct npy greedy = npy_load(folder, greedy_name), gap = npy_load(folder, gap_name);
     lvm_info info = lvm_model_info(ctx->m);
     int T = info.tokens_per_image, n = (int)min64(images, info.window_images - 1) * T;
-    int32_t *prompt = malloc(((size_t)n + 1) * sizeof *prompt), *out = malloc((size_t)greedy.n * sizeof *out);
+    int32_t *prompt = must(malloc(((size_t)n + 1) * sizeof *prompt)), *out = must(malloc((size_t)greedy.n * sizeof *out));
     prompt[0] = info.bos;
     memcpy(prompt + 1, npy_i32(ids) + images * T - n, (size_t)n * sizeof *prompt);
     check_continuation(name, ctx, prompt, n + 1, &greedy, &gap, out);
@@ -254,13 +268,13 @@ static void case_tokens(const char *folder, lvm_ctx *ctx) {
     FILE *f = fopen(path, "r");
     check(f != NULL && ids.data != NULL && gap.data != NULL, "%s: incomplete case", folder);
     if (f == NULL || ids.data == NULL || gap.data == NULL) return;
-    int32_t *out = malloc((size_t)ids.n * sizeof *out);
+    int32_t *out = must(malloc((size_t)ids.n * sizeof *out));
     int64_t n = 0, same = 0;
     while (n < ids.n && fgets(path, sizeof path, f) != NULL) {
         lvm_image image = {0, 0, NULL, 0};
         path[strcspn(path, "\n")] = 0;
-        must(lvm_image_load(path, &image, &error), &error, folder);
-        must(lvm_encode(ctx, &image, 1, out + n, &error), &error, folder);
+        succeed(lvm_image_load(path, &image, &error), &error, folder);
+        succeed(lvm_encode(ctx, &image, 1, out + n, &error), &error, folder);
         lvm_image_free(&image);
         n += T;
     }
@@ -280,11 +294,12 @@ static void case_transformer(const char *folder, lvm_ctx *ctx) {
     struct npy greedy = npy_load(folder, "greedy"), gap = npy_load(folder, "greedy_gap");
     struct npy pixels = npy_load(folder, "greedy_pixels");
     int with_bos = bos.data != NULL ? npy_i32(&bos)[0] : lvm_model_info(ctx->m).bos >= 0;
-    int32_t *sequence = malloc(((size_t)ids.n + 1) * sizeof *sequence);
-    int32_t *out = malloc((size_t)(greedy.n + 1) * sizeof *out);
+    int32_t *sequence = must(malloc(((size_t)ids.n + 1) * sizeof *sequence));
+    int32_t *out = must(malloc((size_t)(greedy.n + 1) * sizeof *out));
     if (with_bos) sequence[0] = lvm_model_info(ctx->m).bos;
     if (ids.n > 0) memcpy(sequence + with_bos, ids.data, (size_t)ids.n * sizeof *sequence);
     int n = (int)ids.n + with_bos;
+    check(logits.data != NULL || pixels.data != NULL, "%s: nothing but tokens to compare", folder);
     if (logits.data != NULL)
         printf("%s: logits within %.1e\n", folder, check_logits(folder, ctx, sequence, &positions, &logits));
     if (greedy.data != NULL) check_continuation(folder, ctx, sequence, n, &greedy, &gap, out);
@@ -301,9 +316,7 @@ static void case_transformer(const char *folder, lvm_ctx *ctx) {
 }
 
 static void golden_case(const char *folder, const char *weights) {
-    lvm_error error = {0, ""};
-    lvm_model *m = lvm_open(weights, 0, &error);
-    must(m != NULL ? LVM_OK : error.code, &error, weights);
+    lvm_model *m = load_model(weights);
     lvm_ctx *ctx = context(m, 1, LVM_F32, 0);
     case_tokens(folder, ctx);
     case_transformer(folder, ctx);
@@ -313,38 +326,138 @@ static void golden_case(const char *folder, const char *weights) {
 
 /* ---- Likelihoods of evaluation sets ---- */
 
+/* A line of a list: images, of which the last is the target, and its mean likelihood. */
+struct sentence_line {
+    double want;
+    char *paths[MOST_IMAGES];
+    int n;
+};
+
 struct known_image {
     char *path;
     int32_t *ids;
 };
 
-/* Ids of an image, encoded once. */
-static const int32_t *image_ids(lvm_ctx *ctx, struct known_image *known, int *n, const char *path) {
-    lvm_error error = {0, ""};
-    lvm_image image = {0, 0, NULL, 0};
-    for (int i = 0; i < *n; i++)
-        if (strcmp(known[i].path, path) == 0) return known[i].ids;
-    int32_t *ids = malloc((size_t)lvm_model_info(ctx->m).tokens_per_image * sizeof *ids);
-    must(lvm_image_load(path, &image, &error), &error, path);
-    must(lvm_encode(ctx, &image, 1, ids, &error), &error, path);
-    lvm_image_free(&image);
-    known[*n] = (struct known_image){copy_string(path, NULL), ids};
-    return known[(*n)++].ids;
+/* A model at work on a list: the images it has encoded, the sums of its means so far and of those
+   that they are compared with, the largest difference. */
+struct scorer {
+    const char *weights;
+    lvm_model *m;
+    lvm_ctx *ctx;
+    struct known_image *known;
+    int32_t *ids; /* of a line, behind bos */
+    int n_known, lines;
+    double sum, want, worst;
+};
+
+static struct sentence_line *read_list(const char *path, int *n_lines, int *n_images) {
+    static char text[1 << 16];
+    struct sentence_line *lines = NULL;
+    FILE *f = fopen(path, "r");
+    check(f != NULL, "%s: cannot be read", path);
+    for (*n_lines = *n_images = 0; f != NULL && fgets(text, sizeof text, f) != NULL;) {
+        char *rest = NULL;
+        struct sentence_line line = {.want = strtod(text, &rest)};
+        for (char *at = strtok(rest, " \n"); at != NULL; at = strtok(NULL, " \n")) {
+            if (line.n == MOST_IMAGES) break;
+            line.paths[line.n++] = must(copy_string(at, NULL));
+        }
+        if (text[0] == '#' || line.n == 0) continue;
+        lines = must(realloc(lines, ((size_t)*n_lines + 1) * sizeof *lines));
+        lines[(*n_lines)++] = line;
+        *n_images += line.n;
+    }
+    if (f != NULL) fclose(f);
+    check(*n_lines > 0, "%s: no lines", path);
+    return lines;
 }
 
+static void free_list(struct sentence_line *lines, int n) {
+    for (int i = 0; i < n; i++)
+        for (int k = 0; k < lines[i].n; k++) mem_free(lines[i].paths[k]);
+    free(lines);
+}
+
+static struct scorer open_scorer(const char *weights, int exact, int n_images) {
+    struct scorer s = {.weights = weights, .m = load_model(weights)};
+    size_t T = (size_t)lvm_model_info(s.m).tokens_per_image;
+    s.ctx = context(s.m, exact, exact ? LVM_F32 : LVM_AUTO, 0);
+    s.known = must(calloc((size_t)n_images + 1, sizeof *s.known));
+    s.ids = must(malloc((MOST_IMAGES * T + 1) * sizeof *s.ids));
+    return s;
+}
+
+static void close_scorer(struct scorer *s) {
+    for (int i = 0; i < s->n_known; i++) {
+        mem_free(s->known[i].path);
+        free(s->known[i].ids);
+    }
+    free(s->known);
+    free(s->ids);
+    lvm_ctx_free(s->ctx);
+    lvm_close(s->m);
+}
+
+/* Ids of an image, encoded once. */
+static const int32_t *image_ids(struct scorer *s, const char *path) {
+    lvm_error error = {0, ""};
+    lvm_image image = {0, 0, NULL, 0};
+    for (int i = 0; i < s->n_known; i++)
+        if (strcmp(s->known[i].path, path) == 0) return s->known[i].ids;
+    int32_t *ids = must(malloc((size_t)lvm_model_info(s->m).tokens_per_image * sizeof *ids));
+    succeed(lvm_image_load(path, &image, &error), &error, path);
+    succeed(lvm_encode(s->ctx, &image, 1, ids, &error), &error, path);
+    lvm_image_free(&image);
+    s->known[s->n_known] = (struct known_image){must(copy_string(path, NULL)), ids};
+    return s->known[s->n_known++].ids;
+}
+
+/* Of a line; returns how many. */
+static int line_ids(struct scorer *s, const struct sentence_line *line) {
+    lvm_info info = lvm_model_info(s->m);
+    int T = info.tokens_per_image, n = info.bos >= 0;
+    s->ids[0] = info.bos;
+    for (int i = 0; i < line->n; i++, n += T)
+        memcpy(s->ids + n, image_ids(s, line->paths[i]), (size_t)T * sizeof *s->ids);
+    return n;
+}
+
+/* Of ids behind the context's prompt. */
 static double mean_nll(lvm_ctx *ctx, const int32_t *ids, int T) {
     lvm_error error = {0, ""};
-    float *nll = malloc((size_t)T * sizeof *nll);
+    float *nll = must(malloc((size_t)T * sizeof *nll));
     double sum = 0;
-    must(lvm_score(ctx, ids, T, nll, &error), &error, "score");
+    succeed(lvm_score(ctx, ids, T, nll, &error), &error, "score");
     for (int i = 0; i < T; i++) sum += nll[i];
     free(nll);
     return sum / T;
 }
 
+/* Of the last image of n ids, beside what it is compared with. */
+static double target_nll(struct scorer *s, const int32_t *ids, int n, double want) {
+    lvm_error error = {0, ""};
+    int T = lvm_model_info(s->m).tokens_per_image;
+    succeed(lvm_prompt(s->ctx, ids, n - T, NULL, &error), &error, "prompt");
+    double mean = mean_nll(s->ctx, ids + n - T, T);
+    s->lines++;
+    s->sum += mean;
+    s->want += want;
+    s->worst = fmax(s->worst, fabs(mean - want));
+    return mean;
+}
+
+/* What quantised weights in the default arithmetic cost, as a share of the perplexity. A target that
+   becomes likelier by more is a fault too. */
+static void check_cost(const struct scorer *s, double percent) {
+    double cost = 100 * (exp((s->sum - s->want) / s->lines) - 1);
+    check(fabs(cost) <= percent, "%s costs %.3f %%, not within %g %%", s->weights, cost, percent);
+    printf("%s: perplexity of %d targets %.5f, exactly %.5f: %+.3f %%\n", s->weights, s->lines,
+           exp(s->sum / s->lines), exp(s->want / s->lines), cost);
+}
+
 /* The code next nearest to vector x[e] after id, and how much farther it is. */
 static int32_t second_code(const struct vqgan *vq, const float *x, int32_t id, double *gap) {
-    float *row = malloc((size_t)vq->code_dim * sizeof *row);
+    float *row = must(malloc((size_t)vq->code_dim * sizeof *row));
     double first = 0, second = HUGE_VAL;
     int32_t best = 0;
     for (int pass = 0; pass < 2; pass++)
@@ -368,11 +481,11 @@ static int tie_explains(lvm_ctx *ctx, const char *target, int32_t *ids, double w
     lvm_error error = {0, ""};
     lvm_image image = {0, 0, NULL, 0}, fitted = {0, 0, NULL, 0};
     int T = vq->S * vq->S, found = 0;
-    int32_t *again = malloc((size_t)T * sizeof *again);
-    float *latent = malloc((size_t)T * (size_t)vq->code_dim * sizeof *latent);
-    must(lvm_image_load(target, &image, &error), &error, target);
-    must(fit_image(&image, vq->R, LVM_SQUASH, &fitted, &error), &error, target);
-    must(ctx->b->encode(ctx->state, fitted.rgb, 1, 0, 1, again, latent, &error), &error, target);
+    int32_t *again = must(malloc((size_t)T * sizeof *again));
+    float *latent = must(malloc((size_t)T * (size_t)vq->code_dim * sizeof *latent));
+    succeed(lvm_image_load(target, &image, &error), &error, target);
+    succeed(fit_image(&image, vq->R, LVM_SQUASH, &fitted, &error), &error, target);
+    succeed(ctx->b->encode(ctx->state, fitted.rgb, 1, 0, 1, again, latent, &error), &error, target);
     for (int t = 0; t < T && !found; t++) {
         double gap = 0;
         int32_t kept = ids[t], other = second_code(vq, latent + (int64_t)t * vq->code_dim, kept, &gap);
@@ -390,56 +503,49 @@ static int tie_explains(lvm_ctx *ctx, const char *target, int32_t *ids, double w
     return found;
 }
 
-/* One line: the mean likelihood of its last image after bos and the others, in *got. Returns whether
-   it is the reference's. */
-static int line_nll(lvm_ctx *ctx, struct known_image *known, int *n_known, char *line, double want,
-                    double *got, int judged) {
-    lvm_error error = {0, ""};
-    lvm_info info = lvm_model_info(ctx->m);
-    int T = info.tokens_per_image, n = info.bos >= 0;
-    int32_t *ids = malloc((17 * (size_t)T + 1) * sizeof *ids);
-    const char *target = NULL;
-    ids[0] = info.bos;
-    for (char *path = strtok(line, " \n"); path != NULL; path = strtok(NULL, " \n"), n += T) {
-        memcpy(ids + n, image_ids(ctx, known, n_known, path), (size_t)T * sizeof *ids);
-        target = path;
+/* One line by the first of n models, exactly; then by the others, on the first's ids: their
+   tokenizers are the same, as the first line's images show. */
+static void score_line(struct scorer *s, int n_models, const struct sentence_line *line) {
+    int T = lvm_model_info(s->m).tokens_per_image, n = line_ids(s, line);
+    double got = target_nll(s, s->ids, n, line->want);
+    int same = fabs(got - line->want) <= 1e-3 ||
+               tie_explains(s->ctx, line->paths[line->n - 1], s->ids + n - T, line->want);
+    check(same, "line %d: %.6f nats, not %.6f", s->lines, got, line->want);
+    for (int k = 1; k < n_models; k++) {
+        if (s->lines == 1)
+            check(line_ids(&s[k], line) == n &&
+                      memcmp(s->ids, s[k].ids, (size_t)n * sizeof *s->ids) == 0,
+                  "%s: another tokenizer", s[k].weights);
+        target_nll(&s[k], s->ids, n, got);
     }
-    must(lvm_prompt(ctx, ids, n - T, NULL, &error), &error, "prompt");
-    *got = mean_nll(ctx, ids + n - T, T);
-    int same = !judged || fabs(*got - want) <= 1e-3 || tie_explains(ctx, target, ids + n - T, want);
-    free(ids);
-    return same;
 }
 
-static void golden_answers(const char *list, const char *weights, int exact) {
-    lvm_error error = {0, ""};
-    lvm_model *m = lvm_open(weights, 0, &error);
-    FILE *f = fopen(list, "r");
-    static char line[1 << 16];
-    static struct known_image known[4096];
-    double worst = 0, sum = 0, want_sum = 0;
-    int n_known = 0, n = 0;
-    must(m != NULL && f != NULL ? LVM_OK : LVM_IO, &error, weights);
-    lvm_ctx *ctx = context(m, exact, exact ? LVM_F32 : LVM_AUTO, 0);
-    for (; n_known < 4000 && fgets(line, sizeof line, f) != NULL; n++) {
-        char *rest = NULL;
-        double want = strtod(line, &rest), got = 0;
-        int same = line_nll(ctx, known, &n_known, rest, want, &got, exact);
-        check(same, "line %d: %.6f nats, not %.6f", n + 1, got, want);
-        worst = fmax(worst, fabs(got - want));
-        sum += got;
-        want_sum += want;
+/* pairs: percent and weights of quantised models. */
+static void golden_answers(const char *list, const char *weights, char **pairs, int n_pairs) {
+    int n_lines = 0, n_images = 0;
+    struct sentence_line *lines = read_list(list, &n_lines, &n_images);
+    struct scorer s[1 + MOST_PAIRS] = {open_scorer(weights, 1, n_images)};
+    for (int k = 0; k < n_pairs; k++) s[k + 1] = open_scorer(pairs[2 * k + 1], 0, n_images);
+    for (int i = 0; i < n_lines; i++) score_line(s, 1 + n_pairs, &lines[i]);
+    printf("%s: %d lines, perplexity %.5f (reference %.5f), largest difference %.1e nats\n",
+           weights, n_lines, exp(s->sum / n_lines), exp(s->want / n_lines), s->worst);
+    for (int k = 0; k < n_pairs; k++) check_cost(&s[k + 1], atof(pairs[2 * k]));
+    for (int k = 0; k <= n_pairs; k++) close_scorer(&s[k]);
+    free_list(lines, n_lines);
+}
+
+static void golden_cost(double percent, const char *list, const char *weights) {
+    int n_lines = 0, n_images = 0;
+    struct sentence_line *lines = read_list(list, &n_lines, &n_images);
+    struct scorer s = open_scorer(weights, 0, n_images);
+    for (int i = 0; i < n_lines; i++) {
+        double got = target_nll(&s, s.ids, line_ids(&s, &lines[i]), lines[i].want);
+        printf("%s: %.5f nats, exactly %.5f\n", lines[i].paths[lines[i].n - 1], got,
+               lines[i].want);
     }
-    check(n > 0, "%s: no lines", list);
-    printf("%s: %d lines, perplexity %.5f (reference %.5f), largest difference %.1e nats\n", weights, n,
-           exp(sum / n), exp(want_sum / n), worst);
-    for (int i = 0; i < n_known; i++) {
-        mem_free(known[i].path);
-        free(known[i].ids);
-    }
-    fclose(f);
-    lvm_ctx_free(ctx);
-    lvm_close(m);
+    check_cost(&s, percent);
+    close_scorer(&s);
+    free_list(lines, n_lines);
 }
 
 static int is_there(const char *path) {
@@ -449,7 +555,6 @@ static int is_there(const char *path) {
 
 static void golden_folder(const char *goldens, const char *blobs, const char *name) {
     char folder[1024], blob[1024], part[1100];
-    lvm_error error = {0, ""};
     snprintf(folder, sizeof folder, "%s/%s", goldens, name);
     snprintf(blob, sizeof blob, "%s/%s.bin", blobs, name);
     snprintf(part, sizeof part, "%s/llama", folder);
@@ -457,8 +562,7 @@ static void golden_folder(const char *goldens, const char *blobs, const char *na
     snprintf(part, sizeof part, "%s/vqgan", folder);
     int has_vqgan = is_there(part);
     if (!has_llama && !has_vqgan) return;
-    lvm_model *m = lvm_open(blob, 0, &error);
-    must(m != NULL ? LVM_OK : error.code, &error, name);
+    lvm_model *m = load_model(blob);
     if (has_llama && has_vqgan) golden_both(name, folder, m);
     else if (has_llama) golden_llama(name, folder, m);
     else golden_vqgan(name, folder, m);
@@ -469,8 +573,11 @@ int main(int argc, char **argv) {
     char path[1024];
     if (argc == 4 && strcmp(argv[1], "--case") == 0) {
         golden_case(argv[2], argv[3]);
-    } else if ((argc == 4 || argc == 5) && strcmp(argv[1], "--nll") == 0) {
-        golden_answers(argv[2], argv[3], argc == 4);
+    } else if (argc >= 4 && argc % 2 == 0 && argc <= 4 + 2 * MOST_PAIRS &&
+               strcmp(argv[1], "--nll") == 0) {
+        golden_answers(argv[2], argv[3], argv + 4, argc / 2 - 2);
+    } else if (argc == 5 && strcmp(argv[1], "--cost") == 0) {
+        golden_cost(atof(argv[2]), argv[3], argv[4]);
     } else if (argc == 3) {
         DIR *dir = opendir(argv[1]);
         check(dir != NULL, "%s: cannot be read", argv[1]);
@@ -480,9 +587,10 @@ int main(int argc, char **argv) {
         snprintf(path, sizeof path, "%s/quant", argv[1]);
         golden_quant(path);
     } else {
-        fputs("usage: test_golden GOLDENS BLOBS | --case FOLDER WEIGHTS | --nll LIST WEIGHTS [q]\n", stderr);
+        fputs("usage: test_golden GOLDENS BLOBS | --case FOLDER WEIGHTS |\n"
+              "       --nll LIST WEIGHTS [PERCENT QUANTISED]... | --cost PERCENT LIST QUANTISED\n",
+              stderr);
         return 2;
     }
-    printf("golden: %d passed, %d failed\n", passed, failed);
-    return failed > 0;
+    return checked("golden");
 }

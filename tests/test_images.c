@@ -8,6 +8,7 @@
                                                     build with -DLVM_FUZZING and sanitizers */
 #define LVM_NO_MAIN
 #include "../lvm.c"
+#include "check.h"
 #include <signal.h>
 #include <stdio.h>
 #include <time.h>
@@ -19,33 +20,17 @@ static char *mkdtemp(char *name) { return _mktemp(name) && _mkdir(name) == 0 ? n
 #define TEMPORARY "/tmp/test_images.XXXXXX"
 #endif
 
-struct tally {
-    const char *folder;
-    int passed, failed;
+struct source {
+    const char *folder; /* of the vectors */
     uint32_t random;
 };
-
-LVM_PRINTF(3, 4)
-static void check(struct tally *t, int ok, const char *format, ...) {
-    if (ok) {
-        t->passed++;
-        return;
-    }
-    t->failed++;
-    va_list args;
-    va_start(args, format);
-    printf("FAILED: ");
-    vprintf(format, args);
-    printf("\n");
-    va_end(args);
-}
 
 static uint32_t lcg(uint32_t *state) {
     *state = *state * 1664525u + 1013904223u;
     return *state >> 24;
 }
 
-static uint32_t random_below(struct tally *t, uint32_t n) {
+static uint32_t random_below(struct source *t, uint32_t n) {
     uint32_t r = lcg(&t->random) << 16;
     r |= lcg(&t->random) << 8;
     return (r | lcg(&t->random)) % n;
@@ -85,9 +70,8 @@ static void formula_pixel(const char *kind, int x, int y, int w, int h, uint32_t
 }
 
 static lvm_image formula(const char *kind, int w, int h) {
-    lvm_image image = {w, h, mem_alloc((size_t)w * (size_t)h, 3, NULL), 0};
+    lvm_image image = {w, h, must(mem_alloc((size_t)w * (size_t)h, 3, NULL)), 0};
     uint32_t state = 65537u * (uint32_t)w + (uint32_t)h;
-    if (image.rgb == NULL) abort();
     for (int y = 0; y < h; y++)
         for (int x = 0; x < w; x++)
             formula_pixel(kind, x, y, w, h, &state,
@@ -97,45 +81,45 @@ static lvm_image formula(const char *kind, int w, int h) {
 
 /* ---- The lines of index.txt ---- */
 
-static void path_of(const struct tally *t, const char *name, char *path, size_t size) {
+static void path_of(const struct source *t, const char *name, char *path, size_t size) {
     snprintf(path, size, "%s/%s", t->folder, name);
 }
 
-static void test_load(struct tally *t, const char *line) {
+static void test_load(struct source *t, const char *line) {
     char name[128], path[1024];
     int w, h;
     unsigned long long hash;
     lvm_image image;
     lvm_error error = {0, ""};
     if (sscanf(line, "load %127s %d %d %llx", name, &w, &h, &hash) != 4) {
-        check(t, 0, "line not understood: %s", line);
+        check(0, "line not understood: %s", line);
         return;
     }
     path_of(t, name, path, sizeof path);
     int code = lvm_image_load(path, &image, &error);
-    check(t, code == LVM_OK && image.width == w && image.height == h &&
+    check(code == LVM_OK && image.width == w && image.height == h &&
              fnv(image.rgb, pixel_bytes(&image)) == hash, "%s: %s", name,
           code ? error.text : "other pixels than the reference's");
     lvm_image_free(&image);
 }
 
-static void test_upright(struct tally *t, const char *line) {
+static void test_upright(struct source *t, const char *line) {
     char name[128], path[1024];
     int n, w, h;
     unsigned long long hash;
     lvm_image image;
     lvm_error error = {0, ""};
     if (sscanf(line, "upright %127s %d %d %d %llx", name, &n, &w, &h, &hash) != 5) {
-        check(t, 0, "line not understood: %s", line);
+        check(0, "line not understood: %s", line);
         return;
     }
     path_of(t, name, path, sizeof path);
     int code = lvm_image_load(path, &image, &error);
-    check(t, code == LVM_OK && image.orientation == n, "%s: orientation %d instead of %d: %s", name,
+    check(code == LVM_OK && image.orientation == n, "%s: orientation %d instead of %d: %s", name,
           image.orientation, n, error.text);
     for (int again = 0; code == LVM_OK && again < 2; again++) {   /* the second time does nothing */
         code = lvm_image_upright(&image, &error);
-        check(t, code == LVM_OK && image.orientation == 1 && image.width == w &&
+        check(code == LVM_OK && image.orientation == 1 && image.width == w &&
                  image.height == h && fnv(image.rgb, pixel_bytes(&image)) == hash, "%s: %s", name,
               code ? error.text : "turned another way than the reference");
     }
@@ -144,8 +128,7 @@ static void test_upright(struct tally *t, const char *line) {
 
 /* Loads a copy that ends where its memory ends, so that a sanitizer sees any step too far. */
 static int load_copy(const uint8_t *data, size_t size, lvm_image *image, lvm_error *error) {
-    uint8_t *copy = malloc(size ? size : 1);
-    if (copy == NULL) abort();
+    uint8_t *copy = must(malloc(size ? size : 1));
     memcpy(copy, data, size);
     int code = lvm_image_load_memory(copy, size, "copy", image, error);
     free(copy);
@@ -153,87 +136,86 @@ static int load_copy(const uint8_t *data, size_t size, lvm_image *image, lvm_err
 }
 
 /* A JPEG's orientation, and each of its beginnings, which must not be read beyond. */
-static void test_turn(struct tally *t, const char *line) {
+static void test_turn(struct source *t, const char *line) {
     char name[128], path[1024];
     int want, wrong = 0;
     uint8_t *data = NULL;
     size_t size = 0;
     if (sscanf(line, "turn %127s %d", name, &want) != 2) {
-        check(t, 0, "line not understood: %s", line);
+        check(0, "line not understood: %s", line);
         return;
     }
     path_of(t, name, path, sizeof path);
-    check(t, read_file(path, &data, &size, NULL) == LVM_OK, "%s cannot be read", path);
+    check(read_file(path, &data, &size, NULL) == LVM_OK, "%s cannot be read", path);
     for (size_t n = 3; n <= size; n++) {
         lvm_image image;
         load_copy(data, n, &image, NULL);
         wrong += image.orientation != want && (n == size || image.orientation != 0);
         lvm_image_free(&image);
     }
-    check(t, wrong == 0, "%s: orientation %d is not what %d of its beginnings tell", name, want,
+    check(wrong == 0, "%s: orientation %d is not what %d of its beginnings tell", name, want,
           wrong);
     mem_free(data);
 }
 
-static void test_bad(struct tally *t, const char *line) {
+static void test_bad(struct source *t, const char *line) {
     char name[128], code_name[32], path[1024];
     int skip = 0;
     lvm_image image;
     lvm_error error = {0, ""};
     if (sscanf(line, "bad %127s %31s %n", name, code_name, &skip) != 2 || !skip) {
-        check(t, 0, "line not understood: %s", line);
+        check(0, "line not understood: %s", line);
         return;
     }
     path_of(t, name, path, sizeof path);
     int want = strcmp(code_name, "UNSUPPORTED") == 0 ? LVM_UNSUPPORTED : LVM_FORMAT;
     int code = lvm_image_load(path, &image, &error);
-    check(t, code == want && error.code == want, "%s: code %d instead of %d: %s", name, code, want,
+    check(code == want && error.code == want, "%s: code %d instead of %d: %s", name, code, want,
           error.text);
-    check(t, strstr(error.text, line + skip) != NULL, "%s: message \"%s\" lacks \"%s\"", name,
+    check(strstr(error.text, line + skip) != NULL, "%s: message \"%s\" lacks \"%s\"", name,
           error.text, line + skip);
-    check(t, strstr(error.text, name) != NULL, "%s: message \"%s\" lacks the name", name,
-          error.text);
-    check(t, image.rgb == NULL, "%s: an image in spite of an error", name);
+    check(strstr(error.text, name) != NULL, "%s: message \"%s\" lacks the name", name, error.text);
+    check(image.rgb == NULL, "%s: an image in spite of an error", name);
     lvm_image_free(&image);
 }
 
-static void test_resize(struct tally *t, const char *line) {
+static void test_resize(const char *line) {
     char kind[32];
     int w, h, new_w, new_h;
     unsigned long long hash;
     lvm_image out = {0, 0, NULL, 0};
     if (sscanf(line, "resize %31s %d %d %d %d %llx", kind, &w, &h, &new_w, &new_h, &hash) != 6) {
-        check(t, 0, "line not understood: %s", line);
+        check(0, "line not understood: %s", line);
         return;
     }
     lvm_image in = formula(kind, w, h);
     int code = lvm_image_resize(&in, new_w, new_h, &out, NULL);
-    check(t, code == LVM_OK && out.width == new_w && out.height == new_h &&
+    check(code == LVM_OK && out.width == new_w && out.height == new_h &&
              fnv(out.rgb, pixel_bytes(&out)) == hash,
           "other pixels than the reference's: %s", line);
     lvm_image_free(&out);
     lvm_image_free(&in);
 }
 
-static void test_crop(struct tally *t, const char *line) {
+static void test_crop(const char *line) {
     char kind[32];
     int w, h, R;
     unsigned long long hash;
     lvm_image out = {0, 0, NULL, 0};
     if (sscanf(line, "crop %31s %d %d %d %llx", kind, &w, &h, &R, &hash) != 5) {
-        check(t, 0, "line not understood: %s", line);
+        check(0, "line not understood: %s", line);
         return;
     }
     lvm_image in = formula(kind, w, h);
     int code = fit_image(&in, R, LVM_CROP, &out, NULL);
-    check(t, code == LVM_OK && out.width == R && out.height == R &&
+    check(code == LVM_OK && out.width == R && out.height == R &&
              fnv(out.rgb, pixel_bytes(&out)) == hash,
           "another crop than the reference's: %s", line);
     lvm_image_free(&out);
     lvm_image_free(&in);
 }
 
-static void test_size(struct tally *t, const char *line) {
+static void test_size(const char *line) {
     char kind[32];
     int w, h;
     unsigned long reference;
@@ -242,14 +224,14 @@ static void test_size(struct tally *t, const char *line) {
     lvm_image again = {0, 0, NULL, 0};
     lvm_error error = {0, ""};
     if (sscanf(line, "size %31s %d %d %lu", kind, &w, &h, &reference) != 4) {
-        check(t, 0, "line not understood: %s", line);
+        check(0, "line not understood: %s", line);
         return;
     }
     lvm_image image = formula(kind, w, h);
     int code = png_encode(&image, &png, &size, &error);
-    check(t, code == LVM_OK && size * 10 <= reference * 13, "%zu bytes written: %s", size, line);
+    check(code == LVM_OK && size * 10 <= reference * 13, "%zu bytes written: %s", size, line);
     if (code == LVM_OK) code = lvm_image_load_memory(png, size, "saved", &again, &error);
-    check(t, code == LVM_OK && same_image(&image, &again), "written, not read back: %s %s", line,
+    check(code == LVM_OK && same_image(&image, &again), "written, not read back: %s %s", line,
           error.text);
     mem_free(png);
     lvm_image_free(&again);
@@ -259,11 +241,12 @@ static void test_size(struct tally *t, const char *line) {
 /* ---- Properties ---- */
 
 /* No beginning of a file is an image, except that a JPEG may lack what follows its pixels. */
-static void test_cuts(struct tally *t, const char *name, const uint8_t *data, size_t size) {
+static void test_cuts(const char *name, const uint8_t *data, size_t size) {
     size_t end = size, accepted = 0, silent = 0;
     int is_jpeg = data[0] == 0xFF;
     lvm_image whole;
     int unread = load_copy(data, size, &whole, NULL);
+    check(!unread, "%s: not read, so nothing is known of its beginnings", name);
     while (data[0] == png_signature[0] && end >= 8 && memcmp(data + end - 8, "IEND", 4) != 0)
         end--;   /* bytes behind may go */
     for (size_t n = 0; n < end && !unread; n++) {
@@ -275,26 +258,25 @@ static void test_cuts(struct tally *t, const char *name, const uint8_t *data, si
         lvm_image_free(&image);
     }
     lvm_image_free(&whole);
-    check(t, accepted == 0, "%s: %zu of its beginnings were accepted", name, accepted);
-    check(t, silent == 0, "%s: %zu of its beginnings failed without a message", name, silent);
+    check(accepted == 0, "%s: %zu of its beginnings were accepted", name, accepted);
+    check(silent == 0, "%s: %zu of its beginnings failed without a message", name, silent);
 }
 
 /* Bytes behind an image change nothing. */
-static void test_tail(struct tally *t, const char *name, const uint8_t *data, size_t size) {
+static void test_tail(const char *name, const uint8_t *data, size_t size) {
     lvm_image image = {0, 0, NULL, 0}, longer = {0, 0, NULL, 0};
-    uint8_t *copy = malloc(size + 4);
-    if (copy == NULL) abort();
+    uint8_t *copy = must(malloc(size + 4));
     memcpy(copy, data, size);
     memcpy(copy + size, "\n9x#", 4);
     int code = load_copy(data, size, &image, NULL);
     if (code == LVM_OK) code = load_copy(copy, size + 4, &longer, NULL);
-    check(t, code == LVM_OK && same_image(&image, &longer), "%s: bytes behind it matter", name);
+    check(code == LVM_OK && same_image(&image, &longer), "%s: bytes behind it matter", name);
     lvm_image_free(&image);
     lvm_image_free(&longer);
     free(copy);
 }
 
-static void mutate(struct tally *t, uint8_t *data, size_t size) {
+static void mutate(struct source *t, uint8_t *data, size_t size) {
     for (uint32_t n = 1 + random_below(t, 4); n > 0 && size > 0; n--) {
         size_t at = random_below(t, (uint32_t)size);
         if (random_below(t, 3)) data[at] ^= (uint8_t)(1u << random_below(t, 8));
@@ -302,28 +284,27 @@ static void mutate(struct tally *t, uint8_t *data, size_t size) {
     }
 }
 
-static void load_mutated(struct tally *t, const uint8_t *data, size_t size) {
-    uint8_t *copy = malloc(size ? size : 1);
+static void load_mutated(struct source *t, const uint8_t *data, size_t size) {
+    uint8_t *copy = must(malloc(size ? size : 1));
     lvm_image image;
     lvm_error error = {0, ""};
-    if (copy == NULL) abort();
     memcpy(copy, data, size);
     mutate(t, copy, size);
     size_t n = random_below(t, 8) ? size : random_below(t, (uint32_t)size + 1);
     clock_t start = clock();
     int code = load_copy(copy, n, &image, &error);
     double seconds = (double)(clock() - start) / CLOCKS_PER_SEC;
-    check(t, seconds < 1, "a damaged file of %zu bytes took %.1f s", n, seconds);
-    if (n > 2) check(t, image.orientation >= 0 && image.orientation <= 8, "a wrong orientation");
+    check(seconds < 1, "a damaged file of %zu bytes took %.1f s", n, seconds);
+    if (n > 2) check(image.orientation >= 0 && image.orientation <= 8, "a wrong orientation");
     if (code == LVM_OK) code = lvm_image_upright(&image, &error);
-    check(t, code == error.code && (code != LVM_OK) == (image.rgb == NULL) &&
+    check(code == error.code && (code != LVM_OK) == (image.rgb == NULL) &&
              (code == LVM_OK || error.text[0]), "a damaged file: code %d, message \"%s\"", code,
           error.text);
     lvm_image_free(&image);
     free(copy);
 }
 
-static void test_round_trips(struct tally *t, const char *path) {
+static void test_round_trips(struct source *t, const char *path) {
     static const char *const kinds[] = {"noise", "gradient", "grain", "blocks", "flat"};
     for (int i = 0; i < 60; i++) {
         int most = i % 3 ? 40 : 300;
@@ -332,7 +313,7 @@ static void test_round_trips(struct tally *t, const char *path) {
         lvm_error error = {0, ""};
         int code = lvm_image_save(path, &image, &error);
         if (code == LVM_OK) code = lvm_image_load(path, &again, &error);
-        check(t, code == LVM_OK && same_image(&image, &again),
+        check(code == LVM_OK && same_image(&image, &again),
               "%s %d x %d: saved, not read back: %s", kinds[i % 5], w, h, error.text);
         lvm_image_free(&again);
         lvm_image_free(&image);
@@ -341,12 +322,12 @@ static void test_round_trips(struct tally *t, const char *path) {
 
 #ifndef _WIN32
 /* A limit on the size of files stands in for a full disk. */
-static void test_full_disk(struct tally *t, const char *path) {
+static void test_full_disk(const char *path) {
     struct rlimit old, small;
     lvm_image image = formula("noise", 100, 100), before = formula("flat", 5, 5);
     lvm_image after = {0, 0, NULL, 0};
     lvm_error error = {0, ""};
-    check(t, lvm_image_save(path, &before, &error) == LVM_OK, "%s", error.text);
+    check(lvm_image_save(path, &before, &error) == LVM_OK, "%s", error.text);
     getrlimit(RLIMIT_FSIZE, &old);
     small = old;
     small.rlim_cur = 4096;
@@ -354,37 +335,37 @@ static void test_full_disk(struct tally *t, const char *path) {
     setrlimit(RLIMIT_FSIZE, &small);
     int code = lvm_image_save(path, &image, &error);
     setrlimit(RLIMIT_FSIZE, &old);
-    check(t, code == LVM_IO && strstr(error.text, path), "full disk: code %d, \"%s\"", code,
+    check(code == LVM_IO && strstr(error.text, path), "full disk: code %d, \"%s\"", code,
           error.text);
     code = lvm_image_load(path, &after, &error);
-    check(t, code == LVM_OK && same_image(&before, &after), "full disk: the old file is gone");
+    check(code == LVM_OK && same_image(&before, &after), "full disk: the old file is gone");
     lvm_image_free(&after);
     lvm_image_free(&before);
     lvm_image_free(&image);
 }
 #endif
 
-static void test_refusals(struct tally *t, const char *folder) {
+static void test_refusals(const char *folder) {
     char path[1100];
     lvm_image image = formula("flat", 3, 2), out = {0, 0, NULL, 0}, none = {3, 2, NULL, 0};
     lvm_error error = {0, ""};
     snprintf(path, sizeof path, "%s/none/x.png", folder);
-    check(t, lvm_image_save(path, &image, &error) == LVM_IO, "saved into a missing folder");
-    check(t, lvm_image_load(path, &out, &error) == LVM_IO && strstr(error.text, path),
+    check(lvm_image_save(path, &image, &error) == LVM_IO, "saved into a missing folder");
+    check(lvm_image_load(path, &out, &error) == LVM_IO && strstr(error.text, path),
           "missing file: \"%s\"", error.text);
-    check(t, lvm_image_load(folder, &out, &error) == LVM_IO, "a folder: \"%s\"", error.text);
-    check(t, lvm_image_load(path, &out, NULL) == LVM_IO, "an error that nobody wants to read");
-    check(t, lvm_image_save(path, &none, &error) == LVM_INVALID, "saved an image without pixels");
-    check(t, lvm_image_resize(&none, 2, 2, &out, &error) == LVM_INVALID, "resized no pixels");
-    check(t, lvm_image_resize(&image, 0, 2, &out, &error) == LVM_INVALID, "resized to 0 x 2");
-    check(t, lvm_image_resize(&image, 2, -1, &out, &error) == LVM_INVALID, "resized to 2 x -1");
-    check(t, lvm_image_resize(&image, 1 << 20, 1 << 20, &out, &error) == LVM_INVALID,
+    check(lvm_image_load(folder, &out, &error) == LVM_IO, "a folder: \"%s\"", error.text);
+    check(lvm_image_load(path, &out, NULL) == LVM_IO, "an error that nobody wants to read");
+    check(lvm_image_save(path, &none, &error) == LVM_INVALID, "saved an image without pixels");
+    check(lvm_image_resize(&none, 2, 2, &out, &error) == LVM_INVALID, "resized no pixels");
+    check(lvm_image_resize(&image, 0, 2, &out, &error) == LVM_INVALID, "resized to 0 x 2");
+    check(lvm_image_resize(&image, 2, -1, &out, &error) == LVM_INVALID, "resized to 2 x -1");
+    check(lvm_image_resize(&image, 1 << 20, 1 << 20, &out, &error) == LVM_INVALID,
           "resized to 2^40 pixels");
-    check(t, out.rgb == NULL, "an image in spite of an error");
-    check(t, lvm_image_upright(&none, &error) == LVM_INVALID, "turned no pixels");
+    check(out.rgb == NULL, "an image in spite of an error");
+    check(lvm_image_upright(&none, &error) == LVM_INVALID, "turned no pixels");
     for (int n = -1; n <= 9; n += 10) {
         image.orientation = n;
-        check(t, lvm_image_upright(&image, &error) == LVM_INVALID && image.orientation == n,
+        check(lvm_image_upright(&image, &error) == LVM_INVALID && image.orientation == n,
               "turned by orientation %d", n);
     }
     lvm_image_free(&image);
@@ -393,29 +374,29 @@ static void test_refusals(struct tally *t, const char *folder) {
 
 /* ---- Running ---- */
 
-static void test_line(struct tally *t, char *line) {
+static void test_line(struct source *t, char *line) {
     char name[128], path[1024];
     uint8_t *data = NULL;
     size_t size = 0;
     line[strcspn(line, "\n")] = 0;
-    if (strncmp(line, "resize ", 7) == 0) test_resize(t, line);
-    else if (strncmp(line, "crop ", 5) == 0) test_crop(t, line);
-    else if (strncmp(line, "size ", 5) == 0) test_size(t, line);
+    if (strncmp(line, "resize ", 7) == 0) test_resize(line);
+    else if (strncmp(line, "crop ", 5) == 0) test_crop(line);
+    else if (strncmp(line, "size ", 5) == 0) test_size(line);
     else if (strncmp(line, "bad ", 4) == 0) test_bad(t, line);
     else if (strncmp(line, "load ", 5) == 0) test_load(t, line);
     else if (strncmp(line, "upright ", 8) == 0) test_upright(t, line);
     else if (strncmp(line, "turn ", 5) == 0) test_turn(t, line);
-    else if (line[0] != '#') check(t, 0, "line not understood: %s", line);
+    else if (line[0] != '#') check(0, "line not understood: %s", line);
     if (sscanf(line, "load %127s", name) != 1 && sscanf(line, "upright %127s", name) != 1) return;
     path_of(t, name, path, sizeof path);
     if (read_file(path, &data, &size, NULL) != LVM_OK) return;
-    test_cuts(t, name, data, size);
-    test_tail(t, name, data, size);
+    test_cuts(name, data, size);
+    test_tail(name, data, size);
     for (int i = 0; i < 300; i++) load_mutated(t, data, size);
     mem_free(data);
 }
 
-static int fuzz(struct tally *t, FILE *list, int seconds) {
+static int fuzz(struct source *t, FILE *list, int seconds) {
     enum { MOST = 1024 };
     static uint8_t *data[MOST];
     static size_t size[MOST];
@@ -438,9 +419,9 @@ static int fuzz(struct tally *t, FILE *list, int seconds) {
 }
 
 int main(int argc, char **argv) {
-    struct tally t = {.folder = argc > 1 ? argv[1] : "", .random = 1};
+    struct source t = {.folder = argc > 1 ? argv[1] : "", .random = 1};
     char line[512], path[1024], folder[] = TEMPORARY;
-    int fuzzing = argc == 4 && strcmp(argv[2], "--fuzz") == 0;
+    int fuzzing = argc == 4 && strcmp(argv[2], "--fuzz") == 0, lines = 0;
     path_of(&t, "index.txt", path, sizeof path);
     FILE *list = argc == 2 || fuzzing ? fopen(path, "r") : NULL;
     if (list == NULL) {
@@ -448,20 +429,20 @@ int main(int argc, char **argv) {
         return 2;
     }
     if (fuzzing) {
-        check(&t, fuzz(&t, list, atoi(argv[3])), "no files to mutate");
+        check(fuzz(&t, list, atoi(argv[3])), "no files to mutate");
     } else {
-        while (fgets(line, sizeof line, list)) test_line(&t, line);
-        if (mkdtemp(folder) == NULL) abort();
+        for (; fgets(line, sizeof line, list); lines++) test_line(&t, line);
+        check(lines > 100, "%s: %d lines", path, lines);
+        must(mkdtemp(folder));
         snprintf(path, sizeof path, "%s/image.png", folder);
         test_round_trips(&t, path);
 #ifndef _WIN32
-        test_full_disk(&t, path);
+        test_full_disk(path);
 #endif
-        test_refusals(&t, folder);
+        test_refusals(folder);
         remove(path);
-        check(&t, rmdir(folder) == 0, "files were left in %s", folder);
+        check(rmdir(folder) == 0, "files were left in %s", folder);
     }
     fclose(list);
-    printf("images: %d passed, %d failed\n", t.passed, t.failed);
-    return t.failed != 0;
+    return checked("images");
 }

@@ -193,6 +193,5 @@ int main(int argc, char **argv) {
     test_cgroups(argv[1]);
 #endif
     check(rmdir(argv[1]) == 0, "%s: something was left in it", argv[1]);
-    printf("os: %d passed, %d failed\n", passed, failed);
-    return failed > 0;
+    return checked("os");
 }
