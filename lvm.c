@@ -311,22 +311,21 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int for
 /* A device's own file takes of what follows only the parts that LVM_INTERNAL leaves in: errors and
    progress (chapter 1), types and tensors (2), the model in memory (4), batches (6), the seam (7).
    They are C11 and C++17. */
-#include <math.h>
-#include <stdarg.h>
-#include <stdio.h>
-#include <string.h>
-
-#ifndef LVM_INTERNAL
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "lvm.c: weights files are little-endian and are used where they lie; this machine is not"
 #endif
 #if SIZE_MAX < UINT64_MAX
 #error "lvm.c: weights are mapped whole and outgrow 32-bit addresses; compile for a 64-bit machine"
 #endif
-#if defined(_WIN32) && !defined(__MINGW32__)
+#if defined(_WIN32) && !defined(__MINGW32__) && !defined(LVM_INTERNAL)
 #error "lvm.c: on Windows compile it with mingw-w64, by gcc or clang (C11 atomics, POSIX threads)"
 #endif
 
+#include <math.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <string.h>
+#ifndef LVM_INTERNAL
 #include <ctype.h>
 #include <errno.h>
 #include <fcntl.h>
