@@ -10865,67 +10865,41 @@ static void winograd_output_neon(const float *m, int64_t tap, const float *bias,
     winograd_output_vec(m, tap, bias, residual, out);
 }
 
-static const struct kernels kernels_neon = {
-    .name = "neon",
-    .matmul = {.dot_rows = NEON_ROWS,
-               .dot_cols = NEON_COLS,
-               .int_rows = NEON_INT,
-               .int_panels = 1,
-               .outer_rows = NEON_OUTER,
-               .outer_panels = NEON_PANELS,
-               .pack_bytes = NEON_PACK,
-               .dot_row = dot_row_neon,
-               .dot_tile = dot_tile_neon,
-               .quantize_act = quantize_act_neon,
-               .int_row = int_row_neon,
-               .int_pack = int_pack_neon,
-               .int_tile = int_tile_neon,
-               .outer_row = outer_row_neon,
-               .outer_tile = outer_tile_neon},
-    .conv = {.tiled = 1,
-             .pack_panel = pack_panel_neon,
-             .winograd_filter = winograd_filter_neon,
-             .winograd_input = winograd_input_neon,
-             .winograd_output = winograd_output_neon,
-             .scale_shift = scale_shift_neon,
-             .channel_sums = channel_sums_neon},
-    .attention = {.softmax = softmax_neon,
-                  .quantize_query = quantize_query_neon,
-                  .k8_scores = k8_scores_neon,
-                  .v8_sums = v8_sums_neon,
-                  .to_q8_0 = quantize_q8_0},
-    .elementwise = {.rmsnorm = rmsnorm_neon, .silu_mul = silu_mul_neon, .to_f32 = to_f32_neon}};
+/* Processors with dot products of bytes differ in the integer kernels alone. */
+#define NEON_KERNELS(title, suffix)                                                               \
+    {                                                                                             \
+        .name = title,                                                                            \
+        .matmul = {.dot_rows = NEON_ROWS,                                                         \
+                   .dot_cols = NEON_COLS,                                                         \
+                   .int_rows = NEON_INT,                                                          \
+                   .int_panels = 1,                                                               \
+                   .outer_rows = NEON_OUTER,                                                      \
+                   .outer_panels = NEON_PANELS,                                                   \
+                   .pack_bytes = NEON_PACK,                                                       \
+                   .dot_row = dot_row_neon,                                                       \
+                   .dot_tile = dot_tile_neon,                                                     \
+                   .quantize_act = quantize_act_neon,                                             \
+                   .int_row = int_row_##suffix,                                                   \
+                   .int_pack = int_pack_##suffix,                                                 \
+                   .int_tile = int_tile_##suffix,                                                 \
+                   .outer_row = outer_row_neon,                                                   \
+                   .outer_tile = outer_tile_neon},                                                \
+        .conv = {.tiled = 1,                                                                      \
+                 .pack_panel = pack_panel_neon,                                                   \
+                 .winograd_filter = winograd_filter_neon,                                         \
+                 .winograd_input = winograd_input_neon,                                           \
+                 .winograd_output = winograd_output_neon,                                         \
+                 .scale_shift = scale_shift_neon,                                                 \
+                 .channel_sums = channel_sums_neon},                                              \
+        .attention = {.softmax = softmax_neon,                                                    \
+                      .quantize_query = quantize_query_neon,                                      \
+                      .k8_scores = k8_scores_neon,                                                \
+                      .v8_sums = v8_sums_neon,                                                    \
+                      .to_q8_0 = quantize_q8_0},                                                  \
+        .elementwise = {.rmsnorm = rmsnorm_neon, .silu_mul = silu_mul_neon, .to_f32 = to_f32_neon}}
 
-static const struct kernels kernels_neon_dot = {
-    .name = "neon-dot",
-    .matmul = {.dot_rows = NEON_ROWS,
-               .dot_cols = NEON_COLS,
-               .int_rows = NEON_INT,
-               .int_panels = 1,
-               .outer_rows = NEON_OUTER,
-               .outer_panels = NEON_PANELS,
-               .pack_bytes = NEON_PACK,
-               .dot_row = dot_row_neon,
-               .dot_tile = dot_tile_neon,
-               .quantize_act = quantize_act_neon,
-               .int_row = int_row_dot,
-               .int_pack = int_pack_dot,
-               .int_tile = int_tile_dot,
-               .outer_row = outer_row_neon,
-               .outer_tile = outer_tile_neon},
-    .conv = {.tiled = 1,
-             .pack_panel = pack_panel_neon,
-             .winograd_filter = winograd_filter_neon,
-             .winograd_input = winograd_input_neon,
-             .winograd_output = winograd_output_neon,
-             .scale_shift = scale_shift_neon,
-             .channel_sums = channel_sums_neon},
-    .attention = {.softmax = softmax_neon,
-                  .quantize_query = quantize_query_neon,
-                  .k8_scores = k8_scores_neon,
-                  .v8_sums = v8_sums_neon,
-                  .to_q8_0 = quantize_q8_0},
-    .elementwise = {.rmsnorm = rmsnorm_neon, .silu_mul = silu_mul_neon, .to_f32 = to_f32_neon}};
+static const struct kernels kernels_neon = NEON_KERNELS("neon", neon);
+static const struct kernels kernels_neon_dot = NEON_KERNELS("neon-dot", dot);
 
 #ifndef LVM_NO_MAIN
 static void peak_fma_neon(int64_t rounds) {
