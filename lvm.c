@@ -373,14 +373,21 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int for
 #define LVM_PRINTF(a, b)
 #endif
 
+/* text as a message shows it, in out[room] (chapter 10): what would move a terminal's cursor and
+   what is no UTF-8 is escaped; of one that is too long the middle is left out, for messages begin
+   with a name and end with the reason. */
+static inline void show_text(const char *text, char *out, size_t room);
+
 /* Fills error (which may be NULL) and returns code, so that `return fail(...)` reads well. */
 LVM_PRINTF(3, 4)
 static inline int fail(lvm_error *error, int code, const char *format, ...) {
     if (error != NULL) {
+        char text[1 << 13]; /* a path has 4096 bytes at most */
         va_list args;
         va_start(args, format);
-        vsnprintf(error->text, sizeof error->text, format, args);
+        vsnprintf(text, sizeof text, format, args);
         va_end(args);
+        show_text(text, error->text, sizeof error->text);
         error->code = code;
     }
     return code;
@@ -4166,12 +4173,70 @@ static int parse_sentence(struct json *j, struct sentence *s) {
    What chapter 1 declares and the command line needs, for POSIX and for Windows:
 
        map_file, read_file    path  -->  all bytes of a file, mapped or in memory
-       outfile, write_file    bytes  -->  path.PID.tmp, flushed to the disk, then renamed to path:
-                              whoever looks sees the old file or the whole new one, also when the
-                              machine stops in between
+       outfile, write_file    bytes  -->  .lvm-PID-N.tmp beside the file, flushed to the disk, then
+                              renamed: whoever looks sees the old file or the whole new one, also
+                              when the machine stops in between. A symbolic link's target is
+                              replaced, not the link; devices and pipes are written to
        pool_run               numbered tasks  -->  threads, each with a queue; an idle one steals
        os_...                 all that the two systems do differently; the rest of the file calls
-                              only these */
+                              only these
+       show_text              what others wrote  -->  what a terminal may show */
+
+#endif /* LVM_INTERNAL */
+
+/* ---- Text that is shown ---- */
+
+/* Bytes of the UTF-8 character (RFC 3629) at the beginning of s, 1 to 4, or 0 where there is none:
+   no surrogates, nothing longer than it must be, nothing beyond U+10FFFF. */
+static inline int utf8_bytes(const char *s) {
+    uint8_t a = (uint8_t)s[0], b = a != 0 ? (uint8_t)s[1] : 0;
+    int n = a < 0x80 ? 1 : a < 0xc2 ? 0 : a < 0xe0 ? 2 : a < 0xf0 ? 3 : a < 0xf5 ? 4 : 0;
+    if ((a == 0xe0 && b < 0xa0) || (a == 0xed && b > 0x9f)) return 0;
+    if ((a == 0xf0 && b < 0x90) || (a == 0xf4 && b > 0x8f)) return 0;
+    for (int i = 1; i < n; i++)
+        if (((uint8_t)s[i] & 0xc0) != 0x80) return 0;
+    return n;
+}
+
+/* The character at the beginning of s as it is shown; control characters, those of 8 bits (U+0080
+   to U+009F) too, and stray bytes become \n, \t, \r or \x1b. Returns its length, in *n that in
+   s. */
+static inline int show_character(const char *s, char shown[8], int *n) {
+    static const char from[] = "\n\t\r", to[] = "ntr";
+    uint8_t c = (uint8_t)s[0];
+    *n = utf8_bytes(s);
+    if (*n > 0 && c >= 32 && c != 127 && !(c == 0xc2 && (uint8_t)s[1] < 0xa0)) {
+        memcpy(shown, s, (size_t)*n);
+        return *n;
+    }
+    const char *simple = strchr(from, c);
+    *n = 1;
+    return simple != NULL && c != 0 ? snprintf(shown, 8, "\\%c", to[simple - from])
+                                    : snprintf(shown, 8, "\\x%02x", c);
+}
+
+/* A third of the room is for the beginning. */
+static inline void show_text(const char *text, char *out, size_t room) {
+    char shown[8];
+    size_t whole = 0, at = 0, used = 0, head = (room - 4) / 3, tail = room - 4 - head;
+    int n = 0, cut = 0;
+    for (const char *s = text; *s != 0; s += n) whole += (size_t)show_character(s, shown, &n);
+    for (const char *s = text; *s != 0; s += n) {
+        size_t bytes = (size_t)show_character(s, shown, &n);
+        if (whole < room || at + bytes <= head || whole - at <= tail) {
+            memcpy(out + used, shown, bytes);
+            used += bytes;
+        } else if (!cut) {
+            memcpy(out + used, "...", 3);
+            used += 3;
+            cut = 1;
+        }
+        at += bytes;
+    }
+    out[used] = 0;
+}
+
+#ifndef LVM_INTERNAL
 
 /* A hint: memory of some megabytes is read faster in huge pages, for which prefetches find their
    addresses translated. Linux gives them to memory that is not in use yet, and to what is read of
@@ -4202,10 +4267,64 @@ struct os_info {
 
 #ifndef _WIN32
 
-static int os_open(const char *path) { return open(path, O_RDONLY); }
+/* For reading; a pipe that nobody writes to is not waited for. */
+static int os_open(const char *path) {
+    return open(path, O_RDONLY | O_NONBLOCK | O_NOCTTY | O_CLOEXEC);
+}
+
 static FILE *os_fopen(const char *path, const char *mode) { return fopen(path, mode); }
 static int os_rename(const char *from, const char *to) { return rename(from, to); }
-static int os_remove(const char *path) { return remove(path); }
+static int os_remove(const char *path) { return unlink(path); }
+static int os_truncate(FILE *file, int64_t size) { return ftruncate(fileno(file), (off_t)size); }
+static int os_may_write(const char *path) { return access(path, W_OK) == 0; }
+
+/* A new file for writing; EEXIST where there is one of that name. */
+static FILE *os_create(const char *path) {
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+    return fd < 0 ? NULL : fdopen(fd, "wb");
+}
+
+/* An open descriptor's file a second time, for writing. */
+static FILE *os_duplicate(int fd) {
+    int copy = dup(fd);
+    return copy < 0 ? NULL : fdopen(copy, "wb");
+}
+
+/* A new file gets owner, as far as that is allowed, and mode of the one that it replaces. */
+static void os_copy_mode(FILE *file, const char *path) {
+    struct stat st;
+    if (stat(path, &st) != 0) return;
+    int owner = fchown(fileno(file), st.st_uid, st.st_gid) == 0;
+    (void)fchmod(fileno(file), st.st_mode & (owner ? 07777 : 0777));
+}
+
+static int os_is_separator(char c) { return c == '/'; }
+
+/* How many characters of a path name its root: none if it is relative. */
+static size_t os_root(const char *path) { return os_is_separator(path[0]); }
+
+/* The file that a path leads to through symbolic links; it need not exist. The caller mem_frees
+   it. */
+static char *os_target(const char *path, lvm_error *error) {
+    char link[4097], *at = copy_string(path, error);
+    for (int i = 0; at != NULL && i < 40; i++) {
+        ssize_t n = readlink(at, link, sizeof link - 1);
+        if (n < 0) return at; /* no link */
+        link[n] = 0;
+        const char *slash = link[0] == '/' ? NULL : strrchr(at, '/');
+        size_t folder = slash != NULL ? (size_t)(slash - at) + 1 : 0;
+        char *next = mem_alloc(folder + (size_t)n + 1, 1, error);
+        if (next != NULL) {
+            memcpy(next, at, folder);
+            memcpy(next + folder, link, (size_t)n + 1);
+        }
+        mem_free(at);
+        at = next;
+    }
+    if (at != NULL) fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(ELOOP));
+    mem_free(at);
+    return NULL;
+}
 
 static struct os_info os_describe(int failed, const struct stat *st) {
     if (failed) return (struct os_info){OS_NOTHING, 0, 0, 0};
@@ -4302,13 +4421,29 @@ static int64_t os_processors(void) {
 
 #ifndef LVM_NO_MAIN
 
-/* Called first by main. */
+/* Called first by main. A standard stream that is closed gets something that fails, or the next
+   file to be opened would take its place. */
 static int os_begin(int *argc, char ***argv) {
     (void)argc, (void)argv;
+    for (int fd = 0; fd <= 2; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd > 0 ? O_RDONLY : O_WRONLY) < 0)
+            return -1;
     return 0;
 }
 
 static int os_is_terminal(int fd) { return isatty(fd); }
+
+typedef sigset_t os_signals;
+
+/* Signals wait from here to os_release_signals. */
+static os_signals os_hold_signals(void) {
+    os_signals all, old;
+    sigfillset(&all);
+    pthread_sigmask(SIG_BLOCK, &all, &old);
+    return old;
+}
+
+static void os_release_signals(os_signals old) { pthread_sigmask(SIG_SETMASK, &old, NULL); }
 
 struct os_folder {
     DIR *dir;
@@ -4326,10 +4461,6 @@ static const char *os_folder_next(struct os_folder *f) {
 
 static void os_folder_close(struct os_folder *f) { closedir(f->dir); }
 static int os_make_folder(const char *path) { return mkdir(path, 0777); }
-static int os_is_separator(char c) { return c == '/'; }
-
-/* How many characters of a path name its root: none if it is relative. */
-static size_t os_root(const char *path) { return os_is_separator(path[0]); }
 #endif
 
 #else /* Windows */
@@ -4343,6 +4474,8 @@ static int os_fault(void) {
     case ERROR_ACCESS_DENIED:
     case ERROR_SHARING_VIOLATION:
     case ERROR_USER_MAPPED_FILE: errno = EACCES; break;
+    case ERROR_FILE_EXISTS:
+    case ERROR_ALREADY_EXISTS: errno = EEXIST; break;
     case ERROR_DISK_FULL: errno = ENOSPC; break;
     case ERROR_NOT_ENOUGH_MEMORY: errno = ENOMEM; break;
     default: errno = EIO;
@@ -4402,6 +4535,50 @@ static int os_remove(const char *path) {
     int code = wide == NULL ? -1 : _wremove(wide);
     LVM_FREE(wide);
     return code;
+}
+
+static int os_truncate(FILE *file, int64_t size) { return _chsize_s(_fileno(file), size); }
+
+static int os_may_write(const char *path) {
+    wchar_t *wide = os_wide(path);
+    int may = wide != NULL && _waccess(wide, 2) == 0;
+    LVM_FREE(wide);
+    return may;
+}
+
+/* Shared for deletion, so that a file can be removed while it is open, as elsewhere. */
+static FILE *os_create(const char *path) {
+    wchar_t *wide = os_wide(path);
+    if (wide == NULL) return NULL;
+    HANDLE h = CreateFileW(wide, GENERIC_WRITE, FILE_SHARE_READ | FILE_SHARE_DELETE, NULL,
+                           CREATE_NEW, FILE_ATTRIBUTE_NORMAL, NULL);
+    LVM_FREE(wide);
+    if (h == INVALID_HANDLE_VALUE) {
+        os_fault();
+        return NULL;
+    }
+    int fd = _open_osfhandle((intptr_t)h, _O_BINARY);
+    return fd < 0 ? NULL : _fdopen(fd, "wb");
+}
+
+static FILE *os_duplicate(int fd) {
+    int copy = _dup(fd);
+    return copy < 0 ? NULL : _fdopen(copy, "wb");
+}
+
+static void os_copy_mode(FILE *file, const char *path) { (void)file, (void)path; }
+static char *os_target(const char *path, lvm_error *error) { return copy_string(path, error); }
+
+static int os_is_separator(char c) { return c == '/' || c == '\\'; }
+
+/* "C:", "C:\", "\" and "\\server\share\". */
+static size_t os_root(const char *path) {
+    size_t n = isalpha((unsigned char)path[0]) && path[1] == ':' ? 2 : 0;
+    if (os_is_separator(path[0]) && os_is_separator(path[1])) {
+        n = 2 + strcspn(path + 2, "/\\");
+        if (path[n] != 0) n += 1 + strcspn(path + n + 1, "/\\");
+    }
+    return n + (size_t)os_is_separator(path[n]);
 }
 
 static struct os_info os_describe(HANDLE h) {
@@ -4530,6 +4707,11 @@ static int os_is_terminal(int fd) {
     return GetConsoleMode(h, &mode) && SetConsoleMode(h, mode | 4 /* virtual terminal */);
 }
 
+/* Signals come in a thread of their own. */
+typedef int os_signals;
+static os_signals os_hold_signals(void) { return 0; }
+static void os_release_signals(os_signals old) { (void)old; }
+
 struct os_folder {
     HANDLE find;
     int first;
@@ -4568,22 +4750,9 @@ static int os_make_folder(const char *path) {
     LVM_FREE(wide);
     return code;
 }
-
-static int os_is_separator(char c) { return c == '/' || c == '\\'; }
-
-/* "C:", "C:\", "\" and "\\server\share\". */
-static size_t os_root(const char *path) {
-    size_t n = isalpha((unsigned char)path[0]) && path[1] == ':' ? 2 : 0;
-    if (os_is_separator(path[0]) && os_is_separator(path[1])) {
-        n = 2 + strcspn(path + 2, "/\\");
-        if (path[n] != 0) n += 1 + strcspn(path + n + 1, "/\\");
-    }
-    return n + (size_t)os_is_separator(path[n]);
-}
 #endif
 #endif /* Windows */
 
-#ifndef LVM_NO_MAIN
 /* The part of a path behind its last separator. */
 static const char *os_file_name(const char *path) {
     const char *name = path += os_root(path);
@@ -4591,7 +4760,6 @@ static const char *os_file_name(const char *path) {
         if (os_is_separator(*path)) name = path + 1;
     return name;
 }
-#endif
 
 static int processors(void) { return (int)min64(max64(os_processors(), 1), 1024); }
 
@@ -4844,63 +5012,119 @@ static int map_file(const char *path, void **data, size_t *size, lvm_error *erro
 
 static void unmap_file(void *data, size_t size) { os_unmap(data, size); }
 
-/* A file being written under a temporary name beside its own. */
+/* While a file has only its temporary name the command line knows of it, to remove it when a signal
+   ends the program (chapter 15); a library leaves signals to its program. */
+#ifndef LVM_NO_MAIN
+static FILE *create_temporary(const char *path);
+static void forget_temporary(const char *path);
+#else
+static FILE *create_temporary(const char *path) { return os_create(path); }
+static void forget_temporary(const char *path) { (void)path; }
+#endif
+
+/* A file being written. */
 struct outfile {
-    char *path, *temp;
+    char *path;          /* as messages name it */
+    char *target, *temp; /* where it will be and is; NULL: a device or a pipe, written directly */
     FILE *file;
 };
 
+static int write_failed(const char *path, lvm_error *error) {
+    return fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
+}
+
+static void outfile_free(struct outfile *out) {
+    mem_free(out->path);
+    mem_free(out->target);
+    mem_free(out->temp);
+    memset(out, 0, sizeof *out);
+}
+
+/* The descriptor, standard output or error, that a path is another name of ("/dev/stdout", say), or
+   -1. */
+static int standard_stream(const char *path) {
+    struct os_info info = os_stat(path);
+    for (int fd = 1; fd <= 2 && info.kind != OS_NOTHING; fd++) {
+        struct os_info stream = os_fstat(fd);
+        if (stream.kind == info.kind && stream.device == info.device &&
+            stream.number == info.number)
+            return fd;
+    }
+    return -1;
+}
+
+/* A name that no other file, process or thread has, and that fits where the file's own does. */
+static int create_beside(struct outfile *out, lvm_error *error) {
+    int folder = (int)(os_file_name(out->target) - out->target);
+    size_t room = (size_t)folder + 48;
+    out->temp = mem_alloc(room, 1, error);
+    if (out->temp == NULL) return LVM_MEMORY;
+    for (int i = 0; i < INT_MAX; i++) {
+        snprintf(out->temp, room, "%.*s.lvm-%ld-%d.tmp", folder, out->target, (long)getpid(), i);
+        out->file = create_temporary(out->temp);
+        if (out->file != NULL || errno != EEXIST) break;
+    }
+    if (out->file == NULL) return write_failed(out->path, error);
+    os_copy_mode(out->file, out->target);
+    return LVM_OK;
+}
+
+static int open_target(struct outfile *out, lvm_error *error) {
+    out->target = os_target(out->path, error);
+    if (out->target == NULL) return error != NULL ? error->code : LVM_IO;
+    if (os_stat(out->target).kind == OS_FILE && !os_may_write(out->target))
+        return write_failed(out->path, error);
+    return create_beside(out, error);
+}
+
+/* Checks that path can be written and holds its place until outfile_close. */
 static int outfile_open(struct outfile *out, const char *path, lvm_error *error) {
     memset(out, 0, sizeof *out);
-    size_t n = strlen(path) + 32;
-    int code = LVM_MEMORY;
+    enum os_kind kind = os_stat(path).kind;
+    int stream = standard_stream(path), code = LVM_OK;
+    if (*path == 0) return fail(error, LVM_INVALID, "the name of an output is empty");
+    if (kind == OS_FOLDER || *os_file_name(path) == 0)
+        return fail(error, LVM_IO, "%s: cannot be written: is a folder", path);
     out->path = copy_string(path, error);
-    out->temp = mem_alloc(n, 1, error);
-    if (out->path != NULL && out->temp != NULL) {
-        snprintf(out->temp, n, "%s.%ld.tmp", path, (long)getpid());
-        out->file = os_fopen(out->temp, "wb");
-        if (out->file != NULL) return LVM_OK;
-        code = fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
+    if (out->path == NULL) return LVM_MEMORY;
+    if (kind == OS_DEVICE || stream >= 0) {
+        out->file = stream >= 0 ? os_duplicate(stream) : os_fopen(path, "wb");
+        if (out->file == NULL) code = write_failed(path, error);
+    } else {
+        code = open_target(out, error);
     }
-    mem_free(out->path);
-    mem_free(out->temp);
+    if (code != LVM_OK) outfile_free(out);
     return code;
 }
 
 static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error) {
     if (size == 0 || fwrite(data, 1, size, out->file) == size) return LVM_OK;
-    return fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
+    return write_failed(out->path, error);
+}
+
+/* Everything that was written is on the disk; 0, or -1 and errno. */
+static int outfile_flush(struct outfile *out) {
+    if (fflush(out->file) != 0) return -1;
+    if (out->temp == NULL) return 0;
+    if (os_truncate(out->file, ftello(out->file)) != 0) return -1;
+    return os_sync(out->file) != 0 && errno != EINVAL && errno != EROFS ? -1 : 0;
 }
 
 /* Finishes the file: with code LVM_OK it gets its name, else it is removed. Returns what
    happened. */
 static int outfile_close(struct outfile *out, int code, lvm_error *error) {
-    int bad = fflush(out->file) != 0 || (code == LVM_OK && os_sync(out->file) != 0 &&
-                                         errno != EINVAL && errno != EROFS);
-    if (code == LVM_OK && bad)
-        code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
-    if (fclose(out->file) != 0 && code == LVM_OK)
-        code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
-    if (code == LVM_OK && os_rename(out->temp, out->path) != 0)
-        code = fail(error, LVM_IO, "%s: cannot be written: %s", out->path, strerror(errno));
-    if (code != LVM_OK) os_remove(out->temp);
-    mem_free(out->path);
-    mem_free(out->temp);
+    if (code == LVM_OK && outfile_flush(out) != 0) code = write_failed(out->path, error);
+    if (fclose(out->file) != 0 && code == LVM_OK) code = write_failed(out->path, error);
+    if (out->temp != NULL && code == LVM_OK && os_rename(out->temp, out->target) != 0)
+        code = write_failed(out->path, error);
+    if (out->temp != NULL && code != LVM_OK) os_remove(out->temp);
+    if (out->temp != NULL) forget_temporary(out->temp);
+    outfile_free(out);
     return code;
-}
-
-/* Devices and pipes (/dev/stdout) have no name to rename to: they are written directly. */
-static int write_device(const char *path, const void *data, size_t size, lvm_error *error) {
-    FILE *f = os_fopen(path, "wb");
-    if (f == NULL) return fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
-    int bad = fwrite(data, 1, size, f) != size;
-    bad |= fclose(f) != 0;
-    return bad ? fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno)) : LVM_OK;
 }
 
 static int write_file(const char *path, const void *data, size_t size, lvm_error *error) {
     struct outfile out;
-    if (os_stat(path).kind == OS_DEVICE) return write_device(path, data, size, error);
     int code = outfile_open(&out, path, error);
     if (code != LVM_OK) return code;
     return outfile_close(&out, outfile_write(&out, data, size, error), error);
@@ -12209,14 +12433,28 @@ static const struct command *find_command(const char *name) {
     return NULL;
 }
 
+/* One line on stderr, with names made safe to show. */
+static void print_message(const char *head, const char *format, va_list args) {
+    char text[1 << 13], shown[1 << 11];
+    vsnprintf(text, sizeof text, format, args);
+    show_text(text, shown, sizeof shown);
+    fprintf(stderr, "lvm: %s%s\n", head, shown);
+}
+
 LVM_PRINTF(1, 2) static int complain(const char *format, ...) {
     va_list args;
     va_start(args, format);
-    fputs("lvm: ", stderr);
-    vfprintf(stderr, format, args);
-    fputc('\n', stderr);
+    print_message("", format, args);
     va_end(args);
     return 1;
+}
+
+/* What a user should know though the work goes on; not with --quiet. */
+LVM_PRINTF(2, 3) static void note(const struct cli *cli, const char *format, ...) {
+    va_list args;
+    va_start(args, format);
+    if (!cli->quiet) print_message("note: ", format, args);
+    va_end(args);
 }
 
 /* ---- Options ---- */
@@ -12388,14 +12626,74 @@ static int run_help(struct cli *cli) {
     return print_help(stdout, c);
 }
 
-/* ---- Progress: a bar with rate and time left, only on a terminal; and Ctrl-C ---- */
+/* ---- Signals ----
 
-static volatile sig_atomic_t interrupted;
+   Whatever ends the program, no temporary file stays: the handler removes those that are known,
+   says so, and raises the signal again with its default action, so that a shell sees what happened.
+   Only the main thread takes signals (a pool's threads block them) and only it makes files. */
 
-static void on_interrupt(int signal_number) {
-    interrupted = 1;
-    signal(signal_number, SIG_DFL); /* a second one ends the program at once */
+enum { MAX_TEMPORARIES = 256 };
+static const char *volatile temporaries[MAX_TEMPORARIES];
+
+static const struct stop {
+    int number;
+    const char *text;
+} stop_table[] = {
+    {SIGINT, "interrupted"},
+    {SIGTERM, "told to stop (SIGTERM)"},
+#ifndef _WIN32
+    {SIGHUP, "the terminal is gone"},
+    {SIGPIPE, NULL}, /* whoever read the output has enough */
+    {SIGXFSZ, "a file grew beyond the limit that the shell sets (ulimit -f)"},
+#endif
+};
+enum { N_STOPS = sizeof stop_table / sizeof *stop_table };
+
+static void on_stop(int number) {
+    static const char clear[] = "\r\033[K", head[] = "lvm: ",
+                      tail[] = "; nothing was left behind\n";
+    ssize_t written = 0;
+    for (int i = 0; i < MAX_TEMPORARIES; i++)
+        if (temporaries[i] != NULL) os_remove(temporaries[i]);
+    for (int i = 0; i < N_STOPS; i++) {
+        const char *text = stop_table[i].text;
+        if (stop_table[i].number != number || text == NULL) continue;
+        if (os_is_terminal(2)) written += write(2, clear, sizeof clear - 1);
+        written += write(2, head, sizeof head - 1) + write(2, text, (unsigned)strlen(text)) +
+                   write(2, tail, sizeof tail - 1);
+    }
+    (void)written;
+    signal(number, SIG_DFL);
+    raise(number);
 }
+
+/* A signal that was to be ignored (nohup) still is. */
+static void watch_signals(void) {
+    for (int i = 0; i < N_STOPS; i++)
+        if (signal(stop_table[i].number, on_stop) == SIG_IGN) signal(stop_table[i].number, SIG_IGN);
+}
+
+/* No signal comes between a file's creation and its place in the list. */
+static FILE *create_temporary(const char *path) {
+    int slot = 0;
+    while (slot < MAX_TEMPORARIES && temporaries[slot] != NULL) slot++;
+    if (slot == MAX_TEMPORARIES) {
+        errno = EMFILE;
+        return NULL;
+    }
+    os_signals held = os_hold_signals();
+    FILE *file = os_create(path);
+    if (file != NULL) temporaries[slot] = path;
+    os_release_signals(held);
+    return file;
+}
+
+static void forget_temporary(const char *path) {
+    for (int i = 0; i < MAX_TEMPORARIES; i++)
+        if (temporaries[i] == path) temporaries[i] = NULL;
+}
+
+/* ---- Progress: a bar with rate and time left, only on a terminal ---- */
 
 struct bar {
     int shown, whole; /* whole: of a set, whose lines count and not their stages */
@@ -12433,7 +12731,7 @@ static void draw_bar(struct bar *b, const char *stage, int64_t done, int64_t all
 static int on_progress(void *user, const char *stage, int64_t done, int64_t all) {
     struct bar *b = user;
     if (b->shown && !b->whole && strcmp(stage, "layers") != 0) draw_bar(b, stage, done, all);
-    return interrupted;
+    return 0;
 }
 
 /* Clears the line for what is printed next. */
@@ -12513,47 +12811,75 @@ static int has_extension(const char *name, const char *list) {
     return strlen(e) < sizeof small && word_index(list, small) >= 0;
 }
 
-/* The images of a folder in natural order; folders inside it are not entered. */
-static int add_folder(struct paths *p, const char *folder, lvm_error *error) {
+/* One name of a folder: an image joins the others, another file is counted, and its first name kept
+   for the note; hidden ones and folders are passed over. */
+static int add_entry(struct paths *p, const char *folder, const char *name, int *others,
+                     char first_other[64], lvm_error *error) {
+    int named = has_extension(name, "png|jpg|jpeg|jpe|jfif|ppm|pgm|pnm|pbm");
+    if (name[0] == '.') return LVM_OK;
+    char *path = join_path(folder, name, error);
+    if (path == NULL) return LVM_MEMORY;
+    enum os_kind kind = os_stat(path).kind;
+    int code = LVM_OK;
+    if (named && kind != OS_FILE)
+        code = fail(error, LVM_INVALID, "%s: has the name of an image but is %s", path,
+                    kind == OS_FOLDER ? "a folder" : kind == OS_DEVICE ? "a pipe or device"
+                                                                       : "a link to nothing");
+    else if (named)
+        code = paths_add(p, folder, name, error);
+    else if (kind != OS_FOLDER && (*others)++ == 0)
+        snprintf(first_other, 64, "%.63s", name);
+    mem_free(path);
+    return code;
+}
+
+/* The images of a folder in natural order. What has an image's name must be one: nothing is left
+   out silently, or the pairs of a prompt would slip. */
+static int add_folder(const struct cli *cli, struct paths *p, const char *folder,
+                      lvm_error *error) {
     struct os_folder dir;
-    int code = LVM_OK, first = p->n;
+    char other[64] = "";
+    int code = LVM_OK, first = p->n, others = 0;
     if (os_folder_open(&dir, folder) != 0)
         return fail(error, LVM_IO, "%s: %s", folder, strerror(errno));
     for (const char *name; code == LVM_OK && (name = os_folder_next(&dir)) != NULL;)
-        if (has_extension(name, "png|jpg|jpeg|ppm|pgm|pnm|pbm"))
-            code = paths_add(p, folder, name, error);
+        code = add_entry(p, folder, name, &others, other, error);
     os_folder_close(&dir);
     if (code == LVM_OK && p->n == first)
         code = fail(error, LVM_INVALID, "%s: this folder holds no images (png, jpg, ppm)",
                     folder);
-    if (code == LVM_OK)
-        qsort(p->path + first, (size_t)(p->n - first), sizeof *p->path, compare_paths);
-    return code;
+    if (code != LVM_OK) return code;
+    qsort(p->path + first, (size_t)(p->n - first), sizeof *p->path, compare_paths);
+    if (others > 0)
+        note(cli, "%s: %d image%s; %d file%s of another kind left out (%s%s)", folder,
+             p->n - first, p->n - first > 1 ? "s" : "", others, others > 1 ? "s" : "", other,
+             others > 1 ? ", ..." : "");
+    return LVM_OK;
 }
 
 static int is_folder(const char *path) { return os_stat(path).kind == OS_FOLDER; }
 
 /* Says so where names stand in the order 1, 10, 2, as a shell sorts them. */
-static void note_order(const char **words, int n) {
+static void note_order(const struct cli *cli, const char **words, int n) {
     int lexical = n > 2, natural = 1;
     for (int i = 1; i < n; i++) {
         lexical &= strcmp(words[i - 1], words[i]) <= 0;
         natural &= compare_natural(words[i - 1], words[i]) <= 0;
     }
     if (lexical && !natural)
-        fputs("lvm: note: the images stand in the order 1, 10, 2; their folder, named instead of "
-              "them, gives 1, 2, 10\n",
-              stderr);
+        note(cli, "the images stand in the order 1, 10, 2; their folder, named instead of them, "
+                  "gives 1, 2, 10");
 }
 
 static int collect_paths(const struct cli *cli, struct paths *p, int first, int last,
                          lvm_error *error) {
     const char **words = cli->words + first;
     int n = last - first, code = LVM_OK;
-    if (!cli->quiet) note_order(words, n);
+    note_order(cli, words, n);
     for (int i = 0; code == LVM_OK && i < n; i++)
-        code = is_folder(words[i]) ? add_folder(p, words[i], error)
-                                   : paths_add(p, "", words[i], error);
+        code = words[i][0] == 0 ? fail(error, LVM_INVALID, "the name of an image is empty")
+               : is_folder(words[i]) ? add_folder(cli, p, words[i], error)
+                                     : paths_add(p, "", words[i], error);
     return code;
 }
 
@@ -12567,9 +12893,9 @@ static int load_image(const struct cli *cli, const char *path, lvm_image *image,
                         lvm_error *error) {
     int code = lvm_image_load(path, image, error);
     if (code != LVM_OK || image->orientation < 2) return code;
-    if (!cli->exif && !cli->quiet)
-        fprintf(stderr, "lvm: note: %s: carries an EXIF rotation, left alone as the published "
-                "program does; --exif applies it\n", path);
+    if (!cli->exif)
+        note(cli, "%s: carries an EXIF rotation, left alone as the published program does; --exif "
+                  "applies it", path);
     if (cli->exif) code = lvm_image_upright(image, error);
     if (code != LVM_OK) lvm_image_free(image);
     return code;
@@ -12586,9 +12912,13 @@ static lvm_image *load_images(const struct cli *cli, const struct paths *p, int 
     return images;
 }
 
-/* ---- Names of outputs ---- */
+/* ---- Outputs ----
 
-/* "out.png" for one; out-1.png, out-2.png for several; out-1a.png, out-1b.png with candidates. */
+   What a call will write is compared with what it reads and with its other outputs, and is opened,
+   before the work begins: a wrong ending, a missing folder or a full disk shows at once. */
+
+/* "out.png" for one; out-1.png, out-2.png for several; out-1a.png, out-1b.png with candidates; with
+   zeros in front, so that the names sort as numbers do. */
 static char *output_name(const char *base, int image, int images, int candidate, int candidates,
                          lvm_error *error) {
     size_t n = strlen(base);
@@ -12596,25 +12926,46 @@ static char *output_name(const char *base, int image, int images, int candidate,
     const char *dot = strrchr(base, '.');
     int stem = dot != NULL && dot >= os_file_name(base) ? (int)(dot - base) : (int)n;
     if (name == NULL) return NULL;
-    if (images > 1 || candidates > 1) snprintf(tag, sizeof tag, "-%d", image + 1);
-    if (candidates > 26) snprintf(tag + strlen(tag), 16, "-%d", candidate + 1);
-    else if (candidates > 1) snprintf(tag + strlen(tag), 16, "%c", 'a' + candidate);
+    int digits = snprintf(NULL, 0, "%d", images), letters = snprintf(NULL, 0, "%d", candidates);
+    if (images > 1 || candidates > 1) snprintf(tag, sizeof tag, "-%0*d", digits, image + 1);
+    if (candidates > 26)
+        snprintf(tag + strlen(tag), 16, "-%0*d", letters, candidate + 1);
+    else if (candidates > 1)
+        snprintf(tag + strlen(tag), 16, "%c", 'a' + candidate);
     snprintf(name, n + 48, "%.*s%s%s", stem, base, tag, base + stem);
     return name;
 }
 
 static int begins_with(const char *path, const char *magic) {
     char start[8] = "";
-    FILE *f = os_fopen(path, "rb");
+    FILE *f = os_stat(path).kind == OS_FILE ? os_fopen(path, "rb") : NULL;
     if (f == NULL) return 0;
     size_t n = fread(start, 1, sizeof start, f);
     fclose(f);
     return n >= strlen(magic) && memcmp(start, magic, strlen(magic)) == 0;
 }
 
+/* 1 when two names stand for one file, or would if it were there: the same name in the same
+   folder. */
+static int same_place(const char *a, const char *b) {
+    lvm_error error;
+    char *x = os_target(a, &error), *y = os_target(b, &error);
+    int same = x != NULL && y != NULL && same_file(x, y);
+    if (x != NULL && y != NULL && !same && strcmp(os_file_name(x), os_file_name(y)) == 0) {
+        size_t n = (size_t)(os_file_name(x) - x), m = (size_t)(os_file_name(y) - y);
+        x[n] = 0; /* what is left names the folders; none: the working directory */
+        y[m] = 0;
+        same = same_file(n > 0 ? x : ".", m > 0 ? y : ".");
+    }
+    mem_free(x);
+    mem_free(y);
+    return same;
+}
+
 /* Refuses an output that is one of the inputs, or a weights file. */
 static int check_output(const struct cli *cli, const char *name, const struct paths *p,
                         lvm_error *error) {
+    if (os_stat(name).kind == OS_DEVICE) return LVM_OK;
     if (same_file(name, cli->words[0]))
         return fail(error, LVM_INVALID, "%s: is the weights file; choose another output with -o",
                     name);
@@ -12627,44 +12978,153 @@ static int check_output(const struct cli *cli, const char *name, const struct pa
     return LVM_OK;
 }
 
-/* Refuses a name that asks for another format of images; 0, or a message and 2. */
-static int check_png_name(const char *name) {
-    if (name == NULL || !has_extension(name, "jpg|jpeg|webp|gif|bmp|tif|tiff|ppm|heic|avif"))
-        return 0;
-    return complain("%s: lvm writes PNG images; choose a name that ends in .png", name) + 1;
+/* What takes one image and has no name to be numbered: "-", a device, a pipe. */
+static int is_stream(const char *name) {
+    return strcmp(name, "-") == 0 || os_stat(name).kind == OS_DEVICE || standard_stream(name) >= 0;
 }
 
-/* "-o -" asks for standard output. */
-static int to_stdout(const struct cli *cli) {
-    return cli->out != NULL && strcmp(cli->out, "-") == 0;
+/* Gives an image's name its ending where it has none, in *owned, and refuses another one; "-",
+   devices and pipes need none. 0, or a message and 2. */
+static int settle_png_name(const char **name, char **owned) {
+    if (*name == NULL || is_stream(*name) || has_extension(*name, "png")) return 0;
+    const char *file = os_file_name(*name);
+    if (*file == 0 || is_folder(*name))
+        return complain("%s: is %s, not the name of an image", *name,
+                        **name == 0 ? "an empty name" : "a folder") + 1;
+    if (*extension(*name) != 0 || file[strlen(file) - 1] == '.')
+        return complain("%s: lvm writes PNG images; choose a name that ends in .png", *name) + 1;
+    *owned = mem_alloc(strlen(*name) + 5, 1, NULL);
+    if (*owned == NULL) return complain("out of memory");
+    sprintf(*owned, "%s.png", *name);
+    *name = *owned;
+    return 0;
 }
 
-static int print_image(const lvm_image *image, int n, lvm_error *error) {
+/* A path on standard output; a terminal gets no control characters. */
+static void print_path(const char *path) {
+    char shown[1 << 13];
+    show_text(path, shown, sizeof shown);
+    puts(os_is_terminal(1) ? shown : path);
+}
+
+struct output {
+    char *name;
+    struct outfile file;
+    int open;
+};
+
+/* All that a call writes, in the order in which it is printed. */
+struct outputs {
+    struct output *list; /* [n] */
+    int n;
+    size_t room;
+};
+
+/* As many are open during the work; the others lie in the first one's folder. */
+enum { MAX_OPEN_OUTPUTS = 64, OUTPUT_RESERVE = 1 << 18 };
+
+/* Takes so many bytes of the disk, so that a full one shows before the work; outfile_close gives
+   back what was not used. */
+static int outfile_reserve(struct outfile *out, int bytes, lvm_error *error) {
+    static const char zeros[4096];
+    int code = LVM_OK;
+    if (out->temp == NULL) return LVM_OK;
+    for (int n = 0; code == LVM_OK && n < bytes; n += (int)sizeof zeros)
+        code = outfile_write(out, zeros, sizeof zeros, error);
+    if (code == LVM_OK && fflush(out->file) != 0) code = write_failed(out->path, error);
+    rewind(out->file);
+    return code;
+}
+
+/* "-" is standard output. */
+static int open_output(struct output *o, lvm_error *error) {
+    int code = LVM_OK;
+    if (strcmp(o->name, "-") == 0) {
+        o->file = (struct outfile){.path = copy_string("standard output", error)};
+        o->file.file = o->file.path != NULL ? os_duplicate(1) : NULL;
+        if (o->file.file == NULL) code = write_failed("standard output", error);
+    } else {
+        code = outfile_open(&o->file, o->name, error);
+    }
+    o->open = code == LVM_OK;
+    return code == LVM_OK ? outfile_reserve(&o->file, OUTPUT_RESERVE, error) : code;
+}
+
+/* name is the list's from now on; NULL where there was no memory for it. Whatever is not numbered
+   comes first, so that each name is compared with those few; numbered names differ. */
+static int outputs_add(struct outputs *o, const struct cli *cli, char *name,
+                       const struct paths *inputs, lvm_error *error) {
+    if (name == NULL) return LVM_MEMORY;
+    int code = check_output(cli, name, inputs, error);
+    for (int i = 0; code == LVM_OK && i < o->n && i < 8; i++)
+        if (same_place(o->list[i].name, name))
+            code = fail(error, LVM_INVALID, "%s: two outputs would go there", name);
+    struct output *list = code == LVM_OK ? array_grow(o->list, (size_t)o->n, 1, sizeof *list,
+                                                      &o->room, error) : NULL;
+    if (list == NULL) {
+        mem_free(name);
+        return code == LVM_OK ? LVM_MEMORY : code;
+    }
+    o->list = list;
+    o->list[o->n] = (struct output){.name = name};
+    return o->n++ < MAX_OPEN_OUTPUTS ? open_output(&list[o->n - 1], error) : LVM_OK;
+}
+
+/* Writes output i whole and prints its name, unless it is a device or a pipe. */
+static int outputs_write(struct outputs *o, int i, const void *data, size_t size,
+                         lvm_error *error) {
+    struct output *out = &o->list[i];
+    int code = out->open ? LVM_OK : open_output(out, error);
+    int named = out->file.temp != NULL;
+    fflush(stdout);
+    if (code == LVM_OK) code = outfile_write(&out->file, data, size, error);
+    if (out->open) code = outfile_close(&out->file, code, error);
+    out->open = 0;
+    if (code == LVM_OK && named) print_path(out->name);
+    return code;
+}
+
+static int outputs_write_png(struct outputs *o, int i, const lvm_image *image, lvm_error *error) {
     uint8_t *png = NULL;
     size_t size = 0;
-    if (n > 1) return fail(error, LVM_INVALID, "-o -: takes one image, not %d", n);
     int code = png_encode(image, &png, &size, error);
-    if (code == LVM_OK) fwrite(png, 1, size, stdout);
+    if (code == LVM_OK) code = outputs_write(o, i, png, size, error);
     mem_free(png);
     return code;
 }
 
-/* Writes images [candidate][image] under their names and prints the names. */
-static int save_images(const struct cli *cli, const lvm_image *images, int n, int candidates,
-                       const struct paths *inputs, lvm_error *error) {
+/* What was not written leaves nothing behind. */
+static void outputs_free(struct outputs *o) {
+    for (int i = 0; i < o->n; i++) {
+        if (o->list[i].open) outfile_close(&o->list[i].file, LVM_CANCELLED, NULL);
+        mem_free(o->list[i].name);
+    }
+    mem_free(o->list);
+    memset(o, 0, sizeof *o);
+}
+
+/* The images of predict and decode, [candidate][image] in the order of their names, under the names
+   that base gives them. */
+static int add_image_outputs(struct outputs *o, const struct cli *cli, int n, int candidates,
+                             const struct paths *inputs, lvm_error *error) {
     const char *base = cli->out != NULL ? cli->out : "out.png";
     int code = LVM_OK;
-    if (to_stdout(cli)) return print_image(images, n * candidates, error);
-    for (int pass = 0; pass < 2; pass++) /* first look, then write */
-        for (int i = 0; code == LVM_OK && i < n; i++)
-            for (int c = 0; code == LVM_OK && c < candidates; c++) {
-                char *name = output_name(base, i, n, c, candidates, error);
-                if (name == NULL) return LVM_MEMORY;
-                if (pass == 0) code = check_output(cli, name, inputs, error);
-                if (pass == 1) code = lvm_image_save(name, &images[c * n + i], error);
-                if (pass == 1 && code == LVM_OK) printf("%s\n", name);
-                mem_free(name);
-            }
+    if (is_stream(base) && n * candidates > 1)
+        return fail(error, LVM_INVALID, "-o %s: takes one image, not %d", base, n * candidates);
+    for (int i = 0; code == LVM_OK && i < n; i++)
+        for (int c = 0; code == LVM_OK && c < candidates; c++)
+            code = outputs_add(o, cli, output_name(base, i, n, c, candidates, error), inputs,
+                               error);
+    return code;
+}
+
+/* first: the output of the first one. */
+static int write_images(struct outputs *o, int first, const lvm_image *images, int n,
+                        int candidates, lvm_error *error) {
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < n; i++)
+        for (int c = 0; code == LVM_OK && c < candidates; c++)
+            code = outputs_write_png(o, first + i * candidates + c, &images[c * n + i], error);
     return code;
 }
 
@@ -12707,11 +13167,11 @@ static int compose(const lvm_image *tiles, int n, int columns, int gap, const ui
 
 /* The prompt, then the answers in frames; every further candidate in rows of its own. The tiles
    borrow the answers' pixels and own the prompt's. */
-static int save_sheet(const struct cli *cli, const lvm_ctx *ctx, const lvm_image *prompt, int n,
-                      const lvm_image *answers, lvm_error *error) {
+static int make_sheet(const struct cli *cli, const lvm_ctx *ctx, const lvm_image *prompt, int n,
+                      const lvm_image *answers, lvm_image *sheet, lvm_error *error) {
     int columns = n + cli->images < SHEET_COLUMNS ? n + cli->images : SHEET_COLUMNS, used = n;
     int most = n + cli->candidates * round_up(cli->images, columns) + columns, code = LVM_OK;
-    lvm_image *tiles = mem_alloc((size_t)most, sizeof *tiles, error), sheet = {.rgb = NULL};
+    lvm_image *tiles = mem_alloc((size_t)most, sizeof *tiles, error);
     uint8_t *framed = mem_alloc((size_t)most, 1, error);
     if (tiles == NULL || framed == NULL) code = LVM_MEMORY;
     for (int i = 0; code == LVM_OK && i < n; i++)
@@ -12723,13 +13183,10 @@ static int save_sheet(const struct cli *cli, const lvm_ctx *ctx, const lvm_image
             framed[used] = 1;
         }
     }
-    if (code == LVM_OK) code = compose(tiles, used, columns, SHEET_GAP, framed, &sheet, error);
-    if (code == LVM_OK) code = lvm_image_save(cli->sheet, &sheet, error);
-    if (code == LVM_OK) printf("%s\n", cli->sheet);
+    if (code == LVM_OK) code = compose(tiles, used, columns, SHEET_GAP, framed, sheet, error);
     for (int i = 0; tiles != NULL && i < n; i++) lvm_image_free(&tiles[i]);
     mem_free(tiles);
     mem_free(framed);
-    lvm_image_free(&sheet);
     return code;
 }
 
@@ -12772,6 +13229,20 @@ static int need_all(const struct cli *cli, const struct session *s, lvm_error *e
     return code;
 }
 
+/* Whether --cache, if it is given, is a file apart that can be written. */
+static int check_cache(const struct cli *cli, const struct outputs *o, lvm_error *error) {
+    struct outfile probe;
+    if (cli->cache == NULL) return LVM_OK;
+    if (os_stat(cli->cache).kind == OS_DEVICE)
+        return fail(error, LVM_INVALID, "%s: is a pipe or device; a cache is a file", cli->cache);
+    for (int i = 0; i < o->n; i++)
+        if (same_place(o->list[i].name, cli->cache))
+            return fail(error, LVM_INVALID, "%s: is an output and --cache", cli->cache);
+    int code = outfile_open(&probe, cli->cache, error);
+    if (code == LVM_OK) outfile_close(&probe, LVM_CANCELLED, NULL);
+    return code;
+}
+
 /* The state that an earlier call kept; one that does not fit is made anew. */
 static int load_cache(const struct cli *cli, struct session *s, lvm_error *error) {
     lvm_error fault = {0, ""};
@@ -12781,8 +13252,7 @@ static int load_cache(const struct cli *cli, struct session *s, lvm_error *error
                     cli->cache);
     int code = lvm_cache_load(s->ctx, cli->cache, &fault);
     if (code == LVM_IO || code == LVM_MEMORY) return fail(error, code, "%s", fault.text);
-    if (code != LVM_OK && !cli->quiet)
-        fprintf(stderr, "lvm: note: %s; it is made anew\n", fault.text);
+    if (code != LVM_OK) note(cli, "%s; it is made anew", fault.text);
     return LVM_OK;
 }
 
@@ -12810,33 +13280,42 @@ static int prompt_images(const struct cli *cli, struct session *s, const lvm_ima
 static lvm_image *load_prompt(const struct cli *cli, const struct session *s, const struct paths *p,
                               int *n, lvm_error *error) {
     int most = s->ctx->o.window - 1, first = p->n > most ? p->n - most : 0;
-    if (!cli->quiet && first > 0)
-        fprintf(stderr, "lvm: note: %d images given, the last %d count (the context holds %d)\n",
-                p->n, most, most + 1);
+    if (first > 0)
+        note(cli, "%d images given, the last %d count (the context holds %d)", p->n, most,
+             most + 1);
     *n = p->n - first;
     return load_images(cli, p, first, error);
 }
 
+/* The sheet, if there is one, then the images: out-1.png, ... */
+static int open_predict_outputs(struct outputs *o, const struct cli *cli, const struct paths *p,
+                                lvm_error *error) {
+    int code = LVM_OK;
+    if (cli->sheet != NULL)
+        code = outputs_add(o, cli, copy_string(cli->sheet, error), p, error);
+    if (code == LVM_OK)
+        code = add_image_outputs(o, cli, cli->images, cli->candidates, p, error);
+    return code == LVM_OK ? check_cache(cli, o, error) : code;
+}
+
 static int predict_images(struct cli *cli, struct session *s, const struct paths *p,
-                          lvm_error *error) {
+                          struct outputs *o, lvm_error *error) {
     int n = 0, answers = cli->images * cli->candidates, code = need_all(cli, s, error);
     if (code != LVM_OK) return code;
-    const char *base = cli->out != NULL ? cli->out : "out.png";
-    char *name = output_name(base, 0, cli->images, 0, cli->candidates, error);
-    code = name == NULL ? LVM_MEMORY : check_output(cli, name, p, error);
-    mem_free(name);
-    if (code == LVM_OK && cli->sheet != NULL) code = check_output(cli, cli->sheet, p, error);
-    if (code != LVM_OK) return code;
-    lvm_image *images = load_prompt(cli, s, p, &n, error);
+    lvm_image *images = load_prompt(cli, s, p, &n, error), sheet = {.rgb = NULL};
     lvm_image *out = mem_alloc((size_t)answers, sizeof *out, error);
     code = images == NULL || out == NULL ? error->code : prompt_images(cli, s, images, n, error);
     if (code == LVM_OK)
         code =
             lvm_generate_images(s->ctx, &cli->sampling, cli->candidates, cli->images, out, error);
-    if (code == LVM_OK) code = save_images(cli, out, cli->images, cli->candidates, p, error);
-    if (code == LVM_OK && cli->sheet != NULL) code = save_sheet(cli, s->ctx, images, n, out, error);
+    if (code == LVM_OK)
+        code = write_images(o, cli->sheet != NULL, out, cli->images, cli->candidates, error);
+    if (code == LVM_OK && cli->sheet != NULL)
+        code = make_sheet(cli, s->ctx, images, n, out, &sheet, error);
+    if (code == LVM_OK && cli->sheet != NULL) code = outputs_write_png(o, 0, &sheet, error);
     if (images != NULL) free_images(images, n);
     free_images(out, answers);
+    lvm_image_free(&sheet);
     return code;
 }
 
@@ -12847,18 +13326,29 @@ static int run_predict(struct cli *cli) {
                     : complain("give a weights file and prompt images: lvm WEIGHTS "
                                "IMAGE|FOLDER... (lvm help)")) +
                1;
-    if (to_stdout(cli) && cli->images * cli->candidates > 1)
-        return complain("-o -: standard output takes one image") + 1;
-    if (check_png_name(cli->out) != 0 || check_png_name(cli->sheet) != 0) return 2;
+    if (cli->out != NULL && is_stream(cli->out) && cli->images * cli->candidates > 1)
+        return complain("-o %s: takes one image, not %d", cli->out,
+                        cli->images * cli->candidates) + 1;
+    char *out = NULL, *sheet = NULL;
+    int status = settle_png_name(&cli->out, &out);
+    if (status == 0) status = settle_png_name(&cli->sheet, &sheet);
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct paths p = {0};
-    int code = collect_paths(cli, &p, 1, cli->n_words, &error);
-    if (code == LVM_OK) code = session_open(&s, cli, &error);
-    if (code == LVM_OK) code = predict_images(cli, &s, &p, &error);
+    struct outputs o = {0};
+    if (status == 0) {
+        int code = collect_paths(cli, &p, 1, cli->n_words, &error);
+        if (code == LVM_OK) code = open_predict_outputs(&o, cli, &p, &error);
+        if (code == LVM_OK) code = session_open(&s, cli, &error);
+        if (code == LVM_OK) code = predict_images(cli, &s, &p, &o, &error);
+        status = finish(&error, code);
+    }
+    outputs_free(&o);
     session_close(&s);
     paths_free(&p);
-    return finish(&error, code);
+    mem_free(out);
+    mem_free(sheet);
+    return status;
 }
 
 /* Ids of one image after the other, a line each. */
@@ -12888,15 +13378,15 @@ static int run_encode(struct cli *cli) {
     struct session s = {NULL, NULL, {0}};
     struct paths p = {0};
     struct buffer text = {0};
-    const char *out = to_stdout(cli) ? NULL : cli->out;
+    struct outputs o = {0};
+    const char *out = cli->out != NULL ? cli->out : "-";
     int code = collect_paths(cli, &p, 1, cli->n_words, &error);
-    if (code == LVM_OK && out != NULL) code = check_output(cli, out, &p, &error);
+    if (code == LVM_OK) code = outputs_add(&o, cli, copy_string(out, &error), &p, &error);
     if (code == LVM_OK) code = session_open(&s, cli, &error);
     if (code == LVM_OK) code = encode_paths(cli, &s, &p, &text, &error);
-    if (code == LVM_OK && out != NULL) code = write_file(out, text.data, text.n, &error);
-    if (code == LVM_OK && out != NULL) printf("%s\n", out);
-    if (code == LVM_OK && out == NULL) fwrite(text.data, 1, text.n, stdout);
+    if (code == LVM_OK) code = outputs_write(&o, 0, text.data, text.n, &error);
     mem_free(text.data);
+    outputs_free(&o);
     session_close(&s);
     paths_free(&p);
     return finish(&error, code);
@@ -12947,6 +13437,7 @@ static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids,
                          lvm_error *error) {
     int T = s->model->T;
     struct paths inputs = {0};
+    struct outputs o = {0};
     lvm_error fault = {0, ""};
     int code = need_tokenizer(s->ctx, error);
     if (code != LVM_OK) return code;
@@ -12957,8 +13448,10 @@ static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids,
     lvm_image *images = mem_alloc((size_t)(n / T), sizeof *images, error);
     if (images == NULL) return LVM_MEMORY;
     code = paths_add(&inputs, "", cli->words[1], error);
+    if (code == LVM_OK) code = add_image_outputs(&o, cli, n / T, 1, &inputs, error);
     if (code == LVM_OK) code = lvm_decode(s->ctx, ids, n / T, images, error);
-    if (code == LVM_OK) code = save_images(cli, images, n / T, 1, &inputs, error);
+    if (code == LVM_OK) code = write_images(&o, 0, images, n / T, 1, error);
+    outputs_free(&o);
     free_images(images, n / T);
     paths_free(&inputs);
     return code;
@@ -12967,7 +13460,8 @@ static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids,
 static int run_decode(struct cli *cli) {
     if (cli->n_words != 2)
         return complain("give a weights file and a file of token ids (lvm help decode)") + 1;
-    if (check_png_name(cli->out) != 0) return 2;
+    char *out = NULL;
+    if (settle_png_name(&cli->out, &out) != 0) return 2;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct buffer text = {0};
@@ -12986,6 +13480,7 @@ static int run_decode(struct cli *cli) {
     mem_free(text.data);
     mem_free(data);
     mem_free(ids);
+    mem_free(out);
     session_close(&s);
     return finish(&error, code);
 }
@@ -13098,6 +13593,7 @@ static int run_rank(struct cli *cli) {
     struct session s = {NULL, NULL, {0}};
     struct paths prompt = {0}, choices = {0};
     int code = collect_paths(cli, &prompt, 1, cli->split, &error);
+    if (code == LVM_OK) code = check_cache(cli, &(struct outputs){0}, &error);
     if (code == LVM_OK) code = collect_paths(cli, &choices, cli->split, cli->n_words, &error);
     if (code == LVM_OK) code = session_open(&s, cli, &error);
     if (code == LVM_OK) code = rank_choices(cli, &s, &prompt, &choices, &error);
@@ -13236,7 +13732,6 @@ static int run_set(struct set *set, const char *stage,
         sentence_free(&line);
         hide_bar(&set->s.bar);
         fflush(stdout);
-        if (code == LVM_CANCELLED) return complain("%s", error.text);
         set->good += code == LVM_OK;
         set->bad += code != LVM_OK;
         if (!parsed) complain("%s", error.text);
@@ -14027,7 +14522,7 @@ int main(int argc, char **argv) {
     cli.options = lvm_default_options();
     cli.words = calloc((size_t)argc, sizeof *cli.words);
     if (cli.words == NULL) return complain("out of memory");
-    signal(SIGINT, on_interrupt);
+    watch_signals();
     int status =
         run_command(&cli, c != NULL ? c : &command_table[0], argc, argv, c != NULL ? 2 : 1);
     free(cli.words);

@@ -63,6 +63,63 @@ static void test_devices(const char *folder) {
 #endif
 }
 
+/* What a message shows of a text, in 24 bytes and in many. */
+static void test_shown(void) {
+    static const char *const cases[][2] = {
+        {"plain: it is", "plain: it is"},
+        {"a\nb\tc\rd\x1b[1me\x7f", "a\\nb\\tc\\rd\\x1b[1me\\x7f"},
+        {"\xc3\xa4 \xe6\x9c\xa8 \xf0\x9f\x8c\xb2 \xc2\xa0",
+         "\xc3\xa4 \xe6\x9c\xa8 \xf0\x9f\x8c\xb2 \xc2\xa0"},
+        {"\xc2\x9b \xc2", "\\xc2\\x9b \\xc2"},
+        {"\x80 \xc0\xaf \xe0\x80\xaf \xed\xa0\x80",
+         "\\x80 \\xc0\\xaf \\xe0\\x80\\xaf \\xed\\xa0\\x80"},
+        {"\xf4\x90\x80\x80 \xf5 \xf0\x9f\x8c", "\\xf4\\x90\\x80\\x80 \\xf5 \\xf0\\x9f\\x8c"}};
+    char shown[256], text[9000];
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        show_text(cases[i][0], shown, sizeof shown);
+        check(strcmp(shown, cases[i][1]) == 0, "shown, case %d: \"%s\"", (int)i, shown);
+    }
+    show_text("0123456789012345678901: why", shown, 24);
+    check(strcmp(shown, "012345...345678901: why") == 0, "shortened: \"%s\"", shown);
+    show_text("12345678901234567890123", shown, 24);
+    check(strcmp(shown, "12345678901234567890123") == 0, "just fits: \"%s\"", shown);
+    for (int i = 0; i < 2000; i++) memcpy(text + 4 * i, "\xf0\x9f\x8c\xb2", 5); /* not cut apart */
+    show_text(text, shown, sizeof shown);
+    for (int i = 0; shown[i] != 0; i += utf8_bytes(shown + i) > 0 ? utf8_bytes(shown + i) : 1)
+        check(utf8_bytes(shown + i) > 0, "a character was cut at byte %d", i);
+    lvm_error error = {0, ""};
+    memset(text, 'x', 5000);
+    fail(&error, LVM_IO, "%.5000s: %s", text, "the reason");
+    check(strlen(error.text) < sizeof error.text && strstr(error.text, "...xxx") != NULL &&
+              strcmp(error.text + strlen(error.text) - 12, ": the reason") == 0,
+          "a long message: \"%s\"", error.text);
+}
+
+enum { WRITERS = 8, ROUNDS = 50 };
+
+static void *write_often(void *path) {
+    static const char text[] = "all of it or nothing";
+    intptr_t bad = 0;
+    for (int i = 0; i < ROUNDS; i++) bad += write_file(path, text, sizeof text - 1, NULL) != LVM_OK;
+    return (void *)bad;
+}
+
+/* Threads that write the same file at once: each under a temporary name of its own. */
+static void test_writers(const char *folder) {
+    char path[NAME];
+    pthread_t threads[WRITERS];
+    snprintf(path, sizeof path, "%s/busy", folder);
+    for (int i = 0; i < WRITERS; i++) pthread_create(&threads[i], NULL, write_often, path);
+    for (int i = 0; i < WRITERS; i++) {
+        void *bad = NULL;
+        pthread_join(threads[i], &bad);
+#ifndef _WIN32 /* which refuses to replace a file that another thread is replacing */
+        check(bad == NULL, "writer %d failed %d times", i, (int)(intptr_t)bad);
+#endif
+    }
+    check(holds(path, "all of it or nothing") && os_remove(path) == 0, "%s: not whole", path);
+}
+
 static void test_kinds(const char *folder) {
     char path[NAME];
     lvm_error error = {0, ""};
@@ -185,7 +242,9 @@ int main(int argc, char **argv) {
     }
     check(processors() >= 1 && processors() <= 1024, "%d processors", processors());
     test_names(argv[1]);
+    test_shown();
     test_devices(argv[1]);
+    test_writers(argv[1]);
     test_kinds(argv[1]);
     test_long_path(argv[1]);
     test_large(argv[1]);
