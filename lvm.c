@@ -710,6 +710,11 @@ static float inverse(float d) {
     return d != 0 && fabsf(id) < HUGE_VALF ? id : 0;
 }
 
+/* |x| or amax; once one was NaN, NaN: so it is not lost in a block's scale. */
+static float larger_magnitude(float x, float amax) {
+    return fabsf(x) > amax || isnan(x) ? fabsf(x) : amax;
+}
+
 /* v as an integer in [low, high]; NaN gives low. */
 static int clamp_int(float v, int low, int high) {
     return v > (float)low ? (v < (float)high ? (int)v : high) : low;
@@ -720,7 +725,7 @@ static void quantize_q8_0(const float *x, void *out, int64_t k) {
     struct q8_0 *y = out;
     for (int64_t b = 0; b < k / QK; b++, x += QK) {
         float amax = 0;
-        for (int i = 0; i < QK; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
+        for (int i = 0; i < QK; i++) amax = larger_magnitude(x[i], amax);
         float d = amax / 127, id = inverse(d);
         y[b].d = f32_to_f16(d);
         for (int i = 0; i < QK; i++) y[b].q[i] = (int8_t)clamp_int(roundf(x[i] * id), -127, 127);
@@ -1003,13 +1008,13 @@ static void dot_tile_plain(int k, const float *const *a, const float *const *b, 
 #define MIN_AMAX 1e-36f
 
 /* d = largest magnitude / 127, q = x / d to the nearest integer, ties to even. k is a multiple of
-   QK; what a NaN becomes is some number. */
+   QK; what a NaN becomes is some number, and d NaN. */
 static void quantize_act_plain(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = 0;
-        for (int i = 0; i < QK; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
-        float id = amax > MIN_AMAX ? 127 / amax : 0;
-        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
+        for (int i = 0; i < QK; i++) amax = larger_magnitude(x[i], amax);
+        float id = amax <= MIN_AMAX ? 0 : 127 / amax;
+        y[b].d = amax <= MIN_AMAX ? 0 : amax / 127;
         for (int i = 0; i < QK; i++) y[b].q[i] = (int8_t)rintf(x[i] * id);
     }
 }
@@ -3260,8 +3265,9 @@ static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_opt
 static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_error *error);
 
 /* Completes what check_finite says (LVM_FORMAT; other codes pass through) by the model's name and
-   by the first tensor that holds such a number (chapter 14). */
-static int blame_weights(const lvm_model *m, int code, lvm_error *error);
+   by the first tensor that holds such a number; and empties the cache, of which even tokens before
+   a NaN may have got it (chapter 14). */
+static int blame_weights(lvm_ctx *ctx, int code, lvm_error *error);
 
 /* Also of a context that ctx_new could not finish. */
 void lvm_ctx_free(lvm_ctx *ctx) {
@@ -3398,7 +3404,7 @@ static int encode_waiting(lvm_ctx *ctx, struct encode_group *g, lvm_error *error
     if (g->n == 0) return LVM_OK;
     int code =
         ctx->b->encode(ctx->state, ctx->rgb, g->n, g->done, g->all, ctx->tokens, NULL, error);
-    code = blame_weights(ctx->m, code, error);
+    code = blame_weights(ctx, code, error);
     for (int i = 0; code == LVM_OK && i < g->n; i++) {
         const int32_t *ids = ctx->tokens + (size_t)i * T;
         memcpy(g->to[i], ids, T * sizeof *ids);
@@ -3460,7 +3466,7 @@ static int decode_images(lvm_ctx *ctx, const int32_t *ids, int first, int count,
     int R = ctx->m->vq->R;
     int code = ctx->b->decode(ctx->state, ids + (int64_t)first * ctx->m->T, count, first, n,
                               ctx->rgb, NULL, error);
-    code = blame_weights(ctx->m, code, error);
+    code = blame_weights(ctx, code, error);
     for (int i = 0; code == LVM_OK && i < count; i++) {
         lvm_image *image = &images[first + i];
         image->rgb = mem_alloc(1, image_bytes(ctx), error);
@@ -3512,7 +3518,7 @@ static int prefill(lvm_ctx *ctx, int seq, const int32_t *ids, int n, float *logi
         *fed += rows;
     }
     int code = check_finite(logits, V, "the logits behind token", *fed, error);
-    if (code != LVM_OK) return blame_weights(ctx->m, code, error);
+    if (code != LVM_OK) return blame_weights(ctx, code, error);
     return report(&ctx->o, stage.name, stage.done + n, stage.all, error);
 }
 
@@ -3602,7 +3608,7 @@ static int read_behind(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, f
         code = judge ? check_finite(nll + i, 1, "the likelihoods from token", i + 1, error)
                      : check_finite(logits + (int64_t)i * a->V, a->V, "the logits behind token",
                                     i + 1, error);
-    code = blame_weights(ctx->m, code, error);
+    code = blame_weights(ctx, code, error);
     return code == LVM_OK ? report(&ctx->o, "score", n, n, error) : code;
 }
 
@@ -3851,8 +3857,8 @@ static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) 
                                  g->s.log_likelihood};
         int on_device = ctx->b->generate != NULL && g->s.choose == NULL;
         if (code == LVM_OK)
-            code = blame_weights(ctx->m, on_device ? ctx->b->generate(ctx->state, &c, error)
-                                                   : generate_on_host(ctx, &c, error), error);
+            code = blame_weights(ctx, on_device ? ctx->b->generate(ctx->state, &c, error)
+                                                : generate_on_host(ctx, &c, error), error);
         for (int i = 0; code == LVM_OK && i < g->candidates; i++)
             memcpy(ids + (int64_t)i * g->n + done, candidate_ids(g, i) + g->length,
                    (size_t)n * sizeof *ids);
@@ -8522,13 +8528,13 @@ static void quantize_query_plain(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = 0;
         int32_t sum = 0;
-        for (int i = 0; i < QK; i++) amax = fabsf(q[i]) > amax ? fabsf(q[i]) : amax;
-        float id = amax > MIN_AMAX ? MAX_Q16 / amax : 0;
+        for (int i = 0; i < QK; i++) amax = larger_magnitude(q[i], amax);
+        float id = amax <= MIN_AMAX ? 0 : MAX_Q16 / amax;
         for (int i = 0; i < QK; i++) {
             x->x.s16[i] = (int16_t)rintf(q[i] * id);
             sum += x->x.s16[i];
         }
-        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
+        x->d = amax <= MIN_AMAX ? 0 : amax / MAX_Q16;
         x->zero_point = -128 * sum;
     }
 }
@@ -8609,6 +8615,8 @@ static void store_kv8(const struct kernels *kern, const struct kv_cache *kv, uin
         }
         kern->attention.to_q8_0(v + g * QK, &block, QK);
         memcpy(values + 2 * column, &block.d, 2);
+        if ((block.d & 0x7c00) == 0x7c00) /* NaN, infinity: v8_sums drops them, k8_scores does not */
+            memcpy(keys + 2 * column, &block.d, 2);
         uint8_t *to = values + 2 * PANEL + column / 4 * 4 * QK + column % 4;
         for (int i = 0; i < QK; i++) to[4 * i] = (uint8_t)block.q[i];
     }
@@ -9187,18 +9195,24 @@ AVX2 static void int_tile_avx2(int blocks, const struct act_block *const *x, con
     }
 }
 
-/* The largest magnitude of 32 floats. */
 AVX2 static float max8(__m256 x) {
     __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     h = _mm_max_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
 
+/* The largest magnitude of 32 floats, or NaN if one is: as integers they have the same order, and
+   NaN lies above infinity. */
 AVX2 static float max_magnitude(const float *x) {
-    __m256 sign = _mm256_set1_ps(-0.0f), m = _mm256_setzero_ps();
-    UNROLL for (int i = 0; i < QK; i += 8)
-        m = _mm256_max_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)), m);
-    return max8(m);
+    __m256i m = _mm256_setzero_si256(), magnitude = _mm256_set1_epi32(INT32_MAX);
+    UNROLL for (int i = 0; i < QK; i += 8) {
+        __m256i bits = _mm256_loadu_si256((const __m256i *)(const void *)(x + i));
+        m = _mm256_max_epi32(m, _mm256_and_si256(bits, magnitude));
+    }
+    __m128i h = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(h));
 }
 
 /* 16 floats times id, rounded to numbers of 16 bits. */
@@ -9218,9 +9232,9 @@ AVX2 static void quantize_act_avx2(const float *x, struct act_block *y, int k) {
     __m256i ones = _mm256_set1_epi16(1);
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
-        __m256 id = _mm256_set1_ps(amax > MIN_AMAX ? 127 / amax : 0);
+        __m256 id = _mm256_set1_ps(amax <= MIN_AMAX ? 0 : 127 / amax);
         __m256i q0 = scaled_s16(x, id), q1 = scaled_s16(x + 16, id);
-        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
+        y[b].d = amax <= MIN_AMAX ? 0 : amax / 127;
         y[b].zero_point = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(q0, ones),
                                                      _mm256_madd_epi16(q1, ones)));
         _mm256_storeu_si256((__m256i *)(void *)y[b].q,
@@ -9317,12 +9331,12 @@ AVX2 static void to_q8_0_avx2(const float *x, void *out, int64_t k) {
 AVX2 static void quantize_query_avx2(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = max_magnitude(q);
-        __m256 id = _mm256_set1_ps(amax > MIN_AMAX ? MAX_Q16 / amax : 0);
+        __m256 id = _mm256_set1_ps(amax <= MIN_AMAX ? 0 : MAX_Q16 / amax);
         __m256i low = scaled_s16(q, id), high = scaled_s16(q + 16, id);
         __m256i one = _mm256_set1_epi16(1);
         _mm256_storeu_si256((__m256i *)(void *)x->x.s16, low);
         _mm256_storeu_si256((__m256i *)(void *)(x->x.s16 + 16), high);
-        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
+        x->d = amax <= MIN_AMAX ? 0 : amax / MAX_Q16;
         x->zero_point = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(low, one),
                                                    _mm256_madd_epi16(high, one)));
     }
@@ -9892,9 +9906,9 @@ AVX512 static __m256i pair_sums(__m512i x) {
 AVX512 static void quantize_act_avx512(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
-        __m512 id = _mm512_set1_ps(amax > MIN_AMAX ? 127 / amax : 0);
+        __m512 id = _mm512_set1_ps(amax <= MIN_AMAX ? 0 : 127 / amax);
         __m256i sum = _mm256_setzero_si256();
-        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
+        y[b].d = amax <= MIN_AMAX ? 0 : amax / 127;
         UNROLL for (int i = 0; i < QK; i += 16) {
             __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), id));
             _mm_storeu_si128((__m128i *)(void *)(y[b].q + i), _mm512_cvtepi32_epi8(q));
@@ -9925,14 +9939,14 @@ AVX512 static __m512 add_hi_lo(__m512i hi, __m512i lo) {
 AVX512 static void quantize_query_avx512(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = max_magnitude(q);
-        __m512 id = _mm512_set1_ps(amax > MIN_AMAX ? MAX_Q16 / amax : 0);
+        __m512 id = _mm512_set1_ps(amax <= MIN_AMAX ? 0 : MAX_Q16 / amax);
         __m256i sum = _mm256_setzero_si256();
         UNROLL for (int i = 0; i < 2; i++) {
             __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(q + 16 * i), id));
             store_hi_lo(x->x.s8[4 * i], _mm512_add_epi32(n, _mm512_set1_epi32(128)), n);
             sum = _mm256_add_epi32(sum, pair_sums(n));
         }
-        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
+        x->d = amax <= MIN_AMAX ? 0 : amax / MAX_Q16;
         x->zero_point = -128 * sum_s32(sum);
     }
 }
@@ -10662,9 +10676,9 @@ static void int_tile_neon(int blocks, const struct act_block *const *x, const ui
 static void quantize_act_neon(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float32x4_t m = vdupq_n_f32(0);
-        UNROLL for (int i = 0; i < QK; i += 4) m = vmaxnmq_f32(m, vabsq_f32(vld1q_f32(x + i)));
-        float amax = vmaxnmvq_f32(m), id = amax > MIN_AMAX ? 127 / amax : 0;
-        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
+        UNROLL for (int i = 0; i < QK; i += 4) m = vmaxq_f32(m, vabsq_f32(vld1q_f32(x + i)));
+        float amax = vmaxvq_f32(m), id = amax <= MIN_AMAX ? 0 : 127 / amax;
+        y[b].d = amax <= MIN_AMAX ? 0 : amax / 127;
         UNROLL for (int i = 0; i < QK; i += 8) {
             int32x4_t q0 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), id));
             int32x4_t q1 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), id));
@@ -10826,14 +10840,14 @@ static void quantize_query_neon(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float32x4_t m = vdupq_n_f32(0);
         int32x4_t sum = vdupq_n_s32(0);
-        UNROLL for (int i = 0; i < QK; i += 4) m = vmaxnmq_f32(m, vabsq_f32(vld1q_f32(q + i)));
-        float amax = vmaxnmvq_f32(m), id = amax > MIN_AMAX ? MAX_Q16 / amax : 0;
+        UNROLL for (int i = 0; i < QK; i += 4) m = vmaxq_f32(m, vabsq_f32(vld1q_f32(q + i)));
+        float amax = vmaxvq_f32(m), id = amax <= MIN_AMAX ? 0 : MAX_Q16 / amax;
         UNROLL for (int i = 0; i < QK; i += 4) {
             int32x4_t n = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(q + i), id));
             vst1_s16(x->x.s16 + i, vmovn_s32(n));
             sum = vaddq_s32(sum, n);
         }
-        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
+        x->d = amax <= MIN_AMAX ? 0 : amax / MAX_Q16;
         x->zero_point = -128 * vaddvq_s32(sum);
     }
 }
@@ -12052,8 +12066,12 @@ static float not_finite(const struct tensor *t) {
     return 0;
 }
 
-static int blame_weights(const lvm_model *m, int code, lvm_error *error) {
-    if (code != LVM_FORMAT || error == NULL) return code;
+static int blame_weights(lvm_ctx *ctx, int code, lvm_error *error) {
+    const lvm_model *m = ctx->m;
+    if (code != LVM_FORMAT) return code;
+    ctx->n_fed = ctx->has_logits = 0;
+    if (m->llama.L > 0) ctx->b->kv_trim(ctx->state, 0, 0);
+    if (error == NULL) return code;
     lvm_error what = *error;
     for (int i = 0; i < m->n_specs; i++) {
         float bad = not_finite(m->specs[i].tensor);

@@ -258,6 +258,62 @@ static void cf_cancel(const lvm_model *m, const struct backend *b, const lvm_opt
     lvm_ctx_free(ctx);
 }
 
+/* A call that meets numbers that are not finite names the tensor they come from. */
+static void cf_blamed(int code, const lvm_error *error, const char *tensor, const char *what) {
+    check(code == LVM_FORMAT && strstr(error->text, "not finite") != NULL &&
+              strstr(error->text, tensor) != NULL && strstr(error->text, "holds NaN") != NULL,
+          "%s with NaN in %s gives %d: %s", what, tensor, code, error->text);
+}
+
+static void cf_spoiled_transformer(lvm_ctx *ctx, const char *tensor, int embedding) {
+    int32_t ids[3] = {CF_BOS, 1, CF_V / 2}, whole[2] = {CF_BOS, 1};
+    float nll[3], logits[CF_V];
+    lvm_error error = {0, ""};
+    ctx_reset(ctx);
+    cf_blamed(lvm_prompt(ctx, ids, 3, logits, &error), &error, tensor, "a prompt");
+    cf_blamed(lvm_score(ctx, ids, 3, nll, &error), &error, tensor, "a likelihood");
+    cf_blamed(lvm_generate(ctx, NULL, 1, 1, ids, &error), &error, tensor, "a token");
+    int code = lvm_prompt(ctx, whole, 2, logits, &error);
+    if (embedding) check(code == LVM_OK, "a prompt without the bad token fails: %s", error.text);
+    else cf_blamed(code, &error, tensor, "a shorter prompt");
+}
+
+static void cf_spoiled_tokenizer(lvm_ctx *ctx, const char *tensor) {
+    uint8_t rgb[CF_R * CF_R * 3] = {0};
+    int32_t ids[CF_T], codes[CF_T] = {CF_CODES / 2};
+    lvm_image image = {CF_R, CF_R, rgb, 0}, out;
+    lvm_error error = {0, ""};
+    ctx_reset(ctx);
+    int encoded = lvm_encode(ctx, &image, 1, ids, &error);
+    if (encoded != LVM_OK) cf_blamed(encoded, &error, tensor, "an image");
+    int decoded = lvm_decode(ctx, codes, 1, &out, &error);
+    if (decoded != LVM_OK) cf_blamed(decoded, &error, tensor, "pixels");
+    check((encoded != LVM_OK) + (decoded != LVM_OK) == 1, "NaN in %s: encoding gives %d, decoding %d",
+          tensor, encoded, decoded);
+    check((decoded == LVM_OK) == (out.rgb != NULL), "an image of NaN is left");
+    lvm_image_free(&out);
+}
+
+/* NaN in one tensor after the other: encoding, decoding or a prompt fails where it uses it, and only
+   there. What that leaves in memory spoils nothing once the weights are whole again. The middle rows
+   of codebook and embedding are those of token CF_CODES / 2 and CF_V / 2. */
+static void cf_not_finite(const struct backend *b, const lvm_options *o, int type) {
+    struct model_file f = cf_model(type);
+    lvm_model *m = must(lvm_open_memory(f.data, f.size, NULL));
+    lvm_ctx *ctx = cf_context(m, b, o);
+    for (int i = 0; i < m->n_specs; i++) {
+        const struct tensor_spec *s = &m->specs[i];
+        if (s->tensor->data == NULL) continue;
+        uint16_t whole = spoil(&f, s->tensor, 0x7fff);
+        if (strncmp(s->name, "vq.", 3) == 0) cf_spoiled_tokenizer(ctx, s->name);
+        else cf_spoiled_transformer(ctx, s->name, s->kind == T_EMBED);
+        spoil(&f, s->tensor, whole);
+    }
+    lvm_ctx_free(ctx);
+    lvm_close(m);
+    free(f.data);
+}
+
 /* path: a file that may be written. off: see above. */
 static void check_backend(const struct backend *b, const char *device, int type, int kv_type,
                           double off, const char *path) {
@@ -284,6 +340,9 @@ static void check_backend(const struct backend *b, const char *device, int type,
         for (int n = 1; n <= CF_PROMPT; n += 93) cf_cache(m, b, &here, n, path);
         cf_cache(m, b, &here, KV_BLOCK, path);
         cf_cancel(m, b, &here, &got);
+        cf_not_finite(b, &here, type);
+        cf_all(ctx, &again);
+        cf_same(&got, &again, "behind all that");
     }
     check(strcmp(lvm_ctx_info(ctx).device, device) == 0, "the device is %s",
           lvm_ctx_info(ctx).device);
