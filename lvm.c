@@ -3402,9 +3402,8 @@ struct encode_group {
 static int encode_waiting(lvm_ctx *ctx, struct encode_group *g, lvm_error *error) {
     size_t T = (size_t)ctx->m->T;
     if (g->n == 0) return LVM_OK;
-    int code =
-        ctx->b->encode(ctx->state, ctx->rgb, g->n, g->done, g->all, ctx->tokens, NULL, error);
-    code = blame_weights(ctx, code, error);
+    int code = blame_weights(ctx, ctx->b->encode(ctx->state, ctx->rgb, g->n, g->done, g->all,
+                                                 ctx->tokens, NULL, error), error);
     for (int i = 0; code == LVM_OK && i < g->n; i++) {
         const int32_t *ids = ctx->tokens + (size_t)i * T;
         memcpy(g->to[i], ids, T * sizeof *ids);
@@ -3518,8 +3517,8 @@ static int prefill(lvm_ctx *ctx, int seq, const int32_t *ids, int n, float *logi
         *fed += rows;
     }
     int code = check_finite(logits, V, "the logits behind token", *fed, error);
-    if (code != LVM_OK) return blame_weights(ctx, code, error);
-    return report(&ctx->o, stage.name, stage.done + n, stage.all, error);
+    return code != LVM_OK ? blame_weights(ctx, code, error)
+                          : report(&ctx->o, stage.name, stage.done + n, stage.all, error);
 }
 
 /* Keys and values depend on nothing but the tokens up to theirs, so that what two prompts begin
@@ -3582,8 +3581,11 @@ static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
 /* Reads ids[n] behind the prompt, many rows at a time: logits[n][V] behind each of them; or, where
    that is NULL, nll[i] of ids[i], which the logits behind the one before it tell. The last of these
    need not be read. Then the sequence is cut back to the prompt. */
-static int read_behind(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, float *nll,
-                       lvm_error *error) {
+static int read_behind(lvm_ctx *ctx, const char *call, const int32_t *ids, int n, float *logits,
+                       float *nll, lvm_error *error) {
+    clear_error(error);
+    if (ctx == NULL || ids == NULL || (logits == NULL && nll == NULL))
+        return null_argument(error, call, ctx == NULL ? "ctx" : ids == NULL ? "ids" : "the result");
     const struct llama *a = &ctx->m->llama;
     int code = prefill_pending(ctx, error);
     if (code != LVM_OK) return code;
@@ -3613,18 +3615,11 @@ static int read_behind(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, f
 }
 
 int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error) {
-    clear_error(error);
-    if (ctx != NULL && ids != NULL && nll != NULL)
-        return read_behind(ctx, ids, n, NULL, nll, error);
-    return null_argument(error, "lvm_score", ctx == NULL ? "ctx" : ids == NULL ? "ids" : "nll");
+    return read_behind(ctx, "lvm_score", ids, n, NULL, nll, error);
 }
 
 int lvm_logits(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error) {
-    clear_error(error);
-    if (ctx != NULL && ids != NULL && logits != NULL)
-        return read_behind(ctx, ids, n, logits, NULL, error);
-    return null_argument(error, "lvm_logits",
-                         ctx == NULL ? "ctx" : ids == NULL ? "ids" : "logits");
+    return read_behind(ctx, "lvm_logits", ids, n, logits, NULL, error);
 }
 
 /* ---- Sampling ----
@@ -3654,13 +3649,8 @@ static struct rng rng_new(uint64_t seed, uint64_t stream) {
     return r;
 }
 
-/* n numbers further, in log n steps (Brown 1994, "Random number generation with arbitrary
-   strides"): a step is state a + c, and two, four, ... steps are of that form too. */
-static void rng_skip(struct rng *r, uint64_t n) {
-    uint64_t a = 6364136223846793005u, c = r->increment;
-    for (; n > 0; n >>= 1, c *= a + 1, a *= a)
-        if (n & 1) r->state = r->state * a + c;
-}
+/* n numbers further, in log n steps (chapter 14). */
+static void rng_skip(struct rng *r, uint64_t n);
 
 struct choice {
     float p; /* e^((logit - largest) / temperature): a probability before it is normalised */
@@ -3930,6 +3920,7 @@ int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_erro
 /* Empties the images that a call is to make and refuses what it cannot do. */
 static int ready_images(const lvm_ctx *ctx, int candidates, int n, lvm_image *out,
                         const char *call, lvm_error *error) {
+    clear_error(error);
     const int most = 1 << 11;
     int64_t all = candidates < 1 || n < 1 ? 0 : (int64_t)candidates * n;
     for (int64_t i = 0; out != NULL && i < all && all <= MAX_SEQUENCES * most; i++)
@@ -3946,7 +3937,6 @@ static int ready_images(const lvm_ctx *ctx, int candidates, int n, lvm_image *ou
 /* Tokens first, for all images; then pixels. */
 int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n,
                         lvm_image *out, lvm_error *error) {
-    clear_error(error);
     int code = ready_images(ctx, candidates, n, out, "lvm_generate_images", error);
     if (code != LVM_OK) return code;
     int tokens = n * ctx->m->T;
@@ -3960,7 +3950,6 @@ int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidat
 
 int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_sampling *sampling,
                 int candidates, int n, lvm_image *out, lvm_error *error) {
-    clear_error(error);
     int code = ready_images(ctx, candidates, n, out, "lvm_predict", error);
     if (code == LVM_OK) code = lvm_prompt_images(ctx, images, count, error);
     return code == LVM_OK ? lvm_generate_images(ctx, sampling, candidates, n, out, error) : code;
@@ -8615,7 +8604,7 @@ static void store_kv8(const struct kernels *kern, const struct kv_cache *kv, uin
         }
         kern->attention.to_q8_0(v + g * QK, &block, QK);
         memcpy(values + 2 * column, &block.d, 2);
-        if ((block.d & 0x7c00) == 0x7c00) /* NaN, infinity: v8_sums drops them, k8_scores does not */
+        if ((block.d & 0x7c00) == 0x7c00) /* not finite: v8_sums would drop it, k8_scores keeps it */
             memcpy(keys + 2 * column, &block.d, 2);
         uint8_t *to = values + 2 * PANEL + column / 4 * 4 * QK + column % 4;
         for (int i = 0; i < QK; i++) to[4 * i] = (uint8_t)block.q[i];
@@ -11956,6 +11945,14 @@ void lvm_set_progress(lvm_ctx *ctx, lvm_progress *progress, void *user) {
     if (ctx == NULL) return;
     ctx->o.progress = progress;
     ctx->o.user = user;
+}
+
+/* Brown 1994, "Random number generation with arbitrary strides": a step is a state + c, and two,
+   four, ... together are of that form too. */
+static void rng_skip(struct rng *r, uint64_t n) {
+    uint64_t a = 6364136223846793005u, c = r->increment;
+    for (; n > 0; n >>= 1, c *= a + 1, a *= a)
+        if (n & 1) r->state = r->state * a + c;
 }
 
 static int settle_token(const lvm_ctx *ctx, const struct continuation *c, int s, int i,
