@@ -8604,7 +8604,7 @@ static void store_kv8(const struct kernels *kern, const struct kv_cache *kv, uin
         }
         kern->attention.to_q8_0(v + g * QK, &block, QK);
         memcpy(values + 2 * column, &block.d, 2);
-        if ((block.d & 0x7c00) == 0x7c00) /* not finite: v8_sums would drop it, k8_scores keeps it */
+        if ((block.d & 0x7c00) == 0x7c00) /* not finite: only k8_scores keeps it */
             memcpy(keys + 2 * column, &block.d, 2);
         uint8_t *to = values + 2 * PANEL + column / 4 * 4 * QK + column % 4;
         for (int i = 0; i < QK; i++) to[4 * i] = (uint8_t)block.q[i];
