@@ -5,6 +5,7 @@
 #   make static     lvm-static, which needs no library of the system (by musl-gcc if there is one)
 #   make lvm.exe    for Windows, by mingw-w64
 #   make liblvm.so  the library
+#   make lvm.h      its header, which is chapter 0 of lvm.c
 #   make install    PREFIX=DIR: program, manual page, library, lvm.h, lvm.pc; `make uninstall`
 CC      ?= cc
 CFLAGS  ?= -O3
@@ -69,7 +70,7 @@ fuzz:
 	tests/fuzz.sh $(FUZZ_SECONDS)
 
 # The header is chapter 0 of lvm.c: its comment, then everything between the guards.
-$(B)/lvm.h: lvm.c | $(B)
+lvm.h: lvm.c
 	echo '/* lvm.h - the public part of lvm.c $(VERSION), from which make takes it. MIT licence.' > $@
 	echo >> $@
 	sed -n -e '/^   Objects\. /,/\*\/$$/p' lvm.c >> $@
@@ -85,13 +86,13 @@ LIB_TO   = $(DESTDIR)$(LIBDIR)
 H_TO     = $(DESTDIR)$(PREFIX)/include
 MAN_TO   = $(DESTDIR)$(PREFIX)/share/man/man1
 
-install: lvm liblvm.so $(B)/lvm.h $(MAN)
+install: lvm liblvm.so lvm.h $(MAN)
 	install -d $(BIN_TO) $(LIB_TO)/pkgconfig $(H_TO) $(MAN_TO)
 	install -m 755 lvm $(BIN_TO)/lvm
 	install -m 755 liblvm.so $(LIB_TO)/$(LIB_FILE)
 	ln -sf $(LIB_FILE) $(LIB_TO)/$(LIB_ABI)
 	ln -sf $(LIB_ABI) $(LIB_TO)/$(LIB)
-	install -m 644 $(B)/lvm.h $(H_TO)/lvm.h
+	install -m 644 lvm.h $(H_TO)/lvm.h
 	printf '%s\n' 'prefix=$(PREFIX)' 'libdir=$(LIBDIR)' 'includedir=$${prefix}/include' '' \
 	    'Name: lvm' 'Description: Large Vision Models: prompts are images, answers are images' \
 	    'Version: $(VERSION)' 'Libs: -L$${libdir} -llvm' 'Libs.private: -lm -lpthread' \
@@ -103,7 +104,7 @@ uninstall:
 	    $(LIB_TO)/$(LIB) $(LIB_TO)/$(LIB_ABI) $(LIB_TO)/$(LIB_FILE)
 
 clean:
-	rm -rf lvm lvm-static lvm.exe liblvm.so build
+	rm -rf lvm lvm-static lvm.exe liblvm.so lvm.h build
 
 .DELETE_ON_ERROR:
 .PHONY: static test debug tsan fuzz install uninstall clean

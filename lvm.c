@@ -87,11 +87,17 @@
    pool of threads; one thread at a time may use it. Close contexts before their model.
 
    Errors. Every call that can fail returns LVM_OK (0) or one of the codes below and fills *error,
-   whose text names the file or the argument and the fault. error may be NULL; any other pointer may
-   be only where its call says so. A call that fails or is cancelled leaves its objects usable: the
-   context stays at its prompt (after lvm_prompt at the new one), and what is missing of it in the
-   cache is read again when it is needed. Images that it should have made are empty, so that
-   lvm_image_free is right in any case; what lies in other outputs then means nothing.
+   whose text names the file or the argument and the fault; after a success it holds LVM_OK and "".
+   error may be NULL; any other pointer may be only where its call says so. A call that fails or is
+   cancelled leaves its objects usable: the context stays at its prompt (after lvm_prompt at the new
+   one), and what is missing of it in the cache is read again when it is needed. Images that it
+   should have made are empty, also where an argument is refused, so that lvm_image_free is right in
+   any case (of out[candidates][n], where both are at least 1, up to 64 x 2048); what lies in other
+   outputs then means nothing.
+   Weights that lead to NaN or infinity are such a failure too (LVM_FORMAT), which names them.
+
+   Processes. After fork() the child may use a context on the CPU, in one thread, or free it; one
+   that another thread was using then, it may only free. A context's own threads take no signals.
 
    Ownership. You own what you pass in; lvm_image.rgb that lvm filled is released by lvm_image_free.
 
@@ -184,10 +190,14 @@ typedef struct lvm_info {
     const char *device;   /* a context's; of a model: what a context without a choice would take */
 } lvm_info;
 
-/* progress is called often, with the stage ("encode", "prefill", "generate", "score", "decode", and
-   "layers" inside a step of prefill and score) and done of all units of work; returning non-zero
+/* progress is called often, with the stage and done of all units of work; returning non-zero
    cancels: the call returns LVM_CANCELLED and the context stays usable. It may look at a flag that
-   another thread sets. */
+   another thread sets. The stages of a call, each once, are "encode" and "decode" (operations of
+   the tokenizer), "prefill", "generate" and "score" (tokens); inside them, as often as it happens,
+   "slide" (tokens read again because the window slid, while "generate" stands still) and "layers"
+   (of one step). While a stage lasts all stays and done never falls. */
+typedef int lvm_progress(void *user, const char *stage, int64_t done, int64_t all);
+
 typedef struct lvm_options {
     uint32_t size;
     int threads; /* 0: one a processor that this process may use */
@@ -196,10 +206,14 @@ typedef struct lvm_options {
     int window;  /* images of the context, the predicted one included; 0: info.window_images */
     int fit;     /* how an image becomes R x R: LVM_SQUASH or LVM_CROP */
     void *user;
-    int (*progress)(void *user, const char *stage, int64_t done, int64_t all);
+    lvm_progress *progress;
     const char *device; /* "cpu"; NULL: what the environment's LVM_DEVICE names, else the best */
 } lvm_options;
 
+/* choose, if there is one, is called for each token when lvm has drawn it: for candidate after
+   candidate, then for the next token; index counts from 0 in each call of lvm_generate. logits[V]
+   are the scores that it was drawn by. choose may set *id to any image token (0 .. codes-1)
+   instead; returning non-zero cancels. It may use other contexts, but not this one. */
 typedef struct lvm_sampling {
     uint32_t size;
     float temperature; /* 1e-3 .. 100; 1 leaves the distribution as it is */
@@ -207,7 +221,21 @@ typedef struct lvm_sampling {
     int top_k;         /* >= 0: the k likeliest ids; 0 keeps all */
     int greedy;        /* 1: the likeliest id; of equal ones the lowest; the rest is ignored */
     uint64_t seed;
+    void *user;
+    int (*choose)(void *user, int candidate, int index, const float *logits, int32_t *id);
+    double *log_likelihood; /* NULL, or [candidates]: the sum of ln p, in nats, of each candidate's
+                               tokens of the call, as lvm_score judges them: temperature 1, all V */
 } lvm_sampling;
+
+/* What a context holds, in bytes of memory. */
+typedef struct lvm_usage {
+    int64_t context; /* all that is the context's own, the cache included */
+    int64_t cache;   /* keys and values of the sequence, by blocks of 256 tokens */
+    int64_t weights; /* the model's file in memory or mapped; its contexts share it */
+    int64_t device;  /* of all this on another device, and the weights' copy there; CPU: 0 */
+    int tokens;      /* of the sequence, given and generated */
+    int tokens_free; /* that may follow before the context is full; generating then slides */
+} lvm_usage;
 
 /* flags of lvm_open */
 enum { LVM_NO_MMAP = 1 }; /* read the file instead of mapping it: for files that others may cut */
@@ -234,6 +262,11 @@ lvm_info lvm_model_info(const lvm_model *model);
 lvm_ctx *lvm_ctx_new(const lvm_model *model, const lvm_options *options, lvm_error *error);
 void lvm_ctx_free(lvm_ctx *ctx);
 lvm_info lvm_ctx_info(const lvm_ctx *ctx); /* of its model, and its device */
+lvm_usage lvm_ctx_usage(const lvm_ctx *ctx); /* of NULL: zeros */
+
+/* The progress function (NULL: none) and its user data from the next call on, in place of those of
+   the options. ctx may be NULL. */
+void lvm_set_progress(lvm_ctx *ctx, lvm_progress *progress, void *user);
 
 /* Images of any size -> ids[n][tokens_per_image]. Each is made R x R first (options.fit). A
    context remembers the last 32 images that it encoded and does not compute the same pixels
@@ -254,7 +287,8 @@ int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_erro
 
 /* Continues the prompt by n >= 1 tokens, in `candidates` (1 .. 64) independent ways that share its
    cache: ids[candidates][n]. sampling may be NULL. The window slides by whole images when the
-   context is full, as the published program does. Candidate c draws from stream c of the seed.
+   context is full, as the published program does. Candidate c draws from stream c of the seed, the
+   i-th token since the prompt by its i-th number, so that several calls give what one would.
    Afterwards the context stands behind candidate 0. */
 int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n, int32_t *ids,
                  lvm_error *error);
@@ -267,6 +301,11 @@ int lvm_generate_images(lvm_ctx *ctx, const lvm_sampling *sampling, int candidat
 /* nll[i] = -ln p(ids[i] | prompt, ids[..i-1]) over the whole vocabulary, in nats. The context stays
    at the prompt, so that many continuations can be compared. */
 int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error);
+
+/* logits[n][V]: row i holds the scores of the token behind ids[i], where ids[n] follow the prompt;
+   of those behind the prompt itself lvm_prompt tells. 1 <= n <= context_length - tokens of the
+   prompt, at which the context stays. */
+int lvm_logits(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error);
 
 /* All at once: the next n images after images[count], `candidates` of each:
    out[candidates][n], which lvm allocates: lvm_prompt_images, then lvm_generate_images. */
@@ -400,6 +439,15 @@ static inline int report(const lvm_options *o, const char *stage, int64_t done, 
     return fail(error, LVM_CANCELLED, "cancelled while at work on: %s", stage);
 }
 
+/* Refuses numbers that are no numbers: "the logits behind token 5 are not finite". */
+static inline int check_finite(const float *x, int64_t n, const char *what, int64_t number,
+                               lvm_error *error) {
+    for (int64_t i = 0; i < n; i++)
+        if (!isfinite(x[i]))
+            return fail(error, LVM_FORMAT, "%s %lld are not finite", what, (long long)number);
+    return LVM_OK;
+}
+
 static inline int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 static inline int64_t max64(int64_t a, int64_t b) { return a > b ? a : b; }
 static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
@@ -415,6 +463,11 @@ static inline int round_up(int n, int to) { return (n + to - 1) / to * to; }
 #endif
 
 const char *lvm_version(void) { return LVM_VERSION; }
+
+/* What every public call begins with. */
+static void clear_error(lvm_error *error) {
+    if (error != NULL) *error = (lvm_error){.code = LVM_OK};
+}
 
 /* What a public call says of a pointer that it needs. */
 static int null_argument(lvm_error *error, const char *call, const char *name) {
@@ -536,7 +589,7 @@ typedef void task_fn(void *arg, int task, int thread);
 
 /* n threads, the caller being one: a context's (chapter 10). pool_run runs fn(arg, task, thread)
    for every task 0 .. count-1, each once, thread being 0 .. n-1 and nobody else's meanwhile, and
-   returns when all are done. */
+   returns when all are done. In a forked child the caller is alone. */
 struct pool;
 static struct pool *pool_new(int n, lvm_error *error);
 static void pool_free(struct pool *p);
@@ -664,6 +717,11 @@ static float inverse(float d) {
     return d != 0 && fabsf(id) < HUGE_VALF ? id : 0;
 }
 
+/* |x| or amax; once one was NaN, NaN: so it is not lost in a block's scale. */
+static float larger_magnitude(float x, float amax) {
+    return fabsf(x) > amax || isnan(x) ? fabsf(x) : amax;
+}
+
 /* v as an integer in [low, high]; NaN gives low. */
 static int clamp_int(float v, int low, int high) {
     return v > (float)low ? (v < (float)high ? (int)v : high) : low;
@@ -674,7 +732,7 @@ static void quantize_q8_0(const float *x, void *out, int64_t k) {
     struct q8_0 *y = out;
     for (int64_t b = 0; b < k / QK; b++, x += QK) {
         float amax = 0;
-        for (int i = 0; i < QK; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
+        for (int i = 0; i < QK; i++) amax = larger_magnitude(x[i], amax);
         float d = amax / 127, id = inverse(d);
         y[b].d = f32_to_f16(d);
         for (int i = 0; i < QK; i++) y[b].q[i] = (int8_t)clamp_int(roundf(x[i] * id), -127, 127);
@@ -957,13 +1015,13 @@ static void dot_tile_plain(int k, const float *const *a, const float *const *b, 
 #define MIN_AMAX 1e-36f
 
 /* d = largest magnitude / 127, q = x / d to the nearest integer, ties to even. k is a multiple of
-   QK; what a NaN becomes is some number. */
+   QK; what a NaN becomes is some number, and d NaN. */
 static void quantize_act_plain(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = 0;
-        for (int i = 0; i < QK; i++) amax = fabsf(x[i]) > amax ? fabsf(x[i]) : amax;
-        float id = amax > MIN_AMAX ? 127 / amax : 0;
-        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
+        for (int i = 0; i < QK; i++) amax = larger_magnitude(x[i], amax);
+        float id = amax <= MIN_AMAX ? 0 : 127 / amax;
+        y[b].d = amax <= MIN_AMAX ? 0 : amax / 127;
         for (int i = 0; i < QK; i++) y[b].q[i] = (int8_t)rintf(x[i] * id);
     }
 }
@@ -1899,6 +1957,7 @@ static lvm_model *open_model(lvm_model *m, int code, lvm_error *error) {
 }
 
 lvm_model *lvm_open_memory(const void *data, size_t size, lvm_error *error) {
+    clear_error(error);
     if (data == NULL) {
         null_argument(error, "lvm_open_memory", "data");
         return NULL;
@@ -1908,6 +1967,7 @@ lvm_model *lvm_open_memory(const void *data, size_t size, lvm_error *error) {
 }
 
 lvm_model *lvm_open(const char *path, int flags, lvm_error *error) {
+    clear_error(error);
     if (path == NULL || (flags & ~LVM_NO_MMAP) != 0) {
         if (path == NULL) null_argument(error, "lvm_open", "path");
         else fail(error, LVM_INVALID, "%s: lvm_open knows no flags %d", path, flags);
@@ -2003,6 +2063,7 @@ struct vq_state {
     float *k_panels, *v_panels;    /* its keys and values as attend_block reads them */
     float *packed, *zeros;         /* convolution: what its tasks share; a pixel outside, [c] */
     float *dots, *code_norms;      /* [VQ_ROWS][codes] and [codes]: of the quantiser */
+    int64_t bytes;                 /* of all this */
 };
 
 /* ---- Convolution ---- */
@@ -2391,9 +2452,11 @@ static int vq_state_alloc(struct vq_state *s, const struct exec *e, const struct
     for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
         *want[i].p = mem_alloc((size_t)want[i].n, sizeof(float), error);
         if (*want[i].p == NULL) return LVM_MEMORY;
+        s->bytes += want[i].n * (int64_t)sizeof(float);
     }
     s->sums = mem_alloc((size_t)(tasks * 2 * c), sizeof *s->sums, error);
     if (s->sums == NULL) return LVM_MEMORY;
+    s->bytes += tasks * 2 * c * (int64_t)sizeof *s->sums;
     for (int i = 0; i < vq->codes; i++) {
         double sum = 0;
         e->kern->elementwise.to_f32(vq->codebook.type, tensor_row(&vq->codebook, i), e->scratch,
@@ -2485,6 +2548,7 @@ struct lm_state {
     float *rope;                  /* [N][2][d / 2]: cosines, sines */
     float *inv_freq;              /* [d / 2] */
     float *logits;                /* [NLL_ROWS][V] */
+    int64_t bytes;                /* of these; the cache grows */
     struct kv_cache kv;
 };
 
@@ -2886,6 +2950,7 @@ static int lm_state_alloc(struct lm_state *s, const struct llama *a, int kv_type
     for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
         *want[i].p = mem_alloc((size_t)want[i].n, sizeof(float), error);
         if (*want[i].p == NULL) return LVM_MEMORY;
+        s->bytes += want[i].n * (int64_t)sizeof(float);
     }
     for (int i = 0; i < a->d / 2; i++) {
         float power = (float)(2 * i) / (float)a->d;
@@ -2946,11 +3011,15 @@ struct continuation {
     int32_t *ids;          /* [n_seqs][ld]: what was sampled; the last of each is not fed */
     int64_t ld;
     int64_t done, all;     /* progress: tokens before these, and of all calls */
+    double *log_likelihood; /* [n_seqs]: plus ln p of each token, at temperature 1 over all V; or
+                              NULL. With sampling->choose nothing of this is asked of a device */
 };
 
 /* What a device does for a context. The functions return LVM_OK or a code with the error filled;
    calls that fail or are cancelled leave sequences as they were. report(o, ...) is theirs to call;
-   it never needs the device to be waited for. */
+   it never needs the device to be waited for. Of encode and decode it counts the model's list of
+   operations, n_encoder an image and the rest. Latents, pixels and rows of logits before they are
+   sampled from go through check_finite; who reads its LVM_FORMAT looks for the weights to blame. */
 struct backend {
     uint32_t size, version;  /* of this struct: sizeof and BACKEND_VERSION when it was compiled */
     const char *name;        /* "cpu", "cuda" */
@@ -2986,9 +3055,12 @@ struct backend {
     int (*kv_get)(void *state, int seq, int block, void *data, lvm_error *error);
     int (*kv_set)(void *state, int seq, int block, const void *data, int n, lvm_error *error);
 
+    /* Adds memory to context, cache and device; NULL: unknown. */
+    void (*usage)(void *state, lvm_usage *usage);
+
     /* Training's functions will follow here; size and version tell which there are. */
 };
-enum { BACKEND_VERSION = 1 };
+enum { BACKEND_VERSION = 2 };
 
 #ifndef LVM_INTERNAL
 
@@ -3066,20 +3138,23 @@ static int cpu_open(void *copy, const lvm_options *o, void **state, struct limit
     return code;
 }
 
-/* A channel of a pixel, 0 to 1 in floats, to 0 .. 255; halves to even, as NumPy rounds, and NaN to
-   0. */
+/* A channel of a pixel, 0 to 1 in floats, to 0 .. 255; halves to even, as NumPy rounds. */
 static uint8_t to_byte(float x) { return (uint8_t)rintf(255 * (x > 0 ? (x < 1 ? x : 1) : 0)); }
 
-/* Image by image; the progress counts operations of the encoder. */
+/* Image by image. */
 static int cpu_encode(void *state, const uint8_t *rgb, int n, int first, int all, int32_t *ids,
                       float *latent, lvm_error *error) {
     struct cpu *c = state;
     const struct vqgan *vq = c->m->vq;
     int64_t steps = vq->n_encoder, T = c->m->T, size = (int64_t)vq->R * vq->R * 3;
     int code = LVM_OK;
-    for (int i = 0; code == LVM_OK && i < n; i++)
+    for (int i = 0; code == LVM_OK && i < n; i++) {
         code = vq_encode(&c->e, vq, &c->vq, rgb + i * size, (first + i) * steps, all * steps,
                          ids + i * T, latent != NULL ? latent + i * T * vq->code_dim : NULL, error);
+        if (code == LVM_OK) /* they are the current map still */
+            code = check_finite(c->vq.x, T * vq->code_dim, "the latents of image", first + i + 1,
+                                error);
+    }
     return code;
 }
 
@@ -3092,6 +3167,8 @@ static int cpu_decode(void *state, const int32_t *ids, int n, int first, int all
     for (int i = 0; i < n; i++, rgb += size) {
         int code = vq_decode(&c->e, vq, &c->vq, ids + (int64_t)i * c->m->T, (first + i) * steps,
                              all * steps, error);
+        if (code == LVM_OK)
+            code = check_finite(c->vq.x, size, "the pixels of image", first + i + 1, error);
         if (code != LVM_OK) return code;
         for (int64_t p = 0; p < size; p++) rgb[p] = to_byte(c->vq.x[p]);
         if (pixels != NULL) memcpy(pixels + i * size, c->vq.x, (size_t)size * sizeof *pixels);
@@ -3145,11 +3222,15 @@ static int cpu_kv_set(void *state, int seq, int block, const void *data, int n, 
     return LVM_OK;
 }
 
+/* What a context uses (chapter 14). */
+static void cpu_usage(void *state, lvm_usage *usage);
+
 static const struct backend cpu_backend = {
     .size = sizeof cpu_backend, .version = BACKEND_VERSION, .name = "cpu",
     .model_open = cpu_model_open, .model_close = mem_free, .open = cpu_open, .close = cpu_close,
     .encode = cpu_encode, .decode = cpu_decode, .forward = cpu_forward, .kv_copy = cpu_kv_copy,
-    .kv_trim = cpu_kv_trim, .kv_size = cpu_kv_size, .kv_get = cpu_kv_get, .kv_set = cpu_kv_set};
+    .kv_trim = cpu_kv_trim, .kv_size = cpu_kv_size, .kv_get = cpu_kv_get, .kv_set = cpu_kv_set,
+    .usage = cpu_usage};
 
 /* The backend of a device ("cpu", "cuda:1") and the model's copy there, which is made when the
    first context needs it (chapter 14). */
@@ -3174,6 +3255,7 @@ struct lvm_ctx {
     struct limits limits;
     int32_t *ids;       /* [context + 1] */
     int n_ids, n_fed;   /* n_fed <= n_ids */
+    int64_t n_generated; /* tokens since the prompt, dropped ones included */
     int has_logits;     /* logits[0] belongs to ids[n_fed - 1] */
     float *logits;      /* [sequences][V]; row c is candidate c's while generating */
     int *seqs, *rows;   /* [rows]: a batch's sequences; 0, 1, 2, ... */
@@ -3188,6 +3270,11 @@ struct lvm_ctx {
 static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_options *o,
                           lvm_error *error);
 static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_error *error);
+
+/* Completes what check_finite says (LVM_FORMAT; other codes pass through) by the model's name and
+   by the first tensor that holds such a number; and empties the cache, of which even tokens before
+   a NaN may have got it (chapter 14). */
+static int blame_weights(lvm_ctx *ctx, int code, lvm_error *error);
 
 /* Also of a context that ctx_new could not finish. */
 void lvm_ctx_free(lvm_ctx *ctx) {
@@ -3244,6 +3331,7 @@ static lvm_ctx *ctx_new(const lvm_model *m, const struct backend *b, const lvm_o
 }
 
 lvm_ctx *lvm_ctx_new(const lvm_model *model, const lvm_options *options, lvm_error *error) {
+    clear_error(error);
     if (model != NULL) return ctx_new(model, NULL, options, error);
     null_argument(error, "lvm_ctx_new", "model");
     return NULL;
@@ -3321,8 +3409,8 @@ struct encode_group {
 static int encode_waiting(lvm_ctx *ctx, struct encode_group *g, lvm_error *error) {
     size_t T = (size_t)ctx->m->T;
     if (g->n == 0) return LVM_OK;
-    int code =
-        ctx->b->encode(ctx->state, ctx->rgb, g->n, g->done, g->all, ctx->tokens, NULL, error);
+    int code = blame_weights(ctx, ctx->b->encode(ctx->state, ctx->rgb, g->n, g->done, g->all,
+                                                 ctx->tokens, NULL, error), error);
     for (int i = 0; code == LVM_OK && i < g->n; i++) {
         const int32_t *ids = ctx->tokens + (size_t)i * T;
         memcpy(g->to[i], ids, T * sizeof *ids);
@@ -3331,6 +3419,13 @@ static int encode_waiting(lvm_ctx *ctx, struct encode_group *g, lvm_error *error
     g->done += g->n;
     g->n = 0;
     return code;
+}
+
+/* Images that are encoded or decoded, in operations as the backend counts them. */
+static int report_images(const lvm_ctx *ctx, int decoded, int64_t done, int64_t all,
+                         lvm_error *error) {
+    int n = ctx->m->vq->n_encoder, steps = decoded ? ctx->m->vq->n_ops - n : n;
+    return report(&ctx->o, decoded ? "decode" : "encode", done * steps, all * steps, error);
 }
 
 /* An image is known already, or it joins those that wait; one that waits twice is encoded first and
@@ -3346,7 +3441,7 @@ static int encode_image(lvm_ctx *ctx, const lvm_image *image, struct encode_grou
     const struct encoded *known = code == LVM_OK ? find_encoded(ctx, fitted.rgb) : NULL;
     if (known != NULL) {
         memcpy(ids, known->ids, (size_t)ctx->m->T * sizeof *ids);
-        code = report(&ctx->o, "encode", g->done++, g->all, error);
+        code = report_images(ctx, 0, ++g->done, g->all, error);
     } else if (code == LVM_OK) {
         memcpy(ctx->rgb + (size_t)g->n * size, fitted.rgb, size);
         g->to[g->n++] = ids;
@@ -3358,6 +3453,7 @@ static int encode_image(lvm_ctx *ctx, const lvm_image *image, struct encode_grou
 
 /* As many images at a time as the device takes; what the context knows already costs nothing. */
 int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_error *error) {
+    clear_error(error);
     if (ctx == NULL) return null_argument(error, "lvm_encode", "ctx");
     if (n > 0 && (images == NULL || ids == NULL))
         return null_argument(error, "lvm_encode", images == NULL ? "images" : "ids");
@@ -3367,7 +3463,7 @@ int lvm_encode(lvm_ctx *ctx, const lvm_image *images, int n, int32_t *ids, lvm_e
     for (int i = 0; code == LVM_OK && i < n; i++)
         code = encode_image(ctx, &images[i], &g, ids + (int64_t)i * ctx->m->T, error);
     if (code == LVM_OK) code = encode_waiting(ctx, &g, error);
-    return code == LVM_OK ? report(&ctx->o, "encode", 1, 1, error) : code;
+    return code == LVM_OK && n > 0 ? report_images(ctx, 0, n, n, error) : code;
 }
 
 /* Images first .. first + count - 1 of a call. */
@@ -3376,6 +3472,7 @@ static int decode_images(lvm_ctx *ctx, const int32_t *ids, int first, int count,
     int R = ctx->m->vq->R;
     int code = ctx->b->decode(ctx->state, ids + (int64_t)first * ctx->m->T, count, first, n,
                               ctx->rgb, NULL, error);
+    code = blame_weights(ctx, code, error);
     for (int i = 0; code == LVM_OK && i < count; i++) {
         lvm_image *image = &images[first + i];
         image->rgb = mem_alloc(1, image_bytes(ctx), error);
@@ -3388,6 +3485,7 @@ static int decode_images(lvm_ctx *ctx, const int32_t *ids, int first, int count,
 
 /* Likewise. After a failure none of the images is left. */
 int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_error *error) {
+    clear_error(error);
     for (int i = 0; images != NULL && i < n; i++) images[i] = (lvm_image){.rgb = NULL};
     if (ctx == NULL) return null_argument(error, "lvm_decode", "ctx");
     if (n > 0 && (ids == NULL || images == NULL))
@@ -3397,34 +3495,43 @@ int lvm_decode(lvm_ctx *ctx, const int32_t *ids, int n, lvm_image *images, lvm_e
     if (code == LVM_OK) code = check_ids(ids, (int64_t)n * ctx->m->T, ctx->m->codes, error);
     for (int i = 0; code == LVM_OK && i < n; i += count)
         code = decode_images(ctx, ids, i, n - i < count ? n - i : count, n, images, error);
-    if (code == LVM_OK) code = report(&ctx->o, "decode", 1, 1, error);
+    if (code == LVM_OK && n > 0) code = report_images(ctx, 1, n, n, error);
     for (int i = 0; code != LVM_OK && i < n; i++) lvm_image_free(&images[i]);
     return code;
 }
 
 /* ---- Prefill ---- */
 
-/* Appends ids[n] to a sequence of the cache; logits: NULL or V floats for the token behind them.
-   *fed counts what went in. */
+/* What the progress calls a prefill; done of all its tokens lie before the ones at hand. */
+struct stage {
+    const char *name;
+    int64_t done, all;
+};
+
+/* Appends ids[n] to a sequence of the cache; logits: V floats for the token behind them. *fed, the
+   sequence's length, counts what went in. */
 static int prefill(lvm_ctx *ctx, int seq, const int32_t *ids, int n, float *logits, int *fed,
-                   lvm_error *error) {
-    int most = ctx->limits.rows;
+                   struct stage stage, lvm_error *error) {
+    int most = ctx->limits.rows, V = ctx->m->llama.V;
     for (int i = 0; i < most; i++) ctx->seqs[i] = seq;
     for (int at = 0; at < n; at += most) {
         int rows = n - at < most ? n - at : most, last = rows - 1;
         struct batch b = {.n = rows, .tokens = ids + at, .seqs = ctx->seqs, .out = &last,
-                          .n_out = at + rows == n && logits != NULL, .logits = logits};
-        int code = report(&ctx->o, "prefill", at, n, error);
+                          .n_out = at + rows == n, .logits = logits};
+        int code = report(&ctx->o, stage.name, stage.done + at, stage.all, error);
         if (code == LVM_OK) code = ctx->b->forward(ctx->state, &b, error);
         if (code != LVM_OK) return code;
         *fed += rows;
     }
-    return report(&ctx->o, "prefill", n, n, error);
+    int code = check_finite(logits, V, "the logits behind token", *fed, error);
+    return code != LVM_OK ? blame_weights(ctx, code, error)
+                          : report(&ctx->o, stage.name, stage.done + n, stage.all, error);
 }
 
 /* Keys and values depend on nothing but the tokens up to theirs, so that what two prompts begin
    with alike is read once (prefix reuse). */
 int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error) {
+    clear_error(error);
     if (ctx == NULL || ids == NULL)
         return null_argument(error, "lvm_prompt", ctx == NULL ? "ctx" : "ids");
     const struct llama *a = &ctx->m->llama;
@@ -3442,9 +3549,11 @@ int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error
     memcpy(ctx->ids, ids, (size_t)n * sizeof *ids);
     ctx->n_ids = n;
     ctx->n_fed = same;
+    ctx->n_generated = 0;
     if (same < n) {
         ctx->has_logits = 0;
-        code = prefill(ctx, 0, ids + same, n - same, ctx->logits, &ctx->n_fed, error);
+        code = prefill(ctx, 0, ids + same, n - same, ctx->logits, &ctx->n_fed,
+                       (struct stage){"prefill", 0, n - same}, error);
         if (code != LVM_OK) return code;
         ctx->has_logits = 1;
     }
@@ -3463,8 +3572,9 @@ static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
         return fail(error, LVM_INVALID, "the context is full");
     if (ctx->n_fed == ctx->n_ids) ctx->b->kv_trim(ctx->state, 0, --ctx->n_fed);
     ctx->has_logits = 0;
-    code = prefill(ctx, 0, ctx->ids + ctx->n_fed, ctx->n_ids - ctx->n_fed, ctx->logits,
-                   &ctx->n_fed, error);
+    int n = ctx->n_ids - ctx->n_fed;
+    code = prefill(ctx, 0, ctx->ids + ctx->n_fed, n, ctx->logits, &ctx->n_fed,
+                   (struct stage){"prefill", 0, n}, error);
     ctx->has_logits = code == LVM_OK;
     return code;
 }
@@ -3475,33 +3585,48 @@ static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
    that is -ln p. Its mean's exponential is the perplexity, the number of equally likely tokens that
    the model was as unsure between. */
 
-/* The first token is judged by the logits behind the prompt, each further one by those behind the
-   one before it, many rows at a time; then the sequence is cut back to the prompt. */
-int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error) {
-    if (ctx == NULL || ids == NULL || nll == NULL)
-        return null_argument(error, "lvm_score",
-                             ctx == NULL ? "ctx" : ids == NULL ? "ids" : "nll");
+/* Reads ids[n] behind the prompt, many rows at a time: logits[n][V] behind each of them; or, where
+   that is NULL, nll[i] of ids[i], which the logits behind the one before it tell. The last of these
+   need not be read. Then the sequence is cut back to the prompt. */
+static int read_behind(lvm_ctx *ctx, const char *call, const int32_t *ids, int n, float *logits,
+                       float *nll, lvm_error *error) {
+    clear_error(error);
+    if (ctx == NULL || ids == NULL || (logits == NULL && nll == NULL))
+        return null_argument(error, call, ctx == NULL ? "ctx" : ids == NULL ? "ids" : "the result");
     const struct llama *a = &ctx->m->llama;
     int code = prefill_pending(ctx, error);
     if (code != LVM_OK) return code;
-    int start = ctx->n_fed, most = ctx->limits.rows;
-    if (n < 1 || n > a->context + 1 - start)
-        return fail(error, LVM_INVALID,
-                    "%d tokens to score; behind the prompt the context holds 1 to %d", n,
-                    a->context + 1 - start);
+    int start = ctx->n_fed, most = ctx->limits.rows, judge = logits == NULL;
+    if (n < 1 || n > a->context + judge - start)
+        return fail(error, LVM_INVALID, "%d tokens; behind the prompt the context holds 1 to %d",
+                    n, a->context + judge - start);
     code = check_ids(ids, n, a->V, error);
-    if (code != LVM_OK) return code;
-    nll[0] = negative_log_likelihood(ctx->logits, a->V, ids[0]);
+    if (code == LVM_OK && judge) nll[0] = negative_log_likelihood(ctx->logits, a->V, ids[0]);
     memset(ctx->seqs, 0, (size_t)most * sizeof *ctx->seqs);
-    for (int at = 0; code == LVM_OK && at < n - 1; at += most) {
-        int rows = n - 1 - at < most ? n - 1 - at : most;
+    for (int at = 0; code == LVM_OK && at < n - judge; at += most) {
+        int rows = n - judge - at < most ? n - judge - at : most;
         struct batch b = {.n = rows, .tokens = ids + at, .seqs = ctx->seqs, .n_out = rows,
-                          .out = ctx->rows, .targets = ids + at + 1, .nll = nll + at + 1};
+                          .out = ctx->rows};
+        if (judge) b.targets = ids + at + 1, b.nll = nll + at + 1;
+        else b.logits = logits + (int64_t)at * a->V;
         code = report(&ctx->o, "score", at, n, error);
         if (code == LVM_OK) code = ctx->b->forward(ctx->state, &b, error);
     }
     ctx->b->kv_trim(ctx->state, 0, start);
+    for (int i = 0; code == LVM_OK && i < n; i++)
+        code = judge ? check_finite(nll + i, 1, "the likelihoods from token", i + 1, error)
+                     : check_finite(logits + (int64_t)i * a->V, a->V, "the logits behind token",
+                                    i + 1, error);
+    code = blame_weights(ctx, code, error);
     return code == LVM_OK ? report(&ctx->o, "score", n, n, error) : code;
+}
+
+int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error) {
+    return read_behind(ctx, "lvm_score", ids, n, NULL, nll, error);
+}
+
+int lvm_logits(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error) {
+    return read_behind(ctx, "lvm_logits", ids, n, logits, NULL, error);
 }
 
 /* ---- Sampling ----
@@ -3530,6 +3655,9 @@ static struct rng rng_new(uint64_t seed, uint64_t stream) {
     rng_next(&r);
     return r;
 }
+
+/* n numbers further, in log n steps (chapter 14). */
+static void rng_skip(struct rng *r, uint64_t n);
 
 struct choice {
     float p; /* e^((logit - largest) / temperature): a probability before it is normalised */
@@ -3616,6 +3744,11 @@ static int32_t *candidate_ids(const struct generation *g, int c) {
     return g->ids + (int64_t)c * (g->ctx->m->llama.context + 1);
 }
 
+/* Token i of sequence s was sampled: asks sampling->choose and adds to log_likelihood
+   (chapter 14). */
+static int settle_token(const lvm_ctx *ctx, const struct continuation *c, int s, int i,
+                        lvm_error *error);
+
 /* The loop of generating: sample a token of each sequence, feed it, sample the next. Sequences are
    one batch: weights and the keys of a shared prompt are read once for all of them. */
 static int generate_on_host(lvm_ctx *ctx, struct continuation *c, lvm_error *error) {
@@ -3628,9 +3761,15 @@ static int generate_on_host(lvm_ctx *ctx, struct continuation *c, lvm_error *err
     for (int i = 0; code == LVM_OK && i < c->n; i++) {
         if (i > 0) code = ctx->b->forward(ctx->state, &b, error);
         if (code == LVM_OK) code = report(&ctx->o, "generate", c->done + i, c->all, error);
-        for (int s = 0; code == LVM_OK && s < c->n_seqs; s++)
-            c->ids[s * c->ld + i] = last[s] = sample(c->logits + (int64_t)s * V, c->codes,
-                                                     c->sampling, &c->rng[s], choices);
+        for (int s = 0; code == LVM_OK && s < c->n_seqs; s++) {
+            const float *logits = c->logits + (int64_t)s * V;
+            int32_t *id = &c->ids[s * c->ld + i];
+            code = check_finite(logits, V, "the logits behind generated token", c->done + i, error);
+            if (code != LVM_OK) break;
+            *id = sample(logits, c->codes, c->sampling, &c->rng[s], choices);
+            code = settle_token(ctx, c, s, i, error);
+            last[s] = *id;
+        }
     }
     mem_free(choices);
     mem_free(last);
@@ -3654,13 +3793,15 @@ static int slide_window(struct generation *g, lvm_error *error) {
                     "the context of %d tokens holds no image to continue from",
                     ctx->m->llama.context);
     for (int c = 0; code == LVM_OK && c < g->candidates; c++) {
-        int same = 0, fed = 0;
+        int fed = 0;
         const int32_t *ids = candidate_ids(g, c), *first = candidate_ids(g, 0);
-        while (c > 0 && same < g->length - 1 && ids[same] == first[same]) same++;
-        code = ctx->b->kv_copy(ctx->state, 0, c, same, error);
+        while (c > 0 && fed < g->length - 1 && ids[fed] == first[fed]) fed++;
+        struct stage slide = {"slide", (int64_t)c * g->length + fed,
+                              (int64_t)g->candidates * g->length};
+        code = ctx->b->kv_copy(ctx->state, 0, c, fed, error);
         if (code == LVM_OK)
-            code = prefill(ctx, c, ids + same, g->length - same,
-                           ctx->logits + (int64_t)c * ctx->m->llama.V, &fed, error);
+            code = prefill(ctx, c, ids + fed, g->length - fed,
+                           ctx->logits + (int64_t)c * ctx->m->llama.V, &fed, slide, error);
     }
     return code;
 }
@@ -3673,6 +3814,7 @@ static int fork_prompt(struct generation *g, lvm_error *error) {
     for (int c = 0; code == LVM_OK && c < g->candidates; c++) {
         memcpy(candidate_ids(g, c), ctx->ids, (size_t)ctx->n_ids * sizeof *ctx->ids);
         g->rng[c] = rng_new(g->s.seed, (uint64_t)c);
+        rng_skip(&g->rng[c], (uint64_t)ctx->n_generated);
         if (c == 0) continue;
         code = ctx->b->kv_copy(ctx->state, 0, c, ctx->n_fed, error);
         memcpy(ctx->logits + (size_t)c * V, ctx->logits, V * sizeof *ctx->logits);
@@ -3691,6 +3833,7 @@ static void keep_first_candidate(struct generation *g, int code) {
         memcpy(ctx->ids, candidate_ids(g, 0), (size_t)g->length * sizeof *ctx->ids);
         ctx->n_ids = g->length;
         ctx->n_fed = g->length - 1;
+        ctx->n_generated += g->n;
     } else {
         if (g->slid) ctx->n_fed = 0;
         ctx->b->kv_trim(ctx->state, 0, ctx->n_fed);
@@ -3701,14 +3844,18 @@ static void keep_first_candidate(struct generation *g, int code) {
 static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) {
     lvm_ctx *ctx = g->ctx;
     int code = fork_prompt(g, error);
+    for (int c = 0; g->s.log_likelihood != NULL && c < g->candidates; c++)
+        g->s.log_likelihood[c] = 0;
     for (int done = 0, n; code == LVM_OK && done < g->n; done += n) {
         if (g->length >= g->full) code = slide_window(g, error);
         n = g->n - done < g->full - g->length ? g->n - done : g->full - g->length;
         struct continuation c = {&g->s, g->candidates, n, ctx->m->codes, ctx->logits, g->rng,
-                                 g->ids + g->length, ctx->m->llama.context + 1, done, g->n};
+                                 g->ids + g->length, ctx->m->llama.context + 1, done, g->n,
+                                 g->s.log_likelihood};
+        int on_device = ctx->b->generate != NULL && g->s.choose == NULL;
         if (code == LVM_OK)
-            code = ctx->b->generate != NULL ? ctx->b->generate(ctx->state, &c, error)
-                                            : generate_on_host(ctx, &c, error);
+            code = blame_weights(ctx, on_device ? ctx->b->generate(ctx->state, &c, error)
+                                                : generate_on_host(ctx, &c, error), error);
         for (int i = 0; code == LVM_OK && i < g->candidates; i++)
             memcpy(ids + (int64_t)i * g->n + done, candidate_ids(g, i) + g->length,
                    (size_t)n * sizeof *ids);
@@ -3723,6 +3870,7 @@ static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) 
    needed. */
 int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int n, int32_t *ids,
                  lvm_error *error) {
+    clear_error(error);
     if (ctx == NULL || ids == NULL)
         return null_argument(error, "lvm_generate", ctx == NULL ? "ctx" : "ids");
     const struct llama *a = &ctx->m->llama;
@@ -3754,6 +3902,7 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
 
 /* bos, then the tokens of the last images that leave room for the next one. */
 int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_error *error) {
+    clear_error(error);
     if (ctx == NULL || (images == NULL && count > 0))
         return null_argument(error, "lvm_prompt_images", ctx == NULL ? "ctx" : "images");
     const struct llama *a = &ctx->m->llama;
@@ -3778,10 +3927,14 @@ int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_erro
 /* Empties the images that a call is to make and refuses what it cannot do. */
 static int ready_images(const lvm_ctx *ctx, int candidates, int n, lvm_image *out,
                         const char *call, lvm_error *error) {
-    if (n < 1 || n > 1 << 11 || candidates < 1 || candidates > MAX_SEQUENCES)
+    clear_error(error);
+    const int most = 1 << 11;
+    int64_t all = candidates < 1 || n < 1 ? 0 : (int64_t)candidates * n;
+    for (int64_t i = 0; out != NULL && i < all && all <= MAX_SEQUENCES * most; i++)
+        out[i] = (lvm_image){.rgb = NULL};
+    if (all == 0 || n > most || candidates > MAX_SEQUENCES)
         return fail(error, LVM_INVALID, "%d candidates of %d images: out of range", candidates,
                     n);
-    for (int i = 0; out != NULL && i < candidates * n; i++) out[i] = (lvm_image){.rgb = NULL};
     if (ctx == NULL || out == NULL) return null_argument(error, call, ctx == NULL ? "ctx" : "out");
     if (ctx->m->T > INT32_MAX / n)
         return fail(error, LVM_INVALID, "%d images of %d tokens are too many", n, ctx->m->T);
@@ -4364,6 +4517,26 @@ static void *os_map(int fd, size_t size) {
 
 static void os_unmap(void *p, size_t size) { munmap(p, size); }
 
+struct os_signals {
+    sigset_t set;
+};
+
+/* Threads that start now take no signal but those of a fault of their own, and leave the others to
+   the program's threads. */
+static struct os_signals os_block_signals(void) {
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS};
+    struct os_signals before;
+    sigset_t set;
+    sigfillset(&set);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&set, faults[i]);
+    pthread_sigmask(SIG_BLOCK, &set, &before.set);
+    return before;
+}
+
+static void os_restore_signals(struct os_signals before) {
+    pthread_sigmask(SIG_SETMASK, &before.set, NULL);
+}
+
 #ifdef __linux__
 /* n, or fewer processors where a control group's folder grants less time. Version 2 keeps quota and
    period in one file ("max" is none), version 1 in two (-1 is none). */
@@ -4631,6 +4804,13 @@ static void os_unmap(void *p, size_t size) {
     UnmapViewOfFile(p);
 }
 
+struct os_signals {
+    int none; /* Windows sends none to threads */
+};
+
+static struct os_signals os_block_signals(void) { return (struct os_signals){0}; }
+static void os_restore_signals(struct os_signals before) { (void)before; }
+
 static int64_t os_processors(void) {
     DWORD_PTR ours = 0, all = 0;
     int64_t n = 0;
@@ -4771,7 +4951,10 @@ static int processors(void) { return (int)min64(max64(os_processors(), 1), 1024)
    a worker that comes late, because another program has its processor, finds the queues empty and
    is not waited for. Whoever waits spins for some microseconds, for the transformer starts
    thousands of short runs a second, then yields the processor, perhaps to the very thread it waits
-   for, and sleeps in the end. */
+   for, and sleeps in the end.
+
+   In a forked child only the caller is left, who steals all tasks. Mutex and conditions, which
+   workers may have held or waited at when the process was forked, are not touched there. */
 
 struct queue {
     atomic_int left; /* tasks not yet taken; 0 or less: none */
@@ -4792,6 +4975,7 @@ struct pool {
     task_fn *fn;
     void *arg;
     int count;
+    long process;               /* that the threads live in; a forked child has none of them */
 };
 
 enum { SPINS = 1500, YIELDS = 50 }; /* turns of waiting: a few ten microseconds each */
@@ -4862,9 +5046,11 @@ static void *pool_worker(void *arg) {
     }
 }
 
+static int pool_is_forked(const struct pool *p) { return (long)getpid() != p->process; }
+
 static void pool_start_round(struct pool *p) {
     atomic_fetch_add(&p->round, 1);
-    if (atomic_load(&p->sleeping) == 0) return;
+    if (atomic_load(&p->sleeping) == 0 || pool_is_forked(p)) return;
     pthread_mutex_lock(&p->mutex);
     pthread_cond_broadcast(&p->wake);
     pthread_mutex_unlock(&p->mutex);
@@ -4900,12 +5086,14 @@ static void pool_run(struct pool *p, int count, task_fn *fn, void *arg) {
 
 static void pool_free(struct pool *p) {
     if (p == NULL) return;
-    atomic_store(&p->quit, 1);
-    pool_start_round(p);
-    for (int i = 1; i < p->n; i++) pthread_join(p->threads[i], NULL);
-    pthread_cond_destroy(&p->wake);
-    pthread_cond_destroy(&p->done);
-    pthread_mutex_destroy(&p->mutex);
+    if (!pool_is_forked(p)) {
+        atomic_store(&p->quit, 1);
+        pool_start_round(p);
+        for (int i = 1; i < p->n; i++) pthread_join(p->threads[i], NULL);
+        pthread_cond_destroy(&p->wake);
+        pthread_cond_destroy(&p->done);
+        pthread_mutex_destroy(&p->mutex);
+    }
     mem_free(p->threads);
     mem_free(p->queues);
     mem_free(p);
@@ -4938,13 +5126,14 @@ static struct pool *pool_new(int n, lvm_error *error) {
     pthread_mutex_init(&p->mutex, NULL);
     pthread_cond_init(&p->wake, NULL);
     pthread_cond_init(&p->done, NULL);
-    for (p->n = 1; p->n < n; p->n++) {
-        if (pool_start_worker(p, p->n) == 0) continue;
-        fail(error, LVM_MEMORY, "cannot start thread %d of %d", p->n + 1, n);
-        pool_free(p);
-        return NULL;
-    }
-    return p;
+    p->process = (long)getpid();
+    struct os_signals before = os_block_signals();
+    for (p->n = 1; p->n < n && pool_start_worker(p, p->n) == 0;) p->n++;
+    os_restore_signals(before);
+    if (p->n >= n) return p;
+    fail(error, LVM_MEMORY, "cannot start thread %d of %d", p->n + 1, n);
+    pool_free(p);
+    return NULL;
 }
 
 static int pool_threads(const struct pool *p) { return p->n; }
@@ -5660,6 +5849,7 @@ static const struct exif_transform {
                         {1, 0, 0}, {1, 0, 1}, {1, 1, 1}, {1, 1, 0}};
 
 int lvm_image_upright(lvm_image *image, lvm_error *error) {
+    clear_error(error);
     lvm_image out = {0, 0, NULL, 0};
     if (image == NULL) return null_argument(error, "lvm_image_upright", "image");
     if (!image->rgb || !image_sides_ok(image->width, image->height))
@@ -7247,6 +7437,7 @@ static int no_image(const uint8_t *data, size_t size, const char *name, lvm_erro
 
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error) {
+    clear_error(error);
     const uint8_t *bytes = data;
     if (image == NULL) return null_argument(error, "lvm_image_load_memory", "image");
     *image = (lvm_image){0, 0, NULL, 0};
@@ -7262,6 +7453,7 @@ int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_i
 }
 
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error) {
+    clear_error(error);
     uint8_t *data = NULL;
     size_t size = 0;
     if (image == NULL) return null_argument(error, "lvm_image_load", "image");
@@ -7737,6 +7929,7 @@ static int png_encode(const lvm_image *image, uint8_t **png, size_t *size, lvm_e
 }
 
 int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error) {
+    clear_error(error);
     uint8_t *png = NULL;
     size_t size = 0;
     if (path == NULL || image == NULL)
@@ -7907,12 +8100,13 @@ static int resize_both(const lvm_image *in, int width, int height, lvm_image *ou
 }
 
 int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out, lvm_error *error) {
+    clear_error(error);
     lvm_image result = {0, 0, NULL, 0};
     int code;
+    if (out != NULL && in != out) *out = result;
     if (in == NULL || out == NULL)
         return null_argument(error, "lvm_image_resize", in == NULL ? "in" : "out");
     if (in == out) return fail(error, LVM_INVALID, "lvm_image_resize: in and out are the same");
-    *out = result;
     if (!in->rgb || !image_sides_ok(in->width, in->height) || !image_sides_ok(width, height))
         return fail(error, LVM_INVALID, "cannot resize an image of %d x %d to %d x %d pixels",
                     in->width, in->height, width, height);
@@ -8547,13 +8741,13 @@ static void quantize_query_plain(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = 0;
         int32_t sum = 0;
-        for (int i = 0; i < QK; i++) amax = fabsf(q[i]) > amax ? fabsf(q[i]) : amax;
-        float id = amax > MIN_AMAX ? MAX_Q16 / amax : 0;
+        for (int i = 0; i < QK; i++) amax = larger_magnitude(q[i], amax);
+        float id = amax <= MIN_AMAX ? 0 : MAX_Q16 / amax;
         for (int i = 0; i < QK; i++) {
             x->x.s16[i] = (int16_t)rintf(q[i] * id);
             sum += x->x.s16[i];
         }
-        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
+        x->d = amax <= MIN_AMAX ? 0 : amax / MAX_Q16;
         x->zero_point = -128 * sum;
     }
 }
@@ -8634,6 +8828,8 @@ static void store_kv8(const struct kernels *kern, const struct kv_cache *kv, uin
         }
         kern->attention.to_q8_0(v + g * QK, &block, QK);
         memcpy(values + 2 * column, &block.d, 2);
+        if ((block.d & 0x7c00) == 0x7c00) /* not finite: only k8_scores keeps it */
+            memcpy(keys + 2 * column, &block.d, 2);
         uint8_t *to = values + 2 * PANEL + column / 4 * 4 * QK + column % 4;
         for (int i = 0; i < QK; i++) to[4 * i] = (uint8_t)block.q[i];
     }
@@ -9212,18 +9408,24 @@ AVX2 static void int_tile_avx2(int blocks, const struct act_block *const *x, con
     }
 }
 
-/* The largest magnitude of 32 floats. */
 AVX2 static float max8(__m256 x) {
     __m128 h = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
     h = _mm_max_ps(h, _mm_movehl_ps(h, h));
     return _mm_cvtss_f32(_mm_max_ss(h, _mm_shuffle_ps(h, h, 1)));
 }
 
+/* The largest magnitude of 32 floats, or NaN if one is: as integers they have the same order, and
+   NaN lies above infinity. */
 AVX2 static float max_magnitude(const float *x) {
-    __m256 sign = _mm256_set1_ps(-0.0f), m = _mm256_setzero_ps();
-    UNROLL for (int i = 0; i < QK; i += 8)
-        m = _mm256_max_ps(_mm256_andnot_ps(sign, _mm256_loadu_ps(x + i)), m);
-    return max8(m);
+    __m256i m = _mm256_setzero_si256(), magnitude = _mm256_set1_epi32(INT32_MAX);
+    UNROLL for (int i = 0; i < QK; i += 8) {
+        __m256i bits = _mm256_loadu_si256((const __m256i *)(const void *)(x + i));
+        m = _mm256_max_epi32(m, _mm256_and_si256(bits, magnitude));
+    }
+    __m128i h = _mm_max_epi32(_mm256_castsi256_si128(m), _mm256_extracti128_si256(m, 1));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0x4e));
+    h = _mm_max_epi32(h, _mm_shuffle_epi32(h, 0xb1));
+    return _mm_cvtss_f32(_mm_castsi128_ps(h));
 }
 
 /* 16 floats times id, rounded to numbers of 16 bits. */
@@ -9243,9 +9445,9 @@ AVX2 static void quantize_act_avx2(const float *x, struct act_block *y, int k) {
     __m256i ones = _mm256_set1_epi16(1);
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
-        __m256 id = _mm256_set1_ps(amax > MIN_AMAX ? 127 / amax : 0);
+        __m256 id = _mm256_set1_ps(amax <= MIN_AMAX ? 0 : 127 / amax);
         __m256i q0 = scaled_s16(x, id), q1 = scaled_s16(x + 16, id);
-        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
+        y[b].d = amax <= MIN_AMAX ? 0 : amax / 127;
         y[b].zero_point = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(q0, ones),
                                                      _mm256_madd_epi16(q1, ones)));
         _mm256_storeu_si256((__m256i *)(void *)y[b].q,
@@ -9342,12 +9544,12 @@ AVX2 static void to_q8_0_avx2(const float *x, void *out, int64_t k) {
 AVX2 static void quantize_query_avx2(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = max_magnitude(q);
-        __m256 id = _mm256_set1_ps(amax > MIN_AMAX ? MAX_Q16 / amax : 0);
+        __m256 id = _mm256_set1_ps(amax <= MIN_AMAX ? 0 : MAX_Q16 / amax);
         __m256i low = scaled_s16(q, id), high = scaled_s16(q + 16, id);
         __m256i one = _mm256_set1_epi16(1);
         _mm256_storeu_si256((__m256i *)(void *)x->x.s16, low);
         _mm256_storeu_si256((__m256i *)(void *)(x->x.s16 + 16), high);
-        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
+        x->d = amax <= MIN_AMAX ? 0 : amax / MAX_Q16;
         x->zero_point = -128 * sum_s32(_mm256_add_epi32(_mm256_madd_epi16(low, one),
                                                    _mm256_madd_epi16(high, one)));
     }
@@ -9917,9 +10119,9 @@ AVX512 static __m256i pair_sums(__m512i x) {
 AVX512 static void quantize_act_avx512(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float amax = max_magnitude(x);
-        __m512 id = _mm512_set1_ps(amax > MIN_AMAX ? 127 / amax : 0);
+        __m512 id = _mm512_set1_ps(amax <= MIN_AMAX ? 0 : 127 / amax);
         __m256i sum = _mm256_setzero_si256();
-        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
+        y[b].d = amax <= MIN_AMAX ? 0 : amax / 127;
         UNROLL for (int i = 0; i < QK; i += 16) {
             __m512i q = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(x + i), id));
             _mm_storeu_si128((__m128i *)(void *)(y[b].q + i), _mm512_cvtepi32_epi8(q));
@@ -9950,14 +10152,14 @@ AVX512 static __m512 add_hi_lo(__m512i hi, __m512i lo) {
 AVX512 static void quantize_query_avx512(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float amax = max_magnitude(q);
-        __m512 id = _mm512_set1_ps(amax > MIN_AMAX ? MAX_Q16 / amax : 0);
+        __m512 id = _mm512_set1_ps(amax <= MIN_AMAX ? 0 : MAX_Q16 / amax);
         __m256i sum = _mm256_setzero_si256();
         UNROLL for (int i = 0; i < 2; i++) {
             __m512i n = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(q + 16 * i), id));
             store_hi_lo(x->x.s8[4 * i], _mm512_add_epi32(n, _mm512_set1_epi32(128)), n);
             sum = _mm256_add_epi32(sum, pair_sums(n));
         }
-        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
+        x->d = amax <= MIN_AMAX ? 0 : amax / MAX_Q16;
         x->zero_point = -128 * sum_s32(sum);
     }
 }
@@ -10687,9 +10889,9 @@ static void int_tile_neon(int blocks, const struct act_block *const *x, const ui
 static void quantize_act_neon(const float *x, struct act_block *y, int k) {
     for (int b = 0; b < k / QK; b++, x += QK) {
         float32x4_t m = vdupq_n_f32(0);
-        UNROLL for (int i = 0; i < QK; i += 4) m = vmaxnmq_f32(m, vabsq_f32(vld1q_f32(x + i)));
-        float amax = vmaxnmvq_f32(m), id = amax > MIN_AMAX ? 127 / amax : 0;
-        y[b].d = amax > MIN_AMAX ? amax / 127 : 0;
+        UNROLL for (int i = 0; i < QK; i += 4) m = vmaxq_f32(m, vabsq_f32(vld1q_f32(x + i)));
+        float amax = vmaxvq_f32(m), id = amax <= MIN_AMAX ? 0 : 127 / amax;
+        y[b].d = amax <= MIN_AMAX ? 0 : amax / 127;
         UNROLL for (int i = 0; i < QK; i += 8) {
             int32x4_t q0 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i), id));
             int32x4_t q1 = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(x + i + 4), id));
@@ -10851,14 +11053,14 @@ static void quantize_query_neon(const float *q, struct query_block *x, int k) {
     for (; k > 0; k -= QK, q += QK, x++) {
         float32x4_t m = vdupq_n_f32(0);
         int32x4_t sum = vdupq_n_s32(0);
-        UNROLL for (int i = 0; i < QK; i += 4) m = vmaxnmq_f32(m, vabsq_f32(vld1q_f32(q + i)));
-        float amax = vmaxnmvq_f32(m), id = amax > MIN_AMAX ? MAX_Q16 / amax : 0;
+        UNROLL for (int i = 0; i < QK; i += 4) m = vmaxq_f32(m, vabsq_f32(vld1q_f32(q + i)));
+        float amax = vmaxvq_f32(m), id = amax <= MIN_AMAX ? 0 : MAX_Q16 / amax;
         UNROLL for (int i = 0; i < QK; i += 4) {
             int32x4_t n = vcvtnq_s32_f32(vmulq_n_f32(vld1q_f32(q + i), id));
             vst1_s16(x->x.s16 + i, vmovn_s32(n));
             sum = vaddq_s32(sum, n);
         }
-        x->d = amax > MIN_AMAX ? amax / MAX_Q16 : 0;
+        x->d = amax <= MIN_AMAX ? 0 : amax / MAX_Q16;
         x->zero_point = -128 * vaddvq_s32(sum);
     }
 }
@@ -11702,6 +11904,7 @@ static int same_file(const char *a, const char *b) {
 
 int lvm_quantize(const char *in, const char *out, int type, int vq_type, int force,
                  lvm_error *error) {
+    clear_error(error);
     lvm_error own = {LVM_OK, ""};
     if (error == NULL) error = &own;
     if (in == NULL || out == NULL)
@@ -11878,6 +12081,7 @@ lvm_sampling lvm_default_sampling(void) {
 }
 
 int lvm_sampling_preset(const char *name, lvm_sampling *sampling, lvm_error *error) {
+    clear_error(error);
     static const struct { const char *name; float temperature, top_p; int top_k;
     } presets[2] = {{"lvm", 1, 1, 50}, {"delvm", 0.1f, 0.75f, 0}};
     if (name == NULL || sampling == NULL)
@@ -11948,14 +12152,46 @@ static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_erro
     *s = lvm_default_sampling();
     int code = LVM_OK;
     if (chosen != NULL)
-        code = copy_options(s, sizeof *s, sizeof *s, chosen, "lvm_sampling", error);
+        code = copy_options(s, sizeof *s, offsetof(lvm_sampling, user), chosen, "lvm_sampling",
+                            error);
     if (code != LVM_OK) return code;
+    s->size = sizeof *s;
     if (!(s->temperature >= 1e-3f && s->temperature <= 100))
         return fail(error, LVM_INVALID, "temperature %g is not between 0.001 and 100",
                     (double)s->temperature);
     if (!(s->top_p > 0 && s->top_p <= 1))
         return fail(error, LVM_INVALID, "top-p %g is not above 0 and up to 1", (double)s->top_p);
     if (s->top_k < 0) return fail(error, LVM_INVALID, "top-k %d is negative", s->top_k);
+    return LVM_OK;
+}
+
+void lvm_set_progress(lvm_ctx *ctx, lvm_progress *progress, void *user) {
+    if (ctx == NULL) return;
+    ctx->o.progress = progress;
+    ctx->o.user = user;
+}
+
+/* Brown 1994, "Random number generation with arbitrary strides": a step is a state + c, and two,
+   four, ... together are of that form too. */
+static void rng_skip(struct rng *r, uint64_t n) {
+    uint64_t a = 6364136223846793005u, c = r->increment;
+    for (; n > 0; n >>= 1, c *= a + 1, a *= a)
+        if (n & 1) r->state = r->state * a + c;
+}
+
+static int settle_token(const lvm_ctx *ctx, const struct continuation *c, int s, int i,
+                        lvm_error *error) {
+    const lvm_sampling *by = c->sampling;
+    const float *logits = c->logits + (int64_t)s * ctx->m->llama.V;
+    int32_t *id = &c->ids[s * c->ld + i];
+    if (by->choose != NULL && by->choose(by->user, s, (int)c->done + i, logits, id) != 0)
+        return fail(error, LVM_CANCELLED, "cancelled by lvm_sampling.choose");
+    if (check_ids(id, 1, c->codes, NULL) != LVM_OK)
+        return fail(error, LVM_INVALID, "lvm_sampling.choose gave %d, not 0 .. %d", (int)*id,
+                    c->codes - 1);
+    if (c->log_likelihood != NULL)
+        c->log_likelihood[s] -=
+            (double)negative_log_likelihood(logits, ctx->m->llama.V, *id);
     return LVM_OK;
 }
 
@@ -12033,6 +12269,79 @@ static int open_device(const lvm_model *m, const struct backend *b, const char *
     if (code == LVM_OK) *copy = d->copy;
     pthread_mutex_unlock(&all->mutex);
     return code;
+}
+
+/* ---- Weights that are no numbers ---- */
+
+/* The first number of a tensor that is not finite, or 0. */
+static float not_finite(const struct tensor *t) {
+    enum { PART = 32 * QK };
+    float part[PART];
+    int64_t n = (int64_t)t->rows * t->cols;
+    for (int64_t at = 0; t->data != NULL && at < n; at += PART) {
+        int64_t k = min64(PART, n - at);
+        row_to_f32(t->type, t->data + type_bytes(t->type, at), part, k);
+        for (int64_t i = 0; i < k; i++)
+            if (!isfinite(part[i])) return part[i];
+    }
+    return 0;
+}
+
+static int blame_weights(lvm_ctx *ctx, int code, lvm_error *error) {
+    const lvm_model *m = ctx->m;
+    if (code != LVM_FORMAT) return code;
+    ctx->n_fed = ctx->has_logits = 0;
+    if (m->llama.L > 0) ctx->b->kv_trim(ctx->state, 0, 0);
+    if (error == NULL) return code;
+    lvm_error what = *error;
+    for (int i = 0; i < m->n_specs; i++) {
+        float bad = not_finite(m->specs[i].tensor);
+        if (!isfinite(bad))
+            return fail(error, code, "%s: %s: %s holds %s", m->path, what.text, m->specs[i].name,
+                        isnan(bad) ? "NaN" : "infinity");
+    }
+    return fail(error, code, "%s: %s, though all weights are", m->path, what.text);
+}
+
+/* ---- What a context uses ---- */
+
+/* Of the pages, which sequences share, each once: in all of them it has the same place. */
+static int64_t pages_in_use(const struct kv_cache *kv) {
+    int64_t n = 0;
+    for (int s = 0; s < MAX_SEQUENCES; s++)
+        for (int i = 0; i < kv->max_pages; i++) {
+            int seen = kv->seq[s].pages[i] == NULL;
+            for (int before = 0; !seen && before < s; before++)
+                seen = kv->seq[before].pages[i] == kv->seq[s].pages[i];
+            n += !seen;
+        }
+    return n;
+}
+
+static void cpu_usage(void *state, lvm_usage *usage) {
+    const struct cpu *c = state;
+    const struct llama *a = &c->m->llama;
+    int64_t cache = pages_in_use(&c->lm.kv) * (int64_t)c->lm.kv.page_bytes,
+            blocks = c->e.act != NULL ? (max64(a->D, a->F) / QK + 1) * MAX_ROWS : 0;
+    usage->cache += cache;
+    usage->context += cache + c->lm.bytes + c->vq.bytes + blocks * (int64_t)sizeof *c->e.act +
+                      pool_threads(c->e.pool) * c->e.scratch_floats * (int64_t)sizeof(float);
+}
+
+lvm_usage lvm_ctx_usage(const lvm_ctx *ctx) {
+    lvm_usage usage = {0};
+    if (ctx == NULL) return usage;
+    const lvm_model *m = ctx->m;
+    int64_t image = 4 * (int64_t)m->T + (m->vq != NULL ? (int64_t)image_bytes(ctx) : 0),
+            images = ctx->limits.images + min64(ctx->n_encoded, MAX_ENCODED);
+    usage.context = (int64_t)sizeof *ctx + images * image + 4 * ((int64_t)m->llama.context + 1) +
+                    8 * (int64_t)ctx->limits.rows +
+                    4 * (int64_t)ctx->limits.sequences * m->llama.V;
+    usage.weights = (int64_t)m->file.size;
+    usage.tokens = ctx->n_ids;
+    usage.tokens_free = (int)max64(0, m->llama.context - ctx->n_ids);
+    if (ctx->b->usage != NULL) ctx->b->usage(ctx->state, &usage);
+    return usage;
 }
 
 /* ---- A context's state in a file ----
@@ -12127,6 +12436,7 @@ static int write_cache(struct outfile *out, const lvm_ctx *ctx, int n, uint8_t *
 }
 
 int lvm_cache_save(lvm_ctx *ctx, const char *path, int n, lvm_error *error) {
+    clear_error(error);
     struct outfile out;
     if (ctx == NULL || path == NULL)
         return null_argument(error, "lvm_cache_save", ctx == NULL ? "ctx" : "path");
@@ -12212,11 +12522,13 @@ static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_h
 
 static void ctx_reset(lvm_ctx *ctx) {
     ctx->n_ids = ctx->n_fed = ctx->has_logits = 0;
+    ctx->n_generated = 0;
     ctx->n_encoded = 0;
     ctx->b->kv_trim(ctx->state, 0, 0);
 }
 
 int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
+    clear_error(error);
     struct cache_head h = {.version = 0};
     int64_t size = 0;
     if (ctx == NULL || path == NULL)

@@ -36,7 +36,8 @@ class Info(ctypes.Structure):
 class Sampling(ctypes.Structure):
     _fields_ = [("size", ctypes.c_uint32), ("temperature", ctypes.c_float),
                 ("top_p", ctypes.c_float), ("top_k", ctypes.c_int), ("greedy", ctypes.c_int),
-                ("seed", ctypes.c_uint64)]
+                ("seed", ctypes.c_uint64), ("user", ctypes.c_void_p),
+                ("choose", ctypes.c_void_p), ("log_likelihood", ctypes.POINTER(ctypes.c_double))]
 
 
 def load_library(path):

@@ -149,6 +149,26 @@ static void cf_prefixes(const lvm_model *m, const struct backend *b, const lvm_o
     lvm_ctx_free(pieces);
 }
 
+/* Chooses as lvm did, or as it is told, and keeps the logits of candidate 0. */
+struct cf_chooser {
+    int calls, greedy, stop_at, bad_at, keep, candidates;
+    int32_t bad;
+    float *seen; /* [keep][V] */
+};
+
+static int cf_choose(void *user, int candidate, int index, const float *logits, int32_t *id) {
+    struct cf_chooser *c = user;
+    int many = c->candidates > 0 ? c->candidates : 1;
+    if (candidate != c->calls % many || index != c->calls / many || *id < 0 || *id >= CF_CODES)
+        check(0, "choice %d: candidate %d, token %d, id %d", c->calls, candidate, index, (int)*id);
+    c->calls++;
+    if (index < c->keep && candidate == 0)
+        memcpy(c->seen + index * CF_V, logits, CF_V * sizeof *logits);
+    if (index < c->greedy) *id = argmax(logits, CF_CODES);
+    if (c->bad_at > 0 && c->calls == c->bad_at) *id = c->bad;
+    return c->stop_at > 0 && c->calls == c->stop_at;
+}
+
 /* A candidate alone is the first of several; in one call or in several. */
 static void cf_candidates(lvm_ctx *ctx, const struct cf_outcome *want) {
     int32_t prompt[CF_SHORT], ids[CF_NEW], pieces[CF_NEW], most[64];
@@ -171,6 +191,109 @@ static void cf_candidates(lvm_ctx *ctx, const struct cf_outcome *want) {
           "%d candidates, as many as the limit: %s", sequences, error.text);
     check(lvm_generate(ctx, &s, ctx->limits.sequences + 1, 1, most, &error) == LVM_INVALID,
           "more candidates than the limit: %s", error.text);
+}
+
+/* A token's random number depends on seed, candidate and the tokens since the prompt alone: one call of
+   256, sixteen of 16 and 256 of 1 are the same, while the window slides three times; and what was
+   greedy in between moves nothing. */
+static void cf_streams(lvm_ctx *ctx) {
+    enum { N = 256 };
+    int32_t prompt[CF_SHORT], want[N], got[N], likely[CF_V];
+    lvm_sampling s = lvm_default_sampling();
+    lvm_error error = {0, ""};
+    s.seed = 23;
+    cf_ids(prompt, CF_SHORT, 1);
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    check(lvm_generate(ctx, &s, 1, N, want, &error) == LVM_OK, "256 tokens: %s", error.text);
+    for (int piece = 16; piece > 0; piece -= 15) {
+        lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+        for (int i = 0; i < N; i += piece) lvm_generate(ctx, &s, 1, piece, got + i, NULL);
+        check(memcmp(want, got, sizeof want) == 0, "calls of %d tokens are not one of 256", piece);
+    }
+    struct cf_chooser c = {.greedy = 40};
+    s.user = &c;
+    s.choose = cf_choose;
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    check(lvm_generate(ctx, &s, 1, 90, want, NULL) == LVM_OK && c.calls == 90, "choosing fails");
+    s = lvm_default_sampling();
+    s.seed = 23;
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    s.greedy = 1;
+    lvm_generate(ctx, &s, 1, 40, got, NULL);
+    s.greedy = 0;
+    lvm_generate(ctx, &s, 1, 50, got + 40, NULL);
+    check(memcmp(want, got, 90 * sizeof *want) == 0, "behind 40 greedy tokens draws are others");
+    memcpy(likely, got, sizeof likely);
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    lvm_generate(ctx, &s, 2, 40, got, NULL);
+    check(memcmp(likely, got, 40 * sizeof *got) != 0, "greedy tokens are sampled ones");
+}
+
+/* A caller that chooses as lvm would changes nothing; its logits are those that lvm_logits tells of the
+   same tokens; and log_likelihood is what lvm_score gives them. */
+static void cf_choices(lvm_ctx *ctx, const struct cf_outcome *want) {
+    enum { N = 30 };
+    int32_t prompt[CF_SHORT], ids[CF_MANY][CF_NEW], few[CF_MANY][N];
+    static float seen[N][CF_V], told[N][CF_V];
+    float nll[N], first[CF_V];
+    double sums[CF_MANY] = {1, 2, 3}, likely = 0;
+    struct cf_chooser c = {.seen = seen[0], .keep = N, .candidates = CF_MANY};
+    lvm_sampling s = lvm_default_sampling();
+    lvm_error error = {0, ""};
+    s.seed = 5;
+    s.user = &c;
+    s.choose = cf_choose;
+    s.log_likelihood = sums;
+    cf_ids(prompt, CF_SHORT, 1);
+    lvm_prompt(ctx, prompt, CF_SHORT, first, NULL);
+    check(lvm_generate(ctx, &s, CF_MANY, CF_NEW, ids[0], &error) == LVM_OK &&
+              memcmp(ids, want->ids, sizeof ids) == 0 && c.calls == CF_MANY * CF_NEW,
+          "who looks at each token changes them: %s", error.text);
+    s.choose = NULL;
+    double own[CF_MANY];
+    s.log_likelihood = own;
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    lvm_generate(ctx, &s, CF_MANY, CF_NEW, ids[0], NULL);
+    check(memcmp(own, sums, sizeof own) == 0, "likelihoods depend on who chooses");
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    lvm_generate(ctx, &s, CF_MANY, N, few[0], NULL);
+    for (int k = 0; k < CF_MANY; k++, likely = 0) {
+        lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+        check(lvm_score(ctx, few[k], N, nll, NULL) == LVM_OK, "a candidate's score fails");
+        for (int i = 0; i < N; i++) likely -= (double)nll[i];
+        check(fabs(likely - own[k]) < 1e-3, "candidate %d: ln p is %.9g, lvm_score says %.9g", k,
+              own[k], likely);
+    }
+    check(lvm_logits(ctx, few[0], N, told[0], &error) == LVM_OK, "logits: %s", error.text);
+    check(memcmp(first, seen[0], sizeof first) == 0 &&
+              memcmp(told[0], seen[1], (N - 1) * sizeof *told) == 0,
+          "the logits of a choice are not those of lvm_logits");
+    check(lvm_score(ctx, few[CF_MANY - 1], N, nll, NULL) == LVM_OK, "no score behind lvm_logits");
+    check(fabsf(negative_log_likelihood(told[3], CF_V, few[0][4]) -
+                negative_log_likelihood(seen[4], CF_V, few[0][4])) <= 0, "row 3 is not behind token 3");
+}
+
+/* Who chooses can cancel, and nothing but image tokens; the context stays at its prompt. */
+static void cf_bad_choices(lvm_ctx *ctx, const struct cf_outcome *want) {
+    int32_t prompt[CF_SHORT], ids[CF_NEW];
+    lvm_sampling s = lvm_default_sampling();
+    cf_ids(prompt, CF_SHORT, 1);
+    s.seed = 5;
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    for (int i = 0; i < 4; i++) {
+        struct cf_chooser c = {.stop_at = i == 0 ? 66 : 0, .bad_at = i > 0 ? 66 : 0,
+                               .bad = i == 1 ? -1 : i == 2 ? CF_CODES : INT32_MAX};
+        lvm_error error = {0, ""};
+        s.user = &c;
+        s.choose = cf_choose;
+        int code = lvm_generate(ctx, &s, 1, CF_NEW, ids, &error); /* slid before the 66th */
+        check(code == (i == 0 ? LVM_CANCELLED : LVM_INVALID) && strstr(error.text, "choose") != NULL,
+              "a bad choice gives %d: %s", code, error.text);
+        s.choose = NULL;
+    }
+    check(lvm_generate(ctx, &s, 1, CF_NEW, ids, NULL) == LVM_OK &&
+              memcmp(ids, want->ids[0], sizeof ids) == 0,
+          "behind choices that were refused other tokens come");
 }
 
 /* Saved behind n tokens, loaded by another context: the same numbers, with nothing computed twice. */
@@ -226,6 +349,75 @@ struct cf_canceller {
     int calls, at; /* cancels at call number `at`; -1: never */
 };
 
+/* What the progress of one call has told: each stage once, "slide" and "layers" as often as they end;
+   while a stage lasts all stays and done never falls. */
+struct cf_stages {
+    struct { const char *name; int64_t done, all, runs; } stage[7];
+};
+
+static int cf_record(void *user, const char *stage, int64_t done, int64_t all) {
+    static const char *const names[7] = {"encode", "prefill", "generate", "score", "decode", "slide",
+                                         "layers"};
+    struct cf_stages *r = user;
+    int i = 0;
+    while (i < 7 && strcmp(names[i], stage) != 0) i++;
+    check(i < 7 && done >= 0 && done <= all && all > 0, "%s: %lld of %lld", stage, (long long)done,
+          (long long)all);
+    if (i == 7) return 0;
+    int64_t was = r->stage[i].done, of = r->stage[i].all, again = i >= 5 && was == of;
+    if (r->stage[i].name != NULL && !(again && done <= 1) && (done < was || all != of))
+        check(0, "%s: %lld of %lld behind %lld of %lld", stage, (long long)done, (long long)all,
+              (long long)was, (long long)of);
+    r->stage[i].runs += r->stage[i].name == NULL || (again && done <= 1 && was > 1);
+    r->stage[i].name = names[i];
+    r->stage[i].done = done;
+    r->stage[i].all = all;
+    return 0;
+}
+
+static void cf_ended(struct cf_stages *r, const char *what, int slides) {
+    for (int i = 0; i < 7; i++)
+        check(r->stage[i].done == r->stage[i].all, "%s: %s ends at %lld of %lld", what,
+              r->stage[i].name, (long long)r->stage[i].done, (long long)r->stage[i].all);
+    check(r->stage[5].runs == slides, "%s: the window slides %lld times, not %d", what,
+          (long long)r->stage[5].runs, slides);
+    memset(r, 0, sizeof *r);
+}
+
+/* All calls, with images that are known already and the window sliding. */
+static void cf_totals(lvm_ctx *ctx) {
+    struct cf_stages r;
+    struct cf_outcome o;
+    int32_t ids[CF_MANY][200];
+    memset(&r, 0, sizeof r);
+    lvm_set_progress(ctx, cf_record, &r);
+    for (int i = 0; i < CF_ACTIONS; i++) {
+        cf_act(ctx, i, &o, 1, NULL);
+        memset(&r, 0, sizeof r);
+        check(cf_act(ctx, i, &o, 0, NULL) == LVM_OK, "%s fails", cf_names[i]);
+        check(r.stage[i == CF_DECODE ? 4 : i == CF_ENCODE ? 0 : i == CF_PREFILL ? 1
+                        : i == CF_SCORE ? 3 : 2].all > 1, "%s tells nothing", cf_names[i]);
+        cf_ended(&r, cf_names[i], i == CF_GENERATE);
+    }
+    cf_encode(ctx, &o, NULL);
+    cf_ended(&r, "encoding known images", 0);
+    cf_act(ctx, CF_GENERATE, &o, 1, NULL);
+    memset(&r, 0, sizeof r);
+    lvm_generate(ctx, NULL, CF_MANY, 200, ids[0], NULL);
+    cf_ended(&r, "200 tokens", 3);
+    lvm_generate(ctx, NULL, 1, 30, ids[0], NULL);
+    cf_ended(&r, "30 more", 0);
+    uint8_t rgb[CF_R * CF_R * 3] = {1};
+    lvm_image images[2] = {{CF_R, CF_R, rgb, 0}, {CF_R, CF_R, rgb, 0}}, out[6];
+    check(lvm_predict(ctx, images, 2, NULL, 2, 3, out, NULL) == LVM_OK, "predicting fails");
+    cf_ended(&r, "predicting", 1);
+    for (int i = 0; i < 6; i++) lvm_image_free(&out[i]);
+    lvm_set_progress(ctx, NULL, NULL);
+    memset(&r, 0, sizeof r);
+    cf_encode(ctx, &o, NULL);
+    check(r.stage[0].name == NULL, "progress goes on without a function");
+}
+
 static int cf_progress(void *user, const char *stage, int64_t done, int64_t all) {
     struct cf_canceller *c = user;
     if (*stage == 0 || done < 0 || done > all) check(0, "progress: %s", stage);
@@ -258,6 +450,62 @@ static void cf_cancel(const lvm_model *m, const struct backend *b, const lvm_opt
     lvm_ctx_free(ctx);
 }
 
+/* A call that meets numbers that are not finite names the tensor they come from. */
+static void cf_blamed(int code, const lvm_error *error, const char *tensor, const char *what) {
+    check(code == LVM_FORMAT && strstr(error->text, "not finite") != NULL &&
+              strstr(error->text, tensor) != NULL && strstr(error->text, "holds NaN") != NULL,
+          "%s with NaN in %s gives %d: %s", what, tensor, code, error->text);
+}
+
+static void cf_spoiled_transformer(lvm_ctx *ctx, const char *tensor, int embedding) {
+    int32_t ids[3] = {CF_BOS, 1, CF_V / 2}, whole[2] = {CF_BOS, 1};
+    float nll[3], logits[CF_V];
+    lvm_error error = {0, ""};
+    ctx_reset(ctx);
+    cf_blamed(lvm_prompt(ctx, ids, 3, logits, &error), &error, tensor, "a prompt");
+    cf_blamed(lvm_score(ctx, ids, 3, nll, &error), &error, tensor, "a likelihood");
+    cf_blamed(lvm_generate(ctx, NULL, 1, 1, ids, &error), &error, tensor, "a token");
+    int code = lvm_prompt(ctx, whole, 2, logits, &error);
+    if (embedding) check(code == LVM_OK, "a prompt without the bad token fails: %s", error.text);
+    else cf_blamed(code, &error, tensor, "a shorter prompt");
+}
+
+static void cf_spoiled_tokenizer(lvm_ctx *ctx, const char *tensor) {
+    uint8_t rgb[CF_R * CF_R * 3] = {0};
+    int32_t ids[CF_T], codes[CF_T] = {CF_CODES / 2};
+    lvm_image image = {CF_R, CF_R, rgb, 0}, out;
+    lvm_error error = {0, ""};
+    ctx_reset(ctx);
+    int encoded = lvm_encode(ctx, &image, 1, ids, &error);
+    if (encoded != LVM_OK) cf_blamed(encoded, &error, tensor, "an image");
+    int decoded = lvm_decode(ctx, codes, 1, &out, &error);
+    if (decoded != LVM_OK) cf_blamed(decoded, &error, tensor, "pixels");
+    check((encoded != LVM_OK) + (decoded != LVM_OK) == 1, "NaN in %s: encoding gives %d, decoding %d",
+          tensor, encoded, decoded);
+    check((decoded == LVM_OK) == (out.rgb != NULL), "an image of NaN is left");
+    lvm_image_free(&out);
+}
+
+/* NaN in one tensor after the other: encoding, decoding or a prompt fails where it uses it, and only
+   there. What that leaves in memory spoils nothing once the weights are whole again. The middle rows
+   of codebook and embedding are those of token CF_CODES / 2 and CF_V / 2. */
+static void cf_not_finite(const struct backend *b, const lvm_options *o, int type) {
+    struct model_file f = cf_model(type);
+    lvm_model *m = must(lvm_open_memory(f.data, f.size, NULL));
+    lvm_ctx *ctx = cf_context(m, b, o);
+    for (int i = 0; i < m->n_specs; i++) {
+        const struct tensor_spec *s = &m->specs[i];
+        if (s->tensor->data == NULL) continue;
+        uint16_t whole = spoil(&f, s->tensor, 0x7fff);
+        if (strncmp(s->name, "vq.", 3) == 0) cf_spoiled_tokenizer(ctx, s->name);
+        else cf_spoiled_transformer(ctx, s->name, s->kind == T_EMBED);
+        spoil(&f, s->tensor, whole);
+    }
+    lvm_ctx_free(ctx);
+    lvm_close(m);
+    free(f.data);
+}
+
 /* path: a file that may be written. off: see above. */
 static void check_backend(const struct backend *b, const char *device, int type, int kv_type,
                           double off, const char *path) {
@@ -279,11 +527,18 @@ static void check_backend(const struct backend *b, const char *device, int type,
         cf_all(ctx, &again);
         cf_same(&got, &again, "again");
         cf_candidates(ctx, &got);
+        cf_streams(ctx);
+        cf_choices(ctx, &got);
+        cf_bad_choices(ctx, &got);
+        cf_totals(ctx);
         cf_prefixes(m, b, &here);
         cf_rows(m, b, &here);
         for (int n = 1; n <= CF_PROMPT; n += 93) cf_cache(m, b, &here, n, path);
         cf_cache(m, b, &here, KV_BLOCK, path);
         cf_cancel(m, b, &here, &got);
+        cf_not_finite(b, &here, type);
+        cf_all(ctx, &again);
+        cf_same(&got, &again, "behind all that");
     }
     check(strcmp(lvm_ctx_info(ctx).device, device) == 0, "the device is %s",
           lvm_ctx_info(ctx).device);

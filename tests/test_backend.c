@@ -137,6 +137,7 @@ static int aw_generate(void *state, struct continuation *c, lvm_error *error) {
     int V = a->m->llama.V, code = LVM_OK, row = 0;
     demand(c->n >= 1 && c->n_seqs >= 1 && c->n_seqs <= AW_SEQUENCES && c->done + c->n <= c->all,
            "tokens to generate");
+    demand(c->sampling->choose == NULL, "tokens that the caller chooses");
     if (refuse(error)) return LVM_MEMORY;
     for (int s = 0; s < c->n_seqs; s++)
         for (int i = 0; code == LVM_OK && i < c->n; i++) {
@@ -147,7 +148,12 @@ static int aw_generate(void *state, struct continuation *c, lvm_error *error) {
             if (code == LVM_OK && s == 0)
                 code = report(a->o, "generate", c->done + i, c->all, error);
             if (code == LVM_OK)
-                *id = sample(c->logits + (int64_t)s * V, c->codes, c->sampling, &c->rng[s], choices);
+                code = check_finite(b.logits, V, "the logits behind generated token", c->done + i,
+                                    error);
+            if (code != LVM_OK) return code;
+            *id = sample(b.logits, c->codes, c->sampling, &c->rng[s], choices);
+            if (c->log_likelihood != NULL)
+                c->log_likelihood[s] -= (double)negative_log_likelihood(b.logits, V, *id);
         }
     return code;
 }
@@ -196,13 +202,19 @@ static int aw_kv_set(void *state, int seq, int block, const void *data, int n, l
     return code;
 }
 
+static void aw_usage(void *state, lvm_usage *usage) {
+    cpu_backend.usage(((struct awkward *)state)->cpu, usage);
+    usage->device += 12345;
+}
+
 static struct backend awkward_backend(int generates) {
     return (struct backend){
         .size = sizeof(struct backend), .version = BACKEND_VERSION, .name = "awkward",
         .model_open = aw_model_open, .model_close = aw_model_close, .open = aw_open,
         .close = aw_close, .encode = aw_encode, .decode = aw_decode, .forward = aw_forward,
         .generate = generates ? aw_generate : NULL, .kv_copy = aw_kv_copy, .kv_trim = aw_kv_trim,
-        .kv_size = aw_kv_size, .kv_get = aw_kv_get, .kv_set = aw_kv_set};
+        .kv_size = aw_kv_size, .kv_get = aw_kv_get, .kv_set = aw_kv_set,
+        .usage = generates ? aw_usage : NULL};
 }
 
 /* ---- Failures ---- */

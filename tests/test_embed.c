@@ -17,6 +17,9 @@ void counted_free(void *p);
 #undef pthread_create
 #include "check.h"
 int pthread_create(pthread_t *thread, const pthread_attr_t *attr, void *(*run)(void *), void *arg);
+#ifndef _WIN32
+#include <sys/wait.h>
+#endif
 #ifdef _WIN32
 static char *mkdtemp(char *name) { return _mktemp(name) && _mkdir(name) == 0 ? name : NULL; }
 #endif
@@ -28,6 +31,7 @@ static int step = 1; /* every so many moments of a run are tried */
 /* ---- Memory and threads that run out ---- */
 
 /* Call number fail_at fails, and all after it when `all` is set; -1: none. */
+static atomic_llong live_bytes; /* asked for, only added to */
 static atomic_int calls, fail_at = -1, fail_all, live, thread_calls, fail_thread_at = -1;
 
 static void fail_from(int at, int all) {
@@ -42,6 +46,7 @@ void *counted_calloc(size_t count, size_t size) {
     void *p = calloc(count, size);
     if (p == NULL) abort();
     atomic_fetch_add(&live, 1);
+    atomic_fetch_add(&live_bytes, (long long)(count * size));
     return p;
 }
 
@@ -606,6 +611,9 @@ static void test_wrong_pointers(struct world *w) {
     INVALID(lvm_prompt(ctx, NULL, 1, NULL, e));
     INVALID(lvm_generate(NULL, NULL, 1, 1, ids, e));
     INVALID(lvm_generate(ctx, NULL, 1, 1, NULL, e));
+    INVALID(lvm_logits(NULL, ids, 1, nll, e));
+    INVALID(lvm_logits(ctx, NULL, 1, nll, e));
+    INVALID(lvm_logits(ctx, ids, 1, NULL, e));
     INVALID(lvm_score(NULL, ids, 1, nll, e));
     INVALID(lvm_score(ctx, NULL, 1, nll, e));
     INVALID(lvm_score(ctx, ids, 1, NULL, e));
@@ -699,6 +707,228 @@ static void test_codes_without_error(struct world *w) {
     check(lvm_quantize(w->both, deep, LVM_F16, LVM_F16, 0, NULL) == LVM_IO, "to nowhere");
 }
 
+/* Whatever lay in them before: images that a refused call should have made are empty. */
+static int emptied(lvm_image *out, int n) {
+    int empty = 1;
+    for (int i = 0; i < n; i++) {
+        empty &= out[i].rgb == NULL && out[i].width == 0 && out[i].height == 0;
+        out[i] = (lvm_image){7, 7, (uint8_t *)(uintptr_t)16, 3};
+    }
+    return empty;
+}
+
+#define EMPTIES(n, call) do { \
+        int code = (call); \
+        int empty = emptied(out, n); \
+        check(code != LVM_OK && empty, "%s gives %d, images are %s", #call, code, \
+              empty ? "empty" : "left as they were"); \
+    } while (0)
+
+static void test_outputs(struct world *w) {
+    enum { MOST = 65 * 2 };
+    static lvm_image out[MOST];
+    lvm_image *in = w->image, none = {.width = 4, .height = 4};
+    lvm_ctx *ctx = new_context(w->m, 1, NULL);
+    lvm_sampling bad = lvm_default_sampling();
+    int32_t ids[2 * T] = {-1};
+    bad.top_p = 2;
+    emptied(out, MOST);
+    EMPTIES(65, lvm_predict(ctx, in, 1, NULL, 65, 1, out, NULL));
+    EMPTIES(MOST, lvm_predict(ctx, in, 1, NULL, 65, 2, out, NULL));
+    EMPTIES(0, lvm_predict(ctx, in, 1, NULL, -65, -2, out, NULL));
+    EMPTIES(2, lvm_predict(NULL, in, 1, NULL, 1, 2, out, NULL));
+    EMPTIES(2, lvm_predict(ctx, NULL, 1, NULL, 1, 2, out, NULL));
+    EMPTIES(2, lvm_predict(ctx, in, -1, NULL, 2, 1, out, NULL));
+    EMPTIES(2, lvm_predict(ctx, &none, 1, NULL, 2, 1, out, NULL));
+    EMPTIES(2, lvm_predict(ctx, in, 1, &bad, 2, 1, out, NULL));
+    EMPTIES(65, lvm_generate_images(ctx, NULL, 65, 1, out, NULL));
+    EMPTIES(4, lvm_generate_images(NULL, NULL, 2, 2, out, NULL));
+    EMPTIES(4, lvm_generate_images(ctx, &bad, 2, 2, out, NULL));
+    EMPTIES(2, lvm_decode(NULL, ids, 2, out, NULL));
+    EMPTIES(2, lvm_decode(ctx, NULL, 2, out, NULL));
+    EMPTIES(2, lvm_decode(ctx, ids, 2, out, NULL));
+    EMPTIES(1, lvm_image_load(NULL, out, NULL));
+    EMPTIES(1, lvm_image_load(w->folder, out, NULL));
+    EMPTIES(1, lvm_image_load_memory(NULL, 1, NULL, out, NULL));
+    EMPTIES(1, lvm_image_load_memory("abc", 3, NULL, out, NULL));
+    EMPTIES(1, lvm_image_resize(NULL, 4, 4, out, NULL));
+    EMPTIES(1, lvm_image_resize(&none, 4, 4, out, NULL));
+    EMPTIES(1, lvm_image_resize(in, 4, 0, out, NULL));
+    lvm_ctx_free(ctx);
+}
+
+/* A call that succeeds leaves LVM_OK and no words, whatever the struct held. */
+#define CLEARS(call) do { \
+        lvm_error error = {LVM_IO, "an old fault"}, *e = &error; \
+        int good = (call); \
+        check(good && error.code == LVM_OK && error.text[0] == 0, "%s: %d, error %d \"%s\"", #call, \
+              good, error.code, error.text); \
+    } while (0)
+
+static void test_errors_cleared(struct world *w) {
+    lvm_model *m = NULL, *copy = NULL;
+    lvm_ctx *ctx = NULL;
+    lvm_image out = {0}, more[2];
+    lvm_sampling s = lvm_default_sampling();
+    int32_t ids[T], more_ids[T];
+    static float logits[1024];
+    char cache[160], quantised[160];
+    snprintf(cache, sizeof cache, "%s/cleared", w->folder);
+    snprintf(quantised, sizeof quantised, "%s/cleared.bin", w->folder);
+    fill_ids(ids, T);
+    CLEARS((m = lvm_open(w->both, 0, e)) != NULL);
+    CLEARS((copy = lvm_open_memory(w->file, w->file_size, e)) != NULL);
+    CLEARS((ctx = lvm_ctx_new(m, NULL, e)) != NULL);
+    CLEARS(lvm_sampling_preset("lvm", &s, e) == LVM_OK);
+    CLEARS(lvm_encode(ctx, w->image, 1, more_ids, e) == LVM_OK);
+    CLEARS(lvm_decode(ctx, ids, 1, more, e) == LVM_OK);
+    lvm_image_free(&more[0]);
+    CLEARS(lvm_prompt(ctx, ids, T, logits, e) == LVM_OK);
+    CLEARS(lvm_score(ctx, ids, 3, logits, e) == LVM_OK);
+    CLEARS(lvm_logits(ctx, ids, 1, logits, e) == LVM_OK);
+    CLEARS(lvm_generate(ctx, &s, 1, 3, more_ids, e) == LVM_OK);
+    CLEARS(lvm_cache_save(ctx, cache, 3, e) == LVM_OK);
+    CLEARS(lvm_cache_load(ctx, cache, e) == LVM_OK);
+    CLEARS(lvm_prompt_images(ctx, w->image, 1, e) == LVM_OK);
+    CLEARS(lvm_generate_images(ctx, &s, 1, 1, more, e) == LVM_OK);
+    lvm_image_free(&more[0]);
+    CLEARS(lvm_predict(ctx, w->image, 1, &s, 1, 1, more, e) == LVM_OK);
+    CLEARS(lvm_image_save(cache, &more[0], e) == LVM_OK);
+    lvm_image_free(&more[0]);
+    CLEARS(lvm_image_load(cache, &out, e) == LVM_OK);
+    CLEARS(lvm_image_resize(&out, 5, 4, &more[0], e) == LVM_OK);
+    CLEARS(lvm_image_upright(&out, e) == LVM_OK);
+    CLEARS(lvm_quantize(w->both, quantised, LVM_F16, LVM_AUTO, 0, e) == LVM_OK);
+    lvm_image_free(&out);
+    lvm_image_free(&more[0]);
+    lvm_ctx_free(ctx);
+    lvm_close(m);
+    lvm_close(copy);
+    remove(cache);
+    remove(quantised);
+}
+
+/* ---- Other processes, signals ---- */
+
+#ifndef _WIN32
+static atomic_int taken, taken_elsewhere;
+static pthread_t home;
+
+static void on_signal(int number) {
+    (void)number;
+    atomic_fetch_add(&taken, 1);
+    if (!pthread_equal(pthread_self(), home)) atomic_fetch_add(&taken_elsewhere, 1);
+}
+
+/* A signal that the program's own threads do not take waits for them, also while lvm works. */
+static void test_signals(struct world *w) {
+    struct sigaction action = {.sa_handler = on_signal}, old;
+    sigset_t only, before, now, waiting;
+    home = pthread_self();
+    sigemptyset(&only);
+    sigaddset(&only, SIGUSR1);
+    sigaction(SIGUSR1, &action, &old);
+    pthread_sigmask(SIG_SETMASK, NULL, &before);
+    lvm_ctx *kept = w->ctx;
+    w->ctx = must(new_context(w->m, 4, NULL));
+    pthread_sigmask(SIG_SETMASK, NULL, &now);
+    int same = 1;
+    for (int i = 1; i < 32; i++) same &= sigismember(&before, i) == sigismember(&now, i);
+    check(same, "lvm_ctx_new changes which signals its caller takes");
+    pthread_sigmask(SIG_BLOCK, &only, NULL);
+    kill(getpid(), SIGUSR1);
+    job_all(w, NULL);
+    sigpending(&waiting);
+    check(atomic_load(&taken) == 0 && sigismember(&waiting, SIGUSR1),
+          "a thread of lvm took the program's signal");
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    check(atomic_load(&taken) == 1 && atomic_load(&taken_elsewhere) == 0, "the signal is lost");
+    sigaction(SIGUSR1, &old, NULL);
+    lvm_ctx_free(w->ctx);
+    w->ctx = kept;
+}
+
+/* What a child does: uses the context or not, frees it, closes the model; 0 if all went well. */
+static int in_child(struct world *w, const struct job *job, uint64_t want, int uses) {
+    int code = LVM_OK;
+    alarm(60); /* hanging is a failure */
+    for (int i = 0; i < uses; i++)
+        if (run_job(w, job, &code, NULL) != want || code != LVM_OK) return 2;
+    lvm_ctx_free(w->ctx);
+    w->ctx = new_context(w->m, 2, NULL);
+    if (w->ctx == NULL || run_job(w, job, &code, NULL) != want) return 3;
+    lvm_ctx_free(w->ctx);
+    lvm_close(w->m);
+    return 0;
+}
+
+/* Workers that spin, and workers that sleep: both are gone in the child. */
+static void test_fork(struct world *w) {
+    static const struct job job = {"predict and score", job_all, 'b', 0};
+    lvm_ctx *kept = w->ctx;
+    int code = LVM_OK;
+    w->ctx = must(new_context(w->m, 4, NULL));
+    uint64_t want = run_job(w, &job, &code, NULL);
+    for (int i = 0; i < 4; i++) {
+        int status = -1;
+        if (i >= 2) usleep(200000); /* until they sleep */
+        else run_job(w, &job, &code, NULL);
+        pid_t child = fork();
+        if (child == 0) _exit(in_child(w, &job, want, i % 2 * 3));
+        check(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) &&
+                  WEXITSTATUS(status) == 0,
+              "a forked child's context, %s: status %x", i % 2 ? "used and freed" : "freed",
+              (unsigned)status);
+    }
+    check(run_job(w, &job, &code, NULL) == want, "other results behind fork");
+    lvm_ctx_free(w->ctx);
+    w->ctx = kept;
+}
+#endif
+
+/* ---- What a context uses ---- */
+
+/* All memory of a context is told of, nearly to the byte: what it frees is counted by the allocator. */
+static void test_usage(struct world *w) {
+    int32_t ids[MANY], out[3][20];
+    fill_ids(ids, MANY);
+    lvm_ctx *ctx = must(new_context(w->lm, 2, NULL));
+    lvm_usage fresh = lvm_ctx_usage(ctx), two, three;
+    lvm_info info = lvm_ctx_info(ctx);
+    check(fresh.cache == 0 && fresh.tokens == 0 && fresh.tokens_free == info.context_length &&
+              fresh.device == 0 && fresh.context > 0 && fresh.weights > info.parameters,
+          "a fresh context uses %lld of cache, %lld in all", (long long)fresh.cache,
+          (long long)fresh.context);
+    lvm_prompt(ctx, ids, 250, NULL, NULL);
+    lvm_usage one = lvm_ctx_usage(ctx);
+    int64_t page = (int64_t)ctx->b->kv_size(ctx->state);
+    lvm_prompt(ctx, ids, MANY, NULL, NULL);
+    two = lvm_ctx_usage(ctx);
+    check(one.cache == page && two.cache == 2 * page && two.context - fresh.context == two.cache &&
+              two.tokens == MANY && two.tokens_free == info.context_length - MANY,
+          "%d tokens: %lld of cache, %d free", MANY, (long long)two.cache, two.tokens_free);
+    lvm_generate(ctx, NULL, 3, 20, out[0], NULL);
+    three = lvm_ctx_usage(ctx);
+    check(three.tokens == MANY + 20 && three.cache == 2 * page, "behind candidates: %lld of cache",
+          (long long)three.cache);
+    lvm_ctx_free(ctx);
+    lvm_usage none = lvm_ctx_usage(NULL);
+    check(none.context == 0 && none.tokens_free == 0, "the usage of no context");
+    lvm_set_progress(NULL, NULL, NULL);
+    for (int threads = 1; threads < 4; threads += 2) {
+        atomic_store(&live_bytes, 0);
+        w->hash = 0;
+        lvm_ctx *both = must(new_context(w->m, threads, NULL));
+        int32_t got[2 * T];
+        lvm_encode(both, w->image, 2, got, NULL);
+        lvm_prompt(both, got, 2 * T, NULL, NULL);
+        long long told = lvm_ctx_usage(both).context, real = atomic_load(&live_bytes);
+        check(told > real * 95 / 100 && told <= real, "%lld bytes are in use, %lld are told of", real,
+              told);
+        lvm_ctx_free(both);
+    }
+}
+
 /* ---- All ---- */
 
 static void world_open(struct world *w, char **argv) {
@@ -751,6 +981,13 @@ int main(int argc, char **argv) {
         test_wrong_image_calls(&w);
         test_wrong_models(&w);
         test_codes_without_error(&w);
+        test_outputs(&w);
+        test_errors_cleared(&w);
+        test_usage(&w);
+#ifndef _WIN32
+        test_signals(&w);
+        test_fork(&w);
+#endif
     }
     world_close(&w);
     return checked("embed");

@@ -208,6 +208,15 @@ class TestExamples(unittest.TestCase):
             self.assertEqual(out[-2], "out.png")
         self.check_failures([words[0]], "0")
 
+    def test_stream(self):
+        words = self.built("stream.c")
+        for weights, rows in (("weights.bin", 16), ("both.bin", 8)):
+            out = PLACE.must([words[0], weights] + words[2:]).splitlines()
+            self.assertEqual(out, ["out.png: %d of %d rows" % (n, rows)
+                                   for n in range(4, rows + 1, 4)])
+            self.assertEqual(PLACE.take("out.png"), self.wanted(weights, words[2:])["out-1a.png"])
+        self.check_failures([words[0]])
+
     def test_python(self):
         words = self.built("embed.py")
         for weights in ("weights.bin", "both.bin"):
@@ -358,6 +367,28 @@ class TestInstall(unittest.TestCase):
 
 class TestLibrary(unittest.TestCase):
     """What the compiled library shows and keeps."""
+
+    def test_the_header_beside_the_file(self):
+        """make lvm.h: all that a program needs of lvm.c, in C and in C++; make clean removes it."""
+        folder = PLACE.path("header")
+        os.mkdir(folder)
+        for name in ("lvm.c", "Makefile"):
+            os.symlink(os.path.join(TOP, name), os.path.join(folder, name))
+        must("make lvm.h", folder)
+        for name in ("user.c", "user.cpp"):
+            with open(os.path.join(folder, name), "w") as f:
+                f.write(USER.replace("<lvm.h>", '"lvm.h"'))
+        must("cc -O1 -ffp-contract=off -DLVM_NO_MAIN -c -o lvm.o lvm.c", folder)
+        for compiler, source in (("cc -std=c11", "user.c"), ("c++ -std=c++11", "user.cpp")):
+            if not shutil.which(compiler.split()[0]):
+                self.skipTest("no c++")
+            must("%s %s -o user %s lvm.o -lm -lpthread" % (compiler, " ".join(STRICT), source),
+                 folder)
+            self.assertEqual(must(["./user", PLACE.path("both.bin")], folder).split()[1], "64")
+        with open(os.path.join(TOP, ".gitignore")) as f:
+            self.assertIn("/lvm.h\n", f)
+        must("make clean", folder)
+        self.assertFalse(os.path.exists(os.path.join(folder, "lvm.h")))
 
     def test_exports(self):
         if not shutil.which("nm") or not sys.platform.startswith("linux"):

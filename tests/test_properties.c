@@ -755,7 +755,7 @@ static void test_wrong_ids(lvm_ctx *ctx) {
 
 static void test_wrong_images(lvm_ctx *ctx) {
     uint8_t rgb[3 * 4] = {0};
-    lvm_image good = {2, 2, rgb, 0}, none = {0, 2, rgb, 0}, out[4];
+    lvm_image good = {2, 2, rgb, 0}, none = {0, 2, rgb, 0}, out[65];
     int32_t ids[64];
     lvm_sampling s = lvm_default_sampling();
     INVALID(lvm_encode(ctx, &none, 1, ids, e));
