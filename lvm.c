@@ -6301,21 +6301,41 @@ static inline int jpeg_clamp(int v, int low, int high) {
     return v < low ? low : v > high ? high : v;
 }
 
-static int jpeg_is_dc_only(const int16_t *coefs) {
+static int jpeg_any(const int16_t *coefs, int n) {
     int any = 0;
-    for (int i = 1; i < JPEG_BLOCK; i++) any |= coefs[i];
-    return any == 0;
+    for (int i = 0; i < n; i++) any |= coefs[i];
+    return any != 0;
+}
+
+enum { COLUMN_SHIFT = IDCT_BITS - IDCT_KEPT, ROW_SHIFT = IDCT_BITS + IDCT_KEPT + 3 };
+
+static inline void jpeg_idct_row(const int16_t *x, uint8_t *out) {
+    int32_t y[JPEG_SIDE];
+    jpeg_idct_1d(x, 1, 1 << (ROW_SHIFT - 1), y);
+    for (int k = 0; k < JPEG_SIDE; k++)
+        out[k] = (uint8_t)jpeg_clamp(128 + (y[k] >> ROW_SHIFT), 0, 255);
+}
+
+/* A block of which only the first row is not zero: all rows of samples are the same. The columns'
+   pass would but shift that row up. libjpeg-turbo does just this, and loses the bits that leave 16,
+   where the pass itself would hold its results to them. */
+static void jpeg_idct_one_row(const int16_t *coefs, const uint16_t *quant, uint8_t *out,
+                              size_t stride) {
+    int16_t x[JPEG_SIDE];
+    uint8_t row[JPEG_SIDE];
+    for (int i = 0; i < JPEG_SIDE; i++)
+        x[i] = (int16_t)((int16_t)(coefs[i] * quant[i]) * (1 << IDCT_KEPT));
+    if (jpeg_any(coefs + 1, JPEG_SIDE - 1)) jpeg_idct_row(x, row);
+    else memset(row, jpeg_clamp(128 + ((x[0] + 16) >> 5), 0, 255), JPEG_SIDE);   /* the same */
+    for (int i = 0; i < JPEG_SIDE; i++) memcpy(out + (size_t)i * stride, row, JPEG_SIDE);
 }
 
 /* Dequantises one block of coefficients and makes them 8 x 8 samples. */
 static void jpeg_idct(const int16_t *coefs, const uint16_t *quant, uint8_t *out, size_t stride) {
-    enum { COLUMN_SHIFT = IDCT_BITS - IDCT_KEPT, ROW_SHIFT = IDCT_BITS + IDCT_KEPT + 3 };
     int16_t x[JPEG_BLOCK], column[JPEG_BLOCK];
     int32_t y[JPEG_SIDE];
-    if (jpeg_is_dc_only(coefs)) {   /* the same in fewer steps */
-        int dc = (int16_t)((int16_t)(coefs[0] * quant[0]) * (1 << IDCT_KEPT));
-        for (int i = 0; i < JPEG_SIDE; i++)
-            memset(out + (size_t)i * stride, jpeg_clamp(128 + ((dc + 16) >> 5), 0, 255), JPEG_SIDE);
+    if (!jpeg_any(coefs + JPEG_SIDE, JPEG_BLOCK - JPEG_SIDE)) {
+        jpeg_idct_one_row(coefs, quant, out, stride);
         return;
     }
     for (int i = 0; i < JPEG_BLOCK; i++) x[i] = (int16_t)(coefs[i] * quant[i]);
@@ -6324,11 +6344,8 @@ static void jpeg_idct(const int16_t *coefs, const uint16_t *quant, uint8_t *out,
         for (int k = 0; k < JPEG_SIDE; k++)
             column[JPEG_SIDE * k + i] = (int16_t)jpeg_clamp(y[k] >> COLUMN_SHIFT, -32768, 32767);
     }
-    for (int i = 0; i < JPEG_SIDE; i++, out += stride) {
-        jpeg_idct_1d(column + JPEG_SIDE * i, 1, 1 << (ROW_SHIFT - 1), y);
-        for (int k = 0; k < JPEG_SIDE; k++)
-            out[k] = (uint8_t)jpeg_clamp(128 + (y[k] >> ROW_SHIFT), 0, 255);
-    }
+    for (int i = 0; i < JPEG_SIDE; i++)
+        jpeg_idct_row(column + JPEG_SIDE * i, out + (size_t)i * stride);
 }
 
 /* ---- JPEG: scans ----
