@@ -4950,8 +4950,11 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
        Codes are therefore kept reversed, and all bits come from one little-endian stream.
      - A filtered row depends on the row above after that one was unfiltered. */
 
+/* Larger is a mistake or an attack: 768 MiB of RGB, and 1 GiB for what a decoder makes of a file on
+   the way there (a PNG's rows, a JPEG's coefficients or planes), where a pixel may take many. */
 enum {
-    IMAGE_MAX_PIXELS = 1 << 28,  /* 800 MB of RGB: larger is a mistake or an attack */
+    IMAGE_MAX_PIXELS = 1 << 28,
+    IMAGE_MAX_BYTES = 1 << 30,
     RGB = 3                      /* bytes of a pixel in lvm_image */
 };
 
@@ -4976,6 +4979,14 @@ static int image_check_sides(const char *name, const char *kind, int64_t width, 
     if (image_sides_ok(width, height)) return LVM_OK;
     return fail(error, LVM_FORMAT, "%s: a %s image of %lld x %lld pixels: must be 1 to 2^28 "
                 "pixels", name, kind, (long long)width, (long long)height);
+}
+
+/* And here before it allocates what it decodes to. */
+static int image_check_bytes(const char *name, const char *kind, int width, int height,
+                             size_t bytes, lvm_error *error) {
+    if (bytes <= IMAGE_MAX_BYTES) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: a %s image of %d x %d pixels takes %zu MiB to decode: must "
+                "be at most 1024", name, kind, width, height, bytes >> 20);
 }
 
 void lvm_image_free(lvm_image *image) {
@@ -5144,8 +5155,10 @@ static void deflate_fixed_lengths(uint8_t *literal, uint8_t *distance) {
 /* ---- Inflate ----
 
    A zlib stream (RFC 1950) of deflate blocks. The output's size is known beforehand (from the
-   image's header), so the caller gives a buffer of exactly that size and any other amount of data
-   is a fault. Each function returns NULL or the fault in words; the caller adds the file's name.
+   image's header), so the caller gives a buffer of exactly that size. Less data are a fault; once
+   it is full nothing is read any more, be it data too many, a broken end or a wrong Adler-32 (PNG
+   has a checksum of its own around the data). Each function returns NULL or the fault in words; the
+   caller adds the file's name.
 
    Bits are held in a 64-bit word that is topped up once per literal or match: 56 bits are enough
    for the longest match (15 + 5 + 15 + 13). Past the end of input the word fills with zeros while
@@ -5250,7 +5263,6 @@ struct inflate {
 };
 
 static const char *const inflate_short = "the compressed data end early";
-static const char *const inflate_long = "the compressed data hold more than the image";
 static const char *const inflate_damaged = "the compressed data are damaged";
 
 static const char *inflate_stored(struct inflate *z) {
@@ -5258,12 +5270,11 @@ static const char *inflate_stored(struct inflate *z) {
     size_t size = (size_t)cursor_number(c, 2), check = (size_t)cursor_number(c, 2);
     if (c->failed) return inflate_short;
     if (size != (check ^ 0xFFFF)) return inflate_damaged;
-    const uint8_t *data = cursor_take(c, size);
-    if (!data) return inflate_short;
-    if (size > (size_t)(z->end - z->at)) return inflate_long;
-    memcpy(z->at, data, size);
-    z->at += size;
-    return NULL;
+    size_t room = (size_t)(z->end - z->at), left = c->size - c->at, n = size < left ? size : left;
+    if (n > room) n = room;
+    memcpy(z->at, cursor_take(c, n), n);
+    z->at += n;
+    return n < size && n < room ? inflate_short : NULL;
 }
 
 static const char *inflate_lengths(struct inflate *z, uint8_t *length, int n) {
@@ -5325,7 +5336,7 @@ static const char *inflate_match(struct inflate *z, int code) {
     distance += bits_take(b, code_extra_bits(code, DISTANCE_BITS));
     if (b->count < 0) return inflate_short;
     if (distance > (size_t)(z->at - z->out)) return inflate_damaged;
-    if (length > (size_t)(z->end - z->at)) return inflate_long;
+    if (length > (size_t)(z->end - z->at)) length = (size_t)(z->end - z->at);
     const uint8_t *from = z->at - distance;
     if (distance >= length) {
         memcpy(z->at, from, length);
@@ -5338,20 +5349,20 @@ static const char *inflate_match(struct inflate *z, int code) {
 
 static const char *inflate_codes(struct inflate *z) {
     struct bit_reader *b = &z->bits;
-    for (;;) {
+    while (z->at != z->end) {
         bits_fill(b);
         int symbol = huffman_next(&z->literals, b);
         if (b->count < 0) return inflate_short;
         if (symbol < 0) return b->count < HUFFMAN_MAX_BITS ? inflate_short : inflate_damaged;
         if (symbol == DEFLATE_END) return NULL;
         if (symbol < DEFLATE_END) {
-            if (z->at == z->end) return inflate_long;
             *z->at++ = (uint8_t)symbol;
             continue;
         }
         const char *fault = inflate_match(z, symbol - DEFLATE_MATCH);
         if (fault) return fault;
     }
+    return NULL;
 }
 
 static const char *inflate_block(struct inflate *z, unsigned type) {
@@ -5363,7 +5374,7 @@ static const char *inflate_block(struct inflate *z, unsigned type) {
     return fault ? fault : inflate_codes(z);
 }
 
-/* Decompresses a zlib stream into exactly out_size bytes. Bytes behind the stream are ignored. */
+/* Decompresses a zlib stream until out is full. */
 static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t size,
                                 uint8_t *out, size_t out_size) {
     struct cursor *c = &z->bits.bytes;
@@ -5374,7 +5385,7 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
         return "the compressed data have no valid zlib header";
     z->out = z->at = out;
     z->end = out + out_size;
-    for (unsigned last = 0; !last;) {
+    for (unsigned last = 0; !last && z->at != z->end;) {
         bits_fill(&z->bits);
         last = bits_take(&z->bits, 1);
         unsigned type = bits_take(&z->bits, 2);
@@ -5382,12 +5393,7 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
         const char *fault = inflate_block(z, type);
         if (fault) return fault;
     }
-    if (z->at != z->end) return "the compressed data hold less than the image";
-    uint32_t adler = cursor_big(bits_to_bytes(&z->bits), 4);
-    if (c->failed) return inflate_short;
-    if (checksum_wrong(adler, adler32_of(out, out_size)))
-        return "the decompressed data have a wrong checksum";
-    return NULL;
+    return z->at == z->end ? NULL : "the compressed data hold less than the image";
 }
 
 /* ---- EXIF orientation ----
@@ -5473,7 +5479,13 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
    IHDR comes first and tells the shape; PLTE holds a palette; all IDAT chunks together hold one
    zlib stream of rows, each a filter type and its pixels; IEND ends the image. A lower-case first
    letter marks an ancillary chunk, which may be ignored; an unknown critical one, upper-case, may
-   not. Bytes behind IEND are ignored.
+   not.
+
+   All pixels there means an image, as with a JPEG: from the first IDAT on a fault (a file cut off,
+   an IDAT whose CRC is wrong, a chunk that may not be there) ends only the walk over the chunks, and
+   is the error where the data up to it do not fill all rows. Chunks behind the pixels are taken
+   whatever their CRC says, and bytes behind IEND are ignored. An index beyond the palette is black,
+   as Pillow has it.
 
    A row is packed: pixels of 1, 2 or 4 bits fill bytes from the top bit, and each row starts a new
    byte. Samples of 16 bits are big-endian.
@@ -5522,17 +5534,31 @@ struct png_reader {
     struct crc32 crc;
     int width, height, colour_type, channels, depth;
     int first_pass, last_pass;     /* of png_passes: 0 alone, or 1 to 7 */
-    const uint8_t *palette;        /* [palette_size][RGB], inside the file's bytes */
+    uint8_t palette[256 * RGB];    /* black where the file has no colour */
     int palette_size, orientation;
     uint8_t *idat;                 /* the data of all IDAT chunks [idat_size] */
     size_t idat_size;
     int idat_ended;
+    int tail;                      /* LVM_OK or what ended the walk behind the first IDAT; its
+                                      words stand in error */
 };
 
 static int png_damaged(const struct png_reader *png, const char *fault) {
     return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %s", png->name, fault);
 }
 
+static int png_idat(struct png_reader *png, const struct png_chunk *chunk) {
+    if (png->idat_ended) return png_damaged(png, "other chunks between its IDAT chunks");
+    if (!png->idat) {   /* all that the file still holds is the most that can come */
+        png->idat = mem_alloc(png->file.size - png->file.at + chunk->size, 1, png->error);
+        if (!png->idat) return LVM_MEMORY;
+    }
+    memcpy(png->idat + png->idat_size, chunk->data, chunk->size);
+    png->idat_size += chunk->size;
+    return LVM_OK;
+}
+
+/* The next chunk. Of an IDAT that is cut off, what there is is kept. */
 static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
     struct cursor *c = &png->file;
     chunk->size = cursor_big(c, 4);
@@ -5541,17 +5567,28 @@ static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
         return fail(png->error, LVM_FORMAT, "%s: the PNG file is cut off before its end (IEND)",
                     png->name);
     for (int i = 0; i < 4; i++) {
-        if (!((type[i] >= 'A' && type[i] <= 'Z') || (type[i] >= 'a' && type[i] <= 'z')))
+        if (!((type[i] >= 'A' && type[i] <= 'Z') || (type[i] >= 'a' && type[i] <= 'z'))) {
+            c->at -= 8;   /* may be the next file */
             return png_damaged(png, "a chunk has no name");
+        }
         chunk->type[i] = (char)type[i];
     }
     chunk->type[4] = 0;
-    chunk->data = cursor_take(c, chunk->size);
+    int is_idat = strcmp(chunk->type, "IDAT") == 0;
+    size_t left = c->size - c->at;
+    chunk->data = c->data + c->at;
+    cursor_take(c, chunk->size);
     uint32_t crc = cursor_big(c, 4);
+    if (c->failed && is_idat) {
+        if (chunk->size > left) chunk->size = (uint32_t)left;
+        int code = png_idat(png, chunk);
+        if (code) return code;
+    }
     if (c->failed)
         return fail(png->error, LVM_FORMAT, "%s: the PNG file is cut off inside its %s chunk",
                     png->name, chunk->type);
-    if (checksum_wrong(crc, crc32_of(&png->crc, type, (size_t)chunk->size + 4)))
+    if ((!png->idat || is_idat) &&
+        checksum_wrong(crc, crc32_of(&png->crc, type, (size_t)chunk->size + 4)))
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: wrong checksum in its %s chunk", png->name, chunk->type);
     return LVM_OK;
@@ -5586,53 +5623,42 @@ static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
 
 static int png_palette(struct png_reader *png, const struct png_chunk *chunk) {
     if (png->colour_type != PNG_PALETTE) return LVM_OK;   /* only a suggestion there */
-    if (png->palette) return png_damaged(png, "two palettes (PLTE)");
+    if (png->palette_size) return png_damaged(png, "two palettes (PLTE)");
     if (png->idat_size) return png_damaged(png, "its palette comes after the pixels");
     if (chunk->size == 0 || chunk->size % RGB || chunk->size > 256 * RGB)
         return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: a palette of %lu bytes",
                     png->name, (unsigned long)chunk->size);
-    png->palette = chunk->data;
+    memcpy(png->palette, chunk->data, chunk->size);
     png->palette_size = (int)(chunk->size / RGB);
     return LVM_OK;
 }
 
-static int png_idat(struct png_reader *png, const struct png_chunk *chunk) {
-    if (png->idat_ended) return png_damaged(png, "other chunks between its IDAT chunks");
-    if (!png->idat) {   /* all that the file still holds is the most that can come */
-        png->idat = mem_alloc(png->file.size - png->file.at + chunk->size, 1, png->error);
-        if (!png->idat) return LVM_MEMORY;
-    }
-    memcpy(png->idat + png->idat_size, chunk->data, chunk->size);
-    png->idat_size += chunk->size;
-    return LVM_OK;
+/* What a chunk behind IHDR, IEND excepted, has for the pixels. */
+static int png_chunk(struct png_reader *png, const struct png_chunk *chunk) {
+    if (strcmp(chunk->type, "IDAT") == 0) return png_idat(png, chunk);
+    if (png->idat) png->idat_ended = 1;
+    if (strcmp(chunk->type, "PLTE") == 0) return png_palette(png, chunk);
+    if (strcmp(chunk->type, "eXIf") == 0)
+        png->orientation = exif_orientation(chunk->data, chunk->size);
+    if (chunk->type[0] >= 'a') return LVM_OK;
+    return fail(png->error, LVM_FORMAT, "%s: a PNG file with %s chunk %s where none may be",
+                png->name, strcmp(chunk->type, "IHDR") ? "an unknown" : "a second", chunk->type);
 }
 
-/* Walks over all chunks and collects what the pixels need. */
+/* Walks over the chunks and collects what the pixels need. */
 static int png_chunks(struct png_reader *png) {
     struct png_chunk chunk;
     int code = png_next_chunk(png, &chunk);
     if (!code) code = png_header(png, &chunk);
     while (!code) {
         code = png_next_chunk(png, &chunk);
-        if (code) break;
-        int is_idat = strcmp(chunk.type, "IDAT") == 0;
-        if (png->idat && !is_idat) png->idat_ended = 1;
-        if (strcmp(chunk.type, "IEND") == 0) break;
-        if (is_idat)
-            code = png_idat(png, &chunk);
-        else if (strcmp(chunk.type, "PLTE") == 0)
-            code = png_palette(png, &chunk);
-        else if (strcmp(chunk.type, "eXIf") == 0)
-            png->orientation = exif_orientation(chunk.data, chunk.size);
-        else if (chunk.type[0] < 'a')
-            code = fail(png->error, LVM_FORMAT, "%s: a PNG file with %s chunk %s where none may be",
-                        png->name, strcmp(chunk.type, "IHDR") ? "an unknown" : "a second",
-                        chunk.type);
+        if (code || strcmp(chunk.type, "IEND") == 0) break;
+        code = png_chunk(png, &chunk);
     }
-    if (code) return code;
-    if (!png->idat_size) return png_damaged(png, "no pixels (IDAT)");
-    if (png->colour_type != PNG_PALETTE || png->palette) return LVM_OK;
-    return png_damaged(png, "no palette (PLTE)");
+    png->tail = code;
+    if (!png->idat_size) return code ? code : png_damaged(png, "no pixels (IDAT)");
+    if (png->colour_type != PNG_PALETTE || png->palette_size) return LVM_OK;
+    return code ? code : png_damaged(png, "no palette (PLTE)");
 }
 
 /* Of left a, above b and above-left c, the one nearest to a + b - c; ties in this order. */
@@ -5712,24 +5738,20 @@ static const uint8_t *png_samples(const struct png_reader *png, const uint8_t *r
     return out;
 }
 
-/* The samples of n pixels to RGB, one every stride bytes. False: a pixel names a colour beyond the
-   palette. */
-static int png_row_to_rgb(const struct png_reader *png, const uint8_t *samples, size_t n,
-                          uint8_t *rgb, size_t stride) {
+/* The samples of n pixels to RGB, one every stride bytes. */
+static void png_row_to_rgb(const struct png_reader *png, const uint8_t *samples, size_t n,
+                           uint8_t *rgb, size_t stride) {
     size_t step = (size_t)png->channels;
     switch (png->colour_type) {
     case PNG_RGB: case PNG_RGB_ALPHA:
         for (size_t i = 0; i < n; i++) memcpy(rgb + stride * i, samples + step * i, RGB);
-        return 1;
+        return;
     case PNG_PALETTE:
-        for (size_t i = 0; i < n; i++) {
-            if (samples[i] >= png->palette_size) return 0;
+        for (size_t i = 0; i < n; i++)
             memcpy(rgb + stride * i, png->palette + RGB * samples[i], RGB);
-        }
-        return 1;
+        return;
     default:
         for (size_t i = 0; i < n; i++) memset(rgb + stride * i, samples[step * i], RGB);
-        return 1;
     }
 }
 
@@ -5748,10 +5770,7 @@ static int png_pass_pixels(struct png_reader *png, const struct png_pass *pass, 
             return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: row %d has filter %d",
                         png->name, y, row[-1]);
         const uint8_t *s = png_samples(png, row, (size_t)width * (size_t)png->channels, samples);
-        if (!png_row_to_rgb(png, s, (size_t)width, rgb, stride))
-            return fail(png->error, LVM_FORMAT,
-                        "%s: damaged PNG file: row %d uses a colour beyond its palette of %d",
-                        png->name, y, png->palette_size);
+        png_row_to_rgb(png, s, (size_t)width, rgb, stride);
         *raw += n + 1;
         above = row;
     }
@@ -5774,16 +5793,18 @@ static int png_pixels(struct png_reader *png, uint8_t *raw, lvm_image *image) {
 
 static int png_decompress(struct png_reader *png, lvm_image *image) {
     size_t raw_size = png_raw_size(png);
+    int code = image_check_bytes(png->name, "PNG", png->width, png->height, raw_size, png->error);
+    if (code) return code;
     if (raw_size / DEFLATE_MAX_RATIO > png->idat_size)
-        return fail(png->error, LVM_FORMAT,
-                    "%s: damaged PNG file: %lu bytes of data cannot hold %d x %d pixels",
-                    png->name, (unsigned long)png->idat_size, png->width, png->height);
+        return png->tail ? png->tail : fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %zu "
+                    "bytes of data cannot hold %d x %d pixels", png->name, png->idat_size,
+                    png->width, png->height);
     uint8_t *raw = mem_alloc(raw_size, 1, png->error);
     struct inflate *z = mem_alloc(1, sizeof *z, png->error);
-    int code = raw && z ? LVM_OK : LVM_MEMORY;
+    if (!raw || !z) code = LVM_MEMORY;
     if (!code) {
         const char *fault = inflate_zlib(z, png->idat, png->idat_size, raw, raw_size);
-        if (fault) code = png_damaged(png, fault);
+        if (fault) code = fault == inflate_short && png->tail ? png->tail : png_damaged(png, fault);
     }
     if (!code) code = png_pixels(png, raw, image);
     mem_free(z);
@@ -5791,13 +5812,15 @@ static int png_decompress(struct png_reader *png, lvm_image *image) {
     return code;
 }
 
-static int png_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
-                    lvm_error *error) {
+static int png_load(const uint8_t *data, size_t size, const char *name, size_t *used,
+                    lvm_image *image, lvm_error *error) {
     struct png_reader png = {.name = name, .error = error,   /* the caller saw the signature */
                              .file = {data, size, PNG_SIGNATURE_SIZE, 0}};
     crc32_init(&png.crc);
     int code = png_chunks(&png);
     if (!code) code = png_decompress(&png, image);
+    if (!code && png.tail) fail(error, LVM_OK, "%s", "");   /* it did not matter */
+    *used = png.file.failed ? size : png.file.at;
     mem_free(png.idat);
     return code;
 }
@@ -5855,8 +5878,8 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
    before it has sent all bits, its block smoothing (the last as its releases from 3.0.1 on do it,
    all else as since 2.1). Stricter than libjpeg, which warns and paints grey: data that end early,
    codes that mean nothing and missing restart markers are errors. As with libjpeg, bytes between
-   segments that are no marker are skipped. What follows the last pixel of a sequential file does
-   not matter; a progressive one must have its EOI.
+   segments that are no marker are skipped. What follows the last bit that the pixels can need does
+   not matter: a progressive file must have its EOI only where some bits were not sent.
 
    The orientation is what the first APP1 that begins with "Exif\0\0" holds, be it nonsense. An APP1
    counts only where segments alone lead to it: not behind a scan, TEM, RSTn or stray bytes.
@@ -6432,18 +6455,22 @@ static int jpeg_allocate(struct jpeg_reader *j) {
     for (int i = 0; i < j->n; i++)
         bits += (int64_t)j->component[i].blocks_x * j->component[i].blocks_y;
     if (!j->progressive) bits *= 2;   /* a code for DC and one for the end of the block */
-    size_t left = j->in.bytes.size - j->in.bytes.at;
+    size_t left = j->in.bytes.size - j->in.bytes.at, bytes = 0;
     if ((uint64_t)bits / 8 > left)
         return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: %zu bytes of data cannot hold "
                     "%d x %d pixels", j->name, left, j->width, j->height);
-    for (int i = 0; i < j->n; i++) {
+    size_t block = JPEG_BLOCK * (j->progressive ? sizeof *j->component->coefs : 1);
+    for (int i = 0; i < j->n; i++)
+        bytes += (size_t)j->component[i].padded_x * (size_t)j->component[i].padded_y * block;
+    int code = image_check_bytes(j->name, "JPEG", j->width, j->height, bytes, j->error);
+    for (int i = 0; i < j->n && !code; i++) {
         struct jpeg_component *c = &j->component[i];
-        size_t blocks = (size_t)c->padded_x * (size_t)c->padded_y;
-        if (j->progressive) c->coefs = mem_alloc(blocks, JPEG_BLOCK * sizeof *c->coefs, j->error);
-        else c->plane = mem_alloc(blocks, JPEG_BLOCK, j->error);
-        if (!c->coefs && !c->plane) return LVM_MEMORY;
+        void *memory = mem_alloc((size_t)c->padded_x * (size_t)c->padded_y, block, j->error);
+        if (j->progressive) c->coefs = memory;
+        else c->plane = memory;
+        if (!memory) code = LVM_MEMORY;
     }
-    return LVM_OK;
+    return code;
 }
 
 static uint8_t *jpeg_samples(const struct jpeg_component *c, int x, int y) {
@@ -6520,6 +6547,11 @@ static int jpeg_scan(struct jpeg_reader *j, struct cursor *s) {
 
    The order of segments is free (T.81, B.2 and B.2.4), but for what needs another first. */
 
+/* A marker without a segment. */
+static int jpeg_is_lone(int marker) {
+    return marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7);
+}
+
 static int jpeg_segment(struct jpeg_reader *j, int marker) {
     struct cursor *file = &j->in.bytes;
     uint32_t size = cursor_big(file, 2);
@@ -6561,14 +6593,25 @@ static int jpeg_all_scanned(const struct jpeg_reader *j) {
     return j->n > 0;
 }
 
-/* Reads up to the last scan. Where a sequential file ends is known without its EOI. */
+/* True when nothing more can come: all components, and in a progressive file every bit. */
+static int jpeg_all_sent(const struct jpeg_reader *j) {
+    for (int i = 0; i < j->n && j->progressive; i++)
+        for (int k = 0; k < JPEG_BLOCK; k++)
+            if (j->component[i].coef_bits[k] != 0) return 0;
+    return jpeg_all_scanned(j);
+}
+
+/* Reads up to the last scan, which is known without EOI where all was sent. */
 static int jpeg_segments(struct jpeg_reader *j) {
     int code = LVM_OK;
-    while (!code && (j->progressive || !jpeg_all_scanned(j))) {
+    while (!code && !jpeg_all_sent(j)) {
         int marker = jpeg_next_marker(j);
         if (marker == 0) return jpeg_truncated(j);
-        if (marker == JPEG_EOI) break;
-        if (marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7)) {
+        if (marker == JPEG_EOI) {
+            j->in.bytes.at -= 2;   /* for jpeg_end */
+            break;
+        }
+        if (jpeg_is_lone(marker)) {
             j->exif_over = 1;
             continue;
         }
@@ -6582,6 +6625,20 @@ static int jpeg_segments(struct jpeg_reader *j) {
     if (!code && !j->n) return jpeg_damaged(j, "no frame header (SOF)");
     if (!code && !jpeg_all_scanned(j)) return jpeg_damaged(j, "a component without its data");
     return code;
+}
+
+/* Where the file ends whose pixels end here: behind its EOI or, without one, at the next file's SOI
+   or the end of all. */
+static size_t jpeg_end(struct jpeg_reader *j) {
+    struct cursor *file = &j->in.bytes;
+    for (int marker; (marker = jpeg_next_marker(j)) != JPEG_EOI;) {
+        if (marker == JPEG_SOI) return file->at - 2;
+        if (marker == 0) return file->size;
+        if (jpeg_is_lone(marker)) continue;
+        uint32_t size = cursor_big(file, 2);
+        if (size < 2 || !cursor_take(file, size - 2)) return file->size;
+    }
+    return file->at;
 }
 
 /* ---- JPEG: block smoothing ----
@@ -6783,8 +6840,8 @@ static int jpeg_pixels(struct jpeg_reader *j, lvm_image *image) {
     return code;
 }
 
-static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
-                     lvm_error *error) {
+static int jpeg_load(const uint8_t *data, size_t size, const char *name, size_t *used,
+                     lvm_image *image, lvm_error *error) {
     struct jpeg_reader *j = mem_alloc(1, sizeof *j, error);
     if (!j) return LVM_MEMORY;
     struct cursor standard = {jpeg_standard, sizeof jpeg_standard, 0, 0};
@@ -6798,6 +6855,7 @@ static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_ima
     for (int i = 0; i < j->n && !code && j->progressive; i++)
         code = jpeg_finish_component(j, &j->component[i], smooth);
     if (!code) code = jpeg_pixels(j, image);
+    if (!code) *used = jpeg_end(j);
     for (int i = 0; i < JPEG_MAX_COMPONENTS; i++) {
         mem_free(j->component[i].coefs);
         mem_free(j->component[i].plane);
@@ -6817,7 +6875,8 @@ static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_ima
    exactly one whitespace byte: two, the high one first, where maxval is above 255; bits from the
    top in rows of whole bytes for P4. A comment goes from # to the end of its line, and is as if it
    were not there: it may stand inside a number, and its newline does not end one. Bytes behind the
-   image are ignored.
+   image are ignored; in a row of images the next begins right behind raw samples, or behind the
+   whitespace that follows plain ones.
 
    Samples become bytes as Pillow makes them: v / maxval * 255, rounded, ties to even; grey with a
    maxval above 255 becomes a 16-bit integer likewise, which is then cut at 255. A raw sample above
@@ -6965,8 +7024,8 @@ static int pnm_pixels(struct pnm_reader *pnm, lvm_image *image) {
     return LVM_OK;
 }
 
-static int pnm_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
-                    lvm_error *error) {
+static int pnm_load(const uint8_t *data, size_t size, const char *name, size_t *used,
+                    lvm_image *image, lvm_error *error) {
     struct pnm_reader pnm = {.name = name, .error = error, .file = {data, size, 3, 0},
                              .kind = data[1]};   /* the caller recognised three bytes */
     int code = pnm_header(&pnm);
@@ -6975,6 +7034,8 @@ static int pnm_load(const uint8_t *data, size_t size, const char *name, lvm_imag
     if (!code) code = image_new(image, pnm.width, pnm.height, error);
     if (!code) code = pnm_pixels(&pnm, image);
     if (code) lvm_image_free(image);
+    *used = pnm.file.at;
+    while (pnm.kind <= '3' && *used < size && pnm_is_space(data[*used])) ++*used;
     mem_free(pnm.scale);
     return code;
 }
@@ -7038,20 +7099,28 @@ static int no_image(const uint8_t *data, size_t size, const char *name, lvm_erro
                 is_text(data, size) ? "text, no image" : "no image that lvm knows");
 }
 
+/* The first of the images that stand one behind the other in data, and how many bytes of it that
+   took: the next one begins there. */
+static int image_load_next(const uint8_t *data, size_t size, const char *name, size_t *used,
+                           lvm_image *image, lvm_error *error) {
+    *image = (lvm_image){0, 0, NULL, 0};
+    *used = 0;
+    if (size == 0) return fail(error, LVM_FORMAT, "%s is empty", name);
+    if (size >= PNG_SIGNATURE_SIZE && !memcmp(data, png_signature, PNG_SIGNATURE_SIZE))
+        return png_load(data, size, name, used, image, error);
+    if (size >= 3 && !memcmp(data, "\xFF\xD8\xFF", 3))
+        return jpeg_load(data, size, name, used, image, error);
+    if (is_pnm(data, size)) return pnm_load(data, size, name, used, image, error);
+    return no_image(data, size, name, error);
+}
+
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error) {
-    const uint8_t *bytes = data;
+    size_t used = 0;
     if (image == NULL) return null_argument(error, "lvm_image_load_memory", "image");
     *image = (lvm_image){0, 0, NULL, 0};
     if (data == NULL) return null_argument(error, "lvm_image_load_memory", "data");
-    if (name == NULL) name = "(memory)";
-    if (size == 0) return fail(error, LVM_FORMAT, "%s is empty", name);
-    if (size >= PNG_SIGNATURE_SIZE && !memcmp(bytes, png_signature, PNG_SIGNATURE_SIZE))
-        return png_load(bytes, size, name, image, error);
-    if (size >= 3 && !memcmp(bytes, "\xFF\xD8\xFF", 3))
-        return jpeg_load(bytes, size, name, image, error);
-    if (is_pnm(bytes, size)) return pnm_load(bytes, size, name, image, error);
-    return no_image(bytes, size, name, error);
+    return image_load_next(data, size, name != NULL ? name : "(memory)", &used, image, error);
 }
 
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error) {
