@@ -93,7 +93,8 @@
    cache is read again when it is needed. Images that it should have made are empty, so that
    lvm_image_free is right in any case; what lies in other outputs then means nothing.
 
-   Ownership. You own what you pass in; lvm_image.rgb that lvm filled is released by lvm_image_free.
+   Ownership. You own what you pass in; lvm_image.rgb that lvm filled is released by lvm_image_free,
+   the bytes of a PNG that lvm_image_save_memory made by lvm_memory_free.
 
    Memory comes from calloc and goes to free, or to the two functions that LVM_CALLOC(count, size)
    and LVM_FREE(pointer) name where lvm.c is compiled. Threads of a context call LVM_FREE too.
@@ -284,13 +285,16 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error);
 /* Images. load: PNG, JPEG or PNM files or their bytes in memory (name is for messages and may be
    NULL). upright: turns and mirrors the pixels as the orientation says (a camera held sideways) and
    sets it to 1; what the published checkpoints saw was never turned. save: PNG, written beside and
-   renamed. resize: the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation
-   0. */
+   renamed; save_memory: the same bytes in *png, which lvm allocates (on failure NULL, and *size 0).
+   resize: the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation 0. An
+   image has at most 2^28 pixels. */
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error);
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error);
 int lvm_image_upright(lvm_image *image, lvm_error *error);
 int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error);
+int lvm_image_save_memory(const lvm_image *image, uint8_t **png, size_t *size, lvm_error *error);
+void lvm_memory_free(void *memory); /* NULL is allowed */
 int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out, lvm_error *error);
 void lvm_image_free(lvm_image *image);
 
@@ -4935,8 +4939,8 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
      pixel values         Pillow's Image.open(file).convert('RGB'), byte for byte, as its releases
                           9.4 to 13.0 compute it alike
      resizing             Pillow's Image.resize(size, BICUBIC) on 8-bit RGB, byte for byte, as its
-                          releases up to 12 compute it: the width first, then the height. (Release
-                          13 turns that round where the height shrinks much more than the width.)
+                          releases up to 12.1 compute it: the width first, then the height. (From
+                          12.2 on the height may come first.)
 
    Read first, the surprises:
      - Alpha is dropped, not blended: an RGBA pixel keeps its R, G, B, whatever A says. This is
@@ -4971,6 +4975,10 @@ static int image_new(lvm_image *image, int width, int height, lvm_error *error) 
 static int image_sides_ok(int64_t width, int64_t height) {
     return width > 0 && height > 0 && width <= IMAGE_MAX_PIXELS && height <= IMAGE_MAX_PIXELS &&
            width * height <= IMAGE_MAX_PIXELS;
+}
+
+static int image_has_pixels(const lvm_image *image) {
+    return image->rgb && image_sides_ok(image->width, image->height);
 }
 
 /* Every reader comes here with its header's sides before it allocates memory. */
@@ -5444,7 +5452,7 @@ static const struct exif_transform {
 int lvm_image_upright(lvm_image *image, lvm_error *error) {
     lvm_image out = {0, 0, NULL, 0};
     if (image == NULL) return null_argument(error, "lvm_image_upright", "image");
-    if (!image->rgb || !image_sides_ok(image->width, image->height))
+    if (!image_has_pixels(image))
         return fail(error, LVM_INVALID, "turning upright: the image has no pixels");
     if (image->orientation < 0 || image->orientation > 8)
         return fail(error, LVM_INVALID, "turning upright: orientation %d: EXIF has 1 to 8",
@@ -7560,57 +7568,135 @@ static uint8_t *png_put_u32(uint8_t *at, uint32_t value) {
     return at;
 }
 
-/* Completes a chunk whose data already lie at at + 8; returns the place behind it. */
-static uint8_t *png_put_chunk(uint8_t *at, const char *type, size_t size, const struct crc32 *crc) {
-    png_put_u32(at, (uint32_t)size);
-    memcpy(at + 4, type, 4);
-    return png_put_u32(at + 8 + size, crc32_of(crc, at + 4, size + 4));
+static int png_add_chunk(struct buffer *png, const char *type, const void *data, size_t size,
+                         const struct crc32 *crc, lvm_error *error) {
+    uint8_t head[8], check[4];
+    size_t type_at = png->n + 4;
+    png_put_u32(head, (uint32_t)size);
+    memcpy(head + 4, type, 4);
+    int code = buffer_add(png, head, sizeof head, error);
+    if (!code) code = buffer_add(png, data, size, error);
+    if (code) return code;
+    png_put_u32(check, crc32_of(crc, (const uint8_t *)png->data + type_at, size + 4));
+    return buffer_add(png, check, sizeof check, error);
+}
+
+/* An iTXt chunk (PNG, 11.3.3.4): keyword, no compression, no language, the text in UTF-8. The
+   keyword is the one under which most programs that make images say how. */
+static int png_add_text(struct buffer *png, const char *text, const struct crc32 *crc,
+                        lvm_error *error) {
+    static const char head[] = "parameters\0\0\0\0";   /* and a zero: its end */
+    struct buffer all = {NULL, 0, 0};
+    int code = buffer_add(&all, head, sizeof head, error);
+    if (!code) code = buffer_add(&all, text, strlen(text), error);
+    if (!code) code = png_add_chunk(png, "iTXt", all.data, all.n, crc, error);
+    mem_free(all.data);
+    return code;
+}
+
+/* An image's rows, filtered and compressed: *size bytes behind four free ones. */
+static int png_pack(const lvm_image *image, uint8_t **packed, size_t *size, lvm_error *error) {
+    size_t row = 1 + (size_t)image->width * RGB, raw_size = row * (size_t)image->height;
+    uint8_t *raw = mem_alloc((size_t)image->height, row, error);
+    *size = 0;
+    *packed = raw ? mem_alloc(4 + deflate_bound(raw_size), 1, error) : NULL;
+    if (*packed && png_filter_rows(image, raw, error) == LVM_OK)
+        *size = deflate_zlib(raw, raw_size, *packed + 4, error);
+    mem_free(raw);
+    return *size > 0 ? LVM_OK : LVM_MEMORY;
+}
+
+/* Image i of an animation, or the only one (delay_ms 0): fcTL says how long it stands (and that it
+   covers all), then its rows, from the second image on in fdAT, behind a number; fcTL and fdAT
+   count together. */
+static int png_add_frame(struct buffer *png, const lvm_image *image, int i, int delay_ms,
+                         const struct crc32 *crc, lvm_error *error) {
+    uint8_t control[26] = {0}, *packed = NULL;
+    size_t size = 0;
+    uint8_t *at = png_put_u32(control, i > 0 ? 2 * (uint32_t)i - 1 : 0);
+    at = png_put_u32(at, (uint32_t)image->width);
+    at = png_put_u32(at, (uint32_t)image->height) + 8;   /* at x = 0, y = 0 */
+    png_put_u32(at, (uint32_t)delay_ms << 16 | 1000);    /* two numbers: their ratio is seconds */
+    int code = png_pack(image, &packed, &size, error);
+    if (!code && delay_ms) code = png_add_chunk(png, "fcTL", control, 26, crc, error);
+    if (!code && i == 0) code = png_add_chunk(png, "IDAT", packed + 4, size, crc, error);
+    if (!code && i > 0) {
+        png_put_u32(packed, 2 * (uint32_t)i);
+        code = png_add_chunk(png, "fdAT", packed, size + 4, crc, error);
+    }
+    mem_free(packed);
+    return code;
+}
+
+/* n images of one size as an animation without end: *png of *size bytes (mem_free it). An animated
+   PNG (PNG, third edition, 4.9) is a PNG of its first image to whom does not know it; where n is 1
+   it is only that. text: NULL or words for an iTXt chunk. */
+static int apng_encode(const lvm_image *images, int n, int delay_ms, const char *text,
+                       uint8_t **png, size_t *size, lvm_error *error) {
+    struct buffer out = {NULL, 0, 0};
+    struct crc32 crc;
+    uint8_t header[PNG_HEADER_SIZE] = {0}, control[8] = {0};   /* plays: 0, without end */
+    *png = NULL;
+    if (n > 1 && (delay_ms < 1 || delay_ms > 65535))
+        return fail(error, LVM_INVALID, "a delay of %d ms: must be 1 to 65535", delay_ms);
+    for (int i = 1; i < n; i++)
+        if (images[i].width != images->width || images[i].height != images->height)
+            return fail(error, LVM_INVALID, "the images of an animation must have one size");
+    crc32_init(&crc);
+    memcpy(png_put_u32(png_put_u32(header, (uint32_t)images->width), (uint32_t)images->height),
+           (const uint8_t[2]){8, PNG_RGB}, 2);
+    png_put_u32(control, (uint32_t)n);
+    int code = buffer_add(&out, png_signature, PNG_SIGNATURE_SIZE, error);
+    if (!code) code = png_add_chunk(&out, "IHDR", header, PNG_HEADER_SIZE, &crc, error);
+    if (!code && text) code = png_add_text(&out, text, &crc, error);
+    if (!code && n > 1) code = png_add_chunk(&out, "acTL", control, 8, &crc, error);
+    for (int i = 0; i < n && !code; i++)
+        code = png_add_frame(&out, &images[i], i, n > 1 ? delay_ms : 0, &crc, error);
+    if (!code) code = png_add_chunk(&out, "IEND", NULL, 0, &crc, error);
+    if (code) mem_free(out.data);
+    else *png = (uint8_t *)out.data;
+    *size = code ? 0 : out.n;
+    return code;
 }
 
 /* The whole PNG file in *png (mem_free it). */
-static int png_encode(const lvm_image *image, uint8_t **png, size_t *size, lvm_error *error) {
-    size_t row = 1 + (size_t)image->width * RGB, raw_size = row * (size_t)image->height;
-    uint8_t *raw = mem_alloc((size_t)image->height, row, error);
-    if (!raw) return LVM_MEMORY;
-    int code = png_filter_rows(image, raw, error);
-    size_t frame = PNG_SIGNATURE_SIZE + 3 * PNG_CHUNK_FRAME + PNG_HEADER_SIZE;
-    *png = code ? NULL : mem_alloc(deflate_bound(raw_size) + frame, 1, error);
-    if (*png) {
-        struct crc32 crc;
-        crc32_init(&crc);
-        memcpy(*png, png_signature, PNG_SIGNATURE_SIZE);
-        uint8_t *at = *png + PNG_SIGNATURE_SIZE;
-        png_put_u32(at + 8, (uint32_t)image->width);
-        png_put_u32(at + 12, (uint32_t)image->height);
-        memcpy(at + 16, (const uint8_t[5]){8, PNG_RGB, 0, 0, 0}, 5);
-        at = png_put_chunk(at, "IHDR", PNG_HEADER_SIZE, &crc);
-        size_t packed = deflate_zlib(raw, raw_size, at + 8, error);
-        if (packed) {
-            at = png_put_chunk(at, "IDAT", packed, &crc);
-            at = png_put_chunk(at, "IEND", 0, &crc);
-            *size = (size_t)(at - *png);
-        } else {
-            mem_free(*png);
-            *png = NULL;
-        }
-    }
-    mem_free(raw);
-    return *png ? LVM_OK : LVM_MEMORY;
+static int png_encode(const lvm_image *image, const char *text, uint8_t **png, size_t *size,
+                      lvm_error *error) {
+    return apng_encode(image, 1, 0, text, png, size, error);
+}
+
+int lvm_image_save_memory(const lvm_image *image, uint8_t **png, size_t *size, lvm_error *error) {
+    if (png != NULL) *png = NULL;
+    if (size != NULL) *size = 0;
+    if (image == NULL || png == NULL || size == NULL)
+        return null_argument(error, "lvm_image_save_memory",
+                             image == NULL ? "image" : png == NULL ? "png" : "size");
+    if (!image_has_pixels(image))
+        return fail(error, LVM_INVALID, "lvm_image_save_memory: an image of %d x %d pixels",
+                    image->width, image->height);
+    return png_encode(image, NULL, png, size, error);
+}
+
+void lvm_memory_free(void *memory) { mem_free(memory); }
+
+/* lvm_image_save, with words in the file or NULL. */
+static int image_save_text(const char *path, const lvm_image *image, const char *text,
+                           lvm_error *error) {
+    uint8_t *png = NULL;
+    size_t size = 0;
+    if (!image_has_pixels(image))
+        return fail(error, LVM_INVALID, "%s: cannot write an image of %d x %d pixels", path,
+                    image->width, image->height);
+    int code = png_encode(image, text, &png, &size, error);
+    if (!code) code = write_file(path, png, size, error);
+    mem_free(png);
+    return code;
 }
 
 int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error) {
-    uint8_t *png = NULL;
-    size_t size = 0;
     if (path == NULL || image == NULL)
         return null_argument(error, "lvm_image_save", path == NULL ? "path" : "image");
-    if (!image->rgb || !image_sides_ok(image->width, image->height))
-        return fail(error, LVM_INVALID, "%s: cannot write an image of %d x %d pixels", path,
-                    image->width, image->height);
-    int code = png_encode(image, &png, &size, error);
-    if (code) return code;
-    code = write_file(path, png, size, error);
-    mem_free(png);
-    return code;
+    return image_save_text(path, image, NULL, error);
 }
 
 /* ---- Resizing ----
@@ -7626,18 +7712,42 @@ int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error) {
 
        out[i] = sum_j w((j + 1/2 - c) / max(s, 1)) in[j]  /  sum_j w((j + 1/2 - c) / max(s, 1))
 
-   As in Pillow there are two passes, along rows, then along columns, each only where that side
-   changes, with bytes in between. Weights are computed in double and rounded to integers in units
+   As in Pillow there are two passes, along rows, then along columns, with bytes in between; a side
+   that keeps its length is copied. Weights are computed in double and rounded to integers in units
    of 2^-22: sums of weight times byte overshoot by less than a factor of two either way and so fit
-   in 32 bits. */
+   in 32 bits.
+
+   Of the output any rectangle can be made alone (LVM_CROP), which costs what it needs of the input.
+   Memory is in proportion to it too: columns are made in strips as wide as the weights for them and
+   as many resized rows as one row of output needs take some megabytes. */
 
 enum { RESIZE_BITS = 32 - 8 - 2, RESIZE_HALF = 1 << (RESIZE_BITS - 1) };
 
-/* For one side: output i is the sum over k < count[i] of weight[i][k] * input[first[i] + k]. */
-struct resize_taps {
-    int n, longest;      /* outputs; room for weights of each */
-    int *first, *count;  /* [n] */
-    int32_t *weight;     /* [n][longest] */
+enum { RESIZE_STRIP_BYTES = 1 << 22 };
+
+/* One side: n_in samples become n_out, of which those from `from` to from + n - 1 are made. */
+struct resize_side {
+    int n_in;
+    int64_t n_out, from;
+    int n;
+};
+
+/* An output: the sum over k < count of weight[k] * input[first + k]. */
+struct resize_tap {
+    int first, count;
+    int32_t *weight;
+};
+
+struct resize {
+    const lvm_image *in;
+    struct resize_side x, y;
+    int longest_x, longest_y;   /* the most weights of an output */
+    int columns;                /* of a strip */
+    struct resize_tap *taps;    /* [columns] */
+    int32_t *weights;           /* [columns][longest_x], then [longest_y]: of one output row */
+    double *w;                  /* scratch for one tap */
+    uint8_t *rows;              /* [longest_y][columns][RGB]: input row r, resized, in r mod that */
+    int32_t *sums;              /* [columns][RGB] */
 };
 
 static double bicubic(double x) {
@@ -7653,164 +7763,151 @@ static int resize_clip(int32_t sum) {
     return sum >> RESIZE_BITS > 255 ? 255 : sum >> RESIZE_BITS;
 }
 
-static void resize_taps_free(struct resize_taps *t) {
-    mem_free(t->first);
-    mem_free(t->count);
-    mem_free(t->weight);
+/* The inputs that output i looks at: *first up to below the number returned. */
+static int resize_window(const struct resize_side *s, int64_t i, int *first) {
+    double scale = (double)s->n_in / (double)s->n_out, support = 2 * (scale < 1 ? 1 : scale);
+    double center = ((double)i + 0.5) * scale;
+    int end = (int)(center + support + 0.5);
+    *first = (int)(center - support + 0.5);
+    if (*first < 0) *first = 0;
+    return end < s->n_in ? end : s->n_in;
 }
 
-/* The window and the weights of output i; w is scratch for `longest` numbers. */
-static void resize_tap(struct resize_taps *t, int i, int n_in, double *w) {
-    double scale = (double)n_in / t->n, stretch = scale < 1 ? 1 : scale;
-    double support = 2 * stretch, center = (i + 0.5) * scale, sum = 0, inverse = 1 / stretch;
-    int32_t *weight = t->weight + (size_t)i * (size_t)t->longest;
-    int first = (int)(center - support + 0.5), end = (int)(center + support + 0.5);
-    if (first < 0) first = 0;
-    if (end > n_in) end = n_in;
-    for (int k = 0; k < end - first; k++) {
-        w[k] = bicubic((k + first - center + 0.5) * inverse);
+static int resize_longest(const struct resize_side *s) {
+    double scale = (double)s->n_in / (double)s->n_out;
+    double most = 2 * ceil(2 * (scale < 1 ? 1 : scale)) + 1;
+    return most < s->n_in ? (int)most : s->n_in;
+}
+
+/* The window and the weights of output i; w is scratch for as many. */
+static void resize_tap(const struct resize_side *s, int64_t i, struct resize_tap *t, double *w) {
+    double scale = (double)s->n_in / (double)s->n_out, center = ((double)i + 0.5) * scale;
+    double inverse = 1 / (scale < 1 ? 1 : scale), sum = 0;
+    if (s->n_in == s->n_out) {
+        t->first = (int)i;
+        t->count = 1;
+        t->weight[0] = 1 << RESIZE_BITS;
+        return;
+    }
+    t->count = resize_window(s, i, &t->first) - t->first;
+    for (int k = 0; k < t->count; k++) {
+        w[k] = bicubic((k + t->first - center + 0.5) * inverse);
         sum += w[k];
     }
-    for (int k = 0; k < end - first; k++) {
+    for (int k = 0; k < t->count; k++) {
         double share = sum != 0 ? w[k] / sum : w[k];
-        weight[k] = (int32_t)(share * (1 << RESIZE_BITS) + (share < 0 ? -0.5 : 0.5));
+        t->weight[k] = (int32_t)(share * (1 << RESIZE_BITS) + (share < 0 ? -0.5 : 0.5));
     }
-    t->first[i] = first;
-    t->count[i] = end - first;
 }
 
-static int resize_taps_make(struct resize_taps *t, int n_in, int n_out, lvm_error *error) {
-    double support = 2 * (n_in > n_out ? (double)n_in / n_out : 1);
-    int whole = (int)support;
-    *t = (struct resize_taps){.n = n_out, .longest = 2 * (whole + (whole < support)) + 1};
-    double *w = mem_alloc((size_t)t->longest, sizeof *w, error);
-    if (w) t->first = mem_alloc((size_t)n_out, sizeof *t->first, error);
-    if (t->first) t->count = mem_alloc((size_t)n_out, sizeof *t->count, error);
-    if (t->count)
-        t->weight = mem_alloc((size_t)n_out, (size_t)t->longest * sizeof *t->weight, error);
-    if (t->weight)
-        for (int i = 0; i < n_out; i++) resize_tap(t, i, n_in, w);
-    mem_free(w);
-    if (t->weight) return LVM_OK;
-    resize_taps_free(t);
-    return LVM_MEMORY;
-}
-
-static void resize_row(const struct resize_taps *t, const uint8_t *in, uint8_t *out) {
-    for (int x = 0; x < t->n; x++, out += RGB) {
-        const int32_t *weight = t->weight + (size_t)x * (size_t)t->longest;
-        const uint8_t *p = in + (size_t)t->first[x] * RGB;
-        int32_t r = RESIZE_HALF, g = RESIZE_HALF, b = RESIZE_HALF;
-        for (int k = 0; k < t->count[x]; k++, p += RGB) {
-            r += p[0] * weight[k];
-            g += p[1] * weight[k];
-            b += p[2] * weight[k];
+/* Columns 0 .. n-1 of the strip from one row of the input. */
+static void resize_row(const struct resize *r, int n, const uint8_t *in, uint8_t *out) {
+    for (int x = 0; x < n; x++, out += RGB) {
+        const struct resize_tap *t = &r->taps[x];
+        const uint8_t *p = in + (size_t)t->first * RGB;
+        int32_t red = RESIZE_HALF, green = RESIZE_HALF, blue = RESIZE_HALF;
+        for (int k = 0; k < t->count; k++, p += RGB) {
+            red += p[0] * t->weight[k];
+            green += p[1] * t->weight[k];
+            blue += p[2] * t->weight[k];
         }
-        out[0] = (uint8_t)resize_clip(r);
-        out[1] = (uint8_t)resize_clip(g);
-        out[2] = (uint8_t)resize_clip(b);
+        out[0] = (uint8_t)resize_clip(red);
+        out[1] = (uint8_t)resize_clip(green);
+        out[2] = (uint8_t)resize_clip(blue);
     }
 }
 
-/* The rows first_row .. first_row + rows of `in`, each resized to `width`. */
-static int resize_rows(const lvm_image *in, int first_row, int rows, int width, lvm_image *out,
-                       lvm_error *error) {
-    struct resize_taps taps;
-    if (!image_sides_ok(width, rows))
+/* One row of the strip, n columns, from the resized rows that tap y names. */
+static void resize_column(const struct resize *r, const struct resize_tap *y, int n, uint8_t *out) {
+    int bytes = n * RGB;
+    int32_t *sum = r->sums;
+    for (int i = 0; i < bytes; i++) sum[i] = RESIZE_HALF;
+    for (int k = 0; k < y->count; k++) {
+        int slot = (y->first + k) % r->longest_y, weight = y->weight[k];
+        const uint8_t *row = r->rows + (size_t)slot * (size_t)r->columns * RGB;
+        for (int i = 0; i < bytes; i++) sum[i] += row[i] * weight;
+    }
+    for (int i = 0; i < bytes; i++) out[i] = (uint8_t)resize_clip(sum[i]);
+}
+
+/* Columns x .. x + n - 1 of out. Windows move down: a row that was resized stays in its slot as
+   long as a later output needs it. */
+static void resize_strip(struct resize *r, int x, int n, lvm_image *out) {
+    struct resize_tap y = {0, 0, r->weights + (size_t)r->columns * (size_t)r->longest_x};
+    for (int i = 0; i < n; i++) {
+        r->taps[i].weight = r->weights + (size_t)i * (size_t)r->longest_x;
+        resize_tap(&r->x, r->x.from + x + i, &r->taps[i], r->w);
+    }
+    for (int row = 0, next = 0; row < out->height; row++) {
+        resize_tap(&r->y, r->y.from + row, &y, r->w);
+        if (next < y.first) next = y.first;
+        for (; next < y.first + y.count; next++)
+            resize_row(r, n, r->in->rgb + (size_t)next * (size_t)r->in->width * RGB,
+                       r->rows + (size_t)(next % r->longest_y) * (size_t)r->columns * RGB);
+        resize_column(r, &y, n, out->rgb + ((size_t)row * (size_t)out->width + (size_t)x) * RGB);
+    }
+}
+
+/* Memory for strips, at least a column wide. */
+static int resize_allocate(struct resize *r, lvm_error *error) {
+    size_t x = (size_t)r->longest_x, y = (size_t)r->longest_y;
+    size_t columns = RESIZE_STRIP_BYTES / (x * sizeof *r->weights + y * RGB);
+    r->columns = columns < 1 ? 1 : (int)min64((int64_t)columns, r->x.n);
+    columns = (size_t)r->columns;
+    r->taps = mem_alloc(columns, sizeof *r->taps, error);
+    if (r->taps) r->weights = mem_alloc(columns * x + y, sizeof *r->weights, error);
+    if (r->weights) r->w = mem_alloc(x > y ? x : y, sizeof *r->w, error);
+    if (r->w) r->rows = mem_alloc(columns * y, RGB, error);
+    if (r->rows) r->sums = mem_alloc(columns, RGB * sizeof *r->sums, error);
+    return r->sums ? LVM_OK : LVM_MEMORY;
+}
+
+/* The part of a resized image that the two sides say; the caller checked `in`. */
+static int resize_part(const lvm_image *in, struct resize_side x, struct resize_side y,
+                       lvm_image *out, lvm_error *error) {
+    struct resize r = {.in = in, .x = x, .y = y, .longest_x = resize_longest(&x),
+                       .longest_y = resize_longest(&y)};
+    int first = 0, last = 0, end = resize_window(&y, y.from + y.n - 1, &last);
+    resize_window(&y, y.from, &first);
+    if (!image_sides_ok(x.n, end - first))
         return fail(error, LVM_MEMORY, "resizing %d x %d pixels to a width of %d: too large",
-                    in->width, in->height, width);
-    int code = resize_taps_make(&taps, in->width, width, error);
-    if (code) return code;
-    code = image_new(out, width, rows, error);
-    for (int y = 0; y < rows && !code; y++)
-        resize_row(&taps, in->rgb + (size_t)(first_row + y) * (size_t)in->width * RGB,
-                   out->rgb + (size_t)y * (size_t)width * RGB);
-    resize_taps_free(&taps);
-    return code;
-}
-
-/* Row first_row of the image that t was made for is row 0 of `in`. */
-static int resize_columns(const struct resize_taps *t, const lvm_image *in, int first_row,
-                          lvm_image *out, lvm_error *error) {
-    size_t n = (size_t)in->width * RGB;
-    int32_t *sum = mem_alloc(n, sizeof *sum, error);
-    int code = sum ? image_new(out, in->width, t->n, error) : LVM_MEMORY;
-    for (int y = 0; y < t->n && !code; y++) {
-        const int32_t *weight = t->weight + (size_t)y * (size_t)t->longest;
-        uint8_t *to = out->rgb + (size_t)y * n;
-        for (size_t i = 0; i < n; i++) sum[i] = RESIZE_HALF;
-        for (int k = 0; k < t->count[y]; k++) {
-            const uint8_t *row = in->rgb + (size_t)(t->first[y] - first_row + k) * n;
-            for (size_t i = 0; i < n; i++) sum[i] += row[i] * weight[k];
-        }
-        for (size_t i = 0; i < n; i++) to[i] = (uint8_t)resize_clip(sum[i]);
-    }
-    mem_free(sum);
-    return code;
-}
-
-/* Both passes; the first makes only the rows that the second reads. */
-static int resize_both(const lvm_image *in, int width, int height, lvm_image *out,
-                       lvm_error *error) {
-    struct resize_taps taps;
-    lvm_image narrow = {0, 0, NULL, 0};
-    int code = resize_taps_make(&taps, in->height, height, error);
-    if (code) return code;
-    int first = taps.first[0], end = taps.first[height - 1] + taps.count[height - 1];
-    if (width == in->width) {
-        code = resize_columns(&taps, in, 0, out, error);
-    } else {
-        code = resize_rows(in, first, end - first, width, &narrow, error);
-        if (!code) code = resize_columns(&taps, &narrow, first, out, error);
-    }
-    lvm_image_free(&narrow);
-    resize_taps_free(&taps);
+                    in->width, in->height, x.n);
+    int code = resize_allocate(&r, error);
+    if (!code) code = image_new(out, x.n, y.n, error);
+    for (int from = 0; from < x.n && !code; from += r.columns)
+        resize_strip(&r, from, (int)min64(r.columns, x.n - from), out);
+    mem_free(r.taps);
+    mem_free(r.weights);
+    mem_free(r.w);
+    mem_free(r.rows);
+    mem_free(r.sums);
     return code;
 }
 
 int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out, lvm_error *error) {
-    lvm_image result = {0, 0, NULL, 0};
-    int code;
     if (in == NULL || out == NULL)
         return null_argument(error, "lvm_image_resize", in == NULL ? "in" : "out");
     if (in == out) return fail(error, LVM_INVALID, "lvm_image_resize: in and out are the same");
-    *out = result;
-    if (!in->rgb || !image_sides_ok(in->width, in->height) || !image_sides_ok(width, height))
+    *out = (lvm_image){0, 0, NULL, 0};
+    if (!image_has_pixels(in) || !image_sides_ok(width, height))
         return fail(error, LVM_INVALID, "cannot resize an image of %d x %d to %d x %d pixels",
                     in->width, in->height, width, height);
-    if (height != in->height) {
-        code = resize_both(in, width, height, &result, error);
-    } else if (width != in->width) {
-        code = resize_rows(in, 0, in->height, width, &result, error);
-    } else {
-        code = image_new(&result, width, height, error);
-        if (!code) memcpy(result.rgb, in->rgb, (size_t)width * (size_t)height * RGB);
-    }
-    if (!code) *out = result;
-    return code;
+    return resize_part(in, (struct resize_side){in->width, width, 0, width},
+                       (struct resize_side){in->height, height, 0, height}, out, error);
 }
 
 /* n / 2, halves to the even side as Python rounds them, so that a crop is torchvision's. */
-static int half_even(int n) { return n / 2 + (n & n >> 1 & 1); }
+static int64_t half_even(int64_t n) { return n / 2 + (n & n >> 1 & 1); }
 
 /* image as R x R pixels. LVM_CROP: the short side becomes R, of the long one the middle stays. */
 static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm_error *error) {
     int w = image->width, h = image->height;
-    if (fit == LVM_SQUASH || w == h) return lvm_image_resize(image, R, R, out, error);
+    if (fit == LVM_SQUASH || w == h || !image_has_pixels(image))
+        return lvm_image_resize(image, R, R, out, error);
     int64_t width = w < h ? R : (int64_t)R * w / h, height = w < h ? (int64_t)R * h / w : R;
-    if (width > INT32_MAX || height > INT32_MAX)
-        return fail(error, LVM_UNSUPPORTED, "an image of %d x %d is too long to be cropped", w, h);
-    lvm_image all = {.rgb = NULL};
-    int code = lvm_image_resize(image, (int)width, (int)height, &all, error);
-    if (code != LVM_OK) return code;
-    out->rgb = mem_alloc((size_t)R * (size_t)R, 3, error);
-    out->width = out->height = R;
-    int left = half_even(all.width - R), top = half_even(all.height - R);
-    for (int y = 0; out->rgb != NULL && y < R; y++)
-        memcpy(out->rgb + (size_t)y * (size_t)R * 3,
-               all.rgb + ((size_t)(top + y) * (size_t)all.width + (size_t)left) * 3, (size_t)R * 3);
-    lvm_image_free(&all);
-    return out->rgb != NULL ? LVM_OK : LVM_MEMORY;
+    *out = (lvm_image){0, 0, NULL, 0};
+    return resize_part(image, (struct resize_side){w, width, half_even(width - R), R},
+                       (struct resize_side){h, height, half_even(height - R), R}, out, error);
 }
 
 /* =================================================================================================
@@ -12729,7 +12826,7 @@ static int print_image(const lvm_image *image, int n, lvm_error *error) {
     uint8_t *png = NULL;
     size_t size = 0;
     if (n > 1) return fail(error, LVM_INVALID, "-o -: takes one image, not %d", n);
-    int code = png_encode(image, &png, &size, error);
+    int code = png_encode(image, NULL, &png, &size, error);
     if (code == LVM_OK) fwrite(png, 1, size, stdout);
     mem_free(png);
     return code;
