@@ -99,7 +99,8 @@
    Processes. After fork() the child may use a context on the CPU, in one thread, or free it; one
    that another thread was using then, it may only free. A context's own threads take no signals.
 
-   Ownership. You own what you pass in; lvm_image.rgb that lvm filled is released by lvm_image_free.
+   Ownership. You own what you pass in; lvm_image.rgb that lvm filled is released by lvm_image_free,
+   the bytes of a PNG that lvm_image_save_memory made by lvm_memory_free.
 
    Memory comes from calloc and goes to free, or to the two functions that LVM_CALLOC(count, size)
    and LVM_FREE(pointer) name where lvm.c is compiled. Threads of a context call LVM_FREE too.
@@ -323,13 +324,16 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error);
 /* Images. load: PNG, JPEG or PNM files or their bytes in memory (name is for messages and may be
    NULL). upright: turns and mirrors the pixels as the orientation says (a camera held sideways) and
    sets it to 1; what the published checkpoints saw was never turned. save: PNG, written beside and
-   renamed. resize: the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation
-   0. */
+   renamed; save_memory: the same bytes in *png, which lvm allocates (on failure NULL, and *size 0).
+   resize: the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation 0. An
+   image has at most 2^28 pixels. */
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error);
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error);
 int lvm_image_upright(lvm_image *image, lvm_error *error);
 int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error);
+int lvm_image_save_memory(const lvm_image *image, uint8_t **png, size_t *size, lvm_error *error);
+void lvm_memory_free(void *memory); /* NULL is allowed */
 int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out, lvm_error *error);
 void lvm_image_free(lvm_image *image);
 
@@ -5348,8 +5352,8 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
      pixel values         Pillow's Image.open(file).convert('RGB'), byte for byte, as its releases
                           9.4 to 13.0 compute it alike
      resizing             Pillow's Image.resize(size, BICUBIC) on 8-bit RGB, byte for byte, as its
-                          releases up to 12 compute it: the width first, then the height. (Release
-                          13 turns that round where the height shrinks much more than the width.)
+                          releases up to 12.1 compute it: the width first, then the height. (From
+                          12.2 on the height may come first.)
 
    Read first, the surprises:
      - Alpha is dropped, not blended: an RGBA pixel keeps its R, G, B, whatever A says. This is
@@ -5363,8 +5367,11 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
        Codes are therefore kept reversed, and all bits come from one little-endian stream.
      - A filtered row depends on the row above after that one was unfiltered. */
 
+/* Larger is a mistake or an attack: 768 MiB of RGB, and 1 GiB for what a decoder makes of a file on
+   the way there (a PNG's rows, a JPEG's coefficients or planes), where a pixel may take many. */
 enum {
-    IMAGE_MAX_PIXELS = 1 << 28,  /* 800 MB of RGB: larger is a mistake or an attack */
+    IMAGE_MAX_PIXELS = 1 << 28,
+    IMAGE_MAX_BYTES = 1 << 30,
     RGB = 3                      /* bytes of a pixel in lvm_image */
 };
 
@@ -5383,12 +5390,24 @@ static int image_sides_ok(int64_t width, int64_t height) {
            width * height <= IMAGE_MAX_PIXELS;
 }
 
+static int image_has_pixels(const lvm_image *image) {
+    return image->rgb && image_sides_ok(image->width, image->height);
+}
+
 /* Every reader comes here with its header's sides before it allocates memory. */
 static int image_check_sides(const char *name, const char *kind, int64_t width, int64_t height,
                              lvm_error *error) {
     if (image_sides_ok(width, height)) return LVM_OK;
     return fail(error, LVM_FORMAT, "%s: a %s image of %lld x %lld pixels: must be 1 to 2^28 "
                 "pixels", name, kind, (long long)width, (long long)height);
+}
+
+/* And here before it allocates what it decodes to. */
+static int image_check_bytes(const char *name, const char *kind, int width, int height,
+                             size_t bytes, lvm_error *error) {
+    if (bytes <= IMAGE_MAX_BYTES) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: a %s image of %d x %d pixels takes %zu MiB to decode: must "
+                "be at most 1024", name, kind, width, height, bytes >> 20);
 }
 
 void lvm_image_free(lvm_image *image) {
@@ -5557,8 +5576,10 @@ static void deflate_fixed_lengths(uint8_t *literal, uint8_t *distance) {
 /* ---- Inflate ----
 
    A zlib stream (RFC 1950) of deflate blocks. The output's size is known beforehand (from the
-   image's header), so the caller gives a buffer of exactly that size and any other amount of data
-   is a fault. Each function returns NULL or the fault in words; the caller adds the file's name.
+   image's header), so the caller gives a buffer of exactly that size. Less data are a fault; once
+   it is full nothing is read any more, be it data too many, a broken end or a wrong Adler-32 (PNG
+   has a checksum of its own around the data). Each function returns NULL or the fault in words; the
+   caller adds the file's name.
 
    Bits are held in a 64-bit word that is topped up once per literal or match: 56 bits are enough
    for the longest match (15 + 5 + 15 + 13). Past the end of input the word fills with zeros while
@@ -5663,7 +5684,6 @@ struct inflate {
 };
 
 static const char *const inflate_short = "the compressed data end early";
-static const char *const inflate_long = "the compressed data hold more than the image";
 static const char *const inflate_damaged = "the compressed data are damaged";
 
 static const char *inflate_stored(struct inflate *z) {
@@ -5671,12 +5691,11 @@ static const char *inflate_stored(struct inflate *z) {
     size_t size = (size_t)cursor_number(c, 2), check = (size_t)cursor_number(c, 2);
     if (c->failed) return inflate_short;
     if (size != (check ^ 0xFFFF)) return inflate_damaged;
-    const uint8_t *data = cursor_take(c, size);
-    if (!data) return inflate_short;
-    if (size > (size_t)(z->end - z->at)) return inflate_long;
-    memcpy(z->at, data, size);
-    z->at += size;
-    return NULL;
+    size_t room = (size_t)(z->end - z->at), left = c->size - c->at, n = size < left ? size : left;
+    if (n > room) n = room;
+    memcpy(z->at, cursor_take(c, n), n);
+    z->at += n;
+    return n < size && n < room ? inflate_short : NULL;
 }
 
 static const char *inflate_lengths(struct inflate *z, uint8_t *length, int n) {
@@ -5738,7 +5757,7 @@ static const char *inflate_match(struct inflate *z, int code) {
     distance += bits_take(b, code_extra_bits(code, DISTANCE_BITS));
     if (b->count < 0) return inflate_short;
     if (distance > (size_t)(z->at - z->out)) return inflate_damaged;
-    if (length > (size_t)(z->end - z->at)) return inflate_long;
+    if (length > (size_t)(z->end - z->at)) length = (size_t)(z->end - z->at);
     const uint8_t *from = z->at - distance;
     if (distance >= length) {
         memcpy(z->at, from, length);
@@ -5751,20 +5770,20 @@ static const char *inflate_match(struct inflate *z, int code) {
 
 static const char *inflate_codes(struct inflate *z) {
     struct bit_reader *b = &z->bits;
-    for (;;) {
+    while (z->at != z->end) {
         bits_fill(b);
         int symbol = huffman_next(&z->literals, b);
         if (b->count < 0) return inflate_short;
         if (symbol < 0) return b->count < HUFFMAN_MAX_BITS ? inflate_short : inflate_damaged;
         if (symbol == DEFLATE_END) return NULL;
         if (symbol < DEFLATE_END) {
-            if (z->at == z->end) return inflate_long;
             *z->at++ = (uint8_t)symbol;
             continue;
         }
         const char *fault = inflate_match(z, symbol - DEFLATE_MATCH);
         if (fault) return fault;
     }
+    return NULL;
 }
 
 static const char *inflate_block(struct inflate *z, unsigned type) {
@@ -5776,7 +5795,7 @@ static const char *inflate_block(struct inflate *z, unsigned type) {
     return fault ? fault : inflate_codes(z);
 }
 
-/* Decompresses a zlib stream into exactly out_size bytes. Bytes behind the stream are ignored. */
+/* Decompresses a zlib stream until out is full. */
 static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t size,
                                 uint8_t *out, size_t out_size) {
     struct cursor *c = &z->bits.bytes;
@@ -5787,7 +5806,7 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
         return "the compressed data have no valid zlib header";
     z->out = z->at = out;
     z->end = out + out_size;
-    for (unsigned last = 0; !last;) {
+    for (unsigned last = 0; !last && z->at != z->end;) {
         bits_fill(&z->bits);
         last = bits_take(&z->bits, 1);
         unsigned type = bits_take(&z->bits, 2);
@@ -5795,12 +5814,7 @@ static const char *inflate_zlib(struct inflate *z, const uint8_t *data, size_t s
         const char *fault = inflate_block(z, type);
         if (fault) return fault;
     }
-    if (z->at != z->end) return "the compressed data hold less than the image";
-    uint32_t adler = cursor_big(bits_to_bytes(&z->bits), 4);
-    if (c->failed) return inflate_short;
-    if (checksum_wrong(adler, adler32_of(out, out_size)))
-        return "the decompressed data have a wrong checksum";
-    return NULL;
+    return z->at == z->end ? NULL : "the compressed data hold less than the image";
 }
 
 /* ---- EXIF orientation ----
@@ -5852,7 +5866,7 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
     clear_error(error);
     lvm_image out = {0, 0, NULL, 0};
     if (image == NULL) return null_argument(error, "lvm_image_upright", "image");
-    if (!image->rgb || !image_sides_ok(image->width, image->height))
+    if (!image_has_pixels(image))
         return fail(error, LVM_INVALID, "turning upright: the image has no pixels");
     if (image->orientation < 0 || image->orientation > 8)
         return fail(error, LVM_INVALID, "turning upright: orientation %d: EXIF has 1 to 8",
@@ -5887,7 +5901,13 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
    IHDR comes first and tells the shape; PLTE holds a palette; all IDAT chunks together hold one
    zlib stream of rows, each a filter type and its pixels; IEND ends the image. A lower-case first
    letter marks an ancillary chunk, which may be ignored; an unknown critical one, upper-case, may
-   not. Bytes behind IEND are ignored.
+   not.
+
+   All pixels there means an image, as with a JPEG: from the first IDAT on a fault (a file cut off,
+   an IDAT whose CRC is wrong, a chunk that may not be there) ends only the walk over the chunks, and
+   is the error where the data up to it do not fill all rows. Chunks behind the pixels are taken
+   whatever their CRC says, and bytes behind IEND are ignored. An index beyond the palette is black,
+   as Pillow has it.
 
    A row is packed: pixels of 1, 2 or 4 bits fill bytes from the top bit, and each row starts a new
    byte. Samples of 16 bits are big-endian.
@@ -5936,17 +5956,31 @@ struct png_reader {
     struct crc32 crc;
     int width, height, colour_type, channels, depth;
     int first_pass, last_pass;     /* of png_passes: 0 alone, or 1 to 7 */
-    const uint8_t *palette;        /* [palette_size][RGB], inside the file's bytes */
+    uint8_t palette[256 * RGB];    /* black where the file has no colour */
     int palette_size, orientation;
     uint8_t *idat;                 /* the data of all IDAT chunks [idat_size] */
     size_t idat_size;
     int idat_ended;
+    int tail;                      /* LVM_OK or what ended the walk behind the first IDAT; its
+                                      words stand in error */
 };
 
 static int png_damaged(const struct png_reader *png, const char *fault) {
     return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %s", png->name, fault);
 }
 
+static int png_idat(struct png_reader *png, const struct png_chunk *chunk) {
+    if (png->idat_ended) return png_damaged(png, "other chunks between its IDAT chunks");
+    if (!png->idat) {   /* all that the file still holds is the most that can come */
+        png->idat = mem_alloc(png->file.size - png->file.at + chunk->size, 1, png->error);
+        if (!png->idat) return LVM_MEMORY;
+    }
+    memcpy(png->idat + png->idat_size, chunk->data, chunk->size);
+    png->idat_size += chunk->size;
+    return LVM_OK;
+}
+
+/* The next chunk. Of an IDAT that is cut off, what there is is kept. */
 static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
     struct cursor *c = &png->file;
     chunk->size = cursor_big(c, 4);
@@ -5955,17 +5989,28 @@ static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
         return fail(png->error, LVM_FORMAT, "%s: the PNG file is cut off before its end (IEND)",
                     png->name);
     for (int i = 0; i < 4; i++) {
-        if (!((type[i] >= 'A' && type[i] <= 'Z') || (type[i] >= 'a' && type[i] <= 'z')))
+        if (!((type[i] >= 'A' && type[i] <= 'Z') || (type[i] >= 'a' && type[i] <= 'z'))) {
+            c->at -= 8;   /* may be the next file */
             return png_damaged(png, "a chunk has no name");
+        }
         chunk->type[i] = (char)type[i];
     }
     chunk->type[4] = 0;
-    chunk->data = cursor_take(c, chunk->size);
+    int is_idat = strcmp(chunk->type, "IDAT") == 0;
+    size_t left = c->size - c->at;
+    chunk->data = c->data + c->at;
+    cursor_take(c, chunk->size);
     uint32_t crc = cursor_big(c, 4);
+    if (c->failed && is_idat) {
+        if (chunk->size > left) chunk->size = (uint32_t)left;
+        int code = png_idat(png, chunk);
+        if (code) return code;
+    }
     if (c->failed)
         return fail(png->error, LVM_FORMAT, "%s: the PNG file is cut off inside its %s chunk",
                     png->name, chunk->type);
-    if (checksum_wrong(crc, crc32_of(&png->crc, type, (size_t)chunk->size + 4)))
+    if ((!png->idat || is_idat) &&
+        checksum_wrong(crc, crc32_of(&png->crc, type, (size_t)chunk->size + 4)))
         return fail(png->error, LVM_FORMAT,
                     "%s: damaged PNG file: wrong checksum in its %s chunk", png->name, chunk->type);
     return LVM_OK;
@@ -6000,53 +6045,42 @@ static int png_header(struct png_reader *png, const struct png_chunk *chunk) {
 
 static int png_palette(struct png_reader *png, const struct png_chunk *chunk) {
     if (png->colour_type != PNG_PALETTE) return LVM_OK;   /* only a suggestion there */
-    if (png->palette) return png_damaged(png, "two palettes (PLTE)");
+    if (png->palette_size) return png_damaged(png, "two palettes (PLTE)");
     if (png->idat_size) return png_damaged(png, "its palette comes after the pixels");
     if (chunk->size == 0 || chunk->size % RGB || chunk->size > 256 * RGB)
         return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: a palette of %lu bytes",
                     png->name, (unsigned long)chunk->size);
-    png->palette = chunk->data;
+    memcpy(png->palette, chunk->data, chunk->size);
     png->palette_size = (int)(chunk->size / RGB);
     return LVM_OK;
 }
 
-static int png_idat(struct png_reader *png, const struct png_chunk *chunk) {
-    if (png->idat_ended) return png_damaged(png, "other chunks between its IDAT chunks");
-    if (!png->idat) {   /* all that the file still holds is the most that can come */
-        png->idat = mem_alloc(png->file.size - png->file.at + chunk->size, 1, png->error);
-        if (!png->idat) return LVM_MEMORY;
-    }
-    memcpy(png->idat + png->idat_size, chunk->data, chunk->size);
-    png->idat_size += chunk->size;
-    return LVM_OK;
+/* What a chunk behind IHDR, IEND excepted, has for the pixels. */
+static int png_chunk(struct png_reader *png, const struct png_chunk *chunk) {
+    if (strcmp(chunk->type, "IDAT") == 0) return png_idat(png, chunk);
+    if (png->idat) png->idat_ended = 1;
+    if (strcmp(chunk->type, "PLTE") == 0) return png_palette(png, chunk);
+    if (strcmp(chunk->type, "eXIf") == 0)
+        png->orientation = exif_orientation(chunk->data, chunk->size);
+    if (chunk->type[0] >= 'a') return LVM_OK;
+    return fail(png->error, LVM_FORMAT, "%s: a PNG file with %s chunk %s where none may be",
+                png->name, strcmp(chunk->type, "IHDR") ? "an unknown" : "a second", chunk->type);
 }
 
-/* Walks over all chunks and collects what the pixels need. */
+/* Walks over the chunks and collects what the pixels need. */
 static int png_chunks(struct png_reader *png) {
     struct png_chunk chunk;
     int code = png_next_chunk(png, &chunk);
     if (!code) code = png_header(png, &chunk);
     while (!code) {
         code = png_next_chunk(png, &chunk);
-        if (code) break;
-        int is_idat = strcmp(chunk.type, "IDAT") == 0;
-        if (png->idat && !is_idat) png->idat_ended = 1;
-        if (strcmp(chunk.type, "IEND") == 0) break;
-        if (is_idat)
-            code = png_idat(png, &chunk);
-        else if (strcmp(chunk.type, "PLTE") == 0)
-            code = png_palette(png, &chunk);
-        else if (strcmp(chunk.type, "eXIf") == 0)
-            png->orientation = exif_orientation(chunk.data, chunk.size);
-        else if (chunk.type[0] < 'a')
-            code = fail(png->error, LVM_FORMAT, "%s: a PNG file with %s chunk %s where none may be",
-                        png->name, strcmp(chunk.type, "IHDR") ? "an unknown" : "a second",
-                        chunk.type);
+        if (code || strcmp(chunk.type, "IEND") == 0) break;
+        code = png_chunk(png, &chunk);
     }
-    if (code) return code;
-    if (!png->idat_size) return png_damaged(png, "no pixels (IDAT)");
-    if (png->colour_type != PNG_PALETTE || png->palette) return LVM_OK;
-    return png_damaged(png, "no palette (PLTE)");
+    png->tail = code;
+    if (!png->idat_size) return code ? code : png_damaged(png, "no pixels (IDAT)");
+    if (png->colour_type != PNG_PALETTE || png->palette_size) return LVM_OK;
+    return code ? code : png_damaged(png, "no palette (PLTE)");
 }
 
 /* Of left a, above b and above-left c, the one nearest to a + b - c; ties in this order. */
@@ -6126,24 +6160,20 @@ static const uint8_t *png_samples(const struct png_reader *png, const uint8_t *r
     return out;
 }
 
-/* The samples of n pixels to RGB, one every stride bytes. False: a pixel names a colour beyond the
-   palette. */
-static int png_row_to_rgb(const struct png_reader *png, const uint8_t *samples, size_t n,
-                          uint8_t *rgb, size_t stride) {
+/* The samples of n pixels to RGB, one every stride bytes. */
+static void png_row_to_rgb(const struct png_reader *png, const uint8_t *samples, size_t n,
+                           uint8_t *rgb, size_t stride) {
     size_t step = (size_t)png->channels;
     switch (png->colour_type) {
     case PNG_RGB: case PNG_RGB_ALPHA:
         for (size_t i = 0; i < n; i++) memcpy(rgb + stride * i, samples + step * i, RGB);
-        return 1;
+        return;
     case PNG_PALETTE:
-        for (size_t i = 0; i < n; i++) {
-            if (samples[i] >= png->palette_size) return 0;
+        for (size_t i = 0; i < n; i++)
             memcpy(rgb + stride * i, png->palette + RGB * samples[i], RGB);
-        }
-        return 1;
+        return;
     default:
         for (size_t i = 0; i < n; i++) memset(rgb + stride * i, samples[step * i], RGB);
-        return 1;
     }
 }
 
@@ -6162,10 +6192,7 @@ static int png_pass_pixels(struct png_reader *png, const struct png_pass *pass, 
             return fail(png->error, LVM_FORMAT, "%s: damaged PNG file: row %d has filter %d",
                         png->name, y, row[-1]);
         const uint8_t *s = png_samples(png, row, (size_t)width * (size_t)png->channels, samples);
-        if (!png_row_to_rgb(png, s, (size_t)width, rgb, stride))
-            return fail(png->error, LVM_FORMAT,
-                        "%s: damaged PNG file: row %d uses a colour beyond its palette of %d",
-                        png->name, y, png->palette_size);
+        png_row_to_rgb(png, s, (size_t)width, rgb, stride);
         *raw += n + 1;
         above = row;
     }
@@ -6188,16 +6215,18 @@ static int png_pixels(struct png_reader *png, uint8_t *raw, lvm_image *image) {
 
 static int png_decompress(struct png_reader *png, lvm_image *image) {
     size_t raw_size = png_raw_size(png);
+    int code = image_check_bytes(png->name, "PNG", png->width, png->height, raw_size, png->error);
+    if (code) return code;
     if (raw_size / DEFLATE_MAX_RATIO > png->idat_size)
-        return fail(png->error, LVM_FORMAT,
-                    "%s: damaged PNG file: %lu bytes of data cannot hold %d x %d pixels",
-                    png->name, (unsigned long)png->idat_size, png->width, png->height);
+        return png->tail ? png->tail : fail(png->error, LVM_FORMAT, "%s: damaged PNG file: %zu "
+                    "bytes of data cannot hold %d x %d pixels", png->name, png->idat_size,
+                    png->width, png->height);
     uint8_t *raw = mem_alloc(raw_size, 1, png->error);
     struct inflate *z = mem_alloc(1, sizeof *z, png->error);
-    int code = raw && z ? LVM_OK : LVM_MEMORY;
+    if (!raw || !z) code = LVM_MEMORY;
     if (!code) {
         const char *fault = inflate_zlib(z, png->idat, png->idat_size, raw, raw_size);
-        if (fault) code = png_damaged(png, fault);
+        if (fault) code = fault == inflate_short && png->tail ? png->tail : png_damaged(png, fault);
     }
     if (!code) code = png_pixels(png, raw, image);
     mem_free(z);
@@ -6205,13 +6234,15 @@ static int png_decompress(struct png_reader *png, lvm_image *image) {
     return code;
 }
 
-static int png_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
-                    lvm_error *error) {
+static int png_load(const uint8_t *data, size_t size, const char *name, size_t *used,
+                    lvm_image *image, lvm_error *error) {
     struct png_reader png = {.name = name, .error = error,   /* the caller saw the signature */
                              .file = {data, size, PNG_SIGNATURE_SIZE, 0}};
     crc32_init(&png.crc);
     int code = png_chunks(&png);
     if (!code) code = png_decompress(&png, image);
+    if (!code && png.tail) fail(error, LVM_OK, "%s", "");   /* it did not matter */
+    *used = png.file.failed ? size : png.file.at;
     mem_free(png.idat);
     return code;
 }
@@ -6269,8 +6300,8 @@ static int png_load(const uint8_t *data, size_t size, const char *name, lvm_imag
    before it has sent all bits, its block smoothing (the last as its releases from 3.0.1 on do it,
    all else as since 2.1). Stricter than libjpeg, which warns and paints grey: data that end early,
    codes that mean nothing and missing restart markers are errors. As with libjpeg, bytes between
-   segments that are no marker are skipped. What follows the last pixel of a sequential file does
-   not matter; a progressive one must have its EOI.
+   segments that are no marker are skipped. What follows the last bit that the pixels can need does
+   not matter: a progressive file must have its EOI only where some bits were not sent.
 
    The orientation is what the first APP1 that begins with "Exif\0\0" holds, be it nonsense. An APP1
    counts only where segments alone lead to it: not behind a scan, TEM, RSTn or stray bytes.
@@ -6715,21 +6746,41 @@ static inline int jpeg_clamp(int v, int low, int high) {
     return v < low ? low : v > high ? high : v;
 }
 
-static int jpeg_is_dc_only(const int16_t *coefs) {
+static int jpeg_any(const int16_t *coefs, int n) {
     int any = 0;
-    for (int i = 1; i < JPEG_BLOCK; i++) any |= coefs[i];
-    return any == 0;
+    for (int i = 0; i < n; i++) any |= coefs[i];
+    return any != 0;
+}
+
+enum { COLUMN_SHIFT = IDCT_BITS - IDCT_KEPT, ROW_SHIFT = IDCT_BITS + IDCT_KEPT + 3 };
+
+static inline void jpeg_idct_row(const int16_t *x, uint8_t *out) {
+    int32_t y[JPEG_SIDE];
+    jpeg_idct_1d(x, 1, 1 << (ROW_SHIFT - 1), y);
+    for (int k = 0; k < JPEG_SIDE; k++)
+        out[k] = (uint8_t)jpeg_clamp(128 + (y[k] >> ROW_SHIFT), 0, 255);
+}
+
+/* A block of which only the first row is not zero: all rows of samples are the same. The columns'
+   pass would but shift that row up. libjpeg-turbo does just this, and loses the bits that leave 16,
+   where the pass itself would hold its results to them. */
+static void jpeg_idct_one_row(const int16_t *coefs, const uint16_t *quant, uint8_t *out,
+                              size_t stride) {
+    int16_t x[JPEG_SIDE];
+    uint8_t row[JPEG_SIDE];
+    for (int i = 0; i < JPEG_SIDE; i++)
+        x[i] = (int16_t)((int16_t)(coefs[i] * quant[i]) * (1 << IDCT_KEPT));
+    if (jpeg_any(coefs + 1, JPEG_SIDE - 1)) jpeg_idct_row(x, row);
+    else memset(row, jpeg_clamp(128 + ((x[0] + 16) >> 5), 0, 255), JPEG_SIDE);   /* the same */
+    for (int i = 0; i < JPEG_SIDE; i++) memcpy(out + (size_t)i * stride, row, JPEG_SIDE);
 }
 
 /* Dequantises one block of coefficients and makes them 8 x 8 samples. */
 static void jpeg_idct(const int16_t *coefs, const uint16_t *quant, uint8_t *out, size_t stride) {
-    enum { COLUMN_SHIFT = IDCT_BITS - IDCT_KEPT, ROW_SHIFT = IDCT_BITS + IDCT_KEPT + 3 };
     int16_t x[JPEG_BLOCK], column[JPEG_BLOCK];
     int32_t y[JPEG_SIDE];
-    if (jpeg_is_dc_only(coefs)) {   /* the same in fewer steps */
-        int dc = (int16_t)((int16_t)(coefs[0] * quant[0]) * (1 << IDCT_KEPT));
-        for (int i = 0; i < JPEG_SIDE; i++)
-            memset(out + (size_t)i * stride, jpeg_clamp(128 + ((dc + 16) >> 5), 0, 255), JPEG_SIDE);
+    if (!jpeg_any(coefs + JPEG_SIDE, JPEG_BLOCK - JPEG_SIDE)) {
+        jpeg_idct_one_row(coefs, quant, out, stride);
         return;
     }
     for (int i = 0; i < JPEG_BLOCK; i++) x[i] = (int16_t)(coefs[i] * quant[i]);
@@ -6738,11 +6789,8 @@ static void jpeg_idct(const int16_t *coefs, const uint16_t *quant, uint8_t *out,
         for (int k = 0; k < JPEG_SIDE; k++)
             column[JPEG_SIDE * k + i] = (int16_t)jpeg_clamp(y[k] >> COLUMN_SHIFT, -32768, 32767);
     }
-    for (int i = 0; i < JPEG_SIDE; i++, out += stride) {
-        jpeg_idct_1d(column + JPEG_SIDE * i, 1, 1 << (ROW_SHIFT - 1), y);
-        for (int k = 0; k < JPEG_SIDE; k++)
-            out[k] = (uint8_t)jpeg_clamp(128 + (y[k] >> ROW_SHIFT), 0, 255);
-    }
+    for (int i = 0; i < JPEG_SIDE; i++)
+        jpeg_idct_row(column + JPEG_SIDE * i, out + (size_t)i * stride);
 }
 
 /* ---- JPEG: scans ----
@@ -6829,18 +6877,22 @@ static int jpeg_allocate(struct jpeg_reader *j) {
     for (int i = 0; i < j->n; i++)
         bits += (int64_t)j->component[i].blocks_x * j->component[i].blocks_y;
     if (!j->progressive) bits *= 2;   /* a code for DC and one for the end of the block */
-    size_t left = j->in.bytes.size - j->in.bytes.at;
+    size_t left = j->in.bytes.size - j->in.bytes.at, bytes = 0;
     if ((uint64_t)bits / 8 > left)
         return fail(j->error, LVM_FORMAT, "%s: damaged JPEG file: %zu bytes of data cannot hold "
                     "%d x %d pixels", j->name, left, j->width, j->height);
-    for (int i = 0; i < j->n; i++) {
+    size_t block = JPEG_BLOCK * (j->progressive ? sizeof *j->component->coefs : 1);
+    for (int i = 0; i < j->n; i++)
+        bytes += (size_t)j->component[i].padded_x * (size_t)j->component[i].padded_y * block;
+    int code = image_check_bytes(j->name, "JPEG", j->width, j->height, bytes, j->error);
+    for (int i = 0; i < j->n && !code; i++) {
         struct jpeg_component *c = &j->component[i];
-        size_t blocks = (size_t)c->padded_x * (size_t)c->padded_y;
-        if (j->progressive) c->coefs = mem_alloc(blocks, JPEG_BLOCK * sizeof *c->coefs, j->error);
-        else c->plane = mem_alloc(blocks, JPEG_BLOCK, j->error);
-        if (!c->coefs && !c->plane) return LVM_MEMORY;
+        void *memory = mem_alloc((size_t)c->padded_x * (size_t)c->padded_y, block, j->error);
+        if (j->progressive) c->coefs = memory;
+        else c->plane = memory;
+        if (!memory) code = LVM_MEMORY;
     }
-    return LVM_OK;
+    return code;
 }
 
 static uint8_t *jpeg_samples(const struct jpeg_component *c, int x, int y) {
@@ -6917,6 +6969,11 @@ static int jpeg_scan(struct jpeg_reader *j, struct cursor *s) {
 
    The order of segments is free (T.81, B.2 and B.2.4), but for what needs another first. */
 
+/* A marker without a segment. */
+static int jpeg_is_lone(int marker) {
+    return marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7);
+}
+
 static int jpeg_segment(struct jpeg_reader *j, int marker) {
     struct cursor *file = &j->in.bytes;
     uint32_t size = cursor_big(file, 2);
@@ -6958,14 +7015,25 @@ static int jpeg_all_scanned(const struct jpeg_reader *j) {
     return j->n > 0;
 }
 
-/* Reads up to the last scan. Where a sequential file ends is known without its EOI. */
+/* True when nothing more can come: all components, and in a progressive file every bit. */
+static int jpeg_all_sent(const struct jpeg_reader *j) {
+    for (int i = 0; i < j->n && j->progressive; i++)
+        for (int k = 0; k < JPEG_BLOCK; k++)
+            if (j->component[i].coef_bits[k] != 0) return 0;
+    return jpeg_all_scanned(j);
+}
+
+/* Reads up to the last scan, which is known without EOI where all was sent. */
 static int jpeg_segments(struct jpeg_reader *j) {
     int code = LVM_OK;
-    while (!code && (j->progressive || !jpeg_all_scanned(j))) {
+    while (!code && !jpeg_all_sent(j)) {
         int marker = jpeg_next_marker(j);
         if (marker == 0) return jpeg_truncated(j);
-        if (marker == JPEG_EOI) break;
-        if (marker == JPEG_TEM || (marker >= JPEG_RST0 && marker <= JPEG_RST7)) {
+        if (marker == JPEG_EOI) {
+            j->in.bytes.at -= 2;   /* for jpeg_end */
+            break;
+        }
+        if (jpeg_is_lone(marker)) {
             j->exif_over = 1;
             continue;
         }
@@ -6979,6 +7047,20 @@ static int jpeg_segments(struct jpeg_reader *j) {
     if (!code && !j->n) return jpeg_damaged(j, "no frame header (SOF)");
     if (!code && !jpeg_all_scanned(j)) return jpeg_damaged(j, "a component without its data");
     return code;
+}
+
+/* Where the file ends whose pixels end here: behind its EOI or, without one, at the next file's SOI
+   or the end of all. */
+static size_t jpeg_end(struct jpeg_reader *j) {
+    struct cursor *file = &j->in.bytes;
+    for (int marker; (marker = jpeg_next_marker(j)) != JPEG_EOI;) {
+        if (marker == JPEG_SOI) return file->at - 2;
+        if (marker == 0) return file->size;
+        if (jpeg_is_lone(marker)) continue;
+        uint32_t size = cursor_big(file, 2);
+        if (size < 2 || !cursor_take(file, size - 2)) return file->size;
+    }
+    return file->at;
 }
 
 /* ---- JPEG: block smoothing ----
@@ -7180,8 +7262,8 @@ static int jpeg_pixels(struct jpeg_reader *j, lvm_image *image) {
     return code;
 }
 
-static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
-                     lvm_error *error) {
+static int jpeg_load(const uint8_t *data, size_t size, const char *name, size_t *used,
+                     lvm_image *image, lvm_error *error) {
     struct jpeg_reader *j = mem_alloc(1, sizeof *j, error);
     if (!j) return LVM_MEMORY;
     struct cursor standard = {jpeg_standard, sizeof jpeg_standard, 0, 0};
@@ -7195,6 +7277,7 @@ static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_ima
     for (int i = 0; i < j->n && !code && j->progressive; i++)
         code = jpeg_finish_component(j, &j->component[i], smooth);
     if (!code) code = jpeg_pixels(j, image);
+    if (!code) *used = jpeg_end(j);
     for (int i = 0; i < JPEG_MAX_COMPONENTS; i++) {
         mem_free(j->component[i].coefs);
         mem_free(j->component[i].plane);
@@ -7214,7 +7297,8 @@ static int jpeg_load(const uint8_t *data, size_t size, const char *name, lvm_ima
    exactly one whitespace byte: two, the high one first, where maxval is above 255; bits from the
    top in rows of whole bytes for P4. A comment goes from # to the end of its line, and is as if it
    were not there: it may stand inside a number, and its newline does not end one. Bytes behind the
-   image are ignored.
+   image are ignored; in a row of images the next begins right behind raw samples, or behind the
+   whitespace that follows plain ones.
 
    Samples become bytes as Pillow makes them: v / maxval * 255, rounded, ties to even; grey with a
    maxval above 255 becomes a 16-bit integer likewise, which is then cut at 255. A raw sample above
@@ -7362,8 +7446,8 @@ static int pnm_pixels(struct pnm_reader *pnm, lvm_image *image) {
     return LVM_OK;
 }
 
-static int pnm_load(const uint8_t *data, size_t size, const char *name, lvm_image *image,
-                    lvm_error *error) {
+static int pnm_load(const uint8_t *data, size_t size, const char *name, size_t *used,
+                    lvm_image *image, lvm_error *error) {
     struct pnm_reader pnm = {.name = name, .error = error, .file = {data, size, 3, 0},
                              .kind = data[1]};   /* the caller recognised three bytes */
     int code = pnm_header(&pnm);
@@ -7372,6 +7456,8 @@ static int pnm_load(const uint8_t *data, size_t size, const char *name, lvm_imag
     if (!code) code = image_new(image, pnm.width, pnm.height, error);
     if (!code) code = pnm_pixels(&pnm, image);
     if (code) lvm_image_free(image);
+    *used = pnm.file.at;
+    while (pnm.kind <= '3' && *used < size && pnm_is_space(data[*used])) ++*used;
     mem_free(pnm.scale);
     return code;
 }
@@ -7435,21 +7521,29 @@ static int no_image(const uint8_t *data, size_t size, const char *name, lvm_erro
                 is_text(data, size) ? "text, no image" : "no image that lvm knows");
 }
 
+/* The first of the images that stand one behind the other in data, and how many bytes of it that
+   took: the next one begins there. */
+static int image_load_next(const uint8_t *data, size_t size, const char *name, size_t *used,
+                           lvm_image *image, lvm_error *error) {
+    *image = (lvm_image){0, 0, NULL, 0};
+    *used = 0;
+    if (size == 0) return fail(error, LVM_FORMAT, "%s is empty", name);
+    if (size >= PNG_SIGNATURE_SIZE && !memcmp(data, png_signature, PNG_SIGNATURE_SIZE))
+        return png_load(data, size, name, used, image, error);
+    if (size >= 3 && !memcmp(data, "\xFF\xD8\xFF", 3))
+        return jpeg_load(data, size, name, used, image, error);
+    if (is_pnm(data, size)) return pnm_load(data, size, name, used, image, error);
+    return no_image(data, size, name, error);
+}
+
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error) {
     clear_error(error);
-    const uint8_t *bytes = data;
+    size_t used = 0;
     if (image == NULL) return null_argument(error, "lvm_image_load_memory", "image");
     *image = (lvm_image){0, 0, NULL, 0};
     if (data == NULL) return null_argument(error, "lvm_image_load_memory", "data");
-    if (name == NULL) name = "(memory)";
-    if (size == 0) return fail(error, LVM_FORMAT, "%s is empty", name);
-    if (size >= PNG_SIGNATURE_SIZE && !memcmp(bytes, png_signature, PNG_SIGNATURE_SIZE))
-        return png_load(bytes, size, name, image, error);
-    if (size >= 3 && !memcmp(bytes, "\xFF\xD8\xFF", 3))
-        return jpeg_load(bytes, size, name, image, error);
-    if (is_pnm(bytes, size)) return pnm_load(bytes, size, name, image, error);
-    return no_image(bytes, size, name, error);
+    return image_load_next(data, size, name != NULL ? name : "(memory)", &used, image, error);
 }
 
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error) {
@@ -7890,58 +7984,137 @@ static uint8_t *png_put_u32(uint8_t *at, uint32_t value) {
     return at;
 }
 
-/* Completes a chunk whose data already lie at at + 8; returns the place behind it. */
-static uint8_t *png_put_chunk(uint8_t *at, const char *type, size_t size, const struct crc32 *crc) {
-    png_put_u32(at, (uint32_t)size);
-    memcpy(at + 4, type, 4);
-    return png_put_u32(at + 8 + size, crc32_of(crc, at + 4, size + 4));
+static int png_add_chunk(struct buffer *png, const char *type, const void *data, size_t size,
+                         const struct crc32 *crc, lvm_error *error) {
+    uint8_t head[8], check[4];
+    size_t type_at = png->n + 4;
+    png_put_u32(head, (uint32_t)size);
+    memcpy(head + 4, type, 4);
+    int code = buffer_add(png, head, sizeof head, error);
+    if (!code) code = buffer_add(png, data, size, error);
+    if (code) return code;
+    png_put_u32(check, crc32_of(crc, (const uint8_t *)png->data + type_at, size + 4));
+    return buffer_add(png, check, sizeof check, error);
+}
+
+/* An iTXt chunk (PNG, 11.3.3.4): keyword, no compression, no language, the text in UTF-8. The
+   keyword is the one under which most programs that make images say how. */
+static int png_add_text(struct buffer *png, const char *text, const struct crc32 *crc,
+                        lvm_error *error) {
+    static const char head[] = "parameters\0\0\0\0";   /* and a zero: its end */
+    struct buffer all = {NULL, 0, 0};
+    int code = buffer_add(&all, head, sizeof head, error);
+    if (!code) code = buffer_add(&all, text, strlen(text), error);
+    if (!code) code = png_add_chunk(png, "iTXt", all.data, all.n, crc, error);
+    mem_free(all.data);
+    return code;
+}
+
+/* An image's rows, filtered and compressed: *size bytes behind four free ones. */
+static int png_pack(const lvm_image *image, uint8_t **packed, size_t *size, lvm_error *error) {
+    size_t row = 1 + (size_t)image->width * RGB, raw_size = row * (size_t)image->height;
+    uint8_t *raw = mem_alloc((size_t)image->height, row, error);
+    *size = 0;
+    *packed = raw ? mem_alloc(4 + deflate_bound(raw_size), 1, error) : NULL;
+    if (*packed && png_filter_rows(image, raw, error) == LVM_OK)
+        *size = deflate_zlib(raw, raw_size, *packed + 4, error);
+    mem_free(raw);
+    return *size > 0 ? LVM_OK : LVM_MEMORY;
+}
+
+/* Image i of an animation, or the only one (delay_ms 0): fcTL says how long it stands (and that it
+   covers all), then its rows, from the second image on in fdAT, behind a number; fcTL and fdAT
+   count together. */
+static int png_add_frame(struct buffer *png, const lvm_image *image, int i, int delay_ms,
+                         const struct crc32 *crc, lvm_error *error) {
+    uint8_t control[26] = {0}, *packed = NULL;
+    size_t size = 0;
+    uint8_t *at = png_put_u32(control, i > 0 ? 2 * (uint32_t)i - 1 : 0);
+    at = png_put_u32(at, (uint32_t)image->width);
+    at = png_put_u32(at, (uint32_t)image->height) + 8;   /* at x = 0, y = 0 */
+    png_put_u32(at, (uint32_t)delay_ms << 16 | 1000);    /* two numbers: their ratio is seconds */
+    int code = png_pack(image, &packed, &size, error);
+    if (!code && delay_ms) code = png_add_chunk(png, "fcTL", control, 26, crc, error);
+    if (!code && i == 0) code = png_add_chunk(png, "IDAT", packed + 4, size, crc, error);
+    if (!code && i > 0) {
+        png_put_u32(packed, 2 * (uint32_t)i);
+        code = png_add_chunk(png, "fdAT", packed, size + 4, crc, error);
+    }
+    mem_free(packed);
+    return code;
+}
+
+/* n images of one size as an animation without end: *png of *size bytes (mem_free it). An animated
+   PNG (PNG, third edition, 4.9) is a PNG of its first image to whom does not know it; where n is 1
+   it is only that. text: NULL or words for an iTXt chunk. */
+static int apng_encode(const lvm_image *images, int n, int delay_ms, const char *text,
+                       uint8_t **png, size_t *size, lvm_error *error) {
+    struct buffer out = {NULL, 0, 0};
+    struct crc32 crc;
+    uint8_t header[PNG_HEADER_SIZE] = {0}, control[8] = {0};   /* plays: 0, without end */
+    *png = NULL;
+    if (n > 1 && (delay_ms < 1 || delay_ms > 65535))
+        return fail(error, LVM_INVALID, "a delay of %d ms: must be 1 to 65535", delay_ms);
+    for (int i = 1; i < n; i++)
+        if (images[i].width != images->width || images[i].height != images->height)
+            return fail(error, LVM_INVALID, "the images of an animation must have one size");
+    crc32_init(&crc);
+    memcpy(png_put_u32(png_put_u32(header, (uint32_t)images->width), (uint32_t)images->height),
+           (const uint8_t[2]){8, PNG_RGB}, 2);
+    png_put_u32(control, (uint32_t)n);
+    int code = buffer_add(&out, png_signature, PNG_SIGNATURE_SIZE, error);
+    if (!code) code = png_add_chunk(&out, "IHDR", header, PNG_HEADER_SIZE, &crc, error);
+    if (!code && text) code = png_add_text(&out, text, &crc, error);
+    if (!code && n > 1) code = png_add_chunk(&out, "acTL", control, 8, &crc, error);
+    for (int i = 0; i < n && !code; i++)
+        code = png_add_frame(&out, &images[i], i, n > 1 ? delay_ms : 0, &crc, error);
+    if (!code) code = png_add_chunk(&out, "IEND", NULL, 0, &crc, error);
+    if (code) mem_free(out.data);
+    else *png = (uint8_t *)out.data;
+    *size = code ? 0 : out.n;
+    return code;
 }
 
 /* The whole PNG file in *png (mem_free it). */
-static int png_encode(const lvm_image *image, uint8_t **png, size_t *size, lvm_error *error) {
-    size_t row = 1 + (size_t)image->width * RGB, raw_size = row * (size_t)image->height;
-    uint8_t *raw = mem_alloc((size_t)image->height, row, error);
-    if (!raw) return LVM_MEMORY;
-    int code = png_filter_rows(image, raw, error);
-    size_t frame = PNG_SIGNATURE_SIZE + 3 * PNG_CHUNK_FRAME + PNG_HEADER_SIZE;
-    *png = code ? NULL : mem_alloc(deflate_bound(raw_size) + frame, 1, error);
-    if (*png) {
-        struct crc32 crc;
-        crc32_init(&crc);
-        memcpy(*png, png_signature, PNG_SIGNATURE_SIZE);
-        uint8_t *at = *png + PNG_SIGNATURE_SIZE;
-        png_put_u32(at + 8, (uint32_t)image->width);
-        png_put_u32(at + 12, (uint32_t)image->height);
-        memcpy(at + 16, (const uint8_t[5]){8, PNG_RGB, 0, 0, 0}, 5);
-        at = png_put_chunk(at, "IHDR", PNG_HEADER_SIZE, &crc);
-        size_t packed = deflate_zlib(raw, raw_size, at + 8, error);
-        if (packed) {
-            at = png_put_chunk(at, "IDAT", packed, &crc);
-            at = png_put_chunk(at, "IEND", 0, &crc);
-            *size = (size_t)(at - *png);
-        } else {
-            mem_free(*png);
-            *png = NULL;
-        }
-    }
-    mem_free(raw);
-    return *png ? LVM_OK : LVM_MEMORY;
+static int png_encode(const lvm_image *image, const char *text, uint8_t **png, size_t *size,
+                      lvm_error *error) {
+    return apng_encode(image, 1, 0, text, png, size, error);
+}
+
+int lvm_image_save_memory(const lvm_image *image, uint8_t **png, size_t *size, lvm_error *error) {
+    clear_error(error);
+    if (png != NULL) *png = NULL;
+    if (size != NULL) *size = 0;
+    if (image == NULL || png == NULL || size == NULL)
+        return null_argument(error, "lvm_image_save_memory",
+                             image == NULL ? "image" : png == NULL ? "png" : "size");
+    if (!image_has_pixels(image))
+        return fail(error, LVM_INVALID, "lvm_image_save_memory: an image of %d x %d pixels",
+                    image->width, image->height);
+    return png_encode(image, NULL, png, size, error);
+}
+
+void lvm_memory_free(void *memory) { mem_free(memory); }
+
+/* lvm_image_save, with words in the file or NULL. */
+static int image_save_text(const char *path, const lvm_image *image, const char *text,
+                           lvm_error *error) {
+    uint8_t *png = NULL;
+    size_t size = 0;
+    if (!image_has_pixels(image))
+        return fail(error, LVM_INVALID, "%s: cannot write an image of %d x %d pixels", path,
+                    image->width, image->height);
+    int code = png_encode(image, text, &png, &size, error);
+    if (!code) code = write_file(path, png, size, error);
+    mem_free(png);
+    return code;
 }
 
 int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error) {
     clear_error(error);
-    uint8_t *png = NULL;
-    size_t size = 0;
     if (path == NULL || image == NULL)
         return null_argument(error, "lvm_image_save", path == NULL ? "path" : "image");
-    if (!image->rgb || !image_sides_ok(image->width, image->height))
-        return fail(error, LVM_INVALID, "%s: cannot write an image of %d x %d pixels", path,
-                    image->width, image->height);
-    int code = png_encode(image, &png, &size, error);
-    if (code) return code;
-    code = write_file(path, png, size, error);
-    mem_free(png);
-    return code;
+    return image_save_text(path, image, NULL, error);
 }
 
 /* ---- Resizing ----
@@ -7957,18 +8130,42 @@ int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error) {
 
        out[i] = sum_j w((j + 1/2 - c) / max(s, 1)) in[j]  /  sum_j w((j + 1/2 - c) / max(s, 1))
 
-   As in Pillow there are two passes, along rows, then along columns, each only where that side
-   changes, with bytes in between. Weights are computed in double and rounded to integers in units
+   As in Pillow there are two passes, along rows, then along columns, with bytes in between; a side
+   that keeps its length is copied. Weights are computed in double and rounded to integers in units
    of 2^-22: sums of weight times byte overshoot by less than a factor of two either way and so fit
-   in 32 bits. */
+   in 32 bits.
+
+   Of the output any rectangle can be made alone (LVM_CROP), which costs what it needs of the input.
+   Memory is in proportion to it too: columns are made in strips as wide as the weights for them and
+   as many resized rows as one row of output needs take some megabytes. */
 
 enum { RESIZE_BITS = 32 - 8 - 2, RESIZE_HALF = 1 << (RESIZE_BITS - 1) };
 
-/* For one side: output i is the sum over k < count[i] of weight[i][k] * input[first[i] + k]. */
-struct resize_taps {
-    int n, longest;      /* outputs; room for weights of each */
-    int *first, *count;  /* [n] */
-    int32_t *weight;     /* [n][longest] */
+enum { RESIZE_STRIP_BYTES = 1 << 22 };
+
+/* One side: n_in samples become n_out, of which those from `from` to from + n - 1 are made. */
+struct resize_side {
+    int n_in;
+    int64_t n_out, from;
+    int n;
+};
+
+/* An output: the sum over k < count of weight[k] * input[first + k]. */
+struct resize_tap {
+    int first, count;
+    int32_t *weight;
+};
+
+struct resize {
+    const lvm_image *in;
+    struct resize_side x, y;
+    int longest_x, longest_y;   /* the most weights of an output */
+    int columns;                /* of a strip */
+    struct resize_tap *taps;    /* [columns] */
+    int32_t *weights;           /* [columns][longest_x], then [longest_y]: of one output row */
+    double *w;                  /* scratch for one tap */
+    uint8_t *rows;              /* [longest_y][columns][RGB]: input row r, resized, in r mod that */
+    int32_t *sums;              /* [columns][RGB] */
 };
 
 static double bicubic(double x) {
@@ -7984,165 +8181,152 @@ static int resize_clip(int32_t sum) {
     return sum >> RESIZE_BITS > 255 ? 255 : sum >> RESIZE_BITS;
 }
 
-static void resize_taps_free(struct resize_taps *t) {
-    mem_free(t->first);
-    mem_free(t->count);
-    mem_free(t->weight);
+/* The inputs that output i looks at: *first up to below the number returned. */
+static int resize_window(const struct resize_side *s, int64_t i, int *first) {
+    double scale = (double)s->n_in / (double)s->n_out, support = 2 * (scale < 1 ? 1 : scale);
+    double center = ((double)i + 0.5) * scale;
+    int end = (int)(center + support + 0.5);
+    *first = (int)(center - support + 0.5);
+    if (*first < 0) *first = 0;
+    return end < s->n_in ? end : s->n_in;
 }
 
-/* The window and the weights of output i; w is scratch for `longest` numbers. */
-static void resize_tap(struct resize_taps *t, int i, int n_in, double *w) {
-    double scale = (double)n_in / t->n, stretch = scale < 1 ? 1 : scale;
-    double support = 2 * stretch, center = (i + 0.5) * scale, sum = 0, inverse = 1 / stretch;
-    int32_t *weight = t->weight + (size_t)i * (size_t)t->longest;
-    int first = (int)(center - support + 0.5), end = (int)(center + support + 0.5);
-    if (first < 0) first = 0;
-    if (end > n_in) end = n_in;
-    for (int k = 0; k < end - first; k++) {
-        w[k] = bicubic((k + first - center + 0.5) * inverse);
+static int resize_longest(const struct resize_side *s) {
+    double scale = (double)s->n_in / (double)s->n_out;
+    double most = 2 * ceil(2 * (scale < 1 ? 1 : scale)) + 1;
+    return most < s->n_in ? (int)most : s->n_in;
+}
+
+/* The window and the weights of output i; w is scratch for as many. */
+static void resize_tap(const struct resize_side *s, int64_t i, struct resize_tap *t, double *w) {
+    double scale = (double)s->n_in / (double)s->n_out, center = ((double)i + 0.5) * scale;
+    double inverse = 1 / (scale < 1 ? 1 : scale), sum = 0;
+    if (s->n_in == s->n_out) {
+        t->first = (int)i;
+        t->count = 1;
+        t->weight[0] = 1 << RESIZE_BITS;
+        return;
+    }
+    t->count = resize_window(s, i, &t->first) - t->first;
+    for (int k = 0; k < t->count; k++) {
+        w[k] = bicubic((k + t->first - center + 0.5) * inverse);
         sum += w[k];
     }
-    for (int k = 0; k < end - first; k++) {
+    for (int k = 0; k < t->count; k++) {
         double share = sum != 0 ? w[k] / sum : w[k];
-        weight[k] = (int32_t)(share * (1 << RESIZE_BITS) + (share < 0 ? -0.5 : 0.5));
+        t->weight[k] = (int32_t)(share * (1 << RESIZE_BITS) + (share < 0 ? -0.5 : 0.5));
     }
-    t->first[i] = first;
-    t->count[i] = end - first;
 }
 
-static int resize_taps_make(struct resize_taps *t, int n_in, int n_out, lvm_error *error) {
-    double support = 2 * (n_in > n_out ? (double)n_in / n_out : 1);
-    int whole = (int)support;
-    *t = (struct resize_taps){.n = n_out, .longest = 2 * (whole + (whole < support)) + 1};
-    double *w = mem_alloc((size_t)t->longest, sizeof *w, error);
-    if (w) t->first = mem_alloc((size_t)n_out, sizeof *t->first, error);
-    if (t->first) t->count = mem_alloc((size_t)n_out, sizeof *t->count, error);
-    if (t->count)
-        t->weight = mem_alloc((size_t)n_out, (size_t)t->longest * sizeof *t->weight, error);
-    if (t->weight)
-        for (int i = 0; i < n_out; i++) resize_tap(t, i, n_in, w);
-    mem_free(w);
-    if (t->weight) return LVM_OK;
-    resize_taps_free(t);
-    return LVM_MEMORY;
-}
-
-static void resize_row(const struct resize_taps *t, const uint8_t *in, uint8_t *out) {
-    for (int x = 0; x < t->n; x++, out += RGB) {
-        const int32_t *weight = t->weight + (size_t)x * (size_t)t->longest;
-        const uint8_t *p = in + (size_t)t->first[x] * RGB;
-        int32_t r = RESIZE_HALF, g = RESIZE_HALF, b = RESIZE_HALF;
-        for (int k = 0; k < t->count[x]; k++, p += RGB) {
-            r += p[0] * weight[k];
-            g += p[1] * weight[k];
-            b += p[2] * weight[k];
+/* Columns 0 .. n-1 of the strip from one row of the input. */
+static void resize_row(const struct resize *r, int n, const uint8_t *in, uint8_t *out) {
+    for (int x = 0; x < n; x++, out += RGB) {
+        const struct resize_tap *t = &r->taps[x];
+        const uint8_t *p = in + (size_t)t->first * RGB;
+        int32_t red = RESIZE_HALF, green = RESIZE_HALF, blue = RESIZE_HALF;
+        for (int k = 0; k < t->count; k++, p += RGB) {
+            red += p[0] * t->weight[k];
+            green += p[1] * t->weight[k];
+            blue += p[2] * t->weight[k];
         }
-        out[0] = (uint8_t)resize_clip(r);
-        out[1] = (uint8_t)resize_clip(g);
-        out[2] = (uint8_t)resize_clip(b);
+        out[0] = (uint8_t)resize_clip(red);
+        out[1] = (uint8_t)resize_clip(green);
+        out[2] = (uint8_t)resize_clip(blue);
     }
 }
 
-/* The rows first_row .. first_row + rows of `in`, each resized to `width`. */
-static int resize_rows(const lvm_image *in, int first_row, int rows, int width, lvm_image *out,
-                       lvm_error *error) {
-    struct resize_taps taps;
-    if (!image_sides_ok(width, rows))
+/* One row of the strip, n columns, from the resized rows that tap y names. */
+static void resize_column(const struct resize *r, const struct resize_tap *y, int n, uint8_t *out) {
+    int bytes = n * RGB;
+    int32_t *sum = r->sums;
+    for (int i = 0; i < bytes; i++) sum[i] = RESIZE_HALF;
+    for (int k = 0; k < y->count; k++) {
+        int slot = (y->first + k) % r->longest_y, weight = y->weight[k];
+        const uint8_t *row = r->rows + (size_t)slot * (size_t)r->columns * RGB;
+        for (int i = 0; i < bytes; i++) sum[i] += row[i] * weight;
+    }
+    for (int i = 0; i < bytes; i++) out[i] = (uint8_t)resize_clip(sum[i]);
+}
+
+/* Columns x .. x + n - 1 of out. Windows move down: a row that was resized stays in its slot as
+   long as a later output needs it. */
+static void resize_strip(struct resize *r, int x, int n, lvm_image *out) {
+    struct resize_tap y = {0, 0, r->weights + (size_t)r->columns * (size_t)r->longest_x};
+    for (int i = 0; i < n; i++) {
+        r->taps[i].weight = r->weights + (size_t)i * (size_t)r->longest_x;
+        resize_tap(&r->x, r->x.from + x + i, &r->taps[i], r->w);
+    }
+    for (int row = 0, next = 0; row < out->height; row++) {
+        resize_tap(&r->y, r->y.from + row, &y, r->w);
+        if (next < y.first) next = y.first;
+        for (; next < y.first + y.count; next++)
+            resize_row(r, n, r->in->rgb + (size_t)next * (size_t)r->in->width * RGB,
+                       r->rows + (size_t)(next % r->longest_y) * (size_t)r->columns * RGB);
+        resize_column(r, &y, n, out->rgb + ((size_t)row * (size_t)out->width + (size_t)x) * RGB);
+    }
+}
+
+/* Memory for strips, at least a column wide. */
+static int resize_allocate(struct resize *r, lvm_error *error) {
+    size_t x = (size_t)r->longest_x, y = (size_t)r->longest_y;
+    size_t columns = RESIZE_STRIP_BYTES / (x * sizeof *r->weights + y * RGB);
+    r->columns = columns < 1 ? 1 : (int)min64((int64_t)columns, r->x.n);
+    columns = (size_t)r->columns;
+    r->taps = mem_alloc(columns, sizeof *r->taps, error);
+    if (r->taps) r->weights = mem_alloc(columns * x + y, sizeof *r->weights, error);
+    if (r->weights) r->w = mem_alloc(x > y ? x : y, sizeof *r->w, error);
+    if (r->w) r->rows = mem_alloc(columns * y, RGB, error);
+    if (r->rows) r->sums = mem_alloc(columns, RGB * sizeof *r->sums, error);
+    return r->sums ? LVM_OK : LVM_MEMORY;
+}
+
+/* The part of a resized image that the two sides say; the caller checked `in`. */
+static int resize_part(const lvm_image *in, struct resize_side x, struct resize_side y,
+                       lvm_image *out, lvm_error *error) {
+    struct resize r = {.in = in, .x = x, .y = y, .longest_x = resize_longest(&x),
+                       .longest_y = resize_longest(&y)};
+    int first = 0, last = 0, end = resize_window(&y, y.from + y.n - 1, &last);
+    resize_window(&y, y.from, &first);
+    if (!image_sides_ok(x.n, end - first))
         return fail(error, LVM_MEMORY, "resizing %d x %d pixels to a width of %d: too large",
-                    in->width, in->height, width);
-    int code = resize_taps_make(&taps, in->width, width, error);
-    if (code) return code;
-    code = image_new(out, width, rows, error);
-    for (int y = 0; y < rows && !code; y++)
-        resize_row(&taps, in->rgb + (size_t)(first_row + y) * (size_t)in->width * RGB,
-                   out->rgb + (size_t)y * (size_t)width * RGB);
-    resize_taps_free(&taps);
-    return code;
-}
-
-/* Row first_row of the image that t was made for is row 0 of `in`. */
-static int resize_columns(const struct resize_taps *t, const lvm_image *in, int first_row,
-                          lvm_image *out, lvm_error *error) {
-    size_t n = (size_t)in->width * RGB;
-    int32_t *sum = mem_alloc(n, sizeof *sum, error);
-    int code = sum ? image_new(out, in->width, t->n, error) : LVM_MEMORY;
-    for (int y = 0; y < t->n && !code; y++) {
-        const int32_t *weight = t->weight + (size_t)y * (size_t)t->longest;
-        uint8_t *to = out->rgb + (size_t)y * n;
-        for (size_t i = 0; i < n; i++) sum[i] = RESIZE_HALF;
-        for (int k = 0; k < t->count[y]; k++) {
-            const uint8_t *row = in->rgb + (size_t)(t->first[y] - first_row + k) * n;
-            for (size_t i = 0; i < n; i++) sum[i] += row[i] * weight[k];
-        }
-        for (size_t i = 0; i < n; i++) to[i] = (uint8_t)resize_clip(sum[i]);
-    }
-    mem_free(sum);
-    return code;
-}
-
-/* Both passes; the first makes only the rows that the second reads. */
-static int resize_both(const lvm_image *in, int width, int height, lvm_image *out,
-                       lvm_error *error) {
-    struct resize_taps taps;
-    lvm_image narrow = {0, 0, NULL, 0};
-    int code = resize_taps_make(&taps, in->height, height, error);
-    if (code) return code;
-    int first = taps.first[0], end = taps.first[height - 1] + taps.count[height - 1];
-    if (width == in->width) {
-        code = resize_columns(&taps, in, 0, out, error);
-    } else {
-        code = resize_rows(in, first, end - first, width, &narrow, error);
-        if (!code) code = resize_columns(&taps, &narrow, first, out, error);
-    }
-    lvm_image_free(&narrow);
-    resize_taps_free(&taps);
+                    in->width, in->height, x.n);
+    int code = resize_allocate(&r, error);
+    if (!code) code = image_new(out, x.n, y.n, error);
+    for (int from = 0; from < x.n && !code; from += r.columns)
+        resize_strip(&r, from, (int)min64(r.columns, x.n - from), out);
+    mem_free(r.taps);
+    mem_free(r.weights);
+    mem_free(r.w);
+    mem_free(r.rows);
+    mem_free(r.sums);
     return code;
 }
 
 int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out, lvm_error *error) {
     clear_error(error);
-    lvm_image result = {0, 0, NULL, 0};
-    int code;
-    if (out != NULL && in != out) *out = result;
+    if (out != NULL && in != out) *out = (lvm_image){0, 0, NULL, 0};
     if (in == NULL || out == NULL)
         return null_argument(error, "lvm_image_resize", in == NULL ? "in" : "out");
     if (in == out) return fail(error, LVM_INVALID, "lvm_image_resize: in and out are the same");
-    if (!in->rgb || !image_sides_ok(in->width, in->height) || !image_sides_ok(width, height))
+    if (!image_has_pixels(in) || !image_sides_ok(width, height))
         return fail(error, LVM_INVALID, "cannot resize an image of %d x %d to %d x %d pixels",
                     in->width, in->height, width, height);
-    if (height != in->height) {
-        code = resize_both(in, width, height, &result, error);
-    } else if (width != in->width) {
-        code = resize_rows(in, 0, in->height, width, &result, error);
-    } else {
-        code = image_new(&result, width, height, error);
-        if (!code) memcpy(result.rgb, in->rgb, (size_t)width * (size_t)height * RGB);
-    }
-    if (!code) *out = result;
-    return code;
+    return resize_part(in, (struct resize_side){in->width, width, 0, width},
+                       (struct resize_side){in->height, height, 0, height}, out, error);
 }
 
 /* n / 2, halves to the even side as Python rounds them, so that a crop is torchvision's. */
-static int half_even(int n) { return n / 2 + (n & n >> 1 & 1); }
+static int64_t half_even(int64_t n) { return n / 2 + (n & n >> 1 & 1); }
 
 /* image as R x R pixels. LVM_CROP: the short side becomes R, of the long one the middle stays. */
 static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm_error *error) {
     int w = image->width, h = image->height;
-    if (fit == LVM_SQUASH || w == h) return lvm_image_resize(image, R, R, out, error);
+    if (fit == LVM_SQUASH || w == h || !image_has_pixels(image))
+        return lvm_image_resize(image, R, R, out, error);
     int64_t width = w < h ? R : (int64_t)R * w / h, height = w < h ? (int64_t)R * h / w : R;
-    if (width > INT32_MAX || height > INT32_MAX)
-        return fail(error, LVM_UNSUPPORTED, "an image of %d x %d is too long to be cropped", w, h);
-    lvm_image all = {.rgb = NULL};
-    int code = lvm_image_resize(image, (int)width, (int)height, &all, error);
-    if (code != LVM_OK) return code;
-    out->rgb = mem_alloc((size_t)R * (size_t)R, 3, error);
-    out->width = out->height = R;
-    int left = half_even(all.width - R), top = half_even(all.height - R);
-    for (int y = 0; out->rgb != NULL && y < R; y++)
-        memcpy(out->rgb + (size_t)y * (size_t)R * 3,
-               all.rgb + ((size_t)(top + y) * (size_t)all.width + (size_t)left) * 3, (size_t)R * 3);
-    lvm_image_free(&all);
-    return out->rgb != NULL ? LVM_OK : LVM_MEMORY;
+    *out = (lvm_image){0, 0, NULL, 0};
+    return resize_part(image, (struct resize_side){w, width, half_even(width - R), R},
+                       (struct resize_side){h, height, half_even(height - R), R}, out, error);
 }
 
 /* =================================================================================================
@@ -13399,7 +13583,7 @@ static int outputs_write(struct outputs *o, int i, const void *data, size_t size
 static int outputs_write_png(struct outputs *o, int i, const lvm_image *image, lvm_error *error) {
     uint8_t *png = NULL;
     size_t size = 0;
-    int code = png_encode(image, &png, &size, error);
+    int code = png_encode(image, NULL, &png, &size, error);
     if (code == LVM_OK) code = outputs_write(o, i, png, size, error);
     mem_free(png);
     return code;

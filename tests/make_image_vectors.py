@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Makes tests/images: small PNG, JPEG and PNM files, and in index.txt what a correct reader, writer
-and resizer gives for them. Needs Pillow, release 12 or older, which is the reference (release 13
-resizes tall images in another order), with libjpeg-turbo 3.0.1 or later inside, and cjpeg; made
-with Pillow 12.3.0, its libjpeg-turbo 3.1.4.1, and cjpeg of libjpeg-turbo 2.1.5. The files are
+and resizer gives for them. Needs Pillow, release 12.1 or older, which is the reference (12.2
+resizes some images in another order), with libjpeg-turbo 3.0.1 or later inside, on x86, and cjpeg;
+made with Pillow 12.1.1, its libjpeg-turbo 3.1.3, and cjpeg of libjpeg-turbo 2.1.5. The files are
 committed, so running the tests needs none of them.
 
     python3 tests/make_image_vectors.py
@@ -153,6 +153,20 @@ def good(name, data):
         f.write(data)
     image = Image.open(io.BytesIO(data)).convert("RGB")
     index.append("load %s %d %d %s" % (name, image.width, image.height, fnv(image.tobytes())))
+
+
+def whole(name, data, like):
+    """All pixels of the file `like` are there, so it is the same image, also where Pillow is
+    stricter."""
+    with open(os.path.join(HERE, name), "wb") as f:
+        f.write(data)
+    line = next(line for line in index if line.startswith("load %s " % like))
+    index.append(line.replace(like, name))
+    try:
+        image = Image.open(io.BytesIO(data)).convert("RGB")
+    except (OSError, SyntaxError):
+        return
+    assert line.endswith(" " + fnv(image.tobytes()))
 
 
 def bad(name, data, code, text):
@@ -458,13 +472,16 @@ def make_bad():
         "interlace 9")
     bad("no_idat.png", head + END, f, "no pixels (IDAT)")
     bad("empty_idat.png", head + chunk(b"IDAT", b"") + END, f, "no pixels (IDAT)")
-    bad("no_end.png", head + idat, f, "cut off before its end (IEND)")
+    bad("no_end.png", head + chunk(b"IDAT", packed[:6]), f, "cut off before its end (IEND)")
     bad("idat_gap.png", head + chunk(b"IDAT", packed[:5]) + chunk(b"tEXt", b"a\0b") +
         chunk(b"IDAT", packed[5:]) + END, f, "between its IDAT chunks")
-    bad("idat_cut.png", head + idat[:-8], f, "cut off inside its IDAT")
+    bad("idat_cut.png", head + idat[:-10], f, "cut off inside its IDAT")
     bad("idat_crc.png", head + chunk(b"IDAT", packed, 1) + END, f, "wrong checksum in its IDAT")
     bad("text_crc.png", head + chunk(b"tEXt", b"a\0b", 1) + idat + END, f, "checksum in its tEXt")
-    bad("chunk_length.png", head + b"\xff\xff\xff\xffIDAT" + packed, f, "cut off inside its IDAT")
+    bad("idat_crc_second.png", head + chunk(b"IDAT", packed[:5]) + chunk(b"IDAT", packed[5:], 1) +
+        END, f, "wrong checksum in its IDAT")
+    bad("chunk_length.png", head + b"\xff\xff\xff\xffIDAT" + packed[:6], f,
+        "cut off inside its IDAT")
     bad("chunk_name.png", head + chunk(b"ID\0T", packed) + END, f, "a chunk has no name")
     bad("unknown.png", head + chunk(b"ABCD", b"") + idat + END, f, "an unknown chunk ABCD")
     bad("no_palette.png", indexed + chunk(b"IDAT", low) + END, f, "no palette (PLTE)")
@@ -474,18 +491,66 @@ def make_bad():
         "a palette of 4 bytes")
     bad("long_palette.png", indexed + chunk(b"PLTE", bytes(771)) + chunk(b"IDAT", low) + END, f,
         "a palette of 771 bytes")
-    bad("palette_beyond.png", indexed + plte + idat + END, f, "row 0 uses a colour beyond")
+    good("palette_beyond.png", indexed + plte + idat + END)   # black, by Pillow
     bad("row_filter.png", png(3, 2, GREY, deflate(raw[:4] + b"\5abc")), f, "row 1 has filter 5")
     adam7 = SIGNATURE + header(3, 2, GREY, interlace=1)   # rows of 1, 1, 1 and 3 pixels
     bad("adam7_filter.png", adam7 + chunk(b"IDAT", deflate(b"\0a\0b\0c\7def")) + END, f,
         "row 1 has filter 7")
     bad("adam7_less.png", adam7 + chunk(b"IDAT", deflate(b"\0a\0b\0c\0de")) + END, f,
         "hold less than the image")
-    bad("adam7_more.png", adam7 + chunk(b"IDAT", deflate(b"\0a\0b\0c\0defg")) + END, f,
-        "hold more than the image")
-    bad("palette1_beyond.png", SIGNATURE + header(3, 2, PALETTE, 1) + chunk(b"PLTE", b"rgb") +
-        chunk(b"IDAT", deflate(b"\0\x1f\0\x20")) + END, f, "row 1 uses a colour beyond")
+    good("palette1_beyond.png", SIGNATURE + header(3, 2, PALETTE, 1) + chunk(b"PLTE", b"rgb") +
+         chunk(b"IDAT", deflate(b"\0\x1f\0\x20")) + END)
+    good("palette4_beyond.png", SIGNATURE + header(3, 2, PALETTE, 4, interlace=1) + plte +
+         chunk(b"IDAT", deflate(b"\0\x10\0\x20\0\x30\0\x2f\xf0")) + END)
+    # 300 MB of pixels or less, but more than 1 GiB on the way there
+    bad("decoded.png", SIGNATURE + header(10000, 14000, RGBA, 16) + idat + END, f,
+        "takes 1068 MiB to decode: must be at most 1024")
+    make_tails(raw, packed)
     make_bad_streams(raw, packed)
+
+
+def make_tails(raw, packed):
+    """What may be wrong behind the last pixel."""
+    idat, head = chunk(b"IDAT", packed), SIGNATURE + header(3, 2, GREY)
+
+    def tail(name, data):
+        whole("tail_%s.png" % name, data, "tail_none.png")
+
+    def stream(name, data):
+        tail(name, head + chunk(b"IDAT", data) + END)
+
+    good("tail_none.png", head + idat + END)
+    tail("no_iend", head + idat)
+    tail("cut_iend", head + idat + END[:6])
+    tail("iend_no_crc", head + idat + END[:-4])
+    tail("iend_crc", head + idat + chunk(b"IEND", b"", 1))
+    tail("idat_no_crc", head + idat[:-4])
+    tail("idat_half", head + idat[:-7])
+    tail("idat_no_adler", head + idat[:-8])
+    tail("idat_longer", head + b"\xff\xff\xff\xffIDAT" + packed)
+    tail("idat_more", head + idat + chunk(b"IDAT", b"abc", 1) + END)
+    tail("idat_apart", head + idat + chunk(b"tEXt", b"a\0b") + chunk(b"IDAT", b"abc") + END)
+    tail("text_crc", head + idat + chunk(b"tEXt", b"a\0b", 1) + END)
+    tail("text_cut", head + idat + chunk(b"tEXt", b"a\0b")[:10])
+    tail("no_name", head + idat + bytes(30))
+    tail("unknown", head + idat + chunk(b"ABCD", b"") + END)
+    tail("header", head + idat + header(3, 2, GREY) + END)
+    stream("no_adler", packed[:-4])
+    stream("half_adler", packed[:-2])
+    stream("adler", packed[:-1] + bytes([packed[-1] ^ 1]))
+    stream("more", deflate(raw + b"x"))
+    stream("more_rows", deflate(raw * 40))
+    stream("more_stored", deflate(raw + b"x", 0))
+    stream("more_match", deflate(raw + bytes(400)))
+    stream("stored_longer", b"\x78\x01\x01\xff\0\0\xff" + raw)
+    stream("another_block", b"\x78\x01\x00\x08\x00\xf7\xff" + raw + b"\7\7\7")
+    more = b"\0\x0a\0\x1e\0\x14\0\x0a\x14\x1e" + b"gx"
+    whole("tail_adam7.png", SIGNATURE + header(3, 2, GREY, interlace=1) +
+          chunk(b"IDAT", deflate(more)) + END, "tail_none.png")
+    plte = chunk(b"PLTE", bytes(range(9)))
+    low = SIGNATURE + header(3, 2, PALETTE) + plte + chunk(b"IDAT", deflate(b"\0\0\1\2" * 2))
+    good("tail_palette_none.png", low + END)
+    whole("tail_palette.png", low + plte + END, "tail_palette_none.png")
 
 
 def make_bad_streams(raw, packed):
@@ -502,12 +567,8 @@ def make_bad_streams(raw, packed):
     stream("zlib_dictionary.png", b"\x78\xbb" + packed[2:], "no valid zlib header")
     stream("zlib_one_byte.png", packed[:1], early)
     stream("zlib_early.png", packed[:5], early)
-    stream("zlib_no_adler.png", packed[:-4], early)
-    stream("zlib_adler.png", packed[:-1] + bytes([packed[-1] ^ 1]), "a wrong checksum")
+    stream("zlib_no_end.png", packed[:6], early)
     stream("zlib_less.png", deflate(raw[:-1]), "hold less than the image")
-    stream("zlib_more.png", deflate(raw + b"x"), "hold more than the image")
-    stream("zlib_more_stored.png", deflate(raw + b"x", 0), "hold more than the image")
-    stream("zlib_more_match.png", deflate(raw + bytes(400)), "hold more than the image")
     stream("stored_check.png", stored[:5] + b"\0" + stored[6:], damaged)
     stream("stored_early.png", stored[:9], early)
     stream("block_kind.png", b"\x78\x9c\x07" + body, damaged)
@@ -645,6 +706,7 @@ def make_jpegs():
     good("restart_prog.jpg", cjpeg(scene(35, 21), "-restart", "2B", "-progressive"))
     make_jpeg_colours()
     make_jpeg_scans()
+    make_jpeg_wraps()
     make_jpeg_oddities()
     make_bad_jpegs()
 
@@ -691,6 +753,25 @@ def make_jpeg_scans():
         good("unfinished_%s.jpg" % name, cjpeg(scene(w, h), "-sample", sampling, scans=scans))
 
 
+def make_jpeg_wraps():
+    """Coefficients beyond what pixels need, by a quantisation table many times as coarse as the
+    encoder's: blocks of one row of them (stripes), of one column, of all. Last, a table with zeros:
+    coefficients that are not zero before it, and are behind it."""
+    stripes = formula("noise", 64, 1).resize((64, 32), Image.NEAREST)
+    for name, image in (("row", stripes), ("all", Image.blend(stripes, formula("noise", 64, 32), .1)),
+                        ("column", formula("noise", 1, 64).resize((32, 64), Image.NEAREST)),
+                        ("flat", formula("blocks", 64, 32)), ("zeros", formula("noise", 64, 32))):
+        for kind, options in (("", ("-optimize",)), ("_prog", ("-progressive",))):
+            data = bytearray(cjpeg(image, "-quality", "90", "-sample", "1x1", *options))
+            for table in (0, 1):
+                at = data.index(b"\xff\xdb\0\x43" + bytes([table])) + 5
+                data[at:at + 64] = bytes(255 - 9 * (i % 7) for i in range(64))
+                if name == "zeros":
+                    data[at + 2:at + 64:2] = bytes(31)
+                    data[at + 35:at + 64] = bytes(29)
+            good("wrap_%s%s.jpg" % (name, kind), bytes(data))
+
+
 def make_jpeg_oddities():
     """What a decoder may find in files that others read without complaint."""
     plain = cjpeg(scene(17, 9))
@@ -699,6 +780,13 @@ def make_jpeg_oddities():
                                  comment=b"a comment", optimize=True))
     good("no_tables.jpg", without(plain, 0xC4))   # a frame of Motion JPEG
     good("junk.jpg", plain[:frame] + b"ab\xff\0c" + plain[frame:-2] + b"d" + plain[-2:])
+    # A progressive file whose scans have sent all is whole without its end, whatever stands there.
+    sent = cjpeg(scene(17, 9), scans=["0,1,2: 0-0, 0, 0", "0: 1-63, 0, 0", "1: 1-63, 0, 0",
+                                      "2: 1-63, 0, 0"])
+    good("sent.jpg", sent)
+    whole("sent_no_eoi.jpg", sent[:-2], "sent.jpg")
+    whole("sent_segment.jpg", sent[:-2] + b"\xff\xfe\xff\xffcut", "sent.jpg")
+    whole("sent_soi.jpg", sent[:-2] + sent, "sent.jpg")
     good("padded.jpg", plain[:frame] + b"\xff\xff" + plain[frame:-2] + b"\xff\xff" + plain[-2:])
     good("file_tail.jpg", plain + b"behind the end")
     good("lone_marker.jpg", plain[:frame] + b"\xff\xd3" + plain[frame:])
@@ -885,8 +973,8 @@ def main():
     version = features.version("libjpeg_turbo") or "0"
     if [int(n) for n in version.split(".")[:3]] < [3, 0, 1]:
         sys.exit("make_image_vectors.py: needs libjpeg-turbo 3.0.1 or later, this is " + version)
-    if int(PIL.__version__.split(".")[0]) > 12:
-        sys.exit("make_image_vectors.py: needs Pillow 12 or older, this is " + PIL.__version__)
+    if [int(n) for n in PIL.__version__.split(".")[:2]] > [12, 1]:
+        sys.exit("make_image_vectors.py: needs Pillow 12.1 or older, this is " + PIL.__version__)
     os.makedirs(HERE, exist_ok=True)
     for make in (make_good, make_depths, make_pnm, make_exif, make_bad, make_kinds, make_resizes,
                  make_crops, make_sizes, make_jpegs):

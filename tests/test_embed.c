@@ -230,6 +230,15 @@ static int job_save(struct world *w, lvm_error *error) {
     return code;
 }
 
+static int job_save_memory(struct world *w, lvm_error *error) {
+    uint8_t *png = NULL;
+    size_t size = 0;
+    int code = lvm_image_save_memory(&w->image[0], &png, &size, error);
+    if (code == LVM_OK) note(w, png, size);
+    lvm_memory_free(png);
+    return code;
+}
+
 static int job_resize(struct world *w, lvm_error *error) {
     static const int side[4][2] = {{50, 20}, {60, 36}, {40, 72}, {40, 36}}; /* both, one, none */
     lvm_image out;
@@ -287,6 +296,7 @@ static const struct job jobs[] = {
     {"generate", job_generate, 'l', 8}, {"predict", job_predict, 'b', 10},
     {"image load", job_load, 0, 4},   {"images load", job_load_kinds, 0, 25},
     {"image save", job_save, 0, 5},
+    {"image save to memory", job_save_memory, 0, 8},
     {"resize", job_resize, 0, 10},    {"upright", job_upright, 0, 6},
     {"cache", job_cache, 'l', 10},    {"quantize", job_quantize, 0, 10}};
 enum { N_JOBS = sizeof jobs / sizeof *jobs };
@@ -643,6 +653,8 @@ static void test_wrong_pointers(struct world *w) {
 static void test_wrong_image_calls(struct world *w) {
     lvm_image *in = w->image, out = {.width = 9}, none = {.width = 4, .height = 4};
     const char *path = in_folder(w, "a.png");
+    uint8_t *png = NULL;
+    size_t size = 9;
     INVALID(lvm_image_load(NULL, &out, e));
     INVALID(lvm_image_load(path, NULL, e));
     INVALID(lvm_image_load_memory(NULL, 9, "x", &out, e));
@@ -651,6 +663,12 @@ static void test_wrong_image_calls(struct world *w) {
     INVALID(lvm_image_save(NULL, in, e));
     INVALID(lvm_image_save(path, NULL, e));
     INVALID(lvm_image_save(path, &none, e));
+    INVALID(lvm_image_save_memory(NULL, &png, &size, e));
+    INVALID(lvm_image_save_memory(in, NULL, &size, e));
+    INVALID(lvm_image_save_memory(in, &png, NULL, e));
+    png = w->rgb[0];
+    INVALID(lvm_image_save_memory(&none, &png, &size, e));
+    check(png == NULL && size == 0, "a refused PNG leaves its place");
     INVALID(lvm_image_upright(NULL, e));
     INVALID(lvm_image_upright(&none, e));
     INVALID(lvm_image_resize(NULL, 4, 4, &out, e));
@@ -661,6 +679,22 @@ static void test_wrong_image_calls(struct world *w) {
     INVALID(lvm_image_resize(&none, 4, 4, &out, e));
     check(out.rgb == NULL && out.width == 0, "a refused resize leaves an image");
     lvm_image_free(NULL);
+    lvm_memory_free(NULL);
+}
+
+/* An image without width or height, to a context that crops. */
+static void test_flat_images(struct world *w) {
+    lvm_options o = lvm_default_options();
+    lvm_image flat[2] = {{.width = 0, .height = 4}, {.width = 4, .height = 0}};
+    int32_t ids[T];
+    o.fit = LVM_CROP;
+    lvm_ctx *ctx = must(lvm_ctx_new(w->m, &o, NULL));
+    for (int i = 0; i < 2; i++) {
+        flat[i].rgb = w->rgb[0];
+        INVALID(lvm_encode(ctx, &flat[i], 1, ids, e));
+        INVALID(lvm_prompt_images(ctx, &flat[i], 1, e));
+    }
+    lvm_ctx_free(ctx);
 }
 
 static void test_wrong_models(struct world *w) {
@@ -979,6 +1013,7 @@ int main(int argc, char **argv) {
         test_generate_again(&w);
         test_wrong_pointers(&w);
         test_wrong_image_calls(&w);
+        test_flat_images(&w);
         test_wrong_models(&w);
         test_codes_without_error(&w);
         test_outputs(&w);

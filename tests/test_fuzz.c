@@ -9,7 +9,7 @@
           generated, a score, an image decoded, the file quantised
    cache  a context's saved state, taken as a fixed little model's and this machine's kernels'; what
           loads continues
-   png, jpeg, pnm   an image; what loads is resized
+   png, jpeg, pnm   images in a row; what loads is resized and cropped
    jsonl  lines of a set
    tokens a file of token ids
 
@@ -155,16 +155,24 @@ static void fuzz_cache(const uint8_t *data, size_t n) {
     remove(name);
 }
 
+/* Images in a row, and each resized. */
 static void fuzz_image(const uint8_t *data, size_t n) {
     lvm_image image = {.rgb = NULL}, small = {.rgb = NULL};
     lvm_error error;
-    if (lvm_image_load_memory(data, n, "input", &image, &error) == LVM_OK) {
+    size_t used = 0;
+    while (image_load_next(data, n, "input", &used, &image, &error) == LVM_OK) {
         accepted++;
+        if (used == 0 || used > n) abort();
         if ((int64_t)image.width * image.height < 1 << 20) {
             if (lvm_image_resize(&image, 5, 3, &small, &error) == LVM_OK) lvm_image_free(&small);
+            if (fit_image(&image, 7, LVM_CROP, &small, &error) != LVM_OK) abort();
+            lvm_image_free(&small);
         }
         lvm_image_free(&image);
+        data += used;
+        n -= used;
     }
+    if (image.rgb != NULL || used > n) abort();
 }
 
 static void fuzz_jsonl(const uint8_t *data, size_t n) {

@@ -1,12 +1,17 @@
 /* Tests of chapter 11: reading, writing and resizing images against the vectors of
    make_image_vectors.py, and properties: saved = loaded, cut files and flipped bits are errors or
-   images but never crashes, bytes behind an image do not matter, a full disk leaves the old
-   file.
+   images but never crashes, bytes behind an image do not matter, images in a row come out one by
+   one, a crop is a part of the whole and costs only that, a full disk leaves the old file.
 
        test_images tests/images                     everything above; non-zero when a check fails
        test_images tests/images --fuzz SECONDS      mutates the vectors for that long; meant for a
                                                     build with -DLVM_FUZZING and sanitizers */
+#include <stddef.h>
+void *measured_calloc(size_t count, size_t size);
+void measured_free(void *p);
 #define LVM_NO_MAIN
+#define LVM_CALLOC measured_calloc
+#define LVM_FREE measured_free
 #include "../lvm.c"
 #include "check.h"
 #include <signal.h>
@@ -19,6 +24,24 @@ static char *mkdtemp(char *name) { return _mktemp(name) && _mkdir(name) == 0 ? n
 #include <sys/resource.h>
 #define TEMPORARY "/tmp/test_images.XXXXXX"
 #endif
+
+/* Memory of lvm in use, and the most since somebody set peak to it. */
+static size_t in_use, peak;
+
+void *measured_calloc(size_t count, size_t size) {
+    size_t *p = calloc(1, count * size + 2 * sizeof *p);
+    if (p == NULL) return NULL;
+    p[0] = count * size;
+    in_use += p[0];
+    if (in_use > peak) peak = in_use;
+    return p + 2;
+}
+
+void measured_free(void *p) {
+    if (p == NULL) return;
+    in_use -= ((size_t *)p)[-2];
+    free((size_t *)p - 2);
+}
 
 struct source {
     const char *folder; /* of the vectors */
@@ -228,7 +251,7 @@ static void test_size(const char *line) {
         return;
     }
     lvm_image image = formula(kind, w, h);
-    int code = png_encode(&image, &png, &size, &error);
+    int code = png_encode(&image, NULL, &png, &size, &error);
     check(code == LVM_OK && size * 10 <= reference * 13, "%zu bytes written: %s", size, line);
     if (code == LVM_OK) code = lvm_image_load_memory(png, size, "saved", &again, &error);
     check(code == LVM_OK && same_image(&image, &again), "written, not read back: %s %s", line,
@@ -240,10 +263,10 @@ static void test_size(const char *line) {
 
 /* ---- Properties ---- */
 
-/* No beginning of a file is an image, except that a JPEG may lack what follows its pixels. */
+/* No beginning of a file is an image, except that a PNG or JPEG may lack what follows its pixels. */
 static void test_cuts(const char *name, const uint8_t *data, size_t size) {
     size_t end = size, accepted = 0, silent = 0;
-    int is_jpeg = data[0] == 0xFF;
+    int is_pnm_file = data[0] == 'P';
     lvm_image whole;
     int unread = load_copy(data, size, &whole, NULL);
     check(!unread, "%s: not read, so nothing is known of its beginnings", name);
@@ -253,7 +276,7 @@ static void test_cuts(const char *name, const uint8_t *data, size_t size) {
         lvm_image image;
         lvm_error error = {0, ""};
         int code = load_copy(data, n, &image, &error);
-        accepted += code == LVM_OK && !(is_jpeg && same_image(&image, &whole));
+        accepted += code == LVM_OK && (is_pnm_file || !same_image(&image, &whole));
         silent += code != LVM_OK && (error.code != code || !error.text[0]);
         lvm_image_free(&image);
     }
@@ -262,7 +285,7 @@ static void test_cuts(const char *name, const uint8_t *data, size_t size) {
     check(silent == 0, "%s: %zu of its beginnings failed without a message", name, silent);
 }
 
-/* Bytes behind an image change nothing. */
+/* Bytes behind an image change nothing, unless they stand where a checksum is missing. */
 static void test_tail(const char *name, const uint8_t *data, size_t size) {
     lvm_image image = {0, 0, NULL, 0}, longer = {0, 0, NULL, 0};
     uint8_t *copy = must(malloc(size + 4));
@@ -274,6 +297,57 @@ static void test_tail(const char *name, const uint8_t *data, size_t size) {
     lvm_image_free(&image);
     lvm_image_free(&longer);
     free(copy);
+}
+
+/* What an image took of the data is an image by itself. */
+static void test_used(const char *name, const uint8_t *data, size_t size) {
+    lvm_image image, part = {0, 0, NULL, 0};
+    size_t used = 0;
+    int code = image_load_next(data, size, name, &used, &image, NULL);
+    check(code == LVM_OK && used > 0 && used <= size &&
+              load_copy(data, used, &part, NULL) == LVM_OK && same_image(&image, &part),
+          "%s: not in the first %zu of its %zu bytes", name, used, size);
+    lvm_image_free(&image);
+    lvm_image_free(&part);
+}
+
+/* Images one behind the other, also without their ends. */
+static void test_row(const struct source *t) {
+    static const char *const names[] = {
+        "rgb8_adam7.png", "sent_no_eoi.jpg", "s420.jpg", "raw_255.ppm", "tail_no_iend.png",
+        "raw.pbm", "no_eoi.jpg", "cmyk_prog.jpg", "tail_text_crc.png", "tail_more.png",
+        "plain_comments.pbm", "raw_510.pgm", "restart_row.jpg", "exif_6.png"};
+    enum { N = sizeof names / sizeof *names };
+    struct buffer all = {NULL, 0, 0};
+    lvm_image one[N], image;
+    size_t used = 0, at = 0;
+    lvm_error error = {0, ""};
+    for (int i = 0; i < N; i++) {
+        char path[1024];
+        uint8_t *data = NULL;
+        size_t size = 0;
+        path_of(t, names[i], path, sizeof path);
+        check(read_file(path, &data, &size, &error) == LVM_OK &&
+                  buffer_add(&all, data, size, &error) == LVM_OK &&
+                  lvm_image_load_memory(data, size, NULL, &one[i], &error) == LVM_OK,
+              "%s: %s", names[i], error.text);
+        if (strstr(names[i], "plain")) buffer_add(&all, "\r\n", 2, NULL);
+        mem_free(data);
+    }
+    for (int i = 0; i < N; i++, at += used) {
+        int code = image_load_next((uint8_t *)all.data + at, all.n - at, "row", &used, &image,
+                                   &error);
+        check(code == LVM_OK && same_image(&image, &one[i]), "%s in a row: %s", names[i],
+              code ? error.text : "another image");
+        lvm_image_free(&image);
+        lvm_image_free(&one[i]);
+    }
+    check(at == all.n, "%zu bytes of a row of images, %zu used", all.n, at);
+    check(image_load_next((uint8_t *)all.data, 0, "row", &used, &image, NULL) == LVM_FORMAT &&
+              used == 0, "an image in nothing");
+    check(image_load_next((const uint8_t *)"nothing", 7, "row", &used, &image, NULL) ==
+              LVM_FORMAT && used == 0, "an image in text");
+    mem_free(all.data);
 }
 
 static void mutate(struct source *t, uint8_t *data, size_t size) {
@@ -318,6 +392,191 @@ static void test_round_trips(struct source *t, const char *path) {
         lvm_image_free(&again);
         lvm_image_free(&image);
     }
+}
+
+/* A chunk of a PNG that lvm wrote, from *at on, which then stands behind it. */
+static struct png_chunk next_chunk(const uint8_t *png, size_t size, size_t *at) {
+    struct crc32 crc;
+    struct cursor c = {png, size, *at, 0};
+    struct png_chunk chunk = {"", NULL, cursor_big(&c, 4)};
+    const uint8_t *type = must((void *)(uintptr_t)cursor_take(&c, 4));
+    memcpy(chunk.type, type, 4);
+    chunk.data = cursor_take(&c, chunk.size);
+    crc32_init(&crc);
+    check(cursor_big(&c, 4) == crc32_of(&crc, type, chunk.size + 4) && !c.failed,
+          "a chunk %s with a wrong checksum", chunk.type);
+    *at = c.at;
+    return chunk;
+}
+
+/* In memory as in a file; with words, which stand in front of the pixels and change none. */
+static void test_memory(const char *path) {
+    static const char text[] = "seed 1, \xC3\x84pfel", head[] = "parameters\0\0\0\0";
+    lvm_image image = formula("grain", 31, 17), again = {0, 0, NULL, 0};
+    uint8_t *png = NULL, *file = NULL;
+    size_t size = 0, file_size = 0, at = PNG_SIGNATURE_SIZE, before = in_use;
+    lvm_error error = {0, ""};
+    check(lvm_image_save_memory(&image, &png, &size, &error) == LVM_OK &&
+              lvm_image_save(path, &image, &error) == LVM_OK &&
+              read_file(path, &file, &file_size, &error) == LVM_OK && size == file_size &&
+              memcmp(png, file, size) == 0, "a PNG in memory is another than in a file");
+    mem_free(file);
+    lvm_memory_free(png);
+    lvm_memory_free(NULL);
+    check(in_use == before, "a PNG in memory is not given back");
+    check(image_save_text(path, &image, text, &error) == LVM_OK &&
+              read_file(path, &file, &file_size, &error) == LVM_OK &&
+              lvm_image_load(path, &again, &error) == LVM_OK && same_image(&image, &again),
+          "a PNG with words: %s", error.text);
+    next_chunk(file, file_size, &at);
+    struct png_chunk words = next_chunk(file, file_size, &at);
+    check(strcmp(words.type, "iTXt") == 0 && words.size == sizeof head + sizeof text - 1 &&
+              memcmp(words.data, head, sizeof head) == 0 &&
+              memcmp(words.data + sizeof head, text, sizeof text - 1) == 0, "other words");
+    check(strcmp(next_chunk(file, file_size, &at).type, "IDAT") == 0 && file_size == size + 12 +
+              words.size, "words cost more than their chunk");
+    mem_free(file);
+    lvm_image_free(&again);
+    lvm_image_free(&image);
+}
+
+/* An animated PNG: its chunks in order, and each frame's data, put into a PNG of their own, are the
+   image. */
+static void test_animation(void) {
+    static const char *const kinds[] = {"noise", "blocks", "flat"};
+    enum { N = 3, W = 23, H = 12, DELAY = 300 };
+    lvm_image images[N], again;
+    uint8_t *png = NULL, *single = NULL, want[26] = {0};
+    size_t size = 0, at = PNG_SIGNATURE_SIZE, single_size = 0;
+    lvm_error error = {0, ""};
+    struct crc32 crc;
+    crc32_init(&crc);
+    for (int i = 0; i < N; i++) images[i] = formula(kinds[i], W, H);
+    check(apng_encode(images, N, DELAY, NULL, &png, &size, &error) == LVM_OK &&
+              load_copy(png, size, &again, &error) == LVM_OK && same_image(&again, &images[0]),
+          "an animation: %s", error.text);
+    lvm_image_free(&again);
+    struct png_chunk head = next_chunk(png, size, &at), c = next_chunk(png, size, &at);
+    check(strcmp(c.type, "acTL") == 0 && c.size == 8 && memcmp(c.data, "\0\0\0\3\0\0\0\0", 8) == 0,
+          "not three frames without end");
+    for (int i = 0, number = 0; i < N; i++) {
+        struct buffer own = {NULL, 0, 0};
+        c = next_chunk(png, size, &at);
+        want[3] = (uint8_t)number++;
+        want[7] = W, want[11] = H, want[20] = DELAY >> 8, want[21] = DELAY & 255;
+        want[22] = 1000 >> 8, want[23] = 1000 & 255;
+        check(strcmp(c.type, "fcTL") == 0 && c.size == 26 && memcmp(c.data, want, 26) == 0,
+              "frame %d has another fcTL", i);
+        c = next_chunk(png, size, &at);
+        size_t skip = i > 0 ? 4 : 0;
+        check(strcmp(c.type, i > 0 ? "fdAT" : "IDAT") == 0 &&
+                  (i == 0 || (c.data[3] == number && !c.data[2])), "frame %d has a wrong number", i);
+        number += i > 0;
+        buffer_add(&own, png_signature, PNG_SIGNATURE_SIZE, NULL);
+        png_add_chunk(&own, "IHDR", head.data, head.size, &crc, NULL);
+        png_add_chunk(&own, "IDAT", c.data + skip, c.size - skip, &crc, NULL);
+        png_add_chunk(&own, "IEND", NULL, 0, &crc, NULL);
+        check(load_copy((uint8_t *)own.data, own.n, &again, &error) == LVM_OK &&
+                  same_image(&again, &images[i]), "frame %d is another image", i);
+        lvm_image_free(&again);
+        mem_free(own.data);
+    }
+    check(strcmp(next_chunk(png, size, &at).type, "IEND") == 0 && at == size, "no end");
+    mem_free(png);
+    check(apng_encode(images, 1, DELAY, NULL, &png, &size, NULL) == LVM_OK &&
+              png_encode(images, NULL, &single, &single_size, NULL) == LVM_OK &&
+              size == single_size && memcmp(png, single, size) == 0, "one frame is no plain PNG");
+    mem_free(png);
+    mem_free(single);
+    check(apng_encode(images, N, 0, NULL, &png, &size, &error) == LVM_INVALID && png == NULL,
+          "no delay");
+    check(apng_encode(images, N, 65536, NULL, &png, &size, &error) == LVM_INVALID, "long delay");
+    images[2].height--;
+    check(apng_encode(images, N, DELAY, NULL, &png, &size, &error) == LVM_INVALID, "two sizes");
+    for (int i = 0; i < N; i++) lvm_image_free(&images[i]);
+}
+
+/* A crop is the middle of the whole, resized. */
+static void test_crops(struct source *t) {
+    for (int i = 0; i < 60; i++) {
+        int w = 1 + (int)random_below(t, 70), h = 1 + (int)random_below(t, 70);
+        int R = 1 + (int)random_below(t, 40), same = 1;
+        if (i % 3 == 0) R = w < h ? w : h;   /* nothing is resized */
+        int width = w < h ? R : R * w / h, height = w < h ? R * h / w : R;
+        lvm_image in = formula("noise", w, h), all = {0, 0, NULL, 0}, crop = {0, 0, NULL, 0};
+        check(lvm_image_resize(&in, width, height, &all, NULL) == LVM_OK &&
+                  fit_image(&in, R, LVM_CROP, &crop, NULL) == LVM_OK && crop.width == R &&
+                  crop.height == R, "%d x %d cropped to %d", w, h, R);
+        int left = (int)half_even(width - R), top = (int)half_even(height - R);
+        for (int y = 0; y < R && crop.rgb && all.rgb; y++)
+            same &= memcmp(crop.rgb + 3 * y * R, all.rgb + 3 * ((top + y) * width + left),
+                           (size_t)R * 3) == 0;
+        check(same, "%d x %d cropped to %d is not the middle", w, h, R);
+        lvm_image_free(&in);
+        lvm_image_free(&all);
+        lvm_image_free(&crop);
+    }
+}
+
+/* What resizing takes is in proportion to what comes out, however long the image. */
+static void test_long_images(void) {
+    enum { LONG = 1 << 22, ROOM = 8 << 20 };
+    static const struct {
+        int w, h, R, fit;
+    } cases[] = {{1, LONG, 256, LVM_CROP}, {LONG, 1, 256, LVM_CROP}, {3, LONG, 8, LVM_CROP},
+                 {LONG, 1, 64, LVM_SQUASH}, {1, LONG, 64, LVM_SQUASH}};
+    for (size_t i = 0; i < sizeof cases / sizeof *cases; i++) {
+        int w = cases[i].w, h = cases[i].h, R = cases[i].R, other = 0;
+        lvm_image in = {w, h, must(mem_alloc((size_t)w * (size_t)h, 3, NULL)), 0};
+        lvm_image out = {0, 0, NULL, 0};
+        lvm_error error = {0, ""};
+        memset(in.rgb, 77, pixel_bytes(&in));
+        size_t before = peak = in_use;
+        int code = fit_image(&in, R, cases[i].fit, &out, &error);
+        for (size_t k = 0; code == LVM_OK && k < pixel_bytes(&out); k++) other += out.rgb[k] != 77;
+        check(code == LVM_OK && other == 0, "%d x %d to %d: %s", w, h, R, error.text);
+        check(peak - before < ROOM, "%d x %d to %d took %zu bytes", w, h, R, peak - before);
+        lvm_image_free(&in);
+        lvm_image_free(&out);
+    }
+}
+
+/* Sides that cannot be, of images handed in: refused before anything is computed from them. */
+static void test_sides(void) {
+    static const int sides[][2] = {{0, 5}, {5, 0}, {0, 0}, {-1, 5}, {5, -7}, {INT_MIN, INT_MIN},
+                                   {INT_MAX, 2}, {2, INT_MAX}, {1 << 15, 1 << 15}};
+    uint8_t pixel[3] = {1, 2, 3}, *png = NULL;
+    size_t size = 0;
+    lvm_error error;
+    for (size_t i = 0; i < sizeof sides / sizeof *sides; i++) {
+        lvm_image in = {sides[i][0], sides[i][1], pixel, 6}, one = {1, 1, pixel, 0}, out;
+        for (int fit = LVM_SQUASH; fit <= LVM_CROP; fit++)
+            check(fit_image(&in, 4, fit, &out, &error) == LVM_INVALID && out.rgb == NULL &&
+                      strstr(error.text, "cannot resize an image of"), "fit %d x %d", in.width,
+                  in.height);
+        check(lvm_image_resize(&one, in.width, in.height, &out, &error) == LVM_INVALID &&
+                  out.rgb == NULL, "resized to %d x %d", in.width, in.height);
+        check(lvm_image_upright(&in, &error) == LVM_INVALID, "turned %d x %d", in.width, in.height);
+        check(lvm_image_save_memory(&in, &png, &size, &error) == LVM_INVALID && png == NULL,
+              "saved %d x %d", in.width, in.height);
+    }
+}
+
+/* A progressive JPEG whose pixels are few enough, but not their coefficients. */
+static void test_decoded_size(void) {
+    static const uint8_t head[] = {0xFF, 0xD8, 0xFF, 0xC2, 0, 17, 8, 15000 >> 8, 15000 & 255,
+        15000 >> 8, 15000 & 255, 3, 1, 0x11, 0, 2, 0x11, 0, 3, 0x11, 0, 0xFF, 0xDA, 0, 2};
+    size_t size = 2 << 20;
+    uint8_t *data = must(calloc(1, size));
+    lvm_image image;
+    lvm_error error = {0, ""};
+    memcpy(data, head, sizeof head);
+    peak = in_use;
+    size_t before = in_use;
+    check(lvm_image_load_memory(data, size, "big", &image, &error) == LVM_FORMAT &&
+              strstr(error.text, "15000 x 15000 pixels takes 1287 MiB to decode: must be at most "
+                                 "1024") && peak - before < 1 << 20, "\"%s\"", error.text);
+    free(data);
 }
 
 #ifndef _WIN32
@@ -391,7 +650,8 @@ static void test_line(struct source *t, char *line) {
     path_of(t, name, path, sizeof path);
     if (read_file(path, &data, &size, NULL) != LVM_OK) return;
     test_cuts(name, data, size);
-    test_tail(name, data, size);
+    if (strcmp(name, "tail_idat_no_crc.png") != 0) test_tail(name, data, size);
+    test_used(name, data, size);
     for (int i = 0; i < 300; i++) load_mutated(t, data, size);
     mem_free(data);
 }
@@ -436,6 +696,13 @@ int main(int argc, char **argv) {
         must(mkdtemp(folder));
         snprintf(path, sizeof path, "%s/image.png", folder);
         test_round_trips(&t, path);
+        test_row(&t);
+        test_memory(path);
+        test_animation();
+        test_crops(&t);
+        test_long_images();
+        test_sides();
+        test_decoded_size();
 #ifndef _WIN32
         test_full_disk(path);
 #endif
