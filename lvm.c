@@ -12766,9 +12766,9 @@ enum command_bit {
 struct cli {
     const char **words; /* arguments that are no options */
     int n_words, split; /* split: words in front of a lone --, or -1 */
-    const char *out, *base, *sheet, *cache, *resize;
+    const char *out, *base, *sheet, *truth, *apng, *cache, *resize;
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, preset;
-    int lines, grid, json, man, config, vq, stage, prompt, new_tokens;
+    int lines, grid, json, best, man, config, vq, stage, prompt, new_tokens;
     lvm_sampling sampling;
     lvm_options options;
 };
@@ -12806,6 +12806,7 @@ static const struct option option_table[] = {
      "keep the K likeliest (0: all)"},
     {'s', "seed", "N", SAMPLES, SEED, AT(sampling.seed), 0, 0,
      "the same seed gives the same image (1)"},
+    {0, "best", NULL, PREDICT, FLAG, AT(best), 0, 0, "keep the likeliest of the candidates"},
     {0, "greedy", NULL, SAMPLES, FLAG, AT(sampling.greedy), 0, 0, "always the likeliest token"},
     {0, "preset", "lvm|delvm", SAMPLES, ONE_OF, AT(preset), 0, 0,
      "the published programs' temperature, top-p and top-k"},
@@ -12814,6 +12815,9 @@ static const struct option option_table[] = {
     {0, "fit", "squash|crop", READS | ENCODE, ONE_OF, AT(options.fit), 0, 0,
      "how images become square (squash)"},
     {0, "sheet", "FILE", PREDICT, TEXT, AT(sheet), 0, 0, "prompt and answers in one image too"},
+    {0, "truth", "FILE", PREDICT, TEXT, AT(truth), 0, 0, "the true answer, on the sheet too"},
+    {0, "apng", "FILE", PREDICT, TEXT, AT(apng), 0, 0,
+     "the images of -n as one animated PNG too"},
     {0, "cache", "FILE", PREDICT | RANK, TEXT, AT(cache), 0, 0,
      "keep the work on all but the last image here"},
     {0, "base", "FOLDER", EVAL | BATCH, TEXT, AT(base), 0, 0,
@@ -12823,7 +12827,7 @@ static const struct option option_table[] = {
      "inputs in front of the answers, in one image"},
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
      "size of an answer, or \"original\": the last input's"},
-    {0, "json", NULL, RANK | EVAL | BATCH | BENCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
+    {0, "json", NULL, PREDICT | RANK | EVAL | BATCH | BENCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
     {0, "config", "100m|300m|600m|1b|3b|7b", BENCH, ONE_OF, AT(config), 0, 0,
      "shape of the transformer"},
     {0, "vq", "published|shipped", BENCH, ONE_OF, AT(vq), 0, 0,
@@ -13237,15 +13241,20 @@ static void hide_bar(const struct bar *b) {
 
 /* ---- Images named on the command line ---- */
 
+/* Images in order. Those that come one behind the other on standard input ("-") are entries
+   first_part .. first_part + n_parts - 1; part i ends at ends[i] of the input. */
 struct paths {
-    char **path;
-    int n;
-    size_t room;
+    char **path; /* [n] */
+    int n, first_part, n_parts;
+    size_t room, parts_room, *ends;
+    struct buffer input;
 };
 
 static void paths_free(struct paths *p) {
     for (int i = 0; i < p->n; i++) mem_free(p->path[i]);
     mem_free(p->path);
+    mem_free(p->ends);
+    mem_free(p->input.data);
     memset(p, 0, sizeof *p);
 }
 
@@ -13265,6 +13274,39 @@ static int paths_add(struct paths *p, const char *folder, const char *name, lvm_
     p->path = larger;
     p->path[p->n] = join_path(folder, name, error);
     return p->path[p->n] != NULL ? (p->n++, LVM_OK) : LVM_MEMORY;
+}
+
+static int read_stdin(struct buffer *text, lvm_error *error) {
+    char piece[1 << 14];
+    int code = buffer_add(text, "", 0, error);
+    for (size_t n; code == LVM_OK && (n = fread(piece, 1, sizeof piece, stdin)) > 0;)
+        code = buffer_add(text, piece, n, error);
+    return code == LVM_OK && ferror(stdin)
+               ? fail(error, LVM_IO, "standard input: %s", strerror(errno)) : code;
+}
+
+/* The images on standard input, as a video decoder pipes them in: each is decoded once to find its
+   end, and kept as it came. */
+static int add_standard_input(struct paths *p, lvm_error *error) {
+    lvm_image image = {.rgb = NULL};
+    char name[48];
+    size_t used = 0;
+    if (p->n_parts > 0) return fail(error, LVM_INVALID, "standard input (-) is named twice");
+    int code = read_stdin(&p->input, error);
+    p->first_part = p->n;
+    for (size_t at = 0; code == LVM_OK && (at < p->input.n || at == 0); at += used) {
+        const uint8_t *data = (const uint8_t *)p->input.data + at;
+        snprintf(name, sizeof name, "standard input, image %d", p->n_parts + 1);
+        code = image_load_next(data, p->input.n - at, name, &used, &image, error);
+        lvm_image_free(&image);
+        size_t *ends = code != LVM_OK ? NULL : array_grow(p->ends, (size_t)p->n_parts, 1,
+                                                          sizeof *ends, &p->parts_room, error);
+        if (ends == NULL) return code != LVM_OK ? code : LVM_MEMORY;
+        p->ends = ends;
+        p->ends[p->n_parts++] = at + used;
+        code = paths_add(p, "", name, error);
+    }
+    return code;
 }
 
 /* Natural order: runs of digits compare as numbers, so 2.png stands before 10.png. */
@@ -13374,6 +13416,7 @@ static int collect_paths(const struct cli *cli, struct paths *p, int first, int 
     note_order(cli, words, n);
     for (int i = 0; code == LVM_OK && i < n; i++)
         code = words[i][0] == 0 ? fail(error, LVM_INVALID, "the name of an image is empty")
+               : strcmp(words[i], "-") == 0 ? add_standard_input(p, error)
                : is_folder(words[i]) ? add_folder(cli, p, words[i], error)
                                      : paths_add(p, "", words[i], error);
     return code;
@@ -13384,11 +13427,11 @@ static void free_images(lvm_image *images, int n) {
     mem_free(images);
 }
 
-/* Loads an image; its EXIF rotation is applied with --exif, else noted. */
-static int load_image(const struct cli *cli, const char *path, lvm_image *image,
+/* The EXIF rotation of an image that was loaded is applied with --exif, else noted. */
+static int rotate_image(const struct cli *cli, const char *path, lvm_image *image,
                         lvm_error *error) {
-    int code = lvm_image_load(path, image, error);
-    if (code != LVM_OK || image->orientation < 2) return code;
+    int code = LVM_OK;
+    if (image->orientation < 2) return LVM_OK;
     if (!cli->exif)
         note(cli, "%s: carries an EXIF rotation, left alone as the published program does; --exif "
                   "applies it", path);
@@ -13397,11 +13440,28 @@ static int load_image(const struct cli *cli, const char *path, lvm_image *image,
     return code;
 }
 
+static int load_image(const struct cli *cli, const char *path, lvm_image *image,
+                      lvm_error *error) {
+    int code = lvm_image_load(path, image, error);
+    return code == LVM_OK ? rotate_image(cli, path, image, error) : code;
+}
+
+/* Image i of those that a call names. */
+static int load_named(const struct cli *cli, const struct paths *p, int i, lvm_image *image,
+                      lvm_error *error) {
+    int part = i - p->first_part;
+    if (part < 0 || part >= p->n_parts) return load_image(cli, p->path[i], image, error);
+    size_t at = part > 0 ? p->ends[part - 1] : 0;
+    int code = lvm_image_load_memory(p->input.data + at, p->ends[part] - at, p->path[i], image,
+                                     error);
+    return code == LVM_OK ? rotate_image(cli, p->path[i], image, error) : code;
+}
+
 static lvm_image *load_images(const struct cli *cli, const struct paths *p, int first,
                               lvm_error *error) {
     lvm_image *images = mem_alloc((size_t)(p->n - first) + 1, sizeof *images, error);
     for (int i = first; images != NULL && i < p->n; i++)
-        if (load_image(cli, p->path[i], &images[i - first], error) != LVM_OK) {
+        if (load_named(cli, p, i, &images[i - first], error) != LVM_OK) {
             free_images(images, i - first);
             return NULL;
         }
@@ -13479,10 +13539,10 @@ static int is_stream(const char *name) {
     return strcmp(name, "-") == 0 || os_stat(name).kind == OS_DEVICE || standard_stream(name) >= 0;
 }
 
-/* Gives an image's name its ending where it has none, in *owned, and refuses another one; "-",
-   devices and pipes need none. 0, or a message and 2. */
-static int settle_png_name(const char **name, char **owned) {
-    if (*name == NULL || is_stream(*name) || has_extension(*name, "png")) return 0;
+/* Gives an image's name its ending where it has none, in *owned, and refuses another one than those
+   of the list; "-", devices and pipes need none. 0, or a message and 2. */
+static int settle_png_name(const char **name, const char *endings, char **owned) {
+    if (*name == NULL || is_stream(*name) || has_extension(*name, endings)) return 0;
     const char *file = os_file_name(*name);
     if (*file == 0 || is_folder(*name))
         return complain("%s: is %s, not the name of an image", *name,
@@ -13513,6 +13573,7 @@ struct output {
 struct outputs {
     struct output *list; /* [n] */
     int n;
+    int silent; /* 1: names are not printed */
     size_t room;
 };
 
@@ -13576,14 +13637,16 @@ static int outputs_write(struct outputs *o, int i, const void *data, size_t size
     if (code == LVM_OK) code = outfile_write(&out->file, data, size, error);
     if (out->open) code = outfile_close(&out->file, code, error);
     out->open = 0;
-    if (code == LVM_OK && named) print_path(out->name);
+    if (code == LVM_OK && named && !o->silent) print_path(out->name);
     return code;
 }
 
-static int outputs_write_png(struct outputs *o, int i, const lvm_image *image, lvm_error *error) {
+/* text: NULL, or what the file says of the image. */
+static int outputs_write_png(struct outputs *o, int i, const lvm_image *image, const char *text,
+                             lvm_error *error) {
     uint8_t *png = NULL;
     size_t size = 0;
-    int code = png_encode(image, NULL, &png, &size, error);
+    int code = png_encode(image, text, &png, &size, error);
     if (code == LVM_OK) code = outputs_write(o, i, png, size, error);
     mem_free(png);
     return code;
@@ -13599,8 +13662,7 @@ static void outputs_free(struct outputs *o) {
     memset(o, 0, sizeof *o);
 }
 
-/* The images of predict and decode, [candidate][image] in the order of their names, under the names
-   that base gives them. */
+/* The images of predict and decode in the order of their names, which base gives them. */
 static int add_image_outputs(struct outputs *o, const struct cli *cli, int n, int candidates,
                              const struct paths *inputs, lvm_error *error) {
     const char *base = cli->out != NULL ? cli->out : "out.png";
@@ -13611,16 +13673,6 @@ static int add_image_outputs(struct outputs *o, const struct cli *cli, int n, in
         for (int c = 0; code == LVM_OK && c < candidates; c++)
             code = outputs_add(o, cli, output_name(base, i, n, c, candidates, error), inputs,
                                error);
-    return code;
-}
-
-/* first: the output of the first one. */
-static int write_images(struct outputs *o, int first, const lvm_image *images, int n,
-                        int candidates, lvm_error *error) {
-    int code = LVM_OK;
-    for (int i = 0; code == LVM_OK && i < n; i++)
-        for (int c = 0; code == LVM_OK && c < candidates; c++)
-            code = outputs_write_png(o, first + i * candidates + c, &images[c * n + i], error);
     return code;
 }
 
@@ -13637,10 +13689,11 @@ static void fill_rectangle(lvm_image *image, int x, int y, int width, int height
 }
 
 /* tiles[n], all of one size or empty, in rows of so many columns, on white, with a gap around each
-   and an orange frame in it where framed says so (NULL: nowhere). */
-static int compose(const lvm_image *tiles, int n, int columns, int gap, const uint8_t *framed,
+   and a frame in it where frames says so: 1 orange, 2 green (NULL: nowhere). */
+static int compose(const lvm_image *tiles, int n, int columns, int gap, const uint8_t *frames,
                    lvm_image *out, lvm_error *error) {
-    static const uint8_t white[RGB] = {255, 255, 255}, orange[RGB] = {240, 128, 32};
+    static const uint8_t white[RGB] = {255, 255, 255},
+                         color[2][RGB] = {{240, 128, 32}, {48, 160, 80}};
     int w = tiles[0].width, h = tiles[0].height, rows = (n + columns - 1) / columns;
     int64_t width = columns * ((int64_t)w + gap) + gap, height = rows * ((int64_t)h + gap) + gap;
     if (!image_sides_ok(width, height))
@@ -13652,38 +13705,13 @@ static int compose(const lvm_image *tiles, int n, int columns, int gap, const ui
     for (int i = 0; i < n; i++) {
         int x = gap + i % columns * (w + gap), y = gap + i / columns * (h + gap), f = SHEET_FRAME;
         if (tiles[i].rgb == NULL) continue;
-        if (framed != NULL && framed[i])
-            fill_rectangle(out, x - f, y - f, w + 2 * f, h + 2 * f, orange);
+        if (frames != NULL && frames[i] > 0)
+            fill_rectangle(out, x - f, y - f, w + 2 * f, h + 2 * f, color[frames[i] - 1]);
         for (int row = 0; row < h; row++)
             memcpy(out->rgb + ((size_t)(y + row) * (size_t)width + (size_t)x) * RGB,
                    tiles[i].rgb + (size_t)row * (size_t)w * RGB, (size_t)w * RGB);
     }
     return LVM_OK;
-}
-
-/* The prompt, then the answers in frames; every further candidate in rows of its own. The tiles
-   borrow the answers' pixels and own the prompt's. */
-static int make_sheet(const struct cli *cli, const lvm_ctx *ctx, const lvm_image *prompt, int n,
-                      const lvm_image *answers, lvm_image *sheet, lvm_error *error) {
-    int columns = n + cli->images < SHEET_COLUMNS ? n + cli->images : SHEET_COLUMNS, used = n;
-    int most = n + cli->candidates * round_up(cli->images, columns) + columns, code = LVM_OK;
-    lvm_image *tiles = mem_alloc((size_t)most, sizeof *tiles, error);
-    uint8_t *framed = mem_alloc((size_t)most, 1, error);
-    if (tiles == NULL || framed == NULL) code = LVM_MEMORY;
-    for (int i = 0; code == LVM_OK && i < n; i++)
-        code = fit_image(&prompt[i], ctx->m->vq->R, ctx->o.fit, &tiles[i], error);
-    for (int c = 0; code == LVM_OK && c < cli->candidates; c++) {
-        if (c > 0) used = round_up(used, columns);
-        for (int i = 0; i < cli->images; i++, used++) {
-            tiles[used] = answers[c * cli->images + i];
-            framed[used] = 1;
-        }
-    }
-    if (code == LVM_OK) code = compose(tiles, used, columns, SHEET_GAP, framed, sheet, error);
-    for (int i = 0; tiles != NULL && i < n; i++) lvm_image_free(&tiles[i]);
-    mem_free(tiles);
-    mem_free(framed);
-    return code;
 }
 
 /* ---- Commands ---- */
@@ -13783,67 +13811,262 @@ static lvm_image *load_prompt(const struct cli *cli, const struct session *s, co
     return load_images(cli, p, first, error);
 }
 
-/* The sheet, if there is one, then the images: out-1.png, ... */
-static int open_predict_outputs(struct outputs *o, const struct cli *cli, const struct paths *p,
-                                lvm_error *error) {
-    int code = LVM_OK;
-    if (cli->sheet != NULL)
-        code = outputs_add(o, cli, copy_string(cli->sheet, error), p, error);
-    if (code == LVM_OK)
-        code = add_image_outputs(o, cli, cli->images, cli->candidates, p, error);
-    return code == LVM_OK ? check_cache(cli, o, error) : code;
+static void print_json_text(const char *s) {
+    putchar('"');
+    for (; *s != 0; s++) {
+        if (*s == '"' || *s == '\\') printf("\\%c", *s);
+        else if ((unsigned char)*s < 32) printf("\\u%04x", *s);
+        else putchar(*s);
+    }
+    putchar('"');
 }
 
-static int predict_images(struct cli *cli, struct session *s, const struct paths *p,
-                          struct outputs *o, lvm_error *error) {
-    int n = 0, answers = cli->images * cli->candidates, code = need_all(cli, s, error);
-    if (code != LVM_OK) return code;
-    lvm_image *images = load_prompt(cli, s, p, &n, error), sheet = {.rgb = NULL};
-    lvm_image *out = mem_alloc((size_t)answers, sizeof *out, error);
-    code = images == NULL || out == NULL ? error->code : prompt_images(cli, s, images, n, error);
+static void print_json_number(double x) {
+    if (x - x == 0) printf("%.9g", x);
+    else printf("null");
+}
+
+/* A prompt and what comes of it. With --best one candidate of several is kept. */
+struct prediction {
+    const struct cli *cli;
+    struct session s;
+    struct paths paths;
+    struct outputs outputs; /* a sheet and an animation, if wanted, then the images */
+    lvm_image *prompt, truth;
+    int n_prompt, candidates, first, kept; /* kept candidates, from first on, become images */
+    int32_t *ids;           /* [candidates][images][T] */
+    double *log_likelihood; /* [candidates], of all their tokens */
+    lvm_image *images;      /* [kept][images] */
+    double seconds[3];      /* that prompt, tokens and images took */
+};
+
+static void prediction_free(struct prediction *p) {
+    outputs_free(&p->outputs);
+    session_close(&p->s);
+    paths_free(&p->paths);
+    free_images(p->prompt, p->n_prompt);
+    free_images(p->images, p->kept * p->cli->images);
+    lvm_image_free(&p->truth);
+    mem_free(p->ids);
+    mem_free(p->log_likelihood);
+}
+
+static int open_predict_outputs(struct prediction *p, lvm_error *error) {
+    const struct cli *cli = p->cli;
+    int code = LVM_OK;
+    p->outputs.silent = cli->json;
+    if (cli->sheet != NULL)
+        code = outputs_add(&p->outputs, cli, copy_string(cli->sheet, error), &p->paths, error);
+    if (code == LVM_OK && cli->apng != NULL)
+        code = outputs_add(&p->outputs, cli, copy_string(cli->apng, error), &p->paths, error);
     if (code == LVM_OK)
-        code =
-            lvm_generate_images(s->ctx, &cli->sampling, cli->candidates, cli->images, out, error);
-    if (code == LVM_OK)
-        code = write_images(o, cli->sheet != NULL, out, cli->images, cli->candidates, error);
-    if (code == LVM_OK && cli->sheet != NULL)
-        code = make_sheet(cli, s->ctx, images, n, out, &sheet, error);
-    if (code == LVM_OK && cli->sheet != NULL) code = outputs_write_png(o, 0, &sheet, error);
-    if (images != NULL) free_images(images, n);
-    free_images(out, answers);
-    lvm_image_free(&sheet);
+        code = add_image_outputs(&p->outputs, cli, cli->images, p->kept, &p->paths, error);
+    return code == LVM_OK ? check_cache(cli, &p->outputs, error) : code;
+}
+
+/* What decides an image's pixels, as its file and a line on stderr say it: not threads, paths or
+   time, so that equal images are equal files. */
+static void describe_prediction(const struct prediction *p, char *text, size_t room) {
+    const lvm_model *m = p->s.model;
+    const lvm_sampling *how = &p->cli->sampling;
+    const lvm_options *o = &p->s.ctx->o;
+    char name[80], sampler[96] = "greedy", top_k[24] = "";
+    show_text(lvm_model_info(m).name, name, sizeof name);
+    if (how->top_k > 0) snprintf(top_k, sizeof top_k, ", top-k %d", how->top_k);
+    if (!how->greedy)
+        snprintf(sampler, sizeof sampler, "seed %llu, temperature %g, top-p %g%s",
+                 (unsigned long long)how->seed, (double)how->temperature, (double)how->top_p,
+                 top_k);
+    snprintf(text, room, "%s (%zu bytes), %s, window %d, %s, kv %s%s", *name != 0 ? name : "model",
+             m->file.size, sampler, o->window, o->fit == LVM_CROP ? "crop" : "squash",
+             type_info(o->kv_type)->name, o->exact ? ", exact" : "");
+}
+
+static int read_prompt(struct prediction *p, lvm_error *error) {
+    double start = seconds();
+    p->prompt = load_prompt(p->cli, &p->s, &p->paths, &p->n_prompt, error);
+    if (p->prompt == NULL) return error->code;
+    int code = LVM_OK;
+    if (p->cli->truth != NULL) code = load_image(p->cli, p->cli->truth, &p->truth, error);
+    if (code == LVM_OK) code = prompt_images(p->cli, &p->s, p->prompt, p->n_prompt, error);
+    p->seconds[0] = seconds() - start;
     return code;
 }
 
-static int run_predict(struct cli *cli) {
+/* Tokens of all candidates, then the pixels of those that are kept. */
+static int generate_images(struct prediction *p, lvm_error *error) {
+    const struct cli *cli = p->cli;
+    int n = cli->images * p->s.model->T;
+    lvm_sampling sampling = cli->sampling;
+    double start = seconds();
+    p->ids = mem_alloc((size_t)p->candidates * (size_t)n, sizeof *p->ids, error);
+    p->log_likelihood = mem_alloc((size_t)p->candidates, sizeof *p->log_likelihood, error);
+    p->images = mem_alloc((size_t)p->kept * (size_t)cli->images, sizeof *p->images, error);
+    if (p->ids == NULL || p->log_likelihood == NULL || p->images == NULL) return LVM_MEMORY;
+    sampling.log_likelihood = p->log_likelihood;
+    int code = lvm_generate(p->s.ctx, &sampling, p->candidates, n, p->ids, error);
+    p->seconds[1] = seconds() - start;
+    if (code != LVM_OK) return code;
+    for (int c = 1; cli->best && c < p->candidates; c++)
+        if (p->log_likelihood[c] > p->log_likelihood[p->first]) p->first = c;
+    start = seconds();
+    code = lvm_decode(p->s.ctx, p->ids + (int64_t)p->first * n, p->kept * cli->images, p->images,
+                      error);
+    p->seconds[2] = seconds() - start;
+    return code;
+}
+
+/* The prompt, then the answers in frames, each candidate but the first in rows of its own; the
+   truth, if it is given, in a green frame behind the first. The tiles borrow the answers' pixels
+   and own the others'. */
+static int make_sheet(const struct prediction *p, lvm_image *sheet, lvm_error *error) {
+    int n = p->cli->images, extra = p->cli->truth != NULL, all = p->n_prompt + n + extra;
+    int columns = all < SHEET_COLUMNS ? all : SHEET_COLUMNS, used = p->n_prompt, code = LVM_OK;
+    int most = used + extra + p->kept * round_up(n, columns) + columns;
+    int R = p->s.model->vq->R, fit = p->s.ctx->o.fit;
+    lvm_image *tiles = mem_alloc((size_t)most, sizeof *tiles, error);
+    uint8_t *frames = mem_alloc((size_t)most, 1, error);
+    if (tiles == NULL || frames == NULL) code = LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i < p->n_prompt; i++)
+        code = fit_image(&p->prompt[i], R, fit, &tiles[i], error);
+    for (int c = 0; code == LVM_OK && c < p->kept; c++) {
+        if (c > 0) used = round_up(used, columns);
+        memcpy(tiles + used, p->images + c * n, (size_t)n * sizeof *tiles);
+        memset(frames + used, 1, (size_t)n);
+        used += n;
+        if (c > 0 || !extra) continue;
+        frames[used] = 2;
+        code = fit_image(&p->truth, R, fit, &tiles[used++], error);
+    }
+    if (code == LVM_OK) code = compose(tiles, used, columns, SHEET_GAP, frames, sheet, error);
+    for (int i = 0; tiles != NULL && i < most; i++)
+        if (i < p->n_prompt || frames[i] == 2) lvm_image_free(&tiles[i]);
+    mem_free(tiles);
+    mem_free(frames);
+    return code;
+}
+
+enum { APNG_DELAY_MS = 200 };
+
+/* The sheet and the animation, of the first candidate that is kept. */
+static int write_extras(struct prediction *p, const char *text, lvm_error *error) {
+    lvm_image sheet = {.rgb = NULL};
+    uint8_t *png = NULL;
+    size_t size = 0;
+    int code = LVM_OK, i = 0;
+    if (p->cli->sheet != NULL) {
+        code = make_sheet(p, &sheet, error);
+        if (code == LVM_OK) code = outputs_write_png(&p->outputs, i++, &sheet, NULL, error);
+    }
+    if (code == LVM_OK && p->cli->apng != NULL) {
+        code = apng_encode(p->images, p->cli->images, APNG_DELAY_MS, text, &png, &size, error);
+        if (code == LVM_OK) code = outputs_write(&p->outputs, i, png, size, error);
+    }
+    lvm_image_free(&sheet);
+    mem_free(png);
+    return code;
+}
+
+/* [candidate][image] in the order of their names: out-1a.png, out-1b.png, out-2a.png, ... */
+static int write_images(struct prediction *p, lvm_error *error) {
+    int n = p->cli->images, code = LVM_OK;
+    int first = (p->cli->sheet != NULL) + (p->cli->apng != NULL);
+    char text[400], all[480];
+    describe_prediction(p, text, sizeof text);
+    for (int i = 0; code == LVM_OK && i < n; i++)
+        for (int c = 0; code == LVM_OK && c < p->kept; c++) {
+            snprintf(all, sizeof all, "%s, candidate %d, image %d", text, p->first + c + 1, i + 1);
+            code = outputs_write_png(&p->outputs, first + i * p->kept + c, &p->images[c * n + i],
+                                     all, error);
+        }
+    snprintf(all, sizeof all, "%s, candidate %d", text, p->first + 1);
+    return code == LVM_OK ? write_extras(p, all, error) : code;
+}
+
+/* One object: what decides the answer, its names, each candidate's ids and their mean
+   log-likelihood a token in nats. */
+static void print_prediction_json(const struct prediction *p) {
+    const struct cli *cli = p->cli;
+    int n = cli->images * p->s.model->T, names = p->outputs.n - cli->images * p->kept;
+    char text[400];
+    describe_prediction(p, text, sizeof text);
+    printf("{\"parameters\": ");
+    print_json_text(text);
+    printf(", \"seed\": %llu, \"seconds\": {\"prompt\": %.3f, \"generate\": %.3f, "
+           "\"decode\": %.3f}", (unsigned long long)cli->sampling.seed, p->seconds[0],
+           p->seconds[1], p->seconds[2]);
+    for (int i = 0; i < names; i++) {
+        printf(", \"%s\": ", i == 0 && cli->sheet != NULL ? "sheet" : "apng");
+        print_json_text(p->outputs.list[i].name);
+    }
+    printf(", \"candidates\": [");
+    for (int c = 0; c < p->candidates; c++) {
+        int kept = c >= p->first && c < p->first + p->kept;
+        printf("%s{\"log_likelihood\": ", c > 0 ? ", " : "");
+        print_json_number(p->log_likelihood[c] / n);
+        printf(", \"outputs\": [");
+        for (int i = 0; kept && i < cli->images; i++) {
+            if (i > 0) printf(", ");
+            print_json_text(p->outputs.list[names + i * p->kept + c - p->first].name);
+        }
+        printf("], \"ids\": [");
+        for (int i = 0; i < n; i++)
+            printf("%s%d", i > 0 ? ", " : "", (int)p->ids[(int64_t)c * n + i]);
+        printf("]}");
+    }
+    printf("]}\n");
+}
+
+static int predict_images(struct prediction *p, lvm_error *error) {
+    char text[400];
+    int code = need_all(p->cli, &p->s, error);
+    if (code == LVM_OK) code = read_prompt(p, error);
+    if (code == LVM_OK) code = generate_images(p, error);
+    if (code == LVM_OK) code = write_images(p, error);
+    if (code != LVM_OK) return code;
+    if (p->cli->json) print_prediction_json(p);
+    describe_prediction(p, text, sizeof text);
+    const double *took = p->seconds;
+    note(p->cli, "%s: %.2f s (prompt %.2f, tokens %.2f, images %.2f)", text,
+         took[0] + took[1] + took[2], took[0], took[1], took[2]);
+    return LVM_OK;
+}
+
+/* Which options do not go together; 0, or a message and 2. */
+static int check_predict(const struct cli *cli) {
+    int several = cli->images * (cli->best ? 1 : cli->candidates);
+    if (cli->n_words == 1 && os_stat(cli->words[0]).kind == OS_NOTHING)
+        return complain("there is no command and no file \"%s\" (lvm help)", cli->words[0]) + 1;
     if (cli->n_words < 2)
-        return (cli->n_words == 1 && os_stat(cli->words[0]).kind == OS_NOTHING
-                    ? complain("there is no command and no file \"%s\" (lvm help)", cli->words[0])
-                    : complain("give a weights file and prompt images: lvm WEIGHTS "
-                               "IMAGE|FOLDER... (lvm help)")) +
-               1;
-    if (cli->out != NULL && is_stream(cli->out) && cli->images * cli->candidates > 1)
-        return complain("-o %s: takes one image, not %d", cli->out,
-                        cli->images * cli->candidates) + 1;
-    char *out = NULL, *sheet = NULL;
-    int status = settle_png_name(&cli->out, &out);
-    if (status == 0) status = settle_png_name(&cli->sheet, &sheet);
+        return complain("give a weights file and prompt images: lvm WEIGHTS IMAGE|FOLDER... "
+                        "(lvm help)") + 1;
+    if (cli->out != NULL && is_stream(cli->out) && several > 1)
+        return complain("-o %s: takes one image, not %d", cli->out, several) + 1;
+    if (cli->out != NULL && strcmp(cli->out, "-") == 0 && cli->json)
+        return complain("--json and the image both want standard output; choose -o FILE") + 1;
+    if (cli->truth != NULL && cli->sheet == NULL)
+        return complain("--truth stands on a sheet: give --sheet too") + 1;
+    return 0;
+}
+
+static int run_predict(struct cli *cli) {
+    char *names[3] = {NULL, NULL, NULL};
     lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
-    struct paths p = {0};
-    struct outputs o = {0};
+    struct prediction p = {.cli = cli, .candidates = cli->candidates,
+                           .kept = cli->best ? 1 : cli->candidates};
+    int status = check_predict(cli);
+    if (status == 0) status = settle_png_name(&cli->out, "png", &names[0]);
+    if (status == 0) status = settle_png_name(&cli->sheet, "png", &names[1]);
+    if (status == 0) status = settle_png_name(&cli->apng, "png|apng", &names[2]);
     if (status == 0) {
-        int code = collect_paths(cli, &p, 1, cli->n_words, &error);
-        if (code == LVM_OK) code = open_predict_outputs(&o, cli, &p, &error);
-        if (code == LVM_OK) code = session_open(&s, cli, &error);
-        if (code == LVM_OK) code = predict_images(cli, &s, &p, &o, &error);
+        int code = collect_paths(cli, &p.paths, 1, cli->n_words, &error);
+        if (code == LVM_OK) code = open_predict_outputs(&p, &error);
+        if (code == LVM_OK) code = session_open(&p.s, cli, &error);
+        if (code == LVM_OK) code = predict_images(&p, &error);
         status = finish(&error, code);
     }
-    outputs_free(&o);
-    session_close(&s);
-    paths_free(&p);
-    mem_free(out);
-    mem_free(sheet);
+    prediction_free(&p);
+    for (int i = 0; i < 3; i++) mem_free(names[i]);
     return status;
 }
 
@@ -13855,7 +14078,7 @@ static int encode_paths(const struct cli *cli, struct session *s, const struct p
     if (ids == NULL) return LVM_MEMORY;
     for (int i = 0; code == LVM_OK && i < p->n; i++) {
         lvm_image image = {0, 0, NULL, 0};
-        code = load_image(cli, p->path[i], &image, error);
+        code = load_named(cli, p, i, &image, error);
         if (code == LVM_OK) code = lvm_encode(s->ctx, &image, 1, ids, error);
         for (int t = 0; code == LVM_OK && t < T; t++) {
             char number[16];
@@ -13886,14 +14109,6 @@ static int run_encode(struct cli *cli) {
     session_close(&s);
     paths_free(&p);
     return finish(&error, code);
-}
-
-static int read_stdin(struct buffer *text, lvm_error *error) {
-    char piece[4096];
-    int code = buffer_add(text, "", 0, error);
-    for (size_t n; code == LVM_OK && (n = fread(piece, 1, sizeof piece, stdin)) > 0;)
-        code = buffer_add(text, piece, n, error);
-    return code;
 }
 
 /* Names the word of a token file that is none; what does not print shows as ?. */
@@ -13946,7 +14161,8 @@ static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids,
     code = paths_add(&inputs, "", cli->words[1], error);
     if (code == LVM_OK) code = add_image_outputs(&o, cli, n / T, 1, &inputs, error);
     if (code == LVM_OK) code = lvm_decode(s->ctx, ids, n / T, images, error);
-    if (code == LVM_OK) code = write_images(&o, 0, images, n / T, 1, error);
+    for (int i = 0; code == LVM_OK && i < n / T; i++)
+        code = outputs_write_png(&o, i, &images[i], NULL, error);
     outputs_free(&o);
     free_images(images, n / T);
     paths_free(&inputs);
@@ -13957,7 +14173,7 @@ static int run_decode(struct cli *cli) {
     if (cli->n_words != 2)
         return complain("give a weights file and a file of token ids (lvm help decode)") + 1;
     char *out = NULL;
-    if (settle_png_name(&cli->out, &out) != 0) return 2;
+    if (settle_png_name(&cli->out, "png", &out) != 0) return 2;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct buffer text = {0};
@@ -14009,21 +14225,6 @@ static double choice_probability(const double *nll, int n, int i) {
     double sum = 0, least = nll[likeliest(nll, n)];
     for (int j = 0; j < n; j++) sum += exp_f64(least - nll[j]);
     return exp_f64(least - nll[i]) / sum;
-}
-
-static void print_json_text(const char *s) {
-    putchar('"');
-    for (; *s != 0; s++) {
-        if (*s == '"' || *s == '\\') printf("\\%c", *s);
-        else if ((unsigned char)*s < 32) printf("\\u%04x", *s);
-        else putchar(*s);
-    }
-    putchar('"');
-}
-
-static void print_json_number(double x) {
-    if (x - x == 0) printf("%.9g", x);
-    else printf("null");
 }
 
 /* "likelihoods" (in nats), "perplexities" of a token and "probabilities" of choices. */
