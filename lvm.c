@@ -4046,16 +4046,14 @@ static int json_word(struct json *j, const char *word) {
 /* A number or a word; Python writes NaN and Infinity, for which JSON has none. */
 static void json_scalar(struct json *j) {
     static const char *const words[] = {"true", "false", "null", "NaN", "Infinity", "-Infinity"};
-    int letters = 0;
-    json_peek(j);
-    size_t end = number_end(j, j->at);
-    for (int i = 0; end == j->at && i < 6; i++)
+    for (int i = 0; i < 6; i++)
         if (json_word(j, words[i])) return;
-    while (letters < 12 && end + (size_t)letters < j->n &&
-           isalpha((unsigned char)j->s[end + (size_t)letters]))
-        letters++;
-    if (letters > 0) json_fail(j, "%.*s is no value of JSON", letters, j->s + end);
-    else if (end == j->at) json_fail(j, "a value should stand here");
+    size_t number = number_end(j, j->at), end = number;
+    while (end < j->n && (isalnum((unsigned char)j->s[end]) || strchr("+-.", j->s[end]) != NULL))
+        end++;
+    int shown = end - j->at < 20 ? (int)(end - j->at) : 20;
+    if (shown == 0) json_fail(j, "a value should stand here");
+    else if (end > number) json_fail(j, "%.*s is no value of JSON", shown, j->s + j->at);
     j->at = end;
 }
 
@@ -13226,11 +13224,6 @@ static void print_json_text(const char *s) {
     putchar('"');
 }
 
-static void print_json_number(double x) {
-    if (x - x == 0) printf("%.9g", x);
-    else printf("null");
-}
-
 /* "likelihoods" (in nats), "perplexities" of a token and "probabilities" of choices. */
 static void print_json_choices(const double *nll, int n, int T) {
     static const char *const names[] = {"likelihoods", "perplexities", "probabilities"};
@@ -13238,9 +13231,9 @@ static void print_json_choices(const double *nll, int n, int T) {
         printf("%s\"%s\": [", k > 0 ? ", " : "", names[k]);
         for (int i = 0; i < n; i++) {
             if (i > 0) printf(", ");
-            print_json_number(k == 0   ? -nll[i]
-                              : k == 1 ? exp_f64(nll[i] / T)
-                                       : choice_probability(nll, n, i));
+            printf("%.9g", k == 0   ? -nll[i]
+                           : k == 1 ? exp_f64(nll[i] / T)
+                                    : choice_probability(nll, n, i));
         }
         putchar(']');
     }
@@ -13305,7 +13298,7 @@ static int run_rank(struct cli *cli) {
     if (cli->base != NULL || cli->lines > 0)
         return complain("--base and --lines go with a set (lvm help rank)") + 1;
     if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
-        return complain("give weights, prompt images, -- and choices (lvm help rank)") + 1;
+        return complain("give weights, prompt images, -- and choices, or a set (lvm help rank)") + 1;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct paths prompt = {0}, choices = {0};
@@ -14060,27 +14053,36 @@ static int ready_output(struct set *set, const struct sentence *line, const char
     return code;
 }
 
+static void print_answer_json(const struct set *set, const char *name, const double *mse,
+                              double mean) {
+    printf("{\"line\": %d, \"output\": ", set->lines.number);
+    print_json_text(name);
+    for (int c = 0; mse != NULL && c < set->cli->candidates; c++)
+        printf("%s%.9g", c > 0 ? ", " : ", \"mse\": [", mse[c]);
+    if (mse != NULL) printf("], \"mean_mse\": %.9g", mean);
+    printf("}\n");
+}
+
+static void print_answer_text(const struct set *set, const char *name, const double *mse,
+                              double mean) {
+    printf("%s\n", name);
+    if (mse == NULL) return;
+    printf("%d: mean squared error %.6g", set->lines.number, mean);
+    for (int c = 0; set->cli->candidates > 1 && c < set->cli->candidates; c++)
+        printf("%s%.6g", c > 0 ? ", " : ", of the candidates ", mse[c]);
+    printf("\n");
+}
+
 /* mse: of each candidate, or NULL. */
 static void print_answer(struct set *set, const char *name, const double *mse) {
-    int n = mse != NULL ? set->cli->candidates : 0, json = set->cli->json;
-    double sum = 0;
+    int n = set->cli->candidates;
+    double mean = 0;
+    for (int c = 0; mse != NULL && c < n; c++) mean += mse[c] / n;
+    set->errors += mse != NULL;
+    set->error += mean;
     hide_bar(&set->s.bar);
-    for (int c = 0; c < n; c++) sum += mse[c];
-    if (n > 0) set->errors++, set->error += sum / n;
-    if (json) {
-        printf("{\"line\": %d, \"output\": ", set->lines.number);
-        print_json_text(name);
-    } else {
-        printf("%s\n", name);
-    }
-    if (n > 0 && json) printf(", \"mean_mse\": %.9g, \"mse\": [", sum / n);
-    else if (n > 0) printf("%d: mean squared error %.6g", set->lines.number, sum / n);
-    if (n > 1 && !json) printf(", of the candidates ");
-    for (int c = 0; c < n && (json || n > 1); c++)
-        printf(json ? "%s%.9g" : "%s%.6g", c > 0 ? ", " : "", mse[c]);
-    if (n > 0 && json) putchar(']');
-    if (json) putchar('}');
-    if (json || n > 0) putchar('\n');
+    if (set->cli->json) print_answer_json(set, name, mse, mean);
+    else print_answer_text(set, name, mse, mean);
 }
 
 static int answer_line(struct set *set, const struct sentence *line, const char *name,
