@@ -12263,7 +12263,7 @@ static const struct option option_table[] = {
     {0, "lines", "N", RANK | EVAL | BATCH, INTEGER, AT(lines), 1, INT32_MAX,
      "only the first N lines of the set"},
     {0, "skip-existing", NULL, BATCH, FLAG, AT(skip_existing), 0, 0,
-     "leave out lines whose output exists: go on after a stop"},
+     "skip lines whose output exists, to go on"},
     {0, "grid", NULL, BATCH, FLAG, AT(grid), 0, 0,
      "inputs in front of the answers, in one image"},
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
@@ -12347,14 +12347,14 @@ static const struct command command_table[] = {
      "Paths are relative to --base, else to the set's folder, else to the working\n"
      "directory; \"input_tokens\" and so on give token ids instead. The last line is\n"
      "the mean over the lines. A bad line is reported and skipped; the exit status\n"
-     "is 1 then. From stdin (-) each line is answered before the next is waited for.\n"},
+     "is 1 then. From stdin (-) each line is answered before the next is awaited.\n"},
     {"batch", BATCH, run_batch, "batch WEIGHTS SET.jsonl|-", "predictions for many prompts",
      "A set has a JSON object a line, with the name of what to write:\n"
      "  {\"input\": [\"a.png\", \"b.png\", \"c.png\"], \"output\": \"answer.png\"}\n"
      "One image a line is written below the output folder: candidates are its rows.\n"
-     "Lines that have a \"target\" too report the mean squared error, of each candidate\n"
-     "and their mean. Two lines that would write the same file are refused before any\n"
-     "work. From stdin (-) each line is answered before the next is waited for.\n"},
+     "Lines that have a \"target\" too report the mean squared error, of each\n"
+     "candidate and their mean. Lines that would write one file are refused before\n"
+     "any work. From stdin (-) each line is answered before the next is awaited.\n"},
     {"bench", BENCH, run_bench, "bench [WEIGHTS]",
      "speed of every stage beside this machine's limits",
      "With --config and --vq instead of a weights file: random weights of that\n"
@@ -13160,10 +13160,10 @@ static int run_decode(struct cli *cli) {
 
 /* ---- Ranking, sets of prompts ---- */
 
-/* A negative log-likelihood of n tokens, of which a perplexity can be told: exp of 700 a token is
-   more than any number, and NaN is no answer. */
+/* A negative log-likelihood of n tokens, of which a perplexity can be told: beyond exp(600) a token
+   a mean of them may be no number any more, and NaN is no answer. */
 static int check_likelihood(double nll, int64_t n, lvm_error *error) {
-    if (nll / (double)n < 700) return LVM_OK;
+    if (nll / (double)n < 600) return LVM_OK;
     return fail(error, LVM_UNSUPPORTED, "its perplexity is no finite number (%g nats a token); "
                 "are these weights sound?", nll / (double)n);
 }
@@ -13420,6 +13420,7 @@ struct set {
     int n_ids;
     unsigned noted;          /* bit i: a note on a key that is nearly key_table[i] was given */
     struct outputs written;  /* by batch, or left as they are */
+    int cut;                 /* a note on the window was given */
     int good, bad, puzzles, answered, right, errors, skipped;
     double perplexity, error; /* sums: of good lines; squared errors of answers with targets */
 };
@@ -13504,7 +13505,7 @@ static void draw_set_bar(struct set *set, const char *stage) {
     if (!set->s.bar.shown) return;
     if (set->cli->lines > 0) draw_bar(&set->s.bar, stage, l->number, set->cli->lines);
     else if (l->size > 0) draw_bar(&set->s.bar, stage, min64(l->done, l->size), l->size);
-    else fprintf(stderr, "\r%s: %d lines\033[K", stage, l->number);
+    else fprintf(stderr, "\r%s, lines done: %d\033[K", stage, l->number);
 }
 
 /* Where an image of a set lies: below --base, or beside the set, or else where the name says. */
@@ -13521,6 +13522,9 @@ static int load_set_image(const struct set *set, const struct image_ref *p, lvm_
                             lvm_error *error) {
     char *path = find_image(set, p->path, error);
     int code = path != NULL ? load_image(set->cli, path, image, error) : LVM_MEMORY;
+    if (code == LVM_IO && strcmp(path, p->path) == 0 && os_root(path) == 0 &&
+        set->folder[0] != 0 && os_stat(path).kind == OS_NOTHING)
+        fail(error, LVM_IO, "%s: is neither in %s nor in the working directory", path, set->folder);
     mem_free(path);
     return code;
 }
@@ -13543,6 +13547,16 @@ static int encode_set_images(const struct set *set, const struct image_ref *list
     return code;
 }
 
+/* Says so, once, where a context holds less than what lines give. */
+static void note_window(struct set *set, int given, int used) {
+    if (used == given || set->cut || set->cli->quiet) return;
+    set->cut = 1;
+    hide_bar(&set->s.bar);
+    fprintf(stderr, "lvm: note: %s: line %d: %d images of input, the last %d count (the context "
+            "holds %d)\n", set->lines.name, set->lines.number, given, used,
+            set->s.ctx->o.window);
+}
+
 /* Reads the last images of a line's input that leave room for so many more; *used is their
    number. What the line before began with too is not computed again. */
 static int prompt_line(struct set *set, const struct sentence *line, int room, int *used,
@@ -13558,6 +13572,7 @@ static int prompt_line(struct set *set, const struct sentence *line, int room, i
     set->n_ids = bos + n * m->T;
     if (line->by[GIVES_INPUT] == NULL)
         return fail(error, LVM_FORMAT, "has no \"input\" (an empty list is one)");
+    note_window(set, line->input.n, n);
     *used = n;
     const struct image_ref *first = line->input.list + line->input.n - n;
     int code = encode_set_images(set, first, n, set->ids + bos, error);

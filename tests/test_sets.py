@@ -10,6 +10,7 @@ import base64
 import json
 import math
 import os
+import pty
 import random
 import select
 import shutil
@@ -177,6 +178,14 @@ class Eval(Sets):
         self.put_set({"input": [self.path("p0.png")], "target": ["q.png"]})
         self.assertEqual(self.lines("eval", self.weights, "set.jsonl", "--base=sets/inner"), beside)
 
+    def test_missing_images(self):
+        os.mkdir(self.path("d"))
+        self.put_set({"input": ["no.png"], "target": ["p0.png"]}, {"input": ["/no.png"], "target": ["p0.png"]},
+                     name="d/set.jsonl")
+        self.partly(["line 1: no.png: is neither in d/ nor in the working directory", "line 2: /no.png: No such"],
+                    "eval", self.weights, "d/set.jsonl")
+        self.partly(["line 1: d/no.png: No such"], "eval", self.weights, "d/set.jsonl", "--base", "d")
+
     def test_json_text(self):
         name = "a \u00e9\u4e2d\U0001f40b\"b.png"
         os.rename(self.path("p1.png"), self.path(name))
@@ -292,7 +301,7 @@ class Eval(Sets):
         small = {} if SANITIZED else {"preexec_fn": lambda: limit_memory(300 << 20)}
         line = {"input": ["p0.png"], "target": ["p1.png"], "x": ["a"] * 20000}
         self.put_set(line, {"input": ["a"] * 20000 + ["p0.png"] * WINDOW, "target": ["p1.png"]})
-        self.assertEqual(len(self.lines("eval", self.weights, "set.jsonl", "-j1", **small)), 3)
+        self.assertEqual(len(self.lines("eval", self.weights, "set.jsonl", "-q", "-j1", **small)), 3)
         fit = dict(line, x="")
         fit["x"] = "a" * ((16 << 20) - len(json.dumps(fit)))
         self.put_set(line, dict(fit, x=fit["x"] + "a"), fit, {"input": ["p0.png"], "choices": ["a"] * 65537})
@@ -343,7 +352,10 @@ class Eval(Sets):
         """With a window of 2 only the last input counts."""
         self.put_set({"input": ["p0.png", "p1.png"], "target": ["p2.png"]},
                      {"input": ["p3.png", "p1.png"], "target": ["p2.png"]})
-        wide, narrow = self.eval(), self.eval("--window", "2")
+        err = self.run_lvm("eval", self.weights, "set.jsonl", "--window", "2")[2]
+        self.assertEqual(err, "lvm: note: set.jsonl: line 1: 2 images of input, the last 1 count (the context "
+                         "holds 2)\n")
+        wide, narrow = self.eval(), self.eval("--window", "2", "-q")
         self.assertNotEqual(wide[0]["perplexity"], wide[1]["perplexity"])
         self.assertEqual(narrow[0]["perplexity"], narrow[1]["perplexity"])
 
@@ -565,6 +577,20 @@ class Streams(Sets):
         self.assertEqual(self.answer(process)["lines"], 1)
         self.assertEqual(process.wait(TIMEOUT), 0)
         self.finish(process)
+
+    def test_bar_without_an_end(self):
+        """How many lines are done, and no share of an unknown number."""
+        for name, want in (("-", "eval, lines done: 1\033[K"), ("set.jsonl", " %")):
+            master, slave = pty.openpty()
+            self.put_set(self.line(1))
+            process = self.start("eval", self.weights, name, stderr=slave)
+            os.close(slave)
+            process.communicate(read(self.path("set.jsonl")), TIMEOUT)
+            shown = os.read(master, 1 << 16).decode()
+            os.close(master)
+            self.assertIn(want, shown)
+            self.assertEqual("%" in shown, name != "-")
+            self.assertTrue(shown.endswith("\r\033[K"), shown)
 
     def test_fifo(self):
         os.mkfifo(self.path("set.fifo"))
