@@ -3832,12 +3832,20 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    has. null is as good as no key. A key that stands twice and two forms of one thing (input and
    input_tokens, target and a list under output) are a fault. Whole numbers may be written as 1.0 or
    1e0. A key without a meaning is passed over with any value that Python writes, NaN and Infinity
-   too; one whose name is a letter or two from that of a key with a meaning ("inputs", "Target") is
-   noted on stderr when it first comes. Blank lines are nothing but counted, a byte order mark in
-   front of the first is passed over. A line with a fault is reported and the next one taken.
+   too, and in silence unless it is nearly a key with one ("inputs", "Target", "anwser"): no more
+   than two letters to insert, remove or replace, fewer than half of its own, be they capital or
+   small. Such a one is noted on stderr, once a set for each key that may be meant. Blank lines are
+   only counted, a byte order mark in front of the first is passed over. A line with a fault is
+   reported and the next one taken; the exit status is 1 then.
+
+   Streams. A set is read line by line; from standard input (-) or a FIFO each line is answered
+   before the next is waited for. Two lines of a batch must not write one file, under whatever names
+   and links, nor one an image that any line reads: a file is looked through and refused before any
+   work, in a stream the line that comes second is a fault.
 
    Limits. A line has at most 16 MiB, a list at most 65536 images, values lie in each other 32 deep.
-   Memory is in proportion to the longest line: a short path takes some 50 times its length. */
+   Memory is in proportion to the longest line, where a short path takes some 50 times its length,
+   and batch keeps the names of its outputs. */
 
 #ifndef LVM_NO_MAIN /* only the command line reads sets */
 
@@ -13524,7 +13532,8 @@ static int load_set_image(const struct set *set, const struct image_ref *p, lvm_
     int code = path != NULL ? load_image(set->cli, path, image, error) : LVM_MEMORY;
     if (code == LVM_IO && strcmp(path, p->path) == 0 && os_root(path) == 0 &&
         set->folder[0] != 0 && os_stat(path).kind == OS_NOTHING)
-        fail(error, LVM_IO, "%s: is neither in %s nor in the working directory", path, set->folder);
+        fail(error, LVM_IO, "%s: is neither in %s nor in the working directory", path,
+             set->folder);
     mem_free(path);
     return code;
 }

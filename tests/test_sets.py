@@ -522,6 +522,12 @@ class Batch(Sets):
         self.put_set({"input": ["p0.png"], "output": "p0.png"})
         self.bad(1, "is an input too", "batch", self.weights, "set.jsonl")
         self.partly(["is an input too"], "batch", self.weights, "-", data=read(self.path("set.jsonl")))
+        shutil.copy(self.weights, self.path("w.png"))
+        for force in ((), ("--force",), ("--skip-existing",)):
+            self.partly(["line 1: w.png: is the weights file"], "batch", "w.png", self.put_set(
+                {"input": ["p0.png"], "output": "./w"}), *force)
+        self.assertEqual(read(self.path("w.png")), read(self.weights))
+        os.remove(self.path("w.png"))
         self.put_set({"input": ["p0.png"]})
         self.partly(["has no \"output\""], "batch", self.weights, "set.jsonl")
         self.put_set({"input": ["p0.png"], "output": "p1.png/x.png"})
