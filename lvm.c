@@ -13306,7 +13306,7 @@ static int run_rank(struct cli *cli) {
     if (cli->base != NULL || cli->lines > 0)
         return complain("--base and --lines go with a set (lvm help rank)") + 1;
     if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
-        return complain("give weights, prompt images, -- and choices, or a set (lvm help rank)") + 1;
+        return complain("give weights, images, -- and choices, or a set (lvm help rank)") + 1;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct paths prompt = {0}, choices = {0};
@@ -13986,41 +13986,55 @@ static int compare_lines(const struct set *set, struct outputs *o, lvm_error *er
                 set->lines.name, other->line, found->line, other->name, found->name);
 }
 
-/* What one line will write and, unless existing files stay as they are, what it reads. */
-static int plan_line(struct set *set, const struct sentence *line, struct outputs *o,
-                     lvm_error *error) {
-    const struct image_list *const lists[] = {&line->input, &line->target, &line->choices};
-    int number = set->lines.number;
+/* What one line will write. A name at fault is told when the line's turn comes. */
+static int plan_write(struct set *set, const struct sentence *line, struct outputs *o,
+                      lvm_error *error) {
     lvm_error fault;
     char *name = line->output != NULL ? batch_name(set, line->output, &fault) : NULL;
-    if (name == NULL) return LVM_OK; /* said when its turn comes */
-    int code = outputs_add(o, name, name, number, error);
-    for (int k = 0; k < 3 && !set->cli->skip_existing; k++)
+    return name != NULL ? outputs_add(o, name, name, set->lines.number, error) : LVM_OK;
+}
+
+/* What one line reads. */
+static int plan_reads(struct set *set, const struct sentence *line, struct outputs *o,
+                      lvm_error *error) {
+    const struct image_list *const lists[] = {&line->input, &line->target, &line->choices};
+    int code = LVM_OK;
+    for (int k = 0; k < 3; k++)
         for (int i = 0; code == LVM_OK && i < lists[k]->n; i++) {
-            const char *path = lists[k]->list[i].path;
-            char *found = path != NULL ? find_image(set, path, error) : NULL;
-            if (path != NULL && found == NULL) return LVM_MEMORY;
-            if (found != NULL && os_stat(found).kind != OS_NOTHING)
-                code = outputs_add(o, NULL, found, number, error);
-            mem_free(found);
+            if (lists[k]->list[i].path == NULL) continue;
+            char *path = find_image(set, lists[k]->list[i].path, error);
+            code = path == NULL ? LVM_MEMORY : LVM_OK;
+            if (code == LVM_OK && os_stat(path).kind != OS_NOTHING)
+                code = outputs_add(o, NULL, path, set->lines.number, error);
+            mem_free(path);
         }
     return code;
 }
 
-/* Looks through a file before any work: no two lines may write one file, and none an image that the
-   set reads. */
-static int check_set_outputs(struct set *set, lvm_error *error) {
-    struct outputs all = {0};
-    lvm_error fault;
+/* Asks all lines of a file for what they write or read, and goes back to the first. */
+static int plan_set(struct set *set, struct outputs *o,
+                    int (*plan)(struct set *set, const struct sentence *line, struct outputs *o,
+                                lvm_error *error),
+                    lvm_error *error) {
     int code = LVM_OK, more = 1;
     while (code == LVM_OK && (more = set_next(set, error)) > 0) {
         struct sentence line;
-        if (set_parse(set, &line, &fault) == LVM_OK) code = plan_line(set, &line, &all, error);
+        lvm_error fault;
+        if (set_parse(set, &line, &fault) == LVM_OK) code = plan(set, &line, o, error);
         sentence_free(&line);
     }
     if (code == LVM_OK && more < 0) code = error->code;
+    return code == LVM_OK ? lines_rewind(&set->lines, error) : code;
+}
+
+/* Looks through a file before any work: no two lines may write one file, and none an image that the
+   set reads. The latter takes an output that exists and will not stay as it is. */
+static int check_set_outputs(struct set *set, lvm_error *error) {
+    struct outputs all = {0};
+    int replaces = 0, code = plan_set(set, &all, plan_write, error);
+    for (int i = 0; i < all.n && !set->cli->skip_existing; i++) replaces |= *all.list[i].rest == 0;
+    if (code == LVM_OK && replaces) code = plan_set(set, &all, plan_reads, error);
     if (code == LVM_OK) code = compare_lines(set, &all, error);
-    if (code == LVM_OK) code = lines_rewind(&set->lines, error);
     outputs_free(&all);
     return code;
 }
