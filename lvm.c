@@ -391,6 +391,7 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int for
 #undef far
 #else
 #include <dirent.h>
+#include <poll.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #endif
@@ -3969,22 +3970,65 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
 /* =================================================================================================
    Chapter 9.  Visual sentences: prompts by the line
 
-   A set of prompts is a file of JSON lines (RFC 8259, one object a line), as the published
+   A set of prompts is a file of JSON lines (RFC 8259: one object a line, UTF-8), as the published
    evaluation reads them:
 
        line  --parse_sentence-->  struct sentence: lists of images, each a path or tokens
-             --chapter 15: eval, batch-->  tokens, a prompt, likelihoods or new images
+             --chapter 15: eval, rank, batch-->  tokens, a prompt, likelihoods or new images
 
        {"input": [images], "target": [images]}               perplexity of the targets
        {"input": [images], "output": "name"}                 what to predict, where to put it
        {"input": [images], "choices": [images], "answer": n} a puzzle, choices counted from 0
 
-   An image is a path or the array of its tokens; "input_tokens", "target_tokens", "output_tokens"
-   and "choices_tokens" hold tokens alone: numbers, arrays of numbers or base64 (RFC 4648) of
-   little-endian int32, any number of whole images. An "output" counts as target where there is no
-   other. Keys with other names are skipped. */
+   Images. An image is a path or the array of its tokens, and a list of one image may be that path
+   alone. "input_tokens", "target_tokens", "output_tokens" and "choices_tokens" hold tokens alone:
+   numbers, arrays of numbers or base64 (RFC 4648) of little-endian int32, any number of whole
+   images. A path is relative to --base, else to the set's folder, else to the working directory; a
+   set that comes from standard input lies in the working directory.
+
+   Output. A string names the file that batch writes, below the folder that -o names: without an
+   ending it gets .png; in place of another image's ending (jpg, jpeg, jpe, jfif, webp, bmp, gif,
+   tif, tiff, ppm, pgm, pnm) stands .png, for published sets name the true image there; any other
+   ending, a folder and an empty name are refused. eval takes the name for the target where there is
+   no other. A list under "output" is the target.
+
+   Rules. "input" must be there, were it empty; a line with choices is a puzzle, whatever target it
+   has. null is as good as no key. A key that stands twice and two forms of one thing (input and
+   input_tokens, target and a list under output) are a fault. Whole numbers may be written as 1.0 or
+   1e0. A key without a meaning is passed over with any value that Python writes, NaN and Infinity
+   too, and in silence unless it is nearly a key with one ("inputs", "Target", "anwser"): no more
+   than two letters to insert, remove or replace, fewer than half of its own, be they capital or
+   small. Such a one is noted on stderr, once a set for each key that may be meant. Blank lines are
+   only counted, a byte order mark in front of the first is passed over. A line with a fault is
+   reported and the next one taken; the exit status is 1 then.
+
+   Streams. A set is read line by line; from standard input (-) or a FIFO each line is answered
+   before the next is waited for. Two lines of a batch must not write one file, under whatever names
+   and links, nor one an image that any line reads: a file is looked through and refused before any
+   work, in a stream the line that comes second is a fault.
+
+   Limits. A line has at most 16 MiB, a list at most 65536 images, values lie in each other 32 deep.
+   Memory is in proportion to the longest line, where a short path takes some 50 times its length,
+   and batch keeps the names of its outputs. */
 
 #ifndef LVM_NO_MAIN /* only the command line reads sets */
+
+enum { LINE_BYTES = 1 << 24, LIST_IMAGES = 1 << 16, JSON_DEPTH = 32 }; /* the limits */
+
+/* What a key gives. A line may give each once. */
+enum thing { GIVES_INPUT, GIVES_TARGET, GIVES_CHOICES, GIVES_OUTPUT, GIVES_ANSWER, N_THINGS };
+
+/* The keys with a meaning. A list under "output" is the target. */
+static const struct sentence_key {
+    const char *name;
+    enum thing gives;
+    int only_tokens;
+} key_table[] = {{"input", GIVES_INPUT, 0},     {"input_tokens", GIVES_INPUT, 1},
+                 {"target", GIVES_TARGET, 0},   {"target_tokens", GIVES_TARGET, 1},
+                 {"output", GIVES_OUTPUT, 0},   {"output_tokens", GIVES_TARGET, 1},
+                 {"choices", GIVES_CHOICES, 0}, {"choices_tokens", GIVES_CHOICES, 1},
+                 {"answer", GIVES_ANSWER, 0}};
+enum { N_KEYS = sizeof key_table / sizeof *key_table, KEY_ROOM = 24 };
 
 /* An image as a line names it. */
 struct image_ref {
@@ -4002,16 +4046,17 @@ struct image_list {
 /* One line: a prompt and what belongs to it. */
 struct sentence {
     struct image_list input, target, choices;
-    char *output; /* NULL: none */
-    int answer;   /* -1: unknown */
+    char *output;                  /* NULL: none */
+    int answer;                    /* -1: unknown */
+    unsigned keys;                 /* bit i: key_table[i] stands in the line, were it null */
+    const char *by[N_THINGS];      /* the key that gave it, or NULL */
+    char stray[N_KEYS][KEY_ROOM];  /* a key without a meaning that is nearly key_table[i], or "" */
 };
 
 /* A recursive descent reader of one line of JSON (RFC 8259). Each json_ function below reads what
    its name says and moves `at` behind it. The first fault is kept in code and error, and from then
    on nothing is read: loops end by asking for code, and no caller has to look at each call. */
 struct json {
-    const char *file;
-    int line;
     const char *s;
     size_t n, at;
     int T, codes; /* tokens an image; image tokens */
@@ -4019,11 +4064,16 @@ struct json {
     lvm_error *error;
 };
 
-/* Says where in which line the fault is. */
-static void json_fail(struct json *j, const char *fault) {
-    if (j->code == LVM_OK)
-        j->code = fail(j->error, LVM_FORMAT, "%s: line %d: %s (at character %zu)", j->file, j->line,
-                       fault, j->at + 1);
+/* Says what is wrong and where; who reads the file adds its name and the line. */
+LVM_PRINTF(2, 3) static void json_fail(struct json *j, const char *format, ...) {
+    char fault[160];
+    va_list args;
+    if (j->code != LVM_OK) return;
+    va_start(args, format);
+    vsnprintf(fault, sizeof fault, format, args);
+    va_end(args);
+    j->code = fail(j->error, LVM_FORMAT, "%s (at byte %zu%s)", fault, j->at + 1,
+                   j->at < j->n ? "" : ", the end of the line");
 }
 
 /* The next character behind blanks; 0 at the end and after a fault. */
@@ -4041,12 +4091,15 @@ static int json_take(struct json *j, int c) {
 
 /* Takes a character that must be the next one. */
 static void json_want(struct json *j, int c, const char *fault) {
-    if (!json_take(j, c)) json_fail(j, fault);
+    if (!json_take(j, c)) json_fail(j, "%s", fault);
 }
 
 /* After an element of an array or object: 1 when another follows, 0 at its end. */
 static int json_more(struct json *j, int end) {
-    if (json_take(j, ',')) return 1;
+    if (json_take(j, ',')) {
+        if (json_peek(j) == end) json_fail(j, "a comma stands in front of the %c", end);
+        return 1;
+    }
     json_want(j, end, end == ']' ? "an array lacks , or ]" : "an object lacks , or }");
     return 0;
 }
@@ -4098,38 +4151,83 @@ static int json_escape(struct json *j, char *out) {
 }
 
 /* A string as allocated text, which the caller frees; NULL after a fault. No escape stands for
-   more bytes than it has, so the rest of the line is room enough. */
+   more bytes than it has, so what lies between the quotes is room enough. */
 static char *json_string(struct json *j) {
-    json_want(j, '"', "a string should stand here");
-    char *text = j->code == LVM_OK ? mem_alloc(j->n - j->at + 1, 1, j->error) : NULL;
-    size_t n = 0;
-    if (j->code == LVM_OK && text == NULL) j->code = LVM_MEMORY;
-    while (j->code == LVM_OK && j->at < j->n && j->s[j->at] != '"') {
+    json_want(j, '"', json_peek(j) == '\'' ? "strings stand between \", not between '"
+                                           : "a string should stand here");
+    size_t end = j->at, n = 0;
+    while (end < j->n && j->s[end] != '"') end += j->s[end] == '\\' ? 2 : 1;
+    if (end >= j->n) json_fail(j, "a string does not end");
+    if (j->code != LVM_OK) return NULL;
+    char *text = mem_alloc(end - j->at + 1, 1, j->error);
+    if (text == NULL) j->code = LVM_MEMORY;
+    while (j->code == LVM_OK && j->at < end) {
         char c = j->s[j->at++];
         if (c == '\\') n += (size_t)json_escape(j, text + n);
-        else if (c == 0) json_fail(j, "a string holds half a character or a zero");
         else text[n++] = c;
     }
-    if (j->code == LVM_OK) json_want(j, '"', "a string does not end");
+    json_want(j, '"', "a string does not end");
     if (j->code == LVM_OK) return text;
     mem_free(text);
     return NULL;
 }
 
-/* A whole number in [0, below), without fraction or exponent. */
-static int json_int(struct json *j, int below, const char *fault) {
-    int64_t v = 0;
-    int c = json_peek(j), digits = 0;
-    for (; isdigit(c) && v < below; c = j->at < j->n ? j->s[j->at] : 0, digits++) {
-        v = v * 10 + (c - '0');
-        j->at++;
-    }
-    if (digits == 0 || v >= below || c == '.' || c == 'e' || c == 'E') json_fail(j, fault);
-    return j->code == LVM_OK ? (int)v : 0;
+static size_t digits_end(const struct json *j, size_t at) {
+    while (at < j->n && isdigit((unsigned char)j->s[at])) at++;
+    return at;
 }
 
-/* A character of a number, true, false or null. */
-static int is_json_scalar(char c) { return c != 0 && strchr("+-.0123456789Eaeflnrstu", c) != NULL; }
+/* Where a number ends that begins at `at`: [-] digits [. digits] [e [+-] digits], and no zero in
+   front of other digits. `at` itself where there is none. */
+static size_t number_end(const struct json *j, size_t at) {
+    size_t start = at + (at < j->n && j->s[at] == '-'), end = digits_end(j, start);
+    if (end == start || (j->s[start] == '0' && end > start + 1)) return at;
+    if (end < j->n && j->s[end] == '.' && digits_end(j, end + 1) > end + 1)
+        end = digits_end(j, end + 1);
+    if (end < j->n && (j->s[end] | 32) == 'e') {
+        size_t power = end + 1;
+        power += power < j->n && (j->s[power] == '-' || j->s[power] == '+');
+        if (digits_end(j, power) > power) end = digits_end(j, power);
+    }
+    return end;
+}
+
+/* A whole number in [0, below), also as 1.0 or 1e0: some programs know no whole numbers. */
+static int json_int(struct json *j, int below, const char *fault) {
+    char text[48] = "";
+    json_peek(j);
+    size_t n = number_end(j, j->at) - j->at;
+    if (n > 0 && n < sizeof text) memcpy(text, j->s + j->at, n);
+    double v = text[0] != 0 ? strtod(text, NULL) : -1;
+    if (!(v >= 0 && v < below) || v > (int)v) json_fail(j, "%s", fault);
+    if (j->code != LVM_OK) return 0;
+    j->at += n;
+    return (int)v;
+}
+
+/* Takes a word of letters if it is the next thing. */
+static int json_word(struct json *j, const char *word) {
+    size_t n = strlen(word);
+    json_peek(j);
+    if (j->n - j->at < n || memcmp(j->s + j->at, word, n) != 0) return 0;
+    if (j->at + n < j->n && isalnum((unsigned char)j->s[j->at + n])) return 0;
+    j->at += n;
+    return 1;
+}
+
+/* A number or a word; Python writes NaN and Infinity, for which JSON has none. */
+static void json_scalar(struct json *j) {
+    static const char *const words[] = {"true", "false", "null", "NaN", "Infinity", "-Infinity"};
+    for (int i = 0; i < 6; i++)
+        if (json_word(j, words[i])) return;
+    size_t number = number_end(j, j->at), end = number;
+    while (end < j->n && (isalnum((unsigned char)j->s[end]) || strchr("+-.", j->s[end]) != NULL))
+        end++;
+    int shown = end - j->at < 20 ? (int)(end - j->at) : 20;
+    if (shown == 0) json_fail(j, "a value should stand here");
+    else if (end > number) json_fail(j, "%.*s is no value of JSON", shown, j->s + j->at);
+    j->at = end;
+}
 
 /* Steps over a value whose key has no meaning here: a string, an array, an object or a scalar. The
    depth that is left bounds the recursion, whatever the file holds. */
@@ -4150,9 +4248,7 @@ static void json_skip(struct json *j, int depth) {
             json_skip(j, depth - 1);
         } while (j->code == LVM_OK && json_more(j, end));
     } else {
-        size_t start = j->at;
-        while (j->at < j->n && is_json_scalar(j->s[j->at])) j->at++;
-        if (j->at == start) json_fail(j, "a value should stand here");
+        json_scalar(j);
     }
 }
 
@@ -4188,21 +4284,36 @@ static int image_list_add(struct image_list *p, char *path, int32_t *ids, lvm_er
     return LVM_OK;
 }
 
+/* The same for what a line says, within its limit; what is NULL was a fault. */
+static void json_add(struct json *j, struct image_list *out, char *path, int32_t *ids) {
+    if (path == NULL && ids == NULL) return;
+    if (out->n == LIST_IMAGES) json_fail(j, "a list of more than %d images", LIST_IMAGES);
+    if (j->code == LVM_OK) {
+        j->code = image_list_add(out, path, ids, j->error);
+    } else {
+        mem_free(path);
+        mem_free(ids);
+    }
+}
+
 /* Tokens of whole images, gathered in a buffer, become images of T tokens each; the buffer is empty
    afterwards and keeps its memory. */
 static void add_tokens(struct json *j, struct buffer *tokens, struct image_list *out) {
     size_t T = (size_t)j->T, n = tokens->n / sizeof(int32_t);
-    if (j->code == LVM_OK && n % T != 0) json_fail(j, "tokens that are no whole images");
+    if (n % T != 0) json_fail(j, "%zu tokens are no whole images of %zu", n, T);
     for (size_t at = 0; j->code == LVM_OK && at < n; at += T) {
         int32_t *ids = mem_alloc(T, sizeof *ids, j->error);
-        if (ids != NULL) memcpy(ids, tokens->data + at * sizeof *ids, T * sizeof *ids);
-        j->code = ids == NULL ? LVM_MEMORY : image_list_add(out, NULL, ids, j->error);
+        if (ids == NULL) j->code = LVM_MEMORY;
+        else memcpy(ids, tokens->data + at * sizeof *ids, T * sizeof *ids);
+        json_add(j, out, NULL, ids);
     }
     tokens->n = 0;
 }
 
 /* One id of an array of numbers; special ids (bos, eos) are no part of an image. */
 static void take_token(struct json *j, struct buffer *tokens) {
+    int c = json_peek(j);
+    if (c != '-' && !isdigit(c)) json_fail(j, "an image's path or tokens should stand here");
     int32_t id = json_int(j, j->codes, "an id is no image token");
     if (j->code == LVM_OK) j->code = buffer_add(tokens, &id, sizeof id, j->error);
 }
@@ -4240,13 +4351,14 @@ static void take_base64(struct json *j, struct buffer *tokens) {
 
 /* An element that is a string: a path, or, behind a key that takes tokens alone, base64. */
 static void take_string_image(struct json *j, int only_tokens, struct buffer *tokens,
-                                struct image_list *out) {
+                              struct image_list *out) {
     if (only_tokens) {
         take_base64(j, tokens);
         return;
     }
     char *path = json_string(j);
-    if (path != NULL) j->code = image_list_add(out, path, NULL, j->error);
+    if (path != NULL && path[0] == 0) json_fail(j, "the path of an image is empty");
+    json_add(j, out, path, NULL);
 }
 
 /* An image, or an array of images and tokens. Single ids are gathered until a path, an inner array
@@ -4278,26 +4390,72 @@ static void json_images(struct json *j, int only_tokens, struct image_list *out)
     mem_free(tokens.data);
 }
 
-/* The value of one key: a list's name, or that name and "_tokens", or "answer"; an "output" that is
-   a string is the name of a file to write. Keys without a meaning here are skipped. */
-static void json_member(struct json *j, const char *key, struct sentence *s) {
-    struct { const char *name; struct image_list *list;
-    } lists[] = {{"input", &s->input}, {"target", &s->target}, {"choices", &s->choices},
-                 {"output", &s->target}};
-    for (size_t i = 0; i < sizeof lists / sizeof *lists; i++) {
-        size_t n = strlen(lists[i].name);
-        int only_tokens = strcmp(key + (strlen(key) < n ? 0 : n), "_tokens") == 0;
-        if (strncmp(key, lists[i].name, n) != 0 || (key[n] != 0 && !only_tokens)) continue;
-        if (strcmp(key, "output") == 0 && json_peek(j) == '"') {
-            mem_free(s->output);
-            s->output = json_string(j);
-        } else {
-            json_images(j, only_tokens, lists[i].list);
+/* Letters to insert, remove or replace until one name is the other, capital or small; names of no
+   more than KEY_ROOM - 1 letters. Row i of Levenshtein's table, one after the other. */
+static int edit_distance(const char *a, const char *b) {
+    int row[KEY_ROOM], n = (int)strlen(b);
+    for (int k = 0; k <= n; k++) row[k] = k;
+    for (int i = 1; a[i - 1] != 0; i++) {
+        int corner = row[0];
+        row[0] = i;
+        for (int k = 1; k <= n; k++) {
+            int same = tolower((unsigned char)a[i - 1]) == tolower((unsigned char)b[k - 1]);
+            int least = (row[k] < row[k - 1] ? row[k] : row[k - 1]) + 1;
+            if (corner + !same < least) least = corner + !same;
+            corner = row[k];
+            row[k] = least;
         }
-        return;
     }
-    if (strcmp(key, "answer") == 0) s->answer = json_int(j, 1 << 20, "\"answer\" is no number");
-    else json_skip(j, 32);
+    return row[n];
+}
+
+/* The key of that name, or -1. */
+static int find_key(const char *name) {
+    for (int i = 0; i < N_KEYS; i++)
+        if (strcmp(name, key_table[i].name) == 0) return i;
+    return -1;
+}
+
+/* The key that a name nearly is: at most two letters apart, and fewer than half of its own; -1:
+   none. */
+static int find_near_key(const char *name) {
+    int near = -1, least = 3, n = (int)strlen(name);
+    for (int i = 0; i < N_KEYS && n < KEY_ROOM; i++) {
+        int d = edit_distance(name, key_table[i].name);
+        if (d < least && 2 * d < n) near = i, least = d;
+    }
+    return near;
+}
+
+/* The value of a key with a meaning. */
+static void json_value(struct json *j, const struct sentence_key *key, struct sentence *s) {
+    enum thing gives = key->gives;
+    if (gives == GIVES_OUTPUT && json_peek(j) != '"') gives = GIVES_TARGET;
+    if (s->by[gives] != NULL)
+        json_fail(j, "\"%s\" and \"%s\" say the same thing twice; leave one out", s->by[gives],
+                  key->name);
+    s->by[gives] = key->name;
+    if (gives == GIVES_OUTPUT) s->output = j->code == LVM_OK ? json_string(j) : NULL;
+    if (gives == GIVES_ANSWER)
+        s->answer = json_int(j, LIST_IMAGES, "\"answer\" is no number of a choice, from 0 on");
+    if (gives == GIVES_INPUT) json_images(j, key->only_tokens, &s->input);
+    if (gives == GIVES_TARGET) json_images(j, key->only_tokens, &s->target);
+    if (gives == GIVES_CHOICES) json_images(j, key->only_tokens, &s->choices);
+}
+
+/* A key, its : and its value. */
+static void json_member(struct json *j, struct sentence *s) {
+    char *name = json_string(j);
+    int key = name != NULL ? find_key(name) : -1;
+    int near = name != NULL && key < 0 ? find_near_key(name) : -1;
+    if (key >= 0 && (s->keys & 1u << key)) json_fail(j, "the key \"%s\" stands twice", name);
+    if (near >= 0 && s->stray[near][0] == 0)
+        snprintf(s->stray[near], sizeof s->stray[near], "%s", name);
+    mem_free(name);
+    json_want(j, ':', "a key lacks its :");
+    if (key >= 0) s->keys |= 1u << key;
+    if (key < 0) json_skip(j, JSON_DEPTH);
+    else if (!json_word(j, "null")) json_value(j, &key_table[key], s);
 }
 
 /* Reads one line, an object in which every key may be missing; an answer must be one of the
@@ -4306,13 +4464,12 @@ static void json_member(struct json *j, const char *key, struct sentence *s) {
 static int parse_sentence(struct json *j, struct sentence *s) {
     memset(s, 0, sizeof *s);
     s->answer = -1;
+    if (j->n > 0 && memchr(j->s, 0, j->n) != NULL)
+        json_fail(j, "zero bytes in the line: a set is UTF-8 text, not UTF-16");
     json_want(j, '{', "a line is an object: {\"input\": [...], ...}");
     int more = j->code == LVM_OK && !json_take(j, '}');
     while (more) {
-        char *key = json_string(j);
-        json_want(j, ':', "a key lacks its :");
-        if (j->code == LVM_OK) json_member(j, key, s);
-        mem_free(key);
+        json_member(j, s);
         more = j->code == LVM_OK && json_more(j, '}');
     }
     if (json_peek(j) != 0 || (j->code == LVM_OK && j->at < j->n))
@@ -4622,6 +4779,15 @@ static os_signals os_hold_signals(void) {
 
 static void os_release_signals(os_signals old) { pthread_sigmask(SIG_SETMASK, &old, NULL); }
 
+/* A set, line by line: of a pipe the writer is waited for. */
+static int os_open_stream(const char *path) { return open(path, O_RDONLY | O_NOCTTY | O_CLOEXEC); }
+
+/* Until read() has something to tell. */
+static void os_wait_input(int fd) {
+    struct pollfd p = {.fd = fd, .events = POLLIN};
+    (void)poll(&p, 1, -1);
+}
+
 struct os_folder {
     DIR *dir;
 };
@@ -4883,6 +5049,9 @@ static int os_begin(int *argc, char ***argv) {
     atexit(os_end);
     return code;
 }
+
+static int os_open_stream(const char *path) { return os_open(path); }
+static void os_wait_input(int fd) { (void)fd; } /* read() waits by itself */
 
 /* NUL is a character device too, but no console; a console is told to obey the bar's escapes. */
 static int os_is_terminal(int fd) {
@@ -12768,7 +12937,7 @@ struct cli {
     int n_words, split; /* split: words in front of a lone --, or -1 */
     const char *out, *base, *sheet, *truth, *apng, *cache, *resize;
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, preset;
-    int lines, grid, json, best, man, config, vq, stage, prompt, new_tokens;
+    int lines, grid, json, best, man, skip_existing, config, vq, stage, prompt, new_tokens;
     lvm_sampling sampling;
     lvm_options options;
 };
@@ -12820,9 +12989,12 @@ static const struct option option_table[] = {
      "the images of -n as one animated PNG too"},
     {0, "cache", "FILE", PREDICT | RANK, TEXT, AT(cache), 0, 0,
      "keep the work on all but the last image here"},
-    {0, "base", "FOLDER", EVAL | BATCH, TEXT, AT(base), 0, 0,
+    {0, "base", "FOLDER", RANK | EVAL | BATCH, TEXT, AT(base), 0, 0,
      "where the images of the set are (beside it)"},
-    {0, "lines", "N", EVAL | BATCH, INTEGER, AT(lines), 1, INT32_MAX, "only the first N lines"},
+    {0, "lines", "N", RANK | EVAL | BATCH, INTEGER, AT(lines), 1, INT32_MAX,
+     "only the first N lines of the set"},
+    {0, "skip-existing", NULL, BATCH, FLAG, AT(skip_existing), 0, 0,
+     "skip lines whose output exists, to go on"},
     {0, "grid", NULL, BATCH, FLAG, AT(grid), 0, 0,
      "inputs in front of the answers, in one image"},
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
@@ -12895,9 +13067,10 @@ static const struct command command_table[] = {
     {"rank", RANK, run_rank, "rank WEIGHTS IMAGE|FOLDER... -- CHOICE...",
      "which choice continues a visual sentence best",
      "For each choice the perplexity of its tokens behind the prompt, and the\n"
-     "probability that softmax gives it among the choices.\n"
+     "probability that softmax gives it among the choices. A set in place of images\n"
+     "(SET.jsonl, or - for stdin: see lvm help eval) ranks the choices of each line.\n"
      "  lvm rank weights.bin puzzle/ -- a.png b.png c.png\n"},
-    {"eval", EVAL, run_eval, "eval WEIGHTS SET.jsonl",
+    {"eval", EVAL, run_eval, "eval WEIGHTS SET.jsonl|-",
      "perplexity of target images, answers of puzzles",
      "A set has a JSON object a line:\n"
      "  {\"input\": [\"a.png\", \"b.png\"], \"target\": [\"c.png\"]}\n"
@@ -12905,12 +13078,14 @@ static const struct command command_table[] = {
      "Paths are relative to --base, else to the set's folder, else to the working\n"
      "directory; \"input_tokens\" and so on give token ids instead. The last line is\n"
      "the mean over the lines. A bad line is reported and skipped; the exit status\n"
-     "is 1 then.\n"},
-    {"batch", BATCH, run_batch, "batch WEIGHTS SET.jsonl", "predictions for many prompts",
+     "is 1 then. From stdin (-) each line is answered before the next is awaited.\n"},
+    {"batch", BATCH, run_batch, "batch WEIGHTS SET.jsonl|-", "predictions for many prompts",
      "A set has a JSON object a line, with the name of what to write:\n"
      "  {\"input\": [\"a.png\", \"b.png\", \"c.png\"], \"output\": \"answer.png\"}\n"
      "One image a line is written below the output folder: candidates are its rows.\n"
-     "Lines that have a \"target\" too report the mean squared error.\n"},
+     "Lines that have a \"target\" too report the mean squared error, of each\n"
+     "candidate and their mean. Lines that would write one file are refused before\n"
+     "any work. From stdin (-) each line is answered before the next is awaited.\n"},
     {"bench", BENCH, run_bench, "bench [WEIGHTS]",
      "speed of every stage beside this machine's limits",
      "With --config and --vq instead of a weights file: random weights of that\n"
@@ -13811,19 +13986,18 @@ static lvm_image *load_prompt(const struct cli *cli, const struct session *s, co
     return load_images(cli, p, first, error);
 }
 
+/* A string of JSON, valid whatever bytes a name has: what is no UTF-8 shows as U+FFFD. */
 static void print_json_text(const char *s) {
     putchar('"');
-    for (; *s != 0; s++) {
-        if (*s == '"' || *s == '\\') printf("\\%c", *s);
-        else if ((unsigned char)*s < 32) printf("\\u%04x", *s);
-        else putchar(*s);
+    while (*s != 0) {
+        int n = utf8_bytes(s), c = (unsigned char)*s;
+        if (c == '"' || c == '\\') printf("\\%c", c);
+        else if (c < 32 || c == 127) printf("\\u%04x", (unsigned)c);
+        else if (n == 0) printf("\\ufffd");
+        else fwrite(s, 1, (size_t)n, stdout);
+        s += n > 0 ? n : 1;
     }
     putchar('"');
-}
-
-static void print_json_number(double x) {
-    if (x - x == 0) printf("%.9g", x);
-    else printf("null");
 }
 
 /* A prompt and what comes of it. With --best one candidate of several is kept. */
@@ -14003,8 +14177,7 @@ static void print_prediction_json(const struct prediction *p) {
     for (int c = 0; c < p->candidates; c++) {
         int kept = c >= p->first && c < p->first + p->kept;
         printf("%s{\"log_likelihood\": ", c > 0 ? ", " : "");
-        print_json_number(p->log_likelihood[c] / n);
-        printf(", \"outputs\": [");
+        printf("%.9g, \"outputs\": [", p->log_likelihood[c] / n);
         for (int i = 0; kept && i < cli->images; i++) {
             if (i > 0) printf(", ");
             print_json_text(p->outputs.list[names + i * p->kept + c - p->first].name);
@@ -14199,6 +14372,14 @@ static int run_decode(struct cli *cli) {
 
 /* ---- Ranking, sets of prompts ---- */
 
+/* A negative log-likelihood of n tokens, of which a perplexity can be told: beyond exp(600) a token
+   a mean of them may be no number any more, and NaN is no answer. */
+static int check_likelihood(double nll, int64_t n, lvm_error *error) {
+    if (nll / (double)n < 600) return LVM_OK;
+    return fail(error, LVM_UNSUPPORTED, "its perplexity is no finite number (%g nats a token); "
+                "are these weights sound?", nll / (double)n);
+}
+
 /* nll[i]: of all tokens of choice i, ids[n][T], behind the prompt. */
 static int score_choices(lvm_ctx *ctx, const int32_t *ids, int n, double *nll, lvm_error *error) {
     int T = ctx->m->T, code = LVM_OK;
@@ -14208,6 +14389,7 @@ static int score_choices(lvm_ctx *ctx, const int32_t *ids, int n, double *nll, l
         code = lvm_score(ctx, ids + (int64_t)i * T, T, each, error);
         nll[i] = 0;
         for (int t = 0; code == LVM_OK && t < T; t++) nll[i] += each[t];
+        if (code == LVM_OK) code = check_likelihood(nll[i], T, error);
     }
     mem_free(each);
     return code;
@@ -14234,32 +14416,35 @@ static void print_json_choices(const double *nll, int n, int T) {
         printf("%s\"%s\": [", k > 0 ? ", " : "", names[k]);
         for (int i = 0; i < n; i++) {
             if (i > 0) printf(", ");
-            print_json_number(k == 0   ? -nll[i]
-                              : k == 1 ? exp_f64(nll[i] / T)
-                                       : choice_probability(nll, n, i));
+            printf("%.9g", k == 0   ? -nll[i]
+                           : k == 1 ? exp_f64(nll[i] / T)
+                                    : choice_probability(nll, n, i));
         }
         putchar(']');
     }
 }
 
-static void print_rank(const struct cli *cli, const struct paths *choices, const double *nll,
-                       int T) {
-    int n = choices->n, best = likeliest(nll, n);
+/* Choices and what they are worth: members of a JSON object, or a table. A name is NULL where a
+   line gives tokens. */
+static void print_choices(const struct cli *cli, char *const *names, const double *nll, int n,
+                          int T) {
+    int best = likeliest(nll, n);
     if (cli->json) {
-        printf("{\"choices\": [");
+        printf("\"choices\": [");
         for (int i = 0; i < n; i++) {
             if (i > 0) printf(", ");
-            print_json_text(choices->path[i]);
+            if (names[i] != NULL) print_json_text(names[i]);
+            else printf("null");
         }
         printf("], ");
         print_json_choices(nll, n, T);
-        printf(", \"answer\": %d}\n", best);
+        printf(", \"answer\": %d", best);
         return;
     }
     printf("perplexity  probability\n");
     for (int i = 0; i < n; i++)
         printf("%10.4f  %11.4f  %s%s\n", exp_f64(nll[i] / T), choice_probability(nll, n, i),
-               choices->path[i], i == best ? "  <- best" : "");
+               names[i] != NULL ? names[i] : "(tokens)", i == best ? "  <- best" : "");
 }
 
 static int rank_choices(const struct cli *cli, struct session *s, const struct paths *prompt,
@@ -14275,7 +14460,9 @@ static int rank_choices(const struct cli *cli, struct session *s, const struct p
                : prompt_images(cli, s, shots, n, error);
     if (code == LVM_OK) code = lvm_encode(s->ctx, images, choices->n, ids, error);
     if (code == LVM_OK) code = score_choices(s->ctx, ids, choices->n, nll, error);
-    if (code == LVM_OK) print_rank(cli, choices, nll, T);
+    if (code == LVM_OK && cli->json) putchar('{');
+    if (code == LVM_OK) print_choices(cli, choices->path, nll, choices->n, T);
+    if (code == LVM_OK && cli->json) puts("}");
     free_images(shots, n);
     free_images(images, choices->n);
     mem_free(ids);
@@ -14283,9 +14470,20 @@ static int rank_choices(const struct cli *cli, struct session *s, const struct p
     return code;
 }
 
+static int rank_set(struct cli *cli);
+
+/* Whether rank is given a set: one word behind the weights, and no image. */
+static int names_set(const struct cli *cli) {
+    return cli->n_words == 2 && cli->split < 0 && !is_folder(cli->words[1]) &&
+           !has_extension(cli->words[1], "png|jpg|jpeg|jpe|jfif|ppm|pgm|pnm|pbm");
+}
+
 static int run_rank(struct cli *cli) {
+    if (names_set(cli)) return rank_set(cli);
+    if (cli->base != NULL || cli->lines > 0)
+        return complain("--base and --lines go with a set (lvm help rank)") + 1;
     if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
-        return complain("give weights, prompt images, -- and choices (lvm help rank)") + 1;
+        return complain("give weights, images, -- and choices, or a set (lvm help rank)") + 1;
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct paths prompt = {0}, choices = {0};
@@ -14300,23 +14498,118 @@ static int run_rank(struct cli *cli) {
     return finish(&error, code);
 }
 
-/* A set at work: its lines, the sums for the end, and room for the tokens of one line. */
+/* Lines of a file or a stream, each read when it is asked for, so that memory holds one. */
+struct lines {
+    const char *name; /* as messages say it */
+    int fd, number, too_long;
+    int64_t size, done; /* bytes: of a regular file, else 0; of the lines taken */
+    size_t at, n;       /* of the piece that was read ahead */
+    struct buffer text; /* the current line without its end */
+    char piece[1 << 14];
+};
+
+static int lines_open(struct lines *l, const char *path, lvm_error *error) {
+    int from_stdin = strcmp(path, "-") == 0;
+    l->name = from_stdin ? "standard input" : path;
+    if (path[0] == 0) return fail(error, LVM_INVALID, "the name of the set is empty");
+    l->fd = from_stdin ? 0 : os_open_stream(path);
+    if (l->fd < 0) return fail(error, LVM_IO, "%s: %s", path, strerror(errno));
+    struct os_info info = os_fstat(l->fd);
+    if (info.kind == OS_FOLDER) return fail(error, LVM_IO, "%s: is a folder, no set", path);
+    if (!from_stdin && info.kind == OS_FILE) l->size = info.size;
+    return LVM_OK;
+}
+
+static void lines_close(struct lines *l) {
+    if (l->fd > 0) close(l->fd);
+    mem_free(l->text.data);
+}
+
+/* From the first line again, of a regular file. */
+static int lines_rewind(struct lines *l, lvm_error *error) {
+    l->number = 0;
+    l->done = 0;
+    l->at = l->n = 0;
+    if (lseek(l->fd, 0, SEEK_SET) == 0) return LVM_OK;
+    return fail(error, LVM_IO, "%s: %s", l->name, strerror(errno));
+}
+
+/* The next bytes, once there are some; 0 at the end, -1 and an error. */
+static int lines_fill(struct lines *l, lvm_error *error) {
+    for (;;) {
+        int got = (int)read(l->fd, l->piece, sizeof l->piece);
+        l->at = 0;
+        l->n = got > 0 ? (size_t)got : 0;
+        if (got >= 0) return got > 0;
+        if (errno == EAGAIN) os_wait_input(l->fd); /* whoever gave us the pipe does not wait */
+        else if (errno != EINTR) break;
+    }
+    fail(error, LVM_IO, "%s: %s", l->name, strerror(errno));
+    return -1;
+}
+
+/* The next line: 1, 0 at the end, -1 and an error. Of one that is too long only that is known. */
+static int lines_next(struct lines *l, lvm_error *error) {
+    int begun = 0, ended = 0;
+    l->text.n = 0;
+    l->too_long = 0;
+    while (!ended) {
+        int more = l->at < l->n ? 1 : lines_fill(l, error);
+        if (more < 0 || (more == 0 && !begun)) return more;
+        if (more == 0) break;
+        const char *from = l->piece + l->at, *end = memchr(from, '\n', l->n - l->at);
+        size_t n = end != NULL ? (size_t)(end - from) : l->n - l->at;
+        begun = 1;
+        ended = end != NULL;
+        l->at += n + (size_t)ended;
+        l->done += (int64_t)n + ended;
+        if (l->text.n + n > LINE_BYTES) l->too_long = 1;
+        else if (buffer_add(&l->text, from, n, error) != LVM_OK) return -1;
+    }
+    l->number++;
+    return 1;
+}
+
+/* Outputs that must differ. A file is known by its device and number, one that is to be made by
+   those of the deepest folder on its way and the rest of its name. */
+struct destination {
+    uint64_t device, number;
+    char *name;       /* NULL: an image that the set reads */
+    const char *rest; /* of the name */
+    int line;
+};
+
+struct destinations {
+    struct destination *list;
+    int n;
+    size_t room;
+};
+
+static void destinations_free(struct destinations *o) {
+    for (int i = 0; i < o->n; i++) mem_free(o->list[i].name);
+    mem_free(o->list);
+    memset(o, 0, sizeof *o);
+}
+
+/* A set at work: its lines, and the sums for the end. */
 struct set {
     struct cli *cli;
     struct session s;
-    uint8_t *data;
-    size_t size, at;
-    char *folder;            /* of the set, with its slash */
-    int line, lines;         /* current line; lines of the file */
-    int32_t *ids;            /* [bos + window T] */
+    struct lines lines;
+    char *folder;            /* of the set, with its slash; "" of a stream */
+    int32_t *ids;            /* [bos + window T], of the prompt */
     int n_ids;
-    int good, bad, puzzles, answered, right, errors;
+    unsigned noted;          /* bit i: a note on a key that is nearly key_table[i] was given */
+    struct destinations written;  /* by batch, or left as they are */
+    int cut;                 /* a note on the window was given */
+    int good, bad, puzzles, answered, right, errors, skipped;
     double perplexity, error; /* sums: of good lines; squared errors of answers with targets */
 };
 
 static void set_close(struct set *set) {
     session_close(&set->s);
-    mem_free(set->data);
+    lines_close(&set->lines);
+    destinations_free(&set->written);
     mem_free(set->folder);
     mem_free(set->ids);
 }
@@ -14325,16 +14618,11 @@ static int set_open(struct set *set, struct cli *cli, lvm_error *error) {
     const char *path = cli->words[1];
     size_t n = (size_t)(os_file_name(path) - path);
     set->cli = cli;
-    int code = read_file(path, &set->data, &set->size, error);
+    int code = lines_open(&set->lines, path, error);
     if (code == LVM_OK) code = session_open(&set->s, cli, error);
-    if (code != LVM_OK) return code;
-    code = need_transformer(set->s.ctx, error);
+    if (code == LVM_OK) code = need_transformer(set->s.ctx, error);
     if (code != LVM_OK) return code;
     set->s.bar.whole = 1;
-    for (size_t at = 0; at < set->size; at++)
-        set->lines += set->data[at] == '\n' || at + 1 == set->size;
-    if (cli->lines > 0 && cli->lines < set->lines) set->lines = cli->lines;
-    if (set->size >= 3 && memcmp(set->data, "\xef\xbb\xbf", 3) == 0) set->at = 3; /* a byte mark */
     set->folder = mem_alloc(n + 1, 1, error);
     set->ids = mem_alloc((size_t)set->s.ctx->o.window * (size_t)set->s.model->T + 1,
                          sizeof *set->ids, error);
@@ -14343,22 +14631,62 @@ static int set_open(struct set *set, struct cli *cli, lvm_error *error) {
     return LVM_OK;
 }
 
-/* The next line that is not blank; 0 at the end. */
-static int set_next(struct set *set, struct json *j, lvm_error *error) {
-    const lvm_model *m = set->s.model;
-    while (set->at < set->size) {
-        const char *s = (const char *)set->data + set->at,
-                   *end = memchr(s, '\n', set->size - set->at);
-        size_t n = end != NULL ? (size_t)(end - s) : set->size - set->at, blank = 0;
-        set->at += n + (end != NULL);
-        set->line++;
-        if (set->line > set->lines) return 0;
-        *j = (struct json){.file = set->cli->words[1], .line = set->line, .s = s, .n = n,
-                           .T = m->T, .codes = m->codes, .error = error};
-        while (blank < n && isspace((unsigned char)s[blank])) blank++;
-        if (blank < n) return 1;
+/* Refuses UTF-16, which Windows' tools write, and passes over the mark in front of UTF-8. */
+static int check_encoding(struct lines *l, lvm_error *error) {
+    const char *s = l->text.data;
+    size_t n = l->text.n;
+    if (n >= 3 && memcmp(s, "\xef\xbb\xbf", 3) == 0) memset(l->text.data, ' ', 3);
+    if (n < 2 || (memcmp(s, "\xff\xfe", 2) != 0 && memcmp(s, "\xfe\xff", 2) != 0 &&
+                  s[0] != 0 && s[1] != 0))
+        return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: is text in UTF-16; a set is UTF-8", l->name);
+}
+
+/* The next line that is not blank: 1, 0 at the end, -1 and an error. No more is read than --lines
+   asks for. */
+static int set_next(struct set *set, lvm_error *error) {
+    struct lines *l = &set->lines;
+    for (;;) {
+        if (set->cli->lines > 0 && l->number >= set->cli->lines) return 0;
+        int more = lines_next(l, error);
+        if (more <= 0) return more;
+        if (l->number == 1 && check_encoding(l, error) != LVM_OK) return -1;
+        for (size_t i = 0; i < l->text.n; i++)
+            if (!isspace((unsigned char)l->text.data[i])) return 1;
     }
-    return 0;
+}
+
+static int set_parse(struct set *set, struct sentence *line, lvm_error *error) {
+    const lvm_model *m = set->s.model;
+    struct json j = {.s = set->lines.text.data, .n = set->lines.text.n, .T = m->T,
+                     .codes = m->codes, .error = error};
+    memset(line, 0, sizeof *line);
+    if (set->lines.too_long)
+        return fail(error, LVM_FORMAT, "is longer than %d bytes", LINE_BYTES);
+    return parse_sentence(&j, line);
+}
+
+/* Notes keys that are passed over but look misspelt, each once a set. */
+static void note_keys(struct set *set, struct sentence *line) {
+    for (int i = 0; i < N_KEYS && !set->cli->quiet; i++) {
+        if (line->stray[i][0] == 0 || set->noted & 1u << i) continue;
+        set->noted |= 1u << i;
+        for (char *c = line->stray[i]; *c != 0; c++)
+            if (*c < ' ' || *c > '~') *c = '?';
+        hide_bar(&set->s.bar);
+        fprintf(stderr, "lvm: note: %s: line %d: the key \"%s\" has no meaning (did you mean "
+                "\"%s\"?)\n", set->lines.name, set->lines.number, line->stray[i],
+                key_table[i].name);
+    }
+}
+
+/* How far a set is: by its lines where --lines says how many, by its bytes where it is a file. */
+static void draw_set_bar(struct set *set, const char *stage) {
+    const struct lines *l = &set->lines;
+    if (!set->s.bar.shown) return;
+    if (set->cli->lines > 0) draw_bar(&set->s.bar, stage, l->number, set->cli->lines);
+    else if (l->size > 0) draw_bar(&set->s.bar, stage, min64(l->done, l->size), l->size);
+    else fprintf(stderr, "\r%s, lines done: %d\033[K", stage, l->number);
 }
 
 /* Where an image of a set lies: below --base, or beside the set, or else where the name says. */
@@ -14375,6 +14703,10 @@ static int load_set_image(const struct set *set, const struct image_ref *p, lvm_
                             lvm_error *error) {
     char *path = find_image(set, p->path, error);
     int code = path != NULL ? load_image(set->cli, path, image, error) : LVM_MEMORY;
+    if (code == LVM_IO && strcmp(path, p->path) == 0 && os_root(path) == 0 &&
+        set->folder[0] != 0 && os_stat(path).kind == OS_NOTHING)
+        fail(error, LVM_IO, "%s: is neither in %s nor in the working directory", path,
+             set->folder);
     mem_free(path);
     return code;
 }
@@ -14397,6 +14729,16 @@ static int encode_set_images(const struct set *set, const struct image_ref *list
     return code;
 }
 
+/* Says so, once, where a context holds less than what lines give. */
+static void note_window(struct set *set, int given, int used) {
+    if (used == given || set->cut || set->cli->quiet) return;
+    set->cut = 1;
+    hide_bar(&set->s.bar);
+    fprintf(stderr, "lvm: note: %s: line %d: %d images of input, the last %d count (the context "
+            "holds %d)\n", set->lines.name, set->lines.number, given, used,
+            set->s.ctx->o.window);
+}
+
 /* Reads the last images of a line's input that leave room for so many more; *used is their
    number. What the line before began with too is not computed again. */
 static int prompt_line(struct set *set, const struct sentence *line, int room, int *used,
@@ -14410,99 +14752,130 @@ static int prompt_line(struct set *set, const struct sentence *line, int room, i
     if (n == 0 && !bos) return fail(error, LVM_INVALID, "no image fits in front of the targets");
     if (bos) set->ids[0] = m->llama.bos;
     set->n_ids = bos + n * m->T;
+    if (line->by[GIVES_INPUT] == NULL)
+        return fail(error, LVM_FORMAT, "has no \"input\" (an empty list is one)");
+    note_window(set, line->input.n, n);
     *used = n;
     const struct image_ref *first = line->input.list + line->input.n - n;
     int code = encode_set_images(set, first, n, set->ids + bos, error);
     return code == LVM_OK ? lvm_prompt(set->s.ctx, set->ids, set->n_ids, NULL, error) : code;
 }
 
-/* Runs every line of a set through run; a bad line is reported and the next one taken. */
-static int run_set(struct set *set, const char *stage,
-                   int (*run)(struct set *set, struct sentence *line, lvm_error *error)) {
-    struct json j;
+typedef int line_fn(struct set *set, struct sentence *line, lvm_error *error);
+
+/* One line; its answer is on its way before the next is waited for, a fault is reported. */
+static int run_line(struct set *set, line_fn *run) {
+    struct sentence line;
     lvm_error error = {0, ""};
-    while (set_next(set, &j, &error)) {
-        struct sentence line;
-        int code = parse_sentence(&j, &line);
-        int parsed = code == LVM_OK;
-        if (parsed) code = run(set, &line, &error);
-        sentence_free(&line);
-        hide_bar(&set->s.bar);
-        fflush(stdout);
-        set->good += code == LVM_OK;
-        set->bad += code != LVM_OK;
-        if (!parsed) complain("%s", error.text);
-        else if (code != LVM_OK)
-            complain("%s: line %d: %s", set->cli->words[1], set->line, error.text);
-        if (set->s.bar.shown) draw_bar(&set->s.bar, stage, set->line, set->lines);
+    int code = set_parse(set, &line, &error);
+    note_keys(set, &line);
+    if (code == LVM_OK) code = run(set, &line, &error);
+    sentence_free(&line);
+    hide_bar(&set->s.bar);
+    fflush(stdout);
+    set->good += code == LVM_OK;
+    set->bad += code != LVM_OK && code != LVM_CANCELLED;
+    if (code == LVM_CANCELLED) complain("%s", error.text);
+    else if (code != LVM_OK)
+        complain("%s: line %d: %s", set->lines.name, set->lines.number, error.text);
+    return code;
+}
+
+/* Runs every line of a set through run; a bad line is reported and the next one taken. */
+static int run_set(struct set *set, const char *stage, line_fn *run) {
+    lvm_error error = {0, ""};
+    int more = 0;
+    draw_set_bar(set, stage);
+    while ((more = set_next(set, &error)) > 0) {
+        if (run_line(set, run) == LVM_CANCELLED) return 1;
+        draw_set_bar(set, stage);
     }
-    if (set->good + set->bad == 0) complain("%s: holds no lines", set->cli->words[1]);
+    hide_bar(&set->s.bar);
+    if (more < 0) return complain("%s", error.text);
+    if (set->good + set->bad == 0) complain("%s: holds no lines", set->lines.name);
     return set->bad > 0 || set->good == 0;
 }
 
-/* A list of images as tokens, allocated. */
-static int32_t *list_ids(struct set *set, const struct image_list *list, lvm_error *error) {
+/* Tokens of images, allocated. */
+static int32_t *list_ids(struct set *set, const struct image_ref *list, int n,
+                         lvm_error *error) {
     size_t T = (size_t)set->s.model->T;
-    int32_t *ids = mem_alloc((size_t)list->n * T + 1, sizeof *ids, error);
+    int32_t *ids = mem_alloc((size_t)n * T, sizeof *ids, error);
     if (ids == NULL) return NULL;
-    if (encode_set_images(set, list->list, list->n, ids, error) == LVM_OK) return ids;
+    if (encode_set_images(set, list, n, ids, error) == LVM_OK) return ids;
     mem_free(ids);
     return NULL;
 }
 
-static int eval_puzzle(struct set *set, struct sentence *line, lvm_error *error) {
-    int used = 0, n = line->choices.n, T = set->s.model->T;
-    int code = prompt_line(set, line, 1, &used, error);
-    int32_t *ids = code == LVM_OK ? list_ids(set, &line->choices, error) : NULL;
-    double *nll = mem_alloc((size_t)n, sizeof *nll, error);
-    if (code == LVM_OK)
-        code = ids == NULL || nll == NULL ? error->code
-                                          : score_choices(set->s.ctx, ids, n, nll, error);
-    if (code == LVM_OK) {
-        int best = likeliest(nll, n), right = best == line->answer;
-        set->puzzles++;
-        set->answered += line->answer >= 0;
-        set->right += right;
-        hide_bar(&set->s.bar);
-        if (set->cli->json) {
-            printf("{\"line\": %d, ", set->line);
-            print_json_choices(nll, n, T);
-            printf(", \"answer\": %d", best);
-            if (line->answer >= 0) printf(", \"right\": %s", right ? "true" : "false");
-            printf("}\n");
-        } else {
-            printf("%d: answer %d%s, probability %.4f\n", set->line, best,
-                   line->answer < 0 ? "" : right ? " (right)" : " (wrong)",
-                   choice_probability(nll, n, best));
-        }
+/* What eval says of a puzzle; rank, which brings names, says it of each choice. */
+static void print_puzzle(struct set *set, const struct sentence *line, char *const *names,
+                         const double *nll) {
+    int n = line->choices.n, T = set->s.model->T, best = likeliest(nll, n);
+    const char *verdict = best == line->answer ? "right" : "wrong";
+    hide_bar(&set->s.bar);
+    if (set->cli->json) {
+        printf("{\"line\": %d, ", set->lines.number);
+        if (names != NULL) print_choices(set->cli, names, nll, n, T);
+        else print_json_choices(nll, n, T);
+        if (names == NULL) printf(", \"answer\": %d", best);
+        if (line->answer >= 0)
+            printf(", \"right\": %s", best == line->answer ? "true" : "false");
+        printf("}\n");
+        return;
+    }
+    printf("%d: answer %d", set->lines.number, best);
+    if (line->answer >= 0) printf(" (%s)", verdict);
+    printf(", probability %.4f\n", choice_probability(nll, n, best));
+    if (names != NULL) print_choices(set->cli, names, nll, n, T);
+}
+
+/* nll[i] of each choice, of which memory holds one at a time. */
+static int score_line(struct set *set, const struct sentence *line, double *nll,
+                      lvm_error *error) {
+    int used = 0, code = prompt_line(set, line, 1, &used, error);
+    int32_t *ids = mem_alloc((size_t)set->s.model->T, sizeof *ids, error);
+    if (ids == NULL) return LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i < line->choices.n; i++) {
+        code = encode_set_images(set, &line->choices.list[i], 1, ids, error);
+        if (code == LVM_OK) code = score_choices(set->s.ctx, ids, 1, &nll[i], error);
     }
     mem_free(ids);
+    return code;
+}
+
+static int run_puzzle(struct set *set, const struct sentence *line, char *const *names,
+                      lvm_error *error) {
+    double *nll = mem_alloc((size_t)line->choices.n, sizeof *nll, error);
+    int code = nll != NULL ? score_line(set, line, nll, error) : LVM_MEMORY;
+    if (code == LVM_OK) {
+        print_puzzle(set, line, names, nll);
+        set->puzzles++;
+        set->answered += line->answer >= 0;
+        set->right += likeliest(nll, line->choices.n) == line->answer;
+    }
     mem_free(nll);
     return code;
 }
 
 /* exp of the mean negative log-likelihood over all tokens of all targets. */
 static int eval_targets(struct set *set, struct sentence *line, lvm_error *error) {
-    int used = 0, n = line->target.n * set->s.model->T;
-    int code = prompt_line(set, line, line->target.n, &used, error);
-    int32_t *ids = code == LVM_OK ? list_ids(set, &line->target, error) : NULL;
+    int used = 0, code = prompt_line(set, line, line->target.n, &used, error);
+    if (code != LVM_OK) return code;
+    int n = line->target.n * set->s.model->T; /* no more than a window holds */
+    int32_t *ids = list_ids(set, line->target.list, line->target.n, error);
     float *nll = mem_alloc((size_t)n, sizeof *nll, error);
-    if (code == LVM_OK)
-        code = ids == NULL || nll == NULL ? error->code
-                                          : lvm_score(set->s.ctx, ids, n, nll, error);
+    double sum = 0;
+    code = ids == NULL || nll == NULL ? error->code
+                                      : lvm_score(set->s.ctx, ids, n, nll, error);
+    for (int i = 0; code == LVM_OK && i < n; i++) sum += nll[i];
+    if (code == LVM_OK) code = check_likelihood(sum, n, error);
     if (code == LVM_OK) {
-        double sum = 0;
-        for (int i = 0; i < n; i++) sum += nll[i];
         double perplexity = exp_f64(sum / n);
         set->perplexity += perplexity;
         hide_bar(&set->s.bar);
-        if (set->cli->json) {
-            printf("{\"line\": %d, \"perplexity\": ", set->line);
-            print_json_number(perplexity);
-            printf("}\n");
-        } else {
-            printf("%d: perplexity %.6f\n", set->line, perplexity);
-        }
+        printf(set->cli->json ? "{\"line\": %d, \"perplexity\": %.9g}\n"
+                              : "%d: perplexity %.6f\n",
+               set->lines.number, perplexity);
     }
     mem_free(ids);
     mem_free(nll);
@@ -14510,7 +14883,7 @@ static int eval_targets(struct set *set, struct sentence *line, lvm_error *error
 }
 
 static int eval_line(struct set *set, struct sentence *line, lvm_error *error) {
-    if (line->choices.n > 0) return eval_puzzle(set, line, error);
+    if (line->choices.n > 0) return run_puzzle(set, line, NULL, error);
     if (line->target.n == 0 && line->output != NULL) {
         int code = image_list_add(&line->target, line->output, NULL, error);
         line->output = NULL;
@@ -14519,6 +14892,17 @@ static int eval_line(struct set *set, struct sentence *line, lvm_error *error) {
     if (line->target.n == 0)
         return fail(error, LVM_FORMAT, "has neither \"target\" nor \"choices\"");
     return eval_targets(set, line, error);
+}
+
+static int rank_line(struct set *set, struct sentence *line, lvm_error *error) {
+    int n = line->choices.n;
+    if (n == 0) return fail(error, LVM_FORMAT, "has no \"choices\"");
+    char **names = mem_alloc((size_t)n, sizeof *names, error);
+    if (names == NULL) return LVM_MEMORY;
+    for (int i = 0; i < n; i++) names[i] = line->choices.list[i].path;
+    int code = run_puzzle(set, line, names, error);
+    mem_free(names);
+    return code;
 }
 
 static void print_eval_sums(const struct set *set) {
@@ -14536,15 +14920,26 @@ static void print_eval_sums(const struct set *set) {
     if (set->answered > 0) printf("right answers: %d of %d\n", set->right, set->answered);
 }
 
-static int run_eval(struct cli *cli) {
-    if (cli->n_words != 2) return complain("give weights and a set (lvm help eval)") + 1;
+/* eval and rank of a set. */
+static int score_set(struct cli *cli, const char *stage, line_fn *run) {
     lvm_error error = {0, ""};
     struct set set = {.cli = cli};
     int code = set_open(&set, cli, &error), status = finish(&error, code);
-    if (code == LVM_OK) status = run_set(&set, "eval", eval_line);
+    if (code == LVM_OK) status = run_set(&set, stage, run);
     if (code == LVM_OK && set.good > 0) print_eval_sums(&set);
     set_close(&set);
     return status;
+}
+
+static int rank_set(struct cli *cli) {
+    if (cli->cache != NULL)
+        return complain("--cache goes with images, not with a set (lvm help rank)") + 1;
+    return score_set(cli, "rank", rank_line);
+}
+
+static int run_eval(struct cli *cli) {
+    if (cli->n_words != 2) return complain("give weights and a set (lvm help eval)") + 1;
+    return score_set(cli, "eval", eval_line);
 }
 
 /* "W,H" or "original"; 0, or a message and 2. */
@@ -14615,51 +15010,222 @@ static int compose_answers(struct set *set, const struct sentence *line, const l
     return code;
 }
 
-/* As the published program counts it: the mean of the squared differences of values in [0,1], times
-   three channels, over candidates and targets. */
-static int squared_error(struct set *set, const struct sentence *line, const lvm_image *answers,
-                         double *out, lvm_error *error) {
-    int R = set->s.model->vq->R, n = set->cli->images, code = LVM_OK;
+/* The sum of the squared differences of values in [0,1]. */
+static double squared_differences(const lvm_image *a, const lvm_image *b) {
+    size_t n = (size_t)a->width * (size_t)a->height * RGB;
     double sum = 0;
-    for (int t = 0; code == LVM_OK && t < n; t++) {
-        lvm_image image = {.rgb = NULL}, truth = {.rgb = NULL};
-        const struct image_ref *p = &line->target.list[t];
-        if (p->ids != NULL) code = lvm_decode(set->s.ctx, p->ids, 1, &truth, error);
-        else code = load_set_image(set, p, &image, error);
-        if (code == LVM_OK && p->ids == NULL)
-            code = fit_image(&image, R, set->s.ctx->o.fit, &truth, error);
-        for (int c = 0; code == LVM_OK && c < set->cli->candidates; c++)
-            for (int i = 0; i < R * R * 3; i++) {
-                double d = (answers[c * n + t].rgb[i] - truth.rgb[i]) / 255.0;
-                sum += d * d;
-            }
-        lvm_image_free(&image);
-        lvm_image_free(&truth);
+    for (size_t i = 0; i < n; i++) {
+        double d = (a->rgb[i] - b->rgb[i]) / 255.0;
+        sum += d * d;
     }
-    *out = 3 * sum / ((double)R * R * 3 * n * set->cli->candidates);
+    return sum;
+}
+
+/* A target at the size of the answers. */
+static int load_truth(struct set *set, const struct image_ref *p, lvm_image *out,
+                      lvm_error *error) {
+    lvm_image image = {.rgb = NULL};
+    if (p->ids != NULL) return lvm_decode(set->s.ctx, p->ids, 1, out, error);
+    int code = load_set_image(set, p, &image, error);
+    if (code == LVM_OK)
+        code = fit_image(&image, set->s.model->vq->R, set->s.ctx->o.fit, out, error);
+    lvm_image_free(&image);
     return code;
 }
 
-/* The name of a line's answer: below the output folder and nowhere else, with the ending .png. */
-static char *batch_name(const struct set *set, const char *output, lvm_error *error) {
-    const char *ext = extension(output);
-    int stem = (int)(strlen(output) - strlen(ext) - (*ext != 0)), leaves = os_root(output) > 0;
+/* mse[c] of each candidate, as the published program counts it: the mean of the squared differences
+   of values in [0,1], times three channels, over the targets. Its number is the mean over the
+   candidates. */
+static int squared_errors(struct set *set, const struct sentence *line, const lvm_image *answers,
+                          double *mse, lvm_error *error) {
+    int R = set->s.model->vq->R, n = set->cli->images, code = LVM_OK;
+    for (int c = 0; c < set->cli->candidates; c++) mse[c] = 0;
+    for (int t = 0; code == LVM_OK && t < n; t++) {
+        lvm_image truth = {.rgb = NULL};
+        code = load_truth(set, &line->target.list[t], &truth, error);
+        for (int c = 0; code == LVM_OK && c < set->cli->candidates; c++)
+            mse[c] += squared_differences(&answers[c * n + t], &truth) / ((double)R * R * n);
+        lvm_image_free(&truth);
+    }
+    return code;
+}
+
+/* Why an output is none that could be written, or NULL. The file's own name is what stands behind
+   the last separator; *stem becomes the length of what stands before its ending. */
+static const char *output_fault(const char *output, size_t *stem) {
+    const char *name = os_file_name(output), *dot = strrchr(name, '.');
+    int leaves = os_root(output) > 0;
+    *stem = dot != NULL ? (size_t)(dot - output) : strlen(output);
     for (const char *p = output; *p != 0; p++) {
         const char *end = p + strspn(p, ". "); /* Windows drops dots and blanks that end a name */
         leaves |= (p == output || os_is_separator(p[-1])) && strncmp(p, "..", 2) == 0 &&
                   (*end == 0 || os_is_separator(*end));
     }
-    if (leaves || stem == 0) {
-        fail(error, LVM_INVALID, "output %s: must be a name below the output folder (-o)", output);
+    if (output[0] == 0) return "is empty; name a file below the output folder (-o)";
+    if (leaves) return "must be a name below the output folder (-o)";
+    if (*name == 0) return "names a folder; name a file below the output folder (-o)";
+    if (output + *stem == name) return "has nothing in front of its ending; name a file below "
+                                       "the output folder (-o)";
+    if (dot == NULL || has_extension(name, "png|jpg|jpeg|jpe|jfif|webp|bmp|gif|tif|tiff"
+                                           "|ppm|pgm|pnm"))
+        return NULL;
+    return "has an ending that is no image's; lvm writes PNG, so let it end in .png";
+}
+
+/* The name of a line's answer: below the output folder and nowhere else, without the parts that
+   name no folder ("./a//b" is a/b), and with the ending .png. */
+static char *batch_name(const struct set *set, const char *output, lvm_error *error) {
+    size_t stem = 0, n = 0;
+    const char *fault = output_fault(output, &stem);
+    if (fault != NULL) {
+        fail(error, LVM_INVALID, "output \"%s\" %s", output, fault);
         return NULL;
     }
-    size_t room = strlen(output) + 8;
-    char *png = mem_alloc(room, 1, error);
+    char *png = mem_alloc(strlen(output) + 8, 1, error);
     if (png == NULL) return NULL;
-    snprintf(png, room, "%.*s.png", stem, output);
+    for (size_t at = 0; at < stem;) {
+        size_t part = 0;
+        while (at + part < stem && !os_is_separator(output[at + part])) part++;
+        int last = at + part == stem;
+        if (last || (part > 0 && !(part == 1 && output[at] == '.'))) {
+            memcpy(png + n, output + at, part);
+            n += part;
+            if (!last) png[n++] = '/';
+        }
+        at += part + 1;
+    }
+    int is_png = has_extension(output, "png");
+    memcpy(png + n, is_png ? output + stem : ".png", 5);
     char *name = join_path(set->cli->out != NULL ? set->cli->out : "", png, error);
     mem_free(png);
     return name;
+}
+
+/* ---- Outputs of a set that must differ ---- */
+
+/* Adds a file that is written, whose name the list owns from now on, also after a failure, or one
+   that is read (NULL, and path is looked at). */
+static int destinations_add(struct destinations *o, char *name, const char *path, int line,
+                       lvm_error *error) {
+    struct destination *list = array_grow(o->list, (size_t)o->n, 1, sizeof *list, &o->room, error);
+    char *way = list != NULL ? copy_string(path, error) : NULL;
+    if (list != NULL) o->list = list;
+    if (way == NULL) {
+        mem_free(name);
+        return LVM_MEMORY;
+    }
+    size_t root = os_root(path), end = strlen(path);
+    struct os_info at = os_stat(path);
+    while (at.kind == OS_NOTHING && end > root) { /* one part less */
+        while (end > root && !os_is_separator(way[end - 1])) end--;
+        while (end > root && os_is_separator(way[end - 1])) end--;
+        way[end] = 0;
+        at = os_stat(end > 0 ? way : ".");
+    }
+    mem_free(way);
+    const char *rest = name != NULL ? name + end : "";
+    while (os_is_separator(*rest)) rest++;
+    o->list[o->n++] = (struct destination){at.device, at.number, name, rest, line};
+    return LVM_OK;
+}
+
+/* By file, those that are written first, then by line. */
+static int compare_outputs(const void *a, const void *b) {
+    const struct destination *x = a, *y = b;
+    if (x->device != y->device) return x->device < y->device ? -1 : 1;
+    if (x->number != y->number) return x->number < y->number ? -1 : 1;
+    int order = strcmp(x->rest, y->rest);
+    if (order == 0) order = (x->name == NULL) - (y->name == NULL);
+    return order != 0 ? order : x->line - y->line;
+}
+
+/* Finds the first line that would write what another line writes or reads. */
+static int compare_lines(const struct set *set, struct destinations *o, lvm_error *error) {
+    const struct destination *other = NULL, *found = NULL;
+    if (o->n > 0) qsort(o->list, (size_t)o->n, sizeof *o->list, compare_outputs);
+    for (int i = 1, first = 0; i < o->n; i++) {
+        const struct destination *x = &o->list[first], *y = &o->list[i];
+        if (x->device != y->device || x->number != y->number || strcmp(x->rest, y->rest) != 0)
+            first = i;
+        else if (x->name != NULL && (found == NULL || y->line < found->line))
+            other = x, found = y;
+    }
+    if (found == NULL) return LVM_OK;
+    if (found->name == NULL)
+        return fail(error, LVM_INVALID, "%s: line %d would write %s, which is an input too (of "
+                    "line %d); choose another output folder with -o", set->lines.name,
+                    other->line, other->name, found->line);
+    return fail(error, LVM_INVALID, "%s: lines %d and %d would write the same file: %s, %s",
+                set->lines.name, other->line, found->line, other->name, found->name);
+}
+
+/* What one line will write. A name at fault is told when the line's turn comes. */
+static int plan_write(struct set *set, const struct sentence *line, struct destinations *o,
+                      lvm_error *error) {
+    lvm_error fault;
+    char *name = line->output != NULL ? batch_name(set, line->output, &fault) : NULL;
+    return name != NULL ? destinations_add(o, name, name, set->lines.number, error) : LVM_OK;
+}
+
+/* What one line reads. */
+static int plan_reads(struct set *set, const struct sentence *line, struct destinations *o,
+                      lvm_error *error) {
+    const struct image_list *const lists[] = {&line->input, &line->target, &line->choices};
+    int code = LVM_OK;
+    for (int k = 0; k < 3; k++)
+        for (int i = 0; code == LVM_OK && i < lists[k]->n; i++) {
+            if (lists[k]->list[i].path == NULL) continue;
+            char *path = find_image(set, lists[k]->list[i].path, error);
+            code = path == NULL ? LVM_MEMORY : LVM_OK;
+            if (code == LVM_OK && os_stat(path).kind != OS_NOTHING)
+                code = destinations_add(o, NULL, path, set->lines.number, error);
+            mem_free(path);
+        }
+    return code;
+}
+
+/* Asks all lines of a file for what they write or read, and goes back to the first. */
+static int plan_set(struct set *set, struct destinations *o,
+                    int (*plan)(struct set *set, const struct sentence *line, struct destinations *o,
+                                lvm_error *error),
+                    lvm_error *error) {
+    int code = LVM_OK, more = 1;
+    while (code == LVM_OK && (more = set_next(set, error)) > 0) {
+        struct sentence line;
+        lvm_error fault;
+        if (set_parse(set, &line, &fault) == LVM_OK) code = plan(set, &line, o, error);
+        sentence_free(&line);
+    }
+    if (code == LVM_OK && more < 0) code = error->code;
+    return code == LVM_OK ? lines_rewind(&set->lines, error) : code;
+}
+
+/* Looks through a file before any work: no two lines may write one file, and none an image that the
+   set reads. The latter takes an output that exists and will not stay as it is. */
+static int check_set_outputs(struct set *set, lvm_error *error) {
+    struct destinations all = {0};
+    int replaces = 0, code = plan_set(set, &all, plan_write, error);
+    for (int i = 0; i < all.n && !set->cli->skip_existing; i++) replaces |= *all.list[i].rest == 0;
+    if (code == LVM_OK && replaces) code = plan_set(set, &all, plan_reads, error);
+    if (code == LVM_OK) code = compare_lines(set, &all, error);
+    destinations_free(&all);
+    return code;
+}
+
+/* Refuses what an earlier line of this run has written; links and spelling do not hide it. */
+static int check_written(const struct set *set, const char *name, lvm_error *error) {
+    struct os_info now = os_stat(name);
+    for (int i = 0; now.kind != OS_NOTHING && i < set->written.n; i++) {
+        const struct destination *w = &set->written.list[i];
+        if (w->device == now.device && w->number == now.number && same_file(w->name, name))
+            return fail(error, LVM_INVALID, "%s: is the output of line %d", name, w->line);
+    }
+    return LVM_OK;
+}
+
+/* An answer that an earlier run left. */
+static int is_answer(const char *name) {
+    return os_stat(name).kind == OS_FILE && begins_with(name, "\x89PNG");
 }
 
 /* Makes the folders in front of a file's name. */
@@ -14679,59 +15245,119 @@ static int make_folders(const char *name, lvm_error *error) {
     return code;
 }
 
-static int save_batch(struct set *set, const struct sentence *line, const lvm_image *image,
-                      const char *name, double *error_of_line, lvm_error *error) {
+/* Before the work on an answer: it may be written where it should go. */
+static int ready_output(struct set *set, const struct sentence *line, const char *name,
+                        lvm_error *error) {
+    const struct image_list *const lists[] = {&line->input, &line->target};
     struct paths inputs = {0};
     int code = LVM_OK;
-    for (int i = 0; code == LVM_OK && i < line->input.n; i++) {
-        char *path = line->input.list[i].path != NULL
-                         ? find_image(set, line->input.list[i].path, error) : NULL;
-        if (path != NULL) code = paths_add(&inputs, "", path, error);
-        mem_free(path);
-    }
+    for (int k = 0; k < 2; k++)
+        for (int i = 0; code == LVM_OK && i < lists[k]->n; i++) {
+            if (lists[k]->list[i].path == NULL) continue;
+            char *path = find_image(set, lists[k]->list[i].path, error);
+            code = path != NULL ? paths_add(&inputs, "", path, error) : LVM_MEMORY;
+            mem_free(path);
+        }
     if (code == LVM_OK) code = check_output(set->cli, name, &inputs, error);
     if (code == LVM_OK) code = make_folders(name, error);
-    if (code == LVM_OK) code = lvm_image_save(name, image, error);
     paths_free(&inputs);
-    if (code != LVM_OK) return code;
-    hide_bar(&set->s.bar);
-    if (error_of_line != NULL) set->errors++, set->error += *error_of_line;
-    if (!set->cli->json) {
-        printf("%s\n", name);
-        return LVM_OK;
-    }
-    printf("{\"line\": %d, \"output\": ", set->line);
-    print_json_text(name);
-    if (error_of_line != NULL) printf(", \"mse\": %.9g", *error_of_line);
-    printf("}\n");
-    return LVM_OK;
+    return code;
 }
 
-static int batch_line(struct set *set, struct sentence *line, lvm_error *error) {
+static void print_answer_json(const struct set *set, const char *name, const double *mse,
+                              double mean) {
+    printf("{\"line\": %d, \"output\": ", set->lines.number);
+    print_json_text(name);
+    for (int c = 0; mse != NULL && c < set->cli->candidates; c++)
+        printf("%s%.9g", c > 0 ? ", " : ", \"mse\": [", mse[c]);
+    if (mse != NULL) printf("], \"mean_mse\": %.9g", mean);
+    printf("}\n");
+}
+
+static void print_answer_text(const struct set *set, const char *name, const double *mse,
+                              double mean) {
+    printf("%s\n", name);
+    if (mse == NULL) return;
+    printf("%d: mean squared error %.6g", set->lines.number, mean);
+    for (int c = 0; set->cli->candidates > 1 && c < set->cli->candidates; c++)
+        printf("%s%.6g", c > 0 ? ", " : ", of the candidates ", mse[c]);
+    printf("\n");
+}
+
+/* mse: of each candidate, or NULL. */
+static void print_answer(struct set *set, const char *name, const double *mse) {
+    int n = set->cli->candidates;
+    double mean = 0;
+    for (int c = 0; mse != NULL && c < n; c++) mean += mse[c] / n;
+    set->errors += mse != NULL;
+    set->error += mean;
+    hide_bar(&set->s.bar);
+    if (set->cli->json) print_answer_json(set, name, mse, mean);
+    else print_answer_text(set, name, mse, mean);
+}
+
+static int answer_line(struct set *set, const struct sentence *line, const char *name,
+                       lvm_error *error) {
     const struct cli *cli = set->cli;
-    int used = 0, n = cli->images * cli->candidates;
-    double mse = 0;
+    int used = 0, n = cli->images * cli->candidates, has_truth = line->target.n >= cli->images;
+    double mse[MAX_SEQUENCES];
     lvm_image all = {.rgb = NULL};
-    if (line->output == NULL) return fail(error, LVM_FORMAT, "has no \"output\" name");
-    char *name = batch_name(set, line->output, error);
-    if (name == NULL) return error->code;
-    int has_truth = line->target.n >= cli->images, code = prompt_line(set, line, 1, &used, error);
-    int shown = cli->grid ? used : 0;
+    int code = prompt_line(set, line, 1, &used, error), shown = cli->grid ? used : 0;
+    if (code == LVM_OK) code = ready_output(set, line, name, error);
     lvm_image *answers = mem_alloc((size_t)n, sizeof *answers, error);
     lvm_image *inputs = mem_alloc((size_t)shown + 1, sizeof *inputs, error);
     if (answers == NULL || inputs == NULL) code = LVM_MEMORY;
     if (code == LVM_OK)
         code = lvm_generate_images(set->s.ctx, &cli->sampling, cli->candidates, cli->images,
                                    answers, error);
-    if (code == LVM_OK && has_truth) code = squared_error(set, line, answers, &mse, error);
+    if (code == LVM_OK && has_truth) code = squared_errors(set, line, answers, mse, error);
     if (code == LVM_OK) code = grid_inputs(set, line, shown, inputs, error);
     if (code == LVM_OK) code = compose_answers(set, line, inputs, shown, answers, &all, error);
-    if (code == LVM_OK) code = save_batch(set, line, &all, name, has_truth ? &mse : NULL, error);
+    if (code == LVM_OK) code = lvm_image_save(name, &all, error);
+    if (code == LVM_OK) print_answer(set, name, has_truth ? mse : NULL);
     lvm_image_free(&all);
     free_images(inputs, shown);
     free_images(answers, n);
+    return code;
+}
+
+/* A line whose answer exists. */
+static void skip_line(struct set *set, const char *name) {
+    set->skipped++;
+    if (!set->cli->json) return;
+    hide_bar(&set->s.bar);
+    printf("{\"line\": %d, \"output\": ", set->lines.number);
+    print_json_text(name);
+    printf(", \"skipped\": true}\n");
+}
+
+static int batch_line(struct set *set, struct sentence *line, lvm_error *error) {
+    if (line->output == NULL) return fail(error, LVM_FORMAT, "has no \"output\" name");
+    char *name = batch_name(set, line->output, error);
+    int code = name != NULL ? check_written(set, name, error) : error->code;
+    if (code == LVM_OK && set->cli->skip_existing && is_answer(name)) skip_line(set, name);
+    else if (code == LVM_OK) code = answer_line(set, line, name, error);
+    if (code == LVM_OK)
+        return destinations_add(&set->written, name, name, set->lines.number, error);
     mem_free(name);
     return code;
+}
+
+static void print_batch_sums(const struct set *set) {
+    double mean = set->errors > 0 ? set->error / set->errors : 0;
+    if (set->cli->json) {
+        printf("{\"lines\": %d, \"bad\": %d", set->good, set->bad);
+        if (set->cli->skip_existing) printf(", \"skipped\": %d", set->skipped);
+        if (set->errors > 0) printf(", \"mean_mse\": %.9g", mean);
+        printf("}\n");
+        return;
+    }
+    if (set->errors > 0)
+        printf("mean squared error %.6g, the mean of %d line%s\n", mean, set->errors,
+               set->errors > 1 ? "s" : "");
+    if (set->skipped > 0 && !set->cli->quiet)
+        fprintf(stderr, "lvm: note: %s: %d line%s skipped, the output exists\n", set->lines.name,
+                set->skipped, set->skipped > 1 ? "s" : "");
 }
 
 static int run_batch(struct cli *cli) {
@@ -14742,12 +15368,10 @@ static int run_batch(struct cli *cli) {
     struct set set = {.cli = cli};
     int code = set_open(&set, cli, &error);
     if (code == LVM_OK) code = need_all(cli, &set.s, &error);
+    if (code == LVM_OK && set.lines.size > 0) code = check_set_outputs(&set, &error);
     int status = finish(&error, code);
     if (code == LVM_OK) status = run_set(&set, "batch", batch_line);
-    double mse = set.errors > 0 ? set.error / set.errors : 0;
-    if (set.errors > 0 && cli->json) printf("{\"lines\": %d, \"mse\": %.9g}\n", set.good, mse);
-    else if (set.good > 0 && cli->json) printf("{\"lines\": %d}\n", set.good);
-    else if (set.errors > 0 && !cli->quiet) fprintf(stderr, "mean squared error %.6g\n", mse);
+    if (code == LVM_OK && set.good > 0) print_batch_sums(&set);
     set_close(&set);
     return status;
 }

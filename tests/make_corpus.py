@@ -151,6 +151,11 @@ def write_text(folder):
          b'{"input_tokens": [1, 2, 3, 4], "output_tokens": [[5, 6]], "x": [{"y": null}, -1.5e3]}\n')
     save(folder, "jsonl", "puzzle", b'{"input_tokens": "AQAAAAIAAAA=", "choices": ["\\u00e9\\ud83d\\udc0b", '
          b'"\\n"], "answer": 1, "output": "c.png"}\n\n')
+    save(folder, "jsonl", "rules", b'{"input": null, "input_tokens": [1.0, 2e0], "target": [3, 4], '
+         b'"output": "./a.jpg", "score": NaN, "x": [Infinity, -Infinity]}\n{"input": [], "choices": ["a"], "answer": 0.0, "Inputs": 1}\n')
+    save(folder, "jsonl", "faults", b'{"input": ["a",]}\n{"input": [], "input_tokens": []}\n{"target": "a", '
+         b'"output": ["a"]}\n{"x": 1, "x": {},}\n{\'input\': None}\n{"input": ["a"\n\xff\xfe{\x00\n'
+         b'{"answer": 1e999, "input": [""]}\n')
     save(folder, "tokens", "two", b"1 2 3 4\n5 6 70 8\n")
     save(folder, "tokens", "bad", b"1 -2 x\n99999999999\n")
 

@@ -176,18 +176,18 @@ static void fuzz_image(const uint8_t *data, size_t n) {
 }
 
 static void fuzz_jsonl(const uint8_t *data, size_t n) {
-    int line = 0;
     while (n > 0) {
         const uint8_t *end = memchr(data, '\n', n);
         size_t here = end != NULL ? (size_t)(end - data) : n;
         lvm_error error;
         struct sentence s;
-        struct json j = {.file = "set", .line = ++line, .s = (const char *)data, .n = here, .T = 2,
-                         .codes = 64, .error = &error};
+        struct json j = {.s = (const char *)data, .n = here, .T = 2, .codes = 64, .error = &error};
         if (parse_sentence(&j, &s) == LVM_OK) {
             accepted++;
             for (int i = 0; i < s.input.n; i++)
                 if ((s.input.list[i].path == NULL) == (s.input.list[i].ids == NULL)) abort();
+            for (int i = 0; i < N_KEYS; i++)
+                if (s.stray[i][0] != 0 && find_near_key(s.stray[i]) != i) abort();
         }
         sentence_free(&s);
         here += end != NULL;

@@ -10,11 +10,17 @@ import base64
 import json
 import math
 import os
+import pty
 import random
+import select
+import shutil
+import signal
+import stat
 import struct
 import unittest
 
-from test_cli import CODES, T, WEIGHTS, WINDOW, Case, image, npy, pixels, png, png_size, read
+from test_cli import (CODES, SANITIZED, T, TIMEOUT, WEIGHTS, WINDOW, Case, Gguf, heed_interrupts, image,
+                      limit_memory, npy, pixels, png, png_size, read)
 
 R = 32                                    # side of the small model's images
 
@@ -38,9 +44,9 @@ class Sets(Case):
     def eval(self, *args):
         return [json.loads(line) for line in self.lines("eval", self.weights, "set.jsonl", "--json", *args)]
 
-    def partly(self, words, *args):
-        """A run that reports one bad line and does the rest."""
-        code, out, err = self.run_lvm(*args)
+    def partly(self, words, *args, **how):
+        """A run that reports bad lines and does the rest."""
+        code, out, err = self.run_lvm(*args, **how)
         self.assertEqual(code, 1, err)
         for word in words:
             self.assertIn(word, err)
@@ -83,9 +89,28 @@ class Rank(Sets):
         self.assertEqual(self.rank("p0.png", "--", "f")["choices"], ["f/2.png", "f/10.png"])
 
     def test_usage(self):
-        for args in (("p0.png",), ("p0.png", "p1.png"), ("p0.png", "--"), ("--", "p0.png")):
+        for args in (("p0.png",), ("p0.png", "p1.png"), ("p0.png", "--"), ("--", "p0.png"), ("--", "set.jsonl")):
             self.bad(2, "-- and choices", "rank", self.weights, *args)
         self.bad(1, "nowhere.png", "rank", self.weights, "p0.png", "--", "nowhere.png")
+        self.bad(2, "--base and --lines", "rank", self.weights, "--base", ".", "p0.png", "--", "p1.png")
+        self.bad(2, "--cache", "rank", self.weights, "set.jsonl", "--cache", "c")
+
+    def test_set(self):
+        """A line of a set is ranked as its images are on the command line."""
+        other = json.loads(self.good("rank", self.weights, "--json", "p1.png", "--", "p0.png", "p3.png"))
+        want = self.rank("p0.png", "p1.png", "--", "p2.png", "p3.png")
+        self.put_set({"input": ["p0.png", "p1.png"], "choices": ["p2.png", "p3.png"], "answer": want["answer"]},
+                     {"input": ["p0.png"], "target": ["p3.png"]},
+                     {"input_tokens": self.ids[1], "choices": [self.ids[0], "p3.png"], "answer": None})
+        out, err = self.partly(["line 2: has no \"choices\""], "rank", self.weights, "set.jsonl", "--json")
+        one, two, all_ = map(json.loads, out)
+        self.assertEqual(one, dict(want, line=1, right=True))
+        self.assertEqual(two, dict(other, line=3, choices=[None, "p3.png"]))
+        self.assertEqual(all_, {"lines": 2, "bad": 1, "right": 1, "of": 1})
+        out, err = self.partly([], "rank", self.weights, "set.jsonl", "--lines", "2")
+        self.assertRegex(out[0], r"\A1: answer %d \(right\), probability [01]\.\d{4}\Z" % want["answer"])
+        table = self.lines("rank", self.weights, "p0.png", "p1.png", "--", "p2.png", "p3.png")
+        self.assertEqual(out[1:], table + ["right answers: 1 of 1"])
 
 
 class Eval(Sets):
@@ -153,6 +178,14 @@ class Eval(Sets):
         self.put_set({"input": [self.path("p0.png")], "target": ["q.png"]})
         self.assertEqual(self.lines("eval", self.weights, "set.jsonl", "--base=sets/inner"), beside)
 
+    def test_missing_images(self):
+        os.mkdir(self.path("d"))
+        self.put_set({"input": ["no.png"], "target": ["p0.png"]}, {"input": ["/no.png"], "target": ["p0.png"]},
+                     name="d/set.jsonl")
+        self.partly(["line 1: no.png: is neither in d/ nor in the working directory", "line 2: /no.png: No such"],
+                    "eval", self.weights, "d/set.jsonl")
+        self.partly(["line 1: d/no.png: No such"], "eval", self.weights, "d/set.jsonl", "--base", "d")
+
     def test_json_text(self):
         name = "a \u00e9\u4e2d\U0001f40b\"b.png"
         os.rename(self.path("p1.png"), self.path(name))
@@ -181,7 +214,19 @@ class Eval(Sets):
                ("{\"choices\": [\"p0.png\"], \"answer\": 1}", "none of the choices"),
                ("{\"answer\": \"1\"}", "\"answer\""), ("{\"input\": [\"no.png\"], \"target\": \"p0.png\"}", "no.png"),
                ("{\"input\": [\"p0.png\"], \"target\": [%s]}" % ", ".join(["\"p1.png\""] * (WINDOW + 1)),
-                "do not fit"))
+                "do not fit"),
+               ("{\"input\": [\"p0.png\",]}", "a comma stands in front of the ]"),
+               ("{\"input_tokens\": [[1,2,]]}", "a comma stands in front of the ]"),
+               ("{\"x\": {\"y\": 1,}}", "a comma stands in front of the }"),
+               ("{\"target\": \"p0.png\",}", "a comma stands in front of the }"),
+               ("{\"input\": [,]}", "path or tokens"), ("{\"input\": [null]}", "path or tokens"),
+               ("{\"input\": [\"\"]}", "is empty"), ("{'input': []}", "not between '"),
+               ("{\"x\": None}", "None is no value"), ("{\"x\": 01}", "01 is no value"),
+               ("{\"x\": nan}", "nan is no value"), ("{\"x\": -}", "- is no value"), ("{", "the end of the line"),
+               ("{\"target\": [\"p1.png\"]}", "no \"input\""), ("{\"answer\": 1.5}", "\"answer\""),
+               ("{\"answer\": -1}", "\"answer\""), ("{\"answer\": 1e9}", "\"answer\""),
+               ("{\"choices\": [\"p0.png\"], \"answer\": 1e0}", "none of the choices"),
+               ("{\"a\": \"\0\"}", "zero bytes"))
         self.put_set(good)
         line = self.lines("eval", self.weights, "set.jsonl")[0][1:]
         for text, words in bad:
@@ -189,6 +234,96 @@ class Eval(Sets):
             out, err = self.partly(["set.jsonl: line 2: ", words], "eval", self.weights, "set.jsonl")
             self.assertEqual(len(err), 1)
             self.assertEqual(out, ["1" + line, "3" + line, line[2:] + ", the mean of 2 lines"], text)
+
+    def test_one_thing_once(self):
+        image, ids = json.dumps("p1.png"), json.dumps(self.ids[1])
+        for name, first, again, second in (("input", image, "input_tokens", ids), ("input", ids, "input", image),
+                                           ("target", image, "target_tokens", ids),
+                                           ("target", image, "output", "[%s]" % image),
+                                           ("output", ids, "output_tokens", ids),
+                                           ("output", image, "output", image),
+                                           ("choices_tokens", ids, "choices", "[]"), ("answer", "0", "answer", "0"),
+                                           ("answer", "null", "answer", "0")):
+            for a, b in (((name, first), (again, second)), ((again, second), (name, first))):
+                self.put_set("{\"%s\": %s, \"x\": 1, \"%s\": %s}" % (a + b))
+                words = ["set.jsonl: line 1: ", "\"%s\"" % a[0], "\"%s\"" % b[0]]
+                out, err = self.partly(words, "eval", self.weights, "set.jsonl")
+                self.assertIn("twice", err[0])
+        ids = self.ids[1]
+        self.put_set({"input": ["p0.png"], "target": ["p1.png"]},
+                     {"input": ["p0.png"], "output": "x", "output_tokens": ids},
+                     {"input": None, "input_tokens": self.ids[0], "target": None, "output": [ids], "choices": None,
+                      "answer": None})
+        self.assertEqual(len({line["perplexity"] for line in self.eval()[:3]}), 1)
+
+    def test_what_other_programs_write(self):
+        """Numbers of pandas; NaN and Infinity of Python where they mean nothing."""
+        puzzle = "{\"input\": [\"p0.png\"], \"choices\": [\"p2.png\", \"p3.png\"], \"answer\": %s}"
+        texts = ("1", "1.0", "1e0", "10E-1", "0.1e+1", "1.000")
+        self.put_set(*[puzzle % text for text in texts])
+        self.assertEqual(self.eval()[-1]["of"], len(texts))
+        self.assertEqual(len({line["right"] for line in self.eval()[:-1]}), 1)
+        ids = "[%s]" % ", ".join("%d.0" % i for i in self.ids[1])
+        rest = "\"a\": NaN, \"b\": [Infinity, -Infinity, -0.5E-7, %s], \"c\": {\"NaN\": true}" % ("9" * 99)
+        self.put_set({"input": ["p0.png"], "target": ["p1.png"]},
+                     "{\"input\": [\"p0.png\"], %s, \"target\": %s}" % (rest, ids))
+        one, two, _ = self.eval()
+        self.assertEqual(one["perplexity"], two["perplexity"])
+
+    def test_misspelt_keys(self):
+        """Each is noted once; keys like no other pass in silence."""
+        near = {"inputs": "input", "Target": "target", "choice": "choices", "anwser": "answer",
+                "input_token": "input_tokens", "outptu": "output", "ta\nget": "target"}
+        line = {"input": ["p0.png"], "target": ["p1.png"]}
+        for key, meant in near.items():
+            self.put_set(line, dict(line, **{key: ["p1.png"]}), dict(line, **{key: 1}))
+            code, out, err = self.run_lvm("eval", self.weights, "set.jsonl")
+            self.assertEqual((code, out.count(b"perplexity")), (0, 4))
+            self.assertEqual(err, "lvm: note: set.jsonl: line 2: the key \"%s\" has no meaning (did you mean "
+                             "\"%s\"?)\n" % (key.replace("\n", "?"), meant))
+            self.good("eval", self.weights, "set.jsonl", "-q")
+        self.put_set(dict(line, inputs=1, targets=2), dict(line, inptu=1))
+        self.assertEqual(self.run_lvm("eval", self.weights, "set.jsonl")[2].count("did you mean"), 2)
+        self.put_set(dict(line, name="x", put=1, id=2, image="y", score=3, t=1, input_tokens_of_another_program=4))
+        self.good("eval", self.weights, "set.jsonl")
+
+    def test_encodings(self):
+        line = json.dumps({"input": ["p0.png"], "target": ["p1.png"]}) + "\n"
+        for name in ("utf-16", "utf-16-le", "utf-16-be"):
+            self.put("set.jsonl", (line * 2).encode(name))
+            self.bad(1, "set.jsonl: is text in UTF-16", "eval", self.weights, "set.jsonl")
+        os.mkdir(self.path("d"))
+        self.bad(1, "d: is a folder", "eval", self.weights, "d")
+        self.bad(1, "set is empty", "eval", self.weights, "")
+
+    def test_limits(self):
+        """Memory is in proportion to a line, and a line has a largest length."""
+        small = {} if SANITIZED else {"preexec_fn": lambda: limit_memory(300 << 20)}
+        line = {"input": ["p0.png"], "target": ["p1.png"], "x": ["a"] * 20000}
+        self.put_set(line, {"input": ["a"] * 20000 + ["p0.png"] * WINDOW, "target": ["p1.png"]})
+        self.assertEqual(len(self.lines("eval", self.weights, "set.jsonl", "-q", "-j1", **small)), 3)
+        fit = dict(line, x="")
+        fit["x"] = "a" * ((16 << 20) - len(json.dumps(fit)))
+        self.put_set(line, dict(fit, x=fit["x"] + "a"), fit, {"input": ["p0.png"], "choices": ["a"] * 65537})
+        out, err = self.partly(["line 2: is longer than 16777216 bytes", "line 4: a list of more than 65536 images"],
+                               "eval", self.weights, "set.jsonl", "-j1", **small)
+        self.assertEqual(([text[:2] for text in out[:2]], len(err)), (["1:", "3:"], 2))
+
+    def test_beyond_numbers(self):
+        """Finite weights of which no finite perplexity comes: no number is made up."""
+        model = Gguf(read(self.weights))
+        norm = model.tensor(b"output_norm.weight")
+        data, n = bytearray(model.data), norm[1][0]
+        large = [x * 1e8 for x in struct.unpack_from("<%df" % n, data, norm[3])]
+        struct.pack_into("<%df" % n, data, norm[3], *large)
+        model.data = bytes(data)
+        self.put("huge.bin", model.bytes())
+        self.put_set({"input": ["p0.png"], "target": ["p1.png"]},
+                     {"input": ["p0.png"], "choices": ["p1.png", "p2.png"]})
+        for command in ("eval", "rank"):
+            code, out, err = self.run_lvm(command, "huge.bin", "set.jsonl", "--json")
+            self.assertEqual((code, out, len(err.splitlines())), (1, b"", 2), err)
+        self.bad(1, "no finite number", "rank", "huge.bin", "p0.png", "--", "p1.png")
 
     def test_no_lines(self):
         for text in (b"", b"\n\n  \n"):
@@ -211,13 +346,16 @@ class Eval(Sets):
         code, out, err = self.run_lvm("eval", self.weights, "set.jsonl")
         self.assertEqual(code, 1)
         for line in err.splitlines():
-            self.assertRegex(line, r"\Alvm: set.jsonl: line \d+: ")
+            self.assertRegex(line, r"\Alvm: (note: )?set.jsonl: line \d+: ")
 
     def test_window(self):
         """With a window of 2 only the last input counts."""
         self.put_set({"input": ["p0.png", "p1.png"], "target": ["p2.png"]},
                      {"input": ["p3.png", "p1.png"], "target": ["p2.png"]})
-        wide, narrow = self.eval(), self.eval("--window", "2")
+        err = self.run_lvm("eval", self.weights, "set.jsonl", "--window", "2")[2]
+        self.assertEqual(err, "lvm: note: set.jsonl: line 1: 2 images of input, the last 1 count (the context "
+                         "holds 2)\n")
+        wide, narrow = self.eval(), self.eval("--window", "2", "-q")
         self.assertNotEqual(wide[0]["perplexity"], wide[1]["perplexity"])
         self.assertEqual(narrow[0]["perplexity"], narrow[1]["perplexity"])
 
@@ -266,10 +404,115 @@ class Batch(Sets):
         self.lines("decode", self.weights, "ids.txt", "-o", "truth.png")
         a, b = (b"".join(pixels(read(self.path(n)))) for n in ("a.png", "truth.png"))
         mse = 3 * sum((x - y) ** 2 for x, y in zip(a, b)) / 255 ** 2 / len(a)
-        self.assertAlmostEqual(one["mse"], mse, 6)
+        self.assertAlmostEqual(one["mean_mse"], mse, 6)
+        self.assertEqual(one["mse"], [one["mean_mse"]])
         self.assertEqual((one["output"], two["output"]), ("a.png", "b.png"))
         self.assertNotIn("mse", two)
-        self.assertEqual((all_["lines"], all_["mse"]), (2, one["mse"]))
+        self.assertNotIn("mean_mse", two)
+        self.assertEqual(all_, {"lines": 2, "bad": 0, "mean_mse": one["mean_mse"]})
+        mse = one["mean_mse"]
+        self.assertEqual(self.batch(), ["a.png", "1: mean squared error %.6g" % mse, "b.png",
+                                        "mean squared error %.6g, the mean of 1 line" % mse])
+
+    def test_errors_of_candidates(self):
+        """Each is that of its row, and the published number is their mean."""
+        self.put_set({"input": ["p0.png"], "target": [self.ids[1], self.ids[2]], "output": "a.png"})
+        one, all_ = (json.loads(line) for line in self.batch("--json", "-c", "3", "-n", "2"))
+        rows = pixels(read(self.path("a.png")))
+        self.put("ids.txt", " ".join(map(str, self.ids[1] + self.ids[2])).encode())
+        self.lines("decode", self.weights, "ids.txt", "-o", "t.png")
+        truth = [a + b for a, b in zip(pixels(read(self.path("t-1.png"))), pixels(read(self.path("t-2.png"))))]
+        for c in range(3):
+            a, b = b"".join(rows[c * R:(c + 1) * R]), b"".join(truth)
+            self.assertAlmostEqual(one["mse"][c], 3 * sum((x - y) ** 2 for x, y in zip(a, b)) / 255 ** 2 / len(a), 6)
+        self.assertAlmostEqual(one["mean_mse"], sum(one["mse"]) / 3, 7)
+        self.assertEqual(all_["mean_mse"], one["mean_mse"])
+        text = self.batch("-c", "3", "-n", "2")
+        self.assertEqual(text[1], "1: mean squared error %.6g, of the candidates %.6g, %.6g, %.6g"
+                         % (one["mean_mse"], *one["mse"]))
+
+    def test_skip_existing(self):
+        """What a stopped run left is kept, the rest is as if it had never stopped."""
+        lines = [{"input": ["p%d.png" % i], "output": "o%d" % i, "target": ["p0.png"]} for i in range(3)]
+        self.put_set(*lines)
+        self.batch("-o", "whole")
+        os.mkdir(self.path("out"))
+        shutil.copy(self.path("whole/o1.png"), self.path("out"))
+        self.put("out/o0.png", b"no image")
+        code, out, err = self.run_lvm("batch", self.weights, "set.jsonl", "-o", "out", "--skip-existing")
+        self.assertEqual((code, err), (0, "lvm: note: set.jsonl: 1 line skipped, the output exists\n"))
+        self.assertEqual(out.decode().splitlines()[::2], ["out/o0.png", "out/o2.png", out.decode().splitlines()[-1]])
+        for i in range(3):
+            self.assertEqual(read(self.path("out/o%d.png" % i)), read(self.path("whole/o%d.png" % i)))
+        out = [json.loads(line) for line in self.batch("-o", "out", "--skip-existing", "--json")]
+        self.assertEqual(out[:3], [{"line": i + 1, "output": "out/o%d.png" % i, "skipped": True} for i in range(3)])
+        self.assertEqual(out[3], {"lines": 3, "bad": 0, "skipped": 3})
+        self.assertEqual(self.good("batch", self.weights, "set.jsonl", "-o", "out", "--skip-existing", "-q"), b"")
+        self.put_set(*(lines + [{"input": ["p0.png"], "output": "./o1.jpg"}]))
+        self.bad(1, "lines 2 and 4", "batch", self.weights, "set.jsonl", "-o", "out", "--skip-existing")
+
+    def test_outputs_that_are_one_file(self):
+        """Refused before any work, however they are spelt; of a stream at the line."""
+        os.mkdir(self.path("d"))
+        os.symlink("d", self.path("link"))
+        self.put("d/there.png", image(1))
+        os.symlink("there.png", self.path("d/soft.png"))
+        os.link(self.path("d/there.png"), self.path("d/hard.png"))
+        pairs = (("x.png", "x.png"), ("x", "x.jpg"), ("x", "./x"), ("n/x", "n//./x.png"), ("d/x", "link/x"),
+                 ("d/n/x", "link/n/x"), ("d/there", "d/soft"), ("link/there", "d/hard"))
+        for first, second in pairs:
+            self.put_set({"input": ["p0.png"], "output": "other"}, {"input": ["p0.png"], "output": first}, "{",
+                         {"input": ["p1.png"], "output": second})
+            self.bad(1, ["set.jsonl: lines 2 and 4", "the same file", os.path.basename(first)[:1]], "batch",
+                     self.weights, "set.jsonl")
+        for first, second in pairs[:6]:
+            self.put_set({"input": ["p0.png"], "output": first}, {"input": ["p1.png"], "output": second})
+            out, err = self.partly(["line 2: ", "is the output of line 1"], "batch", self.weights, "-",
+                                   data=read(self.path("set.jsonl")))
+            self.assertEqual(len(out), 1)
+            want = read(self.path(out[0]))
+            os.remove(self.path(out[0]))
+            self.assertEqual(want, self.predict("p0.png"))
+        names = ["x.png", "n/x.png", "n/x", "d/x", "d/y"]
+        self.put_set(*[{"input": ["p0.png"], "output": name} for name in names[1:2] + names[3:]])
+        self.assertEqual(self.batch(), ["n/x.png", "d/x.png", "d/y.png"])
+
+    def test_outputs_that_are_inputs(self):
+        """Of any line of a file; without them being written, they may stay."""
+        before = read(self.path("p1.png"))
+        for key in ("input", "target", "choices"):
+            self.put_set({"input": ["p0.png"], "output": "p1"}, {"input": ["p2.png"], "output": "b", key: ["./p1.png"]}
+                         if key != "input" else {"input": ["./p1.png"], "output": "b"})
+            self.bad(1, ["line 1 would write p1.png", "an input too (of line 2)"], "batch", self.weights, "set.jsonl")
+        self.assertEqual(read(self.path("p1.png")), before)
+        self.run_lvm("batch", self.weights, "set.jsonl", "--skip-existing")
+        self.assertEqual(read(self.path("p1.png")), before)
+        png_size(read(self.path("b.png")))
+
+    def test_endings(self):
+        given = ["a", "b.png", "c.PNG"] + ["%s.%s" % (e, e) for e in
+                 ("jpg", "jpeg", "jfif", "jpe", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "pnm")] + ["f.x/g"]
+        self.put_set(*[{"input": ["p0.png"], "output": name} for name in given])
+        self.assertEqual(self.batch(), ["a.png", "b.png", "c.PNG"] + ["%s.png" % n.split(".")[0] for n in given[3:-1]]
+                         + ["f.x/g.png"])
+        before = sorted(os.listdir(self.folder))
+        for name, words in (("scene.001", "ending"), ("a.", "ending"), ("a.png ", "ending"), ("a.txt", "ending"),
+                            ("dir/", "names a folder"), ("./", "names a folder"), ("", "is empty"),
+                            (".", "in front of"), ("x/.png", "in front of"), (".jpg", "in front of")):
+            self.put_set({"input": ["p0.png"], "output": name})
+            out, err = self.partly(["line 1: output \"%s\"" % name, words], "batch", self.weights, "set.jsonl")
+            self.assertEqual((out, sorted(os.listdir(self.folder))), ([], before))
+
+    def test_json_is_utf8(self):
+        """Whatever bytes a name has, the line can be read; where it has characters, they are there."""
+        name = b"d\xff\xc0\x80 \xed\xa0\x80\xf4\x90\x80\x80 \xe9\x7f\x01\xc3\xa9\xf0\x9f\x90\x8b"
+        os.mkdir(os.path.join(self.folder.encode(), name))
+        self.put_set({"input": ["p0.png"], "output": "a"})
+        out = self.good("batch", self.weights, "set.jsonl", "--json", "-o", name)
+        for c in out.replace(b"\n", b""):
+            self.assertNotIn(c, list(range(32)) + [127])
+        shown = json.loads(out.decode("utf-8").splitlines()[0])["output"]
+        self.assertEqual(shown.replace("\ufffd", ""), "d  \x7f\x01\u00e9\U0001f40b/a.png")
 
     def test_outputs_stay_in_their_folder(self):
         before = sorted(os.listdir(self.folder)) + ["set.jsonl"]
@@ -277,12 +520,129 @@ class Batch(Sets):
             self.put_set({"input": ["p0.png"], "output": name})
             self.partly(["below the output folder"], "batch", self.weights, "set.jsonl")
         self.put_set({"input": ["p0.png"], "output": "p0.png"})
-        self.partly(["is an input too"], "batch", self.weights, "set.jsonl")
+        self.bad(1, "is an input too", "batch", self.weights, "set.jsonl")
+        self.partly(["is an input too"], "batch", self.weights, "-", data=read(self.path("set.jsonl")))
+        shutil.copy(self.weights, self.path("w.png"))
+        for force in ((), ("--force",), ("--skip-existing",)):
+            self.partly(["line 1: w.png: is the weights file"], "batch", "w.png", self.put_set(
+                {"input": ["p0.png"], "output": "./w"}), *force)
+        self.assertEqual(read(self.path("w.png")), read(self.weights))
+        os.remove(self.path("w.png"))
         self.put_set({"input": ["p0.png"]})
         self.partly(["has no \"output\""], "batch", self.weights, "set.jsonl")
         self.put_set({"input": ["p0.png"], "output": "p1.png/x.png"})
         self.partly(["p1.png"], "batch", self.weights, "set.jsonl")
         self.assertEqual(sorted(os.listdir(self.folder)), sorted(before))
+
+
+class Streams(Sets):
+    """Sets that come while they are read: from standard input and from a FIFO."""
+
+    def line(self, i):
+        return {"input": ["p%d.png" % i], "target": ["p0.png"], "choices": ["p2.png", "p3.png"], "answer": 1,
+                "output": "o%d" % i}
+
+    def answer(self, process):
+        """One line of a program that must come although nothing more is said to it."""
+        text = b""
+        while not text.endswith(b"\n"):
+            self.assertTrue(select.select([process.stdout], [], [], TIMEOUT)[0], "no answer came")
+            piece = os.read(process.stdout.fileno(), 1)
+            self.assertTrue(piece, "the answer ends")
+            text += piece
+        return json.loads(text.decode())
+
+    def say(self, to, line):
+        os.write(to, json.dumps(line).encode() + b"\n")
+
+    def test_each_line_is_answered(self):
+        for command in ("eval", "rank", "batch"):
+            self.put_set(*[self.line(i) for i in range(1, 4)])
+            want = [json.loads(line) for line in self.lines(command, self.weights, "set.jsonl", "--json")]
+            process = self.start(command, self.weights, "-", "--json")
+            for i in range(1, 4):
+                self.say(process.stdin.fileno(), self.line(i))
+                self.assertEqual(self.answer(process), want[i - 1])
+            code, out, err = self.finish(process)
+            self.assertEqual((code, err, json.loads(out.decode())), (0, "", want[3]))
+
+    def test_faults_do_not_end_it(self):
+        process = self.start("eval", self.weights, "-", "--json")
+        os.write(process.stdin.fileno(), b"{\n\n")
+        self.say(process.stdin.fileno(), self.line(1))
+        self.assertEqual(self.answer(process)["line"], 3)
+        code, out, err = self.finish(process)
+        self.assertEqual(code, 1)
+        self.assertRegex(err, r"\Alvm: standard input: line 1: [^\n]*\n\Z")
+
+    def test_no_more_than_asked_for(self):
+        """--lines N ends it, although more may come."""
+        process = self.start("eval", self.weights, "-", "--json", "--lines", "1")
+        self.say(process.stdin.fileno(), self.line(1))
+        self.assertEqual(self.answer(process)["line"], 1)
+        self.assertEqual(self.answer(process)["lines"], 1)
+        self.assertEqual(process.wait(TIMEOUT), 0)
+        self.finish(process)
+
+    def test_bar_without_an_end(self):
+        """How many lines are done, and no share of an unknown number."""
+        for name, want in (("-", "eval, lines done: 1\033[K"), ("set.jsonl", " %")):
+            master, slave = pty.openpty()
+            self.put_set(self.line(1))
+            process = self.start("eval", self.weights, name, stderr=slave)
+            os.close(slave)
+            process.communicate(read(self.path("set.jsonl")), TIMEOUT)
+            shown = os.read(master, 1 << 16).decode()
+            os.close(master)
+            self.assertIn(want, shown)
+            self.assertEqual("%" in shown, name != "-")
+            self.assertTrue(shown.endswith("\r\033[K"), shown)
+
+    def test_fifo(self):
+        os.mkfifo(self.path("set.fifo"))
+        process = self.start("rank", self.weights, "set.fifo", "--json")
+        to = os.open(self.path("set.fifo"), os.O_WRONLY)
+        for i in (1, 2):
+            self.say(to, self.line(i))
+            self.assertEqual(self.answer(process)["line"], i)
+        os.close(to)
+        self.assertEqual(self.answer(process)["lines"], 2)
+        self.assertEqual(self.finish(process)[0], 0)
+        self.assertTrue(stat.S_ISFIFO(os.stat(self.path("set.fifo")).st_mode))
+
+    def test_interrupt_while_waiting(self):
+        """One Ctrl-C is enough, also before the first line and where nobody opens the FIFO."""
+        os.mkfifo(self.path("set.fifo"))
+        for name in ("-", "set.fifo"):
+            process = self.start("eval", self.weights, name, "--json", preexec_fn=heed_interrupts)
+            if name == "-":
+                self.say(process.stdin.fileno(), self.line(1))
+                self.answer(process)
+            else:
+                self.wait_for_thread(process)
+            process.send_signal(signal.SIGINT)
+            self.assertNotEqual(process.wait(TIMEOUT), 0)
+            self.finish(process)
+
+    def wait_for_thread(self, process):
+        """Until the program sleeps, as it does when it waits."""
+        for _ in range(TIMEOUT * 10):
+            with open("/proc/%d/stat" % process.pid) as f:
+                if f.read().rsplit(")", 1)[1].split()[0] == "S":
+                    return
+            select.select([], [], [], 0.1)
+
+    def test_where_images_lie(self):
+        os.mkdir(self.path("sets"))
+        os.rename(self.path("p1.png"), self.path("sets/q.png"))
+        line = json.dumps({"input": ["p0.png"], "target": ["q.png"]}).encode()
+        self.partly(["line 1: q.png"], "eval", self.weights, "-", data=line)
+        here = json.dumps({"input": ["p0.png"], "target": ["sets/q.png"]}).encode()
+        self.assertEqual(len(self.lines("eval", self.weights, "-", data=here)), 2)
+        shutil.copy(self.path("p0.png"), self.path("sets"))
+        self.assertEqual(self.lines("eval", self.weights, "-", "--base", "sets", data=line),
+                         self.lines("eval", self.weights, "-", data=here))
+        self.bad(1, "standard input: holds no lines", "eval", self.weights, "-")
 
 
 class Options(Sets):
