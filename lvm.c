@@ -12999,7 +12999,7 @@ static const struct option option_table[] = {
      "inputs in front of the answers, in one image"},
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
      "size of an answer, or \"original\": the last input's"},
-    {0, "json", NULL, PREDICT | RANK | EVAL | BATCH | BENCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
+    {0, "json", NULL, READS | BENCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
     {0, "config", "100m|300m|600m|1b|3b|7b", BENCH, ONE_OF, AT(config), 0, 0,
      "shape of the transformer"},
     {0, "vq", "published|shipped", BENCH, ONE_OF, AT(vq), 0, 0,
@@ -13468,8 +13468,10 @@ static int add_standard_input(struct paths *p, lvm_error *error) {
     size_t used = 0;
     if (p->n_parts > 0) return fail(error, LVM_INVALID, "standard input (-) is named twice");
     int code = read_stdin(&p->input, error);
+    if (code == LVM_OK && p->input.n == 0)
+        code = fail(error, LVM_FORMAT, "standard input is empty");
     p->first_part = p->n;
-    for (size_t at = 0; code == LVM_OK && (at < p->input.n || at == 0); at += used) {
+    for (size_t at = 0; code == LVM_OK && at < p->input.n; at += used) {
         const uint8_t *data = (const uint8_t *)p->input.data + at;
         snprintf(name, sizeof name, "standard input, image %d", p->n_parts + 1);
         code = image_load_next(data, p->input.n - at, name, &used, &image, error);
@@ -14040,10 +14042,10 @@ static int open_predict_outputs(struct prediction *p, lvm_error *error) {
 
 /* What decides an image's pixels, as its file and a line on stderr say it: not threads, paths or
    time, so that equal images are equal files. */
-static void describe_prediction(const struct prediction *p, char *text, size_t room) {
-    const lvm_model *m = p->s.model;
-    const lvm_sampling *how = &p->cli->sampling;
-    const lvm_options *o = &p->s.ctx->o;
+static void describe_run(const struct cli *cli, const struct session *s, char *text, size_t room) {
+    const lvm_model *m = s->model;
+    const lvm_sampling *how = &cli->sampling;
+    const lvm_options *o = &s->ctx->o;
     char name[80], sampler[96] = "greedy", top_k[24] = "";
     show_text(lvm_model_info(m).name, name, sizeof name);
     if (how->top_k > 0) snprintf(top_k, sizeof top_k, ", top-k %d", how->top_k);
@@ -14051,7 +14053,7 @@ static void describe_prediction(const struct prediction *p, char *text, size_t r
         snprintf(sampler, sizeof sampler, "seed %llu, temperature %g, top-p %g%s",
                  (unsigned long long)how->seed, (double)how->temperature, (double)how->top_p,
                  top_k);
-    snprintf(text, room, "%s (%zu bytes), %s, window %d, %s, kv %s%s", *name != 0 ? name : "model",
+    snprintf(text, room, "%s (%zu bytes), %s, window %d, %s, kv %s%s", *name != 0 ? name : "weights",
              m->file.size, sampler, o->window, o->fit == LVM_CROP ? "crop" : "squash",
              type_info(o->kv_type)->name, o->exact ? ", exact" : "");
 }
@@ -14146,7 +14148,7 @@ static int write_images(struct prediction *p, lvm_error *error) {
     int n = p->cli->images, code = LVM_OK;
     int first = (p->cli->sheet != NULL) + (p->cli->apng != NULL);
     char text[400], all[480];
-    describe_prediction(p, text, sizeof text);
+    describe_run(p->cli, &p->s, text, sizeof text);
     for (int i = 0; code == LVM_OK && i < n; i++)
         for (int c = 0; code == LVM_OK && c < p->kept; c++) {
             snprintf(all, sizeof all, "%s, candidate %d, image %d", text, p->first + c + 1, i + 1);
@@ -14163,7 +14165,7 @@ static void print_prediction_json(const struct prediction *p) {
     const struct cli *cli = p->cli;
     int n = cli->images * p->s.model->T, names = p->outputs.n - cli->images * p->kept;
     char text[400];
-    describe_prediction(p, text, sizeof text);
+    describe_run(p->cli, &p->s, text, sizeof text);
     printf("{\"parameters\": ");
     print_json_text(text);
     printf(", \"seed\": %llu, \"seconds\": {\"prompt\": %.3f, \"generate\": %.3f, "
@@ -14198,7 +14200,7 @@ static int predict_images(struct prediction *p, lvm_error *error) {
     if (code == LVM_OK) code = write_images(p, error);
     if (code != LVM_OK) return code;
     if (p->cli->json) print_prediction_json(p);
-    describe_prediction(p, text, sizeof text);
+    describe_run(p->cli, &p->s, text, sizeof text);
     const double *took = p->seconds;
     note(p->cli, "%s: %.2f s (prompt %.2f, tokens %.2f, images %.2f)", text,
          took[0] + took[1] + took[2], took[0], took[1], took[2]);
@@ -14667,16 +14669,13 @@ static int set_parse(struct set *set, struct sentence *line, lvm_error *error) {
 }
 
 /* Notes keys that are passed over but look misspelt, each once a set. */
-static void note_keys(struct set *set, struct sentence *line) {
+static void note_keys(struct set *set, const struct sentence *line) {
     for (int i = 0; i < N_KEYS && !set->cli->quiet; i++) {
         if (line->stray[i][0] == 0 || set->noted & 1u << i) continue;
         set->noted |= 1u << i;
-        for (char *c = line->stray[i]; *c != 0; c++)
-            if (*c < ' ' || *c > '~') *c = '?';
         hide_bar(&set->s.bar);
-        fprintf(stderr, "lvm: note: %s: line %d: the key \"%s\" has no meaning (did you mean "
-                "\"%s\"?)\n", set->lines.name, set->lines.number, line->stray[i],
-                key_table[i].name);
+        note(set->cli, "%s: line %d: the key \"%s\" has no meaning (did you mean \"%s\"?)",
+             set->lines.name, set->lines.number, line->stray[i], key_table[i].name);
     }
 }
 
@@ -14734,9 +14733,8 @@ static void note_window(struct set *set, int given, int used) {
     if (used == given || set->cut || set->cli->quiet) return;
     set->cut = 1;
     hide_bar(&set->s.bar);
-    fprintf(stderr, "lvm: note: %s: line %d: %d images of input, the last %d count (the context "
-            "holds %d)\n", set->lines.name, set->lines.number, given, used,
-            set->s.ctx->o.window);
+    note(set->cli, "%s: line %d: %d images of input, the last %d count (the context holds %d)",
+         set->lines.name, set->lines.number, given, used, set->s.ctx->o.window);
 }
 
 /* Reads the last images of a line's input that leave room for so many more; *used is their
@@ -15276,7 +15274,7 @@ static void print_answer_json(const struct set *set, const char *name, const dou
 
 static void print_answer_text(const struct set *set, const char *name, const double *mse,
                               double mean) {
-    printf("%s\n", name);
+    print_path(name);
     if (mse == NULL) return;
     printf("%d: mean squared error %.6g", set->lines.number, mean);
     for (int c = 0; set->cli->candidates > 1 && c < set->cli->candidates; c++)
@@ -15296,6 +15294,16 @@ static void print_answer(struct set *set, const char *name, const double *mse) {
     else print_answer_text(set, name, mse, mean);
 }
 
+/* With what decided its pixels, as predict writes it. */
+static int save_answer(const struct set *set, const char *name, const lvm_image *image,
+                       lvm_error *error) {
+    char text[400], all[480];
+    describe_run(set->cli, &set->s, text, sizeof text);
+    snprintf(all, sizeof all, "%s, %d candidates, %d images", text, set->cli->candidates,
+             set->cli->images);
+    return image_save_text(name, image, all, error);
+}
+
 static int answer_line(struct set *set, const struct sentence *line, const char *name,
                        lvm_error *error) {
     const struct cli *cli = set->cli;
@@ -15313,7 +15321,7 @@ static int answer_line(struct set *set, const struct sentence *line, const char 
     if (code == LVM_OK && has_truth) code = squared_errors(set, line, answers, mse, error);
     if (code == LVM_OK) code = grid_inputs(set, line, shown, inputs, error);
     if (code == LVM_OK) code = compose_answers(set, line, inputs, shown, answers, &all, error);
-    if (code == LVM_OK) code = lvm_image_save(name, &all, error);
+    if (code == LVM_OK) code = save_answer(set, name, &all, error);
     if (code == LVM_OK) print_answer(set, name, has_truth ? mse : NULL);
     lvm_image_free(&all);
     free_images(inputs, shown);
@@ -15355,9 +15363,9 @@ static void print_batch_sums(const struct set *set) {
     if (set->errors > 0)
         printf("mean squared error %.6g, the mean of %d line%s\n", mean, set->errors,
                set->errors > 1 ? "s" : "");
-    if (set->skipped > 0 && !set->cli->quiet)
-        fprintf(stderr, "lvm: note: %s: %d line%s skipped, the output exists\n", set->lines.name,
-                set->skipped, set->skipped > 1 ? "s" : "");
+    if (set->skipped > 0)
+        note(set->cli, "%s: %d line%s skipped, the output exists", set->lines.name, set->skipped,
+             set->skipped > 1 ? "s" : "");
 }
 
 static int run_batch(struct cli *cli) {

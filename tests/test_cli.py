@@ -10,6 +10,7 @@ failed, 2 wrong usage), and a folder in which nothing has changed.
 """
 
 import json
+import math
 import os
 import pty
 import random
@@ -223,6 +224,9 @@ def limit_memory(size=MEMORY):
 class Case(unittest.TestCase):
     """A test in an empty folder of its own, with the small model as self.weights."""
 
+    SAID = (r"\Alvm: note: [^\n]+ \(\d+ bytes\), [^\n]+: \d+\.\d\d s \(prompt \d+\.\d\d, "
+            r"tokens \d+\.\d\d, images \d+\.\d\d\)\n")
+
     @classmethod
     def setUpClass(cls):
         cls.shared = tempfile.mkdtemp(prefix="test_cli.")
@@ -280,9 +284,10 @@ class Case(unittest.TestCase):
         return self.finish(self.start(*args, **how), data, limit)
 
     def good(self, *args, **how):
-        """Runs a command that must succeed in silence; its standard output."""
+        """Runs a command that must succeed in silence, but for what a prediction says of itself; its
+        standard output."""
         code, out, err = self.run_lvm(*args, **how)
-        self.assertEqual((code, err), (0, ""), args)
+        self.assertEqual((code, re.sub(self.SAID, "", err)), (0, ""), args)
         return out
 
     def lines(self, *args, **how):
@@ -432,6 +437,104 @@ class Commands(Case):
                      "m-1-27.png"):
             self.assertEqual(png_size(read(self.path(name))), (32, 32))
 
+    def words(self, name):
+        """What a PNG says of itself: its iTXt chunk "parameters"."""
+        found = re.search(rb"iTXtparameters\0\0\0\0\0(.*?)....IDAT", read(self.path(name)), re.S)
+        return found.group(1)[:-4].decode()
+
+    def test_parameters(self):
+        """An image's file says what decided its pixels, and nothing else: equal pixels, equal files."""
+        self.good(self.weights, *self.images[:2], "-c", "2", "-n", "2", "-j", "1")
+        size = os.path.getsize(self.weights)
+        self.assertRegex(self.words("out-2b.png"), r"\A[^,]+ \(%d bytes\), seed 1, temperature 1, "
+                         r"top-p 0\.9, window 4, squash, kv f16, candidate 2, image 2\Z" % size)
+        self.good(self.weights, *self.images[:2], "-j", "2", "-o", "one.png", "-s", "1")
+        self.assertEqual(read(self.path("one.png")), read(self.path("out-1a.png")))
+        code, _, err = self.run_lvm(self.weights, self.images[0], "--greedy", "--fit", "crop",
+                                    "--window", "3", "--kv", "f32", "--exact", "-s", "7")
+        self.assertIn("greedy, window 3, crop, kv f32, exact", self.words("out.png"))
+        self.assertNotIn("seed", self.words("out.png"))
+        self.assertRegex(err, self.SAID[:-2] + r"\n\Z")
+        self.assertIn(self.words("out.png").split(", candidate")[0], err)
+        self.good(self.weights, self.images[0], "-k", "5", "-o", "k.png")
+        self.assertIn("top-k 5", self.words("k.png"))
+
+    def test_json_and_best(self):
+        run = (self.weights, *self.images[:2], "-c", "4", "-n", "2", "-j", "1")
+        told = json.loads(self.good(*run, "--json"))
+        self.assertEqual([c["outputs"] for c in told["candidates"]],
+                         [["out-1%s.png" % c, "out-2%s.png" % c] for c in "abcd"])
+        means = [c["log_likelihood"] for c in told["candidates"]]
+        self.assertTrue(all(-20 < m < 0 for m in means) and len(set(means)) == 4)
+        self.assertEqual(told["seed"], 1)
+        self.assertEqual(sorted(told["seconds"]), ["decode", "generate", "prompt"])
+        for i, c in enumerate("abcd"):                   # the ids are those of the images
+            ids = told["candidates"][i]["ids"]
+            self.assertEqual(len(ids), 2 * T)
+            self.put("ids", " ".join(map(str, ids)).encode())
+            self.good("decode", self.weights, "ids", "-o", "again.png")
+            for n in "12":
+                self.assertEqual(pixels(read(self.path("again-%s.png" % n))),
+                                 pixels(read(self.path("out-%s%s.png" % (n, c)))))
+        best = means.index(max(means))
+        kept = json.loads(self.good(*run, "--json", "--best", "-o", "best.png"))
+        self.assertEqual([c["outputs"] for c in kept["candidates"]],
+                         [["best-1.png", "best-2.png"] if i == best else [] for i in range(4)])
+        self.assertEqual([c["ids"] for c in kept["candidates"]],
+                         [c["ids"] for c in told["candidates"]])
+        self.assertEqual(read(self.path("best-2.png")),
+                         read(self.path("out-2%s.png" % "abcd"[best])))
+        self.bad(2, "--json", *run[:3], "--json", "-o", "-")
+
+    def test_likelihood_is_eval_s(self):
+        """The mean of a candidate's log-likelihoods is what eval finds of its image."""
+        told = json.loads(self.good(self.weights, *self.images[:2], "--json", "-j", "1"))
+        line = {"input": self.images[:2], "target_tokens": told["candidates"][0]["ids"]}
+        self.put("set.jsonl", json.dumps(line).encode())
+        found = json.loads(self.lines("eval", self.weights, "set.jsonl", "--json")[0])
+        self.assertAlmostEqual(math.log(found["perplexity"]),
+                               -told["candidates"][0]["log_likelihood"], places=5)
+
+    def test_truth_on_the_sheet(self):
+        run = (self.weights, *self.images[:2], "-c", "2", "-j", "1", "--sheet", "s.png")
+        self.good(*run)
+        plain = pixels(read(self.path("s.png")))
+        self.assertEqual(self.good(*run, "--truth", self.images[2]).splitlines()[-1], b"s.png")
+        rows = pixels(read(self.path("s.png")))
+        self.assertEqual((len(plain[0]), len(plain)), (3 * (3 * 40 + 8), 2 * 40 + 8))
+        self.assertEqual((len(rows[0]), len(rows)), (3 * (4 * 40 + 8), 2 * 40 + 8))
+        green = bytes((48, 160, 80))
+        self.assertEqual(rows[5][3 * (3 * 40 + 5):3 * (3 * 40 + 8)], green * 3)
+        self.bad(2, ["--truth", "--sheet"], *run[:3], "--truth", self.images[2])
+        self.bad(1, ["none.png"], *run, "--truth", "none.png")
+
+    def test_animation(self):
+        out = self.good(self.weights, self.images[0], "-n", "3", "--apng", "a", "-j", "1")
+        self.assertEqual(out.split(), [b"out-1.png", b"out-2.png", b"out-3.png", b"a.png"])
+        data = read(self.path("a.png"))
+        for kind, n in ((b"acTL", 1), (b"fcTL", 3), (b"IDAT", 1), (b"fdAT", 2), (b"IEND", 1)):
+            self.assertEqual(data.count(kind), n, kind)
+        self.assertEqual(pixels(re.sub(rb"(?s)....acTL.{12}", b"", re.sub(
+            rb"(?s)....fcTL.{30}", b"", data[:data.index(b"fdAT") - 4 - 38] + chunk(b"IEND", b"")))),
+            pixels(read(self.path("out-1.png"))))
+        self.bad(2, ["x.gif"], self.weights, self.images[0], "--apng", "x.gif")
+
+    def test_images_on_standard_input(self):
+        """PNG and PNM one behind the other, as a video decoder pipes them in."""
+        whole = b"".join(read(p) for p in self.images)
+        grey = b"P5 4 4 255 " + bytes(range(16))
+        self.assertEqual(self.good("encode", self.weights, "-", data=whole),
+                         self.good("encode", self.weights, *self.images))
+        self.put("grey.pgm", grey)
+        self.assertEqual(
+            self.good("encode", self.weights, self.images[3], "-", data=whole + grey),
+            self.good("encode", self.weights, self.images[3], *self.images, "grey.pgm"))
+        self.assertEqual(self.good(self.weights, "-", "-j", "1", "-q", "-o", "-", data=whole),
+                         self.predict(*self.images, "-q"))
+        self.bad(1, ["standard input is empty"], "encode", self.weights, "-", data=b"")
+        self.bad(1, ["standard input, image 5"], "encode", self.weights, "-", data=whole + b"P6 4")
+        self.bad(1, ["named twice"], "encode", self.weights, "-", "-", data=whole)
+
     def test_folder_in_natural_order(self):
         os.mkdir(self.path("f"))
         for name, i in (("f/2.png", 1), ("f/10.png", 2), ("f/1.png", 0), ("f/11.PNG", 3)):
@@ -449,7 +552,7 @@ class Commands(Case):
         many = [self.images[i % 4] for i in range(40)]
         code, out, err = self.run_lvm(self.weights, *many)
         self.assertEqual((code, out), (0, b"out.png\n"))
-        self.assertRegex(err, r"\Alvm: note: 40 images given, the last 3 count .*4\)\n\Z")
+        self.assertRegex(err, r"\Alvm: note: 40 images given, the last 3 count .*4\)\n" + self.SAID[2:])
         self.assertEqual(self.predict(*(many + ["--quiet"])), read(self.path("out.png")))
         self.assertEqual(self.predict(*many[-3:]), read(self.path("out.png")))
 
@@ -1138,9 +1241,9 @@ class Outputs(Case):
                 caught.write(b"before")
                 caught.flush()
                 code, _, err = self.run_lvm(*run, name, stdout=caught)
-            self.assertEqual((code, err), (0, ""))
+            self.assertEqual((code, re.sub(self.SAID, "", err)), (0, ""))
             self.assertEqual(read(self.path("caught")), b"before" + whole, name)
-        code, out, err = self.finish(self.start(*run, "/dev/stderr", stderr=subprocess.STDOUT))
+        code, out, err = self.finish(self.start(*run, "/dev/stderr", "-q", stderr=subprocess.STDOUT))
         self.assertEqual((code, out), (0, whole))
         self.assertEqual(self.good(*run, "/dev/null"), b"")
         self.bad(2, ["/dev/null", "one image"], *run, "/dev/null", "-n", "2")
@@ -1151,7 +1254,7 @@ class Outputs(Case):
         os.mkfifo(self.path("pipe"))
         for command in ((self.weights, self.images[0], "-j", "1"),
                         ("encode", self.weights, self.images[0])):
-            p = self.start(*command, "-o", "pipe")
+            p = self.start(*command, "-o", "pipe", "-q")
             with open(self.path("pipe"), "rb") as pipe:
                 got = pipe.read()
             self.assertEqual(self.finish(p), (0, b"", ""))
@@ -1371,7 +1474,8 @@ class Interruption(Case):
         seen = self.on_terminal("-j", "1", "-n", "8", "-c", "4")
         for word in (b"generate", b"%", b"#", b"tokens/s"):
             self.assertIn(word, seen)
-        self.assertTrue(seen.endswith(b"\r\x1b[K"), "the bar stays on the screen")
+        last = seen.split(b"\r\x1b[K")[-1]                # the bar is gone, and the note stands
+        self.assertRegex(last.replace(b"\r", b"").decode(), self.SAID)
         self.assertEqual(self.on_terminal("-j", "1", "-n", "8", "-q"), b"")
 
 
