@@ -12224,10 +12224,11 @@ static const struct command command_table[] = {
     {"bench", BENCH, run_bench, "bench [WEIGHTS]",
      "speed of every stage beside this machine's limits",
      "With --config and --vq instead of a weights file: random weights of that\n"
-     "shape, so that you see what a model costs before you have it. The floor is the\n"
-     "time at the limit: floats for the tokenizer, integer products for quantised\n"
-     "prompts, memory bandwidth for new tokens. The last line tells what one image\n"
-     "costs behind a prompt of images that long, all encoded, and the memory in use.\n"
+     "shape, so that you see what a model costs before you have it. The floor is\n"
+     "the time at the limit: floats for the tokenizer, integer products for\n"
+     "quantised prompts, memory bandwidth for new tokens. The last line tells how\n"
+     "long one image takes behind a prompt of images that long (all encoded,\n"
+     "nothing cached), and the memory in use.\n"
      "  lvm bench --config 300m --vq published --type q8_0\n"},
     {"info", INFO, run_info, "info WEIGHTS", "what is in a weights file",
      "  lvm info weights.bin\n"},
@@ -12330,7 +12331,7 @@ static const struct synonym command_synonyms[] = {
     {"detokenize|detokenise", "did you mean decode?"},
     {"evaluate|validate|test|perplexity|ppl", "did you mean eval?"},
     {"choose|classify|compare", "did you mean rank?"},
-    {"speed|time|perf", "did you mean bench?"},
+    {"benchmark|speed|time|perf", "did you mean bench?"},
     {"show|inspect|list|ls|describe", "did you mean info?"},
     {"compress", "did you mean quantize?"},
     {"man|manual|usage", "did you mean help?"},
@@ -12363,7 +12364,7 @@ static const char *find_synonym(const struct synonym *table, size_t n, const cha
 static int word_distance(const char *a, const char *b) {
     enum { MOST = 24 };
     int d[MOST + 1][MOST + 1], n = (int)strlen(a), m = (int)strlen(b);
-    if (n > MOST || m > MOST) return MOST;
+    if (n > MOST || m > MOST) return INT_MAX;
     for (int i = 0; i <= n; i++)
         for (int j = 0; j <= m; j++) {
             d[i][j] = i + j;
@@ -12815,13 +12816,14 @@ enum { N_STAGES = sizeof stage_table / sizeof *stage_table };
 
 static int is_stage(const char *a, const char *b) { return strcmp(a, b) == 0; }
 
-/* Takes down how far a stage is; another one, or one that begins again, starts afresh. Samples are
-   a third of a second apart. */
+/* Takes down how far a stage is; another one, or one that begins again, starts afresh and is drawn
+   at once. Samples are a third of a second apart. */
 static void bar_sample(struct bar *b, const char *stage, double part, double now) {
     int last = b->n - 1;
     if (!is_stage(b->stage, stage) || part < b->part) {
         snprintf(b->stage, sizeof b->stage, "%s", stage);
         b->n = 0;
+        b->drawn = 0;
     } else if (last >= 0 && now - b->at[last] < 0.3) {
         b->part = part;
         return;
@@ -14404,8 +14406,8 @@ static double weights_bytes(const lvm_model *m) {
    prompt of images that are all new: encode, prefill, generate, decode. */
 static void print_sums(const struct bench *b) {
     double file = (double)b->m->file.size, weights = weights_bytes(b->m), cache = 0;
-    double resident = (double)os_resident(), answer = 0;
     int T = b->m->T, images = 0, json = b->cli->json;
+    double resident = (double)os_resident(), answer = 0, unit = json ? 1 : 1e6;
     if (b->m->llama.L > 0) cache = cache_bytes(b, b->cli->prompt + b->cli->new_tokens);
     if (b->m->llama.L > 0 && b->m->vq != NULL) {
         images = (b->cli->prompt + T - 1) / T;
@@ -14414,14 +14416,13 @@ static void print_sums(const struct bench *b) {
     }
     printf(json ? "{" : "\n");
     if (images > 0)
-        printf(json ? "\"answer_seconds\": %.6g, \"prompt_images\": %d, "
-                    : "one answer %.3g s (a prompt of %d images); ", answer, images);
+        printf(json ? "\"prompt_images\": %d, \"answer_seconds\": %.6g, "
+                    : "answer to %d images %.2f s; ", images, answer);
     if (resident > 0)
-        printf(json ? "\"resident_bytes\": %.0f, " : "memory %.4g MB: ",
-               json ? resident : resident / 1e6);
+        printf(json ? "\"resident_bytes\": %.0f, " : "memory %.1f MB, of it ", resident / unit);
     printf(json ? "\"weights_bytes\": %.0f, \"cache_bytes\": %.0f, \"file_bytes\": %.0f}\n"
-                : "weights %.4g, cache %.4g; file %.4g MB\n",
-           json ? weights : weights / 1e6, json ? cache : cache / 1e6, json ? file : file / 1e6);
+                : "weights %.1f MB, cache %.1f MB; file %.1f MB\n",
+           weights / unit, cache / unit, file / unit);
 }
 
 static void print_ceilings(struct bench *b) {
