@@ -12794,7 +12794,7 @@ struct bar {
     int candidates;         /* of each image to generate */
     int call, calls;        /* where several calls make one stage: the current one, of all */
     double drawn;           /* when */
-    char stage[16];
+    char stage[32];
     double part, all;       /* of the stage so far, 0 to 1; its units in all calls */
     double at[BAR_SAMPLES], parts[BAR_SAMPLES]; /* moments of the last seconds, oldest first */
     int n;
