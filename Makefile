@@ -20,6 +20,11 @@ B       ?= build
 TEST_CFLAGS  ?= -O2
 FUZZ_SECONDS ?= 60
 
+# The commit, for --version: of a checkout of lvm itself, and nothing without git. It is looked up
+# when a program is built for another reason; a new commit alone builds nothing.
+COMMIT = $(shell [ -e .git ] && git describe --always --dirty 2> /dev/null | \
+    sed -n 's/^[A-Za-z0-9._-]*$$/-DLVM_COMMIT=\\"&\\"/p')
+
 # The library's names once it is installed. Before 1.0 every minor version has its own ABI.
 VERSION := $(shell sed -n 's/^.define LVM_VERSION "\(.*\)"/\1/p' lvm.c)
 ABI     := $(basename $(VERSION))
@@ -36,14 +41,14 @@ SHARED   = -shared -fPIC -Wl,-soname,$(LIB_ABI)
 endif
 
 lvm: lvm.c
-	$(CC) $(STD) $(WARN) $(CFLAGS) -o $@ lvm.c $(LDFLAGS) $(LIBS)
+	$(CC) $(STD) $(WARN) $(CFLAGS) $(COMMIT) -o $@ lvm.c $(LDFLAGS) $(LIBS)
 
 static: lvm-static
 lvm-static: lvm.c
-	$(STATIC_CC) $(STD) $(WARN) $(CFLAGS) -static -o $@ lvm.c $(LDFLAGS) $(LIBS)
+	$(STATIC_CC) $(STD) $(WARN) $(CFLAGS) $(COMMIT) -static -o $@ lvm.c $(LDFLAGS) $(LIBS)
 
 lvm.exe: lvm.c
-	$(WINDOWS_CC) $(STD) $(WARN) $(CFLAGS) -static -o $@ lvm.c $(LDFLAGS) $(LIBS)
+	$(WINDOWS_CC) $(STD) $(WARN) $(CFLAGS) $(COMMIT) -static -o $@ lvm.c $(LDFLAGS) $(LIBS)
 
 liblvm.so: lvm.c
 	$(CC) $(STD) $(WARN) $(CFLAGS) -DLVM_NO_MAIN $(SHARED) -o $@ lvm.c $(LDFLAGS) $(LIBS)

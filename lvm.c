@@ -387,11 +387,13 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int for
 #include <shellapi.h>
 #include <direct.h>
 #include <io.h>
+#include <psapi.h>
 #undef near
 #undef far
 #else
 #include <dirent.h>
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #endif
@@ -4788,6 +4790,21 @@ static void os_wait_input(int fd) {
     (void)poll(&p, 1, -1);
 }
 
+/* Characters of a terminal's line, or 0 where nothing tells. */
+static int os_columns(int fd) {
+    struct winsize size;
+    return ioctl(fd, TIOCGWINSZ, &size) == 0 ? size.ws_col : 0;
+}
+
+/* Bytes of memory that this process holds now, or 0. */
+static int64_t os_resident(void) {
+    long long pages = 0;
+    FILE *f = fopen("/proc/self/statm", "r"); /* Linux */
+    if (f != NULL && fscanf(f, "%*s %lld", &pages) != 1) pages = 0;
+    if (f != NULL) fclose(f);
+    return pages * sysconf(_SC_PAGESIZE);
+}
+
 struct os_folder {
     DIR *dir;
 };
@@ -5064,6 +5081,18 @@ static int os_is_terminal(int fd) {
 typedef int os_signals;
 static os_signals os_hold_signals(void) { return 0; }
 static void os_release_signals(os_signals old) { (void)old; }
+
+static int os_columns(int fd) {
+    CONSOLE_SCREEN_BUFFER_INFO info;
+    HANDLE h = (HANDLE)_get_osfhandle(fd);
+    return GetConsoleScreenBufferInfo(h, &info) ? info.srWindow.Right - info.srWindow.Left + 1 : 0;
+}
+
+static int64_t os_resident(void) {
+    PROCESS_MEMORY_COUNTERS counters;
+    int known = K32GetProcessMemoryInfo(GetCurrentProcess(), &counters, sizeof counters);
+    return known ? (int64_t)counters.WorkingSetSize : 0;
+}
 
 struct os_folder {
     HANDLE find;
@@ -12927,6 +12956,7 @@ enum command_bit {
     EVAL = 128,
     BATCH = 256,
     BENCH = 512,
+    VERSION = 1024,
     SAMPLES = PREDICT | BATCH,
     READS = PREDICT | RANK | EVAL | BATCH, /* images as a prompt */
     RUNS = READS | ENCODE | DECODE
@@ -12966,9 +12996,9 @@ static const struct option option_table[] = {
     {'n', "images", "N", SAMPLES, INTEGER, AT(images), 1, 1 << 11,
      "images to predict, one after the other (1)"},
     {'c', "candidates", "N", SAMPLES, INTEGER, AT(candidates), 1, MAX_SEQUENCES,
-     "different answers (1)"},
+     "answers to choose from (1)"},
     {'t', "temperature", "T", SAMPLES, NUMBER, AT(sampling.temperature), 1e-3, 100,
-     "0.001 to 100 (1)"},
+     "how freely to choose: 0.001 to 100 (1)"},
     {'p', "top-p", "P", SAMPLES, NUMBER, AT(sampling.top_p), 1e-6, 1,
      "keep the likeliest that hold P (0.9)"},
     {'k', "top-k", "K", SAMPLES, INTEGER, AT(sampling.top_k), 0, 1 << 20,
@@ -13031,7 +13061,7 @@ static const struct option option_table[] = {
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
 /* details: sentences for help COMMAND and the manual page; a line that begins with a blank is shown
-   as it stands. */
+   as it stands, as every command's example is. */
 struct command {
     const char *name;
     int bit;
@@ -13049,6 +13079,7 @@ static int run_bench(struct cli *cli);
 static int run_info(struct cli *cli);
 static int run_quantize(struct cli *cli);
 static int run_help(struct cli *cli);
+static int run_version(struct cli *cli);
 
 static const struct command command_table[] = {
     {"predict", PREDICT, run_predict, "[predict] WEIGHTS IMAGE|FOLDER...",
@@ -13067,39 +13098,50 @@ static const struct command command_table[] = {
     {"rank", RANK, run_rank, "rank WEIGHTS IMAGE|FOLDER... -- CHOICE...",
      "which choice continues a visual sentence best",
      "For each choice the perplexity of its tokens behind the prompt, and the\n"
-     "probability that softmax gives it among the choices. A set in place of images\n"
-     "(SET.jsonl, or - for stdin: see lvm help eval) ranks the choices of each line.\n"
+     "probability that softmax gives it among the choices. Options stand before\n"
+     "the lone --. A set in place of images (SET.jsonl, or - for stdin: see lvm help\n"
+     "eval) ranks the choices of each line.\n"
      "  lvm rank weights.bin puzzle/ -- a.png b.png c.png\n"},
     {"eval", EVAL, run_eval, "eval WEIGHTS SET.jsonl|-",
      "perplexity of target images, answers of puzzles",
      "A set has a JSON object a line:\n"
      "  {\"input\": [\"a.png\", \"b.png\"], \"target\": [\"c.png\"]}\n"
-     "  {\"input\": [\"a.png\", \"b.png\"], \"choices\": [\"c.png\", \"d.png\"], \"answer\": 1}\n"
+     "  {\"input\": [\"a.png\"], \"choices\": [\"b.png\", \"c.png\"], \"answer\": 1}\n"
      "Paths are relative to --base, else to the set's folder, else to the working\n"
      "directory; \"input_tokens\" and so on give token ids instead. The last line is\n"
      "the mean over the lines. A bad line is reported and skipped; the exit status\n"
-     "is 1 then. From stdin (-) each line is answered before the next is awaited.\n"},
+     "is 1 then. From stdin (-) each line is answered before the next is awaited.\n"
+     "  lvm eval weights.bin depth.jsonl --lines 20\n"},
     {"batch", BATCH, run_batch, "batch WEIGHTS SET.jsonl|-", "predictions for many prompts",
      "A set has a JSON object a line, with the name of what to write:\n"
      "  {\"input\": [\"a.png\", \"b.png\", \"c.png\"], \"output\": \"answer.png\"}\n"
      "One image a line is written below the output folder: candidates are its rows.\n"
      "Lines that have a \"target\" too report the mean squared error, of each\n"
      "candidate and their mean. Lines that would write one file are refused before\n"
-     "any work. From stdin (-) each line is answered before the next is awaited.\n"},
+     "any work. From stdin (-) each line is answered before the next is awaited.\n"
+     "  lvm batch weights.bin prompts.jsonl -o answers\n"},
     {"bench", BENCH, run_bench, "bench [WEIGHTS]",
      "speed of every stage beside this machine's limits",
      "With --config and --vq instead of a weights file: random weights of that\n"
-     "shape, so that you see what a model costs before you have it. The floor is the\n"
-     "time at the limit: floats for the tokenizer, integer products for quantised\n"
-     "prompts, memory bandwidth for new tokens.\n"
+     "shape, so that you see what a model costs before you have it. The floor is\n"
+     "the time at the limit: floats for the tokenizer, integer products for\n"
+     "quantised prompts, memory bandwidth for new tokens. The last line tells how\n"
+     "long one image takes behind a prompt of images that long (all encoded,\n"
+     "nothing cached), and the memory in use.\n"
      "  lvm bench --config 300m --vq published --type q8_0\n"},
-    {"info", INFO, run_info, "info WEIGHTS", "what is in a weights file", ""},
+    {"info", INFO, run_info, "info WEIGHTS", "what is in a weights file",
+     "  lvm info weights.bin\n"},
     {"quantize", QUANTIZE, run_quantize, "quantize IN OUT",
      "rewrite a weights file with other types",
      "The tokenizer is never q4_0, its codebook and first convolutions are never\n"
      "quantised, and --type q4_0 leaves the output matrix at q8_0.\n"
      "  lvm quantize big.bin small.bin --type q8_0 --vq-type f16\n"},
-    {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's options", ""}};
+    {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's",
+     "COMMAND --help and COMMAND -h show it too.\n"
+     "  lvm help rank\n"},
+    {"version", VERSION, run_version, "version", "version, compiler, kernels, processors",
+     "--version and -V show it too: what a report of a fault should quote.\n"
+     "  lvm version\n"}};
 enum { N_COMMANDS = sizeof command_table / sizeof *command_table };
 
 static const struct command *find_command(const char *name) {
@@ -13189,15 +13231,100 @@ static int set_option(struct cli *cli, const struct option *o, const char *shown
     return 0;
 }
 
-/* Finds the option of a command that an argument names; *value points behind "=" or a letter, or is
-   NULL. */
-static const struct option *match_option(const struct command *c, const char *arg,
-                                         const char **value) {
+/* ---- Mistakes: what was probably meant ---- */
+
+/* Words of other programs for what is called otherwise here. */
+struct synonym {
+    const char *words, *meant;
+};
+
+static const struct synonym command_synonyms[] = {
+    {"generate|run|infer|inference|sample|complete|continue", "did you mean predict?"},
+    {"tokenize|tokenise", "did you mean encode?"},
+    {"detokenize|detokenise", "did you mean decode?"},
+    {"evaluate|validate|test|perplexity|ppl", "did you mean eval?"},
+    {"choose|classify|compare", "did you mean rank?"},
+    {"benchmark|speed|time|perf", "did you mean bench?"},
+    {"show|inspect|list|ls|describe", "did you mean info?"},
+    {"compress", "did you mean quantize?"},
+    {"man|manual|usage", "did you mean help?"},
+    {"serve|server|api|daemon", "lvm is no server; batch answers many prompts in one run"},
+    {"convert|import|export", "convert.py does that: python3 convert.py --help"},
+    {"train|finetune|finetuning|merge", "lvm does not train yet"}};
+
+static const struct synonym option_synonyms[] = {
+    {"num|number|count|frames", "images"},
+    {"samples|variations|num-samples", "candidates"},
+    {"outfile|save|destination", "output"},
+    {"random-seed|rng", "seed"},
+    {"argmax|deterministic", "greedy"},
+    {"gpu|cuda|backend", "device"},
+    {"jobs|workers|cores|nproc", "threads"},
+    {"dtype|precision", "type"},
+    {"ctx|context|ctx-size|n-ctx", "window"},
+    {"cache-type|kv-type|kv-cache", "kv"},
+    {"silent|no-progress", "quiet"},
+    {"overwrite|replace", "force"}};
+
+static const char *find_synonym(const struct synonym *table, size_t n, const char *word) {
+    for (size_t i = 0; i < n; i++)
+        if (word_index(table[i].words, word) >= 0) return table[i].meant;
+    return NULL;
+}
+
+/* Letters to put in, leave out, change or swap with their neighbour so that a becomes b: the
+   distance of optimal string alignment, by its table of all their beginnings. */
+static int word_distance(const char *a, const char *b) {
+    enum { MOST = 24 };
+    int d[MOST + 1][MOST + 1], n = (int)strlen(a), m = (int)strlen(b);
+    if (n > MOST || m > MOST) return INT_MAX;
+    for (int i = 0; i <= n; i++)
+        for (int j = 0; j <= m; j++) {
+            d[i][j] = i + j;
+            if (i == 0 || j == 0) continue;
+            int change = d[i - 1][j - 1] + (tolower((unsigned char)a[i - 1]) != b[j - 1]);
+            int gap = (d[i - 1][j] < d[i][j - 1] ? d[i - 1][j] : d[i][j - 1]) + 1;
+            d[i][j] = change < gap ? change : gap;
+            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] &&
+                d[i - 2][j - 2] + 1 < d[i][j])
+                d[i][j] = d[i - 2][j - 2] + 1;
+        }
+    return d[n][m];
+}
+
+/* Takes a name for the nearest one so far to a word that was mistyped or cut short; of three
+   letters one may be wrong. */
+static void take_nearer(const char *word, const char *name, const char **nearest, int *least) {
+    int n = (int)strlen(word), distance = word_distance(word, name);
+    if (n >= 2 && strncmp(word, name, (size_t)n) == 0) distance = 0;
+    if (distance > n / 3 || distance >= *least) return;
+    *nearest = name;
+    *least = distance;
+}
+
+/* Says that there is no such command, and what may have been meant; 2. */
+static int no_command(const char *word) {
+    const char *nearest = NULL, *meant = find_synonym(
+        command_synonyms, sizeof command_synonyms / sizeof *command_synonyms, word);
+    int least = INT_MAX;
+    for (int i = 0; i < N_COMMANDS; i++)
+        take_nearer(word, command_table[i].name, &nearest, &least);
+    if (meant != NULL) return complain("no such command: %s (%s)", word, meant) + 1;
+    if (nearest != NULL)
+        return complain("no such command: %s (did you mean %s?)", word, nearest) + 1;
+    return complain("no such command or file: %s (lvm help lists the commands)", word) + 1;
+}
+
+/* ---- Arguments ---- */
+
+/* The option that an argument names among those of some commands; *value points behind "=" or a
+   letter, or is NULL. */
+static const struct option *match_option(int commands, const char *arg, const char **value) {
     *value = NULL;
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &option_table[i];
         size_t n = strlen(o->name);
-        if ((o->commands & c->bit) == 0) continue;
+        if ((o->commands & commands) == 0) continue;
         if (arg[1] == '-' && strncmp(arg + 2, o->name, n) == 0 &&
             (arg[2 + n] == 0 || arg[2 + n] == '=')) {
             if (arg[2 + n] == '=') *value = arg + 3 + n;
@@ -13211,94 +13338,301 @@ static const struct option *match_option(const struct command *c, const char *ar
     return NULL;
 }
 
-/* Splits argv[first..] into options and words; 0, or a message and 2. */
-static int parse_arguments(struct cli *cli, const struct command *c, int argc, char **argv,
-                           int first) {
-    int only_words = 0;
-    for (int i = first; i < argc; i++) {
+static int is_option(const char *arg) { return arg[0] == '-' && arg[1] != 0; }
+
+/* The commands of an option, as "rank, eval, batch". */
+static void list_owners(const char *arg, char *text, size_t room) {
+    const char *value;
+    text[0] = 0;
+    for (int i = 0; i < N_COMMANDS; i++) {
+        size_t n = strlen(text);
+        if (match_option(command_table[i].bit, arg, &value) != NULL)
+            snprintf(text + n, room - n, "%s%s", n > 0 ? ", " : "", command_table[i].name);
+    }
+}
+
+/* The option of a command that the name of another probably means, or NULL. */
+static const char *meant_option(const struct command *c, const char *name) {
+    const char *nearest = NULL, *same = find_synonym(
+        option_synonyms, sizeof option_synonyms / sizeof *option_synonyms, name);
+    int least = INT_MAX;
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *o = &option_table[i];
+        if ((o->commands & c->bit) == 0) continue;
+        if (same != NULL && strcmp(o->name, same) == 0) return same;
+        take_nearer(name, o->name, &nearest, &least);
+    }
+    take_nearer(name, "help", &nearest, &least);
+    take_nearer(name, "version", &nearest, &least);
+    return nearest;
+}
+
+/* Says that a command has no such option, and what may have been meant; 2. */
+static int no_option(const struct command *c, const char *arg) {
+    char owners[96], name[64];
+    int dashes = arg[1] == '-' ? 2 : 1, shown = (int)strcspn(arg, "=");
+    snprintf(name, sizeof name, "%.*s", shown - dashes, arg + dashes);
+    list_owners(arg, owners, sizeof owners);
+    const char *meant = name[0] != 0 && name[1] != 0 ? meant_option(c, name) : NULL;
+    if (owners[0] != 0)
+        return complain("%s: no such option: %.*s (%.*s belongs to %s)", c->name, shown, arg,
+                        dashes == 2 ? shown : 2, arg, owners) + 1;
+    if (meant != NULL)
+        return complain("%s: no such option: %.*s (did you mean --%s?)", c->name, shown, arg,
+                        meant) + 1;
+    return complain("%s: no such option: %.*s (lvm help %s lists them)", c->name, shown, arg,
+                    c->name) + 1;
+}
+
+/* 1 for -seed and the like: an option's long name behind one dash. */
+static int lacks_a_dash(const char *arg) {
+    char name[64];
+    const char *value;
+    if (arg[1] == '-' || arg[2] == 0) return 0;
+    snprintf(name, sizeof name, "-%s", arg);
+    return match_option(-1, name, &value) != NULL;
+}
+
+/* Stores the option that argv[*at] begins, and steps over its value; 0, or a message and 2. */
+static int parse_option(struct cli *cli, const struct command *c, char **argv, int *at) {
+    const char *arg = argv[*at], *value, *inner;
+    const struct option *o = match_option(c->bit, arg, &value);
+    if (lacks_a_dash(arg))
+        return complain("%s: no such option: %s (did you mean -%s?)", c->name, arg, arg) + 1;
+    if (o == NULL) return no_option(c, arg);
+    if (o->kind == FLAG && value != NULL) return complain("%s: takes no value", arg) + 1;
+    if (o->kind != FLAG && value == NULL) {
+        value = argv[*at + 1];
+        if (value == NULL) return complain("%s: needs a value", arg) + 1;
+        if (is_option(value) && match_option(c->bit, value, &inner) != NULL)
+            return complain("%s: needs a value, and %s is an option", arg, value) + 1;
+        ++*at;
+    }
+    return set_option(cli, o, arg, value);
+}
+
+/* Splits argv[1..] into options and words; of an option that is repeated the last one counts. 0, or
+   a message and 2. */
+static int parse_arguments(struct cli *cli, const struct command *c, int argc, char **argv) {
+    for (int i = 1; i < argc; i++) {
         const char *arg = argv[i], *value;
-        if (only_words || arg[0] != '-' || arg[1] == 0) {
-            cli->words[cli->n_words++] = arg;
-            continue;
-        }
-        if (strcmp(arg, "--") == 0) {
-            only_words = 1;
-            cli->split = cli->n_words;
-            continue;
-        }
-        const struct option *o = match_option(c, arg, &value);
-        if (o == NULL)
-            return complain("%s: unknown option %s (lvm help %s lists them)", c->name, arg,
-                            c->name) +
-                   1;
-        if (o->kind == FLAG && value != NULL) return complain("%s: takes no value", arg) + 1;
-        if (o->kind != FLAG && value == NULL) {
-            if (i + 1 == argc) return complain("%s: needs a value", arg) + 1;
-            value = argv[++i];
-        }
-        int code = set_option(cli, o, arg, value);
+        int code = 0, behind = cli->split >= 0;
+        if (behind && is_option(arg) && match_option(c->bit, arg, &value) != NULL &&
+            os_stat(arg).kind == OS_NOTHING)
+            return complain("%s: options stand before --", arg) + 1;
+        if (behind || !is_option(arg)) cli->words[cli->n_words++] = arg;
+        else if (strcmp(arg, "--") == 0) cli->split = cli->n_words;
+        else code = parse_option(cli, c, argv, &i);
         if (code != 0) return code;
+    }
+    return 0;
+}
+
+/* The place of the first word among options and their values, 0 where there is none: options may
+   stand before the command. */
+static int first_word(int argc, char **argv) {
+    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) {
+        const char *value;
+        if (!is_option(argv[i])) return i;
+        const struct option *o = match_option(-1, argv[i], &value);
+        i += o != NULL && o->kind != FLAG && value == NULL;
+    }
+    return 0;
+}
+
+/* 1 where -h or --help, say, stands among the options. */
+static int asks_for(const char *letter, const char *name, int argc, char **argv) {
+    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) {
+        const char *value;
+        if (strcmp(argv[i], letter) == 0 || strcmp(argv[i], name) == 0) return 1;
+        const struct option *o = is_option(argv[i]) ? match_option(-1, argv[i], &value) : NULL;
+        i += o != NULL && o->kind != FLAG && value == NULL;
     }
     return 0;
 }
 
 /* ---- Help ---- */
 
+enum { OPTION_COLUMN = 24, COMMAND_COLUMN = 10 };
+
+/* Two columns within 79; what is too long for the left one gets a line of its own. */
+static void print_row(FILE *f, int width, const char *left, const char *right) {
+    if ((int)strlen(left) <= width) fprintf(f, "  %-*s %s\n", width, left, right);
+    else fprintf(f, "  %s\n  %*s %s\n", left, width, "", right);
+}
+
 static void print_options(FILE *f, int bits) {
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &option_table[i];
-        char left[40];
+        char left[80];
         if ((o->commands & bits) == 0) continue;
         snprintf(left, sizeof left, "%c%c%s --%s %s", o->letter ? '-' : ' ',
                  o->letter ? o->letter : ' ', o->letter ? "," : " ", o->name,
                  o->argument != NULL ? o->argument : "");
-        fprintf(f, "  %-24s %s\n", left, o->help);
+        print_row(f, OPTION_COLUMN, left, o->help);
     }
 }
 
-static int print_help(FILE *f, const struct command *c) {
-    if (c != NULL) {
-        fprintf(f, "lvm %s\n  %s\n", c->usage, c->help);
-        for (const char *line = c->details; *line != 0; line += strcspn(line, "\n") + 1)
-            fprintf(f, "  %.*s\n", (int)strcspn(line, "\n"), line);
-        print_options(f, c->bit);
-        return 0;
-    }
-    fprintf(f, "lvm %s - Large Vision Models: prompts are images, answers are images\n\n",
-            LVM_VERSION);
-    for (int i = 0; i < N_COMMANDS; i++)
-        fprintf(f, "  lvm %-36s %s\n", command_table[i].usage, command_table[i].help);
-    fprintf(f, "  lvm %-36s %s\n\nOptions of predict:\n", "--version", "version and kernels");
-    print_options(f, PREDICT);
+static int print_command_help(FILE *f, const struct command *c) {
+    fprintf(f, "lvm %s\n  %s\n", c->usage, c->help);
+    for (const char *line = c->details; *line != 0; line += strcspn(line, "\n") + 1)
+        fprintf(f, "  %.*s\n", (int)strcspn(line, "\n"), line);
+    print_options(f, c->bit);
     return 0;
 }
 
-/* The help of every command, as a manual page shows text that is laid out already; roff then writes
-   its hyphens as what one types. */
-static int print_man(void) {
-    printf(".TH LVM 1 \"\" \"lvm %s\"\n.tr -\\-\n.SH NAME\nlvm \\- run Large Vision Models\n",
-           LVM_VERSION);
-    printf(
-        ".SH DESCRIPTION\nPrompts are images, answers are images: a VQGAN turns images into tokens "
-        "and a\ntransformer predicts the next ones. A task is given by examples.\n.SH COMMANDS\n");
-    for (int i = 0; i < N_COMMANDS; i++) {
-        printf(".SS %s\n.nf\n", command_table[i].name);
-        print_help(stdout, &command_table[i]);
-        printf(".fi\n");
+/* Of a command, or of all of them. */
+static int print_help(FILE *f, const struct command *c) {
+    if (c != NULL) return print_command_help(f, c);
+    fprintf(f, "lvm %s - Large Vision Models: prompts are images, answers are images\n\n"
+            "  lvm WEIGHTS IMAGE|FOLDER... [OPTION...]   predict the next image\n"
+            "  lvm COMMAND ... [OPTION...]\n\nCommands:\n", LVM_VERSION);
+    for (int i = 0; i < N_COMMANDS; i++)
+        print_row(f, COMMAND_COLUMN, command_table[i].name, command_table[i].help);
+    fputs("\nOptions of predict:\n", f);
+    print_options(f, PREDICT);
+    fputs("\nOptions of all commands:\n", f);
+    print_row(f, OPTION_COLUMN, "-h, --help", "this text; with a command, that command's");
+    print_row(f, OPTION_COLUMN, "-V, --version", "version, compiler, kernels, processors");
+    fputs("\nA value may stand as -s 5, -s5, --seed 5 or --seed=5, options anywhere before\n"
+          "a lone --; of an option that is repeated the last one counts.\n"
+          "\n  lvm weights.bin prompt/depth -o depth.png\n", f);
+    return 0;
+}
+
+/* Text for roff: a hyphen is what one types, and no line begins as a request does. */
+static void man_text(const char *text, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        int starts = i == 0 || text[i - 1] == '\n';
+        if (starts && (text[i] == '.' || text[i] == '\'')) fputs("\\&", stdout);
+        if (text[i] == '-') fputs("\\-", stdout);
+        else if (text[i] == '\\') fputs("\\e", stdout);
+        else putchar(text[i]);
     }
-    printf(".SH EXIT STATUS\n0 done, 1 the work failed, 2 wrong usage. What was written goes to "
-           "standard output, one\npath a line; notes, progress and errors to standard error.\n"
-           ".SH ENVIRONMENT\n.TP\n.B LVM_ISA\nforces the kernels of one instruction set; "
-           "scalar is the plain C.\n.TP\n.B LVM_DEVICE\nthe device where --device names none.\n");
+}
+
+/* A line as it is typed. */
+static void man_literal(const char *line, size_t n) {
+    printf(".PP\n.nf\n.RS 2\n");
+    man_text(line, n);
+    printf("\n.RE\n.fi\n");
+}
+
+/* Lines that begin with a blank keep their form, the others are filled. */
+static void man_details(const char *line) {
+    int filled = 0;
+    for (size_t n; *line != 0; line += n + 1) {
+        n = strcspn(line, "\n");
+        if (line[0] == ' ') {
+            man_literal(line + 2, n - 2);
+        } else {
+            if (!filled) printf(".PP\n");
+            man_text(line, n);
+            putchar('\n');
+        }
+        filled = line[0] != ' ';
+    }
+}
+
+static void man_options(int bits) {
+    for (int i = 0; i < N_OPTIONS; i++) {
+        const struct option *o = &option_table[i];
+        if ((o->commands & bits) == 0) continue;
+        printf(".TP\n");
+        if (o->letter != 0) printf("\\fB\\-%c\\fR, ", o->letter);
+        printf("\\fB\\-\\-");
+        man_text(o->name, strlen(o->name));
+        printf("\\fR");
+        if (o->argument != NULL) printf(" %s", o->argument);
+        putchar('\n');
+        man_text(o->help, strlen(o->help));
+        putchar('\n');
+    }
+}
+
+static void man_command(const struct command *c) {
+    printf(".SS %s\n.B lvm\n", c->name);
+    man_text(c->usage, strlen(c->usage));
+    printf("\n.PP\n%c", toupper((unsigned char)c->help[0]));
+    man_text(c->help + 1, strlen(c->help + 1));
+    printf(".\n");
+    man_details(c->details);
+    man_options(c->bit);
+}
+
+static const char man_head[] =
+    ".TH LVM 1 2026-11-29 \"lvm " LVM_VERSION "\"\n.nh\n.ad l\n"
+    ".SH NAME\nlvm \\- run Large Vision Models\n"
+    ".SH SYNOPSIS\n"
+    ".B lvm\n[\\fBpredict\\fR] WEIGHTS IMAGE|FOLDER... [OPTION...]\n.br\n"
+    ".B lvm\nCOMMAND ... [OPTION...]\n"
+    ".SH DESCRIPTION\n"
+    "Prompts are images, answers are images: a VQGAN turns images into tokens and a\n"
+    "transformer predicts the next ones.\nA task is given by examples.\n.PP\n"
+    "What was written goes to standard output, one path a line; notes, progress and\n"
+    "errors go to standard error.\n.PP\n"
+    "Options may stand anywhere before a lone \\-\\-, a value as \\-s 5, \\-s5,\n"
+    "\\-\\-seed 5 or \\-\\-seed=5; of an option that is repeated the last one counts.\n"
+    "\\fB\\-h\\fR or \\fB\\-\\-help\\fR behind a command shows its options,\n"
+    "\\fB\\-V\\fR or \\fB\\-\\-version\\fR what this program is.\n"
+    ".SH COMMANDS\n";
+
+static const char man_tail[] =
+    ".SH EXIT STATUS\n"
+    ".TP\n0\nDone.\n"
+    ".TP\n1\nThe work failed; a message says why.\n"
+    ".TP\n2\nWrong usage: nothing was done.\n"
+    ".TP\n128 + N, as shells show it\nSignal N ended the program: 130 after Ctrl\\-C.\n"
+    ".SH ENVIRONMENT\n"
+    ".TP\n.B LVM_ISA\nForces the kernels of one instruction set: scalar (plain C), avx2,\n"
+    "avx512, neon or neon\\-dot.\nWithout it the fastest that the processor knows are taken.\n"
+    ".TP\n.B LVM_DEVICE\nThe device where \\fB\\-\\-device\\fR names none.\n"
+    ".TP\n.B COLUMNS\nThe width of the progress bar's line where the terminal does not tell\n"
+    "its own.\n"
+    ".SH FILES\n"
+    ".TP\n.I weights.bin\nA model, under any name: a GGUF file with the architecture\n"
+    "\"lvm\", as convert.py and \\fBlvm quantize\\fR write it.\n"
+    ".TP\n.I out.png\nWhat \\fBpredict\\fR and \\fBdecode\\fR write where \\fB\\-o\\fR\n"
+    "names nothing else.\n"
+    ".TP\n.I NAME.PID.tmp\nAn output until it is complete and takes its name.\n"
+    ".PP\nThere is no configuration file.\n";
+/* What for, and how. */
+static const char *const man_examples[][2] = {
+    {"The answer to a folder of examples and a query, and all of it in one picture:",
+     "lvm weights.bin prompt/depth -o depth.png --sheet sheet.png"},
+    {"Four answers to choose from, always the same four:",
+     "lvm weights.bin a.png b.png c.png -c 4 -s 7 -o answer.png"},
+    {"An image through the tokenizer and back, in a pipe:",
+     "lvm encode weights.bin a.png | lvm decode weights.bin - -o copy.png"},
+    {"Which of three images goes on best:",
+     "lvm rank weights.bin puzzle -- a.png b.png c.png"},
+    {"What a model of 7 billion parameters would cost on this machine:",
+     "lvm bench --config 7b --type q4_0"}};
+
+static const char man_end[] =
+    ".SH SEE ALSO\n"
+    "convert.py and README.md in the source of lvm;\n"
+    "Bai et al., Sequential Modeling Enables Scalable Learning for Large Vision\n"
+    "Models, arXiv 2312.00785\n";
+
+/* The manual page, from the same tables as the help. */
+static int print_man(void) {
+    fputs(man_head, stdout);
+    for (int i = 0; i < N_COMMANDS; i++) man_command(&command_table[i]);
+    fputs(man_tail, stdout);
+    for (size_t i = 0; i < sizeof man_examples / sizeof *man_examples; i++) {
+        printf("%s%s\n", i > 0 ? ".PP\n" : ".SH EXAMPLES\n", man_examples[i][0]);
+        man_literal(man_examples[i][1], strlen(man_examples[i][1]));
+    }
+    fputs(man_end, stdout);
     return 0;
 }
 
 static int run_help(struct cli *cli) {
     if (cli->man) return print_man();
     const struct command *c = cli->n_words > 0 ? find_command(cli->words[0]) : NULL;
-    if (cli->n_words > 0 && c == NULL)
-        return complain("there is no command \"%s\"", cli->words[0]) + 1;
-    return print_help(stdout, c);
+    if (cli->n_words > 1) return complain("help: one command at a time") + 1;
+    return cli->n_words > 0 && c == NULL ? no_command(cli->words[0]) : print_help(stdout, c);
 }
 
 /* ---- Signals ----
@@ -13370,36 +13704,165 @@ static void forget_temporary(const char *path) {
 
 /* ---- Progress: a bar with rate and time left, only on a terminal ---- */
 
-struct bar {
-    int shown, whole; /* whole: of a set, whose lines count and not their stages */
-    double started, drawn;
-    char stage[16];
-};
-
 static double seconds(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
 }
 
-static void draw_bar(struct bar *b, const char *stage, int64_t done, int64_t all) {
-    double now = seconds();
-    if (strcmp(b->stage, stage) != 0 || done == 0) {
-        snprintf(b->stage, sizeof b->stage, "%s", stage);
-        b->started = now;
+/* What a line of the bar says; of numbers that are unknown, 0 images, a rate of 0, a negative time
+   left, it says nothing. */
+struct bar_view {
+    const char *words, *noun, *unit; /* noun: of what is counted; unit: of the rate */
+    double part, rate, left;         /* part: 0 to 1; left: seconds */
+    int64_t item, items;
+};
+
+/* "3 s left", "2:05 left", "1:02:05 left" */
+static void time_left(char *text, size_t room, double left) {
+    long long s = left < 1e9 ? (long long)left : 1000000000;
+    if (s < 60) snprintf(text, room, "  %lld s left", s);
+    else if (s < 3600) snprintf(text, room, "  %lld:%02lld left", s / 60, s % 60);
+    else snprintf(text, room, "  %lld:%02lld:%02lld left", s / 3600, s / 60 % 60, s % 60);
+}
+
+/* The line for a terminal of so many columns, whose last one stays free: the percentage, then as
+   much of the rest, the most telling first, as there is room for; a bar takes what is left. */
+static void bar_line(const struct bar_view *v, int columns, char *line, size_t size) {
+    enum { WORDS, PERCENT, COUNT, RATE, LEFT, PIECES, TEXT_ROOM = 48, MOST = 24, LEAST = 6 };
+    static const int order[PIECES] = {PERCENT, WORDS, COUNT, LEFT, RATE};
+    char piece[PIECES][TEXT_ROOM] = {"", "", "", "", ""}, bar[MOST + 4] = "";
+    int room = columns - 1, fits = 1;
+    double part = v->part < 0 ? 0 : v->part > 1 ? 1 : v->part;
+    snprintf(piece[PERCENT], TEXT_ROOM, "%3d %%", (int)(100 * part));
+    snprintf(piece[WORDS], TEXT_ROOM, "%-18s ", v->words);
+    if (v->items > 1)
+        snprintf(piece[COUNT], TEXT_ROOM, "  %s %lld of %lld", v->noun, (long long)v->item,
+                 (long long)v->items);
+    if (v->left >= 0) time_left(piece[LEFT], TEXT_ROOM, v->left);
+    if (v->rate > 0) snprintf(piece[RATE], TEXT_ROOM, "  %.*f %s", v->rate < 10, v->rate, v->unit);
+    for (int i = 0; i < PIECES; i++) {
+        int n = (int)strlen(piece[order[i]]);
+        fits &= n <= room;
+        if (fits) room -= n;
+        else piece[order[i]][0] = 0;
     }
-    if (done < all && now - b->drawn < 0.1) return;
+    int width = room - 3 < MOST ? room - 3 : MOST, full = (int)(width * part);
+    if (width >= LEAST && piece[WORDS][0] != 0) {
+        memset(bar, ' ', (size_t)width + 3);
+        memset(bar + 1, '#', (size_t)full);
+        bar[0] = '[', bar[width + 1] = ']';
+    }
+    snprintf(line, size, "%s%s%s%s%s%s", piece[WORDS], bar, piece[PERCENT], piece[COUNT],
+             piece[RATE], piece[LEFT]);
+}
+
+enum { BAR_SAMPLES = 12 };
+
+/* The bar of one command: what the command says in advance, then how its stage went lately. A
+   window that slides interrupts the stage "generate": its prompt is read again. */
+struct bar {
+    int shown, whole;       /* whole: of a set, whose lines count and not their stages */
+    int reads, writes;      /* images to encode; to generate or decode; 0: not known */
+    int candidates;         /* of each image to generate */
+    int call, calls;        /* where several calls make one stage: the current one, of all */
+    double drawn;           /* when */
+    char stage[32];
+    double part, all;       /* of the stage so far, 0 to 1; its units in all calls */
+    double at[BAR_SAMPLES], parts[BAR_SAMPLES]; /* moments of the last seconds, oldest first */
+    int n;
+    double slide_began, slide_took;
+};
+
+/* A stage's words and the unit of its rate, "" for none. */
+static const struct stage_words {
+    const char *stage, *words, *noun, *unit;
+} stage_table[] = {{"encode", "encoding images", "image", ""},
+                   {"prefill", "reading the prompt", "image", "tokens/s"},
+                   {"slide", "sliding the window", "image", "tokens/s"},
+                   {"generate", "predicting", "image", "tokens/s"},
+                   {"score", "scoring", "choice", "tokens/s"},
+                   {"decode", "decoding images", "image", ""},
+                   {"eval", "evaluating", "line", ""},
+                   {"batch", "predicting", "line", ""}};
+enum { N_STAGES = sizeof stage_table / sizeof *stage_table };
+
+static int is_stage(const char *a, const char *b) { return strcmp(a, b) == 0; }
+
+/* Takes down how far a stage is; another one, or one that begins again, starts afresh and is drawn
+   at once. Samples are a third of a second apart. */
+static void bar_sample(struct bar *b, const char *stage, double part, double now) {
+    int last = b->n - 1;
+    if (!is_stage(b->stage, stage) || part < b->part) {
+        snprintf(b->stage, sizeof b->stage, "%s", stage);
+        b->n = 0;
+        b->drawn = 0;
+    } else if (last >= 0 && now - b->at[last] < 0.3) {
+        b->part = part;
+        return;
+    }
+    if (b->n == BAR_SAMPLES) {
+        memmove(b->at, b->at + 1, (BAR_SAMPLES - 1) * sizeof *b->at);
+        memmove(b->parts, b->parts + 1, (BAR_SAMPLES - 1) * sizeof *b->parts);
+        b->n--;
+    }
+    b->at[b->n] = now;
+    b->parts[b->n++] = b->part = part;
+}
+
+/* The image, choice or line that is at work, and how many there are. */
+static void bar_count(const struct bar *b, const char *stage, double part, struct bar_view *v) {
+    int decodes = b->writes * (b->candidates > 1 ? b->candidates : 1);
+    v->items = is_stage(stage, "encode")     ? b->reads
+               : is_stage(stage, "generate") ? b->writes
+               : is_stage(stage, "decode")   ? decodes
+               : is_stage(stage, "score")    ? b->calls
+               : b->whole                    ? (int64_t)b->all
+                                             : 0;
+    v->item = min64((int64_t)(part * (double)v->items + 1e-9) + 1, v->items);
+}
+
+/* What to show when a stage has done so much of all; now: in seconds. Rates are those of the last
+   seconds. Time left counts a slide for every image to come, once there was one. */
+static struct bar_view bar_update(struct bar *b, const char *stage, int64_t done, int64_t all,
+                                  double now) {
+    int calls = b->calls > 1 ? b->calls : 1, i = 0;
+    double part = (b->call + (double)done / (double)(all > 0 ? all : 1)) / calls, rate;
+    int generates = is_stage(stage, "generate"), slides = is_stage(stage, "slide");
+    if (slides && !is_stage(b->stage, "slide")) b->slide_began = now;
+    if (generates && is_stage(b->stage, "slide")) b->slide_took = now - b->slide_began;
+    if (done < all) b->all = (double)all * calls;
+    bar_sample(b, stage, part, now);
+    while (i + 1 < N_STAGES && !is_stage(stage_table[i].stage, stage)) i++;
+    const struct stage_words *w = &stage_table[i];
+    struct bar_view v = {is_stage(w->stage, stage) ? w->words : stage, w->noun, w->unit, part, 0,
+                         -1, 0, 0};
+    bar_count(b, stage, part, &v);
+    rate = now > b->at[0] ? (part - b->parts[0]) / (now - b->at[0]) : 0;
+    if (rate > 0 && !slides) v.left = (1 - part) / rate;
+    if (v.left >= 0 && generates) v.left += (double)(v.items - v.item) * b->slide_took;
+    if (w->unit[0] != 0)
+        v.rate = rate * b->all * (generates && b->candidates > 1 ? b->candidates : 1);
+    return v;
+}
+
+/* Columns of the terminal; what it does not tell, COLUMNS may. */
+static int terminal_columns(void) {
+    int columns = os_columns(2);
+    const char *told = getenv("COLUMNS");
+    if (columns <= 0 && told != NULL) columns = (int)strtol(told, NULL, 10);
+    return columns > 0 ? columns : 80;
+}
+
+static void draw_bar(struct bar *b, const char *stage, int64_t done, int64_t all) {
+    char line[300] = "";
+    double now = seconds();
+    struct bar_view v = bar_update(b, stage, done, all, now);
+    int over = done >= all && b->call + 1 >= b->calls;
+    if (!over && now - b->drawn < 0.1) return;
     b->drawn = now;
-    double took = now - b->started, rate = took > 0 ? (double)done / took : 0;
-    int width = 24, full = (int)((double)width * (double)done / (double)(all > 0 ? all : 1));
-    fprintf(stderr, "\r%-9s [%.*s%*s] %3d %%  ", stage, full, "########################",
-            width - full, "", (int)(100 * done / (all > 0 ? all : 1)));
-    if (strcmp(stage, "prefill") == 0 || strcmp(stage, "generate") == 0 ||
-        strcmp(stage, "score") == 0)
-        fprintf(stderr, "%.0f tokens/s  ", rate);
-    if (done < all && rate > 0) fprintf(stderr, "%.0f s left ", (double)(all - done) / rate);
-    fputs("\033[K", stderr);
-    if (done >= all) fputs("\r\033[K", stderr);
+    if (!over) bar_line(&v, terminal_columns(), line, sizeof line);
+    fprintf(stderr, "\r%s\033[K", line);
     fflush(stderr);
 }
 
@@ -14062,6 +14525,8 @@ static int read_prompt(struct prediction *p, lvm_error *error) {
     double start = seconds();
     p->prompt = load_prompt(p->cli, &p->s, &p->paths, &p->n_prompt, error);
     if (p->prompt == NULL) return error->code;
+    p->s.bar.reads = p->n_prompt, p->s.bar.writes = p->cli->images;
+    p->s.bar.candidates = p->candidates;
     int code = LVM_OK;
     if (p->cli->truth != NULL) code = load_image(p->cli, p->cli->truth, &p->truth, error);
     if (code == LVM_OK) code = prompt_images(p->cli, &p->s, p->prompt, p->n_prompt, error);
@@ -14086,6 +14551,7 @@ static int generate_images(struct prediction *p, lvm_error *error) {
     for (int c = 1; cli->best && c < p->candidates; c++)
         if (p->log_likelihood[c] > p->log_likelihood[p->first]) p->first = c;
     start = seconds();
+    p->s.bar.candidates = p->kept;
     code = lvm_decode(p->s.ctx, p->ids + (int64_t)p->first * n, p->kept * cli->images, p->images,
                       error);
     p->seconds[2] = seconds() - start;
@@ -14253,6 +14719,7 @@ static int encode_paths(const struct cli *cli, struct session *s, const struct p
     if (ids == NULL) return LVM_MEMORY;
     for (int i = 0; code == LVM_OK && i < p->n; i++) {
         lvm_image image = {0, 0, NULL, 0};
+        s->bar.call = i, s->bar.calls = s->bar.reads = p->n;
         code = load_named(cli, p, i, &image, error);
         if (code == LVM_OK) code = lvm_encode(s->ctx, &image, 1, ids, error);
         for (int t = 0; code == LVM_OK && t < T; t++) {
@@ -14333,6 +14800,7 @@ static int decode_tokens(struct cli *cli, struct session *s, const int32_t *ids,
         return fail(error, LVM_FORMAT, "%s: %s", cli->words[1], fault.text);
     lvm_image *images = mem_alloc((size_t)(n / T), sizeof *images, error);
     if (images == NULL) return LVM_MEMORY;
+    s->bar.writes = n / T;
     code = paths_add(&inputs, "", cli->words[1], error);
     if (code == LVM_OK) code = add_image_outputs(&o, cli, n / T, 1, &inputs, error);
     if (code == LVM_OK) code = lvm_decode(s->ctx, ids, n / T, images, error);
@@ -15533,6 +16001,7 @@ struct bench {
     struct pool *pool;              /* for the ceilings, as many threads as the context's */
     double fma, integer, bandwidth; /* ceilings: operations and bytes a second, all threads */
     int shown;                      /* stages so far */
+    double took[5];                 /* seconds of each of STAGES */
 };
 
 struct peak_job {
@@ -15641,6 +16110,7 @@ static void print_stage(struct bench *b, const char *name, double units, const c
                amount_unit, floor, 100 * floor / took);
     }
     b->shown++;
+    b->took[word_index(STAGES, name)] = took;
     fflush(stdout);
 }
 
@@ -15748,6 +16218,37 @@ static int run_stages(struct bench *b, lvm_error *error) {
     return code;
 }
 
+/* Bytes of all tensors in their types. */
+static double weights_bytes(const lvm_model *m) {
+    double bytes = 0;
+    for (int64_t i = 0; i < m->file.n_tensors; i++) bytes += (double)m->file.tensors[i].bytes;
+    return bytes;
+}
+
+/* What it all comes to: the file, memory with the cache behind the last new token (resident: the
+   whole process, activations and scratch too, where the system tells), and one image behind a
+   prompt of images that are all new: encode, prefill, generate, decode. */
+static void print_sums(const struct bench *b) {
+    double file = (double)b->m->file.size, weights = weights_bytes(b->m), cache = 0;
+    int T = b->m->T, images = 0, json = b->cli->json;
+    double resident = (double)os_resident(), answer = 0, unit = json ? 1 : 1e6;
+    if (b->m->llama.L > 0) cache = cache_bytes(b, b->cli->prompt + b->cli->new_tokens);
+    if (b->m->llama.L > 0 && b->m->vq != NULL) {
+        images = (b->cli->prompt + T - 1) / T;
+        answer = images * b->took[0] + b->took[1] + b->took[2] * T / b->cli->new_tokens +
+                 b->took[4];
+    }
+    printf(json ? "{" : "\n");
+    if (images > 0)
+        printf(json ? "\"prompt_images\": %d, \"answer_seconds\": %.6g, "
+                    : "answer to %d images %.2f s; ", images, answer);
+    if (resident > 0)
+        printf(json ? "\"resident_bytes\": %.0f, " : "memory %.1f MB, of it ", resident / unit);
+    printf(json ? "\"weights_bytes\": %.0f, \"cache_bytes\": %.0f, \"file_bytes\": %.0f}\n"
+                : "weights %.1f MB, cache %.1f MB; file %.1f MB\n",
+           weights / unit, cache / unit, file / unit);
+}
+
 static void print_ceilings(struct bench *b) {
     const struct peak *p = find_peak(b->m->kern->name);
     char bf16[32] = "";
@@ -15803,6 +16304,7 @@ static int run_bench(struct cli *cli) {
                     cli->prompt, cli->new_tokens, b.m->llama.context + 1);
     if (code == LVM_OK) print_ceilings(&b);
     if (code == LVM_OK) code = run_stages(&b, &error);
+    if (code == LVM_OK && cli->stage < 0) print_sums(&b);
     pool_free(b.pool);
     lvm_ctx_free(b.ctx);
     lvm_close(b.m);
@@ -15815,23 +16317,76 @@ static int flush_output(int status) {
     return status == 0 && bad ? complain("standard output: cannot be written") : status;
 }
 
+#ifndef LVM_COMMIT
+#define LVM_COMMIT "" /* the Makefile knows it where the source lies in git */
+#endif
+
+static void compiler_name(char *text, size_t room) {
+#ifdef __clang__
+    snprintf(text, room, "clang %d.%d.%d", __clang_major__, __clang_minor__, __clang_patchlevel__);
+#elif defined(__GNUC__)
+    snprintf(text, room, "gcc %d.%d.%d", __GNUC__, __GNUC_MINOR__, __GNUC_PATCHLEVEL__);
+#else
+    snprintf(text, room, "unknown compiler");
+#endif
+}
+
 static int print_version(void) {
+    char compiler[64];
     lvm_error error = {0, ""};
     const struct kernels *k = choose_kernels(&error);
     if (k == NULL) return complain("%s", error.text);
-    printf("lvm %s (%s, %d processors)\n", LVM_VERSION, k->name, processors());
+    compiler_name(compiler, sizeof compiler);
+    printf("lvm %s (%s%s%s, %s, %d processors)\n", LVM_VERSION, LVM_COMMIT,
+           LVM_COMMIT[0] != 0 ? ", " : "", compiler, k->name, processors());
+    return 0;
+}
+
+static int run_version(struct cli *cli) {
+    return cli->n_words > 0 ? complain("version: takes no words") + 1 : print_version();
+}
+
+static int is_weights(const char *path) {
+    return os_stat(path).kind == OS_FILE && begins_with(path, "GGUF");
+}
+
+/* Refuses weights that do not come first; 0, or a message and 2. */
+static int check_order(const struct cli *cli, const struct command *c) {
+    if ((c->bit & RUNS) == 0 || cli->n_words < 2 || is_weights(cli->words[0])) return 0;
+    for (int i = 1; i < cli->n_words; i++)
+        if (is_weights(cli->words[i]))
+            return complain("%s: the weights come first, before %s: lvm %s", cli->words[i],
+                            cli->words[0], c->usage) + 1;
     return 0;
 }
 
 /* Parses twice: a preset comes before every other option, wherever it stands. */
-static int run_command(struct cli *cli, const struct command *c, int argc, char **argv, int first) {
+static int run_command(struct cli *cli, const struct command *c, int argc, char **argv) {
     static const char *const presets[] = {"lvm", "delvm"};
     struct cli probe = *cli;
-    int status = parse_arguments(&probe, c, argc, argv, first);
+    int status = parse_arguments(&probe, c, argc, argv);
     if (status != 0) return status;
     if (probe.preset >= 0) lvm_sampling_preset(presets[probe.preset], &cli->sampling, NULL);
-    parse_arguments(cli, c, argc, argv, first);
-    return c->run(cli);
+    parse_arguments(cli, c, argc, argv);
+    status = check_order(cli, c);
+    return status != 0 ? status : c->run(cli);
+}
+
+/* 1 for a first word that is meant as a command: no file, and no name or path of one. */
+static int meant_as_command(const char *word) {
+    return word[0] != 0 && strpbrk(word, "./\\") == NULL && os_stat(word).kind == OS_NOTHING;
+}
+
+/* Takes the command out of argv; predict where none is named, NULL and a message where one is that
+   does not exist. */
+static const struct command *take_command(int *argc, char **argv) {
+    int at = first_word(*argc, argv);
+    const struct command *c = at > 0 ? find_command(argv[at]) : NULL;
+    if (at > 0 && c == NULL && meant_as_command(argv[at])) return no_command(argv[at]), NULL;
+    if (c == NULL) return &command_table[0];
+    memmove(argv + at, argv + at + 1, (size_t)(*argc - at) * sizeof *argv);
+    --*argc;
+    return c;
 }
 
 int main(int argc, char **argv) {
@@ -15840,10 +16395,12 @@ int main(int argc, char **argv) {
         print_help(stderr, NULL);
         return 2;
     }
-    if (strcmp(argv[1], "--version") == 0) return flush_output(print_version());
-    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)
-        return flush_output(print_help(stdout, NULL));
-    const struct command *c = find_command(argv[1]);
+    int all = argc;
+    const struct command *c = take_command(&argc, argv);
+    if (c == NULL) return 2;
+    if (asks_for("-V", "--version", argc, argv)) return flush_output(print_version());
+    if (asks_for("-h", "--help", argc, argv))
+        return flush_output(print_help(stdout, argc < all ? c : NULL));
     struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO,
                       .split = -1, .preset = -1, .config = -1, .vq = -1, .stage = -1,
                       .prompt = 3840, .new_tokens = 256};
@@ -15852,8 +16409,7 @@ int main(int argc, char **argv) {
     cli.words = calloc((size_t)argc, sizeof *cli.words);
     if (cli.words == NULL) return complain("out of memory");
     watch_signals();
-    int status =
-        run_command(&cli, c != NULL ? c : &command_table[0], argc, argv, c != NULL ? 2 : 1);
+    int status = run_command(&cli, c, argc, argv);
     free(cli.words);
     return flush_output(status);
 }

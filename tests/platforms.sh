@@ -64,7 +64,7 @@ the_same() {
     check encodes plain "$@" "$lvm" encode $model $prompt -o "$work/$system/ids"
     check "encodes the same" cmp "$work/$system/ids" "$work/native/ids"
     check "missing weights" status 1 "none.bin: No such file" "$@" "$lvm" none.bin prompt/01.png
-    check "wrong usage" status 2 "unknown option" "$@" "$lvm" $model --wrong
+    check "wrong usage" status 2 "no such option" "$@" "$lvm" $model --wrong
 }
 
 is_static() { ! readelf -l "$1" | grep INTERP; }

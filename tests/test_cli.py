@@ -9,6 +9,7 @@ A failure must end in one line on stderr that says what is wrong, the right exit
 failed, 2 wrong usage), and a folder in which nothing has changed.
 """
 
+import fcntl
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import termios
 import time
 import unittest
 import zlib
@@ -317,13 +319,16 @@ class Case(unittest.TestCase):
 
 class Commands(Case):
     def test_version(self):
-        self.assertRegex(self.good("--version"),
-                         rb"\Alvm \d+\.\d+\.\d+ \((scalar|avx2|avx512|neon|neon-dot), \d+ processors\)"
-                         rb"\n\Z")
+        version = self.good("--version")
+        self.assertRegex(version, rb"\Alvm \d+\.\d+\.\d+ \(([\w.-]+, )?(gcc|clang) \d+\.\d+\.\d+, "
+                                  rb"(scalar|avx2|avx512|neon|neon-dot), \d+ processors\)\n\Z")
+        for args in (("-V",), ("version",), ("encode", "-V"), ("-j", "2", "-V"), ("-o", "x", "--version")):
+            self.assertEqual(self.good(*args), version, args)
+        self.bad(2, "takes no words", "version", "x")
 
     def test_help(self):
         text = self.good("help").decode()
-        commands = ("predict", "encode", "decode", "info", "quantize", "help")
+        commands = ("predict", "encode", "decode", "info", "quantize", "help", "version")
         for word in commands + ("--version", "--greedy"):
             self.assertIn(word, text)
         self.assertEqual(self.good("--help").decode(), text)
@@ -558,7 +563,7 @@ class Commands(Case):
 
     def test_bench(self):
         out = self.lines("bench", self.weights, "--json", "--prompt", "70", "--new", "6", "-j", "1")
-        first, stages = json.loads(out[0]), [json.loads(line) for line in out[1:]]
+        first, *stages, sums = [json.loads(line) for line in out]
         self.assertEqual([s["stage"] for s in stages], ["encode", "prefill", "generate", "candidates", "decode"])
         for s in stages:
             self.assertGreater(s["seconds"], 0)
@@ -568,6 +573,16 @@ class Commands(Case):
         if os.path.exists("/proc/cpuinfo"):
             able = first["kernels"] == "avx512" and b"avx512_bf16" in read("/proc/cpuinfo")
             self.assertEqual("bf16_gflops" in first, able)
+        took = {s["stage"]: s["seconds"] for s in stages}
+        self.assertEqual(sums["prompt_images"], 2)            # 70 tokens reach into the second
+        self.assertAlmostEqual(sums["answer_seconds"], 2 * took["encode"] + took["prefill"] +
+                               took["generate"] * T / 6 + took["decode"], delta=1e-3 * sums["answer_seconds"])
+        self.assertEqual(sums["file_bytes"], os.path.getsize(self.weights))
+        types = re.findall(rb"values +(\d+) bytes\n", self.good("info", self.weights))
+        self.assertEqual(sums["weights_bytes"], sum(int(n) for n in types))
+        self.assertEqual(sums["cache_bytes"], 76 * 2 * 2 * 2 * 32 * 2)   # tokens, layers, K and V, heads, d, f16
+        if sys.platform.startswith("linux"):
+            self.assertGreater(sums["resident_bytes"], sums["weights_bytes"])
         table = self.lines("bench", "--config", "100m", "--type", "q4_0", "--prompt", "8", "--new", "1",
                            "--stage", "prefill", "-j", "1")
         self.assertRegex(table[-1], r"^prefill .* tokens/s .* %$")
@@ -718,7 +733,7 @@ class Quantize(Case):
 
 class Usage(Case):
     def test_missing_words(self):
-        self.bad(2, "no command and no file \"frobnicate\"", "frobnicate")
+        self.bad(2, "no such command or file: frobnicate", "frobnicate")
         self.bad(2, ["WEIGHTS", "IMAGE"], self.weights)
         self.bad(2, ["WEIGHTS", "IMAGE"], "predict")
         self.bad(2, "help encode", "encode", self.weights)
@@ -734,13 +749,14 @@ class Usage(Case):
                            ((self.weights, p, "--gree"), "--gree"),
                            ((self.weights, p, "---"), "---"),
                            ((self.weights, p, "--type", "f16"), "--type"),
+                           ((self.weights, p, "--" + 200 * "seed" + "=1"), "--" + 200 * "seed" + " ("),
                            (("encode", self.weights, p, "--greedy"), "--greedy"),
                            (("decode", self.weights, p, "-n", "2"), "-n"),
                            (("info", self.weights, "--force"), "--force"),
                            (("info", self.weights, "-o", "x"), "-o"),
                            (("quantize", self.weights, "x.bin", "-j", "2"), "-j"),
                            (("help", "--nope"), "--nope")):
-            self.bad(2, ["unknown option", word, "lvm help"], *args)
+            self.bad(2, ["no such option: " + word], *args)
 
     def test_values(self):
         wrong = {
@@ -774,6 +790,206 @@ class Usage(Case):
             self.bad(2, [option, "needs a value"], self.weights, self.images[0], option)
         for option in ("--greedy=1", "--quiet=0", "--exact=", "-qq", "--no-mmap=yes"):
             self.bad(2, [option, "takes no value"], self.weights, self.images[0], option)
+
+
+# ---- help, mistakes and the bar --------------------------------------------------------------------
+
+COMMANDS = ("predict", "encode", "decode", "rank", "eval", "batch", "bench", "info", "quantize", "help",
+            "version")
+
+
+class Help(Case):
+    def table(self):
+        """Names and arguments of the options as lvm.c's table has them, by its first command."""
+        source = read(os.path.join(TOP, "lvm.c")).decode()
+        source = source[source.index("option_table[] = {"):source.index("N_OPTIONS =")]
+        rows = re.findall(r'\{(0|\'.\'), "([a-z-]+)", (NULL|"[^"]*"), ([A-Z |]+),', source)
+        self.assertGreater(len(rows), 30)
+        return rows
+
+    def test_asked_for_anywhere(self):
+        p = self.images[0]
+        for command in COMMANDS:
+            text = self.good("help", command)
+            self.assertTrue(text.startswith(b"lvm "), command)
+            self.assertEqual(self.good("version", "--help"), self.good("help", "version"))
+            for args in (("--help",), ("-h",), (self.weights, p, "--help"), ("-j", "2", "-h"),
+                         ("--nope", "-h"), ("-n", "0", "--help"), ("nowhere.bin", "--help", p)):
+                self.assertEqual(self.good(command, *args), text, args)
+            self.assertEqual(self.good("-j", "2", "--greedy", command, "--help"), text)
+        for args in (("-h",), ("--help",), (self.weights, p, "--help"), ("-j", "2", "--help")):
+            self.assertEqual(self.good(*args), self.good("help"), args)
+        self.lines("encode", self.weights, p, "-o", "--help")       # a value, and behind -- a name
+        self.assertEqual(sorted(os.listdir(self.folder)), ["--help"])
+        self.bad(1, "-h", "encode", self.weights, "--", "-h")
+
+    def test_columns(self):
+        """Everything fits 79 columns, every option stands there whole, every command has an example."""
+        letters = {"PREDICT": "predict", "SAMPLES": "predict batch", "BENCH": "bench", "HELP": "help",
+                   "READS": "predict rank eval batch", "INFO": "info", "QUANTIZE": "quantize",
+                   "RUNS": "predict rank eval batch encode decode", "ENCODE": "encode",
+                   "DECODE": "decode", "RANK": "rank", "EVAL": "eval", "BATCH": "batch"}
+        texts = {command: self.good("help", command).decode() for command in COMMANDS}
+        for name, text in list(texts.items()) + [("", self.good("help").decode())]:
+            for line in text.splitlines():
+                self.assertLess(len(line), 80, line)
+            self.assertTrue(text.isascii(), name)
+            self.assertRegex(text, r"(?m)^ +lvm .*" + name.replace("predict", "weights.bin"))
+        for letter, name, argument, commands in self.table():
+            shown = "--%s %s" % (name, "" if argument == "NULL" else argument.strip('"'))
+            shown = ("" if letter == "0" else "-%s, " % letter[1]) + shown.strip()
+            for command in " ".join(letters[c.strip()] for c in commands.split("|")).split():
+                self.assertIn(" %s " % shown, texts[command].replace("\n", " "), command)
+
+    def test_manual_page(self):
+        page = self.good("help", "--man")
+        for part in ("NAME", "SYNOPSIS", "COMMANDS", "EXIT STATUS", "ENVIRONMENT", "FILES", "EXAMPLES",
+                     "SEE ALSO"):
+            self.assertIn(b"\n.SH %s\n" % part.encode(), page)
+        for word in (b"LVM_ISA", b"LVM_DEVICE", b"COLUMNS", b"130", b"weights.bin"):
+            self.assertIn(word, page[page.index(b".SH EXIT STATUS"):])
+        for _, name, _, _ in self.table():
+            self.assertIn(b"\\-\\-" + name.replace("-", "\\-").encode(), page)
+        for line in page.decode("ascii").splitlines():
+            self.assertFalse(line.endswith(" ") or line == "", line)
+            self.assertRegex(line, r"^[^.']|^\.(TH|SH|SS|TP|PP|B|I|br|nf|fi|RS|RE|nh|ad)\b")
+
+    def test_manual_page_as_it_is_shown(self):
+        page, ran = self.put("lvm.1", self.good("help", "--man")), 0
+        for command in (["groff", "-man", "-Tutf8", "-ww", "-rLL=80n", page], ["mandoc", "-Tlint", page],
+                        ["mandoc", "-Tutf8", "-O", "width=80", page]):
+            if shutil.which(command[0]) is None:
+                continue
+            shown = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual((shown.returncode, shown.stderr), (0, b""), shown.stdout[:2000])
+            text = re.sub(r"\x1b\[[0-9;]*m|.\x08", "", shown.stdout.decode())
+            if command[1] == "-Tlint":
+                self.assertEqual(text, "")
+                continue
+            for line in text.splitlines():
+                self.assertLess(len(line), 81, line)
+            for example in ("lvm rank weights.bin puzzle/ -- a.png b.png c.png", '"answer": 1}'):
+                self.assertIn(example, text)
+            ran += 1
+        if ran == 0:
+            self.skipTest("neither groff nor mandoc is here")
+
+    def test_commit(self):
+        """make tells the program its commit, where there is one, and needs no git to build."""
+        for name in ("Makefile", "lvm.c"):
+            shutil.copy(os.path.join(TOP, name), self.folder)
+        env = dict(os.environ, HOME=self.folder, GIT_CEILING_DIRECTORIES=self.shared)
+
+        def told(target):
+            out = subprocess.run(["make", "-n", "-W", "lvm.c", target], cwd=self.folder, env=env, check=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            self.assertEqual(out.stderr, b"")
+            return re.findall(rb'-DLVM_COMMIT=\\"([^"]*)\\"', out.stdout)
+
+        def git(*args):
+            who = ["-c", "user.name=n", "-c", "user.email=e", "-c", "commit.gpgsign=false"]
+            return subprocess.run(["git"] + who + list(args), cwd=self.folder, env=env, check=True,
+                                  stdout=subprocess.PIPE, stderr=subprocess.PIPE).stdout.strip()
+
+        self.assertEqual(told("lvm"), [])
+        if shutil.which("git") is None:
+            self.skipTest("git is not here")
+        git("init")
+        git("add", "lvm.c")
+        git("commit", "-m", "a")
+        commit = git("rev-parse", "--short", "HEAD")
+        for target in ("lvm", "lvm-static", "lvm.exe"):
+            self.assertEqual(told(target), [commit])
+        with open(self.path("lvm.c"), "a") as f:
+            f.write("\n")
+        self.assertEqual(told("lvm"), [commit + b"-dirty"])
+        os.utime(self.put("lvm", b""))
+        out = subprocess.run(["make", "lvm"], cwd=self.folder, env=env, check=True, stdout=subprocess.PIPE)
+        self.assertIn(b"up to date", out.stdout)
+
+    def test_commit_is_shown(self):
+        if SANITIZED:
+            self.skipTest("builds a program of its own")
+        program = self.path("other")
+        subprocess.run([os.environ.get("CC", "cc"), "-std=c11", "-O0", "-ffp-contract=off",
+                        '-DLVM_COMMIT="abc-dirty"', "-o", program, os.path.join(TOP, "lvm.c"), "-lm",
+                        "-lpthread"], check=True)
+        out = subprocess.run([program, "--version"], check=True, stdout=subprocess.PIPE).stdout
+        self.assertRegex(out, rb"\Alvm [\d.]+ \(abc-dirty, ")
+
+
+class Mistakes(Case):
+    def test_commands(self):
+        for word, meant in (("generate", "did you mean predict?"), ("run", "did you mean predict?"),
+                            ("infer", "did you mean predict?"), ("tokenize", "did you mean encode?"),
+                            ("detokenize", "did you mean decode?"), ("evaluate", "did you mean eval?"),
+                            ("serve", "no server"), ("convert", "convert.py"), ("train", "not train yet"),
+                            ("predcit", "did you mean predict?"), ("Encode", "did you mean encode?"),
+                            ("decoed", "did you mean decode?"), ("quant", "did you mean quantize?"),
+                            ("quantise", "did you mean quantize?"), ("benchmark", "did you mean bench?"),
+                            ("rnak", "did you mean rank?"), ("hlep", "did you mean help?")):
+            for args in ((word,), (word, self.weights, self.images[0]), ("-j", "1", word, "x"),
+                         (word, "--nope"), ("help", word)):
+                self.bad(2, ["no such command: " + word + " (", meant], *args)
+        for word in ("frobnicate", "x", "weights", 300 * "w"):
+            for args in ((word,), (word, "a.png", "--greedy"), ("help", word)):
+                self.bad(2, ["no such command or file: " + word, "lvm help"], *args)
+        self.bad(1, "nowhere.bin", "nowhere.bin", self.images[0])
+        self.bad(2, "one command at a time", "help", "rank", "eval")
+        shutil.copy(self.weights, self.path("generate"))             # a file is a file
+        self.assertEqual(self.lines("generate", self.images[0]), ["out.png"])
+
+    def test_options(self):
+        for option, meant in (("--sead", "seed"), ("--Seed=5", "seed"), ("--top_p", "top-p"),
+                              ("--temp", "temperature"), ("--tempreature=1", "temperature"),
+                              ("--gredy", "greedy"), ("--jobs", "threads"), ("--outfile", "output"),
+                              ("--samples", "candidates"), ("--hlep", "help"), ("--vresion", "version"),
+                              ("-seed", "seed"), ("-kv", "kv")):
+            name = option.split("=")[0]
+            self.bad(2, "no such option: %s (did you mean --%s?)" % (name, meant),
+                     self.weights, self.images[0], option, "5")
+        for args, owners in ((("encode", "--json"), "--json belongs to rank, eval, batch, bench)"),
+                             (("--tensors",), "--tensors belongs to info)"),
+                             (("info", "-j2"), "-j belongs to predict, encode, decode, rank, eval, batch, bench)"),
+                             (("help", "--type=q8_0"), "--type belongs to bench, quantize)")):
+            self.bad(2, ["no such option: ", owners], *args)
+        for option in ("---", "-x", "--x", "--frobnicate"):
+            self.bad(2, ["no such option: " + option, "(lvm help predict lists them)"], self.weights, option)
+        self.bad(2, "-o: needs a value, and --greedy is an option", self.weights, self.images[0], "-o", "--greedy")
+
+    def test_options_in_front(self):
+        once = self.good("encode", self.weights, self.images[0], "--fit", "crop")
+        for args in (("-j", "2", "encode", self.weights, self.images[0], "--fit", "crop"),
+                     ("--fit", "crop", "-j1", "encode", self.weights, self.images[0]),
+                     ("--fit=crop", "--exact", "encode", "-q", self.weights, self.images[0])):
+            self.assertEqual(self.good(*args), once)
+        for args in (("-j", "2", "predict", self.weights), ("--greedy", self.weights),
+                     ("-o", "out.png", "predict", "-q", self.weights), ("-o", "out.png", self.weights)):
+            self.assertEqual(self.lines(*args, self.images[0]), ["out.png"])
+        self.bad(2, "-n", "-n", "0", "predict", self.weights, self.images[0])
+        self.bad(2, "needs a value", "-j")
+
+    def test_forms_and_repeats(self):
+        want = self.predict(self.images[0], "-s", "5")
+        self.assertNotEqual(self.predict(self.images[0], "-s", "6"), want)
+        for args in (("-s5",), ("--seed=5",), ("--seed", "5"), ("-s", "6", "-s", "5"),
+                     ("--seed=7", "-s6", "--seed", "5")):
+            self.assertEqual(self.predict(self.images[0], *args), want, args)
+
+    def test_order(self):
+        p, tokens = self.images[0], self.put("t.txt", b"1 2 3")
+        os.mkdir(self.path("folder"))
+        for args in ((p, self.weights), ("predict", p, p, self.weights), ("encode", p, self.weights),
+                     ("decode", tokens, self.weights), ("rank", p, self.weights, "--", p),
+                     ("eval", tokens, self.weights), ("batch", tokens, self.weights),
+                     ("folder", self.weights), ("nowhere.png", self.weights)):
+            self.bad(2, ["the weights come first, before ", self.weights], *args)
+        os.mkfifo(self.path("fifo"))
+        self.bad(2, "the weights come first", p, "fifo", self.weights)   # is not opened to find out
+        self.bad(2, "--json: options stand before --", "rank", self.weights, p, "--", p, "--json")
+        self.bad(2, "-j2: options stand before --", "rank", self.weights, p, "--", "-j2", p)
+        shutil.copy(p, self.path("-q"))
+        self.good("encode", self.weights, "--", "-q")
 
 
 # ---- files that are not what they should be ------------------------------------------------------
@@ -1452,10 +1668,11 @@ class Interruption(Case):
         self.assertEqual(code, -signal.SIGINT)
         self.assertTrue(seen.endswith(b"\r\x1b[Klvm: interrupted; nothing was left behind\r\n"), seen)
 
-    def on_terminal(self, *args):
-        """Standard error of a run that has a terminal there."""
+    def on_terminal(self, *args, columns=0, **how):
+        """Standard error of a run that has a terminal of so many columns there; 0: it tells none."""
         ours, theirs = pty.openpty()
-        p = self.start(self.weights, self.images[0], *args, stderr=theirs)
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        p = self.start(self.weights, self.images[0], *args, stderr=theirs, **how)
         os.close(theirs)
         seen = b""
         try:
@@ -1471,12 +1688,26 @@ class Interruption(Case):
         return seen
 
     def test_progress_only_on_a_terminal(self):
-        seen = self.on_terminal("-j", "1", "-n", "8", "-c", "4")
-        for word in (b"generate", b"%", b"#", b"tokens/s"):
+        seen = self.on_terminal("-j", "1", "-n", "150", "-c", "4")
+        for word in (b"encoding images", b"reading the prompt", b"predicting", b"sliding the window",
+                     b"decoding images", b"%", b"#", b"tokens/s"):
             self.assertIn(word, seen)
+        counted = re.findall(rb"predicting [^\r]* image (\d+) of 150", seen)
+        self.assertGreater(len(set(counted)), 1)
+        self.assertEqual([int(n) for n in counted], sorted(int(n) for n in counted))
         last = seen.split(b"\r\x1b[K")[-1]                # the bar is gone, and the note stands
         self.assertRegex(last.replace(b"\r", b"").decode(), self.SAID)
         self.assertEqual(self.on_terminal("-j", "1", "-n", "8", "-q"), b"")
+
+    def test_progress_fits_the_terminal(self):
+        args = ("-j", "1", "-n", "150", "-c", "4")
+        for columns, told, longest in ((0, "", 79), (0, "40", 39), (50, "40", 49), (80, "", 79), (24, "", 5),
+                                       (6, "", 5), (5, "", 0), (1, "", 0)):
+            seen = self.on_terminal(*args, columns=columns, env={"COLUMNS": told}).decode()
+            seen = re.sub(self.SAID[2:-2], "", seen.replace("\x1b[K", ""))
+            widths = [len(line) for line in seen.split("\r")]
+            self.assertLessEqual(max(widths), longest, columns)
+            self.assertGreaterEqual(max(widths), longest * 3 // 4, columns)
 
 
 # ---- the shipped model ---------------------------------------------------------------------------

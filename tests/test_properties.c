@@ -903,6 +903,99 @@ static void test_pool(void) {
     }
 }
 
+/* ---- The progress bar ---- */
+
+static void check_line(const struct bar_view *v, int columns, const char *want) {
+    char line[300];
+    bar_line(v, columns, line, sizeof line);
+    check(strcmp(line, want) == 0, "%d columns: \"%s\", not \"%s\"", columns, line, want);
+}
+
+/* What gives way first where a terminal is narrow. */
+static void test_bar_line(void) {
+    struct bar_view v = {"predicting", "image", "tokens/s", 0.5, 342.4, 125, 5, 8};
+    where("bar");
+    check_line(&v, 80, "predicting         [######       ]  50 %  image 5 of 8  342 tokens/s  2:05 left");
+    check_line(&v, 66, "predicting          50 %  image 5 of 8  342 tokens/s  2:05 left");
+    check_line(&v, 62, "predicting         [####     ]  50 %  image 5 of 8  2:05 left");
+    check_line(&v, 49, "predicting         [###    ]  50 %  image 5 of 8");
+    check_line(&v, 46, "predicting          50 %  image 5 of 8");
+    check_line(&v, 25, "predicting          50 %");
+    check_line(&v, 24, " 50 %");
+    check_line(&v, 6, " 50 %");
+    check_line(&v, 5, "");
+    check_line(&v, 0, "");
+    check_line(&v, -3, "");
+    v = (struct bar_view){"scoring", "choice", "tokens/s", 1.7, 3.44, 7322, 1, 1};
+    check_line(&v, 200, "scoring            [########################] 100 %  3.4 tokens/s  2:02:02 left");
+    v = (struct bar_view){"encoding images", "image", "", -1, 0, -1, 0, 0};
+    check_line(&v, 80, "encoding images    [                        ]   0 %");
+    v.left = HUGE_VAL;
+    v.words = "a stage of some other device whose name is long";
+    for (int columns = 0; columns < 120; columns++) {
+        char line[300];
+        bar_line(&v, columns, line, sizeof line);
+        check((int)strlen(line) < columns || line[0] == 0, "%d columns hold \"%s\"", columns, line);
+    }
+}
+
+static int near_to(double x, double want) { return fabs(x - want) <= 0.02 * fabs(want) + 1e-9; }
+
+/* A generation of 8 images of 256 tokens at 100 tokens a second, whose window slides after the
+   third, for four seconds each time, beside a clock of the test's own. */
+static void test_bar_rates(const char *slide) {
+    struct bar b = {.reads = 3, .writes = 8, .candidates = 2};
+    struct bar_view v;
+    double now = 50;
+    where("bar, %s", slide);
+    for (int i = 0; i < 30; i++, now += 0.1) v = bar_update(&b, "encode", i, 30, now);
+    check(strcmp(v.words, "encoding images") == 0 && v.item == 3 && v.items == 3 &&
+          near_to(v.left, 0.1) && v.rate == 0, "encode: image %d, %g s left", (int)v.item, v.left);
+    for (int i = 0; i < 768; i += 16, now += 0.5) v = bar_update(&b, "prefill", i, 768, now);
+    check(near_to(v.rate, 32) && strcmp(v.words, "reading the prompt") == 0, "prefill: %g", v.rate);
+    for (int t = 0; t < 8 * 256; t++, now += 0.01) {
+        for (int i = 0; t >= 3 * 256 && t % 256 == 0 && i < 40; i++, now += 0.1) {
+            v = bar_update(&b, slide, i, 40, now);
+            check(strcmp(v.words, "sliding the window") == 0, "at %d: %s", t, v.words);
+        }
+        v = bar_update(&b, "generate", t, 8 * 256, now);
+        int slides = t >= 3 * 256 ? 7 - t / 256 : 0;
+        double left = (8 * 256 - t) * 0.01 + 4 * slides;
+        check(v.items == 8 && v.item == t / 256 + 1, "token %d: image %d", t, (int)v.item);
+        if (t % 256 < 2) continue; /* nothing to take a rate of */
+        check(near_to(v.rate, 200), "token %d: %g tokens/s", t, v.rate);
+        check(near_to(v.left, left), "token %d: %g s left, not %g", t, v.left, left);
+    }
+    v = bar_update(&b, "decode", 17, 32, now);
+    check(v.items == 16 && v.item == 9, "decode: image %d of %d", (int)v.item, (int)v.items);
+}
+
+/* A rate follows what happens now; calls that make one stage count through. */
+static void test_bar_changes(void) {
+    struct bar b = {.shown = 0};
+    struct bar_view v;
+    double now = 7;
+    where("bar, changes");
+    for (int t = 0; t < 1000; t++, now += t < 500 ? 0.01 : 0.1)
+        v = bar_update(&b, "score", t, 1000, now);
+    check(near_to(v.rate, 10) && v.items == 0, "%g tokens/s", v.rate);
+    v = bar_update(&b, "score", 0, 1000, now);
+    check(v.rate == 0 && v.left < 0, "begun again: %g tokens/s", v.rate);
+    b = (struct bar){.calls = 4, .reads = 4};
+    for (b.call = 0; b.call < 4; b.call++)
+        for (int t = 0; t < 10; t++, now += 1) {
+            v = bar_update(&b, "encode", t, 10, now);
+            check(near_to(v.part, (10 * b.call + t) / 40.0) && v.item == b.call + 1 && v.items == 4,
+                  "call %d, %d of 10: %g", b.call, t, v.part);
+            check(10 * b.call + t == 0 || near_to(v.left, 40 - 10 * b.call - t), "%g s", v.left);
+        }
+    b = (struct bar){.whole = 1};
+    v = bar_update(&b, "eval", 4, 80, now);
+    check(strcmp(v.words, "evaluating") == 0 && v.item == 5 && v.items == 80, "line %d", (int)v.item);
+    v = bar_update(&b, "a device's own", 1, 2, now);
+    check(strcmp(v.words, "a device's own") == 0 && v.rate == 0, "another stage: %s", v.words);
+}
+
 int main(int argc, char **argv) {
     chance = rng_new(20240608, 0);
     int quick = argc > 1 &&
@@ -920,6 +1013,10 @@ int main(int argc, char **argv) {
         test_damage();
         test_wrong_arguments();
         test_parts();
+        test_bar_line();
+        test_bar_rates("prefill");
+        test_bar_rates("slide");
+        test_bar_changes();
     }
     return checked("properties");
 }
