@@ -28,10 +28,13 @@ Q8_0 and Q4_0 become F32. Matrices pass through in pieces; only a convolution is
 import argparse
 import array
 import collections
+import functools
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
 import stat
 import struct
@@ -57,8 +60,9 @@ Tensor = collections.namedtuple("Tensor", "path name dtype shape pos nbytes view
 # A tensor that a configuration calls for: both names, the checkpoint's shape. Tensors that share an
 # optional group may be left out, all of them together.
 Spec = collections.namedtuple("Spec", "hf gguf shape group")
-# A tensor to write: swap is None or (rows, a, b), which turns every row from [a, b] into [b, a].
-Job = collections.namedtuple("Job", "name dtype shape source swap")
+# A tensor to write: swap is None or (rows, a, b), which turns every row from [a, b] into [b, a];
+# limit is None or what all values must stay below.
+Job = collections.namedtuple("Job", "name dtype shape source swap limit", defaults=(None,))
 
 
 class Bad(Exception):
@@ -1466,9 +1470,44 @@ def swap_inner(data, size, rows, a, b):
     return out.tobytes()
 
 
+@functools.lru_cache(None)
+def below(top):
+    """The bytes in which a float can end that is smaller, whatever its sign, than one with top."""
+    return bytes(b for b in range(256) if b & 0x7F < top)
+
+
+def count_beyond(data, dtype, limit):
+    """How many floats are NaN, infinite, or as large as limit. Without their signs, floats of one
+    type are ordered as their bits are; so the last bytes, all looked at in one go, nearly always
+    tell that there are none."""
+    size = TYPES[dtype][2]
+    (least,) = struct.unpack("<I", struct.pack("<f", limit))
+    least = {"F32": least, "BF16": -(-least >> 16), "F16": 0x7C00}[dtype]
+    if not data[size - 1::size].translate(None, below(least >> 8 * size - 8)):
+        return 0
+    values, sign = array.array({2: "H", 4: "I"}[size], data), 1 << 8 * size - 1
+    if sys.byteorder == "big":
+        values.byteswap()
+    return sum(value & ~sign >= least for value in values)
+
+
+def checked(job, pieces):
+    """The pieces, if all numbers in them can be computed with."""
+    beyond = 0
+    for data in pieces:
+        beyond += count_beyond(data, job.dtype, job.limit)
+        yield data
+    if beyond:
+        raise Bad(job.source.path, "tensor %s: %d of its %d values are NaN or infinite%s; the file "
+                  "is damaged or its training failed (--allow-nonfinite writes them all the same)"
+                  % (shown(job.source.name), beyond, math.prod(job.shape),
+                     "" if math.isinf(job.limit) else ", or too large for float16"))
+
+
 def job_pieces(job):
     """The bytes to write for a job."""
     pieces = (recode(data, job.source.dtype, job.dtype) for data in chunks(job.source))
+    pieces = pieces if job.limit is None else checked(job, pieces)
     if job.swap is None:
         yield from pieces
     else:
@@ -1477,57 +1516,182 @@ def job_pieces(job):
 
 # ---- files out -----------------------------------------------------------------------------------
 
+class Stopped(BaseException):
+    """A signal asks to stop."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """A signal stops the work wherever it is, but not inside a `with` of this, whose steps belong
+    together; all after the first are passed over, since the first is being obeyed."""
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXFSZ")
+
+    def __init__(self):
+        self.held, self.caught, self.written = 0, None, False
+
+    def install(self):
+        for number in [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]:
+            ignored = signal.getsignal(number) == signal.SIG_IGN        # by nohup, say
+            if not ignored or number == getattr(signal, "SIGXFSZ", None):   # by Python itself
+                signal.signal(number, self.catch)
+
+    def catch(self, number, _):
+        first, self.caught = self.caught is None, self.caught or number
+        if first and not self.held:
+            raise Stopped(number)
+
+    def __enter__(self):
+        self.held += 1
+
+    def __exit__(self, *_):
+        self.held -= 1
+        if self.caught and not self.held:
+            raise Stopped(self.caught)
+
+
+SIGNALS = Signals()
+
+
 class Outputs:
-    """Files that appear together, whole, or never: written beside their places, then renamed."""
+    """Files that appear together, whole, or never: written beside their places under other names,
+    then renamed. A link stays: the file that it leads to is replaced, with its own mode. What is no
+    ordinary file (a device, a pipe, standard output) is written to as it is."""
 
     def __init__(self, inputs, force, quiet):
         self.inputs, self.force = inputs, force
         self.bar = sys.stderr.isatty() and not quiet
-        self.pending, self.done, self.total, self.start, self.told = [], 0, 1, time.time(), 0.0
+        self.places = {}            # of each output: the file at the end of its links, or None
+        self.temps = {}             # of each output that is an ordinary file: the temporary one
+        self.aside, self.made = [], []      # other temporary files; folders made
+        self.done, self.total, self.start, self.told = 0, 1, time.time(), 0.0
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for temp, _ in self.pending:
-            if os.path.lexists(temp):
-                os.remove(temp)
-        if self.bar:
-            sys.stderr.write("\r\x1b[K")
+        with SIGNALS:
+            for temp in [*self.temps.values(), *self.aside]:
+                if os.path.lexists(temp):
+                    os.remove(temp)
+            for folder in self.made:
+                if os.path.isdir(folder) and not os.listdir(folder):
+                    os.rmdir(folder)
+            if self.bar:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
 
-    def check(self, path):
-        """Refuses a place that must not be written to."""
-        if not os.path.isdir(os.path.dirname(path) or "."):
+    def paths(self):
+        """Of outputs that have one which others can open."""
+        return list(self.temps)
+
+    def open(self, path):
+        """Makes sure of an output before the work for it begins: refuses a place that must not be
+        written to, and makes the temporary file."""
+        if not path:
+            raise Bad(path, "the name is empty; give the output a name")
+        try:
+            found = os.stat(path) if path != "-" else None
+        except (FileNotFoundError, NotADirectoryError):
+            found = None
+        if path == "-" or found and same_as_stdout(found):
+            if os.isatty(1):
+                raise Bad(path, "is a terminal; give a file, or pipe the output on")
+            self.places[path] = None
+        elif found and stat.S_ISDIR(found.st_mode) or path.endswith("/"):
+            raise Bad(path, "is a folder; give the name of a file")
+        elif found and not stat.S_ISREG(found.st_mode):
+            self.places[path] = path
+        else:
+            self.open_file(path, found)
+
+    def open_file(self, path, found):
+        place = os.path.realpath(path)
+        if not os.path.isdir(os.path.dirname(place)):
             raise Bad(path, "its folder does not exist; make it first")
-        if not os.path.lexists(path):
-            return
-        if os.path.exists(path) and any(os.path.samefile(path, i) for i in self.inputs):
-            raise Bad(path, "is also an input; choose another output")
-        if not os.path.isfile(path):
-            raise Bad(path, "exists and is no ordinary file; choose another output")
-        if not self.force:
+        if place in self.places.values():
+            raise Bad(path, "is the same file as another output")
+        self.places[path] = place
+        self.refuse_inputs(self.inputs)
+        if found and not self.force:
             raise Bad(path, "exists already; choose another output, or add --force to replace it")
+        self.temps[path] = self.temp(path)
 
-    def temp(self, path, mark=""):
-        temp = "%s.%d%s.tmp" % (path, os.getpid(), mark)
-        if os.path.lexists(temp):
-            raise Bad(temp, "is in the way; remove it")
-        self.pending.append((temp, path))
-        return temp
+    def open_folder(self, path):
+        """Makes a folder for outputs, which goes again if nothing comes of them."""
+        at = path
+        while at and not os.path.lexists(at):
+            self.made.append(at)
+            at = os.path.dirname(at)
+        try:
+            os.makedirs(path, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise Bad(path, "its name is taken by what is no folder") from None
+
+    def refuse_inputs(self, inputs):
+        """Refuses outputs that are inputs, under whatever names."""
+        for path, place in self.places.items():
+            if place and os.path.exists(place) and any(os.path.samefile(place, i) for i in inputs):
+                raise Bad(path, "is also an input; choose another output")
+
+    def temp(self, path):
+        """A new file beside the place of an output, with a short name, however long that one is."""
+        for n in itertools.count():
+            temp = os.path.join(os.path.dirname(self.places[path]),
+                                ".lvm-%d-%d.tmp" % (os.getpid(), n))
+            try:
+                with SIGNALS:
+                    os.close(os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                    self.aside.append(temp)
+                return temp
+            except FileExistsError:
+                continue
+            except OSError as fault:
+                raise Bad(path, "cannot be written: %s" % fault.strerror) from None
+
+    def expect(self, size):
+        """Refuses to begin what the disk has no room for."""
+        self.total = max(size, 1)
+        for path, temp in self.temps.items():
+            disk = shutil.disk_usage(os.path.dirname(temp))
+            if 0 < disk.total and disk.free < size:
+                raise Bad(path, "cannot be written: it needs %d MB, and %d MB are free there"
+                          % (size >> 20, disk.free >> 20))
 
     def write(self, path, pieces):
-        """Writes a new temporary file for path."""
-        temp = self.temp(path)
+        """Writes an output."""
+        temp, place = self.temps.get(path), self.places[path]
         try:
-            with open(temp, "xb") as f:
-                for data in pieces:
-                    f.write(data)
-                    self.progress(path, len(data))
-                f.flush()
-                os.fsync(f.fileno())
+            f = open(temp or place, "r+b" if temp else "wb") if temp or place else stdout_bytes()
+            with f:
+                self.fill(path, f, pieces)
+                if temp:
+                    os.fsync(f.fileno())
+        except BrokenPipeError:
+            if place is None:               # who read standard output has seen enough
+                raise Stopped(signal.SIGPIPE) from None
+            raise Bad(path, "its reader is gone") from None
         except OSError as fault:
             raise Bad(fault.filename or path, "cannot be written: %s" % fault.strerror) from None
+
+    def write_aside(self, path, pieces):
+        """Writes a temporary file more beside an output; returns its name."""
+        temp = self.temp(path)
+        try:
+            with open(temp, "r+b") as f:
+                self.fill(path, f, pieces)
+        except OSError as fault:
+            raise Bad(path, "cannot be written: %s" % fault.strerror) from None
         return temp
+
+    def fill(self, path, f, pieces):
+        for data in pieces:
+            f.write(data)
+            self.progress(path, len(data))
+        f.flush()
 
     def progress(self, path, n):
         self.done += n
@@ -1536,12 +1700,30 @@ class Outputs:
             self.told = now
             percent = min(100, 100 * self.done // self.total)
             rate = self.done / 1e6 / max(now - self.start, 1e-3)
-            sys.stderr.write("\r\x1b[K%s %3d %%  %.0f MB/s" % (path, percent, rate))
+            sys.stderr.write("\r\x1b[K%s %3d %%  %.0f MB/s"
+                             % (shortened(shown_path(path), 50), percent, rate))
             sys.stderr.flush()
 
     def commit(self):
-        for temp, path in self.pending:
-            os.replace(temp, path)
+        """All outputs take their places, under the modes of the files that they replace."""
+        with SIGNALS:
+            for path, temp in self.temps.items():
+                place = self.places[path]
+                if os.path.exists(place):
+                    os.chmod(temp, stat.S_IMODE(os.stat(place).st_mode))
+                os.replace(temp, place)
+            SIGNALS.written = True
+
+
+def same_as_stdout(found):
+    try:
+        return os.path.samestat(found, os.fstat(1))
+    except OSError:
+        return False
+
+
+def stdout_bytes():
+    return os.fdopen(os.dup(1), "wb")
 
 
 def gguf_string(text):
@@ -1838,21 +2020,59 @@ def find_lvm(args):
     return os.path.abspath(lvm)
 
 
-def quantize(lvm, args, temp, outputs):
-    """Lets lvm write the quantised file, which takes the place of the exact one."""
-    small = outputs.temp(args.output, ".quantized")
-    command = [lvm, "quantize", os.path.abspath(temp), os.path.abspath(small)]
+def quantize(lvm, args, exact, outputs):
+    """Lets lvm write the quantised file in the place that waits for the output."""
+    small = outputs.temps[args.output]
+    command = [lvm, "quantize", os.path.abspath(exact), os.path.abspath(small), "--force"]
     command += ["--type", args.type] if args.type else []
     command += ["--vq-type", args.vq_type] if args.vq_type else []
-    status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-    if status != 0 or not os.path.isfile(small):
+    status = run(command)
+    if status != 0 or os.path.getsize(small) == 0:
         raise Bad(lvm, "quantising failed (status %d); see its message above" % status)
-    outputs.pending.remove((temp, args.output))
-    os.remove(temp)
+
+
+def run(command):
+    """The exit status of a program, which ends when this one is stopped."""
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        return child.wait()
+    except BaseException:
+        child.terminate()               # and takes away its own temporary file
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        raise
+
+
+def limited(args, job):
+    """The job with the limit of its values: what becomes infinite in the end is refused too. The
+    scales of Q8_0 and Q4_0 are float16 like the whole of rows that do not divide into blocks."""
+    if args.allow_nonfinite:
+        return job
+    in_vq = job.name.startswith("vq.")
+    kind = (args.vq_type if in_vq else args.type) if len(job.shape) > 1 else None
+    blocks = kind in ("q8_0", "q4_0") and job.shape[-1] % 32 == 0 and not in_vq
+    most = {"q8_0": 127, "q4_0": 8}[kind] if blocks else 1
+    limit = 65520.0 * most if kind in ("f16", "q8_0", "q4_0") else math.inf
+    return job._replace(limit=limit)
 
 
 def convert(args):
     lvm = find_lvm(args) if args.type or args.vq_type else None
+    given = {path for path in (args.llama, args.vqgan) if path and os.path.isfile(path)}
+    with Outputs(given, args.force, args.quiet) as outputs:
+        outputs.open(args.output)
+        if lvm and args.output not in outputs.temps:
+            raise Bad(args.output, "is no ordinary file; quantising needs one: give another "
+                      "output, or leave out --type and --vq-type")
+        notes = write_weights(args, lvm, outputs)
+        outputs.commit()
+    report(args, outputs.paths(), notes)
+
+
+def write_weights(args, lvm, outputs):
+    """Writes the weights file; returns notes."""
     keys, jobs, inputs, codes, notes = general_keys(args), [], [], 8192, []
     if args.vqgan:
         vq_keys, vq_jobs, inputs, codes = vqgan_part(args, notes)
@@ -1861,17 +2081,20 @@ def convert(args):
         keys, inputs = keys + more_keys, inputs + more_inputs
     if args.vqgan:
         keys, jobs = keys + vq_keys, jobs + vq_jobs
-    with Outputs(set(inputs), args.force, args.quiet) as outputs:
-        outputs.check(args.output)
-        outputs.total = sum(nbytes(job.dtype, job.shape) for job in jobs)
-        temp = outputs.write(args.output, gguf_pieces(keys, jobs))
-        if lvm:
-            quantize(lvm, args, temp, outputs)
-        outputs.commit()
-    report(args, [args.output], notes)
+    outputs.refuse_inputs(inputs)
+    outputs.expect(sum(nbytes(job.dtype, job.shape) for job in jobs))
+    pieces = gguf_pieces(keys, [limited(args, job) for job in jobs])
+    if lvm:
+        quantize(lvm, args, outputs.write_aside(args.output, pieces), outputs)
+    else:
+        outputs.write(args.output, pieces)
+    return notes
 
 
 # ---- weights file to checkpoint ------------------------------------------------------------------
+
+HF_FILES = ("config.json", "model.safetensors")
+
 
 def to_hf_jobs(pairs, embedding):
     """Jobs that write tensors as the checkpoint had them, and the type of its matrices."""
@@ -1925,31 +2148,34 @@ def vqgan_folder(path, keys, tensors):
 
 
 def to_hf(args):
+    if not args.to_hf:
+        raise Bad(args.to_hf, "the name is empty; give --to-hf a folder")
     keys, tensors = read_gguf(args.weights)
     vq = {name: t for name, t in tensors.items() if name.startswith("vq.")}
     llama = {name: t for name, t in tensors.items() if name not in vq}
-    parts = []
-    if llama:
-        parts.append((os.path.join(args.to_hf, "llama"), *llama_folder(args.weights, keys, llama)))
-    if vq:
-        parts.append((os.path.join(args.to_hf, "vqgan"), *vqgan_folder(args.weights, keys, vq)))
-    if not parts:
+    sources = [part for part in (("llama", llama_folder, llama), ("vqgan", vqgan_folder, vq))
+               if part[2]]
+    if not sources:
         raise Bad(args.weights, "holds no tensors")
-    if len(parts) == 2 and parts[0][1]["vocab_size"] < parts[1][1]["num_embeddings"]:
-        raise Bad(args.weights, "the tokenizer has %d codes, the transformer's vocabulary %d"
-                  % (parts[1][1]["num_embeddings"], parts[0][1]["vocab_size"]))
+    folders = [os.path.join(args.to_hf, name) for name, _, _ in sources]
     with Outputs({args.weights}, args.force, args.quiet) as outputs:
-        outputs.total = sum(nbytes(job.dtype, job.shape) for _, _, jobs in parts for job in jobs)
-        for folder, config, jobs in parts:
-            os.makedirs(folder, exist_ok=True)
-            config_path = os.path.join(folder, "config.json")
-            model_path = os.path.join(folder, "model.safetensors")
-            outputs.check(config_path)
-            outputs.check(model_path)
+        for folder in folders:
+            outputs.open_folder(folder)
+            for name in HF_FILES:
+                outputs.open(os.path.join(folder, name))
+        parts = [describe(args.weights, keys, part) for _, describe, part in sources]
+        if len(parts) == 2 and parts[0][0]["vocab_size"] < parts[1][0]["num_embeddings"]:
+            raise Bad(args.weights, "the tokenizer has %d codes, the transformer's vocabulary %d"
+                      % (parts[1][0]["num_embeddings"], parts[0][0]["vocab_size"]))
+        outputs.expect(sum(nbytes(job.dtype, job.shape) for _, jobs in parts for job in jobs))
+        limit = None if args.allow_nonfinite else math.inf
+        for folder, (config, jobs) in zip(folders, parts):
+            config_path, model_path = (os.path.join(folder, name) for name in HF_FILES)
             outputs.write(config_path, [json.dumps(config, indent=2).encode() + b"\n"])
-            outputs.write(model_path, safetensors_pieces(jobs))
+            outputs.write(model_path,
+                          safetensors_pieces([job._replace(limit=limit) for job in jobs]))
         outputs.commit()
-    report(args, [folder for folder, _, _ in parts], [])
+    report(args, folders, [])
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1957,9 +2183,18 @@ def to_hf(args):
 def report(args, paths, notes):
     """Notes to people, and to stdout what was written, one path a line."""
     for note in notes if not args.quiet else []:
-        print(note, file=sys.stderr)
+        print("convert.py: " + note, file=sys.stderr)
     for path in paths:
         print(path)
+    sys.stdout.flush()
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """What was typed may hold anything: one line, fit for a terminal."""
+        self.print_usage(sys.stderr)
+        self.exit(2, "convert.py: error: %s\n" % shortened(
+            message if message.isprintable() else ascii(message)[1:-1], 400))
 
 
 def bos_number(text):
@@ -1972,12 +2207,12 @@ def bos_number(text):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="convert.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("weights", nargs="?", help="the weights file that --to-hf reads")
     add("--to-hf", metavar="DIR", help="write DIR/llama and DIR/vqgan from a weights file")
-    add("-o", "--output", metavar="FILE", help="the weights file to write")
+    add("-o", "--output", metavar="FILE", help="the weights file to write; - is standard output")
     add("--llama", metavar="DIR", help="checkpoint of the transformer")
     add("--vqgan", metavar="DIR", help="checkpoint of the tokenizer")
     add("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), help="the transformer's type")
@@ -1987,13 +2222,15 @@ def parse_arguments(argv):
     for name in ("name", "license", "description"):
         add("--" + name, metavar="TEXT", help="written into the file")
     add("--force", action="store_true", help="replace files that exist")
+    add("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
     add("--quiet", action="store_true", help="no progress, no notes")
     args = parser.parse_args(argv)
     making = ("output", "llama", "vqgan", "type", "vq_type", "bos", "lvm",
               "name", "license", "description")
     if args.to_hf is not None:
         if args.weights is None or any(getattr(args, name) is not None for name in making):
-            parser.error("--to-hf takes one weights file, and only --force and --quiet beside it")
+            parser.error("--to-hf takes one weights file, and beside it only --force, --quiet and "
+                         "--allow-nonfinite")
     elif args.weights is not None or args.output is None or not (args.llama or args.vqgan):
         parser.error("give -o FILE and --llama DIR, --vqgan DIR or both; or FILE --to-hf DIR")
     if (args.type or args.bos is not None) and not args.llama:
@@ -2003,31 +2240,58 @@ def parse_arguments(argv):
     return args
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def main(argv):
-    """Exit status: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted."""
-    args = parse_arguments(argv)
+def work(args):
+    """The exit status: 0 done, 1 failed, with one message."""
     try:
         to_hf(args) if args.to_hf is not None else convert(args)
         return 0
     except Bad as fault:
         text = str(fault)
     except OSError as fault:
-        text = "%s: %s" % (fault.filename or args.output or args.to_hf, fault.strerror or fault)
+        name = fault.filename if isinstance(fault.filename, (str, bytes)) else None
+        text = "%s: %s" % (shown_path(os.fsdecode(name or args.output or args.to_hf)),
+                           fault.strerror or fault)
     except MemoryError:
-        text = "%s: there is not enough memory for its largest tensor" % (
+        text = "%s: there is not enough memory for its largest tensor" % shown_path(
             args.weights or args.llama or args.vqgan)
-    except KeyboardInterrupt:
-        print("convert.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
     print("convert.py: " + text, file=sys.stderr)
     return 1
 
 
+def main(argv):
+    """Exit status: 0 done, 1 the work failed, 2 wrong usage, 128 + N stopped by signal N."""
+    args = parse_arguments(argv)
+    try:
+        return work(args)
+    except Stopped as stopped:
+        number = stopped.number
+    except KeyboardInterrupt:
+        number = signal.SIGINT
+    reason = {"SIGINT": "interrupted", "SIGTERM": "asked to stop", "SIGHUP": "the terminal is gone",
+              "SIGXFSZ": "the output is larger than files may be here (ulimit -f)"}
+    name = signal.Signals(number).name
+    if name in reason:
+        print("convert.py: %s; %s" % (reason[name], "all was written before" if SIGNALS.written
+                                      else "no file was changed"), file=sys.stderr)
+    return 128 + number
+
+
+def leave(status):
+    """Ends the program; as the signal would have, if one stopped it, so that a shell sees which."""
+    try:
+        sys.stdout.flush()
+    except OSError:                         # it was said already, or there is no one to hear it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if status > 128 and os.name == "posix":
+        signal.signal(status - 128, signal.SIG_DFL)
+        os.kill(os.getpid(), status - 128)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
+    SIGNALS.install()
+    for stream in ("stdout", "stderr"):     # closed ones are None, which print takes for stdout
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
     sys.stdout.reconfigure(errors="surrogateescape")    # a path may be any bytes
-    signal.signal(signal.SIGTERM, interrupt)    # so that temporary files go away then too
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

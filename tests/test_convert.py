@@ -208,10 +208,10 @@ class Storage:
 class Strided:
     """Stands for a tensor or a parameter; pickles as these do."""
 
-    def __init__(self, storage, shape, strides=None, offset=0, parameter=False):
+    def __init__(self, storage, shape, strides=None, offset=0, parameter=False, extra=()):
         if strides is None:
             strides = [math.prod(shape[n + 1:]) for n in range(len(shape))]
-        self.args = (storage, offset, tuple(shape), tuple(strides), False, OrderedDict())
+        self.args = (storage, offset, tuple(shape), tuple(strides), False, OrderedDict(), *extra)
         self.parameter = parameter
 
     def __reduce__(self):
@@ -535,9 +535,33 @@ class RoundTrip(Case):
                           extra={"lm_head.weight": embedding})
         self.good("-o", self.path("same.bin"), "--llama", same)
         self.assertEqual(load_gguf(self.path("same.bin")), load_gguf(self.out))
-        other = (embedding[0], embedding[1], embedding[2][::-1])
-        other = self.llama(name="other", tie_word_embeddings=True, extra={"lm_head.weight": other})
-        self.refused("tie_word_embeddings.*lm_head", "-o", self.path("x"), "--llama", other)
+        head = {"lm_head.weight": embedding}
+        turned_kept = self.llama(name="turned", extra=head, tie_word_embeddings=True)
+        self.keep(turned_kept, lambda name: name != "model.embed_tokens.weight")
+        self.good("-o", self.path("turned.bin"), "--llama", turned_kept)
+        self.assertEqual(load_gguf(self.path("turned.bin")), load_gguf(self.out))
+
+    def keep(self, folder, wanted):
+        path = os.path.join(folder, "model.safetensors")
+        tensors = load_safetensors(path)
+        save_safetensors(path, {name: t for name, t in tensors.items() if wanted(name)})
+
+    def test_tied_and_different(self):
+        """As transformers 5: both are kept, and it is said."""
+        other = fill({"lm_head.weight": [80, 32]}, "F16", 9)
+        folder = self.llama(name="other", tie_word_embeddings=True, extra=other)
+        _, err = self.good("-o", self.out, "--llama", folder)
+        self.assertRegex(err, "tie_word_embeddings is true, but lm_head.weight .* both are written")
+        tensors = load_gguf(self.out)[1]
+        self.assertEqual(tensors["output.weight"][2], other["lm_head.weight"][2])
+        self.assertNotEqual(tensors["output.weight"], tensors["token_embd.weight"])
+
+    def test_untied_needs_both(self):
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            folder = self.llama(name=name)
+            self.keep(folder, lambda n, name=name: n != name)
+            self.refused(name + r" \[80, 32\] is missing .*tie_word_embeddings true", "-o", self.out,
+                         "--llama", folder)
 
     def test_biases(self):
         for biases in ("qkvo", "qkv", "o"):
@@ -587,11 +611,11 @@ class RoundTrip(Case):
                       self.llama(name=str(n), drop=drop, **config))
             self.assertEqual(load_gguf(self.out)[0]["lvm.rope.freq_base"], 1e6)
 
-    def test_bounds_that_float32_passes(self):
-        """1e30 is more than 1e30 as float32, which --to-hf must still read."""
-        self.round_trip(self.llama(rope_theta=1e30, rms_norm_eps=1e-30))
+    def test_bounds_that_float32_misses(self):
+        """1e12 and 1e-30 are others as float32, which --to-hf must still read."""
+        self.round_trip(self.llama(rope_theta=1e12, rms_norm_eps=1e-30))
         config = self.config_back("llama")
-        self.assertEqual((config["rope_theta"], config["rms_norm_eps"]), (1e30, 1e-30))
+        self.assertEqual((config["rope_theta"], config["rms_norm_eps"]), (1e12, 1e-30))
 
     def test_defaults_of_both_classes(self):
         folder = self.llama(num_key_value_heads=4,
@@ -611,11 +635,10 @@ class RoundTrip(Case):
 
     def test_vqgan_shapes_of_many_configs(self):
         for config in ({"attn_resolutions": []}, {"attn_resolutions": 4},
-                       {"resolution": 13, "attn_resolutions": [12]}, {"channel_mult": [2]},
+                       {"channel_mult": [2]},
                        {"channel_mult": [1, 1, 2], "attn_resolutions": [16, 4]},
                        {"no_attn_mid_block": True, "resample_with_conv": False},
-                       {"num_res_blocks": 2},
-                       {"channel_mult": [1, 1], "num_res_blocks": 0, "attn_resolutions": [16]}):
+                       {"num_res_blocks": 2}):
             with self.subTest(str(config)):
                 self.setUp()
                 folder = self.vqgan(file="diffusion_pytorch_model.safetensors", **config)
@@ -836,8 +859,11 @@ class Torch(Case):
             part = {name: self.sources["llama"][name] for name in names[n::3]}
             where.update(dict.fromkeys(part, file))
             self.save(strided(part), name=file)
-        self.refused("no pytorch_model.bin and no index", "-o", self.out, "--llama",
+        self.same()                 # they say themselves how many they are
+        os.rename(self.path("llama", file), self.path("away"))
+        self.refused("holds 2 of 3 shards; %s is missing" % file, "-o", self.out, "--llama",
                      self.path("llama"))
+        os.rename(self.path("away"), self.path("llama", file))
         with open(self.path("llama", "pytorch_model.bin.index.json"), "w") as f:
             json.dump({"metadata": {"total_size": 1}, "weight_map": where}, f)
         self.same()
@@ -931,7 +957,8 @@ class DeLVM(Case):
         os.remove(os.path.join(folder, "model.safetensors"))
         write_zip(os.path.join(folder, "pytorch_model.bin"), records(strided(tensors)))
         _, err = self.good("-o", self.out, "--llama", folder)
-        self.assertEqual(err, "")
+        self.assertEqual(err, "convert.py: %s: passed over, as the model does not compute with them: "
+                         "model.layers.0.self_attn.rotary_emb.inv_freq and 1 more\n" % folder)
         keys, made = load_gguf(self.out)
         self.assertEqual(keys["lvm.rope.freq_base"], 10000.0)
         self.assertNotIn("lvm.bos_token_id", keys)
@@ -1052,11 +1079,14 @@ class Refusals(Case):
             ("num_channels is 1", {"num_channels": 1}),
             ("hidden_channels is 48", {"hidden_channels": 48}),
             ("channel_mult is empty", {"channel_mult": []}),
-            ("channel_mult is .*list of at most 16", {"channel_mult": [1] * 17}),
+            ("channel_mult is .*list of at most 8", {"channel_mult": [1] * 9}),
             ("attn_resolutions is .*whole numbers", {"attn_resolutions": ["16"]}),
             ("no_attn_mid_block is 1", {"no_attn_mid_block": 1}),
             ("num_res_blocks is 1000", {"num_res_blocks": 1000}),
             ("resolution is -1", {"resolution": -1}),
+            ("num_res_blocks is 0", {"num_res_blocks": 0}),
+            ("resolution 13 does not halve 1 times", {"resolution": 13}),
+            ("double_z is true", {"double_z": True}),
         )
         for n, (message, config) in enumerate(cases):
             with self.subTest(message):
@@ -1090,8 +1120,7 @@ class Refusals(Case):
     def test_folders(self):
         self.refused("is no folder", "-o", self.out, "--llama", self.path("nowhere"))
         os.makedirs(self.path("a"))
-        self.refused("config.json: there is no such file", "-o", self.out, "--llama",
-                     self.path("a"))
+        self.refused("a: is empty", "-o", self.path("a", "out.bin"), "--llama", self.path("a"))
         with open(self.path("a", "config.json"), "w") as f:
             f.write("{}")
         self.refused("holds no model.safetensors", "-o", self.out, "--llama", self.path("a"))
@@ -1122,15 +1151,14 @@ class Refusals(Case):
         os.link(source, self.path("link"))
         for path in (source, os.path.join(vqgan, "config.json"), self.path("link")):
             self.refused("also an input", "-o", path, "--vqgan", vqgan, "--force", path=path)
-        self.refused("no ordinary file", "-o", vqgan, "--vqgan", vqgan, "--force", path=vqgan)
-        self.refused("no ordinary file", "-o", os.devnull, "--vqgan", vqgan, "--force",
-                     path=os.devnull)
+        self.refused("is a folder", "-o", vqgan, "--vqgan", vqgan, "--force", path=vqgan)
+        self.refused("is a folder", "-o", self.path("new") + "/", "--vqgan", vqgan)
         self.refused("folder does not exist", "-o", self.path("no", "x"), "--vqgan", vqgan)
         self.good(self.out, "--to-hf", self.path("hf"))
         self.refused("exists already", self.out, "--to-hf", self.path("hf"))
         self.good(self.out, "--to-hf", self.path("hf"), "--force")
         self.refused("there is no such file", self.path("no"), "--to-hf", self.path("hf"))
-        self.refused("no GGUF file", source, "--to-hf", self.path("hf2"))
+        self.refused("no GGUF at its start", source, "--to-hf", self.path("hf2"))
 
     def test_full_disk_and_interrupt_leave_nothing(self):
         vqgan = self.vqgan()
@@ -1283,7 +1311,7 @@ class Damage(Case):
             (1, 2, both + tensor(8, 77, 0), "type 77"),
             (1, 2, both + tensor(33, 8, 0), "cannot be"),
             (1, 2, both + tensor(8, 0, 7) + room, "unaligned"),
-            (1, 2, both + tensor(1 << 60, 0, 0), "ends behind"),
+            (1, 2, both + tensor(1 << 60, 0, 0), "outside the file"),
             (2, 2, both + tensor(8, 0, 0) + tensor(8, 0, 0) + room, "stands there twice"),
             (1, 2, both + tensor(8, 0, 0) + room, "context_length is missing"),
         )
@@ -1862,14 +1890,14 @@ class Program(Case):
         with open(self.path("log")) as f:
             words = f.read().split()
         self.assertEqual(words[0], "quantize")
-        self.assertEqual(words[3:], ["--type", "q8_0", "--vq-type", "f16"])
+        self.assertEqual(words[3:], ["--force", "--type", "q8_0", "--vq-type", "f16"])
         self.assertEqual([os.path.dirname(w) for w in words[1:3]], [self.dir] * 2)
         self.assertFalse([n for n in os.listdir(self.dir) if n.endswith(".tmp")])
         self.good("-o", self.path("plain.bin"), *parts)
         self.assertEqual(load_gguf(self.out), load_gguf(self.path("plain.bin")))
         self.good("-o", self.out, *parts, "--lvm", lvm, "--type", "q4_0", "--force")
         with open(self.path("log")) as f:
-            self.assertEqual(f.read().split()[3:], ["--type", "q4_0"])
+            self.assertEqual(f.read().split()[3:], ["--force", "--type", "q4_0"])
 
     def test_quantize_fails(self):
         llama = self.llama()
