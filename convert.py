@@ -936,9 +936,11 @@ def own_tensors(where, tensors, part, notes):
     """The part's own tensors, without the words that stand before all their names and without what
     is harmless, of which a note tells."""
     anchor, harmless = ANCHOR[part], HARMLESS[part]
-    found = [name[:-len(anchor)] for name in tensors
-             if name.endswith("." + anchor) and not harmless.fullmatch(name)]
-    prefix = "" if anchor in tensors or len(found) != 1 else found[0]
+    found = [name[:-len(anchor)] for name in tensors if name.endswith("." + anchor)]
+    found.sort(key=len)
+    prefix = found[0] if found and anchor not in tensors else ""
+    if any(not harmless.fullmatch(other[len(prefix):] + anchor) for other in found[1:]):
+        prefix = ""                         # several models: their names will be told
     own, passed = {}, []
     for name, tensor in tensors.items():
         short = name[len(prefix):] if name.startswith(prefix) else name
@@ -1157,8 +1159,8 @@ def vqgan_config(path, raw, side):
     if config["resolution"] % (1 << halvings):
         raise Bad(path, "resolution %d does not halve %d times" % (config["resolution"], halvings))
     if config["hidden_channels"] % 32:
-        raise Bad(path, "hidden_channels is %d; it must be a multiple of 32, the number of "
-                  "normalised groups" % config["hidden_channels"])
+        raise Bad(path, "hidden_channels %d is no multiple of 32, the number of normalised groups"
+                  % config["hidden_channels"])
     return config
 
 
@@ -2074,12 +2076,12 @@ def convert(args):
 def write_weights(args, lvm, outputs):
     """Writes the weights file; returns notes."""
     keys, jobs, inputs, codes, notes = general_keys(args), [], [], 8192, []
-    if args.vqgan:
+    if args.vqgan is not None:
         vq_keys, vq_jobs, inputs, codes = vqgan_part(args, notes)
-    if args.llama:
+    if args.llama is not None:
         more_keys, jobs, more_inputs = llama_part(args, codes, notes)
         keys, inputs = keys + more_keys, inputs + more_inputs
-    if args.vqgan:
+    if args.vqgan is not None:
         keys, jobs = keys + vq_keys, jobs + vq_jobs
     outputs.refuse_inputs(inputs)
     outputs.expect(sum(nbytes(job.dtype, job.shape) for job in jobs))
@@ -2231,11 +2233,12 @@ def parse_arguments(argv):
         if args.weights is None or any(getattr(args, name) is not None for name in making):
             parser.error("--to-hf takes one weights file, and beside it only --force, --quiet and "
                          "--allow-nonfinite")
-    elif args.weights is not None or args.output is None or not (args.llama or args.vqgan):
+    elif args.weights is not None or args.output is None or (
+            args.llama is None and args.vqgan is None):
         parser.error("give -o FILE and --llama DIR, --vqgan DIR or both; or FILE --to-hf DIR")
-    if (args.type or args.bos is not None) and not args.llama:
+    if (args.type or args.bos is not None) and args.llama is None:
         parser.error("--type and --bos need --llama")
-    if args.vq_type and not args.vqgan:
+    if args.vq_type and args.vqgan is None:
         parser.error("--vq-type needs --vqgan")
     return args
 
