@@ -9,7 +9,8 @@
 one of open-muse's VQGANModel: config.json beside model.safetensors or pytorch_model.bin (or shards
 and their index). A file of weights with config.json beside it may be named instead of its folder.
 PyTorch's files are pickles, which can run programs; here they can build tensors and nothing else.
-The output is one GGUF v3 file:
+A checkpoint with NaN or infinite weights is refused unless --allow-nonfinite is given.
+The output, which - sends to standard output, is one GGUF v3 file:
 
     "GGUF", u32 3, u64 tensors, u64 keys | keys | tensor names, shapes, types, offsets | pad | data
 
@@ -501,6 +502,12 @@ class Pickle:
         count = len(args) if isinstance(args, tuple) else None
         if name == ORDERED and count == 0:
             self.push({})
+        elif name == ORDERED and count == 1 and isinstance(args[0], list) and all(
+                isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in args[0]):
+            self.push({})                   # as Python 2 spells it: a list of pairs
+            self.mark()
+            self.stack.extend(word for pair in args[0] for word in pair)
+            self.set_items(None)
         elif name == TENSOR and count in (6, 7) or name == OLD_TENSOR and count == 4:
             self.push(self.tensor(*args[:4], *args[6:]))
         elif name == TYPED_TENSOR and count in (7, 8):
@@ -829,11 +836,9 @@ def check_folder(folder, files):
     if not files:
         raise Bad(folder, "is empty; give the folder of a downloaded checkpoint")
     if "adapter_config.json" in files:
-        raw = read_json(os.path.join(folder, "adapter_config.json"))
-        raise Bad(folder, "is a %s adapter of the model %s, no whole model; merge it into that "
-                  "(peft: merge_and_unload, then save_pretrained), and give the merged folder"
-                  % (shown(str(raw.get("peft_type", "LORA"))).replace("LORA", "LoRA"),
-                     spelt(raw.get("base_model_name_or_path"))))
+        whole = any(name in files or name + ".index.json" in files for name in WEIGHTS)
+        raise adapter(folder, folder, "beside a whole model, whose file can be named alone" if whole
+                      else "no whole model")
     if "model_index.json" in files:
         raise Bad(folder, "is a pipeline of diffusers, several models; give the folder of one of "
                   "them: open-muse's VQGANModel, as --vqgan")
@@ -848,6 +853,15 @@ def check_folder(folder, files):
     if inner and "config.json" not in files:
         raise Bad(folder, "holds no config.json itself, but its folder %s does%s; give that folder"
                   % (shown(inner[-1]), ", as %d more do" % (len(inner) - 1) if inner[1:] else ""))
+
+
+def adapter(where, folder, text):
+    """The fault of a folder or file that is an adapter."""
+    raw = read_json(os.path.join(folder, "adapter_config.json"))
+    return Bad(where, "is a %s adapter of the model %s, %s; merge it into that (peft: "
+               "merge_and_unload, then save_pretrained), and give the merged folder"
+               % (shown(str(raw.get("peft_type", "LORA"))).replace("LORA", "LoRA"),
+                  spelt(raw.get("base_model_name_or_path")), text))
 
 
 def without_weights(folder, files):
@@ -921,11 +935,13 @@ TAMING = ("is a tokenizer of taming-transformers (tensor %s), and has no config.
 
 def check_strangers(where, part, tensors):
     """Refuses a checkpoint that its tensors' names show to be of another kind."""
+    folder = where if os.path.isdir(where) else os.path.dirname(where)
     for pattern, wrong_part, text in STRANGERS:
         for name in tensors if part == wrong_part else ():
             if re.fullmatch(pattern, name):
+                if ".lora_" in name and os.path.isfile(os.path.join(folder, "adapter_config.json")):
+                    raise adapter(where, folder, "no whole model")
                 raise Bad(where, text % shown(name))
-    folder = where if os.path.isdir(where) else os.path.dirname(where)
     if part == "vqgan" and not os.path.isfile(os.path.join(folder, "config.json")):
         for name in tensors:
             if re.fullmatch(r"loss\..*|(.*\.)?encoder\.down\.\d+\.block\..*", name):
@@ -1085,7 +1101,7 @@ VQGAN_ONLY = (
 
 def check_window(path, raw):
     """Attention to the last few keys alone is another model, where the context is longer."""
-    window, context = raw.get("sliding_window"), raw.get("max_position_embeddings", 2048)
+    window, context = raw.get("sliding_window"), raw.get("max_position_embeddings") or 2048
     if raw.get("use_sliding_window") is False or window is None:
         return
     if not isinstance(window, int) or not isinstance(context, int) or window < context:

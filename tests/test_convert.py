@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Tests of convert.py: python3 tests/test_convert.py. Standard library only; needs no C program.
+"""Tests of convert.py: python3 tests/test_convert.py. Standard library only.
 
 Small made-up checkpoints go through convert.py and back; a reader written for this test alone looks
-at the weights file in between. Damaged inputs must end in a message: no traceback, no output. With
-LVM_REFERENCE set to a folder that holds llama/ and tokenizer/, these make the round trip too.
+at the weights file in between. Damaged inputs must end in a message: no traceback, no output. lvm is
+asked too where both programs must refuse one file alike. With LVM_REFERENCE set to a folder that holds llama/ and tokenizer/, these make the round trip too.
 python3 tests/test_convert.py --fuzz EXECUTIONS [SEED] damages inputs for longer.
 """
 
@@ -842,6 +842,14 @@ class Torch(Case):
             write_zip(self.path("llama", "pytorch_model.bin"),
                       [("a/data.pkl", body), ("a/data/0", bytes(32 * size))])
             self.refused(message, "-o", self.out, "--llama", self.path("llama"))
+
+    def test_python_2(self):
+        """There an OrderedDict is made of a list of pairs."""
+        class Old(OrderedDict):
+            def __reduce__(self):
+                return OrderedDict, ([[name, t] for name, t in self.items()],)
+        self.save(Old(strided(self.sources["llama"])))
+        self.same()
 
     def test_one_storage_for_all(self):
         for part, tensors in self.sources.items():
@@ -1746,6 +1754,9 @@ class Strangers(Case):
                     "adapter_config__json": {"peft_type": "LORA",
                                              "base_model_name_or_path": "org/base"},
                     "adapter_model__safetensors": ""}),
+                ('LoRA adapter of the model "m", beside a whole model', {
+                    "adapter_config__json": {"base_model_name_or_path": "m"},
+                    "config__json": LLAMA, "model__safetensors__index__json": {}}),
                 ("pipeline of diffusers", {"model_index__json": {}}),
                 ("Meta's layout.*convert_llama", {"params__json": {}, "consolidated__00__pth": ""}),
                 ("what training leaves .training_args.bin.", {
@@ -1804,6 +1815,15 @@ class Strangers(Case):
                 self.refused(message, "-o", self.out, "--" + part, folder, path=folder)
                 file = os.path.join(folder, "model.safetensors")
                 self.refused(message, "-o", self.out, "--" + part, file, path=file)
+
+    def test_file_of_an_adapter(self):
+        tensor = ("F16", [2], bytes(4))
+        folder = self.weights("a", LLAMA, {"m.layers.0.q_proj.lora_A.weight": tensor})
+        with open(os.path.join(folder, "adapter_config.json"), "w") as f:
+            json.dump({"peft_type": "LORA", "base_model_name_or_path": "org/base"}, f)
+        file = os.path.join(folder, "model.safetensors")
+        self.refused('LoRA adapter of the model "org/base"', "-o", self.out, "--llama", file,
+                     path=file)
 
     def test_swapped(self):
         llama, vqgan = self.llama(), self.vqgan()
