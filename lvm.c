@@ -11353,10 +11353,21 @@ static struct text read_text(const struct gguf *g, const char *name) {
 /* The class of the tokenizer owns attention blocks that it never runs: those of encoder levels of
    one residual block (chapter 4). Checkpoints hold them, and convert.py carries them along. */
 static int is_carried(const lvm_model *m, struct text name) {
-    static const char start[] = "vq.encoder.down.", middle[] = ".attn.0.";
-    if (m->vq == NULL || m->vq->n_res_blocks > 1 || name.n < sizeof start + sizeof middle) return 0;
-    return memcmp(name.s, start, sizeof start - 1) == 0 && isdigit((unsigned char)name.s[16]) &&
-           memcmp(name.s + sizeof start, middle, sizeof middle - 1) == 0;
+    static const char start[] = "vq.encoder.down.", *const ends[] = {"weight", "bias"};
+    const struct vqgan *vq = m->vq;
+    char wanted[80];
+    if (vq == NULL || vq->n_res_blocks > 1 || name.n < sizeof start ||
+        memcmp(name.s, start, sizeof start - 1) != 0)
+        return 0;
+    int level = name.s[sizeof start - 1] - '0', attention = 0;
+    for (int a = 0; a < vq->n_attn_at && level >= 0 && level < vq->n_levels; a++)
+        attention |= vq->attn_at[a] == vq->R >> level;
+    for (int i = 0; attention && i < 2 * VQ_PARTS; i++) {
+        const struct vq_part *p = &vq_parts[i / 2];
+        snprintf(wanted, sizeof wanted, "%s%d.attn.0%s.%s", start, level, p->name, ends[i % 2]);
+        if (p->kind == VQ_ATTENTION && text_is(name, wanted)) return 1;
+    }
+    return 0;
 }
 
 /* Prints the first tensors of the file that no spec, sorted by name, asks for; returns how many

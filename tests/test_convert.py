@@ -2,8 +2,9 @@
 """Tests of convert.py: python3 tests/test_convert.py. Standard library only.
 
 Small made-up checkpoints go through convert.py and back; a reader written for this test alone looks
-at the weights file in between. Damaged inputs must end in a message: no traceback, no output. lvm is
-asked too where both programs must refuse one file alike. With LVM_REFERENCE set to a folder that holds llama/ and tokenizer/, these make the round trip too.
+at the weights file in between. Damaged inputs must end in a message: no traceback, no output. Where
+both programs must refuse one file alike, lvm is asked too. With LVM_REFERENCE set to a folder that
+holds llama/ and tokenizer/, these make the round trip too.
 python3 tests/test_convert.py --fuzz EXECUTIONS [SEED] damages inputs for longer.
 """
 
@@ -1685,6 +1686,8 @@ class Both(Case):
         self.put(keys, jobs)
         self.both_take()
         for names in (["lora"], ["blk.2.attn_q.weight"], ["vq.encoder.down.1.attn.1.q.weight"],
+                      ["vq.encoder.down.0.attn.0.q.weight"], ["vq.encoder.down.1.attn.0.x.weight"],
+                      ["vq.encoder.down.9.attn.0.q.weight"],
                       ["vq.loss.%d" % n for n in range(5)]):
             extra = [jobs[-1]._replace(name=name) for name in names]
             self.put(keys, jobs + extra)
