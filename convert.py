@@ -1690,7 +1690,7 @@ class Outputs:
                     os.fsync(f.fileno())
         except BrokenPipeError:
             if place is None:               # who read standard output has seen enough
-                raise Stopped(signal.SIGPIPE) from None
+                raise Stopped(getattr(signal, "SIGPIPE", signal.SIGTERM)) from None
             raise Bad(path, "its reader is gone") from None
         except OSError as fault:
             raise Bad(fault.filename or path, "cannot be written: %s" % fault.strerror) from None
