@@ -9,7 +9,8 @@
 one of open-muse's VQGANModel: config.json beside model.safetensors or pytorch_model.bin (or shards
 and their index). A file of weights with config.json beside it may be named instead of its folder.
 PyTorch's files are pickles, which can run programs; here they can build tensors and nothing else.
-The output is one GGUF v3 file:
+A checkpoint with NaN or infinite weights is refused unless --allow-nonfinite is given.
+The output, which - sends to standard output, is one GGUF v3 file:
 
     "GGUF", u32 3, u64 tensors, u64 keys | keys | tensor names, shapes, types, offsets | pad | data
 
@@ -28,11 +29,15 @@ Q8_0 and Q4_0 become F32. Matrices pass through in pieces; only a convolution is
 import argparse
 import array
 import collections
+import functools
+import itertools
 import json
 import math
 import os
 import re
+import shutil
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -56,21 +61,33 @@ Tensor = collections.namedtuple("Tensor", "path name dtype shape pos nbytes view
 # A tensor that a configuration calls for: both names, the checkpoint's shape. Tensors that share an
 # optional group may be left out, all of them together.
 Spec = collections.namedtuple("Spec", "hf gguf shape group")
-# A tensor to write: swap is None or (rows, a, b), which turns every row from [a, b] into [b, a].
-Job = collections.namedtuple("Job", "name dtype shape source swap")
+# A tensor to write: swap is None or (rows, a, b), which turns every row from [a, b] into [b, a];
+# limit is None or what all values must stay below.
+Job = collections.namedtuple("Job", "name dtype shape source swap limit", defaults=(None,))
 
 
 class Bad(Exception):
     """A fault in what the user gave: the file, what is wrong with it, what to do."""
 
     def __init__(self, path, text):
-        super().__init__("%s: %s" % (path, text))
+        super().__init__("%s: %s" % (shown_path(path), text))
 
 
 def shown(name):
     """A name out of an untrusted file, fit for a terminal."""
-    name = name if name.isprintable() else ascii(name)
-    return name if len(name) <= 100 else name[:97] + "..."
+    return shortened(name if name.isprintable() else ascii(name), 100)
+
+
+def shown_path(path):
+    """A path, fit for a terminal, and short enough that the reason behind it is seen."""
+    path = path if path.isprintable() else ascii(path)[1:-1]
+    return shortened(path, 200) if path else '""'
+
+
+def shortened(text, room):
+    """Text without its middle where it is too long: both ends of a name tell what it is."""
+    half = room // 2
+    return text if len(text) <= room else text[:half - 2] + "..." + text[1 - half:]
 
 
 def spelt(value):
@@ -90,11 +107,27 @@ def padding(n):
     return bytes(-n % ALIGN)
 
 
+def input_size(path, missing="there is no such file"):
+    """The size of a file to read. What else a path may be is found out before it is opened: a pipe
+    could wait for ever."""
+    if not path:
+        raise Bad(path, "the name is empty; give the path of a file or folder")
+    try:
+        found = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise Bad(path, missing) from None
+    if stat.S_ISDIR(found.st_mode):
+        raise Bad(path, "is a folder where a file is expected")
+    if not stat.S_ISREG(found.st_mode):
+        raise Bad(path, "is a pipe or a device, which cannot be read here; copy it into a file")
+    return found.st_size
+
+
 # ---- safetensors in ------------------------------------------------------------------------------
 
 # Bytes an element, for checking sizes; other types are only ever refused by name.
-ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2,
-           "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+ELEMENT = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4,
+           "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1}
 
 
 def parse_json(path, data, what):
@@ -104,8 +137,10 @@ def parse_json(path, data, what):
         if len(result) != len(pairs):
             raise ValueError("a key stands there twice")
         return result
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise Bad(path, "%s is UTF-16; save it as UTF-8" % what)
+    try:                                    # a byte order mark in front is no fault
+        value = json.loads(data.decode("utf-8-sig"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as fault:
         raise Bad(path, "%s is not valid JSON (%s)" % (what, shown(str(fault)))) from None
     if not isinstance(value, dict):
@@ -114,8 +149,7 @@ def parse_json(path, data, what):
 
 
 def read_json(path):
-    if not os.path.isfile(path):
-        raise Bad(path, "there is no such file; give a checkpoint folder that holds it")
+    input_size(path, "there is no such file; give a checkpoint folder that holds it")
     with open(path, "rb") as f:
         data = f.read(MAX_HEADER + 1)
     if len(data) > MAX_HEADER:
@@ -279,26 +313,38 @@ def piece_bytes(path, piece):
 # file; a tensor, which is some of them: element (i, j, ...) is number offset + i * strides[0] + ...
 Global = collections.namedtuple("Global", "name")
 Storage = collections.namedtuple("Storage", "dtype key numel")
-Stub = collections.namedtuple("Stub", "storage offset shape strides")
+# of the storage, and where negative the opposite of it.
+Stub = collections.namedtuple("Stub", "storage offset shape strides negative")
 # How a Tensor lies in a storage: the bytes before its first element, the strides of its dimensions,
-# and as in Piece whether the storage is deflated. The Tensor's pos is then the storage's.
-View = collections.namedtuple("View", "start strides packed")
+# as in Piece whether the storage is deflated, and as in Stub. The Tensor's pos is the storage's.
+View = collections.namedtuple("View", "start strides packed negative")
 
 STORAGES = {"torch.%sStorage" % name: dtype for name, dtype in (
     ("Double", "F64"), ("Float", "F32"), ("Half", "F16"), ("BFloat16", "BF16"), ("Long", "I64"),
     ("Int", "I32"), ("Short", "I16"), ("Char", "I8"), ("Byte", "U8"), ("Bool", "BOOL"))}
 STORAGES["torch.storage.UntypedStorage"] = "U8"
+DTYPES = {"torch." + name: dtype for name, dtype in (
+    ("float64", "F64"), ("float32", "F32"), ("float16", "F16"), ("bfloat16", "BF16"),
+    ("float8_e4m3fn", "F8_E4M3"), ("float8_e5m2", "F8_E5M2"), ("uint64", "U64"), ("uint32", "U32"),
+    ("uint16", "U16"))}
+# What may be called, by arguments: all of torch.load's own safe list that makes plain tensors.
 ORDERED = "collections.OrderedDict"
-TENSOR = "torch._utils._rebuild_tensor_v2"
-PARAMETER = "torch._utils._rebuild_parameter"
-GLOBALS = {ORDERED, TENSOR, PARAMETER} | set(STORAGES)
+TENSOR = "torch._utils._rebuild_tensor_v2"          # storage, offset, shape, strides, 2 more, or 3
+OLD_TENSOR = "torch._utils._rebuild_tensor"         # storage, offset, shape, strides
+TYPED_TENSOR = "torch._utils._rebuild_tensor_v3"    # as TENSOR, with a type in front of the last
+PARAMETER = "torch._utils._rebuild_parameter"                   # tensor, 2 more
+PARAMETER_STATE = "torch._utils._rebuild_parameter_with_state"  # tensor, 2 more, attributes
+FROM_TYPE = "torch._tensor._rebuild_from_type_v2"   # one of these, a class, arguments, attributes
+CLASSES = {"torch.Tensor", "torch.nn.parameter.Parameter"}
+GLOBALS = ({ORDERED, TENSOR, OLD_TENSOR, TYPED_TENSOR, PARAMETER, PARAMETER_STATE, FROM_TYPE}
+           | CLASSES | set(STORAGES) | set(DTYPES))
 
 
 class Pickle:
     """A machine for pickles that can make numbers, strings, lists, dictionaries and Stubs of
     tensors. A pickle is a program: each operation is one byte and its operand, works on a stack,
     and may keep things in a memo. What Python's machine would import and call is looked up here in
-    a list of three; all else is refused."""
+    a short list; all else is refused."""
 
     def __init__(self, path, data):
         self.path, self.data, self.pos = path, data, 0
@@ -456,21 +502,50 @@ class Pickle:
         count = len(args) if isinstance(args, tuple) else None
         if name == ORDERED and count == 0:
             self.push({})
-        elif name == TENSOR and count in (6, 7):
-            self.push(self.tensor(*args[:4]))
-        elif name == PARAMETER and count == 3 and isinstance(args[0], Stub):
+        elif name == ORDERED and count == 1 and isinstance(args[0], list) and all(
+                isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in args[0]):
+            self.push({})                   # as Python 2 spells it: a list of pairs
+            self.mark()
+            self.stack.extend(word for pair in args[0] for word in pair)
+            self.set_items(None)
+        elif name == TENSOR and count in (6, 7) or name == OLD_TENSOR and count == 4:
+            self.push(self.tensor(*args[:4], *args[6:]))
+        elif name == TYPED_TENSOR and count in (7, 8):
+            self.push(self.tensor(self.retyped(args[0], args[6]), *args[1:4], *args[7:]))
+        elif (name, count) in ((PARAMETER, 3), (PARAMETER_STATE, 4)) and isinstance(args[0], Stub):
             self.push(args[0])
+        elif name == FROM_TYPE and count == 4 and args[0] != function and (
+                args[1] in map(Global, CLASSES)):
+            self.push(args[0])              # an attribute or a class changes no number
+            self.push(args[2])
+            self.call()
         else:
             raise self.bad("makes a call that no checkpoint needs")
 
-    def tensor(self, storage, offset, shape, strides):
+    def retyped(self, storage, dtype):
+        """A storage of bytes as one of another type."""
+        if not (isinstance(storage, Storage) and storage.dtype == "U8"
+                and isinstance(dtype, Global) and dtype.name in DTYPES):
+            raise self.bad("describes a tensor wrongly")
+        dtype = DTYPES[dtype.name]
+        if storage.numel % ELEMENT[dtype]:
+            raise self.bad("describes a storage wrongly")
+        return Storage(dtype, storage.key, storage.numel // ELEMENT[dtype])
+
+    def tensor(self, storage, offset, shape, strides, bits=None):
+        """bits: None, or {"neg": True} of a tensor whose numbers are stored with the other sign,
+        which PyTorch turns only when they are next used."""
         if not (isinstance(storage, Storage) and isinstance(shape, tuple)
                 and isinstance(strides, tuple) and len(shape) == len(strides)
                 and are_sizes([offset, *shape]) and are_sizes(list(strides))):
             raise self.bad("describes a tensor wrongly")
         if offset + span_of(shape, strides) > storage.numel:
             raise self.bad("has a tensor %s outside its storage" % list(shape))
-        return Stub(storage, offset, shape, strides)
+        bits = {} if bits is None else bits
+        if not isinstance(bits, dict) or any(
+                key != "neg" or not isinstance(value, bool) for key, value in bits.items()):
+            raise self.bad("has a tensor with properties other than a sign")
+        return Stub(storage, offset, shape, strides, bits.get("neg", False))
 
     def persistent(self):
         """A storage: ("storage", its type, its key, the device, how many numbers)."""
@@ -541,7 +616,7 @@ def tensor_dict(path, value):
 
 def locate(path, name, stub, piece):
     """The Tensor of a Stub whose storage is a piece of the file."""
-    (dtype, key, numel), offset, shape, strides = stub
+    (dtype, key, numel), offset, shape, strides, negative = stub
     size = ELEMENT[dtype]
     if piece is None or piece.size != numel * size:
         raise Bad(path, "tensor %s needs %d bytes as storage %s, but there are %s; the file is "
@@ -552,9 +627,10 @@ def locate(path, name, stub, piece):
     if passed > 16 * total + (1 << 16):
         raise Bad(path, "tensor %s is a small part of a large storage; save a copy of it alone, "
                   "made by .clone()" % shown(name))
-    if dense and piece.packed is None:
+    if dense and piece.packed is None and not negative:
         return Tensor(path, name, dtype, shape, piece.pos + start, total)
-    return Tensor(path, name, dtype, shape, piece.pos, total, View(start, strides, piece.packed))
+    return Tensor(path, name, dtype, shape, piece.pos, total,
+                  View(start, strides, piece.packed, negative))
 
 
 def read_archive(path, f, size):
@@ -617,16 +693,52 @@ def read_pickled(path):
 WEIGHTS = ("model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.safetensors",
            "pytorch_model.bin", "diffusion_pytorch_model.bin")
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
-# Angles that older versions of transformers saved with each layer; they follow from rope_theta.
-INV_FREQ = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.(safetensors|bin)")
+# What training leaves beside weights.
+TRAINING = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state(_\d+)?|"
+                      r"random_states_\d+|.*optim_states)\.(bin|pt|pth|pkl)")
+# A tensor by which each part's names show what stands in front of them all, such as "module.", and
+# tensors that take no part in what the model computes: angles and positions that follow from the
+# configuration, masks; of training, the losses' networks, averaged copies, counts.
+ANCHOR = {"llama": "model.norm.weight", "vqgan": "encoder.conv_in.weight"}
+HARMLESS = {
+    "llama": re.compile(r"model\.(layers\.\d+\.self_attn\.)?(rotary_emb\.((original_)?inv_freq|"
+                        r"(cos|sin)_cached)|masked_bias|position_ids)"),
+    "vqgan": re.compile(r"(loss|discriminator|perceptual_loss|lpips|ema|model_ema|ema_model)\..+|"
+                        r"quantize\.(cluster_size|embed_avg|embedding\.(cluster_size|embed_avg)|"
+                        r"codebook_used|usage|used|initted)|colorize")}
 
 
 def read_weights(path):
-    """The tensors of one file."""
+    """The tensors of one file, which is what its first bytes say, whatever it is called."""
+    size = input_size(path)
     with open(path, "rb") as f:
-        if f.read(23) == b"version https://git-lfs":
-            raise Bad(path, "only stands for a file of Git LFS; fetch that with git lfs pull")
-    return read_safetensors(path) if path.endswith(".safetensors") else read_pickled(path)
+        first = f.read(64)
+    if first.startswith(b"version https://git-lfs"):
+        raise Bad(path, "only stands for a file of Git LFS; fetch that with git lfs pull")
+    if first.startswith(b"GGUF"):
+        raise Bad(path, "is a GGUF file, no checkpoint; a weights file of lvm is used as it is, "
+                  "and --to-hf makes a checkpoint of one")
+    if first.lstrip()[:1] == b"<":
+        raise Bad(path, "is a web page, no weights: a download failed; fetch the file again")
+    length = int.from_bytes(first[:8], "little")
+    if first[8:9] == b"{" and length <= size - 8:
+        return read_safetensors(path)
+    if first[:1] == b"{":
+        raise Bad(path, "is a JSON file, no weights; give its folder")
+    named = path.endswith(".safetensors") and not first.startswith((b"PK\3\4", b"\x80\2"))
+    return read_safetensors(path) if named else read_pickled(path)
+
+
+def merge(paths):
+    """The tensors of several files, none in two of them."""
+    tensors = {}
+    for path in paths:
+        for name, tensor in read_weights(path).items():
+            if name in tensors:
+                raise Bad(path, "holds tensor %s, as another shard does" % shown(name))
+            tensors[name] = tensor
+    return tensors
 
 
 def read_shards(index):
@@ -634,15 +746,12 @@ def read_shards(index):
     where = read_json(index).get("weight_map")
     if not isinstance(where, dict) or not all(isinstance(v, str) for v in where.values()):
         raise Bad(index, "has no weight_map of tensor names to file names")
-    tensors = {}
+    paths = []
     for shard in sorted(set(where.values())):
-        path = os.path.join(os.path.dirname(index), shard)
-        if os.path.basename(shard) != shard or "\0" in shard or not os.path.isfile(path):
+        paths.append(os.path.join(os.path.dirname(index), shard))
+        if os.path.basename(shard) != shard or "\0" in shard or not os.path.isfile(paths[-1]):
             raise Bad(index, "lists %s, which is no file beside it; copy it there" % shown(shard))
-        for name, tensor in read_weights(path).items():
-            if name in tensors:
-                raise Bad(path, "holds tensor %s, as another shard does" % shown(name))
-            tensors[name] = tensor
+    tensors = merge(paths)
     for name, shard in where.items():
         if name not in tensors or os.path.basename(tensors[name].path) != shard:
             raise Bad(index, "says that tensor %s is in %s, where it is not; copy both again"
@@ -650,44 +759,219 @@ def read_shards(index):
     return tensors
 
 
-def read_checkpoint(folder):
+def find_shards(folder, files):
+    """The names of all shards of a checkpoint whose index is gone: they count themselves."""
+    sets = {}
+    for found in filter(None, map(SHARD.fullmatch, files)):
+        stem, number, count, ending = found.groups()
+        sets.setdefault((ending != "safetensors", stem, int(count), ending), set()).add(int(number))
+    if not sets:
+        return []
+    (_, stem, count, ending), have = min(sets.items())
+    names = ["%s-%05d-of-%05d.%s" % (stem, n + 1, count, ending) for n in range(min(count, 9999))]
+    missing = [name for name in names if name not in files]
+    if missing or len(have) != count:
+        raise Bad(folder, "holds %d of %d shards; %s%s missing: copy the rest there"
+                  % (len(have), count, shown((missing or names)[0]),
+                     " and %d more are" % (len(missing) - 1) if len(missing) > 1 else " is"))
+    return names
+
+
+def read_checkpoint(folder, part):
     """(path of config.json, its keys, tensors) of a checkpoint: a folder, or one file in it."""
-    if os.path.isfile(folder):
-        config = os.path.join(os.path.dirname(folder), "config.json")
-        return config, read_json(config), read_weights(folder)
-    if not os.path.isdir(folder):
-        raise Bad(folder, "is no folder; give the one that holds config.json and model.safetensors")
-    config, files = os.path.join(folder, "config.json"), os.listdir(folder)
-    if "model_config.pt" in files and "config.json" not in files:
-        raise Bad(folder, "is a checkpoint of InternLM's training; convert it with DeLVM's "
-                  "tools/convert2hf.py first")
+    if os.path.isdir(folder):
+        return read_folder(folder, part)
+    input_size(folder, "is no folder; give the one that holds config.json and model.safetensors")
+    tensors = read_weights(folder)
+    check_strangers(folder, part, tensors)
+    config = os.path.join(os.path.dirname(folder), "config.json")
     raw = read_json(config)
+    check_part(config, raw, part)
+    return config, raw, tensors
+
+
+def read_folder(folder, part):
+    config = os.path.join(folder, "config.json")
+    files = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    check_folder(folder, files)
+    raw = None
+    if "config.json" in files:
+        raw = read_json(config)
+        check_part(config, raw, part)
+    tensors = folder_tensors(folder, files, raw)
+    check_strangers(folder, part, tensors)
+    return config, read_json(config) if raw is None else raw, tensors
+
+
+def folder_tensors(folder, files, raw):
+    """The tensors of a folder, sought where transformers and diffusers put them first."""
     for stem in WEIGHTS:
         path = os.path.join(folder, stem)
-        if os.path.isfile(path):
-            return config, raw, read_weights(path)
-        if os.path.isfile(path + ".index.json"):
-            return config, raw, read_shards(path + ".index.json")
-    pickled = sorted(name for name in files if name.endswith(PICKLED))
-    if not pickled:
-        raise Bad(folder, "holds no model.safetensors or pytorch_model.bin; give the folder of a "
-                  "downloaded checkpoint")
-    if len(pickled) > 1:
+        if stem in files:
+            return read_weights(path)
+        if stem + ".index.json" in files:
+            return read_shards(path + ".index.json")
+    shards = find_shards(folder, files)
+    if shards:
+        return merge(os.path.join(folder, name) for name in shards)
+    found = [name for name in files
+             if name.endswith((".safetensors",) + PICKLED) and not TRAINING.fullmatch(name)]
+    if not found:
+        raise Bad(folder, without_weights(folder, files))
+    if len(found) > 1 and raw is None:      # which, is not the first thing that is wrong
+        read_json(os.path.join(folder, "config.json"))
+    if len(found) > 1:
         raise Bad(folder, "holds %s and more, but no pytorch_model.bin and no index of several "
-                  "files; name the right file" % shown(pickled[0]))
-    return config, raw, read_weights(os.path.join(folder, pickled[0]))
+                  "files; name the right file" % shown(found[0]))
+    return read_weights(os.path.join(folder, found[0]))
 
 
-def without_prefix(where, tensors, anchor):
-    """The tensors without the words, such as "module.", that stand before the name of each."""
+# ---- what a wrong folder is ----------------------------------------------------------------------
+
+ORIGINAL = "give the checkpoint that it was made from, in F32, F16 or BF16: --type quantises it"
+
+
+def check_folder(folder, files):
+    """Refuses folders that their files' names show to be no checkpoint of either part."""
+    if not files:
+        raise Bad(folder, "is empty; give the folder of a downloaded checkpoint")
+    if "adapter_config.json" in files:
+        whole = any(name in files or name + ".index.json" in files for name in WEIGHTS)
+        raise adapter(folder, folder, "beside a whole model, whose file can be named alone" if whole
+                      else "no whole model")
+    if "model_index.json" in files:
+        raise Bad(folder, "is a pipeline of diffusers, several models; give the folder of one of "
+                  "them: open-muse's VQGANModel, as --vqgan")
+    for mark, text in (
+            ("model_config.pt", "is a checkpoint of InternLM's training; convert it with DeLVM's "
+             "tools/convert2hf.py first"),
+            ("params.json", "is a checkpoint in Meta's layout; convert it with transformers' "
+             "convert_llama_weights_to_hf.py first")):
+        if mark in files and "config.json" not in files:
+            raise Bad(folder, text)
+    inner = [name for name in files if os.path.isfile(os.path.join(folder, name, "config.json"))]
+    if inner and "config.json" not in files:
+        raise Bad(folder, "holds no config.json itself, but its folder %s does%s; give that folder"
+                  % (shown(inner[-1]), ", as %d more do" % (len(inner) - 1) if inner[1:] else ""))
+
+
+def adapter(where, folder, text):
+    """The fault of a folder or file that is an adapter."""
+    raw = read_json(os.path.join(folder, "adapter_config.json"))
+    return Bad(where, "is a %s adapter of the model %s, %s; merge it into that (peft: "
+               "merge_and_unload, then save_pretrained), and give the merged folder"
+               % (shown(str(raw.get("peft_type", "LORA"))).replace("LORA", "LoRA"),
+                  spelt(raw.get("base_model_name_or_path")), text))
+
+
+def without_weights(folder, files):
+    """What a folder without weights is, and what to do."""
+    training = [name for name in files if TRAINING.fullmatch(name)]
+    for pattern, text in (
+            (r"global_step.*|zero_to_fp32\.py", "is a checkpoint of DeepSpeed, %s; run its "
+             "zero_to_fp32.py first"),
+            (r".*\.distcp", "is a checkpoint of several processes, %s; join it with PyTorch's "
+             "torch.distributed.checkpoint.format_utils first"),
+            (r"streaming_.*|.*\.msgpack", "is a checkpoint of JAX, %s; export it to PyTorch first "
+             "(EasyLM: convert_easylm_to_hf)"),
+            (r".*\.h5", "is a checkpoint of TensorFlow, %s; export it to PyTorch first"),
+            (r".*\.gguf", "holds a GGUF file, %s, no checkpoint; give the one it was made from")):
+        for name in files:
+            if re.fullmatch(pattern, name):
+                return text % shown(name)
+    if training:
+        return ("holds what training leaves (%s), but no weights; give the folder that holds "
+                "model.safetensors or pytorch_model.bin" % shown(training[0]))
+    if "config.json" not in files:
+        return "holds no config.json and no weights; give the folder of a downloaded checkpoint"
+    return ("holds no model.safetensors or pytorch_model.bin; give the folder of a downloaded "
+            "checkpoint")
+
+
+def check_part(path, raw, part):
+    """Refuses a configuration of something else than this part."""
+    quantised = raw.get("quantization_config")
+    if quantised is not None:
+        method = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+        raise Bad(path, "quantization_config is there: the checkpoint is quantised (%s); %s"
+                  % (spelt(method), ORIGINAL))
+    llama = any(key in raw for key in ("model_type", "hidden_size", "num_attention_heads"))
+    vqgan = any(key in raw for key in ("_class_name", "hidden_channels", "z_channels"))
+    if part == "llama" and vqgan and not llama:
+        raise Bad(path, "describes a tokenizer (%s); give it as --vqgan, and the transformer as "
+                  "--llama" % spelt(raw.get("_class_name", "VQGANModel")))
+    if part == "vqgan" and llama and not vqgan:
+        raise Bad(path, "describes a transformer (%s); give it as --llama, and the tokenizer as "
+                  "--vqgan" % spelt(raw.get("model_type", "llama")))
+    for key in ("text_config", "llm_config", "llama_config", "language_config"):
+        if part == "llama" and isinstance(raw.get(key), dict) and "hidden_size" not in raw:
+            raise Bad(path, "keeps the transformer under %s, so it describes a model of several "
+                      "parts; save the LlamaForCausalLM in it alone" % key)
+
+
+# Names that only a checkpoint of another kind has, for which part, and what it is.
+STRANGERS = (
+    (r".*\.(qweight|qzeros|weight_packed|SCB|absmax|quant_map)", "llama",
+     "is quantised (GPTQ, AWQ or the like: tensor %s); " + ORIGINAL),
+    (r".*\.lora_(A|B|embedding_[AB])\..*", "llama", "is a LoRA adapter (tensor %s), no whole "
+     "model; merge it into the model that it belongs to, and give the merged folder"),
+    (r"(.*\.)?tok_embeddings\.weight", "llama", "is a checkpoint in Meta's layout (tensor %s); "
+     "convert it with transformers' convert_llama_weights_to_hf.py first"),
+    (r"(.*\.)?encoder\.conv_in\.weight", "llama", "is a tokenizer (tensor %s); give it as --vqgan, "
+     "and the transformer as --llama"),
+    (r"(.*\.)?layers\.\d+\.self_attn\.q_proj\.weight", "vqgan", "is a transformer (tensor %s); "
+     "give it as --llama, and the tokenizer as --vqgan"),
+    (r"(.*\.)?encoder\.conv_blocks\..*", "vqgan", "is a tokenizer of LlamaGen (tensor %s); only "
+     "open-muse's VQGANModel can be converted: give the tokenizer that the transformer was trained "
+     "with"),
+    (r"(.*\.)?encoder\.down_blocks\..*", "vqgan", "is a tokenizer of diffusers (tensor %s); only "
+     "open-muse's VQGANModel can be converted: give the tokenizer that the transformer was trained "
+     "with"),
+)
+TAMING = ("is a tokenizer of taming-transformers (tensor %s), and has no config.json; only "
+          "open-muse's VQGANModel can be converted: give the tokenizer that the transformer was "
+          "trained with")
+
+
+def check_strangers(where, part, tensors):
+    """Refuses a checkpoint that its tensors' names show to be of another kind."""
+    folder = where if os.path.isdir(where) else os.path.dirname(where)
+    for pattern, wrong_part, text in STRANGERS:
+        for name in tensors if part == wrong_part else ():
+            if re.fullmatch(pattern, name):
+                if ".lora_" in name and os.path.isfile(os.path.join(folder, "adapter_config.json")):
+                    raise adapter(where, folder, "no whole model")
+                raise Bad(where, text % shown(name))
+    if part == "vqgan" and not os.path.isfile(os.path.join(folder, "config.json")):
+        for name in tensors:
+            if re.fullmatch(r"loss\..*|(.*\.)?encoder\.down\.\d+\.block\..*", name):
+                raise Bad(where, TAMING % shown(name))
+
+
+def own_tensors(where, tensors, part, notes):
+    """The part's own tensors, without the words that stand before all their names and without what
+    is harmless, of which a note tells."""
+    anchor, harmless = ANCHOR[part], HARMLESS[part]
     found = [name[:-len(anchor)] for name in tensors if name.endswith("." + anchor)]
-    if anchor in tensors or len(found) != 1:
-        return tensors
-    other = next((name for name in tensors if not name.startswith(found[0])), None)
-    if other is not None:
-        raise Bad(where, "tensor %s does not begin with %s as others do; remove what does not "
-                  "belong to this part" % (shown(other), shown(found[0])))
-    return {name[len(found[0]):]: tensor for name, tensor in tensors.items()}
+    found.sort(key=len)
+    prefix = found[0] if found and anchor not in tensors else ""
+    if any(not harmless.fullmatch(other[len(prefix):] + anchor) for other in found[1:]):
+        prefix = ""                         # several models: their names will be told
+    own, passed = {}, []
+    for name, tensor in tensors.items():
+        short = name[len(prefix):] if name.startswith(prefix) else name
+        if harmless.fullmatch(short):
+            passed.append(name)
+        elif name.startswith(prefix):
+            own[short] = tensor
+        else:
+            raise Bad(where, "tensor %s does not begin with %s as others do; remove what does not "
+                      "belong to this part" % (shown(name), shown(prefix)))
+    if passed:
+        notes.append("%s: passed over, as the model does not compute with them: %s%s"
+                     % (shown_path(where), shown(passed[0]),
+                        " and %d more" % (len(passed) - 1) if passed[1:] else ""))
+    return own
 
 
 # ---- configurations ------------------------------------------------------------------------------
@@ -695,39 +979,40 @@ def without_prefix(where, tensors, anchor):
 GGUF_U32, GGUF_I32, GGUF_F32, GGUF_BOOL, GGUF_STRING, GGUF_ARRAY = 4, 5, 6, 7, 8, 9
 
 # A key: its name in config.json and in the weights file, its type there, config.json's default
-# (None: it must be given), bounds.
-Key = collections.namedtuple("Key", "hf gguf kind default low high")
+# (None: it must be given), bounds, and how many an array may hold. The bounds are lvm.c's, whose
+# tables of chapter 4 hold the same numbers: what is written here can be opened there.
+Key = collections.namedtuple("Key", "hf gguf kind default low high most", defaults=(None,))
 
 
-def whole_key(hf, gguf, default=None, low=1, high=(1 << 31) - 1):
+def whole_key(hf, gguf, default=None, low=1, high=1 << 20):
     return Key(hf, "lvm." + gguf, GGUF_U32, default, low, high)
 
 
 LLAMA_KEYS = (
     whole_key("max_position_embeddings", "context_length", 2048),
-    whole_key("hidden_size", "embedding_length"),
+    whole_key("hidden_size", "embedding_length", high=1 << 16),
     whole_key("num_hidden_layers", "block_count", high=1024),
-    whole_key("intermediate_size", "feed_forward_length"),
+    whole_key("intermediate_size", "feed_forward_length", high=1 << 18),
     whole_key("vocab_size", "vocab_size"),
-    whole_key("num_attention_heads", "attention.head_count"),
-    whole_key("num_key_value_heads", "attention.head_count_kv"),
-    Key("rms_norm_eps", "lvm.attention.layer_norm_rms_epsilon", GGUF_F32, 1e-6, 1e-30, 1e30),
-    Key("rope_theta", "lvm.rope.freq_base", GGUF_F32, 10000.0, 1e-30, 1e30),
+    whole_key("num_attention_heads", "attention.head_count", high=1024),
+    whole_key("num_key_value_heads", "attention.head_count_kv", high=1024),
+    Key("rms_norm_eps", "lvm.attention.layer_norm_rms_epsilon", GGUF_F32, 1e-6, 1e-30, 1),
+    Key("rope_theta", "lvm.rope.freq_base", GGUF_F32, 10000.0, 1, 1e12),
 )
-TOKEN_KEYS = (
-    whole_key("bos_token_id", "bos_token_id", low=0),
-    whole_key("eos_token_id", "eos_token_id", low=0),
+TOKEN_KEYS = (                              # -1: none
+    whole_key("bos_token_id", "bos_token_id", low=-1),
+    whole_key("eos_token_id", "eos_token_id", low=-1),
 )
 VQGAN_KEYS = (
-    whole_key("resolution", "vq.resolution", 256, high=1 << 16),
-    whole_key("hidden_channels", "vq.hidden_channels", 128, high=1 << 16),
-    Key("channel_mult", "lvm.vq.channel_mult", GGUF_ARRAY, [1, 1, 2, 2, 4], 1, 1 << 10),
-    whole_key("num_res_blocks", "vq.num_res_blocks", 2, low=0, high=64),
-    Key("attn_resolutions", "lvm.vq.attn_resolutions", GGUF_ARRAY, [16], 1, 1 << 16),
+    whole_key("resolution", "vq.resolution", 256, high=4096),
+    whole_key("hidden_channels", "vq.hidden_channels", 128, high=4096),
+    Key("channel_mult", "lvm.vq.channel_mult", GGUF_ARRAY, [1, 1, 2, 2, 4], 1, 64, 8),
+    whole_key("num_res_blocks", "vq.num_res_blocks", 2, high=8),
+    Key("attn_resolutions", "lvm.vq.attn_resolutions", GGUF_ARRAY, [16], 0, 1 << 20, 16),
     Key("no_attn_mid_block", "lvm.vq.no_attn_mid_block", GGUF_BOOL, False, 0, 1),
-    whole_key("z_channels", "vq.z_channels", 256, high=1 << 16),
+    whole_key("z_channels", "vq.z_channels", 256, high=4096),
     whole_key("num_embeddings", "vq.num_embeddings", 1024),
-    whole_key("quantized_embed_dim", "vq.quantized_embed_dim", 256, high=1 << 16),
+    whole_key("quantized_embed_dim", "vq.quantized_embed_dim", 256, high=4096),
     Key("resample_with_conv", "lvm.vq.resample_with_conv", GGUF_BOOL, True, 0, 1),
 )
 
@@ -738,7 +1023,8 @@ def fits(key, value):
         return key.kind == GGUF_BOOL and isinstance(value, bool)
     if key.kind == GGUF_ARRAY:
         number = key._replace(kind=GGUF_U32)
-        return isinstance(value, list) and len(value) <= 16 and all(fits(number, v) for v in value)
+        return isinstance(value, list) and len(value) <= key.most and (
+            all(fits(number, v) for v in value))
     if key.kind == GGUF_F32:                # bounds hold for what the weights file will say
         return isinstance(value, (int, float)) and abs(value) < 3e38 and (
             key.low <= shortest(value) <= key.high)
@@ -762,8 +1048,10 @@ def read_config(path, raw, keys, side):
             value = key.default
         if not fits(key, value):
             wanted = {GGUF_BOOL: "true or false", GGUF_F32: "a number",
-                      GGUF_U32: "a whole number", GGUF_ARRAY: "a list of at most 16 whole numbers"}
-            bounds = "" if key.kind == GGUF_BOOL else " from %s to %s" % (key.low, key.high)
+                      GGUF_U32: "a whole number",
+                      GGUF_ARRAY: "a list of at most %s whole numbers" % key.most}
+            form = " from %g to %g" if key.kind == GGUF_F32 else " from %d to %d"
+            bounds = "" if key.kind == GGUF_BOOL else form % (key.low, key.high)
             raise Bad(path, "%s is %s; it must be %s%s" % (
                 name, "missing" if value is None else spelt(value), wanted[key.kind], bounds))
         config[key.hf] = shortest(value) if key.kind == GGUF_F32 else value
@@ -776,6 +1064,7 @@ def find_rope_theta(path, raw):
     for key in ("rope_scaling", "rope_parameters"):
         rope = raw.get(key) or {}
         if not isinstance(rope, dict) or "factor" in rope or (
+                any(isinstance(value, dict) for value in rope.values())) or (
                 rope.get("rope_type", rope.get("type", "default")) != "default"
                 or rope.get("partial_rotary_factor", 1.0) != 1.0):
             raise Bad(path, "%s is %s; only the default rotary embedding is supported"
@@ -789,6 +1078,34 @@ def find_rope_theta(path, raw):
 
 def only(path, raw, key, wanted):
     return Bad(path, "%s is %s; only %s is supported" % (key, spelt(raw.get(key)), spelt(wanted)))
+
+
+# Keys of LLaMA's relatives that change what is computed, and the value with which they do not. What
+# LlamaForCausalLM itself would pass over is refused too: whoever wrote it meant another model.
+LLAMA_ONLY = (
+    ("mlp_bias", False), ("partial_rotary_factor", 1.0), ("rotary_pct", 1.0), ("rope_pct", 1.0),
+    ("rope_interleaved", False), ("rope_interleave", False), ("alibi", False),
+    ("attention_chunk_size", None), ("clip_qkv", None), ("qk_layernorm", False),
+    ("use_qk_norm", False), ("qk_norm", False), ("parallel_attn", False),
+    ("use_parallel_residual", False), ("attention_multiplier", None), ("residual_multiplier", 1.0),
+    ("embedding_multiplier", 1.0), ("logits_scaling", 1.0), ("logit_scale", 1.0),
+    ("scale_emb", 1.0), ("scale_depth", None), ("attn_logit_softcapping", None),
+    ("final_logit_softcapping", None), ("query_pre_attn_scalar", None), ("no_rope_layers", None),
+    ("num_local_experts", None), ("num_experts", None), ("n_routed_experts", None),
+)
+VQGAN_ONLY = (
+    ("_class_name", "VQGANModel"), ("num_channels", 3), ("double_z", False), ("act_fn", "silu"),
+    ("norm_num_groups", 32), ("l2_norm", False), ("codebook_l2_norm", False),
+)
+
+
+def check_window(path, raw):
+    """Attention to the last few keys alone is another model, where the context is longer."""
+    window, context = raw.get("sliding_window"), raw.get("max_position_embeddings") or 2048
+    if raw.get("use_sliding_window") is False or window is None:
+        return
+    if not isinstance(window, int) or not isinstance(context, int) or window < context:
+        raise only(path, raw, "sliding_window", None)
 
 
 def check_family(path, raw):
@@ -812,10 +1129,12 @@ def check_family(path, raw):
 def check_llama_json(path, raw):
     """A config.json with later spellings as the usual ones; arithmetic unlike lvm's is refused."""
     raw = check_family(path, raw)
-    for key, wanted in (("hidden_act", "silu"), ("mlp_bias", False), ("quantization_config", None),
-                        ("partial_rotary_factor", 1.0)):
+    if raw.get("hidden_act") not in ("silu", "swish", None):    # two names of one function
+        raise only(path, raw, "hidden_act", "silu")
+    for key, wanted in LLAMA_ONLY:
         if raw.get(key) not in (wanted, None):
             raise only(path, raw, key, wanted)
+    check_window(path, raw)
     for key in ("tie_word_embeddings", "attention_bias"):
         if raw.get(key) not in (True, False, None):
             raise Bad(path, "%s is %s; it must be true or false" % (key, spelt(raw[key])))
@@ -844,7 +1163,7 @@ def llama_config(path, raw, side):
 def vqgan_config(path, raw, side):
     """The tokenizer's configuration."""
     if side == "hf":
-        for key, wanted in (("_class_name", "VQGANModel"), ("num_channels", 3)):
+        for key, wanted in VQGAN_ONLY:
             if raw.get(key, wanted) != wanted:
                 raise only(path, raw, key, wanted)
         if isinstance(raw.get("attn_resolutions"), int):
@@ -852,9 +1171,12 @@ def vqgan_config(path, raw, side):
     config = read_config(path, raw, VQGAN_KEYS, side)
     if not config["channel_mult"]:
         raise Bad(path, "channel_mult is empty; it must have a number for each resolution")
+    halvings = len(config["channel_mult"]) - 1
+    if config["resolution"] % (1 << halvings):
+        raise Bad(path, "resolution %d does not halve %d times" % (config["resolution"], halvings))
     if config["hidden_channels"] % 32:
-        raise Bad(path, "hidden_channels is %d; it must be a multiple of 32, the number of "
-                  "normalised groups" % config["hidden_channels"])
+        raise Bad(path, "hidden_channels %d is no multiple of 32, the number of normalised groups"
+                  % config["hidden_channels"])
     return config
 
 
@@ -960,9 +1282,8 @@ def vqgan_specs(config):
     params += conv("post_quant_conv", code, z, 1) + conv("decoder.conv_in", z, width[last], 3)
     params += middle("decoder.mid", width[last], attends)
     for i, here in enumerate(width):
-        # the decoder doubles what the encoder halved: an odd resolution does not come back
         params += level("decoder.up.%d" % i, width[min(i + 1, last)], here, blocks + 1,
-                        (resolution >> last << (last - i)) in config["attn_resolutions"],
+                        (resolution >> i) in config["attn_resolutions"],
                         "upsample" if with_conv and i else None)
     params += group_norm("decoder.norm_out", width[0]) + conv("decoder.conv_out", width[0], 3, 3)
     return [Spec(name, "vq." + name, shape, None) for name, shape in params]
@@ -971,6 +1292,10 @@ def vqgan_specs(config):
 def channels_last(shape):
     """The shape in the weights file of a tensor of the checkpoint."""
     return (shape[0], shape[2], shape[3], shape[1]) if len(shape) == 4 else shape
+
+
+TIED = ("lm_head.weight", "model.embed_tokens.weight")
+UNTIED = " (where both are one matrix, config.json says so: tie_word_embeddings true)"
 
 
 def match(where, specs, tensors, side, allowed):
@@ -990,7 +1315,7 @@ def match(where, specs, tensors, side, allowed):
                 faults.append("%s has type %s, not %s"
                               % (name, shown(tensor.dtype), ", ".join(allowed)))
         elif spec.group is None or spec.group in groups:
-            faults.append("%s %s is missing" % (name, wanted))
+            faults.append("%s %s is missing%s" % (name, wanted, UNTIED if name in TIED else ""))
     faults += ["%s is unexpected" % shown(name) for name in tensors if name not in known]
     if faults:
         named = faults[:MAX_NAMED] + ["and %d more" % n for n in [len(faults) - MAX_NAMED] if n > 0]
@@ -1019,7 +1344,18 @@ def chunks(tensor):
     piece = PIECE // elements * size
     if tensor.view is None:
         return file_bytes(tensor.path, tensor.pos, tensor.nbytes, piece)
-    return regroup(view_bytes(tensor, size), piece)
+    pieces = regroup(view_bytes(tensor, size), piece)
+    return (negated(data, size) for data in pieces) if tensor.view.negative else pieces
+
+
+SIGN = bytes(b ^ 0x80 for b in range(256))
+
+
+def negated(data, size):
+    """Floats with the other sign: the top bit of each one's last byte."""
+    out = bytearray(data)
+    out[size - 1::size] = out[size - 1::size].translate(SIGN)
+    return bytes(out)
 
 
 def regroup(pieces, size):
@@ -1036,7 +1372,7 @@ def regroup(pieces, size):
 
 def view_bytes(tensor, size):
     """The bytes of a tensor in a storage, in any pieces; with gaps, all it spans is held."""
-    start, strides, packed = tensor.view
+    start, strides, packed, _ = tensor.view
     span = span_of(tensor.shape, strides) * size
     if packed is None:
         pieces = file_bytes(tensor.path, tensor.pos + start, span, PIECE)
@@ -1152,9 +1488,44 @@ def swap_inner(data, size, rows, a, b):
     return out.tobytes()
 
 
+@functools.lru_cache(None)
+def below(top):
+    """The bytes in which a float can end that is smaller, whatever its sign, than one with top."""
+    return bytes(b for b in range(256) if b & 0x7F < top)
+
+
+def count_beyond(data, dtype, limit):
+    """How many floats are NaN, infinite, or as large as limit. Without their signs, floats of one
+    type are ordered as their bits are; so the last bytes, all looked at in one go, nearly always
+    tell that there are none."""
+    size = TYPES[dtype][2]
+    (least,) = struct.unpack("<I", struct.pack("<f", limit))
+    least = {"F32": least, "BF16": -(-least >> 16), "F16": 0x7C00}[dtype]
+    if not data[size - 1::size].translate(None, below(least >> 8 * size - 8)):
+        return 0
+    values, sign = array.array({2: "H", 4: "I"}[size], data), 1 << 8 * size - 1
+    if sys.byteorder == "big":
+        values.byteswap()
+    return sum(value & ~sign >= least for value in values)
+
+
+def checked(job, pieces):
+    """The pieces, if all numbers in them can be computed with."""
+    beyond = 0
+    for data in pieces:
+        beyond += count_beyond(data, job.dtype, job.limit)
+        yield data
+    if beyond:
+        raise Bad(job.source.path, "tensor %s: %d of its %d values are NaN or infinite%s; the file "
+                  "is damaged or its training failed (--allow-nonfinite writes them all the same)"
+                  % (shown(job.source.name), beyond, math.prod(job.shape),
+                     "" if math.isinf(job.limit) else ", or too large for float16"))
+
+
 def job_pieces(job):
     """The bytes to write for a job."""
     pieces = (recode(data, job.source.dtype, job.dtype) for data in chunks(job.source))
+    pieces = pieces if job.limit is None else checked(job, pieces)
     if job.swap is None:
         yield from pieces
     else:
@@ -1163,57 +1534,182 @@ def job_pieces(job):
 
 # ---- files out -----------------------------------------------------------------------------------
 
+class Stopped(BaseException):
+    """A signal asks to stop."""
+
+    def __init__(self, number):
+        super().__init__(number)
+        self.number = number
+
+
+class Signals:
+    """A signal stops the work wherever it is, but not inside a `with` of this, whose steps belong
+    together; all after the first are passed over, since the first is being obeyed."""
+
+    NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXFSZ")
+
+    def __init__(self):
+        self.held, self.caught, self.written = 0, None, False
+
+    def install(self):
+        for number in [getattr(signal, name) for name in self.NAMES if hasattr(signal, name)]:
+            ignored = signal.getsignal(number) == signal.SIG_IGN        # by nohup, say
+            if not ignored or number == getattr(signal, "SIGXFSZ", None):   # by Python itself
+                signal.signal(number, self.catch)
+
+    def catch(self, number, _):
+        first, self.caught = self.caught is None, self.caught or number
+        if first and not self.held:
+            raise Stopped(number)
+
+    def __enter__(self):
+        self.held += 1
+
+    def __exit__(self, *_):
+        self.held -= 1
+        if self.caught and not self.held:
+            raise Stopped(self.caught)
+
+
+SIGNALS = Signals()
+
+
 class Outputs:
-    """Files that appear together, whole, or never: written beside their places, then renamed."""
+    """Files that appear together, whole, or never: written beside their places under other names,
+    then renamed. A link stays: the file that it leads to is replaced, with its own mode. What is no
+    ordinary file (a device, a pipe, standard output) is written to as it is."""
 
     def __init__(self, inputs, force, quiet):
         self.inputs, self.force = inputs, force
         self.bar = sys.stderr.isatty() and not quiet
-        self.pending, self.done, self.total, self.start, self.told = [], 0, 1, time.time(), 0.0
+        self.places = {}            # of each output: the file at the end of its links, or None
+        self.temps = {}             # of each output that is an ordinary file: the temporary one
+        self.aside, self.made = [], []      # other temporary files; folders made
+        self.done, self.total, self.start, self.told = 0, 1, time.time(), 0.0
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for temp, _ in self.pending:
-            if os.path.lexists(temp):
-                os.remove(temp)
-        if self.bar:
-            sys.stderr.write("\r\x1b[K")
+        with SIGNALS:
+            for temp in [*self.temps.values(), *self.aside]:
+                if os.path.lexists(temp):
+                    os.remove(temp)
+            for folder in self.made:
+                if os.path.isdir(folder) and not os.listdir(folder):
+                    os.rmdir(folder)
+            if self.bar:
+                sys.stderr.write("\r\x1b[K")
+                sys.stderr.flush()
 
-    def check(self, path):
-        """Refuses a place that must not be written to."""
-        if not os.path.isdir(os.path.dirname(path) or "."):
+    def paths(self):
+        """Of outputs that have one which others can open."""
+        return list(self.temps)
+
+    def open(self, path):
+        """Makes sure of an output before the work for it begins: refuses a place that must not be
+        written to, and makes the temporary file."""
+        if not path:
+            raise Bad(path, "the name is empty; give the output a name")
+        try:
+            found = os.stat(path) if path != "-" else None
+        except (FileNotFoundError, NotADirectoryError):
+            found = None
+        if path == "-" or found and same_as_stdout(found):
+            if os.isatty(1):
+                raise Bad(path, "is a terminal; give a file, or pipe the output on")
+            self.places[path] = None
+        elif found and stat.S_ISDIR(found.st_mode) or path.endswith("/"):
+            raise Bad(path, "is a folder; give the name of a file")
+        elif found and not stat.S_ISREG(found.st_mode):
+            self.places[path] = path
+        else:
+            self.open_file(path, found)
+
+    def open_file(self, path, found):
+        place = os.path.realpath(path)
+        if not os.path.isdir(os.path.dirname(place)):
             raise Bad(path, "its folder does not exist; make it first")
-        if not os.path.lexists(path):
-            return
-        if os.path.exists(path) and any(os.path.samefile(path, i) for i in self.inputs):
-            raise Bad(path, "is also an input; choose another output")
-        if not os.path.isfile(path):
-            raise Bad(path, "exists and is no ordinary file; choose another output")
-        if not self.force:
+        if place in self.places.values():
+            raise Bad(path, "is the same file as another output")
+        self.places[path] = place
+        self.refuse_inputs(self.inputs)
+        if found and not self.force:
             raise Bad(path, "exists already; choose another output, or add --force to replace it")
+        self.temps[path] = self.temp(path)
 
-    def temp(self, path, mark=""):
-        temp = "%s.%d%s.tmp" % (path, os.getpid(), mark)
-        if os.path.lexists(temp):
-            raise Bad(temp, "is in the way; remove it")
-        self.pending.append((temp, path))
-        return temp
+    def open_folder(self, path):
+        """Makes a folder for outputs, which goes again if nothing comes of them."""
+        at = path
+        while at and not os.path.lexists(at):
+            self.made.append(at)
+            at = os.path.dirname(at)
+        try:
+            os.makedirs(path, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise Bad(path, "its name is taken by what is no folder") from None
+
+    def refuse_inputs(self, inputs):
+        """Refuses outputs that are inputs, under whatever names."""
+        for path, place in self.places.items():
+            if place and os.path.exists(place) and any(os.path.samefile(place, i) for i in inputs):
+                raise Bad(path, "is also an input; choose another output")
+
+    def temp(self, path):
+        """A new file beside the place of an output, with a short name, however long that one is."""
+        for n in itertools.count():
+            temp = os.path.join(os.path.dirname(self.places[path]),
+                                ".lvm-%d-%d.tmp" % (os.getpid(), n))
+            try:
+                with SIGNALS:
+                    os.close(os.open(temp, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+                    self.aside.append(temp)
+                return temp
+            except FileExistsError:
+                continue
+            except OSError as fault:
+                raise Bad(path, "cannot be written: %s" % fault.strerror) from None
+
+    def expect(self, size):
+        """Refuses to begin what the disk has no room for."""
+        self.total = max(size, 1)
+        for path, temp in self.temps.items():
+            disk = shutil.disk_usage(os.path.dirname(temp))
+            if 0 < disk.total and disk.free < size:
+                raise Bad(path, "cannot be written: it needs %d MB, and %d MB are free there"
+                          % (size >> 20, disk.free >> 20))
 
     def write(self, path, pieces):
-        """Writes a new temporary file for path."""
-        temp = self.temp(path)
+        """Writes an output."""
+        temp, place = self.temps.get(path), self.places[path]
         try:
-            with open(temp, "xb") as f:
-                for data in pieces:
-                    f.write(data)
-                    self.progress(path, len(data))
-                f.flush()
-                os.fsync(f.fileno())
+            f = open(temp or place, "r+b" if temp else "wb") if temp or place else stdout_bytes()
+            with f:
+                self.fill(path, f, pieces)
+                if temp:
+                    os.fsync(f.fileno())
+        except BrokenPipeError:
+            if place is None:               # who read standard output has seen enough
+                raise Stopped(getattr(signal, "SIGPIPE", signal.SIGTERM)) from None
+            raise Bad(path, "its reader is gone") from None
         except OSError as fault:
             raise Bad(fault.filename or path, "cannot be written: %s" % fault.strerror) from None
+
+    def write_aside(self, path, pieces):
+        """Writes a temporary file more beside an output; returns its name."""
+        temp = self.temp(path)
+        try:
+            with open(temp, "r+b") as f:
+                self.fill(path, f, pieces)
+        except OSError as fault:
+            raise Bad(path, "cannot be written: %s" % fault.strerror) from None
         return temp
+
+    def fill(self, path, f, pieces):
+        for data in pieces:
+            f.write(data)
+            self.progress(path, len(data))
+        f.flush()
 
     def progress(self, path, n):
         self.done += n
@@ -1222,12 +1718,30 @@ class Outputs:
             self.told = now
             percent = min(100, 100 * self.done // self.total)
             rate = self.done / 1e6 / max(now - self.start, 1e-3)
-            sys.stderr.write("\r\x1b[K%s %3d %%  %.0f MB/s" % (path, percent, rate))
+            sys.stderr.write("\r\x1b[K%s %3d %%  %.0f MB/s"
+                             % (shortened(shown_path(path), 50), percent, rate))
             sys.stderr.flush()
 
     def commit(self):
-        for temp, path in self.pending:
-            os.replace(temp, path)
+        """All outputs take their places, under the modes of the files that they replace."""
+        with SIGNALS:
+            for path, temp in self.temps.items():
+                place = self.places[path]
+                if os.path.exists(place):
+                    os.chmod(temp, stat.S_IMODE(os.stat(place).st_mode))
+                os.replace(temp, place)
+            SIGNALS.written = True
+
+
+def same_as_stdout(found):
+    try:
+        return os.path.samestat(found, os.fstat(1))
+    except OSError:
+        return False
+
+
+def stdout_bytes():
+    return os.fdopen(os.dup(1), "wb")
 
 
 def gguf_string(text):
@@ -1374,27 +1888,26 @@ def read_description(cur):
 def place(cur, tensors, align, size):
     """The tensors with their places in the file, which must be aligned, inside it and apart."""
     start = (cur.pos + align - 1) // align * align
-    end, placed = start, {}
+    last, placed = None, {}
     for t in sorted(tensors, key=lambda t: t.pos):
         if t.name in placed:
             raise cur.bad("tensor %s stands there twice" % shown(t.name))
-        if t.pos % align or start + t.pos < end or start + t.pos + t.nbytes > size:
-            raise cur.bad("tensor %s is unaligned, overlaps another or ends behind the file"
-                          % shown(t.name))
-        placed[t.name] = t._replace(pos=start + t.pos)
-        end = start + t.pos + t.nbytes
+        if t.pos % align or start + t.pos + t.nbytes > size:
+            raise cur.bad("tensor %s is unaligned or lies outside the file" % shown(t.name))
+        if last and t.pos < last.pos + last.nbytes:
+            raise Bad(cur.path, "tensor %s overlaps tensor %s; copy the file again"
+                      % (shown(t.name), shown(last.name)))
+        placed[t.name], last = t._replace(pos=start + t.pos), t
     return placed
 
 
 def read_gguf(path):
     """(keys, tensors) of a weights file."""
-    if not os.path.isfile(path):
-        raise Bad(path, "there is no such file")
-    size = os.path.getsize(path)
+    size = input_size(path)
     with open(path, "rb") as f:
         cur = Cursor(path, f, size)
         if size < 24 or cur.take(4) != b"GGUF":
-            raise Bad(path, "is no GGUF file; give a weights file of lvm")
+            raise Bad(path, "not a weights file (no GGUF at its start); give one of lvm")
         version = cur.number("I")
         if version != 3:
             raise Bad(path, "is GGUF version %d; only version 3 can be read" % version)
@@ -1422,15 +1935,23 @@ def to_gguf_jobs(pairs):
     return jobs
 
 
-def check_tied(path, tensors):
-    """Takes away the output matrix of a model that says this is the embedding, if it really is."""
-    head, embedding = tensors.pop("lm_head.weight", None), tensors.get("model.embed_tokens.weight")
-    if head is None or embedding is None:
-        return
-    same = head.dtype == embedding.dtype in FLOATS and head.shape == embedding.shape
-    if not same or any(a != b for a, b in zip(chunks(head), chunks(embedding))):
-        raise Bad(path, "tie_word_embeddings is true, but lm_head.weight is not equal to "
-                  "model.embed_tokens.weight; set it to false, or remove lm_head.weight")
+def tie(path, raw, tensors, notes):
+    """Whether the output matrix is the embedding; tensors then hold it once, as the embedding. As
+    in transformers 5: where config.json says that they are one, either may be the one that was
+    kept; two that differ both count."""
+    head, embedding = (tensors.get(name) for name in TIED)
+    if not raw.get("tie_word_embeddings"):
+        return False
+    if head is not None and embedding is not None:
+        same = head.dtype == embedding.dtype in FLOATS and head.shape == embedding.shape
+        if not same or any(a != b for a, b in zip(chunks(head), chunks(embedding))):
+            notes.append("%s: tie_word_embeddings is true, but lm_head.weight is not equal to "
+                         "model.embed_tokens.weight: both are written" % shown_path(path))
+            return False
+    if head is not None:
+        del tensors["lm_head.weight"]
+        tensors["model.embed_tokens.weight"] = head if embedding is None else embedding
+    return True
 
 
 def check_claims(where, tensors, inputs):
@@ -1451,13 +1972,13 @@ def special_token(path, raw, key, codes, vocab, notes):
             return number
     if ids != [None]:
         notes.append("%s: %s %s is an image token or outside the vocabulary: not written"
-                     % (path, key, spelt(raw[key])))
+                     % (shown_path(path), key, spelt(raw[key])))
     return None
 
 
 def llama_part(args, codes, notes):
     """(keys, jobs, inputs) of the transformer."""
-    path, raw, tensors = read_checkpoint(args.llama)
+    path, raw, tensors = read_checkpoint(args.llama, "llama")
     inputs = [path] + [t.path for t in tensors.values()]
     check_claims(args.llama, tensors, inputs)
     raw = check_llama_json(path, raw)
@@ -1472,24 +1993,25 @@ def llama_part(args, codes, notes):
         if args.bos >= vocab:
             raise Bad(path, "--bos %d is outside the vocabulary of %d" % (args.bos, vocab))
         config["bos_token_id"] = args.bos if args.bos >= 0 else None
-    tensors = without_prefix(args.llama, tensors, "model.embed_tokens.weight")
-    tensors = {name: t for name, t in tensors.items() if not INV_FREQ.fullmatch(name)}
-    tied = bool(raw.get("tie_word_embeddings"))
-    if tied:
-        check_tied(path, tensors)
+    tensors = own_tensors(args.llama, tensors, "llama", notes)
+    tied = tie(path, raw, tensors, notes)
     pairs = match(args.llama, llama_specs(config, tied), tensors, "hf", FLOATS)
-    if raw.get("attention_bias") and not any(spec.group for spec, _ in pairs):
+    biased = any(spec.group for spec, _ in pairs)
+    if raw.get("attention_bias") and not biased:
         raise Bad(args.llama, "config.json promises attention biases, but no tensor holds one")
+    if raw.get("attention_bias") is False and biased:
+        raise Bad(args.llama, "config.json says that attention has no biases, but tensors hold "
+                  "some; set attention_bias to true, or remove them")
     return part_keys(LLAMA_KEYS + TOKEN_KEYS, config), to_gguf_jobs(pairs), inputs
 
 
-def vqgan_part(args):
+def vqgan_part(args, notes):
     """(keys, jobs, inputs, number of codes) of the tokenizer."""
-    path, raw, tensors = read_checkpoint(args.vqgan)
+    path, raw, tensors = read_checkpoint(args.vqgan, "vqgan")
     inputs = [path] + [t.path for t in tensors.values()]
     check_claims(args.vqgan, tensors, inputs)
     config = vqgan_config(path, raw, "hf")
-    tensors = without_prefix(args.vqgan, tensors, "encoder.conv_in.weight")
+    tensors = own_tensors(args.vqgan, tensors, "vqgan", notes)
     pairs = match(args.vqgan, vqgan_specs(config), tensors, "hf", FLOATS)
     return part_keys(VQGAN_KEYS, config), to_gguf_jobs(pairs), inputs, config["num_embeddings"]
 
@@ -1516,40 +2038,81 @@ def find_lvm(args):
     return os.path.abspath(lvm)
 
 
-def quantize(lvm, args, temp, outputs):
-    """Lets lvm write the quantised file, which takes the place of the exact one."""
-    small = outputs.temp(args.output, ".quantized")
-    command = [lvm, "quantize", os.path.abspath(temp), os.path.abspath(small)]
+def quantize(lvm, args, exact, outputs):
+    """Lets lvm write the quantised file in the place that waits for the output."""
+    small = outputs.temps[args.output]
+    command = [lvm, "quantize", os.path.abspath(exact), os.path.abspath(small), "--force"]
     command += ["--type", args.type] if args.type else []
     command += ["--vq-type", args.vq_type] if args.vq_type else []
-    status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
-    if status != 0 or not os.path.isfile(small):
+    status = run(command)
+    if status != 0 or os.path.getsize(small) == 0:
         raise Bad(lvm, "quantising failed (status %d); see its message above" % status)
-    outputs.pending.remove((temp, args.output))
-    os.remove(temp)
+
+
+def run(command):
+    """The exit status of a program, which ends when this one is stopped."""
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    try:
+        return child.wait()
+    except BaseException:
+        child.terminate()               # and takes away its own temporary file
+        try:
+            child.wait(10)
+        except subprocess.TimeoutExpired:
+            child.kill()
+        raise
+
+
+def limited(args, job):
+    """The job with the limit of its values: what becomes infinite in the end is refused too. The
+    scales of Q8_0 and Q4_0 are float16 like the whole of rows that do not divide into blocks."""
+    if args.allow_nonfinite:
+        return job
+    in_vq = job.name.startswith("vq.")
+    kind = (args.vq_type if in_vq else args.type) if len(job.shape) > 1 else None
+    blocks = kind in ("q8_0", "q4_0") and job.shape[-1] % 32 == 0 and not in_vq
+    most = {"q8_0": 127, "q4_0": 8}[kind] if blocks else 1
+    limit = 65520.0 * most if kind in ("f16", "q8_0", "q4_0") else math.inf
+    return job._replace(limit=limit)
 
 
 def convert(args):
     lvm = find_lvm(args) if args.type or args.vq_type else None
+    given = {path for path in (args.llama, args.vqgan) if path and os.path.isfile(path)}
+    with Outputs(given, args.force, args.quiet) as outputs:
+        outputs.open(args.output)
+        if lvm and args.output not in outputs.temps:
+            raise Bad(args.output, "is no ordinary file; quantising needs one: give another "
+                      "output, or leave out --type and --vq-type")
+        notes = write_weights(args, lvm, outputs)
+        outputs.commit()
+    report(args, outputs.paths(), notes)
+
+
+def write_weights(args, lvm, outputs):
+    """Writes the weights file; returns notes."""
     keys, jobs, inputs, codes, notes = general_keys(args), [], [], 8192, []
-    if args.vqgan:
-        vq_keys, vq_jobs, inputs, codes = vqgan_part(args)
-    if args.llama:
+    if args.vqgan is not None:
+        vq_keys, vq_jobs, inputs, codes = vqgan_part(args, notes)
+    if args.llama is not None:
         more_keys, jobs, more_inputs = llama_part(args, codes, notes)
         keys, inputs = keys + more_keys, inputs + more_inputs
-    if args.vqgan:
+    if args.vqgan is not None:
         keys, jobs = keys + vq_keys, jobs + vq_jobs
-    with Outputs(set(inputs), args.force, args.quiet) as outputs:
-        outputs.check(args.output)
-        outputs.total = sum(nbytes(job.dtype, job.shape) for job in jobs)
-        temp = outputs.write(args.output, gguf_pieces(keys, jobs))
-        if lvm:
-            quantize(lvm, args, temp, outputs)
-        outputs.commit()
-    report(args, [args.output], notes)
+    outputs.refuse_inputs(inputs)
+    outputs.expect(sum(nbytes(job.dtype, job.shape) for job in jobs))
+    pieces = gguf_pieces(keys, [limited(args, job) for job in jobs])
+    if lvm:
+        quantize(lvm, args, outputs.write_aside(args.output, pieces), outputs)
+    else:
+        outputs.write(args.output, pieces)
+    return notes
 
 
 # ---- weights file to checkpoint ------------------------------------------------------------------
+
+HF_FILES = ("config.json", "model.safetensors")
+
 
 def to_hf_jobs(pairs, embedding):
     """Jobs that write tensors as the checkpoint had them, and the type of its matrices."""
@@ -1572,10 +2135,17 @@ def to_hf_jobs(pairs, embedding):
 def llama_folder(path, keys, tensors):
     """(config.json, jobs) of the transformer in a weights file."""
     config, tied = llama_config(path, keys, "gguf"), "output.weight" not in tensors
+    if not tied and "token_embd.weight" not in tensors:
+        tensors["token_embd.weight"], tied = tensors.pop("output.weight"), True
     pairs = match(path, llama_specs(config, tied), tensors, "gguf", tuple(TYPES))
     jobs, native = to_hf_jobs(pairs, "model.embed_tokens.weight")
     config.update((key.hf, None) for key in TOKEN_KEYS)     # else the class would put in 1 and 2
-    config.update(read_config(path, keys, [key for key in TOKEN_KEYS if key.gguf in keys], "gguf"))
+    given = read_config(path, keys, [key for key in TOKEN_KEYS if key.gguf in keys], "gguf")
+    for name, number in given.items():
+        if number >= config["vocab_size"]:
+            raise Bad(path, "%s %d lies outside the vocabulary of %d"
+                      % (name, number, config["vocab_size"]))
+        config[name] = number if number >= 0 else None
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     return dict(
         {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu"},
@@ -1596,28 +2166,34 @@ def vqgan_folder(path, keys, tensors):
 
 
 def to_hf(args):
+    if not args.to_hf:
+        raise Bad(args.to_hf, "the name is empty; give --to-hf a folder")
     keys, tensors = read_gguf(args.weights)
     vq = {name: t for name, t in tensors.items() if name.startswith("vq.")}
     llama = {name: t for name, t in tensors.items() if name not in vq}
-    parts = []
-    if llama:
-        parts.append((os.path.join(args.to_hf, "llama"), *llama_folder(args.weights, keys, llama)))
-    if vq:
-        parts.append((os.path.join(args.to_hf, "vqgan"), *vqgan_folder(args.weights, keys, vq)))
-    if not parts:
+    sources = [part for part in (("llama", llama_folder, llama), ("vqgan", vqgan_folder, vq))
+               if part[2]]
+    if not sources:
         raise Bad(args.weights, "holds no tensors")
+    folders = [os.path.join(args.to_hf, name) for name, _, _ in sources]
     with Outputs({args.weights}, args.force, args.quiet) as outputs:
-        outputs.total = sum(nbytes(job.dtype, job.shape) for _, _, jobs in parts for job in jobs)
-        for folder, config, jobs in parts:
-            os.makedirs(folder, exist_ok=True)
-            config_path = os.path.join(folder, "config.json")
-            model_path = os.path.join(folder, "model.safetensors")
-            outputs.check(config_path)
-            outputs.check(model_path)
+        for folder in folders:
+            outputs.open_folder(folder)
+            for name in HF_FILES:
+                outputs.open(os.path.join(folder, name))
+        parts = [describe(args.weights, keys, part) for _, describe, part in sources]
+        if len(parts) == 2 and parts[0][0]["vocab_size"] < parts[1][0]["num_embeddings"]:
+            raise Bad(args.weights, "the tokenizer has %d codes, the transformer's vocabulary %d"
+                      % (parts[1][0]["num_embeddings"], parts[0][0]["vocab_size"]))
+        outputs.expect(sum(nbytes(job.dtype, job.shape) for _, jobs in parts for job in jobs))
+        limit = None if args.allow_nonfinite else math.inf
+        for folder, (config, jobs) in zip(folders, parts):
+            config_path, model_path = (os.path.join(folder, name) for name in HF_FILES)
             outputs.write(config_path, [json.dumps(config, indent=2).encode() + b"\n"])
-            outputs.write(model_path, safetensors_pieces(jobs))
+            outputs.write(model_path,
+                          safetensors_pieces([job._replace(limit=limit) for job in jobs]))
         outputs.commit()
-    report(args, [folder for folder, _, _ in parts], [])
+    report(args, folders, [])
 
 
 # ---- main ----------------------------------------------------------------------------------------
@@ -1625,9 +2201,18 @@ def to_hf(args):
 def report(args, paths, notes):
     """Notes to people, and to stdout what was written, one path a line."""
     for note in notes if not args.quiet else []:
-        print(note, file=sys.stderr)
+        print("convert.py: " + note, file=sys.stderr)
     for path in paths:
         print(path)
+    sys.stdout.flush()
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        """What was typed may hold anything: one line, fit for a terminal."""
+        self.print_usage(sys.stderr)
+        self.exit(2, "convert.py: error: %s\n" % shortened(
+            message if message.isprintable() else ascii(message)[1:-1], 400))
 
 
 def bos_number(text):
@@ -1640,12 +2225,12 @@ def bos_number(text):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(prog="convert.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="convert.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("weights", nargs="?", help="the weights file that --to-hf reads")
     add("--to-hf", metavar="DIR", help="write DIR/llama and DIR/vqgan from a weights file")
-    add("-o", "--output", metavar="FILE", help="the weights file to write")
+    add("-o", "--output", metavar="FILE", help="the weights file to write; - is standard output")
     add("--llama", metavar="DIR", help="checkpoint of the transformer")
     add("--vqgan", metavar="DIR", help="checkpoint of the tokenizer")
     add("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), help="the transformer's type")
@@ -1655,47 +2240,77 @@ def parse_arguments(argv):
     for name in ("name", "license", "description"):
         add("--" + name, metavar="TEXT", help="written into the file")
     add("--force", action="store_true", help="replace files that exist")
+    add("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
     add("--quiet", action="store_true", help="no progress, no notes")
     args = parser.parse_args(argv)
     making = ("output", "llama", "vqgan", "type", "vq_type", "bos", "lvm",
               "name", "license", "description")
     if args.to_hf is not None:
         if args.weights is None or any(getattr(args, name) is not None for name in making):
-            parser.error("--to-hf takes one weights file, and only --force and --quiet beside it")
-    elif args.weights is not None or args.output is None or not (args.llama or args.vqgan):
+            parser.error("--to-hf takes one weights file, and beside it only --force, --quiet and "
+                         "--allow-nonfinite")
+    elif args.weights is not None or args.output is None or (
+            args.llama is None and args.vqgan is None):
         parser.error("give -o FILE and --llama DIR, --vqgan DIR or both; or FILE --to-hf DIR")
-    if (args.type or args.bos is not None) and not args.llama:
+    if (args.type or args.bos is not None) and args.llama is None:
         parser.error("--type and --bos need --llama")
-    if args.vq_type and not args.vqgan:
+    if args.vq_type and args.vqgan is None:
         parser.error("--vq-type needs --vqgan")
     return args
 
 
-def interrupt(*_):
-    raise KeyboardInterrupt
-
-
-def main(argv):
-    """Exit status: 0 done, 1 the work failed, 2 wrong usage, 130 interrupted."""
-    args = parse_arguments(argv)
+def work(args):
+    """The exit status: 0 done, 1 failed, with one message."""
     try:
         to_hf(args) if args.to_hf is not None else convert(args)
         return 0
     except Bad as fault:
         text = str(fault)
     except OSError as fault:
-        text = "%s: %s" % (fault.filename or args.output or args.to_hf, fault.strerror or fault)
+        name = fault.filename if isinstance(fault.filename, (str, bytes)) else None
+        text = "%s: %s" % (shown_path(os.fsdecode(name or args.output or args.to_hf)),
+                           fault.strerror or fault)
     except MemoryError:
-        text = "%s: there is not enough memory for its largest tensor" % (
+        text = "%s: there is not enough memory for its largest tensor" % shown_path(
             args.weights or args.llama or args.vqgan)
-    except KeyboardInterrupt:
-        print("convert.py: interrupted; nothing was written", file=sys.stderr)
-        return 130
     print("convert.py: " + text, file=sys.stderr)
     return 1
 
 
+def main(argv):
+    """Exit status: 0 done, 1 the work failed, 2 wrong usage, 128 + N stopped by signal N."""
+    args = parse_arguments(argv)
+    try:
+        return work(args)
+    except Stopped as stopped:
+        number = stopped.number
+    except KeyboardInterrupt:
+        number = signal.SIGINT
+    reason = {"SIGINT": "interrupted", "SIGTERM": "asked to stop", "SIGHUP": "the terminal is gone",
+              "SIGXFSZ": "the output is larger than files may be here (ulimit -f)"}
+    name = signal.Signals(number).name
+    if name in reason:
+        print("convert.py: %s; %s" % (reason[name], "all was written before" if SIGNALS.written
+                                      else "no file was changed"), file=sys.stderr)
+    return 128 + number
+
+
+def leave(status):
+    """Ends the program; as the signal would have, if one stopped it, so that a shell sees which."""
+    try:
+        sys.stdout.flush()
+    except OSError:                         # it was said already, or there is no one to hear it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if status > 128 and os.name == "posix":
+        signal.signal(status - 128, signal.SIG_DFL)
+        os.kill(os.getpid(), status - 128)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
+    SIGNALS.install()
+    for stream in ("stdout", "stderr"):     # closed ones are None, which print takes for stdout
+        if getattr(sys, stream) is None:
+            setattr(sys, stream, open(os.devnull, "w", encoding="utf-8"))
     sys.stdout.reconfigure(errors="surrogateescape")    # a path may be any bytes
-    signal.signal(signal.SIGTERM, interrupt)    # so that temporary files go away then too
-    sys.exit(main(sys.argv[1:]))
+    leave(main(sys.argv[1:]))

@@ -1542,17 +1542,26 @@ struct int_key {
     size_t where;
 };
 
+struct float_key {
+    const char *name;
+    float low, high;
+};
+
 static int read_int(const struct gguf *g, const struct int_key *key, int *out, lvm_error *error);
-static int read_float(const struct gguf *g, const char *name, float low, float high, float *out,
+static int read_float(const struct gguf *g, const struct float_key *key, float *out,
                       lvm_error *error);
 
-/* An array of at most max integers, each in [0, 2^20]; *n is its length. The text of a key, or
+/* An array of at most max integers in the key's bounds; *n is its length. The text of a key, or
    nothing. */
-static int read_ints(const struct gguf *g, const char *name, int max, int *out, int *n,
+static int read_ints(const struct gguf *g, const struct int_key *key, int max, int *out, int *n,
                      lvm_error *error);
 static struct text read_text(const struct gguf *g, const char *name);
 
-/* ---- The transformer's description ---- */
+/* Refuses a file that holds tensors beside those of the description, and names them (chapter 14):
+   they would be weights that never take part. */
+static int refuse_unknown(const lvm_model *m, lvm_error *error);
+
+/* ---- The transformer's description; the bounds of all keys stand in convert.py too ---- */
 
 #define LLAMA(field) offsetof(struct llama, field)
 #define LAYER(field) offsetof(struct layer, field)
@@ -1567,6 +1576,9 @@ static const struct int_key llama_keys[] = {
     {"lvm.attention.head_count_kv", 1, 1024, 0, LLAMA(G)},
     {"lvm.bos_token_id", -1, 1 << 20, -1, LLAMA(bos)},
     {"lvm.eos_token_id", -1, 1 << 20, -1, LLAMA(eos)}};
+static const struct float_key llama_floats[] = {
+    {"lvm.attention.layer_norm_rms_epsilon", 1e-30f, 1},
+    {"lvm.rope.freq_base", 1, 1e12f}};
 
 /* rows, cols: letters of the shape, Q = H d and K = G d; no cols: a vector. Names with a layer
    stand behind "blk.N." */
@@ -1577,7 +1589,7 @@ static const struct llama_tensor {
     int in_layer, optional;
     size_t where;
 } llama_tensors[] = {
-    {"token_embd.weight", T_EMBED, 'V', 'D', 0, 0, LLAMA(embed)},
+    {"token_embd.weight", T_EMBED, 'V', 'D', 0, 1, LLAMA(embed)},
     {"attn_norm.weight", T_VECTOR, 'D', 0, 1, 0, LAYER(attn_norm)},
     {"attn_q.weight", T_MATRIX, 'Q', 'D', 1, 0, LAYER(q)},
     {"attn_k.weight", T_MATRIX, 'K', 'D', 1, 0, LAYER(k)},
@@ -1608,6 +1620,8 @@ static const struct int_key vq_keys[] = {
     {"lvm.vq.quantized_embed_dim", 1, 4096, 0, VQGAN(code_dim)},
     {"lvm.vq.no_attn_mid_block", 0, 1, 0, VQGAN(no_mid_attn)},
     {"lvm.vq.resample_with_conv", 0, 1, 1, VQGAN(resample_conv)}};
+static const struct int_key vq_mult_key = {"lvm.vq.channel_mult", 1, 64, 0, VQGAN(mult)},
+    vq_attn_key = {"lvm.vq.attn_resolutions", 0, 1 << 20, 0, VQGAN(attn_at)};
 
 /* What each kind of operation is made of: norm[index] of c_in ('i') or c_out ('o') channels, or
    conv[index], k x k, from so many to c_out channels. */
@@ -1809,9 +1823,8 @@ static int read_llama_keys(const struct gguf *g, struct llama *a, lvm_error *err
     int code = LVM_OK;
     for (size_t i = 0; code == LVM_OK && i < sizeof llama_keys / sizeof *llama_keys; i++)
         code = read_int(g, &llama_keys[i], (int *)(void *)((char *)a + llama_keys[i].where), error);
-    if (code == LVM_OK)
-        code = read_float(g, "lvm.attention.layer_norm_rms_epsilon", 0, 1, &a->eps, error);
-    if (code == LVM_OK) code = read_float(g, "lvm.rope.freq_base", 1, 1e12f, &a->theta, error);
+    if (code == LVM_OK) code = read_float(g, &llama_floats[0], &a->eps, error);
+    if (code == LVM_OK) code = read_float(g, &llama_floats[1], &a->theta, error);
     if (code != LVM_OK) return code;
     if (a->H % a->G != 0)
         return fail(error, LVM_FORMAT,
@@ -1830,19 +1843,16 @@ static int read_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error
     for (size_t i = 0; code == LVM_OK && i < sizeof vq_keys / sizeof *vq_keys; i++)
         code = read_int(g, &vq_keys[i], (int *)(void *)((char *)vq + vq_keys[i].where), error);
     if (code == LVM_OK)
-        code = read_ints(g, "lvm.vq.channel_mult", MAX_LEVELS, vq->mult, &vq->n_levels, error);
+        code = read_ints(g, &vq_mult_key, MAX_LEVELS, vq->mult, &vq->n_levels, error);
     if (code == LVM_OK)
-        code = read_ints(g, "lvm.vq.attn_resolutions", MAX_ATTN_AT, vq->attn_at, &vq->n_attn_at,
-                         error);
+        code = read_ints(g, &vq_attn_key, MAX_ATTN_AT, vq->attn_at, &vq->n_attn_at, error);
     if (code != LVM_OK) return code;
     if (vq->n_levels < 1 || vq->R % (1 << (vq->n_levels - 1)) != 0)
         return fail(error, LVM_FORMAT, "%s: resolution %d does not halve %d times", g->path, vq->R,
                     vq->n_levels - 1);
-    for (int i = 0; i < vq->n_levels; i++)
-        if (vq->mult[i] < 1 || vq->mult[i] > 64 || vq->hidden * vq->mult[i] % 32 != 0 ||
-            vq->hidden % 32 != 0)
-            return fail(error, LVM_FORMAT, "%s: channels of level %d are no multiple of 32",
-                        g->path, i);
+    if (vq->hidden % 32 != 0)
+        return fail(error, LVM_FORMAT, "%s: hidden_channels %d is no multiple of 32", g->path,
+                    vq->hidden);
     return LVM_OK;
 }
 
@@ -1917,9 +1927,13 @@ static int load_tensors(lvm_model *m, lvm_error *error) {
     int code = LVM_OK;
     for (int i = 0; code == LVM_OK && i < m->n_specs; i++)
         code = get_tensor(m, &m->specs[i], error);
+    if (code == LVM_OK) code = refuse_unknown(m, error);
     if (code != LVM_OK) return code;
-    const struct llama *a = &m->llama;
-    if (a->output.data == NULL) m->llama.output = a->embed;
+    struct llama *a = &m->llama;
+    if (a->output.data == NULL) a->output = a->embed; /* tied, whichever of the two was kept */
+    if (a->embed.data == NULL) a->embed = a->output;
+    if (a->L > 0 && a->embed.data == NULL)
+        return fail(error, LVM_FORMAT, "%s: tensor token_embd.weight is missing", m->path);
     if (a->L > 0 && m->codes > a->V)
         return fail(error, LVM_FORMAT,
                     "%s: the tokenizer has %d codes, the transformer's vocabulary %d", m->path,
@@ -11944,9 +11958,11 @@ static int parse_keys(struct gguf *g, struct cursor *c, lvm_error *error) {
     const struct gguf_key *a = gguf_key(g, "general.alignment");
     g->alignment = 32;
     if (a != NULL && a->type == GGUF_U32) memcpy(&g->alignment, a->value, 4);
-    if ((a != NULL && a->type != GGUF_U32) || g->alignment % 8 != 0 || g->alignment == 0 ||
-        g->alignment > 1 << 20)
-        return fail(error, LVM_FORMAT, "%s: general.alignment is not a usable number", g->path);
+    if ((a != NULL && a->type != GGUF_U32) || (g->alignment & (g->alignment - 1)) != 0 ||
+        g->alignment < 8 || g->alignment > 1 << 16)
+        return fail(error, LVM_FORMAT,
+                    "%s: general.alignment is not a usable number; it must be a power of two from "
+                    "8 to 65536", g->path);
     return LVM_OK;
 }
 
@@ -11984,6 +12000,27 @@ static int parse_tensor(struct gguf *g, struct gguf_tensor *t, struct cursor *c,
     return LVM_OK;
 }
 
+static int compare_offsets(const void *a, const void *b) {
+    const struct gguf_tensor *const *x = a, *const *y = b;
+    return ((*x)->offset > (*y)->offset) - ((*x)->offset < (*y)->offset);
+}
+
+/* Refuses tensors that share bytes: one of them would be read as what it is not. */
+static int refuse_overlap(const struct gguf *g, lvm_error *error) {
+    int code = LVM_OK;
+    const struct gguf_tensor **t = mem_alloc((size_t)g->n_tensors, sizeof *t, error);
+    if (t == NULL) return LVM_MEMORY;
+    for (int64_t i = 0; i < g->n_tensors; i++) t[i] = &g->tensors[i];
+    qsort(t, (size_t)g->n_tensors, sizeof *t, compare_offsets);
+    for (int64_t i = 1; code == LVM_OK && i < g->n_tensors; i++)
+        if (t[i]->offset < t[i - 1]->offset + (uint64_t)t[i - 1]->bytes)
+            code = fail(error, LVM_FORMAT,
+                        "%s: tensor %.*s overlaps tensor %.*s; copy the file again", g->path,
+                        TEXT_ARG(t[i]->name), TEXT_ARG(t[i - 1]->name));
+    mem_free(t);
+    return code;
+}
+
 static int parse_tensors(struct gguf *g, struct cursor *c, lvm_error *error) {
     for (int64_t i = 0; i < g->n_tensors; i++) {
         int code = parse_tensor(g, &g->tensors[i], c, error);
@@ -12000,7 +12037,8 @@ static int parse_tensors(struct gguf *g, struct cursor *c, lvm_error *error) {
             return fail(error, LVM_FORMAT, "%s: tensor %.*s lies outside the file (truncated?)",
                         g->path, TEXT_ARG(t->name));
     }
-    return sort_names(g, g->tensor_by_name, g->n_tensors, "tensor", error);
+    int code = sort_names(g, g->tensor_by_name, g->n_tensors, "tensor", error);
+    return code == LVM_OK ? refuse_overlap(g, error) : code;
 }
 
 static void gguf_free(struct gguf *g) {
@@ -12066,27 +12104,30 @@ static int read_int(const struct gguf *g, const struct int_key *key, int *out, l
         return fail(error, LVM_FORMAT, "%s: key %s is missing", g->path, key->name);
     }
     if (v < key->low || v > key->high)
-        return fail(error, LVM_FORMAT, "%s: key %s is %lld; lvm takes %d to %d", g->path, key->name,
-                    (long long)v, key->low, key->high);
+        return fail(error, LVM_FORMAT,
+                    "%s: key %s is %lld; it must be a whole number from %d to %d", g->path,
+                    key->name, (long long)v, key->low, key->high);
     *out = (int)v;
     return LVM_OK;
 }
 
-static int read_float(const struct gguf *g, const char *name, float low, float high, float *out,
+static int read_float(const struct gguf *g, const struct float_key *key, float *out,
                       lvm_error *error) {
-    const struct gguf_key *k = gguf_key(g, name);
+    const struct gguf_key *k = gguf_key(g, key->name);
     if (k == NULL || k->type != GGUF_F32)
-        return fail(error, LVM_FORMAT, "%s: key %s is missing or no 32-bit float", g->path, name);
+        return fail(error, LVM_FORMAT, "%s: key %s is missing or no 32-bit float", g->path,
+                    key->name);
     memcpy(out, k->value, 4);
-    if (!(*out >= low && *out <= high))
-        return fail(error, LVM_FORMAT, "%s: key %s is %g; lvm takes %g to %g", g->path, name,
-                    (double)*out, (double)low, (double)high);
+    if (!(*out >= key->low && *out <= key->high))
+        return fail(error, LVM_FORMAT, "%s: key %s is %g; it must be a number from %g to %g",
+                    g->path, key->name, (double)*out, (double)key->low, (double)key->high);
     return LVM_OK;
 }
 
-/* An array of at most max 32-bit integers, each in [0, 2^20]; *n is its length. */
-static int read_ints(const struct gguf *g, const char *name, int max, int *out, int *n,
+/* An array of at most max 32-bit integers in the key's bounds; *n is its length. */
+static int read_ints(const struct gguf *g, const struct int_key *key, int max, int *out, int *n,
                      lvm_error *error) {
+    const char *name = key->name;
     const struct gguf_key *k = gguf_key(g, name);
     struct cursor c = {k != NULL ? k->value : NULL, k != NULL ? k->size : 0, 0, 0};
     uint32_t of = (uint32_t)cursor_number(&c, 4);
@@ -12100,8 +12141,10 @@ static int read_ints(const struct gguf *g, const char *name, int max, int *out, 
     *n = (int)count;
     for (int i = 0; i < *n; i++) {
         out[i] = (int)cursor_number(&c, 4);
-        if (out[i] < 0 || out[i] > 1 << 20)
-            return fail(error, LVM_FORMAT, "%s: key %s holds %d", g->path, name, out[i]);
+        if (out[i] < key->low || out[i] > key->high)
+            return fail(error, LVM_FORMAT,
+                        "%s: key %s holds %d; each must be a whole number from %d to %d", g->path,
+                        name, out[i], key->low, key->high);
     }
     return LVM_OK;
 }
@@ -12111,6 +12154,61 @@ static struct text read_text(const struct gguf *g, const char *name) {
     const struct gguf_key *k = gguf_key(g, name);
     struct cursor c = {k != NULL ? k->value : NULL, k != NULL ? k->size : 0, 0, 0};
     return k != NULL && k->type == GGUF_STRING ? cursor_text(&c) : (struct text){"", 0};
+}
+
+/* ---- GGUF: what nobody asked for ---- */
+
+/* The class of the tokenizer owns attention blocks that it never runs: those of encoder levels of
+   one residual block (chapter 4). Checkpoints hold them, and convert.py carries them along. */
+static int is_carried(const lvm_model *m, struct text name) {
+    static const char start[] = "vq.encoder.down.", *const ends[] = {"weight", "bias"};
+    const struct vqgan *vq = m->vq;
+    char wanted[80];
+    if (vq == NULL || vq->n_res_blocks > 1 || name.n < sizeof start ||
+        memcmp(name.s, start, sizeof start - 1) != 0)
+        return 0;
+    int level = name.s[sizeof start - 1] - '0', attention = 0;
+    for (int a = 0; a < vq->n_attn_at && level >= 0 && level < vq->n_levels; a++)
+        attention |= vq->attn_at[a] == vq->R >> level;
+    for (int i = 0; attention && i < 2 * VQ_PARTS; i++) {
+        const struct vq_part *p = &vq_parts[i / 2];
+        snprintf(wanted, sizeof wanted, "%s%d.attn.0%s.%s", start, level, p->name, ends[i % 2]);
+        if (p->kind == VQ_ATTENTION && text_is(name, wanted)) return 1;
+    }
+    return 0;
+}
+
+/* Prints the first tensors of the file that no spec, sorted by name, asks for; returns how many
+   there are. */
+static int64_t list_unknown(const lvm_model *m, const struct named_index *spec, char *list,
+                            size_t room) {
+    const struct gguf *g = &m->file;
+    int64_t found = 0;
+    size_t at = 0;
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        struct named_index wanted = {g->tensors[i].name, 0};
+        if (bsearch(&wanted, spec, (size_t)m->n_specs, sizeof *spec, compare_named) != NULL ||
+            is_carried(m, wanted.name))
+            continue;
+        if (++found > 3) continue;
+        at += (size_t)snprintf(list + at, room - at, "%s%.*s", found > 1 ? ", " : "",
+                               (int)min64((int64_t)wanted.name.n, 40), wanted.name.s);
+    }
+    return found;
+}
+
+static int refuse_unknown(const lvm_model *m, lvm_error *error) {
+    char list[160] = "";
+    struct named_index *spec = mem_alloc((size_t)m->n_specs, sizeof *spec, error);
+    if (spec == NULL) return LVM_MEMORY;
+    for (int i = 0; i < m->n_specs; i++)
+        spec[i].name = (struct text){m->specs[i].name, strlen(m->specs[i].name)};
+    qsort(spec, (size_t)m->n_specs, sizeof *spec, compare_named);
+    int64_t n = list_unknown(m, spec, list, sizeof list);
+    mem_free(spec);
+    if (n == 0) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: holds %lld tensor%s that lvm does not know: %s%s", m->path,
+                (long long)n, n > 1 ? "s" : "", list, n > 3 ? ", ..." : "");
 }
 
 /* ---- GGUF: writing ----

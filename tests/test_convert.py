@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Tests of convert.py: python3 tests/test_convert.py. Standard library only; needs no C program.
+"""Tests of convert.py: python3 tests/test_convert.py. Standard library only.
 
 Small made-up checkpoints go through convert.py and back; a reader written for this test alone looks
-at the weights file in between. Damaged inputs must end in a message: no traceback, no output. With
-LVM_REFERENCE set to a folder that holds llama/ and tokenizer/, these make the round trip too.
+at the weights file in between. Damaged inputs must end in a message: no traceback, no output. Where
+both programs must refuse one file alike, lvm is asked too. With LVM_REFERENCE set to a folder that
+holds llama/ and tokenizer/, these make the round trip too.
 python3 tests/test_convert.py --fuzz EXECUTIONS [SEED] damages inputs for longer.
 """
 
@@ -16,6 +17,7 @@ import os
 import pickle
 import pickletools
 import random
+import re
 import resource
 import shutil
 import signal
@@ -208,29 +210,47 @@ class Storage:
 class Strided:
     """Stands for a tensor or a parameter; pickles as these do."""
 
-    def __init__(self, storage, shape, strides=None, offset=0, parameter=False):
+    def __init__(self, storage, shape, strides=None, offset=0, parameter=False, extra=()):
         if strides is None:
             strides = [math.prod(shape[n + 1:]) for n in range(len(shape))]
-        self.args = (storage, offset, tuple(shape), tuple(strides), False, OrderedDict())
+        self.args = (storage, offset, tuple(shape), tuple(strides), False, OrderedDict(), *extra)
         self.parameter = parameter
 
+    def plain(self):
+        return Strided(*[self.args[n] for n in (0, 2, 3, 1)], extra=self.args[6:])
+
     def __reduce__(self):
+        utils = TORCH["torch._utils"]
         if not self.parameter:
-            return TORCH["torch._utils"]._rebuild_tensor_v2, self.args
-        plain = Strided(*[self.args[n] for n in (0, 2, 3, 1)])
-        return TORCH["torch._utils"]._rebuild_parameter, (plain, True, OrderedDict())
+            return utils._rebuild_tensor_v2, self.args
+        if self.parameter == "old":
+            return utils._rebuild_tensor, self.args[:4]
+        if self.parameter == "state":
+            return utils._rebuild_parameter_with_state, (self.plain(), True, OrderedDict(),
+                                                         {"tag": 1, "names": ["a", (2, None)]})
+        if self.parameter == "subclass":
+            kind = TORCH["torch.nn.parameter"].Parameter
+            inner = utils._rebuild_parameter, kind, (self.plain(), True, OrderedDict()), {"tag": 1}
+            return TORCH["torch._tensor"]._rebuild_from_type_v2, inner
+        return utils._rebuild_parameter, (self.plain(), True, OrderedDict())
 
 
 def stand_ins():
     """Modules in which pickle finds the names that it is to write; nothing in them is called."""
-    modules = {name: types.ModuleType(name) for name in ("torch", "torch._utils")}
-    for name in STORAGES.values():
-        setattr(modules["torch"], name, type(name, (), {"__module__": "torch"}))
-    for name in ("_rebuild_tensor_v2", "_rebuild_parameter"):
+    modules = {name: types.ModuleType(name) for name in (
+        "torch", "torch._utils", "torch._tensor", "torch.nn", "torch.nn.parameter")}
+    for module, name in [("torch", name) for name in STORAGES.values()] + [
+            ("torch.nn.parameter", "Parameter")]:
+        setattr(modules[module], name, type(name, (), {"__module__": module}))
+    for module, name in (("torch._utils", "_rebuild_tensor"),
+                         ("torch._utils", "_rebuild_tensor_v2"),
+                         ("torch._utils", "_rebuild_parameter"),
+                         ("torch._utils", "_rebuild_parameter_with_state"),
+                         ("torch._tensor", "_rebuild_from_type_v2")):
         def rebuild(*_):
             raise AssertionError("nothing calls this")
-        rebuild.__module__, rebuild.__name__, rebuild.__qualname__ = "torch._utils", name, name
-        setattr(modules["torch._utils"], name, rebuild)
+        rebuild.__module__, rebuild.__name__, rebuild.__qualname__ = module, name, name
+        setattr(modules[module], name, rebuild)
     return modules
 
 
@@ -535,9 +555,33 @@ class RoundTrip(Case):
                           extra={"lm_head.weight": embedding})
         self.good("-o", self.path("same.bin"), "--llama", same)
         self.assertEqual(load_gguf(self.path("same.bin")), load_gguf(self.out))
-        other = (embedding[0], embedding[1], embedding[2][::-1])
-        other = self.llama(name="other", tie_word_embeddings=True, extra={"lm_head.weight": other})
-        self.refused("tie_word_embeddings.*lm_head", "-o", self.path("x"), "--llama", other)
+        head = {"lm_head.weight": embedding}
+        turned_kept = self.llama(name="turned", extra=head, tie_word_embeddings=True)
+        self.keep(turned_kept, lambda name: name != "model.embed_tokens.weight")
+        self.good("-o", self.path("turned.bin"), "--llama", turned_kept)
+        self.assertEqual(load_gguf(self.path("turned.bin")), load_gguf(self.out))
+
+    def keep(self, folder, wanted):
+        path = os.path.join(folder, "model.safetensors")
+        tensors = load_safetensors(path)
+        save_safetensors(path, {name: t for name, t in tensors.items() if wanted(name)})
+
+    def test_tied_and_different(self):
+        """As transformers 5: both are kept, and it is said."""
+        other = fill({"lm_head.weight": [80, 32]}, "F16", 9)
+        folder = self.llama(name="other", tie_word_embeddings=True, extra=other)
+        _, err = self.good("-o", self.out, "--llama", folder)
+        self.assertRegex(err, "tie_word_embeddings is true, but lm_head.weight .* both are written")
+        tensors = load_gguf(self.out)[1]
+        self.assertEqual(tensors["output.weight"][2], other["lm_head.weight"][2])
+        self.assertNotEqual(tensors["output.weight"], tensors["token_embd.weight"])
+
+    def test_untied_needs_both(self):
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            folder = self.llama(name=name)
+            self.keep(folder, lambda n, name=name: n != name)
+            self.refused(name + r" .* is missing .*tie_word_embeddings true", "-o", self.out,
+                         "--llama", folder)
 
     def test_biases(self):
         for biases in ("qkvo", "qkv", "o"):
@@ -587,11 +631,11 @@ class RoundTrip(Case):
                       self.llama(name=str(n), drop=drop, **config))
             self.assertEqual(load_gguf(self.out)[0]["lvm.rope.freq_base"], 1e6)
 
-    def test_bounds_that_float32_passes(self):
-        """1e30 is more than 1e30 as float32, which --to-hf must still read."""
-        self.round_trip(self.llama(rope_theta=1e30, rms_norm_eps=1e-30))
+    def test_bounds_that_float32_misses(self):
+        """1e12 and 1e-30 are others as float32, which --to-hf must still read."""
+        self.round_trip(self.llama(rope_theta=1e12, rms_norm_eps=1e-30))
         config = self.config_back("llama")
-        self.assertEqual((config["rope_theta"], config["rms_norm_eps"]), (1e30, 1e-30))
+        self.assertEqual((config["rope_theta"], config["rms_norm_eps"]), (1e12, 1e-30))
 
     def test_defaults_of_both_classes(self):
         folder = self.llama(num_key_value_heads=4,
@@ -611,11 +655,10 @@ class RoundTrip(Case):
 
     def test_vqgan_shapes_of_many_configs(self):
         for config in ({"attn_resolutions": []}, {"attn_resolutions": 4},
-                       {"resolution": 13, "attn_resolutions": [12]}, {"channel_mult": [2]},
+                       {"channel_mult": [2]},
                        {"channel_mult": [1, 1, 2], "attn_resolutions": [16, 4]},
                        {"no_attn_mid_block": True, "resample_with_conv": False},
-                       {"num_res_blocks": 2},
-                       {"channel_mult": [1, 1], "num_res_blocks": 0, "attn_resolutions": [16]}):
+                       {"num_res_blocks": 2}):
             with self.subTest(str(config)):
                 self.setUp()
                 folder = self.vqgan(file="diffusion_pytorch_model.safetensors", **config)
@@ -739,8 +782,9 @@ class Torch(Case):
                 with self.subTest(part=part, how=how):
                     self.save(value, part, **how)
                     self.same(part)
-            self.save(strided(tensors, parameter=True), part)
-            self.same(part)
+            for parameter in (True, "old", "state", "subclass"):
+                self.save(strided(tensors, parameter=parameter), part)
+                self.same(part)
             with open(self.path(part, "pytorch_model.bin"), "wb") as f:
                 f.write(old_format(value))
             self.same(part)
@@ -759,6 +803,54 @@ class Torch(Case):
             with open(self.path(part, "pytorch_model.bin"), "wb") as f:
                 f.write(old_format(value))
             self.same(part)
+
+    def test_negative_bit(self):
+        """Tensors whose numbers lie there with the other sign: x.conj().imag is one."""
+        rng = random.Random(9)
+        for part, tensors in self.sources.items():
+            value = OrderedDict()
+            for n, (name, tensor) in enumerate(tensors.items()):
+                size, raw = SIZE[tensor[0]], bytearray(tensor[2])
+                raw[size - 1::size] = bytes(b ^ 0x80 for b in raw[size - 1::size])
+                t = Strided(Storage(tensor[0], bytes(raw)), tensor[1])
+                t = turned((tensor[0], tensor[1], bytes(raw)), rng) if n % 2 else t
+                value[name] = Strided(*[t.args[i] for i in (0, 2, 3, 1)], parameter=n % 3 == 0,
+                                      extra=({"neg": True},))
+            for deflate in (False, True):
+                self.save(value, part, deflate=deflate)
+                self.same(part)
+        name, (dtype, shape, raw) = next(iter(tensors.items()))
+        value[name] = Strided(Storage(dtype, raw), shape, extra=({"neg": False},))
+        self.save(dict(strided(tensors), **{name: value[name]}), part)
+        self.same(part)
+        for odd in ({"conj": True}, {"neg": 1}, [], {"x": None}):
+            value[name] = Strided(Storage(dtype, raw), shape, extra=(odd,))
+            self.save(value, part)
+            self.refused("properties other than a sign", "-o", self.out, "--" + part,
+                         self.path(part))
+
+    def test_untyped_storages(self):
+        """Types that have no storage of their own, such as uint16 in which bfloat16 was hidden."""
+        old = b"ctorch._utils\n_rebuild_tensor_v2\n"
+        for words, message in ((b"ctorch\nuint16\n", "has type U16, not F32"),
+                               (b"ctorch\nfloat8_e4m3fn\n", "has type F8_E4M3, not F32")):
+            size = 1 if b"float8" in words else 2
+            body = (b"\x80\2}X\x11\0\0\0model.norm.weight" + old.replace(b"v2", b"v3")
+                    + b"((X\7\0\0\0storagectorch.storage\nUntypedStorage\nX\1\0\0\0000"
+                    b"X\3\0\0\0cpuK"
+                    + bytes([32 * size]) + b"tQK\0K\x20\x85K\1\x85\x89ccollections\nOrderedDict\n)R"
+                    + words + b"tRs.")
+            write_zip(self.path("llama", "pytorch_model.bin"),
+                      [("a/data.pkl", body), ("a/data/0", bytes(32 * size))])
+            self.refused(message, "-o", self.out, "--llama", self.path("llama"))
+
+    def test_python_2(self):
+        """There an OrderedDict is made of a list of pairs."""
+        class Old(OrderedDict):
+            def __reduce__(self):
+                return OrderedDict, ([[name, t] for name, t in self.items()],)
+        self.save(Old(strided(self.sources["llama"])))
+        self.same()
 
     def test_one_storage_for_all(self):
         for part, tensors in self.sources.items():
@@ -836,8 +928,11 @@ class Torch(Case):
             part = {name: self.sources["llama"][name] for name in names[n::3]}
             where.update(dict.fromkeys(part, file))
             self.save(strided(part), name=file)
-        self.refused("no pytorch_model.bin and no index", "-o", self.out, "--llama",
+        self.same()                 # they say themselves how many they are
+        os.rename(self.path("llama", file), self.path("away"))
+        self.refused("holds 2 of 3 shards; %s is missing" % file, "-o", self.out, "--llama",
                      self.path("llama"))
+        os.rename(self.path("away"), self.path("llama", file))
         with open(self.path("llama", "pytorch_model.bin.index.json"), "w") as f:
             json.dump({"metadata": {"total_size": 1}, "weight_map": where}, f)
         self.same()
@@ -931,7 +1026,8 @@ class DeLVM(Case):
         os.remove(os.path.join(folder, "model.safetensors"))
         write_zip(os.path.join(folder, "pytorch_model.bin"), records(strided(tensors)))
         _, err = self.good("-o", self.out, "--llama", folder)
-        self.assertEqual(err, "")
+        self.assertRegex(err, r"\Aconvert.py: .*: passed over, as the model does not compute with "
+                         r"them: model.layers.0.self_attn.rotary_emb.inv_freq and 1 more\n\Z")
         keys, made = load_gguf(self.out)
         self.assertEqual(keys["lvm.rope.freq_base"], 10000.0)
         self.assertNotIn("lvm.bos_token_id", keys)
@@ -1050,13 +1146,16 @@ class Refusals(Case):
         cases = (
             ("_class_name is .*Paella", {"_class_name": "PaellaVQModel"}),
             ("num_channels is 1", {"num_channels": 1}),
-            ("hidden_channels is 48", {"hidden_channels": 48}),
+            ("hidden_channels 48 is no multiple of 32", {"hidden_channels": 48}),
             ("channel_mult is empty", {"channel_mult": []}),
-            ("channel_mult is .*list of at most 16", {"channel_mult": [1] * 17}),
+            ("channel_mult is .*list of at most 8", {"channel_mult": [1] * 9}),
             ("attn_resolutions is .*whole numbers", {"attn_resolutions": ["16"]}),
             ("no_attn_mid_block is 1", {"no_attn_mid_block": 1}),
             ("num_res_blocks is 1000", {"num_res_blocks": 1000}),
             ("resolution is -1", {"resolution": -1}),
+            ("num_res_blocks is 0", {"num_res_blocks": 0}),
+            ("resolution 13 does not halve 1 times", {"resolution": 13}),
+            ("double_z is true", {"double_z": True}),
         )
         for n, (message, config) in enumerate(cases):
             with self.subTest(message):
@@ -1090,8 +1189,7 @@ class Refusals(Case):
     def test_folders(self):
         self.refused("is no folder", "-o", self.out, "--llama", self.path("nowhere"))
         os.makedirs(self.path("a"))
-        self.refused("config.json: there is no such file", "-o", self.out, "--llama",
-                     self.path("a"))
+        self.refused("a: is empty", "-o", self.path("a", "out.bin"), "--llama", self.path("a"))
         with open(self.path("a", "config.json"), "w") as f:
             f.write("{}")
         self.refused("holds no model.safetensors", "-o", self.out, "--llama", self.path("a"))
@@ -1122,15 +1220,14 @@ class Refusals(Case):
         os.link(source, self.path("link"))
         for path in (source, os.path.join(vqgan, "config.json"), self.path("link")):
             self.refused("also an input", "-o", path, "--vqgan", vqgan, "--force", path=path)
-        self.refused("no ordinary file", "-o", vqgan, "--vqgan", vqgan, "--force", path=vqgan)
-        self.refused("no ordinary file", "-o", os.devnull, "--vqgan", vqgan, "--force",
-                     path=os.devnull)
+        self.refused("is a folder", "-o", vqgan, "--vqgan", vqgan, "--force", path=vqgan)
+        self.refused("is a folder", "-o", self.path("new") + "/", "--vqgan", vqgan)
         self.refused("folder does not exist", "-o", self.path("no", "x"), "--vqgan", vqgan)
         self.good(self.out, "--to-hf", self.path("hf"))
         self.refused("exists already", self.out, "--to-hf", self.path("hf"))
         self.good(self.out, "--to-hf", self.path("hf"), "--force")
         self.refused("there is no such file", self.path("no"), "--to-hf", self.path("hf"))
-        self.refused("no GGUF file", source, "--to-hf", self.path("hf2"))
+        self.refused("no GGUF at its start", source, "--to-hf", self.path("hf2"))
 
     def test_full_disk_and_interrupt_leave_nothing(self):
         vqgan = self.vqgan()
@@ -1283,7 +1380,7 @@ class Damage(Case):
             (1, 2, both + tensor(8, 77, 0), "type 77"),
             (1, 2, both + tensor(33, 8, 0), "cannot be"),
             (1, 2, both + tensor(8, 0, 7) + room, "unaligned"),
-            (1, 2, both + tensor(1 << 60, 0, 0), "ends behind"),
+            (1, 2, both + tensor(1 << 60, 0, 0), "outside the file"),
             (2, 2, both + tensor(8, 0, 0) + tensor(8, 0, 0) + room, "stands there twice"),
             (1, 2, both + tensor(8, 0, 0) + room, "context_length is missing"),
         )
@@ -1481,6 +1578,634 @@ class Hostile(Case):
         value = {name: Strided(storage, shape) for name, shape in llama_shapes(config).items()}
         write_zip(self.file, records(value))
         self.refused("would take .* bytes, far more", "-o", self.out, "--llama", self.folder)
+
+
+# ---- one set of rules for both programs ----------------------------------------------------------
+
+
+class Both(Case):
+    """lvm and convert.py judge one weights file alike."""
+
+    LVM = os.path.join(TOP, os.environ.get("LVM", "lvm"))
+
+    def jobs(self, *argv):
+        """(keys, jobs) of a weights file to be, for changing."""
+        args = convert.parse_arguments(["-o", self.out, *argv])
+        keys, jobs, codes = convert.general_keys(args), [], 8192
+        if args.vqgan:
+            more, jobs, _, codes = convert.vqgan_part(args, [])
+            keys += more
+        if args.llama:
+            more, llama_jobs, _ = convert.llama_part(args, codes, [])
+            keys, jobs = keys + more, llama_jobs + jobs
+        return keys, jobs
+
+    def put(self, keys, jobs):
+        with open(self.out, "wb") as f:
+            f.writelines(convert.gguf_pieces(keys, jobs))
+
+    def verdicts(self):
+        """What each program says of the file; "" of a good one."""
+        done = subprocess.run([self.LVM, "info", self.out], capture_output=True, check=False)
+        hf = self.path("hf")
+        _, _, err = self.run_main(self.out, "--to-hf", hf, "--quiet")
+        shutil.rmtree(hf, ignore_errors=True)
+        self.assertNotIn("Traceback", err)
+        return done.stderr.decode(), err
+
+    def both_refuse(self, *words):
+        for verdict in self.verdicts():
+            for word in (self.out + ": ",) + words:
+                self.assertIn(word, verdict)
+
+    def both_take(self):
+        self.assertEqual(self.verdicts(), ("", ""))
+
+    def test_tables_of_bounds(self):
+        """The numbers of lvm.c's chapter 4 and of convert.py, read from their sources."""
+        with open(os.path.join(TOP, "lvm.c"), encoding="utf-8") as f:
+            text = f.read()
+        limits = {name: int(n) for name, n in re.findall(r"\b(MAX_[A-Z_]+) = (\d+)\b", text)}
+        rows = re.findall(r'\{"lvm\.([a-z._]+)", ([^,{}]+), ([^,{}]+)[,}]', text)
+        bounds = {name: tuple(eval(re.sub(r"f$", "", word), {}, limits) for word in pair)
+                  for name, *pair in rows if name != "format_version"}
+        keys = convert.LLAMA_KEYS + convert.TOKEN_KEYS + convert.VQGAN_KEYS
+        self.assertEqual({key.gguf[4:]: (key.low, key.high) for key in keys}, bounds)
+        most = {key.gguf: key.most for key in keys if key.kind == convert.GGUF_ARRAY}
+        self.assertEqual(most, {"lvm.vq.channel_mult": limits["MAX_LEVELS"],
+                                "lvm.vq.attn_resolutions": limits["MAX_ATTN_AT"]})
+
+    def test_at_and_beyond_every_bound(self):
+        keys, jobs = self.jobs("--llama", self.llama(), "--vqgan", self.vqgan())
+        for key in convert.LLAMA_KEYS + convert.TOKEN_KEYS + convert.VQGAN_KEYS:
+            if key.kind == convert.GGUF_BOOL:
+                continue
+            name = convert.gguf_string(key.gguf)
+            others = [k for k in keys if not k.startswith(name)]
+            tiny = key.low / 2, key.high * 1.001
+            beyond = tiny if key.kind == convert.GGUF_F32 else (key.low - 1, key.high + 1)
+            for value, fits in ((key.low, True), (key.high, True), (beyond[0], False),
+                                (beyond[1], False)):
+                with self.subTest(key=key.gguf, value=value):
+                    kind = convert.GGUF_I32 if key.kind == convert.GGUF_U32 else key.kind
+                    form = {convert.GGUF_F32: "<f", convert.GGUF_I32: "<i",
+                            convert.GGUF_ARRAY: "<IQi"}[kind]
+                    head = (convert.GGUF_I32, 1) if kind == convert.GGUF_ARRAY else ()
+                    raw = name + struct.pack("<I", kind) + struct.pack(form, *head, value)
+                    self.put(others + [raw], jobs)
+                    self.assertEqual(["must be a" in v for v in self.verdicts()], [not fits] * 2)
+
+    def test_cases_of_bounds(self):
+        """What convert.py would not open again, it does not write."""
+        for name, value in (("rope_theta", 1e13), ("rope_theta", 0.5), ("rms_norm_eps", 2.0),
+                            ("max_position_embeddings", (1 << 20) + 1)):
+            folder = self.llama(name="%s %s" % (name, value), **{name: value})
+            self.refused(name + " is .*; it must be a", "-o", self.out, "--llama", folder)
+
+    def test_overlap(self):
+        keys, jobs = self.jobs("--llama", self.llama())
+        self.put(keys, jobs)
+        self.both_take()
+        with open(self.out, "rb") as f:
+            blob = bytearray(f.read())
+        places = []
+        for name in (b"blk.0.attn_q.weight", b"blk.1.attn_q.weight"):
+            at = blob.index(struct.pack("<Q", len(name)) + name) + 8 + len(name)
+            places.append(at + 4 + 16 + 4)          # behind dimensions, sizes and type
+        for shift in (0, 64):
+            (first,) = struct.unpack_from("<Q", blob, places[0])
+            struct.pack_into("<Q", blob, places[1], first + shift)
+            with open(self.out, "wb") as f:
+                f.write(blob)
+            self.both_refuse("overlaps tensor", "blk.1.attn_q.weight", "blk.0.attn_q.weight")
+
+    def test_unknown_tensors(self):
+        keys, jobs = self.jobs("--llama", self.llama(), "--vqgan", self.vqgan())
+        known = {job.name for job in jobs}
+        self.assertIn("vq.encoder.down.1.attn.0.q.weight", known)   # carried, never run
+        self.put(keys, jobs)
+        self.both_take()
+        for names in (["lora"], ["blk.2.attn_q.weight"], ["vq.encoder.down.1.attn.1.q.weight"],
+                      ["vq.encoder.down.0.attn.0.q.weight"], ["vq.encoder.down.1.attn.0.x.weight"],
+                      ["vq.encoder.down.9.attn.0.q.weight"],
+                      ["vq.loss.%d" % n for n in range(5)]):
+            extra = [jobs[-1]._replace(name=name) for name in names]
+            self.put(keys, jobs + extra)
+            self.both_refuse(*names[:3])
+        self.assertIn("5 tensors", self.verdicts()[0])
+
+    def test_optional_tensors(self):
+        for biases in ("", "qkv", "o"):
+            folder = self.llama(name="b" + biases, biases=biases, attention_bias=bool(biases))
+            self.put(*self.jobs("--llama", folder))
+            self.both_take()
+
+    def test_tied_either_way(self):
+        keys, jobs = self.jobs("--llama", self.llama(tie_word_embeddings=True))
+        for name in ("token_embd.weight", "output.weight"):
+            self.put(keys, [job._replace(name=name) if job.name == "token_embd.weight" else job
+                            for job in jobs])
+            self.both_take()
+            self.good(self.out, "--to-hf", self.path("hf"), "--force")
+            self.assertTrue(self.config_back("llama")["tie_word_embeddings"])
+            self.assertIn("model.embed_tokens.weight",
+                          load_safetensors(self.path("hf", "llama", "model.safetensors")))
+            shutil.rmtree(self.path("hf"))
+        self.put(keys, [job for job in jobs if job.name != "token_embd.weight"])
+        self.both_refuse("token_embd.weight", "missing")
+
+    def test_special_tokens_and_codes(self):
+        keys, jobs = self.jobs("--llama", self.llama(), "--vqgan", self.vqgan())
+        bos = convert.gguf_key("lvm.bos_token_id", convert.GGUF_U32, 80)
+        self.put(keys + [bos], jobs)
+        self.both_refuse("bos", "outside the vocabulary of 80")
+        vocab = convert.gguf_key("lvm.vocab_size", convert.GGUF_U32, 80)
+        small = [convert.gguf_key("lvm.vocab_size", convert.GGUF_U32, 60) if k == vocab else k
+                 for k in keys]
+        cut = [job._replace(shape=(60, 32), source=job.source._replace(
+            shape=(60, 32), nbytes=60 * 64)) if job.shape == (80, 32) else job for job in jobs]
+        self.put(small, cut)
+        self.both_refuse("the tokenizer has 64 codes, the transformer's vocabulary 60")
+
+
+# ---- what a folder is ----------------------------------------------------------------------------
+
+
+class Strangers(Case):
+    """Every wrong folder gets a sentence that says what it is and what to do."""
+
+    def folder(self, name, **files):
+        """A folder of files; __ in a name stands for a dot."""
+        os.makedirs(self.path(name))
+        for file, content in files.items():
+            content = json.dumps(content) if isinstance(content, dict) else content
+            with open(self.path(name, file.replace("__", ".")), "wb") as f:
+                f.write(content.encode() if isinstance(content, str) else content)
+        return self.path(name)
+
+    def weights(self, name, config, tensors, file="model.safetensors"):
+        folder = save(self.path(name), config or {}, tensors, file)
+        if config is None:
+            os.remove(os.path.join(folder, "config.json"))
+        return folder
+
+    def test_by_files(self):
+        for n, (message, files) in enumerate((
+                ("is empty; give", {}),
+                ("is empty; give", {"__hidden": ""}),
+                ('LoRA adapter of the model "org/base", no whole.*merge', {
+                    "adapter_config__json": {"peft_type": "LORA",
+                                             "base_model_name_or_path": "org/base"},
+                    "adapter_model__safetensors": ""}),
+                ('LoRA adapter of the model "m", beside a whole model', {
+                    "adapter_config__json": {"base_model_name_or_path": "m"},
+                    "config__json": LLAMA, "model__safetensors__index__json": {}}),
+                ("pipeline of diffusers", {"model_index__json": {}}),
+                ("Meta's layout.*convert_llama", {"params__json": {}, "consolidated__00__pth": ""}),
+                ("what training leaves .training_args.bin.", {
+                    "config__json": LLAMA, "training_args__bin": "", "trainer_state__json": ""}),
+                ("what training leaves .optimizer.pt.", {
+                    "config__json": LLAMA, "optimizer__pt": "", "training_args__bin": ""}),
+                ("what training leaves", {"rng_state_0__pth": "", "scheduler__pt": ""}),
+                ("DeepSpeed.*zero_to_fp32", {"config__json": LLAMA, "zero_to_fp32__py": ""}),
+                ("checkpoint of several processes", {"__0_0__distcp": "", "a__distcp": ""}),
+                ("checkpoint of JAX", {"streaming_train_state_80": ""}),
+                ("checkpoint of TensorFlow", {"config__json": LLAMA, "tf_model__h5": ""}),
+                ("holds a GGUF file", {"model__gguf": "GGUF"}),
+                ("no config.json and no weights", {"readme": ""}),
+                ("holds no model.safetensors", {"config__json": LLAMA}),
+                ("is a web page", {"config__json": LLAMA, "model__safetensors": "<!doctype html>"}),
+                ("is a GGUF file, no checkpoint", {"config__json": LLAMA,
+                                                   "pytorch_model__bin": "GGUF\3\0\0\0"}),
+                ("UTF-16", {"config__json": json.dumps(LLAMA).encode("utf-16")}))):
+            with self.subTest(message):
+                folder = self.folder(str(n), **files)
+                self.refused(message, "-o", self.out, "--llama", folder, path=folder)
+        os.makedirs(self.path("top"))
+        shutil.copytree(self.llama(), self.path("top", "llama"))
+        self.refused("its folder llama does; give that", "-o", self.out, "--llama",
+                     self.path("top"))
+
+    def test_by_configuration(self):
+        for n, (message, part, config) in enumerate((
+                ('quantised ."gptq"', "llama", dict(LLAMA, quantization_config={
+                    "quant_method": "gptq", "bits": 4})),
+                ('quantised ."awq"', "llama", dict(LLAMA, quantization_config={
+                    "quant_method": "awq"})),
+                ('describes a tokenizer ."VQGANModel".; give it as --vqgan', "llama", VQGAN),
+                ('describes a transformer ."llama".; give it as --llama', "vqgan", LLAMA),
+                ("keeps the transformer under text_config", "llama", {
+                    "model_type": "llava", "text_config": LLAMA}))):
+            with self.subTest(message):
+                folder = self.folder(str(n), config__json=config)
+                self.refused(message, "-o", self.out, "--" + part, folder, path=folder)
+
+    def test_by_tensors(self):
+        one = ("F16", [2], bytes(4))
+        for n, (message, part, config, name) in enumerate((
+                ("quantised .GPTQ, AWQ", "llama", LLAMA, "model.layers.0.mlp.up_proj.qweight"),
+                ("is a LoRA adapter", "llama", LLAMA, "base.layers.0.q_proj.lora_A.weight"),
+                ("Meta's layout", "llama", LLAMA, "tok_embeddings.weight"),
+                ("is a tokenizer", "llama", LLAMA, "encoder.conv_in.weight"),
+                ("is a transformer", "vqgan", VQGAN, "model.layers.0.self_attn.q_proj.weight"),
+                ("tokenizer of LlamaGen", "vqgan", VQGAN, "encoder.conv_blocks.0.res.0.norm1.bias"),
+                ("tokenizer of LlamaGen", "vqgan", None, "encoder.conv_blocks.0.res.0.norm1.bias"),
+                ("tokenizer of diffusers", "vqgan", VQGAN, "encoder.down_blocks.0.norm.weight"),
+                ("tokenizer of taming", "vqgan", None, "loss.discriminator.main.0.weight"),
+                ("tokenizer of taming", "vqgan", None, "encoder.down.0.block.0.norm1.weight"))):
+            with self.subTest(message):
+                folder = self.weights(str(n), config, {name: one})
+                self.refused(message, "-o", self.out, "--" + part, folder, path=folder)
+                file = os.path.join(folder, "model.safetensors")
+                self.refused(message, "-o", self.out, "--" + part, file, path=file)
+
+    def test_file_of_an_adapter(self):
+        tensor = ("F16", [2], bytes(4))
+        folder = self.weights("a", LLAMA, {"m.layers.0.q_proj.lora_A.weight": tensor})
+        with open(os.path.join(folder, "adapter_config.json"), "w") as f:
+            json.dump({"peft_type": "LORA", "base_model_name_or_path": "org/base"}, f)
+        file = os.path.join(folder, "model.safetensors")
+        self.refused('LoRA adapter of the model "org/base"', "-o", self.out, "--llama", file,
+                     path=file)
+
+    def test_swapped(self):
+        llama, vqgan = self.llama(), self.vqgan()
+        self.refused("describes a transformer", "-o", self.out, "--llama", vqgan, "--vqgan", llama)
+        self.refused("describes a tokenizer", "-o", self.out, "--llama", vqgan)
+        self.good("-o", self.path("w.bin"), "--llama", llama)
+        self.refused("is a GGUF file", "-o", self.out, "--llama", self.path("w.bin"),
+                     path=self.path("w.bin"))
+
+    def test_contents_before_names(self):
+        """A byte order mark; a pickle called safetensors and the other way round; lost indices."""
+        source = self.llama()
+        self.good("-o", self.path("plain.bin"), "--llama", source)
+        with open(os.path.join(source, "config.json"), "rb") as f:
+            config = f.read()
+        with open(os.path.join(source, "config.json"), "wb") as f:
+            f.write(b"\xef\xbb\xbf" + config)
+        tensors = load_safetensors(os.path.join(source, "model.safetensors"))
+        folders = [source, self.weights("bin", LLAMA, tensors, "pytorch_model.bin"),
+                   self.weights("st", LLAMA, {}), self.weights("old", LLAMA, {})]
+        write_zip(os.path.join(folders[2], "model.safetensors"), records(strided(tensors)))
+        with open(os.path.join(folders[3], "model.safetensors"), "wb") as f:
+            f.write(old_format(strided(tensors)))
+        shards = self.weights("shards", LLAMA, {}, "model-00001-of-00002.safetensors")
+        for n in range(2):
+            save_safetensors(os.path.join(shards, "model-%05d-of-00002.safetensors" % (n + 1)),
+                             {name: tensors[name] for name in sorted(tensors)[n::2]})
+        for folder in folders + [shards]:
+            self.good("-o", self.out, "--llama", folder, "--force")
+            self.assertEqual(load_gguf(self.out), load_gguf(self.path("plain.bin")))
+        os.rename(os.path.join(shards, "model-00001-of-00002.safetensors"), self.path("away"))
+        self.refused("holds 1 of 2 shards; model-00001-of-00002.safetensors is missing", "-o",
+                     self.out, "--llama", shards, "--force", path=shards)
+
+    def test_padded_header_and_empty_tensors(self):
+        folder = self.llama()
+        path = os.path.join(folder, "model.safetensors")
+        with open(path, "rb") as f:
+            blob = f.read()
+        (n,) = struct.unpack_from("<Q", blob)
+        header = json.loads(blob[8:8 + n])
+        header["model.rotary_emb.inv_freq"] = {"dtype": "F32", "shape": [0],
+                                               "data_offsets": [0, 0]}
+        text = json.dumps(header).encode() + b" " * 77
+        with open(path, "wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text + blob[8 + n:])
+        self.good("-o", self.out, "--llama", folder)
+
+    def test_keys_that_change_the_model(self):
+        for n, (key, value) in enumerate((
+                ("sliding_window", 64), ("embedding_multiplier", 12.0), ("logits_scaling", 8.0),
+                ("attention_multiplier", 0.1), ("residual_multiplier", 0.2), ("clip_qkv", 8),
+                ("rope_interleaved", True), ("partial_rotary_factor", 0.5), ("scale_emb", 12),
+                ("num_local_experts", 8), ("final_logit_softcapping", 30.0), ("head_dim", 16),
+                ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
+                ("rope_scaling", {"rope_type": "llama3", "factor": 8.0}),
+                ("hidden_act", "relu"), ("mlp_bias", True))):
+            with self.subTest(key):
+                folder = self.llama(name=str(n), **{key: value})
+                self.refused(key + " is ", "-o", self.out, "--llama", folder, path=folder)
+        for n, good in enumerate(({"sliding_window": 512}, {"hidden_act": "swish"},
+                                  {"sliding_window": 4, "use_sliding_window": False},
+                                  {"sliding_window": None, "partial_rotary_factor": 1.0})):
+            self.good("-o", self.out, "--force", "--llama", self.llama(name="g%d" % n, **good))
+        folder = self.llama(name="biased", biases="q", attention_bias=False)
+        self.refused("has no biases, but tensors hold", "-o", self.out, "--force", "--llama",
+                     folder, path=folder)
+
+    def test_harmless_tensors(self):
+        """What training leaves inside a checkpoint is passed over by one list, and it is said."""
+        source = self.vqgan()
+        self.good("-o", self.path("plain.bin"), "--vqgan", source)
+        tensors = load_safetensors(os.path.join(source, "model.safetensors"))
+        copies = {"ema." + name: (t[0], t[1], bytes(len(t[2]))) for name, t in tensors.items()}
+        more = {name: ("F32", [2], bytes(8)) for name in (
+            "loss.discriminator.main.0.weight", "loss.perceptual_loss.lin0.model.1.weight",
+            "model_ema.decay", "quantize.cluster_size", "quantize.embed_avg")}
+        for prefix in ("", "module."):
+            given = {prefix + name: t for name, t in dict(tensors, **copies, **more).items()}
+            folder = self.weights("v" + prefix, VQGAN, given)
+            _, err = self.good("-o", self.out, "--vqgan", folder, "--force")
+            self.assertRegex(err, r"passed over.*and %d more\n\Z" % (len(copies) + 4))
+            self.assertEqual(load_gguf(self.out), load_gguf(self.path("plain.bin")))
+        folder = self.weights("odd", VQGAN, dict(tensors, **{"encoder.loss.x": more[
+            "model_ema.decay"]}))
+        self.refused("encoder.loss.x is unexpected", "-o", self.out, "--force", "--vqgan", folder)
+
+
+# ---- numbers that are none -----------------------------------------------------------------------
+
+
+class Nonfinite(Case):
+    def folder(self, name, dtype, *values, tensor="model.layers.1.mlp.up_proj.weight"):
+        """A checkpoint of which one tensor begins and ends with such values (their bits)."""
+        folder = self.llama(dtype, name=name)
+        path = os.path.join(folder, "model.safetensors")
+        tensors = load_safetensors(path)
+        kind, shape, raw = tensors[tensor]
+        size, raw = SIZE[kind], bytearray(raw)
+        for n, bits in enumerate(values):
+            at = (n if n % 2 else len(raw) // size - 1 - n) * size
+            raw[at:at + size] = bits.to_bytes(size, "little")
+        tensors[tensor] = (kind, shape, bytes(raw))
+        save_safetensors(path, tensors)
+        return folder
+
+    def test_each_type(self):
+        for dtype, bits in (("F32", (0x7FC00000, 0xFF800000, 0x7F800001)),
+                            ("BF16", (0x7FC0, 0xFF80, 0x7F80)),
+                            ("F16", (0x7E00, 0xFC00, 0x7C01))):
+            for tensor in ("model.layers.1.mlp.up_proj.weight", "model.norm.weight"):
+                with self.subTest(dtype=dtype, tensor=tensor):
+                    folder = self.folder(dtype + tensor, dtype, *bits, tensor=tensor)
+                    self.refused("tensor %s: 3 of its .* NaN or infinite;" % tensor, "-o",
+                                 self.out, "--llama", folder,
+                                 path=os.path.join(folder, "model.safetensors"))
+                    self.good("-o", self.out, "--llama", folder, "--allow-nonfinite")
+                    self.refused("3 of its", self.out, "--to-hf", self.path("hf"), path=self.out)
+                    self.good(self.out, "--to-hf", self.path("hf"), "--allow-nonfinite")
+                    shutil.rmtree(self.path("hf"))
+                    os.remove(self.out)
+
+    def test_largest_numbers_are_good(self):
+        for dtype, bits in (("F32", (0x7F7FFFFF, 0xFF7FFFFF, 1)), ("BF16", (0x7F7F, 0xFF7F, 1)),
+                            ("F16", (0x7BFF, 0xFBFF, 1))):
+            self.good("-o", self.out, "--force", "--llama", self.folder(dtype, dtype, *bits))
+
+    def test_too_large_for_the_new_type(self):
+        """65520 becomes infinite as float16; a block of Q8_0 holds 127 times that."""
+        lvm = os.path.join(TOP, os.environ.get("LVM", "lvm"))
+        as_bits = lambda x: struct.unpack("<I", struct.pack("<f", x))[0]  # noqa: E731
+        for kind, most in (("f16", 65520.0), ("q8_0", 65520.0 * 127), ("q4_0", 65520.0 * 8)):
+            argv = ("--type", kind, "--lvm", lvm, "--force", "-o", self.out, "--llama")
+            below = struct.unpack("<f", struct.pack("<I", as_bits(most) - 1))[0]
+            self.good(*argv, self.folder(kind + "good", "F32", as_bits(below)))
+            bad = self.folder(kind, "F32", as_bits(-most), as_bits(most))
+            self.refused("2 of its .* or too large for float16", *argv, bad)
+        bad = self.folder("bf16", "BF16", 0x4780)
+        self.refused("1 of its", "-o", self.out, "--llama", bad, "--type", "f16", "--lvm", lvm,
+                     "--force")
+
+    def test_tokenizer(self):
+        folder = self.vqgan()
+        path = os.path.join(folder, "model.safetensors")
+        tensors = load_safetensors(path)
+        kind, shape, raw = tensors["encoder.conv_in.weight"]
+        tensors["encoder.conv_in.weight"] = (kind, shape, b"\0\x7e" + raw[2:])
+        save_safetensors(path, tensors)
+        self.refused("encoder.conv_in.weight: 1 of its 864", "-o", self.out, "--vqgan", folder)
+
+
+# ---- where output goes, and how work stops -------------------------------------------------------
+
+
+class Places(Case):
+    def program(self, *argv, **how):
+        command = [sys.executable, os.path.join(TOP, "convert.py"), *argv]
+        return subprocess.run(command, capture_output=True, check=False, timeout=60, **how)
+
+    def test_links(self):
+        vqgan = self.vqgan()
+        self.good("-o", self.path("plain.bin"), "--vqgan", vqgan)
+        os.makedirs(self.path("far"))
+        target, link = self.path("far", "target"), self.path("link")
+        os.symlink(os.path.join("far", "target"), link)
+        for mode in (None, 0o640, 0o444):
+            self.good("-o", link, "--vqgan", vqgan, *["--force"] * (mode is not None))
+            self.assertTrue(os.path.islink(link))
+            self.assertEqual(load_gguf(target), load_gguf(self.path("plain.bin")))
+            if mode:
+                self.assertEqual(stat.S_IMODE(os.stat(target).st_mode), mode)
+            os.chmod(target, {None: 0o640, 0o640: 0o444, 0o444: 0o644}[mode])
+        self.refused("exists already", "-o", link, "--vqgan", vqgan, path=link)
+        os.symlink(os.path.join(vqgan, "model.safetensors"), self.path("input"))
+        self.refused("also an input", "-o", self.path("input"), "--vqgan", vqgan, "--force")
+        self.assertEqual(os.listdir(self.path("far")), ["target"])
+
+    def test_links_of_to_hf(self):
+        self.good("-o", self.out, "--vqgan", self.vqgan())
+        os.makedirs(self.path("hf", "vqgan"))
+        for name in ("config.json", "model.safetensors"):
+            os.symlink(self.path("same"), self.path("hf", "vqgan", name))
+        self.refused("same file as another output", self.out, "--to-hf", self.path("hf"))
+        os.remove(self.path("hf", "vqgan", "config.json"))
+        self.good(self.out, "--to-hf", self.path("hf"))
+        self.assertTrue(os.path.islink(self.path("hf", "vqgan", "model.safetensors")))
+        self.assertTrue(load_safetensors(self.path("same")))
+        os.remove(self.path("same"))
+        os.symlink(self.out, self.path("same"))
+        self.refused("also an input", self.out, "--to-hf", self.path("hf"), "--force")
+        self.refused("taken by what is no folder", self.out, "--to-hf", self.out)
+        self.refused("name is empty", self.out, "--to-hf", "")
+
+    def test_devices_and_pipes(self):
+        vqgan = self.vqgan()
+        self.good("-o", self.out, "--vqgan", vqgan)
+        with open(self.out, "rb") as f:
+            wanted = f.read()
+        for name in ("-", "/dev/stdout"):
+            done = self.program("-o", name, "--vqgan", vqgan)
+            self.assertEqual((done.returncode, done.stderr), (0, b""))
+            self.assertEqual(done.stdout, wanted)
+            with open(self.path("redirected"), "wb") as f:
+                subprocess.run([sys.executable, os.path.join(TOP, "convert.py"), "-o", name,
+                                "--vqgan", vqgan], stdout=f, check=True)
+            with open(self.path("redirected"), "rb") as f:
+                self.assertEqual(f.read(), wanted)
+        out, _ = self.good("-o", os.devnull, "--vqgan", vqgan)
+        self.assertEqual((out, stat.S_ISCHR(os.stat(os.devnull).st_mode)), ("", True))
+        if os.path.exists("/dev/full"):
+            done = self.program("-o", "/dev/full", "--vqgan", vqgan)
+            self.assertEqual((done.returncode, done.stdout, done.stderr), (
+                1, b"", b"convert.py: /dev/full: cannot be written: No space left on device\n"))
+        fifo = self.path("fifo")
+        os.mkfifo(fifo)
+        with subprocess.Popen(["cat", fifo], stdout=subprocess.PIPE) as cat:
+            with subprocess.Popen([sys.executable, os.path.join(TOP, "convert.py"), "-o", fifo,
+                                   "--vqgan", vqgan]) as child:
+                self.assertEqual((cat.stdout.read(), child.wait(60)), (wanted, 0))
+        self.refused("quantising needs one", "-o", fifo, "--vqgan", vqgan, "--vq-type", "f16",
+                     "--lvm", sys.executable)
+        self.assertTrue(stat.S_ISFIFO(os.stat(fifo).st_mode))
+
+    def test_reader_that_leaves(self):
+        with subprocess.Popen([sys.executable, os.path.join(TOP, "convert.py"), "-o", "-",
+                               "--vqgan", self.vqgan("F32")], stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE) as child:
+            child.stdout.read(9)
+            child.stdout.close()
+            self.assertEqual((child.wait(60), child.stderr.read()), (-signal.SIGPIPE, b""))
+
+    def test_fifo_as_input(self):
+        folder = self.llama()
+        fifo = self.path("fifo")
+        os.mkfifo(fifo)
+        self.refused("is a pipe or a device", fifo, "--to-hf", self.path("hf"), path=fifo)
+        self.refused("is a pipe or a device", "-o", self.out, "--llama", fifo, path=fifo)
+        for name in ("model.safetensors", "config.json"):
+            path = os.path.join(folder, name)
+            os.remove(path)
+            os.rename(fifo, path)
+            self.refused("is a pipe or a device", "-o", self.out, "--llama", folder, path=path)
+            os.mkfifo(fifo)
+
+    def test_before_any_work(self):
+        """A bad place shows before the checkpoint is looked at."""
+        for place, message in ((self.path("no", "x"), "folder does not exist"), ("", "name is emp"),
+                               (self.path("y" * 300), "File name too long|cannot be written")):
+            self.refused(message, "-o", place, "--llama", self.path("nowhere"))
+        for argv in (("--llama", ""), ("--vqgan", "")):
+            self.refused("name is empty", "-o", self.out, *argv)
+        usage = unittest.mock.Mock(return_value=types.SimpleNamespace(total=9 << 20, free=1 << 10))
+        with unittest.mock.patch.object(shutil, "disk_usage", usage):
+            self.refused("it needs 1 MB, and 0 MB are free", "-o", self.out, "--vqgan",
+                         self.vqgan())
+
+    def test_long_name(self):
+        name = self.path("n" * 251 + ".bin")
+        self.good("-o", name, "--vqgan", self.vqgan())
+        self.assertTrue(load_gguf(name))
+
+    def test_names_in_messages(self):
+        odd = self.path("a\n\x1b[31mb")
+        err = self.refused("there is no such file|is no folder", "-o", self.out, "--llama", odd)
+        self.assertIn(r"a\n\x1b[31mb", err)
+        self.assertEqual(err.count("\n"), 1)
+        err = self.refused("is no folder", "-o", self.out, "--llama",
+                           "/".join([self.dir] + ["d" * 50] * 9 + ["end"]))
+        self.assertLess(len(err), 320)
+        self.assertIn("end: is no folder", err)
+        status, _, err = self.run_main("-o", self.out, "--llama", "d", "--x\n\x1b[31m")
+        self.assertEqual(status, 2)
+        self.assertIn(r"--x\n\x1b[31m", err)
+
+    def test_closed_streams(self):
+        vqgan = self.vqgan()
+        command = '"$0" "$1" -o "$2" --vqgan "$3" --force %s'
+        for close, status in ((">&-", 0), ("2>&-", 0), (">&- 2>&-", 0), (">/dev/full", 1)):
+            if "full" in close and not os.path.exists("/dev/full"):
+                continue
+            done = subprocess.run(["sh", "-c", command % close, sys.executable,
+                                   os.path.join(TOP, "convert.py"), self.out, vqgan],
+                                  capture_output=True, check=False)
+            self.assertEqual(done.returncode, status, done.stderr)
+            self.assertNotIn(b"Traceback", done.stderr)
+            self.assertNotIn(b"ignored", done.stderr)
+
+
+class Stops(Case):
+    """Signals leave nothing behind and end the program as a shell expects."""
+
+    def start(self, *argv, **how):
+        """convert.py with a checkpoint that takes seconds."""
+        child = subprocess.Popen([sys.executable, os.path.join(TOP, "convert.py"), "-o", self.out,
+                                  *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, **how)
+        self.addCleanup(child.kill)
+        return child
+
+    def big(self):
+        """A checkpoint of 1 GB of holes."""
+        config = dict(LLAMA, vocab_size=1 << 19, hidden_size=1024, num_hidden_layers=1,
+                      tie_word_embeddings=True)
+        shapes, header, pos = llama_shapes(config), {}, 0
+        for name, shape in shapes.items():
+            size = 2 * math.prod(shape)
+            header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [pos, pos + size]}
+            pos += size
+        folder, text = save(self.path("big"), config, {}), json.dumps(header).encode()
+        with open(os.path.join(folder, "model.safetensors"), "wb") as f:
+            f.write(struct.pack("<Q", len(text)) + text)
+            f.truncate(8 + len(text) + pos)
+        return folder
+
+    def temps(self):
+        return [name for name in os.listdir(self.dir) if name.endswith(".tmp")]
+
+    def wait_for_bytes(self, child, least):
+        for _ in range(3000):
+            found = self.temps()
+            if found and os.path.getsize(self.path(found[0])) > least:
+                return
+            self.assertIsNone(child.poll())
+            time.sleep(0.01)
+        self.fail("nothing is written")
+
+    def test_signals(self):
+        folder = self.big()
+        before = sorted(os.listdir(self.dir))
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            child = self.start("--llama", folder)
+            self.wait_for_bytes(child, 1 << 20)
+            child.send_signal(number)
+            out, err = child.communicate(timeout=60)
+            self.assertEqual((child.returncode, out), (-number, b""), err)
+            self.assertRegex(err, rb"\Aconvert.py: [^\n]*; no file was changed\n\Z")
+            self.assertEqual(sorted(os.listdir(self.dir)), before)
+
+    def test_file_size_limit(self):
+        folder = self.big()
+        before = sorted(os.listdir(self.dir))
+
+        def limit():
+            resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 22, 1 << 22))
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        child = self.start("--llama", folder, preexec_fn=limit)
+        _, err = child.communicate(timeout=60)
+        self.assertEqual(child.returncode, -signal.SIGXFSZ, err)
+        self.assertIn(b"ulimit -f", err)
+        self.assertEqual(sorted(os.listdir(self.dir)), before)
+
+    def test_nohup(self):
+        """A signal that was ignored stays so."""
+        child = self.start("--llama", self.big(),
+                           preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        self.wait_for_bytes(child, 1 << 20)
+        child.send_signal(signal.SIGHUP)
+        time.sleep(0.1)
+        self.assertIsNone(child.poll())
+        child.send_signal(signal.SIGTERM)
+        child.communicate(timeout=60)
+        self.assertEqual((child.returncode, self.temps()), (-signal.SIGTERM, []))
+
+    def test_quantising(self):
+        """The program that quantises is told to stop too, and cleans up itself."""
+        lvm = self.path("stand-in")
+        with open(lvm, "w") as f:
+            f.write("#!/bin/sh\ntrap 'echo stopped >\"%s\"; exit 1' TERM\ntouch \"%s\"\n"
+                    "while :; do sleep 0.05; done\n" % (self.path("log"), self.path("begun")))
+        os.chmod(lvm, 0o755)
+        child = self.start("--llama", self.llama(), "--type", "f16", "--lvm", lvm)
+        for _ in range(3000):
+            if os.path.exists(self.path("begun")):
+                break
+            time.sleep(0.01)
+        child.send_signal(signal.SIGTERM)
+        _, err = child.communicate(timeout=60)
+        self.assertEqual(child.returncode, -signal.SIGTERM, err)
+        self.assertTrue(os.path.exists(self.path("log")))
+        self.assertEqual((self.temps(), os.path.exists(self.out)), ([], False))
 
 
 # ---- mutations -----------------------------------------------------------------------------------
@@ -1862,14 +2587,14 @@ class Program(Case):
         with open(self.path("log")) as f:
             words = f.read().split()
         self.assertEqual(words[0], "quantize")
-        self.assertEqual(words[3:], ["--type", "q8_0", "--vq-type", "f16"])
+        self.assertEqual(words[3:], ["--force", "--type", "q8_0", "--vq-type", "f16"])
         self.assertEqual([os.path.dirname(w) for w in words[1:3]], [self.dir] * 2)
         self.assertFalse([n for n in os.listdir(self.dir) if n.endswith(".tmp")])
         self.good("-o", self.path("plain.bin"), *parts)
         self.assertEqual(load_gguf(self.out), load_gguf(self.path("plain.bin")))
         self.good("-o", self.out, *parts, "--lvm", lvm, "--type", "q4_0", "--force")
         with open(self.path("log")) as f:
-            self.assertEqual(f.read().split()[3:], ["--type", "q4_0"])
+            self.assertEqual(f.read().split()[3:], ["--force", "--type", "q4_0"])
 
     def test_quantize_fails(self):
         llama = self.llama()

@@ -81,7 +81,7 @@ def pieces(keys, jobs, head_dim):
 
 def save(output, data, inputs, force):
     with convert.Outputs(inputs, force, True) as outputs:
-        outputs.check(output)
+        outputs.open(output)
         outputs.write(output, data)
         outputs.commit()
 
