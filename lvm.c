@@ -4406,23 +4406,25 @@ static void json_images(struct json *j, int only_tokens, struct image_list *out)
     mem_free(tokens.data);
 }
 
-/* Letters to insert, remove or replace until one name is the other, capital or small; names of no
-   more than KEY_ROOM - 1 letters. Row i of Levenshtein's table, one after the other. */
-static int edit_distance(const char *a, const char *b) {
-    int row[KEY_ROOM], n = (int)strlen(b);
-    for (int k = 0; k <= n; k++) row[k] = k;
-    for (int i = 1; a[i - 1] != 0; i++) {
-        int corner = row[0];
-        row[0] = i;
-        for (int k = 1; k <= n; k++) {
-            int same = tolower((unsigned char)a[i - 1]) == tolower((unsigned char)b[k - 1]);
-            int least = (row[k] < row[k - 1] ? row[k] : row[k - 1]) + 1;
-            if (corner + !same < least) least = corner + !same;
-            corner = row[k];
-            row[k] = least;
+/* Letters to put in, leave out, change or swap with their neighbour so that a becomes b: the
+   distance of optimal string alignment, by its table of all their beginnings. */
+static int word_distance(const char *a, const char *b) {
+    enum { MOST = 24 };
+    int d[MOST + 1][MOST + 1], n = (int)strlen(a), m = (int)strlen(b);
+    if (n > MOST || m > MOST) return INT_MAX;
+    for (int i = 0; i <= n; i++)
+        for (int j = 0; j <= m; j++) {
+            d[i][j] = i + j;
+            if (i == 0 || j == 0) continue;
+            int x = tolower((unsigned char)a[i - 1]), y = tolower((unsigned char)b[j - 1]);
+            int change = d[i - 1][j - 1] + (x != y);
+            int gap = (d[i - 1][j] < d[i][j - 1] ? d[i - 1][j] : d[i][j - 1]) + 1;
+            d[i][j] = change < gap ? change : gap;
+            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] &&
+                d[i - 2][j - 2] + 1 < d[i][j])
+                d[i][j] = d[i - 2][j - 2] + 1;
         }
-    }
-    return row[n];
+    return d[n][m];
 }
 
 /* The key of that name, or -1. */
@@ -4437,7 +4439,7 @@ static int find_key(const char *name) {
 static int find_near_key(const char *name) {
     int near = -1, least = 3, n = (int)strlen(name);
     for (int i = 0; i < N_KEYS && n < KEY_ROOM; i++) {
-        int d = edit_distance(name, key_table[i].name);
+        int d = word_distance(name, key_table[i].name);
         if (d < least && 2 * d < n) near = i, least = d;
     }
     return near;
@@ -13370,26 +13372,6 @@ static const char *find_synonym(const struct synonym *table, size_t n, const cha
     return NULL;
 }
 
-/* Letters to put in, leave out, change or swap with their neighbour so that a becomes b: the
-   distance of optimal string alignment, by its table of all their beginnings. */
-static int word_distance(const char *a, const char *b) {
-    enum { MOST = 24 };
-    int d[MOST + 1][MOST + 1], n = (int)strlen(a), m = (int)strlen(b);
-    if (n > MOST || m > MOST) return INT_MAX;
-    for (int i = 0; i <= n; i++)
-        for (int j = 0; j <= m; j++) {
-            d[i][j] = i + j;
-            if (i == 0 || j == 0) continue;
-            int change = d[i - 1][j - 1] + (tolower((unsigned char)a[i - 1]) != b[j - 1]);
-            int gap = (d[i - 1][j] < d[i][j - 1] ? d[i - 1][j] : d[i][j - 1]) + 1;
-            d[i][j] = change < gap ? change : gap;
-            if (i > 1 && j > 1 && a[i - 1] == b[j - 2] && a[i - 2] == b[j - 1] &&
-                d[i - 2][j - 2] + 1 < d[i][j])
-                d[i][j] = d[i - 2][j - 2] + 1;
-        }
-    return d[n][m];
-}
-
 /* Takes a name for the nearest one so far to a word that was mistyped or cut short; of three
    letters one may be wrong. */
 static void take_nearer(const char *word, const char *name, const char **nearest, int *least) {
@@ -14614,9 +14596,10 @@ static void describe_run(const struct cli *cli, const struct session *s, char *t
         snprintf(sampler, sizeof sampler, "seed %llu, temperature %g, top-p %g%s",
                  (unsigned long long)how->seed, (double)how->temperature, (double)how->top_p,
                  top_k);
-    snprintf(text, room, "%s (%zu bytes), %s, window %d, %s, kv %s%s", *name != 0 ? name : "weights",
-             m->file.size, sampler, o->window, o->fit == LVM_CROP ? "crop" : "squash",
-             type_info(o->kv_type)->name, o->exact ? ", exact" : "");
+    snprintf(text, room, "%s (%zu bytes), %s, window %d, %s, kv %s%s",
+             *name != 0 ? name : "weights", m->file.size, sampler, o->window,
+             o->fit == LVM_CROP ? "crop" : "squash", type_info(o->kv_type)->name,
+             o->exact ? ", exact" : "");
 }
 
 static int read_prompt(struct prediction *p, lvm_error *error) {
