@@ -1512,7 +1512,8 @@ def find_lvm(args):
     """The program that quantises, sought before any work is done."""
     lvm = args.lvm or os.path.join(os.path.dirname(os.path.abspath(__file__)), "lvm")
     if not os.path.isfile(lvm) or not os.access(lvm, os.X_OK):
-        raise Bad(lvm, "is no program; --type and --vq-type need lvm: run make, or give --lvm PATH")
+        raise Bad(lvm, "is no program; --type, --vq-type and --encoder-type need lvm: run make, or "
+                  "give --lvm PATH")
     return os.path.abspath(lvm)
 
 
@@ -1522,6 +1523,7 @@ def quantize(lvm, args, temp, outputs):
     command = [lvm, "quantize", os.path.abspath(temp), os.path.abspath(small)]
     command += ["--type", args.type] if args.type else []
     command += ["--vq-type", args.vq_type] if args.vq_type else []
+    command += ["--encoder-type", args.encoder_type] if args.encoder_type else []
     status = subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode
     if status != 0 or not os.path.isfile(small):
         raise Bad(lvm, "quantising failed (status %d); see its message above" % status)
@@ -1530,7 +1532,7 @@ def quantize(lvm, args, temp, outputs):
 
 
 def convert(args):
-    lvm = find_lvm(args) if args.type or args.vq_type else None
+    lvm = find_lvm(args) if args.type or args.vq_type or args.encoder_type else None
     keys, jobs, inputs, codes, notes = general_keys(args), [], [], 8192, []
     if args.vqgan:
         vq_keys, vq_jobs, inputs, codes = vqgan_part(args)
@@ -1650,6 +1652,8 @@ def parse_arguments(argv):
     add("--vqgan", metavar="DIR", help="checkpoint of the tokenizer")
     add("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), help="the transformer's type")
     add("--vq-type", choices=("f32", "f16", "bf16", "q8_0"), help="the tokenizer's type")
+    add("--encoder-type", choices=("f32", "f16", "bf16", "q8_0"),
+        help="its encoder's (f16 with --vq-type q8_0: a quantised one finds other tokens)")
     add("--bos", type=bos_number, metavar="ID|none", help="the token in front of every sequence")
     add("--lvm", metavar="PATH", help="the lvm program (default: beside convert.py)")
     for name in ("name", "license", "description"):
@@ -1657,8 +1661,8 @@ def parse_arguments(argv):
     add("--force", action="store_true", help="replace files that exist")
     add("--quiet", action="store_true", help="no progress, no notes")
     args = parser.parse_args(argv)
-    making = ("output", "llama", "vqgan", "type", "vq_type", "bos", "lvm",
-              "name", "license", "description")
+    making = ("output", "llama", "vqgan", "type", "vq_type", "encoder_type", "bos",
+              "lvm", "name", "license", "description")
     if args.to_hf is not None:
         if args.weights is None or any(getattr(args, name) is not None for name in making):
             parser.error("--to-hf takes one weights file, and only --force and --quiet beside it")
@@ -1666,8 +1670,8 @@ def parse_arguments(argv):
         parser.error("give -o FILE and --llama DIR, --vqgan DIR or both; or FILE --to-hf DIR")
     if (args.type or args.bos is not None) and not args.llama:
         parser.error("--type and --bos need --llama")
-    if args.vq_type and not args.vqgan:
-        parser.error("--vq-type needs --vqgan")
+    if (args.vq_type or args.encoder_type) and not args.vqgan:
+        parser.error("--vq-type and --encoder-type need --vqgan")
     return args
 
 
