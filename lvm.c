@@ -284,8 +284,8 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error);
 /* Images. load: PNG, JPEG or PNM files or their bytes in memory (name is for messages and may be
    NULL). upright: turns and mirrors the pixels as the orientation says (a camera held sideways) and
    sets it to 1; what the published checkpoints saw was never turned. save: PNG, written beside and
-   renamed. resize: the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation
-   0. */
+   renamed. resize: the same bytes as Pillow's Image.resize with BICUBIC, up to its release 12.1
+   (chapter 11); the result has orientation 0. */
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error);
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error);
@@ -4936,8 +4936,9 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
      pixel values         Pillow's Image.open(file).convert('RGB'), byte for byte, as its releases
                           9.4 to 13.0 compute it alike
      resizing             Pillow's Image.resize(size, BICUBIC) on 8-bit RGB, byte for byte, as its
-                          releases up to 12 compute it: the width first, then the height. (Release
-                          13 turns that round where the height shrinks much more than the width.)
+                          releases up to 12.1 compute it: the width first, then the height. (12.2
+                          turns that round for images more than 100 times as tall as wide, 13.0
+                          wherever the height shrinks much more than the width.)
 
    Read first, the surprises:
      - Alpha is dropped, not blended: an RGBA pixel keeps its R, G, B, whatever A says. This is
@@ -12110,7 +12111,7 @@ static const struct option option_table[] = {
     {'k', "top-k", "K", SAMPLES, INTEGER, AT(sampling.top_k), 0, 1 << 20,
      "keep the K likeliest (0: all)"},
     {'s', "seed", "N", SAMPLES, SEED, AT(sampling.seed), 0, 0,
-     "the same seed gives the same image (1)"},
+     "same seed and instruction set: same image (1)"},
     {0, "greedy", NULL, SAMPLES, FLAG, AT(sampling.greedy), 0, 0, "always the likeliest token"},
     {0, "preset", "lvm|delvm", SAMPLES, ONE_OF, AT(preset), 0, 0,
      "the published programs' temperature, top-p and top-k"},
