@@ -2034,7 +2034,8 @@ def find_lvm(args):
     """The program that quantises, sought before any work is done."""
     lvm = args.lvm or os.path.join(os.path.dirname(os.path.abspath(__file__)), "lvm")
     if not os.path.isfile(lvm) or not os.access(lvm, os.X_OK):
-        raise Bad(lvm, "is no program; --type and --vq-type need lvm: run make, or give --lvm PATH")
+        raise Bad(lvm, "is no program; --type, --vq-type and --encoder-type need lvm: run make, or "
+                  "give --lvm PATH")
     return os.path.abspath(lvm)
 
 
@@ -2044,6 +2045,7 @@ def quantize(lvm, args, exact, outputs):
     command = [lvm, "quantize", os.path.abspath(exact), os.path.abspath(small), "--force"]
     command += ["--type", args.type] if args.type else []
     command += ["--vq-type", args.vq_type] if args.vq_type else []
+    command += ["--encoder-type", args.encoder_type] if args.encoder_type else []
     status = run(command)
     if status != 0 or os.path.getsize(small) == 0:
         raise Bad(lvm, "quantising failed (status %d); see its message above" % status)
@@ -2069,7 +2071,10 @@ def limited(args, job):
     if args.allow_nonfinite:
         return job
     in_vq = job.name.startswith("vq.")
-    kind = (args.vq_type if in_vq else args.type) if len(job.shape) > 1 else None
+    wanted = args.vq_type if in_vq else args.type
+    if job.name.startswith("vq.encoder."):
+        wanted = args.encoder_type or wanted
+    kind = wanted if len(job.shape) > 1 else None
     blocks = kind in ("q8_0", "q4_0") and job.shape[-1] % 32 == 0 and not in_vq
     most = {"q8_0": 127, "q4_0": 8}[kind] if blocks else 1
     limit = 65520.0 * most if kind in ("f16", "q8_0", "q4_0") else math.inf
@@ -2077,13 +2082,13 @@ def limited(args, job):
 
 
 def convert(args):
-    lvm = find_lvm(args) if args.type or args.vq_type else None
+    lvm = find_lvm(args) if args.type or args.vq_type or args.encoder_type else None
     given = {path for path in (args.llama, args.vqgan) if path and os.path.isfile(path)}
     with Outputs(given, args.force, args.quiet) as outputs:
         outputs.open(args.output)
         if lvm and args.output not in outputs.temps:
             raise Bad(args.output, "is no ordinary file; quantising needs one: give another "
-                      "output, or leave out --type and --vq-type")
+                      "output, or leave out --type, --vq-type and --encoder-type")
         notes = write_weights(args, lvm, outputs)
         outputs.commit()
     report(args, outputs.paths(), notes)
@@ -2235,6 +2240,8 @@ def parse_arguments(argv):
     add("--vqgan", metavar="DIR", help="checkpoint of the tokenizer")
     add("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), help="the transformer's type")
     add("--vq-type", choices=("f32", "f16", "bf16", "q8_0"), help="the tokenizer's type")
+    add("--encoder-type", choices=("f32", "f16", "bf16", "q8_0"),
+        help="its encoder's (f16 with --vq-type q8_0: a quantised one finds other tokens)")
     add("--bos", type=bos_number, metavar="ID|none", help="the token in front of every sequence")
     add("--lvm", metavar="PATH", help="the lvm program (default: beside convert.py)")
     for name in ("name", "license", "description"):
@@ -2243,8 +2250,8 @@ def parse_arguments(argv):
     add("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
     add("--quiet", action="store_true", help="no progress, no notes")
     args = parser.parse_args(argv)
-    making = ("output", "llama", "vqgan", "type", "vq_type", "bos", "lvm",
-              "name", "license", "description")
+    making = ("output", "llama", "vqgan", "type", "vq_type", "encoder_type", "bos",
+              "lvm", "name", "license", "description")
     if args.to_hf is not None:
         if args.weights is None or any(getattr(args, name) is not None for name in making):
             parser.error("--to-hf takes one weights file, and beside it only --force, --quiet and "
@@ -2254,8 +2261,8 @@ def parse_arguments(argv):
         parser.error("give -o FILE and --llama DIR, --vqgan DIR or both; or FILE --to-hf DIR")
     if (args.type or args.bos is not None) and args.llama is None:
         parser.error("--type and --bos need --llama")
-    if args.vq_type and args.vqgan is None:
-        parser.error("--vq-type needs --vqgan")
+    if (args.vq_type or args.encoder_type) and args.vqgan is None:
+        parser.error("--vq-type and --encoder-type need --vqgan")
     return args
 
 

@@ -325,8 +325,8 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error);
    NULL). upright: turns and mirrors the pixels as the orientation says (a camera held sideways) and
    sets it to 1; what the published checkpoints saw was never turned. save: PNG, written beside and
    renamed; save_memory: the same bytes in *png, which lvm allocates (on failure NULL, and *size 0).
-   resize: the same bytes as Pillow's Image.resize with BICUBIC; the result has orientation 0. An
-   image has at most 2^28 pixels. */
+   resize: the same bytes as Pillow's Image.resize with BICUBIC, up to its release 12.1 (chapter
+   11); the result has orientation 0. An image has at most 2^28 pixels. */
 int lvm_image_load(const char *path, lvm_image *image, lvm_error *error);
 int lvm_image_load_memory(const void *data, size_t size, const char *name, lvm_image *image,
                           lvm_error *error);
@@ -338,11 +338,12 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 void lvm_image_free(lvm_image *image);
 
 /* Rewrites a weights file with other types: type for the transformer's matrices, vq_type for the
-   tokenizer's convolutions (LVM_AUTO keeps). Norms and biases stay F32; rows that are no
+   tokenizer's convolutions (LVM_AUTO keeps), encoder_type for those of its encoder (LVM_AUTO: F16
+   where vq_type is a quantised one, else vq_type). Norms and biases stay F32; rows that are no
    multiple of 32 become F16 instead of a quantised type. Existing files are replaced only when
    force is 1. */
-int lvm_quantize(const char *in, const char *out, int type, int vq_type, int force,
-                 lvm_error *error);
+int lvm_quantize(const char *in, const char *out, int type, int vq_type, int encoder_type,
+                 int force, lvm_error *error);
 
 #ifdef __cplusplus
 }
@@ -5566,8 +5567,9 @@ static int checksum_wrong(uint64_t stored, uint64_t computed) {
      pixel values         Pillow's Image.open(file).convert('RGB'), byte for byte, as its releases
                           9.4 to 13.0 compute it alike
      resizing             Pillow's Image.resize(size, BICUBIC) on 8-bit RGB, byte for byte, as its
-                          releases up to 12.1 compute it: the width first, then the height. (From
-                          12.2 on the height may come first.)
+                          releases up to 12.1 compute it: the width first, then the height. (12.2
+                          turns that round for images more than 100 times as tall as wide, 13.0
+                          wherever the height shrinks much more than the width.)
 
    Read first, the surprises:
      - Alpha is dropped, not blended: an RGBA pixel keeps its R, G, B, whatever A says. This is
@@ -12281,6 +12283,28 @@ static int finish_head(struct gguf_writer *w, struct buffer *head) {
 
 /* ---- Types: what a tensor is stored as ---- */
 
+/* What is asked for: LVM_AUTO keeps a type. */
+struct wanted_types {
+    int transformer, vq, encoder;
+};
+
+static int begins(struct text t, const char *s) {
+    return t.n >= strlen(s) && memcmp(t.s, s, strlen(s)) == 0;
+}
+
+/* Of the tensor of this name, now of type `now`. Where convolutions are to be quantised the
+   encoder's become F16, unless another type is asked for or they are quantised already: it is the
+   smaller half, and a token that flips is a wrong word in the transformer's prompt. Encoder levels
+   at Q8_0 lost the first file that shipped 5 of 13 puzzles (docs/model.md). */
+static int wanted_type(const struct wanted_types *t, struct text name, enum tensor_kind kind,
+                       int now) {
+    if (!begins(name, "vq.")) return t->transformer;
+    if (!begins(name, "vq.encoder.") && !begins(name, "vq.quant_conv.")) return t->vq;
+    if (t->encoder != LVM_AUTO) return t->encoder;
+    int spared = kind == T_CONV && type_is_quantised(t->vq) && !type_is_quantised(now);
+    return spared ? LVM_F16 : t->vq;
+}
+
 /* What a tensor with rows of k elements, now of type `now`, becomes where `wanted` is asked for
    (LVM_AUTO: nothing). Vectors stay as they are; so does what tokens hang on where it would be
    quantised. Q4_0 leaves convolutions and the matrix of the logits at Q8_0: for the latter it costs
@@ -12294,13 +12318,13 @@ static int stored_type(enum tensor_kind kind, int64_t k, int now, int wanted) {
 
 /* Of a tensor of the file, which may hold some that the description does not know. Tied embeddings
    are the matrix of the logits too. */
-static enum tensor_kind kind_of(const lvm_model *m, const struct gguf_tensor *t, int in_vq) {
+static enum tensor_kind kind_of(const lvm_model *m, const struct gguf_tensor *t) {
     for (int i = 0; i < m->n_specs; i++)
         if (text_is(t->name, m->specs[i].name)) {
             int tied = m->specs[i].kind == T_EMBED && m->llama.output.data == m->llama.embed.data;
             return tied ? T_OUTPUT : m->specs[i].kind;
         }
-    return t->n_dims == 1 ? T_VECTOR : in_vq ? T_CONV : T_MATRIX;
+    return t->n_dims == 1 ? T_VECTOR : begins(t->name, "vq.") ? T_CONV : T_MATRIX;
 }
 
 /* ---- Quantise: the same file with other types ---- */
@@ -12336,7 +12360,7 @@ static int write_tensor(struct outfile *out, const struct gguf *g, const struct 
 }
 
 /* Keys as they are, tensors in the file's order with their new types. */
-static int quantized_head(const lvm_model *m, int type, int vq_type, int *types,
+static int quantized_head(const lvm_model *m, const struct wanted_types *wanted, int *types,
                           struct buffer *head, lvm_error *error) {
     const struct gguf *g = &m->file;
     struct gguf_writer w = {.alignment = g->alignment, .error = error};
@@ -12344,14 +12368,15 @@ static int quantized_head(const lvm_model *m, int type, int vq_type, int *types,
         put_key(&w, g->keys[i].name, g->keys[i].type, g->keys[i].value, g->keys[i].size);
     for (int64_t i = 0; i < g->n_tensors; i++) {
         const struct gguf_tensor *t = &g->tensors[i];
-        int in_vq = t->name.n > 3 && memcmp(t->name.s, "vq.", 3) == 0;
-        types[i] = stored_type(kind_of(m, t, in_vq), t->ne[0], t->type, in_vq ? vq_type : type);
+        enum tensor_kind kind = kind_of(m, t);
+        int asked = wanted_type(wanted, t->name, kind, t->type);
+        types[i] = stored_type(kind, t->ne[0], t->type, asked);
         put_tensor(&w, t->name, t->n_dims, t->ne, types[i]);
     }
     return finish_head(&w, head);
 }
 
-static int quantize_model(const lvm_model *m, const char *path, int type, int vq_type,
+static int quantize_model(const lvm_model *m, const char *path, const struct wanted_types *wanted,
                           lvm_error *error) {
     const struct gguf *g = &m->file;
     struct outfile out;
@@ -12362,7 +12387,7 @@ static int quantize_model(const lvm_model *m, const char *path, int type, int vq
     float *row = mem_alloc((size_t)widest, sizeof *row, error);
     uint8_t *packed = mem_alloc((size_t)widest, 4, error);
     int code = types == NULL || row == NULL || packed == NULL ? LVM_MEMORY : LVM_OK;
-    if (code == LVM_OK) code = quantized_head(m, type, vq_type, types, &head, error);
+    if (code == LVM_OK) code = quantized_head(m, wanted, types, &head, error);
     if (code == LVM_OK) code = outfile_open(&out, path, error);
     if (code == LVM_OK) {
         code = outfile_write(&out, head.data, head.n, error);
@@ -12384,9 +12409,12 @@ static int same_file(const char *a, const char *b) {
            x.number == y.number;
 }
 
-int lvm_quantize(const char *in, const char *out, int type, int vq_type, int force,
-                 lvm_error *error) {
+static int is_type(int type) { return type == LVM_AUTO || type_info(type) != NULL; }
+
+int lvm_quantize(const char *in, const char *out, int type, int vq_type, int encoder_type,
+                 int force, lvm_error *error) {
     clear_error(error);
+    const struct wanted_types wanted = {type, vq_type, encoder_type};
     lvm_error own = {LVM_OK, ""};
     if (error == NULL) error = &own;
     if (in == NULL || out == NULL)
@@ -12398,12 +12426,11 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int for
         return fail(error, LVM_INVALID, "%s: is no regular file; choose another output", out);
     if (exists != OS_NOTHING && !force)
         return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
-    if ((type != LVM_AUTO && type_info(type) == NULL) ||
-        (vq_type != LVM_AUTO && type_info(vq_type) == NULL))
-        return fail(error, LVM_INVALID, "unknown type %d or %d", type, vq_type);
+    if (!is_type(type) || !is_type(vq_type) || !is_type(encoder_type))
+        return fail(error, LVM_INVALID, "unknown type %d, %d or %d", type, vq_type, encoder_type);
     lvm_model *m = lvm_open(in, 0, error);
     if (m == NULL) return error->code;
-    int code = quantize_model(m, out, type, vq_type, error);
+    int code = quantize_model(m, out, &wanted, error);
     lvm_close(m);
     return code;
 }
@@ -12483,16 +12510,16 @@ static void fill_random(int type, uint8_t *data, size_t size) {
 
 /* The head of a file of such a model, and of each tensor of the description its type (-1: left out)
    and where its data begin. Optional vectors are left out. */
-static int random_head(const lvm_model *m, int type, int vq_type, int *types, size_t *at,
-                       struct buffer *head, size_t *data_bytes, lvm_error *error) {
+static int random_head(const lvm_model *m, const struct wanted_types *wanted, int *types,
+                       size_t *at, struct buffer *head, size_t *data_bytes, lvm_error *error) {
     struct gguf_writer w = {.alignment = 64, .error = error};
     put_model_keys(&w, m);
     for (int i = 0; i < m->n_specs; i++) {
         const struct tensor_spec *s = &m->specs[i];
         int64_t ne[4];
         for (int d = 0; d < s->n_dims; d++) ne[d] = s->dims[s->n_dims - 1 - d];
-        int wanted = strncmp(s->name, "vq.", 3) == 0 ? vq_type : type;
-        types[i] = s->kind == T_VECTOR ? LVM_F32 : stored_type(s->kind, ne[0], LVM_F16, wanted);
+        int asked = wanted_type(wanted, text_of(s->name), s->kind, LVM_F16);
+        types[i] = s->kind == T_VECTOR ? LVM_F32 : stored_type(s->kind, ne[0], LVM_F16, asked);
         if (s->kind == T_VECTOR && s->optional) types[i] = -1;
         else at[i] = put_tensor(&w, text_of(s->name), s->n_dims, ne, types[i]);
     }
@@ -12501,14 +12528,14 @@ static int random_head(const lvm_model *m, int type, int vq_type, int *types, si
 }
 
 /* Writes the file of a described model into memory that is m's from then on. */
-static int write_random(lvm_model *m, const lvm_model *shape, int type, int vq_type, size_t *size,
-                        lvm_error *error) {
+static int write_random(lvm_model *m, const lvm_model *shape, const struct wanted_types *wanted,
+                        size_t *size, lvm_error *error) {
     struct buffer head = {0};
     int *types = mem_alloc((size_t)shape->n_specs, sizeof *types, error);
     size_t *at = mem_alloc((size_t)shape->n_specs, sizeof *at, error), bytes = 0;
     int code = types == NULL || at == NULL
                    ? LVM_MEMORY
-                   : random_head(shape, type, vq_type, types, at, &head, &bytes, error);
+                   : random_head(shape, wanted, types, at, &head, &bytes, error);
     if (code == LVM_OK) m->owned = mem_alloc(1, head.n + bytes, error);
     if (m->owned == NULL) code = LVM_MEMORY;
     if (code == LVM_OK) memcpy(m->owned, head.data, head.n);
@@ -12527,10 +12554,9 @@ static int write_random(lvm_model *m, const lvm_model *shape, int type, int vq_t
     return code;
 }
 
-/* llama's sizes and vq's configuration are given; either may be NULL. type: of matrices; vq_type:
-   of convolutions. */
-static lvm_model *random_model(const struct llama *llama, const struct vqgan *vq, int type,
-                               int vq_type, lvm_error *error) {
+/* llama's sizes and vq's configuration are given; either may be NULL. */
+static lvm_model *random_model(const struct llama *llama, const struct vqgan *vq,
+                               const struct wanted_types *wanted, lvm_error *error) {
     lvm_model *shape = model_new("(random weights)", error);
     lvm_model *m = model_new("(random weights)", error);
     size_t size = 0;
@@ -12542,7 +12568,7 @@ static lvm_model *random_model(const struct llama *llama, const struct vqgan *vq
         else *shape->vq = *vq;
     }
     if (code == LVM_OK) code = describe_model(shape, error);
-    if (code == LVM_OK) code = write_random(m, shape, type, vq_type, &size, error);
+    if (code == LVM_OK) code = write_random(m, shape, wanted, &size, error);
     if (code == LVM_OK) code = load_description(m, m->owned, size, error);
     lvm_close(shape);
     return open_model(m, code, error);
@@ -13066,7 +13092,7 @@ struct cli {
     const char **words; /* arguments that are no options */
     int n_words, split; /* split: words in front of a lone --, or -1 */
     const char *out, *base, *sheet, *truth, *apng, *cache, *resize;
-    int images, candidates, flags, force, quiet, list, exif, type, vq_type, preset;
+    int images, candidates, flags, force, quiet, list, exif, type, vq_type, encoder_type, preset;
     int lines, grid, json, best, man, skip_existing, config, vq, stage, prompt, new_tokens;
     lvm_sampling sampling;
     lvm_options options;
@@ -13104,7 +13130,7 @@ static const struct option option_table[] = {
     {'k', "top-k", "K", SAMPLES, INTEGER, AT(sampling.top_k), 0, 1 << 20,
      "keep the K likeliest (0: all)"},
     {'s', "seed", "N", SAMPLES, SEED, AT(sampling.seed), 0, 0,
-     "the same seed gives the same image (1)"},
+     "same seed and instruction set: same image (1)"},
     {0, "best", NULL, PREDICT, FLAG, AT(best), 0, 0, "keep the likeliest of the candidates"},
     {0, "greedy", NULL, SAMPLES, FLAG, AT(sampling.greedy), 0, 0, "always the likeliest token"},
     {0, "preset", "lvm|delvm", SAMPLES, ONE_OF, AT(preset), 0, 0,
@@ -13153,6 +13179,8 @@ static const struct option option_table[] = {
      "of the transformer: q8_0 q4_0 f16 bf16 f32 (kept)"},
     {0, "vq-type", "TYPE", QUANTIZE, TYPE, AT(vq_type), 0, 15,
      "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
+    {0, "encoder-type", "TYPE", QUANTIZE, TYPE, AT(encoder_type), 0, 15,
+     "of its encoder (f16 with --vq-type q8_0)"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
     {0, "force", NULL, QUANTIZE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
      "replace an existing weights file"},
@@ -13234,8 +13262,9 @@ static const struct command command_table[] = {
     {"quantize", QUANTIZE, run_quantize, "quantize IN OUT",
      "rewrite a weights file with other types",
      "The tokenizer is never q4_0, its codebook and first convolutions are never\n"
-     "quantised, and --type q4_0 leaves the output matrix at q8_0.\n"
-     "  lvm quantize big.bin small.bin --type q8_0 --vq-type f16\n"},
+     "quantised, and --type q4_0 leaves the output matrix at q8_0. With\n"
+     "--vq-type q8_0 the encoder becomes f16: a quantised one finds other tokens.\n"
+     "  lvm quantize big.bin small.bin --type q8_0 --vq-type q8_0\n"},
     {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's",
      "COMMAND --help and COMMAND -h show it too.\n"
      "  lvm help rank\n"},
@@ -16033,8 +16062,8 @@ static int run_info(struct cli *cli) {
 static int run_quantize(struct cli *cli) {
     if (cli->n_words != 2) return complain("give an input and an output (lvm help quantize)") + 1;
     lvm_error error = {0, ""};
-    int code = lvm_quantize(cli->words[0], cli->words[1], cli->type, cli->vq_type, cli->force,
-                            &error);
+    int code = lvm_quantize(cli->words[0], cli->words[1], cli->type, cli->vq_type,
+                            cli->encoder_type, cli->force, &error);
     if (code == LVM_OK) printf("%s\n", cli->words[1]);
     return finish(&error, code);
 }
@@ -16363,8 +16392,9 @@ static lvm_model *bench_model(const struct cli *cli, lvm_error *error) {
                       .eps = 1e-6f,
                       .theta = 10000};
     int type = cli->type == LVM_AUTO ? LVM_Q8_0 : cli->type;
+    const struct wanted_types wanted = {type, type_is_quantised(type) ? LVM_F16 : type, LVM_AUTO};
     return random_model(cli->config < 0 ? NULL : &a, cli->vq == 1 ? &shipped_vq : &published_vq,
-                         type, type_is_quantised(type) ? LVM_F16 : type, error);
+                        &wanted, error);
 }
 
 static int run_bench(struct cli *cli) {
@@ -16483,8 +16513,8 @@ int main(int argc, char **argv) {
     if (asks_for("-h", "--help", argc, argv))
         return flush_output(print_help(stdout, argc < all ? c : NULL));
     struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO,
-                      .split = -1, .preset = -1, .config = -1, .vq = -1, .stage = -1,
-                      .prompt = 3840, .new_tokens = 256};
+                      .encoder_type = LVM_AUTO, .split = -1, .preset = -1, .config = -1, .vq = -1,
+                      .stage = -1, .prompt = 3840, .new_tokens = 256};
     cli.sampling = lvm_default_sampling();
     cli.options = lvm_default_options();
     cli.words = calloc((size_t)argc, sizeof *cli.words);

@@ -3,7 +3,7 @@
     python check_reference.py --open-muse DIR (--hf DIR | --llama DIR --vqgan DIR)
                               --out DIR FOLDER...
 
-Needs torch, transformers, safetensors, numpy, Pillow and a checkout of open-muse.
+Needs torch, transformers, safetensors, numpy, Pillow up to 12.1 and a checkout of open-muse.
 --hf is a folder as `convert.py --to-hf` writes it, with llama/ and vqgan/. Every FOLDER of images
 is one prompt, read in the order of the names. OUT/FOLDER's name/ gets, in float32 on the CPU
 (GroupNorm as in oracle.py):

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """Lay prompts, predictions and true answers out in one image; Python's standard library alone.
 
-    python3 tests/make_contact_sheet.py -o docs/sheet.png \\
+    python3 tests/make_contact_sheet.py -o sheet.png \\
         --row prompt/depth out-depth.png prompt/depth/truth/12.png \\
         --row prompt/edges out-edges.png prompt/edges/truth/12.png
 
-One line of the sheet for every --row FOLDER PREDICTION TRUTH: the last K images of the folder in
-the order of their names (-k, 5 unless told; fewer leave the front empty), the prediction in an
-orange frame, the truth. Every image must be an 8-bit RGB PNG of 256 x 256, not interlaced, as
-`lvm` writes them and as prompt/ holds them; it is shown at 128 x 128, each pixel the mean of four.
+docs/model.md holds the commands that made docs/sheet.png. One line of the sheet for every --row
+FOLDER PREDICTION TRUTH: the last K images of the folder in the order of their names (-k, 5 unless
+told; fewer leave the front empty), the prediction in an orange frame, the truth. Every image must
+be an 8-bit RGB PNG of 256 x 256, not interlaced, as `lvm` writes them and as prompt/ holds them; it
+is shown at 128 x 128, each pixel the mean of four.
 """
 import argparse
 import os

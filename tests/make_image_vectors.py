@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """Makes tests/images: small PNG, JPEG and PNM files, and in index.txt what a correct reader, writer
-and resizer gives for them. Needs Pillow, release 12.1 or older, which is the reference (12.2
-resizes some images in another order), with libjpeg-turbo 3.0.1 or later inside, on x86, and cjpeg;
-made with Pillow 12.1.1, its libjpeg-turbo 3.1.3, and cjpeg of libjpeg-turbo 2.1.5. The files are
+and resizer gives for them. The reference is Pillow 12.1 with libjpeg-turbo 3.0.1 or later inside,
+the last release that resizes tall images in the order of all older ones; cjpeg is needed too. Made
+with Pillow 12.1.1, its libjpeg-turbo 3.1.3, and cjpeg of libjpeg-turbo 2.1.5. The files are
 committed, so running the tests needs none of them.
 
+    pip install "pillow==12.1.*"
     python3 tests/make_image_vectors.py
 
 Lines of index.txt:
@@ -626,6 +627,8 @@ def make_resizes():
         most, new = rng.choice((8, 60, 250)), rng.choice((8, 60, 250))
         cases.append((rng.choice(("noise", "noise", "blocks")), rng.randint(1, most),
                       rng.randint(1, most), rng.randint(1, new), rng.randint(1, new)))
+    # Tall ones that Pillow 12.2 turns (more than 100 times as tall as wide), and 13.0 only.
+    cases += [("noise", 2, 470, 64, 64), ("noise", 14, 421, 32, 32)]
     for kind, w, h, new_w, new_h in cases:
         out = formula(kind, w, h).resize((new_w, new_h), Image.BICUBIC)
         index.append("resize %s %d %d %d %d %s" % (kind, w, h, new_w, new_h, fnv(out.tobytes())))
@@ -973,8 +976,8 @@ def main():
     version = features.version("libjpeg_turbo") or "0"
     if [int(n) for n in version.split(".")[:3]] < [3, 0, 1]:
         sys.exit("make_image_vectors.py: needs libjpeg-turbo 3.0.1 or later, this is " + version)
-    if [int(n) for n in PIL.__version__.split(".")[:2]] > [12, 1]:
-        sys.exit("make_image_vectors.py: needs Pillow 12.1 or older, this is " + PIL.__version__)
+    if PIL.__version__.split(".")[:2] != ["12", "1"]:
+        sys.exit("make_image_vectors.py: needs Pillow 12.1, this is " + PIL.__version__)
     os.makedirs(HERE, exist_ok=True)
     for make in (make_good, make_depths, make_pnm, make_exif, make_bad, make_kinds, make_resizes,
                  make_crops, make_sizes, make_jpegs):

@@ -640,7 +640,7 @@ class Repeatable(Case):
         self.assertEqual(len(ids), 1)
 
     def test_reading_and_exact(self):
-        self.good("quantize", self.weights, "q.bin", "--type", "q8_0", "--vq-type", "q8_0")
+        self.good("quantize", self.weights, "q.bin", "--type", "q8_0", "--vq-type", "q8_0", "--encoder-type", "q8_0")
         for weights in (self.weights, "q.bin"):
             def of(*args):
                 self.lines(weights, self.images[0], self.images[1], "-o", "x.png", *args)
@@ -688,6 +688,33 @@ class Quantize(Case):
             self.assertEqual(after[t], before[t])
         self.predict_with("v.bin")
 
+    def test_encoder_type(self):
+        """The encoder becomes F16 where the tokenizer is to be quantised; what was quantised stays so."""
+        half = {"en": ("vq.encoder.", "vq.quant_conv."), "de": ("vq.decoder.", "vq.post_quant_conv.")}
+        exact = ("vq.encoder.conv_in.weight", "vq.quant_conv.weight")
+
+        def of(name, which, *args):
+            """Types of one half's convolutions after quantising with args."""
+            self.good("quantize", self.weights, name, "--force", *args)
+            return {kind for t, kind in self.types(name).items()
+                    if t.startswith(half[which]) and before[t] != "f32" and (args[1] != "q8_0" or t not in exact)}
+
+        before = self.types(self.weights)
+        self.assertEqual({before[t] for t in exact}, {"bf16"})
+        self.assertEqual(of("a.bin", "en", "--vq-type", "q8_0"), {"f16"})
+        self.assertEqual({self.types("a.bin")[t] for t in exact}, {"bf16"})
+        self.assertIn("q8_0", of("a.bin", "de", "--vq-type", "q8_0"))
+        self.assertIn("q8_0", of("b.bin", "en", "--vq-type", "q8_0", "--encoder-type", "q8_0"))
+        self.assertEqual({self.types("b.bin")[t] for t in exact}, {"bf16"})
+        for kind in ("f32", "f16"):
+            self.assertEqual(of("c.bin", "en", "--vq-type", kind), {kind})
+            self.assertEqual(of("c.bin", "en", "--encoder-type", kind), {kind})
+            self.assertEqual(of("c.bin", "de", "--encoder-type", kind), {"bf16"})
+            self.assertEqual(of("c.bin", "en", "--encoder-type", kind, "--vq-type", "q8_0"), {kind})
+        self.good("quantize", "b.bin", "d.bin", "--vq-type", "q8_0")
+        self.assertEqual(read(self.path("d.bin")), read(self.path("b.bin")))
+        self.predict_with("a.bin")
+
     def predict_with(self, weights):
         self.assertEqual(self.lines(weights, self.images[0], "-j1", "-o", "q.png"), ["q.png"])
         self.assertEqual(png_size(read(self.path("q.png"))), (32, 32))
@@ -711,7 +738,8 @@ class Quantize(Case):
         self.bad(1, ["none.bin", "No such file"], "quantize", "none.bin", "x.bin")
         self.bad(1, "none/x.bin", "quantize", "w.bin", "none/x.bin")
         self.bad(2, "q9", "quantize", "w.bin", "x.bin", "--type", "q9")
-        self.bad(2, ["--vq-type", "q4_0"], "quantize", "w.bin", "x.bin", "--vq-type", "q4_0")
+        for option in ("--vq-type", "--encoder-type"):
+            self.bad(2, [option, "q4_0"], "quantize", "w.bin", "x.bin", option, "q4_0")
         self.bad(2, "help quantize", "quantize", "w.bin")
         self.bad(2, "help quantize", "quantize", "w.bin", "x.bin", "y.bin")
         self.assertEqual(read(self.path("w.bin")), read(self.weights))

@@ -1255,6 +1255,8 @@ class Refusals(Case):
                      ("-o", "x", "--vqgan", "d", "--bos", "3"),
                      ("-o", "x", "--llama", "d", "--bos", "-3"),
                      ("-o", "x", "--llama", "d", "--type", "q5_0"),
+                     ("-o", "x", "--llama", "d", "--encoder-type", "f16"),
+                     ("-o", "x", "--vqgan", "d", "--encoder-type", "q4_0"),
                      ("-o", "x", "--vqgan", "d", "--vq-type", "q4_0"), ("--wrong",)):
             status, _, err = self.run_main(*argv)
             self.assertEqual(status, 2, argv)
@@ -2592,9 +2594,27 @@ class Program(Case):
         self.assertFalse([n for n in os.listdir(self.dir) if n.endswith(".tmp")])
         self.good("-o", self.path("plain.bin"), *parts)
         self.assertEqual(load_gguf(self.out), load_gguf(self.path("plain.bin")))
+        self.good("-o", self.out, *parts, "--lvm", lvm, "--encoder-type", "f32", "--force")
+        with open(self.path("log")) as f:
+            self.assertEqual(f.read().split()[3:], ["--encoder-type", "f32"])
         self.good("-o", self.out, *parts, "--lvm", lvm, "--type", "q4_0", "--force")
         with open(self.path("log")) as f:
             self.assertEqual(f.read().split()[3:], ["--force", "--type", "q4_0"])
+
+    def test_same_as_quantize(self):
+        """One policy: the file is what `lvm quantize` makes of the exact one, its encoder F16."""
+        lvm = os.path.abspath(os.environ.get("LVM", os.path.join(TOP, "lvm")))
+        parts = [a for part in ("llama", "vqgan") for a in ("--" + part, os.path.join(TOP, "tests", "golden", "both", part))]
+        exact, small = self.path("exact.bin"), self.path("small.bin")
+        self.good("-o", exact, *parts)
+        for options, encoder in (((), 1), (("--encoder-type", "q8_0"), 8), (("--encoder-type", "f32"), 0)):
+            types = ("--type", "q8_0", "--vq-type", "q8_0") + options
+            self.good("-o", self.out, *parts, "--lvm", lvm, "--force", *types)
+            subprocess.run([lvm, "quantize", exact, small, "--force", *types], check=True, stdout=subprocess.DEVNULL)
+            with open(small, "rb") as f, open(self.out, "rb") as g:
+                self.assertEqual(f.read(), g.read())
+            tensors = load_gguf(self.out)[1]
+            self.assertEqual([tensors["vq.%scoder.mid.block_1.conv1.weight" % half][0] for half in ("en", "de")], [encoder, 8])
 
     def test_quantize_fails(self):
         llama = self.llama()

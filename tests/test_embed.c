@@ -276,7 +276,7 @@ static int job_cache(struct world *w, lvm_error *error) {
 }
 
 static int job_quantize(struct world *w, lvm_error *error) {
-    int code = lvm_quantize(w->both, in_folder(w, "q.bin"), LVM_Q8_0, LVM_Q8_0, 0, error);
+    int code = lvm_quantize(w->both, in_folder(w, "q.bin"), LVM_Q8_0, LVM_Q8_0, LVM_AUTO, 0, error);
     if (code == LVM_OK) remove(in_folder(w, "q.bin"));
     return code;
 }
@@ -714,10 +714,12 @@ static void test_wrong_models(struct world *w) {
     INVALID(lvm_sampling_preset(NULL, &s, e));
     INVALID(lvm_sampling_preset("lvm", NULL, e));
     INVALID(lvm_sampling_preset("other", &s, e));
-    INVALID(lvm_quantize(NULL, "x", LVM_Q8_0, LVM_AUTO, 0, e));
-    INVALID(lvm_quantize(w->both, NULL, LVM_Q8_0, LVM_AUTO, 0, e));
-    INVALID(lvm_quantize(w->both, in_folder(w, "q"), 77, LVM_AUTO, 0, e));
-    INVALID(lvm_quantize(w->both, w->both, LVM_Q8_0, LVM_AUTO, 1, e));
+    INVALID(lvm_quantize(NULL, "x", LVM_Q8_0, LVM_AUTO, LVM_AUTO, 0, e));
+    INVALID(lvm_quantize(w->both, NULL, LVM_Q8_0, LVM_AUTO, LVM_AUTO, 0, e));
+    INVALID(lvm_quantize(w->both, in_folder(w, "q"), 77, LVM_AUTO, LVM_AUTO, 0, e));
+    INVALID(lvm_quantize(w->both, in_folder(w, "q"), LVM_AUTO, 77, LVM_AUTO, 0, e));
+    INVALID(lvm_quantize(w->both, in_folder(w, "q"), LVM_AUTO, LVM_AUTO, 77, 0, e));
+    INVALID(lvm_quantize(w->both, w->both, LVM_Q8_0, LVM_AUTO, LVM_AUTO, 1, e));
     lvm_info info = lvm_model_info(NULL);
     check(!info.has_transformer && !info.has_tokenizer && info.bos == -1 && info.name != NULL,
           "lvm_model_info(NULL)");
@@ -735,10 +737,10 @@ static void test_codes_without_error(struct world *w) {
           "a file that is not there opens");
     check(lvm_image_load(none, &out, NULL) == LVM_IO && out.rgb == NULL, "loading nothing");
     check(lvm_image_save(deep, &w->image[0], NULL) == LVM_IO, "saving to nowhere");
-    check(lvm_quantize(none, deep, LVM_F16, LVM_F16, 0, NULL) == LVM_IO, "from nothing");
-    check(lvm_quantize(in_folder(w, "a.png"), deep, LVM_F16, LVM_F16, 0, NULL) ==
+    check(lvm_quantize(none, deep, LVM_F16, LVM_F16, LVM_AUTO, 0, NULL) == LVM_IO, "from nothing");
+    check(lvm_quantize(in_folder(w, "a.png"), deep, LVM_F16, LVM_F16, LVM_AUTO, 0, NULL) ==
                  LVM_FORMAT, "from an image");
-    check(lvm_quantize(w->both, deep, LVM_F16, LVM_F16, 0, NULL) == LVM_IO, "to nowhere");
+    check(lvm_quantize(w->both, deep, LVM_F16, LVM_F16, LVM_AUTO, 0, NULL) == LVM_IO, "to nowhere");
 }
 
 /* Whatever lay in them before: images that a refused call should have made are empty. */

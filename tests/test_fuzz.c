@@ -108,10 +108,11 @@ static void fuzz_gguf(const uint8_t *data, size_t n) {
     lvm_model *m = lvm_open_memory(file, size, &error);
     accepted += m != NULL;
     if (m != NULL && is_small(m)) {
+        const struct wanted_types types = {LVM_Q4_0, LVM_BF16, LVM_AUTO};
         char name[64];
         snprintf(name, sizeof name, "fuzz-%ld.bin", (long)getpid());
         run_model(m);
-        if (quantize_model(m, name, LVM_Q4_0, LVM_BF16, &error) == LVM_OK)
+        if (quantize_model(m, name, &types, &error) == LVM_OK)
             remove(name);
     }
     lvm_close(m);
