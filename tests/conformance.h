@@ -457,6 +457,9 @@ static void cf_blamed(int code, const lvm_error *error, const char *tensor, cons
           "%s with NaN in %s gives %d: %s", what, tensor, code, error->text);
 }
 
+static const int32_t cf_bad_ids[3] = {CF_BOS, 1, CF_V / 2};
+
+/* Leaves the context at a prompt that could not be read. */
 static void cf_spoiled_transformer(lvm_ctx *ctx, const char *tensor, int embedding) {
     int32_t ids[3] = {CF_BOS, 1, CF_V / 2}, whole[2] = {CF_BOS, 1};
     float nll[3], logits[CF_V];
@@ -468,6 +471,7 @@ static void cf_spoiled_transformer(lvm_ctx *ctx, const char *tensor, int embeddi
     int code = lvm_prompt(ctx, whole, 2, logits, &error);
     if (embedding) check(code == LVM_OK, "a prompt without the bad token fails: %s", error.text);
     else cf_blamed(code, &error, tensor, "a shorter prompt");
+    cf_blamed(lvm_prompt(ctx, cf_bad_ids, 3, NULL, &error), &error, tensor, "the prompt again");
 }
 
 static void cf_spoiled_tokenizer(lvm_ctx *ctx, const char *tensor) {
@@ -493,13 +497,21 @@ static void cf_not_finite(const struct backend *b, const lvm_options *o, int typ
     struct model_file f = cf_model(type);
     lvm_model *m = must(lvm_open_memory(f.data, f.size, NULL));
     lvm_ctx *ctx = cf_context(m, b, o);
+    float want[3], got[3];
+    lvm_prompt(ctx, cf_bad_ids, 3, NULL, NULL);
+    check(lvm_score(ctx, cf_bad_ids, 3, want, NULL) == LVM_OK, "a score fails");
     for (int i = 0; i < m->n_specs; i++) {
         const struct tensor_spec *s = &m->specs[i];
         if (s->tensor->data == NULL) continue;
+        int vq = strncmp(s->name, "vq.", 3) == 0;
         uint16_t whole = spoil(&f, s->tensor, 0x7fff);
-        if (strncmp(s->name, "vq.", 3) == 0) cf_spoiled_tokenizer(ctx, s->name);
+        if (vq) cf_spoiled_tokenizer(ctx, s->name);
         else cf_spoiled_transformer(ctx, s->name, s->kind == T_EMBED);
         spoil(&f, s->tensor, whole);
+        if (vq) continue;
+        check(lvm_score(ctx, cf_bad_ids, 3, got, NULL) == LVM_OK &&
+                  memcmp(want, got, sizeof want) == 0,
+              "%s is whole again, the scores are not", s->name);
     }
     lvm_ctx_free(ctx);
     lvm_close(m);

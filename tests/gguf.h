@@ -73,7 +73,7 @@ static struct model_file make_model(const struct llama *llama, const struct vqga
 
 /* Puts two bytes into the first number of a tensor's middle row: a whole one of 16 bits, the upper
    half of an F32, a block's scale. Returns those that were there. 0x7fff is NaN in all of them. */
-static uint16_t spoil(struct model_file *f, const struct tensor *t, uint16_t bits) {
+static inline uint16_t spoil(struct model_file *f, const struct tensor *t, uint16_t bits) {
     uint8_t *at = f->data + (tensor_row(t, t->rows / 2) - f->data) + (t->type == LVM_F32 ? 2 : 0);
     uint16_t old;
     memcpy(&old, at, sizeof old);

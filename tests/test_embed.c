@@ -911,8 +911,8 @@ static void test_fork(struct world *w) {
         else run_job(w, &job, &code, NULL);
         pid_t child = fork();
         if (child == 0) _exit(in_child(w, &job, want, i % 2 * 3));
-        check(child > 0 && waitpid(child, &status, 0) == child && WIFEXITED(status) &&
-                  WEXITSTATUS(status) == 0,
+        if (child > 0) waitpid(child, &status, 0);
+        check(child > 0 && WIFEXITED(status) && WEXITSTATUS(status) == 0,
               "a forked child's context, %s: status %x", i % 2 ? "used and freed" : "freed",
               (unsigned)status);
     }
