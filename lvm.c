@@ -6288,6 +6288,7 @@ static int png_chunks(struct png_reader *png) {
     struct png_chunk chunk;
     int code = png_next_chunk(png, &chunk);
     if (!code) code = png_header(png, &chunk);
+    if (code) return code;
     while (!code) {
         code = png_next_chunk(png, &chunk);
         if (code || strcmp(chunk.type, "IEND") == 0) break;

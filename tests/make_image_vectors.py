@@ -454,6 +454,7 @@ def make_bad():
     bad("as_text.png", b"\x89PNG\n\x1a\n" + head[8:] + idat + END, f, "copied as text")
     bad("signature_only.png", SIGNATURE, f, "cut off before its end")
     bad("no_header.png", SIGNATURE + idat + END, f, "no header (IHDR)")
+    bad("no_header_cut.png", SIGNATURE + idat[:-6], f, "cut off inside its IDAT")
     bad("short_header.png", SIGNATURE + chunk(b"IHDR", bytes(12)) + idat + END, f, "no header")
     bad("two_headers.png", head + header(3, 2, GREY) + idat + END, f, "a second chunk IHDR")
     bad("zero_width.png", SIGNATURE + header(0, 2, GREY) + idat + END, f, "0 x 2 pixels")

@@ -296,7 +296,7 @@ static const struct job jobs[] = {
     {"generate", job_generate, 'l', 8}, {"predict", job_predict, 'b', 10},
     {"image load", job_load, 0, 4},   {"images load", job_load_kinds, 0, 25},
     {"image save", job_save, 0, 5},
-    {"image save to memory", job_save_memory, 0, 8},
+    {"image save to memory", job_save_memory, 0, 5},
     {"resize", job_resize, 0, 10},    {"upright", job_upright, 0, 6},
     {"cache", job_cache, 'l', 10},    {"quantize", job_quantize, 0, 10}};
 enum { N_JOBS = sizeof jobs / sizeof *jobs };
