@@ -13215,12 +13215,18 @@ static const struct command command_table[] = {
      "predict the next image(s) of a visual sentence",
      "A prompt is a row of images: input, output, input, output, ..., input.\n"
      "PNG, JPEG and PNM of any size are read; a folder stands for its images in\n"
-     "natural order. Several answers are numbered: out-1.png, out-2.png for -n 2,\n"
-     "out-1a.png, out-1b.png for -c 2. With --cache the next prompt that begins\n"
-     "with the same images computes only the rest.\n"
+     "natural order, - for those that stand one behind the other on stdin. Several\n"
+     "answers are numbered: out-1.png, out-2.png for -n 2, out-1a.png, out-1b.png\n"
+     "for -c 2; -o - writes one image to stdout. An answer's file and a line on\n"
+     "stderr say what decided its pixels; --json says it with ids and likelihoods.\n"
+     "With --cache the next prompt that begins with the same images computes only\n"
+     "the rest.\n"
      "  lvm weights.bin prompt/depth -o depth.png --sheet sheet.png\n"},
     {"encode", ENCODE, run_encode, "encode WEIGHTS IMAGE|FOLDER...",
-     "images to token ids, one line an image", "  lvm encode weights.bin a.png > tokens.txt\n"},
+     "images to token ids, one line an image",
+     "- stands for images one behind the other on stdin, as a video decoder pipes\n"
+     "them.\n"
+     "  lvm encode weights.bin a.png > tokens.txt\n"},
     {"decode", DECODE, run_decode, "decode WEIGHTS TOKENS",
      "token ids (a file, or - for stdin) to images",
      "  lvm encode weights.bin a.png | lvm decode weights.bin - -o copy.png\n"},
@@ -13704,11 +13710,12 @@ static const char man_tail[] =
     "\"lvm\", as convert.py and \\fBlvm quantize\\fR write it.\n"
     ".TP\n.I out.png\nWhat \\fBpredict\\fR and \\fBdecode\\fR write where \\fB\\-o\\fR\n"
     "names nothing else.\n"
-    ".TP\n.I NAME.PID.tmp\nAn output until it is complete and takes its name.\n"
+    ".TP\n.I .lvm-PID-N.tmp\nAn output until it is complete and takes its name.\n"
     ".PP\nThere is no configuration file.\n";
+
 /* What for, and how. */
 static const char *const man_examples[][2] = {
-    {"The answer to a folder of examples and a query, and all of it in one picture:",
+    {"The answer to a folder of examples and a query, and all of it in one image:",
      "lvm weights.bin prompt/depth -o depth.png --sheet sheet.png"},
     {"Four answers to choose from, always the same four:",
      "lvm weights.bin a.png b.png c.png -c 4 -s 7 -o answer.png"},
@@ -15763,8 +15770,8 @@ static int plan_reads(struct set *set, const struct sentence *line, struct desti
 
 /* Asks all lines of a file for what they write or read, and goes back to the first. */
 static int plan_set(struct set *set, struct destinations *o,
-                    int (*plan)(struct set *set, const struct sentence *line, struct destinations *o,
-                                lvm_error *error),
+                    int (*plan)(struct set *set, const struct sentence *line,
+                                struct destinations *o, lvm_error *error),
                     lvm_error *error) {
     int code = LVM_OK, more = 1;
     while (code == LVM_OK && (more = set_next(set, error)) > 0) {

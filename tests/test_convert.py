@@ -2596,7 +2596,7 @@ class Program(Case):
         self.assertEqual(load_gguf(self.out), load_gguf(self.path("plain.bin")))
         self.good("-o", self.out, *parts, "--lvm", lvm, "--encoder-type", "f32", "--force")
         with open(self.path("log")) as f:
-            self.assertEqual(f.read().split()[3:], ["--encoder-type", "f32"])
+            self.assertEqual(f.read().split()[3:], ["--force", "--encoder-type", "f32"])
         self.good("-o", self.out, *parts, "--lvm", lvm, "--type", "q4_0", "--force")
         with open(self.path("log")) as f:
             self.assertEqual(f.read().split()[3:], ["--force", "--type", "q4_0"])
