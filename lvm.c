@@ -6119,11 +6119,11 @@ int lvm_image_upright(lvm_image *image, lvm_error *error) {
    letter marks an ancillary chunk, which may be ignored; an unknown critical one, upper-case, may
    not.
 
-   All pixels there means an image, as with a JPEG: from the first IDAT on a fault (a file cut off,
-   an IDAT whose CRC is wrong, a chunk that may not be there) ends only the walk over the chunks, and
-   is the error where the data up to it do not fill all rows. Chunks behind the pixels are taken
-   whatever their CRC says, and bytes behind IEND are ignored. An index beyond the palette is black,
-   as Pillow has it.
+   All pixels there means an image, as with a JPEG. From the first IDAT on a fault (the file is cut
+   off, an IDAT's CRC is wrong, a chunk stands where it may not) ends only the walk over the chunks,
+   and is the error where the data up to it do not fill all rows. Other chunks behind the first IDAT
+   are taken whatever their CRC says; bytes behind IEND are ignored. An index beyond the palette is
+   black, as Pillow has it.
 
    A row is packed: pixels of 1, 2 or 4 bits fill bytes from the top bit, and each row starts a new
    byte. Samples of 16 bits are big-endian.

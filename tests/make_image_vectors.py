@@ -762,9 +762,10 @@ def make_jpeg_wraps():
     encoder's: blocks of one row of them (stripes), of one column, of all. Last, a table with zeros:
     coefficients that are not zero before it, and are behind it."""
     stripes = formula("noise", 64, 1).resize((64, 32), Image.NEAREST)
-    for name, image in (("row", stripes), ("all", Image.blend(stripes, formula("noise", 64, 32), .1)),
+    noise = formula("noise", 64, 32)
+    for name, image in (("row", stripes), ("all", Image.blend(stripes, noise, .1)),
                         ("column", formula("noise", 1, 64).resize((32, 64), Image.NEAREST)),
-                        ("flat", formula("blocks", 64, 32)), ("zeros", formula("noise", 64, 32))):
+                        ("flat", formula("blocks", 64, 32)), ("zeros", noise)):
         for kind, options in (("", ("-optimize",)), ("_prog", ("-progressive",))):
             data = bytearray(cjpeg(image, "-quality", "90", "-sample", "1x1", *options))
             for table in (0, 1):

@@ -1066,7 +1066,9 @@ class Images(Case):
         self.assertEqual(len(first.split()), T)
         self.assertEqual(self.good("encode", self.weights, names[1]), first)
         self.assertEqual(self.good("encode", self.weights, "photos"), first * 2)
-        self.put("p.jpg", data[:-2])
+        self.put("p.jpg", data[:-2])   # all pixels
+        self.assertEqual(self.good("encode", self.weights, "p.jpg"), first)
+        self.put("p.jpg", data[:-40])
         self.bad(1, ["p.jpg", "cut off"], "encode", self.weights, "p.jpg")
         self.put("p.jpg", b"\xff\xd8\xff\xe0\0\x10JFIF\0" + bytes(64))
         self.bad(1, ["p.jpg", "cut off"], "encode", self.weights, "p.jpg")
@@ -1080,10 +1082,15 @@ class Images(Case):
             self.refuse(["p.png", name, "PNG"], "p.png")
 
     def test_truncated(self):
+        """A file without some of its pixels is refused; one without its end is not."""
         whole = image(9, 60, 50)
         for i in range(50):
-            self.put("cut.png", whole[:i * (len(whole) - 1) // 49])
+            self.put("cut.png", whole[:i * (len(whole) - 40) // 49])
             self.bad(1, "cut.png", "encode", self.weights, "cut.png")
+        self.put("whole.png", whole)
+        self.put("cut.png", whole[:-16])
+        self.assertEqual(self.good("encode", self.weights, "cut.png"),
+                         self.good("encode", self.weights, "whole.png"))
 
     def test_bombs(self):
         zeros = chunk(b"IDAT", zlib.compress(bytes(100000))) + chunk(b"IEND", b"")
@@ -1094,8 +1101,10 @@ class Images(Case):
             self.put("bomb.png", png_header(w, h) + zeros)
             self.bad(1, ["bomb.png", words], "encode", self.weights, "bomb.png",
                      preexec_fn=limit_memory)
-        self.put("more.png", png(10, 10, bytes(50 << 20)))
-        self.bad(1, ["more.png", "more than the image"], "encode", self.weights, "more.png")
+        for name, size in (("more.png", 50 << 20), ("exact.png", 310)):   # the rest is not read
+            self.put(name, png(10, 10, bytes(size)))
+        self.assertEqual(self.good("encode", self.weights, "more.png"),
+                         self.good("encode", self.weights, "exact.png"))
 
     def test_odd_sizes(self):
         for w, h in ((1, 1), (1, 500), (500, 1), (31, 33)):

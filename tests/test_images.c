@@ -263,7 +263,8 @@ static void test_size(const char *line) {
 
 /* ---- Properties ---- */
 
-/* No beginning of a file is an image, except that a PNG or JPEG may lack what follows its pixels. */
+/* No beginning of a file is an image, but that of a PNG or JPEG which lacks only what follows its
+   pixels. */
 static void test_cuts(const char *name, const uint8_t *data, size_t size) {
     size_t end = size, accepted = 0, silent = 0;
     int is_pnm_file = data[0] == 'P';
@@ -470,7 +471,7 @@ static void test_animation(void) {
         c = next_chunk(png, size, &at);
         size_t skip = i > 0 ? 4 : 0;
         check(strcmp(c.type, i > 0 ? "fdAT" : "IDAT") == 0 &&
-                  (i == 0 || (c.data[3] == number && !c.data[2])), "frame %d has a wrong number", i);
+                  (i == 0 || (c.data[3] == number && !c.data[2])), "frame %d: a wrong number", i);
         number += i > 0;
         buffer_add(&own, png_signature, PNG_SIGNATURE_SIZE, NULL);
         png_add_chunk(&own, "IHDR", head.data, head.size, &crc, NULL);
