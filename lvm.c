@@ -13846,7 +13846,7 @@ static void time_left(char *text, size_t room, double left) {
 /* The line for a terminal of so many columns, whose last one stays free: the percentage, then as
    much of the rest, the most telling first, as there is room for; a bar takes what is left. */
 static void bar_line(const struct bar_view *v, int columns, char *line, size_t size) {
-    enum { WORDS, PERCENT, COUNT, RATE, LEFT, PIECES, TEXT_ROOM = 48, MOST = 24, LEAST = 6 };
+    enum { WORDS, PERCENT, COUNT, RATE, LEFT, PIECES, TEXT_ROOM = 64, MOST = 24, LEAST = 6 };
     static const int order[PIECES] = {PERCENT, WORDS, COUNT, LEFT, RATE};
     char piece[PIECES][TEXT_ROOM] = {"", "", "", "", ""}, bar[MOST + 4] = "";
     int room = columns - 1, fits = 1;
@@ -13888,7 +13888,7 @@ struct bar {
     double part, all;       /* of the stage so far, 0 to 1; its units in all calls */
     double at[BAR_SAMPLES], parts[BAR_SAMPLES]; /* moments of the last seconds, oldest first */
     int n;
-    double slide_began, slide_took;
+    double slide_began, slide_took, pace; /* pace: of generating so far, parts a second */
 };
 
 /* A stage's words and the unit of its rate, "" for none. */
@@ -13906,14 +13906,14 @@ enum { N_STAGES = sizeof stage_table / sizeof *stage_table };
 
 static int is_stage(const char *a, const char *b) { return strcmp(a, b) == 0; }
 
-/* Takes down how far a stage is; another one, or one that begins again, starts afresh and is drawn
-   at once. Samples are a third of a second apart. */
+/* Takes down how far a stage is; another one, or one that begins again, starts afresh, and but for a
+   slide it is drawn at once. Samples are a third of a second apart. */
 static void bar_sample(struct bar *b, const char *stage, double part, double now) {
     int last = b->n - 1;
     if (!is_stage(b->stage, stage) || part < b->part) {
+        if (!is_stage(b->stage, "slide") && !is_stage(stage, "slide")) b->drawn = b->pace = 0;
         snprintf(b->stage, sizeof b->stage, "%s", stage);
         b->n = 0;
-        b->drawn = 0;
     } else if (last >= 0 && now - b->at[last] < 0.3) {
         b->part = part;
         return;
@@ -13956,6 +13956,8 @@ static struct bar_view bar_update(struct bar *b, const char *stage, int64_t done
                          -1, 0, 0};
     bar_count(b, stage, part, &v);
     rate = now > b->at[0] ? (part - b->parts[0]) / (now - b->at[0]) : 0;
+    if (generates && rate > 0) b->pace = rate;
+    if (generates) rate = b->pace;
     if (rate > 0 && !slides) v.left = (1 - part) / rate;
     if (v.left >= 0 && generates) v.left += (double)(v.items - v.item) * b->slide_took;
     if (w->unit[0] != 0)
@@ -13972,10 +13974,10 @@ static int terminal_columns(void) {
 }
 
 static void draw_bar(struct bar *b, const char *stage, int64_t done, int64_t all) {
-    char line[300] = "";
+    char line[400] = "";
     double now = seconds();
     struct bar_view v = bar_update(b, stage, done, all, now);
-    int over = done >= all && b->call + 1 >= b->calls;
+    int over = done >= all && b->call + 1 >= b->calls && !is_stage(b->stage, "slide");
     if (!over && now - b->drawn < 0.1) return;
     b->drawn = now;
     if (!over) bar_line(&v, terminal_columns(), line, sizeof line);
