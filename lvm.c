@@ -4636,27 +4636,28 @@ static int os_is_separator(char c) { return c == '/'; }
 /* How many characters of a path name its root: none if it is relative. */
 static size_t os_root(const char *path) { return os_is_separator(path[0]); }
 
-/* The file that a path leads to through symbolic links; it need not exist. The caller mem_frees
-   it. */
-static char *os_target(const char *path, lvm_error *error) {
-    char link[4097], *at = copy_string(path, error);
-    for (int i = 0; at != NULL && i < 40; i++) {
+/* The file that a path leads to through symbolic links; it need not exist. *target is allocated. */
+static int os_target(const char *path, char **target, lvm_error *error) {
+    char link[4097];
+    *target = copy_string(path, error);
+    for (int i = 0; *target != NULL && i < 40; i++) {
+        char *at = *target;
         ssize_t n = readlink(at, link, sizeof link - 1);
-        if (n < 0) return at; /* no link */
+        if (n < 0) return LVM_OK; /* no link */
         link[n] = 0;
         const char *slash = link[0] == '/' ? NULL : strrchr(at, '/');
         size_t folder = slash != NULL ? (size_t)(slash - at) + 1 : 0;
-        char *next = mem_alloc(folder + (size_t)n + 1, 1, error);
-        if (next != NULL) {
-            memcpy(next, at, folder);
-            memcpy(next + folder, link, (size_t)n + 1);
+        *target = mem_alloc(folder + (size_t)n + 1, 1, error);
+        if (*target != NULL) {
+            memcpy(*target, at, folder);
+            memcpy(*target + folder, link, (size_t)n + 1);
         }
         mem_free(at);
-        at = next;
     }
-    if (at != NULL) fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(ELOOP));
-    mem_free(at);
-    return NULL;
+    if (*target == NULL) return LVM_MEMORY;
+    mem_free(*target);
+    *target = NULL;
+    return fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(ELOOP));
 }
 
 static struct os_info os_describe(int failed, const struct stat *st) {
@@ -4944,7 +4945,11 @@ static FILE *os_duplicate(int fd) {
 }
 
 static void os_copy_mode(FILE *file, const char *path) { (void)file, (void)path; }
-static char *os_target(const char *path, lvm_error *error) { return copy_string(path, error); }
+
+static int os_target(const char *path, char **target, lvm_error *error) {
+    *target = copy_string(path, error);
+    return *target != NULL ? LVM_OK : LVM_MEMORY;
+}
 
 static int os_is_separator(char c) { return c == '/' || c == '\\'; }
 
@@ -5478,8 +5483,8 @@ static int create_beside(struct outfile *out, lvm_error *error) {
 }
 
 static int open_target(struct outfile *out, lvm_error *error) {
-    out->target = os_target(out->path, error);
-    if (out->target == NULL) return error != NULL ? error->code : LVM_IO;
+    int code = os_target(out->path, &out->target, error);
+    if (code != LVM_OK) return code;
     if (os_stat(out->target).kind == OS_FILE && !os_may_write(out->target))
         return write_failed(out->path, error);
     return create_beside(out, error);
@@ -13234,8 +13239,8 @@ static const struct command command_table[] = {
      "which choice continues a visual sentence best",
      "For each choice the perplexity of its tokens behind the prompt, and the\n"
      "probability that softmax gives it among the choices. Options stand before\n"
-     "the lone --. A set in place of images (SET.jsonl, or - for stdin: see lvm help\n"
-     "eval) ranks the choices of each line.\n"
+     "the lone --. A set in place of images (SET.jsonl, or - for stdin, as eval\n"
+     "reads them) ranks the choices of each line.\n"
      "  lvm rank weights.bin puzzle/ -- a.png b.png c.png\n"},
     {"eval", EVAL, run_eval, "eval WEIGHTS SET.jsonl|-",
      "perplexity of target images, answers of puzzles",
@@ -14263,10 +14268,10 @@ static int begins_with(const char *path, const char *magic) {
 /* 1 when two names stand for one file, or would if it were there: the same name in the same
    folder. */
 static int same_place(const char *a, const char *b) {
-    lvm_error error;
-    char *x = os_target(a, &error), *y = os_target(b, &error);
-    int same = x != NULL && y != NULL && same_file(x, y);
-    if (x != NULL && y != NULL && !same && strcmp(os_file_name(x), os_file_name(y)) == 0) {
+    char *x = NULL, *y = NULL;
+    int known = os_target(a, &x, NULL) == LVM_OK && os_target(b, &y, NULL) == LVM_OK;
+    int same = known && same_file(x, y);
+    if (known && !same && strcmp(os_file_name(x), os_file_name(y)) == 0) {
         size_t n = (size_t)(os_file_name(x) - x), m = (size_t)(os_file_name(y) - y);
         x[n] = 0; /* what is left names the folders; none: the working directory */
         y[m] = 0;
@@ -15887,8 +15892,11 @@ static int save_answer(const struct set *set, const char *name, const lvm_image 
                        lvm_error *error) {
     char text[400], all[480];
     describe_run(set->cli, &set->s, text, sizeof text);
-    snprintf(all, sizeof all, "%s, %d candidates, %d images", text, set->cli->candidates,
-             set->cli->images);
+    if (set->cli->candidates * set->cli->images == 1)
+        snprintf(all, sizeof all, "%s, candidate 1, image 1", text);
+    else
+        snprintf(all, sizeof all, "%s, %d candidates, %d images", text, set->cli->candidates,
+                 set->cli->images);
     return image_save_text(name, image, all, error);
 }
 

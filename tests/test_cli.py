@@ -608,7 +608,7 @@ class Repeatable(Case):
     def test_greedy(self):
         greedy = self.predict(self.images[0], "--greedy")
         self.assertEqual(self.predict(self.images[0], "--greedy", "-s", "7", "-t", "5"), greedy)
-        self.assertEqual(self.predict(self.images[0], "-k", "1"), greedy)
+        self.assertEqual(pixels(self.predict(self.images[0], "-k", "1")), pixels(greedy))
 
     def test_seed(self):
         default = self.predict(self.images[0])
@@ -976,7 +976,7 @@ class Mistakes(Case):
             name = option.split("=")[0]
             self.bad(2, "no such option: %s (did you mean --%s?)" % (name, meant),
                      self.weights, self.images[0], option, "5")
-        for args, owners in ((("encode", "--json"), "--json belongs to rank, eval, batch, bench)"),
+        for args, owners in ((("encode", "--json"), "--json belongs to predict, rank, eval, batch, bench)"),
                              (("--tensors",), "--tensors belongs to info)"),
                              (("info", "-j2"), "-j belongs to predict, encode, decode, rank, eval, batch, bench)"),
                              (("help", "--type=q8_0"), "--type belongs to bench, quantize)")):
@@ -1129,12 +1129,12 @@ class Images(Case):
             self.assertNotEqual(left, right)
             code, out, err = self.run_lvm(*command + ("turned.png",))
             self.assertEqual((code, out), (0, left))
-            self.assertRegex(err, r"\Alvm: note: turned.png: [ -~]*--exif[ -~]*\n\Z")
+            self.assertRegex(err, r"\Alvm: note: turned.png: [ -~]*--exif[ -~]*\n(" + self.SAID[2:] + r")?\Z")
             self.assertEqual(self.good(*command + ("turned.png", "-q")), left)
             self.assertEqual(self.good(*command + ("turned.png", "--exif")), right)
             self.assertEqual(self.good(*command + ("upright.png", "--exif")), right)
             err = self.run_lvm(*command + ("turned.png", "flat.png", "turned.png"))[2]
-            self.assertEqual(err.count("note"), 2)
+            self.assertEqual(err.count("EXIF rotation"), 2)
 
 
 class Tokens(Case):
@@ -1460,10 +1460,10 @@ class Outputs(Case):
                 code, _, err = self.run_lvm(*args, stdout=full)
             refused = r"\Alvm: standard output: cannot be written[^\n]*\n\Z"
             self.assertEqual(code, 1, args)
-            self.assertRegex(err, refused, args)
+            self.assertRegex(re.sub(self.SAID, "", err), refused, args)
             code, _, err = self.run_lvm(*args, stdout=None, preexec_fn=lambda: os.close(1))
             self.assertEqual(code, 1, args)
-            self.assertRegex(err, refused, args)
+            self.assertRegex(re.sub(self.SAID, "", err), refused, args)
         self.assertEqual(png_size(read(self.path("x.png"))), (32, 32))
 
     def test_closed_pipe(self):
@@ -1594,7 +1594,7 @@ class Outputs(Case):
                             ("a\x9bb".encode("latin-1").decode("utf-8", "surrogateescape"),
                              r"a\x9bb"), ("a\x85b", r"a\xc2\x85b")):
             self.bad(1, [shown, "No such file"], self.weights, name)
-            self.bad(2, [shown, "unknown option"], self.weights, "--" + name)
+            self.bad(2, [shown, "no such option"], self.weights, "--" + name)
         code, _, err = self.run_lvm(self.weights, "B\u00e4ume.png")
         self.assertEqual((code, err), (1, "lvm: B\u00e4ume.png: No such file or directory\n"))
 
@@ -1740,7 +1740,7 @@ class Interruption(Case):
         for columns, told, longest in ((0, "", 79), (0, "40", 39), (50, "40", 49), (80, "", 79), (24, "", 5),
                                        (6, "", 5), (5, "", 0), (1, "", 0)):
             seen = self.on_terminal(*args, columns=columns, env={"COLUMNS": told}).decode()
-            seen = re.sub(self.SAID[2:-2], "", seen.replace("\x1b[K", ""))
+            seen = re.sub(self.SAID[2:-2] + r"\r\n", "", seen.replace("\x1b[K", ""))
             widths = [len(line) for line in seen.split("\r")]
             self.assertLessEqual(max(widths), longest, columns)
             self.assertGreaterEqual(max(widths), longest * 3 // 4, columns)

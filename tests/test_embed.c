@@ -834,7 +834,7 @@ static void test_errors_cleared(struct world *w) {
     CLEARS(lvm_image_load(cache, &out, e) == LVM_OK);
     CLEARS(lvm_image_resize(&out, 5, 4, &more[0], e) == LVM_OK);
     CLEARS(lvm_image_upright(&out, e) == LVM_OK);
-    CLEARS(lvm_quantize(w->both, quantised, LVM_F16, LVM_AUTO, 0, e) == LVM_OK);
+    CLEARS(lvm_quantize(w->both, quantised, LVM_F16, LVM_AUTO, LVM_AUTO, 0, e) == LVM_OK);
     lvm_image_free(&out);
     lvm_image_free(&more[0]);
     lvm_ctx_free(ctx);

@@ -130,7 +130,13 @@ class Place:
     def cli(self, weights, images, *options):
         """What the command line predicts, by file name."""
         names = self.must(["./lvm", weights] + images + list(options)).split()
-        return {name: self.take(name) for name in names}
+        return {name: without_text(self.take(name)) for name in names}
+
+
+def without_text(png):
+    """The command line writes into its images what decided them; a program's are without."""
+    at = png.index(b"iTXt") - 4
+    return png[:at] + png[at + 12 + int.from_bytes(png[at:at + 4], "big"):]
 
 
 PLACE = None

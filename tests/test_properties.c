@@ -943,11 +943,11 @@ static int near_to(double x, double want) { return fabs(x - want) <= 0.02 * fabs
 
 /* A generation of 8 images of 256 tokens at 100 tokens a second, whose window slides after the
    third, for four seconds each time, beside a clock of the test's own. */
-static void test_bar_rates(const char *slide) {
+static void test_bar_rates(void) {
     struct bar b = {.reads = 3, .writes = 8, .candidates = 2};
     struct bar_view v;
     double now = 50;
-    where("bar, %s", slide);
+    where("bar, rates");
     for (int i = 0; i < 30; i++, now += 0.1) v = bar_update(&b, "encode", i, 30, now);
     check(strcmp(v.words, "encoding images") == 0 && v.item == 3 && v.items == 3 &&
           near_to(v.left, 0.1) && v.rate == 0, "encode: image %d, %g s left", (int)v.item, v.left);
@@ -955,7 +955,7 @@ static void test_bar_rates(const char *slide) {
     check(near_to(v.rate, 32) && strcmp(v.words, "reading the prompt") == 0, "prefill: %g", v.rate);
     for (int t = 0; t < 8 * 256; t++, now += 0.01) {
         for (int i = 0; t >= 3 * 256 && t % 256 == 0 && i < 40; i++, now += 0.1) {
-            v = bar_update(&b, slide, i, 40, now);
+            v = bar_update(&b, "slide", i, 40, now);
             check(strcmp(v.words, "sliding the window") == 0, "at %d: %s", t, v.words);
         }
         v = bar_update(&b, "generate", t, 8 * 256, now);
@@ -1014,8 +1014,7 @@ int main(int argc, char **argv) {
         test_wrong_arguments();
         test_parts();
         test_bar_line();
-        test_bar_rates("prefill");
-        test_bar_rates("slide");
+        test_bar_rates();
         test_bar_changes();
     }
     return checked("properties");
