@@ -4620,7 +4620,9 @@ static FILE *os_create(const char *path) {
 /* An open descriptor's file a second time, for writing. */
 static FILE *os_duplicate(int fd) {
     int copy = dup(fd);
-    return copy < 0 ? NULL : fdopen(copy, "wb");
+    FILE *file = copy < 0 ? NULL : fdopen(copy, "wb");
+    if (copy >= 0 && file == NULL) close(copy);
+    return file;
 }
 
 /* A new file gets owner, as far as that is allowed, and mode of the one that it replaces. */
@@ -14363,7 +14365,10 @@ static int open_output(struct output *o, lvm_error *error) {
     if (strcmp(o->name, "-") == 0) {
         o->file = (struct outfile){.path = copy_string("standard output", error)};
         o->file.file = o->file.path != NULL ? os_duplicate(1) : NULL;
-        if (o->file.file == NULL) code = write_failed("standard output", error);
+        if (o->file.file == NULL) {
+            code = write_failed("standard output", error);
+            outfile_free(&o->file);
+        }
     } else {
         code = outfile_open(&o->file, o->name, error);
     }
