@@ -56,7 +56,7 @@
       11  Images: PNG, JPEG and PNM in, PNG out, EXIF rotation, Pillow's resizing
       12  Packing, fast convolution (Winograd), attention on quantised caches
       13  Fast kernels: AVX2, AVX-512, NEON
-      14  Tools: GGUF, quantise, random weights, the cache file
+      14  Tools: GGUF, quantise, random weights, contexts, the cache file
       15  The command line, bench
 
    WORDS, as they are used here
@@ -353,8 +353,8 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int enc
 #ifndef LVM_API_ONLY
 
 /* A device's own file takes of what follows only the parts that LVM_INTERNAL leaves in: errors and
-   progress (chapter 1), types and tensors (2), the model in memory (4), batches (6), the seam (7).
-   They are C11 and C++17. */
+   progress (chapter 1), types and tensors (2), the model in memory (4), batches (6), the seam (7),
+   text that is shown (10). They are C11 and C++17. */
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "lvm.c: weights files are little-endian and are used where they lie; this machine is not"
 #endif
@@ -3025,7 +3025,7 @@ struct rng {
 
 /* n further tokens for sequences 0 .. n_seqs - 1. */
 struct continuation {
-    const lvm_sampling *sampling;
+    const lvm_sampling *sampling; /* log_likelihood: to add to; choose: no device is asked then */
     int n_seqs, n;
     int codes;             /* only ids below are sampled */
     float *logits;         /* [n_seqs][V]: the scores of each sequence's next token; used up */
@@ -3033,8 +3033,6 @@ struct continuation {
     int32_t *ids;          /* [n_seqs][ld]: what was sampled; the last of each is not fed */
     int64_t ld;
     int64_t done, all;     /* progress: tokens before these, and of all calls */
-    double *log_likelihood; /* [n_seqs]: plus ln p of each token, at temperature 1 over all V; or
-                              NULL. With sampling->choose nothing of this is asked of a device */
 };
 
 /* What a device does for a context. The functions return LVM_OK or a code with the error filled;
@@ -3224,27 +3222,10 @@ static int cpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
     return LVM_OK;
 }
 
-/* A block is a page, as it lies in memory. */
-static size_t cpu_kv_size(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
-
-static int cpu_kv_get(void *state, int seq, int block, void *data, lvm_error *error) {
-    const struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
-    (void)error;
-    memcpy(data, kv->seq[seq].pages[block]->data, kv->page_bytes);
-    return LVM_OK;
-}
-
-/* Blocks come in ascending order; each leaves the sequence as long as is known by then. */
-static int cpu_kv_set(void *state, int seq, int block, const void *data, int n, lvm_error *error) {
-    struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
-    int code = page_make_private(kv, &kv->seq[seq], block * KV_BLOCK, error);
-    if (code != LVM_OK) return code;
-    memcpy(kv->seq[seq].pages[block]->data, data, kv->page_bytes);
-    kv->seq[seq].n = n;
-    return LVM_OK;
-}
-
-/* What a context uses (chapter 14). */
+/* The cache's pages as bytes, and what a context uses (chapter 14). */
+static size_t cpu_kv_size(void *state);
+static int cpu_kv_get(void *state, int seq, int block, void *data, lvm_error *error);
+static int cpu_kv_set(void *state, int seq, int block, const void *data, int n, lvm_error *error);
 static void cpu_usage(void *state, lvm_usage *usage);
 
 static const struct backend cpu_backend = {
@@ -3253,12 +3234,6 @@ static const struct backend cpu_backend = {
     .encode = cpu_encode, .decode = cpu_decode, .forward = cpu_forward, .kv_copy = cpu_kv_copy,
     .kv_trim = cpu_kv_trim, .kv_size = cpu_kv_size, .kv_get = cpu_kv_get, .kv_set = cpu_kv_set,
     .usage = cpu_usage};
-
-/* The backend of a device ("cpu", "cuda:1") and the model's copy there, which is made when the
-   first context needs it (chapter 14). */
-static const struct backend *find_backend(const char *device, lvm_error *error);
-static int open_device(const lvm_model *m, const struct backend *b, const char *name, void **copy,
-                       lvm_error *error);
 
 /* ---- Contexts ---- */
 
@@ -3287,83 +3262,14 @@ struct lvm_ctx {
     struct encoded encoded[MAX_ENCODED]; /* image i at i % MAX_ENCODED */
 };
 
-/* Options and sampling as the caller chose them (NULL: nothing), with what was left to lvm filled
-   in and the rest checked (chapter 14). */
-static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_options *o,
-                          lvm_error *error);
+/* Sampling as the caller chose it (NULL: nothing), with what was left to lvm filled in and the rest
+   checked (chapter 14, which makes and frees contexts too). */
 static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_error *error);
 
 /* Completes what check_finite says (LVM_FORMAT; other codes pass through) by the model's name and
    by the first tensor that holds such a number; and empties the cache, of which even tokens before
    a NaN may have got it (chapter 14). */
 static int blame_weights(lvm_ctx *ctx, int code, lvm_error *error);
-
-/* Also of a context that ctx_new could not finish. */
-void lvm_ctx_free(lvm_ctx *ctx) {
-    if (ctx == NULL) return;
-    if (ctx->state != NULL) ctx->b->close(ctx->state);
-    for (int i = 0; i < MAX_ENCODED; i++) {
-        mem_free(ctx->encoded[i].rgb);
-        mem_free(ctx->encoded[i].ids);
-    }
-    void *all[] = {ctx->ids, ctx->logits, ctx->seqs, ctx->rows, ctx->rgb, ctx->tokens};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
-    mem_free(ctx);
-}
-
-/* Buffers on the host, as large as the device's limits ask for. */
-static int ctx_alloc(lvm_ctx *ctx, lvm_error *error) {
-    const lvm_model *m = ctx->m;
-    ctx->limits.images = (int)min64(ctx->limits.images, MAX_ENCODED);
-    size_t R = m->vq != NULL ? (size_t)m->vq->R : 0, images = (size_t)ctx->limits.images,
-           rows = (size_t)ctx->limits.rows;
-    ctx->ids = mem_alloc((size_t)m->llama.context + 1, sizeof *ctx->ids, error);
-    ctx->logits = mem_alloc((size_t)ctx->limits.sequences * (size_t)m->llama.V,
-                            sizeof *ctx->logits, error);
-    ctx->seqs = mem_alloc(rows, sizeof *ctx->seqs, error);
-    ctx->rows = mem_alloc(rows, sizeof *ctx->rows, error);
-    ctx->rgb = mem_alloc(images, R * R * 3, error);
-    ctx->tokens = mem_alloc(images, (size_t)m->T * sizeof *ctx->tokens, error);
-    if (ctx->ids == NULL || ctx->logits == NULL || ctx->seqs == NULL || ctx->rows == NULL ||
-        ctx->rgb == NULL || ctx->tokens == NULL)
-        return LVM_MEMORY;
-    for (int i = 0; i < ctx->limits.rows; i++) ctx->rows[i] = i;
-    return LVM_OK;
-}
-
-/* A context on a given backend, or on that of options.device where b is NULL. */
-static lvm_ctx *ctx_new(const lvm_model *m, const struct backend *b, const lvm_options *options,
-                        lvm_error *error) {
-    lvm_ctx *ctx = mem_alloc(1, sizeof *ctx, error);
-    void *copy = NULL;
-    if (ctx == NULL) return NULL;
-    ctx->m = m;
-    int code = settle_options(m, options, &ctx->o, error);
-    if (code == LVM_OK) {
-        snprintf(ctx->device, sizeof ctx->device, "%s", ctx->o.device);
-        ctx->o.device = ctx->device;
-        ctx->b = b != NULL ? b : find_backend(ctx->device, error);
-        code = ctx->b == NULL ? LVM_INVALID : open_device(m, ctx->b, ctx->device, &copy, error);
-    }
-    if (code == LVM_OK) code = ctx->b->open(copy, &ctx->o, &ctx->state, &ctx->limits, error);
-    if (code == LVM_OK) code = ctx_alloc(ctx, error);
-    if (code == LVM_OK) return ctx;
-    lvm_ctx_free(ctx);
-    return NULL;
-}
-
-lvm_ctx *lvm_ctx_new(const lvm_model *model, const lvm_options *options, lvm_error *error) {
-    clear_error(error);
-    if (model != NULL) return ctx_new(model, NULL, options, error);
-    null_argument(error, "lvm_ctx_new", "model");
-    return NULL;
-}
-
-lvm_info lvm_ctx_info(const lvm_ctx *ctx) {
-    lvm_info i = lvm_model_info(ctx != NULL ? ctx->m : NULL);
-    if (ctx != NULL) i.device = ctx->device;
-    return i;
-}
 
 /* A file may hold only one part of a model: what needs the other says so. */
 static int need(const lvm_ctx *ctx, int part, const char *what, lvm_error *error) {
@@ -3657,9 +3563,8 @@ int lvm_logits(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error
    likeliest stay (Fan et al. 2018), of these the nucleus, the fewest likeliest that together hold
    at least top_p of the probability (Holtzman et al. 2020), and one of them is drawn: with the
    likeliest first, the cumulative sum is walked until it reaches a uniform random number times the
-   whole sum. Sorting
-   8192 choices for each token would be slow; each of the three asks for no more than "the fewest
-   likeliest that reach this mass", which quickselect finds. */
+   whole sum. Sorting 8192 choices for each token would be slow; each of the three asks for no more
+   than "the fewest likeliest that reach this mass", which quickselect finds. */
 
 /* The next 32 random bits. */
 static uint32_t rng_next(struct rng *r) {
@@ -3872,8 +3777,7 @@ static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) 
         if (g->length >= g->full) code = slide_window(g, error);
         n = g->n - done < g->full - g->length ? g->n - done : g->full - g->length;
         struct continuation c = {&g->s, g->candidates, n, ctx->m->codes, ctx->logits, g->rng,
-                                 g->ids + g->length, ctx->m->llama.context + 1, done, g->n,
-                                 g->s.log_likelihood};
+                                 g->ids + g->length, ctx->m->llama.context + 1, done, g->n};
         int on_device = ctx->b->generate != NULL && g->s.choose == NULL;
         if (code == LVM_OK)
             code = blame_weights(ctx, on_device ? ctx->b->generate(ctx->state, &c, error)
@@ -3909,8 +3813,6 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
         return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no image of %d",
                     ctx->m->path, a->context, g.T);
     if (ctx->n_ids < g.full) code = prefill_pending(ctx, error);
-    if (code == LVM_OK && ctx->n_ids == 0)
-        code = fail(error, LVM_INVALID, "there is no prompt yet: call lvm_prompt first");
     if (code != LVM_OK) return code;
     g.ids = mem_alloc((size_t)candidates * ((size_t)a->context + 1), sizeof *g.ids, error);
     g.rng = mem_alloc((size_t)candidates, sizeof *g.rng, error);
@@ -11852,10 +11754,10 @@ static const struct kernels *choose_kernels(lvm_error *error) {
 }
 
 /* =================================================================================================
-   Chapter 14.  Tools: GGUF, quantise, random weights, the cache file
+   Chapter 14.  Tools: GGUF, quantise, random weights, contexts, the cache file
 
-   What stands around a model: its file format, files with other types, models without a file, and a
-   context's state in a file. */
+   What stands around a model: its file format, files with other types, models without a file. And
+   around a context: its options, how it is made on a device, what it uses, its state in a file. */
 
 /* ---- GGUF: reading ----
 
@@ -12703,9 +12605,8 @@ static int settle_token(const lvm_ctx *ctx, const struct continuation *c, int s,
     if (check_ids(id, 1, c->codes, NULL) != LVM_OK)
         return fail(error, LVM_INVALID, "lvm_sampling.choose gave %d, not 0 .. %d", (int)*id,
                     c->codes - 1);
-    if (c->log_likelihood != NULL)
-        c->log_likelihood[s] -=
-            (double)negative_log_likelihood(logits, ctx->m->llama.V, *id);
+    if (by->log_likelihood != NULL)
+        by->log_likelihood[s] -= (double)negative_log_likelihood(logits, ctx->m->llama.V, *id);
     return LVM_OK;
 }
 
@@ -12783,6 +12684,75 @@ static int open_device(const lvm_model *m, const struct backend *b, const char *
     if (code == LVM_OK) *copy = d->copy;
     pthread_mutex_unlock(&all->mutex);
     return code;
+}
+
+/* ---- Contexts: made and freed ---- */
+
+/* Also of a context that ctx_new could not finish. */
+void lvm_ctx_free(lvm_ctx *ctx) {
+    if (ctx == NULL) return;
+    if (ctx->state != NULL) ctx->b->close(ctx->state);
+    for (int i = 0; i < MAX_ENCODED; i++) {
+        mem_free(ctx->encoded[i].rgb);
+        mem_free(ctx->encoded[i].ids);
+    }
+    void *all[] = {ctx->ids, ctx->logits, ctx->seqs, ctx->rows, ctx->rgb, ctx->tokens};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
+    mem_free(ctx);
+}
+
+/* Buffers on the host, as large as the device's limits ask for. */
+static int ctx_alloc(lvm_ctx *ctx, lvm_error *error) {
+    const lvm_model *m = ctx->m;
+    ctx->limits.images = (int)min64(ctx->limits.images, MAX_ENCODED);
+    size_t R = m->vq != NULL ? (size_t)m->vq->R : 0, images = (size_t)ctx->limits.images,
+           rows = (size_t)ctx->limits.rows;
+    ctx->ids = mem_alloc((size_t)m->llama.context + 1, sizeof *ctx->ids, error);
+    ctx->logits = mem_alloc((size_t)ctx->limits.sequences * (size_t)m->llama.V,
+                            sizeof *ctx->logits, error);
+    ctx->seqs = mem_alloc(rows, sizeof *ctx->seqs, error);
+    ctx->rows = mem_alloc(rows, sizeof *ctx->rows, error);
+    ctx->rgb = mem_alloc(images, R * R * 3, error);
+    ctx->tokens = mem_alloc(images, (size_t)m->T * sizeof *ctx->tokens, error);
+    if (ctx->ids == NULL || ctx->logits == NULL || ctx->seqs == NULL || ctx->rows == NULL ||
+        ctx->rgb == NULL || ctx->tokens == NULL)
+        return LVM_MEMORY;
+    for (int i = 0; i < ctx->limits.rows; i++) ctx->rows[i] = i;
+    return LVM_OK;
+}
+
+/* A context on a given backend, or on that of options.device where b is NULL. */
+static lvm_ctx *ctx_new(const lvm_model *m, const struct backend *b, const lvm_options *options,
+                        lvm_error *error) {
+    lvm_ctx *ctx = mem_alloc(1, sizeof *ctx, error);
+    void *copy = NULL;
+    if (ctx == NULL) return NULL;
+    ctx->m = m;
+    int code = settle_options(m, options, &ctx->o, error);
+    if (code == LVM_OK) {
+        snprintf(ctx->device, sizeof ctx->device, "%s", ctx->o.device);
+        ctx->o.device = ctx->device;
+        ctx->b = b != NULL ? b : find_backend(ctx->device, error);
+        code = ctx->b == NULL ? LVM_INVALID : open_device(m, ctx->b, ctx->device, &copy, error);
+    }
+    if (code == LVM_OK) code = ctx->b->open(copy, &ctx->o, &ctx->state, &ctx->limits, error);
+    if (code == LVM_OK) code = ctx_alloc(ctx, error);
+    if (code == LVM_OK) return ctx;
+    lvm_ctx_free(ctx);
+    return NULL;
+}
+
+lvm_ctx *lvm_ctx_new(const lvm_model *model, const lvm_options *options, lvm_error *error) {
+    clear_error(error);
+    if (model != NULL) return ctx_new(model, NULL, options, error);
+    null_argument(error, "lvm_ctx_new", "model");
+    return NULL;
+}
+
+lvm_info lvm_ctx_info(const lvm_ctx *ctx) {
+    lvm_info i = lvm_model_info(ctx != NULL ? ctx->m : NULL);
+    if (ctx != NULL) i.device = ctx->device;
+    return i;
 }
 
 /* ---- Weights that are no numbers ---- */
@@ -12896,6 +12866,26 @@ static uint64_t weights_hash(const struct gguf *g) {
         h = hash_bytes(h, data + bytes - n, (size_t)n);
     }
     return h;
+}
+
+/* A block is a page, as it lies in memory. */
+static size_t cpu_kv_size(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
+
+static int cpu_kv_get(void *state, int seq, int block, void *data, lvm_error *error) {
+    const struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
+    (void)error;
+    memcpy(data, kv->seq[seq].pages[block]->data, kv->page_bytes);
+    return LVM_OK;
+}
+
+/* Blocks come in ascending order; each leaves the sequence as long as is known by then. */
+static int cpu_kv_set(void *state, int seq, int block, const void *data, int n, lvm_error *error) {
+    struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
+    int code = page_make_private(kv, &kv->seq[seq], block * KV_BLOCK, error);
+    if (code != LVM_OK) return code;
+    memcpy(kv->seq[seq].pages[block]->data, data, kv->page_bytes);
+    kv->seq[seq].n = n;
+    return LVM_OK;
 }
 
 static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
