@@ -3916,10 +3916,10 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    input_tokens, target and a list under output) are a fault. Whole numbers may be written as 1.0 or
    1e0. A key without a meaning is passed over with any value that Python writes, NaN and Infinity
    too, and in silence unless it is nearly a key with one ("inputs", "Target", "anwser"): no more
-   than two letters to insert, remove or replace, fewer than half of its own, be they capital or
-   small. Such a one is noted on stderr, once a set for each key that may be meant. Blank lines are
-   only counted, a byte order mark in front of the first is passed over. A line with a fault is
-   reported and the next one taken; the exit status is 1 then.
+   than two letters to insert, remove, replace or swap with their neighbour, fewer than half of its
+   own, be they capital or small. Such a one is noted on stderr, once a set for each key that may be
+   meant. Blank lines are only counted, a byte order mark in front of the first is passed over. A
+   line with a fault is reported and the next one taken; the exit status is 1 then.
 
    Streams. A set is read line by line; from standard input (-) or a FIFO each line is answered
    before the next is waited for. Two lines of a batch must not write one file, under whatever names
@@ -4600,25 +4600,20 @@ static void *os_map(int fd, size_t size) {
 
 static void os_unmap(void *p, size_t size) { munmap(p, size); }
 
-struct os_signals {
-    sigset_t set;
-};
+typedef sigset_t os_signals;
 
-/* Threads that start now take no signal but those of a fault of their own, and leave the others to
-   the program's threads. */
-static struct os_signals os_block_signals(void) {
+/* Signals, but those of a fault of the thread's own, wait until os_restore_signals; threads that
+   start meanwhile never take them and leave them to the program's threads. */
+static os_signals os_block_signals(void) {
     static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS};
-    struct os_signals before;
-    sigset_t set;
-    sigfillset(&set);
-    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&set, faults[i]);
-    pthread_sigmask(SIG_BLOCK, &set, &before.set);
+    os_signals all, before;
+    sigfillset(&all);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&all, faults[i]);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
     return before;
 }
 
-static void os_restore_signals(struct os_signals before) {
-    pthread_sigmask(SIG_SETMASK, &before.set, NULL);
-}
+static void os_restore_signals(os_signals before) { pthread_sigmask(SIG_SETMASK, &before, NULL); }
 
 #ifdef __linux__
 /* n, or fewer processors where a control group's folder grants less time. Version 2 keeps quota and
@@ -4688,18 +4683,6 @@ static int os_begin(int *argc, char ***argv) {
 }
 
 static int os_is_terminal(int fd) { return isatty(fd); }
-
-typedef sigset_t os_signals;
-
-/* Signals wait from here to os_release_signals. */
-static os_signals os_hold_signals(void) {
-    os_signals all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_BLOCK, &all, &old);
-    return old;
-}
-
-static void os_release_signals(os_signals old) { pthread_sigmask(SIG_SETMASK, &old, NULL); }
 
 /* A set, line by line: of a pipe the writer is waited for. */
 static int os_open_stream(const char *path) { return open(path, O_RDONLY | O_NOCTTY | O_CLOEXEC); }
@@ -4915,12 +4898,10 @@ static void os_unmap(void *p, size_t size) {
     UnmapViewOfFile(p);
 }
 
-struct os_signals {
-    int none; /* Windows sends none to threads */
-};
-
-static struct os_signals os_block_signals(void) { return (struct os_signals){0}; }
-static void os_restore_signals(struct os_signals before) { (void)before; }
+/* Signals come in a thread of their own. */
+typedef int os_signals;
+static os_signals os_block_signals(void) { return 0; }
+static void os_restore_signals(os_signals before) { (void)before; }
 
 static int64_t os_processors(void) {
     DWORD_PTR ours = 0, all = 0;
@@ -5000,11 +4981,6 @@ static int os_is_terminal(int fd) {
     DWORD mode = 0;
     return GetConsoleMode(h, &mode) && SetConsoleMode(h, mode | 4 /* virtual terminal */);
 }
-
-/* Signals come in a thread of their own. */
-typedef int os_signals;
-static os_signals os_hold_signals(void) { return 0; }
-static void os_release_signals(os_signals old) { (void)old; }
 
 static int os_columns(int fd) {
     CONSOLE_SCREEN_BUFFER_INFO info;
@@ -5253,7 +5229,7 @@ static struct pool *pool_new(int n, lvm_error *error) {
     pthread_cond_init(&p->wake, NULL);
     pthread_cond_init(&p->done, NULL);
     p->process = (long)getpid();
-    struct os_signals before = os_block_signals();
+    os_signals before = os_block_signals();
     for (p->n = 1; p->n < n && pool_start_worker(p, p->n) == 0;) p->n++;
     os_restore_signals(before);
     if (p->n >= n) return p;
@@ -6365,7 +6341,7 @@ static int png_load(const uint8_t *data, size_t size, const char *name, size_t *
     crc32_init(&png.crc);
     int code = png_chunks(&png);
     if (!code) code = png_decompress(&png, image);
-    if (!code && png.tail) fail(error, LVM_OK, "%s", "");   /* it did not matter */
+    if (!code) clear_error(error);   /* of what ended the walk and did not matter */
     *used = png.file.failed ? size : png.file.at;
     mem_free(png.idat);
     return code;
@@ -12373,8 +12349,8 @@ static void put_ints_key(struct gguf_writer *w, const char *name, const int *v, 
     put_bytes(w, &w->keys, v, (size_t)n * sizeof *v);
 }
 
-/* Sizes as keys, from the tables that read them: switches as booleans, as convert.py writes them; an
-   id of -1 is none. */
+/* Sizes as keys, from the tables that read them: switches as booleans, as convert.py writes them;
+   an id of -1 is none. */
 static void put_int_keys(struct gguf_writer *w, const struct int_key *keys, size_t n,
                          const void *sizes) {
     for (size_t i = 0; i < n; i++) {
@@ -13109,6 +13085,10 @@ struct option {
     const char *help;
 };
 
+/* The value of --stage and of --config is a place in these lists. */
+static const char bench_stages[] = "encode|prefill|generate|candidates|decode",
+                  bench_shapes[] = "100m|300m|600m|1b|3b|7b";
+
 #define AT(field) offsetof(struct cli, field)
 static const struct option option_table[] = {
     {'o', "output", "FILE", PREDICT | ENCODE | DECODE, TEXT, AT(out), 0, 0,
@@ -13152,14 +13132,12 @@ static const struct option option_table[] = {
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
      "size of an answer, or \"original\": the last input's"},
     {0, "json", NULL, READS | BENCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
-    {0, "config", "100m|300m|600m|1b|3b|7b", BENCH, ONE_OF, AT(config), 0, 0,
-     "shape of the transformer"},
+    {0, "config", bench_shapes, BENCH, ONE_OF, AT(config), 0, 0, "shape of the transformer"},
     {0, "vq", "published|shipped", BENCH, ONE_OF, AT(vq), 0, 0,
      "shape of the tokenizer (published)"},
     {0, "prompt", "N", BENCH, INTEGER, AT(prompt), 1, 1 << 20, "tokens of the prompt (3840)"},
     {0, "new", "N", BENCH, INTEGER, AT(new_tokens), 1, 1 << 20, "tokens to generate (256)"},
-    {0, "stage", "encode|prefill|generate|candidates|decode", BENCH, ONE_OF, AT(stage), 0, 0,
-     "only this one"},
+    {0, "stage", bench_stages, BENCH, ONE_OF, AT(stage), 0, 0, "only this one"},
     {'j', "threads", "N", RUNS | BENCH, INTEGER, AT(options.threads), 1, 1024,
      "threads (the processors allowed)"},
     {0, "device", "NAME", RUNS | BENCH, TEXT, AT(options.device), 0, 0, "cpu (the best there is)"},
@@ -13539,26 +13517,25 @@ static int parse_arguments(struct cli *cli, const struct command *c, int argc, c
     return 0;
 }
 
+/* 1 for an option of any command whose value is the next argument. */
+static int takes_next(const char *arg) {
+    const char *value;
+    const struct option *o = is_option(arg) ? match_option(-1, arg, &value) : NULL;
+    return o != NULL && o->kind != FLAG && value == NULL;
+}
+
 /* The place of the first word among options and their values, 0 where there is none: options may
    stand before the command. */
 static int first_word(int argc, char **argv) {
-    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) {
-        const char *value;
+    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i += 1 + takes_next(argv[i]))
         if (!is_option(argv[i])) return i;
-        const struct option *o = match_option(-1, argv[i], &value);
-        i += o != NULL && o->kind != FLAG && value == NULL;
-    }
     return 0;
 }
 
 /* 1 where -h or --help, say, stands among the options. */
 static int asks_for(const char *letter, const char *name, int argc, char **argv) {
-    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) {
-        const char *value;
+    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i += 1 + takes_next(argv[i]))
         if (strcmp(argv[i], letter) == 0 || strcmp(argv[i], name) == 0) return 1;
-        const struct option *o = is_option(argv[i]) ? match_option(-1, argv[i], &value) : NULL;
-        i += o != NULL && o->kind != FLAG && value == NULL;
-    }
     return 0;
 }
 
@@ -13802,10 +13779,10 @@ static FILE *create_temporary(const char *path) {
         errno = EMFILE;
         return NULL;
     }
-    os_signals held = os_hold_signals();
+    os_signals before = os_block_signals();
     FILE *file = os_create(path);
     if (file != NULL) temporaries[slot] = path;
-    os_release_signals(held);
+    os_restore_signals(before);
     return file;
 }
 
@@ -13901,8 +13878,8 @@ enum { N_STAGES = sizeof stage_table / sizeof *stage_table };
 
 static int is_stage(const char *a, const char *b) { return strcmp(a, b) == 0; }
 
-/* Takes down how far a stage is; another one, or one that begins again, starts afresh, and but for a
-   slide it is drawn at once. Samples are a third of a second apart. */
+/* Notes every third of a second how far a stage is. Another one, or one that begins again, starts
+   afresh, and but for a slide it is drawn at once. */
 static void bar_sample(struct bar *b, const char *stage, double part, double now) {
     int last = b->n - 1;
     if (!is_stage(b->stage, stage) || part < b->part) {
@@ -14037,6 +14014,15 @@ static int read_stdin(struct buffer *text, lvm_error *error) {
                ? fail(error, LVM_IO, "standard input: %s", strerror(errno)) : code;
 }
 
+/* All of a file, or of standard input ("-"). */
+static int read_input(const char *path, struct buffer *text, lvm_error *error) {
+    uint8_t *data = NULL;
+    if (strcmp(path, "-") == 0) return read_stdin(text, error);
+    int code = read_file(path, &data, &text->n, error);
+    text->data = (char *)data;
+    return code;
+}
+
 /* The images on standard input, as a video decoder pipes them in: each is decoded once to find its
    end, and kept as it came. */
 static int add_standard_input(struct paths *p, lvm_error *error) {
@@ -14089,6 +14075,8 @@ static int compare_paths(const void *a, const void *b) {
     return order != 0 ? order : strcmp(x, y);
 }
 
+static const char image_endings[] = "png|jpg|jpeg|jpe|jfif|ppm|pgm|pnm|pbm";
+
 /* What follows the last dot of a file name, or "". */
 static const char *extension(const char *name) {
     const char *dot = strrchr(name, '.');
@@ -14107,7 +14095,7 @@ static int has_extension(const char *name, const char *list) {
    for the note; hidden ones and folders are passed over. */
 static int add_entry(struct paths *p, const char *folder, const char *name, int *others,
                      char first_other[64], lvm_error *error) {
-    int named = has_extension(name, "png|jpg|jpeg|jpe|jfif|ppm|pgm|pnm|pbm");
+    int named = has_extension(name, image_endings);
     if (name[0] == '.') return LVM_OK;
     char *path = join_path(folder, name, error);
     if (path == NULL) return LVM_MEMORY;
@@ -14591,6 +14579,7 @@ struct prediction {
     double *log_likelihood; /* [candidates], of all their tokens */
     lvm_image *images;      /* [kept][images] */
     double seconds[3];      /* that prompt, tokens and images took */
+    char text[400];         /* what decides the pixels: see describe_run */
 };
 
 static void prediction_free(struct prediction *p) {
@@ -14728,16 +14717,16 @@ static int write_extras(struct prediction *p, const char *text, lvm_error *error
 static int write_images(struct prediction *p, lvm_error *error) {
     int n = p->cli->images, code = LVM_OK;
     int first = (p->cli->sheet != NULL) + (p->cli->apng != NULL);
-    char text[400], all[480];
-    describe_run(p->cli, &p->s, text, sizeof text);
+    char text[sizeof p->text + 80];
     for (int i = 0; code == LVM_OK && i < n; i++)
         for (int c = 0; code == LVM_OK && c < p->kept; c++) {
-            snprintf(all, sizeof all, "%s, candidate %d, image %d", text, p->first + c + 1, i + 1);
+            snprintf(text, sizeof text, "%s, candidate %d, image %d", p->text, p->first + c + 1,
+                     i + 1);
             code = outputs_write_png(&p->outputs, first + i * p->kept + c, &p->images[c * n + i],
-                                     all, error);
+                                     text, error);
         }
-    snprintf(all, sizeof all, "%s, candidate %d", text, p->first + 1);
-    return code == LVM_OK ? write_extras(p, all, error) : code;
+    snprintf(text, sizeof text, "%s, candidate %d", p->text, p->first + 1);
+    return code == LVM_OK ? write_extras(p, text, error) : code;
 }
 
 /* One object: what decides the answer, its names, each candidate's ids and their mean
@@ -14745,10 +14734,8 @@ static int write_images(struct prediction *p, lvm_error *error) {
 static void print_prediction_json(const struct prediction *p) {
     const struct cli *cli = p->cli;
     int n = cli->images * p->s.model->T, names = p->outputs.n - cli->images * p->kept;
-    char text[400];
-    describe_run(p->cli, &p->s, text, sizeof text);
     printf("{\"parameters\": ");
-    print_json_text(text);
+    print_json_text(p->text);
     printf(", \"seed\": %llu, \"seconds\": {\"prompt\": %.3f, \"generate\": %.3f, "
            "\"decode\": %.3f}", (unsigned long long)cli->sampling.seed, p->seconds[0],
            p->seconds[1], p->seconds[2]);
@@ -14759,8 +14746,8 @@ static void print_prediction_json(const struct prediction *p) {
     printf(", \"candidates\": [");
     for (int c = 0; c < p->candidates; c++) {
         int kept = c >= p->first && c < p->first + p->kept;
-        printf("%s{\"log_likelihood\": ", c > 0 ? ", " : "");
-        printf("%.9g, \"outputs\": [", p->log_likelihood[c] / n);
+        printf("%s{\"log_likelihood\": %.9g, \"outputs\": [", c > 0 ? ", " : "",
+               p->log_likelihood[c] / n);
         for (int i = 0; kept && i < cli->images; i++) {
             if (i > 0) printf(", ");
             print_json_text(p->outputs.list[names + i * p->kept + c - p->first].name);
@@ -14774,16 +14761,15 @@ static void print_prediction_json(const struct prediction *p) {
 }
 
 static int predict_images(struct prediction *p, lvm_error *error) {
-    char text[400];
+    describe_run(p->cli, &p->s, p->text, sizeof p->text);
     int code = need_all(p->cli, &p->s, error);
     if (code == LVM_OK) code = read_prompt(p, error);
     if (code == LVM_OK) code = generate_images(p, error);
     if (code == LVM_OK) code = write_images(p, error);
     if (code != LVM_OK) return code;
     if (p->cli->json) print_prediction_json(p);
-    describe_run(p->cli, &p->s, text, sizeof text);
     const double *took = p->seconds;
-    note(p->cli, "%s: %.2f s (prompt %.2f, tokens %.2f, images %.2f)", text,
+    note(p->cli, "%s: %.2f s (prompt %.2f, tokens %.2f, images %.2f)", p->text,
          took[0] + took[1] + took[2], took[0], took[1], took[2]);
     return LVM_OK;
 }
@@ -14935,20 +14921,12 @@ static int run_decode(struct cli *cli) {
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct buffer text = {0};
-    uint8_t *data = NULL;
-    size_t size = 0;
     int32_t *ids = NULL;
-    int n = 0, from_stdin = strcmp(cli->words[1], "-") == 0;
-    int code =
-        from_stdin ? read_stdin(&text, &error) : read_file(cli->words[1], &data, &size, &error);
-    if (code == LVM_OK && from_stdin) size = text.n;
-    if (code == LVM_OK)
-        code = parse_tokens(cli->words[1], from_stdin ? text.data : (const char *)data, size, &ids,
-                            &n, &error);
+    int n = 0, code = read_input(cli->words[1], &text, &error);
+    if (code == LVM_OK) code = parse_tokens(cli->words[1], text.data, text.n, &ids, &n, &error);
     if (code == LVM_OK) code = session_open(&s, cli, &error);
     if (code == LVM_OK) code = decode_tokens(cli, &s, ids, n, &error);
     mem_free(text.data);
-    mem_free(data);
     mem_free(ids);
     mem_free(out);
     session_close(&s);
@@ -14994,42 +14972,31 @@ static double choice_probability(const double *nll, int n, int i) {
     return exp_f64(least - nll[i]) / sum;
 }
 
-/* "likelihoods" (in nats), "perplexities" of a token and "probabilities" of choices. */
-static void print_json_choices(const double *nll, int n, int T) {
-    static const char *const names[] = {"likelihoods", "perplexities", "probabilities"};
-    for (int k = 0; k < 3; k++) {
-        printf("%s\"%s\": [", k > 0 ? ", " : "", names[k]);
+/* Members of a JSON object that tell of choices: their names, where there are such (NULL: the line
+   gives tokens), likelihoods in nats, perplexities of a token, probabilities, the best one. */
+static void print_json_choices(char *const *names, const double *nll, int n, int T) {
+    static const char *const lists[] = {"choices", "likelihoods", "perplexities", "probabilities"};
+    for (int k = names == NULL; k < 4; k++) {
+        printf("\"%s\": [", lists[k]);
         for (int i = 0; i < n; i++) {
             if (i > 0) printf(", ");
-            printf("%.9g", k == 0   ? -nll[i]
-                           : k == 1 ? exp_f64(nll[i] / T)
-                                    : choice_probability(nll, n, i));
-        }
-        putchar(']');
-    }
-}
-
-/* Choices and what they are worth: members of a JSON object, or a table. A name is NULL where a
-   line gives tokens. */
-static void print_choices(const struct cli *cli, char *const *names, const double *nll, int n,
-                          int T) {
-    int best = likeliest(nll, n);
-    if (cli->json) {
-        printf("\"choices\": [");
-        for (int i = 0; i < n; i++) {
-            if (i > 0) printf(", ");
-            if (names[i] != NULL) print_json_text(names[i]);
-            else printf("null");
+            if (k == 0 && names[i] != NULL) print_json_text(names[i]);
+            else if (k == 0) printf("null");
+            else printf("%.9g", k == 1   ? -nll[i]
+                                : k == 2 ? exp_f64(nll[i] / T)
+                                         : choice_probability(nll, n, i));
         }
         printf("], ");
-        print_json_choices(nll, n, T);
-        printf(", \"answer\": %d", best);
-        return;
     }
+    printf("\"answer\": %d", likeliest(nll, n));
+}
+
+/* The same as a table. */
+static void print_choices(char *const *names, const double *nll, int n, int T) {
     printf("perplexity  probability\n");
     for (int i = 0; i < n; i++)
         printf("%10.4f  %11.4f  %s%s\n", exp_f64(nll[i] / T), choice_probability(nll, n, i),
-               names[i] != NULL ? names[i] : "(tokens)", i == best ? "  <- best" : "");
+               names[i] != NULL ? names[i] : "(tokens)", i == likeliest(nll, n) ? "  <- best" : "");
 }
 
 static int rank_choices(const struct cli *cli, struct session *s, const struct paths *prompt,
@@ -15045,42 +15012,18 @@ static int rank_choices(const struct cli *cli, struct session *s, const struct p
                : prompt_images(cli, s, shots, n, error);
     if (code == LVM_OK) code = lvm_encode(s->ctx, images, choices->n, ids, error);
     if (code == LVM_OK) code = score_choices(s->ctx, ids, choices->n, nll, error);
-    if (code == LVM_OK && cli->json) putchar('{');
-    if (code == LVM_OK) print_choices(cli, choices->path, nll, choices->n, T);
-    if (code == LVM_OK && cli->json) puts("}");
+    if (code == LVM_OK && cli->json) {
+        putchar('{');
+        print_json_choices(choices->path, nll, choices->n, T);
+        puts("}");
+    } else if (code == LVM_OK) {
+        print_choices(choices->path, nll, choices->n, T);
+    }
     free_images(shots, n);
     free_images(images, choices->n);
     mem_free(ids);
     mem_free(nll);
     return code;
-}
-
-static int rank_set(struct cli *cli);
-
-/* Whether rank is given a set: one word behind the weights, and no image. */
-static int names_set(const struct cli *cli) {
-    return cli->n_words == 2 && cli->split < 0 && !is_folder(cli->words[1]) &&
-           !has_extension(cli->words[1], "png|jpg|jpeg|jpe|jfif|ppm|pgm|pnm|pbm");
-}
-
-static int run_rank(struct cli *cli) {
-    if (names_set(cli)) return rank_set(cli);
-    if (cli->base != NULL || cli->lines > 0)
-        return complain("--base and --lines go with a set (lvm help rank)") + 1;
-    if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
-        return complain("give weights, images, -- and choices, or a set (lvm help rank)") + 1;
-    lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
-    struct paths prompt = {0}, choices = {0};
-    int code = collect_paths(cli, &prompt, 1, cli->split, &error);
-    if (code == LVM_OK) code = check_cache(cli, &(struct outputs){0}, &error);
-    if (code == LVM_OK) code = collect_paths(cli, &choices, cli->split, cli->n_words, &error);
-    if (code == LVM_OK) code = session_open(&s, cli, &error);
-    if (code == LVM_OK) code = rank_choices(cli, &s, &prompt, &choices, &error);
-    session_close(&s);
-    paths_free(&prompt);
-    paths_free(&choices);
-    return finish(&error, code);
 }
 
 /* Lines of a file or a stream, each read when it is asked for, so that memory holds one. */
@@ -15281,6 +15224,21 @@ static char *find_image(const struct set *set, const char *path, lvm_error *erro
     return join_path("", path, error);
 }
 
+/* Of all images that a line names. */
+static int line_paths(const struct set *set, const struct sentence *line, struct paths *p,
+                      lvm_error *error) {
+    const struct image_list *const lists[] = {&line->input, &line->target, &line->choices};
+    int code = LVM_OK;
+    for (int k = 0; k < 3; k++)
+        for (int i = 0; code == LVM_OK && i < lists[k]->n; i++) {
+            if (lists[k]->list[i].path == NULL) continue;
+            char *path = find_image(set, lists[k]->list[i].path, error);
+            code = path != NULL ? paths_add(p, "", path, error) : LVM_MEMORY;
+            mem_free(path);
+        }
+    return code;
+}
+
 static int load_set_image(const struct set *set, const struct image_ref *p, lvm_image *image,
                             lvm_error *error) {
     char *path = find_image(set, p->path, error);
@@ -15392,22 +15350,19 @@ static int32_t *list_ids(struct set *set, const struct image_ref *list, int n,
 static void print_puzzle(struct set *set, const struct sentence *line, char *const *names,
                          const double *nll) {
     int n = line->choices.n, T = set->s.model->T, best = likeliest(nll, n);
-    const char *verdict = best == line->answer ? "right" : "wrong";
     hide_bar(&set->s.bar);
     if (set->cli->json) {
         printf("{\"line\": %d, ", set->lines.number);
-        if (names != NULL) print_choices(set->cli, names, nll, n, T);
-        else print_json_choices(nll, n, T);
-        if (names == NULL) printf(", \"answer\": %d", best);
+        print_json_choices(names, nll, n, T);
         if (line->answer >= 0)
             printf(", \"right\": %s", best == line->answer ? "true" : "false");
         printf("}\n");
         return;
     }
     printf("%d: answer %d", set->lines.number, best);
-    if (line->answer >= 0) printf(" (%s)", verdict);
+    if (line->answer >= 0) printf(" (%s)", best == line->answer ? "right" : "wrong");
     printf(", probability %.4f\n", choice_probability(nll, n, best));
-    if (names != NULL) print_choices(set->cli, names, nll, n, T);
+    if (names != NULL) print_choices(names, nll, n, T);
 }
 
 /* nll[i] of each choice, of which memory holds one at a time. */
@@ -15518,6 +15473,32 @@ static int rank_set(struct cli *cli) {
     return score_set(cli, "rank", rank_line);
 }
 
+/* Whether rank is given a set: one word behind the weights, and no image. */
+static int names_set(const struct cli *cli) {
+    return cli->n_words == 2 && cli->split < 0 && !is_folder(cli->words[1]) &&
+           !has_extension(cli->words[1], image_endings);
+}
+
+static int run_rank(struct cli *cli) {
+    if (names_set(cli)) return rank_set(cli);
+    if (cli->base != NULL || cli->lines > 0)
+        return complain("--base and --lines go with a set (lvm help rank)") + 1;
+    if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
+        return complain("give weights, images, -- and choices, or a set (lvm help rank)") + 1;
+    lvm_error error = {0, ""};
+    struct session s = {NULL, NULL, {0}};
+    struct paths prompt = {0}, choices = {0};
+    int code = collect_paths(cli, &prompt, 1, cli->split, &error);
+    if (code == LVM_OK) code = check_cache(cli, &(struct outputs){0}, &error);
+    if (code == LVM_OK) code = collect_paths(cli, &choices, cli->split, cli->n_words, &error);
+    if (code == LVM_OK) code = session_open(&s, cli, &error);
+    if (code == LVM_OK) code = rank_choices(cli, &s, &prompt, &choices, &error);
+    session_close(&s);
+    paths_free(&prompt);
+    paths_free(&choices);
+    return finish(&error, code);
+}
+
 static int run_eval(struct cli *cli) {
     if (cli->n_words != 2) return complain("give weights and a set (lvm help eval)") + 1;
     return score_set(cli, "eval", eval_line);
@@ -15551,25 +15532,15 @@ static int answer_size(const struct set *set, const struct sentence *line, int *
     return code;
 }
 
-/* The tokens of the prompt as images, for a grid. */
-static int decode_prompt(struct set *set, int n, lvm_image *images, lvm_error *error) {
-    int bos = set->s.model->llama.bos >= 0;
-    return lvm_decode(set->s.ctx, set->ids + bos, n, images, error);
-}
-
-/* The inputs of a grid: images as the tokenizer saw them, tokens as they decode. */
-static int grid_inputs(struct set *set, const struct sentence *line, int n, lvm_image *images,
+/* An image of a line as the tokenizer sees it, or what its tokens decode to. */
+static int load_square(const struct set *set, const struct image_ref *p, lvm_image *out,
                        lvm_error *error) {
-    int R = set->s.model->vq->R, code = decode_prompt(set, n, images, error);
-    const struct image_ref *list = line->input.list + line->input.n - n;
-    for (int i = 0; code == LVM_OK && i < n; i++) {
-        lvm_image image = {.rgb = NULL};
-        if (list[i].path == NULL) continue;
-        lvm_image_free(&images[i]);
-        code = load_set_image(set, &list[i], &image, error);
-        if (code == LVM_OK) code = fit_image(&image, R, set->s.ctx->o.fit, &images[i], error);
-        lvm_image_free(&image);
-    }
+    lvm_image image = {.rgb = NULL};
+    if (p->ids != NULL) return lvm_decode(set->s.ctx, p->ids, 1, out, error);
+    int code = load_set_image(set, p, &image, error);
+    if (code == LVM_OK)
+        code = fit_image(&image, set->s.model->vq->R, set->s.ctx->o.fit, out, error);
+    lvm_image_free(&image);
     return code;
 }
 
@@ -15602,18 +15573,6 @@ static double squared_differences(const lvm_image *a, const lvm_image *b) {
     return sum;
 }
 
-/* A target at the size of the answers. */
-static int load_truth(struct set *set, const struct image_ref *p, lvm_image *out,
-                      lvm_error *error) {
-    lvm_image image = {.rgb = NULL};
-    if (p->ids != NULL) return lvm_decode(set->s.ctx, p->ids, 1, out, error);
-    int code = load_set_image(set, p, &image, error);
-    if (code == LVM_OK)
-        code = fit_image(&image, set->s.model->vq->R, set->s.ctx->o.fit, out, error);
-    lvm_image_free(&image);
-    return code;
-}
-
 /* mse[c] of each candidate, as the published program counts it: the mean of the squared differences
    of values in [0,1], times three channels, over the targets. Its number is the mean over the
    candidates. */
@@ -15623,7 +15582,7 @@ static int squared_errors(struct set *set, const struct sentence *line, const lv
     for (int c = 0; c < set->cli->candidates; c++) mse[c] = 0;
     for (int t = 0; code == LVM_OK && t < n; t++) {
         lvm_image truth = {.rgb = NULL};
-        code = load_truth(set, &line->target.list[t], &truth, error);
+        code = load_square(set, &line->target.list[t], &truth, error);
         for (int c = 0; code == LVM_OK && c < set->cli->candidates; c++)
             mse[c] += squared_differences(&answers[c * n + t], &truth) / ((double)R * R * n);
         lvm_image_free(&truth);
@@ -15751,30 +15710,23 @@ static int plan_write(struct set *set, const struct sentence *line, struct desti
 /* What one line reads. */
 static int plan_reads(struct set *set, const struct sentence *line, struct destinations *o,
                       lvm_error *error) {
-    const struct image_list *const lists[] = {&line->input, &line->target, &line->choices};
-    int code = LVM_OK;
-    for (int k = 0; k < 3; k++)
-        for (int i = 0; code == LVM_OK && i < lists[k]->n; i++) {
-            if (lists[k]->list[i].path == NULL) continue;
-            char *path = find_image(set, lists[k]->list[i].path, error);
-            code = path == NULL ? LVM_MEMORY : LVM_OK;
-            if (code == LVM_OK && os_stat(path).kind != OS_NOTHING)
-                code = destinations_add(o, NULL, path, set->lines.number, error);
-            mem_free(path);
-        }
+    struct paths p = {0};
+    int code = line_paths(set, line, &p, error);
+    for (int i = 0; code == LVM_OK && i < p.n; i++)
+        if (os_stat(p.path[i]).kind != OS_NOTHING)
+            code = destinations_add(o, NULL, p.path[i], set->lines.number, error);
+    paths_free(&p);
     return code;
 }
 
 /* Asks all lines of a file for what they write or read, and goes back to the first. */
-static int plan_set(struct set *set, struct destinations *o,
-                    int (*plan)(struct set *set, const struct sentence *line,
-                                struct destinations *o, lvm_error *error),
-                    lvm_error *error) {
+static int plan_set(struct set *set, int reads, struct destinations *o, lvm_error *error) {
     int code = LVM_OK, more = 1;
     while (code == LVM_OK && (more = set_next(set, error)) > 0) {
         struct sentence line;
         lvm_error fault;
-        if (set_parse(set, &line, &fault) == LVM_OK) code = plan(set, &line, o, error);
+        if (set_parse(set, &line, &fault) == LVM_OK)
+            code = reads ? plan_reads(set, &line, o, error) : plan_write(set, &line, o, error);
         sentence_free(&line);
     }
     if (code == LVM_OK && more < 0) code = error->code;
@@ -15785,9 +15737,9 @@ static int plan_set(struct set *set, struct destinations *o,
    set reads. The latter takes an output that exists and will not stay as it is. */
 static int check_set_outputs(struct set *set, lvm_error *error) {
     struct destinations all = {0};
-    int replaces = 0, code = plan_set(set, &all, plan_write, error);
+    int replaces = 0, code = plan_set(set, 0, &all, error);
     for (int i = 0; i < all.n && !set->cli->skip_existing; i++) replaces |= *all.list[i].rest == 0;
-    if (code == LVM_OK && replaces) code = plan_set(set, &all, plan_reads, error);
+    if (code == LVM_OK && replaces) code = plan_set(set, 1, &all, error);
     if (code == LVM_OK) code = compare_lines(set, &all, error);
     destinations_free(&all);
     return code;
@@ -15829,16 +15781,8 @@ static int make_folders(const char *name, lvm_error *error) {
 /* Before the work on an answer: it may be written where it should go. */
 static int ready_output(struct set *set, const struct sentence *line, const char *name,
                         lvm_error *error) {
-    const struct image_list *const lists[] = {&line->input, &line->target};
     struct paths inputs = {0};
-    int code = LVM_OK;
-    for (int k = 0; k < 2; k++)
-        for (int i = 0; code == LVM_OK && i < lists[k]->n; i++) {
-            if (lists[k]->list[i].path == NULL) continue;
-            char *path = find_image(set, lists[k]->list[i].path, error);
-            code = path != NULL ? paths_add(&inputs, "", path, error) : LVM_MEMORY;
-            mem_free(path);
-        }
+    int code = line_paths(set, line, &inputs, error);
     if (code == LVM_OK) code = check_output(set->cli, name, &inputs, error);
     if (code == LVM_OK) code = make_folders(name, error);
     paths_free(&inputs);
@@ -15905,7 +15849,8 @@ static int answer_line(struct set *set, const struct sentence *line, const char 
         code = lvm_generate_images(set->s.ctx, &cli->sampling, cli->candidates, cli->images,
                                    answers, error);
     if (code == LVM_OK && has_truth) code = squared_errors(set, line, answers, mse, error);
-    if (code == LVM_OK) code = grid_inputs(set, line, shown, inputs, error);
+    for (int i = 0; code == LVM_OK && i < shown; i++)
+        code = load_square(set, &line->input.list[line->input.n - shown + i], &inputs[i], error);
     if (code == LVM_OK) code = compose_answers(set, line, inputs, shown, answers, &all, error);
     if (code == LVM_OK) code = save_answer(set, name, &all, error);
     if (code == LVM_OK) print_answer(set, name, has_truth ? mse : NULL);
@@ -15985,8 +15930,7 @@ static void print_types(const struct gguf *g, int vq) {
         int64_t n = 0, elements = 0, bytes = 0;
         for (int64_t t = 0; t < g->n_tensors; t++) {
             const struct gguf_tensor *x = &g->tensors[t];
-            if ((x->name.n > 3 && memcmp(x->name.s, "vq.", 3) == 0) != vq) continue;
-            if (x->type != type_table[i].type) continue;
+            if (begins(x->name, "vq.") != vq || x->type != type_table[i].type) continue;
             n++;
             elements += x->ne[0] * x->ne[1] * x->ne[2] * x->ne[3];
             bytes += x->bytes;
@@ -16085,29 +16029,16 @@ static int run_quantize(struct cli *cli) {
    no stage uses them. The time that a stage would take at the ceiling is its floor; the last column
    is floor / time. Convolutions count as direct ones. */
 
-struct shape {
-    const char *name;
+/* Transformers, in the order of bench_shapes. */
+static const struct shape {
     int L, D, F, H;
-};
-
-static const struct shape shape_table[] = {
-    {"100m", 22, 640, 1664, 10}, {"300m", 22, 1024, 2688, 8},  {"600m", 22, 1536, 4096, 16},
-    {"1b", 22, 2048, 5504, 16},  {"3b", 26, 3200, 8640, 32},   {"7b", 32, 4096, 11008, 32}};
-enum { N_SHAPES = sizeof shape_table / sizeof *shape_table };
-#define STAGES "encode|prefill|generate|candidates|decode"
+} shape_table[] = {{22, 640, 1664, 10},  {22, 1024, 2688, 8},  {22, 1536, 4096, 16},
+                   {22, 2048, 5504, 16}, {26, 3200, 8640, 32}, {32, 4096, 11008, 32}};
 
 /* The published checkpoint's tokenizer and the one that ships with lvm. */
-static const struct vqgan published_vq = {.R = 256,
-                                          .S = 16,
-                                          .n_levels = 5,
-                                          .n_res_blocks = 2,
-                                          .hidden = 128,
-                                          .z = 64,
-                                          .codes = 8192,
-                                          .code_dim = 64,
-                                          .mult = {1, 2, 2, 4, 6},
-                                          .no_mid_attn = 1,
-                                          .resample_conv = 1};
+static const struct vqgan published_vq = {.R = 256, .S = 16, .n_levels = 5, .n_res_blocks = 2,
+    .hidden = 128, .z = 64, .codes = 8192, .code_dim = 64, .mult = {1, 2, 2, 4, 6},
+    .no_mid_attn = 1, .resample_conv = 1};
 static const struct vqgan shipped_vq = {.R = 256, .S = 16, .n_levels = 5, .n_res_blocks = 2,
     .hidden = 64, .z = 64, .codes = 8192, .code_dim = 64, .mult = {1, 1, 2, 2, 4}, .attn_at = {16},
     .n_attn_at = 1, .resample_conv = 1};
@@ -16119,7 +16050,7 @@ struct bench {
     struct pool *pool;              /* for the ceilings, as many threads as the context's */
     double fma, integer, bandwidth; /* ceilings: operations and bytes a second, all threads */
     int shown;                      /* stages so far */
-    double took[5];                 /* seconds of each of STAGES */
+    double took[5];                 /* seconds of each of bench_stages */
 };
 
 struct peak_job {
@@ -16228,12 +16159,12 @@ static void print_stage(struct bench *b, const char *name, double units, const c
                amount_unit, floor, 100 * floor / took);
     }
     b->shown++;
-    b->took[word_index(STAGES, name)] = took;
+    b->took[word_index(bench_stages, name)] = took;
     fflush(stdout);
 }
 
 static int wanted(const struct bench *b, const char *stage) {
-    return b->cli->stage < 0 || word_index(STAGES, stage) == b->cli->stage;
+    return b->cli->stage < 0 || word_index(bench_stages, stage) == b->cli->stage;
 }
 
 /* Seconds of the fastest of three runs, or of one that takes longer than two. */
@@ -16387,18 +16318,9 @@ static void print_ceilings(struct bench *b) {
 /* The model that --config and --vq ask for. */
 static lvm_model *bench_model(const struct cli *cli, lvm_error *error) {
     const struct shape *s = &shape_table[cli->config < 0 ? 0 : cli->config];
-    struct llama a = {.context = 16 * 256 + 256,
-                      .bos = -1,
-                      .eos = -1,
-                      .L = s->L,
-                      .D = s->D,
-                      .F = s->F,
-                      .H = s->H,
-                      .G = s->H,
-                      .d = s->D / s->H,
-                      .V = 8292,
-                      .eps = 1e-6f,
-                      .theta = 10000};
+    struct llama a = {.context = 16 * 256 + 256, .bos = -1, .eos = -1, .V = 8292, .eps = 1e-6f,
+                      .theta = 10000, .L = s->L, .D = s->D, .F = s->F, .H = s->H, .G = s->H,
+                      .d = s->D / s->H};
     int type = cli->type == LVM_AUTO ? LVM_Q8_0 : cli->type;
     const struct wanted_types wanted = {type, type_is_quantised(type) ? LVM_F16 : type, LVM_AUTO};
     return random_model(cli->config < 0 ? NULL : &a, cli->vq == 1 ? &shipped_vq : &published_vq,
