@@ -3235,7 +3235,7 @@ static const struct backend cpu_backend = {
     .kv_trim = cpu_kv_trim, .kv_size = cpu_kv_size, .kv_get = cpu_kv_get, .kv_set = cpu_kv_set,
     .usage = cpu_usage};
 
-/* ---- Contexts ---- */
+/* ---- Contexts, which chapter 14 makes and frees ---- */
 
 /* An image as the tokenizer saw it and what it became. */
 struct encoded {
@@ -3263,7 +3263,7 @@ struct lvm_ctx {
 };
 
 /* Sampling as the caller chose it (NULL: nothing), with what was left to lvm filled in and the rest
-   checked (chapter 14, which makes and frees contexts too). */
+   checked (chapter 14). */
 static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_error *error);
 
 /* Completes what check_finite says (LVM_FORMAT; other codes pass through) by the model's name and
@@ -5043,6 +5043,14 @@ static const char *os_file_name(const char *path) {
     return name;
 }
 
+/* A device has no number on Windows. */
+static int is_one_file(struct os_info a, struct os_info b) {
+    return a.number != 0 && a.device == b.device && a.number == b.number;
+}
+
+/* 1 when both paths name the same existing file. */
+static int same_file(const char *a, const char *b) { return is_one_file(os_stat(a), os_stat(b)); }
+
 static int processors(void) { return (int)min64(max64(os_processors(), 1), 1024); }
 
 /* ---- Threads ----
@@ -5334,13 +5342,8 @@ static void outfile_free(struct outfile *out) {
 /* The descriptor, standard output or error, that a path is another name of ("/dev/stdout", say), or
    -1. */
 static int standard_stream(const char *path) {
-    struct os_info info = os_stat(path);
-    for (int fd = 1; fd <= 2 && info.kind != OS_NOTHING; fd++) {
-        struct os_info stream = os_fstat(fd);
-        if (stream.kind == info.kind && stream.device == info.device &&
-            stream.number == info.number)
-            return fd;
-    }
+    for (int fd = 1; fd <= 2; fd++)
+        if (is_one_file(os_stat(path), os_fstat(fd))) return fd;
     return -1;
 }
 
@@ -12046,14 +12049,17 @@ static struct text read_text(const struct gguf *g, const char *name) {
 
 /* ---- GGUF: what nobody asked for ---- */
 
+static int begins(struct text t, const char *s) {
+    return t.n >= strlen(s) && memcmp(t.s, s, strlen(s)) == 0;
+}
+
 /* The class of the tokenizer owns attention blocks that it never runs: those of encoder levels of
    one residual block (chapter 4). Checkpoints hold them, and convert.py carries them along. */
 static int is_carried(const lvm_model *m, struct text name) {
     static const char start[] = "vq.encoder.down.", *const ends[] = {"weight", "bias"};
     const struct vqgan *vq = m->vq;
     char wanted[80];
-    if (vq == NULL || vq->n_res_blocks > 1 || name.n < sizeof start ||
-        memcmp(name.s, start, sizeof start - 1) != 0)
+    if (vq == NULL || vq->n_res_blocks > 1 || name.n < sizeof start || !begins(name, start))
         return 0;
     int level = name.s[sizeof start - 1] - '0', attention = 0;
     for (int a = 0; a < vq->n_attn_at && level >= 0 && level < vq->n_levels; a++)
@@ -12066,34 +12072,24 @@ static int is_carried(const lvm_model *m, struct text name) {
     return 0;
 }
 
-/* Prints the first tensors of the file that no spec, sorted by name, asks for; returns how many
-   there are. */
-static int64_t list_unknown(const lvm_model *m, const struct named_index *spec, char *list,
-                            size_t room) {
-    const struct gguf *g = &m->file;
-    int64_t found = 0;
-    size_t at = 0;
-    for (int64_t i = 0; i < g->n_tensors; i++) {
-        struct named_index wanted = {g->tensors[i].name, 0};
-        if (bsearch(&wanted, spec, (size_t)m->n_specs, sizeof *spec, compare_named) != NULL ||
-            is_carried(m, wanted.name))
-            continue;
-        if (++found > 3) continue;
-        at += (size_t)snprintf(list + at, room - at, "%s%.*s", found > 1 ? ", " : "",
-                               (int)min64((int64_t)wanted.name.n, 40), wanted.name.s);
-    }
-    return found;
-}
-
 static int refuse_unknown(const lvm_model *m, lvm_error *error) {
-    char list[160] = "";
-    struct named_index *spec = mem_alloc((size_t)m->n_specs, sizeof *spec, error);
-    if (spec == NULL) return LVM_MEMORY;
-    for (int i = 0; i < m->n_specs; i++)
-        spec[i].name = (struct text){m->specs[i].name, strlen(m->specs[i].name)};
-    qsort(spec, (size_t)m->n_specs, sizeof *spec, compare_named);
-    int64_t n = list_unknown(m, spec, list, sizeof list);
-    mem_free(spec);
+    const struct gguf *g = &m->file;
+    char list[160] = ""; /* the first three */
+    int64_t n = 0;
+    size_t at = 0;
+    uint8_t *known = mem_alloc((size_t)g->n_tensors, 1, error);
+    if (known == NULL) return LVM_MEMORY;
+    for (int i = 0; i < m->n_specs; i++) {
+        int64_t tensor = find_name(g->tensor_by_name, g->n_tensors, m->specs[i].name);
+        if (tensor >= 0) known[tensor] = 1;
+    }
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        struct text name = g->tensors[i].name;
+        if (known[i] || is_carried(m, name) || ++n > 3) continue;
+        at += (size_t)snprintf(list + at, sizeof list - at, "%s%.*s", n > 1 ? ", " : "",
+                               (int)min64((int64_t)name.n, 40), name.s);
+    }
+    mem_free(known);
     if (n == 0) return LVM_OK;
     return fail(error, LVM_FORMAT, "%s: holds %lld tensor%s that lvm does not know: %s%s", m->path,
                 (long long)n, n > 1 ? "s" : "", list, n > 3 ? ", ..." : "");
@@ -12171,10 +12167,6 @@ static int finish_head(struct gguf_writer *w, struct buffer *head) {
 struct wanted_types {
     int transformer, vq, encoder;
 };
-
-static int begins(struct text t, const char *s) {
-    return t.n >= strlen(s) && memcmp(t.s, s, strlen(s)) == 0;
-}
 
 /* Of the tensor of this name, now of type `now`. Where convolutions are to be quantised the
    encoder's become F16, unless another type is asked for or they are quantised already: it is the
@@ -12284,13 +12276,6 @@ static int quantize_model(const lvm_model *m, const char *path, const struct wan
     mem_free(packed);
     mem_free(head.data);
     return code;
-}
-
-/* 1 when both paths name the same existing file. */
-static int same_file(const char *a, const char *b) {
-    struct os_info x = os_stat(a), y = os_stat(b);
-    return x.kind != OS_NOTHING && y.kind != OS_NOTHING && x.device == y.device &&
-           x.number == y.number;
 }
 
 static int is_type(int type) { return type == LVM_AUTO || type_info(type) != NULL; }
@@ -13035,11 +13020,13 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
 /* =================================================================================================
    Chapter 15.  The command line
 
-   One table names the commands, one the options with the commands that take them; help and manual
-   page are printed from the same tables. Behind them stand images and names on the command line,
-   then the commands: on one prompt, on sets of them (rank, eval, batch), on weights files, bench.
-   What was written goes to stdout, one path a line; everything else to stderr. Exit
-   status: 0 done, 1 the work failed, 2 wrong usage. */
+   One table names the commands, one the options with the commands that take them; arguments are
+   read, mistakes answered, help and manual page printed from both. Then come signals and the
+   progress bar; the images that a call names and the outputs that it holds open; and the commands:
+   on one prompt, on choices, on sets of prompts (chapter 9), on weights files, bench.
+
+   What was written (its path, one a line) or asked for goes to stdout, everything else to stderr.
+   Exit status: 0 done, 1 the work failed, 2 wrong usage. */
 
 #ifndef LVM_NO_MAIN
 
@@ -14298,11 +14285,11 @@ static int settle_png_name(const char **name, const char *endings, char **owned)
     return 0;
 }
 
-/* A path on standard output; a terminal gets no control characters. */
-static void print_path(const char *path) {
+/* A name on standard output; a terminal gets no control characters. */
+static void print_name(const char *name, const char *behind) {
     char shown[1 << 13];
-    show_text(path, shown, sizeof shown);
-    puts(os_is_terminal(1) ? shown : path);
+    show_text(name, shown, sizeof shown);
+    printf("%s%s\n", os_is_terminal(1) ? shown : name, behind);
 }
 
 struct output {
@@ -14379,7 +14366,7 @@ static int outputs_write(struct outputs *o, int i, const void *data, size_t size
     if (code == LVM_OK) code = outfile_write(&out->file, data, size, error);
     if (out->open) code = outfile_close(&out->file, code, error);
     out->open = 0;
-    if (code == LVM_OK && named && !o->silent) print_path(out->name);
+    if (code == LVM_OK && named && !o->silent) print_name(out->name, "");
     return code;
 }
 
@@ -14858,9 +14845,7 @@ static int run_encode(struct cli *cli) {
 static int no_token(const char *name, int line, const char *word, size_t n, lvm_error *error) {
     char shown[13] = "";
     for (size_t i = 0; i < n && i < 12 && !isspace((unsigned char)word[i]); i++)
-        shown[i] = word[i];
-    for (char *c = shown; *c != 0; c++)
-        if (!isprint((unsigned char)*c)) *c = '?';
+        shown[i] = isprint((unsigned char)word[i]) || word[i] == 0 ? word[i] : '?';
     return fail(error, LVM_FORMAT, "%s: line %d: \"%s\" is no token id", name, line, shown);
 }
 
@@ -14933,7 +14918,7 @@ static int run_decode(struct cli *cli) {
     return finish(&error, code);
 }
 
-/* ---- Ranking, sets of prompts ---- */
+/* ---- Ranking ---- */
 
 /* A negative log-likelihood of n tokens, of which a perplexity can be told: beyond exp(600) a token
    a mean of them may be no number any more, and NaN is no answer. */
@@ -14994,9 +14979,11 @@ static void print_json_choices(char *const *names, const double *nll, int n, int
 /* The same as a table. */
 static void print_choices(char *const *names, const double *nll, int n, int T) {
     printf("perplexity  probability\n");
-    for (int i = 0; i < n; i++)
-        printf("%10.4f  %11.4f  %s%s\n", exp_f64(nll[i] / T), choice_probability(nll, n, i),
-               names[i] != NULL ? names[i] : "(tokens)", i == likeliest(nll, n) ? "  <- best" : "");
+    for (int i = 0; i < n; i++) {
+        printf("%10.4f  %11.4f  ", exp_f64(nll[i] / T), choice_probability(nll, n, i));
+        print_name(names[i] != NULL ? names[i] : "(tokens)",
+                   i == likeliest(nll, n) ? "  <- best" : "");
+    }
 }
 
 static int rank_choices(const struct cli *cli, struct session *s, const struct paths *prompt,
@@ -15025,6 +15012,8 @@ static int rank_choices(const struct cli *cli, struct session *s, const struct p
     mem_free(nll);
     return code;
 }
+
+/* ---- Sets of prompts ---- */
 
 /* Lines of a file or a stream, each read when it is asked for, so that memory holds one. */
 struct lines {
@@ -15335,17 +15324,6 @@ static int run_set(struct set *set, const char *stage, line_fn *run) {
     return set->bad > 0 || set->good == 0;
 }
 
-/* Tokens of images, allocated. */
-static int32_t *list_ids(struct set *set, const struct image_ref *list, int n,
-                         lvm_error *error) {
-    size_t T = (size_t)set->s.model->T;
-    int32_t *ids = mem_alloc((size_t)n * T, sizeof *ids, error);
-    if (ids == NULL) return NULL;
-    if (encode_set_images(set, list, n, ids, error) == LVM_OK) return ids;
-    mem_free(ids);
-    return NULL;
-}
-
 /* What eval says of a puzzle; rank, which brings names, says it of each choice. */
 static void print_puzzle(struct set *set, const struct sentence *line, char *const *names,
                          const double *nll) {
@@ -15398,11 +15376,13 @@ static int eval_targets(struct set *set, struct sentence *line, lvm_error *error
     int used = 0, code = prompt_line(set, line, line->target.n, &used, error);
     if (code != LVM_OK) return code;
     int n = line->target.n * set->s.model->T; /* no more than a window holds */
-    int32_t *ids = list_ids(set, line->target.list, line->target.n, error);
+    int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
     float *nll = mem_alloc((size_t)n, sizeof *nll, error);
     double sum = 0;
-    code = ids == NULL || nll == NULL ? error->code
-                                      : lvm_score(set->s.ctx, ids, n, nll, error);
+    if (ids == NULL || nll == NULL) code = LVM_MEMORY;
+    if (code == LVM_OK)
+        code = encode_set_images(set, line->target.list, line->target.n, ids, error);
+    if (code == LVM_OK) code = lvm_score(set->s.ctx, ids, n, nll, error);
     for (int i = 0; code == LVM_OK && i < n; i++) sum += nll[i];
     if (code == LVM_OK) code = check_likelihood(sum, n, error);
     if (code == LVM_OK) {
@@ -15503,6 +15483,8 @@ static int run_eval(struct cli *cli) {
     if (cli->n_words != 2) return complain("give weights and a set (lvm help eval)") + 1;
     return score_set(cli, "eval", eval_line);
 }
+
+/* ---- Batch: answers ---- */
 
 /* "W,H" or "original"; 0, or a message and 2. */
 static int parse_resize(const char *text, int *width, int *height) {
@@ -15641,7 +15623,7 @@ static char *batch_name(const struct set *set, const char *output, lvm_error *er
     return name;
 }
 
-/* ---- Outputs of a set that must differ ---- */
+/* ---- Batch: outputs, which must differ ---- */
 
 /* Adds a file that is written, whose name the list owns from now on, also after a failure, or one
    that is read (NULL, and path is looked at). */
@@ -15801,7 +15783,7 @@ static void print_answer_json(const struct set *set, const char *name, const dou
 
 static void print_answer_text(const struct set *set, const char *name, const double *mse,
                               double mean) {
-    print_path(name);
+    print_name(name, "");
     if (mse == NULL) return;
     printf("%d: mean squared error %.6g", set->lines.number, mean);
     for (int c = 0; set->cli->candidates > 1 && c < set->cli->candidates; c++)
@@ -15915,6 +15897,8 @@ static int run_batch(struct cli *cli) {
     return status;
 }
 
+/* ---- Weights files ---- */
+
 static void print_key(const struct gguf *g, const char *key, const char *label) {
     struct text t = read_text(g, key);
     if (gguf_key(g, key) == NULL) return;
@@ -16016,7 +16000,7 @@ static int run_quantize(struct cli *cli) {
     lvm_error error = {0, ""};
     int code = lvm_quantize(cli->words[0], cli->words[1], cli->type, cli->vq_type,
                             cli->encoder_type, cli->force, &error);
-    if (code == LVM_OK) printf("%s\n", cli->words[1]);
+    if (code == LVM_OK) print_name(cli->words[1], "");
     return finish(&error, code);
 }
 
@@ -16351,6 +16335,8 @@ static int run_bench(struct cli *cli) {
     lvm_close(b.m);
     return finish(&error, code);
 }
+
+/* ---- The program ---- */
 
 /* The exit status once everything is said: what was printed must have arrived. */
 static int flush_output(int status) {
