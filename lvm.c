@@ -56,7 +56,7 @@
       11  Images: PNG, JPEG and PNM in, PNG out, EXIF rotation, Pillow's resizing
       12  Packing, fast convolution (Winograd), attention on quantised caches
       13  Fast kernels: AVX2, AVX-512, NEON
-      14  Tools: GGUF, quantise, random weights, the cache file
+      14  Tools: GGUF, quantise, random weights, contexts, the cache file
       15  The command line, bench
 
    WORDS, as they are used here
@@ -353,8 +353,8 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int enc
 #ifndef LVM_API_ONLY
 
 /* A device's own file takes of what follows only the parts that LVM_INTERNAL leaves in: errors and
-   progress (chapter 1), types and tensors (2), the model in memory (4), batches (6), the seam (7).
-   They are C11 and C++17. */
+   progress (chapter 1), types and tensors (2), the model in memory (4), batches (6), the seam (7),
+   text that is shown (10). They are C11 and C++17. */
 #if defined(__BYTE_ORDER__) && __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "lvm.c: weights files are little-endian and are used where they lie; this machine is not"
 #endif
@@ -3025,7 +3025,7 @@ struct rng {
 
 /* n further tokens for sequences 0 .. n_seqs - 1. */
 struct continuation {
-    const lvm_sampling *sampling;
+    const lvm_sampling *sampling; /* log_likelihood: to add to; choose: no device is asked then */
     int n_seqs, n;
     int codes;             /* only ids below are sampled */
     float *logits;         /* [n_seqs][V]: the scores of each sequence's next token; used up */
@@ -3033,8 +3033,6 @@ struct continuation {
     int32_t *ids;          /* [n_seqs][ld]: what was sampled; the last of each is not fed */
     int64_t ld;
     int64_t done, all;     /* progress: tokens before these, and of all calls */
-    double *log_likelihood; /* [n_seqs]: plus ln p of each token, at temperature 1 over all V; or
-                              NULL. With sampling->choose nothing of this is asked of a device */
 };
 
 /* What a device does for a context. The functions return LVM_OK or a code with the error filled;
@@ -3224,27 +3222,10 @@ static int cpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
     return LVM_OK;
 }
 
-/* A block is a page, as it lies in memory. */
-static size_t cpu_kv_size(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
-
-static int cpu_kv_get(void *state, int seq, int block, void *data, lvm_error *error) {
-    const struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
-    (void)error;
-    memcpy(data, kv->seq[seq].pages[block]->data, kv->page_bytes);
-    return LVM_OK;
-}
-
-/* Blocks come in ascending order; each leaves the sequence as long as is known by then. */
-static int cpu_kv_set(void *state, int seq, int block, const void *data, int n, lvm_error *error) {
-    struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
-    int code = page_make_private(kv, &kv->seq[seq], block * KV_BLOCK, error);
-    if (code != LVM_OK) return code;
-    memcpy(kv->seq[seq].pages[block]->data, data, kv->page_bytes);
-    kv->seq[seq].n = n;
-    return LVM_OK;
-}
-
-/* What a context uses (chapter 14). */
+/* The cache's pages as bytes, and what a context uses (chapter 14). */
+static size_t cpu_kv_size(void *state);
+static int cpu_kv_get(void *state, int seq, int block, void *data, lvm_error *error);
+static int cpu_kv_set(void *state, int seq, int block, const void *data, int n, lvm_error *error);
 static void cpu_usage(void *state, lvm_usage *usage);
 
 static const struct backend cpu_backend = {
@@ -3254,13 +3235,7 @@ static const struct backend cpu_backend = {
     .kv_trim = cpu_kv_trim, .kv_size = cpu_kv_size, .kv_get = cpu_kv_get, .kv_set = cpu_kv_set,
     .usage = cpu_usage};
 
-/* The backend of a device ("cpu", "cuda:1") and the model's copy there, which is made when the
-   first context needs it (chapter 14). */
-static const struct backend *find_backend(const char *device, lvm_error *error);
-static int open_device(const lvm_model *m, const struct backend *b, const char *name, void **copy,
-                       lvm_error *error);
-
-/* ---- Contexts ---- */
+/* ---- Contexts, which chapter 14 makes and frees ---- */
 
 /* An image as the tokenizer saw it and what it became. */
 struct encoded {
@@ -3287,83 +3262,14 @@ struct lvm_ctx {
     struct encoded encoded[MAX_ENCODED]; /* image i at i % MAX_ENCODED */
 };
 
-/* Options and sampling as the caller chose them (NULL: nothing), with what was left to lvm filled
-   in and the rest checked (chapter 14). */
-static int settle_options(const lvm_model *m, const lvm_options *chosen, lvm_options *o,
-                          lvm_error *error);
+/* Sampling as the caller chose it (NULL: nothing), with what was left to lvm filled in and the rest
+   checked (chapter 14). */
 static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_error *error);
 
 /* Completes what check_finite says (LVM_FORMAT; other codes pass through) by the model's name and
    by the first tensor that holds such a number; and empties the cache, of which even tokens before
    a NaN may have got it (chapter 14). */
 static int blame_weights(lvm_ctx *ctx, int code, lvm_error *error);
-
-/* Also of a context that ctx_new could not finish. */
-void lvm_ctx_free(lvm_ctx *ctx) {
-    if (ctx == NULL) return;
-    if (ctx->state != NULL) ctx->b->close(ctx->state);
-    for (int i = 0; i < MAX_ENCODED; i++) {
-        mem_free(ctx->encoded[i].rgb);
-        mem_free(ctx->encoded[i].ids);
-    }
-    void *all[] = {ctx->ids, ctx->logits, ctx->seqs, ctx->rows, ctx->rgb, ctx->tokens};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
-    mem_free(ctx);
-}
-
-/* Buffers on the host, as large as the device's limits ask for. */
-static int ctx_alloc(lvm_ctx *ctx, lvm_error *error) {
-    const lvm_model *m = ctx->m;
-    ctx->limits.images = (int)min64(ctx->limits.images, MAX_ENCODED);
-    size_t R = m->vq != NULL ? (size_t)m->vq->R : 0, images = (size_t)ctx->limits.images,
-           rows = (size_t)ctx->limits.rows;
-    ctx->ids = mem_alloc((size_t)m->llama.context + 1, sizeof *ctx->ids, error);
-    ctx->logits = mem_alloc((size_t)ctx->limits.sequences * (size_t)m->llama.V,
-                            sizeof *ctx->logits, error);
-    ctx->seqs = mem_alloc(rows, sizeof *ctx->seqs, error);
-    ctx->rows = mem_alloc(rows, sizeof *ctx->rows, error);
-    ctx->rgb = mem_alloc(images, R * R * 3, error);
-    ctx->tokens = mem_alloc(images, (size_t)m->T * sizeof *ctx->tokens, error);
-    if (ctx->ids == NULL || ctx->logits == NULL || ctx->seqs == NULL || ctx->rows == NULL ||
-        ctx->rgb == NULL || ctx->tokens == NULL)
-        return LVM_MEMORY;
-    for (int i = 0; i < ctx->limits.rows; i++) ctx->rows[i] = i;
-    return LVM_OK;
-}
-
-/* A context on a given backend, or on that of options.device where b is NULL. */
-static lvm_ctx *ctx_new(const lvm_model *m, const struct backend *b, const lvm_options *options,
-                        lvm_error *error) {
-    lvm_ctx *ctx = mem_alloc(1, sizeof *ctx, error);
-    void *copy = NULL;
-    if (ctx == NULL) return NULL;
-    ctx->m = m;
-    int code = settle_options(m, options, &ctx->o, error);
-    if (code == LVM_OK) {
-        snprintf(ctx->device, sizeof ctx->device, "%s", ctx->o.device);
-        ctx->o.device = ctx->device;
-        ctx->b = b != NULL ? b : find_backend(ctx->device, error);
-        code = ctx->b == NULL ? LVM_INVALID : open_device(m, ctx->b, ctx->device, &copy, error);
-    }
-    if (code == LVM_OK) code = ctx->b->open(copy, &ctx->o, &ctx->state, &ctx->limits, error);
-    if (code == LVM_OK) code = ctx_alloc(ctx, error);
-    if (code == LVM_OK) return ctx;
-    lvm_ctx_free(ctx);
-    return NULL;
-}
-
-lvm_ctx *lvm_ctx_new(const lvm_model *model, const lvm_options *options, lvm_error *error) {
-    clear_error(error);
-    if (model != NULL) return ctx_new(model, NULL, options, error);
-    null_argument(error, "lvm_ctx_new", "model");
-    return NULL;
-}
-
-lvm_info lvm_ctx_info(const lvm_ctx *ctx) {
-    lvm_info i = lvm_model_info(ctx != NULL ? ctx->m : NULL);
-    if (ctx != NULL) i.device = ctx->device;
-    return i;
-}
 
 /* A file may hold only one part of a model: what needs the other says so. */
 static int need(const lvm_ctx *ctx, int part, const char *what, lvm_error *error) {
@@ -3657,9 +3563,8 @@ int lvm_logits(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error
    likeliest stay (Fan et al. 2018), of these the nucleus, the fewest likeliest that together hold
    at least top_p of the probability (Holtzman et al. 2020), and one of them is drawn: with the
    likeliest first, the cumulative sum is walked until it reaches a uniform random number times the
-   whole sum. Sorting
-   8192 choices for each token would be slow; each of the three asks for no more than "the fewest
-   likeliest that reach this mass", which quickselect finds. */
+   whole sum. Sorting 8192 choices for each token would be slow; each of the three asks for no more
+   than "the fewest likeliest that reach this mass", which quickselect finds. */
 
 /* The next 32 random bits. */
 static uint32_t rng_next(struct rng *r) {
@@ -3872,8 +3777,7 @@ static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) 
         if (g->length >= g->full) code = slide_window(g, error);
         n = g->n - done < g->full - g->length ? g->n - done : g->full - g->length;
         struct continuation c = {&g->s, g->candidates, n, ctx->m->codes, ctx->logits, g->rng,
-                                 g->ids + g->length, ctx->m->llama.context + 1, done, g->n,
-                                 g->s.log_likelihood};
+                                 g->ids + g->length, ctx->m->llama.context + 1, done, g->n};
         int on_device = ctx->b->generate != NULL && g->s.choose == NULL;
         if (code == LVM_OK)
             code = blame_weights(ctx, on_device ? ctx->b->generate(ctx->state, &c, error)
@@ -3909,8 +3813,6 @@ int lvm_generate(lvm_ctx *ctx, const lvm_sampling *sampling, int candidates, int
         return fail(error, LVM_INVALID, "%s: its context of %d tokens holds no image of %d",
                     ctx->m->path, a->context, g.T);
     if (ctx->n_ids < g.full) code = prefill_pending(ctx, error);
-    if (code == LVM_OK && ctx->n_ids == 0)
-        code = fail(error, LVM_INVALID, "there is no prompt yet: call lvm_prompt first");
     if (code != LVM_OK) return code;
     g.ids = mem_alloc((size_t)candidates * ((size_t)a->context + 1), sizeof *g.ids, error);
     g.rng = mem_alloc((size_t)candidates, sizeof *g.rng, error);
@@ -4014,10 +3916,10 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    input_tokens, target and a list under output) are a fault. Whole numbers may be written as 1.0 or
    1e0. A key without a meaning is passed over with any value that Python writes, NaN and Infinity
    too, and in silence unless it is nearly a key with one ("inputs", "Target", "anwser"): no more
-   than two letters to insert, remove or replace, fewer than half of its own, be they capital or
-   small. Such a one is noted on stderr, once a set for each key that may be meant. Blank lines are
-   only counted, a byte order mark in front of the first is passed over. A line with a fault is
-   reported and the next one taken; the exit status is 1 then.
+   than two letters to insert, remove, replace or swap with their neighbour, fewer than half of its
+   own, be they capital or small. Such a one is noted on stderr, once a set for each key that may be
+   meant. Blank lines are only counted, a byte order mark in front of the first is passed over. A
+   line with a fault is reported and the next one taken; the exit status is 1 then.
 
    Streams. A set is read line by line; from standard input (-) or a FIFO each line is answered
    before the next is waited for. Two lines of a batch must not write one file, under whatever names
@@ -4700,25 +4602,20 @@ static void *os_map(int fd, size_t size) {
 
 static void os_unmap(void *p, size_t size) { munmap(p, size); }
 
-struct os_signals {
-    sigset_t set;
-};
+typedef sigset_t os_signals;
 
-/* Threads that start now take no signal but those of a fault of their own, and leave the others to
-   the program's threads. */
-static struct os_signals os_block_signals(void) {
+/* Signals, but those of a fault of the thread's own, wait until os_restore_signals; threads that
+   start meanwhile never take them and leave them to the program's threads. */
+static os_signals os_block_signals(void) {
     static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGSYS};
-    struct os_signals before;
-    sigset_t set;
-    sigfillset(&set);
-    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&set, faults[i]);
-    pthread_sigmask(SIG_BLOCK, &set, &before.set);
+    os_signals all, before;
+    sigfillset(&all);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(&all, faults[i]);
+    pthread_sigmask(SIG_BLOCK, &all, &before);
     return before;
 }
 
-static void os_restore_signals(struct os_signals before) {
-    pthread_sigmask(SIG_SETMASK, &before.set, NULL);
-}
+static void os_restore_signals(os_signals before) { pthread_sigmask(SIG_SETMASK, &before, NULL); }
 
 #ifdef __linux__
 /* n, or fewer processors where a control group's folder grants less time. Version 2 keeps quota and
@@ -4788,18 +4685,6 @@ static int os_begin(int *argc, char ***argv) {
 }
 
 static int os_is_terminal(int fd) { return isatty(fd); }
-
-typedef sigset_t os_signals;
-
-/* Signals wait from here to os_release_signals. */
-static os_signals os_hold_signals(void) {
-    os_signals all, old;
-    sigfillset(&all);
-    pthread_sigmask(SIG_BLOCK, &all, &old);
-    return old;
-}
-
-static void os_release_signals(os_signals old) { pthread_sigmask(SIG_SETMASK, &old, NULL); }
 
 /* A set, line by line: of a pipe the writer is waited for. */
 static int os_open_stream(const char *path) { return open(path, O_RDONLY | O_NOCTTY | O_CLOEXEC); }
@@ -5015,12 +4900,10 @@ static void os_unmap(void *p, size_t size) {
     UnmapViewOfFile(p);
 }
 
-struct os_signals {
-    int none; /* Windows sends none to threads */
-};
-
-static struct os_signals os_block_signals(void) { return (struct os_signals){0}; }
-static void os_restore_signals(struct os_signals before) { (void)before; }
+/* Signals come in a thread of their own. */
+typedef int os_signals;
+static os_signals os_block_signals(void) { return 0; }
+static void os_restore_signals(os_signals before) { (void)before; }
 
 static int64_t os_processors(void) {
     DWORD_PTR ours = 0, all = 0;
@@ -5101,11 +4984,6 @@ static int os_is_terminal(int fd) {
     return GetConsoleMode(h, &mode) && SetConsoleMode(h, mode | 4 /* virtual terminal */);
 }
 
-/* Signals come in a thread of their own. */
-typedef int os_signals;
-static os_signals os_hold_signals(void) { return 0; }
-static void os_release_signals(os_signals old) { (void)old; }
-
 static int os_columns(int fd) {
     CONSOLE_SCREEN_BUFFER_INFO info;
     HANDLE h = (HANDLE)_get_osfhandle(fd);
@@ -5166,6 +5044,14 @@ static const char *os_file_name(const char *path) {
         if (os_is_separator(*path)) name = path + 1;
     return name;
 }
+
+/* A device has no number on Windows. */
+static int is_one_file(struct os_info a, struct os_info b) {
+    return a.number != 0 && a.device == b.device && a.number == b.number;
+}
+
+/* 1 when both paths name the same existing file. */
+static int same_file(const char *a, const char *b) { return is_one_file(os_stat(a), os_stat(b)); }
 
 static int processors(void) { return (int)min64(max64(os_processors(), 1), 1024); }
 
@@ -5353,7 +5239,7 @@ static struct pool *pool_new(int n, lvm_error *error) {
     pthread_cond_init(&p->wake, NULL);
     pthread_cond_init(&p->done, NULL);
     p->process = (long)getpid();
-    struct os_signals before = os_block_signals();
+    os_signals before = os_block_signals();
     for (p->n = 1; p->n < n && pool_start_worker(p, p->n) == 0;) p->n++;
     os_restore_signals(before);
     if (p->n >= n) return p;
@@ -5458,13 +5344,8 @@ static void outfile_free(struct outfile *out) {
 /* The descriptor, standard output or error, that a path is another name of ("/dev/stdout", say), or
    -1. */
 static int standard_stream(const char *path) {
-    struct os_info info = os_stat(path);
-    for (int fd = 1; fd <= 2 && info.kind != OS_NOTHING; fd++) {
-        struct os_info stream = os_fstat(fd);
-        if (stream.kind == info.kind && stream.device == info.device &&
-            stream.number == info.number)
-            return fd;
-    }
+    for (int fd = 1; fd <= 2; fd++)
+        if (is_one_file(os_stat(path), os_fstat(fd))) return fd;
     return -1;
 }
 
@@ -6465,7 +6346,7 @@ static int png_load(const uint8_t *data, size_t size, const char *name, size_t *
     crc32_init(&png.crc);
     int code = png_chunks(&png);
     if (!code) code = png_decompress(&png, image);
-    if (!code && png.tail) fail(error, LVM_OK, "%s", "");   /* it did not matter */
+    if (!code) clear_error(error);   /* of what ended the walk and did not matter */
     *used = png.file.failed ? size : png.file.at;
     mem_free(png.idat);
     return code;
@@ -11854,10 +11735,10 @@ static const struct kernels *choose_kernels(lvm_error *error) {
 }
 
 /* =================================================================================================
-   Chapter 14.  Tools: GGUF, quantise, random weights, the cache file
+   Chapter 14.  Tools: GGUF, quantise, random weights, contexts, the cache file
 
-   What stands around a model: its file format, files with other types, models without a file, and a
-   context's state in a file. */
+   What stands around a model: its file format, files with other types, models without a file. And
+   around a context: its options, how it is made on a device, what it uses, its state in a file. */
 
 /* ---- GGUF: reading ----
 
@@ -12170,14 +12051,17 @@ static struct text read_text(const struct gguf *g, const char *name) {
 
 /* ---- GGUF: what nobody asked for ---- */
 
+static int begins(struct text t, const char *s) {
+    return t.n >= strlen(s) && memcmp(t.s, s, strlen(s)) == 0;
+}
+
 /* The class of the tokenizer owns attention blocks that it never runs: those of encoder levels of
    one residual block (chapter 4). Checkpoints hold them, and convert.py carries them along. */
 static int is_carried(const lvm_model *m, struct text name) {
     static const char start[] = "vq.encoder.down.", *const ends[] = {"weight", "bias"};
     const struct vqgan *vq = m->vq;
     char wanted[80];
-    if (vq == NULL || vq->n_res_blocks > 1 || name.n < sizeof start ||
-        memcmp(name.s, start, sizeof start - 1) != 0)
+    if (vq == NULL || vq->n_res_blocks > 1 || name.n < sizeof start || !begins(name, start))
         return 0;
     int level = name.s[sizeof start - 1] - '0', attention = 0;
     for (int a = 0; a < vq->n_attn_at && level >= 0 && level < vq->n_levels; a++)
@@ -12190,34 +12074,24 @@ static int is_carried(const lvm_model *m, struct text name) {
     return 0;
 }
 
-/* Prints the first tensors of the file that no spec, sorted by name, asks for; returns how many
-   there are. */
-static int64_t list_unknown(const lvm_model *m, const struct named_index *spec, char *list,
-                            size_t room) {
-    const struct gguf *g = &m->file;
-    int64_t found = 0;
-    size_t at = 0;
-    for (int64_t i = 0; i < g->n_tensors; i++) {
-        struct named_index wanted = {g->tensors[i].name, 0};
-        if (bsearch(&wanted, spec, (size_t)m->n_specs, sizeof *spec, compare_named) != NULL ||
-            is_carried(m, wanted.name))
-            continue;
-        if (++found > 3) continue;
-        at += (size_t)snprintf(list + at, room - at, "%s%.*s", found > 1 ? ", " : "",
-                               (int)min64((int64_t)wanted.name.n, 40), wanted.name.s);
-    }
-    return found;
-}
-
 static int refuse_unknown(const lvm_model *m, lvm_error *error) {
-    char list[160] = "";
-    struct named_index *spec = mem_alloc((size_t)m->n_specs, sizeof *spec, error);
-    if (spec == NULL) return LVM_MEMORY;
-    for (int i = 0; i < m->n_specs; i++)
-        spec[i].name = (struct text){m->specs[i].name, strlen(m->specs[i].name)};
-    qsort(spec, (size_t)m->n_specs, sizeof *spec, compare_named);
-    int64_t n = list_unknown(m, spec, list, sizeof list);
-    mem_free(spec);
+    const struct gguf *g = &m->file;
+    char list[160] = ""; /* the first three */
+    int64_t n = 0;
+    size_t at = 0;
+    uint8_t *known = mem_alloc((size_t)g->n_tensors, 1, error);
+    if (known == NULL) return LVM_MEMORY;
+    for (int i = 0; i < m->n_specs; i++) {
+        int64_t tensor = find_name(g->tensor_by_name, g->n_tensors, m->specs[i].name);
+        if (tensor >= 0) known[tensor] = 1;
+    }
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        struct text name = g->tensors[i].name;
+        if (known[i] || is_carried(m, name) || ++n > 3) continue;
+        at += (size_t)snprintf(list + at, sizeof list - at, "%s%.*s", n > 1 ? ", " : "",
+                               (int)min64((int64_t)name.n, 40), name.s);
+    }
+    mem_free(known);
     if (n == 0) return LVM_OK;
     return fail(error, LVM_FORMAT, "%s: holds %lld tensor%s that lvm does not know: %s%s", m->path,
                 (long long)n, n > 1 ? "s" : "", list, n > 3 ? ", ..." : "");
@@ -12295,10 +12169,6 @@ static int finish_head(struct gguf_writer *w, struct buffer *head) {
 struct wanted_types {
     int transformer, vq, encoder;
 };
-
-static int begins(struct text t, const char *s) {
-    return t.n >= strlen(s) && memcmp(t.s, s, strlen(s)) == 0;
-}
 
 /* Of the tensor of this name, now of type `now`. Where convolutions are to be quantised the
    encoder's become F16, unless another type is asked for or they are quantised already: it is the
@@ -12410,13 +12280,6 @@ static int quantize_model(const lvm_model *m, const char *path, const struct wan
     return code;
 }
 
-/* 1 when both paths name the same existing file. */
-static int same_file(const char *a, const char *b) {
-    struct os_info x = os_stat(a), y = os_stat(b);
-    return x.kind != OS_NOTHING && y.kind != OS_NOTHING && x.device == y.device &&
-           x.number == y.number;
-}
-
 static int is_type(int type) { return type == LVM_AUTO || type_info(type) != NULL; }
 
 int lvm_quantize(const char *in, const char *out, int type, int vq_type, int encoder_type,
@@ -12473,8 +12336,8 @@ static void put_ints_key(struct gguf_writer *w, const char *name, const int *v, 
     put_bytes(w, &w->keys, v, (size_t)n * sizeof *v);
 }
 
-/* Sizes as keys, from the tables that read them: switches as booleans, as convert.py writes them; an
-   id of -1 is none. */
+/* Sizes as keys, from the tables that read them: switches as booleans, as convert.py writes them;
+   an id of -1 is none. */
 static void put_int_keys(struct gguf_writer *w, const struct int_key *keys, size_t n,
                          const void *sizes) {
     for (size_t i = 0; i < n; i++) {
@@ -12705,9 +12568,8 @@ static int settle_token(const lvm_ctx *ctx, const struct continuation *c, int s,
     if (check_ids(id, 1, c->codes, NULL) != LVM_OK)
         return fail(error, LVM_INVALID, "lvm_sampling.choose gave %d, not 0 .. %d", (int)*id,
                     c->codes - 1);
-    if (c->log_likelihood != NULL)
-        c->log_likelihood[s] -=
-            (double)negative_log_likelihood(logits, ctx->m->llama.V, *id);
+    if (by->log_likelihood != NULL)
+        by->log_likelihood[s] -= (double)negative_log_likelihood(logits, ctx->m->llama.V, *id);
     return LVM_OK;
 }
 
@@ -12785,6 +12647,75 @@ static int open_device(const lvm_model *m, const struct backend *b, const char *
     if (code == LVM_OK) *copy = d->copy;
     pthread_mutex_unlock(&all->mutex);
     return code;
+}
+
+/* ---- Contexts: made and freed ---- */
+
+/* Also of a context that ctx_new could not finish. */
+void lvm_ctx_free(lvm_ctx *ctx) {
+    if (ctx == NULL) return;
+    if (ctx->state != NULL) ctx->b->close(ctx->state);
+    for (int i = 0; i < MAX_ENCODED; i++) {
+        mem_free(ctx->encoded[i].rgb);
+        mem_free(ctx->encoded[i].ids);
+    }
+    void *all[] = {ctx->ids, ctx->logits, ctx->seqs, ctx->rows, ctx->rgb, ctx->tokens};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
+    mem_free(ctx);
+}
+
+/* Buffers on the host, as large as the device's limits ask for. */
+static int ctx_alloc(lvm_ctx *ctx, lvm_error *error) {
+    const lvm_model *m = ctx->m;
+    ctx->limits.images = (int)min64(ctx->limits.images, MAX_ENCODED);
+    size_t R = m->vq != NULL ? (size_t)m->vq->R : 0, images = (size_t)ctx->limits.images,
+           rows = (size_t)ctx->limits.rows;
+    ctx->ids = mem_alloc((size_t)m->llama.context + 1, sizeof *ctx->ids, error);
+    ctx->logits = mem_alloc((size_t)ctx->limits.sequences * (size_t)m->llama.V,
+                            sizeof *ctx->logits, error);
+    ctx->seqs = mem_alloc(rows, sizeof *ctx->seqs, error);
+    ctx->rows = mem_alloc(rows, sizeof *ctx->rows, error);
+    ctx->rgb = mem_alloc(images, R * R * 3, error);
+    ctx->tokens = mem_alloc(images, (size_t)m->T * sizeof *ctx->tokens, error);
+    if (ctx->ids == NULL || ctx->logits == NULL || ctx->seqs == NULL || ctx->rows == NULL ||
+        ctx->rgb == NULL || ctx->tokens == NULL)
+        return LVM_MEMORY;
+    for (int i = 0; i < ctx->limits.rows; i++) ctx->rows[i] = i;
+    return LVM_OK;
+}
+
+/* A context on a given backend, or on that of options.device where b is NULL. */
+static lvm_ctx *ctx_new(const lvm_model *m, const struct backend *b, const lvm_options *options,
+                        lvm_error *error) {
+    lvm_ctx *ctx = mem_alloc(1, sizeof *ctx, error);
+    void *copy = NULL;
+    if (ctx == NULL) return NULL;
+    ctx->m = m;
+    int code = settle_options(m, options, &ctx->o, error);
+    if (code == LVM_OK) {
+        snprintf(ctx->device, sizeof ctx->device, "%s", ctx->o.device);
+        ctx->o.device = ctx->device;
+        ctx->b = b != NULL ? b : find_backend(ctx->device, error);
+        code = ctx->b == NULL ? LVM_INVALID : open_device(m, ctx->b, ctx->device, &copy, error);
+    }
+    if (code == LVM_OK) code = ctx->b->open(copy, &ctx->o, &ctx->state, &ctx->limits, error);
+    if (code == LVM_OK) code = ctx_alloc(ctx, error);
+    if (code == LVM_OK) return ctx;
+    lvm_ctx_free(ctx);
+    return NULL;
+}
+
+lvm_ctx *lvm_ctx_new(const lvm_model *model, const lvm_options *options, lvm_error *error) {
+    clear_error(error);
+    if (model != NULL) return ctx_new(model, NULL, options, error);
+    null_argument(error, "lvm_ctx_new", "model");
+    return NULL;
+}
+
+lvm_info lvm_ctx_info(const lvm_ctx *ctx) {
+    lvm_info i = lvm_model_info(ctx != NULL ? ctx->m : NULL);
+    if (ctx != NULL) i.device = ctx->device;
+    return i;
 }
 
 /* ---- Weights that are no numbers ---- */
@@ -12898,6 +12829,26 @@ static uint64_t weights_hash(const struct gguf *g) {
         h = hash_bytes(h, data + bytes - n, (size_t)n);
     }
     return h;
+}
+
+/* A block is a page, as it lies in memory. */
+static size_t cpu_kv_size(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
+
+static int cpu_kv_get(void *state, int seq, int block, void *data, lvm_error *error) {
+    const struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
+    (void)error;
+    memcpy(data, kv->seq[seq].pages[block]->data, kv->page_bytes);
+    return LVM_OK;
+}
+
+/* Blocks come in ascending order; each leaves the sequence as long as is known by then. */
+static int cpu_kv_set(void *state, int seq, int block, const void *data, int n, lvm_error *error) {
+    struct kv_cache *kv = &((struct cpu *)state)->lm.kv;
+    int code = page_make_private(kv, &kv->seq[seq], block * KV_BLOCK, error);
+    if (code != LVM_OK) return code;
+    memcpy(kv->seq[seq].pages[block]->data, data, kv->page_bytes);
+    kv->seq[seq].n = n;
+    return LVM_OK;
 }
 
 static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
@@ -13071,11 +13022,13 @@ int lvm_cache_load(lvm_ctx *ctx, const char *path, lvm_error *error) {
 /* =================================================================================================
    Chapter 15.  The command line
 
-   One table names the commands, one the options with the commands that take them; help and manual
-   page are printed from the same tables. Behind them stand images and names on the command line,
-   then the commands: on one prompt, on sets of them (rank, eval, batch), on weights files, bench.
-   What was written goes to stdout, one path a line; everything else to stderr. Exit
-   status: 0 done, 1 the work failed, 2 wrong usage. */
+   One table names the commands, one the options with the commands that take them; arguments are
+   read, mistakes answered, help and manual page printed from both. Then come signals and the
+   progress bar; the images that a call names and the outputs that it holds open; and the commands:
+   on one prompt, on choices, on sets of prompts (chapter 9), on weights files, bench.
+
+   What was written (its path, one a line) or asked for goes to stdout, everything else to stderr.
+   Exit status: 0 done, 1 the work failed, 2 wrong usage. */
 
 #ifndef LVM_NO_MAIN
 
@@ -13121,6 +13074,10 @@ struct option {
     const char *help;
 };
 
+/* The value of --stage and of --config is a place in these lists. */
+static const char bench_stages[] = "encode|prefill|generate|candidates|decode",
+                  bench_shapes[] = "100m|300m|600m|1b|3b|7b";
+
 #define AT(field) offsetof(struct cli, field)
 static const struct option option_table[] = {
     {'o', "output", "FILE", PREDICT | ENCODE | DECODE, TEXT, AT(out), 0, 0,
@@ -13164,14 +13121,12 @@ static const struct option option_table[] = {
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
      "size of an answer, or \"original\": the last input's"},
     {0, "json", NULL, READS | BENCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
-    {0, "config", "100m|300m|600m|1b|3b|7b", BENCH, ONE_OF, AT(config), 0, 0,
-     "shape of the transformer"},
+    {0, "config", bench_shapes, BENCH, ONE_OF, AT(config), 0, 0, "shape of the transformer"},
     {0, "vq", "published|shipped", BENCH, ONE_OF, AT(vq), 0, 0,
      "shape of the tokenizer (published)"},
     {0, "prompt", "N", BENCH, INTEGER, AT(prompt), 1, 1 << 20, "tokens of the prompt (3840)"},
     {0, "new", "N", BENCH, INTEGER, AT(new_tokens), 1, 1 << 20, "tokens to generate (256)"},
-    {0, "stage", "encode|prefill|generate|candidates|decode", BENCH, ONE_OF, AT(stage), 0, 0,
-     "only this one"},
+    {0, "stage", bench_stages, BENCH, ONE_OF, AT(stage), 0, 0, "only this one"},
     {'j', "threads", "N", RUNS | BENCH, INTEGER, AT(options.threads), 1, 1024,
      "threads (the processors allowed)"},
     {0, "device", "NAME", RUNS | BENCH, TEXT, AT(options.device), 0, 0, "cpu (the best there is)"},
@@ -13551,26 +13506,25 @@ static int parse_arguments(struct cli *cli, const struct command *c, int argc, c
     return 0;
 }
 
+/* 1 for an option of any command whose value is the next argument. */
+static int takes_next(const char *arg) {
+    const char *value;
+    const struct option *o = is_option(arg) ? match_option(-1, arg, &value) : NULL;
+    return o != NULL && o->kind != FLAG && value == NULL;
+}
+
 /* The place of the first word among options and their values, 0 where there is none: options may
    stand before the command. */
 static int first_word(int argc, char **argv) {
-    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) {
-        const char *value;
+    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i += 1 + takes_next(argv[i]))
         if (!is_option(argv[i])) return i;
-        const struct option *o = match_option(-1, argv[i], &value);
-        i += o != NULL && o->kind != FLAG && value == NULL;
-    }
     return 0;
 }
 
 /* 1 where -h or --help, say, stands among the options. */
 static int asks_for(const char *letter, const char *name, int argc, char **argv) {
-    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i++) {
-        const char *value;
+    for (int i = 1; i < argc && strcmp(argv[i], "--") != 0; i += 1 + takes_next(argv[i]))
         if (strcmp(argv[i], letter) == 0 || strcmp(argv[i], name) == 0) return 1;
-        const struct option *o = is_option(argv[i]) ? match_option(-1, argv[i], &value) : NULL;
-        i += o != NULL && o->kind != FLAG && value == NULL;
-    }
     return 0;
 }
 
@@ -13814,10 +13768,10 @@ static FILE *create_temporary(const char *path) {
         errno = EMFILE;
         return NULL;
     }
-    os_signals held = os_hold_signals();
+    os_signals before = os_block_signals();
     FILE *file = os_create(path);
     if (file != NULL) temporaries[slot] = path;
-    os_release_signals(held);
+    os_restore_signals(before);
     return file;
 }
 
@@ -13913,8 +13867,8 @@ enum { N_STAGES = sizeof stage_table / sizeof *stage_table };
 
 static int is_stage(const char *a, const char *b) { return strcmp(a, b) == 0; }
 
-/* Takes down how far a stage is; another one, or one that begins again, starts afresh, and but for a
-   slide it is drawn at once. Samples are a third of a second apart. */
+/* Notes every third of a second how far a stage is. Another one, or one that begins again, starts
+   afresh, and but for a slide it is drawn at once. */
 static void bar_sample(struct bar *b, const char *stage, double part, double now) {
     int last = b->n - 1;
     if (!is_stage(b->stage, stage) || part < b->part) {
@@ -14049,6 +14003,15 @@ static int read_stdin(struct buffer *text, lvm_error *error) {
                ? fail(error, LVM_IO, "standard input: %s", strerror(errno)) : code;
 }
 
+/* All of a file, or of standard input ("-"). */
+static int read_input(const char *path, struct buffer *text, lvm_error *error) {
+    uint8_t *data = NULL;
+    if (strcmp(path, "-") == 0) return read_stdin(text, error);
+    int code = read_file(path, &data, &text->n, error);
+    text->data = (char *)data;
+    return code;
+}
+
 /* The images on standard input, as a video decoder pipes them in: each is decoded once to find its
    end, and kept as it came. */
 static int add_standard_input(struct paths *p, lvm_error *error) {
@@ -14101,6 +14064,8 @@ static int compare_paths(const void *a, const void *b) {
     return order != 0 ? order : strcmp(x, y);
 }
 
+static const char image_endings[] = "png|jpg|jpeg|jpe|jfif|ppm|pgm|pnm|pbm";
+
 /* What follows the last dot of a file name, or "". */
 static const char *extension(const char *name) {
     const char *dot = strrchr(name, '.');
@@ -14119,7 +14084,7 @@ static int has_extension(const char *name, const char *list) {
    for the note; hidden ones and folders are passed over. */
 static int add_entry(struct paths *p, const char *folder, const char *name, int *others,
                      char first_other[64], lvm_error *error) {
-    int named = has_extension(name, "png|jpg|jpeg|jpe|jfif|ppm|pgm|pnm|pbm");
+    int named = has_extension(name, image_endings);
     if (name[0] == '.') return LVM_OK;
     char *path = join_path(folder, name, error);
     if (path == NULL) return LVM_MEMORY;
@@ -14322,11 +14287,11 @@ static int settle_png_name(const char **name, const char *endings, char **owned)
     return 0;
 }
 
-/* A path on standard output; a terminal gets no control characters. */
-static void print_path(const char *path) {
+/* A name on standard output; a terminal gets no control characters. */
+static void print_name(const char *name, const char *behind) {
     char shown[1 << 13];
-    show_text(path, shown, sizeof shown);
-    puts(os_is_terminal(1) ? shown : path);
+    show_text(name, shown, sizeof shown);
+    printf("%s%s\n", os_is_terminal(1) ? shown : name, behind);
 }
 
 struct output {
@@ -14406,7 +14371,7 @@ static int outputs_write(struct outputs *o, int i, const void *data, size_t size
     if (code == LVM_OK) code = outfile_write(&out->file, data, size, error);
     if (out->open) code = outfile_close(&out->file, code, error);
     out->open = 0;
-    if (code == LVM_OK && named && !o->silent) print_path(out->name);
+    if (code == LVM_OK && named && !o->silent) print_name(out->name, "");
     return code;
 }
 
@@ -14606,6 +14571,7 @@ struct prediction {
     double *log_likelihood; /* [candidates], of all their tokens */
     lvm_image *images;      /* [kept][images] */
     double seconds[3];      /* that prompt, tokens and images took */
+    char text[400];         /* what decides the pixels: see describe_run */
 };
 
 static void prediction_free(struct prediction *p) {
@@ -14743,16 +14709,16 @@ static int write_extras(struct prediction *p, const char *text, lvm_error *error
 static int write_images(struct prediction *p, lvm_error *error) {
     int n = p->cli->images, code = LVM_OK;
     int first = (p->cli->sheet != NULL) + (p->cli->apng != NULL);
-    char text[400], all[480];
-    describe_run(p->cli, &p->s, text, sizeof text);
+    char text[sizeof p->text + 80];
     for (int i = 0; code == LVM_OK && i < n; i++)
         for (int c = 0; code == LVM_OK && c < p->kept; c++) {
-            snprintf(all, sizeof all, "%s, candidate %d, image %d", text, p->first + c + 1, i + 1);
+            snprintf(text, sizeof text, "%s, candidate %d, image %d", p->text, p->first + c + 1,
+                     i + 1);
             code = outputs_write_png(&p->outputs, first + i * p->kept + c, &p->images[c * n + i],
-                                     all, error);
+                                     text, error);
         }
-    snprintf(all, sizeof all, "%s, candidate %d", text, p->first + 1);
-    return code == LVM_OK ? write_extras(p, all, error) : code;
+    snprintf(text, sizeof text, "%s, candidate %d", p->text, p->first + 1);
+    return code == LVM_OK ? write_extras(p, text, error) : code;
 }
 
 /* One object: what decides the answer, its names, each candidate's ids and their mean
@@ -14760,10 +14726,8 @@ static int write_images(struct prediction *p, lvm_error *error) {
 static void print_prediction_json(const struct prediction *p) {
     const struct cli *cli = p->cli;
     int n = cli->images * p->s.model->T, names = p->outputs.n - cli->images * p->kept;
-    char text[400];
-    describe_run(p->cli, &p->s, text, sizeof text);
     printf("{\"parameters\": ");
-    print_json_text(text);
+    print_json_text(p->text);
     printf(", \"seed\": %llu, \"seconds\": {\"prompt\": %.3f, \"generate\": %.3f, "
            "\"decode\": %.3f}", (unsigned long long)cli->sampling.seed, p->seconds[0],
            p->seconds[1], p->seconds[2]);
@@ -14774,8 +14738,8 @@ static void print_prediction_json(const struct prediction *p) {
     printf(", \"candidates\": [");
     for (int c = 0; c < p->candidates; c++) {
         int kept = c >= p->first && c < p->first + p->kept;
-        printf("%s{\"log_likelihood\": ", c > 0 ? ", " : "");
-        printf("%.9g, \"outputs\": [", p->log_likelihood[c] / n);
+        printf("%s{\"log_likelihood\": %.9g, \"outputs\": [", c > 0 ? ", " : "",
+               p->log_likelihood[c] / n);
         for (int i = 0; kept && i < cli->images; i++) {
             if (i > 0) printf(", ");
             print_json_text(p->outputs.list[names + i * p->kept + c - p->first].name);
@@ -14789,16 +14753,15 @@ static void print_prediction_json(const struct prediction *p) {
 }
 
 static int predict_images(struct prediction *p, lvm_error *error) {
-    char text[400];
+    describe_run(p->cli, &p->s, p->text, sizeof p->text);
     int code = need_all(p->cli, &p->s, error);
     if (code == LVM_OK) code = read_prompt(p, error);
     if (code == LVM_OK) code = generate_images(p, error);
     if (code == LVM_OK) code = write_images(p, error);
     if (code != LVM_OK) return code;
     if (p->cli->json) print_prediction_json(p);
-    describe_run(p->cli, &p->s, text, sizeof text);
     const double *took = p->seconds;
-    note(p->cli, "%s: %.2f s (prompt %.2f, tokens %.2f, images %.2f)", text,
+    note(p->cli, "%s: %.2f s (prompt %.2f, tokens %.2f, images %.2f)", p->text,
          took[0] + took[1] + took[2], took[0], took[1], took[2]);
     return LVM_OK;
 }
@@ -14887,9 +14850,7 @@ static int run_encode(struct cli *cli) {
 static int no_token(const char *name, int line, const char *word, size_t n, lvm_error *error) {
     char shown[13] = "";
     for (size_t i = 0; i < n && i < 12 && !isspace((unsigned char)word[i]); i++)
-        shown[i] = word[i];
-    for (char *c = shown; *c != 0; c++)
-        if (!isprint((unsigned char)*c)) *c = '?';
+        shown[i] = isprint((unsigned char)word[i]) || word[i] == 0 ? word[i] : '?';
     return fail(error, LVM_FORMAT, "%s: line %d: \"%s\" is no token id", name, line, shown);
 }
 
@@ -14950,27 +14911,19 @@ static int run_decode(struct cli *cli) {
     lvm_error error = {0, ""};
     struct session s = {NULL, NULL, {0}};
     struct buffer text = {0};
-    uint8_t *data = NULL;
-    size_t size = 0;
     int32_t *ids = NULL;
-    int n = 0, from_stdin = strcmp(cli->words[1], "-") == 0;
-    int code =
-        from_stdin ? read_stdin(&text, &error) : read_file(cli->words[1], &data, &size, &error);
-    if (code == LVM_OK && from_stdin) size = text.n;
-    if (code == LVM_OK)
-        code = parse_tokens(cli->words[1], from_stdin ? text.data : (const char *)data, size, &ids,
-                            &n, &error);
+    int n = 0, code = read_input(cli->words[1], &text, &error);
+    if (code == LVM_OK) code = parse_tokens(cli->words[1], text.data, text.n, &ids, &n, &error);
     if (code == LVM_OK) code = session_open(&s, cli, &error);
     if (code == LVM_OK) code = decode_tokens(cli, &s, ids, n, &error);
     mem_free(text.data);
-    mem_free(data);
     mem_free(ids);
     mem_free(out);
     session_close(&s);
     return finish(&error, code);
 }
 
-/* ---- Ranking, sets of prompts ---- */
+/* ---- Ranking ---- */
 
 /* A negative log-likelihood of n tokens, of which a perplexity can be told: beyond exp(600) a token
    a mean of them may be no number any more, and NaN is no answer. */
@@ -15009,42 +14962,33 @@ static double choice_probability(const double *nll, int n, int i) {
     return exp_f64(least - nll[i]) / sum;
 }
 
-/* "likelihoods" (in nats), "perplexities" of a token and "probabilities" of choices. */
-static void print_json_choices(const double *nll, int n, int T) {
-    static const char *const names[] = {"likelihoods", "perplexities", "probabilities"};
-    for (int k = 0; k < 3; k++) {
-        printf("%s\"%s\": [", k > 0 ? ", " : "", names[k]);
+/* Members of a JSON object that tell of choices: their names, where there are such (NULL: the line
+   gives tokens), likelihoods in nats, perplexities of a token, probabilities, the best one. */
+static void print_json_choices(char *const *names, const double *nll, int n, int T) {
+    static const char *const lists[] = {"choices", "likelihoods", "perplexities", "probabilities"};
+    for (int k = names == NULL; k < 4; k++) {
+        printf("\"%s\": [", lists[k]);
         for (int i = 0; i < n; i++) {
             if (i > 0) printf(", ");
-            printf("%.9g", k == 0   ? -nll[i]
-                           : k == 1 ? exp_f64(nll[i] / T)
-                                    : choice_probability(nll, n, i));
-        }
-        putchar(']');
-    }
-}
-
-/* Choices and what they are worth: members of a JSON object, or a table. A name is NULL where a
-   line gives tokens. */
-static void print_choices(const struct cli *cli, char *const *names, const double *nll, int n,
-                          int T) {
-    int best = likeliest(nll, n);
-    if (cli->json) {
-        printf("\"choices\": [");
-        for (int i = 0; i < n; i++) {
-            if (i > 0) printf(", ");
-            if (names[i] != NULL) print_json_text(names[i]);
-            else printf("null");
+            if (k == 0 && names[i] != NULL) print_json_text(names[i]);
+            else if (k == 0) printf("null");
+            else printf("%.9g", k == 1   ? -nll[i]
+                                : k == 2 ? exp_f64(nll[i] / T)
+                                         : choice_probability(nll, n, i));
         }
         printf("], ");
-        print_json_choices(nll, n, T);
-        printf(", \"answer\": %d", best);
-        return;
     }
+    printf("\"answer\": %d", likeliest(nll, n));
+}
+
+/* The same as a table. */
+static void print_choices(char *const *names, const double *nll, int n, int T) {
     printf("perplexity  probability\n");
-    for (int i = 0; i < n; i++)
-        printf("%10.4f  %11.4f  %s%s\n", exp_f64(nll[i] / T), choice_probability(nll, n, i),
-               names[i] != NULL ? names[i] : "(tokens)", i == best ? "  <- best" : "");
+    for (int i = 0; i < n; i++) {
+        printf("%10.4f  %11.4f  ", exp_f64(nll[i] / T), choice_probability(nll, n, i));
+        print_name(names[i] != NULL ? names[i] : "(tokens)",
+                   i == likeliest(nll, n) ? "  <- best" : "");
+    }
 }
 
 static int rank_choices(const struct cli *cli, struct session *s, const struct paths *prompt,
@@ -15060,9 +15004,13 @@ static int rank_choices(const struct cli *cli, struct session *s, const struct p
                : prompt_images(cli, s, shots, n, error);
     if (code == LVM_OK) code = lvm_encode(s->ctx, images, choices->n, ids, error);
     if (code == LVM_OK) code = score_choices(s->ctx, ids, choices->n, nll, error);
-    if (code == LVM_OK && cli->json) putchar('{');
-    if (code == LVM_OK) print_choices(cli, choices->path, nll, choices->n, T);
-    if (code == LVM_OK && cli->json) puts("}");
+    if (code == LVM_OK && cli->json) {
+        putchar('{');
+        print_json_choices(choices->path, nll, choices->n, T);
+        puts("}");
+    } else if (code == LVM_OK) {
+        print_choices(choices->path, nll, choices->n, T);
+    }
     free_images(shots, n);
     free_images(images, choices->n);
     mem_free(ids);
@@ -15070,33 +15018,7 @@ static int rank_choices(const struct cli *cli, struct session *s, const struct p
     return code;
 }
 
-static int rank_set(struct cli *cli);
-
-/* Whether rank is given a set: one word behind the weights, and no image. */
-static int names_set(const struct cli *cli) {
-    return cli->n_words == 2 && cli->split < 0 && !is_folder(cli->words[1]) &&
-           !has_extension(cli->words[1], "png|jpg|jpeg|jpe|jfif|ppm|pgm|pnm|pbm");
-}
-
-static int run_rank(struct cli *cli) {
-    if (names_set(cli)) return rank_set(cli);
-    if (cli->base != NULL || cli->lines > 0)
-        return complain("--base and --lines go with a set (lvm help rank)") + 1;
-    if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
-        return complain("give weights, images, -- and choices, or a set (lvm help rank)") + 1;
-    lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
-    struct paths prompt = {0}, choices = {0};
-    int code = collect_paths(cli, &prompt, 1, cli->split, &error);
-    if (code == LVM_OK) code = check_cache(cli, &(struct outputs){0}, &error);
-    if (code == LVM_OK) code = collect_paths(cli, &choices, cli->split, cli->n_words, &error);
-    if (code == LVM_OK) code = session_open(&s, cli, &error);
-    if (code == LVM_OK) code = rank_choices(cli, &s, &prompt, &choices, &error);
-    session_close(&s);
-    paths_free(&prompt);
-    paths_free(&choices);
-    return finish(&error, code);
-}
+/* ---- Sets of prompts ---- */
 
 /* Lines of a file or a stream, each read when it is asked for, so that memory holds one. */
 struct lines {
@@ -15296,6 +15218,21 @@ static char *find_image(const struct set *set, const char *path, lvm_error *erro
     return join_path("", path, error);
 }
 
+/* Of all images that a line names. */
+static int line_paths(const struct set *set, const struct sentence *line, struct paths *p,
+                      lvm_error *error) {
+    const struct image_list *const lists[] = {&line->input, &line->target, &line->choices};
+    int code = LVM_OK;
+    for (int k = 0; k < 3; k++)
+        for (int i = 0; code == LVM_OK && i < lists[k]->n; i++) {
+            if (lists[k]->list[i].path == NULL) continue;
+            char *path = find_image(set, lists[k]->list[i].path, error);
+            code = path != NULL ? paths_add(p, "", path, error) : LVM_MEMORY;
+            mem_free(path);
+        }
+    return code;
+}
+
 static int load_set_image(const struct set *set, const struct image_ref *p, lvm_image *image,
                             lvm_error *error) {
     char *path = find_image(set, p->path, error);
@@ -15392,37 +15329,23 @@ static int run_set(struct set *set, const char *stage, line_fn *run) {
     return set->bad > 0 || set->good == 0;
 }
 
-/* Tokens of images, allocated. */
-static int32_t *list_ids(struct set *set, const struct image_ref *list, int n,
-                         lvm_error *error) {
-    size_t T = (size_t)set->s.model->T;
-    int32_t *ids = mem_alloc((size_t)n * T, sizeof *ids, error);
-    if (ids == NULL) return NULL;
-    if (encode_set_images(set, list, n, ids, error) == LVM_OK) return ids;
-    mem_free(ids);
-    return NULL;
-}
-
 /* What eval says of a puzzle; rank, which brings names, says it of each choice. */
 static void print_puzzle(struct set *set, const struct sentence *line, char *const *names,
                          const double *nll) {
     int n = line->choices.n, T = set->s.model->T, best = likeliest(nll, n);
-    const char *verdict = best == line->answer ? "right" : "wrong";
     hide_bar(&set->s.bar);
     if (set->cli->json) {
         printf("{\"line\": %d, ", set->lines.number);
-        if (names != NULL) print_choices(set->cli, names, nll, n, T);
-        else print_json_choices(nll, n, T);
-        if (names == NULL) printf(", \"answer\": %d", best);
+        print_json_choices(names, nll, n, T);
         if (line->answer >= 0)
             printf(", \"right\": %s", best == line->answer ? "true" : "false");
         printf("}\n");
         return;
     }
     printf("%d: answer %d", set->lines.number, best);
-    if (line->answer >= 0) printf(" (%s)", verdict);
+    if (line->answer >= 0) printf(" (%s)", best == line->answer ? "right" : "wrong");
     printf(", probability %.4f\n", choice_probability(nll, n, best));
-    if (names != NULL) print_choices(set->cli, names, nll, n, T);
+    if (names != NULL) print_choices(names, nll, n, T);
 }
 
 /* nll[i] of each choice, of which memory holds one at a time. */
@@ -15458,11 +15381,13 @@ static int eval_targets(struct set *set, struct sentence *line, lvm_error *error
     int used = 0, code = prompt_line(set, line, line->target.n, &used, error);
     if (code != LVM_OK) return code;
     int n = line->target.n * set->s.model->T; /* no more than a window holds */
-    int32_t *ids = list_ids(set, line->target.list, line->target.n, error);
+    int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
     float *nll = mem_alloc((size_t)n, sizeof *nll, error);
     double sum = 0;
-    code = ids == NULL || nll == NULL ? error->code
-                                      : lvm_score(set->s.ctx, ids, n, nll, error);
+    if (ids == NULL || nll == NULL) code = LVM_MEMORY;
+    if (code == LVM_OK)
+        code = encode_set_images(set, line->target.list, line->target.n, ids, error);
+    if (code == LVM_OK) code = lvm_score(set->s.ctx, ids, n, nll, error);
     for (int i = 0; code == LVM_OK && i < n; i++) sum += nll[i];
     if (code == LVM_OK) code = check_likelihood(sum, n, error);
     if (code == LVM_OK) {
@@ -15533,10 +15458,38 @@ static int rank_set(struct cli *cli) {
     return score_set(cli, "rank", rank_line);
 }
 
+/* Whether rank is given a set: one word behind the weights, and no image. */
+static int names_set(const struct cli *cli) {
+    return cli->n_words == 2 && cli->split < 0 && !is_folder(cli->words[1]) &&
+           !has_extension(cli->words[1], image_endings);
+}
+
+static int run_rank(struct cli *cli) {
+    if (names_set(cli)) return rank_set(cli);
+    if (cli->base != NULL || cli->lines > 0)
+        return complain("--base and --lines go with a set (lvm help rank)") + 1;
+    if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
+        return complain("give weights, images, -- and choices, or a set (lvm help rank)") + 1;
+    lvm_error error = {0, ""};
+    struct session s = {NULL, NULL, {0}};
+    struct paths prompt = {0}, choices = {0};
+    int code = collect_paths(cli, &prompt, 1, cli->split, &error);
+    if (code == LVM_OK) code = check_cache(cli, &(struct outputs){0}, &error);
+    if (code == LVM_OK) code = collect_paths(cli, &choices, cli->split, cli->n_words, &error);
+    if (code == LVM_OK) code = session_open(&s, cli, &error);
+    if (code == LVM_OK) code = rank_choices(cli, &s, &prompt, &choices, &error);
+    session_close(&s);
+    paths_free(&prompt);
+    paths_free(&choices);
+    return finish(&error, code);
+}
+
 static int run_eval(struct cli *cli) {
     if (cli->n_words != 2) return complain("give weights and a set (lvm help eval)") + 1;
     return score_set(cli, "eval", eval_line);
 }
+
+/* ---- Batch: answers ---- */
 
 /* "W,H" or "original"; 0, or a message and 2. */
 static int parse_resize(const char *text, int *width, int *height) {
@@ -15566,25 +15519,15 @@ static int answer_size(const struct set *set, const struct sentence *line, int *
     return code;
 }
 
-/* The tokens of the prompt as images, for a grid. */
-static int decode_prompt(struct set *set, int n, lvm_image *images, lvm_error *error) {
-    int bos = set->s.model->llama.bos >= 0;
-    return lvm_decode(set->s.ctx, set->ids + bos, n, images, error);
-}
-
-/* The inputs of a grid: images as the tokenizer saw them, tokens as they decode. */
-static int grid_inputs(struct set *set, const struct sentence *line, int n, lvm_image *images,
+/* An image of a line as the tokenizer sees it, or what its tokens decode to. */
+static int load_square(const struct set *set, const struct image_ref *p, lvm_image *out,
                        lvm_error *error) {
-    int R = set->s.model->vq->R, code = decode_prompt(set, n, images, error);
-    const struct image_ref *list = line->input.list + line->input.n - n;
-    for (int i = 0; code == LVM_OK && i < n; i++) {
-        lvm_image image = {.rgb = NULL};
-        if (list[i].path == NULL) continue;
-        lvm_image_free(&images[i]);
-        code = load_set_image(set, &list[i], &image, error);
-        if (code == LVM_OK) code = fit_image(&image, R, set->s.ctx->o.fit, &images[i], error);
-        lvm_image_free(&image);
-    }
+    lvm_image image = {.rgb = NULL};
+    if (p->ids != NULL) return lvm_decode(set->s.ctx, p->ids, 1, out, error);
+    int code = load_set_image(set, p, &image, error);
+    if (code == LVM_OK)
+        code = fit_image(&image, set->s.model->vq->R, set->s.ctx->o.fit, out, error);
+    lvm_image_free(&image);
     return code;
 }
 
@@ -15617,18 +15560,6 @@ static double squared_differences(const lvm_image *a, const lvm_image *b) {
     return sum;
 }
 
-/* A target at the size of the answers. */
-static int load_truth(struct set *set, const struct image_ref *p, lvm_image *out,
-                      lvm_error *error) {
-    lvm_image image = {.rgb = NULL};
-    if (p->ids != NULL) return lvm_decode(set->s.ctx, p->ids, 1, out, error);
-    int code = load_set_image(set, p, &image, error);
-    if (code == LVM_OK)
-        code = fit_image(&image, set->s.model->vq->R, set->s.ctx->o.fit, out, error);
-    lvm_image_free(&image);
-    return code;
-}
-
 /* mse[c] of each candidate, as the published program counts it: the mean of the squared differences
    of values in [0,1], times three channels, over the targets. Its number is the mean over the
    candidates. */
@@ -15638,7 +15569,7 @@ static int squared_errors(struct set *set, const struct sentence *line, const lv
     for (int c = 0; c < set->cli->candidates; c++) mse[c] = 0;
     for (int t = 0; code == LVM_OK && t < n; t++) {
         lvm_image truth = {.rgb = NULL};
-        code = load_truth(set, &line->target.list[t], &truth, error);
+        code = load_square(set, &line->target.list[t], &truth, error);
         for (int c = 0; code == LVM_OK && c < set->cli->candidates; c++)
             mse[c] += squared_differences(&answers[c * n + t], &truth) / ((double)R * R * n);
         lvm_image_free(&truth);
@@ -15697,7 +15628,7 @@ static char *batch_name(const struct set *set, const char *output, lvm_error *er
     return name;
 }
 
-/* ---- Outputs of a set that must differ ---- */
+/* ---- Batch: outputs, which must differ ---- */
 
 /* Adds a file that is written, whose name the list owns from now on, also after a failure, or one
    that is read (NULL, and path is looked at). */
@@ -15766,30 +15697,23 @@ static int plan_write(struct set *set, const struct sentence *line, struct desti
 /* What one line reads. */
 static int plan_reads(struct set *set, const struct sentence *line, struct destinations *o,
                       lvm_error *error) {
-    const struct image_list *const lists[] = {&line->input, &line->target, &line->choices};
-    int code = LVM_OK;
-    for (int k = 0; k < 3; k++)
-        for (int i = 0; code == LVM_OK && i < lists[k]->n; i++) {
-            if (lists[k]->list[i].path == NULL) continue;
-            char *path = find_image(set, lists[k]->list[i].path, error);
-            code = path == NULL ? LVM_MEMORY : LVM_OK;
-            if (code == LVM_OK && os_stat(path).kind != OS_NOTHING)
-                code = destinations_add(o, NULL, path, set->lines.number, error);
-            mem_free(path);
-        }
+    struct paths p = {0};
+    int code = line_paths(set, line, &p, error);
+    for (int i = 0; code == LVM_OK && i < p.n; i++)
+        if (os_stat(p.path[i]).kind != OS_NOTHING)
+            code = destinations_add(o, NULL, p.path[i], set->lines.number, error);
+    paths_free(&p);
     return code;
 }
 
 /* Asks all lines of a file for what they write or read, and goes back to the first. */
-static int plan_set(struct set *set, struct destinations *o,
-                    int (*plan)(struct set *set, const struct sentence *line,
-                                struct destinations *o, lvm_error *error),
-                    lvm_error *error) {
+static int plan_set(struct set *set, int reads, struct destinations *o, lvm_error *error) {
     int code = LVM_OK, more = 1;
     while (code == LVM_OK && (more = set_next(set, error)) > 0) {
         struct sentence line;
         lvm_error fault;
-        if (set_parse(set, &line, &fault) == LVM_OK) code = plan(set, &line, o, error);
+        if (set_parse(set, &line, &fault) == LVM_OK)
+            code = reads ? plan_reads(set, &line, o, error) : plan_write(set, &line, o, error);
         sentence_free(&line);
     }
     if (code == LVM_OK && more < 0) code = error->code;
@@ -15800,9 +15724,9 @@ static int plan_set(struct set *set, struct destinations *o,
    set reads. The latter takes an output that exists and will not stay as it is. */
 static int check_set_outputs(struct set *set, lvm_error *error) {
     struct destinations all = {0};
-    int replaces = 0, code = plan_set(set, &all, plan_write, error);
+    int replaces = 0, code = plan_set(set, 0, &all, error);
     for (int i = 0; i < all.n && !set->cli->skip_existing; i++) replaces |= *all.list[i].rest == 0;
-    if (code == LVM_OK && replaces) code = plan_set(set, &all, plan_reads, error);
+    if (code == LVM_OK && replaces) code = plan_set(set, 1, &all, error);
     if (code == LVM_OK) code = compare_lines(set, &all, error);
     destinations_free(&all);
     return code;
@@ -15844,16 +15768,8 @@ static int make_folders(const char *name, lvm_error *error) {
 /* Before the work on an answer: it may be written where it should go. */
 static int ready_output(struct set *set, const struct sentence *line, const char *name,
                         lvm_error *error) {
-    const struct image_list *const lists[] = {&line->input, &line->target};
     struct paths inputs = {0};
-    int code = LVM_OK;
-    for (int k = 0; k < 2; k++)
-        for (int i = 0; code == LVM_OK && i < lists[k]->n; i++) {
-            if (lists[k]->list[i].path == NULL) continue;
-            char *path = find_image(set, lists[k]->list[i].path, error);
-            code = path != NULL ? paths_add(&inputs, "", path, error) : LVM_MEMORY;
-            mem_free(path);
-        }
+    int code = line_paths(set, line, &inputs, error);
     if (code == LVM_OK) code = check_output(set->cli, name, &inputs, error);
     if (code == LVM_OK) code = make_folders(name, error);
     paths_free(&inputs);
@@ -15872,7 +15788,7 @@ static void print_answer_json(const struct set *set, const char *name, const dou
 
 static void print_answer_text(const struct set *set, const char *name, const double *mse,
                               double mean) {
-    print_path(name);
+    print_name(name, "");
     if (mse == NULL) return;
     printf("%d: mean squared error %.6g", set->lines.number, mean);
     for (int c = 0; set->cli->candidates > 1 && c < set->cli->candidates; c++)
@@ -15920,7 +15836,8 @@ static int answer_line(struct set *set, const struct sentence *line, const char 
         code = lvm_generate_images(set->s.ctx, &cli->sampling, cli->candidates, cli->images,
                                    answers, error);
     if (code == LVM_OK && has_truth) code = squared_errors(set, line, answers, mse, error);
-    if (code == LVM_OK) code = grid_inputs(set, line, shown, inputs, error);
+    for (int i = 0; code == LVM_OK && i < shown; i++)
+        code = load_square(set, &line->input.list[line->input.n - shown + i], &inputs[i], error);
     if (code == LVM_OK) code = compose_answers(set, line, inputs, shown, answers, &all, error);
     if (code == LVM_OK) code = save_answer(set, name, &all, error);
     if (code == LVM_OK) print_answer(set, name, has_truth ? mse : NULL);
@@ -15985,6 +15902,8 @@ static int run_batch(struct cli *cli) {
     return status;
 }
 
+/* ---- Weights files ---- */
+
 static void print_key(const struct gguf *g, const char *key, const char *label) {
     struct text t = read_text(g, key);
     if (gguf_key(g, key) == NULL) return;
@@ -16000,8 +15919,7 @@ static void print_types(const struct gguf *g, int vq) {
         int64_t n = 0, elements = 0, bytes = 0;
         for (int64_t t = 0; t < g->n_tensors; t++) {
             const struct gguf_tensor *x = &g->tensors[t];
-            if ((x->name.n > 3 && memcmp(x->name.s, "vq.", 3) == 0) != vq) continue;
-            if (x->type != type_table[i].type) continue;
+            if (begins(x->name, "vq.") != vq || x->type != type_table[i].type) continue;
             n++;
             elements += x->ne[0] * x->ne[1] * x->ne[2] * x->ne[3];
             bytes += x->bytes;
@@ -16087,7 +16005,7 @@ static int run_quantize(struct cli *cli) {
     lvm_error error = {0, ""};
     int code = lvm_quantize(cli->words[0], cli->words[1], cli->type, cli->vq_type,
                             cli->encoder_type, cli->force, &error);
-    if (code == LVM_OK) printf("%s\n", cli->words[1]);
+    if (code == LVM_OK) print_name(cli->words[1], "");
     return finish(&error, code);
 }
 
@@ -16100,29 +16018,16 @@ static int run_quantize(struct cli *cli) {
    no stage uses them. The time that a stage would take at the ceiling is its floor; the last column
    is floor / time. Convolutions count as direct ones. */
 
-struct shape {
-    const char *name;
+/* Transformers, in the order of bench_shapes. */
+static const struct shape {
     int L, D, F, H;
-};
-
-static const struct shape shape_table[] = {
-    {"100m", 22, 640, 1664, 10}, {"300m", 22, 1024, 2688, 8},  {"600m", 22, 1536, 4096, 16},
-    {"1b", 22, 2048, 5504, 16},  {"3b", 26, 3200, 8640, 32},   {"7b", 32, 4096, 11008, 32}};
-enum { N_SHAPES = sizeof shape_table / sizeof *shape_table };
-#define STAGES "encode|prefill|generate|candidates|decode"
+} shape_table[] = {{22, 640, 1664, 10},  {22, 1024, 2688, 8},  {22, 1536, 4096, 16},
+                   {22, 2048, 5504, 16}, {26, 3200, 8640, 32}, {32, 4096, 11008, 32}};
 
 /* The published checkpoint's tokenizer and the one that ships with lvm. */
-static const struct vqgan published_vq = {.R = 256,
-                                          .S = 16,
-                                          .n_levels = 5,
-                                          .n_res_blocks = 2,
-                                          .hidden = 128,
-                                          .z = 64,
-                                          .codes = 8192,
-                                          .code_dim = 64,
-                                          .mult = {1, 2, 2, 4, 6},
-                                          .no_mid_attn = 1,
-                                          .resample_conv = 1};
+static const struct vqgan published_vq = {.R = 256, .S = 16, .n_levels = 5, .n_res_blocks = 2,
+    .hidden = 128, .z = 64, .codes = 8192, .code_dim = 64, .mult = {1, 2, 2, 4, 6},
+    .no_mid_attn = 1, .resample_conv = 1};
 static const struct vqgan shipped_vq = {.R = 256, .S = 16, .n_levels = 5, .n_res_blocks = 2,
     .hidden = 64, .z = 64, .codes = 8192, .code_dim = 64, .mult = {1, 1, 2, 2, 4}, .attn_at = {16},
     .n_attn_at = 1, .resample_conv = 1};
@@ -16134,7 +16039,7 @@ struct bench {
     struct pool *pool;              /* for the ceilings, as many threads as the context's */
     double fma, integer, bandwidth; /* ceilings: operations and bytes a second, all threads */
     int shown;                      /* stages so far */
-    double took[5];                 /* seconds of each of STAGES */
+    double took[5];                 /* seconds of each of bench_stages */
 };
 
 struct peak_job {
@@ -16243,12 +16148,12 @@ static void print_stage(struct bench *b, const char *name, double units, const c
                amount_unit, floor, 100 * floor / took);
     }
     b->shown++;
-    b->took[word_index(STAGES, name)] = took;
+    b->took[word_index(bench_stages, name)] = took;
     fflush(stdout);
 }
 
 static int wanted(const struct bench *b, const char *stage) {
-    return b->cli->stage < 0 || word_index(STAGES, stage) == b->cli->stage;
+    return b->cli->stage < 0 || word_index(bench_stages, stage) == b->cli->stage;
 }
 
 /* Seconds of the fastest of three runs, or of one that takes longer than two. */
@@ -16402,18 +16307,9 @@ static void print_ceilings(struct bench *b) {
 /* The model that --config and --vq ask for. */
 static lvm_model *bench_model(const struct cli *cli, lvm_error *error) {
     const struct shape *s = &shape_table[cli->config < 0 ? 0 : cli->config];
-    struct llama a = {.context = 16 * 256 + 256,
-                      .bos = -1,
-                      .eos = -1,
-                      .L = s->L,
-                      .D = s->D,
-                      .F = s->F,
-                      .H = s->H,
-                      .G = s->H,
-                      .d = s->D / s->H,
-                      .V = 8292,
-                      .eps = 1e-6f,
-                      .theta = 10000};
+    struct llama a = {.context = 16 * 256 + 256, .bos = -1, .eos = -1, .V = 8292, .eps = 1e-6f,
+                      .theta = 10000, .L = s->L, .D = s->D, .F = s->F, .H = s->H, .G = s->H,
+                      .d = s->D / s->H};
     int type = cli->type == LVM_AUTO ? LVM_Q8_0 : cli->type;
     const struct wanted_types wanted = {type, type_is_quantised(type) ? LVM_F16 : type, LVM_AUTO};
     return random_model(cli->config < 0 ? NULL : &a, cli->vq == 1 ? &shipped_vq : &published_vq,
@@ -16444,6 +16340,8 @@ static int run_bench(struct cli *cli) {
     lvm_close(b.m);
     return finish(&error, code);
 }
+
+/* ---- The program ---- */
 
 /* The exit status once everything is said: what was printed must have arrived. */
 static int flush_output(int status) {

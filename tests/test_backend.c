@@ -152,8 +152,8 @@ static int aw_generate(void *state, struct continuation *c, lvm_error *error) {
                                     error);
             if (code != LVM_OK) return code;
             *id = sample(b.logits, c->codes, c->sampling, &c->rng[s], choices);
-            if (c->log_likelihood != NULL)
-                c->log_likelihood[s] -= (double)negative_log_likelihood(b.logits, V, *id);
+            if (c->sampling->log_likelihood != NULL)
+                c->sampling->log_likelihood[s] -= (double)negative_log_likelihood(b.logits, V, *id);
         }
     return code;
 }

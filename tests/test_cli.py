@@ -1598,6 +1598,23 @@ class Outputs(Case):
         code, _, err = self.run_lvm(self.weights, "B\u00e4ume.png")
         self.assertEqual((code, err), (1, "lvm: B\u00e4ume.png: No such file or directory\n"))
 
+    def test_names_on_a_terminal(self):
+        """A pipe gets a name as it is, a terminal escaped: of a choice, of what was written."""
+        name = "a\x1b[31mb.png"
+        shutil.copy(self.images[0], self.path(name))
+        for args in (("rank", self.weights, self.images[0], "--", name),
+                     (self.weights, self.images[0], "-o", name),
+                     ("quantize", self.weights, name, "--force")):
+            self.assertIn(name.encode(), self.good(*args))
+            ours, theirs = pty.openpty()
+            code = self.run_lvm(*args, stdout=theirs)[0]
+            os.close(theirs)
+            seen = os.read(ours, 1 << 16)
+            os.close(ours)
+            self.assertEqual(code, 0)
+            self.assertIn(rb"a\x1b[31mb.png", seen)
+            self.assertNotIn(b"\x1b", seen)
+
     def test_folders(self):
         os.mkdir(self.path("f"))
         for name in ("1.png", "2.JPE", "3.jfif", "4.pnm"):
