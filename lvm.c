@@ -4686,9 +4686,6 @@ static int os_begin(int *argc, char ***argv) {
 
 static int os_is_terminal(int fd) { return isatty(fd); }
 
-/* A set, line by line: of a pipe the writer is waited for. */
-static int os_open_stream(const char *path) { return open(path, O_RDONLY | O_NOCTTY | O_CLOEXEC); }
-
 /* Until read() has something to tell. */
 static void os_wait_input(int fd) {
     struct pollfd p = {.fd = fd, .events = POLLIN};
@@ -4974,7 +4971,6 @@ static int os_begin(int *argc, char ***argv) {
     return code;
 }
 
-static int os_open_stream(const char *path) { return os_open(path); }
 static void os_wait_input(int fd) { (void)fd; } /* read() waits by itself */
 
 /* NUL is a character device too, but no console; a console is told to obey the bar's escapes. */
@@ -6084,6 +6080,13 @@ static int png_idat(struct png_reader *png, const struct png_chunk *chunk) {
     return LVM_OK;
 }
 
+/* Four letters of ASCII. */
+static int png_is_name(const uint8_t *type) {
+    for (int i = 0; i < 4; i++)
+        if ((type[i] | 32) < 'a' || (type[i] | 32) > 'z') return 0;
+    return 1;
+}
+
 /* The next chunk. Of an IDAT that is cut off, what there is is kept. */
 static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
     struct cursor *c = &png->file;
@@ -6092,14 +6095,11 @@ static int png_next_chunk(struct png_reader *png, struct png_chunk *chunk) {
     if (!type)
         return fail(png->error, LVM_FORMAT, "%s: the PNG file is cut off before its end (IEND)",
                     png->name);
-    for (int i = 0; i < 4; i++) {
-        if (!((type[i] >= 'A' && type[i] <= 'Z') || (type[i] >= 'a' && type[i] <= 'z'))) {
-            c->at -= 8;   /* may be the next file */
-            return png_damaged(png, "a chunk has no name");
-        }
-        chunk->type[i] = (char)type[i];
+    if (!png_is_name(type)) {
+        c->at -= 8;   /* may be the next file */
+        return png_damaged(png, "a chunk has no name");
     }
-    chunk->type[4] = 0;
+    snprintf(chunk->type, sizeof chunk->type, "%.4s", (const char *)type);
     int is_idat = strcmp(chunk->type, "IDAT") == 0;
     size_t left = c->size - c->at;
     chunk->data = c->data + c->at;
@@ -13331,26 +13331,22 @@ static int set_option(struct cli *cli, const struct option *o, const char *shown
 
 /* ---- Mistakes: what was probably meant ---- */
 
-/* Words of other programs for what is called otherwise here. */
-struct synonym {
+/* Words of other programs, and the command or option that is meant; or what to say of a command. */
+static const struct synonym {
     const char *words, *meant;
-};
-
-static const struct synonym command_synonyms[] = {
-    {"generate|run|infer|inference|sample|complete|continue", "did you mean predict?"},
-    {"tokenize|tokenise", "did you mean encode?"},
-    {"detokenize|detokenise", "did you mean decode?"},
-    {"evaluate|validate|test|perplexity|ppl", "did you mean eval?"},
-    {"choose|classify|compare", "did you mean rank?"},
-    {"benchmark|speed|time|perf", "did you mean bench?"},
-    {"show|inspect|list|ls|describe", "did you mean info?"},
-    {"compress", "did you mean quantize?"},
-    {"man|manual|usage", "did you mean help?"},
+} synonyms[] = {
+    {"generate|run|infer|inference|sample|complete|continue", "predict"},
+    {"tokenize|tokenise", "encode"},
+    {"detokenize|detokenise", "decode"},
+    {"evaluate|validate|test|perplexity|ppl", "eval"},
+    {"choose|classify|compare", "rank"},
+    {"benchmark|speed|time|perf", "bench"},
+    {"show|inspect|list|ls|describe", "info"},
+    {"compress", "quantize"},
+    {"man|manual|usage", "help"},
     {"serve|server|api|daemon", "lvm is no server; batch answers many prompts in one run"},
     {"convert|import|export", "convert.py does that: python3 convert.py --help"},
-    {"train|finetune|finetuning|merge", "lvm does not train yet"}};
-
-static const struct synonym option_synonyms[] = {
+    {"train|finetune|finetuning|merge", "lvm does not train yet"},
     {"num|number|count|frames", "images"},
     {"samples|variations|num-samples", "candidates"},
     {"outfile|save|destination", "output"},
@@ -13364,9 +13360,9 @@ static const struct synonym option_synonyms[] = {
     {"silent|no-progress", "quiet"},
     {"overwrite|replace", "force"}};
 
-static const char *find_synonym(const struct synonym *table, size_t n, const char *word) {
-    for (size_t i = 0; i < n; i++)
-        if (word_index(table[i].words, word) >= 0) return table[i].meant;
+static const char *find_synonym(const char *word) {
+    for (size_t i = 0; i < sizeof synonyms / sizeof *synonyms; i++)
+        if (word_index(synonyms[i].words, word) >= 0) return synonyms[i].meant;
     return NULL;
 }
 
@@ -13382,12 +13378,13 @@ static void take_nearer(const char *word, const char *name, const char **nearest
 
 /* Says that there is no such command, and what may have been meant; 2. */
 static int no_command(const char *word) {
-    const char *nearest = NULL, *meant = find_synonym(
-        command_synonyms, sizeof command_synonyms / sizeof *command_synonyms, word);
+    const char *nearest = NULL, *meant = find_synonym(word);
     int least = INT_MAX;
     for (int i = 0; i < N_COMMANDS; i++)
         take_nearer(word, command_table[i].name, &nearest, &least);
-    if (meant != NULL) return complain("no such command: %s (%s)", word, meant) + 1;
+    if (meant != NULL && find_command(meant) != NULL) nearest = meant;
+    else if (meant != NULL && strchr(meant, ' ') != NULL)
+        return complain("no such command: %s (%s)", word, meant) + 1;
     if (nearest != NULL)
         return complain("no such command: %s (did you mean %s?)", word, nearest) + 1;
     return complain("no such command or file: %s (lvm help lists the commands)", word) + 1;
@@ -13431,8 +13428,7 @@ static void list_owners(const char *arg, char *text, size_t room) {
 
 /* The option of a command that the name of another probably means, or NULL. */
 static const char *meant_option(const struct command *c, const char *name) {
-    const char *nearest = NULL, *same = find_synonym(
-        option_synonyms, sizeof option_synonyms / sizeof *option_synonyms, name);
+    const char *nearest = NULL, *same = find_synonym(name);
     int least = INT_MAX;
     for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &option_table[i];
@@ -13840,7 +13836,8 @@ enum { BAR_SAMPLES = 12 };
 /* The bar of one command: what the command says in advance, then how its stage went lately. A
    window that slides interrupts the stage "generate": its prompt is read again. */
 struct bar {
-    int shown, whole;       /* whole: of a set, whose lines count and not their stages */
+    int shown, whole;       /* whole: of a set, whose lines count and not their stages, */
+    int lines;              /* so many, or 0: not known */
     int reads, writes;      /* images to encode; to generate or decode; 0: not known */
     int candidates;         /* of each image to generate */
     int call, calls;        /* where several calls make one stage: the current one, of all */
@@ -13895,7 +13892,7 @@ static void bar_count(const struct bar *b, const char *stage, double part, struc
                : is_stage(stage, "generate") ? b->writes
                : is_stage(stage, "decode")   ? decodes
                : is_stage(stage, "score")    ? b->calls
-               : b->whole                    ? (int64_t)b->all
+               : b->whole                    ? b->lines
                                              : 0;
     v->item = min64((int64_t)(part * (double)v->items + 1e-9) + 1, v->items);
 }
@@ -15023,27 +15020,26 @@ static int rank_choices(const struct cli *cli, struct session *s, const struct p
 /* Lines of a file or a stream, each read when it is asked for, so that memory holds one. */
 struct lines {
     const char *name; /* as messages say it */
-    int fd, number, too_long;
+    FILE *file;
+    int number, too_long;
     int64_t size, done; /* bytes: of a regular file, else 0; of the lines taken */
-    size_t at, n;       /* of the piece that was read ahead */
     struct buffer text; /* the current line without its end */
-    char piece[1 << 14];
 };
 
 static int lines_open(struct lines *l, const char *path, lvm_error *error) {
     int from_stdin = strcmp(path, "-") == 0;
     l->name = from_stdin ? "standard input" : path;
     if (path[0] == 0) return fail(error, LVM_INVALID, "the name of the set is empty");
-    l->fd = from_stdin ? 0 : os_open_stream(path);
-    if (l->fd < 0) return fail(error, LVM_IO, "%s: %s", path, strerror(errno));
-    struct os_info info = os_fstat(l->fd);
+    l->file = from_stdin ? stdin : os_fopen(path, "rb");
+    if (l->file == NULL) return fail(error, LVM_IO, "%s: %s", path, strerror(errno));
+    struct os_info info = os_fstat(fileno(l->file));
     if (info.kind == OS_FOLDER) return fail(error, LVM_IO, "%s: is a folder, no set", path);
     if (!from_stdin && info.kind == OS_FILE) l->size = info.size;
     return LVM_OK;
 }
 
 static void lines_close(struct lines *l) {
-    if (l->fd > 0) close(l->fd);
+    if (l->file != NULL && l->file != stdin) fclose(l->file);
     mem_free(l->text.data);
 }
 
@@ -15051,45 +15047,36 @@ static void lines_close(struct lines *l) {
 static int lines_rewind(struct lines *l, lvm_error *error) {
     l->number = 0;
     l->done = 0;
-    l->at = l->n = 0;
-    if (lseek(l->fd, 0, SEEK_SET) == 0) return LVM_OK;
+    if (fseek(l->file, 0, SEEK_SET) == 0) return LVM_OK;
     return fail(error, LVM_IO, "%s: %s", l->name, strerror(errno));
 }
 
-/* The next bytes, once there are some; 0 at the end, -1 and an error. */
-static int lines_fill(struct lines *l, lvm_error *error) {
-    for (;;) {
-        int got = (int)read(l->fd, l->piece, sizeof l->piece);
-        l->at = 0;
-        l->n = got > 0 ? (size_t)got : 0;
-        if (got >= 0) return got > 0;
-        if (errno == EAGAIN) os_wait_input(l->fd); /* whoever gave us the pipe does not wait */
-        else if (errno != EINTR) break;
+/* The next byte, or EOF. A pipe may have been opened by others so that reading does not wait. */
+static int lines_byte(struct lines *l) {
+    int c = getc(l->file);
+    while (c == EOF && ferror(l->file) && errno == EAGAIN) {
+        os_wait_input(fileno(l->file));
+        clearerr(l->file);
+        c = getc(l->file);
     }
-    fail(error, LVM_IO, "%s: %s", l->name, strerror(errno));
-    return -1;
+    l->done += c != EOF;
+    return c;
 }
 
 /* The next line: 1, 0 at the end, -1 and an error. Of one that is too long only that is known. */
 static int lines_next(struct lines *l, lvm_error *error) {
-    int begun = 0, ended = 0;
+    int64_t before = l->done;
     l->text.n = 0;
     l->too_long = 0;
-    while (!ended) {
-        int more = l->at < l->n ? 1 : lines_fill(l, error);
-        if (more < 0 || (more == 0 && !begun)) return more;
-        if (more == 0) break;
-        const char *from = l->piece + l->at, *end = memchr(from, '\n', l->n - l->at);
-        size_t n = end != NULL ? (size_t)(end - from) : l->n - l->at;
-        begun = 1;
-        ended = end != NULL;
-        l->at += n + (size_t)ended;
-        l->done += (int64_t)n + ended;
-        if (l->text.n + n > LINE_BYTES) l->too_long = 1;
-        else if (buffer_add(&l->text, from, n, error) != LVM_OK) return -1;
+    for (int c; (c = lines_byte(l)) != EOF && c != '\n';) {
+        char byte = (char)c;
+        if (l->text.n == LINE_BYTES) l->too_long = 1;
+        else if (buffer_add(&l->text, &byte, 1, error) != LVM_OK) return -1;
     }
-    l->number++;
-    return 1;
+    l->number += l->done > before;
+    if (!ferror(l->file)) return l->done > before;
+    fail(error, LVM_IO, "%s: %s", l->name, strerror(errno));
+    return -1;
 }
 
 /* Outputs that must differ. A file is known by its device and number, one that is to be made by
@@ -15145,6 +15132,7 @@ static int set_open(struct set *set, struct cli *cli, lvm_error *error) {
     if (code == LVM_OK) code = need_transformer(set->s.ctx, error);
     if (code != LVM_OK) return code;
     set->s.bar.whole = 1;
+    set->s.bar.lines = cli->lines;
     set->folder = mem_alloc(n + 1, 1, error);
     set->ids = mem_alloc((size_t)set->s.ctx->o.window * (size_t)set->s.model->T + 1,
                          sizeof *set->ids, error);

@@ -991,6 +991,9 @@ static void test_bar_changes(void) {
         }
     b = (struct bar){.whole = 1};
     v = bar_update(&b, "eval", 4, 80, now);
+    check(v.items == 0 && near_to(v.part, 0.05), "bytes counted as %d lines", (int)v.items);
+    b = (struct bar){.whole = 1, .lines = 80};
+    v = bar_update(&b, "eval", 4, 80, now);
     check(strcmp(v.words, "evaluating") == 0 && v.item == 5 && v.items == 80, "line %d", (int)v.item);
     v = bar_update(&b, "a device's own", 1, 2, now);
     check(strcmp(v.words, "a device's own") == 0 && v.rate == 0, "another stage: %s", v.words);

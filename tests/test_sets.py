@@ -19,6 +19,7 @@ import stat
 import struct
 import subprocess
 import sys
+import time
 import unittest
 
 from test_cli import (CODES, LVM, SANITIZED, T, TIMEOUT, TOP, WEIGHTS, WINDOW, Case, Gguf,
@@ -577,6 +578,22 @@ class Streams(Sets):
         self.assertEqual(code, 1)
         self.assertRegex(err, r"\Alvm: standard input: line 1: [^\n]*\n\Z")
 
+    def test_a_pipe_that_does_not_wait(self):
+        """Its other end may have set O_NONBLOCK; a line comes in two pieces."""
+        reader, writer = os.pipe()
+        os.set_blocking(reader, False)
+        process = self.start("eval", self.weights, "-", "--json", stdin=reader)
+        os.close(reader)
+        line = json.dumps(self.line(1)).encode() + b"\n"
+        for piece in (line[:20], line[20:]):
+            time.sleep(0.3)
+            os.write(writer, piece)
+        self.assertEqual(self.answer(process)["line"], 1)
+        os.close(writer)
+        self.assertEqual((process.wait(TIMEOUT), process.stderr.read()), (0, b""))
+        process.stdout.close()
+        process.stderr.close()
+
     def test_no_more_than_asked_for(self):
         """--lines N ends it, although more may come."""
         process = self.start("eval", self.weights, "-", "--json", "--lines", "1")
@@ -594,9 +611,15 @@ class Streams(Sets):
             process = self.start("eval", self.weights, name, stderr=slave)
             os.close(slave)
             process.communicate(read(self.path("set.jsonl")), TIMEOUT)
-            shown = os.read(master, 1 << 16).decode()
+            shown = ""
+            try:
+                while not shown.endswith("\r\033[K"):
+                    shown += os.read(master, 1 << 16).decode()
+            except OSError:                    # the other end is closed
+                pass
             os.close(master)
             self.assertIn(want, shown)
+            self.assertNotIn(" of ", shown)    # bytes are no lines
             self.assertEqual("%" in shown, name != "-")
             self.assertTrue(shown.endswith("\r\033[K"), shown)
 
