@@ -235,7 +235,7 @@ typedef struct lvm_usage {
     int64_t weights; /* the model's file in memory or mapped; its contexts share it */
     int64_t device;  /* of all this on another device, and the weights' copy there; CPU: 0 */
     int tokens;      /* of the sequence, given and generated */
-    int tokens_free; /* that may follow before the context is full; generating then slides */
+    int tokens_free; /* that may follow before the context is full; a window may slide sooner */
 } lvm_usage;
 
 /* flags of lvm_open */
@@ -3038,8 +3038,9 @@ struct continuation {
 /* What a device does for a context. The functions return LVM_OK or a code with the error filled;
    calls that fail or are cancelled leave sequences as they were. report(o, ...) is theirs to call;
    it never needs the device to be waited for. Of encode and decode it counts the model's list of
-   operations, n_encoder an image and the rest. Latents, pixels and rows of logits before they are
-   sampled from go through check_finite; who reads its LVM_FORMAT looks for the weights to blame. */
+   operations, n_encoder an image and the rest. Latents, the codebook's norms, pixels and rows of
+   logits before they are sampled from go through check_finite; who reads its LVM_FORMAT looks for
+   the weights to blame. */
 struct backend {
     uint32_t size, version;  /* of this struct: sizeof and BACKEND_VERSION when it was compiled */
     const char *name;        /* "cpu", "cuda" */
@@ -3172,6 +3173,9 @@ static int cpu_encode(void *state, const uint8_t *rgb, int n, int first, int all
         code = vq_encode(&c->e, vq, &c->vq, rgb + i * size, (first + i) * steps, all * steps,
                          ids + i * T, latent != NULL ? latent + i * T * vq->code_dim : NULL, error);
         if (code == LVM_OK) /* they are the current map still */
+            code = check_finite(c->vq.code_norms, vq->codes, "the codebook's norms for image",
+                                first + i + 1, error);
+        if (code == LVM_OK)
             code = check_finite(c->vq.x, T * vq->code_dim, "the latents of image", first + i + 1,
                                 error);
     }
@@ -3830,10 +3834,10 @@ int lvm_prompt_images(lvm_ctx *ctx, const lvm_image *images, int count, lvm_erro
     if (ctx == NULL || (images == NULL && count > 0))
         return null_argument(error, "lvm_prompt_images", ctx == NULL ? "ctx" : "images");
     const struct llama *a = &ctx->m->llama;
+    if (count < 0) return fail(error, LVM_INVALID, "%d prompt images", count);
     int most = (int)max64(0, ctx->o.window - 1), skip = count > most ? count - most : 0,
         bos = a->bos >= 0, n = bos + (count - skip) * ctx->m->T;
     int code = need_transformer(ctx, error);
-    if (code == LVM_OK && count < 0) code = fail(error, LVM_INVALID, "%d prompt images", count);
     if (code == LVM_OK && n < 1)
         code = fail(error, LVM_INVALID, "%s: its context of %d tokens holds no prompt image",
                     ctx->m->path, a->context);
@@ -5252,7 +5256,7 @@ static int pool_threads(const struct pool *p) { return p->n; }
 static int open_file(const char *path, int64_t *size, lvm_error *error) {
     int fd = os_open(path);
     if (fd < 0) {
-        fail(error, LVM_IO, "%s: %s", path, strerror(errno));
+        fail(error, LVM_IO, "%s: %s", *path != 0 ? path : "an empty name", strerror(errno));
         return -1;
     }
     struct os_info info = os_fstat(fd);
@@ -5364,7 +5368,8 @@ static int create_beside(struct outfile *out, lvm_error *error) {
 static int open_target(struct outfile *out, lvm_error *error) {
     int code = os_target(out->path, &out->target, error);
     if (code != LVM_OK) return code;
-    if (os_stat(out->target).kind == OS_FILE && !os_may_write(out->target))
+    enum os_kind kind = os_stat(out->target).kind;
+    if (kind == OS_NOTHING ? errno == ENAMETOOLONG : !os_may_write(out->target))
         return write_failed(out->path, error);
     return create_beside(out, error);
 }
@@ -12292,10 +12297,7 @@ int lvm_quantize(const char *in, const char *out, int type, int vq_type, int enc
         return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
     if (same_file(in, out))
         return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
-    enum os_kind exists = os_stat(out).kind;
-    if (exists != OS_NOTHING && exists != OS_FILE)
-        return fail(error, LVM_INVALID, "%s: is no regular file; choose another output", out);
-    if (exists != OS_NOTHING && !force)
+    if (os_stat(out).kind == OS_FILE && standard_stream(out) < 0 && !force)
         return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
     if (!is_type(type) || !is_type(vq_type) || !is_type(encoder_type))
         return fail(error, LVM_INVALID, "unknown type %d, %d or %d", type, vq_type, encoder_type);
@@ -13321,7 +13323,7 @@ static int set_option(struct cli *cli, const struct option *o, const char *shown
     } else {
         double v = o->kind == INTEGER ? (double)strtoll(value, &end, 10) : strtod(value, &end);
         if (end == value || *end != 0 || !(v >= o->low && v <= o->high))
-            return complain("%s: \"%s\" is not a %snumber from %g to %g", shown, value,
+            return complain("%s: \"%s\" is not a %snumber from %.10g to %.10g", shown, value,
                             o->kind == INTEGER ? "whole " : "", o->low, o->high) + 1;
         if (o->kind == INTEGER) *(int *)(void *)to = (int)v;
         else *(float *)(void *)to = (float)v;
@@ -13726,6 +13728,8 @@ static const struct stop {
     {SIGTERM, "told to stop (SIGTERM)"},
 #ifndef _WIN32
     {SIGHUP, "the terminal is gone"},
+    {SIGQUIT, "told to quit"},
+    {SIGXCPU, "the time that the shell grants is over (ulimit -t)"},
     {SIGPIPE, NULL}, /* whoever read the output has enough */
     {SIGXFSZ, "a file grew beyond the limit that the shell sets (ulimit -f)"},
 #endif
@@ -14262,9 +14266,13 @@ static int check_output(const struct cli *cli, const char *name, const struct pa
     return LVM_OK;
 }
 
+static int is_stdout(const char *name) {
+    return strcmp(name, "-") == 0 || standard_stream(name) == 1;
+}
+
 /* What takes one image and has no name to be numbered: "-", a device, a pipe. */
 static int is_stream(const char *name) {
-    return strcmp(name, "-") == 0 || os_stat(name).kind == OS_DEVICE || standard_stream(name) >= 0;
+    return is_stdout(name) || os_stat(name).kind == OS_DEVICE || standard_stream(name) >= 0;
 }
 
 /* Gives an image's name its ending where it has none, in *owned, and refuses another one than those
@@ -14272,9 +14280,9 @@ static int is_stream(const char *name) {
 static int settle_png_name(const char **name, const char *endings, char **owned) {
     if (*name == NULL || is_stream(*name) || has_extension(*name, endings)) return 0;
     const char *file = os_file_name(*name);
+    if (**name == 0) return complain("the name of an output is empty") + 1;
     if (*file == 0 || is_folder(*name))
-        return complain("%s: is %s, not the name of an image", *name,
-                        **name == 0 ? "an empty name" : "a folder") + 1;
+        return complain("%s: is a folder, not the name of an image", *name) + 1;
     if (*extension(*name) != 0 || file[strlen(file) - 1] == '.')
         return complain("%s: lvm writes PNG images; choose a name that ends in .png", *name) + 1;
     *owned = mem_alloc(strlen(*name) + 5, 1, NULL);
@@ -14301,12 +14309,12 @@ struct output {
 struct outputs {
     struct output *list; /* [n] */
     int n;
-    int silent; /* 1: names are not printed */
+    int silent; /* 1: names are not printed, with --json or where an output is standard output */
     size_t room;
 };
 
 /* As many are open during the work; the others lie in the first one's folder. */
-enum { MAX_OPEN_OUTPUTS = 64, OUTPUT_RESERVE = 1 << 18 };
+enum { MAX_OPEN_OUTPUTS = 64, OUTPUT_RESERVE = 1 << 14 };
 
 /* Takes so many bytes of the disk, so that a full one shows before the work; outfile_close gives
    back what was not used. */
@@ -14343,7 +14351,12 @@ static int open_output(struct output *o, lvm_error *error) {
 static int outputs_add(struct outputs *o, const struct cli *cli, char *name,
                        const struct paths *inputs, lvm_error *error) {
     if (name == NULL) return LVM_MEMORY;
-    int code = check_output(cli, name, inputs, error);
+    int code = is_stdout(name) ? LVM_OK : check_output(cli, name, inputs, error);
+    if (code == LVM_OK && is_stdout(name)) {
+        if (o->silent)
+            code = fail(error, LVM_INVALID, "%s: two outputs would go to standard output", name);
+        o->silent = 1;
+    }
     for (int i = 0; code == LVM_OK && i < o->n && i < 8; i++)
         if (same_place(o->list[i].name, name))
             code = fail(error, LVM_INVALID, "%s: two outputs would go there", name);
@@ -14488,7 +14501,7 @@ static int need_all(const struct cli *cli, const struct session *s, lvm_error *e
 static int check_cache(const struct cli *cli, const struct outputs *o, lvm_error *error) {
     struct outfile probe;
     if (cli->cache == NULL) return LVM_OK;
-    if (os_stat(cli->cache).kind == OS_DEVICE)
+    if (is_stream(cli->cache))
         return fail(error, LVM_INVALID, "%s: is a pipe or device; a cache is a file", cli->cache);
     for (int i = 0; i < o->n; i++)
         if (same_place(o->list[i].name, cli->cache))
@@ -14773,8 +14786,6 @@ static int check_predict(const struct cli *cli) {
                         "(lvm help)") + 1;
     if (cli->out != NULL && is_stream(cli->out) && several > 1)
         return complain("-o %s: takes one image, not %d", cli->out, several) + 1;
-    if (cli->out != NULL && strcmp(cli->out, "-") == 0 && cli->json)
-        return complain("--json and the image both want standard output; choose -o FILE") + 1;
     if (cli->truth != NULL && cli->sheet == NULL)
         return complain("--truth stands on a sheet: give --sheet too") + 1;
     return 0;
@@ -14993,7 +15004,7 @@ static int rank_choices(const struct cli *cli, struct session *s, const struct p
     int T = s->model->T, n = 0, code = need_all(cli, s, error);
     if (code != LVM_OK) return code;
     lvm_image *shots = load_prompt(cli, s, prompt, &n, error);
-    lvm_image *images = load_images(cli, choices, 0, error);
+    lvm_image *images = shots != NULL ? load_images(cli, choices, 0, error) : NULL;
     int32_t *ids = mem_alloc((size_t)choices->n * (size_t)T, sizeof *ids, error);
     double *nll = mem_alloc((size_t)choices->n, sizeof *nll, error);
     code = shots == NULL || images == NULL || ids == NULL || nll == NULL
@@ -15284,7 +15295,8 @@ static int prompt_line(struct set *set, const struct sentence *line, int room, i
 
 typedef int line_fn(struct set *set, struct sentence *line, lvm_error *error);
 
-/* One line; its answer is on its way before the next is waited for, a fault is reported. */
+/* One line; its answer is on its way before the next is waited for, a fault is reported. Returns 0
+   when nobody takes answers any more. */
 static int run_line(struct set *set, line_fn *run) {
     struct sentence line;
     lvm_error error = {0, ""};
@@ -15293,13 +15305,16 @@ static int run_line(struct set *set, line_fn *run) {
     if (code == LVM_OK) code = run(set, &line, &error);
     sentence_free(&line);
     hide_bar(&set->s.bar);
-    fflush(stdout);
     set->good += code == LVM_OK;
-    set->bad += code != LVM_OK && code != LVM_CANCELLED;
-    if (code == LVM_CANCELLED) complain("%s", error.text);
-    else if (code != LVM_OK)
+    set->bad += code != LVM_OK;
+    if (code != LVM_OK)
         complain("%s: line %d: %s", set->lines.name, set->lines.number, error.text);
-    return code;
+    if (code != LVM_OK && set->cli->json) {
+        printf("{\"line\": %d, \"error\": ", set->lines.number);
+        print_json_text(error.text);
+        printf("}\n");
+    }
+    return fflush(stdout) == 0;
 }
 
 /* Runs every line of a set through run; a bad line is reported and the next one taken. */
@@ -15308,7 +15323,7 @@ static int run_set(struct set *set, const char *stage, line_fn *run) {
     int more = 0;
     draw_set_bar(set, stage);
     while ((more = set_next(set, &error)) > 0) {
-        if (run_line(set, run) == LVM_CANCELLED) return 1;
+        if (!run_line(set, run)) return 0; /* main says so */
         draw_set_bar(set, stage);
     }
     hide_bar(&set->s.bar);
@@ -15877,6 +15892,8 @@ static void print_batch_sums(const struct set *set) {
 static int run_batch(struct cli *cli) {
     int width = 0, height = 0;
     if (cli->n_words != 2) return complain("give weights and a set (lvm help batch)") + 1;
+    if (cli->out != NULL && (cli->out[0] == 0 || is_stream(cli->out)))
+        return complain("-o \"%s\": batch writes files; name a folder", cli->out) + 1;
     if (parse_resize(cli->resize, &width, &height) != 0) return 2;
     lvm_error error = {0, ""};
     struct set set = {.cli = cli};
@@ -15991,9 +16008,12 @@ static int run_info(struct cli *cli) {
 static int run_quantize(struct cli *cli) {
     if (cli->n_words != 2) return complain("give an input and an output (lvm help quantize)") + 1;
     lvm_error error = {0, ""};
-    int code = lvm_quantize(cli->words[0], cli->words[1], cli->type, cli->vq_type,
-                            cli->encoder_type, cli->force, &error);
-    if (code == LVM_OK) print_name(cli->words[1], "");
+    const char *out = cli->words[1];
+    if (strcmp(out, "-") == 0)
+        return complain("-: quantize writes a file; /dev/stdout is standard output's name") + 1;
+    int named = !is_stream(out), code = lvm_quantize(cli->words[0], out, cli->type, cli->vq_type,
+                                                     cli->encoder_type, cli->force, &error);
+    if (code == LVM_OK && named) print_name(out, "");
     return finish(&error, code);
 }
 
@@ -16124,6 +16144,7 @@ static double cache_bytes(const struct bench *b, double tokens) {
 /* One line: units done in `took` seconds, and the floor's. */
 static void print_stage(struct bench *b, const char *name, double units, const char *unit,
                         double took, double floor, double amount, const char *amount_unit) {
+    hide_bar(b->cli->options.user);
     if (b->cli->json) {
         printf("{\"stage\": \"%s\", \"seconds\": %.6g, \"rate\": %.6g, \"unit\": \"%s/s\", "
                "\"amount\": %.6g, \"amount_unit\": \"%s/s\", \"floor_seconds\": %.6g}\n",

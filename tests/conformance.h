@@ -210,6 +210,22 @@ static void cf_streams(lvm_ctx *ctx) {
         for (int i = 0; i < N; i += piece) lvm_generate(ctx, &s, 1, piece, got + i, NULL);
         check(memcmp(want, got, sizeof want) == 0, "calls of %d tokens are not one of 256", piece);
     }
+    /* Behind several candidates the first goes on, and each draws as far on in its own stream. */
+    int32_t pair[2 * 16], next[2];
+    lvm_prompt(ctx, prompt, CF_SHORT, NULL, NULL);
+    check(lvm_generate(ctx, &s, 2, 16, pair, NULL) == LVM_OK &&
+              lvm_generate(ctx, &s, 2, 1, next, NULL) == LVM_OK, "two candidates fail");
+    check(memcmp(pair, want, 16 * sizeof *pair) == 0 && next[0] == want[16],
+          "the first of two candidates does not go on");
+    float logits[CF_V];
+    struct choice room[CF_CODES];
+    struct rng rng = rng_new(s.seed, 1);
+    int32_t all[CF_SHORT + 16];
+    memcpy(all, prompt, sizeof prompt);
+    memcpy(all + CF_SHORT, want, 16 * sizeof *want);
+    lvm_prompt(ctx, all, CF_SHORT + 16, logits, NULL);
+    for (int i = 0; i < 16; i++) rng_next(&rng);
+    check(next[1] == sample(logits, CF_CODES, &s, &rng, room), "the second candidate's stream began anew");
     struct cf_chooser c = {.greedy = 40};
     s.user = &c;
     s.choose = cf_choose;
@@ -474,7 +490,7 @@ static void cf_spoiled_transformer(lvm_ctx *ctx, const char *tensor, int embeddi
     cf_blamed(lvm_prompt(ctx, cf_bad_ids, 3, NULL, &error), &error, tensor, "the prompt again");
 }
 
-static void cf_spoiled_tokenizer(lvm_ctx *ctx, const char *tensor) {
+static void cf_spoiled_tokenizer(lvm_ctx *ctx, const char *tensor, int both) {
     uint8_t rgb[CF_R * CF_R * 3] = {0};
     int32_t ids[CF_T], codes[CF_T] = {CF_CODES / 2};
     lvm_image image = {CF_R, CF_R, rgb, 0}, out;
@@ -484,14 +500,14 @@ static void cf_spoiled_tokenizer(lvm_ctx *ctx, const char *tensor) {
     if (encoded != LVM_OK) cf_blamed(encoded, &error, tensor, "an image");
     int decoded = lvm_decode(ctx, codes, 1, &out, &error);
     if (decoded != LVM_OK) cf_blamed(decoded, &error, tensor, "pixels");
-    check((encoded != LVM_OK) + (decoded != LVM_OK) == 1, "NaN in %s: encoding gives %d, decoding %d",
+    check((encoded != LVM_OK) + (decoded != LVM_OK) == 1 + both, "NaN in %s: encoding gives %d, decoding %d",
           tensor, encoded, decoded);
     check((decoded == LVM_OK) == (out.rgb != NULL), "an image of NaN is left");
     lvm_image_free(&out);
 }
 
 /* NaN in one tensor after the other: encoding, decoding or a prompt fails where it uses it, and only
-   there. What that leaves in memory spoils nothing once the weights are whole again. The middle rows
+   there; the codebook, whose norms a context takes at its beginning, serves both. What that leaves in memory spoils nothing once the weights are whole again. The middle rows
    of codebook and embedding are those of token CF_CODES / 2 and CF_V / 2. */
 static void cf_not_finite(const struct backend *b, const lvm_options *o, int type) {
     struct model_file f = cf_model(type);
@@ -505,7 +521,11 @@ static void cf_not_finite(const struct backend *b, const lvm_options *o, int typ
         if (s->tensor->data == NULL) continue;
         int vq = strncmp(s->name, "vq.", 3) == 0;
         uint16_t whole = spoil(&f, s->tensor, 0x7fff);
-        if (vq) cf_spoiled_tokenizer(ctx, s->name);
+        if (s->tensor == &m->vq->codebook) {
+            lvm_ctx *other = cf_context(m, b, o);
+            cf_spoiled_tokenizer(other, s->name, 1);
+            lvm_ctx_free(other);
+        } else if (vq) cf_spoiled_tokenizer(ctx, s->name, 0);
         else cf_spoiled_transformer(ctx, s->name, s->kind == T_EMBED);
         spoil(&f, s->tensor, whole);
         if (vq) continue;

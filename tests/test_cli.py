@@ -489,7 +489,7 @@ class Commands(Case):
                          [c["ids"] for c in told["candidates"]])
         self.assertEqual(read(self.path("best-2.png")),
                          read(self.path("out-2%s.png" % "abcd"[best])))
-        self.bad(2, "--json", *run[:3], "--json", "-o", "-")
+        self.bad(1, "standard output", *run[:3], "--json", "-o", "-")
 
     def test_likelihood_is_eval_s(self):
         """The mean of a candidate's log-likelihoods is what eval finds of its image."""
@@ -751,9 +751,13 @@ class Quantize(Case):
                      "--force", preexec_fn=lambda: ignore_file_limit(size))
             self.assertEqual(read(self.path("q.bin")), b"precious")
 
-    def test_a_pipe_is_not_replaced(self):
+    def test_a_pipe_is_written_to(self):
+        self.good("quantize", self.weights, "q.bin", "--type", "q8_0")
         os.mkfifo(self.path("pipe"))
-        self.bad(1, "pipe", "quantize", self.weights, "pipe", "--force")
+        p = self.start("quantize", self.weights, "pipe", "--type", "q8_0")
+        with open(self.path("pipe"), "rb") as pipe:
+            self.assertEqual(pipe.read(), read(self.path("q.bin")))
+        self.assertEqual(self.finish(p), (0, b"", ""))
         self.assertTrue(stat.S_ISFIFO(os.stat(self.path("pipe")).st_mode))
 
 
@@ -1501,6 +1505,31 @@ class Outputs(Case):
         self.bad(2, ["/dev/null", "one image"], *run, "/dev/null", "-n", "2")
         self.assertTrue(stat.S_ISCHR(os.stat("/dev/null").st_mode))
 
+    def test_standard_output_takes_one_thing(self):
+        """No path line, JSON or second image beside an image there."""
+        run = (self.weights, self.images[0], "-j", "1", "-q")
+        for option in ("--sheet", "--apng"):
+            data = self.good(*run, option, "-", "-o", "x.png")
+            self.assertEqual((data[:8], data[-8:-4]), (b"\x89PNG\r\n\x1a\n", b"IEND"))
+            self.bad(1, "standard output", *run, option, "-", "-o", "/dev/stdout")
+            self.bad(1, "standard output", *run, option, "-", "-o", "y.png", "--json")
+            self.bad(1, "standard output", *run, "-o", "/dev/fd/1", "--json")
+        self.put("-", read(self.weights))                  # no file of that name is meant
+        whole = self.predict(self.images[0])
+        self.assertEqual(self.good(*run, "-o", "-"), whole)
+        self.bad(1, "-: is a pipe", *run, "-o", "y.png", "--cache", "-")
+        self.bad(2, "name a folder", "batch", self.weights, "set.jsonl", "-o", "-")
+        self.bad(2, "name a folder", "batch", self.weights, "set.jsonl", "-o", "")
+        self.bad(2, "-: quantize writes a file", "quantize", self.weights, "-")
+        self.assertEqual(self.good("quantize", self.weights, "q.bin", "--type", "q8_0"), b"q.bin\n")
+        for name in ("/dev/stdout", "/dev/fd/1"):
+            with open(self.path("caught"), "wb") as caught:
+                code, _, err = self.run_lvm("quantize", self.weights, name, "--type", "q8_0", stdout=caught)
+            self.assertEqual((code, err), (0, ""))
+            self.assertEqual(read(self.path("caught")), read(self.path("q.bin")))
+            self.assertEqual(self.good("quantize", self.weights, name, "--type", "q8_0"),
+                             read(self.path("q.bin")))
+
     def test_pipes_are_written_to(self):
         whole = self.predict(self.images[0])
         os.mkfifo(self.path("pipe"))
@@ -1520,7 +1549,9 @@ class Outputs(Case):
         for args in (("pipe", self.images[0]), (self.weights, "pipe"), ("info", "pipe"),
                      ("encode", self.weights, "pipe"), ("decode", self.weights, "pipe"),
                      ("quantize", "pipe", "q.bin"), ("bench", "pipe"),
-                     (self.weights, self.images[0], "--cache", "pipe")):
+                     (self.weights, self.images[0], "--cache", "pipe"),
+                     ("rank", self.weights, "pipe", "--", self.images[0]),
+                     ("rank", self.weights, self.images[0], "--", "pipe")):
             self.bad(1, ["pipe"], *args, limit=20)
 
     def test_links(self):
@@ -1585,6 +1616,10 @@ class Outputs(Case):
         os.remove(self.path(name))
         self.bad(1, ["cannot be written: File name too long", "y...y"], self.weights,
                  self.images[0], "-o", "y" * 252 + ".png")
+        before = processor_time()                          # "-1" makes it too long: seen before the work
+        self.bad(1, ["cannot be written: File name too long", "y...y"], self.weights,
+                 self.images[0], "-o", "y" * 251 + ".png", "-n", "2000", "-c", "8")
+        self.assertLess(processor_time() - before, 5)
         deep = "/".join(["z" * 200] * 10)
         for args in ((self.weights, deep), ("info", deep), ("decode", self.weights, deep)):
             self.bad(1, ["No such file", "z...z"], *args)
@@ -1672,7 +1707,8 @@ class Interruption(Case):
                                 preexec_fn=heed_interrupts)
             self.assertEqual(code, -signal.SIGINT)
         for number, message in ((signal.SIGTERM, r"told to stop \(SIGTERM\)"),
-                                (signal.SIGHUP, "the terminal is gone")):
+                                (signal.SIGHUP, "the terminal is gone"),
+                                (signal.SIGQUIT, "told to quit")):
             self.assertEqual(self.stopped(number, message, *run), -number)
 
     def test_ignored_signals(self):

@@ -106,7 +106,8 @@ class Rank(Sets):
                      {"input": ["p0.png"], "target": ["p3.png"]},
                      {"input_tokens": self.ids[1], "choices": [self.ids[0], "p3.png"], "answer": None})
         out, err = self.partly(["line 2: has no \"choices\""], "rank", self.weights, "set.jsonl", "--json")
-        one, two, all_ = map(json.loads, out)
+        one, bad, two, all_ = map(json.loads, out)
+        self.assertEqual(bad, {"line": 2, "error": "has no \"choices\""})
         self.assertEqual(one, dict(want, line=1, right=True))
         self.assertEqual(two, dict(other, line=3, choices=[None, "p3.png"]))
         self.assertEqual(all_, {"lines": 2, "bad": 1, "right": 1, "of": 1})
@@ -325,7 +326,8 @@ class Eval(Sets):
                      {"input": ["p0.png"], "choices": ["p1.png", "p2.png"]})
         for command in ("eval", "rank"):
             code, out, err = self.run_lvm(command, "huge.bin", "set.jsonl", "--json")
-            self.assertEqual((code, out, len(err.splitlines())), (1, b"", 2), err)
+            self.assertEqual((code, len(err.splitlines())), (1, 2), err)
+            self.assertEqual([sorted(json.loads(line)) for line in out.splitlines()], [["error", "line"]] * 2)
         self.bad(1, "no finite number", "rank", "huge.bin", "p0.png", "--", "p1.png")
 
     def test_no_lines(self):
@@ -572,6 +574,7 @@ class Streams(Sets):
     def test_faults_do_not_end_it(self):
         process = self.start("eval", self.weights, "-", "--json")
         os.write(process.stdin.fileno(), b"{\n\n")
+        self.assertEqual(self.answer(process)["line"], 1)  # a fault is an answer too
         self.say(process.stdin.fileno(), self.line(1))
         self.assertEqual(self.answer(process)["line"], 3)
         code, out, err = self.finish(process)
