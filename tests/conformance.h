@@ -475,6 +475,25 @@ static void cf_blamed(int code, const lvm_error *error, const char *tensor, cons
 
 static const int32_t cf_bad_ids[3] = {CF_BOS, 1, CF_V / 2};
 
+static int cf_choose_bad(void *user, int candidate, int index, const float *logits, int32_t *id) {
+    (void)user, (void)candidate, (void)index, (void)logits;
+    *id = CF_V / 2;
+    return 0;
+}
+
+/* Behind a prompt that is sound the bad token comes second: what follows it is judged too. */
+static void cf_spoiled_later(lvm_ctx *ctx, const char *tensor) {
+    int32_t whole[2] = {CF_BOS, 1}, later[3] = {1, CF_V / 2, 1};
+    float nll[3];
+    lvm_sampling s = lvm_default_sampling();
+    lvm_error error = {0, ""};
+    s.choose = cf_choose_bad;
+    check(lvm_prompt(ctx, whole, 2, NULL, &error) == LVM_OK, "%s", error.text);
+    cf_blamed(lvm_score(ctx, later, 3, nll, &error), &error, tensor, "a later likelihood");
+    check(lvm_prompt(ctx, whole, 2, NULL, &error) == LVM_OK, "%s", error.text);
+    cf_blamed(lvm_generate(ctx, &s, 1, 2, later, &error), &error, tensor, "a later token");
+}
+
 /* Leaves the context at a prompt that could not be read. */
 static void cf_spoiled_transformer(lvm_ctx *ctx, const char *tensor, int embedding) {
     int32_t ids[3] = {CF_BOS, 1, CF_V / 2}, whole[2] = {CF_BOS, 1};
@@ -487,6 +506,7 @@ static void cf_spoiled_transformer(lvm_ctx *ctx, const char *tensor, int embeddi
     int code = lvm_prompt(ctx, whole, 2, logits, &error);
     if (embedding) check(code == LVM_OK, "a prompt without the bad token fails: %s", error.text);
     else cf_blamed(code, &error, tensor, "a shorter prompt");
+    if (embedding) cf_spoiled_later(ctx, tensor);
     cf_blamed(lvm_prompt(ctx, cf_bad_ids, 3, NULL, &error), &error, tensor, "the prompt again");
 }
 
@@ -507,8 +527,9 @@ static void cf_spoiled_tokenizer(lvm_ctx *ctx, const char *tensor, int both) {
 }
 
 /* NaN in one tensor after the other: encoding, decoding or a prompt fails where it uses it, and only
-   there; the codebook, whose norms a context takes at its beginning, serves both. What that leaves in memory spoils nothing once the weights are whole again. The middle rows
-   of codebook and embedding are those of token CF_CODES / 2 and CF_V / 2. */
+   there; the codebook, whose norms a context takes at its beginning, serves both. What that leaves in
+   memory spoils nothing once the weights are whole again. The middle rows of codebook and embedding
+   are those of token CF_CODES / 2 and CF_V / 2. */
 static void cf_not_finite(const struct backend *b, const lvm_options *o, int type) {
     struct model_file f = cf_model(type);
     lvm_model *m = must(lvm_open_memory(f.data, f.size, NULL));
