@@ -440,7 +440,8 @@ static int device_number(const char *name, int *number, lvm_error *error) {
     int count = 0, used = 0;
     cudaError_t e = cudaGetDeviceCount(&count);
     *number = 0;
-    if (e != cudaSuccess) return cuda_fail(e, "no GPU to use", error);
+    if (e != cudaSuccess || count == 0)
+        return cuda_fail(e != cudaSuccess ? e : cudaErrorNoDevice, "no GPU to use", error);
     if (name[4] == ':' && (sscanf(name + 4, ":%d%n", number, &used) != 1 || name[4 + used] != 0))
         return fail(error, LVM_INVALID, "device %s: the GPUs are cuda:0, cuda:1 and so on", name);
     if (*number < 0 || *number >= count)
@@ -2237,10 +2238,18 @@ static void gpu_usage(void *state, lvm_usage *usage) {
     usage->device += cache + (int64_t)c->bytes + (int64_t)c->g->bytes;
 }
 
+static int gpu_count(lvm_error *error) {
+    int count = 0;
+    cudaError_t e = cudaGetDeviceCount(&count);
+    if (e == cudaSuccess && count > 0) return count;
+    cuda_fail(e != cudaSuccess ? e : cudaErrorNoDevice, "no GPU to use", error);
+    return 0;
+}
+
 static const struct backend cuda_backend = {
     sizeof(struct backend), BACKEND_VERSION, "cuda", gpu_model_open, gpu_model_close, gpu_open,
     gpu_close, gpu_encode, gpu_decode, gpu_forward, NULL, gpu_kv_copy, gpu_kv_trim, gpu_kv_size,
-    gpu_kv_get, gpu_kv_set, gpu_usage};
+    gpu_kv_get, gpu_kv_set, gpu_usage, gpu_count};
 
 extern "C" const struct backend *lvm_cuda_backend(void);
 extern "C" const struct backend *lvm_cuda_backend(void) { return &cuda_backend; }
