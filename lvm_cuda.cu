@@ -39,7 +39,7 @@
 /* =================================================================================================
    1.  Errors, memory */
 
-enum { THREADS = 256, WARPS = THREADS / 32 };
+enum { THREADS = 256, WARPS = THREADS / 32, ROW_THREADS = 1024 /* of a row's block */ };
 
 /* Work that runs in order, and the first thing that went wrong in it. */
 struct queue {
@@ -601,24 +601,29 @@ static __device__ uint4 tile_piece(const char *tile, int r, int c) {
     return *(const uint4 *)(tile + r * SPAN * 2 + (c ^ (r & 7)) * 16);
 }
 
-/* A warp's 64 rows of w by 32 rows of x, over one span. */
+/* A warp's 64 rows of w by 32 rows of x, over one span: in each half two steps, all sums of the first
+   before those of the second, for an instruction's sum is late for the next one. */
 static __device__ void multiply_span(const char *w, const char *x, int g, int t,
                                      float (*c)[4][4]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        uint4 b[4];
+        uint4 b[4], up[4], low[4];
 #pragma unroll
-        for (int n = 0; n < 4; n++) b[n] = tile_piece(x, n * 8 + g, 2 * t + half);
-#pragma unroll
-        for (int m = 0; m < 4; m++) {
-            uint4 up = tile_piece(w, m * 16 + g, 2 * t + half),
-                  low = tile_piece(w, m * 16 + 8 + g, 2 * t + half);
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                mma(c[m][n], up.x, low.x, up.y, low.y, b[n].x, b[n].y);
-                mma(c[m][n], up.z, low.z, up.w, low.w, b[n].z, b[n].w);
-            }
+        for (int n = 0; n < 4; n++) {
+            b[n] = tile_piece(x, n * 8 + g, 2 * t + half);
+            up[n] = tile_piece(w, n * 16 + g, 2 * t + half);
+            low[n] = tile_piece(w, n * 16 + 8 + g, 2 * t + half);
         }
+#pragma unroll
+        for (int m = 0; m < 4; m++)
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                mma(c[m][n], up[m].x, low[m].x, up[m].y, low[m].y, b[n].x, b[n].y);
+#pragma unroll
+        for (int m = 0; m < 4; m++)
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                mma(c[m][n], up[m].z, low[m].z, up[m].w, low[m].w, b[n].z, b[n].w);
     }
 }
 
@@ -833,7 +838,9 @@ static void launch_product(struct queue *q, const struct product *j) {
 static void run_product(struct queue *q, const struct product *j) {
     with_type(j->w.type, [&](auto type) {
         constexpr int T = decltype(type)::value;
+        int64_t large = ((int64_t)j->pixels + 127) / 128 * ((j->w.rows + 127) / 128);
         if (j->pixels <= 8) launch_product<T, 8, 64, 1, 2>(q, j);
+        else if (large < 256) launch_product<T, 64, 64, 4, 4>(q, j); /* or much would be idle */
         else if (j->w.rows <= 64) launch_product<T, 128, 64, 8, 4>(q, j);
         else launch_product<T, 128, 128, 8, 8>(q, j);
     });
@@ -853,7 +860,7 @@ static void matmul_f32(struct queue *q, const struct part *p, const float *x, in
 
 /* The sum or the largest of a block's values, the same for all its threads. */
 template <int LARGEST> static __device__ float over_block(float v) {
-    __shared__ float parts[WARPS];
+    __shared__ float parts[32];
     for (int i = 16; i > 0; i /= 2) {
         float other = __shfl_xor_sync(0xffffffff, v, i);
         v = LARGEST ? fmaxf(v, other) : v + other;
@@ -862,7 +869,7 @@ template <int LARGEST> static __device__ float over_block(float v) {
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
     __syncthreads();
     v = parts[0];
-    for (int i = 1; i < WARPS; i++) v = LARGEST ? fmaxf(v, parts[i]) : v + parts[i];
+    for (int i = 1; i < (int)blockDim.x / 32; i++) v = LARGEST ? fmaxf(v, parts[i]) : v + parts[i];
     return v;
 }
 
@@ -870,11 +877,11 @@ template <int LARGEST> static __device__ float over_block(float v) {
    what it wrote. */
 static __device__ void pack_row(const float *f, int n, __half *h, float *scale, int ld) {
     float most = 0;
-    for (int i = (int)threadIdx.x; i < n; i += THREADS) most = fmaxf(most, fabsf(f[i]));
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) most = fmaxf(most, fabsf(f[i]));
     most = over_block<1>(most);
     int e = most > 0 && isfinite(most) ? max(-100, min(100, 14 - ilogbf(most))) : 0;
     float up = exp2f((float)e);
-    for (int i = (int)threadIdx.x; i < ld; i += THREADS)
+    for (int i = (int)threadIdx.x; i < ld; i += (int)blockDim.x)
         h[i] = i < n ? __float2half_rn(f[i] * up) : __half(0);
     if (threadIdx.x == 0) *scale = exp2f((float)-e);
 }
@@ -899,13 +906,13 @@ __global__ void norm_kernel(float *x, const float *delta, const float *weight, f
                             const int *which, struct activations out, int ld) {
     int64_t i = blockIdx.x, row = which != NULL ? which[i] : i;
     float *from = x + row * D, *to = out.f + i * D, sum = 0;
-    for (int k = (int)threadIdx.x; k < D; k += THREADS) {
+    for (int k = (int)threadIdx.x; k < D; k += (int)blockDim.x) {
         float v = delta != NULL ? from[k] + delta[row * D + k] : from[k];
         from[k] = v;
         sum = fmaf(v, v, sum);
     }
     float scale = 1 / sqrtf(over_block<0>(sum) / (float)D + eps);
-    for (int k = (int)threadIdx.x; k < D; k += THREADS) to[k] = weight[k] * (from[k] * scale);
+    for (int k = (int)threadIdx.x; k < D; k += (int)blockDim.x) to[k] = weight[k] * (from[k] * scale);
     if (ld > 0) pack_row(to, D, out.h + i * ld, out.scale + i, ld);
 }
 
@@ -913,7 +920,7 @@ __global__ void norm_kernel(float *x, const float *delta, const float *weight, f
 __global__ void swiglu_kernel(const float *gate, const float *up, int F, struct activations out,
                               int ld) {
     int64_t row = blockIdx.x, at = row * F;
-    for (int k = (int)threadIdx.x; k < F; k += THREADS) {
+    for (int k = (int)threadIdx.x; k < F; k += (int)blockDim.x) {
         float v = gate[at + k];
         out.f[at + k] = v / (1 + expf(-v)) * up[at + k];
     }
@@ -960,7 +967,7 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
    lvm.c's online_softmax_merge does. With few rows each block of keys has a block of the grid and a
    second kernel merges, in the same order with the same arithmetic. */
 
-enum { KEYS = 256 /* of a page */, QUERIES = 8, SPLIT_ROWS = 64 /* rows that go by splitting */ };
+enum { KEYS = 256 /* of a page */, QUERIES = 16, SPLIT_ROWS = 64 /* rows that go by splitting */ };
 
 struct kv_layout {
     int type, dp;
@@ -1014,29 +1021,35 @@ static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_v
         scales[is_value ? at * (l.dp / QK) + i0 / QK : i0 / QK * KEYS + at] = __float2half_rn(d);
 }
 
-/* Turns a row's queries and keys by their angles, in place, and stores keys and values in the cache.
-   rope: [context][2][d / 2] of cosines and sines. */
+/* Grid: [rows][G], a key/value head and its queries: turns queries and keys by their angles, in place,
+   and stores keys and values in the cache. rope: [context][2][d / 2] of cosines and sines. */
 __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float *q, float *k,
                                   const float *v, const float *rope, int layer, int H, int G,
                                   int d) {
-    int row = (int)blockIdx.x, pos = b.pos[row], half = d / 2, warp = (int)threadIdx.x / 32;
+    int row = (int)blockIdx.x, g = (int)blockIdx.y, pos = b.pos[row], half = d / 2, group = H / G;
     const float *cosines = rope + (int64_t)pos * d, *sines = cosines + half;
-    for (int i = (int)threadIdx.x; i < (H + G) * half; i += THREADS) {
+    float *queries = q + ((int64_t)row * H + g * group) * d, *key = k + ((int64_t)row * G + g) * d;
+    for (int i = (int)threadIdx.x; i < (group + 1) * half; i += (int)blockDim.x) {
         int h = i / half, j = i % half;
-        float *x = h < H ? q + ((int64_t)row * H + h) * d : k + ((int64_t)row * G + h - H) * d;
+        float *x = h < group ? queries + h * d : key;
         float x0 = x[j], x1 = x[j + half];
         x[j] = x0 * cosines[j] - x1 * sines[j];
         x[j + half] = x1 * cosines[j] + x0 * sines[j];
     }
     __syncthreads();
-    int pieces = l.dp / QK;
-    for (int i = warp; i < 2 * G * pieces; i += WARPS) {
-        int value = i / (G * pieces), g = i / pieces % G, i0 = i % pieces * QK;
-        int dim = i0 + (int)threadIdx.x % 32;
-        const float *from = (value ? v : k) + ((int64_t)row * G + g) * d;
-        uint8_t *to = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
-        store_kv(l, to + value * l.head_bytes, value, pos % KEYS, i0, dim < d ? from[dim] : 0);
+    uint8_t *head = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
+    int pieces = l.dp / QK, lane = (int)threadIdx.x % 32;
+    for (int i = (int)threadIdx.x / 32; i < 2 * pieces; i += (int)blockDim.x / 32) {
+        int value = i / pieces, i0 = i % pieces * QK, dim = i0 + lane;
+        const float *from = value ? v + ((int64_t)row * G + g) * d : key;
+        store_kv(l, head + value * l.head_bytes, value, pos % KEYS, i0, dim < d ? from[dim] : 0);
     }
+}
+
+/* Signed byte k of a word as a float: 2^23 + u is a float whose lowest bits are u. */
+static __device__ float byte_of(uint32_t w, int k) {
+    uint32_t u = __byte_perm(w ^ 0x80808080, 0x4b000000, 0x7440 | k);
+    return __uint_as_float(u) - (8388608.0f + 128);
 }
 
 /* The piece of 16 bytes number c of key `key`, as floats: 4, 8 or 16 of them. */
@@ -1052,8 +1065,7 @@ static __device__ void load_key(const uint8_t *keys, const struct kv_layout &l, 
         float2 f = __half22float2(as_half2(w[i]));
         if (KV == LVM_F32) out[i] = __uint_as_float(w[i]);
         if (KV == LVM_F16) out[2 * i] = f.x, out[2 * i + 1] = f.y;
-        for (int k = 0; KV == LVM_Q8_0 && k < 4; k++)
-            out[4 * i + k] = (float)(int8_t)(w[i] >> 8 * k) * d;
+        for (int k = 0; KV == LVM_Q8_0 && k < 4; k++) out[4 * i + k] = byte_of(w[i], k) * d;
     }
 }
 
@@ -1068,9 +1080,9 @@ static __device__ float4 load_value(const uint8_t *values, const struct kv_layou
         float2 a = __half22float2(as_half2(v.x)), b = __half22float2(as_half2(v.y));
         return make_float4(a.x, a.y, b.x, b.y);
     }
-    char4 v = *(const char4 *)(values + at);
+    uint32_t v = *(const uint32_t *)(values + at);
     float d = __half2float(((const __half *)(values + (int64_t)KEYS * l.dp))[at / QK]);
-    return make_float4(v.x * d, v.y * d, v.z * d, v.w * d);
+    return make_float4(byte_of(v, 0) * d, byte_of(v, 1) * d, byte_of(v, 2) * d, byte_of(v, 3) * d);
 }
 
 /* Merges a block's m', l' and o' into m, l and o: see lvm.c, "Attention over one block of keys". */
@@ -1103,14 +1115,22 @@ struct attention {
 template <int KV, int NQ>
 static __device__ void score_keys(const struct attention &a, const uint8_t *page, int keys,
                                   const float *q, float *s) {
-    int key = (int)threadIdx.x, dp = a.l.dp, n = KV == LVM_F32 ? 4 : KV == LVM_F16 ? 8 : 16;
-    float sum[NQ] = {}, k[16];
+    constexpr int n = KV == LVM_F32 ? 4 : KV == LVM_F16 ? 8 : 16;
+    int key = (int)threadIdx.x, dp = a.l.dp;
+    float sum[NQ] = {}, k[n];
+#pragma unroll 2
     for (int c = 0; key < keys && c < dp / n; c++) {
         load_key<KV>(page, a.l, key, c, k);
 #pragma unroll
-        for (int i = 0; i < (KV == LVM_F32 ? 4 : KV == LVM_F16 ? 8 : 16); i++)
+        for (int r = 0; r < NQ; r++)
 #pragma unroll
-            for (int r = 0; r < NQ; r++) sum[r] = fmaf(q[r * dp + c * n + i], k[i], sum[r]);
+            for (int i = 0; i < n; i += 4) {
+                float4 x = *(const float4 *)(q + r * dp + c * n + i);
+                sum[r] = fmaf(x.x, k[i], sum[r]);
+                sum[r] = fmaf(x.y, k[i + 1], sum[r]);
+                sum[r] = fmaf(x.z, k[i + 2], sum[r]);
+                sum[r] = fmaf(x.w, k[i + 3], sum[r]);
+            }
     }
 #pragma unroll
     for (int r = 0; r < NQ; r++) s[r * KEYS + key] = sum[r];
@@ -1132,23 +1152,31 @@ static __device__ void softmax_query(float *s, int valid, float scale, float *m,
     *l = sum;
 }
 
-/* red[warp][query][dp]: what the warp's 32 keys give. */
+/* red[warp][query][dp]: what the warp's 32 keys give, four at a time. */
 template <int KV, int NQ>
 static __device__ void sum_values(const struct attention &a, const uint8_t *values, int keys,
                                   const float *s, float *red) {
     int warp = (int)threadIdx.x / 32, dp = a.l.dp, last = min(keys, warp * 32 + 32);
     for (int i = (int)threadIdx.x % 32 * 4; i < dp; i += 128) {
         float sum[NQ][4] = {};
-#pragma unroll 8
-        for (int key = warp * 32; key < last; key++) {
-            float4 v = load_value<KV>(values, a.l, key, i);
+#pragma unroll 2
+        for (int key = warp * 32; key < last; key += 4) {
+            float4 v[4];
+#pragma unroll
+            for (int k = 0; k < 4; k++)
+                v[k] = key + k < last ? load_value<KV>(values, a.l, key + k, i)
+                                      : make_float4(0, 0, 0, 0);
 #pragma unroll
             for (int r = 0; r < NQ; r++) {
-                float p = s[r * KEYS + key];
-                sum[r][0] = fmaf(p, v.x, sum[r][0]);
-                sum[r][1] = fmaf(p, v.y, sum[r][1]);
-                sum[r][2] = fmaf(p, v.z, sum[r][2]);
-                sum[r][3] = fmaf(p, v.w, sum[r][3]);
+                float4 p = *(const float4 *)(s + r * KEYS + key);
+                const float weight[4] = {p.x, p.y, p.z, p.w};
+#pragma unroll
+                for (int k = 0; k < 4; k++) {
+                    sum[r][0] = fmaf(weight[k], v[k].x, sum[r][0]);
+                    sum[r][1] = fmaf(weight[k], v[k].y, sum[r][1]);
+                    sum[r][2] = fmaf(weight[k], v[k].z, sum[r][2]);
+                    sum[r][3] = fmaf(weight[k], v[k].w, sum[r][3]);
+                }
             }
         }
 #pragma unroll
@@ -1190,10 +1218,10 @@ __global__ void __launch_bounds__(THREADS) attention_kernel(struct attention a, 
                                       (int64_t)a.layer * a.G + h0 / (a.H / a.G));
         score_keys<KV, NQ>(a, head, min(KEYS, last + 1 - page * KEYS), q, s);
         __syncthreads();
-        if (warp < NQ) {
-            int row = tile.first + min(warp, n - 1) / a.heads;
+        for (int r = warp; r < NQ; r += WARPS) {
+            int row = tile.first + min(r, n - 1) / a.heads;
             int valid = min(KEYS, a.b.pos[row] + 1 - page * KEYS);
-            softmax_query(s + warp * KEYS, valid, a.scale, &m_block[warp], &l_block[warp]);
+            softmax_query(s + r * KEYS, valid, a.scale, &m_block[r], &l_block[r]);
         }
         __syncthreads();
         sum_values<KV, NQ>(a, head + a.l.head_bytes, min(KEYS, last + 1 - page * KEYS), s, red);
@@ -1222,33 +1250,31 @@ __global__ void __launch_bounds__(THREADS) attention_kernel(struct attention a, 
     }
 }
 
-/* Grid: [H][rows]. o[row][head] from its blocks of keys, in ascending order. */
-__global__ void merge_kernel(struct attention a) {
-    int64_t row = blockIdx.y, at = row * a.H + blockIdx.x;
-    int dp = a.l.dp, last = a.b.pos[row] / KEYS;
+/* A block a row: o from its blocks of keys, in ascending order; and packed as pack_kernel does. */
+__global__ void merge_kernel(struct attention a, struct activations out, int ld) {
+    int64_t row = blockIdx.x;
+    int dp = a.l.dp, last = a.b.pos[row] / KEYS, n = a.H * a.d;
     if (row < a.from) return;
-    for (int k = (int)threadIdx.x; k < a.d; k += (int)blockDim.x) {
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        const float *p = a.partial + (row * a.H + i / a.d) * a.b.max_pages * (dp + 2);
         float m = -HUGE_VALF, l = 0, o = 0;
-        for (int page = 0; page <= last; page++) {
-            const float *p = a.partial + (at * a.b.max_pages + page) * (dp + 2);
+#pragma unroll 4
+        for (int page = 0; page <= last; page++, p += dp + 2) {
             struct merge r = merge_of(m, p[dp]);
-            o = merged(r, o, p[k]);
+            o = merged(r, o, p[i % a.d]);
             l = merged(r, l, p[dp + 1]);
             m = r.m;
         }
-        a.o[at * a.d + k] = o / l;
+        out.f[row * n + i] = o / l;
     }
+    if (ld > 0) pack_row(out.f + row * n, n, out.h + row * ld, out.scale + row, ld);
 }
 
 template <int KV, int NQ>
-static void launch_attention(struct queue *q, const struct attention *a, int tiles, int rows,
-                             int split) {
+static void launch_attention(struct queue *q, const struct attention *a, int tiles, int split) {
     dim3 grid(split ? (unsigned)a->b.max_pages : 1, (unsigned)(a->H / a->heads), (unsigned)tiles);
     attention_kernel<KV, NQ><<<grid, THREADS, attention_shared(NQ, a->l.dp), q->stream>>>(*a, split);
     launched(q, "attention_kernel");
-    if (!split) return;
-    merge_kernel<<<dim3((unsigned)a->H, (unsigned)rows), 128, 0, q->stream>>>(*a);
-    launched(q, "merge_kernel");
 }
 
 template <int KV> static cudaError_t allow_shared(int dp) {
@@ -1265,11 +1291,10 @@ template <int KV> static cudaError_t allow_shared(int dp) {
 }
 
 template <int KV>
-static void attend(struct queue *q, const struct attention *a, int tiles, int rows, int most,
-                   int split) {
-    if (most == 1) launch_attention<KV, 1>(q, a, tiles, rows, split);
-    else if (most <= 4) launch_attention<KV, 4>(q, a, tiles, rows, split);
-    else launch_attention<KV, QUERIES>(q, a, tiles, rows, split);
+static void attend(struct queue *q, const struct attention *a, int tiles, int most, int split) {
+    if (most == 1) launch_attention<KV, 1>(q, a, tiles, split);
+    else if (most <= 4) launch_attention<KV, 4>(q, a, tiles, split);
+    else launch_attention<KV, QUERIES>(q, a, tiles, split);
 }
 
 /* =================================================================================================
@@ -1482,19 +1507,27 @@ static void norm_rows(struct gpu *c, const float *weight, int first, int rows, i
                       const int *which, const struct part *p, int n) {
     const struct llama *a = &c->g->m->llama;
     int64_t at = (int64_t)first * a->D;
-    norm_kernel<<<(unsigned)rows, THREADS, 0, c->q.stream>>>(
+    norm_kernel<<<(unsigned)rows, ROW_THREADS, 0, c->q.stream>>>(
         c->x + at, has_delta ? c->delta + at : NULL, weight, a->eps, a->D, which, c->act,
         packed_columns(c, p, n));
     launched(&c->q, "norm_kernel");
 }
 
-static void attention_rows(struct gpu *c, const struct step *s, int layer, int from) {
+/* act = attention of rows from `from` on; ld: for a product in f16, or 0. */
+static void attention_rows(struct gpu *c, const struct step *s, int layer, int from, int ld) {
     const struct llama *a = &c->g->m->llama;
+    int n = a->H * a->d;
     struct attention job = {s->view, c->kv, c->qb, c->act.f, c->partial, layer, a->H, a->G, a->d,
                             s->heads, from, 1 / sqrtf((float)a->d)};
-    if (c->kv.type == LVM_F32) attend<LVM_F32>(&c->q, &job, s->tiles, s->n, s->most, s->split);
-    else if (c->kv.type == LVM_F16) attend<LVM_F16>(&c->q, &job, s->tiles, s->n, s->most, s->split);
-    else attend<LVM_Q8_0>(&c->q, &job, s->tiles, s->n, s->most, s->split);
+    if (c->kv.type == LVM_F32) attend<LVM_F32>(&c->q, &job, s->tiles, s->most, s->split);
+    else if (c->kv.type == LVM_F16) attend<LVM_F16>(&c->q, &job, s->tiles, s->most, s->split);
+    else attend<LVM_Q8_0>(&c->q, &job, s->tiles, s->most, s->split);
+    if (s->split)
+        merge_kernel<<<(unsigned)s->n, ROW_THREADS, 0, c->q.stream>>>(job, c->act, ld);
+    else if (ld > 0)
+        pack_kernel<<<(unsigned)(s->n - from), ROW_THREADS, 0, c->q.stream>>>(
+            n, rows_from(c->act, from, n, ld), ld);
+    launched(&c->q, "merge_kernel, pack_kernel");
 }
 
 /* q, k and v of the rows, k and v into the cache; of rows before `from` no q is wanted. */
@@ -1509,7 +1542,7 @@ static void project_and_store(struct gpu *c, const struct step *s, int layer, in
     matmul(c, qkv + apart, 3 - apart, &c->act, s->n);
     struct activations wanted = rows_from(c->act, from, a->D, l->q.ld);
     if (apart) matmul(c, qkv, 1, &wanted, s->n - from);
-    rope_store_kernel<<<(unsigned)s->n, THREADS, 0, c->q.stream>>>(
+    rope_store_kernel<<<dim3((unsigned)s->n, (unsigned)a->G), 128, 0, c->q.stream>>>(
         s->view, c->kv, c->qb, c->kb, c->vb, c->rope, layer, a->H, a->G, a->d);
     launched(&c->q, "rope_store_kernel");
 }
@@ -1522,21 +1555,17 @@ static void run_layer(struct gpu *c, const struct step *s, int layer) {
     int64_t D = a->D;
     project_and_store(c, s, layer, from);
     if (n == 0) return;
-    attention_rows(c, s, layer, from);
     const struct part o = {l->o, l->o_bias, c->delta + from * D};
     int ld = packed_columns(c, &o, 1);
+    attention_rows(c, s, layer, from, ld);
     struct activations rows = rows_from(c->act, from, a->H * a->d, ld);
-    if (ld > 0) {
-        pack_kernel<<<(unsigned)n, THREADS, 0, c->q.stream>>>(a->H * a->d, rows, ld);
-        launched(&c->q, "pack_kernel");
-    }
     matmul(c, &o, 1, &rows, n);
     const struct part gate_up[2] = {{l->gate, NULL, c->gate}, {l->up, NULL, c->up}};
     norm_rows(c, l->ffn_norm, from, n, 1, NULL, gate_up, 2);
     matmul(c, gate_up, 2, &c->act, n);
     const struct part down = {l->down, NULL, c->delta + from * D};
-    swiglu_kernel<<<(unsigned)n, THREADS, 0, c->q.stream>>>(c->gate, c->up, a->F, c->act,
-                                                            packed_columns(c, &down, 1));
+    swiglu_kernel<<<(unsigned)n, ROW_THREADS, 0, c->q.stream>>>(c->gate, c->up, a->F, c->act,
+                                                                packed_columns(c, &down, 1));
     launched(&c->q, "swiglu_kernel");
     matmul(c, &down, 1, &c->act, n);
 }
@@ -2048,7 +2077,7 @@ static void vq_largest(const struct vqgan *vq, int64_t *map, int64_t *attn, int6
     for (int i = 0; i < vq->n_ops; i++) {
         const struct vq_op *op = &vq->ops[i];
         int64_t in = (int64_t)op->side_in * op->side_in, out = (int64_t)op->side_out * op->side_out;
-        *map = max64(*map, max64(in, out) * max64(op->c_in, op->c_out));
+        *map = max64(*map, max64(in * op->c_in, out * op->c_out));
         *c = max64(*c, max64(op->c_in, op->c_out));
         if (op->kind != VQ_ATTENTION) continue;
         *attn = max64(*attn, in * op->c_in);
@@ -2064,7 +2093,7 @@ static void place_vq(struct gpu *c, struct arena *a) {
     if (vq == NULL) return;
     vq_largest(vq, &map, &attn, &pixels, &channels);
     all = (int64_t)vq->R * vq->R;
-    c->images = (int)max64(1, min64(IMAGES, (512 << 20) / (16 * map)));
+    c->images = (int)max64(1, min64(IMAGES, ((int64_t)1 << 30) / (16 * map)));
     int64_t n = c->images;
     struct { float **p; int64_t n; } maps[] = {
         {&v->x, n * map}, {&v->t, n * map}, {&v->u, n * map}, {&v->n, n * map}, {&v->q, n * attn},
