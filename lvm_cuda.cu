@@ -182,31 +182,40 @@ static __device__ void pairs_of_nibbles(uint32_t w, __half2 d, __half2 *out) {
         out[i] = __hmul2(__hsub2(as_half2((w >> 4 * i & 0x000f000f) | 0x64006400), zero), d);
 }
 
-/* 16 elements from column k on (a multiple of 16), as f16; for types other than F32. */
+/* 16 elements from column k on (a multiple of 16), as they lie in memory; for types other than F32.
+   Apart from what is done with them, so that several loads are under way before the first is used. */
+template <int TYPE> struct raw16 {
+    uint4 v[TYPE == LVM_F16 || TYPE == LVM_BF16 ? 2 : 1];
+    __half d;
+};
+
 template <int TYPE>
-static __device__ void load16(const struct matrix &m, int64_t row, int k, __half2 *out) {
+static __device__ void fetch16(const struct matrix &m, int64_t row, int k, struct raw16<TYPE> *raw) {
     int64_t at = row * m.ld + k;
-    if (TYPE == LVM_Q8_0) {
-        uint4 v = *(const uint4 *)(m.q + at);
-        __half2 d = __half2half2(m.d[at / QK]);
-        pairs_of_bytes(v.x, d, out);
-        pairs_of_bytes(v.y, d, out + 2);
-        pairs_of_bytes(v.z, d, out + 4);
-        pairs_of_bytes(v.w, d, out + 6);
-    } else if (TYPE == LVM_Q4_0) {
+    if (TYPE == LVM_Q4_0) {
         uint2 v = *(const uint2 *)(m.q + at / 2);
-        __half2 d = __half2half2(m.d[at / QK]);
-        pairs_of_nibbles(v.x, d, out);
-        pairs_of_nibbles(v.y, d, out + 4);
-    } else {
-        const uint4 *p = (const uint4 *)(m.q + at * 2);
-        uint4 v[2] = {p[0], p[1]};
-        const uint32_t w[8] = {v[0].x, v[0].y, v[0].z, v[0].w, v[1].x, v[1].y, v[1].z, v[1].w};
+        raw->v[0].x = v.x, raw->v[0].y = v.y;
+    } else if (TYPE == LVM_Q8_0) raw->v[0] = *(const uint4 *)(m.q + at);
+    else
+        for (int i = 0; i < (int)(sizeof raw->v / 16); i++)
+            raw->v[i] = ((const uint4 *)(m.q + at * 2))[i];
+    if (TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0) raw->d = m.d[at / QK];
+}
+
+/* The same as f16. */
+template <int TYPE>
+static __device__ void expand16(const struct raw16<TYPE> &raw, __half2 *out) {
+    const uint4 v = raw.v[0], u = raw.v[sizeof raw.v / 16 - 1];
+    const uint32_t w[8] = {v.x, v.y, v.z, v.w, u.x, u.y, u.z, u.w};
+    const __half2 d = __half2half2(raw.d);
 #pragma unroll
-        for (int i = 0; i < 8; i++)
-            out[i] = TYPE == LVM_F16 ? as_half2(w[i])
-                                     : __floats2half2_rn(__uint_as_float(w[i] << 16),
-                                                         __uint_as_float(w[i] & 0xffff0000));
+    for (int i = 0; i < 8; i++) {
+        if (TYPE == LVM_F16) out[i] = as_half2(w[i]);
+        if (TYPE == LVM_BF16)
+            out[i] = __floats2half2_rn(__uint_as_float(w[i] << 16),
+                                       __uint_as_float(w[i] & 0xffff0000));
+        if (TYPE == LVM_Q8_0 && i < 4) pairs_of_bytes(w[i], d, out + 2 * i);
+        if (TYPE == LVM_Q4_0 && i < 2) pairs_of_nibbles(w[i], d, out + 4 * i);
     }
 }
 
@@ -520,35 +529,55 @@ struct activations {
     float *scale;
 };
 
+/* Four steps: rows g and g + 8 of w (a, b) by row g of x. */
+static __device__ void multiply_few(float *c, const __half2 *a, const __half2 *b, const uint4 *x) {
+    const uint32_t xs[8] = {x[0].x, x[0].y, x[0].z, x[0].w, x[1].x, x[1].y, x[1].z, x[1].w};
+#pragma unroll
+    for (int s = 0; s < 8; s += 2)
+        mma(c, as_word(a[s]), as_word(b[s]), as_word(a[s + 1]), as_word(b[s + 1]), xs[s],
+            xs[s + 1]);
+}
+
 /* Reads w once: [16 rows][ld] a block, blockIdx.y is the matrix; x[rows][ld] from the L2 cache.
    Writes y[rows][w.rows]. Floor: the bytes of w over the memory's bandwidth. */
 template <int TYPE, int TILES>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 2)
     gemv_kernel(struct parts parts, const __half *x, const float *scale, int rows) {
     const struct part &p = parts.p[blockIdx.y];
     const int o0 = (int)blockIdx.x * 16, N = p.w.rows, ld = p.w.ld, spans = ld / SPAN;
     if (o0 >= N) return;
     __shared__ float sums[WARPS][TILES * 8][17];
+    constexpr int AHEAD = TILES == 1 ? 4 : TILES == 2 ? 2 : 1; /* spans that are under way */
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
     const int each = (spans + SEGMENTS - 1) / SEGMENTS;
     const int last = min(spans, (warp + 1) * each), up = min(o0 + g, N - 1),
               low = min(o0 + g + 8, N - 1);
     float c[TILES][4] = {};
-#pragma unroll 4
-    for (int span = warp * each; span < last; span++) {
-        const int k = span * SPAN + 16 * t;
-        __half2 a[8], b[8];
-        load16<TYPE>(p.w, up, k, a);
-        load16<TYPE>(p.w, low, k, b);
+    int64_t row[TILES];
+    for (int n = 0; n < TILES; n++) row[n] = (int64_t)min(n * 8 + g, rows - 1) * ld;
+    for (int span = warp * each; span < last; span += AHEAD) {
+        struct raw16<TYPE> a[AHEAD] = {}, b[AHEAD] = {};
+        uint4 xs[AHEAD][TILES][2];
 #pragma unroll
-        for (int n = 0; n < TILES; n++) {
-            const uint4 *from = (const uint4 *)(x + (int64_t)min(n * 8 + g, rows - 1) * ld + k);
-            uint4 u = from[0], v = from[1];
-            const uint32_t xs[8] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
+        for (int i = 0; i < AHEAD; i++) {
+            const int k = min(span + i, last - 1) * SPAN + 16 * t;
+            fetch16<TYPE>(p.w, up, k, &a[i]);
+            fetch16<TYPE>(p.w, low, k, &b[i]);
 #pragma unroll
-            for (int s = 0; s < 8; s += 2)
-                mma(c[n], as_word(a[s]), as_word(b[s]), as_word(a[s + 1]), as_word(b[s + 1]),
-                    xs[s], xs[s + 1]);
+            for (int n = 0; n < TILES; n++)
+#pragma unroll
+                for (int v = 0; v < 2; v++)
+                    xs[i][n][v] = span + i < last ? ((const uint4 *)(x + row[n] + k))[v]
+                                                  : make_uint4(0, 0, 0, 0);
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; i++) {
+            __half2 wa[8], wb[8];
+            expand16<TYPE>(a[i], wa);
+            expand16<TYPE>(b[i], wb);
+#pragma unroll
+            for (int n = 0; n < TILES; n++)
+                multiply_few(c[n], wa, wb, xs[i][n]);
         }
     }
 #pragma unroll
@@ -570,8 +599,10 @@ __global__ void __launch_bounds__(THREADS)
 template <int TYPE> __global__ void dequantize_kernel(struct matrix w, __half2 *out) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, pieces = w.ld / 16;
     if (i >= w.rows * pieces) return;
+    struct raw16<TYPE> raw = {};
     __half2 v[8];
-    load16<TYPE>(w, i / pieces, (int)(i % pieces) * 16, v);
+    fetch16<TYPE>(w, i / pieces, (int)(i % pieces) * 16, &raw);
+    expand16<TYPE>(raw, v);
     uint4 *to = (uint4 *)(out + i * 8);
     to[0] = make_uint4(as_word(v[0]), as_word(v[1]), as_word(v[2]), as_word(v[3]));
     to[1] = make_uint4(as_word(v[4]), as_word(v[5]), as_word(v[6]), as_word(v[7]));
@@ -967,7 +998,7 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
    lvm.c's online_softmax_merge does. With few rows each block of keys has a block of the grid and a
    second kernel merges, in the same order with the same arithmetic. */
 
-enum { KEYS = 256 /* of a page */, QUERIES = 16, SPLIT_ROWS = 64 /* rows that go by splitting */ };
+enum { KEYS = 256 /* of a page */, QUERIES = 8, SPLIT_ROWS = 64 /* rows that go by splitting */ };
 
 struct kv_layout {
     int type, dp;
@@ -1111,15 +1142,15 @@ struct attention {
     float scale;
 };
 
-/* s[query][key] for the thread's key; keys from `keys` on get none. */
+/* s[query][key] for the thread's key; beyond `keys` stands something, which softmax skips. */
 template <int KV, int NQ>
 static __device__ void score_keys(const struct attention &a, const uint8_t *page, int keys,
                                   const float *q, float *s) {
     constexpr int n = KV == LVM_F32 ? 4 : KV == LVM_F16 ? 8 : 16;
-    int key = (int)threadIdx.x, dp = a.l.dp;
+    int at = (int)threadIdx.x, key = min(at, keys - 1), dp = a.l.dp;
     float sum[NQ] = {}, k[n];
-#pragma unroll 2
-    for (int c = 0; key < keys && c < dp / n; c++) {
+#pragma unroll 4
+    for (int c = 0; c < dp / n; c++) {
         load_key<KV>(page, a.l, key, c, k);
 #pragma unroll
         for (int r = 0; r < NQ; r++)
@@ -1133,7 +1164,7 @@ static __device__ void score_keys(const struct attention &a, const uint8_t *page
             }
     }
 #pragma unroll
-    for (int r = 0; r < NQ; r++) s[r * KEYS + key] = sum[r];
+    for (int r = 0; r < NQ; r++) s[r * KEYS + at] = sum[r];
 }
 
 /* A warp's query: s becomes probabilities before they are normalised; largest score and sum. */
@@ -1152,7 +1183,8 @@ static __device__ void softmax_query(float *s, int valid, float scale, float *m,
     *l = sum;
 }
 
-/* red[warp][query][dp]: what the warp's 32 keys give, four at a time. */
+/* red[warp][query][dp]: what the warp's 32 keys give, four at a time; the last is repeated, for keys
+   beyond it have no weight. */
 template <int KV, int NQ>
 static __device__ void sum_values(const struct attention &a, const uint8_t *values, int keys,
                                   const float *s, float *red) {
@@ -1164,8 +1196,7 @@ static __device__ void sum_values(const struct attention &a, const uint8_t *valu
             float4 v[4];
 #pragma unroll
             for (int k = 0; k < 4; k++)
-                v[k] = key + k < last ? load_value<KV>(values, a.l, key + k, i)
-                                      : make_float4(0, 0, 0, 0);
+                v[k] = load_value<KV>(values, a.l, min(key + k, last - 1), i);
 #pragma unroll
             for (int r = 0; r < NQ; r++) {
                 float4 p = *(const float4 *)(s + r * KEYS + key);
@@ -1195,7 +1226,7 @@ static int attention_shared(int queries, int dp) {
    `partial` where each block of keys has a block of the grid. Floor: while generating, the cache's
    bytes over the bandwidth. */
 template <int KV, int NQ>
-__global__ void __launch_bounds__(THREADS) attention_kernel(struct attention a, int split) {
+__global__ void __launch_bounds__(THREADS, 2) attention_kernel(struct attention a, int split) {
     extern __shared__ __align__(16) float memory[];
     const struct tile tile = a.b.tiles[blockIdx.z];
     const int dp = a.l.dp, n = tile.n * a.heads, h0 = (int)blockIdx.y * a.heads;
@@ -1250,24 +1281,46 @@ __global__ void __launch_bounds__(THREADS) attention_kernel(struct attention a, 
     }
 }
 
-/* A block a row: o from its blocks of keys, in ascending order; and packed as pack_kernel does. */
+/* A block a row: o from its blocks of keys, in ascending order; and packed as pack_kernel does. First
+   the factors of each merge, a thread a head; then a thread an element. */
 __global__ void merge_kernel(struct attention a, struct activations out, int ld) {
+    extern __shared__ __align__(16) float memory[];
     int64_t row = blockIdx.x;
-    int dp = a.l.dp, last = a.b.pos[row] / KEYS, n = a.H * a.d;
+    int dp = a.l.dp, pages = a.b.pos[row] / KEYS + 1, n = a.H * a.d, most = a.b.max_pages;
+    const float *partial = a.partial + row * a.H * most * (dp + 2);
+    float *sums = memory, *parts = memory + a.H; /* [H]  [H][max_pages][2] */
     if (row < a.from) return;
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
-        const float *p = a.partial + (row * a.H + i / a.d) * a.b.max_pages * (dp + 2);
-        float m = -HUGE_VALF, l = 0, o = 0;
-#pragma unroll 4
-        for (int page = 0; page <= last; page++, p += dp + 2) {
-            struct merge r = merge_of(m, p[dp]);
-            o = merged(r, o, p[i % a.d]);
-            l = merged(r, l, p[dp + 1]);
+    for (int h = (int)threadIdx.x; h < a.H; h += (int)blockDim.x) {
+        const float *p = partial + (int64_t)h * most * (dp + 2) + dp;
+        float m = -HUGE_VALF, l = 0;
+#pragma unroll 8
+        for (int page = 0; page < pages; page++) {
+            struct merge r = merge_of(m, p[page * (dp + 2)]);
+            l = merged(r, l, p[page * (dp + 2) + 1]);
             m = r.m;
+            parts[(h * most + page) * 2] = r.old_part;
+            parts[(h * most + page) * 2 + 1] = r.new_part;
         }
-        out.f[row * n + i] = o / l;
+        sums[h] = l;
+    }
+    __syncthreads();
+    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
+        int h = i / a.d;
+        const float *p = partial + (int64_t)h * most * (dp + 2) + i % a.d;
+        float o = 0;
+#pragma unroll 8
+        for (int page = 0; page < pages; page++) {
+            struct merge r = {0, parts[(h * most + page) * 2], parts[(h * most + page) * 2 + 1]};
+            o = merged(r, o, p[page * (dp + 2)]);
+        }
+        out.f[row * n + i] = o / sums[h];
     }
     if (ld > 0) pack_row(out.f + row * n, n, out.h + row * ld, out.scale + row, ld);
+}
+
+/* Bytes of shared memory of it. */
+static int merge_shared(int heads, int max_pages) {
+    return (int)sizeof(float) * heads * (1 + 2 * max_pages);
 }
 
 template <int KV, int NQ>
@@ -1523,7 +1576,8 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
     else if (c->kv.type == LVM_F16) attend<LVM_F16>(&c->q, &job, s->tiles, s->most, s->split);
     else attend<LVM_Q8_0>(&c->q, &job, s->tiles, s->most, s->split);
     if (s->split)
-        merge_kernel<<<(unsigned)s->n, ROW_THREADS, 0, c->q.stream>>>(job, c->act, ld);
+        merge_kernel<<<(unsigned)s->n, ROW_THREADS, merge_shared(a->H, c->max_pages),
+                       c->q.stream>>>(job, c->act, ld);
     else if (ld > 0)
         pack_kernel<<<(unsigned)(s->n - from), ROW_THREADS, 0, c->q.stream>>>(
             n, rows_from(c->act, from, n, ld), ld);
@@ -2158,6 +2212,9 @@ static cudaError_t allow_kernels(const struct gpu *c) {
     cudaError_t e = cudaFuncSetAttribute(gemm_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          GEMM_SHARED);
     if (e != cudaSuccess || c->g->m->llama.L == 0) return e;
+    e = cudaFuncSetAttribute(merge_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             merge_shared(c->g->m->llama.H, c->max_pages));
+    if (e != cudaSuccess) return e;
     return c->kv.type == LVM_F32   ? allow_shared<LVM_F32>(c->kv.dp)
            : c->kv.type == LVM_F16 ? allow_shared<LVM_F16>(c->kv.dp)
                                    : allow_shared<LVM_Q8_0>(c->kv.dp);

@@ -3,6 +3,7 @@
 
        test_cuda FILE                  a file that may be written
            --small                     one small model once, for compute-sanitizer
+       test_cuda --times               what a token costs, for 1 to 8 sequences
        test_cuda --beside WEIGHTS IMAGE...   tokens, pixels and next-token distributions of a real
                                        model beside the CPU's --exact */
 #define main lvm_main
@@ -234,6 +235,56 @@ static int beside(const char *weights, char **paths, int n) {
     return checked("cuda_beside");
 }
 
+/* ---- Time ---- */
+
+/* Milliseconds of a forward of n rows, one each of n sequences, behind a prompt of 3840. */
+static double time_forward(lvm_ctx *ctx, int n) {
+    enum { STEPS = 60 };
+    int32_t tokens[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+    int rows[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+    struct batch b = {.n = n, .tokens = tokens, .seqs = rows, .n_out = n, .out = rows,
+                      .logits = ctx->logits};
+    for (int i = 1; i < n; i++) ctx->b->kv_copy(ctx->state, 0, i, 3840, NULL);
+    double start = 0;
+    for (int i = 0; i < STEPS + 10; i++) {
+        if (i == 10) start = seconds();
+        check(ctx->b->forward(ctx->state, &b, NULL) == LVM_OK, "a forward fails");
+    }
+    double took = (seconds() - start) / STEPS * 1000;
+    for (int i = 0; i < n; i++) ctx->b->kv_trim(ctx->state, i, i == 0 ? 3840 : 0);
+    return took;
+}
+
+/* What a token costs without sampling, and what sampling costs, for 1 to 8 rows. */
+static int times(void) {
+    static const int shapes[] = {1, 3};
+    for (int s = 0; s < 2; s++) {
+        const struct shape *x = &shape_table[shapes[s]];
+        struct llama a = {.context = 4352, .bos = -1, .eos = -1, .L = x->L, .D = x->D, .F = x->F,
+                          .H = x->H, .G = x->H, .d = x->D / x->H, .V = 8292, .eps = 1e-6f,
+                          .theta = 10000};
+        const struct wanted_types types = {LVM_Q8_0, LVM_F16, LVM_AUTO};
+        lvm_error error = {0, ""};
+        lvm_model *m = must(random_model(&a, &shipped_vq, &types, &error));
+        for (int kv = LVM_F16; kv <= LVM_Q8_0; kv += LVM_Q8_0 - LVM_F16) {
+            lvm_ctx *ctx = context_on(m, "cuda", 0, kv);
+            int32_t *ids = must(calloc(3840, sizeof *ids));
+            random_ids(ids, 3840, 8192);
+            lvm_prompt(ctx, ids, 3840, NULL, NULL);
+            double start = seconds();
+            lvm_prompt(ctx, ids + 1, 3839, NULL, NULL);
+            printf("%-5s cache %-4s prefill %6.1f ms; ms a token of 1, 2, 4, 8 sequences:", x->name,
+                   type_info(kv)->name, (seconds() - start) * 1000);
+            for (int n = 1; n <= 8; n *= 2) printf(" %.3f", time_forward(ctx, n));
+            printf("\n");
+            lvm_ctx_free(ctx);
+            free(ids);
+        }
+        lvm_close(m);
+    }
+    return 0;
+}
+
 /* Every call once, in each arithmetic, short. */
 static int small(void) {
     static const int types[] = {LVM_F32, LVM_Q8_0, LVM_Q4_0};
@@ -262,6 +313,7 @@ static int small(void) {
 int main(int argc, char **argv) {
     if (argc > 3 && strcmp(argv[1], "--beside") == 0) return beside(argv[2], argv + 3, argc - 3);
     if (argc > 1 && strcmp(argv[1], "--small") == 0) return small();
+    if (argc > 1 && strcmp(argv[1], "--times") == 0) return times();
     const char *path = argc > 1 ? argv[1] : "test_cuda.cache";
     const struct backend *b = lvm_cuda_backend();
     lvm_error error = {0, ""};
