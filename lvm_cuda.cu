@@ -39,7 +39,8 @@
 /* =================================================================================================
    1.  Errors, memory */
 
-enum { THREADS = 256, WARPS = THREADS / 32, ROW_THREADS = 1024 /* of a row's block */ };
+enum { THREADS = 256, WARPS = THREADS / 32, ROW_THREADS = 1024 /* of a row's block */,
+       ROW_VALUES = 16 /* elements of a row that a thread holds */ };
 
 /* Work that runs in order, and the first thing that went wrong in it. */
 struct queue {
@@ -617,15 +618,27 @@ static __device__ void copy_async(void *shared, const void *global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global));
 }
 
-/* One span of 128 rows, of which the last is repeated beyond `rows`. Piece c (8 columns) of row r
-   lies at c ^ (r & 7), so that neither writing nor reading meets a bank twice. */
-static __device__ void load_tile(char *tile, const __half *x, int ld, int first, int rows,
-                                 int span) {
-    for (int i = (int)threadIdx.x; i < GEMM_TILE * 8; i += THREADS) {
-        int r = i / 8, c = i % 8;
-        int64_t row = min(first + r, rows - 1);
-        copy_async(tile + r * SPAN * 2 + (c ^ (r & 7)) * 16, x + row * ld + span * SPAN + c * 8);
-    }
+/* What a thread copies of a tile of 128 rows, of which the last is repeated beyond `rows`: piece
+   c (8 columns) of four rows. Piece c of row r lies at c ^ (r & 7), so that neither writing nor reading
+   meets a bank twice. */
+struct copied {
+    const __half *from[4];
+};
+
+static __device__ struct copied copied_pieces(const __half *x, int ld, int first, int rows) {
+    struct copied p;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        p.from[i] = x + (int64_t)min(first + (int)threadIdx.x / 8 + 32 * i, rows - 1) * ld +
+                    threadIdx.x % 8 * 8;
+    return p;
+}
+
+static __device__ void load_tile(char *tile, const struct copied &p, int span) {
+    int r = (int)threadIdx.x / 8, c = (int)threadIdx.x % 8;
+#pragma unroll
+    for (int i = 0; i < 4; i++)
+        copy_async(tile + (r + 32 * i) * SPAN * 2 + (c ^ (r & 7)) * 16, p.from[i] + span * SPAN);
 }
 
 static __device__ uint4 tile_piece(const char *tile, int r, int c) {
@@ -676,11 +689,12 @@ __global__ void __launch_bounds__(THREADS, 1)
     const int o0 = (int)blockIdx.x * GEMM_TILE, r0 = (int)blockIdx.y * GEMM_TILE, spans = ld / SPAN;
     const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
     const int wo = warp / 4 * 64, wr = warp % 4 * 32, each = (spans + SEGMENTS - 1) / SEGMENTS;
+    const struct copied pw = copied_pieces(w, ld, o0, N), px = copied_pieces(x, ld, r0, rows);
     float c[4][4][4] = {}, total[4][4][4] = {};
     for (int s = 0; s < GEMM_STAGES - 1; s++) {
         char *stage = shared + s * 2 * TILE_BYTES;
-        if (s < spans) load_tile(stage, w, ld, o0, N, s);
-        if (s < spans) load_tile(stage + TILE_BYTES, x, ld, r0, rows, s);
+        if (s < spans) load_tile(stage, pw, s);
+        if (s < spans) load_tile(stage + TILE_BYTES, px, s);
         asm volatile("cp.async.commit_group;");
     }
     for (int span = 0; span < spans; span++) {
@@ -688,8 +702,8 @@ __global__ void __launch_bounds__(THREADS, 1)
         __syncthreads();
         int next = span + GEMM_STAGES - 1;
         char *to = shared + next % GEMM_STAGES * 2 * TILE_BYTES;
-        if (next < spans) load_tile(to, w, ld, o0, N, next);
-        if (next < spans) load_tile(to + TILE_BYTES, x, ld, r0, rows, next);
+        if (next < spans) load_tile(to, pw, next);
+        if (next < spans) load_tile(to + TILE_BYTES, px, next);
         asm volatile("cp.async.commit_group;");
         const char *stage = shared + span % GEMM_STAGES * 2 * TILE_BYTES;
         multiply_span(stage + wo * SPAN * 2, stage + TILE_BYTES + wr * SPAN * 2, g, t, c);
@@ -904,16 +918,27 @@ template <int LARGEST> static __device__ float over_block(float v) {
     return v;
 }
 
-/* f[n] -> h[ld] in f16, with the power of two that brings the largest near 2^14. Each thread reads
-   what it wrote. */
-static __device__ void pack_row(const float *f, int n, __half *h, float *scale, int ld) {
+/* A row in the registers of its block: element threadIdx.x + 1024 i is v[i]. Writes f[n], where it is
+   wanted, and h[ld] in f16, with the power of two that brings the largest near 2^14. */
+static __device__ void write_row(const float *v, int n, float *f, __half *h, float *scale, int ld) {
     float most = 0;
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) most = fmaxf(most, fabsf(f[i]));
+#pragma unroll
+    for (int i = 0; i < ROW_VALUES; i++) {
+        int k = (int)threadIdx.x + i * ROW_THREADS;
+        if (i * ROW_THREADS >= n) break;
+        if (k < n && f != NULL) f[k] = v[i];
+        if (k < n) most = fmaxf(most, fabsf(v[i]));
+    }
+    if (ld == 0) return;
     most = over_block<1>(most);
     int e = most > 0 && isfinite(most) ? max(-100, min(100, 14 - ilogbf(most))) : 0;
     float up = exp2f((float)e);
-    for (int i = (int)threadIdx.x; i < ld; i += (int)blockDim.x)
-        h[i] = i < n ? __float2half_rn(f[i] * up) : __half(0);
+#pragma unroll
+    for (int i = 0; i < ROW_VALUES; i++) {
+        int k = (int)threadIdx.x + i * ROW_THREADS;
+        if (i * ROW_THREADS >= ld) break;
+        if (k < ld) h[k] = k < n ? __float2half_rn(v[i] * up) : __half(0);
+    }
     if (threadIdx.x == 0) *scale = exp2f((float)-e);
 }
 
@@ -932,36 +957,56 @@ __global__ void embed_kernel(struct matrix embed, const int32_t *tokens, float *
 }
 
 /* x += delta (where there is one), out = rmsnorm(x). Block i takes row which[i], or i, of x and
-   writes row i. ld: 0 where no product in f16 follows. */
-__global__ void norm_kernel(float *x, const float *delta, const float *weight, float eps, int D,
-                            const int *which, struct activations out, int ld) {
-    int64_t i = blockIdx.x, row = which != NULL ? which[i] : i;
-    float *from = x + row * D, *to = out.f + i * D, sum = 0;
-    for (int k = (int)threadIdx.x; k < D; k += (int)blockDim.x) {
-        float v = delta != NULL ? from[k] + delta[row * D + k] : from[k];
-        from[k] = v;
-        sum = fmaf(v, v, sum);
+   writes row i. out.f: NULL where no product in f32 follows; ld: 0 where none in f16 does. */
+__global__ void __launch_bounds__(ROW_THREADS)
+    norm_kernel(float *x, const float *delta, const float *weight, float eps, int D,
+                const int *which, struct activations out, int ld) {
+    int64_t number = blockIdx.x, row = which != NULL ? which[number] : number;
+    float *from = x + row * D, v[ROW_VALUES] = {}, w[ROW_VALUES] = {}, sum = 0;
+#pragma unroll
+    for (int i = 0; i < ROW_VALUES; i++) {
+        int k = (int)threadIdx.x + i * ROW_THREADS;
+        if (i * ROW_THREADS >= D) break;
+        if (k >= D) continue;
+        v[i] = delta != NULL ? from[k] + delta[row * D + k] : from[k];
+        w[i] = weight[k];
+        from[k] = v[i];
+        sum = fmaf(v[i], v[i], sum);
     }
     float scale = 1 / sqrtf(over_block<0>(sum) / (float)D + eps);
-    for (int k = (int)threadIdx.x; k < D; k += (int)blockDim.x) to[k] = weight[k] * (from[k] * scale);
-    if (ld > 0) pack_row(to, D, out.h + i * ld, out.scale + i, ld);
+#pragma unroll
+    for (int i = 0; i < ROW_VALUES; i++) v[i] = w[i] * (v[i] * scale);
+    write_row(v, D, out.f != NULL ? out.f + number * D : NULL, out.h + number * ld,
+              out.scale + number, ld);
 }
 
 /* out = silu(gate) up; gate, up [rows][F] */
-__global__ void swiglu_kernel(const float *gate, const float *up, int F, struct activations out,
-                              int ld) {
+__global__ void __launch_bounds__(ROW_THREADS)
+    swiglu_kernel(const float *gate, const float *up, int F, struct activations out, int ld) {
     int64_t row = blockIdx.x, at = row * F;
-    for (int k = (int)threadIdx.x; k < F; k += (int)blockDim.x) {
-        float v = gate[at + k];
-        out.f[at + k] = v / (1 + expf(-v)) * up[at + k];
+    float v[ROW_VALUES] = {}, u[ROW_VALUES] = {};
+#pragma unroll
+    for (int i = 0; i < ROW_VALUES; i++) {
+        int k = (int)threadIdx.x + i * ROW_THREADS;
+        if (i * ROW_THREADS >= F) break;
+        if (k < F) v[i] = gate[at + k], u[i] = up[at + k];
     }
-    if (ld > 0) pack_row(out.f + at, F, out.h + row * ld, out.scale + row, ld);
+#pragma unroll
+    for (int i = 0; i < ROW_VALUES; i++) v[i] = v[i] / (1 + expf(-v[i])) * u[i];
+    write_row(v, F, out.f != NULL ? out.f + at : NULL, out.h + row * ld, out.scale + row, ld);
 }
 
 /* What attention left in out.f[rows][n], for a product in f16. */
-__global__ void pack_kernel(int n, struct activations out, int ld) {
+__global__ void __launch_bounds__(ROW_THREADS)
+    pack_kernel(int n, struct activations out, int ld) {
     int64_t row = blockIdx.x;
-    pack_row(out.f + row * n, n, out.h + row * ld, out.scale + row, ld);
+    float v[ROW_VALUES] = {};
+#pragma unroll
+    for (int i = 0; i < ROW_VALUES; i++) {
+        int k = (int)threadIdx.x + i * ROW_THREADS;
+        if (k < n) v[i] = out.f[row * n + k];
+    }
+    write_row(v, n, NULL, out.h + row * ld, out.scale + row, ld);
 }
 
 /* nll[row] = -ln softmax(logits[row][V])[targets[row]], in nats */
@@ -1083,21 +1128,22 @@ static __device__ float byte_of(uint32_t w, int k) {
     return __uint_as_float(u) - (8388608.0f + 128);
 }
 
-/* The piece of 16 bytes number c of key `key`, as floats: 4, 8 or 16 of them. */
+/* The piece of 16 bytes number c of key `key`, as floats: 4, 8 or 16 of them; what to multiply them by
+   is returned. */
 template <int KV>
-static __device__ void load_key(const uint8_t *keys, const struct kv_layout &l, int key, int c,
-                                float *out) {
+static __device__ float load_key(const uint8_t *keys, const struct kv_layout &l, int key, int c,
+                                 float *out) {
     uint4 v = ((const uint4 *)keys)[c * KEYS + key];
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     const __half *scales = (const __half *)(keys + (int64_t)KEYS * l.dp);
-    float d = KV == LVM_Q8_0 ? __half2float(scales[c / 2 * KEYS + key]) : 0;
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         float2 f = __half22float2(as_half2(w[i]));
         if (KV == LVM_F32) out[i] = __uint_as_float(w[i]);
         if (KV == LVM_F16) out[2 * i] = f.x, out[2 * i + 1] = f.y;
-        for (int k = 0; KV == LVM_Q8_0 && k < 4; k++) out[4 * i + k] = byte_of(w[i], k) * d;
+        for (int k = 0; KV == LVM_Q8_0 && k < 4; k++) out[4 * i + k] = byte_of(w[i], k);
     }
+    return KV == LVM_Q8_0 ? __half2float(scales[c / 2 * KEYS + key]) : 1;
 }
 
 /* Four dimensions of a value. */
@@ -1142,7 +1188,21 @@ struct attention {
     float scale;
 };
 
-/* s[query][key] for the thread's key; beyond `keys` stands something, which softmax skips. */
+/* sum + q . k, n terms in ascending order. */
+static __device__ float add_products(float sum, const float *q, const float *k, int n) {
+#pragma unroll
+    for (int i = 0; i < n; i += 4) {
+        float4 x = *(const float4 *)(q + i);
+        sum = fmaf(x.x, k[i], sum);
+        sum = fmaf(x.y, k[i + 1], sum);
+        sum = fmaf(x.z, k[i + 2], sum);
+        sum = fmaf(x.w, k[i + 3], sum);
+    }
+    return sum;
+}
+
+/* s[query][key] for the thread's key; beyond `keys` stands something, which softmax skips. Of a
+   quantised key the sum of 16 integers is scaled at once. */
 template <int KV, int NQ>
 static __device__ void score_keys(const struct attention &a, const uint8_t *page, int keys,
                                   const float *q, float *s) {
@@ -1151,17 +1211,13 @@ static __device__ void score_keys(const struct attention &a, const uint8_t *page
     float sum[NQ] = {}, k[n];
 #pragma unroll 4
     for (int c = 0; c < dp / n; c++) {
-        load_key<KV>(page, a.l, key, c, k);
+        float d = load_key<KV>(page, a.l, key, c, k);
 #pragma unroll
-        for (int r = 0; r < NQ; r++)
-#pragma unroll
-            for (int i = 0; i < n; i += 4) {
-                float4 x = *(const float4 *)(q + r * dp + c * n + i);
-                sum[r] = fmaf(x.x, k[i], sum[r]);
-                sum[r] = fmaf(x.y, k[i + 1], sum[r]);
-                sum[r] = fmaf(x.z, k[i + 2], sum[r]);
-                sum[r] = fmaf(x.w, k[i + 3], sum[r]);
-            }
+        for (int r = 0; r < NQ; r++) {
+            const float *x = q + r * dp + c * n;
+            if (KV == LVM_Q8_0) sum[r] = fmaf(add_products(0, x, k, n), d, sum[r]);
+            else sum[r] = add_products(sum[r], x, k, n);
+        }
     }
 #pragma unroll
     for (int r = 0; r < NQ; r++) s[r * KEYS + at] = sum[r];
@@ -1281,41 +1337,72 @@ __global__ void __launch_bounds__(THREADS, 2) attention_kernel(struct attention 
     }
 }
 
+enum { MERGED = 16 /* blocks of keys whose parts are loaded together */ };
+
+/* The factors of each merge of one head, parts[pages][2]; returns the whole sum l. p: [pages][step],
+   m and l at 0 and 1. */
+static __device__ float merge_factors(const float *p, int step, int pages, float *parts) {
+    float m = -HUGE_VALF, l = 0;
+    for (int first = 0; first < pages; first += MERGED) {
+        float ms[MERGED], ls[MERGED];
+#pragma unroll
+        for (int i = 0; i < MERGED; i++) {
+            const float *at = p + min(first + i, pages - 1) * step;
+            ms[i] = at[0], ls[i] = at[1];
+        }
+#pragma unroll
+        for (int i = 0; i < MERGED; i++) {
+            if (first + i >= pages) break;
+            struct merge r = merge_of(m, ms[i]);
+            l = merged(r, l, ls[i]);
+            m = r.m;
+            parts[(first + i) * 2] = r.old_part;
+            parts[(first + i) * 2 + 1] = r.new_part;
+        }
+    }
+    return l;
+}
+
+/* One element of o, by those factors. */
+static __device__ float merge_element(const float *p, int step, int pages, const float *parts) {
+    float o = 0;
+    for (int first = 0; first < pages; first += MERGED) {
+        float v[MERGED];
+#pragma unroll
+        for (int i = 0; i < MERGED; i++) v[i] = p[min(first + i, pages - 1) * step];
+#pragma unroll
+        for (int i = 0; i < MERGED; i++) {
+            if (first + i >= pages) break;
+            struct merge r = {0, parts[(first + i) * 2], parts[(first + i) * 2 + 1]};
+            o = merged(r, o, v[i]);
+        }
+    }
+    return o;
+}
+
 /* A block a row: o from its blocks of keys, in ascending order; and packed as pack_kernel does. First
    the factors of each merge, a thread a head; then a thread an element. */
-__global__ void merge_kernel(struct attention a, struct activations out, int ld) {
+__global__ void __launch_bounds__(ROW_THREADS)
+    merge_kernel(struct attention a, struct activations out, int ld, int wants_f32) {
     extern __shared__ __align__(16) float memory[];
     int64_t row = blockIdx.x;
-    int dp = a.l.dp, pages = a.b.pos[row] / KEYS + 1, n = a.H * a.d, most = a.b.max_pages;
-    const float *partial = a.partial + row * a.H * most * (dp + 2);
-    float *sums = memory, *parts = memory + a.H; /* [H]  [H][max_pages][2] */
+    int step = a.l.dp + 2, pages = a.b.pos[row] / KEYS + 1, n = a.H * a.d, most = a.b.max_pages;
+    const float *partial = a.partial + row * a.H * most * step;
+    float *sums = memory, *parts = memory + a.H, v[ROW_VALUES] = {}; /* [H]  [H][max_pages][2] */
     if (row < a.from) return;
-    for (int h = (int)threadIdx.x; h < a.H; h += (int)blockDim.x) {
-        const float *p = partial + (int64_t)h * most * (dp + 2) + dp;
-        float m = -HUGE_VALF, l = 0;
-#pragma unroll 8
-        for (int page = 0; page < pages; page++) {
-            struct merge r = merge_of(m, p[page * (dp + 2)]);
-            l = merged(r, l, p[page * (dp + 2) + 1]);
-            m = r.m;
-            parts[(h * most + page) * 2] = r.old_part;
-            parts[(h * most + page) * 2 + 1] = r.new_part;
-        }
-        sums[h] = l;
-    }
+    for (int h = (int)threadIdx.x; h < a.H; h += ROW_THREADS)
+        sums[h] = merge_factors(partial + (int64_t)h * most * step + a.l.dp, step, pages,
+                                parts + h * most * 2);
     __syncthreads();
-    for (int i = (int)threadIdx.x; i < n; i += (int)blockDim.x) {
-        int h = i / a.d;
-        const float *p = partial + (int64_t)h * most * (dp + 2) + i % a.d;
-        float o = 0;
-#pragma unroll 8
-        for (int page = 0; page < pages; page++) {
-            struct merge r = {0, parts[(h * most + page) * 2], parts[(h * most + page) * 2 + 1]};
-            o = merged(r, o, p[page * (dp + 2)]);
-        }
-        out.f[row * n + i] = o / sums[h];
+#pragma unroll
+    for (int i = 0; i < ROW_VALUES; i++) {
+        int k = (int)threadIdx.x + i * ROW_THREADS, h = k / a.d;
+        if (i * ROW_THREADS >= n) break;
+        if (k >= n) continue;
+        const float *p = partial + (int64_t)h * most * step + k % a.d;
+        v[i] = merge_element(p, step, pages, parts + h * most * 2) / sums[h];
     }
-    if (ld > 0) pack_row(out.f + row * n, n, out.h + row * ld, out.scale + row, ld);
+    write_row(v, n, wants_f32 ? out.f + row * n : NULL, out.h + row * ld, out.scale + row, ld);
 }
 
 /* Bytes of shared memory of it. */
@@ -1536,6 +1623,19 @@ static int packed_columns(const struct gpu *c, const struct part *p, int n) {
     return ld;
 }
 
+static int takes_f32(const struct gpu *c, const struct part *p, int n) {
+    int wanted = 0;
+    for (int i = 0; i < n; i++) wanted |= !takes_f16(c, &p[i].w);
+    return wanted;
+}
+
+/* Where activations for these matrices go. */
+static struct activations room_for(const struct gpu *c, const struct part *p, int n) {
+    struct activations out = c->act;
+    if (!takes_f32(c, p, n)) out.f = NULL;
+    return out;
+}
+
 /* n matrices that multiply the same rows, in one launch where their types are alike. */
 static void matmul(struct gpu *c, const struct part *p, int n, const struct activations *x,
                    int rows) {
@@ -1561,13 +1661,14 @@ static void norm_rows(struct gpu *c, const float *weight, int first, int rows, i
     const struct llama *a = &c->g->m->llama;
     int64_t at = (int64_t)first * a->D;
     norm_kernel<<<(unsigned)rows, ROW_THREADS, 0, c->q.stream>>>(
-        c->x + at, has_delta ? c->delta + at : NULL, weight, a->eps, a->D, which, c->act,
+        c->x + at, has_delta ? c->delta + at : NULL, weight, a->eps, a->D, which, room_for(c, p, n),
         packed_columns(c, p, n));
     launched(&c->q, "norm_kernel");
 }
 
 /* act = attention of rows from `from` on; ld: for a product in f16, or 0. */
-static void attention_rows(struct gpu *c, const struct step *s, int layer, int from, int ld) {
+static void attention_rows(struct gpu *c, const struct step *s, int layer, int from, int ld,
+                           int wants_f32) {
     const struct llama *a = &c->g->m->llama;
     int n = a->H * a->d;
     struct attention job = {s->view, c->kv, c->qb, c->act.f, c->partial, layer, a->H, a->G, a->d,
@@ -1577,7 +1678,7 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
     else attend<LVM_Q8_0>(&c->q, &job, s->tiles, s->most, s->split);
     if (s->split)
         merge_kernel<<<(unsigned)s->n, ROW_THREADS, merge_shared(a->H, c->max_pages),
-                       c->q.stream>>>(job, c->act, ld);
+                       c->q.stream>>>(job, c->act, ld, wants_f32);
     else if (ld > 0)
         pack_kernel<<<(unsigned)(s->n - from), ROW_THREADS, 0, c->q.stream>>>(
             n, rows_from(c->act, from, n, ld), ld);
@@ -1611,15 +1712,15 @@ static void run_layer(struct gpu *c, const struct step *s, int layer) {
     if (n == 0) return;
     const struct part o = {l->o, l->o_bias, c->delta + from * D};
     int ld = packed_columns(c, &o, 1);
-    attention_rows(c, s, layer, from, ld);
+    attention_rows(c, s, layer, from, ld, takes_f32(c, &o, 1));
     struct activations rows = rows_from(c->act, from, a->H * a->d, ld);
     matmul(c, &o, 1, &rows, n);
     const struct part gate_up[2] = {{l->gate, NULL, c->gate}, {l->up, NULL, c->up}};
     norm_rows(c, l->ffn_norm, from, n, 1, NULL, gate_up, 2);
     matmul(c, gate_up, 2, &c->act, n);
     const struct part down = {l->down, NULL, c->delta + from * D};
-    swiglu_kernel<<<(unsigned)n, ROW_THREADS, 0, c->q.stream>>>(c->gate, c->up, a->F, c->act,
-                                                                packed_columns(c, &down, 1));
+    swiglu_kernel<<<(unsigned)n, ROW_THREADS, 0, c->q.stream>>>(
+        c->gate, c->up, a->F, room_for(c, &down, 1), packed_columns(c, &down, 1));
     launched(&c->q, "swiglu_kernel");
     matmul(c, &down, 1, &c->act, n);
 }
@@ -2266,7 +2367,10 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
         c->kv = kv_layout_of(o->kv_type, a->d);
         c->page_bytes = (size_t)a->L * (size_t)a->G * 2 * (size_t)c->kv.head_bytes;
     }
-    int code = use_device(&c->q, error);
+    int code = max64(max64(a->D, a->F), (int64_t)a->H * a->d) <= ROW_VALUES * ROW_THREADS
+                   ? use_device(&c->q, error)
+                   : fail(error, LVM_UNSUPPORTED, "%s: rows are wider than %d, the most on a GPU",
+                          g->m->path, ROW_VALUES * ROW_THREADS);
     if (code == LVM_OK) code = gpu_alloc(c, error);
     if (code == LVM_OK) {
         *limits = {c->images, c->rows, SEQUENCES, KEYS};
