@@ -14527,7 +14527,7 @@ static void session_close(struct session *s) {
 static void tell_device(const lvm_ctx *ctx, int quiet) {
     if (ctx == NULL || quiet) return;
     if (ctx->passed_over.code != LVM_OK)
-        complain("works on the CPU, for there is no GPU: %s", ctx->passed_over.text);
+        complain("works on the CPU, not on a GPU: %s", ctx->passed_over.text);
     else if (ctx->b != &cpu_backend && os_is_terminal(2)) complain("works on %s", ctx->device);
 }
 

@@ -61,8 +61,8 @@ static void launched(struct queue *q, const char *kernel) { note(q, cudaGetLastE
 
 static int cuda_fail(cudaError_t e, const char *what, lvm_error *error) {
     cudaGetLastError(); /* or the next launch would be blamed */
-    return fail(error, e == cudaErrorMemoryAllocation ? LVM_MEMORY : LVM_UNSUPPORTED, "CUDA: %s: %s",
-                what, cudaGetErrorString(e));
+    int code = e == cudaErrorMemoryAllocation ? LVM_MEMORY : LVM_UNSUPPORTED;
+    return fail(error, code, "CUDA: %s: %s", what, cudaGetErrorString(e));
 }
 
 /* What the queue met since it was last asked. */
@@ -451,7 +451,7 @@ static int device_number(const char *name, int *number, lvm_error *error) {
     cudaError_t e = cudaGetDeviceCount(&count);
     *number = 0;
     if (e != cudaSuccess || count == 0)
-        return cuda_fail(e != cudaSuccess ? e : cudaErrorNoDevice, "no GPU to use", error);
+        return cuda_fail(e != cudaSuccess ? e : cudaErrorNoDevice, "looking for a GPU", error);
     if (name[4] == ':' && (sscanf(name + 4, ":%d%n", number, &used) != 1 || name[4 + used] != 0))
         return fail(error, LVM_INVALID, "device %s: the GPUs are cuda:0, cuda:1 and so on", name);
     if (*number < 0 || *number >= count)
@@ -1380,34 +1380,24 @@ static __device__ float merge_element(const float *p, int step, int pages, const
     return o;
 }
 
-/* A block a row: o from its blocks of keys, in ascending order; and packed as pack_kernel does. First
-   the factors of each merge, a thread a head; then a thread an element. */
-__global__ void __launch_bounds__(ROW_THREADS)
-    merge_kernel(struct attention a, struct activations out, int ld, int wants_f32) {
-    extern __shared__ __align__(16) float memory[];
-    int64_t row = blockIdx.x;
-    int step = a.l.dp + 2, pages = a.b.pos[row] / KEYS + 1, n = a.H * a.d, most = a.b.max_pages;
-    const float *partial = a.partial + row * a.H * most * step;
-    float *sums = memory, *parts = memory + a.H, v[ROW_VALUES] = {}; /* [H]  [H][max_pages][2] */
-    if (row < a.from) return;
-    for (int h = (int)threadIdx.x; h < a.H; h += ROW_THREADS)
-        sums[h] = merge_factors(partial + (int64_t)h * most * step + a.l.dp, step, pages,
-                                parts + h * most * 2);
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < ROW_VALUES; i++) {
-        int k = (int)threadIdx.x + i * ROW_THREADS, h = k / a.d;
-        if (i * ROW_THREADS >= n) break;
-        if (k >= n) continue;
-        const float *p = partial + (int64_t)h * most * step + k % a.d;
-        v[i] = merge_element(p, step, pages, parts + h * most * 2) / sums[h];
-    }
-    write_row(v, n, wants_f32 ? out.f + row * n : NULL, out.h + row * ld, out.scale + row, ld);
+/* Floats of shared memory of merge_kernel: whole groups of parts, for they are read together. */
+static __host__ __device__ int merge_floats(int max_pages) {
+    return (max_pages + MERGED - 1) / MERGED * MERGED * 2 + 1;
 }
 
-/* Bytes of shared memory of it. */
-static int merge_shared(int heads, int max_pages) {
-    return (int)sizeof(float) * heads * (1 + 2 * max_pages);
+/* Grid: [H][rows], a thread an element: a head's o from its blocks of keys, in ascending order; one
+   thread finds the factors of the merges first. */
+__global__ void merge_kernel(struct attention a) {
+    extern __shared__ __align__(16) float memory[];
+    int64_t row = blockIdx.y, head = row * a.H + blockIdx.x;
+    int step = a.l.dp + 2, pages = a.b.pos[row] / KEYS + 1;
+    const float *partial = a.partial + head * a.b.max_pages * step;
+    float *parts = memory, *sum = memory + merge_floats(a.b.max_pages) - 1; /* [max_pages][2] */
+    if (row < a.from) return;
+    if (threadIdx.x == 0) *sum = merge_factors(partial + a.l.dp, step, pages, parts);
+    __syncthreads();
+    for (int k = (int)threadIdx.x; k < a.d; k += (int)blockDim.x)
+        a.o[head * a.d + k] = merge_element(partial + k, step, pages, parts) / *sum;
 }
 
 template <int KV, int NQ>
@@ -1667,8 +1657,7 @@ static void norm_rows(struct gpu *c, const float *weight, int first, int rows, i
 }
 
 /* act = attention of rows from `from` on; ld: for a product in f16, or 0. */
-static void attention_rows(struct gpu *c, const struct step *s, int layer, int from, int ld,
-                           int wants_f32) {
+static void attention_rows(struct gpu *c, const struct step *s, int layer, int from, int ld) {
     const struct llama *a = &c->g->m->llama;
     int n = a->H * a->d;
     struct attention job = {s->view, c->kv, c->qb, c->act.f, c->partial, layer, a->H, a->G, a->d,
@@ -1677,12 +1666,13 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
     else if (c->kv.type == LVM_F16) attend<LVM_F16>(&c->q, &job, s->tiles, s->most, s->split);
     else attend<LVM_Q8_0>(&c->q, &job, s->tiles, s->most, s->split);
     if (s->split)
-        merge_kernel<<<(unsigned)s->n, ROW_THREADS, merge_shared(a->H, c->max_pages),
-                       c->q.stream>>>(job, c->act, ld, wants_f32);
-    else if (ld > 0)
-        pack_kernel<<<(unsigned)(s->n - from), ROW_THREADS, 0, c->q.stream>>>(
-            n, rows_from(c->act, from, n, ld), ld);
-    launched(&c->q, "merge_kernel, pack_kernel");
+        merge_kernel<<<dim3((unsigned)a->H, (unsigned)s->n), 128,
+                       sizeof(float) * (size_t)merge_floats(c->max_pages), c->q.stream>>>(job);
+    launched(&c->q, "merge_kernel");
+    if (ld == 0) return;
+    pack_kernel<<<(unsigned)(s->n - from), ROW_THREADS, 0, c->q.stream>>>(
+        n, rows_from(c->act, from, n, ld), ld);
+    launched(&c->q, "pack_kernel");
 }
 
 /* q, k and v of the rows, k and v into the cache; of rows before `from` no q is wanted. */
@@ -1712,7 +1702,7 @@ static void run_layer(struct gpu *c, const struct step *s, int layer) {
     if (n == 0) return;
     const struct part o = {l->o, l->o_bias, c->delta + from * D};
     int ld = packed_columns(c, &o, 1);
-    attention_rows(c, s, layer, from, ld, takes_f32(c, &o, 1));
+    attention_rows(c, s, layer, from, ld);
     struct activations rows = rows_from(c->act, from, a->H * a->d, ld);
     matmul(c, &o, 1, &rows, n);
     const struct part gate_up[2] = {{l->gate, NULL, c->gate}, {l->up, NULL, c->up}};
@@ -2313,9 +2303,6 @@ static cudaError_t allow_kernels(const struct gpu *c) {
     cudaError_t e = cudaFuncSetAttribute(gemm_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                          GEMM_SHARED);
     if (e != cudaSuccess || c->g->m->llama.L == 0) return e;
-    e = cudaFuncSetAttribute(merge_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             merge_shared(c->g->m->llama.H, c->max_pages));
-    if (e != cudaSuccess) return e;
     return c->kv.type == LVM_F32   ? allow_shared<LVM_F32>(c->kv.dp)
            : c->kv.type == LVM_F16 ? allow_shared<LVM_F16>(c->kv.dp)
                                    : allow_shared<LVM_Q8_0>(c->kv.dp);
@@ -2432,7 +2419,7 @@ static int gpu_count(lvm_error *error) {
     int count = 0;
     cudaError_t e = cudaGetDeviceCount(&count);
     if (e == cudaSuccess && count > 0) return count;
-    cuda_fail(e != cudaSuccess ? e : cudaErrorNoDevice, "no GPU to use", error);
+    cuda_fail(e != cudaSuccess ? e : cudaErrorNoDevice, "looking for a GPU", error);
     return 0;
 }
 
