@@ -22,14 +22,15 @@
    of their speed; attention merges blocks of 256 keys in ascending order, also where one pass over
    all keys would do. The same card gives the same bytes run to run: no atomics add anything.
 
-   ARITHMETIC. F32 weights, and all weights with --exact: f32 products, fma after fma in ascending k.
-   Otherwise weights become f16 as they are read (a quantised one is q d, rounded once), activations
-   become f16 with a power of two for each row (so that nothing overflows), and tensor cores add in
+   ARITHMETIC. F32 weights, and all weights with --exact: f32 products, fma after fma in ascending
+   k. Otherwise weights become f16 as they are read (a quantised one is q d, rounded once),
+   activations become f16 with a power of two for each row (so that nothing overflows), and tensor cores add in
    f32. Attention and the tokenizer compute in f32 from whatever is stored.
 
    LEFT OUT, so far: attention and convolutions on tensor cores; sampling on the device (the host
-   samples from logits); weights that are loaded while others are already used; kernels that wait for
-   each other inside a graph (programmatic dependent launch); more than one GPU for a model. */
+   samples from logits); reading a shared prompt's keys once for all candidates; fused epilogues
+   and programmatic dependent launch; weights copied while others are used; more than one GPU for a
+   model. */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <stdlib.h>
@@ -168,8 +169,8 @@ static __device__ uint32_t as_word(__half2 h) {
     return r.x | (uint32_t)r.y << 16;
 }
 
-/* 1024 + u is an f16 whose lowest bits are u: bytes and nibbles become numbers without a conversion.
-   w: four bytes, value + 128. */
+/* 1024 + u is an f16 whose lowest bits are u: bytes and nibbles become numbers without a
+   conversion. w: four bytes, value + 128. */
 static __device__ void pairs_of_bytes(uint32_t w, __half2 d, __half2 *out) {
     const __half2 zero = __float2half2_rn(1024 + 128);
     out[0] = __hmul2(__hsub2(as_half2(__byte_perm(w, 0x64646464, 0x4140)), zero), d);
@@ -184,14 +185,15 @@ static __device__ void pairs_of_nibbles(uint32_t w, __half2 d, __half2 *out) {
 }
 
 /* 16 elements from column k on (a multiple of 16), as they lie in memory; for types other than F32.
-   Apart from what is done with them, so that several loads are under way before the first is used. */
+   Apart from what is done with them, so that several loads are under way before one is used. */
 template <int TYPE> struct raw16 {
     uint4 v[TYPE == LVM_F16 || TYPE == LVM_BF16 ? 2 : 1];
     __half d;
 };
 
 template <int TYPE>
-static __device__ void fetch16(const struct matrix &m, int64_t row, int k, struct raw16<TYPE> *raw) {
+static __device__ void fetch16(const struct matrix &m, int64_t row, int k,
+                               struct raw16<TYPE> *raw) {
     int64_t at = row * m.ld + k;
     if (TYPE == LVM_Q4_0) {
         uint2 v = *(const uint2 *)(m.q + at / 2);
@@ -479,7 +481,8 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
     g->q.device = number;
     g->map = (struct matrix *)calloc((size_t)m->n_specs + 1, sizeof *g->map);
     g->layers = (struct gpu_layer *)calloc((size_t)m->llama.L + 1, sizeof *g->layers);
-    g->ops = (struct gpu_op *)calloc((m->vq != NULL ? (size_t)m->vq->n_ops : 0) + 1, sizeof *g->ops);
+    size_t ops = m->vq != NULL ? (size_t)m->vq->n_ops : 0;
+    g->ops = (struct gpu_op *)calloc(ops + 1, sizeof *g->ops);
     if (g->map == NULL || g->layers == NULL || g->ops == NULL)
         code = fail(&own, LVM_MEMORY, "out of memory");
     if (code == LVM_OK) code = use_device(&g->q, &own);
@@ -619,8 +622,8 @@ static __device__ void copy_async(void *shared, const void *global) {
 }
 
 /* What a thread copies of a tile of 128 rows, of which the last is repeated beyond `rows`: piece
-   c (8 columns) of four rows. Piece c of row r lies at c ^ (r & 7), so that neither writing nor reading
-   meets a bank twice. */
+   c (8 columns) of four rows. Piece c of row r lies at c ^ (r & 7), so that neither writing nor
+   reading meets a bank twice. */
 struct copied {
     const __half *from[4];
 };
@@ -645,8 +648,8 @@ static __device__ uint4 tile_piece(const char *tile, int r, int c) {
     return *(const uint4 *)(tile + r * SPAN * 2 + (c ^ (r & 7)) * 16);
 }
 
-/* A warp's 64 rows of w by 32 rows of x, over one span: in each half two steps, all sums of the first
-   before those of the second, for an instruction's sum is late for the next one. */
+/* A warp's 64 rows of w by 32 rows of x, over one span: in each half two steps, all sums of the
+   first before those of the second, for an instruction's sum is late for the next one. */
 static __device__ void multiply_span(const char *w, const char *x, int g, int t,
                                      float (*c)[4][4]) {
 #pragma unroll
@@ -711,7 +714,8 @@ __global__ void __launch_bounds__(THREADS, 1)
     }
 #pragma unroll
     for (int i = 0; i < 64; i++) {
-        int o = o0 + wo + i / 16 * 16 + g + i % 4 / 2 * 8, r = r0 + wr + i / 4 % 4 * 8 + 2 * t + i % 2;
+        int o = o0 + wo + i / 16 * 16 + g + i % 4 / 2 * 8;
+        int r = r0 + wr + i / 4 % 4 * 8 + 2 * t + i % 2;
         if (o < N && r < rows)
             y[(int64_t)r * N + o] =
                 fmaf((&total[0][0][0])[i], scale[r], bias != NULL ? bias[o] : 0);
@@ -737,8 +741,8 @@ static void launch_gemv(struct queue *q, const struct part *p, int n, const stru
 }
 
 template <int TYPE>
-static void launch_gemm(struct queue *q, const struct part *p, const struct activations *x, int rows,
-                        __half *scratch) {
+static void launch_gemm(struct queue *q, const struct part *p, const struct activations *x,
+                        int rows, __half *scratch) {
     const __half *w = TYPE == LVM_F16 ? (const __half *)p->w.q : scratch;
     int64_t pieces = (int64_t)p->w.rows * (p->w.ld / 16);
     if (TYPE != LVM_F16) {
@@ -918,8 +922,8 @@ template <int LARGEST> static __device__ float over_block(float v) {
     return v;
 }
 
-/* A row in the registers of its block: element threadIdx.x + 1024 i is v[i]. Writes f[n], where it is
-   wanted, and h[ld] in f16, with the power of two that brings the largest near 2^14. */
+/* A row in the registers of its block: element threadIdx.x + 1024 i is v[i]. Writes f[n], where it
+   is wanted, and h[ld] in f16, with the power of two that brings the largest near 2^14. */
 static __device__ void write_row(const float *v, int n, float *f, __half *h, float *scale, int ld) {
     float most = 0;
 #pragma unroll
@@ -1030,12 +1034,13 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
 /* =================================================================================================
    6.  Attention on a paged cache
 
-   A page holds 256 positions of all layers and key/value heads, [L][G] of keys and then values, each
-   head_bytes long. dp is d rounded up to 32, zeros behind. Keys lie so that neighbouring threads,
-   one a key, read neighbouring pieces of 16 bytes; values lie row by row:
+   A page holds 256 positions of all layers and key/value heads, [L][G] of keys and then values,
+   each head_bytes long. dp is d rounded up to 32, zeros behind. Keys lie so that neighbouring
+   threads, one a key, read neighbouring pieces of 16 bytes; values lie row by row:
 
-       f32, f16   k[dp / n][256 keys][n], n = 4, 8                      v[256][dp]
-       q8_0       k[dp / 16][256][16] bytes, scales f16 [dp / 32][256]  v[256][dp], scales [256][dp / 32]
+       f32, f16   k[dp / n][256 keys][n], n = 4, 8                  v[256][dp]
+       q8_0       k[dp / 16][256][16] bytes, f16 scales [dp / 32][256]
+                  v[256][dp] bytes, f16 scales [256][dp / 32]
 
    A block of the grid takes up to QUERIES queries that share a key/value head and a sequence: nr
    rows by the heads of a group. For each block of 256 keys it computes scores (a thread a key),
@@ -1077,8 +1082,8 @@ static __device__ uint8_t *head_of(const struct batch_view &b, const struct kv_l
 }
 
 /* One lane's value of 32 dimensions, i0 .. i0 + 31, of the key or value at `at` of a page. */
-static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_value, int at, int i0,
-                                float v) {
+static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_value, int at,
+                                int i0, float v) {
     int i = i0 + (int)threadIdx.x % 32, n = l.type == LVM_F32 ? 4 : l.type == LVM_F16 ? 8 : 16;
     int64_t place = is_value ? (int64_t)at * l.dp + i
                              : ((int64_t)(i / n) * KEYS + at) * n + i % n;
@@ -1097,8 +1102,8 @@ static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_v
         scales[is_value ? at * (l.dp / QK) + i0 / QK : i0 / QK * KEYS + at] = __float2half_rn(d);
 }
 
-/* Grid: [rows][G], a key/value head and its queries: turns queries and keys by their angles, in place,
-   and stores keys and values in the cache. rope: [context][2][d / 2] of cosines and sines. */
+/* Grid: [rows][G], a key/value head and its queries: turns queries and keys by their angles, in
+   place, and stores keys and values in the cache. rope: [context][2][d / 2], cosines and sines. */
 __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float *q, float *k,
                                   const float *v, const float *rope, int layer, int H, int G,
                                   int d) {
@@ -1128,8 +1133,8 @@ static __device__ float byte_of(uint32_t w, int k) {
     return __uint_as_float(u) - (8388608.0f + 128);
 }
 
-/* The piece of 16 bytes number c of key `key`, as floats: 4, 8 or 16 of them; what to multiply them by
-   is returned. */
+/* The piece of 16 bytes number c of key `key`, as floats: 4, 8 or 16 of them; what to multiply them
+   by is returned. */
 template <int KV>
 static __device__ float load_key(const uint8_t *keys, const struct kv_layout &l, int key, int c,
                                  float *out) {
@@ -1239,8 +1244,8 @@ static __device__ void softmax_query(float *s, int valid, float scale, float *m,
     *l = sum;
 }
 
-/* red[warp][query][dp]: what the warp's 32 keys give, four at a time; the last is repeated, for keys
-   beyond it have no weight. */
+/* red[warp][query][dp]: what the warp's 32 keys give, four at a time; the last is repeated, for
+   keys beyond it have no weight. */
 template <int KV, int NQ>
 static __device__ void sum_values(const struct attention &a, const uint8_t *values, int keys,
                                   const float *s, float *red) {
@@ -1339,8 +1344,8 @@ __global__ void __launch_bounds__(THREADS, 2) attention_kernel(struct attention 
 
 enum { MERGED = 16 /* blocks of keys whose parts are loaded together */ };
 
-/* The factors of each merge of one head, parts[pages][2]; returns the whole sum l. p: [pages][step],
-   m and l at 0 and 1. */
+/* The factors of each merge of one head, parts[pages][2]; returns the whole sum l. p:
+   [pages][step], m and l at 0 and 1. */
 static __device__ float merge_factors(const float *p, int step, int pages, float *parts) {
     float m = -HUGE_VALF, l = 0;
     for (int first = 0; first < pages; first += MERGED) {
@@ -1403,7 +1408,8 @@ __global__ void merge_kernel(struct attention a) {
 template <int KV, int NQ>
 static void launch_attention(struct queue *q, const struct attention *a, int tiles, int split) {
     dim3 grid(split ? (unsigned)a->b.max_pages : 1, (unsigned)(a->H / a->heads), (unsigned)tiles);
-    attention_kernel<KV, NQ><<<grid, THREADS, attention_shared(NQ, a->l.dp), q->stream>>>(*a, split);
+    size_t shared = (size_t)attention_shared(NQ, a->l.dp);
+    attention_kernel<KV, NQ><<<grid, THREADS, shared, q->stream>>>(*a, split);
     launched(q, "attention_kernel");
 }
 
@@ -1430,9 +1436,9 @@ static void attend(struct queue *q, const struct attention *a, int tiles, int mo
 /* =================================================================================================
    7.  The transformer
 
-   A context's work memory is one allocation, made when it is opened; the cache grows by pages, which
-   sequences share and copy when they write, as on the CPU. What a forward is told (tokens, places,
-   pages) goes over in one piece of pinned memory, and kernels read it there; so the work for one
+   A context's work memory is one allocation, made when it is opened; the cache grows by pages,
+   which sequences share and copy when they write, as on the CPU. What a forward is told (tokens,
+   places, pages) goes over in one piece of pinned memory, and kernels read it there; so the work for one
    token is the same launches every time, recorded once as a CUDA graph for each number of rows. */
 
 enum { MAX_ROWS_GPU = 4096, SEQUENCES = 64, LOGIT_ROWS = 256, GRAPH_ROWS = 8, IMAGES = 8 };
@@ -1825,9 +1831,9 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
 /* =================================================================================================
    8.  The tokenizer
 
-   Maps are NHWC, [images][side][side][c], in f32; convolutions are chapter 4's products, images side
-   by side. What stands in front of each, GroupNorm and SiLU, is one pass over the map: sums of each
-   group, in doubles and in a fixed order, then x scale + shift and x / (1 + e^-x). Fusing that pass
+   Maps are NHWC, [images][side][side][c], in f32; convolutions are chapter 4's products, images
+   side by side. What stands in front of each, GroupNorm and SiLU, is one pass over the map: sums
+   of each group, in doubles and in a fixed order, then x scale + shift and x / (1 + e^-x). Fusing that pass
    into the convolution would do it nine times. */
 
 enum { VQ_GROUPS = 32, CHUNK = 2048 /* pixels of a block of group_sums */,
@@ -1854,7 +1860,8 @@ __global__ void group_sums_kernel(const float *x, int pixels, int c, double *sum
         }
     }
     if (threadIdx.x > 0) return;
-    double *to = sums + (((int64_t)blockIdx.z * gridDim.y + blockIdx.y) * VQ_GROUPS + blockIdx.x) * 2;
+    int64_t chunk = (int64_t)blockIdx.z * gridDim.y + blockIdx.y;
+    double *to = sums + (chunk * VQ_GROUPS + blockIdx.x) * 2;
     to[0] = parts[0][0];
     to[1] = parts[1][0];
 }
@@ -1867,7 +1874,8 @@ __global__ void group_scales_kernel(const double *sums, int chunks, int pixels, 
     for (int i = (int)threadIdx.x; i < c; i += THREADS) {
         double sum = 0, square = 0, count = (double)pixels * width;
         for (int k = 0; k < chunks; k++) {
-            const double *p = sums + (((int64_t)blockIdx.x * chunks + k) * VQ_GROUPS + i / width) * 2;
+            int64_t chunk = (int64_t)blockIdx.x * chunks + k;
+            const double *p = sums + (chunk * VQ_GROUPS + i / width) * 2;
             sum += p[0];
             square += p[1];
         }
@@ -1910,10 +1918,12 @@ __global__ void to_bytes_kernel(const float *x, int64_t area, int64_t n, uint8_t
 }
 
 /* side_out < side_in: the mean of four pixels; else each pixel four times. */
-__global__ void resize_kernel(const float *x, int side_in, int side_out, int c, int64_t n, float *y) {
+__global__ void resize_kernel(const float *x, int side_in, int side_out, int c, int64_t n,
+                              float *y) {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i >= n) return;
-    int64_t pixel = i / c, image = pixel / (side_out * side_out), at = pixel % (side_out * side_out);
+    int64_t pixel = i / c, area = (int64_t)side_out * side_out, image = pixel / area,
+            at = pixel % area;
     int64_t py = at / side_out, px = at % side_out, k = i % c, line = (int64_t)side_in * c;
     const float *from = x + image * side_in * line + k;
     if (side_out < side_in) {
@@ -1987,7 +1997,8 @@ static void groupnorm(struct gpu *c, const struct gpu_op *op, int number, int si
                         c->q.stream>>>(in, pixels, channels, v->sums);
     launched(&c->q, "group_sums_kernel");
     group_scales_kernel<<<(unsigned)v->images, THREADS, 0, c->q.stream>>>(
-        v->sums, chunks, pixels, channels, op->scale[number], op->shift[number], v->scale, v->shift);
+        v->sums, chunks, pixels, channels, op->scale[number], op->shift[number], v->scale,
+        v->shift);
     launched(&c->q, "group_scales_kernel");
     apply_norm_kernel<<<blocks_of(all / 4), THREADS, 0, c->q.stream>>>(in, v->scale, v->shift, silu,
                                                                        area, channels, all, out);
@@ -2062,8 +2073,8 @@ static void run_resize(struct gpu *c, const struct vq_op *op, const struct gpu_o
     if (w->conv[0].q != NULL)
         conv2d(c, &op->conv[0], w, 0, op->side_out, down ? 2 : 1, !down, v->x, NULL, v->t);
     else {
-        resize_kernel<<<blocks_of(n), THREADS, 0, c->q.stream>>>(v->x, v->side, op->side_out, v->c, n,
-                                                                 v->t);
+        resize_kernel<<<blocks_of(n), THREADS, 0, c->q.stream>>>(v->x, v->side, op->side_out, v->c,
+                                                                 n, v->t);
         launched(&c->q, "resize_kernel");
     }
     take_map(v, &v->t, op->side_out, op->c_out);

@@ -1,13 +1,13 @@
 #!/bin/sh
-# Everything about lvm_cuda.cu in one call, on a machine with nvcc and a GPU: builds, checks, looks for
-# wild accesses and times. The last line is `N passed, N failed`; logs lie in build/cuda/.
+# Everything about lvm_cuda.cu in one call, on a machine with nvcc and a GPU: builds, checks, looks
+# for wild accesses and times. The last line is `N passed, N failed`; logs lie in build/cuda/.
 #
-#   tests/cuda/check.sh [STAGE...]    build golden conformance beside sanitizer bench   (all of them)
+#   tests/cuda/check.sh [STAGE...]    build golden conformance beside sanitizer times bench (all)
 set -u
 cd "$(dirname "$0")/../.." || exit 1
 out=build/cuda
 mkdir -p "$out" build/golden
-stages=${*:-build golden conformance beside sanitizer bench}
+stages=${*:-build golden conformance beside sanitizer times bench}
 passed=0 failed=0
 LVM_DEVICE=cuda
 export LVM_DEVICE
@@ -29,8 +29,8 @@ golden() {
         set --
         [ ! -d "$folder/llama" ] || set -- "$@" --llama "$folder/llama"
         [ ! -d "$folder/vqgan" ] || set -- "$@" --vqgan "$folder/vqgan"
-        [ $# -eq 0 ] || python3 convert.py --force -o "build/golden/$(basename "$folder").bin" "$@" ||
-            return 1
+        model=build/golden/$(basename "$folder").bin
+        [ $# -eq 0 ] || python3 convert.py --force -o "$model" "$@" || return 1
     done
     build/cuda_golden tests/golden build/golden
 }
@@ -47,7 +47,7 @@ for stage in $stages; do
     case $stage in
         build) note build make -j8 cuda build/test_cuda build/cuda_golden ;;
         golden) note golden golden ;;
-        conformance) note conformance build/test_cuda "$out/cache" ;;
+        conformance) LVM_DEVICE='' note conformance build/test_cuda "$out/cache" ;;
         beside)
             note beside build/test_cuda --beside weights.bin prompt/0*.png prompt/*/0*.png
             note cost build/cuda_golden --cost 2.3 tests/golden/weights/likelihoods.txt weights.bin
@@ -57,6 +57,7 @@ for stage in $stages; do
                 note $tool compute-sanitizer --tool $tool --error-exitcode 9 \
                     build/test_cuda --small
             done ;;
+        times) note times build/test_cuda --times && cat "$out/times.log" ;;
         bench)
             note bench bench
             grep -v '^$' "$out/bench.log" ;;

@@ -58,7 +58,8 @@ static float *logits_of(lvm_ctx *ctx, const int32_t *ids, int n, int piece) {
     float *out = must(calloc((size_t)n * (size_t)V, sizeof *out));
     lvm_error error = {0, ""};
     ctx_reset(ctx);
-    int *rows = must(calloc((size_t)n, sizeof *rows)), *seqs = must(calloc((size_t)n, sizeof *seqs));
+    int *rows = must(calloc((size_t)n, sizeof *rows));
+    int *seqs = must(calloc((size_t)n, sizeof *seqs));
     for (int i = 0; i < n; i++) rows[i] = i;
     for (int at = 0; at < n; at += piece) {
         struct batch b = {.n = n - at < piece ? n - at : piece, .tokens = ids + at, .seqs = seqs,
@@ -84,7 +85,8 @@ static double divergence(const float *want, const float *got, int n, int V, doub
                 *most = fabs((double)want[i] - (double)got[i]);
         }
         for (int i = 0; i < V; i++)
-            kl += exp((double)want[i]) / zw * ((double)want[i] - log(zw) - (double)got[i] + log(zg));
+            kl += exp((double)want[i]) / zw *
+                  ((double)want[i] - log(zw) - (double)got[i] + log(zg));
         sum += kl;
     }
     return sum / n;
