@@ -24,8 +24,8 @@
 
    ARITHMETIC. F32 weights, and all weights with --exact: f32 products, fma after fma in ascending
    k. Otherwise weights become f16 as they are read (a quantised one is q d, rounded once),
-   activations become f16 with a power of two for each row (so that nothing overflows), and tensor cores add in
-   f32. Attention and the tokenizer compute in f32 from whatever is stored.
+   activations become f16 with a power of two for each row (so that nothing overflows), and tensor
+   cores add in f32. Attention and the tokenizer compute in f32 from whatever is stored.
 
    LEFT OUT, so far: attention and convolutions on tensor cores; sampling on the device (the host
    samples from logits); reading a shared prompt's keys once for all candidates; fused epilogues
@@ -1438,8 +1438,8 @@ static void attend(struct queue *q, const struct attention *a, int tiles, int mo
 
    A context's work memory is one allocation, made when it is opened; the cache grows by pages,
    which sequences share and copy when they write, as on the CPU. What a forward is told (tokens,
-   places, pages) goes over in one piece of pinned memory, and kernels read it there; so the work for one
-   token is the same launches every time, recorded once as a CUDA graph for each number of rows. */
+   places, pages) goes over in one piece of pinned memory, and kernels read it there; so the work
+   for one token is the same launches every time, recorded once as a CUDA graph for each number of rows. */
 
 enum { MAX_ROWS_GPU = 4096, SEQUENCES = 64, LOGIT_ROWS = 256, GRAPH_ROWS = 8, IMAGES = 8 };
 
@@ -1833,8 +1833,8 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
 
    Maps are NHWC, [images][side][side][c], in f32; convolutions are chapter 4's products, images
    side by side. What stands in front of each, GroupNorm and SiLU, is one pass over the map: sums
-   of each group, in doubles and in a fixed order, then x scale + shift and x / (1 + e^-x). Fusing that pass
-   into the convolution would do it nine times. */
+   of each group, in doubles and in a fixed order, then x scale + shift and x / (1 + e^-x). Fusing
+   that pass into the convolution would do it nine times. */
 
 enum { VQ_GROUPS = 32, CHUNK = 2048 /* pixels of a block of group_sums */,
        SCORES = 1 << 22 /* floats of an attention's scores at a time */ };
