@@ -1439,7 +1439,8 @@ static void attend(struct queue *q, const struct attention *a, int tiles, int mo
    A context's work memory is one allocation, made when it is opened; the cache grows by pages,
    which sequences share and copy when they write, as on the CPU. What a forward is told (tokens,
    places, pages) goes over in one piece of pinned memory, and kernels read it there; so the work
-   for one token is the same launches every time, recorded once as a CUDA graph for each number of rows. */
+   for one token is the same launches every time, recorded once as a CUDA graph for each number of
+   rows. */
 
 enum { MAX_ROWS_GPU = 4096, SEQUENCES = 64, LOGIT_ROWS = 256, GRAPH_ROWS = 8, IMAGES = 8 };
 
