@@ -5,6 +5,7 @@
 #   make static     lvm-static, which needs no library of the system (by musl-gcc if there is one)
 #   make lvm.exe    for Windows, by mingw-w64
 #   make liblvm.so  the library
+#   make cuda       lvm and liblvm.so with the GPU's part, by nvcc (NVCC=, CUDA=, CUDA_ARCH=)
 #   make lvm.h      its header, which is chapter 0 of lvm.c
 #   make install    PREFIX=DIR: program, manual page, library, lvm.h, lvm.pc; `make uninstall`
 CC      ?= cc
@@ -52,6 +53,32 @@ lvm.exe: lvm.c
 
 liblvm.so: lvm.c
 	$(CC) $(STD) $(WARN) $(CFLAGS) -DLVM_NO_MAIN $(SHARED) -o $@ lvm.c $(LDFLAGS) $(LIBS)
+
+# The GPU's part: code for the chips that are there, and PTX, which the driver compiles for later
+# ones. CUDA's runtime is linked in, so that the program starts on machines without any of it.
+NVCC      ?= nvcc
+CUDA      ?= $(patsubst %/bin/nvcc,%,$(shell command -v $(NVCC)))
+CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+             -gencode arch=compute_90,code=compute_90
+CUDA_LIBS  = -L$(CUDA)/lib64 -L$(CUDA)/lib -lcudart_static -ldl -lrt -lstdc++
+NVCC_WARN  = --Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unused-function
+
+cuda: $(B)/lvm_cuda.o lvm.c
+	$(CC) $(STD) $(WARN) $(CFLAGS) $(COMMIT) -DLVM_CUDA -o lvm lvm.c $(B)/lvm_cuda.o $(LDFLAGS) \
+	    $(CUDA_LIBS) $(LIBS)
+	$(CC) $(STD) $(WARN) $(CFLAGS) -DLVM_CUDA -DLVM_NO_MAIN $(SHARED) -o $(LIB) lvm.c \
+	    $(B)/lvm_cuda.o $(LDFLAGS) $(CUDA_LIBS) $(LIBS)
+
+$(B)/lvm_cuda.o: lvm_cuda.cu lvm.c | $(B)
+	$(NVCC) -std=c++17 -O3 $(CUDA_ARCH) $(NVCC_WARN) -Xcompiler -fPIC -c -o $@ lvm_cuda.cu
+
+$(B)/test_cuda: tests/cuda/test_cuda.c $(wildcard tests/*.h) lvm.c $(B)/lvm_cuda.o
+	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -DLVM_CUDA -Itests -o $@ $< $(B)/lvm_cuda.o $(LDFLAGS) \
+	    $(CUDA_LIBS) $(LIBS)
+
+$(B)/cuda_golden: tests/test_golden.c $(wildcard tests/*.h) lvm.c $(B)/lvm_cuda.o
+	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -DLVM_CUDA -o $@ $< $(B)/lvm_cuda.o $(LDFLAGS) \
+	    $(CUDA_LIBS) $(LIBS)
 
 $(B)/lvm: lvm.c | $(B)
 	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -o $@ lvm.c $(LDFLAGS) $(LIBS)
@@ -112,4 +139,4 @@ clean:
 	rm -rf lvm lvm-static lvm.exe liblvm.so lvm.h build
 
 .DELETE_ON_ERROR:
-.PHONY: static test debug tsan fuzz install uninstall clean
+.PHONY: static cuda test debug tsan fuzz install uninstall clean

@@ -2020,10 +2020,13 @@ static int images_that_fit(const lvm_model *m, int has_bos) {
     return (m->llama.context + 1 - has_bos) / m->T;
 }
 
-/* What a context takes that does not choose a device. */
+/* The best device there is (chapter 14). */
+static const char *best_device(void);
+
+/* What LVM_DEVICE names, or "": the best that can be opened. */
 static const char *default_device(void) {
     const char *forced = getenv("LVM_DEVICE");
-    return forced != NULL && *forced != 0 ? forced : "cpu";
+    return forced != NULL ? forced : "";
 }
 
 lvm_info lvm_model_info(const lvm_model *m) {
@@ -2035,7 +2038,8 @@ lvm_info lvm_model_info(const lvm_model *m) {
                    .bos = a->bos, .eos = a->eos, .layers = a->L, .width = a->D,
                    .feed_forward = a->F, .heads = a->H, .kv_heads = a->G,
                    .resolution = m->vq != NULL ? m->vq->R : 0, .tokens_per_image = m->T,
-                   .name = m->name, .isa = m->kern->name, .device = default_device()};
+                   .name = m->name, .isa = m->kern->name,
+                   .device = *default_device() != 0 ? default_device() : best_device()};
     if (a->L > 0) i.window_images = (int)min64(16, images_that_fit(m, a->bos >= 0));
     for (int64_t t = 0; t < m->file.n_tensors; t++) { /* also of tensors that nobody here needs */
         const int64_t *ne = m->file.tensors[t].ne;
@@ -3078,10 +3082,12 @@ struct backend {
 
     /* Adds memory to context, cache and device; NULL: unknown. */
     void (*usage)(void *state, lvm_usage *usage);
+    /* How many such devices there are; 0 and an error where none can be used. NULL: one. */
+    int (*count)(lvm_error *error);
 
     /* Training's functions will follow here; size and version tell which there are. */
 };
-enum { BACKEND_VERSION = 2 };
+enum { BACKEND_VERSION = 3 };
 
 #ifndef LVM_INTERNAL
 
@@ -3251,6 +3257,7 @@ struct lvm_ctx {
     const lvm_model *m;
     lvm_options o;      /* settled: no field is left open */
     char device[32];    /* its name; o.device points here */
+    lvm_error passed_over; /* why a better device is not used, where nobody chose one */
     const struct backend *b;
     void *state;        /* what the backend made for this context */
     struct limits limits;
@@ -12626,6 +12633,32 @@ static const struct backend *find_backend(const char *device, lvm_error *error) 
     return NULL;
 }
 
+static const char *best_device(void) {
+#ifdef LVM_CUDA
+    if (lvm_cuda_backend()->count(NULL) > 0) return "cuda";
+#endif
+    return "cpu";
+}
+
+/* A context's state on a device, by a given backend or by the name's where b is NULL. */
+static int ctx_open(lvm_ctx *ctx, const struct backend *b, const char *device, lvm_error *error) {
+    void *copy = NULL;
+    snprintf(ctx->device, sizeof ctx->device, "%s", device);
+    ctx->o.device = ctx->device;
+    ctx->b = b != NULL ? b : find_backend(ctx->device, error);
+    if (ctx->b == NULL) return LVM_INVALID;
+    int code = open_device(ctx->m, ctx->b, ctx->device, &copy, error);
+    return code == LVM_OK ? ctx->b->open(copy, &ctx->o, &ctx->state, &ctx->limits, error) : code;
+}
+
+/* The CPU where no GPU is, or where it has no room for the model. */
+static int ctx_open_best(lvm_ctx *ctx, lvm_error *error) {
+#ifdef LVM_CUDA
+    if (ctx_open(ctx, NULL, "cuda", &ctx->passed_over) == LVM_OK) return LVM_OK;
+#endif
+    return ctx_open(ctx, NULL, "cpu", error);
+}
+
 /* The model's copy on a device, made when the first context needs it. */
 static int open_device(const lvm_model *m, const struct backend *b, const char *name, void **copy,
                        lvm_error *error) {
@@ -12686,21 +12719,16 @@ static int ctx_alloc(lvm_ctx *ctx, lvm_error *error) {
     return LVM_OK;
 }
 
-/* A context on a given backend, or on that of options.device where b is NULL. */
+/* A context on a given backend, or where b is NULL on options.device. */
 static lvm_ctx *ctx_new(const lvm_model *m, const struct backend *b, const lvm_options *options,
                         lvm_error *error) {
     lvm_ctx *ctx = mem_alloc(1, sizeof *ctx, error);
-    void *copy = NULL;
     if (ctx == NULL) return NULL;
     ctx->m = m;
-    int code = settle_options(m, options, &ctx->o, error);
-    if (code == LVM_OK) {
-        snprintf(ctx->device, sizeof ctx->device, "%s", ctx->o.device);
-        ctx->o.device = ctx->device;
-        ctx->b = b != NULL ? b : find_backend(ctx->device, error);
-        code = ctx->b == NULL ? LVM_INVALID : open_device(m, ctx->b, ctx->device, &copy, error);
-    }
-    if (code == LVM_OK) code = ctx->b->open(copy, &ctx->o, &ctx->state, &ctx->limits, error);
+    int code = settle_options(m, options, &ctx->o, error), chosen = 0;
+    if (code == LVM_OK) chosen = *ctx->o.device != 0;
+    if (code == LVM_OK && !chosen && b == NULL) code = ctx_open_best(ctx, error);
+    else if (code == LVM_OK) code = ctx_open(ctx, b, chosen ? ctx->o.device : "cpu", error);
     if (code == LVM_OK) code = ctx_alloc(ctx, error);
     if (code == LVM_OK) return ctx;
     lvm_ctx_free(ctx);
@@ -13131,7 +13159,8 @@ static const struct option option_table[] = {
     {0, "stage", bench_stages, BENCH, ONE_OF, AT(stage), 0, 0, "only this one"},
     {'j', "threads", "N", RUNS | BENCH, INTEGER, AT(options.threads), 1, 1024,
      "threads (the processors allowed)"},
-    {0, "device", "NAME", RUNS | BENCH, TEXT, AT(options.device), 0, 0, "cpu (the best there is)"},
+    {0, "device", "NAME", RUNS | BENCH, TEXT, AT(options.device), 0, 0,
+     DEVICES " (the best there is)"},
     {0, "exact", NULL, RUNS | BENCH, FLAG, AT(options.exact), 0, 0,
      "f32 arithmetic from quantised weights too"},
     {0, "kv", "TYPE", READS | BENCH, TYPE, AT(options.kv_type), 0, 11,
@@ -14471,6 +14500,14 @@ static void session_close(struct session *s) {
     lvm_close(s->model);
 }
 
+/* Says which device is used where it is a GPU, or should have been. */
+static void tell_device(const lvm_ctx *ctx, int quiet) {
+    if (ctx == NULL || quiet) return;
+    if (ctx->passed_over.code != LVM_OK)
+        complain("works on the CPU, not on a GPU: %s", ctx->passed_over.text);
+    else if (ctx->b != &cpu_backend && os_is_terminal(2)) complain("works on %s", ctx->device);
+}
+
 static int session_open(struct session *s, struct cli *cli, lvm_error *error) {
     memset(s, 0, sizeof *s);
     s->model = lvm_open(cli->words[0], cli->flags ? LVM_NO_MMAP : 0, error);
@@ -14479,6 +14516,7 @@ static int session_open(struct session *s, struct cli *cli, lvm_error *error) {
     cli->options.user = &s->bar;
     cli->options.progress = on_progress;
     s->ctx = lvm_ctx_new(s->model, &cli->options, error);
+    tell_device(s->ctx, cli->quiet);
     return s->ctx == NULL ? error->code : LVM_OK;
 }
 
@@ -16050,6 +16088,9 @@ struct bench {
     double took[5];                 /* seconds of each of bench_stages */
 };
 
+/* Another device's ceilings are not measured: its stages have no floors. */
+static int on_cpu(const struct bench *b) { return b->ctx->b == &cpu_backend; }
+
 struct peak_job {
     void (*run)(int64_t rounds);
     int64_t rounds;
@@ -16095,6 +16136,7 @@ static void read_task(void *arg, int task, int thread) {
 static double measure_bandwidth(const struct bench *b) {
     enum { TASKS = 64, WORDS = 1 << 20 }; /* 512 MiB */
     struct peak_job job = {.words = WORDS};
+    if (!on_cpu(b)) return HUGE_VAL;
     uint64_t *data = mem_alloc(TASKS * (size_t)WORDS, sizeof *data, NULL);
     double rate[5] = {0};
     if (data == NULL) return 0;
@@ -16165,10 +16207,11 @@ static int wanted(const struct bench *b, const char *stage) {
     return b->cli->stage < 0 || word_index(bench_stages, stage) == b->cli->stage;
 }
 
-/* Seconds of the fastest of three runs, or of one that takes longer than two. */
+/* Seconds an image of the fastest of three runs, or of one that takes longer than two; as many
+   images as the device takes at once. */
 static int time_vq(struct bench *b, int encode, double *best, lvm_error *error) {
     const struct vqgan *vq = b->m->vq;
-    int T = b->m->T, size = vq->R * vq->R * 3;
+    int n = b->ctx->limits.images, T = n * b->m->T, size = n * vq->R * vq->R * 3;
     int32_t *ids = mem_alloc((size_t)T, sizeof *ids, error);
     uint8_t *rgb = mem_alloc((size_t)size, 1, error);
     int code = ids == NULL || rgb == NULL ? LVM_MEMORY : LVM_OK;
@@ -16177,9 +16220,9 @@ static int time_vq(struct bench *b, int encode, double *best, lvm_error *error) 
     *best = HUGE_VAL;
     for (int run = 0; code == LVM_OK && run < 3; run++) {
         double start = seconds();
-        code = encode ? b->ctx->b->encode(b->ctx->state, rgb, 1, 0, 1, ids, NULL, error)
-                      : b->ctx->b->decode(b->ctx->state, ids, 1, 0, 1, rgb, NULL, error);
-        double took = seconds() - start;
+        code = encode ? b->ctx->b->encode(b->ctx->state, rgb, n, 0, n, ids, NULL, error)
+                      : b->ctx->b->decode(b->ctx->state, ids, n, 0, n, rgb, NULL, error);
+        double took = (seconds() - start) / n;
         *best = took < *best ? took : *best;
         if (took > 2 && run > 0) break;
     }
@@ -16212,9 +16255,13 @@ static int bench_prefill(struct bench *b, lvm_error *error) {
     int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     for (int i = 0; i < n; i++) ids[i] = (int32_t)((int64_t)i * 7919 % b->m->codes);
-    double start = seconds();
-    code = lvm_prompt(b->ctx, ids, n, NULL, error);
-    double took = seconds() - start, products = 2 * values * n;
+    double start = seconds(), took = HUGE_VAL;
+    for (int run = on_cpu(b) ? 2 : 0; code == LVM_OK && run < 3; run++, start = seconds()) {
+        ctx_reset(b->ctx);
+        code = lvm_prompt(b->ctx, ids, n, NULL, error);
+        took = seconds() - start < took ? seconds() - start : took;
+    }
+    double products = 2 * values * n;
     /* four of each pair of query and key, half of the pairs: */
     double attention = 2.0 * n * n * a->H * a->d * (a->L - 1);
     int integer = type_is_quantised(a->layers[0].q.type) && !b->ctx->o.exact;
@@ -16234,6 +16281,10 @@ static int bench_generate(struct bench *b, const char *name, int candidates, lvm
     int32_t *all = mem_alloc((size_t)prompt, sizeof *all, error);
     int code = ids == NULL || all == NULL ? LVM_MEMORY : LVM_OK;
     if (code == LVM_OK) memcpy(all, b->ctx->ids, (size_t)prompt * sizeof *all);
+    if (code == LVM_OK && !on_cpu(b)) { /* once before, so that all is loaded */
+        code = lvm_generate(b->ctx, &b->cli->sampling, candidates, n, ids, error);
+        if (code == LVM_OK) code = lvm_prompt(b->ctx, all, prompt, NULL, error);
+    }
     double before = measure_bandwidth(b), start = seconds();
     if (code == LVM_OK)
         code = lvm_generate(b->ctx, &b->cli->sampling, candidates, n, ids, error);
@@ -16299,6 +16350,13 @@ static void print_sums(const struct bench *b) {
 static void print_ceilings(struct bench *b) {
     const struct peak *p = find_peak(b->m->kern->name);
     char bf16[32] = "";
+    b->fma = b->integer = b->bandwidth = HUGE_VAL;
+    if (!on_cpu(b)) {
+        printf(b->cli->json ? "{\"device\": \"%s\"}\n"
+                            : "%s; its ceilings are not measured, so that floors are 0\n\n",
+               b->ctx->device);
+        return;
+    }
     b->fma = measure_peak(b, p->fma, p->fma_ops);
     b->integer = measure_peak(b, p->integer, p->integer_ops);
     if (p->bf16 != NULL && has_bf16())
@@ -16335,6 +16393,7 @@ static int run_bench(struct cli *cli) {
     cli->options.user = &bar;
     cli->options.progress = on_progress;
     if (b.m != NULL) b.ctx = lvm_ctx_new(b.m, &cli->options, &error);
+    tell_device(b.ctx, cli->quiet);
     if (b.ctx != NULL) b.pool = pool_new(b.ctx->o.threads, &error);
     int code = b.pool != NULL ? LVM_OK : error.code;
     if (code == LVM_OK && b.m->llama.L > 0 &&

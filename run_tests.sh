@@ -4,7 +4,8 @@
 # failed. tests/README.md says which part proves what.
 #
 #   ./run_tests.sh [PART...]     build embed backend images corpus kernels os golden properties cli
-#                                sets weights converter examples platforms mutants reference threads
+#                                sets weights converter examples cuda platforms mutants reference
+#                                threads
 #   PLATFORMS=1                  other systems too, by the compilers and emulators that are here;
 #   PLATFORMS=required           and they must all be
 #   MUTANTS=1                    faults put into lvm.c, which the tests must see
@@ -22,7 +23,7 @@ LVM_FULL=${LVM_FULL:-}
 LIMIT=${LIMIT:-$([ -z "$LVM_FULL" ] && echo 900 || echo 7200)}     # seconds a part may take
 passed=0 failed=0 skipped=0 parts=${1:+build convert $*}
 known="build convert embed backend images corpus kernels os golden properties cli sets weights
-    converter examples platforms mutants reference threads"
+    converter examples cuda platforms mutants reference threads"
 
 is_of() { for word in $2; do [ "$word" != "$1" ] || return 0; done; return 1; }
 
@@ -193,6 +194,18 @@ reference() {
     return $code
 }
 
+# The GPU's part: compiled where nvcc is, run where a GPU is too (tests/cuda/check.sh does more).
+cuda() {
+    if ! command -v nvcc > /dev/null 2>&1; then
+        echo "skipped: cuda: there is no nvcc"
+        echo "cuda: 0 passed, 0 failed, 1 skipped"
+        return
+    fi
+    make B="$B" TEST_CFLAGS="$TEST_CFLAGS" "$B/test_cuda" || return 1
+    echo "cuda_build: 1 passed, 0 failed"
+    LVM_DEVICE="" limited "$B/test_cuda" "$B/cuda.cache"
+}
+
 # Threads at work under the thread sanitizer; it ends a program that it finds fault with with 66.
 threaded_commands() {
     p=0 f=0
@@ -241,6 +254,7 @@ else
         run weights weights
         run converter limited python3 tests/test_convert.py
         run examples limited python3 tests/test_embed.py
+        run cuda cuda
         end cli
         end platforms
         run mutants limited python3 tests/mutants.py

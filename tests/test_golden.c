@@ -85,6 +85,9 @@ static lvm_ctx *context(const lvm_model *m, int exact, int kv, int threads) {
     return ctx;
 }
 
+/* 1 where only exact arithmetic computes in f32 from weights of 16 bits: not on the CPU. */
+static int on_gpu(const lvm_model *m) { return strcmp(lvm_model_info(m).device, "cpu") != 0; }
+
 /* ---- Transformers ---- */
 
 static double check_logits(const char *name, lvm_ctx *ctx, const int32_t *ids, const struct npy *positions,
@@ -135,7 +138,7 @@ static void golden_llama(const char *name, const char *folder, lvm_model *m) {
     int32_t out[1024];
     m->codes = npy_i32(&codes)[0]; /* a transformer alone does not know its image tokens */
     m->T = 64;                     /* so that short contexts hold images */
-    lvm_ctx *ctx = context(m, 0, LVM_F32, 2);
+    lvm_ctx *ctx = context(m, on_gpu(m), LVM_F32, 2);
     double a = check_logits(name, ctx, ids.data, &positions, &logits);
     double b = check_nll(name, ctx, ids.data, &nll);
     check_continuation(name, ctx, ids.data, (int)ids.n, &greedy, &gap, out);
@@ -195,7 +198,7 @@ static double check_encoding(const char *name, lvm_ctx *ctx, const struct npy *p
 static void golden_vqgan(const char *name, const char *folder, lvm_model *m) {
     struct npy pixels = npy_load(folder, "pixels"), ids = npy_load(folder, "ids"), gap = npy_load(folder, "gap");
     struct npy latent = npy_load(folder, "latent"), out = npy_load(folder, "pixels_out");
-    lvm_ctx *ctx = context(m, 0, LVM_AUTO, 2);
+    lvm_ctx *ctx = context(m, on_gpu(m), LVM_AUTO, 2);
     double a = check_encoding(name, ctx, &pixels, &ids, &gap, &latent);
     double b = check_pixels(name, ctx, ids.data, &out);
     printf("%-22s latent within %.1e, pixels within %.1e\n", name, a, b);
@@ -225,7 +228,7 @@ static void golden_both(const char *name, const char *folder, lvm_model *m) {
     struct npy ids = npy_load(folder, "ids"), sentence = npy_load(folder, "sentence");
     struct npy nll = npy_load(folder, "nll"), greedy = npy_load(folder, "greedy");
     struct npy pixels = npy_load(folder, "greedy_pixels");
-    lvm_ctx *ctx = context(m, 0, LVM_F32, 2);
+    lvm_ctx *ctx = context(m, on_gpu(m), LVM_F32, 2);
     check(lvm_model_info(m).window_images == 4, "%s: window of %d", name, lvm_model_info(m).window_images);
     check_nll(name, ctx, sentence.data, &nll);
     check_slide(name, ctx, folder, &ids, 5, "greedy", "greedy_gap");
