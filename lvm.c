@@ -12640,25 +12640,6 @@ static const char *best_device(void) {
     return "cpu";
 }
 
-/* A context's state on a device, by a given backend or by the name's where b is NULL. */
-static int ctx_open(lvm_ctx *ctx, const struct backend *b, const char *device, lvm_error *error) {
-    void *copy = NULL;
-    snprintf(ctx->device, sizeof ctx->device, "%s", device);
-    ctx->o.device = ctx->device;
-    ctx->b = b != NULL ? b : find_backend(ctx->device, error);
-    if (ctx->b == NULL) return LVM_INVALID;
-    int code = open_device(ctx->m, ctx->b, ctx->device, &copy, error);
-    return code == LVM_OK ? ctx->b->open(copy, &ctx->o, &ctx->state, &ctx->limits, error) : code;
-}
-
-/* The CPU where no GPU is, or where it has no room for the model. */
-static int ctx_open_best(lvm_ctx *ctx, lvm_error *error) {
-#ifdef LVM_CUDA
-    if (ctx_open(ctx, NULL, "cuda", &ctx->passed_over) == LVM_OK) return LVM_OK;
-#endif
-    return ctx_open(ctx, NULL, "cpu", error);
-}
-
 /* The model's copy on a device, made when the first context needs it. */
 static int open_device(const lvm_model *m, const struct backend *b, const char *name, void **copy,
                        lvm_error *error) {
@@ -12682,6 +12663,25 @@ static int open_device(const lvm_model *m, const struct backend *b, const char *
     if (code == LVM_OK) *copy = d->copy;
     pthread_mutex_unlock(&all->mutex);
     return code;
+}
+
+/* A context's state on a device, by a given backend or by the name's where b is NULL. */
+static int ctx_open(lvm_ctx *ctx, const struct backend *b, const char *device, lvm_error *error) {
+    void *copy = NULL;
+    snprintf(ctx->device, sizeof ctx->device, "%s", device);
+    ctx->o.device = ctx->device;
+    ctx->b = b != NULL ? b : find_backend(ctx->device, error);
+    if (ctx->b == NULL) return LVM_INVALID;
+    int code = open_device(ctx->m, ctx->b, ctx->device, &copy, error);
+    return code == LVM_OK ? ctx->b->open(copy, &ctx->o, &ctx->state, &ctx->limits, error) : code;
+}
+
+/* The CPU where no GPU is, or where it has no room for the model. */
+static int ctx_open_best(lvm_ctx *ctx, lvm_error *error) {
+#ifdef LVM_CUDA
+    if (ctx_open(ctx, NULL, "cuda", &ctx->passed_over) == LVM_OK) return LVM_OK;
+#endif
+    return ctx_open(ctx, NULL, "cpu", error);
 }
 
 /* ---- Contexts: made and freed ---- */
