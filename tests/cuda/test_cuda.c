@@ -275,7 +275,7 @@ static int times(void) {
             lvm_prompt(ctx, ids, 3840, NULL, NULL);
             double start = seconds();
             lvm_prompt(ctx, ids + 1, 3839, NULL, NULL);
-            printf("%-5s cache %-4s prefill %6.1f ms; ms a token of 1, 2, 4, 8 sequences:", x->name,
+            printf("%-5s cache %-4s prefill %6.1f ms; ms a token of 1, 2, 4, 8 sequences:", shapes[s] == 1 ? "300m" : "1b",
                    type_info(kv)->name, (seconds() - start) * 1000);
             for (int n = 1; n <= 8; n *= 2) printf(" %.3f", time_forward(ctx, n));
             printf("\n");
