@@ -106,7 +106,7 @@ windows_names() {
         --no-mmap -o "$folder/ü.png"
     check "the same again" cmp "$folder/ü.png" "$work/native/default.png"
     check "back slashes" "$wine" "$lvm" $model $prompt -n 2 -o "$folder\\prompt.d\\y"
-    check "their names" [ -s "$folder/prompt.d/y-1" -a -s "$folder/prompt.d/y-2" ]
+    check "their names" [ -s "$folder/prompt.d/y-1.png" -a -s "$folder/prompt.d/y-2.png" ]
     check "a name in a message" status 1 "木/fehlt ß.png: No such file" \
         "$wine" "$lvm" $model "$folder/fehlt ß.png"
     check "an input as output" status 1 "is an input too" \
@@ -118,7 +118,7 @@ windows_names() {
 {"input": ["prompt.d\\01.png"], "output": "..\\x"}
 {"input": ["prompt.d\\01.png"], "output": "c:x"}
 END
-    check "a set" status 1 "line 3: output c:x: must be a name below" \
+    check "a set" status 1 "line 3: output \"c:x\" must be a name below" \
         "$wine" "$lvm" batch $model "$folder\\set.jsonl" -o "$folder\\answers"
     check "its answer" cmp "$folder/answers/b/c/ä.png" "$work/native/default.png"
     check "nothing beside it" [ ! -e "$folder/x.png" ]
