@@ -315,7 +315,7 @@ static void cf_bad_choices(lvm_ctx *ctx, const struct cf_outcome *want) {
 /* Saved behind n tokens, loaded by another context: the same numbers, with nothing computed twice. */
 static void cf_cache(const lvm_model *m, const struct backend *b, const lvm_options *o, int n,
                      const char *path) {
-    int32_t ids[CF_PROMPT];
+    int32_t ids[CF_PROMPT], next[2][5];
     float want[CF_V], got[CF_V];
     lvm_error error = {0, ""};
     lvm_ctx *from = cf_context(m, b, o), *to = cf_context(m, b, o);
@@ -323,8 +323,13 @@ static void cf_cache(const lvm_model *m, const struct backend *b, const lvm_opti
     lvm_prompt(from, ids, CF_PROMPT, want, NULL);
     check(lvm_cache_save(from, path, n, &error) == LVM_OK, "saving %d tokens: %s", n, error.text);
     lvm_prompt(to, ids + 1, 9, NULL, NULL);
+    lvm_generate(to, NULL, 1, 3, next[0], NULL);
     check(lvm_cache_load(to, path, &error) == LVM_OK, "loading %d tokens: %s", n, error.text);
     check(to->n_fed == n, "%d tokens were loaded, not %d", to->n_fed, n);
+    lvm_prompt(from, ids, n, NULL, NULL); /* a loaded prompt begins its random stream, as any */
+    check(lvm_generate(from, NULL, 1, 5, next[0], NULL) == LVM_OK &&
+              lvm_generate(to, NULL, 1, 5, next[1], NULL) == LVM_OK &&
+              memcmp(next[0], next[1], sizeof next[0]) == 0, "behind %d loaded tokens others follow", n);
     lvm_prompt(to, ids, CF_PROMPT, got, NULL);
     check(memcmp(want, got, sizeof want) == 0, "behind a cache of %d tokens logits differ", n);
     remove(path);

@@ -330,6 +330,14 @@ class Eval(Sets):
             self.assertEqual([sorted(json.loads(line)) for line in out.splitlines()], [["error", "line"]] * 2)
         self.bad(1, "no finite number", "rank", "huge.bin", "p0.png", "--", "p1.png")
 
+    def test_nobody_takes_the_answers(self):
+        """The work ends with the first answer that cannot be written: the bad third line is not seen."""
+        self.put_set({"input": ["p0.png"], "target": ["p1.png"]}, {"input": ["p0.png"], "target": ["p2.png"]},
+                     {"input": ["p0.png"]})
+        with open("/dev/full", "wb") as full:
+            code, _, err = self.run_lvm("eval", self.weights, "set.jsonl", stdout=full)
+        self.assertEqual((code, err), (1, "lvm: standard output: cannot be written\n"))
+
     def test_no_lines(self):
         for text in (b"", b"\n\n  \n"):
             self.put("set.jsonl", text)
