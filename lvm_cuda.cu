@@ -40,12 +40,12 @@
 /* =================================================================================================
    1.  Errors, memory */
 
-enum { THREADS = 256, WARPS = THREADS / 32, ROW_THREADS = 1024 /* of a row's block */,
-       ROW_VALUES = 16 /* elements of a row that a thread holds */ };
+enum { THREADS = 256, WARPS = THREADS / 32 };
 
 /* Work that runs in order, and the first thing that went wrong in it. */
 struct queue {
     int device;
+    int chains, sms;         /* 1: kernels may start early, see launch; multiprocessors */
     cudaStream_t stream;
     cudaError_t error;
     const char *what;
@@ -59,6 +59,33 @@ static void note(struct queue *q, cudaError_t error, const char *what) {
 
 /* Behind every launch. */
 static void launched(struct queue *q, const char *kernel) { note(q, cudaGetLastError(), kernel); }
+
+/* A launch in a chain of short kernels: where the chip can (compute capability 9), blocks start
+   while the kernel before still runs (programmatic dependent launch), read what it does not write,
+   weights above all, and call wait_for_inputs before they read the rest. */
+template <class... P, class... A>
+static void launch(struct queue *q, const char *name, void (*kernel)(P...), dim3 grid, int threads,
+                   size_t shared, A... args) {
+    cudaLaunchConfig_t c = {};
+    cudaLaunchAttribute early = {};
+    early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    early.val.programmaticStreamSerializationAllowed = 1;
+    c.gridDim = grid;
+    c.blockDim = dim3((unsigned)threads);
+    c.dynamicSmemBytes = shared;
+    c.stream = q->stream;
+    c.attrs = &early;
+    c.numAttrs = (unsigned)q->chains;
+    note(q, cudaLaunchKernelEx(&c, kernel, P(args)...), name);
+}
+
+/* All that earlier kernels wrote is there; the next kernel's blocks may start. */
+static __device__ void wait_for_inputs() {
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 
 static int cuda_fail(cudaError_t e, const char *what, lvm_error *error) {
     cudaGetLastError(); /* or the next launch would be blamed */
@@ -110,10 +137,16 @@ template <class T> static void take(struct arena *a, T **p, int64_t count) {
 enum { SPAN = 64 /* columns that a quarter-warp of tensor-core operands covers: 4 threads x 16 */ };
 
 struct matrix {
-    int type, rows, cols, ld;
+    int type, rows, cols, ld, tiled;
     uint8_t *q;
     __half *d;
 };
+
+/* Where an element lies: 16 from a multiple of 16 on are neighbours. */
+static __device__ int64_t element_at(const struct matrix &m, int64_t row, int k) {
+    if (!m.tiled) return row * m.ld + k;
+    return ((row / 8 * (m.ld / SPAN) + k / SPAN) * 8 + row % 8) * SPAN + k % SPAN;
+}
 
 static size_t plane_bytes(int type, size_t elements) {
     return type == LVM_F32 ? elements * 4
@@ -130,9 +163,10 @@ __global__ void split_q8_0(const uint8_t *raw, int64_t row_bytes, int first, int
     int64_t row = i / blocks;
     if (row >= rows) return;
     const uint8_t *from = raw + row * row_bytes + b * 34;
-    uint8_t *to = m.q + (first + row) * m.ld + b * QK;
+    const int64_t at = element_at(m, first + row, b * QK);
+    uint8_t *to = m.q + at;
     uint16_t d = inside ? from[0] | from[1] << 8 : 0;
-    m.d[(first + row) * blocks + b] = __ushort_as_half(d);
+    m.d[at / QK] = __ushort_as_half(d);
     for (int k = 0; k < QK; k++) to[k] = inside ? from[2 + k] ^ 0x80 : 0x80;
 }
 
@@ -143,9 +177,10 @@ __global__ void split_q4_0(const uint8_t *raw, int64_t row_bytes, int first, int
     int64_t row = i / blocks;
     if (row >= rows) return;
     const uint8_t *from = raw + row * row_bytes + b * 18;
-    uint32_t *to = (uint32_t *)(m.q + ((first + row) * m.ld + b * QK) / 2);
+    const int64_t at = element_at(m, first + row, b * QK);
+    uint32_t *to = (uint32_t *)(m.q + at / 2);
     uint16_t d = inside ? from[0] | from[1] << 8 : 0;
-    m.d[(first + row) * blocks + b] = __ushort_as_half(d);
+    m.d[at / QK] = __ushort_as_half(d);
     for (int w = 0; w < 4; w++) {
         uint32_t word = 0;
         for (int k = 0; k < 8; k++) {
@@ -157,16 +192,28 @@ __global__ void split_q4_0(const uint8_t *raw, int64_t row_bytes, int first, int
     }
 }
 
+/* F16 and BF16; a thread 16 elements. */
+__global__ void split_half(const uint8_t *raw, int64_t row_bytes, int first, int rows,
+                           struct matrix m) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    int pieces = m.ld / 16, k = (int)(i % pieces) * 16;
+    int64_t row = i / pieces;
+    if (row >= rows) return;
+    const uint16_t *from = (const uint16_t *)(raw + row * row_bytes) + k;
+    uint16_t *to = (uint16_t *)m.q + element_at(m, first + row, k);
+    for (int n = 0; n < 16; n++) to[n] = k + n < m.cols ? from[n] : 0;
+}
+
 static __device__ __half2 as_half2(uint32_t u) {
-    __half2_raw r;
-    r.x = (unsigned short)u;
-    r.y = (unsigned short)(u >> 16);
-    return __half2(r);
+    __half2 h;
+    memcpy(&h, &u, sizeof h);
+    return h;
 }
 
 static __device__ uint32_t as_word(__half2 h) {
-    __half2_raw r = h;
-    return r.x | (uint32_t)r.y << 16;
+    uint32_t u;
+    memcpy(&u, &h, sizeof u);
+    return u;
 }
 
 /* 1024 + u is an f16 whose lowest bits are u: bytes and nibbles become numbers without a
@@ -191,17 +238,21 @@ template <int TYPE> struct raw16 {
     __half d;
 };
 
+/* Bytes of n elements, which are a multiple of 16. */
+template <int TYPE> static __device__ int64_t bytes_of(int64_t n) {
+    return TYPE == LVM_Q4_0 ? n / 2 : TYPE == LVM_Q8_0 ? n : n * 2;
+}
+
 template <int TYPE>
 static __device__ void fetch16(const struct matrix &m, int64_t row, int k,
                                struct raw16<TYPE> *raw) {
-    int64_t at = row * m.ld + k;
+    const int64_t at = element_at(m, row, k);
+    const uint8_t *q = m.q + bytes_of<TYPE>(at);
     if (TYPE == LVM_Q4_0) {
-        uint2 v = *(const uint2 *)(m.q + at / 2);
+        uint2 v = *(const uint2 *)q;
         raw->v[0].x = v.x, raw->v[0].y = v.y;
-    } else if (TYPE == LVM_Q8_0) raw->v[0] = *(const uint4 *)(m.q + at);
-    else
-        for (int i = 0; i < (int)(sizeof raw->v / 16); i++)
-            raw->v[i] = ((const uint4 *)(m.q + at * 2))[i];
+    } else
+        for (int i = 0; i < (int)(sizeof raw->v / 16); i++) raw->v[i] = ((const uint4 *)q)[i];
     if (TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0) raw->d = m.d[at / QK];
 }
 
@@ -225,7 +276,7 @@ static __device__ void expand16(const struct raw16<TYPE> &raw, __half2 *out) {
 /* Four elements from column k on (a multiple of 4), exactly. */
 template <int TYPE>
 static __device__ float4 load4(const struct matrix &m, int64_t row, int k) {
-    int64_t at = row * m.ld + k;
+    const int64_t at = element_at(m, row, k);
     if (TYPE == LVM_F32) return *(const float4 *)(m.q + at * 4);
     if (TYPE == LVM_Q8_0) {
         uchar4 v = *(const uchar4 *)(m.q + at);
@@ -262,10 +313,18 @@ template <class F> static void with_type(int type, F f) {
     }
 }
 
+/* Powers of two that activations are multiplied by to become f16, see chapter 3: what attention's
+   norm gives, heads, what the second norm gives, and silu(gate) up. */
+struct ups {
+    float attn, heads, ffn, hidden;
+};
+
 /* A model's copy: matrix i belongs to tensor i of its description. */
 struct gpu_layer {
     const float *attn_norm, *ffn_norm, *q_bias, *k_bias, *v_bias, *o_bias;
     struct matrix q, k, v, o, gate, up, down;
+    struct ups ups;
+    int f16; /* 1: its matrices have one type, which is not F32 */
 };
 
 struct gpu_op {
@@ -281,6 +340,8 @@ struct gpu_model {
     struct gpu_op *ops;           /* [n_ops] */
     struct matrix embed, output, codebook;
     const float *norm;
+    float head_up;                /* as struct ups, in front of the output */
+    int *bounds;                  /* [L][3], bits of floats */
     float *code_norms;            /* [codes] on the device: |e|^2 */
     int bad_codebook;             /* 1: some of them are not finite */
     char *memory;
@@ -299,9 +360,10 @@ static const float *vector_on_device(const struct gpu_model *g, const struct ten
 
 /* Vectors lie as one row. */
 static struct matrix shape_on_device(const struct tensor *t, enum tensor_kind kind) {
-    struct matrix m = {t->type, t->rows, t->cols, 0, NULL, NULL};
+    struct matrix m = {t->type, t->rows, t->cols, 0, 0, NULL, NULL};
     if (kind == T_VECTOR) m.rows = 1, m.cols = t->rows * t->cols;
     m.ld = round_up(m.cols, SPAN);
+    m.tiled = t->type != LVM_F32 && (kind == T_MATRIX || kind == T_OUTPUT || kind == T_EMBED);
     return m;
 }
 
@@ -311,11 +373,12 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
         struct matrix *m = &g->map[i];
         *m = shape_on_device(t, g->m->specs[i].kind);
         if (t->data == NULL) continue;
-        size_t n = (size_t)m->rows * (size_t)m->ld;
+        size_t n = (size_t)(m->tiled ? round_up(m->rows, 8) : m->rows) * (size_t)m->ld;
         take(a, &m->q, (int64_t)plane_bytes(t->type, n));
         if (type_is_quantised(t->type)) take(a, &m->d, (int64_t)n / QK);
     }
     take(a, &g->code_norms, g->m->vq != NULL ? g->m->vq->codes : 0);
+    take(a, &g->bounds, 3 * (int64_t)g->m->llama.L);
 }
 
 enum { STAGING = 64 << 20 }; /* bytes of quantised rows that go over at a time */
@@ -325,20 +388,23 @@ static void upload_quantised(struct queue *q, const struct tensor *t, struct mat
     int step = (int)max64(1, STAGING / t->row_bytes);
     for (int first = 0; first < m.rows; first += step) {
         int rows = (int)min64(step, m.rows - first);
-        int grid = (int)(((int64_t)rows * (m.ld / QK) + THREADS - 1) / THREADS);
+        int each = type_is_quantised(m.type) ? QK : 16;
+        int grid = (int)(((int64_t)rows * (m.ld / each) + THREADS - 1) / THREADS);
         note(q, cudaMemcpyAsync(staging, tensor_row(t, first), (size_t)(rows * t->row_bytes),
                                 cudaMemcpyHostToDevice, q->stream), "copying weights");
         if (t->type == LVM_Q8_0)
             split_q8_0<<<grid, THREADS, 0, q->stream>>>(staging, t->row_bytes, first, rows, m);
-        else split_q4_0<<<grid, THREADS, 0, q->stream>>>(staging, t->row_bytes, first, rows, m);
-        launched(q, "split_q8_0, split_q4_0");
+        else if (t->type == LVM_Q4_0)
+            split_q4_0<<<grid, THREADS, 0, q->stream>>>(staging, t->row_bytes, first, rows, m);
+        else split_half<<<grid, THREADS, 0, q->stream>>>(staging, t->row_bytes, first, rows, m);
+        launched(q, "splitting weights");
     }
 }
 
 static void upload(struct queue *q, const struct tensor *t, struct matrix m, uint8_t *staging) {
     size_t size = plane_bytes(m.type, 1), ld = (size_t)m.ld * size, cols = (size_t)m.cols * size;
     if (t->data == NULL) return;
-    if (type_is_quantised(t->type)) {
+    if (type_is_quantised(t->type) || m.tiled) {
         upload_quantised(q, t, m, staging);
         return;
     }
@@ -377,6 +443,8 @@ static void name_layers(struct gpu_model *g) {
         to->k_bias = vector_on_device(g, &l->k_bias);
         to->v_bias = vector_on_device(g, &l->v_bias);
         to->o_bias = vector_on_device(g, &l->o_bias);
+        to->f16 = to->q.type != LVM_F32 && a->D % 4 == 0;
+        for (const auto &one : all) to->f16 &= one.to->type == to->q.type;
     }
     if (a->L == 0) return;
     g->embed = on_device(g, &a->embed);
@@ -443,6 +511,80 @@ static int look_at_codebook(struct gpu_model *g, lvm_error *error) {
     return code;
 }
 
+/* A warp a row. largest[0] = the bits of the largest of root |w norm| + |bias|: no row of w gives more
+   for any rmsnorm(x) with that norm; root is sqrt(D). Bits of floats above zero have their order. */
+template <int TYPE>
+__global__ void row_bounds_kernel(struct matrix w, const float *norm, const float *bias, float root,
+                                  int *largest) {
+    const int row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    float sum = 0;
+    if (row >= w.rows) return;
+    for (int k = 4 * lane; k < w.ld; k += 128) {
+        float4 v = load4<TYPE>(w, row, k), n = *(const float4 *)(norm + k);
+        sum += v.x * n.x * (v.x * n.x) + v.y * n.y * (v.y * n.y) + v.z * n.z * (v.z * n.z) +
+               v.w * n.w * (v.w * n.w);
+    }
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
+    if (lane == 0)
+        atomicMax(largest,
+                  __float_as_int(root * sqrtf(sum) + (bias != NULL ? fabsf(bias[row]) : 0)));
+}
+
+/* The power of two that brings what is no larger than `bound` under 2^15. */
+static float power_for(double bound) {
+    int e = 0;
+    if (!(bound > 0 && bound < 1e30)) return 1; /* weights that are not finite */
+    frexp(bound * 1.01, &e);
+    return ldexpf(1, (int)max64(-100, min64(100, 15 - e)));
+}
+
+/* For rmsnorm with this norm. */
+static float power_for_norm(const struct tensor *norm, double root) {
+    const float *w = (const float *)norm->data;
+    double most = 0;
+    for (int64_t k = 0; k < (int64_t)norm->rows * norm->cols; k++)
+        most = fabs((double)w[k]) > most || w[k] != w[k] ? fabs((double)w[k]) : most;
+    return power_for(root * most);
+}
+
+static void bound_rows(struct gpu_model *g, const struct matrix *w, const float *norm,
+                       const float *bias, int *largest) {
+    float root = sqrtf((float)g->m->llama.D);
+    with_type(w->type, [&](auto type) {
+        row_bounds_kernel<decltype(type)::value><<<(unsigned)(w->rows + WARPS - 1) / WARPS, THREADS,
+                                                   0, g->q.stream>>>(*w, norm, bias, root, largest);
+        launched(&g->q, "row_bounds_kernel");
+    });
+}
+
+static int find_ups(struct gpu_model *g, lvm_error *error) {
+    const struct llama *a = &g->m->llama;
+    double root = sqrt((double)a->D);
+    size_t bytes = 3 * (size_t)a->L * sizeof(float);
+    float *bounds = (float *)malloc(bytes + 1);
+    if (bounds == NULL) return fail(error, LVM_MEMORY, "out of memory");
+    note(&g->q, cudaMemsetAsync(g->bounds, 0, bytes, g->q.stream), "cudaMemset");
+    for (int i = 0; i < a->L; i++) {
+        const struct gpu_layer *l = &g->layers[i];
+        bound_rows(g, &l->v, l->attn_norm, l->v_bias, g->bounds + 3 * i);
+        bound_rows(g, &l->gate, l->ffn_norm, NULL, g->bounds + 3 * i + 1);
+        bound_rows(g, &l->up, l->ffn_norm, NULL, g->bounds + 3 * i + 2);
+    }
+    note(&g->q, cudaMemcpyAsync(bounds, g->bounds, bytes, cudaMemcpyDeviceToHost, g->q.stream),
+         "copying bounds");
+    int code = wait_for(&g->q, error);
+    for (int i = 0; code == LVM_OK && i < a->L; i++) {
+        const float *b = bounds + 3 * i;
+        const struct ups u = {power_for_norm(&a->layers[i].attn_norm, root), power_for(b[0]),
+                              power_for_norm(&a->layers[i].ffn_norm, root),
+                              power_for((double)b[1] * b[2])};
+        g->layers[i].ups = u;
+    }
+    if (code == LVM_OK && a->L > 0) g->head_up = power_for_norm(&a->norm, root);
+    free(bounds);
+    return code;
+}
+
 static int gpu_model_fill(struct gpu_model *g, lvm_error *error) {
     struct queue *q = &g->q;
     uint8_t *staging = NULL;
@@ -458,7 +600,8 @@ static int gpu_model_fill(struct gpu_model *g, lvm_error *error) {
         });
     int code = wait_for(q, error);
     cudaFree(staging);
-    return code == LVM_OK && g->m->vq != NULL ? look_at_codebook(g, error) : code;
+    if (code == LVM_OK && g->m->vq != NULL) code = look_at_codebook(g, error);
+    return code == LVM_OK ? find_ups(g, error) : code;
 }
 
 /* "cuda" is the first device, "cuda:1" the second. */
@@ -475,9 +618,12 @@ static int device_number(const char *name, int *number, lvm_error *error) {
     return LVM_OK;
 }
 
-static int check_chip(int device, lvm_error *error) {
+static int check_chip(int device, int *chains, int *sms, lvm_error *error) {
     int major = 0;
     cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    if (e != cudaSuccess) return cuda_fail(e, "cudaDeviceGetAttribute", error);
+    *chains = major >= 9;
+    e = cudaDeviceGetAttribute(sms, cudaDevAttrMultiProcessorCount, device);
     if (e != cudaSuccess) return cuda_fail(e, "cudaDeviceGetAttribute", error);
     if (major >= 8) return LVM_OK;
     return fail(error, LVM_UNSUPPORTED, "cuda:%d: has compute capability %d.x; lvm needs 8.0",
@@ -485,14 +631,16 @@ static int check_chip(int device, lvm_error *error) {
 }
 
 static int gpu_model_open(const lvm_model *m, const char *device, void **copy, lvm_error *error) {
-    int number, code = device_number(device, &number, error);
-    if (code == LVM_OK) code = check_chip(number, error);
+    int number, chains = 0, sms = 1, code = device_number(device, &number, error);
+    if (code == LVM_OK) code = check_chip(number, &chains, &sms, error);
     if (code != LVM_OK) return code;
     struct gpu_model *g = (struct gpu_model *)calloc(1, sizeof *g);
     if (g == NULL) return fail(error, LVM_MEMORY, "out of memory");
     lvm_error own = {0, ""};
     g->m = m;
     g->q.device = number;
+    g->q.chains = chains;
+    g->q.sms = sms;
     g->map = (struct matrix *)calloc((size_t)m->n_specs + 1, sizeof *g->map);
     g->layers = (struct gpu_layer *)calloc((size_t)m->llama.L + 1, sizeof *g->layers);
     size_t ops = m->vq != NULL ? (size_t)m->vq->n_ops : 0;
@@ -510,17 +658,118 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
 /* =================================================================================================
    3.  Products in f16 on tensor cores
 
-       y[r][o] = (sum_k w[o][k] x[r][k]) scale[r] + bias[o]        x, w: f16, sums: f32
+       y[r][o] = sum_k w[o][k] x[r][k] + bias[o]        x, w: f16, sums: f32
 
-   One instruction multiplies 16 rows of w by 8 rows of x over 16 columns (mma.m16n8k16). Which
+   One instruction multiplies 16 rows of x by 8 rows of w over 16 columns (mma.m16n8k16). Which
    columns those are is free, as long as both operands agree: of a span of 64 columns, thread t of
    four takes 16 t .. 16 t + 15, which lie side by side in memory, and step s of four multiplies
-   columns 16 t + 4 s .. + 3. Columns are cut into SEGMENTS parts of whole spans; each has a sum of
-   its own, and these are added in ascending order. GEMV gives a segment to each of its warps; GEMM
-   runs through them one after the other. */
+   columns 16 t + 4 s .. + 3. The spans are cut into four parts; the steps of each are one chain,
+   and the four sums are added in order. GEMV, for a few rows, gives each chain a warp (of a chain
+   one step takes 25 clocks, so that one alone would be slow); GEMM runs through them one after
+   the other.
 
-enum { SEGMENTS = WARPS, GEMV_MOST = 32 /* rows for which GEMV is taken */ };
+   What stands around a product is done by it: RMSNorm of the rows in front, and behind it SwiGLU or
+   the sum with the residual stream.
 
+   Activations are f16, times a power of two, `up`, that is constant for a layer and that the product
+   takes out again. It comes from a bound that no input exceeds, so that nothing overflows: RMSNorm
+   gives no more than sqrt(D) max |norm|, and a row w of the next matrix, by Cauchy and Schwarz, no
+   more than sqrt(D) |w norm|. */
+
+enum { FEW_ROWS = 64   /* GEMV up to here */, CHAIN_ROWS = 8 /* rows that a block keeps in shared
+                          memory, and whose norm it computes itself */,
+       STAGED_MOST = 96 << 10, CHAINS = 4 /* of a product */, TEAMS = 2 /* of a warp a chain */,
+       GEMV_WARPS = TEAMS * CHAINS, ROW_SUMS = GEMV_WARPS, REGISTER_ROW = 4 /* fours of a thread */,
+       GEMV_THREADS = 32 * GEMV_WARPS };
+
+/* Activations in f16: rows [row][ld], columns from the last on to ld zeros; or panels for GEMM:
+   tiles of 128 rows x 64 columns, 16 KiB side by side. In a tile a row has 128 bytes, of which
+   piece c of 16 bytes lies at c ^ (row & 7) (wgmma's swizzle), and a step's 16 columns are
+   neighbours, in the order of the instruction. */
+struct packed {
+    __half *h;
+    int ld, panels;
+    float up;
+};
+
+static __device__ int64_t packed_at(const struct packed &p, int row, int k) {
+    if (!p.panels) return (int64_t)row * p.ld + k;
+    int t = k % 64 / 16, s = k % 16 / 4, j = k % 4, r = row % 128;
+    int at = 16 * s + 2 * t + (j & 1) + 8 * (j >> 1);
+    int64_t tile = (int64_t)(row / 128) * (p.ld / 64) + k / 64;
+    return (tile * 128 + r) * 64 + ((at / 8 ^ (r & 7)) * 8 + at % 8);
+}
+
+/* Columns k .. k + 3 of a row, k a multiple of 4. */
+static __device__ void store4(const struct packed &p, int row, int k, float4 v) {
+    __half2 low = __floats2half2_rn(v.x * p.up, v.y * p.up),
+            high = __floats2half2_rn(v.z * p.up, v.w * p.up);
+    *(__half2 *)(p.h + packed_at(p, row, k)) = low;
+    *(__half2 *)(p.h + packed_at(p, row, k + 2)) = high;
+}
+
+/* Four floats number i of n fours, zeros beyond; past the L1 cache, which may hold old ones. */
+static __device__ float4 load_four(const float *x, int i, int n) {
+    return i < n ? __ldcg((const float4 *)x + i) : make_float4(0, 0, 0, 0);
+}
+
+static __device__ float4 add_squares(float4 sum, float4 v) {
+    return make_float4(fmaf(v.x, v.x, sum.x), fmaf(v.y, v.y, sum.y), fmaf(v.z, v.z, sum.z),
+                       fmaf(v.w, v.w, sum.w));
+}
+
+/* The sum of a float4 of each lane, the same for all. */
+static __device__ float over_warp(float4 v) {
+    float sum = (v.x + v.y) + (v.z + v.w);
+    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
+    return sum;
+}
+
+/* 1 / sqrt(mean of x^2 + eps) of a row, the same for all threads of a warp. Eight sums, of
+   the fours whose number / 32 leaves 0 to 7: eight warps may have one each, see stage_row. */
+static __device__ float rms_scale(const float *x, int D, float eps) {
+    float4 sum[ROW_SUMS] = {};
+    const int lane = (int)threadIdx.x % 32, n = D % 4 == 0 ? D / 4 : 0;
+    for (int i = lane; n == 0 && i < D; i += 32) sum[0].x = fmaf(x[i], x[i], sum[0].x);
+    for (int i = lane; i < n; i += 32 * 16) {
+        float4 v[16]; /* all under way together */
+#pragma unroll
+        for (int u = 0; u < 16; u++) v[u] = load_four(x, i + 32 * u, n);
+#pragma unroll
+        for (int u = 0; u < 16; u++) sum[u % ROW_SUMS] = add_squares(sum[u % ROW_SUMS], v[u]);
+    }
+    float all = over_warp(sum[0]);
+#pragma unroll
+    for (int i = 1; i < ROW_SUMS; i++) all += over_warp(sum[i]);
+    return rsqrtf(all / (float)D + eps);
+}
+
+static __device__ float4 normed(float4 v, float4 norm, float scale) {
+    return make_float4(norm.x * (v.x * scale), norm.y * (v.y * scale), norm.z * (v.z * scale),
+                       norm.w * (v.w * scale));
+}
+
+/* Writes rmsnorm(x), of which rms_scale gave the scale, zeros behind the last; a warp a row. */
+static __device__ void write_normed(const struct packed &out, int row, const float *x,
+                                    const float *norm, float scale, int D) {
+    for (int i = (int)threadIdx.x % 32; i < out.ld / 4; i += 32 * 8) {
+        float4 v[8], w[8];
+#pragma unroll
+        for (int u = 0; u < 8; u++) {
+            v[u] = load_four(x, i + 32 * u, D / 4);
+            w[u] = load_four(norm, i + 32 * u, D / 4);
+        }
+#pragma unroll
+        for (int u = 0; u < 8; u++)
+            if (i + 32 * u < out.ld / 4)
+                store4(out, row, 4 * (i + 32 * u), normed(v[u], w[u], scale));
+    }
+}
+
+static __device__ float silu(float v) { return v / (1 + expf(-v)); }
+
+/* c[16 rows of w][8 rows of x] += over 16 columns. Threads hold of w rows g (a0, a2) and g + 8, of
+   x row g, of c rows g (0, 1) and g + 8 by columns 2 t and 2 t + 1. */
 static __device__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
                            uint32_t b0, uint32_t b1) {
     asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
@@ -529,255 +778,406 @@ static __device__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* Up to three matrices that multiply the same rows. */
+/* What a product does with its sums: y = sums + bias; y += sums + bias, in two chains; out =
+   silu(sums of p[0]) times sums of p[1]. */
+enum epilogue { STORE, ADD, SWIGLU };
+
 struct part {
     struct matrix w;
     const float *bias; /* [w.rows] or NULL */
     float *y;          /* [rows][w.rows] */
 };
-struct parts {
+
+/* Up to three matrices that multiply the same rows. */
+struct product_f16 {
     struct part p[3];
+    int n, rows;
+    const float *x, *norm; /* norm: the rows are rmsnorm(x[rows][D]), and `in` says where they may */
+    float eps;             /* lie; NULL: they lie in `in` */
+    struct packed in, out;
+    const int *which;      /* rows of x, or NULL: 0, 1 ... */
 };
 
-/* Activations on their way into a product: f[rows][cols] and, where a product in f16 follows,
-   h[rows][ld], zeros behind the columns, with x = h scale[row]. */
-struct activations {
-    float *f;
-    __half *h;
-    float *scale;
-};
+/* Copies from global to shared memory go on while a thread does other things; `there` is 0: zeros
+   instead. */
+template <int BYTES>
+static __device__ void copy_async(uint32_t to, const void *from, int there) {
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
+                     "r"(there ? 16 : 0));
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from),
+                     "n"(BYTES), "r"(there ? BYTES : 0));
+}
 
-/* Four steps: rows g and g + 8 of w (a, b) by row g of x. */
-static __device__ void multiply_few(float *c, const __half2 *a, const __half2 *b, const uint4 *x) {
-    const uint32_t xs[8] = {x[0].x, x[0].y, x[0].z, x[0].w, x[1].x, x[1].y, x[1].z, x[1].w};
+static __device__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+template <int GROUPS> static __device__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
+
+/* The rows in front of a product go to shared memory, a row of 2 ld + 16 bytes, so that eight rows
+   are read without a conflict. */
+static __device__ char *staged_row(const struct product_f16 &j, char *shared, int r) {
+    return shared + r * (2 * j.in.ld + 16);
+}
+
+static __device__ const float *row_of_x(const struct product_f16 &j, int r) {
+    return j.x + (int64_t)(j.which != NULL ? j.which[r] : r) * j.p[0].w.cols;
+}
+
+/* rmsnorm of a single row that a block holds in registers: the order of sums is rms_scale's. */
+static __device__ void stage_row(const struct product_f16 &j, char *shared, int D) {
+    __shared__ float sums[ROW_SUMS];
+    const int tid = (int)threadIdx.x, n = D / 4;
+    const struct packed out = {(__half *)shared, j.in.ld, 0, j.in.up};
+    const float *x = row_of_x(j, 0);
+    float4 v[REGISTER_ROW], w[REGISTER_ROW], sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int u = 0; u < REGISTER_ROW; u++) {
+        if (GEMV_THREADS * u >= n) break;
+        v[u] = load_four(x, tid + GEMV_THREADS * u, n);
+        w[u] = load_four(j.norm, tid + GEMV_THREADS * u, n);
+    }
+#pragma unroll
+    for (int u = 0; u < REGISTER_ROW; u++) {
+        if (GEMV_THREADS * u >= n) break;
+        sum = add_squares(sum, v[u]);
+    }
+    sums[tid / 32] = over_warp(sum);
+    __syncthreads();
+    float all = sums[0];
+#pragma unroll
+    for (int i = 1; i < ROW_SUMS; i++) all += sums[i];
+    const float scale = rsqrtf(all / (float)D + j.eps);
+#pragma unroll
+    for (int u = 0; u < REGISTER_ROW; u++) {
+        if (GEMV_THREADS * u >= n) break;
+        if (tid + GEMV_THREADS * u < n)
+            store4(out, 0, 4 * (tid + GEMV_THREADS * u), normed(v[u], w[u], scale));
+    }
+    for (int i = n + tid; i < out.ld / 4; i += GEMV_THREADS)
+        store4(out, 0, 4 * i, make_float4(0, 0, 0, 0));
+}
+
+/* Rows that lie in f16 already. */
+static __device__ void copy_rows(const struct product_f16 &j, char *shared) {
+    const int n = j.in.ld / 8;
+    for (int r = 0; r < j.rows; r++) {
+        const uint4 *from = (const uint4 *)(j.in.h + (int64_t)r * j.in.ld);
+        uint4 *to = (uint4 *)staged_row(j, shared, r);
+#pragma unroll 4
+        for (int i = (int)threadIdx.x; i < n; i += GEMV_THREADS)
+            copy_async<16>((uint32_t)__cvta_generic_to_shared(to + i), from + i, 1);
+    }
+    end_copies();
+    wait_for_copies<0>();
+}
+
+static __device__ void stage_rows(const struct product_f16 &j, char *shared) {
+    const int D = j.p[0].w.cols, warp = (int)threadIdx.x / 32;
+    if (j.norm == NULL) copy_rows(j, shared);
+    else if (j.rows == 1 && D <= GEMV_THREADS * REGISTER_ROW * 4) stage_row(j, shared, D);
+    else
+#pragma unroll 1
+        for (int r = warp; r < j.rows; r += GEMV_WARPS) {
+            const struct packed out = {(__half *)staged_row(j, shared, r), j.in.ld, 0, j.in.up};
+            const float *x = row_of_x(j, r), scale = rms_scale(x, D, j.eps);
+            write_normed(out, 0, x, j.norm, scale, D);
+        }
+    __syncthreads();
+}
+
+static __device__ float sum_of_chains(const float *c, int step) {
+    return ((c[0] + c[step]) + c[2 * step]) + c[3 * step];
+}
+
+/* The norm, which is a weight, comes nearer before the rows are there. */
+static __device__ void prefetch_norm(const struct product_f16 &j) {
+    const int i = (int)threadIdx.x * 32; /* a line of 128 bytes */
+    if (j.norm != NULL && i < j.p[0].w.cols)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(j.norm + i));
+}
+
+/* Four steps: rows g (w0) and g + 8 (w1) of w by row g of x. */
+static __device__ void multiply_span(float *c, const __half2 *w0, const __half2 *w1,
+                                     const uint4 *x) {
+    const uint32_t u[8] = {x[0].x, x[0].y, x[0].z, x[0].w, x[1].x, x[1].y, x[1].z, x[1].w};
 #pragma unroll
     for (int s = 0; s < 8; s += 2)
-        mma(c, as_word(a[s]), as_word(b[s]), as_word(a[s + 1]), as_word(b[s + 1]), xs[s],
-            xs[s + 1]);
+        mma(c, as_word(w0[s]), as_word(w1[s]), as_word(w0[s + 1]), as_word(w1[s + 1]), u[s],
+            u[s + 1]);
 }
 
-/* Reads w once: [16 rows][ld] a block, blockIdx.y is the matrix; x[rows][ld] from the L2 cache.
-   Writes y[rows][w.rows]. Floor: the bytes of w over the memory's bandwidth. */
-template <int TYPE, int TILES>
-__global__ void __launch_bounds__(THREADS, 2)
-    gemv_kernel(struct parts parts, const __half *x, const float *scale, int rows) {
-    const struct part &p = parts.p[blockIdx.y];
-    const int o0 = (int)blockIdx.x * 16, N = p.w.rows, ld = p.w.ld, spans = ld / SPAN;
-    if (o0 >= N) return;
-    __shared__ float sums[WARPS][TILES * 8][17];
-    constexpr int AHEAD = TILES == 1 ? 4 : TILES == 2 ? 2 : 1; /* spans that are under way */
-    const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
-    const int each = (spans + SEGMENTS - 1) / SEGMENTS;
-    const int last = min(spans, (warp + 1) * each), up = min(o0 + g, N - 1),
-              low = min(o0 + g + 8, N - 1);
-    float c[TILES][4] = {};
-    int64_t row[TILES];
-    for (int n = 0; n < TILES; n++) row[n] = (int64_t)min(n * 8 + g, rows - 1) * ld;
-    for (int span = warp * each; span < last; span += AHEAD) {
-        struct raw16<TYPE> a[AHEAD] = {}, b[AHEAD] = {};
-        uint4 xs[AHEAD][TILES][2];
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            const int k = min(span + i, last - 1) * SPAN + 16 * t;
-            fetch16<TYPE>(p.w, up, k, &a[i]);
-            fetch16<TYPE>(p.w, low, k, &b[i]);
-#pragma unroll
-            for (int n = 0; n < TILES; n++)
-#pragma unroll
-                for (int v = 0; v < 2; v++)
-                    xs[i][n][v] = span + i < last ? ((const uint4 *)(x + row[n] + k))[v]
-                                                  : make_uint4(0, 0, 0, 0);
-        }
-#pragma unroll
-        for (int i = 0; i < AHEAD; i++) {
-            __half2 wa[8], wb[8];
-            expand16<TYPE>(a[i], wa);
-            expand16<TYPE>(b[i], wb);
-#pragma unroll
-            for (int n = 0; n < TILES; n++)
-                multiply_few(c[n], wa, wb, xs[i][n]);
-        }
-    }
-#pragma unroll
-    for (int n = 0; n < TILES; n++)
-#pragma unroll
-        for (int i = 0; i < 4; i++) sums[warp][n * 8 + 2 * t + i % 2][g + i / 2 * 8] = c[n][i];
-    __syncthreads();
-    for (int i = (int)threadIdx.x; i < 16 * rows; i += THREADS) {
-        int r = i / 16, o = i % 16;
-        float sum = 0;
-        for (int s = 0; s < SEGMENTS; s++) sum += sums[s][r][o];
-        if (o0 + o < N)
-            p.y[(int64_t)r * N + o0 + o] =
-                fmaf(sum, scale[r], p.bias != NULL ? p.bias[o0 + o] : 0);
-    }
+/* A thread's columns of row `row` of x in a span, zeros where there is no such row or span; from
+   shared memory, see stage_rows, or as they lie. */
+template <int SHARED>
+static __device__ void load_span(const struct product_f16 &j, const char *shared, int row, int span,
+                                 int end, uint4 *x) {
+    const int t = (int)threadIdx.x % 4, ld = j.in.ld, bytes = (span * SPAN + 16 * t) * 2;
+    const char *from = SHARED ? shared + row * (2 * ld + 16) + bytes
+                              : (const char *)j.in.h + (int64_t)row * ld * 2 + bytes;
+    for (int i = 0; i < 2; i++)
+        x[i] = row < j.rows && span < end ? ((const uint4 *)from)[i] : make_uint4(0, 0, 0, 0);
 }
 
-/* w in f16, [rows][ld], for GEMM: once a chunk of rows. Floor: bytes in + bytes out. */
-template <int TYPE> __global__ void dequantize_kernel(struct matrix w, __half2 *out) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, pieces = w.ld / 16;
-    if (i >= w.rows * pieces) return;
-    struct raw16<TYPE> raw = {};
-    __half2 v[8];
-    fetch16<TYPE>(w, i / pieces, (int)(i % pieces) * 16, &raw);
-    expand16<TYPE>(raw, v);
-    uint4 *to = (uint4 *)(out + i * 8);
-    to[0] = make_uint4(as_word(v[0]), as_word(v[1]), as_word(v[2]), as_word(v[3]));
-    to[1] = make_uint4(as_word(v[4]), as_word(v[5]), as_word(v[6]), as_word(v[7]));
+/* y or out for one sum: row r of x, row o of the matrix. other: SWIGLU's second sum; what y was. */
+template <int KIND>
+static __device__ void finish(const struct product_f16 &j, const struct part &p, int r, int o,
+                              float sum, float other) {
+    const float down = 1 / j.in.up;
+    const int N = p.w.rows;
+    if (r >= j.rows || o >= (KIND == SWIGLU ? j.out.ld : N)) return;
+    const int64_t at = (int64_t)r * N + o;
+    const float bias = p.bias != NULL && o < N ? p.bias[o] : 0;
+    if (KIND == STORE) p.y[at] = fmaf(sum, down, bias);
+    if (KIND == ADD) p.y[at] = p.bias != NULL ? fmaf(sum, down, other) + bias : fmaf(sum, down, other);
+    if (KIND == SWIGLU)
+        j.out.h[packed_at(j.out, r, o)] =
+            __float2half_rn(o < N ? silu(sum * down) * (other * down) * j.out.up : 0);
 }
 
-enum { GEMM_TILE = 128, GEMM_STAGES = 3, TILE_BYTES = GEMM_TILE * SPAN * 2,
-       GEMM_SHARED = GEMM_STAGES * 2 * TILE_BYTES };
-
-/* 16 bytes from global to shared memory, while other work goes on. */
-static __device__ void copy_async(void *shared, const void *global) {
-    uint32_t to = (uint32_t)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(global));
-}
-
-/* What a thread copies of a tile of 128 rows, of which the last is repeated beyond `rows`: piece
-   c (8 columns) of four rows. Piece c of row r lies at c ^ (r & 7), so that neither writing nor
-   reading meets a bank twice. */
-struct copied {
-    const __half *from[4];
+/* Weights come through a ring in shared memory, so that a few KiB of each warp are under way. A
+   thread copies what it will read itself: of two rows of w, 16 columns of a span and their scale;
+   a slot of the ring has a span. */
+template <int TYPE> struct ring {
+    enum { SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0,
+           PIECE = TYPE == LVM_Q4_0 ? 8 : TYPE == LVM_Q8_0 ? 16 : 32, /* bytes of 16 elements */
+           ROW = 32 * PIECE + (SCALED ? 32 * 4 : 0),                  /* of a warp */
+           SLOT = 2 * ROW, SLOTS = SCALED ? 8 : 4, BYTES = SLOTS * SLOT };
 };
 
-static __device__ struct copied copied_pieces(const __half *x, int ld, int first, int rows) {
-    struct copied p;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        p.from[i] = x + (int64_t)min(first + (int)threadIdx.x / 8 + 32 * i, rows - 1) * ld +
-                    threadIdx.x % 8 * 8;
-    return p;
-}
+/* A thread's way along a row of w, and its places in the warp's ring. */
+template <int TYPE> struct weights_ahead {
+    const uint8_t *q;
+    const __half *d;
+    char *pieces, *scales;
+};
 
-static __device__ void load_tile(char *tile, const struct copied &p, int span) {
-    int r = (int)threadIdx.x / 8, c = (int)threadIdx.x % 8;
-#pragma unroll
-    for (int i = 0; i < 4; i++)
-        copy_async(tile + (r + 32 * i) * SPAN * 2 + (c ^ (r & 7)) * 16, p.from[i] + span * SPAN);
-}
-
-static __device__ uint4 tile_piece(const char *tile, int r, int c) {
-    return *(const uint4 *)(tile + r * SPAN * 2 + (c ^ (r & 7)) * 16);
-}
-
-/* A warp's 64 rows of w by 32 rows of x, over one span: in each half two steps, all sums of the
-   first before those of the second, for an instruction's sum is late for the next one. */
-static __device__ void multiply_span(const char *w, const char *x, int g, int t,
-                                     float (*c)[4][4]) {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-        uint4 b[4], up[4], low[4];
-#pragma unroll
-        for (int n = 0; n < 4; n++) {
-            b[n] = tile_piece(x, n * 8 + g, 2 * t + half);
-            up[n] = tile_piece(w, n * 16 + g, 2 * t + half);
-            low[n] = tile_piece(w, n * 16 + 8 + g, 2 * t + half);
-        }
-#pragma unroll
-        for (int m = 0; m < 4; m++)
-#pragma unroll
-            for (int n = 0; n < 4; n++)
-                mma(c[m][n], up[m].x, low[m].x, up[m].y, low[m].y, b[n].x, b[n].y);
-#pragma unroll
-        for (int m = 0; m < 4; m++)
-#pragma unroll
-            for (int n = 0; n < 4; n++)
-                mma(c[m][n], up[m].z, low[m].z, up[m].w, low[m].w, b[n].z, b[n].w);
-    }
-}
-
-/* Adds a segment's sums to what there is, and empties them. */
-static __device__ void end_segment(float (*c)[4][4], float (*total)[4][4]) {
-#pragma unroll
-    for (int i = 0; i < 64; i++) {
-        (&total[0][0][0])[i] += (&c[0][0][0])[i];
-        (&c[0][0][0])[i] = 0;
-    }
-}
-
-/* Reads w[N][ld] and x[rows][ld], tiles of 128 x 128 through shared memory, writes y[rows][N].
-   Floor: 2 N ld rows operations over the tensor cores' rate. */
-__global__ void __launch_bounds__(THREADS, 1)
-    gemm_kernel(const __half *w, int N, int ld, const __half *x, const float *scale, int rows,
-                const float *bias, float *y) {
-    extern __shared__ __align__(128) char shared[];
-    const int o0 = (int)blockIdx.x * GEMM_TILE, r0 = (int)blockIdx.y * GEMM_TILE, spans = ld / SPAN;
-    const int warp = (int)threadIdx.x / 32, g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4;
-    const int wo = warp / 4 * 64, wr = warp % 4 * 32, each = (spans + SEGMENTS - 1) / SEGMENTS;
-    const struct copied pw = copied_pieces(w, ld, o0, N), px = copied_pieces(x, ld, r0, rows);
-    float c[4][4][4] = {}, total[4][4][4] = {};
-    for (int s = 0; s < GEMM_STAGES - 1; s++) {
-        char *stage = shared + s * 2 * TILE_BYTES;
-        if (s < spans) load_tile(stage, pw, s);
-        if (s < spans) load_tile(stage + TILE_BYTES, px, s);
-        asm volatile("cp.async.commit_group;");
-    }
-    for (int span = 0; span < spans; span++) {
-        asm volatile("cp.async.wait_group %0;" ::"n"(GEMM_STAGES - 2));
-        __syncthreads();
-        int next = span + GEMM_STAGES - 1;
-        char *to = shared + next % GEMM_STAGES * 2 * TILE_BYTES;
-        if (next < spans) load_tile(to, pw, next);
-        if (next < spans) load_tile(to + TILE_BYTES, px, next);
-        asm volatile("cp.async.commit_group;");
-        const char *stage = shared + span % GEMM_STAGES * 2 * TILE_BYTES;
-        multiply_span(stage + wo * SPAN * 2, stage + TILE_BYTES + wr * SPAN * 2, g, t, c);
-        if ((span + 1) % each == 0 || span + 1 == spans) end_segment(c, total);
-    }
-#pragma unroll
-    for (int i = 0; i < 64; i++) {
-        int o = o0 + wo + i / 16 * 16 + g + i % 4 / 2 * 8;
-        int r = r0 + wr + i / 4 % 4 * 8 + 2 * t + i % 2;
-        if (o < N && r < rows)
-            y[(int64_t)r * N + o] =
-                fmaf((&total[0][0][0])[i], scale[r], bias != NULL ? bias[o] : 0);
-    }
+/* place: 0 for the first of the warp's two rows, 1 for the second. */
+template <int TYPE>
+static __device__ void place_ring(struct weights_ahead<TYPE> *w, char *ring_of_warp, int place) {
+    typedef struct ring<TYPE> R;
+    const int lane = (int)threadIdx.x % 32;
+    char *mine = ring_of_warp + place * R::ROW;
+    w->pieces = mine + lane * (R::PIECE == 8 ? 8 : 16);
+    w->scales = mine + 32 * R::PIECE + lane * 4;
 }
 
 template <int TYPE>
-static void launch_gemv(struct queue *q, const struct part *p, int n, const struct activations *x,
-                        int rows) {
-    struct parts parts = {};
-    int most = 0;
-    for (int i = 0; i < n; i++) {
-        parts.p[i] = p[i];
-        most = (int)max64(most, p[i].w.rows);
+static __device__ void point_at(struct weights_ahead<TYPE> *w, const struct matrix &m, int row,
+                                int span) {
+    const int64_t at = element_at(m, row, span * SPAN);
+    w->q = m.q + bytes_of<TYPE>(at + 16 * (threadIdx.x % 4));
+    w->d = m.d + at / QK;
+}
+
+/* The next span on its way into a slot; zeros where there is none. */
+template <int TYPE>
+static __device__ void fetch_span(struct weights_ahead<TYPE> *w, int slot, int there) {
+    typedef struct ring<TYPE> R;
+    const uint32_t to = (uint32_t)__cvta_generic_to_shared(w->pieces) + (uint32_t)(slot * R::SLOT);
+    if (R::PIECE == 8) copy_async<8>(to, w->q, there);
+    else
+        for (int i = 0; i < R::PIECE / 16; i++) copy_async<16>(to + i * 512, w->q + i * 16, there);
+    if (R::SCALED)
+        copy_async<4>((uint32_t)__cvta_generic_to_shared(w->scales) + (uint32_t)(slot * R::SLOT),
+                      w->d, there);
+    w->q += bytes_of<TYPE>(8 * SPAN);
+    w->d += 8 * SPAN / QK;
+}
+
+/* What fetch_span brought, as f16. */
+template <int TYPE>
+static __device__ void expand_span(const struct weights_ahead<TYPE> &w, int slot, __half2 *out) {
+    typedef struct ring<TYPE> R;
+    const char *from = w.pieces + slot * R::SLOT;
+    struct raw16<TYPE> raw = {};
+    if (R::PIECE == 8) {
+        uint2 v = *(const uint2 *)from;
+        raw.v[0].x = v.x, raw.v[0].y = v.y;
+    } else
+        for (int i = 0; i < R::PIECE / 16; i++) raw.v[i] = *(const uint4 *)(from + i * 512);
+    if (R::SCALED)
+        raw.d = ((const __half *)(w.scales + slot * R::SLOT))[threadIdx.x % 4 / 2];
+    expand16<TYPE>(raw, out);
+}
+
+/* Groups of 16 rows of w (SWIGLU: 8 of each matrix), of all matrices of a product. */
+template <int KIND> static __host__ __device__ int groups_of(const struct product_f16 &j, int part) {
+    return KIND == SWIGLU ? j.out.ld / 8 : (j.p[part].w.rows + 15) / 16;
+}
+
+template <int KIND> static __host__ __device__ int all_groups(const struct product_f16 &j) {
+    int n = groups_of<KIND>(j, 0);
+    for (int i = 1; KIND != SWIGLU && i < j.n; i++) n += groups_of<KIND>(j, i);
+    return n;
+}
+
+/* The matrix of a group, and its number there. */
+template <int KIND> static __device__ int part_of(const struct product_f16 &j, int *group) {
+    int part = 0;
+    while (KIND != SWIGLU && part + 1 < j.n && *group >= groups_of<KIND>(j, part))
+        *group -= groups_of<KIND>(j, part++);
+    return part;
+}
+
+/* What a warp fetches: its part of each of its team's groups, one after the other. */
+template <int TYPE, int KIND> struct stream {
+    struct weights_ahead<TYPE> a, b;
+    int group, groups, step, span, begin, end, each; /* end: where the chain's own spans end */
+};
+
+template <int TYPE, int KIND>
+static __device__ void point_stream(const struct product_f16 &j, struct stream<TYPE, KIND> *s) {
+    int group = s->group;
+    s->span = s->begin;
+    if (group >= s->groups) return;
+    const struct part &p = j.p[part_of<KIND>(j, &group)];
+    const int g = (int)threadIdx.x % 32 / 4, last = p.w.rows - 1, o0 = group * (KIND == SWIGLU ? 8 : 16);
+    point_at(&s->a, p.w, min(o0 + g, last), s->begin);
+    if (KIND == SWIGLU) point_at(&s->b, j.p[1].w, min(o0 + g, last), s->begin);
+    else point_at(&s->b, p.w, min(o0 + g + 8, last), s->begin);
+}
+
+template <int TYPE, int KIND>
+static __device__ void fetch_next(const struct product_f16 &j, struct stream<TYPE, KIND> *s,
+                                  int slot) {
+    const int there = s->group < s->groups && s->span < s->end;
+    fetch_span(&s->a, slot, there);
+    fetch_span(&s->b, slot, there);
+    end_copies();
+    if (++s->span < s->begin + s->each) return;
+    s->group += s->step;
+    point_stream(j, s);
+}
+
+/* The sums of a team's group, c[16 rows of w][8 TILES rows of x] of each chain, to their place. */
+template <int KIND, int TILES>
+static __device__ void finish_group(const struct product_f16 &j, int group, float (*c)[4],
+                                    float (*sums)[TILES * 4][32], int team, int chain) {
+    const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    const struct part &p = j.p[part_of<KIND>(j, &group)];
+#pragma unroll
+    for (int i = 0; i < TILES * 4; i++) sums[chain][i][lane] = c[i / 4][i % 4];
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(32 * (int)CHAINS) : "memory");
+#pragma unroll 1
+    for (int i = chain; i < TILES * 4; i += CHAINS) {
+        const int r = i / 4 * 8 + 2 * t + i % 2,
+                  o = KIND == SWIGLU ? group * 8 + g : group * 16 + g + i % 4 / 2 * 8;
+        if (KIND == SWIGLU && i % 4 >= 2) break;
+        const float sum = sum_of_chains(&sums[0][i][lane], TILES * 4 * 32);
+        float other = 0;
+        if (KIND == SWIGLU) other = sum_of_chains(&sums[0][i + 2][lane], TILES * 4 * 32);
+        if (KIND == ADD && r < j.rows && o < p.w.rows) other = p.y[(int64_t)r * p.w.rows + o];
+        finish<KIND>(j, p, r, o, sum, other);
     }
-    dim3 grid((unsigned)(most + 15) / 16, (unsigned)n);
-    if (rows <= 8)
-        gemv_kernel<TYPE, 1><<<grid, THREADS, 0, q->stream>>>(parts, x->h, x->scale, rows);
-    else if (rows <= 16)
-        gemv_kernel<TYPE, 2><<<grid, THREADS, 0, q->stream>>>(parts, x->h, x->scale, rows);
-    else gemv_kernel<TYPE, 4><<<grid, THREADS, 0, q->stream>>>(parts, x->h, x->scale, rows);
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(32 * (int)CHAINS) : "memory");
+}
+
+/* A block a multiprocessor. A team of four warps takes one group of 16 rows of w after the other, a
+   warp one of their four chains. Reads w once, the first spans before the kernel in front has
+   ended, and x from shared memory (up to CHAIN_ROWS rows, in one tile of 8) or the L2 cache. Loops
+   are not unrolled: instructions that run for the first time take longer than others. Floor: the
+   bytes of w over the memory's bandwidth. */
+template <int TYPE, int KIND, int TILES, int SHARED>
+__global__ void __launch_bounds__(GEMV_THREADS, TILES > 4 ? 1 : 2) gemv_kernel(struct product_f16 j) {
+    extern __shared__ __align__(16) char shared[];
+    __shared__ float sums[TEAMS][CHAINS][TILES * 4][32];
+    typedef struct ring<TYPE> R;
+    const int warp = (int)threadIdx.x / 32, team = warp / CHAINS, chain = warp % CHAINS,
+              g = (int)threadIdx.x % 32 / 4, spans = j.p[0].w.ld / SPAN;
+    char *mine = shared + warp * R::BYTES, *x = shared + GEMV_WARPS * R::BYTES;
+    struct stream<TYPE, KIND> s;
+    s.groups = all_groups<KIND>(j);
+    s.step = (int)gridDim.x * TEAMS;
+    s.group = (int)(blockIdx.x + gridDim.x * team);
+    s.each = (spans + CHAINS - 1) / CHAINS;
+    s.begin = chain * s.each;
+    s.end = min(spans, s.begin + s.each);
+    place_ring(&s.a, mine, 0);
+    place_ring(&s.b, mine, 1);
+    const int first_group = s.group;
+    point_stream(j, &s);
+#pragma unroll 1
+    for (int i = 0; i < R::SLOTS; i++) fetch_next(j, &s, i);
+    prefetch_norm(j);
+    wait_for_inputs();
+    if (SHARED) stage_rows(j, x);
+    int slot = 0;
+#pragma unroll 1
+    for (int group = first_group; group < s.groups; group += s.step) {
+        float c[TILES][4] = {};
+#pragma unroll 1
+        for (int k = 0; k < s.each; k++, slot = (slot + 1) % R::SLOTS) {
+            __half2 w0[8], w1[8];
+            wait_for_copies<R::SLOTS - 1>();
+            expand_span(s.a, slot, w0);
+            expand_span(s.b, slot, w1);
+            fetch_next(j, &s, slot);
+#pragma unroll
+            for (int n = 0; n < TILES; n++) {
+                uint4 v[2];
+                load_span<SHARED>(j, x, n * 8 + g, s.begin + k, s.end, v);
+                multiply_span(c[n], w0, w1, v);
+            }
+        }
+        finish_group<KIND, TILES>(j, group, c, sums[team], team, chain);
+    }
+    wait_for_copies<0>();
+}
+
+/* Bytes of shared memory for the rows in front of a product, 0 where they stay in memory. */
+static int staged_bytes(const struct product_f16 *j) {
+    int64_t bytes = (int64_t)j->rows * (2 * j->in.ld + 16);
+    return j->rows <= CHAIN_ROWS && bytes <= STAGED_MOST ? (int)bytes : 0;
+}
+
+template <int TYPE, int KIND>
+static void launch_gemv(struct queue *q, const struct product_f16 *j) {
+    const int staged = staged_bytes(j), shared = GEMV_WARPS * ring<TYPE>::BYTES + staged;
+    dim3 grid((unsigned)min64(q->sms, all_groups<KIND>(*j)));
+    if (staged > 0) {
+        launch(q, "gemv_kernel", gemv_kernel<TYPE, KIND, 1, 1>, grid, GEMV_THREADS, (size_t)shared,
+               *j);
+        return;
+    }
+    if (j->rows <= 32) gemv_kernel<TYPE, KIND, 4, 0><<<grid, GEMV_THREADS, shared, q->stream>>>(*j);
+    else gemv_kernel<TYPE, KIND, 8, 0><<<grid, GEMV_THREADS, shared, q->stream>>>(*j);
     launched(q, "gemv_kernel");
 }
 
-template <int TYPE>
-static void launch_gemm(struct queue *q, const struct part *p, const struct activations *x,
-                        int rows, __half *scratch) {
-    const __half *w = TYPE == LVM_F16 ? (const __half *)p->w.q : scratch;
-    int64_t pieces = (int64_t)p->w.rows * (p->w.ld / 16);
-    if (TYPE != LVM_F16) {
-        dequantize_kernel<TYPE><<<(unsigned)((pieces + THREADS - 1) / THREADS), THREADS, 0,
-                                  q->stream>>>(p->w, (__half2 *)scratch);
-        launched(q, "dequantize_kernel");
-    }
-    dim3 grid((unsigned)(p->w.rows + GEMM_TILE - 1) / GEMM_TILE,
-              (unsigned)(rows + GEMM_TILE - 1) / GEMM_TILE);
-    gemm_kernel<<<grid, THREADS, GEMM_SHARED, q->stream>>>(w, p->w.rows, p->w.ld, x->h, x->scale,
-                                                           rows, p->bias, p->y);
-    launched(q, "gemm_kernel");
+/* Grid: [rows / 8], a warp a row: out = rmsnorm(x), row number i of which is row which[i], or i. */
+__global__ void norm_pack_kernel(const float *x, const float *norm, float eps, int D,
+                                 const int *which, int rows, struct packed out) {
+    const int i = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
+    if (i >= rows) return;
+    const float *row = x + (int64_t)(which != NULL ? which[i] : i) * D;
+    const float scale = rms_scale(row, D, eps);
+    write_normed(out, i, row, norm, scale, D);
 }
 
-/* n matrices of one type, which is not F32. */
-static void matmul_f16(struct queue *q, const struct part *p, int n, const struct activations *x,
-                       int rows, __half *scratch) {
-    with_type(p->w.type, [&](auto type) {
+/* The matrices of a product have one type, which is not F32. */
+static void multiply(struct queue *q, enum epilogue kind, const struct product_f16 *product) {
+    struct product_f16 j = *product;
+    if (j.norm != NULL && staged_bytes(&j) == 0) {
+        norm_pack_kernel<<<(unsigned)(j.rows + WARPS - 1) / WARPS, THREADS, 0, q->stream>>>(
+            j.x, j.norm, j.eps, j.p[0].w.cols, j.which, j.rows, j.in);
+        launched(q, "norm_pack_kernel");
+        j.norm = NULL;
+    }
+    with_type(j.p[0].w.type, [&](auto type) {
         constexpr int T = decltype(type)::value == LVM_F32 ? LVM_F16 : decltype(type)::value;
-        if (rows <= GEMV_MOST) launch_gemv<T>(q, p, n, x, rows);
-        for (int i = 0; rows > GEMV_MOST && i < n; i++) launch_gemm<T>(q, &p[i], x, rows, scratch);
+        int all = j.rows;
+        for (int at = 0; at < all; at += FEW_ROWS) {
+            j.rows = (int)min64(FEW_ROWS, all - at);
+            if (kind == STORE) launch_gemv<T, STORE>(q, &j);
+            else if (kind == ADD) launch_gemv<T, ADD>(q, &j);
+            else launch_gemv<T, SWIGLU>(q, &j);
+            for (int i = 0; i < j.n; i++) j.p[i].y += (int64_t)FEW_ROWS * j.p[i].w.rows;
+            j.in.h += (int64_t)FEW_ROWS * j.in.ld;
+            j.out.h += (int64_t)FEW_ROWS * j.out.ld;
+        }
     });
 }
 
@@ -909,17 +1309,17 @@ static void run_product(struct queue *q, const struct product *j) {
     });
 }
 
-/* A linear layer: y[rows][w.rows] = x[rows][w.cols] w^T + bias. */
-static void matmul_f32(struct queue *q, const struct part *p, const float *x, int rows) {
-    struct product j = {x, p->w, p->bias, NULL, p->y, rows, p->w.cols, 1, 1, 1, 1, 0, 0};
+/* A linear layer: y[rows][w.rows] = x[rows][w.cols] w^T + bias [+ residual]. */
+static void matmul_f32(struct queue *q, const struct part *p, const float *x, int rows,
+                       const float *residual) {
+    struct product j = {x, p->w, p->bias, residual, p->y, rows, p->w.cols, 1, 1, 1, 1, 0, 0};
     run_product(q, &j);
 }
 
 /* =================================================================================================
    5.  Rows
 
-   A block a row; sums over a row have a fixed tree. Floor of each: its bytes over the memory's
-   bandwidth, in generating the time that a launch takes. */
+   Floor of each: its bytes over the memory's bandwidth, in generating the time that a launch takes. */
 
 /* The sum or the largest of a block's values, the same for all its threads. */
 template <int LARGEST> static __device__ float over_block(float v) {
@@ -936,34 +1336,11 @@ template <int LARGEST> static __device__ float over_block(float v) {
     return v;
 }
 
-/* A row in the registers of its block: element threadIdx.x + 1024 i is v[i]. Writes f[n], where it
-   is wanted, and h[ld] in f16, with the power of two that brings the largest near 2^14. */
-static __device__ void write_row(const float *v, int n, float *f, __half *h, float *scale, int ld) {
-    float most = 0;
-#pragma unroll
-    for (int i = 0; i < ROW_VALUES; i++) {
-        int k = (int)threadIdx.x + i * ROW_THREADS;
-        if (i * ROW_THREADS >= n) break;
-        if (k < n && f != NULL) f[k] = v[i];
-        if (k < n) most = fmaxf(most, fabsf(v[i]));
-    }
-    if (ld == 0) return;
-    most = over_block<1>(most);
-    int e = most > 0 && isfinite(most) ? max(-100, min(100, 14 - ilogbf(most))) : 0;
-    float up = exp2f((float)e);
-#pragma unroll
-    for (int i = 0; i < ROW_VALUES; i++) {
-        int k = (int)threadIdx.x + i * ROW_THREADS;
-        if (i * ROW_THREADS >= ld) break;
-        if (k < ld) h[k] = k < n ? __float2half_rn(v[i] * up) : __half(0);
-    }
-    if (threadIdx.x == 0) *scale = exp2f((float)-e);
-}
-
 /* x[row] = the token's row of the embedding. */
 template <int TYPE>
 __global__ void embed_kernel(struct matrix embed, const int32_t *tokens, float *x) {
     int row = (int)blockIdx.x, D = embed.cols;
+    wait_for_inputs();
     for (int k = 4 * (int)threadIdx.x; k < D; k += 4 * THREADS) {
         float4 v = load4<TYPE>(embed, tokens[row], k);
         float *to = x + (int64_t)row * D + k;
@@ -974,57 +1351,28 @@ __global__ void embed_kernel(struct matrix embed, const int32_t *tokens, float *
     }
 }
 
-/* x += delta (where there is one), out = rmsnorm(x). Block i takes row which[i], or i, of x and
-   writes row i. out.f: NULL where no product in f32 follows; ld: 0 where none in f16 does. */
-__global__ void __launch_bounds__(ROW_THREADS)
-    norm_kernel(float *x, const float *delta, const float *weight, float eps, int D,
-                const int *which, struct activations out, int ld) {
-    int64_t number = blockIdx.x, row = which != NULL ? which[number] : number;
-    float *from = x + row * D, v[ROW_VALUES] = {}, w[ROW_VALUES] = {}, sum = 0;
-#pragma unroll
-    for (int i = 0; i < ROW_VALUES; i++) {
-        int k = (int)threadIdx.x + i * ROW_THREADS;
-        if (i * ROW_THREADS >= D) break;
-        if (k >= D) continue;
-        v[i] = delta != NULL ? from[k] + delta[row * D + k] : from[k];
-        w[i] = weight[k];
-        from[k] = v[i];
-        sum = fmaf(v[i], v[i], sum);
-    }
-    float scale = 1 / sqrtf(over_block<0>(sum) / (float)D + eps);
-#pragma unroll
-    for (int i = 0; i < ROW_VALUES; i++) v[i] = w[i] * (v[i] * scale);
-    write_row(v, D, out.f != NULL ? out.f + number * D : NULL, out.h + number * ld,
-              out.scale + number, ld);
+/* out = rmsnorm(x) in f32, a warp a row; row number i is row which[i], or i, of x. */
+__global__ void norm_kernel(const float *x, const float *norm, float eps, int D, const int *which,
+                            int rows, float *out) {
+    const int i = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    if (i >= rows) return;
+    const float *row = x + (int64_t)(which != NULL ? which[i] : i) * D;
+    const float scale = rms_scale(row, D, eps);
+    for (int k = lane; k < D; k += 32) out[(int64_t)i * D + k] = norm[k] * (row[k] * scale);
 }
 
-/* out = silu(gate) up; gate, up [rows][F] */
-__global__ void __launch_bounds__(ROW_THREADS)
-    swiglu_kernel(const float *gate, const float *up, int F, struct activations out, int ld) {
-    int64_t row = blockIdx.x, at = row * F;
-    float v[ROW_VALUES] = {}, u[ROW_VALUES] = {};
-#pragma unroll
-    for (int i = 0; i < ROW_VALUES; i++) {
-        int k = (int)threadIdx.x + i * ROW_THREADS;
-        if (i * ROW_THREADS >= F) break;
-        if (k < F) v[i] = gate[at + k], u[i] = up[at + k];
-    }
-#pragma unroll
-    for (int i = 0; i < ROW_VALUES; i++) v[i] = v[i] / (1 + expf(-v[i])) * u[i];
-    write_row(v, F, out.f != NULL ? out.f + at : NULL, out.h + row * ld, out.scale + row, ld);
+/* gate = silu(gate) up, n elements */
+__global__ void swiglu_kernel(float *gate, const float *up, int64_t n) {
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n) gate[i] = silu(gate[i]) * up[i];
 }
 
-/* What attention left in out.f[rows][n], for a product in f16. */
-__global__ void __launch_bounds__(ROW_THREADS)
-    pack_kernel(int n, struct activations out, int ld) {
-    int64_t row = blockIdx.x;
-    float v[ROW_VALUES] = {};
-#pragma unroll
-    for (int i = 0; i < ROW_VALUES; i++) {
-        int k = (int)threadIdx.x + i * ROW_THREADS;
-        if (k < n) v[i] = out.f[row * n + k];
-    }
-    write_row(v, n, NULL, out.h + row * ld, out.scale + row, ld);
+/* Grid: [rows]: out = x[rows][n], for a product in f16. */
+__global__ void pack_kernel(const float *x, int n, struct packed out) {
+    int row = (int)blockIdx.x;
+    for (int k = (int)threadIdx.x; k < out.ld; k += THREADS)
+        out.h[packed_at(out, row, k)] =
+            __float2half_rn(k < n ? x[(int64_t)row * n + k] * out.up : 0);
 }
 
 /* nll[row] = -ln softmax(logits[row][V])[targets[row]], in nats */
@@ -1122,6 +1470,7 @@ __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float
                                   const float *v, const float *rope, int layer, int H, int G,
                                   int d) {
     int row = (int)blockIdx.x, g = (int)blockIdx.y, pos = b.pos[row], half = d / 2, group = H / G;
+    wait_for_inputs();
     const float *cosines = rope + (int64_t)pos * d, *sines = cosines + half;
     float *queries = q + ((int64_t)row * H + g * group) * d, *key = k + ((int64_t)row * G + g) * d;
     for (int i = (int)threadIdx.x; i < (group + 1) * half; i += (int)blockDim.x) {
@@ -1490,8 +1839,10 @@ struct gpu {
     struct gpu_sequence seq[SEQUENCES];
     struct gpu_page *spare;
     char *memory;
-    float *x, *delta, *qb, *kb, *vb, *gate, *up, *rope, *partial, *logits, *nll;
-    struct activations act;
+    float *x, *qb, *kb, *vb, *rope, *partial, *logits, *nll;
+    float *f, *gate, *up;         /* of layers in f32: what stands in front of a product; hidden */
+    float *heads;                 /* what attention gives, in f32 */
+    __half *h, *hidden;           /* the same in f16: in front of a product; silu(gate) up */
     __half *w16;                  /* a matrix in f16, for GEMM */
     uint8_t *in, *host_in;        /* what a forward is told: here and in pinned memory */
     float *host_logits;           /* [GRAPH_ROWS][V], pinned */
@@ -1559,6 +1910,7 @@ struct step {
     int n, n_out, from;         /* from: the first row of which something is wanted */
     int tiles, heads, most;     /* most: queries of a tile */
     int split, room;            /* room: rows that the pieces of `in` are laid out for */
+    int in_order;               /* 1: all rows are wanted, one after the other */
     struct batch_view view;
 };
 
@@ -1604,6 +1956,8 @@ static struct step plan_step(const struct gpu *c, const struct batch *b, const i
     s.n_out = b->n_out;
     s.from = b->n_out > 0 ? b->out[0] : b->n;
     s.split = b->n <= SPLIT_ROWS;
+    s.in_order = b->n_out == b->n;
+    for (int i = 0; i < b->n_out; i++) s.in_order &= b->out[i] == i;
     s.room = s.split ? SPLIT_ROWS : c->rows;
     struct batch_view v = view_of(c, c->host_in, s.room);
     size_t bytes = (size_t)b->n * 4, out = (size_t)b->n_out * 4;
@@ -1623,65 +1977,20 @@ static struct step plan_step(const struct gpu *c, const struct batch *b, const i
 
 /* ---- Layers ---- */
 
-static int takes_f16(const struct gpu *c, const struct matrix *w) {
-    return w->type != LVM_F32 && !c->exact;
+/* Where activations of so many columns go. */
+static struct packed packed_into(__half *h, int cols, float up) {
+    struct packed p = {h, round_up(cols, SPAN), 0, up};
+    return p;
 }
 
-/* Columns of activations in f16 for these matrices, or 0 where none takes them. */
-static int packed_columns(const struct gpu *c, const struct part *p, int n) {
-    int ld = 0;
-    for (int i = 0; i < n; i++) ld = takes_f16(c, &p[i].w) ? p[i].w.ld : ld;
-    return ld;
+static int layer_in_f16(const struct gpu *c, const struct gpu_layer *l) {
+    return l->f16 && !c->exact;
 }
 
-static int takes_f32(const struct gpu *c, const struct part *p, int n) {
-    int wanted = 0;
-    for (int i = 0; i < n; i++) wanted |= !takes_f16(c, &p[i].w);
-    return wanted;
-}
-
-/* Where activations for these matrices go. */
-static struct activations room_for(const struct gpu *c, const struct part *p, int n) {
-    struct activations out = c->act;
-    if (!takes_f32(c, p, n)) out.f = NULL;
-    return out;
-}
-
-/* n matrices that multiply the same rows, in one launch where their types are alike. */
-static void matmul(struct gpu *c, const struct part *p, int n, const struct activations *x,
-                   int rows) {
-    int alike = 1;
-    for (int i = 1; i < n; i++) alike &= p[i].w.type == p[0].w.type;
-    int step = alike ? n : 1;
-    for (int i = 0; rows > 0 && i < n; i += step) {
-        if (takes_f16(c, &p[i].w)) matmul_f16(&c->q, p + i, step, x, rows, c->w16);
-        else for (int k = i; k < i + step; k++) matmul_f32(&c->q, p + k, x->f, rows);
-    }
-}
-
-/* Rows from `first` on, of activations with so many columns. */
-static struct activations rows_from(struct activations x, int first, int cols, int ld) {
-    struct activations y = {x.f + (int64_t)first * cols, x.h + (int64_t)first * ld,
-                            x.scale + first};
-    return y;
-}
-
-/* act = rmsnorm(x += delta), rows from `first` on, for the matrices p. */
-static void norm_rows(struct gpu *c, const float *weight, int first, int rows, int has_delta,
-                      const int *which, const struct part *p, int n) {
+/* What attention gives, rows from `from` on: c->heads. */
+static void attention_rows(struct gpu *c, const struct step *s, int layer, int from) {
     const struct llama *a = &c->g->m->llama;
-    int64_t at = (int64_t)first * a->D;
-    norm_kernel<<<(unsigned)rows, ROW_THREADS, 0, c->q.stream>>>(
-        c->x + at, has_delta ? c->delta + at : NULL, weight, a->eps, a->D, which, room_for(c, p, n),
-        packed_columns(c, p, n));
-    launched(&c->q, "norm_kernel");
-}
-
-/* act = attention of rows from `from` on; ld: for a product in f16, or 0. */
-static void attention_rows(struct gpu *c, const struct step *s, int layer, int from, int ld) {
-    const struct llama *a = &c->g->m->llama;
-    int n = a->H * a->d;
-    struct attention job = {s->view, c->kv, c->qb, c->act.f, c->partial, layer, a->H, a->G, a->d,
+    struct attention job = {s->view, c->kv, c->qb, c->heads, c->partial, layer, a->H, a->G, a->d,
                             s->heads, from, 1 / sqrtf((float)a->d)};
     if (c->kv.type == LVM_F32) attend<LVM_F32>(&c->q, &job, s->tiles, s->most, s->split);
     else if (c->kv.type == LVM_F16) attend<LVM_F16>(&c->q, &job, s->tiles, s->most, s->split);
@@ -1690,65 +1999,109 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
         merge_kernel<<<dim3((unsigned)a->H, (unsigned)s->n), 128,
                        sizeof(float) * (size_t)merge_floats(c->max_pages), c->q.stream>>>(job);
     launched(&c->q, "merge_kernel");
-    if (ld == 0) return;
-    pack_kernel<<<(unsigned)(s->n - from), ROW_THREADS, 0, c->q.stream>>>(
-        n, rows_from(c->act, from, n, ld), ld);
+}
+
+/* c->f = rmsnorm of n rows of x. */
+static void norm_f32(struct gpu *c, const float *x, const float *norm, const int *which, int n) {
+    const struct llama *a = &c->g->m->llama;
+    norm_kernel<<<(unsigned)(n + WARPS - 1) / WARPS, THREADS, 0, c->q.stream>>>(
+        x, norm, a->eps, a->D, which, n, c->f);
+    launched(&c->q, "norm_kernel");
+}
+
+/* q, k and v of the rows, where k and v go into the cache; of rows before `from` no q is wanted. */
+static void project_rows(struct gpu *c, const struct step *s, int layer, int from) {
+    const struct llama *a = &c->g->m->llama;
+    const struct gpu_layer *l = &c->g->layers[layer];
+    const struct part q = {l->q, l->q_bias, c->qb + (int64_t)from * a->H * a->d},
+                      k = {l->k, l->k_bias, c->kb}, v = {l->v, l->v_bias, c->vb};
+    const float *wanted = c->x + (int64_t)from * a->D;
+    if (layer_in_f16(c, l)) {
+        struct product_f16 j = {{k, v, q}, from > 0 ? 2 : 3, s->n, c->x, l->attn_norm, a->eps,
+                                packed_into(c->h, a->D, l->ups.attn), {}, NULL};
+        struct product_f16 last = {{q}, 1, s->n - from, wanted, l->attn_norm, a->eps, j.in, {}, NULL};
+        multiply(&c->q, STORE, &j);
+        if (from > 0 && from < s->n) multiply(&c->q, STORE, &last);
+    } else {
+        norm_f32(c, c->x, l->attn_norm, NULL, s->n);
+        matmul_f32(&c->q, &k, c->f, s->n, NULL);
+        matmul_f32(&c->q, &v, c->f, s->n, NULL);
+        if (from < s->n)
+            matmul_f32(&c->q, &q, c->f + (int64_t)from * a->D, s->n - from, NULL);
+    }
+    launch(&c->q, "rope_store_kernel", rope_store_kernel,
+           dim3((unsigned)s->n, (unsigned)a->G), 128, 0, s->view, c->kv, c->qb, c->kb, c->vb,
+           c->rope, layer, a->H, a->G, a->d);
+}
+
+/* x += Wo heads; x += Wdown (silu(Wgate rmsnorm(x)) Wup rmsnorm(x)), rows from `from` on. */
+static void finish_in_f16(struct gpu *c, const struct gpu_layer *l, int from, int n) {
+    const struct llama *a = &c->g->m->llama;
+    const int Q = a->H * a->d;
+    float *x = c->x + (int64_t)from * a->D;
+    struct product_f16 o = {{{l->o, l->o_bias, x}}, 1, n, NULL, NULL, 0,
+                            packed_into(c->h, Q, l->ups.heads), {}, NULL};
+    struct product_f16 hidden = {{{l->gate, NULL, NULL}, {l->up, NULL, NULL}}, 2, n, x, l->ffn_norm,
+                                 a->eps, packed_into(c->h, a->D, l->ups.ffn),
+                                 packed_into(c->hidden, a->F, l->ups.hidden), NULL};
+    struct product_f16 down = {{{l->down, NULL, x}}, 1, n, NULL, NULL, 0, hidden.out, {}, NULL};
+    pack_kernel<<<(unsigned)n, THREADS, 0, c->q.stream>>>(c->heads + (int64_t)from * Q, Q, o.in);
     launched(&c->q, "pack_kernel");
+    multiply(&c->q, ADD, &o);
+    multiply(&c->q, SWIGLU, &hidden);
+    multiply(&c->q, ADD, &down);
 }
 
-/* q, k and v of the rows, k and v into the cache; of rows before `from` no q is wanted. */
-static void project_and_store(struct gpu *c, const struct step *s, int layer, int from) {
+/* The same in f32. */
+static void finish_in_f32(struct gpu *c, const struct gpu_layer *l, int from, int n) {
     const struct llama *a = &c->g->m->llama;
-    const struct gpu_layer *l = &c->g->layers[layer];
-    int64_t Q = (int64_t)a->H * a->d;
-    const struct part qkv[3] = {{l->q, l->q_bias, c->qb + from * Q},
-                                {l->k, l->k_bias, c->kb}, {l->v, l->v_bias, c->vb}};
-    int apart = from > 0;
-    norm_rows(c, l->attn_norm, 0, s->n, layer > 0, NULL, qkv, 3);
-    matmul(c, qkv + apart, 3 - apart, &c->act, s->n);
-    struct activations wanted = rows_from(c->act, from, a->D, l->q.ld);
-    if (apart) matmul(c, qkv, 1, &wanted, s->n - from);
-    rope_store_kernel<<<dim3((unsigned)s->n, (unsigned)a->G), 128, 0, c->q.stream>>>(
-        s->view, c->kv, c->qb, c->kb, c->vb, c->rope, layer, a->H, a->G, a->d);
-    launched(&c->q, "rope_store_kernel");
-}
-
-/* One layer; see run_layer in lvm.c, whose steps these are. */
-static void run_layer(struct gpu *c, const struct step *s, int layer) {
-    const struct llama *a = &c->g->m->llama;
-    const struct gpu_layer *l = &c->g->layers[layer];
-    int from = layer + 1 < a->L ? 0 : s->from, n = s->n - from;
-    int64_t D = a->D;
-    project_and_store(c, s, layer, from);
-    if (n == 0) return;
-    const struct part o = {l->o, l->o_bias, c->delta + from * D};
-    int ld = packed_columns(c, &o, 1);
-    attention_rows(c, s, layer, from, ld);
-    struct activations rows = rows_from(c->act, from, a->H * a->d, ld);
-    matmul(c, &o, 1, &rows, n);
-    const struct part gate_up[2] = {{l->gate, NULL, c->gate}, {l->up, NULL, c->up}};
-    norm_rows(c, l->ffn_norm, from, n, 1, NULL, gate_up, 2);
-    matmul(c, gate_up, 2, &c->act, n);
-    const struct part down = {l->down, NULL, c->delta + from * D};
-    swiglu_kernel<<<(unsigned)n, ROW_THREADS, 0, c->q.stream>>>(
-        c->gate, c->up, a->F, room_for(c, &down, 1), packed_columns(c, &down, 1));
+    int64_t all = (int64_t)n * a->F;
+    float *x = c->x + (int64_t)from * a->D;
+    const struct part o = {l->o, l->o_bias, x}, gate = {l->gate, NULL, c->gate},
+                      up = {l->up, NULL, c->up}, down = {l->down, NULL, x};
+    matmul_f32(&c->q, &o, c->heads + (int64_t)from * a->H * a->d, n, x);
+    norm_f32(c, x, l->ffn_norm, NULL, n);
+    matmul_f32(&c->q, &gate, c->f, n, NULL);
+    matmul_f32(&c->q, &up, c->f, n, NULL);
+    swiglu_kernel<<<(unsigned)((all + THREADS - 1) / THREADS), THREADS, 0, c->q.stream>>>(
+        c->gate, c->up, all);
     launched(&c->q, "swiglu_kernel");
-    matmul(c, &down, 1, &c->act, n);
+    matmul_f32(&c->q, &down, c->gate, n, x);
+}
+
+/* One layer; see run_layer in lvm.c, whose steps these are. In the last one only rows from s->from
+   on are wanted. */
+static void run_layer(struct gpu *c, const struct step *s, int layer) {
+    const struct gpu_layer *l = &c->g->layers[layer];
+    int from = layer + 1 < c->g->m->llama.L ? 0 : s->from, n = s->n - from;
+    project_rows(c, s, layer, from);
+    if (n == 0) return;
+    attention_rows(c, s, layer, from);
+    if (layer_in_f16(c, l)) finish_in_f16(c, l, from, n);
+    else finish_in_f32(c, l, from, n);
 }
 
 static void embed_rows(struct gpu *c, const struct step *s) {
     with_type(c->g->embed.type, [&](auto type) {
-        embed_kernel<decltype(type)::value><<<(unsigned)s->n, THREADS, 0, c->q.stream>>>(
-            c->g->embed, s->view.tokens, c->x);
-        launched(&c->q, "embed_kernel");
+        launch(&c->q, "embed_kernel", embed_kernel<decltype(type)::value>, dim3((unsigned)s->n),
+               THREADS, 0, c->g->embed, s->view.tokens, c->x);
     });
 }
 
 /* Logits of up to LOGIT_ROWS of the rows that are wanted, number `at` and the following. */
 static void run_head(struct gpu *c, const struct step *s, int at, int n) {
+    const struct llama *a = &c->g->m->llama;
     const struct part output = {c->g->output, NULL, c->logits};
-    norm_rows(c, c->g->norm, 0, n, 1, s->view.out + at, &output, 1);
-    matmul(c, &output, 1, &c->act, n);
+    const int *which = s->in_order ? NULL : s->view.out + at;
+    const float *x = s->in_order ? c->x + (int64_t)at * a->D : c->x;
+    if (output.w.type == LVM_F32 || c->exact || a->D % 4 != 0) {
+        norm_f32(c, x, c->g->norm, which, n);
+        matmul_f32(&c->q, &output, c->f, n, NULL);
+        return;
+    }
+    struct product_f16 j = {{output}, 1, n, x, c->g->norm, a->eps,
+                            packed_into(c->h, a->D, c->g->head_up), {}, which};
+    multiply(&c->q, STORE, &j);
 }
 
 static void tell(struct gpu *c, const struct step *s) {
@@ -1834,7 +2187,7 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
     }
     if (code == LVM_OK) {
         struct step s = plan_step(c, b, pos);
-        int few = b->n <= GRAPH_ROWS && b->n_out == b->n && b->logits != NULL;
+        int few = b->n <= GRAPH_ROWS && s.in_order && b->logits != NULL;
         code = few ? forward_few(c, &s, b->logits, error) : forward_many(c, &s, b, error);
     }
     if (code != LVM_OK)
@@ -1901,7 +2254,7 @@ __global__ void group_scales_kernel(const double *sums, int chunks, int pixels, 
     }
 }
 
-static __device__ float normed(float x, float scale, float shift, int silu) {
+static __device__ float group_normed(float x, float scale, float shift, int silu) {
     float v = fmaf(x, scale, shift);
     return silu ? v / (1 + expf(-v)) : v;
 }
@@ -1914,8 +2267,8 @@ __global__ void apply_norm_kernel(const float *x, const float *scale, const floa
     int64_t at = i / area * c + i % c;
     float4 v = *(const float4 *)(x + i), a = *(const float4 *)(scale + at),
            b = *(const float4 *)(shift + at);
-    *(float4 *)(y + i) = make_float4(normed(v.x, a.x, b.x, silu), normed(v.y, a.y, b.y, silu),
-                                     normed(v.z, a.z, b.z, silu), normed(v.w, a.w, b.w, silu));
+    *(float4 *)(y + i) = make_float4(group_normed(v.x, a.x, b.x, silu), group_normed(v.y, a.y, b.y, silu),
+                                     group_normed(v.z, a.z, b.z, silu), group_normed(v.w, a.w, b.w, silu));
 }
 
 __global__ void from_bytes_kernel(const uint8_t *rgb, int64_t n, float *x) {
@@ -2046,7 +2399,7 @@ static void run_residual(struct gpu *c, const struct vq_op *op, const struct gpu
 }
 
 static struct matrix as_matrix(const float *x, int rows, int cols, int ld) {
-    struct matrix m = {LVM_F32, rows, cols, ld, (uint8_t *)x, NULL};
+    struct matrix m = {LVM_F32, rows, cols, ld, 0, (uint8_t *)x, NULL};
     return m;
 }
 
@@ -2061,12 +2414,12 @@ static void attend_image(struct gpu *c, int image) {
     for (int first = 0; first < n; first += step) {
         int rows = (int)min64(step, n - first);
         struct part scores = {as_matrix(v->k + at, n, ch, ch), NULL, v->s};
-        matmul_f32(&c->q, &scores, v->q + at + (int64_t)first * ch, rows);
+        matmul_f32(&c->q, &scores, v->q + at + (int64_t)first * ch, rows, NULL);
         softmax_kernel<<<(unsigned)rows, THREADS, 0, c->q.stream>>>(v->s, n,
                                                                     1 / sqrtf((float)ch));
         launched(&c->q, "softmax_kernel");
         struct part values = {as_matrix(v->u, ch, n, ld), NULL, v->t + at + (int64_t)first * ch};
-        matmul_f32(&c->q, &values, v->s, rows);
+        matmul_f32(&c->q, &values, v->s, rows, NULL);
     }
 }
 
@@ -2134,7 +2487,7 @@ static void quantize_images(struct gpu *c, int n) {
     int T = vq->S * vq->S;
     for (int i = 0; i < n; i++) {
         struct part dots = {c->g->codebook, NULL, c->vq.dots};
-        matmul_f32(&c->q, &dots, c->vq.x + (int64_t)i * T * vq->code_dim, T);
+        matmul_f32(&c->q, &dots, c->vq.x + (int64_t)i * T * vq->code_dim, T, NULL);
         nearest_kernel<<<(unsigned)T, THREADS, 0, c->q.stream>>>(c->vq.dots, c->g->code_norms,
                                                                  vq->codes, c->vq.ids + i * T);
         launched(&c->q, "nearest_kernel");
@@ -2222,24 +2575,34 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
 /* =================================================================================================
    9.  The seam */
 
+/* 1: a layer or the output goes by f32 products. */
+static int needs_f32(const struct gpu *c) {
+    const struct llama *a = &c->g->m->llama;
+    int f32 = c->exact || c->g->output.type == LVM_F32;
+    for (int i = 0; i < a->L; i++) f32 |= !c->g->layers[i].f16;
+    return f32;
+}
+
 static void place_lm(struct gpu *c, struct arena *a) {
     const struct gpu_model *g = c->g;
     const struct llama *l = &g->m->llama;
     int64_t N = c->rows, Q = (int64_t)l->H * l->d, K = (int64_t)l->G * l->d, V = l->V,
-            widest = max64(max64(l->D, l->F), Q), w16 = 0;
+            w16 = 0;
     if (l->L == 0) return;
     for (int i = 0; i < g->m->n_specs; i++)
         if (g->m->specs[i].kind == T_MATRIX || g->m->specs[i].kind == T_OUTPUT ||
             g->m->specs[i].kind == T_EMBED)
             w16 = max64(w16, (int64_t)g->map[i].rows * g->map[i].ld);
+    int64_t hidden = l->F * needs_f32(c), front = max64(l->D * needs_f32(c), LOGIT_ROWS);
     struct { float **p; int64_t n; } all[] = {
-        {&c->x, N * l->D}, {&c->delta, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K},
-        {&c->gate, N * l->F}, {&c->up, N * l->F}, {&c->rope, (int64_t)l->context * l->d},
+        {&c->x, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K}, {&c->heads, N * Q},
+        {&c->f, N * front}, {&c->gate, N * hidden}, {&c->up, N * hidden},
+        {&c->rope, (int64_t)l->context * l->d},
         {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (c->kv.dp + 2)},
-        {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}, {&c->act.f, N * widest},
-        {&c->act.scale, N}};
+        {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}};
     for (const auto &one : all) take(a, one.p, one.n);
-    take(a, &c->act.h, N * ((widest + SPAN - 1) / SPAN * SPAN));
+    take(a, &c->h, (int64_t)N * round_up((int)max64(l->D, Q), SPAN));
+    take(a, &c->hidden, (int64_t)N * round_up(l->F, SPAN));
     take(a, &c->w16, w16);
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
 }
@@ -2328,10 +2691,30 @@ static void gpu_close(void *state) {
     free(c);
 }
 
+template <int TYPE, int KIND> static cudaError_t allow_gemv(void) {
+    cudaError_t e = cudaSuccess;
+    const void *all[] = {(const void *)gemv_kernel<TYPE, KIND, 1, 1>,
+                         (const void *)gemv_kernel<TYPE, KIND, 4, 0>,
+                         (const void *)gemv_kernel<TYPE, KIND, 8, 0>};
+    for (const void *kernel : all) {
+        cudaError_t one = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                               STAGED_MOST + GEMV_WARPS * ring<TYPE>::BYTES);
+        e = e == cudaSuccess ? one : e;
+    }
+    return e;
+}
+
 static cudaError_t allow_kernels(const struct gpu *c) {
-    cudaError_t e = cudaFuncSetAttribute(gemm_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                         GEMM_SHARED);
-    if (e != cudaSuccess || c->g->m->llama.L == 0) return e;
+    cudaError_t e = cudaSuccess;
+    if (c->g->m->llama.L == 0) return e;
+    for (int type : {LVM_F16, LVM_BF16, LVM_Q8_0, LVM_Q4_0})
+        with_type(type, [&](auto t) {
+            constexpr int T = decltype(t)::value == LVM_F32 ? LVM_F16 : decltype(t)::value;
+            if (e == cudaSuccess) e = allow_gemv<T, STORE>();
+            if (e == cudaSuccess) e = allow_gemv<T, ADD>();
+            if (e == cudaSuccess) e = allow_gemv<T, SWIGLU>();
+        });
+    if (e != cudaSuccess) return e;
     return c->kv.type == LVM_F32   ? allow_shared<LVM_F32>(c->kv.dp)
            : c->kv.type == LVM_F16 ? allow_shared<LVM_F16>(c->kv.dp)
                                    : allow_shared<LVM_Q8_0>(c->kv.dp);
@@ -2375,6 +2758,8 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
     c->g = g;
     c->o = o;
     c->q.device = g->q.device;
+    c->q.chains = g->q.chains;
+    c->q.sms = g->q.sms;
     c->exact = o->exact;
     c->images = 1;
     c->rows = (int)max64(SEQUENCES, min64(MAX_ROWS_GPU, a->context));
@@ -2383,10 +2768,7 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
         c->kv = kv_layout_of(o->kv_type, a->d);
         c->page_bytes = (size_t)a->L * (size_t)a->G * 2 * (size_t)c->kv.head_bytes;
     }
-    int code = max64(max64(a->D, a->F), (int64_t)a->H * a->d) <= ROW_VALUES * ROW_THREADS
-                   ? use_device(&c->q, error)
-                   : fail(error, LVM_UNSUPPORTED, "%s: rows are wider than %d, the most on a GPU",
-                          g->m->path, ROW_VALUES * ROW_THREADS);
+    int code = use_device(&c->q, error);
     if (code == LVM_OK) code = gpu_alloc(c, error);
     if (code == LVM_OK) {
         *limits = {c->images, c->rows, SEQUENCES, KEYS};
