@@ -33,7 +33,11 @@
    model. */
 #define LVM_INTERNAL
 #include "lvm.c"
+#include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
+#include <unistd.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -121,40 +125,35 @@ static size_t plane_bytes(int type, size_t elements) {
            : type == LVM_Q4_0 ? elements / 2 : elements * 2;
 }
 
-/* raw[rows][row_bytes], blocks as they lie in the file -> planes from row `first` on; a thread a
-   block. Floor: bytes in + bytes out. */
-__global__ void split_q8_0(const uint8_t *raw, int64_t row_bytes, int first, int rows,
-                           struct matrix m) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    int blocks = m.ld / QK, b = (int)(i % blocks), inside = b < m.cols / QK;
-    int64_t row = i / blocks;
-    if (row >= rows) return;
-    const uint8_t *from = raw + row * row_bytes + b * 34;
-    uint8_t *to = m.q + (first + row) * m.ld + b * QK;
-    uint16_t d = inside ? from[0] | from[1] << 8 : 0;
-    m.d[(first + row) * blocks + b] = __ushort_as_half(d);
-    for (int k = 0; k < QK; k++) to[k] = inside ? from[2 + k] ^ 0x80 : 0x80;
+/* A block as it lies in the file -> its place in the planes, where it is number b of its row; NULL:
+   a block of zeros behind the row's last. */
+static __device__ void split_q8_0(const uint8_t *block, const struct matrix &m, int64_t row,
+                                  int b) {
+    const uint16_t *from = (const uint16_t *)block;
+    uint32_t w[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+        w[k] = (block != NULL ? from[1 + 2 * k] | (uint32_t)from[2 + 2 * k] << 16 : 0) ^ 0x80808080;
+    uint4 *to = (uint4 *)(m.q + row * m.ld + b * QK);
+    to[0] = make_uint4(w[0], w[1], w[2], w[3]);
+    to[1] = make_uint4(w[4], w[5], w[6], w[7]);
+    m.d[row * (m.ld / QK) + b] = __ushort_as_half(block != NULL ? from[0] : 0);
 }
 
-__global__ void split_q4_0(const uint8_t *raw, int64_t row_bytes, int first, int rows,
-                           struct matrix m) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    int blocks = m.ld / QK, b = (int)(i % blocks), inside = b < m.cols / QK;
-    int64_t row = i / blocks;
-    if (row >= rows) return;
-    const uint8_t *from = raw + row * row_bytes + b * 18;
-    uint32_t *to = (uint32_t *)(m.q + ((first + row) * m.ld + b * QK) / 2);
-    uint16_t d = inside ? from[0] | from[1] << 8 : 0;
-    m.d[(first + row) * blocks + b] = __ushort_as_half(d);
+static __device__ void split_q4_0(const uint8_t *block, const struct matrix &m, int64_t row,
+                                  int b) {
+    uint32_t *to = (uint32_t *)(m.q + (row * m.ld + b * QK) / 2);
     for (int w = 0; w < 4; w++) {
         uint32_t word = 0;
         for (int k = 0; k < 8; k++) {
             int e = 8 * w + k;
-            uint32_t q = inside ? from[2 + e % 16] >> e / 16 * 4 & 15 : 8;
+            uint32_t q = block != NULL ? block[2 + e % 16] >> e / 16 * 4 & 15 : 8;
             word |= q << (k / 2 + k % 2 * 4) * 4;
         }
         to[w] = word;
     }
+    m.d[row * (m.ld / QK) + b] =
+        __ushort_as_half(block != NULL ? *(const uint16_t *)block : (uint16_t)0);
 }
 
 static __device__ __half2 as_half2(uint32_t u) {
@@ -318,33 +317,163 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
     take(a, &g->code_norms, g->m->vq != NULL ? g->m->vq->codes : 0);
 }
 
-enum { STAGING = 64 << 20 }; /* bytes of quantised rows that go over at a time */
+/* ---- Upload ----
 
-static void upload_quantised(struct queue *q, const struct tensor *t, struct matrix m,
-                             uint8_t *staging) {
-    int step = (int)max64(1, STAGING / t->row_bytes);
-    for (int first = 0; first < m.rows; first += step) {
-        int rows = (int)min64(step, m.rows - first);
-        int grid = (int)(((int64_t)rows * (m.ld / QK) + THREADS - 1) / THREADS);
-        note(q, cudaMemcpyAsync(staging, tensor_row(t, first), (size_t)(rows * t->row_bytes),
-                                cudaMemcpyHostToDevice, q->stream), "copying weights");
-        if (t->type == LVM_Q8_0)
-            split_q8_0<<<grid, THREADS, 0, q->stream>>>(staging, t->row_bytes, first, rows, m);
-        else split_q4_0<<<grid, THREADS, 0, q->stream>>>(staging, t->row_bytes, first, rows, m);
-        launched(q, "split_q8_0, split_q4_0");
+   The tensors' bytes, one behind the other, are cut into pieces; a piece begins with the list of
+   what it holds. Each of some CPU threads takes the next piece, copies it from the (mapped) file
+   into pinned memory of its own, sends it over PCIe, lets a kernel put its units where they belong,
+   and waits for that: meanwhile the other threads copy and send theirs. A unit is a quantised
+   block, or 16 bytes, or an element where rows are no multiple of that. */
+
+enum { PIECE = 2 << 20, PARTS = 256 /* tensors, or pieces of such, in one */, UPLOADERS = 8 };
+
+struct piece_part {
+    struct matrix m;
+    int unit, n, at;     /* bytes of a unit; how many there are, from byte `at` of the piece on */
+    int64_t first;       /* in the tensor */
+    const uint8_t *from; /* on the host */
+};
+
+struct upload {
+    const struct gpu_model *g;
+    pthread_mutex_t mutex;
+    int tensor, failed;  /* what comes next; 1: a thread met an error */
+    int64_t unit;
+};
+
+struct uploader {
+    struct upload *all;
+    struct queue q;
+    uint8_t *host, *device; /* a piece each */
+    pthread_t thread;
+};
+
+static int unit_bytes(const struct matrix &m) {
+    if (type_is_quantised(m.type)) return (int)type_bytes(m.type, QK);
+    int size = (int)plane_bytes(m.type, 1);
+    return (int64_t)m.cols * size % 16 == 0 ? 16 : size;
+}
+
+/* The list of the next piece; returns its length, 0 at the end. */
+static int next_piece(struct upload *all, struct piece_part *list) {
+    const lvm_model *m = all->g->m;
+    int n = 0, used = PARTS * (int)sizeof *list;
+    pthread_mutex_lock(&all->mutex);
+    while (!all->failed && all->tensor < m->n_specs && n < PARTS && used + 64 <= PIECE) {
+        const struct tensor *t = m->specs[all->tensor].tensor;
+        const struct matrix to = all->g->map[all->tensor];
+        int unit = unit_bytes(to);
+        int64_t left = t->data != NULL ? t->rows * t->row_bytes / unit - all->unit : 0,
+                k = min64(left, (PIECE - used) / unit);
+        if (k > 0) list[n++] = {to, unit, (int)k, used, all->unit, t->data + all->unit * unit};
+        used += round_up((int)k * unit, 16);
+        all->unit = k < left ? all->unit + k : 0;
+        all->tensor += k == left;
+    }
+    pthread_mutex_unlock(&all->mutex);
+    return n;
+}
+
+static __device__ void place_plain(const uint8_t *from, const struct matrix &m, int unit,
+                                   int64_t row, int at) {
+    uint8_t *to = m.q + row * m.ld * (m.type == LVM_F32 ? 4 : 2) + (int64_t)at * unit;
+    if (unit == 16) *(uint4 *)to = from != NULL ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
+    else if (unit == 4) *(uint32_t *)to = from != NULL ? *(const uint32_t *)from : 0;
+    else *(uint16_t *)to = from != NULL ? *(const uint16_t *)from : (uint16_t)0;
+}
+
+static __device__ void place_unit(const uint8_t *from, const struct matrix &m, int unit,
+                                  int64_t row, int at) {
+    if (m.type == LVM_Q8_0) split_q8_0(from, m, row, at);
+    else if (m.type == LVM_Q4_0) split_q4_0(from, m, row, at);
+    else place_plain(from, m, unit, row, at);
+}
+
+/* Reads a piece, writes planes; blockIdx.y is the part, a thread takes a unit, and a row's last
+   unit brings the zeros behind it. Floor: bytes in + bytes out, far less than PCIe takes. */
+__global__ void place_kernel(const uint8_t *piece) {
+    const struct piece_part p = ((const struct piece_part *)piece)[blockIdx.y];
+    const int quantised = p.m.type == LVM_Q8_0 || p.m.type == LVM_Q4_0;
+    const int elements = quantised ? QK : p.unit / (p.m.type == LVM_F32 ? 4 : 2);
+    const int row_units = p.m.cols / elements, all = p.m.ld / elements;
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < p.n;
+         i += (int)(gridDim.x * blockDim.x)) {
+        int64_t row = (p.first + i) / row_units;
+        int at = (int)((p.first + i) % row_units);
+        place_unit(piece + p.at + (int64_t)i * p.unit, p.m, p.unit, row, at);
+        for (at++; at >= row_units && at < all; at++) place_unit(NULL, p.m, p.unit, row, at);
     }
 }
 
-static void upload(struct queue *q, const struct tensor *t, struct matrix m, uint8_t *staging) {
-    size_t size = plane_bytes(m.type, 1), ld = (size_t)m.ld * size, cols = (size_t)m.cols * size;
-    if (t->data == NULL) return;
-    if (type_is_quantised(t->type)) {
-        upload_quantised(q, t, m, staging);
-        return;
+/* Sends a piece of n parts and waits for it. */
+static void send_piece(struct uploader *u, int n) {
+    const struct piece_part *list = (const struct piece_part *)u->host, *end = list + n - 1;
+    int most = 0;
+    for (int i = 0; i < n; i++) {
+        memcpy(u->host + list[i].at, list[i].from, (size_t)list[i].n * (size_t)list[i].unit);
+        most = (int)max64(most, list[i].n);
     }
-    note(q, cudaMemsetAsync(m.q, 0, ld * (size_t)m.rows, q->stream), "cudaMemset");
-    note(q, cudaMemcpy2DAsync(m.q, ld, t->data, cols, cols, (size_t)m.rows, cudaMemcpyHostToDevice,
-                              q->stream), "copying weights");
+    note(&u->q, cudaMemcpyAsync(u->device, u->host, (size_t)(end->at + end->n * end->unit),
+                                cudaMemcpyHostToDevice, u->q.stream), "copying weights");
+    dim3 grid((unsigned)min64(256, (most + THREADS - 1) / THREADS), (unsigned)n);
+    place_kernel<<<grid, THREADS, 0, u->q.stream>>>(u->device);
+    launched(&u->q, "place_kernel");
+    note(&u->q, cudaStreamSynchronize(u->q.stream), "cudaStreamSynchronize");
+}
+
+static void *upload_thread(void *arg) {
+    struct uploader *u = (struct uploader *)arg;
+    note(&u->q, cudaSetDevice(u->q.device), "cudaSetDevice");
+    for (int n = 1; n > 0 && u->q.error == cudaSuccess;) {
+        n = next_piece(u->all, (struct piece_part *)u->host);
+        if (n > 0) send_piece(u, n);
+    }
+    if (u->q.error == cudaSuccess) return NULL;
+    pthread_mutex_lock(&u->all->mutex);
+    u->all->failed = 1;
+    pthread_mutex_unlock(&u->all->mutex);
+    return NULL;
+}
+
+/* The calling thread is the first of n; where no further one can be started those there are do all.
+   Signals are left to the program's own threads. */
+static void upload_by(struct uploader *u, int n) {
+    int started = 1;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (; started < n; started++)
+        if (pthread_create(&u[started].thread, NULL, upload_thread, &u[started]) != 0) break;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    upload_thread(&u[0]);
+    for (int i = 1; i < started; i++) pthread_join(u[i].thread, NULL);
+}
+
+static void upload_weights(struct gpu_model *g) {
+    struct upload all = {g, PTHREAD_MUTEX_INITIALIZER, 0, 0, 0};
+    struct uploader u[UPLOADERS] = {};
+    struct queue *q = &g->q;
+    uint8_t *host = NULL, *device = NULL;
+    int n = (int)min64(min64(UPLOADERS, max64(2, sysconf(_SC_NPROCESSORS_ONLN))),
+                       (int64_t)g->bytes / PIECE + 1);
+    note(q, cudaMallocHost((void **)&host, (size_t)n * PIECE), "cudaMallocHost of staging memory");
+    note(q, cudaMalloc((void **)&device, (size_t)n * PIECE), "cudaMalloc of staging memory");
+    for (int i = 0; i < n; i++) {
+        u[i].all = &all;
+        u[i].q.device = q->device;
+        u[i].host = host + (size_t)i * PIECE;
+        u[i].device = device + (size_t)i * PIECE;
+        note(q, cudaStreamCreateWithFlags(&u[i].q.stream, cudaStreamNonBlocking),
+             "cudaStreamCreate");
+    }
+    if (q->error == cudaSuccess) upload_by(u, n);
+    for (int i = 0; i < n; i++) {
+        note(q, u[i].q.error, u[i].q.what);
+        if (u[i].q.stream != NULL) cudaStreamDestroy(u[i].q.stream);
+    }
+    cudaFree(device);
+    cudaFreeHost(host);
+    pthread_mutex_destroy(&all.mutex);
 }
 
 /* norms[i] = |e_i|^2, in doubles; a thread a code. */
@@ -445,10 +574,7 @@ static int look_at_codebook(struct gpu_model *g, lvm_error *error) {
 
 static int gpu_model_fill(struct gpu_model *g, lvm_error *error) {
     struct queue *q = &g->q;
-    uint8_t *staging = NULL;
-    note(q, cudaMalloc((void **)&staging, STAGING + (1 << 20)), "cudaMalloc of a staging buffer");
-    for (int i = 0; q->error == cudaSuccess && i < g->m->n_specs; i++)
-        upload(q, g->m->specs[i].tensor, g->map[i], staging);
+    upload_weights(g);
     if (q->error == cudaSuccess && g->m->vq != NULL)
         with_type(g->codebook.type, [&](auto type) {
             int grid = (g->codebook.rows + THREADS - 1) / THREADS;
@@ -457,7 +583,6 @@ static int gpu_model_fill(struct gpu_model *g, lvm_error *error) {
             launched(q, "code_norms_kernel");
         });
     int code = wait_for(q, error);
-    cudaFree(staging);
     return code == LVM_OK && g->m->vq != NULL ? look_at_codebook(g, error) : code;
 }
 
@@ -2452,10 +2577,187 @@ static int gpu_count(lvm_error *error) {
     return 0;
 }
 
+/* ---- Ceilings, for `lvm bench` ----
+
+   What kernels are compared with, measured on the card itself: medians of a few runs each, by
+   events. Buffers of a gigabyte fit no cache. */
+
+enum { GEMM_SIDE = 8192, FMA_ROUNDS = 4096, FMA_CHAINS = 8 };
+static const size_t CEILING_BYTES = (size_t)1 << 30, PINNED_BYTES = 64 << 20;
+
+/* to[n] = from[n]; where to is NULL it only reads. */
+__global__ void copy_kernel(const uint4 *from, uint4 *to, int64_t n) {
+    const int64_t step = (int64_t)gridDim.x * blockDim.x;
+    uint32_t sum = 0;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += 4 * step) {
+        uint4 v[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) v[k] = from[min(i + k * step, n - 1)];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            if (to != NULL) to[min(i + k * step, n - 1)] = v[k];
+            sum |= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
+        }
+    }
+    if (to == NULL && sum == 0x12345678) *(uint32_t *)from = sum; /* or nothing would be read */
+}
+
+/* FMA_CHAINS times FMA_ROUNDS multiply-adds a thread. */
+__global__ void fma_kernel(float *out, float a, float b) {
+    float x[FMA_CHAINS];
+    for (int c = 0; c < FMA_CHAINS; c++) x[c] = a * (float)((int)threadIdx.x + c);
+    for (int i = 0; i < FMA_ROUNDS; i++)
+#pragma unroll
+        for (int c = 0; c < FMA_CHAINS; c++) x[c] = fmaf(x[c], a, b);
+    float sum = 0;
+    for (int c = 0; c < FMA_CHAINS; c++) sum += x[c];
+    if (sum == 12345) *out = sum;
+}
+
+/* About normal numbers: power, and with it the clock of tensor cores, depends on what they
+   multiply. As f16, or bf16. */
+__global__ void random_kernel(uint16_t *out, int64_t n, int bf16) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    uint64_t h = (uint64_t)i * 0x9e3779b97f4a7c15u;
+    h = (h ^ h >> 32) * 0xd6e8feb86659fd93u;
+    h ^= h >> 32;
+    float x = 0;
+    for (int k = 0; k < 4; k++) x += (float)(h >> 16 * k & 0xffff) / 32768 - 1;
+    out[i] = bf16 ? __bfloat16_as_ushort(__float2bfloat16(x)) : __half_as_ushort(__float2half(x));
+}
+
+static int compare_times(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* Seconds that work() takes. */
+template <class F> static double median_seconds(struct queue *q, F work) {
+    enum { WARM = 3, RUNS = 15 };
+    cudaEvent_t start = NULL, end = NULL;
+    float ms[RUNS] = {0};
+    note(q, cudaEventCreate(&start), "cudaEventCreate");
+    note(q, cudaEventCreate(&end), "cudaEventCreate");
+    for (int i = -WARM; q->error == cudaSuccess && i < RUNS; i++) {
+        note(q, cudaEventRecord(start, q->stream), "cudaEventRecord");
+        work();
+        note(q, cudaEventRecord(end, q->stream), "cudaEventRecord");
+        note(q, cudaEventSynchronize(end), "cudaEventSynchronize");
+        if (i >= 0) note(q, cudaEventElapsedTime(&ms[i], start, end), "cudaEventElapsedTime");
+    }
+    if (start != NULL) cudaEventDestroy(start);
+    if (end != NULL) cudaEventDestroy(end);
+    qsort(ms, RUNS, sizeof *ms, compare_times);
+    return q->error == cudaSuccess ? ms[RUNS / 2] / 1000 : HUGE_VAL;
+}
+
+/* What is taken of cuBLAS, which is opened where it is there; nothing else needs it. */
+struct blas {
+    void *library, *handle;
+    int (*create)(void **handle);
+    int (*destroy)(void *handle);
+    int (*set_stream)(void *handle, cudaStream_t stream);
+    int (*gemm)(void *handle, int trans_a, int trans_b, int m, int n, int k, const void *alpha,
+                const void *a, cudaDataType a_type, int lda, const void *b, cudaDataType b_type,
+                int ldb, const void *beta, void *c, cudaDataType c_type, int ldc, int compute,
+                int algorithm);
+};
+
+static int blas_open(struct blas *b) {
+    static const char *const names[] = {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11",
+                                        "libcublas.so"};
+    *b = blas();
+    for (size_t i = 0; b->library == NULL && i < sizeof names / sizeof *names; i++)
+        b->library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+    if (b->library == NULL) return 0;
+    *(void **)&b->create = dlsym(b->library, "cublasCreate_v2");
+    *(void **)&b->destroy = dlsym(b->library, "cublasDestroy_v2");
+    *(void **)&b->set_stream = dlsym(b->library, "cublasSetStream_v2");
+    *(void **)&b->gemm = dlsym(b->library, "cublasGemmEx");
+    if (b->create != NULL && b->destroy != NULL && b->set_stream != NULL && b->gemm != NULL &&
+        b->create(&b->handle) == 0)
+        return 1;
+    dlclose(b->library);
+    return 0;
+}
+
+/* Operations a second of a square product of 16-bit numbers with f32 sums, by cuBLAS: the better
+   type. 0 where there is no cuBLAS. memory: room for three matrices. */
+static double gemm_peak(struct queue *q, uint16_t *memory) {
+    enum { N = GEMM_SIDE, COMPUTE_32F = 68, DEFAULT = -1, NORMAL = 0 };
+    const int64_t n = (int64_t)N * N;
+    const float one = 1, zero = 0;
+    struct blas b;
+    double best = 0;
+    if (!blas_open(&b)) return 0;
+    int bad = b.set_stream(b.handle, q->stream);
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        cudaDataType type = bf16 ? CUDA_R_16BF : CUDA_R_16F;
+        random_kernel<<<blocks_of(2 * n), THREADS, 0, q->stream>>>(memory, 2 * n, bf16);
+        launched(q, "random_kernel");
+        double took = median_seconds(q, [&]() {
+            bad |= b.gemm(b.handle, NORMAL, NORMAL, N, N, N, &one, memory, type, N, memory + n,
+                          type, N, &zero, memory + 2 * n, type, N, COMPUTE_32F, DEFAULT);
+        });
+        best = fmax(best, 2.0 * N * N * N / took);
+    }
+    b.destroy(b.handle);
+    dlclose(b.library);
+    return bad == 0 ? best : 0;
+}
+
+static void measure_ceilings(struct queue *q, char *memory, char *pinned, struct ceilings *c) {
+    const int64_t n = (int64_t)(CEILING_BYTES / sizeof(uint4));
+    const uint4 *from = (const uint4 *)memory;
+    uint4 *to = (uint4 *)(memory + CEILING_BYTES);
+    const double bytes = (double)CEILING_BYTES;
+    const unsigned blocks = (unsigned)(n / (4 * THREADS));
+    int processors = 1;
+    note(q, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q->device),
+         "cudaDeviceGetAttribute");
+    note(q, cudaMemsetAsync(memory, 1, 2 * CEILING_BYTES, q->stream), "cudaMemset");
+    double by_driver = median_seconds(q, [&]() {
+        note(q, cudaMemcpyAsync(to, from, CEILING_BYTES, cudaMemcpyDeviceToDevice, q->stream),
+             "copying memory");
+    });
+    double by_kernel = median_seconds(
+        q, [&]() { copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, to, n); });
+    c->copy = 2 * bytes / fmin(by_driver, by_kernel);
+    c->read = bytes / median_seconds(q, [&]() {
+        copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, NULL, n);
+    });
+    c->upload = (double)PINNED_BYTES / median_seconds(q, [&]() {
+        note(q, cudaMemcpyAsync(memory, pinned, PINNED_BYTES, cudaMemcpyHostToDevice, q->stream),
+             "copying from pinned memory");
+    });
+    const unsigned many = (unsigned)processors * 32;
+    c->f32 = 2.0 * FMA_ROUNDS * FMA_CHAINS * THREADS * many / median_seconds(q, [&]() {
+        fma_kernel<<<many, THREADS, 0, q->stream>>>((float *)memory, 1.0001f, 1e-3f);
+    });
+    c->f16 = gemm_peak(q, (uint16_t *)memory);
+    launched(q, "copy_kernel, fma_kernel");
+}
+
+static int gpu_ceilings(void *state, struct ceilings *ceilings, lvm_error *error) {
+    struct queue *q = &((struct gpu *)state)->q;
+    char *memory = NULL, *pinned = NULL;
+    int code = use_device(q, error);
+    if (code != LVM_OK) return code;
+    *ceilings = {};
+    note(q, cudaMalloc((void **)&memory, 2 * CEILING_BYTES), "cudaMalloc for measuring");
+    note(q, cudaMallocHost((void **)&pinned, PINNED_BYTES), "cudaMallocHost for measuring");
+    if (q->error == cudaSuccess) measure_ceilings(q, memory, pinned, ceilings);
+    code = wait_for(q, error);
+    cudaFree(memory);
+    cudaFreeHost(pinned);
+    return code;
+}
+
 static const struct backend cuda_backend = {
     sizeof(struct backend), BACKEND_VERSION, "cuda", gpu_model_open, gpu_model_close, gpu_open,
     gpu_close, gpu_encode, gpu_decode, gpu_forward, NULL, gpu_kv_copy, gpu_kv_trim, gpu_kv_size,
-    gpu_kv_get, gpu_kv_set, gpu_usage, gpu_count};
+    gpu_kv_get, gpu_kv_set, gpu_usage, gpu_count, gpu_ceilings};
 
 extern "C" const struct backend *lvm_cuda_backend(void);
 extern "C" const struct backend *lvm_cuda_backend(void) { return &cuda_backend; }
