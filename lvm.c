@@ -3039,6 +3039,12 @@ struct continuation {
     int64_t done, all;     /* progress: tokens before these, and of all calls */
 };
 
+/* Bytes a second: copying memory (read and written), reading it, from the host; and operations. 0:
+   unknown. */
+struct ceilings {
+    double copy, read, upload, f16, f32;
+};
+
 /* What a device does for a context. The functions return LVM_OK or a code with the error filled;
    calls that fail or are cancelled leave sequences as they were. report(o, ...) is theirs to call;
    it never needs the device to be waited for. Of encode and decode it counts the model's list of
@@ -3084,10 +3090,12 @@ struct backend {
     void (*usage)(void *state, lvm_usage *usage);
     /* How many such devices there are; 0 and an error where none can be used. NULL: one. */
     int (*count)(lvm_error *error);
+    /* What the device can do at most, measured now, for bench. NULL: unknown. */
+    int (*ceilings)(void *state, struct ceilings *ceilings, lvm_error *error);
 
     /* Training's functions will follow here; size and version tell which there are. */
 };
-enum { BACKEND_VERSION = 3 };
+enum { BACKEND_VERSION = 4 };
 
 #ifndef LVM_INTERNAL
 
@@ -16060,9 +16068,10 @@ static int run_quantize(struct cli *cli) {
    What a model costs on this machine, stage by stage, beside the ceilings that are measured in the
    same process: products of floats (the tokenizer, attention), integer products (quantised linear
    layers), and reading memory (decoding, where every weight and every cached key and value is read
-   once a token). Products of bfloat16 are measured where there are such, for who wants to compare;
-   no stage uses them. The time that a stage would take at the ceiling is its floor; the last column
-   is floor / time. Convolutions count as direct ones. */
+   once a token). A GPU's are products in f16, or in f32 where weights are F32 or --exact is given,
+   and copying memory. Products of bfloat16 are measured where there are such, for who wants to
+   compare; no stage uses them. The time that a stage would take at the ceiling is its floor; the
+   last column is floor / time. Convolutions count as direct ones. */
 
 /* Transformers, in the order of bench_shapes. */
 static const struct shape {
@@ -16084,11 +16093,11 @@ struct bench {
     lvm_ctx *ctx;
     struct pool *pool;              /* for the ceilings, as many threads as the context's */
     double fma, integer, bandwidth; /* ceilings: operations and bytes a second, all threads */
+    struct ceilings device;         /* of another device than the CPU */
     int shown;                      /* stages so far */
     double took[5];                 /* seconds of each of bench_stages */
 };
 
-/* Another device's ceilings are not measured: its stages have no floors. */
 static int on_cpu(const struct bench *b) { return b->ctx->b == &cpu_backend; }
 
 struct peak_job {
@@ -16136,7 +16145,7 @@ static void read_task(void *arg, int task, int thread) {
 static double measure_bandwidth(const struct bench *b) {
     enum { TASKS = 64, WORDS = 1 << 20 }; /* 512 MiB */
     struct peak_job job = {.words = WORDS};
-    if (!on_cpu(b)) return HUGE_VAL;
+    if (!on_cpu(b)) return b->bandwidth;
     uint64_t *data = mem_alloc(TASKS * (size_t)WORDS, sizeof *data, NULL);
     double rate[5] = {0};
     if (data == NULL) return 0;
@@ -16157,6 +16166,12 @@ static double measure_bandwidth(const struct bench *b) {
 }
 
 /* ---- What a stage has to do ---- */
+
+/* The ceiling of products with weights of this type; on the CPU integers are left to the caller. */
+static double product_peak(const struct bench *b, int type) {
+    double peak = type == LVM_F32 || b->ctx->o.exact ? b->device.f32 : b->device.f16;
+    return on_cpu(b) ? b->fma : peak > 0 ? peak : HUGE_VAL;
+}
 
 /* Multiplications and additions of an operation of the tokenizer, convolutions counted as
    direct. */
@@ -16238,7 +16253,8 @@ static int bench_vq(struct bench *b, int encode, lvm_error *error) {
         ops += op_cost(&vq->ops[i]);
     int code = time_vq(b, encode, &took, error);
     if (code == LVM_OK)
-        print_stage(b, encode ? "encode" : "decode", 1, "images", took, ops / b->fma, ops, "GFLOP");
+        print_stage(b, encode ? "encode" : "decode", 1, "images", took,
+                    ops / product_peak(b, vq->ops[0].conv[0].w.type), ops, "GFLOP");
     return code;
 }
 
@@ -16264,9 +16280,10 @@ static int bench_prefill(struct bench *b, lvm_error *error) {
     double products = 2 * values * n;
     /* four of each pair of query and key, half of the pairs: */
     double attention = 2.0 * n * n * a->H * a->d * (a->L - 1);
-    int integer = type_is_quantised(a->layers[0].q.type) && !b->ctx->o.exact;
+    int type = a->layers[0].q.type, integer = type_is_quantised(type) && !b->ctx->o.exact;
     double floor = products / (integer ? b->integer : b->fma); /* a q8_0 cache: see k8_scores */
     floor += b->ctx->o.kv_type == LVM_Q8_0 ? 2 * attention / b->integer : attention / b->fma;
+    if (!on_cpu(b)) floor = (products + attention) / product_peak(b, type);
     mem_free(ids);
     if (code == LVM_OK && wanted(b, "prefill"))
         print_stage(b, "prefill", n, "tokens", took, floor, products + attention, "GOP");
@@ -16347,14 +16364,35 @@ static void print_sums(const struct bench *b) {
            weights / unit, cache / unit, file / unit);
 }
 
+/* Another device's ceilings; where they are unknown its stages have no floors. */
+static void print_device_ceilings(struct bench *b) {
+    struct ceilings *d = &b->device;
+    lvm_error error = {0, "unknown"};
+    int json = b->cli->json;
+    if (b->ctx->b->ceilings == NULL ||
+        b->ctx->b->ceilings(b->ctx->state, d, &error) != LVM_OK) {
+        *d = (struct ceilings){0};
+        if (!json) printf("%s; ceilings: %s, so that floors are 0\n\n", b->ctx->device, error.text);
+    }
+    if (d->copy > 0) b->bandwidth = d->copy;
+    if (json)
+        printf("{\"device\": \"%s\", \"f16_gflops\": %.4g, \"f32_gflops\": %.4g, "
+               "\"copy_gbs\": %.4g, \"read_gbs\": %.4g, \"upload_gbs\": %.4g}\n",
+               b->ctx->device, d->f16 / 1e9, d->f32 / 1e9, d->copy / 1e9, d->read / 1e9,
+               d->upload / 1e9);
+    else if (d->copy > 0)
+        printf("%s; ceilings: %.0f TFLOP/s in f16%s, %.1f in f32; GB/s: %.0f copied (read and "
+               "written), %.0f read, %.1f from the host\n\n",
+               b->ctx->device, d->f16 / 1e12, d->f16 > 0 ? "" : " (no cuBLAS to ask)",
+               d->f32 / 1e12, d->copy / 1e9, d->read / 1e9, d->upload / 1e9);
+}
+
 static void print_ceilings(struct bench *b) {
     const struct peak *p = find_peak(b->m->kern->name);
     char bf16[32] = "";
     b->fma = b->integer = b->bandwidth = HUGE_VAL;
     if (!on_cpu(b)) {
-        printf(b->cli->json ? "{\"device\": \"%s\"}\n"
-                            : "%s; its ceilings are not measured, so that floors are 0\n\n",
-               b->ctx->device);
+        print_device_ceilings(b);
         return;
     }
     b->fma = measure_peak(b, p->fma, p->fma_ops);
