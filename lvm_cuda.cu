@@ -2347,6 +2347,12 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
 /* =================================================================================================
    9.  The seam */
 
+/* What stays from call to call. */
+static void place_kept(struct gpu *c, struct arena *a) {
+    const struct llama *l = &c->g->m->llama;
+    take(a, &c->rope, l->L > 0 ? (int64_t)l->context * l->d : 0);
+}
+
 static void place_lm(struct gpu *c, struct arena *a) {
     const struct gpu_model *g = c->g;
     const struct llama *l = &g->m->llama;
@@ -2359,7 +2365,7 @@ static void place_lm(struct gpu *c, struct arena *a) {
             w16 = max64(w16, (int64_t)g->map[i].rows * g->map[i].ld);
     struct { float **p; int64_t n; } all[] = {
         {&c->x, N * l->D}, {&c->delta, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K},
-        {&c->gate, N * l->F}, {&c->up, N * l->F}, {&c->rope, (int64_t)l->context * l->d},
+        {&c->gate, N * l->F}, {&c->up, N * l->F},
         {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (c->kv.dp + 2)},
         {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}, {&c->act.f, N * widest},
         {&c->act.scale, N}};
@@ -2404,6 +2410,15 @@ static void place_vq(struct gpu *c, struct arena *a) {
     take(a, &v->rgb, n * all * 3);
     take(a, &v->ids, n * vq->S * vq->S);
     take(a, &v->bad, IMAGES);
+}
+
+/* Images and tokens are never worked on together: their memory lies at the same place. */
+static void place_work(struct gpu *c, struct arena *a) {
+    place_kept(c, a);
+    struct arena images = *a;
+    place_vq(c, &images);
+    place_lm(c, a);
+    a->used = images.used > a->used ? images.used : a->used;
 }
 
 /* Cosines and sines of all positions, angles in f32 as in lvm.c's embed_task. */
@@ -2466,8 +2481,7 @@ static cudaError_t allow_kernels(const struct gpu *c) {
 static int gpu_alloc(struct gpu *c, lvm_error *error) {
     struct arena a = {NULL, 0};
     const struct llama *l = &c->g->m->llama;
-    place_lm(c, &a);
-    place_vq(c, &a);
+    place_work(c, &a);
     c->bytes = a.used;
     for (int i = 0; i < SEQUENCES; i++) {
         c->seq[i].pages = (struct gpu_page **)calloc((size_t)c->max_pages + 1, sizeof(void *));
@@ -2486,8 +2500,7 @@ static int gpu_alloc(struct gpu *c, lvm_error *error) {
     memset(c->host_in, 0, told_bytes(c, (int)max64(c->rows, SPLIT_ROWS)));
     a.base = c->memory;
     a.used = 0;
-    place_lm(c, &a);
-    place_vq(c, &a);
+    place_work(c, &a);
     return l->L > 0 ? fill_rope(c, error) : LVM_OK;
 }
 
