@@ -254,25 +254,37 @@ static lvm_model *bench_like(int shape, int type) {
     return must(random_model(&a, &published_vq, &types, &error));
 }
 
-/* Milliseconds of a forward of n rows, one each of n sequences, behind a prompt of 3840. */
-static double time_forward(lvm_ctx *ctx, int n) {
+/* Milliseconds of a forward of n rows, one each of n sequences, behind a prompt of 3840 that they
+   share, or that each has for itself. */
+static double time_forward(lvm_ctx *ctx, int n, int shared) {
     enum { STEPS = 60 };
     int32_t tokens[8] = {1, 2, 3, 4, 5, 6, 7, 8};
     int rows[8] = {0, 1, 2, 3, 4, 5, 6, 7};
     struct batch b = {.n = n, .tokens = tokens, .seqs = rows, .n_out = n, .out = rows,
                       .logits = ctx->logits};
-    for (int i = 1; i < n; i++) ctx->b->kv_copy(ctx->state, 0, i, 3840, NULL);
+    for (int i = 1; shared && i < n; i++) ctx->b->kv_copy(ctx->state, 0, i, 3840, NULL);
     double start = 0;
     for (int i = 0; i < STEPS + 10; i++) {
         if (i == 10) start = seconds();
         check(ctx->b->forward(ctx->state, &b, NULL) == LVM_OK, "a forward fails");
     }
     double took = (seconds() - start) / STEPS * 1000;
-    for (int i = 0; i < n; i++) ctx->b->kv_trim(ctx->state, i, i == 0 ? 3840 : 0);
+    for (int i = 0; i < n; i++) ctx->b->kv_trim(ctx->state, i, i == 0 || !shared ? 3840 : 0);
     return took;
 }
 
-/* What a token costs without sampling, and what sampling costs, for 1 to 8 rows. */
+/* Prompts of 3840 for sequences 1 to n - 1. */
+static void feed_others(lvm_ctx *ctx, const int32_t *ids, int n) {
+    int *seqs = must(calloc(3840, sizeof *seqs));
+    for (int s = 1; s < n; s++) {
+        struct batch b = {.n = 3840, .tokens = ids, .seqs = seqs};
+        for (int i = 0; i < 3840; i++) seqs[i] = s;
+        check(ctx->b->forward(ctx->state, &b, NULL) == LVM_OK, "a prompt fails");
+    }
+    free(seqs);
+}
+
+/* What a token costs without sampling, for 1 to 8 rows. */
 static int times(void) {
     static const int shapes[] = {1, 3};
     for (int s = 0; s < 2; s++) {
@@ -287,8 +299,10 @@ static int times(void) {
             printf("%-5s cache %-4s prefill %6.1f ms; ms a token of 1, 2, 4, 8 sequences:",
                    shapes[s] == 1 ? "300m" : "1b", type_info(kv)->name,
                    (seconds() - start) * 1000);
-            for (int n = 1; n <= 8; n *= 2) printf(" %.3f", time_forward(ctx, n));
-            printf("\n");
+            for (int n = 1; n <= 8; n *= 2) printf(" %.3f", time_forward(ctx, n, 1));
+            feed_others(ctx, ids, 8);
+            double ms = time_forward(ctx, 8, 0);
+            printf("; 8 prompts %.3f: %.0f tokens/s\n", ms, 8000 / ms);
             lvm_ctx_free(ctx);
             free(ids);
         }
