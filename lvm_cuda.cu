@@ -319,32 +319,45 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
 
 /* ---- Upload ----
 
-   The tensors' bytes, one behind the other, are cut into pieces; a piece begins with the list of
-   what it holds. Each of some CPU threads takes the next piece, copies it from the (mapped) file
-   into pinned memory of its own, sends it over PCIe, lets a kernel put its units where they belong,
-   and waits for that: meanwhile the other threads copy and send theirs. A unit is a quantised
-   block, or 16 bytes, or an element where rows are no multiple of that. */
+   The tensors' bytes go over in pieces of 2 MiB. A piece is a list of parts and their bytes; CPU
+   threads copy its parts from the (mapped) file to pinned memory, the last one sends it, and on the
+   device a kernel puts its units where they belong: a unit is a quantised block, or 16 bytes, or an
+   element where rows are no multiple of that. Some pieces are on their way at the same time, so
+   that copying, PCIe and the kernel work side by side. One stream holds all copies, another all
+   kernels: copies of several streams cost 20 us more each. */
 
-enum { PIECE = 2 << 20, PARTS = 256 /* tensors, or pieces of such, in one */, UPLOADERS = 8 };
+enum { PIECE = 2 << 20, PIECES = 4, PART = 256 << 10, PARTS = 256 /* of a piece at most */,
+       UPLOADERS = 8 };
 
-struct piece_part {
+struct part_of_piece {
     struct matrix m;
     int unit, n, at;     /* bytes of a unit; how many there are, from byte `at` of the piece on */
     int64_t first;       /* in the tensor */
     const uint8_t *from; /* on the host */
 };
 
+/* It is listed, its parts are taken and copied, it is sent; then it is another one. */
+struct piece {
+    uint8_t *host, *device;
+    int parts, taken, left; /* left: taken or not, but not yet copied */
+    int busy;               /* listed and not yet sent */
+    cudaEvent_t copied, placed;
+};
+
 struct upload {
     const struct gpu_model *g;
-    pthread_mutex_t mutex;
-    int tensor, failed;  /* what comes next; 1: a thread met an error */
+    pthread_mutex_t mutex;  /* of all that follows but the bytes */
+    pthread_cond_t sent;
+    int tensor, ended;      /* what is listed next; 1: nothing is, or a thread met an error */
     int64_t unit;
+    struct piece piece[PIECES];
+    int at;                 /* the piece whose parts are being taken */
+    cudaStream_t copies, kernels;
 };
 
 struct uploader {
     struct upload *all;
     struct queue q;
-    uint8_t *host, *device; /* a piece each */
     pthread_t thread;
 };
 
@@ -354,24 +367,25 @@ static int unit_bytes(const struct matrix &m) {
     return (int64_t)m.cols * size % 16 == 0 ? 16 : size;
 }
 
-/* The list of the next piece; returns its length, 0 at the end. */
-static int next_piece(struct upload *all, struct piece_part *list) {
+/* Lists what comes next, no parts at the end. */
+static void list_piece(struct upload *all, struct piece *p) {
     const lvm_model *m = all->g->m;
+    struct part_of_piece *list = (struct part_of_piece *)p->host;
     int n = 0, used = PARTS * (int)sizeof *list;
-    pthread_mutex_lock(&all->mutex);
-    while (!all->failed && all->tensor < m->n_specs && n < PARTS && used + 64 <= PIECE) {
+    while (all->tensor < m->n_specs && n < PARTS && used + 64 <= PIECE) {
         const struct tensor *t = m->specs[all->tensor].tensor;
         const struct matrix to = all->g->map[all->tensor];
         int unit = unit_bytes(to);
         int64_t left = t->data != NULL ? t->rows * t->row_bytes / unit - all->unit : 0,
-                k = min64(left, (PIECE - used) / unit);
+                k = min64(left, min64(PART, PIECE - used) / unit);
         if (k > 0) list[n++] = {to, unit, (int)k, used, all->unit, t->data + all->unit * unit};
         used += round_up((int)k * unit, 16);
         all->unit = k < left ? all->unit + k : 0;
         all->tensor += k == left;
     }
-    pthread_mutex_unlock(&all->mutex);
-    return n;
+    p->parts = p->left = n;
+    p->taken = 0;
+    p->busy = n > 0;
 }
 
 static __device__ void place_plain(const uint8_t *from, const struct matrix &m, int unit,
@@ -392,7 +406,7 @@ static __device__ void place_unit(const uint8_t *from, const struct matrix &m, i
 /* Reads a piece, writes planes; blockIdx.y is the part, a thread takes a unit, and a row's last
    unit brings the zeros behind it. Floor: bytes in + bytes out, far less than PCIe takes. */
 __global__ void place_kernel(const uint8_t *piece) {
-    const struct piece_part p = ((const struct piece_part *)piece)[blockIdx.y];
+    const struct part_of_piece p = ((const struct part_of_piece *)piece)[blockIdx.y];
     const int quantised = p.m.type == LVM_Q8_0 || p.m.type == LVM_Q4_0;
     const int elements = quantised ? QK : p.unit / (p.m.type == LVM_F32 ? 4 : 2);
     const int row_units = p.m.cols / elements, all = p.m.ld / elements;
@@ -405,33 +419,59 @@ __global__ void place_kernel(const uint8_t *piece) {
     }
 }
 
-/* Sends a piece of n parts and waits for it. */
-static void send_piece(struct uploader *u, int n) {
-    const struct piece_part *list = (const struct piece_part *)u->host, *end = list + n - 1;
+static void send_piece(struct uploader *u, const struct piece *p) {
+    const struct part_of_piece *list = (const struct part_of_piece *)p->host;
+    const struct part_of_piece *end = list + p->parts - 1;
+    const struct upload *all = u->all;
     int most = 0;
-    for (int i = 0; i < n; i++) {
-        memcpy(u->host + list[i].at, list[i].from, (size_t)list[i].n * (size_t)list[i].unit);
-        most = (int)max64(most, list[i].n);
-    }
-    note(&u->q, cudaMemcpyAsync(u->device, u->host, (size_t)(end->at + end->n * end->unit),
-                                cudaMemcpyHostToDevice, u->q.stream), "copying weights");
-    dim3 grid((unsigned)min64(256, (most + THREADS - 1) / THREADS), (unsigned)n);
-    place_kernel<<<grid, THREADS, 0, u->q.stream>>>(u->device);
+    for (int i = 0; i < p->parts; i++) most = (int)max64(most, list[i].n);
+    note(&u->q, cudaMemcpyAsync(p->device, p->host, (size_t)(end->at + end->n * end->unit),
+                                cudaMemcpyHostToDevice, all->copies), "copying weights");
+    note(&u->q, cudaEventRecord(p->copied, all->copies), "cudaEventRecord");
+    note(&u->q, cudaStreamWaitEvent(all->kernels, p->copied, 0), "cudaStreamWaitEvent");
+    dim3 grid((unsigned)min64(64, (most + THREADS - 1) / THREADS), (unsigned)p->parts);
+    place_kernel<<<grid, THREADS, 0, all->kernels>>>(p->device);
     launched(&u->q, "place_kernel");
-    note(&u->q, cudaStreamSynchronize(u->q.stream), "cudaStreamSynchronize");
+    note(&u->q, cudaEventRecord(p->placed, all->kernels), "cudaEventRecord");
+}
+
+/* The piece that has a part to be taken, or NULL at the end; the mutex is held. */
+static struct piece *open_piece(struct uploader *u) {
+    struct upload *all = u->all;
+    while (!all->ended && all->piece[all->at].taken == all->piece[all->at].parts) {
+        struct piece *next = &all->piece[(all->at + 1) % PIECES];
+        if (next->busy) {
+            pthread_cond_wait(&all->sent, &all->mutex);
+            continue; /* others may have gone on */
+        }
+        note(&u->q, cudaEventSynchronize(next->placed), "cudaEventSynchronize");
+        list_piece(all, next);
+        all->at = (all->at + 1) % PIECES;
+        all->ended |= next->parts == 0 || u->q.error != cudaSuccess;
+    }
+    return all->ended ? NULL : &all->piece[all->at];
 }
 
 static void *upload_thread(void *arg) {
     struct uploader *u = (struct uploader *)arg;
+    struct upload *all = u->all;
     note(&u->q, cudaSetDevice(u->q.device), "cudaSetDevice");
-    for (int n = 1; n > 0 && u->q.error == cudaSuccess;) {
-        n = next_piece(u->all, (struct piece_part *)u->host);
-        if (n > 0) send_piece(u, n);
+    pthread_mutex_lock(&all->mutex);
+    for (struct piece *p; (p = open_piece(u)) != NULL;) {
+        const struct part_of_piece part = ((const struct part_of_piece *)p->host)[p->taken++];
+        pthread_mutex_unlock(&all->mutex);
+        memcpy(p->host + part.at, part.from, (size_t)part.n * (size_t)part.unit);
+        pthread_mutex_lock(&all->mutex);
+        if (--p->left > 0) continue;
+        pthread_mutex_unlock(&all->mutex);
+        send_piece(u, p);
+        pthread_mutex_lock(&all->mutex);
+        p->busy = 0;
+        all->ended |= u->q.error != cudaSuccess;
+        pthread_cond_broadcast(&all->sent);
     }
-    if (u->q.error == cudaSuccess) return NULL;
-    pthread_mutex_lock(&u->all->mutex);
-    u->all->failed = 1;
-    pthread_mutex_unlock(&u->all->mutex);
+    pthread_cond_broadcast(&all->sent);
+    pthread_mutex_unlock(&all->mutex);
     return NULL;
 }
 
@@ -449,31 +489,58 @@ static void upload_by(struct uploader *u, int n) {
     for (int i = 1; i < started; i++) pthread_join(u[i].thread, NULL);
 }
 
+/* Streams, events and memory of an upload; what was made is destroyed by upload_free. */
+static void upload_alloc(struct upload *all, struct queue *q) {
+    uint8_t **host = &all->piece[0].host, **device = &all->piece[0].device;
+    note(q, cudaMallocHost((void **)host, (size_t)PIECES * PIECE), "cudaMallocHost for weights");
+    note(q, cudaMalloc((void **)device, (size_t)PIECES * PIECE), "cudaMalloc for weights");
+    note(q, cudaStreamCreateWithFlags(&all->copies, cudaStreamNonBlocking),
+         "cudaStreamCreateWithFlags");
+    note(q, cudaStreamCreateWithFlags(&all->kernels, cudaStreamNonBlocking),
+         "cudaStreamCreateWithFlags");
+    for (int i = 0; q->error == cudaSuccess && i < PIECES; i++) {
+        struct piece *p = &all->piece[i];
+        p->host = *host + (size_t)i * PIECE;
+        p->device = *device + (size_t)i * PIECE;
+        note(q, cudaEventCreateWithFlags(&p->copied, cudaEventDisableTiming),
+             "cudaEventCreateWithFlags");
+        note(q, cudaEventCreateWithFlags(&p->placed, cudaEventDisableTiming),
+             "cudaEventCreateWithFlags");
+    }
+}
+
+static void upload_free(struct upload *all) {
+    for (struct piece &p : all->piece) {
+        if (p.copied != NULL) cudaEventDestroy(p.copied);
+        if (p.placed != NULL) cudaEventDestroy(p.placed);
+    }
+    if (all->copies != NULL) cudaStreamDestroy(all->copies);
+    if (all->kernels != NULL) cudaStreamDestroy(all->kernels);
+    cudaFree(all->piece[0].device);
+    cudaFreeHost(all->piece[0].host);
+    pthread_cond_destroy(&all->sent);
+    pthread_mutex_destroy(&all->mutex);
+}
+
 static void upload_weights(struct gpu_model *g) {
-    struct upload all = {g, PTHREAD_MUTEX_INITIALIZER, 0, 0, 0};
+    struct upload all = {};
     struct uploader u[UPLOADERS] = {};
-    struct queue *q = &g->q;
-    uint8_t *host = NULL, *device = NULL;
-    int n = (int)min64(min64(UPLOADERS, max64(2, sysconf(_SC_NPROCESSORS_ONLN))),
-                       (int64_t)g->bytes / PIECE + 1);
-    note(q, cudaMallocHost((void **)&host, (size_t)n * PIECE), "cudaMallocHost of staging memory");
-    note(q, cudaMalloc((void **)&device, (size_t)n * PIECE), "cudaMalloc of staging memory");
+    int64_t n = max64(2, min64(UPLOADERS, sysconf(_SC_NPROCESSORS_ONLN)));
+    all.g = g;
+    pthread_mutex_init(&all.mutex, NULL);
+    pthread_cond_init(&all.sent, NULL);
+    upload_alloc(&all, &g->q);
     for (int i = 0; i < n; i++) {
         u[i].all = &all;
-        u[i].q.device = q->device;
-        u[i].host = host + (size_t)i * PIECE;
-        u[i].device = device + (size_t)i * PIECE;
-        note(q, cudaStreamCreateWithFlags(&u[i].q.stream, cudaStreamNonBlocking),
-             "cudaStreamCreate");
+        u[i].q.device = g->q.device;
     }
-    if (q->error == cudaSuccess) upload_by(u, n);
-    for (int i = 0; i < n; i++) {
-        note(q, u[i].q.error, u[i].q.what);
-        if (u[i].q.stream != NULL) cudaStreamDestroy(u[i].q.stream);
+    if (g->q.error == cudaSuccess) {
+        upload_by(u, (int)n);
+        for (int i = 0; i < n; i++) note(&g->q, u[i].q.error, u[i].q.what);
+        note(&g->q, cudaStreamSynchronize(all.copies), "cudaStreamSynchronize");
+        note(&g->q, cudaStreamSynchronize(all.kernels), "cudaStreamSynchronize");
     }
-    cudaFree(device);
-    cudaFreeHost(host);
-    pthread_mutex_destroy(&all.mutex);
+    upload_free(&all);
 }
 
 /* norms[i] = |e_i|^2, in doubles; a thread a code. */
@@ -548,7 +615,8 @@ static int gpu_model_alloc(struct gpu_model *g, lvm_error *error) {
     struct arena a = {NULL, 0};
     place_weights(g, &a);
     g->bytes = a.used;
-    note(&g->q, cudaStreamCreate(&g->q.stream), "cudaStreamCreate");
+    note(&g->q, cudaStreamCreateWithFlags(&g->q.stream, cudaStreamNonBlocking),
+         "cudaStreamCreateWithFlags");
     note(&g->q, cudaMalloc((void **)&g->memory, g->bytes + 256), "cudaMalloc of the weights");
     if (settle(&g->q, error) != LVM_OK) return error != NULL ? error->code : LVM_MEMORY;
     a.base = g->memory;
@@ -564,8 +632,8 @@ static int look_at_codebook(struct gpu_model *g, lvm_error *error) {
     size_t n = (size_t)g->m->vq->codes;
     float *norms = (float *)malloc(n * sizeof *norms);
     if (norms == NULL) return fail(error, LVM_MEMORY, "out of memory");
-    note(&g->q, cudaMemcpy(norms, g->code_norms, n * sizeof *norms, cudaMemcpyDeviceToHost),
-         "copying the codebook's norms");
+    note(&g->q, cudaMemcpyAsync(norms, g->code_norms, n * sizeof *norms, cudaMemcpyDeviceToHost,
+                                g->q.stream), "copying the codebook's norms");
     int code = wait_for(&g->q, error);
     g->bad_codebook = code == LVM_OK && check_finite(norms, (int64_t)n, "norms", 0, NULL) != LVM_OK;
     free(norms);
@@ -2391,6 +2459,8 @@ static void vq_largest(const struct vqgan *vq, int64_t *map, int64_t *attn, int6
     }
 }
 
+enum { MAPS_BYTES = 768 << 20 /* of images that are worked on together */ };
+
 static void place_vq(struct gpu *c, struct arena *a) {
     const struct vqgan *vq = c->g->m->vq;
     struct vq_memory *v = &c->vq;
@@ -2398,7 +2468,7 @@ static void place_vq(struct gpu *c, struct arena *a) {
     if (vq == NULL) return;
     vq_largest(vq, &map, &attn, &pixels, &channels);
     all = (int64_t)vq->R * vq->R;
-    c->images = (int)max64(1, min64(IMAGES, ((int64_t)1 << 30) / (16 * map)));
+    c->images = (int)max64(1, min64(IMAGES, MAPS_BYTES / (16 * map)));
     int64_t n = c->images;
     struct { float **p; int64_t n; } maps[] = {
         {&v->x, n * map}, {&v->t, n * map}, {&v->u, n * map}, {&v->n, n * map}, {&v->q, n * attn},
@@ -2487,7 +2557,8 @@ static int gpu_alloc(struct gpu *c, lvm_error *error) {
         c->seq[i].pages = (struct gpu_page **)calloc((size_t)c->max_pages + 1, sizeof(void *));
         if (c->seq[i].pages == NULL) return fail(error, LVM_MEMORY, "out of memory");
     }
-    note(&c->q, cudaStreamCreateWithFlags(&c->q.stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    note(&c->q, cudaStreamCreateWithFlags(&c->q.stream, cudaStreamNonBlocking),
+         "cudaStreamCreateWithFlags");
     note(&c->q, cudaMalloc((void **)&c->memory, c->bytes + 256), "cudaMalloc of work memory");
     note(&c->q, cudaMallocHost((void **)&c->host_in,
                                told_bytes(c, (int)max64(c->rows, SPLIT_ROWS)) + 256),
