@@ -14197,14 +14197,14 @@ static void free_images(lvm_image *images, int n) {
 }
 
 /* The EXIF rotation of an image that was loaded is applied with --exif, else noted. */
-static int rotate_image(const struct cli *cli, const char *path, lvm_image *image,
-                        lvm_error *error) {
-    int code = LVM_OK;
-    if (image->orientation < 2) return LVM_OK;
-    if (!cli->exif)
+static void note_rotation(const struct cli *cli, const char *path, int orientation) {
+    if (orientation >= 2 && !cli->exif)
         note(cli, "%s: carries an EXIF rotation, left alone as the published program does; --exif "
                   "applies it", path);
-    if (cli->exif) code = lvm_image_upright(image, error);
+}
+
+static int rotate_image(const struct cli *cli, lvm_image *image, lvm_error *error) {
+    int code = image->orientation >= 2 && cli->exif ? lvm_image_upright(image, error) : LVM_OK;
     if (code != LVM_OK) lvm_image_free(image);
     return code;
 }
@@ -14212,7 +14212,8 @@ static int rotate_image(const struct cli *cli, const char *path, lvm_image *imag
 static int load_image(const struct cli *cli, const char *path, lvm_image *image,
                       lvm_error *error) {
     int code = lvm_image_load(path, image, error);
-    return code == LVM_OK ? rotate_image(cli, path, image, error) : code;
+    if (code == LVM_OK) note_rotation(cli, path, image->orientation);
+    return code == LVM_OK ? rotate_image(cli, image, error) : code;
 }
 
 /* Image i of those that a call names. */
@@ -14223,7 +14224,8 @@ static int load_named(const struct cli *cli, const struct paths *p, int i, lvm_i
     size_t at = part > 0 ? p->ends[part - 1] : 0;
     int code = lvm_image_load_memory(p->input.data + at, p->ends[part] - at, p->path[i], image,
                                      error);
-    return code == LVM_OK ? rotate_image(cli, p->path[i], image, error) : code;
+    if (code == LVM_OK) note_rotation(cli, p->path[i], image->orientation);
+    return code == LVM_OK ? rotate_image(cli, image, error) : code;
 }
 
 static lvm_image *load_images(const struct cli *cli, const struct paths *p, int first,
@@ -14987,16 +14989,58 @@ static int check_likelihood(double nll, int64_t n, lvm_error *error) {
                 "are these weights sound?", nll / (double)n);
 }
 
+/* Choices that a device reads together, as sequences that share the prompt. */
+static int choices_together(const lvm_ctx *ctx, int n) {
+    int rows = ctx->m->T - 1;
+    return (int)min64(min64(n, ctx->limits.sequences), rows > 0 ? ctx->limits.rows / rows : 1);
+}
+
+/* each[n][T] of ids[n][T], of n choices that are read together behind a prompt that is fed; see
+   read_behind. */
+static int read_choices(lvm_ctx *ctx, const int32_t *ids, int n, float *each, lvm_error *error) {
+    int T = ctx->m->T, rows = T - 1, code = LVM_OK;
+    size_t all = (size_t)n * (size_t)T;
+    int32_t *tokens = mem_alloc(2 * all, sizeof *tokens, error);
+    float *nll = mem_alloc(all, sizeof *nll, error);
+    struct batch b = {.n = n * rows, .tokens = tokens, .seqs = ctx->seqs, .n_out = n * rows,
+                      .out = ctx->rows, .targets = tokens + all, .nll = nll};
+    if (tokens == NULL || nll == NULL) code = LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i < n; i++) {
+        memcpy(tokens + i * rows, ids + i * T, (size_t)rows * sizeof *ids);
+        memcpy(tokens + all + i * rows, ids + i * T + 1, (size_t)rows * sizeof *ids);
+        for (int t = 0; t < rows; t++) ctx->seqs[i * rows + t] = i;
+        if (i > 0) code = ctx->b->kv_copy(ctx->state, 0, i, ctx->n_fed, error);
+    }
+    if (code == LVM_OK) code = ctx->b->forward(ctx->state, &b, error);
+    for (int i = 0; i < n; i++) ctx->b->kv_trim(ctx->state, i, i == 0 ? ctx->n_fed : 0);
+    for (int i = 0; code == LVM_OK && i < n; i++) {
+        each[i * T] = negative_log_likelihood(ctx->logits, ctx->m->llama.V, ids[i * T]);
+        memcpy(each + i * T + 1, nll + i * rows, (size_t)rows * sizeof *nll);
+        for (int t = 0; code == LVM_OK && t < T; t++)
+            code = check_finite(each + i * T + t, 1, "the likelihoods from token", t + 1, error);
+    }
+    mem_free(tokens);
+    mem_free(nll);
+    return blame_weights(ctx, code, error);
+}
+
 /* nll[i]: of all tokens of choice i, ids[n][T], behind the prompt. */
 static int score_choices(lvm_ctx *ctx, const int32_t *ids, int n, double *nll, lvm_error *error) {
-    int T = ctx->m->T, code = LVM_OK;
-    float *each = mem_alloc((size_t)T, sizeof *each, error);
-    if (each == NULL) return LVM_MEMORY;
-    for (int i = 0; code == LVM_OK && i < n; i++) {
-        code = lvm_score(ctx, ids + (int64_t)i * T, T, each, error);
-        nll[i] = 0;
-        for (int t = 0; code == LVM_OK && t < T; t++) nll[i] += each[t];
-        if (code == LVM_OK) code = check_likelihood(nll[i], T, error);
+    int T = ctx->m->T, most = choices_together(ctx, n), code = prefill_pending(ctx, error);
+    float *each = mem_alloc((size_t)max64(1, most) * (size_t)T, sizeof *each, error);
+    if (each == NULL) code = LVM_MEMORY;
+    for (int i = 0, some; code == LVM_OK && i < n; i += some) {
+        const int32_t *from = ids + (int64_t)i * T;
+        some = ctx->n_fed + T > ctx->m->llama.context + 1 ? 1 : (int)min64(most, n - i);
+        code = some > 1 ? read_choices(ctx, from, some, each, error)
+                        : lvm_score(ctx, from, T, each, error);
+        for (int c = 0; code == LVM_OK && c < max64(1, some); c++) {
+            nll[i + c] = 0;
+            for (int t = 0; t < T; t++) nll[i + c] += each[c * T + t];
+            code = check_likelihood(nll[i + c], T, error);
+        }
+        if (code == LVM_OK && some > 1)
+            code = report(&ctx->o, "score", (i + some) * (int64_t)T, n * (int64_t)T, error);
     }
     mem_free(each);
     return code;
@@ -15161,6 +15205,7 @@ static void destinations_free(struct destinations *o) {
 struct set {
     struct cli *cli;
     struct session s;
+    struct pool *pool;       /* to read images by; made with the first */
     struct lines lines;
     char *folder;            /* of the set, with its slash; "" of a stream */
     int32_t *ids;            /* [bos + window T], of the prompt */
@@ -15174,6 +15219,7 @@ struct set {
 
 static void set_close(struct set *set) {
     session_close(&set->s);
+    pool_free(set->pool);
     lines_close(&set->lines);
     destinations_free(&set->written);
     mem_free(set->folder);
@@ -15278,33 +15324,99 @@ static int line_paths(const struct set *set, const struct sentence *line, struct
     return code;
 }
 
+/* *orientation: the file's; where it is NULL a note says at once if it is left alone. */
 static int load_set_image(const struct set *set, const struct image_ref *p, lvm_image *image,
-                            lvm_error *error) {
+                          int *orientation, lvm_error *error) {
     char *path = find_image(set, p->path, error);
-    int code = path != NULL ? load_image(set->cli, path, image, error) : LVM_MEMORY;
+    int code = path != NULL ? lvm_image_load(path, image, error) : LVM_MEMORY;
     if (code == LVM_IO && strcmp(path, p->path) == 0 && os_root(path) == 0 &&
         set->folder[0] != 0 && os_stat(path).kind == OS_NOTHING)
         fail(error, LVM_IO, "%s: is neither in %s nor in the working directory", path,
              set->folder);
+    if (code == LVM_OK && orientation != NULL) *orientation = image->orientation;
+    else if (code == LVM_OK) note_rotation(set->cli, path, image->orientation);
     mem_free(path);
+    return code == LVM_OK ? rotate_image(set->cli, image, error) : code;
+}
+
+/* Images of a line that are read together, each by a thread, while others are. */
+enum { READ_TOGETHER = 16 };
+
+struct reading {
+    const struct set *set;
+    const struct image_ref *list;
+    struct one_read {
+        lvm_image square; /* as the tokenizer takes it */
+        int orientation, code;
+        lvm_error error;
+    } of[READ_TOGETHER];
+};
+
+static void read_one_task(void *arg, int task, int thread) {
+    struct reading *r = arg;
+    struct one_read *one = &r->of[task];
+    const lvm_ctx *ctx = r->set->s.ctx;
+    lvm_image image = {.rgb = NULL};
+    (void)thread;
+    if (r->list[task].ids != NULL) return;
+    one->code = load_set_image(r->set, &r->list[task], &image, &one->orientation, &one->error);
+    if (one->code == LVM_OK) one->code = need_tokenizer(ctx, &one->error);
+    if (one->code == LVM_OK)
+        one->code = fit_image(&image, ctx->m->vq->R, ctx->o.fit, &one->square, &one->error);
+    lvm_image_free(&image);
+}
+
+static void read_together(struct set *set, struct reading *r, int n) {
+    int most = (int)min64(set->s.ctx->o.threads, READ_TOGETHER);
+    if (set->pool == NULL && n > 1) set->pool = pool_new(most, NULL);
+    if (set->pool != NULL) pool_run(set->pool, n, read_one_task, r);
+    else
+        for (int i = 0; i < n; i++) read_one_task(r, i, 0);
+}
+
+/* The note on a rotation that is left alone. */
+static void note_read(const struct set *set, const struct image_ref *p, int orientation) {
+    char *path = orientation >= 2 ? find_image(set, p->path, NULL) : NULL;
+    if (path != NULL) note_rotation(set->cli, path, orientation);
+    mem_free(path);
+}
+
+/* Tokens of list[0..n-1], no more than READ_TOGETHER, to ids[n][T]: those that are given, and of
+   images, which the device encodes together. Those before a faulty one are encoded all the same, so
+   that its fault is the first. */
+static int encode_together(struct set *set, const struct image_ref *list, int n, int32_t *ids,
+                           lvm_error *error) {
+    struct reading r = {.set = set, .list = list};
+    size_t T = (size_t)set->s.model->T, size = T * sizeof *ids;
+    lvm_image squares[READ_TOGETHER];
+    int to[READ_TOGETHER], images = 0, good = 0;
+    int32_t *tokens = mem_alloc((size_t)n, size, error);
+    if (tokens == NULL) return LVM_MEMORY;
+    read_together(set, &r, n);
+    for (; good < n && r.of[good].code == LVM_OK; good++) {
+        if (list[good].ids != NULL) memcpy(ids + (size_t)good * T, list[good].ids, size);
+        else {
+            note_read(set, &list[good], r.of[good].orientation);
+            to[images] = good;
+            squares[images++] = r.of[good].square;
+        }
+    }
+    int code = images > 0 ? lvm_encode(set->s.ctx, squares, images, tokens, error) : LVM_OK;
+    for (int i = 0; code == LVM_OK && i < images; i++)
+        memcpy(ids + (size_t)to[i] * T, tokens + (size_t)i * T, size);
+    if (code == LVM_OK && good < n)
+        code = fail(error, r.of[good].code, "%s", r.of[good].error.text);
+    for (int i = 0; i < n; i++) lvm_image_free(&r.of[i].square);
+    mem_free(tokens);
     return code;
 }
 
-/* Tokens of list[0..n-1] to ids[n][T]. */
-static int encode_set_images(const struct set *set, const struct image_ref *list, int n,
-                               int32_t *ids, lvm_error *error) {
-    size_t T = (size_t)set->s.model->T;
+static int encode_set_images(struct set *set, const struct image_ref *list, int n, int32_t *ids,
+                             lvm_error *error) {
     int code = LVM_OK;
-    for (int i = 0; code == LVM_OK && i < n; i++, ids += T) {
-        if (list[i].ids != NULL) {
-            memcpy(ids, list[i].ids, T * sizeof *ids);
-            continue;
-        }
-        lvm_image image = {.rgb = NULL};
-        code = load_set_image(set, &list[i], &image, error);
-        if (code == LVM_OK) code = lvm_encode(set->s.ctx, &image, 1, ids, error);
-        lvm_image_free(&image);
-    }
+    for (int at = 0; code == LVM_OK && at < n; at += READ_TOGETHER)
+        code = encode_together(set, list + at, (int)min64(READ_TOGETHER, n - at),
+                               ids + (int64_t)at * set->s.model->T, error);
     return code;
 }
 
@@ -15397,15 +15509,16 @@ static void print_puzzle(struct set *set, const struct sentence *line, char *con
     if (names != NULL) print_choices(names, nll, n, T);
 }
 
-/* nll[i] of each choice, of which memory holds one at a time. */
+/* nll[i] of each choice, of which memory holds a few at a time. */
 static int score_line(struct set *set, const struct sentence *line, double *nll,
                       lvm_error *error) {
     int used = 0, code = prompt_line(set, line, 1, &used, error);
-    int32_t *ids = mem_alloc((size_t)set->s.model->T, sizeof *ids, error);
+    int32_t *ids = mem_alloc(READ_TOGETHER * (size_t)set->s.model->T, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
-    for (int i = 0; code == LVM_OK && i < line->choices.n; i++) {
-        code = encode_set_images(set, &line->choices.list[i], 1, ids, error);
-        if (code == LVM_OK) code = score_choices(set->s.ctx, ids, 1, &nll[i], error);
+    for (int i = 0, n; code == LVM_OK && i < line->choices.n; i += n) {
+        n = (int)min64(READ_TOGETHER, line->choices.n - i);
+        code = encode_set_images(set, line->choices.list + i, n, ids, error);
+        if (code == LVM_OK) code = score_choices(set->s.ctx, ids, n, nll + i, error);
     }
     mem_free(ids);
     return code;
@@ -15561,7 +15674,7 @@ static int answer_size(const struct set *set, const struct sentence *line, int *
     *width = *height = R;
     if (set->cli->resize == NULL || n == 0 || line->input.list[n - 1].path == NULL) return LVM_OK;
     lvm_image last = {.rgb = NULL};
-    int code = load_set_image(set, &line->input.list[n - 1], &last, error);
+    int code = load_set_image(set, &line->input.list[n - 1], &last, NULL, error);
     *width = last.width;
     *height = last.height;
     lvm_image_free(&last);
@@ -15573,7 +15686,7 @@ static int load_square(const struct set *set, const struct image_ref *p, lvm_ima
                        lvm_error *error) {
     lvm_image image = {.rgb = NULL};
     if (p->ids != NULL) return lvm_decode(set->s.ctx, p->ids, 1, out, error);
-    int code = load_set_image(set, p, &image, error);
+    int code = load_set_image(set, p, &image, NULL, error);
     if (code == LVM_OK)
         code = fit_image(&image, set->s.model->vq->R, set->s.ctx->o.fit, out, error);
     lvm_image_free(&image);
