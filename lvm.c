@@ -13092,7 +13092,8 @@ struct cli {
     int n_words, split; /* split: words in front of a lone --, or -1 */
     const char *out, *base, *sheet, *truth, *apng, *cache, *resize;
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, encoder_type, preset;
-    int lines, grid, json, best, man, skip_existing, config, vq, stage, prompt, new_tokens;
+    int lines, grid, json, best, man, skip_existing, together;
+    int config, vq, stage, prompt, new_tokens;
     lvm_sampling sampling;
     lvm_options options;
 };
@@ -13154,6 +13155,8 @@ static const struct option option_table[] = {
      "only the first N lines of the set"},
     {0, "skip-existing", NULL, BATCH, FLAG, AT(skip_existing), 0, 0,
      "skip lines whose output exists, to go on"},
+    {0, "together", "N", BATCH, INTEGER, AT(together), 1, MAX_SEQUENCES,
+     "lines answered at the same time (GPU: 8, CPU: 1)"},
     {0, "grid", NULL, BATCH, FLAG, AT(grid), 0, 0,
      "inputs in front of the answers, in one image"},
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
@@ -15212,6 +15215,11 @@ struct set {
     int n_ids;
     unsigned noted;          /* bit i: a note on a key that is nearly key_table[i] was given */
     struct destinations written;  /* by batch, or left as they are */
+    struct together {        /* batch: lines that wait for their answers */
+        int most, n, joined; /* joined: the line at hand did */
+        struct awaited *of;  /* [most] */
+        float *logits;       /* [most][V] */
+    } group;
     int cut;                 /* a note on the window was given */
     int good, bad, puzzles, answered, right, errors, skipped;
     double perplexity, error; /* sums: of good lines; squared errors of answers with targets */
@@ -15222,6 +15230,8 @@ static void set_close(struct set *set) {
     pool_free(set->pool);
     lines_close(&set->lines);
     destinations_free(&set->written);
+    mem_free(set->group.of);
+    mem_free(set->group.logits);
     mem_free(set->folder);
     mem_free(set->ids);
 }
@@ -15453,26 +15463,36 @@ static int prompt_line(struct set *set, const struct sentence *line, int room, i
 
 typedef int line_fn(struct set *set, struct sentence *line, lvm_error *error);
 
-/* One line; its answer is on its way before the next is waited for, a fault is reported. Returns 0
-   when nobody takes answers any more. */
-static int run_line(struct set *set, line_fn *run) {
-    struct sentence line;
-    lvm_error error = {0, ""};
-    int code = set_parse(set, &line, &error);
-    note_keys(set, &line);
-    if (code == LVM_OK) code = run(set, &line, &error);
-    sentence_free(&line);
+/* Answers the lines that wait, if any do; 0 as of run_line. */
+static int answer_together(struct set *set);
+
+/* A line is done: counts it and reports a fault. Returns 0 when nobody takes answers any more. */
+static int end_line(struct set *set, int code, const lvm_error *error) {
     hide_bar(&set->s.bar);
     set->good += code == LVM_OK;
     set->bad += code != LVM_OK;
     if (code != LVM_OK)
-        complain("%s: line %d: %s", set->lines.name, set->lines.number, error.text);
+        complain("%s: line %d: %s", set->lines.name, set->lines.number, error->text);
     if (code != LVM_OK && set->cli->json) {
         printf("{\"line\": %d, \"error\": ", set->lines.number);
-        print_json_text(error.text);
+        print_json_text(error->text);
         printf("}\n");
     }
     return fflush(stdout) == 0;
+}
+
+/* One line; its answer is on its way before the next is waited for, unless it joined a group. */
+static int run_line(struct set *set, line_fn *run) {
+    struct sentence line;
+    lvm_error error = {0, ""};
+    struct together *g = &set->group;
+    int code = set_parse(set, &line, &error);
+    note_keys(set, &line);
+    g->joined = 0;
+    if (code == LVM_OK) code = run(set, &line, &error);
+    sentence_free(&line);
+    if (g->joined) return g->n < g->most || answer_together(set);
+    return answer_together(set) && end_line(set, code, &error);
 }
 
 /* Runs every line of a set through run; a bad line is reported and the next one taken. */
@@ -15484,6 +15504,7 @@ static int run_set(struct set *set, const char *stage, line_fn *run) {
         if (!run_line(set, run)) return 0; /* main says so */
         draw_set_bar(set, stage);
     }
+    if (!answer_together(set)) return 0;
     hide_bar(&set->s.bar);
     if (more < 0) return complain("%s", error.text);
     if (set->good + set->bad == 0) complain("%s: holds no lines", set->lines.name);
@@ -15983,21 +16004,16 @@ static int save_answer(const struct set *set, const char *name, const lvm_image 
     return image_save_text(name, image, all, error);
 }
 
-static int answer_line(struct set *set, const struct sentence *line, const char *name,
-                       lvm_error *error) {
+/* Writes and prints a line's answers; `used` images of its input counted. */
+static int finish_answer(struct set *set, const struct sentence *line, const char *name, int used,
+                         const lvm_image *answers, lvm_error *error) {
     const struct cli *cli = set->cli;
-    int used = 0, n = cli->images * cli->candidates, has_truth = line->target.n >= cli->images;
+    int has_truth = line->target.n >= cli->images, shown = cli->grid ? used : 0, code = LVM_OK;
     double mse[MAX_SEQUENCES];
     lvm_image all = {.rgb = NULL};
-    int code = prompt_line(set, line, 1, &used, error), shown = cli->grid ? used : 0;
-    if (code == LVM_OK) code = ready_output(set, line, name, error);
-    lvm_image *answers = mem_alloc((size_t)n, sizeof *answers, error);
     lvm_image *inputs = mem_alloc((size_t)shown + 1, sizeof *inputs, error);
-    if (answers == NULL || inputs == NULL) code = LVM_MEMORY;
-    if (code == LVM_OK)
-        code = lvm_generate_images(set->s.ctx, &cli->sampling, cli->candidates, cli->images,
-                                   answers, error);
-    if (code == LVM_OK && has_truth) code = squared_errors(set, line, answers, mse, error);
+    if (inputs == NULL) return LVM_MEMORY;
+    if (has_truth) code = squared_errors(set, line, answers, mse, error);
     for (int i = 0; code == LVM_OK && i < shown; i++)
         code = load_square(set, &line->input.list[line->input.n - shown + i], &inputs[i], error);
     if (code == LVM_OK) code = compose_answers(set, line, inputs, shown, answers, &all, error);
@@ -16005,8 +16021,156 @@ static int answer_line(struct set *set, const struct sentence *line, const char 
     if (code == LVM_OK) print_answer(set, name, has_truth ? mse : NULL);
     lvm_image_free(&all);
     free_images(inputs, shown);
+    return code;
+}
+
+static int answer_line(struct set *set, const struct sentence *line, const char *name,
+                       lvm_error *error) {
+    const struct cli *cli = set->cli;
+    int used = 0, n = cli->images * cli->candidates, code = prompt_line(set, line, 1, &used, error);
+    if (code == LVM_OK) code = ready_output(set, line, name, error);
+    lvm_image *answers = mem_alloc((size_t)n, sizeof *answers, error);
+    if (answers == NULL) code = LVM_MEMORY;
+    if (code == LVM_OK)
+        code = lvm_generate_images(set->s.ctx, &cli->sampling, cli->candidates, cli->images,
+                                   answers, error);
+    if (code == LVM_OK) code = finish_answer(set, line, name, used, answers, error);
     free_images(answers, n);
     return code;
+}
+
+/* ---- Batch: lines that are answered together ----
+
+   Each line is read as ever; then its keys and values become a sequence of their own, and it waits.
+   When enough wait, or a line comes that does not, the tokens of all are generated as one batch,
+   which reads the weights once, and the lines are finished in their order. What fails for a group
+   is done again line by line, so that faults are those of lines. A line may read what one before it
+   writes: what cannot be read is tried again when nothing waits any more. */
+
+struct awaited {
+    struct sentence line;
+    char *name;
+    int number, used, n_ids; /* n_ids: of the prompt */
+    int32_t *ids;
+};
+
+/* Not of a stream, where the next line may wait for this one's answer; more memory is taken on the
+   CPU only for who asks for it. */
+static int group_open(struct set *set, lvm_error *error) {
+    const lvm_ctx *ctx = set->s.ctx;
+    struct together *g = &set->group;
+    int asked = set->cli->together > 0 ? set->cli->together : ctx->b == &cpu_backend ? 1 : 8;
+    g->most = (int)min64(asked, ctx->limits.sequences - 1);
+    if (set->lines.size == 0 || set->cli->candidates > 1 || g->most < 2) g->most = 0;
+    g->of = mem_alloc((size_t)g->most + 1, sizeof *g->of, error);
+    g->logits = mem_alloc((size_t)g->most * (size_t)ctx->m->llama.V + 1, sizeof *g->logits, error);
+    return g->of == NULL || g->logits == NULL ? LVM_MEMORY : LVM_OK;
+}
+
+/* Whether a line's answer fits its window: one that slides is on its own. */
+static int may_join(const struct set *set, const struct sentence *line) {
+    const lvm_model *m = set->s.model;
+    int window = (int)min64(set->s.ctx->o.window, images_that_fit(m, m->llama.bos >= 0));
+    return set->group.most > 0 &&
+           min64(line->input.n, set->s.ctx->o.window - 1) + set->cli->images <= window;
+}
+
+/* Waiting line i becomes sequence i + 1. On success line and name are the group's. */
+static int join_line(struct set *set, struct sentence *line, char *name, lvm_error *error) {
+    lvm_ctx *ctx = set->s.ctx;
+    struct together *g = &set->group;
+    struct awaited a = {.name = name, .number = set->lines.number};
+    size_t V = (size_t)ctx->m->llama.V;
+    int code = prompt_line(set, line, 1, &a.used, error);
+    if (code == LVM_OK) code = ready_output(set, line, name, error);
+    if (code == LVM_OK) code = ctx->b->kv_copy(ctx->state, 0, g->n + 1, ctx->n_fed, error);
+    a.n_ids = ctx->n_ids;
+    a.ids = code == LVM_OK ? mem_alloc((size_t)a.n_ids, sizeof *a.ids, error) : NULL;
+    if (a.ids == NULL) {
+        ctx->b->kv_trim(ctx->state, g->n + 1, 0);
+        return code != LVM_OK ? code : LVM_MEMORY;
+    }
+    memcpy(a.ids, ctx->ids, (size_t)a.n_ids * sizeof *a.ids);
+    memcpy(g->logits + (size_t)g->n * V, ctx->logits, V * sizeof *g->logits);
+    a.line = *line;
+    memset(line, 0, sizeof *line);
+    g->of[g->n++] = a;
+    g->joined = 1;
+    return LVM_OK;
+}
+
+/* The tokens of all that wait, ids[n][tokens]. Sequences are numbered from 0, which is the last
+   line's from now on, as if it had been prompted last. */
+static int generate_together(struct set *set, int tokens, int32_t *ids, lvm_error *error) {
+    lvm_ctx *ctx = set->s.ctx;
+    struct together *g = &set->group;
+    const struct awaited *last = &g->of[g->n - 1];
+    size_t V = (size_t)ctx->m->llama.V;
+    struct rng rng[MAX_SEQUENCES];
+    lvm_sampling s;
+    int code = settle_sampling(&set->cli->sampling, &s, error);
+    int32_t *out = mem_alloc((size_t)g->n * (size_t)tokens, sizeof *out, error);
+    if (out == NULL) return LVM_MEMORY;
+    if (code == LVM_OK) code = ctx->b->kv_copy(ctx->state, g->n, 0, last->n_ids, error);
+    ctx->b->kv_trim(ctx->state, g->n, 0);
+    memcpy(ctx->ids, last->ids, (size_t)last->n_ids * sizeof *ctx->ids);
+    ctx->n_ids = ctx->n_fed = code == LVM_OK ? last->n_ids : 0;
+    ctx->has_logits = 0;
+    ctx->n_generated = 0;
+    for (int i = 0; i < g->n; i++) {
+        int at = (i + 1) % g->n; /* its sequence */
+        rng[at] = rng_new(s.seed, 0);
+        memcpy(ctx->logits + (size_t)at * V, g->logits + (size_t)i * V, V * sizeof *g->logits);
+    }
+    struct continuation c = {&s, g->n, tokens, ctx->m->codes, ctx->logits, rng, out, tokens, 0,
+                             tokens};
+    if (code == LVM_OK)
+        code = blame_weights(ctx, ctx->b->generate != NULL ? ctx->b->generate(ctx->state, &c, error)
+                                                           : generate_on_host(ctx, &c, error),
+                             error);
+    for (int i = 0; i < g->n; i++) {
+        int at = (i + 1) % g->n;
+        memcpy(ids + (size_t)i * (size_t)tokens, out + (size_t)at * (size_t)tokens,
+               (size_t)tokens * sizeof *ids);
+        ctx->b->kv_trim(ctx->state, at, at == 0 ? ctx->n_fed : 0);
+    }
+    mem_free(out);
+    return code;
+}
+
+/* Line a, whose answers are there or (NULL) are made now. */
+static int end_awaited(struct set *set, struct awaited *a, const lvm_image *answers) {
+    lvm_error error = {0, ""};
+    int number = set->lines.number;
+    set->lines.number = a->number;
+    int code = answers != NULL ? finish_answer(set, &a->line, a->name, a->used, answers, &error)
+                               : answer_line(set, &a->line, a->name, &error);
+    if (code == LVM_OK)
+        code = destinations_add(&set->written, a->name, a->name, a->number, &error);
+    else mem_free(a->name);
+    int taken = end_line(set, code, &error);
+    set->lines.number = number;
+    sentence_free(&a->line);
+    mem_free(a->ids);
+    return taken;
+}
+
+static int answer_together(struct set *set) {
+    struct together *g = &set->group;
+    int n = g->n, images = set->cli->images, tokens = images * set->s.model->T, taken = 1;
+    if (n == 0) return 1;
+    int32_t *ids = mem_alloc((size_t)n * (size_t)tokens, sizeof *ids, NULL);
+    lvm_image *answers = mem_alloc((size_t)n * (size_t)images, sizeof *answers, NULL);
+    int code = ids != NULL && answers != NULL ? generate_together(set, tokens, ids, NULL)
+                                              : LVM_MEMORY;
+    if (code == LVM_OK) code = lvm_decode(set->s.ctx, ids, n * images, answers, NULL);
+    for (int i = 0; i < n; i++) set->s.ctx->b->kv_trim(set->s.ctx->state, i + 1, 0);
+    g->n = 0;
+    for (int i = 0; i < n; i++)
+        taken &= end_awaited(set, &g->of[i], code == LVM_OK ? answers + i * images : NULL);
+    mem_free(ids);
+    free_images(answers, n * images);
+    return taken;
 }
 
 /* A line whose answer exists. */
@@ -16023,8 +16187,19 @@ static int batch_line(struct set *set, struct sentence *line, lvm_error *error) 
     if (line->output == NULL) return fail(error, LVM_FORMAT, "has no \"output\" name");
     char *name = batch_name(set, line->output, error);
     int code = name != NULL ? check_written(set, name, error) : error->code;
-    if (code == LVM_OK && set->cli->skip_existing && is_answer(name)) skip_line(set, name);
-    else if (code == LVM_OK) code = answer_line(set, line, name, error);
+    int joins = may_join(set, line), skips = 0;
+    if (code == LVM_OK) skips = set->cli->skip_existing && is_answer(name);
+    if (code == LVM_OK && (skips || !joins)) answer_together(set);
+    if (code == LVM_OK && skips) skip_line(set, name);
+    else if (code == LVM_OK && !joins) code = answer_line(set, line, name, error);
+    else if (code == LVM_OK) {
+        code = join_line(set, line, name, error);
+        if (code != LVM_OK && set->group.n > 0) {
+            answer_together(set);
+            code = join_line(set, line, name, error);
+        }
+        if (code == LVM_OK) return code;
+    }
     if (code == LVM_OK)
         return destinations_add(&set->written, name, name, set->lines.number, error);
     mem_free(name);
@@ -16059,6 +16234,7 @@ static int run_batch(struct cli *cli) {
     int code = set_open(&set, cli, &error);
     if (code == LVM_OK) code = need_all(cli, &set.s, &error);
     if (code == LVM_OK && set.lines.size > 0) code = check_set_outputs(&set, &error);
+    if (code == LVM_OK) code = group_open(&set, &error);
     int status = finish(&error, code);
     if (code == LVM_OK) status = run_set(&set, "batch", batch_line);
     if (code == LVM_OK && set.good > 0) print_batch_sums(&set);
