@@ -319,14 +319,14 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
 
 /* ---- Upload ----
 
-   The tensors' bytes go over in pieces of 2 MiB. A piece is a list of parts and their bytes; CPU
-   threads copy its parts from the (mapped) file to pinned memory, the last one sends it, and on the
-   device a kernel puts its units where they belong: a unit is a quantised block, or 16 bytes, or an
-   element where rows are no multiple of that. Some pieces are on their way at the same time, so
-   that copying, PCIe and the kernel work side by side. One stream holds all copies, another all
-   kernels: copies of several streams cost 20 us more each. */
+   The tensors' bytes go over in pieces: a list of parts, and their bytes. Each of some CPU threads
+   takes the next piece, copies it from the (mapped) file to pinned memory of its own and sends it,
+   and a kernel on the device puts its units where they belong: a unit is a quantised block, or 16
+   bytes, or an element where rows are no multiple of that. So copying, PCIe and the kernel work
+   side by side. One stream holds all copies, another all kernels: copies that change streams cost 20 us
+   more each. Pinned memory costs half a millisecond a megabyte, so that there is little of it. */
 
-enum { PIECE = 2 << 20, PIECES = 4, PART = 256 << 10, PARTS = 256 /* of a piece at most */,
+enum { PIECE = 1 << 20, BUFFERS = 2 /* of a thread */, PARTS = 128 /* of a piece at most */,
        UPLOADERS = 8 };
 
 struct part_of_piece {
@@ -336,22 +336,12 @@ struct part_of_piece {
     const uint8_t *from; /* on the host */
 };
 
-/* It is listed, its parts are taken and copied, it is sent; then it is another one. */
-struct piece {
-    uint8_t *host, *device;
-    int parts, taken, left; /* left: taken or not, but not yet copied */
-    int busy;               /* listed and not yet sent */
-    cudaEvent_t copied, placed;
-};
-
 struct upload {
     const struct gpu_model *g;
-    pthread_mutex_t mutex;  /* of all that follows but the bytes */
-    pthread_cond_t sent;
-    int tensor, ended;      /* what is listed next; 1: nothing is, or a thread met an error */
+    pthread_mutex_t mutex;
+    int tensor, ended;   /* what comes next; 1: nothing does, or a thread met an error */
     int64_t unit;
-    struct piece piece[PIECES];
-    int at;                 /* the piece whose parts are being taken */
+    uint8_t *host, *device;
     cudaStream_t copies, kernels;
 };
 
@@ -359,6 +349,10 @@ struct uploader {
     struct upload *all;
     struct queue q;
     pthread_t thread;
+    struct buffer_of {
+        uint8_t *host, *device; /* a piece each */
+        cudaEvent_t copied, placed;
+    } buffer[BUFFERS];
 };
 
 static int unit_bytes(const struct matrix &m) {
@@ -367,25 +361,24 @@ static int unit_bytes(const struct matrix &m) {
     return (int64_t)m.cols * size % 16 == 0 ? 16 : size;
 }
 
-/* Lists what comes next, no parts at the end. */
-static void list_piece(struct upload *all, struct piece *p) {
+/* Lists the next piece and returns the number of its parts, 0 at the end. */
+static int list_piece(struct upload *all, struct part_of_piece *list) {
     const lvm_model *m = all->g->m;
-    struct part_of_piece *list = (struct part_of_piece *)p->host;
     int n = 0, used = PARTS * (int)sizeof *list;
-    while (all->tensor < m->n_specs && n < PARTS && used + 64 <= PIECE) {
+    pthread_mutex_lock(&all->mutex);
+    while (!all->ended && all->tensor < m->n_specs && n < PARTS && used + 64 <= PIECE) {
         const struct tensor *t = m->specs[all->tensor].tensor;
         const struct matrix to = all->g->map[all->tensor];
         int unit = unit_bytes(to);
         int64_t left = t->data != NULL ? t->rows * t->row_bytes / unit - all->unit : 0,
-                k = min64(left, min64(PART, PIECE - used) / unit);
+                k = min64(left, (PIECE - used) / unit);
         if (k > 0) list[n++] = {to, unit, (int)k, used, all->unit, t->data + all->unit * unit};
         used += round_up((int)k * unit, 16);
         all->unit = k < left ? all->unit + k : 0;
         all->tensor += k == left;
     }
-    p->parts = p->left = n;
-    p->taken = 0;
-    p->busy = n > 0;
+    pthread_mutex_unlock(&all->mutex);
+    return n;
 }
 
 static __device__ void place_plain(const uint8_t *from, const struct matrix &m, int unit,
@@ -419,58 +412,36 @@ __global__ void place_kernel(const uint8_t *piece) {
     }
 }
 
-static void send_piece(struct uploader *u, const struct piece *p) {
-    const struct part_of_piece *list = (const struct part_of_piece *)p->host;
-    const struct part_of_piece *end = list + p->parts - 1;
+static void send_piece(struct uploader *u, const struct uploader::buffer_of *b, int n) {
+    const struct part_of_piece *list = (const struct part_of_piece *)b->host, *end = list + n - 1;
     const struct upload *all = u->all;
     int most = 0;
-    for (int i = 0; i < p->parts; i++) most = (int)max64(most, list[i].n);
-    note(&u->q, cudaMemcpyAsync(p->device, p->host, (size_t)(end->at + end->n * end->unit),
-                                cudaMemcpyHostToDevice, all->copies), "copying weights");
-    note(&u->q, cudaEventRecord(p->copied, all->copies), "cudaEventRecord");
-    note(&u->q, cudaStreamWaitEvent(all->kernels, p->copied, 0), "cudaStreamWaitEvent");
-    dim3 grid((unsigned)min64(64, (most + THREADS - 1) / THREADS), (unsigned)p->parts);
-    place_kernel<<<grid, THREADS, 0, all->kernels>>>(p->device);
-    launched(&u->q, "place_kernel");
-    note(&u->q, cudaEventRecord(p->placed, all->kernels), "cudaEventRecord");
-}
-
-/* The piece that has a part to be taken, or NULL at the end; the mutex is held. */
-static struct piece *open_piece(struct uploader *u) {
-    struct upload *all = u->all;
-    while (!all->ended && all->piece[all->at].taken == all->piece[all->at].parts) {
-        struct piece *next = &all->piece[(all->at + 1) % PIECES];
-        if (next->busy) {
-            pthread_cond_wait(&all->sent, &all->mutex);
-            continue; /* others may have gone on */
-        }
-        note(&u->q, cudaEventSynchronize(next->placed), "cudaEventSynchronize");
-        list_piece(all, next);
-        all->at = (all->at + 1) % PIECES;
-        all->ended |= next->parts == 0 || u->q.error != cudaSuccess;
+    for (int i = 0; i < n; i++) {
+        memcpy(b->host + list[i].at, list[i].from, (size_t)list[i].n * (size_t)list[i].unit);
+        most = (int)max64(most, list[i].n);
     }
-    return all->ended ? NULL : &all->piece[all->at];
+    note(&u->q, cudaMemcpyAsync(b->device, b->host, (size_t)(end->at + end->n * end->unit),
+                                cudaMemcpyHostToDevice, all->copies), "copying weights");
+    note(&u->q, cudaEventRecord(b->copied, all->copies), "cudaEventRecord");
+    note(&u->q, cudaStreamWaitEvent(all->kernels, b->copied, 0), "cudaStreamWaitEvent");
+    dim3 grid((unsigned)min64(256, (most + THREADS - 1) / THREADS), (unsigned)n);
+    place_kernel<<<grid, THREADS, 0, all->kernels>>>(b->device);
+    launched(&u->q, "place_kernel");
+    note(&u->q, cudaEventRecord(b->placed, all->kernels), "cudaEventRecord");
 }
 
 static void *upload_thread(void *arg) {
     struct uploader *u = (struct uploader *)arg;
     struct upload *all = u->all;
     note(&u->q, cudaSetDevice(u->q.device), "cudaSetDevice");
-    pthread_mutex_lock(&all->mutex);
-    for (struct piece *p; (p = open_piece(u)) != NULL;) {
-        const struct part_of_piece part = ((const struct part_of_piece *)p->host)[p->taken++];
-        pthread_mutex_unlock(&all->mutex);
-        memcpy(p->host + part.at, part.from, (size_t)part.n * (size_t)part.unit);
-        pthread_mutex_lock(&all->mutex);
-        if (--p->left > 0) continue;
-        pthread_mutex_unlock(&all->mutex);
-        send_piece(u, p);
-        pthread_mutex_lock(&all->mutex);
-        p->busy = 0;
-        all->ended |= u->q.error != cudaSuccess;
-        pthread_cond_broadcast(&all->sent);
+    for (int i = 0, n = 1; n > 0 && u->q.error == cudaSuccess; i++) {
+        const struct uploader::buffer_of *b = &u->buffer[i % BUFFERS];
+        note(&u->q, cudaEventSynchronize(b->placed), "cudaEventSynchronize");
+        n = list_piece(all, (struct part_of_piece *)b->host);
+        if (n > 0) send_piece(u, b, n);
     }
-    pthread_cond_broadcast(&all->sent);
+    pthread_mutex_lock(&all->mutex);
+    all->ended |= u->q.error != cudaSuccess;
     pthread_mutex_unlock(&all->mutex);
     return NULL;
 }
@@ -490,57 +461,57 @@ static void upload_by(struct uploader *u, int n) {
 }
 
 /* Streams, events and memory of an upload; what was made is destroyed by upload_free. */
-static void upload_alloc(struct upload *all, struct queue *q) {
-    uint8_t **host = &all->piece[0].host, **device = &all->piece[0].device;
-    note(q, cudaMallocHost((void **)host, (size_t)PIECES * PIECE), "cudaMallocHost for weights");
-    note(q, cudaMalloc((void **)device, (size_t)PIECES * PIECE), "cudaMalloc for weights");
+static void upload_alloc(struct upload *all, struct uploader *u, int n, struct queue *q) {
+    size_t bytes = (size_t)n * BUFFERS * PIECE, at = 0;
+    note(q, cudaMallocHost((void **)&all->host, bytes), "cudaMallocHost for weights");
+    note(q, cudaMalloc((void **)&all->device, bytes), "cudaMalloc for weights");
     note(q, cudaStreamCreateWithFlags(&all->copies, cudaStreamNonBlocking),
          "cudaStreamCreateWithFlags");
     note(q, cudaStreamCreateWithFlags(&all->kernels, cudaStreamNonBlocking),
          "cudaStreamCreateWithFlags");
-    for (int i = 0; q->error == cudaSuccess && i < PIECES; i++) {
-        struct piece *p = &all->piece[i];
-        p->host = *host + (size_t)i * PIECE;
-        p->device = *device + (size_t)i * PIECE;
-        note(q, cudaEventCreateWithFlags(&p->copied, cudaEventDisableTiming),
-             "cudaEventCreateWithFlags");
-        note(q, cudaEventCreateWithFlags(&p->placed, cudaEventDisableTiming),
-             "cudaEventCreateWithFlags");
+    for (int i = 0; q->error == cudaSuccess && i < n; i++) {
+        u[i].all = all;
+        u[i].q.device = q->device;
+        for (struct uploader::buffer_of &b : u[i].buffer) {
+            b.host = all->host + at;
+            b.device = all->device + at;
+            at += PIECE;
+            note(q, cudaEventCreateWithFlags(&b.copied, cudaEventDisableTiming),
+                 "cudaEventCreateWithFlags");
+            note(q, cudaEventCreateWithFlags(&b.placed, cudaEventDisableTiming),
+                 "cudaEventCreateWithFlags");
+        }
     }
 }
 
-static void upload_free(struct upload *all) {
-    for (struct piece &p : all->piece) {
-        if (p.copied != NULL) cudaEventDestroy(p.copied);
-        if (p.placed != NULL) cudaEventDestroy(p.placed);
-    }
+static void upload_free(struct upload *all, struct uploader *u) {
+    for (int i = 0; i < UPLOADERS; i++)
+        for (struct uploader::buffer_of &b : u[i].buffer) {
+            if (b.copied != NULL) cudaEventDestroy(b.copied);
+            if (b.placed != NULL) cudaEventDestroy(b.placed);
+        }
     if (all->copies != NULL) cudaStreamDestroy(all->copies);
     if (all->kernels != NULL) cudaStreamDestroy(all->kernels);
-    cudaFree(all->piece[0].device);
-    cudaFreeHost(all->piece[0].host);
-    pthread_cond_destroy(&all->sent);
+    cudaFree(all->device);
+    cudaFreeHost(all->host);
     pthread_mutex_destroy(&all->mutex);
 }
 
 static void upload_weights(struct gpu_model *g) {
     struct upload all = {};
     struct uploader u[UPLOADERS] = {};
-    int64_t n = max64(2, min64(UPLOADERS, sysconf(_SC_NPROCESSORS_ONLN)));
+    int n = (int)min64(max64(2, min64(UPLOADERS, sysconf(_SC_NPROCESSORS_ONLN))),
+                       (int64_t)g->bytes / PIECE + 1);
     all.g = g;
     pthread_mutex_init(&all.mutex, NULL);
-    pthread_cond_init(&all.sent, NULL);
-    upload_alloc(&all, &g->q);
-    for (int i = 0; i < n; i++) {
-        u[i].all = &all;
-        u[i].q.device = g->q.device;
-    }
+    upload_alloc(&all, u, n, &g->q);
     if (g->q.error == cudaSuccess) {
-        upload_by(u, (int)n);
+        upload_by(u, n);
         for (int i = 0; i < n; i++) note(&g->q, u[i].q.error, u[i].q.what);
         note(&g->q, cudaStreamSynchronize(all.copies), "cudaStreamSynchronize");
         note(&g->q, cudaStreamSynchronize(all.kernels), "cudaStreamSynchronize");
     }
-    upload_free(&all);
+    upload_free(&all, u);
 }
 
 /* norms[i] = |e_i|^2, in doubles; a thread a code. */
