@@ -74,7 +74,7 @@ $(B)/lvm_cuda.o: lvm_cuda.cu lvm.c | $(B)
 
 # The test lets CUDA's allocations fail.
 comma    = ,
-CUDA_WRAP = $(patsubst %,-Wl$(comma)--wrap=cuda%,Malloc MallocHost HostAlloc StreamCreate \
+CUDA_WRAP = $(patsubst %,-Wl$(comma)--wrap=cuda%,Malloc MallocHost HostAlloc HostRegister StreamCreate \
             StreamCreateWithFlags StreamCreateWithPriority EventCreate EventCreateWithFlags \
             StreamBeginCapture GraphInstantiate FuncSetAttribute)
 

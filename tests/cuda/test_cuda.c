@@ -342,6 +342,7 @@ static int fails(const char *call) {
 WRAP(cudaMalloc, (void **p, size_t size), (p, size))
 WRAP(cudaMallocHost, (void **p, size_t size), (p, size))
 WRAP(cudaHostAlloc, (void **p, size_t size, unsigned flags), (p, size, flags))
+WRAP(cudaHostRegister, (void *p, size_t size, unsigned flags), (p, size, flags))
 WRAP(cudaStreamCreate, (void **stream), (stream))
 WRAP(cudaStreamCreateWithFlags, (void **stream, unsigned flags), (stream, flags))
 WRAP(cudaStreamCreateWithPriority, (void **stream, unsigned flags, int priority),
