@@ -5226,15 +5226,20 @@ static void pool_free(struct pool *p) {
     mem_free(p);
 }
 
-static int pool_start_worker(struct pool *p, int thread) {
+static int thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
     pthread_attr_t attr;
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, 1 << 20); /* musl gives 128 KiB, macOS 512 KiB */
+    int bad = pthread_create(thread, &attr, fn, arg);
+    pthread_attr_destroy(&attr);
+    return bad;
+}
+
+static int pool_start_worker(struct pool *p, int thread) {
     struct worker *w = mem_alloc(1, sizeof *w, NULL);
     if (w == NULL) return -1;
     *w = (struct worker){p, thread};
-    pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, 1 << 20); /* musl gives 128 KiB, macOS 512 KiB */
-    int bad = pthread_create(&p->threads[thread], &attr, pool_worker, w);
-    pthread_attr_destroy(&attr);
+    int bad = thread_start(&p->threads[thread], pool_worker, w);
     if (bad) mem_free(w);
     return bad;
 }
@@ -15209,6 +15214,7 @@ struct set {
     struct cli *cli;
     struct session s;
     struct pool *pool;       /* to read images by; made with the first */
+    struct ahead *ahead;     /* NULL: no images are read ahead */
     struct lines lines;
     char *folder;            /* of the set, with its slash; "" of a stream */
     int32_t *ids;            /* [bos + window T], of the prompt */
@@ -15225,7 +15231,10 @@ struct set {
     double perplexity, error; /* sums: of good lines; squared errors of answers with targets */
 };
 
+static void ahead_close(struct ahead *a);
+
 static void set_close(struct set *set) {
+    ahead_close(set->ahead);
     session_close(&set->s);
     pool_free(set->pool);
     lines_close(&set->lines);
@@ -15349,18 +15358,25 @@ static int load_set_image(const struct set *set, const struct image_ref *p, lvm_
     return code == LVM_OK ? rotate_image(set->cli, image, error) : code;
 }
 
-/* Images of a line that are read together, each by a thread, while others are. */
-enum { READ_TOGETHER = 16 };
+/* Images of a line that are read together, each by a thread. */
+enum { READ_TOGETHER = 16, READ_AHEAD = 64 };
+
+struct one_read {
+    lvm_image square; /* as the tokenizer takes it */
+    int orientation, code;
+    lvm_error error;
+};
 
 struct reading {
     const struct set *set;
     const struct image_ref *list;
-    struct one_read {
-        lvm_image square; /* as the tokenizer takes it */
-        int orientation, code;
-        lvm_error error;
-    } of[READ_TOGETHER];
+    struct one_read *of; /* [n] */
 };
+
+/* It is not there yet, and no tokens stand in its place. */
+static int is_missing(const struct reading *r, int i) {
+    return r->list[i].ids == NULL && r->of[i].square.rgb == NULL;
+}
 
 static void read_one_task(void *arg, int task, int thread) {
     struct reading *r = arg;
@@ -15368,7 +15384,7 @@ static void read_one_task(void *arg, int task, int thread) {
     const lvm_ctx *ctx = r->set->s.ctx;
     lvm_image image = {.rgb = NULL};
     (void)thread;
-    if (r->list[task].ids != NULL) return;
+    if (!is_missing(r, task)) return;
     one->code = load_set_image(r->set, &r->list[task], &image, &one->orientation, &one->error);
     if (one->code == LVM_OK) one->code = need_tokenizer(ctx, &one->error);
     if (one->code == LVM_OK)
@@ -15377,11 +15393,150 @@ static void read_one_task(void *arg, int task, int thread) {
 }
 
 static void read_together(struct set *set, struct reading *r, int n) {
-    int most = (int)min64(set->s.ctx->o.threads, READ_TOGETHER);
-    if (set->pool == NULL && n > 1) set->pool = pool_new(most, NULL);
-    if (set->pool != NULL) pool_run(set->pool, n, read_one_task, r);
+    int most = (int)min64(set->s.ctx->o.threads, READ_TOGETHER), missing = 0;
+    for (int i = 0; i < n; i++) missing += is_missing(r, i);
+    if (set->pool == NULL && missing > 1) set->pool = pool_new(most, NULL);
+    if (set->pool != NULL && missing > 1) pool_run(set->pool, n, read_one_task, r);
     else
         for (int i = 0; i < n; i++) read_one_task(r, i, 0);
+}
+
+/* ---- Sets: the next line's images, read while the device works on this one's ----
+
+   A thread goes through the file by itself, a line ahead; what it cannot read, or nobody asks for,
+   is left to the line's own turn. */
+
+struct line_read {
+    struct sentence line;                /* of which the list are copies */
+    int number, n;
+    struct image_ref list[READ_AHEAD];
+    struct one_read of[READ_AHEAD];
+};
+
+struct ahead {
+    struct set own;             /* the same set at a line of its own */
+    pthread_t thread;
+    pthread_mutex_t mutex;      /* of what follows */
+    pthread_cond_t changed;
+    int wanted, full, ended, quit; /* wanted: no line before it; full: `next` waits to be taken */
+    struct line_read next, now; /* now: the line at hand, its user's alone */
+};
+
+static void line_read_free(struct line_read *l) {
+    for (int i = 0; i < l->n; i++) lvm_image_free(&l->of[i].square);
+    sentence_free(&l->line);
+    memset(l, 0, sizeof *l);
+}
+
+/* The images of a line that its window can hold. */
+static void list_line(const struct ahead *a, struct line_read *l) {
+    const struct image_list *const lists[] = {&l->line.input, &l->line.target, &l->line.choices};
+    int window = a->own.s.ctx->o.window;
+    for (int k = 0; k < 3; k++)
+        for (int i = k == 0 ? (int)max64(0, lists[k]->n - window) : 0; i < lists[k]->n; i++)
+            if (lists[k]->list[i].ids == NULL && l->n < READ_AHEAD)
+                l->list[l->n++] = lists[k]->list[i];
+}
+
+static void *ahead_thread(void *arg) {
+    struct ahead *a = arg;
+    int more = 1;
+    pthread_mutex_lock(&a->mutex);
+    while (more > 0) {
+        while (a->full && !a->quit) pthread_cond_wait(&a->changed, &a->mutex);
+        if (a->quit) break;
+        int wanted = a->wanted;
+        pthread_mutex_unlock(&a->mutex);
+        line_read_free(&a->next);
+        struct reading r = {&a->own, a->next.list, a->next.of};
+        lvm_error error;
+        more = set_next(&a->own, &error);
+        a->next.number = a->own.lines.number;
+        if (more > 0 && a->next.number >= wanted &&
+            set_parse(&a->own, &a->next.line, &error) == LVM_OK) {
+            list_line(a, &a->next);
+            read_together(&a->own, &r, a->next.n);
+        }
+        pthread_mutex_lock(&a->mutex);
+        a->full = more > 0 && a->next.number >= wanted;
+        a->ended = more <= 0;
+        pthread_cond_broadcast(&a->changed);
+    }
+    pthread_mutex_unlock(&a->mutex);
+    return NULL;
+}
+
+/* Without memory or a thread nothing is read ahead. */
+static void ahead_open(struct set *set) {
+    struct ahead *a = set->lines.size > 0 ? mem_alloc(1, sizeof *a, NULL) : NULL;
+    lvm_error error;
+    if (a == NULL) return;
+    a->own.cli = set->cli;
+    a->own.s = set->s;
+    a->own.folder = set->folder;
+    pthread_mutex_init(&a->mutex, NULL);
+    pthread_cond_init(&a->changed, NULL);
+    os_signals before = os_block_signals();
+    if (lines_open(&a->own.lines, set->cli->words[1], &error) == LVM_OK &&
+        thread_start(&a->thread, ahead_thread, a) == 0)
+        set->ahead = a;
+    os_restore_signals(before);
+    if (set->ahead != NULL) return;
+    lines_close(&a->own.lines);
+    pthread_cond_destroy(&a->changed);
+    pthread_mutex_destroy(&a->mutex);
+    mem_free(a);
+}
+
+static void ahead_close(struct ahead *a) {
+    if (a == NULL) return;
+    pthread_mutex_lock(&a->mutex);
+    a->quit = 1;
+    pthread_cond_broadcast(&a->changed);
+    pthread_mutex_unlock(&a->mutex);
+    pthread_join(a->thread, NULL);
+    line_read_free(&a->next);
+    line_read_free(&a->now);
+    lines_close(&a->own.lines);
+    pool_free(a->own.pool);
+    pthread_cond_destroy(&a->changed);
+    pthread_mutex_destroy(&a->mutex);
+    mem_free(a);
+}
+
+/* Waits for the images of the line at hand and lets those of the next be read. */
+static void ahead_take(struct ahead *a, int number) {
+    if (number <= a->now.number) return;
+    line_read_free(&a->now);
+    pthread_mutex_lock(&a->mutex);
+    a->wanted = number;
+    while (!a->ended && !(a->full && a->next.number >= number)) {
+        a->full = 0; /* a line that was passed over */
+        pthread_cond_broadcast(&a->changed);
+        pthread_cond_wait(&a->changed, &a->mutex);
+    }
+    if (a->full && a->next.number == number) {
+        a->now = a->next;
+        memset(&a->next, 0, sizeof a->next);
+        a->full = 0;
+    }
+    pthread_cond_broadcast(&a->changed);
+    pthread_mutex_unlock(&a->mutex);
+    a->now.number = number;
+}
+
+/* Moves images that were read ahead to where they are wanted, each once. */
+static void take_read(struct set *set, struct reading *r, int n) {
+    if (set->ahead == NULL) return;
+    ahead_take(set->ahead, set->lines.number);
+    struct line_read *now = &set->ahead->now;
+    for (int i = 0; now->number == set->lines.number && i < n; i++)
+        for (int k = 0; r->list[i].ids == NULL && k < now->n; k++)
+            if (now->of[k].square.rgb != NULL && strcmp(now->list[k].path, r->list[i].path) == 0) {
+                r->of[i] = now->of[k];
+                now->of[k].square.rgb = NULL;
+                break;
+            }
 }
 
 /* The note on a rotation that is left alone. */
@@ -15396,12 +15551,14 @@ static void note_read(const struct set *set, const struct image_ref *p, int orie
    that its fault is the first. */
 static int encode_together(struct set *set, const struct image_ref *list, int n, int32_t *ids,
                            lvm_error *error) {
-    struct reading r = {.set = set, .list = list};
+    struct one_read of[READ_TOGETHER] = {{.code = LVM_OK}};
+    struct reading r = {set, list, of};
     size_t T = (size_t)set->s.model->T, size = T * sizeof *ids;
     lvm_image squares[READ_TOGETHER];
     int to[READ_TOGETHER], images = 0, good = 0;
     int32_t *tokens = mem_alloc((size_t)n, size, error);
     if (tokens == NULL) return LVM_MEMORY;
+    take_read(set, &r, n);
     read_together(set, &r, n);
     for (; good < n && r.of[good].code == LVM_OK; good++) {
         if (list[good].ids != NULL) memcpy(ids + (size_t)good * T, list[good].ids, size);
@@ -15499,6 +15656,7 @@ static int run_line(struct set *set, line_fn *run) {
 static int run_set(struct set *set, const char *stage, line_fn *run) {
     lvm_error error = {0, ""};
     int more = 0;
+    ahead_open(set);
     draw_set_bar(set, stage);
     while ((more = set_next(set, &error)) > 0) {
         if (!run_line(set, run)) return 0; /* main says so */
