@@ -8448,9 +8448,15 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 /* n / 2, halves to the even side as Python rounds them, so that a crop is torchvision's. */
 static int64_t half_even(int64_t n) { return n / 2 + (n & n >> 1 & 1); }
 
-/* image as R x R pixels. LVM_CROP: the short side becomes R, of the long one the middle stays. */
+/* image as R x R pixels. LVM_CROP: the short side becomes R, of the long one the middle stays. One
+   that fits is what resizing would leave of it. */
 static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm_error *error) {
     int w = image->width, h = image->height;
+    if (w == R && h == R && image_has_pixels(image)) {
+        *out = (lvm_image){R, R, mem_alloc((size_t)R * (size_t)R, RGB, error), 0};
+        if (out->rgb != NULL) memcpy(out->rgb, image->rgb, (size_t)R * (size_t)R * RGB);
+        return out->rgb != NULL ? LVM_OK : LVM_MEMORY;
+    }
     if (fit == LVM_SQUASH || w == h || !image_has_pixels(image))
         return lvm_image_resize(image, R, R, out, error);
     int64_t width = w < h ? R : (int64_t)R * w / h, height = w < h ? (int64_t)R * h / w : R;
