@@ -13275,9 +13275,10 @@ static const struct command command_table[] = {
      "With --config and --vq instead of a weights file: random weights of that\n"
      "shape, so that you see what a model costs before you have it. The floor is\n"
      "the time at the limit: floats for the tokenizer, integer products for\n"
-     "quantised prompts, memory bandwidth for new tokens. The last line tells how\n"
-     "long one image takes behind a prompt of images that long (all encoded,\n"
-     "nothing cached), and the memory in use.\n"
+     "quantised prompts, memory bandwidth for new tokens; on a GPU f16 products\n"
+     "and copying memory. The last line tells how long one image takes behind a\n"
+     "prompt of images that long (all encoded, nothing cached), and the memory in\n"
+     "use.\n"
      "  lvm bench --config 300m --vq published --type q8_0\n"},
     {"info", INFO, run_info, "info WEIGHTS", "what is in a weights file",
      "  lvm info weights.bin\n"},
