@@ -72,9 +72,15 @@ cuda: $(B)/lvm_cuda.o lvm.c
 $(B)/lvm_cuda.o: lvm_cuda.cu lvm.c | $(B)
 	$(NVCC) -std=c++17 -O3 $(CUDA_ARCH) $(NVCC_WARN) -Xcompiler -fPIC -c -o $@ lvm_cuda.cu
 
+# The test lets CUDA's allocations fail.
+comma    = ,
+CUDA_WRAP = $(patsubst %,-Wl$(comma)--wrap=cuda%,Malloc MallocHost HostAlloc HostRegister \
+            StreamCreate StreamCreateWithFlags StreamCreateWithPriority EventCreate \
+            EventCreateWithFlags StreamBeginCapture GraphInstantiate FuncSetAttribute)
+
 $(B)/test_cuda: tests/cuda/test_cuda.c $(wildcard tests/*.h) lvm.c $(B)/lvm_cuda.o
 	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -DLVM_CUDA -Itests -o $@ $< $(B)/lvm_cuda.o $(LDFLAGS) \
-	    $(CUDA_LIBS) $(LIBS)
+	    $(CUDA_WRAP) $(CUDA_LIBS) $(LIBS)
 
 $(B)/cuda_golden: tests/test_golden.c $(wildcard tests/*.h) lvm.c $(B)/lvm_cuda.o
 	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -DLVM_CUDA -o $@ $< $(B)/lvm_cuda.o $(LDFLAGS) \

@@ -3039,6 +3039,12 @@ struct continuation {
     int64_t done, all;     /* progress: tokens before these, and of all calls */
 };
 
+/* Bytes a second: copying memory (read and written), reading it, from the host; and operations. 0:
+   unknown. */
+struct ceilings {
+    double copy, read, upload, f16, f32;
+};
+
 /* What a device does for a context. The functions return LVM_OK or a code with the error filled;
    calls that fail or are cancelled leave sequences as they were. report(o, ...) is theirs to call;
    it never needs the device to be waited for. Of encode and decode it counts the model's list of
@@ -3084,10 +3090,12 @@ struct backend {
     void (*usage)(void *state, lvm_usage *usage);
     /* How many such devices there are; 0 and an error where none can be used. NULL: one. */
     int (*count)(lvm_error *error);
+    /* What the device can do at most, measured now, for bench. NULL: unknown. */
+    int (*ceilings)(void *state, struct ceilings *ceilings, lvm_error *error);
 
     /* Training's functions will follow here; size and version tell which there are. */
 };
-enum { BACKEND_VERSION = 3 };
+enum { BACKEND_VERSION = 4 };
 
 #ifndef LVM_INTERNAL
 
@@ -5218,15 +5226,20 @@ static void pool_free(struct pool *p) {
     mem_free(p);
 }
 
-static int pool_start_worker(struct pool *p, int thread) {
+static int thread_start(pthread_t *thread, void *(*fn)(void *), void *arg) {
     pthread_attr_t attr;
+    pthread_attr_init(&attr);
+    pthread_attr_setstacksize(&attr, 1 << 20); /* musl gives 128 KiB, macOS 512 KiB */
+    int bad = pthread_create(thread, &attr, fn, arg);
+    pthread_attr_destroy(&attr);
+    return bad;
+}
+
+static int pool_start_worker(struct pool *p, int thread) {
     struct worker *w = mem_alloc(1, sizeof *w, NULL);
     if (w == NULL) return -1;
     *w = (struct worker){p, thread};
-    pthread_attr_init(&attr);
-    pthread_attr_setstacksize(&attr, 1 << 20); /* musl gives 128 KiB, macOS 512 KiB */
-    int bad = pthread_create(&p->threads[thread], &attr, pool_worker, w);
-    pthread_attr_destroy(&attr);
+    int bad = thread_start(&p->threads[thread], pool_worker, w);
     if (bad) mem_free(w);
     return bad;
 }
@@ -8435,9 +8448,15 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
 /* n / 2, halves to the even side as Python rounds them, so that a crop is torchvision's. */
 static int64_t half_even(int64_t n) { return n / 2 + (n & n >> 1 & 1); }
 
-/* image as R x R pixels. LVM_CROP: the short side becomes R, of the long one the middle stays. */
+/* image as R x R pixels. LVM_CROP: the short side becomes R, of the long one the middle stays. One
+   that fits is what resizing would leave of it. */
 static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm_error *error) {
     int w = image->width, h = image->height;
+    if (w == R && h == R && image_has_pixels(image)) {
+        *out = (lvm_image){R, R, mem_alloc((size_t)R * (size_t)R, RGB, error), 0};
+        if (out->rgb != NULL) memcpy(out->rgb, image->rgb, (size_t)R * (size_t)R * RGB);
+        return out->rgb != NULL ? LVM_OK : LVM_MEMORY;
+    }
     if (fit == LVM_SQUASH || w == h || !image_has_pixels(image))
         return lvm_image_resize(image, R, R, out, error);
     int64_t width = w < h ? R : (int64_t)R * w / h, height = w < h ? (int64_t)R * h / w : R;
@@ -13084,7 +13103,8 @@ struct cli {
     int n_words, split; /* split: words in front of a lone --, or -1 */
     const char *out, *base, *sheet, *truth, *apng, *cache, *resize;
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, encoder_type, preset;
-    int lines, grid, json, best, man, skip_existing, config, vq, stage, prompt, new_tokens;
+    int lines, grid, json, best, man, skip_existing, together;
+    int config, vq, stage, prompt, new_tokens;
     lvm_sampling sampling;
     lvm_options options;
 };
@@ -13146,6 +13166,8 @@ static const struct option option_table[] = {
      "only the first N lines of the set"},
     {0, "skip-existing", NULL, BATCH, FLAG, AT(skip_existing), 0, 0,
      "skip lines whose output exists, to go on"},
+    {0, "together", "N", BATCH, INTEGER, AT(together), 1, MAX_SEQUENCES,
+     "lines answered at the same time (GPU: 8, CPU: 1)"},
     {0, "grid", NULL, BATCH, FLAG, AT(grid), 0, 0,
      "inputs in front of the answers, in one image"},
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
@@ -13253,9 +13275,10 @@ static const struct command command_table[] = {
      "With --config and --vq instead of a weights file: random weights of that\n"
      "shape, so that you see what a model costs before you have it. The floor is\n"
      "the time at the limit: floats for the tokenizer, integer products for\n"
-     "quantised prompts, memory bandwidth for new tokens. The last line tells how\n"
-     "long one image takes behind a prompt of images that long (all encoded,\n"
-     "nothing cached), and the memory in use.\n"
+     "quantised prompts, memory bandwidth for new tokens; on a GPU f16 products\n"
+     "and copying memory. The last line tells how long one image takes behind a\n"
+     "prompt of images that long (all encoded, nothing cached), and the memory in\n"
+     "use.\n"
      "  lvm bench --config 300m --vq published --type q8_0\n"},
     {"info", INFO, run_info, "info WEIGHTS", "what is in a weights file",
      "  lvm info weights.bin\n"},
@@ -14189,14 +14212,14 @@ static void free_images(lvm_image *images, int n) {
 }
 
 /* The EXIF rotation of an image that was loaded is applied with --exif, else noted. */
-static int rotate_image(const struct cli *cli, const char *path, lvm_image *image,
-                        lvm_error *error) {
-    int code = LVM_OK;
-    if (image->orientation < 2) return LVM_OK;
-    if (!cli->exif)
+static void note_rotation(const struct cli *cli, const char *path, int orientation) {
+    if (orientation >= 2 && !cli->exif)
         note(cli, "%s: carries an EXIF rotation, left alone as the published program does; --exif "
                   "applies it", path);
-    if (cli->exif) code = lvm_image_upright(image, error);
+}
+
+static int rotate_image(const struct cli *cli, lvm_image *image, lvm_error *error) {
+    int code = image->orientation >= 2 && cli->exif ? lvm_image_upright(image, error) : LVM_OK;
     if (code != LVM_OK) lvm_image_free(image);
     return code;
 }
@@ -14204,7 +14227,8 @@ static int rotate_image(const struct cli *cli, const char *path, lvm_image *imag
 static int load_image(const struct cli *cli, const char *path, lvm_image *image,
                       lvm_error *error) {
     int code = lvm_image_load(path, image, error);
-    return code == LVM_OK ? rotate_image(cli, path, image, error) : code;
+    if (code == LVM_OK) note_rotation(cli, path, image->orientation);
+    return code == LVM_OK ? rotate_image(cli, image, error) : code;
 }
 
 /* Image i of those that a call names. */
@@ -14215,7 +14239,8 @@ static int load_named(const struct cli *cli, const struct paths *p, int i, lvm_i
     size_t at = part > 0 ? p->ends[part - 1] : 0;
     int code = lvm_image_load_memory(p->input.data + at, p->ends[part] - at, p->path[i], image,
                                      error);
-    return code == LVM_OK ? rotate_image(cli, p->path[i], image, error) : code;
+    if (code == LVM_OK) note_rotation(cli, p->path[i], image->orientation);
+    return code == LVM_OK ? rotate_image(cli, image, error) : code;
 }
 
 static lvm_image *load_images(const struct cli *cli, const struct paths *p, int first,
@@ -14979,16 +15004,58 @@ static int check_likelihood(double nll, int64_t n, lvm_error *error) {
                 "are these weights sound?", nll / (double)n);
 }
 
+/* Choices that a device reads together, as sequences that share the prompt. */
+static int choices_together(const lvm_ctx *ctx, int n) {
+    int rows = ctx->m->T - 1;
+    return (int)min64(min64(n, ctx->limits.sequences), rows > 0 ? ctx->limits.rows / rows : 1);
+}
+
+/* each[n][T] of ids[n][T], of n choices that are read together behind a prompt that is fed; see
+   read_behind. */
+static int read_choices(lvm_ctx *ctx, const int32_t *ids, int n, float *each, lvm_error *error) {
+    int T = ctx->m->T, rows = T - 1, code = LVM_OK;
+    size_t all = (size_t)n * (size_t)T;
+    int32_t *tokens = mem_alloc(2 * all, sizeof *tokens, error);
+    float *nll = mem_alloc(all, sizeof *nll, error);
+    struct batch b = {.n = n * rows, .tokens = tokens, .seqs = ctx->seqs, .n_out = n * rows,
+                      .out = ctx->rows, .targets = tokens + all, .nll = nll};
+    if (tokens == NULL || nll == NULL) code = LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i < n; i++) {
+        memcpy(tokens + i * rows, ids + i * T, (size_t)rows * sizeof *ids);
+        memcpy(tokens + all + i * rows, ids + i * T + 1, (size_t)rows * sizeof *ids);
+        for (int t = 0; t < rows; t++) ctx->seqs[i * rows + t] = i;
+        if (i > 0) code = ctx->b->kv_copy(ctx->state, 0, i, ctx->n_fed, error);
+    }
+    if (code == LVM_OK) code = ctx->b->forward(ctx->state, &b, error);
+    for (int i = 0; i < n; i++) ctx->b->kv_trim(ctx->state, i, i == 0 ? ctx->n_fed : 0);
+    for (int i = 0; code == LVM_OK && i < n; i++) {
+        each[i * T] = negative_log_likelihood(ctx->logits, ctx->m->llama.V, ids[i * T]);
+        memcpy(each + i * T + 1, nll + i * rows, (size_t)rows * sizeof *nll);
+        for (int t = 0; code == LVM_OK && t < T; t++)
+            code = check_finite(each + i * T + t, 1, "the likelihoods from token", t + 1, error);
+    }
+    mem_free(tokens);
+    mem_free(nll);
+    return blame_weights(ctx, code, error);
+}
+
 /* nll[i]: of all tokens of choice i, ids[n][T], behind the prompt. */
 static int score_choices(lvm_ctx *ctx, const int32_t *ids, int n, double *nll, lvm_error *error) {
-    int T = ctx->m->T, code = LVM_OK;
-    float *each = mem_alloc((size_t)T, sizeof *each, error);
-    if (each == NULL) return LVM_MEMORY;
-    for (int i = 0; code == LVM_OK && i < n; i++) {
-        code = lvm_score(ctx, ids + (int64_t)i * T, T, each, error);
-        nll[i] = 0;
-        for (int t = 0; code == LVM_OK && t < T; t++) nll[i] += each[t];
-        if (code == LVM_OK) code = check_likelihood(nll[i], T, error);
+    int T = ctx->m->T, most = choices_together(ctx, n), code = prefill_pending(ctx, error);
+    float *each = mem_alloc((size_t)max64(1, most) * (size_t)T, sizeof *each, error);
+    if (each == NULL) code = LVM_MEMORY;
+    for (int i = 0, some; code == LVM_OK && i < n; i += some) {
+        const int32_t *from = ids + (int64_t)i * T;
+        some = ctx->n_fed + T > ctx->m->llama.context + 1 ? 1 : (int)min64(most, n - i);
+        code = some > 1 ? read_choices(ctx, from, some, each, error)
+                        : lvm_score(ctx, from, T, each, error);
+        for (int c = 0; code == LVM_OK && c < max64(1, some); c++) {
+            nll[i + c] = 0;
+            for (int t = 0; t < T; t++) nll[i + c] += each[c * T + t];
+            code = check_likelihood(nll[i + c], T, error);
+        }
+        if (code == LVM_OK && some > 1)
+            code = report(&ctx->o, "score", (i + some) * (int64_t)T, n * (int64_t)T, error);
     }
     mem_free(each);
     return code;
@@ -15153,21 +15220,34 @@ static void destinations_free(struct destinations *o) {
 struct set {
     struct cli *cli;
     struct session s;
+    struct pool *pool;       /* to read images by; made with the first */
+    struct ahead *ahead;     /* NULL: no images are read ahead */
     struct lines lines;
     char *folder;            /* of the set, with its slash; "" of a stream */
     int32_t *ids;            /* [bos + window T], of the prompt */
     int n_ids;
     unsigned noted;          /* bit i: a note on a key that is nearly key_table[i] was given */
     struct destinations written;  /* by batch, or left as they are */
+    struct together {        /* batch: lines that wait for their answers */
+        int most, n, joined; /* joined: the line at hand did */
+        struct awaited *of;  /* [most] */
+        float *logits;       /* [most][V] */
+    } group;
     int cut;                 /* a note on the window was given */
     int good, bad, puzzles, answered, right, errors, skipped;
     double perplexity, error; /* sums: of good lines; squared errors of answers with targets */
 };
 
+static void ahead_close(struct ahead *a);
+
 static void set_close(struct set *set) {
+    ahead_close(set->ahead);
     session_close(&set->s);
+    pool_free(set->pool);
     lines_close(&set->lines);
     destinations_free(&set->written);
+    mem_free(set->group.of);
+    mem_free(set->group.logits);
     mem_free(set->folder);
     mem_free(set->ids);
 }
@@ -15270,33 +15350,247 @@ static int line_paths(const struct set *set, const struct sentence *line, struct
     return code;
 }
 
+/* *orientation: the file's; where it is NULL a note says at once if it is left alone. */
 static int load_set_image(const struct set *set, const struct image_ref *p, lvm_image *image,
-                            lvm_error *error) {
+                          int *orientation, lvm_error *error) {
     char *path = find_image(set, p->path, error);
-    int code = path != NULL ? load_image(set->cli, path, image, error) : LVM_MEMORY;
+    int code = path != NULL ? lvm_image_load(path, image, error) : LVM_MEMORY;
     if (code == LVM_IO && strcmp(path, p->path) == 0 && os_root(path) == 0 &&
         set->folder[0] != 0 && os_stat(path).kind == OS_NOTHING)
         fail(error, LVM_IO, "%s: is neither in %s nor in the working directory", path,
              set->folder);
+    if (code == LVM_OK && orientation != NULL) *orientation = image->orientation;
+    else if (code == LVM_OK) note_rotation(set->cli, path, image->orientation);
     mem_free(path);
+    return code == LVM_OK ? rotate_image(set->cli, image, error) : code;
+}
+
+/* Images of a line that are read together, each by a thread. */
+enum { READ_TOGETHER = 16, READ_AHEAD = 64 };
+
+struct one_read {
+    lvm_image square; /* as the tokenizer takes it */
+    int orientation, code;
+    lvm_error error;
+};
+
+struct reading {
+    const struct set *set;
+    const struct image_ref *list;
+    struct one_read *of; /* [n] */
+};
+
+/* It is not there yet, and no tokens stand in its place. */
+static int is_missing(const struct reading *r, int i) {
+    return r->list[i].ids == NULL && r->of[i].square.rgb == NULL;
+}
+
+static void read_one_task(void *arg, int task, int thread) {
+    struct reading *r = arg;
+    struct one_read *one = &r->of[task];
+    const lvm_ctx *ctx = r->set->s.ctx;
+    lvm_image image = {.rgb = NULL};
+    (void)thread;
+    if (!is_missing(r, task)) return;
+    one->code = load_set_image(r->set, &r->list[task], &image, &one->orientation, &one->error);
+    if (one->code == LVM_OK) one->code = need_tokenizer(ctx, &one->error);
+    if (one->code == LVM_OK)
+        one->code = fit_image(&image, ctx->m->vq->R, ctx->o.fit, &one->square, &one->error);
+    lvm_image_free(&image);
+}
+
+static void read_together(struct set *set, struct reading *r, int n) {
+    int most = (int)min64(set->s.ctx->o.threads, READ_TOGETHER), missing = 0;
+    for (int i = 0; i < n; i++) missing += is_missing(r, i);
+    if (set->pool == NULL && missing > 1) set->pool = pool_new(most, NULL);
+    if (set->pool != NULL && missing > 1) pool_run(set->pool, n, read_one_task, r);
+    else
+        for (int i = 0; i < n; i++) read_one_task(r, i, 0);
+}
+
+/* ---- Sets: the next line's images, read while the device works on this one's ----
+
+   A thread goes through the file by itself, a line ahead; what it cannot read, or nobody asks for,
+   is left to the line's own turn. */
+
+struct line_read {
+    struct sentence line;                /* of which the list are copies */
+    int number, n;
+    struct image_ref list[READ_AHEAD];
+    struct one_read of[READ_AHEAD];
+};
+
+struct ahead {
+    struct set own;             /* the same set at a line of its own */
+    pthread_t thread;
+    pthread_mutex_t mutex;      /* of what follows */
+    pthread_cond_t changed;
+    int wanted, full, ended, quit; /* wanted: no line before it; full: `next` waits to be taken */
+    struct line_read next, now; /* now: the line at hand, its user's alone */
+};
+
+static void line_read_free(struct line_read *l) {
+    for (int i = 0; i < l->n; i++) lvm_image_free(&l->of[i].square);
+    sentence_free(&l->line);
+    memset(l, 0, sizeof *l);
+}
+
+/* The images of a line that its window can hold. */
+static void list_line(const struct ahead *a, struct line_read *l) {
+    const struct image_list *const lists[] = {&l->line.input, &l->line.target, &l->line.choices};
+    int window = a->own.s.ctx->o.window;
+    for (int k = 0; k < 3; k++)
+        for (int i = k == 0 ? (int)max64(0, lists[k]->n - window) : 0; i < lists[k]->n; i++)
+            if (lists[k]->list[i].ids == NULL && l->n < READ_AHEAD)
+                l->list[l->n++] = lists[k]->list[i];
+}
+
+static void *ahead_thread(void *arg) {
+    struct ahead *a = arg;
+    int more = 1;
+    pthread_mutex_lock(&a->mutex);
+    while (more > 0) {
+        while (a->full && !a->quit) pthread_cond_wait(&a->changed, &a->mutex);
+        if (a->quit) break;
+        int wanted = a->wanted;
+        pthread_mutex_unlock(&a->mutex);
+        line_read_free(&a->next);
+        struct reading r = {&a->own, a->next.list, a->next.of};
+        lvm_error error;
+        more = set_next(&a->own, &error);
+        a->next.number = a->own.lines.number;
+        if (more > 0 && a->next.number >= wanted &&
+            set_parse(&a->own, &a->next.line, &error) == LVM_OK) {
+            list_line(a, &a->next);
+            read_together(&a->own, &r, a->next.n);
+        }
+        pthread_mutex_lock(&a->mutex);
+        a->full = more > 0 && a->next.number >= wanted;
+        a->ended = more <= 0;
+        pthread_cond_broadcast(&a->changed);
+    }
+    pthread_mutex_unlock(&a->mutex);
+    return NULL;
+}
+
+/* Without memory or a thread nothing is read ahead. */
+static void ahead_open(struct set *set) {
+    struct ahead *a = set->lines.size > 0 ? mem_alloc(1, sizeof *a, NULL) : NULL;
+    lvm_error error;
+    if (a == NULL) return;
+    a->own.cli = set->cli;
+    a->own.s = set->s;
+    a->own.folder = set->folder;
+    pthread_mutex_init(&a->mutex, NULL);
+    pthread_cond_init(&a->changed, NULL);
+    os_signals before = os_block_signals();
+    if (lines_open(&a->own.lines, set->cli->words[1], &error) == LVM_OK &&
+        thread_start(&a->thread, ahead_thread, a) == 0)
+        set->ahead = a;
+    os_restore_signals(before);
+    if (set->ahead != NULL) return;
+    lines_close(&a->own.lines);
+    pthread_cond_destroy(&a->changed);
+    pthread_mutex_destroy(&a->mutex);
+    mem_free(a);
+}
+
+static void ahead_close(struct ahead *a) {
+    if (a == NULL) return;
+    pthread_mutex_lock(&a->mutex);
+    a->quit = 1;
+    pthread_cond_broadcast(&a->changed);
+    pthread_mutex_unlock(&a->mutex);
+    pthread_join(a->thread, NULL);
+    line_read_free(&a->next);
+    line_read_free(&a->now);
+    lines_close(&a->own.lines);
+    pool_free(a->own.pool);
+    pthread_cond_destroy(&a->changed);
+    pthread_mutex_destroy(&a->mutex);
+    mem_free(a);
+}
+
+/* Waits for the images of the line at hand and lets those of the next be read. */
+static void ahead_take(struct ahead *a, int number) {
+    if (number <= a->now.number) return;
+    line_read_free(&a->now);
+    pthread_mutex_lock(&a->mutex);
+    a->wanted = number;
+    while (!a->ended && !(a->full && a->next.number >= number)) {
+        a->full = 0; /* a line that was passed over */
+        pthread_cond_broadcast(&a->changed);
+        pthread_cond_wait(&a->changed, &a->mutex);
+    }
+    if (a->full && a->next.number == number) {
+        a->now = a->next;
+        memset(&a->next, 0, sizeof a->next);
+        a->full = 0;
+    }
+    pthread_cond_broadcast(&a->changed);
+    pthread_mutex_unlock(&a->mutex);
+    a->now.number = number;
+}
+
+/* Moves images that were read ahead to where they are wanted, each once. */
+static void take_read(struct set *set, struct reading *r, int n) {
+    if (set->ahead == NULL) return;
+    ahead_take(set->ahead, set->lines.number);
+    struct line_read *now = &set->ahead->now;
+    for (int i = 0; now->number == set->lines.number && i < n; i++)
+        for (int k = 0; r->list[i].ids == NULL && k < now->n; k++)
+            if (now->of[k].square.rgb != NULL && strcmp(now->list[k].path, r->list[i].path) == 0) {
+                r->of[i] = now->of[k];
+                now->of[k].square.rgb = NULL;
+                break;
+            }
+}
+
+/* The note on a rotation that is left alone. */
+static void note_read(const struct set *set, const struct image_ref *p, int orientation) {
+    char *path = orientation >= 2 ? find_image(set, p->path, NULL) : NULL;
+    if (path != NULL) note_rotation(set->cli, path, orientation);
+    mem_free(path);
+}
+
+/* Tokens of list[0..n-1], no more than READ_TOGETHER, to ids[n][T]: those that are given, and of
+   images, which the device encodes together. Those before a faulty one are encoded all the same, so
+   that its fault is the first. */
+static int encode_together(struct set *set, const struct image_ref *list, int n, int32_t *ids,
+                           lvm_error *error) {
+    struct one_read of[READ_TOGETHER] = {{.code = LVM_OK}};
+    struct reading r = {set, list, of};
+    size_t T = (size_t)set->s.model->T, size = T * sizeof *ids;
+    lvm_image squares[READ_TOGETHER];
+    int to[READ_TOGETHER], images = 0, good = 0;
+    int32_t *tokens = mem_alloc((size_t)n, size, error);
+    if (tokens == NULL) return LVM_MEMORY;
+    take_read(set, &r, n);
+    read_together(set, &r, n);
+    for (; good < n && r.of[good].code == LVM_OK; good++) {
+        if (list[good].ids != NULL) memcpy(ids + (size_t)good * T, list[good].ids, size);
+        else {
+            note_read(set, &list[good], r.of[good].orientation);
+            to[images] = good;
+            squares[images++] = r.of[good].square;
+        }
+    }
+    int code = images > 0 ? lvm_encode(set->s.ctx, squares, images, tokens, error) : LVM_OK;
+    for (int i = 0; code == LVM_OK && i < images; i++)
+        memcpy(ids + (size_t)to[i] * T, tokens + (size_t)i * T, size);
+    if (code == LVM_OK && good < n)
+        code = fail(error, r.of[good].code, "%s", r.of[good].error.text);
+    for (int i = 0; i < n; i++) lvm_image_free(&r.of[i].square);
+    mem_free(tokens);
     return code;
 }
 
-/* Tokens of list[0..n-1] to ids[n][T]. */
-static int encode_set_images(const struct set *set, const struct image_ref *list, int n,
-                               int32_t *ids, lvm_error *error) {
-    size_t T = (size_t)set->s.model->T;
+static int encode_set_images(struct set *set, const struct image_ref *list, int n, int32_t *ids,
+                             lvm_error *error) {
     int code = LVM_OK;
-    for (int i = 0; code == LVM_OK && i < n; i++, ids += T) {
-        if (list[i].ids != NULL) {
-            memcpy(ids, list[i].ids, T * sizeof *ids);
-            continue;
-        }
-        lvm_image image = {.rgb = NULL};
-        code = load_set_image(set, &list[i], &image, error);
-        if (code == LVM_OK) code = lvm_encode(set->s.ctx, &image, 1, ids, error);
-        lvm_image_free(&image);
-    }
+    for (int at = 0; code == LVM_OK && at < n; at += READ_TOGETHER)
+        code = encode_together(set, list + at, (int)min64(READ_TOGETHER, n - at),
+                               ids + (int64_t)at * set->s.model->T, error);
     return code;
 }
 
@@ -15333,37 +15627,49 @@ static int prompt_line(struct set *set, const struct sentence *line, int room, i
 
 typedef int line_fn(struct set *set, struct sentence *line, lvm_error *error);
 
-/* One line; its answer is on its way before the next is waited for, a fault is reported. Returns 0
-   when nobody takes answers any more. */
-static int run_line(struct set *set, line_fn *run) {
-    struct sentence line;
-    lvm_error error = {0, ""};
-    int code = set_parse(set, &line, &error);
-    note_keys(set, &line);
-    if (code == LVM_OK) code = run(set, &line, &error);
-    sentence_free(&line);
+/* Answers the lines that wait, if any do; 0 as of run_line. */
+static int answer_together(struct set *set);
+
+/* A line is done: counts it and reports a fault. Returns 0 when nobody takes answers any more. */
+static int end_line(struct set *set, int code, const lvm_error *error) {
     hide_bar(&set->s.bar);
     set->good += code == LVM_OK;
     set->bad += code != LVM_OK;
     if (code != LVM_OK)
-        complain("%s: line %d: %s", set->lines.name, set->lines.number, error.text);
+        complain("%s: line %d: %s", set->lines.name, set->lines.number, error->text);
     if (code != LVM_OK && set->cli->json) {
         printf("{\"line\": %d, \"error\": ", set->lines.number);
-        print_json_text(error.text);
+        print_json_text(error->text);
         printf("}\n");
     }
     return fflush(stdout) == 0;
+}
+
+/* One line; its answer is on its way before the next is waited for, unless it joined a group. */
+static int run_line(struct set *set, line_fn *run) {
+    struct sentence line;
+    lvm_error error = {0, ""};
+    struct together *g = &set->group;
+    int code = set_parse(set, &line, &error);
+    note_keys(set, &line);
+    g->joined = 0;
+    if (code == LVM_OK) code = run(set, &line, &error);
+    sentence_free(&line);
+    if (g->joined) return g->n < g->most || answer_together(set);
+    return answer_together(set) && end_line(set, code, &error);
 }
 
 /* Runs every line of a set through run; a bad line is reported and the next one taken. */
 static int run_set(struct set *set, const char *stage, line_fn *run) {
     lvm_error error = {0, ""};
     int more = 0;
+    ahead_open(set);
     draw_set_bar(set, stage);
     while ((more = set_next(set, &error)) > 0) {
         if (!run_line(set, run)) return 0; /* main says so */
         draw_set_bar(set, stage);
     }
+    if (!answer_together(set)) return 0;
     hide_bar(&set->s.bar);
     if (more < 0) return complain("%s", error.text);
     if (set->good + set->bad == 0) complain("%s: holds no lines", set->lines.name);
@@ -15389,15 +15695,16 @@ static void print_puzzle(struct set *set, const struct sentence *line, char *con
     if (names != NULL) print_choices(names, nll, n, T);
 }
 
-/* nll[i] of each choice, of which memory holds one at a time. */
+/* nll[i] of each choice, of which memory holds a few at a time. */
 static int score_line(struct set *set, const struct sentence *line, double *nll,
                       lvm_error *error) {
     int used = 0, code = prompt_line(set, line, 1, &used, error);
-    int32_t *ids = mem_alloc((size_t)set->s.model->T, sizeof *ids, error);
+    int32_t *ids = mem_alloc(READ_TOGETHER * (size_t)set->s.model->T, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
-    for (int i = 0; code == LVM_OK && i < line->choices.n; i++) {
-        code = encode_set_images(set, &line->choices.list[i], 1, ids, error);
-        if (code == LVM_OK) code = score_choices(set->s.ctx, ids, 1, &nll[i], error);
+    for (int i = 0, n; code == LVM_OK && i < line->choices.n; i += n) {
+        n = (int)min64(READ_TOGETHER, line->choices.n - i);
+        code = encode_set_images(set, line->choices.list + i, n, ids, error);
+        if (code == LVM_OK) code = score_choices(set->s.ctx, ids, n, nll + i, error);
     }
     mem_free(ids);
     return code;
@@ -15553,7 +15860,7 @@ static int answer_size(const struct set *set, const struct sentence *line, int *
     *width = *height = R;
     if (set->cli->resize == NULL || n == 0 || line->input.list[n - 1].path == NULL) return LVM_OK;
     lvm_image last = {.rgb = NULL};
-    int code = load_set_image(set, &line->input.list[n - 1], &last, error);
+    int code = load_set_image(set, &line->input.list[n - 1], &last, NULL, error);
     *width = last.width;
     *height = last.height;
     lvm_image_free(&last);
@@ -15565,7 +15872,7 @@ static int load_square(const struct set *set, const struct image_ref *p, lvm_ima
                        lvm_error *error) {
     lvm_image image = {.rgb = NULL};
     if (p->ids != NULL) return lvm_decode(set->s.ctx, p->ids, 1, out, error);
-    int code = load_set_image(set, p, &image, error);
+    int code = load_set_image(set, p, &image, NULL, error);
     if (code == LVM_OK)
         code = fit_image(&image, set->s.model->vq->R, set->s.ctx->o.fit, out, error);
     lvm_image_free(&image);
@@ -15862,21 +16169,16 @@ static int save_answer(const struct set *set, const char *name, const lvm_image 
     return image_save_text(name, image, all, error);
 }
 
-static int answer_line(struct set *set, const struct sentence *line, const char *name,
-                       lvm_error *error) {
+/* Writes and prints a line's answers; `used` images of its input counted. */
+static int finish_answer(struct set *set, const struct sentence *line, const char *name, int used,
+                         const lvm_image *answers, lvm_error *error) {
     const struct cli *cli = set->cli;
-    int used = 0, n = cli->images * cli->candidates, has_truth = line->target.n >= cli->images;
+    int has_truth = line->target.n >= cli->images, shown = cli->grid ? used : 0, code = LVM_OK;
     double mse[MAX_SEQUENCES];
     lvm_image all = {.rgb = NULL};
-    int code = prompt_line(set, line, 1, &used, error), shown = cli->grid ? used : 0;
-    if (code == LVM_OK) code = ready_output(set, line, name, error);
-    lvm_image *answers = mem_alloc((size_t)n, sizeof *answers, error);
     lvm_image *inputs = mem_alloc((size_t)shown + 1, sizeof *inputs, error);
-    if (answers == NULL || inputs == NULL) code = LVM_MEMORY;
-    if (code == LVM_OK)
-        code = lvm_generate_images(set->s.ctx, &cli->sampling, cli->candidates, cli->images,
-                                   answers, error);
-    if (code == LVM_OK && has_truth) code = squared_errors(set, line, answers, mse, error);
+    if (inputs == NULL) return LVM_MEMORY;
+    if (has_truth) code = squared_errors(set, line, answers, mse, error);
     for (int i = 0; code == LVM_OK && i < shown; i++)
         code = load_square(set, &line->input.list[line->input.n - shown + i], &inputs[i], error);
     if (code == LVM_OK) code = compose_answers(set, line, inputs, shown, answers, &all, error);
@@ -15884,8 +16186,156 @@ static int answer_line(struct set *set, const struct sentence *line, const char 
     if (code == LVM_OK) print_answer(set, name, has_truth ? mse : NULL);
     lvm_image_free(&all);
     free_images(inputs, shown);
+    return code;
+}
+
+static int answer_line(struct set *set, const struct sentence *line, const char *name,
+                       lvm_error *error) {
+    const struct cli *cli = set->cli;
+    int used = 0, n = cli->images * cli->candidates, code = prompt_line(set, line, 1, &used, error);
+    if (code == LVM_OK) code = ready_output(set, line, name, error);
+    lvm_image *answers = mem_alloc((size_t)n, sizeof *answers, error);
+    if (answers == NULL) code = LVM_MEMORY;
+    if (code == LVM_OK)
+        code = lvm_generate_images(set->s.ctx, &cli->sampling, cli->candidates, cli->images,
+                                   answers, error);
+    if (code == LVM_OK) code = finish_answer(set, line, name, used, answers, error);
     free_images(answers, n);
     return code;
+}
+
+/* ---- Batch: lines that are answered together ----
+
+   Each line is read as ever; then its keys and values become a sequence of their own, and it waits.
+   When enough wait, or a line comes that does not, the tokens of all are generated as one batch,
+   which reads the weights once, and the lines are finished in their order. What fails for a group
+   is done again line by line, so that faults are those of lines. A line may read what one before it
+   writes: what cannot be read is tried again when nothing waits any more. */
+
+struct awaited {
+    struct sentence line;
+    char *name;
+    int number, used, n_ids; /* n_ids: of the prompt */
+    int32_t *ids;
+};
+
+/* Not of a stream, where the next line may wait for this one's answer; more memory is taken on the
+   CPU only for who asks for it. */
+static int group_open(struct set *set, lvm_error *error) {
+    const lvm_ctx *ctx = set->s.ctx;
+    struct together *g = &set->group;
+    int asked = set->cli->together > 0 ? set->cli->together : ctx->b == &cpu_backend ? 1 : 8;
+    g->most = (int)min64(asked, ctx->limits.sequences - 1);
+    if (set->lines.size == 0 || set->cli->candidates > 1 || g->most < 2) g->most = 0;
+    g->of = mem_alloc((size_t)g->most + 1, sizeof *g->of, error);
+    g->logits = mem_alloc((size_t)g->most * (size_t)ctx->m->llama.V + 1, sizeof *g->logits, error);
+    return g->of == NULL || g->logits == NULL ? LVM_MEMORY : LVM_OK;
+}
+
+/* Whether a line's answer fits its window: one that slides is on its own. */
+static int may_join(const struct set *set, const struct sentence *line) {
+    const lvm_model *m = set->s.model;
+    int window = (int)min64(set->s.ctx->o.window, images_that_fit(m, m->llama.bos >= 0));
+    return set->group.most > 0 &&
+           min64(line->input.n, set->s.ctx->o.window - 1) + set->cli->images <= window;
+}
+
+/* Waiting line i becomes sequence i + 1. On success line and name are the group's. */
+static int join_line(struct set *set, struct sentence *line, char *name, lvm_error *error) {
+    lvm_ctx *ctx = set->s.ctx;
+    struct together *g = &set->group;
+    struct awaited a = {.name = name, .number = set->lines.number};
+    size_t V = (size_t)ctx->m->llama.V;
+    int code = prompt_line(set, line, 1, &a.used, error);
+    if (code == LVM_OK) code = ready_output(set, line, name, error);
+    if (code == LVM_OK) code = ctx->b->kv_copy(ctx->state, 0, g->n + 1, ctx->n_fed, error);
+    a.n_ids = ctx->n_ids;
+    a.ids = code == LVM_OK ? mem_alloc((size_t)a.n_ids, sizeof *a.ids, error) : NULL;
+    if (a.ids == NULL) {
+        ctx->b->kv_trim(ctx->state, g->n + 1, 0);
+        return code != LVM_OK ? code : LVM_MEMORY;
+    }
+    memcpy(a.ids, ctx->ids, (size_t)a.n_ids * sizeof *a.ids);
+    memcpy(g->logits + (size_t)g->n * V, ctx->logits, V * sizeof *g->logits);
+    a.line = *line;
+    memset(line, 0, sizeof *line);
+    g->of[g->n++] = a;
+    g->joined = 1;
+    return LVM_OK;
+}
+
+/* The tokens of all that wait, ids[n][tokens]. Sequences are numbered from 0, which is the last
+   line's from now on, as if it had been prompted last. */
+static int generate_together(struct set *set, int tokens, int32_t *ids, lvm_error *error) {
+    lvm_ctx *ctx = set->s.ctx;
+    struct together *g = &set->group;
+    const struct awaited *last = &g->of[g->n - 1];
+    size_t V = (size_t)ctx->m->llama.V;
+    struct rng rng[MAX_SEQUENCES];
+    lvm_sampling s;
+    int code = settle_sampling(&set->cli->sampling, &s, error);
+    int32_t *out = mem_alloc((size_t)g->n * (size_t)tokens, sizeof *out, error);
+    if (out == NULL) return LVM_MEMORY;
+    if (code == LVM_OK) code = ctx->b->kv_copy(ctx->state, g->n, 0, last->n_ids, error);
+    ctx->b->kv_trim(ctx->state, g->n, 0);
+    memcpy(ctx->ids, last->ids, (size_t)last->n_ids * sizeof *ctx->ids);
+    ctx->n_ids = ctx->n_fed = code == LVM_OK ? last->n_ids : 0;
+    ctx->has_logits = 0;
+    ctx->n_generated = 0;
+    for (int i = 0; i < g->n; i++) {
+        int at = (i + 1) % g->n; /* its sequence */
+        rng[at] = rng_new(s.seed, 0);
+        memcpy(ctx->logits + (size_t)at * V, g->logits + (size_t)i * V, V * sizeof *g->logits);
+    }
+    struct continuation c = {&s, g->n, tokens, ctx->m->codes, ctx->logits, rng, out, tokens, 0,
+                             tokens};
+    if (code == LVM_OK)
+        code = blame_weights(ctx, ctx->b->generate != NULL ? ctx->b->generate(ctx->state, &c, error)
+                                                           : generate_on_host(ctx, &c, error),
+                             error);
+    for (int i = 0; i < g->n; i++) {
+        int at = (i + 1) % g->n;
+        memcpy(ids + (size_t)i * (size_t)tokens, out + (size_t)at * (size_t)tokens,
+               (size_t)tokens * sizeof *ids);
+        ctx->b->kv_trim(ctx->state, at, at == 0 ? ctx->n_fed : 0);
+    }
+    mem_free(out);
+    return code;
+}
+
+/* Line a, whose answers are there or (NULL) are made now. */
+static int end_awaited(struct set *set, struct awaited *a, const lvm_image *answers) {
+    lvm_error error = {0, ""};
+    int number = set->lines.number;
+    set->lines.number = a->number;
+    int code = answers != NULL ? finish_answer(set, &a->line, a->name, a->used, answers, &error)
+                               : answer_line(set, &a->line, a->name, &error);
+    if (code == LVM_OK)
+        code = destinations_add(&set->written, a->name, a->name, a->number, &error);
+    else mem_free(a->name);
+    int taken = end_line(set, code, &error);
+    set->lines.number = number;
+    sentence_free(&a->line);
+    mem_free(a->ids);
+    return taken;
+}
+
+static int answer_together(struct set *set) {
+    struct together *g = &set->group;
+    int n = g->n, images = set->cli->images, tokens = images * set->s.model->T, taken = 1;
+    if (n == 0) return 1;
+    int32_t *ids = mem_alloc((size_t)n * (size_t)tokens, sizeof *ids, NULL);
+    lvm_image *answers = mem_alloc((size_t)n * (size_t)images, sizeof *answers, NULL);
+    int code = ids != NULL && answers != NULL ? generate_together(set, tokens, ids, NULL)
+                                              : LVM_MEMORY;
+    if (code == LVM_OK) code = lvm_decode(set->s.ctx, ids, n * images, answers, NULL);
+    for (int i = 0; i < n; i++) set->s.ctx->b->kv_trim(set->s.ctx->state, i + 1, 0);
+    g->n = 0;
+    for (int i = 0; i < n; i++)
+        taken &= end_awaited(set, &g->of[i], code == LVM_OK ? answers + i * images : NULL);
+    mem_free(ids);
+    free_images(answers, n * images);
+    return taken;
 }
 
 /* A line whose answer exists. */
@@ -15902,8 +16352,19 @@ static int batch_line(struct set *set, struct sentence *line, lvm_error *error) 
     if (line->output == NULL) return fail(error, LVM_FORMAT, "has no \"output\" name");
     char *name = batch_name(set, line->output, error);
     int code = name != NULL ? check_written(set, name, error) : error->code;
-    if (code == LVM_OK && set->cli->skip_existing && is_answer(name)) skip_line(set, name);
-    else if (code == LVM_OK) code = answer_line(set, line, name, error);
+    int joins = may_join(set, line), skips = 0;
+    if (code == LVM_OK) skips = set->cli->skip_existing && is_answer(name);
+    if (code == LVM_OK && (skips || !joins)) answer_together(set);
+    if (code == LVM_OK && skips) skip_line(set, name);
+    else if (code == LVM_OK && !joins) code = answer_line(set, line, name, error);
+    else if (code == LVM_OK) {
+        code = join_line(set, line, name, error);
+        if (code != LVM_OK && set->group.n > 0) {
+            answer_together(set);
+            code = join_line(set, line, name, error);
+        }
+        if (code == LVM_OK) return code;
+    }
     if (code == LVM_OK)
         return destinations_add(&set->written, name, name, set->lines.number, error);
     mem_free(name);
@@ -15938,6 +16399,7 @@ static int run_batch(struct cli *cli) {
     int code = set_open(&set, cli, &error);
     if (code == LVM_OK) code = need_all(cli, &set.s, &error);
     if (code == LVM_OK && set.lines.size > 0) code = check_set_outputs(&set, &error);
+    if (code == LVM_OK) code = group_open(&set, &error);
     int status = finish(&error, code);
     if (code == LVM_OK) status = run_set(&set, "batch", batch_line);
     if (code == LVM_OK && set.good > 0) print_batch_sums(&set);
@@ -16060,9 +16522,10 @@ static int run_quantize(struct cli *cli) {
    What a model costs on this machine, stage by stage, beside the ceilings that are measured in the
    same process: products of floats (the tokenizer, attention), integer products (quantised linear
    layers), and reading memory (decoding, where every weight and every cached key and value is read
-   once a token). Products of bfloat16 are measured where there are such, for who wants to compare;
-   no stage uses them. The time that a stage would take at the ceiling is its floor; the last column
-   is floor / time. Convolutions count as direct ones. */
+   once a token). A GPU's are products in f16, or in f32 where weights are F32 or --exact is given,
+   and copying memory. Products of bfloat16 are measured where there are such, for who wants to
+   compare; no stage uses them. The time that a stage would take at the ceiling is its floor; the
+   last column is floor / time. Convolutions count as direct ones. */
 
 /* Transformers, in the order of bench_shapes. */
 static const struct shape {
@@ -16084,11 +16547,11 @@ struct bench {
     lvm_ctx *ctx;
     struct pool *pool;              /* for the ceilings, as many threads as the context's */
     double fma, integer, bandwidth; /* ceilings: operations and bytes a second, all threads */
+    struct ceilings device;         /* of another device than the CPU */
     int shown;                      /* stages so far */
     double took[5];                 /* seconds of each of bench_stages */
 };
 
-/* Another device's ceilings are not measured: its stages have no floors. */
 static int on_cpu(const struct bench *b) { return b->ctx->b == &cpu_backend; }
 
 struct peak_job {
@@ -16136,7 +16599,7 @@ static void read_task(void *arg, int task, int thread) {
 static double measure_bandwidth(const struct bench *b) {
     enum { TASKS = 64, WORDS = 1 << 20 }; /* 512 MiB */
     struct peak_job job = {.words = WORDS};
-    if (!on_cpu(b)) return HUGE_VAL;
+    if (!on_cpu(b)) return b->bandwidth;
     uint64_t *data = mem_alloc(TASKS * (size_t)WORDS, sizeof *data, NULL);
     double rate[5] = {0};
     if (data == NULL) return 0;
@@ -16157,6 +16620,12 @@ static double measure_bandwidth(const struct bench *b) {
 }
 
 /* ---- What a stage has to do ---- */
+
+/* The ceiling of products with weights of this type; on the CPU integers are left to the caller. */
+static double product_peak(const struct bench *b, int type) {
+    double peak = type == LVM_F32 || b->ctx->o.exact ? b->device.f32 : b->device.f16;
+    return on_cpu(b) ? b->fma : peak > 0 ? peak : HUGE_VAL;
+}
 
 /* Multiplications and additions of an operation of the tokenizer, convolutions counted as
    direct. */
@@ -16238,7 +16707,8 @@ static int bench_vq(struct bench *b, int encode, lvm_error *error) {
         ops += op_cost(&vq->ops[i]);
     int code = time_vq(b, encode, &took, error);
     if (code == LVM_OK)
-        print_stage(b, encode ? "encode" : "decode", 1, "images", took, ops / b->fma, ops, "GFLOP");
+        print_stage(b, encode ? "encode" : "decode", 1, "images", took,
+                    ops / product_peak(b, vq->ops[0].conv[0].w.type), ops, "GFLOP");
     return code;
 }
 
@@ -16264,9 +16734,10 @@ static int bench_prefill(struct bench *b, lvm_error *error) {
     double products = 2 * values * n;
     /* four of each pair of query and key, half of the pairs: */
     double attention = 2.0 * n * n * a->H * a->d * (a->L - 1);
-    int integer = type_is_quantised(a->layers[0].q.type) && !b->ctx->o.exact;
+    int type = a->layers[0].q.type, integer = type_is_quantised(type) && !b->ctx->o.exact;
     double floor = products / (integer ? b->integer : b->fma); /* a q8_0 cache: see k8_scores */
     floor += b->ctx->o.kv_type == LVM_Q8_0 ? 2 * attention / b->integer : attention / b->fma;
+    if (!on_cpu(b)) floor = (products + attention) / product_peak(b, type);
     mem_free(ids);
     if (code == LVM_OK && wanted(b, "prefill"))
         print_stage(b, "prefill", n, "tokens", took, floor, products + attention, "GOP");
@@ -16347,14 +16818,35 @@ static void print_sums(const struct bench *b) {
            weights / unit, cache / unit, file / unit);
 }
 
+/* Another device's ceilings; where they are unknown its stages have no floors. */
+static void print_device_ceilings(struct bench *b) {
+    struct ceilings *d = &b->device;
+    lvm_error error = {0, "unknown"};
+    int json = b->cli->json;
+    if (b->ctx->b->ceilings == NULL ||
+        b->ctx->b->ceilings(b->ctx->state, d, &error) != LVM_OK) {
+        *d = (struct ceilings){0};
+        if (!json) printf("%s; ceilings: %s, so that floors are 0\n\n", b->ctx->device, error.text);
+    }
+    if (d->copy > 0) b->bandwidth = d->copy;
+    if (json)
+        printf("{\"device\": \"%s\", \"f16_gflops\": %.4g, \"f32_gflops\": %.4g, "
+               "\"copy_gbs\": %.4g, \"read_gbs\": %.4g, \"upload_gbs\": %.4g}\n",
+               b->ctx->device, d->f16 / 1e9, d->f32 / 1e9, d->copy / 1e9, d->read / 1e9,
+               d->upload / 1e9);
+    else if (d->copy > 0)
+        printf("%s; ceilings: %.0f TFLOP/s in f16%s, %.1f in f32; GB/s: %.0f copied (read and "
+               "written), %.0f read, %.1f from the host\n\n",
+               b->ctx->device, d->f16 / 1e12, d->f16 > 0 ? "" : " (no cuBLAS to ask)",
+               d->f32 / 1e12, d->copy / 1e9, d->read / 1e9, d->upload / 1e9);
+}
+
 static void print_ceilings(struct bench *b) {
     const struct peak *p = find_peak(b->m->kern->name);
     char bf16[32] = "";
     b->fma = b->integer = b->bandwidth = HUGE_VAL;
     if (!on_cpu(b)) {
-        printf(b->cli->json ? "{\"device\": \"%s\"}\n"
-                            : "%s; its ceilings are not measured, so that floors are 0\n\n",
-               b->ctx->device);
+        print_device_ceilings(b);
         return;
     }
     b->fma = measure_peak(b, p->fma, p->fma_ops);

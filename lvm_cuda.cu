@@ -33,7 +33,12 @@
    model. */
 #define LVM_INTERNAL
 #include "lvm.c"
+#include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
 #include <stdlib.h>
+#include <sys/mman.h>
+#include <unistd.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -154,54 +159,37 @@ static size_t plane_bytes(int type, size_t elements) {
            : type == LVM_Q4_0 ? elements / 2 : elements * 2;
 }
 
-/* raw[rows][row_bytes], blocks as they lie in the file -> planes from row `first` on; a thread a
-   block. Floor: bytes in + bytes out. */
-__global__ void split_q8_0(const uint8_t *raw, int64_t row_bytes, int first, int rows,
-                           struct matrix m) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    int blocks = m.ld / QK, b = (int)(i % blocks), inside = b < m.cols / QK;
-    int64_t row = i / blocks;
-    if (row >= rows) return;
-    const uint8_t *from = raw + row * row_bytes + b * 34;
-    const int64_t at = element_at(m, first + row, b * QK);
-    uint8_t *to = m.q + at;
-    uint16_t d = inside ? from[0] | from[1] << 8 : 0;
-    m.d[at / QK] = __ushort_as_half(d);
-    for (int k = 0; k < QK; k++) to[k] = inside ? from[2 + k] ^ 0x80 : 0x80;
+/* A block as it lies in the file -> its place in the planes, where it is number b of its row; NULL:
+   a block of zeros behind the row's last. */
+static __device__ void split_q8_0(const uint8_t *block, const struct matrix &m, int64_t row,
+                                  int b) {
+    const uint16_t *from = (const uint16_t *)block;
+    uint32_t w[8];
+#pragma unroll
+    for (int k = 0; k < 8; k++)
+        w[k] = (block != NULL ? from[1 + 2 * k] | (uint32_t)from[2 + 2 * k] << 16 : 0) ^ 0x80808080;
+    const int64_t at = element_at(m, row, b * QK);
+    uint4 *to = (uint4 *)(m.q + at);
+    to[0] = make_uint4(w[0], w[1], w[2], w[3]);
+    to[1] = make_uint4(w[4], w[5], w[6], w[7]);
+    m.d[at / QK] = __ushort_as_half(block != NULL ? from[0] : 0);
 }
 
-__global__ void split_q4_0(const uint8_t *raw, int64_t row_bytes, int first, int rows,
-                           struct matrix m) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    int blocks = m.ld / QK, b = (int)(i % blocks), inside = b < m.cols / QK;
-    int64_t row = i / blocks;
-    if (row >= rows) return;
-    const uint8_t *from = raw + row * row_bytes + b * 18;
-    const int64_t at = element_at(m, first + row, b * QK);
+static __device__ void split_q4_0(const uint8_t *block, const struct matrix &m, int64_t row,
+                                  int b) {
+    const int64_t at = element_at(m, row, b * QK);
     uint32_t *to = (uint32_t *)(m.q + at / 2);
-    uint16_t d = inside ? from[0] | from[1] << 8 : 0;
-    m.d[at / QK] = __ushort_as_half(d);
     for (int w = 0; w < 4; w++) {
         uint32_t word = 0;
         for (int k = 0; k < 8; k++) {
             int e = 8 * w + k;
-            uint32_t q = inside ? from[2 + e % 16] >> e / 16 * 4 & 15 : 8;
+            uint32_t q = block != NULL ? block[2 + e % 16] >> e / 16 * 4 & 15 : 8;
             word |= q << (k / 2 + k % 2 * 4) * 4;
         }
         to[w] = word;
     }
-}
-
-/* F16 and BF16; a thread 16 elements. */
-__global__ void split_half(const uint8_t *raw, int64_t row_bytes, int first, int rows,
-                           struct matrix m) {
-    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    int pieces = m.ld / 16, k = (int)(i % pieces) * 16;
-    int64_t row = i / pieces;
-    if (row >= rows) return;
-    const uint16_t *from = (const uint16_t *)(raw + row * row_bytes) + k;
-    uint16_t *to = (uint16_t *)m.q + element_at(m, first + row, k);
-    for (int n = 0; n < 16; n++) to[n] = k + n < m.cols ? from[n] : 0;
+    m.d[at / QK] =
+        __ushort_as_half(block != NULL ? *(const uint16_t *)block : (uint16_t)0);
 }
 
 static __device__ __half2 as_half2(uint32_t u) {
@@ -381,36 +369,220 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
     take(a, &g->bounds, 3 * (int64_t)g->m->llama.L);
 }
 
-enum { STAGING = 64 << 20 }; /* bytes of quantised rows that go over at a time */
+/* ---- Upload ----
 
-static void upload_quantised(struct queue *q, const struct tensor *t, struct matrix m,
-                             uint8_t *staging) {
-    int step = (int)max64(1, STAGING / t->row_bytes);
-    for (int first = 0; first < m.rows; first += step) {
-        int rows = (int)min64(step, m.rows - first);
-        int each = type_is_quantised(m.type) ? QK : 16;
-        int grid = (int)(((int64_t)rows * (m.ld / each) + THREADS - 1) / THREADS);
-        note(q, cudaMemcpyAsync(staging, tensor_row(t, first), (size_t)(rows * t->row_bytes),
-                                cudaMemcpyHostToDevice, q->stream), "copying weights");
-        if (t->type == LVM_Q8_0)
-            split_q8_0<<<grid, THREADS, 0, q->stream>>>(staging, t->row_bytes, first, rows, m);
-        else if (t->type == LVM_Q4_0)
-            split_q4_0<<<grid, THREADS, 0, q->stream>>>(staging, t->row_bytes, first, rows, m);
-        else split_half<<<grid, THREADS, 0, q->stream>>>(staging, t->row_bytes, first, rows, m);
-        launched(q, "splitting weights");
+   The tensors' bytes go over in pieces: a list of parts, and their bytes. Each of some CPU threads
+   takes the next piece, copies it from the (mapped) file to pinned memory of its own and sends it,
+   and a kernel on the device puts its units where they belong: a unit is a quantised block, or 16
+   bytes, or an element where rows are no multiple of that. So copying, PCIe and the kernel work
+   side by side. One stream holds all copies, another all kernels: copies that change streams cost
+   20 us more each. To pin memory of 4 KiB pages costs half a millisecond a megabyte, of huge pages
+   an eighth. */
+
+enum { PIECE = 1 << 20, BUFFERS = 2 /* of a thread */, PARTS = 128 /* of a piece at most */,
+       UPLOADERS = 8 };
+
+struct part_of_piece {
+    struct matrix m;
+    int unit, n, at;     /* bytes of a unit; how many there are, from byte `at` of the piece on */
+    int64_t first;       /* in the tensor */
+    const uint8_t *from; /* on the host */
+};
+
+struct upload {
+    const struct gpu_model *g;
+    pthread_mutex_t mutex;
+    int tensor, ended;   /* what comes next; 1: nothing does, or a thread met an error */
+    int64_t unit;
+    uint8_t *host, *device;
+    int pinned;
+    cudaStream_t copies, kernels;
+};
+
+struct pinned_piece {
+    uint8_t *host, *device;
+    cudaEvent_t copied, placed;
+};
+
+struct uploader {
+    struct upload *all;
+    struct queue q;
+    pthread_t thread;
+    struct pinned_piece piece[BUFFERS];
+};
+
+static int unit_bytes(const struct matrix &m) {
+    if (type_is_quantised(m.type)) return (int)type_bytes(m.type, QK);
+    int size = (int)plane_bytes(m.type, 1);
+    return (int64_t)m.cols * size % 16 == 0 ? 16 : size;
+}
+
+/* Lists the next piece and returns the number of its parts, 0 at the end. */
+static int list_piece(struct upload *all, struct part_of_piece *list) {
+    const lvm_model *m = all->g->m;
+    int n = 0, used = PARTS * (int)sizeof *list;
+    pthread_mutex_lock(&all->mutex);
+    while (!all->ended && all->tensor < m->n_specs && n < PARTS && used + 64 <= PIECE) {
+        const struct tensor *t = m->specs[all->tensor].tensor;
+        const struct matrix to = all->g->map[all->tensor];
+        int unit = unit_bytes(to);
+        int64_t left = t->data != NULL ? t->rows * t->row_bytes / unit - all->unit : 0,
+                k = min64(left, (PIECE - used) / unit);
+        if (k > 0) list[n++] = {to, unit, (int)k, used, all->unit, t->data + all->unit * unit};
+        used += round_up((int)k * unit, 16);
+        all->unit = k < left ? all->unit + k : 0;
+        all->tensor += k == left;
+    }
+    pthread_mutex_unlock(&all->mutex);
+    return n;
+}
+
+static __device__ void place_plain(const uint8_t *from, const struct matrix &m, int unit,
+                                   int64_t row, int at) {
+    const int size = m.type == LVM_F32 ? 4 : 2;
+    uint8_t *to = m.q + element_at(m, row, at * unit / size) * size;
+    if (unit == 16) *(uint4 *)to = from != NULL ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
+    else if (unit == 4) *(uint32_t *)to = from != NULL ? *(const uint32_t *)from : 0;
+    else *(uint16_t *)to = from != NULL ? *(const uint16_t *)from : (uint16_t)0;
+}
+
+static __device__ void place_unit(const uint8_t *from, const struct matrix &m, int unit,
+                                  int64_t row, int at) {
+    if (m.type == LVM_Q8_0) split_q8_0(from, m, row, at);
+    else if (m.type == LVM_Q4_0) split_q4_0(from, m, row, at);
+    else place_plain(from, m, unit, row, at);
+}
+
+/* Reads a piece, writes planes; blockIdx.y is the part, a thread takes a unit, and a row's last
+   unit brings the zeros behind it. Floor: bytes in + bytes out, far less than PCIe takes. */
+__global__ void place_kernel(const uint8_t *piece) {
+    const struct part_of_piece p = ((const struct part_of_piece *)piece)[blockIdx.y];
+    const int quantised = p.m.type == LVM_Q8_0 || p.m.type == LVM_Q4_0;
+    const int elements = quantised ? QK : p.unit / (p.m.type == LVM_F32 ? 4 : 2);
+    const int row_units = p.m.cols / elements, all = p.m.ld / elements;
+    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < p.n;
+         i += (int)(gridDim.x * blockDim.x)) {
+        int64_t row = (p.first + i) / row_units;
+        int at = (int)((p.first + i) % row_units);
+        place_unit(piece + p.at + (int64_t)i * p.unit, p.m, p.unit, row, at);
+        for (at++; at >= row_units && at < all; at++) place_unit(NULL, p.m, p.unit, row, at);
     }
 }
 
-static void upload(struct queue *q, const struct tensor *t, struct matrix m, uint8_t *staging) {
-    size_t size = plane_bytes(m.type, 1), ld = (size_t)m.ld * size, cols = (size_t)m.cols * size;
-    if (t->data == NULL) return;
-    if (type_is_quantised(t->type) || m.tiled) {
-        upload_quantised(q, t, m, staging);
-        return;
+static void send_piece(struct uploader *u, const struct pinned_piece *p, int n) {
+    const struct part_of_piece *list = (const struct part_of_piece *)p->host, *end = list + n - 1;
+    const struct upload *all = u->all;
+    int most = 0;
+    for (int i = 0; i < n; i++) {
+        memcpy(p->host + list[i].at, list[i].from, (size_t)list[i].n * (size_t)list[i].unit);
+        most = (int)max64(most, list[i].n);
     }
-    note(q, cudaMemsetAsync(m.q, 0, ld * (size_t)m.rows, q->stream), "cudaMemset");
-    note(q, cudaMemcpy2DAsync(m.q, ld, t->data, cols, cols, (size_t)m.rows, cudaMemcpyHostToDevice,
-                              q->stream), "copying weights");
+    note(&u->q, cudaMemcpyAsync(p->device, p->host, (size_t)(end->at + end->n * end->unit),
+                                cudaMemcpyHostToDevice, all->copies), "copying weights");
+    note(&u->q, cudaEventRecord(p->copied, all->copies), "cudaEventRecord");
+    note(&u->q, cudaStreamWaitEvent(all->kernels, p->copied, 0), "cudaStreamWaitEvent");
+    dim3 grid((unsigned)min64(256, (most + THREADS - 1) / THREADS), (unsigned)n);
+    place_kernel<<<grid, THREADS, 0, all->kernels>>>(p->device);
+    launched(&u->q, "place_kernel");
+    note(&u->q, cudaEventRecord(p->placed, all->kernels), "cudaEventRecord");
+}
+
+static void *upload_thread(void *arg) {
+    struct uploader *u = (struct uploader *)arg;
+    struct upload *all = u->all;
+    note(&u->q, cudaSetDevice(u->q.device), "cudaSetDevice");
+    for (int i = 0, n = 1; n > 0 && u->q.error == cudaSuccess; i++) {
+        const struct pinned_piece *p = &u->piece[i % BUFFERS];
+        note(&u->q, cudaEventSynchronize(p->placed), "cudaEventSynchronize");
+        n = list_piece(all, (struct part_of_piece *)p->host);
+        if (n > 0) send_piece(u, p, n);
+    }
+    pthread_mutex_lock(&all->mutex);
+    all->ended |= u->q.error != cudaSuccess;
+    pthread_mutex_unlock(&all->mutex);
+    return NULL;
+}
+
+/* The calling thread is the first of n; where no further one can be started those there are do all.
+   Signals are left to the program's own threads. */
+static void upload_by(struct uploader *u, int n) {
+    int started = 1;
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    for (; started < n; started++)
+        if (pthread_create(&u[started].thread, NULL, upload_thread, &u[started]) != 0) break;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    upload_thread(&u[0]);
+    for (int i = 1; i < started; i++) pthread_join(u[i].thread, NULL);
+}
+
+/* Memory that cannot be pinned will do too, at a third of the speed. */
+static void alloc_pinned(struct upload *all, size_t bytes, struct queue *q) {
+    const size_t page = 2 << 20;
+    all->host = (uint8_t *)aligned_alloc(page, (bytes + page - 1) / page * page);
+    if (all->host == NULL) note(q, cudaErrorMemoryAllocation, "malloc of staging memory");
+    if (all->host == NULL) return;
+    (void)madvise(all->host, bytes, MADV_HUGEPAGE);
+    memset(all->host, 0, bytes);
+    all->pinned = cudaHostRegister(all->host, bytes, cudaHostRegisterDefault) == cudaSuccess;
+    cudaGetLastError();
+}
+
+/* Streams, events and memory of an upload; what was made is destroyed by upload_free. */
+static void upload_alloc(struct upload *all, struct uploader *u, int n, struct queue *q) {
+    size_t bytes = (size_t)n * BUFFERS * PIECE, at = 0;
+    alloc_pinned(all, bytes, q);
+    note(q, cudaMalloc((void **)&all->device, bytes), "cudaMalloc for weights");
+    note(q, cudaStreamCreateWithFlags(&all->copies, cudaStreamNonBlocking),
+         "cudaStreamCreateWithFlags");
+    note(q, cudaStreamCreateWithFlags(&all->kernels, cudaStreamNonBlocking),
+         "cudaStreamCreateWithFlags");
+    for (int i = 0; q->error == cudaSuccess && i < n; i++) {
+        u[i].all = all;
+        u[i].q.device = q->device;
+        for (struct pinned_piece &p : u[i].piece) {
+            p.host = all->host + at;
+            p.device = all->device + at;
+            at += PIECE;
+            note(q, cudaEventCreateWithFlags(&p.copied, cudaEventDisableTiming),
+                 "cudaEventCreateWithFlags");
+            note(q, cudaEventCreateWithFlags(&p.placed, cudaEventDisableTiming),
+                 "cudaEventCreateWithFlags");
+        }
+    }
+}
+
+static void upload_free(struct upload *all, struct uploader *u) {
+    for (int i = 0; i < UPLOADERS; i++)
+        for (const struct pinned_piece &p : u[i].piece) {
+            if (p.copied != NULL) cudaEventDestroy(p.copied);
+            if (p.placed != NULL) cudaEventDestroy(p.placed);
+        }
+    if (all->copies != NULL) cudaStreamDestroy(all->copies);
+    if (all->kernels != NULL) cudaStreamDestroy(all->kernels);
+    cudaFree(all->device);
+    if (all->pinned) cudaHostUnregister(all->host);
+    free(all->host);
+    pthread_mutex_destroy(&all->mutex);
+}
+
+static void upload_weights(struct gpu_model *g) {
+    struct upload all = {};
+    struct uploader u[UPLOADERS] = {};
+    int n = (int)min64(max64(2, min64(UPLOADERS, sysconf(_SC_NPROCESSORS_ONLN))),
+                       (int64_t)g->bytes / PIECE + 1);
+    all.g = g;
+    pthread_mutex_init(&all.mutex, NULL);
+    upload_alloc(&all, u, n, &g->q);
+    if (g->q.error == cudaSuccess) {
+        upload_by(u, n);
+        for (int i = 0; i < n; i++) note(&g->q, u[i].q.error, u[i].q.what);
+        note(&g->q, cudaStreamSynchronize(all.copies), "cudaStreamSynchronize");
+        note(&g->q, cudaStreamSynchronize(all.kernels), "cudaStreamSynchronize");
+    }
+    upload_free(&all, u);
+    cudaGetLastError();
 }
 
 /* norms[i] = |e_i|^2, in doubles; a thread a code. */
@@ -487,7 +659,8 @@ static int gpu_model_alloc(struct gpu_model *g, lvm_error *error) {
     struct arena a = {NULL, 0};
     place_weights(g, &a);
     g->bytes = a.used;
-    note(&g->q, cudaStreamCreate(&g->q.stream), "cudaStreamCreate");
+    note(&g->q, cudaStreamCreateWithFlags(&g->q.stream, cudaStreamNonBlocking),
+         "cudaStreamCreateWithFlags");
     note(&g->q, cudaMalloc((void **)&g->memory, g->bytes + 256), "cudaMalloc of the weights");
     if (settle(&g->q, error) != LVM_OK) return error != NULL ? error->code : LVM_MEMORY;
     a.base = g->memory;
@@ -503,8 +676,8 @@ static int look_at_codebook(struct gpu_model *g, lvm_error *error) {
     size_t n = (size_t)g->m->vq->codes;
     float *norms = (float *)malloc(n * sizeof *norms);
     if (norms == NULL) return fail(error, LVM_MEMORY, "out of memory");
-    note(&g->q, cudaMemcpy(norms, g->code_norms, n * sizeof *norms, cudaMemcpyDeviceToHost),
-         "copying the codebook's norms");
+    note(&g->q, cudaMemcpyAsync(norms, g->code_norms, n * sizeof *norms, cudaMemcpyDeviceToHost,
+                                g->q.stream), "copying the codebook's norms");
     int code = wait_for(&g->q, error);
     g->bad_codebook = code == LVM_OK && check_finite(norms, (int64_t)n, "norms", 0, NULL) != LVM_OK;
     free(norms);
@@ -587,10 +760,7 @@ static int find_ups(struct gpu_model *g, lvm_error *error) {
 
 static int gpu_model_fill(struct gpu_model *g, lvm_error *error) {
     struct queue *q = &g->q;
-    uint8_t *staging = NULL;
-    note(q, cudaMalloc((void **)&staging, STAGING + (1 << 20)), "cudaMalloc of a staging buffer");
-    for (int i = 0; q->error == cudaSuccess && i < g->m->n_specs; i++)
-        upload(q, g->m->specs[i].tensor, g->map[i], staging);
+    upload_weights(g);
     if (q->error == cudaSuccess && g->m->vq != NULL)
         with_type(g->codebook.type, [&](auto type) {
             int grid = (g->codebook.rows + THREADS - 1) / THREADS;
@@ -599,7 +769,6 @@ static int gpu_model_fill(struct gpu_model *g, lvm_error *error) {
             launched(q, "code_norms_kernel");
         });
     int code = wait_for(q, error);
-    cudaFree(staging);
     if (code == LVM_OK && g->m->vq != NULL) code = look_at_codebook(g, error);
     return code == LVM_OK ? find_ups(g, error) : code;
 }
@@ -2583,6 +2752,12 @@ static int needs_f32(const struct gpu *c) {
     return f32;
 }
 
+/* What stays from call to call. */
+static void place_kept(struct gpu *c, struct arena *a) {
+    const struct llama *l = &c->g->m->llama;
+    take(a, &c->rope, l->L > 0 ? (int64_t)l->context * l->d : 0);
+}
+
 static void place_lm(struct gpu *c, struct arena *a) {
     const struct gpu_model *g = c->g;
     const struct llama *l = &g->m->llama;
@@ -2597,7 +2772,6 @@ static void place_lm(struct gpu *c, struct arena *a) {
     struct { float **p; int64_t n; } all[] = {
         {&c->x, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K}, {&c->heads, N * Q},
         {&c->f, N * front}, {&c->gate, N * hidden}, {&c->up, N * hidden},
-        {&c->rope, (int64_t)l->context * l->d},
         {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (c->kv.dp + 2)},
         {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}};
     for (const auto &one : all) take(a, one.p, one.n);
@@ -2623,6 +2797,8 @@ static void vq_largest(const struct vqgan *vq, int64_t *map, int64_t *attn, int6
     }
 }
 
+enum { MAPS_BYTES = 768 << 20 /* of images that are worked on together */ };
+
 static void place_vq(struct gpu *c, struct arena *a) {
     const struct vqgan *vq = c->g->m->vq;
     struct vq_memory *v = &c->vq;
@@ -2630,7 +2806,7 @@ static void place_vq(struct gpu *c, struct arena *a) {
     if (vq == NULL) return;
     vq_largest(vq, &map, &attn, &pixels, &channels);
     all = (int64_t)vq->R * vq->R;
-    c->images = (int)max64(1, min64(IMAGES, ((int64_t)1 << 30) / (16 * map)));
+    c->images = (int)max64(1, min64(IMAGES, MAPS_BYTES / (16 * map)));
     int64_t n = c->images;
     struct { float **p; int64_t n; } maps[] = {
         {&v->x, n * map}, {&v->t, n * map}, {&v->u, n * map}, {&v->n, n * map}, {&v->q, n * attn},
@@ -2642,6 +2818,15 @@ static void place_vq(struct gpu *c, struct arena *a) {
     take(a, &v->rgb, n * all * 3);
     take(a, &v->ids, n * vq->S * vq->S);
     take(a, &v->bad, IMAGES);
+}
+
+/* Images and tokens are never worked on together: their memory lies at the same place. */
+static void place_work(struct gpu *c, struct arena *a) {
+    place_kept(c, a);
+    struct arena images = *a;
+    place_vq(c, &images);
+    place_lm(c, a);
+    a->used = images.used > a->used ? images.used : a->used;
 }
 
 /* Cosines and sines of all positions, angles in f32 as in lvm.c's embed_task. */
@@ -2724,14 +2909,14 @@ static cudaError_t allow_kernels(const struct gpu *c) {
 static int gpu_alloc(struct gpu *c, lvm_error *error) {
     struct arena a = {NULL, 0};
     const struct llama *l = &c->g->m->llama;
-    place_lm(c, &a);
-    place_vq(c, &a);
+    place_work(c, &a);
     c->bytes = a.used;
     for (int i = 0; i < SEQUENCES; i++) {
         c->seq[i].pages = (struct gpu_page **)calloc((size_t)c->max_pages + 1, sizeof(void *));
         if (c->seq[i].pages == NULL) return fail(error, LVM_MEMORY, "out of memory");
     }
-    note(&c->q, cudaStreamCreateWithFlags(&c->q.stream, cudaStreamNonBlocking), "cudaStreamCreate");
+    note(&c->q, cudaStreamCreateWithFlags(&c->q.stream, cudaStreamNonBlocking),
+         "cudaStreamCreateWithFlags");
     note(&c->q, cudaMalloc((void **)&c->memory, c->bytes + 256), "cudaMalloc of work memory");
     note(&c->q, cudaMallocHost((void **)&c->host_in,
                                told_bytes(c, (int)max64(c->rows, SPLIT_ROWS)) + 256),
@@ -2744,8 +2929,7 @@ static int gpu_alloc(struct gpu *c, lvm_error *error) {
     memset(c->host_in, 0, told_bytes(c, (int)max64(c->rows, SPLIT_ROWS)));
     a.base = c->memory;
     a.used = 0;
-    place_lm(c, &a);
-    place_vq(c, &a);
+    place_work(c, &a);
     return l->L > 0 ? fill_rope(c, error) : LVM_OK;
 }
 
@@ -2834,10 +3018,187 @@ static int gpu_count(lvm_error *error) {
     return 0;
 }
 
+/* ---- Ceilings, for `lvm bench` ----
+
+   What kernels are compared with, measured on the card itself: medians of a few runs each, by
+   events. Buffers of a gigabyte fit no cache. */
+
+enum { GEMM_SIDE = 8192, FMA_ROUNDS = 4096, FMA_CHAINS = 8 };
+static const size_t CEILING_BYTES = (size_t)1 << 30, PINNED_BYTES = 64 << 20;
+
+/* to[n] = from[n]; where to is NULL it only reads. */
+__global__ void copy_kernel(const uint4 *from, uint4 *to, int64_t n) {
+    const int64_t step = (int64_t)gridDim.x * blockDim.x;
+    uint32_t sum = 0;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += 4 * step) {
+        uint4 v[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) v[k] = from[min(i + k * step, n - 1)];
+#pragma unroll
+        for (int k = 0; k < 4; k++) {
+            if (to != NULL) to[min(i + k * step, n - 1)] = v[k];
+            sum |= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
+        }
+    }
+    if (to == NULL && sum == 0x12345678) *(uint32_t *)from = sum; /* or nothing would be read */
+}
+
+/* FMA_CHAINS times FMA_ROUNDS multiply-adds a thread. */
+__global__ void fma_kernel(float *out, float a, float b) {
+    float x[FMA_CHAINS];
+    for (int c = 0; c < FMA_CHAINS; c++) x[c] = a * (float)((int)threadIdx.x + c);
+    for (int i = 0; i < FMA_ROUNDS; i++)
+#pragma unroll
+        for (int c = 0; c < FMA_CHAINS; c++) x[c] = fmaf(x[c], a, b);
+    float sum = 0;
+    for (int c = 0; c < FMA_CHAINS; c++) sum += x[c];
+    if (sum == 12345) *out = sum;
+}
+
+/* About normal numbers: power, and with it the clock of tensor cores, depends on what they
+   multiply. As f16, or bf16. */
+__global__ void random_kernel(uint16_t *out, int64_t n, int bf16) {
+    int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= n) return;
+    uint64_t h = (uint64_t)i * 0x9e3779b97f4a7c15u;
+    h = (h ^ h >> 32) * 0xd6e8feb86659fd93u;
+    h ^= h >> 32;
+    float x = 0;
+    for (int k = 0; k < 4; k++) x += (float)(h >> 16 * k & 0xffff) / 32768 - 1;
+    out[i] = bf16 ? __bfloat16_as_ushort(__float2bfloat16(x)) : __half_as_ushort(__float2half(x));
+}
+
+static int compare_times(const void *a, const void *b) {
+    float x = *(const float *)a, y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* Seconds that work() takes. */
+template <class F> static double median_seconds(struct queue *q, F work) {
+    enum { WARM = 3, RUNS = 15 };
+    cudaEvent_t start = NULL, end = NULL;
+    float ms[RUNS] = {0};
+    note(q, cudaEventCreate(&start), "cudaEventCreate");
+    note(q, cudaEventCreate(&end), "cudaEventCreate");
+    for (int i = -WARM; q->error == cudaSuccess && i < RUNS; i++) {
+        note(q, cudaEventRecord(start, q->stream), "cudaEventRecord");
+        work();
+        note(q, cudaEventRecord(end, q->stream), "cudaEventRecord");
+        note(q, cudaEventSynchronize(end), "cudaEventSynchronize");
+        if (i >= 0) note(q, cudaEventElapsedTime(&ms[i], start, end), "cudaEventElapsedTime");
+    }
+    if (start != NULL) cudaEventDestroy(start);
+    if (end != NULL) cudaEventDestroy(end);
+    qsort(ms, RUNS, sizeof *ms, compare_times);
+    return q->error == cudaSuccess ? ms[RUNS / 2] / 1000 : HUGE_VAL;
+}
+
+/* What is taken of cuBLAS, which is opened where it is there; nothing else needs it. */
+struct blas {
+    void *library, *handle;
+    int (*create)(void **handle);
+    int (*destroy)(void *handle);
+    int (*set_stream)(void *handle, cudaStream_t stream);
+    int (*gemm)(void *handle, int trans_a, int trans_b, int m, int n, int k, const void *alpha,
+                const void *a, cudaDataType a_type, int lda, const void *b, cudaDataType b_type,
+                int ldb, const void *beta, void *c, cudaDataType c_type, int ldc, int compute,
+                int algorithm);
+};
+
+static int blas_open(struct blas *b) {
+    static const char *const names[] = {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11",
+                                        "libcublas.so"};
+    *b = blas();
+    for (size_t i = 0; b->library == NULL && i < sizeof names / sizeof *names; i++)
+        b->library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
+    if (b->library == NULL) return 0;
+    *(void **)&b->create = dlsym(b->library, "cublasCreate_v2");
+    *(void **)&b->destroy = dlsym(b->library, "cublasDestroy_v2");
+    *(void **)&b->set_stream = dlsym(b->library, "cublasSetStream_v2");
+    *(void **)&b->gemm = dlsym(b->library, "cublasGemmEx");
+    if (b->create != NULL && b->destroy != NULL && b->set_stream != NULL && b->gemm != NULL &&
+        b->create(&b->handle) == 0)
+        return 1;
+    dlclose(b->library);
+    return 0;
+}
+
+/* Operations a second of a square product of 16-bit numbers with f32 sums, by cuBLAS: the better
+   type. 0 where there is no cuBLAS. memory: room for three matrices. */
+static double gemm_peak(struct queue *q, uint16_t *memory) {
+    enum { N = GEMM_SIDE, COMPUTE_32F = 68, DEFAULT = -1, NORMAL = 0 };
+    const int64_t n = (int64_t)N * N;
+    const float one = 1, zero = 0;
+    struct blas b;
+    double best = 0;
+    if (!blas_open(&b)) return 0;
+    int bad = b.set_stream(b.handle, q->stream);
+    for (int bf16 = 0; bf16 < 2; bf16++) {
+        cudaDataType type = bf16 ? CUDA_R_16BF : CUDA_R_16F;
+        random_kernel<<<blocks_of(2 * n), THREADS, 0, q->stream>>>(memory, 2 * n, bf16);
+        launched(q, "random_kernel");
+        double took = median_seconds(q, [&]() {
+            bad |= b.gemm(b.handle, NORMAL, NORMAL, N, N, N, &one, memory, type, N, memory + n,
+                          type, N, &zero, memory + 2 * n, type, N, COMPUTE_32F, DEFAULT);
+        });
+        best = fmax(best, 2.0 * N * N * N / took);
+    }
+    b.destroy(b.handle);
+    dlclose(b.library);
+    return bad == 0 ? best : 0;
+}
+
+static void measure_ceilings(struct queue *q, char *memory, char *pinned, struct ceilings *c) {
+    const int64_t n = (int64_t)(CEILING_BYTES / sizeof(uint4));
+    const uint4 *from = (const uint4 *)memory;
+    uint4 *to = (uint4 *)(memory + CEILING_BYTES);
+    const double bytes = (double)CEILING_BYTES;
+    const unsigned blocks = (unsigned)(n / (4 * THREADS));
+    int processors = 1;
+    note(q, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q->device),
+         "cudaDeviceGetAttribute");
+    note(q, cudaMemsetAsync(memory, 1, 2 * CEILING_BYTES, q->stream), "cudaMemset");
+    double by_driver = median_seconds(q, [&]() {
+        note(q, cudaMemcpyAsync(to, from, CEILING_BYTES, cudaMemcpyDeviceToDevice, q->stream),
+             "copying memory");
+    });
+    double by_kernel = median_seconds(
+        q, [&]() { copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, to, n); });
+    c->copy = 2 * bytes / fmin(by_driver, by_kernel);
+    c->read = bytes / median_seconds(q, [&]() {
+        copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, NULL, n);
+    });
+    c->upload = (double)PINNED_BYTES / median_seconds(q, [&]() {
+        note(q, cudaMemcpyAsync(memory, pinned, PINNED_BYTES, cudaMemcpyHostToDevice, q->stream),
+             "copying from pinned memory");
+    });
+    const unsigned many = (unsigned)processors * 32;
+    c->f32 = 2.0 * FMA_ROUNDS * FMA_CHAINS * THREADS * many / median_seconds(q, [&]() {
+        fma_kernel<<<many, THREADS, 0, q->stream>>>((float *)memory, 1.0001f, 1e-3f);
+    });
+    c->f16 = gemm_peak(q, (uint16_t *)memory);
+    launched(q, "copy_kernel, fma_kernel");
+}
+
+static int gpu_ceilings(void *state, struct ceilings *ceilings, lvm_error *error) {
+    struct queue *q = &((struct gpu *)state)->q;
+    char *memory = NULL, *pinned = NULL;
+    int code = use_device(q, error);
+    if (code != LVM_OK) return code;
+    *ceilings = {};
+    note(q, cudaMalloc((void **)&memory, 2 * CEILING_BYTES), "cudaMalloc for measuring");
+    note(q, cudaMallocHost((void **)&pinned, PINNED_BYTES), "cudaMallocHost for measuring");
+    if (q->error == cudaSuccess) measure_ceilings(q, memory, pinned, ceilings);
+    code = wait_for(q, error);
+    cudaFree(memory);
+    cudaFreeHost(pinned);
+    return code;
+}
+
 static const struct backend cuda_backend = {
     sizeof(struct backend), BACKEND_VERSION, "cuda", gpu_model_open, gpu_model_close, gpu_open,
     gpu_close, gpu_encode, gpu_decode, gpu_forward, NULL, gpu_kv_copy, gpu_kv_trim, gpu_kv_size,
-    gpu_kv_get, gpu_kv_set, gpu_usage, gpu_count};
+    gpu_kv_get, gpu_kv_set, gpu_usage, gpu_count, gpu_ceilings};
 
 extern "C" const struct backend *lvm_cuda_backend(void);
 extern "C" const struct backend *lvm_cuda_backend(void) { return &cuda_backend; }

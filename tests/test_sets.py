@@ -444,6 +444,34 @@ class Batch(Sets):
         self.assertEqual(text[1], "1: mean squared error %.6g, of the candidates %.6g, %.6g, %.6g"
                          % (one["mean_mse"], *one["mse"]))
 
+    def test_together(self):
+        """Lines answered together get what they get alone: behind a bad one, of other lengths, from
+        tokens, reading what one before writes, sliding the window, with an output that exists."""
+        lines = [{"input": ["p0.png"], "output": "0"},
+                 {"input": ["p0.png", "p1.png"], "target": [self.ids[2]], "output": "1"},
+                 {"input": ["nothing.png"], "output": "2"},
+                 {"input_tokens": self.ids[1] + self.ids[0], "output": "3"},
+                 {"input": ["%s/0.png"], "output": "4"},
+                 {"input_tokens": self.ids[0] * 40, "output": "5"},
+                 {"input": ["p1.png"], "output": "6"}, {"output": "7"}]
+        results = []
+        for n in (1, 2, 3, 16):
+            folder = "together%d" % n
+            text = "".join(json.dumps(line) + "\n" for line in lines).replace("%s", folder)
+            self.put("set.jsonl", text.encode())
+            for more in (), ("-n", "2"), ("--skip-existing",):
+                code, out, err = self.run_lvm("batch", self.weights, "set.jsonl", "-o", folder, "--json",
+                                              "--together", str(n), *more)
+                files = [read(self.path("%s/%d.png" % (folder, i))) for i in (0, 1, 3, 4, 5, 6)]
+                results.append((code, out.replace(folder.encode(), b""), err.replace(folder, ""), files))
+                if more == ("-n", "2"):
+                    os.remove(self.path(folder + "/3.png"))
+                elif not more:
+                    for i in (0, 1, 3, 4, 5, 6):
+                        os.remove(self.path("%s/%d.png" % (folder, i)))
+        for i in range(3, 12):
+            self.assertEqual(results[i], results[i % 3])
+
     def test_skip_existing(self):
         """What a stopped run left is kept, the rest is as if it had never stopped."""
         lines = [{"input": ["p%d.png" % i], "output": "o%d" % i, "target": ["p0.png"]} for i in range(3)]

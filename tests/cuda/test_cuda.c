@@ -3,7 +3,11 @@
 
        test_cuda FILE                  a file that may be written
            --small                     one small model once, for compute-sanitizer
+           --failing                   one allocation after the other fails, for the same
+       test_cuda --memory              what a model of 1b takes, beside what lvm says it does
        test_cuda --times               what a token costs, for 1 to 8 sequences
+       test_cuda --open FILE [WEIGHTS...]   what bringing weights to the GPU costs: a 1b model, in
+                                       memory and written to FILE, and others
        test_cuda --beside WEIGHTS IMAGE...   tokens, pixels and next-token distributions of a real
                                        model beside the CPU's --exact */
 #define main lvm_main
@@ -239,35 +243,52 @@ static int beside(const char *weights, char **paths, int n) {
 
 /* ---- Time ---- */
 
-/* Milliseconds of a forward of n rows, one each of n sequences, behind a prompt of 3840. */
-static double time_forward(lvm_ctx *ctx, int n) {
+/* A shape of bench with the published tokenizer. */
+static lvm_model *bench_like(int shape, int type) {
+    const struct shape *x = &shape_table[shape];
+    struct llama a = {.context = 4352, .bos = -1, .eos = -1, .L = x->L, .D = x->D, .F = x->F,
+                      .H = x->H, .G = x->H, .d = x->D / x->H, .V = 8292, .eps = 1e-6f,
+                      .theta = 10000};
+    const struct wanted_types types = {type, LVM_F16, LVM_AUTO};
+    lvm_error error = {0, ""};
+    return must(random_model(&a, &published_vq, &types, &error));
+}
+
+/* Milliseconds of a forward of n rows, one each of n sequences, behind a prompt of 3840 that they
+   share, or that each has for itself. */
+static double time_forward(lvm_ctx *ctx, int n, int shared) {
     enum { STEPS = 60 };
     int32_t tokens[8] = {1, 2, 3, 4, 5, 6, 7, 8};
     int rows[8] = {0, 1, 2, 3, 4, 5, 6, 7};
     struct batch b = {.n = n, .tokens = tokens, .seqs = rows, .n_out = n, .out = rows,
                       .logits = ctx->logits};
-    for (int i = 1; i < n; i++) ctx->b->kv_copy(ctx->state, 0, i, 3840, NULL);
+    for (int i = 1; shared && i < n; i++) ctx->b->kv_copy(ctx->state, 0, i, 3840, NULL);
     double start = 0;
     for (int i = 0; i < STEPS + 10; i++) {
         if (i == 10) start = seconds();
         check(ctx->b->forward(ctx->state, &b, NULL) == LVM_OK, "a forward fails");
     }
     double took = (seconds() - start) / STEPS * 1000;
-    for (int i = 0; i < n; i++) ctx->b->kv_trim(ctx->state, i, i == 0 ? 3840 : 0);
+    for (int i = 0; i < n; i++) ctx->b->kv_trim(ctx->state, i, i == 0 || !shared ? 3840 : 0);
     return took;
 }
 
-/* What a token costs without sampling, and what sampling costs, for 1 to 8 rows. */
+/* Prompts of 3840 for sequences 1 to n - 1. */
+static void feed_others(lvm_ctx *ctx, const int32_t *ids, int n) {
+    int *seqs = must(calloc(3840, sizeof *seqs));
+    for (int s = 1; s < n; s++) {
+        struct batch b = {.n = 3840, .tokens = ids, .seqs = seqs};
+        for (int i = 0; i < 3840; i++) seqs[i] = s;
+        check(ctx->b->forward(ctx->state, &b, NULL) == LVM_OK, "a prompt fails");
+    }
+    free(seqs);
+}
+
+/* What a token costs without sampling, for 1 to 8 rows. */
 static int times(void) {
     static const int shapes[] = {1, 3};
     for (int s = 0; s < 2; s++) {
-        const struct shape *x = &shape_table[shapes[s]];
-        struct llama a = {.context = 4352, .bos = -1, .eos = -1, .L = x->L, .D = x->D, .F = x->F,
-                          .H = x->H, .G = x->H, .d = x->D / x->H, .V = 8292, .eps = 1e-6f,
-                          .theta = 10000};
-        const struct wanted_types types = {LVM_Q8_0, LVM_F16, LVM_AUTO};
-        lvm_error error = {0, ""};
-        lvm_model *m = must(random_model(&a, &shipped_vq, &types, &error));
+        lvm_model *m = bench_like(shapes[s], LVM_Q8_0);
         for (int kv = LVM_F16; kv <= LVM_Q8_0; kv += LVM_Q8_0 - LVM_F16) {
             lvm_ctx *ctx = context_on(m, "cuda", 0, kv);
             int32_t *ids = must(calloc(3840, sizeof *ids));
@@ -275,16 +296,292 @@ static int times(void) {
             lvm_prompt(ctx, ids, 3840, NULL, NULL);
             double start = seconds();
             lvm_prompt(ctx, ids + 1, 3839, NULL, NULL);
-            printf("%-5s cache %-4s prefill %6.1f ms; ms a token of 1, 2, 4, 8 sequences:", shapes[s] == 1 ? "300m" : "1b",
-                   type_info(kv)->name, (seconds() - start) * 1000);
-            for (int n = 1; n <= 8; n *= 2) printf(" %.3f", time_forward(ctx, n));
-            printf("\n");
+            printf("%-5s cache %-4s prefill %6.1f ms; ms a token of 1, 2, 4, 8 sequences:",
+                   shapes[s] == 1 ? "300m" : "1b", type_info(kv)->name,
+                   (seconds() - start) * 1000);
+            for (int n = 1; n <= 8; n *= 2) printf(" %.3f", time_forward(ctx, n, 1));
+            feed_others(ctx, ids, 8);
+            double ms = time_forward(ctx, 8, 0);
+            printf("; 8 prompts %.3f: %.0f tokens/s\n", ms, 8000 / ms);
             lvm_ctx_free(ctx);
             free(ids);
         }
         lvm_close(m);
     }
     return 0;
+}
+
+/* ---- Allocations that fail ----
+
+   The linker sends lvm_cuda.cu's calls here (--wrap, see the Makefile). One that is to fail asks
+   for more than there can be, so that CUDA remembers an error as it would. */
+
+enum { OUT_OF_MEMORY = 2 /* cudaErrorMemoryAllocation */ };
+
+static struct {
+    int calls, at;   /* so far; the one that fails, 0: none */
+    const char *failed;
+} allocations;
+
+int __real_cudaMalloc(void **p, size_t size);
+
+static int fails(const char *call) {
+    void *p = NULL;
+    if (++allocations.calls != allocations.at) return 0;
+    allocations.failed = call;
+    check(__real_cudaMalloc(&p, (size_t)1 << 60) == OUT_OF_MEMORY, "2^60 bytes are there");
+    return 1;
+}
+
+#define WRAP(call, parameters, arguments)                                                          \
+    int __real_##call parameters;                                                                  \
+    int __wrap_##call parameters;                                                                  \
+    int __wrap_##call parameters {                                                                 \
+        return fails(#call) ? OUT_OF_MEMORY : __real_##call arguments;                             \
+    }
+WRAP(cudaMalloc, (void **p, size_t size), (p, size))
+WRAP(cudaMallocHost, (void **p, size_t size), (p, size))
+WRAP(cudaHostAlloc, (void **p, size_t size, unsigned flags), (p, size, flags))
+WRAP(cudaHostRegister, (void *p, size_t size, unsigned flags), (p, size, flags))
+WRAP(cudaStreamCreate, (void **stream), (stream))
+WRAP(cudaStreamCreateWithFlags, (void **stream, unsigned flags), (stream, flags))
+WRAP(cudaStreamCreateWithPriority, (void **stream, unsigned flags, int priority),
+     (stream, flags, priority))
+WRAP(cudaEventCreate, (void **event), (event))
+WRAP(cudaEventCreateWithFlags, (void **event, unsigned flags), (event, flags))
+WRAP(cudaStreamBeginCapture, (void *stream, int mode), (stream, mode))
+WRAP(cudaGraphInstantiate, (void **exec, void *graph, unsigned long long flags),
+     (exec, graph, flags))
+WRAP(cudaFuncSetAttribute, (const void *function, int attribute, int value),
+     (function, attribute, value))
+int cudaDeviceReset(void);
+int cudaMemGetInfo(size_t *, size_t *);
+
+/* What a context computes: rows many and few, candidates that share pages, images. */
+struct short_outcome {
+    float logits[CF_V], nll[8];
+    int32_t ids[3 * 5], more[4], tokens[CF_IMAGES * CF_T];
+    uint8_t pixels[CF_R * CF_R * 3];
+};
+enum { SHORT_ACTIONS = 6 };
+
+static int short_act(lvm_ctx *ctx, int action, struct short_outcome *o, lvm_error *error) {
+    int32_t ids[CF_PROMPT + 8];
+    struct cf_outcome images;
+    lvm_image out;
+    int code = LVM_OK;
+    cf_ids(ids, CF_PROMPT + 8, 1);
+    switch (action) {
+    case 0:
+        ctx_reset(ctx); /* or it would know the images */
+        code = cf_encode(ctx, &images, error);
+        if (code == LVM_OK) memcpy(o->tokens, images.tokens, sizeof o->tokens);
+        return code;
+    case 1:
+        code = lvm_decode(ctx, ids + 1, 1, &out, error);
+        if (code == LVM_OK) memcpy(o->pixels, out.rgb, sizeof o->pixels);
+        if (code == LVM_OK) lvm_image_free(&out);
+        return code;
+    case 2: return lvm_prompt(ctx, ids, CF_PROMPT, o->logits, error);
+    case 3:
+        code = lvm_prompt(ctx, ids, CF_PROMPT, NULL, error);
+        return code == LVM_OK ? lvm_score(ctx, ids + CF_PROMPT, 8, o->nll, error) : code;
+    case 4:
+        code = lvm_prompt(ctx, ids, 100, NULL, error);
+        return code == LVM_OK ? lvm_generate(ctx, NULL, 3, 5, o->ids, error) : code;
+    default:
+        code = lvm_prompt(ctx, ids, 101, NULL, error);
+        return code == LVM_OK ? lvm_generate(ctx, NULL, 1, 4, o->more, error) : code;
+    }
+}
+
+static void check_refused(const lvm_error *error, const char *what) {
+    check(error->code == LVM_MEMORY && allocations.failed != NULL &&
+              strstr(error->text, allocations.failed) != NULL,
+          "%s gives %d: %s", what, error->code, error->text);
+}
+
+/* Everything once; where an action fails, once more. */
+static void short_all(lvm_ctx *ctx, struct short_outcome *o, int *failures) {
+    memset(o, 0, sizeof *o);
+    for (int i = 0; i < SHORT_ACTIONS; i++) {
+        lvm_error error = {0, ""};
+        int code = short_act(ctx, i, o, &error);
+        if (code == LVM_OK) continue;
+        ++*failures;
+        check_refused(&error, "an action");
+        check(short_act(ctx, i, o, &error) == LVM_OK, "action %d once more: %s", i, error.text);
+    }
+}
+
+static lvm_ctx *open_failing(const lvm_model *m, const char *device, int at, lvm_error *error) {
+    lvm_options o = lvm_default_options();
+    o.threads = 1;
+    o.device = device;
+    allocations.calls = 0;
+    allocations.at = at;
+    allocations.failed = NULL;
+    return lvm_ctx_new(m, &o, error);
+}
+
+/* Opens and uses a model with allocation `at` failing: an error that names the call, and the same
+   bytes behind it. Where nobody chose a device the CPU is taken. Returns 1 where nothing failed. */
+static int fail_at(const struct model_file *f, int at, const struct short_outcome *want) {
+    lvm_model *m = must(lvm_open_memory(f->data, f->size, NULL));
+    lvm_error error = {0, ""};
+    struct short_outcome got;
+    int failures = 0;
+    where("allocation %d fails", at);
+    lvm_ctx *ctx = open_failing(m, NULL, at, &error);
+    check(ctx != NULL, "no context: %s", error.text);
+    if (ctx != NULL && ctx->passed_over.code != LVM_OK) {
+        lvm_model *other = must(lvm_open_memory(f->data, f->size, NULL));
+        check_refused(&ctx->passed_over, "opening");
+        check(strcmp(lvm_ctx_info(ctx).device, "cpu") == 0, "that leads to %s",
+              lvm_ctx_info(ctx).device);
+        lvm_ctx_free(ctx);
+        ctx = open_failing(other, "cuda", at, &error); /* chosen, it is an error */
+        check(ctx == NULL, "a context all the same");
+        check_refused(&error, "opening on a chosen device");
+        lvm_ctx_free(ctx);
+        lvm_close(other);
+        ctx = open_failing(m, "cuda", 0, &error);
+        check(ctx != NULL, "no context behind that: %s", error.text);
+        allocations.failed = "one of opening";
+    }
+    if (ctx != NULL) short_all(ctx, &got, &failures);
+    if (ctx != NULL && want != NULL)
+        check(memcmp(&got, want, sizeof got) == 0, "%s failed, then other bytes",
+              allocations.failed);
+    check(failures <= 1, "%d failures", failures);
+    lvm_ctx_free(ctx);
+    lvm_close(m);
+    return allocations.failed == NULL;
+}
+
+static void test_failing(void) {
+    struct model_file f = cf_model(LVM_Q8_0);
+    lvm_model *m = must(lvm_open_memory(f.data, f.size, NULL));
+    lvm_ctx *ctx = context_on(m, "cuda", 0, LVM_AUTO);
+    struct short_outcome want;
+    int failures = 0, at = 1;
+    allocations.at = 0;
+    short_all(ctx, &want, &failures);
+    lvm_ctx_free(ctx);
+    lvm_close(m);
+    while (at < 1000 && !fail_at(&f, at, &want)) at++;
+    allocations.at = 0;
+    where("%s", "");
+    printf("%d allocations failed, one after the other\n", at - 1);
+    check(at > 10 && at < 1000, "%d allocations", at);
+    free(f.data);
+}
+
+/* ---- Memory ---- */
+
+static double taken(size_t before) {
+    size_t now = 0, all = 0;
+    check(cudaMemGetInfo(&now, &all) == 0, "cudaMemGetInfo fails");
+    return ((double)before - (double)now) / 1e6;
+}
+
+/* The device's memory that a context of 1b takes, full, behind images of every number: weights and
+   keys and values, and at most a gigabyte. What the driver keeps (code, stacks) comes once. */
+static void memory_with(const lvm_model *m, int kv, size_t before) {
+    int32_t *ids = must(calloc(4352, sizeof *ids)), out[256 * 2];
+    lvm_error error = {0, ""};
+    lvm_ctx *ctx = context_on(m, "cuda", 0, kv);
+    double opened = taken(before);
+    random_ids(ids, 4352, 8192);
+    uint8_t *rgb = must(calloc((size_t)ctx->limits.images, image_bytes(ctx)));
+    int n = ctx->limits.images;
+    check(ctx->b->encode(ctx->state, rgb, n, 0, n, ids, NULL, &error) == LVM_OK, "%s", error.text);
+    check(ctx->b->decode(ctx->state, ids, n, 0, n, rgb, NULL, &error) == LVM_OK, "%s", error.text);
+    check(lvm_prompt(ctx, ids, 4096, NULL, &error) == LVM_OK, "%s", error.text);
+    check(lvm_generate(ctx, NULL, 1, 256, out, &error) == LVM_OK, "%s", error.text);
+    lvm_usage u = lvm_ctx_usage(ctx);
+    double cache = (double)u.cache / 1e6, weights = (double)u.weights / 1e6,
+           device = (double)u.device / 1e6, all = taken(before);
+    printf("cache %-4s: weights %.0f MB, cache %.0f; on the device %.0f says lvm; CUDA says %.0f "
+           "opened, %.0f full: %.0f beside weights and cache\n", type_info(kv)->name, weights,
+           cache, device, opened, all, all - weights - cache);
+    check(device - weights - cache <= 1000, "%.0f MB beside weights and cache",
+          device - weights - cache);
+    check(all <= device + 200, "%.0f MB are taken, lvm says %.0f", all, device);
+    lvm_ctx_free(ctx);
+    free(ids);
+    free(rgb);
+}
+
+static int memory(void) {
+    struct model_file f = cf_model(LVM_F32);
+    lvm_model *tiny = must(lvm_open_memory(f.data, f.size, NULL)), *m = bench_like(3, LVM_Q8_0);
+    size_t before = 0, all = 0;
+    lvm_ctx *ctx = context_on(tiny, "cuda", 0, LVM_F32); /* so that CUDA's own context is there */
+    lvm_ctx_free(ctx);
+    lvm_close(tiny);
+    check(cudaMemGetInfo(&before, &all) == 0, "cudaMemGetInfo fails");
+    memory_with(m, LVM_F16, before);
+    memory_with(m, LVM_Q8_0, before);
+    lvm_close(m);
+    printf("%.0f MB are left behind\n", taken(before));
+    check(taken(before) < 200, "closing leaves %.0f MB", taken(before));
+    free(f.data);
+    return checked("cuda_memory");
+}
+
+/* ---- Opening ---- */
+
+static void time_open(const lvm_model *m, const char *name, double upload) {
+    const struct backend *b = lvm_cuda_backend();
+    lvm_error error = {0, ""};
+    printf("%-28s %7.1f MB in", name, (double)m->file.size / 1e6);
+    for (int i = 0; i < 4; i++) {
+        void *copy = NULL;
+        double start = seconds();
+        check(b->model_open(m, "cuda", &copy, &error) == LVM_OK, "%s", error.text);
+        double took = seconds() - start, rate = (double)m->file.size / took;
+        b->model_close(copy);
+        printf("%s %.1f ms", i > 0 ? "," : "", took * 1000);
+        if (i == 3) printf(": %.1f GB/s, %.0f %% of pinned", rate / 1e9, 100 * rate / upload);
+        if (i == 3 && m->file.size > 500000000)
+            check(rate > .6 * upload, "%s: %.1f GB/s", name, rate / 1e9);
+    }
+    printf("\n");
+}
+
+/* Files are read once before, so that the page cache holds them, and mapped anew each time. */
+static void time_open_file(const char *path, double upload) {
+    for (int i = 0; i < 3; i++) {
+        lvm_error error = {0, ""};
+        lvm_model *m = lvm_open(path, 0, &error);
+        check(m != NULL, "%s", error.text);
+        if (m != NULL) time_open(m, strrchr(path, '/') != NULL ? strrchr(path, '/') + 1 : path,
+                                 upload);
+        lvm_close(m);
+    }
+}
+
+static int open_times(char **paths, int n) {
+    lvm_error error = {0, ""};
+    struct ceilings peak = {0};
+    lvm_model *m = bench_like(3, LVM_Q8_0);
+    lvm_ctx *ctx = context_on(m, "cuda", 0, LVM_AUTO);
+    double start = seconds();
+    check(ctx->b->ceilings(ctx->state, &peak, &error) == LVM_OK, "%s", error.text);
+    printf("ceilings in %.2f s: copy %.3f TB/s, read %.3f, pinned copy %.1f GB/s, "
+           "f16 %.0f TFLOP/s, f32 %.1f\n", seconds() - start, peak.copy / 1e12, peak.read / 1e12,
+           peak.upload / 1e9, peak.f16 / 1e12, peak.f32 / 1e12);
+    lvm_ctx_free(ctx);
+    time_open(m, "1b in memory", peak.upload);
+    FILE *file = fopen(paths[0], "wb");
+    check(file != NULL && fwrite(m->file.data, 1, m->file.size, file) == m->file.size,
+          "%s cannot be written", paths[0]);
+    if (file != NULL) fclose(file);
+    lvm_close(m);
+    for (int i = 0; i < n; i++) time_open_file(paths[i], peak.upload);
+    remove(paths[0]);
+    return checked("cuda_open");
 }
 
 /* Every call once, in each arithmetic, short. */
@@ -316,12 +613,19 @@ int main(int argc, char **argv) {
     if (argc > 3 && strcmp(argv[1], "--beside") == 0) return beside(argv[2], argv + 3, argc - 3);
     if (argc > 1 && strcmp(argv[1], "--small") == 0) return small();
     if (argc > 1 && strcmp(argv[1], "--times") == 0) return times();
+    if (argc > 1 && strcmp(argv[1], "--memory") == 0) return memory();
+    if (argc > 2 && strcmp(argv[1], "--open") == 0) return open_times(argv + 2, argc - 2);
     const char *path = argc > 1 ? argv[1] : "test_cuda.cache";
     const struct backend *b = lvm_cuda_backend();
     lvm_error error = {0, ""};
     if (b->count(&error) == 0) {
         printf("skipped: %s\ncuda: 0 passed, 0 failed, 1 skipped\n", error.text);
         return 0;
+    }
+    test_failing();
+    if (strcmp(path, "--failing") == 0) {
+        cudaDeviceReset(); /* or compute-sanitizer does not look for leaks */
+        return checked("cuda_failing");
     }
     test_choice();
     test_shapes();
