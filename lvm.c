@@ -2861,12 +2861,16 @@ static void run_layer(struct lm_job *job, int from) {
     matmul(e, &l->down, NULL, gate, n, delta);                  /* delta[n][D] = Wdown gate */
 }
 
+/* p, 0 to 1, to a multiple of 2^-37: sums of up to 65536 such in doubles are exact, so that a device
+   may add in any order. */
+static float summand(float p) { return p < 0x1p-14f ? p + 0x1p-14f - 0x1p-14f : p; }
+
 /* -ln softmax(logits[n])[id], in nats */
 static float negative_log_likelihood(const float *logits, int n, int32_t id) {
     float max = logits[0];
     double sum = 0;
     for (int i = 1; i < n; i++) max = logits[i] > max ? logits[i] : max;
-    for (int i = 0; i < n; i++) sum += exp_f32(logits[i] - max);
+    for (int i = 0; i < n; i++) sum += summand(exp_f32(logits[i] - max));
     return (float)(log_f64(sum) - ((double)logits[id] - max));
 }
 
@@ -3019,6 +3023,7 @@ struct limits {
     int rows;       /* of forward; at least as many as sequences */
     int sequences;  /* numbered from 0: candidates that generate together */
     int kv_block;   /* positions of a block of kv_get and kv_set */
+    int codes;      /* ids that generate can sample from: the host samples where there are more */
 };
 
 /* PCG-XSH-RR 64/32 (O'Neill 2014): a 64-bit linear congruential generator whose high bits, folded
@@ -3087,7 +3092,7 @@ struct backend {
 
     /* Training's functions will follow here; size and version tell which there are. */
 };
-enum { BACKEND_VERSION = 3 };
+enum { BACKEND_VERSION = 4 };
 
 #ifndef LVM_INTERNAL
 
@@ -3158,7 +3163,7 @@ static int cpu_open(void *copy, const lvm_options *o, void **state, struct limit
     c->e.kern = c->m->kern;
     c->e.o = o;
     c->e.exact = o->exact;
-    *limits = (struct limits){1, MAX_ROWS, MAX_SEQUENCES, KV_BLOCK};
+    *limits = (struct limits){1, MAX_ROWS, MAX_SEQUENCES, KV_BLOCK, 0};
     int code = cpu_alloc(c, error);
     if (code == LVM_OK) *state = c;
     else cpu_close(c);
@@ -3654,7 +3659,7 @@ static int32_t sample(const float *logits, int n, const lvm_sampling *s, struct 
     float max = logits[argmax(logits, n)];
     double mass = 0, drawn;
     for (int i = 0; i < n; i++) {
-        c[i] = (struct choice){exp_f32((logits[i] - max) / s->temperature), i};
+        c[i] = (struct choice){summand(exp_f32((logits[i] - max) / s->temperature)), i};
         mass += c[i].p;
     }
     if (s->top_k > 0 && s->top_k < n) n = select_likeliest(c, n, s->top_k, HUGE_VAL, &mass);
@@ -3789,7 +3794,8 @@ static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) 
         n = g->n - done < g->full - g->length ? g->n - done : g->full - g->length;
         struct continuation c = {&g->s, g->candidates, n, ctx->m->codes, ctx->logits, g->rng,
                                  g->ids + g->length, ctx->m->llama.context + 1, done, g->n};
-        int on_device = ctx->b->generate != NULL && g->s.choose == NULL;
+        int on_device = ctx->b->generate != NULL && g->s.choose == NULL &&
+                        ctx->m->codes <= ctx->limits.codes;
         if (code == LVM_OK)
             code = blame_weights(ctx, on_device ? ctx->b->generate(ctx->state, &c, error)
                                                 : generate_on_host(ctx, &c, error), error);
