@@ -12,8 +12,9 @@
      5  Rows: embedding, RMSNorm, SwiGLU, RoPE, likelihoods
      6  Attention on a paged cache, block by block
      7  The transformer: one forward
-     8  The tokenizer: GroupNorm, attention over pixels, the quantiser
-     9  The seam
+     8  Sampling, and the loop that generates
+     9  The tokenizer: GroupNorm, attention over pixels, the quantiser
+    10  The seam
 
    SUMS HAVE ONE ORDER here too: a row's result depends on nothing but its own numbers, never on how
    many rows came with it, so that a prompt in pieces, a candidate among others and a reused prefix
@@ -27,10 +28,9 @@
    activations become f16 with a power of two for each row (so that nothing overflows), and tensor
    cores add in f32. Attention and the tokenizer compute in f32 from whatever is stored.
 
-   LEFT OUT, so far: attention and convolutions on tensor cores; sampling on the device (the host
-   samples from logits); reading a shared prompt's keys once for all candidates; fused epilogues
-   and programmatic dependent launch; weights copied while others are used; more than one GPU for a
-   model. */
+   LEFT OUT, so far: attention and convolutions on tensor cores; reading a shared prompt's keys once
+   for all candidates; fused epilogues and programmatic dependent launch; weights copied while
+   others are used; more than one GPU for a model. */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <stdlib.h>
@@ -1497,6 +1497,10 @@ struct gpu {
     float *host_logits;           /* [GRAPH_ROWS][V], pinned */
     cudaGraphExec_t graph[GRAPH_ROWS + 1];
     int seen[GRAPH_ROWS + 1];     /* how often there were so many rows */
+    struct sampler *sampler;
+    struct told *told;            /* pinned */
+    cudaGraphExec_t next_graph[GRAPH_ROWS + 1];
+    int next_seen[GRAPH_ROWS + 1], samples; /* samples: 1: from so many codes */
     struct vq_memory vq;
 };
 
@@ -1767,15 +1771,16 @@ static void generate_step(struct gpu *c, const struct step *s) {
                                 cudaMemcpyDeviceToHost, c->q.stream), "copying logits");
 }
 
-/* Records the step where it is seen for the second time (the first has loaded all kernels). */
-static void record_step(struct gpu *c, const struct step *s) {
+/* Records work where it is seen for the second time (the first has loaded all kernels). */
+static void record_step(struct gpu *c, const struct step *s,
+                        void (*work)(struct gpu *, const struct step *), cudaGraphExec_t *exec) {
     cudaGraph_t graph = NULL;
     note(&c->q, cudaStreamBeginCapture(c->q.stream, cudaStreamCaptureModeThreadLocal),
          "cudaStreamBeginCapture");
-    generate_step(c, s);
+    work(c, s);
     note(&c->q, cudaStreamEndCapture(c->q.stream, &graph), "cudaStreamEndCapture");
     if (graph == NULL) return;
-    note(&c->q, cudaGraphInstantiate(&c->graph[s->n], graph, 0), "cudaGraphInstantiate");
+    note(&c->q, cudaGraphInstantiate(exec, graph, 0), "cudaGraphInstantiate");
     note(&c->q, cudaGraphDestroy(graph), "cudaGraphDestroy");
 }
 
@@ -1785,7 +1790,8 @@ static int forward_few(struct gpu *c, const struct step *s, float *logits, lvm_e
     for (int i = 0; code == LVM_OK && s->n > 1 && i < a->L; i++)
         code = report(c->o, "layers", i + 1, a->L, error);
     if (code != LVM_OK) return code;
-    if (c->graph[s->n] == NULL && c->seen[s->n]++ > 0) record_step(c, s);
+    if (c->graph[s->n] == NULL && c->seen[s->n]++ > 0)
+        record_step(c, s, generate_step, &c->graph[s->n]);
     if (c->graph[s->n] == NULL) generate_step(c, s);
     else note(&c->q, cudaGraphLaunch(c->graph[s->n], c->q.stream), "cudaGraphLaunch");
     code = wait_for(&c->q, error);
@@ -1844,7 +1850,480 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
 }
 
 /* =================================================================================================
-   8.  The tokenizer
+   8.  Sampling
+
+   What sample and settle_token of lvm.c do, to the bit, a block a sequence. The id is the next
+   forward's token, so that the device never waits for the host, which puts several steps into the
+   queue and watches a word of its own memory for each id.
+
+   Top-k, nucleus and draw each ask for the choice at which a count or a sum is reached, likeliest
+   first. Sums are exact in any order (lvm.c, summand), so nothing need be sorted to its end: keys
+   ascend where p falls, and of equal ones where the id rises; choices go to 1024 bins by the first
+   bits in which keys differ (a radix sort's first pass), sums before each bin tell which bin it is,
+   and only its choices are compared with each other. A bin with many is split like the whole.
+
+   Floor: bytes do not count, for logits are in the L2 cache; it is the latency of that read and of
+   some twenty barriers. */
+
+enum { BIN_BITS = 10, BINS = 1 << BIN_BITS /* and threads */, CODE_BITS = 14,
+       CODES = 1 << CODE_BITS /* ids to sample from, at most */, CODE_VALUES = CODES / BINS,
+       FEW = 96 /* choices that are compared one by one */,
+       IN_FLIGHT = 8 /* tokens in the queue */, RING = 2 * IN_FLIGHT };
+
+/* How to sample; what is kept of each sequence. */
+struct sampler {
+    float temperature, top_p;
+    int top_k, greedy, judge; /* judge: log_likelihood is wanted */
+    struct {
+        struct rng rng;
+        double log_likelihood;
+        int done;
+    } of[SEQUENCES];
+};
+
+/* In pinned memory; ring[token % RING][sequence]: the token's number + 1, and below it the id. */
+struct told {
+    volatile uint64_t ring[RING][SEQUENCES];
+    struct sampler sampler;
+};
+
+/* lvm.c's exp_f32 of x <= 0, log_f64 of x >= 1, summand and rng_next: the same bits, for nvcc fuses
+   no product that is an intrinsic's. */
+static __device__ float exp_as_host(float x) {
+    const float c[8] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+    if (!(x > -87.0f)) return 0;
+    float n = rintf(__fmul_rn(x, 1.44269504f)), p = c[0];
+    float r = (x - __fmul_rn(n, 0.693359375f)) - __fmul_rn(n, -2.12194440e-4f);
+#pragma unroll
+    for (int i = 1; i < 8; i++) p = __fmul_rn(p, r) + c[i];
+    return __fmul_rn(p, __uint_as_float((uint32_t)((int)n + 127) << 23));
+}
+
+static __device__ double log_as_host(double x) {
+    int e = 0;
+    double m = frexp(x, &e), sum = 0;
+    if (m < 0.70710678118654752) m *= 2, e--;
+    double s = (m - 1) / (m + 1), s2 = __dmul_rn(s, s);
+#pragma unroll
+    for (int i = 21; i > 0; i -= 2) sum = __dmul_rn(sum, s2) + 1.0 / i;
+    return __dmul_rn(2 * s, sum) + __dmul_rn(e, 6.93147180369123816490e-01) +
+           __dmul_rn(e, 1.90821492927058770002e-10);
+}
+
+static __device__ float summand_as_host(float p) {
+    return p < 0x1p-14f ? p + 0x1p-14f - 0x1p-14f : p;
+}
+
+static __device__ uint32_t rng_next_as_host(struct rng *r) {
+    uint64_t old = r->state;
+    r->state = old * 6364136223846793005u + r->increment;
+    uint32_t x = (uint32_t)((old >> 18 ^ old) >> 27), turn = (uint32_t)(old >> 59);
+    return x >> turn | x << (-turn & 31);
+}
+
+/* An integer that is ordered as floats are, and back; -0 becomes 0. */
+static __device__ uint32_t ordered(float x) {
+    uint32_t u = x == 0 ? 0 : __float_as_uint(x);
+    return u >> 31 ? ~u : u | 0x80000000;
+}
+
+static __device__ float from_ordered(uint32_t u) {
+    return __uint_as_float(u >> 31 ? u & 0x7fffffff : ~u);
+}
+
+/* Choices that follow each other in the order, of which those before them have this sum; their keys
+   are low .. low + 2^bits - 1. */
+struct slice {
+    int first, n;
+    double before;
+    uint64_t low;
+    int bits;
+};
+
+/* A block's shared memory: choice i has p[padded(i)] and id[i]. */
+struct sampling {
+    float *p;
+    uint16_t *id;
+    struct sampling_memory {
+        uint32_t most[4][32];
+        int counts[32], next[BINS];          /* where a bin's next choice goes */
+        double sums[32], before[BINS + 1];
+        struct slice found;
+        struct {
+            int id, count;                   /* count and mass: up to it and with it */
+            double mass;
+        } choice;
+    } *m;
+};
+
+/* One float in 33 is left out, so that threads that each read 2, 4, 8 or 16 meet no bank twice. */
+static __host__ __device__ int padded(int i) { return i + i / 32; }
+
+static size_t sampling_shared(int codes) {
+    return (size_t)padded(codes + 31) * sizeof(float) + (size_t)codes * sizeof(uint16_t);
+}
+
+/* Ascending: the likelier, the lower id first. Those without a sum are alike. */
+static __device__ uint64_t key_of(float p, int id) {
+    const uint32_t none = (37 << 23) + 1; /* behind 2^-37, the least summand */
+    return (uint64_t)min(0x3f800000 - __float_as_uint(p), none) << CODE_BITS | (uint32_t)id;
+}
+
+static __device__ int bin_of(const struct slice &s, float p, int id) {
+    return (int)min((key_of(p, id) - s.low) >> max(0, s.bits - BIN_BITS), (uint64_t)BINS - 1);
+}
+
+/* The sum of v over the threads before this one. parts: shared. */
+template <class T> static __device__ T sum_before(T v, T *parts) {
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    T sum = v;
+    for (int i = 1; i < 32; i *= 2) {
+        T other = __shfl_up_sync(0xffffffff, sum, i);
+        if (lane >= i) sum += other;
+    }
+    if (lane == 31) parts[warp] = sum;
+    __syncthreads();
+    T all = lane < warp ? parts[lane] : 0;
+    for (int i = 16; i > 0; i /= 2) all += __shfl_xor_sync(0xffffffff, all, i);
+    return all + sum - v;
+}
+
+/* Sorts a slice by bins: p and id, of which thread t has number t + 1024 i, go to where they belong
+   in shared memory; the thread's bin is returned. */
+static __device__ struct slice split(const struct sampling &m, const struct slice &s,
+                                     const float *p, const int *id) {
+    const int t = (int)threadIdx.x;
+    m.m->next[t] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < CODE_VALUES; i++) {
+        if (i * BINS >= s.n) break;
+        if (t + i * BINS < s.n) atomicAdd(&m.m->next[bin_of(s, p[i], id[i])], 1);
+    }
+    __syncthreads();
+    int n = m.m->next[t], first = s.first + sum_before(n, m.m->counts);
+    m.m->next[t] = first;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < CODE_VALUES; i++) {
+        if (i * BINS >= s.n) break;
+        if (t + i * BINS >= s.n) continue;
+        int to = atomicAdd(&m.m->next[bin_of(s, p[i], id[i])], 1);
+        m.p[padded(to)] = p[i];
+        m.id[to] = (uint16_t)id[i];
+    }
+    __syncthreads();
+    const int up = s.n > BINS ? 32 - __clz((s.n - 1) / BINS) : 0; /* 2^up choices a thread */
+    double sum = 0;
+    for (int i = t << up; i < min(s.n, (t + 1) << up); i++) sum += (double)m.p[padded(s.first + i)];
+    m.m->before[t] = s.before + sum_before(sum, m.m->sums);
+    if (t == BINS - 1) m.m->before[BINS] = m.m->before[t] + sum;
+    __syncthreads();
+    const int width = max(0, s.bits - BIN_BITS), at = first - s.first;
+    double before = m.m->before[at >> up];
+    for (int i = at >> up << up; i < at; i++) before += (double)m.p[padded(s.first + i)];
+    return {first, n, before, s.low + ((uint64_t)t << width), width};
+}
+
+/* So many choices, or so large a sum; one at least. */
+struct goal {
+    int count;
+    double mass;
+};
+
+static __device__ int reached(const struct goal &g, int count, double mass) {
+    return count > 0 && (count >= g.count || mass >= g.mass);
+}
+
+/* Of the threads' bins the one in which the goal is reached: the last before which it is not. */
+static __device__ struct slice find(const struct sampling &m, const struct goal &g,
+                                    const struct slice &own) {
+    int bin = __syncthreads_count(!reached(g, own.first, own.before)) - 1;
+    if ((int)threadIdx.x == bin) m.m->found = own;
+    __syncthreads();
+    return m.m->found;
+}
+
+/* The choice with which the goal is reached, to m.m->choice. own: the thread's bin of all. */
+static __device__ void choose(const struct sampling &m, const struct goal &g,
+                              const struct slice &own) {
+    struct slice s = find(m, g, own);
+    while (s.n > FEW) {
+        float p[CODE_VALUES];
+        int id[CODE_VALUES];
+#pragma unroll
+        for (int i = 0; i < CODE_VALUES; i++) {
+            int at = s.first + (int)threadIdx.x + i * BINS;
+            if (i * BINS >= s.n) break;
+            if (at < s.first + s.n) p[i] = m.p[padded(at)], id[i] = m.id[at];
+        }
+        s = find(m, g, split(m, s, p, id));
+    }
+    const int lane = (int)threadIdx.x % 32;
+    for (int i = (int)threadIdx.x / 32; i < s.n; i += 32) { /* a warp a choice */
+        float p = m.p[padded(s.first + i)];
+        int id = m.id[s.first + i], count = 0;
+        double before = 0;
+        for (int k = lane; k < s.n; k += 32) {
+            float other = m.p[padded(s.first + k)];
+            int likelier = key_of(other, m.id[s.first + k]) < key_of(p, id);
+            count += likelier;
+            before += likelier ? (double)other : 0;
+        }
+        for (int k = 16; k > 0; k /= 2) before += __shfl_xor_sync(0xffffffff, before, k);
+        count = s.first + __reduce_add_sync(0xffffffff, count);
+        before += s.before;
+        if (lane == 0 && !reached(g, count, before) && reached(g, count + 1, before + (double)p))
+            m.m->choice = {id, count + 1, before + (double)p};
+    }
+    __syncthreads();
+}
+
+/* v[i] becomes the largest of all threads'. */
+static __device__ void largest_of_block(uint32_t *v, uint32_t (*parts)[32]) {
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    for (int i = 0; i < 4; i++) {
+        v[i] = __reduce_max_sync(0xffffffff, v[i]);
+        if (lane == 0) parts[i][warp] = v[i];
+    }
+    __syncthreads();
+    for (int i = 0; i < 4; i++) v[i] = __reduce_max_sync(0xffffffff, parts[i][lane]);
+}
+
+/* The lowest id of the largest logit. */
+static __device__ int likeliest(const struct sampling &m, const float *x, int codes, float most) {
+    uint32_t v[4] = {};
+#pragma unroll
+    for (int i = CODE_VALUES - 1; i >= 0; i--) {
+        int id = (int)threadIdx.x + i * BINS;
+        if (id < codes && x[i] == most) v[0] = ~(uint32_t)id;
+    }
+    __syncthreads(); /* m.m->most has been read */
+    largest_of_block(v, m.m->most);
+    return (int)~v[0];
+}
+
+/* One of the codes by their logits x, which become probabilities. */
+static __device__ int draw(const struct sampling &m, const struct sampler &by, struct rng *rng,
+                           float *x, int codes, float most, float least) {
+    int id[CODE_VALUES];
+#pragma unroll
+    for (int i = 0; i < CODE_VALUES; i++) {
+        if (i * BINS >= codes) break;
+        id[i] = (int)threadIdx.x + i * BINS;
+        x[i] = summand_as_host(exp_as_host(__fdiv_rn(x[i] - most, by.temperature)));
+    }
+    /* A lower logit may, by a rounding, have a p that is larger: hence the 64. */
+    float low = summand_as_host(exp_as_host(__fdiv_rn(least - most, by.temperature)));
+    struct slice all = {0, codes, 0, 0, 64 - __clzll(key_of(low, CODES - 1) + (64 << CODE_BITS))};
+    struct slice own = split(m, all, x, id);
+    double mass = m.m->before[BINS];
+    if (by.top_k > 0 && by.top_k < codes) {
+        choose(m, {by.top_k, HUGE_VAL}, own);
+        mass = m.m->choice.mass;
+    }
+    if (by.top_p < 1) {
+        choose(m, {codes, (double)by.top_p * mass}, own);
+        mass = m.m->choice.mass;
+    }
+    choose(m, {codes, mass * (rng_next_as_host(rng) * 0x1p-32)}, own);
+    return m.m->choice.id;
+}
+
+/* The last thread's sum is -ln softmax(logits[V])[id]. */
+static __device__ float judge(const struct sampling &m, const float *logits, int V, float most,
+                              int id) {
+    double sum = 0;
+    for (int i = (int)threadIdx.x; i < V; i += BINS)
+        sum += (double)summand_as_host(exp_as_host(logits[i] - most));
+    __syncthreads(); /* m.m->sums has been read */
+    sum += sum_before(sum, m.m->sums);
+    return (float)(log_as_host(sum) - ((double)logits[id] - most));
+}
+
+/* Grid: [sequences]. Reads logits[sequences][V], keeps by->of; writes the id to tokens, where the
+   next forward reads it, and to the host's ring. -1: the logits are not finite. */
+__global__ void __launch_bounds__(BINS, 1)
+    sample_kernel(const float *logits, int V, int codes, struct sampler *by, int32_t *tokens,
+                  int *pos, volatile uint64_t (*ring)[SEQUENCES]) {
+    extern __shared__ __align__(16) float memory[];
+    __shared__ struct sampling::sampling_memory own;
+    const struct sampling m = {memory, (uint16_t *)(memory + padded(codes + 31)), &own};
+    const int row = (int)blockIdx.x, t = (int)threadIdx.x;
+    struct rng rng = by->of[row].rng;
+    float x[CODE_VALUES];
+    uint32_t most[4] = {}; /* largest and least of codes, of all; of the least the complement */
+    logits += (int64_t)row * V;
+#pragma unroll
+    for (int i = 0; i < CODE_VALUES; i++) {
+        if (i * BINS >= codes) break;
+        x[i] = logits[min(t + i * BINS, codes - 1)];
+    }
+    for (int i = codes + t; i < V; i += BINS) {
+        most[2] = max(most[2], ordered(logits[i]));
+        most[3] = max(most[3], ~ordered(logits[i]));
+    }
+#pragma unroll
+    for (int i = 0; i < CODE_VALUES; i++) {
+        if (i * BINS >= codes) break;
+        most[0] = max(most[0], ordered(x[i]));
+        most[1] = max(most[1], ~ordered(x[i]));
+    }
+    most[2] = max(most[2], most[0]);
+    most[3] = max(most[3], most[1]);
+    largest_of_block(most, own.most);
+    const float top = from_ordered(most[0]), least = from_ordered(~most[1]);
+    int id = -1;
+    if (isfinite(from_ordered(most[2])) && isfinite(from_ordered(~most[3])))
+        id = by->greedy ? likeliest(m, x, codes, top) : draw(m, *by, &rng, x, codes, top, least);
+    float nll = id >= 0 && by->judge ? judge(m, logits, V, from_ordered(most[2]), id) : 0;
+    if (t < BINS - 1) return;
+    int done = by->of[row].done++;
+    ring[done % RING][row] = (uint64_t)(done + 1) << 32 | (uint32_t)id;
+    by->of[row].log_likelihood -= (double)nll;
+    by->of[row].rng = rng;
+    tokens[row] = max(id, 0);
+    pos[row]++;
+}
+
+/* ---- The loop ---- */
+
+static void sample_rows(struct gpu *c, const struct step *s) {
+    const lvm_model *m = c->g->m;
+    sample_kernel<<<(unsigned)s->n, BINS, sampling_shared(m->codes), c->q.stream>>>(
+        c->logits, m->llama.V, m->codes, c->sampler, (int32_t *)s->view.tokens,
+        (int *)s->view.pos, c->told->ring);
+    launched(&c->q, "sample_kernel");
+}
+
+/* Feeds the tokens that were sampled and samples the next ones. */
+static void next_step(struct gpu *c, const struct step *s) {
+    embed_rows(c, s);
+    for (int i = 0; i < c->g->m->llama.L; i++) run_layer(c, s, i);
+    run_head(c, s, 0, s->n);
+    sample_rows(c, s);
+}
+
+/* Puts a token of each sequence into the queue. */
+static void send_token(struct gpu *c, const struct step *s, int first) {
+    if (first) {
+        sample_rows(c, s);
+        return;
+    }
+    cudaGraphExec_t *graph = s->n <= GRAPH_ROWS ? &c->next_graph[s->n] : NULL;
+    if (graph != NULL && *graph == NULL && c->next_seen[s->n]++ > 0)
+        record_step(c, s, next_step, graph);
+    if (graph == NULL || *graph == NULL) next_step(c, s);
+    else note(&c->q, cudaGraphLaunch(*graph, c->q.stream), "cudaGraphLaunch");
+}
+
+/* Waits until the device tells the id of token i of a sequence. */
+static int32_t watch_token(struct gpu *c, int i, int row) {
+    const volatile uint64_t *word = &c->told->ring[i % RING][row];
+    uint64_t told = *word;
+    for (int turn = 1; told >> 32 != (uint64_t)i + 1; told = *word, turn++) {
+        cudaError_t e = turn % 256 != 0 ? cudaErrorNotReady : cudaStreamQuery(c->q.stream);
+        if (e == cudaErrorNotReady) continue;
+        told = *word;
+        if (told >> 32 == (uint64_t)i + 1) break;
+        note(&c->q, e != cudaSuccess ? e : cudaErrorUnknown, "waiting for a token");
+        return 0;
+    }
+    return (int32_t)(uint32_t)told;
+}
+
+/* Token i of each sequence, from the device to the caller. */
+static int receive_token(struct gpu *c, struct continuation *k, int i, lvm_error *error) {
+    const float nan = NAN;
+    int code = LVM_OK;
+    for (int s = 0; code == LVM_OK && s < k->n_seqs; s++) {
+        int32_t id = watch_token(c, i, s);
+        code = settle(&c->q, error);
+        if (code == LVM_OK && id < 0)
+            code = check_finite(&nan, 1, "the logits behind generated token", k->done + i, error);
+        if (code == LVM_OK) k->ids[s * k->ld + i] = id;
+    }
+    cudaGetLastError(); /* that the queue is not done yet is no error */
+    return code;
+}
+
+/* The pages of all tokens that will be fed; the sequences are as long as they will be. */
+static int pages_ahead(struct gpu *c, const struct continuation *k, lvm_error *error) {
+    int code = LVM_OK;
+    for (int s = 0; code == LVM_OK && s < k->n_seqs; s++) {
+        int pos = c->seq[s].n, end = pos + k->n - 1;
+        c->seq[s].n = end;
+        for (; code == LVM_OK && pos < end; pos = (pos / KEYS + 1) * KEYS)
+            code = page_for_writing(c, &c->seq[s], pos, error);
+    }
+    return code;
+}
+
+/* What the device needs for all tokens. start: how long the sequences are; the kernel adds 1 to a
+   row's place for each token that it samples. */
+static struct step tell_sampler(struct gpu *c, const struct continuation *k, const int *start) {
+    const lvm_sampling *by = k->sampling;
+    struct sampler *to = &c->told->sampler;
+    int32_t tokens[SEQUENCES] = {0};
+    int rows[SEQUENCES], before[SEQUENCES];
+    struct batch b = {k->n_seqs, tokens, rows, k->n_seqs, rows, k->logits, NULL, NULL};
+    to->temperature = by->temperature;
+    to->top_p = by->top_p;
+    to->top_k = by->top_k;
+    to->greedy = by->greedy;
+    to->judge = by->log_likelihood != NULL;
+    for (int s = 0; s < k->n_seqs; s++) {
+        rows[s] = s;
+        before[s] = start[s] - 1;
+        to->of[s] = {k->rng[s], to->judge ? by->log_likelihood[s] : 0, 0};
+    }
+    for (int i = 0; i < RING; i++)
+        for (int s = 0; s < SEQUENCES; s++) c->told->ring[i][s] = 0;
+    struct step s = plan_step(c, &b, before);
+    tell(c, &s);
+    note(&c->q, cudaMemcpyAsync(c->sampler, to, sizeof *to, cudaMemcpyHostToDevice, c->q.stream),
+         "copying what to sample by");
+    note(&c->q, cudaMemcpyAsync(c->logits, k->logits,
+                                (size_t)k->n_seqs * (size_t)c->g->m->llama.V * sizeof(float),
+                                cudaMemcpyHostToDevice, c->q.stream), "copying logits");
+    return s;
+}
+
+/* Takes back what the sampler kept. */
+static int end_sampling(struct gpu *c, struct continuation *k, lvm_error *error) {
+    const struct sampler *from = &c->told->sampler;
+    note(&c->q, cudaMemcpyAsync(&c->told->sampler, c->sampler, sizeof *from,
+                                cudaMemcpyDeviceToHost, c->q.stream), "copying the sampler");
+    int code = wait_for(&c->q, error);
+    for (int s = 0; code == LVM_OK && s < k->n_seqs; s++) {
+        k->rng[s] = from->of[s].rng;
+        if (from->judge) k->sampling->log_likelihood[s] = from->of[s].log_likelihood;
+    }
+    return code;
+}
+
+static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
+    struct gpu *c = (struct gpu *)state;
+    int start[SEQUENCES], sent = 0, code = use_device(&c->q, error);
+    for (int s = 0; s < k->n_seqs; s++) start[s] = c->seq[s].n;
+    if (code == LVM_OK) code = pages_ahead(c, k, error);
+    if (code == LVM_OK) {
+        struct step step = tell_sampler(c, k, start);
+        for (int i = 0; code == LVM_OK && i < k->n; i++) {
+            for (; sent < k->n && sent < i + IN_FLIGHT; sent++) send_token(c, &step, sent == 0);
+            code = report(c->o, "generate", k->done + i, k->all, error);
+            if (code == LVM_OK) code = receive_token(c, k, i, error);
+        }
+    }
+    if (code == LVM_OK) code = end_sampling(c, k, error);
+    if (code == LVM_OK) return LVM_OK;
+    wait_for(&c->q, NULL); /* for what is in the queue still writes into pages */
+    for (int s = 0; s < k->n_seqs; s++) gpu_kv_trim(c, s, start[s]);
+    return code;
+}
+
+/* =================================================================================================
+   9.  The tokenizer
 
    Maps are NHWC, [images][side][side][c], in f32; convolutions are chapter 4's products, images
    side by side. What stands in front of each, GroupNorm and SiLU, is one pass over the map: sums
@@ -2220,7 +2699,7 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
 }
 
 /* =================================================================================================
-   9.  The seam */
+   10.  The seam */
 
 static void place_lm(struct gpu *c, struct arena *a) {
     const struct gpu_model *g = c->g;
@@ -2241,6 +2720,7 @@ static void place_lm(struct gpu *c, struct arena *a) {
     for (const auto &one : all) take(a, one.p, one.n);
     take(a, &c->act.h, N * ((widest + SPAN - 1) / SPAN * SPAN));
     take(a, &c->w16, w16);
+    take(a, &c->sampler, 1);
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
 }
 
@@ -2320,9 +2800,12 @@ static void gpu_close(void *state) {
     }
     for (cudaGraphExec_t graph : c->graph)
         if (graph != NULL) cudaGraphExecDestroy(graph);
+    for (cudaGraphExec_t graph : c->next_graph)
+        if (graph != NULL) cudaGraphExecDestroy(graph);
     cudaFree(c->memory);
     cudaFreeHost(c->host_in);
     cudaFreeHost(c->host_logits);
+    cudaFreeHost(c->told);
     if (c->q.stream != NULL) cudaStreamDestroy(c->q.stream);
     cudaGetLastError();
     free(c);
@@ -2335,6 +2818,17 @@ static cudaError_t allow_kernels(const struct gpu *c) {
     return c->kv.type == LVM_F32   ? allow_shared<LVM_F32>(c->kv.dp)
            : c->kv.type == LVM_F16 ? allow_shared<LVM_F16>(c->kv.dp)
                                    : allow_shared<LVM_Q8_0>(c->kv.dp);
+}
+
+/* Where a block's shared memory is too small for the codes, the host samples. */
+static cudaError_t allow_sampling(struct gpu *c) {
+    int most = 0, codes = c->g->m->codes;
+    cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                           c->q.device);
+    most -= (int)sizeof(struct sampling::sampling_memory);
+    c->samples = codes <= CODES && sampling_shared(codes) <= (size_t)max64(0, most);
+    return e == cudaSuccess ? cudaFuncSetAttribute(
+        sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) : e;
 }
 
 /* All memory but the pages of the cache. */
@@ -2355,7 +2849,9 @@ static int gpu_alloc(struct gpu *c, lvm_error *error) {
          "cudaMallocHost");
     note(&c->q, cudaMallocHost((void **)&c->host_logits, GRAPH_ROWS * (size_t)l->V * 4 + 256),
          "cudaMallocHost");
+    note(&c->q, cudaMallocHost((void **)&c->told, sizeof *c->told), "cudaMallocHost");
     note(&c->q, allow_kernels(c), "cudaFuncSetAttribute");
+    note(&c->q, allow_sampling(c), "cudaFuncSetAttribute");
     int code = settle(&c->q, error);
     if (code != LVM_OK) return code;
     memset(c->host_in, 0, told_bytes(c, (int)max64(c->rows, SPLIT_ROWS)));
@@ -2389,7 +2885,7 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
                           g->m->path, ROW_VALUES * ROW_THREADS);
     if (code == LVM_OK) code = gpu_alloc(c, error);
     if (code == LVM_OK) {
-        *limits = {c->images, c->rows, SEQUENCES, KEYS};
+        *limits = {c->images, c->rows, SEQUENCES, KEYS, c->samples ? CODES : 0};
         *state = c;
     } else gpu_close(c);
     return code;
@@ -2454,8 +2950,8 @@ static int gpu_count(lvm_error *error) {
 
 static const struct backend cuda_backend = {
     sizeof(struct backend), BACKEND_VERSION, "cuda", gpu_model_open, gpu_model_close, gpu_open,
-    gpu_close, gpu_encode, gpu_decode, gpu_forward, NULL, gpu_kv_copy, gpu_kv_trim, gpu_kv_size,
-    gpu_kv_get, gpu_kv_set, gpu_usage, gpu_count};
+    gpu_close, gpu_encode, gpu_decode, gpu_forward, gpu_generate, gpu_kv_copy, gpu_kv_trim,
+    gpu_kv_size, gpu_kv_get, gpu_kv_set, gpu_usage, gpu_count};
 
 extern "C" const struct backend *lvm_cuda_backend(void);
 extern "C" const struct backend *lvm_cuda_backend(void) { return &cuda_backend; }

@@ -3,7 +3,9 @@
 
        test_cuda FILE                  a file that may be written
            --small                     one small model once, for compute-sanitizer
-       test_cuda --times               what a token costs, for 1 to 8 sequences
+       test_cuda FILE --seam           the conformance test alone
+       test_cuda --times [300m]        what a token costs, for 1 to 8 sequences, by forwards alone and
+                                       by lvm_generate
        test_cuda --beside WEIGHTS IMAGE...   tokens, pixels and next-token distributions of a real
                                        model beside the CPU's --exact */
 #define main lvm_main
@@ -257,10 +259,24 @@ static double time_forward(lvm_ctx *ctx, int n) {
     return took;
 }
 
-/* What a token costs without sampling, and what sampling costs, for 1 to 8 rows. */
-static int times(void) {
+/* Milliseconds a token of n candidates behind it, sampling included. */
+static double time_generate(lvm_ctx *ctx, const int32_t *prompt, int n) {
+    enum { STEPS = 100 };
+    static int32_t ids[8 * STEPS];
+    lvm_error error = {0, ""};
+    double start = 0;
+    for (int i = 0; i < 3; i++) { /* the first records */
+        lvm_prompt(ctx, prompt, 3840, NULL, NULL);
+        start = seconds();
+        check(lvm_generate(ctx, NULL, n, STEPS, ids, &error) == LVM_OK, "%s", error.text);
+    }
+    return (seconds() - start) / STEPS * 1000;
+}
+
+/* What a token costs without sampling, and with it, for 1 to 8 rows. */
+static int times(int most) {
     static const int shapes[] = {1, 3};
-    for (int s = 0; s < 2; s++) {
+    for (int s = 0; s < most; s++) {
         const struct shape *x = &shape_table[shapes[s]];
         struct llama a = {.context = 4352, .bos = -1, .eos = -1, .L = x->L, .D = x->D, .F = x->F,
                           .H = x->H, .G = x->H, .d = x->D / x->H, .V = 8292, .eps = 1e-6f,
@@ -278,6 +294,8 @@ static int times(void) {
             printf("%-5s cache %-4s prefill %6.1f ms; ms a token of 1, 2, 4, 8 sequences:", shapes[s] == 1 ? "300m" : "1b",
                    type_info(kv)->name, (seconds() - start) * 1000);
             for (int n = 1; n <= 8; n *= 2) printf(" %.3f", time_forward(ctx, n));
+            printf("; generated:");
+            for (int n = 1; n <= 8; n *= 2) printf(" %.3f", time_generate(ctx, ids, n));
             printf("\n");
             lvm_ctx_free(ctx);
             free(ids);
@@ -315,7 +333,8 @@ static int small(void) {
 int main(int argc, char **argv) {
     if (argc > 3 && strcmp(argv[1], "--beside") == 0) return beside(argv[2], argv + 3, argc - 3);
     if (argc > 1 && strcmp(argv[1], "--small") == 0) return small();
-    if (argc > 1 && strcmp(argv[1], "--times") == 0) return times();
+    if (argc > 1 && strcmp(argv[1], "--times") == 0) return times(argc > 2 ? 1 : 2);
+    int seam = argc > 2 && strcmp(argv[2], "--seam") == 0;
     const char *path = argc > 1 ? argv[1] : "test_cuda.cache";
     const struct backend *b = lvm_cuda_backend();
     lvm_error error = {0, ""};
@@ -323,8 +342,7 @@ int main(int argc, char **argv) {
         printf("skipped: %s\ncuda: 0 passed, 0 failed, 1 skipped\n", error.text);
         return 0;
     }
-    test_choice();
-    test_shapes();
+    if (!seam) test_choice(), test_shapes();
     static const struct { int type, kv; double off; } runs[] = {
         {LVM_F32, LVM_F32, 1e-4}, {LVM_F16, LVM_F16, 2e-2}, {LVM_BF16, LVM_F16, 2e-2},
         {LVM_Q8_0, LVM_Q8_0, 1e-1}, {LVM_Q4_0, LVM_F16, 1e-1}};
