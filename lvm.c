@@ -2861,8 +2861,8 @@ static void run_layer(struct lm_job *job, int from) {
     matmul(e, &l->down, NULL, gate, n, delta);                  /* delta[n][D] = Wdown gate */
 }
 
-/* p, 0 to 1, to a multiple of 2^-37: sums of up to 65536 such in doubles are exact, so that a device
-   may add in any order. */
+/* p, 0 to 1, to a multiple of 2^-37: in doubles sums of up to 65536 such are exact, so that a
+   device may add in any order. */
 static float summand(float p) { return p < 0x1p-14f ? p + 0x1p-14f - 0x1p-14f : p; }
 
 /* -ln softmax(logits[n])[id], in nats */
