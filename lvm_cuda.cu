@@ -2822,13 +2822,15 @@ static cudaError_t allow_kernels(const struct gpu *c) {
 
 /* Where a block's shared memory is too small for the codes, the host samples. */
 static cudaError_t allow_sampling(struct gpu *c) {
+    struct cudaFuncAttributes own = {};
     int most = 0, codes = c->g->m->codes;
-    cudaError_t e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                           c->q.device);
-    most -= (int)sizeof(struct sampling::sampling_memory);
-    c->samples = codes <= CODES && sampling_shared(codes) <= (size_t)max64(0, most);
-    return e == cudaSuccess ? cudaFuncSetAttribute(
-        sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most) : e;
+    cudaError_t e = cudaFuncGetAttributes(&own, sample_kernel);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, c->q.device);
+    if (e != cudaSuccess) return e;
+    most -= (int)own.sharedSizeBytes;
+    c->samples = codes <= CODES && (int64_t)sampling_shared(codes) <= most;
+    return cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 /* All memory but the pages of the cache. */
