@@ -3719,6 +3719,14 @@ static int generate_on_host(lvm_ctx *ctx, struct continuation *c, lvm_error *err
     return code;
 }
 
+/* On the device where it can, which gives the same. */
+static int generate_tokens(lvm_ctx *ctx, struct continuation *c, lvm_error *error) {
+    int on_device = ctx->b->generate != NULL && c->sampling->choose == NULL &&
+                    c->codes <= ctx->limits.codes;
+    return blame_weights(ctx, on_device ? ctx->b->generate(ctx->state, c, error)
+                                        : generate_on_host(ctx, c, error), error);
+}
+
 /* Drops the oldest images of every candidate and reads the rest again. Candidates share what their
    windows have in common. */
 static int slide_window(struct generation *g, lvm_error *error) {
@@ -3794,11 +3802,7 @@ static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) 
         n = g->n - done < g->full - g->length ? g->n - done : g->full - g->length;
         struct continuation c = {&g->s, g->candidates, n, ctx->m->codes, ctx->logits, g->rng,
                                  g->ids + g->length, ctx->m->llama.context + 1, done, g->n};
-        int on_device = ctx->b->generate != NULL && g->s.choose == NULL &&
-                        ctx->m->codes <= ctx->limits.codes;
-        if (code == LVM_OK)
-            code = blame_weights(ctx, on_device ? ctx->b->generate(ctx->state, &c, error)
-                                                : generate_on_host(ctx, &c, error), error);
+        if (code == LVM_OK) code = generate_tokens(ctx, &c, error);
         for (int i = 0; code == LVM_OK && i < g->candidates; i++)
             memcpy(ids + (int64_t)i * g->n + done, candidate_ids(g, i) + g->length,
                    (size_t)n * sizeof *ids);
