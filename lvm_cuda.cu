@@ -1866,7 +1866,7 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
    some twenty barriers. */
 
 enum { BIN_BITS = 10, BINS = 1 << BIN_BITS /* and threads */, CODE_BITS = 14,
-       CODES = 1 << CODE_BITS /* ids to sample from, at most */, CODE_VALUES = CODES / BINS,
+       CODES = 1 << CODE_BITS /* ids to sample from, at most */,
        FEW = 96 /* choices that are compared one by one */,
        IN_FLIGHT = 8 /* tokens in the queue */, RING = 2 * IN_FLIGHT };
 
@@ -1891,12 +1891,13 @@ struct told {
    no product that is an intrinsic's. */
 static __device__ float exp_as_host(float x) {
     const float c[8] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
-    if (!(x > -87.0f)) return 0;
-    float n = rintf(__fmul_rn(x, 1.44269504f)), p = c[0];
+    const float whole = 12582912; /* added to n it leaves n in the lowest bits */
+    float up = __fmul_rn(x, 1.44269504f) + whole, n = up - whole, p = c[0];
     float r = (x - __fmul_rn(n, 0.693359375f)) - __fmul_rn(n, -2.12194440e-4f);
 #pragma unroll
     for (int i = 1; i < 8; i++) p = __fmul_rn(p, r) + c[i];
-    return __fmul_rn(p, __uint_as_float((uint32_t)((int)n + 127) << 23));
+    p = __fmul_rn(p, __uint_as_float((__float_as_uint(up) + 127) << 23));
+    return x > -87.0f ? p : 0;
 }
 
 static __device__ double log_as_host(double x) {
@@ -1946,7 +1947,7 @@ struct sampling {
     uint16_t *id;
     struct sampling_memory {
         uint32_t most[4][32];
-        int counts[32], next[BINS];          /* where a bin's next choice goes */
+        int counts[32], bin[BINS];           /* how many choices, then where they begin */
         double sums[32], before[BINS + 1];
         struct slice found;
         struct {
@@ -1963,14 +1964,20 @@ static size_t sampling_shared(int codes) {
     return (size_t)padded(codes + 31) * sizeof(float) + (size_t)codes * sizeof(uint16_t);
 }
 
-/* Ascending: the likelier, the lower id first. Those without a sum are alike. */
-static __device__ uint64_t key_of(float p, int id) {
-    const uint32_t none = (37 << 23) + 1; /* behind 2^-37, the least summand */
-    return (uint64_t)min(0x3f800000 - __float_as_uint(p), none) << CODE_BITS | (uint32_t)id;
+/* A key's upper bits, ascending where p falls; 0 follows 2^-37, the least summand. */
+static __device__ uint32_t upper_key(float p) {
+    return min(0x3f800000 - __float_as_uint(p), (37u << 23) + 1);
 }
 
-static __device__ int bin_of(const struct slice &s, float p, int id) {
-    return (int)min((key_of(p, id) - s.low) >> max(0, s.bits - BIN_BITS), (uint64_t)BINS - 1);
+static __device__ uint64_t key_of(float p, int id) {
+    return (uint64_t)upper_key(p) << CODE_BITS | (uint32_t)id;
+}
+
+/* Bins of 2^width keys. */
+static __device__ int bin_of(const struct slice &s, int width, float p, int id) {
+    uint32_t bin = width >= CODE_BITS ? upper_key(p) >> (width - CODE_BITS)
+                                      : (uint32_t)(key_of(p, id) >> width);
+    return (int)min(bin - (uint32_t)(s.low >> width), BINS - 1u);
 }
 
 /* The sum of v over the threads before this one. parts: shared. */
@@ -1990,25 +1997,28 @@ template <class T> static __device__ T sum_before(T v, T *parts) {
 
 /* Sorts a slice by bins: p and id, of which thread t has number t + 1024 i, go to where they belong
    in shared memory; the thread's bin is returned. */
+template <int N>
 static __device__ struct slice split(const struct sampling &m, const struct slice &s,
                                      const float *p, const int *id) {
-    const int t = (int)threadIdx.x;
-    m.m->next[t] = 0;
+    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS);
+    uint32_t place[N]; /* the bin, and below it the number among its choices */
+    m.m->bin[t] = 0;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < CODE_VALUES; i++) {
+    for (int i = 0; i < N; i++) {
         if (i * BINS >= s.n) break;
-        if (t + i * BINS < s.n) atomicAdd(&m.m->next[bin_of(s, p[i], id[i])], 1);
+        int bin = bin_of(s, width, p[i], id[i]);
+        if (t + i * BINS < s.n) place[i] = (uint32_t)(bin << 16 | atomicAdd(&m.m->bin[bin], 1));
     }
     __syncthreads();
-    int n = m.m->next[t], first = s.first + sum_before(n, m.m->counts);
-    m.m->next[t] = first;
+    int n = m.m->bin[t], first = s.first + sum_before(n, m.m->counts);
+    m.m->bin[t] = first;
     __syncthreads();
 #pragma unroll
-    for (int i = 0; i < CODE_VALUES; i++) {
+    for (int i = 0; i < N; i++) {
         if (i * BINS >= s.n) break;
         if (t + i * BINS >= s.n) continue;
-        int to = atomicAdd(&m.m->next[bin_of(s, p[i], id[i])], 1);
+        int to = m.m->bin[place[i] >> 16] + (int)(place[i] & 0xffff);
         m.p[padded(to)] = p[i];
         m.id[to] = (uint16_t)id[i];
     }
@@ -2019,7 +2029,7 @@ static __device__ struct slice split(const struct sampling &m, const struct slic
     m.m->before[t] = s.before + sum_before(sum, m.m->sums);
     if (t == BINS - 1) m.m->before[BINS] = m.m->before[t] + sum;
     __syncthreads();
-    const int width = max(0, s.bits - BIN_BITS), at = first - s.first;
+    const int at = first - s.first;
     double before = m.m->before[at >> up];
     for (int i = at >> up << up; i < at; i++) before += (double)m.p[padded(s.first + i)];
     return {first, n, before, s.low + ((uint64_t)t << width), width};
@@ -2045,19 +2055,20 @@ static __device__ struct slice find(const struct sampling &m, const struct goal 
 }
 
 /* The choice with which the goal is reached, to m.m->choice. own: the thread's bin of all. */
+template <int N>
 static __device__ void choose(const struct sampling &m, const struct goal &g,
                               const struct slice &own) {
     struct slice s = find(m, g, own);
     while (s.n > FEW) {
-        float p[CODE_VALUES];
-        int id[CODE_VALUES];
+        float p[N];
+        int id[N];
 #pragma unroll
-        for (int i = 0; i < CODE_VALUES; i++) {
+        for (int i = 0; i < N; i++) {
             int at = s.first + (int)threadIdx.x + i * BINS;
             if (i * BINS >= s.n) break;
             if (at < s.first + s.n) p[i] = m.p[padded(at)], id[i] = m.id[at];
         }
-        s = find(m, g, split(m, s, p, id));
+        s = find(m, g, split<N>(m, s, p, id));
     }
     const int lane = (int)threadIdx.x % 32;
     for (int i = (int)threadIdx.x / 32; i < s.n; i += 32) { /* a warp a choice */
@@ -2066,9 +2077,9 @@ static __device__ void choose(const struct sampling &m, const struct goal &g,
         double before = 0;
         for (int k = lane; k < s.n; k += 32) {
             float other = m.p[padded(s.first + k)];
-            int likelier = key_of(other, m.id[s.first + k]) < key_of(p, id);
-            count += likelier;
-            before += likelier ? (double)other : 0;
+            if (other < p || (other == p && m.id[s.first + k] >= id)) continue;
+            count++;
+            before += (double)other;
         }
         for (int k = 16; k > 0; k /= 2) before += __shfl_xor_sync(0xffffffff, before, k);
         count = s.first + __reduce_add_sync(0xffffffff, count);
@@ -2091,10 +2102,11 @@ static __device__ void largest_of_block(uint32_t *v, uint32_t (*parts)[32]) {
 }
 
 /* The lowest id of the largest logit. */
+template <int N>
 static __device__ int likeliest(const struct sampling &m, const float *x, int codes, float most) {
     uint32_t v[4] = {};
 #pragma unroll
-    for (int i = CODE_VALUES - 1; i >= 0; i--) {
+    for (int i = N - 1; i >= 0; i--) {
         int id = (int)threadIdx.x + i * BINS;
         if (id < codes && x[i] == most) v[0] = ~(uint32_t)id;
     }
@@ -2103,30 +2115,34 @@ static __device__ int likeliest(const struct sampling &m, const float *x, int co
     return (int)~v[0];
 }
 
+static __device__ float divided(float x, float by) { return by == 1 ? x : __fdiv_rn(x, by); }
+
 /* One of the codes by their logits x, which become probabilities. */
+template <int N>
 static __device__ int draw(const struct sampling &m, const struct sampler &by, struct rng *rng,
                            float *x, int codes, float most, float least) {
-    int id[CODE_VALUES];
+    int id[N];
 #pragma unroll
-    for (int i = 0; i < CODE_VALUES; i++) {
+    for (int i = 0; i < N; i++) {
         if (i * BINS >= codes) break;
         id[i] = (int)threadIdx.x + i * BINS;
-        x[i] = summand_as_host(exp_as_host(__fdiv_rn(x[i] - most, by.temperature)));
+        x[i] = summand_as_host(exp_as_host(divided(x[i] - most, by.temperature)));
     }
     /* A lower logit may, by a rounding, have a p that is larger: hence the 64. */
-    float low = summand_as_host(exp_as_host(__fdiv_rn(least - most, by.temperature)));
+    float low = summand_as_host(exp_as_host(divided(least - most, by.temperature)));
     struct slice all = {0, codes, 0, 0, 64 - __clzll(key_of(low, CODES - 1) + (64 << CODE_BITS))};
-    struct slice own = split(m, all, x, id);
+    struct slice own = split<N>(m, all, x, id);
+    const double random = rng_next_as_host(rng) * 0x1p-32;
     double mass = m.m->before[BINS];
-    if (by.top_k > 0 && by.top_k < codes) {
-        choose(m, {by.top_k, HUGE_VAL}, own);
+#pragma unroll 1
+    for (int step = by.top_k > 0 && by.top_k < codes ? 0 : 1; step < 3; step++) {
+        struct goal g = {codes, mass * random};
+        if (step == 0) g = {by.top_k, HUGE_VAL};
+        if (step == 1) g.mass = mass * (double)by.top_p;
+        if (step == 1 && by.top_p == 1) continue; /* for all are in the nucleus */
+        choose<N>(m, g, own);
         mass = m.m->choice.mass;
     }
-    if (by.top_p < 1) {
-        choose(m, {codes, (double)by.top_p * mass}, own);
-        mass = m.m->choice.mass;
-    }
-    choose(m, {codes, mass * (rng_next_as_host(rng) * 0x1p-32)}, own);
     return m.m->choice.id;
 }
 
@@ -2143,6 +2159,7 @@ static __device__ float judge(const struct sampling &m, const float *logits, int
 
 /* Grid: [sequences]. Reads logits[sequences][V], keeps by->of; writes the id to tokens, where the
    next forward reads it, and to the host's ring. -1: the logits are not finite. */
+template <int N>
 __global__ void __launch_bounds__(BINS, 1)
     sample_kernel(const float *logits, int V, int codes, struct sampler *by, int32_t *tokens,
                   int *pos, volatile uint64_t (*ring)[SEQUENCES]) {
@@ -2151,11 +2168,11 @@ __global__ void __launch_bounds__(BINS, 1)
     const struct sampling m = {memory, (uint16_t *)(memory + padded(codes + 31)), &own};
     const int row = (int)blockIdx.x, t = (int)threadIdx.x;
     struct rng rng = by->of[row].rng;
-    float x[CODE_VALUES];
+    float x[N];
     uint32_t most[4] = {}; /* largest and least of codes, of all; of the least the complement */
     logits += (int64_t)row * V;
 #pragma unroll
-    for (int i = 0; i < CODE_VALUES; i++) {
+    for (int i = 0; i < N; i++) {
         if (i * BINS >= codes) break;
         x[i] = logits[min(t + i * BINS, codes - 1)];
     }
@@ -2164,7 +2181,7 @@ __global__ void __launch_bounds__(BINS, 1)
         most[3] = max(most[3], ~ordered(logits[i]));
     }
 #pragma unroll
-    for (int i = 0; i < CODE_VALUES; i++) {
+    for (int i = 0; i < N; i++) {
         if (i * BINS >= codes) break;
         most[0] = max(most[0], ordered(x[i]));
         most[1] = max(most[1], ~ordered(x[i]));
@@ -2175,7 +2192,8 @@ __global__ void __launch_bounds__(BINS, 1)
     const float top = from_ordered(most[0]), least = from_ordered(~most[1]);
     int id = -1;
     if (isfinite(from_ordered(most[2])) && isfinite(from_ordered(~most[3])))
-        id = by->greedy ? likeliest(m, x, codes, top) : draw(m, *by, &rng, x, codes, top, least);
+        id = by->greedy ? likeliest<N>(m, x, codes, top)
+                        : draw<N>(m, *by, &rng, x, codes, top, least);
     float nll = id >= 0 && by->judge ? judge(m, logits, V, from_ordered(most[2]), id) : 0;
     if (t < BINS - 1) return;
     int done = by->of[row].done++;
@@ -2188,9 +2206,15 @@ __global__ void __launch_bounds__(BINS, 1)
 
 /* ---- The loop ---- */
 
+/* By the choices of a thread. */
+static auto *sample_kernel_for(int codes) {
+    return codes <= 8 * BINS ? sample_kernel<8> : sample_kernel<CODES / BINS>;
+}
+
 static void sample_rows(struct gpu *c, const struct step *s) {
     const lvm_model *m = c->g->m;
-    sample_kernel<<<(unsigned)s->n, BINS, sampling_shared(m->codes), c->q.stream>>>(
+    auto *kernel = sample_kernel_for(m->codes);
+    kernel<<<(unsigned)s->n, BINS, sampling_shared(m->codes), c->q.stream>>>(
         c->logits, m->llama.V, m->codes, c->sampler, (int32_t *)s->view.tokens,
         (int *)s->view.pos, c->told->ring);
     launched(&c->q, "sample_kernel");
@@ -2824,13 +2848,14 @@ static cudaError_t allow_kernels(const struct gpu *c) {
 static cudaError_t allow_sampling(struct gpu *c) {
     struct cudaFuncAttributes own = {};
     int most = 0, codes = c->g->m->codes;
-    cudaError_t e = cudaFuncGetAttributes(&own, sample_kernel);
+    auto *kernel = sample_kernel_for(codes);
+    cudaError_t e = cudaFuncGetAttributes(&own, kernel);
     if (e == cudaSuccess)
         e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, c->q.device);
     if (e != cudaSuccess) return e;
     most -= (int)own.sharedSizeBytes;
     c->samples = codes <= CODES && (int64_t)sampling_shared(codes) <= most;
-    return cudaFuncSetAttribute(sample_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
 }
 
 /* All memory but the pages of the cache. */
