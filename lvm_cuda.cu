@@ -1867,7 +1867,7 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
 
 enum { BIN_BITS = 10, BINS = 1 << BIN_BITS /* and threads */, CODE_BITS = 14,
        CODES = 1 << CODE_BITS /* ids to sample from, at most */,
-       FEW = 96 /* choices that are compared one by one */,
+       FEW = 128 /* choices that are compared one by one */,
        IN_FLIGHT = 8 /* tokens in the queue */, RING = 2 * IN_FLIGHT };
 
 /* How to sample; what is kept of each sequence. */
@@ -1947,12 +1947,11 @@ struct sampling {
     uint16_t *id;
     struct sampling_memory {
         uint32_t most[4][32];
-        int counts[32], bin[BINS];           /* how many choices, then where they begin */
-        double sums[32], before[BINS + 1];
-        struct slice found;
+        int counts[32], bin[BINS + 1]; /* how many choices, then where they begin */
+        double sums[32], before[BINS + 1]; /* before each group of 2^up choices */
         struct {
-            int id, count;                   /* count and mass: up to it and with it */
-            double mass;
+            int id;
+            double mass;               /* up to it and with it */
         } choice;
     } *m;
 };
@@ -1995,13 +1994,17 @@ template <class T> static __device__ T sum_before(T v, T *parts) {
     return all + sum - v;
 }
 
+/* Choices of a slice are summed in groups of 2^this: 1024 groups are enough. */
+static __device__ int group_bits(int n) { return n > BINS ? 32 - __clz((n - 1) / BINS) : 0; }
+
 /* Sorts a slice by bins: p and id, of which thread t has number t + 1024 i, go to where they belong
-   in shared memory; the thread's bin is returned. */
+   in shared memory; then sums. */
 template <int N>
-static __device__ struct slice split(const struct sampling &m, const struct slice &s,
-                                     const float *p, const int *id) {
-    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS);
+static __device__ void split(const struct sampling &m, const struct slice &s, const float *p,
+                             const int *id) {
+    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS), up = group_bits(s.n);
     uint32_t place[N]; /* the bin, and below it the number among its choices */
+    __syncthreads(); /* bins and sums of an earlier call have been read */
     m.m->bin[t] = 0;
     __syncthreads();
 #pragma unroll
@@ -2013,6 +2016,7 @@ static __device__ struct slice split(const struct sampling &m, const struct slic
     __syncthreads();
     int n = m.m->bin[t], first = s.first + sum_before(n, m.m->counts);
     m.m->bin[t] = first;
+    if (t == 0) m.m->bin[BINS] = s.first + s.n;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -2023,16 +2027,12 @@ static __device__ struct slice split(const struct sampling &m, const struct slic
         m.id[to] = (uint16_t)id[i];
     }
     __syncthreads();
-    const int up = s.n > BINS ? 32 - __clz((s.n - 1) / BINS) : 0; /* 2^up choices a thread */
     double sum = 0;
     for (int i = t << up; i < min(s.n, (t + 1) << up); i++) sum += (double)m.p[padded(s.first + i)];
-    m.m->before[t] = s.before + sum_before(sum, m.m->sums);
-    if (t == BINS - 1) m.m->before[BINS] = m.m->before[t] + sum;
+    double before = s.before + sum_before(sum, m.m->sums);
+    m.m->before[t] = before;
+    if (t == BINS - 1) m.m->before[BINS] = before + sum;
     __syncthreads();
-    const int at = first - s.first;
-    double before = m.m->before[at >> up];
-    for (int i = at >> up << up; i < at; i++) before += (double)m.p[padded(s.first + i)];
-    return {first, n, before, s.low + ((uint64_t)t << width), width};
 }
 
 /* So many choices, or so large a sum; one at least. */
@@ -2045,47 +2045,40 @@ static __device__ int reached(const struct goal &g, int count, double mass) {
     return count > 0 && (count >= g.count || mass >= g.mass);
 }
 
-/* Of the threads' bins the one in which the goal is reached: the last before which it is not. */
+/* Of a slice that was split, the bin in which the goal is reached: the group in which it is, as
+   choices lie, then the choice, then its bin. All threads do the same. */
 static __device__ struct slice find(const struct sampling &m, const struct goal &g,
-                                    const struct slice &own) {
-    int bin = __syncthreads_count(!reached(g, own.first, own.before)) - 1;
-    if ((int)threadIdx.x == bin) m.m->found = own;
-    __syncthreads();
-    return m.m->found;
+                                    const struct slice &s) {
+    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS), up = group_bits(s.n);
+    int group = __syncthreads_count(
+                    !reached(g, s.first + min(s.n, t << up), m.m->before[t])) - 1;
+    int at = s.first + (group << up);
+    double sum = m.m->before[group] + (double)m.p[padded(at)];
+    while (!reached(g, at + 1, sum) && at < s.first + s.n - 1) sum += (double)m.p[padded(++at)];
+    const int bin = bin_of(s, width, m.p[padded(at)], m.id[at]);
+    const int first = m.m->bin[bin], from = (first - s.first) >> up;
+    double before = m.m->before[from];
+    for (int i = s.first + (from << up); i < first; i++) before += (double)m.p[padded(i)];
+    return {first, m.m->bin[bin + 1] - first, before, s.low + ((uint64_t)bin << width), width};
 }
 
-/* The choice with which the goal is reached, to m.m->choice. own: the thread's bin of all. */
-template <int N>
+/* The choice of a small slice with which the goal is reached, to m.m->choice. */
 static __device__ void choose(const struct sampling &m, const struct goal &g,
-                              const struct slice &own) {
-    struct slice s = find(m, g, own);
-    while (s.n > FEW) {
-        float p[N];
-        int id[N];
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            int at = s.first + (int)threadIdx.x + i * BINS;
-            if (i * BINS >= s.n) break;
-            if (at < s.first + s.n) p[i] = m.p[padded(at)], id[i] = m.id[at];
-        }
-        s = find(m, g, split<N>(m, s, p, id));
-    }
-    const int lane = (int)threadIdx.x % 32;
-    for (int i = (int)threadIdx.x / 32; i < s.n; i += 32) { /* a warp a choice */
-        float p = m.p[padded(s.first + i)];
-        int id = m.id[s.first + i], count = 0;
-        double before = 0;
-        for (int k = lane; k < s.n; k += 32) {
-            float other = m.p[padded(s.first + k)];
-            if (other < p || (other == p && m.id[s.first + k] >= id)) continue;
+                              const struct slice &s) {
+    const int t = (int)threadIdx.x;
+    if (t < s.n) {
+        const float p = m.p[padded(s.first + t)];
+        const int id = m.id[s.first + t];
+        int count = s.first;
+        double before = s.before;
+        for (int i = s.first; i < s.first + s.n; i++) {
+            float other = m.p[padded(i)];
+            if (other < p || (other == p && m.id[i] >= id)) continue;
             count++;
             before += (double)other;
         }
-        for (int k = 16; k > 0; k /= 2) before += __shfl_xor_sync(0xffffffff, before, k);
-        count = s.first + __reduce_add_sync(0xffffffff, count);
-        before += s.before;
-        if (lane == 0 && !reached(g, count, before) && reached(g, count + 1, before + (double)p))
-            m.m->choice = {id, count + 1, before + (double)p};
+        if (!reached(g, count, before) && reached(g, count + 1, before + (double)p))
+            m.m->choice = {id, before + (double)p};
     }
     __syncthreads();
 }
@@ -2117,31 +2110,51 @@ static __device__ int likeliest(const struct sampling &m, const float *x, int co
 
 static __device__ float divided(float x, float by) { return by == 1 ? x : __fdiv_rn(x, by); }
 
-/* One of the codes by their logits x, which become probabilities. */
+/* Splits all codes by the probabilities that their logits give; or a slice that is in bins already:
+   its choices, where logits is NULL. */
 template <int N>
-static __device__ int draw(const struct sampling &m, const struct sampler &by, struct rng *rng,
-                           float *x, int codes, float most, float least) {
+static __device__ void split_choices(const struct sampling &m, const struct slice &s,
+                                     const float *logits, float most, float temperature) {
+    float p[N];
     int id[N];
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        if (i * BINS >= codes) break;
-        id[i] = (int)threadIdx.x + i * BINS;
-        x[i] = summand_as_host(exp_as_host(divided(x[i] - most, by.temperature)));
+        int at = min((int)threadIdx.x + i * BINS, s.n - 1);
+        if (i * BINS >= s.n) break;
+        p[i] = logits != NULL ? logits[at] : m.p[padded(s.first + at)];
+        id[i] = logits != NULL ? at : m.id[s.first + at];
     }
+#pragma unroll
+    for (int i = 0; i < N && logits != NULL; i++) {
+        if (i * BINS >= s.n) break;
+        p[i] = summand_as_host(exp_as_host(divided(p[i] - most, temperature)));
+    }
+    split<N>(m, s, p, id);
+}
+
+/* One of the codes. most, least: of their logits; random: 32 bits. */
+template <int N>
+static __device__ int draw(const struct sampling &m, const struct sampler &by, uint32_t random,
+                           const float *logits, int codes, float most, float least) {
     /* A lower logit may, by a rounding, have a p that is larger: hence the 64. */
     float low = summand_as_host(exp_as_host(divided(least - most, by.temperature)));
     struct slice all = {0, codes, 0, 0, 64 - __clzll(key_of(low, CODES - 1) + (64 << CODE_BITS))};
-    struct slice own = split<N>(m, all, x, id);
-    const double random = rng_next_as_host(rng) * 0x1p-32;
-    double mass = m.m->before[BINS];
+    const int all_stay = by.top_k <= 0 || by.top_k >= codes, all_in = by.top_p == 1;
+    const int start = !all_stay ? 0 : !all_in ? 1 : 2; /* 0: top-k, 1: nucleus, 2: draw */
 #pragma unroll 1
-    for (int step = by.top_k > 0 && by.top_k < codes ? 0 : 1; step < 3; step++) {
-        struct goal g = {codes, mass * random};
-        if (step == 0) g = {by.top_k, HUGE_VAL};
-        if (step == 1) g.mass = mass * (double)by.top_p;
-        if (step == 1 && by.top_p == 1) continue; /* for all are in the nucleus */
-        choose<N>(m, g, own);
-        mass = m.m->choice.mass;
+    for (int step = start, lost = 1; step < 3; step++) { /* lost: the bins of all are not there */
+        if (step == 1 && all_in) continue;
+        struct slice s = all;
+        struct goal g = {by.top_k, HUGE_VAL};
+        for (int deep = 0; deep == 0 || s.n > FEW; deep = 1) {
+            if (deep || lost) split_choices<N>(m, s, deep ? NULL : logits, most, by.temperature);
+            double mass = step == start ? m.m->before[BINS] : m.m->choice.mass;
+            if (!deep && step > 0)
+                g = {codes, mass * (step == 1 ? (double)by.top_p : random * 0x1p-32)};
+            s = find(m, g, s);
+            lost = deep;
+        }
+        choose(m, g, s);
     }
     return m.m->choice.id;
 }
@@ -2168,8 +2181,9 @@ __global__ void __launch_bounds__(BINS, 1)
     const struct sampling m = {memory, (uint16_t *)(memory + padded(codes + 31)), &own};
     const int row = (int)blockIdx.x, t = (int)threadIdx.x;
     struct rng rng = by->of[row].rng;
-    float x[N];
-    uint32_t most[4] = {}; /* largest and least of codes, of all; of the least the complement */
+    const uint32_t random = rng_next_as_host(&rng);
+    float x[N], high = -HUGE_VALF, low = HUGE_VALF, higher = -HUGE_VALF; /* higher: of all */
+    int finite = 1;
     logits += (int64_t)row * V;
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -2177,29 +2191,30 @@ __global__ void __launch_bounds__(BINS, 1)
         x[i] = logits[min(t + i * BINS, codes - 1)];
     }
     for (int i = codes + t; i < V; i += BINS) {
-        most[2] = max(most[2], ordered(logits[i]));
-        most[3] = max(most[3], ~ordered(logits[i]));
+        higher = fmaxf(higher, logits[i]);
+        finite &= isfinite(logits[i]);
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (i * BINS >= codes) break;
-        most[0] = max(most[0], ordered(x[i]));
-        most[1] = max(most[1], ~ordered(x[i]));
+        high = fmaxf(high, x[i]);
+        low = fminf(low, x[i]);
+        finite &= isfinite(x[i]);
     }
-    most[2] = max(most[2], most[0]);
-    most[3] = max(most[3], most[1]);
+    uint32_t most[4] = {ordered(high), ~ordered(low), ordered(fmaxf(high, higher)), !finite};
     largest_of_block(most, own.most);
-    const float top = from_ordered(most[0]), least = from_ordered(~most[1]);
+    high = from_ordered(most[0]);
+    low = from_ordered(~most[1]);
     int id = -1;
-    if (isfinite(from_ordered(most[2])) && isfinite(from_ordered(~most[3])))
-        id = by->greedy ? likeliest<N>(m, x, codes, top)
-                        : draw<N>(m, *by, &rng, x, codes, top, least);
+    if (!most[3])
+        id = by->greedy ? likeliest<N>(m, x, codes, high)
+                        : draw<N>(m, *by, random, logits, codes, high, low);
     float nll = id >= 0 && by->judge ? judge(m, logits, V, from_ordered(most[2]), id) : 0;
     if (t < BINS - 1) return;
     int done = by->of[row].done++;
     ring[done % RING][row] = (uint64_t)(done + 1) << 32 | (uint32_t)id;
     by->of[row].log_likelihood -= (double)nll;
-    by->of[row].rng = rng;
+    if (!by->greedy) rng_next_as_host(&by->of[row].rng);
     tokens[row] = max(id, 0);
     pos[row]++;
 }
