@@ -1862,8 +1862,8 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
    bits in which keys differ (a radix sort's first pass), sums before each bin tell which bin it is,
    and only its choices are compared with each other. A bin with many is split like the whole.
 
-   Floor: bytes do not count, for logits are in the L2 cache; it is the latency of that read and of
-   some twenty barriers. */
+   Floor: not bytes, for logits are in the L2 cache, but what one multiprocessor takes for some 30
+   instructions a code and its share of conflicts of banks, and the latency of 20 barriers. */
 
 enum { BIN_BITS = 10, BINS = 1 << BIN_BITS /* and threads */, CODE_BITS = 14,
        CODES = 1 << CODE_BITS /* ids to sample from, at most */,
@@ -2052,13 +2052,17 @@ static __device__ struct slice find(const struct sampling &m, const struct goal 
     const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS), up = group_bits(s.n);
     int group = __syncthreads_count(
                     !reached(g, s.first + min(s.n, t << up), m.m->before[t])) - 1;
-    int at = s.first + (group << up);
-    double sum = m.m->before[group] + (double)m.p[padded(at)];
-    while (!reached(g, at + 1, sum) && at < s.first + s.n - 1) sum += (double)m.p[padded(++at)];
+    const int from = s.first + (group << up), to = min(from + (1 << up), s.first + s.n) - 1;
+    int at = from; /* where it is reached: with `to` in any case */
+    double sum = m.m->before[group];
+    for (int i = from; i < to; i++) {
+        sum += (double)m.p[padded(i)];
+        at += !reached(g, i + 1, sum);
+    }
     const int bin = bin_of(s, width, m.p[padded(at)], m.id[at]);
-    const int first = m.m->bin[bin], from = (first - s.first) >> up;
-    double before = m.m->before[from];
-    for (int i = s.first + (from << up); i < first; i++) before += (double)m.p[padded(i)];
+    const int first = m.m->bin[bin], whole = (first - s.first) >> up; /* groups before it */
+    double before = m.m->before[whole];
+    for (int i = s.first + (whole << up); i < first; i++) before += (double)m.p[padded(i)];
     return {first, m.m->bin[bin + 1] - first, before, s.low + ((uint64_t)bin << width), width};
 }
 
