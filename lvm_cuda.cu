@@ -1860,7 +1860,8 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
    first. Sums are exact in any order (lvm.c, summand), so nothing need be sorted to its end: keys
    ascend where p falls, and of equal ones where the id rises; choices go to 1024 bins by the first
    bits in which keys differ (a radix sort's first pass), sums before each bin tell which bin it is,
-   and only its choices are compared with each other. A bin with many is split like the whole.
+   and only its choices are compared with each other. A bin with many is split like the whole. What
+   is so unlikely that no sum that is asked for can need it is left out at once.
 
    Floor: not bytes, for logits are in the L2 cache, but what one multiprocessor takes for some 30
    instructions a code and its share of conflicts of banks, and the latency of 20 barriers. */
@@ -1948,7 +1949,7 @@ struct sampling {
     struct sampling_memory {
         uint32_t most[4][32];
         int counts[32], bin[BINS + 1]; /* how many choices, then where they begin */
-        double sums[32], before[BINS + 1]; /* before each group of 2^up choices */
+        double sums[32], total, before[BINS]; /* of all; before each group of 2^up choices */
         struct {
             int id;
             double mass;               /* up to it and with it */
@@ -1997,12 +1998,12 @@ template <class T> static __device__ T sum_before(T v, T *parts) {
 /* Choices of a slice are summed in groups of 2^this: 1024 groups are enough. */
 static __device__ int group_bits(int n) { return n > BINS ? 32 - __clz((n - 1) / BINS) : 0; }
 
-/* Sorts a slice by bins: p and id, of which thread t has number t + 1024 i, go to where they belong
-   in shared memory; then sums. */
+/* Sorts a slice by bins, what is below `least` apart: p and id, of which thread t has number
+   t + 1024 i, go to where they belong in shared memory; then sums. */
 template <int N>
 static __device__ void split(const struct sampling &m, const struct slice &s, const float *p,
-                             const int *id) {
-    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS), up = group_bits(s.n);
+                             const int *id, float least) {
+    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS);
     uint32_t place[N]; /* the bin, and below it the number among its choices */
     __syncthreads(); /* bins and sums of an earlier call have been read */
     m.m->bin[t] = 0;
@@ -2010,28 +2011,28 @@ static __device__ void split(const struct sampling &m, const struct slice &s, co
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (i * BINS >= s.n) break;
+        if (t + i * BINS >= s.n || p[i] < least) continue;
         int bin = bin_of(s, width, p[i], id[i]);
-        if (t + i * BINS < s.n) place[i] = (uint32_t)(bin << 16 | atomicAdd(&m.m->bin[bin], 1));
+        place[i] = (uint32_t)(bin << 16 | atomicAdd(&m.m->bin[bin], 1));
     }
     __syncthreads();
-    int n = m.m->bin[t], first = s.first + sum_before(n, m.m->counts);
+    int own = m.m->bin[t], first = s.first + sum_before(own, m.m->counts);
     m.m->bin[t] = first;
-    if (t == 0) m.m->bin[BINS] = s.first + s.n;
+    if (t == BINS - 1) m.m->bin[BINS] = first + own;
     __syncthreads();
+    const int n = m.m->bin[BINS] - s.first, up = group_bits(n);
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (i * BINS >= s.n) break;
-        if (t + i * BINS >= s.n) continue;
+        if (t + i * BINS >= s.n || p[i] < least) continue;
         int to = m.m->bin[place[i] >> 16] + (int)(place[i] & 0xffff);
         m.p[padded(to)] = p[i];
         m.id[to] = (uint16_t)id[i];
     }
     __syncthreads();
     double sum = 0;
-    for (int i = t << up; i < min(s.n, (t + 1) << up); i++) sum += (double)m.p[padded(s.first + i)];
-    double before = s.before + sum_before(sum, m.m->sums);
-    m.m->before[t] = before;
-    if (t == BINS - 1) m.m->before[BINS] = before + sum;
+    for (int i = t << up; i < min(n, (t + 1) << up); i++) sum += (double)m.p[padded(s.first + i)];
+    m.m->before[t] = s.before + sum_before(sum, m.m->sums);
     __syncthreads();
 }
 
@@ -2049,10 +2050,11 @@ static __device__ int reached(const struct goal &g, int count, double mass) {
    choices lie, then the choice, then its bin. All threads do the same. */
 static __device__ struct slice find(const struct sampling &m, const struct goal &g,
                                     const struct slice &s) {
-    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS), up = group_bits(s.n);
+    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS);
+    const int n = m.m->bin[BINS] - s.first, up = group_bits(n);
     int group = __syncthreads_count(
-                    !reached(g, s.first + min(s.n, t << up), m.m->before[t])) - 1;
-    const int from = s.first + (group << up), to = min(from + (1 << up), s.first + s.n) - 1;
+                    !reached(g, s.first + min(n, t << up), m.m->before[t])) - 1;
+    const int from = s.first + (group << up), to = min(from + (1 << up), s.first + n) - 1;
     int at = from; /* where it is reached: with `to` in any case */
     double sum = m.m->before[group];
     for (int i = from; i < to; i++) {
@@ -2114,26 +2116,47 @@ static __device__ int likeliest(const struct sampling &m, const float *x, int co
 
 static __device__ float divided(float x, float by) { return by == 1 ? x : __fdiv_rn(x, by); }
 
-/* Splits all codes by the probabilities that their logits give; or a slice that is in bins already:
-   its choices, where logits is NULL. */
+/* Splits all codes by the probabilities that their logits give; m.m->total: their sum, of which no
+   more than this share will be asked for. */
 template <int N>
-static __device__ void split_choices(const struct sampling &m, const struct slice &s,
-                                     const float *logits, float most, float temperature) {
+static __device__ void split_codes(const struct sampling &m, const struct slice &all,
+                                   const float *logits, float most, float temperature,
+                                   double share) {
+    const int t = (int)threadIdx.x;
+    float p[N];
+    int id[N];
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (i * BINS >= all.n) break;
+        id[i] = t + i * BINS;
+        p[i] = logits[min(id[i], all.n - 1)];
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (i * BINS >= all.n) break;
+        p[i] = summand_as_host(exp_as_host(divided(p[i] - most, temperature)));
+        if (id[i] < all.n) sum += (double)p[i];
+    }
+    sum += sum_before(sum, m.m->sums);
+    if (t == BINS - 1) m.m->total = sum;
+    __syncthreads();
+    split<N>(m, all, p, id, (float)((1 - share) * m.m->total / all.n * 0.999));
+}
+
+/* Splits a bin that a split has left. */
+template <int N>
+static __device__ void split_bin(const struct sampling &m, const struct slice &s) {
     float p[N];
     int id[N];
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        int at = min((int)threadIdx.x + i * BINS, s.n - 1);
+        int at = s.first + min((int)threadIdx.x + i * BINS, s.n - 1);
         if (i * BINS >= s.n) break;
-        p[i] = logits != NULL ? logits[at] : m.p[padded(s.first + at)];
-        id[i] = logits != NULL ? at : m.id[s.first + at];
+        p[i] = m.p[padded(at)];
+        id[i] = m.id[at];
     }
-#pragma unroll
-    for (int i = 0; i < N && logits != NULL; i++) {
-        if (i * BINS >= s.n) break;
-        p[i] = summand_as_host(exp_as_host(divided(p[i] - most, temperature)));
-    }
-    split<N>(m, s, p, id);
+    split<N>(m, s, p, id, 0);
 }
 
 /* One of the codes. most, least: of their logits; random: 32 bits. */
@@ -2145,16 +2168,17 @@ static __device__ int draw(const struct sampling &m, const struct sampler &by, u
     struct slice all = {0, codes, 0, 0, 64 - __clzll(key_of(low, CODES - 1) + (64 << CODE_BITS))};
     const int all_stay = by.top_k <= 0 || by.top_k >= codes, all_in = by.top_p == 1;
     const int start = !all_stay ? 0 : !all_in ? 1 : 2; /* 0: top-k, 1: nucleus, 2: draw */
+    const double part = random * 0x1p-32, share = start == 0 ? 1 : start == 1 ? by.top_p : part;
 #pragma unroll 1
     for (int step = start, lost = 1; step < 3; step++) { /* lost: the bins of all are not there */
         if (step == 1 && all_in) continue;
         struct slice s = all;
         struct goal g = {by.top_k, HUGE_VAL};
         for (int deep = 0; deep == 0 || s.n > FEW; deep = 1) {
-            if (deep || lost) split_choices<N>(m, s, deep ? NULL : logits, most, by.temperature);
-            double mass = step == start ? m.m->before[BINS] : m.m->choice.mass;
-            if (!deep && step > 0)
-                g = {codes, mass * (step == 1 ? (double)by.top_p : random * 0x1p-32)};
+            if (deep) split_bin<N>(m, s);
+            else if (lost) split_codes<N>(m, all, logits, most, by.temperature, share);
+            double mass = step == start ? m.m->total : m.m->choice.mass;
+            if (!deep && step > 0) g = {codes, mass * (step == 1 ? (double)by.top_p : part)};
             s = find(m, g, s);
             lost = deep;
         }
