@@ -2861,12 +2861,16 @@ static void run_layer(struct lm_job *job, int from) {
     matmul(e, &l->down, NULL, gate, n, delta);                  /* delta[n][D] = Wdown gate */
 }
 
+/* p, 0 to 1, to a multiple of 2^-37: in doubles sums of up to 65536 such are exact, so that a
+   device may add in any order. */
+static float summand(float p) { return p < 0x1p-14f ? p + 0x1p-14f - 0x1p-14f : p; }
+
 /* -ln softmax(logits[n])[id], in nats */
 static float negative_log_likelihood(const float *logits, int n, int32_t id) {
     float max = logits[0];
     double sum = 0;
     for (int i = 1; i < n; i++) max = logits[i] > max ? logits[i] : max;
-    for (int i = 0; i < n; i++) sum += exp_f32(logits[i] - max);
+    for (int i = 0; i < n; i++) sum += summand(exp_f32(logits[i] - max));
     return (float)(log_f64(sum) - ((double)logits[id] - max));
 }
 
@@ -3019,6 +3023,7 @@ struct limits {
     int rows;       /* of forward; at least as many as sequences */
     int sequences;  /* numbered from 0: candidates that generate together */
     int kv_block;   /* positions of a block of kv_get and kv_set */
+    int codes;      /* ids that generate can sample from: the host samples where there are more */
 };
 
 /* PCG-XSH-RR 64/32 (O'Neill 2014): a 64-bit linear congruential generator whose high bits, folded
@@ -3166,7 +3171,7 @@ static int cpu_open(void *copy, const lvm_options *o, void **state, struct limit
     c->e.kern = c->m->kern;
     c->e.o = o;
     c->e.exact = o->exact;
-    *limits = (struct limits){1, MAX_ROWS, MAX_SEQUENCES, KV_BLOCK};
+    *limits = (struct limits){1, MAX_ROWS, MAX_SEQUENCES, KV_BLOCK, 0};
     int code = cpu_alloc(c, error);
     if (code == LVM_OK) *state = c;
     else cpu_close(c);
@@ -3662,7 +3667,7 @@ static int32_t sample(const float *logits, int n, const lvm_sampling *s, struct 
     float max = logits[argmax(logits, n)];
     double mass = 0, drawn;
     for (int i = 0; i < n; i++) {
-        c[i] = (struct choice){exp_f32((logits[i] - max) / s->temperature), i};
+        c[i] = (struct choice){summand(exp_f32((logits[i] - max) / s->temperature)), i};
         mass += c[i].p;
     }
     if (s->top_k > 0 && s->top_k < n) n = select_likeliest(c, n, s->top_k, HUGE_VAL, &mass);
@@ -3720,6 +3725,14 @@ static int generate_on_host(lvm_ctx *ctx, struct continuation *c, lvm_error *err
     mem_free(choices);
     mem_free(last);
     return code;
+}
+
+/* On the device where it can, which gives the same. */
+static int generate_tokens(lvm_ctx *ctx, struct continuation *c, lvm_error *error) {
+    int on_device = ctx->b->generate != NULL && c->sampling->choose == NULL &&
+                    c->codes <= ctx->limits.codes;
+    return blame_weights(ctx, on_device ? ctx->b->generate(ctx->state, c, error)
+                                        : generate_on_host(ctx, c, error), error);
 }
 
 /* Drops the oldest images of every candidate and reads the rest again. Candidates share what their
@@ -3797,10 +3810,7 @@ static int run_generation(struct generation *g, int32_t *ids, lvm_error *error) 
         n = g->n - done < g->full - g->length ? g->n - done : g->full - g->length;
         struct continuation c = {&g->s, g->candidates, n, ctx->m->codes, ctx->logits, g->rng,
                                  g->ids + g->length, ctx->m->llama.context + 1, done, g->n};
-        int on_device = ctx->b->generate != NULL && g->s.choose == NULL;
-        if (code == LVM_OK)
-            code = blame_weights(ctx, on_device ? ctx->b->generate(ctx->state, &c, error)
-                                                : generate_on_host(ctx, &c, error), error);
+        if (code == LVM_OK) code = generate_tokens(ctx, &c, error);
         for (int i = 0; code == LVM_OK && i < g->candidates; i++)
             memcpy(ids + (int64_t)i * g->n + done, candidate_ids(g, i) + g->length,
                    (size_t)n * sizeof *ids);

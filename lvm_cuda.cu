@@ -12,8 +12,9 @@
      5  Rows: embedding, RMSNorm, SwiGLU, RoPE, likelihoods
      6  Attention on a paged cache, block by block
      7  The transformer: one forward
-     8  The tokenizer: GroupNorm, attention over pixels, the quantiser
-     9  The seam
+     8  Sampling, and the loop that generates
+     9  The tokenizer: GroupNorm, attention over pixels, the quantiser
+    10  The seam
 
    SUMS HAVE ONE ORDER here too: a row's result depends on nothing but its own numbers, never on how
    many rows came with it, so that a prompt in pieces, a candidate among others and a reused prefix
@@ -27,10 +28,9 @@
    activations become f16 with a power of two for each row (so that nothing overflows), and tensor
    cores add in f32. Attention and the tokenizer compute in f32 from whatever is stored.
 
-   LEFT OUT, so far: attention and convolutions on tensor cores; sampling on the device (the host
-   samples from logits); reading a shared prompt's keys once for all candidates; fused epilogues
-   and programmatic dependent launch; weights copied while others are used; more than one GPU for a
-   model. */
+   LEFT OUT, so far: attention and convolutions on tensor cores; reading a shared prompt's keys once
+   for all candidates; fused epilogues and programmatic dependent launch; weights copied while
+   others are used; more than one GPU for a model. */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <dlfcn.h>
@@ -2017,6 +2017,10 @@ struct gpu {
     float *host_logits;           /* [GRAPH_ROWS][V], pinned */
     cudaGraphExec_t graph[GRAPH_ROWS + 1];
     int seen[GRAPH_ROWS + 1];     /* how often there were so many rows */
+    struct sampler *sampler;
+    struct told *told;            /* pinned */
+    cudaGraphExec_t next_graph[GRAPH_ROWS + 1];
+    int next_seen[GRAPH_ROWS + 1], samples; /* samples: 1: from so many codes */
     struct vq_memory vq;
 };
 
@@ -2289,15 +2293,16 @@ static void generate_step(struct gpu *c, const struct step *s) {
                                 cudaMemcpyDeviceToHost, c->q.stream), "copying logits");
 }
 
-/* Records the step where it is seen for the second time (the first has loaded all kernels). */
-static void record_step(struct gpu *c, const struct step *s) {
+/* Records work where it is seen for the second time (the first has loaded all kernels). */
+static void record_step(struct gpu *c, const struct step *s,
+                        void (*work)(struct gpu *, const struct step *), cudaGraphExec_t *exec) {
     cudaGraph_t graph = NULL;
     note(&c->q, cudaStreamBeginCapture(c->q.stream, cudaStreamCaptureModeThreadLocal),
          "cudaStreamBeginCapture");
-    generate_step(c, s);
+    work(c, s);
     note(&c->q, cudaStreamEndCapture(c->q.stream, &graph), "cudaStreamEndCapture");
     if (graph == NULL) return;
-    note(&c->q, cudaGraphInstantiate(&c->graph[s->n], graph, 0), "cudaGraphInstantiate");
+    note(&c->q, cudaGraphInstantiate(exec, graph, 0), "cudaGraphInstantiate");
     note(&c->q, cudaGraphDestroy(graph), "cudaGraphDestroy");
 }
 
@@ -2307,7 +2312,8 @@ static int forward_few(struct gpu *c, const struct step *s, float *logits, lvm_e
     for (int i = 0; code == LVM_OK && s->n > 1 && i < a->L; i++)
         code = report(c->o, "layers", i + 1, a->L, error);
     if (code != LVM_OK) return code;
-    if (c->graph[s->n] == NULL && c->seen[s->n]++ > 0) record_step(c, s);
+    if (c->graph[s->n] == NULL && c->seen[s->n]++ > 0)
+        record_step(c, s, generate_step, &c->graph[s->n]);
     if (c->graph[s->n] == NULL) generate_step(c, s);
     else note(&c->q, cudaGraphLaunch(c->graph[s->n], c->q.stream), "cudaGraphLaunch");
     code = wait_for(&c->q, error);
@@ -2366,7 +2372,547 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
 }
 
 /* =================================================================================================
-   8.  The tokenizer
+   8.  Sampling
+
+   What sample and settle_token of lvm.c do, to the bit, a block a sequence. The id is the next
+   forward's token, so that the device never waits for the host, which puts several steps into the
+   queue and watches a word of its own memory for each id.
+
+   Top-k, nucleus and draw each ask for the choice at which a count or a sum is reached, likeliest
+   first. Sums are exact in any order (lvm.c, summand), so nothing need be sorted to its end: keys
+   ascend where p falls, and of equal ones where the id rises; choices go to 1024 bins by the first
+   bits in which keys differ (a radix sort's first pass), sums before each bin tell which bin it is,
+   and only its choices are compared with each other. A bin with many is split like the whole. What
+   is so unlikely that no sum that is asked for can need it is left out at once.
+
+   Floor: not bytes, for logits are in the L2 cache, but what one multiprocessor takes for some 30
+   instructions a code and its share of conflicts of banks, and the latency of 20 barriers. */
+
+enum { BIN_BITS = 10, BINS = 1 << BIN_BITS /* and threads */, CODE_BITS = 14,
+       CODES = 1 << CODE_BITS /* ids to sample from, at most */,
+       FEW = 128 /* choices that are compared one by one */,
+       IN_FLIGHT = 8 /* tokens in the queue */, RING = 2 * IN_FLIGHT };
+
+/* How to sample; what is kept of each sequence. */
+struct sampler {
+    float temperature, top_p;
+    int top_k, greedy, judge; /* judge: log_likelihood is wanted */
+    struct {
+        struct rng rng;
+        double log_likelihood;
+        int done;
+    } of[SEQUENCES];
+};
+
+/* In pinned memory; ring[token % RING][sequence]: the token's number + 1, and below it the id. */
+struct told {
+    volatile uint64_t ring[RING][SEQUENCES];
+    struct sampler sampler;
+};
+
+/* lvm.c's exp_f32 of x <= 0, log_f64 of x >= 1, summand and rng_next: the same bits, for nvcc fuses
+   no product that is an intrinsic's. */
+static __device__ float exp_as_host(float x) {
+    const float c[8] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+    const float whole = 12582912; /* added to n it leaves n in the lowest bits */
+    float up = __fmul_rn(x, 1.44269504f) + whole, n = up - whole, p = c[0];
+    float r = (x - __fmul_rn(n, 0.693359375f)) - __fmul_rn(n, -2.12194440e-4f);
+#pragma unroll
+    for (int i = 1; i < 8; i++) p = __fmul_rn(p, r) + c[i];
+    p = __fmul_rn(p, __uint_as_float((__float_as_uint(up) + 127) << 23));
+    return x > -87.0f ? p : 0;
+}
+
+static __device__ double log_as_host(double x) {
+    int e = 0;
+    double m = frexp(x, &e), sum = 0;
+    if (m < 0.70710678118654752) m *= 2, e--;
+    double s = (m - 1) / (m + 1), s2 = __dmul_rn(s, s);
+#pragma unroll
+    for (int i = 21; i > 0; i -= 2) sum = __dmul_rn(sum, s2) + 1.0 / i;
+    return __dmul_rn(2 * s, sum) + __dmul_rn(e, 6.93147180369123816490e-01) +
+           __dmul_rn(e, 1.90821492927058770002e-10);
+}
+
+static __device__ float summand_as_host(float p) {
+    return p < 0x1p-14f ? p + 0x1p-14f - 0x1p-14f : p;
+}
+
+static __device__ uint32_t rng_next_as_host(struct rng *r) {
+    uint64_t old = r->state;
+    r->state = old * 6364136223846793005u + r->increment;
+    uint32_t x = (uint32_t)((old >> 18 ^ old) >> 27), turn = (uint32_t)(old >> 59);
+    return x >> turn | x << (-turn & 31);
+}
+
+/* An integer that is ordered as floats are, and back; -0 becomes 0. */
+static __device__ uint32_t ordered(float x) {
+    uint32_t u = x == 0 ? 0 : __float_as_uint(x);
+    return u >> 31 ? ~u : u | 0x80000000;
+}
+
+static __device__ float from_ordered(uint32_t u) {
+    return __uint_as_float(u >> 31 ? u & 0x7fffffff : ~u);
+}
+
+/* Choices that follow each other in the order, of which those before them have this sum; their keys
+   are low .. low + 2^bits - 1. */
+struct slice {
+    int first, n;
+    double before;
+    uint64_t low;
+    int bits;
+};
+
+/* A block's shared memory: choice i has p[padded(i)] and id[i]. */
+struct sampling {
+    float *p;
+    uint16_t *id;
+    struct sampling_memory {
+        uint32_t most[4][32];
+        int counts[32], bin[BINS + 1]; /* how many choices, then where they begin */
+        double sums[32], total, before[BINS]; /* of all; before each group of 2^up choices */
+        struct {
+            int id;
+            double mass;               /* up to it and with it */
+        } choice;
+    } *m;
+};
+
+/* One float in 33 is left out, so that threads that each read 2, 4, 8 or 16 meet no bank twice. */
+static __host__ __device__ int padded(int i) { return i + i / 32; }
+
+static size_t sampling_shared(int codes) {
+    return (size_t)padded(codes + 31) * sizeof(float) + (size_t)codes * sizeof(uint16_t);
+}
+
+/* A key's upper bits, ascending where p falls; 0 follows 2^-37, the least summand. */
+static __device__ uint32_t upper_key(float p) {
+    return min(0x3f800000 - __float_as_uint(p), (37u << 23) + 1);
+}
+
+static __device__ uint64_t key_of(float p, int id) {
+    return (uint64_t)upper_key(p) << CODE_BITS | (uint32_t)id;
+}
+
+/* Bins of 2^width keys. */
+static __device__ int bin_of(const struct slice &s, int width, float p, int id) {
+    uint32_t bin = width >= CODE_BITS ? upper_key(p) >> (width - CODE_BITS)
+                                      : (uint32_t)(key_of(p, id) >> width);
+    return (int)min(bin - (uint32_t)(s.low >> width), BINS - 1u);
+}
+
+/* The sum of v over the threads before this one. parts: shared. */
+template <class T> static __device__ T sum_before(T v, T *parts) {
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    T sum = v;
+    for (int i = 1; i < 32; i *= 2) {
+        T other = __shfl_up_sync(0xffffffff, sum, i);
+        if (lane >= i) sum += other;
+    }
+    if (lane == 31) parts[warp] = sum;
+    __syncthreads();
+    T all = lane < warp ? parts[lane] : 0;
+    for (int i = 16; i > 0; i /= 2) all += __shfl_xor_sync(0xffffffff, all, i);
+    return all + sum - v;
+}
+
+/* Choices of a slice are summed in groups of 2^this: 1024 groups are enough. */
+static __device__ int group_bits(int n) { return n > BINS ? 32 - __clz((n - 1) / BINS) : 0; }
+
+/* Sorts a slice by bins, what is below `least` apart: p and id, of which thread t has number
+   t + 1024 i, go to where they belong in shared memory; then sums. */
+template <int N>
+static __device__ void split(const struct sampling &m, const struct slice &s, const float *p,
+                             const int *id, float least) {
+    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS);
+    uint32_t place[N]; /* the bin, and below it the number among its choices */
+    __syncthreads(); /* bins and sums of an earlier call have been read */
+    m.m->bin[t] = 0;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (i * BINS >= s.n) break;
+        if (t + i * BINS >= s.n || p[i] < least) continue;
+        int bin = bin_of(s, width, p[i], id[i]);
+        place[i] = (uint32_t)(bin << 16 | atomicAdd(&m.m->bin[bin], 1));
+    }
+    __syncthreads();
+    int own = m.m->bin[t], first = s.first + sum_before(own, m.m->counts);
+    m.m->bin[t] = first;
+    if (t == BINS - 1) m.m->bin[BINS] = first + own;
+    __syncthreads();
+    const int n = m.m->bin[BINS] - s.first, up = group_bits(n);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (i * BINS >= s.n) break;
+        if (t + i * BINS >= s.n || p[i] < least) continue;
+        int to = m.m->bin[place[i] >> 16] + (int)(place[i] & 0xffff);
+        m.p[padded(to)] = p[i];
+        m.id[to] = (uint16_t)id[i];
+    }
+    __syncthreads();
+    double sum = 0;
+    for (int i = t << up; i < min(n, (t + 1) << up); i++) sum += (double)m.p[padded(s.first + i)];
+    m.m->before[t] = s.before + sum_before(sum, m.m->sums);
+    __syncthreads();
+}
+
+/* So many choices, or so large a sum; one at least. */
+struct goal {
+    int count;
+    double mass;
+};
+
+static __device__ int reached(const struct goal &g, int count, double mass) {
+    return count > 0 && (count >= g.count || mass >= g.mass);
+}
+
+/* Of a slice that was split, the bin in which the goal is reached: the group in which it is, as
+   choices lie, then the choice, then its bin. All threads do the same. */
+static __device__ struct slice find(const struct sampling &m, const struct goal &g,
+                                    const struct slice &s) {
+    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS);
+    const int n = m.m->bin[BINS] - s.first, up = group_bits(n);
+    int group = __syncthreads_count(
+                    !reached(g, s.first + min(n, t << up), m.m->before[t])) - 1;
+    const int from = s.first + (group << up), to = min(from + (1 << up), s.first + n) - 1;
+    int at = from; /* where it is reached: with `to` in any case */
+    double sum = m.m->before[group];
+    for (int i = from; i < to; i++) {
+        sum += (double)m.p[padded(i)];
+        at += !reached(g, i + 1, sum);
+    }
+    const int bin = bin_of(s, width, m.p[padded(at)], m.id[at]);
+    const int first = m.m->bin[bin], whole = (first - s.first) >> up; /* groups before it */
+    double before = m.m->before[whole];
+    for (int i = s.first + (whole << up); i < first; i++) before += (double)m.p[padded(i)];
+    return {first, m.m->bin[bin + 1] - first, before, s.low + ((uint64_t)bin << width), width};
+}
+
+/* The choice of a small slice with which the goal is reached, to m.m->choice. */
+static __device__ void choose(const struct sampling &m, const struct goal &g,
+                              const struct slice &s) {
+    const int t = (int)threadIdx.x;
+    if (t < s.n) {
+        const float p = m.p[padded(s.first + t)];
+        const int id = m.id[s.first + t];
+        int count = s.first;
+        double before = s.before;
+        for (int i = s.first; i < s.first + s.n; i++) {
+            float other = m.p[padded(i)];
+            if (other < p || (other == p && m.id[i] >= id)) continue;
+            count++;
+            before += (double)other;
+        }
+        if (!reached(g, count, before) && reached(g, count + 1, before + (double)p))
+            m.m->choice = {id, before + (double)p};
+    }
+    __syncthreads();
+}
+
+/* v[i] becomes the largest of all threads'. */
+static __device__ void largest_of_block(uint32_t *v, uint32_t (*parts)[32]) {
+    const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
+    for (int i = 0; i < 4; i++) {
+        v[i] = __reduce_max_sync(0xffffffff, v[i]);
+        if (lane == 0) parts[i][warp] = v[i];
+    }
+    __syncthreads();
+    for (int i = 0; i < 4; i++) v[i] = __reduce_max_sync(0xffffffff, parts[i][lane]);
+}
+
+/* The lowest id of the largest logit. */
+template <int N>
+static __device__ int likeliest(const struct sampling &m, const float *x, int codes, float most) {
+    uint32_t v[4] = {};
+#pragma unroll
+    for (int i = N - 1; i >= 0; i--) {
+        int id = (int)threadIdx.x + i * BINS;
+        if (id < codes && x[i] == most) v[0] = ~(uint32_t)id;
+    }
+    __syncthreads(); /* m.m->most has been read */
+    largest_of_block(v, m.m->most);
+    return (int)~v[0];
+}
+
+static __device__ float divided(float x, float by) { return by == 1 ? x : __fdiv_rn(x, by); }
+
+/* Splits all codes by the probabilities that their logits give; m.m->total: their sum, of which no
+   more than this share will be asked for. */
+template <int N>
+static __device__ void split_codes(const struct sampling &m, const struct slice &all,
+                                   const float *logits, float most, float temperature,
+                                   double share) {
+    const int t = (int)threadIdx.x;
+    float p[N];
+    int id[N];
+    double sum = 0;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (i * BINS >= all.n) break;
+        id[i] = t + i * BINS;
+        p[i] = logits[min(id[i], all.n - 1)];
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (i * BINS >= all.n) break;
+        p[i] = summand_as_host(exp_as_host(divided(p[i] - most, temperature)));
+        if (id[i] < all.n) sum += (double)p[i];
+    }
+    sum += sum_before(sum, m.m->sums);
+    if (t == BINS - 1) m.m->total = sum;
+    __syncthreads();
+    split<N>(m, all, p, id, (float)((1 - share) * m.m->total / all.n * 0.999));
+}
+
+/* Splits a bin that a split has left. */
+template <int N>
+static __device__ void split_bin(const struct sampling &m, const struct slice &s) {
+    float p[N];
+    int id[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        int at = s.first + min((int)threadIdx.x + i * BINS, s.n - 1);
+        if (i * BINS >= s.n) break;
+        p[i] = m.p[padded(at)];
+        id[i] = m.id[at];
+    }
+    split<N>(m, s, p, id, 0);
+}
+
+/* One of the codes. most, least: of their logits; random: 32 bits. */
+template <int N>
+static __device__ int draw(const struct sampling &m, const struct sampler &by, uint32_t random,
+                           const float *logits, int codes, float most, float least) {
+    /* A lower logit may, by a rounding, have a p that is larger: hence the 64. */
+    float low = summand_as_host(exp_as_host(divided(least - most, by.temperature)));
+    struct slice all = {0, codes, 0, 0, 64 - __clzll(key_of(low, CODES - 1) + (64 << CODE_BITS))};
+    const int all_stay = by.top_k <= 0 || by.top_k >= codes, all_in = by.top_p == 1;
+    const int start = !all_stay ? 0 : !all_in ? 1 : 2; /* 0: top-k, 1: nucleus, 2: draw */
+    const double part = random * 0x1p-32, share = start == 0 ? 1 : start == 1 ? by.top_p : part;
+#pragma unroll 1
+    for (int step = start, lost = 1; step < 3; step++) { /* lost: the bins of all are not there */
+        if (step == 1 && all_in) continue;
+        struct slice s = all;
+        struct goal g = {by.top_k, HUGE_VAL};
+        for (int deep = 0; deep == 0 || s.n > FEW; deep = 1) {
+            if (deep) split_bin<N>(m, s);
+            else if (lost) split_codes<N>(m, all, logits, most, by.temperature, share);
+            double mass = step == start ? m.m->total : m.m->choice.mass;
+            if (!deep && step > 0) g = {codes, mass * (step == 1 ? (double)by.top_p : part)};
+            s = find(m, g, s);
+            lost = deep;
+        }
+        choose(m, g, s);
+    }
+    return m.m->choice.id;
+}
+
+/* The last thread's sum is -ln softmax(logits[V])[id]. */
+static __device__ float judge(const struct sampling &m, const float *logits, int V, float most,
+                              int id) {
+    double sum = 0;
+    for (int i = (int)threadIdx.x; i < V; i += BINS)
+        sum += (double)summand_as_host(exp_as_host(logits[i] - most));
+    __syncthreads(); /* m.m->sums has been read */
+    sum += sum_before(sum, m.m->sums);
+    return (float)(log_as_host(sum) - ((double)logits[id] - most));
+}
+
+/* Grid: [sequences]. Reads logits[sequences][V], keeps by->of; writes the id to tokens, where the
+   next forward reads it, and to the host's ring. -1: the logits are not finite. */
+template <int N>
+__global__ void __launch_bounds__(BINS, 1)
+    sample_kernel(const float *logits, int V, int codes, struct sampler *by, int32_t *tokens,
+                  int *pos, volatile uint64_t (*ring)[SEQUENCES]) {
+    extern __shared__ __align__(16) float memory[];
+    __shared__ struct sampling::sampling_memory own;
+    const struct sampling m = {memory, (uint16_t *)(memory + padded(codes + 31)), &own};
+    const int row = (int)blockIdx.x, t = (int)threadIdx.x;
+    struct rng rng = by->of[row].rng;
+    const uint32_t random = rng_next_as_host(&rng);
+    float x[N], high = -HUGE_VALF, low = HUGE_VALF, higher = -HUGE_VALF; /* higher: of all */
+    int finite = 1;
+    logits += (int64_t)row * V;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (i * BINS >= codes) break;
+        x[i] = logits[min(t + i * BINS, codes - 1)];
+    }
+    for (int i = codes + t; i < V; i += BINS) {
+        higher = fmaxf(higher, logits[i]);
+        finite &= isfinite(logits[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (i * BINS >= codes) break;
+        high = fmaxf(high, x[i]);
+        low = fminf(low, x[i]);
+        finite &= isfinite(x[i]);
+    }
+    uint32_t most[4] = {ordered(high), ~ordered(low), ordered(fmaxf(high, higher)), !finite};
+    largest_of_block(most, own.most);
+    high = from_ordered(most[0]);
+    low = from_ordered(~most[1]);
+    int id = -1;
+    if (!most[3])
+        id = by->greedy ? likeliest<N>(m, x, codes, high)
+                        : draw<N>(m, *by, random, logits, codes, high, low);
+    float nll = id >= 0 && by->judge ? judge(m, logits, V, from_ordered(most[2]), id) : 0;
+    if (t < BINS - 1) return;
+    int done = by->of[row].done++;
+    ring[done % RING][row] = (uint64_t)(done + 1) << 32 | (uint32_t)id;
+    by->of[row].log_likelihood -= (double)nll;
+    if (!by->greedy) rng_next_as_host(&by->of[row].rng);
+    tokens[row] = max(id, 0);
+    pos[row]++;
+}
+
+/* ---- The loop ---- */
+
+/* By the choices of a thread. */
+static auto *sample_kernel_for(int codes) {
+    return codes <= 8 * BINS ? sample_kernel<8> : sample_kernel<CODES / BINS>;
+}
+
+static void sample_rows(struct gpu *c, const struct step *s) {
+    const lvm_model *m = c->g->m;
+    auto *kernel = sample_kernel_for(m->codes);
+    kernel<<<(unsigned)s->n, BINS, sampling_shared(m->codes), c->q.stream>>>(
+        c->logits, m->llama.V, m->codes, c->sampler, (int32_t *)s->view.tokens,
+        (int *)s->view.pos, c->told->ring);
+    launched(&c->q, "sample_kernel");
+}
+
+/* Feeds the tokens that were sampled and samples the next ones. */
+static void next_step(struct gpu *c, const struct step *s) {
+    embed_rows(c, s);
+    for (int i = 0; i < c->g->m->llama.L; i++) run_layer(c, s, i);
+    run_head(c, s, 0, s->n);
+    sample_rows(c, s);
+}
+
+/* Puts a token of each sequence into the queue. */
+static void send_token(struct gpu *c, const struct step *s, int first) {
+    if (first) {
+        sample_rows(c, s);
+        return;
+    }
+    cudaGraphExec_t *graph = s->n <= GRAPH_ROWS ? &c->next_graph[s->n] : NULL;
+    if (graph != NULL && *graph == NULL && c->next_seen[s->n]++ > 0)
+        record_step(c, s, next_step, graph);
+    if (graph == NULL || *graph == NULL) next_step(c, s);
+    else note(&c->q, cudaGraphLaunch(*graph, c->q.stream), "cudaGraphLaunch");
+}
+
+/* Waits until the device tells the id of token i of a sequence. */
+static int32_t watch_token(struct gpu *c, int i, int row) {
+    const volatile uint64_t *word = &c->told->ring[i % RING][row];
+    uint64_t told = *word;
+    for (int turn = 1; told >> 32 != (uint64_t)i + 1; told = *word, turn++) {
+        cudaError_t e = turn % 256 != 0 ? cudaErrorNotReady : cudaStreamQuery(c->q.stream);
+        if (e == cudaErrorNotReady) continue;
+        told = *word;
+        if (told >> 32 == (uint64_t)i + 1) break;
+        note(&c->q, e != cudaSuccess ? e : cudaErrorUnknown, "waiting for a token");
+        return 0;
+    }
+    return (int32_t)(uint32_t)told;
+}
+
+/* Token i of each sequence, from the device to the caller. */
+static int receive_token(struct gpu *c, struct continuation *k, int i, lvm_error *error) {
+    const float nan = NAN;
+    int code = LVM_OK;
+    for (int s = 0; code == LVM_OK && s < k->n_seqs; s++) {
+        int32_t id = watch_token(c, i, s);
+        code = settle(&c->q, error);
+        if (code == LVM_OK && id < 0)
+            code = check_finite(&nan, 1, "the logits behind generated token", k->done + i, error);
+        if (code == LVM_OK) k->ids[s * k->ld + i] = id;
+    }
+    cudaGetLastError(); /* that the queue is not done yet is no error */
+    return code;
+}
+
+/* The pages of all tokens that will be fed; the sequences are as long as they will be. */
+static int pages_ahead(struct gpu *c, const struct continuation *k, lvm_error *error) {
+    int code = LVM_OK;
+    for (int s = 0; code == LVM_OK && s < k->n_seqs; s++) {
+        int pos = c->seq[s].n, end = pos + k->n - 1;
+        c->seq[s].n = end;
+        for (; code == LVM_OK && pos < end; pos = (pos / KEYS + 1) * KEYS)
+            code = page_for_writing(c, &c->seq[s], pos, error);
+    }
+    return code;
+}
+
+/* What the device needs for all tokens. start: how long the sequences are; the kernel adds 1 to a
+   row's place for each token that it samples. */
+static struct step tell_sampler(struct gpu *c, const struct continuation *k, const int *start) {
+    const lvm_sampling *by = k->sampling;
+    struct sampler *to = &c->told->sampler;
+    int32_t tokens[SEQUENCES] = {0};
+    int rows[SEQUENCES], before[SEQUENCES];
+    struct batch b = {k->n_seqs, tokens, rows, k->n_seqs, rows, k->logits, NULL, NULL};
+    to->temperature = by->temperature;
+    to->top_p = by->top_p;
+    to->top_k = by->top_k;
+    to->greedy = by->greedy;
+    to->judge = by->log_likelihood != NULL;
+    for (int s = 0; s < k->n_seqs; s++) {
+        rows[s] = s;
+        before[s] = start[s] - 1;
+        to->of[s] = {k->rng[s], to->judge ? by->log_likelihood[s] : 0, 0};
+    }
+    for (int i = 0; i < RING; i++)
+        for (int s = 0; s < SEQUENCES; s++) c->told->ring[i][s] = 0;
+    struct step s = plan_step(c, &b, before);
+    tell(c, &s);
+    note(&c->q, cudaMemcpyAsync(c->sampler, to, sizeof *to, cudaMemcpyHostToDevice, c->q.stream),
+         "copying what to sample by");
+    note(&c->q, cudaMemcpyAsync(c->logits, k->logits,
+                                (size_t)k->n_seqs * (size_t)c->g->m->llama.V * sizeof(float),
+                                cudaMemcpyHostToDevice, c->q.stream), "copying logits");
+    return s;
+}
+
+/* Takes back what the sampler kept. */
+static int end_sampling(struct gpu *c, struct continuation *k, lvm_error *error) {
+    const struct sampler *from = &c->told->sampler;
+    note(&c->q, cudaMemcpyAsync(&c->told->sampler, c->sampler, sizeof *from,
+                                cudaMemcpyDeviceToHost, c->q.stream), "copying the sampler");
+    int code = wait_for(&c->q, error);
+    for (int s = 0; code == LVM_OK && s < k->n_seqs; s++) {
+        k->rng[s] = from->of[s].rng;
+        if (from->judge) k->sampling->log_likelihood[s] = from->of[s].log_likelihood;
+    }
+    return code;
+}
+
+static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
+    struct gpu *c = (struct gpu *)state;
+    int start[SEQUENCES], sent = 0, code = use_device(&c->q, error);
+    for (int s = 0; s < k->n_seqs; s++) start[s] = c->seq[s].n;
+    if (code == LVM_OK) code = pages_ahead(c, k, error);
+    if (code == LVM_OK) {
+        struct step step = tell_sampler(c, k, start);
+        for (int i = 0; code == LVM_OK && i < k->n; i++) {
+            for (; sent < k->n && sent < i + IN_FLIGHT; sent++) send_token(c, &step, sent == 0);
+            code = report(c->o, "generate", k->done + i, k->all, error);
+            if (code == LVM_OK) code = receive_token(c, k, i, error);
+        }
+    }
+    if (code == LVM_OK) code = end_sampling(c, k, error);
+    if (code == LVM_OK) return LVM_OK;
+    wait_for(&c->q, NULL); /* for what is in the queue still writes into pages */
+    for (int s = 0; s < k->n_seqs; s++) gpu_kv_trim(c, s, start[s]);
+    return code;
+}
+
+/* =================================================================================================
+   9.  The tokenizer
 
    Maps are NHWC, [images][side][side][c], in f32; convolutions are chapter 4's products, images
    side by side. What stands in front of each, GroupNorm and SiLU, is one pass over the map: sums
@@ -2742,7 +3288,7 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
 }
 
 /* =================================================================================================
-   9.  The seam */
+   10.  The seam */
 
 /* 1: a layer or the output goes by f32 products. */
 static int needs_f32(const struct gpu *c) {
@@ -2778,6 +3324,7 @@ static void place_lm(struct gpu *c, struct arena *a) {
     take(a, &c->h, (int64_t)N * round_up((int)max64(l->D, Q), SPAN));
     take(a, &c->hidden, (int64_t)N * round_up(l->F, SPAN));
     take(a, &c->w16, w16);
+    take(a, &c->sampler, 1);
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
 }
 
@@ -2868,9 +3415,12 @@ static void gpu_close(void *state) {
     }
     for (cudaGraphExec_t graph : c->graph)
         if (graph != NULL) cudaGraphExecDestroy(graph);
+    for (cudaGraphExec_t graph : c->next_graph)
+        if (graph != NULL) cudaGraphExecDestroy(graph);
     cudaFree(c->memory);
     cudaFreeHost(c->host_in);
     cudaFreeHost(c->host_logits);
+    cudaFreeHost(c->told);
     if (c->q.stream != NULL) cudaStreamDestroy(c->q.stream);
     cudaGetLastError();
     free(c);
@@ -2905,6 +3455,20 @@ static cudaError_t allow_kernels(const struct gpu *c) {
                                    : allow_shared<LVM_Q8_0>(c->kv.dp);
 }
 
+/* Where a block's shared memory is too small for the codes, the host samples. */
+static cudaError_t allow_sampling(struct gpu *c) {
+    struct cudaFuncAttributes own = {};
+    int most = 0, codes = c->g->m->codes;
+    auto *kernel = sample_kernel_for(codes);
+    cudaError_t e = cudaFuncGetAttributes(&own, kernel);
+    if (e == cudaSuccess)
+        e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, c->q.device);
+    if (e != cudaSuccess) return e;
+    most -= (int)own.sharedSizeBytes;
+    c->samples = codes <= CODES && (int64_t)sampling_shared(codes) <= most;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+}
+
 /* All memory but the pages of the cache. */
 static int gpu_alloc(struct gpu *c, lvm_error *error) {
     struct arena a = {NULL, 0};
@@ -2923,7 +3487,9 @@ static int gpu_alloc(struct gpu *c, lvm_error *error) {
          "cudaMallocHost");
     note(&c->q, cudaMallocHost((void **)&c->host_logits, GRAPH_ROWS * (size_t)l->V * 4 + 256),
          "cudaMallocHost");
+    note(&c->q, cudaMallocHost((void **)&c->told, sizeof *c->told), "cudaMallocHost");
     note(&c->q, allow_kernels(c), "cudaFuncSetAttribute");
+    note(&c->q, allow_sampling(c), "cudaFuncSetAttribute");
     int code = settle(&c->q, error);
     if (code != LVM_OK) return code;
     memset(c->host_in, 0, told_bytes(c, (int)max64(c->rows, SPLIT_ROWS)));
@@ -2955,7 +3521,7 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
     int code = use_device(&c->q, error);
     if (code == LVM_OK) code = gpu_alloc(c, error);
     if (code == LVM_OK) {
-        *limits = {c->images, c->rows, SEQUENCES, KEYS};
+        *limits = {c->images, c->rows, SEQUENCES, KEYS, c->samples ? CODES : 0};
         *state = c;
     } else gpu_close(c);
     return code;
@@ -3197,8 +3763,8 @@ static int gpu_ceilings(void *state, struct ceilings *ceilings, lvm_error *error
 
 static const struct backend cuda_backend = {
     sizeof(struct backend), BACKEND_VERSION, "cuda", gpu_model_open, gpu_model_close, gpu_open,
-    gpu_close, gpu_encode, gpu_decode, gpu_forward, NULL, gpu_kv_copy, gpu_kv_trim, gpu_kv_size,
-    gpu_kv_get, gpu_kv_set, gpu_usage, gpu_count, gpu_ceilings};
+    gpu_close, gpu_encode, gpu_decode, gpu_forward, gpu_generate, gpu_kv_copy, gpu_kv_trim,
+    gpu_kv_size, gpu_kv_get, gpu_kv_set, gpu_usage, gpu_count, gpu_ceilings};
 
 extern "C" const struct backend *lvm_cuda_backend(void);
 extern "C" const struct backend *lvm_cuda_backend(void) { return &cuda_backend; }

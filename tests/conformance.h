@@ -193,6 +193,48 @@ static void cf_candidates(lvm_ctx *ctx, const struct cf_outcome *want) {
           "more candidates than the limit: %s", error.text);
 }
 
+/* A device that samples by itself does as the host does from its logits: ids and likelihoods, byte for
+   byte, while the window slides; for as many candidates as a device may treat in one way or another. */
+static void cf_sampling(const struct backend *b, const lvm_options *o, int type) {
+    enum { MOST = 11 };
+    static const struct { float temperature, top_p; int top_k, greedy; } by[] = {
+        {1, 0.9f, 0, 0}, {1, 1, 0, 0}, {0.1f, 0.75f, 0, 0}, {1, 1, 20, 0}, {5, 0.5f, 30, 0},
+        {100, 1, CF_CODES - 1, 0}, {1, 1e-4f, 0, 0}, {1e-3f, 1, 0, 0}, {1, 1, 1, 0}, {1, 1, 0, 1}};
+    static const int many[] = {1, 2, 3, 8, MOST};
+    static int32_t ids[2][MOST * CF_NEW];
+    struct backend on_host = *b;
+    struct model_file f = cf_model(type);
+    lvm_model *m = must(lvm_open_memory(f.data, f.size, NULL));
+    int32_t prompt[CF_SHORT];
+    on_host.generate = NULL;
+    lvm_ctx *ctx[2] = {cf_context(m, b, o), cf_context(m, &on_host, o)};
+    cf_ids(prompt, CF_SHORT, 8);
+    for (int i = 0; i < 10 * 5 && b->generate != NULL; i++) {
+        double likely[2][MOST] = {{0}};
+        int n = many[i % 5] < ctx[0]->limits.sequences ? many[i % 5] : ctx[0]->limits.sequences;
+        for (int k = 0; k < 2; k++) {
+            lvm_error error = {0, ""};
+            lvm_sampling s = lvm_default_sampling();
+            s.seed = (uint64_t)i;
+            s.temperature = by[i / 5].temperature;
+            s.top_p = by[i / 5].top_p;
+            s.top_k = by[i / 5].top_k;
+            s.greedy = by[i / 5].greedy;
+            s.log_likelihood = i % 2 == 0 ? likely[k] : NULL;
+            lvm_prompt(ctx[k], prompt, CF_SHORT, NULL, NULL);
+            check(lvm_generate(ctx[k], &s, n, CF_NEW, ids[k], &error) == LVM_OK, "%s", error.text);
+        }
+        check(memcmp(ids[0], ids[1], (size_t)(n * CF_NEW) * sizeof **ids) == 0,
+              "%d candidates, way %d of sampling: not the host's ids", n, i / 5);
+        check(memcmp(likely[0], likely[1], sizeof likely[0]) == 0,
+              "%d candidates, way %d of sampling: not the host's likelihoods", n, i / 5);
+    }
+    lvm_ctx_free(ctx[0]);
+    lvm_ctx_free(ctx[1]);
+    lvm_close(m);
+    free(f.data);
+}
+
 /* A token's random number depends on seed, candidate and the tokens since the prompt alone: one call of
    256, sixteen of 16 and 256 of 1 are the same, while the window slides three times; and what was
    greedy in between moves nothing. */
@@ -486,9 +528,10 @@ static int cf_choose_bad(void *user, int candidate, int index, const float *logi
     return 0;
 }
 
-/* Behind a prompt that is sound the bad token comes second: what follows it is judged too. */
+/* Behind a prompt that is sound the bad token comes second: what follows it is judged too. So it is
+   where nobody chooses and the bad token is drawn sooner or later. */
 static void cf_spoiled_later(lvm_ctx *ctx, const char *tensor) {
-    int32_t whole[2] = {CF_BOS, 1}, later[3] = {1, CF_V / 2, 1};
+    int32_t whole[2] = {CF_BOS, 1}, later[3] = {1, CF_V / 2, 1}, drawn[CF_MANY * 250];
     float nll[3];
     lvm_sampling s = lvm_default_sampling();
     lvm_error error = {0, ""};
@@ -497,6 +540,10 @@ static void cf_spoiled_later(lvm_ctx *ctx, const char *tensor) {
     cf_blamed(lvm_score(ctx, later, 3, nll, &error), &error, tensor, "a later likelihood");
     check(lvm_prompt(ctx, whole, 2, NULL, &error) == LVM_OK, "%s", error.text);
     cf_blamed(lvm_generate(ctx, &s, 1, 2, later, &error), &error, tensor, "a later token");
+    s = lvm_default_sampling();
+    s.temperature = 100;
+    check(lvm_prompt(ctx, whole, 2, NULL, &error) == LVM_OK, "%s", error.text);
+    cf_blamed(lvm_generate(ctx, &s, CF_MANY, 250, drawn, &error), &error, tensor, "a drawn token");
 }
 
 /* Leaves the context at a prompt that could not be read. */
@@ -603,6 +650,7 @@ static void check_backend(const struct backend *b, const char *device, int type,
         cf_all(ctx, &again);
         cf_same(&got, &again, "again");
         cf_candidates(ctx, &got);
+        cf_sampling(b, &here, type);
         cf_streams(ctx);
         cf_choices(ctx, &got);
         cf_bad_choices(ctx, &got);

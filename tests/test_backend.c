@@ -88,7 +88,7 @@ static int aw_open(void *copy, const lvm_options *o, void **state, struct limits
     int code = cpu_backend.open(c->cpu, o, &a->cpu, limits, error);
     a->m = c->m;
     a->o = o;
-    *limits = (struct limits){AW_IMAGES, AW_ROWS, AW_SEQUENCES, AW_PAGES * KV_BLOCK};
+    *limits = (struct limits){AW_IMAGES, AW_ROWS, AW_SEQUENCES, AW_PAGES * KV_BLOCK, CF_CODES};
     *state = a;
     if (code != LVM_OK) *state = NULL, free(a);
     return code;

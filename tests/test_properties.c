@@ -386,7 +386,7 @@ static int32_t draw_sorted(const float *logits, int n, const lvm_sampling *s, st
     float max = logits[argmax(logits, n)];
     int last = 0, k = s->top_k > 0 && s->top_k < n ? s->top_k : n;
     for (int i = 0; i < n; i++) {
-        struct choice one = {exp_f32((logits[i] - max) / s->temperature), i};
+        struct choice one = {summand(exp_f32((logits[i] - max) / s->temperature)), i};
         int at = i;
         for (; at > 0 && likelier(one, c[at - 1]); at--) c[at] = c[at - 1];
         c[at] = one;
