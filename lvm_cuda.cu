@@ -994,10 +994,12 @@ template <int SIZE, int STRIDE, int GROUPS, int PIXELS> struct conv_tile {
     static const int ROWS = (TALL - 1) * STRIDE + SIZE;
     static const int PATCH = (ROWS * PITCH + 7) / 8 * 8; /* pixels */
     static const int PASSES = (PATCH + THREADS_ / 4 - 1) / (THREADS_ / 4);
-    static const int AHEAD = PIXELS == 64 && SIZE == 3 ? 6 : 2, STAGES = AHEAD + 2;
-    static const int BUFFERS = SIZE == 1 ? STAGES : 2, SPREAD = TAPS - AHEAD;
+    static const int STEP = SIZE == 3 && GROUPS == 1 && PIXELS <= 128 ? 3 : 1; /* taps of a step */
+    static const int STEPS = TAPS / STEP, AHEAD = 2, STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD;
+    static const int BUFFERS = SIZE == 1 ? STAGES : 2;
     static const int PLANE = PATCH * 16, PATCH_BYTES = 8 * PLANE;
-    static const int W_PLANE = GROUPS * 64 * 16, W_BYTES = 4 * W_PLANE;
+    static const int W_PLANE = GROUPS * 64 * 16, TAP_BYTES = 4 * W_PLANE;
+    static const int W_BYTES = STEP * TAP_BYTES;
     static const int LOOP_BYTES = BUFFERS * PATCH_BYTES + STAGES * W_BYTES;
     static const int STORE_BYTES = GROUPS * STAGE_FLOATS * 4;
     static const int BYTES = LOOP_BYTES > STORE_BYTES ? LOOP_BYTES : STORE_BYTES;
@@ -1067,17 +1069,20 @@ static __device__ void load_patch(const struct conv_job &j, const struct conv_pa
     copy_or_zero(to + 4 * T::PLANE, from + CONV_C, inside);
 }
 
-/* The weights of 32 channels under a tap. */
+/* The weights of 32 channels under a step's taps. */
 template <class T>
-static __device__ void load_weights(const struct conv_job &j, int o, int chunk, int tap,
+static __device__ void load_weights(const struct conv_job &j, int o, int chunk, int step,
                                     uint32_t buffer) {
     int piece = (int)threadIdx.x % 32 / 8;
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         int row = conv_lane_row() + i * (T::THREADS_ / 4), inside = o + row < j.c_out;
-        const __half *from = j.w + (int64_t)(inside ? o + row : 0) * j.ld + tap * j.c_in +
-                             chunk * CONV_C + piece * 8;
-        copy_or_zero(buffer + piece * T::W_PLANE + row * 16, from, inside);
+        const __half *from = j.w + (int64_t)(inside ? o + row : 0) * j.ld +
+                             step * T::STEP * j.c_in + chunk * CONV_C + piece * 8;
+#pragma unroll
+        for (int tap = 0; tap < T::STEP; tap++)
+            copy_or_zero(buffer + tap * T::TAP_BYTES + piece * T::W_PLANE + row * 16,
+                         from + tap * j.c_in, inside);
     }
 }
 
@@ -1116,19 +1121,18 @@ template <int PIXELS> static __device__ void wgmma(float *c, uint64_t a, uint64_
                      : SUMS64(0), SUMS64(64) : "l"(a), "l"(b));
 }
 
-/* A step: 32 channels under a tap; what the step before it multiplied is complete afterwards. */
+/* A step: 32 channels under its taps; what the step before it multiplied is complete afterwards. */
 template <class T, int STRIDE, int PIXELS>
-static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int tap) {
+static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
     w += threadIdx.x / 128 * 1024;
-    patch += T::tap_at(tap) * 16;
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
-    for (int k = 0; k < 2; k++)
-#pragma unroll
-        for (int low = 0; low < 2; low++)
-            wgmma<PIXELS>(c, operand(w + k * 2 * T::W_PLANE, T::W_PLANE, 128),
-                          operand(patch + (low * 4 + k * 2) * T::PLANE, T::PLANE,
-                                  STRIDE * T::PITCH * 16));
+    for (int i = 0; i < 4 * T::STEP; i++) {
+        int tap = i / 4, k = i / 2 % 2, low = i % 2;
+        wgmma<PIXELS>(c, operand(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE, T::W_PLANE, 128),
+                      operand(patch + T::tap_at(step * T::STEP + tap) * 16 +
+                                  (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16));
+    }
     asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
     asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
 }
@@ -1148,23 +1152,21 @@ static __device__ uint4 load_matrices(uint32_t at) {
 
 /* The same with mma.sync: a warp has 16 of the 64 channels, sums where wgmma has them. */
 template <class T, int STRIDE, int PIXELS>
-static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int tap) {
+static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
     int lane = (int)threadIdx.x % 32;
     w += (threadIdx.x / 32 * 16 + lane % 16) * 16 + lane / 16 * T::W_PLANE;
-    patch += (T::tap_at(tap) + lane / 16 * STRIDE * T::PITCH + lane % 8) * 16 +
-             lane / 8 % 2 * T::PLANE;
+    patch += (lane / 16 * STRIDE * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
 #pragma unroll
-    for (int k = 0; k < 2; k++) {
-        uint4 a = load_matrices(w + k * 2 * T::W_PLANE);
+    for (int i = 0; i < 4 * T::STEP; i++) {
+        int tap = i / 4, k = i / 2 % 2, low = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
+        uint4 a = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE);
 #pragma unroll
-        for (int low = 0; low < 2; low++)
-#pragma unroll
-            for (int n = 0; n < PIXELS / 8; n += 2) {
-                uint4 b = load_matrices(patch + (low * 4 + k * 2) * T::PLANE +
-                                        n * STRIDE * T::PITCH * 16);
-                mma(c + n * 4, a.x, a.y, a.z, a.w, b.x, b.y);
-                mma(c + n * 4 + 4, a.x, a.y, a.z, a.w, b.z, b.w);
-            }
+        for (int n = 0; n < PIXELS / 8; n += 2) {
+            uint4 b = load_matrices(patch + at + (low * 4 + k * 2) * T::PLANE +
+                                    n * STRIDE * T::PITCH * 16);
+            mma(c + n * 4, a.x, a.y, a.z, a.w, b.x, b.y);
+            mma(c + n * 4 + 4, a.x, a.y, a.z, a.w, b.z, b.w);
+        }
     }
 }
 
@@ -1276,7 +1278,7 @@ __global__ void __launch_bounds__(GROUPS * 128, BLOCKS) conv_kernel(const struct
                    weights = base + T::BUFFERS * T::PATCH_BYTES;
     const struct conv_place l = conv_place_of<T, GROUPS>(j);
     const struct conv_patch<T> patch = find_patch<T, STRIDE>(j, l);
-    const int chunks = j.c_in / CONV_C, steps = chunks * T::TAPS;
+    const int chunks = j.c_in / CONV_C, steps = chunks * T::STEPS;
     float c[PIXELS / 2] = {};
     for (int s = 0; s < T::AHEAD; s++) {
 #pragma unroll
@@ -1284,29 +1286,29 @@ __global__ void __launch_bounds__(GROUPS * 128, BLOCKS) conv_kernel(const struct
             if (s == 0 || (SIZE == 1 && s < chunks))
                 load_patch<T>(j, patch, s, base + s * T::PATCH_BYTES, i);
         if (s < steps)
-            load_weights<T>(j, l.o, s / T::TAPS, s % T::TAPS, weights + s * T::W_BYTES);
+            load_weights<T>(j, l.o, s / T::STEPS, s % T::STEPS, weights + s * T::W_BYTES);
         asm volatile("cp.async.commit_group;");
     }
     for (int chunk = 0, s = 0; chunk < chunks; chunk++)
 #pragma unroll
-        for (int tap = 0; tap < T::TAPS; tap++, s++) {
+        for (int i = 0; i < T::STEPS; i++, s++) {
             asm volatile("cp.async.wait_group %0;" ::"n"(T::AHEAD - 1) : "memory");
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
             __syncthreads();
             conv_step<T, STRIDE, PIXELS>(c, weights + s % T::STAGES * T::W_BYTES,
-                                         base + chunk % T::BUFFERS * T::PATCH_BYTES, tap);
+                                         base + chunk % T::BUFFERS * T::PATCH_BYTES, i);
             const int next = s + T::AHEAD, after = SIZE == 1 ? next : chunk + 1;
             if (next < steps)
-                load_weights<T>(j, l.o, chunk + (tap + T::AHEAD) / T::TAPS,
-                                (tap + T::AHEAD) % T::TAPS,
+                load_weights<T>(j, l.o, chunk + (i + T::AHEAD) / T::STEPS,
+                                (i + T::AHEAD) % T::STEPS,
                                 weights + next % T::STAGES * T::W_BYTES);
 #pragma unroll
-            for (int i = 0; i < T::PASSES; i++)
-                if ((SIZE == 1 || (tap > 0 && tap <= T::SPREAD && i % T::SPREAD == tap - 1)) &&
+            for (int k = 0; k < T::PASSES; k++)
+                if ((SIZE == 1 || (i > 0 && i <= T::SPREAD && k % T::SPREAD == i - 1)) &&
                     after < chunks)
-                    load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, i);
+                    load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
             asm volatile("cp.async.commit_group;");
         }
     conv_finish<PIXELS / 2>(c);
@@ -1377,7 +1379,7 @@ static void run_conv(struct queue *q, const struct conv_job *j, int size, int st
     } else if (large <= square && large <= half && large <= small)
         launch_conv<3, 1, 2, 256, 1>(q, j);
     else if (square <= half && square <= small) launch_conv<3, 1, 2, 128, 2>(q, j);
-    else if (half <= small) launch_conv<3, 1, 1, 128, 3>(q, j);
+    else if (half <= small) launch_conv<3, 1, 1, 128, 2>(q, j);
     else launch_conv<3, 1, 1, 64, 3>(q, j);
 }
 
