@@ -1021,11 +1021,11 @@ struct conv_place {
 };
 
 template <class T, int GROUPS>
-static __device__ struct conv_place conv_place_of(const struct conv_job &j) {
-    int rows = (j.c_out + GROUPS * 64 - 1) / (GROUPS * 64), tile = (int)blockIdx.x / rows;
+static __device__ struct conv_place conv_place_of(const struct conv_job &j, int block) {
+    int rows = (j.c_out + GROUPS * 64 - 1) / (GROUPS * 64), tile = block / rows;
     int across = (j.side_out + CONV_W - 1) / CONV_W, tall = (j.side_out + T::TALL - 1) / T::TALL;
     struct conv_place p = {tile / (across * tall), tile / across % tall * T::TALL,
-                           tile % across * CONV_W, (int)blockIdx.x % rows * GROUPS * 64};
+                           tile % across * CONV_W, block % rows * GROUPS * 64};
     return p;
 }
 
@@ -1040,21 +1040,52 @@ static __device__ int conv_lane_row() {
     return (int)threadIdx.x / 32 * 8 + (int)threadIdx.x % 8;
 }
 
+/* The pixel of the image that is number n of a tile's input. */
+template <class T, int STRIDE>
+static __device__ int patch_pixel(const struct conv_job &j, const struct conv_place &l, int n) {
+    int q = n % T::PITCH;
+    if (STRIDE == 2) q = q <= CONV_W ? 2 * q : 2 * (q - CONV_W - 1) + 1;
+    int y = l.y * STRIDE - j.pad + n / T::PITCH, x = l.x * STRIDE - j.pad + q;
+    int inside = y >= 0 && x >= 0 && y >> j.up < j.side_in && x >> j.up < j.side_in;
+    return inside ? (y >> j.up) * j.side_in + (x >> j.up) : -1;
+}
+
+static __device__ const __half *conv_image(const struct conv_job &j, const struct conv_place &l) {
+    return j.in + (int64_t)l.image * j.side_in * j.side_in * j.c_in * 2;
+}
+
 template <class T, int STRIDE>
 static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
                                                   const struct conv_place &l) {
     struct conv_patch<T> p;
-    p.image = j.in + (int64_t)l.image * j.side_in * j.side_in * j.c_in * 2 +
-              threadIdx.x % 32 / 8 * 8;
+    p.image = conv_image(j, l) + threadIdx.x % 32 / 8 * 8;
 #pragma unroll
-    for (int i = 0; i < T::PASSES; i++) {
-        int n = conv_lane_row() + i * (T::THREADS_ / 4), q = n % T::PITCH;
-        if (STRIDE == 2) q = q <= CONV_W ? 2 * q : 2 * (q - CONV_W - 1) + 1;
-        int y = l.y * STRIDE - j.pad + n / T::PITCH, x = l.x * STRIDE - j.pad + q;
-        int inside = y >= 0 && x >= 0 && y >> j.up < j.side_in && x >> j.up < j.side_in;
-        p.at[i] = inside ? (y >> j.up) * j.side_in + (x >> j.up) : -1;
-    }
+    for (int i = 0; i < T::PASSES; i++)
+        p.at[i] = patch_pixel<T, STRIDE>(j, l, conv_lane_row() + i * (T::THREADS_ / 4));
     return p;
+}
+
+static __device__ void to_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+
+/* Into the L2 cache, all blocks being at the same step: the residual at this tile and the first 32
+   channels of the input of the one that may come next on this multiprocessor. */
+template <class T, int STRIDE, int GROUPS, int PIXELS>
+static __device__ void prefetch_l2(const struct conv_job &j, const struct conv_place &l) {
+    int next = (int)blockIdx.x + 132;
+    if (j.residual != NULL)
+        for (int i = (int)threadIdx.x; i < PIXELS * GROUPS * 2; i += T::THREADS_) {
+            int n = i / (GROUPS * 2), y = l.y + n / 8, x = l.x + n % 8;
+            int o = l.o + i % (GROUPS * 2) * 32;
+            if (y < j.side_out && x < j.side_out && o < j.c_out)
+                to_l2(j.residual +
+                      (((int64_t)l.image * j.side_out + y) * j.side_out + x) * j.c_out + o);
+        }
+    if (next >= (int)gridDim.x) return;
+    const struct conv_place after = conv_place_of<T, GROUPS>(j, next);
+    for (int n = (int)threadIdx.x; n < T::PATCH; n += T::THREADS_) {
+        int at = patch_pixel<T, STRIDE>(j, after, n);
+        if (at >= 0) to_l2(conv_image(j, after) + (int64_t)at * j.c_in * 2);
+    }
 }
 
 /* Pass i of 32 channels of the tile's input, into a buffer of shared memory. */
@@ -1276,7 +1307,7 @@ __global__ void __launch_bounds__(GROUPS * 128, BLOCKS) conv_kernel(const struct
     extern __shared__ __align__(128) char shared[];
     const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared),
                    weights = base + T::BUFFERS * T::PATCH_BYTES;
-    const struct conv_place l = conv_place_of<T, GROUPS>(j);
+    const struct conv_place l = conv_place_of<T, GROUPS>(j, (int)blockIdx.x);
     const struct conv_patch<T> patch = find_patch<T, STRIDE>(j, l);
     const int chunks = j.c_in / CONV_C, steps = chunks * T::STEPS;
     float c[PIXELS / 2] = {};
@@ -1310,6 +1341,8 @@ __global__ void __launch_bounds__(GROUPS * 128, BLOCKS) conv_kernel(const struct
                     after < chunks)
                     load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
             asm volatile("cp.async.commit_group;");
+            if (SIZE == 3 && chunk == chunks - 1 && i == 0)
+                prefetch_l2<T, STRIDE, GROUPS, PIXELS>(j, l);
         }
     conv_finish<PIXELS / 2>(c);
     asm volatile("cp.async.wait_group 0;" ::: "memory");
@@ -1368,17 +1401,17 @@ static void launch_conv(struct queue *q, const struct conv_job *j) {
 
 /* The tile that is done first; tiles differ in nothing but time. */
 static void run_conv(struct queue *q, const struct conv_job *j, int size, int stride) {
-    double large = conv_cost(j, 128, 256, 1), square = conv_cost(j, 128, 128, 0.9),
-           half = conv_cost(j, 64, 128, 0.8), small = conv_cost(j, 64, 64, 0.65);
+    double large = conv_cost(j, 128, 256, 1), tall = conv_cost(j, 64, 256, 0.85),
+           half = conv_cost(j, 64, 128, 0.65), small = conv_cost(j, 64, 64, 0.45);
     if (size == 1) {
-        if (square <= small) launch_conv<1, 1, 2, 128, 1>(q, j);
+        if (conv_cost(j, 128, 128, 0.65) <= small) launch_conv<1, 1, 2, 128, 1>(q, j);
         else launch_conv<1, 1, 1, 64, 2>(q, j);
     } else if (stride == 2) {
-        if (square <= small) launch_conv<3, 2, 2, 128, 1>(q, j);
+        if (conv_cost(j, 128, 128, 0.65) <= small) launch_conv<3, 2, 2, 128, 1>(q, j);
         else launch_conv<3, 2, 1, 64, 2>(q, j);
-    } else if (large <= square && large <= half && large <= small)
+    } else if (large <= tall && large <= half && large <= small)
         launch_conv<3, 1, 2, 256, 1>(q, j);
-    else if (square <= half && square <= small) launch_conv<3, 1, 2, 128, 2>(q, j);
+    else if (tall <= half && tall <= small) launch_conv<3, 1, 1, 256, 2>(q, j);
     else if (half <= small) launch_conv<3, 1, 1, 128, 2>(q, j);
     else launch_conv<3, 1, 1, 64, 3>(q, j);
 }
