@@ -839,10 +839,21 @@ static __device__ float4 gather4(const struct product &j, const struct place &l,
 
 enum { DEPTH = 16 /* columns that a tile in shared memory holds */ };
 
-/* The nearest of the codes that a tile of sums has, the first of equally near ones; NaN is none. */
+/* Of neighbouring lanes, the first of equally near ones. */
+template <int LANES> static __device__ struct nearest nearer_of(struct nearest best) {
+    for (int i = LANES / 2; i > 0; i /= 2) {
+        float d = __shfl_xor_sync(0xffffffff, best.distance, i);
+        int code = __shfl_xor_sync(0xffffffff, best.code, i);
+        if (d < best.distance || (d == best.distance && code < best.code))
+            best.distance = d, best.code = code;
+    }
+    return best;
+}
+
+/* The nearest of the codes that a tile of sums has; NaN is none. */
 template <int BN, int TM, int TN>
 static __device__ void find_nearest(const struct product &j, float (*sum)[TN], int p0, int o0) {
-    const int across = BN / TN, tiles = (int)gridDim.x;
+    const int tiles = (int)gridDim.x;
 #pragma unroll
     for (int m = 0; m < TM; m++) {
         struct nearest best = {HUGE_VALF, 0};
@@ -851,13 +862,8 @@ static __device__ void find_nearest(const struct product &j, float (*sum)[TN], i
             float d = o0 + n < j.w.rows ? fmaf(-2.0f, sum[m][n], j.norms[o0 + n]) : HUGE_VALF;
             if (d < best.distance) best.distance = d, best.code = o0 + n;
         }
-        for (int i = across / 2; i > 0; i /= 2) {
-            float d = __shfl_xor_sync(0xffffffff, best.distance, i);
-            int code = __shfl_xor_sync(0xffffffff, best.code, i);
-            if (d < best.distance || (d == best.distance && code < best.code))
-                best.distance = d, best.code = code;
-        }
-        if (threadIdx.x % across == 0 && p0 + m < j.pixels)
+        best = nearer_of<BN / TN>(best);
+        if (threadIdx.x % (BN / TN) == 0 && p0 + m < j.pixels)
             j.found[(int64_t)(p0 + m) * tiles + blockIdx.x] = best;
     }
 }
@@ -934,11 +940,57 @@ static void launch_product(struct queue *q, const struct product *j) {
     launched(q, "product_kernel");
 }
 
+/* For products with few columns (a convolution of 3 channels): 64 pixels by 128 rows of w; both
+   lie transposed in shared memory, and a thread has 4 rows and 8 pixels, the same chain as in
+   product_kernel. Floor: the bytes of out. */
+enum { FEW_COLUMNS = 32, FEW_ROWS = 128, FEW_PIXELS = 64 };
+
+template <int TYPE> __global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) {
+    __shared__ __align__(16) float w[FEW_COLUMNS][FEW_ROWS + 4], x[FEW_COLUMNS][FEW_PIXELS + 4];
+    const int tid = (int)threadIdx.x, o0 = (int)blockIdx.x * FEW_ROWS, N = j.w.rows;
+    const int p0 = (int)blockIdx.y * FEW_PIXELS, ox = tid % 32 * 4, px = tid / 32 * 8;
+    for (int i = tid; i < FEW_ROWS * FEW_COLUMNS / 4; i += THREADS) {
+        int o = i % FEW_ROWS, k = i / FEW_ROWS * 4;
+        float4 v = load4<TYPE>(j.w, min(o0 + o, N - 1), k);
+        w[k][o] = v.x, w[k + 1][o] = v.y, w[k + 2][o] = v.z, w[k + 3][o] = v.w;
+    }
+    const struct place l = find_pixel(j, min(p0 + tid % FEW_PIXELS, j.pixels - 1));
+    for (int k = tid / FEW_PIXELS * 4; k < FEW_COLUMNS; k += THREADS / FEW_PIXELS * 4) {
+        float4 v = gather4(j, l, k);
+        int p = tid % FEW_PIXELS;
+        x[k][p] = v.x, x[k + 1][p] = v.y, x[k + 2][p] = v.z, x[k + 3][p] = v.w;
+    }
+    __syncthreads();
+    float sum[8][4] = {};
+    for (int k = 0; k < j.w.cols; k++) {
+        float4 b = *(const float4 *)&w[k][ox], u = *(const float4 *)&x[k][px],
+               v = *(const float4 *)&x[k][px + 4];
+        const float a[8] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int m = 0; m < 8; m++) {
+            sum[m][0] = fmaf(a[m], b.x, sum[m][0]), sum[m][1] = fmaf(a[m], b.y, sum[m][1]);
+            sum[m][2] = fmaf(a[m], b.z, sum[m][2]), sum[m][3] = fmaf(a[m], b.w, sum[m][3]);
+        }
+    }
+    if (o0 + ox >= N) return;
+    float4 bias = *(const float4 *)(j.bias + o0 + ox);
+    for (int m = 0; m < 8 && p0 + px + m < j.pixels; m++)
+        *(float4 *)(j.out + (int64_t)(p0 + px + m) * N + o0 + ox) =
+            make_float4(sum[m][0] + bias.x, sum[m][1] + bias.y, sum[m][2] + bias.z,
+                        sum[m][3] + bias.w);
+}
+
 static void run_product(struct queue *q, const struct product *j) {
     with_type(j->w.type, [&](auto type) {
         constexpr int T = decltype(type)::value;
         int64_t large = ((int64_t)j->pixels + 127) / 128 * ((j->w.rows + 127) / 128);
-        if (j->found != NULL) launch_product<T, 128, NEAREST_CODES, 8, 8>(q, j);
+        dim3 grid((unsigned)(j->w.rows + FEW_ROWS - 1) / FEW_ROWS,
+                  (unsigned)(j->pixels + FEW_PIXELS - 1) / FEW_PIXELS);
+        if (j->w.cols <= FEW_COLUMNS && j->w.rows % 4 == 0 && j->bias != NULL &&
+            j->residual == NULL && j->found == NULL && grid.y < 65536) {
+            few_columns_kernel<T><<<grid, THREADS, 0, q->stream>>>(*j);
+            launched(q, "few_columns_kernel");
+        } else if (j->found != NULL) launch_product<T, 128, NEAREST_CODES, 8, 8>(q, j);
         else if (j->pixels <= 8) launch_product<T, 8, 64, 1, 2>(q, j);
         else if (large < 256) launch_product<T, 64, 64, 4, 4>(q, j); /* or much would be idle */
         else if (j->w.rows <= 64) launch_product<T, 128, 64, 8, 4>(q, j);
@@ -961,7 +1013,7 @@ static void matmul_f32(struct queue *q, const struct part *p, const float *x, in
    parts, then the low ones, 128 bytes.
 
    A block takes a tile of 8 columns of pixels by 8, 16 or 32 rows and 64 channels for each of its
-   warpgroups. For each 32 channels of the input it has the tile with its border in shared memory,
+   warpgroups, or 32 where there is little to do. For each 32 channels of the input it has the tile with its border in shared memory,
    once for all nine taps: a tap is the same operand from another pixel on, whose rows of 8 pixels
    stand at one distance (so tiles are 8 wide). In shared memory 8 channels of all pixels lie
    together, 16 bytes a pixel: no bank is met twice and a tap's operand may begin at any pixel.
@@ -970,10 +1022,10 @@ static void matmul_f32(struct queue *q, const struct part *p, const float *x, in
 
    for each 32 channels, tap, 16 of the channels, high and low, in this order whatever the tile is:
    an output's sum is the same chain everywhere. With sm_90a by wgmma, else by mma.sync, which gives
-   the same bits. Floor: 4 pixels c_out c_in taps operations over the tensor cores' rate. */
+   the same bits; tiles of 32 channels always by the latter, whose results are there sooner for the
+   next link of the chain. Floor: 4 pixels c_out c_in taps operations over the tensor cores' rate. */
 
-enum { CONV_C = 32, CONV_W = 8, STAGE_PITCH = 68 /* floats of a pixel's 64 channels, padded */,
-       STAGE_FLOATS = 64 * STAGE_PITCH + 4 * 128 /* a warpgroup's, in the epilogue */ };
+enum { CONV_C = 32, CONV_W = 8 };
 
 struct conv_job {
     const __half *in;             /* [images][side_in][side_in][c_in / 32][2][32] */
@@ -988,20 +1040,22 @@ struct conv_job {
 
 /* What a block has in shared memory. With stride 2 a row of pixels has its even columns first, then
    its odd ones, so that a tap's 8 pixels are neighbours there too. */
-template <int SIZE, int STRIDE, int GROUPS, int PIXELS> struct conv_tile {
-    static const int THREADS_ = GROUPS * 128, TALL = PIXELS / CONV_W, TAPS = SIZE * SIZE;
+template <int SIZE, int STRIDE, int ROWS, int PIXELS> struct conv_tile {
+    static const int THREADS_ = ROWS > 64 ? 256 : 128, SUMS = ROWS * PIXELS / THREADS_;
+    static const int GROUP = ROWS < 64 ? ROWS : 64; /* channels of 128 threads */
+    static const int TALL = PIXELS / CONV_W, TAPS = SIZE * SIZE;
     static const int PITCH = STRIDE == 1 ? CONV_W - 1 + SIZE : 2 * (CONV_W + 1);
-    static const int ROWS = (TALL - 1) * STRIDE + SIZE;
-    static const int PATCH = (ROWS * PITCH + 7) / 8 * 8; /* pixels */
+    static const int PATCH = (((TALL - 1) * STRIDE + SIZE) * PITCH + 7) / 8 * 8; /* pixels */
     static const int PASSES = (PATCH + THREADS_ / 4 - 1) / (THREADS_ / 4);
-    static const int STEP = SIZE == 3 && GROUPS == 1 && PIXELS <= 128 ? 3 : 1; /* taps of a step */
+    static const int STEP = SIZE == 3 && STRIDE == 1 && ROWS < 64 ? 3 : 1; /* taps */
     static const int STEPS = TAPS / STEP, AHEAD = 2, STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD;
     static const int BUFFERS = SIZE == 1 ? STAGES : 2;
     static const int PLANE = PATCH * 16, PATCH_BYTES = 8 * PLANE;
-    static const int W_PLANE = GROUPS * 64 * 16, TAP_BYTES = 4 * W_PLANE;
+    static const int W_PLANE = ROWS * 16, TAP_BYTES = 4 * W_PLANE;
     static const int W_BYTES = STEP * TAP_BYTES;
     static const int LOOP_BYTES = BUFFERS * PATCH_BYTES + STAGES * W_BYTES;
-    static const int STORE_BYTES = GROUPS * STAGE_FLOATS * 4;
+    static const int STAGE = 64 * (GROUP + 4) + 8 * GROUP; /* floats, in the epilogue */
+    static const int STORE_BYTES = THREADS_ / 128 * STAGE * 4;
     static const int BYTES = LOOP_BYTES > STORE_BYTES ? LOOP_BYTES : STORE_BYTES;
     static __device__ int tap_at(int tap) {
         int y = tap / SIZE, x = tap % SIZE;
@@ -1020,12 +1074,12 @@ struct conv_place {
     int image, y, x, o; /* of the first output pixel and channel */
 };
 
-template <class T, int GROUPS>
-static __device__ struct conv_place conv_place_of(const struct conv_job &j, int block) {
-    int rows = (j.c_out + GROUPS * 64 - 1) / (GROUPS * 64), tile = block / rows;
+template <class T, int ROWS>
+static __device__ struct conv_place conv_place_of(const struct conv_job &j) {
+    int rows = (j.c_out + ROWS - 1) / ROWS, tile = (int)blockIdx.x / rows;
     int across = (j.side_out + CONV_W - 1) / CONV_W, tall = (j.side_out + T::TALL - 1) / T::TALL;
     struct conv_place p = {tile / (across * tall), tile / across % tall * T::TALL,
-                           tile % across * CONV_W, block % rows * GROUPS * 64};
+                           tile % across * CONV_W, (int)blockIdx.x % rows * ROWS};
     return p;
 }
 
@@ -1040,52 +1094,21 @@ static __device__ int conv_lane_row() {
     return (int)threadIdx.x / 32 * 8 + (int)threadIdx.x % 8;
 }
 
-/* The pixel of the image that is number n of a tile's input. */
-template <class T, int STRIDE>
-static __device__ int patch_pixel(const struct conv_job &j, const struct conv_place &l, int n) {
-    int q = n % T::PITCH;
-    if (STRIDE == 2) q = q <= CONV_W ? 2 * q : 2 * (q - CONV_W - 1) + 1;
-    int y = l.y * STRIDE - j.pad + n / T::PITCH, x = l.x * STRIDE - j.pad + q;
-    int inside = y >= 0 && x >= 0 && y >> j.up < j.side_in && x >> j.up < j.side_in;
-    return inside ? (y >> j.up) * j.side_in + (x >> j.up) : -1;
-}
-
-static __device__ const __half *conv_image(const struct conv_job &j, const struct conv_place &l) {
-    return j.in + (int64_t)l.image * j.side_in * j.side_in * j.c_in * 2;
-}
-
 template <class T, int STRIDE>
 static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
                                                   const struct conv_place &l) {
     struct conv_patch<T> p;
-    p.image = conv_image(j, l) + threadIdx.x % 32 / 8 * 8;
+    p.image = j.in + (int64_t)l.image * j.side_in * j.side_in * j.c_in * 2 +
+              threadIdx.x % 32 / 8 * 8;
 #pragma unroll
-    for (int i = 0; i < T::PASSES; i++)
-        p.at[i] = patch_pixel<T, STRIDE>(j, l, conv_lane_row() + i * (T::THREADS_ / 4));
-    return p;
-}
-
-static __device__ void to_l2(const void *p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
-
-/* Into the L2 cache, all blocks being at the same step: the residual at this tile and the first 32
-   channels of the input of the one that may come next on this multiprocessor. */
-template <class T, int STRIDE, int GROUPS, int PIXELS>
-static __device__ void prefetch_l2(const struct conv_job &j, const struct conv_place &l) {
-    int next = (int)blockIdx.x + 132;
-    if (j.residual != NULL)
-        for (int i = (int)threadIdx.x; i < PIXELS * GROUPS * 2; i += T::THREADS_) {
-            int n = i / (GROUPS * 2), y = l.y + n / 8, x = l.x + n % 8;
-            int o = l.o + i % (GROUPS * 2) * 32;
-            if (y < j.side_out && x < j.side_out && o < j.c_out)
-                to_l2(j.residual +
-                      (((int64_t)l.image * j.side_out + y) * j.side_out + x) * j.c_out + o);
-        }
-    if (next >= (int)gridDim.x) return;
-    const struct conv_place after = conv_place_of<T, GROUPS>(j, next);
-    for (int n = (int)threadIdx.x; n < T::PATCH; n += T::THREADS_) {
-        int at = patch_pixel<T, STRIDE>(j, after, n);
-        if (at >= 0) to_l2(conv_image(j, after) + (int64_t)at * j.c_in * 2);
+    for (int i = 0; i < T::PASSES; i++) {
+        int n = conv_lane_row() + i * (T::THREADS_ / 4), q = n % T::PITCH;
+        if (STRIDE == 2) q = q <= CONV_W ? 2 * q : 2 * (q - CONV_W - 1) + 1;
+        int y = l.y * STRIDE - j.pad + n / T::PITCH, x = l.x * STRIDE - j.pad + q;
+        int inside = y >= 0 && x >= 0 && y >> j.up < j.side_in && x >> j.up < j.side_in;
+        p.at[i] = inside ? (y >> j.up) * j.side_in + (x >> j.up) : -1;
     }
+    return p;
 }
 
 /* Pass i of 32 channels of the tile's input, into a buffer of shared memory. */
@@ -1106,7 +1129,7 @@ static __device__ void load_weights(const struct conv_job &j, int o, int chunk, 
                                     uint32_t buffer) {
     int piece = (int)threadIdx.x % 32 / 8;
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
+    for (int i = 0; i < T::W_PLANE / 16 / (T::THREADS_ / 4); i++) {
         int row = conv_lane_row() + i * (T::THREADS_ / 4), inside = o + row < j.c_out;
         const __half *from = j.w + (int64_t)(inside ? o + row : 0) * j.ld +
                              step * T::STEP * j.c_in + chunk * CONV_C + piece * 8;
@@ -1116,6 +1139,14 @@ static __device__ void load_weights(const struct conv_job &j, int o, int chunk, 
                          from + tap * j.c_in, inside);
     }
 }
+
+static __device__ uint4 load_matrices(uint32_t at) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* Operands for wgmma from shared memory: groups of 8 rows by 16 bytes, `along` bytes apart along
@@ -1174,13 +1205,6 @@ template <int N> static __device__ void conv_finish(float *c) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
 #else
-static __device__ uint4 load_matrices(uint32_t at) {
-    uint4 v;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-
 /* The same with mma.sync: a warp has 16 of the 64 channels, sums where wgmma has them. */
 template <class T, int STRIDE, int PIXELS>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
@@ -1204,20 +1228,46 @@ static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step)
 template <int N> static __device__ void conv_finish(float *c) { (void)c; }
 #endif
 
-/* Sums of 4 channels over a row of a block of 8 x 8 pixels, on the way to the block's: thread
-   16 x + i of a warpgroup has column x and channels 4 i .. 4 i + 3. parts: 512 floats. */
+/* A tile of 32 channels by 64 pixels: a warp has all channels of two rows of pixels. */
+template <class T>
+static __device__ void conv_step_small(float *c, uint32_t w, uint32_t patch, int step) {
+    int lane = (int)threadIdx.x % 32, row = (int)threadIdx.x / 32 * 2 + lane / 16;
+    w += lane % 16 * 16 + lane / 16 * T::W_PLANE;
+    patch += (row * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
+#pragma unroll
+    for (int i = 0; i < 2 * T::STEP; i++) {
+        int tap = i / 2, k = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
+        uint4 a0 = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE),
+              a1 = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE + 256);
+#pragma unroll
+        for (int low = 0; low < 2; low++) {
+            uint4 b = load_matrices(patch + at + (low * 4 + k * 2) * T::PLANE);
+            mma(c, a0.x, a0.y, a0.z, a0.w, b.x, b.y);
+            mma(c + 4, a0.x, a0.y, a0.z, a0.w, b.z, b.w);
+            mma(c + 8, a1.x, a1.y, a1.z, a1.w, b.x, b.y);
+            mma(c + 12, a1.x, a1.y, a1.z, a1.w, b.z, b.w);
+        }
+    }
+}
+
+/* Sums of 4 channels over a column of a block of 8 x 8 pixels, on the way to the block's. Of 128
+   threads, CHANNELS / 4 have the first column, as many the second and so on; four sums and four
+   sums of squares each. parts: 8 CHANNELS floats. */
+template <int CHANNELS>
 static __device__ void store_block_sums(const float *sum, float *parts, float *to, int o,
                                         int c_out) {
-    int thread = (int)threadIdx.x % 128, quad = thread % 16;
+    const int quads = CHANNELS / 4, thread = (int)threadIdx.x % 128, x = thread / quads;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float v = sum[i] + __shfl_xor_sync(0xffffffff, sum[i], 16);
-        if (thread % 32 < 16) parts[thread / 32 * 128 + quad * 8 + i] = v;
+        float v = sum[i] + __shfl_xor_sync(0xffffffff, sum[i], quads);
+        if (x < 8 && x % 2 == 0) parts[x / 2 * 2 * CHANNELS + thread % quads * 8 + i] = v;
     }
     __syncthreads();
     int channel = o + thread / 8 * 4 + thread % 4;
-    float v = parts[thread] + parts[128 + thread] + parts[256 + thread] + parts[384 + thread];
-    if (channel < c_out) to[channel * 2 + thread % 8 / 4] = v;
+    if (thread >= 2 * CHANNELS || channel >= c_out) return;
+    float v = parts[thread];
+    for (int i = 1; i < 4; i++) v += parts[i * 2 * CHANNELS + thread];
+    to[channel * 2 + thread % 8 / 4] = v;
 }
 
 static __device__ void add_to_sums(float *sum, const float *v) {
@@ -1246,27 +1296,28 @@ static __device__ void store_output(const struct conv_job &j, const float *v, in
         for (int i = 0; i < 4 && o + i < j.c_out; i++) to[i] = v[i];
 }
 
-/* Tile of sums to [64 pixels][64 channels] in shared memory, part q of it. */
-template <int PIXELS> static __device__ void stage_sums(const float *c, int q, float *stage) {
-    const int thread = (int)threadIdx.x % 128;
+/* 64 pixels of a tile of sums to [pixel][channels] in shared memory, part q of it. */
+template <int CHANNELS> static __device__ void stage_sums(const float *c, int q, float *stage) {
+    const int thread = (int)threadIdx.x % 128, warp = thread / 32, g = thread % 32 / 4;
 #pragma unroll
-    for (int i = 0; i < 32; i++) {
-        int n = i / 4 * 8 + thread % 4 * 2 + i % 2;
-        int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
-        stage[n * STAGE_PITCH + row] = c[q * 32 + i];
+    for (int i = 0; i < CHANNELS / 2; i++) {
+        int n = (CHANNELS == 64 ? i / 4 : warp * 2 + i / 4 % 2) * 8 + thread % 4 * 2 + i % 2;
+        int row = (CHANNELS == 64 ? warp : i / 8) * 16 + g + i / 2 % 2 * 8;
+        stage[n * (CHANNELS + 4) + row] = c[q * 32 + i];
     }
 }
 
 /* out = down acc + bias + residual, 64 pixels at a time, through shared memory: a thread has four
    channels of a column of 8 pixels. */
-template <int GROUPS, int PIXELS>
+template <class T, int PIXELS>
 static __device__ void store_tile(const struct conv_job &j, const struct conv_place &l,
                                   const float *c, float *shared) {
-    const int thread = (int)threadIdx.x % 128, group = (int)threadIdx.x / 128;
-    const int o = l.o + group * 64 + thread % 16 * 4, x = l.x + thread / 16;
-    const int inside = o < j.c_out && x < j.side_out, across = (j.side_out + 7) / 8;
+    const int quads = T::GROUP / 4, thread = (int)threadIdx.x % 128;
+    const int o0 = l.o + (int)threadIdx.x / 128 * 64, o = o0 + thread % quads * 4;
+    const int column = thread / quads, x = l.x + column, across = (j.side_out + 7) / 8;
+    const int inside = column < 8 && o < j.c_out && x < j.side_out;
     const float down = j.image_down != NULL ? j.image_down[l.image] : j.down;
-    float *stage = shared + group * STAGE_FLOATS, bias[4];
+    float *stage = shared + threadIdx.x / 128 * T::STAGE, bias[4];
     for (int i = 0; i < 4; i++) bias[i] = o + i < j.c_out ? j.bias[o + i] : 0;
 #pragma unroll
     for (int q = 0; q < PIXELS / 64; q++) {
@@ -1280,13 +1331,13 @@ static __device__ void store_tile(const struct conv_job &j, const struct conv_pl
         for (int k = 0; k < 8; k++)
             if (k < rows) rest[k] = load_residual(j, pixel + k * j.side_out, o);
         __syncthreads();
-        stage_sums<PIXELS>(c, q, stage);
+        stage_sums<T::GROUP>(c, q, stage);
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             if (k >= rows) break;
-            float4 s = *(const float4 *)(stage + (k * 8 + thread / 16) * STAGE_PITCH +
-                                         thread % 16 * 4);
+            float4 s = *(const float4 *)(stage + (k * 8 + column) * (T::GROUP + 4) +
+                                         thread % quads * 4);
             const float v[4] = {fmaf(s.x, down, bias[0]) + rest[k].x,
                                 fmaf(s.y, down, bias[1]) + rest[k].y,
                                 fmaf(s.z, down, bias[2]) + rest[k].z,
@@ -1295,22 +1346,23 @@ static __device__ void store_tile(const struct conv_job &j, const struct conv_pl
             add_to_sums(sum, v);
         }
         if (j.sums != NULL)
-            store_block_sums(sum, stage + 64 * STAGE_PITCH, j.sums + (int64_t)block * j.c_out * 2,
-                             l.o + group * 64, j.c_out);
+            store_block_sums<T::GROUP>(sum, stage + 64 * (T::GROUP + 4),
+                                       j.sums + (int64_t)block * j.c_out * 2, o0, j.c_out);
     }
 }
 
 /* Grid: tiles of pixels x tiles of channels, the latter first. */
-template <int SIZE, int STRIDE, int GROUPS, int PIXELS, int BLOCKS>
-__global__ void __launch_bounds__(GROUPS * 128, BLOCKS) conv_kernel(const struct conv_job j) {
-    typedef struct conv_tile<SIZE, STRIDE, GROUPS, PIXELS> T;
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
+__global__ void __launch_bounds__(ROWS > 64 ? 256 : 128, BLOCKS)
+    conv_kernel(const struct conv_job j) {
+    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
     extern __shared__ __align__(128) char shared[];
     const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared),
                    weights = base + T::BUFFERS * T::PATCH_BYTES;
-    const struct conv_place l = conv_place_of<T, GROUPS>(j, (int)blockIdx.x);
+    const struct conv_place l = conv_place_of<T, ROWS>(j);
     const struct conv_patch<T> patch = find_patch<T, STRIDE>(j, l);
     const int chunks = j.c_in / CONV_C, steps = chunks * T::STEPS;
-    float c[PIXELS / 2] = {};
+    float c[T::SUMS] = {};
     for (int s = 0; s < T::AHEAD; s++) {
 #pragma unroll
         for (int i = 0; i < T::PASSES; i++)
@@ -1328,8 +1380,10 @@ __global__ void __launch_bounds__(GROUPS * 128, BLOCKS) conv_kernel(const struct
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
             __syncthreads();
-            conv_step<T, STRIDE, PIXELS>(c, weights + s % T::STAGES * T::W_BYTES,
-                                         base + chunk % T::BUFFERS * T::PATCH_BYTES, i);
+            const uint32_t w = weights + s % T::STAGES * T::W_BYTES,
+                           x = base + chunk % T::BUFFERS * T::PATCH_BYTES;
+            if constexpr (ROWS < 64) conv_step_small<T>(c, w, x, i);
+            else conv_step<T, STRIDE, PIXELS>(c, w, x, i);
             const int next = s + T::AHEAD, after = SIZE == 1 ? next : chunk + 1;
             if (next < steps)
                 load_weights<T>(j, l.o, chunk + (i + T::AHEAD) / T::STEPS,
@@ -1341,12 +1395,10 @@ __global__ void __launch_bounds__(GROUPS * 128, BLOCKS) conv_kernel(const struct
                     after < chunks)
                     load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
             asm volatile("cp.async.commit_group;");
-            if (SIZE == 3 && chunk == chunks - 1 && i == 0)
-                prefetch_l2<T, STRIDE, GROUPS, PIXELS>(j, l);
         }
-    conv_finish<PIXELS / 2>(c);
+    if constexpr (ROWS >= 64) conv_finish<T::SUMS>(c);
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-    store_tile<GROUPS, PIXELS>(j, l, c, (float *)shared);
+    store_tile<T, PIXELS>(j, l, c, (float *)shared);
 }
 
 /* The sums that a convolution leaves, of a map that came otherwise; the same order of sums. Grid:
@@ -1363,8 +1415,8 @@ __global__ void block_sums_kernel(const float *x, int side, int c, float *sums) 
         const float four[4] = {v.x, v.y, v.z, v.w};
         add_to_sums(sum, four);
     }
-    store_block_sums(sum, parts, sums + ((int64_t)blockIdx.y * across * across + block) * c * 2,
-                     (int)blockIdx.z * 64, c);
+    store_block_sums<64>(sum, parts, sums + ((int64_t)blockIdx.y * across * across + block) * c * 2,
+                         (int)blockIdx.z * 64, c);
 }
 
 /* Weights in f16, [rows][ld] as they are. Floor: bytes in + bytes out. */
@@ -1385,35 +1437,35 @@ static double conv_cost(const struct conv_job *j, int rows, int pixels, double r
     return (double)((tiles + 131) / 132) * rows * pixels / rate;
 }
 
-template <int SIZE, int STRIDE, int GROUPS, int PIXELS, int BLOCKS>
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
 static void launch_conv(struct queue *q, const struct conv_job *j) {
-    typedef struct conv_tile<SIZE, STRIDE, GROUPS, PIXELS> T;
+    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
     int64_t tiles = (int64_t)((j->side_out + CONV_W - 1) / CONV_W) *
                     ((j->side_out + T::TALL - 1) / T::TALL) * j->images;
-    int rows = (j->c_out + GROUPS * 64 - 1) / (GROUPS * 64);
-    note(q, cudaFuncSetAttribute(conv_kernel<SIZE, STRIDE, GROUPS, PIXELS, BLOCKS>,
+    int rows = (j->c_out + ROWS - 1) / ROWS;
+    note(q, cudaFuncSetAttribute(conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, T::BYTES),
          "cudaFuncSetAttribute");
-    conv_kernel<SIZE, STRIDE, GROUPS, PIXELS, BLOCKS><<<(unsigned)(tiles * rows), GROUPS * 128,
-                                                        T::BYTES, q->stream>>>(*j);
+    conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>
+        <<<(unsigned)(tiles * rows), T::THREADS_, T::BYTES, q->stream>>>(*j);
     launched(q, "conv_kernel");
 }
 
 /* The tile that is done first; tiles differ in nothing but time. */
 static void run_conv(struct queue *q, const struct conv_job *j, int size, int stride) {
     double large = conv_cost(j, 128, 256, 1), tall = conv_cost(j, 64, 256, 0.85),
-           half = conv_cost(j, 64, 128, 0.65), small = conv_cost(j, 64, 64, 0.45);
+           half = conv_cost(j, 64, 128, 0.65), small = conv_cost(j, 32, 64, 0.4);
     if (size == 1) {
-        if (conv_cost(j, 128, 128, 0.65) <= small) launch_conv<1, 1, 2, 128, 1>(q, j);
-        else launch_conv<1, 1, 1, 64, 2>(q, j);
+        if (conv_cost(j, 128, 256, 1) <= small) launch_conv<1, 1, 128, 256, 1>(q, j);
+        else launch_conv<1, 1, 32, 64, 3>(q, j);
     } else if (stride == 2) {
-        if (conv_cost(j, 128, 128, 0.65) <= small) launch_conv<3, 2, 2, 128, 1>(q, j);
-        else launch_conv<3, 2, 1, 64, 2>(q, j);
+        if (conv_cost(j, 128, 128, 0.6) <= small) launch_conv<3, 2, 128, 128, 1>(q, j);
+        else launch_conv<3, 2, 32, 64, 2>(q, j);
     } else if (large <= tall && large <= half && large <= small)
-        launch_conv<3, 1, 2, 256, 1>(q, j);
-    else if (tall <= half && tall <= small) launch_conv<3, 1, 1, 256, 2>(q, j);
-    else if (half <= small) launch_conv<3, 1, 1, 128, 2>(q, j);
-    else launch_conv<3, 1, 1, 64, 3>(q, j);
+        launch_conv<3, 1, 128, 256, 1>(q, j);
+    else if (tall <= half && tall <= small) launch_conv<3, 1, 64, 256, 2>(q, j);
+    else if (half <= small) launch_conv<3, 1, 64, 128, 3>(q, j);
+    else launch_conv<3, 1, 32, 64, 4>(q, j);
 }
 
 /* =================================================================================================
@@ -2444,11 +2496,17 @@ __global__ void block_scales_kernel(const float *sums, int blocks, int pixels, i
     __shared__ double parts[2][THREADS];
     const int width = c / VQ_GROUPS, first = (int)blockIdx.x * width, tid = (int)threadIdx.x;
     double sum = 0, square = 0, count = (double)pixels * width;
-    for (int i = tid; i < blocks * width; i += THREADS) {
-        int64_t block = (int64_t)blockIdx.y * blocks + i / width;
-        float2 v = *(const float2 *)(sums + (block * c + first + i % width) * 2);
-        sum += v.x;
-        square += v.y;
+    for (int i0 = tid; i0 < blocks * width; i0 += THREADS * 8) {
+        float2 v[8] = {};
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            int i = i0 + k * THREADS;
+            int64_t block = (int64_t)blockIdx.y * blocks + i / width;
+            if (i < blocks * width)
+                v[k] = *(const float2 *)(sums + (block * c + first + i % width) * 2);
+        }
+#pragma unroll
+        for (int k = 0; k < 8; k++) sum += v[k].x, square += v[k].y;
     }
     parts[0][tid] = sum;
     parts[1][tid] = square;
@@ -2589,16 +2647,17 @@ __global__ void transpose_kernel(const float *x, int n, int c, int ld, float *y)
     y[i] = row < n ? x[row * c + k] : 0;
 }
 
-/* ids[vector] = the nearest of the nearest codes of each part of the codebook, a thread a vector. */
+/* ids[vector] = the nearest of the nearest codes of each part of the codebook; a warp a vector. */
 __global__ void nearest_kernel(const struct nearest *found, int vectors, int parts, int32_t *ids) {
-    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    int i = (int)(blockIdx.x * WARPS + threadIdx.x / 32);
     struct nearest best = {HUGE_VALF, 0};
     if (i >= vectors) return;
-    for (int k = 0; k < parts; k++) {
+    for (int k = (int)threadIdx.x % 32; k < parts; k += 32) {
         struct nearest n = found[(int64_t)i * parts + k];
         if (n.distance < best.distance) best = n;
     }
-    ids[i] = best.code;
+    best = nearer_of<32>(best);
+    if (threadIdx.x % 32 == 0) ids[i] = best.code;
 }
 
 static unsigned blocks_of(int64_t n) { return (unsigned)((n + THREADS - 1) / THREADS); }
@@ -2855,8 +2914,8 @@ static void quantize_images(struct gpu *c, int n) {
     struct product j = {c->vq.x, c->g->codebook, NULL, NULL, NULL, vectors, vq->code_dim, 1, 1, 1,
                         1, 0, 0, c->g->code_norms, c->vq.found};
     run_product(&c->q, &j);
-    nearest_kernel<<<(unsigned)(vectors + 31) / 32, 32, 0, c->q.stream>>>(c->vq.found, vectors,
-                                                                         parts, c->vq.ids);
+    nearest_kernel<<<(unsigned)(vectors + WARPS - 1) / WARPS, THREADS, 0, c->q.stream>>>(
+        c->vq.found, vectors, parts, c->vq.ids);
     launched(&c->q, "nearest_kernel");
 }
 
