@@ -58,7 +58,7 @@ liblvm.so: lvm.c
 # ones. CUDA's runtime is linked in, so that the program starts on machines without any of it.
 NVCC      ?= nvcc
 CUDA      ?= $(patsubst %/bin/nvcc,%,$(shell command -v $(NVCC)))
-CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 \
+CUDA_ARCH ?= -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90a,code=sm_90a \
              -gencode arch=compute_90,code=compute_90
 CUDA_LIBS  = -L$(CUDA)/lib64 -L$(CUDA)/lib -lcudart_static -ldl -lrt -lstdc++
 NVCC_WARN  = --Werror all-warnings -Xcompiler -Wall,-Wextra,-Wno-unused-function

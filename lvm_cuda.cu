@@ -8,7 +8,7 @@
      1  Errors, memory: every call and every launch is checked
      2  Weights on the device: planes of integers and of scales
      3  Products in f16 on tensor cores: GEMV for a few rows, GEMM for many, one order of sums
-     4  Products in f32: linear layers of F32 weights and of --exact, and convolutions
+     4  Products in f32, for F32 weights and --exact; convolutions on tensor cores
      5  Rows: embedding, RMSNorm, SwiGLU, RoPE, likelihoods
      6  Attention on a paged cache, block by block
      7  The transformer: one forward
@@ -1251,7 +1251,7 @@ static __device__ void finish_group(const struct product_f16 &j, int group, floa
    bytes of w over the memory's bandwidth. */
 template <int TYPE, int KIND, int TILES, int SHARED>
 __global__ void __launch_bounds__(GEMV_THREADS, TILES > 4 ? 1 : 2) gemv_kernel(struct product_f16 j) {
-    extern __shared__ __align__(16) char shared[];
+    extern __shared__ __align__(128) char shared[];
     __shared__ float sums[TEAMS][CHAINS][TILES * 4][32];
     typedef struct ring<TYPE> R;
     const int warp = (int)threadIdx.x / 32, team = warp / CHAINS, chain = warp % CHAINS,
@@ -1367,6 +1367,15 @@ struct product {
     float *out;            /* [images][side_out][side_out][w.rows] */
     int pixels;            /* of all images; rows */
     int c_in, size, side_in, side_out, stride, up, pad;
+    const float *norms;    /* of a codebook w: not its products are wanted, but for each */
+    struct nearest *found; /* [pixels][codes / NEAREST_CODES] the nearest of so many codes */
+};
+
+enum { NEAREST_CODES = 128 };
+
+struct nearest {
+    float distance; /* |e|^2 - 2 x.e */
+    int code;
 };
 
 /* Where output pixel p reads: its image and the place of tap (0, 0). */
@@ -1398,6 +1407,35 @@ static __device__ float4 gather4(const struct product &j, const struct place &l,
 }
 
 enum { DEPTH = 16 /* columns that a tile in shared memory holds */ };
+
+/* Of neighbouring lanes, the first of equally near ones. */
+template <int LANES> static __device__ struct nearest nearer_of(struct nearest best) {
+    for (int i = LANES / 2; i > 0; i /= 2) {
+        float d = __shfl_xor_sync(0xffffffff, best.distance, i);
+        int code = __shfl_xor_sync(0xffffffff, best.code, i);
+        if (d < best.distance || (d == best.distance && code < best.code))
+            best.distance = d, best.code = code;
+    }
+    return best;
+}
+
+/* The nearest of the codes that a tile of sums has; NaN is none. */
+template <int BN, int TM, int TN>
+static __device__ void find_nearest(const struct product &j, float (*sum)[TN], int p0, int o0) {
+    const int tiles = (int)gridDim.x;
+#pragma unroll
+    for (int m = 0; m < TM; m++) {
+        struct nearest best = {HUGE_VALF, 0};
+#pragma unroll
+        for (int n = 0; n < TN; n++) {
+            float d = o0 + n < j.w.rows ? fmaf(-2.0f, sum[m][n], j.norms[o0 + n]) : HUGE_VALF;
+            if (d < best.distance) best.distance = d, best.code = o0 + n;
+        }
+        best = nearer_of<BN / TN>(best);
+        if (threadIdx.x % (BN / TN) == 0 && p0 + m < j.pixels)
+            j.found[(int64_t)(p0 + m) * tiles + blockIdx.x] = best;
+    }
+}
 
 /* Reads BM pixels by BN rows of w, 16 columns at a time, into shared memory, where they lie
    transposed; each thread has TM x TN sums. Floor: 2 pixels w.rows w.cols operations over the f32
@@ -1446,6 +1484,10 @@ __global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
                 for (int n = 0; n < TN; n++) sum[m][n] = fmaf(x[m], w[n], sum[m][n]);
         }
     }
+    if (j.found != NULL) {
+        find_nearest<BN, TM, TN>(j, sum, p0 + px, o0 + ox);
+        return;
+    }
 #pragma unroll
     for (int m = 0; m < TM; m++)
 #pragma unroll
@@ -1467,11 +1509,58 @@ static void launch_product(struct queue *q, const struct product *j) {
     launched(q, "product_kernel");
 }
 
+/* For products with few columns (a convolution of 3 channels): 64 pixels by 128 rows of w; both
+   lie transposed in shared memory, and a thread has 4 rows and 8 pixels, the same chain as in
+   product_kernel. Floor: the bytes of out. */
+enum { FEW_COLUMNS = 32, FEW_OUTPUTS = 128, FEW_PIXELS = 64 };
+
+template <int TYPE> __global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) {
+    __shared__ __align__(16) float w[FEW_COLUMNS][FEW_OUTPUTS + 4], x[FEW_COLUMNS][FEW_PIXELS + 4];
+    const int tid = (int)threadIdx.x, o0 = (int)blockIdx.x * FEW_OUTPUTS, N = j.w.rows;
+    const int p0 = (int)blockIdx.y * FEW_PIXELS, ox = tid % 32 * 4, px = tid / 32 * 8;
+    for (int i = tid; i < FEW_OUTPUTS * FEW_COLUMNS / 4; i += THREADS) {
+        int o = i % FEW_OUTPUTS, k = i / FEW_OUTPUTS * 4;
+        float4 v = load4<TYPE>(j.w, min(o0 + o, N - 1), k);
+        w[k][o] = v.x, w[k + 1][o] = v.y, w[k + 2][o] = v.z, w[k + 3][o] = v.w;
+    }
+    const struct place l = find_pixel(j, min(p0 + tid % FEW_PIXELS, j.pixels - 1));
+    for (int k = tid / FEW_PIXELS * 4; k < FEW_COLUMNS; k += THREADS / FEW_PIXELS * 4) {
+        float4 v = gather4(j, l, k);
+        int p = tid % FEW_PIXELS;
+        x[k][p] = v.x, x[k + 1][p] = v.y, x[k + 2][p] = v.z, x[k + 3][p] = v.w;
+    }
+    __syncthreads();
+    float sum[8][4] = {};
+    for (int k = 0; k < j.w.cols; k++) {
+        float4 b = *(const float4 *)&w[k][ox], u = *(const float4 *)&x[k][px],
+               v = *(const float4 *)&x[k][px + 4];
+        const float a[8] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int m = 0; m < 8; m++) {
+            sum[m][0] = fmaf(a[m], b.x, sum[m][0]), sum[m][1] = fmaf(a[m], b.y, sum[m][1]);
+            sum[m][2] = fmaf(a[m], b.z, sum[m][2]), sum[m][3] = fmaf(a[m], b.w, sum[m][3]);
+        }
+    }
+    if (o0 + ox >= N) return;
+    float4 bias = *(const float4 *)(j.bias + o0 + ox);
+    for (int m = 0; m < 8 && p0 + px + m < j.pixels; m++)
+        *(float4 *)(j.out + (int64_t)(p0 + px + m) * N + o0 + ox) =
+            make_float4(sum[m][0] + bias.x, sum[m][1] + bias.y, sum[m][2] + bias.z,
+                        sum[m][3] + bias.w);
+}
+
 static void run_product(struct queue *q, const struct product *j) {
     with_type(j->w.type, [&](auto type) {
         constexpr int T = decltype(type)::value;
         int64_t large = ((int64_t)j->pixels + 127) / 128 * ((j->w.rows + 127) / 128);
-        if (j->pixels <= 8) launch_product<T, 8, 64, 1, 2>(q, j);
+        dim3 grid((unsigned)(j->w.rows + FEW_OUTPUTS - 1) / FEW_OUTPUTS,
+                  (unsigned)(j->pixels + FEW_PIXELS - 1) / FEW_PIXELS);
+        if (j->w.cols <= FEW_COLUMNS && j->w.rows % 4 == 0 && j->bias != NULL &&
+            j->residual == NULL && j->found == NULL && grid.y < 65536) {
+            few_columns_kernel<T><<<grid, THREADS, 0, q->stream>>>(*j);
+            launched(q, "few_columns_kernel");
+        } else if (j->found != NULL) launch_product<T, 128, NEAREST_CODES, 8, 8>(q, j);
+        else if (j->pixels <= 8) launch_product<T, 8, 64, 1, 2>(q, j);
         else if (large < 256) launch_product<T, 64, 64, 4, 4>(q, j); /* or much would be idle */
         else if (j->w.rows <= 64) launch_product<T, 128, 64, 8, 4>(q, j);
         else launch_product<T, 128, 128, 8, 8>(q, j);
@@ -1481,8 +1570,472 @@ static void run_product(struct queue *q, const struct product *j) {
 /* A linear layer: y[rows][w.rows] = x[rows][w.cols] w^T + bias [+ residual]. */
 static void matmul_f32(struct queue *q, const struct part *p, const float *x, int rows,
                        const float *residual) {
-    struct product j = {x, p->w, p->bias, residual, p->y, rows, p->w.cols, 1, 1, 1, 1, 0, 0};
+    struct product j = {x, p->w, p->bias, residual, p->y, rows, p->w.cols, 1, 1, 1, 1, 0, 0,
+                        NULL, NULL};
     run_product(q, &j);
+}
+
+/* ---- Convolutions on tensor cores ----
+
+   Weights in f16, activations as two of them: x up = high + low, high = f16(x up), low = f16(x up -
+   high), 22 bits in all; up is a power of two such that nothing overflows. Products high w + low w,
+   sums in f32. A map lies as [images][side][side][c / 32][2][32]: of each 32 channels the high
+   parts, then the low ones, 128 bytes.
+
+   A block takes a tile of 8 columns of pixels by 8, 16 or 32 rows and 64 channels for each of its
+   warpgroups, or 32 where there is little to do. For each 32 channels of the input it has the tile with its border in shared memory,
+   once for all nine taps: a tap is the same operand from another pixel on, whose rows of 8 pixels
+   stand at one distance (so tiles are 8 wide). In shared memory 8 channels of all pixels lie
+   together, 16 bytes a pixel: no bank is met twice and a tap's operand may begin at any pixel.
+
+       acc[channel][pixel] += w[channel][16] x[pixel][16]
+
+   for each 32 channels, tap, 16 of the channels, high and low, in this order whatever the tile is:
+   an output's sum is the same chain everywhere. With sm_90a by wgmma, else by mma.sync, which gives
+   the same bits; tiles of 32 channels always by the latter, whose results are there sooner for the
+   next link of the chain. Floor: 4 pixels c_out c_in taps operations over the tensor cores' rate. */
+
+enum { CONV_C = 32, CONV_W = 8 };
+
+struct conv_job {
+    const __half *in;             /* [images][side_in][side_in][c_in / 32][2][32] */
+    const __half *w;              /* [c_out][ld], columns [size][size][c_in] */
+    const float *bias, *residual; /* residual: like out, or NULL */
+    const float *image_down;      /* 1 / up of each image, or NULL: down is everybody's */
+    float *out;                   /* [images][side_out][side_out][c_out] */
+    float *sums;                  /* [images][blocks of 8 x 8][c_out][2], or NULL */
+    float down;
+    int images, c_in, c_out, ld, side_in, side_out, up, pad;
+};
+
+/* What a block has in shared memory. With stride 2 a row of pixels has its even columns first, then
+   its odd ones, so that a tap's 8 pixels are neighbours there too. */
+template <int SIZE, int STRIDE, int ROWS, int PIXELS> struct conv_tile {
+    static const int THREADS_ = ROWS > 64 ? 256 : 128, SUMS = ROWS * PIXELS / THREADS_;
+    static const int GROUP = ROWS < 64 ? ROWS : 64; /* channels of 128 threads */
+    static const int TALL = PIXELS / CONV_W, TAPS = SIZE * SIZE;
+    static const int PITCH = STRIDE == 1 ? CONV_W - 1 + SIZE : 2 * (CONV_W + 1);
+    static const int PATCH = (((TALL - 1) * STRIDE + SIZE) * PITCH + 7) / 8 * 8; /* pixels */
+    static const int PASSES = (PATCH + THREADS_ / 4 - 1) / (THREADS_ / 4);
+    static const int STEP = SIZE == 3 && STRIDE == 1 && ROWS < 64 ? 3 : 1; /* taps */
+    static const int STEPS = TAPS / STEP, AHEAD = 2, STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD;
+    static const int BUFFERS = SIZE == 1 ? STAGES : 2;
+    static const int PLANE = PATCH * 16, PATCH_BYTES = 8 * PLANE;
+    static const int W_PLANE = ROWS * 16, TAP_BYTES = 4 * W_PLANE;
+    static const int W_BYTES = STEP * TAP_BYTES;
+    static const int LOOP_BYTES = BUFFERS * PATCH_BYTES + STAGES * W_BYTES;
+    static const int STAGE = 64 * (GROUP + 4) + 8 * GROUP; /* floats, in the epilogue */
+    static const int STORE_BYTES = THREADS_ / 128 * STAGE * 4;
+    static const int BYTES = LOOP_BYTES > STORE_BYTES ? LOOP_BYTES : STORE_BYTES;
+    static __device__ int tap_at(int tap) {
+        int y = tap / SIZE, x = tap % SIZE;
+        return y * PITCH + (STRIDE == 1 ? x : x % 2 * (CONV_W + 1) + x / 2);
+    }
+};
+
+/* 16 bytes from global to shared memory while other work goes on, or zeros. */
+static __device__ void copy_or_zero(uint32_t shared, const void *global, int inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(inside ? 16 : 0));
+}
+
+/* Where a block's tile is. */
+struct conv_place {
+    int image, y, x, o; /* of the first output pixel and channel */
+};
+
+template <class T, int ROWS>
+static __device__ struct conv_place conv_place_of(const struct conv_job &j) {
+    int rows = (j.c_out + ROWS - 1) / ROWS, tile = (int)blockIdx.x / rows;
+    int across = (j.side_out + CONV_W - 1) / CONV_W, tall = (j.side_out + T::TALL - 1) / T::TALL;
+    struct conv_place p = {tile / (across * tall), tile / across % tall * T::TALL,
+                           tile % across * CONV_W, (int)blockIdx.x % rows * ROWS};
+    return p;
+}
+
+/* What a thread copies of a tile's input: 16 bytes, number lane / 8, of the high and low parts of
+   every (threads / 4)th pixel. at: the pixels' numbers in the image, -1 outside. */
+template <class T> struct conv_patch {
+    const __half *image;
+    int at[T::PASSES];
+};
+
+static __device__ int conv_lane_row() {
+    return (int)threadIdx.x / 32 * 8 + (int)threadIdx.x % 8;
+}
+
+template <class T, int STRIDE>
+static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
+                                                  const struct conv_place &l) {
+    struct conv_patch<T> p;
+    p.image = j.in + (int64_t)l.image * j.side_in * j.side_in * j.c_in * 2 +
+              threadIdx.x % 32 / 8 * 8;
+#pragma unroll
+    for (int i = 0; i < T::PASSES; i++) {
+        int n = conv_lane_row() + i * (T::THREADS_ / 4), q = n % T::PITCH;
+        if (STRIDE == 2) q = q <= CONV_W ? 2 * q : 2 * (q - CONV_W - 1) + 1;
+        int y = l.y * STRIDE - j.pad + n / T::PITCH, x = l.x * STRIDE - j.pad + q;
+        int inside = y >= 0 && x >= 0 && y >> j.up < j.side_in && x >> j.up < j.side_in;
+        p.at[i] = inside ? (y >> j.up) * j.side_in + (x >> j.up) : -1;
+    }
+    return p;
+}
+
+/* Pass i of 32 channels of the tile's input, into a buffer of shared memory. */
+template <class T>
+static __device__ void load_patch(const struct conv_job &j, const struct conv_patch<T> &p,
+                                  int chunk, uint32_t buffer, int i) {
+    int n = conv_lane_row() + i * (T::THREADS_ / 4), inside = p.at[i] >= 0;
+    if (n >= T::PATCH) return;
+    const __half *from = p.image + ((int64_t)max(p.at[i], 0) * (j.c_in / CONV_C) + chunk) * 64;
+    uint32_t to = buffer + threadIdx.x % 32 / 8 * T::PLANE + n * 16;
+    copy_or_zero(to, from, inside);
+    copy_or_zero(to + 4 * T::PLANE, from + CONV_C, inside);
+}
+
+/* The weights of 32 channels under a step's taps. */
+template <class T>
+static __device__ void load_weights(const struct conv_job &j, int o, int chunk, int step,
+                                    uint32_t buffer) {
+    int piece = (int)threadIdx.x % 32 / 8;
+#pragma unroll
+    for (int i = 0; i < T::W_PLANE / 16 / (T::THREADS_ / 4); i++) {
+        int row = conv_lane_row() + i * (T::THREADS_ / 4), inside = o + row < j.c_out;
+        const __half *from = j.w + (int64_t)(inside ? o + row : 0) * j.ld +
+                             step * T::STEP * j.c_in + chunk * CONV_C + piece * 8;
+#pragma unroll
+        for (int tap = 0; tap < T::STEP; tap++)
+            copy_or_zero(buffer + tap * T::TAP_BYTES + piece * T::W_PLANE + row * 16,
+                         from + tap * j.c_in, inside);
+    }
+}
+
+static __device__ uint4 load_matrices(uint32_t at) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* Operands for wgmma from shared memory: groups of 8 rows by 16 bytes, `along` bytes apart along
+   the columns and `down` along the rows. */
+static __device__ uint64_t operand(uint32_t at, uint32_t along, uint32_t down) {
+    return at >> 4 | (uint64_t)(along >> 4) << 16 | (uint64_t)(down >> 4) << 32;
+}
+
+#define SUMS4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
+#define SUMS64(i) SUMS16(i), SUMS16(i + 16), SUMS16(i + 32), SUMS16(i + 48)
+#define NAMES32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+                "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES64 NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48," \
+                "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES128 NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80," \
+                 "%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99," \
+                 "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114," \
+                 "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+
+/* A warpgroup's 64 channels by 64, 128 or 256 pixels over 16 columns, asynchronously. */
+template <int PIXELS> static __device__ void wgmma(float *c, uint64_t a, uint64_t b) {
+    if (PIXELS == 64)
+        asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned."
+                     "m64n64k16.f32.f16.f16 {" NAMES32 "}, %32, %33, p, 1, 1, 0, 0;}"
+                     : SUMS16(0), SUMS16(16) : "l"(a), "l"(b));
+    if (PIXELS == 128)
+        asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned."
+                     "m64n128k16.f32.f16.f16 {" NAMES64 "}, %64, %65, p, 1, 1, 0, 0;}"
+                     : SUMS64(0) : "l"(a), "l"(b));
+    if (PIXELS == 256)
+        asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned."
+                     "m64n256k16.f32.f16.f16 {" NAMES128 "}, %128, %129, p, 1, 1, 0, 0;}"
+                     : SUMS64(0), SUMS64(64) : "l"(a), "l"(b));
+}
+
+/* A step: 32 channels under its taps; what the step before it multiplied is complete afterwards. */
+template <class T, int STRIDE, int PIXELS>
+static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
+    w += threadIdx.x / 128 * 1024;
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < 4 * T::STEP; i++) {
+        int tap = i / 4, k = i / 2 % 2, low = i % 2;
+        wgmma<PIXELS>(c, operand(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE, T::W_PLANE, 128),
+                      operand(patch + T::tap_at(step * T::STEP + tap) * 16 +
+                                  (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16));
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+}
+
+template <int N> static __device__ void conv_finish(float *c) {
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+#else
+/* The same with mma.sync: a warp has 16 of the 64 channels, sums where wgmma has them. */
+template <class T, int STRIDE, int PIXELS>
+static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
+    int lane = (int)threadIdx.x % 32;
+    w += (threadIdx.x / 32 * 16 + lane % 16) * 16 + lane / 16 * T::W_PLANE;
+    patch += (lane / 16 * STRIDE * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
+#pragma unroll
+    for (int i = 0; i < 4 * T::STEP; i++) {
+        int tap = i / 4, k = i / 2 % 2, low = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
+        uint4 a = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE);
+#pragma unroll
+        for (int n = 0; n < PIXELS / 8; n += 2) {
+            uint4 b = load_matrices(patch + at + (low * 4 + k * 2) * T::PLANE +
+                                    n * STRIDE * T::PITCH * 16);
+            mma(c + n * 4, a.x, a.y, a.z, a.w, b.x, b.y);
+            mma(c + n * 4 + 4, a.x, a.y, a.z, a.w, b.z, b.w);
+        }
+    }
+}
+
+template <int N> static __device__ void conv_finish(float *c) { (void)c; }
+#endif
+
+/* A tile of 32 channels by 64 pixels: a warp has all channels of two rows of pixels. */
+template <class T>
+static __device__ void conv_step_small(float *c, uint32_t w, uint32_t patch, int step) {
+    int lane = (int)threadIdx.x % 32, row = (int)threadIdx.x / 32 * 2 + lane / 16;
+    w += lane % 16 * 16 + lane / 16 * T::W_PLANE;
+    patch += (row * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
+#pragma unroll
+    for (int i = 0; i < 2 * T::STEP; i++) {
+        int tap = i / 2, k = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
+        uint4 a0 = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE),
+              a1 = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE + 256);
+#pragma unroll
+        for (int low = 0; low < 2; low++) {
+            uint4 b = load_matrices(patch + at + (low * 4 + k * 2) * T::PLANE);
+            mma(c, a0.x, a0.y, a0.z, a0.w, b.x, b.y);
+            mma(c + 4, a0.x, a0.y, a0.z, a0.w, b.z, b.w);
+            mma(c + 8, a1.x, a1.y, a1.z, a1.w, b.x, b.y);
+            mma(c + 12, a1.x, a1.y, a1.z, a1.w, b.z, b.w);
+        }
+    }
+}
+
+/* Sums of 4 channels over a column of a block of 8 x 8 pixels, on the way to the block's. Of 128
+   threads, CHANNELS / 4 have the first column, as many the second and so on; four sums and four
+   sums of squares each. parts: 8 CHANNELS floats. */
+template <int CHANNELS>
+static __device__ void store_block_sums(const float *sum, float *parts, float *to, int o,
+                                        int c_out) {
+    const int quads = CHANNELS / 4, thread = (int)threadIdx.x % 128, x = thread / quads;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        float v = sum[i] + __shfl_xor_sync(0xffffffff, sum[i], quads);
+        if (x < 8 && x % 2 == 0) parts[x / 2 * 2 * CHANNELS + thread % quads * 8 + i] = v;
+    }
+    __syncthreads();
+    int channel = o + thread / 8 * 4 + thread % 4;
+    if (thread >= 2 * CHANNELS || channel >= c_out) return;
+    float v = parts[thread];
+    for (int i = 1; i < 4; i++) v += parts[i * 2 * CHANNELS + thread];
+    to[channel * 2 + thread % 8 / 4] = v;
+}
+
+static __device__ void add_to_sums(float *sum, const float *v) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sum[i] += v[i];
+        sum[4 + i] = fmaf(v[i], v[i], sum[4 + i]);
+    }
+}
+
+/* 4 channels of the residual at a pixel. */
+static __device__ float4 load_residual(const struct conv_job &j, int64_t pixel, int o) {
+    int64_t at = pixel * j.c_out + o;
+    if (j.residual == NULL) return make_float4(0, 0, 0, 0);
+    if (j.c_out % 4 == 0) return *(const float4 *)(j.residual + at);
+    return make_float4(j.residual[at], o + 1 < j.c_out ? j.residual[at + 1] : 0,
+                       o + 2 < j.c_out ? j.residual[at + 2] : 0,
+                       o + 3 < j.c_out ? j.residual[at + 3] : 0);
+}
+
+static __device__ void store_output(const struct conv_job &j, const float *v, int64_t pixel,
+                                    int o) {
+    float *to = j.out + pixel * j.c_out + o;
+    if (j.c_out % 4 == 0) *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
+    else
+        for (int i = 0; i < 4 && o + i < j.c_out; i++) to[i] = v[i];
+}
+
+/* 64 pixels of a tile of sums to [pixel][channels] in shared memory, part q of it. */
+template <int CHANNELS> static __device__ void stage_sums(const float *c, int q, float *stage) {
+    const int thread = (int)threadIdx.x % 128, warp = thread / 32, g = thread % 32 / 4;
+#pragma unroll
+    for (int i = 0; i < CHANNELS / 2; i++) {
+        int n = (CHANNELS == 64 ? i / 4 : warp * 2 + i / 4 % 2) * 8 + thread % 4 * 2 + i % 2;
+        int row = (CHANNELS == 64 ? warp : i / 8) * 16 + g + i / 2 % 2 * 8;
+        stage[n * (CHANNELS + 4) + row] = c[q * 32 + i];
+    }
+}
+
+/* out = down acc + bias + residual, 64 pixels at a time, through shared memory: a thread has four
+   channels of a column of 8 pixels. */
+template <class T, int PIXELS>
+static __device__ void store_tile(const struct conv_job &j, const struct conv_place &l,
+                                  const float *c, float *shared) {
+    const int quads = T::GROUP / 4, thread = (int)threadIdx.x % 128;
+    const int o0 = l.o + (int)threadIdx.x / 128 * 64, o = o0 + thread % quads * 4;
+    const int column = thread / quads, x = l.x + column, across = (j.side_out + 7) / 8;
+    const int inside = column < 8 && o < j.c_out && x < j.side_out;
+    const float down = j.image_down != NULL ? j.image_down[l.image] : j.down;
+    float *stage = shared + threadIdx.x / 128 * T::STAGE, bias[4];
+    for (int i = 0; i < 4; i++) bias[i] = o + i < j.c_out ? j.bias[o + i] : 0;
+#pragma unroll
+    for (int q = 0; q < PIXELS / 64; q++) {
+        const int y = l.y + q * 8, rows = inside ? min(8, j.side_out - y) : 0;
+        const int block = (l.image * across + y / 8) * across + l.x / 8;
+        const int64_t pixel = ((int64_t)l.image * j.side_out + y) * j.side_out + x;
+        float4 rest[8];
+        float sum[8] = {};
+        if (y >= j.side_out) break;
+#pragma unroll
+        for (int k = 0; k < 8; k++)
+            if (k < rows) rest[k] = load_residual(j, pixel + k * j.side_out, o);
+        __syncthreads();
+        stage_sums<T::GROUP>(c, q, stage);
+        __syncthreads();
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            if (k >= rows) break;
+            float4 s = *(const float4 *)(stage + (k * 8 + column) * (T::GROUP + 4) +
+                                         thread % quads * 4);
+            const float v[4] = {fmaf(s.x, down, bias[0]) + rest[k].x,
+                                fmaf(s.y, down, bias[1]) + rest[k].y,
+                                fmaf(s.z, down, bias[2]) + rest[k].z,
+                                fmaf(s.w, down, bias[3]) + rest[k].w};
+            store_output(j, v, pixel + k * j.side_out, o);
+            add_to_sums(sum, v);
+        }
+        if (j.sums != NULL)
+            store_block_sums<T::GROUP>(sum, stage + 64 * (T::GROUP + 4),
+                                       j.sums + (int64_t)block * j.c_out * 2, o0, j.c_out);
+    }
+}
+
+/* Grid: tiles of pixels x tiles of channels, the latter first. */
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
+__global__ void __launch_bounds__(ROWS > 64 ? 256 : 128, BLOCKS)
+    conv_kernel(const struct conv_job j) {
+    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
+    extern __shared__ __align__(128) char shared[];
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared),
+                   weights = base + T::BUFFERS * T::PATCH_BYTES;
+    const struct conv_place l = conv_place_of<T, ROWS>(j);
+    const struct conv_patch<T> patch = find_patch<T, STRIDE>(j, l);
+    const int chunks = j.c_in / CONV_C, steps = chunks * T::STEPS;
+    float c[T::SUMS] = {};
+    for (int s = 0; s < T::AHEAD; s++) {
+#pragma unroll
+        for (int i = 0; i < T::PASSES; i++)
+            if (s == 0 || (SIZE == 1 && s < chunks))
+                load_patch<T>(j, patch, s, base + s * T::PATCH_BYTES, i);
+        if (s < steps)
+            load_weights<T>(j, l.o, s / T::STEPS, s % T::STEPS, weights + s * T::W_BYTES);
+        asm volatile("cp.async.commit_group;");
+    }
+    for (int chunk = 0, s = 0; chunk < chunks; chunk++)
+#pragma unroll
+        for (int i = 0; i < T::STEPS; i++, s++) {
+            asm volatile("cp.async.wait_group %0;" ::"n"(T::AHEAD - 1) : "memory");
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+            __syncthreads();
+            const uint32_t w = weights + s % T::STAGES * T::W_BYTES,
+                           x = base + chunk % T::BUFFERS * T::PATCH_BYTES;
+            if constexpr (ROWS < 64) conv_step_small<T>(c, w, x, i);
+            else conv_step<T, STRIDE, PIXELS>(c, w, x, i);
+            const int next = s + T::AHEAD, after = SIZE == 1 ? next : chunk + 1;
+            if (next < steps)
+                load_weights<T>(j, l.o, chunk + (i + T::AHEAD) / T::STEPS,
+                                (i + T::AHEAD) % T::STEPS,
+                                weights + next % T::STAGES * T::W_BYTES);
+#pragma unroll
+            for (int k = 0; k < T::PASSES; k++)
+                if ((SIZE == 1 || (i > 0 && i <= T::SPREAD && k % T::SPREAD == i - 1)) &&
+                    after < chunks)
+                    load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
+            asm volatile("cp.async.commit_group;");
+        }
+    if constexpr (ROWS >= 64) conv_finish<T::SUMS>(c);
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    store_tile<T, PIXELS>(j, l, c, (float *)shared);
+}
+
+/* The sums that a convolution leaves, of a map that came otherwise; the same order of sums. Grid:
+   [blocks of 8 x 8][images][64 channels]. Floor: the map's bytes. */
+__global__ void block_sums_kernel(const float *x, int side, int c, float *sums) {
+    __shared__ float parts[512];
+    int thread = (int)threadIdx.x, o = (int)blockIdx.z * 64 + thread % 16 * 4;
+    int across = (side + 7) / 8, block = (int)blockIdx.x, column = block % across * 8 + thread / 16;
+    float sum[8] = {};
+    for (int y = block / across * 8, k = 0; k < 8 && y + k < side; k++) {
+        if (column >= side || o >= c) break;
+        int64_t pixel = ((int64_t)blockIdx.y * side + y + k) * side + column;
+        float4 v = *(const float4 *)(x + pixel * c + o);
+        const float four[4] = {v.x, v.y, v.z, v.w};
+        add_to_sums(sum, four);
+    }
+    store_block_sums<64>(sum, parts, sums + ((int64_t)blockIdx.y * across * across + block) * c * 2,
+                         (int)blockIdx.z * 64, c);
+}
+
+/* Weights in f16, [rows][ld] as they are. Floor: bytes in + bytes out. */
+template <int TYPE> __global__ void halve_kernel(struct matrix w, __half2 *out) {
+    int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 4;
+    if (i >= (int64_t)w.rows * w.ld) return;
+    float4 v = load4<TYPE>(w, i / w.ld, (int)(i % w.ld));
+    out[i / 2] = __floats2half2_rn(v.x, v.y);
+    out[i / 2 + 1] = __floats2half2_rn(v.z, v.w);
+}
+
+/* 132 multiprocessors (an H200's; others choose the same) and how many tiles each has to do, at
+   what part of the tensor cores' rate. */
+static double conv_cost(const struct conv_job *j, int rows, int pixels, double rate) {
+    int tall = pixels / CONV_W;
+    int64_t tiles = (int64_t)((j->side_out + CONV_W - 1) / CONV_W) *
+                    ((j->side_out + tall - 1) / tall) * j->images * ((j->c_out + rows - 1) / rows);
+    return (double)((tiles + 131) / 132) * rows * pixels / rate;
+}
+
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
+static void launch_conv(struct queue *q, const struct conv_job *j) {
+    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
+    int64_t tiles = (int64_t)((j->side_out + CONV_W - 1) / CONV_W) *
+                    ((j->side_out + T::TALL - 1) / T::TALL) * j->images;
+    int rows = (j->c_out + ROWS - 1) / ROWS;
+    note(q, cudaFuncSetAttribute(conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>,
+                                 cudaFuncAttributeMaxDynamicSharedMemorySize, T::BYTES),
+         "cudaFuncSetAttribute");
+    conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>
+        <<<(unsigned)(tiles * rows), T::THREADS_, T::BYTES, q->stream>>>(*j);
+    launched(q, "conv_kernel");
+}
+
+/* The tile that is done first; tiles differ in nothing but time. */
+static void run_conv(struct queue *q, const struct conv_job *j, int size, int stride) {
+    double large = conv_cost(j, 128, 256, 1), tall = conv_cost(j, 64, 256, 0.85),
+           half = conv_cost(j, 64, 128, 0.65), small = conv_cost(j, 32, 64, 0.4);
+    if (size == 1) {
+        if (conv_cost(j, 128, 256, 1) <= small) launch_conv<1, 1, 128, 256, 1>(q, j);
+        else launch_conv<1, 1, 32, 64, 3>(q, j);
+    } else if (stride == 2) {
+        if (conv_cost(j, 128, 128, 0.6) <= small) launch_conv<3, 2, 128, 128, 1>(q, j);
+        else launch_conv<3, 2, 32, 64, 2>(q, j);
+    } else if (large <= tall && large <= half && large <= small)
+        launch_conv<3, 1, 128, 256, 1>(q, j);
+    else if (tall <= half && tall <= small) launch_conv<3, 1, 64, 256, 2>(q, j);
+    else if (half <= small) launch_conv<3, 1, 64, 128, 3>(q, j);
+    else launch_conv<3, 1, 32, 64, 4>(q, j);
 }
 
 /* =================================================================================================
@@ -1974,7 +2527,7 @@ static void attend(struct queue *q, const struct attention *a, int tiles, int mo
    for one token is the same launches every time, recorded once as a CUDA graph for each number of
    rows. */
 
-enum { MAX_ROWS_GPU = 4096, SEQUENCES = 64, LOGIT_ROWS = 256, GRAPH_ROWS = 8, IMAGES = 8 };
+enum { MAX_ROWS_GPU = 4096, SEQUENCES = 64, LOGIT_ROWS = 256, GRAPH_ROWS = 8, IMAGES = 16 };
 
 struct gpu_page {
     int refs;
@@ -1988,14 +2541,24 @@ struct gpu_sequence {
 };
 
 struct vq_memory {
-    float *x, *t, *u, *n;         /* maps [images][side][side][c]; n: what was normalised */
+    float *x, *t, *u;             /* maps [images][side][side][c] */
+    float *n;                     /* what a convolution reads: normalised, or chapter 4's f16 */
+    float *whole;                 /* a map of all images between those of large sides */
     float *q, *k, *v, *s;         /* of an attention: [images][pixels][c]; scores */
-    float *scale, *shift, *dots;  /* [images][c]; [T][codes] */
+    float *scale, *shift;         /* [images][c] */
     double *sums;                 /* [images][chunks][GROUPS][2] */
+    float *blocks;                /* [images][blocks of 8 x 8][c][2]: sums of the map `summed` */
+    const float *summed;
+    float *squares, *down;        /* [images][GROUPS]; [images]: see split_kernel */
+    float up;                     /* of what was normalised last */
+    __half *w16;                  /* a convolution's weights in f16 */
+    struct nearest *found;        /* [images T][codes / NEAREST_CODES] */
     uint8_t *rgb;                 /* [images][R][R][3] */
     int32_t *ids;                 /* [images][T] */
     int *bad;                     /* [images]: 1 where something is not finite */
     int side, c, images;
+    int few[2], cut[2];           /* images at a time before cut[0] and from cut[1] on */
+    int64_t done;                 /* operations, for the progress */
 };
 
 struct gpu {
@@ -2914,13 +3477,20 @@ static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
 /* =================================================================================================
    9.  The tokenizer
 
-   Maps are NHWC, [images][side][side][c], in f32; convolutions are chapter 4's products, images
-   side by side. What stands in front of each, GroupNorm and SiLU, is one pass over the map: sums
-   of each group, in doubles and in a fixed order, then x scale + shift and x / (1 + e^-x). Fusing
-   that pass into the convolution would do it nine times. */
+   Maps are NHWC, [images][side][side][c], in f32; convolutions are chapter 4's, images side by
+   side. What stands in front of each, GroupNorm and SiLU, is a pass over the map: x scale + shift
+   and x / (1 + e^-x), in f32 or in the two f16 parts that tensor cores take. Sums of each group, in
+   a fixed order, are a pass of their own in front of a convolution in f32; the convolutions on
+   tensor cores leave sums of 8 x 8 pixels with their outputs, so that little is left to add.
+
+   Images come in groups of up to IMAGES. The maps of a few of them fill the GPU where sides are
+   large, and take much memory: these operations are run for `few` images at a time, those of small
+   sides for all. */
 
 enum { VQ_GROUPS = 32, CHUNK = 2048 /* pixels of a block of group_sums */,
-       SCORES = 1 << 22 /* floats of an attention's scores at a time */ };
+       SCORES = 1 << 22 /* floats of an attention's scores at a time */,
+       SPLIT_PIXELS = 4 /* of a thread of split_kernel */,
+       VQ_FLOATS = 100 << 20 >> 2 /* of a buffer for maps, more where one image needs it */ };
 
 /* Grid: [groups][chunks][images]. sums[image][chunk][group] = sum, sum of squares. */
 __global__ void group_sums_kernel(const float *x, int pixels, int c, double *sums) {
@@ -2986,6 +3556,115 @@ __global__ void apply_norm_kernel(const float *x, const float *scale, const floa
                                      group_normed(v.z, a.z, b.z, silu), group_normed(v.w, a.w, b.w, silu));
 }
 
+/* Grid: [groups][images]. From a convolution's sums: the same as group_scales_kernel, where they
+   are wanted, and squares[image][group], the group's sum of squares. */
+__global__ void block_scales_kernel(const float *sums, int blocks, int pixels, int c,
+                                    const float *scale, const float *shift, float *to_scale,
+                                    float *to_shift, float *squares) {
+    __shared__ double parts[2][THREADS];
+    const int width = c / VQ_GROUPS, first = (int)blockIdx.x * width, tid = (int)threadIdx.x;
+    double sum = 0, square = 0, count = (double)pixels * width;
+    for (int i0 = tid; i0 < blocks * width; i0 += THREADS * 8) {
+        float2 v[8] = {};
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            int i = i0 + k * THREADS;
+            int64_t block = (int64_t)blockIdx.y * blocks + i / width;
+            if (i < blocks * width)
+                v[k] = *(const float2 *)(sums + (block * c + first + i % width) * 2);
+        }
+#pragma unroll
+        for (int k = 0; k < 8; k++) sum += v[k].x, square += v[k].y;
+    }
+    parts[0][tid] = sum;
+    parts[1][tid] = square;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (tid >= half) continue;
+        parts[0][tid] += parts[0][tid + half];
+        parts[1][tid] += parts[1][tid + half];
+    }
+    __syncthreads();
+    double mean = parts[0][0] / count, variance = parts[1][0] / count - mean * mean;
+    double r = 1 / sqrt((variance > 0 || variance != variance ? variance : 0) + 1e-6);
+    if (tid == 0) squares[blockIdx.y * VQ_GROUPS + blockIdx.x] = (float)parts[1][0];
+    for (int i = tid; scale != NULL && i < width; i += THREADS) {
+        to_scale[blockIdx.y * c + first + i] = (float)(scale[first + i] * r);
+        to_shift[blockIdx.y * c + first + i] =
+            (float)(shift[first + i] - mean * scale[first + i] * r);
+    }
+}
+
+/* What split_kernel reads and writes. */
+struct split {
+    const float *x, *scale, *shift; /* [images][pixels][c]; [images][c] */
+    const float *squares;           /* [images][GROUPS] */
+    float *down;                    /* [images] */
+    __half *out;                    /* [images][pixels][c / 32][2][32] */
+    float up;
+    int pixels, c;
+};
+
+/* The largest power of two that brings `most` under 2^15. */
+static __host__ __device__ float power_for(float most) {
+    int e = most > 0 && most < HUGE_VALF ? 14 - ilogbf(most) : 0;
+    return exp2f((float)(e > 100 ? 100 : e < -100 ? -100 : e));
+}
+
+/* As normed(); an error of some 1e-7 is nothing beside that of the f16 parts. */
+static __device__ float normed_fast(float x, float scale, float shift, int silu) {
+    float v = fmaf(x, scale, shift);
+    return silu ? __fdividef(v, 1 + __expf(-v)) : v;
+}
+
+static __device__ void split8(const float *v, float up, __half *out) {
+    uint32_t high[4], low[4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        float a = v[2 * i] * up, b = v[2 * i + 1] * up;
+        __half2 h = __floats2half2_rn(a, b);
+        float2 f = __half22float2(h);
+        high[i] = as_word(h);
+        low[i] = as_word(__floats2half2_rn(a - f.x, b - f.y));
+    }
+    *(uint4 *)out = make_uint4(high[0], high[1], high[2], high[3]);
+    *(uint4 *)(out + CONV_C) = make_uint4(low[0], low[1], low[2], low[3]);
+}
+
+enum { SPLIT_NORM, SPLIT_SILU, SPLIT_RAW };
+
+/* out = the two parts of norm(x) up, of silu(norm(x)) up, or of x as it is, up for each image from
+   its sum of squares, which no element exceeds. Grid: [pixels][images]; a thread has 8 channels of
+   SPLIT_PIXELS pixels. Floor: bytes in + bytes out. */
+template <int WAY> __global__ void split_kernel(const struct split s) {
+    const int octets = s.c / 8, octet = (int)threadIdx.x % octets, step = (int)blockDim.x / octets;
+    const int first = (int)blockIdx.x * step * SPLIT_PIXELS + (int)threadIdx.x / octets;
+    const int64_t image = blockIdx.y, at = image * s.c + octet * 8;
+    float up = s.up, scale[8], shift[8], v[SPLIT_PIXELS][8];
+#pragma unroll
+    for (int i = 0; i < SPLIT_PIXELS * 2; i++) {
+        int p = first + i / 2 * step;
+        if (p < s.pixels)
+            *(float4 *)&v[i / 2][i % 2 * 4] = *(const float4 *)(
+                s.x + (image * s.pixels + p) * s.c + octet * 8 + i % 2 * 4);
+    }
+    if (WAY == SPLIT_RAW) {
+        float sum = 0;
+        for (int i = 0; i < VQ_GROUPS; i++) sum += s.squares[image * VQ_GROUPS + i];
+        up = power_for(sqrtf(sum));
+        if (blockIdx.x == 0 && threadIdx.x == 0) s.down[image] = 1 / up;
+    } else
+        for (int i = 0; i < 8; i++) scale[i] = s.scale[at + i], shift[i] = s.shift[at + i];
+#pragma unroll
+    for (int i = 0; i < SPLIT_PIXELS; i++) {
+        int p = first + i * step;
+        if (p >= s.pixels) break;
+        for (int k = 0; WAY != SPLIT_RAW && k < 8; k++)
+            v[i][k] = normed_fast(v[i][k], scale[k], shift[k], WAY == SPLIT_SILU);
+        split8(v[i], up, s.out + (image * s.pixels + p) * s.c * 2 + octet / 4 * 64 + octet % 4 * 8);
+    }
+}
+
 __global__ void from_bytes_kernel(const uint8_t *rgb, int64_t n, float *x) {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i < n) x[i] = (float)rgb[i] / 255;
@@ -3036,28 +3715,17 @@ __global__ void transpose_kernel(const float *x, int n, int c, int ld, float *y)
     y[i] = row < n ? x[row * c + k] : 0;
 }
 
-/* A block a vector: the first of the nearest codes, |e|^2 - 2 x.e; NaN is never nearest. */
-__global__ void nearest_kernel(const float *dots, const float *norms, int codes, int32_t *ids) {
-    __shared__ float distance[THREADS];
-    __shared__ int nearest[THREADS];
-    const float *dot = dots + (int64_t)blockIdx.x * codes;
-    float best = HUGE_VALF;
-    int at = 0, tid = (int)threadIdx.x;
-    for (int i = tid; i < codes; i += THREADS) {
-        float d = fmaf(-2.0f, dot[i], norms[i]);
-        if (d < best) best = d, at = i;
+/* ids[vector] = the nearest of the nearest codes of each part of the codebook; a warp a vector. */
+__global__ void nearest_kernel(const struct nearest *found, int vectors, int parts, int32_t *ids) {
+    int i = (int)(blockIdx.x * WARPS + threadIdx.x / 32);
+    struct nearest best = {HUGE_VALF, 0};
+    if (i >= vectors) return;
+    for (int k = (int)threadIdx.x % 32; k < parts; k += 32) {
+        struct nearest n = found[(int64_t)i * parts + k];
+        if (n.distance < best.distance) best = n;
     }
-    distance[tid] = best;
-    nearest[tid] = at;
-    for (int half = THREADS / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (tid >= half) continue;
-        float d = distance[tid + half];
-        int i = nearest[tid + half];
-        if (d < distance[tid] || (d == distance[tid] && i < nearest[tid]))
-            distance[tid] = d, nearest[tid] = i;
-    }
-    if (tid == 0) ids[blockIdx.x] = nearest[0];
+    best = nearer_of<32>(best);
+    if (threadIdx.x % 32 == 0) ids[i] = best.code;
 }
 
 static unsigned blocks_of(int64_t n) { return (unsigned)((n + THREADS - 1) / THREADS); }
@@ -3070,9 +3738,9 @@ static void take_map(struct vq_memory *v, float **map, int side, int c) {
     v->c = c;
 }
 
-/* out = norm(in), or silu(norm(in)); in and out: maps of v->side with c channels. */
-static void groupnorm(struct gpu *c, const struct gpu_op *op, int number, int silu, const float *in,
-                      int channels, float *out) {
+/* v->n = norm(in), or silu(norm(in)), in f32; in: a map of v->side. */
+static void groupnorm_f32(struct gpu *c, const struct gpu_op *op, int number, int silu,
+                          const float *in, int channels) {
     struct vq_memory *v = &c->vq;
     int pixels = v->side * v->side, chunks = (pixels + CHUNK - 1) / CHUNK;
     int64_t area = (int64_t)pixels * channels, all = area * v->images;
@@ -3084,33 +3752,126 @@ static void groupnorm(struct gpu *c, const struct gpu_op *op, int number, int si
         v->shift);
     launched(&c->q, "group_scales_kernel");
     apply_norm_kernel<<<blocks_of(all / 4), THREADS, 0, c->q.stream>>>(in, v->scale, v->shift, silu,
-                                                                       area, channels, all, out);
+                                                                       area, channels, all, v->n);
     launched(&c->q, "apply_norm_kernel");
 }
 
-/* out = conv(in) + residual; side_out by stride (2: half) and up (1: twice). */
-static void conv2d(struct gpu *c, const struct conv *conv, const struct gpu_op *op, int number,
-                   int side_out, int stride, int up, const float *in, const float *residual,
-                   float *out) {
+/* Scales of a map from the sums of its blocks, which are added up where no convolution left them;
+   scale NULL: its squares alone. */
+static void find_scales(struct gpu *c, const float *in, int channels, const float *scale,
+                        const float *shift) {
     struct vq_memory *v = &c->vq;
-    const struct matrix *w = &op->conv[number];
-    struct product j = {in, *w, op->bias[number], residual, out, v->images * side_out * side_out,
-                        w->cols / (conv->size * conv->size), conv->size, v->side, side_out, stride,
-                        up, stride == 2 ? 0 : conv->size / 2};
-    run_product(&c->q, &j);
+    int across = (v->side + 7) / 8, blocks = across * across;
+    if (v->summed != in) {
+        dim3 grid((unsigned)blocks, (unsigned)v->images, (unsigned)(channels + 63) / 64);
+        block_sums_kernel<<<grid, 128, 0, c->q.stream>>>(in, v->side, channels, v->blocks);
+        launched(&c->q, "block_sums_kernel");
+        v->summed = in;
+    }
+    block_scales_kernel<<<dim3(VQ_GROUPS, (unsigned)v->images), THREADS, 0, c->q.stream>>>(
+        v->blocks, blocks, v->side * v->side, channels, scale, shift, v->scale, v->shift,
+        v->squares);
+    launched(&c->q, "block_scales_kernel");
 }
+
+/* v->n = the f16 parts of a map of v->side. */
+static void split_map(struct gpu *c, int way, const float *in, int channels) {
+    struct vq_memory *v = &c->vq;
+    struct split s = {in, v->scale, v->shift, v->squares, v->down, (__half *)v->n, v->up,
+                      v->side * v->side, channels};
+    int octets = channels / 8, threads = octets * (octets < THREADS ? THREADS / octets : 1);
+    int pixels = threads / octets * SPLIT_PIXELS;
+    dim3 grid((unsigned)((s.pixels + pixels - 1) / pixels), (unsigned)v->images);
+    if (way == SPLIT_NORM) split_kernel<SPLIT_NORM><<<grid, threads, 0, c->q.stream>>>(s);
+    else if (way == SPLIT_SILU) split_kernel<SPLIT_SILU><<<grid, threads, 0, c->q.stream>>>(s);
+    else split_kernel<SPLIT_RAW><<<grid, threads, 0, c->q.stream>>>(s);
+    launched(&c->q, "split_kernel");
+}
+
+/* Whether a convolution goes by tensor cores. */
+static int conv_in_f16(const struct gpu *c, const struct vq_op *op, const struct gpu_op *w,
+                       int number) {
+    int taps = op->conv[number].size * op->conv[number].size, c_in = w->conv[number].cols / taps;
+    return w->conv[number].type != LVM_F32 && !c->exact && c_in % CONV_C == 0 && c_in <= 8192;
+}
+
+/* v->n = norm(in), or silu(norm(in)), for convolution `conv`. Of n values none is further than
+   sqrt(n) deviations from their mean. */
+static void groupnorm(struct gpu *c, const struct vq_op *op, const struct gpu_op *w, int number,
+                      int silu, const float *in, int channels, int conv) {
+    struct vq_memory *v = &c->vq;
+    float far = (float)v->side * sqrtf((float)(channels / VQ_GROUPS)), most = 0;
+    const float *scale = floats(&op->norm[number].scale), *shift = floats(&op->norm[number].shift);
+    if (!conv_in_f16(c, op, w, conv)) {
+        groupnorm_f32(c, w, number, silu, in, channels);
+        return;
+    }
+    for (int i = 0; i < channels; i++)
+        most = fmaxf(most, fabsf(scale[i]) * far + fabsf(shift[i]));
+    v->up = power_for(most);
+    find_scales(c, in, channels, w->scale[number], w->shift[number]);
+    split_map(c, silu ? SPLIT_SILU : SPLIT_NORM, in, channels);
+}
+
+/* A convolution's weights in f16, [rows][ld]. */
+static const __half *conv_weights(struct gpu *c, const struct matrix *w) {
+    if (w->type == LVM_F16) return (const __half *)w->q;
+    with_type(w->type, [&](auto type) {
+        halve_kernel<decltype(type)::value>
+            <<<blocks_of((int64_t)w->rows * w->ld / 4), THREADS, 0, c->q.stream>>>(
+                *w, (__half2 *)c->vq.w16);
+        launched(&c->q, "halve_kernel");
+    });
+    return c->vq.w16;
+}
+
+/* The output side by stride (2: half) and up (1: twice). */
+struct resampling {
+    int side_out, stride, up;
+};
+
+/* out = conv(in) + residual; in: v->n, or a map as it is. summed: sums of out's blocks are wanted,
+   if it goes by tensor cores. */
+static void conv2d(struct gpu *c, const struct vq_op *op, const struct gpu_op *w, int number,
+                   struct resampling to, const float *in, const float *residual, float *out,
+                   int summed) {
+    struct vq_memory *v = &c->vq;
+    const struct matrix *m = &w->conv[number];
+    int size = op->conv[number].size, c_in = m->cols / (size * size),
+        pad = to.stride == 2 ? 0 : size / 2;
+    summed &= conv_in_f16(c, op, w, number) && m->rows % CONV_C == 0;
+    if (conv_in_f16(c, op, w, number)) {
+        if (in != v->n) {
+            find_scales(c, in, c_in, NULL, NULL);
+            split_map(c, SPLIT_RAW, in, c_in);
+        }
+        struct conv_job j = {(const __half *)v->n, conv_weights(c, m), w->bias[number], residual,
+                             in != v->n ? v->down : NULL, out, summed ? v->blocks : NULL,
+                             1 / v->up, v->images, c_in, m->rows, m->ld, v->side, to.side_out,
+                             to.up, pad};
+        run_conv(&c->q, &j, size, to.stride);
+    } else {
+        struct product j = {in, *m, w->bias[number], residual, out,
+                            v->images * to.side_out * to.side_out, c_in, size, v->side,
+                            to.side_out, to.stride, to.up, pad, NULL, NULL};
+        run_product(&c->q, &j);
+    }
+    if (summed) v->summed = out;
+    else if (v->summed == out) v->summed = NULL;
+}
+
+static struct resampling same_side(const struct vq_memory *v) { return {v->side, 1, 0}; }
 
 /* x = x + conv2(silu(norm2(conv1(silu(norm1(x)))))) */
 static void run_residual(struct gpu *c, const struct vq_op *op, const struct gpu_op *w) {
     struct vq_memory *v = &c->vq;
-    int side = v->side, shortcut = w->conv[2].q != NULL;
-    groupnorm(c, w, 0, 1, v->x, v->c, v->n);
-    conv2d(c, &op->conv[0], w, 0, side, 1, 0, v->n, NULL, v->t);
-    groupnorm(c, w, 1, 1, v->t, op->c_out, v->n);
-    if (shortcut) conv2d(c, &op->conv[2], w, 2, side, 1, 0, v->x, NULL, v->u);
-    conv2d(c, &op->conv[1], w, 1, side, 1, 0, v->n, shortcut ? v->u : v->x,
-           shortcut ? v->u : v->x);
-    if (shortcut) take_map(v, &v->u, side, op->c_out);
+    int shortcut = w->conv[2].q != NULL;
+    if (shortcut) conv2d(c, op, w, 2, same_side(v), v->x, NULL, v->u, 0);
+    groupnorm(c, op, w, 0, 1, v->x, v->c, 0);
+    conv2d(c, op, w, 0, same_side(v), v->n, NULL, v->t, 1);
+    groupnorm(c, op, w, 1, 1, v->t, op->c_out, 1);
+    conv2d(c, op, w, 1, same_side(v), v->n, shortcut ? v->u : v->x, shortcut ? v->u : v->x, 1);
+    if (shortcut) take_map(v, &v->u, v->side, op->c_out);
 }
 
 static struct matrix as_matrix(const float *x, int rows, int cols, int ld) {
@@ -3142,10 +3903,14 @@ static void attend_image(struct gpu *c, int image) {
 static void run_attention(struct gpu *c, const struct vq_op *op, const struct gpu_op *w) {
     struct vq_memory *v = &c->vq;
     float *to[3] = {v->q, v->k, v->v};
-    groupnorm(c, w, 0, 0, v->x, v->c, v->n);
-    for (int i = 0; i < 3; i++) conv2d(c, &op->conv[i], w, i, v->side, 1, 0, v->n, NULL, to[i]);
+    for (int i = 0; i < 3; i++) {
+        if (i == 0 || conv_in_f16(c, op, w, i) != conv_in_f16(c, op, w, i - 1))
+            groupnorm(c, op, w, 0, 0, v->x, v->c, i);
+        conv2d(c, op, w, i, same_side(v), v->n, NULL, to[i], 0);
+    }
     for (int i = 0; i < v->images; i++) attend_image(c, i);
-    conv2d(c, &op->conv[3], w, 3, v->side, 1, 0, v->t, v->x, v->x);
+    if (v->summed == v->t) v->summed = NULL;
+    conv2d(c, op, w, 3, same_side(v), v->t, v->x, v->x, 1);
 }
 
 /* Half or twice the side, by a convolution or without one. */
@@ -3154,8 +3919,9 @@ static void run_resize(struct gpu *c, const struct vq_op *op, const struct gpu_o
     int64_t n = (int64_t)v->images * op->side_out * op->side_out * v->c;
     int down = op->kind == VQ_DOWN;
     if (w->conv[0].q != NULL)
-        conv2d(c, &op->conv[0], w, 0, op->side_out, down ? 2 : 1, !down, v->x, NULL, v->t);
+        conv2d(c, op, w, 0, {op->side_out, down ? 2 : 1, !down}, v->x, NULL, v->t, 1);
     else {
+        v->summed = NULL;
         resize_kernel<<<blocks_of(n), THREADS, 0, c->q.stream>>>(v->x, v->side, op->side_out, v->c,
                                                                  n, v->t);
         launched(&c->q, "resize_kernel");
@@ -3170,22 +3936,26 @@ static void run_op(struct gpu *c, const struct vq_op *op, const struct gpu_op *w
     case VQ_ATTENTION: run_attention(c, op, w); return;
     case VQ_DOWN:
     case VQ_UP: run_resize(c, op, w); return;
-    case VQ_HEAD: groupnorm(c, w, 0, 1, v->x, v->c, v->n); break;
+    case VQ_HEAD: groupnorm(c, op, w, 0, 1, v->x, v->c, 0); break;
     default: break;
     }
-    conv2d(c, &op->conv[0], w, 0, v->side, 1, 0, op->kind == VQ_HEAD ? v->n : v->x, NULL, v->t);
+    conv2d(c, op, w, 0, same_side(v), op->kind == VQ_HEAD ? v->n : v->x, NULL, v->t, 1);
     take_map(v, &v->t, op->side_out, op->c_out);
 }
 
+/* Where a call's progress begins. */
+struct progress {
+    const char *stage;
+    int64_t begin, all;
+};
+
 /* A group's progress counts as so many images one after the other would. */
-static int run_ops(struct gpu *c, int begin, int end, const char *stage, int n, int first, int all,
-                   lvm_error *error) {
-    const struct vqgan *vq = c->g->m->vq;
-    int64_t steps = end - begin;
+static int run_ops(struct gpu *c, int begin, int end, const struct progress *p, lvm_error *error) {
+    struct vq_memory *v = &c->vq;
     int code = LVM_OK;
-    for (int i = begin; code == LVM_OK && i < end; i++) {
-        code = report(c->o, stage, first * steps + (int64_t)(i - begin) * n, all * steps, error);
-        if (code == LVM_OK) run_op(c, &vq->ops[i], &c->g->ops[i]);
+    for (int i = begin; code == LVM_OK && i < end; i++, v->done += v->images) {
+        code = report(c->o, p->stage, p->begin + v->done, p->all, error);
+        if (code == LVM_OK) run_op(c, &c->g->m->vq->ops[i], &c->g->ops[i]);
     }
     return code;
 }
@@ -3194,19 +3964,49 @@ static void begin_maps(struct gpu *c, int n, int side, int channels) {
     c->vq.images = n;
     c->vq.side = side;
     c->vq.c = channels;
+    c->vq.summed = NULL;
 }
 
-/* ids of n images from the current map, image by image. */
+/* Copies maps of v->side between the current map and the one of all images. */
+static void copy_maps(struct gpu *c, float *to, const float *from) {
+    const struct vq_memory *v = &c->vq;
+    size_t bytes = (size_t)v->images * (size_t)(v->side * v->side) * (size_t)v->c * sizeof *to;
+    note(&c->q, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, c->q.stream),
+         "copying maps");
+}
+
+/* ids of n images from the current map. */
 static void quantize_images(struct gpu *c, int n) {
     const struct vqgan *vq = c->g->m->vq;
-    int T = vq->S * vq->S;
-    for (int i = 0; i < n; i++) {
-        struct part dots = {c->g->codebook, NULL, c->vq.dots};
-        matmul_f32(&c->q, &dots, c->vq.x + (int64_t)i * T * vq->code_dim, T, NULL);
-        nearest_kernel<<<(unsigned)T, THREADS, 0, c->q.stream>>>(c->vq.dots, c->g->code_norms,
-                                                                 vq->codes, c->vq.ids + i * T);
-        launched(&c->q, "nearest_kernel");
+    int vectors = n * vq->S * vq->S, parts = (vq->codes + NEAREST_CODES - 1) / NEAREST_CODES;
+    struct product j = {c->vq.x, c->g->codebook, NULL, NULL, NULL, vectors, vq->code_dim, 1, 1, 1,
+                        1, 0, 0, c->g->code_norms, c->vq.found};
+    run_product(&c->q, &j);
+    nearest_kernel<<<(unsigned)(vectors + WARPS - 1) / WARPS, THREADS, 0, c->q.stream>>>(
+        c->vq.found, vectors, parts, c->vq.ids);
+    launched(&c->q, "nearest_kernel");
+}
+
+/* The images to the current map, in front of the quantiser. */
+static int encode_maps(struct gpu *c, int n, const struct progress *p, lvm_error *error) {
+    const struct vqgan *vq = c->g->m->vq;
+    struct vq_memory *v = &c->vq;
+    const struct vq_op *op = &vq->ops[v->cut[0]];
+    int64_t pixels = (int64_t)vq->R * vq->R * 3, size = (int64_t)op->side_in * op->side_in;
+    int code = LVM_OK;
+    v->done = 0;
+    for (int i = 0, few; code == LVM_OK && i < n; i += few) {
+        few = (int)min64(v->few[0], n - i);
+        begin_maps(c, few, vq->R, 3);
+        from_bytes_kernel<<<blocks_of(few * pixels), THREADS, 0, c->q.stream>>>(
+            v->rgb + i * pixels, few * pixels, v->x);
+        launched(&c->q, "from_bytes_kernel");
+        code = run_ops(c, 0, v->cut[0], p, error);
+        if (n > v->few[0]) copy_maps(c, v->whole + i * size * op->c_in, v->x);
     }
+    begin_maps(c, n, op->side_in, op->c_in);
+    if (n > v->few[0]) copy_maps(c, v->x, v->whole);
+    return code == LVM_OK ? run_ops(c, v->cut[0], vq->n_encoder, p, error) : code;
 }
 
 static int gpu_encode(void *state, const uint8_t *rgb, int n, int first, int all, int32_t *ids,
@@ -3218,12 +4018,11 @@ static int gpu_encode(void *state, const uint8_t *rgb, int n, int first, int all
     float *own = code == LVM_OK ? (float *)malloc((size_t)(n * width) * sizeof *own) : NULL;
     if (code == LVM_OK && own == NULL) code = fail(error, LVM_MEMORY, "out of memory");
     if (code != LVM_OK) return code;
-    begin_maps(c, n, vq->R, 3);
+    const struct progress p = {"encode", (int64_t)first * vq->n_encoder,
+                               (int64_t)all * vq->n_encoder};
     note(&c->q, cudaMemcpyAsync(c->vq.rgb, rgb, (size_t)pixels, cudaMemcpyHostToDevice,
                                 c->q.stream), "copying images");
-    from_bytes_kernel<<<blocks_of(pixels), THREADS, 0, c->q.stream>>>(c->vq.rgb, pixels, c->vq.x);
-    launched(&c->q, "from_bytes_kernel");
-    code = run_ops(c, 0, vq->n_encoder, "encode", n, first, all, error);
+    code = encode_maps(c, n, &p, error);
     if (code == LVM_OK) quantize_images(c, n);
     note(&c->q, cudaMemcpyAsync(own, c->vq.x, (size_t)(n * width) * sizeof *own,
                                 cudaMemcpyDeviceToHost, c->q.stream), "copying latents");
@@ -3250,34 +4049,55 @@ __global__ void codes_kernel(struct matrix codebook, const int32_t *ids, float *
     }
 }
 
+/* Tokens to bytes, and to pixels where they are wanted. */
+static int decode_maps(struct gpu *c, int n, const struct progress *p, float *pixels,
+                       lvm_error *error) {
+    const struct vqgan *vq = c->g->m->vq;
+    struct vq_memory *v = &c->vq;
+    const struct vq_op *op = &vq->ops[v->cut[1]];
+    int64_t area = (int64_t)vq->R * vq->R * 3, size = (int64_t)op->side_in * op->side_in * op->c_in;
+    int code;
+    v->done = 0;
+    begin_maps(c, n, vq->S, vq->code_dim);
+    with_type(c->g->codebook.type, [&](auto type) {
+        codes_kernel<decltype(type)::value>
+            <<<(unsigned)(n * c->g->m->T), 64, 0, c->q.stream>>>(c->g->codebook, v->ids, v->x);
+        launched(&c->q, "codes_kernel");
+    });
+    code = run_ops(c, vq->n_encoder, v->cut[1], p, error);
+    if (n > v->few[1]) copy_maps(c, v->whole, v->x);
+    for (int i = 0, few; code == LVM_OK && i < n; i += few) {
+        few = (int)min64(v->few[1], n - i);
+        begin_maps(c, few, op->side_in, op->c_in);
+        if (n > v->few[1]) copy_maps(c, v->x, v->whole + i * size);
+        code = run_ops(c, v->cut[1], vq->n_ops, p, error);
+        to_bytes_kernel<<<blocks_of(few * area), THREADS, 0, c->q.stream>>>(
+            v->x, area, few * area, v->rgb + i * area, v->bad + i);
+        launched(&c->q, "to_bytes_kernel");
+        if (pixels != NULL)
+            note(&c->q, cudaMemcpyAsync(pixels + i * area, v->x, (size_t)(few * area) * 4,
+                                        cudaMemcpyDeviceToHost, c->q.stream), "copying pixels");
+    }
+    return code;
+}
+
 static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all, uint8_t *rgb,
                       float *pixels, lvm_error *error) {
     struct gpu *c = (struct gpu *)state;
     const struct vqgan *vq = c->g->m->vq;
-    int64_t area = (int64_t)vq->R * vq->R * 3, T = c->g->m->T;
+    int64_t area = (int64_t)vq->R * vq->R * 3, T = c->g->m->T, steps = vq->n_ops - vq->n_encoder;
+    const struct progress p = {"decode", first * steps, all * steps};
     int bad[IMAGES] = {0}, code = use_device(&c->q, error);
     if (code != LVM_OK) return code;
-    begin_maps(c, n, vq->S, vq->code_dim);
     note(&c->q, cudaMemcpyAsync(c->vq.ids, ids, (size_t)(n * T) * sizeof *ids,
                                 cudaMemcpyHostToDevice, c->q.stream), "copying tokens");
     note(&c->q, cudaMemsetAsync(c->vq.bad, 0, sizeof bad, c->q.stream), "cudaMemset");
-    with_type(c->g->codebook.type, [&](auto type) {
-        codes_kernel<decltype(type)::value><<<(unsigned)(n * T), 64, 0, c->q.stream>>>(
-            c->g->codebook, c->vq.ids, c->vq.x);
-        launched(&c->q, "codes_kernel");
-    });
-    code = run_ops(c, vq->n_encoder, vq->n_ops, "decode", n, first, all, error);
+    code = decode_maps(c, n, &p, pixels, error);
     if (code == LVM_OK) {
-        to_bytes_kernel<<<blocks_of(n * area), THREADS, 0, c->q.stream>>>(c->vq.x, area, n * area,
-                                                                          c->vq.rgb, c->vq.bad);
-        launched(&c->q, "to_bytes_kernel");
         note(&c->q, cudaMemcpyAsync(rgb, c->vq.rgb, (size_t)(n * area), cudaMemcpyDeviceToHost,
                                     c->q.stream), "copying images");
         note(&c->q, cudaMemcpyAsync(bad, c->vq.bad, sizeof bad, cudaMemcpyDeviceToHost,
                                     c->q.stream), "copying results");
-        if (pixels != NULL)
-            note(&c->q, cudaMemcpyAsync(pixels, c->vq.x, (size_t)(n * area) * sizeof *pixels,
-                                        cudaMemcpyDeviceToHost, c->q.stream), "copying pixels");
     }
     int ended = wait_for(&c->q, code == LVM_OK ? error : NULL);
     if (code == LVM_OK) code = ended;
@@ -3328,20 +4148,59 @@ static void place_lm(struct gpu *c, struct arena *a) {
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
 }
 
-/* Floats of the largest map and of the largest attention's, pixels of the latter; channels. */
-static void vq_largest(const struct vqgan *vq, int64_t *map, int64_t *attn, int64_t *pixels,
-                       int64_t *c) {
-    *map = *attn = *pixels = *c = 0;
+/* Floats of an operation's largest map; an attention transposes its values, with padding. */
+static int64_t map_floats(const struct vq_op *op) {
+    int64_t in = (int64_t)op->side_in * op->side_in, out = (int64_t)op->side_out * op->side_out;
+    return max64((op->kind == VQ_ATTENTION ? in + SPAN : in) * op->c_in, out * op->c_out);
+}
+
+/* How many images at a time the operations of large sides take, and where these end and begin: one
+   place for every number of images. Returns the floats of a buffer for maps. */
+static int64_t cut_ops(struct gpu *c) {
+    const struct vqgan *vq = c->g->m->vq;
+    struct vq_memory *v = &c->vq;
+    int64_t encoder = 0, decoder = 0;
     for (int i = 0; i < vq->n_ops; i++) {
-        const struct vq_op *op = &vq->ops[i];
-        int64_t in = (int64_t)op->side_in * op->side_in, out = (int64_t)op->side_out * op->side_out;
-        *map = max64(*map, max64(in * op->c_in, out * op->c_out));
-        *c = max64(*c, max64(op->c_in, op->c_out));
-        if (op->kind != VQ_ATTENTION) continue;
-        *attn = max64(*attn, in * op->c_in);
-        *pixels = max64(*pixels, in);
-        *map = max64(*map, (in + SPAN) * op->c_in); /* values transposed */
+        int64_t *most = i < vq->n_encoder ? &encoder : &decoder;
+        *most = max64(*most, map_floats(&vq->ops[i]));
     }
+    int64_t room = min64(max64(1, VQ_FLOATS / encoder), IMAGES) * encoder;
+    room = max64(room, decoder);
+    v->few[0] = (int)min64(IMAGES, room / encoder);
+    v->few[1] = (int)min64(IMAGES, room / decoder);
+    v->cut[0] = vq->n_encoder - 1;
+    v->cut[1] = vq->n_encoder + 1;
+    int64_t least = max64(map_floats(&vq->ops[v->cut[0]]), map_floats(&vq->ops[v->cut[1] - 1]));
+    c->images = (int)max64(1, min64(IMAGES, room / least));
+    while (v->cut[0] > 0 && c->images * map_floats(&vq->ops[v->cut[0] - 1]) <= room) v->cut[0]--;
+    while (v->cut[1] < vq->n_ops - 1 && c->images * map_floats(&vq->ops[v->cut[1]]) <= room)
+        v->cut[1]++;
+    return room;
+}
+
+/* Images that run through operation i together. */
+static int64_t images_at(const struct gpu *c, int i) {
+    const struct vq_memory *v = &c->vq;
+    int few = i < v->cut[0] ? v->few[0] : i >= v->cut[1] ? v->few[1] : c->images;
+    return min64(few, c->images);
+}
+
+static int64_t conv_halves(const struct gpu *c) {
+    int64_t most = 0;
+    for (int i = 0; i < c->g->m->n_specs; i++) {
+        const struct matrix *m = &c->g->map[i];
+        int conv = c->g->m->specs[i].kind == T_CONV || c->g->m->specs[i].kind == T_EXACT;
+        if (conv && m->type != LVM_F32 && m->type != LVM_F16)
+            most = max64(most, (int64_t)m->rows * m->ld);
+    }
+    return most;
+}
+
+/* The sums of blocks that an operation's maps have. */
+static int64_t block_floats(const struct vq_op *op) {
+    int64_t in = (op->side_in + 7) / 8, out = (op->side_out + 7) / 8;
+    int64_t c = max64(op->c_in, op->c_out);
+    return 2 * c * max64(in * in, out * out);
 }
 
 enum { MAPS_BYTES = 768 << 20 /* of images that are worked on together */ };
@@ -3349,21 +4208,34 @@ enum { MAPS_BYTES = 768 << 20 /* of images that are worked on together */ };
 static void place_vq(struct gpu *c, struct arena *a) {
     const struct vqgan *vq = c->g->m->vq;
     struct vq_memory *v = &c->vq;
-    int64_t map, attn, pixels, channels, all = 0;
+    int64_t attn = 0, pixels = 0, channels = 0, blocks = 0, all, T;
     if (vq == NULL) return;
-    vq_largest(vq, &map, &attn, &pixels, &channels);
+    int64_t map = cut_ops(c), n = c->images;
+    for (int i = 0; i < vq->n_ops; i++) {
+        const struct vq_op *op = &vq->ops[i];
+        int64_t in = (int64_t)op->side_in * op->side_in;
+        channels = max64(channels, max64(op->c_in, op->c_out));
+        blocks = max64(blocks, images_at(c, i) * block_floats(op));
+        if (op->kind != VQ_ATTENTION) continue;
+        attn = max64(attn, images_at(c, i) * in * op->c_in);
+        pixels = max64(pixels, in);
+    }
+    const struct vq_op *after = &vq->ops[v->cut[0]], *before = &vq->ops[v->cut[1]];
+    int64_t whole = max64((int64_t)after->side_in * after->side_in * after->c_in,
+                          (int64_t)before->side_in * before->side_in * before->c_in);
     all = (int64_t)vq->R * vq->R;
-    c->images = (int)max64(1, min64(IMAGES, MAPS_BYTES / (16 * map)));
-    int64_t n = c->images;
+    T = (int64_t)vq->S * vq->S;
     struct { float **p; int64_t n; } maps[] = {
-        {&v->x, n * map}, {&v->t, n * map}, {&v->u, n * map}, {&v->n, n * map}, {&v->q, n * attn},
-        {&v->k, n * attn}, {&v->v, n * attn}, {&v->s, pixels > 0 ? max64(SCORES, pixels) : 0},
-        {&v->scale, n * channels}, {&v->shift, n * channels},
-        {&v->dots, (int64_t)vq->S * vq->S * vq->codes}};
+        {&v->x, map}, {&v->t, map}, {&v->u, map}, {&v->n, map}, {&v->whole, n * whole},
+        {&v->q, attn}, {&v->k, attn}, {&v->v, attn}, {&v->s, pixels > 0 ? max64(SCORES, pixels) : 0},
+        {&v->scale, n * channels}, {&v->shift, n * channels}, {&v->blocks, blocks},
+        {&v->squares, n * VQ_GROUPS}, {&v->down, n}};
     for (const auto &one : maps) take(a, one.p, one.n);
     take(a, &v->sums, n * ((all + CHUNK - 1) / CHUNK) * VQ_GROUPS * 2);
+    take(a, &v->w16, conv_halves(c));
+    take(a, &v->found, n * T * ((vq->codes + NEAREST_CODES - 1) / NEAREST_CODES));
     take(a, &v->rgb, n * all * 3);
-    take(a, &v->ids, n * vq->S * vq->S);
+    take(a, &v->ids, n * T);
     take(a, &v->bad, IMAGES);
 }
 
