@@ -2958,9 +2958,11 @@ enum { BIN_BITS = 10, BINS = 1 << BIN_BITS /* and threads */, CODE_BITS = 14,
 
 /* How to sample; what is kept of each sequence. */
 struct sampler {
-    float temperature, top_p;
-    int top_k, greedy, judge; /* judge: log_likelihood is wanted */
-    struct {
+    struct how {
+        float temperature, top_p;
+        int top_k, greedy, judge; /* judge: log_likelihood is wanted */
+    } how;
+    struct kept {
         struct rng rng;
         double log_likelihood;
         int done;
@@ -3027,14 +3029,25 @@ struct slice {
     int bits;
 };
 
+/* A bin: first choice, how many, the sum of those before them. */
+struct bin {
+    int first, n;
+    double before;
+};
+
 /* A block's shared memory: choice i has p[padded(i)] and id[i]. */
 struct sampling {
     float *p;
     uint16_t *id;
     struct sampling_memory {
+        struct sampler::how how;
+        struct sampler::kept row;
         uint32_t most[4][32];
-        int counts[32], bin[BINS + 1]; /* how many choices, then where they begin */
-        double sums[32], total, before[BINS]; /* of all; before each group of 2^up choices */
+        int counts[32], n, next[BINS]; /* choices of all bins; how many, then where they begin */
+        double sums[32], total, before[BINS + 1]; /* of all; before each 2^up choices */
+        struct bin found;
+        float likely[FEW];             /* of a bin, in order */
+        int likely_id[FEW];
         struct {
             int id;
             double mass;               /* up to it and with it */
@@ -3080,45 +3093,47 @@ template <class T> static __device__ T sum_before(T v, T *parts) {
     return all + sum - v;
 }
 
-/* Choices of a slice are summed in groups of 2^this: 1024 groups are enough. */
-static __device__ int group_bits(int n) { return n > BINS ? 32 - __clz((n - 1) / BINS) : 0; }
-
 /* Sorts a slice by bins, what is below `least` apart: p and id, of which thread t has number
-   t + 1024 i, go to where they belong in shared memory; then sums. */
+   t + 1024 i, go to where they belong in shared memory. The thread's bin is returned. */
 template <int N>
-static __device__ void split(const struct sampling &m, const struct slice &s, const float *p,
-                             const int *id, float least) {
+static __device__ struct bin split(const struct sampling &m, const struct slice &s, const float *p,
+                                   const int *id, float least) {
     const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS);
     uint32_t place[N]; /* the bin, and below it the number among its choices */
-    __syncthreads(); /* bins and sums of an earlier call have been read */
-    m.m->bin[t] = 0;
+    m.m->next[t] = 0;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (i * BINS >= s.n) break;
         if (t + i * BINS >= s.n || p[i] < least) continue;
         int bin = bin_of(s, width, p[i], id[i]);
-        place[i] = (uint32_t)(bin << 16 | atomicAdd(&m.m->bin[bin], 1));
+        place[i] = (uint32_t)(bin << 16 | atomicAdd(&m.m->next[bin], 1));
     }
     __syncthreads();
-    int own = m.m->bin[t], first = s.first + sum_before(own, m.m->counts);
-    m.m->bin[t] = first;
-    if (t == BINS - 1) m.m->bin[BINS] = first + own;
+    struct bin own = {s.first, m.m->next[t], 0};
+    own.first += sum_before(own.n, m.m->counts);
+    m.m->next[t] = own.first;
+    if (t == BINS - 1) m.m->n = own.first + own.n - s.first;
     __syncthreads();
-    const int n = m.m->bin[BINS] - s.first, up = group_bits(n);
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (i * BINS >= s.n) break;
         if (t + i * BINS >= s.n || p[i] < least) continue;
-        int to = m.m->bin[place[i] >> 16] + (int)(place[i] & 0xffff);
+        int to = m.m->next[place[i] >> 16] + (int)(place[i] & 0xffff);
         m.p[padded(to)] = p[i];
         m.id[to] = (uint16_t)id[i];
     }
+    const int n = m.m->n, up = n > BINS ? 32 - __clz((n - 1) / BINS) : 0; /* 2^up a thread */
     __syncthreads();
     double sum = 0;
     for (int i = t << up; i < min(n, (t + 1) << up); i++) sum += (double)m.p[padded(s.first + i)];
     m.m->before[t] = s.before + sum_before(sum, m.m->sums);
+    if (t == BINS - 1) m.m->before[BINS] = m.m->before[t] + sum;
     __syncthreads();
+    const int at = own.first - s.first;
+    own.before = m.m->before[at >> up];
+    for (int i = at >> up << up; i < at; i++) own.before += (double)m.p[padded(s.first + i)];
+    return own;
 }
 
 /* So many choices, or so large a sum; one at least. */
@@ -3131,45 +3146,71 @@ static __device__ int reached(const struct goal &g, int count, double mass) {
     return count > 0 && (count >= g.count || mass >= g.mass);
 }
 
-/* Of a slice that was split, the bin in which the goal is reached: the group in which it is, as
-   choices lie, then the choice, then its bin. All threads do the same. */
+/* Of a slice's bins, of which each thread has one, that in which the goal is reached: the last one
+   before which it is not. */
 static __device__ struct slice find(const struct sampling &m, const struct goal &g,
-                                    const struct slice &s) {
-    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS);
-    const int n = m.m->bin[BINS] - s.first, up = group_bits(n);
-    int group = __syncthreads_count(
-                    !reached(g, s.first + min(n, t << up), m.m->before[t])) - 1;
-    const int from = s.first + (group << up), to = min(from + (1 << up), s.first + n) - 1;
-    int at = from; /* where it is reached: with `to` in any case */
-    double sum = m.m->before[group];
-    for (int i = from; i < to; i++) {
-        sum += (double)m.p[padded(i)];
-        at += !reached(g, i + 1, sum);
-    }
-    const int bin = bin_of(s, width, m.p[padded(at)], m.id[at]);
-    const int first = m.m->bin[bin], whole = (first - s.first) >> up; /* groups before it */
-    double before = m.m->before[whole];
-    for (int i = s.first + (whole << up); i < first; i++) before += (double)m.p[padded(i)];
-    return {first, m.m->bin[bin + 1] - first, before, s.low + ((uint64_t)bin << width), width};
+                                    const struct slice &s, const struct bin &own) {
+    const int width = max(0, s.bits - BIN_BITS);
+    int bin = __syncthreads_count(!reached(g, own.first, own.before)) - 1;
+    if ((int)threadIdx.x == bin) m.m->found = own;
+    __syncthreads();
+    const struct bin &b = m.m->found;
+    return {b.first, b.n, b.before, s.low + ((uint64_t)bin << width), width};
 }
 
-/* The choice of a small slice with which the goal is reached, to m.m->choice. */
-static __device__ void choose(const struct sampling &m, const struct goal &g,
-                              const struct slice &s) {
-    const int t = (int)threadIdx.x;
-    if (t < s.n) {
-        const float p = m.p[padded(s.first + t)];
-        const int id = m.id[s.first + t];
-        int count = s.first;
-        double before = s.before;
-        for (int i = s.first; i < s.first + s.n; i++) {
-            float other = m.p[padded(i)];
-            if (other < p || (other == p && m.id[i] >= id)) continue;
-            count++;
-            before += (double)other;
+/* The bin in which the goal is reached, of a slice that is a bin with too many choices. */
+template <int N>
+static __device__ struct slice find_deeper(const struct sampling &m, const struct goal &g,
+                                           const struct slice &s) {
+    float p[N];
+    int id[N];
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        int at = s.first + min((int)threadIdx.x + i * BINS, s.n - 1);
+        if (i * BINS >= s.n) break;
+        p[i] = m.p[padded(at)];
+        id[i] = m.id[at];
+    }
+    return find(m, g, s, split<N>(m, s, p, id, 0));
+}
+
+/* Puts a bin's choices in order; a warp a choice. */
+static __device__ void order(const struct sampling &m, const struct slice &s) {
+    const int lane = (int)threadIdx.x % 32;
+    for (int i = (int)threadIdx.x / 32; i < s.n; i += 32) {
+        const float p = m.p[padded(s.first + i)];
+        const int id = m.id[s.first + i];
+        int rank = 0;
+        for (int k = 0; k < s.n; k += 32) {
+            int at = s.first + k + lane, in = k + lane < s.n;
+            float other = in ? m.p[padded(at)] : -1;
+            int likelier = other > p || (other == p && m.id[at] < id);
+            rank += __popc(__ballot_sync(0xffffffff, likelier));
         }
-        if (!reached(g, count, before) && reached(g, count + 1, before + (double)p))
-            m.m->choice = {id, before + (double)p};
+        if (lane == 0) m.m->likely[rank] = p, m.m->likely_id[rank] = id;
+    }
+    __syncthreads();
+}
+
+/* The choice with which the goal is reached, to m.m->choice. own: the thread's bin of all. */
+template <int N>
+static __device__ void choose(const struct sampling &m, const struct goal &g,
+                              const struct slice &all, const struct bin &own) {
+    struct slice s = find(m, g, all, own);
+    while (s.n > FEW) s = find_deeper<N>(m, g, s);
+    order(m, s);
+    for (int first = 0; first < s.n && threadIdx.x < 32; first += 32) { /* a lane a choice */
+        const int i = first + (int)threadIdx.x;
+        const double p = i < s.n ? (double)m.m->likely[i] : 0;
+        double sum = p;
+        for (int k = 1; k < 32; k *= 2) {
+            double other = __shfl_up_sync(0xffffffff, sum, k);
+            if (i - first >= k) sum += other;
+        }
+        sum += s.before;
+        if (i < s.n && !reached(g, s.first + i, sum - p) && reached(g, s.first + i + 1, sum))
+            m.m->choice = {m.m->likely_id[i], sum};
+        s.before = __shfl_sync(0xffffffff, sum, 31);
     }
     __syncthreads();
 }
@@ -3201,73 +3242,41 @@ static __device__ int likeliest(const struct sampling &m, const float *x, int co
 
 static __device__ float divided(float x, float by) { return by == 1 ? x : __fdiv_rn(x, by); }
 
-/* Splits all codes by the probabilities that their logits give; m.m->total: their sum, of which no
-   more than this share will be asked for. */
+/* One of the codes by their logits x, which become probabilities. most, least: of them. */
 template <int N>
-static __device__ void split_codes(const struct sampling &m, const struct slice &all,
-                                   const float *logits, float most, float temperature,
-                                   double share) {
-    const int t = (int)threadIdx.x;
-    float p[N];
+static __device__ int draw(const struct sampling &m, float *x, int codes, float most,
+                           float least) {
+    const struct sampler::how &by = m.m->how;
+    const int t = (int)threadIdx.x, all_stay = by.top_k <= 0 || by.top_k >= codes,
+              start = !all_stay ? 0 : by.top_p < 1 ? 1 : 2; /* 0: top-k, 1: nucleus, 2: draw */
+    struct rng rng = m.m->row.rng;
+    const double part = rng_next_as_host(&rng) * 0x1p-32;
     int id[N];
     double sum = 0;
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        if (i * BINS >= all.n) break;
+        if (i * BINS >= codes) break;
         id[i] = t + i * BINS;
-        p[i] = logits[min(id[i], all.n - 1)];
-    }
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        if (i * BINS >= all.n) break;
-        p[i] = summand_as_host(exp_as_host(divided(p[i] - most, temperature)));
-        if (id[i] < all.n) sum += (double)p[i];
+        x[i] = summand_as_host(exp_as_host(divided(x[i] - most, by.temperature)));
+        if (id[i] < codes) sum += (double)x[i];
     }
     sum += sum_before(sum, m.m->sums);
     if (t == BINS - 1) m.m->total = sum;
     __syncthreads();
-    split<N>(m, all, p, id, (float)((1 - share) * m.m->total / all.n * 0.999));
-}
-
-/* Splits a bin that a split has left. */
-template <int N>
-static __device__ void split_bin(const struct sampling &m, const struct slice &s) {
-    float p[N];
-    int id[N];
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        int at = s.first + min((int)threadIdx.x + i * BINS, s.n - 1);
-        if (i * BINS >= s.n) break;
-        p[i] = m.p[padded(at)];
-        id[i] = m.id[at];
-    }
-    split<N>(m, s, p, id, 0);
-}
-
-/* One of the codes. most, least: of their logits; random: 32 bits. */
-template <int N>
-static __device__ int draw(const struct sampling &m, const struct sampler &by, uint32_t random,
-                           const float *logits, int codes, float most, float least) {
-    /* A lower logit may, by a rounding, have a p that is larger: hence the 64. */
+    /* A lower logit may, by a rounding, have a p that is larger: hence the 64. Of the sum no more
+       than a share is asked for: what is below `few` could not give the rest together. */
     float low = summand_as_host(exp_as_host(divided(least - most, by.temperature)));
     struct slice all = {0, codes, 0, 0, 64 - __clzll(key_of(low, CODES - 1) + (64 << CODE_BITS))};
-    const int all_stay = by.top_k <= 0 || by.top_k >= codes, all_in = by.top_p == 1;
-    const int start = !all_stay ? 0 : !all_in ? 1 : 2; /* 0: top-k, 1: nucleus, 2: draw */
-    const double part = random * 0x1p-32, share = start == 0 ? 1 : start == 1 ? by.top_p : part;
+    double mass = m.m->total, share = start == 0 ? 1 : start == 1 ? (double)by.top_p : part;
+    const float few = (float)((1 - share) * mass / codes * 0.999);
+    const struct bin own = split<N>(m, all, x, id, few);
 #pragma unroll 1
-    for (int step = start, lost = 1; step < 3; step++) { /* lost: the bins of all are not there */
-        if (step == 1 && all_in) continue;
-        struct slice s = all;
-        struct goal g = {by.top_k, HUGE_VAL};
-        for (int deep = 0; deep == 0 || s.n > FEW; deep = 1) {
-            if (deep) split_bin<N>(m, s);
-            else if (lost) split_codes<N>(m, all, logits, most, by.temperature, share);
-            double mass = step == start ? m.m->total : m.m->choice.mass;
-            if (!deep && step > 0) g = {codes, mass * (step == 1 ? (double)by.top_p : part)};
-            s = find(m, g, s);
-            lost = deep;
-        }
-        choose(m, g, s);
+    for (int step = start; step < 3; step++) {
+        if (step == 1 && by.top_p == 1) continue; /* for all are in the nucleus */
+        struct goal g = {codes, mass * (step == 1 ? (double)by.top_p : part)};
+        if (step == 0) g = {by.top_k, HUGE_VAL};
+        choose<N>(m, g, all, own);
+        mass = m.m->choice.mass;
     }
     return m.m->choice.id;
 }
@@ -3293,8 +3302,7 @@ __global__ void __launch_bounds__(BINS, 1)
     __shared__ struct sampling::sampling_memory own;
     const struct sampling m = {memory, (uint16_t *)(memory + padded(codes + 31)), &own};
     const int row = (int)blockIdx.x, t = (int)threadIdx.x;
-    struct rng rng = by->of[row].rng;
-    const uint32_t random = rng_next_as_host(&rng);
+    if (t == BINS - 1) own.how = by->how, own.row = by->of[row];
     float x[N], high = -HUGE_VALF, low = HUGE_VALF, higher = -HUGE_VALF; /* higher: of all */
     int finite = 1;
     logits += (int64_t)row * V;
@@ -3320,14 +3328,15 @@ __global__ void __launch_bounds__(BINS, 1)
     low = from_ordered(~most[1]);
     int id = -1;
     if (!most[3])
-        id = by->greedy ? likeliest<N>(m, x, codes, high)
-                        : draw<N>(m, *by, random, logits, codes, high, low);
-    float nll = id >= 0 && by->judge ? judge(m, logits, V, from_ordered(most[2]), id) : 0;
+        id = own.how.greedy ? likeliest<N>(m, x, codes, high)
+                        : draw<N>(m, x, codes, high, low);
+    float nll = id >= 0 && own.how.judge ? judge(m, logits, V, from_ordered(most[2]), id) : 0;
     if (t < BINS - 1) return;
-    int done = by->of[row].done++;
-    ring[done % RING][row] = (uint64_t)(done + 1) << 32 | (uint32_t)id;
-    by->of[row].log_likelihood -= (double)nll;
-    if (!by->greedy) rng_next_as_host(&by->of[row].rng);
+    ring[own.row.done % RING][row] = (uint64_t)(own.row.done + 1) << 32 | (uint32_t)id;
+    if (!own.how.greedy) rng_next_as_host(&own.row.rng);
+    own.row.log_likelihood -= (double)nll;
+    own.row.done++;
+    by->of[row] = own.row;
     tokens[row] = max(id, 0);
     pos[row]++;
 }
@@ -3419,15 +3428,11 @@ static struct step tell_sampler(struct gpu *c, const struct continuation *k, con
     int32_t tokens[SEQUENCES] = {0};
     int rows[SEQUENCES], before[SEQUENCES];
     struct batch b = {k->n_seqs, tokens, rows, k->n_seqs, rows, k->logits, NULL, NULL};
-    to->temperature = by->temperature;
-    to->top_p = by->top_p;
-    to->top_k = by->top_k;
-    to->greedy = by->greedy;
-    to->judge = by->log_likelihood != NULL;
+    to->how = {by->temperature, by->top_p, by->top_k, by->greedy, by->log_likelihood != NULL};
     for (int s = 0; s < k->n_seqs; s++) {
         rows[s] = s;
         before[s] = start[s] - 1;
-        to->of[s] = {k->rng[s], to->judge ? by->log_likelihood[s] : 0, 0};
+        to->of[s] = {k->rng[s], to->how.judge ? by->log_likelihood[s] : 0, 0};
     }
     for (int i = 0; i < RING; i++)
         for (int s = 0; s < SEQUENCES; s++) c->told->ring[i][s] = 0;
@@ -3449,7 +3454,7 @@ static int end_sampling(struct gpu *c, struct continuation *k, lvm_error *error)
     int code = wait_for(&c->q, error);
     for (int s = 0; code == LVM_OK && s < k->n_seqs; s++) {
         k->rng[s] = from->of[s].rng;
-        if (from->judge) k->sampling->log_likelihood[s] = from->of[s].log_likelihood;
+        if (from->how.judge) k->sampling->log_likelihood[s] = from->of[s].log_likelihood;
     }
     return code;
 }
