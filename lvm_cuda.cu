@@ -800,6 +800,8 @@ struct product {
     int c_in, size, side_in, side_out, stride, up, pad;
     const float *norms;    /* of a codebook w: not its products are wanted, but for each */
     struct nearest *found; /* [pixels][codes / NEAREST_CODES] the nearest of so many codes */
+    int batch;             /* so many such products, if more than one: in f32, from one to the next */
+    int64_t in_step, w_step, out_step;
 };
 
 enum { NEAREST_CODES = 128 };
@@ -878,6 +880,11 @@ __global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
               B = (BN * DEPTH / 4 + THREADS - 1) / THREADS;
     const int tid = (int)threadIdx.x, o0 = (int)blockIdx.x * BN, N = j.w.rows;
     const int p0 = (int)blockIdx.y * BM;
+    if (j.batch > 1) {
+        j.in += blockIdx.z * j.in_step;
+        j.w.q += blockIdx.z * j.w_step * 4;
+        j.out += blockIdx.z * j.out_step;
+    }
     const int px = tid / (BN / TN) * TM, ox = tid % (BN / TN) * TN;
     float sum[TM][TN] = {};
     struct place places[A];
@@ -935,7 +942,8 @@ __global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
 template <int TYPE, int BM, int BN, int TM, int TN>
 static void launch_product(struct queue *q, const struct product *j) {
     static_assert(BM / TM * (BN / TN) == THREADS, "a thread has TM x TN sums");
-    dim3 grid((unsigned)(j->w.rows + BN - 1) / BN, (unsigned)((j->pixels + BM - 1) / BM));
+    dim3 grid((unsigned)(j->w.rows + BN - 1) / BN, (unsigned)((j->pixels + BM - 1) / BM),
+              (unsigned)(j->batch > 1 ? j->batch : 1));
     product_kernel<TYPE, BM, BN, TM, TN><<<grid, THREADS, 0, q->stream>>>(*j);
     launched(q, "product_kernel");
 }
@@ -1001,7 +1009,7 @@ static void run_product(struct queue *q, const struct product *j) {
 /* A linear layer: y[rows][w.rows] = x[rows][w.cols] w^T + bias. */
 static void matmul_f32(struct queue *q, const struct part *p, const float *x, int rows) {
     struct product j = {x, p->w, p->bias, NULL, p->y, rows, p->w.cols, 1, 1, 1, 1, 0, 0, NULL,
-                        NULL};
+                        NULL, 0, 0, 0, 0};
     run_product(q, &j);
 }
 
@@ -1017,6 +1025,8 @@ static void matmul_f32(struct queue *q, const struct part *p, const float *x, in
    once for all nine taps: a tap is the same operand from another pixel on, whose rows of 8 pixels
    stand at one distance (so tiles are 8 wide). In shared memory 8 channels of all pixels lie
    together, 16 bytes a pixel: no bank is met twice and a tap's operand may begin at any pixel.
+   (Weights lie as rows of 32 channels, swizzled: wgmma reads its first operand from 8 channels that
+   lie together at a fifth of the speed.)
 
        acc[channel][pixel] += w[channel][16] x[pixel][16]
 
@@ -1040,23 +1050,30 @@ struct conv_job {
 
 /* What a block has in shared memory. With stride 2 a row of pixels has its even columns first, then
    its odd ones, so that a tap's 8 pixels are neighbours there too. */
-template <int SIZE, int STRIDE, int ROWS, int PIXELS> struct conv_tile {
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int PARTS = 1> struct conv_tile {
     static const int THREADS_ = ROWS > 64 ? 256 : 128, SUMS = ROWS * PIXELS / THREADS_;
     static const int GROUP = ROWS < 64 ? ROWS : 64; /* channels of 128 threads */
     static const int TALL = PIXELS / CONV_W, TAPS = SIZE * SIZE;
     static const int PITCH = STRIDE == 1 ? CONV_W - 1 + SIZE : 2 * (CONV_W + 1);
     static const int PATCH = (((TALL - 1) * STRIDE + SIZE) * PITCH + 7) / 8 * 8; /* pixels */
     static const int PASSES = (PATCH + THREADS_ / 4 - 1) / (THREADS_ / 4);
-    static const int STEP = SIZE == 3 && STRIDE == 1 && ROWS < 64 ? 3 : 1; /* taps */
-    static const int STEPS = TAPS / STEP, AHEAD = 2, STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD;
+    static const int STEP = SIZE == 3 && STRIDE == 1 && PARTS == 1 && PIXELS == 64 ? 3 : 1;
+    static const int STEPS = TAPS / STEP, AHEAD = 2;
+    static const int STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD;
     static const int BUFFERS = SIZE == 1 ? STAGES : 2;
     static const int PLANE = PATCH * 16, PATCH_BYTES = 8 * PLANE;
-    static const int W_PLANE = ROWS * 16, TAP_BYTES = 4 * W_PLANE;
-    static const int W_BYTES = STEP * TAP_BYTES;
-    static const int LOOP_BYTES = BUFFERS * PATCH_BYTES + STAGES * W_BYTES;
+    static const int TAP_BYTES = ROWS * 64, W_BYTES = STEP * TAP_BYTES;
+    static const int LOOP_BYTES = PARTS * (BUFFERS * PATCH_BYTES + STAGES * W_BYTES);
     static const int STAGE = 64 * (GROUP + 4) + 8 * GROUP; /* floats, in the epilogue */
-    static const int STORE_BYTES = THREADS_ / 128 * STAGE * 4;
+    static const int STORE_BYTES = (PARTS > 1 ? PARTS : THREADS_ / 128) * STAGE * 4;
     static const int BYTES = LOOP_BYTES > STORE_BYTES ? LOOP_BYTES : STORE_BYTES;
+    static __device__ int lane_row() {
+        return (int)threadIdx.x % THREADS_ / 32 * 8 + (int)threadIdx.x % 8;
+    }
+    static __device__ void barrier() { /* of the threads that have a tile, or a part of it */
+        if (PARTS == 1) __syncthreads();
+        else asm volatile("bar.sync %0, 128;" ::"r"((int)threadIdx.x / 128 + 1) : "memory");
+    }
     static __device__ int tap_at(int tap) {
         int y = tap / SIZE, x = tap % SIZE;
         return y * PITCH + (STRIDE == 1 ? x : x % 2 * (CONV_W + 1) + x / 2);
@@ -1075,11 +1092,11 @@ struct conv_place {
 };
 
 template <class T, int ROWS>
-static __device__ struct conv_place conv_place_of(const struct conv_job &j) {
-    int rows = (j.c_out + ROWS - 1) / ROWS, tile = (int)blockIdx.x / rows;
+static __device__ struct conv_place conv_place_of(const struct conv_job &j, int number) {
+    int rows = (j.c_out + ROWS - 1) / ROWS, tile = number / rows;
     int across = (j.side_out + CONV_W - 1) / CONV_W, tall = (j.side_out + T::TALL - 1) / T::TALL;
     struct conv_place p = {tile / (across * tall), tile / across % tall * T::TALL,
-                           tile % across * CONV_W, (int)blockIdx.x % rows * ROWS};
+                           tile % across * CONV_W, number % rows * ROWS};
     return p;
 }
 
@@ -1090,10 +1107,6 @@ template <class T> struct conv_patch {
     int at[T::PASSES];
 };
 
-static __device__ int conv_lane_row() {
-    return (int)threadIdx.x / 32 * 8 + (int)threadIdx.x % 8;
-}
-
 template <class T, int STRIDE>
 static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
                                                   const struct conv_place &l) {
@@ -1102,7 +1115,7 @@ static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
               threadIdx.x % 32 / 8 * 8;
 #pragma unroll
     for (int i = 0; i < T::PASSES; i++) {
-        int n = conv_lane_row() + i * (T::THREADS_ / 4), q = n % T::PITCH;
+        int n = T::lane_row() + i * (T::THREADS_ / 4), q = n % T::PITCH;
         if (STRIDE == 2) q = q <= CONV_W ? 2 * q : 2 * (q - CONV_W - 1) + 1;
         int y = l.y * STRIDE - j.pad + n / T::PITCH, x = l.x * STRIDE - j.pad + q;
         int inside = y >= 0 && x >= 0 && y >> j.up < j.side_in && x >> j.up < j.side_in;
@@ -1115,7 +1128,7 @@ static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
 template <class T>
 static __device__ void load_patch(const struct conv_job &j, const struct conv_patch<T> &p,
                                   int chunk, uint32_t buffer, int i) {
-    int n = conv_lane_row() + i * (T::THREADS_ / 4), inside = p.at[i] >= 0;
+    int n = T::lane_row() + i * (T::THREADS_ / 4), inside = p.at[i] >= 0;
     if (n >= T::PATCH) return;
     const __half *from = p.image + ((int64_t)max(p.at[i], 0) * (j.c_in / CONV_C) + chunk) * 64;
     uint32_t to = buffer + threadIdx.x % 32 / 8 * T::PLANE + n * 16;
@@ -1129,13 +1142,13 @@ static __device__ void load_weights(const struct conv_job &j, int o, int chunk, 
                                     uint32_t buffer) {
     int piece = (int)threadIdx.x % 32 / 8;
 #pragma unroll
-    for (int i = 0; i < T::W_PLANE / 16 / (T::THREADS_ / 4); i++) {
-        int row = conv_lane_row() + i * (T::THREADS_ / 4), inside = o + row < j.c_out;
+    for (int i = 0; i < T::TAP_BYTES / 64 / (T::THREADS_ / 4); i++) {
+        int row = T::lane_row() + i * (T::THREADS_ / 4), inside = o + row < j.c_out;
         const __half *from = j.w + (int64_t)(inside ? o + row : 0) * j.ld +
                              step * T::STEP * j.c_in + chunk * CONV_C + piece * 8;
 #pragma unroll
         for (int tap = 0; tap < T::STEP; tap++)
-            copy_or_zero(buffer + tap * T::TAP_BYTES + piece * T::W_PLANE + row * 16,
+            copy_or_zero(buffer + tap * T::TAP_BYTES + row * 64 + (piece ^ (row / 2 & 3)) * 16,
                          from + tap * j.c_in, inside);
     }
 }
@@ -1148,11 +1161,21 @@ static __device__ uint4 load_matrices(uint32_t at) {
 }
 
 
+/* Where a lane finds its 8 columns of 16, number k of a row of weights: piece p of row r lies at
+   p ^ (r / 2 & 3), as wgmma's swizzle of 64 bytes wants it. */
+static __device__ int weights_piece(int lane, int k) {
+    return (2 * k + lane / 16 ^ (lane / 2 & 3)) * 16;
+}
+
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* Operands for wgmma from shared memory: groups of 8 rows by 16 bytes, `along` bytes apart along
-   the columns and `down` along the rows. */
+/* Operands for wgmma from shared memory. Pixels: groups of 8 rows by 16 bytes, `along` bytes apart
+   along the columns and `down` along the rows. Weights: rows of 64 bytes, swizzled. */
 static __device__ uint64_t operand(uint32_t at, uint32_t along, uint32_t down) {
     return at >> 4 | (uint64_t)(along >> 4) << 16 | (uint64_t)(down >> 4) << 32;
+}
+
+static __device__ uint64_t swizzled_operand(uint32_t at) {
+    return at >> 4 | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t)2 << 62;
 }
 
 #define SUMS4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
@@ -1186,12 +1209,12 @@ template <int PIXELS> static __device__ void wgmma(float *c, uint64_t a, uint64_
 /* A step: 32 channels under its taps; what the step before it multiplied is complete afterwards. */
 template <class T, int STRIDE, int PIXELS>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
-    w += threadIdx.x / 128 * 1024;
+    w += threadIdx.x % T::THREADS_ / 128 * 4096;
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
         int tap = i / 4, k = i / 2 % 2, low = i % 2;
-        wgmma<PIXELS>(c, operand(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE, T::W_PLANE, 128),
+        wgmma<PIXELS>(c, swizzled_operand(w + tap * T::TAP_BYTES + k * 32),
                       operand(patch + T::tap_at(step * T::STEP + tap) * 16 +
                                   (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16));
     }
@@ -1209,12 +1232,12 @@ template <int N> static __device__ void conv_finish(float *c) {
 template <class T, int STRIDE, int PIXELS>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
     int lane = (int)threadIdx.x % 32;
-    w += (threadIdx.x / 32 * 16 + lane % 16) * 16 + lane / 16 * T::W_PLANE;
+    w += (threadIdx.x % T::THREADS_ / 32 * 16 + lane % 16) * 64;
     patch += (lane / 16 * STRIDE * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
         int tap = i / 4, k = i / 2 % 2, low = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
-        uint4 a = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE);
+        uint4 a = load_matrices(w + tap * T::TAP_BYTES + weights_piece(lane, k));
 #pragma unroll
         for (int n = 0; n < PIXELS / 8; n += 2) {
             uint4 b = load_matrices(patch + at + (low * 4 + k * 2) * T::PLANE +
@@ -1229,23 +1252,26 @@ template <int N> static __device__ void conv_finish(float *c) { (void)c; }
 #endif
 
 /* A tile of 32 channels by 64 pixels: a warp has all channels of two rows of pixels. */
-template <class T>
+template <class T, int STRIDE>
 static __device__ void conv_step_small(float *c, uint32_t w, uint32_t patch, int step) {
     int lane = (int)threadIdx.x % 32, row = (int)threadIdx.x / 32 * 2 + lane / 16;
-    w += lane % 16 * 16 + lane / 16 * T::W_PLANE;
-    patch += (row * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
+    uint4 a[2][2], b[2][2];
+    w += lane % 16 * 64;
+    patch += (row * STRIDE * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
 #pragma unroll
-    for (int i = 0; i < 2 * T::STEP; i++) {
-        int tap = i / 2, k = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
-        uint4 a0 = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE),
-              a1 = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE + 256);
+    for (int i = 0; i <= 2 * T::STEP; i++) { /* loads run one ahead */
+        int tap = i / 2, k = i % 2, now = 1 - k;
+        uint32_t at = patch + T::tap_at(step * T::STEP + tap) * 16 + k * 2 * T::PLANE;
 #pragma unroll
-        for (int low = 0; low < 2; low++) {
-            uint4 b = load_matrices(patch + at + (low * 4 + k * 2) * T::PLANE);
-            mma(c, a0.x, a0.y, a0.z, a0.w, b.x, b.y);
-            mma(c + 4, a0.x, a0.y, a0.z, a0.w, b.z, b.w);
-            mma(c + 8, a1.x, a1.y, a1.z, a1.w, b.x, b.y);
-            mma(c + 12, a1.x, a1.y, a1.z, a1.w, b.z, b.w);
+        for (int n = 0; i < 2 * T::STEP && n < 2; n++) {
+            a[k][n] = load_matrices(w + tap * T::TAP_BYTES + weights_piece(lane, k) + n * 1024);
+            b[k][n] = load_matrices(at + n * 4 * T::PLANE);
+        }
+#pragma unroll
+        for (int n = 0; i > 0 && n < 4; n++) {
+            const uint4 &u = a[now][n % 2], &x = b[now][n / 2];
+            mma(c + n % 2 * 8, u.x, u.y, u.z, u.w, x.x, x.y);
+            mma(c + n % 2 * 8 + 4, u.x, u.y, u.z, u.w, x.z, x.w);
         }
     }
 }
@@ -1253,17 +1279,19 @@ static __device__ void conv_step_small(float *c, uint32_t w, uint32_t patch, int
 /* Sums of 4 channels over a column of a block of 8 x 8 pixels, on the way to the block's. Of 128
    threads, CHANNELS / 4 have the first column, as many the second and so on; four sums and four
    sums of squares each. parts: 8 CHANNELS floats. */
-template <int CHANNELS>
-static __device__ void store_block_sums(const float *sum, float *parts, float *to, int o,
-                                        int c_out) {
+template <int CHANNELS> static __device__ void leave_parts(const float *sum, float *parts) {
     const int quads = CHANNELS / 4, thread = (int)threadIdx.x % 128, x = thread / quads;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         float v = sum[i] + __shfl_xor_sync(0xffffffff, sum[i], quads);
         if (x < 8 && x % 2 == 0) parts[x / 2 * 2 * CHANNELS + thread % quads * 8 + i] = v;
     }
-    __syncthreads();
-    int channel = o + thread / 8 * 4 + thread % 4;
+}
+
+/* Behind a barrier. */
+template <int CHANNELS>
+static __device__ void add_parts(const float *parts, float *to, int o, int c_out) {
+    const int thread = (int)threadIdx.x % 128, channel = o + thread / 8 * 4 + thread % 4;
     if (thread >= 2 * CHANNELS || channel >= c_out) return;
     float v = parts[thread];
     for (int i = 1; i < 4; i++) v += parts[i * 2 * CHANNELS + thread];
@@ -1286,6 +1314,12 @@ static __device__ float4 load_residual(const struct conv_job &j, int64_t pixel, 
     return make_float4(j.residual[at], o + 1 < j.c_out ? j.residual[at + 1] : 0,
                        o + 2 < j.c_out ? j.residual[at + 2] : 0,
                        o + 3 < j.c_out ? j.residual[at + 3] : 0);
+}
+
+static __device__ void load_bias(const struct conv_job &j, int o, float *bias) {
+    if (j.c_out % 4 == 0 && o < j.c_out) *(float4 *)bias = *(const float4 *)(j.bias + o);
+    else
+        for (int i = 0; i < 4; i++) bias[i] = o + i < j.c_out ? j.bias[o + i] : 0;
 }
 
 static __device__ void store_output(const struct conv_job &j, const float *v, int64_t pixel,
@@ -1313,12 +1347,13 @@ template <class T, int PIXELS>
 static __device__ void store_tile(const struct conv_job &j, const struct conv_place &l,
                                   const float *c, float *shared) {
     const int quads = T::GROUP / 4, thread = (int)threadIdx.x % 128;
-    const int o0 = l.o + (int)threadIdx.x / 128 * 64, o = o0 + thread % quads * 4;
+    const int group = (int)threadIdx.x % T::THREADS_ / 128, o0 = l.o + group * 64, o = o0 + thread % quads * 4;
     const int column = thread / quads, x = l.x + column, across = (j.side_out + 7) / 8;
     const int inside = column < 8 && o < j.c_out && x < j.side_out;
     const float down = j.image_down != NULL ? j.image_down[l.image] : j.down;
-    float *stage = shared + threadIdx.x / 128 * T::STAGE, bias[4];
-    for (int i = 0; i < 4; i++) bias[i] = o + i < j.c_out ? j.bias[o + i] : 0;
+    float *stage = shared + group * T::STAGE;
+    float bias[4];
+    load_bias(j, o, bias);
 #pragma unroll
     for (int q = 0; q < PIXELS / 64; q++) {
         const int y = l.y + q * 8, rows = inside ? min(8, j.side_out - y) : 0;
@@ -1330,9 +1365,9 @@ static __device__ void store_tile(const struct conv_job &j, const struct conv_pl
 #pragma unroll
         for (int k = 0; k < 8; k++)
             if (k < rows) rest[k] = load_residual(j, pixel + k * j.side_out, o);
-        __syncthreads();
+        T::barrier();
         stage_sums<T::GROUP>(c, q, stage);
-        __syncthreads();
+        T::barrier();
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             if (k >= rows) break;
@@ -1345,31 +1380,49 @@ static __device__ void store_tile(const struct conv_job &j, const struct conv_pl
             store_output(j, v, pixel + k * j.side_out, o);
             add_to_sums(sum, v);
         }
-        if (j.sums != NULL)
-            store_block_sums<T::GROUP>(sum, stage + 64 * (T::GROUP + 4),
-                                       j.sums + (int64_t)block * j.c_out * 2, o0, j.c_out);
+        if (j.sums == NULL) continue;
+        leave_parts<T::GROUP>(sum, stage + 64 * (T::GROUP + 4));
+        T::barrier();
+        add_parts<T::GROUP>(stage + 64 * (T::GROUP + 4), j.sums + (int64_t)block * j.c_out * 2, o0,
+                            j.c_out);
     }
 }
 
+/* Adds up the parts of a tile's sums, in ascending order, for the first 128 threads. */
+template <class T, int PARTS> static __device__ void add_up(float *c, float *shared) {
+    const int part = (int)threadIdx.x / 128, thread = (int)threadIdx.x % 128;
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < T::SUMS; i++) shared[(part * T::SUMS + i) * 128 + thread] = c[i];
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < T::SUMS; i++)
+        for (int k = 1; k < PARTS; k++) c[i] += shared[(k * T::SUMS + i) * 128 + thread];
+    __syncthreads();
+}
+
 /* Grid: tiles of pixels x tiles of channels, the latter first. */
-template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
-__global__ void __launch_bounds__(ROWS > 64 ? 256 : 128, BLOCKS)
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS, int PARTS = 1>
+__global__ void __launch_bounds__((ROWS > 64 ? 256 : 128) * PARTS, BLOCKS)
     conv_kernel(const struct conv_job j) {
-    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
-    extern __shared__ __align__(128) char shared[];
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared),
+    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS, PARTS> T;
+    extern __shared__ __align__(1024) char tile_shared[];
+    char *const shared = tile_shared;
+    const int part = (int)threadIdx.x / T::THREADS_, all = j.c_in / CONV_C;
+    const int first = part * all / PARTS, chunks = (part + 1) * all / PARTS - first;
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared) + part * (T::LOOP_BYTES / PARTS),
                    weights = base + T::BUFFERS * T::PATCH_BYTES;
-    const struct conv_place l = conv_place_of<T, ROWS>(j);
+    const struct conv_place l = conv_place_of<T, ROWS>(j, (int)blockIdx.x);
     const struct conv_patch<T> patch = find_patch<T, STRIDE>(j, l);
-    const int chunks = j.c_in / CONV_C, steps = chunks * T::STEPS;
+    const int steps = chunks * T::STEPS;
     float c[T::SUMS] = {};
     for (int s = 0; s < T::AHEAD; s++) {
 #pragma unroll
         for (int i = 0; i < T::PASSES; i++)
-            if (s == 0 || (SIZE == 1 && s < chunks))
-                load_patch<T>(j, patch, s, base + s * T::PATCH_BYTES, i);
+            if (s < (SIZE == 1 ? chunks : min(chunks, 1)))
+                load_patch<T>(j, patch, first + s, base + s * T::PATCH_BYTES, i);
         if (s < steps)
-            load_weights<T>(j, l.o, s / T::STEPS, s % T::STEPS, weights + s * T::W_BYTES);
+            load_weights<T>(j, l.o, first + s / T::STEPS, s % T::STEPS, weights + s * T::W_BYTES);
         asm volatile("cp.async.commit_group;");
     }
     for (int chunk = 0, s = 0; chunk < chunks; chunk++)
@@ -1379,26 +1432,28 @@ __global__ void __launch_bounds__(ROWS > 64 ? 256 : 128, BLOCKS)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
-            __syncthreads();
+            T::barrier();
             const uint32_t w = weights + s % T::STAGES * T::W_BYTES,
                            x = base + chunk % T::BUFFERS * T::PATCH_BYTES;
-            if constexpr (ROWS < 64) conv_step_small<T>(c, w, x, i);
+            if constexpr (ROWS < 64) conv_step_small<T, STRIDE>(c, w, x, i);
             else conv_step<T, STRIDE, PIXELS>(c, w, x, i);
             const int next = s + T::AHEAD, after = SIZE == 1 ? next : chunk + 1;
             if (next < steps)
-                load_weights<T>(j, l.o, chunk + (i + T::AHEAD) / T::STEPS,
+                load_weights<T>(j, l.o, first + chunk + (i + T::AHEAD) / T::STEPS,
                                 (i + T::AHEAD) % T::STEPS,
                                 weights + next % T::STAGES * T::W_BYTES);
 #pragma unroll
             for (int k = 0; k < T::PASSES; k++)
                 if ((SIZE == 1 || (i > 0 && i <= T::SPREAD && k % T::SPREAD == i - 1)) &&
                     after < chunks)
-                    load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
+                    load_patch<T>(j, patch, first + after,
+                                  base + after % T::BUFFERS * T::PATCH_BYTES, k);
             asm volatile("cp.async.commit_group;");
         }
     if constexpr (ROWS >= 64) conv_finish<T::SUMS>(c);
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-    store_tile<T, PIXELS>(j, l, c, (float *)shared);
+    if constexpr (PARTS > 1) add_up<T, PARTS>(c, (float *)shared);
+    if (part == 0) store_tile<T, PIXELS>(j, l, c, (float *)shared);
 }
 
 /* The sums that a convolution leaves, of a map that came otherwise; the same order of sums. Grid:
@@ -1415,8 +1470,10 @@ __global__ void block_sums_kernel(const float *x, int side, int c, float *sums) 
         const float four[4] = {v.x, v.y, v.z, v.w};
         add_to_sums(sum, four);
     }
-    store_block_sums<64>(sum, parts, sums + ((int64_t)blockIdx.y * across * across + block) * c * 2,
-                         (int)blockIdx.z * 64, c);
+    leave_parts<64>(sum, parts);
+    __syncthreads();
+    add_parts<64>(parts, sums + ((int64_t)blockIdx.y * across * across + block) * c * 2,
+                  (int)blockIdx.z * 64, c);
 }
 
 /* Weights in f16, [rows][ld] as they are. Floor: bytes in + bytes out. */
@@ -1428,44 +1485,56 @@ template <int TYPE> __global__ void halve_kernel(struct matrix w, __half2 *out) 
     out[i / 2 + 1] = __floats2half2_rn(v.z, v.w);
 }
 
-/* 132 multiprocessors (an H200's; others choose the same) and how many tiles each has to do, at
-   what part of the tensor cores' rate. */
-static double conv_cost(const struct conv_job *j, int rows, int pixels, double rate) {
-    int tall = pixels / CONV_W;
-    int64_t tiles = (int64_t)((j->side_out + CONV_W - 1) / CONV_W) *
-                    ((j->side_out + tall - 1) / tall) * j->images * ((j->c_out + rows - 1) / rows);
-    return (double)((tiles + 131) / 132) * rows * pixels / rate;
-}
+/* What tiles cost: how many each multiprocessor has to do, at what part of the largest one's rate.
+   Not to be had where shared memory is too small. */
+struct conv_costs {
+    const struct conv_job *j;
+    int processors, shared;
+    template <class T> double of(int rows, int pixels, double rate) const {
+        int across = (j->side_out + CONV_W - 1) / CONV_W, tall = (j->side_out + T::TALL - 1) / T::TALL;
+        int64_t tiles = (int64_t)across * tall * j->images * ((j->c_out + rows - 1) / rows);
+        if (T::BYTES > shared) return HUGE_VAL;
+        return (double)((tiles + processors - 1) / processors) * rows * pixels / rate;
+    }
+};
 
-template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS, int PARTS = 1>
 static void launch_conv(struct queue *q, const struct conv_job *j) {
-    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
+    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS, PARTS> T;
     int64_t tiles = (int64_t)((j->side_out + CONV_W - 1) / CONV_W) *
                     ((j->side_out + T::TALL - 1) / T::TALL) * j->images;
     int rows = (j->c_out + ROWS - 1) / ROWS;
-    note(q, cudaFuncSetAttribute(conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>,
+    note(q, cudaFuncSetAttribute(conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS, PARTS>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, T::BYTES),
          "cudaFuncSetAttribute");
-    conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>
-        <<<(unsigned)(tiles * rows), T::THREADS_, T::BYTES, q->stream>>>(*j);
+    conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS, PARTS>
+        <<<(unsigned)(tiles * rows), T::THREADS_ * PARTS, T::BYTES, q->stream>>>(*j);
     launched(q, "conv_kernel");
 }
 
 /* The tile that is done first; tiles differ in nothing but time. */
 static void run_conv(struct queue *q, const struct conv_job *j, int size, int stride) {
-    double large = conv_cost(j, 128, 256, 1), tall = conv_cost(j, 64, 256, 0.85),
-           half = conv_cost(j, 64, 128, 0.65), small = conv_cost(j, 32, 64, 0.4);
+    struct conv_costs c = {j, 132, 0};
+    note(q, cudaDeviceGetAttribute(&c.processors, cudaDevAttrMultiProcessorCount, q->device),
+         "cudaDeviceGetAttribute");
+    note(q, cudaDeviceGetAttribute(&c.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, q->device),
+         "cudaDeviceGetAttribute");
+    double large = c.of<conv_tile<3, 1, 128, 256>>(128, 256, 1),
+           tall = c.of<conv_tile<3, 1, 64, 256>>(64, 256, 0.9),
+           half = c.of<conv_tile<3, 1, 64, 128>>(64, 128, 0.8),
+           small = c.of<conv_tile<3, 1, 64, 64>>(64, 64, 0.6);
     if (size == 1) {
-        if (conv_cost(j, 128, 256, 1) <= small) launch_conv<1, 1, 128, 256, 1>(q, j);
-        else launch_conv<1, 1, 32, 64, 3>(q, j);
+        if (large <= small) launch_conv<1, 1, 128, 256, 1>(q, j);
+        else launch_conv<1, 1, 64, 64, 3>(q, j);
     } else if (stride == 2) {
-        if (conv_cost(j, 128, 128, 0.6) <= small) launch_conv<3, 2, 128, 128, 1>(q, j);
-        else launch_conv<3, 2, 32, 64, 2>(q, j);
+        if (c.of<conv_tile<3, 2, 128, 128>>(128, 128, 0.8) <= small)
+            launch_conv<3, 2, 128, 128, 1>(q, j);
+        else launch_conv<3, 2, 64, 64, 2>(q, j);
     } else if (large <= tall && large <= half && large <= small)
         launch_conv<3, 1, 128, 256, 1>(q, j);
     else if (tall <= half && tall <= small) launch_conv<3, 1, 64, 256, 2>(q, j);
     else if (half <= small) launch_conv<3, 1, 64, 128, 3>(q, j);
-    else launch_conv<3, 1, 32, 64, 4>(q, j);
+    else launch_conv<3, 1, 64, 64, 3>(q, j);
 }
 
 /* =================================================================================================
@@ -2639,12 +2708,12 @@ __global__ void softmax_kernel(float *s, int n, float scale) {
     for (int i = (int)threadIdx.x; i < n; i += THREADS) row[i] /= sum;
 }
 
-/* y[c][ld] = x[n][c] transposed, zeros behind n. */
+/* y[c][ld] = x[n][c] transposed, zeros behind n, of each image. Grid: [blocks][images]. */
 __global__ void transpose_kernel(const float *x, int n, int c, int ld, float *y) {
-    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, image = blockIdx.y;
     if (i >= (int64_t)c * ld) return;
     int64_t k = i / ld, row = i % ld;
-    y[i] = row < n ? x[row * c + k] : 0;
+    y[image * c * ld + i] = row < n ? x[(image * n + row) * c + k] : 0;
 }
 
 /* ids[vector] = the nearest of the nearest codes of each part of the codebook; a warp a vector. */
@@ -2785,7 +2854,7 @@ static void conv2d(struct gpu *c, const struct vq_op *op, const struct gpu_op *w
     } else {
         struct product j = {in, *m, w->bias[number], residual, out,
                             v->images * to.side_out * to.side_out, c_in, size, v->side,
-                            to.side_out, to.stride, to.up, pad, NULL, NULL};
+                            to.side_out, to.stride, to.up, pad, NULL, NULL, 0, 0, 0, 0};
         run_product(&c->q, &j);
     }
     if (summed) v->summed = out;
@@ -2811,24 +2880,37 @@ static struct matrix as_matrix(const float *x, int rows, int cols, int ld) {
     return m;
 }
 
-/* t = softmax(q k^T / sqrt(c)) v over the pixels of one image, some rows of scores at a time. */
-static void attend_image(struct gpu *c, int image) {
+/* t = softmax(q k^T / sqrt(c)) v over the pixels, for `rows` from `first` on of so many images from
+   `image` on. */
+static void attend_images(struct gpu *c, int image, int images, int first, int rows) {
     struct vq_memory *v = &c->vq;
-    int n = v->side * v->side, ch = v->c, ld = round_up(n, SPAN), step = (int)(SCORES / n);
-    int64_t at = (int64_t)image * n * ch;
-    transpose_kernel<<<blocks_of((int64_t)ch * ld), THREADS, 0, c->q.stream>>>(v->v + at, n, ch, ld,
-                                                                               v->u);
+    int n = v->side * v->side, ch = v->c, ld = round_up(n, SPAN);
+    int64_t map = (int64_t)n * ch, at = image * map, from = at + (int64_t)first * ch;
+    struct product scores = {v->q + from, as_matrix(v->k + at, n, ch, ch), NULL, NULL, v->s, rows,
+                             ch, 1, 1, 1, 1, 0, 0, NULL, NULL, images, map, map,
+                             (int64_t)rows * n};
+    struct product values = {v->s, as_matrix(v->u + (int64_t)image * ch * ld, ch, n, ld), NULL,
+                             NULL, v->t + from, rows, n, 1, 1, 1, 1, 0, 0, NULL, NULL, images,
+                             (int64_t)rows * n, (int64_t)ch * ld, map};
+    run_product(&c->q, &scores);
+    softmax_kernel<<<(unsigned)(rows * images), THREADS, 0, c->q.stream>>>(v->s, n,
+                                                                          1 / sqrtf((float)ch));
+    launched(&c->q, "softmax_kernel");
+    run_product(&c->q, &values);
+}
+
+/* Some images at a time, or some rows of one where its scores are many. */
+static void attend_pixels(struct gpu *c) {
+    struct vq_memory *v = &c->vq;
+    int n = v->side * v->side, ld = round_up(n, SPAN), rows = (int)min64(n, SCORES / n);
+    int step = rows == n ? SCORES / n / n : 1;
+    transpose_kernel<<<dim3(blocks_of((int64_t)v->c * ld), (unsigned)v->images), THREADS, 0,
+                       c->q.stream>>>(v->v, n, v->c, ld, v->u);
     launched(&c->q, "transpose_kernel");
-    for (int first = 0; first < n; first += step) {
-        int rows = (int)min64(step, n - first);
-        struct part scores = {as_matrix(v->k + at, n, ch, ch), NULL, v->s};
-        matmul_f32(&c->q, &scores, v->q + at + (int64_t)first * ch, rows);
-        softmax_kernel<<<(unsigned)rows, THREADS, 0, c->q.stream>>>(v->s, n,
-                                                                    1 / sqrtf((float)ch));
-        launched(&c->q, "softmax_kernel");
-        struct part values = {as_matrix(v->u, ch, n, ld), NULL, v->t + at + (int64_t)first * ch};
-        matmul_f32(&c->q, &values, v->s, rows);
-    }
+    for (int i = 0; i < v->images; i += step)
+        for (int first = 0; first < n; first += rows)
+            attend_images(c, i, (int)min64(step, v->images - i), first,
+                          (int)min64(rows, n - first));
 }
 
 /* x = x + proj(attention(q, k, v)) */
@@ -2840,8 +2922,8 @@ static void run_attention(struct gpu *c, const struct vq_op *op, const struct gp
             groupnorm(c, op, w, 0, 0, v->x, v->c, i);
         conv2d(c, op, w, i, same_side(v), v->n, NULL, to[i], 0);
     }
-    for (int i = 0; i < v->images; i++) attend_image(c, i);
-    if (v->summed == v->t) v->summed = NULL;
+    attend_pixels(c);
+    if (v->summed == v->t || v->summed == v->u) v->summed = NULL;
     conv2d(c, op, w, 3, same_side(v), v->t, v->x, v->x, 1);
 }
 
@@ -2912,7 +2994,7 @@ static void quantize_images(struct gpu *c, int n) {
     const struct vqgan *vq = c->g->m->vq;
     int vectors = n * vq->S * vq->S, parts = (vq->codes + NEAREST_CODES - 1) / NEAREST_CODES;
     struct product j = {c->vq.x, c->g->codebook, NULL, NULL, NULL, vectors, vq->code_dim, 1, 1, 1,
-                        1, 0, 0, c->g->code_norms, c->vq.found};
+                        1, 0, 0, c->g->code_norms, c->vq.found, 0, 0, 0, 0};
     run_product(&c->q, &j);
     nearest_kernel<<<(unsigned)(vectors + WARPS - 1) / WARPS, THREADS, 0, c->q.stream>>>(
         c->vq.found, vectors, parts, c->vq.ids);
