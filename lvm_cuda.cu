@@ -800,7 +800,7 @@ struct product {
     int c_in, size, side_in, side_out, stride, up, pad;
     const float *norms;    /* of a codebook w: not its products are wanted, but for each */
     struct nearest *found; /* [pixels][codes / NEAREST_CODES] the nearest of so many codes */
-    int batch;             /* so many such products, if more than one: in f32, from one to the next */
+    int batch;             /* so many such products, if more than one; steps in f32 */
     int64_t in_step, w_step, out_step;
 };
 
@@ -953,7 +953,8 @@ static void launch_product(struct queue *q, const struct product *j) {
    product_kernel. Floor: the bytes of out. */
 enum { FEW_COLUMNS = 32, FEW_ROWS = 128, FEW_PIXELS = 64 };
 
-template <int TYPE> __global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) {
+template <int TYPE>
+__global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) {
     __shared__ __align__(16) float w[FEW_COLUMNS][FEW_ROWS + 4], x[FEW_COLUMNS][FEW_PIXELS + 4];
     const int tid = (int)threadIdx.x, o0 = (int)blockIdx.x * FEW_ROWS, N = j.w.rows;
     const int p0 = (int)blockIdx.y * FEW_PIXELS, ox = tid % 32 * 4, px = tid / 32 * 8;
@@ -1021,21 +1022,21 @@ static void matmul_f32(struct queue *q, const struct part *p, const float *x, in
    parts, then the low ones, 128 bytes.
 
    A block takes a tile of 8 columns of pixels by 8, 16 or 32 rows and 64 channels for each of its
-   warpgroups, or 32 where there is little to do. For each 32 channels of the input it has the tile with its border in shared memory,
+   warpgroups. For each 32 channels of the input it has the tile with its border in shared memory,
    once for all nine taps: a tap is the same operand from another pixel on, whose rows of 8 pixels
    stand at one distance (so tiles are 8 wide). In shared memory 8 channels of all pixels lie
    together, 16 bytes a pixel: no bank is met twice and a tap's operand may begin at any pixel.
-   (Weights lie as rows of 32 channels, swizzled: wgmma reads its first operand from 8 channels that
-   lie together at a fifth of the speed.)
+   Weights lie as rows of 32 channels, swizzled; in the pixels' layout wgmma would read its first
+   operand at a fifth of the speed.
 
        acc[channel][pixel] += w[channel][16] x[pixel][16]
 
    for each 32 channels, tap, 16 of the channels, high and low, in this order whatever the tile is:
    an output's sum is the same chain everywhere. With sm_90a by wgmma, else by mma.sync, which gives
-   the same bits; tiles of 32 channels always by the latter, whose results are there sooner for the
-   next link of the chain. Floor: 4 pixels c_out c_in taps operations over the tensor cores' rate. */
+   the same bits. Floor: 4 pixels c_out c_in taps operations over the tensor cores' rate. */
 
-enum { CONV_C = 32, CONV_W = 8 };
+enum { CONV_C = 32, CONV_W = 8, STAGE_PITCH = 68 /* floats of a pixel's 64 channels, padded */,
+       STAGE_FLOATS = 64 * STAGE_PITCH + 512 /* a warpgroup's, in the epilogue */ };
 
 struct conv_job {
     const __half *in;             /* [images][side_in][side_in][c_in / 32][2][32] */
@@ -1050,30 +1051,20 @@ struct conv_job {
 
 /* What a block has in shared memory. With stride 2 a row of pixels has its even columns first, then
    its odd ones, so that a tap's 8 pixels are neighbours there too. */
-template <int SIZE, int STRIDE, int ROWS, int PIXELS, int PARTS = 1> struct conv_tile {
-    static const int THREADS_ = ROWS > 64 ? 256 : 128, SUMS = ROWS * PIXELS / THREADS_;
-    static const int GROUP = ROWS < 64 ? ROWS : 64; /* channels of 128 threads */
+template <int SIZE, int STRIDE, int ROWS, int PIXELS> struct conv_tile {
+    static const int BLOCK = ROWS * 2; /* threads */
     static const int TALL = PIXELS / CONV_W, TAPS = SIZE * SIZE;
     static const int PITCH = STRIDE == 1 ? CONV_W - 1 + SIZE : 2 * (CONV_W + 1);
     static const int PATCH = (((TALL - 1) * STRIDE + SIZE) * PITCH + 7) / 8 * 8; /* pixels */
-    static const int PASSES = (PATCH + THREADS_ / 4 - 1) / (THREADS_ / 4);
-    static const int STEP = SIZE == 3 && STRIDE == 1 && PARTS == 1 && PIXELS == 64 ? 3 : 1;
-    static const int STEPS = TAPS / STEP, AHEAD = 2;
-    static const int STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD;
+    static const int PASSES = (PATCH + BLOCK / 4 - 1) / (BLOCK / 4);
+    static const int STEP = SIZE == 3 && STRIDE == 1 && PIXELS == 64 ? 3 : 1; /* taps of a step */
+    static const int STEPS = TAPS / STEP, AHEAD = 2, STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD;
     static const int BUFFERS = SIZE == 1 ? STAGES : 2;
     static const int PLANE = PATCH * 16, PATCH_BYTES = 8 * PLANE;
     static const int TAP_BYTES = ROWS * 64, W_BYTES = STEP * TAP_BYTES;
-    static const int LOOP_BYTES = PARTS * (BUFFERS * PATCH_BYTES + STAGES * W_BYTES);
-    static const int STAGE = 64 * (GROUP + 4) + 8 * GROUP; /* floats, in the epilogue */
-    static const int STORE_BYTES = (PARTS > 1 ? PARTS : THREADS_ / 128) * STAGE * 4;
+    static const int LOOP_BYTES = BUFFERS * PATCH_BYTES + STAGES * W_BYTES;
+    static const int STORE_BYTES = ROWS / 64 * STAGE_FLOATS * 4;
     static const int BYTES = LOOP_BYTES > STORE_BYTES ? LOOP_BYTES : STORE_BYTES;
-    static __device__ int lane_row() {
-        return (int)threadIdx.x % THREADS_ / 32 * 8 + (int)threadIdx.x % 8;
-    }
-    static __device__ void barrier() { /* of the threads that have a tile, or a part of it */
-        if (PARTS == 1) __syncthreads();
-        else asm volatile("bar.sync %0, 128;" ::"r"((int)threadIdx.x / 128 + 1) : "memory");
-    }
     static __device__ int tap_at(int tap) {
         int y = tap / SIZE, x = tap % SIZE;
         return y * PITCH + (STRIDE == 1 ? x : x % 2 * (CONV_W + 1) + x / 2);
@@ -1092,11 +1083,11 @@ struct conv_place {
 };
 
 template <class T, int ROWS>
-static __device__ struct conv_place conv_place_of(const struct conv_job &j, int number) {
-    int rows = (j.c_out + ROWS - 1) / ROWS, tile = number / rows;
+static __device__ struct conv_place conv_place_of(const struct conv_job &j) {
+    int rows = (j.c_out + ROWS - 1) / ROWS, tile = (int)blockIdx.x / rows;
     int across = (j.side_out + CONV_W - 1) / CONV_W, tall = (j.side_out + T::TALL - 1) / T::TALL;
     struct conv_place p = {tile / (across * tall), tile / across % tall * T::TALL,
-                           tile % across * CONV_W, number % rows * ROWS};
+                           tile % across * CONV_W, (int)blockIdx.x % rows * ROWS};
     return p;
 }
 
@@ -1107,6 +1098,10 @@ template <class T> struct conv_patch {
     int at[T::PASSES];
 };
 
+static __device__ int conv_lane_row() {
+    return (int)threadIdx.x / 32 * 8 + (int)threadIdx.x % 8;
+}
+
 template <class T, int STRIDE>
 static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
                                                   const struct conv_place &l) {
@@ -1115,7 +1110,7 @@ static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
               threadIdx.x % 32 / 8 * 8;
 #pragma unroll
     for (int i = 0; i < T::PASSES; i++) {
-        int n = T::lane_row() + i * (T::THREADS_ / 4), q = n % T::PITCH;
+        int n = conv_lane_row() + i * (T::BLOCK / 4), q = n % T::PITCH;
         if (STRIDE == 2) q = q <= CONV_W ? 2 * q : 2 * (q - CONV_W - 1) + 1;
         int y = l.y * STRIDE - j.pad + n / T::PITCH, x = l.x * STRIDE - j.pad + q;
         int inside = y >= 0 && x >= 0 && y >> j.up < j.side_in && x >> j.up < j.side_in;
@@ -1128,7 +1123,7 @@ static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
 template <class T>
 static __device__ void load_patch(const struct conv_job &j, const struct conv_patch<T> &p,
                                   int chunk, uint32_t buffer, int i) {
-    int n = T::lane_row() + i * (T::THREADS_ / 4), inside = p.at[i] >= 0;
+    int n = conv_lane_row() + i * (T::BLOCK / 4), inside = p.at[i] >= 0;
     if (n >= T::PATCH) return;
     const __half *from = p.image + ((int64_t)max(p.at[i], 0) * (j.c_in / CONV_C) + chunk) * 64;
     uint32_t to = buffer + threadIdx.x % 32 / 8 * T::PLANE + n * 16;
@@ -1142,8 +1137,8 @@ static __device__ void load_weights(const struct conv_job &j, int o, int chunk, 
                                     uint32_t buffer) {
     int piece = (int)threadIdx.x % 32 / 8;
 #pragma unroll
-    for (int i = 0; i < T::TAP_BYTES / 64 / (T::THREADS_ / 4); i++) {
-        int row = T::lane_row() + i * (T::THREADS_ / 4), inside = o + row < j.c_out;
+    for (int i = 0; i < T::TAP_BYTES / 64 / (T::BLOCK / 4); i++) {
+        int row = conv_lane_row() + i * (T::BLOCK / 4), inside = o + row < j.c_out;
         const __half *from = j.w + (int64_t)(inside ? o + row : 0) * j.ld +
                              step * T::STEP * j.c_in + chunk * CONV_C + piece * 8;
 #pragma unroll
@@ -1151,20 +1146,6 @@ static __device__ void load_weights(const struct conv_job &j, int o, int chunk, 
             copy_or_zero(buffer + tap * T::TAP_BYTES + row * 64 + (piece ^ (row / 2 & 3)) * 16,
                          from + tap * j.c_in, inside);
     }
-}
-
-static __device__ uint4 load_matrices(uint32_t at) {
-    uint4 v;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-
-
-/* Where a lane finds its 8 columns of 16, number k of a row of weights: piece p of row r lies at
-   p ^ (r / 2 & 3), as wgmma's swizzle of 64 bytes wants it. */
-static __device__ int weights_piece(int lane, int k) {
-    return (2 * k + lane / 16 ^ (lane / 2 & 3)) * 16;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
@@ -1209,7 +1190,7 @@ template <int PIXELS> static __device__ void wgmma(float *c, uint64_t a, uint64_
 /* A step: 32 channels under its taps; what the step before it multiplied is complete afterwards. */
 template <class T, int STRIDE, int PIXELS>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
-    w += threadIdx.x % T::THREADS_ / 128 * 4096;
+    w += threadIdx.x / 128 * 4096;
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
@@ -1228,11 +1209,25 @@ template <int N> static __device__ void conv_finish(float *c) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
 #else
+static __device__ uint4 load_matrices(uint32_t at) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
+
+/* Where a lane finds its 8 columns of 16, number k of a row of weights: piece p of row r lies at
+   p ^ (r / 2 & 3), as wgmma's swizzle of 64 bytes wants it. */
+static __device__ int weights_piece(int lane, int k) {
+    return (2 * k + lane / 16 ^ (lane / 2 & 3)) * 16;
+}
+
 /* The same with mma.sync: a warp has 16 of the 64 channels, sums where wgmma has them. */
 template <class T, int STRIDE, int PIXELS>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
     int lane = (int)threadIdx.x % 32;
-    w += (threadIdx.x % T::THREADS_ / 32 * 16 + lane % 16) * 64;
+    w += (threadIdx.x / 32 * 16 + lane % 16) * 64;
     patch += (lane / 16 * STRIDE * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
@@ -1251,51 +1246,20 @@ static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step)
 template <int N> static __device__ void conv_finish(float *c) { (void)c; }
 #endif
 
-/* A tile of 32 channels by 64 pixels: a warp has all channels of two rows of pixels. */
-template <class T, int STRIDE>
-static __device__ void conv_step_small(float *c, uint32_t w, uint32_t patch, int step) {
-    int lane = (int)threadIdx.x % 32, row = (int)threadIdx.x / 32 * 2 + lane / 16;
-    uint4 a[2][2], b[2][2];
-    w += lane % 16 * 64;
-    patch += (row * STRIDE * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
-#pragma unroll
-    for (int i = 0; i <= 2 * T::STEP; i++) { /* loads run one ahead */
-        int tap = i / 2, k = i % 2, now = 1 - k;
-        uint32_t at = patch + T::tap_at(step * T::STEP + tap) * 16 + k * 2 * T::PLANE;
-#pragma unroll
-        for (int n = 0; i < 2 * T::STEP && n < 2; n++) {
-            a[k][n] = load_matrices(w + tap * T::TAP_BYTES + weights_piece(lane, k) + n * 1024);
-            b[k][n] = load_matrices(at + n * 4 * T::PLANE);
-        }
-#pragma unroll
-        for (int n = 0; i > 0 && n < 4; n++) {
-            const uint4 &u = a[now][n % 2], &x = b[now][n / 2];
-            mma(c + n % 2 * 8, u.x, u.y, u.z, u.w, x.x, x.y);
-            mma(c + n % 2 * 8 + 4, u.x, u.y, u.z, u.w, x.z, x.w);
-        }
-    }
-}
-
-/* Sums of 4 channels over a column of a block of 8 x 8 pixels, on the way to the block's. Of 128
-   threads, CHANNELS / 4 have the first column, as many the second and so on; four sums and four
-   sums of squares each. parts: 8 CHANNELS floats. */
-template <int CHANNELS> static __device__ void leave_parts(const float *sum, float *parts) {
-    const int quads = CHANNELS / 4, thread = (int)threadIdx.x % 128, x = thread / quads;
+/* Sums of 4 channels over a column of a block of 8 x 8 pixels, on the way to the block's: thread
+   16 x + i of 128 has column x and channels 4 i .. 4 i + 3, four sums and four sums of squares.
+   parts: 512 floats. */
+static __device__ void store_block_sums(const float *sum, float *parts, float *to, int o,
+                                        int c_out) {
+    const int thread = (int)threadIdx.x % 128, channel = o + thread / 8 * 4 + thread % 4;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float v = sum[i] + __shfl_xor_sync(0xffffffff, sum[i], quads);
-        if (x < 8 && x % 2 == 0) parts[x / 2 * 2 * CHANNELS + thread % quads * 8 + i] = v;
+        float v = sum[i] + __shfl_xor_sync(0xffffffff, sum[i], 16);
+        if (thread % 32 < 16) parts[thread / 32 * 128 + thread % 16 * 8 + i] = v;
     }
-}
-
-/* Behind a barrier. */
-template <int CHANNELS>
-static __device__ void add_parts(const float *parts, float *to, int o, int c_out) {
-    const int thread = (int)threadIdx.x % 128, channel = o + thread / 8 * 4 + thread % 4;
-    if (thread >= 2 * CHANNELS || channel >= c_out) return;
-    float v = parts[thread];
-    for (int i = 1; i < 4; i++) v += parts[i * 2 * CHANNELS + thread];
-    to[channel * 2 + thread % 8 / 4] = v;
+    __syncthreads();
+    float v = parts[thread] + parts[128 + thread] + parts[256 + thread] + parts[384 + thread];
+    if (channel < c_out) to[channel * 2 + thread % 8 / 4] = v;
 }
 
 static __device__ void add_to_sums(float *sum, const float *v) {
@@ -1330,29 +1294,27 @@ static __device__ void store_output(const struct conv_job &j, const float *v, in
         for (int i = 0; i < 4 && o + i < j.c_out; i++) to[i] = v[i];
 }
 
-/* 64 pixels of a tile of sums to [pixel][channels] in shared memory, part q of it. */
-template <int CHANNELS> static __device__ void stage_sums(const float *c, int q, float *stage) {
-    const int thread = (int)threadIdx.x % 128, warp = thread / 32, g = thread % 32 / 4;
+/* 64 pixels of a tile of sums to [pixel][channel] in shared memory, part q of it. */
+static __device__ void stage_sums(const float *c, int q, float *stage) {
+    const int thread = (int)threadIdx.x % 128;
 #pragma unroll
-    for (int i = 0; i < CHANNELS / 2; i++) {
-        int n = (CHANNELS == 64 ? i / 4 : warp * 2 + i / 4 % 2) * 8 + thread % 4 * 2 + i % 2;
-        int row = (CHANNELS == 64 ? warp : i / 8) * 16 + g + i / 2 % 2 * 8;
-        stage[n * (CHANNELS + 4) + row] = c[q * 32 + i];
+    for (int i = 0; i < 32; i++) {
+        int n = i / 4 * 8 + thread % 4 * 2 + i % 2;
+        int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+        stage[n * STAGE_PITCH + row] = c[q * 32 + i];
     }
 }
 
 /* out = down acc + bias + residual, 64 pixels at a time, through shared memory: a thread has four
    channels of a column of 8 pixels. */
-template <class T, int PIXELS>
+template <int PIXELS>
 static __device__ void store_tile(const struct conv_job &j, const struct conv_place &l,
                                   const float *c, float *shared) {
-    const int quads = T::GROUP / 4, thread = (int)threadIdx.x % 128;
-    const int group = (int)threadIdx.x % T::THREADS_ / 128, o0 = l.o + group * 64, o = o0 + thread % quads * 4;
-    const int column = thread / quads, x = l.x + column, across = (j.side_out + 7) / 8;
-    const int inside = column < 8 && o < j.c_out && x < j.side_out;
+    const int thread = (int)threadIdx.x % 128, group = (int)threadIdx.x / 128;
+    const int o = l.o + group * 64 + thread % 16 * 4, x = l.x + thread / 16;
+    const int inside = o < j.c_out && x < j.side_out, across = (j.side_out + 7) / 8;
     const float down = j.image_down != NULL ? j.image_down[l.image] : j.down;
-    float *stage = shared + group * T::STAGE;
-    float bias[4];
+    float *stage = shared + group * STAGE_FLOATS, bias[4];
     load_bias(j, o, bias);
 #pragma unroll
     for (int q = 0; q < PIXELS / 64; q++) {
@@ -1365,14 +1327,14 @@ static __device__ void store_tile(const struct conv_job &j, const struct conv_pl
 #pragma unroll
         for (int k = 0; k < 8; k++)
             if (k < rows) rest[k] = load_residual(j, pixel + k * j.side_out, o);
-        T::barrier();
-        stage_sums<T::GROUP>(c, q, stage);
-        T::barrier();
+        __syncthreads();
+        stage_sums(c, q, stage);
+        __syncthreads();
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             if (k >= rows) break;
-            float4 s = *(const float4 *)(stage + (k * 8 + column) * (T::GROUP + 4) +
-                                         thread % quads * 4);
+            float4 s = *(const float4 *)(stage + (k * 8 + thread / 16) * STAGE_PITCH +
+                                         thread % 16 * 4);
             const float v[4] = {fmaf(s.x, down, bias[0]) + rest[k].x,
                                 fmaf(s.y, down, bias[1]) + rest[k].y,
                                 fmaf(s.z, down, bias[2]) + rest[k].z,
@@ -1380,49 +1342,30 @@ static __device__ void store_tile(const struct conv_job &j, const struct conv_pl
             store_output(j, v, pixel + k * j.side_out, o);
             add_to_sums(sum, v);
         }
-        if (j.sums == NULL) continue;
-        leave_parts<T::GROUP>(sum, stage + 64 * (T::GROUP + 4));
-        T::barrier();
-        add_parts<T::GROUP>(stage + 64 * (T::GROUP + 4), j.sums + (int64_t)block * j.c_out * 2, o0,
-                            j.c_out);
+        if (j.sums != NULL)
+            store_block_sums(sum, stage + 64 * STAGE_PITCH, j.sums + (int64_t)block * j.c_out * 2,
+                             l.o + group * 64, j.c_out);
     }
 }
 
-/* Adds up the parts of a tile's sums, in ascending order, for the first 128 threads. */
-template <class T, int PARTS> static __device__ void add_up(float *c, float *shared) {
-    const int part = (int)threadIdx.x / 128, thread = (int)threadIdx.x % 128;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < T::SUMS; i++) shared[(part * T::SUMS + i) * 128 + thread] = c[i];
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < T::SUMS; i++)
-        for (int k = 1; k < PARTS; k++) c[i] += shared[(k * T::SUMS + i) * 128 + thread];
-    __syncthreads();
-}
-
 /* Grid: tiles of pixels x tiles of channels, the latter first. */
-template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS, int PARTS = 1>
-__global__ void __launch_bounds__((ROWS > 64 ? 256 : 128) * PARTS, BLOCKS)
-    conv_kernel(const struct conv_job j) {
-    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS, PARTS> T;
-    extern __shared__ __align__(1024) char tile_shared[];
-    char *const shared = tile_shared;
-    const int part = (int)threadIdx.x / T::THREADS_, all = j.c_in / CONV_C;
-    const int first = part * all / PARTS, chunks = (part + 1) * all / PARTS - first;
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared) + part * (T::LOOP_BYTES / PARTS),
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
+__global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct conv_job j) {
+    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
+    extern __shared__ __align__(1024) char tiles[];
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(tiles),
                    weights = base + T::BUFFERS * T::PATCH_BYTES;
-    const struct conv_place l = conv_place_of<T, ROWS>(j, (int)blockIdx.x);
+    const struct conv_place l = conv_place_of<T, ROWS>(j);
     const struct conv_patch<T> patch = find_patch<T, STRIDE>(j, l);
-    const int steps = chunks * T::STEPS;
-    float c[T::SUMS] = {};
+    const int chunks = j.c_in / CONV_C, steps = chunks * T::STEPS;
+    float c[PIXELS / 2] = {};
     for (int s = 0; s < T::AHEAD; s++) {
 #pragma unroll
         for (int i = 0; i < T::PASSES; i++)
-            if (s < (SIZE == 1 ? chunks : min(chunks, 1)))
-                load_patch<T>(j, patch, first + s, base + s * T::PATCH_BYTES, i);
+            if (s == 0 || (SIZE == 1 && s < chunks))
+                load_patch<T>(j, patch, s, base + s * T::PATCH_BYTES, i);
         if (s < steps)
-            load_weights<T>(j, l.o, first + s / T::STEPS, s % T::STEPS, weights + s * T::W_BYTES);
+            load_weights<T>(j, l.o, s / T::STEPS, s % T::STEPS, weights + s * T::W_BYTES);
         asm volatile("cp.async.commit_group;");
     }
     for (int chunk = 0, s = 0; chunk < chunks; chunk++)
@@ -1432,28 +1375,24 @@ __global__ void __launch_bounds__((ROWS > 64 ? 256 : 128) * PARTS, BLOCKS)
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
-            T::barrier();
-            const uint32_t w = weights + s % T::STAGES * T::W_BYTES,
-                           x = base + chunk % T::BUFFERS * T::PATCH_BYTES;
-            if constexpr (ROWS < 64) conv_step_small<T, STRIDE>(c, w, x, i);
-            else conv_step<T, STRIDE, PIXELS>(c, w, x, i);
+            __syncthreads();
+            conv_step<T, STRIDE, PIXELS>(c, weights + s % T::STAGES * T::W_BYTES,
+                                         base + chunk % T::BUFFERS * T::PATCH_BYTES, i);
             const int next = s + T::AHEAD, after = SIZE == 1 ? next : chunk + 1;
             if (next < steps)
-                load_weights<T>(j, l.o, first + chunk + (i + T::AHEAD) / T::STEPS,
+                load_weights<T>(j, l.o, chunk + (i + T::AHEAD) / T::STEPS,
                                 (i + T::AHEAD) % T::STEPS,
                                 weights + next % T::STAGES * T::W_BYTES);
 #pragma unroll
             for (int k = 0; k < T::PASSES; k++)
                 if ((SIZE == 1 || (i > 0 && i <= T::SPREAD && k % T::SPREAD == i - 1)) &&
                     after < chunks)
-                    load_patch<T>(j, patch, first + after,
-                                  base + after % T::BUFFERS * T::PATCH_BYTES, k);
+                    load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
             asm volatile("cp.async.commit_group;");
         }
-    if constexpr (ROWS >= 64) conv_finish<T::SUMS>(c);
+    conv_finish<PIXELS / 2>(c);
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-    if constexpr (PARTS > 1) add_up<T, PARTS>(c, (float *)shared);
-    if (part == 0) store_tile<T, PIXELS>(j, l, c, (float *)shared);
+    store_tile<PIXELS>(j, l, c, (float *)tiles);
 }
 
 /* The sums that a convolution leaves, of a map that came otherwise; the same order of sums. Grid:
@@ -1470,10 +1409,8 @@ __global__ void block_sums_kernel(const float *x, int side, int c, float *sums) 
         const float four[4] = {v.x, v.y, v.z, v.w};
         add_to_sums(sum, four);
     }
-    leave_parts<64>(sum, parts);
-    __syncthreads();
-    add_parts<64>(parts, sums + ((int64_t)blockIdx.y * across * across + block) * c * 2,
-                  (int)blockIdx.z * 64, c);
+    store_block_sums(sum, parts, sums + ((int64_t)blockIdx.y * across * across + block) * c * 2,
+                     (int)blockIdx.z * 64, c);
 }
 
 /* Weights in f16, [rows][ld] as they are. Floor: bytes in + bytes out. */
@@ -1485,30 +1422,31 @@ template <int TYPE> __global__ void halve_kernel(struct matrix w, __half2 *out) 
     out[i / 2 + 1] = __floats2half2_rn(v.z, v.w);
 }
 
-/* What tiles cost: how many each multiprocessor has to do, at what part of the largest one's rate.
-   Not to be had where shared memory is too small. */
+/* What tiles cost: how many each multiprocessor has to do, at what part of the largest one's rate
+   (as measured). Not to be had where shared memory is too small. */
 struct conv_costs {
     const struct conv_job *j;
     int processors, shared;
     template <class T> double of(int rows, int pixels, double rate) const {
-        int across = (j->side_out + CONV_W - 1) / CONV_W, tall = (j->side_out + T::TALL - 1) / T::TALL;
+        int across = (j->side_out + CONV_W - 1) / CONV_W;
+        int tall = (j->side_out + T::TALL - 1) / T::TALL;
         int64_t tiles = (int64_t)across * tall * j->images * ((j->c_out + rows - 1) / rows);
         if (T::BYTES > shared) return HUGE_VAL;
         return (double)((tiles + processors - 1) / processors) * rows * pixels / rate;
     }
 };
 
-template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS, int PARTS = 1>
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
 static void launch_conv(struct queue *q, const struct conv_job *j) {
-    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS, PARTS> T;
+    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
     int64_t tiles = (int64_t)((j->side_out + CONV_W - 1) / CONV_W) *
                     ((j->side_out + T::TALL - 1) / T::TALL) * j->images;
     int rows = (j->c_out + ROWS - 1) / ROWS;
-    note(q, cudaFuncSetAttribute(conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS, PARTS>,
+    note(q, cudaFuncSetAttribute(conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>,
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, T::BYTES),
          "cudaFuncSetAttribute");
-    conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS, PARTS>
-        <<<(unsigned)(tiles * rows), T::THREADS_ * PARTS, T::BYTES, q->stream>>>(*j);
+    conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>
+        <<<(unsigned)(tiles * rows), T::BLOCK, T::BYTES, q->stream>>>(*j);
     launched(q, "conv_kernel");
 }
 
@@ -1519,19 +1457,22 @@ static void run_conv(struct queue *q, const struct conv_job *j, int size, int st
          "cudaDeviceGetAttribute");
     note(q, cudaDeviceGetAttribute(&c.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, q->device),
          "cudaDeviceGetAttribute");
-    double large = c.of<conv_tile<3, 1, 128, 256>>(128, 256, 1),
-           tall = c.of<conv_tile<3, 1, 64, 256>>(64, 256, 0.9),
-           half = c.of<conv_tile<3, 1, 64, 128>>(64, 128, 0.8),
-           small = c.of<conv_tile<3, 1, 64, 64>>(64, 64, 0.6);
+    double large = c.of<conv_tile<3, 1, 128, 256>>(128, 256, j->residual != NULL ? 0.99 : 1),
+           square = c.of<conv_tile<3, 1, 128, 128>>(128, 128, 1),
+           tall = c.of<conv_tile<3, 1, 64, 256>>(64, 256, 0.93),
+           half = c.of<conv_tile<3, 1, 64, 128>>(64, 128, 0.9),
+           small = c.of<conv_tile<3, 1, 64, 64>>(64, 64, 0.7);
     if (size == 1) {
-        if (large <= small) launch_conv<1, 1, 128, 256, 1>(q, j);
+        if (square <= small) launch_conv<1, 1, 128, 128, 2>(q, j);
         else launch_conv<1, 1, 64, 64, 3>(q, j);
     } else if (stride == 2) {
         if (c.of<conv_tile<3, 2, 128, 128>>(128, 128, 0.8) <= small)
             launch_conv<3, 2, 128, 128, 1>(q, j);
         else launch_conv<3, 2, 64, 64, 2>(q, j);
-    } else if (large <= tall && large <= half && large <= small)
+    } else if (large <= square && large <= tall && large <= half && large <= small)
         launch_conv<3, 1, 128, 256, 1>(q, j);
+    else if (square <= tall && square <= half && square <= small)
+        launch_conv<3, 1, 128, 128, 2>(q, j);
     else if (tall <= half && tall <= small) launch_conv<3, 1, 64, 256, 2>(q, j);
     else if (half <= small) launch_conv<3, 1, 64, 128, 3>(q, j);
     else launch_conv<3, 1, 64, 64, 3>(q, j);
@@ -3223,7 +3164,8 @@ static void place_vq(struct gpu *c, struct arena *a) {
     T = (int64_t)vq->S * vq->S;
     struct { float **p; int64_t n; } maps[] = {
         {&v->x, map}, {&v->t, map}, {&v->u, map}, {&v->n, map}, {&v->whole, n * whole},
-        {&v->q, attn}, {&v->k, attn}, {&v->v, attn}, {&v->s, pixels > 0 ? max64(SCORES, pixels) : 0},
+        {&v->q, attn}, {&v->k, attn}, {&v->v, attn},
+        {&v->s, pixels > 0 ? max64(SCORES, pixels) : 0},
         {&v->scale, n * channels}, {&v->shift, n * channels}, {&v->blocks, blocks},
         {&v->squares, n * VQ_GROUPS}, {&v->down, n}};
     for (const auto &one : maps) take(a, one.p, one.n);
