@@ -798,8 +798,8 @@ struct product {
     float *out;            /* [images][side_out][side_out][w.rows] */
     int pixels;            /* of all images; rows */
     int c_in, size, side_in, side_out, stride, up, pad;
-    const float *norms;    /* of a codebook w: not its products are wanted, but for each */
-    struct nearest *found; /* [pixels][codes / NEAREST_CODES] the nearest of so many codes */
+    const float *norms;    /* where w is a codebook whose nearest rows are wanted, |e|^2, and */
+    struct nearest *found; /* NULL or [pixels][codes / NEAREST_CODES], the nearest of so many */
     int batch;             /* so many such products, if more than one; steps in f32 */
     int64_t in_step, w_step, out_step;
 };
@@ -1216,7 +1216,6 @@ static __device__ uint4 load_matrices(uint32_t at) {
     return v;
 }
 
-
 /* Where a lane finds its 8 columns of 16, number k of a row of weights: piece p of row r lies at
    p ^ (r / 2 & 3), as wgmma's swizzle of 64 bytes wants it. */
 static __device__ int weights_piece(int lane, int k) {
@@ -1280,12 +1279,6 @@ static __device__ float4 load_residual(const struct conv_job &j, int64_t pixel, 
                        o + 3 < j.c_out ? j.residual[at + 3] : 0);
 }
 
-static __device__ void load_bias(const struct conv_job &j, int o, float *bias) {
-    if (j.c_out % 4 == 0 && o < j.c_out) *(float4 *)bias = *(const float4 *)(j.bias + o);
-    else
-        for (int i = 0; i < 4; i++) bias[i] = o + i < j.c_out ? j.bias[o + i] : 0;
-}
-
 static __device__ void store_output(const struct conv_job &j, const float *v, int64_t pixel,
                                     int o) {
     float *to = j.out + pixel * j.c_out + o;
@@ -1315,7 +1308,7 @@ static __device__ void store_tile(const struct conv_job &j, const struct conv_pl
     const int inside = o < j.c_out && x < j.side_out, across = (j.side_out + 7) / 8;
     const float down = j.image_down != NULL ? j.image_down[l.image] : j.down;
     float *stage = shared + group * STAGE_FLOATS, bias[4];
-    load_bias(j, o, bias);
+    for (int i = 0; i < 4; i++) bias[i] = o + i < j.c_out ? j.bias[o + i] : 0;
 #pragma unroll
     for (int q = 0; q < PIXELS / 64; q++) {
         const int y = l.y + q * 8, rows = inside ? min(8, j.side_out - y) : 0;
@@ -2582,13 +2575,12 @@ template <int WAY> __global__ void split_kernel(const struct split s) {
     const int octets = s.c / 8, octet = (int)threadIdx.x % octets, step = (int)blockDim.x / octets;
     const int first = (int)blockIdx.x * step * SPLIT_PIXELS + (int)threadIdx.x / octets;
     const int64_t image = blockIdx.y, at = image * s.c + octet * 8;
-    float up = s.up, scale[8], shift[8], v[SPLIT_PIXELS][8];
+    float up = s.up, scale[8], shift[8];
+    float4 x[SPLIT_PIXELS][2];
 #pragma unroll
     for (int i = 0; i < SPLIT_PIXELS * 2; i++) {
-        int p = first + i / 2 * step;
-        if (p < s.pixels)
-            *(float4 *)&v[i / 2][i % 2 * 4] = *(const float4 *)(
-                s.x + (image * s.pixels + p) * s.c + octet * 8 + i % 2 * 4);
+        int64_t p = image * s.pixels + min(first + i / 2 * step, s.pixels - 1);
+        x[i / 2][i % 2] = *(const float4 *)(s.x + p * s.c + octet * 8 + i % 2 * 4);
     }
     if (WAY == SPLIT_RAW) {
         float sum = 0;
@@ -2601,9 +2593,11 @@ template <int WAY> __global__ void split_kernel(const struct split s) {
     for (int i = 0; i < SPLIT_PIXELS; i++) {
         int p = first + i * step;
         if (p >= s.pixels) break;
+        float v[8] = {x[i][0].x, x[i][0].y, x[i][0].z, x[i][0].w,
+                      x[i][1].x, x[i][1].y, x[i][1].z, x[i][1].w};
         for (int k = 0; WAY != SPLIT_RAW && k < 8; k++)
-            v[i][k] = normed_fast(v[i][k], scale[k], shift[k], WAY == SPLIT_SILU);
-        split8(v[i], up, s.out + (image * s.pixels + p) * s.c * 2 + octet / 4 * 64 + octet % 4 * 8);
+            v[k] = normed_fast(v[k], scale[k], shift[k], WAY == SPLIT_SILU);
+        split8(v, up, s.out + (image * s.pixels + p) * s.c * 2 + octet / 4 * 64 + octet % 4 * 8);
     }
 }
 
