@@ -1367,8 +1367,10 @@ struct product {
     float *out;            /* [images][side_out][side_out][w.rows] */
     int pixels;            /* of all images; rows */
     int c_in, size, side_in, side_out, stride, up, pad;
-    const float *norms;    /* of a codebook w: not its products are wanted, but for each */
-    struct nearest *found; /* [pixels][codes / NEAREST_CODES] the nearest of so many codes */
+    const float *norms;    /* where w is a codebook whose nearest rows are wanted, |e|^2, and */
+    struct nearest *found; /* NULL or [pixels][codes / NEAREST_CODES], the nearest of so many */
+    int batch;             /* so many such products, if more than one; steps in f32 */
+    int64_t in_step, w_step, out_step;
 };
 
 enum { NEAREST_CODES = 128 };
@@ -1447,6 +1449,11 @@ __global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
               B = (BN * DEPTH / 4 + THREADS - 1) / THREADS;
     const int tid = (int)threadIdx.x, o0 = (int)blockIdx.x * BN, N = j.w.rows;
     const int p0 = (int)blockIdx.y * BM;
+    if (j.batch > 1) {
+        j.in += blockIdx.z * j.in_step;
+        j.w.q += blockIdx.z * j.w_step * 4;
+        j.out += blockIdx.z * j.out_step;
+    }
     const int px = tid / (BN / TN) * TM, ox = tid % (BN / TN) * TN;
     float sum[TM][TN] = {};
     struct place places[A];
@@ -1504,7 +1511,8 @@ __global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
 template <int TYPE, int BM, int BN, int TM, int TN>
 static void launch_product(struct queue *q, const struct product *j) {
     static_assert(BM / TM * (BN / TN) == THREADS, "a thread has TM x TN sums");
-    dim3 grid((unsigned)(j->w.rows + BN - 1) / BN, (unsigned)((j->pixels + BM - 1) / BM));
+    dim3 grid((unsigned)(j->w.rows + BN - 1) / BN, (unsigned)((j->pixels + BM - 1) / BM),
+              (unsigned)(j->batch > 1 ? j->batch : 1));
     product_kernel<TYPE, BM, BN, TM, TN><<<grid, THREADS, 0, q->stream>>>(*j);
     launched(q, "product_kernel");
 }
@@ -1514,7 +1522,8 @@ static void launch_product(struct queue *q, const struct product *j) {
    product_kernel. Floor: the bytes of out. */
 enum { FEW_COLUMNS = 32, FEW_OUTPUTS = 128, FEW_PIXELS = 64 };
 
-template <int TYPE> __global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) {
+template <int TYPE>
+__global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) {
     __shared__ __align__(16) float w[FEW_COLUMNS][FEW_OUTPUTS + 4], x[FEW_COLUMNS][FEW_PIXELS + 4];
     const int tid = (int)threadIdx.x, o0 = (int)blockIdx.x * FEW_OUTPUTS, N = j.w.rows;
     const int p0 = (int)blockIdx.y * FEW_PIXELS, ox = tid % 32 * 4, px = tid / 32 * 8;
@@ -1571,7 +1580,7 @@ static void run_product(struct queue *q, const struct product *j) {
 static void matmul_f32(struct queue *q, const struct part *p, const float *x, int rows,
                        const float *residual) {
     struct product j = {x, p->w, p->bias, residual, p->y, rows, p->w.cols, 1, 1, 1, 1, 0, 0,
-                        NULL, NULL};
+                        NULL, NULL, 0, 0, 0, 0};
     run_product(q, &j);
 }
 
@@ -1583,19 +1592,21 @@ static void matmul_f32(struct queue *q, const struct part *p, const float *x, in
    parts, then the low ones, 128 bytes.
 
    A block takes a tile of 8 columns of pixels by 8, 16 or 32 rows and 64 channels for each of its
-   warpgroups, or 32 where there is little to do. For each 32 channels of the input it has the tile with its border in shared memory,
+   warpgroups. For each 32 channels of the input it has the tile with its border in shared memory,
    once for all nine taps: a tap is the same operand from another pixel on, whose rows of 8 pixels
    stand at one distance (so tiles are 8 wide). In shared memory 8 channels of all pixels lie
    together, 16 bytes a pixel: no bank is met twice and a tap's operand may begin at any pixel.
+   Weights lie as rows of 32 channels, swizzled; in the pixels' layout wgmma would read its first
+   operand at a fifth of the speed.
 
        acc[channel][pixel] += w[channel][16] x[pixel][16]
 
    for each 32 channels, tap, 16 of the channels, high and low, in this order whatever the tile is:
    an output's sum is the same chain everywhere. With sm_90a by wgmma, else by mma.sync, which gives
-   the same bits; tiles of 32 channels always by the latter, whose results are there sooner for the
-   next link of the chain. Floor: 4 pixels c_out c_in taps operations over the tensor cores' rate. */
+   the same bits. Floor: 4 pixels c_out c_in taps operations over the tensor cores' rate. */
 
-enum { CONV_C = 32, CONV_W = 8 };
+enum { CONV_C = 32, CONV_W = 8, STAGE_PITCH = 68 /* floats of a pixel's 64 channels, padded */,
+       STAGE_FLOATS = 64 * STAGE_PITCH + 512 /* a warpgroup's, in the epilogue */ };
 
 struct conv_job {
     const __half *in;             /* [images][side_in][side_in][c_in / 32][2][32] */
@@ -1611,21 +1622,18 @@ struct conv_job {
 /* What a block has in shared memory. With stride 2 a row of pixels has its even columns first, then
    its odd ones, so that a tap's 8 pixels are neighbours there too. */
 template <int SIZE, int STRIDE, int ROWS, int PIXELS> struct conv_tile {
-    static const int THREADS_ = ROWS > 64 ? 256 : 128, SUMS = ROWS * PIXELS / THREADS_;
-    static const int GROUP = ROWS < 64 ? ROWS : 64; /* channels of 128 threads */
+    static const int BLOCK = ROWS * 2; /* threads */
     static const int TALL = PIXELS / CONV_W, TAPS = SIZE * SIZE;
     static const int PITCH = STRIDE == 1 ? CONV_W - 1 + SIZE : 2 * (CONV_W + 1);
     static const int PATCH = (((TALL - 1) * STRIDE + SIZE) * PITCH + 7) / 8 * 8; /* pixels */
-    static const int PASSES = (PATCH + THREADS_ / 4 - 1) / (THREADS_ / 4);
-    static const int STEP = SIZE == 3 && STRIDE == 1 && ROWS < 64 ? 3 : 1; /* taps */
+    static const int PASSES = (PATCH + BLOCK / 4 - 1) / (BLOCK / 4);
+    static const int STEP = SIZE == 3 && STRIDE == 1 && PIXELS == 64 ? 3 : 1; /* taps of a step */
     static const int STEPS = TAPS / STEP, AHEAD = 2, STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD;
     static const int BUFFERS = SIZE == 1 ? STAGES : 2;
     static const int PLANE = PATCH * 16, PATCH_BYTES = 8 * PLANE;
-    static const int W_PLANE = ROWS * 16, TAP_BYTES = 4 * W_PLANE;
-    static const int W_BYTES = STEP * TAP_BYTES;
+    static const int TAP_BYTES = ROWS * 64, W_BYTES = STEP * TAP_BYTES;
     static const int LOOP_BYTES = BUFFERS * PATCH_BYTES + STAGES * W_BYTES;
-    static const int STAGE = 64 * (GROUP + 4) + 8 * GROUP; /* floats, in the epilogue */
-    static const int STORE_BYTES = THREADS_ / 128 * STAGE * 4;
+    static const int STORE_BYTES = ROWS / 64 * STAGE_FLOATS * 4;
     static const int BYTES = LOOP_BYTES > STORE_BYTES ? LOOP_BYTES : STORE_BYTES;
     static __device__ int tap_at(int tap) {
         int y = tap / SIZE, x = tap % SIZE;
@@ -1672,7 +1680,7 @@ static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
               threadIdx.x % 32 / 8 * 8;
 #pragma unroll
     for (int i = 0; i < T::PASSES; i++) {
-        int n = conv_lane_row() + i * (T::THREADS_ / 4), q = n % T::PITCH;
+        int n = conv_lane_row() + i * (T::BLOCK / 4), q = n % T::PITCH;
         if (STRIDE == 2) q = q <= CONV_W ? 2 * q : 2 * (q - CONV_W - 1) + 1;
         int y = l.y * STRIDE - j.pad + n / T::PITCH, x = l.x * STRIDE - j.pad + q;
         int inside = y >= 0 && x >= 0 && y >> j.up < j.side_in && x >> j.up < j.side_in;
@@ -1685,7 +1693,7 @@ static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
 template <class T>
 static __device__ void load_patch(const struct conv_job &j, const struct conv_patch<T> &p,
                                   int chunk, uint32_t buffer, int i) {
-    int n = conv_lane_row() + i * (T::THREADS_ / 4), inside = p.at[i] >= 0;
+    int n = conv_lane_row() + i * (T::BLOCK / 4), inside = p.at[i] >= 0;
     if (n >= T::PATCH) return;
     const __half *from = p.image + ((int64_t)max(p.at[i], 0) * (j.c_in / CONV_C) + chunk) * 64;
     uint32_t to = buffer + threadIdx.x % 32 / 8 * T::PLANE + n * 16;
@@ -1699,30 +1707,26 @@ static __device__ void load_weights(const struct conv_job &j, int o, int chunk, 
                                     uint32_t buffer) {
     int piece = (int)threadIdx.x % 32 / 8;
 #pragma unroll
-    for (int i = 0; i < T::W_PLANE / 16 / (T::THREADS_ / 4); i++) {
-        int row = conv_lane_row() + i * (T::THREADS_ / 4), inside = o + row < j.c_out;
+    for (int i = 0; i < T::TAP_BYTES / 64 / (T::BLOCK / 4); i++) {
+        int row = conv_lane_row() + i * (T::BLOCK / 4), inside = o + row < j.c_out;
         const __half *from = j.w + (int64_t)(inside ? o + row : 0) * j.ld +
                              step * T::STEP * j.c_in + chunk * CONV_C + piece * 8;
 #pragma unroll
         for (int tap = 0; tap < T::STEP; tap++)
-            copy_or_zero(buffer + tap * T::TAP_BYTES + piece * T::W_PLANE + row * 16,
+            copy_or_zero(buffer + tap * T::TAP_BYTES + row * 64 + (piece ^ (row / 2 & 3)) * 16,
                          from + tap * j.c_in, inside);
     }
 }
 
-static __device__ uint4 load_matrices(uint32_t at) {
-    uint4 v;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-
-
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* Operands for wgmma from shared memory: groups of 8 rows by 16 bytes, `along` bytes apart along
-   the columns and `down` along the rows. */
+/* Operands for wgmma from shared memory. Pixels: groups of 8 rows by 16 bytes, `along` bytes apart
+   along the columns and `down` along the rows. Weights: rows of 64 bytes, swizzled. */
 static __device__ uint64_t operand(uint32_t at, uint32_t along, uint32_t down) {
     return at >> 4 | (uint64_t)(along >> 4) << 16 | (uint64_t)(down >> 4) << 32;
+}
+
+static __device__ uint64_t swizzled_operand(uint32_t at) {
+    return at >> 4 | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t)2 << 62;
 }
 
 #define SUMS4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
@@ -1756,12 +1760,12 @@ template <int PIXELS> static __device__ void wgmma(float *c, uint64_t a, uint64_
 /* A step: 32 channels under its taps; what the step before it multiplied is complete afterwards. */
 template <class T, int STRIDE, int PIXELS>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
-    w += threadIdx.x / 128 * 1024;
+    w += threadIdx.x / 128 * 4096;
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
         int tap = i / 4, k = i / 2 % 2, low = i % 2;
-        wgmma<PIXELS>(c, operand(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE, T::W_PLANE, 128),
+        wgmma<PIXELS>(c, swizzled_operand(w + tap * T::TAP_BYTES + k * 32),
                       operand(patch + T::tap_at(step * T::STEP + tap) * 16 +
                                   (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16));
     }
@@ -1775,16 +1779,29 @@ template <int N> static __device__ void conv_finish(float *c) {
     for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
 }
 #else
+static __device__ uint4 load_matrices(uint32_t at) {
+    uint4 v;
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
+    return v;
+}
+
+/* Where a lane finds its 8 columns of 16, number k of a row of weights: piece p of row r lies at
+   p ^ (r / 2 & 3), as wgmma's swizzle of 64 bytes wants it. */
+static __device__ int weights_piece(int lane, int k) {
+    return (2 * k + lane / 16 ^ (lane / 2 & 3)) * 16;
+}
+
 /* The same with mma.sync: a warp has 16 of the 64 channels, sums where wgmma has them. */
 template <class T, int STRIDE, int PIXELS>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
     int lane = (int)threadIdx.x % 32;
-    w += (threadIdx.x / 32 * 16 + lane % 16) * 16 + lane / 16 * T::W_PLANE;
+    w += (threadIdx.x / 32 * 16 + lane % 16) * 64;
     patch += (lane / 16 * STRIDE * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
         int tap = i / 4, k = i / 2 % 2, low = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
-        uint4 a = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE);
+        uint4 a = load_matrices(w + tap * T::TAP_BYTES + weights_piece(lane, k));
 #pragma unroll
         for (int n = 0; n < PIXELS / 8; n += 2) {
             uint4 b = load_matrices(patch + at + (low * 4 + k * 2) * T::PLANE +
@@ -1798,46 +1815,20 @@ static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step)
 template <int N> static __device__ void conv_finish(float *c) { (void)c; }
 #endif
 
-/* A tile of 32 channels by 64 pixels: a warp has all channels of two rows of pixels. */
-template <class T>
-static __device__ void conv_step_small(float *c, uint32_t w, uint32_t patch, int step) {
-    int lane = (int)threadIdx.x % 32, row = (int)threadIdx.x / 32 * 2 + lane / 16;
-    w += lane % 16 * 16 + lane / 16 * T::W_PLANE;
-    patch += (row * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
-#pragma unroll
-    for (int i = 0; i < 2 * T::STEP; i++) {
-        int tap = i / 2, k = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
-        uint4 a0 = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE),
-              a1 = load_matrices(w + tap * T::TAP_BYTES + k * 2 * T::W_PLANE + 256);
-#pragma unroll
-        for (int low = 0; low < 2; low++) {
-            uint4 b = load_matrices(patch + at + (low * 4 + k * 2) * T::PLANE);
-            mma(c, a0.x, a0.y, a0.z, a0.w, b.x, b.y);
-            mma(c + 4, a0.x, a0.y, a0.z, a0.w, b.z, b.w);
-            mma(c + 8, a1.x, a1.y, a1.z, a1.w, b.x, b.y);
-            mma(c + 12, a1.x, a1.y, a1.z, a1.w, b.z, b.w);
-        }
-    }
-}
-
-/* Sums of 4 channels over a column of a block of 8 x 8 pixels, on the way to the block's. Of 128
-   threads, CHANNELS / 4 have the first column, as many the second and so on; four sums and four
-   sums of squares each. parts: 8 CHANNELS floats. */
-template <int CHANNELS>
+/* Sums of 4 channels over a column of a block of 8 x 8 pixels, on the way to the block's: thread
+   16 x + i of 128 has column x and channels 4 i .. 4 i + 3, four sums and four sums of squares.
+   parts: 512 floats. */
 static __device__ void store_block_sums(const float *sum, float *parts, float *to, int o,
                                         int c_out) {
-    const int quads = CHANNELS / 4, thread = (int)threadIdx.x % 128, x = thread / quads;
+    const int thread = (int)threadIdx.x % 128, channel = o + thread / 8 * 4 + thread % 4;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        float v = sum[i] + __shfl_xor_sync(0xffffffff, sum[i], quads);
-        if (x < 8 && x % 2 == 0) parts[x / 2 * 2 * CHANNELS + thread % quads * 8 + i] = v;
+        float v = sum[i] + __shfl_xor_sync(0xffffffff, sum[i], 16);
+        if (thread % 32 < 16) parts[thread / 32 * 128 + thread % 16 * 8 + i] = v;
     }
     __syncthreads();
-    int channel = o + thread / 8 * 4 + thread % 4;
-    if (thread >= 2 * CHANNELS || channel >= c_out) return;
-    float v = parts[thread];
-    for (int i = 1; i < 4; i++) v += parts[i * 2 * CHANNELS + thread];
-    to[channel * 2 + thread % 8 / 4] = v;
+    float v = parts[thread] + parts[128 + thread] + parts[256 + thread] + parts[384 + thread];
+    if (channel < c_out) to[channel * 2 + thread % 8 / 4] = v;
 }
 
 static __device__ void add_to_sums(float *sum, const float *v) {
@@ -1866,28 +1857,27 @@ static __device__ void store_output(const struct conv_job &j, const float *v, in
         for (int i = 0; i < 4 && o + i < j.c_out; i++) to[i] = v[i];
 }
 
-/* 64 pixels of a tile of sums to [pixel][channels] in shared memory, part q of it. */
-template <int CHANNELS> static __device__ void stage_sums(const float *c, int q, float *stage) {
-    const int thread = (int)threadIdx.x % 128, warp = thread / 32, g = thread % 32 / 4;
+/* 64 pixels of a tile of sums to [pixel][channel] in shared memory, part q of it. */
+static __device__ void stage_sums(const float *c, int q, float *stage) {
+    const int thread = (int)threadIdx.x % 128;
 #pragma unroll
-    for (int i = 0; i < CHANNELS / 2; i++) {
-        int n = (CHANNELS == 64 ? i / 4 : warp * 2 + i / 4 % 2) * 8 + thread % 4 * 2 + i % 2;
-        int row = (CHANNELS == 64 ? warp : i / 8) * 16 + g + i / 2 % 2 * 8;
-        stage[n * (CHANNELS + 4) + row] = c[q * 32 + i];
+    for (int i = 0; i < 32; i++) {
+        int n = i / 4 * 8 + thread % 4 * 2 + i % 2;
+        int row = thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8;
+        stage[n * STAGE_PITCH + row] = c[q * 32 + i];
     }
 }
 
 /* out = down acc + bias + residual, 64 pixels at a time, through shared memory: a thread has four
    channels of a column of 8 pixels. */
-template <class T, int PIXELS>
+template <int PIXELS>
 static __device__ void store_tile(const struct conv_job &j, const struct conv_place &l,
                                   const float *c, float *shared) {
-    const int quads = T::GROUP / 4, thread = (int)threadIdx.x % 128;
-    const int o0 = l.o + (int)threadIdx.x / 128 * 64, o = o0 + thread % quads * 4;
-    const int column = thread / quads, x = l.x + column, across = (j.side_out + 7) / 8;
-    const int inside = column < 8 && o < j.c_out && x < j.side_out;
+    const int thread = (int)threadIdx.x % 128, group = (int)threadIdx.x / 128;
+    const int o = l.o + group * 64 + thread % 16 * 4, x = l.x + thread / 16;
+    const int inside = o < j.c_out && x < j.side_out, across = (j.side_out + 7) / 8;
     const float down = j.image_down != NULL ? j.image_down[l.image] : j.down;
-    float *stage = shared + threadIdx.x / 128 * T::STAGE, bias[4];
+    float *stage = shared + group * STAGE_FLOATS, bias[4];
     for (int i = 0; i < 4; i++) bias[i] = o + i < j.c_out ? j.bias[o + i] : 0;
 #pragma unroll
     for (int q = 0; q < PIXELS / 64; q++) {
@@ -1901,13 +1891,13 @@ static __device__ void store_tile(const struct conv_job &j, const struct conv_pl
         for (int k = 0; k < 8; k++)
             if (k < rows) rest[k] = load_residual(j, pixel + k * j.side_out, o);
         __syncthreads();
-        stage_sums<T::GROUP>(c, q, stage);
+        stage_sums(c, q, stage);
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             if (k >= rows) break;
-            float4 s = *(const float4 *)(stage + (k * 8 + column) * (T::GROUP + 4) +
-                                         thread % quads * 4);
+            float4 s = *(const float4 *)(stage + (k * 8 + thread / 16) * STAGE_PITCH +
+                                         thread % 16 * 4);
             const float v[4] = {fmaf(s.x, down, bias[0]) + rest[k].x,
                                 fmaf(s.y, down, bias[1]) + rest[k].y,
                                 fmaf(s.z, down, bias[2]) + rest[k].z,
@@ -1916,23 +1906,22 @@ static __device__ void store_tile(const struct conv_job &j, const struct conv_pl
             add_to_sums(sum, v);
         }
         if (j.sums != NULL)
-            store_block_sums<T::GROUP>(sum, stage + 64 * (T::GROUP + 4),
-                                       j.sums + (int64_t)block * j.c_out * 2, o0, j.c_out);
+            store_block_sums(sum, stage + 64 * STAGE_PITCH, j.sums + (int64_t)block * j.c_out * 2,
+                             l.o + group * 64, j.c_out);
     }
 }
 
 /* Grid: tiles of pixels x tiles of channels, the latter first. */
 template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
-__global__ void __launch_bounds__(ROWS > 64 ? 256 : 128, BLOCKS)
-    conv_kernel(const struct conv_job j) {
+__global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct conv_job j) {
     typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
-    extern __shared__ __align__(128) char shared[];
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(shared),
+    extern __shared__ __align__(1024) char tiles[];
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(tiles),
                    weights = base + T::BUFFERS * T::PATCH_BYTES;
     const struct conv_place l = conv_place_of<T, ROWS>(j);
     const struct conv_patch<T> patch = find_patch<T, STRIDE>(j, l);
     const int chunks = j.c_in / CONV_C, steps = chunks * T::STEPS;
-    float c[T::SUMS] = {};
+    float c[PIXELS / 2] = {};
     for (int s = 0; s < T::AHEAD; s++) {
 #pragma unroll
         for (int i = 0; i < T::PASSES; i++)
@@ -1950,10 +1939,8 @@ __global__ void __launch_bounds__(ROWS > 64 ? 256 : 128, BLOCKS)
             asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
             __syncthreads();
-            const uint32_t w = weights + s % T::STAGES * T::W_BYTES,
-                           x = base + chunk % T::BUFFERS * T::PATCH_BYTES;
-            if constexpr (ROWS < 64) conv_step_small<T>(c, w, x, i);
-            else conv_step<T, STRIDE, PIXELS>(c, w, x, i);
+            conv_step<T, STRIDE, PIXELS>(c, weights + s % T::STAGES * T::W_BYTES,
+                                         base + chunk % T::BUFFERS * T::PATCH_BYTES, i);
             const int next = s + T::AHEAD, after = SIZE == 1 ? next : chunk + 1;
             if (next < steps)
                 load_weights<T>(j, l.o, chunk + (i + T::AHEAD) / T::STEPS,
@@ -1966,9 +1953,9 @@ __global__ void __launch_bounds__(ROWS > 64 ? 256 : 128, BLOCKS)
                     load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
             asm volatile("cp.async.commit_group;");
         }
-    if constexpr (ROWS >= 64) conv_finish<T::SUMS>(c);
+    conv_finish<PIXELS / 2>(c);
     asm volatile("cp.async.wait_group 0;" ::: "memory");
-    store_tile<T, PIXELS>(j, l, c, (float *)shared);
+    store_tile<PIXELS>(j, l, c, (float *)tiles);
 }
 
 /* The sums that a convolution leaves, of a map that came otherwise; the same order of sums. Grid:
@@ -1985,8 +1972,8 @@ __global__ void block_sums_kernel(const float *x, int side, int c, float *sums) 
         const float four[4] = {v.x, v.y, v.z, v.w};
         add_to_sums(sum, four);
     }
-    store_block_sums<64>(sum, parts, sums + ((int64_t)blockIdx.y * across * across + block) * c * 2,
-                         (int)blockIdx.z * 64, c);
+    store_block_sums(sum, parts, sums + ((int64_t)blockIdx.y * across * across + block) * c * 2,
+                     (int)blockIdx.z * 64, c);
 }
 
 /* Weights in f16, [rows][ld] as they are. Floor: bytes in + bytes out. */
@@ -1998,14 +1985,19 @@ template <int TYPE> __global__ void halve_kernel(struct matrix w, __half2 *out) 
     out[i / 2 + 1] = __floats2half2_rn(v.z, v.w);
 }
 
-/* 132 multiprocessors (an H200's; others choose the same) and how many tiles each has to do, at
-   what part of the tensor cores' rate. */
-static double conv_cost(const struct conv_job *j, int rows, int pixels, double rate) {
-    int tall = pixels / CONV_W;
-    int64_t tiles = (int64_t)((j->side_out + CONV_W - 1) / CONV_W) *
-                    ((j->side_out + tall - 1) / tall) * j->images * ((j->c_out + rows - 1) / rows);
-    return (double)((tiles + 131) / 132) * rows * pixels / rate;
-}
+/* What tiles cost: how many each multiprocessor has to do, at what part of the largest one's rate
+   (as measured). Not to be had where shared memory is too small. */
+struct conv_costs {
+    const struct conv_job *j;
+    int processors, shared;
+    template <class T> double of(int rows, int pixels, double rate) const {
+        int across = (j->side_out + CONV_W - 1) / CONV_W;
+        int tall = (j->side_out + T::TALL - 1) / T::TALL;
+        int64_t tiles = (int64_t)across * tall * j->images * ((j->c_out + rows - 1) / rows);
+        if (T::BYTES > shared) return HUGE_VAL;
+        return (double)((tiles + processors - 1) / processors) * rows * pixels / rate;
+    }
+};
 
 template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
 static void launch_conv(struct queue *q, const struct conv_job *j) {
@@ -2017,25 +2009,36 @@ static void launch_conv(struct queue *q, const struct conv_job *j) {
                                  cudaFuncAttributeMaxDynamicSharedMemorySize, T::BYTES),
          "cudaFuncSetAttribute");
     conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>
-        <<<(unsigned)(tiles * rows), T::THREADS_, T::BYTES, q->stream>>>(*j);
+        <<<(unsigned)(tiles * rows), T::BLOCK, T::BYTES, q->stream>>>(*j);
     launched(q, "conv_kernel");
 }
 
 /* The tile that is done first; tiles differ in nothing but time. */
 static void run_conv(struct queue *q, const struct conv_job *j, int size, int stride) {
-    double large = conv_cost(j, 128, 256, 1), tall = conv_cost(j, 64, 256, 0.85),
-           half = conv_cost(j, 64, 128, 0.65), small = conv_cost(j, 32, 64, 0.4);
+    struct conv_costs c = {j, 132, 0};
+    note(q, cudaDeviceGetAttribute(&c.processors, cudaDevAttrMultiProcessorCount, q->device),
+         "cudaDeviceGetAttribute");
+    note(q, cudaDeviceGetAttribute(&c.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, q->device),
+         "cudaDeviceGetAttribute");
+    double large = c.of<conv_tile<3, 1, 128, 256>>(128, 256, j->residual != NULL ? 0.99 : 1),
+           square = c.of<conv_tile<3, 1, 128, 128>>(128, 128, 1),
+           tall = c.of<conv_tile<3, 1, 64, 256>>(64, 256, 0.93),
+           half = c.of<conv_tile<3, 1, 64, 128>>(64, 128, 0.9),
+           small = c.of<conv_tile<3, 1, 64, 64>>(64, 64, 0.7);
     if (size == 1) {
-        if (conv_cost(j, 128, 256, 1) <= small) launch_conv<1, 1, 128, 256, 1>(q, j);
-        else launch_conv<1, 1, 32, 64, 3>(q, j);
+        if (square <= small) launch_conv<1, 1, 128, 128, 2>(q, j);
+        else launch_conv<1, 1, 64, 64, 3>(q, j);
     } else if (stride == 2) {
-        if (conv_cost(j, 128, 128, 0.6) <= small) launch_conv<3, 2, 128, 128, 1>(q, j);
-        else launch_conv<3, 2, 32, 64, 2>(q, j);
-    } else if (large <= tall && large <= half && large <= small)
+        if (c.of<conv_tile<3, 2, 128, 128>>(128, 128, 0.8) <= small)
+            launch_conv<3, 2, 128, 128, 1>(q, j);
+        else launch_conv<3, 2, 64, 64, 2>(q, j);
+    } else if (large <= square && large <= tall && large <= half && large <= small)
         launch_conv<3, 1, 128, 256, 1>(q, j);
+    else if (square <= tall && square <= half && square <= small)
+        launch_conv<3, 1, 128, 128, 2>(q, j);
     else if (tall <= half && tall <= small) launch_conv<3, 1, 64, 256, 2>(q, j);
     else if (half <= small) launch_conv<3, 1, 64, 128, 3>(q, j);
-    else launch_conv<3, 1, 32, 64, 4>(q, j);
+    else launch_conv<3, 1, 64, 64, 3>(q, j);
 }
 
 /* =================================================================================================
@@ -3645,13 +3648,12 @@ template <int WAY> __global__ void split_kernel(const struct split s) {
     const int octets = s.c / 8, octet = (int)threadIdx.x % octets, step = (int)blockDim.x / octets;
     const int first = (int)blockIdx.x * step * SPLIT_PIXELS + (int)threadIdx.x / octets;
     const int64_t image = blockIdx.y, at = image * s.c + octet * 8;
-    float up = s.up, scale[8], shift[8], v[SPLIT_PIXELS][8];
+    float up = s.up, scale[8], shift[8];
+    float4 x[SPLIT_PIXELS][2];
 #pragma unroll
     for (int i = 0; i < SPLIT_PIXELS * 2; i++) {
-        int p = first + i / 2 * step;
-        if (p < s.pixels)
-            *(float4 *)&v[i / 2][i % 2 * 4] = *(const float4 *)(
-                s.x + (image * s.pixels + p) * s.c + octet * 8 + i % 2 * 4);
+        int64_t p = image * s.pixels + min(first + i / 2 * step, s.pixels - 1);
+        x[i / 2][i % 2] = *(const float4 *)(s.x + p * s.c + octet * 8 + i % 2 * 4);
     }
     if (WAY == SPLIT_RAW) {
         float sum = 0;
@@ -3664,9 +3666,11 @@ template <int WAY> __global__ void split_kernel(const struct split s) {
     for (int i = 0; i < SPLIT_PIXELS; i++) {
         int p = first + i * step;
         if (p >= s.pixels) break;
+        float v[8] = {x[i][0].x, x[i][0].y, x[i][0].z, x[i][0].w,
+                      x[i][1].x, x[i][1].y, x[i][1].z, x[i][1].w};
         for (int k = 0; WAY != SPLIT_RAW && k < 8; k++)
-            v[i][k] = normed_fast(v[i][k], scale[k], shift[k], WAY == SPLIT_SILU);
-        split8(v[i], up, s.out + (image * s.pixels + p) * s.c * 2 + octet / 4 * 64 + octet % 4 * 8);
+            v[k] = normed_fast(v[k], scale[k], shift[k], WAY == SPLIT_SILU);
+        split8(v, up, s.out + (image * s.pixels + p) * s.c * 2 + octet / 4 * 64 + octet % 4 * 8);
     }
 }
 
@@ -3712,12 +3716,12 @@ __global__ void softmax_kernel(float *s, int n, float scale) {
     for (int i = (int)threadIdx.x; i < n; i += THREADS) row[i] /= sum;
 }
 
-/* y[c][ld] = x[n][c] transposed, zeros behind n. */
+/* y[c][ld] = x[n][c] transposed, zeros behind n, of each image. Grid: [blocks][images]. */
 __global__ void transpose_kernel(const float *x, int n, int c, int ld, float *y) {
-    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, image = blockIdx.y;
     if (i >= (int64_t)c * ld) return;
     int64_t k = i / ld, row = i % ld;
-    y[i] = row < n ? x[row * c + k] : 0;
+    y[image * c * ld + i] = row < n ? x[(image * n + row) * c + k] : 0;
 }
 
 /* ids[vector] = the nearest of the nearest codes of each part of the codebook; a warp a vector. */
@@ -3858,7 +3862,7 @@ static void conv2d(struct gpu *c, const struct vq_op *op, const struct gpu_op *w
     } else {
         struct product j = {in, *m, w->bias[number], residual, out,
                             v->images * to.side_out * to.side_out, c_in, size, v->side,
-                            to.side_out, to.stride, to.up, pad, NULL, NULL};
+                            to.side_out, to.stride, to.up, pad, NULL, NULL, 0, 0, 0, 0};
         run_product(&c->q, &j);
     }
     if (summed) v->summed = out;
@@ -3884,24 +3888,37 @@ static struct matrix as_matrix(const float *x, int rows, int cols, int ld) {
     return m;
 }
 
-/* t = softmax(q k^T / sqrt(c)) v over the pixels of one image, some rows of scores at a time. */
-static void attend_image(struct gpu *c, int image) {
+/* t = softmax(q k^T / sqrt(c)) v over the pixels, for `rows` from `first` on of so many images from
+   `image` on. */
+static void attend_images(struct gpu *c, int image, int images, int first, int rows) {
     struct vq_memory *v = &c->vq;
-    int n = v->side * v->side, ch = v->c, ld = round_up(n, SPAN), step = (int)(SCORES / n);
-    int64_t at = (int64_t)image * n * ch;
-    transpose_kernel<<<blocks_of((int64_t)ch * ld), THREADS, 0, c->q.stream>>>(v->v + at, n, ch, ld,
-                                                                               v->u);
+    int n = v->side * v->side, ch = v->c, ld = round_up(n, SPAN);
+    int64_t map = (int64_t)n * ch, at = image * map, from = at + (int64_t)first * ch;
+    struct product scores = {v->q + from, as_matrix(v->k + at, n, ch, ch), NULL, NULL, v->s, rows,
+                             ch, 1, 1, 1, 1, 0, 0, NULL, NULL, images, map, map,
+                             (int64_t)rows * n};
+    struct product values = {v->s, as_matrix(v->u + (int64_t)image * ch * ld, ch, n, ld), NULL,
+                             NULL, v->t + from, rows, n, 1, 1, 1, 1, 0, 0, NULL, NULL, images,
+                             (int64_t)rows * n, (int64_t)ch * ld, map};
+    run_product(&c->q, &scores);
+    softmax_kernel<<<(unsigned)(rows * images), THREADS, 0, c->q.stream>>>(v->s, n,
+                                                                          1 / sqrtf((float)ch));
+    launched(&c->q, "softmax_kernel");
+    run_product(&c->q, &values);
+}
+
+/* Some images at a time, or some rows of one where its scores are many. */
+static void attend_pixels(struct gpu *c) {
+    struct vq_memory *v = &c->vq;
+    int n = v->side * v->side, ld = round_up(n, SPAN), rows = (int)min64(n, SCORES / n);
+    int step = rows == n ? SCORES / n / n : 1;
+    transpose_kernel<<<dim3(blocks_of((int64_t)v->c * ld), (unsigned)v->images), THREADS, 0,
+                       c->q.stream>>>(v->v, n, v->c, ld, v->u);
     launched(&c->q, "transpose_kernel");
-    for (int first = 0; first < n; first += step) {
-        int rows = (int)min64(step, n - first);
-        struct part scores = {as_matrix(v->k + at, n, ch, ch), NULL, v->s};
-        matmul_f32(&c->q, &scores, v->q + at + (int64_t)first * ch, rows, NULL);
-        softmax_kernel<<<(unsigned)rows, THREADS, 0, c->q.stream>>>(v->s, n,
-                                                                    1 / sqrtf((float)ch));
-        launched(&c->q, "softmax_kernel");
-        struct part values = {as_matrix(v->u, ch, n, ld), NULL, v->t + at + (int64_t)first * ch};
-        matmul_f32(&c->q, &values, v->s, rows, NULL);
-    }
+    for (int i = 0; i < v->images; i += step)
+        for (int first = 0; first < n; first += rows)
+            attend_images(c, i, (int)min64(step, v->images - i), first,
+                          (int)min64(rows, n - first));
 }
 
 /* x = x + proj(attention(q, k, v)) */
@@ -3913,8 +3930,8 @@ static void run_attention(struct gpu *c, const struct vq_op *op, const struct gp
             groupnorm(c, op, w, 0, 0, v->x, v->c, i);
         conv2d(c, op, w, i, same_side(v), v->n, NULL, to[i], 0);
     }
-    for (int i = 0; i < v->images; i++) attend_image(c, i);
-    if (v->summed == v->t) v->summed = NULL;
+    attend_pixels(c);
+    if (v->summed == v->t || v->summed == v->u) v->summed = NULL;
     conv2d(c, op, w, 3, same_side(v), v->t, v->x, v->x, 1);
 }
 
@@ -3985,7 +4002,7 @@ static void quantize_images(struct gpu *c, int n) {
     const struct vqgan *vq = c->g->m->vq;
     int vectors = n * vq->S * vq->S, parts = (vq->codes + NEAREST_CODES - 1) / NEAREST_CODES;
     struct product j = {c->vq.x, c->g->codebook, NULL, NULL, NULL, vectors, vq->code_dim, 1, 1, 1,
-                        1, 0, 0, c->g->code_norms, c->vq.found};
+                        1, 0, 0, c->g->code_norms, c->vq.found, 0, 0, 0, 0};
     run_product(&c->q, &j);
     nearest_kernel<<<(unsigned)(vectors + WARPS - 1) / WARPS, THREADS, 0, c->q.stream>>>(
         c->vq.found, vectors, parts, c->vq.ids);
@@ -4232,7 +4249,8 @@ static void place_vq(struct gpu *c, struct arena *a) {
     T = (int64_t)vq->S * vq->S;
     struct { float **p; int64_t n; } maps[] = {
         {&v->x, map}, {&v->t, map}, {&v->u, map}, {&v->n, map}, {&v->whole, n * whole},
-        {&v->q, attn}, {&v->k, attn}, {&v->v, attn}, {&v->s, pixels > 0 ? max64(SCORES, pixels) : 0},
+        {&v->q, attn}, {&v->k, attn}, {&v->v, attn},
+        {&v->s, pixels > 0 ? max64(SCORES, pixels) : 0},
         {&v->scale, n * channels}, {&v->shift, n * channels}, {&v->blocks, blocks},
         {&v->squares, n * VQ_GROUPS}, {&v->down, n}};
     for (const auto &one : maps) take(a, one.p, one.n);
