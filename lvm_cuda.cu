@@ -2948,24 +2948,21 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
    first. Sums are exact in any order (lvm.c, summand), so nothing need be sorted to its end: keys
    ascend where p falls, and of equal ones where the id rises; choices go to 1024 bins by the first
    bits in which keys differ (a radix sort's first pass), sums before each bin tell which bin it is,
-   and only its choices are compared with each other. A bin with many is split like the whole. What
-   is so unlikely that no sum that is asked for can need it is left out at once.
+   and only its choices are compared with each other. A bin with many is split like the whole.
 
-   Floor: not bytes, for logits are in the L2 cache, but what one multiprocessor takes for some 30
-   instructions a code and its share of conflicts of banks, and the latency of 20 barriers. */
+   Floor: bytes do not count, for logits are in the L2 cache; it is the latency of that read and of
+   some twenty barriers. */
 
 enum { BIN_BITS = 10, BINS = 1 << BIN_BITS /* and threads */, CODE_BITS = 14,
        CODES = 1 << CODE_BITS /* ids to sample from, at most */,
-       FEW = 128 /* choices that are compared one by one */,
+       FEW = 96 /* choices that are compared one by one */,
        IN_FLIGHT = 8 /* tokens in the queue */, RING = 2 * IN_FLIGHT };
 
 /* How to sample; what is kept of each sequence. */
 struct sampler {
-    struct how {
-        float temperature, top_p;
-        int top_k, greedy, judge; /* judge: log_likelihood is wanted */
-    } how;
-    struct kept {
+    float temperature, top_p;
+    int top_k, greedy, judge; /* judge: log_likelihood is wanted */
+    struct {
         struct rng rng;
         double log_likelihood;
         int done;
@@ -3032,28 +3029,18 @@ struct slice {
     int bits;
 };
 
-/* A bin: first choice, how many, the sum of those before them. */
-struct bin {
-    int first, n;
-    double before;
-};
-
 /* A block's shared memory: choice i has p[padded(i)] and id[i]. */
 struct sampling {
     float *p;
     uint16_t *id;
     struct sampling_memory {
-        struct sampler::how how;
-        struct sampler::kept row;
         uint32_t most[4][32];
-        int counts[32], n, next[BINS]; /* choices of all bins; how many, then where they begin */
-        double sums[32], total, before[BINS + 1]; /* of all; before each 2^up choices */
-        struct bin found;
-        float likely[FEW];             /* of a bin, in order */
-        int likely_id[FEW];
+        int counts[32], bin[BINS];           /* how many choices, then where they begin */
+        double sums[32], before[BINS + 1];
+        struct slice found;
         struct {
-            int id;
-            double mass;               /* up to it and with it */
+            int id, count;                   /* count and mass: up to it and with it */
+            double mass;
         } choice;
     } *m;
 };
@@ -3096,47 +3083,44 @@ template <class T> static __device__ T sum_before(T v, T *parts) {
     return all + sum - v;
 }
 
-/* Sorts a slice by bins, what is below `least` apart: p and id, of which thread t has number
-   t + 1024 i, go to where they belong in shared memory. The thread's bin is returned. */
+/* Sorts a slice by bins: p and id, of which thread t has number t + 1024 i, go to where they belong
+   in shared memory; the thread's bin is returned. */
 template <int N>
-static __device__ struct bin split(const struct sampling &m, const struct slice &s, const float *p,
-                                   const int *id, float least) {
+static __device__ struct slice split(const struct sampling &m, const struct slice &s,
+                                     const float *p, const int *id) {
     const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS);
     uint32_t place[N]; /* the bin, and below it the number among its choices */
-    m.m->next[t] = 0;
+    m.m->bin[t] = 0;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (i * BINS >= s.n) break;
-        if (t + i * BINS >= s.n || p[i] < least) continue;
         int bin = bin_of(s, width, p[i], id[i]);
-        place[i] = (uint32_t)(bin << 16 | atomicAdd(&m.m->next[bin], 1));
+        if (t + i * BINS < s.n) place[i] = (uint32_t)(bin << 16 | atomicAdd(&m.m->bin[bin], 1));
     }
     __syncthreads();
-    struct bin own = {s.first, m.m->next[t], 0};
-    own.first += sum_before(own.n, m.m->counts);
-    m.m->next[t] = own.first;
-    if (t == BINS - 1) m.m->n = own.first + own.n - s.first;
+    int n = m.m->bin[t], first = s.first + sum_before(n, m.m->counts);
+    m.m->bin[t] = first;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (i * BINS >= s.n) break;
-        if (t + i * BINS >= s.n || p[i] < least) continue;
-        int to = m.m->next[place[i] >> 16] + (int)(place[i] & 0xffff);
+        if (t + i * BINS >= s.n) continue;
+        int to = m.m->bin[place[i] >> 16] + (int)(place[i] & 0xffff);
         m.p[padded(to)] = p[i];
         m.id[to] = (uint16_t)id[i];
     }
-    const int n = m.m->n, up = n > BINS ? 32 - __clz((n - 1) / BINS) : 0; /* 2^up a thread */
     __syncthreads();
+    const int up = s.n > BINS ? 32 - __clz((s.n - 1) / BINS) : 0; /* 2^up choices a thread */
     double sum = 0;
-    for (int i = t << up; i < min(n, (t + 1) << up); i++) sum += (double)m.p[padded(s.first + i)];
+    for (int i = t << up; i < min(s.n, (t + 1) << up); i++) sum += (double)m.p[padded(s.first + i)];
     m.m->before[t] = s.before + sum_before(sum, m.m->sums);
     if (t == BINS - 1) m.m->before[BINS] = m.m->before[t] + sum;
     __syncthreads();
-    const int at = own.first - s.first;
-    own.before = m.m->before[at >> up];
-    for (int i = at >> up << up; i < at; i++) own.before += (double)m.p[padded(s.first + i)];
-    return own;
+    const int at = first - s.first;
+    double before = m.m->before[at >> up];
+    for (int i = at >> up << up; i < at; i++) before += (double)m.p[padded(s.first + i)];
+    return {first, n, before, s.low + ((uint64_t)t << width), width};
 }
 
 /* So many choices, or so large a sum; one at least. */
@@ -3149,71 +3133,47 @@ static __device__ int reached(const struct goal &g, int count, double mass) {
     return count > 0 && (count >= g.count || mass >= g.mass);
 }
 
-/* Of a slice's bins, of which each thread has one, that in which the goal is reached: the last one
-   before which it is not. */
+/* Of the threads' bins the one in which the goal is reached: the last before which it is not. */
 static __device__ struct slice find(const struct sampling &m, const struct goal &g,
-                                    const struct slice &s, const struct bin &own) {
-    const int width = max(0, s.bits - BIN_BITS);
+                                    const struct slice &own) {
     int bin = __syncthreads_count(!reached(g, own.first, own.before)) - 1;
     if ((int)threadIdx.x == bin) m.m->found = own;
     __syncthreads();
-    const struct bin &b = m.m->found;
-    return {b.first, b.n, b.before, s.low + ((uint64_t)bin << width), width};
-}
-
-/* The bin in which the goal is reached, of a slice that is a bin with too many choices. */
-template <int N>
-static __device__ struct slice find_deeper(const struct sampling &m, const struct goal &g,
-                                           const struct slice &s) {
-    float p[N];
-    int id[N];
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        int at = s.first + min((int)threadIdx.x + i * BINS, s.n - 1);
-        if (i * BINS >= s.n) break;
-        p[i] = m.p[padded(at)];
-        id[i] = m.id[at];
-    }
-    return find(m, g, s, split<N>(m, s, p, id, 0));
-}
-
-/* Puts a bin's choices in order; a warp a choice. */
-static __device__ void order(const struct sampling &m, const struct slice &s) {
-    const int lane = (int)threadIdx.x % 32;
-    for (int i = (int)threadIdx.x / 32; i < s.n; i += 32) {
-        const float p = m.p[padded(s.first + i)];
-        const int id = m.id[s.first + i];
-        int rank = 0;
-        for (int k = 0; k < s.n; k += 32) {
-            int at = s.first + k + lane, in = k + lane < s.n;
-            float other = in ? m.p[padded(at)] : -1;
-            int likelier = other > p || (other == p && m.id[at] < id);
-            rank += __popc(__ballot_sync(0xffffffff, likelier));
-        }
-        if (lane == 0) m.m->likely[rank] = p, m.m->likely_id[rank] = id;
-    }
-    __syncthreads();
+    return m.m->found;
 }
 
 /* The choice with which the goal is reached, to m.m->choice. own: the thread's bin of all. */
 template <int N>
 static __device__ void choose(const struct sampling &m, const struct goal &g,
-                              const struct slice &all, const struct bin &own) {
-    struct slice s = find(m, g, all, own);
-    while (s.n > FEW) s = find_deeper<N>(m, g, s);
-    order(m, s);
-    for (int first = 0; first < s.n && threadIdx.x < 32; first += 32) { /* a lane a choice */
-        const int i = first + (int)threadIdx.x;
-        const double p = i < s.n ? (double)m.m->likely[i] : 0;
-        double sum = p;
-        for (int k = 1; k < 32; k *= 2) {
-            double other = __shfl_up_sync(0xffffffff, sum, k);
-            if (i - first >= k) sum += other;
+                              const struct slice &own) {
+    struct slice s = find(m, g, own);
+    while (s.n > FEW) {
+        float p[N];
+        int id[N];
+#pragma unroll
+        for (int i = 0; i < N; i++) {
+            int at = s.first + (int)threadIdx.x + i * BINS;
+            if (i * BINS >= s.n) break;
+            if (at < s.first + s.n) p[i] = m.p[padded(at)], id[i] = m.id[at];
         }
-        sum += s.before;
-        if (i < s.n && !reached(g, s.first + i, sum - p) && reached(g, s.first + i + 1, sum))
-            m.m->choice = {m.m->likely_id[i], sum};
-        s.before = __shfl_sync(0xffffffff, sum, 31);
+        s = find(m, g, split<N>(m, s, p, id));
+    }
+    const int lane = (int)threadIdx.x % 32;
+    for (int i = (int)threadIdx.x / 32; i < s.n; i += 32) { /* a warp a choice */
+        float p = m.p[padded(s.first + i)];
+        int id = m.id[s.first + i], count = 0;
+        double before = 0;
+        for (int k = lane; k < s.n; k += 32) {
+            float other = m.p[padded(s.first + k)];
+            if (other < p || (other == p && m.id[s.first + k] >= id)) continue;
+            count++;
+            before += (double)other;
+        }
+        for (int k = 16; k > 0; k /= 2) before += __shfl_xor_sync(0xffffffff, before, k);
+        count = s.first + __reduce_add_sync(0xffffffff, count);
+        before += s.before;
+        if (lane == 0 && !reached(g, count, before) && reached(g, count + 1, before + (double)p))
+            m.m->choice = {id, count + 1, before + (double)p};
     }
     __syncthreads();
 }
@@ -3245,40 +3205,30 @@ static __device__ int likeliest(const struct sampling &m, const float *x, int co
 
 static __device__ float divided(float x, float by) { return by == 1 ? x : __fdiv_rn(x, by); }
 
-/* One of the codes by their logits x, which become probabilities. most, least: of them. */
+/* One of the codes by their logits x, which become probabilities. */
 template <int N>
-static __device__ int draw(const struct sampling &m, float *x, int codes, float most,
-                           float least) {
-    const struct sampler::how &by = m.m->how;
-    const int t = (int)threadIdx.x, all_stay = by.top_k <= 0 || by.top_k >= codes,
-              start = !all_stay ? 0 : by.top_p < 1 ? 1 : 2; /* 0: top-k, 1: nucleus, 2: draw */
-    struct rng rng = m.m->row.rng;
-    const double part = rng_next_as_host(&rng) * 0x1p-32;
+static __device__ int draw(const struct sampling &m, const struct sampler &by, struct rng *rng,
+                           float *x, int codes, float most, float least) {
     int id[N];
-    double sum = 0;
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (i * BINS >= codes) break;
-        id[i] = t + i * BINS;
+        id[i] = (int)threadIdx.x + i * BINS;
         x[i] = summand_as_host(exp_as_host(divided(x[i] - most, by.temperature)));
-        if (id[i] < codes) sum += (double)x[i];
     }
-    sum += sum_before(sum, m.m->sums);
-    if (t == BINS - 1) m.m->total = sum;
-    __syncthreads();
-    /* A lower logit may, by a rounding, have a p that is larger: hence the 64. Of the sum no more
-       than a share is asked for: what is below `few` could not give the rest together. */
+    /* A lower logit may, by a rounding, have a p that is larger: hence the 64. */
     float low = summand_as_host(exp_as_host(divided(least - most, by.temperature)));
     struct slice all = {0, codes, 0, 0, 64 - __clzll(key_of(low, CODES - 1) + (64 << CODE_BITS))};
-    double mass = m.m->total, share = start == 0 ? 1 : start == 1 ? (double)by.top_p : part;
-    const float few = (float)((1 - share) * mass / codes * 0.999);
-    const struct bin own = split<N>(m, all, x, id, few);
+    struct slice own = split<N>(m, all, x, id);
+    const double random = rng_next_as_host(rng) * 0x1p-32;
+    double mass = m.m->before[BINS];
 #pragma unroll 1
-    for (int step = start; step < 3; step++) {
-        if (step == 1 && by.top_p == 1) continue; /* for all are in the nucleus */
-        struct goal g = {codes, mass * (step == 1 ? (double)by.top_p : part)};
+    for (int step = by.top_k > 0 && by.top_k < codes ? 0 : 1; step < 3; step++) {
+        struct goal g = {codes, mass * random};
         if (step == 0) g = {by.top_k, HUGE_VAL};
-        choose<N>(m, g, all, own);
+        if (step == 1) g.mass = mass * (double)by.top_p;
+        if (step == 1 && by.top_p == 1) continue; /* for all are in the nucleus */
+        choose<N>(m, g, own);
         mass = m.m->choice.mass;
     }
     return m.m->choice.id;
@@ -3305,9 +3255,9 @@ __global__ void __launch_bounds__(BINS, 1)
     __shared__ struct sampling::sampling_memory own;
     const struct sampling m = {memory, (uint16_t *)(memory + padded(codes + 31)), &own};
     const int row = (int)blockIdx.x, t = (int)threadIdx.x;
-    if (t == BINS - 1) own.how = by->how, own.row = by->of[row];
-    float x[N], high = -HUGE_VALF, low = HUGE_VALF, higher = -HUGE_VALF; /* higher: of all */
-    int finite = 1;
+    struct rng rng = by->of[row].rng;
+    float x[N];
+    uint32_t most[4] = {}; /* largest and least of codes, of all; of the least the complement */
     logits += (int64_t)row * V;
 #pragma unroll
     for (int i = 0; i < N; i++) {
@@ -3315,31 +3265,29 @@ __global__ void __launch_bounds__(BINS, 1)
         x[i] = logits[min(t + i * BINS, codes - 1)];
     }
     for (int i = codes + t; i < V; i += BINS) {
-        higher = fmaxf(higher, logits[i]);
-        finite &= isfinite(logits[i]);
+        most[2] = max(most[2], ordered(logits[i]));
+        most[3] = max(most[3], ~ordered(logits[i]));
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
         if (i * BINS >= codes) break;
-        high = fmaxf(high, x[i]);
-        low = fminf(low, x[i]);
-        finite &= isfinite(x[i]);
+        most[0] = max(most[0], ordered(x[i]));
+        most[1] = max(most[1], ~ordered(x[i]));
     }
-    uint32_t most[4] = {ordered(high), ~ordered(low), ordered(fmaxf(high, higher)), !finite};
+    most[2] = max(most[2], most[0]);
+    most[3] = max(most[3], most[1]);
     largest_of_block(most, own.most);
-    high = from_ordered(most[0]);
-    low = from_ordered(~most[1]);
+    const float top = from_ordered(most[0]), least = from_ordered(~most[1]);
     int id = -1;
-    if (!most[3])
-        id = own.how.greedy ? likeliest<N>(m, x, codes, high)
-                        : draw<N>(m, x, codes, high, low);
-    float nll = id >= 0 && own.how.judge ? judge(m, logits, V, from_ordered(most[2]), id) : 0;
+    if (isfinite(from_ordered(most[2])) && isfinite(from_ordered(~most[3])))
+        id = by->greedy ? likeliest<N>(m, x, codes, top)
+                        : draw<N>(m, *by, &rng, x, codes, top, least);
+    float nll = id >= 0 && by->judge ? judge(m, logits, V, from_ordered(most[2]), id) : 0;
     if (t < BINS - 1) return;
-    ring[own.row.done % RING][row] = (uint64_t)(own.row.done + 1) << 32 | (uint32_t)id;
-    if (!own.how.greedy) rng_next_as_host(&own.row.rng);
-    own.row.log_likelihood -= (double)nll;
-    own.row.done++;
-    by->of[row] = own.row;
+    int done = by->of[row].done++;
+    ring[done % RING][row] = (uint64_t)(done + 1) << 32 | (uint32_t)id;
+    by->of[row].log_likelihood -= (double)nll;
+    by->of[row].rng = rng;
     tokens[row] = max(id, 0);
     pos[row]++;
 }
@@ -3431,11 +3379,15 @@ static struct step tell_sampler(struct gpu *c, const struct continuation *k, con
     int32_t tokens[SEQUENCES] = {0};
     int rows[SEQUENCES], before[SEQUENCES];
     struct batch b = {k->n_seqs, tokens, rows, k->n_seqs, rows, k->logits, NULL, NULL};
-    to->how = {by->temperature, by->top_p, by->top_k, by->greedy, by->log_likelihood != NULL};
+    to->temperature = by->temperature;
+    to->top_p = by->top_p;
+    to->top_k = by->top_k;
+    to->greedy = by->greedy;
+    to->judge = by->log_likelihood != NULL;
     for (int s = 0; s < k->n_seqs; s++) {
         rows[s] = s;
         before[s] = start[s] - 1;
-        to->of[s] = {k->rng[s], to->how.judge ? by->log_likelihood[s] : 0, 0};
+        to->of[s] = {k->rng[s], to->judge ? by->log_likelihood[s] : 0, 0};
     }
     for (int i = 0; i < RING; i++)
         for (int s = 0; s < SEQUENCES; s++) c->told->ring[i][s] = 0;
@@ -3457,7 +3409,7 @@ static int end_sampling(struct gpu *c, struct continuation *k, lvm_error *error)
     int code = wait_for(&c->q, error);
     for (int s = 0; code == LVM_OK && s < k->n_seqs; s++) {
         k->rng[s] = from->of[s].rng;
-        if (from->how.judge) k->sampling->log_likelihood[s] = from->of[s].log_likelihood;
+        if (from->judge) k->sampling->log_likelihood[s] = from->of[s].log_likelihood;
     }
     return code;
 }
