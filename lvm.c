@@ -16300,9 +16300,7 @@ static int generate_together(struct set *set, int tokens, int32_t *ids, lvm_erro
     struct continuation c = {&s, g->n, tokens, ctx->m->codes, ctx->logits, rng, out, tokens, 0,
                              tokens};
     if (code == LVM_OK)
-        code = blame_weights(ctx, ctx->b->generate != NULL ? ctx->b->generate(ctx->state, &c, error)
-                                                           : generate_on_host(ctx, &c, error),
-                             error);
+        code = generate_tokens(ctx, &c, error);
     for (int i = 0; i < g->n; i++) {
         int at = (i + 1) % g->n;
         memcpy(ids + (size_t)i * (size_t)tokens, out + (size_t)at * (size_t)tokens,

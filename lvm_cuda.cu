@@ -51,6 +51,8 @@ enum { THREADS = 256, WARPS = THREADS / 32 };
 struct queue {
     int device;
     int chains, sms;         /* 1: kernels may start early, see launch; multiprocessors */
+    int shared;              /* bytes of shared memory that a block may have */
+    int wgmma;               /* blocks of gemm_wgmma_kernel, 0: the chip has none */
     cudaStream_t stream;
     cudaError_t error;
     const char *what;
@@ -799,6 +801,8 @@ static int check_chip(int device, int *chains, int *sms, lvm_error *error) {
                 device, major);
 }
 
+static int has_wgmma(void); /* chapter 3 */
+
 static int gpu_model_open(const lvm_model *m, const char *device, void **copy, lvm_error *error) {
     int number, chains = 0, sms = 1, code = device_number(device, &number, error);
     if (code == LVM_OK) code = check_chip(number, &chains, &sms, error);
@@ -810,6 +814,7 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
     g->q.device = number;
     g->q.chains = chains;
     g->q.sms = sms;
+    cudaDeviceGetAttribute(&g->q.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
     g->map = (struct matrix *)calloc((size_t)m->n_specs + 1, sizeof *g->map);
     g->layers = (struct gpu_layer *)calloc((size_t)m->llama.L + 1, sizeof *g->layers);
     size_t ops = m->vq != NULL ? (size_t)m->vq->n_ops : 0;
@@ -817,6 +822,7 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
     if (g->map == NULL || g->layers == NULL || g->ops == NULL)
         code = fail(&own, LVM_MEMORY, "out of memory");
     if (code == LVM_OK) code = use_device(&g->q, &own);
+    if (code == LVM_OK) g->q.wgmma = has_wgmma() ? g->q.sms : 0;
     if (code == LVM_OK) code = gpu_model_alloc(g, &own);
     if (code == LVM_OK) code = gpu_model_fill(g, &own);
     if (code == LVM_OK) *copy = g;
@@ -1326,27 +1332,692 @@ __global__ void norm_pack_kernel(const float *x, const float *norm, float eps, i
     write_normed(out, i, row, norm, scale, D);
 }
 
+/* ---- GEMM: many rows ----
+
+   Both operands lie in panels: tiles of 64 columns whose rows take 128 bytes, so that a tile is
+   one contiguous piece of memory, swizzled as tensor cores read it from shared memory (see struct
+   packed): 128 rows of x are 16 KiB, 256 rows of w 32 KiB. The rows of w stand in an order that
+   suits whoever writes the result: a thread of the tensor cores' layout holds columns 8 n + 2 t
+   and 8 n + 2 t + 1 of a tile (n: 0 .. 31, t: 0 .. 3), and
+
+       alone      these are rows 16 (n / 2) + 4 t + 2 (n % 2) + (0, 1) of w: of two n, four
+                  neighbours of y, 16 bytes
+       gate, up   n % 16 < 8 is the gate's, n % 16 >= 8 the same rows of up; of four n a thread
+                  holds what makes 16 bytes of a panel of the next product */
+
+enum { X_ROWS = 128, W_ROWS = 256 /* of a tile */, ROW_BYTES = SPAN * 2,
+       X_BYTES = X_ROWS * ROW_BYTES, W_BYTES = W_ROWS * ROW_BYTES };
+
+/* Row i of 64 in a tile of w: which of 64 rows of w, of a matrix alone or of gate or up. */
+static __device__ int row_alone(int i) {
+    return i / 16 * 16 + i % 8 / 2 * 4 + i / 8 % 2 * 2 + i % 2;
+}
+
+static __device__ int row_of_pair(int i) {
+    return i / 8 % 4 * 16 + i / 32 * 8 + i % 8;
+}
+
+/* Of four lanes: v[i] of lane t becomes v[t] of lane i. */
+static __device__ void transpose4(uint32_t *v, int t) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & bit) continue;
+            uint32_t got = __shfl_xor_sync(0xffffffff, t & bit ? v[i] : v[i | bit], bit);
+            if (t & bit) v[i] = got;
+            else v[i | bit] = got;
+        }
+}
+
+/* Up to three matrices of one type on their way into panels, one after the other; or gate and up,
+   together (pair). */
+struct unpacked {
+    struct matrix w[3];
+    int first[3], pair; /* first: the matrix's first tile */
+    __half *h;
+};
+
+/* w -> tiles of 256 rows, zeros behind the last row. Grid: [matrix][128 rows][span]; a thread takes
+   16 columns of two rows. Floor: bytes in + bytes out. */
+template <int TYPE>
+__global__ void __launch_bounds__(THREADS)
+    panels_kernel(const __grid_constant__ struct unpacked p) {
+    const int span = (int)blockIdx.x, part = (int)blockIdx.y, pair = p.pair;
+    const int row = (int)threadIdx.x / 4, t = (int)threadIdx.x % 4;
+    const struct matrix &w = p.w[blockIdx.z];
+    const int tile = pair ? part : p.first[blockIdx.z] + part / 2;
+    struct raw16<TYPE> raw[2] = {};
+    int from[2];
+    if (part >= (pair ? (w.rows + 127) / 128 : (w.rows + 255) / 256 * 2)) return;
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        from[i] = part * 128 + i * 64 + (pair ? row_of_pair(row) : row_alone(row));
+        if (from[i] < w.rows) fetch16<TYPE>(w, from[i], span * SPAN + 16 * t, &raw[i]);
+    }
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int to = row + (pair ? i * 128 + (int)blockIdx.z * 64 : part % 2 * 128 + i * 64);
+        uint4 *h = (uint4 *)p.h + (((int64_t)tile * (w.ld / SPAN) + span) * W_ROWS + to) * 8;
+        __half2 v[8];
+        uint32_t u[8];
+        expand16<TYPE>(raw[i], v);
+#pragma unroll
+        for (int k = 0; k < 8; k++) u[k] = from[i] < w.rows ? as_word(v[k]) : 0;
+        transpose4(u, t);
+        transpose4(u + 4, t);
+        h[t ^ (to & 7)] = make_uint4(u[0], u[1], u[2], u[3]);
+        h[(t + 4) ^ (to & 7)] = make_uint4(u[4], u[5], u[6], u[7]);
+    }
+}
+
+/* tiles: of all matrices, which follow each other. */
+struct gemm {
+    const __half *x, *w;
+    int rows, ld, tiles, group;
+    float down;
+    struct {
+        float *y;          /* [rows][N] */
+        const float *bias; /* [N] or NULL */
+        int N, first;      /* first: its first tile; behind the last matrix: INT_MAX */
+    } out[3];
+    struct packed h;
+};
+
+/* Ends of sums. A thread brings B blocks of 8 columns of rows `row` and row + 8, [B][2][2]; of a
+   tile's blocks these are n0 on, 16 or (B = 8) four and the four that come 8 later. Four neighbours
+   of y come from two blocks: number j of these begins at column end_column. The work has B / 4
+   parts, so that other work can go on between them. */
+static __device__ int end_column(int B, int j) {
+    return B == 16 ? 16 * j : j / 2 * 64 + j % 2 * 16;
+}
+
+/* y += v. Each element has this one addition, so that nothing depends on an order. */
+static __device__ void add_four(float *y, float4 v) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y), "f"(v.x), "f"(v.y),
+                 "f"(v.z), "f"(v.w) : "memory");
+#else
+    float4 u = *(const float4 *)y;
+    *(float4 *)y = make_float4(u.x + v.x, u.y + v.y, u.z + v.z, u.w + v.w);
+#endif
+}
+
+/* Four columns of a row, of two blocks: y = sum down + bias, or y += sum down, which is exact. */
+template <int KIND>
+static __device__ void end_four(const float (*c)[4], int i, float down, const float *bias,
+                                float *y) {
+    float4 v = bias != NULL ? *(const float4 *)bias : make_float4(0, 0, 0, 0);
+    v = make_float4(fmaf(c[0][2 * i], down, v.x), fmaf(c[0][2 * i + 1], down, v.y),
+                    fmaf(c[1][2 * i], down, v.z), fmaf(c[1][2 * i + 1], down, v.w));
+    if (KIND == ADD) add_four(y, v);
+    else *(float4 *)y = v;
+}
+
+/* The same, one by one: of `left` columns. ADD: y = (sum down + y) + bias. */
+template <int KIND>
+static __device__ void end_edge(const float (*c)[4], int i, float down, const float *bias,
+                                float *y, int left) {
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        if (k >= left) continue;
+        const float b = bias != NULL ? bias[k] : 0;
+        const float s = fmaf(c[k / 2][2 * i + k % 2], down, KIND == ADD ? y[k] : b);
+        y[k] = KIND == ADD && bias != NULL ? s + b : s;
+    }
+}
+
+/* STORE and ADD, part `part`: of a row a quarter of B / 2 fours, or a half. */
+template <int KIND, int B>
+static __device__ void end_sums(const struct gemm &p, int part, int tile, int row, int n0,
+                                const float (*c)[4]) {
+    const auto &o = p.out[(tile >= p.out[1].first) + (tile >= p.out[2].first)];
+    const int first = (tile - o.first) * W_ROWS + n0 * 8, col = first + (int)threadIdx.x % 4 * 4;
+    const int i = part % 2, r = row + 8 * i;
+    float *y = o.y + (int64_t)r * o.N + col;
+    const float *bias = o.bias != NULL ? o.bias + col : NULL;
+    const int whole = o.N % 4 == 0 && first + 64 + 4 * B <= o.N && (KIND == STORE || bias == NULL);
+    if (r >= p.rows) return;
+    if (whole) {
+#pragma unroll
+        for (int j = part / 2 * 4; j < part / 2 * 4 + 4; j++)
+            end_four<KIND>(c + 2 * j, i, p.down, bias != NULL ? bias + end_column(B, j) : NULL,
+                           y + end_column(B, j));
+    } else {
+#pragma unroll
+        for (int j = part / 2 * 4; j < part / 2 * 4 + 4; j++)
+            end_edge<KIND>(c + 2 * j, i, p.down, bias != NULL ? bias + end_column(B, j) : NULL,
+                           y + end_column(B, j), o.N - col - end_column(B, j));
+    }
+}
+
+/* The gate's sums are in the first half of the blocks, up's in the second; four of each make 16
+   bytes of a panel: columns 16 n + 2 piece + (0, 1). */
+template <int B>
+static __device__ void end_swiglu(const struct gemm &p, int part, int tile, int row, int n0,
+                                  const float (*c)[4]) {
+    const int i = part % 2, r = row + i * 8, piece = (int)threadIdx.x % 4 + n0 % 8 + part / 2 * 4;
+    const int span = tile * 2 + n0 / 16, spans = p.h.ld / SPAN;
+    const float(*gate)[4] = c + part / 2 * 4, (*up)[4] = gate + B / 2;
+    uint32_t v[4];
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        const float *g = gate[n] + i * 2, *u = up[n] + i * 2;
+        v[n] = as_word(__floats2half2_rn(silu(g[0] * p.down) * (u[0] * p.down) * p.h.up,
+                                         silu(g[1] * p.down) * (u[1] * p.down) * p.h.up));
+    }
+    const int64_t at = ((int64_t)(r / X_ROWS) * spans + span) * X_ROWS + r % X_ROWS;
+    if (r < p.rows && span < spans)
+        ((uint4 *)p.h.h)[at * 8 + (piece ^ (r & 7))] = make_uint4(v[0], v[1], v[2], v[3]);
+}
+
+template <int KIND, int B>
+static __device__ void end_part(const struct gemm &p, int part, int tile, int row, int n0,
+                                const float (*c)[4]) {
+    if (KIND == SWIGLU) end_swiglu<B>(p, part, tile, row, n0, c);
+    else end_sums<KIND, B>(p, part, tile, row, n0, c);
+}
+
+/* Spans of the four parts that have a chain of sums each. */
+static __device__ int part_start(int spans, int part) {
+    return min(spans, (spans + CHAINS - 1) / CHAINS * part);
+}
+
+/* total += c, of n floats. (A total starts at -0, to which anything may be added.) */
+template <int N> static __device__ void add_part(float *total, const float *c) {
+#pragma unroll
+    for (int i = 0; i < N; i++) total[i] += c[i];
+}
+
+template <int N> static __device__ void clear_sums(float *c, float v) {
+#pragma unroll
+    for (int i = 0; i < N; i++) c[i] = v;
+}
+
+/* ---- GEMM by wgmma (sm_90a) ----
+
+   A block computes pieces of y of 128 x 128, from 128 rows of x and half a tile of w. One thread
+   loads: it fills a ring of stages in shared memory, a span each, piece after piece. Two warpgroups
+   multiply 64 rows of x each. What a piece's sums become is computed while the tensor cores work on
+   the first stages of the next piece. Two blocks make a cluster; they take the same rows of w, of
+   which each loads one half for both. */
+
+enum { GEMM_PIECE = 128, CLUSTER = 2, GEMM_RING = 7, GEMM_RING_BYTES = 2 * X_BYTES, WGMMA_THREADS = 384,
+       WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES, END_PARTS = 4 };
+
+static __host__ __device__ int gemm_across(const struct gemm &p) {
+    return (p.rows + GEMM_PIECE * CLUSTER - 1) / (GEMM_PIECE * CLUSTER);
+}
+
+static __host__ __device__ int gemm_pieces(const struct gemm &p) {
+    return gemm_across(p) * p.tiles * (W_ROWS / GEMM_PIECE);
+}
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+static __device__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+/* A barrier lets go when `count` have arrived and all bytes that it was told of have come. */
+static __device__ void barrier_init(uint64_t *b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count));
+}
+
+/* Arrives, and says how many bytes are to come. */
+static __device__ void barrier_expect(uint64_t *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
+                 "r"(bytes) : "memory");
+}
+
+/* Arrives at this barrier of block `rank` of the cluster. */
+static __device__ void barrier_arrive(uint64_t *b, int rank) {
+    asm volatile("{ .reg .b32 there;\n"
+                 "mapa.shared::cluster.u32 there, %0, %1;\n"
+                 "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(b)),
+                 "r"(rank) : "memory");
+}
+
+/* Until the barrier let go for the round of this parity. */
+static __device__ void barrier_wait(uint64_t *b, uint32_t parity) {
+    asm volatile("{ .reg .pred done;\n"
+                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again; }" ::"r"(shared_address(b)), "r"(parity) : "memory");
+}
+
+/* Contiguous bytes from global to shared memory, in the background; `done` is told of them. */
+static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *done) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
+                 "r"(shared_address(done)) : "memory");
+}
+
+/* The same, to both blocks of a cluster. */
+static __device__ void copy_to_both(void *to, const void *from, int bytes, uint64_t *done) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
+                 ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
+                 "l"(from), "r"(bytes), "r"(shared_address(done)), "h"((uint16_t)3) : "memory");
+}
+
+static __device__ void cluster_sync(void) {
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+/* How wgmma finds rows of 128 bytes with the swizzle of 128: address, 1024 bytes to the next eight
+   rows. */
+static __device__ uint64_t gemm_descriptor(const void *tile) {
+    return (uint64_t)(shared_address(tile) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
+           (uint64_t)1 << 62;
+}
+
+#define TEN(d) "%" d "0, %" d "1, %" d "2, %" d "3, %" d "4, %" d "5, %" d "6, %" d "7, " \
+               "%" d "8, %" d "9, "
+#define EIGHT(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), \
+                 "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
+
+/* c = x w^T (+ c, if `add`): 64 rows of x, 128 of w, 16 columns; in the background. */
+static __device__ void wgmma(float *c, uint64_t x, uint64_t w, int add) {
+    asm volatile("{ .reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" TEN("") TEN("1") TEN("2")
+                 TEN("3") TEN("4") TEN("5") "%60, %61, %62, %63}, %64, %65, add, 1, 1, 0, 0; }"
+                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48),
+                   EIGHT(56)
+                 : "l"(x), "l"(w), "r"(add));
+}
+
+#define wgmma_fence() asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
+#define wgmma_commit() asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
+#define wgmma_wait(n) asm volatile("wgmma.wait_group.sync.aligned " #n ";" ::: "memory")
+
+/* Piece x of 128 rows of x, piece w of 128 rows of w. */
+struct output_piece {
+    int x, w;
+};
+
+/* Number n of a cluster's pieces. Those that are computed at a time share `group` clusters' rows of
+   x, which stay in the L2 cache. */
+static __device__ struct output_piece piece_of(const struct gemm &p, int n) {
+    const int i = (int)blockIdx.x / CLUSTER + n * ((int)gridDim.x / CLUSTER), all = gemm_across(p);
+    const int each = p.group * p.tiles * (W_ROWS / GEMM_PIECE), first = i / each * p.group;
+    const int size = min(p.group, all - first), in = i % each;
+    struct output_piece q = {(first + in % size) * CLUSTER + (int)blockIdx.x % CLUSTER, in / size};
+    return q;
+}
+
+/* How many pieces a cluster has. */
+static __device__ int pieces_of(const struct gemm &p) {
+    const int clusters = (int)gridDim.x / CLUSTER;
+    return (gemm_pieces(p) - (int)blockIdx.x / CLUSTER + clusters - 1) / clusters;
+}
+
+/* One thread: the stages of all pieces; `at` counts them. */
+static __device__ void load_stages(const struct gemm &p, char *ring, uint64_t *full,
+                                   uint64_t *empty) {
+    const int spans = p.ld / SPAN, pieces = pieces_of(p), part = (int)blockIdx.x % CLUSTER;
+    const int x_tiles = (p.rows + X_ROWS - 1) / X_ROWS, own = X_BYTES / CLUSTER * part;
+    uint32_t at = 0;
+    for (int n = 0; n < pieces; n++) {
+        const struct output_piece q = piece_of(p, n);
+        const char *x = (const char *)p.x + (int64_t)min(q.x, x_tiles - 1) * spans * X_BYTES;
+        const char *w = (const char *)p.w + (int64_t)(q.w / 2) * spans * W_BYTES +
+                        q.w % 2 * X_BYTES + own;
+        for (int span = 0; span < spans; span++, at++) {
+            const uint32_t stage = at % GEMM_RING;
+            char *to = ring + stage * GEMM_RING_BYTES;
+            barrier_wait(&empty[stage], at / GEMM_RING % 2 ^ 1);
+            barrier_expect(&full[stage], GEMM_RING_BYTES);
+            copy_bulk(to, x + (int64_t)span * X_BYTES, X_BYTES, &full[stage]);
+            copy_to_both(to + X_BYTES + own, w + (int64_t)span * W_BYTES, X_BYTES / CLUSTER,
+                         &full[stage]);
+        }
+    }
+}
+
+/* A warp no longer needs a stage: tells both blocks. */
+static __device__ void release_stage(uint64_t *empty) {
+    if (threadIdx.x % 32 < CLUSTER) barrier_arrive(empty, (int)threadIdx.x % 32);
+}
+
+/* A warpgroup's place in the ring: stage number `at` of all; x0: where its rows of x begin. */
+struct reader {
+    const char *ring;
+    uint64_t *full, *empty;
+    uint32_t at;
+    int x0;
+};
+
+/* 64 rows of x by 128 of w over a stage's span, in the background: c[8 columns], a new chain or
+   not. */
+static __device__ void multiply_stage(const struct reader &r, int add, float (*c)[4]) {
+    const uint32_t stage = r.at % GEMM_RING;
+    const char *tiles = r.ring + stage * GEMM_RING_BYTES;
+    const uint64_t x = gemm_descriptor(tiles + r.x0), w = gemm_descriptor(tiles + X_BYTES);
+    barrier_wait(&r.full[stage], r.at / GEMM_RING % 2);
+    wgmma_fence();
+#pragma unroll
+    for (int s = 0; s < 4; s++) wgmma(c[0], x + s * 2, w + s * 2, add || s > 0);
+    wgmma_commit();
+}
+
+/* The stage before is done; `any`: there is one in this chain. */
+static __device__ void next_stage(struct reader *r, int any) {
+    wgmma_wait(1);
+    if (any) release_stage(&r->empty[(r->at - 1) % GEMM_RING]);
+    r->at++;
+}
+
+/* A chain of n stages. */
+static __device__ void multiply_chain(struct reader *r, int first, int n, float (*c)[4]) {
+    for (int i = first; i < n; i++) {
+        multiply_stage(*r, i > 0, c);
+        next_stage(r, i > 0);
+    }
+    wgmma_wait(0);
+    if (n > 0) release_stage(&r->empty[(r->at - 1) % GEMM_RING]);
+}
+
+/* Part of what the sums of a warp's 16 rows of a piece become. */
+template <int KIND>
+static __device__ void end_piece(const struct gemm &p, int part, struct output_piece q,
+                                 const float (*sums)[4]) {
+    const int row = q.x * GEMM_PIECE + (int)threadIdx.x / 32 * 16 + (int)threadIdx.x % 32 / 4;
+    end_part<KIND, 16>(p, part, q.w / 2, row, q.w % 2 * 16, sums);
+}
+
+/* The first chain of a piece, and meanwhile the end of the piece before. */
+template <int KIND>
+static __device__ void multiply_and_end(const struct gemm &p, struct reader *r, int n,
+                                        struct output_piece before, float (*c)[4],
+                                        const float (*sums)[4]) {
+    if (n >= END_PARTS) {
+#pragma unroll
+        for (int part = 0; part < END_PARTS; part++) {
+            multiply_stage(*r, part > 0, c);
+            end_piece<KIND>(p, part, before, sums);
+            next_stage(r, part > 0);
+        }
+        multiply_chain(r, END_PARTS, n, c);
+    } else {
+#pragma unroll
+        for (int part = 0; part < END_PARTS; part++) end_piece<KIND>(p, part, before, sums);
+        multiply_chain(r, 0, n, c);
+    }
+}
+
+/* A warpgroup's half of all pieces. */
+template <int KIND>
+static __device__ void multiply_pieces(const struct gemm &p, const char *ring, uint64_t *full,
+                                       uint64_t *empty) {
+    const int spans = p.ld / SPAN, pieces = pieces_of(p);
+    const int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
+    struct reader r = {ring, full, empty, 0, group * (X_BYTES / 2)};
+    struct output_piece q = {0, 0};
+    float c[16][4], total[16][4];
+    for (int n = 0; n <= pieces; n++) {
+        const int count = n < pieces ? part_start(spans, 1) : 0;
+        if (n == 0) multiply_chain(&r, 0, count, c);
+        else multiply_and_end<KIND>(p, &r, count, q, c, total);
+        q = piece_of(p, n);
+        clear_sums<64>(total[0], -0.0f);
+        for (int part = 0; n < pieces && part < CHAINS; part++) {
+            const int more = part_start(spans, part + 1) - part_start(spans, part);
+            if (part > 0) multiply_chain(&r, 0, more, c);
+            if (more > 0) add_part<64>(total[0], c[0]);
+        }
+    }
+}
+
+#endif
+
+/* Reads x and w in panels. Grid: clusters, as many as fit, or as there are pieces. Floor: 2 N ld
+   rows operations over the tensor cores' rate. */
+template <int KIND>
+__global__ void __launch_bounds__(WGMMA_THREADS, 1)
+    gemm_wgmma_kernel(const __grid_constant__ struct gemm p) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) char tiles[];
+    __shared__ uint64_t full[GEMM_RING], empty[GEMM_RING];
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < GEMM_RING; i++) {
+            barrier_init(&full[i], 1);
+            barrier_init(&empty[i], 8 * CLUSTER);
+        }
+        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    cluster_sync();
+    if (threadIdx.x < 256) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        multiply_pieces<KIND>(p, tiles, full, empty);
+    } else {
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        if (threadIdx.x == 256) load_stages(p, tiles, full, empty);
+    }
+    __syncwarp();
+    cluster_sync();
+#endif
+}
+
+/* ---- GEMM on every chip ---- */
+
+/* Four matrices of 8 rows of 16 bytes: lane i brings the place of row i % 8 of matrix i / 8. */
+static __device__ void gemm_matrices(uint32_t *v, const char *row) {
+    uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from) : "memory");
+}
+
+enum { GEMM_STAGES = 3, STAGE_BYTES = 2 * X_BYTES, GEMM_SHARED = GEMM_STAGES * STAGE_BYTES };
+
+/* 128 rows of x, and as many of w; they lie as they will lie in shared memory. */
+static __device__ void load_stage(char *stage, const char *x, const char *w) {
+    const uint32_t to = (uint32_t)__cvta_generic_to_shared(stage);
+#pragma unroll
+    for (int i = (int)threadIdx.x * 16; i < X_BYTES; i += THREADS * 16) {
+        copy_async<16>(to + i, x + i, 1);
+        copy_async<16>(to + X_BYTES + i, w + i, 1);
+    }
+}
+
+/* A warp's 32 rows of x by 64 of w, over one span: eight blocks of 8 columns, n0 .. n0 + 3 and
+   n0 + 8 .. n0 + 11. */
+static __device__ void multiply_tiles(const char *stage, int row, int n0, float (*c)[8][4]) {
+    const int lane = (int)threadIdx.x % 32, r = row + lane % 16;
+    const int o = n0 * 8 + lane / 16 * 8 + lane % 8;
+#pragma unroll
+    for (int s = 0; s < 4; s++) {
+        uint32_t a[2][4], b[4][4];
+        const int pa = 2 * s + lane / 16, pb = 2 * s + lane / 8 % 2;
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+            gemm_matrices(a[m], stage + (r + m * 16) * ROW_BYTES + (pa ^ (r & 7)) * 16);
+#pragma unroll
+        for (int n = 0; n < 4; n++)
+            gemm_matrices(b[n], stage + X_BYTES + (o + n / 2 * 64 + n % 2 * 16) * ROW_BYTES +
+                                    (pb ^ (o & 7)) * 16);
+#pragma unroll
+        for (int m = 0; m < 2; m++)
+#pragma unroll
+            for (int n = 0; n < 8; n++)
+                mma(c[m][n], a[m][0], a[m][1], a[m][2], a[m][3], b[n / 2][n % 2 * 2],
+                    b[n / 2][n % 2 * 2 + 1]);
+    }
+}
+
+/* Grid: [128 rows of w][128 rows of x]. Reads, writes and floor: as above. */
+template <int KIND>
+__global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant__ struct gemm p) {
+    extern __shared__ __align__(1024) char tiles[];
+    const int half = (int)blockIdx.y, warp = (int)threadIdx.x / 32, spans = p.ld / SPAN;
+    const int row = warp / 2 * 32, n0 = warp % 2 * 4, each = (spans + CHAINS - 1) / CHAINS;
+    const int first = (int)blockIdx.x * X_ROWS + row + (int)threadIdx.x % 32 / 4;
+    const char *x = (const char *)p.x + (int64_t)blockIdx.x * spans * X_BYTES;
+    const char *w = (const char *)p.w + (int64_t)(half / 2) * spans * W_BYTES + half % 2 * X_BYTES;
+    float c[2][8][4] = {}, total[2][8][4];
+    clear_sums<64>(total[0][0], -0.0f);
+    for (int span = 0; span < spans + GEMM_STAGES - 1; span++) {
+        const int now = span - (GEMM_STAGES - 1);
+        wait_for_copies<GEMM_STAGES - 2>();
+        __syncthreads();
+        if (span < spans)
+            load_stage(tiles + span % GEMM_STAGES * STAGE_BYTES, x + (int64_t)span * X_BYTES,
+                       w + (int64_t)span * W_BYTES);
+        end_copies();
+        if (now < 0) continue;
+        multiply_tiles(tiles + now % GEMM_STAGES * STAGE_BYTES, row, n0, c);
+        if ((now + 1) % each != 0 && now + 1 != spans) continue;
+        add_part<64>(total[0][0], c[0][0]);
+        clear_sums<64>(c[0][0], 0);
+    }
+#pragma unroll
+    for (int m = 0; m < 2; m++)
+#pragma unroll
+        for (int part = 0; part < 2; part++)
+            end_part<KIND, 8>(p, part, half / 2, first + m * 16, half % 2 * 16 + n0, total[m]);
+}
+
+/* ---- Launches ---- */
+
+/* 1: this device runs gemm_wgmma_kernel. (Elsewhere its body is empty and shares no memory.) */
+static int has_wgmma(void) {
+    cudaFuncAttributes a = {};
+    cudaError_t e = cudaFuncGetAttributes(&a, gemm_wgmma_kernel<STORE>);
+    return e == cudaSuccess && a.sharedSizeBytes > 0;
+}
+
+static cudaError_t allow_gemm(void) {
+    struct { const void *kernel; int bytes; } all[] = {
+        {(const void *)gemm_kernel<STORE>, GEMM_SHARED},
+        {(const void *)gemm_kernel<ADD>, GEMM_SHARED},
+        {(const void *)gemm_kernel<SWIGLU>, GEMM_SHARED},
+        {(const void *)gemm_wgmma_kernel<STORE>, WGMMA_SHARED},
+        {(const void *)gemm_wgmma_kernel<ADD>, WGMMA_SHARED},
+        {(const void *)gemm_wgmma_kernel<SWIGLU>, WGMMA_SHARED}};
+    for (int i = 0; i < (has_wgmma() ? 6 : 3); i++) {
+        cudaError_t e = cudaFuncSetAttribute(
+            all[i].kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, all[i].bytes);
+        if (e != cudaSuccess) return e;
+    }
+    return cudaSuccess;
+}
+
+/* Tiles of a matrix of so many rows; of gate and up, of which each has so many. */
+static int panel_tiles(int rows, int pair) {
+    return pair ? (rows + W_ROWS / 2 - 1) / (W_ROWS / 2) : (rows + W_ROWS - 1) / W_ROWS;
+}
+
+/* n matrices of one type (not F32) and width into panels, which have room for all their tiles. */
+static void launch_panels(struct queue *q, const struct matrix *w, int n, int pair, __half *h) {
+    struct unpacked p = {};
+    int most = 0;
+    p.pair = pair;
+    p.h = h;
+    for (int i = 0; i < n; i++) {
+        p.w[i] = w[i];
+        p.first[i] = i == 0 || pair ? 0 : p.first[i - 1] + panel_tiles(w[i - 1].rows, 0);
+        most = (int)max64(most, w[i].rows);
+    }
+    dim3 grid((unsigned)(w->ld / SPAN), (unsigned)panel_tiles(most, 0) * 2, (unsigned)n);
+    with_type(w->type, [&](auto type) {
+        constexpr int T = decltype(type)::value == LVM_F32 ? LVM_F16 : decltype(type)::value;
+        panels_kernel<T><<<grid, THREADS, 0, q->stream>>>(p);
+        launched(q, "panels_kernel");
+    });
+}
+
+/* Products of rows of x (in panels) by panels of w, of no matrix so far. */
+static struct gemm gemm_of(const struct packed *x, int rows, const __half *w) {
+    struct gemm p = {};
+    p.x = x->h;
+    p.w = w;
+    p.rows = rows;
+    p.ld = x->ld;
+    p.down = 1 / x->up;
+    for (auto &o : p.out) o.first = INT_MAX;
+    return p;
+}
+
+/* The next matrix that the panels hold: N rows, sums go to y[rows][N]. */
+static void gemm_into(struct gemm *p, int N, const float *bias, float *y) {
+    int i = 0;
+    while (p->out[i].first != INT_MAX) i++;
+    p->out[i].y = y;
+    p->out[i].bias = bias;
+    p->out[i].N = N;
+    p->out[i].first = p->tiles;
+    p->tiles += panel_tiles(N, 0);
+}
+
+/* The panels hold gate and up, of F rows each; h: the panels of what they make. */
+static void gemm_swiglu(struct gemm *p, int F, const struct packed *h) {
+    p->h = *h;
+    p->tiles = panel_tiles(F, 1);
+}
+
+enum { GROUP_BYTES = 20 << 20 /* of x, which the L2 cache keeps */ };
+
+/* blocks: how many gemm_wgmma_kernel runs at a time, or 0 where there is none. */
+template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int blocks) {
+    int tiles = (p.rows + X_ROWS - 1) / X_ROWS, across = gemm_across(p);
+    int most = (int)max64(1, GROUP_BYTES / (CLUSTER * X_BYTES * (p.ld / SPAN)));
+    int groups = (across + most - 1) / most;
+    p.group = (across + groups - 1) / groups;
+    if (blocks == 0)
+        gemm_kernel<KIND><<<dim3((unsigned)tiles, (unsigned)p.tiles * 2), THREADS, GEMM_SHARED,
+                           q->stream>>>(p);
+    else {
+        cudaLaunchConfig_t c = {};
+        cudaLaunchAttribute cluster = {};
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim = {CLUSTER, 1, 1};
+        c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_pieces(p), blocks / CLUSTER)));
+        c.blockDim = dim3(WGMMA_THREADS);
+        c.dynamicSmemBytes = WGMMA_SHARED;
+        c.stream = q->stream;
+        c.attrs = &cluster;
+        c.numAttrs = 1;
+        note(q, cudaLaunchKernelEx(&c, gemm_wgmma_kernel<KIND>, p), "gemm_wgmma_kernel");
+    }
+    launched(q, "gemm_kernel");
+}
+
+static void launch_norm_pack(struct queue *q, const struct product_f16 *j) {
+    norm_pack_kernel<<<(unsigned)(j->rows + WARPS - 1) / WARPS, THREADS, 0, q->stream>>>(
+        j->x, j->norm, j->eps, j->p[0].w.cols, j->which, j->rows, j->in);
+    launched(q, "norm_pack_kernel");
+}
+
+/* A product of many rows; w16: room for its matrices in panels. */
+static void multiply_many(struct queue *q, enum epilogue kind, const struct product_f16 *j,
+                          __half *w16) {
+    struct matrix w[3] = {j->p[0].w, j->p[1].w, j->p[2].w};
+    struct gemm g = gemm_of(&j->in, j->rows, w16);
+    if (j->norm != NULL) launch_norm_pack(q, j);
+    launch_panels(q, w, j->n, kind == SWIGLU, w16);
+    for (int i = 0; kind != SWIGLU && i < j->n; i++)
+        gemm_into(&g, w[i].rows, j->p[i].bias, j->p[i].y);
+    if (kind == SWIGLU) gemm_swiglu(&g, w[0].rows, &j->out);
+    if (kind == STORE) launch_gemm<STORE>(q, g, q->wgmma);
+    else if (kind == ADD) launch_gemm<ADD>(q, g, q->wgmma);
+    else launch_gemm<SWIGLU>(q, g, q->wgmma);
+}
+
 /* The matrices of a product have one type, which is not F32. */
-static void multiply(struct queue *q, enum epilogue kind, const struct product_f16 *product) {
+static void multiply(struct queue *q, enum epilogue kind, const struct product_f16 *product,
+                     __half *w16) {
     struct product_f16 j = *product;
+    if (j.in.panels) {
+        multiply_many(q, kind, product, w16);
+        return;
+    }
     if (j.norm != NULL && staged_bytes(&j) == 0) {
-        norm_pack_kernel<<<(unsigned)(j.rows + WARPS - 1) / WARPS, THREADS, 0, q->stream>>>(
-            j.x, j.norm, j.eps, j.p[0].w.cols, j.which, j.rows, j.in);
-        launched(q, "norm_pack_kernel");
+        launch_norm_pack(q, &j);
         j.norm = NULL;
     }
     with_type(j.p[0].w.type, [&](auto type) {
         constexpr int T = decltype(type)::value == LVM_F32 ? LVM_F16 : decltype(type)::value;
-        int all = j.rows;
-        for (int at = 0; at < all; at += FEW_ROWS) {
-            j.rows = (int)min64(FEW_ROWS, all - at);
-            if (kind == STORE) launch_gemv<T, STORE>(q, &j);
-            else if (kind == ADD) launch_gemv<T, ADD>(q, &j);
-            else launch_gemv<T, SWIGLU>(q, &j);
-            for (int i = 0; i < j.n; i++) j.p[i].y += (int64_t)FEW_ROWS * j.p[i].w.rows;
-            j.in.h += (int64_t)FEW_ROWS * j.in.ld;
-            j.out.h += (int64_t)FEW_ROWS * j.out.ld;
-        }
+        if (kind == STORE) launch_gemv<T, STORE>(q, &j);
+        else if (kind == ADD) launch_gemv<T, ADD>(q, &j);
+        else launch_gemv<T, SWIGLU>(q, &j);
     });
 }
 
@@ -2119,39 +2790,62 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
 }
 
 /* =================================================================================================
-   6.  Attention on a paged cache
+   6.  Attention on a paged cache, block by block
 
    A page holds 256 positions of all layers and key/value heads, [L][G] of keys and then values,
-   each head_bytes long. dp is d rounded up to 32, zeros behind. Keys lie so that neighbouring
-   threads, one a key, read neighbouring pieces of 16 bytes; values lie row by row:
+   each head_bytes long; dp is d rounded up, zeros behind. There are two sets of kernels, each with
+   its layout of a head (kv_layout.tensor says which):
 
+       f32 cache, or --exact: sums in f32 (the end of this chapter). Keys lie so that neighbouring
+       threads, one a key, read neighbouring pieces of 16 bytes; values lie row by row.
        f32, f16   k[dp / n][256 keys][n], n = 4, 8                  v[256][dp]
        q8_0       k[dp / 16][256][16] bytes, f16 scales [dp / 32][256]
                   v[256][dp] bytes, f16 scales [256][dp / 32]
 
-   A block of the grid takes up to QUERIES queries that share a key/value head and a sequence: nr
-   rows by the heads of a group. For each block of 256 keys it computes scores (a thread a key),
-   softmax (a warp a query) and values (a warp 32 keys, a lane 4 dimensions), and merges them as
-   lvm.c's online_softmax_merge does. With few rows each block of keys has a block of the grid and a
-   second kernel merges, in the same order with the same arithmetic. */
+       else: tensor cores. dp is 64, 128 or 256; values lie transposed, BLOCK keys at a time. (Not
+       for f16 with more than 128 dimensions, nor where a block may have too little shared memory.)
+       f16        k[256][dp]                                        v[256 / 64][dp][64]
+       q8_0       k[256][dp] bytes, f16 scales [256][dp / 32]       value + 128 is what is stored
+                  v[256 / 64][dp][64] bytes, f16 scales [256 / 64][dp / 32][64]
+       Inside a row (of a key, of a dimension of values), and among a block's scales of values, the
+       order is that of stored_place: 16 bytes hold what one lane feeds to mma.
 
-enum { KEYS = 256 /* of a page */, QUERIES = 8, SPLIT_ROWS = 64 /* rows that go by splitting */ };
+   THE ORDER OF SUMS on tensor cores is one for a step of a few rows (split_kernel, merge_blocks)
+   and of many (flash_kernel). Keys are taken in blocks of 64 positions. In each block scores are a
+   chain of mma over 16 dimensions at a time, p = 2^(c s - m') with m' the block's own largest c s,
+   rounded up to an integer, l' is the sum of p (a lane's 16, then the four lanes'), o' a chain of
+   mma over 16 keys at a time, p in f16. Blocks are added in ascending order, o = o + o' 2^(m' - m):
+   as the factors are powers of two, it does not matter when o is brought to a larger m. A key that
+   a query does not see has p = 0, which changes no sum. */
+
+enum { KEYS = 256 /* of a page */, BLOCK = 64 /* keys of a block */,
+       SLOTS = 16 /* queries that share a read */, SPLIT_ROWS = 64 /* rows that go by splitting */,
+       SPLIT_THREADS = 128, FLASH_QUERIES = 128 /* of a tile of flash_kernel: 16 a warp */ };
 
 struct kv_layout {
-    int type, dp;
+    int type, dp, tensor; /* tensor: 1: for tensor cores */
     int64_t head_bytes;
 };
 
-static struct kv_layout kv_layout_of(int type, int d) {
-    int64_t dp = round_up(d, QK);
-    struct kv_layout l = {type, (int)dp, KEYS * (type == LVM_F32 ? 4 * dp : type == LVM_F16 ? 2 * dp
-                                                              : dp + dp / QK * 2)};
+/* tensor: see takes_tensor_cores. */
+static struct kv_layout kv_layout_of(int type, int d, int tensor) {
+    int64_t dp = !tensor ? round_up(d, QK) : d <= 64 ? 64 : d <= 128 ? 128 : 256;
+    struct kv_layout l = {type, (int)dp, tensor,
+                          KEYS * (type == LVM_F32 ? 4 * dp : type == LVM_F16 ? 2 * dp
+                                                           : dp + dp / QK * 2)};
     return l;
 }
 
-/* Rows first .. first + n - 1, of one sequence. */
+/* Rows first .. first + n - 1, of one sequence; the position of the last of them. */
 struct tile {
-    int first, n;
+    int first, n, last;
+};
+
+/* Rows of a step of a few rows that read the same page, however many sequences they belong to. */
+struct key_group {
+    const uint8_t *data;
+    int page, n, last, fresh; /* last position that one of them sees; first that this step writes */
+    uint8_t row[SLOTS];
 };
 
 /* A batch as the device sees it, and where its cache is. */
@@ -2160,6 +2854,9 @@ struct batch_view {
     const int32_t *tokens, *targets;
     const int *pos, *seq, *out; /* [n] [n] [n_out] */
     const struct tile *tiles;
+    const struct key_group *groups; /* [*n_groups], in steps of a few rows */
+    const int *n_groups, *planned; /* planned: pos[0] when the groups were made; all rows advance
+                                      together */
     int max_pages;
 };
 
@@ -2168,32 +2865,92 @@ static __device__ uint8_t *head_of(const struct batch_view &b, const struct kv_l
     return b.table[seq * b.max_pages + page] + head * 2 * l.head_bytes;
 }
 
-/* One lane's value of 32 dimensions, i0 .. i0 + 31, of the key or value at `at` of a page. */
-static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_value, int at,
-                                int i0, float v) {
-    int i = i0 + (int)threadIdx.x % 32, n = l.type == LVM_F32 ? 4 : l.type == LVM_F16 ? 8 : 16;
-    int64_t place = is_value ? (int64_t)at * l.dp + i
-                             : ((int64_t)(i / n) * KEYS + at) * n + i % n;
-    if (l.type == LVM_F32) ((float *)to)[place] = v;
-    if (l.type == LVM_F16) ((__half *)to)[place] = __float2half_rn(v);
-    if (l.type != LVM_Q8_0) return;
+/* mma takes k = 16 elements at a time; lane t of four has elements 2 t, 2 t + 1, 2 t + 8, 2 t + 9
+   of them. n values (16 bytes) that lie together are one lane's for n / 4 steps. */
+static __host__ __device__ int stored_place(int i, int n) {
+    int s = i % (4 * n) / 16, p = i % 16, t = p % 8 / 2, j = p % 2 + p / 8 * 2;
+    return i / (4 * n) * (4 * n) + n * t + 4 * s + j;
+}
+
+/* Where dimension i of the key or value at `at` of a page lies, in elements. */
+static __device__ int kv_place(const struct kv_layout &l, int is_value, int at, int i) {
+    int n = l.type == LVM_F32 ? 4 : l.type == LVM_F16 ? 8 : 16;
+    if (!l.tensor) return is_value ? at * l.dp + i : (i / n * KEYS + at) * n + i % n;
+    if (!is_value) return at * l.dp + stored_place(i, n);
+    return (at / BLOCK * l.dp + i) * BLOCK + stored_place(at % BLOCK, n);
+}
+
+/* The same for the scale of dimensions i .. i + 31. */
+static __device__ int scale_place(const struct kv_layout &l, int is_value, int at, int i) {
+    int parts = l.dp / QK;
+    if (is_value == l.tensor) /* parts outside, keys inside */
+        return l.tensor ? (at / BLOCK * parts + i / QK) * BLOCK + stored_place(at % BLOCK, 16)
+                        : i / QK * KEYS + at;
+    return at * parts + i / QK;
+}
+
+/* A lane's value of 32 that share a scale, as value + 128 of q8_0; returns the scale. */
+static __device__ float quantize_lane(float v, int *code) {
     float most = fabsf(v);
     for (int s = 16; s > 0; s /= 2) { /* NaN stays */
         float other = __shfl_xor_sync(0xffffffff, most, s);
         most = other > most || other != other ? other : most;
     }
     float d = most / 127, inverse = d > 0 ? 1 / d : 0;
-    ((int8_t *)to)[place] = (int8_t)rintf(v * inverse);
+    *code = (int)rintf(v * inverse) + 128;
+    return d;
+}
+
+/* One lane's value of 32 dimensions, i0 .. i0 + 31, of the key or value at `at` of a page. */
+static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_value, int at,
+                                int i0, float v) {
+    int code, place = kv_place(l, is_value, at, i0 + (int)(threadIdx.x % 32));
+    if (l.type == LVM_F32) ((float *)to)[place] = v;
+    if (l.type == LVM_F16) ((__half *)to)[place] = __float2half_rn(v);
+    if (l.type != LVM_Q8_0) return;
+    float d = quantize_lane(v, &code);
+    to[place] = (uint8_t)(l.tensor ? code : code - 128);
     __half *scales = (__half *)(to + (int64_t)KEYS * l.dp);
-    if (threadIdx.x % 32 == 0)
-        scales[is_value ? at * (l.dp / QK) + i0 / QK : i0 / QK * KEYS + at] = __float2half_rn(d);
+    if (threadIdx.x % 32 == 0) scales[scale_place(l, is_value, at, i0)] = __float2half_rn(d);
+}
+
+/* Grid: [rows / 32][G][dp / 32]: values of many rows, v[rows][G][d], for tensor cores. Through
+   shared memory, for neighbouring rows' values lie side by side. Floor: bytes in + bytes out. */
+__global__ void __launch_bounds__(THREADS)
+    store_values_kernel(struct batch_view b, struct kv_layout l, const float *v, int rows,
+                        int layer, int G, int d) {
+    __shared__ uint16_t codes[32][34]; /* [dimension][row] */
+    __shared__ __half scales[32];
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32);
+    const int first = (int)blockIdx.x * 32, g = (int)blockIdx.y, i0 = (int)blockIdx.z * 32;
+    for (int r = warp; r < 32 && first + r < rows; r += WARPS) {
+        const int dim = i0 + lane;
+        const float x = dim < d ? v[((int64_t)(first + r) * G + g) * d + dim] : 0;
+        int code = __half_as_ushort(__float2half_rn(x));
+        float scale = l.type == LVM_Q8_0 ? quantize_lane(x, &code) : 0;
+        codes[lane][r] = (uint16_t)code;
+        if (lane == 0) scales[r] = __float2half_rn(scale);
+    }
+    __syncthreads();
+    if (first + lane >= rows) return;
+    const int pos = b.pos[first + lane], at = pos % KEYS;
+    uint8_t *to = head_of(b, l, b.seq[first + lane], pos / KEYS, (int64_t)layer * G + g) +
+                  l.head_bytes;
+    for (int i = warp; i < 32; i += WARPS) {
+        const int place = kv_place(l, 1, at, i0 + i);
+        if (l.type == LVM_Q8_0) to[place] = (uint8_t)codes[i][lane];
+        else ((uint16_t *)to)[place] = codes[i][lane];
+    }
+    if (l.type == LVM_Q8_0 && warp == 0)
+        ((__half *)(to + (int64_t)KEYS * l.dp))[scale_place(l, 1, at, i0)] = scales[lane];
 }
 
 /* Grid: [rows][G], a key/value head and its queries: turns queries and keys by their angles, in
-   place, and stores keys and values in the cache. rope: [context][2][d / 2], cosines and sines. */
+   place, and stores keys, and values where store_values_kernel does not, in the cache. rope:
+   [context][2][d / 2], cosines and sines. */
 __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float *q, float *k,
                                   const float *v, const float *rope, int layer, int H, int G,
-                                  int d) {
+                                  int d, int with_values) {
     int row = (int)blockIdx.x, g = (int)blockIdx.y, pos = b.pos[row], half = d / 2, group = H / G;
     wait_for_inputs();
     const float *cosines = rope + (int64_t)pos * d, *sines = cosines + half;
@@ -2207,13 +2964,1197 @@ __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float
     }
     __syncthreads();
     uint8_t *head = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
-    int pieces = l.dp / QK, lane = (int)threadIdx.x % 32;
-    for (int i = (int)threadIdx.x / 32; i < 2 * pieces; i += (int)blockDim.x / 32) {
+    int pieces = l.dp / QK, lane = (int)threadIdx.x % 32, all = with_values ? 2 * pieces : pieces;
+    for (int i = (int)threadIdx.x / 32; i < all; i += (int)blockDim.x / 32) {
         int value = i / pieces, i0 = i % pieces * QK, dim = i0 + lane;
         const float *from = value ? v + ((int64_t)row * G + g) * d : key;
         store_kv(l, head + value * l.head_bytes, value, pos % KEYS, i0, dim < d ? from[dim] : 0);
     }
 }
+
+struct attention {
+    struct batch_view b;
+    struct kv_layout l;
+    const float *q;        /* [rows][H][d], rotated */
+    float *o;              /* [rows][H][d], or NULL */
+    struct packed h;       /* the same in f16, row `from` first; h.h: NULL where it is not wanted */
+    float *partial;        /* [rows][H]: o' [blocks][dp], m' and l' [blocks][2] */
+    int layer, H, G, d;
+    int heads, head_items, one_over_heads; /* heads of an item of work, or of a tile; how many such
+                                              a group has; 65536 / heads, rounded up */
+    int blocks, from;      /* rows before `from` are not wanted */
+    float scale;
+};
+
+/* 16 bytes to shared memory, in the background. */
+static __device__ void copy_16(void *to, const void *from) {
+    copy_async<16>((uint32_t)__cvta_generic_to_shared(to), from, 1);
+}
+
+/* ---- Arithmetic that both kernels share ---- */
+
+static __device__ float power_of_2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+/* 2^d exactly, for integers d <= 0; 0 where that is too small, also for -infinity. */
+static __device__ float exact_power(float d) {
+    return d >= -126 ? __int_as_float(((int)d + 127) << 23) : 0;
+}
+
+/* A query's power of two, which brings its largest near 2^14, and what scores are multiplied by. */
+struct query_scale {
+    float up, c;
+};
+
+static __device__ struct query_scale query_scale_of(float most, float scale) {
+    int bits = (int)(__float_as_uint(most) >> 23), fine = most > 0 && most < HUGE_VALF;
+    int e = fine ? max(-100, min(100, 14 + 127 - bits)) : 0;
+    struct query_scale r = {__uint_as_float((uint32_t)(127 + e) << 23),
+                            scale * 1.44269504f * __uint_as_float((uint32_t)(127 - e) << 23)};
+    return r;
+}
+
+/* A lane's 16 of a query's 64 scores, for one or two queries (c[.][0, 1] and c[.][2, 3]): keys
+   8 n + 2 t and 8 n + 2 t + 1; three more lanes have the others. valid: how many keys the query
+   sees. Leaves p in f16, in pairs. */
+template <int ROWS>
+static __device__ void softmax_block(const float (*c)[4], const float *scale, const int *valid,
+                                     uint32_t (*p)[8], float *m, float *l) {
+    const int t = (int)(threadIdx.x % 4);
+    float s[ROWS][16], most[ROWS][4], sum[ROWS][4];
+#pragma unroll
+    for (int i = 0; i < ROWS * 16; i++) {
+        const int r = i % ROWS, k = i / ROWS;
+        s[r][k] = c[k / 2][r * 2 + k % 2];
+    }
+    if (min(valid[0], valid[ROWS - 1]) < BLOCK) {
+#pragma unroll
+        for (int i = 0; i < ROWS * 16; i++) {
+            const int r = i % ROWS, k = i / ROWS;
+            if (k / 2 * 8 + 2 * t + k % 2 >= valid[r]) s[r][k] = -HUGE_VALF;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < ROWS * 16; i++) {
+        const int r = i % ROWS, k = i / ROWS;
+        most[r][k % 4] = k < 4 ? s[r][k] : fmaxf(most[r][k % 4], s[r][k]);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++)
+        m[r] = fmaxf(fmaxf(most[r][0], most[r][1]), fmaxf(most[r][2], most[r][3]));
+#pragma unroll
+    for (int i = 0; i < ROWS * 2; i++)
+        m[i % ROWS] = fmaxf(m[i % ROWS], __shfl_xor_sync(0xffffffff, m[i % ROWS], 1 + i / ROWS));
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) m[r] = ceilf(__fmul_rn(m[r], scale[r]));
+#pragma unroll
+    for (int i = 0; i < ROWS * 16; i++) {
+        const int r = i % ROWS, k = i / ROWS;
+        s[r][k] = power_of_2(fmaf(s[r][k], scale[r], valid[r] > 0 ? -m[r] : 0));
+        sum[r][k % 4] = k < 4 ? s[r][k] : sum[r][k % 4] + s[r][k];
+        if (k % 2 == 1) p[r][k / 2] = as_word(__floats2half2_rn(s[r][k - 1], s[r][k]));
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) l[r] = (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);
+#pragma unroll
+    for (int i = 0; i < ROWS * 2; i++)
+        l[i % ROWS] += __shfl_xor_sync(0xffffffff, l[i % ROWS], 1 + i / ROWS);
+}
+
+/* ---- A block's bytes in shared memory, and as f16 ---- */
+
+/* Bytes of a block's keys, codes [64][dp] and scales, and of values of N dimensions, [N][64]. */
+template <int KV, int DP, int N = DP> struct block_of {
+    static constexpr int SIZE = KV == LVM_Q8_0 ? 1 : 2, KEY = DP * SIZE, VALUE = BLOCK * SIZE,
+                         KEY_CODES = BLOCK * KEY, VALUE_CODES = N * VALUE,
+                         KEY_SCALES = KV == LVM_Q8_0 ? BLOCK * DP / QK * 2 : 0,
+                         VALUE_SCALES = KV == LVM_Q8_0 ? BLOCK * N / QK * 2 : 0,
+                         KEY_BYTES = KEY_CODES + KEY_SCALES,
+                         VALUE_BYTES = VALUE_CODES + VALUE_SCALES;
+};
+
+/* Piece c of 16 bytes of row r: 4 lanes by 2 rows meet each bank once. */
+template <int ROW> static __device__ int piece_at(int r, int c) {
+    return r * ROW + (ROW % 128 == 0 ? c ^ (r & 1) * 4 : c) * 16;
+}
+
+/* The first `rows` of ROWS rows, by N threads; thread: this one's number. */
+template <int ROW, int ROWS, int N>
+static __device__ void copy_rows(char *to, const uint8_t *from, int rows, unsigned thread) {
+    constexpr int C = ROW / 16, STEP = N / C; /* rows at a time; even, so piece_at's swap stays */
+    const int r = (int)(thread / C), c = (int)(thread % C);
+    to += piece_at<ROW>(r, c);
+    from += r * ROW + c * 16;
+#pragma unroll
+    for (int i = 0; i < (ROWS + STEP - 1) / STEP; i++)
+        if (r + i * STEP < rows) copy_16(to + i * STEP * ROW, from + i * STEP * ROW);
+}
+
+/* Of a block of which only `there` keys are there, values of the others become zeros (for q8_0
+   their scales do): whatever lies there times p = 0 could be NaN. rows: of values (of scales), by N
+   threads. */
+template <int KV, int N>
+static __device__ void forget_values(char *rows_at, int rows, int there, int thread) {
+    constexpr int n = KV == LVM_Q8_0 ? 16 : 8;
+#pragma unroll 1
+    for (int i = thread; i < rows * BLOCK; i += N) {
+        const unsigned place = (unsigned)i % BLOCK;
+        const int t = place % (4 * n) / n, s = place % n / 4, j = place % 4, r = i / BLOCK;
+        const int key = (int)(place / (4 * n)) * (4 * n) + 16 * s + 2 * t + j % 2 + j / 2 * 8;
+        if (key < there) continue;
+        if (KV == LVM_Q8_0) ((__half *)rows_at)[i] = __half(0);
+        else *(__half *)(rows_at + piece_at<BLOCK * 2>(r, place / 8) + place % 8 * 2) = __half(0);
+    }
+}
+
+static __device__ void copies_arrive(void) {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
+static __device__ void copies_end(void) {
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+/* All of the warp's copies but the last group. */
+static __device__ void copies_but_one_arrive(void) {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+}
+
+/* Four bytes, value + 128, as f16: see pairs_of_bytes; each pair has its scales. */
+static __device__ void scaled_bytes(uint32_t w, __half2 d0, __half2 d1, uint32_t *out) {
+    const __half2 zero = __float2half2_rn(1024 + 128);
+    out[0] = as_word(__hmul2(__hsub2(as_half2(__byte_perm(w, 0x64646464, 0x4140)), zero), d0));
+    out[1] = as_word(__hmul2(__hsub2(as_half2(__byte_perm(w, 0x64646464, 0x4342)), zero), d1));
+}
+
+template <int KV> struct piece {
+    static constexpr int STEPS = KV == LVM_Q8_0 ? 4 : 2; /* of mma */
+    uint32_t w[2 * STEPS];                               /* pairs of f16, two a step */
+};
+
+/* Piece c = 4 u + t of key number `key`; scales: [key][dp / 32]. */
+template <int KV, int DP>
+static __device__ struct piece<KV> key_piece(const char *keys, const char *scales, int key, int u,
+                                             int t) {
+    const uint4 v = *(const uint4 *)(keys + piece_at<block_of<KV, DP>::KEY>(key, 4 * u + t));
+    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+    struct piece<KV> p;
+    if (KV == LVM_F16) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) p.w[i] = w[i];
+        return p;
+    }
+    const __half2 d = *(const __half2 *)(scales + (key * (DP / QK) + 2 * u) * 2);
+    const __half2 low = __low2half2(d), high = __high2half2(d);
+#pragma unroll
+    for (int s = 0; s < piece<KV>::STEPS; s++)
+        scaled_bytes(w[s], s < 2 ? low : high, s < 2 ? low : high, p.w + 2 * s);
+    return p;
+}
+
+/* Piece c = 4 u + t of dimension i of values; scales: its 64. */
+template <int KV>
+static __device__ struct piece<KV> value_piece(const char *values, const char *scales, int i, int u,
+                                               int t) {
+    constexpr int ROW = block_of<KV, 64>::VALUE;
+    const uint4 v = *(const uint4 *)(values + piece_at<ROW>(i, 4 * u + t));
+    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+    struct piece<KV> p;
+    if (KV == LVM_F16) {
+#pragma unroll
+        for (int k = 0; k < 4; k++) p.w[k] = w[k];
+        return p;
+    }
+    const uint4 a = ((const uint4 *)scales)[2 * t], b = ((const uint4 *)scales)[2 * t + 1];
+    const uint32_t d[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
+#pragma unroll
+    for (int s = 0; s < piece<KV>::STEPS; s++)
+        scaled_bytes(w[s], as_half2(d[2 * s % 8]), as_half2(d[2 * s % 8 + 1]), p.w + 2 * s);
+    return p;
+}
+
+/* ---- A few rows: blocks of keys side by side, then merged ---- */
+
+/* A query of an item of work: where its part goes (-1: it sees nothing of the block). */
+struct slot {
+    int to, ml; /* o' and m', l' in `partial` */
+    float c;
+    int valid;
+};
+
+/* An item of work, block item % 4 of group item / 4: 64 keys and the queries of a group. */
+struct work {
+    const uint8_t *page;
+    int item, block, there; /* block of the sequence; keys of it that are there, < 1: none */
+};
+
+/* By how many positions rows are behind those that the groups were made for. */
+static __device__ int ahead_of_plan(const struct attention &a) { return a.b.pos[0] - *a.b.planned; }
+
+static __device__ struct work find_work(const struct attention &a, int item) {
+    const struct key_group *g = a.b.groups + (unsigned)item / (KEYS / BLOCK);
+    const int block = g->page * (KEYS / BLOCK) + (unsigned)item % (KEYS / BLOCK);
+    struct work w = {g->data, item, block, g->last + ahead_of_plan(a) + 1 - block * BLOCK};
+    return w;
+}
+
+/* The first item that has keys, from w on; item is at least `end` where there is none. */
+static __device__ struct work skip_empty(const struct attention &a, struct work w, int end) {
+    while (w.item < end && w.there < 1)
+        if ((w.item += (int)gridDim.y) < end) w = find_work(a, w.item);
+    return w;
+}
+
+/* Nothing of the item is written by this step. */
+static __device__ int is_old(const struct attention &a, const struct work &w) {
+    return (w.block + 1) * BLOCK <= 
+           a.b.groups[(unsigned)w.item / (KEYS / BLOCK)].fresh + ahead_of_plan(a);
+}
+
+/* i / heads for i < 256, without a division. */
+static __device__ int over_heads(const struct attention &a, int i) {
+    return (int)((uint32_t)i * (uint32_t)a.one_over_heads >> 16);
+}
+
+/* A lane's query of an item: slot lane % 16. */
+struct query {
+    int at;    /* number row H + head, -1: there is none */
+    int valid; /* keys of the block that it sees */
+};
+
+static __device__ struct query find_query(const struct attention &a, const struct work &w) {
+    const struct key_group *g = a.b.groups + (unsigned)w.item / (KEYS / BLOCK);
+    const int r = (int)(threadIdx.x % SLOTS), i = over_heads(a, r);
+    struct query x = {-1, BLOCK};
+    if (i >= g->n) return x;
+    const int row = g->row[i];
+    x.at = row * a.H + (int)blockIdx.x * a.heads + r - i * a.heads;
+    x.valid = a.b.pos[row] + 1 - w.block * BLOCK;
+    return x;
+}
+
+/* Each warp has every fourth slot of N: on their way from memory, two elements a lane and 64. */
+template <int DP, int N> struct fetched {
+    float2 v[N / 4][DP / 64];
+};
+
+template <int DP, int N>
+static __device__ void fetch_queries(const struct attention &a, const struct query &x,
+                                     struct fetched<DP, N> *f) {
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32);
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        const int at = __shfl_sync(0xffffffff, x.at, 4 * i + warp);
+#pragma unroll
+        for (int k = 0; k < DP / 64; k++) {
+            const int dim = 64 * k + 2 * lane;
+            f->v[i][k] = at >= 0 && dim < a.d
+                             ? __ldcg((const float2 *)(a.q + (int64_t)at * a.d + dim))
+                             : make_float2(0, 0);
+        }
+    }
+}
+
+/* Queries in f16, [slot][dp] in stored_place's order. */
+template <int DP, int N>
+static __device__ void store_queries(const struct attention &a, const struct query &x,
+                                     const struct fetched<DP, N> &f, char *q, struct slot *slots,
+                                     int block) {
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32);
+#pragma unroll
+    for (int i = 0; i < N / 4; i++) {
+        const int r = 4 * i + warp, at = __shfl_sync(0xffffffff, x.at, r);
+        float most = 0;
+        struct query_scale s = {1, 0};
+        if (at >= 0) {
+#pragma unroll
+            for (int k = 0; k < DP / 64; k++)
+                most = fmaxf(most, fmaxf(fabsf(f.v[i][k].x), fabsf(f.v[i][k].y)));
+            for (int k = 16; k > 0; k /= 2)
+                most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, k));
+            s = query_scale_of(most, a.scale);
+#pragma unroll
+            for (int k = 0; k < DP / 64; k++) {
+                const int place = stored_place(64 * k + 2 * lane, 8);
+                *(__half2 *)(q + piece_at<DP * 2>(r, place / 8) + place % 8 * 2) =
+                    __floats2half2_rn(f.v[i][k].x * s.up, f.v[i][k].y * s.up);
+            }
+        }
+        if (lane == r)
+            slots[r] = {at >= 0 && x.valid > 0 ? at * a.blocks * (DP + 2) + block * DP : -1,
+                        at * a.blocks * (DP + 2) + a.blocks * DP + block * 2, s.c, x.valid};
+    }
+}
+
+enum { SCORE_ROW = 72 /* floats from one query's scores to the next one's */ };
+
+/* What one of the four warps has of a block: 16 keys and dp / 4 dimensions of values, in shared
+   memory: codes of keys, of values, scales of keys [16][dp / 32], of values [1 or dp / 128][64]. */
+template <int KV, int DP> struct share_of {
+    static constexpr int Q8 = KV == LVM_Q8_0, SIZE = Q8 ? 1 : 2, KEY = DP * SIZE,
+                         VALUE = BLOCK * SIZE, DIMS = DP / 4, PARTS = DP < 128 ? 1 : DP / 128,
+                         VALUES = 16 * KEY, KEY_SCALES = VALUES + DIMS * VALUE,
+                         VALUE_SCALES = KEY_SCALES + Q8 * 16 * (DP / QK) * 2,
+                         BYTES = VALUE_SCALES + Q8 * PARTS * BLOCK * 2;
+};
+
+/* Copies the warp's share of the keys of block `block` (of four), and of its values. */
+template <int KV, int DP>
+static __device__ void copy_keys16(char *to, const uint8_t *keys, int block) {
+    using S = share_of<KV, DP>;
+    const unsigned lane = threadIdx.x % 32;
+    const int key = block * BLOCK + (int)(threadIdx.x / 32) * 16;
+    copy_rows<S::KEY, 16, 32>(to, keys + key * S::KEY, 16, lane);
+    if (S::Q8)
+        copy_rows<16, DP / QK * 2, 32>(to + S::KEY_SCALES, keys + KEYS * DP + key * (DP / QK) * 2,
+                                       DP / QK * 2, lane);
+}
+
+template <int KV, int DP>
+static __device__ void copy_dims(char *to, const uint8_t *values, int block, int d) {
+    using S = share_of<KV, DP>;
+    const unsigned lane = threadIdx.x % 32;
+    const int first = (int)(threadIdx.x / 32) * S::DIMS, dim = block * DP + first;
+    copy_rows<S::VALUE, S::DIMS, 32>(to + S::VALUES, values + dim * S::VALUE,
+                                     (d + 15) / 16 * 16 - first, lane);
+    if (S::Q8)
+        copy_rows<16, S::PARTS * 8, 32>(to + S::VALUE_SCALES,
+                                        values + KEYS * DP + dim / QK * BLOCK * 2, S::PARTS * 8,
+                                        lane);
+}
+
+/* s[query][key] of the warp's 16 keys. */
+template <int KV, int DP, int NT>
+static __device__ void score_keys16(const char *share, const char *q, float *s) {
+    const int warp = (int)(threadIdx.x / 32), g = (int)(threadIdx.x % 32 / 4),
+              t = (int)(threadIdx.x % 4);
+    constexpr int STEPS = piece<KV>::STEPS;
+    const char *scales = share + share_of<KV, DP>::KEY_SCALES;
+    float c[NT][4] = {};
+#pragma unroll
+    for (int u = 0; u < DP / 16 / STEPS; u++) {
+        const struct piece<KV> up = key_piece<KV, DP>(share, scales, g, u, t),
+                               low = key_piece<KV, DP>(share, scales, g + 8, u, t);
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int i = 0; i < STEPS; i += 2) {
+                const int span = (u * STEPS + i) / 2;
+                const uint4 x = *(const uint4 *)(q + piece_at<DP * 2>(n * 8 + g, 4 * span + t));
+                const uint32_t *a = up.w + 2 * i, *b = low.w + 2 * i;
+                mma(c[n], a[0], b[0], a[1], b[1], x.x, x.y);
+                mma(c[n], a[2], b[2], a[3], b[3], x.z, x.w);
+            }
+    }
+    s += warp * 16 + g;
+#pragma unroll
+    for (int i = 0; i < NT * 4; i++)
+        s[(i / 4 * 8 + 2 * t + i % 2) * SCORE_ROW + i % 4 / 2 * 8] = c[i / 4][i % 4];
+}
+
+/* Of the scores of all keys: o' of the warp's dimensions, m' and l', to `partial`. */
+template <int KV, int DP, int NT>
+static __device__ void weigh_values(const char *share, const float *s, const struct slot *slots,
+                                    const struct attention &a) {
+    using S = share_of<KV, DP>;
+    const int warp = (int)(threadIdx.x / 32), g = (int)(threadIdx.x % 32 / 4),
+              t = (int)(threadIdx.x % 4);
+    constexpr int STEPS = piece<KV>::STEPS;
+    uint32_t p[NT][8];
+    float *to[NT * 2];
+#pragma unroll
+    for (int n = 0; n < NT; n++) {
+        const struct slot at = slots[n * 8 + g];
+        float c[8][4], m, l;
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            float2 v = *(const float2 *)(s + (n * 8 + g) * SCORE_ROW + 8 * i + 2 * t);
+            c[i][0] = v.x, c[i][1] = v.y;
+        }
+        softmax_block<1>(c, &at.c, &at.valid, p + n, &m, &l);
+        if (warp == 0 && t == 0 && at.to >= 0)
+            *(float2 *)(a.partial + at.ml) = make_float2(m, l);
+    }
+#pragma unroll
+    for (int n = 0; n < NT * 2; n++) {
+        const int at = slots[n / 2 * 8 + 2 * t + n % 2].to;
+        to[n] = at >= 0 ? a.partial + at + warp * S::DIMS + g : NULL;
+    }
+#pragma unroll
+    for (int i = 0; i < S::DIMS / 16; i++) {
+        float c[NT][4] = {};
+        if (warp * S::DIMS + i * 16 >= a.d) break;
+#pragma unroll
+        for (int u = 0; u < 4 / STEPS; u++) {
+            const char *scales = share + S::VALUE_SCALES + i / 2 * BLOCK * 2;
+            const char *values = share + S::VALUES;
+            const struct piece<KV> up = value_piece<KV>(values, scales, i * 16 + g, u, t),
+                                   low = value_piece<KV>(values, scales, i * 16 + g + 8, u, t);
+#pragma unroll
+            for (int k = 0; k < STEPS; k++)
+#pragma unroll
+                for (int n = 0; n < NT; n++)
+                    mma(c[n], up.w[2 * k], low.w[2 * k], up.w[2 * k + 1], low.w[2 * k + 1],
+                        p[n][2 * (u * STEPS + k)], p[n][2 * (u * STEPS + k) + 1]);
+        }
+#pragma unroll
+        for (int n = 0; n < NT * 2; n++) {
+            if (to[n] == NULL) continue;
+            to[n][i * 16] = c[n / 2][n % 2];
+            to[n][i * 16 + 8] = c[n / 2][2 + n % 2];
+        }
+    }
+}
+
+/* Shared memory of split_kernel: a block, queries, scores, slots. */
+template <int KV, int DP, int NT> static constexpr int split_shared(void) {
+    return 4 * share_of<KV, DP>::BYTES +
+           NT * 8 * (DP * 2 + SCORE_ROW * 4 + (int)sizeof(struct slot));
+}
+
+/* Grid: [H / heads][any]. Blocks of the grid take items of work in turns: 64 keys of a head and up
+   to 8 NT queries of rows that share them. Reads q and the keys and values once a group; writes
+   `partial`. The first item's bytes are copied before the kernel before this one has ended, where
+   that did not write them; the next one's keys and values as soon as there is room. Floor: the
+   bytes of the cache over the bandwidth. */
+template <int KV, int DP, int NT>
+__global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
+    split_kernel(const struct attention a) {
+    extern __shared__ __align__(128) char shared[];
+    using S = share_of<KV, DP>;
+    char *share = shared + (int)(threadIdx.x / 32) * S::BYTES, *q = shared + 4 * S::BYTES;
+    float *s = (float *)(q + NT * 8 * DP * 2);
+    struct slot *slots = (struct slot *)(s + NT * 8 * SCORE_ROW);
+    const int64_t head = ((int64_t)a.layer * a.G + (int)blockIdx.x / a.head_items) * 2 *
+                         a.l.head_bytes;
+    struct work w = find_work(a, (int)blockIdx.y);
+    const int end = *a.b.n_groups * (KEYS / BLOCK);
+    w = skip_empty(a, w, end);
+    if (w.item >= end) return;
+    auto copy = [&](int keys) {
+        const uint8_t *at = w.page + head;
+        const int block = (unsigned)w.block % (KEYS / BLOCK);
+        if (keys) copy_keys16<KV, DP>(share, at, block);
+        else copy_dims<KV, DP>(share, at + a.l.head_bytes, block, a.d);
+        copies_end();
+    };
+    const int early = is_old(a, w);
+    if (early) copy(1);
+    if (early) copy(0);
+    struct query x = find_query(a, w);
+    struct fetched<DP, NT * 8> f;
+    wait_for_inputs();
+    fetch_queries<DP, NT * 8>(a, x, &f);
+    if (!early) copy(1);
+    if (!early) copy(0);
+    for (;;) {
+        const int there = w.there;
+        store_queries<DP, NT * 8>(a, x, f, q, slots, w.block);
+        copies_but_one_arrive(); /* values are on their way */
+        __syncthreads();
+        score_keys16<KV, DP, NT>(share, q, s);
+        w.item += (int)gridDim.y;
+        if (w.item < end) w = skip_empty(a, find_work(a, w.item), end);
+        if (w.item < end) x = find_query(a, w);
+        __syncthreads();
+        if (w.item < end) copy(1);
+        else copies_end();
+        copies_but_one_arrive();
+        if (there < BLOCK)
+            forget_values<KV, 32>(share + (S::Q8 ? S::VALUE_SCALES : S::VALUES),
+                                  S::Q8 ? S::PARTS : S::DIMS, there, (int)(threadIdx.x % 32));
+        __syncwarp();
+        weigh_values<KV, DP, NT>(share, s, slots, a);
+        if (w.item >= end) return;
+        fetch_queries<DP, NT * 8>(a, x, &f);
+        __syncwarp();
+        copy(0);
+        __syncthreads();
+    }
+}
+
+/* Dimensions i and i + 1 of row `row`'s result of head h; i is even. */
+static __device__ void write_pair(const struct attention &a, int row, int h, int i, float v,
+                                  float w) {
+    const int k = h * a.d + i;
+    if (a.o != NULL) *(float2 *)(a.o + (int64_t)row * a.H * a.d + k) = make_float2(v, w);
+    if (a.h.h != NULL)
+        *(__half2 *)(a.h.h + packed_at(a.h, row - a.from, k)) =
+            __floats2half2_rn(v * a.h.up, w * a.h.up);
+}
+
+/* Columns behind the last are zeros: n threads of a row's, number i of them. */
+static __device__ void write_end(const struct attention &a, int row, int i, int n) {
+    if (a.h.h == NULL) return;
+    for (int k = a.H * a.d + i; k < a.h.ld; k += n)
+        a.h.h[packed_at(a.h, row - a.from, k)] = __half(0);
+}
+
+enum { MERGE_THREADS = 128, MERGED_BLOCKS = 64 /* that are in shared memory at once */ };
+
+/* Grid: [dp / 32][H][rows]: adds the blocks of 32 elements in ascending order, a lane an element.
+   All threads copy; one warp adds. Floor: a launch. */
+template <int DP>
+__global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struct attention a) {
+    __shared__ float v[MERGED_BLOCKS][32];
+    __shared__ float2 parts[MERGED_BLOCKS]; /* m' and l', then factor and l' */
+    const int row = (int)blockIdx.z, h = (int)blockIdx.y, warp = (int)(threadIdx.x / 32),
+              lane = (int)(threadIdx.x % 32), i = (int)blockIdx.x * 32 + lane;
+    const int n = a.b.pos[row] / BLOCK + 1;
+    const float *p = a.partial + ((int64_t)row * a.H + h) * a.blocks * (DP + 2);
+    const float2 *ml = (const float2 *)(p + (int64_t)a.blocks * DP);
+    float m = -HUGE_VALF, l = 0, o = 0;
+    wait_for_inputs();
+    if (row < a.from) return;
+    for (int block = MERGED_BLOCKS + lane; block < n; block += 32)
+        m = fmaxf(m, __ldcg(&ml[block].x));
+    for (int first = 0; first < n; first += MERGED_BLOCKS) {
+        float x[MERGED_BLOCKS / 4];
+        float2 part[2];
+#pragma unroll
+        for (int k = 0; k < MERGED_BLOCKS / 4; k++) {
+            const int block = first + k * 4 + warp;
+            x[k] = block < n ? __ldcg(p + block * DP + i) : 0;
+        }
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int block = first + k * 32 + lane;
+            part[k] = block < n ? __ldcg(ml + block) : make_float2(-HUGE_VALF, 0);
+            m = fmaxf(m, part[k].x);
+        }
+        for (int k = 16; k > 0 && first == 0; k /= 2)
+            m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, k));
+        __syncthreads();
+        for (int k = 0; k < 2 && warp == 0; k++)
+            parts[k * 32 + lane] = make_float2(exact_power(part[k].x - m), part[k].y);
+#pragma unroll
+        for (int k = 0; k < MERGED_BLOCKS / 4; k++) v[k * 4 + warp][lane] = x[k];
+        __syncthreads();
+        const int count = warp == 0 ? min(MERGED_BLOCKS, n - first) : 0;
+#pragma unroll 16
+        for (int k = 0; k < count; k++) {
+            o = fmaf(v[k][lane], parts[k].x, o);
+            l = fmaf(parts[k].y, parts[k].x, l);
+        }
+    }
+    if (warp > 0) return;
+    o *= 1 / l;
+    l = __shfl_down_sync(0xffffffff, o, 1);
+    if (i < a.d && i % 2 == 0) write_pair(a, row, h, i, o, l);
+    if (h == a.H - 1) write_end(a, row, i, DP);
+}
+
+/* ---- Many rows: flash attention ---- */
+
+/* A tile of 64 x 64 f16 for tensor cores: rows of 128 bytes, whose pieces are swizzled. */
+enum { TILE = 64 * 64 * 2 };
+
+/* A piece's steps to row r: pair w[0] of step s has elements 16 s + 2 t and the next, w[1] those 8
+   further. Eight rows by four lanes meet each bank once. */
+template <int KV>
+static __device__ void store_piece(char *tiles, int r, int u, int t, const struct piece<KV> &p) {
+#pragma unroll
+    for (int i = 0; i < piece<KV>::STEPS * 2; i++) {
+        const int c = u * piece<KV>::STEPS * 2 + i;
+        *(uint32_t *)(tiles + c / 8 * TILE + r * 128 + ((c % 8) ^ (r & 7)) * 16 + 4 * t) = p.w[i];
+    }
+}
+
+/* Each of the two warp groups copies, and expands, half of a block: 32 of 64 keys, and 32 of each
+   64 dimensions of values. wg: 0 or 1. */
+enum { GROUP = THREADS / 2 /* threads of a warp group */ };
+
+/* Half of block `block` (of four) of a head's keys. */
+template <int KV, int DP>
+static __device__ void copy_keys(char *to, const uint8_t *head, int block, int wg) {
+    using B = block_of<KV, DP>;
+    constexpr int SCALES = 32 * DP / QK * 2;
+    const unsigned thread = threadIdx.x % GROUP;
+    const int r = wg * 32, from = block * BLOCK + r;
+    copy_rows<B::KEY, 32, GROUP>(to + r * B::KEY, head + from * B::KEY, 32, thread);
+    if (KV == LVM_Q8_0)
+        copy_rows<16, SCALES / 16, GROUP>(to + B::KEY_CODES + wg * SCALES,
+                                          head + KEYS * DP + from * (DP / QK) * 2, SCALES / 16,
+                                          thread);
+}
+
+/* The same of values: M dimensions from `first` on. */
+template <int KV, int DP, int M>
+static __device__ void copy_values(char *to, const uint8_t *head, int block, int first, int wg) {
+    using B = block_of<KV, DP, M>;
+    const unsigned thread = threadIdx.x % GROUP;
+#pragma unroll
+    for (int i = 0; i < M / 64; i++) {
+        const int r = i * 64 + wg * 32, from = block * DP + first + r;
+        copy_rows<B::VALUE, 32, GROUP>(to + r * B::VALUE, head + from * B::VALUE, 32, thread);
+        if (KV == LVM_Q8_0)
+            copy_rows<16, 8, GROUP>(to + B::VALUE_CODES + r / QK * BLOCK * 2,
+                                    head + KEYS * DP + from / QK * BLOCK * 2, 8, thread);
+    }
+}
+
+/* Zeros for values that are not there: see forget_values. */
+template <int KV, int M> static __device__ void forget_half(char *values, int there, int wg) {
+    using B = block_of<KV, M, M>;
+    for (int i = 0; i < M / 64; i++) {
+        const int r = i * 64 + wg * 32;
+        char *at = KV == LVM_Q8_0 ? values + B::VALUE_CODES + r / QK * BLOCK * 2
+                                  : values + r * B::VALUE;
+        forget_values<KV, GROUP>(at, KV == LVM_Q8_0 ? 1 : 32, there, (int)(threadIdx.x % GROUP));
+    }
+}
+
+/* A block's keys to tiles of f16, dp / 64 of [64 keys][64 dimensions]. */
+template <int KV, int DP> static __device__ void expand_keys(const char *keys, char *tiles) {
+    const int r = (int)(threadIdx.x / 4), t = (int)(threadIdx.x % 4);
+#pragma unroll
+    for (int u = 0; u < block_of<KV, DP>::KEY / 64; u++)
+        store_piece<KV>(tiles, r, u, t,
+                        key_piece<KV, DP>(keys, keys + block_of<KV, DP>::KEY_CODES, r, u, t));
+}
+
+/* Values of M dimensions, M / 64 tiles of [64 dimensions][64 keys]. */
+template <int KV, int M> static __device__ void expand_values(const char *values, char *tiles) {
+    const int r = (int)(threadIdx.x / 4), t = (int)(threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < M / 64; i++)
+#pragma unroll
+        for (int u = 0; u < block_of<KV, M>::VALUE / 64; u++)
+            store_piece<KV>(tiles + i * TILE, r, u, t,
+                            value_piece<KV>(values, values + block_of<KV, M>::VALUE_CODES +
+                                                    (i * 64 + r) / QK * BLOCK * 2,
+                                            i * 64 + r, u, t));
+}
+
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define WGMMA 1
+#else
+#define WGMMA 0
+#endif
+
+/* What threads wrote to shared memory is there for the tensor cores' own reads. */
+static __device__ void tiles_written(void) {
+#if WGMMA
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
+#if WGMMA
+/* How wgmma finds a tile: 8 rows of 128 bytes are 1024 apart, 128-byte swizzle. */
+static __device__ uint64_t tile_descriptor(const char *tile) {
+    uint64_t at = (uint64_t)__cvta_generic_to_shared(tile) >> 4;
+    return at | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
+}
+
+#define WGMMA_CODE(a, b, more, end)                                                              \
+    "{\n.reg .pred p;\nsetp.ne.b32 p, " more ", 0;\n"                                            \
+    "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "                                        \
+    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                    \
+    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, " a ", " b ", p, 1, 1, " \
+    end ";\n}"
+#define WGMMA_4(f, i) "+f"(f[i]), "+f"(f[i + 1]), "+f"(f[i + 2]), "+f"(f[i + 3])
+#define WGMMA_SUMS(f)                                                                            \
+    WGMMA_4(f, 0), WGMMA_4(f, 4), WGMMA_4(f, 8), WGMMA_4(f, 12), WGMMA_4(f, 16), WGMMA_4(f, 20), \
+        WGMMA_4(f, 24), WGMMA_4(f, 28)
+#endif
+
+#if !WGMMA
+static __device__ void load_matrices(uint32_t *to, const char *tile, int r, int c) {
+    uint32_t from = (uint32_t)__cvta_generic_to_shared(tile + r * 128 + (c ^ (r & 7)) * 16);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+}
+
+/* c[row][n] += a[row][k] tile[n][k]: a warp's 16 rows, 64 of n, steps 2 s and 2 s + 1 of k. */
+static __device__ void multiply_steps(float (*c)[4], const uint32_t (*a)[4], const char *tile,
+                                      int s) {
+    const int lane = (int)(threadIdx.x % 32);
+#pragma unroll
+    for (int n = 0; n < 8; n++) {
+        uint32_t b[4];
+        load_matrices(b, tile, n * 8 + lane % 8, 4 * s + lane / 8);
+        mma(c[n], a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1]);
+        mma(c[n], a[1][0], a[1][1], a[1][2], a[1][3], b[2], b[3]);
+    }
+}
+
+#endif
+
+/* Begins c = q tile^T, or adds it to c: 64 queries of q's rows by 64 keys, four steps in a chain. c
+   may not be touched before products_done. */
+static __device__ void multiply_queries(float (*c)[4], const char *q, const char *tile, int more) {
+#if WGMMA
+    float *f = &c[0][0];
+    const uint64_t a = tile_descriptor(q), b = tile_descriptor(tile);
+#pragma unroll
+    for (int s = 0; s < 4; s++)
+        asm volatile(WGMMA_CODE("%32", "%33", "%34", "0, 0")
+                     : WGMMA_SUMS(f) : "l"(a + 2 * s), "l"(b + 2 * s), "r"(more | s));
+#else
+    const int lane = (int)(threadIdx.x % 32);
+#pragma unroll
+    for (int i = 0; i < 32 && !more; i++) (&c[0][0])[i] = 0;
+#pragma unroll
+    for (int s = 0; s < 2; s++) {
+        uint32_t a[2][4];
+        for (int i = 0; i < 2; i++)
+            load_matrices(a[i], q, (int)(threadIdx.x % 128 / 32) * 16 + lane % 16,
+                          4 * s + 2 * i + lane / 16);
+        multiply_steps(c, a, tile, s);
+    }
+#endif
+}
+
+/* The same for probabilities, operands p of four steps, by a tile of values: c = p tile^T. */
+static __device__ void multiply_values(float (*c)[4], const uint32_t (*p)[4], const char *tile) {
+#if WGMMA
+    float *f = &c[0][0];
+    const uint64_t b = tile_descriptor(tile);
+#pragma unroll
+    for (int s = 0; s < 4; s++)
+        asm volatile(WGMMA_CODE("{%32,%33,%34,%35}", "%36", "%37", "0")
+                     : WGMMA_SUMS(f)
+                     : "r"(p[s][0]), "r"(p[s][1]), "r"(p[s][2]), "r"(p[s][3]), "l"(b + 2 * s),
+                       "r"(s));
+#else
+#pragma unroll
+    for (int i = 0; i < 32; i++) (&c[0][0])[i] = 0;
+    multiply_steps(c, p, tile, 0);
+    multiply_steps(c, p + 2, tile, 1);
+#endif
+}
+
+static __device__ void products_begin(void) {
+#if WGMMA
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+#endif
+}
+
+static __device__ void products_end(void) {
+#if WGMMA
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+#endif
+}
+
+/* All that was begun is done; c is what it left. */
+static __device__ void products_done(float (*c)[4]) {
+#if WGMMA
+    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+#pragma unroll
+    for (int i = 0; i < 32; i++) asm volatile("" : "+f"((&c[0][0])[i])::"memory");
+#else
+    (void)c;
+#endif
+}
+
+/* A lane's two queries of a tile, numbers r and r + 8 of the warp's 16. */
+struct query_pair {
+    float c[2], m[2], l[2];
+    int row[2], head[2], pos[2]; /* row: -1: there is none */
+};
+
+/* The tile's queries in f16, to q: for each 64 of them dp / 64 tiles of [64][64 dimensions]. */
+template <int DP>
+static __device__ void load_queries(const struct attention &a, const struct tile &tile,
+                                    struct query_pair *x, char *q) {
+    const int t = (int)(threadIdx.x % 4);
+    const int r = (int)(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const int number = r + 8 * i, at = min(number, tile.n * a.heads - 1), n = over_heads(a, at);
+        const int64_t row = tile.first + n, head = (int)blockIdx.x * a.heads + at - n * a.heads;
+        const float *from = a.q + (row * a.H + head) * a.d;
+        float2 v[DP / 8];
+        float most = 0;
+#pragma unroll
+        for (int k = 0; k < DP / 8; k++) {
+            v[k] = 8 * k + 2 * t < a.d ? *(const float2 *)(from + 8 * k + 2 * t)
+                                       : make_float2(0, 0);
+            most = fmaxf(most, fmaxf(fabsf(v[k].x), fabsf(v[k].y)));
+        }
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
+        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
+        const struct query_scale s = query_scale_of(most, a.scale);
+        char *to = q + number / 64 * (DP / 64) * TILE + number % 64 * 128 + 4 * t;
+#pragma unroll
+        for (int k = 0; k < DP / 8; k++)
+            *(__half2 *)(to + k / 8 * TILE + ((k % 8) ^ (number & 7)) * 16) =
+                __floats2half2_rn(v[k].x * s.up, v[k].y * s.up);
+        x->c[i] = s.c;
+        x->m[i] = -HUGE_VALF;
+        x->l[i] = 0;
+        x->head[i] = (int)head;
+        x->pos[i] = a.b.pos[row];
+        x->row[i] = number < tile.n * a.heads ? (int)row : -1;
+    }
+}
+
+/* Softmax of a block's scores: p becomes operands, f the factors of o' (and of l', which is added),
+   old those of what there is. */
+static __device__ void softmax_pair(const float (*c)[4], int block, struct query_pair *x,
+                                    uint32_t (*p)[4], float *f, float *old) {
+    uint32_t w[2][8];
+    const int valid[2] = {x->pos[0] + 1 - block * BLOCK, x->pos[1] + 1 - block * BLOCK};
+    float m[2], l[2];
+    softmax_block<2>(c, x->c, valid, w, m, l);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float most = fmaxf(x->m[i], m[i]);
+        old[i] = exact_power(x->m[i] - most);
+        f[i] = exact_power(m[i] - most);
+        x->m[i] = most;
+        x->l[i] = fmaf(l[i], f[i], x->l[i] * old[i]);
+    }
+#pragma unroll
+    for (int k = 0; k < 16; k++) p[k / 4][k % 4] = w[k % 2][k / 4 * 2 + k % 4 / 2];
+}
+
+/* The warp groups of a block of the grid go on by themselves, so that one's softmax fills the time
+   of the other's products. What each has reached, in blocks of keys: */
+struct turns {
+    int issued[2]; /* products under way */
+    int done[2];   /* products done, and the half of a block that was due expanded */
+};
+
+static __device__ void reach(int *counter, int value) {
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(counter);
+    if (threadIdx.x % GROUP == 0)
+        asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
+}
+
+static __device__ void wait_until(const int *counter, int value) {
+    uint32_t at = (uint32_t)__cvta_generic_to_shared(counter);
+    int now;
+    do asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(now) : "r"(at) : "memory");
+    while (now < value);
+    __syncwarp();
+}
+
+static __device__ void group_barrier(int wg) {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + wg), "r"((int)GROUP) : "memory");
+}
+
+/* The shared memory of flash_kernel. A block of the grid has M dimensions of values; AHEAD blocks
+   are there as f16, two as they are in the cache. */
+template <int KV, int DP> struct flash_of {
+    static constexpr int M = DP < 128 ? DP : 128, AHEAD = DP <= 128 ? 3 : 2,
+                         KEY_TILES = DP / 64 * TILE, VALUE_TILES = M / 64 * TILE;
+    using B = block_of<KV, DP, M>;
+    static constexpr int KEYS_AT = 2 * KEY_TILES, VALUES_AT = KEYS_AT + AHEAD * KEY_TILES,
+                         RAW_KEYS = VALUES_AT + AHEAD * VALUE_TILES,
+                         RAW_VALUES = RAW_KEYS + 2 * B::KEY_BYTES,
+                         BYTES = RAW_VALUES + 2 * B::VALUE_BYTES + 1024;
+};
+
+/* Grid: [H / heads][tiles][dp / M]. Reads q, and keys and values once a tile. In turn b a warp
+   group multiplies keys b + 1 and values b, meanwhile makes keys b + AHEAD and values b + AHEAD - 1
+   f16 (their copies began two turns before), then adds o' of b and finds the softmax of b + 1.
+   Floor: 4 d operations for each query and key that it sees, over the tensor cores' rate. */
+template <int KV, int DP>
+__global__ void __launch_bounds__(THREADS, 1) flash_kernel(const struct attention a) {
+    extern __shared__ __align__(1024) char unaligned[];
+    using F = flash_of<KV, DP>;
+    struct turns &at = *(struct turns *)(unaligned + F::BYTES - sizeof(struct turns));
+    using B = typename F::B;
+    constexpr int AHEAD = F::AHEAD, NO_MORE = 1 << 30;
+    char *q = unaligned + (1024 - (uint32_t)__cvta_generic_to_shared(unaligned) % 1024) % 1024;
+    const struct tile tile = a.b.tiles[blockIdx.y];
+    const int end = tile.first + tile.n, v0 = (int)blockIdx.z * F::M;
+    const int wg = __shfl_sync(0xffffffff, (int)(threadIdx.x / GROUP), 0);
+    if (threadIdx.x < 4) ((int *)&at)[threadIdx.x] = 0;
+    wait_for_inputs();
+    if (end <= a.from) return;
+    const int seq = a.b.seq[tile.first], last = tile.last, blocks = last / BLOCK + 1;
+    /* blocks of which this warp group's queries see something */
+    const int row = tile.first + min(tile.n - 1, over_heads(a, wg * 64 + 63));
+    const int seen = __shfl_sync(0xffffffff,
+                                 wg * 64 < tile.n * a.heads ? a.b.pos[row] / BLOCK + 1 : 0, 0);
+    const int64_t head = (int64_t)a.layer * a.G + (int)blockIdx.x / a.head_items;
+    auto page_of = [&](int block) -> const uint8_t * {
+        return head_of(a.b, a.l, seq, (unsigned)min(block, blocks - 1) / (KEYS / BLOCK), head);
+    };
+    auto fetch_from = [&](const uint8_t *key_page, const uint8_t *value_page, int keys,
+                          int values) {
+        if (keys < blocks)
+            copy_keys<KV, DP>(q + F::RAW_KEYS + keys % 2 * B::KEY_BYTES, key_page,
+                              (unsigned)keys % (KEYS / BLOCK), wg);
+        if (values < blocks)
+            copy_values<KV, DP, F::M>(q + F::RAW_VALUES + values % 2 * B::VALUE_BYTES,
+                                      value_page + a.l.head_bytes,
+                                      (unsigned)values % (KEYS / BLOCK), v0, wg);
+    };
+    auto fetch = [&](int keys, int values) {
+        fetch_from(page_of(keys), page_of(values), keys, values);
+    };
+    auto expand = [&](int keys, int values) {
+        char *raw = q + F::RAW_VALUES + values % 2 * B::VALUE_BYTES;
+        const int there = last + 1 - values * BLOCK;
+        if (values < blocks && there < BLOCK) {
+            forget_half<KV, F::M>(raw, there, wg);
+            group_barrier(wg);
+        }
+        if (keys < blocks)
+            expand_keys<KV, DP>(q + F::RAW_KEYS + keys % 2 * B::KEY_BYTES,
+                                q + F::KEYS_AT + (unsigned)keys % AHEAD * F::KEY_TILES);
+        if (values < blocks)
+            expand_values<KV, F::M>(raw,
+                                    q + F::VALUES_AT + (unsigned)values % AHEAD * F::VALUE_TILES);
+        tiles_written();
+    };
+    auto arrive = [&]() {
+        copies_arrive();
+        group_barrier(wg);
+    };
+    const char *mine = q + wg * F::KEY_TILES;
+    auto score = [&](float (*c)[4], int block) {
+        const char *keys = q + F::KEYS_AT + (unsigned)block % AHEAD * F::KEY_TILES;
+#pragma unroll
+        for (int n = 0; n < DP / 64; n++)
+            multiply_queries(c, mine + n * TILE, keys + n * TILE, n > 0);
+    };
+    struct query_pair x;
+    float o[F::M / 64][8][4] = {}, c[8][4], f[2], old[2];
+    uint32_t p[4][4];
+    fetch(0, 0);
+    fetch(1, AHEAD > 2 ? 1 : blocks);
+    load_queries<DP>(a, tile, &x, q);
+    tiles_written();
+    arrive();
+    expand(0, 0);
+    expand(1, AHEAD > 2 ? 1 : blocks);
+    if (AHEAD > 2) {
+        group_barrier(wg);
+        fetch(2, blocks);
+        arrive();
+        expand(2, blocks);
+    }
+    __syncthreads();
+    fetch(AHEAD, AHEAD - 1);
+    fetch(AHEAD + 1, AHEAD);
+    if (seen > 0) {
+        products_begin();
+        score(c, 0);
+        products_end();
+        products_done(c);
+        softmax_pair(c, 0, &x, p, f, old);
+    }
+    arrive();
+    int block = 0;
+    for (; block < seen; block++) {
+        float part[F::M / 64][8][4];
+        const char *values = q + F::VALUES_AT + (unsigned)block % AHEAD * F::VALUE_TILES;
+        const uint8_t *key_page = page_of(block + AHEAD + 2);
+        const uint8_t *value_page = page_of(block + AHEAD + 1);
+        wait_until(&at.done[!wg], block + 2 - AHEAD);
+        if (WGMMA) wait_until(&at.issued[!wg], block + wg);
+        products_begin();
+        score(c, block + 1); /* beyond the last of something, which nobody looks at */
+#pragma unroll
+        for (int n = 0; n < F::M / 64; n++) multiply_values(part[n], p, values + n * TILE);
+        products_end();
+        if (threadIdx.x % GROUP == 0) *(volatile int *)&at.issued[wg] = block + 1;
+        wait_until(&at.done[!wg], block);
+        expand(block + AHEAD, block + AHEAD - 1);
+        if (__any_sync(0xffffffff, old[0] != 1 || old[1] != 1)) {
+#pragma unroll
+            for (int k = 0; k < F::M / 2; k++) o[k / 32][k / 4 % 8][k % 4] *= old[k % 4 / 2];
+        }
+        products_done(c);
+#pragma unroll
+        for (int n = 0; n < F::M / 64; n++) products_done(part[n]);
+        arrive();
+        reach(&at.done[wg], block + 1);
+        fetch_from(key_page, value_page, block + AHEAD + 2, block + AHEAD + 1);
+#pragma unroll
+        for (int k = 0; k < F::M / 2; k++)
+            o[k / 32][k / 4 % 8][k % 4] = fmaf(part[k / 32][k / 4 % 8][k % 4], f[k % 4 / 2],
+                                               o[k / 32][k / 4 % 8][k % 4]);
+        if (block + 1 < seen) softmax_pair(c, block + 1, &x, p, f, old);
+    }
+    reach(&at.issued[wg], NO_MORE);
+    for (; block < blocks; block++) { /* which only the other warp group sees */
+        wait_until(&at.done[!wg], block);
+        expand(block + AHEAD, block + AHEAD - 1);
+        arrive();
+        reach(&at.done[wg], block + 1);
+        fetch(block + AHEAD + 2, block + AHEAD + 1);
+    }
+    for (int i = 0; i < 2; i++) x.l[i] = 1 / x.l[i];
+#pragma unroll
+    for (int k = 0; k < F::M / 4; k++) {
+        const int i = k % 2, n = k / 2, dim = v0 + n * 8 + 2 * (int)(threadIdx.x % 4);
+        const float *v = o[n / 8][n % 8] + 2 * i;
+        if (x.row[i] >= a.from && dim < a.d)
+            write_pair(a, x.row[i], x.head[i], dim, v[0] * x.l[i], v[1] * x.l[i]);
+    }
+    if (blockIdx.x == 0 && blockIdx.z == 0)
+        for (int r = max(tile.first, a.from); r < end; r++)
+            write_end(a, r, (int)threadIdx.x, THREADS);
+}
+
+/* ---- Launches, and what the host tells the kernels ---- */
+
+/* How many heads of a group go together: a divisor that leaves no slot too few. */
+static int heads_together(int H, int G) {
+    int group = H / G, heads = group < SLOTS ? group : SLOTS;
+    while (group % heads != 0) heads--;
+    return heads;
+}
+
+static void cut_heads(struct attention *a) {
+    a->heads = heads_together(a->H, a->G);
+    a->head_items = a->H / a->G / a->heads;
+    a->one_over_heads = (65536 + a->heads - 1) / a->heads;
+}
+
+/* f(type, dp) as constants, where the layout is for tensor cores. */
+template <int V> struct number {
+    static constexpr int value = V;
+};
+
+template <class F> static void with_layout(const struct kv_layout &l, F f) {
+    auto with_dp = [&](auto type) {
+        if (l.dp == 64) f(type, number<64>());
+        else if (l.dp == 128) f(type, number<128>());
+        else if (decltype(type)::value == LVM_Q8_0) f(type, number<256>());
+    };
+    if (l.type == LVM_F16) with_dp(number<LVM_F16>());
+    else with_dp(number<LVM_Q8_0>());
+}
+
+/* Whether there are kernels for tensor cores for such a cache; shared: the bytes that a block of
+   the grid may have on this device. */
+static int takes_tensor_cores(int type, int d, int shared) {
+    int bytes = 0;
+    if (type == LVM_F32 || d > 256 || (type == LVM_F16 && d > 128)) return 0;
+    with_layout(kv_layout_of(type, d, 1), [&](auto kv, auto dp) {
+        bytes = flash_of<decltype(kv)::value, decltype(dp)::value>::BYTES;
+    });
+    return bytes <= shared;
+}
+
+template <int KV, int DP, int NT>
+static cudaError_t prepare_split(int *resident) {
+    constexpr int shared = split_shared<KV, DP, NT>();
+    cudaError_t e = cudaFuncSetAttribute(split_kernel<KV, DP, NT>,
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (e == cudaSuccess)
+        e = cudaFuncSetAttribute(split_kernel<KV, DP, NT>,
+                                 cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    if (e == cudaSuccess)
+        e = cudaFuncSetAttribute(merge_blocks_kernel<DP>,
+                                 cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+    if (e != cudaSuccess) return e;
+    return cudaOccupancyMaxActiveBlocksPerMultiprocessor(resident, split_kernel<KV, DP, NT>,
+                                                         SPLIT_THREADS, shared);
+}
+
+/* When a context is opened. resident[NT - 1]: blocks of split_kernel that the device holds. */
+static cudaError_t prepare_attention(const struct kv_layout &l, int device, int *resident) {
+    int sms = 0;
+    cudaError_t e = cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device);
+    with_layout(l, [&](auto type, auto dp) {
+        constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
+        if (e == cudaSuccess) e = prepare_split<KV, DP, 1>(&resident[0]);
+        if (e == cudaSuccess) e = prepare_split<KV, DP, 2>(&resident[1]);
+        if (e == cudaSuccess)
+            e = cudaFuncSetAttribute(flash_kernel<KV, DP>,
+                                     cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     flash_of<KV, DP>::BYTES);
+    });
+    resident[0] *= sms;
+    resident[1] *= sms;
+    return e;
+}
+
+/* The most rows of a group. NT depends on a step's number of rows alone, for steps are recorded. */
+static int rows_of_group(int heads) { return SLOTS / heads; }
+
+static void attend_few(struct queue *q, const struct attention *a, int n, const int *resident) {
+    int queries = (int)min64(n, rows_of_group(a->heads)) * a->heads, nt = queries <= 8 ? 1 : 2;
+    int64_t items = (int64_t)n * a->b.max_pages * (KEYS / BLOCK), per = a->H / a->heads;
+    dim3 grid((unsigned)per, (unsigned)max64(1, min64(items, resident[nt - 1] / per)));
+    with_layout(a->l, [&](auto type, auto dp) {
+        constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
+        launch(q, "split_kernel", nt == 1 ? split_kernel<KV, DP, 1> : split_kernel<KV, DP, 2>,
+                     grid, SPLIT_THREADS,
+                     nt == 1 ? split_shared<KV, DP, 1>() : split_shared<KV, DP, 2>(), *a);
+    });
+    with_layout(a->l, [&](auto, auto dp) {
+        constexpr int DP = decltype(dp)::value;
+        launch(q, "merge_blocks_kernel", merge_blocks_kernel<DP>,
+                     dim3(DP / 32, (unsigned)a->H, (unsigned)n), MERGE_THREADS, 0, *a);
+    });
+}
+
+static void attend_many(struct queue *q, const struct attention *a, int tiles) {
+    with_layout(a->l, [&](auto type, auto dp) {
+        constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
+        launch(q, "flash_kernel", flash_kernel<KV, DP>,
+                     dim3((unsigned)(a->H / a->heads), (unsigned)tiles, DP / flash_of<KV, DP>::M),
+                     THREADS, flash_of<KV, DP>::BYTES, *a);
+    });
+}
+
+/* The groups of a step of a few rows, and of as many further ones as `further`, each a position on;
+   pos, seqs: [n], table: [sequences][max_pages] of the device.
+   There are at most n max_pages of them. */
+static int plan_groups(int n, const int *pos, const int *seqs, uint8_t *const *table, int max_pages,
+                       int heads, int further, struct key_group *groups) {
+    int most = rows_of_group(heads), count = 0, last = 0;
+    for (int r = 0; r < n; r++) last = pos[r] > last ? pos[r] : last;
+    for (int page = 0; page <= (last + further) / KEYS; page++) {
+        uint64_t left = 0; /* rows that see the page, by bits */
+        for (int r = 0; r < n; r++) left |= (uint64_t)(pos[r] + further >= page * KEYS) << r;
+        for (int r = 0; r < n; r++) {
+            if ((left >> r & 1) == 0) continue;
+            struct key_group g = {table[seqs[r] * max_pages + page], page, 0, -1, pos[r], {0}};
+            for (int i = 0; i < n; i++) {
+                if (pos[i] + further < page * KEYS || table[seqs[i] * max_pages + page] != g.data) continue;
+                g.fresh = pos[i] < g.fresh ? pos[i] : g.fresh;
+                if ((left >> i & 1) == 0 || g.n == most) continue;
+                left &= ~((uint64_t)1 << i);
+                g.last = pos[i] > g.last ? pos[i] : g.last;
+                g.row[g.n++] = (uint8_t)i;
+            }
+            groups[count++] = g;
+        }
+    }
+    return count;
+}
+
+static int longer_tile(const void *x, const void *y) {
+    const struct tile *a = (const struct tile *)x, *b = (const struct tile *)y;
+    return a->last != b->last ? b->last - a->last : a->first - b->first;
+}
+
+/* Cuts rows into tiles of neighbours of one sequence, for flash_kernel; the longest come first, so
+   that the last to end are short. Returns their number, at most n. */
+static int plan_tiles(int n, const int *pos, const int *seqs, int heads, struct tile *tiles) {
+    int rows = FLASH_QUERIES / heads, count = 0;
+    for (int r = 0; r < n; count++) {
+        int end = r + 1;
+        while (end < n && end - r < rows && seqs[end] == seqs[r]) end++;
+        tiles[count] = {r, end - r, pos[end - 1]};
+        r = end;
+    }
+    qsort(tiles, (size_t)count, sizeof *tiles, longer_tile);
+    return count;
+}
+
+/* ---- The same in f32: an f32 cache, or --exact ----
+
+   A block of the grid takes up to QUERIES queries that share a key/value head and a sequence: nr
+   rows by the heads of a group. For each block of 256 keys it computes scores (a thread a key),
+   softmax (a warp a query) and values (a warp 32 keys, a lane 4 dimensions), and merges them as
+   lvm.c's online_softmax_merge does. With few rows each block of keys has a block of the grid and a
+   second kernel merges, in the same order with the same arithmetic. */
+
+enum { QUERIES = 8 };
 
 /* Signed byte k of a word as a float: 2^23 + u is a float whose lowest bits are u. */
 static __device__ float byte_of(uint32_t w, int k) {
@@ -2269,17 +4210,6 @@ static __device__ struct merge merge_of(float m, float m_block) {
 static __device__ float merged(const struct merge &r, float old_value, float new_value) {
     return fmaf(old_value, r.old_part, __fmul_rn(new_value, r.new_part));
 }
-
-struct attention {
-    struct batch_view b;
-    struct kv_layout l;
-    const float *q;        /* [rows][H][d], rotated */
-    float *o;              /* [rows][H][d] */
-    float *partial;        /* [rows][H][max_pages][dp + 2]: o', m', l' */
-    int layer, H, G, d, heads; /* heads: of a tile */
-    int from;              /* rows before it are not wanted */
-    float scale;
-};
 
 /* sum + q . k, n terms in ascending order. */
 static __device__ float add_products(float sum, const float *q, const float *k, int n) {
@@ -2577,6 +4507,7 @@ struct gpu {
     float *x, *qb, *kb, *vb, *rope, *partial, *logits, *nll;
     float *f, *gate, *up;         /* of layers in f32: what stands in front of a product; hidden */
     float *heads;                 /* what attention gives, in f32 */
+    int resident[2];              /* blocks of split_kernel that the device holds */
     __half *h, *hidden;           /* the same in f16: in front of a product; silu(gate) up */
     __half *w16;                  /* a matrix in f16, for GEMM */
     uint8_t *in, *host_in;        /* what a forward is told: here and in pinned memory */
@@ -2654,13 +4585,18 @@ struct step {
 };
 
 static size_t told_bytes(const struct gpu *c, int room) {
-    return (size_t)SEQUENCES * (size_t)c->max_pages * 8 + (size_t)room * 7 * 4;
+    size_t groups = room <= SPLIT_ROWS ? (size_t)room * (size_t)c->max_pages : 0;
+    return (size_t)SEQUENCES * (size_t)c->max_pages * 8 + groups * sizeof(struct key_group) +
+           (size_t)room * 8 * 4 + 8;
 }
 
 /* The pieces of a block of told_bytes. */
 static struct batch_view view_of(const struct gpu *c, uint8_t *base, int room) {
     struct batch_view v = {};
-    int32_t *p = (int32_t *)(base + (size_t)SEQUENCES * (size_t)c->max_pages * 8);
+    struct key_group *groups =
+        (struct key_group *)(base + (size_t)SEQUENCES * (size_t)c->max_pages * 8);
+    int32_t *p = (int32_t *)(groups + (room <= SPLIT_ROWS ? room * c->max_pages : 0));
+    v.groups = groups;
     v.table = (uint8_t *const *)base;
     v.max_pages = c->max_pages;
     v.tokens = p;
@@ -2669,10 +4605,13 @@ static struct batch_view view_of(const struct gpu *c, uint8_t *base, int room) {
     v.seq = p + 3 * (int64_t)room;
     v.out = p + 4 * (int64_t)room;
     v.tiles = (struct tile *)(p + 5 * (int64_t)room);
+    v.n_groups = p + 8 * (int64_t)room;
+    v.planned = v.n_groups + 1;
     return v;
 }
 
-/* Cuts rows into tiles: neighbours of one sequence, as many as their heads leave room for. */
+/* Cuts rows into tiles for the kernels in f32: neighbours of one sequence, as many as their heads
+   leave room for. */
 static void cut_tiles(const struct gpu *c, struct step *s, const int *seqs, struct tile *tiles) {
     const struct llama *a = &c->g->m->llama;
     int group = a->H / a->G, rows = 1;
@@ -2682,14 +4621,30 @@ static void cut_tiles(const struct gpu *c, struct step *s, const int *seqs, stru
     for (int r = 0; r < s->n; s->tiles++) {
         int end = r + 1;
         while (end < s->n && end - r < rows && seqs[end] == seqs[r]) end++;
-        struct tile t = {r, end - r};
-        tiles[s->tiles] = t;
+        tiles[s->tiles] = {r, end - r, 0};
         r = end;
     }
     s->most = rows * s->heads;
 }
 
-static struct step plan_step(const struct gpu *c, const struct batch *b, const int *pos) {
+/* How attention is cut: groups of rows that share a page, or tiles. */
+static void plan_attention(const struct gpu *c, struct step *s, const struct batch_view *v,
+                           const int *pos, const int *seqs, int further) {
+    const struct llama *a = &c->g->m->llama;
+    struct tile *tiles = (struct tile *)v->tiles;
+    int heads = heads_together(a->H, a->G);
+    *(int *)v->planned = pos[0];
+    *(int *)v->n_groups = 0;
+    if (!c->kv.tensor) cut_tiles(c, s, seqs, tiles);
+    else if (s->split)
+        *(int *)v->n_groups = plan_groups(s->n, pos, seqs, v->table, c->max_pages, heads, further,
+                                          (struct key_group *)v->groups);
+    else s->tiles = plan_tiles(s->n, pos, seqs, heads, tiles);
+}
+
+/* further: so many steps like this one will follow, of which no more is told. */
+static struct step plan_step(const struct gpu *c, const struct batch *b, const int *pos,
+                             int further) {
     struct step s = {};
     s.n = b->n;
     s.n_out = b->n_out;
@@ -2709,16 +4664,16 @@ static struct step plan_step(const struct gpu *c, const struct batch *b, const i
     for (int i = 0; i < SEQUENCES; i++)
         for (int p = 0; p < c->max_pages; p++, table++)
             *table = c->seq[i].pages[p] != NULL ? c->seq[i].pages[p]->data : NULL;
-    cut_tiles(c, &s, b->seqs, (struct tile *)v.tiles);
+    plan_attention(c, &s, &v, pos, b->seqs, further);
     s.view = view_of(c, c->in, s.room);
     return s;
 }
 
 /* ---- Layers ---- */
 
-/* Where activations of so many columns go. */
-static struct packed packed_into(__half *h, int cols, float up) {
-    struct packed p = {h, round_up(cols, SPAN), 0, up};
+/* Where so many rows and columns of activations go. */
+static struct packed packed_into(__half *h, int rows, int cols, float up) {
+    struct packed p = {h, round_up(cols, SPAN), rows > FEW_ROWS, up};
     return p;
 }
 
@@ -2726,11 +4681,32 @@ static int layer_in_f16(const struct gpu *c, const struct gpu_layer *l) {
     return l->f16 && !c->exact;
 }
 
-/* What attention gives, rows from `from` on: c->heads. */
-static void attention_rows(struct gpu *c, const struct step *s, int layer, int from) {
+/* What attention gives, rows from `from` on: to c->heads, or to h where that is somewhere. */
+static void attention_rows(struct gpu *c, const struct step *s, int layer, int from,
+                           const struct packed *h) {
     const struct llama *a = &c->g->m->llama;
-    struct attention job = {s->view, c->kv, c->qb, c->heads, c->partial, layer, a->H, a->G, a->d,
-                            s->heads, from, 1 / sqrtf((float)a->d)};
+    const int Q = a->H * a->d;
+    struct attention job = {};
+    job.b = s->view;
+    job.l = c->kv;
+    job.q = c->qb;
+    job.o = c->heads;
+    job.partial = c->partial;
+    job.layer = layer;
+    job.H = a->H;
+    job.G = a->G;
+    job.d = a->d;
+    job.blocks = c->max_pages * (KEYS / BLOCK);
+    job.from = from;
+    job.scale = 1 / sqrtf((float)a->d);
+    if (c->kv.tensor) {
+        if (h != NULL) job.h = *h, job.o = NULL;
+        cut_heads(&job);
+        if (s->split) attend_few(&c->q, &job, s->n, c->resident);
+        else attend_many(&c->q, &job, s->tiles);
+        return;
+    }
+    job.heads = s->heads;
     if (c->kv.type == LVM_F32) attend<LVM_F32>(&c->q, &job, s->tiles, s->most, s->split);
     else if (c->kv.type == LVM_F16) attend<LVM_F16>(&c->q, &job, s->tiles, s->most, s->split);
     else attend<LVM_Q8_0>(&c->q, &job, s->tiles, s->most, s->split);
@@ -2738,6 +4714,10 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
         merge_kernel<<<dim3((unsigned)a->H, (unsigned)s->n), 128,
                        sizeof(float) * (size_t)merge_floats(c->max_pages), c->q.stream>>>(job);
     launched(&c->q, "merge_kernel");
+    if (h == NULL) return;
+    pack_kernel<<<(unsigned)(s->n - from), THREADS, 0, c->q.stream>>>(
+        c->heads + (int64_t)from * Q, Q, *h);
+    launched(&c->q, "pack_kernel");
 }
 
 /* c->f = rmsnorm of n rows of x. */
@@ -2757,10 +4737,11 @@ static void project_rows(struct gpu *c, const struct step *s, int layer, int fro
     const float *wanted = c->x + (int64_t)from * a->D;
     if (layer_in_f16(c, l)) {
         struct product_f16 j = {{k, v, q}, from > 0 ? 2 : 3, s->n, c->x, l->attn_norm, a->eps,
-                                packed_into(c->h, a->D, l->ups.attn), {}, NULL};
-        struct product_f16 last = {{q}, 1, s->n - from, wanted, l->attn_norm, a->eps, j.in, {}, NULL};
-        multiply(&c->q, STORE, &j);
-        if (from > 0 && from < s->n) multiply(&c->q, STORE, &last);
+                                packed_into(c->h, s->n, a->D, l->ups.attn), {}, NULL};
+        struct product_f16 last = {{q}, 1, s->n - from, wanted, l->attn_norm, a->eps,
+                                   packed_into(c->h, s->n - from, a->D, l->ups.attn), {}, NULL};
+        multiply(&c->q, STORE, &j, c->w16);
+        if (from > 0 && from < s->n) multiply(&c->q, STORE, &last, c->w16);
     } else {
         norm_f32(c, c->x, l->attn_norm, NULL, s->n);
         matmul_f32(&c->q, &k, c->f, s->n, NULL);
@@ -2768,36 +4749,45 @@ static void project_rows(struct gpu *c, const struct step *s, int layer, int fro
         if (from < s->n)
             matmul_f32(&c->q, &q, c->f + (int64_t)from * a->D, s->n - from, NULL);
     }
+    const int together = c->kv.tensor && !s->split; /* values of many rows */
     launch(&c->q, "rope_store_kernel", rope_store_kernel,
            dim3((unsigned)s->n, (unsigned)a->G), 128, 0, s->view, c->kv, c->qb, c->kb, c->vb,
-           c->rope, layer, a->H, a->G, a->d);
+           c->rope, layer, a->H, a->G, a->d, !together);
+    if (!together) return;
+    store_values_kernel<<<dim3((unsigned)(s->n + 31) / 32, (unsigned)a->G,
+                               (unsigned)(c->kv.dp / QK)), THREADS, 0, c->q.stream>>>(
+        s->view, c->kv, c->vb, s->n, layer, a->G, a->d);
+    launched(&c->q, "store_values_kernel");
 }
 
 /* x += Wo heads; x += Wdown (silu(Wgate rmsnorm(x)) Wup rmsnorm(x)), rows from `from` on. */
-static void finish_in_f16(struct gpu *c, const struct gpu_layer *l, int from, int n) {
+static void finish_in_f16(struct gpu *c, const struct step *s, int layer, int from) {
     const struct llama *a = &c->g->m->llama;
-    const int Q = a->H * a->d;
+    const struct gpu_layer *l = &c->g->layers[layer];
+    const int Q = a->H * a->d, n = s->n - from;
     float *x = c->x + (int64_t)from * a->D;
     struct product_f16 o = {{{l->o, l->o_bias, x}}, 1, n, NULL, NULL, 0,
-                            packed_into(c->h, Q, l->ups.heads), {}, NULL};
+                            packed_into(c->h, n, Q, l->ups.heads), {}, NULL};
     struct product_f16 hidden = {{{l->gate, NULL, NULL}, {l->up, NULL, NULL}}, 2, n, x, l->ffn_norm,
-                                 a->eps, packed_into(c->h, a->D, l->ups.ffn),
-                                 packed_into(c->hidden, a->F, l->ups.hidden), NULL};
+                                 a->eps, packed_into(c->h, n, a->D, l->ups.ffn),
+                                 packed_into(c->hidden, n, a->F, l->ups.hidden), NULL};
     struct product_f16 down = {{{l->down, NULL, x}}, 1, n, NULL, NULL, 0, hidden.out, {}, NULL};
-    pack_kernel<<<(unsigned)n, THREADS, 0, c->q.stream>>>(c->heads + (int64_t)from * Q, Q, o.in);
-    launched(&c->q, "pack_kernel");
-    multiply(&c->q, ADD, &o);
-    multiply(&c->q, SWIGLU, &hidden);
-    multiply(&c->q, ADD, &down);
+    attention_rows(c, s, layer, from, &o.in);
+    multiply(&c->q, ADD, &o, c->w16);
+    multiply(&c->q, SWIGLU, &hidden, c->w16);
+    multiply(&c->q, ADD, &down, c->w16);
 }
 
 /* The same in f32. */
-static void finish_in_f32(struct gpu *c, const struct gpu_layer *l, int from, int n) {
+static void finish_in_f32(struct gpu *c, const struct step *s, int layer, int from) {
     const struct llama *a = &c->g->m->llama;
+    const struct gpu_layer *l = &c->g->layers[layer];
+    const int n = s->n - from;
     int64_t all = (int64_t)n * a->F;
     float *x = c->x + (int64_t)from * a->D;
     const struct part o = {l->o, l->o_bias, x}, gate = {l->gate, NULL, c->gate},
                       up = {l->up, NULL, c->up}, down = {l->down, NULL, x};
+    attention_rows(c, s, layer, from, NULL);
     matmul_f32(&c->q, &o, c->heads + (int64_t)from * a->H * a->d, n, x);
     norm_f32(c, x, l->ffn_norm, NULL, n);
     matmul_f32(&c->q, &gate, c->f, n, NULL);
@@ -2812,12 +4802,11 @@ static void finish_in_f32(struct gpu *c, const struct gpu_layer *l, int from, in
    on are wanted. */
 static void run_layer(struct gpu *c, const struct step *s, int layer) {
     const struct gpu_layer *l = &c->g->layers[layer];
-    int from = layer + 1 < c->g->m->llama.L ? 0 : s->from, n = s->n - from;
+    int from = layer + 1 < c->g->m->llama.L ? 0 : s->from;
     project_rows(c, s, layer, from);
-    if (n == 0) return;
-    attention_rows(c, s, layer, from);
-    if (layer_in_f16(c, l)) finish_in_f16(c, l, from, n);
-    else finish_in_f32(c, l, from, n);
+    if (from == s->n) return;
+    if (layer_in_f16(c, l)) finish_in_f16(c, s, layer, from);
+    else finish_in_f32(c, s, layer, from);
 }
 
 static void embed_rows(struct gpu *c, const struct step *s) {
@@ -2839,8 +4828,8 @@ static void run_head(struct gpu *c, const struct step *s, int at, int n) {
         return;
     }
     struct product_f16 j = {{output}, 1, n, x, c->g->norm, a->eps,
-                            packed_into(c->h, a->D, c->g->head_up), {}, which};
-    multiply(&c->q, STORE, &j);
+                            packed_into(c->h, n, a->D, c->g->head_up), {}, which};
+    multiply(&c->q, STORE, &j, c->w16);
 }
 
 static void tell(struct gpu *c, const struct step *s) {
@@ -2927,7 +4916,7 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
         code = page_for_writing(c, seq, pos[done], error);
     }
     if (code == LVM_OK) {
-        struct step s = plan_step(c, b, pos);
+        struct step s = plan_step(c, b, pos, 0);
         int few = b->n <= GRAPH_ROWS && s.in_order && b->logits != NULL;
         code = few ? forward_few(c, &s, b->logits, error) : forward_many(c, &s, b, error);
     }
@@ -3391,7 +5380,7 @@ static struct step tell_sampler(struct gpu *c, const struct continuation *k, con
     }
     for (int i = 0; i < RING; i++)
         for (int s = 0; s < SEQUENCES; s++) c->told->ring[i][s] = 0;
-    struct step s = plan_step(c, &b, before);
+    struct step s = plan_step(c, &b, before, k->n);
     tell(c, &s);
     note(&c->q, cudaMemcpyAsync(c->sampler, to, sizeof *to, cudaMemcpyHostToDevice, c->q.stream),
          "copying what to sample by");
@@ -4098,26 +6087,31 @@ static void place_kept(struct gpu *c, struct arena *a) {
     take(a, &c->rope, l->L > 0 ? (int64_t)l->context * l->d : 0);
 }
 
+/* Of the largest product's matrices in panels. */
+static int64_t panel_elements(const struct llama *l) {
+    const int Q = l->H * l->d, K = l->G * l->d, D = round_up(l->D, SPAN);
+    int64_t qkv = (int64_t)(panel_tiles(Q, 0) + 2 * panel_tiles(K, 0)) * D,
+            output = (int64_t)panel_tiles(l->V, 0) * D,
+            gate_up = (int64_t)panel_tiles(l->F, 1) * D,
+            o = (int64_t)panel_tiles(l->D, 0) * round_up((int)max64(Q, l->F), SPAN);
+    return W_ROWS * max64(max64(qkv, output), max64(gate_up, o));
+}
+
 static void place_lm(struct gpu *c, struct arena *a) {
-    const struct gpu_model *g = c->g;
-    const struct llama *l = &g->m->llama;
-    int64_t N = c->rows, Q = (int64_t)l->H * l->d, K = (int64_t)l->G * l->d, V = l->V,
-            w16 = 0;
+    const struct llama *l = &c->g->m->llama;
+    int64_t N = c->rows, Q = (int64_t)l->H * l->d, K = (int64_t)l->G * l->d, V = l->V;
     if (l->L == 0) return;
-    for (int i = 0; i < g->m->n_specs; i++)
-        if (g->m->specs[i].kind == T_MATRIX || g->m->specs[i].kind == T_OUTPUT ||
-            g->m->specs[i].kind == T_EMBED)
-            w16 = max64(w16, (int64_t)g->map[i].rows * g->map[i].ld);
     int64_t hidden = l->F * needs_f32(c), front = max64(l->D * needs_f32(c), LOGIT_ROWS);
     struct { float **p; int64_t n; } all[] = {
         {&c->x, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K}, {&c->heads, N * Q},
         {&c->f, N * front}, {&c->gate, N * hidden}, {&c->up, N * hidden},
-        {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (c->kv.dp + 2)},
+        {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (KEYS / BLOCK) * (c->kv.dp + 2)},
         {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}};
     for (const auto &one : all) take(a, one.p, one.n);
-    take(a, &c->h, (int64_t)N * round_up((int)max64(l->D, Q), SPAN));
-    take(a, &c->hidden, (int64_t)N * round_up(l->F, SPAN));
-    take(a, &c->w16, w16);
+    N = round_up((int)N, X_ROWS);
+    take(a, &c->h, N * round_up((int)max64(l->D, Q), SPAN));
+    take(a, &c->hidden, N * round_up(l->F, SPAN));
+    take(a, &c->w16, panel_elements(l));
     take(a, &c->sampler, 1);
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
 }
@@ -4273,6 +6267,12 @@ static void gpu_close(void *state) {
     free(c);
 }
 
+/* As much of a multiprocessor's memory as can be becomes shared memory: kernels of a chain run
+   beside each other only where they are cut alike. */
+static cudaError_t share_all(const void *kernel) {
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+}
+
 template <int TYPE, int KIND> static cudaError_t allow_gemv(void) {
     cudaError_t e = cudaSuccess;
     const void *all[] = {(const void *)gemv_kernel<TYPE, KIND, 1, 1>,
@@ -4282,13 +6282,15 @@ template <int TYPE, int KIND> static cudaError_t allow_gemv(void) {
         cudaError_t one = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                                                STAGED_MOST + GEMV_WARPS * ring<TYPE>::BYTES);
         e = e == cudaSuccess ? one : e;
+        if (e == cudaSuccess) e = share_all(kernel);
     }
     return e;
 }
 
-static cudaError_t allow_kernels(const struct gpu *c) {
+static cudaError_t allow_kernels(struct gpu *c) {
     cudaError_t e = cudaSuccess;
     if (c->g->m->llama.L == 0) return e;
+    e = allow_gemm();
     for (int type : {LVM_F16, LVM_BF16, LVM_Q8_0, LVM_Q4_0})
         with_type(type, [&](auto t) {
             constexpr int T = decltype(t)::value == LVM_F32 ? LVM_F16 : decltype(t)::value;
@@ -4297,6 +6299,12 @@ static cudaError_t allow_kernels(const struct gpu *c) {
             if (e == cudaSuccess) e = allow_gemv<T, SWIGLU>();
         });
     if (e != cudaSuccess) return e;
+    const void *chain[] = {(const void *)rope_store_kernel, (const void *)embed_kernel<LVM_F16>,
+                           (const void *)embed_kernel<LVM_Q8_0>};
+    for (const void *kernel : chain)
+        if (e == cudaSuccess) e = share_all(kernel);
+    if (e != cudaSuccess) return e;
+    if (c->kv.tensor) return prepare_attention(c->kv, c->q.device, c->resident);
     return c->kv.type == LVM_F32   ? allow_shared<LVM_F32>(c->kv.dp)
            : c->kv.type == LVM_F16 ? allow_shared<LVM_F16>(c->kv.dp)
                                    : allow_shared<LVM_Q8_0>(c->kv.dp);
@@ -4357,12 +6365,15 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
     c->q.device = g->q.device;
     c->q.chains = g->q.chains;
     c->q.sms = g->q.sms;
+    c->q.shared = g->q.shared;
+    c->q.wgmma = g->q.wgmma;
     c->exact = o->exact;
     c->images = 1;
     c->rows = (int)max64(SEQUENCES, min64(MAX_ROWS_GPU, a->context));
     if (a->L > 0) {
         c->max_pages = (a->context + KEYS - 1) / KEYS;
-        c->kv = kv_layout_of(o->kv_type, a->d);
+        c->kv = kv_layout_of(o->kv_type, a->d,
+                             !o->exact && takes_tensor_cores(o->kv_type, a->d, c->q.shared));
         c->page_bytes = (size_t)a->L * (size_t)a->G * 2 * (size_t)c->kv.head_bytes;
     }
     int code = use_device(&c->q, error);
