@@ -6,31 +6,34 @@
 
    CONTENTS
      1  Errors, memory: every call and every launch is checked
-     2  Weights on the device: planes of integers and of scales
+     2  Weights on the device: planes of integers and of scales, tiles of 8 rows; their upload
      3  Products in f16 on tensor cores: GEMV for a few rows, GEMM for many, one order of sums
      4  Products in f32, for F32 weights and --exact; convolutions on tensor cores
-     5  Rows: embedding, RMSNorm, SwiGLU, RoPE, likelihoods
-     6  Attention on a paged cache, block by block
-     7  The transformer: one forward
+     5  Rows: embedding, RMSNorm, SwiGLU, likelihoods
+     6  Attention on a paged cache: RoPE, a few rows block by block, many rows as flash attention
+     7  The transformer: one forward, one chain of kernels, recorded as a graph
      8  Sampling, and the loop that generates
      9  The tokenizer: GroupNorm, attention over pixels, the quantiser
     10  The seam
 
    SUMS HAVE ONE ORDER here too: a row's result depends on nothing but its own numbers, never on how
    many rows came with it, so that a prompt in pieces, a candidate among others and a reused prefix
-   give the same bytes. It costs this: GEMV takes tensor cores (as GEMM does, with the same
-   instruction, the same order of k and the same eight segments of k), although a few rows need none
-   of their speed; attention merges blocks of 256 keys in ascending order, also where one pass over
-   all keys would do. The same card gives the same bytes run to run: no atomics add anything.
+   give the same bytes. Tensor cores make that easy: mma.sync and wgmma add 16 products at a time,
+   and a chain of either gives the same bits. It costs this: GEMV takes tensor cores as GEMM does,
+   although a few rows need none of their speed, and GEMM keeps four sums of each element, because
+   GEMV needs four chains to be quick (some 5 % of a prompt); attention adds blocks of 64 keys one
+   after the other, also where one pass over all keys would do. The same card gives the same bytes
+   run to run: no atomics add anything.
 
    ARITHMETIC. F32 weights, and all weights with --exact: f32 products, fma after fma in ascending
-   k. Otherwise weights become f16 as they are read (a quantised one is q d, rounded once),
-   activations become f16 with a power of two for each row (so that nothing overflows), and tensor
-   cores add in f32. Attention and the tokenizer compute in f32 from whatever is stored.
+   k, and attention in f32. Otherwise weights become f16 as they are read (a quantised one is q d,
+   rounded once), activations become f16 times a power of two that is fixed for a layer (so that
+   nothing overflows), keys, values and probabilities are f16, and tensor cores add in f32. The
+   tokenizer's activations are two f16 numbers each, a high and a low part, which keeps every token
+   of f32 but those at a tie.
 
-   LEFT OUT, so far: attention and convolutions on tensor cores; reading a shared prompt's keys once
-   for all candidates; fused epilogues and programmatic dependent launch; weights copied while
-   others are used; more than one GPU for a model. */
+   LEFT OUT, so far: a prompt's keys and values expanded once instead of once a tile; attention's
+   merge and RoPE inside their neighbours; more than one GPU for a model. */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <dlfcn.h>
@@ -686,8 +689,9 @@ static int look_at_codebook(struct gpu_model *g, lvm_error *error) {
     return code;
 }
 
-/* A warp a row. largest[0] = the bits of the largest of root |w norm| + |bias|: no row of w gives more
-   for any rmsnorm(x) with that norm; root is sqrt(D). Bits of floats above zero have their order. */
+/* A warp a row. largest[0] = the bits of the largest of root |w norm| + |bias|: no row of w gives
+   more for any rmsnorm(x) with that norm; root is sqrt(D). Bits of floats above zero have their
+   order. */
 template <int TYPE>
 __global__ void row_bounds_kernel(struct matrix w, const float *norm, const float *bias, float root,
                                   int *largest) {
@@ -846,10 +850,10 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
    What stands around a product is done by it: RMSNorm of the rows in front, and behind it SwiGLU or
    the sum with the residual stream.
 
-   Activations are f16, times a power of two, `up`, that is constant for a layer and that the product
-   takes out again. It comes from a bound that no input exceeds, so that nothing overflows: RMSNorm
-   gives no more than sqrt(D) max |norm|, and a row w of the next matrix, by Cauchy and Schwarz, no
-   more than sqrt(D) |w norm|. */
+   Activations are f16, times a power of two, `up`, that is constant for a layer and that the
+   product takes out again. It comes from a bound that no input exceeds, so that nothing overflows:
+   RMSNorm gives no more than sqrt(D) max |norm|, and a row w of the next matrix, by Cauchy and
+   Schwarz, no more than sqrt(D) |w norm|. */
 
 enum { FEW_ROWS = 64   /* GEMV up to here */, CHAIN_ROWS = 8 /* rows that a block keeps in shared
                           memory, and whose norm it computes itself */,
@@ -941,7 +945,8 @@ static __device__ void write_normed(const struct packed &out, int row, const flo
     }
 }
 
-static __device__ float silu(float v) { return v / (1 + expf(-v)); }
+/* v / (1 + e^-v), to some 1e-6. */
+static __device__ float silu(float v) { return __fdividef(v, 1 + __expf(-v)); }
 
 /* c[16 rows of w][8 rows of x] += over 16 columns. Threads hold of w rows g (a0, a2) and g + 8, of
    x row g, of c rows g (0, 1) and g + 8 by columns 2 t and 2 t + 1. */
@@ -967,8 +972,8 @@ struct part {
 struct product_f16 {
     struct part p[3];
     int n, rows;
-    const float *x, *norm; /* norm: the rows are rmsnorm(x[rows][D]), and `in` says where they may */
-    float eps;             /* lie; NULL: they lie in `in` */
+    const float *x, *norm; /* norm: the rows are rmsnorm(x[rows][D]), and `in` says where they */
+    float eps;             /* may lie; NULL: they lie in `in` */
     struct packed in, out;
     const int *which;      /* rows of x, or NULL: 0, 1 ... */
 };
@@ -1106,7 +1111,7 @@ static __device__ void finish(const struct product_f16 &j, const struct part &p,
     const int64_t at = (int64_t)r * N + o;
     const float bias = p.bias != NULL && o < N ? p.bias[o] : 0;
     if (KIND == STORE) p.y[at] = fmaf(sum, down, bias);
-    if (KIND == ADD) p.y[at] = p.bias != NULL ? fmaf(sum, down, other) + bias : fmaf(sum, down, other);
+    if (KIND == ADD) p.y[at] = fmaf(sum, down, other) + (p.bias != NULL ? bias : -0.0f);
     if (KIND == SWIGLU)
         j.out.h[packed_at(j.out, r, o)] =
             __float2half_rn(o < N ? silu(sum * down) * (other * down) * j.out.up : 0);
@@ -1179,7 +1184,8 @@ static __device__ void expand_span(const struct weights_ahead<TYPE> &w, int slot
 }
 
 /* Groups of 16 rows of w (SWIGLU: 8 of each matrix), of all matrices of a product. */
-template <int KIND> static __host__ __device__ int groups_of(const struct product_f16 &j, int part) {
+template <int KIND>
+static __host__ __device__ int groups_of(const struct product_f16 &j, int part) {
     return KIND == SWIGLU ? j.out.ld / 8 : (j.p[part].w.rows + 15) / 16;
 }
 
@@ -1209,7 +1215,8 @@ static __device__ void point_stream(const struct product_f16 &j, struct stream<T
     s->span = s->begin;
     if (group >= s->groups) return;
     const struct part &p = j.p[part_of<KIND>(j, &group)];
-    const int g = (int)threadIdx.x % 32 / 4, last = p.w.rows - 1, o0 = group * (KIND == SWIGLU ? 8 : 16);
+    const int g = (int)threadIdx.x % 32 / 4, last = p.w.rows - 1;
+    const int o0 = group * (KIND == SWIGLU ? 8 : 16);
     point_at(&s->a, p.w, min(o0 + g, last), s->begin);
     if (KIND == SWIGLU) point_at(&s->b, j.p[1].w, min(o0 + g, last), s->begin);
     else point_at(&s->b, p.w, min(o0 + g + 8, last), s->begin);
@@ -1256,7 +1263,8 @@ static __device__ void finish_group(const struct product_f16 &j, int group, floa
    are not unrolled: instructions that run for the first time take longer than others. Floor: the
    bytes of w over the memory's bandwidth. */
 template <int TYPE, int KIND, int TILES, int SHARED>
-__global__ void __launch_bounds__(GEMV_THREADS, TILES > 4 ? 1 : 2) gemv_kernel(struct product_f16 j) {
+__global__ void __launch_bounds__(GEMV_THREADS, TILES > 4 ? 1 : 2)
+    gemv_kernel(struct product_f16 j) {
     extern __shared__ __align__(128) char shared[];
     __shared__ float sums[TEAMS][CHAINS][TILES * 4][32];
     typedef struct ring<TYPE> R;
@@ -1542,7 +1550,8 @@ template <int N> static __device__ void clear_sums(float *c, float v) {
    the first stages of the next piece. Two blocks make a cluster; they take the same rows of w, of
    which each loads one half for both. */
 
-enum { GEMM_PIECE = 128, CLUSTER = 2, GEMM_RING = 7, GEMM_RING_BYTES = 2 * X_BYTES, WGMMA_THREADS = 384,
+enum { GEMM_PIECE = 128, CLUSTER = 2, GEMM_RING = 7, GEMM_RING_BYTES = 2 * X_BYTES,
+       WGMMA_THREADS = 384,
        WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES, END_PARTS = 4 };
 
 static __host__ __device__ int gemm_across(const struct gemm &p) {
@@ -1848,7 +1857,7 @@ template <int KIND>
 __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant__ struct gemm p) {
     extern __shared__ __align__(1024) char tiles[];
     const int half = (int)blockIdx.y, warp = (int)threadIdx.x / 32, spans = p.ld / SPAN;
-    const int row = warp / 2 * 32, n0 = warp % 2 * 4, each = (spans + CHAINS - 1) / CHAINS;
+    const int row = warp / 2 * 32, n0 = warp % 2 * 4, each = part_start(spans, 1);
     const int first = (int)blockIdx.x * X_ROWS + row + (int)threadIdx.x % 32 / 4;
     const char *x = (const char *)p.x + (int64_t)blockIdx.x * spans * X_BYTES;
     const char *w = (const char *)p.w + (int64_t)(half / 2) * spans * W_BYTES + half % 2 * X_BYTES;
@@ -2715,7 +2724,8 @@ static void run_conv(struct queue *q, const struct conv_job *j, int size, int st
 /* =================================================================================================
    5.  Rows
 
-   Floor of each: its bytes over the memory's bandwidth, in generating the time that a launch takes. */
+   Floor of each: its bytes over the memory's bandwidth, in generating the time that a launch
+   takes. */
 
 /* The sum or the largest of a block's values, the same for all its threads. */
 template <int LARGEST> static __device__ float over_block(float v) {
@@ -2760,7 +2770,7 @@ __global__ void norm_kernel(const float *x, const float *norm, float eps, int D,
 /* gate = silu(gate) up, n elements */
 __global__ void swiglu_kernel(float *gate, const float *up, int64_t n) {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
-    if (i < n) gate[i] = silu(gate[i]) * up[i];
+    if (i < n) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
 /* Grid: [rows]: out = x[rows][n], for a product in f16. */
@@ -4114,7 +4124,8 @@ static int plan_groups(int n, const int *pos, const int *seqs, uint8_t *const *t
             if ((left >> r & 1) == 0) continue;
             struct key_group g = {table[seqs[r] * max_pages + page], page, 0, -1, pos[r], {0}};
             for (int i = 0; i < n; i++) {
-                if (pos[i] + further < page * KEYS || table[seqs[i] * max_pages + page] != g.data) continue;
+                if (pos[i] + further < page * KEYS) continue;
+                if (table[seqs[i] * max_pages + page] != g.data) continue;
                 g.fresh = pos[i] < g.fresh ? pos[i] : g.fresh;
                 if ((left >> i & 1) == 0 || g.n == most) continue;
                 left &= ~((uint64_t)1 << i);
@@ -5501,8 +5512,9 @@ __global__ void apply_norm_kernel(const float *x, const float *scale, const floa
     int64_t at = i / area * c + i % c;
     float4 v = *(const float4 *)(x + i), a = *(const float4 *)(scale + at),
            b = *(const float4 *)(shift + at);
-    *(float4 *)(y + i) = make_float4(group_normed(v.x, a.x, b.x, silu), group_normed(v.y, a.y, b.y, silu),
-                                     group_normed(v.z, a.z, b.z, silu), group_normed(v.w, a.w, b.w, silu));
+    *(float4 *)(y + i) =
+        make_float4(group_normed(v.x, a.x, b.x, silu), group_normed(v.y, a.y, b.y, silu),
+                    group_normed(v.z, a.z, b.z, silu), group_normed(v.w, a.w, b.w, silu));
 }
 
 /* Grid: [groups][images]. From a convolution's sums: the same as group_scales_kernel, where they
@@ -6398,12 +6410,18 @@ static int gpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
     return LVM_OK;
 }
 
-static size_t gpu_kv_size(void *state) { return ((struct gpu *)state)->page_bytes; }
+/* In a file a page of the layout for tensor cores has a byte more than one of the other layout, so
+   that neither is taken for the other. */
+static size_t gpu_kv_size(void *state) {
+    const struct gpu *c = (const struct gpu *)state;
+    return c->page_bytes + (c->kv.tensor ? 1 : 0);
+}
 
 static int gpu_kv_get(void *state, int seq, int block, void *data, lvm_error *error) {
     struct gpu *c = (struct gpu *)state;
     int code = use_device(&c->q, error);
     if (code != LVM_OK) return code;
+    if (c->kv.tensor) ((uint8_t *)data)[c->page_bytes] = 1;
     note(&c->q, cudaMemcpyAsync(data, c->seq[seq].pages[block]->data, c->page_bytes,
                                 cudaMemcpyDeviceToHost, c->q.stream), "copying a page");
     return wait_for(&c->q, error);
