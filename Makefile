@@ -70,7 +70,8 @@ cuda: $(B)/lvm_cuda.o lvm.c
 	    $(B)/lvm_cuda.o $(LDFLAGS) $(CUDA_LIBS) $(LIBS)
 
 $(B)/lvm_cuda.o: lvm_cuda.cu lvm.c | $(B)
-	$(NVCC) -std=c++17 -O3 $(CUDA_ARCH) $(NVCC_WARN) -Xcompiler -fPIC -c -o $@ lvm_cuda.cu
+	$(NVCC) -std=c++17 -O3 --threads 2 $(CUDA_ARCH) $(NVCC_WARN) -Xcompiler -fPIC -c -o $@ \
+	    lvm_cuda.cu
 
 # The test lets CUDA's allocations fail.
 comma    = ,
