@@ -958,8 +958,8 @@ static __device__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint
                  : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
-/* What a product does with its sums: y = sums + bias; y += sums + bias, in two chains; out =
-   silu(sums of p[0]) times sums of p[1]. */
+/* What a product does with its sums: y = sums + bias; y += sums + bias; out = silu(sums of
+   p[0]) times sums of p[1]. */
 enum epilogue { STORE, ADD, SWIGLU };
 
 struct part {
@@ -1614,7 +1614,7 @@ static __device__ void cluster_sync(void) {
 
 /* How wgmma finds rows of 128 bytes with the swizzle of 128: address, 1024 bytes to the next eight
    rows. */
-static __device__ uint64_t gemm_descriptor(const void *tile) {
+static __device__ uint64_t tile_descriptor(const void *tile) {
     return (uint64_t)(shared_address(tile) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
            (uint64_t)1 << 62;
 }
@@ -1700,7 +1700,7 @@ struct reader {
 static __device__ void multiply_stage(const struct reader &r, int add, float (*c)[4]) {
     const uint32_t stage = r.at % GEMM_RING;
     const char *tiles = r.ring + stage * GEMM_RING_BYTES;
-    const uint64_t x = gemm_descriptor(tiles + r.x0), w = gemm_descriptor(tiles + X_BYTES);
+    const uint64_t x = tile_descriptor(tiles + r.x0), w = tile_descriptor(tiles + X_BYTES);
     barrier_wait(&r.full[stage], r.at / GEMM_RING % 2);
     wgmma_fence();
 #pragma unroll
@@ -3654,12 +3654,6 @@ static __device__ void tiles_written(void) {
 }
 
 #if WGMMA
-/* How wgmma finds a tile: 8 rows of 128 bytes are 1024 apart, 128-byte swizzle. */
-static __device__ uint64_t tile_descriptor(const char *tile) {
-    uint64_t at = (uint64_t)__cvta_generic_to_shared(tile) >> 4;
-    return at | (uint64_t)1 << 16 | (uint64_t)64 << 32 | (uint64_t)1 << 62;
-}
-
 #define WGMMA_CODE(a, b, more, end)                                                              \
     "{\n.reg .pred p;\nsetp.ne.b32 p, " more ", 0;\n"                                            \
     "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "                                        \
@@ -4493,7 +4487,7 @@ struct vq_memory {
     double *sums;                 /* [images][chunks][GROUPS][2] */
     float *blocks;                /* [images][blocks of 8 x 8][c][2]: sums of the map `summed` */
     const float *summed;
-    float *squares, *down;        /* [images][GROUPS]; [images]: see split_kernel */
+    float *squares, *down;        /* [images][GROUPS]; [images]: see halves_kernel */
     float up;                     /* of what was normalised last */
     __half *w16;                  /* a convolution's weights in f16 */
     struct nearest *found;        /* [images T][codes / NEAREST_CODES] */
@@ -5449,7 +5443,7 @@ static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
 
 enum { VQ_GROUPS = 32, CHUNK = 2048 /* pixels of a block of group_sums */,
        SCORES = 1 << 22 /* floats of an attention's scores at a time */,
-       SPLIT_PIXELS = 4 /* of a thread of split_kernel */,
+       HALVES_PIXELS = 4 /* of a thread of halves_kernel */,
        VQ_FLOATS = 100 << 20 >> 2 /* of a buffer for maps, more where one image needs it */ };
 
 /* Grid: [groups][chunks][images]. sums[image][chunk][group] = sum, sum of squares. */
@@ -5556,8 +5550,8 @@ __global__ void block_scales_kernel(const float *sums, int blocks, int pixels, i
     }
 }
 
-/* What split_kernel reads and writes. */
-struct split {
+/* What halves_kernel reads and writes. */
+struct halves {
     const float *x, *scale, *shift; /* [images][pixels][c]; [images][c] */
     const float *squares;           /* [images][GROUPS] */
     float *down;                    /* [images] */
@@ -5592,23 +5586,23 @@ static __device__ void split8(const float *v, float up, __half *out) {
     *(uint4 *)(out + CONV_C) = make_uint4(low[0], low[1], low[2], low[3]);
 }
 
-enum { SPLIT_NORM, SPLIT_SILU, SPLIT_RAW };
+enum { HALVES_NORM, HALVES_SILU, HALVES_RAW };
 
 /* out = the two parts of norm(x) up, of silu(norm(x)) up, or of x as it is, up for each image from
    its sum of squares, which no element exceeds. Grid: [pixels][images]; a thread has 8 channels of
-   SPLIT_PIXELS pixels. Floor: bytes in + bytes out. */
-template <int WAY> __global__ void split_kernel(const struct split s) {
+   HALVES_PIXELS pixels. Floor: bytes in + bytes out. */
+template <int WAY> __global__ void halves_kernel(const struct halves s) {
     const int octets = s.c / 8, octet = (int)threadIdx.x % octets, step = (int)blockDim.x / octets;
-    const int first = (int)blockIdx.x * step * SPLIT_PIXELS + (int)threadIdx.x / octets;
+    const int first = (int)blockIdx.x * step * HALVES_PIXELS + (int)threadIdx.x / octets;
     const int64_t image = blockIdx.y, at = image * s.c + octet * 8;
     float up = s.up, scale[8], shift[8];
-    float4 x[SPLIT_PIXELS][2];
+    float4 x[HALVES_PIXELS][2];
 #pragma unroll
-    for (int i = 0; i < SPLIT_PIXELS * 2; i++) {
+    for (int i = 0; i < HALVES_PIXELS * 2; i++) {
         int64_t p = image * s.pixels + min(first + i / 2 * step, s.pixels - 1);
         x[i / 2][i % 2] = *(const float4 *)(s.x + p * s.c + octet * 8 + i % 2 * 4);
     }
-    if (WAY == SPLIT_RAW) {
+    if (WAY == HALVES_RAW) {
         float sum = 0;
         for (int i = 0; i < VQ_GROUPS; i++) sum += s.squares[image * VQ_GROUPS + i];
         up = power_for(sqrtf(sum));
@@ -5616,13 +5610,13 @@ template <int WAY> __global__ void split_kernel(const struct split s) {
     } else
         for (int i = 0; i < 8; i++) scale[i] = s.scale[at + i], shift[i] = s.shift[at + i];
 #pragma unroll
-    for (int i = 0; i < SPLIT_PIXELS; i++) {
+    for (int i = 0; i < HALVES_PIXELS; i++) {
         int p = first + i * step;
         if (p >= s.pixels) break;
         float v[8] = {x[i][0].x, x[i][0].y, x[i][0].z, x[i][0].w,
                       x[i][1].x, x[i][1].y, x[i][1].z, x[i][1].w};
-        for (int k = 0; WAY != SPLIT_RAW && k < 8; k++)
-            v[k] = normed_fast(v[k], scale[k], shift[k], WAY == SPLIT_SILU);
+        for (int k = 0; WAY != HALVES_RAW && k < 8; k++)
+            v[k] = normed_fast(v[k], scale[k], shift[k], WAY == HALVES_SILU);
         split8(v, up, s.out + (image * s.pixels + p) * s.c * 2 + octet / 4 * 64 + octet % 4 * 8);
     }
 }
@@ -5739,15 +5733,15 @@ static void find_scales(struct gpu *c, const float *in, int channels, const floa
 /* v->n = the f16 parts of a map of v->side. */
 static void split_map(struct gpu *c, int way, const float *in, int channels) {
     struct vq_memory *v = &c->vq;
-    struct split s = {in, v->scale, v->shift, v->squares, v->down, (__half *)v->n, v->up,
+    struct halves s = {in, v->scale, v->shift, v->squares, v->down, (__half *)v->n, v->up,
                       v->side * v->side, channels};
     int octets = channels / 8, threads = octets * (octets < THREADS ? THREADS / octets : 1);
-    int pixels = threads / octets * SPLIT_PIXELS;
+    int pixels = threads / octets * HALVES_PIXELS;
     dim3 grid((unsigned)((s.pixels + pixels - 1) / pixels), (unsigned)v->images);
-    if (way == SPLIT_NORM) split_kernel<SPLIT_NORM><<<grid, threads, 0, c->q.stream>>>(s);
-    else if (way == SPLIT_SILU) split_kernel<SPLIT_SILU><<<grid, threads, 0, c->q.stream>>>(s);
-    else split_kernel<SPLIT_RAW><<<grid, threads, 0, c->q.stream>>>(s);
-    launched(&c->q, "split_kernel");
+    if (way == HALVES_NORM) halves_kernel<HALVES_NORM><<<grid, threads, 0, c->q.stream>>>(s);
+    else if (way == HALVES_SILU) halves_kernel<HALVES_SILU><<<grid, threads, 0, c->q.stream>>>(s);
+    else halves_kernel<HALVES_RAW><<<grid, threads, 0, c->q.stream>>>(s);
+    launched(&c->q, "halves_kernel");
 }
 
 /* Whether a convolution goes by tensor cores. */
@@ -5772,7 +5766,7 @@ static void groupnorm(struct gpu *c, const struct vq_op *op, const struct gpu_op
         most = fmaxf(most, fabsf(scale[i]) * far + fabsf(shift[i]));
     v->up = power_for(most);
     find_scales(c, in, channels, w->scale[number], w->shift[number]);
-    split_map(c, silu ? SPLIT_SILU : SPLIT_NORM, in, channels);
+    split_map(c, silu ? HALVES_SILU : HALVES_NORM, in, channels);
 }
 
 /* A convolution's weights in f16, [rows][ld]. */
@@ -5805,7 +5799,7 @@ static void conv2d(struct gpu *c, const struct vq_op *op, const struct gpu_op *w
     if (conv_in_f16(c, op, w, number)) {
         if (in != v->n) {
             find_scales(c, in, c_in, NULL, NULL);
-            split_map(c, SPLIT_RAW, in, c_in);
+            split_map(c, HALVES_RAW, in, c_in);
         }
         struct conv_job j = {(const __half *)v->n, conv_weights(c, m), w->bias[number], residual,
                              in != v->n ? v->down : NULL, out, summed ? v->blocks : NULL,
