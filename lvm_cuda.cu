@@ -1310,24 +1310,39 @@ __global__ void __launch_bounds__(GEMV_THREADS, TILES > 4 ? 1 : 2)
     wait_for_copies<0>();
 }
 
+/* Shared memory of the largest rings of a block, and what a kernel declares beside them. */
+enum { RINGS_MOST = GEMV_WARPS * ring<LVM_Q8_0>::BYTES, SUMS_BYTES = 8 << 10,
+       TALL_BYTES = 40 << 10 /* of tiles for 64 rows of x */ };
+
 /* Bytes of shared memory for the rows in front of a product, 0 where they stay in memory. */
-static int staged_bytes(const struct product_f16 *j) {
+static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
     int64_t bytes = (int64_t)j->rows * (2 * j->in.ld + 16);
-    return j->rows <= CHAIN_ROWS && bytes <= STAGED_MOST ? (int)bytes : 0;
+    int64_t room = min64(STAGED_MOST, q->shared - RINGS_MOST - SUMS_BYTES);
+    return j->rows <= CHAIN_ROWS && bytes <= room ? (int)bytes : 0;
 }
 
 template <int TYPE, int KIND>
-static void launch_gemv(struct queue *q, const struct product_f16 *j) {
-    const int staged = staged_bytes(j), shared = GEMV_WARPS * ring<TYPE>::BYTES + staged;
-    dim3 grid((unsigned)min64(q->sms, all_groups<KIND>(*j)));
+static void launch_gemv(struct queue *q, const struct product_f16 *product) {
+    struct product_f16 j = *product;
+    const int staged = staged_bytes(q, &j), shared = GEMV_WARPS * ring<TYPE>::BYTES + staged;
+    const int most = q->shared >= RINGS_MOST + TALL_BYTES ? FEW_ROWS : FEW_ROWS / 2;
+    dim3 grid((unsigned)min64(q->sms, all_groups<KIND>(j)));
     if (staged > 0) {
         launch(q, "gemv_kernel", gemv_kernel<TYPE, KIND, 1, 1>, grid, GEMV_THREADS, (size_t)shared,
-               *j);
+               j);
         return;
     }
-    if (j->rows <= 32) gemv_kernel<TYPE, KIND, 4, 0><<<grid, GEMV_THREADS, shared, q->stream>>>(*j);
-    else gemv_kernel<TYPE, KIND, 8, 0><<<grid, GEMV_THREADS, shared, q->stream>>>(*j);
-    launched(q, "gemv_kernel");
+    for (int left = j.rows; left > 0; left -= most) {
+        j.rows = (int)min64(most, left);
+        if (j.rows <= 32)
+            gemv_kernel<TYPE, KIND, 4, 0><<<grid, GEMV_THREADS, shared, q->stream>>>(j);
+        else gemv_kernel<TYPE, KIND, 8, 0><<<grid, GEMV_THREADS, shared, q->stream>>>(j);
+        launched(q, "gemv_kernel");
+        for (int i = 0; j.p[0].y != NULL && i < j.n; i++)
+            j.p[i].y += (int64_t)most * j.p[i].w.rows;
+        j.in.h += (int64_t)most * j.in.ld;
+        j.out.h += (int64_t)most * j.out.ld;
+    }
 }
 
 /* Grid: [rows / 8], a warp a row: out = rmsnorm(x), row number i of which is row which[i], or i. */
@@ -2018,7 +2033,7 @@ static void multiply(struct queue *q, enum epilogue kind, const struct product_f
         multiply_many(q, kind, product, w16);
         return;
     }
-    if (j.norm != NULL && staged_bytes(&j) == 0) {
+    if (j.norm != NULL && staged_bytes(q, &j) == 0) {
         launch_norm_pack(q, &j);
         j.norm = NULL;
     }
@@ -6279,15 +6294,19 @@ static cudaError_t share_all(const void *kernel) {
     return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
 }
 
-template <int TYPE, int KIND> static cudaError_t allow_gemv(void) {
+/* All that the kernel does not declare itself, but no more than it will be launched with. */
+template <int TYPE, int KIND> static cudaError_t allow_gemv(const struct queue *q) {
     cudaError_t e = cudaSuccess;
     const void *all[] = {(const void *)gemv_kernel<TYPE, KIND, 1, 1>,
                          (const void *)gemv_kernel<TYPE, KIND, 4, 0>,
                          (const void *)gemv_kernel<TYPE, KIND, 8, 0>};
     for (const void *kernel : all) {
-        cudaError_t one = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                               STAGED_MOST + GEMV_WARPS * ring<TYPE>::BYTES);
-        e = e == cudaSuccess ? one : e;
+        cudaFuncAttributes own = {};
+        if (e == cudaSuccess) e = cudaFuncGetAttributes(&own, kernel);
+        int bytes = (int)min64(STAGED_MOST + GEMV_WARPS * ring<TYPE>::BYTES,
+                               q->shared - (int64_t)own.sharedSizeBytes);
+        if (e == cudaSuccess)
+            e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
         if (e == cudaSuccess) e = share_all(kernel);
     }
     return e;
@@ -6300,9 +6319,9 @@ static cudaError_t allow_kernels(struct gpu *c) {
     for (int type : {LVM_F16, LVM_BF16, LVM_Q8_0, LVM_Q4_0})
         with_type(type, [&](auto t) {
             constexpr int T = decltype(t)::value == LVM_F32 ? LVM_F16 : decltype(t)::value;
-            if (e == cudaSuccess) e = allow_gemv<T, STORE>();
-            if (e == cudaSuccess) e = allow_gemv<T, ADD>();
-            if (e == cudaSuccess) e = allow_gemv<T, SWIGLU>();
+            if (e == cudaSuccess) e = allow_gemv<T, STORE>(&c->q);
+            if (e == cudaSuccess) e = allow_gemv<T, ADD>(&c->q);
+            if (e == cudaSuccess) e = allow_gemv<T, SWIGLU>(&c->q);
         });
     if (e != cudaSuccess) return e;
     const void *chain[] = {(const void *)rope_store_kernel, (const void *)embed_kernel<LVM_F16>,
