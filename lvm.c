@@ -16274,33 +16274,38 @@ static int join_line(struct set *set, struct sentence *line, char *name, lvm_err
     return LVM_OK;
 }
 
-/* The tokens of all that wait, ids[n][tokens]. Sequences are numbered from 0, which is the last
-   line's from now on, as if it had been prompted last. */
-static int generate_together(struct set *set, int tokens, int32_t *ids, lvm_error *error) {
-    lvm_ctx *ctx = set->s.ctx;
-    struct together *g = &set->group;
+/* Sequence 0 becomes the last line's and the context as if that had been prompted. */
+static int prompt_as_last(const struct together *g, lvm_ctx *ctx, lvm_error *error) {
     const struct awaited *last = &g->of[g->n - 1];
-    size_t V = (size_t)ctx->m->llama.V;
-    struct rng rng[MAX_SEQUENCES];
-    lvm_sampling s;
-    int code = settle_sampling(&set->cli->sampling, &s, error);
-    int32_t *out = mem_alloc((size_t)g->n * (size_t)tokens, sizeof *out, error);
-    if (out == NULL) return LVM_MEMORY;
-    if (code == LVM_OK) code = ctx->b->kv_copy(ctx->state, g->n, 0, last->n_ids, error);
+    int code = ctx->b->kv_copy(ctx->state, g->n, 0, last->n_ids, error);
     ctx->b->kv_trim(ctx->state, g->n, 0);
     memcpy(ctx->ids, last->ids, (size_t)last->n_ids * sizeof *ctx->ids);
     ctx->n_ids = ctx->n_fed = code == LVM_OK ? last->n_ids : 0;
     ctx->has_logits = 0;
     ctx->n_generated = 0;
+    return code;
+}
+
+/* The tokens of all that wait, ids[n][tokens]. Sequences are numbered from 0: line i, counted from
+   0, has sequence i + 1, but the last one sequence 0. */
+static int generate_together(struct set *set, int tokens, int32_t *ids, lvm_error *error) {
+    lvm_ctx *ctx = set->s.ctx;
+    struct together *g = &set->group;
+    size_t V = (size_t)ctx->m->llama.V;
+    struct rng rng[MAX_SEQUENCES];
+    lvm_sampling s;
+    int code = prompt_as_last(g, ctx, error);
+    if (code == LVM_OK) code = settle_sampling(&set->cli->sampling, &s, error);
+    int32_t *out = mem_alloc((size_t)g->n * (size_t)tokens, sizeof *out, error);
+    if (out == NULL) return LVM_MEMORY;
     for (int i = 0; i < g->n; i++) {
-        int at = (i + 1) % g->n; /* its sequence */
+        int at = (i + 1) % g->n;
         rng[at] = rng_new(s.seed, 0);
         memcpy(ctx->logits + (size_t)at * V, g->logits + (size_t)i * V, V * sizeof *g->logits);
     }
     struct continuation c = {&s, g->n, tokens, ctx->m->codes, ctx->logits, rng, out, tokens, 0,
                              tokens};
-    if (code == LVM_OK)
-        code = generate_tokens(ctx, &c, error);
+    if (code == LVM_OK) code = generate_tokens(ctx, &c, error);
     for (int i = 0; i < g->n; i++) {
         int at = (i + 1) % g->n;
         memcpy(ids + (size_t)i * (size_t)tokens, out + (size_t)at * (size_t)tokens,
