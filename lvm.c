@@ -49,7 +49,8 @@
        5  The tokenizer: VQGAN encoder, vector quantiser, decoder
        6  The transformer: RMSNorm, RoPE, attention with a KV cache, SwiGLU
        7  The seam for devices and the CPU behind it; generation and scoring
-     Part two: how one learns (chapter 8, training, is to come)
+     Part two: how one learns
+       8  Training: backward beside forward, AdamW, LoRA, data, checkpoints
        9  Visual sentences: prompts by the line
      Part three: the machine room
       10  Systems: files, mapping, folders, threads, Windows
@@ -344,6 +345,117 @@ void lvm_image_free(lvm_image *image);
    force is 1. */
 int lvm_quantize(const char *in, const char *out, int type, int vq_type, int encoder_type,
                  int force, lvm_error *error);
+
+/* ---- Training (chapter 8) ---- */
+
+/* Sentences of image tokens to learn from: a .tok file, as `lvm pack` writes it (chapter 8 has its
+   layout), mapped until it is closed; or one that lies in memory, which must outlive it (name is
+   for messages and may be NULL). Returns NULL and fills error on failure; close(NULL) is allowed.
+   Trainers share them; they must outlive their trainers. */
+typedef struct lvm_tokens lvm_tokens;
+lvm_tokens *lvm_tokens_open(const char *path, lvm_error *error);
+lvm_tokens *lvm_tokens_open_memory(const void *data, size_t size, const char *name,
+                                   lvm_error *error);
+void lvm_tokens_close(lvm_tokens *tokens);
+
+/* How sentences become rows of `context` tokens: bos, tokens, eos one behind the other and cut
+   wherever a row is full, as the paper does; or whole sentences, as many as fit, then padding that
+   is not learnt. */
+enum lvm_packing { LVM_CUT = 0, LVM_WHOLE = 1 };
+/* The learning rate behind the warm-up: half a cosine down to min_lr; or constant, and linearly
+   down to min_lr over the last tenth of the steps (warm-up, stable, decay). */
+enum lvm_schedule { LVM_COSINE = 0, LVM_WSD = 1 };
+/* Of what the backward needs of a layer: keep it all, or only the layer's input and compute the
+   rest again; auto keeps it for as many layers as fit the memory. */
+enum lvm_recompute { LVM_RECOMPUTE_AUTO = 0, LVM_RECOMPUTE_NONE = 1, LVM_RECOMPUTE_ALL = 2 };
+
+typedef struct lvm_train_options {
+    uint32_t size;
+    int threads; /* 0: one a processor that this process may use */
+
+    /* The model: init's transformer, which must outlive the trainer, or (NULL) these sizes with
+       random weights. kv_heads 0: heads. bos, eos: ids or -1. tied: one matrix is embedding and
+       output. */
+    const lvm_model *init;
+    int layers, width, heads, kv_heads, feed_forward, vocab, bos, eos, tied;
+    float norm_eps, rope_theta;
+    /* Adapters of this rank instead of the weights themselves (LoRA: Hu et al. 2021), on those of
+       "q,k,v,o,gate,up,down" that lora_on names (NULL: all). 0: no adapters. */
+    int lora_rank;
+    float lora_alpha;
+    const char *lora_on;
+    const char *freeze; /* names of tensors that do not learn, with commas; * stands for any text */
+
+    /* What it reads: n_data files, all their sentences in an order drawn anew each time round. A
+       step is `batch` rows of `context` tokens. isolate: attention never crosses sentences. */
+    const lvm_tokens *const *data;
+    int n_data, context, batch, packing, isolate;
+
+    /* AdamW (Loshchilov and Hutter 2019). clip: of the gradient's norm; 0: none. */
+    int64_t steps, warmup; /* of all, and of those over which lr rises from 0 */
+    int schedule;
+    float lr, min_lr, beta1, beta2, epsilon, weight_decay, clip;
+    uint64_t seed;
+
+    int recompute;
+    int64_t memory; /* bytes that it may take; 0: what the machine has free */
+    void *user;
+    lvm_progress *progress; /* stages "train" and "eval" (tokens of a call) */
+} lvm_train_options;
+
+/* After a step. A step whose loss or gradient is not finite, or whose gradient is more than 20
+   times what was usual, changes nothing and counts as skipped. */
+typedef struct lvm_train_report {
+    int64_t step, tokens;      /* taken, and read, since the beginning */
+    int64_t skipped, in_a_row; /* steps so far; and those right before and with this one */
+    double loss;               /* mean of -ln p over the batch's tokens, by their weights, in nats */
+    double grad_norm;          /* before clipping */
+    double lr;
+    double epoch;              /* passes over the data */
+    int was_skipped;
+} lvm_train_report;
+
+/* What a trainer holds or would hold, in bytes. */
+typedef struct lvm_train_memory {
+    int64_t weights, gradients, optimiser, activations, scratch, all;
+    int64_t parameters, trained; /* numbers: all, and those that learn */
+    int kept_layers;             /* of which nothing is computed twice */
+} lvm_train_memory;
+
+typedef struct lvm_trainer lvm_trainer;
+
+lvm_train_options lvm_default_train_options(void);
+
+/* A trainer; NULL and an error on failure. memory tells what it would hold, before anything is
+   taken. Training starts at step 0, or where load finds a checkpoint of the same configuration and
+   the same data: what it continues is what it would have been, bit for bit, with any number of
+   threads. A call that fails or is cancelled leaves the trainer as it was before. */
+int lvm_trainer_memory(const lvm_train_options *options, lvm_train_memory *memory,
+                       lvm_error *error);
+lvm_trainer *lvm_trainer_new(const lvm_train_options *options, lvm_error *error);
+void lvm_trainer_free(lvm_trainer *trainer);
+int lvm_trainer_step(lvm_trainer *trainer, lvm_train_report *report, lvm_error *error);
+
+/* Mean of -ln p over at most max_rows rows of other data, packed as the trainer's own (0: all of
+   it), by the tokens' weights, and how many tokens that were. */
+int lvm_trainer_eval(lvm_trainer *trainer, const lvm_tokens *data, int64_t max_rows, double *loss,
+                     int64_t *tokens, lvm_error *error);
+
+/* save: a checkpoint, written beside, flushed and renamed; note is the caller's text, which
+   lvm_checkpoint_note gives back (lvm_memory_free). export: a weights file in `type` (LVM_F32 ...;
+   LVM_AUTO: init's, else F16) with the tokenizer of a model, or NULL: init's; of adapters, an
+   adapter file. Existing files are replaced. */
+int lvm_trainer_save(lvm_trainer *trainer, const char *path, const char *note, lvm_error *error);
+int lvm_trainer_load(lvm_trainer *trainer, const char *path, lvm_error *error);
+char *lvm_checkpoint_note(const char *path, lvm_error *error);
+int lvm_trainer_export(lvm_trainer *trainer, const char *path, int type,
+                       const lvm_model *tokenizer, lvm_error *error);
+
+/* Adds adapters to a model that no context uses yet: matrices that they are on are merged with them
+   in memory, quantised ones as Q8_0. merge writes that into a file instead (type as above). */
+int lvm_apply_lora(lvm_model *model, const char *path, lvm_error *error);
+int lvm_merge(const char *base, const char *adapters, const char *out, int type, int force,
+              lvm_error *error);
 
 #ifdef __cplusplus
 }
@@ -3913,6 +4025,250 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
     int code = ready_images(ctx, candidates, n, out, "lvm_predict", error);
     if (code == LVM_OK) code = lvm_prompt_images(ctx, images, count, error);
     return code == LVM_OK ? lvm_generate_images(ctx, sampling, candidates, n, out, error) : code;
+}
+
+/* =================================================================================================
+   Chapter 8.  Training: backward beside forward, AdamW, LoRA, data, checkpoints
+
+       .tok files --fill_rows-->  rows of ids, targets, loss weights
+                  --net_forward-->  loss  --net_backward-->  gradients        of each layer, in plain
+                  --update_params-->  weights                                 floats, kept or again
+                  --lvm_trainer_save-->  .ckpt       --lvm_trainer_export-->  weights.bin
+
+   The transformer is chapter 6's, with all rows at once and no cache: next-token cross-entropy
+
+       loss = sum_i w_i (-ln softmax(logits_i)[target_i]) / sum_i w_i
+
+   and its gradient by the chain rule, operation by operation, last one first (backpropagation:
+   Rumelhart, Hinton and Williams 1986). An operation y = f(x) has a backward beside it that gets dy,
+   the gradient of the loss by y, and gives or adds dx; each quotes the line of its forward. What a
+   layer's backward needs of its forward (struct kept) is kept, or, where memory is short, computed
+   again from the layer's input (Chen et al. 2016, arXiv 1604.06174).
+
+   Sums have one order here too: a step does not depend on the number of threads, so that a run that
+   was stopped and resumed is the run that was not. A weight's gradient adds rows in ascending order;
+   rows are never split over threads. */
+
+/* ---- What learns ---- */
+
+/* A tensor of the description while it learns, or stays. */
+struct param {
+    const char *name;    /* as in the weights file */
+    struct tensor w;     /* [rows][cols]: F32 of its own where it learns, else as init has it */
+    float *g, *m, *v;    /* as w: gradient; AdamW's averages of it and of its square. NULL: frozen */
+    int decays;          /* matrices do, vectors do not */
+};
+
+/* y = x w^T + bias + scale (x a^T) b^T: a linear layer, with an adapter where there is one. */
+struct linear {
+    struct param *w, *bias; /* [out][in]  [out], or NULL */
+    struct param *a, *b;    /* [rank][in]  [out][rank], or both NULL */
+};
+
+struct block {
+    struct param *attn_norm, *ffn_norm;          /* [D] */
+    struct linear q, k, v, o, gate, up, down;    /* as struct layer */
+};
+
+/* What is kept of a layer's forward for its backward; N rows. */
+struct kept {
+    float *x;                 /* [N][D]: its input */
+    float *q, *k, *v;         /* [N][H d]  [N][G d]  [N][G d]: q and k rotated */
+    float *o, *lse;           /* [N][H d]: attention's answer;  [N][H]: ln of its sums of exp */
+    float *mid;               /* [N][D]: x + Wo o */
+    float *gate, *up;         /* [N][F] */
+};
+
+/* Rows that attend to each other: `n` of them from row `first` on, at positions 0 .. n-1. */
+struct piece {
+    int first, n;
+};
+
+/* Rows that go through the model together. */
+struct rows {
+    int n;                    /* a multiple of the context's length */
+    int32_t *ids, *targets;   /* [n]; the token behind each */
+    float *weights;           /* [n]: of its loss; 0: none */
+    struct piece *pieces;     /* [n_pieces], ascending, apart; padding is in none */
+    int n_pieces;
+};
+
+struct net {
+    const struct llama *a;    /* sizes */
+    struct param *params;     /* [n_params]: the description's in its order, then adapters */
+    int n_params;
+    struct param *embed, *norm;
+    struct linear output;
+    struct block *blocks;     /* [L] */
+    float lora_scale;         /* alpha / rank */
+    int max_rows;             /* N at most */
+    struct kept *kept;        /* [L]: of layers before first_kept the input alone */
+    struct kept again;        /* of one layer at a time, computed again */
+    int first_kept;
+    float *rope;              /* [context][2][d / 2]: cosines, sines */
+    float *inv_freq;          /* [d / 2] */
+};
+
+/* ---- Data ---- */
+
+/* A .tok file, see below. */
+struct lvm_tokens {
+    char *name;
+    void *mapped;             /* or NULL: foreign memory */
+    const uint8_t *data;      /* [size] */
+    size_t size;
+    int64_t n_sentences, n_tokens;
+    int bound;                /* ids are below */
+    const uint16_t *ids;      /* [n_tokens] */
+    const uint8_t *weights;   /* [n_tokens], 16: weight 1; NULL: all 16 */
+    const uint8_t *starts;    /* [n_sentences + 1] u64, ascending: where a sentence begins in ids */
+    uint64_t fingerprint;
+};
+
+/* All sentences that a trainer reads, and how they become rows. */
+struct stream {
+    const lvm_tokens *const *files; /* [n_files] */
+    int n_files;
+    int64_t n_sentences;
+    int context, packing, isolate, bos, eos, shuffle;
+    uint64_t seed;
+};
+
+/* Where a stream is: the token `token` (bos and eos counted) of the sentence that comes as number
+   `sentence` in this pass's order. */
+struct data_position {
+    int64_t epoch, sentence, token;
+};
+
+/* ---- A trainer ---- */
+
+struct lvm_trainer {
+    lvm_train_options o;      /* settled; its texts are copies */
+    lvm_model *m;             /* described; its transformer's tensors are the parameters' */
+    struct exec e;
+    struct net net;
+    struct stream stream;
+    struct data_position at;
+    struct rows rows;         /* of one pass through the model */
+    int rows_at_once;         /* rows of context tokens that go through it together */
+    int64_t step, tokens, skipped, in_a_row;
+    double usual_norm;        /* a running mean of gradient norms */
+};
+
+/* ---- Products: y = x w^T, dx = dy w, dw = dy^T x ---- */
+
+/* ---- Operations, forward and backward ---- */
+
+/* ---- A layer, forward and backward ---- */
+
+/* ---- The whole model: loss and gradients ---- */
+
+/* Adds to *loss the sum over rows of weight (-ln p(target)), and the gradients of that sum divided
+   by `all` to every g. r->n <= net->max_rows. nll: NULL, or -ln p of each row. */
+static int net_accumulate(struct lvm_trainer *t, const struct rows *r, double all, double *loss,
+                          lvm_error *error);
+
+/* The same without gradients. */
+static int net_loss(struct lvm_trainer *t, const struct rows *r, double *loss, float *nll,
+                    lvm_error *error);
+
+/* ---- AdamW ---- */
+
+/* ---- Data: .tok files ---- */
+
+lvm_tokens *lvm_tokens_open(const char *path, lvm_error *error) {
+    fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+    return NULL;
+}
+
+lvm_tokens *lvm_tokens_open_memory(const void *data, size_t size, const char *name,
+                                   lvm_error *error) {
+    (void)data, (void)size;
+    fail(error, LVM_UNSUPPORTED, "%s: to come", name);
+    return NULL;
+}
+
+void lvm_tokens_close(lvm_tokens *tokens) { (void)tokens; }
+
+/* ---- Data: sentences in random order, cut into rows ---- */
+
+/* Fills r with the next count rows of context tokens and moves *at behind them. Where s does not
+   shuffle it makes one pass: fewer rows, then none, when the data end (r->n says). */
+static int fill_rows(const struct stream *s, struct data_position *at, int count, struct rows *r,
+                     lvm_error *error) {
+    (void)s, (void)at, (void)count, (void)r;
+    return fail(error, LVM_UNSUPPORTED, "to come");
+}
+
+/* ---- Checkpoints ---- */
+
+int lvm_trainer_save(lvm_trainer *trainer, const char *path, const char *note, lvm_error *error) {
+    (void)trainer, (void)note;
+    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+}
+
+int lvm_trainer_load(lvm_trainer *trainer, const char *path, lvm_error *error) {
+    (void)trainer;
+    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+}
+
+char *lvm_checkpoint_note(const char *path, lvm_error *error) {
+    fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+    return NULL;
+}
+
+/* ---- Weights files and adapters out of a trainer ---- */
+
+int lvm_trainer_export(lvm_trainer *trainer, const char *path, int type,
+                       const lvm_model *tokenizer, lvm_error *error) {
+    (void)trainer, (void)type, (void)tokenizer;
+    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+}
+
+int lvm_apply_lora(lvm_model *model, const char *path, lvm_error *error) {
+    (void)model;
+    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+}
+
+int lvm_merge(const char *base, const char *adapters, const char *out, int type, int force,
+              lvm_error *error) {
+    (void)base, (void)adapters, (void)type, (void)force;
+    return fail(error, LVM_UNSUPPORTED, "%s: to come", out);
+}
+
+/* ---- The trainer ---- */
+
+lvm_train_options lvm_default_train_options(void) {
+    return (lvm_train_options){
+        .size = sizeof(lvm_train_options), .bos = 8192, .eos = 8193, .vocab = 8194,
+        .norm_eps = 1e-6f, .rope_theta = 10000, .lora_alpha = 16, .context = 4096, .batch = 1,
+        .steps = 1000, .warmup = 100, .lr = 3e-4f, .min_lr = 3e-5f, .beta1 = 0.9f, .beta2 = 0.95f,
+        .epsilon = 1e-8f, .weight_decay = 0.1f, .clip = 1, .seed = 1};
+}
+
+int lvm_trainer_memory(const lvm_train_options *options, lvm_train_memory *memory,
+                       lvm_error *error) {
+    (void)options, (void)memory;
+    return fail(error, LVM_UNSUPPORTED, "to come");
+}
+
+lvm_trainer *lvm_trainer_new(const lvm_train_options *options, lvm_error *error) {
+    (void)options;
+    fail(error, LVM_UNSUPPORTED, "to come");
+    return NULL;
+}
+
+void lvm_trainer_free(lvm_trainer *trainer) { (void)trainer; }
+
+int lvm_trainer_step(lvm_trainer *trainer, lvm_train_report *report, lvm_error *error) {
+    (void)trainer, (void)report;
+    return fail(error, LVM_UNSUPPORTED, "to come");
+}
+
+int lvm_trainer_eval(lvm_trainer *trainer, const lvm_tokens *data, int64_t max_rows, double *loss,
+                     int64_t *tokens, lvm_error *error) {
+    (void)trainer, (void)data, (void)max_rows, (void)loss, (void)tokens;
+    return fail(error, LVM_UNSUPPORTED, "to come");
 }
 
 /* =================================================================================================
