@@ -4299,29 +4299,36 @@ static void product_input(const struct exec *e, const struct tensor *w, const fl
 }
 
 struct transpose_job {
+    const struct kernels *kern;
     const float *from; /* [rows][cols] */
     float *to;         /* [cols][rows] */
     int64_t ld_from, ld_to;
     int rows, cols;
 };
 
-enum { TRANSPOSE = 16 }; /* a square of so many fits the first cache in any layout */
-
-static void transpose(const float *from, int64_t ld_from, int rows, int cols, float *to,
-                      int64_t ld_to) {
-    for (int r0 = 0; r0 < rows; r0 += TRANSPOSE)
-        for (int c0 = 0; c0 < cols; c0 += TRANSPOSE)
-            for (int c = c0; c < cols && c < c0 + TRANSPOSE; c++)
-                for (int r = r0; r < rows && r < r0 + TRANSPOSE; r++)
-                    to[c * ld_to + r] = from[r * ld_from + c];
+/* to[cols][rows] = from[rows][cols], ld floats apart: 16 rows at a time by way of a panel. */
+static void transpose(const struct kernels *kern, const float *from, int64_t ld_from, int rows,
+                      int cols, float *to, int64_t ld_to) {
+    float panel[PRODUCT_COLS * PANEL];
+    int whole = rows / PANEL * PANEL;
+    for (int c0 = 0; c0 < cols; c0 += PRODUCT_COLS) {
+        int n = cols - c0 < PRODUCT_COLS ? cols - c0 : PRODUCT_COLS;
+        for (int r = 0; r < whole; r += PANEL) {
+            kern->conv.pack_panel(from + r * ld_from + c0, ld_from, n, panel);
+            for (int c = 0; c < n; c++)
+                memcpy(to + (c0 + c) * ld_to + r, panel + c * PANEL, PANEL * sizeof *panel);
+        }
+        for (int r = whole; r < rows; r++)
+            for (int c = c0; c < c0 + n; c++) to[c * ld_to + r] = from[r * ld_from + c];
+    }
 }
 
 static void transpose_task(void *arg, int task, int thread) {
     const struct transpose_job *job = arg;
     int c0 = task * PRODUCT_COLS, cols = job->cols - c0;
     (void)thread;
-    transpose(job->from + c0, job->ld_from, job->rows, cols < PRODUCT_COLS ? cols : PRODUCT_COLS,
-              job->to + c0 * job->ld_to, job->ld_to);
+    transpose(job->kern, job->from + c0, job->ld_from, job->rows,
+              cols < PRODUCT_COLS ? cols : PRODUCT_COLS, job->to + c0 * job->ld_to, job->ld_to);
 }
 
 /* Rows of a transposed matrix lie so far apart that they do not share the sets of a cache. */
@@ -4330,7 +4337,7 @@ static int64_t transposed_ld(int rows) { return (int64_t)round_up(rows, PANEL) +
 /* dw[out][in] += dy[n][out]^T x[n][in]; rows of dy are ld apart; turned: [out][transposed_ld(n)] */
 static void product_weights(const struct exec *e, const float *dy, int64_t ld, const float *x,
                             int n, int out, int in, float *turned, float *dw) {
-    struct transpose_job t = {dy, turned, ld, transposed_ld(n), n, out};
+    struct transpose_job t = {e->kern, dy, turned, ld, transposed_ld(n), n, out};
     const struct tensor b = {(const uint8_t *)x, (int64_t)in * 4, LVM_F32, n, in};
     pool_run(e->pool, (out + PRODUCT_COLS - 1) / PRODUCT_COLS, transpose_task, &t);
     run_product((struct product){.e = e, .m = out, .n = in, .k = n, .a = turned, .b = &b, .c = dw,
@@ -4748,10 +4755,10 @@ static void attention_backward_rows(const struct attention *job, struct attend_b
     matmul_panels(kern, n, keys, a, b->k_strips, KV_BLOCK * PANEL, dp / PANEL, b->dq, dp, 0);
     for (int r = 0; r < n; r++)
         for (int i = 0; i < d; i++) dq[(int64_t)r * H * d + i] += b->dq[r * dp + i];
-    transpose(b->d_o, dp, n, dp, b->o_turned, BACK_LD);
+    transpose(kern, b->d_o, dp, n, dp, b->o_turned, BACK_LD);
     point(a, b->o_turned, dp, BACK_LD);                                   /* dv^T += do^T p */
     matmul_panels(kern, dp, n, a, b->p_strips, BACK_ROWS * PANEL, panels, b->dv, KV_BLOCK, 1);
-    transpose(b->q, dp, n, dp, b->q_turned, BACK_LD);
+    transpose(kern, b->q, dp, n, dp, b->q_turned, BACK_LD);
     point(a, b->q_turned, dp, BACK_LD);                                   /* dk^T += q^T ds */
     matmul_panels(kern, dp, n, a, b->ds_strips, BACK_ROWS * PANEL, panels, b->dk, KV_BLOCK, 1);
 }
@@ -4780,8 +4787,8 @@ static void attention_backward_block(const struct attention *job, struct attend_
             b->rows_from = i - k0;
             attention_backward_rows(job, b, row, h, dq + ((int64_t)row * a->H + h) * d);
         }
-    transpose(b->dk, KV_BLOCK, d, b->keys, w->dk + from, ld);
-    transpose(b->dv, KV_BLOCK, d, b->keys, w->dv + from, ld);
+    transpose(kern, b->dk, KV_BLOCK, d, b->keys, w->dk + from, ld);
+    transpose(kern, b->dv, KV_BLOCK, d, b->keys, w->dv + from, ld);
 }
 
 static void attention_backward_task(void *arg, int task, int thread) {
@@ -5556,10 +5563,6 @@ static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
         fill_normal(r, 0.02f * scale, p->values, n);
     }
 }
-
-struct begin_job {
-    struct lvm_trainer *t;
-};
 
 /* Each parameter has a stream of random numbers of its own. */
 static void begin_task(void *arg, int i, int thread) {
