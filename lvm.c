@@ -5664,12 +5664,6 @@ static int fill_rows(const struct stream *s, struct data_position *at, int count
     return LVM_OK;
 }
 
-static int stream_open(struct stream *s, const lvm_train_options *o, int bos, int eos, int vocab,
-                       lvm_error *error) {
-    (void)s, (void)o, (void)bos, (void)eos, (void)vocab;
-    return fail(error, LVM_UNSUPPORTED, "to come");
-}
-
 /* ---- Checkpoints ---- */
 
 int lvm_trainer_save(lvm_trainer *trainer, const char *path, const char *note, lvm_error *error) {
