@@ -4142,12 +4142,14 @@ struct net {
 /* A .tok file, see below. */
 struct lvm_tokens {
     char *name;
-    void *mapped;             /* or NULL: foreign memory */
+    void *mapped;             /* the file; or NULL: data is owned, or foreign memory */
+    uint8_t *owned;           /* or NULL */
     const uint8_t *data;      /* [size] */
     size_t size;
     int64_t n_sentences, n_tokens;
     int bound;                /* ids are below */
-    const uint16_t *ids;      /* [n_tokens] */
+    int image_tokens;         /* of an image; 0: unknown */
+    const uint8_t *ids;       /* [n_tokens] u16 */
     const uint8_t *weights;   /* [n_tokens], 16: weight 1; NULL: all 16 */
     const uint8_t *starts;    /* [n_sentences + 1] u64, ascending: where a sentence begins in ids */
     uint64_t fingerprint;
@@ -4299,29 +4301,36 @@ static void product_input(const struct exec *e, const struct tensor *w, const fl
 }
 
 struct transpose_job {
+    const struct kernels *kern;
     const float *from; /* [rows][cols] */
     float *to;         /* [cols][rows] */
     int64_t ld_from, ld_to;
     int rows, cols;
 };
 
-enum { TRANSPOSE = 16 }; /* a square of so many fits the first cache in any layout */
-
-static void transpose(const float *from, int64_t ld_from, int rows, int cols, float *to,
-                      int64_t ld_to) {
-    for (int r0 = 0; r0 < rows; r0 += TRANSPOSE)
-        for (int c0 = 0; c0 < cols; c0 += TRANSPOSE)
-            for (int c = c0; c < cols && c < c0 + TRANSPOSE; c++)
-                for (int r = r0; r < rows && r < r0 + TRANSPOSE; r++)
-                    to[c * ld_to + r] = from[r * ld_from + c];
+/* to[cols][rows] = from[rows][cols], ld floats apart: 16 rows at a time by way of a panel. */
+static void transpose(const struct kernels *kern, const float *from, int64_t ld_from, int rows,
+                      int cols, float *to, int64_t ld_to) {
+    float panel[PRODUCT_COLS * PANEL];
+    int whole = rows / PANEL * PANEL;
+    for (int c0 = 0; c0 < cols; c0 += PRODUCT_COLS) {
+        int n = cols - c0 < PRODUCT_COLS ? cols - c0 : PRODUCT_COLS;
+        for (int r = 0; r < whole; r += PANEL) {
+            kern->conv.pack_panel(from + r * ld_from + c0, ld_from, n, panel);
+            for (int c = 0; c < n; c++)
+                memcpy(to + (c0 + c) * ld_to + r, panel + c * PANEL, PANEL * sizeof *panel);
+        }
+        for (int r = whole; r < rows; r++)
+            for (int c = c0; c < c0 + n; c++) to[c * ld_to + r] = from[r * ld_from + c];
+    }
 }
 
 static void transpose_task(void *arg, int task, int thread) {
     const struct transpose_job *job = arg;
     int c0 = task * PRODUCT_COLS, cols = job->cols - c0;
     (void)thread;
-    transpose(job->from + c0, job->ld_from, job->rows, cols < PRODUCT_COLS ? cols : PRODUCT_COLS,
-              job->to + c0 * job->ld_to, job->ld_to);
+    transpose(job->kern, job->from + c0, job->ld_from, job->rows,
+              cols < PRODUCT_COLS ? cols : PRODUCT_COLS, job->to + c0 * job->ld_to, job->ld_to);
 }
 
 /* Rows of a transposed matrix lie so far apart that they do not share the sets of a cache. */
@@ -4330,7 +4339,7 @@ static int64_t transposed_ld(int rows) { return (int64_t)round_up(rows, PANEL) +
 /* dw[out][in] += dy[n][out]^T x[n][in]; rows of dy are ld apart; turned: [out][transposed_ld(n)] */
 static void product_weights(const struct exec *e, const float *dy, int64_t ld, const float *x,
                             int n, int out, int in, float *turned, float *dw) {
-    struct transpose_job t = {dy, turned, ld, transposed_ld(n), n, out};
+    struct transpose_job t = {e->kern, dy, turned, ld, transposed_ld(n), n, out};
     const struct tensor b = {(const uint8_t *)x, (int64_t)in * 4, LVM_F32, n, in};
     pool_run(e->pool, (out + PRODUCT_COLS - 1) / PRODUCT_COLS, transpose_task, &t);
     run_product((struct product){.e = e, .m = out, .n = in, .k = n, .a = turned, .b = &b, .c = dw,
@@ -4748,10 +4757,10 @@ static void attention_backward_rows(const struct attention *job, struct attend_b
     matmul_panels(kern, n, keys, a, b->k_strips, KV_BLOCK * PANEL, dp / PANEL, b->dq, dp, 0);
     for (int r = 0; r < n; r++)
         for (int i = 0; i < d; i++) dq[(int64_t)r * H * d + i] += b->dq[r * dp + i];
-    transpose(b->d_o, dp, n, dp, b->o_turned, BACK_LD);
+    transpose(kern, b->d_o, dp, n, dp, b->o_turned, BACK_LD);
     point(a, b->o_turned, dp, BACK_LD);                                   /* dv^T += do^T p */
     matmul_panels(kern, dp, n, a, b->p_strips, BACK_ROWS * PANEL, panels, b->dv, KV_BLOCK, 1);
-    transpose(b->q, dp, n, dp, b->q_turned, BACK_LD);
+    transpose(kern, b->q, dp, n, dp, b->q_turned, BACK_LD);
     point(a, b->q_turned, dp, BACK_LD);                                   /* dk^T += q^T ds */
     matmul_panels(kern, dp, n, a, b->ds_strips, BACK_ROWS * PANEL, panels, b->dk, KV_BLOCK, 1);
 }
@@ -4780,8 +4789,8 @@ static void attention_backward_block(const struct attention *job, struct attend_
             b->rows_from = i - k0;
             attention_backward_rows(job, b, row, h, dq + ((int64_t)row * a->H + h) * d);
         }
-    transpose(b->dk, KV_BLOCK, d, b->keys, w->dk + from, ld);
-    transpose(b->dv, KV_BLOCK, d, b->keys, w->dv + from, ld);
+    transpose(kern, b->dk, KV_BLOCK, d, b->keys, w->dk + from, ld);
+    transpose(kern, b->dv, KV_BLOCK, d, b->keys, w->dv + from, ld);
 }
 
 static void attention_backward_task(void *arg, int task, int thread) {
@@ -5154,36 +5163,505 @@ static double learning_rate(const lvm_train_options *o, int64_t step) {
     return o->min_lr + ((double)o->lr - o->min_lr) * left;
 }
 
-/* ---- Data: .tok files ---- */
+/* ---- Data: .tok files ----
+
+   Sentences of image tokens, without bos and eos. Numbers are little-endian, every part begins at a
+   multiple of 64 bytes and is filled up with zeros:
+
+       0          "LVM.tok\n"  u32 version
+       64         u16 ids[n_tokens]              sentence behind sentence
+       ...        u8 weights[n_tokens]           of their loss: 16 is weight 1, 0 none, 255 most;
+                                                 only where flags has bit 0
+       ...        u64 starts[n_sentences + 1]    where each begins in ids: 0, ascending, n_tokens
+       size - 64  u64 n_sentences  u64 n_tokens  u32 bound  u32 image_tokens  u32 flags
+                  28 zeros  "LVM.tok\n"
+
+   All ids are below bound. No sentence is empty; image_tokens, if it is not 0, are an image, and
+   each sentence is whole images. The counts stand at the end, so that a file is written as its
+   sentences come, however many: only starts and weights are held in memory.
+
+   Who opens a file checks its size and starts. Ids are checked where they are read, for a file may
+   have billions. */
+
+enum { TOK_ALIGN = 64, TOK_VERSION = 1, TOK_WEIGHTS = 1 /* a flag */, TOK_MAGIC = 8 };
+enum { WEIGHT_ONE = 16, MAX_IDS = 1 << 16 };
+
+static const char tok_magic[] = "LVM.tok\n";
+
+struct tok_foot {
+    uint64_t n_sentences, n_tokens;
+    uint32_t bound, image_tokens, flags;
+    uint8_t zeros[28];
+    char magic[TOK_MAGIC];
+};
+_Static_assert(sizeof(struct tok_foot) == TOK_ALIGN, "no padding");
+
+/* Mixes n bytes into a 64-bit hash (chapter 14). */
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n);
+
+/* The id at place i of all. */
+static int32_t token_at(const lvm_tokens *t, int64_t i) {
+    uint16_t id;
+    memcpy(&id, t->ids + 2 * i, sizeof id);
+    return id;
+}
+
+/* Where sentence i begins; those from a file that is not checked yet may be anything. */
+static int64_t sentence_start(const lvm_tokens *t, int64_t i) {
+    int64_t at;
+    memcpy(&at, t->starts + 8 * i, sizeof at);
+    return at;
+}
+
+/* What is said of an id that is not below bound; people count from 1. */
+static int bad_token(const lvm_tokens *t, int64_t sentence, int64_t i, lvm_error *error) {
+    return fail(error, LVM_FORMAT, "%s: sentence %lld, token %lld: id %d, but all should be below "
+                "%d; pack the file again", t->name, (long long)sentence + 1, (long long)i + 1,
+                token_at(t, sentence_start(t, sentence) + i), t->bound);
+}
+
+static int check_starts(const lvm_tokens *t, lvm_error *error) {
+    int64_t last = sentence_start(t, 0);
+    for (int64_t i = 0; i < t->n_sentences; i++) {
+        int64_t next = sentence_start(t, i + 1);
+        if (next <= last || next > t->n_tokens)
+            return fail(error, LVM_FORMAT, "%s: damaged: sentence %lld ends where it cannot",
+                        t->name, (long long)i + 1);
+        if (t->image_tokens > 0 && (next - last) % t->image_tokens != 0)
+            return fail(error, LVM_FORMAT, "%s: damaged: sentence %lld has %lld tokens, no whole "
+                        "images of %d", t->name, (long long)i + 1, (long long)(next - last),
+                        t->image_tokens);
+        last = next;
+    }
+    if (sentence_start(t, 0) == 0 && last == t->n_tokens) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: damaged: its sentences are not all of its tokens", t->name);
+}
+
+/* Mixes in 64 bytes at 256 places each, or all where that is less. */
+static uint64_t hash_sample(uint64_t h, const uint8_t *data, size_t n) {
+    enum { PLACES = 256, BYTES = 64 };
+    if (n <= PLACES * BYTES) return hash_bytes(h, data, n);
+    for (size_t i = 0; i < PLACES; i++)
+        h = hash_bytes(h, data + (n - BYTES) / (PLACES - 1) * i, BYTES);
+    return hash_bytes(h, data + n - BYTES, BYTES);
+}
+
+/* What tells data apart without reading all of it: the counts and starts, and a sample of ids and
+   weights. */
+static uint64_t tokens_fingerprint(const lvm_tokens *t) {
+    size_t n = (size_t)t->n_tokens;
+    uint64_t h = hash_bytes(t->size, t->data + t->size - TOK_ALIGN, TOK_ALIGN);
+    h = hash_bytes(h, t->starts, 8 * ((size_t)t->n_sentences + 1));
+    h = hash_sample(h, t->ids, 2 * n);
+    return t->weights != NULL ? hash_sample(h, t->weights, n) : h;
+}
+
+/* Both ends of a file and its version; *foot is filled. */
+static int check_tok_ends(const lvm_tokens *t, struct tok_foot *foot, lvm_error *error) {
+    static const uint8_t zeros[sizeof foot->zeros];
+    struct cursor c = {.data = t->data, .size = t->size, .at = TOK_MAGIC};
+    if (t->size < 2 * TOK_ALIGN || memcmp(t->data, tok_magic, TOK_MAGIC) != 0)
+        return fail(error, LVM_FORMAT, "%s: is no .tok file (lvm pack makes one of JSON lines)",
+                    t->name);
+    unsigned version = (unsigned)cursor_number(&c, 4);
+    memcpy(foot, t->data + t->size - sizeof *foot, sizeof *foot);
+    if (version != TOK_VERSION)
+        return fail(error, LVM_UNSUPPORTED, "%s: is of version %u; this program reads version %d",
+                    t->name, version, TOK_VERSION);
+    if (memcmp(foot->magic, tok_magic, TOK_MAGIC) != 0)
+        return fail(error, LVM_FORMAT, "%s: its end is missing; copy or pack it again", t->name);
+    if ((foot->flags & ~(uint32_t)TOK_WEIGHTS) != 0 ||
+        memcmp(foot->zeros, zeros, sizeof zeros) != 0)
+        return fail(error, LVM_UNSUPPORTED, "%s: has parts that this program does not know",
+                    t->name);
+    return LVM_OK;
+}
+
+/* The next part, of count numbers of size bytes. */
+static const uint8_t *tok_part(struct cursor *c, uint64_t count, int size) {
+    uint64_t bytes = count * (uint64_t)size;
+    return cursor_take(c, (bytes + TOK_ALIGN - 1) / TOK_ALIGN * TOK_ALIGN);
+}
+
+/* Finds the parts of data[size]. A count is believed as far as there are bytes for it. */
+static int parse_tok(lvm_tokens *t, lvm_error *error) {
+    struct tok_foot foot;
+    struct cursor c = {.data = t->data, .size = t->size, .at = TOK_ALIGN};
+    int code = check_tok_ends(t, &foot, error);
+    if (code != LVM_OK) return code;
+    if (foot.n_tokens > t->size || foot.n_sentences > t->size || foot.bound > MAX_IDS ||
+        foot.image_tokens >= MAX_IDS)
+        return fail(error, LVM_FORMAT, "%s: damaged: impossible counts at its end", t->name);
+    t->n_tokens = (int64_t)foot.n_tokens;
+    t->n_sentences = (int64_t)foot.n_sentences;
+    t->bound = (int)foot.bound;
+    t->image_tokens = (int)foot.image_tokens;
+    t->ids = tok_part(&c, foot.n_tokens, 2);
+    t->weights = foot.flags & TOK_WEIGHTS ? tok_part(&c, foot.n_tokens, 1) : NULL;
+    t->starts = tok_part(&c, foot.n_sentences + 1, 8);
+    if (c.failed || c.at != t->size - TOK_ALIGN)
+        return fail(error, LVM_FORMAT, "%s: damaged: %lld sentences of %lld tokens are not what "
+                    "its %lld bytes hold", t->name, (long long)t->n_sentences,
+                    (long long)t->n_tokens, (long long)t->size);
+    code = check_starts(t, error);
+    if (code == LVM_OK) t->fingerprint = tokens_fingerprint(t);
+    return code;
+}
+
+static lvm_tokens *tokens_new(const char *name, lvm_error *error) {
+    lvm_tokens *t = mem_alloc(1, sizeof *t, error);
+    if (t != NULL) t->name = copy_string(name, error);
+    if (t != NULL && t->name != NULL) return t;
+    mem_free(t);
+    return NULL;
+}
+
+/* The last step of opening, where the one before it gave `code`; NULL after a failure. */
+static lvm_tokens *tokens_opened(lvm_tokens *t, int code, lvm_error *error) {
+    if (code == LVM_OK) code = parse_tok(t, error);
+    if (code == LVM_OK) return t;
+    lvm_tokens_close(t);
+    return NULL;
+}
 
 lvm_tokens *lvm_tokens_open(const char *path, lvm_error *error) {
-    fail(error, LVM_UNSUPPORTED, "%s: to come", path);
-    return NULL;
+    clear_error(error);
+    if (path == NULL) {
+        null_argument(error, "lvm_tokens_open", "path");
+        return NULL;
+    }
+    lvm_tokens *t = tokens_new(path, error);
+    if (t == NULL) return NULL;
+    int code = map_file(path, &t->mapped, &t->size, error);
+    t->data = t->mapped;
+    return tokens_opened(t, code, error);
 }
 
 lvm_tokens *lvm_tokens_open_memory(const void *data, size_t size, const char *name,
                                    lvm_error *error) {
-    (void)data, (void)size;
-    fail(error, LVM_UNSUPPORTED, "%s: to come", name);
-    return NULL;
+    clear_error(error);
+    if (data == NULL) {
+        null_argument(error, "lvm_tokens_open_memory", "data");
+        return NULL;
+    }
+    lvm_tokens *t = tokens_new(name != NULL ? name : "(memory)", error);
+    if (t == NULL) return NULL;
+    t->data = data;
+    t->size = size;
+    return tokens_opened(t, LVM_OK, error);
 }
 
-void lvm_tokens_close(lvm_tokens *tokens) { (void)tokens; }
-
-/* ---- Data: sentences in random order, cut into rows ---- */
-
-/* Fills r with the next count rows of context tokens and moves *at behind them. Where s does not
-   shuffle it makes one pass: fewer rows, then none, when the data end (r->n says). */
-static int fill_rows(const struct stream *s, struct data_position *at, int count, struct rows *r,
-                     lvm_error *error) {
-    (void)s, (void)at, (void)count, (void)r;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+void lvm_tokens_close(lvm_tokens *t) {
+    if (t == NULL) return;
+    if (t->mapped != NULL) unmap_file(t->mapped, t->size);
+    mem_free(t->owned);
+    mem_free(t->name);
+    mem_free(t);
 }
 
+#ifndef LVM_NO_MAIN /* only the command line writes them */
+
+struct outfile;
+static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error);
+
+/* A .tok file while it is written: to a file, or (NULL) to memory. image_tokens may be set until
+   close. */
+struct token_writer {
+    struct outfile *file;
+    struct buffer memory;
+    struct buffer starts, weights;  /* u64; u8, none before a sentence has some */
+    uint64_t at;                    /* bytes so far */
+    uint64_t n_sentences, n_tokens;
+    uint32_t bound, image_tokens;
+};
+
+static int token_writer_put(struct token_writer *w, const void *data, size_t n, lvm_error *error) {
+    w->at += n;
+    return w->file != NULL ? outfile_write(w->file, data, n, error)
+                           : buffer_add(&w->memory, data, n, error);
+}
+
+/* Zeros up to where the next part begins. */
+static int token_writer_pad(struct token_writer *w, lvm_error *error) {
+    static const char zeros[TOK_ALIGN];
+    return token_writer_put(w, zeros, (size_t)(-w->at % TOK_ALIGN), error);
+}
+
+static int token_writer_open(struct token_writer *w, struct outfile *file, lvm_error *error) {
+    const uint32_t version = TOK_VERSION;
+    const uint64_t start = 0;
+    *w = (struct token_writer){.file = file};
+    int code = token_writer_put(w, tok_magic, TOK_MAGIC, error);
+    if (code == LVM_OK) code = token_writer_put(w, &version, sizeof version, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    return code == LVM_OK ? buffer_add(&w->starts, &start, sizeof start, error) : code;
+}
+
+/* So many more tokens have the weight 1. */
+static int token_writer_weigh(struct token_writer *w, uint64_t n, lvm_error *error) {
+    uint8_t ones[256];
+    int code = LVM_OK;
+    memset(ones, WEIGHT_ONE, sizeof ones);
+    for (uint64_t part; code == LVM_OK && n > 0; n -= part) {
+        part = n < sizeof ones ? n : sizeof ones;
+        code = buffer_add(&w->weights, ones, (size_t)part, error);
+    }
+    return code;
+}
+
+/* One more sentence, ids[n]; weights: [n], or NULL: 16 each. */
+static int token_writer_add(struct token_writer *w, const int32_t *ids, const uint8_t *weights,
+                            size_t n, lvm_error *error) {
+    uint16_t part[512];
+    int code = n > 0 ? LVM_OK : fail(error, LVM_INVALID, "a sentence without tokens");
+    for (size_t at = 0, room = sizeof part / sizeof *part; code == LVM_OK && at < n; at += room) {
+        size_t here = n - at < room ? n - at : room;
+        for (size_t i = 0; i < here; i++) {
+            int32_t id = ids[at + i];
+            if (id < 0 || id >= MAX_IDS)
+                return fail(error, LVM_INVALID, "id %d is none of 0 to %d", id, MAX_IDS - 1);
+            if ((uint32_t)id >= w->bound) w->bound = (uint32_t)id + 1;
+            part[i] = (uint16_t)id;
+        }
+        code = token_writer_put(w, part, here * sizeof *part, error);
+    }
+    if (code == LVM_OK && weights != NULL && w->weights.n == 0)
+        code = token_writer_weigh(w, w->n_tokens, error);
+    if (code == LVM_OK && weights != NULL) code = buffer_add(&w->weights, weights, n, error);
+    else if (code == LVM_OK && w->weights.n > 0) code = token_writer_weigh(w, n, error);
+    w->n_tokens += n;
+    w->n_sentences++;
+    return code == LVM_OK ? buffer_add(&w->starts, &w->n_tokens, sizeof w->n_tokens, error) : code;
+}
+
+/* Writes what stands behind the ids, unless code is a failure already, and frees all but memory,
+   which holds the whole file then. */
+static int token_writer_close(struct token_writer *w, int code, lvm_error *error) {
+    struct tok_foot foot = {.n_sentences = w->n_sentences, .n_tokens = w->n_tokens,
+                            .bound = w->bound, .image_tokens = w->image_tokens,
+                            .flags = w->weights.n > 0 ? TOK_WEIGHTS : 0};
+    memcpy(foot.magic, tok_magic, TOK_MAGIC);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, w->weights.data, w->weights.n, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, w->starts.data, w->starts.n, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, &foot, sizeof foot, error);
+    mem_free(w->starts.data);
+    mem_free(w->weights.data);
+    w->starts = w->weights = (struct buffer){0};
+    return code;
+}
+
+#endif
+
+/* ---- Data: sentences in random order, cut into rows ----
+
+   A row is `context` inputs and, as targets, the tokens behind them. Where rows are cut, the next
+   one begins with the last target:
+
+       sentences     bos a a a eos  bos b b b b b eos  bos c c eos ...
+       LVM_CUT       bos a a a eos bos b | b b b b eos bos c | ...        rows of 7 inputs
+                     a a a eos bos b b   | b b b eos bos c c | ...        and their targets
+       LVM_WHOLE     bos a a a . . .     | bos b b b b b .   | bos c c . . . .
+                     a a a eos . . .     | b b b b b eos .   | c c eos . . . .
+
+   Of every token the loss is weighed as its file says; bos and eos count 1, but bos 0 where the
+   file has weights. A row is one piece (tokens that see each other). With isolate each sentence in
+   it is one, and its first token counts 0: what stands before it says nothing about it. */
+
+static uint64_t mix64(uint64_t x) { /* SplitMix64's (Steele, Lea and Flood 2014) */
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+/* Which of 0 .. n-1 comes as number i when they are shuffled for pass `epoch`, without a list of
+   them: rounds that turn (left, right) into (right, left ^ f(right)) permute numbers of 2 `half`
+   bits, whatever f is (Feistel; Luby and Rackoff 1988), and one that falls beyond n goes through
+   them again until it does not (cycle walking: Black and Rogaway 2002), four times at most on
+   average. */
+static int64_t shuffled(uint64_t seed, int64_t epoch, int64_t n, int64_t i) {
+    enum { ROUNDS = 8 };
+    int half = 1;
+    while (half < 31 && (int64_t)1 << 2 * half < n) half++;
+    uint64_t mask = ((uint64_t)1 << half) - 1, key = mix64(mix64(seed) ^ (uint64_t)epoch);
+    uint64_t x = (uint64_t)i;
+    do {
+        for (uint64_t round = 0; round < ROUNDS; round++) {
+            uint64_t right = x & mask, f = mix64(mix64(key + round) ^ right);
+            x = right << half | (x >> half ^ (f & mask));
+        }
+    } while (x >= (uint64_t)n);
+    return (int64_t)x;
+}
+
+/* A sentence of a stream. */
+struct found {
+    const lvm_tokens *file;
+    int64_t number;    /* in its file */
+    int64_t first, n;  /* where it begins in the file's ids; its tokens, without bos and eos */
+};
+
+static struct found find_sentence(const struct stream *s, const struct data_position *at) {
+    int64_t i = s->shuffle ? shuffled(s->seed, at->epoch, s->n_sentences, at->sentence)
+                           : at->sentence;
+    const lvm_tokens *const *file = s->files;
+    for (; i >= (*file)->n_sentences; file++) i -= (*file)->n_sentences;
+    int64_t first = sentence_start(*file, i);
+    return (struct found){*file, i, first, sentence_start(*file, i + 1) - first};
+}
+
+/* Tokens of a sentence with bos and eos. */
+static int64_t length_in_rows(const struct stream *s, int64_t n) {
+    return n + (s->bos >= 0) + (s->eos >= 0);
+}
+
+/* Whether every sentence fits a row of LVM_WHOLE, and teaches something there. */
+static int check_lengths(const struct stream *s, const lvm_tokens *t, lvm_error *error) {
+    for (int64_t i = 0; i < t->n_sentences; i++) {
+        int64_t n = length_in_rows(s, sentence_start(t, i + 1) - sentence_start(t, i));
+        if (n > (int64_t)s->context + 1)
+            return fail(error, LVM_INVALID, "%s: sentence %lld has %lld tokens, bos and eos "
+                        "counted; rows of whole sentences take a context of %lld", t->name,
+                        (long long)i + 1, (long long)n, (long long)n - 1);
+        if (n < 2)
+            return fail(error, LVM_INVALID, "%s: sentence %lld is one token, of which nothing is "
+                        "learnt in a row of whole sentences", t->name, (long long)i + 1);
+    }
+    return LVM_OK;
+}
+
+static int stream_add(struct stream *s, const lvm_tokens *t, int vocab, lvm_error *error) {
+    if (t == NULL) return fail(error, LVM_INVALID, "the data: a file is NULL");
+    if (t->bound > vocab)
+        return fail(error, LVM_INVALID, "%s: has ids up to %d; the model's vocabulary ends at %d",
+                    t->name, t->bound - 1, vocab - 1);
+    s->n_sentences += t->n_sentences;
+    return s->packing == LVM_WHOLE ? check_lengths(s, t, error) : LVM_OK;
+}
+
+/* The data of o, for a model of so many ids; bos and eos: -1 where there is none. It shuffles; who
+   wants one pass in the files' order sets shuffle to 0. */
 static int stream_open(struct stream *s, const lvm_train_options *o, int bos, int eos, int vocab,
                        lvm_error *error) {
-    (void)s, (void)o, (void)bos, (void)eos, (void)vocab;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+    *s = (struct stream){.files = o->data, .n_files = o->n_data, .context = o->context,
+                         .packing = o->packing, .isolate = o->isolate, .bos = bos, .eos = eos,
+                         .shuffle = 1, .seed = o->seed};
+    if (o->n_data < 1 || o->data == NULL) return fail(error, LVM_INVALID, "there are no data");
+    if (o->context < 1 || o->context > 1 << 24)
+        return fail(error, LVM_INVALID, "a context of %d tokens is out of range", o->context);
+    if (o->packing != LVM_CUT && o->packing != LVM_WHOLE)
+        return fail(error, LVM_INVALID, "there is no packing %d", o->packing);
+    if (bos >= vocab || eos >= vocab)
+        return fail(error, LVM_INVALID, "bos %d, eos %d: the model's vocabulary ends at %d", bos,
+                    eos, vocab - 1);
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < o->n_data; i++)
+        code = stream_add(s, o->data[i], vocab, error);
+    if (code == LVM_OK && s->n_sentences == 0)
+        code = fail(error, LVM_INVALID, "%s: holds no sentences", o->data[0]->name);
+    return code;
+}
+
+/* A row while it is filled: its n tokens so far, of context + 1; the first is no target and the
+   last no input. */
+struct row {
+    int32_t *ids, *targets; /* [context] */
+    float *weights;         /* [context] */
+    int n;
+};
+
+/* Adds tokens from .. from + count - 1, bos and eos counted, of a sentence. */
+static int row_add(const struct stream *s, const struct found *f, int64_t from, int count,
+                   struct row *w, lvm_error *error) {
+    const lvm_tokens *t = f->file;
+    for (int k = 0; k < count; k++, w->n++) {
+        int64_t i = from + k - (s->bos >= 0);
+        int32_t id = i < 0 ? s->bos : s->eos;
+        float weight = i < 0 && t->weights != NULL ? 0 : 1;
+        if (i >= 0 && i < f->n) {
+            id = token_at(t, f->first + i);
+            if (id >= t->bound) return bad_token(t, f->number, i, error);
+            if (t->weights != NULL) weight = (float)t->weights[f->first + i] / WEIGHT_ONE;
+        }
+        if (w->n < s->context) w->ids[w->n] = id;
+        if (w->n == 0) continue;
+        w->targets[w->n - 1] = id;
+        w->weights[w->n - 1] = s->isolate && from + k == 0 ? 0 : weight;
+    }
+    return LVM_OK;
+}
+
+/* Ends a row that is not full: its last token becomes padding too, for no target stands behind it,
+   and leaves its piece. */
+static void row_pad(const struct stream *s, struct row *w, struct rows *r) {
+    for (int i = w->n > 0 ? w->n - 1 : 0; i < s->context; i++) {
+        w->ids[i] = w->targets[i] = 0;
+        w->weights[i] = 0;
+    }
+    if (w->n > 0 && --r->pieces[r->n_pieces - 1].n == 0) r->n_pieces--;
+}
+
+static int stream_ended(const struct stream *s, const struct data_position *at) {
+    return !s->shuffle && at->epoch > 0;
+}
+
+/* The place behind so many more tokens of a sentence. */
+static struct data_position step_on(const struct stream *s, struct data_position at,
+                                    const struct found *f, int count) {
+    at.token += count;
+    if (at.token < length_in_rows(s, f->n)) return at;
+    if (at.sentence + 1 < s->n_sentences)
+        return (struct data_position){at.epoch, at.sentence + 1, 0};
+    return (struct data_position){at.epoch + 1, 0, 0};
+}
+
+/* The row that begins at r->n, without counting it, and its pieces; *at is moved to the next
+   row. */
+static int fill_row(const struct stream *s, struct data_position *at, struct row *w,
+                    struct rows *r, lvm_error *error) {
+    struct data_position p = *at;
+    int first_piece = r->n_pieces, code = LVM_OK, all = s->context + 1;
+    while (code == LVM_OK && w->n < all && !stream_ended(s, &p)) {
+        struct found f = find_sentence(s, &p);
+        int64_t left = length_in_rows(s, f.n) - p.token;
+        int count = (int)min64(left, all - w->n), inputs = (int)min64(count, s->context - w->n);
+        if (s->packing == LVM_WHOLE && count < left) break;
+        if (inputs > 0 && (s->isolate || r->n_pieces == first_piece))
+            r->pieces[r->n_pieces++] = (struct piece){r->n + w->n, 0};
+        r->pieces[r->n_pieces - 1].n += inputs;
+        code = row_add(s, &f, p.token, count, w, error);
+        *at = p; /* of the last token that was added, with which the next row begins */
+        at->token += count - 1;
+        p = step_on(s, p, &f, count);
+    }
+    if (s->packing == LVM_WHOLE || w->n < all) *at = p;
+    if (w->n < all) row_pad(s, w, r);
+    return code;
+}
+
+/* Fills r with the next count rows of context tokens and moves *at behind them; r's arrays have
+   room for count * context elements each. Where s does not shuffle it makes one pass: fewer rows,
+   the last one of LVM_CUT filled up with padding, then none, when the data end (r->n says). After a
+   failure *at is what it was. */
+static int fill_rows(const struct stream *s, struct data_position *at, int count, struct rows *r,
+                     lvm_error *error) {
+    struct data_position p = *at;
+    r->n = r->n_pieces = 0;
+    if (p.epoch < 0 || p.sentence < 0 || p.sentence >= s->n_sentences || p.token < 0 ||
+        (!stream_ended(s, &p) && p.token >= length_in_rows(s, find_sentence(s, &p).n)))
+        return fail(error, LVM_FORMAT, "pass %lld, sentence %lld, token %lld is no place in the "
+                    "data", (long long)p.epoch, (long long)p.sentence, (long long)p.token);
+    for (int i = 0; i < count; i++, r->n += s->context) {
+        struct row w = {r->ids + r->n, r->targets + r->n, r->weights + r->n, 0};
+        int code = fill_row(s, &p, &w, r, error);
+        if (code != LVM_OK) return code;
+        if (w.n < 2) break; /* the end; one token alone has no target */
+    }
+    *at = p;
+    return LVM_OK;
 }
 
 /* ---- Checkpoints ---- */
@@ -5556,10 +6034,6 @@ static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
         fill_normal(r, 0.02f * scale, p->values, n);
     }
 }
-
-struct begin_job {
-    struct lvm_trainer *t;
-};
 
 /* Each parameter has a stream of random numbers of its own. */
 static void begin_task(void *arg, int i, int thread) {
@@ -5960,6 +6434,15 @@ int lvm_trainer_eval(lvm_trainer *t, const lvm_tokens *data, int64_t max_rows, d
    and links, nor one an image that any line reads: a file is looked through and refused before any
    work, in a stream the line that comes second is a fault.
 
+   Lines to learn from (lvm pack) hold tokens alone, in the same forms, of images of any size:
+
+       {"tokens": ids}                                       a sentence
+       {"input_tokens": ids, "output_tokens": ids}           the same of two parts, so that the loss
+                                                             can be of the second one alone
+       "weights": numbers                                    0 .. 255, of the loss of each token; 16
+                                                             is 1; or base64 of bytes
+       "image_tokens": n                                     an image's; else 256 if that may be
+
    Limits. A line has at most 16 MiB, a list at most 65536 images, values lie in each other 32 deep.
    Memory is in proportion to the longest line, where a short path takes some 50 times its length,
    and batch keeps the names of its outputs. */
@@ -6273,33 +6756,51 @@ static void take_token(struct json *j, struct buffer *tokens) {
 
 /* The 6 bits of a digit, or -1. */
 static int base64_digit(char c) {
-    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    const char *p = c != 0 ? strchr(digits, c) : NULL;
-    return p != NULL ? (int)(p - digits) : -1;
+    if (c >= 'A' && c <= 'Z') return c - 'A';
+    if (c >= 'a' && c <= 'z') return c - 'a' + 26;
+    if (c >= '0' && c <= '9') return c - '0' + 52;
+    return c == '+' ? 62 : c == '/' ? 63 : -1;
 }
 
-/* Base64 of little-endian int32: each character brings six bits, highest first, each eight of them
-   make a byte, each four bytes an id, lowest byte first. At the end no more than two = may pad. */
-static void take_base64(struct json *j, struct buffer *tokens) {
+/* The *n bytes of a base64 string, which the caller frees; NULL after a fault. Each character
+   brings six bits, highest first, each eight of them make a byte, which has room where its
+   characters stood. At the end no more than two = may pad. */
+static uint8_t *json_base64(struct json *j, size_t *n) {
     char *text = json_string(j);
-    uint32_t bits = 0, id = 0;
-    int held = 0, bytes = 0;
-    size_t n = text != NULL ? strlen(text) : 0, i = 0;
-    for (; j->code == LVM_OK && i < n && base64_digit(text[i]) >= 0; i++) {
+    uint8_t *bytes = (uint8_t *)text;
+    uint32_t bits = 0;
+    int held = 0;
+    size_t size = text != NULL ? strlen(text) : 0, i = 0;
+    *n = 0;
+    for (; i < size && base64_digit(text[i]) >= 0; i++) {
         bits = bits << 6 | (uint32_t)base64_digit(text[i]);
         held += 6;
         if (held < 8) continue;
         held -= 8;
-        id |= (bits >> held & 255) << 8 * bytes++;
-        if (bytes < 4) continue;
-        if (id >= (uint32_t)j->codes) json_fail(j, "an id is no image token");
-        else j->code = buffer_add(tokens, &id, sizeof id, j->error);
-        id = 0;
-        bytes = 0;
+        bytes[(*n)++] = (uint8_t)(bits >> held);
     }
-    if (j->code == LVM_OK && (bytes != 0 || n - i > 2 || strspn(text + i, "=") != n - i))
-        json_fail(j, "tokens are no base64 of whole int32");
+    if (text != NULL && (size - i > 2 || strspn(text + i, "=") != size - i))
+        json_fail(j, "a string is no base64");
+    if (j->code == LVM_OK) return bytes;
     mem_free(text);
+    return NULL;
+}
+
+/* Base64 of little-endian int32. */
+static void take_base64(struct json *j, struct buffer *tokens) {
+    json_peek(j);
+    size_t n = 0, start = j->at;
+    uint8_t *bytes = json_base64(j, &n);
+    if (n % sizeof(int32_t) != 0) json_fail(j, "tokens are no base64 of whole int32");
+    for (size_t i = 0; j->code == LVM_OK && i < n; i += sizeof(int32_t)) {
+        uint32_t id;
+        memcpy(&id, bytes + i, sizeof id);
+        if (id < (uint32_t)j->codes) continue;
+        if (memchr(j->s + start, '\\', j->at - start) == NULL) j->at = start + 1 + i / 3 * 4;
+        json_fail(j, "an id is no image token");
+    }
+    if (j->code == LVM_OK) j->code = buffer_add(tokens, bytes, n, j->error);
+    mem_free(bytes);
 }
 
 /* An element that is a string: a path, or, behind a key that takes tokens alone, base64. */
@@ -6399,7 +6900,8 @@ static void json_value(struct json *j, const struct sentence_key *key, struct se
 }
 
 /* A key, its : and its value. */
-static void json_member(struct json *j, struct sentence *s) {
+static void json_member(struct json *j, void *arg) {
+    struct sentence *s = arg;
     char *name = json_string(j);
     int key = name != NULL ? find_key(name) : -1;
     int near = name != NULL && key < 0 ? find_near_key(name) : -1;
@@ -6413,24 +6915,151 @@ static void json_member(struct json *j, struct sentence *s) {
     else if (!json_word(j, "null")) json_value(j, &key_table[key], s);
 }
 
-/* Reads one line, an object in which every key may be missing; an answer must be one of the
-   choices, and nothing may stand behind the object. s is freed by sentence_free, also after a
-   failure. */
-static int parse_sentence(struct json *j, struct sentence *s) {
-    memset(s, 0, sizeof *s);
-    s->answer = -1;
+/* A whole line, an object whose members `member` reads; form shows what it looks like. Nothing may
+   stand behind it. */
+static void json_line(struct json *j, const char *form,
+                      void (*member)(struct json *j, void *arg), void *arg) {
     if (j->n > 0 && memchr(j->s, 0, j->n) != NULL)
         json_fail(j, "zero bytes in the line: a set is UTF-8 text, not UTF-16");
-    json_want(j, '{', "a line is an object: {\"input\": [...], ...}");
+    if (!json_take(j, '{')) json_fail(j, "a line is an object: %s", form);
     int more = j->code == LVM_OK && !json_take(j, '}');
     while (more) {
-        json_member(j, s);
+        member(j, arg);
         more = j->code == LVM_OK && json_more(j, '}');
     }
     if (json_peek(j) != 0 || (j->code == LVM_OK && j->at < j->n))
         json_fail(j, "something stands behind the object");
+}
+
+/* Reads one line, in which every key may be missing; an answer must be one of the choices. s is
+   freed by sentence_free, also after a failure. */
+static int parse_sentence(struct json *j, struct sentence *s) {
+    memset(s, 0, sizeof *s);
+    s->answer = -1;
+    json_line(j, "{\"input\": [...], ...}", json_member, s);
     if (j->code == LVM_OK && s->answer >= s->choices.n && s->answer >= 0)
         json_fail(j, "\"answer\" is none of the choices");
+    return j->code;
+}
+
+/* ---- Lines to learn from ---- */
+
+enum train_part { PART_TOKENS, PART_INPUT, PART_OUTPUT, PART_WEIGHTS, PART_IMAGE, N_PARTS };
+
+static const struct train_key {
+    const char *name;
+    enum train_part gives;
+} train_keys[] = {{"tokens", PART_TOKENS},        {"input_tokens", PART_INPUT},
+                  {"input", PART_INPUT},          {"output_tokens", PART_OUTPUT},
+                  {"output", PART_OUTPUT},        {"target_tokens", PART_OUTPUT},
+                  {"target", PART_OUTPUT},        {"weights", PART_WEIGHTS},
+                  {"image_tokens", PART_IMAGE}};
+enum { N_TRAIN_KEYS = sizeof train_keys / sizeof *train_keys };
+
+struct train_line {
+    const char *by[N_PARTS];        /* the key that gave a part, or NULL */
+    struct buffer ids[PART_OUTPUT + 1]; /* int32: tokens, input, output */
+    struct buffer weights;          /* u8 */
+    int image_tokens;               /* 0: unknown */
+};
+
+/* Also of one that was never filled but is zero. */
+static void train_line_free(struct train_line *line) {
+    for (int i = 0; i <= PART_OUTPUT; i++) mem_free(line->ids[i].data);
+    mem_free(line->weights.data);
+    memset(line, 0, sizeof *line);
+}
+
+/* An array of ids, or of arrays of them, one an image. */
+static void json_id_array(struct json *j, int depth, struct buffer *ids) {
+    json_want(j, '[', "tokens should stand here, an array of ids or base64");
+    if (j->code != LVM_OK || json_take(j, ']')) return;
+    do {
+        int c = json_peek(j);
+        if (c == '[' && depth > 0)
+            json_id_array(j, depth - 1, ids);
+        else if (c != '-' && !isdigit(c))
+            json_fail(j, c == '"' ? "a picture's name stands among tokens; lvm encode makes some"
+                                  : "an id should stand here");
+        else
+            take_token(j, ids);
+    } while (j->code == LVM_OK && json_more(j, ']'));
+}
+
+/* Loss weights: an array of whole numbers, or base64 of bytes. */
+static void json_weights(struct json *j, struct buffer *weights) {
+    size_t n = 0;
+    if (json_peek(j) == '"') {
+        uint8_t *bytes = json_base64(j, &n);
+        if (j->code == LVM_OK) j->code = buffer_add(weights, bytes, n, j->error);
+        mem_free(bytes);
+        return;
+    }
+    json_want(j, '[', "weights should stand here, an array of numbers or base64");
+    if (j->code != LVM_OK || json_take(j, ']')) return;
+    do {
+        uint8_t weight = (uint8_t)json_int(j, 256, "a weight is no whole number from 0 to 255");
+        if (j->code == LVM_OK) j->code = buffer_add(weights, &weight, 1, j->error);
+    } while (j->code == LVM_OK && json_more(j, ']'));
+}
+
+/* The key of that name, or NULL; a name that nearly is one is a fault. */
+static const struct train_key *find_train_key(struct json *j, const char *name) {
+    int n = (int)strlen(name);
+    for (int i = 0; i < N_TRAIN_KEYS; i++)
+        if (strcmp(name, train_keys[i].name) == 0) return &train_keys[i];
+    for (int i = 0; i < N_TRAIN_KEYS && n < KEY_ROOM; i++) {
+        int d = word_distance(name, train_keys[i].name);
+        if (d > 2 || 2 * d >= n) continue;
+        json_fail(j, "the key \"%s\" has no meaning (did you mean \"%s\"?)", name,
+                  train_keys[i].name);
+    }
+    return NULL;
+}
+
+static void json_train_member(struct json *j, void *arg) {
+    struct train_line *line = arg;
+    char *name = json_string(j);
+    const struct train_key *key = name != NULL ? find_train_key(j, name) : NULL;
+    mem_free(name);
+    json_want(j, ':', "a key lacks its :");
+    if (key == NULL) {
+        json_skip(j, JSON_DEPTH);
+        return;
+    }
+    if (json_word(j, "null")) return;
+    if (line->by[key->gives] != NULL)
+        json_fail(j, "\"%s\" and \"%s\" say the same thing twice; leave one out",
+                  line->by[key->gives], key->name);
+    line->by[key->gives] = key->name;
+    if (key->gives == PART_WEIGHTS)
+        json_weights(j, &line->weights);
+    else if (key->gives == PART_IMAGE)
+        line->image_tokens = json_int(j, MAX_IDS, "\"image_tokens\" is no number of tokens");
+    else if (json_peek(j) == '"')
+        take_base64(j, &line->ids[key->gives]);
+    else
+        json_id_array(j, 1, &line->ids[key->gives]);
+}
+
+/* Reads one line; afterwards ids[PART_TOKENS] holds all of its tokens, also of one in two parts,
+   and weights, if there are any, are as many. line is freed by train_line_free, also after a
+   failure. */
+static int parse_train_line(struct json *j, struct train_line *line) {
+    struct buffer *all = &line->ids[PART_TOKENS];
+    memset(line, 0, sizeof *line);
+    j->codes = MAX_IDS;
+    json_line(j, "{\"tokens\": [...]}", json_train_member, line);
+    const char *const *by = line->by;
+    if (by[PART_TOKENS] != NULL && (by[PART_INPUT] != NULL || by[PART_OUTPUT] != NULL))
+        json_fail(j, "\"tokens\" and \"%s\" say the same thing twice; leave one out",
+                  by[by[PART_INPUT] != NULL ? PART_INPUT : PART_OUTPUT]);
+    if (by[PART_TOKENS] == NULL && (by[PART_INPUT] == NULL || by[PART_OUTPUT] == NULL))
+        json_fail(j, "a line holds \"tokens\", or \"input_tokens\" and \"output_tokens\"");
+    for (int i = PART_INPUT; j->code == LVM_OK && i <= PART_OUTPUT; i++)
+        j->code = buffer_add(all, line->ids[i].data, line->ids[i].n, j->error);
+    if (by[PART_WEIGHTS] != NULL && line->weights.n != all->n / sizeof(int32_t))
+        json_fail(j, "%zu weights for %zu tokens", line->weights.n, all->n / sizeof(int32_t));
     return j->code;
 }
 
@@ -15154,6 +15783,8 @@ enum command_bit {
     BATCH = 256,
     BENCH = 512,
     VERSION = 1024,
+    PACK = 2048,
+    UNPACK = 4096,
     SAMPLES = PREDICT | BATCH,
     READS = PREDICT | RANK | EVAL | BATCH, /* images as a prompt */
     RUNS = READS | ENCODE | DECODE
@@ -15166,6 +15797,8 @@ struct cli {
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, encoder_type, preset;
     int lines, grid, json, best, man, skip_existing, together;
     int config, vq, stage, prompt, new_tokens;
+    const char *bos, *eos;
+    int loss, integers;
     lvm_sampling sampling;
     lvm_options options;
 };
@@ -15195,6 +15828,8 @@ static const struct option option_table[] = {
      "where to write (out.png; encode: stdout)"},
     {'o', "output", "FOLDER", BATCH, TEXT, AT(out), 0, 0,
      "where outputs go (the working directory)"},
+    {'o', "output", "FILE", PACK | UNPACK, TEXT, AT(out), 0, 0,
+     "what to write (unpack: stdout)"},
     {'n', "images", "N", SAMPLES, INTEGER, AT(images), 1, 1 << 11,
      "images to predict, one after the other (1)"},
     {'c', "candidates", "N", SAMPLES, INTEGER, AT(candidates), 1, MAX_SEQUENCES,
@@ -15258,10 +15893,16 @@ static const struct option option_table[] = {
      "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
     {0, "encoder-type", "TYPE", QUANTIZE, TYPE, AT(encoder_type), 0, 15,
      "of its encoder (f16 with --vq-type q8_0)"},
+    {0, "loss", "all|answers", PACK, ONE_OF, AT(loss), 0, 0,
+     "of which tokens something is learnt (all)"},
+    {0, "bos", "ID|none", PACK, TEXT, AT(bos), 0, 0, "dropped in front of a sentence (8192)"},
+    {0, "eos", "ID|none", PACK, TEXT, AT(eos), 0, 0, "dropped at the end of a sentence (8193)"},
+    {0, "integers", NULL, UNPACK, FLAG, AT(integers), 0, 0, "arrays of numbers, not base64"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
     {0, "force", NULL, QUANTIZE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
      "replace an existing weights file"},
-    {'q', "quiet", NULL, RUNS | BENCH, FLAG, AT(quiet), 0, 0, "no progress, no notes"},
+    {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK, FLAG, AT(quiet), 0, 0,
+     "no progress, no notes"},
     {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"}};
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
@@ -15283,6 +15924,8 @@ static int run_batch(struct cli *cli);
 static int run_bench(struct cli *cli);
 static int run_info(struct cli *cli);
 static int run_quantize(struct cli *cli);
+static int run_pack(struct cli *cli);
+static int run_unpack(struct cli *cli);
 static int run_help(struct cli *cli);
 static int run_version(struct cli *cli);
 
@@ -15349,6 +15992,20 @@ static const struct command command_table[] = {
      "quantised, and --type q4_0 leaves the output matrix at q8_0. With\n"
      "--vq-type q8_0 the encoder becomes f16: a quantised one finds other tokens.\n"
      "  lvm quantize big.bin small.bin --type q8_0 --vq-type q8_0\n"},
+    {"pack", PACK, run_pack, "pack SET.jsonl|-... -o OUT.tok", "sentences of tokens to a .tok file",
+     "What a model is trained on: small, read where it lies, in any order. A line is a\n"
+     "sentence, as the published training data have it, or has two parts:\n"
+     "  {\"tokens\": \"base64 of little-endian int32\"}\n"
+     "  {\"tokens\": [17, 4, 8191, ...], \"weights\": [16, 0, 16, ...]}\n"
+     "  {\"input_tokens\": [...], \"output_tokens\": [...]}\n"
+     "\"weights\" are of each token's loss: 16 is weight 1, 0 none, 255 the most.\n"
+     "With --loss answers the input has none. A .tok file holds image tokens alone:\n"
+     "bos in front and eos at the end are dropped, training puts the model's own\n"
+     "there. An image has 256 tokens where all sentences are whole images of 256,\n"
+     "or as many as \"image_tokens\" says. A bad line ends the work.\n"
+     "  lvm pack a.jsonl b.jsonl -o train.tok\n"},
+    {"unpack", UNPACK, run_unpack, "unpack IN.tok", "a .tok file to lines that pack reads",
+     "  lvm unpack train.tok --integers | head -n 1\n"},
     {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's",
      "COMMAND --help and COMMAND -h show it too.\n"
      "  lvm help rank\n"},
@@ -15976,7 +16633,9 @@ static const struct stage_words {
                    {"score", "scoring", "choice", "tokens/s"},
                    {"decode", "decoding images", "image", ""},
                    {"eval", "evaluating", "line", ""},
-                   {"batch", "predicting", "line", ""}};
+                   {"batch", "predicting", "line", ""},
+                   {"pack", "packing", "", ""},
+                   {"unpack", "unpacking", "", ""}};
 enum { N_STAGES = sizeof stage_table / sizeof *stage_table };
 
 static int is_stage(const char *a, const char *b) { return strcmp(a, b) == 0; }
@@ -16369,7 +17028,7 @@ static int same_place(const char *a, const char *b) {
 static int check_output(const struct cli *cli, const char *name, const struct paths *p,
                         lvm_error *error) {
     if (os_stat(name).kind == OS_DEVICE) return LVM_OK;
-    if (same_file(name, cli->words[0]))
+    if (begins_with(cli->words[0], "GGUF") && same_file(name, cli->words[0]))
         return fail(error, LVM_INVALID, "%s: is the weights file; choose another output with -o",
                     name);
     if (!cli->force && begins_with(name, "GGUF"))
@@ -16486,18 +17145,26 @@ static int outputs_add(struct outputs *o, const struct cli *cli, char *name,
     return o->n++ < MAX_OPEN_OUTPUTS ? open_output(&list[o->n - 1], error) : LVM_OK;
 }
 
-/* Writes output i whole and prints its name, unless it is a device or a pipe. */
-static int outputs_write(struct outputs *o, int i, const void *data, size_t size,
-                         lvm_error *error) {
+/* Finishes output i, if it is open, and prints its name, unless it is a device or a pipe; with
+   another code than LVM_OK it is removed. */
+static int outputs_close(struct outputs *o, int i, int code, lvm_error *error) {
     struct output *out = &o->list[i];
-    int code = out->open ? LVM_OK : open_output(out, error);
     int named = out->file.temp != NULL;
     fflush(stdout);
-    if (code == LVM_OK) code = outfile_write(&out->file, data, size, error);
     if (out->open) code = outfile_close(&out->file, code, error);
     out->open = 0;
     if (code == LVM_OK && named && !o->silent) print_name(out->name, "");
     return code;
+}
+
+/* Writes output i whole. */
+static int outputs_write(struct outputs *o, int i, const void *data, size_t size,
+                         lvm_error *error) {
+    struct output *out = &o->list[i];
+    int code = out->open ? LVM_OK : open_output(out, error);
+    fflush(stdout);
+    if (code == LVM_OK) code = outfile_write(&out->file, data, size, error);
+    return outputs_close(o, i, code, error);
 }
 
 /* text: NULL, or what the file says of the image. */
@@ -17342,6 +18009,12 @@ static int check_encoding(struct lines *l, lvm_error *error) {
     return fail(error, LVM_FORMAT, "%s: is text in UTF-16; a set is UTF-8", l->name);
 }
 
+static int is_blank(const struct buffer *text) {
+    for (size_t i = 0; i < text->n; i++)
+        if (!isspace((unsigned char)text->data[i])) return 0;
+    return 1;
+}
+
 /* The next line that is not blank: 1, 0 at the end, -1 and an error. No more is read than --lines
    asks for. */
 static int set_next(struct set *set, lvm_error *error) {
@@ -17351,8 +18024,7 @@ static int set_next(struct set *set, lvm_error *error) {
         int more = lines_next(l, error);
         if (more <= 0) return more;
         if (l->number == 1 && check_encoding(l, error) != LVM_OK) return -1;
-        for (size_t i = 0; i < l->text.n; i++)
-            if (!isspace((unsigned char)l->text.data[i])) return 1;
+        if (!is_blank(&l->text)) return 1;
     }
 }
 
@@ -18578,6 +19250,263 @@ static int run_quantize(struct cli *cli) {
     int named = !is_stream(out), code = lvm_quantize(cli->words[0], out, cli->type, cli->vq_type,
                                                      cli->encoder_type, cli->force, &error);
     if (code == LVM_OK && named) print_name(out, "");
+    return finish(&error, code);
+}
+
+/* ---- Token files (chapter 8) ---- */
+
+/* Lines on their way into a .tok file. */
+struct packing {
+    int bos, eos;      /* dropped at the ends of a sentence; -1: none */
+    int answers;       /* the loss is of the output alone */
+    int image_tokens;  /* that lines name; -1: none so far */
+    size_t divisor;    /* the greatest common one of the sentences' lengths */
+    struct token_writer w;
+};
+
+enum { USUAL_IMAGE = 256, USUAL_BOS = 8192, USUAL_EOS = 8193 };
+
+/* Notes what a line of n tokens says of its images, and refuses what contradicts it. */
+static int pack_images(struct packing *p, const struct train_line *line, size_t n,
+                       lvm_error *error) {
+    int told = line->by[PART_IMAGE] != NULL ? line->image_tokens : p->image_tokens;
+    if (p->image_tokens >= 0 && told != p->image_tokens)
+        return fail(error, LVM_FORMAT, "\"image_tokens\" is %d, but %d in a line above", told,
+                    p->image_tokens);
+    if (told > 0 && n % (size_t)told != 0)
+        return fail(error, LVM_FORMAT, "%zu tokens are no whole images of %d", n, told);
+    p->image_tokens = told;
+    while (n > 0) { /* Euclid */
+        size_t rest = p->divisor % n;
+        p->divisor = n;
+        n = rest;
+    }
+    return LVM_OK;
+}
+
+/* Adds the sentence of a line without bos and eos. The weights of --loss answers stand in for those
+   that a line does not have itself. */
+static int pack_sentence(struct packing *p, struct train_line *line, lvm_error *error) {
+    const struct buffer *all = &line->ids[PART_TOKENS];
+    const int32_t *ids = (const int32_t *)(const void *)all->data;
+    size_t n = all->n / sizeof *ids, inputs = line->ids[PART_INPUT].n / sizeof *ids;
+    int own = line->by[PART_WEIGHTS] != NULL, code = LVM_OK;
+    if (p->answers && !own && line->by[PART_OUTPUT] == NULL)
+        return fail(error, LVM_FORMAT, "--loss answers takes lines with \"input_tokens\" and "
+                    "\"output_tokens\", or \"weights\"");
+    for (size_t i = 0; code == LVM_OK && p->answers && !own && i < n; i++)
+        code = buffer_add(&line->weights, &(uint8_t){i < inputs ? 0 : WEIGHT_ONE}, 1, error);
+    if (code != LVM_OK) return code;
+    size_t first = n > 0 && ids[0] == p->bos, end = n - (n > first && ids[n - 1] == p->eos);
+    for (size_t i = first; i < end; i++)
+        if (ids[i] == p->bos || ids[i] == p->eos)
+            return fail(error, LVM_FORMAT, "token %zu is %s (%d), which may only stand at an end",
+                        i + 1, ids[i] == p->bos ? "bos" : "eos", ids[i]);
+    if (end == first) return fail(error, LVM_FORMAT, "a sentence without tokens");
+    code = pack_images(p, line, end - first, error);
+    const uint8_t *weights = (const uint8_t *)line->weights.data;
+    if (code != LVM_OK) return code;
+    return token_writer_add(&p->w, ids + first, weights != NULL ? weights + first : NULL,
+                            end - first, error);
+}
+
+static int pack_line(struct packing *p, const struct lines *l, lvm_error *error) {
+    struct train_line line = {.image_tokens = 0};
+    lvm_error fault = {0, ""};
+    struct json j = {.s = l->text.data, .n = l->text.n, .error = &fault};
+    int code = l->too_long ? fail(&fault, LVM_FORMAT, "is longer than %d bytes", LINE_BYTES)
+                           : parse_train_line(&j, &line);
+    if (code == LVM_OK) code = pack_sentence(p, &line, &fault);
+    train_line_free(&line);
+    if (code == LVM_OK) return LVM_OK;
+    return fail(error, code, "%s: line %d: %s", l->name, l->number, fault.text);
+}
+
+/* All lines of a file or of standard input; bar may be NULL. */
+static int pack_lines(struct packing *p, const char *path, struct bar *bar, lvm_error *error) {
+    struct lines l = {.name = path};
+    int code = lines_open(&l, path, error), more = 1;
+    if (code == LVM_OK && begins_with(path, tok_magic))
+        code = fail(error, LVM_INVALID, "%s: is a .tok file already", path);
+    while (code == LVM_OK && (more = lines_next(&l, error)) > 0) {
+        if (l.number == 1) code = check_encoding(&l, error);
+        if (code == LVM_OK && !is_blank(&l.text)) code = pack_line(p, &l, error);
+        if (bar != NULL && bar->shown && l.size > 0)
+            draw_bar(bar, "pack", min64(l.done, l.size), l.size);
+    }
+    lines_close(&l);
+    return more < 0 ? LVM_IO : code;
+}
+
+/* Ends what pack_lines filled. */
+static int pack_close(struct packing *p, int code, lvm_error *error) {
+    if (p->image_tokens < 0) p->image_tokens = p->divisor % USUAL_IMAGE == 0 ? USUAL_IMAGE : 0;
+    p->w.image_tokens = (uint32_t)p->image_tokens;
+    if (code == LVM_OK && p->w.n_sentences == 0)
+        code = fail(error, LVM_FORMAT, "there are no lines to learn from");
+    if (code == LVM_OK && p->image_tokens > 0 && p->divisor % (size_t)p->image_tokens != 0)
+        code = fail(error, LVM_FORMAT, "\"image_tokens\" is %d, of which a sentence without that "
+                    "key is no multiple", p->image_tokens);
+    return token_writer_close(&p->w, code, error);
+}
+
+/* What lines hold, as lvm pack would write it, for training on them directly; answers: the loss is
+   of outputs alone. NULL and an error on failure. */
+static lvm_tokens *read_token_lines(const char *path, int answers, lvm_error *error) {
+    struct packing p = {.bos = USUAL_BOS, .eos = USUAL_EOS, .answers = answers,
+                        .image_tokens = -1};
+    lvm_tokens *t = NULL;
+    int code = token_writer_open(&p.w, NULL, error);
+    if (code == LVM_OK) code = pack_lines(&p, path, NULL, error);
+    code = pack_close(&p, code, error);
+    if (code == LVM_OK) t = lvm_tokens_open_memory(p.w.memory.data, p.w.memory.n, path, error);
+    if (t != NULL) t->owned = (uint8_t *)p.w.memory.data;
+    else mem_free(p.w.memory.data);
+    return t;
+}
+
+/* The value of --bos or --eos; 0, or a message and 2. */
+static int special_id(const char *option, const char *value, int usual, int *id) {
+    char *end = NULL;
+    *id = value == NULL ? usual : -1;
+    if (value == NULL || strcmp(value, "none") == 0) return 0;
+    long v = strtol(value, &end, 10);
+    if (!isdigit((unsigned char)*value) || *end != 0 || v >= INT32_MAX)
+        return complain("%s: \"%s\" is no id and not none", option, value) + 1;
+    *id = (int)v;
+    return 0;
+}
+
+/* "1 sentence, 4096 tokens, 16 images" */
+static void note_tokens(const struct cli *cli, const char *name, uint64_t sentences,
+                        uint64_t tokens, uint64_t image_tokens) {
+    char images[48] = "";
+    if (image_tokens > 0)
+        snprintf(images, sizeof images, ", %llu images of %llu",
+                 (unsigned long long)(tokens / image_tokens), (unsigned long long)image_tokens);
+    note(cli, "%s: %llu sentences, %llu tokens%s", name, (unsigned long long)sentences,
+         (unsigned long long)tokens, images);
+}
+
+/* The one output of a command on token files, which is none of its inputs. */
+static int add_token_output(struct outputs *o, const struct cli *cli, const char *name,
+                            lvm_error *error) {
+    struct paths inputs = {0};
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < cli->n_words; i++)
+        if (strcmp(cli->words[i], "-") != 0) code = paths_add(&inputs, "", cli->words[i], error);
+    if (code == LVM_OK) code = outputs_add(o, cli, copy_string(name, error), &inputs, error);
+    paths_free(&inputs);
+    return code;
+}
+
+static int run_pack(struct cli *cli) {
+    struct packing p = {.answers = cli->loss, .image_tokens = -1};
+    struct outputs o = {0};
+    struct bar bar = {.shown = !cli->quiet && os_is_terminal(2)};
+    lvm_error error = {0, ""};
+    if (cli->n_words == 0 || cli->out == NULL)
+        return complain("give lines to learn from, and -o OUT.tok (lvm help pack)") + 1;
+    if (special_id("--bos", cli->bos, USUAL_BOS, &p.bos) != 0 ||
+        special_id("--eos", cli->eos, USUAL_EOS, &p.eos) != 0)
+        return 2;
+    int code = add_token_output(&o, cli, cli->out, &error);
+    if (code == LVM_OK) code = token_writer_open(&p.w, &o.list[0].file, &error);
+    for (int i = 0; code == LVM_OK && i < cli->n_words; i++)
+        code = pack_lines(&p, cli->words[i], &bar, &error);
+    hide_bar(&bar);
+    code = pack_close(&p, code, &error);
+    if (code == LVM_OK) code = outputs_close(&o, 0, code, &error);
+    if (code == LVM_OK)
+        note_tokens(cli, is_stdout(cli->out) ? "standard output" : cli->out, p.w.n_sentences,
+                    p.w.n_tokens, p.w.image_tokens);
+    outputs_free(&o);
+    return finish(&error, code);
+}
+
+/* Adds base64 of n bytes, in quotes. */
+static int add_base64(struct buffer *text, const uint8_t *data, size_t n, lvm_error *error) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    int code = buffer_add(text, "\"", 1, error);
+    for (size_t i = 0; code == LVM_OK && i < n; i += 3) {
+        uint32_t bits = (uint32_t)data[i] << 16;
+        if (i + 1 < n) bits |= (uint32_t)data[i + 1] << 8;
+        if (i + 2 < n) bits |= data[i + 2];
+        char out[4] = {digits[bits >> 18], digits[bits >> 12 & 63], digits[bits >> 6 & 63],
+                       digits[bits & 63]};
+        if (i + 1 >= n) out[2] = '=';
+        if (i + 2 >= n) out[3] = '=';
+        code = buffer_add(text, out, 4, error);
+    }
+    return code == LVM_OK ? buffer_add(text, "\"", 1, error) : code;
+}
+
+/* Adds [n, n, ...]: numbers of `size` bytes, 1 or 4. */
+static int add_integers(struct buffer *text, const uint8_t *data, size_t n, size_t size,
+                        lvm_error *error) {
+    char number[16];
+    int code = buffer_add(text, "[", 1, error);
+    for (size_t i = 0; code == LVM_OK && i < n; i += size) {
+        int32_t v = data[i];
+        if (size > 1) memcpy(&v, data + i, sizeof v);
+        int length = snprintf(number, sizeof number, i > 0 ? ", %d" : "%d", v);
+        code = buffer_add(text, number, (size_t)length, error);
+    }
+    return code == LVM_OK ? buffer_add(text, "]", 1, error) : code;
+}
+
+static int add_numbers(struct buffer *text, int integers, const void *data, size_t n, size_t size,
+                       lvm_error *error) {
+    return integers ? add_integers(text, data, n, size, error) : add_base64(text, data, n, error);
+}
+
+/* A sentence as a line that parse_train_line reads: the text is replaced. */
+static int sentence_text(const lvm_tokens *t, int64_t sentence, int integers, struct buffer *text,
+                         lvm_error *error) {
+    int64_t first = sentence_start(t, sentence), n = sentence_start(t, sentence + 1) - first;
+    int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
+    char images[48];
+    if (ids == NULL) return LVM_MEMORY;
+    text->n = 0;
+    int code = buffer_add(text, "{\"tokens\": ", 11, error);
+    for (int64_t i = 0; code == LVM_OK && i < n; i++)
+        if ((ids[i] = token_at(t, first + i)) >= t->bound) code = bad_token(t, sentence, i, error);
+    if (code == LVM_OK)
+        code = add_numbers(text, integers, ids, (size_t)n * sizeof *ids, sizeof *ids, error);
+    if (code == LVM_OK && t->weights != NULL) code = buffer_add(text, ", \"weights\": ", 13, error);
+    if (code == LVM_OK && t->weights != NULL)
+        code = add_numbers(text, integers, t->weights + first, (size_t)n, 1, error);
+    int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", t->image_tokens);
+    if (code == LVM_OK && t->image_tokens != USUAL_IMAGE)
+        code = buffer_add(text, images, (size_t)length, error);
+    mem_free(ids);
+    return code == LVM_OK ? buffer_add(text, "}\n", 2, error) : code;
+}
+
+static int run_unpack(struct cli *cli) {
+    const char *out = cli->out != NULL ? cli->out : "-";
+    struct outputs o = {0};
+    struct bar bar = {.shown = !cli->quiet && os_is_terminal(2) && !is_stdout(out)};
+    struct buffer text = {0};
+    lvm_error error = {0, ""};
+    if (cli->n_words != 1) return complain("give one .tok file (lvm help unpack)") + 1;
+    lvm_tokens *t = lvm_tokens_open(cli->words[0], &error);
+    int code = t == NULL ? error.code : LVM_OK;
+    if (code == LVM_OK) code = add_token_output(&o, cli, out, &error);
+    for (int64_t i = 0; code == LVM_OK && i < t->n_sentences; i++) {
+        code = sentence_text(t, i, cli->integers, &text, &error);
+        if (code == LVM_OK)
+            code = outfile_write(&o.list[0].file, text.data, text.n, &error);
+        if (bar.shown) draw_bar(&bar, "unpack", i + 1, t->n_sentences);
+    }
+    hide_bar(&bar);
+    if (code == LVM_OK) code = outputs_close(&o, 0, code, &error);
+    if (code == LVM_OK && !is_stdout(out))
+        note_tokens(cli, out, (uint64_t)t->n_sentences, (uint64_t)t->n_tokens,
+                    (uint64_t)t->image_tokens);
+    mem_free(text.data);
+    outputs_free(&o);
+    lvm_tokens_close(t);
     return finish(&error, code);
 }
 
