@@ -15325,8 +15325,8 @@ static const struct option option_table[] = {
      "steps up to --lr (a twentieth, at most 2000)"},
     {0, "schedule", "cosine|wsd", TRAIN, ONE_OF, AT(train.schedule), 0, 0,
      "wsd: constant, the last tenth falls"},
-    {0, "beta1", "B", TRAIN, NUMBER, AT(train.beta1), 0, 0.99999, "AdamW's (0.9)"},
-    {0, "beta2", "B", TRAIN, NUMBER, AT(train.beta2), 0, 0.99999, "AdamW's (0.95)"},
+    {0, "beta1", "B", TRAIN, NUMBER, AT(train.beta1), 1e-6, 0.99999, "AdamW's (0.9)"},
+    {0, "beta2", "B", TRAIN, NUMBER, AT(train.beta2), 1e-6, 0.99999, "AdamW's (0.95)"},
     {0, "weight-decay", "W", TRAIN, NUMBER, AT(train.weight_decay), 0, 10, "of matrices (0.1)"},
     {0, "clip", "NORM", TRAIN, NUMBER, AT(train.clip), 0, 1e9,
      "of the gradient; 0: as it is (1)"},
@@ -16498,15 +16498,15 @@ static int same_place(const char *a, const char *b) {
 static int check_output(const struct cli *cli, const char *name, const struct paths *p,
                         lvm_error *error) {
     if (os_stat(name).kind == OS_DEVICE) return LVM_OK;
-    for (int i = 0; i < p->n; i++)
-        if (same_file(name, p->path[i]))
-            return fail(error, LVM_INVALID, "%s: is an input too; choose another output with -o",
-                        name);
     if (same_file(name, cli->words[0]))
         return fail(error, LVM_INVALID, "%s: is the weights file; choose another output with -o",
                     name);
     if (!cli->force && begins_with(name, "GGUF"))
         return fail(error, LVM_INVALID, "%s: is a weights file; --force replaces it", name);
+    for (int i = 0; i < p->n; i++)
+        if (same_file(name, p->path[i]))
+            return fail(error, LVM_INVALID, "%s: is an input too; choose another output with -o",
+                        name);
     return LVM_OK;
 }
 
@@ -20171,7 +20171,7 @@ static void train_line(const struct training *t, int columns, char *line, size_t
         if (speed > 0) snprintf(piece[SPEED], ROOM, "  %.0f tokens/s", speed);
         if (speed > 0 && t->peak > 0)
             snprintf(piece[PEAK], ROOM, "  %.0f %% of peak", 100 * speed * t->flops / t->peak);
-        if (speed > 0) time_left(piece[LEFT], ROOM, (all - done) * t->pace);
+        if (speed > 0 && done < all) time_left(piece[LEFT], ROOM, (all - done) * t->pace);
     }
     for (int i = 0; i < PIECES; i++) {
         int n = (int)strlen(piece[order[i]]);
@@ -20341,8 +20341,8 @@ static int open_training(struct training *t, lvm_error *error) {
     fill_train_options(t);
     code = settle_steps(t, error);
     if (code == LVM_OK) code = lvm_trainer_memory(&t->o, &memory, error);
+    if (memory.all > 0) print_train_memory(t, &memory);
     if (code != LVM_OK) return code;
-    print_train_memory(t, &memory);
     t->flops = train_flops(&t->o, &memory);
     measure_train_peak(t);
     t->o.progress = on_train_progress;
@@ -20352,6 +20352,8 @@ static int open_training(struct training *t, lvm_error *error) {
     if (code != LVM_OK) return code;
     t->report.step = t->trainer->step;
     t->report.tokens = t->trainer->tokens;
+    t->report.skipped = t->trainer->skipped;
+    t->report.in_a_row = t->trainer->in_a_row;
     t->saved = resume != NULL ? t->report.step : -1;
     if (resume == NULL && os_stat(t->file[RUN_BEST]).kind == OS_FILE && t->cli->train.val != NULL)
         os_remove(t->file[RUN_BEST]);
