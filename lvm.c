@@ -19477,7 +19477,8 @@ static int run_bench(struct cli *cli) {
 
    A checkpoint's note is the command with all that was settled, an option a line, so that --resume
    needs no other; lines with @ are what the trainer does not know: the folder where the run began,
-   for relative names; the smoothed loss and of how many; the best validation so far. */
+   for relative names; the smoothed loss and of how many; the best validation so far; a row of the
+   log whose validation did not come to its end. */
 
 enum run_file { RUN_WEIGHTS, RUN_CHECKPOINT, RUN_LOG, RUN_BEST, N_RUN_FILES };
 
@@ -19505,7 +19506,8 @@ struct training {
     int log_failed;
     struct smooth smooth;
     double smoothed, best;     /* best: validation so far, else infinite */
-    double *val_loss;          /* [1 + val files]: of all together, of each; since the last row */
+    char row[256];             /* of the last step, which is not in the log yet; "": it is */
+    double *val_loss;          /* [1 + val files]: of all together, of each */
     int validated;             /* they are of this step */
     double flops, peak;        /* of a token; a second, of this machine */
     double pace, step_rate;    /* seconds a step lately; tokens a second of the last one */
@@ -19690,7 +19692,7 @@ static int write_note(const struct training *t, struct buffer *b, lvm_error *err
     if (code == LVM_OK) code = note_line(b, "@smooth ", text, error);
     snprintf(text, sizeof text, "%.17g", t->best);
     if (code == LVM_OK) code = note_line(b, "@best ", text, error);
-    return code;
+    return code == LVM_OK && t->row[0] != 0 ? note_line(b, "@row ", t->row, error) : code;
 }
 
 /* Undoes note_line's marks in place. */
@@ -19724,6 +19726,7 @@ static int read_note(struct training *t, struct cli *cli, const struct command *
         else if (strncmp(line, "@smooth ", 8) == 0)
             sscanf(line + 8, "%lf %lf", &t->smooth.mean, &t->smooth.n);
         else if (strncmp(line, "@best ", 6) == 0) t->best = strtod(line + 6, NULL);
+        else if (strncmp(line, "@row ", 5) == 0) snprintf(t->row, sizeof t->row, "%s", line + 5);
     }
     int status = parse_arguments(cli, c, argc, argv);
     mem_free(argv);
@@ -20036,9 +20039,11 @@ static void print_train_memory(const struct training *t, const lvm_train_memory 
     int layers = o->init != NULL ? o->init->llama.L : o->layers;
     char kept[64];
     if (t->cli->quiet) return;
-    fprintf(stderr, "lvm: %.1f million parameters, %.1f million learn; %lld steps of %d x %d "
-            "tokens, lr %.3g to %.3g\n", (double)m->parameters / 1e6, (double)m->trained / 1e6,
-            (long long)o->steps, o->batch, o->context, (double)o->lr, (double)o->min_lr);
+    int digits = m->parameters < 10000000 ? 3 : 1;
+    fprintf(stderr, "lvm: %.*f million parameters, %.*f million learn; %lld steps of %d x %d "
+            "tokens, lr %.3g to %.3g\n", digits, (double)m->parameters / 1e6, digits,
+            (double)m->trained / 1e6, (long long)o->steps, o->batch, o->context, (double)o->lr,
+            (double)o->min_lr);
     snprintf(kept, sizeof kept, "activations (%d of %d)", m->kept_layers, layers);
     print_bytes("weights", m->weights);
     print_bytes("gradients", m->gradients);
@@ -20110,19 +20115,22 @@ static void log_failure(struct training *t) {
     }
 }
 
-static void log_row(struct training *t) {
+/* What a row says of the last step, but for its validation. */
+static void begin_row(struct training *t) {
     const lvm_train_report *r = &t->report;
-    char row[512];
-    int n = t->val.paths.n, columns = n > 1 ? n + 1 : n, code = LVM_OK;
+    snprintf(t->row, sizeof t->row, "%lld,%lld,%.6f,%.9g,%.9g,%.9g,%.9g,%lld,%.1f",
+             (long long)r->step, (long long)r->tokens, r->epoch, r->loss, t->smoothed, r->lr,
+             r->grad_norm, (long long)r->skipped, t->step_rate);
+}
+
+static void log_row(struct training *t) {
     struct buffer b = {0};
-    int used = snprintf(row, sizeof row, "%lld,%lld,%.6f,%.9g,%.9g,%.9g,%.9g,%lld,%.1f",
-                        (long long)r->step, (long long)r->tokens, r->epoch, r->loss, t->smoothed,
-                        r->lr, r->grad_norm, (long long)r->skipped, t->step_rate);
-    code = buffer_add(&b, row, (size_t)used, NULL);
+    int n = t->val.paths.n, columns = n > 1 ? n + 1 : n;
+    int code = buffer_add(&b, t->row, strlen(t->row), NULL);
     for (int i = 0; code == LVM_OK && i < columns; i++) {
-        used = t->validated ? snprintf(row, sizeof row, ",%.9g", t->val_loss[i])
-                            : snprintf(row, sizeof row, ",");
-        code = buffer_add(&b, row, (size_t)used, NULL);
+        char text[32] = ",";
+        if (t->validated) snprintf(text, sizeof text, ",%.9g", t->val_loss[i]);
+        code = buffer_add(&b, text, strlen(text), NULL);
     }
     if (code == LVM_OK) code = buffer_add(&b, "\n", 1, NULL);
     errno = ENOMEM;
@@ -20133,7 +20141,7 @@ static void log_row(struct training *t) {
     } else {
         log_failure(t);
     }
-    t->validated = 0;
+    t->validated = t->row[0] = 0;
     mem_free(b.data);
 }
 
@@ -20281,6 +20289,15 @@ static int note_skipped(struct training *t, lvm_error *error) {
                 (long long)t->saved);
 }
 
+/* The validation of the last step, where it is due, and its row in the log. */
+static int end_step(struct training *t, lvm_error *error) {
+    const lvm_train_report *r = &t->report;
+    int due = r->step % t->cli->train.val_every == 0 || r->step == t->o.steps;
+    int code = t->val.paths.n > 0 && due ? validate(t, error) : LVM_OK;
+    if (code == LVM_OK) log_row(t);
+    return code;
+}
+
 /* One step, its validation and its row in the log. */
 static int take_step(struct training *t, lvm_error *error) {
     const lvm_train_report *r = &t->report;
@@ -20292,17 +20309,17 @@ static int take_step(struct training *t, lvm_error *error) {
     t->step_rate = t->o.batch * (double)t->o.context / fmax(took, 1e-9);
     t->pace = t->pace > 0 ? 0.9 * t->pace + 0.1 * took : took;
     t->smoothed = r->was_skipped ? t->smoothed : smooth_add(&t->smooth, r->loss);
-    if (t->val.paths.n > 0 && (r->step % t->cli->train.val_every == 0 || r->step == t->o.steps))
-        code = validate(t, error);
-    log_row(t);
+    begin_row(t);
+    code = end_step(t, error);
     tell_progress(t, 1);
     return code == LVM_OK ? note_skipped(t, error) : code;
 }
 
 static int train_steps(struct training *t, lvm_error *error) {
-    while (t->report.step < t->o.steps) {
+    int code = t->row[0] != 0 ? end_step(t, error) : LVM_OK;
+    while (code == LVM_OK && t->report.step < t->o.steps) {
         if (stop_asked) return LVM_CANCELLED;
-        int code = take_step(t, error);
+        code = take_step(t, error);
         if (code != LVM_OK) return code;
         int due = t->save_steps > 0 ? t->report.step % t->save_steps == 0
                                     : seconds() - t->saved_at >= t->save_seconds;
@@ -20311,7 +20328,7 @@ static int train_steps(struct training *t, lvm_error *error) {
         if (seconds() - t->plotted_at >= PLOT_SECONDS && plot_run(t, &fault) != LVM_OK)
             complain("%s", fault.text);
     }
-    return LVM_OK;
+    return code;
 }
 
 /* ---- Training: the command ---- */
