@@ -2800,6 +2800,12 @@ struct lm_job {
     int seq[MAX_ROWS], pos[MAX_ROWS];
 };
 
+/* theta^(-2i/d), how fast pair i turns from position to position. */
+static float rope_frequency(const struct llama *a, int i) {
+    float power = (float)(2 * i) / (float)a->d;
+    return 1 / (float)exp_f64((double)power * log_f64(a->theta));
+}
+
 /* x = the token's row of the embedding; and the cosines and sines of its position. */
 static void embed_task(void *arg, int r, int thread) {
     struct lm_job *job = arg;
@@ -3118,10 +3124,7 @@ static int lm_state_alloc(struct lm_state *s, const struct llama *a, int kv_type
         if (*want[i].p == NULL) return LVM_MEMORY;
         s->bytes += want[i].n * (int64_t)sizeof(float);
     }
-    for (int i = 0; i < a->d / 2; i++) {
-        float power = (float)(2 * i) / (float)a->d;
-        s->inv_freq[i] = 1 / (float)exp_f64((double)power * log_f64(a->theta));
-    }
+    for (int i = 0; i < a->d / 2; i++) s->inv_freq[i] = rope_frequency(a, i);
     return kv_setup(&s->kv, a, kv_type, error);
 }
 
@@ -4073,14 +4076,23 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    was stopped and resumed is the run that was not. A weight's gradient adds rows in ascending order;
    rows are never split over threads. */
 
+/* What a public call takes of an option struct, which may be an older one (chapter 14); bytes of
+   memory and processors that are there to be used (chapter 10). */
+static int copy_options(void *to, size_t size, size_t oldest, const void *from, const char *name,
+                        lvm_error *error);
+static int64_t os_memory_available(void);
+static int processors(void);
+
 /* ---- What learns ---- */
 
 /* A tensor of the description while it learns, or stays. */
 struct param {
-    const char *name;    /* as in the weights file */
-    struct tensor w;     /* [rows][cols]: F32 of its own where it learns, else as init has it */
+    char name[96];       /* as in the weights file */
+    struct tensor w;     /* [rows][cols], a vector [1][cols]: values, or where init has them */
+    float *values;       /* as w, where it learns or is new; else NULL */
     float *g, *m, *v;    /* as w: gradient; AdamW's averages of it and of its square. NULL: frozen */
-    int decays;          /* matrices do, vectors do not */
+    int learns, decays;  /* matrices decay, vectors do not */
+    const struct tensor_spec *spec; /* of the description; NULL: an adapter */
 };
 
 /* y = x w^T + bias + scale (x a^T) b^T: a linear layer, with an adapter where there is one. */
@@ -4117,20 +4129,36 @@ struct rows {
     int n_pieces;
 };
 
+enum { DQ_PARTS = 4, PASS_TOKENS = 4096 };
+
+/* Memory that a pass works in; N rows. What the backward leaves has a d in front. */
+struct work {
+    float *h, *dx, *dh;       /* [N][D]: normed; gradients by the residual stream and by h */
+    float *act, *dact;        /* [N][F]: silu(gate) up, later by up; its gradient, later by gate */
+    float *dq, *dk, *dv;      /* [DQ_PARTS][N][H d]  [N][G d]  [N][G d] */
+    float *d_o, *delta;       /* [N][H d];  [N][H]: do . o of each head */
+    float *rms, *nll;         /* [N]: 1 / rms of a row;  -ln p(target) */
+    float *turned;            /* a matrix, transposed */
+    float *u;                 /* [N][rank] */
+    float *logits;            /* [LOGIT_ROWS][V rounded up to 16] */
+    int *positions;           /* [N]: of a row in its piece; -1: padding */
+    double *squares;          /* of each chunk of gradients */
+};
+
 struct net {
     const struct llama *a;    /* sizes */
     struct param *params;     /* [n_params]: the description's in its order, then adapters */
     int n_params;
-    struct param *embed, *norm;
-    struct linear output;
+    struct param *embed, *norm, *output; /* [V][D]  [D]  [V][D], which may be embed */
     struct block *blocks;     /* [L] */
+    int lowest;               /* layers below it learn nothing */
     float lora_scale;         /* alpha / rank */
     int max_rows;             /* N at most */
-    struct kept *kept;        /* [L]: of layers before first_kept the input alone */
+    struct kept *kept;        /* [L + 1]: of the last and before first_kept the input alone */
     struct kept again;        /* of one layer at a time, computed again */
     int first_kept;
     float *rope;              /* [context][2][d / 2]: cosines, sines */
-    float *inv_freq;          /* [d / 2] */
+    struct work work;
 };
 
 /* ---- Data ---- */
@@ -4138,12 +4166,14 @@ struct net {
 /* A .tok file, see below. */
 struct lvm_tokens {
     char *name;
-    void *mapped;             /* or NULL: foreign memory */
+    void *mapped;             /* the file; or NULL: data is owned, or foreign memory */
+    uint8_t *owned;           /* or NULL */
     const uint8_t *data;      /* [size] */
     size_t size;
     int64_t n_sentences, n_tokens;
     int bound;                /* ids are below */
-    const uint16_t *ids;      /* [n_tokens] */
+    int image_tokens;         /* of an image; 0: unknown */
+    const uint8_t *ids;       /* [n_tokens] u16 */
     const uint8_t *weights;   /* [n_tokens], 16: weight 1; NULL: all 16 */
     const uint8_t *starts;    /* [n_sentences + 1] u64, ascending: where a sentence begins in ids */
     uint64_t fingerprint;
@@ -4173,55 +4203,1489 @@ struct lvm_trainer {
     struct net net;
     struct stream stream;
     struct data_position at;
-    struct rows rows;         /* of one pass through the model */
-    int rows_at_once;         /* rows of context tokens that go through it together */
+    struct rows rows;         /* of a step */
+    int rows_at_once;         /* rows of context tokens that go through the model together */
+    struct piece *pass_pieces; /* [max_rows] */
     int64_t step, tokens, skipped, in_a_row;
+    int64_t units, all_units; /* of progress: before this pass, and of the call */
     double usual_norm;        /* a running mean of gradient norms */
 };
 
-/* ---- Products: y = x w^T, dx = dy w, dw = dy^T x ---- */
+/* ---- Products: y = x w^T, dx = dy w, dw = dy^T x ----
 
-/* ---- Operations, forward and backward ---- */
+   All three are c[i][j] (+)= sum over k of a[i][k] b(k, j) with rows of a contiguous along k, on the
+   outer tiles of chapter 3. A task has 32 columns of c: it packs b's part for 256 k at a time and
+   sends all its rows of a past it. k ascends. */
+
+enum {
+    PRODUCT_K = 256,         /* of a packed part: what stays in the first two caches */
+    PRODUCT_COLS = 2 * PANEL,
+    PRODUCT_ROWS = 192,      /* rows of a that pass the panels together */
+    MIN_PRODUCT_ROWS = 512   /* of a task, where there are so many: packing must pay */
+};
+
+struct product {
+    const struct exec *e;
+    int m, n, k;
+    const float *a;          /* [m][k] */
+    const struct tensor *b;  /* [n][k], of any type; or, with b_is_k_by_n, [k][n] */
+    float *c;                /* [m][n] */
+    int64_t lda, ldc;        /* floats between two rows of a and of c */
+    int b_is_k_by_n, accumulate, row_blocks;
+};
+
+/* Columns k0 .. of a row of any type as floats. */
+static void row_floats(const struct kernels *kern, const struct tensor *w, int row, int k0, int n,
+                       float *y) {
+    kern->elementwise.to_f32(w->type, tensor_row(w, row) + type_bytes(w->type, k0), y, n);
+}
+
+/* Panels of b for k0 .. k0 + k and `cols` columns from j0 on, zeros beyond. buffer: [16][k]. */
+static void pack_product(const struct product *p, int j0, int cols, int k0, int k, float *panels,
+                         float *buffer) {
+    const struct kernels *kern = p->e->kern;
+    float row[PRODUCT_COLS] = {0};
+    for (int i = 0; p->b_is_k_by_n && i < k; i++) {
+        row_floats(kern, p->b, k0 + i, j0, cols, row);
+        memcpy(panels + (int64_t)i * PANEL, row, PANEL * sizeof *row);
+        if (cols > PANEL)
+            memcpy(panels + (int64_t)(PRODUCT_K + i) * PANEL, row + PANEL, PANEL * sizeof *row);
+    }
+    for (int s = 0; !p->b_is_k_by_n && s < cols; s += PANEL) {
+        for (int j = 0; j < PANEL; j++) {
+            if (s + j < cols) row_floats(kern, p->b, j0 + s + j, k0, k, buffer + j * k);
+            else memset(buffer + j * k, 0, (size_t)k * sizeof *buffer);
+        }
+        kern->conv.pack_panel(buffer, k, k, panels + (int64_t)s * PRODUCT_K);
+    }
+}
+
+/* Rows i0 .. i0 + rows of c against packed panels; columns that fill no panel go by way of `edge`,
+   [rows][32]. */
+static void multiply_product(const struct product *p, int i0, int rows, int j0, int cols, int k0,
+                             int k, const float *panels, float *edge) {
+    const float *a[PRODUCT_ROWS] = {NULL};
+    float *c = p->c + i0 * p->ldc + j0;
+    int n_panels = (cols + PANEL - 1) / PANEL, add = p->accumulate || k0 > 0;
+    for (int r = 0; r < rows; r++) a[r] = p->a + (i0 + r) * p->lda + k0;
+    if (cols % PANEL == 0) {
+        matmul_panels(p->e->kern, rows, k, a, panels, PRODUCT_K * PANEL, n_panels, c, p->ldc, add);
+        return;
+    }
+    size_t bytes = (size_t)cols * sizeof *c;
+    for (int r = 0; add && r < rows; r++)
+        memcpy(edge + r * PRODUCT_COLS, c + r * p->ldc, bytes);
+    matmul_panels(p->e->kern, rows, k, a, panels, PRODUCT_K * PANEL, n_panels, edge, PRODUCT_COLS,
+                  add);
+    for (int r = 0; r < rows; r++)
+        memcpy(c + r * p->ldc, edge + r * PRODUCT_COLS, bytes);
+}
+
+static int64_t product_scratch(void) {
+    return PRODUCT_K * PRODUCT_COLS + PRODUCT_K * PANEL + PRODUCT_ROWS * PRODUCT_COLS;
+}
+
+static void product_task(void *arg, int task, int thread) {
+    const struct product *p = arg;
+    int j0 = task / p->row_blocks * PRODUCT_COLS, block = task % p->row_blocks;
+    int cols = p->n - j0 < PRODUCT_COLS ? p->n - j0 : PRODUCT_COLS;
+    int first = (int)((int64_t)p->m * block / p->row_blocks),
+        end = (int)((int64_t)p->m * (block + 1) / p->row_blocks);
+    float *panels = exec_scratch(p->e, thread), *buffer = panels + PRODUCT_K * PRODUCT_COLS,
+          *edge = buffer + PRODUCT_K * PANEL;
+    for (int k0 = 0; k0 < p->k; k0 += PRODUCT_K) {
+        int k = p->k - k0 < PRODUCT_K ? p->k - k0 : PRODUCT_K;
+        pack_product(p, j0, cols, k0, k, panels, buffer);
+        for (int i = first; i < end; i += PRODUCT_ROWS)
+            multiply_product(p, i, end - i < PRODUCT_ROWS ? end - i : PRODUCT_ROWS, j0, cols, k0,
+                             k, panels, edge);
+    }
+}
+
+static void run_product(struct product p) {
+    int col_blocks = (p.n + PRODUCT_COLS - 1) / PRODUCT_COLS,
+        wanted = (4 * pool_threads(p.e->pool) + col_blocks - 1) / col_blocks;
+    p.row_blocks = (int)max64(1, min64(wanted, p.m / MIN_PRODUCT_ROWS));
+    pool_run(p.e->pool, col_blocks * p.row_blocks, product_task, &p);
+}
+
+/* y[n][w->rows] (+)= x[n][w->cols] w^T; rows of y are ld apart. */
+static void product_forward(const struct exec *e, const struct tensor *w, const float *x, int n,
+                            float *y, int64_t ld, int accumulate) {
+    run_product((struct product){.e = e, .m = n, .n = w->rows, .k = w->cols, .a = x, .b = w, .c = y,
+                                 .lda = w->cols, .ldc = ld, .accumulate = accumulate});
+}
+
+/* dx[n][w->cols] (+)= dy[n][w->rows] w; rows of dy are ld apart. */
+static void product_input(const struct exec *e, const struct tensor *w, const float *dy, int64_t ld,
+                          int n, float *dx, int accumulate) {
+    run_product((struct product){.e = e, .m = n, .n = w->cols, .k = w->rows, .a = dy, .b = w,
+                                 .c = dx, .lda = ld, .ldc = w->cols, .b_is_k_by_n = 1,
+                                 .accumulate = accumulate});
+}
+
+struct transpose_job {
+    const struct kernels *kern;
+    const float *from; /* [rows][cols] */
+    float *to;         /* [cols][rows] */
+    int64_t ld_from, ld_to;
+    int rows, cols;
+};
+
+/* to[cols][rows] = from[rows][cols], ld floats apart: 16 rows at a time by way of a panel. */
+static void transpose(const struct kernels *kern, const float *from, int64_t ld_from, int rows,
+                      int cols, float *to, int64_t ld_to) {
+    float panel[PRODUCT_COLS * PANEL];
+    int whole = rows / PANEL * PANEL;
+    for (int c0 = 0; c0 < cols; c0 += PRODUCT_COLS) {
+        int n = cols - c0 < PRODUCT_COLS ? cols - c0 : PRODUCT_COLS;
+        for (int r = 0; r < whole; r += PANEL) {
+            kern->conv.pack_panel(from + r * ld_from + c0, ld_from, n, panel);
+            for (int c = 0; c < n; c++)
+                memcpy(to + (c0 + c) * ld_to + r, panel + c * PANEL, PANEL * sizeof *panel);
+        }
+        for (int r = whole; r < rows; r++)
+            for (int c = c0; c < c0 + n; c++) to[c * ld_to + r] = from[r * ld_from + c];
+    }
+}
+
+static void transpose_task(void *arg, int task, int thread) {
+    const struct transpose_job *job = arg;
+    int c0 = task * PRODUCT_COLS, cols = job->cols - c0;
+    (void)thread;
+    transpose(job->kern, job->from + c0, job->ld_from, job->rows,
+              cols < PRODUCT_COLS ? cols : PRODUCT_COLS, job->to + c0 * job->ld_to, job->ld_to);
+}
+
+/* Rows of a transposed matrix lie so far apart that they do not share the sets of a cache. */
+static int64_t transposed_ld(int rows) { return (int64_t)round_up(rows, PANEL) + PANEL; }
+
+/* dw[out][in] += dy[n][out]^T x[n][in]; rows of dy are ld apart; turned: [out][transposed_ld(n)] */
+static void product_weights(const struct exec *e, const float *dy, int64_t ld, const float *x,
+                            int n, int out, int in, float *turned, float *dw) {
+    struct transpose_job t = {e->kern, dy, turned, ld, transposed_ld(n), n, out};
+    const struct tensor b = {(const uint8_t *)x, (int64_t)in * 4, LVM_F32, n, in};
+    pool_run(e->pool, (out + PRODUCT_COLS - 1) / PRODUCT_COLS, transpose_task, &t);
+    run_product((struct product){.e = e, .m = out, .n = in, .k = n, .a = turned, .b = &b, .c = dw,
+                                 .lda = t.ld_to, .ldc = in, .b_is_k_by_n = 1, .accumulate = 1});
+}
+
+
+/* ---- Operations, forward and backward ----
+
+   Each works on rows (tokens) or on columns (of a weight, whose gradient adds rows in ascending
+   order), OP_ROWS or OP_COLS a task. */
+
+enum { OP_ROWS = 32, OP_COLS = 32 };
+
+/* What the tasks of an operation read and write; which fields, its own lines say. */
+struct op {
+    struct lvm_trainer *t;
+    int n, cols;               /* rows, and columns of each */
+    const float *x, *w, *y, *dy;
+    float *out, *dx, *dw, *rms;
+    const struct kept *kept;
+    const struct rows *r;
+};
+
+static void for_rows(struct op *op, task_fn *fn) {
+    pool_run(op->t->e.pool, (op->n + OP_ROWS - 1) / OP_ROWS, fn, op);
+}
+
+static void for_columns(struct op *op, task_fn *fn) {
+    pool_run(op->t->e.pool, (op->cols + OP_COLS - 1) / OP_COLS, fn, op);
+}
+
+static int end_row(const struct op *op, int task) {
+    return (int)min64(op->n, ((int64_t)task + 1) * OP_ROWS);
+}
+
+static int end_column(const struct op *op, int task) {
+    return (int)min64(op->cols, ((int64_t)task + 1) * OP_COLS);
+}
+
+/* out = w x / rms, rms = sqrt(mean(x^2) + eps) */
+static void rmsnorm_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
+        op->t->e.kern->elementwise.rmsnorm(op->x + (int64_t)r * op->cols, op->w,
+                                           op->t->net.a->eps, op->cols,
+                                           op->out + (int64_t)r * op->cols);
+}
+
+/* out = w x / rms:   dx += (w dy - x mean(w dy x) / rms^2) / rms,   and 1 / rms of each row */
+static void rmsnorm_backward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
+        const float *x = op->x + (int64_t)r * op->cols, *dy = op->dy + (int64_t)r * op->cols;
+        float *dx = op->dx + (int64_t)r * op->cols;
+        double squares = 0, products = 0;
+        for (int i = 0; i < op->cols; i++) {
+            squares += (double)x[i] * x[i];
+            products += (double)(op->w[i] * dy[i]) * x[i];
+        }
+        double inv = 1 / sqrt(squares / op->cols + op->t->net.a->eps);
+        float scale = (float)inv, back = (float)(inv * inv * inv * products / op->cols);
+        for (int i = 0; i < op->cols; i++) dx[i] += scale * op->w[i] * dy[i] - back * x[i];
+        op->rms[r] = scale;
+    }
+}
+
+/* out = w x / rms:   dw += sum over rows of dy x / rms */
+static void rmsnorm_weight_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    int c0 = task * OP_COLS, n = end_column(op, task) - c0;
+    float sum[OP_COLS] = {0};
+    (void)thread;
+    for (int r = 0; r < op->n; r++) {
+        const float *x = op->x + (int64_t)r * op->cols + c0,
+                    *dy = op->dy + (int64_t)r * op->cols + c0;
+        for (int c = 0; c < n; c++) sum[c] += dy[c] * x[c] * op->rms[r];
+    }
+    for (int c = 0; c < n; c++) op->dw[c0 + c] += sum[c];
+}
+
+/* y = x w^T + bias:   dbias += sum over rows of dy */
+static void bias_backward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    int c0 = task * OP_COLS, n = end_column(op, task) - c0;
+    float sum[OP_COLS] = {0};
+    (void)thread;
+    for (int r = 0; r < op->n; r++)
+        for (int c = 0; c < n; c++) sum[c] += op->dy[(int64_t)r * op->cols + c0 + c];
+    for (int c = 0; c < n; c++) op->dw[c0 + c] += sum[c];
+}
+
+static void add_bias_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
+        for (int c = 0; c < op->cols; c++) op->out[(int64_t)r * op->cols + c] += op->w[c];
+}
+
+/* u[n][rank] = scale x a^T: the narrow middle of an adapter */
+static void adapter_middle(struct lvm_trainer *t, const struct linear *l, const float *x, int n) {
+    float *u = t->net.work.u;
+    product_forward(&t->e, &l->a->w, x, n, u, l->a->w.rows, 0);
+    for (int64_t i = 0; i < (int64_t)n * l->a->w.rows; i++) u[i] *= t->net.lora_scale;
+}
+
+/* y (+)= x w^T + bias + scale (x a^T) b^T; x[n][in], y[n][out] */
+static void linear_forward(struct lvm_trainer *t, const struct linear *l, const float *x, int n,
+                           float *y, int accumulate) {
+    int out = l->w->w.rows;
+    product_forward(&t->e, &l->w->w, x, n, y, out, accumulate);
+    if (l->bias != NULL)
+        for_rows(&(struct op){.t = t, .n = n, .cols = out, .w = floats(&l->bias->w), .out = y},
+                 add_bias_task);
+    if (l->a == NULL) return;
+    adapter_middle(t, l, x, n);
+    product_forward(&t->e, &l->b->w, t->net.work.u, n, y, out, 1);
+}
+
+/* y = ... + u b^T, u = scale x a^T:   db += dy^T u,  du = scale dy b,  da += du^T x,  dx += du a */
+static void adapter_backward(struct lvm_trainer *t, const struct linear *l, const float *x,
+                             const float *dy, int n, float *dx) {
+    struct work *k = &t->net.work;
+    int out = l->b->w.rows, in = l->a->w.cols, rank = l->a->w.rows;
+    adapter_middle(t, l, x, n);
+    product_weights(&t->e, dy, out, k->u, n, out, rank, k->turned, l->b->g);
+    product_input(&t->e, &l->b->w, dy, out, n, k->u, 0);
+    for (int64_t i = 0; i < (int64_t)n * rank; i++) k->u[i] *= t->net.lora_scale;
+    product_weights(&t->e, k->u, rank, x, n, rank, in, k->turned, l->a->g);
+    if (dx != NULL) product_input(&t->e, &l->a->w, k->u, rank, n, dx, 1);
+}
+
+/* y = x w^T + bias + adapter:   dx (+)= dy w,  dw += dy^T x,  dbias += sum of dy.   dx NULL: not
+   wanted. */
+static void linear_backward(struct lvm_trainer *t, const struct linear *l, const float *x,
+                            const float *dy, int n, float *dx, int accumulate) {
+    int out = l->w->w.rows, in = l->w->w.cols;
+    if (dx != NULL) product_input(&t->e, &l->w->w, dy, out, n, dx, accumulate);
+    if (l->w->g != NULL)
+        product_weights(&t->e, dy, out, x, n, out, in, t->net.work.turned, l->w->g);
+    if (l->bias != NULL && l->bias->g != NULL)
+        for_columns(&(struct op){.t = t, .n = n, .cols = out, .dy = dy, .dw = l->bias->g},
+                    bias_backward_task);
+    if (l->a != NULL) adapter_backward(t, l, x, dy, n, dx);
+}
+
+static void norm_forward(struct lvm_trainer *t, const struct param *w, const float *x, int n,
+                         float *y) {
+    for_rows(&(struct op){.t = t, .n = n, .cols = w->w.cols, .x = x, .w = floats(&w->w), .out = y},
+             rmsnorm_task);
+}
+
+static void norm_backward(struct lvm_trainer *t, const struct param *w, const float *x,
+                          const float *dy, int n, float *dx) {
+    struct op op = {.t = t, .n = n, .cols = w->w.cols, .x = x, .w = floats(&w->w), .dy = dy,
+                    .dx = dx, .dw = w->g, .rms = t->net.work.rms};
+    for_rows(&op, rmsnorm_backward_task);
+    if (w->g != NULL) for_columns(&op, rmsnorm_weight_task);
+}
+
+/* out = silu(x) y, x the gate and y what it lets through */
+static void swiglu_forward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
+        int64_t at = (int64_t)r * op->cols;
+        memcpy(op->out + at, op->x + at, (size_t)op->cols * sizeof(float));
+        op->t->e.kern->elementwise.silu_mul(op->out + at, op->y + at, op->cols);
+    }
+}
+
+/* out = silu(x) y, silu(x) = x s, s = 1 / (1 + e^-x):   dx = dy y (s + x s (1 - s)),  dout = dy x s.
+   dx may be dy; a row of silu(x) goes to scratch. */
+static void swiglu_backward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    float *silus = exec_scratch(&op->t->e, thread), *ones = silus + op->cols;
+    for (int i = 0; i < op->cols; i++) ones[i] = 1;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
+        int64_t at = (int64_t)r * op->cols;
+        const float *x = op->x + at, *y = op->y + at, *dy = op->dy + at;
+        memcpy(silus, x, (size_t)op->cols * sizeof *silus);
+        op->t->e.kern->elementwise.silu_mul(silus, ones, op->cols);
+        for (int i = 0; i < op->cols; i++) {
+            float silu_x = silus[i], s = x[i] != 0 ? silu_x / x[i] : 0.5f, d = dy[i];
+            op->dx[at + i] = d * y[i] * (s + silu_x * (1 - s));
+            op->out[at + i] = d * silu_x;
+        }
+    }
+}
+
+/* RoPE's backward: a rotation by the same angle the other way. */
+static void rotate_backward(const float *dy, const float *cosines, const float *sines, int d,
+                            float *dx) {
+    int half = d / 2;
+    for (int i = 0; i < half; i++) {
+        dx[i] = dy[i] * cosines[i] + dy[i + half] * sines[i];
+        dx[i + half] = dy[i + half] * cosines[i] - dy[i] * sines[i];
+    }
+}
+
+/* Queries and keys turn by the angles of their positions; rows of padding get an answer of 0. */
+static void rope_forward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    const struct net *net = &op->t->net;
+    int H = net->a->H, G = net->a->G, d = net->a->d;
+    float *turned = exec_scratch(&op->t->e, thread);
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
+        float *q = op->kept->q + (int64_t)r * H * d, *k = op->kept->k + (int64_t)r * G * d;
+        int at = net->work.positions[r];
+        if (at < 0) memset(op->kept->o + (int64_t)r * H * d, 0, (size_t)(H * d) * sizeof *q);
+        const float *cosines = net->rope + (int64_t)at * d, *sines = cosines + d / 2;
+        for (int h = 0; at >= 0 && h < H + G; h++) {
+            float *x = h < H ? q + h * d : k + (h - H) * d;
+            rotate(x, cosines, sines, d, turned);
+            memcpy(x, turned, (size_t)d * sizeof *x);
+        }
+    }
+}
+
+/* The same backwards; dq's parts are added up first. Rows of padding get nothing. */
+static void rope_backward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    const struct net *net = &op->t->net;
+    const struct work *w = &net->work;
+    int H = net->a->H, G = net->a->G, d = net->a->d;
+    int64_t part = (int64_t)net->max_rows * H * d;
+    float *turned = exec_scratch(&op->t->e, thread);
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
+        float *dq = w->dq + (int64_t)r * H * d, *dk = w->dk + (int64_t)r * G * d;
+        int at = w->positions[r];
+        const float *cosines = net->rope + (int64_t)at * d, *sines = cosines + d / 2;
+        for (int p = 1; at >= 0 && p < DQ_PARTS; p++)
+            for (int i = 0; i < H * d; i++) dq[i] += dq[p * part + i];
+        for (int h = 0; h < H + G; h++) {
+            float *x = h < H ? dq + h * d : dk + (h - H) * d;
+            if (at < 0) memset(turned, 0, (size_t)d * sizeof *x);
+            else rotate_backward(x, cosines, sines, d, turned);
+            memcpy(x, turned, (size_t)d * sizeof *x);
+        }
+        if (at < 0) memset(w->dv + (int64_t)r * G * d, 0, (size_t)(G * d) * sizeof *dk);
+    }
+}
+
+/* ---- Attention, forward and backward ----
+
+   Forward, a row i of queries with keys 0 .. i of its piece, in blocks of 256 keys as in chapter 3:
+
+       s_j = scale q . k_j,   lse = ln sum_j e^(s_j),   p_j = e^(s_j - lse),   o = sum_j p_j v_j
+
+   Backward, by the same blocks, with p computed again from lse (Dao et al. 2022, arXiv 2205.14135):
+
+       dv_j += p_j do,   dp_j = do . v_j,   ds_j = p_j (dp_j - do . o) scale,
+       dq += sum_j ds_j k_j,   dk_j += ds_j q
+
+   A task has a key/value head and every DQ_PARTS-th block of keys of a piece, and adds to a part of
+   dq of its own: as many parts whatever the threads, added up by rope_backward_task. */
+
+enum { ATTEND_ROWS = 256, BACK_ROWS = 72 }; /* query rows of a task; that pass a block together */
+
+/* The next n floats of scratch memory. */
+static float *take(float **at, int64_t n) {
+    float *p = *at;
+    *at += (n + PANEL - 1) / PANEL * PANEL;
+    return p;
+}
+
+/* n rows of a head, from[n][d], ld apart, as [n rounded up to 16][dp] with zeros beyond. */
+static void head_rows(const float *from, int64_t ld, int n, int d, int dp, float *rows) {
+    memset(rows, 0, (size_t)round_up(n, PANEL) * (size_t)dp * sizeof *rows);
+    for (int r = 0; r < n; r++)
+        memcpy(rows + (int64_t)r * dp, from + r * ld, (size_t)d * sizeof *rows);
+}
+
+/* Right operands of outer products: rows[n][dp] as panels[n / 16][dp][16], for sums over dp; */
+static void pack_heads(const struct kernels *kern, const float *rows, int n, int dp,
+                       float *panels) {
+    for (int r = 0; r < n; r += PANEL)
+        kern->conv.pack_panel(rows + (int64_t)r * dp, dp, dp, panels + (int64_t)r * dp);
+}
+
+/* and as strips[dp / 16][KV_BLOCK][16], for sums over rows. */
+static void strip_heads(const float *rows, int n, int dp, float *strips) {
+    for (int c = 0; c < dp; c += PANEL)
+        for (int r = 0; r < n; r++)
+            memcpy(strips + (int64_t)c * KV_BLOCK + r * PANEL, rows + (int64_t)r * dp + c,
+                   PANEL * sizeof *strips);
+}
+
+struct attention {
+    struct lvm_trainer *t;
+    const struct rows *r;
+    const struct kept *kept;
+};
+
+static int attend_chunks(const struct piece *p) { return (p->n + ATTEND_ROWS - 1) / ATTEND_ROWS; }
+
+/* o and lse of up to ATTEND_ROWS rows of one query head: chunks of all heads of all pieces. */
+static void attention_forward_task(void *arg, int task, int thread) {
+    const struct attention *job = arg;
+    const struct llama *a = job->t->net.a;
+    const struct kernels *kern = job->t->e.kern;
+    const struct piece *p = job->r->pieces;
+    for (; task >= a->H * attend_chunks(p); p++) task -= a->H * attend_chunks(p);
+    int H = a->H, G = a->G, d = a->d, dp = round_up(d, PANEL), h = task % H, g = h / (H / G);
+    int first = task / H * ATTEND_ROWS, n = p->n - first < ATTEND_ROWS ? p->n - first : ATTEND_ROWS;
+    float *at = exec_scratch(&job->t->e, thread), *rows = take(&at, KV_BLOCK * dp),
+          *keys = take(&at, KV_BLOCK * dp), *values = take(&at, KV_BLOCK * dp),
+          *q = take(&at, ATTEND_ROWS * dp), *o = take(&at, ATTEND_ROWS * dp);
+    struct query queries[ATTEND_ROWS];
+    head_rows(job->kept->q + ((int64_t)(p->first + first) * H + h) * d, (int64_t)H * d, n, d, dp, q);
+    memset(o, 0, (size_t)n * (size_t)dp * sizeof *o);
+    for (int r = 0; r < n; r++)
+        queries[r] = (struct query){q + r * dp, o + r * dp, -HUGE_VALF, 0, 0, NULL};
+    for (int k0 = 0; k0 < first + n; k0 += KV_BLOCK) {
+        int count = (int)min64(KV_BLOCK, first + n - k0);
+        int64_t from = ((int64_t)(p->first + k0) * G + g) * d;
+        head_rows(job->kept->k + from, (int64_t)G * d, count, d, dp, rows);
+        pack_heads(kern, rows, count, dp, keys);
+        head_rows(job->kept->v + from, (int64_t)G * d, count, d, dp, rows);
+        strip_heads(rows, count, dp, values);
+        for (int r = 0; r < n; r++) queries[r].keys = (int)min64(count, first + r + 1 - k0);
+        for (int r = 0; r < n; r += QUERY_ROWS)
+            attend_block(kern, queries + r, n - r < QUERY_ROWS ? n - r : QUERY_ROWS, dp, keys,
+                         values, 1 / sqrtf((float)d), at);
+    }
+    for (int r = 0; r < n; r++) {
+        int64_t row = (int64_t)(p->first + first + r) * H + h;
+        for (int i = 0; i < d; i++) job->kept->o[row * d + i] = queries[r].o[i] / queries[r].l;
+        job->kept->lse[row] = queries[r].m + (float)log_f64(queries[r].l);
+    }
+}
+
+static void attention_forward(struct lvm_trainer *t, const struct rows *r,
+                              const struct kept *kept) {
+    struct attention job = {t, r, kept};
+    int tasks = 0;
+    for (int i = 0; i < r->n_pieces; i++) tasks += t->net.a->H * attend_chunks(&r->pieces[i]);
+    pool_run(t->e.pool, tasks, attention_forward_task, &job);
+}
+
+/* Scratch of a backward task: one block of keys and a few rows of queries. */
+struct attend_back {
+    float *rows;                          /* [KV_BLOCK][dp] */
+    float *k_panels, *v_panels, *k_strips; /* [KV_BLOCK][dp] */
+    float *dk, *dv;                       /* [dp][KV_BLOCK] */
+    float *q, *d_o, *q_turned, *o_turned; /* [80][dp]  [80][dp]  [dp][80]  [dp][80] */
+    float *s, *ds;                        /* [72][KV_BLOCK]: scores, later p; dp, later ds */
+    float *p_strips, *ds_strips;          /* [KV_BLOCK / 16][72][16] */
+    float *dq;                            /* [72][dp] */
+    int d, dp, keys, rows_n, rows_from;   /* of this block; rows_from: behind its first key */
+    float scale;
+};
+
+enum { BACK_LD = (BACK_ROWS + PANEL - 1) / PANEL * PANEL };
+
+/* Floats of scratch of a backward task, and where each array lies in it. */
+static int64_t attend_back_scratch(int dp) {
+    return (6 * KV_BLOCK + 5 * BACK_LD) * (int64_t)dp + 4 * BACK_ROWS * KV_BLOCK;
+}
+
+static void attend_back_take(struct attend_back *b, float *at, int dp) {
+    float **block[] = {&b->rows, &b->k_panels, &b->v_panels, &b->k_strips, &b->dk,
+                                    &b->dv};
+    float **turned[] = {&b->q, &b->d_o, &b->q_turned, &b->o_turned, &b->dq};
+    float **square[] = {&b->s, &b->ds, &b->p_strips, &b->ds_strips};
+    for (int i = 0; i < 6; i++) *block[i] = take(&at, (int64_t)KV_BLOCK * dp);
+    for (int i = 0; i < 5; i++) *turned[i] = take(&at, (int64_t)BACK_LD * dp);
+    for (int i = 0; i < 4; i++) *square[i] = take(&at, (int64_t)BACK_ROWS * KV_BLOCK);
+}
+
+/* p and ds of the rows from s = q k^T and ds = do v^T; both as strips, ds as rows too. */
+static void attention_probabilities(const struct kernels *kern, const struct attend_back *b,
+                                    const float *lse, const float *delta, int64_t ld, int panels) {
+    for (int r = 0; r < b->rows_n; r++) {
+        float *s = b->s + r * KV_BLOCK, *ds = b->ds + r * KV_BLOCK, max = 0;
+        int keys = (int)min64(b->keys, b->rows_from + r + 1);
+        kern->attention.softmax(s, panels * PANEL, keys, b->scale, &max); /* e^(scale s - max) */
+        float factor = exp_f32(max - lse[r * ld]), dot = delta[r * ld];
+        for (int j = 0; j < panels * PANEL; j++) {
+            s[j] *= factor;                                       /* p = e^(scale s - lse) */
+            ds[j] = s[j] * (ds[j] - dot) * b->scale;              /* p (dp - do . o) scale */
+        }
+        for (int c = 0; c < panels; c++) {
+            int64_t to = ((int64_t)c * BACK_ROWS + r) * PANEL;
+            memcpy(b->p_strips + to, s + c * PANEL, PANEL * sizeof *s);
+            memcpy(b->ds_strips + to, ds + c * PANEL, PANEL * sizeof *s);
+        }
+    }
+}
+
+/* Row pointers into a matrix, ld apart. */
+static void point(const float **rows, const float *matrix, int n, int64_t ld) {
+    for (int r = 0; r < n; r++) rows[r] = matrix + r * ld;
+}
+
+/* A few query rows of one head against a block of keys: dk and dv grow, dq[rows][d] is added to. */
+static void attention_backward_rows(const struct attention *job, struct attend_back *b, int row,
+                                    int h, float *dq) {
+    const struct kernels *kern = job->t->e.kern;
+    const struct work *w = &job->t->net.work;
+    int H = job->t->net.a->H, d = b->d, dp = b->dp, n = b->rows_n;
+    int keys = (int)min64(b->keys, b->rows_from + n), panels = (keys + PANEL - 1) / PANEL;
+    int64_t at = (int64_t)row * H + h;
+    const float *a[KV_BLOCK];
+    head_rows(job->kept->q + at * d, (int64_t)H * d, n, d, dp, b->q);
+    head_rows(w->d_o + at * d, (int64_t)H * d, n, d, dp, b->d_o);
+    point(a, b->q, n, dp);
+    matmul_panels(kern, n, dp, a, b->k_panels, dp * PANEL, panels, b->s, KV_BLOCK, 0);
+    point(a, b->d_o, n, dp);
+    matmul_panels(kern, n, dp, a, b->v_panels, dp * PANEL, panels, b->ds, KV_BLOCK, 0);
+    attention_probabilities(kern, b, job->kept->lse + at, w->delta + at, H, panels);
+    point(a, b->ds, n, KV_BLOCK);                                         /* dq += ds k */
+    matmul_panels(kern, n, keys, a, b->k_strips, KV_BLOCK * PANEL, dp / PANEL, b->dq, dp, 0);
+    for (int r = 0; r < n; r++)
+        for (int i = 0; i < d; i++) dq[(int64_t)r * H * d + i] += b->dq[r * dp + i];
+    transpose(kern, b->d_o, dp, n, dp, b->o_turned, BACK_LD);
+    point(a, b->o_turned, dp, BACK_LD);                                   /* dv^T += do^T p */
+    matmul_panels(kern, dp, n, a, b->p_strips, BACK_ROWS * PANEL, panels, b->dv, KV_BLOCK, 1);
+    transpose(kern, b->q, dp, n, dp, b->q_turned, BACK_LD);
+    point(a, b->q_turned, dp, BACK_LD);                                   /* dk^T += q^T ds */
+    matmul_panels(kern, dp, n, a, b->ds_strips, BACK_ROWS * PANEL, panels, b->dk, KV_BLOCK, 1);
+}
+
+/* All rows of a piece that see the block of keys from k0 on, of all query heads that share it. */
+static void attention_backward_block(const struct attention *job, struct attend_back *b,
+                                     const struct piece *p, int g, int k0, float *dq) {
+    const struct llama *a = job->t->net.a;
+    const struct work *w = &job->t->net.work;
+    const struct kernels *kern = job->t->e.kern;
+    int d = b->d, dp = b->dp, group = a->H / a->G;
+    int64_t from = ((int64_t)(p->first + k0) * a->G + g) * d, ld = (int64_t)a->G * d;
+    size_t bytes = (size_t)KV_BLOCK * (size_t)dp * sizeof(float);
+    b->keys = (int)min64(KV_BLOCK, p->n - k0);
+    head_rows(job->kept->v + from, ld, b->keys, d, dp, b->rows);
+    pack_heads(kern, b->rows, b->keys, dp, b->v_panels);
+    head_rows(job->kept->k + from, ld, b->keys, d, dp, b->rows);
+    pack_heads(kern, b->rows, b->keys, dp, b->k_panels);
+    strip_heads(b->rows, b->keys, dp, b->k_strips);
+    memset(b->dk, 0, bytes);
+    memset(b->dv, 0, bytes);
+    for (int h = g * group; h < (g + 1) * group; h++)
+        for (int i = k0; i < p->n; i += BACK_ROWS) {
+            int row = p->first + i;
+            b->rows_n = (int)min64(BACK_ROWS, p->n - i);
+            b->rows_from = i - k0;
+            attention_backward_rows(job, b, row, h, dq + ((int64_t)row * a->H + h) * d);
+        }
+    transpose(kern, b->dk, KV_BLOCK, d, b->keys, w->dk + from, ld);
+    transpose(kern, b->dv, KV_BLOCK, d, b->keys, w->dv + from, ld);
+}
+
+static void attention_backward_task(void *arg, int task, int thread) {
+    const struct attention *job = arg;
+    const struct llama *a = job->t->net.a;
+    const struct piece *p = job->r->pieces + task / (a->G * DQ_PARTS);
+    int g = task % a->G, part = task / a->G % DQ_PARTS, group = a->H / a->G;
+    struct attend_back b = {.d = a->d, .dp = round_up(a->d, PANEL),
+                            .scale = 1 / sqrtf((float)a->d)};
+    float *dq = job->t->net.work.dq + (int64_t)part * job->t->net.max_rows * a->D;
+    attend_back_take(&b, exec_scratch(&job->t->e, thread), b.dp);
+    for (int r = p->first; r < p->first + p->n; r++)
+        memset(dq + ((int64_t)r * a->H + g * group) * a->d, 0,
+               (size_t)(group * a->d) * sizeof *dq);
+    for (int k0 = part * KV_BLOCK; k0 < p->n; k0 += DQ_PARTS * KV_BLOCK)
+        attention_backward_block(job, &b, p, g, k0, dq);
+}
+
+/* delta = do . o of each head, which is sum_j p_j dp_j */
+static void attention_delta_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    const struct net *net = &op->t->net;
+    int H = net->a->H, d = net->a->d;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
+        for (int h = 0; h < H; h++) {
+            int64_t at = (int64_t)r * H + h;
+            op->t->e.kern->matmul.dot_row(d, op->kept->o + at * d, op->dy + at * d, 0, 1,
+                                          net->work.delta + at);
+        }
+}
+
+static void attention_backward(struct lvm_trainer *t, const struct rows *r,
+                               const struct kept *kept) {
+    struct attention job = {t, r, kept};
+    for_rows(&(struct op){.t = t, .n = r->n, .kept = kept, .dy = t->net.work.d_o},
+             attention_delta_task);
+    pool_run(t->e.pool, r->n_pieces * t->net.a->G * DQ_PARTS, attention_backward_task, &job);
+}
 
 /* ---- A layer, forward and backward ---- */
 
+/* What is kept of layer i; of those before first_kept only the input has a place of its own. */
+static struct kept kept_of(const struct net *net, int i) {
+    struct kept k = i < net->first_kept ? net->again : net->kept[i];
+    k.x = net->kept[i].x;
+    return k;
+}
+
+static void activate(struct lvm_trainer *t, const struct kept *k, int n) {
+    for_rows(&(struct op){.t = t, .n = n, .cols = t->net.a->F, .x = k->gate, .y = k->up,
+                          .out = t->net.work.act}, swiglu_forward_task);
+}
+
+/* y = layer(k->x), keeping the rest of *k; y NULL: only that. As in run_layer of chapter 6. */
+static void layer_forward(struct lvm_trainer *t, const struct block *l, const struct rows *r,
+                          const struct kept *k, float *y) {
+    float *h = t->net.work.h;
+    size_t bytes = (size_t)r->n * (size_t)t->net.a->D * sizeof *h;
+    int n = r->n;
+    norm_forward(t, l->attn_norm, k->x, n, h);          /* h = rmsnorm(x) */
+    linear_forward(t, &l->q, h, n, k->q, 0);            /* q, k, v = Wq h, Wk h, Wv h */
+    linear_forward(t, &l->k, h, n, k->k, 0);
+    linear_forward(t, &l->v, h, n, k->v, 0);
+    for_rows(&(struct op){.t = t, .n = n, .kept = k}, rope_forward_task);
+    attention_forward(t, r, k);                         /* o = attention(q, k, v) */
+    memcpy(k->mid, k->x, bytes);
+    linear_forward(t, &l->o, k->o, n, k->mid, 1);       /* mid = x + Wo o */
+    norm_forward(t, l->ffn_norm, k->mid, n, h);         /* h = rmsnorm(mid) */
+    linear_forward(t, &l->gate, h, n, k->gate, 0);      /* gate, up = Wgate h, Wup h */
+    linear_forward(t, &l->up, h, n, k->up, 0);
+    if (y == NULL) return;
+    activate(t, k, n);                                  /* act = silu(gate) * up */
+    memcpy(y, k->mid, bytes);
+    linear_forward(t, &l->down, t->net.work.act, n, y, 1); /* y = mid + Wdown act */
+}
+
+/* dx, the gradient by the layer's output, becomes that by its input. */
+static void layer_backward(struct lvm_trainer *t, const struct block *l, const struct rows *r,
+                           const struct kept *k) {
+    struct work *w = &t->net.work;
+    int n = r->n;
+    activate(t, k, n);
+    linear_backward(t, &l->down, w->act, w->dx, n, w->dact, 0); /* y = mid + Wdown act */
+    for_rows(&(struct op){.t = t, .n = n, .cols = t->net.a->F, .x = k->gate, .y = k->up,
+                          .dy = w->dact, .dx = w->dact, .out = w->act}, swiglu_backward_task);
+    norm_forward(t, l->ffn_norm, k->mid, n, w->h);
+    linear_backward(t, &l->gate, w->h, w->dact, n, w->dh, 0);   /* gate, up = Wgate h, Wup h */
+    linear_backward(t, &l->up, w->h, w->act, n, w->dh, 1);
+    norm_backward(t, l->ffn_norm, k->mid, w->dh, n, w->dx);     /* h = rmsnorm(mid) */
+
+    linear_backward(t, &l->o, k->o, w->dx, n, w->d_o, 0);       /* mid = x + Wo o */
+    attention_backward(t, r, k);                                /* o = attention(q, k, v) */
+    for_rows(&(struct op){.t = t, .n = n}, rope_backward_task);
+    norm_forward(t, l->attn_norm, k->x, n, w->h);
+    linear_backward(t, &l->q, w->h, w->dq, n, w->dh, 0);        /* q, k, v = Wq h, Wk h, Wv h */
+    linear_backward(t, &l->k, w->h, w->dk, n, w->dh, 1);
+    linear_backward(t, &l->v, w->h, w->dv, n, w->dh, 1);
+    norm_backward(t, l->attn_norm, k->x, w->dh, n, w->dx);      /* h = rmsnorm(x) */
+}
+
 /* ---- The whole model: loss and gradients ---- */
 
-/* Adds to *loss the sum over rows of weight (-ln p(target)), and the gradients of that sum divided
-   by `all` to every g. r->n <= net->max_rows. nll: NULL, or -ln p of each row. */
+enum { LOGIT_ROWS = 256 }; /* rows of logits at a time */
+
+/* x = the token's row of the embedding */
+static void embed_forward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
+        row_floats(op->t->e.kern, &op->t->net.embed->w, op->r->ids[r], 0, op->cols,
+                      op->out + (int64_t)r * op->cols);
+}
+
+/* dw of the token's row += dx */
+static void embed_backward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    int c0 = task * OP_COLS;
+    (void)thread;
+    for (int r = 0; r < op->n; r++) {
+        float *dw = op->dw + (int64_t)op->r->ids[r] * op->cols;
+        for (int c = c0; c < end_column(op, task); c++) dw[c] += op->dy[(int64_t)r * op->cols + c];
+    }
+}
+
+/* Rows of logits, ld apart, at which -ln softmax(logits)[target] is wanted and its gradient:
+   dlogits = weight (softmax(logits) - onehot(target)), in their place. */
+struct loss_job {
+    struct lvm_trainer *t;
+    float *logits;
+    int64_t ld;
+    const int32_t *targets;
+    const float *weights;
+    float *nll;
+    double all;              /* by which weights are divided */
+    int backward;
+};
+
+static void loss_task(void *arg, int r, int thread) {
+    const struct loss_job *job = arg;
+    int V = job->t->net.a->V;
+    float *p = job->logits + r * job->ld, max = 0, target = p[job->targets[r]];
+    (void)thread;
+    float sum = job->t->e.kern->attention.softmax(p, (int)job->ld, V, 1, &max);
+    job->nll[r] = (float)(log_f64(sum) + max - target);
+    if (!job->backward) return;
+    float weight = (float)(job->weights[r] / job->all), scale = weight / sum;
+    for (int i = 0; i < V; i++) p[i] *= scale;
+    p[job->targets[r]] -= weight;
+}
+
+static int any_weight(const float *weights, int n) {
+    for (int i = 0; i < n; i++)
+        if (weights[i] != 0) return 1;
+    return 0;
+}
+
+/* nll of all rows from x[n][D], the last layer's output; with backward, dx and the gradients of the
+   last norm and the output matrix too. */
+static void head(struct lvm_trainer *t, const struct rows *r, const float *x, double all,
+                 int backward) {
+    struct work *w = &t->net.work;
+    const struct tensor *out = &t->net.output->w;
+    int D = out->cols, V = out->rows, ld = round_up(V, PANEL);
+    norm_forward(t, t->net.norm, x, r->n, w->h);                    /* h = rmsnorm(x) */
+    for (int i = 0; i < r->n; i += LOGIT_ROWS) {
+        int n = r->n - i < LOGIT_ROWS ? r->n - i : LOGIT_ROWS;
+        float *h = w->h + (int64_t)i * D, *dh = w->dh + (int64_t)i * D;
+        struct loss_job job = {t, w->logits, ld, r->targets + i, r->weights + i, w->nll + i, all,
+                               backward};
+        if (!any_weight(r->weights + i, n)) {
+            memset(w->nll + i, 0, (size_t)n * sizeof *w->nll);
+            memset(dh, 0, (size_t)n * (size_t)D * sizeof *dh);
+            continue;
+        }
+        product_forward(&t->e, out, h, n, w->logits, ld, 0);        /* logits = Wout h */
+        pool_run(t->e.pool, n, loss_task, &job);
+        if (!backward) continue;
+        product_input(&t->e, out, w->logits, ld, n, dh, 0);
+        if (t->net.output->g != NULL)
+            product_weights(&t->e, w->logits, ld, h, n, V, D, w->turned, t->net.output->g);
+    }
+    if (!backward) return;
+    memset(w->dx, 0, (size_t)r->n * (size_t)D * sizeof *w->dx);
+    norm_backward(t, t->net.norm, x, w->dh, r->n, w->dx);
+}
+
+static void set_positions(struct net *net, const struct rows *r) {
+    for (int i = 0; i < r->n; i++) net->work.positions[i] = -1;
+    for (int p = 0; p < r->n_pieces; p++)
+        for (int i = 0; i < r->pieces[p].n; i++) net->work.positions[r->pieces[p].first + i] = i;
+}
+
+/* Both ways of a pass are 3 L units of progress: a layer backward is two forward. */
+static int report_pass(struct lvm_trainer *t, const char *stage, int done, lvm_error *error) {
+    const lvm_options o = {.user = t->o.user, .progress = t->o.progress};
+    return report(&o, stage, t->units + done, t->all_units, error);
+}
+
+/* x of the last layer: all forward. */
+static int forward_layers(struct lvm_trainer *t, const struct rows *r, const char *stage,
+                          lvm_error *error) {
+    struct net *net = &t->net;
+    int code = LVM_OK;
+    set_positions(net, r);
+    for_rows(&(struct op){.t = t, .r = r, .n = r->n, .cols = net->a->D, .out = net->kept[0].x},
+             embed_forward_task);
+    for (int i = 0; code == LVM_OK && i < net->a->L; i++) {
+        struct kept k = kept_of(net, i);
+        layer_forward(t, &net->blocks[i], r, &k, net->kept[i + 1].x);
+        code = report_pass(t, stage, i + 1, error);
+    }
+    return code;
+}
+
+static double weighted_sum(const float *weights, const float *nll, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += (double)weights[i] * nll[i];
+    return sum;
+}
+
+/* Adds to every g the gradient of sum over rows of weight / all (-ln p(target)), and to *loss that
+   sum times `all`. r->n <= net->max_rows. */
 static int net_accumulate(struct lvm_trainer *t, const struct rows *r, double all, double *loss,
-                          lvm_error *error);
+                          lvm_error *error) {
+    struct net *net = &t->net;
+    int L = net->a->L, code = forward_layers(t, r, "train", error);
+    if (code != LVM_OK) return code;
+    head(t, r, net->kept[L].x, all, 1);
+    *loss += weighted_sum(r->weights, net->work.nll, r->n);
+    for (int i = L - 1; code == LVM_OK && i >= net->lowest; i--) {
+        struct kept k = kept_of(net, i);
+        if (i < net->first_kept) layer_forward(t, &net->blocks[i], r, &k, NULL);
+        layer_backward(t, &net->blocks[i], r, &k);
+        code = report_pass(t, "train", L + 2 * (L - i), error);
+    }
+    if (code == LVM_OK && net->embed->g != NULL)
+        for_columns(&(struct op){.t = t, .r = r, .n = r->n, .cols = net->a->D, .dy = net->work.dx,
+                                 .dw = net->embed->g}, embed_backward_task);
+    return code;
+}
 
-/* The same without gradients. */
-static int net_loss(struct lvm_trainer *t, const struct rows *r, double *loss, float *nll,
-                    lvm_error *error);
+/* The loss alone, as above. */
+static int net_loss(struct lvm_trainer *t, const struct rows *r, double *loss, lvm_error *error) {
+    int code = forward_layers(t, r, "eval", error);
+    if (code != LVM_OK) return code;
+    head(t, r, t->net.kept[t->net.a->L].x, 1, 0);
+    *loss += weighted_sum(r->weights, t->net.work.nll, r->n);
+    return LVM_OK;
+}
 
-/* ---- AdamW ---- */
+/* ---- AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) ----
 
-/* ---- Data: .tok files ---- */
+       g *= min(1, clip / |g|),   m += (1 - b1)(g - m),   v += (1 - b2)(g^2 - v)
+       w -= lr decay w,   w -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+   |g| is the norm of all gradients together, t counts updates, matrices alone decay. Work is cut
+   into pieces of CHUNK elements of a parameter, so that sums of squares have one order. */
+
+enum { CHUNK = 1 << 16 };
+
+static int64_t elements(const struct param *p) { return (int64_t)p->w.rows * p->w.cols; }
+
+static int64_t chunks(const struct param *p) {
+    return p->g == NULL ? 0 : (elements(p) + CHUNK - 1) / CHUNK;
+}
+
+static int64_t all_chunks(const struct net *net) {
+    int64_t n = 0;
+    for (int i = 0; i < net->n_params; i++) n += chunks(&net->params[i]);
+    return n;
+}
+
+/* An update of all parameters; scale: of the gradients; 1 - b^t of m and of v. */
+struct update {
+    struct lvm_trainer *t;
+    float lr, scale, debias_m, debias_v;
+};
+
+/* The parameter that a chunk belongs to; its elements first .. first + *n - 1. */
+static struct param *find_chunk(struct net *net, int64_t chunk, int64_t *first, int *n) {
+    struct param *p = net->params;
+    for (; chunk >= chunks(p); p++) chunk -= chunks(p);
+    *first = chunk * CHUNK;
+    *n = (int)min64(CHUNK, elements(p) - *first);
+    return p;
+}
+
+static void zero_gradients_task(void *arg, int task, int thread) {
+    struct lvm_trainer *t = arg;
+    int64_t first = 0;
+    int n = 0;
+    struct param *p = find_chunk(&t->net, task, &first, &n);
+    (void)thread;
+    memset(p->g + first, 0, (size_t)n * sizeof *p->g);
+}
+
+static void squares_task(void *arg, int task, int thread) {
+    struct lvm_trainer *t = arg;
+    int64_t first = 0;
+    int n = 0;
+    struct param *p = find_chunk(&t->net, task, &first, &n);
+    const float *g = p->g + first;
+    double sum[4] = {0};
+    (void)thread;
+    for (int i = 0; i < n; i++) sum[i % 4] += (double)g[i] * g[i];
+    t->net.work.squares[task] = sum[0] + sum[1] + sum[2] + sum[3];
+}
+
+static void update_task(void *arg, int task, int thread) {
+    const struct update *u = arg;
+    const lvm_train_options *o = &u->t->o;
+    int64_t first = 0;
+    int n = 0;
+    struct param *p = find_chunk(&u->t->net, task, &first, &n);
+    float *w = p->values + first, *m = p->m + first, *v = p->v + first;
+    const float *gradient = p->g + first;
+    float keep = 1 - (p->decays ? u->lr * o->weight_decay : 0), step = u->lr / u->debias_m,
+          root = 1 / sqrtf(u->debias_v);
+    (void)thread;
+    for (int i = 0; i < n; i++) {
+        float g = gradient[i] * u->scale;
+        m[i] += (1 - o->beta1) * (g - m[i]);
+        v[i] += (1 - o->beta2) * (g * g - v[i]);
+        w[i] = w[i] * keep - step * m[i] / (sqrtf(v[i]) * root + o->epsilon);
+    }
+}
+
+static void zero_gradients(struct lvm_trainer *t) {
+    pool_run(t->e.pool, (int)all_chunks(&t->net), zero_gradients_task, t);
+}
+
+/* The norm of all gradients together. */
+static double gradient_norm(struct lvm_trainer *t) {
+    int64_t n = all_chunks(&t->net);
+    double sum = 0;
+    pool_run(t->e.pool, (int)n, squares_task, t);
+    for (int64_t i = 0; i < n; i++) sum += t->net.work.squares[i];
+    return sqrt(sum);
+}
+
+/* 1 - b^n */
+static float debias(float b, int64_t n) {
+    return (float)(1 - exp_f64((double)n * log_f64(b)));
+}
+
+/* Update number `updates`, counted from 1, by gradients of that norm. */
+static void update_params(struct lvm_trainer *t, double lr, double norm, int64_t updates) {
+    const lvm_train_options *o = &t->o;
+    struct update u = {t, (float)lr, 1, debias(o->beta1, updates), debias(o->beta2, updates)};
+    if (o->clip > 0 && norm > o->clip) u.scale = (float)(o->clip / norm);
+    pool_run(t->e.pool, (int)all_chunks(&t->net), update_task, &u);
+}
+
+/* Of step `step`, counted from 1: up to lr over the warm-up, then down to min_lr by half a cosine
+   (Loshchilov and Hutter 2017, arXiv 1608.03983), or over the last tenth by a line (Hu et al. 2024,
+   arXiv 2404.06395). */
+static double learning_rate(const lvm_train_options *o, int64_t step) {
+    if (step <= o->warmup) return (double)o->lr * (double)step / (double)o->warmup;
+    double past = (double)(step - o->warmup) / (double)max64(1, o->steps - o->warmup), left = 0;
+    if (past > 1) past = 1;
+    if (o->schedule == LVM_COSINE) {
+        double sine = 0, cosine = 0;
+        sincos_f64(past * 3.14159265358979323846, &sine, &cosine);
+        left = (1 + cosine) / 2;
+    } else {
+        int64_t down = max64(1, o->steps / 10);
+        left = min64(down, max64(0, o->steps - step)) / (double)down;
+    }
+    return o->min_lr + ((double)o->lr - o->min_lr) * left;
+}
+
+/* ---- Data: .tok files ----
+
+   Sentences of image tokens, without bos and eos. Numbers are little-endian, every part begins at a
+   multiple of 64 bytes and is filled up with zeros:
+
+       0          "LVM.tok\n"  u32 version
+       64         u16 ids[n_tokens]              sentence behind sentence
+       ...        u8 weights[n_tokens]           of their loss: 16 is weight 1, 0 none, 255 most;
+                                                 only where flags has bit 0
+       ...        u64 starts[n_sentences + 1]    where each begins in ids: 0, ascending, n_tokens
+       size - 64  u64 n_sentences  u64 n_tokens  u32 bound  u32 image_tokens  u32 flags
+                  28 zeros  "LVM.tok\n"
+
+   All ids are below bound. No sentence is empty; image_tokens, if it is not 0, are an image, and
+   each sentence is whole images. The counts stand at the end, so that a file is written as its
+   sentences come, however many: only starts and weights are held in memory.
+
+   Who opens a file checks its size and starts. Ids are checked where they are read, for a file may
+   have billions. */
+
+enum { TOK_ALIGN = 64, TOK_VERSION = 1, TOK_WEIGHTS = 1 /* a flag */, TOK_MAGIC = 8 };
+enum { WEIGHT_ONE = 16, MAX_IDS = 1 << 16 };
+
+static const char tok_magic[] = "LVM.tok\n";
+
+struct tok_foot {
+    uint64_t n_sentences, n_tokens;
+    uint32_t bound, image_tokens, flags;
+    uint8_t zeros[28];
+    char magic[TOK_MAGIC];
+};
+_Static_assert(sizeof(struct tok_foot) == TOK_ALIGN, "no padding");
+
+/* Mixes n bytes into a 64-bit hash (chapter 14). */
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n);
+
+/* The id at place i of all. */
+static int32_t token_at(const lvm_tokens *t, int64_t i) {
+    uint16_t id;
+    memcpy(&id, t->ids + 2 * i, sizeof id);
+    return id;
+}
+
+/* Where sentence i begins; those from a file that is not checked yet may be anything. */
+static int64_t sentence_start(const lvm_tokens *t, int64_t i) {
+    int64_t at;
+    memcpy(&at, t->starts + 8 * i, sizeof at);
+    return at;
+}
+
+/* What is said of an id that is not below bound; people count from 1. */
+static int bad_token(const lvm_tokens *t, int64_t sentence, int64_t i, lvm_error *error) {
+    return fail(error, LVM_FORMAT, "%s: sentence %lld, token %lld: id %d, but all should be below "
+                "%d; pack the file again", t->name, (long long)sentence + 1, (long long)i + 1,
+                token_at(t, sentence_start(t, sentence) + i), t->bound);
+}
+
+static int check_starts(const lvm_tokens *t, lvm_error *error) {
+    int64_t last = sentence_start(t, 0);
+    for (int64_t i = 0; i < t->n_sentences; i++) {
+        int64_t next = sentence_start(t, i + 1);
+        if (next <= last || next > t->n_tokens)
+            return fail(error, LVM_FORMAT, "%s: damaged: sentence %lld ends where it cannot",
+                        t->name, (long long)i + 1);
+        if (t->image_tokens > 0 && (next - last) % t->image_tokens != 0)
+            return fail(error, LVM_FORMAT, "%s: damaged: sentence %lld has %lld tokens, no whole "
+                        "images of %d", t->name, (long long)i + 1, (long long)(next - last),
+                        t->image_tokens);
+        last = next;
+    }
+    if (sentence_start(t, 0) == 0 && last == t->n_tokens) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: damaged: its sentences are not all of its tokens", t->name);
+}
+
+/* Mixes in 64 bytes at 256 places each, or all where that is less. */
+static uint64_t hash_sample(uint64_t h, const uint8_t *data, size_t n) {
+    enum { PLACES = 256, BYTES = 64 };
+    if (n <= PLACES * BYTES) return hash_bytes(h, data, n);
+    for (size_t i = 0; i < PLACES; i++)
+        h = hash_bytes(h, data + (n - BYTES) / (PLACES - 1) * i, BYTES);
+    return hash_bytes(h, data + n - BYTES, BYTES);
+}
+
+/* What tells data apart without reading all of it: the counts and starts, and a sample of ids and
+   weights. */
+static uint64_t tokens_fingerprint(const lvm_tokens *t) {
+    size_t n = (size_t)t->n_tokens;
+    uint64_t h = hash_bytes(t->size, t->data + t->size - TOK_ALIGN, TOK_ALIGN);
+    h = hash_bytes(h, t->starts, 8 * ((size_t)t->n_sentences + 1));
+    h = hash_sample(h, t->ids, 2 * n);
+    return t->weights != NULL ? hash_sample(h, t->weights, n) : h;
+}
+
+/* Both ends of a file and its version; *foot is filled. */
+static int check_tok_ends(const lvm_tokens *t, struct tok_foot *foot, lvm_error *error) {
+    static const uint8_t zeros[sizeof foot->zeros];
+    struct cursor c = {.data = t->data, .size = t->size, .at = TOK_MAGIC};
+    if (t->size < 2 * TOK_ALIGN || memcmp(t->data, tok_magic, TOK_MAGIC) != 0)
+        return fail(error, LVM_FORMAT, "%s: is no .tok file (lvm pack makes one of JSON lines)",
+                    t->name);
+    unsigned version = (unsigned)cursor_number(&c, 4);
+    memcpy(foot, t->data + t->size - sizeof *foot, sizeof *foot);
+    if (version != TOK_VERSION)
+        return fail(error, LVM_UNSUPPORTED, "%s: is of version %u; this program reads version %d",
+                    t->name, version, TOK_VERSION);
+    if (memcmp(foot->magic, tok_magic, TOK_MAGIC) != 0)
+        return fail(error, LVM_FORMAT, "%s: its end is missing; copy or pack it again", t->name);
+    if ((foot->flags & ~(uint32_t)TOK_WEIGHTS) != 0 ||
+        memcmp(foot->zeros, zeros, sizeof zeros) != 0)
+        return fail(error, LVM_UNSUPPORTED, "%s: has parts that this program does not know",
+                    t->name);
+    return LVM_OK;
+}
+
+/* The next part, of count numbers of size bytes. */
+static const uint8_t *tok_part(struct cursor *c, uint64_t count, int size) {
+    uint64_t bytes = count * (uint64_t)size;
+    return cursor_take(c, (bytes + TOK_ALIGN - 1) / TOK_ALIGN * TOK_ALIGN);
+}
+
+/* Finds the parts of data[size]. A count is believed as far as there are bytes for it. */
+static int parse_tok(lvm_tokens *t, lvm_error *error) {
+    struct tok_foot foot;
+    struct cursor c = {.data = t->data, .size = t->size, .at = TOK_ALIGN};
+    int code = check_tok_ends(t, &foot, error);
+    if (code != LVM_OK) return code;
+    if (foot.n_tokens > t->size || foot.n_sentences > t->size || foot.bound > MAX_IDS ||
+        foot.image_tokens >= MAX_IDS)
+        return fail(error, LVM_FORMAT, "%s: damaged: impossible counts at its end", t->name);
+    t->n_tokens = (int64_t)foot.n_tokens;
+    t->n_sentences = (int64_t)foot.n_sentences;
+    t->bound = (int)foot.bound;
+    t->image_tokens = (int)foot.image_tokens;
+    t->ids = tok_part(&c, foot.n_tokens, 2);
+    t->weights = foot.flags & TOK_WEIGHTS ? tok_part(&c, foot.n_tokens, 1) : NULL;
+    t->starts = tok_part(&c, foot.n_sentences + 1, 8);
+    if (c.failed || c.at != t->size - TOK_ALIGN)
+        return fail(error, LVM_FORMAT, "%s: damaged: %lld sentences of %lld tokens are not what "
+                    "its %lld bytes hold", t->name, (long long)t->n_sentences,
+                    (long long)t->n_tokens, (long long)t->size);
+    code = check_starts(t, error);
+    if (code == LVM_OK) t->fingerprint = tokens_fingerprint(t);
+    return code;
+}
+
+static lvm_tokens *tokens_new(const char *name, lvm_error *error) {
+    lvm_tokens *t = mem_alloc(1, sizeof *t, error);
+    if (t != NULL) t->name = copy_string(name, error);
+    if (t != NULL && t->name != NULL) return t;
+    mem_free(t);
+    return NULL;
+}
+
+/* The last step of opening, where the one before it gave `code`; NULL after a failure. */
+static lvm_tokens *tokens_opened(lvm_tokens *t, int code, lvm_error *error) {
+    if (code == LVM_OK) code = parse_tok(t, error);
+    if (code == LVM_OK) return t;
+    lvm_tokens_close(t);
+    return NULL;
+}
 
 lvm_tokens *lvm_tokens_open(const char *path, lvm_error *error) {
-    fail(error, LVM_UNSUPPORTED, "%s: to come", path);
-    return NULL;
+    clear_error(error);
+    if (path == NULL) {
+        null_argument(error, "lvm_tokens_open", "path");
+        return NULL;
+    }
+    lvm_tokens *t = tokens_new(path, error);
+    if (t == NULL) return NULL;
+    int code = map_file(path, &t->mapped, &t->size, error);
+    t->data = t->mapped;
+    return tokens_opened(t, code, error);
 }
 
 lvm_tokens *lvm_tokens_open_memory(const void *data, size_t size, const char *name,
                                    lvm_error *error) {
-    (void)data, (void)size;
-    fail(error, LVM_UNSUPPORTED, "%s: to come", name);
-    return NULL;
+    clear_error(error);
+    if (data == NULL) {
+        null_argument(error, "lvm_tokens_open_memory", "data");
+        return NULL;
+    }
+    lvm_tokens *t = tokens_new(name != NULL ? name : "(memory)", error);
+    if (t == NULL) return NULL;
+    t->data = data;
+    t->size = size;
+    return tokens_opened(t, LVM_OK, error);
 }
 
-void lvm_tokens_close(lvm_tokens *tokens) { (void)tokens; }
+void lvm_tokens_close(lvm_tokens *t) {
+    if (t == NULL) return;
+    if (t->mapped != NULL) unmap_file(t->mapped, t->size);
+    mem_free(t->owned);
+    mem_free(t->name);
+    mem_free(t);
+}
 
-/* ---- Data: sentences in random order, cut into rows ---- */
+#ifndef LVM_NO_MAIN /* only the command line writes them */
 
-/* Fills r with the next count rows of context tokens and moves *at behind them. Where s does not
-   shuffle it makes one pass: fewer rows, then none, when the data end (r->n says). */
+struct outfile;
+static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error);
+
+/* A .tok file while it is written: to a file, or (NULL) to memory. image_tokens may be set until
+   close. */
+struct token_writer {
+    struct outfile *file;
+    struct buffer memory;
+    struct buffer starts, weights;  /* u64; u8, none before a sentence has some */
+    uint64_t at;                    /* bytes so far */
+    uint64_t n_sentences, n_tokens;
+    uint32_t bound, image_tokens;
+};
+
+static int token_writer_put(struct token_writer *w, const void *data, size_t n, lvm_error *error) {
+    w->at += n;
+    return w->file != NULL ? outfile_write(w->file, data, n, error)
+                           : buffer_add(&w->memory, data, n, error);
+}
+
+/* Zeros up to where the next part begins. */
+static int token_writer_pad(struct token_writer *w, lvm_error *error) {
+    static const char zeros[TOK_ALIGN];
+    return token_writer_put(w, zeros, (size_t)(-w->at % TOK_ALIGN), error);
+}
+
+static int token_writer_open(struct token_writer *w, struct outfile *file, lvm_error *error) {
+    const uint32_t version = TOK_VERSION;
+    const uint64_t start = 0;
+    *w = (struct token_writer){.file = file};
+    int code = token_writer_put(w, tok_magic, TOK_MAGIC, error);
+    if (code == LVM_OK) code = token_writer_put(w, &version, sizeof version, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    return code == LVM_OK ? buffer_add(&w->starts, &start, sizeof start, error) : code;
+}
+
+/* So many more tokens have the weight 1. */
+static int token_writer_weigh(struct token_writer *w, uint64_t n, lvm_error *error) {
+    uint8_t ones[256];
+    int code = LVM_OK;
+    memset(ones, WEIGHT_ONE, sizeof ones);
+    for (uint64_t part; code == LVM_OK && n > 0; n -= part) {
+        part = n < sizeof ones ? n : sizeof ones;
+        code = buffer_add(&w->weights, ones, (size_t)part, error);
+    }
+    return code;
+}
+
+/* One more sentence, ids[n]; weights: [n], or NULL: 16 each. */
+static int token_writer_add(struct token_writer *w, const int32_t *ids, const uint8_t *weights,
+                            size_t n, lvm_error *error) {
+    uint16_t part[512];
+    int code = n > 0 ? LVM_OK : fail(error, LVM_INVALID, "a sentence without tokens");
+    for (size_t at = 0, room = sizeof part / sizeof *part; code == LVM_OK && at < n; at += room) {
+        size_t here = n - at < room ? n - at : room;
+        for (size_t i = 0; i < here; i++) {
+            int32_t id = ids[at + i];
+            if (id < 0 || id >= MAX_IDS)
+                return fail(error, LVM_INVALID, "id %d is none of 0 to %d", id, MAX_IDS - 1);
+            if ((uint32_t)id >= w->bound) w->bound = (uint32_t)id + 1;
+            part[i] = (uint16_t)id;
+        }
+        code = token_writer_put(w, part, here * sizeof *part, error);
+    }
+    if (code == LVM_OK && weights != NULL && w->weights.n == 0)
+        code = token_writer_weigh(w, w->n_tokens, error);
+    if (code == LVM_OK && weights != NULL) code = buffer_add(&w->weights, weights, n, error);
+    else if (code == LVM_OK && w->weights.n > 0) code = token_writer_weigh(w, n, error);
+    w->n_tokens += n;
+    w->n_sentences++;
+    return code == LVM_OK ? buffer_add(&w->starts, &w->n_tokens, sizeof w->n_tokens, error) : code;
+}
+
+/* Writes what stands behind the ids, unless code is a failure already, and frees all but memory,
+   which holds the whole file then. */
+static int token_writer_close(struct token_writer *w, int code, lvm_error *error) {
+    struct tok_foot foot = {.n_sentences = w->n_sentences, .n_tokens = w->n_tokens,
+                            .bound = w->bound, .image_tokens = w->image_tokens,
+                            .flags = w->weights.n > 0 ? TOK_WEIGHTS : 0};
+    memcpy(foot.magic, tok_magic, TOK_MAGIC);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, w->weights.data, w->weights.n, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, w->starts.data, w->starts.n, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, &foot, sizeof foot, error);
+    mem_free(w->starts.data);
+    mem_free(w->weights.data);
+    w->starts = w->weights = (struct buffer){0};
+    return code;
+}
+
+#endif
+
+/* ---- Data: sentences in random order, cut into rows ----
+
+   A row is `context` inputs and, as targets, the tokens behind them. Where rows are cut, the next
+   one begins with the last target:
+
+       sentences     bos a a a eos  bos b b b b b eos  bos c c eos ...
+       LVM_CUT       bos a a a eos bos b | b b b b eos bos c | ...        rows of 7 inputs
+                     a a a eos bos b b   | b b b eos bos c c | ...        and their targets
+       LVM_WHOLE     bos a a a . . .     | bos b b b b b .   | bos c c . . . .
+                     a a a eos . . .     | b b b b b eos .   | c c eos . . . .
+
+   Of every token the loss is weighed as its file says; bos and eos count 1, but bos 0 where the
+   file has weights. A row is one piece (tokens that see each other). With isolate each sentence in
+   it is one, and its first token counts 0: what stands before it says nothing about it. */
+
+static uint64_t mix64(uint64_t x) { /* SplitMix64's (Steele, Lea and Flood 2014) */
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+/* Which of 0 .. n-1 comes as number i when they are shuffled for pass `epoch`, without a list of
+   them: rounds that turn (left, right) into (right, left ^ f(right)) permute numbers of 2 `half`
+   bits, whatever f is (Feistel; Luby and Rackoff 1988), and one that falls beyond n goes through
+   them again until it does not (cycle walking: Black and Rogaway 2002), four times at most on
+   average. */
+static int64_t shuffled(uint64_t seed, int64_t epoch, int64_t n, int64_t i) {
+    enum { ROUNDS = 8 };
+    int half = 1;
+    while (half < 31 && (int64_t)1 << 2 * half < n) half++;
+    uint64_t mask = ((uint64_t)1 << half) - 1, key = mix64(mix64(seed) ^ (uint64_t)epoch);
+    uint64_t x = (uint64_t)i;
+    do {
+        for (uint64_t round = 0; round < ROUNDS; round++) {
+            uint64_t right = x & mask, f = mix64(mix64(key + round) ^ right);
+            x = right << half | (x >> half ^ (f & mask));
+        }
+    } while (x >= (uint64_t)n);
+    return (int64_t)x;
+}
+
+/* A sentence of a stream. */
+struct found {
+    const lvm_tokens *file;
+    int64_t number;    /* in its file */
+    int64_t first, n;  /* where it begins in the file's ids; its tokens, without bos and eos */
+};
+
+static struct found find_sentence(const struct stream *s, const struct data_position *at) {
+    int64_t i = s->shuffle ? shuffled(s->seed, at->epoch, s->n_sentences, at->sentence)
+                           : at->sentence;
+    const lvm_tokens *const *file = s->files;
+    for (; i >= (*file)->n_sentences; file++) i -= (*file)->n_sentences;
+    int64_t first = sentence_start(*file, i);
+    return (struct found){*file, i, first, sentence_start(*file, i + 1) - first};
+}
+
+/* Tokens of a sentence with bos and eos. */
+static int64_t length_in_rows(const struct stream *s, int64_t n) {
+    return n + (s->bos >= 0) + (s->eos >= 0);
+}
+
+/* Whether every sentence fits a row of LVM_WHOLE, and teaches something there. */
+static int check_lengths(const struct stream *s, const lvm_tokens *t, lvm_error *error) {
+    for (int64_t i = 0; i < t->n_sentences; i++) {
+        int64_t n = length_in_rows(s, sentence_start(t, i + 1) - sentence_start(t, i));
+        if (n > (int64_t)s->context + 1)
+            return fail(error, LVM_INVALID, "%s: sentence %lld has %lld tokens, bos and eos "
+                        "counted; rows of whole sentences take a context of %lld", t->name,
+                        (long long)i + 1, (long long)n, (long long)n - 1);
+        if (n < 2)
+            return fail(error, LVM_INVALID, "%s: sentence %lld is one token, of which nothing is "
+                        "learnt in a row of whole sentences", t->name, (long long)i + 1);
+    }
+    return LVM_OK;
+}
+
+static int stream_add(struct stream *s, const lvm_tokens *t, int vocab, lvm_error *error) {
+    if (t == NULL) return fail(error, LVM_INVALID, "the data: a file is NULL");
+    if (t->bound > vocab)
+        return fail(error, LVM_INVALID, "%s: has ids up to %d; the model's vocabulary ends at %d",
+                    t->name, t->bound - 1, vocab - 1);
+    s->n_sentences += t->n_sentences;
+    return s->packing == LVM_WHOLE ? check_lengths(s, t, error) : LVM_OK;
+}
+
+/* The data of o, for a model of so many ids; bos and eos: -1 where there is none. It shuffles; who
+   wants one pass in the files' order sets shuffle to 0. */
+static int stream_open(struct stream *s, const lvm_train_options *o, int bos, int eos, int vocab,
+                       lvm_error *error) {
+    *s = (struct stream){.files = o->data, .n_files = o->n_data, .context = o->context,
+                         .packing = o->packing, .isolate = o->isolate, .bos = bos, .eos = eos,
+                         .shuffle = 1, .seed = o->seed};
+    if (o->n_data < 1 || o->data == NULL) return fail(error, LVM_INVALID, "there are no data");
+    if (o->context < 1 || o->context > 1 << 24)
+        return fail(error, LVM_INVALID, "a context of %d tokens is out of range", o->context);
+    if (o->packing != LVM_CUT && o->packing != LVM_WHOLE)
+        return fail(error, LVM_INVALID, "there is no packing %d", o->packing);
+    if (bos >= vocab || eos >= vocab)
+        return fail(error, LVM_INVALID, "bos %d, eos %d: the model's vocabulary ends at %d", bos,
+                    eos, vocab - 1);
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < o->n_data; i++)
+        code = stream_add(s, o->data[i], vocab, error);
+    if (code == LVM_OK && s->n_sentences == 0)
+        code = fail(error, LVM_INVALID, "%s: holds no sentences", o->data[0]->name);
+    return code;
+}
+
+/* A row while it is filled: its n tokens so far, of context + 1; the first is no target and the
+   last no input. */
+struct row {
+    int32_t *ids, *targets; /* [context] */
+    float *weights;         /* [context] */
+    int n;
+};
+
+/* Adds tokens from .. from + count - 1, bos and eos counted, of a sentence. */
+static int row_add(const struct stream *s, const struct found *f, int64_t from, int count,
+                   struct row *w, lvm_error *error) {
+    const lvm_tokens *t = f->file;
+    for (int k = 0; k < count; k++, w->n++) {
+        int64_t i = from + k - (s->bos >= 0);
+        int32_t id = i < 0 ? s->bos : s->eos;
+        float weight = i < 0 && t->weights != NULL ? 0 : 1;
+        if (i >= 0 && i < f->n) {
+            id = token_at(t, f->first + i);
+            if (id >= t->bound) return bad_token(t, f->number, i, error);
+            if (t->weights != NULL) weight = (float)t->weights[f->first + i] / WEIGHT_ONE;
+        }
+        if (w->n < s->context) w->ids[w->n] = id;
+        if (w->n == 0) continue;
+        w->targets[w->n - 1] = id;
+        w->weights[w->n - 1] = s->isolate && from + k == 0 ? 0 : weight;
+    }
+    return LVM_OK;
+}
+
+/* Ends a row that is not full: its last token becomes padding too, for no target stands behind it,
+   and leaves its piece. */
+static void row_pad(const struct stream *s, struct row *w, struct rows *r) {
+    for (int i = w->n > 0 ? w->n - 1 : 0; i < s->context; i++) {
+        w->ids[i] = w->targets[i] = 0;
+        w->weights[i] = 0;
+    }
+    if (w->n > 0 && --r->pieces[r->n_pieces - 1].n == 0) r->n_pieces--;
+}
+
+static int stream_ended(const struct stream *s, const struct data_position *at) {
+    return !s->shuffle && at->epoch > 0;
+}
+
+/* The place behind so many more tokens of a sentence. */
+static struct data_position step_on(const struct stream *s, struct data_position at,
+                                    const struct found *f, int count) {
+    at.token += count;
+    if (at.token < length_in_rows(s, f->n)) return at;
+    if (at.sentence + 1 < s->n_sentences)
+        return (struct data_position){at.epoch, at.sentence + 1, 0};
+    return (struct data_position){at.epoch + 1, 0, 0};
+}
+
+/* The row that begins at r->n, without counting it, and its pieces; *at is moved to the next
+   row. */
+static int fill_row(const struct stream *s, struct data_position *at, struct row *w,
+                    struct rows *r, lvm_error *error) {
+    struct data_position p = *at;
+    int first_piece = r->n_pieces, code = LVM_OK, all = s->context + 1;
+    while (code == LVM_OK && w->n < all && !stream_ended(s, &p)) {
+        struct found f = find_sentence(s, &p);
+        int64_t left = length_in_rows(s, f.n) - p.token;
+        int count = (int)min64(left, all - w->n), inputs = (int)min64(count, s->context - w->n);
+        if (s->packing == LVM_WHOLE && count < left) break;
+        if (inputs > 0 && (s->isolate || r->n_pieces == first_piece))
+            r->pieces[r->n_pieces++] = (struct piece){r->n + w->n, 0};
+        r->pieces[r->n_pieces - 1].n += inputs;
+        code = row_add(s, &f, p.token, count, w, error);
+        *at = p; /* of the last token that was added, with which the next row begins */
+        at->token += count - 1;
+        p = step_on(s, p, &f, count);
+    }
+    if (s->packing == LVM_WHOLE || w->n < all) *at = p;
+    if (w->n < all) row_pad(s, w, r);
+    return code;
+}
+
+/* Fills r with the next count rows of context tokens and moves *at behind them; r's arrays have
+   room for count * context elements each. Where s does not shuffle it makes one pass: fewer rows,
+   the last one of LVM_CUT filled up with padding, then none, when the data end (r->n says). After a
+   failure *at is what it was. */
 static int fill_rows(const struct stream *s, struct data_position *at, int count, struct rows *r,
                      lvm_error *error) {
-    (void)s, (void)at, (void)count, (void)r;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+    struct data_position p = *at;
+    r->n = r->n_pieces = 0;
+    if (p.epoch < 0 || p.sentence < 0 || p.sentence >= s->n_sentences || p.token < 0 ||
+        (!stream_ended(s, &p) && p.token >= length_in_rows(s, find_sentence(s, &p).n)))
+        return fail(error, LVM_FORMAT, "pass %lld, sentence %lld, token %lld is no place in the "
+                    "data", (long long)p.epoch, (long long)p.sentence, (long long)p.token);
+    for (int i = 0; i < count; i++, r->n += s->context) {
+        struct row w = {r->ids + r->n, r->targets + r->n, r->weights + r->n, 0};
+        int code = fill_row(s, &p, &w, r, error);
+        if (code != LVM_OK) return code;
+        if (w.n < 2) break; /* the end; one token alone has no target */
+    }
+    *at = p;
+    return LVM_OK;
 }
 
 /* ---- Checkpoints ----
@@ -4904,39 +6368,698 @@ int lvm_apply_lora(lvm_model *model, const char *path, lvm_error *error) {
     return code;
 }
 
-/* ---- The trainer ---- */
+/* ---- The trainer: its parameters ---- */
+
+/* Whether a name is one of list's, with commas between; * stands for any text. */
+static int matches(const char *pattern, size_t n, const char *name) {
+    if (n == 0) return *name == 0;
+    if (*pattern == '*')
+        return matches(pattern + 1, n - 1, name) || (*name != 0 && matches(pattern, n, name + 1));
+    return *pattern == *name && matches(pattern + 1, n - 1, name + 1);
+}
+
+static int is_listed(const char *list, const char *name) {
+    while (list != NULL && *list != 0) {
+        size_t n = strcspn(list, ",");
+        if (matches(list, n, name)) return 1;
+        list += n + (list[n] == ',');
+    }
+    return 0;
+}
+
+/* A linear layer's names: in the file, and in lists. */
+static const struct linear_name {
+    const char *in_file, *in_lists;
+    size_t where; /* in struct block */
+} linear_names[] = {{"attn_q", "q", offsetof(struct block, q)},
+                    {"attn_k", "k", offsetof(struct block, k)},
+                    {"attn_v", "v", offsetof(struct block, v)},
+                    {"attn_output", "o", offsetof(struct block, o)},
+                    {"ffn_gate", "gate", offsetof(struct block, gate)},
+                    {"ffn_up", "up", offsetof(struct block, up)},
+                    {"ffn_down", "down", offsetof(struct block, down)}};
+enum { LINEARS = sizeof linear_names / sizeof *linear_names };
+
+/* What a new model has: everything that is not optional, and the embedding; the output matrix where
+   it is not tied. init's model: what it holds. */
+static int is_present(const lvm_train_options *o, const struct tensor_spec *s, int i) {
+    int is_output = strcmp(s->name, "output.weight") == 0;
+    if (o->init != NULL) {
+        const struct llama *a = &o->init->llama;
+        return o->init->specs[i].tensor->data != NULL &&
+               !(is_output && a->output.data == a->embed.data);
+    }
+    return !s->optional || strcmp(s->name, "token_embd.weight") == 0 || (is_output && !o->tied);
+}
+
+/* The parameter of the description's tensor of this name, in layer `layer` where it is not -1. */
+static struct param *find_param(const struct net *net, int layer, const char *format_name) {
+    char name[80];
+    if (layer < 0) snprintf(name, sizeof name, "%s", format_name);
+    else snprintf(name, sizeof name, "blk.%d.%s", layer, format_name);
+    for (int i = 0; i < net->n_params; i++)
+        if (strcmp(net->params[i].name, name) == 0) return &net->params[i];
+    return NULL;
+}
+
+static struct linear *block_linear(struct block *b, int i) {
+    return (struct linear *)(void *)((char *)b + linear_names[i].where);
+}
+
+/* Parameters of the description, with shapes; where they lie is not settled yet. */
+static void list_params(struct lvm_trainer *t) {
+    for (int i = 0; i < t->m->n_specs; i++) {
+        const struct tensor_spec *s = &t->m->specs[i];
+        if (!is_present(&t->o, s, i)) continue;
+        int vector = s->n_dims == 1, rows = vector ? 1 : s->dims[0],
+            cols = vector ? s->dims[0] : s->dims[1];
+        struct param *p = &t->net.params[t->net.n_params++];
+        snprintf(p->name, sizeof p->name, "%s", s->name);
+        p->w = t->o.init != NULL ? *t->o.init->specs[i].tensor
+                                 : (struct tensor){NULL, (int64_t)cols * 4, LVM_F32, rows, cols};
+        if (vector) p->w.rows = 1, p->w.cols = cols, p->w.row_bytes = (int64_t)cols * 4;
+        p->learns = t->o.lora_rank == 0 && !is_listed(t->o.freeze, s->name);
+        p->decays = !vector;
+        p->spec = s;
+    }
+}
+
+/* An adapter's half, NAME.lora_a [rank][in] or NAME.lora_b [out][rank], as another parameter. */
+static struct param *add_adapter(struct lvm_trainer *t, const struct param *w, char half, int rows,
+                                 int cols) {
+    struct param *p = &t->net.params[t->net.n_params++];
+    snprintf(p->name, sizeof p->name, "%.80s.lora_%c", w->name, half);
+    p->w = (struct tensor){NULL, (int64_t)cols * 4, LVM_F32, rows, cols};
+    p->learns = !is_listed(t->o.freeze, w->name);
+    p->decays = 1;
+    return p;
+}
+
+static void connect_block(struct lvm_trainer *t, int layer) {
+    struct block *b = &t->net.blocks[layer];
+    b->attn_norm = find_param(&t->net, layer, "attn_norm.weight");
+    b->ffn_norm = find_param(&t->net, layer, "ffn_norm.weight");
+    for (int i = 0; i < LINEARS; i++) {
+        struct linear *l = block_linear(b, i);
+        char name[32];
+        snprintf(name, sizeof name, "%s.weight", linear_names[i].in_file);
+        l->w = find_param(&t->net, layer, name);
+        snprintf(name, sizeof name, "%s.bias", linear_names[i].in_file);
+        l->bias = find_param(&t->net, layer, name);
+        if (t->o.lora_rank == 0 ||
+            (t->o.lora_on != NULL && !is_listed(t->o.lora_on, linear_names[i].in_lists)))
+            continue;
+        l->a = add_adapter(t, l->w, 'a', t->o.lora_rank, l->w->w.cols);
+        l->b = add_adapter(t, l->w, 'b', l->w->w.rows, t->o.lora_rank);
+    }
+}
+
+/* The first layer that a gradient must reach: below it nothing learns. */
+static int lowest_layer(const struct net *net) {
+    if (net->embed->learns) return 0;
+    for (int layer = 0; layer < net->a->L; layer++) {
+        const struct block *b = &net->blocks[layer];
+        int any = b->attn_norm->learns || b->ffn_norm->learns;
+        for (int i = 0; i < LINEARS; i++) {
+            const struct linear *l =
+                (const struct linear *)(const void *)((const char *)b + linear_names[i].where);
+            any |= l->w->learns || (l->bias != NULL && l->bias->learns) ||
+                   (l->a != NULL && l->a->learns);
+        }
+        if (any) return layer;
+    }
+    return net->a->L;
+}
+
+/* The description of the model, the list of its parameters, and who uses which. */
+static int describe_net(struct lvm_trainer *t, lvm_error *error) {
+    const lvm_train_options *o = &t->o;
+    struct net *net = &t->net;
+    t->m = model_new(o->init != NULL ? o->init->path : "(new model)", error);
+    if (t->m == NULL) return LVM_MEMORY;
+    struct llama *a = &t->m->llama;
+    if (o->init != NULL) *a = o->init->llama;
+    else
+        *a = (struct llama){.context = o->context, .L = o->layers, .D = o->width,
+                            .F = o->feed_forward, .H = o->heads,
+                            .G = o->kv_heads != 0 ? o->kv_heads : o->heads,
+                            .d = o->width / o->heads, .V = o->vocab, .bos = o->bos, .eos = o->eos,
+                            .eps = o->norm_eps, .theta = o->rope_theta};
+    a->layers = NULL;
+    t->m->kern = choose_kernels(error);
+    if (t->m->kern == NULL) return LVM_INVALID;
+    int code = describe_model(t->m, error);
+    net->a = a;
+    net->params = mem_alloc((size_t)(t->m->n_specs + 2 * LINEARS * a->L), sizeof *net->params,
+                            error);
+    net->blocks = mem_alloc((size_t)a->L, sizeof *net->blocks, error);
+    if (code != LVM_OK || net->params == NULL || net->blocks == NULL) return LVM_MEMORY;
+    list_params(t);
+    for (int i = 0; i < a->L; i++) connect_block(t, i);
+    net->embed = find_param(net, -1, "token_embd.weight");
+    net->norm = find_param(net, -1, "output_norm.weight");
+    net->output = find_param(net, -1, "output.weight");
+    if (net->embed == NULL) net->embed = net->output; /* tied, whichever of the two was kept */
+    if (net->output == NULL) net->output = net->embed;
+    net->lora_scale = o->lora_rank > 0 ? o->lora_alpha / (float)o->lora_rank : 0;
+    net->lowest = lowest_layer(net);
+    return LVM_OK;
+}
+
+/* ---- The trainer: its memory ---- */
+
+/* Floats of what is kept of a layer, its input aside, and of its parts. */
+static int64_t kept_floats(const struct llama *a, int64_t N) {
+    return N * (2 * (int64_t)a->H * a->d + 2 * (int64_t)a->G * a->d + a->H + a->D +
+                2 * (int64_t)a->F);
+}
+
+static int kept_alloc(struct kept *k, const struct llama *a, int64_t N, lvm_error *error) {
+    struct { float **p; int64_t n; } want[] = {
+        {&k->q, (int64_t)a->H * a->d}, {&k->k, (int64_t)a->G * a->d}, {&k->v, (int64_t)a->G * a->d},
+        {&k->o, (int64_t)a->H * a->d}, {&k->lse, a->H}, {&k->mid, a->D}, {&k->gate, a->F},
+        {&k->up, a->F}};
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        *want[i].p = mem_alloc((size_t)(N * want[i].n), sizeof(float), error);
+        if (*want[i].p == NULL) return LVM_MEMORY;
+    }
+    return LVM_OK;
+}
+
+static void kept_free(struct kept *k) {
+    float *all[] = {k->q, k->k, k->v, k->o, k->lse, k->mid, k->gate, k->up};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
+}
+
+/* The work memory's arrays and how many floats each has. */
+struct work_array {
+    float **p;
+    int64_t n;
+};
+enum { WORK_ARRAYS = 15 };
+
+static void list_work(struct lvm_trainer *t, struct work_array list[WORK_ARRAYS]) {
+    struct work *w = &t->net.work;
+    const struct llama *a = t->net.a;
+    int64_t N = t->net.max_rows, D = a->D, Q = (int64_t)a->H * a->d, K = (int64_t)a->G * a->d,
+            F = a->F, V = round_up(a->V, PANEL), logit_rows = min64(N, LOGIT_ROWS);
+    int64_t turned = max64(max64(max64(D, Q), F) * transposed_ld((int)N),
+                           V * transposed_ld((int)logit_rows));
+    const struct work_array all[WORK_ARRAYS] = {
+        {&w->h, N * D}, {&w->dx, N * D}, {&w->dh, N * D}, {&w->act, N * F}, {&w->dact, N * F},
+        {&w->dq, DQ_PARTS * N * Q}, {&w->dk, N * K}, {&w->dv, N * K}, {&w->d_o, N * Q},
+        {&w->delta, N * a->H}, {&w->rms, N}, {&w->nll, N}, {&w->turned, turned},
+        {&w->u, N * t->o.lora_rank}, {&w->logits, logit_rows * V}};
+    memcpy(list, all, sizeof all);
+}
+
+static int64_t train_scratch(const struct llama *a) {
+    int dp = round_up(a->d, PANEL);
+    int64_t forward = 3 * (int64_t)KV_BLOCK * dp + 2 * (int64_t)ATTEND_ROWS * dp +
+                      attend_scratch(dp) + PANEL;
+    return max64(max64(product_scratch(), 2 * (int64_t)a->F),
+                 max64(forward, attend_back_scratch(dp)));
+}
+
+/* What it all takes, with as many layers kept as fit into what may be used. */
+static void plan_memory(struct lvm_trainer *t, int64_t available, lvm_train_memory *m) {
+    const struct net *net = &t->net;
+    struct work_array work[WORK_ARRAYS];
+    int64_t N = net->max_rows, layer = 4 * kept_floats(net->a, N), L = net->a->L;
+    *m = (lvm_train_memory){0};
+    for (int i = 0; i < net->n_params; i++) {
+        const struct param *p = &net->params[i];
+        m->parameters += elements(p);
+        if (p->learns) m->trained += elements(p);
+        m->weights += p->learns ? 4 * elements(p) : p->w.row_bytes * p->w.rows;
+    }
+    m->gradients = 4 * m->trained;
+    m->optimiser = 8 * m->trained;
+    m->activations = 4 * N * net->a->D * (L + 1);
+    list_work(t, work);
+    for (int i = 0; i < WORK_ARRAYS; i++) m->scratch += 4 * work[i].n;
+    m->scratch += 4 * t->o.threads * train_scratch(net->a);
+    m->all = m->weights + m->gradients + m->optimiser + m->activations + m->scratch;
+    m->kept_layers = t->o.recompute == LVM_RECOMPUTE_ALL
+                         ? 0
+                         : (int)max64(0, min64(L, (available - m->all) / layer));
+    if (t->o.recompute == LVM_RECOMPUTE_NONE) m->kept_layers = (int)L;
+    int64_t places = m->kept_layers + (m->kept_layers < L);
+    m->activations += places * layer;
+    m->all += places * layer;
+}
+
+static int net_alloc(struct lvm_trainer *t, const lvm_train_memory *plan, lvm_error *error) {
+    struct net *net = &t->net;
+    struct work *w = &net->work;
+    struct work_array work[WORK_ARRAYS];
+    int64_t N = net->max_rows, L = net->a->L;
+    int code = LVM_OK;
+    net->first_kept = (int)L - plan->kept_layers;
+    net->kept = mem_alloc((size_t)L + 1, sizeof *net->kept, error);
+    if (net->kept == NULL) return LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i <= L; i++) {
+        net->kept[i].x = mem_alloc((size_t)(N * net->a->D), sizeof(float), error);
+        if (net->kept[i].x == NULL) code = LVM_MEMORY;
+        if (code == LVM_OK && i < L && i >= net->first_kept)
+            code = kept_alloc(&net->kept[i], net->a, N, error);
+    }
+    if (code == LVM_OK && net->first_kept > 0) code = kept_alloc(&net->again, net->a, N, error);
+    list_work(t, work);
+    for (int i = 0; code == LVM_OK && i < WORK_ARRAYS; i++) {
+        *work[i].p = mem_alloc((size_t)work[i].n, sizeof(float), error);
+        if (*work[i].p == NULL) code = LVM_MEMORY;
+    }
+    if (code != LVM_OK) return code;
+    w->positions = mem_alloc((size_t)N, sizeof *w->positions, error);
+    w->squares = mem_alloc((size_t)all_chunks(net), sizeof *w->squares, error);
+    return w->positions == NULL || w->squares == NULL ? LVM_MEMORY : LVM_OK;
+}
+
+static void net_free(struct lvm_trainer *t) {
+    struct net *net = &t->net;
+    for (int i = 0; net->kept != NULL && i <= net->a->L; i++) {
+        mem_free(net->kept[i].x);
+        kept_free(&net->kept[i]);
+    }
+    kept_free(&net->again);
+    for (int i = 0; i < net->n_params; i++) {
+        struct param *p = &net->params[i];
+        float *all[] = {p->values, p->g, p->m, p->v};
+        for (int k = 0; k < 4; k++) mem_free(all[k]);
+    }
+    struct work_array work[WORK_ARRAYS];
+    if (net->a != NULL) {
+        list_work(t, work);
+        for (int i = 0; i < WORK_ARRAYS; i++) mem_free(*work[i].p);
+    }
+    mem_free(net->work.positions);
+    mem_free(net->work.squares);
+    mem_free(net->kept);
+    mem_free(net->rope);
+    mem_free(net->params);
+    mem_free(net->blocks);
+}
+
+/* ---- The trainer: where it begins ---- */
+
+/* Normally distributed, by pairs (Box and Muller 1958). */
+static void fill_normal(struct rng *r, float deviation, float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i += 2) {
+        double u = (rng_next(r) + 0.5) * 0x1p-32, angle = rng_next(r) * 0x1p-32, sine = 0, cosine = 0;
+        double radius = deviation * sqrt(-2 * log_f64(u));
+        sincos_f64(angle * 6.28318530717958647692, &sine, &cosine);
+        x[i] = (float)(radius * cosine);
+        if (i + 1 < n) x[i + 1] = (float)(radius * sine);
+    }
+}
+
+static int ends_with(const char *name, const char *end) {
+    size_t n = strlen(name), m = strlen(end);
+    return n >= m && strcmp(name + n - m, end) == 0;
+}
+
+/* A parameter's first values. Of a new model: norms 1, biases 0, matrices normal with deviation
+   0.02, those that add to the residual stream 0.02 / sqrt(2 L) (Radford et al. 2019). Of init: its
+   own. Of an adapter: a is uniform within 1 / sqrt(in), b is 0, so that it begins as nothing. */
+static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
+    int64_t n = elements(p);
+    const struct tensor *w = &p->w;
+    int residual = ends_with(p->name, "attn_output.weight") || ends_with(p->name, "ffn_down.weight");
+    if (ends_with(p->name, ".lora_b")) {
+        memset(p->values, 0, (size_t)n * sizeof *p->values);
+    } else if (ends_with(p->name, ".lora_a")) {
+        float bound = 1 / sqrtf((float)w->cols);
+        for (int64_t i = 0; i < n; i++)
+            p->values[i] = bound * (float)((rng_next(r) + 0.5) * 0x1p-31 - 1);
+    } else if (w->data != NULL) {
+        for (int row = 0; row < w->rows; row++)
+            row_to_f32(w->type, tensor_row(w, row), p->values + (int64_t)row * w->cols, w->cols);
+    } else if (!p->decays) {
+        for (int64_t i = 0; i < n; i++) p->values[i] = 1;
+    } else {
+        float scale = residual ? 1 / sqrtf(2 * (float)t->net.a->L) : 1;
+        fill_normal(r, 0.02f * scale, p->values, n);
+    }
+}
+
+/* Each parameter has a stream of random numbers of its own. */
+static void begin_task(void *arg, int i, int thread) {
+    struct lvm_trainer *t = arg;
+    struct param *p = &t->net.params[i];
+    struct rng r = rng_new(t->o.seed, (uint64_t)i + 1);
+    (void)thread;
+    if (p->values != NULL) begin_param(t, p, &r);
+}
+
+/* Memory of what learns, or is new; first values; and the model's tensors become the parameters. */
+static int params_alloc(struct lvm_trainer *t, lvm_error *error) {
+    struct net *net = &t->net;
+    for (int i = 0; i < net->n_params; i++) {
+        struct param *p = &net->params[i];
+        size_t n = (size_t)elements(p);
+        float **want[] = {&p->values, &p->g, &p->m, &p->v};
+        for (int k = 0; k < (p->learns ? 4 : p->w.data == NULL ? 1 : 0); k++) {
+            *want[k] = mem_alloc(n, sizeof(float), error);
+            if (*want[k] == NULL) return LVM_MEMORY;
+        }
+    }
+    pool_run(t->e.pool, net->n_params, begin_task, t);
+    for (int i = 0; i < net->n_params; i++) {
+        struct param *p = &net->params[i];
+        if (p->values != NULL)
+            p->w = (struct tensor){(const uint8_t *)p->values, (int64_t)p->w.cols * 4, LVM_F32,
+                                   p->w.rows, p->w.cols};
+        if (p->spec != NULL) *p->spec->tensor = p->w;
+    }
+    return LVM_OK;
+}
+
+/* Cosines and sines of every position, as chapter 6 has them. */
+static int rope_alloc(struct net *net, int context, lvm_error *error) {
+    int d = net->a->d;
+    net->rope = mem_alloc((size_t)context * (size_t)d, sizeof *net->rope, error);
+    for (int at = 0; net->rope != NULL && at < context; at++)
+        for (int i = 0; i < d / 2; i++) {
+            double sine = 0, cosine = 0;
+            sincos_f64((float)at * rope_frequency(net->a, i), &sine, &cosine);
+            net->rope[(int64_t)at * d + i] = (float)cosine;
+            net->rope[(int64_t)at * d + d / 2 + i] = (float)sine;
+        }
+    return net->rope != NULL ? LVM_OK : LVM_MEMORY;
+}
+
+static int rows_alloc(struct rows *r, int n, lvm_error *error) {
+    r->ids = mem_alloc((size_t)n, sizeof *r->ids, error);
+    r->targets = mem_alloc((size_t)n, sizeof *r->targets, error);
+    r->weights = mem_alloc((size_t)n, sizeof *r->weights, error);
+    r->pieces = mem_alloc((size_t)n, sizeof *r->pieces, error);
+    return r->ids && r->targets && r->weights && r->pieces ? LVM_OK : LVM_MEMORY;
+}
+
+static void rows_free(struct rows *r) {
+    mem_free(r->ids);
+    mem_free(r->targets);
+    mem_free(r->weights);
+    mem_free(r->pieces);
+}
+
+/* ---- The trainer: its calls ---- */
 
 lvm_train_options lvm_default_train_options(void) {
     return (lvm_train_options){
-        .size = sizeof(lvm_train_options), .bos = 8192, .eos = 8193, .vocab = 8194,
+        .size = sizeof(lvm_train_options), .vocab = 8194, .bos = 8192, .eos = 8193,
         .norm_eps = 1e-6f, .rope_theta = 10000, .lora_alpha = 16, .context = 4096, .batch = 1,
         .steps = 1000, .warmup = 100, .lr = 3e-4f, .min_lr = 3e-5f, .beta1 = 0.9f, .beta2 = 0.95f,
         .epsilon = 1e-8f, .weight_decay = 0.1f, .clip = 1, .seed = 1};
 }
 
+/* A number of the options and what it may be. */
+static int check_option(const char *name, double value, double low, double high,
+                        lvm_error *error) {
+    if (value >= low && value <= high) return LVM_OK;
+    return fail(error, LVM_INVALID, "%s is %g: it must be %g to %g", name, value, low, high);
+}
+
+static int check_train_options(const lvm_train_options *o, lvm_error *error) {
+    const struct { const char *name; double value, low, high; } all[] = {
+        {"threads", o->threads, 1, 1024}, {"context", o->context, 2, 1 << 20},
+        {"batch", o->batch, 1, 1 << 20}, {"steps", (double)o->steps, 1, 1e15},
+        {"warmup", (double)o->warmup, 0, 1e15}, {"lr", o->lr, 0, 1e3}, {"min_lr", o->min_lr, 0, 1e3},
+        {"beta1", o->beta1, 1e-6, 1 - 1e-6}, {"beta2", o->beta2, 1e-6, 1 - 1e-7},
+        {"epsilon", o->epsilon, 1e-30, 1}, {"weight_decay", o->weight_decay, 0, 100},
+        {"clip", o->clip, 0, 1e9}, {"lora_rank", o->lora_rank, 0, 4096},
+        {"lora_alpha", o->lora_alpha, 1e-6, 1e6}, {"packing", o->packing, LVM_CUT, LVM_WHOLE},
+        {"schedule", o->schedule, LVM_COSINE, LVM_WSD},
+        {"recompute", o->recompute, LVM_RECOMPUTE_AUTO, LVM_RECOMPUTE_ALL},
+        {"batch x context", (double)o->batch * o->context, 1, 1 << 30}};
+    int code = LVM_OK;
+    for (size_t i = 0; code == LVM_OK && i < sizeof all / sizeof *all; i++)
+        code = check_option(all[i].name, all[i].value, all[i].low, all[i].high, error);
+    return code;
+}
+
+/* Every word of the list names a linear layer. */
+static int check_lora_on(const char *list, lvm_error *error) {
+    while (list != NULL && *list != 0) {
+        size_t n = strcspn(list, ",");
+        int known = 0;
+        for (int i = 0; i < LINEARS; i++) known |= matches(list, n, linear_names[i].in_lists);
+        if (!known)
+            return fail(error, LVM_INVALID, "lora_on: \"%.*s\" is none of q, k, v, o, gate, up, "
+                        "down", (int)min64((int64_t)n, 40), list);
+        list += n + (list[n] == ',');
+    }
+    return LVM_OK;
+}
+
+/* Of a model that begins from nothing. */
+static int check_sizes(const lvm_train_options *o, lvm_error *error) {
+    const struct { const char *name; int value, low, high; } all[] = {
+        {"layers", o->layers, 1, 1024}, {"width", o->width, 2, 1 << 16},
+        {"heads", o->heads, 1, 1024}, {"feed_forward", o->feed_forward, 1, 1 << 18},
+        {"vocab", o->vocab, 2, 1 << 16}, {"kv_heads", o->kv_heads, 0, 1024},
+        {"bos", o->bos, -1, o->vocab - 1}, {"eos", o->eos, -1, o->vocab - 1}};
+    int code = LVM_OK;
+    for (size_t i = 0; code == LVM_OK && i < sizeof all / sizeof *all; i++)
+        code = check_option(all[i].name, all[i].value, all[i].low, all[i].high, error);
+    if (code == LVM_OK) code = check_option("norm_eps", o->norm_eps, 1e-30, 1, error);
+    if (code == LVM_OK) code = check_option("rope_theta", o->rope_theta, 1, 1e12, error);
+    if (code != LVM_OK) return code;
+    if (o->width % o->heads != 0 || o->width / o->heads % 2 != 0)
+        return fail(error, LVM_INVALID, "width %d does not divide into %d heads of even width",
+                    o->width, o->heads);
+    if (o->kv_heads != 0 && o->heads % o->kv_heads != 0)
+        return fail(error, LVM_INVALID, "%d attention heads do not share %d key/value heads evenly",
+                    o->heads, o->kv_heads);
+    return LVM_OK;
+}
+
+/* The options with copies of their texts, checked. */
+static int settle_train_options(struct lvm_trainer *t, const lvm_train_options *options,
+                                lvm_error *error) {
+    lvm_train_options *o = &t->o;
+    *o = lvm_default_train_options();
+    int code = copy_options(o, sizeof *o, sizeof *o, options, "lvm_train_options", error);
+    const char *lora_on = o->lora_on, *freeze = o->freeze;
+    o->lora_on = o->freeze = NULL;
+    if (code != LVM_OK) return code;
+    if (o->threads == 0) o->threads = processors();
+    if (lora_on != NULL && (o->lora_on = copy_string(lora_on, error)) == NULL) return LVM_MEMORY;
+    if (freeze != NULL && (o->freeze = copy_string(freeze, error)) == NULL) return LVM_MEMORY;
+    code = check_train_options(o, error);
+    if (code == LVM_OK && o->init == NULL) code = check_sizes(o, error);
+    if (code == LVM_OK && o->init != NULL && o->init->llama.L == 0)
+        code = fail(error, LVM_INVALID, "%s: holds no transformer, which this needs",
+                    o->init->path);
+    if (code == LVM_OK && o->init != NULL && o->init->llama.context < o->context)
+        code = fail(error, LVM_INVALID, "%s: was made for %d tokens, not for a context of %d",
+                    o->init->path, o->init->llama.context, o->context);
+    return code == LVM_OK ? check_lora_on(lora_on, error) : code;
+}
+
+/* What a trainer is before anything large is taken, and how much that will be. */
+static int trainer_plan(struct lvm_trainer *t, const lvm_train_options *options,
+                        lvm_train_memory *plan, lvm_error *error) {
+    int code = settle_train_options(t, options, error);
+    if (code == LVM_OK) code = describe_net(t, error);
+    if (code != LVM_OK) return code;
+    t->rows_at_once = (int)max64(1, min64(t->o.batch, PASS_TOKENS / t->o.context));
+    t->net.max_rows = t->rows_at_once * t->o.context;
+    int64_t available = t->o.memory > 0 ? t->o.memory : os_memory_available();
+    plan_memory(t, available, plan);
+    if (plan->trained == 0) return fail(error, LVM_INVALID, "nothing of the model learns");
+    if (plan->all <= available) return LVM_OK;
+    return fail(error, LVM_MEMORY, "training needs %.2f GB, of which %.2f are free: a smaller "
+                "model or context, adapters (LoRA) or recomputing need less",
+                (double)plan->all * 1e-9, (double)available * 1e-9);
+}
+
 int lvm_trainer_memory(const lvm_train_options *options, lvm_train_memory *memory,
                        lvm_error *error) {
-    (void)options, (void)memory;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+    clear_error(error);
+    if (options == NULL || memory == NULL)
+        return null_argument(error, "lvm_trainer_memory", options == NULL ? "options" : "memory");
+    *memory = (lvm_train_memory){0};
+    struct lvm_trainer *t = mem_alloc(1, sizeof *t, error);
+    if (t == NULL) return LVM_MEMORY;
+    int code = trainer_plan(t, options, memory, error);
+    lvm_trainer_free(t);
+    return code;
+}
+
+static int trainer_open(struct lvm_trainer *t, const lvm_train_options *options,
+                        lvm_error *error) {
+    lvm_train_memory plan;
+    int code = trainer_plan(t, options, &plan, error);
+    if (code != LVM_OK) return code;
+    const struct llama *a = t->net.a;
+    lvm_train_options *o = &t->o;
+    if (o->n_data > 0) code = stream_open(&t->stream, o, a->bos, a->eos, a->V, error);
+    if (code != LVM_OK) return code;
+    t->e = (struct exec){.kern = t->m->kern, .exact = 1, .pool = pool_new(o->threads, error)};
+    if (t->e.pool == NULL) return LVM_MEMORY;
+    t->e.scratch_floats = (train_scratch(a) + 1023) / 1024 * 1024;
+    t->e.scratch = mem_alloc((size_t)o->threads * (size_t)t->e.scratch_floats, sizeof(float),
+                             error);
+    if (t->e.scratch == NULL) return LVM_MEMORY;
+    code = params_alloc(t, error);
+    if (code == LVM_OK) code = net_alloc(t, &plan, error);
+    if (code == LVM_OK) code = rope_alloc(&t->net, o->context, error);
+    if (code == LVM_OK) code = rows_alloc(&t->rows, o->batch * o->context, error);
+    t->pass_pieces = mem_alloc((size_t)t->net.max_rows, sizeof *t->pass_pieces, error);
+    return code == LVM_OK && t->pass_pieces == NULL ? LVM_MEMORY : code;
 }
 
 lvm_trainer *lvm_trainer_new(const lvm_train_options *options, lvm_error *error) {
-    (void)options;
-    fail(error, LVM_UNSUPPORTED, "to come");
+    clear_error(error);
+    if (options == NULL) {
+        null_argument(error, "lvm_trainer_new", "options");
+        return NULL;
+    }
+    struct lvm_trainer *t = mem_alloc(1, sizeof *t, error);
+    if (t == NULL) return NULL;
+    if (trainer_open(t, options, error) == LVM_OK) return t;
+    lvm_trainer_free(t);
     return NULL;
 }
 
-void lvm_trainer_free(lvm_trainer *trainer) { (void)trainer; }
-
-int lvm_trainer_step(lvm_trainer *trainer, lvm_train_report *report, lvm_error *error) {
-    (void)trainer, (void)report;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+void lvm_trainer_free(lvm_trainer *t) {
+    if (t == NULL) return;
+    net_free(t);
+    rows_free(&t->rows);
+    mem_free(t->pass_pieces);
+    mem_free(t->e.scratch);
+    pool_free(t->e.pool);
+    lvm_close(t->m);
+    mem_free((char *)t->o.lora_on);
+    mem_free((char *)t->o.freeze);
+    mem_free(t);
 }
 
-int lvm_trainer_eval(lvm_trainer *trainer, const lvm_tokens *data, int64_t max_rows, double *loss,
+/* The rows of a pass: up to max_rows of r from `first` on. */
+static struct rows pass_rows(struct lvm_trainer *t, const struct rows *r, int first) {
+    struct rows p = {(int)min64(t->net.max_rows, r->n - first), r->ids + first, r->targets + first,
+                     r->weights + first, t->pass_pieces, 0};
+    for (int i = 0; i < r->n_pieces; i++) {
+        struct piece piece = r->pieces[i];
+        if (piece.first < first || piece.first >= first + p.n) continue;
+        p.pieces[p.n_pieces++] = (struct piece){piece.first - first, piece.n};
+    }
+    return p;
+}
+
+static double sum_of(const float *x, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    return sum;
+}
+
+/* Sets the units of progress of a call to come: so many passes of so many units. */
+static void begin_progress(struct lvm_trainer *t, int64_t rows, int units) {
+    t->units = 0;
+    t->all_units = (rows + t->net.max_rows - 1) / t->net.max_rows * units;
+}
+
+/* The gradients of a step, as several passes; the mean loss in *loss. */
+static int accumulate_step(struct lvm_trainer *t, double *loss, lvm_error *error) {
+    double all = sum_of(t->rows.weights, t->rows.n), sum = 0;
+    int code = LVM_OK, units = 3 * t->net.a->L;
+    zero_gradients(t);
+    begin_progress(t, t->rows.n, units);
+    for (int at = 0; code == LVM_OK && all > 0 && at < t->rows.n; at += t->net.max_rows) {
+        struct rows r = pass_rows(t, &t->rows, at);
+        code = net_accumulate(t, &r, all, &sum, error);
+        t->units += units;
+    }
+    *loss = all > 0 ? sum / all : 0;
+    return code;
+}
+
+/* Steps that no update may be made of: SPIKE times the usual norm, or no number at all. */
+enum { SPIKE = 20 };
+
+static int is_spike(const struct lvm_trainer *t, double loss, double norm) {
+    if (!isfinite(loss) || !isfinite(norm)) return 1;
+    return norm == 0 || (t->usual_norm > 0 && norm > SPIKE * t->usual_norm);
+}
+
+int lvm_trainer_step(lvm_trainer *t, lvm_train_report *report, lvm_error *error) {
+    clear_error(error);
+    if (t == NULL || report == NULL)
+        return null_argument(error, "lvm_trainer_step", t == NULL ? "trainer" : "report");
+    *report = (lvm_train_report){0};
+    if (t->o.n_data == 0) return fail(error, LVM_INVALID, "the trainer has no data to learn from");
+    struct data_position at = t->at;
+    double loss = 0;
+    int code = fill_rows(&t->stream, &at, t->o.batch, &t->rows, error);
+    if (code == LVM_OK) code = accumulate_step(t, &loss, error);
+    if (code != LVM_OK) return code;
+    double norm = gradient_norm(t), lr = learning_rate(&t->o, t->step + 1);
+    int skip = is_spike(t, loss, norm);
+    if (!skip) {
+        update_params(t, lr, norm, t->step - t->skipped + 1);
+        t->usual_norm = t->usual_norm > 0 ? 0.95 * t->usual_norm + 0.05 * norm : norm;
+    }
+    t->at = at;
+    t->step++;
+    t->tokens += (int64_t)t->rows.n;
+    t->skipped += skip;
+    t->in_a_row = skip ? t->in_a_row + 1 : 0;
+    *report = (lvm_train_report){.step = t->step, .tokens = t->tokens, .skipped = t->skipped,
+                                 .in_a_row = t->in_a_row, .loss = loss, .grad_norm = norm,
+                                 .lr = lr, .was_skipped = skip,
+                                 .epoch = (double)at.epoch + (double)at.sentence /
+                                                                 (double)t->stream.n_sentences};
+    return LVM_OK;
+}
+
+/* One pass over other data, in its order. */
+static int eval_stream(struct lvm_trainer *t, const struct stream *s, int64_t max_rows,
+                       struct rows *r, double *sum, double *all, int64_t *tokens,
+                       lvm_error *error) {
+    struct data_position at = {0, 0, 0};
+    int code = LVM_OK;
+    for (int64_t done = 0; code == LVM_OK && (max_rows == 0 || done < max_rows);) {
+        int count = max_rows == 0 ? t->rows_at_once
+                                  : (int)min64(t->rows_at_once, max_rows - done);
+        code = fill_rows(s, &at, count, r, error);
+        if (code != LVM_OK || r->n == 0) break;
+        begin_progress(t, r->n, t->net.a->L);
+        code = net_loss(t, r, sum, error);
+        *all += sum_of(r->weights, r->n);
+        for (int i = 0; i < r->n; i++) *tokens += r->weights[i] != 0;
+        done += count;
+    }
+    return code;
+}
+
+int lvm_trainer_eval(lvm_trainer *t, const lvm_tokens *data, int64_t max_rows, double *loss,
                      int64_t *tokens, lvm_error *error) {
-    (void)trainer, (void)data, (void)max_rows, (void)loss, (void)tokens;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+    clear_error(error);
+    if (t == NULL || data == NULL || loss == NULL || tokens == NULL)
+        return null_argument(error, "lvm_trainer_eval", t == NULL      ? "trainer"
+                                                        : data == NULL ? "data"
+                                                        : loss == NULL ? "loss"
+                                                                       : "tokens");
+    const struct llama *a = t->net.a;
+    lvm_train_options o = t->o;
+    struct stream s;
+    struct rows r = {0};
+    double sum = 0, all = 0;
+    *loss = 0;
+    *tokens = 0;
+    o.data = &data;
+    o.n_data = 1;
+    int code = stream_open(&s, &o, a->bos, a->eos, a->V, error);
+    s.shuffle = 0;
+    if (code == LVM_OK) code = rows_alloc(&r, t->net.max_rows, error);
+    if (code == LVM_OK) code = eval_stream(t, &s, max_rows, &r, &sum, &all, tokens, error);
+    rows_free(&r);
+    if (code != LVM_OK) return code;
+    if (all <= 0) return fail(error, LVM_INVALID, "%s: no token has a weight", data->name);
+    *loss = sum / all;
+    return check_finite(&(float){(float)*loss}, 1, "the losses of file", 1, error);
 }
 
 /* =================================================================================================
@@ -4978,6 +7101,15 @@ int lvm_trainer_eval(lvm_trainer *trainer, const lvm_tokens *data, int64_t max_r
    before the next is waited for. Two lines of a batch must not write one file, under whatever names
    and links, nor one an image that any line reads: a file is looked through and refused before any
    work, in a stream the line that comes second is a fault.
+
+   Lines to learn from (lvm pack) hold tokens alone, in the same forms, of images of any size:
+
+       {"tokens": ids}                                       a sentence
+       {"input_tokens": ids, "output_tokens": ids}           the same of two parts, so that the loss
+                                                             can be of the second one alone
+       "weights": numbers                                    0 .. 255, of the loss of each token; 16
+                                                             is 1; or base64 of bytes
+       "image_tokens": n                                     an image's; else 256 if that may be
 
    Limits. A line has at most 16 MiB, a list at most 65536 images, values lie in each other 32 deep.
    Memory is in proportion to the longest line, where a short path takes some 50 times its length,
@@ -5292,33 +7424,51 @@ static void take_token(struct json *j, struct buffer *tokens) {
 
 /* The 6 bits of a digit, or -1. */
 static int base64_digit(char c) {
-    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    const char *p = c != 0 ? strchr(digits, c) : NULL;
-    return p != NULL ? (int)(p - digits) : -1;
+    if (c >= 'A' && c <= 'Z') return c - 'A';
+    if (c >= 'a' && c <= 'z') return c - 'a' + 26;
+    if (c >= '0' && c <= '9') return c - '0' + 52;
+    return c == '+' ? 62 : c == '/' ? 63 : -1;
 }
 
-/* Base64 of little-endian int32: each character brings six bits, highest first, each eight of them
-   make a byte, each four bytes an id, lowest byte first. At the end no more than two = may pad. */
-static void take_base64(struct json *j, struct buffer *tokens) {
+/* The *n bytes of a base64 string, which the caller frees; NULL after a fault. Each character
+   brings six bits, highest first, each eight of them make a byte, which has room where its
+   characters stood. At the end no more than two = may pad. */
+static uint8_t *json_base64(struct json *j, size_t *n) {
     char *text = json_string(j);
-    uint32_t bits = 0, id = 0;
-    int held = 0, bytes = 0;
-    size_t n = text != NULL ? strlen(text) : 0, i = 0;
-    for (; j->code == LVM_OK && i < n && base64_digit(text[i]) >= 0; i++) {
+    uint8_t *bytes = (uint8_t *)text;
+    uint32_t bits = 0;
+    int held = 0;
+    size_t size = text != NULL ? strlen(text) : 0, i = 0;
+    *n = 0;
+    for (; i < size && base64_digit(text[i]) >= 0; i++) {
         bits = bits << 6 | (uint32_t)base64_digit(text[i]);
         held += 6;
         if (held < 8) continue;
         held -= 8;
-        id |= (bits >> held & 255) << 8 * bytes++;
-        if (bytes < 4) continue;
-        if (id >= (uint32_t)j->codes) json_fail(j, "an id is no image token");
-        else j->code = buffer_add(tokens, &id, sizeof id, j->error);
-        id = 0;
-        bytes = 0;
+        bytes[(*n)++] = (uint8_t)(bits >> held);
     }
-    if (j->code == LVM_OK && (bytes != 0 || n - i > 2 || strspn(text + i, "=") != n - i))
-        json_fail(j, "tokens are no base64 of whole int32");
+    if (text != NULL && (size - i > 2 || strspn(text + i, "=") != size - i))
+        json_fail(j, "a string is no base64");
+    if (j->code == LVM_OK) return bytes;
     mem_free(text);
+    return NULL;
+}
+
+/* Base64 of little-endian int32. */
+static void take_base64(struct json *j, struct buffer *tokens) {
+    json_peek(j);
+    size_t n = 0, start = j->at;
+    uint8_t *bytes = json_base64(j, &n);
+    if (n % sizeof(int32_t) != 0) json_fail(j, "tokens are no base64 of whole int32");
+    for (size_t i = 0; j->code == LVM_OK && i < n; i += sizeof(int32_t)) {
+        uint32_t id;
+        memcpy(&id, bytes + i, sizeof id);
+        if (id < (uint32_t)j->codes) continue;
+        if (memchr(j->s + start, '\\', j->at - start) == NULL) j->at = start + 1 + i / 3 * 4;
+        json_fail(j, "an id is no image token");
+    }
+    if (j->code == LVM_OK) j->code = buffer_add(tokens, bytes, n, j->error);
+    mem_free(bytes);
 }
 
 /* An element that is a string: a path, or, behind a key that takes tokens alone, base64. */
@@ -5418,7 +7568,8 @@ static void json_value(struct json *j, const struct sentence_key *key, struct se
 }
 
 /* A key, its : and its value. */
-static void json_member(struct json *j, struct sentence *s) {
+static void json_member(struct json *j, void *arg) {
+    struct sentence *s = arg;
     char *name = json_string(j);
     int key = name != NULL ? find_key(name) : -1;
     int near = name != NULL && key < 0 ? find_near_key(name) : -1;
@@ -5432,24 +7583,151 @@ static void json_member(struct json *j, struct sentence *s) {
     else if (!json_word(j, "null")) json_value(j, &key_table[key], s);
 }
 
-/* Reads one line, an object in which every key may be missing; an answer must be one of the
-   choices, and nothing may stand behind the object. s is freed by sentence_free, also after a
-   failure. */
-static int parse_sentence(struct json *j, struct sentence *s) {
-    memset(s, 0, sizeof *s);
-    s->answer = -1;
+/* A whole line, an object whose members `member` reads; form shows what it looks like. Nothing may
+   stand behind it. */
+static void json_line(struct json *j, const char *form,
+                      void (*member)(struct json *j, void *arg), void *arg) {
     if (j->n > 0 && memchr(j->s, 0, j->n) != NULL)
         json_fail(j, "zero bytes in the line: a set is UTF-8 text, not UTF-16");
-    json_want(j, '{', "a line is an object: {\"input\": [...], ...}");
+    if (!json_take(j, '{')) json_fail(j, "a line is an object: %s", form);
     int more = j->code == LVM_OK && !json_take(j, '}');
     while (more) {
-        json_member(j, s);
+        member(j, arg);
         more = j->code == LVM_OK && json_more(j, '}');
     }
     if (json_peek(j) != 0 || (j->code == LVM_OK && j->at < j->n))
         json_fail(j, "something stands behind the object");
+}
+
+/* Reads one line, in which every key may be missing; an answer must be one of the choices. s is
+   freed by sentence_free, also after a failure. */
+static int parse_sentence(struct json *j, struct sentence *s) {
+    memset(s, 0, sizeof *s);
+    s->answer = -1;
+    json_line(j, "{\"input\": [...], ...}", json_member, s);
     if (j->code == LVM_OK && s->answer >= s->choices.n && s->answer >= 0)
         json_fail(j, "\"answer\" is none of the choices");
+    return j->code;
+}
+
+/* ---- Lines to learn from ---- */
+
+enum train_part { PART_TOKENS, PART_INPUT, PART_OUTPUT, PART_WEIGHTS, PART_IMAGE, N_PARTS };
+
+static const struct train_key {
+    const char *name;
+    enum train_part gives;
+} train_keys[] = {{"tokens", PART_TOKENS},        {"input_tokens", PART_INPUT},
+                  {"input", PART_INPUT},          {"output_tokens", PART_OUTPUT},
+                  {"output", PART_OUTPUT},        {"target_tokens", PART_OUTPUT},
+                  {"target", PART_OUTPUT},        {"weights", PART_WEIGHTS},
+                  {"image_tokens", PART_IMAGE}};
+enum { N_TRAIN_KEYS = sizeof train_keys / sizeof *train_keys };
+
+struct train_line {
+    const char *by[N_PARTS];        /* the key that gave a part, or NULL */
+    struct buffer ids[PART_OUTPUT + 1]; /* int32: tokens, input, output */
+    struct buffer weights;          /* u8 */
+    int image_tokens;               /* 0: unknown */
+};
+
+/* Also of one that was never filled but is zero. */
+static void train_line_free(struct train_line *line) {
+    for (int i = 0; i <= PART_OUTPUT; i++) mem_free(line->ids[i].data);
+    mem_free(line->weights.data);
+    memset(line, 0, sizeof *line);
+}
+
+/* An array of ids, or of arrays of them, one an image. */
+static void json_id_array(struct json *j, int depth, struct buffer *ids) {
+    json_want(j, '[', "tokens should stand here, an array of ids or base64");
+    if (j->code != LVM_OK || json_take(j, ']')) return;
+    do {
+        int c = json_peek(j);
+        if (c == '[' && depth > 0)
+            json_id_array(j, depth - 1, ids);
+        else if (c != '-' && !isdigit(c))
+            json_fail(j, c == '"' ? "a picture's name stands among tokens; lvm encode makes some"
+                                  : "an id should stand here");
+        else
+            take_token(j, ids);
+    } while (j->code == LVM_OK && json_more(j, ']'));
+}
+
+/* Loss weights: an array of whole numbers, or base64 of bytes. */
+static void json_weights(struct json *j, struct buffer *weights) {
+    size_t n = 0;
+    if (json_peek(j) == '"') {
+        uint8_t *bytes = json_base64(j, &n);
+        if (j->code == LVM_OK) j->code = buffer_add(weights, bytes, n, j->error);
+        mem_free(bytes);
+        return;
+    }
+    json_want(j, '[', "weights should stand here, an array of numbers or base64");
+    if (j->code != LVM_OK || json_take(j, ']')) return;
+    do {
+        uint8_t weight = (uint8_t)json_int(j, 256, "a weight is no whole number from 0 to 255");
+        if (j->code == LVM_OK) j->code = buffer_add(weights, &weight, 1, j->error);
+    } while (j->code == LVM_OK && json_more(j, ']'));
+}
+
+/* The key of that name, or NULL; a name that nearly is one is a fault. */
+static const struct train_key *find_train_key(struct json *j, const char *name) {
+    int n = (int)strlen(name);
+    for (int i = 0; i < N_TRAIN_KEYS; i++)
+        if (strcmp(name, train_keys[i].name) == 0) return &train_keys[i];
+    for (int i = 0; i < N_TRAIN_KEYS && n < KEY_ROOM; i++) {
+        int d = word_distance(name, train_keys[i].name);
+        if (d > 2 || 2 * d >= n) continue;
+        json_fail(j, "the key \"%s\" has no meaning (did you mean \"%s\"?)", name,
+                  train_keys[i].name);
+    }
+    return NULL;
+}
+
+static void json_train_member(struct json *j, void *arg) {
+    struct train_line *line = arg;
+    char *name = json_string(j);
+    const struct train_key *key = name != NULL ? find_train_key(j, name) : NULL;
+    mem_free(name);
+    json_want(j, ':', "a key lacks its :");
+    if (key == NULL) {
+        json_skip(j, JSON_DEPTH);
+        return;
+    }
+    if (json_word(j, "null")) return;
+    if (line->by[key->gives] != NULL)
+        json_fail(j, "\"%s\" and \"%s\" say the same thing twice; leave one out",
+                  line->by[key->gives], key->name);
+    line->by[key->gives] = key->name;
+    if (key->gives == PART_WEIGHTS)
+        json_weights(j, &line->weights);
+    else if (key->gives == PART_IMAGE)
+        line->image_tokens = json_int(j, MAX_IDS, "\"image_tokens\" is no number of tokens");
+    else if (json_peek(j) == '"')
+        take_base64(j, &line->ids[key->gives]);
+    else
+        json_id_array(j, 1, &line->ids[key->gives]);
+}
+
+/* Reads one line; afterwards ids[PART_TOKENS] holds all of its tokens, also of one in two parts,
+   and weights, if there are any, are as many. line is freed by train_line_free, also after a
+   failure. */
+static int parse_train_line(struct json *j, struct train_line *line) {
+    struct buffer *all = &line->ids[PART_TOKENS];
+    memset(line, 0, sizeof *line);
+    j->codes = MAX_IDS;
+    json_line(j, "{\"tokens\": [...]}", json_train_member, line);
+    const char *const *by = line->by;
+    if (by[PART_TOKENS] != NULL && (by[PART_INPUT] != NULL || by[PART_OUTPUT] != NULL))
+        json_fail(j, "\"tokens\" and \"%s\" say the same thing twice; leave one out",
+                  by[by[PART_INPUT] != NULL ? PART_INPUT : PART_OUTPUT]);
+    if (by[PART_TOKENS] == NULL && (by[PART_INPUT] == NULL || by[PART_OUTPUT] == NULL))
+        json_fail(j, "a line holds \"tokens\", or \"input_tokens\" and \"output_tokens\"");
+    for (int i = PART_INPUT; j->code == LVM_OK && i <= PART_OUTPUT; i++)
+        j->code = buffer_add(all, line->ids[i].data, line->ids[i].n, j->error);
+    if (by[PART_WEIGHTS] != NULL && line->weights.n != all->n / sizeof(int32_t))
+        json_fail(j, "%zu weights for %zu tokens", line->weights.n, all->n / sizeof(int32_t));
     return j->code;
 }
 
@@ -5695,7 +7973,8 @@ static int64_t cgroup_limit(const char *folder, int64_t n) {
    /proc/self/cgroup, whose line "0::PATH" names its own. A group that a container does not see is
    passed over; its own is then the root of mount. Of version 1, which is on its way out, only that
    root is looked at. */
-static int64_t cgroup_processors(const char *list, const char *mount, int64_t n) {
+static int64_t cgroup_least(const char *list, const char *mount,
+                            int64_t (*limit)(const char *folder, int64_t n), int64_t n) {
     char line[4096], folder[4200];
     FILE *f = fopen(list, "r");
     while (f != NULL && fgets(line, sizeof line, f) != NULL) {
@@ -5705,14 +7984,54 @@ static int64_t cgroup_processors(const char *list, const char *mount, int64_t n)
         for (char *end = path + strlen(path); end != NULL; end = strrchr(path, '/')) {
             *end = 0;
             snprintf(folder, sizeof folder, "%s%s", mount, path);
-            n = cgroup_limit(folder, n);
+            n = limit(folder, n);
         }
     }
     if (f != NULL) fclose(f);
+    return n;
+}
+
+static int64_t cgroup_processors(const char *list, const char *mount, int64_t n) {
+    char folder[4200];
     snprintf(folder, sizeof folder, "%s/cpu", mount);
-    return cgroup_limit(folder, n);
+    return cgroup_limit(folder, cgroup_least(list, mount, cgroup_limit, n));
+}
+
+/* The number behind a word that stands first in a line of a file, or first of all (word ""); -1
+   where there is none. */
+static int64_t number_in_file(const char *folder, const char *name, const char *word) {
+    char path[4400], line[256];
+    long long value = -1;
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *f = fopen(path, "r");
+    while (f != NULL && value < 0 && fgets(line, sizeof line, f) != NULL)
+        if (strncmp(line, word, strlen(word)) != 0 ||
+            sscanf(line + strlen(word), "%lld", &value) != 1)
+            value = -1;
+    if (f != NULL) fclose(f);
+    return value;
+}
+
+/* Bytes that a group of version 2 may still take: what it holds of files can go. */
+static int64_t cgroup_memory(const char *folder, int64_t n) {
+    int64_t most = number_in_file(folder, "memory.max", ""),
+            now = number_in_file(folder, "memory.current", ""),
+            files = number_in_file(folder, "memory.stat", "inactive_file ");
+    if (most < 0 || now < 0) return n;
+    return min64(n, max64(0, most - now + max64(0, files)));
 }
 #endif
+
+/* Bytes of memory that this process can take without swapping, or INT64_MAX where nothing tells. */
+static int64_t os_memory_available(void) {
+    int64_t n = INT64_MAX;
+#ifdef __linux__
+    int64_t kib = number_in_file("/proc", "meminfo", "MemAvailable:");
+    if (kib >= 0) n = kib * 1024;
+    n = cgroup_least("/proc/self/cgroup", "/sys/fs/cgroup", cgroup_memory, n);
+#endif
+    return n;
+}
 
 /* Processors that this process may use: on Linux by affinity and by its control groups' quota. */
 static int64_t os_processors(void) {
@@ -5961,6 +8280,11 @@ static int64_t os_processors(void) {
     GetProcessAffinityMask(GetCurrentProcess(), &ours, &all);
     for (; ours != 0; ours &= ours - 1) n++;
     return n > 0 ? n : (int64_t)GetActiveProcessorCount(ALL_PROCESSOR_GROUPS);
+}
+
+static int64_t os_memory_available(void) {
+    MEMORYSTATUSEX status = {.dwLength = sizeof status};
+    return GlobalMemoryStatusEx(&status) ? (int64_t)status.ullAvailPhys : INT64_MAX;
 }
 
 #ifndef LVM_NO_MAIN
@@ -13520,20 +15844,13 @@ int lvm_merge(const char *base, const char *adapters, const char *out, int type,
 
 /* ---- Export: what a trainer learnt ---- */
 
-/* The spec of a trainer's tensor, or NULL: one of an adapter. */
-static const struct tensor_spec *spec_of(const struct lvm_trainer *t, const struct param *p) {
-    for (int i = 0; i < t->m->n_specs; i++)
-        if (strcmp(t->m->specs[i].name, p->name) == 0) return &t->m->specs[i];
-    return NULL;
-}
-
 /* A trainer's tensor as `type`, LVM_AUTO: as init has it, else F16. */
 static struct written trained_tensor(const struct lvm_trainer *t, const struct param *p,
                                      const struct tensor_spec *s, int type) {
     const lvm_model *init = t->o.init;
     const struct gguf_tensor *before = init != NULL ? gguf_tensor(&init->file, p->name) : NULL;
     int now = before != NULL ? before->type : LVM_F16;
-    int tied = s->kind == T_EMBED && t->net.output.w == p;
+    int tied = s->kind == T_EMBED && t->net.output == p;
     struct written x = {text_of(p->name), s->n_dims, p->w.type, LVM_F32,
                         {s->dims[s->n_dims - 1], s->n_dims > 1 ? s->dims[0] : 1, 1, 1}, p->w.data,
                         NULL};
@@ -13567,7 +15884,7 @@ static int export_adapters(const struct lvm_trainer *t, const char *path, int ty
     put_text_key(&w, "adapter.type", "lora");
     put_float_key(&w, "adapter.lora.alpha", t->o.lora_alpha);
     for (int i = 0; i < t->net.n_params; i++)
-        if (spec_of(t, &t->net.params[i]) == NULL)
+        if (t->net.params[i].spec == NULL)
             list[n++] = trained_adapter(&t->net.params[i], type);
     return write_weights(path, &w, list, n, 0, error);
 }
@@ -13596,7 +15913,7 @@ static int export_model(const struct lvm_trainer *t, const char *path, int type,
     if (license != NULL) put_key(&w, license->name, license->type, license->value, license->size);
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        const struct tensor_spec *s = spec_of(t, p);
+        const struct tensor_spec *s = p->spec;
         if (s != NULL) list[n++] = trained_tensor(t, p, s, type);
     }
     if (tokenizer != NULL) n = take_tokenizer(tokenizer, &w, list, n);
@@ -14348,6 +16665,8 @@ enum command_bit {
     BATCH = 256,
     BENCH = 512,
     VERSION = 1024,
+    PACK = 2048,
+    UNPACK = 4096,
     MERGE = 1 << 15,
     SAMPLES = PREDICT | BATCH,
     READS = PREDICT | RANK | EVAL | BATCH, /* images as a prompt */
@@ -14361,6 +16680,8 @@ struct cli {
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, encoder_type, preset;
     int lines, grid, json, best, man, skip_existing, together;
     int config, vq, stage, prompt, new_tokens;
+    const char *bos, *eos;
+    int loss, integers;
     lvm_sampling sampling;
     lvm_options options;
 };
@@ -14390,6 +16711,8 @@ static const struct option option_table[] = {
      "where to write (out.png; encode: stdout)"},
     {'o', "output", "FOLDER", BATCH, TEXT, AT(out), 0, 0,
      "where outputs go (the working directory)"},
+    {'o', "output", "FILE", PACK | UNPACK, TEXT, AT(out), 0, 0,
+     "what to write (unpack: stdout)"},
     {'o', "output", "FILE", MERGE, TEXT, AT(out), 0, 0, "the weights file to write"},
     {'n', "images", "N", SAMPLES, INTEGER, AT(images), 1, 1 << 11,
      "images to predict, one after the other (1)"},
@@ -14455,10 +16778,16 @@ static const struct option option_table[] = {
      "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
     {0, "encoder-type", "TYPE", QUANTIZE, TYPE, AT(encoder_type), 0, 15,
      "of its encoder (f16 with --vq-type q8_0)"},
+    {0, "loss", "all|answers", PACK, ONE_OF, AT(loss), 0, 0,
+     "of which tokens something is learnt (all)"},
+    {0, "bos", "ID|none", PACK, TEXT, AT(bos), 0, 0, "dropped in front of a sentence (8192)"},
+    {0, "eos", "ID|none", PACK, TEXT, AT(eos), 0, 0, "dropped at the end of a sentence (8193)"},
+    {0, "integers", NULL, UNPACK, FLAG, AT(integers), 0, 0, "arrays of numbers, not base64"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
     {0, "force", NULL, QUANTIZE | MERGE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
      "replace an existing weights file"},
-    {'q', "quiet", NULL, RUNS | BENCH, FLAG, AT(quiet), 0, 0, "no progress, no notes"},
+    {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK, FLAG, AT(quiet), 0, 0,
+     "no progress, no notes"},
     {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"}};
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
@@ -14480,6 +16809,8 @@ static int run_batch(struct cli *cli);
 static int run_bench(struct cli *cli);
 static int run_info(struct cli *cli);
 static int run_quantize(struct cli *cli);
+static int run_pack(struct cli *cli);
+static int run_unpack(struct cli *cli);
 static int run_merge(struct cli *cli);
 static int run_help(struct cli *cli);
 static int run_version(struct cli *cli);
@@ -14547,6 +16878,20 @@ static const struct command command_table[] = {
      "quantised, and --type q4_0 leaves the output matrix at q8_0. With\n"
      "--vq-type q8_0 the encoder becomes f16: a quantised one finds other tokens.\n"
      "  lvm quantize big.bin small.bin --type q8_0 --vq-type q8_0\n"},
+    {"pack", PACK, run_pack, "pack SET.jsonl|-... -o OUT.tok", "sentences of tokens to a .tok file",
+     "What a model is trained on: small, read where it lies, in any order. A line is a\n"
+     "sentence, as the published training data have it, or has two parts:\n"
+     "  {\"tokens\": \"base64 of little-endian int32\"}\n"
+     "  {\"tokens\": [17, 4, 8191, ...], \"weights\": [16, 0, 16, ...]}\n"
+     "  {\"input_tokens\": [...], \"output_tokens\": [...]}\n"
+     "\"weights\" are of each token's loss: 16 is weight 1, 0 none, 255 the most.\n"
+     "With --loss answers the input has none. A .tok file holds image tokens alone:\n"
+     "bos in front and eos at the end are dropped, training puts the model's own\n"
+     "there. An image has 256 tokens where all sentences are whole images of 256,\n"
+     "or as many as \"image_tokens\" says. A bad line ends the work.\n"
+     "  lvm pack a.jsonl b.jsonl -o train.tok\n"},
+    {"unpack", UNPACK, run_unpack, "unpack IN.tok", "a .tok file to lines that pack reads",
+     "  lvm unpack train.tok --integers | head -n 1\n"},
     {"merge", MERGE, run_merge, "merge WEIGHTS ADAPTERS -o OUT",
      "adapters (LoRA) and their model as one weights file",
      "Adapters are files that lvm train --lora writes, or convert.py --lora. Matrices\n"
@@ -15180,7 +17525,9 @@ static const struct stage_words {
                    {"score", "scoring", "choice", "tokens/s"},
                    {"decode", "decoding images", "image", ""},
                    {"eval", "evaluating", "line", ""},
-                   {"batch", "predicting", "line", ""}};
+                   {"batch", "predicting", "line", ""},
+                   {"pack", "packing", "", ""},
+                   {"unpack", "unpacking", "", ""}};
 enum { N_STAGES = sizeof stage_table / sizeof *stage_table };
 
 static int is_stage(const char *a, const char *b) { return strcmp(a, b) == 0; }
@@ -15573,7 +17920,7 @@ static int same_place(const char *a, const char *b) {
 static int check_output(const struct cli *cli, const char *name, const struct paths *p,
                         lvm_error *error) {
     if (os_stat(name).kind == OS_DEVICE) return LVM_OK;
-    if (same_file(name, cli->words[0]))
+    if (begins_with(cli->words[0], "GGUF") && same_file(name, cli->words[0]))
         return fail(error, LVM_INVALID, "%s: is the weights file; choose another output with -o",
                     name);
     if (cli->lora != NULL && same_file(name, cli->lora))
@@ -15692,18 +18039,26 @@ static int outputs_add(struct outputs *o, const struct cli *cli, char *name,
     return o->n++ < MAX_OPEN_OUTPUTS ? open_output(&list[o->n - 1], error) : LVM_OK;
 }
 
-/* Writes output i whole and prints its name, unless it is a device or a pipe. */
-static int outputs_write(struct outputs *o, int i, const void *data, size_t size,
-                         lvm_error *error) {
+/* Finishes output i, if it is open, and prints its name, unless it is a device or a pipe; with
+   another code than LVM_OK it is removed. */
+static int outputs_close(struct outputs *o, int i, int code, lvm_error *error) {
     struct output *out = &o->list[i];
-    int code = out->open ? LVM_OK : open_output(out, error);
     int named = out->file.temp != NULL;
     fflush(stdout);
-    if (code == LVM_OK) code = outfile_write(&out->file, data, size, error);
     if (out->open) code = outfile_close(&out->file, code, error);
     out->open = 0;
     if (code == LVM_OK && named && !o->silent) print_name(out->name, "");
     return code;
+}
+
+/* Writes output i whole. */
+static int outputs_write(struct outputs *o, int i, const void *data, size_t size,
+                         lvm_error *error) {
+    struct output *out = &o->list[i];
+    int code = out->open ? LVM_OK : open_output(out, error);
+    fflush(stdout);
+    if (code == LVM_OK) code = outfile_write(&out->file, data, size, error);
+    return outputs_close(o, i, code, error);
 }
 
 /* text: NULL, or what the file says of the image. */
@@ -16565,6 +18920,12 @@ static int check_encoding(struct lines *l, lvm_error *error) {
     return fail(error, LVM_FORMAT, "%s: is text in UTF-16; a set is UTF-8", l->name);
 }
 
+static int is_blank(const struct buffer *text) {
+    for (size_t i = 0; i < text->n; i++)
+        if (!isspace((unsigned char)text->data[i])) return 0;
+    return 1;
+}
+
 /* The next line that is not blank: 1, 0 at the end, -1 and an error. No more is read than --lines
    asks for. */
 static int set_next(struct set *set, lvm_error *error) {
@@ -16574,8 +18935,7 @@ static int set_next(struct set *set, lvm_error *error) {
         int more = lines_next(l, error);
         if (more <= 0) return more;
         if (l->number == 1 && check_encoding(l, error) != LVM_OK) return -1;
-        for (size_t i = 0; i < l->text.n; i++)
-            if (!isspace((unsigned char)l->text.data[i])) return 1;
+        if (!is_blank(&l->text)) return 1;
     }
 }
 
@@ -17827,6 +20187,263 @@ static int run_quantize(struct cli *cli) {
     int named = !is_stream(out), code = lvm_quantize(cli->words[0], out, cli->type, cli->vq_type,
                                                      cli->encoder_type, cli->force, &error);
     if (code == LVM_OK && named) print_name(out, "");
+    return finish(&error, code);
+}
+
+/* ---- Token files (chapter 8) ---- */
+
+/* Lines on their way into a .tok file. */
+struct packing {
+    int bos, eos;      /* dropped at the ends of a sentence; -1: none */
+    int answers;       /* the loss is of the output alone */
+    int image_tokens;  /* that lines name; -1: none so far */
+    size_t divisor;    /* the greatest common one of the sentences' lengths */
+    struct token_writer w;
+};
+
+enum { USUAL_IMAGE = 256, USUAL_BOS = 8192, USUAL_EOS = 8193 };
+
+/* Notes what a line of n tokens says of its images, and refuses what contradicts it. */
+static int pack_images(struct packing *p, const struct train_line *line, size_t n,
+                       lvm_error *error) {
+    int told = line->by[PART_IMAGE] != NULL ? line->image_tokens : p->image_tokens;
+    if (p->image_tokens >= 0 && told != p->image_tokens)
+        return fail(error, LVM_FORMAT, "\"image_tokens\" is %d, but %d in a line above", told,
+                    p->image_tokens);
+    if (told > 0 && n % (size_t)told != 0)
+        return fail(error, LVM_FORMAT, "%zu tokens are no whole images of %d", n, told);
+    p->image_tokens = told;
+    while (n > 0) { /* Euclid */
+        size_t rest = p->divisor % n;
+        p->divisor = n;
+        n = rest;
+    }
+    return LVM_OK;
+}
+
+/* Adds the sentence of a line without bos and eos. The weights of --loss answers stand in for those
+   that a line does not have itself. */
+static int pack_sentence(struct packing *p, struct train_line *line, lvm_error *error) {
+    const struct buffer *all = &line->ids[PART_TOKENS];
+    const int32_t *ids = (const int32_t *)(const void *)all->data;
+    size_t n = all->n / sizeof *ids, inputs = line->ids[PART_INPUT].n / sizeof *ids;
+    int own = line->by[PART_WEIGHTS] != NULL, code = LVM_OK;
+    if (p->answers && !own && line->by[PART_OUTPUT] == NULL)
+        return fail(error, LVM_FORMAT, "--loss answers takes lines with \"input_tokens\" and "
+                    "\"output_tokens\", or \"weights\"");
+    for (size_t i = 0; code == LVM_OK && p->answers && !own && i < n; i++)
+        code = buffer_add(&line->weights, &(uint8_t){i < inputs ? 0 : WEIGHT_ONE}, 1, error);
+    if (code != LVM_OK) return code;
+    size_t first = n > 0 && ids[0] == p->bos, end = n - (n > first && ids[n - 1] == p->eos);
+    for (size_t i = first; i < end; i++)
+        if (ids[i] == p->bos || ids[i] == p->eos)
+            return fail(error, LVM_FORMAT, "token %zu is %s (%d), which may only stand at an end",
+                        i + 1, ids[i] == p->bos ? "bos" : "eos", ids[i]);
+    if (end == first) return fail(error, LVM_FORMAT, "a sentence without tokens");
+    code = pack_images(p, line, end - first, error);
+    const uint8_t *weights = (const uint8_t *)line->weights.data;
+    if (code != LVM_OK) return code;
+    return token_writer_add(&p->w, ids + first, weights != NULL ? weights + first : NULL,
+                            end - first, error);
+}
+
+static int pack_line(struct packing *p, const struct lines *l, lvm_error *error) {
+    struct train_line line = {.image_tokens = 0};
+    lvm_error fault = {0, ""};
+    struct json j = {.s = l->text.data, .n = l->text.n, .error = &fault};
+    int code = l->too_long ? fail(&fault, LVM_FORMAT, "is longer than %d bytes", LINE_BYTES)
+                           : parse_train_line(&j, &line);
+    if (code == LVM_OK) code = pack_sentence(p, &line, &fault);
+    train_line_free(&line);
+    if (code == LVM_OK) return LVM_OK;
+    return fail(error, code, "%s: line %d: %s", l->name, l->number, fault.text);
+}
+
+/* All lines of a file or of standard input; bar may be NULL. */
+static int pack_lines(struct packing *p, const char *path, struct bar *bar, lvm_error *error) {
+    struct lines l = {.name = path};
+    int code = lines_open(&l, path, error), more = 1;
+    if (code == LVM_OK && begins_with(path, tok_magic))
+        code = fail(error, LVM_INVALID, "%s: is a .tok file already", path);
+    while (code == LVM_OK && (more = lines_next(&l, error)) > 0) {
+        if (l.number == 1) code = check_encoding(&l, error);
+        if (code == LVM_OK && !is_blank(&l.text)) code = pack_line(p, &l, error);
+        if (bar != NULL && bar->shown && l.size > 0)
+            draw_bar(bar, "pack", min64(l.done, l.size), l.size);
+    }
+    lines_close(&l);
+    return more < 0 ? LVM_IO : code;
+}
+
+/* Ends what pack_lines filled. */
+static int pack_close(struct packing *p, int code, lvm_error *error) {
+    if (p->image_tokens < 0) p->image_tokens = p->divisor % USUAL_IMAGE == 0 ? USUAL_IMAGE : 0;
+    p->w.image_tokens = (uint32_t)p->image_tokens;
+    if (code == LVM_OK && p->w.n_sentences == 0)
+        code = fail(error, LVM_FORMAT, "there are no lines to learn from");
+    if (code == LVM_OK && p->image_tokens > 0 && p->divisor % (size_t)p->image_tokens != 0)
+        code = fail(error, LVM_FORMAT, "\"image_tokens\" is %d, of which a sentence without that "
+                    "key is no multiple", p->image_tokens);
+    return token_writer_close(&p->w, code, error);
+}
+
+/* What lines hold, as lvm pack would write it, for training on them directly; answers: the loss is
+   of outputs alone. NULL and an error on failure. */
+static lvm_tokens *read_token_lines(const char *path, int answers, lvm_error *error) {
+    struct packing p = {.bos = USUAL_BOS, .eos = USUAL_EOS, .answers = answers,
+                        .image_tokens = -1};
+    lvm_tokens *t = NULL;
+    int code = token_writer_open(&p.w, NULL, error);
+    if (code == LVM_OK) code = pack_lines(&p, path, NULL, error);
+    code = pack_close(&p, code, error);
+    if (code == LVM_OK) t = lvm_tokens_open_memory(p.w.memory.data, p.w.memory.n, path, error);
+    if (t != NULL) t->owned = (uint8_t *)p.w.memory.data;
+    else mem_free(p.w.memory.data);
+    return t;
+}
+
+/* The value of --bos or --eos; 0, or a message and 2. */
+static int special_id(const char *option, const char *value, int usual, int *id) {
+    char *end = NULL;
+    *id = value == NULL ? usual : -1;
+    if (value == NULL || strcmp(value, "none") == 0) return 0;
+    long v = strtol(value, &end, 10);
+    if (!isdigit((unsigned char)*value) || *end != 0 || v >= INT32_MAX)
+        return complain("%s: \"%s\" is no id and not none", option, value) + 1;
+    *id = (int)v;
+    return 0;
+}
+
+/* "1 sentence, 4096 tokens, 16 images" */
+static void note_tokens(const struct cli *cli, const char *name, uint64_t sentences,
+                        uint64_t tokens, uint64_t image_tokens) {
+    char images[48] = "";
+    if (image_tokens > 0)
+        snprintf(images, sizeof images, ", %llu images of %llu",
+                 (unsigned long long)(tokens / image_tokens), (unsigned long long)image_tokens);
+    note(cli, "%s: %llu sentences, %llu tokens%s", name, (unsigned long long)sentences,
+         (unsigned long long)tokens, images);
+}
+
+/* The one output of a command on token files, which is none of its inputs. */
+static int add_token_output(struct outputs *o, const struct cli *cli, const char *name,
+                            lvm_error *error) {
+    struct paths inputs = {0};
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < cli->n_words; i++)
+        if (strcmp(cli->words[i], "-") != 0) code = paths_add(&inputs, "", cli->words[i], error);
+    if (code == LVM_OK) code = outputs_add(o, cli, copy_string(name, error), &inputs, error);
+    paths_free(&inputs);
+    return code;
+}
+
+static int run_pack(struct cli *cli) {
+    struct packing p = {.answers = cli->loss, .image_tokens = -1};
+    struct outputs o = {0};
+    struct bar bar = {.shown = !cli->quiet && os_is_terminal(2)};
+    lvm_error error = {0, ""};
+    if (cli->n_words == 0 || cli->out == NULL)
+        return complain("give lines to learn from, and -o OUT.tok (lvm help pack)") + 1;
+    if (special_id("--bos", cli->bos, USUAL_BOS, &p.bos) != 0 ||
+        special_id("--eos", cli->eos, USUAL_EOS, &p.eos) != 0)
+        return 2;
+    int code = add_token_output(&o, cli, cli->out, &error);
+    if (code == LVM_OK) code = token_writer_open(&p.w, &o.list[0].file, &error);
+    for (int i = 0; code == LVM_OK && i < cli->n_words; i++)
+        code = pack_lines(&p, cli->words[i], &bar, &error);
+    hide_bar(&bar);
+    code = pack_close(&p, code, &error);
+    if (code == LVM_OK) code = outputs_close(&o, 0, code, &error);
+    if (code == LVM_OK)
+        note_tokens(cli, is_stdout(cli->out) ? "standard output" : cli->out, p.w.n_sentences,
+                    p.w.n_tokens, p.w.image_tokens);
+    outputs_free(&o);
+    return finish(&error, code);
+}
+
+/* Adds base64 of n bytes, in quotes. */
+static int add_base64(struct buffer *text, const uint8_t *data, size_t n, lvm_error *error) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    int code = buffer_add(text, "\"", 1, error);
+    for (size_t i = 0; code == LVM_OK && i < n; i += 3) {
+        uint32_t bits = (uint32_t)data[i] << 16;
+        if (i + 1 < n) bits |= (uint32_t)data[i + 1] << 8;
+        if (i + 2 < n) bits |= data[i + 2];
+        char out[4] = {digits[bits >> 18], digits[bits >> 12 & 63], digits[bits >> 6 & 63],
+                       digits[bits & 63]};
+        if (i + 1 >= n) out[2] = '=';
+        if (i + 2 >= n) out[3] = '=';
+        code = buffer_add(text, out, 4, error);
+    }
+    return code == LVM_OK ? buffer_add(text, "\"", 1, error) : code;
+}
+
+/* Adds [n, n, ...]: numbers of `size` bytes, 1 or 4. */
+static int add_integers(struct buffer *text, const uint8_t *data, size_t n, size_t size,
+                        lvm_error *error) {
+    char number[16];
+    int code = buffer_add(text, "[", 1, error);
+    for (size_t i = 0; code == LVM_OK && i < n; i += size) {
+        int32_t v = data[i];
+        if (size > 1) memcpy(&v, data + i, sizeof v);
+        int length = snprintf(number, sizeof number, i > 0 ? ", %d" : "%d", v);
+        code = buffer_add(text, number, (size_t)length, error);
+    }
+    return code == LVM_OK ? buffer_add(text, "]", 1, error) : code;
+}
+
+static int add_numbers(struct buffer *text, int integers, const void *data, size_t n, size_t size,
+                       lvm_error *error) {
+    return integers ? add_integers(text, data, n, size, error) : add_base64(text, data, n, error);
+}
+
+/* A sentence as a line that parse_train_line reads: the text is replaced. */
+static int sentence_text(const lvm_tokens *t, int64_t sentence, int integers, struct buffer *text,
+                         lvm_error *error) {
+    int64_t first = sentence_start(t, sentence), n = sentence_start(t, sentence + 1) - first;
+    int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
+    char images[48];
+    if (ids == NULL) return LVM_MEMORY;
+    text->n = 0;
+    int code = buffer_add(text, "{\"tokens\": ", 11, error);
+    for (int64_t i = 0; code == LVM_OK && i < n; i++)
+        if ((ids[i] = token_at(t, first + i)) >= t->bound) code = bad_token(t, sentence, i, error);
+    if (code == LVM_OK)
+        code = add_numbers(text, integers, ids, (size_t)n * sizeof *ids, sizeof *ids, error);
+    if (code == LVM_OK && t->weights != NULL) code = buffer_add(text, ", \"weights\": ", 13, error);
+    if (code == LVM_OK && t->weights != NULL)
+        code = add_numbers(text, integers, t->weights + first, (size_t)n, 1, error);
+    int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", t->image_tokens);
+    if (code == LVM_OK && t->image_tokens != USUAL_IMAGE)
+        code = buffer_add(text, images, (size_t)length, error);
+    mem_free(ids);
+    return code == LVM_OK ? buffer_add(text, "}\n", 2, error) : code;
+}
+
+static int run_unpack(struct cli *cli) {
+    const char *out = cli->out != NULL ? cli->out : "-";
+    struct outputs o = {0};
+    struct bar bar = {.shown = !cli->quiet && os_is_terminal(2) && !is_stdout(out)};
+    struct buffer text = {0};
+    lvm_error error = {0, ""};
+    if (cli->n_words != 1) return complain("give one .tok file (lvm help unpack)") + 1;
+    lvm_tokens *t = lvm_tokens_open(cli->words[0], &error);
+    int code = t == NULL ? error.code : LVM_OK;
+    if (code == LVM_OK) code = add_token_output(&o, cli, out, &error);
+    for (int64_t i = 0; code == LVM_OK && i < t->n_sentences; i++) {
+        code = sentence_text(t, i, cli->integers, &text, &error);
+        if (code == LVM_OK)
+            code = outfile_write(&o.list[0].file, text.data, text.n, &error);
+        if (bar.shown) draw_bar(&bar, "unpack", i + 1, t->n_sentences);
+    }
+    hide_bar(&bar);
+    if (code == LVM_OK) code = outputs_close(&o, 0, code, &error);
+    if (code == LVM_OK && !is_stdout(out))
+        note_tokens(cli, out, (uint64_t)t->n_sentences, (uint64_t)t->n_tokens,
+                    (uint64_t)t->image_tokens);
+    mem_free(text.data);
+    outputs_free(&o);
+    lvm_tokens_close(t);
     return finish(&error, code);
 }
 
