@@ -7464,7 +7464,7 @@ static void take_base64(struct json *j, struct buffer *tokens) {
         uint32_t id;
         memcpy(&id, bytes + i, sizeof id);
         if (id < (uint32_t)j->codes) continue;
-        if (memchr(j->s + start, '\\', j->at - start) == NULL) j->at = start + 1 + i / 3 * 4;
+        if (memchr(j->s + start, '\\', j->at - start) == NULL) j->at = start + 1 + i * 4 / 3;
         json_fail(j, "an id is no image token");
     }
     if (j->code == LVM_OK) j->code = buffer_add(tokens, bytes, n, j->error);
@@ -16963,8 +16963,8 @@ static const struct command command_table[] = {
      "--vq-type q8_0 the encoder becomes f16: a quantised one finds other tokens.\n"
      "  lvm quantize big.bin small.bin --type q8_0 --vq-type q8_0\n"},
     {"pack", PACK, run_pack, "pack SET.jsonl|-... -o OUT.tok", "sentences of tokens to a .tok file",
-     "What a model is trained on: small, read where it lies, in any order. A line is a\n"
-     "sentence, as the published training data have it, or has two parts:\n"
+     "What training reads: small, mapped, in any order. A line is a sentence, as\n"
+     "the published training data have it, or one in two parts:\n"
      "  {\"tokens\": \"base64 of little-endian int32\"}\n"
      "  {\"tokens\": [17, 4, 8191, ...], \"weights\": [16, 0, 16, ...]}\n"
      "  {\"input_tokens\": [...], \"output_tokens\": [...]}\n"
