@@ -5,8 +5,7 @@
 #
 #   ./run_tests.sh [PART...]     build embed backend images corpus kernels os data golden train
 #                                checkpoint properties cli sets weights converter examples cuda
-#                                platforms mutants
-#                                reference threads
+#                                platforms mutants reference threads
 #   PLATFORMS=1                  other systems too, by the compilers and emulators that are here;
 #   PLATFORMS=required           and they must all be
 #   MUTANTS=1                    faults put into lvm.c, which the tests must see
