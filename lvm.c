@@ -8431,32 +8431,31 @@ static double coverage(const struct outlines *o, int side, int line, int from, i
     return (double)(count[to + 1] - count[from]) / (to - from + 1);
 }
 
-/* 1 unless two sides end short of the image's end, which a box that is cut there has as a side. */
-static int reaches_end(const struct outlines *o, int a, int line_a, int b, int line_b, int end) {
-    int other = end == 0 ? 1 : end - 1, low = end < other ? end : other;
-    return coverage(o, a, line_a, low, low + 1) > 0 && coverage(o, b, line_b, low, low + 1) > 0;
+/* How many corners are closed: both sides touch within three pixels. */
+static int closed_corners(const struct outlines *o, const struct box *b) {
+    int n = 0;
+    for (int corner = 0; corner < 4; corner++) {
+        int right = corner & 1, bottom = corner >> 1;
+        int x = right ? b->x1 - 2 : b->x0, y = bottom ? b->y1 - 2 : b->y0;
+        n += coverage(o, bottom ? SIDE_BOTTOM : SIDE_TOP, bottom ? b->y1 : b->y0, x, x + 2) > 0 &&
+             coverage(o, right ? SIDE_RIGHT : SIDE_LEFT, right ? b->x1 : b->x0, y, y + 2) > 0;
+    }
+    return n;
 }
 
-/* Three quarters of each side and nine tenths of all sides, of which at least one upright and one
-   level one are no ends of the image. */
+/* Three corners, or four where the image's end is a side; three quarters of each side and nine
+   tenths of all sides, of which an upright and a level one are no ends of the image. */
 static int is_box(const struct outlines *o, const struct box *b) {
     double left = coverage(o, SIDE_LEFT, b->x0, b->y0, b->y1);
     double right = coverage(o, SIDE_RIGHT, b->x1, b->y0, b->y1);
     double top = coverage(o, SIDE_TOP, b->y0, b->x0, b->x1);
     double bottom = coverage(o, SIDE_BOTTOM, b->y1, b->x0, b->x1);
     int wide = b->x1 - b->x0 + 1, high = b->y1 - b->y0 + 1;
+    int ends = (b->x0 == 0) + (b->y0 == 0) + (b->x1 == o->w - 1) + (b->y1 == o->h - 1);
     if ((b->x0 == 0 && b->x1 == o->w - 1) || (b->y0 == 0 && b->y1 == o->h - 1)) return 0;
-    for (int end = 0; end < 2; end++) {
-        int x = end == 0 ? 0 : o->w - 1, y = end == 0 ? 0 : o->h - 1;
-        if ((end == 0 ? b->x0 : b->x1) == x &&
-            !reaches_end(o, SIDE_TOP, b->y0, SIDE_BOTTOM, b->y1, x))
-            return 0;
-        if ((end == 0 ? b->y0 : b->y1) == y &&
-            !reaches_end(o, SIDE_LEFT, b->x0, SIDE_RIGHT, b->x1, y))
-            return 0;
-    }
     return left >= 0.75 && right >= 0.75 && top >= 0.75 && bottom >= 0.75 &&
-           (left + right) * high + (top + bottom) * wide >= 0.9 * 2 * (high + wide);
+           (left + right) * high + (top + bottom) * wide >= 0.9 * 2 * (high + wide) &&
+           closed_corners(o, b) >= (ends > 0 ? 4 : 3);
 }
 
 /* All rectangles of four lines that may be boxes. */
