@@ -8944,7 +8944,8 @@ enum { N_METRICS = sizeof metric_table / sizeof *metric_table };
        vp-segmentation  Pascal-5i: four folds of 346, 451, 725 and 346 queries, 1000 episodes each
                         (the queries from the first on again), a support of the same class; both
                         answers to the nearer of black and white; intersection over union of white,
-                        the mean over episodes
+                        the mean over episodes (as the paper says; iou_in_bytes is what the
+                        program's code makes of it)
        vp-detection     VOC 2012's images with one object, of less than a fifth of the area; answers
                         are filled white boxes; of the prediction the box around its largest white
                         part counts
@@ -9111,25 +9112,36 @@ static void box_of_largest(uint8_t *mask) {
         mask[i] = i % TILE >= x0 && i % TILE <= x1 && i / TILE >= y0 && i / TILE <= y1;
 }
 
-/* Intersection over union and the share of equal pixels; NAN where both are black, as the published
-   program has it. */
+/* White as the published program's code decides: it takes differences and squares in bytes, which
+   wrap around, so that 200 in all channels is black. */
+static int is_white_in_bytes(const uint8_t *rgb) {
+    int white = 0, black = 0;
+    for (int c = 0; c < 3; c++) {
+        white += (rgb[c] + 1) * (rgb[c] + 1) & 255; /* (rgb - 255)^2 */
+        black += rgb[c] * rgb[c] & 255;
+    }
+    return white <= black;
+}
+
+/* Intersection over union of the white pixels and the share of equal ones, by a rule that tells
+   what is white; NAN where both are black. */
 static void score_masks(const lvm_image *p, const lvm_image *t, enum protocol protocol,
-                        double *value) {
+                        int (*white)(const uint8_t *rgb), double *iou, double *accuracy) {
     uint8_t mask[TILE * TILE];
     double both = 0, either = 0, equal = 0;
-    for (int i = 0; i < TILE * TILE; i++) mask[i] = (uint8_t)is_white(p->rgb + 3 * i);
+    for (int i = 0; i < TILE * TILE; i++) mask[i] = (uint8_t)white(p->rgb + 3 * i);
     if (protocol == VP_DETECTION) box_of_largest(mask);
     for (int i = 0; i < TILE * TILE; i++) {
         uint8_t rgb[3];
         for (int c = 0; c < 3; c++)
             rgb[c] = (uint8_t)published_byte(t->rgb[3 * i + c], c, protocol);
-        int truth = is_white(rgb);
+        int truth = white(rgb);
         both += mask[i] && truth;
         either += mask[i] || truth;
         equal += mask[i] == truth;
     }
-    value[0] = either > 0 ? both / either : NAN;
-    value[1] = equal / (TILE * TILE);
+    *iou = either > 0 ? both / either : NAN;
+    *accuracy = equal / (TILE * TILE);
 }
 
 /* The published error, and beside it what LVM's own program would report: the plain error of values
@@ -22832,7 +22844,10 @@ static int score_episode(const struct cli *cli, enum protocol protocol, const st
     if (code == LVM_OK) code = lvm_image_resize(&image, TILE, TILE, &tile, error);
     if (code == LVM_OK) code = episode_tile(cli, protocol, e, 0, 1, &truth, error);
     if (code == LVM_OK && protocol == VP_COLORIZATION) score_colors(&tile, &truth, value);
-    else if (code == LVM_OK) score_masks(&tile, &truth, protocol, value);
+    if (code == LVM_OK && protocol != VP_COLORIZATION) {
+        score_masks(&tile, &truth, protocol, is_white_in_bytes, &value[2], &value[1]);
+        score_masks(&tile, &truth, protocol, is_white, &value[0], &value[1]);
+    }
     if (code == LVM_OK && protocol != VP_COLORIZATION && isnan(value[0]))
         code = fail(error, LVM_INVALID, "%s: neither it nor the true answer has any white", path);
     lvm_image_free(&image);
@@ -22888,7 +22903,7 @@ static int write_prompts(const struct cli *cli, enum protocol protocol, struct l
 /* Scores the answers to a list of episodes. */
 static int score_episodes(const struct cli *cli, enum protocol protocol, const char *name,
                           struct lines *l, const char *predictions, lvm_error *error) {
-    static const char *const masks[MAX_VALUES] = {"iou", "accuracy"},
+    static const char *const masks[MAX_VALUES] = {"iou", "accuracy", "iou_in_bytes"},
                       *const colors[MAX_VALUES] = {"mse_imagenet", "mse_x3"};
     struct report r = {.cli = cli, .metric = name,
                        .values = protocol == VP_COLORIZATION ? colors : masks};

@@ -371,6 +371,13 @@ def nearest_white(x):
     return ((255 - x) ** 2).sum(2) < (x ** 2).sum(2)
 
 
+def white_in_bytes(x):
+    """The same as the program's code does it, in bytes that wrap around; a tie is white."""
+    x = x.astype(np.uint8)
+    with np.errstate(over="ignore"):
+        return ((x - np.uint8(255)) ** 2).sum(2, dtype=int) <= (x ** 2).sum(2, dtype=int)
+
+
 def rectangle(mask):
     n, labels = cv2.connectedComponents(mask.astype(np.uint8))
     out = np.zeros_like(mask)
@@ -418,13 +425,15 @@ def protocol_sets(folder, rng):
         number_ = int(np.bincount(label[name].ravel(), minlength=256)[1:21].argmax()) + 1
         lines.append("%s %s %d" % (name, names[n - 1], number_))
         mask = Image.fromarray(np.where(label[name] == number_, 255, 0).astype(np.uint8)).resize((111, 111), Image.BICUBIC)
-        truth = nearest_white(published(np.stack([np.array(mask)] * 3, -1), False))
+        tile = published(np.stack([np.array(mask)] * 3, -1), False)
+        truth = nearest_white(tile)
         p = np.roll(np.where(truth[..., None], 200, 40), (n * 5, 3), (0, 1))
         p = p + np.kron(rng.integers(-90, 91, (14, 14, 3)), np.ones((8, 8, 1), int))[:111, :111]
         p = p.clip(0, 255).astype(np.uint8)
         answer("segmentation", n, p)
         ours = nearest_white(p)
-        values.append([(ours & truth).sum() / (ours | truth).sum(), (ours == truth).mean()])
+        a, b = white_in_bytes(p), white_in_bytes(tile)
+        values.append([(ours & truth).sum() / (ours | truth).sum(), (ours == truth).mean(), (a & b).sum() / (a | b).sum()])
     expected["vp-segmentation"] = values
     with open(os.path.join(folder, "segmentation.txt"), "w") as f:
         f.write("\n".join(lines) + "\n")
@@ -437,12 +446,14 @@ def protocol_sets(folder, rng):
         mask = np.zeros((h, w, 3), np.uint8)
         mask[y0:y1, x0:x1] = 255
         tile = np.array(Image.fromarray(mask).resize((111, 111), Image.BILINEAR))
-        truth = nearest_white(published(tile, True))
+        tile = published(tile, True)
+        truth = nearest_white(tile)
         p = np.roll(np.where(truth[..., None], 255, 0) * np.ones(3, int), (3, n), (0, 1)).astype(np.uint8)
         p = np.where(rng.random((111, 111, 1)) < .03, 255 - p, p).astype(np.uint8) if n else np.zeros_like(p)
         answer("detection", n, p)
         ours = rectangle(nearest_white(p))
-        values.append([(ours & truth).sum() / (ours | truth).sum(), (ours == truth).mean()])
+        a, b = rectangle(white_in_bytes(p)), white_in_bytes(tile)
+        values.append([(ours & truth).sum() / (ours | truth).sum(), (ours == truth).mean(), (a & b).sum() / (a | b).sum()])
     expected["vp-detection"] = values
     with open(os.path.join(folder, "detection.txt"), "w") as f:
         f.write("\n".join(lines) + "\n")

@@ -82,8 +82,8 @@ class Golden(Score):
         folder = os.path.join(GOLDEN, "protocols")
         with open(os.path.join(folder, "expected.json")) as f:
             expected = json.load(f)
-        for name, base, names in (("segmentation", "voc", ["iou", "accuracy"]),
-                                  ("detection", "voc", ["iou", "accuracy"]),
+        for name, base, names in (("segmentation", "voc", ["iou", "accuracy", "iou_in_bytes"]),
+                                  ("detection", "voc", ["iou", "accuracy", "iou_in_bytes"]),
                                   ("colorization", "imagenet", ["mse_imagenet", "mse_x3"])):
             lines = self.score("protocol", "vp-" + name, os.path.join(folder, "answers_" + name),
                                os.path.join(folder, name + ".txt"), "--base", os.path.join(folder, base))
