@@ -7,6 +7,7 @@
 #   make liblvm.so  the library
 #   make cuda       lvm and liblvm.so with the GPU's part, by nvcc (NVCC=, CUDA=, CUDA_ARCH=)
 #   make lvm.h      its header, which is chapter 0 of lvm.c
+#   make evaluate   measures weights.bin on prompt/ and writes docs/evaluation.md (half an hour)
 #   make install    PREFIX=DIR: program, manual page, library, lvm.h, lvm.pc; `make uninstall`
 CC      ?= cc
 CFLAGS  ?= -O3
@@ -108,6 +109,9 @@ tsan:
 fuzz:
 	tests/fuzz.sh $(FUZZ_SECONDS)
 
+evaluate: lvm
+	python3 tests/evaluate.py
+
 # The header is chapter 0 of lvm.c: its comment, then everything between the guards.
 lvm.h: lvm.c
 	echo '/* lvm.h - the public part of lvm.c $(VERSION), from which make takes it. MIT licence.' > $@
@@ -146,4 +150,4 @@ clean:
 	rm -rf lvm lvm-static lvm.exe liblvm.so lvm.h build
 
 .DELETE_ON_ERROR:
-.PHONY: static cuda test debug tsan fuzz install uninstall clean
+.PHONY: static cuda test debug tsan fuzz evaluate install uninstall clean

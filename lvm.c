@@ -8164,7 +8164,8 @@ static int score_depth(struct scoring *s, const lvm_image *p, const lvm_image *t
    can be. What is an edge, white or black, is what the true image has less of. */
 
 /* The eight neighbours, counterclockwise from the right: x1 .. x8 of the paper. */
-static const int around[8][2] = {{1, 0}, {1, -1}, {0, -1}, {-1, -1}, {-1, 0}, {-1, 1}, {0, 1}, {1, 1}};
+static const int around[8][2] = {{1, 0},  {1, -1}, {0, -1}, {-1, -1},
+                                 {-1, 0}, {-1, 1}, {0, 1},  {1, 1}};
 
 /* 1 when the half step (0 or 1) of Guo and Hall's thinning (1989, algorithm 1) takes a pixel away
    whose neighbours are v: it joins no two parts, ends no line, and lies on the side whose turn it
@@ -8415,8 +8416,8 @@ static void find_lines(struct outlines *o, int side) {
             behind += next;
             if (i < 0) continue;
             count[k] = all;
-            all += touches_along(o, side, i, k) ||
-                   (i != end && (next || (i > 0 && i - 1 != end && touches_along(o, side, i - 1, k))));
+            int last = i > 0 && i - 1 != end && touches_along(o, side, i - 1, k);
+            all += touches_along(o, side, i, k) || (i != end && (next || last));
             count[k + 1] = all;
         }
         if (i != end && (here < LEAST_SIDE || here < before || here <= behind)) continue;
@@ -8505,7 +8506,7 @@ static double news(const struct outlines *o, const struct box *b) {
 }
 
 /* Marks what the outline of a box takes, and a pixel more. */
-static void tell(struct outlines *o, const struct box *b) {
+static void mark_outline(struct outlines *o, const struct box *b) {
     for (int y = b->y0 - OUTLINE; y <= b->y1 + OUTLINE; y++)
         for (int x = b->x0 - OUTLINE; x <= b->x1 + OUTLINE; x++) {
             int inside = y >= b->y0 && y <= b->y1 && x >= b->x0 && x <= b->x1;
@@ -8523,7 +8524,7 @@ static void add_boxes(struct outlines *o, struct box *boxes, int *n) {
     memset(o->told, 0, (size_t)o->w * (size_t)o->h);
     for (int i = 0; i < o->n && *n < MAX_BOXES; i++) {
         if (news(o, &o->list[i]) < 0.2) continue;
-        tell(o, &o->list[i]);
+        mark_outline(o, &o->list[i]);
         boxes[(*n)++] = o->list[i];
     }
 }
@@ -8653,7 +8654,8 @@ static double average_precision(const struct scoring *s, int color) {
     return sum / 101;
 }
 
-/* Mean overlap of all true boxes; AP at an overlap of 0.5, the mean over colours with true boxes. */
+/* Mean overlap of all true boxes; AP at an overlap of 0.5, the mean over colours with true
+   boxes. */
 static void total_boxes(const struct scoring *s, double *value) {
     double sum = 0;
     int colors = 0;
@@ -8747,7 +8749,8 @@ static struct limb flood_part(const int8_t *limbs, int *parts, int *stack, int w
 static void limb_axis(struct limb *l) {
     double n = l->n;
     l->x /= n, l->y /= n;
-    double xx = l->xx / n - l->x * l->x, yy = l->yy / n - l->y * l->y, xy = l->xy / n - l->x * l->y;
+    double xx = l->xx / n - l->x * l->x, yy = l->yy / n - l->y * l->y;
+    double xy = l->xy / n - l->x * l->y;
     double angle = 0.5 * atan2(2 * xy, xx - yy);
     double across = (xx + yy) / 2 - sqrt((xx - yy) * (xx - yy) / 4 + xy * xy);
     l->ux = cos(angle);
@@ -18607,6 +18610,7 @@ static const struct synonym {
     {"detokenize|detokenise", "decode"},
     {"evaluate|validate|test|perplexity|ppl", "eval"},
     {"choose|classify|compare", "rank"},
+    {"measure|metric|metrics|accuracy", "score"},
     {"benchmark|speed|time|perf", "bench"},
     {"show|inspect|list|ls|describe", "info"},
     {"compress", "quantize"},
@@ -22648,8 +22652,8 @@ static int n_values(const char *const *names) {
     return n;
 }
 
-/* "name": value; nothing to measure is null, and infinity, which JSON has not, a number that is read
-   as it. */
+/* "name": value; nothing to measure is null, and infinity, which JSON has not, a number that is
+   read as it. */
 static void print_json_value(const char *name, double v) {
     if (isnan(v)) printf(", \"%s\": null", name);
     else if (isinf(v)) printf(", \"%s\": 1e999", name);
@@ -22794,7 +22798,8 @@ static int episode_tile(const struct cli *cli, enum protocol protocol, const str
     char path[1 << 12];
     lvm_image image = {.rgb = NULL};
     *tile = image;
-    if (protocol == VP_DETECTION && answer) return box_tile(e->numbers + 1 + 6 * which, tile, error);
+    if (protocol == VP_DETECTION && answer)
+        return box_tile(e->numbers + 1 + 6 * which, tile, error);
     if (protocol == VP_COLORIZATION)
         snprintf(path, sizeof path, "%s%sval/%s", base, *base != 0 ? "/" : "", e->name[which]);
     else
@@ -22934,8 +22939,8 @@ static int run_protocol(struct cli *cli) {
     lvm_error error = {0, ""};
     struct lines l = {.name = NULL};
     if (cli->n_words != (cli->out != NULL ? 3 : 4))
-        return complain("give a protocol, the folder of predictions (or -o FOLDER, for prompts) and "
-                        "a list of episodes (lvm help score)") + 1;
+        return complain("give a protocol, the folder of predictions (or -o FOLDER, for prompts) "
+                        "and a list of episodes (lvm help score)") + 1;
     int protocol = word_index(protocol_names, words[1]);
     if (protocol < 0) return complain("no such protocol: %s (%s)", words[1], protocol_names) + 1;
     int code = lines_open(&l, list, &error);
