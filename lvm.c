@@ -4234,8 +4234,8 @@ static int bad_token(const lvm_tokens *t, int64_t sentence, int64_t i, lvm_error
 }
 
 static int check_starts(const lvm_tokens *t, lvm_error *error) {
-    int64_t last = sentence_start(t, 0);
-    for (int64_t i = 0; i < t->n_sentences; i++) {
+    int64_t last = 0;
+    for (int64_t i = 0; sentence_start(t, 0) == 0 && i < t->n_sentences; i++) {
         int64_t next = sentence_start(t, i + 1);
         if (next <= last || next > t->n_tokens)
             return fail(error, LVM_FORMAT, "%s: damaged: sentence %lld ends where it cannot",
