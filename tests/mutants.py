@@ -82,6 +82,29 @@ MUTANTS = [
      "= [[rintf => floorf]](x * @)"),
     ("kernels", [], "Winograd's output is written before its residual is read",
      "winograd_output_plain", "? [[ => out[p][j] = v,]] v + residual[p][j] : v;"),
+    ("data", [], "rows: the next row begins behind the last target", "fill_row",
+     "at->token += count [[- 1 => ]];"),
+    ("data", [], "rows: a weight belongs to the input, not to the target", "row_add",
+     "w->weights[w->n [[- 1 => % s->context]]] = "),
+    ("data", [], "rows: the first token behind another sentence is learnt with isolate", "row_add",
+     "s->isolate && from + k == [[0 => -1]] ? 0"),
+    ("data", [], "rows: bos counts where the file has weights", "row_add",
+     "i < 0 && t->weights != NULL ? [[0 => 1]] : 1;"),
+    ("data", [], "rows: a whole sentence that just fits goes to the next row", "fill_row",
+     "LVM_WHOLE && count [[< => <=]] left"),
+    ("data", [], "rows: the last token of a row that is not full is an input", "row_pad",
+     "w->n > 0 ? w->n [[- 1 => ]] : 0;"),
+    ("data", [], "rows: every pass has the same order", "shuffled",
+     "mix64(@) ^ [[(uint64_t)epoch => 0]])"),
+    ("data", [], "rows: the permutation has no cycle walking", "shuffled",
+     "while (x >= [[(uint64_t)n => UINT64_MAX]]);"),
+    ("data", [], "tok: an id is not compared with the bound", "row_add",
+     "if (id >= [[t->bound => 65536]]) return bad_token"),
+    ("data", [], "tok: sentences may be empty", "check_starts", "if (next [[<= => <]] last ||"),
+    ("data", [], "tok: what lies behind the last sentence is passed over", "check_starts",
+     "&& last [[== => <=]] t->n_tokens"),
+    ("data", [], "tok: weights that come late are of the first tokens", "token_writer_add",
+     "code = token_writer_weigh(w, [[w->n_tokens => 0]], error);"),
 ]
 
 TOKEN = re.compile(r"\d[\w.]*e-\d+|\w+|->|<<|>>|[<>=!]=|&&|\|\||\S")
@@ -136,6 +159,8 @@ class Bench:
     def arguments(self, test, goldens, place):
         if test == "images":
             return [os.path.join(TESTS, "images")]
+        if test == "data":
+            return [os.path.join(place, "data")]
         if test != "golden":
             return ["--quick"]
         chosen = os.path.join(place, "golden")
