@@ -5245,8 +5245,8 @@ static int bad_token(const lvm_tokens *t, int64_t sentence, int64_t i, lvm_error
 }
 
 static int check_starts(const lvm_tokens *t, lvm_error *error) {
-    int64_t last = sentence_start(t, 0);
-    for (int64_t i = 0; i < t->n_sentences; i++) {
+    int64_t last = 0;
+    for (int64_t i = 0; sentence_start(t, 0) == 0 && i < t->n_sentences; i++) {
         int64_t next = sentence_start(t, i + 1);
         if (next <= last || next > t->n_tokens)
             return fail(error, LVM_FORMAT, "%s: damaged: sentence %lld ends where it cannot",
@@ -19326,12 +19326,18 @@ static int lines_byte(struct lines *l) {
 /* The next line: 1, 0 at the end, -1 and an error. Of one that is too long only that is known. */
 static int lines_next(struct lines *l, lvm_error *error) {
     int64_t before = l->done;
+    char part[512];
+    size_t n = 0;
     l->text.n = 0;
     l->too_long = 0;
-    for (int c; (c = lines_byte(l)) != EOF && c != '\n';) {
-        char byte = (char)c;
-        if (l->text.n == LINE_BYTES) l->too_long = 1;
-        else if (buffer_add(&l->text, &byte, 1, error) != LVM_OK) return -1;
+    for (int more = 1; more;) {
+        int c = lines_byte(l);
+        more = c != EOF && c != '\n';
+        if (more && l->text.n + n == LINE_BYTES) l->too_long = 1;
+        else if (more) part[n++] = (char)c;
+        if (more && n < sizeof part) continue;
+        if (buffer_add(&l->text, part, n, error) != LVM_OK) return -1;
+        n = 0;
     }
     l->number += l->done > before;
     if (!ferror(l->file)) return l->done > before;

@@ -3,8 +3,8 @@
 library only.
 
 FOLDER/gguf gets heads of small weights files (tests/test_fuzz.c adds the data), FOLDER/cache what
-`build/test_fuzz --cache FILE` writes, FOLDER/jsonl and FOLDER/tokens a few lines; images
-start from tests/images. What a fuzzer found later lies there beside them.
+`build/test_fuzz --cache FILE` writes, FOLDER/jsonl, FOLDER/tokens and FOLDER/lines a few lines,
+FOLDER/tok small .tok files; images start from tests/images. What a fuzzer found later lies there beside them.
 """
 import os
 import struct
@@ -160,11 +160,42 @@ def write_text(folder):
     save(folder, "tokens", "bad", b"1 -2 x\n99999999999\n")
 
 
+def tok(sentences, weights=None, image=0, bound=None):
+    """A .tok file by the drawing in chapter 8."""
+    def part(data):
+        return data + bytes(-len(data) % 64)
+
+    ids = [i for s in sentences for i in s]
+    starts = [sum(map(len, sentences[:i])) for i in range(len(sentences) + 1)]
+    out = part(b"LVM.tok\n" + struct.pack("<I", 1)) + part(struct.pack("<%dH" % len(ids), *ids))
+    if weights is not None:
+        out += part(bytes(weights))
+    out += part(struct.pack("<%dQ" % len(starts), *starts))
+    return out + struct.pack("<QQIII28x", len(sentences), len(ids), max(ids + [-1]) + 1 if bound is None else bound,
+                             image, weights is not None) + b"LVM.tok\n"
+
+
+def write_training(folder):
+    save(folder, "tok", "plain", tok([[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]]))
+    save(folder, "tok", "weights", tok([[1, 2], [3, 65535]], [0, 16, 255, 1], 2))
+    save(folder, "tok", "none", tok([]))
+    save(folder, "tok", "bound", tok([[1, 2], [9, 9, 3]], bound=9))
+    save(folder, "tok", "many", tok([[i, i + 1] for i in range(40)], [16] * 80, 1))
+    save(folder, "lines", "forms", b'{"tokens": [5, 1, 2, 6]}\n{"tokens": "AQAAAAIAAAA="}\n'
+         b'{"input_tokens": [[1, 2], [3]], "output": [4, 7], "x": {"y": [null]}}\n')
+    save(folder, "lines", "weights", b'{"tokens": [5, 1, 2], "weights": [16, 0, 255]}\n'
+         b'{"input": "AQAAAA==", "target_tokens": [2], "weights": "AP8=", "image_tokens": 2}\n ')
+    save(folder, "lines", "faults", b'{"tokens": [65536]}\n{"tokens": [5, 6]}\n{"token": [1]}\n{"input": ["a.png"], '
+         b'"output": []}\n{"tokens": [1], "weights": [256]}\n{"tokens": "AAA"}\n[1]\n{"tokens": [1, 5, 2]}\n'
+         b'{"tokens": [7]}\n')
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit("usage: make_corpus.py FOLDER")
     write_gguf(sys.argv[1])
     write_text(sys.argv[1])
+    write_training(sys.argv[1])
 
 
 if __name__ == "__main__":
