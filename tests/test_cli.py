@@ -819,7 +819,7 @@ class Adapters(Case):
                                                      self.images[2]]):
             def run(weights, *more):
                 words = [weights if w == "W" else w for w in command]
-                return self.good(*words[:2], *more, *words[2:], "-j1")
+                return self.good(*words[:2], "-j1", *more, *words[2:])
             self.assertEqual(run("m.bin"), run(self.weights, "--lora", self.lora))
             self.assertNotEqual(run("m.bin"), run(self.weights))
 
