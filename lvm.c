@@ -6017,13 +6017,14 @@ static int check_arrays(const struct lvm_trainer *t, const struct checkpoint *k,
     return checksum_wrong(cursor_number(&c, 8), hash) ? bad_checkpoint(k, error) : LVM_OK;
 }
 
-/* Numbers that no run has could only come from a file that was made to deceive. */
+/* Numbers that no run has could only come from a file that was made to deceive. (Whether there is
+   such a token in the sentence, fill_rows says.) */
 static int check_state(const struct lvm_trainer *t, const struct checkpoint *k, lvm_error *error) {
     for (int i = 0; i < N_SAVED; i++) {
         const struct saved_number *n = &saved_numbers[i];
-        int64_t most = n->where == TRAINER(step)          ? t->o.steps
-                       : n->where == TRAINER(at.sentence) ? t->stream.n_sentences
-                                                          : INT64_MAX;
+        int64_t most = INT64_MAX / 2;
+        if (n->where == TRAINER(step)) most = t->o.steps;
+        if (n->where == TRAINER(at.sentence)) most = max64(0, t->stream.n_sentences - 1);
         double real;
         memcpy(&real, &k->numbers[i], sizeof real);
         int ok = n->kind == SAVED_DOUBLE ? isfinite(real) && real >= 0

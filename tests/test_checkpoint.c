@@ -165,7 +165,7 @@ static void test_hostile_state(void) {
     for (int i = 0; i < 6; i++) {
         *h->t = good;
         if (i == 0) h->t->step = h->t->o.steps + 1;
-        if (i == 1) h->t->at.sentence = 20;
+        if (i == 1) h->t->at.sentence = 19;
         if (i == 2) h->t->at.token = -1;
         if (i == 3) h->t->usual_norm = NAN;
         if (i == 4) h->t->usual_norm = -1;
