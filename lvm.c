@@ -611,6 +611,17 @@ static int map_file(const char *path, void **data, size_t *size, lvm_error *erro
 static void unmap_file(void *data, size_t size);
 static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *error);
 
+/* A file being written, under another name beside its own, which it gets when it is closed with
+   code LVM_OK and everything is on the disk; else it is removed (chapter 10). */
+struct outfile {
+    char *path;          /* as messages name it */
+    char *target, *temp; /* where it will be and is; NULL: a device or a pipe, written directly */
+    FILE *file;
+};
+static int outfile_open(struct outfile *out, const char *path, lvm_error *error);
+static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error);
+static int outfile_close(struct outfile *out, int code, lvm_error *error);
+
 /* Zeroed memory for count elements of size bytes, aligned to 64; NULL and an error when there is
    none or the product overflows. Released by mem_free. The pointer that calloc gave stands right in
    front. */
@@ -1614,6 +1625,7 @@ struct tensor_spec {
     enum tensor_kind kind;
     int optional, n_dims, dims[4]; /* dims: slowest first */
     struct tensor *tensor;         /* data NULL where an optional one is absent */
+    uint8_t *merged;               /* memory of its own behind data, with adapters in it, or NULL */
 };
 
 struct lvm_model {
@@ -1628,6 +1640,7 @@ struct lvm_model {
     struct vqgan *vq;              /* NULL when the file has no tokenizer */
     struct tensor_spec *specs;     /* [n_specs] */
     int n_specs;
+    uint64_t adapters;             /* hash of those that are merged into it; 0: none */
     struct devices *devices;       /* copies of the model on devices: chapter 7 */
 };
 
@@ -1969,6 +1982,11 @@ static int read_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error
     return LVM_OK;
 }
 
+/* Whether a file holds adapters of a model (chapter 8) instead of one. */
+static int is_adapter_file(const struct gguf *g) {
+    return text_is(read_text(g, "general.type"), "adapter");
+}
+
 /* Reads what the file says the model is, and describes it. */
 static int read_description(lvm_model *m, lvm_error *error) {
     const struct gguf *g = &m->file;
@@ -1977,6 +1995,10 @@ static int read_description(lvm_model *m, lvm_error *error) {
         return fail(error, LVM_FORMAT, "%s: a GGUF file of another architecture than lvm", m->path);
     code = read_int(g, &(struct int_key){"lvm.format_version", 1, 1, 0, 0}, &version, error);
     if (code != LVM_OK) return code;
+    if (is_adapter_file(g))
+        return fail(error, LVM_FORMAT,
+                    "%s: holds adapters, no model; give the model that they belong to, and these "
+                    "with --lora", m->path);
     int has_llama = gguf_key(g, "lvm.block_count") != NULL;
     int has_vq = gguf_key(g, "lvm.vq.resolution") != NULL;
     if (!has_llama && !has_vq)
@@ -2061,6 +2083,7 @@ static int load_tensors(lvm_model *m, lvm_error *error) {
    (chapter 14). */
 static struct devices *devices_new(lvm_error *error);
 static void devices_free(struct devices *d);
+static int devices_are_open(struct devices *d);
 
 /* A model without contents, which lvm_close takes back at any later step. */
 static lvm_model *model_new(const char *path, lvm_error *error) {
@@ -2115,6 +2138,7 @@ void lvm_close(lvm_model *m) {
     if (m == NULL) return;
     devices_free(m->devices);
     gguf_free(&m->file);
+    for (int i = 0; i < m->n_specs; i++) mem_free(m->specs[i].merged);
     mem_free(m->specs);
     mem_free(m->llama.layers);
     if (m->vq != NULL) mem_free(m->vq->ops);
@@ -4211,8 +4235,8 @@ struct product {
 };
 
 /* Columns k0 .. of a row of any type as floats. */
-static void tensor_floats(const struct kernels *kern, const struct tensor *w, int row, int k0,
-                          int n, float *y) {
+static void row_floats(const struct kernels *kern, const struct tensor *w, int row, int k0, int n,
+                       float *y) {
     kern->elementwise.to_f32(w->type, tensor_row(w, row) + type_bytes(w->type, k0), y, n);
 }
 
@@ -4222,14 +4246,14 @@ static void pack_product(const struct product *p, int j0, int cols, int k0, int 
     const struct kernels *kern = p->e->kern;
     float row[PRODUCT_COLS] = {0};
     for (int i = 0; p->b_is_k_by_n && i < k; i++) {
-        tensor_floats(kern, p->b, k0 + i, j0, cols, row);
+        row_floats(kern, p->b, k0 + i, j0, cols, row);
         memcpy(panels + (int64_t)i * PANEL, row, PANEL * sizeof *row);
         if (cols > PANEL)
             memcpy(panels + (int64_t)(PRODUCT_K + i) * PANEL, row + PANEL, PANEL * sizeof *row);
     }
     for (int s = 0; !p->b_is_k_by_n && s < cols; s += PANEL) {
         for (int j = 0; j < PANEL; j++) {
-            if (s + j < cols) tensor_floats(kern, p->b, j0 + s + j, k0, k, buffer + j * k);
+            if (s + j < cols) row_floats(kern, p->b, j0 + s + j, k0, k, buffer + j * k);
             else memset(buffer + j * k, 0, (size_t)k * sizeof *buffer);
         }
         kern->conv.pack_panel(buffer, k, k, panels + (int64_t)s * PRODUCT_K);
@@ -4901,7 +4925,7 @@ static void embed_forward_task(void *arg, int task, int thread) {
     const struct op *op = arg;
     (void)thread;
     for (int r = task * OP_ROWS; r < end_row(op, task); r++)
-        tensor_floats(op->t->e.kern, &op->t->net.embed->w, op->r->ids[r], 0, op->cols,
+        row_floats(op->t->e.kern, &op->t->net.embed->w, op->r->ids[r], 0, op->cols,
                       op->out + (int64_t)r * op->cols);
 }
 
@@ -4942,7 +4966,7 @@ static void loss_task(void *arg, int r, int thread) {
     p[job->targets[r]] -= weight;
 }
 
-static int learns(const float *weights, int n) {
+static int any_weight(const float *weights, int n) {
     for (int i = 0; i < n; i++)
         if (weights[i] != 0) return 1;
     return 0;
@@ -4961,7 +4985,7 @@ static void head(struct lvm_trainer *t, const struct rows *r, const float *x, do
         float *h = w->h + (int64_t)i * D, *dh = w->dh + (int64_t)i * D;
         struct loss_job job = {t, w->logits, ld, r->targets + i, r->weights + i, w->nll + i, all,
                                backward};
-        if (!learns(r->weights + i, n)) {
+        if (!any_weight(r->weights + i, n)) {
             memset(w->nll + i, 0, (size_t)n * sizeof *w->nll);
             memset(dh, 0, (size_t)n * (size_t)D * sizeof *dh);
             continue;
@@ -5664,40 +5688,684 @@ static int fill_rows(const struct stream *s, struct data_position *at, int count
     return LVM_OK;
 }
 
-/* ---- Checkpoints ---- */
+/* ---- Checkpoints ----
+
+   All that a run needs to go on as if it had never stopped: what was asked for, how far it is, and
+   of each tensor that learns its values and AdamW's two averages. What follows from the rest is not
+   there: gradients, frozen tensors, the order of the data. Init's weights and the data themselves
+   are not either; their fingerprints are.
+
+       "LVMTRAIN"  u64 version                                            all little-endian
+       u64 number[N_SAVED]       configuration and state: integers, or doubles' bits
+       string lora_on, freeze                            string = u64 length, bytes
+       u64 init                  fingerprint of the weights that it began from, 0: random ones
+       u64 n_files, each:        string name, u64 fingerprint             of the data
+       string note               the caller's
+       u64 n_params, each:       string name, u64 rows, u64 cols          of those that learn
+       u64 hash                  of all that
+       of each of them w, m, v   f32[rows][cols]
+       u64 hash                  of that hash, then of each of these arrays
+
+   It is written beside and renamed, so that whatever ends a run while it writes leaves the
+   checkpoint before. Nothing of a trainer changes until both hashes are found right and
+   configuration and data are known to be its own. */
+
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n); /* chapter 14 */
+static uint64_t weights_hash(const struct gguf *g);
+static struct text cursor_text(struct cursor *c);
+static int checksum_wrong(uint64_t stored, uint64_t computed);
+
+enum { CHECKPOINT_VERSION = 1, CHECKPOINT_ARRAYS = 3 };
+
+/* A number of a checkpoint: where it is in struct llama (a size of the model) or struct lvm_trainer
+   (an option, or the state that a run begins with at 0), and how it is called. words: the names of
+   its values 0 and 1. */
+#define TRAINER(field) offsetof(struct lvm_trainer, field)
+enum saved_kind { SAVED_INT, SAVED_INT64, SAVED_FLOAT, SAVED_DOUBLE };
+static const struct saved_number {
+    const char *name;
+    enum { OF_MODEL, OF_OPTIONS, OF_STATE } of;
+    enum saved_kind kind;
+    size_t where;
+    const char *words[2];
+} saved_numbers[] = {
+    {"layers", OF_MODEL, SAVED_INT, LLAMA(L), {0}},
+    {"width", OF_MODEL, SAVED_INT, LLAMA(D), {0}},
+    {"attention heads", OF_MODEL, SAVED_INT, LLAMA(H), {0}},
+    {"key/value heads", OF_MODEL, SAVED_INT, LLAMA(G), {0}},
+    {"feed-forward width", OF_MODEL, SAVED_INT, LLAMA(F), {0}},
+    {"vocabulary", OF_MODEL, SAVED_INT, LLAMA(V), {0}},
+    {"bos", OF_MODEL, SAVED_INT, LLAMA(bos), {0}},
+    {"eos", OF_MODEL, SAVED_INT, LLAMA(eos), {0}},
+    {"norm epsilon", OF_MODEL, SAVED_FLOAT, LLAMA(eps), {0}},
+    {"rope theta", OF_MODEL, SAVED_FLOAT, LLAMA(theta), {0}},
+    {"adapters of rank", OF_OPTIONS, SAVED_INT, TRAINER(o.lora_rank), {0}},
+    {"adapters' alpha", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.lora_alpha), {0}},
+    {"context", OF_OPTIONS, SAVED_INT, TRAINER(o.context), {0}},
+    {"batch", OF_OPTIONS, SAVED_INT, TRAINER(o.batch), {0}},
+    {"packing", OF_OPTIONS, SAVED_INT, TRAINER(o.packing), {"cut", "whole"}},
+    {"isolate", OF_OPTIONS, SAVED_INT, TRAINER(o.isolate), {"off", "on"}},
+    {"steps", OF_OPTIONS, SAVED_INT64, TRAINER(o.steps), {0}},
+    {"warm-up", OF_OPTIONS, SAVED_INT64, TRAINER(o.warmup), {0}},
+    {"schedule", OF_OPTIONS, SAVED_INT, TRAINER(o.schedule), {"cosine", "wsd"}},
+    {"learning rate", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.lr), {0}},
+    {"least learning rate", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.min_lr), {0}},
+    {"beta1", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.beta1), {0}},
+    {"beta2", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.beta2), {0}},
+    {"epsilon", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.epsilon), {0}},
+    {"weight decay", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.weight_decay), {0}},
+    {"clipping at", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.clip), {0}},
+    {"seed", OF_OPTIONS, SAVED_INT64, TRAINER(o.seed), {0}},
+    {"step", OF_STATE, SAVED_INT64, TRAINER(step), {0}},
+    {"tokens", OF_STATE, SAVED_INT64, TRAINER(tokens), {0}},
+    {"skipped", OF_STATE, SAVED_INT64, TRAINER(skipped), {0}},
+    {"skipped in a row", OF_STATE, SAVED_INT64, TRAINER(in_a_row), {0}},
+    {"epoch", OF_STATE, SAVED_INT64, TRAINER(at.epoch), {0}},
+    {"sentence", OF_STATE, SAVED_INT64, TRAINER(at.sentence), {0}},
+    {"token", OF_STATE, SAVED_INT64, TRAINER(at.token), {0}},
+    {"usual norm", OF_STATE, SAVED_DOUBLE, TRAINER(usual_norm), {0}}};
+enum { N_SAVED = sizeof saved_numbers / sizeof *saved_numbers };
+
+/* A number as a checkpoint holds it: floats as doubles. */
+static uint64_t saved_bits(const struct lvm_trainer *t, const struct saved_number *n) {
+    const char *at = (n->of == OF_MODEL ? (const char *)t->net.a : (const char *)t) + n->where;
+    const void *p = at;
+    uint64_t bits;
+    if (n->kind == SAVED_INT) return (uint64_t)*(const int *)p;
+    double real = n->kind == SAVED_FLOAT ? (double)*(const float *)p : 0;
+    memcpy(&bits, n->kind == SAVED_FLOAT ? (const void *)&real : p, sizeof bits);
+    return bits;
+}
+
+static int learns(const struct param *p) { return p->m != NULL; }
+
+static int64_t param_size(const struct param *p) { return (int64_t)p->w.rows * p->w.cols; }
+
+/* Bytes that grow, until there is no memory. */
+struct head {
+    struct buffer bytes;
+    int code;
+    lvm_error *error;
+};
+
+static void head_add(struct head *h, const void *data, size_t n) {
+    if (h->code == LVM_OK) h->code = buffer_add(&h->bytes, data, n, h->error);
+}
+
+static void head_number(struct head *h, uint64_t v) { head_add(h, &v, sizeof v); }
+
+static void head_string(struct head *h, const char *s) {
+    if (s == NULL) s = "";
+    head_number(h, strlen(s));
+    head_add(h, s, strlen(s));
+}
+
+/* Everything in front of the first hash. */
+static void checkpoint_head(const struct lvm_trainer *t, const char *note, struct head *h) {
+    const lvm_train_options *o = &t->o;
+    uint64_t n = 0;
+    head_add(h, "LVMTRAIN", 8);
+    head_number(h, CHECKPOINT_VERSION);
+    for (int i = 0; i < N_SAVED; i++) head_number(h, saved_bits(t, &saved_numbers[i]));
+    head_string(h, o->lora_on);
+    head_string(h, o->freeze);
+    head_number(h, o->init != NULL ? weights_hash(&o->init->file) : 0);
+    head_number(h, (uint64_t)o->n_data);
+    for (int i = 0; i < o->n_data; i++) {
+        head_string(h, o->data[i]->name);
+        head_number(h, o->data[i]->fingerprint);
+    }
+    head_string(h, note);
+    for (int i = 0; i < t->net.n_params; i++) n += (uint64_t)learns(&t->net.params[i]);
+    head_number(h, n);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        if (!learns(p)) continue;
+        head_string(h, p->name);
+        head_number(h, (uint64_t)p->w.rows);
+        head_number(h, (uint64_t)p->w.cols);
+    }
+}
+
+/* What a checkpoint keeps of a tensor, in its order. */
+static void saved_arrays(const struct param *p, void *arrays[CHECKPOINT_ARRAYS]) {
+    arrays[0] = (void *)(uintptr_t)p->w.data; /* of its own where it learns */
+    arrays[1] = p->m;
+    arrays[2] = p->v;
+}
+
+static int write_checkpoint(struct outfile *out, const struct lvm_trainer *t,
+                            const struct buffer *head, lvm_error *error) {
+    uint64_t hash = hash_bytes(0, head->data, head->n);
+    int code = outfile_write(out, head->data, head->n, error);
+    if (code == LVM_OK) code = outfile_write(out, &hash, sizeof hash, error);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        void *arrays[CHECKPOINT_ARRAYS];
+        if (!learns(p)) continue;
+        saved_arrays(p, arrays);
+        for (int a = 0; code == LVM_OK && a < CHECKPOINT_ARRAYS; a++) {
+            hash = hash_bytes(hash, arrays[a], (size_t)param_size(p) * sizeof(float));
+            code = outfile_write(out, arrays[a], (size_t)param_size(p) * sizeof(float), error);
+        }
+    }
+    return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
+}
 
 int lvm_trainer_save(lvm_trainer *trainer, const char *path, const char *note, lvm_error *error) {
-    (void)trainer, (void)note;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+    clear_error(error);
+    struct outfile out;
+    struct head head = {.error = error};
+    if (trainer == NULL || path == NULL)
+        return null_argument(error, "lvm_trainer_save", trainer == NULL ? "trainer" : "path");
+    checkpoint_head(trainer, note, &head);
+    int code = head.code;
+    if (code == LVM_OK) code = outfile_open(&out, path, error);
+    if (code == LVM_OK)
+        code = outfile_close(&out, write_checkpoint(&out, trainer, &head.bytes, error), error);
+    mem_free(head.bytes.data);
+    return code;
+}
+
+/* A checkpoint that lies in memory. Lists are kept as cursors at their first entry. */
+struct checkpoint {
+    const char *path;
+    const uint8_t *data; /* [size] */
+    size_t size;
+    uint64_t numbers[N_SAVED];
+    struct text lora_on, freeze, note;
+    uint64_t init, n_files, n_params, hash;
+    struct cursor files, params;
+    size_t arrays;       /* where the first array begins */
+};
+
+static int bad_checkpoint(const struct checkpoint *k, lvm_error *error) {
+    return fail(error, LVM_FORMAT, "%s: is damaged or was cut short", k->path);
+}
+
+/* Steps over the tensors' names and shapes; their arrays must fill the file up to the last hash.
+   0 where they do not. */
+static int skip_params(struct checkpoint *k, struct cursor *c) {
+    uint64_t bytes = 0;
+    k->params = *c;
+    for (uint64_t i = 0; i < k->n_params && !c->failed; i++) {
+        cursor_text(c);
+        uint64_t rows = cursor_number(c, 8), cols = cursor_number(c, 8);
+        if (rows > INT32_MAX || cols > INT32_MAX || bytes > k->size) return 0;
+        uint64_t one = rows * cols; /* below 2^62 */
+        if (one > k->size) return 0;
+        bytes += one * CHECKPOINT_ARRAYS * sizeof(float);
+    }
+    k->hash = cursor_number(c, 8);
+    k->arrays = c->at;
+    return !c->failed && k->size - c->at >= 8 && k->size - c->at - 8 == bytes;
+}
+
+/* Takes the head apart: k's path, data and size are given. */
+static int parse_checkpoint(struct checkpoint *k, lvm_error *error) {
+    struct cursor c = {k->data, k->size, 0, 0};
+    const uint8_t *magic = cursor_take(&c, 8);
+    if (magic == NULL || memcmp(magic, "LVMTRAIN", 8) != 0)
+        return fail(error, LVM_FORMAT, "%s: is no checkpoint of lvm train", k->path);
+    uint64_t version = cursor_number(&c, 8);
+    if (!c.failed && version != CHECKPOINT_VERSION)
+        return fail(error, LVM_UNSUPPORTED, "%s: is a checkpoint of version %llu, not %d", k->path,
+                    (unsigned long long)version, CHECKPOINT_VERSION);
+    for (int i = 0; i < N_SAVED; i++) k->numbers[i] = cursor_number(&c, 8);
+    k->lora_on = cursor_text(&c);
+    k->freeze = cursor_text(&c);
+    k->init = cursor_number(&c, 8);
+    k->n_files = cursor_number(&c, 8);
+    k->files = c;
+    for (uint64_t i = 0; i < k->n_files && !c.failed; i++) {
+        cursor_text(&c);
+        cursor_number(&c, 8);
+    }
+    k->note = cursor_text(&c);
+    k->n_params = cursor_number(&c, 8);
+    if (!skip_params(k, &c) || checksum_wrong(k->hash, hash_bytes(0, k->data, k->arrays - 8)))
+        return bad_checkpoint(k, error);
+    return LVM_OK;
+}
+
+/* A number as messages show it. */
+static void show_saved(const struct saved_number *n, uint64_t bits, char *text, size_t room) {
+    double real;
+    memcpy(&real, &bits, sizeof real);
+    if (n->words[0] != NULL && bits < 2) snprintf(text, room, "%s", n->words[bits]);
+    else if (n->kind == SAVED_FLOAT) snprintf(text, room, "%.9g", real);
+    else snprintf(text, room, "%lld", (long long)bits);
+}
+
+static int same_text(const struct checkpoint *k, const char *name, struct text saved,
+                     const char *own, lvm_error *error) {
+    if (own == NULL) own = "";
+    if (text_is(saved, own)) return LVM_OK;
+    return fail(error, LVM_INVALID, "%s: was trained with %s \"%.*s\", not \"%s\"", k->path, name,
+                (int)min64((int64_t)saved.n, 64), saved.s, own);
+}
+
+/* All of the configuration must be as it was: another number of steps, say, would have been another
+   learning rate from the first step on. */
+static int check_configuration(const struct lvm_trainer *t, const struct checkpoint *k,
+                               lvm_error *error) {
+    for (int i = 0; i < N_SAVED; i++) {
+        const struct saved_number *n = &saved_numbers[i];
+        uint64_t own = saved_bits(t, n);
+        char was[32], is[32];
+        if (n->of == OF_STATE || own == k->numbers[i]) continue;
+        show_saved(n, k->numbers[i], was, sizeof was);
+        show_saved(n, own, is, sizeof is);
+        return fail(error, LVM_INVALID, "%s: was trained with %s %s, not %s", k->path, n->name, was,
+                    is);
+    }
+    int code = same_text(k, "adapters on", k->lora_on, t->o.lora_on, error);
+    return code == LVM_OK ? same_text(k, "frozen", k->freeze, t->o.freeze, error) : code;
+}
+
+static int check_sources(const struct lvm_trainer *t, const struct checkpoint *k,
+                         lvm_error *error) {
+    const lvm_model *init = t->o.init;
+    struct cursor c = k->files;
+    if ((init != NULL) != (k->init != 0))
+        return fail(error, LVM_INVALID, "%s: began from %s, not from %s", k->path,
+                    init != NULL ? "random weights" : "a weights file",
+                    init != NULL ? init->path : "random weights");
+    if (init != NULL && weights_hash(&init->file) != k->init)
+        return fail(error, LVM_INVALID, "%s: began from other weights than those of %s", k->path,
+                    init->path);
+    if (k->n_files != (uint64_t)t->o.n_data)
+        return fail(error, LVM_INVALID, "%s: was trained on %llu files, not on %d", k->path,
+                    (unsigned long long)k->n_files, t->o.n_data);
+    for (int i = 0; i < t->o.n_data; i++) {
+        const lvm_tokens *own = t->o.data[i];
+        struct text name = cursor_text(&c);
+        if (cursor_number(&c, 8) != own->fingerprint)
+            return fail(error, LVM_INVALID, "%s: %s is not what was %.*s when it was trained",
+                        k->path, own->name != NULL ? own->name : "(memory)",
+                        (int)min64((int64_t)name.n, 100), name.s);
+    }
+    return LVM_OK;
+}
+
+/* The tensors that learn must be the same. */
+static int check_params(const struct lvm_trainer *t, const struct checkpoint *k,
+                        lvm_error *error) {
+    struct cursor c = k->params;
+    uint64_t left = k->n_params;
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        if (!learns(p)) continue;
+        if (left-- == 0)
+            return fail(error, LVM_INVALID, "%s: lacks tensor %s, which learns", k->path, p->name);
+        struct text name = cursor_text(&c);
+        uint64_t rows = cursor_number(&c, 8), cols = cursor_number(&c, 8);
+        if (!text_is(name, p->name) || rows != (uint64_t)p->w.rows || cols != (uint64_t)p->w.cols)
+            return fail(error, LVM_INVALID,
+                        "%s: holds tensor %.*s of %llu x %llu instead of %s of %d x %d", k->path,
+                        (int)min64((int64_t)name.n, 64), name.s, (unsigned long long)rows,
+                        (unsigned long long)cols, p->name, p->w.rows, p->w.cols);
+    }
+    return left == 0 ? LVM_OK : fail(error, LVM_INVALID, "%s: has %llu more tensors that learn",
+                                     k->path, (unsigned long long)left);
+}
+
+/* Whether the arrays are what was written; as the hash goes, array by array. */
+static int check_arrays(const struct lvm_trainer *t, const struct checkpoint *k,
+                        lvm_error *error) {
+    struct cursor c = {k->data, k->size, k->arrays, 0};
+    uint64_t hash = k->hash;
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        size_t bytes = (size_t)param_size(p) * sizeof(float);
+        for (int a = 0; learns(p) && a < CHECKPOINT_ARRAYS; a++)
+            hash = hash_bytes(hash, cursor_take(&c, bytes), bytes);
+    }
+    return checksum_wrong(cursor_number(&c, 8), hash) ? bad_checkpoint(k, error) : LVM_OK;
+}
+
+/* Numbers that no run has could only come from a file that was made to deceive. */
+static int check_state(const struct lvm_trainer *t, const struct checkpoint *k, lvm_error *error) {
+    for (int i = 0; i < N_SAVED; i++) {
+        const struct saved_number *n = &saved_numbers[i];
+        int64_t most = n->where == TRAINER(step)          ? t->o.steps
+                       : n->where == TRAINER(at.sentence) ? t->stream.n_sentences
+                                                          : INT64_MAX;
+        double real;
+        memcpy(&real, &k->numbers[i], sizeof real);
+        int ok = n->kind == SAVED_DOUBLE ? isfinite(real) && real >= 0
+                                         : k->numbers[i] <= (uint64_t)most;
+        if (n->of == OF_STATE && !ok) return bad_checkpoint(k, error);
+    }
+    return LVM_OK;
+}
+
+/* What was checked becomes the trainer's; gradients are 0 between steps. */
+static void take_checkpoint(struct lvm_trainer *t, const struct checkpoint *k) {
+    struct cursor c = {k->data, k->size, k->arrays, 0};
+    for (int i = 0; i < N_SAVED; i++) /* 8 bytes each: integers and a double */
+        if (saved_numbers[i].of == OF_STATE)
+            memcpy((char *)t + saved_numbers[i].where, &k->numbers[i], 8);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        size_t bytes = (size_t)param_size(p) * sizeof(float);
+        void *arrays[CHECKPOINT_ARRAYS];
+        if (!learns(p)) continue;
+        saved_arrays(p, arrays);
+        for (int a = 0; a < CHECKPOINT_ARRAYS; a++)
+            memcpy(arrays[a], cursor_take(&c, bytes), bytes);
+        memset(p->g, 0, bytes);
+    }
+}
+
+static int load_checkpoint(struct lvm_trainer *t, struct checkpoint *k, lvm_error *error) {
+    int code = parse_checkpoint(k, error);
+    if (code == LVM_OK) code = check_configuration(t, k, error);
+    if (code == LVM_OK) code = check_sources(t, k, error);
+    if (code == LVM_OK) code = check_params(t, k, error);
+    if (code == LVM_OK) code = check_state(t, k, error);
+    if (code == LVM_OK) code = check_arrays(t, k, error);
+    if (code == LVM_OK) take_checkpoint(t, k);
+    return code;
 }
 
 int lvm_trainer_load(lvm_trainer *trainer, const char *path, lvm_error *error) {
-    (void)trainer;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+    clear_error(error);
+    struct checkpoint k = {.path = path};
+    void *mapped = NULL;
+    if (trainer == NULL || path == NULL)
+        return null_argument(error, "lvm_trainer_load", trainer == NULL ? "trainer" : "path");
+    int code = map_file(path, &mapped, &k.size, error);
+    k.data = mapped;
+    if (code == LVM_OK) code = load_checkpoint(trainer, &k, error);
+    if (mapped != NULL) unmap_file(mapped, k.size);
+    return code;
 }
 
 char *lvm_checkpoint_note(const char *path, lvm_error *error) {
-    fail(error, LVM_UNSUPPORTED, "%s: to come", path);
-    return NULL;
+    clear_error(error);
+    struct checkpoint k = {.path = path};
+    void *mapped = NULL;
+    char *note = NULL;
+    if (path == NULL) {
+        null_argument(error, "lvm_checkpoint_note", "path");
+        return NULL;
+    }
+    int code = map_file(path, &mapped, &k.size, error);
+    k.data = mapped;
+    if (code == LVM_OK) code = parse_checkpoint(&k, error);
+    if (code == LVM_OK) note = mem_alloc((size_t)k.note.n + 1, 1, error);
+    if (note != NULL) memcpy(note, k.note.s, (size_t)k.note.n);
+    if (mapped != NULL) unmap_file(mapped, k.size);
+    return note;
 }
 
-/* ---- Weights files and adapters out of a trainer ---- */
+/* ---- Adapters ----
 
-int lvm_trainer_export(lvm_trainer *trainer, const char *path, int type,
-                       const lvm_model *tokenizer, lvm_error *error) {
-    (void)trainer, (void)type, (void)tokenizer;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+   LoRA (Hu et al. 2021, arXiv 2106.09685) leaves a matrix as it is and learns a difference of low
+   rank beside it:
+
+       y = x W^T + scale (x A^T) B^T = x (W + scale B A)^T                  scale = alpha / rank
+       W [rows][cols]   A [rank][cols]   B [rows][rank]
+
+   A file of adapters is a GGUF file of its own, with the keys that ggml gives its adapters:
+   general.type "adapter", adapter.type "lora", adapter.lora.alpha; and of each matrix two tensors,
+   such as blk.0.attn_q.weight.lora_a and .lora_b, in F32, F16 or BF16. A model takes them before it
+   runs: matrices that have one are merged with it, in memory or into a new file (chapter 14, which
+   also writes what a trainer learnt). */
+
+struct adapter {
+    struct text matrix;       /* name of W */
+    struct tensor a, b;       /* [rank][cols]  [rows][rank] */
+    struct tensor_spec *spec; /* of W, in the model that they are matched with */
+};
+
+struct adapters {
+    const char *path;
+    void *mapped;             /* [size], or NULL: foreign memory */
+    size_t size;
+    struct gguf file;
+    float alpha;
+    struct adapter *list;     /* [n] in the file's order */
+    int n;
+};
+
+static int processors(void); /* chapter 10 */
+static float not_finite(const struct tensor *t); /* chapter 14 */
+
+static int ends(struct text t, const char *s) {
+    size_t n = strlen(s);
+    return t.n >= n && memcmp(t.s + t.n - n, s, n) == 0;
+}
+
+/* A matrix of a file. */
+static struct tensor matrix_of(const struct gguf *g, const struct gguf_tensor *t) {
+    return (struct tensor){g->data + g->data_start + t->offset, type_bytes(t->type, t->ne[0]),
+                           t->type, (int)t->ne[1], (int)t->ne[0]};
+}
+
+/* The adapter whose A this tensor is, with B of the same name and rank. */
+static int read_adapter(const struct adapters *ad, const struct gguf_tensor *a, struct adapter *x,
+                        lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    char name[272]; /* a name has 256 bytes at most */
+    int n = (int)a->name.n - 1;
+    snprintf(name, sizeof name, "%.*sb", n, a->name.s);
+    const struct gguf_tensor *b = gguf_tensor(g, name);
+    if (b == NULL) return fail(error, LVM_FORMAT, "%s: tensor %s is missing", ad->path, name);
+    if (a->n_dims != 2 || b->n_dims != 2 || type_is_quantised(a->type) ||
+        type_is_quantised(b->type) || a->ne[1] != b->ne[0])
+        return fail(error, LVM_FORMAT,
+                    "%s: tensors %.*s and %s are no two matrices of floats and one rank", ad->path,
+                    (int)a->name.n, a->name.s, name);
+    *x = (struct adapter){{a->name.s, a->name.n - strlen(".lora_a")}, matrix_of(g, a),
+                          matrix_of(g, b), NULL};
+    if (isfinite(not_finite(&x->a)) && isfinite(not_finite(&x->b))) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: the adapter of %.*s holds NaN or infinity", ad->path,
+                (int)x->matrix.n, x->matrix.s);
+}
+
+static int read_adapters(struct adapters *ad, lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    int code = LVM_OK;
+    ad->list = mem_alloc((size_t)g->n_tensors, sizeof *ad->list, error);
+    if (ad->list == NULL) return LVM_MEMORY;
+    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
+        struct text name = g->tensors[i].name;
+        if (ends(name, ".lora_a"))
+            code = read_adapter(ad, &g->tensors[i], &ad->list[ad->n++], error);
+        else if (!ends(name, ".lora_b"))
+            code = fail(error, LVM_FORMAT, "%s: tensor %.*s is no half of an adapter", ad->path,
+                        (int)name.n, name.s);
+    }
+    if (code == LVM_OK && (ad->n == 0 || 2 * (int64_t)ad->n != g->n_tensors))
+        code = fail(error, LVM_FORMAT, "%s: holds %d adapters in %lld tensors", ad->path, ad->n,
+                    (long long)g->n_tensors);
+    return code;
+}
+
+/* Of a file that lies in memory; path is for messages. */
+static int adapters_parse(struct adapters *ad, const char *path, const void *data, size_t size,
+                          lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    int version = 0;
+    ad->path = path;
+    int code = gguf_parse(&ad->file, path, data, size, error);
+    if (code != LVM_OK) return code;
+    if (!text_is(read_text(g, "general.architecture"), "lvm"))
+        return fail(error, LVM_FORMAT, "%s: a GGUF file of another architecture than lvm", path);
+    if (!is_adapter_file(g) || !text_is(read_text(g, "adapter.type"), "lora"))
+        return fail(error, LVM_FORMAT, "%s: holds no adapters (LoRA); convert.py --lora makes such "
+                    "a file of a folder of them", path);
+    code = read_int(g, &(struct int_key){"lvm.format_version", 1, 1, 0, 0}, &version, error);
+    if (code == LVM_OK)
+        code = read_float(g, &(struct float_key){"adapter.lora.alpha", 1e-30f, 1e30f}, &ad->alpha,
+                          error);
+    return code == LVM_OK ? read_adapters(ad, error) : code;
+}
+
+/* Also of those that could not be opened. */
+static void adapters_close(struct adapters *ad) {
+    gguf_free(&ad->file);
+    mem_free(ad->list);
+    if (ad->mapped != NULL) unmap_file(ad->mapped, ad->size);
+    memset(ad, 0, sizeof *ad);
+}
+
+/* Finds the matrices of a model that adapters are for. */
+static int adapters_match(struct adapters *ad, const lvm_model *m, lvm_error *error) {
+    for (int i = 0; i < ad->n; i++) {
+        struct adapter *x = &ad->list[i];
+        for (int s = 0; s < m->n_specs && x->spec == NULL; s++)
+            if (m->specs[s].kind == T_MATRIX && text_is(x->matrix, m->specs[s].name))
+                x->spec = &m->specs[s];
+        if (x->spec == NULL)
+            return fail(error, LVM_INVALID, "%s: has an adapter for %.*s, which is no matrix of %s",
+                        ad->path, (int)x->matrix.n, x->matrix.s, m->path);
+        const int *dims = x->spec->dims;
+        if (dims[0] != x->b.rows || dims[1] != x->a.cols)
+            return fail(error, LVM_INVALID, "%s: is for %s of %d x %d; in %s it is %d x %d",
+                        ad->path, x->spec->name, x->b.rows, x->a.cols, m->path, dims[0], dims[1]);
+    }
+    return LVM_OK;
+}
+
+static int adapters_open(struct adapters *ad, const char *path, const lvm_model *m,
+                         lvm_error *error) {
+    memset(ad, 0, sizeof *ad);
+    int code = map_file(path, &ad->mapped, &ad->size, error);
+    if (code == LVM_OK) code = adapters_parse(ad, path, ad->mapped, ad->size, error);
+    if (code == LVM_OK && m != NULL) code = adapters_match(ad, m, error);
+    if (code != LVM_OK) adapters_close(ad);
+    return code;
+}
+
+/* A matrix with its adapter in floats. */
+struct merger {
+    struct tensor w;     /* [rows][cols], of any type */
+    float *a, *b;        /* [rank][cols]  [rows][rank] */
+    int rank;
+    float scale;
+};
+
+static float *tensor_floats(const struct tensor *t, lvm_error *error) {
+    float *x = mem_alloc((size_t)t->rows * (size_t)t->cols, sizeof *x, error);
+    for (int r = 0; x != NULL && r < t->rows; r++)
+        row_to_f32(t->type, tensor_row(t, r), x + (int64_t)r * t->cols, t->cols);
+    return x;
+}
+
+static int merger_open(struct merger *d, const struct tensor *w, const struct adapter *x,
+                       float alpha, lvm_error *error) {
+    *d = (struct merger){*w, tensor_floats(&x->a, error), tensor_floats(&x->b, error), x->a.rows,
+                         alpha / (float)x->a.rows};
+    return d->a != NULL && d->b != NULL ? LVM_OK : LVM_MEMORY;
+}
+
+static void merger_free(struct merger *d) {
+    mem_free(d->a);
+    mem_free(d->b);
+}
+
+/* Row r of W + scale B A: products in ascending order of the rank, then one addition to W. */
+static void merge_row(const struct merger *d, int r, float *row) {
+    enum { PART = 256 };
+    const float *b = d->b + (int64_t)r * d->rank;
+    int cols = d->w.cols;
+    row_to_f32(d->w.type, tensor_row(&d->w, r), row, cols);
+    for (int at = 0; at < cols; at += PART) {
+        int n = cols - at < PART ? cols - at : PART;
+        float sum[PART] = {0};
+        for (int k = 0; k < d->rank; k++) {
+            const float *a = d->a + (int64_t)k * cols + at;
+            for (int i = 0; i < n; i++) sum[i] += b[k] * a[i];
+        }
+        for (int i = 0; i < n; i++) row[at + i] += d->scale * sum[i];
+    }
+}
+
+enum { MERGE_ROWS = 16 }; /* of a task */
+
+struct merge_tasks {
+    struct merger d;
+    struct tensor out;
+    uint8_t *data;       /* out's */
+    float *rows;         /* [threads][cols] */
+};
+
+static void merge_task(void *arg, int task, int thread) {
+    const struct merge_tasks *t = arg;
+    float *row = t->rows + (int64_t)thread * t->out.cols;
+    int end = (int)min64(t->out.rows, (int64_t)(task + 1) * MERGE_ROWS);
+    for (int r = task * MERGE_ROWS; r < end; r++) {
+        merge_row(&t->d, r, row);
+        row_from_f32(t->out.type, row, t->data + r * t->out.row_bytes, t->out.cols);
+    }
+}
+
+/* *out = w with x, in memory of its own: floats of its type, or Q8_0. What lay on the grid of Q4_0
+   before does not with something added, and would lose more than it gained. */
+static int merge_matrix(struct pool *pool, const struct tensor *w, const struct adapter *x,
+                        float alpha, struct tensor *out, lvm_error *error) {
+    struct merge_tasks t = {.out = *w};
+    if (type_is_quantised(w->type)) t.out.type = LVM_Q8_0;
+    t.out.row_bytes = type_bytes(t.out.type, w->cols);
+    int code = merger_open(&t.d, w, x, alpha, error);
+    if (code == LVM_OK) {
+        t.data = mem_alloc((size_t)w->rows, (size_t)t.out.row_bytes, error);
+        t.rows = mem_alloc((size_t)pool_threads(pool) * (size_t)w->cols, sizeof *t.rows, error);
+        if (t.data == NULL || t.rows == NULL) code = LVM_MEMORY;
+    }
+    if (code == LVM_OK)
+        pool_run(pool, (w->rows + MERGE_ROWS - 1) / MERGE_ROWS, merge_task, &t);
+    else mem_free(t.data);
+    merger_free(&t.d);
+    mem_free(t.rows);
+    t.out.data = t.data;
+    if (code == LVM_OK) *out = t.out;
+    return code;
+}
+
+/* All of them, or nothing: list[n] are the merged matrices. */
+static int merge_adapters(lvm_model *m, const struct adapters *ad, struct tensor *list,
+                          lvm_error *error) {
+    struct pool *pool = pool_new(processors(), error);
+    int code = pool == NULL ? LVM_MEMORY : LVM_OK, done = 0;
+    for (; code == LVM_OK && done < ad->n; done += code == LVM_OK)
+        code = merge_matrix(pool, ad->list[done].spec->tensor, &ad->list[done], ad->alpha,
+                            &list[done], error);
+    for (int i = 0; i < done; i++) {
+        struct tensor_spec *s = ad->list[i].spec;
+        uint8_t *data = (uint8_t *)(uintptr_t)list[i].data;
+        if (code == LVM_OK) {
+            mem_free(s->merged);
+            *s->tensor = list[i];
+            s->merged = data;
+        } else {
+            mem_free(data);
+        }
+    }
+    pool_free(pool);
+    uint64_t hash = weights_hash(&ad->file);
+    if (code == LVM_OK) m->adapters = hash_bytes(m->adapters, &hash, sizeof hash);
+    return code;
 }
 
 int lvm_apply_lora(lvm_model *model, const char *path, lvm_error *error) {
-    (void)model;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
-}
-
-int lvm_merge(const char *base, const char *adapters, const char *out, int type, int force,
-              lvm_error *error) {
-    (void)base, (void)adapters, (void)type, (void)force;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", out);
+    clear_error(error);
+    struct adapters ad;
+    if (model == NULL || path == NULL)
+        return null_argument(error, "lvm_apply_lora", model == NULL ? "model" : "path");
+    if (devices_are_open(model->devices))
+        return fail(error, LVM_INVALID, "%s: has contexts already; adapters come before them",
+                    model->path);
+    int code = adapters_open(&ad, path, model, error);
+    if (code != LVM_OK) return code;
+    struct tensor *list = mem_alloc((size_t)ad.n, sizeof *list, error);
+    code = list == NULL ? LVM_MEMORY : merge_adapters(model, &ad, list, error);
+    mem_free(list);
+    adapters_close(&ad);
+    return code;
 }
 
 /* ---- The trainer: its parameters ---- */
@@ -8032,13 +8700,6 @@ static void forget_temporary(const char *path);
 static FILE *create_temporary(const char *path) { return os_create(path); }
 static void forget_temporary(const char *path) { (void)path; }
 #endif
-
-/* A file being written. */
-struct outfile {
-    char *path;          /* as messages name it */
-    char *target, *temp; /* where it will be and is; NULL: a device or a pipe, written directly */
-    FILE *file;
-};
 
 static int write_failed(const char *path, lvm_error *error) {
     return fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
@@ -14884,150 +15545,6 @@ static int finish_head(struct gguf_writer *w, struct buffer *head) {
     return w->code;
 }
 
-/* ---- Types: what a tensor is stored as ---- */
-
-/* What is asked for: LVM_AUTO keeps a type. */
-struct wanted_types {
-    int transformer, vq, encoder;
-};
-
-/* Of the tensor of this name, now of type `now`. Where convolutions are to be quantised the
-   encoder's become F16, unless another type is asked for or they are quantised already: it is the
-   smaller half, and a token that flips is a wrong word in the transformer's prompt. Encoder levels
-   at Q8_0 lost the first file that shipped 5 of 13 puzzles (docs/model.md). */
-static int wanted_type(const struct wanted_types *t, struct text name, enum tensor_kind kind,
-                       int now) {
-    if (!begins(name, "vq.")) return t->transformer;
-    if (!begins(name, "vq.encoder.") && !begins(name, "vq.quant_conv.")) return t->vq;
-    if (t->encoder != LVM_AUTO) return t->encoder;
-    int spared = kind == T_CONV && type_is_quantised(t->vq) && !type_is_quantised(now);
-    return spared ? LVM_F16 : t->vq;
-}
-
-/* What a tensor with rows of k elements, now of type `now`, becomes where `wanted` is asked for
-   (LVM_AUTO: nothing). Vectors stay as they are; so does what tokens hang on where it would be
-   quantised. Q4_0 leaves convolutions and the matrix of the logits at Q8_0: for the latter it costs
-   little and is worth half a percent of perplexity. */
-static int stored_type(enum tensor_kind kind, int64_t k, int now, int wanted) {
-    if (kind == T_VECTOR || wanted == LVM_AUTO) return now;
-    if (kind == T_EXACT && type_is_quantised(wanted)) return now;
-    if (wanted == LVM_Q4_0 && (kind == T_OUTPUT || kind == T_CONV)) wanted = LVM_Q8_0;
-    return k % type_info(wanted)->block != 0 ? LVM_F16 : wanted;
-}
-
-/* Of a tensor of the file, which may hold some that the description does not know. Tied embeddings
-   are the matrix of the logits too. */
-static enum tensor_kind kind_of(const lvm_model *m, const struct gguf_tensor *t) {
-    for (int i = 0; i < m->n_specs; i++)
-        if (text_is(t->name, m->specs[i].name)) {
-            int tied = m->specs[i].kind == T_EMBED && m->llama.output.data == m->llama.embed.data;
-            return tied ? T_OUTPUT : m->specs[i].kind;
-        }
-    return t->n_dims == 1 ? T_VECTOR : begins(t->name, "vq.") ? T_CONV : T_MATRIX;
-}
-
-/* ---- Quantise: the same file with other types ---- */
-
-static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment,
-                         lvm_error *error) {
-    static const uint8_t zeros[64];
-    uint64_t n = (alignment - written % alignment) % alignment;
-    int code = LVM_OK;
-    for (; n > 0 && code == LVM_OK; n -= (uint64_t)min64(64, (int64_t)n))
-        code = outfile_write(out, zeros, (size_t)min64(64, (int64_t)n), error);
-    return code;
-}
-
-static int write_tensor(struct outfile *out, const struct gguf *g, const struct gguf_tensor *t,
-                        int type, float *row, uint8_t *packed, lvm_error *error) {
-    const uint8_t *in = g->data + g->data_start + t->offset;
-    int64_t rows = t->ne[1] * t->ne[2] * t->ne[3], in_bytes = type_bytes(t->type, t->ne[0]);
-    int64_t out_bytes = type_bytes(type, t->ne[0]);
-    int code = LVM_OK;
-    if (type == t->type) {
-        code = outfile_write(out, in, (size_t)t->bytes, error);
-    } else {
-        for (int64_t r = 0; code == LVM_OK && r < rows; r++, in += in_bytes) {
-            row_to_f32(t->type, in, row, t->ne[0]);
-            row_from_f32(type, row, packed, t->ne[0]);
-            code = outfile_write(out, packed, (size_t)out_bytes, error);
-        }
-    }
-    if (code == LVM_OK)
-        code = write_padding(out, (uint64_t)(out_bytes * rows), g->alignment, error);
-    return code;
-}
-
-/* Keys as they are, tensors in the file's order with their new types. */
-static int quantized_head(const lvm_model *m, const struct wanted_types *wanted, int *types,
-                          struct buffer *head, lvm_error *error) {
-    const struct gguf *g = &m->file;
-    struct gguf_writer w = {.alignment = g->alignment, .error = error};
-    for (int64_t i = 0; i < g->n_keys; i++)
-        put_key(&w, g->keys[i].name, g->keys[i].type, g->keys[i].value, g->keys[i].size);
-    for (int64_t i = 0; i < g->n_tensors; i++) {
-        const struct gguf_tensor *t = &g->tensors[i];
-        enum tensor_kind kind = kind_of(m, t);
-        int asked = wanted_type(wanted, t->name, kind, t->type);
-        types[i] = stored_type(kind, t->ne[0], t->type, asked);
-        put_tensor(&w, t->name, t->n_dims, t->ne, types[i]);
-    }
-    return finish_head(&w, head);
-}
-
-static int quantize_model(const lvm_model *m, const char *path, const struct wanted_types *wanted,
-                          lvm_error *error) {
-    const struct gguf *g = &m->file;
-    struct outfile out;
-    struct buffer head = {0};
-    int64_t widest = 1;
-    for (int64_t i = 0; i < g->n_tensors; i++) widest = max64(widest, g->tensors[i].ne[0]);
-    int *types = mem_alloc((size_t)g->n_tensors, sizeof *types, error);
-    float *row = mem_alloc((size_t)widest, sizeof *row, error);
-    uint8_t *packed = mem_alloc((size_t)widest, 4, error);
-    int code = types == NULL || row == NULL || packed == NULL ? LVM_MEMORY : LVM_OK;
-    if (code == LVM_OK) code = quantized_head(m, wanted, types, &head, error);
-    if (code == LVM_OK) code = outfile_open(&out, path, error);
-    if (code == LVM_OK) {
-        code = outfile_write(&out, head.data, head.n, error);
-        for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++)
-            code = write_tensor(&out, g, &g->tensors[i], types[i], row, packed, error);
-        code = outfile_close(&out, code, error);
-    }
-    mem_free(types);
-    mem_free(row);
-    mem_free(packed);
-    mem_free(head.data);
-    return code;
-}
-
-static int is_type(int type) { return type == LVM_AUTO || type_info(type) != NULL; }
-
-int lvm_quantize(const char *in, const char *out, int type, int vq_type, int encoder_type,
-                 int force, lvm_error *error) {
-    clear_error(error);
-    const struct wanted_types wanted = {type, vq_type, encoder_type};
-    lvm_error own = {LVM_OK, ""};
-    if (error == NULL) error = &own;
-    if (in == NULL || out == NULL)
-        return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
-    if (same_file(in, out))
-        return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
-    if (os_stat(out).kind == OS_FILE && standard_stream(out) < 0 && !force)
-        return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
-    if (!is_type(type) || !is_type(vq_type) || !is_type(encoder_type))
-        return fail(error, LVM_INVALID, "unknown type %d, %d or %d", type, vq_type, encoder_type);
-    lvm_model *m = lvm_open(in, 0, error);
-    if (m == NULL) return error->code;
-    int code = quantize_model(m, out, &wanted, error);
-    lvm_close(m);
-    return code;
-}
-
-/* ---- Random weights: a model of given sizes, to measure with ---- */
-
-#ifndef LVM_NO_MAIN
-
 static struct text text_of(const char *s) { return (struct text){s, strlen(s)}; }
 
 static void put_int_key(struct gguf_writer *w, const char *name, int v) {
@@ -15082,6 +15599,354 @@ static void put_model_keys(struct gguf_writer *w, const lvm_model *m) {
         put_ints_key(w, "lvm.vq.attn_resolutions", m->vq->attn_at, m->vq->n_attn_at);
     }
 }
+
+/* ---- Types: what a tensor is stored as ---- */
+
+/* What is asked for: LVM_AUTO keeps a type. */
+struct wanted_types {
+    int transformer, vq, encoder;
+};
+
+/* Of the tensor of this name, now of type `now`. Where convolutions are to be quantised the
+   encoder's become F16, unless another type is asked for or they are quantised already: it is the
+   smaller half, and a token that flips is a wrong word in the transformer's prompt. Encoder levels
+   at Q8_0 lost the first file that shipped 5 of 13 puzzles (docs/model.md). */
+static int wanted_type(const struct wanted_types *t, struct text name, enum tensor_kind kind,
+                       int now) {
+    if (!begins(name, "vq.")) return t->transformer;
+    if (!begins(name, "vq.encoder.") && !begins(name, "vq.quant_conv.")) return t->vq;
+    if (t->encoder != LVM_AUTO) return t->encoder;
+    int spared = kind == T_CONV && type_is_quantised(t->vq) && !type_is_quantised(now);
+    return spared ? LVM_F16 : t->vq;
+}
+
+/* What a tensor with rows of k elements, now of type `now`, becomes where `wanted` is asked for
+   (LVM_AUTO: nothing). Vectors stay as they are; so does what tokens hang on where it would be
+   quantised. Q4_0 leaves convolutions and the matrix of the logits at Q8_0: for the latter it costs
+   little and is worth half a percent of perplexity. */
+static int stored_type(enum tensor_kind kind, int64_t k, int now, int wanted) {
+    if (kind == T_VECTOR || wanted == LVM_AUTO) return now;
+    if (kind == T_EXACT && type_is_quantised(wanted)) return now;
+    if (wanted == LVM_Q4_0 && (kind == T_OUTPUT || kind == T_CONV)) wanted = LVM_Q8_0;
+    return k % type_info(wanted)->block != 0 ? LVM_F16 : wanted;
+}
+
+/* Of a tensor of the file, which may hold some that the description does not know. Tied embeddings
+   are the matrix of the logits too. */
+static enum tensor_kind kind_of(const lvm_model *m, const struct gguf_tensor *t) {
+    for (int i = 0; i < m->n_specs; i++)
+        if (text_is(t->name, m->specs[i].name)) {
+            int tied = m->specs[i].kind == T_EMBED && m->llama.output.data == m->llama.embed.data;
+            return tied ? T_OUTPUT : m->specs[i].kind;
+        }
+    return t->n_dims == 1 ? T_VECTOR : begins(t->name, "vq.") ? T_CONV : T_MATRIX;
+}
+
+/* ---- Writing a weights file from tensors that lie elsewhere ---- */
+
+/* A tensor to be written. */
+struct written {
+    struct text name;
+    int n_dims, now, type;         /* its type now and in the file */
+    int64_t ne[4];                 /* fastest first; 1 beyond n_dims */
+    const uint8_t *data;
+    const struct adapter *adapter; /* to be merged with it, or NULL */
+};
+
+/* One row at a time: room for a row in floats, and in any type. */
+struct row_writer {
+    struct outfile *out;
+    uint32_t alignment;
+    float alpha;                   /* of adapters */
+    float *row;
+    uint8_t *packed;
+};
+
+static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment,
+                         lvm_error *error) {
+    static const uint8_t zeros[64];
+    uint64_t n = (alignment - written % alignment) % alignment;
+    int code = LVM_OK;
+    for (; n > 0 && code == LVM_OK; n -= (uint64_t)min64(64, (int64_t)n))
+        code = outfile_write(out, zeros, (size_t)min64(64, (int64_t)n), error);
+    return code;
+}
+
+/* A matrix and its adapter. */
+static int write_merged(const struct row_writer *w, const struct written *t, lvm_error *error) {
+    struct merger d;
+    const struct tensor own = {t->data, type_bytes(t->now, t->ne[0]), t->now, (int)t->ne[1],
+                               (int)t->ne[0]};
+    int code = merger_open(&d, &own, t->adapter, w->alpha, error);
+    for (int r = 0; code == LVM_OK && r < own.rows; r++) {
+        merge_row(&d, r, w->row);
+        row_from_f32(t->type, w->row, w->packed, own.cols);
+        code = outfile_write(w->out, w->packed, (size_t)type_bytes(t->type, own.cols), error);
+    }
+    merger_free(&d);
+    return code;
+}
+
+static int write_tensor(const struct row_writer *w, const struct written *t, lvm_error *error) {
+    int64_t rows = t->ne[1] * t->ne[2] * t->ne[3], in_bytes = type_bytes(t->now, t->ne[0]);
+    int64_t out_bytes = type_bytes(t->type, t->ne[0]);
+    const uint8_t *in = t->data;
+    int code = LVM_OK;
+    if (t->adapter != NULL) {
+        code = write_merged(w, t, error);
+    } else if (t->type == t->now) {
+        code = outfile_write(w->out, in, (size_t)(in_bytes * rows), error);
+    } else {
+        for (int64_t r = 0; code == LVM_OK && r < rows; r++, in += in_bytes) {
+            row_to_f32(t->now, in, w->row, t->ne[0]);
+            row_from_f32(t->type, w->row, w->packed, t->ne[0]);
+            code = outfile_write(w->out, w->packed, (size_t)out_bytes, error);
+        }
+    }
+    return code == LVM_OK
+               ? write_padding(w->out, (uint64_t)(out_bytes * rows), w->alignment, error) : code;
+}
+
+/* The file of these keys, which are used up, and tensors. */
+static int write_weights(const char *path, struct gguf_writer *keys, const struct written *list,
+                         int64_t n, float alpha, lvm_error *error) {
+    struct outfile out;
+    struct buffer head = {0};
+    int64_t widest = 1;
+    for (int64_t i = 0; i < n; i++) {
+        put_tensor(keys, list[i].name, list[i].n_dims, list[i].ne, list[i].type);
+        widest = max64(widest, list[i].ne[0]);
+    }
+    struct row_writer w = {&out, keys->alignment, alpha,
+                           mem_alloc((size_t)widest, sizeof *w.row, error),
+                           mem_alloc((size_t)widest, 4, error)};
+    int code = finish_head(keys, &head);
+    if (code == LVM_OK && (w.row == NULL || w.packed == NULL)) code = LVM_MEMORY;
+    if (code == LVM_OK) code = outfile_open(&out, path, error);
+    if (code == LVM_OK) {
+        code = outfile_write(&out, head.data, head.n, error);
+        for (int64_t i = 0; code == LVM_OK && i < n; i++) code = write_tensor(&w, &list[i], error);
+        code = outfile_close(&out, code, error);
+    }
+    mem_free(w.row);
+    mem_free(w.packed);
+    mem_free(head.data);
+    return code;
+}
+
+/* A tensor of a file as it is. */
+static struct written same_tensor(const struct gguf *g, const struct gguf_tensor *t) {
+    struct written x = {t->name, t->n_dims, t->type, t->type, {1, 1, 1, 1},
+                        g->data + g->data_start + t->offset, NULL};
+    memcpy(x.ne, t->ne, sizeof x.ne);
+    return x;
+}
+
+/* ---- Quantise and merge: the same file with other types, or with adapters in it ---- */
+
+static const struct adapter *adapter_of(const struct adapters *ad, struct text matrix) {
+    for (int i = 0; ad != NULL && i < ad->n; i++)
+        if (text_compare(ad->list[i].matrix, matrix) == 0) return &ad->list[i];
+    return NULL;
+}
+
+/* Keys as they are; the name tells of adapters. */
+static void put_keys_of(struct gguf_writer *w, const lvm_model *m, const struct adapters *ad) {
+    const struct gguf *g = &m->file;
+    for (int64_t i = 0; i < g->n_keys; i++) {
+        const struct gguf_key *key = &g->keys[i];
+        if (ad == NULL || !text_is(key->name, "general.name"))
+            put_key(w, key->name, key->type, key->value, key->size);
+    }
+    if (ad == NULL) return;
+    struct text name = read_text(&ad->file, "general.name");
+    char both[300];
+    snprintf(both, sizeof both, "%.140s + %.*s", *m->name != 0 ? m->name : "lvm",
+             name.n > 0 ? (int)min64((int64_t)name.n, 140) : 4, name.n > 0 ? name.s : "LoRA");
+    put_text_key(w, "general.name", both);
+}
+
+/* Tensors in the file's order with their new types, and with adapters (NULL: none). */
+static int rewrite_model(const lvm_model *m, const char *path, const struct wanted_types *wanted,
+                         const struct adapters *ad, lvm_error *error) {
+    const struct gguf *g = &m->file;
+    struct gguf_writer keys = {.alignment = g->alignment, .error = error};
+    struct written *list = mem_alloc((size_t)g->n_tensors, sizeof *list, error);
+    if (list == NULL) return LVM_MEMORY;
+    put_keys_of(&keys, m, ad);
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        const struct gguf_tensor *t = &g->tensors[i];
+        enum tensor_kind kind = kind_of(m, t);
+        list[i] = same_tensor(g, t);
+        list[i].type = stored_type(kind, t->ne[0], t->type,
+                                   wanted_type(wanted, t->name, kind, t->type));
+        list[i].adapter = adapter_of(ad, t->name);
+    }
+    int code = write_weights(path, &keys, list, g->n_tensors, ad != NULL ? ad->alpha : 0, error);
+    mem_free(list);
+    return code;
+}
+
+static int is_type(int type) { return type == LVM_AUTO || type_info(type) != NULL; }
+
+/* Refuses to write over an input, or over what is there already. */
+static int check_rewrite(const char *in, const char *out, int force, lvm_error *error) {
+    if (same_file(in, out))
+        return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
+    if (os_stat(out).kind == OS_FILE && standard_stream(out) < 0 && !force)
+        return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
+    return LVM_OK;
+}
+
+int lvm_quantize(const char *in, const char *out, int type, int vq_type, int encoder_type,
+                 int force, lvm_error *error) {
+    clear_error(error);
+    const struct wanted_types wanted = {type, vq_type, encoder_type};
+    lvm_error own = {LVM_OK, ""};
+    if (error == NULL) error = &own;
+    if (in == NULL || out == NULL)
+        return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
+    int code = check_rewrite(in, out, force, error);
+    if (code != LVM_OK) return code;
+    if (!is_type(type) || !is_type(vq_type) || !is_type(encoder_type))
+        return fail(error, LVM_INVALID, "unknown type %d, %d or %d", type, vq_type, encoder_type);
+    lvm_model *m = lvm_open(in, 0, error);
+    if (m == NULL) return error->code;
+    code = rewrite_model(m, out, &wanted, NULL, error);
+    lvm_close(m);
+    return code;
+}
+
+int lvm_merge(const char *base, const char *adapters, const char *out, int type, int force,
+              lvm_error *error) {
+    clear_error(error);
+    const struct wanted_types wanted = {type, LVM_AUTO, LVM_AUTO};
+    struct adapters ad;
+    lvm_error own = {LVM_OK, ""};
+    if (error == NULL) error = &own;
+    if (base == NULL || adapters == NULL || out == NULL)
+        return null_argument(error, "lvm_merge",
+                             base == NULL ? "base" : adapters == NULL ? "adapters" : "out");
+    if (!is_type(type)) return fail(error, LVM_INVALID, "unknown type %d", type);
+    int code = check_rewrite(base, out, force, error);
+    if (code == LVM_OK) code = check_rewrite(adapters, out, force, error);
+    if (code != LVM_OK) return code;
+    lvm_model *m = lvm_open(base, 0, error);
+    if (m == NULL) return error->code;
+    code = adapters_open(&ad, adapters, m, error);
+    if (code == LVM_OK) {
+        code = rewrite_model(m, out, &wanted, &ad, error);
+        adapters_close(&ad);
+    }
+    lvm_close(m);
+    return code;
+}
+
+/* ---- Export: what a trainer learnt ---- */
+
+/* A trainer's tensor as `type`, LVM_AUTO: as init has it, else F16. */
+static struct written trained_tensor(const struct lvm_trainer *t, const struct param *p,
+                                     const struct tensor_spec *s, int type) {
+    const lvm_model *init = t->o.init;
+    const struct gguf_tensor *before = init != NULL ? gguf_tensor(&init->file, p->name) : NULL;
+    int now = before != NULL ? before->type : LVM_F16;
+    int tied = s->kind == T_EMBED && t->net.output == p;
+    struct written x = {text_of(p->name), s->n_dims, p->w.type, LVM_F32,
+                        {s->dims[s->n_dims - 1], s->n_dims > 1 ? s->dims[0] : 1, 1, 1}, p->w.data,
+                        NULL};
+    if (s->kind != T_VECTOR) x.type = stored_type(tied ? T_OUTPUT : s->kind, x.ne[0], now, type);
+    return x;
+}
+
+/* Half of an adapter; floats of any kind. */
+static struct written trained_adapter(const struct param *p, int type) {
+    return (struct written){text_of(p->name), 2, p->w.type, type == LVM_AUTO ? LVM_F32 : type,
+                            {p->w.cols, p->w.rows, 1, 1}, p->w.data, NULL};
+}
+
+/* The file's name without its ending is the model's. */
+static void put_name_key(struct gguf_writer *w, const char *path) {
+    const char *name = os_file_name(path), *dot = strrchr(name, '.');
+    size_t n = dot != NULL && dot > name ? (size_t)(dot - name) : strlen(name);
+    put_key(w, text_of("general.name"), GGUF_STRING, NULL, 0);
+    put_text(w, &w->keys, (struct text){name, n});
+}
+
+static int export_adapters(const struct lvm_trainer *t, const char *path, int type,
+                           struct written *list, lvm_error *error) {
+    struct gguf_writer w = {.alignment = 64, .error = error};
+    int64_t n = 0;
+    put_text_key(&w, "general.architecture", "lvm");
+    put_text_key(&w, "general.type", "adapter");
+    put_name_key(&w, path);
+    put_int_key(&w, "general.alignment", (int)w.alignment);
+    put_int_key(&w, "lvm.format_version", 1);
+    put_text_key(&w, "adapter.type", "lora");
+    put_float_key(&w, "adapter.lora.alpha", t->o.lora_alpha);
+    for (int i = 0; i < t->net.n_params; i++)
+        if (t->net.params[i].spec == NULL)
+            list[n++] = trained_adapter(&t->net.params[i], type);
+    return write_weights(path, &w, list, n, 0, error);
+}
+
+/* Keys and tensors of the tokenizer as its file has them, from list[n] on; returns the new n. */
+static int64_t take_tokenizer(const lvm_model *m, struct gguf_writer *w, struct written *list,
+                              int64_t n) {
+    const struct gguf *g = &m->file;
+    for (int64_t i = 0; i < g->n_keys; i++)
+        if (begins(g->keys[i].name, "lvm.vq."))
+            put_key(w, g->keys[i].name, g->keys[i].type, g->keys[i].value, g->keys[i].size);
+    for (int64_t i = 0; i < g->n_tensors; i++)
+        if (begins(g->tensors[i].name, "vq.")) list[n++] = same_tensor(g, &g->tensors[i]);
+    return n;
+}
+
+static int export_model(const struct lvm_trainer *t, const char *path, int type,
+                        const lvm_model *tokenizer, struct written *list, lvm_error *error) {
+    struct gguf_writer w = {.alignment = 64, .error = error};
+    const lvm_model sizes = {.llama = *t->net.a};
+    int64_t n = 0;
+    put_model_keys(&w, &sizes);
+    put_name_key(&w, path);
+    const struct gguf_key *license =
+        t->o.init != NULL ? gguf_key(&t->o.init->file, "general.license") : NULL;
+    if (license != NULL) put_key(&w, license->name, license->type, license->value, license->size);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        const struct tensor_spec *s = p->spec;
+        if (s != NULL) list[n++] = trained_tensor(t, p, s, type);
+    }
+    if (tokenizer != NULL) n = take_tokenizer(tokenizer, &w, list, n);
+    return write_weights(path, &w, list, n, 0, error);
+}
+
+int lvm_trainer_export(lvm_trainer *trainer, const char *path, int type,
+                       const lvm_model *tokenizer, lvm_error *error) {
+    clear_error(error);
+    const struct lvm_trainer *t = trainer;
+    if (t == NULL || path == NULL)
+        return null_argument(error, "lvm_trainer_export", t == NULL ? "trainer" : "path");
+    if (!is_type(type)) return fail(error, LVM_INVALID, "unknown type %d", type);
+    if (t->o.lora_rank > 0 && type_is_quantised(type))
+        return fail(error, LVM_INVALID, "%s: adapters are f32, f16 or bf16", path);
+    if (tokenizer != NULL && tokenizer->vq == NULL)
+        return fail(error, LVM_INVALID, "%s: holds no tokenizer", tokenizer->path);
+    if (tokenizer == NULL && t->o.init != NULL && t->o.init->vq != NULL) tokenizer = t->o.init;
+    if (tokenizer != NULL && tokenizer->codes > t->net.a->V)
+        return fail(error, LVM_INVALID, "%s: has %d codes, the transformer a vocabulary of %d",
+                    tokenizer->path, tokenizer->codes, t->net.a->V);
+    int64_t most = t->net.n_params + (tokenizer != NULL ? tokenizer->file.n_tensors : 0);
+    struct written *list = mem_alloc((size_t)most, sizeof *list, error);
+    if (list == NULL) return LVM_MEMORY;
+    int code = t->o.lora_rank > 0 ? export_adapters(t, path, type, list, error)
+                                  : export_model(t, path, type, tokenizer, list, error);
+    mem_free(list);
+    return code;
+}
+
+/* ---- Random weights: a model of given sizes, to measure with ---- */
+
+#ifndef LVM_NO_MAIN
 
 /* Random signs and fractions of numbers just above 2^-7: halves, and the scales of quantised
    blocks, are ready with that. What is much smaller becomes denormal on its way, which processors
@@ -15331,6 +16196,14 @@ static void devices_free(struct devices *d) {
     mem_free(d);
 }
 
+/* Whether a context was ever opened. */
+static int devices_are_open(struct devices *d) {
+    pthread_mutex_lock(&d->mutex);
+    int open = d->first != NULL;
+    pthread_mutex_unlock(&d->mutex);
+    return open;
+}
+
 /* The backend that a device's name asks for. */
 static const struct backend *find_backend(const char *device, lvm_error *error) {
     size_t n = strcspn(device, ":");
@@ -15524,6 +16397,9 @@ lvm_usage lvm_ctx_usage(const lvm_ctx *ctx) {
                     8 * (int64_t)ctx->limits.rows +
                     4 * (int64_t)ctx->limits.sequences * m->llama.V;
     usage.weights = (int64_t)m->file.size;
+    for (int i = 0; i < m->n_specs; i++)
+        if (m->specs[i].merged != NULL)
+            usage.weights += m->specs[i].tensor->rows * m->specs[i].tensor->row_bytes;
     usage.tokens = ctx->n_ids;
     usage.tokens_free = (int)max64(0, m->llama.context - ctx->n_ids);
     if (ctx->b->usage != NULL) ctx->b->usage(ctx->state, &usage);
@@ -15570,6 +16446,12 @@ static uint64_t weights_hash(const struct gguf *g) {
     return h;
 }
 
+/* The same of a model, with the adapters that are merged into it. */
+static uint64_t model_hash(const lvm_model *m) {
+    uint64_t h = weights_hash(&m->file);
+    return m->adapters == 0 ? h : hash_bytes(h, &m->adapters, sizeof m->adapters);
+}
+
 /* A block is a page, as it lies in memory. */
 static size_t cpu_kv_size(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
 
@@ -15602,7 +16484,7 @@ static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
                            .n_images = (uint32_t)min64(ctx->n_encoded, MAX_ENCODED),
                            .n_pages = (uint32_t)((n + block - 1) / block),
                            .page_bytes = ctx->b->kv_size(ctx->state),
-                           .weights = weights_hash(&m->file)};
+                           .weights = model_hash(m)};
     memcpy(h.magic, "LVMCACHE", sizeof h.magic);
     snprintf(h.isa, sizeof h.isa, "%s", ctx->b == &cpu_backend ? m->kern->name : ctx->b->name);
     return h;
@@ -15785,6 +16667,7 @@ enum command_bit {
     VERSION = 1024,
     PACK = 2048,
     UNPACK = 4096,
+    MERGE = 1 << 15,
     SAMPLES = PREDICT | BATCH,
     READS = PREDICT | RANK | EVAL | BATCH, /* images as a prompt */
     RUNS = READS | ENCODE | DECODE
@@ -15793,7 +16676,7 @@ enum command_bit {
 struct cli {
     const char **words; /* arguments that are no options */
     int n_words, split; /* split: words in front of a lone --, or -1 */
-    const char *out, *base, *sheet, *truth, *apng, *cache, *resize;
+    const char *out, *base, *sheet, *truth, *apng, *cache, *resize, *lora;
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, encoder_type, preset;
     int lines, grid, json, best, man, skip_existing, together;
     int config, vq, stage, prompt, new_tokens;
@@ -15830,6 +16713,7 @@ static const struct option option_table[] = {
      "where outputs go (the working directory)"},
     {'o', "output", "FILE", PACK | UNPACK, TEXT, AT(out), 0, 0,
      "what to write (unpack: stdout)"},
+    {'o', "output", "FILE", MERGE, TEXT, AT(out), 0, 0, "the weights file to write"},
     {'n', "images", "N", SAMPLES, INTEGER, AT(images), 1, 1 << 11,
      "images to predict, one after the other (1)"},
     {'c', "candidates", "N", SAMPLES, INTEGER, AT(candidates), 1, MAX_SEQUENCES,
@@ -15858,6 +16742,7 @@ static const struct option option_table[] = {
      "keep the work on all but the last image here"},
     {0, "base", "FOLDER", RANK | EVAL | BATCH, TEXT, AT(base), 0, 0,
      "where the images of the set are (beside it)"},
+    {0, "lora", "FILE", READS, TEXT, AT(lora), 0, 0, "adapters to add to the weights"},
     {0, "lines", "N", RANK | EVAL | BATCH, INTEGER, AT(lines), 1, INT32_MAX,
      "only the first N lines of the set"},
     {0, "skip-existing", NULL, BATCH, FLAG, AT(skip_existing), 0, 0,
@@ -15887,7 +16772,7 @@ static const struct option option_table[] = {
      "rotate images as their EXIF orientation says"},
     {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0,
      "read the weights instead of mapping them"},
-    {0, "type", "TYPE", QUANTIZE | BENCH, TYPE, AT(type), 0, 31,
+    {0, "type", "TYPE", QUANTIZE | MERGE | BENCH, TYPE, AT(type), 0, 31,
      "of the transformer: q8_0 q4_0 f16 bf16 f32 (kept)"},
     {0, "vq-type", "TYPE", QUANTIZE, TYPE, AT(vq_type), 0, 15,
      "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
@@ -15899,7 +16784,7 @@ static const struct option option_table[] = {
     {0, "eos", "ID|none", PACK, TEXT, AT(eos), 0, 0, "dropped at the end of a sentence (8193)"},
     {0, "integers", NULL, UNPACK, FLAG, AT(integers), 0, 0, "arrays of numbers, not base64"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
-    {0, "force", NULL, QUANTIZE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
+    {0, "force", NULL, QUANTIZE | MERGE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
      "replace an existing weights file"},
     {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK, FLAG, AT(quiet), 0, 0,
      "no progress, no notes"},
@@ -15926,6 +16811,7 @@ static int run_info(struct cli *cli);
 static int run_quantize(struct cli *cli);
 static int run_pack(struct cli *cli);
 static int run_unpack(struct cli *cli);
+static int run_merge(struct cli *cli);
 static int run_help(struct cli *cli);
 static int run_version(struct cli *cli);
 
@@ -16006,6 +16892,12 @@ static const struct command command_table[] = {
      "  lvm pack a.jsonl b.jsonl -o train.tok\n"},
     {"unpack", UNPACK, run_unpack, "unpack IN.tok", "a .tok file to lines that pack reads",
      "  lvm unpack train.tok --integers | head -n 1\n"},
+    {"merge", MERGE, run_merge, "merge WEIGHTS ADAPTERS -o OUT",
+     "adapters (LoRA) and their model as one weights file",
+     "Adapters are files that lvm train --lora writes, or convert.py --lora. Matrices\n"
+     "keep their types; where those are q4_0, --lora of predict, which takes q8_0 for\n"
+     "what it merges in memory, or --type q8_0 here, loses less.\n"
+     "  lvm merge weights.bin style.bin -o styled.bin\n"},
     {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's",
      "COMMAND --help and COMMAND -h show it too.\n"
      "  lvm help rank\n"},
@@ -16118,7 +17010,7 @@ static const struct synonym {
     {"man|manual|usage", "help"},
     {"serve|server|api|daemon", "lvm is no server; batch answers many prompts in one run"},
     {"convert|import|export", "convert.py does that: python3 convert.py --help"},
-    {"train|finetune|finetuning|merge", "lvm does not train yet"},
+    {"train|finetune|finetuning", "lvm does not train yet"},
     {"num|number|count|frames", "images"},
     {"samples|variations|num-samples", "candidates"},
     {"outfile|save|destination", "output"},
@@ -17031,6 +17923,8 @@ static int check_output(const struct cli *cli, const char *name, const struct pa
     if (begins_with(cli->words[0], "GGUF") && same_file(name, cli->words[0]))
         return fail(error, LVM_INVALID, "%s: is the weights file; choose another output with -o",
                     name);
+    if (cli->lora != NULL && same_file(name, cli->lora))
+        return fail(error, LVM_INVALID, "%s: is --lora too; choose another output with -o", name);
     if (!cli->force && begins_with(name, "GGUF"))
         return fail(error, LVM_INVALID, "%s: is a weights file; --force replaces it", name);
     for (int i = 0; i < p->n; i++)
@@ -17246,6 +18140,7 @@ struct session {
     lvm_model *model;
     lvm_ctx *ctx;
     struct bar bar;
+    char adapters[112]; /* what --lora is, or "" */
 };
 
 static void session_close(struct session *s) {
@@ -17261,10 +18156,26 @@ static void tell_device(const lvm_ctx *ctx, int quiet) {
     else if (ctx->b != &cpu_backend && os_is_terminal(2)) complain("works on %s", ctx->device);
 }
 
+/* Merges what --lora names with the model, and takes its name and size. */
+static int session_adapt(struct session *s, const char *path, lvm_error *error) {
+    struct adapters ad;
+    int code = lvm_apply_lora(s->model, path, error);
+    if (code == LVM_OK) code = adapters_open(&ad, path, NULL, error);
+    if (code != LVM_OK) return code;
+    struct text t = read_text(&ad.file, "general.name");
+    char name[80] = "adapters", shown[80];
+    if (t.n > 0) snprintf(name, sizeof name, "%.*s", (int)min64((int64_t)t.n, 79), t.s);
+    show_text(name, shown, sizeof shown);
+    snprintf(s->adapters, sizeof s->adapters, " + %s (%zu bytes)", shown, ad.size);
+    adapters_close(&ad);
+    return LVM_OK;
+}
+
 static int session_open(struct session *s, struct cli *cli, lvm_error *error) {
     memset(s, 0, sizeof *s);
     s->model = lvm_open(cli->words[0], cli->flags ? LVM_NO_MMAP : 0, error);
     if (s->model == NULL) return error->code;
+    if (cli->lora != NULL && session_adapt(s, cli->lora, error) != LVM_OK) return error->code;
     s->bar.shown = !cli->quiet && os_is_terminal(2);
     cli->options.user = &s->bar;
     cli->options.progress = on_progress;
@@ -17412,8 +18323,8 @@ static void describe_run(const struct cli *cli, const struct session *s, char *t
         snprintf(sampler, sizeof sampler, "seed %llu, temperature %g, top-p %g%s",
                  (unsigned long long)how->seed, (double)how->temperature, (double)how->top_p,
                  top_k);
-    snprintf(text, room, "%s (%zu bytes), %s, window %d, %s, kv %s%s",
-             *name != 0 ? name : "weights", m->file.size, sampler, o->window,
+    snprintf(text, room, "%s (%zu bytes)%s, %s, window %d, %s, kv %s%s",
+             *name != 0 ? name : "weights", m->file.size, s->adapters, sampler, o->window,
              o->fit == LVM_CROP ? "crop" : "squash", type_info(o->kv_type)->name,
              o->exact ? ", exact" : "");
 }
@@ -17628,7 +18539,7 @@ static int encode_paths(const struct cli *cli, struct session *s, const struct p
 static int run_encode(struct cli *cli) {
     if (cli->n_words < 2) return complain("give a weights file and images (lvm help encode)") + 1;
     lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
+    struct session s = {.model = NULL};
     struct paths p = {0};
     struct buffer text = {0};
     struct outputs o = {0};
@@ -17708,7 +18619,7 @@ static int run_decode(struct cli *cli) {
     char *out = NULL;
     if (settle_png_name(&cli->out, "png", &out) != 0) return 2;
     lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
+    struct session s = {.model = NULL};
     struct buffer text = {0};
     int32_t *ids = NULL;
     int n = 0, code = read_input(cli->words[1], &text, &error);
@@ -18552,7 +19463,7 @@ static int run_rank(struct cli *cli) {
     if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
         return complain("give weights, images, -- and choices, or a set (lvm help rank)") + 1;
     lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
+    struct session s = {.model = NULL};
     struct paths prompt = {0}, choices = {0};
     int code = collect_paths(cli, &prompt, 1, cli->split, &error);
     if (code == LVM_OK) code = check_cache(cli, &(struct outputs){0}, &error);
@@ -19225,12 +20136,38 @@ static void print_model(const lvm_model *m) {
     print_types(g, 0);
 }
 
+/* A file of adapters: of which rank, on which matrices. */
+static int print_adapters(const struct cli *cli, const struct gguf *g, lvm_error *error) {
+    struct adapters ad = {.n = 0};
+    int code = adapters_parse(&ad, g->path, g->data, g->size, error), least = INT_MAX, most = 0;
+    for (int i = 0; code == LVM_OK && i < ad.n; i++) {
+        least = (int)min64(least, ad.list[i].a.rows);
+        most = (int)max64(most, ad.list[i].a.rows);
+    }
+    if (code == LVM_OK) {
+        printf("%-13s %s, %zu bytes\n", "file", g->path, g->size);
+        print_key(g, "general.name", "name");
+        printf("%-13s LoRA on %d matrices, rank %d", "adapters", ad.n, least);
+        if (most > least) printf(" to %d", most);
+        printf(", alpha %g; give a model --lora with them, or lvm merge\n", (double)ad.alpha);
+        print_types(g, 0);
+        if (cli->list) print_tensors(g);
+    }
+    adapters_close(&ad);
+    return code;
+}
+
 /* A file that lacks tensors is shown too, with what it lacks. */
 static int run_info(struct cli *cli) {
     if (cli->n_words != 1) return complain("give one weights file (lvm help info)") + 1;
     lvm_error error = {0, ""};
     lvm_model *m = model_new(cli->words[0], &error);
     int code = m == NULL ? error.code : load_file(m, cli->flags ? LVM_NO_MMAP : 0, &error);
+    if (code != LVM_OK && m != NULL && is_adapter_file(&m->file)) {
+        code = print_adapters(cli, &m->file, &error);
+        lvm_close(m);
+        return finish(&error, code);
+    }
     int missing = code == LVM_OK ? print_missing(m) : 0;
     if (code == LVM_OK) code = load_tensors(m, &error);
     if (code == LVM_OK) print_model(m);
@@ -19507,6 +20444,18 @@ static int run_unpack(struct cli *cli) {
     mem_free(text.data);
     outputs_free(&o);
     lvm_tokens_close(t);
+    return finish(&error, code);
+}
+
+static int run_merge(struct cli *cli) {
+    if (cli->n_words != 2 || cli->out == NULL)
+        return complain("give weights, adapters and -o OUT (lvm help merge)") + 1;
+    lvm_error error = {0, ""};
+    if (strcmp(cli->out, "-") == 0)
+        return complain("-: merge writes a file; /dev/stdout is standard output's name") + 1;
+    int named = !is_stream(cli->out), code = lvm_merge(cli->words[0], cli->words[1], cli->out,
+                                                       cli->type, cli->force, &error);
+    if (code == LVM_OK && named) print_name(cli->out, "");
     return finish(&error, code);
 }
 

@@ -271,7 +271,7 @@ static struct plain plain_of(struct lvm_trainer *t) {
         float *row = must(calloc((size_t)w->cols, sizeof *row));
         p.w[i] = plain_rows((int64_t)w->rows * w->cols);
         for (int r = 0; r < w->rows; r++) {
-            tensor_floats(&kernels_plain, w, r, 0, w->cols, row);
+            row_floats(&kernels_plain, w, r, 0, w->cols, row);
             for (int c = 0; c < w->cols; c++) p.w[i][(int64_t)r * w->cols + c] = (double)row[c];
         }
         free(row);
