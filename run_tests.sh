@@ -3,9 +3,9 @@
 # `N passed, N failed` (and `, N skipped` where some were); the exit status is 0 only when nothing
 # failed. tests/README.md says which part proves what.
 #
-#   ./run_tests.sh [PART...]     build embed backend images corpus kernels os golden train properties
-#                                cli sets weights converter examples cuda platforms mutants
-#                                reference threads
+#   ./run_tests.sh [PART...]     build embed backend images corpus kernels os golden train
+#                                properties cli sets weights converter examples cuda platforms
+#                                mutants reference threads
 #   PLATFORMS=1                  other systems too, by the compilers and emulators that are here;
 #   PLATFORMS=required           and they must all be
 #   MUTANTS=1                    faults put into lvm.c, which the tests must see

@@ -2,18 +2,18 @@
 
        test_train GOLDENS BLOBS [--quick]
 
-   GOLDENS is tests/golden_training (tests/golden/README.md says what PyTorch put there), BLOBS holds
-   its checkpoints as weights files: NAME_llama.bin, NAME_gradients.bin. Every instruction set of
-   this machine is tried, with --quick only the one that lvm would choose. Proven are:
+   GOLDENS is tests/golden_training (tests/golden/README.md says what PyTorch put there), BLOBS
+   holds its checkpoints as weights files: NAME_llama.bin, NAME_gradients.bin. Every instruction set
+   of this machine is tried, with --quick only the one that lvm would choose. Proven are:
 
-       every tensor's gradient is PyTorch's, as |a - b| / max|b| and by L2 norms within 1e-4, and the
-       loss within 1e-5: grouped queries, biases, tied embeddings, isolated sentences, adapters
+       every tensor's gradient is PyTorch's, as |a - b| / max|b| and by L2 norms within 1e-4, and
+       the loss within 1e-5: grouped queries, biases, tied embeddings, isolated sentences, adapters
        the same by differences of a forward in double precision that stands in this file
        the same bits with any number of threads, from what is kept and from what is computed again,
        and where other tensors are frozen
        ten steps of AdamW are PyTorch's, and its updates those of a few lines in double
-       the trainer's calls: a model learns, threads and stopped steps change no bit, steps whose loss
-       is no number change nothing */
+       the trainer's calls: a model learns, threads and stopped steps change no bit, steps whose
+       loss is no number change nothing */
 #define main lvm_main
 #include "../lvm.c"
 #undef main
@@ -169,8 +169,8 @@ static double *plain_norm(const struct plain *p, const double *x, int n, int lay
     return y;
 }
 
-/* Turns the pairs (c, c + d/2) of every head by position theta^(-2c/d); that angle is a float, as it
-   is in transformers. */
+/* Turns the pairs (c, c + d/2) of every head by position theta^(-2c/d); that angle is a float, as
+   it is in transformers. */
 static void plain_rope(const struct plain *p, double *x, int n, int heads) {
     int d = p->a->d;
     for (int i = 0; i < n * heads; i++)
