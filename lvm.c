@@ -7464,7 +7464,7 @@ static void take_base64(struct json *j, struct buffer *tokens) {
         uint32_t id;
         memcpy(&id, bytes + i, sizeof id);
         if (id < (uint32_t)j->codes) continue;
-        if (memchr(j->s + start, '\\', j->at - start) == NULL) j->at = start + 1 + i / 3 * 4;
+        if (memchr(j->s + start, '\\', j->at - start) == NULL) j->at = start + 1 + i * 4 / 3;
         json_fail(j, "an id is no image token");
     }
     if (j->code == LVM_OK) j->code = buffer_add(tokens, bytes, n, j->error);
@@ -8058,6 +8058,9 @@ static int os_begin(int *argc, char ***argv) {
 
 static int os_is_terminal(int fd) { return isatty(fd); }
 
+/* The working directory in path[room]; 0, or -1. */
+static int os_working_folder(char *path, size_t room) { return getcwd(path, room) ? 0 : -1; }
+
 /* Until read() has something to tell. */
 static void os_wait_input(int fd) {
     struct pollfd p = {.fd = fd, .events = POLLIN};
@@ -8302,6 +8305,12 @@ static char *os_utf8(const wchar_t *head, size_t n, const wchar_t *tail) {
                       : WideCharToMultiByte(CP_UTF8, 0, head, (int)n, text, (int)room, NULL, NULL);
     WideCharToMultiByte(CP_UTF8, 0, tail, -1, text + used, (int)room - used, NULL, NULL);
     return text;
+}
+
+static int os_working_folder(char *path, size_t room) {
+    wchar_t wide[4096];
+    if (_wgetcwd(wide, 4096) == NULL) return -1;
+    return WideCharToMultiByte(CP_UTF8, 0, wide, -1, path, (int)room, NULL, NULL) > 0 ? 0 : -1;
 }
 
 static int os_add_word(int *argc, char ***argv, char *word) {
@@ -16668,9 +16677,20 @@ enum command_bit {
     PACK = 2048,
     UNPACK = 4096,
     MERGE = 1 << 15,
+    TRAIN = 1 << 16,
+    PLOT = 1 << 17,
     SAMPLES = PREDICT | BATCH,
     READS = PREDICT | RANK | EVAL | BATCH, /* images as a prompt */
     RUNS = READS | ENCODE | DECODE
+};
+
+/* What train and plot are told. Numbers that nobody gave are 0, those that may be 0 then -1. */
+struct train_words {
+    const char *config, *data, *val, *init, *tokenizer, *lora, *lora_on, *freeze, *memory,
+        *save_every, *plot, *resume;
+    int64_t steps, tokens, warmup, val_every;
+    float epochs, minutes, lr, min_lr, beta1, beta2, weight_decay, clip;
+    int batch, context, schedule, packing, isolate, answers, tied, recompute, by_tokens;
 };
 
 struct cli {
@@ -16684,13 +16704,16 @@ struct cli {
     int loss, integers;
     lvm_sampling sampling;
     lvm_options options;
+    struct train_words train;
+    int argc; /* as main has them, without the command */
+    char **argv;
 };
 
-enum option_kind { FLAG, TEXT, INTEGER, NUMBER, SEED, TYPE, ONE_OF };
+enum option_kind { FLAG, TEXT, INTEGER, NUMBER, SEED, TYPE, ONE_OF, LARGE };
 
 /* where: offset of the value in struct cli. low, high: bounds of a number; of a TYPE high is the
    set of those allowed, bit i for entry i of type_table; of a ONE_OF the argument lists those
-   allowed, and the value is the number of the one that is given. */
+   allowed, and the value is the number of the one that is given. A LARGE may be written 2e9. */
 struct option {
     char letter;
     const char *name, *argument;
@@ -16760,7 +16783,7 @@ static const struct option option_table[] = {
     {0, "prompt", "N", BENCH, INTEGER, AT(prompt), 1, 1 << 20, "tokens of the prompt (3840)"},
     {0, "new", "N", BENCH, INTEGER, AT(new_tokens), 1, 1 << 20, "tokens to generate (256)"},
     {0, "stage", bench_stages, BENCH, ONE_OF, AT(stage), 0, 0, "only this one"},
-    {'j', "threads", "N", RUNS | BENCH, INTEGER, AT(options.threads), 1, 1024,
+    {'j', "threads", "N", RUNS | BENCH | TRAIN, INTEGER, AT(options.threads), 1, 1024,
      "threads (the processors allowed)"},
     {0, "device", "NAME", RUNS | BENCH, TEXT, AT(options.device), 0, 0,
      DEVICES " (the best there is)"},
@@ -16784,11 +16807,70 @@ static const struct option option_table[] = {
     {0, "eos", "ID|none", PACK, TEXT, AT(eos), 0, 0, "dropped at the end of a sentence (8193)"},
     {0, "integers", NULL, UNPACK, FLAG, AT(integers), 0, 0, "arrays of numbers, not base64"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
-    {0, "force", NULL, QUANTIZE | MERGE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
-     "replace an existing weights file"},
-    {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK, FLAG, AT(quiet), 0, 0,
+    {0, "force", NULL, QUANTIZE | MERGE | PREDICT | ENCODE | DECODE | BATCH | PLOT, FLAG,
+     AT(force), 0, 0, "replace an existing weights file"},
+    {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK | TRAIN, FLAG, AT(quiet), 0, 0,
      "no progress, no notes"},
-    {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"}};
+    {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"},
+    {'o', "output", "RUN.bin", TRAIN, TEXT, AT(out), 0, 0,
+     "the weights; RUN.csv and RUN.ckpt lie beside them"},
+    {0, "data", "FILE[,FILE...]", TRAIN, TEXT, AT(train.data), 0, 0,
+     "what to learn: .tok, or .jsonl lines with tokens"},
+    {0, "val", "FILE[,FILE...]", TRAIN, TEXT, AT(train.val), 0, 0,
+     "what to judge by, a loss and a perplexity each"},
+    {0, "config", "100m|300m|600m|1b|3b|7b|WIDTH,LAYERS,HEADS,FFN", TRAIN, TEXT,
+     AT(train.config), 0, 0, "a new model's size"},
+    {0, "tied", NULL, TRAIN, FLAG, AT(train.tied), 0, 0,
+     "a new model's embedding is its output matrix too"},
+    {0, "init", "WEIGHTS", TRAIN, TEXT, AT(train.init), 0, 0, "a model to go on from, in its place"},
+    {0, "lora", "R,ALPHA", TRAIN, TEXT, AT(train.lora), 0, 0,
+     "learn adapters of rank R for --init instead"},
+    {0, "lora-on", "LIST", TRAIN, TEXT, AT(train.lora_on), 0, 0,
+     "of q,k,v,o,gate,up,down (all)"},
+    {0, "freeze", "PATTERN", TRAIN, TEXT, AT(train.freeze), 0, 0,
+     "tensors that stay: blk.0.*,token_embd.weight"},
+    {0, "tokenizer", "WEIGHTS", TRAIN, TEXT, AT(train.tokenizer), 0, 0,
+     "whose tokenizer RUN.bin gets (that of --init)"},
+    {0, "type", "TYPE", TRAIN, TYPE, AT(type), 0, 31, "of RUN.bin (that of --init, else f16)"},
+    {0, "steps", "N", TRAIN, LARGE, AT(train.steps), 1, 1e15, "updates of the weights (1000), or"},
+    {0, "tokens", "N", TRAIN, LARGE, AT(train.tokens), 1, 1e18, "so many tokens, as 2e9, or"},
+    {0, "epochs", "N", TRAIN, NUMBER, AT(train.epochs), 1e-6, 1e9, "so often all the data, or"},
+    {0, "minutes", "N", TRAIN, NUMBER, AT(train.minutes), 0.01, 1e8,
+     "as many steps as by the speed of the first three"},
+    {0, "batch", "N", TRAIN, INTEGER, AT(train.batch), 1, 1 << 20, "rows a step (8)"},
+    {0, "context", "N", TRAIN, INTEGER, AT(train.context), 2, 1 << 20, "tokens a row (4096)"},
+    {0, "pack", "cut|whole", TRAIN, ONE_OF, AT(train.packing), 0, 0,
+     "sentences end to end, or whole ones and padding"},
+    {0, "isolate", NULL, TRAIN, FLAG, AT(train.isolate), 0, 0,
+     "attention never looks across sentences"},
+    {0, "loss", "all|answers", TRAIN, ONE_OF, AT(train.answers), 0, 0,
+     "answers: only the outputs of .jsonl lines count"},
+    {0, "lr", "RATE", TRAIN, NUMBER, AT(train.lr), 1e-9, 10, "the highest learning rate (see above)"},
+    {0, "min-lr", "RATE", TRAIN, NUMBER, AT(train.min_lr), 0, 10, "the last one (a fifth)"},
+    {0, "warmup", "N", TRAIN, LARGE, AT(train.warmup), 0, 1e15,
+     "steps up to --lr (a twentieth, at most 2000)"},
+    {0, "schedule", "cosine|wsd", TRAIN, ONE_OF, AT(train.schedule), 0, 0,
+     "wsd: constant, the last tenth falls"},
+    {0, "beta1", "B", TRAIN, NUMBER, AT(train.beta1), 1e-6, 0.99999, "AdamW's (0.9)"},
+    {0, "beta2", "B", TRAIN, NUMBER, AT(train.beta2), 1e-6, 0.99999, "AdamW's (0.95)"},
+    {0, "weight-decay", "W", TRAIN, NUMBER, AT(train.weight_decay), 0, 10, "of matrices (0.1)"},
+    {0, "clip", "NORM", TRAIN, NUMBER, AT(train.clip), 0, 1e9,
+     "of the gradient; 0: as it is (1)"},
+    {'s', "seed", "N", TRAIN, SEED, AT(sampling.seed), 0, 0,
+     "of the first weights and of the data's order (1)"},
+    {0, "recompute", "auto|none|all", TRAIN, ONE_OF, AT(train.recompute), 0, 0,
+     "activations again instead of kept (by memory)"},
+    {0, "memory", "BYTES", TRAIN, TEXT, AT(train.memory), 0, 0,
+     "that it may take, as 6g or 800m (what is free)"},
+    {0, "save-every", "N|Nm", TRAIN, TEXT, AT(train.save_every), 0, 0,
+     "steps or minutes from checkpoint to checkpoint (10m)"},
+    {0, "val-every", "N", TRAIN, LARGE, AT(train.val_every), 1, 1e15,
+     "steps from validation to validation (a twentieth)"},
+    {0, "plot", "FILE.png", TRAIN, TEXT, AT(train.plot), 0, 0, "the log as a picture, kept up to date"},
+    {0, "resume", "RUN.ckpt", TRAIN, TEXT, AT(train.resume), 0, 0, "go on from a checkpoint"},
+    {0, "force", NULL, TRAIN, FLAG, AT(force), 0, 0, "replace the files of an earlier run"},
+    {'o', "output", "FILE", PLOT, TEXT, AT(out), 0, 0, "the picture (plot.png)"},
+    {0, "x", "steps|tokens", PLOT, ONE_OF, AT(train.by_tokens), 0, 0, "what lies below (steps)"}};
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
 /* details: sentences for help COMMAND and the manual page; a line that begins with a blank is shown
@@ -16814,6 +16896,8 @@ static int run_unpack(struct cli *cli);
 static int run_merge(struct cli *cli);
 static int run_help(struct cli *cli);
 static int run_version(struct cli *cli);
+static int run_train(struct cli *cli);
+static int run_plot(struct cli *cli);
 
 static const struct command command_table[] = {
     {"predict", PREDICT, run_predict, "[predict] WEIGHTS IMAGE|FOLDER...",
@@ -16879,8 +16963,8 @@ static const struct command command_table[] = {
      "--vq-type q8_0 the encoder becomes f16: a quantised one finds other tokens.\n"
      "  lvm quantize big.bin small.bin --type q8_0 --vq-type q8_0\n"},
     {"pack", PACK, run_pack, "pack SET.jsonl|-... -o OUT.tok", "sentences of tokens to a .tok file",
-     "What a model is trained on: small, read where it lies, in any order. A line is a\n"
-     "sentence, as the published training data have it, or has two parts:\n"
+     "What training reads: small, mapped, in any order. A line is a sentence, as\n"
+     "the published training data have it, or one in two parts:\n"
      "  {\"tokens\": \"base64 of little-endian int32\"}\n"
      "  {\"tokens\": [17, 4, 8191, ...], \"weights\": [16, 0, 16, ...]}\n"
      "  {\"input_tokens\": [...], \"output_tokens\": [...]}\n"
@@ -16898,6 +16982,31 @@ static const struct command command_table[] = {
      "keep their types; where those are q4_0, --lora of predict, which takes q8_0 for\n"
      "what it merges in memory, or --type q8_0 here, loses less.\n"
      "  lvm merge weights.bin style.bin -o styled.bin\n"},
+    {"train", TRAIN, run_train, "train --data FILE -o RUN.bin", "trains a model, or one further",
+     "AdamW on the next token; what it needs of memory is told first. RUN.csv gets a\n"
+     "row a step. RUN.ckpt is all of its state, written at the start, every ten\n"
+     "minutes, on Ctrl-C and at the end; after that it may be deleted. With --val\n"
+     "RUN-best.bin is the best so far by these files together.\n"
+     "  lvm train --resume RUN.ckpt\n"
+     "goes on as if nothing had happened: the same numbers, with any number of\n"
+     "threads. Outputs go beside the checkpoint; inputs are looked for under the names\n"
+     "as given, else in the folder where the run began. Only -j, --memory,\n"
+     "--recompute, --quiet, --plot, --save-every and --val-every may be given then.\n"
+     "Steps that are no numbers, or whose gradient is 20 times the usual one, are\n"
+     "skipped; after ten in a row training stops. New models take 8192 and 8193 as\n"
+     "bos and eos, or the two ids behind the codes of --tokenizer.\n"
+     "Learning rate: 1.5e-4 sqrt(4096 / width) for new models; 3e-5 with --init;\n"
+     "2e-4 with --lora. The published script trains its 7b with 1.5e-4 down to 3e-5\n"
+     "by a cosine, after 8000 steps of warm-up, betas 0.9 and 0.95, weight decay 0.1,\n"
+     "clip 1, rows of 4096 tokens end to end; the paper's batch is 2 million tokens.\n"
+     "The share of the peak is (6 P + 6 L D T) tokens/s over what multiply-adds of\n"
+     "floats reach here: P the matrices' parameters (4 P for what stays), L layers of\n"
+     "width D, T the context.\n"
+     "  lvm train --config 100m --data train.tok --val val.tok -o run.bin --epochs 1\n"
+     "  lvm train --init big.bin --lora 16,32 --data task.jsonl -o task.bin --steps 500\n"},
+    {"plot", PLOT, run_plot, "plot LOG.csv...", "curves of training runs in one picture",
+     "Faint points are the steps' losses, lines their smoothed ones, dots validation.\n"
+     "  lvm plot a.csv b.csv -o both.png --x tokens\n"},
     {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's",
      "COMMAND --help and COMMAND -h show it too.\n"
      "  lvm help rank\n"},
@@ -16978,6 +17087,12 @@ static int set_option(struct cli *cli, const struct option *o, const char *shown
         int i = word_index(o->argument, value);
         if (i < 0) return complain("%s: \"%s\" is not %s", shown, value, o->argument) + 1;
         *(int *)(void *)to = i;
+    } else if (o->kind == LARGE) {
+        double v = strtod(value, &end);
+        if (end == value || *end != 0 || !(v >= o->low && v <= o->high) || v != floor(v))
+            return complain("%s: \"%s\" is not a whole number from %.10g to %.10g", shown, value,
+                            o->low, o->high) + 1;
+        *(int64_t *)(void *)to = (int64_t)v;
     } else if (o->kind == SEED) {
         *(uint64_t *)(void *)to = strtoull(value, &end, 10);
         if (end == value || *end != 0 || errno != 0 || !isdigit((unsigned char)*value))
@@ -17010,7 +17125,7 @@ static const struct synonym {
     {"man|manual|usage", "help"},
     {"serve|server|api|daemon", "lvm is no server; batch answers many prompts in one run"},
     {"convert|import|export", "convert.py does that: python3 convert.py --help"},
-    {"train|finetune|finetuning", "lvm does not train yet"},
+    {"finetune|finetuning|fine-tune|fit|learn|pretrain", "train"},
     {"num|number|count|frames", "images"},
     {"samples|variations|num-samples", "candidates"},
     {"outfile|save|destination", "output"},
@@ -17052,6 +17167,20 @@ static int no_command(const char *word) {
     if (nearest != NULL)
         return complain("no such command: %s (did you mean %s?)", word, nearest) + 1;
     return complain("no such command or file: %s (lvm help lists the commands)", word) + 1;
+}
+
+/* What the options are where nobody gives them. */
+static struct cli default_cli(void) {
+    struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO,
+                      .encoder_type = LVM_AUTO, .split = -1, .preset = -1, .config = -1, .vq = -1,
+                      .stage = -1, .prompt = 3840, .new_tokens = 256};
+    lvm_train_options t = lvm_default_train_options();
+    cli.train = (struct train_words){.warmup = -1, .min_lr = -1, .batch = 8, .beta1 = t.beta1,
+                                     .beta2 = t.beta2, .weight_decay = t.weight_decay,
+                                     .clip = t.clip};
+    cli.sampling = lvm_default_sampling();
+    cli.options = lvm_default_options();
+    return cli;
 }
 
 /* ---- Arguments ---- */
@@ -18132,6 +18261,382 @@ static int compose(const lvm_image *tiles, int n, int columns, int gap, const ui
                    tiles[i].rgb + (size_t)row * (size_t)w * RGB, (size_t)w * RGB);
     }
     return LVM_OK;
+}
+
+/* ---- Curves: training runs in one picture ---- */
+
+/* Letters from the blank to ~, drawn for this file: 8 rows of 5 points from the top, the left point
+   being the highest bit. */
+static const uint64_t font[] = {
+    0x0000000000, 0x2108420080, 0x5294000000, 0x52beafa940, 0x23e8e2f880, 0xce44444e60,
+    0x64a88ac9a0, 0x2110000000, 0x1110841040, 0x4104211100, 0x055df75400, 0x0109f21000,
+    0x0000003088, 0x0001f00000, 0x0000003180, 0x0844444200, 0x746318c5c0, 0x23084211c0,
+    0x74422223e0, 0x744260c5c0, 0x11952f8840, 0xfc3c10c5c0, 0x3221e8c5c0, 0xf844442100,
+    0x7462e8c5c0, 0x7462f08980, 0x0318063000, 0x0318061100, 0x1111041040, 0x003e0f8000,
+    0x4104111100, 0x7442220080, 0x746f5bc1c0, 0x7463f8c620, 0xf463e8c7c0, 0x74610845c0,
+    0xe4a318cb80, 0xfc21e843e0, 0xfc21e84200, 0x746178c5e0, 0x8c63f8c620, 0x71084211c0,
+    0x3884214980, 0x8ca98a4a20, 0x84210843e0, 0x8eeb58c620, 0x8e7359ce20, 0x746318c5c0,
+    0xf463e84200, 0x74631ac9a0, 0xf463ea4a20, 0x7c20e087c0, 0xf908421080, 0x8c6318c5c0,
+    0x8c63152880, 0x8c635aee20, 0x8c54454620, 0x8c54421080, 0xf8444443e0, 0x72108421c0,
+    0x8410410420, 0x70842109c0, 0x22a2000000, 0x000000001f, 0x4104000000, 0x001c17c5e0,
+    0x843d18c7c0, 0x001d1845c0, 0x085f18c5e0, 0x001d1fc1c0, 0x3251c42100, 0x001f18bc2e,
+    0x842d98c620, 0x20184211c0, 0x100c210a4c, 0x84254c5240, 0x61084211c0, 0x00355ad620,
+    0x002d98c620, 0x001d18c5c0, 0x003d18fa10, 0x001f18bc21, 0x002d984200, 0x001f0707c0,
+    0x423c8424c0, 0x002318cda0, 0x002318a880, 0x00231ad540, 0x0022a22a20, 0x002318bc2e,
+    0x003e2223e0, 0x1108821040, 0x2108421080, 0x4108221100, 0x0011510000};
+enum { FONT_ROWS = 8, FONT_COLUMNS = 5, FONT_ADVANCE = 6, FONT_SCALE = 2 };
+
+/* A row of a run's log; what it does not tell is NaN. */
+struct curve_point {
+    double step, tokens, loss, val;
+};
+
+struct curve {
+    const char *name;
+    struct curve_point *list; /* [n] */
+    size_t n, room;
+};
+
+/* A running mean of the last losses: a fifth of all n, so that it keeps up with a steep beginning,
+   but at most 50. */
+struct smooth {
+    double mean, n;
+};
+
+static double smooth_add(struct smooth *s, double loss) {
+    if (!isfinite(loss)) return s->n > 0 ? s->mean : loss;
+    s->mean += (loss - s->mean) / fmin(50, 1 + s->n / 5);
+    s->n++;
+    return s->mean;
+}
+
+enum { PLOT_WIDTH = 900, PLOT_HEIGHT = 560, PLOT_LEFT = 78, PLOT_RIGHT = 872, PLOT_TOP = 44,
+       PLOT_BOTTOM = 500, PLOT_COLORS = 8 };
+
+/* The picture, what its axes span, and how much of each pixel the next color covers: what is drawn
+   of one color is collected there first, so that lines that cross do not add up. */
+struct plot {
+    lvm_image image;
+    uint8_t *mask; /* [height][width], 255: all of the pixel */
+    int by_tokens;
+    double x_most, y_least, y_most;
+};
+
+static const uint8_t plot_ink[RGB] = {40, 40, 40}, plot_grid[RGB] = {226, 226, 226},
+                     plot_white[RGB] = {255, 255, 255},
+                     plot_colors[PLOT_COLORS][RGB] = {
+                         {20, 100, 180}, {214, 90, 10},  {20, 140, 90},  {160, 60, 160},
+                         {190, 150, 0},  {60, 170, 210}, {150, 80, 50}, {90, 90, 90}};
+
+/* The width of a text in pixels; a character that the font lacks counts as one box. */
+static int text_width(const char *text) {
+    int n = 0;
+    for (; *text != 0; text++) n += ((uint8_t)*text & 0xc0) != 0x80;
+    return n * FONT_ADVANCE * FONT_SCALE;
+}
+
+/* Text whose upper left corner is at x, y. */
+static void draw_text(lvm_image *image, int x, int y, const char *text, const uint8_t *color) {
+    for (; *text != 0; text++) {
+        uint8_t c = (uint8_t)*text;
+        uint64_t box = 0x1f8c631fc0, bits = c >= 32 && c < 127 ? font[c - 32] : box;
+        if ((c & 0xc0) == 0x80) continue;
+        for (int i = 0; i < FONT_ROWS * FONT_COLUMNS; i++)
+            if (bits >> (FONT_ROWS * FONT_COLUMNS - 1 - i) & 1)
+                fill_rectangle(image, x + i % FONT_COLUMNS * FONT_SCALE,
+                               y + i / FONT_COLUMNS * FONT_SCALE, FONT_SCALE, FONT_SCALE, color);
+        x += FONT_ADVANCE * FONT_SCALE;
+    }
+}
+
+/* How far a point is from the line between a and b. */
+static double distance_to_line(double x, double y, const double *a, const double *b) {
+    double dx = b[0] - a[0], dy = b[1] - a[1], length = dx * dx + dy * dy;
+    double t = length > 0 ? ((x - a[0]) * dx + (y - a[1]) * dy) / length : 0;
+    t = t < 0 ? 0 : t > 1 ? 1 : t;
+    dx = a[0] + t * dx - x;
+    dy = a[1] + t * dy - y;
+    return sqrt(dx * dx + dy * dy);
+}
+
+/* Covers a line with round ends, or a dot where a is b, in the area between the axes. A pixel whose
+   middle is as far from it as half its width is half covered. */
+static void cover_line(struct plot *p, const double *a, const double *b, double width) {
+    double reach = width / 2 + 1;
+    int left = (int)fmax(PLOT_LEFT, fmin(a[0], b[0]) - reach);
+    int right = (int)fmin(PLOT_RIGHT + 8, fmax(a[0], b[0]) + reach);
+    int top = (int)fmax(PLOT_TOP, fmin(a[1], b[1]) - reach);
+    int bottom = (int)fmin(PLOT_BOTTOM, fmax(a[1], b[1]) + reach);
+    for (int y = top; y <= bottom; y++)
+        for (int x = left; x <= right; x++) {
+            double part = reach - 0.5 - distance_to_line(x, y, a, b);
+            uint8_t *m = p->mask + y * PLOT_WIDTH + x;
+            uint8_t covered = (uint8_t)(255 * (part < 0 ? 0 : part > 1 ? 1 : part));
+            if (covered > *m) *m = covered;
+        }
+}
+
+/* Paints what is covered, and uncovers it. */
+static void paint(struct plot *p, const uint8_t *color, double opacity) {
+    for (int i = 0; i < PLOT_WIDTH * PLOT_HEIGHT; i++) {
+        double part = opacity * p->mask[i] / 255;
+        for (int c = 0; part > 0 && c < RGB; c++) {
+            uint8_t *to = &p->image.rgb[i * RGB + c];
+            *to = (uint8_t)(*to + part * (color[c] - *to) + 0.5);
+        }
+    }
+    memset(p->mask, 0, PLOT_WIDTH * PLOT_HEIGHT);
+}
+
+/* The pixel of a point. One far outside stays so, but not so far that no int could hold it. */
+static void plot_place(const struct plot *p, const struct curve_point *at, double y, double *xy) {
+    double x = p->by_tokens ? at->tokens : at->step;
+    xy[0] = PLOT_LEFT + x / p->x_most * (PLOT_RIGHT - PLOT_LEFT);
+    xy[1] = PLOT_BOTTOM - (y - p->y_least) / (p->y_most - p->y_least) * (PLOT_BOTTOM - PLOT_TOP);
+    xy[0] = fmax(-1e4, fmin(1e4, xy[0]));
+    xy[1] = fmax(-1e4, fmin(1e4, xy[1]));
+}
+
+/* 1, 2 or 5 times a power of ten, so that some `ticks` steps make the range. */
+static double tick_step(double range, int ticks) {
+    double power = pow(10, floor(log10(range / ticks))), m = range / ticks / power;
+    return power * (m > 5 ? 10 : m > 2 ? 5 : m > 1 ? 2 : 1);
+}
+
+/* "0.25", "40", "1.5M": with as many digits as its axis needs, whose largest number is most. */
+static void tick_text(char *text, size_t room, double v, double step, double most) {
+    static const char units[] = " kMGT";
+    int unit = 0, digits = 0;
+    while (most >= 1e4 && unit < 4) most /= 1000, v /= 1000, step /= 1000, unit++;
+    for (double s = step; digits < 9 && fabs(s - floor(s + 0.5)) > 1e-6 * s; s *= 10) digits++;
+    snprintf(text, room, "%.*f%.*s", digits, v, v > 0 && unit > 0, units + unit);
+}
+
+static void draw_axes(struct plot *p) {
+    char text[32];
+    const char *title = p->by_tokens ? "tokens" : "steps";
+    double x_step = tick_step(p->x_most, 6), y_step = tick_step(p->y_most - p->y_least, 7);
+    struct curve_point at = {0, 0, 0, 0};
+    double xy[2];
+    for (double y = ceil(p->y_least / y_step); y * y_step <= p->y_most; y++) {
+        plot_place(p, &at, y * y_step, xy);
+        fill_rectangle(&p->image, PLOT_LEFT, (int)xy[1], PLOT_RIGHT - PLOT_LEFT, 1, plot_grid);
+        tick_text(text, sizeof text, y * y_step, y_step, p->y_most);
+        draw_text(&p->image, PLOT_LEFT - 8 - text_width(text), (int)xy[1] - 7, text, plot_ink);
+    }
+    for (double x = 0; x * x_step <= p->x_most * 1.0001; x++) {
+        at.step = at.tokens = x * x_step;
+        plot_place(p, &at, p->y_least, xy);
+        fill_rectangle(&p->image, (int)xy[0], PLOT_TOP, 1, PLOT_BOTTOM - PLOT_TOP + 6, plot_grid);
+        tick_text(text, sizeof text, at.step, x_step, p->x_most);
+        draw_text(&p->image, (int)xy[0] + 1 - text_width(text) / 2, PLOT_BOTTOM + 12, text,
+                  plot_ink);
+    }
+    fill_rectangle(&p->image, PLOT_LEFT, PLOT_TOP, 1, PLOT_BOTTOM - PLOT_TOP, plot_ink);
+    fill_rectangle(&p->image, PLOT_LEFT, PLOT_BOTTOM, PLOT_RIGHT - PLOT_LEFT, 1, plot_ink);
+    draw_text(&p->image, 12, 14, "loss (nats a token)", plot_ink);
+    draw_text(&p->image, PLOT_RIGHT - text_width(title), PLOT_HEIGHT - 24, title, plot_ink);
+}
+
+/* Faint points for the losses of steps, a line through their smoothed ones, dots on white for
+   validation. */
+static void draw_curve(struct plot *p, const struct curve *c, const uint8_t *color) {
+    struct smooth s = {0, 0};
+    double at[2], before[2] = {0, 0};
+    for (size_t i = 0; i < c->n; i++) {
+        plot_place(p, &c->list[i], c->list[i].loss, at);
+        if (isfinite(c->list[i].loss)) cover_line(p, at, at, 2.4);
+    }
+    paint(p, color, 0.4);
+    for (size_t i = 0; i < c->n; i++) {
+        double y = smooth_add(&s, c->list[i].loss);
+        if (!isfinite(y)) continue;
+        plot_place(p, &c->list[i], y, at);
+        cover_line(p, before[0] > 0 ? before : at, at, 2.4);
+        memcpy(before, at, sizeof at);
+    }
+    paint(p, color, 1);
+    for (int width = 13; width >= 9; width -= 4) {
+        for (size_t i = 0; i < c->n; i++) {
+            plot_place(p, &c->list[i], c->list[i].val, at);
+            if (isfinite(c->list[i].val)) cover_line(p, at, at, width);
+        }
+        paint(p, width > 9 ? plot_white : color, 1);
+    }
+}
+
+/* Grows the axes by a run: all its steps, its smoothed losses and its validation. */
+static void plot_span(struct plot *p, const struct curve *c) {
+    struct smooth s = {0, 0};
+    for (size_t i = 0; i < c->n; i++) {
+        double y[2] = {smooth_add(&s, c->list[i].loss), c->list[i].val};
+        p->x_most = fmax(p->x_most, p->by_tokens ? c->list[i].tokens : c->list[i].step);
+        for (int k = 0; k < 2; k++) {
+            if (!isfinite(y[k])) continue;
+            p->y_least = fmin(p->y_least, y[k]);
+            p->y_most = fmax(p->y_most, y[k]);
+        }
+    }
+}
+
+/* A name for each color, in the upper right corner, where losses seldom are. Of one that is too
+   long the end counts. */
+static void draw_legend(struct plot *p, const struct curve *curves, int n) {
+    enum { ROW = 24, MOST = 40, ROWS = 16 };
+    int widest = 0, rows = n < ROWS ? n : ROWS, x = 0, y = PLOT_TOP + 8;
+    for (int i = 0; i < rows; i++) {
+        size_t length = strlen(curves[i].name), cut = length > MOST ? length - MOST : 0;
+        int width = text_width(curves[i].name + cut);
+        widest = width > widest ? width : widest;
+    }
+    x = PLOT_RIGHT - widest - 8;
+    for (int py = y - 4; py < y + rows * ROW; py++)
+        memset(p->mask + py * PLOT_WIDTH + x - 44, 255, (size_t)(widest + 48));
+    paint(p, plot_white, 0.8);
+    for (int i = 0; i < rows; i++, y += ROW) {
+        const uint8_t *color = plot_colors[i % PLOT_COLORS];
+        size_t length = strlen(curves[i].name), cut = length > MOST ? length - MOST : 0;
+        fill_rectangle(&p->image, x - 38, y + 6, 28, 4, color);
+        draw_text(&p->image, x, y, curves[i].name + cut, plot_ink);
+    }
+}
+
+/* out: PLOT_WIDTH x PLOT_HEIGHT, allocated. */
+static int plot_curves(const struct curve *curves, int n, int by_tokens, lvm_image *out,
+                       lvm_error *error) {
+    struct plot p = {.by_tokens = by_tokens, .x_most = 0, .y_least = HUGE_VAL, .y_most = -HUGE_VAL};
+    int code = image_new(&p.image, PLOT_WIDTH, PLOT_HEIGHT, error);
+    if (code == LVM_OK) p.mask = mem_alloc(PLOT_WIDTH * PLOT_HEIGHT, 1, error);
+    if (p.mask == NULL) {
+        lvm_image_free(&p.image);
+        return LVM_MEMORY;
+    }
+    for (int i = 0; i < n; i++) plot_span(&p, &curves[i]);
+    if (p.y_least > p.y_most) p.y_least = p.y_most = 0; /* no finite loss */
+    double room = 0.05 * (p.y_most - p.y_least);
+    if (!(room > 1e-9)) room = 0.5;
+    p.y_least -= room;
+    p.y_most += room;
+    if (!(p.x_most > 0)) p.x_most = 1;
+    fill_rectangle(&p.image, 0, 0, PLOT_WIDTH, PLOT_HEIGHT, plot_white);
+    draw_axes(&p);
+    for (int i = 0; i < n; i++) draw_curve(&p, &curves[i], plot_colors[i % PLOT_COLORS]);
+    draw_legend(&p, curves, n);
+    mem_free(p.mask);
+    *out = p.image;
+    return LVM_OK;
+}
+
+/* ---- Curves out of a training run's log: a line of names, then rows of numbers ---- */
+
+enum { CSV_COLUMNS = 256, CSV_LINE = 8192 };
+
+/* The fields of a line, which is cut up; how many. */
+static int csv_fields(char *line, char *field[CSV_COLUMNS]) {
+    int n = 0;
+    line[strcspn(line, "\r")] = 0;
+    for (char *at = line; at != NULL && n < CSV_COLUMNS; n++) {
+        field[n] = at;
+        at = strchr(at, ',');
+        if (at != NULL) *at++ = 0;
+    }
+    return n;
+}
+
+/* Which of a log's columns a curve takes, -1 for none. */
+struct csv_head {
+    int n, step, tokens, loss, val;
+};
+
+static int csv_read_head(char *line, struct csv_head *h) {
+    static const char *const names[] = {"step", "tokens", "loss", "val"};
+    char *field[CSV_COLUMNS];
+    int *const to[] = {&h->step, &h->tokens, &h->loss, &h->val};
+    h->n = csv_fields(line, field);
+    for (int k = 0; k < 4; k++) {
+        *to[k] = -1;
+        for (int i = 0; i < h->n; i++)
+            if (strcmp(field[i], names[k]) == 0) *to[k] = i;
+    }
+    return h->step >= 0 && h->tokens >= 0 && h->loss >= 0;
+}
+
+/* A number, or NaN where nothing stands; what is neither is shown in *bad. */
+static double csv_number(const char *text, const char **bad) {
+    char *end = NULL;
+    double v = *text != 0 ? strtod(text, &end) : (double)NAN;
+    if (*text != 0 && *end != 0) *bad = text;
+    return v;
+}
+
+/* One row; the fault as words, or "". */
+static void csv_read_row(char *line, const struct csv_head *h, struct curve_point *p,
+                         char fault[80]) {
+    char *field[CSV_COLUMNS];
+    const char *bad = NULL;
+    int n = csv_fields(line, field);
+    fault[0] = 0;
+    if (n != h->n) {
+        snprintf(fault, 80, "has %d fields, not %d", n, h->n);
+        return;
+    }
+    p->step = csv_number(field[h->step], &bad);
+    p->tokens = csv_number(field[h->tokens], &bad);
+    p->loss = csv_number(field[h->loss], &bad);
+    p->val = h->val >= 0 ? csv_number(field[h->val], &bad) : (double)NAN;
+    if (bad != NULL) snprintf(fault, 80, "\"%.40s\" is no number", bad);
+    else if (!(p->step >= 0 && p->step < 1e18 && p->tokens >= 0 && p->tokens < 1e18))
+        snprintf(fault, 80, "lacks its step or tokens");
+}
+
+/* All rows of a log. A last line without its end, as a run that was killed may leave one, counts
+   only if it is whole. */
+static int curve_read(const char *path, struct curve *c, lvm_error *error) {
+    struct buffer text = {0};
+    struct csv_head head = {0, -1, -1, -1, -1};
+    int number = 0, code = read_input(path, &text, error);
+    c->name = os_file_name(path);
+    for (size_t at = 0, n; code == LVM_OK && at < text.n; at += n + 1) {
+        char line[CSV_LINE], fault[80] = "";
+        const char *end = memchr(text.data + at, '\n', text.n - at);
+        n = end != NULL ? (size_t)(end - text.data) - at : text.n - at;
+        number++;
+        if (n >= CSV_LINE || memchr(text.data + at, 0, n) != NULL) {
+            code = fail(error, LVM_FORMAT, "%s: line %d: is no line of a log", path, number);
+            break;
+        }
+        memcpy(line, text.data + at, n);
+        line[n] = 0;
+        struct curve_point p;
+        if (number == 1 && !csv_read_head(line, &head))
+            code = fail(error, LVM_FORMAT, "%s: line 1: names no columns step, tokens and loss; is "
+                        "it a log of lvm train?", path);
+        if (number == 1 || code != LVM_OK) continue;
+        csv_read_row(line, &head, &p, fault);
+        if (fault[0] != 0 && end == NULL) break;
+        if (fault[0] != 0) code = fail(error, LVM_FORMAT, "%s: line %d: %s", path, number, fault);
+        struct curve_point *list = code == LVM_OK ? array_grow(c->list, c->n, 1, sizeof *list,
+                                                               &c->room, error) : NULL;
+        if (list == NULL) code = code == LVM_OK ? LVM_MEMORY : code;
+        else c->list = list, c->list[c->n++] = p;
+    }
+    mem_free(text.data);
+    if (code == LVM_OK && c->n == 0)
+        code = fail(error, LVM_FORMAT, "%s: holds no rows of a log", path);
+    return code;
+}
+
+/* The picture of all logs that are named. */
+static int plot_logs(const char *const *paths, int n, int by_tokens, lvm_image *out,
+                     lvm_error *error) {
+    int code = LVM_OK;
+    struct curve *curves = mem_alloc((size_t)n, sizeof *curves, error);
+    if (curves == NULL) return LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i < n; i++) code = curve_read(paths[i], &curves[i], error);
+    if (code == LVM_OK) code = plot_curves(curves, n, by_tokens, out, error);
+    for (int i = 0; i < n; i++) mem_free(curves[i].list);
+    mem_free(curves);
+    return code;
 }
 
 /* ---- Commands ---- */
@@ -20511,14 +21016,13 @@ static void peak_task(void *arg, int task, int thread) {
 }
 
 /* Operations a second of all threads: the best of five runs of some ten milliseconds. */
-static double measure_peak(const struct bench *b, void (*run)(int64_t), int64_t ops) {
+static double measure_peak(struct pool *pool, void (*run)(int64_t), int64_t ops) {
     struct peak_job job = {.run = run, .rounds = 1 << 23};
     double best = 0;
     for (int i = 0; i < 5; i++) {
         double start = seconds();
-        pool_run(b->pool, pool_threads(b->pool), peak_task, &job);
-        double rate = (double)ops * (double)job.rounds * pool_threads(b->pool) /
-                      (seconds() - start);
+        pool_run(pool, pool_threads(pool), peak_task, &job);
+        double rate = (double)ops * (double)job.rounds * pool_threads(pool) / (seconds() - start);
         best = rate > best ? rate : best;
     }
     return best;
@@ -20791,11 +21295,11 @@ static void print_ceilings(struct bench *b) {
         print_device_ceilings(b);
         return;
     }
-    b->fma = measure_peak(b, p->fma, p->fma_ops);
-    b->integer = measure_peak(b, p->integer, p->integer_ops);
+    b->fma = measure_peak(b->pool, p->fma, p->fma_ops);
+    b->integer = measure_peak(b->pool, p->integer, p->integer_ops);
     if (p->bf16 != NULL && has_bf16())
         snprintf(bf16, sizeof bf16, b->cli->json ? "\"bf16_gflops\": %.4g, " : "%.0f in bfloat16, ",
-                 measure_peak(b, p->bf16, p->bf16_ops) / 1e9);
+                 measure_peak(b->pool, p->bf16, p->bf16_ops) / 1e9);
     b->bandwidth = measure_bandwidth(b);
     printf(b->cli->json ? "{\"kernels\": \"%s\", \"threads\": %d, \"gflops\": %.4g, %s"
                           "\"integer_gops\": %.4g, \"read_gbs\": %.4g}\n"
@@ -20840,6 +21344,994 @@ static int run_bench(struct cli *cli) {
     pool_free(b.pool);
     lvm_ctx_free(b.ctx);
     lvm_close(b.m);
+    return finish(&error, code);
+}
+
+/* ---- Training ----
+
+   A run's files lie beside each other and are named after its weights: RUN.bin at the end, RUN.csv
+   with a row a step, RUN.ckpt to go on from, RUN-best.bin where there is something to judge by.
+   Step 0 has a checkpoint too: a disk that is too small shows before the work.
+
+   A checkpoint's note is the command with all that was settled, an option a line, so that --resume
+   needs no other; lines with @ are what the trainer does not know: the folder where the run began,
+   for relative names; the smoothed loss and of how many; the best validation so far; a row of the
+   log whose validation did not come to its end. */
+
+enum run_file { RUN_WEIGHTS, RUN_CHECKPOINT, RUN_LOG, RUN_BEST, N_RUN_FILES };
+
+/* Files of tokens, as --data and --val name them. */
+struct token_files {
+    struct paths paths;
+    lvm_tokens **list; /* [paths.n] */
+};
+
+struct training {
+    struct cli *cli;           /* settled: numbers that nobody gave are there too */
+    struct buffer note;        /* of the checkpoint that is resumed; texts of cli may lie in it */
+    char folder[4096];         /* where the run began */
+    char *file[N_RUN_FILES], *plot, *plot_name; /* plot_name: with its ending */
+    lvm_model *init, *tokenizer;
+    struct token_files data, val;
+    lvm_train_options o;
+    lvm_trainer *trainer;
+    lvm_train_report report;   /* of the last step */
+    int64_t saved;             /* the last checkpoint's step, -1: none */
+    int64_t save_steps;        /* a checkpoint so often, or, 0, */
+    double save_seconds;       /* after so long */
+    FILE *log;
+    int64_t log_bytes;         /* of whole rows */
+    int log_failed;
+    struct smooth smooth;
+    double smoothed, best;     /* best: validation so far, else infinite */
+    char row[256];             /* of the last step, which is not in the log yet; "": it is */
+    double *val_loss;          /* [1 + val files]: of all together, of each */
+    int validated;             /* they are of this step */
+    double flops, peak;        /* of a token; a second, of this machine */
+    double pace, step_rate;    /* seconds a step lately; tokens a second of the last one */
+    double saved_at, told_at, drawn_at, plotted_at; /* when, in seconds */
+    double part;               /* of the step or stage at work, 0 to 1 */
+    const char *stage;
+};
+
+/* A signal that asks training to stop: the first one lets it write a checkpoint, a second one ends
+   the program as it would end any command. */
+static volatile sig_atomic_t stop_asked;
+
+static void on_first_stop(int number) {
+    stop_asked = number;
+    signal(number, on_stop);
+}
+
+static void watch_training_signals(void) {
+    for (int i = 0; i < N_STOPS; i++) {
+        int n = stop_table[i].number;
+        int gentle = n == SIGINT || n == SIGTERM;
+#ifndef _WIN32
+        gentle |= n == SIGHUP || n == SIGXCPU;
+#endif
+        if (gentle && signal(n, on_first_stop) == SIG_IGN) signal(n, SIG_IGN);
+    }
+}
+
+/* ---- Training: what the options say ---- */
+
+/* A new model's size: a name, or "width,layers,heads,ffn"; 0, or a message and 2. */
+static int parse_config(const char *text, lvm_train_options *o) {
+    int named = word_index(bench_shapes, text), used = 0;
+    if (named >= 0) {
+        const struct shape *s = &shape_table[named];
+        o->layers = s->L, o->width = s->D, o->heads = s->H, o->feed_forward = s->F;
+        return 0;
+    }
+    int n = sscanf(text, "%9d,%9d,%9d,%9d%n", &o->width, &o->layers, &o->heads, &o->feed_forward,
+                   &used);
+    if (n == 4 && text[used] == 0 && o->width > 0 && o->layers > 0 && o->heads > 0 &&
+        o->feed_forward > 0)
+        return 0;
+    return complain("--config: \"%s\" is neither %s nor WIDTH,LAYERS,HEADS,FFN", text,
+                    bench_shapes) + 1;
+}
+
+/* "16" or "16,32": rank and alpha; 0, or a message and 2. */
+static int parse_lora(const char *text, lvm_train_options *o) {
+    int used = 0;
+    if (sscanf(text, "%9d%n", &o->lora_rank, &used) == 1 && o->lora_rank > 0) {
+        char *end = NULL;
+        o->lora_alpha = (float)o->lora_rank;
+        if (text[used] == 0) return 0;
+        if (text[used] == ',') o->lora_alpha = strtof(text + used + 1, &end);
+        if (end != NULL && end > text + used + 1 && *end == 0 && o->lora_alpha > 0 &&
+            o->lora_alpha < 1e6f)
+            return 0;
+    }
+    return complain("--lora: \"%s\" is not R,ALPHA, as 16,32", text) + 1;
+}
+
+/* Bytes, with k, m, g or t behind them for powers of 1024; 0, or a message and 2. */
+static int parse_bytes(const char *text, int64_t *bytes) {
+    static const char units[] = "kmgt";
+    char *end = NULL;
+    double v = strtod(text, &end);
+    const char *unit = end > text && *end != 0 ? strchr(units, tolower((unsigned char)*end)) : NULL;
+    for (ptrdiff_t i = 0; unit != NULL && i <= unit - units; i++) v *= 1024;
+    if (end > text && end[unit != NULL] == 0 && v >= 1 && v < 1e18) {
+        *bytes = (int64_t)v;
+        return 0;
+    }
+    return complain("--memory: \"%s\" is no number of bytes, as 6g or 800m", text) + 1;
+}
+
+/* "500" steps or "10m" minutes; 0, or a message and 2. */
+static int parse_every(const char *text, int64_t *steps, double *time) {
+    char *end = NULL;
+    double v = strtod(text, &end);
+    int minutes = end > text && strcmp(end, "m") == 0;
+    if (end > text && (minutes || (*end == 0 && v >= 1 && v == floor(v))) && v > 0 && v < 1e15) {
+        *steps = minutes ? 0 : (int64_t)v;
+        *time = minutes ? 60 * v : 0;
+        return 0;
+    }
+    return complain("--save-every: \"%s\" is neither steps nor minutes, as 500 or 10m", text) + 1;
+}
+
+/* What the options say by themselves; 0, or a message and 2. */
+static int parse_train_words(struct training *t) {
+    const struct train_words *w = &t->cli->train;
+    int status = 0;
+    t->o = lvm_default_train_options();
+    t->save_seconds = 600;
+    if (w->config != NULL) status = parse_config(w->config, &t->o);
+    if (status == 0 && w->lora != NULL) status = parse_lora(w->lora, &t->o);
+    if (status == 0 && w->memory != NULL) status = parse_bytes(w->memory, &t->o.memory);
+    if (status == 0 && w->save_every != NULL)
+        status = parse_every(w->save_every, &t->save_steps, &t->save_seconds);
+    return status;
+}
+
+/* Which options do not go together; 0, or a message and 2. */
+static int check_train(const struct cli *cli) {
+    const struct train_words *w = &cli->train;
+    int lengths = (w->steps > 0) + (w->tokens > 0) + (w->epochs > 0) + (w->minutes > 0);
+    if (w->data == NULL || cli->out == NULL)
+        return complain("give --data and -o RUN.bin, or --resume RUN.ckpt (lvm help train)") + 1;
+    if ((w->config != NULL) == (w->init != NULL))
+        return complain("give a new model's --config or a model to go on from, --init") + 1;
+    if (w->tied && w->init != NULL) return complain("--tied is for new models; --init has its own") + 1;
+    if (w->lora != NULL && w->init == NULL)
+        return complain("--lora adds adapters to a model: give --init") + 1;
+    if (w->lora_on != NULL && w->lora == NULL) return complain("--lora-on goes with --lora") + 1;
+    if (lengths > 1)
+        return complain("--steps, --tokens, --epochs and --minutes say the same: give one") + 1;
+    if (is_stream(cli->out) || *os_file_name(cli->out) == 0 || is_folder(cli->out))
+        return complain("-o %s: train writes files; name the weights' one", cli->out) + 1;
+    if (has_extension(cli->out, "ckpt|csv"))
+        return complain("-o %s: names the weights; .ckpt and .csv come beside them", cli->out) + 1;
+    return 0;
+}
+
+/* ---- Training: the note of a checkpoint ---- */
+
+static int note_line(struct buffer *b, const char *head, const char *text, lvm_error *error) {
+    int code = buffer_add(b, head, strlen(head), error);
+    for (const char *s = text; code == LVM_OK && *s != 0; s++) {
+        if (*s == '\n') code = buffer_add(b, "\\n", 2, error);
+        else if (*s == '\\') code = buffer_add(b, "\\\\", 2, error);
+        else code = buffer_add(b, s, 1, error);
+    }
+    return code == LVM_OK ? buffer_add(b, "\n", 1, error) : code;
+}
+
+/* The value of an option as an argument says it, in text where it is no text; NULL: not given. */
+static const char *option_value(const struct cli *cli, const struct option *o, char text[64]) {
+    const char *from = (const char *)cli + o->where, *word = o->argument;
+    if (o->kind == TEXT) return *(const char *const *)(const void *)from;
+    if (o->kind == NUMBER) snprintf(text, 64, "%.9g", (double)*(const float *)(const void *)from);
+    else if (o->kind == SEED)
+        snprintf(text, 64, "%llu", (unsigned long long)*(const uint64_t *)(const void *)from);
+    else if (o->kind == LARGE)
+        snprintf(text, 64, "%lld", (long long)*(const int64_t *)(const void *)from);
+    else if (o->kind == ONE_OF) {
+        for (int i = *(const int *)(const void *)from; i > 0; i--) word += strcspn(word, "|") + 1;
+        snprintf(text, 64, "%.*s", (int)strcspn(word, "|"), word);
+    } else if (o->kind == TYPE) {
+        snprintf(text, 64, "%s", type_info(*(const int *)(const void *)from)->name);
+    } else {
+        snprintf(text, 64, "%d", *(const int *)(const void *)from);
+    }
+    return text;
+}
+
+/* Options whose value is not what it is without them, but for those that a resumed run does without:
+   its length is settled in steps. */
+static int note_options(const struct cli *cli, struct buffer *b, lvm_error *error) {
+    static const char left_out[] = "resume|force|quiet|tokens|epochs|minutes";
+    const struct cli plain = default_cli();
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < N_OPTIONS; i++) {
+        const struct option *o = &option_table[i];
+        char text[64], usual[64], head[64];
+        if ((o->commands & TRAIN) == 0 || word_index(left_out, o->name) >= 0) continue;
+        if (o->kind == TYPE && cli->type == LVM_AUTO) continue;
+        const char *value = option_value(cli, o, text), *other = NULL;
+        if (o->kind != TYPE) other = option_value(&plain, o, usual);
+        if (value == NULL || (other != NULL && strcmp(value, other) == 0)) continue;
+        snprintf(head, sizeof head, "--%s%s", o->name, o->kind == FLAG ? "" : "=");
+        code = note_line(b, head, o->kind == FLAG ? "" : value, error);
+    }
+    return code;
+}
+
+static int write_note(const struct training *t, struct buffer *b, lvm_error *error) {
+    char text[80];
+    int code = note_options(t->cli, b, error);
+    if (code == LVM_OK) code = note_line(b, "@folder ", t->folder, error);
+    snprintf(text, sizeof text, "%.17g %.17g", t->smooth.mean, t->smooth.n);
+    if (code == LVM_OK) code = note_line(b, "@smooth ", text, error);
+    snprintf(text, sizeof text, "%.17g", t->best);
+    if (code == LVM_OK) code = note_line(b, "@best ", text, error);
+    return code == LVM_OK && t->row[0] != 0 ? note_line(b, "@row ", t->row, error) : code;
+}
+
+/* Undoes note_line's marks in place. */
+static void unmark_line(char *line) {
+    char *to = line;
+    for (const char *s = line; *s != 0; s++) {
+        int marked = *s == '\\' && (s[1] == 'n' || s[1] == '\\');
+        *to++ = !marked ? *s : *++s == 'n' ? '\n' : '\\';
+    }
+    *to = 0;
+}
+
+/* Reads the note of a checkpoint into t and its options into cli; 0, or a message and 1 or 2. */
+static int read_note(struct training *t, struct cli *cli, const struct command *c,
+                     const char *path) {
+    lvm_error error = {0, ""};
+    char *text = lvm_checkpoint_note(path, &error);
+    if (text == NULL) return complain("%s", error.text);
+    int code = buffer_add(&t->note, text, strlen(text), &error), argc = 1;
+    lvm_memory_free(text);
+    char **argv = code == LVM_OK ? mem_alloc(t->note.n / 2 + 2, sizeof *argv, &error) : NULL;
+    if (argv == NULL) return complain("%s", error.text);
+    for (char *line = t->note.data, *end; *line != 0; line = end) {
+        size_t n = strcspn(line, "\n");
+        end = line + n + (line[n] != 0);
+        line[n] = 0;
+        unmark_line(line);
+        if (line[0] == '-') argv[argc++] = line;
+        else if (strncmp(line, "@folder ", 8) == 0)
+            snprintf(t->folder, sizeof t->folder, "%s", line + 8);
+        else if (strncmp(line, "@smooth ", 8) == 0)
+            sscanf(line + 8, "%lf %lf", &t->smooth.mean, &t->smooth.n);
+        else if (strncmp(line, "@best ", 6) == 0) t->best = strtod(line + 6, NULL);
+        else if (strncmp(line, "@row ", 5) == 0) snprintf(t->row, sizeof t->row, "%s", line + 5);
+    }
+    int status = parse_arguments(cli, c, argc, argv);
+    mem_free(argv);
+    return status;
+}
+
+/* Refuses options that a resumed run cannot change; 0, or a message and 2. */
+static int check_resume_options(const struct cli *cli) {
+    static const char may[] = "resume|threads|memory|recompute|quiet|plot|save-every|val-every";
+    const char *value;
+    for (int i = 1; i < cli->argc; i += 1 + takes_next(cli->argv[i])) {
+        const char *arg = cli->argv[i];
+        const struct option *o = is_option(arg) ? match_option(TRAIN, arg, &value) : NULL;
+        if (o != NULL && word_index(may, o->name) < 0)
+            return complain("--%s: a resumed run keeps what its checkpoint says (it may be given -j, "
+                            "--memory, --recompute, --quiet, --plot, --save-every, --val-every)",
+                            o->name) + 1;
+    }
+    return 0;
+}
+
+/* The options of a run that goes on, in *all: the checkpoint's, with those of the command line over
+   them. Its outputs lie beside the checkpoint. 0, or a message and 1 or 2. */
+static int take_resumed(struct training *t, struct cli *all) {
+    const struct cli *cli = t->cli;
+    const struct command *c = find_command("train");
+    const char *path = cli->train.resume;
+    int status = check_resume_options(cli);
+    *all = default_cli();
+    all->words = cli->words;
+    if (status == 0) status = read_note(t, all, c, path);
+    if (status == 0) status = parse_arguments(all, c, cli->argc, cli->argv);
+    if (status == 0 && (all->out == NULL || all->train.data == NULL))
+        return complain("%s: was not made by lvm train: it does not say how to go on", path);
+    t->cli = all;
+    return status;
+}
+
+/* ---- Training: files ---- */
+
+/* A relative name, as it is or, where nothing is there, in the folder where the run began. */
+static char *find_input(const struct training *t, const char *name, lvm_error *error) {
+    int here = os_root(name) > 0 || t->cli->train.resume == NULL || os_stat(name).kind != OS_NOTHING;
+    return join_path(here ? "" : t->folder, name, error);
+}
+
+/* Names with commas between them; one that is a file as a whole is that file. */
+static int split_names(const struct training *t, const char *text, struct paths *p,
+                       lvm_error *error) {
+    char *copy = copy_string(text, error), *at = copy;
+    int whole = os_stat(text).kind != OS_NOTHING, code = copy != NULL ? LVM_OK : LVM_MEMORY;
+    while (code == LVM_OK && at != NULL) {
+        char *comma = whole ? NULL : strchr(at, ',');
+        if (comma != NULL) *comma = 0;
+        if (*at == 0) code = fail(error, LVM_INVALID, "\"%s\": the name of a file is empty", text);
+        char *path = code == LVM_OK ? find_input(t, at, error) : NULL;
+        if (code == LVM_OK) code = path != NULL ? paths_add(p, "", path, error) : LVM_MEMORY;
+        mem_free(path);
+        at = comma != NULL ? comma + 1 : NULL;
+    }
+    mem_free(copy);
+    return code;
+}
+
+static void token_files_close(struct token_files *f) {
+    for (int i = 0; f->list != NULL && i < f->paths.n; i++) lvm_tokens_close(f->list[i]);
+    mem_free(f->list);
+    paths_free(&f->paths);
+}
+
+static int token_files_open(const struct training *t, const char *names, struct token_files *f,
+                            lvm_error *error) {
+    int answers = t->cli->train.answers, code = split_names(t, names, &f->paths, error);
+    if (code == LVM_OK) f->list = mem_alloc((size_t)f->paths.n, sizeof *f->list, error);
+    if (f->list == NULL) return code != LVM_OK ? code : LVM_MEMORY;
+    for (int i = 0; i < f->paths.n; i++) {
+        const char *path = f->paths.path[i];
+        int lines = has_extension(path, "jsonl|json");
+        if (answers && !lines)
+            return fail(error, LVM_INVALID, "%s: --loss answers is for .jsonl lines; lvm pack "
+                        "--loss answers puts the weights into a .tok", path);
+        f->list[i] = lines ? read_token_lines(path, answers, error) : lvm_tokens_open(path, error);
+        if (f->list[i] == NULL) return error->code;
+    }
+    return LVM_OK;
+}
+
+/* "RUN.bin" and an ending for its name's own: "RUN.csv". */
+static char *run_file(const char *out, const char *ending, lvm_error *error) {
+    const char *dot = strrchr(out, '.');
+    size_t stem = dot != NULL && dot > os_file_name(out) ? (size_t)(dot - out) : strlen(out);
+    char *name = mem_alloc(stem + 16, 1, error);
+    if (name != NULL) snprintf(name, stem + 16, "%.*s%s", (int)stem, out, ending);
+    return name;
+}
+
+static int name_run_files(struct training *t, lvm_error *error) {
+    static const char *const endings[] = {NULL, ".ckpt", ".csv", "-best.bin"};
+    const char *out = t->cli->out, *resume = t->cli->train.resume;
+    int code = LVM_OK;
+    for (int i = 0; i < N_RUN_FILES; i++) {
+        char *name = i == 0 ? copy_string(out, error) : run_file(out, endings[i], error);
+        if (name != NULL && resume != NULL) {
+            char *folder = copy_string(resume, error), *beside = NULL;
+            if (folder != NULL) folder[os_file_name(resume) - resume] = 0;
+            if (folder != NULL) beside = join_path(folder, os_file_name(name), error);
+            mem_free(folder);
+            mem_free(name);
+            name = beside;
+        }
+        t->file[i] = name;
+        if (name == NULL) code = LVM_MEMORY;
+    }
+    if (code == LVM_OK && t->cli->train.plot != NULL) {
+        t->plot = find_input(t, t->cli->train.plot, error);
+        code = t->plot != NULL ? LVM_OK : LVM_MEMORY;
+    }
+    return code;
+}
+
+/* Refuses an output that is one of the inputs. */
+static int check_run_file(const struct training *t, const char *name, lvm_error *error) {
+    const struct train_words *w = &t->cli->train;
+    const struct paths *const lists[] = {&t->data.paths, &t->val.paths};
+    const char *const models[] = {w->init, w->tokenizer};
+    int same = 0;
+    for (int k = 0; k < 2; k++) {
+        for (int i = 0; i < lists[k]->n; i++) same |= same_file(name, lists[k]->path[i]);
+        same |= models[k] != NULL && same_file(name, models[k]);
+    }
+    if (!same) return LVM_OK;
+    return fail(error, LVM_INVALID, "%s: is an input too; choose another output", name);
+}
+
+/* Before the work: each output may be written, and replaces nothing that is not its own run's. */
+static int check_run_files(const struct training *t, lvm_error *error) {
+    const struct train_words *w = &t->cli->train;
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i <= N_RUN_FILES; i++) {
+        const char *name = i < N_RUN_FILES ? t->file[i] : t->plot;
+        struct outfile probe;
+        if (name == NULL || (i == RUN_BEST && w->val == NULL)) continue;
+        code = check_run_file(t, name, error);
+        if (code == LVM_OK && i < N_RUN_FILES && w->resume == NULL && !t->cli->force &&
+            os_stat(name).kind != OS_NOTHING)
+            code = fail(error, LVM_INVALID, "%s: exists; --force begins anew, --resume %s goes on",
+                        name, t->file[RUN_CHECKPOINT]);
+        if (code == LVM_OK) code = outfile_open(&probe, name, error);
+        if (code == LVM_OK) outfile_close(&probe, LVM_CANCELLED, NULL);
+    }
+    return code;
+}
+
+static lvm_model *open_named(const struct training *t, const char *name, lvm_error *error) {
+    char *path = find_input(t, name, error);
+    lvm_model *m = path != NULL ? lvm_open(path, 0, error) : NULL;
+    mem_free(path);
+    return m;
+}
+
+static int open_train_inputs(struct training *t, lvm_error *error) {
+    const struct train_words *w = &t->cli->train;
+    int code = token_files_open(t, w->data, &t->data, error);
+    if (code == LVM_OK && w->val != NULL) code = token_files_open(t, w->val, &t->val, error);
+    if (code == LVM_OK && w->init != NULL && (t->init = open_named(t, w->init, error)) == NULL)
+        code = error->code;
+    if (code == LVM_OK && t->init != NULL && t->init->llama.L == 0)
+        code = fail(error, LVM_INVALID, "%s: has no transformer to train", w->init);
+    if (code == LVM_OK && w->tokenizer != NULL &&
+        (t->tokenizer = open_named(t, w->tokenizer, error)) == NULL)
+        code = error->code;
+    if (code == LVM_OK && t->tokenizer != NULL && t->tokenizer->vq == NULL)
+        code = fail(error, LVM_INVALID, "%s: has no tokenizer", w->tokenizer);
+    t->val_loss = mem_alloc((size_t)t->val.paths.n + 1, sizeof *t->val_loss, error);
+    return code == LVM_OK && t->val_loss == NULL ? LVM_MEMORY : code;
+}
+
+/* ---- Training: what is settled before it begins ---- */
+
+/* The numbers that nobody gave, but for those that hang on the number of steps. */
+static void settle_rates(struct training *t) {
+    struct train_words *w = &t->cli->train;
+    int width = t->init != NULL ? t->init->llama.D : t->o.width;
+    if (w->context == 0 && t->init != NULL) w->context = (int)min64(4096, t->init->llama.context);
+    if (w->context == 0) w->context = 4096;
+    if (w->lr <= 0)
+        w->lr = w->lora != NULL      ? 2e-4f
+                : t->init != NULL    ? 3e-5f
+                                     : 1.5e-4f * (float)sqrt(4096.0 / width);
+    if (w->min_lr < 0) w->min_lr = w->lr / 5;
+}
+
+static void fill_train_options(struct training *t) {
+    struct train_words *w = &t->cli->train;
+    lvm_train_options *o = &t->o;
+    settle_rates(t);
+    o->threads = t->cli->options.threads;
+    o->init = t->init;
+    if (t->init == NULL && t->tokenizer != NULL) {
+        o->bos = t->tokenizer->codes;
+        o->eos = o->bos + 1;
+        o->vocab = o->bos + 2;
+    }
+    o->tied = w->tied;
+    o->lora_on = w->lora_on;
+    o->freeze = w->freeze;
+    o->data = (const lvm_tokens *const *)t->data.list;
+    o->n_data = t->data.paths.n;
+    o->context = w->context;
+    o->batch = w->batch;
+    o->packing = w->packing;
+    o->isolate = w->isolate;
+    o->schedule = w->schedule;
+    o->lr = w->lr;
+    o->min_lr = w->min_lr;
+    o->beta1 = w->beta1;
+    o->beta2 = w->beta2;
+    o->weight_decay = w->weight_decay;
+    o->clip = w->clip;
+    o->seed = t->cli->sampling.seed;
+    o->recompute = w->recompute;
+    o->user = t;
+}
+
+/* The rows of context tokens that a pass over the data makes; of whole sentences a guess by their
+   mean length. */
+static double rows_of_pass(const struct training *t) {
+    const struct llama *a = t->init != NULL ? &t->init->llama : NULL;
+    int ends = a != NULL ? (a->bos >= 0) + (a->eos >= 0) : 2;
+    double tokens = 0, sentences = 0;
+    for (int i = 0; i < t->data.paths.n; i++) {
+        tokens += (double)t->data.list[i]->n_tokens;
+        sentences += (double)t->data.list[i]->n_sentences;
+    }
+    tokens += ends * sentences;
+    if (t->o.packing == LVM_CUT || sentences < 1) return tokens / t->o.context;
+    return sentences / fmax(1, floor(t->o.context * sentences / tokens));
+}
+
+/* What goes wrong is found by the run itself; this one only looks at the clock. A step that takes
+   long is measured once, others three times, of which the first does not count. */
+static int measure_steps(struct training *t, int64_t *steps, lvm_error *error) {
+    double began = seconds(), start = began, last = 0;
+    lvm_trainer *trainer = lvm_trainer_new(&t->o, error);
+    int code = trainer != NULL ? LVM_OK : error->code;
+    for (int i = 0; code == LVM_OK && i < 3 && last < 30; i++) {
+        if (i == 1) start = seconds();
+        double now = seconds();
+        code = lvm_trainer_step(trainer, &t->report, error);
+        last = seconds() - now;
+        if (i == 2) last = (seconds() - start) / 2;
+    }
+    lvm_trainer_free(trainer);
+    t->report = (lvm_train_report){.step = 0};
+    double left = 60 * (double)t->cli->train.minutes - (seconds() - began);
+    *steps = (int64_t)fmax(1, fmin(1e15, left / fmax(last, 1e-9)));
+    if (code == LVM_OK)
+        note(t->cli, "a step takes %.3g s: %lld steps in %g minutes", last, (long long)*steps,
+             (double)t->cli->train.minutes);
+    return code;
+}
+
+/* How many steps, from what was given instead, and what hangs on it. */
+static int settle_steps(struct training *t, lvm_error *error) {
+    struct train_words *w = &t->cli->train;
+    double row = (double)t->o.context, step = row * t->o.batch, steps = 1000;
+    int code = LVM_OK;
+    if (w->tokens > 0) steps = ceil((double)w->tokens / step);
+    if (w->epochs > 0) steps = ceil((double)w->epochs * rows_of_pass(t) / t->o.batch);
+    if (w->steps == 0) w->steps = (int64_t)fmax(1, fmin(steps, 1e15));
+    t->o.steps = w->steps;
+    t->o.warmup = w->warmup >= 0 ? w->warmup : 0;
+    if (w->minutes > 0) code = measure_steps(t, &w->steps, error);
+    t->o.steps = w->steps;
+    if (w->warmup < 0) w->warmup = min64(w->steps / 20, 2000);
+    if (w->val_every == 0) w->val_every = max64(1, w->steps / 20);
+    t->o.warmup = w->warmup;
+    return code;
+}
+
+/* Multiplications and additions a token: 2 for each parameter of a matrix forward, 2 for the
+   gradient that goes on, 2 for its own where it learns; attention multiplies each of T / 2 keys on
+   average with D of query and value, forward and twice backward: 6 L D T. */
+static double train_flops(const lvm_train_options *o, const lvm_train_memory *m) {
+    const struct llama *a = o->init != NULL ? &o->init->llama : NULL;
+    double L = a != NULL ? a->L : o->layers, D = a != NULL ? a->D : o->width;
+    double F = a != NULL ? a->F : o->feed_forward, V = a != NULL ? a->V : o->vocab;
+    double H = a != NULL ? a->H : o->heads, d = a != NULL ? a->d : D / H;
+    double G = a != NULL ? a->G : o->kv_heads > 0 ? o->kv_heads : H;
+    double matrices = L * (2 * D * H * d + 2 * D * G * d + 3 * D * F) + V * D;
+    double learns = m->parameters > 0 ? (double)m->trained / (double)m->parameters : 1;
+    return (4 + 2 * learns) * matrices + 6 * L * H * d * o->context;
+}
+
+static void print_bytes(const char *what, int64_t bytes) {
+    double v = (double)bytes / 1e6;
+    fprintf(stderr, "  %-24s %9.1f %s\n", what, v < 1000 ? v : v / 1000, v < 1000 ? "MB" : "GB");
+}
+
+/* What it learns and what it takes, before anything is taken. */
+static void print_train_memory(const struct training *t, const lvm_train_memory *m) {
+    const lvm_train_options *o = &t->o;
+    int layers = o->init != NULL ? o->init->llama.L : o->layers;
+    char kept[64];
+    if (t->cli->quiet) return;
+    int digits = m->parameters < 10000000 ? 3 : 1;
+    fprintf(stderr, "lvm: %.*f million parameters, %.*f million learn; %lld steps of %d x %d "
+            "tokens, lr %.3g to %.3g\n", digits, (double)m->parameters / 1e6, digits,
+            (double)m->trained / 1e6, (long long)o->steps, o->batch, o->context, (double)o->lr,
+            (double)o->min_lr);
+    snprintf(kept, sizeof kept, "activations (%d of %d)", m->kept_layers, layers);
+    print_bytes("weights", m->weights);
+    print_bytes("gradients", m->gradients);
+    print_bytes("optimiser", m->optimiser);
+    print_bytes(kept, m->activations);
+    print_bytes("scratch", m->scratch);
+    print_bytes("all", m->all);
+}
+
+static void measure_train_peak(struct training *t) {
+    const struct kernels *k = choose_kernels(NULL);
+    struct pool *pool = pool_new(t->o.threads > 0 ? t->o.threads : processors(), NULL);
+    const struct peak *p = k != NULL ? find_peak(k->name) : NULL;
+    if (p != NULL && pool != NULL && !t->cli->quiet)
+        t->peak = measure_peak(pool, p->fma, p->fma_ops);
+    pool_free(pool);
+}
+
+/* ---- Training: the log ---- */
+
+/* The names of a log's columns: validation of all files together, then, of several, of each. */
+static int log_head(const struct training *t, struct buffer *b, lvm_error *error) {
+    static const char head[] = "step,tokens,epoch,loss,smoothed,lr,grad_norm,skipped,tok_s";
+    int n = t->val.paths.n, code = buffer_add(b, head, sizeof head - 1, error);
+    for (int i = 0; code == LVM_OK && n > 0 && i < (n > 1 ? n + 1 : 1); i++) {
+        char name[32];
+        int length = snprintf(name, sizeof name, i == 0 ? ",val" : ",val_%d", i);
+        code = buffer_add(b, name, (size_t)length, error);
+    }
+    return code == LVM_OK ? buffer_add(b, "\n", 1, error) : code;
+}
+
+/* Begins the log, or keeps of an earlier one the rows up to the checkpoint's step: those behind it
+   come again. */
+static int log_open(struct training *t, lvm_error *error) {
+    const char *path = t->file[RUN_LOG];
+    struct buffer old = {0}, text = {0};
+    int resumed = t->cli->train.resume != NULL && os_stat(path).kind == OS_FILE;
+    int code = log_head(t, &text, error);
+    if (code == LVM_OK && resumed) code = read_input(path, &old, error);
+    for (size_t at = 0, n; code == LVM_OK && at < old.n; at += n) {
+        const char *line = old.data + at, *end = memchr(line, '\n', old.n - at);
+        if (end == NULL) break;
+        n = (size_t)(end - line) + 1;
+        if (!isdigit((unsigned char)*line) || strtoll(line, NULL, 10) > t->report.step) continue;
+        code = buffer_add(&text, line, n, error);
+    }
+    if (code == LVM_OK) code = write_file(path, text.data, text.n, error);
+    t->log_bytes = (int64_t)text.n;
+    mem_free(old.data);
+    mem_free(text.data);
+    if (code == LVM_OK && (t->log = os_fopen(path, "ab")) == NULL) code = write_failed(path, error);
+    return code;
+}
+
+/* A row that cannot be written is taken back: it is missing, but the next one stands on a line of
+   its own. Training goes on without. */
+static void log_failure(struct training *t) {
+    if (!t->log_failed)
+        complain("%s: cannot be written: %s; it lacks rows from step %lld on", t->file[RUN_LOG],
+                 strerror(errno), (long long)t->report.step);
+    t->log_failed = 1;
+    if (t->log != NULL) fclose(t->log);
+    t->log = os_fopen(t->file[RUN_LOG], "r+b");
+    if (t->log == NULL) return;
+    if (os_truncate(t->log, t->log_bytes) != 0 || fseek(t->log, 0, SEEK_END) != 0) {
+        fclose(t->log);
+        t->log = NULL;
+    }
+}
+
+/* What a row says of the last step, but for its validation. */
+static void begin_row(struct training *t) {
+    const lvm_train_report *r = &t->report;
+    snprintf(t->row, sizeof t->row, "%lld,%lld,%.6f,%.9g,%.9g,%.9g,%.9g,%lld,%.1f",
+             (long long)r->step, (long long)r->tokens, r->epoch, r->loss, t->smoothed, r->lr,
+             r->grad_norm, (long long)r->skipped, t->step_rate);
+}
+
+static void log_row(struct training *t) {
+    struct buffer b = {0};
+    int n = t->val.paths.n, columns = n > 1 ? n + 1 : n;
+    int code = buffer_add(&b, t->row, strlen(t->row), NULL);
+    for (int i = 0; code == LVM_OK && i < columns; i++) {
+        char text[32] = ",";
+        if (t->validated) snprintf(text, sizeof text, ",%.9g", t->val_loss[i]);
+        code = buffer_add(&b, text, strlen(text), NULL);
+    }
+    if (code == LVM_OK) code = buffer_add(&b, "\n", 1, NULL);
+    errno = ENOMEM;
+    if (code == LVM_OK && t->log != NULL && fwrite(b.data, 1, b.n, t->log) == b.n &&
+        fflush(t->log) == 0) {
+        t->log_bytes += (int64_t)b.n;
+        t->log_failed = 0;
+    } else {
+        log_failure(t);
+    }
+    t->validated = t->row[0] = 0;
+    mem_free(b.data);
+}
+
+/* The picture of the log so far. */
+static int plot_run(struct training *t, lvm_error *error) {
+    lvm_image image = {.rgb = NULL};
+    const char *const log = t->file[RUN_LOG];
+    if (t->plot == NULL || t->report.step == 0) return LVM_OK;
+    int code = plot_logs(&log, 1, 0, &image, error);
+    if (code == LVM_OK) code = lvm_image_save(t->plot, &image, error);
+    lvm_image_free(&image);
+    t->plotted_at = seconds();
+    return code;
+}
+
+/* ---- Training: what it shows ---- */
+
+/* A line for a terminal of so many columns: the most telling pieces first, in the order of the
+   table. */
+static void train_line(const struct training *t, int columns, char *line, size_t size) {
+    enum { PERCENT, STEP, LOSS, MEAN, RATE, NORM, SPEED, PEAK, LEFT, PIECES, ROOM = 48 };
+    static const int order[PIECES] = {STEP, LOSS, LEFT, SPEED, PERCENT, PEAK, MEAN, RATE, NORM};
+    const lvm_train_report *r = &t->report;
+    char piece[PIECES][ROOM] = {{0}};
+    double all = (double)t->o.steps, done = fmin(all, (double)r->step + t->part);
+    int room = columns - 1, fits = 1;
+    snprintf(piece[PERCENT], ROOM, "%3d %%  ", (int)(100 * done / all));
+    snprintf(piece[STEP], ROOM, "step %lld of %lld", (long long)r->step, (long long)t->o.steps);
+    if (r->step > 0) {
+        double speed = t->pace > 0 ? t->o.batch * (double)t->o.context / t->pace : 0;
+        snprintf(piece[LOSS], ROOM, "  loss %.4f", r->loss);
+        snprintf(piece[MEAN], ROOM, "  (mean %.4f)", t->smoothed);
+        snprintf(piece[RATE], ROOM, "  lr %.2e", r->lr);
+        snprintf(piece[NORM], ROOM, "  norm %.2f", r->grad_norm);
+        if (speed > 0) snprintf(piece[SPEED], ROOM, "  %.0f tokens/s", speed);
+        if (speed > 0 && t->peak > 0)
+            snprintf(piece[PEAK], ROOM, "  %.0f %% of peak", 100 * speed * t->flops / t->peak);
+        if (speed > 0 && done < all) time_left(piece[LEFT], ROOM, (all - done) * t->pace);
+    }
+    for (int i = 0; i < PIECES; i++) {
+        int n = (int)strlen(piece[order[i]]);
+        fits &= n <= room;
+        if (fits) room -= n;
+        else piece[order[i]][0] = 0;
+    }
+    line[0] = 0;
+    for (int i = 0; i < PIECES; i++)
+        snprintf(line + strlen(line), size - strlen(line), "%s", piece[i]);
+}
+
+enum { TELL_SECONDS = 30 };
+
+/* On a terminal one line, drawn anew; elsewhere a line every half minute, and of the last step. */
+static void tell_progress(struct training *t, int after_step) {
+    char line[512];
+    double now = seconds();
+    int terminal = os_is_terminal(2), last = t->report.step == t->o.steps;
+    if (t->cli->quiet) return;
+    if (terminal && (now - t->drawn_at >= 0.2 || (after_step && last))) {
+        train_line(t, terminal_columns(), line, sizeof line);
+        fprintf(stderr, "\r%s\033[K%s", line, after_step && last ? "\n" : "");
+        t->drawn_at = now;
+    } else if (!terminal && after_step && (now - t->told_at >= TELL_SECONDS || last)) {
+        train_line(t, 500, line, sizeof line);
+        fprintf(stderr, "lvm: %s\n", line);
+        t->told_at = now;
+    }
+    fflush(stderr);
+}
+
+/* Clears the line for what is printed next. */
+static void hide_train_line(const struct training *t) {
+    if (!t->cli->quiet && os_is_terminal(2)) fputs("\r\033[K", stderr);
+}
+
+static int on_train_progress(void *user, const char *stage, int64_t done, int64_t all) {
+    struct training *t = user;
+    t->part = strcmp(stage, "train") == 0 && all > 0 ? (double)done / (double)all : 0;
+    tell_progress(t, 0);
+    return stop_asked != 0;
+}
+
+/* ---- Training: checkpoints, validation, steps ---- */
+
+/* Where it fails the checkpoint before it stays, and training goes on. */
+static int save_run(struct training *t) {
+    struct buffer b = {0};
+    lvm_error error = {0, ""};
+    int code = write_note(t, &b, &error);
+    if (t->log != NULL) os_sync(t->log);
+    if (code == LVM_OK)
+        code = lvm_trainer_save(t->trainer, t->file[RUN_CHECKPOINT], b.data, &error);
+    mem_free(b.data);
+    t->saved_at = seconds();
+    if (code == LVM_OK) {
+        t->saved = t->report.step;
+        return code;
+    }
+    hide_train_line(t);
+    if (t->saved >= 0)
+        complain("%s; the checkpoint of step %lld stays", error.text, (long long)t->saved);
+    else complain("%s", error.text);
+    return code;
+}
+
+/* All files of --val; the best weights so far are kept. A file that cannot be written does not stop
+   the training. */
+static int validate(struct training *t, lvm_error *error) {
+    double sum = 0, all = 0;
+    for (int i = 0; i < t->val.paths.n; i++) {
+        double loss = 0;
+        int64_t n = 0;
+        int code = lvm_trainer_eval(t->trainer, t->val.list[i], 0, &loss, &n, error);
+        if (code != LVM_OK) return code;
+        t->val_loss[i + 1] = loss;
+        sum += loss * (double)n;
+        all += (double)n;
+        hide_train_line(t);
+        if (!t->cli->quiet)
+            complain("step %lld: %s: loss %.4f, perplexity %.3f", (long long)t->report.step,
+                     t->val.paths.path[i], loss, exp_f64(loss));
+    }
+    t->val_loss[0] = all > 0 ? sum / all : (double)NAN;
+    t->validated = 1;
+    if (!(t->val_loss[0] < t->best)) return LVM_OK;
+    lvm_error fault = {0, ""};
+    if (lvm_trainer_export(t->trainer, t->file[RUN_BEST], t->cli->type, t->tokenizer, &fault) ==
+        LVM_OK)
+        t->best = t->val_loss[0];
+    else complain("%s", fault.text);
+    return LVM_OK;
+}
+
+enum { MOST_SKIPPED = 10, PLOT_SECONDS = 30 };
+
+static int note_skipped(struct training *t, lvm_error *error) {
+    const lvm_train_report *r = &t->report;
+    if (!r->was_skipped) return LVM_OK;
+    hide_train_line(t);
+    note(t->cli, "step %lld was skipped: its loss is %.4g, the gradient's norm %.4g (%lld so far)",
+         (long long)r->step, r->loss, r->grad_norm, (long long)r->skipped);
+    if (r->in_a_row < MOST_SKIPPED) return LVM_OK;
+    return fail(error, LVM_FORMAT, "stopped: %d steps in a row were skipped; %s is that of step "
+                "%lld; try a lower --lr", MOST_SKIPPED, t->file[RUN_CHECKPOINT],
+                (long long)t->saved);
+}
+
+/* The validation of the last step, where it is due, and its row in the log. */
+static int end_step(struct training *t, lvm_error *error) {
+    const lvm_train_report *r = &t->report;
+    int due = r->step % t->cli->train.val_every == 0 || r->step == t->o.steps;
+    int code = t->val.paths.n > 0 && due ? validate(t, error) : LVM_OK;
+    if (code == LVM_OK) log_row(t);
+    return code;
+}
+
+/* One step, its validation and its row in the log. */
+static int take_step(struct training *t, lvm_error *error) {
+    const lvm_train_report *r = &t->report;
+    double start = seconds();
+    int code = lvm_trainer_step(t->trainer, &t->report, error);
+    if (code != LVM_OK) return code;
+    double took = seconds() - start;
+    t->part = 0;
+    t->step_rate = t->o.batch * (double)t->o.context / fmax(took, 1e-9);
+    t->pace = t->pace > 0 ? 0.9 * t->pace + 0.1 * took : took;
+    t->smoothed = r->was_skipped ? t->smoothed : smooth_add(&t->smooth, r->loss);
+    begin_row(t);
+    code = end_step(t, error);
+    tell_progress(t, 1);
+    return code == LVM_OK ? note_skipped(t, error) : code;
+}
+
+static int train_steps(struct training *t, lvm_error *error) {
+    int code = t->row[0] != 0 ? end_step(t, error) : LVM_OK;
+    while (code == LVM_OK && t->report.step < t->o.steps) {
+        if (stop_asked) return LVM_CANCELLED;
+        code = take_step(t, error);
+        if (code != LVM_OK) return code;
+        int due = t->save_steps > 0 ? t->report.step % t->save_steps == 0
+                                    : seconds() - t->saved_at >= t->save_seconds;
+        if (due && t->report.in_a_row == 0 && t->report.step < t->o.steps) save_run(t);
+        lvm_error fault = {0, ""};
+        if (seconds() - t->plotted_at >= PLOT_SECONDS && plot_run(t, &fault) != LVM_OK)
+            complain("%s", fault.text);
+    }
+    return code;
+}
+
+/* ---- Training: the command ---- */
+
+static void training_free(struct training *t) {
+    lvm_trainer_free(t->trainer);
+    if (t->log != NULL) fclose(t->log);
+    token_files_close(&t->data);
+    token_files_close(&t->val);
+    lvm_close(t->init);
+    lvm_close(t->tokenizer);
+    for (int i = 0; i < N_RUN_FILES; i++) mem_free(t->file[i]);
+    mem_free(t->plot);
+    mem_free(t->plot_name);
+    mem_free(t->val_loss);
+    mem_free(t->note.data);
+}
+
+/* Everything up to the first step. */
+static int open_training(struct training *t, lvm_error *error) {
+    const char *resume = t->cli->train.resume;
+    lvm_train_memory memory = {0};
+    int code = name_run_files(t, error);
+    if (code == LVM_OK) code = open_train_inputs(t, error);
+    if (code == LVM_OK) code = check_run_files(t, error);
+    if (code != LVM_OK) return code;
+    fill_train_options(t);
+    code = settle_steps(t, error);
+    if (code == LVM_OK) code = lvm_trainer_memory(&t->o, &memory, error);
+    if (memory.all > 0) print_train_memory(t, &memory);
+    if (code != LVM_OK) return code;
+    t->flops = train_flops(&t->o, &memory);
+    measure_train_peak(t);
+    t->o.progress = on_train_progress;
+    t->trainer = lvm_trainer_new(&t->o, error);
+    if (t->trainer == NULL) return error->code;
+    if (resume != NULL) code = lvm_trainer_load(t->trainer, resume, error);
+    if (code != LVM_OK) return code;
+    t->report.step = t->trainer->step;
+    t->report.tokens = t->trainer->tokens;
+    t->report.skipped = t->trainer->skipped;
+    t->report.in_a_row = t->trainer->in_a_row;
+    t->saved = resume != NULL ? t->report.step : -1;
+    if (resume == NULL && os_stat(t->file[RUN_BEST]).kind == OS_FILE && t->cli->train.val != NULL)
+        os_remove(t->file[RUN_BEST]);
+    code = log_open(t, error);
+    t->saved_at = t->told_at = t->plotted_at = seconds();
+    if (resume != NULL)
+        note(t->cli, "goes on behind step %lld of %lld", (long long)t->report.step,
+             (long long)t->o.steps);
+    return code;
+}
+
+/* The last checkpoint, from which the weights could be written again, and the weights. */
+static int finish_run(struct training *t, lvm_error *error) {
+    int code = LVM_OK;
+    if (t->saved < t->report.step) save_run(t);
+    code = lvm_trainer_export(t->trainer, t->file[RUN_WEIGHTS], t->cli->type, t->tokenizer, error);
+    if (code == LVM_OK) print_name(t->file[RUN_WEIGHTS], "");
+    if (code == LVM_OK && t->val.paths.n > 0 && isfinite(t->best)) print_name(t->file[RUN_BEST], "");
+    return code == LVM_OK ? plot_run(t, error) : code;
+}
+
+/* After a signal: a checkpoint, how to go on, and the end that a shell expects of that signal. */
+static int stop_run(struct training *t) {
+    int number = stop_asked, code = t->saved == t->report.step ? LVM_OK : save_run(t);
+    const char *text = "";
+    for (int i = 0; i < N_STOPS; i++)
+        if (stop_table[i].number == number && stop_table[i].text != NULL) text = stop_table[i].text;
+    hide_train_line(t);
+    if (code == LVM_OK)
+        complain("%s; lvm train --resume %s goes on behind step %lld", text,
+                 t->file[RUN_CHECKPOINT], (long long)t->saved);
+    else complain("%s", text);
+    if (code == LVM_OK) plot_run(t, NULL);
+    fflush(NULL);
+    signal(number, SIG_DFL);
+    raise(number);
+    return 1;
+}
+
+static int run_training(struct training *t) {
+    lvm_error error = {0, ""};
+    int code = open_training(t, &error);
+    if (code != LVM_OK) return finish(&error, code);
+    watch_training_signals();
+    if (t->saved < 0 && save_run(t) != LVM_OK) return 1;
+    code = train_steps(t, &error);
+    if (code == LVM_CANCELLED && stop_asked) return stop_run(t);
+    if (code == LVM_OK) code = finish_run(t, &error);
+    if (code != LVM_OK) hide_train_line(t);
+    return finish(&error, code);
+}
+
+static int run_train(struct cli *cli) {
+    struct cli resumed;
+    struct training t = {.cli = cli, .best = HUGE_VAL, .saved = -1};
+    if (cli->n_words > 0)
+        return complain("%s: train takes no words; --data names what to learn (lvm help train)",
+                        cli->words[0]) + 1;
+    if (os_working_folder(t.folder, sizeof t.folder) != 0) t.folder[0] = 0;
+    int status = cli->train.resume != NULL ? take_resumed(&t, &resumed) : 0;
+    if (status == 0) status = check_train(t.cli);
+    if (status == 0) status = parse_train_words(&t);
+    if (status == 0) status = settle_png_name(&t.cli->train.plot, "png", &t.plot_name);
+    if (status == 0) status = run_training(&t);
+    training_free(&t);
+    return status;
+}
+
+/* ---- Curves of runs ---- */
+
+static int run_plot(struct cli *cli) {
+    lvm_error error = {0, ""};
+    lvm_image image = {.rgb = NULL};
+    struct outputs o = {0};
+    struct paths inputs = {0};
+    char *owned = NULL;
+    int code = LVM_OK;
+    if (cli->n_words < 1) return complain("give logs of training runs (lvm help plot)") + 1;
+    if (cli->out == NULL) cli->out = "plot.png";
+    if (settle_png_name(&cli->out, "png", &owned) != 0) return 2;
+    for (int i = 0; code == LVM_OK && i < cli->n_words; i++)
+        code = paths_add(&inputs, "", cli->words[i], &error);
+    if (code == LVM_OK)
+        code = plot_logs(cli->words, cli->n_words, cli->train.by_tokens, &image, &error);
+    if (code == LVM_OK) code = outputs_add(&o, cli, copy_string(cli->out, &error), &inputs, &error);
+    if (code == LVM_OK) code = outputs_write_png(&o, 0, &image, NULL, &error);
+    lvm_image_free(&image);
+    outputs_free(&o);
+    paths_free(&inputs);
+    mem_free(owned);
     return finish(&error, code);
 }
 
@@ -20897,6 +22389,8 @@ static int check_order(const struct cli *cli, const struct command *c) {
 /* Parses twice: a preset comes before every other option, wherever it stands. */
 static int run_command(struct cli *cli, const struct command *c, int argc, char **argv) {
     static const char *const presets[] = {"lvm", "delvm"};
+    cli->argc = argc;
+    cli->argv = argv;
     struct cli probe = *cli;
     int status = parse_arguments(&probe, c, argc, argv);
     if (status != 0) return status;
@@ -20935,11 +22429,7 @@ int main(int argc, char **argv) {
     if (asks_for("-V", "--version", argc, argv)) return flush_output(print_version());
     if (asks_for("-h", "--help", argc, argv))
         return flush_output(print_help(stdout, argc < all ? c : NULL));
-    struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO,
-                      .encoder_type = LVM_AUTO, .split = -1, .preset = -1, .config = -1, .vq = -1,
-                      .stage = -1, .prompt = 3840, .new_tokens = 256};
-    cli.sampling = lvm_default_sampling();
-    cli.options = lvm_default_options();
+    struct cli cli = default_cli();
     cli.words = calloc((size_t)argc, sizeof *cli.words);
     if (cli.words == NULL) return complain("out of memory");
     watch_signals();
