@@ -828,7 +828,7 @@ static void check_same_weights(struct lvm_trainer *t, struct lvm_trainer *other)
     }
 }
 
-static lvm_train_report take_step(struct lvm_trainer *t) {
+static lvm_train_report one_step(struct lvm_trainer *t) {
     lvm_train_report r;
     lvm_error error = {0, ""};
     succeed(lvm_trainer_step(t, &r, &error), &error, "lvm_trainer_step");
@@ -868,7 +868,7 @@ static void check_stops(const lvm_tokens *const *data, struct lvm_trainer *right
         check(lvm_trainer_step(t, &r, &error) == LVM_CANCELLED, "step %d is not stopped", step);
         check(t->step == step, "a stopped step counts");
         calls = 0;
-        take_step(t);
+        one_step(t);
     }
     check_same_weights(t, right);
     lvm_trainer_free(t);
@@ -882,7 +882,7 @@ static void check_skips(struct lvm_trainer *t) {
     where("a loss that is no number");
     for (int i = 1; i <= 3; i++) {
         t->net.norm->values[1] = i < 3 ? NAN : 1;
-        lvm_train_report r = take_step(t);
+        lvm_train_report r = one_step(t);
         check(r.was_skipped == (i < 3) && r.in_a_row == (i < 3 ? i : 0), "step %d: skipped %d, %d",
               i, r.was_skipped, (int)r.in_a_row);
         check(r.skipped == (i < 3 ? i : 2), "%d steps are skipped", (int)r.skipped);
@@ -898,10 +898,10 @@ static void check_spike(struct lvm_trainer *t) {
     for (int factor = 15; factor <= 25; factor += 10) {
         struct data_position at = t->at;
         t->usual_norm = 1e9;
-        double norm = take_step(t).grad_norm;
+        double norm = one_step(t).grad_norm;
         t->at = at;
         t->usual_norm = norm / factor;
-        lvm_train_report r = take_step(t);
+        lvm_train_report r = one_step(t);
         check(r.was_skipped == (r.grad_norm > norm / factor * 20), "%g times the usual norm: %d",
               r.grad_norm / norm * factor, r.was_skipped);
         check(r.was_skipped == (factor > 20), "about %d times the usual norm: %d", factor,
@@ -917,7 +917,7 @@ static void test_passes(const lvm_tokens *const *data) {
     o.isolate = 1;
     where("a step of several passes");
     struct lvm_trainer *t = open_trainer(o), *u = open_trainer(o);
-    lvm_train_report r = take_step(t);
+    lvm_train_report r = one_step(t);
     double loss = accumulate(u, &t->rows, o.context, 1);
     check(t->rows.n_pieces > o.batch, "%d pieces", t->rows.n_pieces);
     check(fabs(loss - r.loss) <= LOSS_BOUND, "the loss is %g, not %g", r.loss, loss);
@@ -940,7 +940,7 @@ static void test_trainer(void) {
     double begin = eval_all(t, data);
     check(fabs(begin - log(40)) < 0.2, "an untaught model's loss is %g", begin);
     for (int step = 1; step <= CALLED_STEPS; step++) {
-        lvm_train_report r = take_step(t), q = take_step(other);
+        lvm_train_report r = one_step(t), q = one_step(other);
         check(memcmp(&r.loss, &q.loss, sizeof r.loss) == 0 && r.grad_norm == q.grad_norm,
               "step %d: threads change the loss", step);
         check(r.step == step && r.tokens == 240 * step && !r.was_skipped, "step %d counts %d, %d",
