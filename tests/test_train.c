@@ -610,14 +610,15 @@ static void check_losses(const struct plain *p, const struct rows *r) {
     free(want);
 }
 
-/* Random rows; the first 256 of long ones do not learn, the loss looks at so many at a time. */
+/* Random rows. Of long ones the first 256 do not learn, for the loss looks at so many at a time,
+   and one piece has more than DQ_PARTS blocks of keys. */
 static struct rows some_rows(int context, int V, struct rng *rng) {
     int n = 2 * context;
     struct rows r = {.n = n, .ids = must(calloc((size_t)n, sizeof(int32_t))),
                      .targets = must(calloc((size_t)n, sizeof(int32_t))),
                      .weights = must(calloc((size_t)n, sizeof(float))),
                      .pieces = must(calloc(4, sizeof(struct piece))), .n_pieces = 4};
-    int first = context / 3, second = context / 2;
+    int first = context > 256 ? 60 : context / 3, second = context / 2;
     r.pieces[0] = (struct piece){0, first};
     r.pieces[1] = (struct piece){first, context - first};
     r.pieces[2] = (struct piece){context, second};
