@@ -371,7 +371,8 @@ class Resume(TrainCase):
             self.assertEqual((code, out), (-number, b""), err)
             found = re.fullmatch(r"lvm: %s; lvm train --resume run\.ckpt goes on behind step (\d+)\n" % words, err)
             self.assertTrue(found, err)
-            self.assertEqual(len(rows(self.path("run.csv"))), int(found.group(1)))
+            step = int(found.group(1))                    # its row may wait for a validation that was cut off
+            self.assertIn(len(rows(self.path("run.csv"))), (step - 1, step))
             self.assertEqual(self.lines("train", "--resume", "run.ckpt", "-q"), ["run.bin", "run-best.bin"])
             self.same_as_whole()
 
