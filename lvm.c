@@ -611,6 +611,17 @@ static int map_file(const char *path, void **data, size_t *size, lvm_error *erro
 static void unmap_file(void *data, size_t size);
 static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *error);
 
+/* A file being written, under another name beside its own, which it gets when it is closed with
+   code LVM_OK and everything is on the disk; else it is removed (chapter 10). */
+struct outfile {
+    char *path;          /* as messages name it */
+    char *target, *temp; /* where it will be and is; NULL: a device or a pipe, written directly */
+    FILE *file;
+};
+static int outfile_open(struct outfile *out, const char *path, lvm_error *error);
+static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error);
+static int outfile_close(struct outfile *out, int code, lvm_error *error);
+
 /* Zeroed memory for count elements of size bytes, aligned to 64; NULL and an error when there is
    none or the product overflows. Released by mem_free. The pointer that calloc gave stands right in
    front. */
@@ -1614,6 +1625,7 @@ struct tensor_spec {
     enum tensor_kind kind;
     int optional, n_dims, dims[4]; /* dims: slowest first */
     struct tensor *tensor;         /* data NULL where an optional one is absent */
+    uint8_t *merged;               /* memory of its own behind data, with adapters in it, or NULL */
 };
 
 struct lvm_model {
@@ -1628,6 +1640,7 @@ struct lvm_model {
     struct vqgan *vq;              /* NULL when the file has no tokenizer */
     struct tensor_spec *specs;     /* [n_specs] */
     int n_specs;
+    uint64_t adapters;             /* hash of those that are merged into it; 0: none */
     struct devices *devices;       /* copies of the model on devices: chapter 7 */
 };
 
@@ -1969,6 +1982,11 @@ static int read_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error
     return LVM_OK;
 }
 
+/* Whether a file holds adapters of a model (chapter 8) instead of one. */
+static int is_adapter_file(const struct gguf *g) {
+    return text_is(read_text(g, "general.type"), "adapter");
+}
+
 /* Reads what the file says the model is, and describes it. */
 static int read_description(lvm_model *m, lvm_error *error) {
     const struct gguf *g = &m->file;
@@ -1977,6 +1995,10 @@ static int read_description(lvm_model *m, lvm_error *error) {
         return fail(error, LVM_FORMAT, "%s: a GGUF file of another architecture than lvm", m->path);
     code = read_int(g, &(struct int_key){"lvm.format_version", 1, 1, 0, 0}, &version, error);
     if (code != LVM_OK) return code;
+    if (is_adapter_file(g))
+        return fail(error, LVM_FORMAT,
+                    "%s: holds adapters, no model; give the model that they belong to, and these "
+                    "with --lora", m->path);
     int has_llama = gguf_key(g, "lvm.block_count") != NULL;
     int has_vq = gguf_key(g, "lvm.vq.resolution") != NULL;
     if (!has_llama && !has_vq)
@@ -2061,6 +2083,7 @@ static int load_tensors(lvm_model *m, lvm_error *error) {
    (chapter 14). */
 static struct devices *devices_new(lvm_error *error);
 static void devices_free(struct devices *d);
+static int devices_are_open(struct devices *d);
 
 /* A model without contents, which lvm_close takes back at any later step. */
 static lvm_model *model_new(const char *path, lvm_error *error) {
@@ -2115,6 +2138,7 @@ void lvm_close(lvm_model *m) {
     if (m == NULL) return;
     devices_free(m->devices);
     gguf_free(&m->file);
+    for (int i = 0; i < m->n_specs; i++) mem_free(m->specs[i].merged);
     mem_free(m->specs);
     mem_free(m->llama.layers);
     if (m->vq != NULL) mem_free(m->vq->ops);
@@ -4142,12 +4166,14 @@ struct net {
 /* A .tok file, see below. */
 struct lvm_tokens {
     char *name;
-    void *mapped;             /* or NULL: foreign memory */
+    void *mapped;             /* the file; or NULL: data is owned, or foreign memory */
+    uint8_t *owned;           /* or NULL */
     const uint8_t *data;      /* [size] */
     size_t size;
     int64_t n_sentences, n_tokens;
     int bound;                /* ids are below */
-    const uint16_t *ids;      /* [n_tokens] */
+    int image_tokens;         /* of an image; 0: unknown */
+    const uint8_t *ids;       /* [n_tokens] u16 */
     const uint8_t *weights;   /* [n_tokens], 16: weight 1; NULL: all 16 */
     const uint8_t *starts;    /* [n_sentences + 1] u64, ascending: where a sentence begins in ids */
     uint64_t fingerprint;
@@ -4209,8 +4235,8 @@ struct product {
 };
 
 /* Columns k0 .. of a row of any type as floats. */
-static void tensor_floats(const struct kernels *kern, const struct tensor *w, int row, int k0,
-                          int n, float *y) {
+static void row_floats(const struct kernels *kern, const struct tensor *w, int row, int k0, int n,
+                       float *y) {
     kern->elementwise.to_f32(w->type, tensor_row(w, row) + type_bytes(w->type, k0), y, n);
 }
 
@@ -4220,14 +4246,14 @@ static void pack_product(const struct product *p, int j0, int cols, int k0, int 
     const struct kernels *kern = p->e->kern;
     float row[PRODUCT_COLS] = {0};
     for (int i = 0; p->b_is_k_by_n && i < k; i++) {
-        tensor_floats(kern, p->b, k0 + i, j0, cols, row);
+        row_floats(kern, p->b, k0 + i, j0, cols, row);
         memcpy(panels + (int64_t)i * PANEL, row, PANEL * sizeof *row);
         if (cols > PANEL)
             memcpy(panels + (int64_t)(PRODUCT_K + i) * PANEL, row + PANEL, PANEL * sizeof *row);
     }
     for (int s = 0; !p->b_is_k_by_n && s < cols; s += PANEL) {
         for (int j = 0; j < PANEL; j++) {
-            if (s + j < cols) tensor_floats(kern, p->b, j0 + s + j, k0, k, buffer + j * k);
+            if (s + j < cols) row_floats(kern, p->b, j0 + s + j, k0, k, buffer + j * k);
             else memset(buffer + j * k, 0, (size_t)k * sizeof *buffer);
         }
         kern->conv.pack_panel(buffer, k, k, panels + (int64_t)s * PRODUCT_K);
@@ -4299,29 +4325,36 @@ static void product_input(const struct exec *e, const struct tensor *w, const fl
 }
 
 struct transpose_job {
+    const struct kernels *kern;
     const float *from; /* [rows][cols] */
     float *to;         /* [cols][rows] */
     int64_t ld_from, ld_to;
     int rows, cols;
 };
 
-enum { TRANSPOSE = 16 }; /* a square of so many fits the first cache in any layout */
-
-static void transpose(const float *from, int64_t ld_from, int rows, int cols, float *to,
-                      int64_t ld_to) {
-    for (int r0 = 0; r0 < rows; r0 += TRANSPOSE)
-        for (int c0 = 0; c0 < cols; c0 += TRANSPOSE)
-            for (int c = c0; c < cols && c < c0 + TRANSPOSE; c++)
-                for (int r = r0; r < rows && r < r0 + TRANSPOSE; r++)
-                    to[c * ld_to + r] = from[r * ld_from + c];
+/* to[cols][rows] = from[rows][cols], ld floats apart: 16 rows at a time by way of a panel. */
+static void transpose(const struct kernels *kern, const float *from, int64_t ld_from, int rows,
+                      int cols, float *to, int64_t ld_to) {
+    float panel[PRODUCT_COLS * PANEL];
+    int whole = rows / PANEL * PANEL;
+    for (int c0 = 0; c0 < cols; c0 += PRODUCT_COLS) {
+        int n = cols - c0 < PRODUCT_COLS ? cols - c0 : PRODUCT_COLS;
+        for (int r = 0; r < whole; r += PANEL) {
+            kern->conv.pack_panel(from + r * ld_from + c0, ld_from, n, panel);
+            for (int c = 0; c < n; c++)
+                memcpy(to + (c0 + c) * ld_to + r, panel + c * PANEL, PANEL * sizeof *panel);
+        }
+        for (int r = whole; r < rows; r++)
+            for (int c = c0; c < c0 + n; c++) to[c * ld_to + r] = from[r * ld_from + c];
+    }
 }
 
 static void transpose_task(void *arg, int task, int thread) {
     const struct transpose_job *job = arg;
     int c0 = task * PRODUCT_COLS, cols = job->cols - c0;
     (void)thread;
-    transpose(job->from + c0, job->ld_from, job->rows, cols < PRODUCT_COLS ? cols : PRODUCT_COLS,
-              job->to + c0 * job->ld_to, job->ld_to);
+    transpose(job->kern, job->from + c0, job->ld_from, job->rows,
+              cols < PRODUCT_COLS ? cols : PRODUCT_COLS, job->to + c0 * job->ld_to, job->ld_to);
 }
 
 /* Rows of a transposed matrix lie so far apart that they do not share the sets of a cache. */
@@ -4330,7 +4363,7 @@ static int64_t transposed_ld(int rows) { return (int64_t)round_up(rows, PANEL) +
 /* dw[out][in] += dy[n][out]^T x[n][in]; rows of dy are ld apart; turned: [out][transposed_ld(n)] */
 static void product_weights(const struct exec *e, const float *dy, int64_t ld, const float *x,
                             int n, int out, int in, float *turned, float *dw) {
-    struct transpose_job t = {dy, turned, ld, transposed_ld(n), n, out};
+    struct transpose_job t = {e->kern, dy, turned, ld, transposed_ld(n), n, out};
     const struct tensor b = {(const uint8_t *)x, (int64_t)in * 4, LVM_F32, n, in};
     pool_run(e->pool, (out + PRODUCT_COLS - 1) / PRODUCT_COLS, transpose_task, &t);
     run_product((struct product){.e = e, .m = out, .n = in, .k = n, .a = turned, .b = &b, .c = dw,
@@ -4748,10 +4781,10 @@ static void attention_backward_rows(const struct attention *job, struct attend_b
     matmul_panels(kern, n, keys, a, b->k_strips, KV_BLOCK * PANEL, dp / PANEL, b->dq, dp, 0);
     for (int r = 0; r < n; r++)
         for (int i = 0; i < d; i++) dq[(int64_t)r * H * d + i] += b->dq[r * dp + i];
-    transpose(b->d_o, dp, n, dp, b->o_turned, BACK_LD);
+    transpose(kern, b->d_o, dp, n, dp, b->o_turned, BACK_LD);
     point(a, b->o_turned, dp, BACK_LD);                                   /* dv^T += do^T p */
     matmul_panels(kern, dp, n, a, b->p_strips, BACK_ROWS * PANEL, panels, b->dv, KV_BLOCK, 1);
-    transpose(b->q, dp, n, dp, b->q_turned, BACK_LD);
+    transpose(kern, b->q, dp, n, dp, b->q_turned, BACK_LD);
     point(a, b->q_turned, dp, BACK_LD);                                   /* dk^T += q^T ds */
     matmul_panels(kern, dp, n, a, b->ds_strips, BACK_ROWS * PANEL, panels, b->dk, KV_BLOCK, 1);
 }
@@ -4780,8 +4813,8 @@ static void attention_backward_block(const struct attention *job, struct attend_
             b->rows_from = i - k0;
             attention_backward_rows(job, b, row, h, dq + ((int64_t)row * a->H + h) * d);
         }
-    transpose(b->dk, KV_BLOCK, d, b->keys, w->dk + from, ld);
-    transpose(b->dv, KV_BLOCK, d, b->keys, w->dv + from, ld);
+    transpose(kern, b->dk, KV_BLOCK, d, b->keys, w->dk + from, ld);
+    transpose(kern, b->dv, KV_BLOCK, d, b->keys, w->dv + from, ld);
 }
 
 static void attention_backward_task(void *arg, int task, int thread) {
@@ -4892,7 +4925,7 @@ static void embed_forward_task(void *arg, int task, int thread) {
     const struct op *op = arg;
     (void)thread;
     for (int r = task * OP_ROWS; r < end_row(op, task); r++)
-        tensor_floats(op->t->e.kern, &op->t->net.embed->w, op->r->ids[r], 0, op->cols,
+        row_floats(op->t->e.kern, &op->t->net.embed->w, op->r->ids[r], 0, op->cols,
                       op->out + (int64_t)r * op->cols);
 }
 
@@ -4933,7 +4966,7 @@ static void loss_task(void *arg, int r, int thread) {
     p[job->targets[r]] -= weight;
 }
 
-static int learns(const float *weights, int n) {
+static int any_weight(const float *weights, int n) {
     for (int i = 0; i < n; i++)
         if (weights[i] != 0) return 1;
     return 0;
@@ -4952,7 +4985,7 @@ static void head(struct lvm_trainer *t, const struct rows *r, const float *x, do
         float *h = w->h + (int64_t)i * D, *dh = w->dh + (int64_t)i * D;
         struct loss_job job = {t, w->logits, ld, r->targets + i, r->weights + i, w->nll + i, all,
                                backward};
-        if (!learns(r->weights + i, n)) {
+        if (!any_weight(r->weights + i, n)) {
             memset(w->nll + i, 0, (size_t)n * sizeof *w->nll);
             memset(dh, 0, (size_t)n * (size_t)D * sizeof *dh);
             continue;
@@ -5154,72 +5187,1185 @@ static double learning_rate(const lvm_train_options *o, int64_t step) {
     return o->min_lr + ((double)o->lr - o->min_lr) * left;
 }
 
-/* ---- Data: .tok files ---- */
+/* ---- Data: .tok files ----
+
+   Sentences of image tokens, without bos and eos. Numbers are little-endian, every part begins at a
+   multiple of 64 bytes and is filled up with zeros:
+
+       0          "LVM.tok\n"  u32 version
+       64         u16 ids[n_tokens]              sentence behind sentence
+       ...        u8 weights[n_tokens]           of their loss: 16 is weight 1, 0 none, 255 most;
+                                                 only where flags has bit 0
+       ...        u64 starts[n_sentences + 1]    where each begins in ids: 0, ascending, n_tokens
+       size - 64  u64 n_sentences  u64 n_tokens  u32 bound  u32 image_tokens  u32 flags
+                  28 zeros  "LVM.tok\n"
+
+   All ids are below bound. No sentence is empty; image_tokens, if it is not 0, are an image, and
+   each sentence is whole images. The counts stand at the end, so that a file is written as its
+   sentences come, however many: only starts and weights are held in memory.
+
+   Who opens a file checks its size and starts. Ids are checked where they are read, for a file may
+   have billions. */
+
+enum { TOK_ALIGN = 64, TOK_VERSION = 1, TOK_WEIGHTS = 1 /* a flag */, TOK_MAGIC = 8 };
+enum { WEIGHT_ONE = 16, MAX_IDS = 1 << 16 };
+
+static const char tok_magic[] = "LVM.tok\n";
+
+struct tok_foot {
+    uint64_t n_sentences, n_tokens;
+    uint32_t bound, image_tokens, flags;
+    uint8_t zeros[28];
+    char magic[TOK_MAGIC];
+};
+_Static_assert(sizeof(struct tok_foot) == TOK_ALIGN, "no padding");
+
+/* Mixes n bytes into a 64-bit hash (chapter 14). */
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n);
+
+/* The id at place i of all. */
+static int32_t token_at(const lvm_tokens *t, int64_t i) {
+    uint16_t id;
+    memcpy(&id, t->ids + 2 * i, sizeof id);
+    return id;
+}
+
+/* Where sentence i begins; those from a file that is not checked yet may be anything. */
+static int64_t sentence_start(const lvm_tokens *t, int64_t i) {
+    int64_t at;
+    memcpy(&at, t->starts + 8 * i, sizeof at);
+    return at;
+}
+
+/* What is said of an id that is not below bound; people count from 1. */
+static int bad_token(const lvm_tokens *t, int64_t sentence, int64_t i, lvm_error *error) {
+    return fail(error, LVM_FORMAT, "%s: sentence %lld, token %lld: id %d, but all should be below "
+                "%d; pack the file again", t->name, (long long)sentence + 1, (long long)i + 1,
+                token_at(t, sentence_start(t, sentence) + i), t->bound);
+}
+
+static int check_starts(const lvm_tokens *t, lvm_error *error) {
+    int64_t last = sentence_start(t, 0);
+    for (int64_t i = 0; i < t->n_sentences; i++) {
+        int64_t next = sentence_start(t, i + 1);
+        if (next <= last || next > t->n_tokens)
+            return fail(error, LVM_FORMAT, "%s: damaged: sentence %lld ends where it cannot",
+                        t->name, (long long)i + 1);
+        if (t->image_tokens > 0 && (next - last) % t->image_tokens != 0)
+            return fail(error, LVM_FORMAT, "%s: damaged: sentence %lld has %lld tokens, no whole "
+                        "images of %d", t->name, (long long)i + 1, (long long)(next - last),
+                        t->image_tokens);
+        last = next;
+    }
+    if (sentence_start(t, 0) == 0 && last == t->n_tokens) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: damaged: its sentences are not all of its tokens", t->name);
+}
+
+/* Mixes in 64 bytes at 256 places each, or all where that is less. */
+static uint64_t hash_sample(uint64_t h, const uint8_t *data, size_t n) {
+    enum { PLACES = 256, BYTES = 64 };
+    if (n <= PLACES * BYTES) return hash_bytes(h, data, n);
+    for (size_t i = 0; i < PLACES; i++)
+        h = hash_bytes(h, data + (n - BYTES) / (PLACES - 1) * i, BYTES);
+    return hash_bytes(h, data + n - BYTES, BYTES);
+}
+
+/* What tells data apart without reading all of it: the counts and starts, and a sample of ids and
+   weights. */
+static uint64_t tokens_fingerprint(const lvm_tokens *t) {
+    size_t n = (size_t)t->n_tokens;
+    uint64_t h = hash_bytes(t->size, t->data + t->size - TOK_ALIGN, TOK_ALIGN);
+    h = hash_bytes(h, t->starts, 8 * ((size_t)t->n_sentences + 1));
+    h = hash_sample(h, t->ids, 2 * n);
+    return t->weights != NULL ? hash_sample(h, t->weights, n) : h;
+}
+
+/* Both ends of a file and its version; *foot is filled. */
+static int check_tok_ends(const lvm_tokens *t, struct tok_foot *foot, lvm_error *error) {
+    static const uint8_t zeros[sizeof foot->zeros];
+    struct cursor c = {.data = t->data, .size = t->size, .at = TOK_MAGIC};
+    if (t->size < 2 * TOK_ALIGN || memcmp(t->data, tok_magic, TOK_MAGIC) != 0)
+        return fail(error, LVM_FORMAT, "%s: is no .tok file (lvm pack makes one of JSON lines)",
+                    t->name);
+    unsigned version = (unsigned)cursor_number(&c, 4);
+    memcpy(foot, t->data + t->size - sizeof *foot, sizeof *foot);
+    if (version != TOK_VERSION)
+        return fail(error, LVM_UNSUPPORTED, "%s: is of version %u; this program reads version %d",
+                    t->name, version, TOK_VERSION);
+    if (memcmp(foot->magic, tok_magic, TOK_MAGIC) != 0)
+        return fail(error, LVM_FORMAT, "%s: its end is missing; copy or pack it again", t->name);
+    if ((foot->flags & ~(uint32_t)TOK_WEIGHTS) != 0 ||
+        memcmp(foot->zeros, zeros, sizeof zeros) != 0)
+        return fail(error, LVM_UNSUPPORTED, "%s: has parts that this program does not know",
+                    t->name);
+    return LVM_OK;
+}
+
+/* The next part, of count numbers of size bytes. */
+static const uint8_t *tok_part(struct cursor *c, uint64_t count, int size) {
+    uint64_t bytes = count * (uint64_t)size;
+    return cursor_take(c, (bytes + TOK_ALIGN - 1) / TOK_ALIGN * TOK_ALIGN);
+}
+
+/* Finds the parts of data[size]. A count is believed as far as there are bytes for it. */
+static int parse_tok(lvm_tokens *t, lvm_error *error) {
+    struct tok_foot foot;
+    struct cursor c = {.data = t->data, .size = t->size, .at = TOK_ALIGN};
+    int code = check_tok_ends(t, &foot, error);
+    if (code != LVM_OK) return code;
+    if (foot.n_tokens > t->size || foot.n_sentences > t->size || foot.bound > MAX_IDS ||
+        foot.image_tokens >= MAX_IDS)
+        return fail(error, LVM_FORMAT, "%s: damaged: impossible counts at its end", t->name);
+    t->n_tokens = (int64_t)foot.n_tokens;
+    t->n_sentences = (int64_t)foot.n_sentences;
+    t->bound = (int)foot.bound;
+    t->image_tokens = (int)foot.image_tokens;
+    t->ids = tok_part(&c, foot.n_tokens, 2);
+    t->weights = foot.flags & TOK_WEIGHTS ? tok_part(&c, foot.n_tokens, 1) : NULL;
+    t->starts = tok_part(&c, foot.n_sentences + 1, 8);
+    if (c.failed || c.at != t->size - TOK_ALIGN)
+        return fail(error, LVM_FORMAT, "%s: damaged: %lld sentences of %lld tokens are not what "
+                    "its %lld bytes hold", t->name, (long long)t->n_sentences,
+                    (long long)t->n_tokens, (long long)t->size);
+    code = check_starts(t, error);
+    if (code == LVM_OK) t->fingerprint = tokens_fingerprint(t);
+    return code;
+}
+
+static lvm_tokens *tokens_new(const char *name, lvm_error *error) {
+    lvm_tokens *t = mem_alloc(1, sizeof *t, error);
+    if (t != NULL) t->name = copy_string(name, error);
+    if (t != NULL && t->name != NULL) return t;
+    mem_free(t);
+    return NULL;
+}
+
+/* The last step of opening, where the one before it gave `code`; NULL after a failure. */
+static lvm_tokens *tokens_opened(lvm_tokens *t, int code, lvm_error *error) {
+    if (code == LVM_OK) code = parse_tok(t, error);
+    if (code == LVM_OK) return t;
+    lvm_tokens_close(t);
+    return NULL;
+}
 
 lvm_tokens *lvm_tokens_open(const char *path, lvm_error *error) {
-    fail(error, LVM_UNSUPPORTED, "%s: to come", path);
-    return NULL;
+    clear_error(error);
+    if (path == NULL) {
+        null_argument(error, "lvm_tokens_open", "path");
+        return NULL;
+    }
+    lvm_tokens *t = tokens_new(path, error);
+    if (t == NULL) return NULL;
+    int code = map_file(path, &t->mapped, &t->size, error);
+    t->data = t->mapped;
+    return tokens_opened(t, code, error);
 }
 
 lvm_tokens *lvm_tokens_open_memory(const void *data, size_t size, const char *name,
                                    lvm_error *error) {
-    (void)data, (void)size;
-    fail(error, LVM_UNSUPPORTED, "%s: to come", name);
-    return NULL;
+    clear_error(error);
+    if (data == NULL) {
+        null_argument(error, "lvm_tokens_open_memory", "data");
+        return NULL;
+    }
+    lvm_tokens *t = tokens_new(name != NULL ? name : "(memory)", error);
+    if (t == NULL) return NULL;
+    t->data = data;
+    t->size = size;
+    return tokens_opened(t, LVM_OK, error);
 }
 
-void lvm_tokens_close(lvm_tokens *tokens) { (void)tokens; }
-
-/* ---- Data: sentences in random order, cut into rows ---- */
-
-/* Fills r with the next count rows of context tokens and moves *at behind them. Where s does not
-   shuffle it makes one pass: fewer rows, then none, when the data end (r->n says). */
-static int fill_rows(const struct stream *s, struct data_position *at, int count, struct rows *r,
-                     lvm_error *error) {
-    (void)s, (void)at, (void)count, (void)r;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+void lvm_tokens_close(lvm_tokens *t) {
+    if (t == NULL) return;
+    if (t->mapped != NULL) unmap_file(t->mapped, t->size);
+    mem_free(t->owned);
+    mem_free(t->name);
+    mem_free(t);
 }
 
+#ifndef LVM_NO_MAIN /* only the command line writes them */
+
+struct outfile;
+static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error);
+
+/* A .tok file while it is written: to a file, or (NULL) to memory. image_tokens may be set until
+   close. */
+struct token_writer {
+    struct outfile *file;
+    struct buffer memory;
+    struct buffer starts, weights;  /* u64; u8, none before a sentence has some */
+    uint64_t at;                    /* bytes so far */
+    uint64_t n_sentences, n_tokens;
+    uint32_t bound, image_tokens;
+};
+
+static int token_writer_put(struct token_writer *w, const void *data, size_t n, lvm_error *error) {
+    w->at += n;
+    return w->file != NULL ? outfile_write(w->file, data, n, error)
+                           : buffer_add(&w->memory, data, n, error);
+}
+
+/* Zeros up to where the next part begins. */
+static int token_writer_pad(struct token_writer *w, lvm_error *error) {
+    static const char zeros[TOK_ALIGN];
+    return token_writer_put(w, zeros, (size_t)(-w->at % TOK_ALIGN), error);
+}
+
+static int token_writer_open(struct token_writer *w, struct outfile *file, lvm_error *error) {
+    const uint32_t version = TOK_VERSION;
+    const uint64_t start = 0;
+    *w = (struct token_writer){.file = file};
+    int code = token_writer_put(w, tok_magic, TOK_MAGIC, error);
+    if (code == LVM_OK) code = token_writer_put(w, &version, sizeof version, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    return code == LVM_OK ? buffer_add(&w->starts, &start, sizeof start, error) : code;
+}
+
+/* So many more tokens have the weight 1. */
+static int token_writer_weigh(struct token_writer *w, uint64_t n, lvm_error *error) {
+    uint8_t ones[256];
+    int code = LVM_OK;
+    memset(ones, WEIGHT_ONE, sizeof ones);
+    for (uint64_t part; code == LVM_OK && n > 0; n -= part) {
+        part = n < sizeof ones ? n : sizeof ones;
+        code = buffer_add(&w->weights, ones, (size_t)part, error);
+    }
+    return code;
+}
+
+/* One more sentence, ids[n]; weights: [n], or NULL: 16 each. */
+static int token_writer_add(struct token_writer *w, const int32_t *ids, const uint8_t *weights,
+                            size_t n, lvm_error *error) {
+    uint16_t part[512];
+    int code = n > 0 ? LVM_OK : fail(error, LVM_INVALID, "a sentence without tokens");
+    for (size_t at = 0, room = sizeof part / sizeof *part; code == LVM_OK && at < n; at += room) {
+        size_t here = n - at < room ? n - at : room;
+        for (size_t i = 0; i < here; i++) {
+            int32_t id = ids[at + i];
+            if (id < 0 || id >= MAX_IDS)
+                return fail(error, LVM_INVALID, "id %d is none of 0 to %d", id, MAX_IDS - 1);
+            if ((uint32_t)id >= w->bound) w->bound = (uint32_t)id + 1;
+            part[i] = (uint16_t)id;
+        }
+        code = token_writer_put(w, part, here * sizeof *part, error);
+    }
+    if (code == LVM_OK && weights != NULL && w->weights.n == 0)
+        code = token_writer_weigh(w, w->n_tokens, error);
+    if (code == LVM_OK && weights != NULL) code = buffer_add(&w->weights, weights, n, error);
+    else if (code == LVM_OK && w->weights.n > 0) code = token_writer_weigh(w, n, error);
+    w->n_tokens += n;
+    w->n_sentences++;
+    return code == LVM_OK ? buffer_add(&w->starts, &w->n_tokens, sizeof w->n_tokens, error) : code;
+}
+
+/* Writes what stands behind the ids, unless code is a failure already, and frees all but memory,
+   which holds the whole file then. */
+static int token_writer_close(struct token_writer *w, int code, lvm_error *error) {
+    struct tok_foot foot = {.n_sentences = w->n_sentences, .n_tokens = w->n_tokens,
+                            .bound = w->bound, .image_tokens = w->image_tokens,
+                            .flags = w->weights.n > 0 ? TOK_WEIGHTS : 0};
+    memcpy(foot.magic, tok_magic, TOK_MAGIC);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, w->weights.data, w->weights.n, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, w->starts.data, w->starts.n, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, &foot, sizeof foot, error);
+    mem_free(w->starts.data);
+    mem_free(w->weights.data);
+    w->starts = w->weights = (struct buffer){0};
+    return code;
+}
+
+#endif
+
+/* ---- Data: sentences in random order, cut into rows ----
+
+   A row is `context` inputs and, as targets, the tokens behind them. Where rows are cut, the next
+   one begins with the last target:
+
+       sentences     bos a a a eos  bos b b b b b eos  bos c c eos ...
+       LVM_CUT       bos a a a eos bos b | b b b b eos bos c | ...        rows of 7 inputs
+                     a a a eos bos b b   | b b b eos bos c c | ...        and their targets
+       LVM_WHOLE     bos a a a . . .     | bos b b b b b .   | bos c c . . . .
+                     a a a eos . . .     | b b b b b eos .   | c c eos . . . .
+
+   Of every token the loss is weighed as its file says; bos and eos count 1, but bos 0 where the
+   file has weights. A row is one piece (tokens that see each other). With isolate each sentence in
+   it is one, and its first token counts 0: what stands before it says nothing about it. */
+
+static uint64_t mix64(uint64_t x) { /* SplitMix64's (Steele, Lea and Flood 2014) */
+    x += 0x9e3779b97f4a7c15u;
+    x = (x ^ x >> 30) * 0xbf58476d1ce4e5b9u;
+    x = (x ^ x >> 27) * 0x94d049bb133111ebu;
+    return x ^ x >> 31;
+}
+
+/* Which of 0 .. n-1 comes as number i when they are shuffled for pass `epoch`, without a list of
+   them: rounds that turn (left, right) into (right, left ^ f(right)) permute numbers of 2 `half`
+   bits, whatever f is (Feistel; Luby and Rackoff 1988), and one that falls beyond n goes through
+   them again until it does not (cycle walking: Black and Rogaway 2002), four times at most on
+   average. */
+static int64_t shuffled(uint64_t seed, int64_t epoch, int64_t n, int64_t i) {
+    enum { ROUNDS = 8 };
+    int half = 1;
+    while (half < 31 && (int64_t)1 << 2 * half < n) half++;
+    uint64_t mask = ((uint64_t)1 << half) - 1, key = mix64(mix64(seed) ^ (uint64_t)epoch);
+    uint64_t x = (uint64_t)i;
+    do {
+        for (uint64_t round = 0; round < ROUNDS; round++) {
+            uint64_t right = x & mask, f = mix64(mix64(key + round) ^ right);
+            x = right << half | (x >> half ^ (f & mask));
+        }
+    } while (x >= (uint64_t)n);
+    return (int64_t)x;
+}
+
+/* A sentence of a stream. */
+struct found {
+    const lvm_tokens *file;
+    int64_t number;    /* in its file */
+    int64_t first, n;  /* where it begins in the file's ids; its tokens, without bos and eos */
+};
+
+static struct found find_sentence(const struct stream *s, const struct data_position *at) {
+    int64_t i = s->shuffle ? shuffled(s->seed, at->epoch, s->n_sentences, at->sentence)
+                           : at->sentence;
+    const lvm_tokens *const *file = s->files;
+    for (; i >= (*file)->n_sentences; file++) i -= (*file)->n_sentences;
+    int64_t first = sentence_start(*file, i);
+    return (struct found){*file, i, first, sentence_start(*file, i + 1) - first};
+}
+
+/* Tokens of a sentence with bos and eos. */
+static int64_t length_in_rows(const struct stream *s, int64_t n) {
+    return n + (s->bos >= 0) + (s->eos >= 0);
+}
+
+/* Whether every sentence fits a row of LVM_WHOLE, and teaches something there. */
+static int check_lengths(const struct stream *s, const lvm_tokens *t, lvm_error *error) {
+    for (int64_t i = 0; i < t->n_sentences; i++) {
+        int64_t n = length_in_rows(s, sentence_start(t, i + 1) - sentence_start(t, i));
+        if (n > (int64_t)s->context + 1)
+            return fail(error, LVM_INVALID, "%s: sentence %lld has %lld tokens, bos and eos "
+                        "counted; rows of whole sentences take a context of %lld", t->name,
+                        (long long)i + 1, (long long)n, (long long)n - 1);
+        if (n < 2)
+            return fail(error, LVM_INVALID, "%s: sentence %lld is one token, of which nothing is "
+                        "learnt in a row of whole sentences", t->name, (long long)i + 1);
+    }
+    return LVM_OK;
+}
+
+static int stream_add(struct stream *s, const lvm_tokens *t, int vocab, lvm_error *error) {
+    if (t == NULL) return fail(error, LVM_INVALID, "the data: a file is NULL");
+    if (t->bound > vocab)
+        return fail(error, LVM_INVALID, "%s: has ids up to %d; the model's vocabulary ends at %d",
+                    t->name, t->bound - 1, vocab - 1);
+    s->n_sentences += t->n_sentences;
+    return s->packing == LVM_WHOLE ? check_lengths(s, t, error) : LVM_OK;
+}
+
+/* The data of o, for a model of so many ids; bos and eos: -1 where there is none. It shuffles; who
+   wants one pass in the files' order sets shuffle to 0. */
 static int stream_open(struct stream *s, const lvm_train_options *o, int bos, int eos, int vocab,
                        lvm_error *error) {
-    (void)s, (void)o, (void)bos, (void)eos, (void)vocab;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+    *s = (struct stream){.files = o->data, .n_files = o->n_data, .context = o->context,
+                         .packing = o->packing, .isolate = o->isolate, .bos = bos, .eos = eos,
+                         .shuffle = 1, .seed = o->seed};
+    if (o->n_data < 1 || o->data == NULL) return fail(error, LVM_INVALID, "there are no data");
+    if (o->context < 1 || o->context > 1 << 24)
+        return fail(error, LVM_INVALID, "a context of %d tokens is out of range", o->context);
+    if (o->packing != LVM_CUT && o->packing != LVM_WHOLE)
+        return fail(error, LVM_INVALID, "there is no packing %d", o->packing);
+    if (bos >= vocab || eos >= vocab)
+        return fail(error, LVM_INVALID, "bos %d, eos %d: the model's vocabulary ends at %d", bos,
+                    eos, vocab - 1);
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < o->n_data; i++)
+        code = stream_add(s, o->data[i], vocab, error);
+    if (code == LVM_OK && s->n_sentences == 0)
+        code = fail(error, LVM_INVALID, "%s: holds no sentences", o->data[0]->name);
+    return code;
 }
 
-/* ---- Checkpoints ---- */
+/* A row while it is filled: its n tokens so far, of context + 1; the first is no target and the
+   last no input. */
+struct row {
+    int32_t *ids, *targets; /* [context] */
+    float *weights;         /* [context] */
+    int n;
+};
+
+/* Adds tokens from .. from + count - 1, bos and eos counted, of a sentence. */
+static int row_add(const struct stream *s, const struct found *f, int64_t from, int count,
+                   struct row *w, lvm_error *error) {
+    const lvm_tokens *t = f->file;
+    for (int k = 0; k < count; k++, w->n++) {
+        int64_t i = from + k - (s->bos >= 0);
+        int32_t id = i < 0 ? s->bos : s->eos;
+        float weight = i < 0 && t->weights != NULL ? 0 : 1;
+        if (i >= 0 && i < f->n) {
+            id = token_at(t, f->first + i);
+            if (id >= t->bound) return bad_token(t, f->number, i, error);
+            if (t->weights != NULL) weight = (float)t->weights[f->first + i] / WEIGHT_ONE;
+        }
+        if (w->n < s->context) w->ids[w->n] = id;
+        if (w->n == 0) continue;
+        w->targets[w->n - 1] = id;
+        w->weights[w->n - 1] = s->isolate && from + k == 0 ? 0 : weight;
+    }
+    return LVM_OK;
+}
+
+/* Ends a row that is not full: its last token becomes padding too, for no target stands behind it,
+   and leaves its piece. */
+static void row_pad(const struct stream *s, struct row *w, struct rows *r) {
+    for (int i = w->n > 0 ? w->n - 1 : 0; i < s->context; i++) {
+        w->ids[i] = w->targets[i] = 0;
+        w->weights[i] = 0;
+    }
+    if (w->n > 0 && --r->pieces[r->n_pieces - 1].n == 0) r->n_pieces--;
+}
+
+static int stream_ended(const struct stream *s, const struct data_position *at) {
+    return !s->shuffle && at->epoch > 0;
+}
+
+/* The place behind so many more tokens of a sentence. */
+static struct data_position step_on(const struct stream *s, struct data_position at,
+                                    const struct found *f, int count) {
+    at.token += count;
+    if (at.token < length_in_rows(s, f->n)) return at;
+    if (at.sentence + 1 < s->n_sentences)
+        return (struct data_position){at.epoch, at.sentence + 1, 0};
+    return (struct data_position){at.epoch + 1, 0, 0};
+}
+
+/* The row that begins at r->n, without counting it, and its pieces; *at is moved to the next
+   row. */
+static int fill_row(const struct stream *s, struct data_position *at, struct row *w,
+                    struct rows *r, lvm_error *error) {
+    struct data_position p = *at;
+    int first_piece = r->n_pieces, code = LVM_OK, all = s->context + 1;
+    while (code == LVM_OK && w->n < all && !stream_ended(s, &p)) {
+        struct found f = find_sentence(s, &p);
+        int64_t left = length_in_rows(s, f.n) - p.token;
+        int count = (int)min64(left, all - w->n), inputs = (int)min64(count, s->context - w->n);
+        if (s->packing == LVM_WHOLE && count < left) break;
+        if (inputs > 0 && (s->isolate || r->n_pieces == first_piece))
+            r->pieces[r->n_pieces++] = (struct piece){r->n + w->n, 0};
+        r->pieces[r->n_pieces - 1].n += inputs;
+        code = row_add(s, &f, p.token, count, w, error);
+        *at = p; /* of the last token that was added, with which the next row begins */
+        at->token += count - 1;
+        p = step_on(s, p, &f, count);
+    }
+    if (s->packing == LVM_WHOLE || w->n < all) *at = p;
+    if (w->n < all) row_pad(s, w, r);
+    return code;
+}
+
+/* Fills r with the next count rows of context tokens and moves *at behind them; r's arrays have
+   room for count * context elements each. Where s does not shuffle it makes one pass: fewer rows,
+   the last one of LVM_CUT filled up with padding, then none, when the data end (r->n says). After a
+   failure *at is what it was. */
+static int fill_rows(const struct stream *s, struct data_position *at, int count, struct rows *r,
+                     lvm_error *error) {
+    struct data_position p = *at;
+    r->n = r->n_pieces = 0;
+    if (p.epoch < 0 || p.sentence < 0 || p.sentence >= s->n_sentences || p.token < 0 ||
+        (!stream_ended(s, &p) && p.token >= length_in_rows(s, find_sentence(s, &p).n)))
+        return fail(error, LVM_FORMAT, "pass %lld, sentence %lld, token %lld is no place in the "
+                    "data", (long long)p.epoch, (long long)p.sentence, (long long)p.token);
+    for (int i = 0; i < count; i++, r->n += s->context) {
+        struct row w = {r->ids + r->n, r->targets + r->n, r->weights + r->n, 0};
+        int code = fill_row(s, &p, &w, r, error);
+        if (code != LVM_OK) return code;
+        if (w.n < 2) break; /* the end; one token alone has no target */
+    }
+    *at = p;
+    return LVM_OK;
+}
+
+/* ---- Checkpoints ----
+
+   All that a run needs to go on as if it had never stopped: what was asked for, how far it is, and
+   of each tensor that learns its values and AdamW's two averages. What follows from the rest is not
+   there: gradients, frozen tensors, the order of the data. Init's weights and the data themselves
+   are not either; their fingerprints are.
+
+       "LVMTRAIN"  u64 version                                            all little-endian
+       u64 number[N_SAVED]       configuration and state: integers, or doubles' bits
+       string lora_on, freeze                            string = u64 length, bytes
+       u64 init                  fingerprint of the weights that it began from, 0: random ones
+       u64 n_files, each:        string name, u64 fingerprint             of the data
+       string note               the caller's
+       u64 n_params, each:       string name, u64 rows, u64 cols          of those that learn
+       u64 hash                  of all that
+       of each of them w, m, v   f32[rows][cols]
+       u64 hash                  of that hash, then of each of these arrays
+
+   It is written beside and renamed, so that whatever ends a run while it writes leaves the
+   checkpoint before. Nothing of a trainer changes until both hashes are found right and
+   configuration and data are known to be its own. */
+
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n); /* chapter 14 */
+static uint64_t weights_hash(const struct gguf *g);
+static struct text cursor_text(struct cursor *c);
+static int checksum_wrong(uint64_t stored, uint64_t computed);
+
+enum { CHECKPOINT_VERSION = 1, CHECKPOINT_ARRAYS = 3 };
+
+/* A number of a checkpoint: where it is in struct llama (a size of the model) or struct lvm_trainer
+   (an option, or the state that a run begins with at 0), and how it is called. words: the names of
+   its values 0 and 1. */
+#define TRAINER(field) offsetof(struct lvm_trainer, field)
+enum saved_kind { SAVED_INT, SAVED_INT64, SAVED_FLOAT, SAVED_DOUBLE };
+static const struct saved_number {
+    const char *name;
+    enum { OF_MODEL, OF_OPTIONS, OF_STATE } of;
+    enum saved_kind kind;
+    size_t where;
+    const char *words[2];
+} saved_numbers[] = {
+    {"layers", OF_MODEL, SAVED_INT, LLAMA(L), {0}},
+    {"width", OF_MODEL, SAVED_INT, LLAMA(D), {0}},
+    {"attention heads", OF_MODEL, SAVED_INT, LLAMA(H), {0}},
+    {"key/value heads", OF_MODEL, SAVED_INT, LLAMA(G), {0}},
+    {"feed-forward width", OF_MODEL, SAVED_INT, LLAMA(F), {0}},
+    {"vocabulary", OF_MODEL, SAVED_INT, LLAMA(V), {0}},
+    {"bos", OF_MODEL, SAVED_INT, LLAMA(bos), {0}},
+    {"eos", OF_MODEL, SAVED_INT, LLAMA(eos), {0}},
+    {"norm epsilon", OF_MODEL, SAVED_FLOAT, LLAMA(eps), {0}},
+    {"rope theta", OF_MODEL, SAVED_FLOAT, LLAMA(theta), {0}},
+    {"adapters of rank", OF_OPTIONS, SAVED_INT, TRAINER(o.lora_rank), {0}},
+    {"adapters' alpha", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.lora_alpha), {0}},
+    {"context", OF_OPTIONS, SAVED_INT, TRAINER(o.context), {0}},
+    {"batch", OF_OPTIONS, SAVED_INT, TRAINER(o.batch), {0}},
+    {"packing", OF_OPTIONS, SAVED_INT, TRAINER(o.packing), {"cut", "whole"}},
+    {"isolate", OF_OPTIONS, SAVED_INT, TRAINER(o.isolate), {"off", "on"}},
+    {"steps", OF_OPTIONS, SAVED_INT64, TRAINER(o.steps), {0}},
+    {"warm-up", OF_OPTIONS, SAVED_INT64, TRAINER(o.warmup), {0}},
+    {"schedule", OF_OPTIONS, SAVED_INT, TRAINER(o.schedule), {"cosine", "wsd"}},
+    {"learning rate", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.lr), {0}},
+    {"least learning rate", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.min_lr), {0}},
+    {"beta1", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.beta1), {0}},
+    {"beta2", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.beta2), {0}},
+    {"epsilon", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.epsilon), {0}},
+    {"weight decay", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.weight_decay), {0}},
+    {"clipping at", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.clip), {0}},
+    {"seed", OF_OPTIONS, SAVED_INT64, TRAINER(o.seed), {0}},
+    {"step", OF_STATE, SAVED_INT64, TRAINER(step), {0}},
+    {"tokens", OF_STATE, SAVED_INT64, TRAINER(tokens), {0}},
+    {"skipped", OF_STATE, SAVED_INT64, TRAINER(skipped), {0}},
+    {"skipped in a row", OF_STATE, SAVED_INT64, TRAINER(in_a_row), {0}},
+    {"epoch", OF_STATE, SAVED_INT64, TRAINER(at.epoch), {0}},
+    {"sentence", OF_STATE, SAVED_INT64, TRAINER(at.sentence), {0}},
+    {"token", OF_STATE, SAVED_INT64, TRAINER(at.token), {0}},
+    {"usual norm", OF_STATE, SAVED_DOUBLE, TRAINER(usual_norm), {0}}};
+enum { N_SAVED = sizeof saved_numbers / sizeof *saved_numbers };
+
+/* A number as a checkpoint holds it: floats as doubles. */
+static uint64_t saved_bits(const struct lvm_trainer *t, const struct saved_number *n) {
+    const char *at = (n->of == OF_MODEL ? (const char *)t->net.a : (const char *)t) + n->where;
+    const void *p = at;
+    uint64_t bits;
+    if (n->kind == SAVED_INT) return (uint64_t)*(const int *)p;
+    double real = n->kind == SAVED_FLOAT ? (double)*(const float *)p : 0;
+    memcpy(&bits, n->kind == SAVED_FLOAT ? (const void *)&real : p, sizeof bits);
+    return bits;
+}
+
+static int learns(const struct param *p) { return p->m != NULL; }
+
+static int64_t param_size(const struct param *p) { return (int64_t)p->w.rows * p->w.cols; }
+
+/* Bytes that grow, until there is no memory. */
+struct head {
+    struct buffer bytes;
+    int code;
+    lvm_error *error;
+};
+
+static void head_add(struct head *h, const void *data, size_t n) {
+    if (h->code == LVM_OK) h->code = buffer_add(&h->bytes, data, n, h->error);
+}
+
+static void head_number(struct head *h, uint64_t v) { head_add(h, &v, sizeof v); }
+
+static void head_string(struct head *h, const char *s) {
+    if (s == NULL) s = "";
+    head_number(h, strlen(s));
+    head_add(h, s, strlen(s));
+}
+
+/* Everything in front of the first hash. */
+static void checkpoint_head(const struct lvm_trainer *t, const char *note, struct head *h) {
+    const lvm_train_options *o = &t->o;
+    uint64_t n = 0;
+    head_add(h, "LVMTRAIN", 8);
+    head_number(h, CHECKPOINT_VERSION);
+    for (int i = 0; i < N_SAVED; i++) head_number(h, saved_bits(t, &saved_numbers[i]));
+    head_string(h, o->lora_on);
+    head_string(h, o->freeze);
+    head_number(h, o->init != NULL ? weights_hash(&o->init->file) : 0);
+    head_number(h, (uint64_t)o->n_data);
+    for (int i = 0; i < o->n_data; i++) {
+        head_string(h, o->data[i]->name);
+        head_number(h, o->data[i]->fingerprint);
+    }
+    head_string(h, note);
+    for (int i = 0; i < t->net.n_params; i++) n += (uint64_t)learns(&t->net.params[i]);
+    head_number(h, n);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        if (!learns(p)) continue;
+        head_string(h, p->name);
+        head_number(h, (uint64_t)p->w.rows);
+        head_number(h, (uint64_t)p->w.cols);
+    }
+}
+
+/* What a checkpoint keeps of a tensor, in its order. */
+static void saved_arrays(const struct param *p, void *arrays[CHECKPOINT_ARRAYS]) {
+    arrays[0] = (void *)(uintptr_t)p->w.data; /* of its own where it learns */
+    arrays[1] = p->m;
+    arrays[2] = p->v;
+}
+
+static int write_checkpoint(struct outfile *out, const struct lvm_trainer *t,
+                            const struct buffer *head, lvm_error *error) {
+    uint64_t hash = hash_bytes(0, head->data, head->n);
+    int code = outfile_write(out, head->data, head->n, error);
+    if (code == LVM_OK) code = outfile_write(out, &hash, sizeof hash, error);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        void *arrays[CHECKPOINT_ARRAYS];
+        if (!learns(p)) continue;
+        saved_arrays(p, arrays);
+        for (int a = 0; code == LVM_OK && a < CHECKPOINT_ARRAYS; a++) {
+            hash = hash_bytes(hash, arrays[a], (size_t)param_size(p) * sizeof(float));
+            code = outfile_write(out, arrays[a], (size_t)param_size(p) * sizeof(float), error);
+        }
+    }
+    return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
+}
 
 int lvm_trainer_save(lvm_trainer *trainer, const char *path, const char *note, lvm_error *error) {
-    (void)trainer, (void)note;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+    clear_error(error);
+    struct outfile out;
+    struct head head = {.error = error};
+    if (trainer == NULL || path == NULL)
+        return null_argument(error, "lvm_trainer_save", trainer == NULL ? "trainer" : "path");
+    checkpoint_head(trainer, note, &head);
+    int code = head.code;
+    if (code == LVM_OK) code = outfile_open(&out, path, error);
+    if (code == LVM_OK)
+        code = outfile_close(&out, write_checkpoint(&out, trainer, &head.bytes, error), error);
+    mem_free(head.bytes.data);
+    return code;
+}
+
+/* A checkpoint that lies in memory. Lists are kept as cursors at their first entry. */
+struct checkpoint {
+    const char *path;
+    const uint8_t *data; /* [size] */
+    size_t size;
+    uint64_t numbers[N_SAVED];
+    struct text lora_on, freeze, note;
+    uint64_t init, n_files, n_params, hash;
+    struct cursor files, params;
+    size_t arrays;       /* where the first array begins */
+};
+
+static int bad_checkpoint(const struct checkpoint *k, lvm_error *error) {
+    return fail(error, LVM_FORMAT, "%s: is damaged or was cut short", k->path);
+}
+
+/* Steps over the tensors' names and shapes; their arrays must fill the file up to the last hash.
+   0 where they do not. */
+static int skip_params(struct checkpoint *k, struct cursor *c) {
+    uint64_t bytes = 0;
+    k->params = *c;
+    for (uint64_t i = 0; i < k->n_params && !c->failed; i++) {
+        cursor_text(c);
+        uint64_t rows = cursor_number(c, 8), cols = cursor_number(c, 8);
+        if (rows > INT32_MAX || cols > INT32_MAX || bytes > k->size) return 0;
+        uint64_t one = rows * cols; /* below 2^62 */
+        if (one > k->size) return 0;
+        bytes += one * CHECKPOINT_ARRAYS * sizeof(float);
+    }
+    k->hash = cursor_number(c, 8);
+    k->arrays = c->at;
+    return !c->failed && k->size - c->at >= 8 && k->size - c->at - 8 == bytes;
+}
+
+/* Takes the head apart: k's path, data and size are given. */
+static int parse_checkpoint(struct checkpoint *k, lvm_error *error) {
+    struct cursor c = {k->data, k->size, 0, 0};
+    const uint8_t *magic = cursor_take(&c, 8);
+    if (magic == NULL || memcmp(magic, "LVMTRAIN", 8) != 0)
+        return fail(error, LVM_FORMAT, "%s: is no checkpoint of lvm train", k->path);
+    uint64_t version = cursor_number(&c, 8);
+    if (!c.failed && version != CHECKPOINT_VERSION)
+        return fail(error, LVM_UNSUPPORTED, "%s: is a checkpoint of version %llu, not %d", k->path,
+                    (unsigned long long)version, CHECKPOINT_VERSION);
+    for (int i = 0; i < N_SAVED; i++) k->numbers[i] = cursor_number(&c, 8);
+    k->lora_on = cursor_text(&c);
+    k->freeze = cursor_text(&c);
+    k->init = cursor_number(&c, 8);
+    k->n_files = cursor_number(&c, 8);
+    k->files = c;
+    for (uint64_t i = 0; i < k->n_files && !c.failed; i++) {
+        cursor_text(&c);
+        cursor_number(&c, 8);
+    }
+    k->note = cursor_text(&c);
+    k->n_params = cursor_number(&c, 8);
+    if (!skip_params(k, &c) || checksum_wrong(k->hash, hash_bytes(0, k->data, k->arrays - 8)))
+        return bad_checkpoint(k, error);
+    return LVM_OK;
+}
+
+/* A number as messages show it. */
+static void show_saved(const struct saved_number *n, uint64_t bits, char *text, size_t room) {
+    double real;
+    memcpy(&real, &bits, sizeof real);
+    if (n->words[0] != NULL && bits < 2) snprintf(text, room, "%s", n->words[bits]);
+    else if (n->kind == SAVED_FLOAT) snprintf(text, room, "%.9g", real);
+    else snprintf(text, room, "%lld", (long long)bits);
+}
+
+static int same_text(const struct checkpoint *k, const char *name, struct text saved,
+                     const char *own, lvm_error *error) {
+    if (own == NULL) own = "";
+    if (text_is(saved, own)) return LVM_OK;
+    return fail(error, LVM_INVALID, "%s: was trained with %s \"%.*s\", not \"%s\"", k->path, name,
+                (int)min64((int64_t)saved.n, 64), saved.s, own);
+}
+
+/* All of the configuration must be as it was: another number of steps, say, would have been another
+   learning rate from the first step on. */
+static int check_configuration(const struct lvm_trainer *t, const struct checkpoint *k,
+                               lvm_error *error) {
+    for (int i = 0; i < N_SAVED; i++) {
+        const struct saved_number *n = &saved_numbers[i];
+        uint64_t own = saved_bits(t, n);
+        char was[32], is[32];
+        if (n->of == OF_STATE || own == k->numbers[i]) continue;
+        show_saved(n, k->numbers[i], was, sizeof was);
+        show_saved(n, own, is, sizeof is);
+        return fail(error, LVM_INVALID, "%s: was trained with %s %s, not %s", k->path, n->name, was,
+                    is);
+    }
+    int code = same_text(k, "adapters on", k->lora_on, t->o.lora_on, error);
+    return code == LVM_OK ? same_text(k, "frozen", k->freeze, t->o.freeze, error) : code;
+}
+
+static int check_sources(const struct lvm_trainer *t, const struct checkpoint *k,
+                         lvm_error *error) {
+    const lvm_model *init = t->o.init;
+    struct cursor c = k->files;
+    if ((init != NULL) != (k->init != 0))
+        return fail(error, LVM_INVALID, "%s: began from %s, not from %s", k->path,
+                    init != NULL ? "random weights" : "a weights file",
+                    init != NULL ? init->path : "random weights");
+    if (init != NULL && weights_hash(&init->file) != k->init)
+        return fail(error, LVM_INVALID, "%s: began from other weights than those of %s", k->path,
+                    init->path);
+    if (k->n_files != (uint64_t)t->o.n_data)
+        return fail(error, LVM_INVALID, "%s: was trained on %llu files, not on %d", k->path,
+                    (unsigned long long)k->n_files, t->o.n_data);
+    for (int i = 0; i < t->o.n_data; i++) {
+        const lvm_tokens *own = t->o.data[i];
+        struct text name = cursor_text(&c);
+        if (cursor_number(&c, 8) != own->fingerprint)
+            return fail(error, LVM_INVALID, "%s: %s is not what was %.*s when it was trained",
+                        k->path, own->name != NULL ? own->name : "(memory)",
+                        (int)min64((int64_t)name.n, 100), name.s);
+    }
+    return LVM_OK;
+}
+
+/* The tensors that learn must be the same. */
+static int check_params(const struct lvm_trainer *t, const struct checkpoint *k,
+                        lvm_error *error) {
+    struct cursor c = k->params;
+    uint64_t left = k->n_params;
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        if (!learns(p)) continue;
+        if (left-- == 0)
+            return fail(error, LVM_INVALID, "%s: lacks tensor %s, which learns", k->path, p->name);
+        struct text name = cursor_text(&c);
+        uint64_t rows = cursor_number(&c, 8), cols = cursor_number(&c, 8);
+        if (!text_is(name, p->name) || rows != (uint64_t)p->w.rows || cols != (uint64_t)p->w.cols)
+            return fail(error, LVM_INVALID,
+                        "%s: holds tensor %.*s of %llu x %llu instead of %s of %d x %d", k->path,
+                        (int)min64((int64_t)name.n, 64), name.s, (unsigned long long)rows,
+                        (unsigned long long)cols, p->name, p->w.rows, p->w.cols);
+    }
+    return left == 0 ? LVM_OK : fail(error, LVM_INVALID, "%s: has %llu more tensors that learn",
+                                     k->path, (unsigned long long)left);
+}
+
+/* Whether the arrays are what was written; as the hash goes, array by array. */
+static int check_arrays(const struct lvm_trainer *t, const struct checkpoint *k,
+                        lvm_error *error) {
+    struct cursor c = {k->data, k->size, k->arrays, 0};
+    uint64_t hash = k->hash;
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        size_t bytes = (size_t)param_size(p) * sizeof(float);
+        for (int a = 0; learns(p) && a < CHECKPOINT_ARRAYS; a++)
+            hash = hash_bytes(hash, cursor_take(&c, bytes), bytes);
+    }
+    return checksum_wrong(cursor_number(&c, 8), hash) ? bad_checkpoint(k, error) : LVM_OK;
+}
+
+/* Numbers that no run has could only come from a file that was made to deceive. */
+static int check_state(const struct lvm_trainer *t, const struct checkpoint *k, lvm_error *error) {
+    for (int i = 0; i < N_SAVED; i++) {
+        const struct saved_number *n = &saved_numbers[i];
+        int64_t most = n->where == TRAINER(step)          ? t->o.steps
+                       : n->where == TRAINER(at.sentence) ? t->stream.n_sentences
+                                                          : INT64_MAX;
+        double real;
+        memcpy(&real, &k->numbers[i], sizeof real);
+        int ok = n->kind == SAVED_DOUBLE ? isfinite(real) && real >= 0
+                                         : k->numbers[i] <= (uint64_t)most;
+        if (n->of == OF_STATE && !ok) return bad_checkpoint(k, error);
+    }
+    return LVM_OK;
+}
+
+/* What was checked becomes the trainer's; gradients are 0 between steps. */
+static void take_checkpoint(struct lvm_trainer *t, const struct checkpoint *k) {
+    struct cursor c = {k->data, k->size, k->arrays, 0};
+    for (int i = 0; i < N_SAVED; i++) /* 8 bytes each: integers and a double */
+        if (saved_numbers[i].of == OF_STATE)
+            memcpy((char *)t + saved_numbers[i].where, &k->numbers[i], 8);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        size_t bytes = (size_t)param_size(p) * sizeof(float);
+        void *arrays[CHECKPOINT_ARRAYS];
+        if (!learns(p)) continue;
+        saved_arrays(p, arrays);
+        for (int a = 0; a < CHECKPOINT_ARRAYS; a++)
+            memcpy(arrays[a], cursor_take(&c, bytes), bytes);
+        memset(p->g, 0, bytes);
+    }
+}
+
+static int load_checkpoint(struct lvm_trainer *t, struct checkpoint *k, lvm_error *error) {
+    int code = parse_checkpoint(k, error);
+    if (code == LVM_OK) code = check_configuration(t, k, error);
+    if (code == LVM_OK) code = check_sources(t, k, error);
+    if (code == LVM_OK) code = check_params(t, k, error);
+    if (code == LVM_OK) code = check_state(t, k, error);
+    if (code == LVM_OK) code = check_arrays(t, k, error);
+    if (code == LVM_OK) take_checkpoint(t, k);
+    return code;
 }
 
 int lvm_trainer_load(lvm_trainer *trainer, const char *path, lvm_error *error) {
-    (void)trainer;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+    clear_error(error);
+    struct checkpoint k = {.path = path};
+    void *mapped = NULL;
+    if (trainer == NULL || path == NULL)
+        return null_argument(error, "lvm_trainer_load", trainer == NULL ? "trainer" : "path");
+    int code = map_file(path, &mapped, &k.size, error);
+    k.data = mapped;
+    if (code == LVM_OK) code = load_checkpoint(trainer, &k, error);
+    if (mapped != NULL) unmap_file(mapped, k.size);
+    return code;
 }
 
 char *lvm_checkpoint_note(const char *path, lvm_error *error) {
-    fail(error, LVM_UNSUPPORTED, "%s: to come", path);
-    return NULL;
+    clear_error(error);
+    struct checkpoint k = {.path = path};
+    void *mapped = NULL;
+    char *note = NULL;
+    if (path == NULL) {
+        null_argument(error, "lvm_checkpoint_note", "path");
+        return NULL;
+    }
+    int code = map_file(path, &mapped, &k.size, error);
+    k.data = mapped;
+    if (code == LVM_OK) code = parse_checkpoint(&k, error);
+    if (code == LVM_OK) note = mem_alloc((size_t)k.note.n + 1, 1, error);
+    if (note != NULL) memcpy(note, k.note.s, (size_t)k.note.n);
+    if (mapped != NULL) unmap_file(mapped, k.size);
+    return note;
 }
 
-/* ---- Weights files and adapters out of a trainer ---- */
+/* ---- Adapters ----
 
-int lvm_trainer_export(lvm_trainer *trainer, const char *path, int type,
-                       const lvm_model *tokenizer, lvm_error *error) {
-    (void)trainer, (void)type, (void)tokenizer;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+   LoRA (Hu et al. 2021, arXiv 2106.09685) leaves a matrix as it is and learns a difference of low
+   rank beside it:
+
+       y = x W^T + scale (x A^T) B^T = x (W + scale B A)^T                  scale = alpha / rank
+       W [rows][cols]   A [rank][cols]   B [rows][rank]
+
+   A file of adapters is a GGUF file of its own, with the keys that ggml gives its adapters:
+   general.type "adapter", adapter.type "lora", adapter.lora.alpha; and of each matrix two tensors,
+   such as blk.0.attn_q.weight.lora_a and .lora_b, in F32, F16 or BF16. A model takes them before it
+   runs: matrices that have one are merged with it, in memory or into a new file (chapter 14, which
+   also writes what a trainer learnt). */
+
+struct adapter {
+    struct text matrix;       /* name of W */
+    struct tensor a, b;       /* [rank][cols]  [rows][rank] */
+    struct tensor_spec *spec; /* of W, in the model that they are matched with */
+};
+
+struct adapters {
+    const char *path;
+    void *mapped;             /* [size], or NULL: foreign memory */
+    size_t size;
+    struct gguf file;
+    float alpha;
+    struct adapter *list;     /* [n] in the file's order */
+    int n;
+};
+
+static int processors(void); /* chapter 10 */
+static float not_finite(const struct tensor *t); /* chapter 14 */
+
+static int ends(struct text t, const char *s) {
+    size_t n = strlen(s);
+    return t.n >= n && memcmp(t.s + t.n - n, s, n) == 0;
+}
+
+/* A matrix of a file. */
+static struct tensor matrix_of(const struct gguf *g, const struct gguf_tensor *t) {
+    return (struct tensor){g->data + g->data_start + t->offset, type_bytes(t->type, t->ne[0]),
+                           t->type, (int)t->ne[1], (int)t->ne[0]};
+}
+
+/* The adapter whose A this tensor is, with B of the same name and rank. */
+static int read_adapter(const struct adapters *ad, const struct gguf_tensor *a, struct adapter *x,
+                        lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    char name[272]; /* a name has 256 bytes at most */
+    int n = (int)a->name.n - 1;
+    snprintf(name, sizeof name, "%.*sb", n, a->name.s);
+    const struct gguf_tensor *b = gguf_tensor(g, name);
+    if (b == NULL) return fail(error, LVM_FORMAT, "%s: tensor %s is missing", ad->path, name);
+    if (a->n_dims != 2 || b->n_dims != 2 || type_is_quantised(a->type) ||
+        type_is_quantised(b->type) || a->ne[1] != b->ne[0])
+        return fail(error, LVM_FORMAT,
+                    "%s: tensors %.*s and %s are no two matrices of floats and one rank", ad->path,
+                    (int)a->name.n, a->name.s, name);
+    *x = (struct adapter){{a->name.s, a->name.n - strlen(".lora_a")}, matrix_of(g, a),
+                          matrix_of(g, b), NULL};
+    if (isfinite(not_finite(&x->a)) && isfinite(not_finite(&x->b))) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: the adapter of %.*s holds NaN or infinity", ad->path,
+                (int)x->matrix.n, x->matrix.s);
+}
+
+static int read_adapters(struct adapters *ad, lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    int code = LVM_OK;
+    ad->list = mem_alloc((size_t)g->n_tensors, sizeof *ad->list, error);
+    if (ad->list == NULL) return LVM_MEMORY;
+    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
+        struct text name = g->tensors[i].name;
+        if (ends(name, ".lora_a"))
+            code = read_adapter(ad, &g->tensors[i], &ad->list[ad->n++], error);
+        else if (!ends(name, ".lora_b"))
+            code = fail(error, LVM_FORMAT, "%s: tensor %.*s is no half of an adapter", ad->path,
+                        (int)name.n, name.s);
+    }
+    if (code == LVM_OK && (ad->n == 0 || 2 * (int64_t)ad->n != g->n_tensors))
+        code = fail(error, LVM_FORMAT, "%s: holds %d adapters in %lld tensors", ad->path, ad->n,
+                    (long long)g->n_tensors);
+    return code;
+}
+
+/* Of a file that lies in memory; path is for messages. */
+static int adapters_parse(struct adapters *ad, const char *path, const void *data, size_t size,
+                          lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    int version = 0;
+    ad->path = path;
+    int code = gguf_parse(&ad->file, path, data, size, error);
+    if (code != LVM_OK) return code;
+    if (!text_is(read_text(g, "general.architecture"), "lvm"))
+        return fail(error, LVM_FORMAT, "%s: a GGUF file of another architecture than lvm", path);
+    if (!is_adapter_file(g) || !text_is(read_text(g, "adapter.type"), "lora"))
+        return fail(error, LVM_FORMAT, "%s: holds no adapters (LoRA); convert.py --lora makes such "
+                    "a file of a folder of them", path);
+    code = read_int(g, &(struct int_key){"lvm.format_version", 1, 1, 0, 0}, &version, error);
+    if (code == LVM_OK)
+        code = read_float(g, &(struct float_key){"adapter.lora.alpha", 1e-30f, 1e30f}, &ad->alpha,
+                          error);
+    return code == LVM_OK ? read_adapters(ad, error) : code;
+}
+
+/* Also of those that could not be opened. */
+static void adapters_close(struct adapters *ad) {
+    gguf_free(&ad->file);
+    mem_free(ad->list);
+    if (ad->mapped != NULL) unmap_file(ad->mapped, ad->size);
+    memset(ad, 0, sizeof *ad);
+}
+
+/* Finds the matrices of a model that adapters are for. */
+static int adapters_match(struct adapters *ad, const lvm_model *m, lvm_error *error) {
+    for (int i = 0; i < ad->n; i++) {
+        struct adapter *x = &ad->list[i];
+        for (int s = 0; s < m->n_specs && x->spec == NULL; s++)
+            if (m->specs[s].kind == T_MATRIX && text_is(x->matrix, m->specs[s].name))
+                x->spec = &m->specs[s];
+        if (x->spec == NULL)
+            return fail(error, LVM_INVALID, "%s: has an adapter for %.*s, which is no matrix of %s",
+                        ad->path, (int)x->matrix.n, x->matrix.s, m->path);
+        const int *dims = x->spec->dims;
+        if (dims[0] != x->b.rows || dims[1] != x->a.cols)
+            return fail(error, LVM_INVALID, "%s: is for %s of %d x %d; in %s it is %d x %d",
+                        ad->path, x->spec->name, x->b.rows, x->a.cols, m->path, dims[0], dims[1]);
+    }
+    return LVM_OK;
+}
+
+static int adapters_open(struct adapters *ad, const char *path, const lvm_model *m,
+                         lvm_error *error) {
+    memset(ad, 0, sizeof *ad);
+    int code = map_file(path, &ad->mapped, &ad->size, error);
+    if (code == LVM_OK) code = adapters_parse(ad, path, ad->mapped, ad->size, error);
+    if (code == LVM_OK && m != NULL) code = adapters_match(ad, m, error);
+    if (code != LVM_OK) adapters_close(ad);
+    return code;
+}
+
+/* A matrix with its adapter in floats. */
+struct merger {
+    struct tensor w;     /* [rows][cols], of any type */
+    float *a, *b;        /* [rank][cols]  [rows][rank] */
+    int rank;
+    float scale;
+};
+
+static float *tensor_floats(const struct tensor *t, lvm_error *error) {
+    float *x = mem_alloc((size_t)t->rows * (size_t)t->cols, sizeof *x, error);
+    for (int r = 0; x != NULL && r < t->rows; r++)
+        row_to_f32(t->type, tensor_row(t, r), x + (int64_t)r * t->cols, t->cols);
+    return x;
+}
+
+static int merger_open(struct merger *d, const struct tensor *w, const struct adapter *x,
+                       float alpha, lvm_error *error) {
+    *d = (struct merger){*w, tensor_floats(&x->a, error), tensor_floats(&x->b, error), x->a.rows,
+                         alpha / (float)x->a.rows};
+    return d->a != NULL && d->b != NULL ? LVM_OK : LVM_MEMORY;
+}
+
+static void merger_free(struct merger *d) {
+    mem_free(d->a);
+    mem_free(d->b);
+}
+
+/* Row r of W + scale B A: products in ascending order of the rank, then one addition to W. */
+static void merge_row(const struct merger *d, int r, float *row) {
+    enum { PART = 256 };
+    const float *b = d->b + (int64_t)r * d->rank;
+    int cols = d->w.cols;
+    row_to_f32(d->w.type, tensor_row(&d->w, r), row, cols);
+    for (int at = 0; at < cols; at += PART) {
+        int n = cols - at < PART ? cols - at : PART;
+        float sum[PART] = {0};
+        for (int k = 0; k < d->rank; k++) {
+            const float *a = d->a + (int64_t)k * cols + at;
+            for (int i = 0; i < n; i++) sum[i] += b[k] * a[i];
+        }
+        for (int i = 0; i < n; i++) row[at + i] += d->scale * sum[i];
+    }
+}
+
+enum { MERGE_ROWS = 16 }; /* of a task */
+
+struct merge_tasks {
+    struct merger d;
+    struct tensor out;
+    uint8_t *data;       /* out's */
+    float *rows;         /* [threads][cols] */
+};
+
+static void merge_task(void *arg, int task, int thread) {
+    const struct merge_tasks *t = arg;
+    float *row = t->rows + (int64_t)thread * t->out.cols;
+    int end = (int)min64(t->out.rows, (int64_t)(task + 1) * MERGE_ROWS);
+    for (int r = task * MERGE_ROWS; r < end; r++) {
+        merge_row(&t->d, r, row);
+        row_from_f32(t->out.type, row, t->data + r * t->out.row_bytes, t->out.cols);
+    }
+}
+
+/* *out = w with x, in memory of its own: floats of its type, or Q8_0. What lay on the grid of Q4_0
+   before does not with something added, and would lose more than it gained. */
+static int merge_matrix(struct pool *pool, const struct tensor *w, const struct adapter *x,
+                        float alpha, struct tensor *out, lvm_error *error) {
+    struct merge_tasks t = {.out = *w};
+    if (type_is_quantised(w->type)) t.out.type = LVM_Q8_0;
+    t.out.row_bytes = type_bytes(t.out.type, w->cols);
+    int code = merger_open(&t.d, w, x, alpha, error);
+    if (code == LVM_OK) {
+        t.data = mem_alloc((size_t)w->rows, (size_t)t.out.row_bytes, error);
+        t.rows = mem_alloc((size_t)pool_threads(pool) * (size_t)w->cols, sizeof *t.rows, error);
+        if (t.data == NULL || t.rows == NULL) code = LVM_MEMORY;
+    }
+    if (code == LVM_OK)
+        pool_run(pool, (w->rows + MERGE_ROWS - 1) / MERGE_ROWS, merge_task, &t);
+    else mem_free(t.data);
+    merger_free(&t.d);
+    mem_free(t.rows);
+    t.out.data = t.data;
+    if (code == LVM_OK) *out = t.out;
+    return code;
+}
+
+/* All of them, or nothing: list[n] are the merged matrices. */
+static int merge_adapters(lvm_model *m, const struct adapters *ad, struct tensor *list,
+                          lvm_error *error) {
+    struct pool *pool = pool_new(processors(), error);
+    int code = pool == NULL ? LVM_MEMORY : LVM_OK, done = 0;
+    for (; code == LVM_OK && done < ad->n; done += code == LVM_OK)
+        code = merge_matrix(pool, ad->list[done].spec->tensor, &ad->list[done], ad->alpha,
+                            &list[done], error);
+    for (int i = 0; i < done; i++) {
+        struct tensor_spec *s = ad->list[i].spec;
+        uint8_t *data = (uint8_t *)(uintptr_t)list[i].data;
+        if (code == LVM_OK) {
+            mem_free(s->merged);
+            *s->tensor = list[i];
+            s->merged = data;
+        } else {
+            mem_free(data);
+        }
+    }
+    pool_free(pool);
+    uint64_t hash = weights_hash(&ad->file);
+    if (code == LVM_OK) m->adapters = hash_bytes(m->adapters, &hash, sizeof hash);
+    return code;
 }
 
 int lvm_apply_lora(lvm_model *model, const char *path, lvm_error *error) {
-    (void)model;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
-}
-
-int lvm_merge(const char *base, const char *adapters, const char *out, int type, int force,
-              lvm_error *error) {
-    (void)base, (void)adapters, (void)type, (void)force;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", out);
+    clear_error(error);
+    struct adapters ad;
+    if (model == NULL || path == NULL)
+        return null_argument(error, "lvm_apply_lora", model == NULL ? "model" : "path");
+    if (devices_are_open(model->devices))
+        return fail(error, LVM_INVALID, "%s: has contexts already; adapters come before them",
+                    model->path);
+    int code = adapters_open(&ad, path, model, error);
+    if (code != LVM_OK) return code;
+    struct tensor *list = mem_alloc((size_t)ad.n, sizeof *list, error);
+    code = list == NULL ? LVM_MEMORY : merge_adapters(model, &ad, list, error);
+    mem_free(list);
+    adapters_close(&ad);
+    return code;
 }
 
 /* ---- The trainer: its parameters ---- */
@@ -5556,10 +6702,6 @@ static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
         fill_normal(r, 0.02f * scale, p->values, n);
     }
 }
-
-struct begin_job {
-    struct lvm_trainer *t;
-};
 
 /* Each parameter has a stream of random numbers of its own. */
 static void begin_task(void *arg, int i, int thread) {
@@ -5960,6 +7102,15 @@ int lvm_trainer_eval(lvm_trainer *t, const lvm_tokens *data, int64_t max_rows, d
    and links, nor one an image that any line reads: a file is looked through and refused before any
    work, in a stream the line that comes second is a fault.
 
+   Lines to learn from (lvm pack) hold tokens alone, in the same forms, of images of any size:
+
+       {"tokens": ids}                                       a sentence
+       {"input_tokens": ids, "output_tokens": ids}           the same of two parts, so that the loss
+                                                             can be of the second one alone
+       "weights": numbers                                    0 .. 255, of the loss of each token; 16
+                                                             is 1; or base64 of bytes
+       "image_tokens": n                                     an image's; else 256 if that may be
+
    Limits. A line has at most 16 MiB, a list at most 65536 images, values lie in each other 32 deep.
    Memory is in proportion to the longest line, where a short path takes some 50 times its length,
    and batch keeps the names of its outputs. */
@@ -6273,33 +7424,51 @@ static void take_token(struct json *j, struct buffer *tokens) {
 
 /* The 6 bits of a digit, or -1. */
 static int base64_digit(char c) {
-    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    const char *p = c != 0 ? strchr(digits, c) : NULL;
-    return p != NULL ? (int)(p - digits) : -1;
+    if (c >= 'A' && c <= 'Z') return c - 'A';
+    if (c >= 'a' && c <= 'z') return c - 'a' + 26;
+    if (c >= '0' && c <= '9') return c - '0' + 52;
+    return c == '+' ? 62 : c == '/' ? 63 : -1;
 }
 
-/* Base64 of little-endian int32: each character brings six bits, highest first, each eight of them
-   make a byte, each four bytes an id, lowest byte first. At the end no more than two = may pad. */
-static void take_base64(struct json *j, struct buffer *tokens) {
+/* The *n bytes of a base64 string, which the caller frees; NULL after a fault. Each character
+   brings six bits, highest first, each eight of them make a byte, which has room where its
+   characters stood. At the end no more than two = may pad. */
+static uint8_t *json_base64(struct json *j, size_t *n) {
     char *text = json_string(j);
-    uint32_t bits = 0, id = 0;
-    int held = 0, bytes = 0;
-    size_t n = text != NULL ? strlen(text) : 0, i = 0;
-    for (; j->code == LVM_OK && i < n && base64_digit(text[i]) >= 0; i++) {
+    uint8_t *bytes = (uint8_t *)text;
+    uint32_t bits = 0;
+    int held = 0;
+    size_t size = text != NULL ? strlen(text) : 0, i = 0;
+    *n = 0;
+    for (; i < size && base64_digit(text[i]) >= 0; i++) {
         bits = bits << 6 | (uint32_t)base64_digit(text[i]);
         held += 6;
         if (held < 8) continue;
         held -= 8;
-        id |= (bits >> held & 255) << 8 * bytes++;
-        if (bytes < 4) continue;
-        if (id >= (uint32_t)j->codes) json_fail(j, "an id is no image token");
-        else j->code = buffer_add(tokens, &id, sizeof id, j->error);
-        id = 0;
-        bytes = 0;
+        bytes[(*n)++] = (uint8_t)(bits >> held);
     }
-    if (j->code == LVM_OK && (bytes != 0 || n - i > 2 || strspn(text + i, "=") != n - i))
-        json_fail(j, "tokens are no base64 of whole int32");
+    if (text != NULL && (size - i > 2 || strspn(text + i, "=") != size - i))
+        json_fail(j, "a string is no base64");
+    if (j->code == LVM_OK) return bytes;
     mem_free(text);
+    return NULL;
+}
+
+/* Base64 of little-endian int32. */
+static void take_base64(struct json *j, struct buffer *tokens) {
+    json_peek(j);
+    size_t n = 0, start = j->at;
+    uint8_t *bytes = json_base64(j, &n);
+    if (n % sizeof(int32_t) != 0) json_fail(j, "tokens are no base64 of whole int32");
+    for (size_t i = 0; j->code == LVM_OK && i < n; i += sizeof(int32_t)) {
+        uint32_t id;
+        memcpy(&id, bytes + i, sizeof id);
+        if (id < (uint32_t)j->codes) continue;
+        if (memchr(j->s + start, '\\', j->at - start) == NULL) j->at = start + 1 + i / 3 * 4;
+        json_fail(j, "an id is no image token");
+    }
+    if (j->code == LVM_OK) j->code = buffer_add(tokens, bytes, n, j->error);
+    mem_free(bytes);
 }
 
 /* An element that is a string: a path, or, behind a key that takes tokens alone, base64. */
@@ -6399,7 +7568,8 @@ static void json_value(struct json *j, const struct sentence_key *key, struct se
 }
 
 /* A key, its : and its value. */
-static void json_member(struct json *j, struct sentence *s) {
+static void json_member(struct json *j, void *arg) {
+    struct sentence *s = arg;
     char *name = json_string(j);
     int key = name != NULL ? find_key(name) : -1;
     int near = name != NULL && key < 0 ? find_near_key(name) : -1;
@@ -6413,24 +7583,151 @@ static void json_member(struct json *j, struct sentence *s) {
     else if (!json_word(j, "null")) json_value(j, &key_table[key], s);
 }
 
-/* Reads one line, an object in which every key may be missing; an answer must be one of the
-   choices, and nothing may stand behind the object. s is freed by sentence_free, also after a
-   failure. */
-static int parse_sentence(struct json *j, struct sentence *s) {
-    memset(s, 0, sizeof *s);
-    s->answer = -1;
+/* A whole line, an object whose members `member` reads; form shows what it looks like. Nothing may
+   stand behind it. */
+static void json_line(struct json *j, const char *form,
+                      void (*member)(struct json *j, void *arg), void *arg) {
     if (j->n > 0 && memchr(j->s, 0, j->n) != NULL)
         json_fail(j, "zero bytes in the line: a set is UTF-8 text, not UTF-16");
-    json_want(j, '{', "a line is an object: {\"input\": [...], ...}");
+    if (!json_take(j, '{')) json_fail(j, "a line is an object: %s", form);
     int more = j->code == LVM_OK && !json_take(j, '}');
     while (more) {
-        json_member(j, s);
+        member(j, arg);
         more = j->code == LVM_OK && json_more(j, '}');
     }
     if (json_peek(j) != 0 || (j->code == LVM_OK && j->at < j->n))
         json_fail(j, "something stands behind the object");
+}
+
+/* Reads one line, in which every key may be missing; an answer must be one of the choices. s is
+   freed by sentence_free, also after a failure. */
+static int parse_sentence(struct json *j, struct sentence *s) {
+    memset(s, 0, sizeof *s);
+    s->answer = -1;
+    json_line(j, "{\"input\": [...], ...}", json_member, s);
     if (j->code == LVM_OK && s->answer >= s->choices.n && s->answer >= 0)
         json_fail(j, "\"answer\" is none of the choices");
+    return j->code;
+}
+
+/* ---- Lines to learn from ---- */
+
+enum train_part { PART_TOKENS, PART_INPUT, PART_OUTPUT, PART_WEIGHTS, PART_IMAGE, N_PARTS };
+
+static const struct train_key {
+    const char *name;
+    enum train_part gives;
+} train_keys[] = {{"tokens", PART_TOKENS},        {"input_tokens", PART_INPUT},
+                  {"input", PART_INPUT},          {"output_tokens", PART_OUTPUT},
+                  {"output", PART_OUTPUT},        {"target_tokens", PART_OUTPUT},
+                  {"target", PART_OUTPUT},        {"weights", PART_WEIGHTS},
+                  {"image_tokens", PART_IMAGE}};
+enum { N_TRAIN_KEYS = sizeof train_keys / sizeof *train_keys };
+
+struct train_line {
+    const char *by[N_PARTS];        /* the key that gave a part, or NULL */
+    struct buffer ids[PART_OUTPUT + 1]; /* int32: tokens, input, output */
+    struct buffer weights;          /* u8 */
+    int image_tokens;               /* 0: unknown */
+};
+
+/* Also of one that was never filled but is zero. */
+static void train_line_free(struct train_line *line) {
+    for (int i = 0; i <= PART_OUTPUT; i++) mem_free(line->ids[i].data);
+    mem_free(line->weights.data);
+    memset(line, 0, sizeof *line);
+}
+
+/* An array of ids, or of arrays of them, one an image. */
+static void json_id_array(struct json *j, int depth, struct buffer *ids) {
+    json_want(j, '[', "tokens should stand here, an array of ids or base64");
+    if (j->code != LVM_OK || json_take(j, ']')) return;
+    do {
+        int c = json_peek(j);
+        if (c == '[' && depth > 0)
+            json_id_array(j, depth - 1, ids);
+        else if (c != '-' && !isdigit(c))
+            json_fail(j, c == '"' ? "a picture's name stands among tokens; lvm encode makes some"
+                                  : "an id should stand here");
+        else
+            take_token(j, ids);
+    } while (j->code == LVM_OK && json_more(j, ']'));
+}
+
+/* Loss weights: an array of whole numbers, or base64 of bytes. */
+static void json_weights(struct json *j, struct buffer *weights) {
+    size_t n = 0;
+    if (json_peek(j) == '"') {
+        uint8_t *bytes = json_base64(j, &n);
+        if (j->code == LVM_OK) j->code = buffer_add(weights, bytes, n, j->error);
+        mem_free(bytes);
+        return;
+    }
+    json_want(j, '[', "weights should stand here, an array of numbers or base64");
+    if (j->code != LVM_OK || json_take(j, ']')) return;
+    do {
+        uint8_t weight = (uint8_t)json_int(j, 256, "a weight is no whole number from 0 to 255");
+        if (j->code == LVM_OK) j->code = buffer_add(weights, &weight, 1, j->error);
+    } while (j->code == LVM_OK && json_more(j, ']'));
+}
+
+/* The key of that name, or NULL; a name that nearly is one is a fault. */
+static const struct train_key *find_train_key(struct json *j, const char *name) {
+    int n = (int)strlen(name);
+    for (int i = 0; i < N_TRAIN_KEYS; i++)
+        if (strcmp(name, train_keys[i].name) == 0) return &train_keys[i];
+    for (int i = 0; i < N_TRAIN_KEYS && n < KEY_ROOM; i++) {
+        int d = word_distance(name, train_keys[i].name);
+        if (d > 2 || 2 * d >= n) continue;
+        json_fail(j, "the key \"%s\" has no meaning (did you mean \"%s\"?)", name,
+                  train_keys[i].name);
+    }
+    return NULL;
+}
+
+static void json_train_member(struct json *j, void *arg) {
+    struct train_line *line = arg;
+    char *name = json_string(j);
+    const struct train_key *key = name != NULL ? find_train_key(j, name) : NULL;
+    mem_free(name);
+    json_want(j, ':', "a key lacks its :");
+    if (key == NULL) {
+        json_skip(j, JSON_DEPTH);
+        return;
+    }
+    if (json_word(j, "null")) return;
+    if (line->by[key->gives] != NULL)
+        json_fail(j, "\"%s\" and \"%s\" say the same thing twice; leave one out",
+                  line->by[key->gives], key->name);
+    line->by[key->gives] = key->name;
+    if (key->gives == PART_WEIGHTS)
+        json_weights(j, &line->weights);
+    else if (key->gives == PART_IMAGE)
+        line->image_tokens = json_int(j, MAX_IDS, "\"image_tokens\" is no number of tokens");
+    else if (json_peek(j) == '"')
+        take_base64(j, &line->ids[key->gives]);
+    else
+        json_id_array(j, 1, &line->ids[key->gives]);
+}
+
+/* Reads one line; afterwards ids[PART_TOKENS] holds all of its tokens, also of one in two parts,
+   and weights, if there are any, are as many. line is freed by train_line_free, also after a
+   failure. */
+static int parse_train_line(struct json *j, struct train_line *line) {
+    struct buffer *all = &line->ids[PART_TOKENS];
+    memset(line, 0, sizeof *line);
+    j->codes = MAX_IDS;
+    json_line(j, "{\"tokens\": [...]}", json_train_member, line);
+    const char *const *by = line->by;
+    if (by[PART_TOKENS] != NULL && (by[PART_INPUT] != NULL || by[PART_OUTPUT] != NULL))
+        json_fail(j, "\"tokens\" and \"%s\" say the same thing twice; leave one out",
+                  by[by[PART_INPUT] != NULL ? PART_INPUT : PART_OUTPUT]);
+    if (by[PART_TOKENS] == NULL && (by[PART_INPUT] == NULL || by[PART_OUTPUT] == NULL))
+        json_fail(j, "a line holds \"tokens\", or \"input_tokens\" and \"output_tokens\"");
+    for (int i = PART_INPUT; j->code == LVM_OK && i <= PART_OUTPUT; i++)
+        j->code = buffer_add(all, line->ids[i].data, line->ids[i].n, j->error);
+    if (by[PART_WEIGHTS] != NULL && line->weights.n != all->n / sizeof(int32_t))
+        json_fail(j, "%zu weights for %zu tokens", line->weights.n, all->n / sizeof(int32_t));
     return j->code;
 }
 
@@ -7412,13 +8709,6 @@ static void forget_temporary(const char *path);
 static FILE *create_temporary(const char *path) { return os_create(path); }
 static void forget_temporary(const char *path) { (void)path; }
 #endif
-
-/* A file being written. */
-struct outfile {
-    char *path;          /* as messages name it */
-    char *target, *temp; /* where it will be and is; NULL: a device or a pipe, written directly */
-    FILE *file;
-};
 
 static int write_failed(const char *path, lvm_error *error) {
     return fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
@@ -14264,150 +15554,6 @@ static int finish_head(struct gguf_writer *w, struct buffer *head) {
     return w->code;
 }
 
-/* ---- Types: what a tensor is stored as ---- */
-
-/* What is asked for: LVM_AUTO keeps a type. */
-struct wanted_types {
-    int transformer, vq, encoder;
-};
-
-/* Of the tensor of this name, now of type `now`. Where convolutions are to be quantised the
-   encoder's become F16, unless another type is asked for or they are quantised already: it is the
-   smaller half, and a token that flips is a wrong word in the transformer's prompt. Encoder levels
-   at Q8_0 lost the first file that shipped 5 of 13 puzzles (docs/model.md). */
-static int wanted_type(const struct wanted_types *t, struct text name, enum tensor_kind kind,
-                       int now) {
-    if (!begins(name, "vq.")) return t->transformer;
-    if (!begins(name, "vq.encoder.") && !begins(name, "vq.quant_conv.")) return t->vq;
-    if (t->encoder != LVM_AUTO) return t->encoder;
-    int spared = kind == T_CONV && type_is_quantised(t->vq) && !type_is_quantised(now);
-    return spared ? LVM_F16 : t->vq;
-}
-
-/* What a tensor with rows of k elements, now of type `now`, becomes where `wanted` is asked for
-   (LVM_AUTO: nothing). Vectors stay as they are; so does what tokens hang on where it would be
-   quantised. Q4_0 leaves convolutions and the matrix of the logits at Q8_0: for the latter it costs
-   little and is worth half a percent of perplexity. */
-static int stored_type(enum tensor_kind kind, int64_t k, int now, int wanted) {
-    if (kind == T_VECTOR || wanted == LVM_AUTO) return now;
-    if (kind == T_EXACT && type_is_quantised(wanted)) return now;
-    if (wanted == LVM_Q4_0 && (kind == T_OUTPUT || kind == T_CONV)) wanted = LVM_Q8_0;
-    return k % type_info(wanted)->block != 0 ? LVM_F16 : wanted;
-}
-
-/* Of a tensor of the file, which may hold some that the description does not know. Tied embeddings
-   are the matrix of the logits too. */
-static enum tensor_kind kind_of(const lvm_model *m, const struct gguf_tensor *t) {
-    for (int i = 0; i < m->n_specs; i++)
-        if (text_is(t->name, m->specs[i].name)) {
-            int tied = m->specs[i].kind == T_EMBED && m->llama.output.data == m->llama.embed.data;
-            return tied ? T_OUTPUT : m->specs[i].kind;
-        }
-    return t->n_dims == 1 ? T_VECTOR : begins(t->name, "vq.") ? T_CONV : T_MATRIX;
-}
-
-/* ---- Quantise: the same file with other types ---- */
-
-static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment,
-                         lvm_error *error) {
-    static const uint8_t zeros[64];
-    uint64_t n = (alignment - written % alignment) % alignment;
-    int code = LVM_OK;
-    for (; n > 0 && code == LVM_OK; n -= (uint64_t)min64(64, (int64_t)n))
-        code = outfile_write(out, zeros, (size_t)min64(64, (int64_t)n), error);
-    return code;
-}
-
-static int write_tensor(struct outfile *out, const struct gguf *g, const struct gguf_tensor *t,
-                        int type, float *row, uint8_t *packed, lvm_error *error) {
-    const uint8_t *in = g->data + g->data_start + t->offset;
-    int64_t rows = t->ne[1] * t->ne[2] * t->ne[3], in_bytes = type_bytes(t->type, t->ne[0]);
-    int64_t out_bytes = type_bytes(type, t->ne[0]);
-    int code = LVM_OK;
-    if (type == t->type) {
-        code = outfile_write(out, in, (size_t)t->bytes, error);
-    } else {
-        for (int64_t r = 0; code == LVM_OK && r < rows; r++, in += in_bytes) {
-            row_to_f32(t->type, in, row, t->ne[0]);
-            row_from_f32(type, row, packed, t->ne[0]);
-            code = outfile_write(out, packed, (size_t)out_bytes, error);
-        }
-    }
-    if (code == LVM_OK)
-        code = write_padding(out, (uint64_t)(out_bytes * rows), g->alignment, error);
-    return code;
-}
-
-/* Keys as they are, tensors in the file's order with their new types. */
-static int quantized_head(const lvm_model *m, const struct wanted_types *wanted, int *types,
-                          struct buffer *head, lvm_error *error) {
-    const struct gguf *g = &m->file;
-    struct gguf_writer w = {.alignment = g->alignment, .error = error};
-    for (int64_t i = 0; i < g->n_keys; i++)
-        put_key(&w, g->keys[i].name, g->keys[i].type, g->keys[i].value, g->keys[i].size);
-    for (int64_t i = 0; i < g->n_tensors; i++) {
-        const struct gguf_tensor *t = &g->tensors[i];
-        enum tensor_kind kind = kind_of(m, t);
-        int asked = wanted_type(wanted, t->name, kind, t->type);
-        types[i] = stored_type(kind, t->ne[0], t->type, asked);
-        put_tensor(&w, t->name, t->n_dims, t->ne, types[i]);
-    }
-    return finish_head(&w, head);
-}
-
-static int quantize_model(const lvm_model *m, const char *path, const struct wanted_types *wanted,
-                          lvm_error *error) {
-    const struct gguf *g = &m->file;
-    struct outfile out;
-    struct buffer head = {0};
-    int64_t widest = 1;
-    for (int64_t i = 0; i < g->n_tensors; i++) widest = max64(widest, g->tensors[i].ne[0]);
-    int *types = mem_alloc((size_t)g->n_tensors, sizeof *types, error);
-    float *row = mem_alloc((size_t)widest, sizeof *row, error);
-    uint8_t *packed = mem_alloc((size_t)widest, 4, error);
-    int code = types == NULL || row == NULL || packed == NULL ? LVM_MEMORY : LVM_OK;
-    if (code == LVM_OK) code = quantized_head(m, wanted, types, &head, error);
-    if (code == LVM_OK) code = outfile_open(&out, path, error);
-    if (code == LVM_OK) {
-        code = outfile_write(&out, head.data, head.n, error);
-        for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++)
-            code = write_tensor(&out, g, &g->tensors[i], types[i], row, packed, error);
-        code = outfile_close(&out, code, error);
-    }
-    mem_free(types);
-    mem_free(row);
-    mem_free(packed);
-    mem_free(head.data);
-    return code;
-}
-
-static int is_type(int type) { return type == LVM_AUTO || type_info(type) != NULL; }
-
-int lvm_quantize(const char *in, const char *out, int type, int vq_type, int encoder_type,
-                 int force, lvm_error *error) {
-    clear_error(error);
-    const struct wanted_types wanted = {type, vq_type, encoder_type};
-    lvm_error own = {LVM_OK, ""};
-    if (error == NULL) error = &own;
-    if (in == NULL || out == NULL)
-        return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
-    if (same_file(in, out))
-        return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
-    if (os_stat(out).kind == OS_FILE && standard_stream(out) < 0 && !force)
-        return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
-    if (!is_type(type) || !is_type(vq_type) || !is_type(encoder_type))
-        return fail(error, LVM_INVALID, "unknown type %d, %d or %d", type, vq_type, encoder_type);
-    lvm_model *m = lvm_open(in, 0, error);
-    if (m == NULL) return error->code;
-    int code = quantize_model(m, out, &wanted, error);
-    lvm_close(m);
-    return code;
-}
-
-/* ---- Random weights: a model of given sizes, to measure with ---- */
-
-#ifndef LVM_NO_MAIN
-
 static struct text text_of(const char *s) { return (struct text){s, strlen(s)}; }
 
 static void put_int_key(struct gguf_writer *w, const char *name, int v) {
@@ -14462,6 +15608,354 @@ static void put_model_keys(struct gguf_writer *w, const lvm_model *m) {
         put_ints_key(w, "lvm.vq.attn_resolutions", m->vq->attn_at, m->vq->n_attn_at);
     }
 }
+
+/* ---- Types: what a tensor is stored as ---- */
+
+/* What is asked for: LVM_AUTO keeps a type. */
+struct wanted_types {
+    int transformer, vq, encoder;
+};
+
+/* Of the tensor of this name, now of type `now`. Where convolutions are to be quantised the
+   encoder's become F16, unless another type is asked for or they are quantised already: it is the
+   smaller half, and a token that flips is a wrong word in the transformer's prompt. Encoder levels
+   at Q8_0 lost the first file that shipped 5 of 13 puzzles (docs/model.md). */
+static int wanted_type(const struct wanted_types *t, struct text name, enum tensor_kind kind,
+                       int now) {
+    if (!begins(name, "vq.")) return t->transformer;
+    if (!begins(name, "vq.encoder.") && !begins(name, "vq.quant_conv.")) return t->vq;
+    if (t->encoder != LVM_AUTO) return t->encoder;
+    int spared = kind == T_CONV && type_is_quantised(t->vq) && !type_is_quantised(now);
+    return spared ? LVM_F16 : t->vq;
+}
+
+/* What a tensor with rows of k elements, now of type `now`, becomes where `wanted` is asked for
+   (LVM_AUTO: nothing). Vectors stay as they are; so does what tokens hang on where it would be
+   quantised. Q4_0 leaves convolutions and the matrix of the logits at Q8_0: for the latter it costs
+   little and is worth half a percent of perplexity. */
+static int stored_type(enum tensor_kind kind, int64_t k, int now, int wanted) {
+    if (kind == T_VECTOR || wanted == LVM_AUTO) return now;
+    if (kind == T_EXACT && type_is_quantised(wanted)) return now;
+    if (wanted == LVM_Q4_0 && (kind == T_OUTPUT || kind == T_CONV)) wanted = LVM_Q8_0;
+    return k % type_info(wanted)->block != 0 ? LVM_F16 : wanted;
+}
+
+/* Of a tensor of the file, which may hold some that the description does not know. Tied embeddings
+   are the matrix of the logits too. */
+static enum tensor_kind kind_of(const lvm_model *m, const struct gguf_tensor *t) {
+    for (int i = 0; i < m->n_specs; i++)
+        if (text_is(t->name, m->specs[i].name)) {
+            int tied = m->specs[i].kind == T_EMBED && m->llama.output.data == m->llama.embed.data;
+            return tied ? T_OUTPUT : m->specs[i].kind;
+        }
+    return t->n_dims == 1 ? T_VECTOR : begins(t->name, "vq.") ? T_CONV : T_MATRIX;
+}
+
+/* ---- Writing a weights file from tensors that lie elsewhere ---- */
+
+/* A tensor to be written. */
+struct written {
+    struct text name;
+    int n_dims, now, type;         /* its type now and in the file */
+    int64_t ne[4];                 /* fastest first; 1 beyond n_dims */
+    const uint8_t *data;
+    const struct adapter *adapter; /* to be merged with it, or NULL */
+};
+
+/* One row at a time: room for a row in floats, and in any type. */
+struct row_writer {
+    struct outfile *out;
+    uint32_t alignment;
+    float alpha;                   /* of adapters */
+    float *row;
+    uint8_t *packed;
+};
+
+static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment,
+                         lvm_error *error) {
+    static const uint8_t zeros[64];
+    uint64_t n = (alignment - written % alignment) % alignment;
+    int code = LVM_OK;
+    for (; n > 0 && code == LVM_OK; n -= (uint64_t)min64(64, (int64_t)n))
+        code = outfile_write(out, zeros, (size_t)min64(64, (int64_t)n), error);
+    return code;
+}
+
+/* A matrix and its adapter. */
+static int write_merged(const struct row_writer *w, const struct written *t, lvm_error *error) {
+    struct merger d;
+    const struct tensor own = {t->data, type_bytes(t->now, t->ne[0]), t->now, (int)t->ne[1],
+                               (int)t->ne[0]};
+    int code = merger_open(&d, &own, t->adapter, w->alpha, error);
+    for (int r = 0; code == LVM_OK && r < own.rows; r++) {
+        merge_row(&d, r, w->row);
+        row_from_f32(t->type, w->row, w->packed, own.cols);
+        code = outfile_write(w->out, w->packed, (size_t)type_bytes(t->type, own.cols), error);
+    }
+    merger_free(&d);
+    return code;
+}
+
+static int write_tensor(const struct row_writer *w, const struct written *t, lvm_error *error) {
+    int64_t rows = t->ne[1] * t->ne[2] * t->ne[3], in_bytes = type_bytes(t->now, t->ne[0]);
+    int64_t out_bytes = type_bytes(t->type, t->ne[0]);
+    const uint8_t *in = t->data;
+    int code = LVM_OK;
+    if (t->adapter != NULL) {
+        code = write_merged(w, t, error);
+    } else if (t->type == t->now) {
+        code = outfile_write(w->out, in, (size_t)(in_bytes * rows), error);
+    } else {
+        for (int64_t r = 0; code == LVM_OK && r < rows; r++, in += in_bytes) {
+            row_to_f32(t->now, in, w->row, t->ne[0]);
+            row_from_f32(t->type, w->row, w->packed, t->ne[0]);
+            code = outfile_write(w->out, w->packed, (size_t)out_bytes, error);
+        }
+    }
+    return code == LVM_OK
+               ? write_padding(w->out, (uint64_t)(out_bytes * rows), w->alignment, error) : code;
+}
+
+/* The file of these keys, which are used up, and tensors. */
+static int write_weights(const char *path, struct gguf_writer *keys, const struct written *list,
+                         int64_t n, float alpha, lvm_error *error) {
+    struct outfile out;
+    struct buffer head = {0};
+    int64_t widest = 1;
+    for (int64_t i = 0; i < n; i++) {
+        put_tensor(keys, list[i].name, list[i].n_dims, list[i].ne, list[i].type);
+        widest = max64(widest, list[i].ne[0]);
+    }
+    struct row_writer w = {&out, keys->alignment, alpha,
+                           mem_alloc((size_t)widest, sizeof *w.row, error),
+                           mem_alloc((size_t)widest, 4, error)};
+    int code = finish_head(keys, &head);
+    if (code == LVM_OK && (w.row == NULL || w.packed == NULL)) code = LVM_MEMORY;
+    if (code == LVM_OK) code = outfile_open(&out, path, error);
+    if (code == LVM_OK) {
+        code = outfile_write(&out, head.data, head.n, error);
+        for (int64_t i = 0; code == LVM_OK && i < n; i++) code = write_tensor(&w, &list[i], error);
+        code = outfile_close(&out, code, error);
+    }
+    mem_free(w.row);
+    mem_free(w.packed);
+    mem_free(head.data);
+    return code;
+}
+
+/* A tensor of a file as it is. */
+static struct written same_tensor(const struct gguf *g, const struct gguf_tensor *t) {
+    struct written x = {t->name, t->n_dims, t->type, t->type, {1, 1, 1, 1},
+                        g->data + g->data_start + t->offset, NULL};
+    memcpy(x.ne, t->ne, sizeof x.ne);
+    return x;
+}
+
+/* ---- Quantise and merge: the same file with other types, or with adapters in it ---- */
+
+static const struct adapter *adapter_of(const struct adapters *ad, struct text matrix) {
+    for (int i = 0; ad != NULL && i < ad->n; i++)
+        if (text_compare(ad->list[i].matrix, matrix) == 0) return &ad->list[i];
+    return NULL;
+}
+
+/* Keys as they are; the name tells of adapters. */
+static void put_keys_of(struct gguf_writer *w, const lvm_model *m, const struct adapters *ad) {
+    const struct gguf *g = &m->file;
+    for (int64_t i = 0; i < g->n_keys; i++) {
+        const struct gguf_key *key = &g->keys[i];
+        if (ad == NULL || !text_is(key->name, "general.name"))
+            put_key(w, key->name, key->type, key->value, key->size);
+    }
+    if (ad == NULL) return;
+    struct text name = read_text(&ad->file, "general.name");
+    char both[300];
+    snprintf(both, sizeof both, "%.140s + %.*s", *m->name != 0 ? m->name : "lvm",
+             name.n > 0 ? (int)min64((int64_t)name.n, 140) : 4, name.n > 0 ? name.s : "LoRA");
+    put_text_key(w, "general.name", both);
+}
+
+/* Tensors in the file's order with their new types, and with adapters (NULL: none). */
+static int rewrite_model(const lvm_model *m, const char *path, const struct wanted_types *wanted,
+                         const struct adapters *ad, lvm_error *error) {
+    const struct gguf *g = &m->file;
+    struct gguf_writer keys = {.alignment = g->alignment, .error = error};
+    struct written *list = mem_alloc((size_t)g->n_tensors, sizeof *list, error);
+    if (list == NULL) return LVM_MEMORY;
+    put_keys_of(&keys, m, ad);
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        const struct gguf_tensor *t = &g->tensors[i];
+        enum tensor_kind kind = kind_of(m, t);
+        list[i] = same_tensor(g, t);
+        list[i].type = stored_type(kind, t->ne[0], t->type,
+                                   wanted_type(wanted, t->name, kind, t->type));
+        list[i].adapter = adapter_of(ad, t->name);
+    }
+    int code = write_weights(path, &keys, list, g->n_tensors, ad != NULL ? ad->alpha : 0, error);
+    mem_free(list);
+    return code;
+}
+
+static int is_type(int type) { return type == LVM_AUTO || type_info(type) != NULL; }
+
+/* Refuses to write over an input, or over what is there already. */
+static int check_rewrite(const char *in, const char *out, int force, lvm_error *error) {
+    if (same_file(in, out))
+        return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
+    if (os_stat(out).kind == OS_FILE && standard_stream(out) < 0 && !force)
+        return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
+    return LVM_OK;
+}
+
+int lvm_quantize(const char *in, const char *out, int type, int vq_type, int encoder_type,
+                 int force, lvm_error *error) {
+    clear_error(error);
+    const struct wanted_types wanted = {type, vq_type, encoder_type};
+    lvm_error own = {LVM_OK, ""};
+    if (error == NULL) error = &own;
+    if (in == NULL || out == NULL)
+        return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
+    int code = check_rewrite(in, out, force, error);
+    if (code != LVM_OK) return code;
+    if (!is_type(type) || !is_type(vq_type) || !is_type(encoder_type))
+        return fail(error, LVM_INVALID, "unknown type %d, %d or %d", type, vq_type, encoder_type);
+    lvm_model *m = lvm_open(in, 0, error);
+    if (m == NULL) return error->code;
+    code = rewrite_model(m, out, &wanted, NULL, error);
+    lvm_close(m);
+    return code;
+}
+
+int lvm_merge(const char *base, const char *adapters, const char *out, int type, int force,
+              lvm_error *error) {
+    clear_error(error);
+    const struct wanted_types wanted = {type, LVM_AUTO, LVM_AUTO};
+    struct adapters ad;
+    lvm_error own = {LVM_OK, ""};
+    if (error == NULL) error = &own;
+    if (base == NULL || adapters == NULL || out == NULL)
+        return null_argument(error, "lvm_merge",
+                             base == NULL ? "base" : adapters == NULL ? "adapters" : "out");
+    if (!is_type(type)) return fail(error, LVM_INVALID, "unknown type %d", type);
+    int code = check_rewrite(base, out, force, error);
+    if (code == LVM_OK) code = check_rewrite(adapters, out, force, error);
+    if (code != LVM_OK) return code;
+    lvm_model *m = lvm_open(base, 0, error);
+    if (m == NULL) return error->code;
+    code = adapters_open(&ad, adapters, m, error);
+    if (code == LVM_OK) {
+        code = rewrite_model(m, out, &wanted, &ad, error);
+        adapters_close(&ad);
+    }
+    lvm_close(m);
+    return code;
+}
+
+/* ---- Export: what a trainer learnt ---- */
+
+/* A trainer's tensor as `type`, LVM_AUTO: as init has it, else F16. */
+static struct written trained_tensor(const struct lvm_trainer *t, const struct param *p,
+                                     const struct tensor_spec *s, int type) {
+    const lvm_model *init = t->o.init;
+    const struct gguf_tensor *before = init != NULL ? gguf_tensor(&init->file, p->name) : NULL;
+    int now = before != NULL ? before->type : LVM_F16;
+    int tied = s->kind == T_EMBED && t->net.output == p;
+    struct written x = {text_of(p->name), s->n_dims, p->w.type, LVM_F32,
+                        {s->dims[s->n_dims - 1], s->n_dims > 1 ? s->dims[0] : 1, 1, 1}, p->w.data,
+                        NULL};
+    if (s->kind != T_VECTOR) x.type = stored_type(tied ? T_OUTPUT : s->kind, x.ne[0], now, type);
+    return x;
+}
+
+/* Half of an adapter; floats of any kind. */
+static struct written trained_adapter(const struct param *p, int type) {
+    return (struct written){text_of(p->name), 2, p->w.type, type == LVM_AUTO ? LVM_F32 : type,
+                            {p->w.cols, p->w.rows, 1, 1}, p->w.data, NULL};
+}
+
+/* The file's name without its ending is the model's. */
+static void put_name_key(struct gguf_writer *w, const char *path) {
+    const char *name = os_file_name(path), *dot = strrchr(name, '.');
+    size_t n = dot != NULL && dot > name ? (size_t)(dot - name) : strlen(name);
+    put_key(w, text_of("general.name"), GGUF_STRING, NULL, 0);
+    put_text(w, &w->keys, (struct text){name, n});
+}
+
+static int export_adapters(const struct lvm_trainer *t, const char *path, int type,
+                           struct written *list, lvm_error *error) {
+    struct gguf_writer w = {.alignment = 64, .error = error};
+    int64_t n = 0;
+    put_text_key(&w, "general.architecture", "lvm");
+    put_text_key(&w, "general.type", "adapter");
+    put_name_key(&w, path);
+    put_int_key(&w, "general.alignment", (int)w.alignment);
+    put_int_key(&w, "lvm.format_version", 1);
+    put_text_key(&w, "adapter.type", "lora");
+    put_float_key(&w, "adapter.lora.alpha", t->o.lora_alpha);
+    for (int i = 0; i < t->net.n_params; i++)
+        if (t->net.params[i].spec == NULL)
+            list[n++] = trained_adapter(&t->net.params[i], type);
+    return write_weights(path, &w, list, n, 0, error);
+}
+
+/* Keys and tensors of the tokenizer as its file has them, from list[n] on; returns the new n. */
+static int64_t take_tokenizer(const lvm_model *m, struct gguf_writer *w, struct written *list,
+                              int64_t n) {
+    const struct gguf *g = &m->file;
+    for (int64_t i = 0; i < g->n_keys; i++)
+        if (begins(g->keys[i].name, "lvm.vq."))
+            put_key(w, g->keys[i].name, g->keys[i].type, g->keys[i].value, g->keys[i].size);
+    for (int64_t i = 0; i < g->n_tensors; i++)
+        if (begins(g->tensors[i].name, "vq.")) list[n++] = same_tensor(g, &g->tensors[i]);
+    return n;
+}
+
+static int export_model(const struct lvm_trainer *t, const char *path, int type,
+                        const lvm_model *tokenizer, struct written *list, lvm_error *error) {
+    struct gguf_writer w = {.alignment = 64, .error = error};
+    const lvm_model sizes = {.llama = *t->net.a};
+    int64_t n = 0;
+    put_model_keys(&w, &sizes);
+    put_name_key(&w, path);
+    const struct gguf_key *license =
+        t->o.init != NULL ? gguf_key(&t->o.init->file, "general.license") : NULL;
+    if (license != NULL) put_key(&w, license->name, license->type, license->value, license->size);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        const struct tensor_spec *s = p->spec;
+        if (s != NULL) list[n++] = trained_tensor(t, p, s, type);
+    }
+    if (tokenizer != NULL) n = take_tokenizer(tokenizer, &w, list, n);
+    return write_weights(path, &w, list, n, 0, error);
+}
+
+int lvm_trainer_export(lvm_trainer *trainer, const char *path, int type,
+                       const lvm_model *tokenizer, lvm_error *error) {
+    clear_error(error);
+    const struct lvm_trainer *t = trainer;
+    if (t == NULL || path == NULL)
+        return null_argument(error, "lvm_trainer_export", t == NULL ? "trainer" : "path");
+    if (!is_type(type)) return fail(error, LVM_INVALID, "unknown type %d", type);
+    if (t->o.lora_rank > 0 && type_is_quantised(type))
+        return fail(error, LVM_INVALID, "%s: adapters are f32, f16 or bf16", path);
+    if (tokenizer != NULL && tokenizer->vq == NULL)
+        return fail(error, LVM_INVALID, "%s: holds no tokenizer", tokenizer->path);
+    if (tokenizer == NULL && t->o.init != NULL && t->o.init->vq != NULL) tokenizer = t->o.init;
+    if (tokenizer != NULL && tokenizer->codes > t->net.a->V)
+        return fail(error, LVM_INVALID, "%s: has %d codes, the transformer a vocabulary of %d",
+                    tokenizer->path, tokenizer->codes, t->net.a->V);
+    int64_t most = t->net.n_params + (tokenizer != NULL ? tokenizer->file.n_tensors : 0);
+    struct written *list = mem_alloc((size_t)most, sizeof *list, error);
+    if (list == NULL) return LVM_MEMORY;
+    int code = t->o.lora_rank > 0 ? export_adapters(t, path, type, list, error)
+                                  : export_model(t, path, type, tokenizer, list, error);
+    mem_free(list);
+    return code;
+}
+
+/* ---- Random weights: a model of given sizes, to measure with ---- */
+
+#ifndef LVM_NO_MAIN
 
 /* Random signs and fractions of numbers just above 2^-7: halves, and the scales of quantised
    blocks, are ready with that. What is much smaller becomes denormal on its way, which processors
@@ -14711,6 +16205,14 @@ static void devices_free(struct devices *d) {
     mem_free(d);
 }
 
+/* Whether a context was ever opened. */
+static int devices_are_open(struct devices *d) {
+    pthread_mutex_lock(&d->mutex);
+    int open = d->first != NULL;
+    pthread_mutex_unlock(&d->mutex);
+    return open;
+}
+
 /* The backend that a device's name asks for. */
 static const struct backend *find_backend(const char *device, lvm_error *error) {
     size_t n = strcspn(device, ":");
@@ -14904,6 +16406,9 @@ lvm_usage lvm_ctx_usage(const lvm_ctx *ctx) {
                     8 * (int64_t)ctx->limits.rows +
                     4 * (int64_t)ctx->limits.sequences * m->llama.V;
     usage.weights = (int64_t)m->file.size;
+    for (int i = 0; i < m->n_specs; i++)
+        if (m->specs[i].merged != NULL)
+            usage.weights += m->specs[i].tensor->rows * m->specs[i].tensor->row_bytes;
     usage.tokens = ctx->n_ids;
     usage.tokens_free = (int)max64(0, m->llama.context - ctx->n_ids);
     if (ctx->b->usage != NULL) ctx->b->usage(ctx->state, &usage);
@@ -14950,6 +16455,12 @@ static uint64_t weights_hash(const struct gguf *g) {
     return h;
 }
 
+/* The same of a model, with the adapters that are merged into it. */
+static uint64_t model_hash(const lvm_model *m) {
+    uint64_t h = weights_hash(&m->file);
+    return m->adapters == 0 ? h : hash_bytes(h, &m->adapters, sizeof m->adapters);
+}
+
 /* A block is a page, as it lies in memory. */
 static size_t cpu_kv_size(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
 
@@ -14982,7 +16493,7 @@ static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
                            .n_images = (uint32_t)min64(ctx->n_encoded, MAX_ENCODED),
                            .n_pages = (uint32_t)((n + block - 1) / block),
                            .page_bytes = ctx->b->kv_size(ctx->state),
-                           .weights = weights_hash(&m->file)};
+                           .weights = model_hash(m)};
     memcpy(h.magic, "LVMCACHE", sizeof h.magic);
     snprintf(h.isa, sizeof h.isa, "%s", ctx->b == &cpu_backend ? m->kern->name : ctx->b->name);
     return h;
@@ -15163,6 +16674,9 @@ enum command_bit {
     BATCH = 256,
     BENCH = 512,
     VERSION = 1024,
+    PACK = 2048,
+    UNPACK = 4096,
+    MERGE = 1 << 15,
     TRAIN = 1 << 16,
     PLOT = 1 << 17,
     SAMPLES = PREDICT | BATCH,
@@ -15176,16 +16690,18 @@ struct train_words {
         *save_every, *plot, *resume;
     int64_t steps, tokens, warmup, val_every;
     float epochs, minutes, lr, min_lr, beta1, beta2, weight_decay, clip;
-    int batch, context, schedule, packing, isolate, answers, tied, recompute, by_tokens;
+    int batch, context, schedule, packing, isolate, tied, recompute, by_tokens;
 };
 
 struct cli {
     const char **words; /* arguments that are no options */
     int n_words, split; /* split: words in front of a lone --, or -1 */
-    const char *out, *base, *sheet, *truth, *apng, *cache, *resize;
+    const char *out, *base, *sheet, *truth, *apng, *cache, *resize, *lora;
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, encoder_type, preset;
     int lines, grid, json, best, man, skip_existing, together;
     int config, vq, stage, prompt, new_tokens;
+    const char *bos, *eos;
+    int loss, integers;
     lvm_sampling sampling;
     lvm_options options;
     struct train_words train;
@@ -15218,6 +16734,9 @@ static const struct option option_table[] = {
      "where to write (out.png; encode: stdout)"},
     {'o', "output", "FOLDER", BATCH, TEXT, AT(out), 0, 0,
      "where outputs go (the working directory)"},
+    {'o', "output", "FILE", PACK | UNPACK, TEXT, AT(out), 0, 0,
+     "what to write (unpack: stdout)"},
+    {'o', "output", "FILE", MERGE, TEXT, AT(out), 0, 0, "the weights file to write"},
     {'n', "images", "N", SAMPLES, INTEGER, AT(images), 1, 1 << 11,
      "images to predict, one after the other (1)"},
     {'c', "candidates", "N", SAMPLES, INTEGER, AT(candidates), 1, MAX_SEQUENCES,
@@ -15246,6 +16765,7 @@ static const struct option option_table[] = {
      "keep the work on all but the last image here"},
     {0, "base", "FOLDER", RANK | EVAL | BATCH, TEXT, AT(base), 0, 0,
      "where the images of the set are (beside it)"},
+    {0, "lora", "FILE", READS, TEXT, AT(lora), 0, 0, "adapters to add to the weights"},
     {0, "lines", "N", RANK | EVAL | BATCH, INTEGER, AT(lines), 1, INT32_MAX,
      "only the first N lines of the set"},
     {0, "skip-existing", NULL, BATCH, FLAG, AT(skip_existing), 0, 0,
@@ -15275,16 +16795,22 @@ static const struct option option_table[] = {
      "rotate images as their EXIF orientation says"},
     {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0,
      "read the weights instead of mapping them"},
-    {0, "type", "TYPE", QUANTIZE | BENCH, TYPE, AT(type), 0, 31,
+    {0, "type", "TYPE", QUANTIZE | MERGE | BENCH, TYPE, AT(type), 0, 31,
      "of the transformer: q8_0 q4_0 f16 bf16 f32 (kept)"},
     {0, "vq-type", "TYPE", QUANTIZE, TYPE, AT(vq_type), 0, 15,
      "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
     {0, "encoder-type", "TYPE", QUANTIZE, TYPE, AT(encoder_type), 0, 15,
      "of its encoder (f16 with --vq-type q8_0)"},
+    {0, "loss", "all|answers", PACK | TRAIN, ONE_OF, AT(loss), 0, 0,
+     "of which tokens something is learnt (all)"},
+    {0, "bos", "ID|none", PACK, TEXT, AT(bos), 0, 0, "dropped in front of a sentence (8192)"},
+    {0, "eos", "ID|none", PACK, TEXT, AT(eos), 0, 0, "dropped at the end of a sentence (8193)"},
+    {0, "integers", NULL, UNPACK, FLAG, AT(integers), 0, 0, "arrays of numbers, not base64"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
-    {0, "force", NULL, QUANTIZE | PREDICT | ENCODE | DECODE | BATCH | PLOT, FLAG, AT(force), 0, 0,
-     "replace an existing weights file"},
-    {'q', "quiet", NULL, RUNS | BENCH | TRAIN, FLAG, AT(quiet), 0, 0, "no progress, no notes"},
+    {0, "force", NULL, QUANTIZE | MERGE | PREDICT | ENCODE | DECODE | BATCH | PLOT, FLAG, AT(force),
+     0, 0, "replace an existing weights file"},
+    {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK | TRAIN, FLAG, AT(quiet), 0, 0,
+     "no progress, no notes"},
     {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"},
     {'o', "output", "RUN.bin", TRAIN, TEXT, AT(out), 0, 0,
      "the weights; RUN.csv and RUN.ckpt lie beside them"},
@@ -15317,8 +16843,6 @@ static const struct option option_table[] = {
      "sentences end to end, or whole ones and padding"},
     {0, "isolate", NULL, TRAIN, FLAG, AT(train.isolate), 0, 0,
      "attention never looks across sentences"},
-    {0, "loss", "all|answers", TRAIN, ONE_OF, AT(train.answers), 0, 0,
-     "answers: only the outputs of .jsonl lines count"},
     {0, "lr", "RATE", TRAIN, NUMBER, AT(train.lr), 1e-9, 10, "the highest learning rate (see above)"},
     {0, "min-lr", "RATE", TRAIN, NUMBER, AT(train.min_lr), 0, 10, "the last one (a fifth)"},
     {0, "warmup", "N", TRAIN, LARGE, AT(train.warmup), 0, 1e15,
@@ -15365,6 +16889,9 @@ static int run_batch(struct cli *cli);
 static int run_bench(struct cli *cli);
 static int run_info(struct cli *cli);
 static int run_quantize(struct cli *cli);
+static int run_pack(struct cli *cli);
+static int run_unpack(struct cli *cli);
+static int run_merge(struct cli *cli);
 static int run_help(struct cli *cli);
 static int run_version(struct cli *cli);
 static int run_train(struct cli *cli);
@@ -15433,6 +16960,20 @@ static const struct command command_table[] = {
      "quantised, and --type q4_0 leaves the output matrix at q8_0. With\n"
      "--vq-type q8_0 the encoder becomes f16: a quantised one finds other tokens.\n"
      "  lvm quantize big.bin small.bin --type q8_0 --vq-type q8_0\n"},
+    {"pack", PACK, run_pack, "pack SET.jsonl|-... -o OUT.tok", "sentences of tokens to a .tok file",
+     "What a model is trained on: small, read where it lies, in any order. A line is a\n"
+     "sentence, as the published training data have it, or has two parts:\n"
+     "  {\"tokens\": \"base64 of little-endian int32\"}\n"
+     "  {\"tokens\": [17, 4, 8191, ...], \"weights\": [16, 0, 16, ...]}\n"
+     "  {\"input_tokens\": [...], \"output_tokens\": [...]}\n"
+     "\"weights\" are of each token's loss: 16 is weight 1, 0 none, 255 the most.\n"
+     "With --loss answers the input has none. A .tok file holds image tokens alone:\n"
+     "bos in front and eos at the end are dropped, training puts the model's own\n"
+     "there. An image has 256 tokens where all sentences are whole images of 256,\n"
+     "or as many as \"image_tokens\" says. A bad line ends the work.\n"
+     "  lvm pack a.jsonl b.jsonl -o train.tok\n"},
+    {"unpack", UNPACK, run_unpack, "unpack IN.tok", "a .tok file to lines that pack reads",
+     "  lvm unpack train.tok --integers | head -n 1\n"},
     {"train", TRAIN, run_train, "train --data FILE -o RUN.bin", "trains a model, or one further",
      "AdamW on the next token; what it needs of memory is told first. RUN.csv gets a\n"
      "row a step. RUN.ckpt is all of its state, written at the start, every ten\n"
@@ -15455,6 +16996,12 @@ static const struct command command_table[] = {
      "width D, T the context.\n"
      "  lvm train --config 100m --data train.tok --val val.tok -o run.bin --epochs 1\n"
      "  lvm train --init big.bin --lora 16,32 --data task.jsonl -o task.bin --steps 500\n"},
+    {"merge", MERGE, run_merge, "merge WEIGHTS ADAPTERS -o OUT",
+     "adapters (LoRA) and their model as one weights file",
+     "Adapters are files that lvm train --lora writes, or convert.py --lora. Matrices\n"
+     "keep their types; where those are q4_0, --lora of predict, which takes q8_0 for\n"
+     "what it merges in memory, or --type q8_0 here, loses less.\n"
+     "  lvm merge weights.bin style.bin -o styled.bin\n"},
     {"plot", PLOT, run_plot, "plot LOG.csv...", "curves of training runs in one picture",
      "Faint points are the steps' losses, lines their smoothed ones, dots validation.\n"
      "  lvm plot a.csv b.csv -o both.png --x tokens\n"},
@@ -16105,7 +17652,9 @@ static const struct stage_words {
                    {"score", "scoring", "choice", "tokens/s"},
                    {"decode", "decoding images", "image", ""},
                    {"eval", "evaluating", "line", ""},
-                   {"batch", "predicting", "line", ""}};
+                   {"batch", "predicting", "line", ""},
+                   {"pack", "packing", "", ""},
+                   {"unpack", "unpacking", "", ""}};
 enum { N_STAGES = sizeof stage_table / sizeof *stage_table };
 
 static int is_stage(const char *a, const char *b) { return strcmp(a, b) == 0; }
@@ -16498,9 +18047,11 @@ static int same_place(const char *a, const char *b) {
 static int check_output(const struct cli *cli, const char *name, const struct paths *p,
                         lvm_error *error) {
     if (os_stat(name).kind == OS_DEVICE) return LVM_OK;
-    if (same_file(name, cli->words[0]))
+    if (begins_with(cli->words[0], "GGUF") && same_file(name, cli->words[0]))
         return fail(error, LVM_INVALID, "%s: is the weights file; choose another output with -o",
                     name);
+    if (cli->lora != NULL && same_file(name, cli->lora))
+        return fail(error, LVM_INVALID, "%s: is --lora too; choose another output with -o", name);
     if (!cli->force && begins_with(name, "GGUF"))
         return fail(error, LVM_INVALID, "%s: is a weights file; --force replaces it", name);
     for (int i = 0; i < p->n; i++)
@@ -16615,18 +18166,26 @@ static int outputs_add(struct outputs *o, const struct cli *cli, char *name,
     return o->n++ < MAX_OPEN_OUTPUTS ? open_output(&list[o->n - 1], error) : LVM_OK;
 }
 
-/* Writes output i whole and prints its name, unless it is a device or a pipe. */
-static int outputs_write(struct outputs *o, int i, const void *data, size_t size,
-                         lvm_error *error) {
+/* Finishes output i, if it is open, and prints its name, unless it is a device or a pipe; with
+   another code than LVM_OK it is removed. */
+static int outputs_close(struct outputs *o, int i, int code, lvm_error *error) {
     struct output *out = &o->list[i];
-    int code = out->open ? LVM_OK : open_output(out, error);
     int named = out->file.temp != NULL;
     fflush(stdout);
-    if (code == LVM_OK) code = outfile_write(&out->file, data, size, error);
     if (out->open) code = outfile_close(&out->file, code, error);
     out->open = 0;
     if (code == LVM_OK && named && !o->silent) print_name(out->name, "");
     return code;
+}
+
+/* Writes output i whole. */
+static int outputs_write(struct outputs *o, int i, const void *data, size_t size,
+                         lvm_error *error) {
+    struct output *out = &o->list[i];
+    int code = out->open ? LVM_OK : open_output(out, error);
+    fflush(stdout);
+    if (code == LVM_OK) code = outfile_write(&out->file, data, size, error);
+    return outputs_close(o, i, code, error);
 }
 
 /* text: NULL, or what the file says of the image. */
@@ -17084,6 +18643,7 @@ struct session {
     lvm_model *model;
     lvm_ctx *ctx;
     struct bar bar;
+    char adapters[112]; /* what --lora is, or "" */
 };
 
 static void session_close(struct session *s) {
@@ -17099,10 +18659,26 @@ static void tell_device(const lvm_ctx *ctx, int quiet) {
     else if (ctx->b != &cpu_backend && os_is_terminal(2)) complain("works on %s", ctx->device);
 }
 
+/* Merges what --lora names with the model, and takes its name and size. */
+static int session_adapt(struct session *s, const char *path, lvm_error *error) {
+    struct adapters ad;
+    int code = lvm_apply_lora(s->model, path, error);
+    if (code == LVM_OK) code = adapters_open(&ad, path, NULL, error);
+    if (code != LVM_OK) return code;
+    struct text t = read_text(&ad.file, "general.name");
+    char name[80] = "adapters", shown[80];
+    if (t.n > 0) snprintf(name, sizeof name, "%.*s", (int)min64((int64_t)t.n, 79), t.s);
+    show_text(name, shown, sizeof shown);
+    snprintf(s->adapters, sizeof s->adapters, " + %s (%zu bytes)", shown, ad.size);
+    adapters_close(&ad);
+    return LVM_OK;
+}
+
 static int session_open(struct session *s, struct cli *cli, lvm_error *error) {
     memset(s, 0, sizeof *s);
     s->model = lvm_open(cli->words[0], cli->flags ? LVM_NO_MMAP : 0, error);
     if (s->model == NULL) return error->code;
+    if (cli->lora != NULL && session_adapt(s, cli->lora, error) != LVM_OK) return error->code;
     s->bar.shown = !cli->quiet && os_is_terminal(2);
     cli->options.user = &s->bar;
     cli->options.progress = on_progress;
@@ -17250,8 +18826,8 @@ static void describe_run(const struct cli *cli, const struct session *s, char *t
         snprintf(sampler, sizeof sampler, "seed %llu, temperature %g, top-p %g%s",
                  (unsigned long long)how->seed, (double)how->temperature, (double)how->top_p,
                  top_k);
-    snprintf(text, room, "%s (%zu bytes), %s, window %d, %s, kv %s%s",
-             *name != 0 ? name : "weights", m->file.size, sampler, o->window,
+    snprintf(text, room, "%s (%zu bytes)%s, %s, window %d, %s, kv %s%s",
+             *name != 0 ? name : "weights", m->file.size, s->adapters, sampler, o->window,
              o->fit == LVM_CROP ? "crop" : "squash", type_info(o->kv_type)->name,
              o->exact ? ", exact" : "");
 }
@@ -17466,7 +19042,7 @@ static int encode_paths(const struct cli *cli, struct session *s, const struct p
 static int run_encode(struct cli *cli) {
     if (cli->n_words < 2) return complain("give a weights file and images (lvm help encode)") + 1;
     lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
+    struct session s = {.model = NULL};
     struct paths p = {0};
     struct buffer text = {0};
     struct outputs o = {0};
@@ -17546,7 +19122,7 @@ static int run_decode(struct cli *cli) {
     char *out = NULL;
     if (settle_png_name(&cli->out, "png", &out) != 0) return 2;
     lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
+    struct session s = {.model = NULL};
     struct buffer text = {0};
     int32_t *ids = NULL;
     int n = 0, code = read_input(cli->words[1], &text, &error);
@@ -17847,6 +19423,12 @@ static int check_encoding(struct lines *l, lvm_error *error) {
     return fail(error, LVM_FORMAT, "%s: is text in UTF-16; a set is UTF-8", l->name);
 }
 
+static int is_blank(const struct buffer *text) {
+    for (size_t i = 0; i < text->n; i++)
+        if (!isspace((unsigned char)text->data[i])) return 0;
+    return 1;
+}
+
 /* The next line that is not blank: 1, 0 at the end, -1 and an error. No more is read than --lines
    asks for. */
 static int set_next(struct set *set, lvm_error *error) {
@@ -17856,8 +19438,7 @@ static int set_next(struct set *set, lvm_error *error) {
         int more = lines_next(l, error);
         if (more <= 0) return more;
         if (l->number == 1 && check_encoding(l, error) != LVM_OK) return -1;
-        for (size_t i = 0; i < l->text.n; i++)
-            if (!isspace((unsigned char)l->text.data[i])) return 1;
+        if (!is_blank(&l->text)) return 1;
     }
 }
 
@@ -18385,7 +19966,7 @@ static int run_rank(struct cli *cli) {
     if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
         return complain("give weights, images, -- and choices, or a set (lvm help rank)") + 1;
     lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
+    struct session s = {.model = NULL};
     struct paths prompt = {0}, choices = {0};
     int code = collect_paths(cli, &prompt, 1, cli->split, &error);
     if (code == LVM_OK) code = check_cache(cli, &(struct outputs){0}, &error);
@@ -19058,12 +20639,38 @@ static void print_model(const lvm_model *m) {
     print_types(g, 0);
 }
 
+/* A file of adapters: of which rank, on which matrices. */
+static int print_adapters(const struct cli *cli, const struct gguf *g, lvm_error *error) {
+    struct adapters ad = {.n = 0};
+    int code = adapters_parse(&ad, g->path, g->data, g->size, error), least = INT_MAX, most = 0;
+    for (int i = 0; code == LVM_OK && i < ad.n; i++) {
+        least = (int)min64(least, ad.list[i].a.rows);
+        most = (int)max64(most, ad.list[i].a.rows);
+    }
+    if (code == LVM_OK) {
+        printf("%-13s %s, %zu bytes\n", "file", g->path, g->size);
+        print_key(g, "general.name", "name");
+        printf("%-13s LoRA on %d matrices, rank %d", "adapters", ad.n, least);
+        if (most > least) printf(" to %d", most);
+        printf(", alpha %g; give a model --lora with them, or lvm merge\n", (double)ad.alpha);
+        print_types(g, 0);
+        if (cli->list) print_tensors(g);
+    }
+    adapters_close(&ad);
+    return code;
+}
+
 /* A file that lacks tensors is shown too, with what it lacks. */
 static int run_info(struct cli *cli) {
     if (cli->n_words != 1) return complain("give one weights file (lvm help info)") + 1;
     lvm_error error = {0, ""};
     lvm_model *m = model_new(cli->words[0], &error);
     int code = m == NULL ? error.code : load_file(m, cli->flags ? LVM_NO_MMAP : 0, &error);
+    if (code != LVM_OK && m != NULL && is_adapter_file(&m->file)) {
+        code = print_adapters(cli, &m->file, &error);
+        lvm_close(m);
+        return finish(&error, code);
+    }
     int missing = code == LVM_OK ? print_missing(m) : 0;
     if (code == LVM_OK) code = load_tensors(m, &error);
     if (code == LVM_OK) print_model(m);
@@ -19083,6 +20690,275 @@ static int run_quantize(struct cli *cli) {
     int named = !is_stream(out), code = lvm_quantize(cli->words[0], out, cli->type, cli->vq_type,
                                                      cli->encoder_type, cli->force, &error);
     if (code == LVM_OK && named) print_name(out, "");
+    return finish(&error, code);
+}
+
+/* ---- Token files (chapter 8) ---- */
+
+/* Lines on their way into a .tok file. */
+struct packing {
+    int bos, eos;      /* dropped at the ends of a sentence; -1: none */
+    int answers;       /* the loss is of the output alone */
+    int image_tokens;  /* that lines name; -1: none so far */
+    size_t divisor;    /* the greatest common one of the sentences' lengths */
+    struct token_writer w;
+};
+
+enum { USUAL_IMAGE = 256, USUAL_BOS = 8192, USUAL_EOS = 8193 };
+
+/* Notes what a line of n tokens says of its images, and refuses what contradicts it. */
+static int pack_images(struct packing *p, const struct train_line *line, size_t n,
+                       lvm_error *error) {
+    int told = line->by[PART_IMAGE] != NULL ? line->image_tokens : p->image_tokens;
+    if (p->image_tokens >= 0 && told != p->image_tokens)
+        return fail(error, LVM_FORMAT, "\"image_tokens\" is %d, but %d in a line above", told,
+                    p->image_tokens);
+    if (told > 0 && n % (size_t)told != 0)
+        return fail(error, LVM_FORMAT, "%zu tokens are no whole images of %d", n, told);
+    p->image_tokens = told;
+    while (n > 0) { /* Euclid */
+        size_t rest = p->divisor % n;
+        p->divisor = n;
+        n = rest;
+    }
+    return LVM_OK;
+}
+
+/* Adds the sentence of a line without bos and eos. The weights of --loss answers stand in for those
+   that a line does not have itself. */
+static int pack_sentence(struct packing *p, struct train_line *line, lvm_error *error) {
+    const struct buffer *all = &line->ids[PART_TOKENS];
+    const int32_t *ids = (const int32_t *)(const void *)all->data;
+    size_t n = all->n / sizeof *ids, inputs = line->ids[PART_INPUT].n / sizeof *ids;
+    int own = line->by[PART_WEIGHTS] != NULL, code = LVM_OK;
+    if (p->answers && !own && line->by[PART_OUTPUT] == NULL)
+        return fail(error, LVM_FORMAT, "--loss answers takes lines with \"input_tokens\" and "
+                    "\"output_tokens\", or \"weights\"");
+    for (size_t i = 0; code == LVM_OK && p->answers && !own && i < n; i++)
+        code = buffer_add(&line->weights, &(uint8_t){i < inputs ? 0 : WEIGHT_ONE}, 1, error);
+    if (code != LVM_OK) return code;
+    size_t first = n > 0 && ids[0] == p->bos, end = n - (n > first && ids[n - 1] == p->eos);
+    for (size_t i = first; i < end; i++)
+        if (ids[i] == p->bos || ids[i] == p->eos)
+            return fail(error, LVM_FORMAT, "token %zu is %s (%d), which may only stand at an end",
+                        i + 1, ids[i] == p->bos ? "bos" : "eos", ids[i]);
+    if (end == first) return fail(error, LVM_FORMAT, "a sentence without tokens");
+    code = pack_images(p, line, end - first, error);
+    const uint8_t *weights = (const uint8_t *)line->weights.data;
+    if (code != LVM_OK) return code;
+    return token_writer_add(&p->w, ids + first, weights != NULL ? weights + first : NULL,
+                            end - first, error);
+}
+
+static int pack_line(struct packing *p, const struct lines *l, lvm_error *error) {
+    struct train_line line = {.image_tokens = 0};
+    lvm_error fault = {0, ""};
+    struct json j = {.s = l->text.data, .n = l->text.n, .error = &fault};
+    int code = l->too_long ? fail(&fault, LVM_FORMAT, "is longer than %d bytes", LINE_BYTES)
+                           : parse_train_line(&j, &line);
+    if (code == LVM_OK) code = pack_sentence(p, &line, &fault);
+    train_line_free(&line);
+    if (code == LVM_OK) return LVM_OK;
+    return fail(error, code, "%s: line %d: %s", l->name, l->number, fault.text);
+}
+
+/* All lines of a file or of standard input; bar may be NULL. */
+static int pack_lines(struct packing *p, const char *path, struct bar *bar, lvm_error *error) {
+    struct lines l = {.name = path};
+    int code = lines_open(&l, path, error), more = 1;
+    if (code == LVM_OK && begins_with(path, tok_magic))
+        code = fail(error, LVM_INVALID, "%s: is a .tok file already", path);
+    while (code == LVM_OK && (more = lines_next(&l, error)) > 0) {
+        if (l.number == 1) code = check_encoding(&l, error);
+        if (code == LVM_OK && !is_blank(&l.text)) code = pack_line(p, &l, error);
+        if (bar != NULL && bar->shown && l.size > 0)
+            draw_bar(bar, "pack", min64(l.done, l.size), l.size);
+    }
+    lines_close(&l);
+    return more < 0 ? LVM_IO : code;
+}
+
+/* Ends what pack_lines filled. */
+static int pack_close(struct packing *p, int code, lvm_error *error) {
+    if (p->image_tokens < 0) p->image_tokens = p->divisor % USUAL_IMAGE == 0 ? USUAL_IMAGE : 0;
+    p->w.image_tokens = (uint32_t)p->image_tokens;
+    if (code == LVM_OK && p->w.n_sentences == 0)
+        code = fail(error, LVM_FORMAT, "there are no lines to learn from");
+    if (code == LVM_OK && p->image_tokens > 0 && p->divisor % (size_t)p->image_tokens != 0)
+        code = fail(error, LVM_FORMAT, "\"image_tokens\" is %d, of which a sentence without that "
+                    "key is no multiple", p->image_tokens);
+    return token_writer_close(&p->w, code, error);
+}
+
+/* What lines hold, as lvm pack would write it, for training on them directly; answers: the loss is
+   of outputs alone. NULL and an error on failure. */
+static lvm_tokens *read_token_lines(const char *path, int answers, lvm_error *error) {
+    struct packing p = {.bos = USUAL_BOS, .eos = USUAL_EOS, .answers = answers,
+                        .image_tokens = -1};
+    lvm_tokens *t = NULL;
+    int code = token_writer_open(&p.w, NULL, error);
+    if (code == LVM_OK) code = pack_lines(&p, path, NULL, error);
+    code = pack_close(&p, code, error);
+    if (code == LVM_OK) t = lvm_tokens_open_memory(p.w.memory.data, p.w.memory.n, path, error);
+    if (t != NULL) t->owned = (uint8_t *)p.w.memory.data;
+    else mem_free(p.w.memory.data);
+    return t;
+}
+
+/* The value of --bos or --eos; 0, or a message and 2. */
+static int special_id(const char *option, const char *value, int usual, int *id) {
+    char *end = NULL;
+    *id = value == NULL ? usual : -1;
+    if (value == NULL || strcmp(value, "none") == 0) return 0;
+    long v = strtol(value, &end, 10);
+    if (!isdigit((unsigned char)*value) || *end != 0 || v >= INT32_MAX)
+        return complain("%s: \"%s\" is no id and not none", option, value) + 1;
+    *id = (int)v;
+    return 0;
+}
+
+/* "1 sentence, 4096 tokens, 16 images" */
+static void note_tokens(const struct cli *cli, const char *name, uint64_t sentences,
+                        uint64_t tokens, uint64_t image_tokens) {
+    char images[48] = "";
+    if (image_tokens > 0)
+        snprintf(images, sizeof images, ", %llu images of %llu",
+                 (unsigned long long)(tokens / image_tokens), (unsigned long long)image_tokens);
+    note(cli, "%s: %llu sentences, %llu tokens%s", name, (unsigned long long)sentences,
+         (unsigned long long)tokens, images);
+}
+
+/* The one output of a command on token files, which is none of its inputs. */
+static int add_token_output(struct outputs *o, const struct cli *cli, const char *name,
+                            lvm_error *error) {
+    struct paths inputs = {0};
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < cli->n_words; i++)
+        if (strcmp(cli->words[i], "-") != 0) code = paths_add(&inputs, "", cli->words[i], error);
+    if (code == LVM_OK) code = outputs_add(o, cli, copy_string(name, error), &inputs, error);
+    paths_free(&inputs);
+    return code;
+}
+
+static int run_pack(struct cli *cli) {
+    struct packing p = {.answers = cli->loss, .image_tokens = -1};
+    struct outputs o = {0};
+    struct bar bar = {.shown = !cli->quiet && os_is_terminal(2)};
+    lvm_error error = {0, ""};
+    if (cli->n_words == 0 || cli->out == NULL)
+        return complain("give lines to learn from, and -o OUT.tok (lvm help pack)") + 1;
+    if (special_id("--bos", cli->bos, USUAL_BOS, &p.bos) != 0 ||
+        special_id("--eos", cli->eos, USUAL_EOS, &p.eos) != 0)
+        return 2;
+    int code = add_token_output(&o, cli, cli->out, &error);
+    if (code == LVM_OK) code = token_writer_open(&p.w, &o.list[0].file, &error);
+    for (int i = 0; code == LVM_OK && i < cli->n_words; i++)
+        code = pack_lines(&p, cli->words[i], &bar, &error);
+    hide_bar(&bar);
+    code = pack_close(&p, code, &error);
+    if (code == LVM_OK) code = outputs_close(&o, 0, code, &error);
+    if (code == LVM_OK)
+        note_tokens(cli, is_stdout(cli->out) ? "standard output" : cli->out, p.w.n_sentences,
+                    p.w.n_tokens, p.w.image_tokens);
+    outputs_free(&o);
+    return finish(&error, code);
+}
+
+/* Adds base64 of n bytes, in quotes. */
+static int add_base64(struct buffer *text, const uint8_t *data, size_t n, lvm_error *error) {
+    static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    int code = buffer_add(text, "\"", 1, error);
+    for (size_t i = 0; code == LVM_OK && i < n; i += 3) {
+        uint32_t bits = (uint32_t)data[i] << 16;
+        if (i + 1 < n) bits |= (uint32_t)data[i + 1] << 8;
+        if (i + 2 < n) bits |= data[i + 2];
+        char out[4] = {digits[bits >> 18], digits[bits >> 12 & 63], digits[bits >> 6 & 63],
+                       digits[bits & 63]};
+        if (i + 1 >= n) out[2] = '=';
+        if (i + 2 >= n) out[3] = '=';
+        code = buffer_add(text, out, 4, error);
+    }
+    return code == LVM_OK ? buffer_add(text, "\"", 1, error) : code;
+}
+
+/* Adds [n, n, ...]: numbers of `size` bytes, 1 or 4. */
+static int add_integers(struct buffer *text, const uint8_t *data, size_t n, size_t size,
+                        lvm_error *error) {
+    char number[16];
+    int code = buffer_add(text, "[", 1, error);
+    for (size_t i = 0; code == LVM_OK && i < n; i += size) {
+        int32_t v = data[i];
+        if (size > 1) memcpy(&v, data + i, sizeof v);
+        int length = snprintf(number, sizeof number, i > 0 ? ", %d" : "%d", v);
+        code = buffer_add(text, number, (size_t)length, error);
+    }
+    return code == LVM_OK ? buffer_add(text, "]", 1, error) : code;
+}
+
+static int add_numbers(struct buffer *text, int integers, const void *data, size_t n, size_t size,
+                       lvm_error *error) {
+    return integers ? add_integers(text, data, n, size, error) : add_base64(text, data, n, error);
+}
+
+/* A sentence as a line that parse_train_line reads: the text is replaced. */
+static int sentence_text(const lvm_tokens *t, int64_t sentence, int integers, struct buffer *text,
+                         lvm_error *error) {
+    int64_t first = sentence_start(t, sentence), n = sentence_start(t, sentence + 1) - first;
+    int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
+    char images[48];
+    if (ids == NULL) return LVM_MEMORY;
+    text->n = 0;
+    int code = buffer_add(text, "{\"tokens\": ", 11, error);
+    for (int64_t i = 0; code == LVM_OK && i < n; i++)
+        if ((ids[i] = token_at(t, first + i)) >= t->bound) code = bad_token(t, sentence, i, error);
+    if (code == LVM_OK)
+        code = add_numbers(text, integers, ids, (size_t)n * sizeof *ids, sizeof *ids, error);
+    if (code == LVM_OK && t->weights != NULL) code = buffer_add(text, ", \"weights\": ", 13, error);
+    if (code == LVM_OK && t->weights != NULL)
+        code = add_numbers(text, integers, t->weights + first, (size_t)n, 1, error);
+    int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", t->image_tokens);
+    if (code == LVM_OK && t->image_tokens != USUAL_IMAGE)
+        code = buffer_add(text, images, (size_t)length, error);
+    mem_free(ids);
+    return code == LVM_OK ? buffer_add(text, "}\n", 2, error) : code;
+}
+
+static int run_unpack(struct cli *cli) {
+    const char *out = cli->out != NULL ? cli->out : "-";
+    struct outputs o = {0};
+    struct bar bar = {.shown = !cli->quiet && os_is_terminal(2) && !is_stdout(out)};
+    struct buffer text = {0};
+    lvm_error error = {0, ""};
+    if (cli->n_words != 1) return complain("give one .tok file (lvm help unpack)") + 1;
+    lvm_tokens *t = lvm_tokens_open(cli->words[0], &error);
+    int code = t == NULL ? error.code : LVM_OK;
+    if (code == LVM_OK) code = add_token_output(&o, cli, out, &error);
+    for (int64_t i = 0; code == LVM_OK && i < t->n_sentences; i++) {
+        code = sentence_text(t, i, cli->integers, &text, &error);
+        if (code == LVM_OK)
+            code = outfile_write(&o.list[0].file, text.data, text.n, &error);
+        if (bar.shown) draw_bar(&bar, "unpack", i + 1, t->n_sentences);
+    }
+    hide_bar(&bar);
+    if (code == LVM_OK) code = outputs_close(&o, 0, code, &error);
+    if (code == LVM_OK && !is_stdout(out))
+        note_tokens(cli, out, (uint64_t)t->n_sentences, (uint64_t)t->n_tokens,
+                    (uint64_t)t->image_tokens);
+    mem_free(text.data);
+    outputs_free(&o);
+    lvm_tokens_close(t);
+    return finish(&error, code);
+}
+
+static int run_merge(struct cli *cli) {
+    if (cli->n_words != 2 || cli->out == NULL)
+        return complain("give weights, adapters and -o OUT (lvm help merge)") + 1;
+    lvm_error error = {0, ""};
+    if (strcmp(cli->out, "-") == 0)
+        return complain("-: merge writes a file; /dev/stdout is standard output's name") + 1;
+    int named = !is_stream(cli->out), code = lvm_merge(cli->words[0], cli->words[1], cli->out,
+                                                       cli->type, cli->force, &error);
+    if (code == LVM_OK && named) print_name(cli->out, "");
     return finish(&error, code);
 }
 
@@ -19767,13 +21643,6 @@ static int take_resumed(struct training *t, struct cli *all) {
 
 /* ---- Training: files ---- */
 
-/* STUB */
-static lvm_tokens *read_token_lines(const char *path, int answers, lvm_error *error) {
-    (void)answers;
-    fail(error, LVM_UNSUPPORTED, "%s: to come", path);
-    return NULL;
-}
-
 /* A relative name, as it is or, where nothing is there, in the folder where the run began. */
 static char *find_input(const struct training *t, const char *name, lvm_error *error) {
     int here = os_root(name) > 0 || t->cli->train.resume == NULL || os_stat(name).kind != OS_NOTHING;
@@ -19806,7 +21675,7 @@ static void token_files_close(struct token_files *f) {
 
 static int token_files_open(const struct training *t, const char *names, struct token_files *f,
                             lvm_error *error) {
-    int answers = t->cli->train.answers, code = split_names(t, names, &f->paths, error);
+    int answers = t->cli->loss, code = split_names(t, names, &f->paths, error);
     if (code == LVM_OK) f->list = mem_alloc((size_t)f->paths.n, sizeof *f->list, error);
     if (f->list == NULL) return code != LVM_OK ? code : LVM_MEMORY;
     for (int i = 0; i < f->paths.n; i++) {

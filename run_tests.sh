@@ -3,9 +3,9 @@
 # `N passed, N failed` (and `, N skipped` where some were); the exit status is 0 only when nothing
 # failed. tests/README.md says which part proves what.
 #
-#   ./run_tests.sh [PART...]     build embed backend images corpus kernels os golden properties cli
-#                                sets weights converter examples cuda platforms mutants reference
-#                                threads
+#   ./run_tests.sh [PART...]     build embed backend images corpus kernels os golden train properties
+#                                cli sets weights converter examples cuda platforms mutants
+#                                reference threads
 #   PLATFORMS=1                  other systems too, by the compilers and emulators that are here;
 #   PLATFORMS=required           and they must all be
 #   MUTANTS=1                    faults put into lvm.c, which the tests must see
@@ -22,7 +22,7 @@ LVM_REFERENCE=${LVM_REFERENCE:-}
 LVM_FULL=${LVM_FULL:-}
 LIMIT=${LIMIT:-$([ -z "$LVM_FULL" ] && echo 900 || echo 7200)}     # seconds a part may take
 passed=0 failed=0 skipped=0 parts=${1:+build convert $*}
-known="build convert embed backend images corpus kernels os golden properties cli sets weights
+known="build convert embed backend images corpus kernels os golden train properties cli sets weights
     converter examples cuda platforms mutants reference threads"
 
 is_of() { for word in $2; do [ "$word" != "$1" ] || return 0; done; return 1; }
@@ -52,7 +52,7 @@ esac
 WEIGHTS=${WEIGHTS:-weights.bin}
 LVM_DEVICE=cpu # a GPU has its own tests
 export SANITIZE LVM WEIGHTS LVM_REFERENCE LVM_FULL LVM_DEVICE
-mkdir -p "$B/logs" build/golden
+mkdir -p "$B/logs" build/golden build/golden_training
 
 limited() {
     if command -v timeout > /dev/null 2>&1; then timeout "$LIMIT" "$@"; else "$@"; fi
@@ -122,7 +122,8 @@ build() {
     make -k -j2 B="$B" TEST_CFLAGS="$TEST_CFLAGS" $targets && echo "build: 1 passed, 0 failed"
 }
 
-# Every small model of tests/golden as a weights file.
+# Every small model of tests/golden and tests/golden_training as a weights file. Gradients lie in a
+# checkpoint's layout and become one too.
 convert_golden() {
     made=0 bad=0
     for folder in tests/golden/*/; do
@@ -132,6 +133,11 @@ convert_golden() {
         [ ! -d "$folder/vqgan" ] || set -- "$@" --vqgan "$folder/vqgan"
         [ $# -gt 0 ] || continue
         if python3 convert.py --force -o "$model" "$@"; then made=$((made + 1))
+        else bad=$((bad + 1)); fi
+    done
+    for folder in tests/golden_training/*/llama tests/golden_training/*/gradients; do
+        model=build/golden_training/$(basename "$(dirname "$folder")")_$(basename "$folder").bin
+        if python3 convert.py --force -o "$model" --llama "$folder"; then made=$((made + 1))
         else bad=$((bad + 1)); fi
     done
     [ "$made" -gt 0 ] || bad=1
@@ -229,7 +235,7 @@ if [ "$SANITIZE" = thread ]; then
     run embed limited "$B/test_embed" $embedded --threads-only
     run threads threaded_commands
 else
-    run build build images kernels properties backend golden os embed fuzz
+    run build build images kernels properties backend golden train os embed fuzz
     run convert convert_golden
     [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py \
         Commands Quantize Images Tokens Weights Outputs Interruption
@@ -244,6 +250,7 @@ else
     run kernels limited "$B/test_kernels"
     run os limited "$B/test_os" "$B/os"
     run golden limited "$B/test_golden" tests/golden build/golden
+    run train limited "$B/test_train" tests/golden_training build/golden_training
     end properties
     [ -z "$SANITIZE" ] || end cli
     [ -z "$SANITIZE" ] || run sets limited python3 tests/test_sets.py Rank Eval Batch Cache

@@ -119,7 +119,7 @@ static void fuzz_gguf(const uint8_t *data, size_t n) {
         char name[64];
         snprintf(name, sizeof name, "fuzz-%ld.bin", (long)getpid());
         run_model(m);
-        if (quantize_model(m, name, &types, &error) == LVM_OK)
+        if (rewrite_model(m, name, &types, NULL, &error) == LVM_OK)
             remove(name);
     }
     lvm_close(m);
