@@ -21845,18 +21845,18 @@ static double rows_of_pass(const struct training *t) {
 /* What goes wrong is found by the run itself; this one only looks at the clock. A step that takes
    long is measured once, others three times, of which the first does not count. */
 static int measure_steps(struct training *t, int64_t *steps, lvm_error *error) {
+    lvm_train_report report;
     double began = seconds(), start = began, last = 0;
     lvm_trainer *trainer = lvm_trainer_new(&t->o, error);
     int code = trainer != NULL ? LVM_OK : error->code;
     for (int i = 0; code == LVM_OK && i < 3 && last < 30; i++) {
         if (i == 1) start = seconds();
         double now = seconds();
-        code = lvm_trainer_step(trainer, &t->report, error);
+        code = lvm_trainer_step(trainer, &report, error);
         last = seconds() - now;
         if (i == 2) last = (seconds() - start) / 2;
     }
     lvm_trainer_free(trainer);
-    t->report = (lvm_train_report){.step = 0};
     double left = 60 * (double)t->cli->train.minutes - (seconds() - began);
     *steps = (int64_t)fmax(1, fmin(1e15, left / fmax(last, 1e-9)));
     if (code == LVM_OK)
@@ -22170,10 +22170,12 @@ static int end_step(struct training *t, lvm_error *error) {
 /* One step, its validation and its row in the log. */
 static int take_step(struct training *t, lvm_error *error) {
     const lvm_train_report *r = &t->report;
+    lvm_train_report report; /* a step that is cancelled empties it */
     double start = seconds();
-    int code = lvm_trainer_step(t->trainer, &t->report, error);
+    int code = lvm_trainer_step(t->trainer, &report, error);
     if (code != LVM_OK) return code;
     double took = seconds() - start;
+    t->report = report;
     t->part = 0;
     t->step_rate = t->o.batch * (double)t->o.context / fmax(took, 1e-9);
     t->pace = t->pace > 0 ? 0.9 * t->pace + 0.1 * took : took;

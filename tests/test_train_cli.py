@@ -367,7 +367,9 @@ class Resume(TrainCase):
     def test_signals(self):
         for number, words in ((signal.SIGINT, "interrupted"), (signal.SIGTERM, r"told to stop \(SIGTERM\)"),
                               (signal.SIGHUP, "the terminal is gone")):
-            code, out, err = self.stop(number, 5, "--force")
+            for name in self.names():
+                os.remove(self.path(name))
+            code, out, err = self.stop(number, 5)
             self.assertEqual((code, out), (-number, b""), err)
             found = re.fullmatch(r"lvm: %s; lvm train --resume run\.ckpt goes on behind step (\d+)\n" % words, err)
             self.assertTrue(found, err)
