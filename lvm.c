@@ -7464,7 +7464,7 @@ static void take_base64(struct json *j, struct buffer *tokens) {
         uint32_t id;
         memcpy(&id, bytes + i, sizeof id);
         if (id < (uint32_t)j->codes) continue;
-        if (memchr(j->s + start, '\\', j->at - start) == NULL) j->at = start + 1 + i / 3 * 4;
+        if (memchr(j->s + start, '\\', j->at - start) == NULL) j->at = start + 1 + i * 4 / 3;
         json_fail(j, "an id is no image token");
     }
     if (j->code == LVM_OK) j->code = buffer_add(tokens, bytes, n, j->error);
@@ -16807,8 +16807,8 @@ static const struct option option_table[] = {
     {0, "eos", "ID|none", PACK, TEXT, AT(eos), 0, 0, "dropped at the end of a sentence (8193)"},
     {0, "integers", NULL, UNPACK, FLAG, AT(integers), 0, 0, "arrays of numbers, not base64"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
-    {0, "force", NULL, QUANTIZE | MERGE | PREDICT | ENCODE | DECODE | BATCH | PLOT, FLAG, AT(force),
-     0, 0, "replace an existing weights file"},
+    {0, "force", NULL, QUANTIZE | MERGE | PREDICT | ENCODE | DECODE | BATCH | PLOT, FLAG,
+     AT(force), 0, 0, "replace an existing weights file"},
     {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK | TRAIN, FLAG, AT(quiet), 0, 0,
      "no progress, no notes"},
     {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"},
@@ -16961,8 +16961,8 @@ static const struct command command_table[] = {
      "--vq-type q8_0 the encoder becomes f16: a quantised one finds other tokens.\n"
      "  lvm quantize big.bin small.bin --type q8_0 --vq-type q8_0\n"},
     {"pack", PACK, run_pack, "pack SET.jsonl|-... -o OUT.tok", "sentences of tokens to a .tok file",
-     "What a model is trained on: small, read where it lies, in any order. A line is a\n"
-     "sentence, as the published training data have it, or has two parts:\n"
+     "What training reads: small, mapped, in any order. A line is a sentence, as\n"
+     "the published training data have it, or one in two parts:\n"
      "  {\"tokens\": \"base64 of little-endian int32\"}\n"
      "  {\"tokens\": [17, 4, 8191, ...], \"weights\": [16, 0, 16, ...]}\n"
      "  {\"input_tokens\": [...], \"output_tokens\": [...]}\n"
@@ -16974,6 +16974,12 @@ static const struct command command_table[] = {
      "  lvm pack a.jsonl b.jsonl -o train.tok\n"},
     {"unpack", UNPACK, run_unpack, "unpack IN.tok", "a .tok file to lines that pack reads",
      "  lvm unpack train.tok --integers | head -n 1\n"},
+    {"merge", MERGE, run_merge, "merge WEIGHTS ADAPTERS -o OUT",
+     "adapters (LoRA) and their model as one weights file",
+     "Adapters are files that lvm train --lora writes, or convert.py --lora. Matrices\n"
+     "keep their types; where those are q4_0, --lora of predict, which takes q8_0 for\n"
+     "what it merges in memory, or --type q8_0 here, loses less.\n"
+     "  lvm merge weights.bin style.bin -o styled.bin\n"},
     {"train", TRAIN, run_train, "train --data FILE -o RUN.bin", "trains a model, or one further",
      "AdamW on the next token; what it needs of memory is told first. RUN.csv gets a\n"
      "row a step. RUN.ckpt is all of its state, written at the start, every ten\n"
@@ -16996,12 +17002,6 @@ static const struct command command_table[] = {
      "width D, T the context.\n"
      "  lvm train --config 100m --data train.tok --val val.tok -o run.bin --epochs 1\n"
      "  lvm train --init big.bin --lora 16,32 --data task.jsonl -o task.bin --steps 500\n"},
-    {"merge", MERGE, run_merge, "merge WEIGHTS ADAPTERS -o OUT",
-     "adapters (LoRA) and their model as one weights file",
-     "Adapters are files that lvm train --lora writes, or convert.py --lora. Matrices\n"
-     "keep their types; where those are q4_0, --lora of predict, which takes q8_0 for\n"
-     "what it merges in memory, or --type q8_0 here, loses less.\n"
-     "  lvm merge weights.bin style.bin -o styled.bin\n"},
     {"plot", PLOT, run_plot, "plot LOG.csv...", "curves of training runs in one picture",
      "Faint points are the steps' losses, lines their smoothed ones, dots validation.\n"
      "  lvm plot a.csv b.csv -o both.png --x tokens\n"},

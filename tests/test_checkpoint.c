@@ -1,7 +1,8 @@
 /* What is kept of training: checkpoints, weights files and adapters out of a trainer, adapters merged
    with a model. The trainer is tests/trainer.h's, made by hand.
 
-       test_checkpoint FOLDER     a folder that may be written into */
+       test_checkpoint FOLDER     a folder that may be written into
+           BASE ADAPTERS GOLDEN   and a model, adapters of it, and what PEFT computes with both */
 #include <stddef.h>
 void *counted_calloc(size_t count, size_t size);
 void counted_free(void *p);
@@ -12,6 +13,7 @@ void counted_free(void *p);
 #undef main
 #include "check.h"
 #include "gguf.h"
+#include "npy.h"
 #include "trainer.h"
 #ifndef _WIN32
 #include <sys/resource.h>
@@ -57,7 +59,7 @@ static uint64_t trainer_hash(const struct lvm_trainer *t) {
     return h;
 }
 
-/* A call fails with this code and these words, and nothing of the trainer changes. */
+/* A call failed with this code and these words. */
 static void fails(int got, int code, const lvm_error *e, const char *words) {
     check(got == code && e->code == code && strstr(e->text, words) != NULL,
           "%d \"%s\" instead of %d \"%s\"", got, e->text, code, words);
@@ -587,6 +589,36 @@ static void test_bad_adapters(void) {
     hand_free(h);
 }
 
+/* PEFT's logits, with the adapters beside the model; here merged with it in memory and in a file. */
+static void test_peft(const char *base, const char *lora, const char *golden) {
+    lvm_error e;
+    struct npy ids = npy_load(golden, "ids"), wanted = npy_load(golden, "logits");
+    const char *out = in_folder("peft.bin");
+    lvm_options o = lvm_default_options();
+    o.threads = 2;
+    check(lvm_merge(base, lora, out, LVM_AUTO, 1, &e) == LVM_OK, "%s", e.text);
+    for (int i = 0; i < 2; i++) {
+        where("PEFT's logits, merged in %s", i == 0 ? "memory" : "a file");
+        lvm_model *m = must(lvm_open(i == 0 ? base : out, 0, &e));
+        if (i == 0) check(lvm_apply_lora(m, lora, &e) == LVM_OK, "%s", e.text);
+        int n = (int)ids.n, V = m->llama.V;
+        float *logits = must(calloc((size_t)n * (size_t)V, sizeof *logits)), most = 0;
+        lvm_ctx *ctx = must(lvm_ctx_new(m, &o, &e));
+        check(lvm_prompt(ctx, npy_i32(&ids), 1, logits, &e) == LVM_OK, "%s", e.text);
+        check(lvm_logits(ctx, npy_i32(&ids) + 1, n - 1, logits + V, &e) == LVM_OK, "%s", e.text);
+        check(wanted.n == (int64_t)n * V, "%lld logits", (long long)wanted.n);
+        for (int64_t j = 0; j < wanted.n; j++)
+            most = fmaxf(most, fabsf(logits[j] - npy_f32(&wanted)[j]));
+        check(most < 1e-4f, "off by %g", (double)most);
+        printf("largest difference from PEFT's logits: %g\n", (double)most);
+        free(logits);
+        lvm_ctx_free(ctx);
+        lvm_close(m);
+    }
+    npy_free(&ids);
+    npy_free(&wanted);
+}
+
 /* ---- Arguments and memory ---- */
 
 static void test_arguments(void) {
@@ -649,7 +681,7 @@ static void test_memory(void) {
 }
 
 int main(int argc, char **argv) {
-    if (argc != 2) return 2;
+    if (argc != 2 && argc != 5) return 2;
     folder = argv[1];
 #ifdef _WIN32
     mkdir(folder);
@@ -675,6 +707,7 @@ int main(int argc, char **argv) {
     test_export_alone();
     test_two_adapters();
     test_bad_adapters();
+    if (argc == 5) test_peft(argv[2], argv[3], argv[4]);
     test_arguments();
     test_memory();
     where("end");

@@ -9,6 +9,7 @@ A failure must end in one line on stderr that says what is wrong, the right exit
 failed, 2 wrong usage), and a folder in which nothing has changed.
 """
 
+import base64
 import fcntl
 import json
 import math
@@ -826,8 +827,8 @@ class Usage(Case):
 
 # ---- help, mistakes and the bar --------------------------------------------------------------------
 
-COMMANDS = ("predict", "encode", "decode", "rank", "eval", "batch", "bench", "info", "quantize", "help",
-            "version")
+COMMANDS = ("predict", "encode", "decode", "rank", "eval", "batch", "bench", "info", "quantize", "pack",
+            "unpack", "help", "version")
 
 
 class Help(Case):
@@ -860,7 +861,8 @@ class Help(Case):
         letters = {"PREDICT": "predict", "SAMPLES": "predict batch", "BENCH": "bench", "HELP": "help",
                    "READS": "predict rank eval batch", "INFO": "info", "QUANTIZE": "quantize",
                    "RUNS": "predict rank eval batch encode decode", "ENCODE": "encode",
-                   "DECODE": "decode", "RANK": "rank", "EVAL": "eval", "BATCH": "batch"}
+                   "DECODE": "decode", "RANK": "rank", "EVAL": "eval", "BATCH": "batch", "PACK": "pack",
+                   "UNPACK": "unpack"}
         texts = {command: self.good("help", command).decode() for command in COMMANDS}
         for name, text in list(texts.items()) + [("", self.good("help").decode())]:
             for line in text.splitlines():
@@ -1025,6 +1027,202 @@ class Mistakes(Case):
 
 
 # ---- files that are not what they should be ------------------------------------------------------
+
+class Pack(Case):
+    """.tok files: what pack writes, read by chapter 8's drawing; what unpack gives back; bad lines."""
+
+    def parts(self, data):
+        """Sentences, their weights (or None) and image_tokens of a .tok file."""
+        self.assertEqual(data[:12] + data[-8:], b"LVM.tok\n\1\0\0\0LVM.tok\n")
+        sentences, n, bound, image, flags = struct.unpack("<QQIII", data[-64:-36])
+        ids = struct.unpack("<%dH" % n, data[64:64 + 2 * n])
+        at = (64 + 2 * n + 63) // 64 * 64
+        weights = data[at:at + n] if flags else None
+        at += (n + 63) // 64 * 64 if flags else 0
+        starts = struct.unpack("<%dQ" % (sentences + 1), data[at:at + 8 * sentences + 8])
+        self.assertEqual(len(data), (at + 8 * sentences + 8 + 63) // 64 * 64 + 64)
+        self.assertEqual((starts[0], starts[-1], bound), (0, n, max(ids) + 1))
+        cut = [slice(a, b) for a, b in zip(starts, starts[1:])]
+        return [list(ids[c]) for c in cut], weights and [list(weights[c]) for c in cut], image
+
+    def pack(self, text, *args, words=(), **how):
+        self.put("in.jsonl", text.encode())
+        code, out, err = self.run_lvm("pack", "in.jsonl", "-o", "out.tok", *args, **how)
+        self.assertEqual((code, out), (0, b"out.tok\n"), err)
+        self.assertRegex(err, r"\Alvm: note: out.tok: \d+ sentences, \d+ tokens[^\n]*\n\Z")
+        for word in words:
+            self.assertIn(word, err)
+        return self.parts(read(self.path("out.tok")))
+
+    def b64(self, ids):
+        return base64.b64encode(struct.pack("<%di" % len(ids), *ids)).decode()
+
+    def test_forms(self):
+        rng = random.Random(3)
+        want = [[rng.randrange(8192) for _ in range(256 * n)] for n in (1, 3, 2, 1, 2)]
+        nested = [want[4][:256], want[4][256:]]
+        text = "\ufeff" + "\n".join((
+            json.dumps({"tokens": want[0]}), json.dumps({"tokens": self.b64(want[1])}), "  ",
+            json.dumps({"id": {"a": [1]}, "tokens": [8192] + want[2] + [8193]}) + "\r",
+            json.dumps({"tokens": self.b64([8192] + want[3] + [8193]).replace("/", "\\/")}).replace("\\\\", "\\"),
+            json.dumps({"input_tokens": nested[0], "output": [nested[1]], "weights": None})))
+        self.assertEqual(self.pack(text, words=["5 sentences, 2304 tokens, 9 images of 256"]), (want, None, 256))
+        self.put("b.jsonl", b'{"tokens": [1]}\n')
+        code, out, err = self.run_lvm("pack", "in.jsonl", "-", "b.jsonl", "-o", "all.tok", "-q",
+                                      data=b'{"tokens": [7, 8]}')
+        self.assertEqual((code, out, err), (0, b"all.tok\n", ""))
+        self.assertEqual(self.parts(read(self.path("all.tok"))), (want + [[7, 8], [1]], None, 0))
+
+    def test_weights(self):
+        lines = ('{"input": [1, 2], "target": [[3], [4]]}\n{"input_tokens": [], "target_tokens": [5]}\n',
+                 '{"weights": [9, 0, 255, 9], "tokens": [8192, 6, 7, 8193]}\n',
+                 '{"input": [1], "output": [2], "weights": "AQI="}\n')
+        ids = [[1, 2, 3, 4], [5], [6, 7], [1, 2]]
+        self.assertEqual(self.pack(lines[0]), (ids[:2], None, 0))
+        self.assertEqual(self.pack("".join(lines)), (ids, [[16] * 4, [16], [0, 255], [1, 2]], 0))
+        self.assertEqual(self.pack("".join(lines), "--loss", "answers"),
+                         (ids, [[0, 0, 16, 16], [16], [0, 255], [1, 2]], 0))
+        self.put("in.jsonl", b'{"tokens": [1]}\n')
+        self.bad(1, ["in.jsonl: line 1: --loss answers takes lines with"], "pack", "in.jsonl", "-o", "x.tok",
+                 "--loss", "answers")
+
+    def test_special_ids(self):
+        line = json.dumps({"tokens": [8192, 1, 9, 8193]})
+        self.assertEqual(self.pack(line)[0], [[1, 9]])
+        self.assertEqual(self.pack(line, "--bos", "none")[0], [[8192, 1, 9]])
+        self.assertEqual(self.pack(line, "--bos", "none", "--eos=none")[0], [[8192, 1, 9, 8193]])
+        self.assertEqual(self.pack('{"tokens": [50, 9, 51]}', "--bos", "50", "--eos", "51")[0], [[9]])
+        self.assertEqual(self.pack('{"tokens": [9, 65535]}')[0], [[9, 65535]])
+        for option in ("--bos", "--eos"):
+            for value in ("", "x", "-1", "1.5", "99999999999", "8192x"):
+                self.bad(2, [option, "no id and not none"], "pack", "in.jsonl", "-o", "x.tok", option, value)
+
+    def test_image_tokens(self):
+        for lines, want in (([(512, None), (256, None)], 256), ([(512, None), (255, None)], 0),
+                            ([(512, 0), (256, 0)], 0), ([(128, 64), (64, None)], 64),
+                            ([(512, None), (256, 128)], 128)):
+            text = "\n".join(json.dumps(dict({"tokens": [1] * n}, **({} if t is None else {"image_tokens": t})))
+                             for n, t in lines)
+            self.assertEqual(self.pack(text)[2], want)
+        for text, words in (('{"tokens": [1, 2, 3], "image_tokens": 2}', "line 1: 3 tokens are no whole images of 2"),
+                            ('{"tokens": [1, 2], "image_tokens": 2}\n{"tokens": [1], "image_tokens": 1}',
+                             'line 2: "image_tokens" is 1, but 2 in a line above'),
+                            ('{"tokens": [1, 2]}\n{"tokens": [1, 2, 3], "image_tokens": 3}', "no multiple")):
+            self.put("in.jsonl", text.encode())
+            self.bad(1, words, "pack", "in.jsonl", "-o", "x.tok")
+
+    def test_round_trip(self):
+        """pack(unpack(x)) is x, byte for byte."""
+        rng = random.Random(4)
+        for k in range(12):
+            size = (256, 256, 64, 1)[k % 4]
+            lines = []
+            for _ in range(rng.randrange(1, 20)):
+                n = size * rng.randrange(1, 4) + (1 if k == 1 else 0)
+                line = {"tokens": [rng.randrange(8192) for _ in range(n)]}
+                if k % 3 == 0:
+                    line["weights"] = [rng.randrange(256) for _ in range(n)]
+                if k % 4 == 2:
+                    line["image_tokens"] = 64
+                lines.append(json.dumps(line))
+            parts = self.pack("\n".join(lines))
+            tok = read(self.path("out.tok"))
+            for options in ((), ("--integers",)):
+                code, out, err = self.run_lvm("unpack", "out.tok", "-o", "back.jsonl", *options)
+                self.assertEqual((code, out), (0, b"back.jsonl\n"), err)
+                text = read(self.path("back.jsonl"))
+                self.assertEqual(self.good("unpack", "out.tok", *options), text)
+                for line, ids in zip(text.splitlines(), parts[0]):
+                    got = json.loads(line)["tokens"]
+                    if not options:
+                        got = list(struct.unpack("<%di" % len(ids), base64.b64decode(got, validate=True)))
+                    self.assertEqual(got, ids)
+                self.good("pack", "-q", "back.jsonl", "-o", "again.tok")
+                self.assertEqual(read(self.path("again.tok")), tok)
+        self.assertEqual(self.good("pack", "-", "-q", "-o", "-", data=text), tok)
+
+    def test_bad_lines(self):
+        for line, words in (
+                ('{"tokens": [1, 65536]}', ["an id is no image token", "at byte 16"]),
+                ('{"tokens": [1, -1]}', ["an id is no image token", "at byte 16"]),
+                ('{"tokens": [1, 1.5]}', ["an id is no image token", "at byte 16"]),
+                ('{"tokens": "AAAAAAAAAAAAAAEA"}', ["an id is no image token", "at byte 23"]),
+                ('{"tokens": "AAAA"}', ["no base64 of whole int32"]), ('{"tokens": "A?=="}', ["no base64"]),
+                ('{"tokens": "AAAAAA==="}', ["no base64"]), ('{"tokens": 5}', ["an array of ids or base64"]),
+                ('{"tokens": [[[1]]]}', ["an id should stand here"]), ('{"tokens": [1,]}', ["comma"]),
+                ('{"tokens": [true]}', ["an id should stand here"]), ('{"tokens": [1', ["lacks", "end of the line"]),
+                ('{"input": "a.png", "output": "b.png"}', ["base64"]),
+                ('{"input": ["a.png"], "output": ["b.png"]}', ["a picture's name", "lvm encode"]),
+                ('{"tokens": [], "x": 1}', ["a sentence without tokens"]),
+                ('{"tokens": [8192, 8193]}', ["a sentence without tokens"]),
+                ('{"tokens": [8193]}', ["a sentence without tokens"]),
+                ('{"tokens": [1, 8193, 2]}', ["token 2 is eos (8193)"]),
+                ('{"tokens": [8192, 8192, 2]}', ["token 2 is bos (8192)"]),
+                ('{"tokens": [1], "input": [2]}', ['"tokens" and "input" say the same thing']),
+                ('{"tokens": [1], "target": [2]}', ['"tokens" and "target" say the same thing']),
+                ('{"tokens": [1], "tokens": [2]}', ['"tokens" and "tokens" say the same thing']),
+                ('{"output": [1], "target": [2]}', ['"output" and "target" say the same thing']),
+                ('{"input": [1]}', ['"input_tokens" and "output_tokens"']), ('{}', ['a line holds "tokens"']),
+                ('{"tokens": null}', ['a line holds "tokens"']),
+                ('{"tokens": [1], "weights": [1, 2]}', ["2 weights for 1 tokens"]),
+                ('{"tokens": [1], "weights": []}', ["0 weights for 1 tokens"]),
+                ('{"tokens": [1], "weights": [256]}', ["from 0 to 255"]),
+                ('{"tokens": [1], "weights": "A"}', ["0 weights for 1 tokens"]),
+                ('{"tokens": [1], "weights": 16}', ["weights should stand here"]),
+                ('{"tokens": [1], "weight": [16]}', ['did you mean "weights"?']),
+                ('{"Tokens": [1]}', ['did you mean "tokens"?']),
+                ('{"tokens": [1], "image_tokens": "x"}', ['"image_tokens" is no number']),
+                ("[1, 2]", ["a line is an object"]), ('{"tokens": [1]} x', ["behind the object"]),
+                ('{"tokens" [1]}', ["lacks its :"])):
+            self.put("in.jsonl", b'{"tokens": [3]}\n\n' + line.encode())
+            self.bad(1, ["in.jsonl: line 3: "] + words, "pack", "in.jsonl", "-o", "x.tok")
+        self.put("in.jsonl", b'{"tokens": [1\0]}')
+        self.bad(1, ["in.jsonl: line 1: zero bytes"], "pack", "in.jsonl", "-o", "x.tok")
+        self.put("in.jsonl", '{"tokens": [1]}'.encode("utf-16"))
+        self.bad(1, ["in.jsonl", "UTF-16"], "pack", "in.jsonl", "-o", "x.tok")
+        self.put("in.jsonl", b'{"tokens": [1], "x": "' + b"y" * (1 << 24) + b'"}')
+        self.bad(1, ["in.jsonl: line 1: is longer than"], "pack", "in.jsonl", "-o", "x.tok")
+        self.put("in.jsonl", b" \n\n")
+        self.bad(1, ["no lines to learn from"], "pack", "in.jsonl", "-o", "x.tok")
+
+    def test_words_and_outputs(self):
+        self.put("in.jsonl", b'{"tokens": [3, 1, 2]}\n')
+        self.bad(2, "lvm help pack", "pack", "in.jsonl")
+        self.bad(2, "lvm help pack", "pack", "-o", "x.tok")
+        self.bad(2, "lvm help unpack", "unpack")
+        self.bad(2, "lvm help unpack", "unpack", "in.jsonl", "in.jsonl")
+        self.bad(1, "nowhere.jsonl", "pack", "nowhere.jsonl", "-o", "x.tok")
+        self.bad(1, "is a folder", "pack", ".", "-o", "x.tok")
+        for name in ("in.jsonl", "./in.jsonl", os.path.join(self.folder, "in.jsonl")):
+            self.bad(1, [name, "is an input too"], "pack", "in.jsonl", "-o", name)
+        self.bad(1, "is an input too", "pack", "nowhere.jsonl", "in.jsonl", "-o", "in.jsonl")
+        self.put("w.bin", read(self.weights))
+        self.bad(1, ["w.bin", "is a weights file"], "pack", "in.jsonl", "-o", "w.bin")
+        self.good("pack", "in.jsonl", "-o", "a.tok", "-q")
+        self.bad(1, ["a.tok", "is a .tok file already"], "pack", "a.tok", "-o", "x.tok")
+        self.bad(1, ["a.tok", "is an input too"], "unpack", "a.tok", "-o", "a.tok")
+        self.bad(1, ["in.jsonl", "is no .tok file"], "unpack", "in.jsonl")
+        self.bad(1, ["nowhere.tok"], "unpack", "nowhere.tok")
+        self.bad(1, ["nowhere/x.tok"], "pack", "in.jsonl", "-o", "nowhere/x.tok")
+        self.assertEqual(self.good("unpack", "a.tok", "--integers"),
+                         b'{"tokens": [3, 1, 2], "image_tokens": 0}\n')
+        good = read(self.path("a.tok"))
+        self.put("bad.tok", good[:-48] + struct.pack("<I", 3) + good[-44:])
+        self.bad(1, ["bad.tok: sentence 1, token 1: id 3"], "unpack", "bad.tok", "-o", "x.jsonl")
+        self.put("bad.tok", good[:-1])
+        self.bad(1, ["bad.tok", "end is missing"], "unpack", "bad.tok")
+
+    def test_full_disk(self):
+        lines = "".join(json.dumps({"tokens": [k] * 999}) + "\n" for k in range(200))
+        self.pack(lines)
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, 1 << 17))
+        ignore = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), limit())
+        self.bad(1, ["x.tok", "cannot be written"], "pack", "in.jsonl", "-o", "x.tok", preexec_fn=ignore)
+        self.bad(1, ["x.jsonl", "cannot be written"], "unpack", "out.tok", "-o", "x.jsonl", preexec_fn=ignore)
+        if os.path.exists("/dev/full"):
+            self.bad(1, "cannot be written", "pack", "in.jsonl", "-o", "/dev/full")
+            self.bad(1, "cannot be written", "unpack", "out.tok", "-o", "/dev/full")
+
 
 class Images(Case):
     def refuse(self, words, *images):
