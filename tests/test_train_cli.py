@@ -69,7 +69,7 @@ class TrainCase(Case):
 class Refusals(TrainCase):
     def test_help(self):
         text = self.good("help", "train").decode()
-        for word in ("--config", "--resume RUN.ckpt", "1.5e-4", "8000 steps", "2 million tokens",
+        for word in ("--config", "--resume RUN.ckpt", "1.5e-4", "8000 steps", "2 million",
                      "6 L D T"):
             self.assertIn(word, text)
         self.assertIn("--x steps|tokens", self.good("help", "plot").decode())
