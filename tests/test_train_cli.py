@@ -68,7 +68,7 @@ class TrainCase(Case):
 
 class Refusals(TrainCase):
     def test_help(self):
-        text = self.good("help", "train").decode()
+        text = " ".join(self.good("help", "train").decode().split())
         for word in ("--config", "--resume RUN.ckpt", "1.5e-4", "8000 steps", "2 million",
                      "6 L D T"):
             self.assertIn(word, text)
