@@ -18447,7 +18447,7 @@ static void draw_curve(struct plot *p, const struct curve *c, const uint8_t *col
     double at[2], before[2] = {0, 0};
     for (size_t i = 0; i < c->n; i++) {
         plot_place(p, &c->list[i], c->list[i].loss, at);
-        if (isfinite(c->list[i].loss)) cover_line(p, at, at, 2.4);
+        if (isfinite(c->list[i].loss)) cover_line(p, at, at, c->n < 200 ? 5 : 2.4);
     }
     paint(p, color, 0.4);
     for (size_t i = 0; i < c->n; i++) {
@@ -22224,6 +22224,21 @@ static void training_free(struct training *t) {
     mem_free(t->note.data);
 }
 
+/* Before the first step: rows can be made of every file of --val. */
+static int check_validation(const struct training *t, lvm_error *error) {
+    const struct llama *a = t->trainer->net.a;
+    lvm_train_options o = t->o;
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < t->val.paths.n; i++) {
+        const lvm_tokens *one = t->val.list[i];
+        struct stream s;
+        o.data = &one;
+        o.n_data = 1;
+        code = stream_open(&s, &o, a->bos, a->eos, a->V, error);
+    }
+    return code;
+}
+
 /* Everything up to the first step. */
 static int open_training(struct training *t, lvm_error *error) {
     const char *resume = t->cli->train.resume;
@@ -22243,6 +22258,7 @@ static int open_training(struct training *t, lvm_error *error) {
     t->trainer = lvm_trainer_new(&t->o, error);
     if (t->trainer == NULL) return error->code;
     if (resume != NULL) code = lvm_trainer_load(t->trainer, resume, error);
+    if (code == LVM_OK) code = check_validation(t, error);
     if (code != LVM_OK) return code;
     t->report.step = t->trainer->step;
     t->report.tokens = t->trainer->tokens;
@@ -22296,6 +22312,8 @@ static int run_training(struct training *t) {
     if (t->saved < 0 && save_run(t) != LVM_OK) return 1;
     code = train_steps(t, &error);
     if (code == LVM_CANCELLED && stop_asked) return stop_run(t);
+    int keep = code != LVM_OK && t->report.in_a_row == 0 && t->saved < t->report.step;
+    if (keep) save_run(t); /* a call that failed has changed nothing */
     if (code == LVM_OK) code = finish_run(t, &error);
     if (code != LVM_OK) hide_train_line(t);
     return finish(&error, code);

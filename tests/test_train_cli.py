@@ -121,6 +121,7 @@ class Refusals(TrainCase):
         self.bad(1, ["bad.jsonl", "line 2"], *self.words("--data", "bad.jsonl"))
         self.put("large.jsonl", b'{"tokens": [1, 300]}\n')
         self.bad(1, ["large.jsonl"], *self.words("--data", "large.jsonl", "-q"))
+        self.bad(1, ["large.jsonl"], *self.words("--val", "large.jsonl", "-q"))
         golden = os.path.join(test_cli.TESTS, "golden", "both")
         self.convert(self.path("v.bin"), "--vqgan", os.path.join(golden, "vqgan"))
         self.convert(self.path("t.bin"), "--llama", os.path.join(golden, "llama"))
@@ -489,6 +490,23 @@ class Resume(TrainCase):
         self.put("t.jsonl", data)
         self.good("train", "--resume", "run.ckpt", "-q")
         self.same_as_whole()
+
+    def test_damaged_data(self):
+        """An id that is none is found when its sentence's turn comes; what was learnt until then is kept."""
+        self.good("pack", self.train, "-o", "t.tok", "-q")
+        data, ids = read(self.path("t.tok")), json.loads(read(self.train).splitlines()[30])["tokens"]
+        at = data.index(struct.pack("<48H", *ids)) + 20
+        self.put("t.tok", data[:at] + b"\xff\xff" + data[at + 2:])
+        words = [w if w != self.train else "t.tok" for w in self.command("--steps", "80")]
+        code, out, err = self.run_lvm(*words)
+        self.assertEqual((code, out), (1, b""))
+        self.assertRegex(err, r"\Alvm: t\.tok: sentence 31, token 11[^\n]*\n\Z")
+        done = len(rows(self.path("run.csv")))
+        self.assertGreater(done, 0)
+        again = self.run_lvm("train", "--resume", "run.ckpt")
+        self.assertIn("goes on behind step %d of 80" % done, again[2])
+        self.assertTrue(again[2].endswith(err))
+        self.assertEqual(len(rows(self.path("run.csv"))), done)
 
     def test_damaged_checkpoint(self):
         data = read(os.path.join(self.whole, "run.ckpt"))
