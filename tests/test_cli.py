@@ -955,7 +955,7 @@ class Usage(Case):
 # ---- help, mistakes and the bar --------------------------------------------------------------------
 
 COMMANDS = ("predict", "encode", "decode", "rank", "eval", "batch", "bench", "info", "quantize", "pack",
-            "unpack", "help", "version")
+            "unpack", "merge", "train", "plot", "help", "version")
 
 
 class Help(Case):
@@ -963,7 +963,7 @@ class Help(Case):
         """Names and arguments of the options as lvm.c's table has them, by its first command."""
         source = read(os.path.join(TOP, "lvm.c")).decode()
         source = source[source.index("option_table[] = {"):source.index("N_OPTIONS =")]
-        rows = re.findall(r'\{(0|\'.\'), "([a-z-]+)", (NULL|"[^"]*"), ([A-Z |]+),', source)
+        rows = re.findall(r'\{(0|\'.\'), "([a-z0-9-]+)", (NULL|"[^"]*"), ([A-Z |]+),', source)
         self.assertGreater(len(rows), 30)
         return rows
 
@@ -989,7 +989,7 @@ class Help(Case):
                    "READS": "predict rank eval batch", "INFO": "info", "QUANTIZE": "quantize",
                    "RUNS": "predict rank eval batch encode decode", "ENCODE": "encode",
                    "DECODE": "decode", "RANK": "rank", "EVAL": "eval", "BATCH": "batch", "PACK": "pack",
-                   "UNPACK": "unpack"}
+                   "UNPACK": "unpack", "MERGE": "merge", "TRAIN": "train", "PLOT": "plot"}
         texts = {command: self.good("help", command).decode() for command in COMMANDS}
         for name, text in list(texts.items()) + [("", self.good("help").decode())]:
             for line in text.splitlines():
@@ -1084,7 +1084,7 @@ class Mistakes(Case):
         for word, meant in (("generate", "did you mean predict?"), ("run", "did you mean predict?"),
                             ("infer", "did you mean predict?"), ("tokenize", "did you mean encode?"),
                             ("detokenize", "did you mean decode?"), ("evaluate", "did you mean eval?"),
-                            ("serve", "no server"), ("convert", "convert.py"), ("train", "not train yet"),
+                            ("serve", "no server"), ("convert", "convert.py"), ("finetune", "did you mean train?"),
                             ("predcit", "did you mean predict?"), ("Encode", "did you mean encode?"),
                             ("decoed", "did you mean decode?"), ("quant", "did you mean quantize?"),
                             ("quantise", "did you mean quantize?"), ("benchmark", "did you mean bench?"),
@@ -1111,10 +1111,10 @@ class Mistakes(Case):
                      self.weights, self.images[0], option, "5")
         for args, owners in ((("encode", "--json"), "--json belongs to predict, rank, eval, batch, bench)"),
                              (("--tensors",), "--tensors belongs to info)"),
-                             (("info", "-j2"), "-j belongs to predict, encode, decode, rank, eval, batch, bench)"),
-                             (("help", "--type=q8_0"), "--type belongs to bench, quantize)")):
+                             (("info", "-j2"), "-j belongs to predict, encode, decode, rank, eval, batch, bench, train)"),
+                             (("help", "--type=q8_0"), "--type belongs to bench, quantize, merge, train)")):
             self.bad(2, ["no such option: ", owners], *args)
-        for option in ("---", "-x", "--x", "--frobnicate"):
+        for option in ("---", "-x", "--y", "--frobnicate"):
             self.bad(2, ["no such option: " + option, "(lvm help predict lists them)"], self.weights, option)
         self.bad(2, "-o: needs a value, and --greedy is an option", self.weights, self.images[0], "-o", "--greedy")
 
