@@ -611,6 +611,17 @@ static int map_file(const char *path, void **data, size_t *size, lvm_error *erro
 static void unmap_file(void *data, size_t size);
 static int read_file(const char *path, uint8_t **data, size_t *size, lvm_error *error);
 
+/* A file being written, under another name beside its own, which it gets when it is closed with
+   code LVM_OK and everything is on the disk; else it is removed (chapter 10). */
+struct outfile {
+    char *path;          /* as messages name it */
+    char *target, *temp; /* where it will be and is; NULL: a device or a pipe, written directly */
+    FILE *file;
+};
+static int outfile_open(struct outfile *out, const char *path, lvm_error *error);
+static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error);
+static int outfile_close(struct outfile *out, int code, lvm_error *error);
+
 /* Zeroed memory for count elements of size bytes, aligned to 64; NULL and an error when there is
    none or the product overflows. Released by mem_free. The pointer that calloc gave stands right in
    front. */
@@ -1614,6 +1625,7 @@ struct tensor_spec {
     enum tensor_kind kind;
     int optional, n_dims, dims[4]; /* dims: slowest first */
     struct tensor *tensor;         /* data NULL where an optional one is absent */
+    uint8_t *merged;               /* memory of its own behind data, with adapters in it, or NULL */
 };
 
 struct lvm_model {
@@ -1628,6 +1640,7 @@ struct lvm_model {
     struct vqgan *vq;              /* NULL when the file has no tokenizer */
     struct tensor_spec *specs;     /* [n_specs] */
     int n_specs;
+    uint64_t adapters;             /* hash of those that are merged into it; 0: none */
     struct devices *devices;       /* copies of the model on devices: chapter 7 */
 };
 
@@ -1969,6 +1982,11 @@ static int read_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error
     return LVM_OK;
 }
 
+/* Whether a file holds adapters of a model (chapter 8) instead of one. */
+static int is_adapter_file(const struct gguf *g) {
+    return text_is(read_text(g, "general.type"), "adapter");
+}
+
 /* Reads what the file says the model is, and describes it. */
 static int read_description(lvm_model *m, lvm_error *error) {
     const struct gguf *g = &m->file;
@@ -1977,6 +1995,10 @@ static int read_description(lvm_model *m, lvm_error *error) {
         return fail(error, LVM_FORMAT, "%s: a GGUF file of another architecture than lvm", m->path);
     code = read_int(g, &(struct int_key){"lvm.format_version", 1, 1, 0, 0}, &version, error);
     if (code != LVM_OK) return code;
+    if (is_adapter_file(g))
+        return fail(error, LVM_FORMAT,
+                    "%s: holds adapters, no model; give the model that they belong to, and these "
+                    "with --lora", m->path);
     int has_llama = gguf_key(g, "lvm.block_count") != NULL;
     int has_vq = gguf_key(g, "lvm.vq.resolution") != NULL;
     if (!has_llama && !has_vq)
@@ -2061,6 +2083,7 @@ static int load_tensors(lvm_model *m, lvm_error *error) {
    (chapter 14). */
 static struct devices *devices_new(lvm_error *error);
 static void devices_free(struct devices *d);
+static int devices_are_open(struct devices *d);
 
 /* A model without contents, which lvm_close takes back at any later step. */
 static lvm_model *model_new(const char *path, lvm_error *error) {
@@ -2115,6 +2138,7 @@ void lvm_close(lvm_model *m) {
     if (m == NULL) return;
     devices_free(m->devices);
     gguf_free(&m->file);
+    for (int i = 0; i < m->n_specs; i++) mem_free(m->specs[i].merged);
     mem_free(m->specs);
     mem_free(m->llama.layers);
     if (m->vq != NULL) mem_free(m->vq->ops);
@@ -2776,6 +2800,12 @@ struct lm_job {
     int seq[MAX_ROWS], pos[MAX_ROWS];
 };
 
+/* theta^(-2i/d), how fast pair i turns from position to position. */
+static float rope_frequency(const struct llama *a, int i) {
+    float power = (float)(2 * i) / (float)a->d;
+    return 1 / (float)exp_f64((double)power * log_f64(a->theta));
+}
+
 /* x = the token's row of the embedding; and the cosines and sines of its position. */
 static void embed_task(void *arg, int r, int thread) {
     struct lm_job *job = arg;
@@ -3094,10 +3124,7 @@ static int lm_state_alloc(struct lm_state *s, const struct llama *a, int kv_type
         if (*want[i].p == NULL) return LVM_MEMORY;
         s->bytes += want[i].n * (int64_t)sizeof(float);
     }
-    for (int i = 0; i < a->d / 2; i++) {
-        float power = (float)(2 * i) / (float)a->d;
-        s->inv_freq[i] = 1 / (float)exp_f64((double)power * log_f64(a->theta));
-    }
+    for (int i = 0; i < a->d / 2; i++) s->inv_freq[i] = rope_frequency(a, i);
     return kv_setup(&s->kv, a, kv_type, error);
 }
 
@@ -4049,14 +4076,23 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    was stopped and resumed is the run that was not. A weight's gradient adds rows in ascending order;
    rows are never split over threads. */
 
+/* What a public call takes of an option struct, which may be an older one (chapter 14); bytes of
+   memory and processors that are there to be used (chapter 10). */
+static int copy_options(void *to, size_t size, size_t oldest, const void *from, const char *name,
+                        lvm_error *error);
+static int64_t os_memory_available(void);
+static int processors(void);
+
 /* ---- What learns ---- */
 
 /* A tensor of the description while it learns, or stays. */
 struct param {
-    const char *name;    /* as in the weights file */
-    struct tensor w;     /* [rows][cols]: F32 of its own where it learns, else as init has it */
+    char name[96];       /* as in the weights file */
+    struct tensor w;     /* [rows][cols], a vector [1][cols]: values, or where init has them */
+    float *values;       /* as w, where it learns or is new; else NULL */
     float *g, *m, *v;    /* as w: gradient; AdamW's averages of it and of its square. NULL: frozen */
-    int decays;          /* matrices do, vectors do not */
+    int learns, decays;  /* matrices decay, vectors do not */
+    const struct tensor_spec *spec; /* of the description; NULL: an adapter */
 };
 
 /* y = x w^T + bias + scale (x a^T) b^T: a linear layer, with an adapter where there is one. */
@@ -4093,20 +4129,36 @@ struct rows {
     int n_pieces;
 };
 
+enum { DQ_PARTS = 4, PASS_TOKENS = 4096 };
+
+/* Memory that a pass works in; N rows. What the backward leaves has a d in front. */
+struct work {
+    float *h, *dx, *dh;       /* [N][D]: normed; gradients by the residual stream and by h */
+    float *act, *dact;        /* [N][F]: silu(gate) up, later by up; its gradient, later by gate */
+    float *dq, *dk, *dv;      /* [DQ_PARTS][N][H d]  [N][G d]  [N][G d] */
+    float *d_o, *delta;       /* [N][H d];  [N][H]: do . o of each head */
+    float *rms, *nll;         /* [N]: 1 / rms of a row;  -ln p(target) */
+    float *turned;            /* a matrix, transposed */
+    float *u;                 /* [N][rank] */
+    float *logits;            /* [LOGIT_ROWS][V rounded up to 16] */
+    int *positions;           /* [N]: of a row in its piece; -1: padding */
+    double *squares;          /* of each chunk of gradients */
+};
+
 struct net {
     const struct llama *a;    /* sizes */
     struct param *params;     /* [n_params]: the description's in its order, then adapters */
     int n_params;
-    struct param *embed, *norm;
-    struct linear output;
+    struct param *embed, *norm, *output; /* [V][D]  [D]  [V][D], which may be embed */
     struct block *blocks;     /* [L] */
+    int lowest;               /* layers below it learn nothing */
     float lora_scale;         /* alpha / rank */
     int max_rows;             /* N at most */
-    struct kept *kept;        /* [L]: of layers before first_kept the input alone */
+    struct kept *kept;        /* [L + 1]: of the last and before first_kept the input alone */
     struct kept again;        /* of one layer at a time, computed again */
     int first_kept;
     float *rope;              /* [context][2][d / 2]: cosines, sines */
-    float *inv_freq;          /* [d / 2] */
+    struct work work;
 };
 
 /* ---- Data ---- */
@@ -4151,30 +4203,989 @@ struct lvm_trainer {
     struct net net;
     struct stream stream;
     struct data_position at;
-    struct rows rows;         /* of one pass through the model */
-    int rows_at_once;         /* rows of context tokens that go through it together */
+    struct rows rows;         /* of a step */
+    int rows_at_once;         /* rows of context tokens that go through the model together */
+    struct piece *pass_pieces; /* [max_rows] */
     int64_t step, tokens, skipped, in_a_row;
+    int64_t units, all_units; /* of progress: before this pass, and of the call */
     double usual_norm;        /* a running mean of gradient norms */
 };
 
-/* ---- Products: y = x w^T, dx = dy w, dw = dy^T x ---- */
+/* ---- Products: y = x w^T, dx = dy w, dw = dy^T x ----
 
-/* ---- Operations, forward and backward ---- */
+   All three are c[i][j] (+)= sum over k of a[i][k] b(k, j) with rows of a contiguous along k, on the
+   outer tiles of chapter 3. A task has 32 columns of c: it packs b's part for 256 k at a time and
+   sends all its rows of a past it. k ascends. */
+
+enum {
+    PRODUCT_K = 256,         /* of a packed part: what stays in the first two caches */
+    PRODUCT_COLS = 2 * PANEL,
+    PRODUCT_ROWS = 192,      /* rows of a that pass the panels together */
+    MIN_PRODUCT_ROWS = 512   /* of a task, where there are so many: packing must pay */
+};
+
+struct product {
+    const struct exec *e;
+    int m, n, k;
+    const float *a;          /* [m][k] */
+    const struct tensor *b;  /* [n][k], of any type; or, with b_is_k_by_n, [k][n] */
+    float *c;                /* [m][n] */
+    int64_t lda, ldc;        /* floats between two rows of a and of c */
+    int b_is_k_by_n, accumulate, row_blocks;
+};
+
+/* Columns k0 .. of a row of any type as floats. */
+static void row_floats(const struct kernels *kern, const struct tensor *w, int row, int k0, int n,
+                       float *y) {
+    kern->elementwise.to_f32(w->type, tensor_row(w, row) + type_bytes(w->type, k0), y, n);
+}
+
+/* Panels of b for k0 .. k0 + k and `cols` columns from j0 on, zeros beyond. buffer: [16][k]. */
+static void pack_product(const struct product *p, int j0, int cols, int k0, int k, float *panels,
+                         float *buffer) {
+    const struct kernels *kern = p->e->kern;
+    float row[PRODUCT_COLS] = {0};
+    for (int i = 0; p->b_is_k_by_n && i < k; i++) {
+        row_floats(kern, p->b, k0 + i, j0, cols, row);
+        memcpy(panels + (int64_t)i * PANEL, row, PANEL * sizeof *row);
+        if (cols > PANEL)
+            memcpy(panels + (int64_t)(PRODUCT_K + i) * PANEL, row + PANEL, PANEL * sizeof *row);
+    }
+    for (int s = 0; !p->b_is_k_by_n && s < cols; s += PANEL) {
+        for (int j = 0; j < PANEL; j++) {
+            if (s + j < cols) row_floats(kern, p->b, j0 + s + j, k0, k, buffer + j * k);
+            else memset(buffer + j * k, 0, (size_t)k * sizeof *buffer);
+        }
+        kern->conv.pack_panel(buffer, k, k, panels + (int64_t)s * PRODUCT_K);
+    }
+}
+
+/* Rows i0 .. i0 + rows of c against packed panels; columns that fill no panel go by way of `edge`,
+   [rows][32]. */
+static void multiply_product(const struct product *p, int i0, int rows, int j0, int cols, int k0,
+                             int k, const float *panels, float *edge) {
+    const float *a[PRODUCT_ROWS] = {NULL};
+    float *c = p->c + i0 * p->ldc + j0;
+    int n_panels = (cols + PANEL - 1) / PANEL, add = p->accumulate || k0 > 0;
+    for (int r = 0; r < rows; r++) a[r] = p->a + (i0 + r) * p->lda + k0;
+    if (cols % PANEL == 0) {
+        matmul_panels(p->e->kern, rows, k, a, panels, PRODUCT_K * PANEL, n_panels, c, p->ldc, add);
+        return;
+    }
+    size_t bytes = (size_t)cols * sizeof *c;
+    for (int r = 0; add && r < rows; r++)
+        memcpy(edge + r * PRODUCT_COLS, c + r * p->ldc, bytes);
+    matmul_panels(p->e->kern, rows, k, a, panels, PRODUCT_K * PANEL, n_panels, edge, PRODUCT_COLS,
+                  add);
+    for (int r = 0; r < rows; r++)
+        memcpy(c + r * p->ldc, edge + r * PRODUCT_COLS, bytes);
+}
+
+static int64_t product_scratch(void) {
+    return PRODUCT_K * PRODUCT_COLS + PRODUCT_K * PANEL + PRODUCT_ROWS * PRODUCT_COLS;
+}
+
+static void product_task(void *arg, int task, int thread) {
+    const struct product *p = arg;
+    int j0 = task / p->row_blocks * PRODUCT_COLS, block = task % p->row_blocks;
+    int cols = p->n - j0 < PRODUCT_COLS ? p->n - j0 : PRODUCT_COLS;
+    int first = (int)((int64_t)p->m * block / p->row_blocks),
+        end = (int)((int64_t)p->m * (block + 1) / p->row_blocks);
+    float *panels = exec_scratch(p->e, thread), *buffer = panels + PRODUCT_K * PRODUCT_COLS,
+          *edge = buffer + PRODUCT_K * PANEL;
+    for (int k0 = 0; k0 < p->k; k0 += PRODUCT_K) {
+        int k = p->k - k0 < PRODUCT_K ? p->k - k0 : PRODUCT_K;
+        pack_product(p, j0, cols, k0, k, panels, buffer);
+        for (int i = first; i < end; i += PRODUCT_ROWS)
+            multiply_product(p, i, end - i < PRODUCT_ROWS ? end - i : PRODUCT_ROWS, j0, cols, k0,
+                             k, panels, edge);
+    }
+}
+
+static void run_product(struct product p) {
+    int col_blocks = (p.n + PRODUCT_COLS - 1) / PRODUCT_COLS,
+        wanted = (4 * pool_threads(p.e->pool) + col_blocks - 1) / col_blocks;
+    p.row_blocks = (int)max64(1, min64(wanted, p.m / MIN_PRODUCT_ROWS));
+    pool_run(p.e->pool, col_blocks * p.row_blocks, product_task, &p);
+}
+
+/* y[n][w->rows] (+)= x[n][w->cols] w^T; rows of y are ld apart. */
+static void product_forward(const struct exec *e, const struct tensor *w, const float *x, int n,
+                            float *y, int64_t ld, int accumulate) {
+    run_product((struct product){.e = e, .m = n, .n = w->rows, .k = w->cols, .a = x, .b = w, .c = y,
+                                 .lda = w->cols, .ldc = ld, .accumulate = accumulate});
+}
+
+/* dx[n][w->cols] (+)= dy[n][w->rows] w; rows of dy are ld apart. */
+static void product_input(const struct exec *e, const struct tensor *w, const float *dy, int64_t ld,
+                          int n, float *dx, int accumulate) {
+    run_product((struct product){.e = e, .m = n, .n = w->cols, .k = w->rows, .a = dy, .b = w,
+                                 .c = dx, .lda = ld, .ldc = w->cols, .b_is_k_by_n = 1,
+                                 .accumulate = accumulate});
+}
+
+struct transpose_job {
+    const struct kernels *kern;
+    const float *from; /* [rows][cols] */
+    float *to;         /* [cols][rows] */
+    int64_t ld_from, ld_to;
+    int rows, cols;
+};
+
+/* to[cols][rows] = from[rows][cols], ld floats apart: 16 rows at a time by way of a panel. */
+static void transpose(const struct kernels *kern, const float *from, int64_t ld_from, int rows,
+                      int cols, float *to, int64_t ld_to) {
+    float panel[PRODUCT_COLS * PANEL];
+    int whole = rows / PANEL * PANEL;
+    for (int c0 = 0; c0 < cols; c0 += PRODUCT_COLS) {
+        int n = cols - c0 < PRODUCT_COLS ? cols - c0 : PRODUCT_COLS;
+        for (int r = 0; r < whole; r += PANEL) {
+            kern->conv.pack_panel(from + r * ld_from + c0, ld_from, n, panel);
+            for (int c = 0; c < n; c++)
+                memcpy(to + (c0 + c) * ld_to + r, panel + c * PANEL, PANEL * sizeof *panel);
+        }
+        for (int r = whole; r < rows; r++)
+            for (int c = c0; c < c0 + n; c++) to[c * ld_to + r] = from[r * ld_from + c];
+    }
+}
+
+static void transpose_task(void *arg, int task, int thread) {
+    const struct transpose_job *job = arg;
+    int c0 = task * PRODUCT_COLS, cols = job->cols - c0;
+    (void)thread;
+    transpose(job->kern, job->from + c0, job->ld_from, job->rows,
+              cols < PRODUCT_COLS ? cols : PRODUCT_COLS, job->to + c0 * job->ld_to, job->ld_to);
+}
+
+/* Rows of a transposed matrix lie so far apart that they do not share the sets of a cache. */
+static int64_t transposed_ld(int rows) { return (int64_t)round_up(rows, PANEL) + PANEL; }
+
+/* dw[out][in] += dy[n][out]^T x[n][in]; rows of dy are ld apart; turned: [out][transposed_ld(n)] */
+static void product_weights(const struct exec *e, const float *dy, int64_t ld, const float *x,
+                            int n, int out, int in, float *turned, float *dw) {
+    struct transpose_job t = {e->kern, dy, turned, ld, transposed_ld(n), n, out};
+    const struct tensor b = {(const uint8_t *)x, (int64_t)in * 4, LVM_F32, n, in};
+    pool_run(e->pool, (out + PRODUCT_COLS - 1) / PRODUCT_COLS, transpose_task, &t);
+    run_product((struct product){.e = e, .m = out, .n = in, .k = n, .a = turned, .b = &b, .c = dw,
+                                 .lda = t.ld_to, .ldc = in, .b_is_k_by_n = 1, .accumulate = 1});
+}
+
+
+/* ---- Operations, forward and backward ----
+
+   Each works on rows (tokens) or on columns (of a weight, whose gradient adds rows in ascending
+   order), OP_ROWS or OP_COLS a task. */
+
+enum { OP_ROWS = 32, OP_COLS = 32 };
+
+/* What the tasks of an operation read and write; which fields, its own lines say. */
+struct op {
+    struct lvm_trainer *t;
+    int n, cols;               /* rows, and columns of each */
+    const float *x, *w, *y, *dy;
+    float *out, *dx, *dw, *rms;
+    const struct kept *kept;
+    const struct rows *r;
+};
+
+static void for_rows(struct op *op, task_fn *fn) {
+    pool_run(op->t->e.pool, (op->n + OP_ROWS - 1) / OP_ROWS, fn, op);
+}
+
+static void for_columns(struct op *op, task_fn *fn) {
+    pool_run(op->t->e.pool, (op->cols + OP_COLS - 1) / OP_COLS, fn, op);
+}
+
+static int end_row(const struct op *op, int task) {
+    return (int)min64(op->n, ((int64_t)task + 1) * OP_ROWS);
+}
+
+static int end_column(const struct op *op, int task) {
+    return (int)min64(op->cols, ((int64_t)task + 1) * OP_COLS);
+}
+
+/* out = w x / rms, rms = sqrt(mean(x^2) + eps) */
+static void rmsnorm_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
+        op->t->e.kern->elementwise.rmsnorm(op->x + (int64_t)r * op->cols, op->w,
+                                           op->t->net.a->eps, op->cols,
+                                           op->out + (int64_t)r * op->cols);
+}
+
+/* out = w x / rms:   dx += (w dy - x mean(w dy x) / rms^2) / rms,   and 1 / rms of each row */
+static void rmsnorm_backward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
+        const float *x = op->x + (int64_t)r * op->cols, *dy = op->dy + (int64_t)r * op->cols;
+        float *dx = op->dx + (int64_t)r * op->cols;
+        double squares = 0, products = 0;
+        for (int i = 0; i < op->cols; i++) {
+            squares += (double)x[i] * x[i];
+            products += (double)(op->w[i] * dy[i]) * x[i];
+        }
+        double inv = 1 / sqrt(squares / op->cols + op->t->net.a->eps);
+        float scale = (float)inv, back = (float)(inv * inv * inv * products / op->cols);
+        for (int i = 0; i < op->cols; i++) dx[i] += scale * op->w[i] * dy[i] - back * x[i];
+        op->rms[r] = scale;
+    }
+}
+
+/* out = w x / rms:   dw += sum over rows of dy x / rms */
+static void rmsnorm_weight_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    int c0 = task * OP_COLS, n = end_column(op, task) - c0;
+    float sum[OP_COLS] = {0};
+    (void)thread;
+    for (int r = 0; r < op->n; r++) {
+        const float *x = op->x + (int64_t)r * op->cols + c0,
+                    *dy = op->dy + (int64_t)r * op->cols + c0;
+        for (int c = 0; c < n; c++) sum[c] += dy[c] * x[c] * op->rms[r];
+    }
+    for (int c = 0; c < n; c++) op->dw[c0 + c] += sum[c];
+}
+
+/* y = x w^T + bias:   dbias += sum over rows of dy */
+static void bias_backward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    int c0 = task * OP_COLS, n = end_column(op, task) - c0;
+    float sum[OP_COLS] = {0};
+    (void)thread;
+    for (int r = 0; r < op->n; r++)
+        for (int c = 0; c < n; c++) sum[c] += op->dy[(int64_t)r * op->cols + c0 + c];
+    for (int c = 0; c < n; c++) op->dw[c0 + c] += sum[c];
+}
+
+static void add_bias_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
+        for (int c = 0; c < op->cols; c++) op->out[(int64_t)r * op->cols + c] += op->w[c];
+}
+
+/* u[n][rank] = scale x a^T: the narrow middle of an adapter */
+static void adapter_middle(struct lvm_trainer *t, const struct linear *l, const float *x, int n) {
+    float *u = t->net.work.u;
+    product_forward(&t->e, &l->a->w, x, n, u, l->a->w.rows, 0);
+    for (int64_t i = 0; i < (int64_t)n * l->a->w.rows; i++) u[i] *= t->net.lora_scale;
+}
+
+/* y (+)= x w^T + bias + scale (x a^T) b^T; x[n][in], y[n][out] */
+static void linear_forward(struct lvm_trainer *t, const struct linear *l, const float *x, int n,
+                           float *y, int accumulate) {
+    int out = l->w->w.rows;
+    product_forward(&t->e, &l->w->w, x, n, y, out, accumulate);
+    if (l->bias != NULL)
+        for_rows(&(struct op){.t = t, .n = n, .cols = out, .w = floats(&l->bias->w), .out = y},
+                 add_bias_task);
+    if (l->a == NULL) return;
+    adapter_middle(t, l, x, n);
+    product_forward(&t->e, &l->b->w, t->net.work.u, n, y, out, 1);
+}
+
+/* y = ... + u b^T, u = scale x a^T:   db += dy^T u,  du = scale dy b,  da += du^T x,  dx += du a */
+static void adapter_backward(struct lvm_trainer *t, const struct linear *l, const float *x,
+                             const float *dy, int n, float *dx) {
+    struct work *k = &t->net.work;
+    int out = l->b->w.rows, in = l->a->w.cols, rank = l->a->w.rows;
+    adapter_middle(t, l, x, n);
+    product_weights(&t->e, dy, out, k->u, n, out, rank, k->turned, l->b->g);
+    product_input(&t->e, &l->b->w, dy, out, n, k->u, 0);
+    for (int64_t i = 0; i < (int64_t)n * rank; i++) k->u[i] *= t->net.lora_scale;
+    product_weights(&t->e, k->u, rank, x, n, rank, in, k->turned, l->a->g);
+    if (dx != NULL) product_input(&t->e, &l->a->w, k->u, rank, n, dx, 1);
+}
+
+/* y = x w^T + bias + adapter:   dx (+)= dy w,  dw += dy^T x,  dbias += sum of dy.   dx NULL: not
+   wanted. */
+static void linear_backward(struct lvm_trainer *t, const struct linear *l, const float *x,
+                            const float *dy, int n, float *dx, int accumulate) {
+    int out = l->w->w.rows, in = l->w->w.cols;
+    if (dx != NULL) product_input(&t->e, &l->w->w, dy, out, n, dx, accumulate);
+    if (l->w->g != NULL)
+        product_weights(&t->e, dy, out, x, n, out, in, t->net.work.turned, l->w->g);
+    if (l->bias != NULL && l->bias->g != NULL)
+        for_columns(&(struct op){.t = t, .n = n, .cols = out, .dy = dy, .dw = l->bias->g},
+                    bias_backward_task);
+    if (l->a != NULL) adapter_backward(t, l, x, dy, n, dx);
+}
+
+static void norm_forward(struct lvm_trainer *t, const struct param *w, const float *x, int n,
+                         float *y) {
+    for_rows(&(struct op){.t = t, .n = n, .cols = w->w.cols, .x = x, .w = floats(&w->w), .out = y},
+             rmsnorm_task);
+}
+
+static void norm_backward(struct lvm_trainer *t, const struct param *w, const float *x,
+                          const float *dy, int n, float *dx) {
+    struct op op = {.t = t, .n = n, .cols = w->w.cols, .x = x, .w = floats(&w->w), .dy = dy,
+                    .dx = dx, .dw = w->g, .rms = t->net.work.rms};
+    for_rows(&op, rmsnorm_backward_task);
+    if (w->g != NULL) for_columns(&op, rmsnorm_weight_task);
+}
+
+/* out = silu(x) y, x the gate and y what it lets through */
+static void swiglu_forward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
+        int64_t at = (int64_t)r * op->cols;
+        memcpy(op->out + at, op->x + at, (size_t)op->cols * sizeof(float));
+        op->t->e.kern->elementwise.silu_mul(op->out + at, op->y + at, op->cols);
+    }
+}
+
+/* out = silu(x) y, silu(x) = x s, s = 1 / (1 + e^-x):   dx = dy y (s + x s (1 - s)),  dout = dy x s.
+   dx may be dy; a row of silu(x) goes to scratch. */
+static void swiglu_backward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    float *silus = exec_scratch(&op->t->e, thread), *ones = silus + op->cols;
+    for (int i = 0; i < op->cols; i++) ones[i] = 1;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
+        int64_t at = (int64_t)r * op->cols;
+        const float *x = op->x + at, *y = op->y + at, *dy = op->dy + at;
+        memcpy(silus, x, (size_t)op->cols * sizeof *silus);
+        op->t->e.kern->elementwise.silu_mul(silus, ones, op->cols);
+        for (int i = 0; i < op->cols; i++) {
+            float silu_x = silus[i], s = x[i] != 0 ? silu_x / x[i] : 0.5f, d = dy[i];
+            op->dx[at + i] = d * y[i] * (s + silu_x * (1 - s));
+            op->out[at + i] = d * silu_x;
+        }
+    }
+}
+
+/* RoPE's backward: a rotation by the same angle the other way. */
+static void rotate_backward(const float *dy, const float *cosines, const float *sines, int d,
+                            float *dx) {
+    int half = d / 2;
+    for (int i = 0; i < half; i++) {
+        dx[i] = dy[i] * cosines[i] + dy[i + half] * sines[i];
+        dx[i + half] = dy[i + half] * cosines[i] - dy[i] * sines[i];
+    }
+}
+
+/* Queries and keys turn by the angles of their positions; rows of padding get an answer of 0. */
+static void rope_forward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    const struct net *net = &op->t->net;
+    int H = net->a->H, G = net->a->G, d = net->a->d;
+    float *turned = exec_scratch(&op->t->e, thread);
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
+        float *q = op->kept->q + (int64_t)r * H * d, *k = op->kept->k + (int64_t)r * G * d;
+        int at = net->work.positions[r];
+        if (at < 0) memset(op->kept->o + (int64_t)r * H * d, 0, (size_t)(H * d) * sizeof *q);
+        const float *cosines = net->rope + (int64_t)at * d, *sines = cosines + d / 2;
+        for (int h = 0; at >= 0 && h < H + G; h++) {
+            float *x = h < H ? q + h * d : k + (h - H) * d;
+            rotate(x, cosines, sines, d, turned);
+            memcpy(x, turned, (size_t)d * sizeof *x);
+        }
+    }
+}
+
+/* The same backwards; dq's parts are added up first. Rows of padding get nothing. */
+static void rope_backward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    const struct net *net = &op->t->net;
+    const struct work *w = &net->work;
+    int H = net->a->H, G = net->a->G, d = net->a->d;
+    int64_t part = (int64_t)net->max_rows * H * d;
+    float *turned = exec_scratch(&op->t->e, thread);
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
+        float *dq = w->dq + (int64_t)r * H * d, *dk = w->dk + (int64_t)r * G * d;
+        int at = w->positions[r];
+        const float *cosines = net->rope + (int64_t)at * d, *sines = cosines + d / 2;
+        for (int p = 1; at >= 0 && p < DQ_PARTS; p++)
+            for (int i = 0; i < H * d; i++) dq[i] += dq[p * part + i];
+        for (int h = 0; h < H + G; h++) {
+            float *x = h < H ? dq + h * d : dk + (h - H) * d;
+            if (at < 0) memset(turned, 0, (size_t)d * sizeof *x);
+            else rotate_backward(x, cosines, sines, d, turned);
+            memcpy(x, turned, (size_t)d * sizeof *x);
+        }
+        if (at < 0) memset(w->dv + (int64_t)r * G * d, 0, (size_t)(G * d) * sizeof *dk);
+    }
+}
+
+/* ---- Attention, forward and backward ----
+
+   Forward, a row i of queries with keys 0 .. i of its piece, in blocks of 256 keys as in chapter 3:
+
+       s_j = scale q . k_j,   lse = ln sum_j e^(s_j),   p_j = e^(s_j - lse),   o = sum_j p_j v_j
+
+   Backward, by the same blocks, with p computed again from lse (Dao et al. 2022, arXiv 2205.14135):
+
+       dv_j += p_j do,   dp_j = do . v_j,   ds_j = p_j (dp_j - do . o) scale,
+       dq += sum_j ds_j k_j,   dk_j += ds_j q
+
+   A task has a key/value head and every DQ_PARTS-th block of keys of a piece, and adds to a part of
+   dq of its own: as many parts whatever the threads, added up by rope_backward_task. */
+
+enum { ATTEND_ROWS = 256, BACK_ROWS = 72 }; /* query rows of a task; that pass a block together */
+
+/* The next n floats of scratch memory. */
+static float *take(float **at, int64_t n) {
+    float *p = *at;
+    *at += (n + PANEL - 1) / PANEL * PANEL;
+    return p;
+}
+
+/* n rows of a head, from[n][d], ld apart, as [n rounded up to 16][dp] with zeros beyond. */
+static void head_rows(const float *from, int64_t ld, int n, int d, int dp, float *rows) {
+    memset(rows, 0, (size_t)round_up(n, PANEL) * (size_t)dp * sizeof *rows);
+    for (int r = 0; r < n; r++)
+        memcpy(rows + (int64_t)r * dp, from + r * ld, (size_t)d * sizeof *rows);
+}
+
+/* Right operands of outer products: rows[n][dp] as panels[n / 16][dp][16], for sums over dp; */
+static void pack_heads(const struct kernels *kern, const float *rows, int n, int dp,
+                       float *panels) {
+    for (int r = 0; r < n; r += PANEL)
+        kern->conv.pack_panel(rows + (int64_t)r * dp, dp, dp, panels + (int64_t)r * dp);
+}
+
+/* and as strips[dp / 16][KV_BLOCK][16], for sums over rows. */
+static void strip_heads(const float *rows, int n, int dp, float *strips) {
+    for (int c = 0; c < dp; c += PANEL)
+        for (int r = 0; r < n; r++)
+            memcpy(strips + (int64_t)c * KV_BLOCK + r * PANEL, rows + (int64_t)r * dp + c,
+                   PANEL * sizeof *strips);
+}
+
+struct attention {
+    struct lvm_trainer *t;
+    const struct rows *r;
+    const struct kept *kept;
+};
+
+static int attend_chunks(const struct piece *p) { return (p->n + ATTEND_ROWS - 1) / ATTEND_ROWS; }
+
+/* o and lse of up to ATTEND_ROWS rows of one query head: chunks of all heads of all pieces. */
+static void attention_forward_task(void *arg, int task, int thread) {
+    const struct attention *job = arg;
+    const struct llama *a = job->t->net.a;
+    const struct kernels *kern = job->t->e.kern;
+    const struct piece *p = job->r->pieces;
+    for (; task >= a->H * attend_chunks(p); p++) task -= a->H * attend_chunks(p);
+    int H = a->H, G = a->G, d = a->d, dp = round_up(d, PANEL), h = task % H, g = h / (H / G);
+    int first = task / H * ATTEND_ROWS, n = p->n - first < ATTEND_ROWS ? p->n - first : ATTEND_ROWS;
+    float *at = exec_scratch(&job->t->e, thread), *rows = take(&at, KV_BLOCK * dp),
+          *keys = take(&at, KV_BLOCK * dp), *values = take(&at, KV_BLOCK * dp),
+          *q = take(&at, ATTEND_ROWS * dp), *o = take(&at, ATTEND_ROWS * dp);
+    struct query queries[ATTEND_ROWS];
+    head_rows(job->kept->q + ((int64_t)(p->first + first) * H + h) * d, (int64_t)H * d, n, d, dp, q);
+    memset(o, 0, (size_t)n * (size_t)dp * sizeof *o);
+    for (int r = 0; r < n; r++)
+        queries[r] = (struct query){q + r * dp, o + r * dp, -HUGE_VALF, 0, 0, NULL};
+    for (int k0 = 0; k0 < first + n; k0 += KV_BLOCK) {
+        int count = (int)min64(KV_BLOCK, first + n - k0);
+        int64_t from = ((int64_t)(p->first + k0) * G + g) * d;
+        head_rows(job->kept->k + from, (int64_t)G * d, count, d, dp, rows);
+        pack_heads(kern, rows, count, dp, keys);
+        head_rows(job->kept->v + from, (int64_t)G * d, count, d, dp, rows);
+        strip_heads(rows, count, dp, values);
+        for (int r = 0; r < n; r++) queries[r].keys = (int)min64(count, first + r + 1 - k0);
+        for (int r = 0; r < n; r += QUERY_ROWS)
+            attend_block(kern, queries + r, n - r < QUERY_ROWS ? n - r : QUERY_ROWS, dp, keys,
+                         values, 1 / sqrtf((float)d), at);
+    }
+    for (int r = 0; r < n; r++) {
+        int64_t row = (int64_t)(p->first + first + r) * H + h;
+        for (int i = 0; i < d; i++) job->kept->o[row * d + i] = queries[r].o[i] / queries[r].l;
+        job->kept->lse[row] = queries[r].m + (float)log_f64(queries[r].l);
+    }
+}
+
+static void attention_forward(struct lvm_trainer *t, const struct rows *r,
+                              const struct kept *kept) {
+    struct attention job = {t, r, kept};
+    int tasks = 0;
+    for (int i = 0; i < r->n_pieces; i++) tasks += t->net.a->H * attend_chunks(&r->pieces[i]);
+    pool_run(t->e.pool, tasks, attention_forward_task, &job);
+}
+
+/* Scratch of a backward task: one block of keys and a few rows of queries. */
+struct attend_back {
+    float *rows;                          /* [KV_BLOCK][dp] */
+    float *k_panels, *v_panels, *k_strips; /* [KV_BLOCK][dp] */
+    float *dk, *dv;                       /* [dp][KV_BLOCK] */
+    float *q, *d_o, *q_turned, *o_turned; /* [80][dp]  [80][dp]  [dp][80]  [dp][80] */
+    float *s, *ds;                        /* [72][KV_BLOCK]: scores, later p; dp, later ds */
+    float *p_strips, *ds_strips;          /* [KV_BLOCK / 16][72][16] */
+    float *dq;                            /* [72][dp] */
+    int d, dp, keys, rows_n, rows_from;   /* of this block; rows_from: behind its first key */
+    float scale;
+};
+
+enum { BACK_LD = (BACK_ROWS + PANEL - 1) / PANEL * PANEL };
+
+/* Floats of scratch of a backward task, and where each array lies in it. */
+static int64_t attend_back_scratch(int dp) {
+    return (6 * KV_BLOCK + 5 * BACK_LD) * (int64_t)dp + 4 * BACK_ROWS * KV_BLOCK;
+}
+
+static void attend_back_take(struct attend_back *b, float *at, int dp) {
+    float **block[] = {&b->rows, &b->k_panels, &b->v_panels, &b->k_strips, &b->dk,
+                                    &b->dv};
+    float **turned[] = {&b->q, &b->d_o, &b->q_turned, &b->o_turned, &b->dq};
+    float **square[] = {&b->s, &b->ds, &b->p_strips, &b->ds_strips};
+    for (int i = 0; i < 6; i++) *block[i] = take(&at, (int64_t)KV_BLOCK * dp);
+    for (int i = 0; i < 5; i++) *turned[i] = take(&at, (int64_t)BACK_LD * dp);
+    for (int i = 0; i < 4; i++) *square[i] = take(&at, (int64_t)BACK_ROWS * KV_BLOCK);
+}
+
+/* p and ds of the rows from s = q k^T and ds = do v^T; both as strips, ds as rows too. */
+static void attention_probabilities(const struct kernels *kern, const struct attend_back *b,
+                                    const float *lse, const float *delta, int64_t ld, int panels) {
+    for (int r = 0; r < b->rows_n; r++) {
+        float *s = b->s + r * KV_BLOCK, *ds = b->ds + r * KV_BLOCK, max = 0;
+        int keys = (int)min64(b->keys, b->rows_from + r + 1);
+        kern->attention.softmax(s, panels * PANEL, keys, b->scale, &max); /* e^(scale s - max) */
+        float factor = exp_f32(max - lse[r * ld]), dot = delta[r * ld];
+        for (int j = 0; j < panels * PANEL; j++) {
+            s[j] *= factor;                                       /* p = e^(scale s - lse) */
+            ds[j] = s[j] * (ds[j] - dot) * b->scale;              /* p (dp - do . o) scale */
+        }
+        for (int c = 0; c < panels; c++) {
+            int64_t to = ((int64_t)c * BACK_ROWS + r) * PANEL;
+            memcpy(b->p_strips + to, s + c * PANEL, PANEL * sizeof *s);
+            memcpy(b->ds_strips + to, ds + c * PANEL, PANEL * sizeof *s);
+        }
+    }
+}
+
+/* Row pointers into a matrix, ld apart. */
+static void point(const float **rows, const float *matrix, int n, int64_t ld) {
+    for (int r = 0; r < n; r++) rows[r] = matrix + r * ld;
+}
+
+/* A few query rows of one head against a block of keys: dk and dv grow, dq[rows][d] is added to. */
+static void attention_backward_rows(const struct attention *job, struct attend_back *b, int row,
+                                    int h, float *dq) {
+    const struct kernels *kern = job->t->e.kern;
+    const struct work *w = &job->t->net.work;
+    int H = job->t->net.a->H, d = b->d, dp = b->dp, n = b->rows_n;
+    int keys = (int)min64(b->keys, b->rows_from + n), panels = (keys + PANEL - 1) / PANEL;
+    int64_t at = (int64_t)row * H + h;
+    const float *a[KV_BLOCK];
+    head_rows(job->kept->q + at * d, (int64_t)H * d, n, d, dp, b->q);
+    head_rows(w->d_o + at * d, (int64_t)H * d, n, d, dp, b->d_o);
+    point(a, b->q, n, dp);
+    matmul_panels(kern, n, dp, a, b->k_panels, dp * PANEL, panels, b->s, KV_BLOCK, 0);
+    point(a, b->d_o, n, dp);
+    matmul_panels(kern, n, dp, a, b->v_panels, dp * PANEL, panels, b->ds, KV_BLOCK, 0);
+    attention_probabilities(kern, b, job->kept->lse + at, w->delta + at, H, panels);
+    point(a, b->ds, n, KV_BLOCK);                                         /* dq += ds k */
+    matmul_panels(kern, n, keys, a, b->k_strips, KV_BLOCK * PANEL, dp / PANEL, b->dq, dp, 0);
+    for (int r = 0; r < n; r++)
+        for (int i = 0; i < d; i++) dq[(int64_t)r * H * d + i] += b->dq[r * dp + i];
+    transpose(kern, b->d_o, dp, n, dp, b->o_turned, BACK_LD);
+    point(a, b->o_turned, dp, BACK_LD);                                   /* dv^T += do^T p */
+    matmul_panels(kern, dp, n, a, b->p_strips, BACK_ROWS * PANEL, panels, b->dv, KV_BLOCK, 1);
+    transpose(kern, b->q, dp, n, dp, b->q_turned, BACK_LD);
+    point(a, b->q_turned, dp, BACK_LD);                                   /* dk^T += q^T ds */
+    matmul_panels(kern, dp, n, a, b->ds_strips, BACK_ROWS * PANEL, panels, b->dk, KV_BLOCK, 1);
+}
+
+/* All rows of a piece that see the block of keys from k0 on, of all query heads that share it. */
+static void attention_backward_block(const struct attention *job, struct attend_back *b,
+                                     const struct piece *p, int g, int k0, float *dq) {
+    const struct llama *a = job->t->net.a;
+    const struct work *w = &job->t->net.work;
+    const struct kernels *kern = job->t->e.kern;
+    int d = b->d, dp = b->dp, group = a->H / a->G;
+    int64_t from = ((int64_t)(p->first + k0) * a->G + g) * d, ld = (int64_t)a->G * d;
+    size_t bytes = (size_t)KV_BLOCK * (size_t)dp * sizeof(float);
+    b->keys = (int)min64(KV_BLOCK, p->n - k0);
+    head_rows(job->kept->v + from, ld, b->keys, d, dp, b->rows);
+    pack_heads(kern, b->rows, b->keys, dp, b->v_panels);
+    head_rows(job->kept->k + from, ld, b->keys, d, dp, b->rows);
+    pack_heads(kern, b->rows, b->keys, dp, b->k_panels);
+    strip_heads(b->rows, b->keys, dp, b->k_strips);
+    memset(b->dk, 0, bytes);
+    memset(b->dv, 0, bytes);
+    for (int h = g * group; h < (g + 1) * group; h++)
+        for (int i = k0; i < p->n; i += BACK_ROWS) {
+            int row = p->first + i;
+            b->rows_n = (int)min64(BACK_ROWS, p->n - i);
+            b->rows_from = i - k0;
+            attention_backward_rows(job, b, row, h, dq + ((int64_t)row * a->H + h) * d);
+        }
+    transpose(kern, b->dk, KV_BLOCK, d, b->keys, w->dk + from, ld);
+    transpose(kern, b->dv, KV_BLOCK, d, b->keys, w->dv + from, ld);
+}
+
+static void attention_backward_task(void *arg, int task, int thread) {
+    const struct attention *job = arg;
+    const struct llama *a = job->t->net.a;
+    const struct piece *p = job->r->pieces + task / (a->G * DQ_PARTS);
+    int g = task % a->G, part = task / a->G % DQ_PARTS, group = a->H / a->G;
+    struct attend_back b = {.d = a->d, .dp = round_up(a->d, PANEL),
+                            .scale = 1 / sqrtf((float)a->d)};
+    float *dq = job->t->net.work.dq + (int64_t)part * job->t->net.max_rows * a->D;
+    attend_back_take(&b, exec_scratch(&job->t->e, thread), b.dp);
+    for (int r = p->first; r < p->first + p->n; r++)
+        memset(dq + ((int64_t)r * a->H + g * group) * a->d, 0,
+               (size_t)(group * a->d) * sizeof *dq);
+    for (int k0 = part * KV_BLOCK; k0 < p->n; k0 += DQ_PARTS * KV_BLOCK)
+        attention_backward_block(job, &b, p, g, k0, dq);
+}
+
+/* delta = do . o of each head, which is sum_j p_j dp_j */
+static void attention_delta_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    const struct net *net = &op->t->net;
+    int H = net->a->H, d = net->a->d;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
+        for (int h = 0; h < H; h++) {
+            int64_t at = (int64_t)r * H + h;
+            op->t->e.kern->matmul.dot_row(d, op->kept->o + at * d, op->dy + at * d, 0, 1,
+                                          net->work.delta + at);
+        }
+}
+
+static void attention_backward(struct lvm_trainer *t, const struct rows *r,
+                               const struct kept *kept) {
+    struct attention job = {t, r, kept};
+    for_rows(&(struct op){.t = t, .n = r->n, .kept = kept, .dy = t->net.work.d_o},
+             attention_delta_task);
+    pool_run(t->e.pool, r->n_pieces * t->net.a->G * DQ_PARTS, attention_backward_task, &job);
+}
 
 /* ---- A layer, forward and backward ---- */
 
+/* What is kept of layer i; of those before first_kept only the input has a place of its own. */
+static struct kept kept_of(const struct net *net, int i) {
+    struct kept k = i < net->first_kept ? net->again : net->kept[i];
+    k.x = net->kept[i].x;
+    return k;
+}
+
+static void activate(struct lvm_trainer *t, const struct kept *k, int n) {
+    for_rows(&(struct op){.t = t, .n = n, .cols = t->net.a->F, .x = k->gate, .y = k->up,
+                          .out = t->net.work.act}, swiglu_forward_task);
+}
+
+/* y = layer(k->x), keeping the rest of *k; y NULL: only that. As in run_layer of chapter 6. */
+static void layer_forward(struct lvm_trainer *t, const struct block *l, const struct rows *r,
+                          const struct kept *k, float *y) {
+    float *h = t->net.work.h;
+    size_t bytes = (size_t)r->n * (size_t)t->net.a->D * sizeof *h;
+    int n = r->n;
+    norm_forward(t, l->attn_norm, k->x, n, h);          /* h = rmsnorm(x) */
+    linear_forward(t, &l->q, h, n, k->q, 0);            /* q, k, v = Wq h, Wk h, Wv h */
+    linear_forward(t, &l->k, h, n, k->k, 0);
+    linear_forward(t, &l->v, h, n, k->v, 0);
+    for_rows(&(struct op){.t = t, .n = n, .kept = k}, rope_forward_task);
+    attention_forward(t, r, k);                         /* o = attention(q, k, v) */
+    memcpy(k->mid, k->x, bytes);
+    linear_forward(t, &l->o, k->o, n, k->mid, 1);       /* mid = x + Wo o */
+    norm_forward(t, l->ffn_norm, k->mid, n, h);         /* h = rmsnorm(mid) */
+    linear_forward(t, &l->gate, h, n, k->gate, 0);      /* gate, up = Wgate h, Wup h */
+    linear_forward(t, &l->up, h, n, k->up, 0);
+    if (y == NULL) return;
+    activate(t, k, n);                                  /* act = silu(gate) * up */
+    memcpy(y, k->mid, bytes);
+    linear_forward(t, &l->down, t->net.work.act, n, y, 1); /* y = mid + Wdown act */
+}
+
+/* dx, the gradient by the layer's output, becomes that by its input. */
+static void layer_backward(struct lvm_trainer *t, const struct block *l, const struct rows *r,
+                           const struct kept *k) {
+    struct work *w = &t->net.work;
+    int n = r->n;
+    activate(t, k, n);
+    linear_backward(t, &l->down, w->act, w->dx, n, w->dact, 0); /* y = mid + Wdown act */
+    for_rows(&(struct op){.t = t, .n = n, .cols = t->net.a->F, .x = k->gate, .y = k->up,
+                          .dy = w->dact, .dx = w->dact, .out = w->act}, swiglu_backward_task);
+    norm_forward(t, l->ffn_norm, k->mid, n, w->h);
+    linear_backward(t, &l->gate, w->h, w->dact, n, w->dh, 0);   /* gate, up = Wgate h, Wup h */
+    linear_backward(t, &l->up, w->h, w->act, n, w->dh, 1);
+    norm_backward(t, l->ffn_norm, k->mid, w->dh, n, w->dx);     /* h = rmsnorm(mid) */
+
+    linear_backward(t, &l->o, k->o, w->dx, n, w->d_o, 0);       /* mid = x + Wo o */
+    attention_backward(t, r, k);                                /* o = attention(q, k, v) */
+    for_rows(&(struct op){.t = t, .n = n}, rope_backward_task);
+    norm_forward(t, l->attn_norm, k->x, n, w->h);
+    linear_backward(t, &l->q, w->h, w->dq, n, w->dh, 0);        /* q, k, v = Wq h, Wk h, Wv h */
+    linear_backward(t, &l->k, w->h, w->dk, n, w->dh, 1);
+    linear_backward(t, &l->v, w->h, w->dv, n, w->dh, 1);
+    norm_backward(t, l->attn_norm, k->x, w->dh, n, w->dx);      /* h = rmsnorm(x) */
+}
+
 /* ---- The whole model: loss and gradients ---- */
 
-/* Adds to *loss the sum over rows of weight (-ln p(target)), and the gradients of that sum divided
-   by `all` to every g. r->n <= net->max_rows. nll: NULL, or -ln p of each row. */
+enum { LOGIT_ROWS = 256 }; /* rows of logits at a time */
+
+/* x = the token's row of the embedding */
+static void embed_forward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    (void)thread;
+    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
+        row_floats(op->t->e.kern, &op->t->net.embed->w, op->r->ids[r], 0, op->cols,
+                      op->out + (int64_t)r * op->cols);
+}
+
+/* dw of the token's row += dx */
+static void embed_backward_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    int c0 = task * OP_COLS;
+    (void)thread;
+    for (int r = 0; r < op->n; r++) {
+        float *dw = op->dw + (int64_t)op->r->ids[r] * op->cols;
+        for (int c = c0; c < end_column(op, task); c++) dw[c] += op->dy[(int64_t)r * op->cols + c];
+    }
+}
+
+/* Rows of logits, ld apart, at which -ln softmax(logits)[target] is wanted and its gradient:
+   dlogits = weight (softmax(logits) - onehot(target)), in their place. */
+struct loss_job {
+    struct lvm_trainer *t;
+    float *logits;
+    int64_t ld;
+    const int32_t *targets;
+    const float *weights;
+    float *nll;
+    double all;              /* by which weights are divided */
+    int backward;
+};
+
+static void loss_task(void *arg, int r, int thread) {
+    const struct loss_job *job = arg;
+    int V = job->t->net.a->V;
+    float *p = job->logits + r * job->ld, max = 0, target = p[job->targets[r]];
+    (void)thread;
+    float sum = job->t->e.kern->attention.softmax(p, (int)job->ld, V, 1, &max);
+    job->nll[r] = (float)(log_f64(sum) + max - target);
+    if (!job->backward) return;
+    float weight = (float)(job->weights[r] / job->all), scale = weight / sum;
+    for (int i = 0; i < V; i++) p[i] *= scale;
+    p[job->targets[r]] -= weight;
+}
+
+static int any_weight(const float *weights, int n) {
+    for (int i = 0; i < n; i++)
+        if (weights[i] != 0) return 1;
+    return 0;
+}
+
+/* nll of all rows from x[n][D], the last layer's output; with backward, dx and the gradients of the
+   last norm and the output matrix too. */
+static void head(struct lvm_trainer *t, const struct rows *r, const float *x, double all,
+                 int backward) {
+    struct work *w = &t->net.work;
+    const struct tensor *out = &t->net.output->w;
+    int D = out->cols, V = out->rows, ld = round_up(V, PANEL);
+    norm_forward(t, t->net.norm, x, r->n, w->h);                    /* h = rmsnorm(x) */
+    for (int i = 0; i < r->n; i += LOGIT_ROWS) {
+        int n = r->n - i < LOGIT_ROWS ? r->n - i : LOGIT_ROWS;
+        float *h = w->h + (int64_t)i * D, *dh = w->dh + (int64_t)i * D;
+        struct loss_job job = {t, w->logits, ld, r->targets + i, r->weights + i, w->nll + i, all,
+                               backward};
+        if (!any_weight(r->weights + i, n)) {
+            memset(w->nll + i, 0, (size_t)n * sizeof *w->nll);
+            memset(dh, 0, (size_t)n * (size_t)D * sizeof *dh);
+            continue;
+        }
+        product_forward(&t->e, out, h, n, w->logits, ld, 0);        /* logits = Wout h */
+        pool_run(t->e.pool, n, loss_task, &job);
+        if (!backward) continue;
+        product_input(&t->e, out, w->logits, ld, n, dh, 0);
+        if (t->net.output->g != NULL)
+            product_weights(&t->e, w->logits, ld, h, n, V, D, w->turned, t->net.output->g);
+    }
+    if (!backward) return;
+    memset(w->dx, 0, (size_t)r->n * (size_t)D * sizeof *w->dx);
+    norm_backward(t, t->net.norm, x, w->dh, r->n, w->dx);
+}
+
+static void set_positions(struct net *net, const struct rows *r) {
+    for (int i = 0; i < r->n; i++) net->work.positions[i] = -1;
+    for (int p = 0; p < r->n_pieces; p++)
+        for (int i = 0; i < r->pieces[p].n; i++) net->work.positions[r->pieces[p].first + i] = i;
+}
+
+/* Both ways of a pass are 3 L units of progress: a layer backward is two forward. */
+static int report_pass(struct lvm_trainer *t, const char *stage, int done, lvm_error *error) {
+    const lvm_options o = {.user = t->o.user, .progress = t->o.progress};
+    return report(&o, stage, t->units + done, t->all_units, error);
+}
+
+/* x of the last layer: all forward. */
+static int forward_layers(struct lvm_trainer *t, const struct rows *r, const char *stage,
+                          lvm_error *error) {
+    struct net *net = &t->net;
+    int code = LVM_OK;
+    set_positions(net, r);
+    for_rows(&(struct op){.t = t, .r = r, .n = r->n, .cols = net->a->D, .out = net->kept[0].x},
+             embed_forward_task);
+    for (int i = 0; code == LVM_OK && i < net->a->L; i++) {
+        struct kept k = kept_of(net, i);
+        layer_forward(t, &net->blocks[i], r, &k, net->kept[i + 1].x);
+        code = report_pass(t, stage, i + 1, error);
+    }
+    return code;
+}
+
+static double weighted_sum(const float *weights, const float *nll, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += (double)weights[i] * nll[i];
+    return sum;
+}
+
+/* Adds to every g the gradient of sum over rows of weight / all (-ln p(target)), and to *loss that
+   sum times `all`. r->n <= net->max_rows. */
 static int net_accumulate(struct lvm_trainer *t, const struct rows *r, double all, double *loss,
-                          lvm_error *error);
+                          lvm_error *error) {
+    struct net *net = &t->net;
+    int L = net->a->L, code = forward_layers(t, r, "train", error);
+    if (code != LVM_OK) return code;
+    head(t, r, net->kept[L].x, all, 1);
+    *loss += weighted_sum(r->weights, net->work.nll, r->n);
+    for (int i = L - 1; code == LVM_OK && i >= net->lowest; i--) {
+        struct kept k = kept_of(net, i);
+        if (i < net->first_kept) layer_forward(t, &net->blocks[i], r, &k, NULL);
+        layer_backward(t, &net->blocks[i], r, &k);
+        code = report_pass(t, "train", L + 2 * (L - i), error);
+    }
+    if (code == LVM_OK && net->embed->g != NULL)
+        for_columns(&(struct op){.t = t, .r = r, .n = r->n, .cols = net->a->D, .dy = net->work.dx,
+                                 .dw = net->embed->g}, embed_backward_task);
+    return code;
+}
 
-/* The same without gradients. */
-static int net_loss(struct lvm_trainer *t, const struct rows *r, double *loss, float *nll,
-                    lvm_error *error);
+/* The loss alone, as above. */
+static int net_loss(struct lvm_trainer *t, const struct rows *r, double *loss, lvm_error *error) {
+    int code = forward_layers(t, r, "eval", error);
+    if (code != LVM_OK) return code;
+    head(t, r, t->net.kept[t->net.a->L].x, 1, 0);
+    *loss += weighted_sum(r->weights, t->net.work.nll, r->n);
+    return LVM_OK;
+}
 
-/* ---- AdamW ---- */
+/* ---- AdamW (Loshchilov and Hutter 2019, arXiv 1711.05101) ----
+
+       g *= min(1, clip / |g|),   m += (1 - b1)(g - m),   v += (1 - b2)(g^2 - v)
+       w -= lr decay w,   w -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
+
+   |g| is the norm of all gradients together, t counts updates, matrices alone decay. Work is cut
+   into pieces of CHUNK elements of a parameter, so that sums of squares have one order. */
+
+enum { CHUNK = 1 << 16 };
+
+static int64_t elements(const struct param *p) { return (int64_t)p->w.rows * p->w.cols; }
+
+static int64_t chunks(const struct param *p) {
+    return p->g == NULL ? 0 : (elements(p) + CHUNK - 1) / CHUNK;
+}
+
+static int64_t all_chunks(const struct net *net) {
+    int64_t n = 0;
+    for (int i = 0; i < net->n_params; i++) n += chunks(&net->params[i]);
+    return n;
+}
+
+/* An update of all parameters; scale: of the gradients; 1 - b^t of m and of v. */
+struct update {
+    struct lvm_trainer *t;
+    float lr, scale, debias_m, debias_v;
+};
+
+/* The parameter that a chunk belongs to; its elements first .. first + *n - 1. */
+static struct param *find_chunk(struct net *net, int64_t chunk, int64_t *first, int *n) {
+    struct param *p = net->params;
+    for (; chunk >= chunks(p); p++) chunk -= chunks(p);
+    *first = chunk * CHUNK;
+    *n = (int)min64(CHUNK, elements(p) - *first);
+    return p;
+}
+
+static void zero_gradients_task(void *arg, int task, int thread) {
+    struct lvm_trainer *t = arg;
+    int64_t first = 0;
+    int n = 0;
+    struct param *p = find_chunk(&t->net, task, &first, &n);
+    (void)thread;
+    memset(p->g + first, 0, (size_t)n * sizeof *p->g);
+}
+
+static void squares_task(void *arg, int task, int thread) {
+    struct lvm_trainer *t = arg;
+    int64_t first = 0;
+    int n = 0;
+    struct param *p = find_chunk(&t->net, task, &first, &n);
+    const float *g = p->g + first;
+    double sum[4] = {0};
+    (void)thread;
+    for (int i = 0; i < n; i++) sum[i % 4] += (double)g[i] * g[i];
+    t->net.work.squares[task] = sum[0] + sum[1] + sum[2] + sum[3];
+}
+
+static void update_task(void *arg, int task, int thread) {
+    const struct update *u = arg;
+    const lvm_train_options *o = &u->t->o;
+    int64_t first = 0;
+    int n = 0;
+    struct param *p = find_chunk(&u->t->net, task, &first, &n);
+    float *w = p->values + first, *m = p->m + first, *v = p->v + first;
+    const float *gradient = p->g + first;
+    float keep = 1 - (p->decays ? u->lr * o->weight_decay : 0), step = u->lr / u->debias_m,
+          root = 1 / sqrtf(u->debias_v);
+    (void)thread;
+    for (int i = 0; i < n; i++) {
+        float g = gradient[i] * u->scale;
+        m[i] += (1 - o->beta1) * (g - m[i]);
+        v[i] += (1 - o->beta2) * (g * g - v[i]);
+        w[i] = w[i] * keep - step * m[i] / (sqrtf(v[i]) * root + o->epsilon);
+    }
+}
+
+static void zero_gradients(struct lvm_trainer *t) {
+    pool_run(t->e.pool, (int)all_chunks(&t->net), zero_gradients_task, t);
+}
+
+/* The norm of all gradients together. */
+static double gradient_norm(struct lvm_trainer *t) {
+    int64_t n = all_chunks(&t->net);
+    double sum = 0;
+    pool_run(t->e.pool, (int)n, squares_task, t);
+    for (int64_t i = 0; i < n; i++) sum += t->net.work.squares[i];
+    return sqrt(sum);
+}
+
+/* 1 - b^n */
+static float debias(float b, int64_t n) {
+    return (float)(1 - exp_f64((double)n * log_f64(b)));
+}
+
+/* Update number `updates`, counted from 1, by gradients of that norm. */
+static void update_params(struct lvm_trainer *t, double lr, double norm, int64_t updates) {
+    const lvm_train_options *o = &t->o;
+    struct update u = {t, (float)lr, 1, debias(o->beta1, updates), debias(o->beta2, updates)};
+    if (o->clip > 0 && norm > o->clip) u.scale = (float)(o->clip / norm);
+    pool_run(t->e.pool, (int)all_chunks(&t->net), update_task, &u);
+}
+
+/* Of step `step`, counted from 1: up to lr over the warm-up, then down to min_lr by half a cosine
+   (Loshchilov and Hutter 2017, arXiv 1608.03983), or over the last tenth by a line (Hu et al. 2024,
+   arXiv 2404.06395). */
+static double learning_rate(const lvm_train_options *o, int64_t step) {
+    if (step <= o->warmup) return (double)o->lr * (double)step / (double)o->warmup;
+    double past = (double)(step - o->warmup) / (double)max64(1, o->steps - o->warmup), left = 0;
+    if (past > 1) past = 1;
+    if (o->schedule == LVM_COSINE) {
+        double sine = 0, cosine = 0;
+        sincos_f64(past * 3.14159265358979323846, &sine, &cosine);
+        left = (1 + cosine) / 2;
+    } else {
+        int64_t down = max64(1, o->steps / 10);
+        left = min64(down, max64(0, o->steps - step)) / (double)down;
+    }
+    return o->min_lr + ((double)o->lr - o->min_lr) * left;
+}
 
 /* ---- Data: .tok files ----
 
@@ -4373,9 +5384,6 @@ void lvm_tokens_close(lvm_tokens *t) {
 }
 
 #ifndef LVM_NO_MAIN /* only the command line writes them */
-
-struct outfile;
-static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error);
 
 /* A .tok file while it is written: to a file, or (NULL) to memory. image_tokens may be set until
    close. */
@@ -4677,75 +5685,1375 @@ static int fill_rows(const struct stream *s, struct data_position *at, int count
     return LVM_OK;
 }
 
-/* ---- Checkpoints ---- */
+/* ---- Checkpoints ----
+
+   All that a run needs to go on as if it had never stopped: what was asked for, how far it is, and
+   of each tensor that learns its values and AdamW's two averages. What follows from the rest is not
+   there: gradients, frozen tensors, the order of the data. Init's weights and the data themselves
+   are not either; their fingerprints are.
+
+       "LVMTRAIN"  u64 version                                            all little-endian
+       u64 number[N_SAVED]       configuration and state: integers, or doubles' bits
+       string lora_on, freeze                            string = u64 length, bytes
+       u64 init                  fingerprint of the weights that it began from, 0: random ones
+       u64 n_files, each:        string name, u64 fingerprint             of the data
+       string note               the caller's
+       u64 n_params, each:       string name, u64 rows, u64 cols          of those that learn
+       u64 hash                  of all that
+       of each of them w, m, v   f32[rows][cols]
+       u64 hash                  of that hash, then of each of these arrays
+
+   It is written beside and renamed, so that whatever ends a run while it writes leaves the
+   checkpoint before. Nothing of a trainer changes until both hashes are found right and
+   configuration and data are known to be its own. */
+
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n); /* chapter 14 */
+static uint64_t weights_hash(const struct gguf *g);
+static struct text cursor_text(struct cursor *c);
+static int checksum_wrong(uint64_t stored, uint64_t computed);
+
+enum { CHECKPOINT_VERSION = 1, CHECKPOINT_ARRAYS = 3 };
+
+/* A number of a checkpoint: where it is in struct llama (a size of the model) or struct lvm_trainer
+   (an option, or the state that a run begins with at 0), and how it is called. words: the names of
+   its values 0 and 1. */
+#define TRAINER(field) offsetof(struct lvm_trainer, field)
+enum saved_kind { SAVED_INT, SAVED_INT64, SAVED_FLOAT, SAVED_DOUBLE };
+static const struct saved_number {
+    const char *name;
+    enum { OF_MODEL, OF_OPTIONS, OF_STATE } of;
+    enum saved_kind kind;
+    size_t where;
+    const char *words[2];
+} saved_numbers[] = {
+    {"layers", OF_MODEL, SAVED_INT, LLAMA(L), {0}},
+    {"width", OF_MODEL, SAVED_INT, LLAMA(D), {0}},
+    {"attention heads", OF_MODEL, SAVED_INT, LLAMA(H), {0}},
+    {"key/value heads", OF_MODEL, SAVED_INT, LLAMA(G), {0}},
+    {"feed-forward width", OF_MODEL, SAVED_INT, LLAMA(F), {0}},
+    {"vocabulary", OF_MODEL, SAVED_INT, LLAMA(V), {0}},
+    {"bos", OF_MODEL, SAVED_INT, LLAMA(bos), {0}},
+    {"eos", OF_MODEL, SAVED_INT, LLAMA(eos), {0}},
+    {"norm epsilon", OF_MODEL, SAVED_FLOAT, LLAMA(eps), {0}},
+    {"rope theta", OF_MODEL, SAVED_FLOAT, LLAMA(theta), {0}},
+    {"adapters of rank", OF_OPTIONS, SAVED_INT, TRAINER(o.lora_rank), {0}},
+    {"adapters' alpha", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.lora_alpha), {0}},
+    {"context", OF_OPTIONS, SAVED_INT, TRAINER(o.context), {0}},
+    {"batch", OF_OPTIONS, SAVED_INT, TRAINER(o.batch), {0}},
+    {"packing", OF_OPTIONS, SAVED_INT, TRAINER(o.packing), {"cut", "whole"}},
+    {"isolate", OF_OPTIONS, SAVED_INT, TRAINER(o.isolate), {"off", "on"}},
+    {"steps", OF_OPTIONS, SAVED_INT64, TRAINER(o.steps), {0}},
+    {"warm-up", OF_OPTIONS, SAVED_INT64, TRAINER(o.warmup), {0}},
+    {"schedule", OF_OPTIONS, SAVED_INT, TRAINER(o.schedule), {"cosine", "wsd"}},
+    {"learning rate", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.lr), {0}},
+    {"least learning rate", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.min_lr), {0}},
+    {"beta1", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.beta1), {0}},
+    {"beta2", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.beta2), {0}},
+    {"epsilon", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.epsilon), {0}},
+    {"weight decay", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.weight_decay), {0}},
+    {"clipping at", OF_OPTIONS, SAVED_FLOAT, TRAINER(o.clip), {0}},
+    {"seed", OF_OPTIONS, SAVED_INT64, TRAINER(o.seed), {0}},
+    {"step", OF_STATE, SAVED_INT64, TRAINER(step), {0}},
+    {"tokens", OF_STATE, SAVED_INT64, TRAINER(tokens), {0}},
+    {"skipped", OF_STATE, SAVED_INT64, TRAINER(skipped), {0}},
+    {"skipped in a row", OF_STATE, SAVED_INT64, TRAINER(in_a_row), {0}},
+    {"epoch", OF_STATE, SAVED_INT64, TRAINER(at.epoch), {0}},
+    {"sentence", OF_STATE, SAVED_INT64, TRAINER(at.sentence), {0}},
+    {"token", OF_STATE, SAVED_INT64, TRAINER(at.token), {0}},
+    {"usual norm", OF_STATE, SAVED_DOUBLE, TRAINER(usual_norm), {0}}};
+enum { N_SAVED = sizeof saved_numbers / sizeof *saved_numbers };
+
+/* A number as a checkpoint holds it: floats as doubles. */
+static uint64_t saved_bits(const struct lvm_trainer *t, const struct saved_number *n) {
+    const char *at = (n->of == OF_MODEL ? (const char *)t->net.a : (const char *)t) + n->where;
+    const void *p = at;
+    uint64_t bits;
+    if (n->kind == SAVED_INT) return (uint64_t)*(const int *)p;
+    double real = n->kind == SAVED_FLOAT ? (double)*(const float *)p : 0;
+    memcpy(&bits, n->kind == SAVED_FLOAT ? (const void *)&real : p, sizeof bits);
+    return bits;
+}
+
+/* Bytes that grow, until there is no memory. */
+struct head {
+    struct buffer bytes;
+    int code;
+    lvm_error *error;
+};
+
+static void head_add(struct head *h, const void *data, size_t n) {
+    if (h->code == LVM_OK) h->code = buffer_add(&h->bytes, data, n, h->error);
+}
+
+static void head_number(struct head *h, uint64_t v) { head_add(h, &v, sizeof v); }
+
+static void head_string(struct head *h, const char *s) {
+    if (s == NULL) s = "";
+    head_number(h, strlen(s));
+    head_add(h, s, strlen(s));
+}
+
+/* Everything in front of the first hash. */
+static void checkpoint_head(const struct lvm_trainer *t, const char *note, struct head *h) {
+    const lvm_train_options *o = &t->o;
+    uint64_t n = 0;
+    head_add(h, "LVMTRAIN", 8);
+    head_number(h, CHECKPOINT_VERSION);
+    for (int i = 0; i < N_SAVED; i++) head_number(h, saved_bits(t, &saved_numbers[i]));
+    head_string(h, o->lora_on);
+    head_string(h, o->freeze);
+    head_number(h, o->init != NULL ? weights_hash(&o->init->file) : 0);
+    head_number(h, (uint64_t)o->n_data);
+    for (int i = 0; i < o->n_data; i++) {
+        head_string(h, o->data[i]->name);
+        head_number(h, o->data[i]->fingerprint);
+    }
+    head_string(h, note);
+    for (int i = 0; i < t->net.n_params; i++) n += t->net.params[i].learns != 0;
+    head_number(h, n);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        if (!p->learns) continue;
+        head_string(h, p->name);
+        head_number(h, (uint64_t)p->w.rows);
+        head_number(h, (uint64_t)p->w.cols);
+    }
+}
+
+/* What a checkpoint keeps of a tensor, in its order. */
+static void saved_arrays(const struct param *p, float *arrays[CHECKPOINT_ARRAYS]) {
+    arrays[0] = p->values;
+    arrays[1] = p->m;
+    arrays[2] = p->v;
+}
+
+static int write_checkpoint(struct outfile *out, const struct lvm_trainer *t,
+                            const struct buffer *head, lvm_error *error) {
+    uint64_t hash = hash_bytes(0, head->data, head->n);
+    int code = outfile_write(out, head->data, head->n, error);
+    if (code == LVM_OK) code = outfile_write(out, &hash, sizeof hash, error);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        float *arrays[CHECKPOINT_ARRAYS];
+        if (!p->learns) continue;
+        saved_arrays(p, arrays);
+        for (int a = 0; code == LVM_OK && a < CHECKPOINT_ARRAYS; a++) {
+            hash = hash_bytes(hash, arrays[a], (size_t)elements(p) * sizeof(float));
+            code = outfile_write(out, arrays[a], (size_t)elements(p) * sizeof(float), error);
+        }
+    }
+    return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
+}
 
 int lvm_trainer_save(lvm_trainer *trainer, const char *path, const char *note, lvm_error *error) {
-    (void)trainer, (void)note;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+    clear_error(error);
+    struct outfile out;
+    struct head head = {.error = error};
+    if (trainer == NULL || path == NULL)
+        return null_argument(error, "lvm_trainer_save", trainer == NULL ? "trainer" : "path");
+    checkpoint_head(trainer, note, &head);
+    int code = head.code;
+    if (code == LVM_OK) code = outfile_open(&out, path, error);
+    if (code == LVM_OK)
+        code = outfile_close(&out, write_checkpoint(&out, trainer, &head.bytes, error), error);
+    mem_free(head.bytes.data);
+    return code;
+}
+
+/* A checkpoint that lies in memory. Lists are kept as cursors at their first entry. */
+struct checkpoint {
+    const char *path;
+    const uint8_t *data; /* [size] */
+    size_t size;
+    uint64_t numbers[N_SAVED];
+    struct text lora_on, freeze, note;
+    uint64_t init, n_files, n_params, hash;
+    struct cursor files, params;
+    size_t arrays;       /* where the first array begins */
+};
+
+static int bad_checkpoint(const struct checkpoint *k, lvm_error *error) {
+    return fail(error, LVM_FORMAT, "%s: is damaged or was cut short", k->path);
+}
+
+/* Steps over the tensors' names and shapes; their arrays must fill the file up to the last hash.
+   0 where they do not. */
+static int skip_params(struct checkpoint *k, struct cursor *c) {
+    uint64_t bytes = 0;
+    k->params = *c;
+    for (uint64_t i = 0; i < k->n_params && !c->failed; i++) {
+        cursor_text(c);
+        uint64_t rows = cursor_number(c, 8), cols = cursor_number(c, 8);
+        if (rows > INT32_MAX || cols > INT32_MAX || bytes > k->size) return 0;
+        uint64_t one = rows * cols; /* below 2^62 */
+        if (one > k->size) return 0;
+        bytes += one * CHECKPOINT_ARRAYS * sizeof(float);
+    }
+    k->hash = cursor_number(c, 8);
+    k->arrays = c->at;
+    return !c->failed && k->size - c->at >= 8 && k->size - c->at - 8 == bytes;
+}
+
+/* Takes the head apart: k's path, data and size are given. */
+static int parse_checkpoint(struct checkpoint *k, lvm_error *error) {
+    struct cursor c = {k->data, k->size, 0, 0};
+    const uint8_t *magic = cursor_take(&c, 8);
+    if (magic == NULL || memcmp(magic, "LVMTRAIN", 8) != 0)
+        return fail(error, LVM_FORMAT, "%s: is no checkpoint of lvm train", k->path);
+    uint64_t version = cursor_number(&c, 8);
+    if (!c.failed && version != CHECKPOINT_VERSION)
+        return fail(error, LVM_UNSUPPORTED, "%s: is a checkpoint of version %llu, not %d", k->path,
+                    (unsigned long long)version, CHECKPOINT_VERSION);
+    for (int i = 0; i < N_SAVED; i++) k->numbers[i] = cursor_number(&c, 8);
+    k->lora_on = cursor_text(&c);
+    k->freeze = cursor_text(&c);
+    k->init = cursor_number(&c, 8);
+    k->n_files = cursor_number(&c, 8);
+    k->files = c;
+    for (uint64_t i = 0; i < k->n_files && !c.failed; i++) {
+        cursor_text(&c);
+        cursor_number(&c, 8);
+    }
+    k->note = cursor_text(&c);
+    k->n_params = cursor_number(&c, 8);
+    if (!skip_params(k, &c) || checksum_wrong(k->hash, hash_bytes(0, k->data, k->arrays - 8)))
+        return bad_checkpoint(k, error);
+    return LVM_OK;
+}
+
+/* A number as messages show it. */
+static void show_saved(const struct saved_number *n, uint64_t bits, char *text, size_t room) {
+    double real;
+    memcpy(&real, &bits, sizeof real);
+    if (n->words[0] != NULL && bits < 2) snprintf(text, room, "%s", n->words[bits]);
+    else if (n->kind == SAVED_FLOAT) snprintf(text, room, "%.9g", real);
+    else snprintf(text, room, "%lld", (long long)bits);
+}
+
+static int same_text(const struct checkpoint *k, const char *name, struct text saved,
+                     const char *own, lvm_error *error) {
+    if (own == NULL) own = "";
+    if (text_is(saved, own)) return LVM_OK;
+    return fail(error, LVM_INVALID, "%s: was trained with %s \"%.*s\", not \"%s\"", k->path, name,
+                (int)min64((int64_t)saved.n, 64), saved.s, own);
+}
+
+/* All of the configuration must be as it was: another number of steps, say, would have been another
+   learning rate from the first step on. */
+static int check_configuration(const struct lvm_trainer *t, const struct checkpoint *k,
+                               lvm_error *error) {
+    for (int i = 0; i < N_SAVED; i++) {
+        const struct saved_number *n = &saved_numbers[i];
+        uint64_t own = saved_bits(t, n);
+        char was[32], is[32];
+        if (n->of == OF_STATE || own == k->numbers[i]) continue;
+        show_saved(n, k->numbers[i], was, sizeof was);
+        show_saved(n, own, is, sizeof is);
+        return fail(error, LVM_INVALID, "%s: was trained with %s %s, not %s", k->path, n->name, was,
+                    is);
+    }
+    int code = same_text(k, "adapters on", k->lora_on, t->o.lora_on, error);
+    return code == LVM_OK ? same_text(k, "frozen", k->freeze, t->o.freeze, error) : code;
+}
+
+static int check_sources(const struct lvm_trainer *t, const struct checkpoint *k,
+                         lvm_error *error) {
+    const lvm_model *init = t->o.init;
+    struct cursor c = k->files;
+    if ((init != NULL) != (k->init != 0))
+        return fail(error, LVM_INVALID, "%s: began from %s, not from %s", k->path,
+                    init != NULL ? "random weights" : "a weights file",
+                    init != NULL ? init->path : "random weights");
+    if (init != NULL && weights_hash(&init->file) != k->init)
+        return fail(error, LVM_INVALID, "%s: began from other weights than those of %s", k->path,
+                    init->path);
+    if (k->n_files != (uint64_t)t->o.n_data)
+        return fail(error, LVM_INVALID, "%s: was trained on %llu files, not on %d", k->path,
+                    (unsigned long long)k->n_files, t->o.n_data);
+    for (int i = 0; i < t->o.n_data; i++) {
+        const lvm_tokens *own = t->o.data[i];
+        struct text name = cursor_text(&c);
+        if (cursor_number(&c, 8) != own->fingerprint)
+            return fail(error, LVM_INVALID, "%s: %s is not what was %.*s when it was trained",
+                        k->path, own->name != NULL ? own->name : "(memory)",
+                        (int)min64((int64_t)name.n, 100), name.s);
+    }
+    return LVM_OK;
+}
+
+/* The tensors that learn must be the same. */
+static int check_params(const struct lvm_trainer *t, const struct checkpoint *k,
+                        lvm_error *error) {
+    struct cursor c = k->params;
+    uint64_t left = k->n_params;
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        if (!p->learns) continue;
+        if (left-- == 0)
+            return fail(error, LVM_INVALID, "%s: lacks tensor %s, which learns", k->path, p->name);
+        struct text name = cursor_text(&c);
+        uint64_t rows = cursor_number(&c, 8), cols = cursor_number(&c, 8);
+        if (!text_is(name, p->name) || rows != (uint64_t)p->w.rows || cols != (uint64_t)p->w.cols)
+            return fail(error, LVM_INVALID,
+                        "%s: holds tensor %.*s of %llu x %llu instead of %s of %d x %d", k->path,
+                        (int)min64((int64_t)name.n, 64), name.s, (unsigned long long)rows,
+                        (unsigned long long)cols, p->name, p->w.rows, p->w.cols);
+    }
+    return left == 0 ? LVM_OK : fail(error, LVM_INVALID, "%s: has %llu more tensors that learn",
+                                     k->path, (unsigned long long)left);
+}
+
+/* Whether the arrays are what was written; as the hash goes, array by array. */
+static int check_arrays(const struct lvm_trainer *t, const struct checkpoint *k,
+                        lvm_error *error) {
+    struct cursor c = {k->data, k->size, k->arrays, 0};
+    uint64_t hash = k->hash;
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        size_t bytes = (size_t)elements(p) * sizeof(float);
+        for (int a = 0; p->learns && a < CHECKPOINT_ARRAYS; a++)
+            hash = hash_bytes(hash, cursor_take(&c, bytes), bytes);
+    }
+    return checksum_wrong(cursor_number(&c, 8), hash) ? bad_checkpoint(k, error) : LVM_OK;
+}
+
+/* Numbers that no run has could only come from a file that was made to deceive. (Whether there is
+   such a token in the sentence, fill_rows says.) */
+static int check_state(const struct lvm_trainer *t, const struct checkpoint *k, lvm_error *error) {
+    for (int i = 0; i < N_SAVED; i++) {
+        const struct saved_number *n = &saved_numbers[i];
+        int64_t most = INT64_MAX / 2;
+        if (n->where == TRAINER(step)) most = t->o.steps;
+        if (n->where == TRAINER(at.sentence)) most = max64(0, t->stream.n_sentences - 1);
+        double real;
+        memcpy(&real, &k->numbers[i], sizeof real);
+        int ok = n->kind == SAVED_DOUBLE ? isfinite(real) && real >= 0
+                                         : k->numbers[i] <= (uint64_t)most;
+        if (n->of == OF_STATE && !ok) return bad_checkpoint(k, error);
+    }
+    return LVM_OK;
+}
+
+/* What was checked becomes the trainer's; gradients are 0 between steps. */
+static void take_checkpoint(struct lvm_trainer *t, const struct checkpoint *k) {
+    struct cursor c = {k->data, k->size, k->arrays, 0};
+    for (int i = 0; i < N_SAVED; i++) /* 8 bytes each: integers and a double */
+        if (saved_numbers[i].of == OF_STATE)
+            memcpy((char *)t + saved_numbers[i].where, &k->numbers[i], 8);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        size_t bytes = (size_t)elements(p) * sizeof(float);
+        float *arrays[CHECKPOINT_ARRAYS];
+        if (!p->learns) continue;
+        saved_arrays(p, arrays);
+        for (int a = 0; a < CHECKPOINT_ARRAYS; a++)
+            memcpy(arrays[a], cursor_take(&c, bytes), bytes);
+        memset(p->g, 0, bytes);
+    }
+}
+
+static int load_checkpoint(struct lvm_trainer *t, struct checkpoint *k, lvm_error *error) {
+    int code = parse_checkpoint(k, error);
+    if (code == LVM_OK) code = check_configuration(t, k, error);
+    if (code == LVM_OK) code = check_sources(t, k, error);
+    if (code == LVM_OK) code = check_params(t, k, error);
+    if (code == LVM_OK) code = check_state(t, k, error);
+    if (code == LVM_OK) code = check_arrays(t, k, error);
+    if (code == LVM_OK) take_checkpoint(t, k);
+    return code;
 }
 
 int lvm_trainer_load(lvm_trainer *trainer, const char *path, lvm_error *error) {
-    (void)trainer;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+    clear_error(error);
+    struct checkpoint k = {.path = path};
+    void *mapped = NULL;
+    if (trainer == NULL || path == NULL)
+        return null_argument(error, "lvm_trainer_load", trainer == NULL ? "trainer" : "path");
+    int code = map_file(path, &mapped, &k.size, error);
+    k.data = mapped;
+    if (code == LVM_OK) code = load_checkpoint(trainer, &k, error);
+    if (mapped != NULL) unmap_file(mapped, k.size);
+    return code;
 }
 
 char *lvm_checkpoint_note(const char *path, lvm_error *error) {
-    fail(error, LVM_UNSUPPORTED, "%s: to come", path);
-    return NULL;
+    clear_error(error);
+    struct checkpoint k = {.path = path};
+    void *mapped = NULL;
+    char *note = NULL;
+    if (path == NULL) {
+        null_argument(error, "lvm_checkpoint_note", "path");
+        return NULL;
+    }
+    int code = map_file(path, &mapped, &k.size, error);
+    k.data = mapped;
+    if (code == LVM_OK) code = parse_checkpoint(&k, error);
+    if (code == LVM_OK) note = mem_alloc((size_t)k.note.n + 1, 1, error);
+    if (note != NULL) memcpy(note, k.note.s, (size_t)k.note.n);
+    if (mapped != NULL) unmap_file(mapped, k.size);
+    return note;
 }
 
-/* ---- Weights files and adapters out of a trainer ---- */
+/* ---- Adapters ----
 
-int lvm_trainer_export(lvm_trainer *trainer, const char *path, int type,
-                       const lvm_model *tokenizer, lvm_error *error) {
-    (void)trainer, (void)type, (void)tokenizer;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+   LoRA (Hu et al. 2021, arXiv 2106.09685) leaves a matrix as it is and learns a difference of low
+   rank beside it:
+
+       y = x W^T + scale (x A^T) B^T = x (W + scale B A)^T                  scale = alpha / rank
+       W [rows][cols]   A [rank][cols]   B [rows][rank]
+
+   A file of adapters is a GGUF file of its own, with the keys that ggml gives its adapters:
+   general.type "adapter", adapter.type "lora", adapter.lora.alpha; and of each matrix two tensors,
+   such as blk.0.attn_q.weight.lora_a and .lora_b, in F32, F16 or BF16. A model takes them before it
+   runs: matrices that have one are merged with it, in memory or into a new file (chapter 14, which
+   also writes what a trainer learnt). */
+
+struct adapter {
+    struct text matrix;       /* name of W */
+    struct tensor a, b;       /* [rank][cols]  [rows][rank] */
+    struct tensor_spec *spec; /* of W, in the model that they are matched with */
+};
+
+struct adapters {
+    const char *path;
+    void *mapped;             /* [size], or NULL: foreign memory */
+    size_t size;
+    struct gguf file;
+    float alpha;
+    struct adapter *list;     /* [n] in the file's order */
+    int n;
+};
+
+static int processors(void); /* chapter 10 */
+static float not_finite(const struct tensor *t); /* chapter 14 */
+
+static int ends(struct text t, const char *s) {
+    size_t n = strlen(s);
+    return t.n >= n && memcmp(t.s + t.n - n, s, n) == 0;
+}
+
+/* A matrix of a file. */
+static struct tensor matrix_of(const struct gguf *g, const struct gguf_tensor *t) {
+    return (struct tensor){g->data + g->data_start + t->offset, type_bytes(t->type, t->ne[0]),
+                           t->type, (int)t->ne[1], (int)t->ne[0]};
+}
+
+/* The adapter whose A this tensor is, with B of the same name and rank. */
+static int read_adapter(const struct adapters *ad, const struct gguf_tensor *a, struct adapter *x,
+                        lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    char name[272]; /* a name has 256 bytes at most */
+    int n = (int)a->name.n - 1;
+    snprintf(name, sizeof name, "%.*sb", n, a->name.s);
+    const struct gguf_tensor *b = gguf_tensor(g, name);
+    if (b == NULL) return fail(error, LVM_FORMAT, "%s: tensor %s is missing", ad->path, name);
+    if (a->n_dims != 2 || b->n_dims != 2 || type_is_quantised(a->type) ||
+        type_is_quantised(b->type) || a->ne[1] != b->ne[0])
+        return fail(error, LVM_FORMAT,
+                    "%s: tensors %.*s and %s are no two matrices of floats and one rank", ad->path,
+                    (int)a->name.n, a->name.s, name);
+    *x = (struct adapter){{a->name.s, a->name.n - strlen(".lora_a")}, matrix_of(g, a),
+                          matrix_of(g, b), NULL};
+    if (isfinite(not_finite(&x->a)) && isfinite(not_finite(&x->b))) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: the adapter of %.*s holds NaN or infinity", ad->path,
+                (int)x->matrix.n, x->matrix.s);
+}
+
+static int read_adapters(struct adapters *ad, lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    int code = LVM_OK;
+    ad->list = mem_alloc((size_t)g->n_tensors, sizeof *ad->list, error);
+    if (ad->list == NULL) return LVM_MEMORY;
+    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
+        struct text name = g->tensors[i].name;
+        if (ends(name, ".lora_a"))
+            code = read_adapter(ad, &g->tensors[i], &ad->list[ad->n++], error);
+        else if (!ends(name, ".lora_b"))
+            code = fail(error, LVM_FORMAT, "%s: tensor %.*s is no half of an adapter", ad->path,
+                        (int)name.n, name.s);
+    }
+    if (code == LVM_OK && (ad->n == 0 || 2 * (int64_t)ad->n != g->n_tensors))
+        code = fail(error, LVM_FORMAT, "%s: holds %d adapters in %lld tensors", ad->path, ad->n,
+                    (long long)g->n_tensors);
+    return code;
+}
+
+/* Of a file that lies in memory; path is for messages. */
+static int adapters_parse(struct adapters *ad, const char *path, const void *data, size_t size,
+                          lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    int version = 0;
+    ad->path = path;
+    int code = gguf_parse(&ad->file, path, data, size, error);
+    if (code != LVM_OK) return code;
+    if (!text_is(read_text(g, "general.architecture"), "lvm"))
+        return fail(error, LVM_FORMAT, "%s: a GGUF file of another architecture than lvm", path);
+    if (!is_adapter_file(g) || !text_is(read_text(g, "adapter.type"), "lora"))
+        return fail(error, LVM_FORMAT, "%s: holds no adapters (LoRA); convert.py --lora makes such "
+                    "a file of a folder of them", path);
+    code = read_int(g, &(struct int_key){"lvm.format_version", 1, 1, 0, 0}, &version, error);
+    if (code == LVM_OK)
+        code = read_float(g, &(struct float_key){"adapter.lora.alpha", 1e-30f, 1e30f}, &ad->alpha,
+                          error);
+    return code == LVM_OK ? read_adapters(ad, error) : code;
+}
+
+/* Also of those that could not be opened. */
+static void adapters_close(struct adapters *ad) {
+    gguf_free(&ad->file);
+    mem_free(ad->list);
+    if (ad->mapped != NULL) unmap_file(ad->mapped, ad->size);
+    memset(ad, 0, sizeof *ad);
+}
+
+/* Finds the matrices of a model that adapters are for. */
+static int adapters_match(struct adapters *ad, const lvm_model *m, lvm_error *error) {
+    for (int i = 0; i < ad->n; i++) {
+        struct adapter *x = &ad->list[i];
+        for (int s = 0; s < m->n_specs && x->spec == NULL; s++)
+            if (m->specs[s].kind == T_MATRIX && text_is(x->matrix, m->specs[s].name))
+                x->spec = &m->specs[s];
+        if (x->spec == NULL)
+            return fail(error, LVM_INVALID, "%s: has an adapter for %.*s, which is no matrix of %s",
+                        ad->path, (int)x->matrix.n, x->matrix.s, m->path);
+        const int *dims = x->spec->dims;
+        if (dims[0] != x->b.rows || dims[1] != x->a.cols)
+            return fail(error, LVM_INVALID, "%s: is for %s of %d x %d; in %s it is %d x %d",
+                        ad->path, x->spec->name, x->b.rows, x->a.cols, m->path, dims[0], dims[1]);
+    }
+    return LVM_OK;
+}
+
+static int adapters_open(struct adapters *ad, const char *path, const lvm_model *m,
+                         lvm_error *error) {
+    memset(ad, 0, sizeof *ad);
+    int code = map_file(path, &ad->mapped, &ad->size, error);
+    if (code == LVM_OK) code = adapters_parse(ad, path, ad->mapped, ad->size, error);
+    if (code == LVM_OK && m != NULL) code = adapters_match(ad, m, error);
+    if (code != LVM_OK) adapters_close(ad);
+    return code;
+}
+
+/* A matrix with its adapter in floats. */
+struct merger {
+    struct tensor w;     /* [rows][cols], of any type */
+    float *a, *b;        /* [rank][cols]  [rows][rank] */
+    int rank;
+    float scale;
+};
+
+static float *tensor_floats(const struct tensor *t, lvm_error *error) {
+    float *x = mem_alloc((size_t)t->rows * (size_t)t->cols, sizeof *x, error);
+    for (int r = 0; x != NULL && r < t->rows; r++)
+        row_to_f32(t->type, tensor_row(t, r), x + (int64_t)r * t->cols, t->cols);
+    return x;
+}
+
+static int merger_open(struct merger *d, const struct tensor *w, const struct adapter *x,
+                       float alpha, lvm_error *error) {
+    *d = (struct merger){*w, tensor_floats(&x->a, error), tensor_floats(&x->b, error), x->a.rows,
+                         alpha / (float)x->a.rows};
+    return d->a != NULL && d->b != NULL ? LVM_OK : LVM_MEMORY;
+}
+
+static void merger_free(struct merger *d) {
+    mem_free(d->a);
+    mem_free(d->b);
+}
+
+/* Row r of W + scale B A: products in ascending order of the rank, then one addition to W. */
+static void merge_row(const struct merger *d, int r, float *row) {
+    enum { PART = 256 };
+    const float *b = d->b + (int64_t)r * d->rank;
+    int cols = d->w.cols;
+    row_to_f32(d->w.type, tensor_row(&d->w, r), row, cols);
+    for (int at = 0; at < cols; at += PART) {
+        int n = cols - at < PART ? cols - at : PART;
+        float sum[PART] = {0};
+        for (int k = 0; k < d->rank; k++) {
+            const float *a = d->a + (int64_t)k * cols + at;
+            for (int i = 0; i < n; i++) sum[i] += b[k] * a[i];
+        }
+        for (int i = 0; i < n; i++) row[at + i] += d->scale * sum[i];
+    }
+}
+
+enum { MERGE_ROWS = 16 }; /* of a task */
+
+struct merge_tasks {
+    struct merger d;
+    struct tensor out;
+    uint8_t *data;       /* out's */
+    float *rows;         /* [threads][cols] */
+};
+
+static void merge_task(void *arg, int task, int thread) {
+    const struct merge_tasks *t = arg;
+    float *row = t->rows + (int64_t)thread * t->out.cols;
+    int end = (int)min64(t->out.rows, (int64_t)(task + 1) * MERGE_ROWS);
+    for (int r = task * MERGE_ROWS; r < end; r++) {
+        merge_row(&t->d, r, row);
+        row_from_f32(t->out.type, row, t->data + r * t->out.row_bytes, t->out.cols);
+    }
+}
+
+/* *out = w with x, in memory of its own: floats of its type, or Q8_0. What lay on the grid of Q4_0
+   before does not with something added, and would lose more than it gained. */
+static int merge_matrix(struct pool *pool, const struct tensor *w, const struct adapter *x,
+                        float alpha, struct tensor *out, lvm_error *error) {
+    struct merge_tasks t = {.out = *w};
+    if (type_is_quantised(w->type)) t.out.type = LVM_Q8_0;
+    t.out.row_bytes = type_bytes(t.out.type, w->cols);
+    int code = merger_open(&t.d, w, x, alpha, error);
+    if (code == LVM_OK) {
+        t.data = mem_alloc((size_t)w->rows, (size_t)t.out.row_bytes, error);
+        t.rows = mem_alloc((size_t)pool_threads(pool) * (size_t)w->cols, sizeof *t.rows, error);
+        if (t.data == NULL || t.rows == NULL) code = LVM_MEMORY;
+    }
+    if (code == LVM_OK)
+        pool_run(pool, (w->rows + MERGE_ROWS - 1) / MERGE_ROWS, merge_task, &t);
+    else mem_free(t.data);
+    merger_free(&t.d);
+    mem_free(t.rows);
+    t.out.data = t.data;
+    if (code == LVM_OK) *out = t.out;
+    return code;
+}
+
+/* All of them, or nothing: list[n] are the merged matrices. */
+static int merge_adapters(lvm_model *m, const struct adapters *ad, struct tensor *list,
+                          lvm_error *error) {
+    struct pool *pool = pool_new(processors(), error);
+    int code = pool == NULL ? LVM_MEMORY : LVM_OK, done = 0;
+    for (; code == LVM_OK && done < ad->n; done += code == LVM_OK)
+        code = merge_matrix(pool, ad->list[done].spec->tensor, &ad->list[done], ad->alpha,
+                            &list[done], error);
+    for (int i = 0; i < done; i++) {
+        struct tensor_spec *s = ad->list[i].spec;
+        uint8_t *data = (uint8_t *)(uintptr_t)list[i].data;
+        if (code == LVM_OK) {
+            mem_free(s->merged);
+            *s->tensor = list[i];
+            s->merged = data;
+        } else {
+            mem_free(data);
+        }
+    }
+    pool_free(pool);
+    uint64_t hash = weights_hash(&ad->file);
+    if (code == LVM_OK) m->adapters = hash_bytes(m->adapters, &hash, sizeof hash);
+    return code;
 }
 
 int lvm_apply_lora(lvm_model *model, const char *path, lvm_error *error) {
-    (void)model;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", path);
+    clear_error(error);
+    struct adapters ad;
+    if (model == NULL || path == NULL)
+        return null_argument(error, "lvm_apply_lora", model == NULL ? "model" : "path");
+    if (devices_are_open(model->devices))
+        return fail(error, LVM_INVALID, "%s: has contexts already; adapters come before them",
+                    model->path);
+    int code = adapters_open(&ad, path, model, error);
+    if (code != LVM_OK) return code;
+    struct tensor *list = mem_alloc((size_t)ad.n, sizeof *list, error);
+    code = list == NULL ? LVM_MEMORY : merge_adapters(model, &ad, list, error);
+    mem_free(list);
+    adapters_close(&ad);
+    return code;
 }
 
-int lvm_merge(const char *base, const char *adapters, const char *out, int type, int force,
-              lvm_error *error) {
-    (void)base, (void)adapters, (void)type, (void)force;
-    return fail(error, LVM_UNSUPPORTED, "%s: to come", out);
+/* ---- The trainer: its parameters ---- */
+
+/* Whether a name is one of list's, with commas between; * stands for any text. */
+static int matches(const char *pattern, size_t n, const char *name) {
+    if (n == 0) return *name == 0;
+    if (*pattern == '*')
+        return matches(pattern + 1, n - 1, name) || (*name != 0 && matches(pattern, n, name + 1));
+    return *pattern == *name && matches(pattern + 1, n - 1, name + 1);
 }
 
-/* ---- The trainer ---- */
+static int is_listed(const char *list, const char *name) {
+    while (list != NULL && *list != 0) {
+        size_t n = strcspn(list, ",");
+        if (matches(list, n, name)) return 1;
+        list += n + (list[n] == ',');
+    }
+    return 0;
+}
+
+/* A linear layer's names: in the file, and in lists. */
+static const struct linear_name {
+    const char *in_file, *in_lists;
+    size_t where; /* in struct block */
+} linear_names[] = {{"attn_q", "q", offsetof(struct block, q)},
+                    {"attn_k", "k", offsetof(struct block, k)},
+                    {"attn_v", "v", offsetof(struct block, v)},
+                    {"attn_output", "o", offsetof(struct block, o)},
+                    {"ffn_gate", "gate", offsetof(struct block, gate)},
+                    {"ffn_up", "up", offsetof(struct block, up)},
+                    {"ffn_down", "down", offsetof(struct block, down)}};
+enum { LINEARS = sizeof linear_names / sizeof *linear_names };
+
+/* What a new model has: everything that is not optional, and the embedding; the output matrix where
+   it is not tied. init's model: what it holds. */
+static int is_present(const lvm_train_options *o, const struct tensor_spec *s, int i) {
+    int is_output = strcmp(s->name, "output.weight") == 0;
+    if (o->init != NULL) {
+        const struct llama *a = &o->init->llama;
+        return o->init->specs[i].tensor->data != NULL &&
+               !(is_output && a->output.data == a->embed.data);
+    }
+    return !s->optional || strcmp(s->name, "token_embd.weight") == 0 || (is_output && !o->tied);
+}
+
+/* The parameter of the description's tensor of this name, in layer `layer` where it is not -1. */
+static struct param *find_param(const struct net *net, int layer, const char *format_name) {
+    char name[80];
+    if (layer < 0) snprintf(name, sizeof name, "%s", format_name);
+    else snprintf(name, sizeof name, "blk.%d.%s", layer, format_name);
+    for (int i = 0; i < net->n_params; i++)
+        if (strcmp(net->params[i].name, name) == 0) return &net->params[i];
+    return NULL;
+}
+
+static struct linear *block_linear(struct block *b, int i) {
+    return (struct linear *)(void *)((char *)b + linear_names[i].where);
+}
+
+/* Parameters of the description, with shapes; where they lie is not settled yet. */
+static void list_params(struct lvm_trainer *t) {
+    for (int i = 0; i < t->m->n_specs; i++) {
+        const struct tensor_spec *s = &t->m->specs[i];
+        if (!is_present(&t->o, s, i)) continue;
+        int vector = s->n_dims == 1, rows = vector ? 1 : s->dims[0],
+            cols = vector ? s->dims[0] : s->dims[1];
+        struct param *p = &t->net.params[t->net.n_params++];
+        snprintf(p->name, sizeof p->name, "%s", s->name);
+        p->w = t->o.init != NULL ? *t->o.init->specs[i].tensor
+                                 : (struct tensor){NULL, (int64_t)cols * 4, LVM_F32, rows, cols};
+        if (vector) p->w.rows = 1, p->w.cols = cols, p->w.row_bytes = (int64_t)cols * 4;
+        p->learns = t->o.lora_rank == 0 && !is_listed(t->o.freeze, s->name);
+        p->decays = !vector;
+        p->spec = s;
+    }
+}
+
+/* An adapter's half, NAME.lora_a [rank][in] or NAME.lora_b [out][rank], as another parameter. */
+static struct param *add_adapter(struct lvm_trainer *t, const struct param *w, char half, int rows,
+                                 int cols) {
+    struct param *p = &t->net.params[t->net.n_params++];
+    snprintf(p->name, sizeof p->name, "%.80s.lora_%c", w->name, half);
+    p->w = (struct tensor){NULL, (int64_t)cols * 4, LVM_F32, rows, cols};
+    p->learns = !is_listed(t->o.freeze, w->name);
+    p->decays = 1;
+    return p;
+}
+
+static void connect_block(struct lvm_trainer *t, int layer) {
+    struct block *b = &t->net.blocks[layer];
+    b->attn_norm = find_param(&t->net, layer, "attn_norm.weight");
+    b->ffn_norm = find_param(&t->net, layer, "ffn_norm.weight");
+    for (int i = 0; i < LINEARS; i++) {
+        struct linear *l = block_linear(b, i);
+        char name[32];
+        snprintf(name, sizeof name, "%s.weight", linear_names[i].in_file);
+        l->w = find_param(&t->net, layer, name);
+        snprintf(name, sizeof name, "%s.bias", linear_names[i].in_file);
+        l->bias = find_param(&t->net, layer, name);
+        if (t->o.lora_rank == 0 ||
+            (t->o.lora_on != NULL && !is_listed(t->o.lora_on, linear_names[i].in_lists)))
+            continue;
+        l->a = add_adapter(t, l->w, 'a', t->o.lora_rank, l->w->w.cols);
+        l->b = add_adapter(t, l->w, 'b', l->w->w.rows, t->o.lora_rank);
+    }
+}
+
+/* The first layer that a gradient must reach: below it nothing learns. */
+static int lowest_layer(const struct net *net) {
+    if (net->embed->learns) return 0;
+    for (int layer = 0; layer < net->a->L; layer++) {
+        const struct block *b = &net->blocks[layer];
+        int any = b->attn_norm->learns || b->ffn_norm->learns;
+        for (int i = 0; i < LINEARS; i++) {
+            const struct linear *l =
+                (const struct linear *)(const void *)((const char *)b + linear_names[i].where);
+            any |= l->w->learns || (l->bias != NULL && l->bias->learns) ||
+                   (l->a != NULL && l->a->learns);
+        }
+        if (any) return layer;
+    }
+    return net->a->L;
+}
+
+/* The description of the model, the list of its parameters, and who uses which. */
+static int describe_net(struct lvm_trainer *t, lvm_error *error) {
+    const lvm_train_options *o = &t->o;
+    struct net *net = &t->net;
+    t->m = model_new(o->init != NULL ? o->init->path : "(new model)", error);
+    if (t->m == NULL) return LVM_MEMORY;
+    struct llama *a = &t->m->llama;
+    if (o->init != NULL) *a = o->init->llama;
+    else
+        *a = (struct llama){.context = o->context, .L = o->layers, .D = o->width,
+                            .F = o->feed_forward, .H = o->heads,
+                            .G = o->kv_heads != 0 ? o->kv_heads : o->heads,
+                            .d = o->width / o->heads, .V = o->vocab, .bos = o->bos, .eos = o->eos,
+                            .eps = o->norm_eps, .theta = o->rope_theta};
+    a->layers = NULL;
+    t->m->kern = choose_kernels(error);
+    if (t->m->kern == NULL) return LVM_INVALID;
+    int code = describe_model(t->m, error);
+    net->a = a;
+    net->params = mem_alloc((size_t)(t->m->n_specs + 2 * LINEARS * a->L), sizeof *net->params,
+                            error);
+    net->blocks = mem_alloc((size_t)a->L, sizeof *net->blocks, error);
+    if (code != LVM_OK || net->params == NULL || net->blocks == NULL) return LVM_MEMORY;
+    list_params(t);
+    for (int i = 0; i < a->L; i++) connect_block(t, i);
+    net->embed = find_param(net, -1, "token_embd.weight");
+    net->norm = find_param(net, -1, "output_norm.weight");
+    net->output = find_param(net, -1, "output.weight");
+    if (net->embed == NULL) net->embed = net->output; /* tied, whichever of the two was kept */
+    if (net->output == NULL) net->output = net->embed;
+    net->lora_scale = o->lora_rank > 0 ? o->lora_alpha / (float)o->lora_rank : 0;
+    net->lowest = lowest_layer(net);
+    return LVM_OK;
+}
+
+/* ---- The trainer: its memory ---- */
+
+/* Floats of what is kept of a layer, its input aside, and of its parts. */
+static int64_t kept_floats(const struct llama *a, int64_t N) {
+    return N * (2 * (int64_t)a->H * a->d + 2 * (int64_t)a->G * a->d + a->H + a->D +
+                2 * (int64_t)a->F);
+}
+
+static int kept_alloc(struct kept *k, const struct llama *a, int64_t N, lvm_error *error) {
+    struct { float **p; int64_t n; } want[] = {
+        {&k->q, (int64_t)a->H * a->d}, {&k->k, (int64_t)a->G * a->d}, {&k->v, (int64_t)a->G * a->d},
+        {&k->o, (int64_t)a->H * a->d}, {&k->lse, a->H}, {&k->mid, a->D}, {&k->gate, a->F},
+        {&k->up, a->F}};
+    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
+        *want[i].p = mem_alloc((size_t)(N * want[i].n), sizeof(float), error);
+        if (*want[i].p == NULL) return LVM_MEMORY;
+    }
+    return LVM_OK;
+}
+
+static void kept_free(struct kept *k) {
+    float *all[] = {k->q, k->k, k->v, k->o, k->lse, k->mid, k->gate, k->up};
+    for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
+}
+
+/* The work memory's arrays and how many floats each has. */
+struct work_array {
+    float **p;
+    int64_t n;
+};
+enum { WORK_ARRAYS = 15 };
+
+static void list_work(struct lvm_trainer *t, struct work_array list[WORK_ARRAYS]) {
+    struct work *w = &t->net.work;
+    const struct llama *a = t->net.a;
+    int64_t N = t->net.max_rows, D = a->D, Q = (int64_t)a->H * a->d, K = (int64_t)a->G * a->d,
+            F = a->F, V = round_up(a->V, PANEL), logit_rows = min64(N, LOGIT_ROWS);
+    int64_t turned = max64(max64(max64(D, Q), F) * transposed_ld((int)N),
+                           V * transposed_ld((int)logit_rows));
+    const struct work_array all[WORK_ARRAYS] = {
+        {&w->h, N * D}, {&w->dx, N * D}, {&w->dh, N * D}, {&w->act, N * F}, {&w->dact, N * F},
+        {&w->dq, DQ_PARTS * N * Q}, {&w->dk, N * K}, {&w->dv, N * K}, {&w->d_o, N * Q},
+        {&w->delta, N * a->H}, {&w->rms, N}, {&w->nll, N}, {&w->turned, turned},
+        {&w->u, N * t->o.lora_rank}, {&w->logits, logit_rows * V}};
+    memcpy(list, all, sizeof all);
+}
+
+static int64_t train_scratch(const struct llama *a) {
+    int dp = round_up(a->d, PANEL);
+    int64_t forward = 3 * (int64_t)KV_BLOCK * dp + 2 * (int64_t)ATTEND_ROWS * dp +
+                      attend_scratch(dp) + PANEL;
+    return max64(max64(product_scratch(), 2 * (int64_t)a->F),
+                 max64(forward, attend_back_scratch(dp)));
+}
+
+/* What it all takes, with as many layers kept as fit into what may be used. */
+static void plan_memory(struct lvm_trainer *t, int64_t available, lvm_train_memory *m) {
+    const struct net *net = &t->net;
+    struct work_array work[WORK_ARRAYS];
+    int64_t N = net->max_rows, layer = 4 * kept_floats(net->a, N), L = net->a->L;
+    *m = (lvm_train_memory){0};
+    for (int i = 0; i < net->n_params; i++) {
+        const struct param *p = &net->params[i];
+        m->parameters += elements(p);
+        if (p->learns) m->trained += elements(p);
+        m->weights += p->learns ? 4 * elements(p) : p->w.row_bytes * p->w.rows;
+    }
+    m->gradients = 4 * m->trained;
+    m->optimiser = 8 * m->trained;
+    m->activations = 4 * N * net->a->D * (L + 1);
+    list_work(t, work);
+    for (int i = 0; i < WORK_ARRAYS; i++) m->scratch += 4 * work[i].n;
+    m->scratch += 4 * t->o.threads * train_scratch(net->a);
+    m->all = m->weights + m->gradients + m->optimiser + m->activations + m->scratch;
+    m->kept_layers = t->o.recompute == LVM_RECOMPUTE_ALL
+                         ? 0
+                         : (int)max64(0, min64(L, (available - m->all) / layer));
+    if (t->o.recompute == LVM_RECOMPUTE_NONE) m->kept_layers = (int)L;
+    int64_t places = m->kept_layers + (m->kept_layers < L);
+    m->activations += places * layer;
+    m->all += places * layer;
+}
+
+static int net_alloc(struct lvm_trainer *t, const lvm_train_memory *plan, lvm_error *error) {
+    struct net *net = &t->net;
+    struct work *w = &net->work;
+    struct work_array work[WORK_ARRAYS];
+    int64_t N = net->max_rows, L = net->a->L;
+    int code = LVM_OK;
+    net->first_kept = (int)L - plan->kept_layers;
+    net->kept = mem_alloc((size_t)L + 1, sizeof *net->kept, error);
+    if (net->kept == NULL) return LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i <= L; i++) {
+        net->kept[i].x = mem_alloc((size_t)(N * net->a->D), sizeof(float), error);
+        if (net->kept[i].x == NULL) code = LVM_MEMORY;
+        if (code == LVM_OK && i < L && i >= net->first_kept)
+            code = kept_alloc(&net->kept[i], net->a, N, error);
+    }
+    if (code == LVM_OK && net->first_kept > 0) code = kept_alloc(&net->again, net->a, N, error);
+    list_work(t, work);
+    for (int i = 0; code == LVM_OK && i < WORK_ARRAYS; i++) {
+        *work[i].p = mem_alloc((size_t)work[i].n, sizeof(float), error);
+        if (*work[i].p == NULL) code = LVM_MEMORY;
+    }
+    if (code != LVM_OK) return code;
+    w->positions = mem_alloc((size_t)N, sizeof *w->positions, error);
+    w->squares = mem_alloc((size_t)all_chunks(net), sizeof *w->squares, error);
+    return w->positions == NULL || w->squares == NULL ? LVM_MEMORY : LVM_OK;
+}
+
+static void net_free(struct lvm_trainer *t) {
+    struct net *net = &t->net;
+    for (int i = 0; net->kept != NULL && i <= net->a->L; i++) {
+        mem_free(net->kept[i].x);
+        kept_free(&net->kept[i]);
+    }
+    kept_free(&net->again);
+    for (int i = 0; i < net->n_params; i++) {
+        struct param *p = &net->params[i];
+        float *all[] = {p->values, p->g, p->m, p->v};
+        for (int k = 0; k < 4; k++) mem_free(all[k]);
+    }
+    struct work_array work[WORK_ARRAYS];
+    if (net->a != NULL) {
+        list_work(t, work);
+        for (int i = 0; i < WORK_ARRAYS; i++) mem_free(*work[i].p);
+    }
+    mem_free(net->work.positions);
+    mem_free(net->work.squares);
+    mem_free(net->kept);
+    mem_free(net->rope);
+    mem_free(net->params);
+    mem_free(net->blocks);
+}
+
+/* ---- The trainer: where it begins ---- */
+
+/* Normally distributed, by pairs (Box and Muller 1958). */
+static void fill_normal(struct rng *r, float deviation, float *x, int64_t n) {
+    for (int64_t i = 0; i < n; i += 2) {
+        double u = (rng_next(r) + 0.5) * 0x1p-32, angle = rng_next(r) * 0x1p-32, sine = 0, cosine = 0;
+        double radius = deviation * sqrt(-2 * log_f64(u));
+        sincos_f64(angle * 6.28318530717958647692, &sine, &cosine);
+        x[i] = (float)(radius * cosine);
+        if (i + 1 < n) x[i + 1] = (float)(radius * sine);
+    }
+}
+
+static int ends_with(const char *name, const char *end) {
+    size_t n = strlen(name), m = strlen(end);
+    return n >= m && strcmp(name + n - m, end) == 0;
+}
+
+/* A parameter's first values. Of a new model: norms 1, biases 0, matrices normal with deviation
+   0.02, those that add to the residual stream 0.02 / sqrt(2 L) (Radford et al. 2019). Of init: its
+   own. Of an adapter: a is uniform within 1 / sqrt(in), b is 0, so that it begins as nothing. */
+static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
+    int64_t n = elements(p);
+    const struct tensor *w = &p->w;
+    int residual = ends_with(p->name, "attn_output.weight") || ends_with(p->name, "ffn_down.weight");
+    if (ends_with(p->name, ".lora_b")) {
+        memset(p->values, 0, (size_t)n * sizeof *p->values);
+    } else if (ends_with(p->name, ".lora_a")) {
+        float bound = 1 / sqrtf((float)w->cols);
+        for (int64_t i = 0; i < n; i++)
+            p->values[i] = bound * (float)((rng_next(r) + 0.5) * 0x1p-31 - 1);
+    } else if (w->data != NULL) {
+        for (int row = 0; row < w->rows; row++)
+            row_to_f32(w->type, tensor_row(w, row), p->values + (int64_t)row * w->cols, w->cols);
+    } else if (!p->decays) {
+        for (int64_t i = 0; i < n; i++) p->values[i] = 1;
+    } else {
+        float scale = residual ? 1 / sqrtf(2 * (float)t->net.a->L) : 1;
+        fill_normal(r, 0.02f * scale, p->values, n);
+    }
+}
+
+/* Each parameter has a stream of random numbers of its own. */
+static void begin_task(void *arg, int i, int thread) {
+    struct lvm_trainer *t = arg;
+    struct param *p = &t->net.params[i];
+    struct rng r = rng_new(t->o.seed, (uint64_t)i + 1);
+    (void)thread;
+    if (p->values != NULL) begin_param(t, p, &r);
+}
+
+/* Memory of what learns, or is new; first values; and the model's tensors become the parameters. */
+static int params_alloc(struct lvm_trainer *t, lvm_error *error) {
+    struct net *net = &t->net;
+    for (int i = 0; i < net->n_params; i++) {
+        struct param *p = &net->params[i];
+        size_t n = (size_t)elements(p);
+        float **want[] = {&p->values, &p->g, &p->m, &p->v};
+        for (int k = 0; k < (p->learns ? 4 : p->w.data == NULL ? 1 : 0); k++) {
+            *want[k] = mem_alloc(n, sizeof(float), error);
+            if (*want[k] == NULL) return LVM_MEMORY;
+        }
+    }
+    pool_run(t->e.pool, net->n_params, begin_task, t);
+    for (int i = 0; i < net->n_params; i++) {
+        struct param *p = &net->params[i];
+        if (p->values != NULL)
+            p->w = (struct tensor){(const uint8_t *)p->values, (int64_t)p->w.cols * 4, LVM_F32,
+                                   p->w.rows, p->w.cols};
+        if (p->spec != NULL) *p->spec->tensor = p->w;
+    }
+    return LVM_OK;
+}
+
+/* Cosines and sines of every position, as chapter 6 has them. */
+static int rope_alloc(struct net *net, int context, lvm_error *error) {
+    int d = net->a->d;
+    net->rope = mem_alloc((size_t)context * (size_t)d, sizeof *net->rope, error);
+    for (int at = 0; net->rope != NULL && at < context; at++)
+        for (int i = 0; i < d / 2; i++) {
+            double sine = 0, cosine = 0;
+            sincos_f64((float)at * rope_frequency(net->a, i), &sine, &cosine);
+            net->rope[(int64_t)at * d + i] = (float)cosine;
+            net->rope[(int64_t)at * d + d / 2 + i] = (float)sine;
+        }
+    return net->rope != NULL ? LVM_OK : LVM_MEMORY;
+}
+
+static int rows_alloc(struct rows *r, int n, lvm_error *error) {
+    r->ids = mem_alloc((size_t)n, sizeof *r->ids, error);
+    r->targets = mem_alloc((size_t)n, sizeof *r->targets, error);
+    r->weights = mem_alloc((size_t)n, sizeof *r->weights, error);
+    r->pieces = mem_alloc((size_t)n, sizeof *r->pieces, error);
+    return r->ids && r->targets && r->weights && r->pieces ? LVM_OK : LVM_MEMORY;
+}
+
+static void rows_free(struct rows *r) {
+    mem_free(r->ids);
+    mem_free(r->targets);
+    mem_free(r->weights);
+    mem_free(r->pieces);
+}
+
+/* ---- The trainer: its calls ---- */
 
 lvm_train_options lvm_default_train_options(void) {
     return (lvm_train_options){
-        .size = sizeof(lvm_train_options), .bos = 8192, .eos = 8193, .vocab = 8194,
+        .size = sizeof(lvm_train_options), .vocab = 8194, .bos = 8192, .eos = 8193,
         .norm_eps = 1e-6f, .rope_theta = 10000, .lora_alpha = 16, .context = 4096, .batch = 1,
         .steps = 1000, .warmup = 100, .lr = 3e-4f, .min_lr = 3e-5f, .beta1 = 0.9f, .beta2 = 0.95f,
         .epsilon = 1e-8f, .weight_decay = 0.1f, .clip = 1, .seed = 1};
 }
 
+/* A number of the options and what it may be. */
+static int check_option(const char *name, double value, double low, double high,
+                        lvm_error *error) {
+    if (value >= low && value <= high) return LVM_OK;
+    return fail(error, LVM_INVALID, "%s is %g: it must be %g to %g", name, value, low, high);
+}
+
+static int check_train_options(const lvm_train_options *o, lvm_error *error) {
+    const struct { const char *name; double value, low, high; } all[] = {
+        {"threads", o->threads, 1, 1024}, {"context", o->context, 2, 1 << 20},
+        {"batch", o->batch, 1, 1 << 20}, {"steps", (double)o->steps, 1, 1e15},
+        {"warmup", (double)o->warmup, 0, 1e15}, {"lr", o->lr, 0, 1e3}, {"min_lr", o->min_lr, 0, 1e3},
+        {"beta1", o->beta1, 1e-6, 1 - 1e-6}, {"beta2", o->beta2, 1e-6, 1 - 1e-7},
+        {"epsilon", o->epsilon, 1e-30, 1}, {"weight_decay", o->weight_decay, 0, 100},
+        {"clip", o->clip, 0, 1e9}, {"lora_rank", o->lora_rank, 0, 4096},
+        {"lora_alpha", o->lora_alpha, 1e-6, 1e6}, {"packing", o->packing, LVM_CUT, LVM_WHOLE},
+        {"schedule", o->schedule, LVM_COSINE, LVM_WSD},
+        {"recompute", o->recompute, LVM_RECOMPUTE_AUTO, LVM_RECOMPUTE_ALL},
+        {"batch x context", (double)o->batch * o->context, 1, 1 << 30}};
+    int code = LVM_OK;
+    for (size_t i = 0; code == LVM_OK && i < sizeof all / sizeof *all; i++)
+        code = check_option(all[i].name, all[i].value, all[i].low, all[i].high, error);
+    return code;
+}
+
+/* Every word of the list names a linear layer. */
+static int check_lora_on(const char *list, lvm_error *error) {
+    while (list != NULL && *list != 0) {
+        size_t n = strcspn(list, ",");
+        int known = 0;
+        for (int i = 0; i < LINEARS; i++) known |= matches(list, n, linear_names[i].in_lists);
+        if (!known)
+            return fail(error, LVM_INVALID, "lora_on: \"%.*s\" is none of q, k, v, o, gate, up, "
+                        "down", (int)min64((int64_t)n, 40), list);
+        list += n + (list[n] == ',');
+    }
+    return LVM_OK;
+}
+
+/* Of a model that begins from nothing. */
+static int check_sizes(const lvm_train_options *o, lvm_error *error) {
+    const struct { const char *name; int value, low, high; } all[] = {
+        {"layers", o->layers, 1, 1024}, {"width", o->width, 2, 1 << 16},
+        {"heads", o->heads, 1, 1024}, {"feed_forward", o->feed_forward, 1, 1 << 18},
+        {"vocab", o->vocab, 2, 1 << 16}, {"kv_heads", o->kv_heads, 0, 1024},
+        {"bos", o->bos, -1, o->vocab - 1}, {"eos", o->eos, -1, o->vocab - 1}};
+    int code = LVM_OK;
+    for (size_t i = 0; code == LVM_OK && i < sizeof all / sizeof *all; i++)
+        code = check_option(all[i].name, all[i].value, all[i].low, all[i].high, error);
+    if (code == LVM_OK) code = check_option("norm_eps", o->norm_eps, 1e-30, 1, error);
+    if (code == LVM_OK) code = check_option("rope_theta", o->rope_theta, 1, 1e12, error);
+    if (code != LVM_OK) return code;
+    if (o->width % o->heads != 0 || o->width / o->heads % 2 != 0)
+        return fail(error, LVM_INVALID, "width %d does not divide into %d heads of even width",
+                    o->width, o->heads);
+    if (o->kv_heads != 0 && o->heads % o->kv_heads != 0)
+        return fail(error, LVM_INVALID, "%d attention heads do not share %d key/value heads evenly",
+                    o->heads, o->kv_heads);
+    return LVM_OK;
+}
+
+/* The options with copies of their texts, checked. */
+static int settle_train_options(struct lvm_trainer *t, const lvm_train_options *options,
+                                lvm_error *error) {
+    lvm_train_options *o = &t->o;
+    *o = lvm_default_train_options();
+    int code = copy_options(o, sizeof *o, sizeof *o, options, "lvm_train_options", error);
+    const char *lora_on = o->lora_on, *freeze = o->freeze;
+    o->lora_on = o->freeze = NULL;
+    if (code != LVM_OK) return code;
+    if (o->threads == 0) o->threads = processors();
+    if (lora_on != NULL && (o->lora_on = copy_string(lora_on, error)) == NULL) return LVM_MEMORY;
+    if (freeze != NULL && (o->freeze = copy_string(freeze, error)) == NULL) return LVM_MEMORY;
+    code = check_train_options(o, error);
+    if (code == LVM_OK && o->init == NULL) code = check_sizes(o, error);
+    if (code == LVM_OK && o->init != NULL && o->init->llama.L == 0)
+        code = fail(error, LVM_INVALID, "%s: holds no transformer, which this needs",
+                    o->init->path);
+    if (code == LVM_OK && o->init != NULL && o->init->llama.context < o->context)
+        code = fail(error, LVM_INVALID, "%s: was made for %d tokens, not for a context of %d",
+                    o->init->path, o->init->llama.context, o->context);
+    return code == LVM_OK ? check_lora_on(lora_on, error) : code;
+}
+
+/* What a trainer is before anything large is taken, and how much that will be. */
+static int trainer_plan(struct lvm_trainer *t, const lvm_train_options *options,
+                        lvm_train_memory *plan, lvm_error *error) {
+    int code = settle_train_options(t, options, error);
+    if (code == LVM_OK) code = describe_net(t, error);
+    if (code != LVM_OK) return code;
+    t->rows_at_once = (int)max64(1, min64(t->o.batch, PASS_TOKENS / t->o.context));
+    t->net.max_rows = t->rows_at_once * t->o.context;
+    int64_t available = t->o.memory > 0 ? t->o.memory : os_memory_available();
+    plan_memory(t, available, plan);
+    if (plan->trained == 0) return fail(error, LVM_INVALID, "nothing of the model learns");
+    if (plan->all <= available) return LVM_OK;
+    return fail(error, LVM_MEMORY, "training needs %.2f GB, of which %.2f are free: a smaller "
+                "model or context, adapters (LoRA) or recomputing need less",
+                (double)plan->all * 1e-9, (double)available * 1e-9);
+}
+
 int lvm_trainer_memory(const lvm_train_options *options, lvm_train_memory *memory,
                        lvm_error *error) {
-    (void)options, (void)memory;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+    clear_error(error);
+    if (options == NULL || memory == NULL)
+        return null_argument(error, "lvm_trainer_memory", options == NULL ? "options" : "memory");
+    *memory = (lvm_train_memory){0};
+    struct lvm_trainer *t = mem_alloc(1, sizeof *t, error);
+    if (t == NULL) return LVM_MEMORY;
+    int code = trainer_plan(t, options, memory, error);
+    lvm_trainer_free(t);
+    return code;
+}
+
+static int trainer_open(struct lvm_trainer *t, const lvm_train_options *options,
+                        lvm_error *error) {
+    lvm_train_memory plan;
+    int code = trainer_plan(t, options, &plan, error);
+    if (code != LVM_OK) return code;
+    const struct llama *a = t->net.a;
+    lvm_train_options *o = &t->o;
+    if (o->n_data > 0) code = stream_open(&t->stream, o, a->bos, a->eos, a->V, error);
+    if (code != LVM_OK) return code;
+    t->e = (struct exec){.kern = t->m->kern, .exact = 1, .pool = pool_new(o->threads, error)};
+    if (t->e.pool == NULL) return LVM_MEMORY;
+    t->e.scratch_floats = (train_scratch(a) + 1023) / 1024 * 1024;
+    t->e.scratch = mem_alloc((size_t)o->threads * (size_t)t->e.scratch_floats, sizeof(float),
+                             error);
+    if (t->e.scratch == NULL) return LVM_MEMORY;
+    code = params_alloc(t, error);
+    if (code == LVM_OK) code = net_alloc(t, &plan, error);
+    if (code == LVM_OK) code = rope_alloc(&t->net, o->context, error);
+    if (code == LVM_OK) code = rows_alloc(&t->rows, o->batch * o->context, error);
+    t->pass_pieces = mem_alloc((size_t)t->net.max_rows, sizeof *t->pass_pieces, error);
+    return code == LVM_OK && t->pass_pieces == NULL ? LVM_MEMORY : code;
 }
 
 lvm_trainer *lvm_trainer_new(const lvm_train_options *options, lvm_error *error) {
-    (void)options;
-    fail(error, LVM_UNSUPPORTED, "to come");
+    clear_error(error);
+    if (options == NULL) {
+        null_argument(error, "lvm_trainer_new", "options");
+        return NULL;
+    }
+    struct lvm_trainer *t = mem_alloc(1, sizeof *t, error);
+    if (t == NULL) return NULL;
+    if (trainer_open(t, options, error) == LVM_OK) return t;
+    lvm_trainer_free(t);
     return NULL;
 }
 
-void lvm_trainer_free(lvm_trainer *trainer) { (void)trainer; }
-
-int lvm_trainer_step(lvm_trainer *trainer, lvm_train_report *report, lvm_error *error) {
-    (void)trainer, (void)report;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+void lvm_trainer_free(lvm_trainer *t) {
+    if (t == NULL) return;
+    net_free(t);
+    rows_free(&t->rows);
+    mem_free(t->pass_pieces);
+    mem_free(t->e.scratch);
+    pool_free(t->e.pool);
+    lvm_close(t->m);
+    mem_free((char *)t->o.lora_on);
+    mem_free((char *)t->o.freeze);
+    mem_free(t);
 }
 
-int lvm_trainer_eval(lvm_trainer *trainer, const lvm_tokens *data, int64_t max_rows, double *loss,
+/* The rows of a pass: up to max_rows of r from `first` on. */
+static struct rows pass_rows(struct lvm_trainer *t, const struct rows *r, int first) {
+    struct rows p = {(int)min64(t->net.max_rows, r->n - first), r->ids + first, r->targets + first,
+                     r->weights + first, t->pass_pieces, 0};
+    for (int i = 0; i < r->n_pieces; i++) {
+        struct piece piece = r->pieces[i];
+        if (piece.first < first || piece.first >= first + p.n) continue;
+        p.pieces[p.n_pieces++] = (struct piece){piece.first - first, piece.n};
+    }
+    return p;
+}
+
+static double sum_of(const float *x, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    return sum;
+}
+
+/* Sets the units of progress of a call to come: so many passes of so many units. */
+static void begin_progress(struct lvm_trainer *t, int64_t rows, int units) {
+    t->units = 0;
+    t->all_units = (rows + t->net.max_rows - 1) / t->net.max_rows * units;
+}
+
+/* The gradients of a step, as several passes; the mean loss in *loss. */
+static int accumulate_step(struct lvm_trainer *t, double *loss, lvm_error *error) {
+    double all = sum_of(t->rows.weights, t->rows.n), sum = 0;
+    int code = LVM_OK, units = 3 * t->net.a->L;
+    zero_gradients(t);
+    begin_progress(t, t->rows.n, units);
+    for (int at = 0; code == LVM_OK && all > 0 && at < t->rows.n; at += t->net.max_rows) {
+        struct rows r = pass_rows(t, &t->rows, at);
+        code = net_accumulate(t, &r, all, &sum, error);
+        t->units += units;
+    }
+    *loss = all > 0 ? sum / all : 0;
+    return code;
+}
+
+/* Steps that no update may be made of: SPIKE times the usual norm, or no number at all. */
+enum { SPIKE = 20 };
+
+static int is_spike(const struct lvm_trainer *t, double loss, double norm) {
+    if (!isfinite(loss) || !isfinite(norm)) return 1;
+    return norm == 0 || (t->usual_norm > 0 && norm > SPIKE * t->usual_norm);
+}
+
+int lvm_trainer_step(lvm_trainer *t, lvm_train_report *report, lvm_error *error) {
+    clear_error(error);
+    if (t == NULL || report == NULL)
+        return null_argument(error, "lvm_trainer_step", t == NULL ? "trainer" : "report");
+    *report = (lvm_train_report){0};
+    if (t->o.n_data == 0) return fail(error, LVM_INVALID, "the trainer has no data to learn from");
+    struct data_position at = t->at;
+    double loss = 0;
+    int code = fill_rows(&t->stream, &at, t->o.batch, &t->rows, error);
+    if (code == LVM_OK) code = accumulate_step(t, &loss, error);
+    if (code != LVM_OK) return code;
+    double norm = gradient_norm(t), lr = learning_rate(&t->o, t->step + 1);
+    int skip = is_spike(t, loss, norm);
+    if (!skip) {
+        update_params(t, lr, norm, t->step - t->skipped + 1);
+        t->usual_norm = t->usual_norm > 0 ? 0.95 * t->usual_norm + 0.05 * norm : norm;
+    }
+    t->at = at;
+    t->step++;
+    t->tokens += (int64_t)t->rows.n;
+    t->skipped += skip;
+    t->in_a_row = skip ? t->in_a_row + 1 : 0;
+    *report = (lvm_train_report){.step = t->step, .tokens = t->tokens, .skipped = t->skipped,
+                                 .in_a_row = t->in_a_row, .loss = loss, .grad_norm = norm,
+                                 .lr = lr, .was_skipped = skip,
+                                 .epoch = (double)at.epoch + (double)at.sentence /
+                                                                 (double)t->stream.n_sentences};
+    return LVM_OK;
+}
+
+/* One pass over other data, in its order. */
+static int eval_stream(struct lvm_trainer *t, const struct stream *s, int64_t max_rows,
+                       struct rows *r, double *sum, double *all, int64_t *tokens,
+                       lvm_error *error) {
+    struct data_position at = {0, 0, 0};
+    int code = LVM_OK;
+    for (int64_t done = 0; code == LVM_OK && (max_rows == 0 || done < max_rows);) {
+        int count = max_rows == 0 ? t->rows_at_once
+                                  : (int)min64(t->rows_at_once, max_rows - done);
+        code = fill_rows(s, &at, count, r, error);
+        if (code != LVM_OK || r->n == 0) break;
+        begin_progress(t, r->n, t->net.a->L);
+        code = net_loss(t, r, sum, error);
+        *all += sum_of(r->weights, r->n);
+        for (int i = 0; i < r->n; i++) *tokens += r->weights[i] != 0;
+        done += count;
+    }
+    return code;
+}
+
+int lvm_trainer_eval(lvm_trainer *t, const lvm_tokens *data, int64_t max_rows, double *loss,
                      int64_t *tokens, lvm_error *error) {
-    (void)trainer, (void)data, (void)max_rows, (void)loss, (void)tokens;
-    return fail(error, LVM_UNSUPPORTED, "to come");
+    clear_error(error);
+    if (t == NULL || data == NULL || loss == NULL || tokens == NULL)
+        return null_argument(error, "lvm_trainer_eval", t == NULL      ? "trainer"
+                                                        : data == NULL ? "data"
+                                                        : loss == NULL ? "loss"
+                                                                       : "tokens");
+    const struct llama *a = t->net.a;
+    lvm_train_options o = t->o;
+    struct stream s;
+    struct rows r = {0};
+    double sum = 0, all = 0;
+    *loss = 0;
+    *tokens = 0;
+    o.data = &data;
+    o.n_data = 1;
+    int code = stream_open(&s, &o, a->bos, a->eos, a->V, error);
+    s.shuffle = 0;
+    if (code == LVM_OK) code = rows_alloc(&r, t->net.max_rows, error);
+    if (code == LVM_OK) code = eval_stream(t, &s, max_rows, &r, &sum, &all, tokens, error);
+    rows_free(&r);
+    if (code != LVM_OK) return code;
+    if (all <= 0) return fail(error, LVM_INVALID, "%s: no token has a weight", data->name);
+    *loss = sum / all;
+    return check_finite(&(float){(float)*loss}, 1, "the losses of file", 1, error);
 }
 
 /* =================================================================================================
@@ -5659,7 +7967,8 @@ static int64_t cgroup_limit(const char *folder, int64_t n) {
    /proc/self/cgroup, whose line "0::PATH" names its own. A group that a container does not see is
    passed over; its own is then the root of mount. Of version 1, which is on its way out, only that
    root is looked at. */
-static int64_t cgroup_processors(const char *list, const char *mount, int64_t n) {
+static int64_t cgroup_least(const char *list, const char *mount,
+                            int64_t (*limit)(const char *folder, int64_t n), int64_t n) {
     char line[4096], folder[4200];
     FILE *f = fopen(list, "r");
     while (f != NULL && fgets(line, sizeof line, f) != NULL) {
@@ -5669,14 +7978,54 @@ static int64_t cgroup_processors(const char *list, const char *mount, int64_t n)
         for (char *end = path + strlen(path); end != NULL; end = strrchr(path, '/')) {
             *end = 0;
             snprintf(folder, sizeof folder, "%s%s", mount, path);
-            n = cgroup_limit(folder, n);
+            n = limit(folder, n);
         }
     }
     if (f != NULL) fclose(f);
+    return n;
+}
+
+static int64_t cgroup_processors(const char *list, const char *mount, int64_t n) {
+    char folder[4200];
     snprintf(folder, sizeof folder, "%s/cpu", mount);
-    return cgroup_limit(folder, n);
+    return cgroup_limit(folder, cgroup_least(list, mount, cgroup_limit, n));
+}
+
+/* The number behind a word that stands first in a line of a file, or first of all (word ""); -1
+   where there is none. */
+static int64_t number_in_file(const char *folder, const char *name, const char *word) {
+    char path[4400], line[256];
+    long long value = -1;
+    snprintf(path, sizeof path, "%s/%s", folder, name);
+    FILE *f = fopen(path, "r");
+    while (f != NULL && value < 0 && fgets(line, sizeof line, f) != NULL)
+        if (strncmp(line, word, strlen(word)) != 0 ||
+            sscanf(line + strlen(word), "%lld", &value) != 1)
+            value = -1;
+    if (f != NULL) fclose(f);
+    return value;
+}
+
+/* Bytes that a group of version 2 may still take: what it holds of files can go. */
+static int64_t cgroup_memory(const char *folder, int64_t n) {
+    int64_t most = number_in_file(folder, "memory.max", ""),
+            now = number_in_file(folder, "memory.current", ""),
+            files = number_in_file(folder, "memory.stat", "inactive_file ");
+    if (most < 0 || now < 0) return n;
+    return min64(n, max64(0, most - now + max64(0, files)));
 }
 #endif
+
+/* Bytes of memory that this process can take without swapping, or INT64_MAX where nothing tells. */
+static int64_t os_memory_available(void) {
+    int64_t n = INT64_MAX;
+#ifdef __linux__
+    int64_t kib = number_in_file("/proc", "meminfo", "MemAvailable:");
+    if (kib >= 0) n = kib * 1024;
+    n = cgroup_least("/proc/self/cgroup", "/sys/fs/cgroup", cgroup_memory, n);
+#endif
+    return n;
+}
 
 /* Processors that this process may use: on Linux by affinity and by its control groups' quota. */
 static int64_t os_processors(void) {
@@ -5702,6 +8051,9 @@ static int os_begin(int *argc, char ***argv) {
 }
 
 static int os_is_terminal(int fd) { return isatty(fd); }
+
+/* The working directory in path[room]; 0, or -1. */
+static int os_working_folder(char *path, size_t room) { return getcwd(path, room) ? 0 : -1; }
 
 /* Until read() has something to tell. */
 static void os_wait_input(int fd) {
@@ -5927,6 +8279,11 @@ static int64_t os_processors(void) {
     return n > 0 ? n : (int64_t)GetActiveProcessorCount(ALL_PROCESSOR_GROUPS);
 }
 
+static int64_t os_memory_available(void) {
+    MEMORYSTATUSEX status = {.dwLength = sizeof status};
+    return GlobalMemoryStatusEx(&status) ? (int64_t)status.ullAvailPhys : INT64_MAX;
+}
+
 #ifndef LVM_NO_MAIN
 
 static UINT os_old_code_page;
@@ -5942,6 +8299,12 @@ static char *os_utf8(const wchar_t *head, size_t n, const wchar_t *tail) {
                       : WideCharToMultiByte(CP_UTF8, 0, head, (int)n, text, (int)room, NULL, NULL);
     WideCharToMultiByte(CP_UTF8, 0, tail, -1, text + used, (int)room - used, NULL, NULL);
     return text;
+}
+
+static int os_working_folder(char *path, size_t room) {
+    wchar_t wide[4096];
+    if (_wgetcwd(wide, 4096) == NULL) return -1;
+    return WideCharToMultiByte(CP_UTF8, 0, wide, -1, path, (int)room, NULL, NULL) > 0 ? 0 : -1;
 }
 
 static int os_add_word(int *argc, char ***argv, char *word) {
@@ -6340,13 +8703,6 @@ static void forget_temporary(const char *path);
 static FILE *create_temporary(const char *path) { return os_create(path); }
 static void forget_temporary(const char *path) { (void)path; }
 #endif
-
-/* A file being written. */
-struct outfile {
-    char *path;          /* as messages name it */
-    char *target, *temp; /* where it will be and is; NULL: a device or a pipe, written directly */
-    FILE *file;
-};
 
 static int write_failed(const char *path, lvm_error *error) {
     return fail(error, LVM_IO, "%s: cannot be written: %s", path, strerror(errno));
@@ -13192,150 +15548,6 @@ static int finish_head(struct gguf_writer *w, struct buffer *head) {
     return w->code;
 }
 
-/* ---- Types: what a tensor is stored as ---- */
-
-/* What is asked for: LVM_AUTO keeps a type. */
-struct wanted_types {
-    int transformer, vq, encoder;
-};
-
-/* Of the tensor of this name, now of type `now`. Where convolutions are to be quantised the
-   encoder's become F16, unless another type is asked for or they are quantised already: it is the
-   smaller half, and a token that flips is a wrong word in the transformer's prompt. Encoder levels
-   at Q8_0 lost the first file that shipped 5 of 13 puzzles (docs/model.md). */
-static int wanted_type(const struct wanted_types *t, struct text name, enum tensor_kind kind,
-                       int now) {
-    if (!begins(name, "vq.")) return t->transformer;
-    if (!begins(name, "vq.encoder.") && !begins(name, "vq.quant_conv.")) return t->vq;
-    if (t->encoder != LVM_AUTO) return t->encoder;
-    int spared = kind == T_CONV && type_is_quantised(t->vq) && !type_is_quantised(now);
-    return spared ? LVM_F16 : t->vq;
-}
-
-/* What a tensor with rows of k elements, now of type `now`, becomes where `wanted` is asked for
-   (LVM_AUTO: nothing). Vectors stay as they are; so does what tokens hang on where it would be
-   quantised. Q4_0 leaves convolutions and the matrix of the logits at Q8_0: for the latter it costs
-   little and is worth half a percent of perplexity. */
-static int stored_type(enum tensor_kind kind, int64_t k, int now, int wanted) {
-    if (kind == T_VECTOR || wanted == LVM_AUTO) return now;
-    if (kind == T_EXACT && type_is_quantised(wanted)) return now;
-    if (wanted == LVM_Q4_0 && (kind == T_OUTPUT || kind == T_CONV)) wanted = LVM_Q8_0;
-    return k % type_info(wanted)->block != 0 ? LVM_F16 : wanted;
-}
-
-/* Of a tensor of the file, which may hold some that the description does not know. Tied embeddings
-   are the matrix of the logits too. */
-static enum tensor_kind kind_of(const lvm_model *m, const struct gguf_tensor *t) {
-    for (int i = 0; i < m->n_specs; i++)
-        if (text_is(t->name, m->specs[i].name)) {
-            int tied = m->specs[i].kind == T_EMBED && m->llama.output.data == m->llama.embed.data;
-            return tied ? T_OUTPUT : m->specs[i].kind;
-        }
-    return t->n_dims == 1 ? T_VECTOR : begins(t->name, "vq.") ? T_CONV : T_MATRIX;
-}
-
-/* ---- Quantise: the same file with other types ---- */
-
-static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment,
-                         lvm_error *error) {
-    static const uint8_t zeros[64];
-    uint64_t n = (alignment - written % alignment) % alignment;
-    int code = LVM_OK;
-    for (; n > 0 && code == LVM_OK; n -= (uint64_t)min64(64, (int64_t)n))
-        code = outfile_write(out, zeros, (size_t)min64(64, (int64_t)n), error);
-    return code;
-}
-
-static int write_tensor(struct outfile *out, const struct gguf *g, const struct gguf_tensor *t,
-                        int type, float *row, uint8_t *packed, lvm_error *error) {
-    const uint8_t *in = g->data + g->data_start + t->offset;
-    int64_t rows = t->ne[1] * t->ne[2] * t->ne[3], in_bytes = type_bytes(t->type, t->ne[0]);
-    int64_t out_bytes = type_bytes(type, t->ne[0]);
-    int code = LVM_OK;
-    if (type == t->type) {
-        code = outfile_write(out, in, (size_t)t->bytes, error);
-    } else {
-        for (int64_t r = 0; code == LVM_OK && r < rows; r++, in += in_bytes) {
-            row_to_f32(t->type, in, row, t->ne[0]);
-            row_from_f32(type, row, packed, t->ne[0]);
-            code = outfile_write(out, packed, (size_t)out_bytes, error);
-        }
-    }
-    if (code == LVM_OK)
-        code = write_padding(out, (uint64_t)(out_bytes * rows), g->alignment, error);
-    return code;
-}
-
-/* Keys as they are, tensors in the file's order with their new types. */
-static int quantized_head(const lvm_model *m, const struct wanted_types *wanted, int *types,
-                          struct buffer *head, lvm_error *error) {
-    const struct gguf *g = &m->file;
-    struct gguf_writer w = {.alignment = g->alignment, .error = error};
-    for (int64_t i = 0; i < g->n_keys; i++)
-        put_key(&w, g->keys[i].name, g->keys[i].type, g->keys[i].value, g->keys[i].size);
-    for (int64_t i = 0; i < g->n_tensors; i++) {
-        const struct gguf_tensor *t = &g->tensors[i];
-        enum tensor_kind kind = kind_of(m, t);
-        int asked = wanted_type(wanted, t->name, kind, t->type);
-        types[i] = stored_type(kind, t->ne[0], t->type, asked);
-        put_tensor(&w, t->name, t->n_dims, t->ne, types[i]);
-    }
-    return finish_head(&w, head);
-}
-
-static int quantize_model(const lvm_model *m, const char *path, const struct wanted_types *wanted,
-                          lvm_error *error) {
-    const struct gguf *g = &m->file;
-    struct outfile out;
-    struct buffer head = {0};
-    int64_t widest = 1;
-    for (int64_t i = 0; i < g->n_tensors; i++) widest = max64(widest, g->tensors[i].ne[0]);
-    int *types = mem_alloc((size_t)g->n_tensors, sizeof *types, error);
-    float *row = mem_alloc((size_t)widest, sizeof *row, error);
-    uint8_t *packed = mem_alloc((size_t)widest, 4, error);
-    int code = types == NULL || row == NULL || packed == NULL ? LVM_MEMORY : LVM_OK;
-    if (code == LVM_OK) code = quantized_head(m, wanted, types, &head, error);
-    if (code == LVM_OK) code = outfile_open(&out, path, error);
-    if (code == LVM_OK) {
-        code = outfile_write(&out, head.data, head.n, error);
-        for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++)
-            code = write_tensor(&out, g, &g->tensors[i], types[i], row, packed, error);
-        code = outfile_close(&out, code, error);
-    }
-    mem_free(types);
-    mem_free(row);
-    mem_free(packed);
-    mem_free(head.data);
-    return code;
-}
-
-static int is_type(int type) { return type == LVM_AUTO || type_info(type) != NULL; }
-
-int lvm_quantize(const char *in, const char *out, int type, int vq_type, int encoder_type,
-                 int force, lvm_error *error) {
-    clear_error(error);
-    const struct wanted_types wanted = {type, vq_type, encoder_type};
-    lvm_error own = {LVM_OK, ""};
-    if (error == NULL) error = &own;
-    if (in == NULL || out == NULL)
-        return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
-    if (same_file(in, out))
-        return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
-    if (os_stat(out).kind == OS_FILE && standard_stream(out) < 0 && !force)
-        return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
-    if (!is_type(type) || !is_type(vq_type) || !is_type(encoder_type))
-        return fail(error, LVM_INVALID, "unknown type %d, %d or %d", type, vq_type, encoder_type);
-    lvm_model *m = lvm_open(in, 0, error);
-    if (m == NULL) return error->code;
-    int code = quantize_model(m, out, &wanted, error);
-    lvm_close(m);
-    return code;
-}
-
-/* ---- Random weights: a model of given sizes, to measure with ---- */
-
-#ifndef LVM_NO_MAIN
-
 static struct text text_of(const char *s) { return (struct text){s, strlen(s)}; }
 
 static void put_int_key(struct gguf_writer *w, const char *name, int v) {
@@ -13390,6 +15602,354 @@ static void put_model_keys(struct gguf_writer *w, const lvm_model *m) {
         put_ints_key(w, "lvm.vq.attn_resolutions", m->vq->attn_at, m->vq->n_attn_at);
     }
 }
+
+/* ---- Types: what a tensor is stored as ---- */
+
+/* What is asked for: LVM_AUTO keeps a type. */
+struct wanted_types {
+    int transformer, vq, encoder;
+};
+
+/* Of the tensor of this name, now of type `now`. Where convolutions are to be quantised the
+   encoder's become F16, unless another type is asked for or they are quantised already: it is the
+   smaller half, and a token that flips is a wrong word in the transformer's prompt. Encoder levels
+   at Q8_0 lost the first file that shipped 5 of 13 puzzles (docs/model.md). */
+static int wanted_type(const struct wanted_types *t, struct text name, enum tensor_kind kind,
+                       int now) {
+    if (!begins(name, "vq.")) return t->transformer;
+    if (!begins(name, "vq.encoder.") && !begins(name, "vq.quant_conv.")) return t->vq;
+    if (t->encoder != LVM_AUTO) return t->encoder;
+    int spared = kind == T_CONV && type_is_quantised(t->vq) && !type_is_quantised(now);
+    return spared ? LVM_F16 : t->vq;
+}
+
+/* What a tensor with rows of k elements, now of type `now`, becomes where `wanted` is asked for
+   (LVM_AUTO: nothing). Vectors stay as they are; so does what tokens hang on where it would be
+   quantised. Q4_0 leaves convolutions and the matrix of the logits at Q8_0: for the latter it costs
+   little and is worth half a percent of perplexity. */
+static int stored_type(enum tensor_kind kind, int64_t k, int now, int wanted) {
+    if (kind == T_VECTOR || wanted == LVM_AUTO) return now;
+    if (kind == T_EXACT && type_is_quantised(wanted)) return now;
+    if (wanted == LVM_Q4_0 && (kind == T_OUTPUT || kind == T_CONV)) wanted = LVM_Q8_0;
+    return k % type_info(wanted)->block != 0 ? LVM_F16 : wanted;
+}
+
+/* Of a tensor of the file, which may hold some that the description does not know. Tied embeddings
+   are the matrix of the logits too. */
+static enum tensor_kind kind_of(const lvm_model *m, const struct gguf_tensor *t) {
+    for (int i = 0; i < m->n_specs; i++)
+        if (text_is(t->name, m->specs[i].name)) {
+            int tied = m->specs[i].kind == T_EMBED && m->llama.output.data == m->llama.embed.data;
+            return tied ? T_OUTPUT : m->specs[i].kind;
+        }
+    return t->n_dims == 1 ? T_VECTOR : begins(t->name, "vq.") ? T_CONV : T_MATRIX;
+}
+
+/* ---- Writing a weights file from tensors that lie elsewhere ---- */
+
+/* A tensor to be written. */
+struct written {
+    struct text name;
+    int n_dims, now, type;         /* its type now and in the file */
+    int64_t ne[4];                 /* fastest first; 1 beyond n_dims */
+    const uint8_t *data;
+    const struct adapter *adapter; /* to be merged with it, or NULL */
+};
+
+/* One row at a time: room for a row in floats, and in any type. */
+struct row_writer {
+    struct outfile *out;
+    uint32_t alignment;
+    float alpha;                   /* of adapters */
+    float *row;
+    uint8_t *packed;
+};
+
+static int write_padding(struct outfile *out, uint64_t written, uint32_t alignment,
+                         lvm_error *error) {
+    static const uint8_t zeros[64];
+    uint64_t n = (alignment - written % alignment) % alignment;
+    int code = LVM_OK;
+    for (; n > 0 && code == LVM_OK; n -= (uint64_t)min64(64, (int64_t)n))
+        code = outfile_write(out, zeros, (size_t)min64(64, (int64_t)n), error);
+    return code;
+}
+
+/* A matrix and its adapter. */
+static int write_merged(const struct row_writer *w, const struct written *t, lvm_error *error) {
+    struct merger d;
+    const struct tensor own = {t->data, type_bytes(t->now, t->ne[0]), t->now, (int)t->ne[1],
+                               (int)t->ne[0]};
+    int code = merger_open(&d, &own, t->adapter, w->alpha, error);
+    for (int r = 0; code == LVM_OK && r < own.rows; r++) {
+        merge_row(&d, r, w->row);
+        row_from_f32(t->type, w->row, w->packed, own.cols);
+        code = outfile_write(w->out, w->packed, (size_t)type_bytes(t->type, own.cols), error);
+    }
+    merger_free(&d);
+    return code;
+}
+
+static int write_tensor(const struct row_writer *w, const struct written *t, lvm_error *error) {
+    int64_t rows = t->ne[1] * t->ne[2] * t->ne[3], in_bytes = type_bytes(t->now, t->ne[0]);
+    int64_t out_bytes = type_bytes(t->type, t->ne[0]);
+    const uint8_t *in = t->data;
+    int code = LVM_OK;
+    if (t->adapter != NULL) {
+        code = write_merged(w, t, error);
+    } else if (t->type == t->now) {
+        code = outfile_write(w->out, in, (size_t)(in_bytes * rows), error);
+    } else {
+        for (int64_t r = 0; code == LVM_OK && r < rows; r++, in += in_bytes) {
+            row_to_f32(t->now, in, w->row, t->ne[0]);
+            row_from_f32(t->type, w->row, w->packed, t->ne[0]);
+            code = outfile_write(w->out, w->packed, (size_t)out_bytes, error);
+        }
+    }
+    return code == LVM_OK
+               ? write_padding(w->out, (uint64_t)(out_bytes * rows), w->alignment, error) : code;
+}
+
+/* The file of these keys, which are used up, and tensors. */
+static int write_weights(const char *path, struct gguf_writer *keys, const struct written *list,
+                         int64_t n, float alpha, lvm_error *error) {
+    struct outfile out;
+    struct buffer head = {0};
+    int64_t widest = 1;
+    for (int64_t i = 0; i < n; i++) {
+        put_tensor(keys, list[i].name, list[i].n_dims, list[i].ne, list[i].type);
+        widest = max64(widest, list[i].ne[0]);
+    }
+    struct row_writer w = {&out, keys->alignment, alpha,
+                           mem_alloc((size_t)widest, sizeof *w.row, error),
+                           mem_alloc((size_t)widest, 4, error)};
+    int code = finish_head(keys, &head);
+    if (code == LVM_OK && (w.row == NULL || w.packed == NULL)) code = LVM_MEMORY;
+    if (code == LVM_OK) code = outfile_open(&out, path, error);
+    if (code == LVM_OK) {
+        code = outfile_write(&out, head.data, head.n, error);
+        for (int64_t i = 0; code == LVM_OK && i < n; i++) code = write_tensor(&w, &list[i], error);
+        code = outfile_close(&out, code, error);
+    }
+    mem_free(w.row);
+    mem_free(w.packed);
+    mem_free(head.data);
+    return code;
+}
+
+/* A tensor of a file as it is. */
+static struct written same_tensor(const struct gguf *g, const struct gguf_tensor *t) {
+    struct written x = {t->name, t->n_dims, t->type, t->type, {1, 1, 1, 1},
+                        g->data + g->data_start + t->offset, NULL};
+    memcpy(x.ne, t->ne, sizeof x.ne);
+    return x;
+}
+
+/* ---- Quantise and merge: the same file with other types, or with adapters in it ---- */
+
+static const struct adapter *adapter_of(const struct adapters *ad, struct text matrix) {
+    for (int i = 0; ad != NULL && i < ad->n; i++)
+        if (text_compare(ad->list[i].matrix, matrix) == 0) return &ad->list[i];
+    return NULL;
+}
+
+/* Keys as they are; the name tells of adapters. */
+static void put_keys_of(struct gguf_writer *w, const lvm_model *m, const struct adapters *ad) {
+    const struct gguf *g = &m->file;
+    for (int64_t i = 0; i < g->n_keys; i++) {
+        const struct gguf_key *key = &g->keys[i];
+        if (ad == NULL || !text_is(key->name, "general.name"))
+            put_key(w, key->name, key->type, key->value, key->size);
+    }
+    if (ad == NULL) return;
+    struct text name = read_text(&ad->file, "general.name");
+    char both[300];
+    snprintf(both, sizeof both, "%.140s + %.*s", *m->name != 0 ? m->name : "lvm",
+             name.n > 0 ? (int)min64((int64_t)name.n, 140) : 4, name.n > 0 ? name.s : "LoRA");
+    put_text_key(w, "general.name", both);
+}
+
+/* Tensors in the file's order with their new types, and with adapters (NULL: none). */
+static int rewrite_model(const lvm_model *m, const char *path, const struct wanted_types *wanted,
+                         const struct adapters *ad, lvm_error *error) {
+    const struct gguf *g = &m->file;
+    struct gguf_writer keys = {.alignment = g->alignment, .error = error};
+    struct written *list = mem_alloc((size_t)g->n_tensors, sizeof *list, error);
+    if (list == NULL) return LVM_MEMORY;
+    put_keys_of(&keys, m, ad);
+    for (int64_t i = 0; i < g->n_tensors; i++) {
+        const struct gguf_tensor *t = &g->tensors[i];
+        enum tensor_kind kind = kind_of(m, t);
+        list[i] = same_tensor(g, t);
+        list[i].type = stored_type(kind, t->ne[0], t->type,
+                                   wanted_type(wanted, t->name, kind, t->type));
+        list[i].adapter = adapter_of(ad, t->name);
+    }
+    int code = write_weights(path, &keys, list, g->n_tensors, ad != NULL ? ad->alpha : 0, error);
+    mem_free(list);
+    return code;
+}
+
+static int is_type(int type) { return type == LVM_AUTO || type_info(type) != NULL; }
+
+/* Refuses to write over an input, or over what is there already. */
+static int check_rewrite(const char *in, const char *out, int force, lvm_error *error) {
+    if (same_file(in, out))
+        return fail(error, LVM_INVALID, "%s: is the input too; choose another", out);
+    if (os_stat(out).kind == OS_FILE && standard_stream(out) < 0 && !force)
+        return fail(error, LVM_INVALID, "%s: exists; --force replaces it", out);
+    return LVM_OK;
+}
+
+int lvm_quantize(const char *in, const char *out, int type, int vq_type, int encoder_type,
+                 int force, lvm_error *error) {
+    clear_error(error);
+    const struct wanted_types wanted = {type, vq_type, encoder_type};
+    lvm_error own = {LVM_OK, ""};
+    if (error == NULL) error = &own;
+    if (in == NULL || out == NULL)
+        return null_argument(error, "lvm_quantize", in == NULL ? "in" : "out");
+    int code = check_rewrite(in, out, force, error);
+    if (code != LVM_OK) return code;
+    if (!is_type(type) || !is_type(vq_type) || !is_type(encoder_type))
+        return fail(error, LVM_INVALID, "unknown type %d, %d or %d", type, vq_type, encoder_type);
+    lvm_model *m = lvm_open(in, 0, error);
+    if (m == NULL) return error->code;
+    code = rewrite_model(m, out, &wanted, NULL, error);
+    lvm_close(m);
+    return code;
+}
+
+int lvm_merge(const char *base, const char *adapters, const char *out, int type, int force,
+              lvm_error *error) {
+    clear_error(error);
+    const struct wanted_types wanted = {type, LVM_AUTO, LVM_AUTO};
+    struct adapters ad;
+    lvm_error own = {LVM_OK, ""};
+    if (error == NULL) error = &own;
+    if (base == NULL || adapters == NULL || out == NULL)
+        return null_argument(error, "lvm_merge",
+                             base == NULL ? "base" : adapters == NULL ? "adapters" : "out");
+    if (!is_type(type)) return fail(error, LVM_INVALID, "unknown type %d", type);
+    int code = check_rewrite(base, out, force, error);
+    if (code == LVM_OK) code = check_rewrite(adapters, out, force, error);
+    if (code != LVM_OK) return code;
+    lvm_model *m = lvm_open(base, 0, error);
+    if (m == NULL) return error->code;
+    code = adapters_open(&ad, adapters, m, error);
+    if (code == LVM_OK) {
+        code = rewrite_model(m, out, &wanted, &ad, error);
+        adapters_close(&ad);
+    }
+    lvm_close(m);
+    return code;
+}
+
+/* ---- Export: what a trainer learnt ---- */
+
+/* A trainer's tensor as `type`, LVM_AUTO: as init has it, else F16. */
+static struct written trained_tensor(const struct lvm_trainer *t, const struct param *p,
+                                     const struct tensor_spec *s, int type) {
+    const lvm_model *init = t->o.init;
+    const struct gguf_tensor *before = init != NULL ? gguf_tensor(&init->file, p->name) : NULL;
+    int now = before != NULL ? before->type : LVM_F16;
+    int tied = s->kind == T_EMBED && t->net.output == p;
+    struct written x = {text_of(p->name), s->n_dims, p->w.type, LVM_F32,
+                        {s->dims[s->n_dims - 1], s->n_dims > 1 ? s->dims[0] : 1, 1, 1}, p->w.data,
+                        NULL};
+    if (s->kind != T_VECTOR) x.type = stored_type(tied ? T_OUTPUT : s->kind, x.ne[0], now, type);
+    return x;
+}
+
+/* Half of an adapter; floats of any kind. */
+static struct written trained_adapter(const struct param *p, int type) {
+    return (struct written){text_of(p->name), 2, p->w.type, type == LVM_AUTO ? LVM_F32 : type,
+                            {p->w.cols, p->w.rows, 1, 1}, p->w.data, NULL};
+}
+
+/* The file's name without its ending is the model's. */
+static void put_name_key(struct gguf_writer *w, const char *path) {
+    const char *name = os_file_name(path), *dot = strrchr(name, '.');
+    size_t n = dot != NULL && dot > name ? (size_t)(dot - name) : strlen(name);
+    put_key(w, text_of("general.name"), GGUF_STRING, NULL, 0);
+    put_text(w, &w->keys, (struct text){name, n});
+}
+
+static int export_adapters(const struct lvm_trainer *t, const char *path, int type,
+                           struct written *list, lvm_error *error) {
+    struct gguf_writer w = {.alignment = 64, .error = error};
+    int64_t n = 0;
+    put_text_key(&w, "general.architecture", "lvm");
+    put_text_key(&w, "general.type", "adapter");
+    put_name_key(&w, path);
+    put_int_key(&w, "general.alignment", (int)w.alignment);
+    put_int_key(&w, "lvm.format_version", 1);
+    put_text_key(&w, "adapter.type", "lora");
+    put_float_key(&w, "adapter.lora.alpha", t->o.lora_alpha);
+    for (int i = 0; i < t->net.n_params; i++)
+        if (t->net.params[i].spec == NULL)
+            list[n++] = trained_adapter(&t->net.params[i], type);
+    return write_weights(path, &w, list, n, 0, error);
+}
+
+/* Keys and tensors of the tokenizer as its file has them, from list[n] on; returns the new n. */
+static int64_t take_tokenizer(const lvm_model *m, struct gguf_writer *w, struct written *list,
+                              int64_t n) {
+    const struct gguf *g = &m->file;
+    for (int64_t i = 0; i < g->n_keys; i++)
+        if (begins(g->keys[i].name, "lvm.vq."))
+            put_key(w, g->keys[i].name, g->keys[i].type, g->keys[i].value, g->keys[i].size);
+    for (int64_t i = 0; i < g->n_tensors; i++)
+        if (begins(g->tensors[i].name, "vq.")) list[n++] = same_tensor(g, &g->tensors[i]);
+    return n;
+}
+
+static int export_model(const struct lvm_trainer *t, const char *path, int type,
+                        const lvm_model *tokenizer, struct written *list, lvm_error *error) {
+    struct gguf_writer w = {.alignment = 64, .error = error};
+    const lvm_model sizes = {.llama = *t->net.a};
+    int64_t n = 0;
+    put_model_keys(&w, &sizes);
+    put_name_key(&w, path);
+    const struct gguf_key *license =
+        t->o.init != NULL ? gguf_key(&t->o.init->file, "general.license") : NULL;
+    if (license != NULL) put_key(&w, license->name, license->type, license->value, license->size);
+    for (int i = 0; i < t->net.n_params; i++) {
+        const struct param *p = &t->net.params[i];
+        const struct tensor_spec *s = p->spec;
+        if (s != NULL) list[n++] = trained_tensor(t, p, s, type);
+    }
+    if (tokenizer != NULL) n = take_tokenizer(tokenizer, &w, list, n);
+    return write_weights(path, &w, list, n, 0, error);
+}
+
+int lvm_trainer_export(lvm_trainer *trainer, const char *path, int type,
+                       const lvm_model *tokenizer, lvm_error *error) {
+    clear_error(error);
+    const struct lvm_trainer *t = trainer;
+    if (t == NULL || path == NULL)
+        return null_argument(error, "lvm_trainer_export", t == NULL ? "trainer" : "path");
+    if (!is_type(type)) return fail(error, LVM_INVALID, "unknown type %d", type);
+    if (t->o.lora_rank > 0 && type_is_quantised(type))
+        return fail(error, LVM_INVALID, "%s: adapters are f32, f16 or bf16", path);
+    if (tokenizer != NULL && tokenizer->vq == NULL)
+        return fail(error, LVM_INVALID, "%s: holds no tokenizer", tokenizer->path);
+    if (tokenizer == NULL && t->o.init != NULL && t->o.init->vq != NULL) tokenizer = t->o.init;
+    if (tokenizer != NULL && tokenizer->codes > t->net.a->V)
+        return fail(error, LVM_INVALID, "%s: has %d codes, the transformer a vocabulary of %d",
+                    tokenizer->path, tokenizer->codes, t->net.a->V);
+    int64_t most = t->net.n_params + (tokenizer != NULL ? tokenizer->file.n_tensors : 0);
+    struct written *list = mem_alloc((size_t)most, sizeof *list, error);
+    if (list == NULL) return LVM_MEMORY;
+    int code = t->o.lora_rank > 0 ? export_adapters(t, path, type, list, error)
+                                  : export_model(t, path, type, tokenizer, list, error);
+    mem_free(list);
+    return code;
+}
+
+/* ---- Random weights: a model of given sizes, to measure with ---- */
+
+#ifndef LVM_NO_MAIN
 
 /* Random signs and fractions of numbers just above 2^-7: halves, and the scales of quantised
    blocks, are ready with that. What is much smaller becomes denormal on its way, which processors
@@ -13639,6 +16199,14 @@ static void devices_free(struct devices *d) {
     mem_free(d);
 }
 
+/* Whether a context was ever opened. */
+static int devices_are_open(struct devices *d) {
+    pthread_mutex_lock(&d->mutex);
+    int open = d->first != NULL;
+    pthread_mutex_unlock(&d->mutex);
+    return open;
+}
+
 /* The backend that a device's name asks for. */
 static const struct backend *find_backend(const char *device, lvm_error *error) {
     size_t n = strcspn(device, ":");
@@ -13832,6 +16400,9 @@ lvm_usage lvm_ctx_usage(const lvm_ctx *ctx) {
                     8 * (int64_t)ctx->limits.rows +
                     4 * (int64_t)ctx->limits.sequences * m->llama.V;
     usage.weights = (int64_t)m->file.size;
+    for (int i = 0; i < m->n_specs; i++)
+        if (m->specs[i].merged != NULL)
+            usage.weights += m->specs[i].tensor->rows * m->specs[i].tensor->row_bytes;
     usage.tokens = ctx->n_ids;
     usage.tokens_free = (int)max64(0, m->llama.context - ctx->n_ids);
     if (ctx->b->usage != NULL) ctx->b->usage(ctx->state, &usage);
@@ -13878,6 +16449,12 @@ static uint64_t weights_hash(const struct gguf *g) {
     return h;
 }
 
+/* The same of a model, with the adapters that are merged into it. */
+static uint64_t model_hash(const lvm_model *m) {
+    uint64_t h = weights_hash(&m->file);
+    return m->adapters == 0 ? h : hash_bytes(h, &m->adapters, sizeof m->adapters);
+}
+
 /* A block is a page, as it lies in memory. */
 static size_t cpu_kv_size(void *state) { return ((struct cpu *)state)->lm.kv.page_bytes; }
 
@@ -13910,7 +16487,7 @@ static struct cache_head cache_head(const lvm_ctx *ctx, int n) {
                            .n_images = (uint32_t)min64(ctx->n_encoded, MAX_ENCODED),
                            .n_pages = (uint32_t)((n + block - 1) / block),
                            .page_bytes = ctx->b->kv_size(ctx->state),
-                           .weights = weights_hash(&m->file)};
+                           .weights = model_hash(m)};
     memcpy(h.magic, "LVMCACHE", sizeof h.magic);
     snprintf(h.isa, sizeof h.isa, "%s", ctx->b == &cpu_backend ? m->kern->name : ctx->b->name);
     return h;
@@ -14093,15 +16670,27 @@ enum command_bit {
     VERSION = 1024,
     PACK = 2048,
     UNPACK = 4096,
+    MERGE = 1 << 15,
+    TRAIN = 1 << 16,
+    PLOT = 1 << 17,
     SAMPLES = PREDICT | BATCH,
     READS = PREDICT | RANK | EVAL | BATCH, /* images as a prompt */
     RUNS = READS | ENCODE | DECODE
 };
 
+/* What train and plot are told. Numbers that nobody gave are 0, those that may be 0 then -1. */
+struct train_words {
+    const char *config, *data, *val, *init, *tokenizer, *lora, *lora_on, *freeze, *memory,
+        *save_every, *plot, *resume;
+    int64_t steps, tokens, warmup, val_every;
+    float epochs, minutes, lr, min_lr, beta1, beta2, weight_decay, clip;
+    int batch, context, schedule, packing, isolate, tied, recompute, by_tokens;
+};
+
 struct cli {
     const char **words; /* arguments that are no options */
     int n_words, split; /* split: words in front of a lone --, or -1 */
-    const char *out, *base, *sheet, *truth, *apng, *cache, *resize;
+    const char *out, *base, *sheet, *truth, *apng, *cache, *resize, *lora;
     int images, candidates, flags, force, quiet, list, exif, type, vq_type, encoder_type, preset;
     int lines, grid, json, best, man, skip_existing, together;
     int config, vq, stage, prompt, new_tokens;
@@ -14109,13 +16698,16 @@ struct cli {
     int loss, integers;
     lvm_sampling sampling;
     lvm_options options;
+    struct train_words train;
+    int argc; /* as main has them, without the command */
+    char **argv;
 };
 
-enum option_kind { FLAG, TEXT, INTEGER, NUMBER, SEED, TYPE, ONE_OF };
+enum option_kind { FLAG, TEXT, INTEGER, NUMBER, SEED, TYPE, ONE_OF, LARGE };
 
 /* where: offset of the value in struct cli. low, high: bounds of a number; of a TYPE high is the
    set of those allowed, bit i for entry i of type_table; of a ONE_OF the argument lists those
-   allowed, and the value is the number of the one that is given. */
+   allowed, and the value is the number of the one that is given. A LARGE may be written 2e9. */
 struct option {
     char letter;
     const char *name, *argument;
@@ -14138,6 +16730,7 @@ static const struct option option_table[] = {
      "where outputs go (the working directory)"},
     {'o', "output", "FILE", PACK | UNPACK, TEXT, AT(out), 0, 0,
      "what to write (unpack: stdout)"},
+    {'o', "output", "FILE", MERGE, TEXT, AT(out), 0, 0, "the weights file to write"},
     {'n', "images", "N", SAMPLES, INTEGER, AT(images), 1, 1 << 11,
      "images to predict, one after the other (1)"},
     {'c', "candidates", "N", SAMPLES, INTEGER, AT(candidates), 1, MAX_SEQUENCES,
@@ -14166,6 +16759,7 @@ static const struct option option_table[] = {
      "keep the work on all but the last image here"},
     {0, "base", "FOLDER", RANK | EVAL | BATCH, TEXT, AT(base), 0, 0,
      "where the images of the set are (beside it)"},
+    {0, "lora", "FILE", READS, TEXT, AT(lora), 0, 0, "adapters to add to the weights"},
     {0, "lines", "N", RANK | EVAL | BATCH, INTEGER, AT(lines), 1, INT32_MAX,
      "only the first N lines of the set"},
     {0, "skip-existing", NULL, BATCH, FLAG, AT(skip_existing), 0, 0,
@@ -14183,7 +16777,7 @@ static const struct option option_table[] = {
     {0, "prompt", "N", BENCH, INTEGER, AT(prompt), 1, 1 << 20, "tokens of the prompt (3840)"},
     {0, "new", "N", BENCH, INTEGER, AT(new_tokens), 1, 1 << 20, "tokens to generate (256)"},
     {0, "stage", bench_stages, BENCH, ONE_OF, AT(stage), 0, 0, "only this one"},
-    {'j', "threads", "N", RUNS | BENCH, INTEGER, AT(options.threads), 1, 1024,
+    {'j', "threads", "N", RUNS | BENCH | TRAIN, INTEGER, AT(options.threads), 1, 1024,
      "threads (the processors allowed)"},
     {0, "device", "NAME", RUNS | BENCH, TEXT, AT(options.device), 0, 0,
      DEVICES " (the best there is)"},
@@ -14195,23 +16789,83 @@ static const struct option option_table[] = {
      "rotate images as their EXIF orientation says"},
     {0, "no-mmap", NULL, RUNS | INFO, FLAG, AT(flags), 0, 0,
      "read the weights instead of mapping them"},
-    {0, "type", "TYPE", QUANTIZE | BENCH, TYPE, AT(type), 0, 31,
+    {0, "type", "TYPE", QUANTIZE | MERGE | BENCH, TYPE, AT(type), 0, 31,
      "of the transformer: q8_0 q4_0 f16 bf16 f32 (kept)"},
     {0, "vq-type", "TYPE", QUANTIZE, TYPE, AT(vq_type), 0, 15,
      "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
     {0, "encoder-type", "TYPE", QUANTIZE, TYPE, AT(encoder_type), 0, 15,
      "of its encoder (f16 with --vq-type q8_0)"},
-    {0, "loss", "all|answers", PACK, ONE_OF, AT(loss), 0, 0,
+    {0, "loss", "all|answers", PACK | TRAIN, ONE_OF, AT(loss), 0, 0,
      "of which tokens something is learnt (all)"},
     {0, "bos", "ID|none", PACK, TEXT, AT(bos), 0, 0, "dropped in front of a sentence (8192)"},
     {0, "eos", "ID|none", PACK, TEXT, AT(eos), 0, 0, "dropped at the end of a sentence (8193)"},
     {0, "integers", NULL, UNPACK, FLAG, AT(integers), 0, 0, "arrays of numbers, not base64"},
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
-    {0, "force", NULL, QUANTIZE | PREDICT | ENCODE | DECODE | BATCH, FLAG, AT(force), 0, 0,
-     "replace an existing weights file"},
-    {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK, FLAG, AT(quiet), 0, 0,
+    {0, "force", NULL, QUANTIZE | MERGE | PREDICT | ENCODE | DECODE | BATCH | PLOT, FLAG,
+     AT(force), 0, 0, "replace an existing weights file"},
+    {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK | TRAIN, FLAG, AT(quiet), 0, 0,
      "no progress, no notes"},
-    {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"}};
+    {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"},
+    {'o', "output", "RUN.bin", TRAIN, TEXT, AT(out), 0, 0,
+     "the weights; RUN.csv and RUN.ckpt lie beside them"},
+    {0, "data", "FILE[,FILE...]", TRAIN, TEXT, AT(train.data), 0, 0,
+     "what to learn: .tok, or .jsonl lines with tokens"},
+    {0, "val", "FILE[,FILE...]", TRAIN, TEXT, AT(train.val), 0, 0,
+     "what to judge by, a loss and a perplexity each"},
+    {0, "config", "100m|300m|600m|1b|3b|7b|WIDTH,LAYERS,HEADS,FFN", TRAIN, TEXT,
+     AT(train.config), 0, 0, "a new model's size"},
+    {0, "tied", NULL, TRAIN, FLAG, AT(train.tied), 0, 0,
+     "a new model's embedding is its output matrix too"},
+    {0, "init", "WEIGHTS", TRAIN, TEXT, AT(train.init), 0, 0,
+     "a model to go on from, in its place"},
+    {0, "lora", "R,ALPHA", TRAIN, TEXT, AT(train.lora), 0, 0,
+     "learn adapters of rank R for --init instead"},
+    {0, "lora-on", "LIST", TRAIN, TEXT, AT(train.lora_on), 0, 0,
+     "of q,k,v,o,gate,up,down (all)"},
+    {0, "freeze", "PATTERN", TRAIN, TEXT, AT(train.freeze), 0, 0,
+     "tensors that stay: blk.0.*,token_embd.weight"},
+    {0, "tokenizer", "WEIGHTS", TRAIN, TEXT, AT(train.tokenizer), 0, 0,
+     "whose tokenizer RUN.bin gets (that of --init)"},
+    {0, "type", "TYPE", TRAIN, TYPE, AT(type), 0, 31, "of RUN.bin (that of --init, else f16)"},
+    {0, "steps", "N", TRAIN, LARGE, AT(train.steps), 1, 1e15, "updates of the weights (1000), or"},
+    {0, "tokens", "N", TRAIN, LARGE, AT(train.tokens), 1, 1e18, "so many tokens, as 2e9, or"},
+    {0, "epochs", "N", TRAIN, NUMBER, AT(train.epochs), 1e-6, 1e9, "so often all the data, or"},
+    {0, "minutes", "N", TRAIN, NUMBER, AT(train.minutes), 0.01, 1e8,
+     "as many steps as by the speed of the first three"},
+    {0, "batch", "N", TRAIN, INTEGER, AT(train.batch), 1, 1 << 20, "rows a step (8)"},
+    {0, "context", "N", TRAIN, INTEGER, AT(train.context), 2, 1 << 20, "tokens a row (4096)"},
+    {0, "pack", "cut|whole", TRAIN, ONE_OF, AT(train.packing), 0, 0,
+     "sentences end to end, or whole ones and padding"},
+    {0, "isolate", NULL, TRAIN, FLAG, AT(train.isolate), 0, 0,
+     "attention never looks across sentences"},
+    {0, "lr", "RATE", TRAIN, NUMBER, AT(train.lr), 1e-9, 10,
+     "the highest learning rate (see above)"},
+    {0, "min-lr", "RATE", TRAIN, NUMBER, AT(train.min_lr), 0, 10, "the last one (a fifth)"},
+    {0, "warmup", "N", TRAIN, LARGE, AT(train.warmup), 0, 1e15,
+     "steps up to --lr (a twentieth, at most 2000)"},
+    {0, "schedule", "cosine|wsd", TRAIN, ONE_OF, AT(train.schedule), 0, 0,
+     "wsd: constant, the last tenth falls"},
+    {0, "beta1", "B", TRAIN, NUMBER, AT(train.beta1), 1e-6, 0.99999, "AdamW's (0.9)"},
+    {0, "beta2", "B", TRAIN, NUMBER, AT(train.beta2), 1e-6, 0.99999, "AdamW's (0.95)"},
+    {0, "weight-decay", "W", TRAIN, NUMBER, AT(train.weight_decay), 0, 10, "of matrices (0.1)"},
+    {0, "clip", "NORM", TRAIN, NUMBER, AT(train.clip), 0, 1e9,
+     "of the gradient; 0: as it is (1)"},
+    {'s', "seed", "N", TRAIN, SEED, AT(sampling.seed), 0, 0,
+     "of the first weights and of the data's order (1)"},
+    {0, "recompute", "auto|none|all", TRAIN, ONE_OF, AT(train.recompute), 0, 0,
+     "activations again instead of kept (by memory)"},
+    {0, "memory", "BYTES", TRAIN, TEXT, AT(train.memory), 0, 0,
+     "that it may take, as 6g or 800m (what is free)"},
+    {0, "save-every", "N|Nm", TRAIN, TEXT, AT(train.save_every), 0, 0,
+     "steps or minutes from checkpoint to checkpoint (10m)"},
+    {0, "val-every", "N", TRAIN, LARGE, AT(train.val_every), 1, 1e15,
+     "steps from validation to validation (a twentieth)"},
+    {0, "plot", "FILE.png", TRAIN, TEXT, AT(train.plot), 0, 0,
+     "the log as a picture, kept up to date"},
+    {0, "resume", "RUN.ckpt", TRAIN, TEXT, AT(train.resume), 0, 0, "go on from a checkpoint"},
+    {0, "force", NULL, TRAIN, FLAG, AT(force), 0, 0, "replace the files of an earlier run"},
+    {'o', "output", "FILE", PLOT, TEXT, AT(out), 0, 0, "the picture (plot.png)"},
+    {0, "x", "steps|tokens", PLOT, ONE_OF, AT(train.by_tokens), 0, 0, "what lies below (steps)"}};
 enum { N_OPTIONS = sizeof option_table / sizeof *option_table };
 
 /* details: sentences for help COMMAND and the manual page; a line that begins with a blank is shown
@@ -14234,8 +16888,11 @@ static int run_info(struct cli *cli);
 static int run_quantize(struct cli *cli);
 static int run_pack(struct cli *cli);
 static int run_unpack(struct cli *cli);
+static int run_merge(struct cli *cli);
 static int run_help(struct cli *cli);
 static int run_version(struct cli *cli);
+static int run_train(struct cli *cli);
+static int run_plot(struct cli *cli);
 
 static const struct command command_table[] = {
     {"predict", PREDICT, run_predict, "[predict] WEIGHTS IMAGE|FOLDER...",
@@ -14314,6 +16971,38 @@ static const struct command command_table[] = {
      "  lvm pack a.jsonl b.jsonl -o train.tok\n"},
     {"unpack", UNPACK, run_unpack, "unpack IN.tok", "a .tok file to lines that pack reads",
      "  lvm unpack train.tok --integers | head -n 1\n"},
+    {"merge", MERGE, run_merge, "merge WEIGHTS ADAPTERS -o OUT",
+     "adapters (LoRA) and their model as one weights file",
+     "Adapters are files that lvm train --lora writes, or convert.py --lora.\n"
+     "Matrices keep their types; where those are q4_0, --lora of predict, which\n"
+     "takes q8_0 for what it merges in memory, or --type q8_0 here, loses less.\n"
+     "  lvm merge weights.bin style.bin -o styled.bin\n"},
+    {"train", TRAIN, run_train, "train --data FILE -o RUN.bin", "trains a model, or one further",
+     "AdamW on the next token; what it needs of memory is told first. RUN.csv gets\n"
+     "a row a step. RUN.ckpt is all of its state, written at the start, every ten\n"
+     "minutes, on Ctrl-C and at the end; after that it may be deleted. With --val\n"
+     "RUN-best.bin is the best so far by these files together.\n"
+     "  lvm train --resume RUN.ckpt\n"
+     "goes on as if nothing had happened: the same numbers, with any number of\n"
+     "threads. Outputs go beside the checkpoint; inputs are looked for under their\n"
+     "names as given, else in the folder where the run began. Only -j, --memory,\n"
+     "--recompute, --quiet, --plot, --save-every and --val-every may be\n"
+     "given then. Steps that are no numbers, or whose gradient is 20 times the\n"
+     "usual one, are skipped; after ten in a row training stops. New models take\n"
+     "8192 and 8193 as bos and eos, or the two ids behind the codes of --tokenizer.\n"
+     "Learning rate: 1.5e-4 sqrt(4096 / width) for new models; 3e-5 with --init;\n"
+     "2e-4 with --lora. The published script trains its 7b with 1.5e-4 down to\n"
+     "3e-5 by a cosine, after 8000 steps of warm-up, betas 0.9 and 0.95, weight\n"
+     "decay 0.1, clip 1, rows of 4096 tokens end to end; the paper's batch is 2\n"
+     "million tokens. The share of the peak is (6 P + 6 L D T) tokens/s over what\n"
+     "multiply-adds of floats reach here: P the matrices' parameters (4 P for what\n"
+     "does not learn), L layers of width D, T the context.\n"
+     "  lvm train --config 100m --data train.tok --val val.tok -o run.bin\n"
+     "  lvm train --init big.bin --lora 16,32 --data task.jsonl -o task.bin\n"},
+    {"plot", PLOT, run_plot, "plot LOG.csv...", "curves of training runs in one picture",
+     "Faint points are the steps' losses, lines a running mean of them, dots\n"
+     "validation.\n"
+     "  lvm plot a.csv b.csv -o both.png --x tokens\n"},
     {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's",
      "COMMAND --help and COMMAND -h show it too.\n"
      "  lvm help rank\n"},
@@ -14394,6 +17083,12 @@ static int set_option(struct cli *cli, const struct option *o, const char *shown
         int i = word_index(o->argument, value);
         if (i < 0) return complain("%s: \"%s\" is not %s", shown, value, o->argument) + 1;
         *(int *)(void *)to = i;
+    } else if (o->kind == LARGE) {
+        double v = strtod(value, &end);
+        if (end == value || *end != 0 || !(v >= o->low && v <= o->high) || v != floor(v))
+            return complain("%s: \"%s\" is not a whole number from %.10g to %.10g", shown, value,
+                            o->low, o->high) + 1;
+        *(int64_t *)(void *)to = (int64_t)v;
     } else if (o->kind == SEED) {
         *(uint64_t *)(void *)to = strtoull(value, &end, 10);
         if (end == value || *end != 0 || errno != 0 || !isdigit((unsigned char)*value))
@@ -14426,7 +17121,7 @@ static const struct synonym {
     {"man|manual|usage", "help"},
     {"serve|server|api|daemon", "lvm is no server; batch answers many prompts in one run"},
     {"convert|import|export", "convert.py does that: python3 convert.py --help"},
-    {"train|finetune|finetuning|merge", "lvm does not train yet"},
+    {"finetune|finetuning|fine-tune|fit|learn|pretrain", "train"},
     {"num|number|count|frames", "images"},
     {"samples|variations|num-samples", "candidates"},
     {"outfile|save|destination", "output"},
@@ -14468,6 +17163,20 @@ static int no_command(const char *word) {
     if (nearest != NULL)
         return complain("no such command: %s (did you mean %s?)", word, nearest) + 1;
     return complain("no such command or file: %s (lvm help lists the commands)", word) + 1;
+}
+
+/* What the options are where nobody gives them. */
+static struct cli default_cli(void) {
+    struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO,
+                      .encoder_type = LVM_AUTO, .split = -1, .preset = -1, .config = -1, .vq = -1,
+                      .stage = -1, .prompt = 3840, .new_tokens = 256};
+    lvm_train_options t = lvm_default_train_options();
+    cli.train = (struct train_words){.warmup = -1, .min_lr = -1, .batch = 8, .beta1 = t.beta1,
+                                     .beta2 = t.beta2, .weight_decay = t.weight_decay,
+                                     .clip = t.clip};
+    cli.sampling = lvm_default_sampling();
+    cli.options = lvm_default_options();
+    return cli;
 }
 
 /* ---- Arguments ---- */
@@ -15339,6 +18048,8 @@ static int check_output(const struct cli *cli, const char *name, const struct pa
     if (begins_with(cli->words[0], "GGUF") && same_file(name, cli->words[0]))
         return fail(error, LVM_INVALID, "%s: is the weights file; choose another output with -o",
                     name);
+    if (cli->lora != NULL && same_file(name, cli->lora))
+        return fail(error, LVM_INVALID, "%s: is --lora too; choose another output with -o", name);
     if (!cli->force && begins_with(name, "GGUF"))
         return fail(error, LVM_INVALID, "%s: is a weights file; --force replaces it", name);
     for (int i = 0; i < p->n; i++)
@@ -15548,12 +18259,389 @@ static int compose(const lvm_image *tiles, int n, int columns, int gap, const ui
     return LVM_OK;
 }
 
+/* ---- Curves: training runs in one picture ---- */
+
+/* Letters from the blank to ~, drawn for this file: 8 rows of 5 points from the top, the left point
+   being the highest bit. */
+static const uint64_t font[] = {
+    0x0000000000, 0x2108420080, 0x5294000000, 0x52beafa940, 0x23e8e2f880, 0xce44444e60,
+    0x64a88ac9a0, 0x2110000000, 0x1110841040, 0x4104211100, 0x055df75400, 0x0109f21000,
+    0x0000003088, 0x0001f00000, 0x0000003180, 0x0844444200, 0x746318c5c0, 0x23084211c0,
+    0x74422223e0, 0x744260c5c0, 0x11952f8840, 0xfc3c10c5c0, 0x3221e8c5c0, 0xf844442100,
+    0x7462e8c5c0, 0x7462f08980, 0x0318063000, 0x0318061100, 0x1111041040, 0x003e0f8000,
+    0x4104111100, 0x7442220080, 0x746f5bc1c0, 0x7463f8c620, 0xf463e8c7c0, 0x74610845c0,
+    0xe4a318cb80, 0xfc21e843e0, 0xfc21e84200, 0x746178c5e0, 0x8c63f8c620, 0x71084211c0,
+    0x3884214980, 0x8ca98a4a20, 0x84210843e0, 0x8eeb58c620, 0x8e7359ce20, 0x746318c5c0,
+    0xf463e84200, 0x74631ac9a0, 0xf463ea4a20, 0x7c20e087c0, 0xf908421080, 0x8c6318c5c0,
+    0x8c63152880, 0x8c635aee20, 0x8c54454620, 0x8c54421080, 0xf8444443e0, 0x72108421c0,
+    0x8410410420, 0x70842109c0, 0x22a2000000, 0x000000001f, 0x4104000000, 0x001c17c5e0,
+    0x843d18c7c0, 0x001d1845c0, 0x085f18c5e0, 0x001d1fc1c0, 0x3251c42100, 0x001f18bc2e,
+    0x842d98c620, 0x20184211c0, 0x100c210a4c, 0x84254c5240, 0x61084211c0, 0x00355ad620,
+    0x002d98c620, 0x001d18c5c0, 0x003d18fa10, 0x001f18bc21, 0x002d984200, 0x001f0707c0,
+    0x423c8424c0, 0x002318cda0, 0x002318a880, 0x00231ad540, 0x0022a22a20, 0x002318bc2e,
+    0x003e2223e0, 0x1108821040, 0x2108421080, 0x4108221100, 0x0011510000};
+enum { FONT_ROWS = 8, FONT_COLUMNS = 5, FONT_ADVANCE = 6, FONT_SCALE = 2 };
+
+/* A row of a run's log; what it does not tell is NaN. */
+struct curve_point {
+    double step, tokens, loss, val;
+};
+
+struct curve {
+    const char *name;
+    struct curve_point *list; /* [n] */
+    size_t n, room;
+};
+
+/* A running mean of the last losses: a fifth of all n, so that it keeps up with a steep beginning,
+   but at most 50. */
+struct smooth {
+    double mean, n;
+};
+
+static double smooth_add(struct smooth *s, double loss) {
+    if (!isfinite(loss)) return s->n > 0 ? s->mean : loss;
+    s->mean += (loss - s->mean) / fmin(50, 1 + s->n / 5);
+    s->n++;
+    return s->mean;
+}
+
+enum { PLOT_WIDTH = 900, PLOT_HEIGHT = 560, PLOT_LEFT = 78, PLOT_RIGHT = 872, PLOT_TOP = 44,
+       PLOT_BOTTOM = 500, PLOT_COLORS = 8 };
+
+/* The picture, what its axes span, and how much of each pixel the next color covers: what is drawn
+   of one color is collected there first, so that lines that cross do not add up. */
+struct plot {
+    lvm_image image;
+    uint8_t *mask; /* [height][width], 255: all of the pixel */
+    int by_tokens;
+    double x_most, y_least, y_most;
+};
+
+static const uint8_t plot_ink[RGB] = {40, 40, 40}, plot_grid[RGB] = {226, 226, 226},
+                     plot_white[RGB] = {255, 255, 255},
+                     plot_colors[PLOT_COLORS][RGB] = {
+                         {20, 100, 180}, {214, 90, 10},  {20, 140, 90},  {160, 60, 160},
+                         {190, 150, 0},  {60, 170, 210}, {150, 80, 50}, {90, 90, 90}};
+
+/* The width of a text in pixels; a character that the font lacks counts as one box. */
+static int text_width(const char *text) {
+    int n = 0;
+    for (; *text != 0; text++) n += ((uint8_t)*text & 0xc0) != 0x80;
+    return n * FONT_ADVANCE * FONT_SCALE;
+}
+
+/* Text whose upper left corner is at x, y. */
+static void draw_text(lvm_image *image, int x, int y, const char *text, const uint8_t *color) {
+    for (; *text != 0; text++) {
+        uint8_t c = (uint8_t)*text;
+        uint64_t box = 0x1f8c631fc0, bits = c >= 32 && c < 127 ? font[c - 32] : box;
+        if ((c & 0xc0) == 0x80) continue;
+        for (int i = 0; i < FONT_ROWS * FONT_COLUMNS; i++)
+            if (bits >> (FONT_ROWS * FONT_COLUMNS - 1 - i) & 1)
+                fill_rectangle(image, x + i % FONT_COLUMNS * FONT_SCALE,
+                               y + i / FONT_COLUMNS * FONT_SCALE, FONT_SCALE, FONT_SCALE, color);
+        x += FONT_ADVANCE * FONT_SCALE;
+    }
+}
+
+/* How far a point is from the line between a and b. */
+static double distance_to_line(double x, double y, const double *a, const double *b) {
+    double dx = b[0] - a[0], dy = b[1] - a[1], length = dx * dx + dy * dy;
+    double t = length > 0 ? ((x - a[0]) * dx + (y - a[1]) * dy) / length : 0;
+    t = t < 0 ? 0 : t > 1 ? 1 : t;
+    dx = a[0] + t * dx - x;
+    dy = a[1] + t * dy - y;
+    return sqrt(dx * dx + dy * dy);
+}
+
+/* Covers a line with round ends, or a dot where a is b, in the area between the axes. A pixel whose
+   middle is as far from it as half its width is half covered. */
+static void cover_line(struct plot *p, const double *a, const double *b, double width) {
+    double reach = width / 2 + 1;
+    int left = (int)fmax(PLOT_LEFT, fmin(a[0], b[0]) - reach);
+    int right = (int)fmin(PLOT_RIGHT + 8, fmax(a[0], b[0]) + reach);
+    int top = (int)fmax(PLOT_TOP, fmin(a[1], b[1]) - reach);
+    int bottom = (int)fmin(PLOT_BOTTOM, fmax(a[1], b[1]) + reach);
+    for (int y = top; y <= bottom; y++)
+        for (int x = left; x <= right; x++) {
+            double part = reach - 0.5 - distance_to_line(x, y, a, b);
+            uint8_t *m = p->mask + y * PLOT_WIDTH + x;
+            uint8_t covered = (uint8_t)(255 * (part < 0 ? 0 : part > 1 ? 1 : part));
+            if (covered > *m) *m = covered;
+        }
+}
+
+/* Paints what is covered, and uncovers it. */
+static void paint(struct plot *p, const uint8_t *color, double opacity) {
+    for (int i = 0; i < PLOT_WIDTH * PLOT_HEIGHT; i++) {
+        double part = opacity * p->mask[i] / 255;
+        for (int c = 0; part > 0 && c < RGB; c++) {
+            uint8_t *to = &p->image.rgb[i * RGB + c];
+            *to = (uint8_t)(*to + part * (color[c] - *to) + 0.5);
+        }
+    }
+    memset(p->mask, 0, PLOT_WIDTH * PLOT_HEIGHT);
+}
+
+/* The pixel of a point. One far outside stays so, but not so far that no int could hold it. */
+static void plot_place(const struct plot *p, const struct curve_point *at, double y, double *xy) {
+    double x = p->by_tokens ? at->tokens : at->step;
+    xy[0] = PLOT_LEFT + x / p->x_most * (PLOT_RIGHT - PLOT_LEFT);
+    xy[1] = PLOT_BOTTOM - (y - p->y_least) / (p->y_most - p->y_least) * (PLOT_BOTTOM - PLOT_TOP);
+    xy[0] = fmax(-1e4, fmin(1e4, xy[0]));
+    xy[1] = fmax(-1e4, fmin(1e4, xy[1]));
+}
+
+/* 1, 2 or 5 times a power of ten, so that some `ticks` steps make the range. */
+static double tick_step(double range, int ticks) {
+    double power = pow(10, floor(log10(range / ticks))), m = range / ticks / power;
+    return power * (m > 5 ? 10 : m > 2 ? 5 : m > 1 ? 2 : 1);
+}
+
+/* "0.25", "40", "1.5M": with as many digits as its axis needs, whose largest number is most. */
+static void tick_text(char *text, size_t room, double v, double step, double most) {
+    static const char units[] = " kMGT";
+    int unit = 0, digits = 0;
+    while (most >= 1e4 && unit < 4) most /= 1000, v /= 1000, step /= 1000, unit++;
+    for (double s = step; digits < 9 && fabs(s - floor(s + 0.5)) > 1e-6 * s; s *= 10) digits++;
+    snprintf(text, room, "%.*f%.*s", digits, v, v > 0 && unit > 0, units + unit);
+}
+
+static void draw_axes(struct plot *p) {
+    char text[32];
+    const char *title = p->by_tokens ? "tokens" : "steps";
+    double x_step = tick_step(p->x_most, 6), y_step = tick_step(p->y_most - p->y_least, 7);
+    struct curve_point at = {0, 0, 0, 0};
+    double xy[2];
+    for (double y = ceil(p->y_least / y_step); y * y_step <= p->y_most; y++) {
+        plot_place(p, &at, y * y_step, xy);
+        fill_rectangle(&p->image, PLOT_LEFT, (int)xy[1], PLOT_RIGHT - PLOT_LEFT, 1, plot_grid);
+        tick_text(text, sizeof text, y * y_step, y_step, p->y_most);
+        draw_text(&p->image, PLOT_LEFT - 8 - text_width(text), (int)xy[1] - 7, text, plot_ink);
+    }
+    for (double x = 0; x * x_step <= p->x_most * 1.0001; x++) {
+        at.step = at.tokens = x * x_step;
+        plot_place(p, &at, p->y_least, xy);
+        fill_rectangle(&p->image, (int)xy[0], PLOT_TOP, 1, PLOT_BOTTOM - PLOT_TOP + 6, plot_grid);
+        tick_text(text, sizeof text, at.step, x_step, p->x_most);
+        draw_text(&p->image, (int)xy[0] + 1 - text_width(text) / 2, PLOT_BOTTOM + 12, text,
+                  plot_ink);
+    }
+    fill_rectangle(&p->image, PLOT_LEFT, PLOT_TOP, 1, PLOT_BOTTOM - PLOT_TOP, plot_ink);
+    fill_rectangle(&p->image, PLOT_LEFT, PLOT_BOTTOM, PLOT_RIGHT - PLOT_LEFT, 1, plot_ink);
+    draw_text(&p->image, 12, 14, "loss (nats a token)", plot_ink);
+    draw_text(&p->image, PLOT_RIGHT - text_width(title), PLOT_HEIGHT - 24, title, plot_ink);
+}
+
+/* Faint points for the losses of steps, a line through their smoothed ones, dots on white for
+   validation. */
+static void draw_curve(struct plot *p, const struct curve *c, const uint8_t *color) {
+    struct smooth s = {0, 0};
+    double at[2], before[2] = {0, 0};
+    for (size_t i = 0; i < c->n; i++) {
+        plot_place(p, &c->list[i], c->list[i].loss, at);
+        if (isfinite(c->list[i].loss)) cover_line(p, at, at, c->n < 200 ? 5 : 2.4);
+    }
+    paint(p, color, 0.4);
+    for (size_t i = 0; i < c->n; i++) {
+        double y = smooth_add(&s, c->list[i].loss);
+        if (!isfinite(y)) continue;
+        plot_place(p, &c->list[i], y, at);
+        cover_line(p, before[0] > 0 ? before : at, at, 2.4);
+        memcpy(before, at, sizeof at);
+    }
+    paint(p, color, 1);
+    for (int width = 13; width >= 9; width -= 4) {
+        for (size_t i = 0; i < c->n; i++) {
+            plot_place(p, &c->list[i], c->list[i].val, at);
+            if (isfinite(c->list[i].val)) cover_line(p, at, at, width);
+        }
+        paint(p, width > 9 ? plot_white : color, 1);
+    }
+}
+
+/* Grows the axes by a run: all its steps, its smoothed losses and its validation. */
+static void plot_span(struct plot *p, const struct curve *c) {
+    struct smooth s = {0, 0};
+    for (size_t i = 0; i < c->n; i++) {
+        double y[2] = {smooth_add(&s, c->list[i].loss), c->list[i].val};
+        p->x_most = fmax(p->x_most, p->by_tokens ? c->list[i].tokens : c->list[i].step);
+        for (int k = 0; k < 2; k++) {
+            if (!isfinite(y[k])) continue;
+            p->y_least = fmin(p->y_least, y[k]);
+            p->y_most = fmax(p->y_most, y[k]);
+        }
+    }
+}
+
+/* A name for each color, in the upper right corner, where losses seldom are. Of one that is too
+   long the end counts. */
+static void draw_legend(struct plot *p, const struct curve *curves, int n) {
+    enum { ROW = 24, MOST = 40, ROWS = 16 };
+    int widest = 0, rows = n < ROWS ? n : ROWS, x = 0, y = PLOT_TOP + 8;
+    for (int i = 0; i < rows; i++) {
+        size_t length = strlen(curves[i].name), cut = length > MOST ? length - MOST : 0;
+        int width = text_width(curves[i].name + cut);
+        widest = width > widest ? width : widest;
+    }
+    x = PLOT_RIGHT - widest - 8;
+    for (int py = y - 4; py < y + rows * ROW; py++)
+        memset(p->mask + py * PLOT_WIDTH + x - 44, 255, (size_t)(widest + 48));
+    paint(p, plot_white, 0.8);
+    for (int i = 0; i < rows; i++, y += ROW) {
+        const uint8_t *color = plot_colors[i % PLOT_COLORS];
+        size_t length = strlen(curves[i].name), cut = length > MOST ? length - MOST : 0;
+        fill_rectangle(&p->image, x - 38, y + 6, 28, 4, color);
+        draw_text(&p->image, x, y, curves[i].name + cut, plot_ink);
+    }
+}
+
+/* out: PLOT_WIDTH x PLOT_HEIGHT, allocated. */
+static int plot_curves(const struct curve *curves, int n, int by_tokens, lvm_image *out,
+                       lvm_error *error) {
+    struct plot p = {.by_tokens = by_tokens, .x_most = 0, .y_least = HUGE_VAL, .y_most = -HUGE_VAL};
+    int code = image_new(&p.image, PLOT_WIDTH, PLOT_HEIGHT, error);
+    if (code == LVM_OK) p.mask = mem_alloc(PLOT_WIDTH * PLOT_HEIGHT, 1, error);
+    if (p.mask == NULL) {
+        lvm_image_free(&p.image);
+        return LVM_MEMORY;
+    }
+    for (int i = 0; i < n; i++) plot_span(&p, &curves[i]);
+    if (p.y_least > p.y_most) p.y_least = p.y_most = 0; /* no finite loss */
+    double room = 0.05 * (p.y_most - p.y_least);
+    if (!(room > 1e-9)) room = 0.5;
+    p.y_least -= room;
+    p.y_most += room;
+    if (!(p.x_most > 0)) p.x_most = 1;
+    fill_rectangle(&p.image, 0, 0, PLOT_WIDTH, PLOT_HEIGHT, plot_white);
+    draw_axes(&p);
+    for (int i = 0; i < n; i++) draw_curve(&p, &curves[i], plot_colors[i % PLOT_COLORS]);
+    draw_legend(&p, curves, n);
+    mem_free(p.mask);
+    *out = p.image;
+    return LVM_OK;
+}
+
+/* ---- Curves out of a training run's log: a line of names, then rows of numbers ---- */
+
+enum { CSV_COLUMNS = 256, CSV_LINE = 8192 };
+
+/* The fields of a line, which is cut up; how many. */
+static int csv_fields(char *line, char *field[CSV_COLUMNS]) {
+    int n = 0;
+    line[strcspn(line, "\r")] = 0;
+    for (char *at = line; at != NULL && n < CSV_COLUMNS; n++) {
+        field[n] = at;
+        at = strchr(at, ',');
+        if (at != NULL) *at++ = 0;
+    }
+    return n;
+}
+
+/* Which of a log's columns a curve takes, -1 for none. */
+struct csv_head {
+    int n, step, tokens, loss, val;
+};
+
+static int csv_read_head(char *line, struct csv_head *h) {
+    static const char *const names[] = {"step", "tokens", "loss", "val"};
+    char *field[CSV_COLUMNS];
+    int *const to[] = {&h->step, &h->tokens, &h->loss, &h->val};
+    h->n = csv_fields(line, field);
+    for (int k = 0; k < 4; k++) {
+        *to[k] = -1;
+        for (int i = 0; i < h->n; i++)
+            if (strcmp(field[i], names[k]) == 0) *to[k] = i;
+    }
+    return h->step >= 0 && h->tokens >= 0 && h->loss >= 0;
+}
+
+/* A number, or NaN where nothing stands; what is neither is shown in *bad. */
+static double csv_number(const char *text, const char **bad) {
+    char *end = NULL;
+    double v = *text != 0 ? strtod(text, &end) : (double)NAN;
+    if (*text != 0 && *end != 0) *bad = text;
+    return v;
+}
+
+/* One row; the fault as words, or "". */
+static void csv_read_row(char *line, const struct csv_head *h, struct curve_point *p,
+                         char fault[80]) {
+    char *field[CSV_COLUMNS];
+    const char *bad = NULL;
+    int n = csv_fields(line, field);
+    fault[0] = 0;
+    if (n != h->n) {
+        snprintf(fault, 80, "has %d fields, not %d", n, h->n);
+        return;
+    }
+    p->step = csv_number(field[h->step], &bad);
+    p->tokens = csv_number(field[h->tokens], &bad);
+    p->loss = csv_number(field[h->loss], &bad);
+    p->val = h->val >= 0 ? csv_number(field[h->val], &bad) : (double)NAN;
+    if (bad != NULL) snprintf(fault, 80, "\"%.40s\" is no number", bad);
+    else if (!(p->step >= 0 && p->step < 1e18 && p->tokens >= 0 && p->tokens < 1e18))
+        snprintf(fault, 80, "lacks its step or tokens");
+}
+
+/* All rows of a log. A last line without its end, as a run that was killed may leave one, counts
+   only if it is whole. */
+static int curve_read(const char *path, struct curve *c, lvm_error *error) {
+    struct buffer text = {0};
+    struct csv_head head = {0, -1, -1, -1, -1};
+    int number = 0, code = read_input(path, &text, error);
+    c->name = os_file_name(path);
+    for (size_t at = 0, n; code == LVM_OK && at < text.n; at += n + 1) {
+        char line[CSV_LINE], fault[80] = "";
+        const char *end = memchr(text.data + at, '\n', text.n - at);
+        n = end != NULL ? (size_t)(end - text.data) - at : text.n - at;
+        number++;
+        if (n >= CSV_LINE || memchr(text.data + at, 0, n) != NULL) {
+            code = fail(error, LVM_FORMAT, "%s: line %d: is no line of a log", path, number);
+            break;
+        }
+        memcpy(line, text.data + at, n);
+        line[n] = 0;
+        struct curve_point p;
+        if (number == 1 && !csv_read_head(line, &head))
+            code = fail(error, LVM_FORMAT, "%s: line 1: names no columns step, tokens and loss; is "
+                        "it a log of lvm train?", path);
+        if (number == 1 || code != LVM_OK) continue;
+        csv_read_row(line, &head, &p, fault);
+        if (fault[0] != 0 && end == NULL) break;
+        if (fault[0] != 0) code = fail(error, LVM_FORMAT, "%s: line %d: %s", path, number, fault);
+        struct curve_point *list = code == LVM_OK ? array_grow(c->list, c->n, 1, sizeof *list,
+                                                               &c->room, error) : NULL;
+        if (list == NULL) code = code == LVM_OK ? LVM_MEMORY : code;
+        else c->list = list, c->list[c->n++] = p;
+    }
+    mem_free(text.data);
+    if (code == LVM_OK && c->n == 0)
+        code = fail(error, LVM_FORMAT, "%s: holds no rows of a log", path);
+    return code;
+}
+
+/* The picture of all logs that are named. */
+static int plot_logs(const char *const *paths, int n, int by_tokens, lvm_image *out,
+                     lvm_error *error) {
+    int code = LVM_OK;
+    struct curve *curves = mem_alloc((size_t)n, sizeof *curves, error);
+    if (curves == NULL) return LVM_MEMORY;
+    for (int i = 0; code == LVM_OK && i < n; i++) code = curve_read(paths[i], &curves[i], error);
+    if (code == LVM_OK) code = plot_curves(curves, n, by_tokens, out, error);
+    for (int i = 0; i < n; i++) mem_free(curves[i].list);
+    mem_free(curves);
+    return code;
+}
+
 /* ---- Commands ---- */
 
 struct session {
     lvm_model *model;
     lvm_ctx *ctx;
     struct bar bar;
+    char adapters[112]; /* what --lora is, or "" */
 };
 
 static void session_close(struct session *s) {
@@ -15569,10 +18657,26 @@ static void tell_device(const lvm_ctx *ctx, int quiet) {
     else if (ctx->b != &cpu_backend && os_is_terminal(2)) complain("works on %s", ctx->device);
 }
 
+/* Merges what --lora names with the model, and takes its name and size. */
+static int session_adapt(struct session *s, const char *path, lvm_error *error) {
+    struct adapters ad;
+    int code = lvm_apply_lora(s->model, path, error);
+    if (code == LVM_OK) code = adapters_open(&ad, path, NULL, error);
+    if (code != LVM_OK) return code;
+    struct text t = read_text(&ad.file, "general.name");
+    char name[80] = "adapters", shown[80];
+    if (t.n > 0) snprintf(name, sizeof name, "%.*s", (int)min64((int64_t)t.n, 79), t.s);
+    show_text(name, shown, sizeof shown);
+    snprintf(s->adapters, sizeof s->adapters, " + %s (%zu bytes)", shown, ad.size);
+    adapters_close(&ad);
+    return LVM_OK;
+}
+
 static int session_open(struct session *s, struct cli *cli, lvm_error *error) {
     memset(s, 0, sizeof *s);
     s->model = lvm_open(cli->words[0], cli->flags ? LVM_NO_MMAP : 0, error);
     if (s->model == NULL) return error->code;
+    if (cli->lora != NULL && session_adapt(s, cli->lora, error) != LVM_OK) return error->code;
     s->bar.shown = !cli->quiet && os_is_terminal(2);
     cli->options.user = &s->bar;
     cli->options.progress = on_progress;
@@ -15720,8 +18824,8 @@ static void describe_run(const struct cli *cli, const struct session *s, char *t
         snprintf(sampler, sizeof sampler, "seed %llu, temperature %g, top-p %g%s",
                  (unsigned long long)how->seed, (double)how->temperature, (double)how->top_p,
                  top_k);
-    snprintf(text, room, "%s (%zu bytes), %s, window %d, %s, kv %s%s",
-             *name != 0 ? name : "weights", m->file.size, sampler, o->window,
+    snprintf(text, room, "%s (%zu bytes)%s, %s, window %d, %s, kv %s%s",
+             *name != 0 ? name : "weights", m->file.size, s->adapters, sampler, o->window,
              o->fit == LVM_CROP ? "crop" : "squash", type_info(o->kv_type)->name,
              o->exact ? ", exact" : "");
 }
@@ -15936,7 +19040,7 @@ static int encode_paths(const struct cli *cli, struct session *s, const struct p
 static int run_encode(struct cli *cli) {
     if (cli->n_words < 2) return complain("give a weights file and images (lvm help encode)") + 1;
     lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
+    struct session s = {.model = NULL};
     struct paths p = {0};
     struct buffer text = {0};
     struct outputs o = {0};
@@ -16016,7 +19120,7 @@ static int run_decode(struct cli *cli) {
     char *out = NULL;
     if (settle_png_name(&cli->out, "png", &out) != 0) return 2;
     lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
+    struct session s = {.model = NULL};
     struct buffer text = {0};
     int32_t *ids = NULL;
     int n = 0, code = read_input(cli->words[1], &text, &error);
@@ -16866,7 +19970,7 @@ static int run_rank(struct cli *cli) {
     if (cli->n_words < 3 || cli->split < 2 || cli->split == cli->n_words)
         return complain("give weights, images, -- and choices, or a set (lvm help rank)") + 1;
     lvm_error error = {0, ""};
-    struct session s = {NULL, NULL, {0}};
+    struct session s = {.model = NULL};
     struct paths prompt = {0}, choices = {0};
     int code = collect_paths(cli, &prompt, 1, cli->split, &error);
     if (code == LVM_OK) code = check_cache(cli, &(struct outputs){0}, &error);
@@ -17539,12 +20643,38 @@ static void print_model(const lvm_model *m) {
     print_types(g, 0);
 }
 
+/* A file of adapters: of which rank, on which matrices. */
+static int print_adapters(const struct cli *cli, const struct gguf *g, lvm_error *error) {
+    struct adapters ad = {.n = 0};
+    int code = adapters_parse(&ad, g->path, g->data, g->size, error), least = INT_MAX, most = 0;
+    for (int i = 0; code == LVM_OK && i < ad.n; i++) {
+        least = (int)min64(least, ad.list[i].a.rows);
+        most = (int)max64(most, ad.list[i].a.rows);
+    }
+    if (code == LVM_OK) {
+        printf("%-13s %s, %zu bytes\n", "file", g->path, g->size);
+        print_key(g, "general.name", "name");
+        printf("%-13s LoRA on %d matrices, rank %d", "adapters", ad.n, least);
+        if (most > least) printf(" to %d", most);
+        printf(", alpha %g; give a model --lora with them, or lvm merge\n", (double)ad.alpha);
+        print_types(g, 0);
+        if (cli->list) print_tensors(g);
+    }
+    adapters_close(&ad);
+    return code;
+}
+
 /* A file that lacks tensors is shown too, with what it lacks. */
 static int run_info(struct cli *cli) {
     if (cli->n_words != 1) return complain("give one weights file (lvm help info)") + 1;
     lvm_error error = {0, ""};
     lvm_model *m = model_new(cli->words[0], &error);
     int code = m == NULL ? error.code : load_file(m, cli->flags ? LVM_NO_MMAP : 0, &error);
+    if (code != LVM_OK && m != NULL && is_adapter_file(&m->file)) {
+        code = print_adapters(cli, &m->file, &error);
+        lvm_close(m);
+        return finish(&error, code);
+    }
     int missing = code == LVM_OK ? print_missing(m) : 0;
     if (code == LVM_OK) code = load_tensors(m, &error);
     if (code == LVM_OK) print_model(m);
@@ -17824,6 +20954,18 @@ static int run_unpack(struct cli *cli) {
     return finish(&error, code);
 }
 
+static int run_merge(struct cli *cli) {
+    if (cli->n_words != 2 || cli->out == NULL)
+        return complain("give weights, adapters and -o OUT (lvm help merge)") + 1;
+    lvm_error error = {0, ""};
+    if (strcmp(cli->out, "-") == 0)
+        return complain("-: merge writes a file; /dev/stdout is standard output's name") + 1;
+    int named = !is_stream(cli->out), code = lvm_merge(cli->words[0], cli->words[1], cli->out,
+                                                       cli->type, cli->force, &error);
+    if (code == LVM_OK && named) print_name(cli->out, "");
+    return finish(&error, code);
+}
+
 /* ---- Bench ----
 
    What a model costs on this machine, stage by stage, beside the ceilings that are measured in the
@@ -17876,14 +21018,13 @@ static void peak_task(void *arg, int task, int thread) {
 }
 
 /* Operations a second of all threads: the best of five runs of some ten milliseconds. */
-static double measure_peak(const struct bench *b, void (*run)(int64_t), int64_t ops) {
+static double measure_peak(struct pool *pool, void (*run)(int64_t), int64_t ops) {
     struct peak_job job = {.run = run, .rounds = 1 << 23};
     double best = 0;
     for (int i = 0; i < 5; i++) {
         double start = seconds();
-        pool_run(b->pool, pool_threads(b->pool), peak_task, &job);
-        double rate = (double)ops * (double)job.rounds * pool_threads(b->pool) /
-                      (seconds() - start);
+        pool_run(pool, pool_threads(pool), peak_task, &job);
+        double rate = (double)ops * (double)job.rounds * pool_threads(pool) / (seconds() - start);
         best = rate > best ? rate : best;
     }
     return best;
@@ -18156,11 +21297,11 @@ static void print_ceilings(struct bench *b) {
         print_device_ceilings(b);
         return;
     }
-    b->fma = measure_peak(b, p->fma, p->fma_ops);
-    b->integer = measure_peak(b, p->integer, p->integer_ops);
+    b->fma = measure_peak(b->pool, p->fma, p->fma_ops);
+    b->integer = measure_peak(b->pool, p->integer, p->integer_ops);
     if (p->bf16 != NULL && has_bf16())
         snprintf(bf16, sizeof bf16, b->cli->json ? "\"bf16_gflops\": %.4g, " : "%.0f in bfloat16, ",
-                 measure_peak(b, p->bf16, p->bf16_ops) / 1e9);
+                 measure_peak(b->pool, p->bf16, p->bf16_ops) / 1e9);
     b->bandwidth = measure_bandwidth(b);
     printf(b->cli->json ? "{\"kernels\": \"%s\", \"threads\": %d, \"gflops\": %.4g, %s"
                           "\"integer_gops\": %.4g, \"read_gbs\": %.4g}\n"
@@ -18205,6 +21346,1017 @@ static int run_bench(struct cli *cli) {
     pool_free(b.pool);
     lvm_ctx_free(b.ctx);
     lvm_close(b.m);
+    return finish(&error, code);
+}
+
+/* ---- Training ----
+
+   A run's files lie beside each other and are named after its weights: RUN.bin at the end, RUN.csv
+   with a row a step, RUN.ckpt to go on from, RUN-best.bin where there is something to judge by.
+   Step 0 has a checkpoint too: a disk that is too small shows before the work.
+
+   A checkpoint's note is the command with all that was settled, an option a line, so that --resume
+   needs no other; lines with @ are what the trainer does not know: the folder where the run began,
+   for relative names; the smoothed loss and of how many; the best validation so far; a row of the
+   log whose validation did not come to its end. */
+
+enum run_file { RUN_WEIGHTS, RUN_CHECKPOINT, RUN_LOG, RUN_BEST, N_RUN_FILES };
+
+/* Files of tokens, as --data and --val name them. */
+struct token_files {
+    struct paths paths;
+    lvm_tokens **list; /* [paths.n] */
+};
+
+struct training {
+    struct cli *cli;           /* settled: numbers that nobody gave are there too */
+    struct buffer note;        /* of the checkpoint that is resumed; texts of cli may lie in it */
+    char folder[4096];         /* where the run began */
+    char *file[N_RUN_FILES], *plot, *plot_name; /* plot_name: with its ending */
+    lvm_model *init, *tokenizer;
+    struct token_files data, val;
+    lvm_train_options o;
+    lvm_trainer *trainer;
+    lvm_train_report report;   /* of the last step */
+    int64_t saved;             /* the last checkpoint's step, -1: none */
+    int64_t save_steps;        /* a checkpoint so often, or, 0, */
+    double save_seconds;       /* after so long */
+    FILE *log;
+    int64_t log_bytes;         /* of whole rows */
+    int log_failed;
+    struct smooth smooth;
+    double smoothed, best;     /* best: validation so far, else infinite */
+    char row[256];             /* of the last step, which is not in the log yet; "": it is */
+    double *val_loss;          /* [1 + val files]: of all together, of each */
+    int validated;             /* they are of this step */
+    double flops, peak;        /* of a token; a second, of this machine */
+    double pace, step_rate;    /* seconds a step lately; tokens a second of the last one */
+    double saved_at, told_at, drawn_at, plotted_at; /* when, in seconds */
+    double part;               /* of the step or stage at work, 0 to 1 */
+    const char *stage;
+};
+
+/* A signal that asks training to stop: the first one lets it write a checkpoint, a second one ends
+   the program as it would end any command. */
+static volatile sig_atomic_t stop_asked;
+
+static void on_first_stop(int number) {
+    stop_asked = number;
+    signal(number, on_stop);
+}
+
+static void watch_training_signals(void) {
+    for (int i = 0; i < N_STOPS; i++) {
+        int n = stop_table[i].number;
+        int gentle = n == SIGINT || n == SIGTERM;
+#ifndef _WIN32
+        gentle |= n == SIGHUP || n == SIGXCPU;
+#endif
+        if (gentle && signal(n, on_first_stop) == SIG_IGN) signal(n, SIG_IGN);
+    }
+}
+
+/* ---- Training: what the options say ---- */
+
+/* A new model's size: a name, or "width,layers,heads,ffn"; 0, or a message and 2. */
+static int parse_config(const char *text, lvm_train_options *o) {
+    int named = word_index(bench_shapes, text), used = 0;
+    if (named >= 0) {
+        const struct shape *s = &shape_table[named];
+        o->layers = s->L, o->width = s->D, o->heads = s->H, o->feed_forward = s->F;
+        return 0;
+    }
+    int n = sscanf(text, "%9d,%9d,%9d,%9d%n", &o->width, &o->layers, &o->heads, &o->feed_forward,
+                   &used);
+    if (n == 4 && text[used] == 0 && o->width > 0 && o->layers > 0 && o->heads > 0 &&
+        o->feed_forward > 0)
+        return 0;
+    return complain("--config: \"%s\" is neither %s nor WIDTH,LAYERS,HEADS,FFN", text,
+                    bench_shapes) + 1;
+}
+
+/* "16" or "16,32": rank and alpha; 0, or a message and 2. */
+static int parse_lora(const char *text, lvm_train_options *o) {
+    int used = 0;
+    if (sscanf(text, "%9d%n", &o->lora_rank, &used) == 1 && o->lora_rank > 0) {
+        char *end = NULL;
+        o->lora_alpha = (float)o->lora_rank;
+        if (text[used] == 0) return 0;
+        if (text[used] == ',') o->lora_alpha = strtof(text + used + 1, &end);
+        if (end != NULL && end > text + used + 1 && *end == 0 && o->lora_alpha > 0 &&
+            o->lora_alpha < 1e6f)
+            return 0;
+    }
+    return complain("--lora: \"%s\" is not R,ALPHA, as 16,32", text) + 1;
+}
+
+/* Bytes, with k, m, g or t behind them for powers of 1024; 0, or a message and 2. */
+static int parse_bytes(const char *text, int64_t *bytes) {
+    static const char units[] = "kmgt";
+    char *end = NULL;
+    double v = strtod(text, &end);
+    const char *unit = end > text && *end != 0 ? strchr(units, tolower((unsigned char)*end)) : NULL;
+    for (ptrdiff_t i = 0; unit != NULL && i <= unit - units; i++) v *= 1024;
+    if (end > text && end[unit != NULL] == 0 && v >= 1 && v < 1e18) {
+        *bytes = (int64_t)v;
+        return 0;
+    }
+    return complain("--memory: \"%s\" is no number of bytes, as 6g or 800m", text) + 1;
+}
+
+/* "500" steps or "10m" minutes; 0, or a message and 2. */
+static int parse_every(const char *text, int64_t *steps, double *time) {
+    char *end = NULL;
+    double v = strtod(text, &end);
+    int minutes = end > text && strcmp(end, "m") == 0;
+    if (end > text && (minutes || (*end == 0 && v >= 1 && v == floor(v))) && v > 0 && v < 1e15) {
+        *steps = minutes ? 0 : (int64_t)v;
+        *time = minutes ? 60 * v : 0;
+        return 0;
+    }
+    return complain("--save-every: \"%s\" is neither steps nor minutes, as 500 or 10m", text) + 1;
+}
+
+/* What the options say by themselves; 0, or a message and 2. */
+static int parse_train_words(struct training *t) {
+    const struct train_words *w = &t->cli->train;
+    int status = 0;
+    t->o = lvm_default_train_options();
+    t->save_seconds = 600;
+    if (w->config != NULL) status = parse_config(w->config, &t->o);
+    if (status == 0 && w->lora != NULL) status = parse_lora(w->lora, &t->o);
+    if (status == 0 && w->memory != NULL) status = parse_bytes(w->memory, &t->o.memory);
+    if (status == 0 && w->save_every != NULL)
+        status = parse_every(w->save_every, &t->save_steps, &t->save_seconds);
+    return status;
+}
+
+/* Which options do not go together; 0, or a message and 2. */
+static int check_train(const struct cli *cli) {
+    const struct train_words *w = &cli->train;
+    int lengths = (w->steps > 0) + (w->tokens > 0) + (w->epochs > 0) + (w->minutes > 0);
+    if (w->data == NULL || cli->out == NULL)
+        return complain("give --data and -o RUN.bin, or --resume RUN.ckpt (lvm help train)") + 1;
+    if ((w->config != NULL) == (w->init != NULL))
+        return complain("give a new model's --config or a model to go on from, --init") + 1;
+    if (w->tied && w->init != NULL)
+        return complain("--tied is for new models; --init is as it is") + 1;
+    if (w->lora != NULL && w->init == NULL)
+        return complain("--lora adds adapters to a model: give --init") + 1;
+    if (w->lora_on != NULL && w->lora == NULL) return complain("--lora-on goes with --lora") + 1;
+    if (lengths > 1)
+        return complain("--steps, --tokens, --epochs and --minutes say the same: give one") + 1;
+    if (is_stream(cli->out) || *os_file_name(cli->out) == 0 || is_folder(cli->out))
+        return complain("-o %s: train writes files; name the weights' one", cli->out) + 1;
+    if (has_extension(cli->out, "ckpt|csv"))
+        return complain("-o %s: names the weights; .ckpt and .csv come beside them", cli->out) + 1;
+    return 0;
+}
+
+/* ---- Training: the note of a checkpoint ---- */
+
+static int note_line(struct buffer *b, const char *head, const char *text, lvm_error *error) {
+    int code = buffer_add(b, head, strlen(head), error);
+    for (const char *s = text; code == LVM_OK && *s != 0; s++) {
+        if (*s == '\n') code = buffer_add(b, "\\n", 2, error);
+        else if (*s == '\\') code = buffer_add(b, "\\\\", 2, error);
+        else code = buffer_add(b, s, 1, error);
+    }
+    return code == LVM_OK ? buffer_add(b, "\n", 1, error) : code;
+}
+
+/* The value of an option as an argument says it, in text where it is no text; NULL: not given. */
+static const char *option_value(const struct cli *cli, const struct option *o, char text[64]) {
+    const char *from = (const char *)cli + o->where, *word = o->argument;
+    if (o->kind == TEXT) return *(const char *const *)(const void *)from;
+    if (o->kind == NUMBER) snprintf(text, 64, "%.9g", (double)*(const float *)(const void *)from);
+    else if (o->kind == SEED)
+        snprintf(text, 64, "%llu", (unsigned long long)*(const uint64_t *)(const void *)from);
+    else if (o->kind == LARGE)
+        snprintf(text, 64, "%lld", (long long)*(const int64_t *)(const void *)from);
+    else if (o->kind == ONE_OF) {
+        for (int i = *(const int *)(const void *)from; i > 0; i--) word += strcspn(word, "|") + 1;
+        snprintf(text, 64, "%.*s", (int)strcspn(word, "|"), word);
+    } else if (o->kind == TYPE) {
+        snprintf(text, 64, "%s", type_info(*(const int *)(const void *)from)->name);
+    } else {
+        snprintf(text, 64, "%d", *(const int *)(const void *)from);
+    }
+    return text;
+}
+
+/* Options whose value is not what it is without them, but for those that a resumed run does
+   without: its length is settled in steps. */
+static int note_options(const struct cli *cli, struct buffer *b, lvm_error *error) {
+    static const char left_out[] = "resume|force|quiet|tokens|epochs|minutes";
+    const struct cli plain = default_cli();
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < N_OPTIONS; i++) {
+        const struct option *o = &option_table[i];
+        char text[64], usual[64], head[64];
+        if ((o->commands & TRAIN) == 0 || word_index(left_out, o->name) >= 0) continue;
+        if (o->kind == TYPE && cli->type == LVM_AUTO) continue;
+        const char *value = option_value(cli, o, text), *other = NULL;
+        if (o->kind != TYPE) other = option_value(&plain, o, usual);
+        if (value == NULL || (other != NULL && strcmp(value, other) == 0)) continue;
+        snprintf(head, sizeof head, "--%s%s", o->name, o->kind == FLAG ? "" : "=");
+        code = note_line(b, head, o->kind == FLAG ? "" : value, error);
+    }
+    return code;
+}
+
+static int write_note(const struct training *t, struct buffer *b, lvm_error *error) {
+    char text[80];
+    int code = note_options(t->cli, b, error);
+    if (code == LVM_OK) code = note_line(b, "@folder ", t->folder, error);
+    snprintf(text, sizeof text, "%.17g %.17g", t->smooth.mean, t->smooth.n);
+    if (code == LVM_OK) code = note_line(b, "@smooth ", text, error);
+    snprintf(text, sizeof text, "%.17g", t->best);
+    if (code == LVM_OK) code = note_line(b, "@best ", text, error);
+    return code == LVM_OK && t->row[0] != 0 ? note_line(b, "@row ", t->row, error) : code;
+}
+
+/* Undoes note_line's marks in place. */
+static void unmark_line(char *line) {
+    char *to = line;
+    for (const char *s = line; *s != 0; s++) {
+        int marked = *s == '\\' && (s[1] == 'n' || s[1] == '\\');
+        *to++ = !marked ? *s : *++s == 'n' ? '\n' : '\\';
+    }
+    *to = 0;
+}
+
+/* Reads the note of a checkpoint into t and its options into cli; 0, or a message and 1 or 2. */
+static int read_note(struct training *t, struct cli *cli, const struct command *c,
+                     const char *path) {
+    lvm_error error = {0, ""};
+    char *text = lvm_checkpoint_note(path, &error);
+    if (text == NULL) return complain("%s", error.text);
+    int code = buffer_add(&t->note, text, strlen(text), &error), argc = 1;
+    lvm_memory_free(text);
+    char **argv = code == LVM_OK ? mem_alloc(t->note.n / 2 + 2, sizeof *argv, &error) : NULL;
+    if (argv == NULL) return complain("%s", error.text);
+    for (char *line = t->note.data, *end; *line != 0; line = end) {
+        size_t n = strcspn(line, "\n");
+        end = line + n + (line[n] != 0);
+        line[n] = 0;
+        unmark_line(line);
+        if (line[0] == '-') argv[argc++] = line;
+        else if (strncmp(line, "@folder ", 8) == 0)
+            snprintf(t->folder, sizeof t->folder, "%s", line + 8);
+        else if (strncmp(line, "@smooth ", 8) == 0)
+            sscanf(line + 8, "%lf %lf", &t->smooth.mean, &t->smooth.n);
+        else if (strncmp(line, "@best ", 6) == 0) t->best = strtod(line + 6, NULL);
+        else if (strncmp(line, "@row ", 5) == 0) snprintf(t->row, sizeof t->row, "%s", line + 5);
+    }
+    int status = parse_arguments(cli, c, argc, argv);
+    mem_free(argv);
+    return status;
+}
+
+/* Refuses options that a resumed run cannot change; 0, or a message and 2. */
+static int check_resume_options(const struct cli *cli) {
+    static const char may[] = "resume|threads|memory|recompute|quiet|plot|save-every|val-every";
+    const char *value;
+    for (int i = 1; i < cli->argc; i += 1 + takes_next(cli->argv[i])) {
+        const char *arg = cli->argv[i];
+        const struct option *o = is_option(arg) ? match_option(TRAIN, arg, &value) : NULL;
+        if (o != NULL && word_index(may, o->name) < 0)
+            return complain("--%s: a resumed run keeps what its checkpoint says (it may be given "
+                            "-j, --memory, --recompute, --quiet, --plot, --save-every, "
+                            "--val-every)", o->name) + 1;
+    }
+    return 0;
+}
+
+/* The options of a run that goes on, in *all: the checkpoint's, with those of the command line over
+   them. Its outputs lie beside the checkpoint. 0, or a message and 1 or 2. */
+static int take_resumed(struct training *t, struct cli *all) {
+    const struct cli *cli = t->cli;
+    const struct command *c = find_command("train");
+    const char *path = cli->train.resume;
+    int status = check_resume_options(cli);
+    *all = default_cli();
+    all->words = cli->words;
+    if (status == 0) status = read_note(t, all, c, path);
+    if (status == 0) status = parse_arguments(all, c, cli->argc, cli->argv);
+    if (status == 0 && (all->out == NULL || all->train.data == NULL))
+        return complain("%s: was not made by lvm train: it does not say how to go on", path);
+    t->cli = all;
+    return status;
+}
+
+/* ---- Training: files ---- */
+
+/* A relative name, as it is or, where nothing is there, in the folder where the run began. */
+static char *find_input(const struct training *t, const char *name, lvm_error *error) {
+    int here = os_root(name) > 0 || t->cli->train.resume == NULL ||
+               os_stat(name).kind != OS_NOTHING;
+    return join_path(here ? "" : t->folder, name, error);
+}
+
+/* Names with commas between them; one that is a file as a whole is that file. */
+static int split_names(const struct training *t, const char *text, struct paths *p,
+                       lvm_error *error) {
+    char *copy = copy_string(text, error), *at = copy;
+    int whole = os_stat(text).kind != OS_NOTHING, code = copy != NULL ? LVM_OK : LVM_MEMORY;
+    while (code == LVM_OK && at != NULL) {
+        char *comma = whole ? NULL : strchr(at, ',');
+        if (comma != NULL) *comma = 0;
+        if (*at == 0) code = fail(error, LVM_INVALID, "\"%s\": the name of a file is empty", text);
+        char *path = code == LVM_OK ? find_input(t, at, error) : NULL;
+        if (code == LVM_OK) code = path != NULL ? paths_add(p, "", path, error) : LVM_MEMORY;
+        mem_free(path);
+        at = comma != NULL ? comma + 1 : NULL;
+    }
+    mem_free(copy);
+    return code;
+}
+
+static void token_files_close(struct token_files *f) {
+    for (int i = 0; f->list != NULL && i < f->paths.n; i++) lvm_tokens_close(f->list[i]);
+    mem_free(f->list);
+    paths_free(&f->paths);
+}
+
+static int token_files_open(const struct training *t, const char *names, struct token_files *f,
+                            lvm_error *error) {
+    int answers = t->cli->loss, code = split_names(t, names, &f->paths, error);
+    if (code == LVM_OK) f->list = mem_alloc((size_t)f->paths.n, sizeof *f->list, error);
+    if (f->list == NULL) return code != LVM_OK ? code : LVM_MEMORY;
+    for (int i = 0; i < f->paths.n; i++) {
+        const char *path = f->paths.path[i];
+        int lines = has_extension(path, "jsonl|json");
+        if (answers && !lines)
+            return fail(error, LVM_INVALID, "%s: --loss answers is for .jsonl lines; lvm pack "
+                        "--loss answers puts the weights into a .tok", path);
+        f->list[i] = lines ? read_token_lines(path, answers, error) : lvm_tokens_open(path, error);
+        if (f->list[i] == NULL) return error->code;
+    }
+    return LVM_OK;
+}
+
+/* "RUN.bin" and an ending for its name's own: "RUN.csv". */
+static char *run_file(const char *out, const char *ending, lvm_error *error) {
+    const char *dot = strrchr(out, '.');
+    size_t stem = dot != NULL && dot > os_file_name(out) ? (size_t)(dot - out) : strlen(out);
+    char *name = mem_alloc(stem + 16, 1, error);
+    if (name != NULL) snprintf(name, stem + 16, "%.*s%s", (int)stem, out, ending);
+    return name;
+}
+
+static int name_run_files(struct training *t, lvm_error *error) {
+    static const char *const endings[] = {NULL, ".ckpt", ".csv", "-best.bin"};
+    const char *out = t->cli->out, *resume = t->cli->train.resume;
+    int code = LVM_OK;
+    for (int i = 0; i < N_RUN_FILES; i++) {
+        char *name = i == 0 ? copy_string(out, error) : run_file(out, endings[i], error);
+        if (name != NULL && resume != NULL) {
+            char *folder = copy_string(resume, error), *beside = NULL;
+            if (folder != NULL) folder[os_file_name(resume) - resume] = 0;
+            if (folder != NULL) beside = join_path(folder, os_file_name(name), error);
+            mem_free(folder);
+            mem_free(name);
+            name = beside;
+        }
+        t->file[i] = name;
+        if (name == NULL) code = LVM_MEMORY;
+    }
+    if (code == LVM_OK && t->cli->train.plot != NULL) {
+        t->plot = find_input(t, t->cli->train.plot, error);
+        code = t->plot != NULL ? LVM_OK : LVM_MEMORY;
+    }
+    return code;
+}
+
+/* Refuses an output that is one of the inputs. */
+static int check_run_file(const struct training *t, const char *name, lvm_error *error) {
+    const struct train_words *w = &t->cli->train;
+    const struct paths *const lists[] = {&t->data.paths, &t->val.paths};
+    const char *const models[] = {w->init, w->tokenizer};
+    int same = 0;
+    for (int k = 0; k < 2; k++) {
+        for (int i = 0; i < lists[k]->n; i++) same |= same_file(name, lists[k]->path[i]);
+        same |= models[k] != NULL && same_file(name, models[k]);
+    }
+    if (!same) return LVM_OK;
+    return fail(error, LVM_INVALID, "%s: is an input too; choose another output", name);
+}
+
+/* Before the work: each output may be written, and replaces nothing that is not its own run's. */
+static int check_run_files(const struct training *t, lvm_error *error) {
+    const struct train_words *w = &t->cli->train;
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i <= N_RUN_FILES; i++) {
+        const char *name = i < N_RUN_FILES ? t->file[i] : t->plot;
+        struct outfile probe;
+        if (name == NULL || (i == RUN_BEST && w->val == NULL)) continue;
+        code = check_run_file(t, name, error);
+        if (code == LVM_OK && i < N_RUN_FILES && w->resume == NULL && !t->cli->force &&
+            os_stat(name).kind != OS_NOTHING)
+            code = fail(error, LVM_INVALID, "%s: exists; --force begins anew, --resume %s goes on",
+                        name, t->file[RUN_CHECKPOINT]);
+        if (code == LVM_OK) code = outfile_open(&probe, name, error);
+        if (code == LVM_OK) outfile_close(&probe, LVM_CANCELLED, NULL);
+    }
+    return code;
+}
+
+static lvm_model *open_named(const struct training *t, const char *name, lvm_error *error) {
+    char *path = find_input(t, name, error);
+    lvm_model *m = path != NULL ? lvm_open(path, 0, error) : NULL;
+    mem_free(path);
+    return m;
+}
+
+static int open_train_inputs(struct training *t, lvm_error *error) {
+    const struct train_words *w = &t->cli->train;
+    int code = token_files_open(t, w->data, &t->data, error);
+    if (code == LVM_OK && w->val != NULL) code = token_files_open(t, w->val, &t->val, error);
+    if (code == LVM_OK && w->init != NULL && (t->init = open_named(t, w->init, error)) == NULL)
+        code = error->code;
+    if (code == LVM_OK && t->init != NULL && t->init->llama.L == 0)
+        code = fail(error, LVM_INVALID, "%s: has no transformer to train", w->init);
+    if (code == LVM_OK && w->tokenizer != NULL &&
+        (t->tokenizer = open_named(t, w->tokenizer, error)) == NULL)
+        code = error->code;
+    if (code == LVM_OK && t->tokenizer != NULL && t->tokenizer->vq == NULL)
+        code = fail(error, LVM_INVALID, "%s: has no tokenizer", w->tokenizer);
+    t->val_loss = mem_alloc((size_t)t->val.paths.n + 1, sizeof *t->val_loss, error);
+    return code == LVM_OK && t->val_loss == NULL ? LVM_MEMORY : code;
+}
+
+/* ---- Training: what is settled before it begins ---- */
+
+/* The numbers that nobody gave, but for those that hang on the number of steps. */
+static void settle_rates(struct training *t) {
+    struct train_words *w = &t->cli->train;
+    int width = t->init != NULL ? t->init->llama.D : t->o.width;
+    if (w->context == 0 && t->init != NULL) w->context = (int)min64(4096, t->init->llama.context);
+    if (w->context == 0) w->context = 4096;
+    if (w->lr <= 0)
+        w->lr = w->lora != NULL      ? 2e-4f
+                : t->init != NULL    ? 3e-5f
+                                     : 1.5e-4f * (float)sqrt(4096.0 / width);
+    if (w->min_lr < 0) w->min_lr = w->lr / 5;
+}
+
+static void fill_train_options(struct training *t) {
+    struct train_words *w = &t->cli->train;
+    lvm_train_options *o = &t->o;
+    settle_rates(t);
+    o->threads = t->cli->options.threads;
+    o->init = t->init;
+    if (t->init == NULL && t->tokenizer != NULL) {
+        o->bos = t->tokenizer->codes;
+        o->eos = o->bos + 1;
+        o->vocab = o->bos + 2;
+    }
+    o->tied = w->tied;
+    o->lora_on = w->lora_on;
+    o->freeze = w->freeze;
+    o->data = (const lvm_tokens *const *)t->data.list;
+    o->n_data = t->data.paths.n;
+    o->context = w->context;
+    o->batch = w->batch;
+    o->packing = w->packing;
+    o->isolate = w->isolate;
+    o->schedule = w->schedule;
+    o->lr = w->lr;
+    o->min_lr = w->min_lr;
+    o->beta1 = w->beta1;
+    o->beta2 = w->beta2;
+    o->weight_decay = w->weight_decay;
+    o->clip = w->clip;
+    o->seed = t->cli->sampling.seed;
+    o->recompute = w->recompute;
+    o->user = t;
+}
+
+/* The rows of context tokens that a pass over the data makes; of whole sentences a guess by their
+   mean length. */
+static double rows_of_pass(const struct training *t) {
+    const struct llama *a = t->init != NULL ? &t->init->llama : NULL;
+    int ends = a != NULL ? (a->bos >= 0) + (a->eos >= 0) : 2;
+    double tokens = 0, sentences = 0;
+    for (int i = 0; i < t->data.paths.n; i++) {
+        tokens += (double)t->data.list[i]->n_tokens;
+        sentences += (double)t->data.list[i]->n_sentences;
+    }
+    tokens += ends * sentences;
+    if (t->o.packing == LVM_CUT || sentences < 1) return tokens / t->o.context;
+    return sentences / fmax(1, floor(t->o.context * sentences / tokens));
+}
+
+/* What goes wrong is found by the run itself; this one only looks at the clock. A step that takes
+   long is measured once, others three times, of which the first does not count. */
+static int measure_steps(struct training *t, int64_t *steps, lvm_error *error) {
+    lvm_train_report report;
+    double began = seconds(), start = began, last = 0;
+    lvm_trainer *trainer = lvm_trainer_new(&t->o, error);
+    int code = trainer != NULL ? LVM_OK : error->code;
+    for (int i = 0; code == LVM_OK && i < 3 && last < 30; i++) {
+        if (i == 1) start = seconds();
+        double now = seconds();
+        code = lvm_trainer_step(trainer, &report, error);
+        last = seconds() - now;
+        if (i == 2) last = (seconds() - start) / 2;
+    }
+    lvm_trainer_free(trainer);
+    double left = 60 * (double)t->cli->train.minutes - (seconds() - began);
+    *steps = (int64_t)fmax(1, fmin(1e15, left / fmax(last, 1e-9)));
+    if (code == LVM_OK)
+        note(t->cli, "a step takes %.3g s: %lld steps in %g minutes", last, (long long)*steps,
+             (double)t->cli->train.minutes);
+    return code;
+}
+
+/* How many steps, from what was given instead, and what hangs on it. */
+static int settle_steps(struct training *t, lvm_error *error) {
+    struct train_words *w = &t->cli->train;
+    double row = (double)t->o.context, step = row * t->o.batch, steps = 1000;
+    int code = LVM_OK;
+    if (w->tokens > 0) steps = ceil((double)w->tokens / step);
+    if (w->epochs > 0) steps = ceil((double)w->epochs * rows_of_pass(t) / t->o.batch);
+    if (w->steps == 0) w->steps = (int64_t)fmax(1, fmin(steps, 1e15));
+    t->o.steps = w->steps;
+    t->o.warmup = w->warmup >= 0 ? w->warmup : 0;
+    if (w->minutes > 0) code = measure_steps(t, &w->steps, error);
+    t->o.steps = w->steps;
+    if (w->warmup < 0) w->warmup = min64(w->steps / 20, 2000);
+    if (w->val_every == 0) w->val_every = max64(1, w->steps / 20);
+    t->o.warmup = w->warmup;
+    return code;
+}
+
+/* Multiplications and additions a token: 2 for each parameter of a matrix forward, 2 for the
+   gradient that goes on, 2 for its own where it learns; attention multiplies each of T / 2 keys on
+   average with D of query and value, forward and twice backward: 6 L D T. */
+static double train_flops(const lvm_train_options *o, const lvm_train_memory *m) {
+    const struct llama *a = o->init != NULL ? &o->init->llama : NULL;
+    double L = a != NULL ? a->L : o->layers, D = a != NULL ? a->D : o->width;
+    double F = a != NULL ? a->F : o->feed_forward, V = a != NULL ? a->V : o->vocab;
+    double H = a != NULL ? a->H : o->heads, d = a != NULL ? a->d : D / H;
+    double G = a != NULL ? a->G : o->kv_heads > 0 ? o->kv_heads : H;
+    double matrices = L * (2 * D * H * d + 2 * D * G * d + 3 * D * F) + V * D;
+    double learns = m->parameters > 0 ? (double)m->trained / (double)m->parameters : 1;
+    return (4 + 2 * learns) * matrices + 6 * L * H * d * o->context;
+}
+
+static void print_bytes(const char *what, int64_t bytes) {
+    double v = (double)bytes / 1e6;
+    fprintf(stderr, "  %-24s %9.1f %s\n", what, v < 1000 ? v : v / 1000, v < 1000 ? "MB" : "GB");
+}
+
+/* What it learns and what it takes, before anything is taken. */
+static void print_train_memory(const struct training *t, const lvm_train_memory *m) {
+    const lvm_train_options *o = &t->o;
+    int layers = o->init != NULL ? o->init->llama.L : o->layers;
+    char kept[64];
+    if (t->cli->quiet) return;
+    int digits = m->parameters < 10000000 ? 3 : 1;
+    fprintf(stderr, "lvm: %.*f million parameters, %.*f million learn; %lld steps of %d x %d "
+            "tokens, lr %.3g to %.3g\n", digits, (double)m->parameters / 1e6, digits,
+            (double)m->trained / 1e6, (long long)o->steps, o->batch, o->context, (double)o->lr,
+            (double)o->min_lr);
+    snprintf(kept, sizeof kept, "activations (%d of %d)", m->kept_layers, layers);
+    print_bytes("weights", m->weights);
+    print_bytes("gradients", m->gradients);
+    print_bytes("optimiser", m->optimiser);
+    print_bytes(kept, m->activations);
+    print_bytes("scratch", m->scratch);
+    print_bytes("all", m->all);
+}
+
+static void measure_train_peak(struct training *t) {
+    const struct kernels *k = choose_kernels(NULL);
+    struct pool *pool = pool_new(t->o.threads > 0 ? t->o.threads : processors(), NULL);
+    const struct peak *p = k != NULL ? find_peak(k->name) : NULL;
+    if (p != NULL && pool != NULL && !t->cli->quiet)
+        t->peak = measure_peak(pool, p->fma, p->fma_ops);
+    pool_free(pool);
+}
+
+/* ---- Training: the log ---- */
+
+/* The names of a log's columns: validation of all files together, then, of several, of each. */
+static int log_head(const struct training *t, struct buffer *b, lvm_error *error) {
+    static const char head[] = "step,tokens,epoch,loss,smoothed,lr,grad_norm,skipped,tok_s";
+    int n = t->val.paths.n, code = buffer_add(b, head, sizeof head - 1, error);
+    for (int i = 0; code == LVM_OK && n > 0 && i < (n > 1 ? n + 1 : 1); i++) {
+        char name[32];
+        int length = snprintf(name, sizeof name, i == 0 ? ",val" : ",val_%d", i);
+        code = buffer_add(b, name, (size_t)length, error);
+    }
+    return code == LVM_OK ? buffer_add(b, "\n", 1, error) : code;
+}
+
+/* Begins the log, or keeps of an earlier one the rows up to the checkpoint's step: those behind it
+   come again. */
+static int log_open(struct training *t, lvm_error *error) {
+    const char *path = t->file[RUN_LOG];
+    struct buffer old = {0}, text = {0};
+    int resumed = t->cli->train.resume != NULL && os_stat(path).kind == OS_FILE;
+    int code = log_head(t, &text, error);
+    if (code == LVM_OK && resumed) code = read_input(path, &old, error);
+    for (size_t at = 0, n; code == LVM_OK && at < old.n; at += n) {
+        const char *line = old.data + at, *end = memchr(line, '\n', old.n - at);
+        if (end == NULL) break;
+        n = (size_t)(end - line) + 1;
+        if (!isdigit((unsigned char)*line) || strtoll(line, NULL, 10) > t->report.step) continue;
+        code = buffer_add(&text, line, n, error);
+    }
+    if (code == LVM_OK) code = write_file(path, text.data, text.n, error);
+    t->log_bytes = (int64_t)text.n;
+    mem_free(old.data);
+    mem_free(text.data);
+    if (code == LVM_OK && (t->log = os_fopen(path, "ab")) == NULL) code = write_failed(path, error);
+    return code;
+}
+
+/* A row that cannot be written is taken back: it is missing, but the next one stands on a line of
+   its own. Training goes on without. */
+static void log_failure(struct training *t) {
+    if (!t->log_failed)
+        complain("%s: cannot be written: %s; it lacks rows from step %lld on", t->file[RUN_LOG],
+                 strerror(errno), (long long)t->report.step);
+    t->log_failed = 1;
+    if (t->log != NULL) fclose(t->log);
+    t->log = os_fopen(t->file[RUN_LOG], "r+b");
+    if (t->log == NULL) return;
+    if (os_truncate(t->log, t->log_bytes) != 0 || fseek(t->log, 0, SEEK_END) != 0) {
+        fclose(t->log);
+        t->log = NULL;
+    }
+}
+
+/* What a row says of the last step, but for its validation. */
+static void begin_row(struct training *t) {
+    const lvm_train_report *r = &t->report;
+    snprintf(t->row, sizeof t->row, "%lld,%lld,%.6f,%.9g,%.9g,%.9g,%.9g,%lld,%.1f",
+             (long long)r->step, (long long)r->tokens, r->epoch, r->loss, t->smoothed, r->lr,
+             r->grad_norm, (long long)r->skipped, t->step_rate);
+}
+
+static void log_row(struct training *t) {
+    struct buffer b = {0};
+    int n = t->val.paths.n, columns = n > 1 ? n + 1 : n;
+    int code = buffer_add(&b, t->row, strlen(t->row), NULL);
+    for (int i = 0; code == LVM_OK && i < columns; i++) {
+        char text[32] = ",";
+        if (t->validated) snprintf(text, sizeof text, ",%.9g", t->val_loss[i]);
+        code = buffer_add(&b, text, strlen(text), NULL);
+    }
+    if (code == LVM_OK) code = buffer_add(&b, "\n", 1, NULL);
+    errno = ENOMEM;
+    if (code == LVM_OK && t->log != NULL && fwrite(b.data, 1, b.n, t->log) == b.n &&
+        fflush(t->log) == 0) {
+        t->log_bytes += (int64_t)b.n;
+        t->log_failed = 0;
+    } else {
+        log_failure(t);
+    }
+    t->validated = t->row[0] = 0;
+    mem_free(b.data);
+}
+
+/* The picture of the log so far. */
+static int plot_run(struct training *t, lvm_error *error) {
+    lvm_image image = {.rgb = NULL};
+    const char *const log = t->file[RUN_LOG];
+    if (t->plot == NULL || t->report.step == 0) return LVM_OK;
+    int code = plot_logs(&log, 1, 0, &image, error);
+    if (code == LVM_OK) code = lvm_image_save(t->plot, &image, error);
+    lvm_image_free(&image);
+    t->plotted_at = seconds();
+    return code;
+}
+
+/* ---- Training: what it shows ---- */
+
+/* A line for a terminal of so many columns: the most telling pieces first, in the order of the
+   table. */
+static void train_line(const struct training *t, int columns, char *line, size_t size) {
+    enum { PERCENT, STEP, LOSS, MEAN, RATE, NORM, SPEED, PEAK, LEFT, PIECES, ROOM = 48 };
+    static const int order[PIECES] = {STEP, LOSS, LEFT, SPEED, PERCENT, PEAK, MEAN, RATE, NORM};
+    const lvm_train_report *r = &t->report;
+    char piece[PIECES][ROOM] = {{0}};
+    double all = (double)t->o.steps, done = fmin(all, (double)r->step + t->part);
+    int room = columns - 1, fits = 1;
+    snprintf(piece[PERCENT], ROOM, "%3d %%  ", (int)(100 * done / all));
+    snprintf(piece[STEP], ROOM, "step %lld of %lld", (long long)r->step, (long long)t->o.steps);
+    if (r->step > 0) {
+        double speed = t->pace > 0 ? t->o.batch * (double)t->o.context / t->pace : 0;
+        snprintf(piece[LOSS], ROOM, "  loss %.4f", r->loss);
+        snprintf(piece[MEAN], ROOM, "  (mean %.4f)", t->smoothed);
+        snprintf(piece[RATE], ROOM, "  lr %.2e", r->lr);
+        snprintf(piece[NORM], ROOM, "  norm %.2f", r->grad_norm);
+        if (speed > 0) snprintf(piece[SPEED], ROOM, "  %.0f tokens/s", speed);
+        if (speed > 0 && t->peak > 0)
+            snprintf(piece[PEAK], ROOM, "  %.0f %% of peak", 100 * speed * t->flops / t->peak);
+        if (speed > 0 && done < all) time_left(piece[LEFT], ROOM, (all - done) * t->pace);
+    }
+    for (int i = 0; i < PIECES; i++) {
+        int n = (int)strlen(piece[order[i]]);
+        fits &= n <= room;
+        if (fits) room -= n;
+        else piece[order[i]][0] = 0;
+    }
+    line[0] = 0;
+    for (int i = 0; i < PIECES; i++)
+        snprintf(line + strlen(line), size - strlen(line), "%s", piece[i]);
+}
+
+enum { TELL_SECONDS = 30 };
+
+/* On a terminal one line, drawn anew; elsewhere a line every half minute, and of the last step. */
+static void tell_progress(struct training *t, int after_step) {
+    char line[512];
+    double now = seconds();
+    int terminal = os_is_terminal(2), last = t->report.step == t->o.steps;
+    if (t->cli->quiet) return;
+    if (terminal && (now - t->drawn_at >= 0.2 || (after_step && last))) {
+        train_line(t, terminal_columns(), line, sizeof line);
+        fprintf(stderr, "\r%s\033[K%s", line, after_step && last ? "\n" : "");
+        t->drawn_at = now;
+    } else if (!terminal && after_step && (now - t->told_at >= TELL_SECONDS || last)) {
+        train_line(t, 500, line, sizeof line);
+        fprintf(stderr, "lvm: %s\n", line);
+        t->told_at = now;
+    }
+    fflush(stderr);
+}
+
+/* Clears the line for what is printed next. */
+static void hide_train_line(const struct training *t) {
+    if (!t->cli->quiet && os_is_terminal(2)) fputs("\r\033[K", stderr);
+}
+
+static int on_train_progress(void *user, const char *stage, int64_t done, int64_t all) {
+    struct training *t = user;
+    t->part = strcmp(stage, "train") == 0 && all > 0 ? (double)done / (double)all : 0;
+    tell_progress(t, 0);
+    return stop_asked != 0;
+}
+
+/* ---- Training: checkpoints, validation, steps ---- */
+
+/* Where it fails the checkpoint before it stays, and training goes on. */
+static int save_run(struct training *t) {
+    struct buffer b = {0};
+    lvm_error error = {0, ""};
+    int code = write_note(t, &b, &error);
+    if (t->log != NULL) os_sync(t->log);
+    if (code == LVM_OK)
+        code = lvm_trainer_save(t->trainer, t->file[RUN_CHECKPOINT], b.data, &error);
+    mem_free(b.data);
+    t->saved_at = seconds();
+    if (code == LVM_OK) {
+        t->saved = t->report.step;
+        return code;
+    }
+    hide_train_line(t);
+    if (t->saved >= 0)
+        complain("%s; the checkpoint of step %lld stays", error.text, (long long)t->saved);
+    else complain("%s", error.text);
+    return code;
+}
+
+/* All files of --val; the best weights so far are kept. A file that cannot be written does not stop
+   the training. */
+static int validate(struct training *t, lvm_error *error) {
+    double sum = 0, all = 0;
+    for (int i = 0; i < t->val.paths.n; i++) {
+        double loss = 0;
+        int64_t n = 0;
+        int code = lvm_trainer_eval(t->trainer, t->val.list[i], 0, &loss, &n, error);
+        if (code != LVM_OK) return code;
+        t->val_loss[i + 1] = loss;
+        sum += loss * (double)n;
+        all += (double)n;
+        hide_train_line(t);
+        if (!t->cli->quiet)
+            complain("step %lld: %s: loss %.4f, perplexity %.3f", (long long)t->report.step,
+                     t->val.paths.path[i], loss, exp_f64(loss));
+    }
+    t->val_loss[0] = all > 0 ? sum / all : (double)NAN;
+    t->validated = 1;
+    if (!(t->val_loss[0] < t->best)) return LVM_OK;
+    lvm_error fault = {0, ""};
+    if (lvm_trainer_export(t->trainer, t->file[RUN_BEST], t->cli->type, t->tokenizer, &fault) ==
+        LVM_OK)
+        t->best = t->val_loss[0];
+    else complain("%s", fault.text);
+    return LVM_OK;
+}
+
+enum { MOST_SKIPPED = 10, PLOT_SECONDS = 30 };
+
+static int note_skipped(struct training *t, lvm_error *error) {
+    const lvm_train_report *r = &t->report;
+    if (!r->was_skipped) return LVM_OK;
+    hide_train_line(t);
+    note(t->cli, "step %lld was skipped: its loss is %.4g, the gradient's norm %.4g (%lld so far)",
+         (long long)r->step, r->loss, r->grad_norm, (long long)r->skipped);
+    if (r->in_a_row < MOST_SKIPPED) return LVM_OK;
+    return fail(error, LVM_FORMAT, "stopped: %d steps in a row were skipped; %s is that of step "
+                "%lld; try a lower --lr", MOST_SKIPPED, t->file[RUN_CHECKPOINT],
+                (long long)t->saved);
+}
+
+/* The validation of the last step, where it is due, and its row in the log. */
+static int end_step(struct training *t, lvm_error *error) {
+    const lvm_train_report *r = &t->report;
+    int due = r->step % t->cli->train.val_every == 0 || r->step == t->o.steps;
+    int code = t->val.paths.n > 0 && due ? validate(t, error) : LVM_OK;
+    if (code == LVM_OK) log_row(t);
+    return code;
+}
+
+/* One step, its validation and its row in the log. */
+static int take_step(struct training *t, lvm_error *error) {
+    const lvm_train_report *r = &t->report;
+    lvm_train_report report; /* a step that is cancelled empties it */
+    double start = seconds();
+    int code = lvm_trainer_step(t->trainer, &report, error);
+    if (code != LVM_OK) return code;
+    double took = seconds() - start;
+    t->report = report;
+    t->part = 0;
+    t->step_rate = t->o.batch * (double)t->o.context / fmax(took, 1e-9);
+    t->pace = t->pace > 0 ? 0.9 * t->pace + 0.1 * took : took;
+    t->smoothed = r->was_skipped ? t->smoothed : smooth_add(&t->smooth, r->loss);
+    begin_row(t);
+    code = end_step(t, error);
+    tell_progress(t, 1);
+    return code == LVM_OK ? note_skipped(t, error) : code;
+}
+
+static int train_steps(struct training *t, lvm_error *error) {
+    int code = t->row[0] != 0 ? end_step(t, error) : LVM_OK;
+    while (code == LVM_OK && t->report.step < t->o.steps) {
+        if (stop_asked) return LVM_CANCELLED;
+        code = take_step(t, error);
+        if (code != LVM_OK) return code;
+        int due = t->save_steps > 0 ? t->report.step % t->save_steps == 0
+                                    : seconds() - t->saved_at >= t->save_seconds;
+        if (due && t->report.in_a_row == 0 && t->report.step < t->o.steps) save_run(t);
+        lvm_error fault = {0, ""};
+        if (seconds() - t->plotted_at >= PLOT_SECONDS && plot_run(t, &fault) != LVM_OK)
+            complain("%s", fault.text);
+    }
+    return code;
+}
+
+/* ---- Training: the command ---- */
+
+static void training_free(struct training *t) {
+    lvm_trainer_free(t->trainer);
+    if (t->log != NULL) fclose(t->log);
+    token_files_close(&t->data);
+    token_files_close(&t->val);
+    lvm_close(t->init);
+    lvm_close(t->tokenizer);
+    for (int i = 0; i < N_RUN_FILES; i++) mem_free(t->file[i]);
+    mem_free(t->plot);
+    mem_free(t->plot_name);
+    mem_free(t->val_loss);
+    mem_free(t->note.data);
+}
+
+/* Before the first step: rows can be made of every file of --val. */
+static int check_validation(const struct training *t, lvm_error *error) {
+    const struct llama *a = t->trainer->net.a;
+    lvm_train_options o = t->o;
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < t->val.paths.n; i++) {
+        const lvm_tokens *one = t->val.list[i];
+        struct stream s;
+        o.data = &one;
+        o.n_data = 1;
+        code = stream_open(&s, &o, a->bos, a->eos, a->V, error);
+    }
+    return code;
+}
+
+/* Everything up to the first step. */
+static int open_training(struct training *t, lvm_error *error) {
+    const char *resume = t->cli->train.resume;
+    lvm_train_memory memory = {0};
+    int code = name_run_files(t, error);
+    if (code == LVM_OK) code = open_train_inputs(t, error);
+    if (code == LVM_OK) code = check_run_files(t, error);
+    if (code != LVM_OK) return code;
+    fill_train_options(t);
+    code = settle_steps(t, error);
+    if (code == LVM_OK) code = lvm_trainer_memory(&t->o, &memory, error);
+    if (memory.all > 0) print_train_memory(t, &memory);
+    if (code != LVM_OK) return code;
+    t->flops = train_flops(&t->o, &memory);
+    measure_train_peak(t);
+    t->o.progress = on_train_progress;
+    t->trainer = lvm_trainer_new(&t->o, error);
+    if (t->trainer == NULL) return error->code;
+    if (resume != NULL) code = lvm_trainer_load(t->trainer, resume, error);
+    if (code == LVM_OK) code = check_validation(t, error);
+    if (code != LVM_OK) return code;
+    t->report.step = t->trainer->step;
+    t->report.tokens = t->trainer->tokens;
+    t->report.skipped = t->trainer->skipped;
+    t->report.in_a_row = t->trainer->in_a_row;
+    t->saved = resume != NULL ? t->report.step : -1;
+    if (resume == NULL && os_stat(t->file[RUN_BEST]).kind == OS_FILE && t->cli->train.val != NULL)
+        os_remove(t->file[RUN_BEST]);
+    code = log_open(t, error);
+    t->saved_at = t->told_at = t->plotted_at = seconds();
+    if (resume != NULL)
+        note(t->cli, "goes on behind step %lld of %lld", (long long)t->report.step,
+             (long long)t->o.steps);
+    return code;
+}
+
+/* The last checkpoint, from which the weights could be written again, and the weights. */
+static int finish_run(struct training *t, lvm_error *error) {
+    int code = LVM_OK;
+    if (t->saved < t->report.step) save_run(t);
+    code = lvm_trainer_export(t->trainer, t->file[RUN_WEIGHTS], t->cli->type, t->tokenizer, error);
+    if (code == LVM_OK) print_name(t->file[RUN_WEIGHTS], "");
+    if (code == LVM_OK && t->val.paths.n > 0 && isfinite(t->best))
+        print_name(t->file[RUN_BEST], "");
+    return code == LVM_OK ? plot_run(t, error) : code;
+}
+
+/* After a signal: a checkpoint, how to go on, and the end that a shell expects of that signal. */
+static int stop_run(struct training *t) {
+    int number = stop_asked, code = t->saved == t->report.step ? LVM_OK : save_run(t);
+    const char *text = "";
+    for (int i = 0; i < N_STOPS; i++)
+        if (stop_table[i].number == number && stop_table[i].text != NULL) text = stop_table[i].text;
+    hide_train_line(t);
+    if (code == LVM_OK)
+        complain("%s; lvm train --resume %s goes on behind step %lld", text,
+                 t->file[RUN_CHECKPOINT], (long long)t->saved);
+    else complain("%s", text);
+    if (code == LVM_OK) plot_run(t, NULL);
+    fflush(NULL);
+    signal(number, SIG_DFL);
+    raise(number);
+    return 1;
+}
+
+static int run_training(struct training *t) {
+    lvm_error error = {0, ""};
+    int code = open_training(t, &error);
+    if (code != LVM_OK) return finish(&error, code);
+    watch_training_signals();
+    if (t->saved < 0 && save_run(t) != LVM_OK) return 1;
+    code = train_steps(t, &error);
+    if (code == LVM_CANCELLED && stop_asked) return stop_run(t);
+    int keep = code != LVM_OK && t->report.in_a_row == 0 && t->saved < t->report.step;
+    if (keep) save_run(t); /* a call that failed has changed nothing */
+    if (code == LVM_OK) code = finish_run(t, &error);
+    if (code != LVM_OK) hide_train_line(t);
+    return finish(&error, code);
+}
+
+static int run_train(struct cli *cli) {
+    struct cli resumed;
+    struct training t = {.cli = cli, .best = HUGE_VAL, .saved = -1};
+    if (cli->n_words > 0)
+        return complain("%s: train takes no words; --data names what to learn (lvm help train)",
+                        cli->words[0]) + 1;
+    if (os_working_folder(t.folder, sizeof t.folder) != 0) t.folder[0] = 0;
+    int status = cli->train.resume != NULL ? take_resumed(&t, &resumed) : 0;
+    if (status == 0) status = check_train(t.cli);
+    if (status == 0) status = parse_train_words(&t);
+    if (status == 0) status = settle_png_name(&t.cli->train.plot, "png", &t.plot_name);
+    if (status == 0) status = run_training(&t);
+    training_free(&t);
+    return status;
+}
+
+/* ---- Curves of runs ---- */
+
+static int run_plot(struct cli *cli) {
+    lvm_error error = {0, ""};
+    lvm_image image = {.rgb = NULL};
+    struct outputs o = {0};
+    struct paths inputs = {0};
+    char *owned = NULL;
+    int code = LVM_OK;
+    if (cli->n_words < 1) return complain("give logs of training runs (lvm help plot)") + 1;
+    if (cli->out == NULL) cli->out = "plot.png";
+    if (settle_png_name(&cli->out, "png", &owned) != 0) return 2;
+    for (int i = 0; code == LVM_OK && i < cli->n_words; i++)
+        code = paths_add(&inputs, "", cli->words[i], &error);
+    if (code == LVM_OK)
+        code = plot_logs(cli->words, cli->n_words, cli->train.by_tokens, &image, &error);
+    if (code == LVM_OK) code = outputs_add(&o, cli, copy_string(cli->out, &error), &inputs, &error);
+    if (code == LVM_OK) code = outputs_write_png(&o, 0, &image, NULL, &error);
+    lvm_image_free(&image);
+    outputs_free(&o);
+    paths_free(&inputs);
+    mem_free(owned);
     return finish(&error, code);
 }
 
@@ -18262,6 +22414,8 @@ static int check_order(const struct cli *cli, const struct command *c) {
 /* Parses twice: a preset comes before every other option, wherever it stands. */
 static int run_command(struct cli *cli, const struct command *c, int argc, char **argv) {
     static const char *const presets[] = {"lvm", "delvm"};
+    cli->argc = argc;
+    cli->argv = argv;
     struct cli probe = *cli;
     int status = parse_arguments(&probe, c, argc, argv);
     if (status != 0) return status;
@@ -18300,11 +22454,7 @@ int main(int argc, char **argv) {
     if (asks_for("-V", "--version", argc, argv)) return flush_output(print_version());
     if (asks_for("-h", "--help", argc, argv))
         return flush_output(print_help(stdout, argc < all ? c : NULL));
-    struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO,
-                      .encoder_type = LVM_AUTO, .split = -1, .preset = -1, .config = -1, .vq = -1,
-                      .stage = -1, .prompt = 3840, .new_tokens = 256};
-    cli.sampling = lvm_default_sampling();
-    cli.options = lvm_default_options();
+    struct cli cli = default_cli();
     cli.words = calloc((size_t)argc, sizeof *cli.words);
     if (cli.words == NULL) return complain("out of memory");
     watch_signals();

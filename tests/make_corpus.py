@@ -3,8 +3,9 @@
 library only.
 
 FOLDER/gguf gets heads of small weights files (tests/test_fuzz.c adds the data), FOLDER/cache what
-`build/test_fuzz --cache FILE` writes, FOLDER/jsonl, FOLDER/tokens and FOLDER/lines a few lines,
-FOLDER/tok small .tok files; images start from tests/images. What a fuzzer found later lies there beside them.
+`build/test_fuzz --cache FILE` writes, FOLDER/ckpt what `--ckpt FILE` does, FOLDER/lora adapters,
+FOLDER/jsonl, FOLDER/tokens and FOLDER/lines a few lines, FOLDER/tok small .tok files; images start
+from tests/images. What a fuzzer found later lies there beside them.
 """
 import os
 import struct
@@ -136,6 +137,23 @@ def file_of(*parts):
     return head(COMMON + sum((p[0] for p in parts), []), sum((p[1] for p in parts), []))
 
 
+def write_lora(folder):
+    """Of rank 2, on two matrices of the little model (tests/trainer.h); whole files."""
+    keys = COMMON + [text("general.type") + struct.pack("<I", 8) + text("adapter"),
+                     text("adapter.type") + struct.pack("<I", 8) + text("lora"),
+                     f32("adapter.lora.alpha", 4.0)]
+    for name, kind, number in (("f32", F32, "<f"), ("f16", F16, "<e")):
+        halves = [(matrix + ".weight.lora_" + half, (2, cols) if half == "a" else (rows, 2), kind)
+                  for matrix, rows, cols in (("blk.0.attn_q", 32, 32), ("blk.1.ffn_down", 32, 64))
+                  for half in "ab"]
+        data = b""
+        for _, (rows, cols), _ in halves:
+            part = b"".join(struct.pack(number, (i % 7 - 3) / 16) for i in range(rows * cols))
+            data += part + bytes(-len(part) % 32)
+        start = head(keys, halves)
+        save(folder, "lora", name, start + bytes(-len(start) % 32) + data)
+
+
 def write_gguf(folder):
     for name, kind in (("f16", F16), ("q8_0", Q8_0), ("q4_0", Q4_0), ("f32", F32)):
         save(folder, "gguf", "llama_" + name, file_of(llama(kind)) + b"\x01")
@@ -194,6 +212,7 @@ def main():
     if len(sys.argv) != 2:
         sys.exit("usage: make_corpus.py FOLDER")
     write_gguf(sys.argv[1])
+    write_lora(sys.argv[1])
     write_text(sys.argv[1])
     write_training(sys.argv[1])
 

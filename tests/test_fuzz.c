@@ -3,12 +3,15 @@
        LVM_FUZZ=gguf build/fuzz tests/corpus/gguf           with libFuzzer, see tests/fuzz.sh
        build/test_fuzz tests/corpus                         every corpus once, with any compiler
        build/test_fuzz --cache FILE                         a first input for the cache
+       build/test_fuzz --ckpt FILE                          and for checkpoints
 
    gguf   the head of a weights file, up to its tensors' data; the last byte chooses what the data are:
           zeros, small numbers, any bytes, NaNs. What opens is run: an image encoded, two tokens
           generated, a score, an image decoded, the file quantised
    cache  a context's saved state, taken as a fixed little model's and this machine's kernels'; what
           loads continues
+   ckpt   a checkpoint, taken as a fixed little trainer's; what loads takes a step
+   lora   a file of adapters; those that fit the little model are merged with it in memory and in a file
    png, jpeg, pnm   images in a row; what loads is resized and cropped
    jsonl  lines of a set
    tokens a file of token ids
@@ -23,6 +26,7 @@
 #undef main
 #include "check.h"
 #include "gguf.h"
+#include "trainer.h"
 #include <dirent.h>
 
 static int accepted; /* inputs that were read as what they claim to be */
@@ -121,7 +125,7 @@ static void fuzz_gguf(const uint8_t *data, size_t n) {
         char name[64];
         snprintf(name, sizeof name, "fuzz-%ld.bin", (long)getpid());
         run_model(m);
-        if (quantize_model(m, name, &types, &error) == LVM_OK)
+        if (rewrite_model(m, name, &types, NULL, &error) == LVM_OK)
             remove(name);
     }
     lvm_close(m);
@@ -163,6 +167,61 @@ static void fuzz_cache(const uint8_t *data, size_t n) {
     if (loaded && lvm_prompt(ctx, ctx->ids, ctx->n_ids, NULL, &error) == LVM_OK)
         lvm_generate(ctx, NULL, 1, 2, ids, &error);
     remove(name);
+}
+
+/* Of the trainer that checkpoints are taken for. */
+static struct made_trainer *fuzzed_trainer(void) {
+    static struct made_trainer *h;
+    if (h == NULL) h = make_trainer(LVM_F16, 1);
+    return h;
+}
+
+/* Whose configuration and data it was is passed over: they are long texts and numbers to guess. */
+static void fuzz_ckpt(const uint8_t *data, size_t n) {
+    struct lvm_trainer *t = fuzzed_trainer()->t;
+    uint8_t *bytes = must(mem_alloc(n + 1, 1, NULL));
+    struct checkpoint k = {.path = "input", .data = bytes, .size = n};
+    lvm_train_report report;
+    lvm_error error;
+    memcpy(bytes, data, n);
+    int loaded = load_checkpoint(t, &k, &error) == LVM_OK;
+    if (!loaded && parse_checkpoint(&k, &error) == LVM_OK &&
+        check_params(t, &k, &error) == LVM_OK && check_state(t, &k, &error) == LVM_OK &&
+        check_arrays(t, &k, &error) == LVM_OK) {
+        loaded = 1;
+        take_checkpoint(t, &k);
+    }
+    if (loaded) {
+        accepted++;
+        int code = lvm_trainer_step(t, &report, &error);
+        if (code != LVM_OK && code != LVM_FORMAT && code != LVM_INVALID) abort();
+    }
+    mem_free(bytes);
+}
+
+static void fuzz_lora(const uint8_t *data, size_t n) {
+    const lvm_model *m = fuzzed_trainer()->m;
+    uint8_t *bytes = must(mem_alloc(n + 1, 1, NULL));
+    struct adapters ad = {.n = 0};
+    lvm_error error;
+    memcpy(bytes, data, n);
+    if (adapters_parse(&ad, "input", bytes, n, &error) == LVM_OK &&
+        adapters_match(&ad, m, &error) == LVM_OK) {
+        struct pool *pool = must(pool_new(1, NULL));
+        const struct wanted_types types = {LVM_Q4_0, LVM_AUTO, LVM_AUTO};
+        char name[64];
+        accepted++;
+        for (int i = 0; i < ad.n; i++) {
+            struct tensor out;
+            int code = merge_matrix(pool, ad.list[i].spec->tensor, &ad.list[i], ad.alpha, &out, &error);
+            if (code == LVM_OK) mem_free((uint8_t *)(uintptr_t)out.data);
+        }
+        pool_free(pool);
+        snprintf(name, sizeof name, "fuzz-%ld.merged", (long)getpid());
+        if (rewrite_model(m, name, &types, &ad, &error) == LVM_OK) remove(name);
+    }
+    adapters_close(&ad);
+    mem_free(bytes);
 }
 
 /* Images in a row, and each resized. */
@@ -308,7 +367,8 @@ static void fuzz_lines(const uint8_t *data, size_t n) {
 static const struct target {
     const char *name;
     void (*run)(const uint8_t *data, size_t n);
-} targets[] = {{"gguf", fuzz_gguf}, {"cache", fuzz_cache}, {"png", fuzz_image},
+} targets[] = {{"gguf", fuzz_gguf}, {"cache", fuzz_cache}, {"ckpt", fuzz_ckpt},
+               {"lora", fuzz_lora}, {"png", fuzz_image},
                {"jpeg", fuzz_image}, {"pnm", fuzz_image},   {"jsonl", fuzz_jsonl},
                {"tokens", fuzz_tokens}, {"tok", fuzz_tok},  {"lines", fuzz_lines}};
 enum { N_TARGETS = sizeof targets / sizeof *targets };
@@ -322,8 +382,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
             targets[i].run(data, n);
             return 0;
         }
-    fprintf(stderr, "LVM_FUZZ names the target: gguf, cache, png, jpeg, pnm, jsonl, tokens, tok, "
-                    "lines\n");
+    fprintf(stderr, "LVM_FUZZ names the target: gguf, cache, ckpt, lora, png, jpeg, pnm, jsonl, "
+                    "tokens, tok, lines\n");
     exit(2);
 }
 #else
@@ -336,6 +396,19 @@ static int write_cache_seed(const char *path) {
     lvm_error error;
     if (lvm_prompt_images(ctx, images, 2, &error) != LVM_OK ||
         lvm_cache_save(ctx, path, ctx->n_ids, &error) != LVM_OK) {
+        fprintf(stderr, "%s\n", error.text);
+        return 1;
+    }
+    return 0;
+}
+
+/* A checkpoint of the little trainer after a step. */
+static int write_ckpt_seed(const char *path) {
+    struct lvm_trainer *t = fuzzed_trainer()->t;
+    lvm_train_report report;
+    lvm_error error;
+    if (lvm_trainer_step(t, &report, &error) != LVM_OK ||
+        lvm_trainer_save(t, path, "a note", &error) != LVM_OK) {
         fprintf(stderr, "%s\n", error.text);
         return 1;
     }
@@ -367,6 +440,7 @@ static void run_corpus(const struct target *target, const char *corpora) {
 
 int main(int argc, char **argv) {
     if (argc > 2 && strcmp(argv[1], "--cache") == 0) return write_cache_seed(argv[2]);
+    if (argc > 2 && strcmp(argv[1], "--ckpt") == 0) return write_ckpt_seed(argv[2]);
     for (int i = 0; i < N_TARGETS; i++)
         run_corpus(&targets[i], argc > 1 ? argv[1] : "tests/corpus");
     return checked("fuzz");
