@@ -5245,8 +5245,8 @@ static int bad_token(const lvm_tokens *t, int64_t sentence, int64_t i, lvm_error
 }
 
 static int check_starts(const lvm_tokens *t, lvm_error *error) {
-    int64_t last = sentence_start(t, 0);
-    for (int64_t i = 0; i < t->n_sentences; i++) {
+    int64_t last = 0;
+    for (int64_t i = 0; sentence_start(t, 0) == 0 && i < t->n_sentences; i++) {
         int64_t next = sentence_start(t, i + 1);
         if (next <= last || next > t->n_tokens)
             return fail(error, LVM_FORMAT, "%s: damaged: sentence %lld ends where it cannot",
@@ -5384,9 +5384,6 @@ void lvm_tokens_close(lvm_tokens *t) {
 }
 
 #ifndef LVM_NO_MAIN /* only the command line writes them */
-
-struct outfile;
-static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error);
 
 /* A .tok file while it is written: to a file, or (NULL) to memory. image_tokens may be set until
    close. */
@@ -5777,10 +5774,6 @@ static uint64_t saved_bits(const struct lvm_trainer *t, const struct saved_numbe
     return bits;
 }
 
-static int learns(const struct param *p) { return p->m != NULL; }
-
-static int64_t param_size(const struct param *p) { return (int64_t)p->w.rows * p->w.cols; }
-
 /* Bytes that grow, until there is no memory. */
 struct head {
     struct buffer bytes;
@@ -5816,11 +5809,11 @@ static void checkpoint_head(const struct lvm_trainer *t, const char *note, struc
         head_number(h, o->data[i]->fingerprint);
     }
     head_string(h, note);
-    for (int i = 0; i < t->net.n_params; i++) n += (uint64_t)learns(&t->net.params[i]);
+    for (int i = 0; i < t->net.n_params; i++) n += t->net.params[i].learns != 0;
     head_number(h, n);
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        if (!learns(p)) continue;
+        if (!p->learns) continue;
         head_string(h, p->name);
         head_number(h, (uint64_t)p->w.rows);
         head_number(h, (uint64_t)p->w.cols);
@@ -5828,8 +5821,8 @@ static void checkpoint_head(const struct lvm_trainer *t, const char *note, struc
 }
 
 /* What a checkpoint keeps of a tensor, in its order. */
-static void saved_arrays(const struct param *p, void *arrays[CHECKPOINT_ARRAYS]) {
-    arrays[0] = (void *)(uintptr_t)p->w.data; /* of its own where it learns */
+static void saved_arrays(const struct param *p, float *arrays[CHECKPOINT_ARRAYS]) {
+    arrays[0] = p->values;
     arrays[1] = p->m;
     arrays[2] = p->v;
 }
@@ -5841,12 +5834,12 @@ static int write_checkpoint(struct outfile *out, const struct lvm_trainer *t,
     if (code == LVM_OK) code = outfile_write(out, &hash, sizeof hash, error);
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        void *arrays[CHECKPOINT_ARRAYS];
-        if (!learns(p)) continue;
+        float *arrays[CHECKPOINT_ARRAYS];
+        if (!p->learns) continue;
         saved_arrays(p, arrays);
         for (int a = 0; code == LVM_OK && a < CHECKPOINT_ARRAYS; a++) {
-            hash = hash_bytes(hash, arrays[a], (size_t)param_size(p) * sizeof(float));
-            code = outfile_write(out, arrays[a], (size_t)param_size(p) * sizeof(float), error);
+            hash = hash_bytes(hash, arrays[a], (size_t)elements(p) * sizeof(float));
+            code = outfile_write(out, arrays[a], (size_t)elements(p) * sizeof(float), error);
         }
     }
     return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
@@ -5995,7 +5988,7 @@ static int check_params(const struct lvm_trainer *t, const struct checkpoint *k,
     uint64_t left = k->n_params;
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        if (!learns(p)) continue;
+        if (!p->learns) continue;
         if (left-- == 0)
             return fail(error, LVM_INVALID, "%s: lacks tensor %s, which learns", k->path, p->name);
         struct text name = cursor_text(&c);
@@ -6017,20 +6010,21 @@ static int check_arrays(const struct lvm_trainer *t, const struct checkpoint *k,
     uint64_t hash = k->hash;
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        size_t bytes = (size_t)param_size(p) * sizeof(float);
-        for (int a = 0; learns(p) && a < CHECKPOINT_ARRAYS; a++)
+        size_t bytes = (size_t)elements(p) * sizeof(float);
+        for (int a = 0; p->learns && a < CHECKPOINT_ARRAYS; a++)
             hash = hash_bytes(hash, cursor_take(&c, bytes), bytes);
     }
     return checksum_wrong(cursor_number(&c, 8), hash) ? bad_checkpoint(k, error) : LVM_OK;
 }
 
-/* Numbers that no run has could only come from a file that was made to deceive. */
+/* Numbers that no run has could only come from a file that was made to deceive. (Whether there is
+   such a token in the sentence, fill_rows says.) */
 static int check_state(const struct lvm_trainer *t, const struct checkpoint *k, lvm_error *error) {
     for (int i = 0; i < N_SAVED; i++) {
         const struct saved_number *n = &saved_numbers[i];
-        int64_t most = n->where == TRAINER(step)          ? t->o.steps
-                       : n->where == TRAINER(at.sentence) ? t->stream.n_sentences
-                                                          : INT64_MAX;
+        int64_t most = INT64_MAX / 2;
+        if (n->where == TRAINER(step)) most = t->o.steps;
+        if (n->where == TRAINER(at.sentence)) most = max64(0, t->stream.n_sentences - 1);
         double real;
         memcpy(&real, &k->numbers[i], sizeof real);
         int ok = n->kind == SAVED_DOUBLE ? isfinite(real) && real >= 0
@@ -6048,9 +6042,9 @@ static void take_checkpoint(struct lvm_trainer *t, const struct checkpoint *k) {
             memcpy((char *)t + saved_numbers[i].where, &k->numbers[i], 8);
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        size_t bytes = (size_t)param_size(p) * sizeof(float);
-        void *arrays[CHECKPOINT_ARRAYS];
-        if (!learns(p)) continue;
+        size_t bytes = (size_t)elements(p) * sizeof(float);
+        float *arrays[CHECKPOINT_ARRAYS];
+        if (!p->learns) continue;
         saved_arrays(p, arrays);
         for (int a = 0; a < CHECKPOINT_ARRAYS; a++)
             memcpy(arrays[a], cursor_take(&c, bytes), bytes);
@@ -19328,12 +19322,18 @@ static int lines_byte(struct lines *l) {
 /* The next line: 1, 0 at the end, -1 and an error. Of one that is too long only that is known. */
 static int lines_next(struct lines *l, lvm_error *error) {
     int64_t before = l->done;
+    char part[512];
+    size_t n = 0;
     l->text.n = 0;
     l->too_long = 0;
-    for (int c; (c = lines_byte(l)) != EOF && c != '\n';) {
-        char byte = (char)c;
-        if (l->text.n == LINE_BYTES) l->too_long = 1;
-        else if (buffer_add(&l->text, &byte, 1, error) != LVM_OK) return -1;
+    for (int more = 1; more;) {
+        int c = lines_byte(l);
+        more = c != EOF && c != '\n';
+        if (more && l->text.n + n == LINE_BYTES) l->too_long = 1;
+        else if (more) part[n++] = (char)c;
+        if (more && n < sizeof part) continue;
+        if (buffer_add(&l->text, part, n, error) != LVM_OK) return -1;
+        n = 0;
     }
     l->number += l->done > before;
     if (!ferror(l->file)) return l->done > before;

@@ -230,9 +230,10 @@ threaded_commands() {
 
 embedded="build/golden/both.bin build/golden/llama_tied.bin tests/images"
 if [ "$SANITIZE" = thread ]; then
-    run build build properties embed
+    run build build properties train embed
     run convert convert_golden
     run properties limited "$B/test_properties" --threads-only
+    run train limited "$B/test_train" tests/golden_training build/golden_training --quick
     # shellcheck disable=SC2086
     run embed limited "$B/test_embed" $embedded --threads-only
     run threads threaded_commands
