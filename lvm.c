@@ -21957,13 +21957,14 @@ static int log_open(struct training *t, lvm_error *error) {
     const char *path = t->file[RUN_LOG];
     struct buffer old = {0}, text = {0};
     int resumed = t->cli->train.resume != NULL && os_stat(path).kind == OS_FILE;
+    int64_t last = t->report.step - (t->row[0] != 0); /* a row that waits comes again, too */
     int code = log_head(t, &text, error);
     if (code == LVM_OK && resumed) code = read_input(path, &old, error);
     for (size_t at = 0, n; code == LVM_OK && at < old.n; at += n) {
         const char *line = old.data + at, *end = memchr(line, '\n', old.n - at);
         if (end == NULL) break;
         n = (size_t)(end - line) + 1;
-        if (!isdigit((unsigned char)*line) || strtoll(line, NULL, 10) > t->report.step) continue;
+        if (!isdigit((unsigned char)*line) || strtoll(line, NULL, 10) > last) continue;
         code = buffer_add(&text, line, n, error);
     }
     if (code == LVM_OK) code = write_file(path, text.data, text.n, error);

@@ -518,6 +518,7 @@ class Resume(TrainCase):
         self.bad(1, ["none.ckpt", "No such file"], "train", "--resume", "none.ckpt")
         self.bad(1, "both.bin", "train", "--resume", self.weights)
 
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "limits of a running program are Linux's")
     def test_disk_full(self):
         """A disk that holds no checkpoint shows before the work; one that fills up later loses nothing beyond
         the last checkpoint, and each file says so."""
@@ -536,6 +537,7 @@ class Resume(TrainCase):
         self.good("train", "--resume", "run.ckpt", "-q")
         self.same_as_whole()
 
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "limits of a running program are Linux's")
     def test_disk_full_goes_on(self):
         """Where a write fails, as on a full disk: messages, and training goes on."""
         words = ("train", "--config", "16,2,2,32", "--data", self.train, "-o", "run.bin", "--steps", "24", "--batch",
@@ -551,6 +553,7 @@ class Resume(TrainCase):
         self.assertRegex(err, r"(?m)^lvm: run\.ckpt: cannot be written: [^\n]+; the checkpoint of step \d+ stays$")
         self.assertEqual(rows(self.path("run.csv")), want)
 
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "limits of a running program are Linux's")
     def test_log_that_cannot_grow(self):
         """A row that does not fit is missing, and whole rows stand before and after it."""
         p = self.start(*self.command("--steps", "400"), preexec_fn=lambda: signal.signal(signal.SIGXFSZ, signal.SIG_IGN))
