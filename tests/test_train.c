@@ -655,7 +655,8 @@ static void test_differences(const struct llama *a, int adapters) {
     struct plain p = plain_of(t);
     struct rows r = some_rows(a->context, a->V, &rng);
     double *nll = plain_rows(r.n);
-    where("differences, D %d, F %d, %s%s", a->D, a->F, t->e.kern->name, adapters ? ", adapters" : "");
+    where("differences, D %d, F %d, %s%s", a->D, a->F, t->e.kern->name,
+          adapters ? ", adapters" : "");
     double loss = accumulate(t, &r, a->context, 2), right = plain_loss(&p, &r, nll);
     check(fabs(loss - right) <= LOSS_BOUND, "the loss is %.7f, not %.7f", loss, right);
     check_losses(&p, &r);
