@@ -5245,8 +5245,8 @@ static int bad_token(const lvm_tokens *t, int64_t sentence, int64_t i, lvm_error
 }
 
 static int check_starts(const lvm_tokens *t, lvm_error *error) {
-    int64_t last = sentence_start(t, 0);
-    for (int64_t i = 0; i < t->n_sentences; i++) {
+    int64_t last = 0;
+    for (int64_t i = 0; sentence_start(t, 0) == 0 && i < t->n_sentences; i++) {
         int64_t next = sentence_start(t, i + 1);
         if (next <= last || next > t->n_tokens)
             return fail(error, LVM_FORMAT, "%s: damaged: sentence %lld ends where it cannot",
@@ -5384,9 +5384,6 @@ void lvm_tokens_close(lvm_tokens *t) {
 }
 
 #ifndef LVM_NO_MAIN /* only the command line writes them */
-
-struct outfile;
-static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error);
 
 /* A .tok file while it is written: to a file, or (NULL) to memory. image_tokens may be set until
    close. */
@@ -5777,10 +5774,6 @@ static uint64_t saved_bits(const struct lvm_trainer *t, const struct saved_numbe
     return bits;
 }
 
-static int learns(const struct param *p) { return p->m != NULL; }
-
-static int64_t param_size(const struct param *p) { return (int64_t)p->w.rows * p->w.cols; }
-
 /* Bytes that grow, until there is no memory. */
 struct head {
     struct buffer bytes;
@@ -5816,11 +5809,11 @@ static void checkpoint_head(const struct lvm_trainer *t, const char *note, struc
         head_number(h, o->data[i]->fingerprint);
     }
     head_string(h, note);
-    for (int i = 0; i < t->net.n_params; i++) n += (uint64_t)learns(&t->net.params[i]);
+    for (int i = 0; i < t->net.n_params; i++) n += t->net.params[i].learns != 0;
     head_number(h, n);
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        if (!learns(p)) continue;
+        if (!p->learns) continue;
         head_string(h, p->name);
         head_number(h, (uint64_t)p->w.rows);
         head_number(h, (uint64_t)p->w.cols);
@@ -5828,8 +5821,8 @@ static void checkpoint_head(const struct lvm_trainer *t, const char *note, struc
 }
 
 /* What a checkpoint keeps of a tensor, in its order. */
-static void saved_arrays(const struct param *p, void *arrays[CHECKPOINT_ARRAYS]) {
-    arrays[0] = (void *)(uintptr_t)p->w.data; /* of its own where it learns */
+static void saved_arrays(const struct param *p, float *arrays[CHECKPOINT_ARRAYS]) {
+    arrays[0] = p->values;
     arrays[1] = p->m;
     arrays[2] = p->v;
 }
@@ -5841,12 +5834,12 @@ static int write_checkpoint(struct outfile *out, const struct lvm_trainer *t,
     if (code == LVM_OK) code = outfile_write(out, &hash, sizeof hash, error);
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        void *arrays[CHECKPOINT_ARRAYS];
-        if (!learns(p)) continue;
+        float *arrays[CHECKPOINT_ARRAYS];
+        if (!p->learns) continue;
         saved_arrays(p, arrays);
         for (int a = 0; code == LVM_OK && a < CHECKPOINT_ARRAYS; a++) {
-            hash = hash_bytes(hash, arrays[a], (size_t)param_size(p) * sizeof(float));
-            code = outfile_write(out, arrays[a], (size_t)param_size(p) * sizeof(float), error);
+            hash = hash_bytes(hash, arrays[a], (size_t)elements(p) * sizeof(float));
+            code = outfile_write(out, arrays[a], (size_t)elements(p) * sizeof(float), error);
         }
     }
     return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
@@ -5995,7 +5988,7 @@ static int check_params(const struct lvm_trainer *t, const struct checkpoint *k,
     uint64_t left = k->n_params;
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        if (!learns(p)) continue;
+        if (!p->learns) continue;
         if (left-- == 0)
             return fail(error, LVM_INVALID, "%s: lacks tensor %s, which learns", k->path, p->name);
         struct text name = cursor_text(&c);
@@ -6017,20 +6010,21 @@ static int check_arrays(const struct lvm_trainer *t, const struct checkpoint *k,
     uint64_t hash = k->hash;
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        size_t bytes = (size_t)param_size(p) * sizeof(float);
-        for (int a = 0; learns(p) && a < CHECKPOINT_ARRAYS; a++)
+        size_t bytes = (size_t)elements(p) * sizeof(float);
+        for (int a = 0; p->learns && a < CHECKPOINT_ARRAYS; a++)
             hash = hash_bytes(hash, cursor_take(&c, bytes), bytes);
     }
     return checksum_wrong(cursor_number(&c, 8), hash) ? bad_checkpoint(k, error) : LVM_OK;
 }
 
-/* Numbers that no run has could only come from a file that was made to deceive. */
+/* Numbers that no run has could only come from a file that was made to deceive. (Whether there is
+   such a token in the sentence, fill_rows says.) */
 static int check_state(const struct lvm_trainer *t, const struct checkpoint *k, lvm_error *error) {
     for (int i = 0; i < N_SAVED; i++) {
         const struct saved_number *n = &saved_numbers[i];
-        int64_t most = n->where == TRAINER(step)          ? t->o.steps
-                       : n->where == TRAINER(at.sentence) ? t->stream.n_sentences
-                                                          : INT64_MAX;
+        int64_t most = INT64_MAX / 2;
+        if (n->where == TRAINER(step)) most = t->o.steps;
+        if (n->where == TRAINER(at.sentence)) most = max64(0, t->stream.n_sentences - 1);
         double real;
         memcpy(&real, &k->numbers[i], sizeof real);
         int ok = n->kind == SAVED_DOUBLE ? isfinite(real) && real >= 0
@@ -6048,9 +6042,9 @@ static void take_checkpoint(struct lvm_trainer *t, const struct checkpoint *k) {
             memcpy((char *)t + saved_numbers[i].where, &k->numbers[i], 8);
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
-        size_t bytes = (size_t)param_size(p) * sizeof(float);
-        void *arrays[CHECKPOINT_ARRAYS];
-        if (!learns(p)) continue;
+        size_t bytes = (size_t)elements(p) * sizeof(float);
+        float *arrays[CHECKPOINT_ARRAYS];
+        if (!p->learns) continue;
         saved_arrays(p, arrays);
         for (int a = 0; a < CHECKPOINT_ARRAYS; a++)
             memcpy(arrays[a], cursor_take(&c, bytes), bytes);
@@ -16690,7 +16684,7 @@ struct train_words {
         *save_every, *plot, *resume;
     int64_t steps, tokens, warmup, val_every;
     float epochs, minutes, lr, min_lr, beta1, beta2, weight_decay, clip;
-    int batch, context, schedule, packing, isolate, answers, tied, recompute, by_tokens;
+    int batch, context, schedule, packing, isolate, tied, recompute, by_tokens;
 };
 
 struct cli {
@@ -16801,7 +16795,7 @@ static const struct option option_table[] = {
      "of the tokenizer: q8_0 f16 bf16 f32 (kept)"},
     {0, "encoder-type", "TYPE", QUANTIZE, TYPE, AT(encoder_type), 0, 15,
      "of its encoder (f16 with --vq-type q8_0)"},
-    {0, "loss", "all|answers", PACK, ONE_OF, AT(loss), 0, 0,
+    {0, "loss", "all|answers", PACK | TRAIN, ONE_OF, AT(loss), 0, 0,
      "of which tokens something is learnt (all)"},
     {0, "bos", "ID|none", PACK, TEXT, AT(bos), 0, 0, "dropped in front of a sentence (8192)"},
     {0, "eos", "ID|none", PACK, TEXT, AT(eos), 0, 0, "dropped at the end of a sentence (8193)"},
@@ -16822,7 +16816,8 @@ static const struct option option_table[] = {
      AT(train.config), 0, 0, "a new model's size"},
     {0, "tied", NULL, TRAIN, FLAG, AT(train.tied), 0, 0,
      "a new model's embedding is its output matrix too"},
-    {0, "init", "WEIGHTS", TRAIN, TEXT, AT(train.init), 0, 0, "a model to go on from, in its place"},
+    {0, "init", "WEIGHTS", TRAIN, TEXT, AT(train.init), 0, 0,
+     "a model to go on from, in its place"},
     {0, "lora", "R,ALPHA", TRAIN, TEXT, AT(train.lora), 0, 0,
      "learn adapters of rank R for --init instead"},
     {0, "lora-on", "LIST", TRAIN, TEXT, AT(train.lora_on), 0, 0,
@@ -16843,9 +16838,8 @@ static const struct option option_table[] = {
      "sentences end to end, or whole ones and padding"},
     {0, "isolate", NULL, TRAIN, FLAG, AT(train.isolate), 0, 0,
      "attention never looks across sentences"},
-    {0, "loss", "all|answers", TRAIN, ONE_OF, AT(train.answers), 0, 0,
-     "answers: only the outputs of .jsonl lines count"},
-    {0, "lr", "RATE", TRAIN, NUMBER, AT(train.lr), 1e-9, 10, "the highest learning rate (see above)"},
+    {0, "lr", "RATE", TRAIN, NUMBER, AT(train.lr), 1e-9, 10,
+     "the highest learning rate (see above)"},
     {0, "min-lr", "RATE", TRAIN, NUMBER, AT(train.min_lr), 0, 10, "the last one (a fifth)"},
     {0, "warmup", "N", TRAIN, LARGE, AT(train.warmup), 0, 1e15,
      "steps up to --lr (a twentieth, at most 2000)"},
@@ -16866,7 +16860,8 @@ static const struct option option_table[] = {
      "steps or minutes from checkpoint to checkpoint (10m)"},
     {0, "val-every", "N", TRAIN, LARGE, AT(train.val_every), 1, 1e15,
      "steps from validation to validation (a twentieth)"},
-    {0, "plot", "FILE.png", TRAIN, TEXT, AT(train.plot), 0, 0, "the log as a picture, kept up to date"},
+    {0, "plot", "FILE.png", TRAIN, TEXT, AT(train.plot), 0, 0,
+     "the log as a picture, kept up to date"},
     {0, "resume", "RUN.ckpt", TRAIN, TEXT, AT(train.resume), 0, 0, "go on from a checkpoint"},
     {0, "force", NULL, TRAIN, FLAG, AT(force), 0, 0, "replace the files of an earlier run"},
     {'o', "output", "FILE", PLOT, TEXT, AT(out), 0, 0, "the picture (plot.png)"},
@@ -16978,34 +16973,35 @@ static const struct command command_table[] = {
      "  lvm unpack train.tok --integers | head -n 1\n"},
     {"merge", MERGE, run_merge, "merge WEIGHTS ADAPTERS -o OUT",
      "adapters (LoRA) and their model as one weights file",
-     "Adapters are files that lvm train --lora writes, or convert.py --lora. Matrices\n"
-     "keep their types; where those are q4_0, --lora of predict, which takes q8_0 for\n"
-     "what it merges in memory, or --type q8_0 here, loses less.\n"
+     "Adapters are files that lvm train --lora writes, or convert.py --lora.\n"
+     "Matrices keep their types; where those are q4_0, --lora of predict, which\n"
+     "takes q8_0 for what it merges in memory, or --type q8_0 here, loses less.\n"
      "  lvm merge weights.bin style.bin -o styled.bin\n"},
     {"train", TRAIN, run_train, "train --data FILE -o RUN.bin", "trains a model, or one further",
-     "AdamW on the next token; what it needs of memory is told first. RUN.csv gets a\n"
-     "row a step. RUN.ckpt is all of its state, written at the start, every ten\n"
+     "AdamW on the next token; what it needs of memory is told first. RUN.csv gets\n"
+     "a row a step. RUN.ckpt is all of its state, written at the start, every ten\n"
      "minutes, on Ctrl-C and at the end; after that it may be deleted. With --val\n"
      "RUN-best.bin is the best so far by these files together.\n"
      "  lvm train --resume RUN.ckpt\n"
      "goes on as if nothing had happened: the same numbers, with any number of\n"
-     "threads. Outputs go beside the checkpoint; inputs are looked for under the names\n"
-     "as given, else in the folder where the run began. Only -j, --memory,\n"
-     "--recompute, --quiet, --plot, --save-every and --val-every may be given then.\n"
-     "Steps that are no numbers, or whose gradient is 20 times the usual one, are\n"
-     "skipped; after ten in a row training stops. New models take 8192 and 8193 as\n"
-     "bos and eos, or the two ids behind the codes of --tokenizer.\n"
+     "threads. Outputs go beside the checkpoint; inputs are looked for under their\n"
+     "names as given, else in the folder where the run began. Only -j, --memory,\n"
+     "--recompute, --quiet, --plot, --save-every and --val-every may be\n"
+     "given then. Steps that are no numbers, or whose gradient is 20 times the\n"
+     "usual one, are skipped; after ten in a row training stops. New models take\n"
+     "8192 and 8193 as bos and eos, or the two ids behind the codes of --tokenizer.\n"
      "Learning rate: 1.5e-4 sqrt(4096 / width) for new models; 3e-5 with --init;\n"
-     "2e-4 with --lora. The published script trains its 7b with 1.5e-4 down to 3e-5\n"
-     "by a cosine, after 8000 steps of warm-up, betas 0.9 and 0.95, weight decay 0.1,\n"
-     "clip 1, rows of 4096 tokens end to end; the paper's batch is 2 million tokens.\n"
-     "The share of the peak is (6 P + 6 L D T) tokens/s over what multiply-adds of\n"
-     "floats reach here: P the matrices' parameters (4 P for what stays), L layers of\n"
-     "width D, T the context.\n"
-     "  lvm train --config 100m --data train.tok --val val.tok -o run.bin --epochs 1\n"
-     "  lvm train --init big.bin --lora 16,32 --data task.jsonl -o task.bin --steps 500\n"},
+     "2e-4 with --lora. The published script trains its 7b with 1.5e-4 down to\n"
+     "3e-5 by a cosine, after 8000 steps of warm-up, betas 0.9 and 0.95, weight\n"
+     "decay 0.1, clip 1, rows of 4096 tokens end to end; the paper's batch is 2\n"
+     "million tokens. The share of the peak is (6 P + 6 L D T) tokens/s over what\n"
+     "multiply-adds of floats reach here: P the matrices' parameters (4 P for what\n"
+     "does not learn), L layers of width D, T the context.\n"
+     "  lvm train --config 100m --data train.tok --val val.tok -o run.bin\n"
+     "  lvm train --init big.bin --lora 16,32 --data task.jsonl -o task.bin\n"},
     {"plot", PLOT, run_plot, "plot LOG.csv...", "curves of training runs in one picture",
-     "Faint points are the steps' losses, lines their smoothed ones, dots validation.\n"
+     "Faint points are the steps' losses, lines a running mean of them, dots\n"
+     "validation.\n"
      "  lvm plot a.csv b.csv -o both.png --x tokens\n"},
     {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's",
      "COMMAND --help and COMMAND -h show it too.\n"
@@ -18445,7 +18441,7 @@ static void draw_curve(struct plot *p, const struct curve *c, const uint8_t *col
     double at[2], before[2] = {0, 0};
     for (size_t i = 0; i < c->n; i++) {
         plot_place(p, &c->list[i], c->list[i].loss, at);
-        if (isfinite(c->list[i].loss)) cover_line(p, at, at, 2.4);
+        if (isfinite(c->list[i].loss)) cover_line(p, at, at, c->n < 200 ? 5 : 2.4);
     }
     paint(p, color, 0.4);
     for (size_t i = 0; i < c->n; i++) {
@@ -19326,12 +19322,18 @@ static int lines_byte(struct lines *l) {
 /* The next line: 1, 0 at the end, -1 and an error. Of one that is too long only that is known. */
 static int lines_next(struct lines *l, lvm_error *error) {
     int64_t before = l->done;
+    char part[512];
+    size_t n = 0;
     l->text.n = 0;
     l->too_long = 0;
-    for (int c; (c = lines_byte(l)) != EOF && c != '\n';) {
-        char byte = (char)c;
-        if (l->text.n == LINE_BYTES) l->too_long = 1;
-        else if (buffer_add(&l->text, &byte, 1, error) != LVM_OK) return -1;
+    for (int more = 1; more;) {
+        int c = lines_byte(l);
+        more = c != EOF && c != '\n';
+        if (more && l->text.n + n == LINE_BYTES) l->too_long = 1;
+        else if (more) part[n++] = (char)c;
+        if (more && n < sizeof part) continue;
+        if (buffer_add(&l->text, part, n, error) != LVM_OK) return -1;
+        n = 0;
     }
     l->number += l->done > before;
     if (!ferror(l->file)) return l->done > before;
@@ -21497,7 +21499,8 @@ static int check_train(const struct cli *cli) {
         return complain("give --data and -o RUN.bin, or --resume RUN.ckpt (lvm help train)") + 1;
     if ((w->config != NULL) == (w->init != NULL))
         return complain("give a new model's --config or a model to go on from, --init") + 1;
-    if (w->tied && w->init != NULL) return complain("--tied is for new models; --init has its own") + 1;
+    if (w->tied && w->init != NULL)
+        return complain("--tied is for new models; --init is as it is") + 1;
     if (w->lora != NULL && w->init == NULL)
         return complain("--lora adds adapters to a model: give --init") + 1;
     if (w->lora_on != NULL && w->lora == NULL) return complain("--lora-on goes with --lora") + 1;
@@ -21542,8 +21545,8 @@ static const char *option_value(const struct cli *cli, const struct option *o, c
     return text;
 }
 
-/* Options whose value is not what it is without them, but for those that a resumed run does without:
-   its length is settled in steps. */
+/* Options whose value is not what it is without them, but for those that a resumed run does
+   without: its length is settled in steps. */
 static int note_options(const struct cli *cli, struct buffer *b, lvm_error *error) {
     static const char left_out[] = "resume|force|quiet|tokens|epochs|minutes";
     const struct cli plain = default_cli();
@@ -21619,9 +21622,9 @@ static int check_resume_options(const struct cli *cli) {
         const char *arg = cli->argv[i];
         const struct option *o = is_option(arg) ? match_option(TRAIN, arg, &value) : NULL;
         if (o != NULL && word_index(may, o->name) < 0)
-            return complain("--%s: a resumed run keeps what its checkpoint says (it may be given -j, "
-                            "--memory, --recompute, --quiet, --plot, --save-every, --val-every)",
-                            o->name) + 1;
+            return complain("--%s: a resumed run keeps what its checkpoint says (it may be given "
+                            "-j, --memory, --recompute, --quiet, --plot, --save-every, "
+                            "--val-every)", o->name) + 1;
     }
     return 0;
 }
@@ -21647,7 +21650,8 @@ static int take_resumed(struct training *t, struct cli *all) {
 
 /* A relative name, as it is or, where nothing is there, in the folder where the run began. */
 static char *find_input(const struct training *t, const char *name, lvm_error *error) {
-    int here = os_root(name) > 0 || t->cli->train.resume == NULL || os_stat(name).kind != OS_NOTHING;
+    int here = os_root(name) > 0 || t->cli->train.resume == NULL ||
+               os_stat(name).kind != OS_NOTHING;
     return join_path(here ? "" : t->folder, name, error);
 }
 
@@ -21677,7 +21681,7 @@ static void token_files_close(struct token_files *f) {
 
 static int token_files_open(const struct training *t, const char *names, struct token_files *f,
                             lvm_error *error) {
-    int answers = t->cli->train.answers, code = split_names(t, names, &f->paths, error);
+    int answers = t->cli->loss, code = split_names(t, names, &f->paths, error);
     if (code == LVM_OK) f->list = mem_alloc((size_t)f->paths.n, sizeof *f->list, error);
     if (f->list == NULL) return code != LVM_OK ? code : LVM_MEMORY;
     for (int i = 0; i < f->paths.n; i++) {
@@ -21847,18 +21851,18 @@ static double rows_of_pass(const struct training *t) {
 /* What goes wrong is found by the run itself; this one only looks at the clock. A step that takes
    long is measured once, others three times, of which the first does not count. */
 static int measure_steps(struct training *t, int64_t *steps, lvm_error *error) {
+    lvm_train_report report;
     double began = seconds(), start = began, last = 0;
     lvm_trainer *trainer = lvm_trainer_new(&t->o, error);
     int code = trainer != NULL ? LVM_OK : error->code;
     for (int i = 0; code == LVM_OK && i < 3 && last < 30; i++) {
         if (i == 1) start = seconds();
         double now = seconds();
-        code = lvm_trainer_step(trainer, &t->report, error);
+        code = lvm_trainer_step(trainer, &report, error);
         last = seconds() - now;
         if (i == 2) last = (seconds() - start) / 2;
     }
     lvm_trainer_free(trainer);
-    t->report = (lvm_train_report){.step = 0};
     double left = 60 * (double)t->cli->train.minutes - (seconds() - began);
     *steps = (int64_t)fmax(1, fmin(1e15, left / fmax(last, 1e-9)));
     if (code == LVM_OK)
@@ -22172,10 +22176,12 @@ static int end_step(struct training *t, lvm_error *error) {
 /* One step, its validation and its row in the log. */
 static int take_step(struct training *t, lvm_error *error) {
     const lvm_train_report *r = &t->report;
+    lvm_train_report report; /* a step that is cancelled empties it */
     double start = seconds();
-    int code = lvm_trainer_step(t->trainer, &t->report, error);
+    int code = lvm_trainer_step(t->trainer, &report, error);
     if (code != LVM_OK) return code;
     double took = seconds() - start;
+    t->report = report;
     t->part = 0;
     t->step_rate = t->o.batch * (double)t->o.context / fmax(took, 1e-9);
     t->pace = t->pace > 0 ? 0.9 * t->pace + 0.1 * took : took;
@@ -22218,6 +22224,21 @@ static void training_free(struct training *t) {
     mem_free(t->note.data);
 }
 
+/* Before the first step: rows can be made of every file of --val. */
+static int check_validation(const struct training *t, lvm_error *error) {
+    const struct llama *a = t->trainer->net.a;
+    lvm_train_options o = t->o;
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < t->val.paths.n; i++) {
+        const lvm_tokens *one = t->val.list[i];
+        struct stream s;
+        o.data = &one;
+        o.n_data = 1;
+        code = stream_open(&s, &o, a->bos, a->eos, a->V, error);
+    }
+    return code;
+}
+
 /* Everything up to the first step. */
 static int open_training(struct training *t, lvm_error *error) {
     const char *resume = t->cli->train.resume;
@@ -22237,6 +22258,7 @@ static int open_training(struct training *t, lvm_error *error) {
     t->trainer = lvm_trainer_new(&t->o, error);
     if (t->trainer == NULL) return error->code;
     if (resume != NULL) code = lvm_trainer_load(t->trainer, resume, error);
+    if (code == LVM_OK) code = check_validation(t, error);
     if (code != LVM_OK) return code;
     t->report.step = t->trainer->step;
     t->report.tokens = t->trainer->tokens;
@@ -22259,7 +22281,8 @@ static int finish_run(struct training *t, lvm_error *error) {
     if (t->saved < t->report.step) save_run(t);
     code = lvm_trainer_export(t->trainer, t->file[RUN_WEIGHTS], t->cli->type, t->tokenizer, error);
     if (code == LVM_OK) print_name(t->file[RUN_WEIGHTS], "");
-    if (code == LVM_OK && t->val.paths.n > 0 && isfinite(t->best)) print_name(t->file[RUN_BEST], "");
+    if (code == LVM_OK && t->val.paths.n > 0 && isfinite(t->best))
+        print_name(t->file[RUN_BEST], "");
     return code == LVM_OK ? plot_run(t, error) : code;
 }
 
@@ -22289,6 +22312,8 @@ static int run_training(struct training *t) {
     if (t->saved < 0 && save_run(t) != LVM_OK) return 1;
     code = train_steps(t, &error);
     if (code == LVM_CANCELLED && stop_asked) return stop_run(t);
+    int keep = code != LVM_OK && t->report.in_a_row == 0 && t->saved < t->report.step;
+    if (keep) save_run(t); /* a call that failed has changed nothing */
     if (code == LVM_OK) code = finish_run(t, &error);
     if (code != LVM_OK) hide_train_line(t);
     return finish(&error, code);
