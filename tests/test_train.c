@@ -655,7 +655,8 @@ static void test_differences(const struct llama *a, int adapters) {
     struct plain p = plain_of(t);
     struct rows r = some_rows(a->context, a->V, &rng);
     double *nll = plain_rows(r.n);
-    where("differences, D %d, %s%s", a->D, t->e.kern->name, adapters ? ", adapters" : "");
+    where("differences, D %d, F %d, %s%s", a->D, a->F, t->e.kern->name,
+          adapters ? ", adapters" : "");
     double loss = accumulate(t, &r, a->context, 2), right = plain_loss(&p, &r, nll);
     check(fabs(loss - right) <= LOSS_BOUND, "the loss is %.7f, not %.7f", loss, right);
     check_losses(&p, &r);
@@ -967,9 +968,10 @@ static void test_kernels(const char *goldens, const char *blobs) {
         {.name = "plain", .model = "plain"}, {.name = "gqa", .model = "gqa"},
         {.name = "tied", .model = "tied"}, {.name = "isolate", .model = "tied"},
         {.name = "lora", .model = "gqa", .adapters = 1}};
-    static const struct llama shapes[] = {
+    static const struct llama shapes[] = { /* the third one's products add in several parts */
         {.context = 14, .L = 2, .D = 12, .F = 10, .H = 2, .G = 1, .d = 6, .V = 11},
         {.context = 9, .L = 1, .D = 40, .F = 35, .H = 4, .G = 2, .d = 10, .V = 33},
+        {.context = 9, .L = 1, .D = 12, .F = 300, .H = 2, .G = 2, .d = 6, .V = 270},
         {.context = 1200, .L = 1, .D = 4, .F = 5, .H = 2, .G = 2, .d = 2, .V = 7}};
     for (size_t i = 0; i < sizeof shapes / sizeof *shapes; i++) {
         struct llama a = shapes[i];
