@@ -4197,7 +4197,8 @@ struct data_position {
 /* ---- A trainer ---- */
 
 struct lvm_trainer {
-    lvm_train_options o;      /* settled; its texts are copies */
+    lvm_train_options o;      /* settled; its lists and texts are copies */
+    const lvm_tokens **data;  /* o.data */
     lvm_model *m;             /* described; its transformer's tensors are the parameters' */
     struct exec e;
     struct net net;
@@ -6829,7 +6830,17 @@ static int check_sizes(const lvm_train_options *o, lvm_error *error) {
     return LVM_OK;
 }
 
-/* The options with copies of their texts, checked. */
+/* The list of data, which is the caller's, as the trainer's own. */
+static int copy_data(struct lvm_trainer *t, const lvm_train_options *options, lvm_error *error) {
+    if (options->data == NULL) return fail(error, LVM_INVALID, "there are no data");
+    t->data = mem_alloc((size_t)options->n_data, sizeof *t->data, error);
+    if (t->data == NULL) return LVM_MEMORY;
+    memcpy(t->data, options->data, (size_t)options->n_data * sizeof *t->data);
+    t->o.data = t->data;
+    return LVM_OK;
+}
+
+/* The options with copies of their lists and texts, checked. */
 static int settle_train_options(struct lvm_trainer *t, const lvm_train_options *options,
                                 lvm_error *error) {
     lvm_train_options *o = &t->o;
@@ -6837,6 +6848,8 @@ static int settle_train_options(struct lvm_trainer *t, const lvm_train_options *
     int code = copy_options(o, sizeof *o, sizeof *o, options, "lvm_train_options", error);
     const char *lora_on = o->lora_on, *freeze = o->freeze;
     o->lora_on = o->freeze = NULL;
+    o->data = NULL;
+    if (code == LVM_OK && options->n_data > 0) code = copy_data(t, options, error);
     if (code != LVM_OK) return code;
     if (o->threads == 0) o->threads = processors();
     if (lora_on != NULL && (o->lora_on = copy_string(lora_on, error)) == NULL) return LVM_MEMORY;
@@ -6926,6 +6939,7 @@ void lvm_trainer_free(lvm_trainer *t) {
     mem_free(t->e.scratch);
     pool_free(t->e.pool);
     lvm_close(t->m);
+    mem_free(t->data);
     mem_free((char *)t->o.lora_on);
     mem_free((char *)t->o.freeze);
     mem_free(t);
