@@ -6298,8 +6298,9 @@ static void merge_task(void *arg, int task, int thread) {
     }
 }
 
-/* *out = w with x, in memory of its own: floats of its type, or Q8_0. What lay on the grid of Q4_0
-   before does not with something added, and would lose more than it gained. */
+/* *out = w with x, in memory of its own: floats of its type, or Q8_0. Rounded to Q4_0 again, little
+   of an adapter is left: where it changed the shipped model's matrices by 7.6 % of their size, the
+   rounding was .84 times the change; with Q8_0 it was .07 times. */
 static int merge_matrix(struct pool *pool, const struct tensor *w, const struct adapter *x,
                         float alpha, struct tensor *out, lvm_error *error) {
     struct merge_tasks t = {.out = *w};

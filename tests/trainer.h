@@ -60,12 +60,12 @@ static struct made_trainer *make_trainer(int type, int rank) {
     return h;
 }
 
-static void random_floats(float *x, int64_t n, struct rng *rng) {
+static inline void random_floats(float *x, int64_t n, struct rng *rng) {
     for (int64_t i = 0; i < n; i++) x[i] = uniform_of(rng);
 }
 
 /* Random values of all that learns, and a state as if in the midst of it. */
-static void shake(struct made_trainer *h, uint64_t seed) {
+static inline void shake(struct made_trainer *h, uint64_t seed) {
     struct rng rng = rng_new(seed, 3);
     for (int i = 0; i < h->t->net.n_params; i++) {
         struct param *p = &h->t->net.params[i];
@@ -78,7 +78,7 @@ static void shake(struct made_trainer *h, uint64_t seed) {
     h->t->at = (struct data_position){3, 4, 1};
 }
 
-static void free_trainer(struct made_trainer *h) {
+static inline void free_trainer(struct made_trainer *h) {
     lvm_trainer_free(h->t);
     for (int i = 0; i < 2; i++) {
         lvm_tokens_close(h->data[i]);
