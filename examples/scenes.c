@@ -880,7 +880,8 @@ static int is_border(const struct view *v, int x, int y, int mask) {
 static vec smooth(const struct view *v, int x, int y) {
     vec sum = {0, 0, 0};
     for (int i = 0; i < 4; i++) {
-        float u = (float)x + .25f + .5f * (float)(i & 1), w = (float)y + .25f + .25f * (float)(i & 2);
+        float u = (float)x + .25f + .5f * (float)(i & 1);
+        float w = (float)y + .25f + .25f * (float)(i & 2);
         float ground = ground_depth(v, w);
         int key, seen = ground < miss ? ON_GROUND : ON_SKY;
         float z = nearest(v, u, w, ground, &seen);
@@ -1180,8 +1181,8 @@ static void draw_stamp(uint8_t *rgb, int side, struct stamp s) {
     for (int y = y0; y < y1; y++)
         for (int x = x0; x < x1; x++) {
             float u = ((float)x + .5f) / scale - 1 - s.x, w = ((float)y + .5f) / scale - 1 - s.y;
-            float d = flat_distance(s.shape, cosine * u + sine * w, cosine * w - sine * u, s.radius);
-            float share = .5f - d * scale;
+            float along_x = cosine * u + sine * w, along_y = cosine * w - sine * u;
+            float share = .5f - flat_distance(s.shape, along_x, along_y, s.radius) * scale;
             if (share > 0) mix_in(rgb + 3 * (y * side + x), s.colour, share);
         }
 }
@@ -1342,7 +1343,7 @@ static int draw_choices(struct chance *c, const struct matrix *m, int choices[CH
    way are used, so that the first picture decides all that follow. Held out is decided by the
    board without the start: no picture of one side is one of the other. */
 
-enum { MAX_BOARD = 9, MOVES = 15, FREE = 0, WALL, HOLE };
+enum { MAX_BOARD = 11, MOVES = 15, FREE = 0, WALL, HOLE };
 
 struct board {
     int n, goal;
@@ -1505,8 +1506,10 @@ struct packer {
     uint8_t symbol_of_length[LONGEST + 1]; /* less 257 */
 };
 
-static const uint16_t match_base[29] = {3,  4,  5,  6,  7,  8,  9,  10, 11,  13,  15,  17,  19,  23, 27,
-                                        31, 35, 43, 51, 59, 67, 83, 99, 115, 131, 163, 195, 227, 258};
+/* The shortest match of each length symbol, and how many bits say how much longer one is. */
+static const uint16_t match_base[29] = {3,  4,  5,  6,  7,  8,  9,  10, 11,  13,
+                                        15, 17, 19, 23, 27, 31, 35, 43, 51,  59,
+                                        67, 83, 99, 115, 131, 163, 195, 227, 258};
 static const uint8_t match_bits[29] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2,
                                        2, 3, 3, 3, 3, 4, 4, 4, 4, 5, 5, 5, 5, 0};
 
@@ -1706,12 +1709,10 @@ static void filter_row(const uint8_t *row, const uint8_t *above, int n, int pixe
         left += abs((int8_t)(row[i] - (i < pixel ? 0 : row[i - pixel])));
         up += abs((int8_t)(row[i] - above[i]));
     }
-    out[0] = left <= up ? 1 : 2;
-    if (left <= up) {
-        for (int i = 0; i < n; i++) out[1 + i] = (uint8_t)(row[i] - (i < pixel ? 0 : row[i - pixel]));
-    } else {
-        for (int i = 0; i < n; i++) out[1 + i] = (uint8_t)(row[i] - above[i]);
-    }
+    *out++ = left <= up ? 1 : 2;
+    for (int i = 0; i < pixel; i++) out[i] = left <= up ? row[i] : (uint8_t)(row[i] - above[i]);
+    const uint8_t *from = left <= up ? row : above + pixel;
+    for (int i = pixel; i < n; i++) out[i] = (uint8_t)(row[i] - from[i - pixel]);
 }
 
 static size_t begin_chunk(struct packer *p, const char *name) {
@@ -1958,7 +1959,7 @@ static void draw_counts(struct chance *c, struct item *item) {
 static void draw_raven(struct chance *c, struct item *item) { draw_matrix(c, &item->what.matrix); }
 
 static void draw_maze(struct chance *c, struct item *item) {
-    item->start = draw_board(c, &item->what.board, 7 + 2 * below(c, 2), 1, 5);
+    item->start = draw_board(c, &item->what.board, 9 + 2 * below(c, 2), 1, 5);
     draw_theme(c, &item->theme, 1);
 }
 
@@ -1997,13 +1998,17 @@ static int write_annotation(struct worker *w, int which, const char *name) {
     return write_picture(w, annotation_folders[which], name, x);
 }
 
+static void say_vec(struct text *t, const char *name, vec v) {
+    say(t, "\"%s\": [%.9g, %.9g, %.9g], ", name, (double)v.x, (double)v.y, (double)v.z);
+}
+
 /* Where the camera stood and what depths mean, a line a picture. */
 static void say_camera(struct text *t, const struct view *v, const char *name) {
-    const vec e = v->eye, f = v->forward, r = v->right, u = v->up;
-    say(t, "{\"image\": \"%s\", \"eye\": [%.9g, %.9g, %.9g], \"forward\": [%.9g, %.9g, %.9g], ", name,
-        (double)e.x, (double)e.y, (double)e.z, (double)f.x, (double)f.y, (double)f.z);
-    say(t, "\"right\": [%.9g, %.9g, %.9g], \"up\": [%.9g, %.9g, %.9g], ", (double)r.x, (double)r.y,
-        (double)r.z, (double)u.x, (double)u.y, (double)u.z);
+    say(t, "{\"image\": \"%s\", ", name);
+    say_vec(t, "eye", v->eye);
+    say_vec(t, "forward", v->forward);
+    say_vec(t, "right", v->right);
+    say_vec(t, "up", v->up);
     say(t, "\"field\": %.9g, \"near\": %.9g, \"far\": %.9g}\n",
         (double)v->scene.camera.field, (double)depth_near, (double)depth_far);
 }
@@ -2176,6 +2181,21 @@ static int make_counting(struct worker *w, int number, struct text *lists) {
     return good;
 }
 
+/* The board as text, a word a row, and the moves: for programs that judge answers. */
+static void say_board(struct text *t, const struct board *b, int start, const int *way, int n) {
+    for (int i = 0; i < b->n * b->n; i++) {
+        char free = i == start ? 'S' : i == b->goal ? 'G' : '.';
+        say(t, "%s%c", i > 0 && i % b->n == 0 ? " " : "",
+            b->cell[i] == WALL ? '#' : b->cell[i] == HOLE ? 'O' : free);
+    }
+    say(t, "\t");
+    for (int i = 1; i < n; i++) {
+        int step = way[i] - way[i - 1];
+        say(t, "%c", step == 1 ? 'R' : step == -1 ? 'L' : step > 0 ? 'D' : 'U');
+    }
+    say(t, "\n");
+}
+
 static int make_board(struct worker *w, int number, struct text *lists) {
     struct item item;
     int good = 1, way[MOVES + 1];
@@ -2186,6 +2206,7 @@ static int make_board(struct worker *w, int number, struct text *lists) {
         good = put_state(w, number, i, i > 0, &lists[0]);
     }
     say(&lists[0], "\n");
+    say_board(&lists[1], &item.what.board, item.start, way, n);
     return good;
 }
 
@@ -2274,10 +2295,12 @@ static const struct kind kinds[] = {
     {.name = "raven", .unit = "matrix", .help = "panels/ (1,440) layout.txt choices.jsonl",
      .folders = {"panels"}, .lists = {"layout.txt", "choices.jsonl"}, .before = PANELS,
      .draw = draw_raven, .make = make_raven},
-    {.name = "maze", .unit = "maze", .help = "images/ layout.txt: a walk to the goal",
-     .folders = {"images"}, .lists = {"layout.txt"}, .draw = draw_maze, .make = make_board},
-    {.name = "lake", .unit = "lake", .help = "images/ layout.txt: the same between holes in ice",
-     .folders = {"images"}, .lists = {"layout.txt"}, .draw = draw_lake, .make = make_board},
+    {.name = "maze", .unit = "maze", .help = "images/ layout.txt: a walk to the goal; boards.txt",
+     .folders = {"images"}, .lists = {"layout.txt", "boards.txt"}, .draw = draw_maze,
+     .make = make_board},
+    {.name = "lake", .unit = "lake", .help = "the same between holes in ice",
+     .folders = {"images"}, .lists = {"layout.txt", "boards.txt"}, .draw = draw_lake,
+     .make = make_board},
 };
 
 enum { KINDS = sizeof kinds / sizeof *kinds };
@@ -2295,9 +2318,8 @@ static int worker_open(struct worker *w, struct run *run) {
     w->view.side = run->side;
     w->view.depth = malloc(pixels * sizeof *w->view.depth);
     w->view.key = malloc(pixels * sizeof *w->view.key);
-    int packer = packer_open(&w->packer, run->side);
-    if (packer && w->rgb != NULL && w->other != NULL && w->view.depth != NULL && w->view.key != NULL)
-        return 1;
+    int good = packer_open(&w->packer, run->side) && w->rgb != NULL && w->other != NULL;
+    if (good && w->view.depth != NULL && w->view.key != NULL) return 1;
     return fail(run, "out of memory");
 }
 
@@ -2456,7 +2478,8 @@ static int make_world(struct run *run) {
     good = good && make_items(run, workers);
     for (int i = 0; i < open; i++) worker_close(&workers[i]);
     free(workers);
-    for (int i = 0; i < BATCH * MAX_LISTS; i++) free(run->texts[i / MAX_LISTS][i % MAX_LISTS].bytes);
+    for (int i = 0; i < BATCH; i++)
+        for (int k = 0; k < MAX_LISTS; k++) free(run->texts[i][k].bytes);
     if (good && rename(run->folder, run->out) != 0)
         good = fail(run, "%s: cannot rename it to %s: %s", run->folder, run->out, strerror(errno));
     if (!good) return fprintf(stderr, "scenes: %s\n", run->error), 1;
@@ -2478,7 +2501,7 @@ static void print_help(void) {
            "OUT is a new folder. Kinds, what is counted, and what is in OUT:\n\n");
     for (int i = 0; i < KINDS; i++)
         printf("    %-13s %-8s %s\n", kinds[i].name, kinds[i].unit, kinds[i].help);
-    printf("\nIn a layout.txt a line is a sentence of pictures; * stands before those to predict.\n\n"
+    printf("\nIn a layout.txt a line is a sentence of pictures; * marks those to predict.\n\n"
            "    --count N     how many (100)\n"
            "    --seed N      the same seed, the same bytes (1)\n"
            "    --held-out    from the world that is never drawn without this option\n"
