@@ -50,7 +50,8 @@
    Held out is decided by what was drawn, not by the number it was drawn with: an item's description
    is hashed, and one hash in eight belongs to the held-out world. A draw on the wrong side is drawn
    anew. So no scene, matrix, progression or board of one side ever appears on the other, whatever
-   the seeds, even where there are only so many different ones. */
+   the seeds, even where there are only so many different ones. (Single pictures of flat puzzles do:
+   all matrices share one table of panels. What is new in a held-out puzzle is the sentence.) */
 
 struct chance {
     uint64_t counter;
@@ -603,8 +604,8 @@ struct view {
     struct thing things[MAX_THINGS]; /* the figure's parts too */
     struct solid solids[MAX_THINGS];
     vec points[POINTS];
-    vec middle;                      /* of a ball around all things, and its squared radius: */
-    float reach;
+    vec middle;                      /* of a ball around all things */
+    float reach;                     /* its squared radius */
     vec eye, forward, right, up;
     float pixel;                     /* size of a pixel at depth 1 */
     int side;
@@ -664,6 +665,7 @@ static void place_solid(struct view *v, int i) {
     bound(v, s);
 }
 
+/* The ball around all things, outside of whose shadow no point needs to look for one. */
 static void embrace(struct view *v) {
     vec sum = {0, 0, 0};
     float radius = 0;
