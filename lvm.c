@@ -23278,7 +23278,7 @@ struct making {
     struct outputs outputs;
     char *cache_name, *val_name;
     int64_t from[2], to[2];       /* the sentences of each side that this shard makes */
-    int64_t sentences[2], images, tokens, again, twice, skipped; /* counted for the summary */
+    int64_t sentences[2], images, tokens, again, twice; /* counted for the summary */
     double began;
     pthread_t *threads;
     int n_threads;
@@ -23384,9 +23384,8 @@ static int note_bad(struct making *k, const struct made *m, lvm_error *error) {
     log_fault(&k->plan.log, "%s", m->error.text);
     if (m->code == LVM_MEMORY) return fail(error, LVM_MEMORY, "%s", m->error.text);
     if ((double)k->plan.log.n <= k->cli->max_bad * (double)k->recipes.n) return LVM_OK;
-    return fail(error, LVM_FORMAT, "%s (and %lld more of %zu images: more than --max-bad %g)",
-                m->error.text, (long long)k->plan.log.n - 1, k->recipes.n,
-                (double)k->cli->max_bad);
+    return fail(error, LVM_FORMAT, "%s; faults: %lld in %zu images, more than --max-bad %g",
+                m->error.text, (long long)k->plan.log.n, k->recipes.n, (double)k->cli->max_bad);
 }
 
 /* Writes down the tokens of image i, which stand in ids or, where it is an equal of one before, in
@@ -23571,10 +23570,7 @@ static int write_sentence(struct making *k, struct writing *w, const struct part
                           struct draft *d, lvm_error *error) {
     size_t T = (size_t)k->cache.T;
     int n = drop_bad(k, d), code = LVM_OK;
-    if (n == 0) {
-        k->skipped++;
-        return LVM_OK;
-    }
+    if (n == 0) return LVM_OK;
     for (int i = 0; code == LVM_OK && i < n; i++)
         code = token_cache_get(&k->cache, recipe_slot(&k->recipes, &d->images[i]),
                                w->ids + (size_t)i * T, error);
@@ -23883,17 +23879,18 @@ static int open_tokenizer(struct making *k, lvm_error *error) {
 }
 
 static void note_sentences(const struct making *k) {
-    char val[48] = "", bad[96] = "", again[48] = "";
+    char val[48] = "", again[48] = "", bad[64] = "";
     if (k->sentences[1] > 0)
-        snprintf(val, sizeof val, " + %lld to validate", (long long)k->sentences[1]);
-    if (k->again > 0) snprintf(again, sizeof again, " (%lld known)", (long long)k->again);
+        snprintf(val, sizeof val, " and %lld to validate", (long long)k->sentences[1]);
+    if (k->again > 0) snprintf(again, sizeof again, ", %lld of them known", (long long)k->again);
     if (k->plan.log.n > 0)
-        snprintf(bad, sizeof bad, "; %lld faults left out %lld sentences, see the log",
-                 (long long)k->plan.log.n, (long long)k->skipped);
-    note(k->cli, "%s: %lld sentences%s, %lld tokens of %lld places for %zu images%s, %lld of them "
-         "duplicates; %.1f s%s", k->cli->out, (long long)k->sentences[0], val,
-         (long long)k->tokens, (long long)k->images, k->recipes.n, again, (long long)k->twice,
-         seconds() - k->began, bad);
+        snprintf(bad, sizeof bad, "; %lld fault%s in", (long long)k->plan.log.n,
+                 k->plan.log.n > 1 ? "s" : "");
+    note(k->cli, "%s: %lld sentences%s of %lld images, %lld tokens; %zu images%s, %lld "
+         "duplicate%s; %.1f s%s%s%s", k->cli->out, (long long)k->sentences[0], val,
+         (long long)k->images, (long long)k->tokens, k->recipes.n, again, (long long)k->twice,
+         k->twice == 1 ? "" : "s", seconds() - k->began, bad, bad[0] != 0 ? " " : "",
+         bad[0] != 0 ? k->plan.log.path : "");
 }
 
 /* Tokens, then sentences; the token file goes when it is no longer needed. */
@@ -23903,8 +23900,8 @@ static int make_sentences(struct making *k, lvm_error *error) {
     if (code == LVM_OK) code = settle_keys(k, error);
     if (code == LVM_OK) code = open_tokenizer(k, error);
     if (code == LVM_OK && (double)k->plan.log.n > k->cli->max_bad * (double)k->recipes.n)
-        code = fail(error, LVM_FORMAT, "%lld faults, and only %zu images (more than --max-bad %g); "
-                    "%s lists them", (long long)k->plan.log.n, k->recipes.n,
+        code = fail(error, LVM_FORMAT, "faults: %lld in %zu images, more than --max-bad %g; %s "
+                    "lists them", (long long)k->plan.log.n, k->recipes.n,
                     (double)k->cli->max_bad, k->plan.log.path);
     if (code == LVM_OK) code = tokenize_all(k, error);
     for (int side = 0; code == LVM_OK && side < k->outputs.n; side++)
@@ -25071,13 +25068,14 @@ static int log_open(struct training *t, lvm_error *error) {
     const char *path = t->file[RUN_LOG];
     struct buffer old = {0}, text = {0};
     int resumed = t->cli->train.resume != NULL && os_stat(path).kind == OS_FILE;
+    int64_t last = t->report.step - (t->row[0] != 0); /* a row that waits comes again, too */
     int code = log_head(t, &text, error);
     if (code == LVM_OK && resumed) code = read_input(path, &old, error);
     for (size_t at = 0, n; code == LVM_OK && at < old.n; at += n) {
         const char *line = old.data + at, *end = memchr(line, '\n', old.n - at);
         if (end == NULL) break;
         n = (size_t)(end - line) + 1;
-        if (!isdigit((unsigned char)*line) || strtoll(line, NULL, 10) > t->report.step) continue;
+        if (!isdigit((unsigned char)*line) || strtoll(line, NULL, 10) > last) continue;
         code = buffer_add(&text, line, n, error);
     }
     if (code == LVM_OK) code = write_file(path, text.data, text.n, error);
