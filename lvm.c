@@ -5387,12 +5387,19 @@ void lvm_tokens_close(lvm_tokens *t) {
 
 #ifndef LVM_NO_MAIN /* only the command line writes them */
 
+static FILE *os_fopen(const char *path, const char *mode); /* chapter 10 */
+
 /* A .tok file while it is written: to a file, or (NULL) to memory. image_tokens may be set until
-   close. */
+   close. Weights, which stand behind all ids, wait in memory and, where there are many, in a
+   temporary file beside the other. */
+enum { WEIGHTS_IN_MEMORY = 1 << 26 };
+
 struct token_writer {
     struct outfile *file;
     struct buffer memory;
-    struct buffer starts, weights;  /* u64; u8, none before a sentence has some */
+    struct buffer starts, weights;  /* u64; u8 */
+    int weighs;                     /* some sentence had weights */
+    struct outfile spill;           /* the weights before those in memory; open once .file is set */
     uint64_t at;                    /* bytes so far */
     uint64_t n_sentences, n_tokens;
     uint32_t bound, image_tokens;
@@ -5420,6 +5427,19 @@ static int token_writer_open(struct token_writer *w, struct outfile *file, lvm_e
     return code == LVM_OK ? buffer_add(&w->starts, &start, sizeof start, error) : code;
 }
 
+/* Weights of n more tokens, to memory or from there to the temporary file. */
+static int token_writer_keep(struct token_writer *w, const uint8_t *weights, size_t n,
+                             lvm_error *error) {
+    int code = buffer_add(&w->weights, weights, n, error);
+    if (code != LVM_OK || w->weights.n < WEIGHTS_IN_MEMORY || w->file == NULL ||
+        w->file->temp == NULL)
+        return code;
+    if (w->spill.file == NULL) code = outfile_open(&w->spill, w->file->path, error);
+    if (code == LVM_OK) code = outfile_write(&w->spill, w->weights.data, w->weights.n, error);
+    w->weights.n = 0;
+    return code;
+}
+
 /* So many more tokens have the weight 1. */
 static int token_writer_weigh(struct token_writer *w, uint64_t n, lvm_error *error) {
     uint8_t ones[256];
@@ -5427,9 +5447,26 @@ static int token_writer_weigh(struct token_writer *w, uint64_t n, lvm_error *err
     memset(ones, WEIGHT_ONE, sizeof ones);
     for (uint64_t part; code == LVM_OK && n > 0; n -= part) {
         part = n < sizeof ones ? n : sizeof ones;
-        code = buffer_add(&w->weights, ones, (size_t)part, error);
+        code = token_writer_keep(w, ones, (size_t)part, error);
     }
     return code;
+}
+
+/* All weights, behind the ids. */
+static int token_writer_put_weights(struct token_writer *w, lvm_error *error) {
+    uint8_t part[4096];
+    int code = LVM_OK;
+    FILE *f = NULL;
+    if (w->spill.file != NULL) {
+        f = fflush(w->spill.file) == 0 ? os_fopen(w->spill.temp, "rb") : NULL;
+        if (f == NULL) code = fail(error, LVM_IO, "%s: %s", w->spill.path, strerror(errno));
+    }
+    for (size_t n; code == LVM_OK && f != NULL && (n = fread(part, 1, sizeof part, f)) > 0;)
+        code = token_writer_put(w, part, n, error);
+    if (code == LVM_OK && f != NULL && ferror(f))
+        code = fail(error, LVM_IO, "%s: %s", w->spill.path, strerror(errno));
+    if (f != NULL) fclose(f);
+    return code == LVM_OK ? token_writer_put(w, w->weights.data, w->weights.n, error) : code;
 }
 
 /* One more sentence, ids[n]; weights: [n], or NULL: 16 each. */
@@ -5448,10 +5485,11 @@ static int token_writer_add(struct token_writer *w, const int32_t *ids, const ui
         }
         code = token_writer_put(w, part, here * sizeof *part, error);
     }
-    if (code == LVM_OK && weights != NULL && w->weights.n == 0)
+    if (code == LVM_OK && weights != NULL && !w->weighs)
         code = token_writer_weigh(w, w->n_tokens, error);
-    if (code == LVM_OK && weights != NULL) code = buffer_add(&w->weights, weights, n, error);
-    else if (code == LVM_OK && w->weights.n > 0) code = token_writer_weigh(w, n, error);
+    w->weighs |= weights != NULL;
+    if (code == LVM_OK && weights != NULL) code = token_writer_keep(w, weights, n, error);
+    else if (code == LVM_OK && w->weighs) code = token_writer_weigh(w, n, error);
     w->n_tokens += n;
     w->n_sentences++;
     return code == LVM_OK ? buffer_add(&w->starts, &w->n_tokens, sizeof w->n_tokens, error) : code;
@@ -5462,14 +5500,15 @@ static int token_writer_add(struct token_writer *w, const int32_t *ids, const ui
 static int token_writer_close(struct token_writer *w, int code, lvm_error *error) {
     struct tok_foot foot = {.n_sentences = w->n_sentences, .n_tokens = w->n_tokens,
                             .bound = w->bound, .image_tokens = w->image_tokens,
-                            .flags = w->weights.n > 0 ? TOK_WEIGHTS : 0};
+                            .flags = w->weighs ? TOK_WEIGHTS : 0};
     memcpy(foot.magic, tok_magic, TOK_MAGIC);
     if (code == LVM_OK) code = token_writer_pad(w, error);
-    if (code == LVM_OK) code = token_writer_put(w, w->weights.data, w->weights.n, error);
+    if (code == LVM_OK) code = token_writer_put_weights(w, error);
     if (code == LVM_OK) code = token_writer_pad(w, error);
     if (code == LVM_OK) code = token_writer_put(w, w->starts.data, w->starts.n, error);
     if (code == LVM_OK) code = token_writer_pad(w, error);
     if (code == LVM_OK) code = token_writer_put(w, &foot, sizeof foot, error);
+    if (w->spill.file != NULL) outfile_close(&w->spill, LVM_CANCELLED, NULL);
     mem_free(w->starts.data);
     mem_free(w->weights.data);
     w->starts = w->weights = (struct buffer){0};
@@ -7764,7 +7803,6 @@ enum { MAX_LENGTH = 256, MAX_COLUMNS = 16, MAX_STRIDES = 8, MAX_PARTS = 256, NO_
 
 static uint64_t hash_bytes(uint64_t h, const void *data, size_t n); /* chapter 14 */
 static const char *os_file_name(const char *path);                  /* chapter 10 */
-static FILE *os_fopen(const char *path, const char *mode);
 static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm_error *error);
 static int64_t half_even(int64_t n);                                /* chapter 11 */
 static int image_new(lvm_image *image, int width, int height, lvm_error *error);
@@ -8380,10 +8418,10 @@ static void draw_video(const struct part *p, const struct side *s, int64_t i, ui
 
 /* ---- Visual sentences: layouts ----
 
-   A text file with a sentence a line: names of images of a folder, behind a lone > those that are
-   answers. Names are separated by blanks; one with blanks stands between ". Empty lines and those
-   that begin with # are passed over. So sentences without end, Raven's matrices, say, come of a few
-   images. */
+   A text file with a sentence a line: names of images of a folder; the last ones may be answers,
+   each with a * in front. Names are separated by blanks; one with blanks stands between ". Empty
+   lines and those that begin with # are passed over. So sentences without end, Raven's matrices,
+   say, come of a few images. */
 
 struct layout {
     uint32_t *files;                  /* of all lines */
@@ -8443,13 +8481,15 @@ static int layout_line(struct plan *plan, const struct listing *l, struct layout
     uint32_t files[MAX_LENGTH + 1];
     int n = 0, first_answer = -1, all = split_words(line, words, MAX_LENGTH + 1);
     for (int i = 0; i < all; i++) {
-        if (strcmp(words[i], ">") == 0 && first_answer < 0) {
-            first_answer = n;
-            continue;
-        }
+        int is_answer = words[i][0] == '*';
         char shown[256];
-        snprintf(shown, sizeof shown, "%s", words[i]);
-        int64_t file = listing_find_path(l, words[i]);
+        snprintf(shown, sizeof shown, "%s", words[i] + is_answer);
+        if (is_answer && first_answer < 0) first_answer = n;
+        if (!is_answer && first_answer >= 0) {
+            log_fault(&plan->log, "%s: line %d: %s stands behind an answer", path, number, shown);
+            return LVM_OK;
+        }
+        int64_t file = listing_find_path(l, words[i] + is_answer);
         if (file < 0) {
             log_fault(&plan->log, "%s: line %d: %s: is not in %s", path, number, shown, l->root);
             return LVM_OK;
@@ -8965,7 +9005,8 @@ static uint8_t clamp_byte(float v) { return v <= 0 ? 0 : v >= 255 ? 255 : (uint8
 static void make_grey(lvm_image *image) {
     size_t n = (size_t)image->width * (size_t)image->height;
     for (uint8_t *p = image->rgb; n > 0; n--, p += RGB)
-        p[0] = p[1] = p[2] = (uint8_t)((p[0] * 19595u + p[1] * 38470u + p[2] * 7471u + 0x8000) >> 16);
+        p[0] = p[1] = p[2] =
+            (uint8_t)((p[0] * 19595u + p[1] * 38470u + p[2] * 7471u + 0x8000) >> 16);
 }
 
 /* Black boxes: width and height are the style's, places the image's own, at least a sixteenth away
@@ -18723,7 +18764,8 @@ static const struct option option_table[] = {
      "frames from window to window (they do not overlap)"},
     {0, "order", "interleaved|grouped|both", SENTENCES, ONE_OF, AT(sentences.order), 0, 0,
      "annotated: f1 a1 f2 a2 or f1 f2 a1 a2 (both)"},
-    {0, "flip", NULL, SENTENCES, FLAG, AT(sentences.flip), 0, 0, "mirror half of what belongs together"},
+    {0, "flip", NULL, SENTENCES, FLAG, AT(sentences.flip), 0, 0,
+     "mirror half of what belongs together"},
     {0, "crop", "SHARE", SENTENCES, NUMBER, AT(sentences.crop), 0.05, 1,
      "random parts of the images, of SHARE of a side or more"},
     {0, "noise", "FROM,TO", SENTENCES, TEXT, AT(sentences.noise), 0, 0,
@@ -18892,7 +18934,7 @@ static const struct command command_table[] = {
      "inpaint, denoise, derain, lowlight IMAGES...; from COCO's JSON: boxes,\n"
      "keypoints, segmentation IMAGES FILE.json (segmentation also: IMAGES LABELS).\n"
      "  layout FILE [IMAGES]\n"
-     "takes a sentence a line, names of images, behind a lone > the answers.\n"
+     "takes a sentence a line, names of images; a * in front marks an answer.\n"
      "  mix FILE\n"
      "takes lines \"weight kind sources... [options]\", drawn in proportion.\n"
      "  show FILE.tok [N]\n"
@@ -23956,7 +23998,8 @@ static int show_tiles(struct session *s, const lvm_tokens *t, int64_t rows, lvm_
         }
         at += divide_up(n, columns) * columns;
     }
-    if (code == LVM_OK) code = compose(images, (int)tiles, (int)columns, SHEET_GAP, NULL, sheet, error);
+    if (code == LVM_OK)
+        code = compose(images, (int)tiles, (int)columns, SHEET_GAP, NULL, sheet, error);
     if (images != NULL) free_images(images, (int)tiles);
     mem_free(ids);
     return code;

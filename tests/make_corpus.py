@@ -163,7 +163,7 @@ def write_text(folder):
          b'{"counts": "d08j0", "size": [6, 9]}}, {"image_id": 77}],\n "images": [{"id": 3, "file_name": '
          b'"x/a.jpg"}, {"file_name": "b.png", "id": 1.0}, {"id": 4, "file_name": "c"}], "categories": [{"id": 2}]}')
     save(folder, "coco", "faults", b'{"images": [{"id": 1e999}]}')
-    save(folder, "layout", "lines", b'a.png b > "a.png"\n# no\n\t b b\tb\nc.png\n> > a\n"a\n')
+    save(folder, "layout", "lines", b'a.png b "*a.png"\n# no\n\t b b\tb\nc.png\n** a *b\n"a\n')
     save(folder, "tokens", "two", b"1 2 3 4\n5 6 70 8\n")
     save(folder, "tokens", "bad", b"1 -2 x\n99999999999\n")
 

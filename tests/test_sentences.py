@@ -249,7 +249,7 @@ class Plans(Sentences):
 
     def test_layout(self):
         self.folder_of("p", 6, size=4)
-        self.put("lines.txt", b'# a comment\n1.png 2.png > 3.png\n\n  "4.png"\t5.png 6\r\n9.png 1.png\n2 > 3 4')
+        self.put("lines.txt", b'# a comment\n1.png 2.png *3.png\n\n  "4.png"\t5.png 6\r\n9.png 1.png\n2 *3 4\n2 *3 *4')
         want = [["p/1.png", "p/2.png", "p/3.png:answer"], ["p/4.png", "p/5.png", "p/6.png"],
                 ["p/2.png", "p/3.png:answer", "p/4.png:answer"]]
         self.assertEqual(self.plan("layout", "lines.txt", "p", "--decide", "8"), [want[i] for i in in_order(3)])
@@ -579,7 +579,7 @@ class Images(Sentences):
             for y in range(8 * i, R):
                 rows[y] = [((40 * i + y) % 256, 9 * x % 256, 17 * i) for x in range(R)]
             self.put("p/like%d.png" % i, to_png(rows))
-        self.put("l.txt", b"2.png 3.png > 1.png\n1.png 2.png 3.png\n1.png > 4.png like2.png\n")
+        self.put("l.txt", b"2.png 3.png *1.png\n1.png 2.png 3.png\n1.png *4.png *like2.png\n")
         self.make("layout", "l.txt", "p", "--decide", "8")
         plan = self.plan("layout", "l.txt", "p", "--decide", "8")
         names = sorted(os.listdir(self.path("p")))
