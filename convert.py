@@ -3,11 +3,15 @@
 
     python3 convert.py -o mine.bin --llama DIR --vqgan DIR      either part may be left out
     python3 convert.py -o mine.bin --llama DIR --type q8_0      then quantised by `lvm quantize`
+    python3 convert.py -o style.bin --lora DIR                  adapters, for `lvm --lora`
     python3 convert.py mine.bin --to-hf DIR                     writes DIR/llama and DIR/vqgan
+    python3 convert.py style.bin --to-hf DIR                    writes DIR itself
 
 --llama is a folder of Hugging Face's LlamaForCausalLM (or of DeLVM's InternLMForCausalLM), --vqgan
 one of open-muse's VQGANModel: config.json beside model.safetensors or pytorch_model.bin (or shards
 and their index). A file of weights with config.json beside it may be named instead of its folder.
+--lora is a folder of PEFT's LoRA adapters: adapter_config.json beside adapter_model.safetensors or
+adapter_model.bin.
 PyTorch's files are pickles, which can run programs; here they can build tensors and nothing else.
 A checkpoint with NaN or infinite weights is refused unless --allow-nonfinite is given.
 The output, which - sends to standard output, is one GGUF v3 file:
@@ -858,8 +862,8 @@ def check_folder(folder, files):
 def adapter(where, folder, text):
     """The fault of a folder or file that is an adapter."""
     raw = read_json(os.path.join(folder, "adapter_config.json"))
-    return Bad(where, "is a %s adapter of the model %s, %s; merge it into that (peft: "
-               "merge_and_unload, then save_pretrained), and give the merged folder"
+    return Bad(where, "is a %s adapter of the model %s, %s; give it as --lora, in a run of its "
+               "own, and that model as --llama"
                % (shown(str(raw.get("peft_type", "LORA"))).replace("LORA", "LoRA"),
                   spelt(raw.get("base_model_name_or_path")), text))
 
@@ -914,7 +918,7 @@ STRANGERS = (
     (r".*\.(qweight|qzeros|weight_packed|SCB|absmax|quant_map)", "llama",
      "is quantised (GPTQ, AWQ or the like: tensor %s); " + ORIGINAL),
     (r".*\.lora_(A|B|embedding_[AB])\..*", "llama", "is a LoRA adapter (tensor %s), no whole "
-     "model; merge it into the model that it belongs to, and give the merged folder"),
+     "model; give its folder as --lora, in a run of its own, and its model as --llama"),
     (r"(.*\.)?tok_embeddings\.weight", "llama", "is a checkpoint in Meta's layout (tensor %s); "
      "convert it with transformers' convert_llama_weights_to_hf.py first"),
     (r"(.*\.)?encoder\.conv_in\.weight", "llama", "is a tokenizer (tensor %s); give it as --vqgan, "
@@ -1322,6 +1326,143 @@ def match(where, specs, tensors, side, allowed):
         raise Bad(where, "its tensors are not those that its configuration calls for:\n  "
                   + "\n  ".join(named))
     return pairs
+
+
+# ---- adapters ------------------------------------------------------------------------------------
+
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+# Keys of adapter_config.json that name LoRA's form, and those that do not matter once it is trained.
+# By any other that is neither empty nor false more is learnt than two matrices, or otherwise.
+LORA_ONLY = (("peft_type", "LORA"), ("bias", "none"))
+LORA_HARMLESS = {
+    "r", "lora_alpha", "use_rslora", "init_lora_weights", "peft_type", "bias", "peft_version",
+    "task_type", "auto_mapping", "base_model_name_or_path", "revision", "inference_mode",
+    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "lora_dropout",
+    "loftq_config", "eva_config", "corda_config", "lora_ga_config", "megatron_config",
+    "megatron_core", "runtime_config", "qalora_group_size", "ensure_weight_tying", "unsloth_fixed",
+}
+# Beginnings that change the model's own weights too, so that its adapter belongs to no model.
+LORA_BEGINNINGS = ("pissa", "olora", "loftq", "corda", "lora_ga")
+LORA_KEYS = (
+    Key("r", "", GGUF_U32, None, 1, 1 << 16),
+    Key("lora_alpha", "adapter.lora.alpha", GGUF_F32, None, 1e-30, 1e30),
+)
+LORA_NAME = re.compile(r"(?:base_model\.model\.)?model\.layers\.(0|[1-9]\d{0,3})\.(\w+\.\w+)"
+                       r"\.lora_([AB])(?:\.default)?\.weight")
+LORA_HF = "base_model.model.model.layers.%d.%s.lora_%s.weight"
+# A matrix that an adapter can be on: its place in a layer, names there without ".weight".
+LORA_ON = {row[0][:-7]: (place, row[1][:-7]) for place, row in enumerate(LLAMA_LAYER)
+           if len(row[2]) == 2}
+
+
+def read_adapter(where):
+    """(path of adapter_config.json, its keys, tensors) of a folder, or of one file in it."""
+    folder = where if os.path.isdir(where) else os.path.dirname(where)
+    config = os.path.join(folder, ADAPTER_FILES[0])
+    if not os.path.isdir(where):
+        input_size(where, "is no folder; give the one that holds adapter_config.json and "
+                   "adapter_model.safetensors")
+        return config, read_json(config), read_weights(where)
+    if not os.path.isfile(config):
+        raise Bad(where, "holds no adapter_config.json; give the folder of a LoRA adapter as PEFT "
+                  "saves it (a whole model is given as --llama)")
+    for name in (ADAPTER_FILES[1], "adapter_model.bin"):
+        path = os.path.join(where, name)
+        if os.path.isfile(path):
+            return config, read_json(config), read_weights(path)
+    raise Bad(where, "holds no adapter_model.safetensors and no adapter_model.bin")
+
+
+def adapter_config(path, raw):
+    """Rank and alpha of a plain LoRA adapter."""
+    for key, wanted in LORA_ONLY:
+        if raw.get(key, wanted) != wanted:
+            raise only(path, raw, key, wanted)
+    for key in raw:
+        if raw[key] and key not in LORA_HARMLESS:
+            raise Bad(path, "%s is %s; only plain LoRA is supported, without it"
+                      % (shown(key), spelt(raw[key])))
+    beginning = raw.get("init_lora_weights")
+    if isinstance(beginning, str) and beginning.lower().startswith(LORA_BEGINNINGS):
+        raise Bad(path, "init_lora_weights is %s, which changes the model's own weights too; save "
+                  "the adapter as plain LoRA (peft: path_initial_model_for_weight_conversion)"
+                  % spelt(beginning))
+    config = read_config(path, raw, LORA_KEYS, "hf")
+    if raw.get("use_rslora"):               # scales by alpha / sqrt(r), not by alpha / r
+        config["lora_alpha"] = shortest(config["lora_alpha"] * math.sqrt(config["r"]))
+    return config
+
+
+def adapter_order(found):
+    """By layer, there as the matrices stand in a weights file, A before B."""
+    layer, matrix, half = found
+    return layer, LORA_ON[matrix][0], half
+
+
+def adapter_halves(where, tensors, rank, allowed):
+    """The tensors of adapters under (layer, matrix, "A" or "B"), or all their faults."""
+    found, faults = {}, []
+    for name, t in tensors.items():
+        m = LORA_NAME.fullmatch(name)
+        if m is None or m[2] not in LORA_ON:
+            faults.append("%s is no half of an adapter on a matrix of LLaMA's layers" % shown(name))
+        elif len(t.shape) != 2 or t.shape["AB".index(m[3])] != rank:
+            faults.append("%s is %s; its rank should be %d" % (shown(name), list(t.shape), rank))
+        elif t.dtype not in allowed:
+            faults.append("%s has type %s, not %s" % (shown(name), shown(t.dtype),
+                                                      ", ".join(allowed)))
+        elif (int(m[1]), m[2], m[3]) in found:
+            faults.append("%s stands there under two names" % shown(name))
+        else:
+            found[int(m[1]), m[2], m[3]] = t
+    for layer, matrix, half in () if faults else sorted(found):
+        other = "AB"["BA".index(half)]
+        if (layer, matrix, other) not in found:
+            faults.append("%s is missing" % (LORA_HF % (layer, matrix, other)))
+    if faults or not found:
+        named = faults[:MAX_NAMED] + ["and %d more" % n for n in [len(faults) - MAX_NAMED] if n > 0]
+        raise Bad(where, "its tensors are not those of plain LoRA:\n  " + "\n  ".join(named)
+                  if faults else "holds no adapters")
+    return found
+
+
+def adapter_jobs(where, config, tensors):
+    """Jobs that write adapters as lvm reads them."""
+    found = adapter_halves(where, tensors, config["r"], FLOATS)
+    return [Job("blk.%d.%s.weight.lora_%s" % (layer, LORA_ON[matrix][1], half.lower()), t.dtype,
+                t.shape, t, None)
+            for (layer, matrix, half), t in sorted(found.items(),
+                                                   key=lambda item: adapter_order(item[0]))]
+
+
+def adapter_folder(path, keys, tensors):
+    """(adapter_config.json, jobs) of a file of adapters; tensors in the order of their names."""
+    names = {gguf: matrix for matrix, (_, gguf) in LORA_ON.items()}
+    renamed, ranks = {}, set()
+    for name, t in tensors.items():
+        m = re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight\.lora_([ab])", name)
+        if m is None or m[2] not in names or len(t.shape) != 2:
+            raise Bad(path, "tensor %s is no half of an adapter" % shown(name))
+        renamed[LORA_HF % (int(m[1]), names[m[2]], m[3].upper())] = t
+        ranks.add(t.shape["ab".index(m[3])])
+    if len(ranks) > 1:
+        raise Bad(path, "has adapters of ranks %s; only one rank for all can be written"
+                  % ", ".join(map(str, sorted(ranks))))
+    if keys.get("adapter.type") != "lora":
+        raise only(path, keys, "adapter.type", "lora")
+    rank = max(ranks, default=0)
+    config = read_config(path, keys, LORA_KEYS[1:], "gguf")
+    found = adapter_halves(path, renamed, rank, FLOATS)
+    alpha = config["lora_alpha"]
+    layers = sorted({layer for layer, _, _ in found})
+    jobs = [Job(name, t.dtype, t.shape, t, None) for name, t in sorted(renamed.items())]
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": None,
+            "r": rank, "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
+            "lora_dropout": 0.0, "use_rslora": False, "use_dora": False, "bias": "none",
+            "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
+            "target_modules": sorted({matrix.split(".")[1] for _, matrix, _ in found}),
+            "layers_to_transform": None if layers == list(range(len(layers))) else layers,
+            "inference_mode": True}, jobs
 
 
 # ---- moving numbers ------------------------------------------------------------------------------
@@ -2081,6 +2222,23 @@ def limited(args, job):
     return job._replace(limit=limit)
 
 
+def convert_adapter(args):
+    path, raw, tensors = read_adapter(args.lora)
+    inputs = [path] + [t.path for t in tensors.values()]
+    with Outputs(set(inputs), args.force, args.quiet) as outputs:
+        outputs.open(args.output)
+        check_claims(args.lora, tensors, inputs)
+        config = adapter_config(path, raw)
+        keys = general_keys(args) + [gguf_key("general.type", GGUF_STRING, "adapter"),
+                                     gguf_key("adapter.type", GGUF_STRING, "lora")]
+        keys += part_keys(LORA_KEYS[1:], config)
+        jobs = [limited(args, job) for job in adapter_jobs(args.lora, config, tensors)]
+        outputs.expect(sum(nbytes(job.dtype, job.shape) for job in jobs))
+        outputs.write(args.output, gguf_pieces(keys, jobs))
+        outputs.commit()
+    report(args, outputs.paths(), [])
+
+
 def convert(args):
     lvm = find_lvm(args) if args.type or args.vq_type or args.encoder_type else None
     given = {path for path in (args.llama, args.vqgan) if path and os.path.isfile(path)}
@@ -2170,10 +2328,28 @@ def vqgan_folder(path, keys, tensors):
                 dropout=0.0, commitment_cost=0.25), jobs
 
 
+def adapter_to_hf(args, keys, tensors):
+    with Outputs({args.weights}, args.force, args.quiet) as outputs:
+        outputs.open_folder(args.to_hf)
+        config_path, model_path = (os.path.join(args.to_hf, name) for name in ADAPTER_FILES)
+        outputs.open(config_path)
+        outputs.open(model_path)
+        config, jobs = adapter_folder(args.weights, keys, tensors)
+        outputs.expect(sum(nbytes(job.dtype, job.shape) for job in jobs))
+        limit = None if args.allow_nonfinite else math.inf
+        outputs.write(config_path, [json.dumps(config, indent=2).encode() + b"\n"])
+        outputs.write(model_path, safetensors_pieces([job._replace(limit=limit) for job in jobs]))
+        outputs.commit()
+    report(args, [args.to_hf], [])
+
+
 def to_hf(args):
     if not args.to_hf:
         raise Bad(args.to_hf, "the name is empty; give --to-hf a folder")
     keys, tensors = read_gguf(args.weights)
+    if keys.get("general.type") == "adapter":
+        adapter_to_hf(args, keys, tensors)
+        return
     vq = {name: t for name, t in tensors.items() if name.startswith("vq.")}
     llama = {name: t for name, t in tensors.items() if name not in vq}
     sources = [part for part in (("llama", llama_folder, llama), ("vqgan", vqgan_folder, vq))
@@ -2234,10 +2410,12 @@ def parse_arguments(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("weights", nargs="?", help="the weights file that --to-hf reads")
-    add("--to-hf", metavar="DIR", help="write DIR/llama and DIR/vqgan from a weights file")
+    add("--to-hf", metavar="DIR", help="write DIR/llama and DIR/vqgan from a weights file, or "
+        "DIR from a file of adapters")
     add("-o", "--output", metavar="FILE", help="the weights file to write; - is standard output")
     add("--llama", metavar="DIR", help="checkpoint of the transformer")
     add("--vqgan", metavar="DIR", help="checkpoint of the tokenizer")
+    add("--lora", metavar="DIR", help="LoRA adapters of a transformer, as PEFT saves them")
     add("--type", choices=("f32", "f16", "bf16", "q8_0", "q4_0"), help="the transformer's type")
     add("--vq-type", choices=("f32", "f16", "bf16", "q8_0"), help="the tokenizer's type")
     add("--encoder-type", choices=("f32", "f16", "bf16", "q8_0"),
@@ -2250,15 +2428,22 @@ def parse_arguments(argv):
     add("--allow-nonfinite", action="store_true", help="write NaN and infinity as they are")
     add("--quiet", action="store_true", help="no progress, no notes")
     args = parser.parse_args(argv)
-    making = ("output", "llama", "vqgan", "type", "vq_type", "encoder_type", "bos",
+    making = ("output", "llama", "vqgan", "lora", "type", "vq_type", "encoder_type", "bos",
               "lvm", "name", "license", "description")
     if args.to_hf is not None:
         if args.weights is None or any(getattr(args, name) is not None for name in making):
             parser.error("--to-hf takes one weights file, and beside it only --force, --quiet and "
                          "--allow-nonfinite")
+    elif args.lora is not None:
+        if args.weights is not None or args.output is None or any(
+                getattr(args, name) is not None for name in
+                ("llama", "vqgan", "type", "vq_type", "encoder_type", "bos", "lvm")):
+            parser.error("--lora takes -o FILE, and beside it only --name, --license, "
+                         "--description, --force, --quiet and --allow-nonfinite")
     elif args.weights is not None or args.output is None or (
             args.llama is None and args.vqgan is None):
-        parser.error("give -o FILE and --llama DIR, --vqgan DIR or both; or FILE --to-hf DIR")
+        parser.error("give -o FILE and --llama DIR, --vqgan DIR or both, or --lora DIR; or FILE "
+                     "--to-hf DIR")
     if (args.type or args.bos is not None) and args.llama is None:
         parser.error("--type and --bos need --llama")
     if (args.vq_type or args.encoder_type) and args.vqgan is None:
@@ -2269,7 +2454,8 @@ def parse_arguments(argv):
 def work(args):
     """The exit status: 0 done, 1 failed, with one message."""
     try:
-        to_hf(args) if args.to_hf is not None else convert(args)
+        (to_hf if args.to_hf is not None else convert_adapter if args.lora is not None
+         else convert)(args)
         return 0
     except Bad as fault:
         text = str(fault)
@@ -2279,7 +2465,7 @@ def work(args):
                            fault.strerror or fault)
     except MemoryError:
         text = "%s: there is not enough memory for its largest tensor" % shown_path(
-            args.weights or args.llama or args.vqgan)
+            args.weights or args.llama or args.vqgan or args.lora)
     print("convert.py: " + text, file=sys.stderr)
     return 1
 

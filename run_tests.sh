@@ -3,9 +3,9 @@
 # `N passed, N failed` (and `, N skipped` where some were); the exit status is 0 only when nothing
 # failed. tests/README.md says which part proves what.
 #
-#   ./run_tests.sh [PART...]     build embed backend images corpus kernels os golden train properties
-#                                cli sets weights converter examples cuda platforms mutants
-#                                reference threads
+#   ./run_tests.sh [PART...]     build embed backend images corpus kernels os data golden train
+#                                checkpoint properties cli sets train_cli weights converter
+#                                examples cuda platforms mutants reference threads
 #   PLATFORMS=1                  other systems too, by the compilers and emulators that are here;
 #   PLATFORMS=required           and they must all be
 #   MUTANTS=1                    faults put into lvm.c, which the tests must see
@@ -22,8 +22,8 @@ LVM_REFERENCE=${LVM_REFERENCE:-}
 LVM_FULL=${LVM_FULL:-}
 LIMIT=${LIMIT:-$([ -z "$LVM_FULL" ] && echo 900 || echo 7200)}     # seconds a part may take
 passed=0 failed=0 skipped=0 parts=${1:+build convert $*}
-known="build convert embed backend images corpus kernels os golden train properties cli sets weights
-    converter examples cuda platforms mutants reference threads"
+known="build convert embed backend images corpus kernels os data golden train checkpoint properties
+    cli sets train_cli weights converter examples cuda platforms mutants reference threads"
 
 is_of() { for word in $2; do [ "$word" != "$1" ] || return 0; done; return 1; }
 
@@ -122,8 +122,8 @@ build() {
     make -k -j2 B="$B" TEST_CFLAGS="$TEST_CFLAGS" $targets && echo "build: 1 passed, 0 failed"
 }
 
-# Every small model of tests/golden and tests/golden_training as a weights file. Gradients lie in a
-# checkpoint's layout and become one too.
+# Every small model of tests/golden and tests/golden_training as a weights file, and the adapters of
+# one of them. Gradients lie in a checkpoint's layout and become one too.
 convert_golden() {
     made=0 bad=0
     for folder in tests/golden/*/; do
@@ -140,7 +140,9 @@ convert_golden() {
         if python3 convert.py --force -o "$model" --llama "$folder"; then made=$((made + 1))
         else bad=$((bad + 1)); fi
     done
-    [ "$made" -gt 0 ] || bad=1
+    if python3 convert.py --force -o build/golden/lora.adapters --lora tests/golden_lora
+    then made=$((made + 1)); else bad=$((bad + 1)); fi
+    [ "$made" -gt 1 ] || bad=1
     echo "convert: $made passed, $bad failed"
     [ "$bad" -eq 0 ]
 }
@@ -228,17 +230,18 @@ threaded_commands() {
 
 embedded="build/golden/both.bin build/golden/llama_tied.bin tests/images"
 if [ "$SANITIZE" = thread ]; then
-    run build build properties embed
+    run build build properties train embed
     run convert convert_golden
     run properties limited "$B/test_properties" --threads-only
+    run train limited "$B/test_train" tests/golden_training build/golden_training --quick
     # shellcheck disable=SC2086
     run embed limited "$B/test_embed" $embedded --threads-only
     run threads threaded_commands
 else
-    run build build images kernels properties backend golden train os embed fuzz
+    run build build images kernels properties backend golden train checkpoint os data embed fuzz
     run convert convert_golden
     [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py \
-        Commands Quantize Images Tokens Weights Outputs Interruption
+        Commands Quantize Pack Images Tokens Weights Outputs Interruption
     # shellcheck disable=SC2046
     begin properties limited "$B/test_properties" $([ -z "$SANITIZE" ] || echo --quick)
     # shellcheck disable=SC2046,SC2086
@@ -249,15 +252,20 @@ else
     run corpus limited "$B/test_fuzz" tests/corpus
     run kernels limited "$B/test_kernels"
     run os limited "$B/test_os" "$B/os"
+    run checkpoint limited "$B/test_checkpoint" "$B/checkpoint" build/golden/llama_bias.bin \
+        build/golden/lora.adapters tests/golden_lora
+    run data limited "$B/test_data" "$B/data"
     run golden limited "$B/test_golden" tests/golden build/golden
     run train limited "$B/test_train" tests/golden_training build/golden_training
     end properties
     [ -z "$SANITIZE" ] || end cli
     [ -z "$SANITIZE" ] || run sets limited python3 tests/test_sets.py Rank Eval Batch Cache
+    [ -z "$SANITIZE" ] || run train_cli limited python3 tests/test_train_cli.py
     if [ -z "$SANITIZE" ]; then
         begin platforms limited tests/platforms.sh
         begin cli limited python3 tests/test_cli.py
         run sets limited python3 tests/test_sets.py
+        run train_cli limited python3 tests/test_train_cli.py
         run weights weights
         run converter limited python3 tests/test_convert.py
         run examples limited python3 tests/test_embed.py

@@ -3,8 +3,9 @@
 library only.
 
 FOLDER/gguf gets heads of small weights files (tests/test_fuzz.c adds the data), FOLDER/cache what
-`build/test_fuzz --cache FILE` writes, FOLDER/jsonl, tokens, coco and layout a few lines; images
-start from tests/images. What a fuzzer found later lies there beside them.
+`build/test_fuzz --cache FILE` writes, FOLDER/ckpt what `--ckpt FILE` does, FOLDER/lora adapters,
+FOLDER/jsonl, tokens, lines, coco and layout a few lines, FOLDER/tok small .tok files; images start
+from tests/images. What a fuzzer found later lies there beside them.
 """
 import os
 import struct
@@ -136,6 +137,23 @@ def file_of(*parts):
     return head(COMMON + sum((p[0] for p in parts), []), sum((p[1] for p in parts), []))
 
 
+def write_lora(folder):
+    """Of rank 2, on two matrices of the little model (tests/trainer.h); whole files."""
+    keys = COMMON + [text("general.type") + struct.pack("<I", 8) + text("adapter"),
+                     text("adapter.type") + struct.pack("<I", 8) + text("lora"),
+                     f32("adapter.lora.alpha", 4.0)]
+    for name, kind, number in (("f32", F32, "<f"), ("f16", F16, "<e")):
+        halves = [(matrix + ".weight.lora_" + half, (2, cols) if half == "a" else (rows, 2), kind)
+                  for matrix, rows, cols in (("blk.0.attn_q", 32, 32), ("blk.1.ffn_down", 32, 64))
+                  for half in "ab"]
+        data = b""
+        for _, (rows, cols), _ in halves:
+            part = b"".join(struct.pack(number, (i % 7 - 3) / 16) for i in range(rows * cols))
+            data += part + bytes(-len(part) % 32)
+        start = head(keys, halves)
+        save(folder, "lora", name, start + bytes(-len(start) % 32) + data)
+
+
 def write_gguf(folder):
     for name, kind in (("f16", F16), ("q8_0", Q8_0), ("q4_0", Q4_0), ("f32", F32)):
         save(folder, "gguf", "llama_" + name, file_of(llama(kind)) + b"\x01")
@@ -168,11 +186,43 @@ def write_text(folder):
     save(folder, "tokens", "bad", b"1 -2 x\n99999999999\n")
 
 
+def tok(sentences, weights=None, image=0, bound=None):
+    """A .tok file by the drawing in chapter 8."""
+    def part(data):
+        return data + bytes(-len(data) % 64)
+
+    ids = [i for s in sentences for i in s]
+    starts = [sum(map(len, sentences[:i])) for i in range(len(sentences) + 1)]
+    out = part(b"LVM.tok\n" + struct.pack("<I", 1)) + part(struct.pack("<%dH" % len(ids), *ids))
+    if weights is not None:
+        out += part(bytes(weights))
+    out += part(struct.pack("<%dQ" % len(starts), *starts))
+    return out + struct.pack("<QQIII28x", len(sentences), len(ids), max(ids + [-1]) + 1 if bound is None else bound,
+                             image, weights is not None) + b"LVM.tok\n"
+
+
+def write_training(folder):
+    save(folder, "tok", "plain", tok([[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]]))
+    save(folder, "tok", "weights", tok([[1, 2], [3, 65535]], [0, 16, 255, 1], 2))
+    save(folder, "tok", "none", tok([]))
+    save(folder, "tok", "bound", tok([[1, 2], [9, 9, 3]], bound=9))
+    save(folder, "tok", "many", tok([[i, i + 1] for i in range(40)], [16] * 80, 1))
+    save(folder, "lines", "forms", b'{"tokens": [5, 1, 2, 6]}\n{"tokens": "AQAAAAIAAAA="}\n'
+         b'{"input_tokens": [[1, 2], [3]], "output": [4, 7], "x": {"y": [null]}}\n')
+    save(folder, "lines", "weights", b'{"tokens": [5, 1, 2], "weights": [16, 0, 255]}\n'
+         b'{"input": "AQAAAA==", "target_tokens": [2], "weights": "AP8=", "image_tokens": 2}\n ')
+    save(folder, "lines", "faults", b'{"tokens": [65536]}\n{"tokens": [5, 6]}\n{"token": [1]}\n{"input": ["a.png"], '
+         b'"output": []}\n{"tokens": [1], "weights": [256]}\n{"tokens": "AAA"}\n[1]\n{"tokens": [1, 5, 2]}\n'
+         b'{"tokens": [7]}\n')
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit("usage: make_corpus.py FOLDER")
     write_gguf(sys.argv[1])
+    write_lora(sys.argv[1])
     write_text(sys.argv[1])
+    write_training(sys.argv[1])
 
 
 if __name__ == "__main__":

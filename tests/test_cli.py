@@ -9,6 +9,7 @@ A failure must end in one line on stderr that says what is wrong, the right exit
 failed, 2 wrong usage), and a folder in which nothing has changed.
 """
 
+import base64
 import fcntl
 import json
 import math
@@ -763,6 +764,133 @@ class Quantize(Case):
 
 # ---- wrong usage ---------------------------------------------------------------------------------
 
+# Of the small model: 64 wide everywhere.
+ADAPTED = ["self_attn.%s_proj" % name for name in "qkvo"] + ["mlp.gate_proj", "mlp.down_proj"]
+
+
+def lora_folder(folder, rank=2, alpha=4, width=64, seed=5):
+    """Adapters as PEFT saves them, on both layers of the small model; its path."""
+    rng = random.Random(seed)
+    os.mkdir(folder)
+    header, data = {}, b""
+    for layer in range(2):
+        for matrix in ADAPTED:
+            for half, shape in (("A", [rank, width]), ("B", [width, rank])):
+                bytes_ = struct.pack("<%df" % (rank * width),
+                                     *[rng.uniform(-0.3, 0.3) for _ in range(rank * width)])
+                name = "base_model.model.model.layers.%d.%s.lora_%s.weight" % (layer, matrix, half)
+                header[name] = {"dtype": "F32", "shape": shape,
+                                "data_offsets": [len(data), len(data) + len(bytes_)]}
+                data += bytes_
+    text = json.dumps(header).encode()
+    write(os.path.join(folder, "adapter_model.safetensors"),
+          struct.pack("<Q", len(text)) + text + data)
+    write(os.path.join(folder, "adapter_config.json"),
+          json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}).encode())
+    return folder
+
+
+class Adapters(Case):
+    """--lora and merge."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.lora = os.path.join(cls.shared, "style.adapters")
+        cls.convert(cls.lora, "--lora", lora_folder(os.path.join(cls.shared, "lora")), "--name",
+                    "a style")
+
+    def answer(self, *args):
+        return json.loads(self.good(*args, self.images[0], "--json", "--force", "-j1", "-o", "a.png"))
+
+    def test_merged_is_applied(self):
+        """What --lora computes is what the merged file does, and not what the model does."""
+        self.assertEqual(self.lines("merge", self.weights, self.lora, "-o", "m.bin"), ["m.bin"])
+        plain, lora = self.answer(self.weights), self.answer(self.weights, "--lora", self.lora)
+        merged = self.answer("m.bin")
+        self.assertEqual(lora["candidates"], merged["candidates"])
+        self.assertNotEqual(lora["candidates"][0]["ids"], plain["candidates"][0]["ids"])
+        size = os.path.getsize(self.lora)
+        self.assertIn(") + a style (%d bytes), seed 1" % size, lora["parameters"])
+        self.assertIn("lvm + a style (", merged["parameters"])
+        self.put("set.jsonl", json.dumps({"input": [self.images[0]],
+                                          "target": [self.images[1]]}).encode())
+        for command in (["eval", "W", "set.jsonl"], ["rank", "W", self.images[0], "--", self.images[1],
+                                                     self.images[2]]):
+            def run(weights, *more):
+                words = [weights if w == "W" else w for w in command]
+                return self.good(*words[:2], "-j1", *more, *words[2:])
+            self.assertEqual(run("m.bin"), run(self.weights, "--lora", self.lora))
+            self.assertNotEqual(run("m.bin"), run(self.weights))
+
+    def test_batch(self):
+        self.put("set.jsonl", json.dumps({"input": [self.images[0]], "output": "b.png"}).encode())
+        self.good("merge", self.weights, self.lora, "-o", "m.bin")
+        made = []
+        for args in (["m.bin"], [self.weights, "--lora", self.lora], [self.weights]):
+            self.good("batch", args[0], "set.jsonl", *args[1:], "-j1", "--quiet")
+            made.append(pixels(read(self.path("b.png"))))
+            os.remove(self.path("b.png"))
+        self.assertEqual(made[0], made[1])
+        self.assertNotEqual(made[0], made[2])
+
+    def test_info(self):
+        text = self.good("info", self.lora).decode()
+        self.assertIn("adapters      LoRA on 12 matrices, rank 2, alpha 4;", text)
+        self.assertIn("name          a style\n", text)
+        text = self.good("info", self.lora, "--tensors").decode()
+        self.assertRegex(text, r"(?m)^blk\.1\.attn_q\.weight\.lora_a +f32 +2 64$")
+        shutil.copy(self.lora, self.path("cut.bin"))
+        with open(self.path("cut.bin"), "r+b") as f:
+            f.truncate(os.path.getsize(self.lora) - 100)
+        self.bad(1, "cut.bin: tensor", "info", "cut.bin")
+
+    def test_cache(self):
+        """What was computed without adapters is not taken for what they would have given."""
+        args = (self.images[0], self.images[1], "--cache", "c", "-j1", "--force")
+        self.good(self.weights, *args, "-o", "a.png")
+        code, _, err = self.run_lvm(self.weights, *args, "--lora", self.lora, "-o", "a.png")
+        self.assertEqual(code, 0)
+        self.assertIn("c: belongs to other weights; it is made anew", err)
+        with_cache = read(self.path("a.png"))
+        self.good(self.weights, self.images[0], self.images[1], "--lora", self.lora, "-j1", "-o", "b.png")
+        self.assertEqual(with_cache, read(self.path("b.png")))
+
+    def test_refusals(self):
+        p = self.images[0]
+        self.bad(1, "holds adapters, no model", self.lora, p)
+        self.bad(1, "both.bin: holds no adapters", self.weights, p, "--lora", self.weights)
+        self.bad(1, "none.bin", self.weights, p, "--lora", "none.bin")
+        self.bad(2, "belongs to predict, rank, eval, batch", "encode", self.weights, p, "--lora",
+                 self.lora)
+        shutil.copy(self.lora, self.path("l.png"))
+        self.bad(1, ["l.png", "is --lora too"], self.weights, p, "--lora", "l.png", "-o", "l.png",
+                 "--force")
+        self.convert(self.path("wide.bin"), "--lora", lora_folder(self.path("wide"), width=96))
+        self.bad(1, "wide.bin: is for blk.0.attn_q.weight of 96 x 96; in %s it is 64 x 64"
+                 % self.weights, self.weights, p, "--lora", "wide.bin")
+
+    def test_merge(self):
+        self.bad(2, "help merge", "merge", self.weights, self.lora)
+        self.bad(2, "help merge", "merge", self.weights, "-o", "m.bin")
+        self.bad(1, "holds adapters, no model", "merge", self.lora, self.weights, "-o", "m.bin")
+        self.put("m.bin", b"precious")
+        self.bad(1, ["m.bin", "exists", "--force"], "merge", self.weights, self.lora, "-o", "m.bin")
+        for size in (0, 5000, 300000):
+            self.bad(1, ["m.bin", "cannot be written"], "merge", self.weights, self.lora, "-o", "m.bin",
+                     "--force", preexec_fn=lambda: ignore_file_limit(size))
+        self.assertEqual(read(self.path("m.bin")), b"precious")
+        self.good("merge", self.weights, self.lora, "-o", "m.bin", "--force")
+        shutil.copy(self.lora, self.path("l.bin"))
+        for name in ("m.bin", "l.bin"):
+            self.bad(1, [name, "input"], "merge", "m.bin", "l.bin", "-o", name, "--force")
+        self.bad(2, "/dev/stdout", "merge", self.weights, self.lora, "-o", "-")
+        for kind in ("q8_0", "q4_0", "bf16", "f32"):
+            self.good("merge", self.weights, self.lora, "-o", "t.bin", "--type", kind, "--force")
+            self.assertRegex(self.good("info", "t.bin", "--tensors").decode(),
+                             r"(?m)^blk\.0\.attn_q\.weight +%s " % kind)
+
+
 class Usage(Case):
     def test_missing_words(self):
         self.bad(2, "no such command or file: frobnicate", "frobnicate")
@@ -826,8 +954,8 @@ class Usage(Case):
 
 # ---- help, mistakes and the bar --------------------------------------------------------------------
 
-COMMANDS = ("predict", "encode", "decode", "rank", "eval", "batch", "bench", "info", "quantize", "help",
-            "version")
+COMMANDS = ("predict", "encode", "decode", "rank", "eval", "batch", "bench", "info", "quantize", "pack",
+            "unpack", "merge", "train", "plot", "help", "version")
 
 
 class Help(Case):
@@ -835,7 +963,7 @@ class Help(Case):
         """Names and arguments of the options as lvm.c's table has them, by its first command."""
         source = read(os.path.join(TOP, "lvm.c")).decode()
         source = source[source.index("option_table[] = {"):source.index("N_OPTIONS =")]
-        rows = re.findall(r'\{(0|\'.\'), "([a-z-]+)", (NULL|"[^"]*"), ([A-Z |]+),', source)
+        rows = re.findall(r'\{(0|\'.\'), "([a-z0-9-]+)", (NULL|"[^"]*"), ([A-Z |]+),', source)
         self.assertGreater(len(rows), 30)
         return rows
 
@@ -860,7 +988,8 @@ class Help(Case):
         letters = {"PREDICT": "predict", "SAMPLES": "predict batch", "BENCH": "bench", "HELP": "help",
                    "READS": "predict rank eval batch", "INFO": "info", "QUANTIZE": "quantize",
                    "RUNS": "predict rank eval batch encode decode", "ENCODE": "encode",
-                   "DECODE": "decode", "RANK": "rank", "EVAL": "eval", "BATCH": "batch"}
+                   "DECODE": "decode", "RANK": "rank", "EVAL": "eval", "BATCH": "batch", "PACK": "pack",
+                   "UNPACK": "unpack", "MERGE": "merge", "TRAIN": "train", "PLOT": "plot"}
         texts = {command: self.good("help", command).decode() for command in COMMANDS}
         for name, text in list(texts.items()) + [("", self.good("help").decode())]:
             for line in text.splitlines():
@@ -955,7 +1084,7 @@ class Mistakes(Case):
         for word, meant in (("generate", "did you mean predict?"), ("run", "did you mean predict?"),
                             ("infer", "did you mean predict?"), ("tokenize", "did you mean encode?"),
                             ("detokenize", "did you mean decode?"), ("evaluate", "did you mean eval?"),
-                            ("serve", "no server"), ("convert", "convert.py"), ("train", "not train yet"),
+                            ("serve", "no server"), ("convert", "convert.py"), ("finetune", "did you mean train?"),
                             ("predcit", "did you mean predict?"), ("Encode", "did you mean encode?"),
                             ("decoed", "did you mean decode?"), ("quant", "did you mean quantize?"),
                             ("quantise", "did you mean quantize?"), ("benchmark", "did you mean bench?"),
@@ -982,10 +1111,10 @@ class Mistakes(Case):
                      self.weights, self.images[0], option, "5")
         for args, owners in ((("encode", "--json"), "--json belongs to predict, rank, eval, batch, bench)"),
                              (("--tensors",), "--tensors belongs to info)"),
-                             (("info", "-j2"), "-j belongs to predict, encode, decode, rank, eval, batch, bench)"),
-                             (("help", "--type=q8_0"), "--type belongs to bench, quantize)")):
+                             (("info", "-j2"), "-j belongs to predict, encode, decode, rank, eval, batch, bench, train)"),
+                             (("help", "--type=q8_0"), "--type belongs to bench, quantize, merge, train)")):
             self.bad(2, ["no such option: ", owners], *args)
-        for option in ("---", "-x", "--x", "--frobnicate"):
+        for option in ("---", "-x", "--y", "--frobnicate"):
             self.bad(2, ["no such option: " + option, "(lvm help predict lists them)"], self.weights, option)
         self.bad(2, "-o: needs a value, and --greedy is an option", self.weights, self.images[0], "-o", "--greedy")
 
@@ -1025,6 +1154,202 @@ class Mistakes(Case):
 
 
 # ---- files that are not what they should be ------------------------------------------------------
+
+class Pack(Case):
+    """.tok files: what pack writes, read by chapter 8's drawing; what unpack gives back; bad lines."""
+
+    def parts(self, data):
+        """Sentences, their weights (or None) and image_tokens of a .tok file."""
+        self.assertEqual(data[:12] + data[-8:], b"LVM.tok\n\1\0\0\0LVM.tok\n")
+        sentences, n, bound, image, flags = struct.unpack("<QQIII", data[-64:-36])
+        ids = struct.unpack("<%dH" % n, data[64:64 + 2 * n])
+        at = (64 + 2 * n + 63) // 64 * 64
+        weights = data[at:at + n] if flags else None
+        at += (n + 63) // 64 * 64 if flags else 0
+        starts = struct.unpack("<%dQ" % (sentences + 1), data[at:at + 8 * sentences + 8])
+        self.assertEqual(len(data), (at + 8 * sentences + 8 + 63) // 64 * 64 + 64)
+        self.assertEqual((starts[0], starts[-1], bound), (0, n, max(ids) + 1))
+        cut = [slice(a, b) for a, b in zip(starts, starts[1:])]
+        return [list(ids[c]) for c in cut], weights and [list(weights[c]) for c in cut], image
+
+    def pack(self, text, *args, words=(), **how):
+        self.put("in.jsonl", text.encode())
+        code, out, err = self.run_lvm("pack", "in.jsonl", "-o", "out.tok", *args, **how)
+        self.assertEqual((code, out), (0, b"out.tok\n"), err)
+        self.assertRegex(err, r"\Alvm: note: out.tok: \d+ sentences, \d+ tokens[^\n]*\n\Z")
+        for word in words:
+            self.assertIn(word, err)
+        return self.parts(read(self.path("out.tok")))
+
+    def b64(self, ids):
+        return base64.b64encode(struct.pack("<%di" % len(ids), *ids)).decode()
+
+    def test_forms(self):
+        rng = random.Random(3)
+        want = [[rng.randrange(8192) for _ in range(256 * n)] for n in (1, 3, 2, 1, 2)]
+        nested = [want[4][:256], want[4][256:]]
+        text = "\ufeff" + "\n".join((
+            json.dumps({"tokens": want[0]}), json.dumps({"tokens": self.b64(want[1])}), "  ",
+            json.dumps({"id": {"a": [1]}, "tokens": [8192] + want[2] + [8193]}) + "\r",
+            json.dumps({"tokens": self.b64([8192] + want[3] + [8193]).replace("/", "\\/")}).replace("\\\\", "\\"),
+            json.dumps({"input_tokens": nested[0], "output": [nested[1]], "weights": None})))
+        self.assertEqual(self.pack(text, words=["5 sentences, 2304 tokens, 9 images of 256"]), (want, None, 256))
+        self.put("b.jsonl", b'{"tokens": [1]}\n')
+        code, out, err = self.run_lvm("pack", "in.jsonl", "-", "b.jsonl", "-o", "all.tok", "-q",
+                                      data=b'{"tokens": [7, 8]}')
+        self.assertEqual((code, out, err), (0, b"all.tok\n", ""))
+        self.assertEqual(self.parts(read(self.path("all.tok"))), (want + [[7, 8], [1]], None, 0))
+
+    def test_weights(self):
+        lines = ('{"input": [1, 2], "target": [[3], [4]]}\n{"input_tokens": [], "target_tokens": [5]}\n',
+                 '{"weights": [9, 0, 255, 9], "tokens": [8192, 6, 7, 8193]}\n',
+                 '{"input": [1], "output": [2], "weights": "AQI="}\n')
+        ids = [[1, 2, 3, 4], [5], [6, 7], [1, 2]]
+        self.assertEqual(self.pack(lines[0]), (ids[:2], None, 0))
+        self.assertEqual(self.pack("".join(lines)), (ids, [[16] * 4, [16], [0, 255], [1, 2]], 0))
+        self.assertEqual(self.pack("".join(lines), "--loss", "answers"),
+                         (ids, [[0, 0, 16, 16], [16], [0, 255], [1, 2]], 0))
+        self.put("in.jsonl", b'{"tokens": [1]}\n')
+        self.bad(1, ["in.jsonl: line 1: --loss answers takes lines with"], "pack", "in.jsonl", "-o", "x.tok",
+                 "--loss", "answers")
+
+    def test_special_ids(self):
+        line = json.dumps({"tokens": [8192, 1, 9, 8193]})
+        self.assertEqual(self.pack(line)[0], [[1, 9]])
+        self.assertEqual(self.pack(line, "--bos", "none")[0], [[8192, 1, 9]])
+        self.assertEqual(self.pack(line, "--bos", "none", "--eos=none")[0], [[8192, 1, 9, 8193]])
+        self.assertEqual(self.pack('{"tokens": [50, 9, 51]}', "--bos", "50", "--eos", "51")[0], [[9]])
+        self.assertEqual(self.pack('{"tokens": [9, 65535]}')[0], [[9, 65535]])
+        for option in ("--bos", "--eos"):
+            for value in ("", "x", "-1", "1.5", "99999999999", "8192x"):
+                self.bad(2, [option, "no id and not none"], "pack", "in.jsonl", "-o", "x.tok", option, value)
+
+    def test_image_tokens(self):
+        for lines, want in (([(512, None), (256, None)], 256), ([(512, None), (255, None)], 0),
+                            ([(512, 0), (256, 0)], 0), ([(128, 64), (64, None)], 64),
+                            ([(512, None), (256, 128)], 128)):
+            text = "\n".join(json.dumps(dict({"tokens": [1] * n}, **({} if t is None else {"image_tokens": t})))
+                             for n, t in lines)
+            self.assertEqual(self.pack(text)[2], want)
+        for text, words in (('{"tokens": [1, 2, 3], "image_tokens": 2}', "line 1: 3 tokens are no whole images of 2"),
+                            ('{"tokens": [1, 2], "image_tokens": 2}\n{"tokens": [1], "image_tokens": 1}',
+                             'line 2: "image_tokens" is 1, but 2 in a line above'),
+                            ('{"tokens": [1, 2]}\n{"tokens": [1, 2, 3], "image_tokens": 3}', "no multiple")):
+            self.put("in.jsonl", text.encode())
+            self.bad(1, words, "pack", "in.jsonl", "-o", "x.tok")
+
+    def test_round_trip(self):
+        """pack(unpack(x)) is x, byte for byte."""
+        rng = random.Random(4)
+        for k in range(12):
+            size = (256, 256, 64, 1)[k % 4]
+            lines = []
+            for _ in range(rng.randrange(1, 20)):
+                n = size * rng.randrange(1, 4) + (1 if k == 1 else 0)
+                line = {"tokens": [rng.randrange(8192) for _ in range(n)]}
+                if k % 3 == 0:
+                    line["weights"] = [rng.randrange(256) for _ in range(n)]
+                if k % 4 == 2:
+                    line["image_tokens"] = 64
+                lines.append(json.dumps(line))
+            parts = self.pack("\n".join(lines))
+            tok = read(self.path("out.tok"))
+            for options in ((), ("--integers",)):
+                code, out, err = self.run_lvm("unpack", "out.tok", "-o", "back.jsonl", *options)
+                self.assertEqual((code, out), (0, b"back.jsonl\n"), err)
+                text = read(self.path("back.jsonl"))
+                self.assertEqual(self.good("unpack", "out.tok", *options), text)
+                for line, ids in zip(text.splitlines(), parts[0]):
+                    got = json.loads(line)["tokens"]
+                    if not options:
+                        got = list(struct.unpack("<%di" % len(ids), base64.b64decode(got, validate=True)))
+                    self.assertEqual(got, ids)
+                self.good("pack", "-q", "back.jsonl", "-o", "again.tok")
+                self.assertEqual(read(self.path("again.tok")), tok)
+        self.assertEqual(self.good("pack", "-", "-q", "-o", "-", data=text), tok)
+
+    def test_bad_lines(self):
+        for line, words in (
+                ('{"tokens": [1, 65536]}', ["an id is no image token", "at byte 16"]),
+                ('{"tokens": [1, -1]}', ["an id is no image token", "at byte 16"]),
+                ('{"tokens": [1, 1.5]}', ["an id is no image token", "at byte 16"]),
+                ('{"tokens": "AAAAAAAAAAAAAAEA"}', ["an id is no image token", "at byte 23"]),
+                ('{"tokens": "AAAA"}', ["no base64 of whole int32"]), ('{"tokens": "A?=="}', ["no base64"]),
+                ('{"tokens": "AAAAAA==="}', ["no base64"]), ('{"tokens": 5}', ["an array of ids or base64"]),
+                ('{"tokens": [[[1]]]}', ["an id should stand here"]), ('{"tokens": [1,]}', ["comma"]),
+                ('{"tokens": [true]}', ["an id should stand here"]), ('{"tokens": [1', ["lacks", "end of the line"]),
+                ('{"input": "a.png", "output": "b.png"}', ["base64"]),
+                ('{"input": ["a.png"], "output": ["b.png"]}', ["a picture's name", "lvm encode"]),
+                ('{"tokens": [], "x": 1}', ["a sentence without tokens"]),
+                ('{"tokens": [8192, 8193]}', ["a sentence without tokens"]),
+                ('{"tokens": [8193]}', ["a sentence without tokens"]),
+                ('{"tokens": [1, 8193, 2]}', ["token 2 is eos (8193)"]),
+                ('{"tokens": [8192, 8192, 2]}', ["token 2 is bos (8192)"]),
+                ('{"tokens": [1], "input": [2]}', ['"tokens" and "input" say the same thing']),
+                ('{"tokens": [1], "target": [2]}', ['"tokens" and "target" say the same thing']),
+                ('{"tokens": [1], "tokens": [2]}', ['"tokens" and "tokens" say the same thing']),
+                ('{"output": [1], "target": [2]}', ['"output" and "target" say the same thing']),
+                ('{"input": [1]}', ['"input_tokens" and "output_tokens"']), ('{}', ['a line holds "tokens"']),
+                ('{"tokens": null}', ['a line holds "tokens"']),
+                ('{"tokens": [1], "weights": [1, 2]}', ["2 weights for 1 tokens"]),
+                ('{"tokens": [1], "weights": []}', ["0 weights for 1 tokens"]),
+                ('{"tokens": [1], "weights": [256]}', ["from 0 to 255"]),
+                ('{"tokens": [1], "weights": "A"}', ["0 weights for 1 tokens"]),
+                ('{"tokens": [1], "weights": 16}', ["weights should stand here"]),
+                ('{"tokens": [1], "weight": [16]}', ['did you mean "weights"?']),
+                ('{"Tokens": [1]}', ['did you mean "tokens"?']),
+                ('{"tokens": [1], "image_tokens": "x"}', ['"image_tokens" is no number']),
+                ("[1, 2]", ["a line is an object"]), ('{"tokens": [1]} x', ["behind the object"]),
+                ('{"tokens" [1]}', ["lacks its :"])):
+            self.put("in.jsonl", b'{"tokens": [3]}\n\n' + line.encode())
+            self.bad(1, ["in.jsonl: line 3: "] + words, "pack", "in.jsonl", "-o", "x.tok")
+        self.put("in.jsonl", b'{"tokens": [1\0]}')
+        self.bad(1, ["in.jsonl: line 1: zero bytes"], "pack", "in.jsonl", "-o", "x.tok")
+        self.put("in.jsonl", '{"tokens": [1]}'.encode("utf-16"))
+        self.bad(1, ["in.jsonl", "UTF-16"], "pack", "in.jsonl", "-o", "x.tok")
+        self.put("in.jsonl", b'{"tokens": [1], "x": "' + b"y" * (1 << 24) + b'"}')
+        self.bad(1, ["in.jsonl: line 1: is longer than"], "pack", "in.jsonl", "-o", "x.tok")
+        self.put("in.jsonl", b" \n\n")
+        self.bad(1, ["no lines to learn from"], "pack", "in.jsonl", "-o", "x.tok")
+
+    def test_words_and_outputs(self):
+        self.put("in.jsonl", b'{"tokens": [3, 1, 2]}\n')
+        self.bad(2, "lvm help pack", "pack", "in.jsonl")
+        self.bad(2, "lvm help pack", "pack", "-o", "x.tok")
+        self.bad(2, "lvm help unpack", "unpack")
+        self.bad(2, "lvm help unpack", "unpack", "in.jsonl", "in.jsonl")
+        self.bad(1, "nowhere.jsonl", "pack", "nowhere.jsonl", "-o", "x.tok")
+        self.bad(1, "is a folder", "pack", ".", "-o", "x.tok")
+        for name in ("in.jsonl", "./in.jsonl", os.path.join(self.folder, "in.jsonl")):
+            self.bad(1, [name, "is an input too"], "pack", "in.jsonl", "-o", name)
+        self.bad(1, "is an input too", "pack", "nowhere.jsonl", "in.jsonl", "-o", "in.jsonl")
+        self.put("w.bin", read(self.weights))
+        self.bad(1, ["w.bin", "is a weights file"], "pack", "in.jsonl", "-o", "w.bin")
+        self.good("pack", "in.jsonl", "-o", "a.tok", "-q")
+        self.bad(1, ["a.tok", "is a .tok file already"], "pack", "a.tok", "-o", "x.tok")
+        self.bad(1, ["a.tok", "is an input too"], "unpack", "a.tok", "-o", "a.tok")
+        self.bad(1, ["in.jsonl", "is no .tok file"], "unpack", "in.jsonl")
+        self.bad(1, ["nowhere.tok"], "unpack", "nowhere.tok")
+        self.bad(1, ["nowhere/x.tok"], "pack", "in.jsonl", "-o", "nowhere/x.tok")
+        self.assertEqual(self.good("unpack", "a.tok", "--integers"),
+                         b'{"tokens": [3, 1, 2], "image_tokens": 0}\n')
+        good = read(self.path("a.tok"))
+        self.put("bad.tok", good[:-48] + struct.pack("<I", 3) + good[-44:])
+        self.bad(1, ["bad.tok: sentence 1, token 1: id 3"], "unpack", "bad.tok", "-o", "x.jsonl")
+        self.put("bad.tok", good[:-1])
+        self.bad(1, ["bad.tok", "end is missing"], "unpack", "bad.tok")
+
+    def test_full_disk(self):
+        lines = "".join(json.dumps({"tokens": [k] * 999}) + "\n" for k in range(200))
+        self.pack(lines)
+        limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 17, 1 << 17))
+        ignore = lambda: (signal.signal(signal.SIGXFSZ, signal.SIG_IGN), limit())
+        self.bad(1, ["x.tok", "cannot be written"], "pack", "in.jsonl", "-o", "x.tok", preexec_fn=ignore)
+        self.bad(1, ["x.jsonl", "cannot be written"], "unpack", "out.tok", "-o", "x.jsonl", preexec_fn=ignore)
+        if os.path.exists("/dev/full"):
+            self.bad(1, "cannot be written", "pack", "in.jsonl", "-o", "/dev/full")
+            self.bad(1, "cannot be written", "unpack", "out.tok", "-o", "/dev/full")
+
 
 class Images(Case):
     def refuse(self, words, *images):

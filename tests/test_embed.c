@@ -80,6 +80,8 @@ struct world {
     lvm_image image[2];
     void *file;               /* BOTH in memory */
     size_t file_size;
+    uint8_t tok[1024];        /* a .tok file */
+    size_t tok_size;
     uint64_t hash;
 };
 
@@ -281,6 +283,100 @@ static int job_quantize(struct world *w, lvm_error *error) {
     return code;
 }
 
+/* ---- Training ---- */
+
+enum { SENTENCES = 4, SENTENCE = 21 };
+
+/* Sentences of ids below 40, as chapter 8 describes the file. */
+static void make_tok(struct world *w) {
+    struct tok_foot foot = {.n_sentences = SENTENCES, .n_tokens = SENTENCES * SENTENCE, .bound = 40};
+    struct rng rng = rng_new(8, 0);
+    uint32_t version = TOK_VERSION;
+    size_t at = TOK_ALIGN;
+    memcpy(w->tok, tok_magic, TOK_MAGIC);
+    memcpy(w->tok + TOK_MAGIC, &version, sizeof version);
+    memcpy(foot.magic, tok_magic, TOK_MAGIC);
+    for (int i = 0; i < SENTENCES * SENTENCE; i++, at += 2)
+        w->tok[at] = (uint8_t)(rng_next(&rng) % 40);
+    at = (size_t)round_up((int)at, TOK_ALIGN);
+    for (uint64_t i = 0; i <= SENTENCES; i++, at += 8)
+        memcpy(w->tok + at, &(uint64_t){i * SENTENCE}, 8);
+    at = (size_t)round_up((int)at, TOK_ALIGN);
+    memcpy(w->tok + at, &foot, sizeof foot);
+    w->tok_size = at + sizeof foot;
+    must(w->tok_size <= sizeof w->tok ? w : NULL);
+}
+
+static lvm_train_options small_training(const lvm_tokens *const *tokens) {
+    lvm_train_options o = lvm_default_train_options();
+    o.layers = 1, o.width = 16, o.heads = 2, o.kv_heads = 1, o.feed_forward = 24;
+    o.vocab = 300, o.bos = 256, o.eos = 257;
+    o.context = 8, o.batch = 2, o.steps = 4, o.warmup = 1, o.threads = 1;
+    o.data = tokens, o.n_data = 1;
+    return o;
+}
+
+/* Two steps, and what other data lose. */
+static int train_a_little(struct world *w, lvm_trainer *t, const lvm_tokens *tokens,
+                          lvm_error *error) {
+    lvm_train_report report;
+    double loss = 0;
+    int64_t n = 0;
+    int code = t == NULL ? code_of(t, error) : LVM_OK;
+    for (int i = 0; code == LVM_OK && i < 2; i++) {
+        code = lvm_trainer_step(t, &report, error);
+        if (code == LVM_OK) note(w, &report, sizeof report);
+    }
+    if (code == LVM_OK) code = lvm_trainer_eval(t, tokens, 0, &loss, &n, error);
+    if (code == LVM_OK) note(w, &loss, sizeof loss);
+    return code;
+}
+
+/* A model from nothing; its checkpoint goes into another trainer, its weights into a file. */
+static int job_train(struct world *w, lvm_error *error) {
+    lvm_error own = {0, ""};
+    if (error == NULL) error = &own;
+    const char *path = in_folder(w, "t.ckpt");
+    lvm_tokens *tokens = lvm_tokens_open_memory(w->tok, w->tok_size, "t.tok", error);
+    if (tokens == NULL) return error->code;
+    lvm_train_options o = small_training((const lvm_tokens *const *)&tokens);
+    lvm_trainer *t = lvm_trainer_new(&o, error), *other = NULL;
+    int code = train_a_little(w, t, tokens, error);
+    if (code == LVM_OK) code = lvm_trainer_save(t, path, "a note", error);
+    if (code == LVM_OK && (other = lvm_trainer_new(&o, error)) == NULL) code = error->code;
+    if (code == LVM_OK) code = lvm_trainer_load(other, path, error);
+    if (code == LVM_OK) code = train_a_little(w, other, tokens, error);
+    if (code == LVM_OK) code = lvm_trainer_export(t, path, LVM_AUTO, w->m, error);
+    lvm_trainer_free(t);
+    lvm_trainer_free(other);
+    lvm_tokens_close(tokens);
+    remove(path);
+    return code;
+}
+
+/* Adapters of LLAMA, into a file and onto the model. */
+static int job_adapters(struct world *w, lvm_error *error) {
+    lvm_error own = {0, ""};
+    if (error == NULL) error = &own;
+    const char *path = in_folder(w, "t.bin");
+    lvm_tokens *tokens = lvm_tokens_open_memory(w->tok, w->tok_size, NULL, error);
+    lvm_model *m = tokens != NULL ? lvm_open(w->llama, 0, error) : NULL;
+    int code = m == NULL ? error->code : LVM_OK;
+    lvm_train_options o = small_training((const lvm_tokens *const *)&tokens);
+    o.init = m;
+    o.lora_rank = 2;
+    lvm_trainer *t = m != NULL ? lvm_trainer_new(&o, error) : NULL;
+    if (code == LVM_OK) code = train_a_little(w, t, tokens, error);
+    if (code == LVM_OK) code = lvm_trainer_export(t, path, LVM_AUTO, NULL, error);
+    lvm_trainer_free(t);
+    if (code == LVM_OK) code = lvm_apply_lora(m, path, error);
+    if (code == LVM_OK) note(w, m->llama.layers[0].q.data, 64);
+    lvm_close(m);
+    lvm_tokens_close(tokens);
+    remove(path);
+    return code;
+}
+
 struct job {
     const char *name;
     int (*run)(struct world *w, lvm_error *error);
@@ -298,7 +394,8 @@ static const struct job jobs[] = {
     {"image save", job_save, 0, 5},
     {"image save to memory", job_save_memory, 0, 5},
     {"resize", job_resize, 0, 10},    {"upright", job_upright, 0, 6},
-    {"cache", job_cache, 'l', 10},    {"quantize", job_quantize, 0, 10}};
+    {"cache", job_cache, 'l', 10},    {"quantize", job_quantize, 0, 10},
+    {"train", job_train, 0, 100},     {"adapters", job_adapters, 0, 60}};
 enum { N_JOBS = sizeof jobs / sizeof *jobs };
 
 static void prepare(struct world *w, const struct job *job) {
@@ -443,6 +540,51 @@ static void test_cancel(struct world *w) {
     }
     lvm_ctx_free(w->ctx);
     w->ctx = kept;
+}
+
+static int on_train(void *user, const char *stage, int64_t done, int64_t all) {
+    struct canceller *c = user;
+    int at = atomic_load(&c->at), call = atomic_fetch_add(&c->calls, 1);
+    check((strcmp(stage, "train") == 0 || strcmp(stage, "eval") == 0) && done >= 0 && done <= all,
+          "training is at %s, %lld of %lld", stage, (long long)done, (long long)all);
+    return at >= 0 && call >= at;
+}
+
+/* A step or an evaluation that was stopped has not been: the next ones are what they would be. */
+static void test_cancel_training(struct world *w) {
+    enum { STEP_CALLS = 3 }; /* a step of one layer has two, so the last of them is the next call's */
+    struct canceller c = {.at = -1};
+    lvm_tokens *tokens = must(lvm_tokens_open_memory(w->tok, w->tok_size, NULL, NULL));
+    lvm_train_options o = small_training((const lvm_tokens *const *)&tokens);
+    lvm_train_report report;
+    double loss = 0;
+    int64_t n_tokens = 0;
+    o.user = &c;
+    o.progress = on_train;
+    lvm_trainer *t = must(lvm_trainer_new(&o, NULL));
+    w->hash = 0;
+    check(train_a_little(w, t, tokens, NULL) == LVM_OK, "training fails");
+    uint64_t want = w->hash;
+    lvm_trainer_free(t);
+    int n = atomic_load(&c.calls);
+    check(n > 8, "training reports %d times", n);
+    for (int at = 0; at < n; at++) {
+        t = must(lvm_trainer_new(&o, NULL));
+        cancel_at(&c, at % STEP_CALLS);
+        int step_code = lvm_trainer_step(t, &report, NULL);
+        cancel_at(&c, at % 2);
+        int code = lvm_trainer_eval(t, tokens, 0, &loss, &n_tokens, NULL);
+        cancel_at(&c, -1);
+        check(code == LVM_CANCELLED, "an evaluation cancelled at call %d: code %d", at % 2, code);
+        check(step_code == LVM_CANCELLED || at % STEP_CALLS == STEP_CALLS - 1, "a step cancelled at call %d: code %d",
+              at % STEP_CALLS, step_code);
+        w->hash = 0;
+        if (step_code == LVM_CANCELLED)
+            check(train_a_little(w, t, tokens, NULL) == LVM_OK && w->hash == want,
+                  "a step after one that was cancelled at call %d is another", at % STEP_CALLS);
+        lvm_trainer_free(t);
+    }
+    lvm_tokens_close(tokens);
 }
 
 /* A prompt that was cancelled is the context's prompt all the same: the rest of it is read when it
@@ -648,6 +790,55 @@ static void test_wrong_pointers(struct world *w) {
     check(lvm_predict(ctx, NULL, 0, NULL, 1, 1, out, NULL) == LVM_OK, "no prompt but bos fails");
     lvm_image_free(&out[0]);
     lvm_ctx_free(ctx);
+}
+
+/* Options that a trainer refuses, each with its name. */
+static void test_wrong_training(struct world *w) {
+    enum { WRONG = 18 };
+    lvm_tokens *tokens = must(lvm_tokens_open_memory(w->tok, w->tok_size, NULL, NULL));
+    const lvm_train_options good = small_training((const lvm_tokens *const *)&tokens);
+    lvm_train_options o[WRONG];
+    const char *const names[WRONG] = {
+        "layers", "width", "heads", "share", "feed_forward", "vocab", "bos", "context", "batch",
+        "steps", "beta2", "epsilon", "lora_on", "packing", "schedule", "nothing of the model learns",
+        "free", "vocabulary"};
+    for (int i = 0; i < WRONG; i++) o[i] = good;
+    o[0].layers = 0, o[1].width = 18, o[2].heads = 0, o[3].heads = 4, o[3].kv_heads = 3;
+    o[4].feed_forward = 0, o[5].vocab = 1, o[5].bos = o[5].eos = -1, o[6].bos = 300, o[7].context = 1, o[8].batch = 0;
+    o[9].steps = 0, o[10].beta2 = 1, o[11].epsilon = 0, o[12].lora_rank = 2, o[12].lora_on = "q,z";
+    o[13].packing = 2, o[14].schedule = -1, o[15].freeze = "*", o[16].memory = 1000;
+    o[17].vocab = 30, o[17].bos = o[17].eos = -1;
+    for (int i = 0; i < WRONG; i++) {
+        lvm_error error = {0, ""};
+        check(lvm_trainer_new(&o[i], &error) == NULL && strstr(error.text, names[i]) != NULL &&
+                  error.code == (i == 16 ? LVM_MEMORY : LVM_INVALID),
+              "a trainer with a wrong %s: code %d, \"%s\"", names[i], error.code, error.text);
+    }
+    lvm_train_report report;
+    lvm_train_memory memory;
+    double loss;
+    int64_t n;
+    lvm_trainer *t = must(lvm_trainer_new(&good, NULL));
+    INVALID(lvm_trainer_memory(NULL, &memory, e));
+    INVALID(lvm_trainer_memory(&good, NULL, e));
+    INVALID(lvm_trainer_step(NULL, &report, e));
+    INVALID(lvm_trainer_step(t, NULL, e));
+    INVALID(lvm_trainer_eval(NULL, tokens, 0, &loss, &n, e));
+    INVALID(lvm_trainer_eval(t, NULL, 0, &loss, &n, e));
+    INVALID(lvm_trainer_save(NULL, "x", "", e));
+    INVALID(lvm_trainer_save(t, NULL, "", e));
+    INVALID(lvm_trainer_load(NULL, "x", e));
+    INVALID(lvm_trainer_load(t, NULL, e));
+    INVALID(lvm_trainer_export(NULL, "x", LVM_F32, NULL, e));
+    INVALID(lvm_trainer_export(t, NULL, LVM_F32, NULL, e));
+    INVALID(lvm_apply_lora(NULL, "x", e));
+    INVALID(lvm_apply_lora(w->lm, NULL, e));
+    INVALID(lvm_merge(NULL, "x", "y", LVM_AUTO, 0, e));
+    check(lvm_trainer_new(NULL, NULL) == NULL, "a trainer without options");
+    lvm_trainer_free(NULL);
+    lvm_trainer_free(t);
+    lvm_tokens_close(NULL);
+    lvm_tokens_close(tokens);
 }
 
 static void test_wrong_image_calls(struct world *w) {
@@ -970,6 +1161,7 @@ static void test_usage(struct world *w) {
 static void world_open(struct world *w, char **argv) {
     uint8_t *data = NULL;
     memset(w, 0, sizeof *w);
+    make_tok(w);
     w->both = argv[1];
     w->llama = argv[2];
     w->images = argv[3];
@@ -1011,9 +1203,11 @@ int main(int argc, char **argv) {
         test_allocations(&w);
         test_thread_starts(&w);
         test_cancel(&w);
+        test_cancel_training(&w);
         test_prompt_again(&w);
         test_generate_again(&w);
         test_wrong_pointers(&w);
+        test_wrong_training(&w);
         test_wrong_image_calls(&w);
         test_flat_images(&w);
         test_wrong_models(&w);
