@@ -51,7 +51,7 @@
        7  The seam for devices and the CPU behind it; generation and scoring
      Part two: how one learns
        8  Training: backward beside forward, AdamW, LoRA, data, checkpoints
-       9  Visual sentences: prompts by the line
+       9  Visual sentences: prompts by the line; folders of images become training data
      Part three: the machine room
       10  Systems: files, mapping, folders, threads, Windows
       11  Images: PNG, JPEG and PNM in, PNG out, EXIF rotation, Pillow's resizing
@@ -7113,7 +7113,7 @@ int lvm_trainer_eval(lvm_trainer *t, const lvm_tokens *data, int64_t max_rows, d
 }
 
 /* =================================================================================================
-   Chapter 9.  Visual sentences: prompts by the line
+   Chapter 9.  Visual sentences: prompts by the line; folders of images become training data
 
    A set of prompts is a file of JSON lines (RFC 8259: one object a line, UTF-8), as the published
    evaluation reads them:

@@ -814,6 +814,8 @@ class Examples(Sentences):
         """The array script, run as Slurm would run its tasks, makes the whole."""
         self.folder_of("a", 10)
         script = os.path.join(TOP, "examples", "sentences.slurm")
+        if shutil.which("shellcheck"):
+            subprocess.run(["shellcheck", script], check=True)
         env = dict(os.environ, LVM=os.environ.get("LVM", os.path.join(TOP, "lvm")), WEIGHTS=self.weights, SLURM_ARRAY_TASK_COUNT="3",
                    SLURM_ARRAY_TASK_MIN="1", SLURM_CPUS_PER_TASK="1")
         env["LVM"] = os.path.abspath(env["LVM"])
