@@ -4,7 +4,7 @@ library only.
 
 FOLDER/gguf gets heads of small weights files (tests/test_fuzz.c adds the data), FOLDER/cache what
 `build/test_fuzz --cache FILE` writes, FOLDER/ckpt what `--ckpt FILE` does, FOLDER/lora adapters,
-FOLDER/jsonl, FOLDER/tokens and FOLDER/lines a few lines, FOLDER/tok small .tok files; images start
+FOLDER/jsonl, tokens, lines, coco and layout a few lines, FOLDER/tok small .tok files; images start
 from tests/images. What a fuzzer found later lies there beside them.
 """
 import os
@@ -174,6 +174,14 @@ def write_text(folder):
     save(folder, "jsonl", "faults", b'{"input": ["a",]}\n{"input": [], "input_tokens": []}\n{"target": "a", '
          b'"output": ["a"]}\n{"x": 1, "x": {},}\n{\'input\': None}\n{"input": ["a"\n\xff\xfe{\x00\n'
          b'{"answer": 1e999, "input": [""]}\n')
+    save(folder, "coco", "all", b'{"info": [1, {"x": null}], "annotations": [{"image_id": 3, "category_id": 2, '
+         b'"bbox": [1, 2, 3.5, 1e0], "segmentation": [[1, 1, 7, 1, 7, 5]], "iscrowd": 0, "keypoints": [' +
+         b", ".join(b"%d, %d, 2" % (i % 9, i % 6) for i in range(17)) + b']}, {"image_id": 3, "iscrowd": 1, '
+         b'"segmentation": {"size": [6, 9], "counts": [20, 8, 26]}}, {"image_id": 1, "segmentation": '
+         b'{"counts": "d08j0", "size": [6, 9]}}, {"image_id": 77}],\n "images": [{"id": 3, "file_name": '
+         b'"x/a.jpg"}, {"file_name": "b.png", "id": 1.0}, {"id": 4, "file_name": "c"}], "categories": [{"id": 2}]}')
+    save(folder, "coco", "faults", b'{"images": [{"id": 1e999}]}')
+    save(folder, "layout", "lines", b'a.png b "*a.png"\n# no\n\t b b\tb\nc.png\n** a *b\n"a\n')
     save(folder, "tokens", "two", b"1 2 3 4\n5 6 70 8\n")
     save(folder, "tokens", "bad", b"1 -2 x\n99999999999\n")
 

@@ -276,6 +276,79 @@ static void fuzz_tokens(const uint8_t *data, size_t n) {
     mem_free(text);
 }
 
+/* A folder with two images, a.png and b.png. */
+static void small_folder(struct listing *l) {
+    static const char text[] = "\0a\0png\0b\0png";
+    *l = (struct listing){.root = must(copy_string("folder", NULL)), .n_folders = 1, .n = 2};
+    if (buffer_add(&l->text, text, sizeof text, NULL) != LVM_OK) abort();
+    l->folders = must(mem_alloc(1, sizeof *l->folders, NULL));
+    l->first = must(mem_alloc(2, sizeof *l->first, NULL));
+    l->stems = must(mem_alloc(2, sizeof *l->stems, NULL));
+    l->first[1] = 2;
+    l->stems[0] = 1;
+    l->stems[1] = 7;
+}
+
+/* All that is drawn of an image of 9 x 6, cropped and mirrored. */
+static void draw_all(const struct annotations *a, const struct drawn_image *drawn) {
+    struct recipe r = {.crop = {40000, 30000, 20000}, .flip = 1};
+    int cut[4];
+    lvm_image image;
+    lvm_error error;
+    if (image_new(&image, 8, 8, NULL) != LVM_OK) abort();
+    cut_of(&r, 9, 6, cut);
+    struct placement p = placement_of(&r, cut, 8, LVM_CROP);
+    draw_boxes(a, drawn, &p, &image);
+    if (draw_skeletons(a, drawn, &p, &image, &error) == LVM_OK) accepted++;
+    if (draw_areas(a, drawn, &p, 9, 6, &image, &error) == LVM_OK) accepted++;
+    lvm_image_free(&image);
+}
+
+static void fuzz_coco(const uint8_t *data, size_t n) {
+    struct listing l;
+    struct fault_log log = {.path = NULL};
+    struct annotations *a = must(mem_alloc(1, sizeof *a, NULL));
+    lvm_error error;
+    small_folder(&l);
+    *a = (struct annotations){.path = "coco", .log = &log, .list = &l};
+    if (parse_annotations(a, data, n, &error) == LVM_OK) {
+        a->data = (void *)(uintptr_t)data;
+        a->size = n;
+        for (size_t i = 0; i < a->n_images && i < 9; i++) {
+            if (a->images[i].first + a->images[i].n > a->n_shapes) abort();
+            if (a->images[i].file > 1) abort();
+            draw_all(a, &a->images[i]);
+        }
+    }
+    a->data = NULL; /* it is not mapped */
+    annotations_free(a);
+    listing_close(&l);
+}
+
+/* A layout: lines of names. */
+static void fuzz_layout(const uint8_t *data, size_t n) {
+    struct listing l;
+    struct layout *y = must(mem_alloc(1, sizeof *y, NULL));
+    struct plan plan = {.seed = 1};
+    small_folder(&l);
+    for (int number = 1; n > 0; number++) {
+        const uint8_t *end = memchr(data, '\n', n);
+        size_t here = end != NULL ? (size_t)(end - data) : n;
+        char *line = must(mem_alloc(here + 1, 1, NULL));
+        memcpy(line, data, here);
+        if (layout_line(&plan, &l, y, "layout", number, line, NULL) != LVM_OK) abort();
+        mem_free(line);
+        here += end != NULL;
+        data += here;
+        n -= here;
+    }
+    for (size_t i = 0; i < y->n; i++)
+        if (y->starts[i + 1] - y->starts[i] < y->answers[i] || y->starts[i + 1] > y->n_files) abort();
+    accepted += y->n > 0;
+    layout_free(y);
+    listing_close(&l);
+}
+
 /* Rows of a file, until one fails; then each sentence as a line. */
 static void read_tok(const lvm_tokens *t) {
     enum { C = 13, ROWS = 3 };
@@ -370,7 +443,8 @@ static const struct target {
 } targets[] = {{"gguf", fuzz_gguf}, {"cache", fuzz_cache}, {"ckpt", fuzz_ckpt},
                {"lora", fuzz_lora}, {"png", fuzz_image},
                {"jpeg", fuzz_image}, {"pnm", fuzz_image},   {"jsonl", fuzz_jsonl},
-               {"tokens", fuzz_tokens}, {"tok", fuzz_tok},  {"lines", fuzz_lines}};
+               {"tokens", fuzz_tokens}, {"tok", fuzz_tok},  {"lines", fuzz_lines},
+               {"coco", fuzz_coco},     {"layout", fuzz_layout}};
 enum { N_TARGETS = sizeof targets / sizeof *targets };
 
 #ifdef LIBFUZZER
@@ -383,7 +457,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
             return 0;
         }
     fprintf(stderr, "LVM_FUZZ names the target: gguf, cache, ckpt, lora, png, jpeg, pnm, jsonl, "
-                    "tokens, tok, lines\n");
+                    "tokens, tok, lines, coco, layout\n");
     exit(2);
 }
 #else
