@@ -8,6 +8,7 @@
 #   make cuda       lvm and liblvm.so with the GPU's part, by nvcc (NVCC=, CUDA=, CUDA_ARCH=)
 #   make scenes     examples/scenes.c, which renders a world to learn from
 #   make lvm.h      its header, which is chapter 0 of lvm.c
+#   make evaluate   measures weights.bin on prompt/ and writes docs/evaluation.md (half an hour)
 #   make install    PREFIX=DIR: program, manual page, library, lvm.h, lvm.pc; `make uninstall`
 CC      ?= cc
 CFLAGS  ?= -O3
@@ -116,6 +117,9 @@ tsan:
 fuzz:
 	tests/fuzz.sh $(FUZZ_SECONDS)
 
+evaluate: lvm
+	python3 tests/evaluate.py
+
 # The header is chapter 0 of lvm.c: its comment, then everything between the guards.
 lvm.h: lvm.c
 	echo '/* lvm.h - the public part of lvm.c $(VERSION), from which make takes it. MIT licence.' > $@
@@ -154,4 +158,4 @@ clean:
 	rm -rf lvm lvm-static lvm.exe liblvm.so lvm.h scenes build
 
 .DELETE_ON_ERROR:
-.PHONY: static cuda test debug tsan fuzz install uninstall clean
+.PHONY: static cuda test debug tsan fuzz evaluate install uninstall clean

@@ -4,7 +4,7 @@
 # failed. tests/README.md says which part proves what.
 #
 #   ./run_tests.sh [PART...]     build embed backend images corpus kernels os data golden train
-#                                checkpoint properties cli sets train_cli sentences weights
+#                                checkpoint properties cli sets train_cli sentences score weights
 #                                converter examples scenes cuda platforms mutants reference threads
 #   PLATFORMS=1                  other systems too, by the compilers and emulators that are here;
 #   PLATFORMS=required           and they must all be
@@ -23,7 +23,7 @@ LVM_FULL=${LVM_FULL:-}
 LIMIT=${LIMIT:-$([ -z "$LVM_FULL" ] && echo 900 || echo 7200)}     # seconds a part may take
 passed=0 failed=0 skipped=0 parts=${1:+build convert $*}
 known="build convert embed backend images corpus kernels os data golden train checkpoint properties
-    cli sets train_cli sentences weights converter examples scenes cuda platforms mutants
+    cli sets train_cli sentences score weights converter examples scenes cuda platforms mutants
     reference threads"
 
 is_of() { for word in $2; do [ "$word" != "$1" ] || return 0; done; return 1; }
@@ -272,6 +272,7 @@ else
         run sets limited python3 tests/test_sets.py
         run train_cli limited python3 tests/test_train_cli.py
         run sentences limited python3 tests/test_sentences.py
+        run score limited python3 tests/test_score.py
         run weights weights
         run converter limited python3 tests/test_convert.py
         run examples limited python3 tests/test_embed.py
