@@ -408,7 +408,7 @@ typedef struct lvm_train_options {
 typedef struct lvm_train_report {
     int64_t step, tokens;      /* taken, and read, since the beginning */
     int64_t skipped, in_a_row; /* steps so far; and those right before and with this one */
-    double loss;               /* mean of -ln p over the batch's tokens, by their weights, in nats */
+    double loss;               /* mean of -ln p over the batch's tokens, by weight, in nats */
     double grad_norm;          /* before clipping */
     double lr;
     double epoch;              /* passes over the data */
@@ -4060,23 +4060,23 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    Chapter 8.  Training: backward beside forward, AdamW, LoRA, data, checkpoints
 
        .tok files --fill_rows-->  rows of ids, targets, loss weights
-                  --net_forward-->  loss  --net_backward-->  gradients        of each layer, in plain
-                  --update_params-->  weights                                 floats, kept or again
-                  --lvm_trainer_save-->  .ckpt       --lvm_trainer_export-->  weights.bin
+                  --forward_layers, head-->  loss  --layer_backward-->  gradients
+                  --update_params-->  weights
+                  --lvm_trainer_save-->  .ckpt     --lvm_trainer_export-->  weights.bin
 
    The transformer is chapter 6's, with all rows at once and no cache: next-token cross-entropy
 
        loss = sum_i w_i (-ln softmax(logits_i)[target_i]) / sum_i w_i
 
    and its gradient by the chain rule, operation by operation, last one first (backpropagation:
-   Rumelhart, Hinton and Williams 1986). An operation y = f(x) has a backward beside it that gets dy,
-   the gradient of the loss by y, and gives or adds dx; each quotes the line of its forward. What a
-   layer's backward needs of its forward (struct kept) is kept, or, where memory is short, computed
-   again from the layer's input (Chen et al. 2016, arXiv 1604.06174).
+   Rumelhart, Hinton and Williams 1986). An operation y = f(x) has a backward beside it that gets
+   dy, the gradient of the loss by y, and gives or adds dx; each quotes the line of its forward.
+   What a layer's backward needs of its forward (struct kept) is kept, or, where memory is short,
+   computed again from the layer's input (Chen et al. 2016, arXiv 1604.06174).
 
    Sums have one order here too: a step does not depend on the number of threads, so that a run that
-   was stopped and resumed is the run that was not. A weight's gradient adds rows in ascending order;
-   rows are never split over threads. */
+   was stopped and resumed is the run that was not. A weight's gradient adds rows in ascending
+   order; rows are never split over threads. */
 
 /* What a public call takes of an option struct, which may be an older one (chapter 14); bytes of
    memory and processors that are there to be used (chapter 10). */
@@ -4092,7 +4092,7 @@ struct param {
     char name[96];       /* as in the weights file */
     struct tensor w;     /* [rows][cols], a vector [1][cols]: values, or where init has them */
     float *values;       /* as w, where it learns or is new; else NULL */
-    float *g, *m, *v;    /* as w: gradient; AdamW's averages of it and of its square. NULL: frozen */
+    float *g, *m, *v;    /* as w: gradient; AdamW's averages of it and of its square; or NULL */
     int learns, decays;  /* matrices decay, vectors do not */
     const struct tensor_spec *spec; /* of the description; NULL: an adapter */
 };
@@ -4216,9 +4216,9 @@ struct lvm_trainer {
 
 /* ---- Products: y = x w^T, dx = dy w, dw = dy^T x ----
 
-   All three are c[i][j] (+)= sum over k of a[i][k] b(k, j) with rows of a contiguous along k, on the
-   outer tiles of chapter 3. A task has 32 columns of c: it packs b's part for 256 k at a time and
-   sends all its rows of a past it. k ascends. */
+   All three are c[i][j] (+)= sum over k of a[i][k] b(k, j) with rows of a contiguous along k, on
+   the outer tiles of chapter 3. A task has 32 columns of c: it packs b's part for 256 k at a time
+   and sends all its rows of a past it. k ascends. */
 
 enum {
     PRODUCT_K = 256,         /* of a packed part: what stays in the first two caches */
@@ -4540,7 +4540,8 @@ static void swiglu_forward_task(void *arg, int task, int thread) {
     }
 }
 
-/* out = silu(x) y, silu(x) = x s, s = 1 / (1 + e^-x):   dx = dy y (s + x s (1 - s)),  dout = dy x s.
+/* f = silu(x) y, silu(x) = x s, s = 1 / (1 + e^-x), dy the gradient by f:
+       dx = dy y (s + x s (1 - s)),   out = dy x s, the gradient by y.
    dx may be dy; a row of silu(x) goes to scratch. */
 static void swiglu_backward_task(void *arg, int task, int thread) {
     const struct op *op = arg;
@@ -4678,7 +4679,8 @@ static void attention_forward_task(void *arg, int task, int thread) {
           *keys = take(&at, KV_BLOCK * dp), *values = take(&at, KV_BLOCK * dp),
           *q = take(&at, ATTEND_ROWS * dp), *o = take(&at, ATTEND_ROWS * dp);
     struct query queries[ATTEND_ROWS];
-    head_rows(job->kept->q + ((int64_t)(p->first + first) * H + h) * d, (int64_t)H * d, n, d, dp, q);
+    head_rows(job->kept->q + ((int64_t)(p->first + first) * H + h) * d, (int64_t)H * d, n, d, dp,
+              q);
     memset(o, 0, (size_t)n * (size_t)dp * sizeof *o);
     for (int r = 0; r < n; r++)
         queries[r] = (struct query){q + r * dp, o + r * dp, -HUGE_VALF, 0, 0, NULL};
@@ -6703,9 +6705,9 @@ static void net_free(struct lvm_trainer *t) {
 /* Normally distributed, by pairs (Box and Muller 1958). */
 static void fill_normal(struct rng *r, float deviation, float *x, int64_t n) {
     for (int64_t i = 0; i < n; i += 2) {
-        double u = (rng_next(r) + 0.5) * 0x1p-32, angle = rng_next(r) * 0x1p-32, sine = 0, cosine = 0;
+        double u = (rng_next(r) + 0.5) * 0x1p-32, turn = rng_next(r) * 0x1p-32, sine, cosine;
         double radius = deviation * sqrt(-2 * log_f64(u));
-        sincos_f64(angle * 6.28318530717958647692, &sine, &cosine);
+        sincos_f64(turn * 6.28318530717958647692, &sine, &cosine);
         x[i] = (float)(radius * cosine);
         if (i + 1 < n) x[i + 1] = (float)(radius * sine);
     }
@@ -6722,7 +6724,8 @@ static int ends_with(const char *name, const char *end) {
 static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
     int64_t n = elements(p);
     const struct tensor *w = &p->w;
-    int residual = ends_with(p->name, "attn_output.weight") || ends_with(p->name, "ffn_down.weight");
+    int residual =
+        ends_with(p->name, "attn_output.weight") || ends_with(p->name, "ffn_down.weight");
     if (ends_with(p->name, ".lora_b")) {
         memset(p->values, 0, (size_t)n * sizeof *p->values);
     } else if (ends_with(p->name, ".lora_a")) {
@@ -6822,8 +6825,9 @@ static int check_train_options(const lvm_train_options *o, lvm_error *error) {
     const struct { const char *name; double value, low, high; } all[] = {
         {"threads", o->threads, 1, 1024}, {"context", o->context, 2, 1 << 20},
         {"batch", o->batch, 1, 1 << 20}, {"steps", (double)o->steps, 1, 1e15},
-        {"warmup", (double)o->warmup, 0, 1e15}, {"lr", o->lr, 0, 1e3}, {"min_lr", o->min_lr, 0, 1e3},
-        {"beta1", o->beta1, 1e-6, 1 - 1e-6}, {"beta2", o->beta2, 1e-6, 1 - 1e-7},
+        {"warmup", (double)o->warmup, 0, 1e15}, {"lr", o->lr, 0, 1e3},
+        {"min_lr", o->min_lr, 0, 1e3}, {"beta1", o->beta1, 1e-6, 1 - 1e-6},
+        {"beta2", o->beta2, 1e-6, 1 - 1e-7},
         {"epsilon", o->epsilon, 1e-30, 1}, {"weight_decay", o->weight_decay, 0, 100},
         {"clip", o->clip, 0, 1e9}, {"lora_rank", o->lora_rank, 0, 4096},
         {"lora_alpha", o->lora_alpha, 1e-6, 1e6}, {"packing", o->packing, LVM_CUT, LVM_WHOLE},
@@ -9158,7 +9162,8 @@ struct drawn_joint {
 };
 
 /* The joints of a person. In a mirrored image left is right. */
-static void read_joints(struct json *j, const struct placement *p, struct drawn_joint joints[N_JOINTS]) {
+static void read_joints(struct json *j, const struct placement *p,
+                        struct drawn_joint joints[N_JOINTS]) {
     /* nose, neck, right shoulder, elbow, wrist, left ones, hips' middle, right hip, knee, ankle,
        left ones, as COCO's points; a pair is their middle */
     static const uint8_t of[2][N_JOINTS][2] = {
@@ -9179,7 +9184,8 @@ static void read_joints(struct json *j, const struct placement *p, struct drawn_
     json_want(j, ']', "a person has 17 key points of three numbers");
     for (int i = 0; i < N_JOINTS; i++) {
         const struct drawn_joint *a = &points[of[p->flip][i][0]], *b = &points[of[p->flip][i][1]];
-        joints[i] = (struct drawn_joint){(a->x + b->x) / 2, (a->y + b->y) / 2, a->known && b->known};
+        joints[i] =
+            (struct drawn_joint){(a->x + b->x) / 2, (a->y + b->y) / 2, a->known && b->known};
     }
 }
 
@@ -9219,7 +9225,8 @@ static int draw_skeletons(const struct annotations *a, const struct drawn_image 
         if (j.code != LVM_OK) return fail(error, j.code, "%s: %s", a->path, fault.text);
         for (int k = 0; k < N_LIMBS; k++)
             if (joints[drawn_limbs[k].from].known && joints[drawn_limbs[k].to].known)
-                draw_limb(image, &joints[drawn_limbs[k].from], &joints[drawn_limbs[k].to], drawn_limbs[k].rgb);
+                draw_limb(image, &joints[drawn_limbs[k].from], &joints[drawn_limbs[k].to],
+                          drawn_limbs[k].rgb);
     }
     return LVM_OK;
 }
