@@ -1441,7 +1441,7 @@ def adapter_folder(path, keys, tensors):
     renamed, ranks = {}, set()
     for name, t in tensors.items():
         m = re.fullmatch(r"blk\.(0|[1-9]\d{0,3})\.(\w+)\.weight\.lora_([ab])", name)
-        if m is None or m[2] not in names:
+        if m is None or m[2] not in names or len(t.shape) != 2:
             raise Bad(path, "tensor %s is no half of an adapter" % shown(name))
         renamed[LORA_HF % (int(m[1]), names[m[2]], m[3].upper())] = t
         ranks.add(t.shape["ab".index(m[3])])

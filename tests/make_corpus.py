@@ -3,7 +3,8 @@
 library only.
 
 FOLDER/gguf gets heads of small weights files (tests/test_fuzz.c adds the data), FOLDER/cache what
-`build/test_fuzz --cache FILE` writes, FOLDER/jsonl, FOLDER/tokens and FOLDER/scores a few lines; images
+`build/test_fuzz --cache FILE` writes, FOLDER/ckpt what `--ckpt FILE` does, FOLDER/lora adapters,
+FOLDER/jsonl, tokens, lines, coco, layout and scores a few lines, FOLDER/tok small .tok files; images
 start from tests/images. What a fuzzer found later lies there beside them.
 """
 import os
@@ -136,6 +137,23 @@ def file_of(*parts):
     return head(COMMON + sum((p[0] for p in parts), []), sum((p[1] for p in parts), []))
 
 
+def write_lora(folder):
+    """Of rank 2, on two matrices of the little model (tests/trainer.h); whole files."""
+    keys = COMMON + [text("general.type") + struct.pack("<I", 8) + text("adapter"),
+                     text("adapter.type") + struct.pack("<I", 8) + text("lora"),
+                     f32("adapter.lora.alpha", 4.0)]
+    for name, kind, number in (("f32", F32, "<f"), ("f16", F16, "<e")):
+        halves = [(matrix + ".weight.lora_" + half, (2, cols) if half == "a" else (rows, 2), kind)
+                  for matrix, rows, cols in (("blk.0.attn_q", 32, 32), ("blk.1.ffn_down", 32, 64))
+                  for half in "ab"]
+        data = b""
+        for _, (rows, cols), _ in halves:
+            part = b"".join(struct.pack(number, (i % 7 - 3) / 16) for i in range(rows * cols))
+            data += part + bytes(-len(part) % 32)
+        start = head(keys, halves)
+        save(folder, "lora", name, start + bytes(-len(start) % 32) + data)
+
+
 def write_gguf(folder):
     for name, kind in (("f16", F16), ("q8_0", Q8_0), ("q4_0", Q4_0), ("f32", F32)):
         save(folder, "gguf", "llama_" + name, file_of(llama(kind)) + b"\x01")
@@ -156,6 +174,14 @@ def write_text(folder):
     save(folder, "jsonl", "faults", b'{"input": ["a",]}\n{"input": [], "input_tokens": []}\n{"target": "a", '
          b'"output": ["a"]}\n{"x": 1, "x": {},}\n{\'input\': None}\n{"input": ["a"\n\xff\xfe{\x00\n'
          b'{"answer": 1e999, "input": [""]}\n')
+    save(folder, "coco", "all", b'{"info": [1, {"x": null}], "annotations": [{"image_id": 3, "category_id": 2, '
+         b'"bbox": [1, 2, 3.5, 1e0], "segmentation": [[1, 1, 7, 1, 7, 5]], "iscrowd": 0, "keypoints": [' +
+         b", ".join(b"%d, %d, 2" % (i % 9, i % 6) for i in range(17)) + b']}, {"image_id": 3, "iscrowd": 1, '
+         b'"segmentation": {"size": [6, 9], "counts": [20, 8, 26]}}, {"image_id": 1, "segmentation": '
+         b'{"counts": "d08j0", "size": [6, 9]}}, {"image_id": 77}],\n "images": [{"id": 3, "file_name": '
+         b'"x/a.jpg"}, {"file_name": "b.png", "id": 1.0}, {"id": 4, "file_name": "c"}], "categories": [{"id": 2}]}')
+    save(folder, "coco", "faults", b'{"images": [{"id": 1e999}]}')
+    save(folder, "layout", "lines", b'a.png b "*a.png"\n# no\n\t b b\tb\nc.png\n** a *b\n"a\n')
     save(folder, "tokens", "two", b"1 2 3 4\n5 6 70 8\n")
     save(folder, "tokens", "bad", b"1 -2 x\n99999999999\n")
     save(folder, "scores", "palette", b"#ff0000\n\n0 204 0 green\n26, 77,255\n255\t255 0\n")
@@ -169,11 +195,43 @@ def write_text(folder):
     save(folder, "scores", "boxes", bytes(outline))
 
 
+def tok(sentences, weights=None, image=0, bound=None):
+    """A .tok file by the drawing in chapter 8."""
+    def part(data):
+        return data + bytes(-len(data) % 64)
+
+    ids = [i for s in sentences for i in s]
+    starts = [sum(map(len, sentences[:i])) for i in range(len(sentences) + 1)]
+    out = part(b"LVM.tok\n" + struct.pack("<I", 1)) + part(struct.pack("<%dH" % len(ids), *ids))
+    if weights is not None:
+        out += part(bytes(weights))
+    out += part(struct.pack("<%dQ" % len(starts), *starts))
+    return out + struct.pack("<QQIII28x", len(sentences), len(ids), max(ids + [-1]) + 1 if bound is None else bound,
+                             image, weights is not None) + b"LVM.tok\n"
+
+
+def write_training(folder):
+    save(folder, "tok", "plain", tok([[1, 2, 3], [4], [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16]]))
+    save(folder, "tok", "weights", tok([[1, 2], [3, 65535]], [0, 16, 255, 1], 2))
+    save(folder, "tok", "none", tok([]))
+    save(folder, "tok", "bound", tok([[1, 2], [9, 9, 3]], bound=9))
+    save(folder, "tok", "many", tok([[i, i + 1] for i in range(40)], [16] * 80, 1))
+    save(folder, "lines", "forms", b'{"tokens": [5, 1, 2, 6]}\n{"tokens": "AQAAAAIAAAA="}\n'
+         b'{"input_tokens": [[1, 2], [3]], "output": [4, 7], "x": {"y": [null]}}\n')
+    save(folder, "lines", "weights", b'{"tokens": [5, 1, 2], "weights": [16, 0, 255]}\n'
+         b'{"input": "AQAAAA==", "target_tokens": [2], "weights": "AP8=", "image_tokens": 2}\n ')
+    save(folder, "lines", "faults", b'{"tokens": [65536]}\n{"tokens": [5, 6]}\n{"token": [1]}\n{"input": ["a.png"], '
+         b'"output": []}\n{"tokens": [1], "weights": [256]}\n{"tokens": "AAA"}\n[1]\n{"tokens": [1, 5, 2]}\n'
+         b'{"tokens": [7]}\n')
+
+
 def main():
     if len(sys.argv) != 2:
         sys.exit("usage: make_corpus.py FOLDER")
     write_gguf(sys.argv[1])
+    write_lora(sys.argv[1])
     write_text(sys.argv[1])
+    write_training(sys.argv[1])
 
 
 if __name__ == "__main__":

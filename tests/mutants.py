@@ -82,6 +82,84 @@ MUTANTS = [
      "= [[rintf => floorf]](x * @)"),
     ("kernels", [], "Winograd's output is written before its residual is read",
      "winograd_output_plain", "? [[ => out[p][j] = v,]] v + residual[p][j] : v;"),
+    ("data", [], "rows: the next row begins behind the last target", "fill_row",
+     "at->token += count [[- 1 => ]];"),
+    ("data", [], "rows: a weight belongs to the input, not to the target", "row_add",
+     "w->weights[w->n [[- 1 => % s->context]]] = "),
+    ("data", [], "rows: the first token behind another sentence is learnt with isolate", "row_add",
+     "s->isolate && from + k == [[0 => -1]] ? 0"),
+    ("data", [], "rows: bos counts where the file has weights", "row_add",
+     "i < 0 && t->weights != NULL ? [[0 => 1]] : 1;"),
+    ("data", [], "rows: a whole sentence that just fits goes to the next row", "fill_row",
+     "LVM_WHOLE && count [[< => <=]] left"),
+    ("data", [], "rows: the last token of a row that is not full is an input", "row_pad",
+     "w->n > 0 ? w->n [[- 1 => ]] : 0;"),
+    ("data", [], "rows: every pass has the same order", "shuffled",
+     "mix64(@) ^ [[(uint64_t)epoch => 0]])"),
+    ("data", [], "rows: the permutation has no cycle walking", "shuffled",
+     "while (x >= [[(uint64_t)n => UINT64_MAX]]);"),
+    ("data", [], "tok: an id is not compared with the bound", "row_add",
+     "if (id >= [[t->bound => 65536]]) return bad_token"),
+    ("data", [], "tok: sentences may be empty", "check_starts", "if (next [[<= => <]] last ||"),
+    ("data", [], "tok: what lies behind the last sentence is passed over", "check_starts",
+     "&& last [[== => <=]] t->n_tokens"),
+    ("data", [], "tok: weights that come late are of the first tokens", "token_writer_add",
+     "code = token_writer_weigh(w, [[w->n_tokens => 0]], error);"),
+    ("train", [], "RMSNorm's backward divides by the root once too little", "rmsnorm_backward_task",
+     "(float)(inv * inv [[* inv => ]] * products / op->cols)"),
+    ("train", [], "a norm's scale learns from rows that are not normed", "rmsnorm_weight_task",
+     "dy[c] * x[c] [[* op->rms[r] => ]];"),
+    ("train", [], "a bias learns from the last row alone", "bias_backward_task",
+     "sum[c] [[+ => ]]= op->dy["),
+    ("train", [], "SiLU's slope is its gate", "swiglu_backward_task",
+     "(s [[+ silu_x * (1 - s) => ]]);"),
+    ("train", [], "gradients of RoPE turn forwards", "rotate_backward",
+     "dx[i] = dy[i] * cosines[i] [[+ => -]] dy[i + half] * sines[i];"),
+    ("train", [], "queries learn from the first keys alone", "rope_backward_task",
+     "at >= 0 && p < [[DQ_PARTS => 1]]"),
+    ("train", [], "padding's values keep what was in memory", "rope_backward_task",
+     "if (at < 0) [[memset => memcmp]](w->dv"),
+    ("train", [], "softmax's backward forgets that probabilities sum to one",
+     "attention_probabilities", "(ds[j] [[- dot => ]])"),
+    ("train", [], "scores' gradients are not scaled", "attention_probabilities",
+     "(ds[j] - dot) [[* b->scale => ]];"),
+    ("train", [], "backwards a row sees one key of the future", "attention_probabilities",
+     "b->rows_from + r + [[1 => 2]]"),
+    ("train", [], "of the heads that share a key only the first teaches it",
+     "attention_backward_block", "h < [[(g + 1) * group => g * group + 1]];"),
+    ("train", [], "every part's later keys learn nothing", "attention_backward_task",
+     "k0 += [[ => 8 *]] DQ_PARTS * KV_BLOCK"),
+    ("train", [], "a row's sum of exp is not kept", "attention_forward_task",
+     "= queries[r].m [[+ (float)log_f64(queries[r].l) => ]];"),
+    ("train", [], "of q, k and v only the last reaches the input", "linear_backward",
+     "product_input(&t->e, &l->w->w, dy, out, n, dx, [[accumulate => 0]]);"),
+    ("train", [], "an adapter's A learns without its scale", "adapter_backward",
+     "k->u[i] *= [[t->net.lora_scale => 1]];"),
+    ("train", [], "the input learns nothing through an adapter", "adapter_backward",
+     "if (dx [[!= => ==]] NULL) product_input"),
+    ("train", [], "gate learns what up should", "layer_backward",
+     "&l->gate, w->h, [[w->dact => w->act]], n"),
+    ("train", [], "the feed-forward's input is normed by attention's scale", "layer_backward",
+     "norm_forward(t, l->[[ffn_norm => attn_norm]], k->mid"),
+    ("train", [], "a row's weight is not in its gradient", "loss_task",
+     "(float)([[job->weights[r] => 1]] / job->all)"),
+    ("train", [], "later logits learn from the first rows", "head",
+     "product_weights(&t->e, w->logits, ld, [[h => w->h]], n"),
+    ("train", [], "a token that comes twice learns once", "embed_backward_task",
+     "dw[c] [[+ => ]]= op->dy"),
+    ("train", [], "products forget the sum so far", "multiply_product",
+     "add = p->accumulate [[|| k0 > 0 => ]];"),
+    ("train", [], "vectors decay", "update_task", "([[p->decays => 1]] ? u->lr"),
+    ("train", [], "AdamW's second average is not corrected", "update_task",
+     "root = 1 / [[sqrtf(u->debias_v) => 1]];"),
+    ("train", [], "small gradients are scaled up to the clip", "update_params",
+     "o->clip > 0 [[&& norm > o->clip => ]])"),
+    ("train", [], "the warm-up begins one step late", "learning_rate",
+     "(double)[[step => (step - 1)]] / (double)o->warmup;"),
+    ("train", [], "every pass sees the first pass's places", "pass_rows",
+     "{piece.first [[- first => ]], piece.n};"),
+    ("train", [], "a step that is skipped moves the weights", "lvm_trainer_step",
+     "if ([[!skip => 1]]) {"),
 ]
 
 TOKEN = re.compile(r"\d[\w.]*e-\d+|\w+|->|<<|>>|[<>=!]=|&&|\|\||\S")
@@ -128,14 +206,28 @@ class Bench:
             parts = [a for part in ("llama", "vqgan") if os.path.isdir(os.path.join(golden, part))
                      for a in ("--" + part, os.path.join(golden, part))]
             if parts:
-                command = [sys.executable, os.path.join(TOP, "convert.py"), "-o",
-                           os.path.join(folder, name + ".bin")]
-                subprocess.run(command + parts, check=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)
+                self.convert(name + ".bin", parts)
+
+        if any(m[0] == "train" for m in mutants):
+            training = os.path.join(TESTS, "golden_training")
+            for name in sorted(os.listdir(training)):
+                for part in ("llama", "gradients"):
+                    self.convert("%s_%s.bin" % (name, part),
+                                 ["--llama", os.path.join(training, name, part)])
+
+    def convert(self, name, parts):
+        if all(os.path.isdir(path) for path in parts[1::2]):
+            subprocess.run([sys.executable, os.path.join(TOP, "convert.py"), "-o",
+                            os.path.join(self.folder, name)] + parts, check=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
     def arguments(self, test, goldens, place):
         if test == "images":
             return [os.path.join(TESTS, "images")]
+        if test == "data":
+            return [os.path.join(place, "data")]
+        if test == "train":
+            return [os.path.join(TESTS, "golden_training"), self.folder, "--quick"]
         if test != "golden":
             return ["--quick"]
         chosen = os.path.join(place, "golden")
@@ -154,14 +246,15 @@ class Bench:
         for name in ["test_%s.c" % test] + [n for n in os.listdir(TESTS) if n.endswith(".h")]:
             shutil.copy(os.path.join(TESTS, name), os.path.join(place, "tests"))
         program = os.path.join(place, "test")
-        build = [CC, "-std=c11", "-ffp-contract=off", "-O1", "-w", "-o", program,
+        build = [CC, "-std=c11", "-ffp-contract=off", "-O0", "-w", "-o", program,
                  os.path.join(place, "tests", "test_%s.c" % test), "-lm", "-lpthread"]
         built = subprocess.run(build, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if built.returncode != 0:
             return False, False, "does not compile: " + built.stdout.decode()[-500:]
         try:
             ran = subprocess.run([program] + self.arguments(test, goldens, place), timeout=300,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 env=dict(os.environ, CHECK_FIRST="1"))
         except subprocess.TimeoutExpired:
             return True, True, "did not end"
         lines = ran.stdout.decode("utf-8", "replace").splitlines()

@@ -1,5 +1,5 @@
 /* What is kept of training: checkpoints, weights files and adapters out of a trainer, adapters merged
-   with a model. The trainer is tests/trainer.h's, made by hand.
+   with a model. Trainers are tests/trainer.h's.
 
        test_checkpoint FOLDER     a folder that may be written into
            BASE ADAPTERS GOLDEN   and a model, adapters of it, and what PEFT computes with both */
@@ -42,6 +42,12 @@ static const char *in_folder(const char *name) {
     return path;
 }
 
+static struct made_trainer *shaken(int type, int rank, uint64_t seed) {
+    struct made_trainer *h = make_trainer(type, rank);
+    shake(h, seed);
+    return h;
+}
+
 /* Everything of a trainer that a checkpoint may change, as a hash. */
 static uint64_t trainer_hash(const struct lvm_trainer *t) {
     const int64_t numbers[] = {t->step, t->tokens, t->skipped, t->in_a_row, t->at.epoch,
@@ -69,25 +75,25 @@ static void fails(int got, int code, const lvm_error *e, const char *words) {
 
 static void test_round_trip(int rank) {
     lvm_error e;
-    struct hand_made *a = hand_make(LVM_F16, rank, 1), *b = hand_make(LVM_F16, rank, 2);
+    struct made_trainer *a = shaken(LVM_F16, rank, 1), *b = shaken(LVM_F16, rank, 2);
     const char *path = in_folder("run.ckpt"), *again = in_folder("again.ckpt");
     where("round trip, rank %d", rank);
-    check(trainer_hash(&a->t) != trainer_hash(&b->t), "two trainers begin alike");
-    b->t.step = 0, b->t.usual_norm = 9, b->t.at.epoch = 0;
-    check(lvm_trainer_save(&a->t, path, "the\nnote", &e) == LVM_OK, "%s", e.text);
-    check(lvm_trainer_load(&b->t, path, &e) == LVM_OK, "%s", e.text);
-    check(trainer_hash(&a->t) == trainer_hash(&b->t), "what is read is not what was written");
-    check(b->t.step == 7 && b->t.tokens == 12345 && b->t.at.token == 5 && b->t.usual_norm == 0.625,
-          "step %lld", (long long)b->t.step);
-    for (int i = 0; i < b->t.net.n_params; i++) {
-        const struct param *p = &b->t.net.params[i];
+    check(trainer_hash(a->t) != trainer_hash(b->t), "two trainers begin alike");
+    b->t->step = 0, b->t->usual_norm = 9, b->t->at.epoch = 0;
+    check(lvm_trainer_save(a->t, path, "the\nnote", &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_load(b->t, path, &e) == LVM_OK, "%s", e.text);
+    check(trainer_hash(a->t) == trainer_hash(b->t), "what is read is not what was written");
+    check(b->t->step == 7 && b->t->tokens == 12345 && b->t->at.token == 1 && b->t->usual_norm == 0.625,
+          "step %lld", (long long)b->t->step);
+    for (int i = 0; i < b->t->net.n_params; i++) {
+        const struct param *p = &b->t->net.params[i];
         int64_t n = p->g != NULL ? (int64_t)p->w.rows * p->w.cols : 0, bad = 0;
         for (int64_t j = 0; j < n; j++) bad += p->g[j] != 0;
         check(bad == 0, "%s: %lld gradients are left", p->name, (long long)bad);
     }
     uint8_t *x = NULL, *y = NULL;
     size_t n = 0, m = 0;
-    check(lvm_trainer_save(&b->t, again, "the\nnote", &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_save(b->t, again, "the\nnote", &e) == LVM_OK, "%s", e.text);
     check(read_file(path, &x, &n, &e) == LVM_OK && read_file(again, &y, &m, &e) == LVM_OK &&
           n == m && memcmp(x, y, n) == 0, "written again it differs");
     mem_free(x);
@@ -95,26 +101,26 @@ static void test_round_trip(int rank) {
     char *note = lvm_checkpoint_note(path, &e);
     check(note != NULL && strcmp(note, "the\nnote") == 0, "note: %s", note != NULL ? note : e.text);
     lvm_memory_free(note);
-    check(lvm_trainer_save(&b->t, again, NULL, &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_save(b->t, again, NULL, &e) == LVM_OK, "%s", e.text);
     note = lvm_checkpoint_note(again, &e);
     check(note != NULL && note[0] == 0, "an absent note is not empty");
     lvm_memory_free(note);
-    hand_free(a);
-    hand_free(b);
+    free_trainer(a);
+    free_trainer(b);
 }
 
 /* Another byte anywhere, another length: an error, and the trainer is as it was. */
 static void test_damage(void) {
     lvm_error e;
-    struct hand_made *h = hand_make(LVM_F32, 0, 1);
+    struct made_trainer *h = shaken(LVM_F32, 0, 1);
     const char *path = in_folder("run.ckpt"), *bad = in_folder("bad.ckpt");
     uint8_t *data = NULL;
     size_t n = 0;
     where("damage");
-    check(lvm_trainer_save(&h->t, path, "note", &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_save(h->t, path, "note", &e) == LVM_OK, "%s", e.text);
     check(read_file(path, &data, &n, &e) == LVM_OK, "%s", e.text);
-    h->t.step = 3;
-    uint64_t before = trainer_hash(&h->t);
+    h->t->step = 3;
+    uint64_t before = trainer_hash(h->t);
     struct checkpoint k = {.path = path, .data = data, .size = n};
     check(parse_checkpoint(&k, &e) == LVM_OK, "%s", e.text);
     size_t head = k.arrays;
@@ -122,74 +128,116 @@ static void test_damage(void) {
     for (size_t at = 0; at < n; at += at < head + 8 || at + 9 > n ? 1 : min64(97, (int64_t)(n - 8 - at))) {
         data[at] ^= 0x41;
         k = (struct checkpoint){.path = path, .data = data, .size = n};
-        int code = load_checkpoint(&h->t, &k, &e);
-        check(code != LVM_OK && trainer_hash(&h->t) == before, "byte %zu gives %d: %s", at, code,
+        int code = load_checkpoint(h->t, &k, &e);
+        check(code != LVM_OK && trainer_hash(h->t) == before, "byte %zu gives %d: %s", at, code,
               e.text);
         check(at < 16 || strstr(e.text, "damaged") != NULL, "byte %zu: %s", at, e.text);
         data[at] ^= 0x41;
     }
     for (size_t cut = 0; cut < n; cut += cut < head + 9 || cut + 17 > n ? 1 : 997) {
         k = (struct checkpoint){.path = path, .data = data, .size = cut};
-        int code = load_checkpoint(&h->t, &k, &e);
-        check(code == LVM_FORMAT && trainer_hash(&h->t) == before, "%zu bytes give %d: %s", cut, code,
+        int code = load_checkpoint(h->t, &k, &e);
+        check(code == LVM_FORMAT && trainer_hash(h->t) == before, "%zu bytes give %d: %s", cut, code,
               e.text);
     }
     /* as files */
     check(write_file(bad, data, 0, &e) == LVM_OK, "%s", e.text);
-    fails(lvm_trainer_load(&h->t, bad, &e), LVM_FORMAT, &e, "is no checkpoint of lvm train");
+    fails(lvm_trainer_load(h->t, bad, &e), LVM_FORMAT, &e, "is no checkpoint of lvm train");
     check(write_file(bad, data, n - 1, &e) == LVM_OK, "%s", e.text);
-    fails(lvm_trainer_load(&h->t, bad, &e), LVM_FORMAT, &e, "bad.ckpt: is damaged or was cut short");
+    fails(lvm_trainer_load(h->t, bad, &e), LVM_FORMAT, &e, "bad.ckpt: is damaged or was cut short");
     check(lvm_checkpoint_note(bad, &e) == NULL && e.code == LVM_FORMAT, "a note of a cut file");
     data[8] = 9;
     check(write_file(bad, data, n, &e) == LVM_OK, "%s", e.text);
-    fails(lvm_trainer_load(&h->t, bad, &e), LVM_UNSUPPORTED, &e, "is a checkpoint of version 9, not 1");
-    fails(lvm_trainer_load(&h->t, in_folder("nothing"), &e), LVM_IO, &e, "nothing: ");
-    check(trainer_hash(&h->t) == before, "a failed load changed the trainer");
+    fails(lvm_trainer_load(h->t, bad, &e), LVM_UNSUPPORTED, &e, "is a checkpoint of version 9, not 1");
+    fails(lvm_trainer_load(h->t, in_folder("nothing"), &e), LVM_IO, &e, "nothing: ");
+    check(trainer_hash(h->t) == before, "a failed load changed the trainer");
     mem_free(data);
-    hand_free(h);
+    free_trainer(h);
 }
 
 /* A file with right hashes whose numbers no run can have. */
 static void test_hostile_state(void) {
     lvm_error e;
-    struct hand_made *h = hand_make(LVM_F32, 0, 1);
+    struct made_trainer *h = shaken(LVM_F32, 0, 1);
     const char *path = in_folder("run.ckpt");
     where("hostile state");
-    const struct lvm_trainer good = h->t;
+    const struct lvm_trainer good = *h->t;
     for (int i = 0; i < 6; i++) {
-        h->t = good;
-        if (i == 0) h->t.step = h->t.o.steps + 1;
-        if (i == 1) h->t.at.sentence = 10;
-        if (i == 2) h->t.at.token = -1;
-        if (i == 3) h->t.usual_norm = NAN;
-        if (i == 4) h->t.usual_norm = -1;
-        if (i == 5) h->t.tokens = INT64_MIN;
-        check(lvm_trainer_save(&h->t, path, NULL, &e) == LVM_OK, "%s", e.text);
-        h->t = good;
-        fails(lvm_trainer_load(&h->t, path, &e), LVM_FORMAT, &e, "is damaged");
+        *h->t = good;
+        if (i == 0) h->t->step = h->t->o.steps + 1;
+        if (i == 1) h->t->at.sentence = 19;
+        if (i == 2) h->t->at.token = -1;
+        if (i == 3) h->t->usual_norm = NAN;
+        if (i == 4) h->t->usual_norm = -1;
+        if (i == 5) h->t->tokens = INT64_MIN;
+        check(lvm_trainer_save(h->t, path, NULL, &e) == LVM_OK, "%s", e.text);
+        *h->t = good;
+        fails(lvm_trainer_load(h->t, path, &e), LVM_FORMAT, &e, "is damaged");
     }
-    hand_free(h);
+    free_trainer(h);
+}
+
+/* Steps after a checkpoint are those that would have come, with other threads and less kept too. */
+static void test_resume(int rank) {
+    lvm_error e;
+    struct made_trainer *h = make_trainer(LVM_F16, rank);
+    const char *path = in_folder("run.ckpt"), *one = in_folder("one.bin"), *two = in_folder("two.bin");
+    double losses[6];
+    lvm_train_report r;
+    where("resumed, rank %d", rank);
+    for (int i = 0; i < 6; i++) {
+        if (i == 3) check(lvm_trainer_save(h->t, path, NULL, &e) == LVM_OK, "%s", e.text);
+        check(lvm_trainer_step(h->t, &r, &e) == LVM_OK, "%s", e.text);
+        losses[i] = r.loss;
+    }
+    check(lvm_trainer_export(h->t, one, LVM_F32, NULL, &e) == LVM_OK, "%s", e.text);
+    lvm_train_options o = h->o;
+    o.threads = 3;
+    o.recompute = LVM_RECOMPUTE_ALL;
+    lvm_trainer *t = must(lvm_trainer_new(&o, &e));
+    check(lvm_trainer_load(t, path, &e) == LVM_OK, "%s", e.text);
+    for (int i = 3; i < 6; i++) {
+        check(lvm_trainer_step(t, &r, &e) == LVM_OK, "%s", e.text);
+        check(r.loss == losses[i] && r.step == i + 1, "step %d: loss %.17g, not %.17g", i, r.loss,
+              losses[i]);
+    }
+    check(trainer_hash(t) == trainer_hash(h->t), "another trainer");
+    remove(two);
+    check(lvm_trainer_export(t, two, LVM_F32, NULL, &e) == LVM_OK, "%s", e.text);
+    lvm_trainer_free(t);
+    if (rank == 0) {
+        lvm_model *x = must(lvm_open(one, 0, &e)), *y = must(lvm_open(two, 0, &e));
+        for (int i = 0; i < x->n_specs; i++) {
+            const struct tensor *a = x->specs[i].tensor, *b = y->specs[i].tensor;
+            if (a->data == NULL) continue;
+            check(memcmp(a->data, b->data, (size_t)(a->rows * a->row_bytes)) == 0, "%s differs",
+                  x->specs[i].name);
+        }
+        lvm_close(x);
+        lvm_close(y);
+    }
+    free_trainer(h);
 }
 
 /* What must be as it was, and what may differ. */
 static void test_configuration(void) {
     lvm_error e;
-    struct hand_made *h = hand_make(LVM_F16, 0, 1), *lora = hand_make(LVM_F16, 4, 1),
-                     *other = hand_make(LVM_Q8_0, 0, 1);
+    struct made_trainer *h = shaken(LVM_F16, 0, 1), *lora = shaken(LVM_F16, 4, 1),
+                     *other = shaken(LVM_Q8_0, 0, 1);
     const char *path = in_folder("run.ckpt");
-    const lvm_train_options good = h->t.o;
-    lvm_train_options *o = &h->t.o;
+    const lvm_train_options good = h->t->o;
+    lvm_train_options *o = &h->t->o;
     where("configuration");
-    check(lvm_trainer_save(&h->t, path, NULL, &e) == LVM_OK, "%s", e.text);
-    uint64_t before = trainer_hash(&h->t);
+    check(lvm_trainer_save(h->t, path, NULL, &e) == LVM_OK, "%s", e.text);
+    uint64_t before = trainer_hash(h->t);
 #define DIFFERS(change, words) do { \
         *o = good; \
         change; \
-        fails(lvm_trainer_load(&h->t, path, &e), LVM_INVALID, &e, words); \
-        check(trainer_hash(&h->t) == before, "a refused load changed the trainer"); \
+        fails(lvm_trainer_load(h->t, path, &e), LVM_INVALID, &e, words); \
+        check(trainer_hash(h->t) == before, "a refused load changed the trainer"); \
     } while (0)
-    DIFFERS(o->context = 1024, "run.ckpt: was trained with context 4096, not 1024");
-    DIFFERS(o->batch = 2, "was trained with batch 1, not 2");
+    DIFFERS(o->context = 1024, "run.ckpt: was trained with context 24, not 1024");
+    DIFFERS(o->batch = 3, "was trained with batch 2, not 3");
     DIFFERS(o->packing = LVM_WHOLE, "was trained with packing cut, not whole");
     DIFFERS(o->isolate = 1, "was trained with isolate off, not on");
     DIFFERS(o->steps = 2000, "was trained with steps 1000, not 2000");
@@ -210,60 +258,59 @@ static void test_configuration(void) {
     DIFFERS(o->init = NULL, "began from a weights file, not from random weights");
     DIFFERS(o->init = other->m, "began from other weights than those of (memory)");
     DIFFERS(o->n_data = 1, "was trained on 2 files, not on 1");
-    h->tokens[1].fingerprint++;
-    memcpy(h->names[1], "new", 3);
-    DIFFERS((void)0, "new.tok is not what was two.tok when it was trained");
-    h->tokens[1].fingerprint--;
+    h->data[1]->fingerprint++;
+    DIFFERS((void)0, "two.tok when it was trained");
+    h->data[1]->fingerprint--;
 #undef DIFFERS
     *o = good;
-    struct llama wider = *h->t.net.a;
+    struct llama wider = *h->t->net.a;
     wider.D = 64;
-    h->t.net.a = &wider;
-    fails(lvm_trainer_load(&h->t, path, &e), LVM_INVALID, &e, "was trained with width 32, not 64");
-    h->t.net.a = &h->m->llama;
+    h->t->net.a = &wider;
+    fails(lvm_trainer_load(h->t, path, &e), LVM_INVALID, &e, "was trained with width 32, not 64");
+    h->t->net.a = &h->m->llama;
     o->threads = 3, o->recompute = LVM_RECOMPUTE_ALL, o->memory = 1 << 20;
-    check(lvm_trainer_load(&h->t, path, &e) == LVM_OK, "%s", e.text);
-    h->t.net.n_params--;
-    fails(lvm_trainer_load(&h->t, path, &e), LVM_INVALID, &e, "has 1 more tensors that learn");
-    h->t.net.n_params++;
-    lora->t.o = *o;
-    lora->t.net.params[lora->t.net.n_params - 1].name += 1;
-    fails(lvm_trainer_load(&lora->t, path, &e), LVM_INVALID, &e,
+    check(lvm_trainer_load(h->t, path, &e) == LVM_OK, "%s", e.text);
+    h->t->net.n_params--;
+    fails(lvm_trainer_load(h->t, path, &e), LVM_INVALID, &e, "has 1 more tensors that learn");
+    h->t->net.n_params++;
+    const lvm_train_options of_lora = lora->t->o;
+    lora->t->o = *o;
+    fails(lvm_trainer_load(lora->t, path, &e), LVM_INVALID, &e,
           "holds tensor token_embd.weight of 40 x 32 instead of blk.0.attn_q.weight.lora_a of 4 x 32");
-    lora->t.net.params[lora->t.net.n_params - 1].name -= 1;
-    struct lvm_trainer none = h->t;
+    lora->t->o = of_lora;
+    struct lvm_trainer none = *h->t;
     none.net.n_params = 0;
     check(lvm_trainer_save(&none, path, NULL, &e) == LVM_OK, "%s", e.text);
-    fails(lvm_trainer_load(&h->t, path, &e), LVM_INVALID, &e, "lacks tensor token_embd.weight, which learns");
-    hand_free(h);
-    hand_free(lora);
-    hand_free(other);
+    fails(lvm_trainer_load(h->t, path, &e), LVM_INVALID, &e, "lacks tensor token_embd.weight, which learns");
+    free_trainer(h);
+    free_trainer(lora);
+    free_trainer(other);
 }
 
 /* A full disk leaves the checkpoint before, and nothing beside it. */
 static void test_full_disk(void) {
 #ifndef _WIN32
     lvm_error e;
-    struct hand_made *h = hand_make(LVM_F16, 0, 1);
+    struct made_trainer *h = shaken(LVM_F16, 0, 1);
     const char *path = in_folder("full.ckpt");
     where("full disk");
-    check(lvm_trainer_save(&h->t, path, "before", &e) == LVM_OK, "%s", e.text);
-    h->t.step = 8;
+    check(lvm_trainer_save(h->t, path, "before", &e) == LVM_OK, "%s", e.text);
+    h->t->step = 8;
     struct rlimit old, small;
     getrlimit(RLIMIT_FSIZE, &old);
     small = old;
     small.rlim_cur = 10000;
     signal(SIGXFSZ, SIG_IGN);
     setrlimit(RLIMIT_FSIZE, &small);
-    fails(lvm_trainer_save(&h->t, path, "after", &e), LVM_IO, &e, "full.ckpt: cannot be written");
-    fails(lvm_trainer_export(&h->t, path, LVM_F32, NULL, &e), LVM_IO, &e, "cannot be written");
+    fails(lvm_trainer_save(h->t, path, "after", &e), LVM_IO, &e, "full.ckpt: cannot be written");
+    fails(lvm_trainer_export(h->t, path, LVM_F32, NULL, &e), LVM_IO, &e, "cannot be written");
     setrlimit(RLIMIT_FSIZE, &old);
     char *note = lvm_checkpoint_note(path, &e);
     check(note != NULL && strcmp(note, "before") == 0, "the checkpoint before is gone: %s", e.text);
     lvm_memory_free(note);
-    check(lvm_trainer_load(&h->t, path, &e) == LVM_OK && h->t.step == 7, "%s", e.text);
-    fails(lvm_trainer_save(&h->t, in_folder("no/where"), NULL, &e), LVM_IO, &e, "cannot be written");
-    hand_free(h);
+    check(lvm_trainer_load(h->t, path, &e) == LVM_OK && h->t->step == 7, "%s", e.text);
+    fails(lvm_trainer_save(h->t, in_folder("no/where"), NULL, &e), LVM_IO, &e, "cannot be written");
+    free_trainer(h);
 #endif
 }
 
@@ -302,17 +349,17 @@ static float largest_difference(const struct tensor *a, const struct tensor *b) 
 /* F32: the trainer's own bits; other types: what row_from_f32 makes of them. AUTO: init's types. */
 static void test_export(int init_type, int type) {
     lvm_error e;
-    struct hand_made *h = hand_make(init_type, 0, 1);
+    struct made_trainer *h = shaken(init_type, 0, 1);
     const char *path = in_folder("some.name.bin");
     where("export %d from %d", type, init_type);
-    check(lvm_trainer_export(&h->t, path, type, NULL, &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_export(h->t, path, type, NULL, &e) == LVM_OK, "%s", e.text);
     lvm_model *m = lvm_open(path, 0, &e);
     check(m != NULL, "%s", e.text);
     for (int i = 0; m != NULL && i < m->n_specs; i++) {
         const struct tensor_spec *s = &m->specs[i];
         const struct param *p = NULL;
-        for (int j = 0; j < h->t.net.n_params; j++)
-            if (strcmp(h->t.net.params[j].name, s->name) == 0) p = &h->t.net.params[j];
+        for (int j = 0; j < h->t->net.n_params; j++)
+            if (strcmp(h->t->net.params[j].name, s->name) == 0) p = &h->t->net.params[j];
         if (s->tensor->data == NULL) continue;
         if (p == NULL) {
             const struct tensor *own = h->m->specs[i].tensor;
@@ -327,7 +374,9 @@ static void test_export(int init_type, int type) {
         check(s->tensor->type == wanted, "%s has type %d, not %d", s->name, s->tensor->type, wanted);
         float bound = wanted == LVM_F32 ? 0 : wanted == LVM_F16 ? 0x1p-11f : wanted == LVM_BF16 ? 0x1p-8f
                       : wanted == LVM_Q8_0 ? 0.0045f : 0.13f;
-        float off = largest_difference(&p->w, s->tensor);
+        struct tensor learnt = p->w; /* [1][n] of a vector, of which the file's is [n][1] */
+        if (s->kind == T_VECTOR) learnt.rows = learnt.cols, learnt.cols = 1, learnt.row_bytes = 4;
+        float off = largest_difference(&learnt, s->tensor);
         check(off <= bound, "%s is off by %g", s->name, (double)off);
     }
     if (m != NULL) {
@@ -335,76 +384,83 @@ static void test_export(int init_type, int type) {
         check(strcmp(m->name, "some.name") == 0, "its name is %s", m->name);
     }
     lvm_close(m);
-    hand_free(h);
+    free_trainer(h);
 }
 
 /* The trainer's F32 tensors in a model in memory, and the exported file: the same logits. */
 static void test_export_logits(void) {
     lvm_error e;
-    struct hand_made *h = hand_make(LVM_F32, 0, 1);
+    struct made_trainer *h = shaken(LVM_F32, 0, 1);
     const char *path = in_folder("logits.bin");
     where("export, logits");
     for (int i = 0; i < h->m->n_specs; i++)
-        for (int j = 0; j < h->t.net.n_params; j++) {
-            const struct param *p = &h->t.net.params[j];
+        for (int j = 0; j < h->t->net.n_params; j++) {
+            const struct param *p = &h->t->net.params[j];
             struct tensor *own = h->m->specs[i].tensor;
             if (strcmp(h->m->specs[i].name, p->name) == 0)
                 memcpy((uint8_t *)(uintptr_t)own->data, p->w.data,
                        (size_t)(own->rows * own->row_bytes));
         }
-    check(lvm_trainer_export(&h->t, path, LVM_F32, h->m, &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_export(h->t, path, LVM_F32, h->m, &e) == LVM_OK, "%s", e.text);
     lvm_model *m = must(lvm_open(path, LVM_NO_MMAP, &e));
     float *x = logits_of(h->m, prompt_ids, PROMPT), *y = logits_of(m, prompt_ids, PROMPT);
     check(memcmp(x, y, sizeof *x * (size_t)m->llama.V) == 0, "other logits");
     free(x);
     free(y);
     lvm_close(m);
-    hand_free(h);
+    free_trainer(h);
 }
 
-/* A tied model, without init or tokenizer. */
-static void test_export_alone(void) {
+/* A new model, tied or not, without a tokenizer. */
+static void test_export_new(int tied) {
     lvm_error e;
-    struct hand_made *h = hand_make(LVM_F32, 0, 1);
-    struct net *net = &h->t.net;
-    const char *path = in_folder("alone.bin");
-    where("export alone");
-    h->t.o.init = NULL;
-    struct param output = *net->output.w;
-    int behind = (int)(net->params + --net->n_params - net->output.w);
-    memmove(net->output.w, net->output.w + 1, (size_t)behind * sizeof output);
-    net->output.w = &net->params[0];
-    check(lvm_trainer_export(&h->t, path, LVM_AUTO, NULL, &e) == LVM_OK, "%s", e.text);
+    struct made_trainer *h = shaken(LVM_F32, 0, 1);
+    lvm_train_options o = h->o;
+    const char *path = in_folder("new.bin");
+    where("export of a new model, tied %d", tied);
+    o.init = NULL;
+    o.tied = tied;
+    o.layers = 2, o.width = 64, o.heads = 2, o.feed_forward = 96, o.vocab = 34, o.bos = 32, o.eos = 33;
+    lvm_trainer *t = lvm_trainer_new(&o, &e);
+    check(t != NULL, "%s", e.text);
+    must(t);
+    check(lvm_trainer_export(t, path, LVM_AUTO, NULL, &e) == LVM_OK, "%s", e.text);
     lvm_model *m = must(lvm_open(path, 0, &e));
-    check(m->vq == NULL && m->llama.output.data == m->llama.embed.data, "it is not tied");
+    check(m->vq == NULL && (m->llama.output.data == m->llama.embed.data) == tied, "tied, or not");
     check(m->llama.embed.type == LVM_F16 && m->llama.layers[1].down.type == LVM_F16, "it is not F16");
     lvm_close(m);
-    check(lvm_trainer_export(&h->t, path, LVM_Q4_0, NULL, &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_export(t, path, LVM_Q4_0, h->m, &e) == LVM_OK, "%s", e.text);
     m = must(lvm_open(path, 0, &e));
-    check(m->llama.embed.type == LVM_Q8_0 && m->llama.layers[1].down.type == LVM_Q4_0,
-          "the matrix of the logits is not Q8_0");
-    fails(lvm_trainer_export(&h->t, in_folder("x.bin"), LVM_AUTO, m, &e), LVM_INVALID, &e,
-          "alone.bin: holds no tokenizer");
+    check(m->llama.output.type == LVM_Q8_0 && m->llama.layers[1].down.type == LVM_Q4_0 &&
+          m->llama.embed.type == (tied ? LVM_Q8_0 : LVM_Q4_0), "the matrix of the logits is not Q8_0");
+    check(m->vq != NULL && m->vq->codes == 32, "it has no tokenizer");
     lvm_close(m);
-    struct llama small = *net->a;
+    check(lvm_trainer_export(t, path, LVM_F32, NULL, &e) == LVM_OK, "%s", e.text);
+    m = must(lvm_open(path, 0, &e));
+    fails(lvm_trainer_export(t, in_folder("x.bin"), LVM_AUTO, m, &e), LVM_INVALID, &e,
+          "new.bin: holds no tokenizer");
+    lvm_close(m);
+    struct llama small = *t->net.a;
     small.V = 31;
-    net->a = &small;
-    fails(lvm_trainer_export(&h->t, in_folder("x.bin"), LVM_AUTO, h->m, &e), LVM_INVALID, &e,
+    const struct llama *a = t->net.a;
+    t->net.a = &small;
+    fails(lvm_trainer_export(t, in_folder("x.bin"), LVM_AUTO, h->m, &e), LVM_INVALID, &e,
           "has 32 codes, the transformer a vocabulary of 31");
-    net->params[net->n_params++] = output;
-    hand_free(h);
+    t->net.a = a;
+    lvm_trainer_free(t);
+    free_trainer(h);
 }
 
 /* ---- Adapters ---- */
 
 /* W + scale B A in double, of one matrix. */
-static float merged_error(const struct hand_made *h, const char *name, const struct tensor *w,
+static float merged_error(const struct made_trainer *h, const char *name, const struct tensor *w,
                           const struct tensor *merged) {
     const struct param *a = NULL, *b = NULL;
     size_t n = strlen(name);
     float most = 0;
-    for (int j = 0; j < h->t.net.n_params; j++) {
-        const struct param *p = &h->t.net.params[j];
+    for (int j = 0; j < h->t->net.n_params; j++) {
+        const struct param *p = &h->t->net.params[j];
         if (strncmp(p->name, name, n) == 0 && strcmp(p->name + n, ".lora_a") == 0) a = p;
         if (strncmp(p->name, name, n) == 0 && strcmp(p->name + n, ".lora_b") == 0) b = p;
     }
@@ -417,7 +473,7 @@ static float merged_error(const struct hand_made *h, const char *name, const str
             for (int k = 0; a != NULL && k < a->w.rows; k++)
                 sum += (double)floats(&b->w)[r * b->w.cols + k] *
                        (double)floats(&a->w)[k * a->w.cols + c];
-            most = fmaxf(most, fabsf((float)(x[c] + (double)h->t.net.lora_scale * sum) - y[c]));
+            most = fmaxf(most, fabsf((float)(x[c] + (double)h->t->net.lora_scale * sum) - y[c]));
         }
     }
     return most;
@@ -426,19 +482,19 @@ static float merged_error(const struct hand_made *h, const char *name, const str
 /* An adapter file, merged in memory, merged into a file, and the two have the same logits. */
 static void test_adapters(int type, int adapter_type) {
     lvm_error e;
-    struct hand_made *h = hand_make(type, 4, 5);
+    struct made_trainer *h = shaken(type, 4, 5);
     const char *path = in_folder("style.bin"), *base = in_folder("base.bin"),
                *out = in_folder("merged.bin");
     where("adapters of %d on %d", adapter_type, type);
     check(write_file(base, h->file.data, h->file.size, &e) == LVM_OK, "%s", e.text);
-    check(lvm_trainer_export(&h->t, path, adapter_type, NULL, &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_export(h->t, path, adapter_type, NULL, &e) == LVM_OK, "%s", e.text);
     check(lvm_open(path, 0, &e) == NULL && e.code == LVM_FORMAT &&
           strstr(e.text, "holds adapters, no model") != NULL, "%s", e.text);
     lvm_model *m = must(lvm_open(base, 0, &e));
     uint64_t plain = model_hash(m);
     check(lvm_apply_lora(m, path, &e) == LVM_OK, "%s", e.text);
     check(model_hash(m) != plain, "a cache of the model without them would be taken");
-    float float_bound = type == LVM_BF16 ? 0.03f : type == LVM_F16 ? 0.004f : 2e-6f,
+    float float_bound = type == LVM_BF16 ? 0.032f : type == LVM_F16 ? 0.004f : 2e-6f,
           bound = (type_is_quantised(type) ? 0.06f : float_bound) +
                   (adapter_type == LVM_F32 ? 0 : 0.05f);
     for (int i = 0; i < m->n_specs; i++) {
@@ -471,17 +527,17 @@ static void test_adapters(int type, int adapter_type) {
     }
     fails(lvm_apply_lora(m, path, &e), LVM_INVALID, &e, "has contexts already");
     lvm_close(m);
-    hand_free(h);
+    free_trainer(h);
 }
 
 /* Two adapters one after the other: both are in it, and the first one's memory is freed. */
 static void test_two_adapters(void) {
     lvm_error e;
-    struct hand_made *h = hand_make(LVM_F32, 4, 5), *other = hand_make(LVM_F32, 2, 6);
+    struct made_trainer *h = shaken(LVM_F32, 4, 5), *other = shaken(LVM_F32, 2, 6);
     const char *one = in_folder("one.bin"), *two = in_folder("two.bin");
     where("two adapters");
-    check(lvm_trainer_export(&h->t, one, LVM_AUTO, NULL, &e) == LVM_OK, "%s", e.text);
-    check(lvm_trainer_export(&other->t, two, LVM_AUTO, NULL, &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_export(h->t, one, LVM_AUTO, NULL, &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_export(other->t, two, LVM_AUTO, NULL, &e) == LVM_OK, "%s", e.text);
     int open = alloc_open;
     lvm_model *m = must(lvm_open_memory(h->file.data, h->file.size, &e));
     check(lvm_apply_lora(m, one, &e) == LVM_OK, "%s", e.text);
@@ -499,8 +555,8 @@ static void test_two_adapters(void) {
     lvm_ctx_free(ctx);
     lvm_close(m);
     check(alloc_open == open, "%d allocations are left", alloc_open - open);
-    hand_free(h);
-    hand_free(other);
+    free_trainer(h);
+    free_trainer(other);
 }
 
 /* A file of adapters written by hand: name, dims of a, dims of b. */
@@ -529,7 +585,7 @@ static void write_adapters(const char *path, const char *type, const char *archi
 /* Each fault of a file of adapters has its message, and the model stays as it is. */
 static void test_bad_adapters(void) {
     lvm_error e;
-    struct hand_made *h = hand_make(LVM_F32, 0, 1);
+    struct made_trainer *h = shaken(LVM_F32, 0, 1);
     const char *path = in_folder("bad.bin"), *out = in_folder("never.bin");
     const char *q = "blk.0.attn_q.weight.lora_a", *qb = "blk.0.attn_q.weight.lora_b";
     const int64_t a[] = {4, 32}, b[] = {32, 4}, tall[] = {64, 4}, wide[] = {4, 64}, thin[] = {32, 2};
@@ -586,7 +642,7 @@ static void test_bad_adapters(void) {
     check(lvm_merge(base, path, out, LVM_AUTO, 0, &e) == LVM_OK, "%s", e.text);
     fails(lvm_merge(base, path, out, LVM_AUTO, 0, &e), LVM_INVALID, &e, "exists; --force replaces it");
     remove(out);
-    hand_free(h);
+    free_trainer(h);
 }
 
 /* PEFT's logits, with the adapters beside the model; here merged with it in memory and in a file. */
@@ -622,36 +678,36 @@ static void test_peft(const char *base, const char *lora, const char *golden) {
 /* ---- Arguments and memory ---- */
 
 static void test_arguments(void) {
-    struct hand_made *h = hand_make(LVM_F32, 0, 1), *lora = hand_make(LVM_F32, 4, 1);
+    struct made_trainer *h = shaken(LVM_F32, 0, 1), *lora = shaken(LVM_F32, 4, 1);
     where("arguments");
     INVALID(lvm_trainer_save(NULL, "x", NULL, e));
-    INVALID(lvm_trainer_save(&h->t, NULL, NULL, e));
+    INVALID(lvm_trainer_save(h->t, NULL, NULL, e));
     INVALID(lvm_trainer_load(NULL, "x", e));
-    INVALID(lvm_trainer_load(&h->t, NULL, e));
+    INVALID(lvm_trainer_load(h->t, NULL, e));
     REFUSES(lvm_checkpoint_note(NULL, e));
     INVALID(lvm_trainer_export(NULL, "x", LVM_AUTO, NULL, e));
-    INVALID(lvm_trainer_export(&h->t, NULL, LVM_AUTO, NULL, e));
-    INVALID(lvm_trainer_export(&h->t, "x", 7, NULL, e));
-    INVALID(lvm_trainer_export(&lora->t, "x", LVM_Q8_0, NULL, e));
+    INVALID(lvm_trainer_export(h->t, NULL, LVM_AUTO, NULL, e));
+    INVALID(lvm_trainer_export(h->t, "x", 7, NULL, e));
+    INVALID(lvm_trainer_export(lora->t, "x", LVM_Q8_0, NULL, e));
     INVALID(lvm_apply_lora(NULL, "x", e));
     INVALID(lvm_apply_lora(h->m, NULL, e));
     INVALID(lvm_merge(NULL, "x", "y", LVM_AUTO, 0, e));
     INVALID(lvm_merge("x", NULL, "y", LVM_AUTO, 0, e));
     INVALID(lvm_merge("x", "y", NULL, LVM_AUTO, 0, e));
-    hand_free(h);
-    hand_free(lora);
+    free_trainer(h);
+    free_trainer(lora);
 }
 
 /* Every allocation of every call fails once: an error, nothing changed, no leak. */
 static void test_memory(void) {
     lvm_error e;
-    struct hand_made *h = hand_make(LVM_F16, 4, 1);
+    struct made_trainer *h = shaken(LVM_F16, 4, 1);
     const char *base = in_folder("base.bin"), *lora = in_folder("lora.bin"),
                *ckpt = in_folder("run.ckpt"), *out = in_folder("memory.bin");
     check(write_file(base, h->file.data, h->file.size, &e) == LVM_OK, "%s", e.text);
-    check(lvm_trainer_export(&h->t, lora, LVM_AUTO, NULL, &e) == LVM_OK, "%s", e.text);
-    check(lvm_trainer_save(&h->t, ckpt, "note", &e) == LVM_OK, "%s", e.text);
-    uint64_t before = trainer_hash(&h->t);
+    check(lvm_trainer_export(h->t, lora, LVM_AUTO, NULL, &e) == LVM_OK, "%s", e.text);
+    check(lvm_trainer_save(h->t, ckpt, "note", &e) == LVM_OK, "%s", e.text);
+    uint64_t before = trainer_hash(h->t);
     for (int call = 0; call < 6; call++)
         for (int at = 0, code = LVM_MEMORY; code != LVM_OK; at++) {
             where("call %d, allocation %d", call, at);
@@ -661,23 +717,23 @@ static void test_memory(void) {
             char *note = NULL;
             alloc_calls = 0;
             alloc_fails = at;
-            if (call == 0) code = lvm_trainer_save(&h->t, ckpt, "note", &e);
-            if (call == 1) code = lvm_trainer_load(&h->t, ckpt, &e);
+            if (call == 0) code = lvm_trainer_save(h->t, ckpt, "note", &e);
+            if (call == 1) code = lvm_trainer_load(h->t, ckpt, &e);
             if (call == 2) code = (note = lvm_checkpoint_note(ckpt, &e)) != NULL ? LVM_OK : e.code;
-            if (call == 3) code = lvm_trainer_export(&h->t, out, LVM_AUTO, NULL, &e);
+            if (call == 3) code = lvm_trainer_export(h->t, out, LVM_AUTO, NULL, &e);
             if (call == 4) code = lvm_apply_lora(m, lora, &e);
             if (call == 5) code = lvm_merge(base, lora, out, LVM_AUTO, 1, &e);
             alloc_fails = -1;
             check(code == LVM_OK || (code == LVM_MEMORY && e.text[0] != 0), "%d: %s", code, e.text);
             check(code == LVM_OK || model_hash(m) == plain, "the model has changed");
-            check(trainer_hash(&h->t) == before, "the trainer has changed");
+            check(trainer_hash(h->t) == before, "the trainer has changed");
             lvm_memory_free(note);
             check(call == 4 || alloc_open == open, "%d allocations are left", alloc_open - open);
             lvm_close(m);
             if (at > 1000) abort();
         }
     remove(out);
-    hand_free(h);
+    free_trainer(h);
 }
 
 int main(int argc, char **argv) {
@@ -694,6 +750,8 @@ int main(int argc, char **argv) {
     test_damage();
     test_hostile_state();
     test_configuration();
+    test_resume(0);
+    test_resume(4);
     test_full_disk();
     static const int types[] = {LVM_F32, LVM_F16, LVM_BF16, LVM_Q8_0, LVM_Q4_0};
     for (int i = 0; i < 5; i++) {
@@ -704,7 +762,8 @@ int main(int argc, char **argv) {
     test_adapters(LVM_F32, LVM_F16);
     test_adapters(LVM_F16, LVM_BF16);
     test_export_logits();
-    test_export_alone();
+    test_export_new(0);
+    test_export_new(1);
     test_two_adapters();
     test_bad_adapters();
     if (argc == 5) test_peft(argv[2], argv[3], argv[4]);

@@ -764,6 +764,133 @@ class Quantize(Case):
 
 # ---- wrong usage ---------------------------------------------------------------------------------
 
+# Of the small model: 64 wide everywhere.
+ADAPTED = ["self_attn.%s_proj" % name for name in "qkvo"] + ["mlp.gate_proj", "mlp.down_proj"]
+
+
+def lora_folder(folder, rank=2, alpha=4, width=64, seed=5):
+    """Adapters as PEFT saves them, on both layers of the small model; its path."""
+    rng = random.Random(seed)
+    os.mkdir(folder)
+    header, data = {}, b""
+    for layer in range(2):
+        for matrix in ADAPTED:
+            for half, shape in (("A", [rank, width]), ("B", [width, rank])):
+                bytes_ = struct.pack("<%df" % (rank * width),
+                                     *[rng.uniform(-0.3, 0.3) for _ in range(rank * width)])
+                name = "base_model.model.model.layers.%d.%s.lora_%s.weight" % (layer, matrix, half)
+                header[name] = {"dtype": "F32", "shape": shape,
+                                "data_offsets": [len(data), len(data) + len(bytes_)]}
+                data += bytes_
+    text = json.dumps(header).encode()
+    write(os.path.join(folder, "adapter_model.safetensors"),
+          struct.pack("<Q", len(text)) + text + data)
+    write(os.path.join(folder, "adapter_config.json"),
+          json.dumps({"peft_type": "LORA", "r": rank, "lora_alpha": alpha}).encode())
+    return folder
+
+
+class Adapters(Case):
+    """--lora and merge."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.lora = os.path.join(cls.shared, "style.adapters")
+        cls.convert(cls.lora, "--lora", lora_folder(os.path.join(cls.shared, "lora")), "--name",
+                    "a style")
+
+    def answer(self, *args):
+        return json.loads(self.good(*args, self.images[0], "--json", "--force", "-j1", "-o", "a.png"))
+
+    def test_merged_is_applied(self):
+        """What --lora computes is what the merged file does, and not what the model does."""
+        self.assertEqual(self.lines("merge", self.weights, self.lora, "-o", "m.bin"), ["m.bin"])
+        plain, lora = self.answer(self.weights), self.answer(self.weights, "--lora", self.lora)
+        merged = self.answer("m.bin")
+        self.assertEqual(lora["candidates"], merged["candidates"])
+        self.assertNotEqual(lora["candidates"][0]["ids"], plain["candidates"][0]["ids"])
+        size = os.path.getsize(self.lora)
+        self.assertIn(") + a style (%d bytes), seed 1" % size, lora["parameters"])
+        self.assertIn("lvm + a style (", merged["parameters"])
+        self.put("set.jsonl", json.dumps({"input": [self.images[0]],
+                                          "target": [self.images[1]]}).encode())
+        for command in (["eval", "W", "set.jsonl"], ["rank", "W", self.images[0], "--", self.images[1],
+                                                     self.images[2]]):
+            def run(weights, *more):
+                words = [weights if w == "W" else w for w in command]
+                return self.good(*words[:2], "-j1", *more, *words[2:])
+            self.assertEqual(run("m.bin"), run(self.weights, "--lora", self.lora))
+            self.assertNotEqual(run("m.bin"), run(self.weights))
+
+    def test_batch(self):
+        self.put("set.jsonl", json.dumps({"input": [self.images[0]], "output": "b.png"}).encode())
+        self.good("merge", self.weights, self.lora, "-o", "m.bin")
+        made = []
+        for args in (["m.bin"], [self.weights, "--lora", self.lora], [self.weights]):
+            self.good("batch", args[0], "set.jsonl", *args[1:], "-j1", "--quiet")
+            made.append(pixels(read(self.path("b.png"))))
+            os.remove(self.path("b.png"))
+        self.assertEqual(made[0], made[1])
+        self.assertNotEqual(made[0], made[2])
+
+    def test_info(self):
+        text = self.good("info", self.lora).decode()
+        self.assertIn("adapters      LoRA on 12 matrices, rank 2, alpha 4;", text)
+        self.assertIn("name          a style\n", text)
+        text = self.good("info", self.lora, "--tensors").decode()
+        self.assertRegex(text, r"(?m)^blk\.1\.attn_q\.weight\.lora_a +f32 +2 64$")
+        shutil.copy(self.lora, self.path("cut.bin"))
+        with open(self.path("cut.bin"), "r+b") as f:
+            f.truncate(os.path.getsize(self.lora) - 100)
+        self.bad(1, "cut.bin: tensor", "info", "cut.bin")
+
+    def test_cache(self):
+        """What was computed without adapters is not taken for what they would have given."""
+        args = (self.images[0], self.images[1], "--cache", "c", "-j1", "--force")
+        self.good(self.weights, *args, "-o", "a.png")
+        code, _, err = self.run_lvm(self.weights, *args, "--lora", self.lora, "-o", "a.png")
+        self.assertEqual(code, 0)
+        self.assertIn("c: belongs to other weights; it is made anew", err)
+        with_cache = read(self.path("a.png"))
+        self.good(self.weights, self.images[0], self.images[1], "--lora", self.lora, "-j1", "-o", "b.png")
+        self.assertEqual(with_cache, read(self.path("b.png")))
+
+    def test_refusals(self):
+        p = self.images[0]
+        self.bad(1, "holds adapters, no model", self.lora, p)
+        self.bad(1, "both.bin: holds no adapters", self.weights, p, "--lora", self.weights)
+        self.bad(1, "none.bin", self.weights, p, "--lora", "none.bin")
+        self.bad(2, "belongs to predict, rank, eval, batch", "encode", self.weights, p, "--lora",
+                 self.lora)
+        shutil.copy(self.lora, self.path("l.png"))
+        self.bad(1, ["l.png", "is --lora too"], self.weights, p, "--lora", "l.png", "-o", "l.png",
+                 "--force")
+        self.convert(self.path("wide.bin"), "--lora", lora_folder(self.path("wide"), width=96))
+        self.bad(1, "wide.bin: is for blk.0.attn_q.weight of 96 x 96; in %s it is 64 x 64"
+                 % self.weights, self.weights, p, "--lora", "wide.bin")
+
+    def test_merge(self):
+        self.bad(2, "help merge", "merge", self.weights, self.lora)
+        self.bad(2, "help merge", "merge", self.weights, "-o", "m.bin")
+        self.bad(1, "holds adapters, no model", "merge", self.lora, self.weights, "-o", "m.bin")
+        self.put("m.bin", b"precious")
+        self.bad(1, ["m.bin", "exists", "--force"], "merge", self.weights, self.lora, "-o", "m.bin")
+        for size in (0, 5000, 300000):
+            self.bad(1, ["m.bin", "cannot be written"], "merge", self.weights, self.lora, "-o", "m.bin",
+                     "--force", preexec_fn=lambda: ignore_file_limit(size))
+        self.assertEqual(read(self.path("m.bin")), b"precious")
+        self.good("merge", self.weights, self.lora, "-o", "m.bin", "--force")
+        shutil.copy(self.lora, self.path("l.bin"))
+        for name in ("m.bin", "l.bin"):
+            self.bad(1, [name, "input"], "merge", "m.bin", "l.bin", "-o", name, "--force")
+        self.bad(2, "/dev/stdout", "merge", self.weights, self.lora, "-o", "-")
+        for kind in ("q8_0", "q4_0", "bf16", "f32"):
+            self.good("merge", self.weights, self.lora, "-o", "t.bin", "--type", kind, "--force")
+            self.assertRegex(self.good("info", "t.bin", "--tensors").decode(),
+                             r"(?m)^blk\.0\.attn_q\.weight +%s " % kind)
+
+
 class Usage(Case):
     def test_missing_words(self):
         self.bad(2, "no such command or file: frobnicate", "frobnicate")
@@ -828,7 +955,7 @@ class Usage(Case):
 # ---- help, mistakes and the bar --------------------------------------------------------------------
 
 COMMANDS = ("predict", "encode", "decode", "rank", "eval", "batch", "bench", "info", "quantize", "pack",
-            "unpack", "help", "version")
+            "unpack", "merge", "train", "plot", "help", "version")
 
 
 class Help(Case):
@@ -836,7 +963,7 @@ class Help(Case):
         """Names and arguments of the options as lvm.c's table has them, by its first command."""
         source = read(os.path.join(TOP, "lvm.c")).decode()
         source = source[source.index("option_table[] = {"):source.index("N_OPTIONS =")]
-        rows = re.findall(r'\{(0|\'.\'), "([a-z-]+)", (NULL|"[^"]*"), ([A-Z |]+),', source)
+        rows = re.findall(r'\{(0|\'.\'), "([a-z0-9-]+)", (NULL|"[^"]*"), ([A-Z |]+),', source)
         self.assertGreater(len(rows), 30)
         return rows
 
@@ -862,7 +989,7 @@ class Help(Case):
                    "READS": "predict rank eval batch", "INFO": "info", "QUANTIZE": "quantize",
                    "RUNS": "predict rank eval batch encode decode", "ENCODE": "encode",
                    "DECODE": "decode", "RANK": "rank", "EVAL": "eval", "BATCH": "batch", "PACK": "pack",
-                   "UNPACK": "unpack"}
+                   "UNPACK": "unpack", "MERGE": "merge", "TRAIN": "train", "PLOT": "plot"}
         texts = {command: self.good("help", command).decode() for command in COMMANDS}
         for name, text in list(texts.items()) + [("", self.good("help").decode())]:
             for line in text.splitlines():
@@ -957,7 +1084,7 @@ class Mistakes(Case):
         for word, meant in (("generate", "did you mean predict?"), ("run", "did you mean predict?"),
                             ("infer", "did you mean predict?"), ("tokenize", "did you mean encode?"),
                             ("detokenize", "did you mean decode?"), ("evaluate", "did you mean eval?"),
-                            ("serve", "no server"), ("convert", "convert.py"), ("train", "not train yet"),
+                            ("serve", "no server"), ("convert", "convert.py"), ("finetune", "did you mean train?"),
                             ("predcit", "did you mean predict?"), ("Encode", "did you mean encode?"),
                             ("decoed", "did you mean decode?"), ("quant", "did you mean quantize?"),
                             ("quantise", "did you mean quantize?"), ("benchmark", "did you mean bench?"),
@@ -984,10 +1111,10 @@ class Mistakes(Case):
                      self.weights, self.images[0], option, "5")
         for args, owners in ((("encode", "--json"), "--json belongs to predict, rank, eval, batch, bench)"),
                              (("--tensors",), "--tensors belongs to info)"),
-                             (("info", "-j2"), "-j belongs to predict, encode, decode, rank, eval, batch, bench)"),
-                             (("help", "--type=q8_0"), "--type belongs to bench, quantize)")):
+                             (("info", "-j2"), "-j belongs to predict, encode, decode, rank, eval, batch, bench, train)"),
+                             (("help", "--type=q8_0"), "--type belongs to bench, quantize, merge, train)")):
             self.bad(2, ["no such option: ", owners], *args)
-        for option in ("---", "-x", "--x", "--frobnicate"):
+        for option in ("---", "-x", "--y", "--frobnicate"):
             self.bad(2, ["no such option: " + option, "(lvm help predict lists them)"], self.weights, option)
         self.bad(2, "-o: needs a value, and --greedy is an option", self.weights, self.images[0], "-o", "--greedy")
 
@@ -1199,7 +1326,10 @@ class Pack(Case):
         self.put("w.bin", read(self.weights))
         self.bad(1, ["w.bin", "is a weights file"], "pack", "in.jsonl", "-o", "w.bin")
         self.good("pack", "in.jsonl", "-o", "a.tok", "-q")
-        self.bad(1, ["a.tok", "is a .tok file already"], "pack", "a.tok", "-o", "x.tok")
+        self.good("pack", "a.tok", "-o", "x.tok", "-q")
+        self.assertEqual(read(self.path("x.tok")), read(self.path("a.tok")))
+        self.put("cut.tok", read(self.path("a.tok"))[:-9])
+        self.bad(1, ["cut.tok", "its end is missing"], "pack", "cut.tok", "-o", "y.tok")
         self.bad(1, ["a.tok", "is an input too"], "unpack", "a.tok", "-o", "a.tok")
         self.bad(1, ["in.jsonl", "is no .tok file"], "unpack", "in.jsonl")
         self.bad(1, ["nowhere.tok"], "unpack", "nowhere.tok")

@@ -1010,6 +1010,229 @@ class Torch(Case):
         self.assertEqual(load_gguf(self.out)[1]["output_norm.weight"][2], bytes(128))
 
 
+# PEFT's names of the matrices, and the weights file's.
+LORA = {"self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down"}
+
+
+class Lora(Case):
+    """Adapters of PEFT to a file for lvm and back; tests/golden_lora is one that PEFT saved."""
+
+    def name(self, layer, matrix, half):
+        return "base_model.model.model.layers.%d.%s.lora_%s.weight" % (layer, matrix, half)
+
+    def tensors(self, layers=(0, 1), matrices=tuple(LORA), rank=4, dtype="F32", width=64):
+        shapes = {}
+        for layer in layers:
+            for matrix in matrices:
+                shapes[self.name(layer, matrix, "A")] = [rank, width]
+                shapes[self.name(layer, matrix, "B")] = [width, rank]
+        return fill(shapes, dtype)
+
+    def folder(self, name="lora", tensors=None, file="adapter_model.safetensors", **config):
+        os.makedirs(self.path(name))
+        with open(self.path(name, "adapter_config.json"), "w") as f:
+            json.dump(dict({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "bias": "none"}, **config), f)
+        if tensors is None:
+            tensors = self.tensors()
+        if file.endswith(".bin"):
+            write_zip(self.path(name, file), records(strided(tensors)))
+        else:
+            save_safetensors(self.path(name, file), tensors)
+        return self.path(name)
+
+    def test_as_peft_saved_it(self):
+        """The same bytes as safetensors itself wrote; and once more through lvm's file."""
+        golden = os.path.join(TOP, "tests", "golden_lora")
+        out, err = self.good("-o", self.out, "--lora", golden, "--name", "a style", "--license", "MIT")
+        self.assertEqual((out, err), (self.out + "\n", ""))
+        keys, tensors = load_gguf(self.out)
+        self.assertEqual(keys, {
+            "general.architecture": "lvm", "general.alignment": 64, "general.name": "a style",
+            "general.license": "MIT", "lvm.format_version": 1, "general.type": "adapter",
+            "adapter.type": "lora", "adapter.lora.alpha": 6.0})
+        source = load_safetensors(os.path.join(golden, "adapter_model.safetensors"))
+        for layer in range(2):
+            for hf, gguf in LORA.items():
+                for half in "AB":
+                    _, shape, raw = source[self.name(layer, hf, half)]
+                    self.assertEqual(tensors.pop("blk.%d.%s.weight.lora_%s" % (layer, gguf, half.lower())),
+                                     (0, shape[::-1], raw))
+        self.assertEqual(tensors, {})
+        out, _ = self.good(self.out, "--to-hf", self.path("back"))
+        self.assertEqual(out, self.path("back") + "\n")
+        with open(os.path.join(golden, "adapter_model.safetensors"), "rb") as f, open(
+                self.path("back", "adapter_model.safetensors"), "rb") as g:
+            self.assertEqual(f.read(), g.read())
+        with open(self.path("back", "adapter_config.json")) as f, open(
+                os.path.join(golden, "adapter_config.json")) as g:
+            back, given = json.load(f), json.load(g)
+        given["target_modules"].sort()
+        for key in back:
+            if key != "base_model_name_or_path":
+                self.assertEqual(back[key], given[key], key)
+        self.good("-o", self.path("again.bin"), "--lora", self.path("back"), "--name", "a style",
+                  "--license", "MIT")
+        with open(self.out, "rb") as f, open(self.path("again.bin"), "rb") as g:
+            self.assertEqual(f.read(), g.read())
+
+    def test_types_and_sources(self):
+        for dtype in ("F32", "F16", "BF16"):
+            tensors = self.tensors((0, 11, 2), ("self_attn.q_proj", "mlp.down_proj"), dtype=dtype)
+            folder = self.folder(dtype, tensors)
+            self.good("-o", self.out, "--lora", folder, "--force")
+            self.assertEqual(list(load_gguf(self.out)[1])[:5], [
+                "blk.0.attn_q.weight.lora_a", "blk.0.attn_q.weight.lora_b",
+                "blk.0.ffn_down.weight.lora_a", "blk.0.ffn_down.weight.lora_b",
+                "blk.2.attn_q.weight.lora_a"])
+            self.good(self.out, "--to-hf", self.path("back"), "--force")
+            self.assertEqual(load_safetensors(self.path("back", "adapter_model.safetensors")), tensors)
+            with open(self.path("back", "adapter_config.json")) as f:
+                config = json.load(f)
+            self.assertEqual(config["target_modules"], ["down_proj", "q_proj"])
+            self.assertEqual(config["layers_to_transform"], [0, 2, 11])
+            with open(self.out, "rb") as f:
+                wanted = f.read()
+            for n, given in enumerate((
+                    os.path.join(folder, "adapter_model.safetensors"),
+                    self.folder(dtype + "bin", tensors, "adapter_model.bin"),
+                    self.folder(dtype + "default", {k.replace("lora_A", "lora_A.default"): v
+                                                    for k, v in tensors.items()}),
+                    self.folder(dtype + "short", {k.replace("base_model.model.", ""): v
+                                                  for k, v in tensors.items()}))):
+                self.good("-o", self.path("same.bin"), "--lora", given, "--force")
+                with open(self.path("same.bin"), "rb") as f:
+                    self.assertEqual(f.read(), wanted, n)
+
+    def test_alpha(self):
+        for n, (config, wanted) in enumerate((
+                ({}, 8.0), ({"lora_alpha": 0.5}, 0.5), ({"use_rslora": True}, 16.0))):
+            self.good("-o", self.out, "--lora", self.folder(str(n), **config), "--force")
+            self.assertEqual(load_gguf(self.out)[0]["adapter.lora.alpha"], wanted)
+        self.good(self.out, "--to-hf", self.path("back"))
+        with open(self.path("back", "adapter_config.json")) as f:
+            config = json.load(f)
+        self.assertEqual((config["lora_alpha"], config["use_rslora"], config["r"]), (16, False, 4))
+
+    def test_refused_configurations(self):
+        harmless = {"lora_dropout": 0.1, "task_type": "CAUSAL_LM", "init_lora_weights": "gaussian",
+                    "target_modules": "all-linear", "modules_to_save": None, "use_dora": False,
+                    "megatron_core": "megatron.core", "rank_pattern": {}, "unheard_of": None}
+        self.good("-o", self.out, "--lora", self.folder("harmless", **harmless))
+        os.remove(self.out)
+        for n, (message, config) in enumerate((
+                ('peft_type is "IA3"; only "LORA" is', {"peft_type": "IA3"}),
+                ('bias is "all"; only "none"', {"bias": "all"}),
+                ("use_dora is true; only plain LoRA", {"use_dora": True}),
+                ("lora_bias is true", {"lora_bias": True}),
+                ("fan_in_fan_out is true", {"fan_in_fan_out": True}),
+                (r'modules_to_save is \["lm_head"\]', {"modules_to_save": ["lm_head"]}),
+                ("rank_pattern is", {"rank_pattern": {"q_proj": 8}}),
+                ("alpha_pattern is", {"alpha_pattern": {"q_proj": 8}}),
+                ("unheard_of is 1; only plain", {"unheard_of": 1}),
+                ('init_lora_weights is "pissa_niter_4", which changes', {
+                    "init_lora_weights": "pissa_niter_4"}),
+                ('init_lora_weights is "OLoRA"', {"init_lora_weights": "OLoRA"}),
+                ("r is missing; it must be a whole number from 1", {"r": None}),
+                ("r is true", {"r": True}),
+                ("lora_alpha is 0; it must be a number", {"lora_alpha": 0}),
+                ('lora_alpha is "8"', {"lora_alpha": "8"}))):
+            with self.subTest(message):
+                folder = self.folder(str(n), **config)
+                self.refused(message, "-o", self.out, "--lora", folder,
+                             path=os.path.join(folder, "adapter_config.json"))
+
+    def test_refused_tensors(self):
+        q, k = "self_attn.q_proj", "self_attn.k_proj"
+        good = self.tensors()
+        a, b = good[self.name(0, q, "A")], good[self.name(0, q, "B")]
+        for n, (message, change) in enumerate((
+                (r"layers.1.mlp.up_proj.lora_B.weight is missing",
+                 {self.name(1, "mlp.up_proj", "B"): None}),
+                (r"layers.1.mlp.up_proj.lora_A.weight is missing",
+                 {self.name(1, "mlp.up_proj", "A"): None}),
+                (r"lora_A.weight is \[64, 4\]; its rank should be 4", {self.name(0, q, "A"): b}),
+                (r"lora_B.weight is \[4, 64\]; its rank should be 4", {self.name(0, k, "B"): a}),
+                (r"lora_A.weight is \[64\]; its rank", {self.name(0, q, "A"): ("F32", [64], a[2][:256])}),
+                ("has type I32, not F32, F16, BF16", {self.name(0, q, "A"): ("I32", a[1], a[2])}),
+                ("embed_tokens.lora_embedding_A is no half", {
+                    "base_model.model.model.embed_tokens.lora_embedding_A": a}),
+                ("q_proj.lora_magnitude_vector is no half", {
+                    "base_model.model.model.layers.0.self_attn.q_proj.lora_magnitude_vector": a}),
+                ("lora_A.default.weight stands there under two names", {
+                    self.name(0, q, "A").replace("lora_A", "lora_A.default"): a}),
+                ("layers.00.self_attn.q_proj.lora_A.weight is no half", {
+                    self.name(0, q, "A").replace("layers.0", "layers.00"): a}),
+                ("mlp.gate.lora_A.weight is no half", {self.name(0, "mlp.gate", "A"): a}),
+                ("1 of its 256 values are NaN", {
+                    self.name(0, q, "A"): ("F32", a[1], a[2][:-4] + b"\0\0\xc0\x7f")}),
+                ("holds no adapters", dict.fromkeys(good)))):
+            with self.subTest(message):
+                tensors = {name: t for name, t in dict(good, **change).items() if t is not None}
+                self.refused(message, "-o", self.out, "--lora", self.folder(str(n), tensors))
+        self.good("-o", self.out, "--lora", self.path("11"), "--allow-nonfinite")
+
+    def test_refused_folders(self):
+        os.makedirs(self.path("empty"))
+        self.refused("holds no adapter_config.json", "-o", self.out, "--lora", self.path("empty"))
+        self.refused("is no folder; give the one that holds adapter_config.json", "-o", self.out,
+                     "--lora", self.path("nowhere"))
+        self.refused("holds no adapter_config.json.*whole model is given as --llama", "-o", self.out,
+                     "--lora", self.llama())
+        folder = self.folder()
+        os.remove(os.path.join(folder, "adapter_model.safetensors"))
+        self.refused("holds no adapter_model.safetensors and no adapter_model.bin", "-o", self.out,
+                     "--lora", folder)
+        folder = self.folder("whole")
+        self.refused("is a LoRA adapter of the model null.*give it as --lora", "-o", self.out,
+                     "--llama", folder, path=folder)
+        with open(self.path("exists.bin"), "wb") as f:
+            f.write(b"precious")
+        self.refused("exists already", "-o", self.path("exists.bin"), "--lora", folder)
+        config = os.path.join(folder, "adapter_config.json")
+        self.refused("is also an input", "-o", config, "--force", "--lora", folder)
+
+    def test_usage(self):
+        folder = self.folder()
+        for extra in (["--llama", folder], ["--vqgan", folder], ["--type", "f16"], ["--bos", "1"],
+                      ["--lvm", "x"], ["x.bin"]):
+            status, _, err = self.run_main("-o", self.out, "--lora", folder, *extra)
+            self.assertEqual(status, 2)
+            self.assertIn("--lora takes -o FILE", err)
+        status, _, err = self.run_main("--lora", folder)
+        self.assertEqual(status, 2)
+
+    def test_refused_files_back(self):
+        """Files of adapters that lvm could have, but PEFT's layout has no place for."""
+        def file(name, tensors, kind="lora", alpha=8.0):
+            keys = [convert.gguf_key("general.architecture", 8, "lvm"),
+                    convert.gguf_key("lvm.format_version", 4, 1),
+                    convert.gguf_key("general.alignment", 4, 64),
+                    convert.gguf_key("general.type", 8, "adapter"),
+                    convert.gguf_key("adapter.type", 8, kind),
+                    convert.gguf_key("adapter.lora.alpha", 6, alpha)]
+            save_safetensors(self.path("t"), fill(tensors, "F32"))
+            jobs = [convert.Job(n, t.dtype, t.shape, t, None)
+                    for n, t in convert.read_safetensors(self.path("t")).items()]
+            with open(self.path(name), "wb") as f:
+                f.writelines(convert.gguf_pieces(keys, jobs))
+            return self.path(name)
+        q, k = "blk.0.attn_q.weight.lora_", "blk.0.attn_k.weight.lora_"
+        good = {q + "a": [4, 8], q + "b": [8, 4]}
+        self.good(file("good", good), "--to-hf", self.path("hf"))
+        for n, (message, args) in enumerate((
+                ("ranks 2, 4; only one rank", (dict(good, **{k + "a": [2, 8], k + "b": [8, 2]}),)),
+                ('adapter.type is "ia3"; only "lora"', (good, "ia3")),
+                ("adapter.lora.alpha is 0.0", (good, "lora", 0.0)),
+                ("blk.0.attn_norm.weight.lora_a is no half", ({"blk.0.attn_norm.weight.lora_a": [4, 8]},)),
+                ("blk.0.attn_q.weight is no half", ({"blk.0.attn_q.weight": [4, 8]},)),
+                ("lora_B.weight is missing", ({q + "a": [4, 8]},)),
+                ("attn_q.weight.lora_b is no half", ({q + "a": [4, 8], q + "b": [32]},)))):
+            with self.subTest(message):
+                self.refused(message, file(str(n), *args), "--to-hf", self.path("back"))
+
+
 class DeLVM(Case):
     """InternLM's class as DeLVM's tools export it: LLaMA with four biases a layer."""
 
@@ -1755,7 +1978,7 @@ class Strangers(Case):
         for n, (message, files) in enumerate((
                 ("is empty; give", {}),
                 ("is empty; give", {"__hidden": ""}),
-                ('LoRA adapter of the model "org/base", no whole.*merge', {
+                ('LoRA adapter of the model "org/base", no whole.*give it as --lora', {
                     "adapter_config__json": {"peft_type": "LORA",
                                              "base_model_name_or_path": "org/base"},
                     "adapter_model__safetensors": ""}),

@@ -205,6 +205,7 @@ static void test_fields(void) {
     refused_with(data, size, 8, 4, 0, "version 0");
     refused_with(data, size, 8, 4, 2, "version 2");
     refused_with(data, size, starts, 8, 2, "not all of its tokens");
+    refused_with(data, size, starts, 8, (uint64_t)1 << 63, "not all of its tokens");
     refused_with(data, size, starts + 8, 8, 0, "sentence 1");
     refused_with(data, size, starts + 8, 8, 3, "no whole images of 2");
     refused_with(data, size, starts + 8, 8, UINT64_MAX, "sentence 1");

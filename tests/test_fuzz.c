@@ -3,15 +3,20 @@
        LVM_FUZZ=gguf build/fuzz tests/corpus/gguf           with libFuzzer, see tests/fuzz.sh
        build/test_fuzz tests/corpus                         every corpus once, with any compiler
        build/test_fuzz --cache FILE                         a first input for the cache
+       build/test_fuzz --ckpt FILE                          and for checkpoints
 
    gguf   the head of a weights file, up to its tensors' data; the last byte chooses what the data are:
           zeros, small numbers, any bytes, NaNs. What opens is run: an image encoded, two tokens
           generated, a score, an image decoded, the file quantised
    cache  a context's saved state, taken as a fixed little model's and this machine's kernels'; what
           loads continues
+   ckpt   a checkpoint, taken as a fixed little trainer's; what loads takes a step
+   lora   a file of adapters; those that fit the little model are merged with it in memory and in a file
    png, jpeg, pnm   images in a row; what loads is resized and cropped
    jsonl  lines of a set
    tokens a file of token ids
+   tok    a .tok file, whose ends are put right; what opens becomes rows of every kind, and lines
+   lines  lines to learn from; what is packed opens, and is the same again by way of unpack's lines
    scores a palette, a line of a list of episodes, and an image of bytes with every metric
 
    Built with -DLVM_FUZZING checksums always pass, so that mutations reach what lies behind them. */
@@ -22,6 +27,7 @@
 #undef main
 #include "check.h"
 #include "gguf.h"
+#include "trainer.h"
 #include <dirent.h>
 
 static int accepted; /* inputs that were read as what they claim to be */
@@ -164,6 +170,61 @@ static void fuzz_cache(const uint8_t *data, size_t n) {
     remove(name);
 }
 
+/* Of the trainer that checkpoints are taken for. */
+static struct made_trainer *fuzzed_trainer(void) {
+    static struct made_trainer *h;
+    if (h == NULL) h = make_trainer(LVM_F16, 1);
+    return h;
+}
+
+/* Whose configuration and data it was is passed over: they are long texts and numbers to guess. */
+static void fuzz_ckpt(const uint8_t *data, size_t n) {
+    struct lvm_trainer *t = fuzzed_trainer()->t;
+    uint8_t *bytes = must(mem_alloc(n + 1, 1, NULL));
+    struct checkpoint k = {.path = "input", .data = bytes, .size = n};
+    lvm_train_report report;
+    lvm_error error;
+    memcpy(bytes, data, n);
+    int loaded = load_checkpoint(t, &k, &error) == LVM_OK;
+    if (!loaded && parse_checkpoint(&k, &error) == LVM_OK &&
+        check_params(t, &k, &error) == LVM_OK && check_state(t, &k, &error) == LVM_OK &&
+        check_arrays(t, &k, &error) == LVM_OK) {
+        loaded = 1;
+        take_checkpoint(t, &k);
+    }
+    if (loaded) {
+        accepted++;
+        int code = lvm_trainer_step(t, &report, &error);
+        if (code != LVM_OK && code != LVM_FORMAT && code != LVM_INVALID) abort();
+    }
+    mem_free(bytes);
+}
+
+static void fuzz_lora(const uint8_t *data, size_t n) {
+    const lvm_model *m = fuzzed_trainer()->m;
+    uint8_t *bytes = must(mem_alloc(n + 1, 1, NULL));
+    struct adapters ad = {.n = 0};
+    lvm_error error;
+    memcpy(bytes, data, n);
+    if (adapters_parse(&ad, "input", bytes, n, &error) == LVM_OK &&
+        adapters_match(&ad, m, &error) == LVM_OK) {
+        struct pool *pool = must(pool_new(1, NULL));
+        const struct wanted_types types = {LVM_Q4_0, LVM_AUTO, LVM_AUTO};
+        char name[64];
+        accepted++;
+        for (int i = 0; i < ad.n; i++) {
+            struct tensor out;
+            int code = merge_matrix(pool, ad.list[i].spec->tensor, &ad.list[i], ad.alpha, &out, &error);
+            if (code == LVM_OK) mem_free((uint8_t *)(uintptr_t)out.data);
+        }
+        pool_free(pool);
+        snprintf(name, sizeof name, "fuzz-%ld.merged", (long)getpid());
+        if (rewrite_model(m, name, &types, &ad, &error) == LVM_OK) remove(name);
+    }
+    adapters_close(&ad);
+    mem_free(bytes);
+}
+
 /* Images in a row, and each resized. */
 static void fuzz_image(const uint8_t *data, size_t n) {
     lvm_image image = {.rgb = NULL}, small = {.rgb = NULL};
@@ -216,6 +277,167 @@ static void fuzz_tokens(const uint8_t *data, size_t n) {
     mem_free(text);
 }
 
+/* A folder with two images, a.png and b.png. */
+static void small_folder(struct listing *l) {
+    static const char text[] = "\0a\0png\0b\0png";
+    *l = (struct listing){.root = must(copy_string("folder", NULL)), .n_folders = 1, .n = 2};
+    if (buffer_add(&l->text, text, sizeof text, NULL) != LVM_OK) abort();
+    l->folders = must(mem_alloc(1, sizeof *l->folders, NULL));
+    l->first = must(mem_alloc(2, sizeof *l->first, NULL));
+    l->stems = must(mem_alloc(2, sizeof *l->stems, NULL));
+    l->first[1] = 2;
+    l->stems[0] = 1;
+    l->stems[1] = 7;
+}
+
+/* All that is drawn of an image of 9 x 6, cropped and mirrored. */
+static void draw_all(const struct annotations *a, const struct drawn_image *drawn) {
+    struct recipe r = {.crop = {40000, 30000, 20000}, .flip = 1};
+    int cut[4];
+    lvm_image image;
+    lvm_error error;
+    if (image_new(&image, 8, 8, NULL) != LVM_OK) abort();
+    cut_of(&r, 9, 6, cut);
+    struct placement p = placement_of(&r, cut, 8, LVM_CROP);
+    draw_boxes(a, drawn, &p, &image);
+    if (draw_skeletons(a, drawn, &p, &image, &error) == LVM_OK) accepted++;
+    if (draw_areas(a, drawn, &p, 9, 6, &image, &error) == LVM_OK) accepted++;
+    lvm_image_free(&image);
+}
+
+static void fuzz_coco(const uint8_t *data, size_t n) {
+    struct listing l;
+    struct fault_log log = {.path = NULL};
+    struct annotations *a = must(mem_alloc(1, sizeof *a, NULL));
+    lvm_error error;
+    small_folder(&l);
+    *a = (struct annotations){.path = "coco", .log = &log, .list = &l};
+    if (parse_annotations(a, data, n, &error) == LVM_OK) {
+        a->data = (void *)(uintptr_t)data;
+        a->size = n;
+        for (size_t i = 0; i < a->n_images && i < 9; i++) {
+            if (a->images[i].first + a->images[i].n > a->n_shapes) abort();
+            if (a->images[i].file > 1) abort();
+            draw_all(a, &a->images[i]);
+        }
+    }
+    a->data = NULL; /* it is not mapped */
+    annotations_free(a);
+    listing_close(&l);
+}
+
+/* A layout: lines of names. */
+static void fuzz_layout(const uint8_t *data, size_t n) {
+    struct listing l;
+    struct layout *y = must(mem_alloc(1, sizeof *y, NULL));
+    struct plan plan = {.seed = 1};
+    small_folder(&l);
+    for (int number = 1; n > 0; number++) {
+        const uint8_t *end = memchr(data, '\n', n);
+        size_t here = end != NULL ? (size_t)(end - data) : n;
+        char *line = must(mem_alloc(here + 1, 1, NULL));
+        memcpy(line, data, here);
+        if (layout_line(&plan, &l, y, "layout", number, line, NULL) != LVM_OK) abort();
+        mem_free(line);
+        here += end != NULL;
+        data += here;
+        n -= here;
+    }
+    for (size_t i = 0; i < y->n; i++)
+        if (y->starts[i + 1] - y->starts[i] < y->answers[i] || y->starts[i + 1] > y->n_files) abort();
+    accepted += y->n > 0;
+    layout_free(y);
+    listing_close(&l);
+}
+
+/* Rows of a file, until one fails; then each sentence as a line. */
+static void read_tok(const lvm_tokens *t) {
+    enum { C = 13, ROWS = 3 };
+    int32_t ids[ROWS * C], targets[ROWS * C];
+    float weights[ROWS * C];
+    struct piece pieces[ROWS * C];
+    struct rows r = {0, ids, targets, weights, pieces, 0};
+    struct buffer text = {0};
+    for (int kind = 0; kind < 16; kind++) {
+        lvm_train_options o = {.data = &t, .n_data = 1, .context = C, .packing = kind & 1,
+                               .isolate = kind >> 1 & 1, .seed = 1};
+        struct data_position at = {0, 0, 0};
+        struct stream s;
+        int code = stream_open(&s, &o, kind & 4 ? 7 : -1, kind & 4 ? 65535 : -1, MAX_IDS, NULL);
+        s.shuffle = kind >> 3;
+        for (int i = 0; code == LVM_OK && i < 20; i++) {
+            code = fill_rows(&s, &at, ROWS, &r, NULL);
+            if (code != LVM_OK) continue;
+            for (int k = 0; k < r.n_pieces; k++) {
+                int end = k > 0 ? pieces[k - 1].first + pieces[k - 1].n : 0;
+                if (pieces[k].first < end || pieces[k].n < 1 || pieces[k].n > C) abort();
+            }
+            if (r.n_pieces > 0 && pieces[r.n_pieces - 1].first + pieces[r.n_pieces - 1].n > r.n)
+                abort();
+        }
+    }
+    for (int64_t i = 0; i < t->n_sentences && i < 50; i++) sentence_text(t, i, i & 1, &text, NULL);
+    mem_free(text.data);
+}
+
+static void fuzz_tok(const uint8_t *data, size_t n) {
+    uint8_t *copy = must(mem_alloc(n + 1, 1, NULL));
+    memcpy(copy, data, n);
+    if (n >= 128) {
+        memcpy(copy, "LVM.tok\n\1\0\0\0", 12);
+        memcpy(copy + n - 8, "LVM.tok\n", 8);
+    }
+    lvm_error error;
+    lvm_tokens *t = lvm_tokens_open_memory(copy, n, "tok", &error);
+    accepted += t != NULL;
+    if (t != NULL) read_tok(t);
+    else if (error.code != LVM_FORMAT && error.code != LVM_UNSUPPORTED) abort();
+    lvm_tokens_close(t);
+    mem_free(copy);
+}
+
+/* Packs every line that is one; bytes in *file, which are mem_freed, or NULL. */
+static lvm_tokens *pack_text(const char *text, size_t n, int answers, uint8_t **file) {
+    struct packing p = {.bos = 5, .eos = 6, .answers = answers, .image_tokens = -1};
+    if (token_writer_open(&p.w, NULL, NULL) != LVM_OK) abort();
+    for (size_t at = 0; at < n;) {
+        const char *end = memchr(text + at, '\n', n - at);
+        size_t here = end != NULL ? (size_t)(end - text) - at : n - at;
+        struct lines l = {.name = "lines", .text = {.n = here}};
+        l.text.data = must(malloc(here + 1)); /* of its own, so that a sanitizer sees its end */
+        memcpy(l.text.data, text + at, here);
+        pack_line(&p, &l, NULL);
+        free(l.text.data);
+        at += here + (end != NULL);
+    }
+    int code = pack_close(&p, LVM_OK, NULL);
+    *file = (uint8_t *)p.w.memory.data;
+    if (code != LVM_OK) return NULL;
+    return must(lvm_tokens_open_memory(p.w.memory.data, p.w.memory.n, "packed", NULL));
+}
+
+static void fuzz_lines(const uint8_t *data, size_t n) {
+    uint8_t *file = NULL, *again = NULL;
+    struct buffer all = {0}, text = {0};
+    lvm_tokens *t = pack_text((const char *)data, n, n & 1, &file);
+    for (int64_t i = 0; t != NULL && i < t->n_sentences; i++)
+        if (sentence_text(t, i, i & 1, &text, NULL) != LVM_OK ||
+            buffer_add(&all, text.data, text.n, NULL) != LVM_OK)
+            abort();
+    if (t != NULL) {
+        accepted++;
+        read_tok(t);
+        lvm_tokens *back = must(pack_text(all.data, all.n, 0, &again));
+        if (back->size != t->size || memcmp(back->data, t->data, t->size) != 0) abort();
+        lvm_tokens_close(back);
+    }
+    lvm_tokens_close(t);
+    mem_free(file);
+    mem_free(again);
+    mem_free(text.data);
+    mem_free(all.data);
+}
+
 /* The bytes as a palette and as episodes; then as two images of 16 columns, measured by everything
    that reads drawings back. */
 static void fuzz_scores(const uint8_t *data, size_t n) {
@@ -247,9 +469,12 @@ static void fuzz_scores(const uint8_t *data, size_t n) {
 static const struct target {
     const char *name;
     void (*run)(const uint8_t *data, size_t n);
-} targets[] = {{"gguf", fuzz_gguf}, {"cache", fuzz_cache}, {"png", fuzz_image},
+} targets[] = {{"gguf", fuzz_gguf}, {"cache", fuzz_cache}, {"ckpt", fuzz_ckpt},
+               {"lora", fuzz_lora}, {"png", fuzz_image},
                {"jpeg", fuzz_image}, {"pnm", fuzz_image},   {"jsonl", fuzz_jsonl},
-               {"tokens", fuzz_tokens}, {"scores", fuzz_scores}};
+               {"tokens", fuzz_tokens}, {"tok", fuzz_tok},  {"lines", fuzz_lines},
+               {"coco", fuzz_coco},     {"layout", fuzz_layout},
+               {"scores", fuzz_scores}};
 enum { N_TARGETS = sizeof targets / sizeof *targets };
 
 #ifdef LIBFUZZER
@@ -261,7 +486,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
             targets[i].run(data, n);
             return 0;
         }
-    fprintf(stderr, "LVM_FUZZ names the target: gguf, cache, png, jpeg, pnm, jsonl, tokens, scores\n");
+    fprintf(stderr, "LVM_FUZZ names the target: gguf, cache, ckpt, lora, png, jpeg, pnm, jsonl, "
+                    "tokens, tok, lines, coco, layout, scores\n");
     exit(2);
 }
 #else
@@ -274,6 +500,19 @@ static int write_cache_seed(const char *path) {
     lvm_error error;
     if (lvm_prompt_images(ctx, images, 2, &error) != LVM_OK ||
         lvm_cache_save(ctx, path, ctx->n_ids, &error) != LVM_OK) {
+        fprintf(stderr, "%s\n", error.text);
+        return 1;
+    }
+    return 0;
+}
+
+/* A checkpoint of the little trainer after a step. */
+static int write_ckpt_seed(const char *path) {
+    struct lvm_trainer *t = fuzzed_trainer()->t;
+    lvm_train_report report;
+    lvm_error error;
+    if (lvm_trainer_step(t, &report, &error) != LVM_OK ||
+        lvm_trainer_save(t, path, "a note", &error) != LVM_OK) {
         fprintf(stderr, "%s\n", error.text);
         return 1;
     }
@@ -305,6 +544,7 @@ static void run_corpus(const struct target *target, const char *corpora) {
 
 int main(int argc, char **argv) {
     if (argc > 2 && strcmp(argv[1], "--cache") == 0) return write_cache_seed(argv[2]);
+    if (argc > 2 && strcmp(argv[1], "--ckpt") == 0) return write_ckpt_seed(argv[2]);
     for (int i = 0; i < N_TARGETS; i++)
         run_corpus(&targets[i], argc > 1 ? argv[1] : "tests/corpus");
     return checked("fuzz");

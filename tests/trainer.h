@@ -1,96 +1,89 @@
-/* A trainer whose tensors are random numbers, for tests of what is kept of one: checkpoints, exports.
-   It is made by hand from a small model, so that nothing of training itself takes part. Include
-   behind lvm.c (without LVM_NO_MAIN, with main renamed), check.h and gguf.h. */
+/* A small trainer for tests of what is kept of one. Include behind lvm.c (without LVM_NO_MAIN, with
+   main renamed), check.h and gguf.h. */
 #ifndef TRAINER_H
 #define TRAINER_H
 
-struct hand_made {
-    struct model_file file;
-    lvm_model *m;
-    lvm_tokens tokens[2];
-    char names[2][16];
-    const lvm_tokens *data[2];
-    struct lvm_trainer t;
+struct made_trainer {
+    struct model_file file;   /* what it begins from, */
+    lvm_model *m;             /* opened */
+    struct buffer bytes[2];   /* its data, one.tok and two.tok, */
+    lvm_tokens *data[2];      /* opened */
+    lvm_train_options o;
+    lvm_trainer *t;
 };
 
-static void random_floats(float *x, int64_t n, struct rng *rng) {
-    for (int64_t i = 0; i < n; i++) x[i] = uniform_of(rng);
+static const struct llama trainer_sizes = {.context = 40, .L = 2, .D = 32, .F = 64, .H = 2, .G = 1,
+                                           .d = 16, .V = 40, .bos = 38, .eos = 39, .eps = 1e-5f,
+                                           .theta = 10000};
+static const struct vqgan trainer_vq = {.R = 4, .hidden = 32, .z = 4, .codes = 32, .code_dim = 4,
+                                        .n_res_blocks = 1, .resample_conv = 1, .n_levels = 3,
+                                        .mult = {1, 2, 1}};
+
+/* A .tok file in memory: sentences of up to 9 random ids. */
+static struct buffer make_tokens(int n, uint64_t seed) {
+    struct rng rng = rng_new(seed, 2);
+    struct token_writer w;
+    int32_t ids[9];
+    if (token_writer_open(&w, NULL, NULL) != LVM_OK) abort();
+    for (int i = 0; i < n; i++) {
+        int length = 1 + (int)(rng_next(&rng) % 9);
+        for (int j = 0; j < length; j++) ids[j] = (int32_t)(rng_next(&rng) % 32);
+        if (token_writer_add(&w, ids, NULL, (size_t)length, NULL) != LVM_OK) abort();
+    }
+    if (token_writer_close(&w, LVM_OK, NULL) != LVM_OK) abort();
+    return w.memory;
 }
 
-/* A tensor that learns where `learns`, else in the model's type. */
-static void hand_make_param(struct param *p, const char *name, struct tensor w, int learning,
-                            struct rng *rng) {
-    int64_t n = (int64_t)w.rows * w.cols;
-    *p = (struct param){.name = name, .w = w, .decays = w.cols > 1};
-    if (!learning) return;
-    float *x = must(mem_alloc((size_t)n, 4 * sizeof *x, NULL));
-    random_floats(x, 4 * n, rng);
-    p->w = (struct tensor){(uint8_t *)x, 4 * (int64_t)w.cols, LVM_F32, w.rows, w.cols};
-    p->g = x + n, p->m = x + 2 * n, p->v = x + 3 * n;
-}
-
-static const struct llama hand_made_sizes = {.context = 40, .L = 2, .D = 32, .F = 64, .H = 2, .G = 1,
-                                             .d = 16, .V = 40, .bos = 38, .eos = 39, .eps = 1e-5f,
-                                             .theta = 10000};
-static const struct vqgan hand_made_vq = {.R = 4, .hidden = 32, .z = 4, .codes = 32, .code_dim = 4,
-                                          .n_res_blocks = 1, .resample_conv = 1, .n_levels = 3,
-                                          .mult = {1, 2, 1}};
-
-/* As if begun from a model of matrices of `type`; rank > 0: with adapters on q and down of each
-   layer, of F32, instead of the weights. */
-static struct hand_made *hand_make(int type, int rank, uint64_t seed) {
-    struct rng rng = rng_new(seed, 1);
-    struct hand_made *h = must(calloc(1, sizeof *h));
-    struct lvm_trainer *t = &h->t;
-    h->file = make_model(&hand_made_sizes, &hand_made_vq, type, LVM_F16);
+/* From a model of matrices of `type`; rank > 0: with adapters on q and down instead of the weights. */
+static struct made_trainer *make_trainer(int type, int rank) {
+    struct made_trainer *h = must(calloc(1, sizeof *h));
+    lvm_error e = {0, ""};
+    h->file = make_model(&trainer_sizes, &trainer_vq, type, LVM_F16);
     h->m = must(lvm_open_memory(h->file.data, h->file.size, NULL));
-    const struct llama *a = &h->m->llama;
     for (int i = 0; i < 2; i++) {
-        h->tokens[i].name = h->names[i];
-        snprintf(h->names[i], sizeof h->names[i], "%s.tok", i == 0 ? "one" : "two");
-        h->tokens[i].fingerprint = 0x123456789abcdefu + (uint64_t)i;
-        h->data[i] = &h->tokens[i];
+        h->bytes[i] = make_tokens(9 + i, (uint64_t)i);
+        h->data[i] = must(lvm_tokens_open_memory(h->bytes[i].data, h->bytes[i].n,
+                                                 i == 0 ? "one.tok" : "two.tok", NULL));
     }
-    t->o = lvm_default_train_options();
-    t->o.init = h->m;
-    t->o.lora_rank = rank;
-    t->o.data = h->data;
-    t->o.n_data = 2;
-    t->m = h->m;
-    t->stream.n_sentences = 9;
-    t->net.a = a;
-    t->net.params = must(calloc((size_t)h->m->n_specs + 4 * (size_t)a->L, sizeof *t->net.params));
-    t->net.lora_scale = rank > 0 ? t->o.lora_alpha / (float)rank : 0;
-    for (int i = 0; i < h->m->n_specs; i++) {
-        const struct tensor_spec *s = &h->m->specs[i];
-        struct param *p = &t->net.params[t->net.n_params];
-        if (strncmp(s->name, "vq.", 3) == 0 || gguf_tensor(&h->m->file, s->name) == NULL) continue;
-        hand_make_param(p, s->name, *s->tensor, rank == 0, &rng);
-        if (strcmp(s->name, "output.weight") == 0) t->net.output.w = p;
-        t->net.n_params++;
-    }
-    static const char *const names[] = {"attn_q.weight.lora_a", "attn_q.weight.lora_b",
-                                        "ffn_down.weight.lora_a", "ffn_down.weight.lora_b"};
-    for (int i = 0; rank > 0 && i < 4 * a->L; i++) {
-        char *name = must(calloc(1, 64));
-        const struct tensor *w = i % 4 < 2 ? &a->layers[i / 4].q : &a->layers[i / 4].down;
-        snprintf(name, 64, "blk.%d.%s", i / 4, names[i % 4]);
-        struct tensor half = {NULL, 0, LVM_F32, i % 2 == 0 ? rank : w->rows,
-                              i % 2 == 0 ? w->cols : rank};
-        hand_make_param(&t->net.params[t->net.n_params++], name, half, 1, &rng);
-    }
-    t->step = 7, t->tokens = 12345, t->skipped = 2, t->in_a_row = 1, t->usual_norm = 0.625;
-    t->at = (struct data_position){3, 4, 5};
+    h->o = lvm_default_train_options();
+    h->o.threads = 1;
+    h->o.init = h->m;
+    h->o.lora_rank = rank;
+    h->o.lora_on = rank > 0 ? "q,down" : NULL;
+    h->o.context = 24;
+    h->o.batch = 2;
+    h->o.data = (const lvm_tokens *const *)h->data;
+    h->o.n_data = 2;
+    h->t = lvm_trainer_new(&h->o, &e);
+    if (h->t == NULL) fprintf(stderr, "%s\n", e.text);
+    must(h->t);
     return h;
 }
 
-static void hand_free(struct hand_made *h) {
-    for (int i = 0; i < h->t.net.n_params; i++) {
-        struct param *p = &h->t.net.params[i];
-        if (p->g != NULL) mem_free((void *)(uintptr_t)p->w.data);
-        if (strstr(p->name, ".lora_") != NULL) free((void *)(uintptr_t)p->name);
+static inline void random_floats(float *x, int64_t n, struct rng *rng) {
+    for (int64_t i = 0; i < n; i++) x[i] = uniform_of(rng);
+}
+
+/* Random values of all that learns, and a state as if in the midst of it. */
+static inline void shake(struct made_trainer *h, uint64_t seed) {
+    struct rng rng = rng_new(seed, 3);
+    for (int i = 0; i < h->t->net.n_params; i++) {
+        struct param *p = &h->t->net.params[i];
+        int64_t n = (int64_t)p->w.rows * p->w.cols;
+        float *all[] = {p->values, p->g, p->m, p->v};
+        for (int k = 0; p->learns && k < 4; k++) random_floats(all[k], n, &rng);
     }
-    free(h->t.net.params);
+    h->t->step = 7, h->t->tokens = 12345, h->t->skipped = 2, h->t->in_a_row = 1;
+    h->t->usual_norm = 0.625;
+    h->t->at = (struct data_position){3, 4, 1};
+}
+
+static inline void free_trainer(struct made_trainer *h) {
+    lvm_trainer_free(h->t);
+    for (int i = 0; i < 2; i++) {
+        lvm_tokens_close(h->data[i]);
+        mem_free(h->bytes[i].data);
+    }
     lvm_close(h->m);
     free(h->file.data);
     free(h);

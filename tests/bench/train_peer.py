@@ -11,7 +11,7 @@ backward, clipping at norm 1, AdamW. Printed are the seconds of the median step 
 up, tokens a second and model FLOPs a second (6 a matrix's number and token, 6 L D T a token for
 causal attention, embedding's rows for free; nothing is counted twice where it is computed again).
 
-With --turns one setting answers every line of standard input by the median seconds of --steps steps,
+With --turns one setting answers every line of standard input by the median seconds of --steps,
 so that another program can be measured in turn with it.
 
     transformers           LlamaForCausalLM with scaled_dot_product_attention
