@@ -6,7 +6,9 @@
 #   make lvm.exe    for Windows, by mingw-w64
 #   make liblvm.so  the library
 #   make cuda       lvm and liblvm.so with the GPU's part, by nvcc (NVCC=, CUDA=, CUDA_ARCH=)
+#   make scenes     examples/scenes.c, which renders a world to learn from
 #   make lvm.h      its header, which is chapter 0 of lvm.c
+#   make evaluate   measures weights.bin on prompt/ and writes docs/evaluation.md (half an hour)
 #   make install    PREFIX=DIR: program, manual page, library, lvm.h, lvm.pc; `make uninstall`
 CC      ?= cc
 CFLAGS  ?= -O3
@@ -93,6 +95,13 @@ $(B)/lvm: lvm.c | $(B)
 $(B)/test_%: tests/test_%.c $(wildcard tests/*.h) lvm.c | $(B)
 	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -o $@ $< $(LDFLAGS) $(LIBS)
 
+# A program of its own: a world to learn from.
+scenes: examples/scenes.c
+	$(CC) $(STD) $(WARN) $(CFLAGS) -o $@ $< $(LDFLAGS) $(LIBS)
+
+$(B)/scenes: examples/scenes.c | $(B)
+	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -o $@ $< $(LDFLAGS) $(LIBS)
+
 $(B):
 	mkdir -p $@
 
@@ -107,6 +116,9 @@ tsan:
 
 fuzz:
 	tests/fuzz.sh $(FUZZ_SECONDS)
+
+evaluate: lvm
+	python3 tests/evaluate.py
 
 # The header is chapter 0 of lvm.c: its comment, then everything between the guards.
 lvm.h: lvm.c
@@ -143,7 +155,7 @@ uninstall:
 	    $(LIB_TO)/$(LIB) $(LIB_TO)/$(LIB_ABI) $(LIB_TO)/$(LIB_FILE)
 
 clean:
-	rm -rf lvm lvm-static lvm.exe liblvm.so lvm.h build
+	rm -rf lvm lvm-static lvm.exe liblvm.so lvm.h scenes build
 
 .DELETE_ON_ERROR:
-.PHONY: static cuda test debug tsan fuzz install uninstall clean
+.PHONY: static cuda test debug tsan fuzz evaluate install uninstall clean

@@ -51,7 +51,7 @@
        7  The seam for devices and the CPU behind it; generation and scoring
      Part two: how one learns
        8  Training: backward beside forward, AdamW, LoRA, data, checkpoints
-       9  Visual sentences: prompts by the line; folders of images become training data
+       9  Visual sentences: prompts by the line, training data from folders, scores
      Part three: the machine room
       10  Systems: files, mapping, folders, threads, Windows
       11  Images: PNG, JPEG and PNM in, PNG out, EXIF rotation, Pillow's resizing
@@ -408,7 +408,7 @@ typedef struct lvm_train_options {
 typedef struct lvm_train_report {
     int64_t step, tokens;      /* taken, and read, since the beginning */
     int64_t skipped, in_a_row; /* steps so far; and those right before and with this one */
-    double loss;               /* mean of -ln p over the batch's tokens, by their weights, in nats */
+    double loss;               /* mean of -ln p over the batch's tokens, by weight, in nats */
     double grad_norm;          /* before clipping */
     double lr;
     double epoch;              /* passes over the data */
@@ -4060,23 +4060,23 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    Chapter 8.  Training: backward beside forward, AdamW, LoRA, data, checkpoints
 
        .tok files --fill_rows-->  rows of ids, targets, loss weights
-                  --net_forward-->  loss  --net_backward-->  gradients        of each layer, in plain
-                  --update_params-->  weights                                 floats, kept or again
-                  --lvm_trainer_save-->  .ckpt       --lvm_trainer_export-->  weights.bin
+                  --forward_layers, head-->  loss  --layer_backward-->  gradients
+                  --update_params-->  weights
+                  --lvm_trainer_save-->  .ckpt     --lvm_trainer_export-->  weights.bin
 
    The transformer is chapter 6's, with all rows at once and no cache: next-token cross-entropy
 
        loss = sum_i w_i (-ln softmax(logits_i)[target_i]) / sum_i w_i
 
    and its gradient by the chain rule, operation by operation, last one first (backpropagation:
-   Rumelhart, Hinton and Williams 1986). An operation y = f(x) has a backward beside it that gets dy,
-   the gradient of the loss by y, and gives or adds dx; each quotes the line of its forward. What a
-   layer's backward needs of its forward (struct kept) is kept, or, where memory is short, computed
-   again from the layer's input (Chen et al. 2016, arXiv 1604.06174).
+   Rumelhart, Hinton and Williams 1986). An operation y = f(x) has a backward beside it that gets
+   dy, the gradient of the loss by y, and gives or adds dx; each quotes the line of its forward.
+   What a layer's backward needs of its forward (struct kept) is kept, or, where memory is short,
+   computed again from the layer's input (Chen et al. 2016, arXiv 1604.06174).
 
    Sums have one order here too: a step does not depend on the number of threads, so that a run that
-   was stopped and resumed is the run that was not. A weight's gradient adds rows in ascending order;
-   rows are never split over threads. */
+   was stopped and resumed is the run that was not. A weight's gradient adds rows in ascending
+   order; rows are never split over threads. */
 
 /* What a public call takes of an option struct, which may be an older one (chapter 14); bytes of
    memory and processors that are there to be used (chapter 10). */
@@ -4092,7 +4092,7 @@ struct param {
     char name[96];       /* as in the weights file */
     struct tensor w;     /* [rows][cols], a vector [1][cols]: values, or where init has them */
     float *values;       /* as w, where it learns or is new; else NULL */
-    float *g, *m, *v;    /* as w: gradient; AdamW's averages of it and of its square. NULL: frozen */
+    float *g, *m, *v;    /* as w: gradient; AdamW's averages of it and of its square; or NULL */
     int learns, decays;  /* matrices decay, vectors do not */
     const struct tensor_spec *spec; /* of the description; NULL: an adapter */
 };
@@ -4216,9 +4216,9 @@ struct lvm_trainer {
 
 /* ---- Products: y = x w^T, dx = dy w, dw = dy^T x ----
 
-   All three are c[i][j] (+)= sum over k of a[i][k] b(k, j) with rows of a contiguous along k, on the
-   outer tiles of chapter 3. A task has 32 columns of c: it packs b's part for 256 k at a time and
-   sends all its rows of a past it. k ascends. */
+   All three are c[i][j] (+)= sum over k of a[i][k] b(k, j) with rows of a contiguous along k, on
+   the outer tiles of chapter 3. A task has 32 columns of c: it packs b's part for 256 k at a time
+   and sends all its rows of a past it. k ascends. */
 
 enum {
     PRODUCT_K = 256,         /* of a packed part: what stays in the first two caches */
@@ -4540,7 +4540,8 @@ static void swiglu_forward_task(void *arg, int task, int thread) {
     }
 }
 
-/* out = silu(x) y, silu(x) = x s, s = 1 / (1 + e^-x):   dx = dy y (s + x s (1 - s)),  dout = dy x s.
+/* f = silu(x) y, silu(x) = x s, s = 1 / (1 + e^-x), dy the gradient by f:
+       dx = dy y (s + x s (1 - s)),   out = dy x s, the gradient by y.
    dx may be dy; a row of silu(x) goes to scratch. */
 static void swiglu_backward_task(void *arg, int task, int thread) {
     const struct op *op = arg;
@@ -4678,7 +4679,8 @@ static void attention_forward_task(void *arg, int task, int thread) {
           *keys = take(&at, KV_BLOCK * dp), *values = take(&at, KV_BLOCK * dp),
           *q = take(&at, ATTEND_ROWS * dp), *o = take(&at, ATTEND_ROWS * dp);
     struct query queries[ATTEND_ROWS];
-    head_rows(job->kept->q + ((int64_t)(p->first + first) * H + h) * d, (int64_t)H * d, n, d, dp, q);
+    head_rows(job->kept->q + ((int64_t)(p->first + first) * H + h) * d, (int64_t)H * d, n, d, dp,
+              q);
     memset(o, 0, (size_t)n * (size_t)dp * sizeof *o);
     for (int r = 0; r < n; r++)
         queries[r] = (struct query){q + r * dp, o + r * dp, -HUGE_VALF, 0, 0, NULL};
@@ -6703,9 +6705,9 @@ static void net_free(struct lvm_trainer *t) {
 /* Normally distributed, by pairs (Box and Muller 1958). */
 static void fill_normal(struct rng *r, float deviation, float *x, int64_t n) {
     for (int64_t i = 0; i < n; i += 2) {
-        double u = (rng_next(r) + 0.5) * 0x1p-32, angle = rng_next(r) * 0x1p-32, sine = 0, cosine = 0;
+        double u = (rng_next(r) + 0.5) * 0x1p-32, turn = rng_next(r) * 0x1p-32, sine, cosine;
         double radius = deviation * sqrt(-2 * log_f64(u));
-        sincos_f64(angle * 6.28318530717958647692, &sine, &cosine);
+        sincos_f64(turn * 6.28318530717958647692, &sine, &cosine);
         x[i] = (float)(radius * cosine);
         if (i + 1 < n) x[i + 1] = (float)(radius * sine);
     }
@@ -6722,7 +6724,8 @@ static int ends_with(const char *name, const char *end) {
 static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
     int64_t n = elements(p);
     const struct tensor *w = &p->w;
-    int residual = ends_with(p->name, "attn_output.weight") || ends_with(p->name, "ffn_down.weight");
+    int residual =
+        ends_with(p->name, "attn_output.weight") || ends_with(p->name, "ffn_down.weight");
     if (ends_with(p->name, ".lora_b")) {
         memset(p->values, 0, (size_t)n * sizeof *p->values);
     } else if (ends_with(p->name, ".lora_a")) {
@@ -6822,8 +6825,9 @@ static int check_train_options(const lvm_train_options *o, lvm_error *error) {
     const struct { const char *name; double value, low, high; } all[] = {
         {"threads", o->threads, 1, 1024}, {"context", o->context, 2, 1 << 20},
         {"batch", o->batch, 1, 1 << 20}, {"steps", (double)o->steps, 1, 1e15},
-        {"warmup", (double)o->warmup, 0, 1e15}, {"lr", o->lr, 0, 1e3}, {"min_lr", o->min_lr, 0, 1e3},
-        {"beta1", o->beta1, 1e-6, 1 - 1e-6}, {"beta2", o->beta2, 1e-6, 1 - 1e-7},
+        {"warmup", (double)o->warmup, 0, 1e15}, {"lr", o->lr, 0, 1e3},
+        {"min_lr", o->min_lr, 0, 1e3}, {"beta1", o->beta1, 1e-6, 1 - 1e-6},
+        {"beta2", o->beta2, 1e-6, 1 - 1e-7},
         {"epsilon", o->epsilon, 1e-30, 1}, {"weight_decay", o->weight_decay, 0, 100},
         {"clip", o->clip, 0, 1e9}, {"lora_rank", o->lora_rank, 0, 4096},
         {"lora_alpha", o->lora_alpha, 1e-6, 1e6}, {"packing", o->packing, LVM_CUT, LVM_WHOLE},
@@ -7113,7 +7117,7 @@ int lvm_trainer_eval(lvm_trainer *t, const lvm_tokens *data, int64_t max_rows, d
 }
 
 /* =================================================================================================
-   Chapter 9.  Visual sentences: prompts by the line; folders of images become training data
+   Chapter 9.  Visual sentences: prompts by the line, training data from folders, scores
 
    A set of prompts is a file of JSON lines (RFC 8259: one object a line, UTF-8), as the published
    evaluation reads them:
@@ -8796,7 +8800,7 @@ static void read_annotations(struct json *j, int name, void *arg) {
     json_array(j, readers[name], arg);
 }
 
-static int compare_numbers(const void *a, const void *b) {
+static int compare_doubles(const void *a, const void *b) {
     const double *x = a, *y = b;
     return (*x > *y) - (*x < *y);
 }
@@ -8828,7 +8832,7 @@ static void connect_annotations(struct annotations *a) {
     size_t kept = 0;
     if (a->n_images > 0) qsort(a->images, a->n_images, sizeof *a->images, compare_drawn);
     if (a->n_categories > 0)
-        qsort(a->categories, a->n_categories, sizeof *a->categories, compare_numbers);
+        qsort(a->categories, a->n_categories, sizeof *a->categories, compare_doubles);
     for (size_t i = 0; i < a->n_shapes; i++) {
         struct outline s = a->shapes[i];
         size_t image = a->n_images > 0 ? find_id(&a->images[0].id, a->n_images, stride, s.image)
@@ -8874,7 +8878,7 @@ static void annotations_free(struct annotations *a) {
 }
 
 /* Whether a kind draws something of a shape. */
-static int is_drawn(enum how how, const struct outline *s) {
+static int shape_is_drawn(enum how how, const struct outline *s) {
     if (how == KEYPOINTS) return s->points > 0;
     if (how == OUTLINES) return s->outline > 0;
     return !s->crowd && s->box[2] > 0 && s->box[3] > 0;
@@ -8890,7 +8894,7 @@ static int set_columns(const struct plan *plan, struct part *p, lvm_error *error
         const struct drawn_image *image = &a->images[i];
         size_t some = 0;
         for (size_t k = 0; k < image->n; k++)
-            some += (size_t)is_drawn(p->kind->how, &a->shapes[image->first + k]);
+            some += (size_t)shape_is_drawn(p->kind->how, &a->shapes[image->first + k]);
         if (some == 0 || image->file < 0) continue;
         size_t file = (size_t)(image->file - l->base);
         of_unit[p->n_units] = (uint8_t)side_of(
@@ -9123,7 +9127,7 @@ static void draw_boxes(const struct annotations *a, const struct drawn_image *dr
         const struct outline *s = &a->shapes[i];
         int from[2], to[2];
         uint8_t colour[RGB];
-        if (!is_drawn(BOXES, s)) continue;
+        if (!shape_is_drawn(BOXES, s)) continue;
         category_colour(BOXES, (size_t)s->category, colour);
         for (int axis = 0; axis < 2; axis++) {
             double u = placed(p, axis, s->box[axis]),
@@ -9143,22 +9147,23 @@ static void draw_boxes(const struct annotations *a, const struct drawn_image *dr
    shoulders and hips. */
 enum { N_JOINTS = 15, N_LIMBS = 14, COCO_POINTS = 17 };
 
-static const struct limb {
+static const struct drawn_limb {
     uint8_t from, to, rgb[RGB];
-} limbs[N_LIMBS] = {
+} drawn_limbs[N_LIMBS] = {
     {1, 0, {255, 0, 85}},    {1, 2, {255, 60, 0}},   {2, 3, {255, 130, 0}},
     {3, 4, {255, 200, 0}},   {1, 5, {190, 255, 0}},  {5, 6, {110, 255, 0}},
     {6, 7, {0, 255, 40}},    {1, 8, {0, 255, 140}},  {8, 9, {0, 230, 255}},
     {9, 10, {0, 150, 255}},  {10, 11, {0, 70, 255}}, {8, 12, {90, 0, 255}},
     {12, 13, {170, 0, 255}}, {13, 14, {255, 0, 230}}};
 
-struct joint {
+struct drawn_joint {
     double x, y;
     int known;
 };
 
 /* The joints of a person. In a mirrored image left is right. */
-static void read_joints(struct json *j, const struct placement *p, struct joint joints[N_JOINTS]) {
+static void read_joints(struct json *j, const struct placement *p,
+                        struct drawn_joint joints[N_JOINTS]) {
     /* nose, neck, right shoulder, elbow, wrist, left ones, hips' middle, right hip, knee, ankle,
        left ones, as COCO's points; a pair is their middle */
     static const uint8_t of[2][N_JOINTS][2] = {
@@ -9166,7 +9171,7 @@ static void read_joints(struct json *j, const struct placement *p, struct joint 
          {14, 14}, {16, 16}, {11, 11}, {13, 13}, {15, 15}},
         {{0, 0}, {5, 6}, {5, 5}, {7, 7}, {9, 9}, {6, 6}, {8, 8}, {10, 10}, {11, 12}, {11, 11},
          {13, 13}, {15, 15}, {12, 12}, {14, 14}, {16, 16}}};
-    struct joint points[COCO_POINTS] = {{0, 0, 0}};
+    struct drawn_joint points[COCO_POINTS] = {{0, 0, 0}};
     json_want(j, '[', "key points should stand here");
     for (int i = 0; i < COCO_POINTS; i++) {
         double v[3] = {0, 0, 0};
@@ -9174,17 +9179,18 @@ static void read_joints(struct json *j, const struct placement *p, struct joint 
             if (i + k > 0) json_want(j, ',', "a person has 17 key points of three numbers");
             v[k] = json_number(j);
         }
-        points[i] = (struct joint){placed(p, 0, v[0]), placed(p, 1, v[1]), v[2] > 0};
+        points[i] = (struct drawn_joint){placed(p, 0, v[0]), placed(p, 1, v[1]), v[2] > 0};
     }
     json_want(j, ']', "a person has 17 key points of three numbers");
     for (int i = 0; i < N_JOINTS; i++) {
-        const struct joint *a = &points[of[p->flip][i][0]], *b = &points[of[p->flip][i][1]];
-        joints[i] = (struct joint){(a->x + b->x) / 2, (a->y + b->y) / 2, a->known && b->known};
+        const struct drawn_joint *a = &points[of[p->flip][i][0]], *b = &points[of[p->flip][i][1]];
+        joints[i] =
+            (struct drawn_joint){(a->x + b->x) / 2, (a->y + b->y) / 2, a->known && b->known};
     }
 }
 
 /* A limb with round ends, its border blended by how much of a pixel it covers. */
-static void draw_limb(lvm_image *image, const struct joint *a, const struct joint *b,
+static void draw_limb(lvm_image *image, const struct drawn_joint *a, const struct drawn_joint *b,
                       const uint8_t *rgb) {
     int R = image->width;
     double radius = 3.2 * R / 256, dx = b->x - a->x, dy = b->y - a->y, reach = radius + 1;
@@ -9211,15 +9217,16 @@ static int draw_skeletons(const struct annotations *a, const struct drawn_image 
     memset(image->rgb, 0, (size_t)p->R * (size_t)p->R * RGB);
     for (size_t i = drawn->first; i < drawn->first + drawn->n; i++) {
         lvm_error fault = {0, ""};
-        struct joint joints[N_JOINTS];
+        struct drawn_joint joints[N_JOINTS];
         struct json j = {.s = a->data, .n = a->size, .at = (size_t)a->shapes[i].points,
                          .error = &fault};
         if (a->shapes[i].points == 0) continue;
         read_joints(&j, p, joints);
         if (j.code != LVM_OK) return fail(error, j.code, "%s: %s", a->path, fault.text);
         for (int k = 0; k < N_LIMBS; k++)
-            if (joints[limbs[k].from].known && joints[limbs[k].to].known)
-                draw_limb(image, &joints[limbs[k].from], &joints[limbs[k].to], limbs[k].rgb);
+            if (joints[drawn_limbs[k].from].known && joints[drawn_limbs[k].to].known)
+                draw_limb(image, &joints[drawn_limbs[k].from], &joints[drawn_limbs[k].to],
+                          drawn_limbs[k].rgb);
     }
     return LVM_OK;
 }
@@ -9270,7 +9277,7 @@ static void fill_polygon(struct json *j, void *arg) {
             if ((a[1] <= level) == (b[1] <= level)) continue;
             cross[found++] = a[0] + (level - a[1]) / (b[1] - a[1]) * (b[0] - a[0]);
         }
-        if (found > 0) qsort(cross, found, sizeof *cross, compare_numbers);
+        if (found > 0) qsort(cross, found, sizeof *cross, compare_doubles);
         for (size_t k = 0; k + 1 < found; k += 2) {
             double from = ceil(cross[k] - .5), to = cross[k + 1] - .5;
             for (int x = from < 0 ? 0 : from < c->side ? (int)from : c->side;
@@ -9604,6 +9611,1437 @@ static const struct part *plan_draw(const struct plan *plan, int side, int64_t i
     p->kind->draw(p, &p->side[side], number, style, d);
     vary(p, style, d);
     return p;
+}
+
+/* ---- Scores: answers measured ----
+
+   A metric compares a predicted image with the true one, both of one size, 8-bit RGB without alpha.
+   It gives a few values of each pair, NAN where there is nothing to measure, of which `lvm score`
+   (chapter 15) takes the mean over the images; and sums in struct scoring, for values that are of
+   all images at once:
+
+       predicted, true  --metric.measure-->  values of the pair
+                                       \-->  struct scoring  --metric.total-->  values of the set
+
+   The field's metrics are for numbers; here answers are drawings, and are read back from their
+   pixels first, the true one just as the predicted one: flat colours by the nearest, boxes by their
+   outlines, points by the limbs between them, edges by thinning. */
+
+enum { MAX_COLORS = 256, MAX_VALUES = 3 };
+
+/* Colours that mean something. */
+struct palette {
+    uint8_t color[MAX_COLORS][3];
+    int n;
+};
+
+/* A drawn figure: points and the limbs between them, each in its colour, in the order in which they
+   are drawn. */
+enum { MAX_LIMBS = 17, MAX_POINTS = 18 };
+struct skeleton {
+    int points, limbs;
+    uint8_t limb[MAX_LIMBS][2], color[MAX_LIMBS][3];
+};
+
+/* What a colour got over all images. */
+struct tally {
+    uint8_t color[3];
+    double both, either;    /* pixels: of the intersection, of the union */
+};
+
+struct scoring {
+    struct palette palette; /* that --palette names; n = 0: the colours of each true image */
+    const struct skeleton *skeleton;
+    int columns, rows;      /* of cells */
+    double sum[4];          /* what each metric says */
+    struct tally *tallies;  /* [n_tallies] */
+    int n_tallies;
+    size_t room;
+    struct buffer found;    /* boxes: a byte each, the colour times two plus 1 for a hit */
+    int truths[MAX_COLORS]; /* boxes of each colour */
+};
+
+static void scoring_free(struct scoring *s) {
+    mem_free(s->tallies);
+    mem_free(s->found.data);
+}
+
+static size_t n_pixels(const lvm_image *image) {
+    return (size_t)image->width * (size_t)image->height;
+}
+
+/* ---- Scores: differences of pixels ---- */
+
+/* The sum of the squared differences of one channel. */
+static double channel_error(const lvm_image *a, const lvm_image *b, int channel) {
+    uint64_t sum = 0;
+    for (size_t i = 0; i < n_pixels(a); i++) {
+        int d = a->rgb[3 * i + (size_t)channel] - b->rgb[3 * i + (size_t)channel];
+        sum += (uint64_t)(d * d);
+    }
+    return (double)sum;
+}
+
+/* The mean over pixels and channels of the squared differences, of values 0 .. 255. */
+static double mean_squared_error(const lvm_image *a, const lvm_image *b) {
+    double sum = channel_error(a, b, 0) + channel_error(a, b, 1) + channel_error(a, b, 2);
+    return sum / (3 * (double)n_pixels(a));
+}
+
+/* Mean squared error of values 0 .. 1. The published program of LVM (evaluation/vqlm_demo/
+   batch_generation.py) reports three times that, the sum over the channels; Bar et al. 2022 (arXiv
+   2209.00647) that of values which ImageNet's mean and deviation normalise, so that the mean drops
+   out: about 19.6 times the first. */
+static int score_mse(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
+                     lvm_error *error) {
+    static const double deviation[3] = {0.229, 0.224, 0.225};
+    double n = 3 * (double)n_pixels(t) * 255 * 255;
+    (void)s, (void)error;
+    value[0] = mean_squared_error(p, t) / (255 * 255);
+    value[1] = 3 * value[0];
+    value[2] = 0;
+    for (int c = 0; c < 3; c++)
+        value[2] += channel_error(p, t, c) / n / (deviation[c] * deviation[c]);
+    return LVM_OK;
+}
+
+/* Peak signal-to-noise ratio: 10 log10(255^2 / mse) decibel; infinite for equal images. */
+static int score_psnr(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
+                      lvm_error *error) {
+    double mse = mean_squared_error(p, t);
+    (void)error;
+    value[0] = 10 * log10(255 * 255 / mse);
+    s->sum[0] += mse;
+    s->sum[1] += 1;
+    return LVM_OK;
+}
+
+static void total_psnr(const struct scoring *s, double *value) {
+    value[0] = 10 * log10(255 * 255 / (s->sum[0] / s->sum[1]));
+}
+
+enum { SSIM_SIDE = 11 };
+
+/* Sums of a window that are made of rows: of a, b, a a, b b and a b. */
+enum { SUM_A, SUM_B, SUM_AA, SUM_BB, SUM_AB, N_SUMS };
+
+struct ssim {
+    const lvm_image *a, *b;
+    double weight[SSIM_SIDE];
+    int columns;    /* windows side by side */
+    double *rows;   /* [SSIM_SIDE][N_SUMS][columns]: row y in y mod SSIM_SIDE */
+};
+
+/* The weighted sums along row y of one channel. */
+static void ssim_row(const struct ssim *s, int y, int channel) {
+    size_t first = (size_t)y * (size_t)s->a->width * 3 + (size_t)channel;
+    double *out = s->rows + (size_t)(y % SSIM_SIDE) * N_SUMS * (size_t)s->columns;
+    for (int x = 0; x < s->columns; x++) {
+        double sum[N_SUMS] = {0};
+        for (int k = 0; k < SSIM_SIDE; k++) {
+            size_t at = first + (size_t)(x + k) * 3;
+            double a = s->a->rgb[at], b = s->b->rgb[at], w = s->weight[k];
+            sum[SUM_A] += w * a;
+            sum[SUM_B] += w * b;
+            sum[SUM_AA] += w * (a * a);
+            sum[SUM_BB] += w * (b * b);
+            sum[SUM_AB] += w * (a * b);
+        }
+        for (int i = 0; i < N_SUMS; i++) out[i * s->columns + x] = sum[i];
+    }
+}
+
+/* The similarity of the window whose rows are there, the first in row y. */
+static double ssim_window(const struct ssim *s, int x, int y) {
+    const double c1 = (0.01 * 255) * (0.01 * 255), c2 = (0.03 * 255) * (0.03 * 255);
+    double sum[N_SUMS] = {0};
+    for (int k = 0; k < SSIM_SIDE; k++) {
+        const double *row = s->rows + (size_t)((y + k) % SSIM_SIDE) * N_SUMS * (size_t)s->columns;
+        for (int i = 0; i < N_SUMS; i++) sum[i] += s->weight[k] * row[i * s->columns + x];
+    }
+    double a = sum[SUM_A], b = sum[SUM_B];
+    double va = sum[SUM_AA] - a * a, vb = sum[SUM_BB] - b * b, covariance = sum[SUM_AB] - a * b;
+    return (2 * a * b + c1) * (2 * covariance + c2) / ((a * a + b * b + c1) * (va + vb + c2));
+}
+
+/* Structural similarity (Wang, Bovik, Sheikh and Simoncelli 2004): in windows of 11 x 11 with
+   Gaussian weights of deviation 1.5, means, variances and covariance compared with C1 = (0.01
+   255)^2, C2 = (0.03 255)^2; the mean over all whole windows, then over the channels. */
+static int score_ssim(struct scoring *scoring, const lvm_image *p, const lvm_image *t,
+                      double *value, lvm_error *error) {
+    struct ssim s = {.a = p, .b = t, .columns = t->width - SSIM_SIDE + 1};
+    double sum = 0, whole = 0;
+    (void)scoring;
+    if (t->width < SSIM_SIDE || t->height < SSIM_SIDE)
+        return fail(error, LVM_INVALID, "%d x %d pixels are less than a window of ssim, 11 x 11",
+                    t->width, t->height);
+    for (int k = 0; k < SSIM_SIDE; k++) whole += s.weight[k] = exp((k - 5) * (k - 5) / -4.5);
+    for (int k = 0; k < SSIM_SIDE; k++) s.weight[k] /= whole;
+    s.rows = mem_alloc((size_t)s.columns, SSIM_SIDE * N_SUMS * sizeof *s.rows, error);
+    if (s.rows == NULL) return LVM_MEMORY;
+    for (int channel = 0; channel < 3; channel++)
+        for (int y = 0; y < t->height; y++) {
+            ssim_row(&s, y, channel);
+            for (int x = 0; y >= SSIM_SIDE - 1 && x < s.columns; x++)
+                sum += ssim_window(&s, x, y - SSIM_SIDE + 1);
+        }
+    mem_free(s.rows);
+    value[0] = sum / 3 / s.columns / (t->height - SSIM_SIDE + 1);
+    return LVM_OK;
+}
+
+/* ---- Scores: flat colours ---- */
+
+static int color_distance(const uint8_t *a, const uint8_t *b) {
+    int r = a[0] - b[0], g = a[1] - b[1], blue = a[2] - b[2];
+    return r * r + g * g + blue * blue;
+}
+
+/* The nearest colour of a palette, the first of several. */
+static int nearest_color(const struct palette *p, const uint8_t *rgb) {
+    int best = 0, least = INT_MAX;
+    for (int i = 0; i < p->n; i++) {
+        int d = color_distance(p->color[i], rgb);
+        if (d < least) least = d, best = i;
+    }
+    return best;
+}
+
+/* One number of a palette's line, which *s points behind afterwards; -1 where none stands. */
+static int color_number(const char **s, const char *end) {
+    int v = 0, digits = 0;
+    while (*s < end && (**s == ' ' || **s == '\t' || **s == ',')) ++*s;
+    for (; *s < end && isdigit((unsigned char)**s) && digits < 4; ++*s, digits++)
+        v = 10 * v + **s - '0';
+    return digits > 0 && v < 256 ? v : -1;
+}
+
+/* "#rrggbb", or three numbers of 0 .. 255; a name may stand behind. 1 when it is one. */
+static int parse_color(const char *s, const char *end, uint8_t rgb[3]) {
+    static const char digits[] = "0123456789abcdef";
+    int hex = s < end && *s == '#';
+    s += hex;
+    for (int i = 0; i < 3; i++) {
+        int v = hex ? 0 : color_number(&s, end);
+        for (int k = 0; hex && k < 2; k++, s++) {
+            const char *digit = s < end ? strchr(digits, tolower((unsigned char)*s)) : NULL;
+            if (digit == NULL || *s == 0) return 0;
+            v = 16 * v + (int)(digit - digits);
+        }
+        if (v < 0) return 0;
+        rgb[i] = (uint8_t)v;
+    }
+    return s == end || isspace((unsigned char)*s);
+}
+
+/* A palette file: a colour a line, blank lines between them; name is the file's. */
+static int parse_palette(const char *text, size_t n, const char *name, struct palette *p,
+                         lvm_error *error) {
+    int number = 0;
+    p->n = 0;
+    for (const char *line = text, *end = text + n; line < end; number++) {
+        const char *stop = memchr(line, '\n', (size_t)(end - line)), *next;
+        uint8_t rgb[3];
+        next = stop != NULL ? stop + 1 : end;
+        stop = stop != NULL ? stop : end;
+        while (line < stop && isspace((unsigned char)*line)) line++;
+        int blank = line == stop, good = !blank && parse_color(line, stop, rgb);
+        line = next;
+        if (blank) continue;
+        if (!good)
+            return fail(error, LVM_FORMAT, "%s: line %d is no colour: R G B or #rrggbb", name,
+                        number + 1);
+        if (p->n > 0 && color_distance(p->color[nearest_color(p, rgb)], rgb) == 0)
+            return fail(error, LVM_FORMAT, "%s: line %d: the colour stands twice", name,
+                        number + 1);
+        if (p->n == MAX_COLORS)
+            return fail(error, LVM_FORMAT, "%s: more than %d colours", name, MAX_COLORS);
+        memcpy(p->color[p->n++], rgb, sizeof rgb);
+    }
+    return p->n > 0 ? LVM_OK : fail(error, LVM_FORMAT, "%s: no colour stands there", name);
+}
+
+static int compare_numbers(const void *a, const void *b) {
+    uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
+    return (x > y) - (x < y);
+}
+
+/* The colours of a true image, in ascending order: those which fill a 200th of it, exactly, so that
+   the mixed ones along smooth borders are none. */
+static int find_palette(const lvm_image *t, struct palette *p, lvm_error *error) {
+    size_t n = n_pixels(t), run = 0;
+    uint32_t *all = mem_alloc(n, sizeof *all, error);
+    if (all == NULL) return LVM_MEMORY;
+    for (size_t i = 0; i < n; i++)
+        all[i] = (uint32_t)t->rgb[3 * i] << 16 | (uint32_t)t->rgb[3 * i + 1] << 8 |
+                 t->rgb[3 * i + 2];
+    qsort(all, n, sizeof *all, compare_numbers);
+    p->n = 0;
+    for (size_t i = 0; i < n; i++) {
+        run = i > 0 && all[i] == all[i - 1] ? run + 1 : 1;
+        if ((i + 1 < n && all[i + 1] == all[i]) || run * 200 < n) continue;
+        uint8_t *color = p->color[p->n++];
+        color[0] = (uint8_t)(all[i] >> 16);
+        color[1] = (uint8_t)(all[i] >> 8);
+        color[2] = (uint8_t)all[i];
+    }
+    mem_free(all);
+    if (p->n > 0) return LVM_OK;
+    return fail(error, LVM_INVALID, "the true image has no flat colours, each a 200th of it; "
+                "--palette names those that are meant");
+}
+
+/* The palette of a pair. */
+static int settle_palette(const struct scoring *s, const lvm_image *t, struct palette *p,
+                          lvm_error *error) {
+    *p = s->palette;
+    return p->n > 0 ? LVM_OK : find_palette(t, p, error);
+}
+
+/* The tally of a colour, new or old; NULL and an error without memory. */
+static struct tally *find_tally(struct scoring *s, const uint8_t *color, lvm_error *error) {
+    for (int i = 0; i < s->n_tallies; i++)
+        if (color_distance(s->tallies[i].color, color) == 0) return &s->tallies[i];
+    struct tally *larger = array_grow(s->tallies, (size_t)s->n_tallies, 1, sizeof *larger,
+                                      &s->room, error);
+    if (larger == NULL) return NULL;
+    s->tallies = larger;
+    memcpy(larger[s->n_tallies].color, color, 3);
+    larger[s->n_tallies].both = larger[s->n_tallies].either = 0;
+    return &larger[s->n_tallies++];
+}
+
+static int is_white(const uint8_t *rgb) { return rgb[0] + rgb[1] + rgb[2] > 3 * 255 / 2; }
+
+/* Intersection over union of what is nearer to white than to black (Bar et al. 2022); two images
+   without any agree. */
+static double foreground_iou(const lvm_image *p, const lvm_image *t) {
+    double both = 0, either = 0;
+    for (size_t i = 0; i < n_pixels(t); i++) {
+        int a = is_white(p->rgb + 3 * i), b = is_white(t->rgb + 3 * i);
+        both += a & b;
+        either += a | b;
+    }
+    return either > 0 ? both / either : 1;
+}
+
+/* Mean intersection over union: of the foreground; and of the classes, which are colours, where the
+   nearest one decides. Of an image it is the mean over the classes that either image has, of all
+   images the mean over classes of summed intersections over summed unions (PASCAL VOC). */
+static int score_miou(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
+                      lvm_error *error) {
+    struct palette palette;
+    double both[MAX_COLORS] = {0}, either[MAX_COLORS] = {0}, sum = 0;
+    int code = settle_palette(s, t, &palette, error), seen = 0;
+    if (code != LVM_OK) return code;
+    for (size_t i = 0; i < n_pixels(t); i++) {
+        int a = nearest_color(&palette, p->rgb + 3 * i);
+        int b = nearest_color(&palette, t->rgb + 3 * i);
+        both[a] += a == b;
+        either[a] += 1;
+        either[b] += a != b;
+    }
+    for (int i = 0; i < palette.n; i++) {
+        struct tally *tally = find_tally(s, palette.color[i], error);
+        if (tally == NULL) return LVM_MEMORY;
+        tally->both += both[i];
+        tally->either += either[i];
+        sum += either[i] > 0 ? both[i] / either[i] : 0;
+        seen += either[i] > 0;
+    }
+    value[0] = foreground_iou(p, t);
+    value[1] = sum / seen;
+    return LVM_OK;
+}
+
+static void total_miou(const struct scoring *s, double *value) {
+    double sum = 0;
+    int seen = 0;
+    for (int i = 0; i < s->n_tallies; i++) {
+        if (s->tallies[i].either == 0) continue;
+        sum += s->tallies[i].both / s->tallies[i].either;
+        seen++;
+    }
+    value[0] = sum / seen;
+}
+
+/* The colour that most pixels of a cell are nearest to; its outer quarter on each side, where lines
+   may be, does not count. */
+static int cell_color(const struct scoring *s, const struct palette *palette, const lvm_image *m,
+                      int column, int row) {
+    int count[MAX_COLORS] = {0}, best = 0;
+    int64_t w = m->width, h = m->height;
+    int x0 = (int)((4 * column + 1) * w / (4 * s->columns));
+    int x1 = (int)((4 * column + 3) * w / (4 * s->columns));
+    int y0 = (int)((4 * row + 1) * h / (4 * s->rows));
+    int y1 = (int)((4 * row + 3) * h / (4 * s->rows));
+    for (int y = y0; y <= y1 && (y < y1 || y == y0); y++)
+        for (int x = x0; x <= x1 && (x < x1 || x == x0); x++)
+            count[nearest_color(palette, m->rgb + 3 * ((size_t)y * (size_t)w + (size_t)x))]++;
+    for (int i = 0; i < palette->n; i++)
+        if (count[i] > count[best]) best = i;
+    return best;
+}
+
+/* A grid of cells, puzzles and mazes: the share of cells whose colour is the true one, and 1 where
+   all are. */
+static int score_cells(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
+                       lvm_error *error) {
+    struct palette palette;
+    int right = 0, all = s->columns * s->rows, code = settle_palette(s, t, &palette, error);
+    if (code != LVM_OK) return code;
+    if (t->width < s->columns || t->height < s->rows)
+        return fail(error, LVM_INVALID, "%d x %d pixels are less than %d x %d cells", t->width,
+                    t->height, s->columns, s->rows);
+    for (int row = 0; row < s->rows; row++)
+        for (int column = 0; column < s->columns; column++)
+            right += cell_color(s, &palette, p, column, row) ==
+                     cell_color(s, &palette, t, column, row);
+    value[0] = (double)right / all;
+    value[1] = right == all;
+    return LVM_OK;
+}
+
+/* ---- Scores: depth ---- */
+
+/* The depth that a pixel shows: its luma (ITU-R BT.601, as Pillow rounds it), or with --palette the
+   place, from 1 on, of the nearest colour in that ramp. */
+static double pixel_depth(const struct scoring *s, const uint8_t *rgb) {
+    if (s->palette.n > 0) return nearest_color(&s->palette, rgb) + 1;
+    return (19595 * rgb[0] + 38470 * rgb[1] + 7471 * rgb[2] + (1 << 15)) >> 16;
+}
+
+/* Depth (Eigen, Puhrsch and Fergus 2014, arXiv 1406.2283), of pixels whose true value t is above 0:
+   the mean of |p - t| / t, and the share where the greater of p / t and t / p is below 1.25.
+   Pictures know no metres, so predictions are first scaled by the factor that brings them nearest,
+   sum(p t) / sum(p p). The values are taken as they stand, whether near or far is bright. */
+static int score_depth(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
+                       lvm_error *error) {
+    double pt = 0, pp = 0, relative = 0, close = 0, n = 0;
+    (void)error;
+    for (size_t i = 0; i < n_pixels(t); i++) {
+        double a = pixel_depth(s, p->rgb + 3 * i), b = pixel_depth(s, t->rgb + 3 * i);
+        pt += b > 0 ? a * b : 0;
+        pp += b > 0 ? a * a : 0;
+    }
+    double scale = pp > 0 ? pt / pp : 0;
+    for (size_t i = 0; i < n_pixels(t); i++) {
+        double b = pixel_depth(s, t->rgb + 3 * i);
+        if (b == 0) continue;
+        double a = scale * pixel_depth(s, p->rgb + 3 * i);
+        relative += fabs(a - b) / b;
+        close += a < 1.25 * b && b < 1.25 * a;
+        n++;
+    }
+    value[0] = n > 0 ? relative / n : NAN;
+    value[1] = n > 0 ? close / n : NAN;
+    return LVM_OK;
+}
+
+/* ---- Scores: edges ----
+
+   Precision, recall and their harmonic mean F of drawn edges (Martin, Fowlkes and Malik 2004; the
+   BSDS benchmark): lines are thinned to one pixel; a predicted edge pixel is right that is matched
+   with a true one no farther than 0.0075 of the image's diagonal, one to one, in as many pairs as
+   can be. What is an edge, white or black, is what the true image has less of. */
+
+/* The eight neighbours, counterclockwise from the right: x1 .. x8 of the paper. */
+static const int around[8][2] = {{1, 0},  {1, -1}, {0, -1}, {-1, -1},
+                                 {-1, 0}, {-1, 1}, {0, 1},  {1, 1}};
+
+/* 1 when the half step (0 or 1) of Guo and Hall's thinning (1989, algorithm 1) takes a pixel away
+   whose neighbours are v: it joins no two parts, ends no line, and lies on the side whose turn it
+   is. */
+static int is_thinned(const uint8_t v[8], int half) {
+    int joins = 0, n1 = 0, n2 = 0;
+    for (int i = 0; i < 8; i += 2) {
+        joins += !v[i] && (v[i + 1] || v[(i + 2) & 7]);
+        n1 += v[i] || v[i + 1];
+        n2 += v[i + 1] || v[(i + 2) & 7];
+    }
+    int least = n1 < n2 ? n1 : n2;
+    int kept = half == 0 ? (v[1] || v[2] || !v[7]) && v[0] : (v[5] || v[6] || !v[3]) && v[4];
+    return joins == 1 && least >= 2 && least <= 3 && !kept;
+}
+
+/* Thins a map of 0 and 1 in place until nothing changes: [h + 2][w + 2], the border 0. */
+static void thin(uint8_t *map, uint8_t *gone, int w, int h) {
+    const int stride = w + 2;
+    for (int changed = 1; changed;) {
+        changed = 0;
+        for (int half = 0; half < 2; half++) {
+            for (int i = stride; i < stride * (h + 1); i++) {
+                uint8_t v[8];
+                gone[i] = 0;
+                if (!map[i]) continue;
+                for (int k = 0; k < 8; k++) v[k] = map[i + around[k][1] * stride + around[k][0]];
+                gone[i] = (uint8_t)is_thinned(v, half);
+            }
+            for (int i = stride; i < stride * (h + 1); i++) {
+                changed |= gone[i];
+                map[i] = map[i] && !gone[i];
+            }
+        }
+    }
+}
+
+/* The thinned edges of an image, [h + 2][w + 2] of 0 and 1, and how many there are. */
+static uint8_t *thin_edges(const lvm_image *m, int white, int *n, lvm_error *error) {
+    size_t w = (size_t)m->width, h = (size_t)m->height, all = (w + 2) * (h + 2);
+    uint8_t *map = mem_alloc(2 * all, 1, error);
+    *n = 0;
+    if (map == NULL) return NULL;
+    for (size_t y = 0; y < h; y++)
+        for (size_t x = 0; x < w; x++)
+            map[(y + 1) * (w + 2) + x + 1] = is_white(m->rgb + 3 * (y * w + x)) == white;
+    thin(map, map + all, m->width, m->height);
+    for (size_t i = 0; i < all; i++) *n += map[i];
+    return map;
+}
+
+/* Points on the left, each to be matched with one point of the right near to it: the maximum
+   matching by Hopcroft and Karp (1973). Neighbours are looked up, not listed. */
+struct matching {
+    int n, n_reach;
+    const int *reach;       /* [n_reach]: offsets of places within the tolerance */
+    const uint8_t *right;   /* 1 where a point of the right is; places out of reach are 0 */
+    int *place, *mate;      /* [n]: of each left point its own place and its partner's, or -1 */
+    int *level, *next, *way;/* [n]: breadth first; how many neighbours were tried; a path */
+    int *owner;             /* of each place the left point that has it, or -1 */
+};
+
+/* Levels of left points along alternating paths from the free ones; 1 when a free place is met. */
+static int match_levels(struct matching *m) {
+    int n = 0, met = 0;
+    for (int i = 0; i < m->n; i++) {
+        m->level[i] = m->mate[i] < 0 ? 0 : -1;
+        m->next[i] = 0;
+        if (m->mate[i] < 0) m->way[n++] = i;
+    }
+    for (int head = 0; head < n; head++)
+        for (int k = 0; k < m->n_reach; k++) {
+            int i = m->way[head], place = m->place[i] + m->reach[k];
+            if (!m->right[place]) continue;
+            int j = m->owner[place];
+            met |= j < 0;
+            if (j < 0 || m->level[j] >= 0) continue;
+            m->level[j] = m->level[i] + 1;
+            m->way[n++] = j;
+        }
+    return met;
+}
+
+/* Looks depth first for a path from a free point to a free place; along it all change partners. */
+static int match_augment(struct matching *m, int start) {
+    int depth = 0;
+    m->way[0] = start;
+    while (depth >= 0) {
+        int i = m->way[depth];
+        if (m->next[i] == m->n_reach) { /* nothing behind it */
+            m->level[i] = -1;
+            depth--;
+            continue;
+        }
+        int place = m->place[i] + m->reach[m->next[i]++];
+        int j = m->right[place] ? m->owner[place] : i;
+        if (j >= 0 && m->level[j] == m->level[i] + 1) m->way[++depth] = j;
+        if (j >= 0) continue;
+        for (; depth >= 0; depth--) {
+            i = m->way[depth];
+            place = m->place[i] + m->reach[m->next[i] - 1];
+            m->owner[place] = i;
+            m->mate[i] = place;
+        }
+        return 1;
+    }
+    return 0;
+}
+
+static int match_all(struct matching *m) {
+    int pairs = 0;
+    while (match_levels(m))
+        for (int i = 0; i < m->n; i++)
+            if (m->mate[i] < 0) pairs += match_augment(m, i);
+    return pairs;
+}
+
+/* How many pixels of two maps can be matched one to one within a distance. Both are copied into
+   larger maps, so that no offset leads out of them. */
+static int match_edges(const uint8_t *a, const uint8_t *b, int n, int w, int h, double distance,
+                       int *pairs, lvm_error *error) {
+    int far = (int)distance, stride = w + 2 * far, code = LVM_MEMORY;
+    size_t places = (size_t)stride * (size_t)(h + 2 * far), offsets = (size_t)(2 * far + 1);
+    uint8_t *right = mem_alloc(places, 1, error);
+    int *owner = mem_alloc(places, sizeof *owner, error);
+    int *left = mem_alloc((size_t)n + 1, 5 * sizeof *left, error);
+    int *reach = mem_alloc(offsets * offsets, sizeof *reach, error);
+    struct matching m = {.right = right, .owner = owner, .reach = reach, .place = left,
+                         .mate = left + n, .level = left + 2 * (size_t)n,
+                         .next = left + 3 * (size_t)n, .way = left + 4 * (size_t)n};
+    if (right != NULL && owner != NULL && left != NULL && reach != NULL) {
+        for (int y = 0; y < h; y++)
+            for (int x = 0; x < w; x++) {
+                int from = (y + 1) * (w + 2) + x + 1, to = (y + far) * stride + x + far;
+                right[to] = b[from];
+                if (a[from]) m.place[m.n++] = to;
+            }
+        for (size_t i = 0; i < places; i++) owner[i] = -1;
+        for (int i = 0; i < m.n; i++) m.mate[i] = -1;
+        for (int y = -far; y <= far; y++)
+            for (int x = -far; x <= far; x++)
+                if (x * x + y * y <= distance * distance) reach[m.n_reach++] = y * stride + x;
+        *pairs = match_all(&m);
+        code = LVM_OK;
+    }
+    mem_free(right);
+    mem_free(owner);
+    mem_free(left);
+    mem_free(reach);
+    return code;
+}
+
+/* Where neither has edges, all of them are right; where one has none, none are. */
+static double edge_share(double pairs, double n, double other) {
+    return n > 0 ? pairs / n : other > 0 ? 0 : 1;
+}
+
+static double f_score(double precision, double recall) {
+    return precision + recall > 0 ? 2 * precision * recall / (precision + recall) : 0;
+}
+
+static int score_edges(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
+                       lvm_error *error) {
+    double w = t->width, h = t->height, whites = 0;
+    int n = 0, truths = 0, pairs = 0, code = LVM_MEMORY;
+    for (size_t i = 0; i < n_pixels(t); i++) whites += is_white(t->rgb + 3 * i);
+    int white = 2 * whites <= w * h;
+    uint8_t *a = thin_edges(p, white, &n, error), *b = thin_edges(t, white, &truths, error);
+    if (a != NULL && b != NULL)
+        code = match_edges(a, b, n, t->width, t->height, 0.0075 * sqrt(w * w + h * h), &pairs,
+                           error);
+    mem_free(a);
+    mem_free(b);
+    value[0] = edge_share(pairs, n, truths);
+    value[1] = edge_share(pairs, truths, n);
+    value[2] = f_score(value[0], value[1]);
+    s->sum[0] += pairs;
+    s->sum[1] += n;
+    s->sum[2] += truths;
+    return code;
+}
+
+/* F of the sums over all images: BSDS's at one threshold for the whole set. */
+static void total_edges(const struct scoring *s, double *value) {
+    value[0] = f_score(edge_share(s->sum[0], s->sum[1], s->sum[2]),
+                       edge_share(s->sum[0], s->sum[2], s->sum[1]));
+}
+
+/* ---- Scores: boxes ----
+
+   Boxes are drawn as outlines, each class in its colour. A box is what an outline encloses: at its
+   four sides, one pixel inside, the outline's colour begins. Where the image ends an outline may
+   end too, so all that is outside counts as drawn. */
+
+enum { SIDE_LEFT, SIDE_RIGHT, SIDE_TOP, SIDE_BOTTOM, N_SIDES };
+enum { MAX_LINES = 48, MAX_BOXES = 1024, LEAST_SIDE = 4, OUTLINE = 4 };
+
+/* The five colours of the boxes in prompt/boxes: --palette names others. */
+static const struct palette box_palette = {
+    {{255, 0, 0}, {0, 204, 0}, {26, 77, 255}, {255, 255, 0}, {255, 0, 255}}, 5};
+
+/* How far, per channel squared and summed, a colour may be from the palette's. */
+enum { BOX_TOLERANCE = 90 * 90 };
+
+struct box {
+    int x0, y0, x1, y1; /* the pixels in it, these included */
+    int color, taken;
+};
+
+/* Looking for the outlines of one colour in a map of w x h pixels. */
+struct outlines {
+    int w, h, color;
+    const uint8_t *map;         /* the colour of each pixel, or 255 */
+    uint8_t *told;              /* 1 along the boxes that were found */
+    int *count[N_SIDES];        /* sides seen so far along a column [w][h + 1] or row [h][w + 1] */
+    int line[N_SIDES][MAX_LINES], n_lines[N_SIDES];
+    struct box *list;           /* [n]: those that may be boxes */
+    int n;
+};
+
+static int is_drawn(const struct outlines *o, int x, int y) {
+    return x < 0 || y < 0 || x >= o->w || y >= o->h || o->map[y * o->w + x] == o->color;
+}
+
+/* 1 where (x, y) touches an outline from within, which lies towards that side. */
+static int touches(const struct outlines *o, int side, int x, int y) {
+    static const int to[N_SIDES][2] = {{-1, 0}, {1, 0}, {0, -1}, {0, 1}};
+    return !is_drawn(o, x, y) && is_drawn(o, x + to[side][0], y + to[side][1]);
+}
+
+/* Pixel k of line i: a column for left and right, else a row. */
+static int touches_along(const struct outlines *o, int side, int i, int k) {
+    return side <= SIDE_RIGHT ? touches(o, side, i, k) : touches(o, side, k, i);
+}
+
+/* Counts along every line, a pixel to either side allowed but at the image's end, and keeps the
+   lines on which most pixels touch, more than on those beside them, and that end. */
+static void find_lines(struct outlines *o, int side) {
+    int lines = side <= SIDE_RIGHT ? o->w : o->h, length = side <= SIDE_RIGHT ? o->h : o->w;
+    int end = side == SIDE_LEFT || side == SIDE_TOP ? 0 : lines - 1;
+    int before = 0, here = 0, behind = 0;
+    o->n_lines[side] = 0;
+    for (int i = -1; i < lines; i++) {
+        int *count = o->count[side] + (size_t)(i < 0 ? 0 : i) * (size_t)(length + 1), all = 0;
+        before = here, here = behind, behind = 0;
+        for (int k = 0; k < length; k++) {
+            int next = i + 1 < lines && i + 1 != end && touches_along(o, side, i + 1, k);
+            behind += next;
+            if (i < 0) continue;
+            count[k] = all;
+            int last = i > 0 && i - 1 != end && touches_along(o, side, i - 1, k);
+            all += touches_along(o, side, i, k) || (i != end && (next || last));
+            count[k + 1] = all;
+        }
+        if (i != end && (here < LEAST_SIDE || here < before || here <= behind)) continue;
+        if (o->n_lines[side] < MAX_LINES) o->line[side][o->n_lines[side]++] = i;
+    }
+}
+
+/* The share of pixels from .. to of a line that touch. */
+static double coverage(const struct outlines *o, int side, int line, int from, int to) {
+    int length = side <= SIDE_RIGHT ? o->h : o->w;
+    const int *count = o->count[side] + (size_t)line * (size_t)(length + 1);
+    return (double)(count[to + 1] - count[from]) / (to - from + 1);
+}
+
+/* How many corners are closed: both sides touch within three pixels. */
+static int closed_corners(const struct outlines *o, const struct box *b) {
+    int n = 0;
+    for (int corner = 0; corner < 4; corner++) {
+        int right = corner & 1, bottom = corner >> 1;
+        int x = right ? b->x1 - 2 : b->x0, y = bottom ? b->y1 - 2 : b->y0;
+        n += coverage(o, bottom ? SIDE_BOTTOM : SIDE_TOP, bottom ? b->y1 : b->y0, x, x + 2) > 0 &&
+             coverage(o, right ? SIDE_RIGHT : SIDE_LEFT, right ? b->x1 : b->x0, y, y + 2) > 0;
+    }
+    return n;
+}
+
+/* Three corners, or four where the image's end is a side; three quarters of each side and nine
+   tenths of all sides, of which an upright and a level one are no ends of the image. */
+static int is_box(const struct outlines *o, const struct box *b) {
+    double left = coverage(o, SIDE_LEFT, b->x0, b->y0, b->y1);
+    double right = coverage(o, SIDE_RIGHT, b->x1, b->y0, b->y1);
+    double top = coverage(o, SIDE_TOP, b->y0, b->x0, b->x1);
+    double bottom = coverage(o, SIDE_BOTTOM, b->y1, b->x0, b->x1);
+    int wide = b->x1 - b->x0 + 1, high = b->y1 - b->y0 + 1;
+    int ends = (b->x0 == 0) + (b->y0 == 0) + (b->x1 == o->w - 1) + (b->y1 == o->h - 1);
+    if ((b->x0 == 0 && b->x1 == o->w - 1) || (b->y0 == 0 && b->y1 == o->h - 1)) return 0;
+    return left >= 0.75 && right >= 0.75 && top >= 0.75 && bottom >= 0.75 &&
+           (left + right) * high + (top + bottom) * wide >= 0.9 * 2 * (high + wide) &&
+           closed_corners(o, b) >= (ends > 0 ? 4 : 3);
+}
+
+/* All rectangles of four lines that may be boxes. */
+static void find_rectangles(struct outlines *o) {
+    const int *left = o->line[SIDE_LEFT], *right = o->line[SIDE_RIGHT];
+    const int *top = o->line[SIDE_TOP], *bottom = o->line[SIDE_BOTTOM];
+    o->n = 0;
+    for (int l = 0; l < o->n_lines[SIDE_LEFT]; l++)
+        for (int r = 0; r < o->n_lines[SIDE_RIGHT]; r++) {
+            struct box b = {.x0 = left[l], .x1 = right[r], .color = o->color};
+            if (b.x1 - b.x0 + 1 < LEAST_SIDE) continue;
+            for (int i = 0; i < o->n_lines[SIDE_TOP]; i++) {
+                b.y0 = top[i];
+                if (coverage(o, SIDE_TOP, b.y0, b.x0, b.x1) < 0.75) continue;
+                for (int k = 0; k < o->n_lines[SIDE_BOTTOM]; k++) {
+                    b.y1 = bottom[k];
+                    if (b.y1 - b.y0 + 1 >= LEAST_SIDE && o->n < MAX_BOXES && is_box(o, &b))
+                        o->list[o->n++] = b;
+                }
+            }
+        }
+}
+
+static double box_area(const struct box *b) {
+    return (double)(b->x1 - b->x0 + 1) * (b->y1 - b->y0 + 1);
+}
+
+/* The larger first; of two that are as large, the upper, then the left one. */
+static int compare_boxes(const void *a, const void *b) {
+    const struct box *x = a, *y = b;
+    double more = box_area(y) - box_area(x);
+    if (more != 0) return more > 0 ? 1 : -1;
+    return x->y0 != y->y0 ? x->y0 - y->y0 : x->x0 - y->x0;
+}
+
+/* Of the pixels around a box, in the image, the share that is drawn and along no box so far. */
+static double news(const struct outlines *o, const struct box *b) {
+    int fresh = 0, all = 0;
+    for (int y = b->y0 - 1; y <= b->y1 + 1; y++)
+        for (int x = b->x0 - 1; x <= b->x1 + 1; x++) {
+            int inside = y >= b->y0 && y <= b->y1 && x >= b->x0 && x <= b->x1;
+            if (inside || x < 0 || y < 0 || x >= o->w || y >= o->h) continue;
+            fresh += is_drawn(o, x, y) && !o->told[y * o->w + x];
+            all++;
+        }
+    return all > 0 ? (double)fresh / all : 0;
+}
+
+/* Marks what the outline of a box takes, and a pixel more. */
+static void mark_outline(struct outlines *o, const struct box *b) {
+    for (int y = b->y0 - OUTLINE; y <= b->y1 + OUTLINE; y++)
+        for (int x = b->x0 - OUTLINE; x <= b->x1 + OUTLINE; x++) {
+            int inside = y >= b->y0 && y <= b->y1 && x >= b->x0 && x <= b->x1;
+            if (inside || x < 0 || y < 0 || x >= o->w || y >= o->h) continue;
+            o->told[y * o->w + x] = 1;
+        }
+}
+
+/* Adds the boxes of one colour, the larger first: outlines that cross enclose rectangles too, which
+   the larger ones explain. */
+static void add_boxes(struct outlines *o, struct box *boxes, int *n) {
+    for (int side = 0; side < N_SIDES; side++) find_lines(o, side);
+    find_rectangles(o);
+    qsort(o->list, (size_t)o->n, sizeof *o->list, compare_boxes);
+    memset(o->told, 0, (size_t)o->w * (size_t)o->h);
+    for (int i = 0; i < o->n && *n < MAX_BOXES; i++) {
+        if (news(o, &o->list[i]) < 0.2) continue;
+        mark_outline(o, &o->list[i]);
+        boxes[(*n)++] = o->list[i];
+    }
+}
+
+/* The boxes of an image by colour, of each the larger first: boxes[MAX_BOXES]. */
+static int find_boxes(const lvm_image *m, const struct palette *p, struct box *boxes, int *n,
+                      lvm_error *error) {
+    size_t w = (size_t)m->width, h = (size_t)m->height, pixels = w * h;
+    size_t counts = w * (h + 1) + h * (w + 1);
+    uint8_t *map = mem_alloc(2 * pixels, 1, error);
+    int *count = mem_alloc(counts, 2 * sizeof *count, error), code = LVM_MEMORY;
+    struct box *list = mem_alloc(MAX_BOXES, sizeof *list, error);
+    int seen[MAX_COLORS] = {0};
+    struct outlines o = {.w = m->width, .h = m->height, .map = map, .list = list};
+    *n = 0;
+    if (map != NULL && count != NULL && list != NULL) {
+        o.told = map + pixels;
+        for (int side = 0; side < N_SIDES; side++) {
+            o.count[side] = count;
+            count += side <= SIDE_RIGHT ? w * (h + 1) : h * (w + 1);
+        }
+        count = o.count[0];
+        for (size_t i = 0; i < pixels; i++) {
+            int color = nearest_color(p, m->rgb + 3 * i);
+            int near = color_distance(p->color[color], m->rgb + 3 * i) <= BOX_TOLERANCE;
+            map[i] = near ? (uint8_t)color : 255;
+            seen[color] += near;
+        }
+        for (o.color = 0; o.color < p->n; o.color++)
+            if (seen[o.color] > 0) add_boxes(&o, boxes, n);
+        code = LVM_OK;
+    }
+    mem_free(map);
+    mem_free(count);
+    mem_free(list);
+    return code;
+}
+
+static double box_iou(const struct box *a, const struct box *b) {
+    int x0 = a->x0 > b->x0 ? a->x0 : b->x0, x1 = a->x1 < b->x1 ? a->x1 : b->x1;
+    int y0 = a->y0 > b->y0 ? a->y0 : b->y0, y1 = a->y1 < b->y1 ? a->y1 : b->y1;
+    if (x1 < x0 || y1 < y0) return 0;
+    double both = (double)(x1 - x0 + 1) * (y1 - y0 + 1);
+    return both / (box_area(a) + box_area(b) - both);
+}
+
+/* The sum over true boxes of the overlap with their predicted ones: of each colour the pair that
+   overlaps most, then of the others, and so on; one without a partner has 0. */
+static double sum_of_overlaps(struct box *p, int n, struct box *t, int truths) {
+    double sum = 0;
+    for (double best = 1; best > 0;) {
+        struct box *a = NULL, *b = NULL;
+        best = 0;
+        for (int i = 0; i < n; i++)
+            for (int k = 0; k < truths; k++) {
+                if (p[i].taken || t[k].taken || p[i].color != t[k].color) continue;
+                double overlap = box_iou(&p[i], &t[k]);
+                if (overlap > best) best = overlap, a = &p[i], b = &t[k];
+            }
+        if (a != NULL) a->taken = b->taken = 1;
+        sum += best;
+    }
+    return sum;
+}
+
+/* Keeps for the average precision which predicted boxes hit: in turn, each the true box that it
+   overlaps most, by half at least, of those left; of two as good the later one, as COCO's program
+   does it. */
+static int keep_hits(struct scoring *s, const struct box *p, int n, struct box *t, int truths,
+                     lvm_error *error) {
+    int code = LVM_OK;
+    for (int k = 0; k < truths; k++) {
+        s->truths[t[k].color]++;
+        t[k].taken = 0;
+    }
+    for (int i = 0; code == LVM_OK && i < n; i++) {
+        struct box *hit = NULL;
+        double best = 0.5;
+        for (int k = 0; k < truths; k++) {
+            double overlap = t[k].taken || t[k].color != p[i].color ? 0 : box_iou(&p[i], &t[k]);
+            if (overlap >= best) best = overlap, hit = &t[k];
+        }
+        if (hit != NULL) hit->taken = 1;
+        code = buffer_add(&s->found, &(uint8_t){(uint8_t)(p[i].color << 1 | (hit != NULL))}, 1,
+                          error);
+    }
+    return code;
+}
+
+/* Boxes: the mean over true boxes of the overlap (intersection over union). */
+static int score_boxes(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
+                       lvm_error *error) {
+    const struct palette *palette = s->palette.n > 0 ? &s->palette : &box_palette;
+    struct box *found = mem_alloc(2 * MAX_BOXES, sizeof *found, error), *truth = found + MAX_BOXES;
+    int n = 0, truths = 0, code = found != NULL ? LVM_OK : LVM_MEMORY;
+    if (palette->n > MAX_COLORS / 2)
+        code = fail(error, LVM_INVALID, "boxes have at most %d colours", MAX_COLORS / 2);
+    if (code == LVM_OK) code = find_boxes(p, palette, found, &n, error);
+    if (code == LVM_OK) code = find_boxes(t, palette, truth, &truths, error);
+    if (code == LVM_OK) {
+        double sum = sum_of_overlaps(found, n, truth, truths);
+        value[0] = truths > 0 ? sum / truths : NAN;
+        s->sum[0] += sum;
+        s->sum[1] += truths;
+        code = keep_hits(s, found, n, truth, truths, error);
+    }
+    mem_free(found);
+    return code;
+}
+
+/* Average precision of one colour as COCO computes it (Lin et al. 2014), all scores being equal:
+   boxes in the order of the images, precision made falling from behind, its mean at the recalls 0,
+   0.01, ... 1. */
+static double average_precision(const struct scoring *s, int color) {
+    double best[101] = {0}, sum = 0;
+    int n = 0, hits = 0;
+    for (size_t i = 0; i < s->found.n; i++) {
+        uint8_t mark = (uint8_t)s->found.data[i];
+        if (mark >> 1 != color) continue;
+        n++;
+        hits += mark & 1;
+        double precision = (double)hits / n, recall = (double)hits / s->truths[color];
+        for (int k = 0; k <= 100 && (k < 100 ? k * 0.01 : 1) <= recall; k++)
+            if (precision > best[k]) best[k] = precision;
+    }
+    for (int k = 0; k <= 100; k++) sum += best[k];
+    return sum / 101;
+}
+
+/* Mean overlap of all true boxes; AP at an overlap of 0.5, the mean over colours with true
+   boxes. */
+static void total_boxes(const struct scoring *s, double *value) {
+    double sum = 0;
+    int colors = 0;
+    for (int i = 0; i < MAX_COLORS; i++) {
+        if (s->truths[i] == 0) continue;
+        sum += average_precision(s, i);
+        colors++;
+    }
+    value[0] = s->sum[1] > 0 ? s->sum[0] / s->sum[1] : NAN;
+    value[1] = colors > 0 ? sum / colors : NAN;
+}
+
+/* ---- Scores: key points ----
+
+   A figure's limbs are read by colour: of each the largest connected part, its middle, the axis
+   along which it is longest and its radius; then how far it and other parts along the axis reach,
+   for limbs cover each other. Which end is which point of the skeleton is settled so
+   that limbs which share a point meet. There the limb that was drawn last shows its round end: the
+   point lies one radius before it. */
+
+static const struct skeleton skeletons[] = {
+    {15, 14, /* of prompt/keypoints */
+     {{1, 0}, {1, 2}, {2, 3}, {3, 4}, {1, 5}, {5, 6}, {6, 7}, {1, 8}, {8, 9}, {9, 10}, {10, 11},
+      {8, 12}, {12, 13}, {13, 14}},
+     {{255, 0, 85}, {255, 60, 0}, {255, 130, 0}, {255, 200, 0}, {190, 255, 0}, {110, 255, 0},
+      {0, 255, 40}, {0, 255, 140}, {0, 230, 255}, {0, 150, 255}, {0, 70, 255}, {90, 0, 255},
+      {170, 0, 255}, {255, 0, 230}}},
+    {18, 17, /* OpenPose's of COCO (Cao et al. 2017) */
+     {{1, 2}, {1, 5}, {2, 3}, {3, 4}, {5, 6}, {6, 7}, {1, 8}, {8, 9}, {9, 10}, {1, 11}, {11, 12},
+      {12, 13}, {1, 0}, {0, 14}, {14, 16}, {0, 15}, {15, 17}},
+     {{255, 0, 0}, {255, 85, 0}, {255, 170, 0}, {255, 255, 0}, {170, 255, 0}, {85, 255, 0},
+      {0, 255, 0}, {0, 255, 85}, {0, 255, 170}, {0, 255, 255}, {0, 170, 255}, {0, 85, 255},
+      {0, 0, 255}, {85, 0, 255}, {170, 0, 255}, {255, 0, 255}, {255, 0, 170}}}};
+
+enum { LIMB_PIXELS = 6, LIMB_LIGHT = 96, LIMB_TOLERANCE = 48 * 48 };
+
+/* A limb, by its largest part. */
+struct limb {
+    int part, n;                /* that part's number; its pixels: 0, not seen */
+    double x, y, xx, yy, xy;    /* sums over them */
+    double ux, uy, radius;      /* the axis; half the width */
+    double low, high;           /* how far it reaches along the axis, from its middle */
+    double end[2][2];           /* the points that it runs between */
+};
+
+struct figure {
+    double point[MAX_POINTS][2];
+    int seen[MAX_POINTS];
+};
+
+/* The limb whose colour a pixel has, be it darkened, or -1. */
+static int limb_of(const struct skeleton *k, const uint8_t *rgb) {
+    int most = rgb[0] > rgb[1] ? rgb[0] : rgb[1], best = -1, least = LIMB_TOLERANCE;
+    most = most > rgb[2] ? most : rgb[2];
+    if (most < LIMB_LIGHT) return -1;
+    for (int i = 0; i < k->limbs; i++) {
+        uint8_t full[3] = {(uint8_t)(rgb[0] * 255 / most), (uint8_t)(rgb[1] * 255 / most),
+                           (uint8_t)(rgb[2] * 255 / most)};
+        int d = color_distance(k->color[i], full);
+        if (d < least) least = d, best = i;
+    }
+    return best;
+}
+
+/* Numbers the connected part of one limb that a pixel begins, and sums it up. stack has room for
+   every pixel; limbs[h][w] is -1 where none is, parts[h][w] 0 where no part is yet. */
+static struct limb flood_part(const int8_t *limbs, int *parts, int *stack, int w, int h, int start,
+                              int part) {
+    struct limb l = {.part = part};
+    int top = 0;
+    stack[top++] = start;
+    parts[start] = part;
+    while (top > 0) {
+        int at = stack[--top], x = at % w, y = at / w;
+        l.n++;
+        l.x += x, l.y += y;
+        l.xx += (double)x * x, l.yy += (double)y * y, l.xy += (double)x * y;
+        for (int k = 0; k < 8; k++) {
+            int a = x + around[k][0], b = y + around[k][1], next = b * w + a;
+            if (a < 0 || b < 0 || a >= w || b >= h || parts[next] != 0) continue;
+            if (limbs[next] != limbs[start]) continue;
+            parts[next] = part;
+            stack[top++] = next;
+        }
+    }
+    return l;
+}
+
+/* The axis of a limb: the eigenvector of the greater eigenvalue of its covariance. The smaller one
+   is a third of the squared radius, as that of a strip is. */
+static void limb_axis(struct limb *l) {
+    double n = l->n;
+    l->x /= n, l->y /= n;
+    double xx = l->xx / n - l->x * l->x, yy = l->yy / n - l->y * l->y;
+    double xy = l->xy / n - l->x * l->y;
+    double angle = 0.5 * atan2(2 * xy, xx - yy);
+    double across = (xx + yy) / 2 - sqrt((xx - yy) * (xx - yy) / 4 + xy * xy);
+    l->ux = cos(angle);
+    l->uy = sin(angle);
+    l->radius = sqrt(3 * (across > 0 ? across : 0));
+    l->low = INFINITY;
+    l->high = -INFINITY;
+}
+
+/* The two points: a radius before each end, or the middle of what is too short for that. */
+static void limb_ends(struct limb *l) {
+    double low = l->low - 0.5 + l->radius, high = l->high + 0.5 - l->radius;
+    if (low > high) low = high = (low + high) / 2;
+    for (int i = 0; i < 2; i++) {
+        l->end[i][0] = l->x + (i == 0 ? low : high) * l->ux;
+        l->end[i][1] = l->y + (i == 0 ? low : high) * l->uy;
+    }
+}
+
+/* The limbs of an image. */
+static int find_limbs(const lvm_image *m, const struct skeleton *k, struct limb *limb,
+                      lvm_error *error) {
+    int w = m->width, h = m->height, part = 0, code = LVM_MEMORY;
+    size_t pixels = n_pixels(m);
+    int8_t *limbs = mem_alloc(pixels, 1, error);
+    int *parts = mem_alloc(pixels + 1, 3 * sizeof *parts, error);
+    int *stack = parts + pixels, *size = stack + pixels; /* size[part], counted from 1 */
+    memset(limb, 0, MAX_LIMBS * sizeof *limb);
+    if (limbs != NULL && parts != NULL) {
+        for (size_t i = 0; i < pixels; i++) limbs[i] = (int8_t)limb_of(k, m->rgb + 3 * i);
+        for (int i = 0; i < w * h; i++) {
+            if (limbs[i] < 0 || parts[i] != 0) continue;
+            struct limb l = flood_part(limbs, parts, stack, w, h, i, ++part);
+            size[part] = l.n;
+            if (l.n >= LIMB_PIXELS && l.n > limb[limbs[i]].n) limb[limbs[i]] = l;
+        }
+        for (int i = 0; i < k->limbs; i++)
+            if (limb[i].n > 0) limb_axis(&limb[i]);
+        for (int i = 0; i < w * h; i++) {
+            struct limb *l = limbs[i] < 0 ? NULL : &limb[limbs[i]];
+            if (l == NULL || l->n == 0 || size[parts[i]] < LIMB_PIXELS) continue;
+            double at = (i % w - l->x) * l->ux + (i / w - l->y) * l->uy;
+            double aside = fabs((i / w - l->y) * l->ux - (i % w - l->x) * l->uy);
+            if (l->part != parts[i] && aside > 1.5 * l->radius + 0.5) continue;
+            if (at < l->low) l->low = at;
+            if (at > l->high) l->high = at;
+        }
+        for (int i = 0; i < k->limbs; i++)
+            if (limb[i].n > 0) limb_ends(&limb[i]);
+        code = LVM_OK;
+    }
+    mem_free(limbs);
+    mem_free(parts);
+    return code;
+}
+
+/* Ends of two limbs that should meet. */
+struct joint {
+    int i, j;         /* the limbs */
+    double gap[2][2]; /* their squared distance, as i and as j are turned or not */
+};
+
+/* The joints of the limbs that are seen. */
+static int find_joints(const struct skeleton *k, const struct limb *limb, struct joint *joint) {
+    int n = 0;
+    for (int i = 0; i < k->limbs; i++)
+        for (int j = 0; j < i; j++)
+            for (int e = 0; e < 4; e++) {
+                int a = e & 1, b = e >> 1;
+                if (limb[i].n == 0 || limb[j].n == 0) continue;
+                if (k->limb[i][a] != k->limb[j][b]) continue;
+                joint[n].i = i;
+                joint[n].j = j;
+                for (int turn = 0; turn < 4; turn++) {
+                    const double *x = limb[i].end[a ^ (turn & 1)];
+                    const double *y = limb[j].end[b ^ (turn >> 1)];
+                    joint[n].gap[turn & 1][turn >> 1] =
+                        (x[0] - y[0]) * (x[0] - y[0]) + (x[1] - y[1]) * (x[1] - y[1]);
+                }
+                n++;
+            }
+    return n;
+}
+
+/* Which limbs, a bit each, run from their end 1 to their end 0: of all ways that with the least
+   gaps. */
+static unsigned turn_limbs(const struct skeleton *k, const struct limb *limb) {
+    struct joint joint[MAX_LIMBS * MAX_LIMBS];
+    int n = find_joints(k, limb, joint);
+    unsigned best = 0, seen = 0;
+    double least = INFINITY;
+    for (int i = 0; i < k->limbs; i++) seen |= (limb[i].n > 0 ? 1u : 0u) << i;
+    for (unsigned turned = 0; turned < 1u << k->limbs; turned++) {
+        double sum = 0;
+        if (turned & ~seen) continue;
+        for (int i = 0; i < n; i++)
+            sum += joint[i].gap[turned >> joint[i].i & 1][turned >> joint[i].j & 1];
+        if (sum < least) least = sum, best = turned;
+    }
+    return best;
+}
+
+/* The points of the figure that an image shows. */
+static int find_figure(const lvm_image *m, const struct skeleton *k, struct figure *f,
+                       lvm_error *error) {
+    struct limb limb[MAX_LIMBS];
+    int code = find_limbs(m, k, limb, error);
+    memset(f, 0, sizeof *f);
+    if (code != LVM_OK) return code;
+    unsigned turned = turn_limbs(k, limb);
+    for (int i = 0; i < k->limbs; i++)
+        for (int e = 0; limb[i].n > 0 && e < 2; e++) {
+            int point = k->limb[i][e];
+            memcpy(f->point[point], limb[i].end[e ^ (int)(turned >> i & 1)],
+                   sizeof f->point[point]);
+            f->seen[point] = 1;
+        }
+    return LVM_OK;
+}
+
+/* The longer side of the box around a figure's points; 0 where there are fewer than two. */
+static double figure_side(const struct skeleton *k, const struct figure *f) {
+    double low[2] = {INFINITY, INFINITY}, high[2] = {-INFINITY, -INFINITY};
+    int n = 0;
+    for (int i = 0; i < k->points; i++) {
+        if (!f->seen[i]) continue;
+        n++;
+        for (int c = 0; c < 2; c++) {
+            if (f->point[i][c] < low[c]) low[c] = f->point[i][c];
+            if (f->point[i][c] > high[c]) high[c] = f->point[i][c];
+        }
+    }
+    return n < 2 ? 0 : fmax(high[0] - low[0], high[1] - low[1]);
+}
+
+/* PCK, the percentage of correct key points (Yang and Ramanan 2013): the share of true points whose
+   predicted ones are no farther than 0.1, or 0.2, of the longer side of the box around the true
+   points. A point that is not seen in the prediction is wrong. */
+static int score_pck(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
+                     lvm_error *error) {
+    const struct skeleton *k = s->skeleton;
+    struct figure found, truth;
+    double right[2] = {0, 0}, n = 0;
+    int code = find_figure(p, k, &found, error);
+    if (code == LVM_OK) code = find_figure(t, k, &truth, error);
+    if (code != LVM_OK) return code;
+    double side = figure_side(k, &truth);
+    for (int i = 0; side > 0 && i < k->points; i++) {
+        if (!truth.seen[i]) continue;
+        n++;
+        double distance = hypot(found.point[i][0] - truth.point[i][0],
+                                found.point[i][1] - truth.point[i][1]);
+        right[0] += found.seen[i] && distance <= 0.1 * side;
+        right[1] += found.seen[i] && distance <= 0.2 * side;
+    }
+    for (int i = 0; i < 2; i++) {
+        value[i] = n > 0 ? right[i] / n : NAN;
+        s->sum[i] += right[i];
+    }
+    s->sum[2] += n;
+    return LVM_OK;
+}
+
+/* Of the points of all images. */
+static void total_pck(const struct scoring *s, double *value) {
+    for (int i = 0; i < 2; i++) value[i] = s->sum[2] > 0 ? s->sum[i] / s->sum[2] : NAN;
+}
+
+/* ---- Scores: the table ---- */
+
+/* values: of each pair, and their mean over the images; totals: of all images at once. */
+static const struct metric {
+    const char *name, *values[MAX_VALUES], *totals[MAX_VALUES];
+    int (*measure)(struct scoring *s, const lvm_image *prediction, const lvm_image *truth,
+                   double *value, lvm_error *error);
+    void (*total)(const struct scoring *s, double *value);
+} metric_table[] = {
+    {"psnr", {"psnr"}, {"psnr_of_mean_mse"}, score_psnr, total_psnr},
+    {"ssim", {"ssim"}, {0}, score_ssim, NULL},
+    {"mse", {"mse", "mse_x3", "mse_imagenet"}, {0}, score_mse, NULL},
+    {"miou", {"foreground", "classes"}, {"classes_all"}, score_miou, total_miou},
+    {"boxes", {"iou"}, {"iou_all", "ap50"}, score_boxes, total_boxes},
+    {"pck", {"pck_0.1", "pck_0.2"}, {"pck_0.1_all", "pck_0.2_all"}, score_pck, total_pck},
+    {"edges", {"precision", "recall", "f"}, {"f_all"}, score_edges, total_edges},
+    {"depth", {"abs_rel", "delta_1.25"}, {0}, score_depth, NULL},
+    {"cells", {"cells", "exact"}, {0}, score_cells, NULL}};
+enum { N_METRICS = sizeof metric_table / sizeof *metric_table };
+
+/* ---- Scores: published protocols ----
+
+   Visual prompting (Bar et al. 2022, arXiv 2209.00647) as its program measures it: a support image,
+   its answer and a query, tiles of 111 x 111 pixels; the answer to the query is compared.
+
+       vp-segmentation  Pascal-5i: four folds of 346, 451, 725 and 346 queries, 1000 episodes each
+                        (the queries from the first on again), a support of the same class; both
+                        answers to the nearer of black and white; intersection over union of white,
+                        the mean over episodes (as the paper says; iou_in_bytes is what the
+                        program's code makes of it)
+       vp-detection     VOC 2012's images with one object, of less than a fifth of the area; answers
+                        are filled white boxes; of the prediction the box around its largest white
+                        part counts
+       vp-colorization  1000 of ImageNet's validation images, the middle 111 x 111 of each; mean
+                        squared error of values that ImageNet's mean and deviation normalise
+
+   examples/protocol_lists.py draws the episodes as that program does, and writes them as a list:
+   first "# NAME", then a line each, words between blanks:
+
+       vp-segmentation  QUERY SUPPORT CLASS                   names of VOC, a class of 1 .. 20
+       vp-detection     QUERY SUPPORT CLASS, then for the query and for the support WIDTH HEIGHT and
+                        the box, X0 Y0 X1 Y1, X1 and Y1 no longer in it
+       vp-colorization  QUERY SUPPORT                         files below val/ */
+
+enum protocol { VP_SEGMENTATION, VP_DETECTION, VP_COLORIZATION };
+static const char protocol_names[] = "vp-segmentation|vp-detection|vp-colorization";
+
+enum { TILE = 111, EPISODE_NUMBERS = 13 };
+
+/* An episode: two images, the query and the support. numbers: the class, then width, height, X0,
+   Y0, X1, Y1 of each; 0 where the protocol has none. */
+struct episode {
+    char name[2][160];
+    int numbers[EPISODE_NUMBERS];
+};
+
+/* What stands further down: a black image; Pillow's resizing by its linear filter. */
+static int image_new(lvm_image *image, int width, int height, lvm_error *error);
+static int resize_linear(const lvm_image *in, int width, int height, lvm_image *out,
+                         lvm_error *error);
+static int64_t half_even(int64_t n);
+
+/* The next word of a line; its length, 0 at the end. */
+static size_t next_word(const char **s, const char *end) {
+    size_t n = 0;
+    while (*s < end && isspace((unsigned char)**s)) ++*s;
+    while (*s + n < end && !isspace((unsigned char)(*s)[n])) n++;
+    return n;
+}
+
+/* Why a line is no episode of a protocol, or NULL. */
+static const char *parse_episode(const char *s, const char *end, enum protocol protocol,
+                                 struct episode *e) {
+    static const int numbers[] = {1, EPISODE_NUMBERS, 0};
+    memset(e, 0, sizeof *e);
+    for (int i = 0; i < 2; i++) {
+        size_t n = next_word(&s, end);
+        if (n == 0 || n >= sizeof e->name[i]) return "the names of two images should stand here";
+        memcpy(e->name[i], s, n);
+        if (strlen(e->name[i]) != n) return "a zero byte stands in a name";
+        s += n;
+    }
+    for (int i = 0; i < numbers[protocol]; i++) {
+        size_t n = next_word(&s, end);
+        for (size_t k = 0; k < n; k++) {
+            if (!isdigit((unsigned char)s[k]) || k == 5) return "a number should stand here";
+            e->numbers[i] = 10 * e->numbers[i] + s[k] - '0';
+        }
+        if (n == 0) return "a number is missing";
+        s += n;
+    }
+    if (next_word(&s, end) > 0) return "more stands in the line than an episode";
+    for (int i = 0; protocol == VP_DETECTION && i < 2; i++) {
+        const int *v = e->numbers + 1 + 6 * i; /* width, height, x0, y0, x1, y1 */
+        if (v[0] == 0 || v[1] == 0 || v[2] >= v[4] || v[3] >= v[5] || v[4] > v[0] || v[5] > v[1])
+            return "a box is empty or lies outside of its image";
+    }
+    if (protocol != VP_COLORIZATION && (e->numbers[0] < 1 || e->numbers[0] > 20))
+        return "a class is a number from 1 to 20";
+    return NULL;
+}
+
+/* The class that a pixel of VOC's label images has: its grey value, or the place in VOC's colour
+   map, whose bits are spread over the channels' high bits. */
+static int voc_class(const uint8_t *rgb) {
+    int number = 0;
+    if (rgb[0] == rgb[1] && rgb[1] == rgb[2] && (rgb[0] <= 20 || rgb[0] == 255)) return rgb[0];
+    for (int bit = 0; bit < 8; bit++) /* bit 7 - i of channel c is bit 3 i + c of the number */
+        for (int c = 0; c < 3 && 3 * bit + c < 8; c++)
+            number |= (rgb[c] >> (7 - bit) & 1) << (3 * bit + c);
+    return number;
+}
+
+/* White where a label image has the class, as a tile. */
+static int class_tile(const lvm_image *labels, int class, lvm_image *tile, lvm_error *error) {
+    lvm_image mask = {.rgb = NULL};
+    int code = image_new(&mask, labels->width, labels->height, error);
+    for (size_t i = 0; code == LVM_OK && i < n_pixels(labels); i++)
+        if (voc_class(labels->rgb + 3 * i) == class) memset(mask.rgb + 3 * i, 255, 3);
+    if (code == LVM_OK) code = lvm_image_resize(&mask, TILE, TILE, tile, error);
+    lvm_image_free(&mask);
+    return code;
+}
+
+/* A filled white box as a tile: v is width, height, x0, y0, x1, y1. */
+static int box_tile(const int *v, lvm_image *tile, lvm_error *error) {
+    lvm_image mask = {.rgb = NULL};
+    int code = image_new(&mask, v[0], v[1], error);
+    for (int y = v[3]; code == LVM_OK && y < v[5]; y++)
+        memset(mask.rgb + 3 * ((size_t)y * (size_t)v[0] + (size_t)v[2]), 255,
+               3 * (size_t)(v[4] - v[2]));
+    if (code == LVM_OK) code = resize_linear(&mask, TILE, TILE, tile, error);
+    lvm_image_free(&mask);
+    return code;
+}
+
+/* The middle of a photo, as torchvision crops it: what is too small gets a black border. */
+static int crop_tile(const lvm_image *photo, lvm_image *tile, lvm_error *error) {
+    int w = photo->width, h = photo->height;
+    int left = w < TILE ? -((TILE - w) / 2) : (int)half_even(w - TILE);
+    int top = h < TILE ? -((TILE - h) / 2) : (int)half_even(h - TILE);
+    int code = image_new(tile, TILE, TILE, error);
+    for (int y = 0; code == LVM_OK && y < TILE; y++)
+        for (int x = 0; x < TILE; x++) {
+            int a = x + left, b = y + top;
+            if (a < 0 || b < 0 || a >= w || b >= h) continue;
+            memcpy(tile->rgb + 3 * (y * TILE + x),
+                   photo->rgb + 3 * ((size_t)b * (size_t)w + (size_t)a), 3);
+        }
+    return code;
+}
+
+/* Grey in three channels: luma as Pillow rounds it. */
+static void turn_grey(lvm_image *m) {
+    for (size_t i = 0; i < n_pixels(m); i++) {
+        uint8_t *v = m->rgb + 3 * i;
+        memset(v, (19595 * v[0] + 38470 * v[1] + 7471 * v[2] + (1 << 15)) >> 16, 3);
+    }
+}
+
+/* What is left of a true byte on its way through the published program: it is normalised, turned
+   back and cut, not rounded, to a whole number. There it is normalised in double precision, but for
+   detection in single. */
+static int published_byte(uint8_t v, int channel, enum protocol protocol) {
+    static const double mean[3] = {0.485, 0.456, 0.406}, deviation[3] = {0.229, 0.224, 0.225};
+    float share = (float)v / 255.0f;
+    double d = deviation[channel];
+    double normal = protocol == VP_DETECTION
+                        ? (double)((share - (float)mean[channel]) / (float)d)
+                        : ((double)share - mean[channel]) / d;
+    double back = (normal * d + mean[channel]) * 255;
+    return back < 0 ? 0 : back > 255 ? 255 : (int)back;
+}
+
+/* Makes of a tile of 0 and 1 the box around its largest part of ones (neighbours at corners count),
+   of several the last. */
+static void box_of_largest(uint8_t *mask) {
+    int parts[TILE * TILE] = {0}, stack[TILE * TILE], most = 0;
+    int8_t all[TILE * TILE];
+    int x0 = TILE, y0 = TILE, x1 = -1, y1 = -1, best = 0;
+    for (int i = 0; i < TILE * TILE; i++) all[i] = (int8_t)mask[i];
+    for (int i = 0, part = 0; i < TILE * TILE; i++) {
+        if (!mask[i] || parts[i] != 0) continue;
+        int n = flood_part(all, parts, stack, TILE, TILE, i, ++part).n;
+        if (n >= most) most = n, best = part;
+    }
+    for (int i = 0; i < TILE * TILE; i++) {
+        int x = i % TILE, y = i / TILE;
+        if (best == 0 || parts[i] != best) continue;
+        x0 = x < x0 ? x : x0, x1 = x > x1 ? x : x1;
+        y0 = y < y0 ? y : y0, y1 = y > y1 ? y : y1;
+    }
+    for (int i = 0; i < TILE * TILE; i++)
+        mask[i] = i % TILE >= x0 && i % TILE <= x1 && i / TILE >= y0 && i / TILE <= y1;
+}
+
+/* White as the published program's code decides: it takes differences and squares in bytes, which
+   wrap around, so that 200 in all channels is black. */
+static int is_white_in_bytes(const uint8_t *rgb) {
+    int white = 0, black = 0;
+    for (int c = 0; c < 3; c++) {
+        white += (rgb[c] + 1) * (rgb[c] + 1) & 255; /* (rgb - 255)^2 */
+        black += rgb[c] * rgb[c] & 255;
+    }
+    return white <= black;
+}
+
+/* Intersection over union of the white pixels and the share of equal ones, by a rule that tells
+   what is white; NAN where both are black. */
+static void score_masks(const lvm_image *p, const lvm_image *t, enum protocol protocol,
+                        int (*white)(const uint8_t *rgb), double *iou, double *accuracy) {
+    uint8_t mask[TILE * TILE];
+    double both = 0, either = 0, equal = 0;
+    for (int i = 0; i < TILE * TILE; i++) mask[i] = (uint8_t)white(p->rgb + 3 * i);
+    if (protocol == VP_DETECTION) box_of_largest(mask);
+    for (int i = 0; i < TILE * TILE; i++) {
+        uint8_t rgb[3];
+        for (int c = 0; c < 3; c++)
+            rgb[c] = (uint8_t)published_byte(t->rgb[3 * i + c], c, protocol);
+        int truth = white(rgb);
+        both += mask[i] && truth;
+        either += mask[i] || truth;
+        equal += mask[i] == truth;
+    }
+    *iou = either > 0 ? both / either : NAN;
+    *accuracy = equal / (TILE * TILE);
+}
+
+/* The published error, and beside it what LVM's own program would report: the plain error of values
+   0 .. 1, summed over the channels. */
+static void score_colors(const lvm_image *p, const lvm_image *t, double *value) {
+    static const double deviation[3] = {0.229, 0.224, 0.225};
+    double sum = 0;
+    for (int i = 0; i < TILE * TILE; i++)
+        for (int c = 0; c < 3; c++) {
+            int truth = published_byte(t->rgb[3 * i + c], c, VP_COLORIZATION);
+            double d = (p->rgb[3 * i + c] - truth) / 255.0 / deviation[c];
+            sum += d * d;
+        }
+    value[0] = sum / (3 * TILE * TILE);
+    value[1] = 3 * mean_squared_error(p, t) / (255 * 255);
 }
 
 #endif
@@ -13498,6 +14936,9 @@ int lvm_image_save(const char *path, const lvm_image *image, lvm_error *error) {
 
        out[i] = sum_j w((j + 1/2 - c) / max(s, 1)) in[j]  /  sum_j w((j + 1/2 - c) / max(s, 1))
 
+   The linear kernel, 1 - |x| for |x| < 1, which only a published protocol asks for (chapter 9), is
+   stretched alike.
+
    As in Pillow there are two passes, along rows, then along columns, with bytes in between; a side
    that keeps its length is copied. Weights are computed in double and rounded to integers in units
    of 2^-22: sums of weight times byte overshoot by less than a factor of two either way and so fit
@@ -13515,7 +14956,7 @@ enum { RESIZE_STRIP_BYTES = 1 << 22 };
 struct resize_side {
     int n_in;
     int64_t n_out, from;
-    int n;
+    int n, linear; /* 1: by the linear kernel, not the bicubic one */
 };
 
 /* An output: the sum over k < count of weight[k] * input[first + k]. */
@@ -13544,6 +14985,17 @@ static double bicubic(double x) {
     return 0;
 }
 
+static double resize_kernel(const struct resize_side *s, double x) {
+    if (!s->linear) return bicubic(x);
+    return fabs(x) < 1 ? 1 - fabs(x) : 0;
+}
+
+/* How far the kernel reaches. */
+static double resize_reach(const struct resize_side *s) {
+    double scale = (double)s->n_in / (double)s->n_out;
+    return (s->linear ? 1 : 2) * (scale < 1 ? 1 : scale);
+}
+
 static int resize_clip(int32_t sum) {
     if (sum < 0) return 0;
     return sum >> RESIZE_BITS > 255 ? 255 : sum >> RESIZE_BITS;
@@ -13551,7 +15003,7 @@ static int resize_clip(int32_t sum) {
 
 /* The inputs that output i looks at: *first up to below the number returned. */
 static int resize_window(const struct resize_side *s, int64_t i, int *first) {
-    double scale = (double)s->n_in / (double)s->n_out, support = 2 * (scale < 1 ? 1 : scale);
+    double scale = (double)s->n_in / (double)s->n_out, support = resize_reach(s);
     double center = ((double)i + 0.5) * scale;
     int end = (int)(center + support + 0.5);
     *first = (int)(center - support + 0.5);
@@ -13560,8 +15012,7 @@ static int resize_window(const struct resize_side *s, int64_t i, int *first) {
 }
 
 static int resize_longest(const struct resize_side *s) {
-    double scale = (double)s->n_in / (double)s->n_out;
-    double most = 2 * ceil(2 * (scale < 1 ? 1 : scale)) + 1;
+    double most = 2 * ceil(resize_reach(s)) + 1;
     return most < s->n_in ? (int)most : s->n_in;
 }
 
@@ -13577,7 +15028,7 @@ static void resize_tap(const struct resize_side *s, int64_t i, struct resize_tap
     }
     t->count = resize_window(s, i, &t->first) - t->first;
     for (int k = 0; k < t->count; k++) {
-        w[k] = bicubic((k + t->first - center + 0.5) * inverse);
+        w[k] = resize_kernel(s, (k + t->first - center + 0.5) * inverse);
         sum += w[k];
     }
     for (int k = 0; k < t->count; k++) {
@@ -13679,9 +15130,17 @@ int lvm_image_resize(const lvm_image *in, int width, int height, lvm_image *out,
     if (!image_has_pixels(in) || !image_sides_ok(width, height))
         return fail(error, LVM_INVALID, "cannot resize an image of %d x %d to %d x %d pixels",
                     in->width, in->height, width, height);
-    return resize_part(in, (struct resize_side){in->width, width, 0, width},
-                       (struct resize_side){in->height, height, 0, height}, out, error);
+    return resize_part(in, (struct resize_side){in->width, width, 0, width, 0},
+                       (struct resize_side){in->height, height, 0, height, 0}, out, error);
 }
+
+#ifndef LVM_NO_MAIN
+static int resize_linear(const lvm_image *in, int width, int height, lvm_image *out,
+                         lvm_error *error) {
+    return resize_part(in, (struct resize_side){in->width, width, 0, width, 1},
+                       (struct resize_side){in->height, height, 0, height, 1}, out, error);
+}
+#endif
 
 /* n / 2, halves to the even side as Python rounds them, so that a crop is torchvision's. */
 static int64_t half_even(int64_t n) { return n / 2 + (n & n >> 1 & 1); }
@@ -13699,8 +15158,8 @@ static int fit_image(const lvm_image *image, int R, int fit, lvm_image *out, lvm
         return lvm_image_resize(image, R, R, out, error);
     int64_t width = w < h ? R : (int64_t)R * w / h, height = w < h ? (int64_t)R * h / w : R;
     *out = (lvm_image){0, 0, NULL, 0};
-    return resize_part(image, (struct resize_side){w, width, half_even(width - R), R},
-                       (struct resize_side){h, height, half_even(height - R), R}, out, error);
+    return resize_part(image, (struct resize_side){w, width, half_even(width - R), R, 0},
+                       (struct resize_side){h, height, half_even(height - R), R, 0}, out, error);
 }
 
 /* =================================================================================================
@@ -18558,6 +20017,7 @@ enum command_bit {
     TRAIN = 1 << 16,
     PLOT = 1 << 17,
     SENTENCES = 1 << 19,
+    SCORE = 1 << 20,
     SAMPLES = PREDICT | BATCH,
     READS = PREDICT | RANK | EVAL | BATCH, /* images as a prompt */
     RUNS = READS | ENCODE | DECODE
@@ -18590,6 +20050,8 @@ struct cli {
     int config, vq, stage, prompt, new_tokens;
     const char *bos, *eos;
     int loss, integers;
+    const char *palette, *cells;
+    int skeleton, scale, per_image;
     lvm_sampling sampling;
     lvm_options options;
     struct train_words train;
@@ -18653,7 +20115,7 @@ static const struct option option_table[] = {
      "the images of -n as one animated PNG too"},
     {0, "cache", "FILE", PREDICT | RANK, TEXT, AT(cache), 0, 0,
      "keep the work on all but the last image here"},
-    {0, "base", "FOLDER", RANK | EVAL | BATCH, TEXT, AT(base), 0, 0,
+    {0, "base", "FOLDER", RANK | EVAL | BATCH | SCORE, TEXT, AT(base), 0, 0,
      "where the images of the set are (beside it)"},
     {0, "lora", "FILE", READS, TEXT, AT(lora), 0, 0, "adapters to add to the weights"},
     {0, "lines", "N", RANK | EVAL | BATCH, INTEGER, AT(lines), 1, INT32_MAX,
@@ -18666,7 +20128,7 @@ static const struct option option_table[] = {
      "inputs in front of the answers, in one image"},
     {0, "resize", "W,H", BATCH, TEXT, AT(resize), 0, 0,
      "size of an answer, or \"original\": the last input's"},
-    {0, "json", NULL, READS | BENCH, FLAG, AT(json), 0, 0, "one JSON object a line"},
+    {0, "json", NULL, READS | BENCH | SCORE, FLAG, AT(json), 0, 0, "one JSON object a line"},
     {0, "config", bench_shapes, BENCH, ONE_OF, AT(config), 0, 0, "shape of the transformer"},
     {0, "vq", "published|shipped", BENCH, ONE_OF, AT(vq), 0, 0,
      "shape of the tokenizer (published)"},
@@ -18699,7 +20161,16 @@ static const struct option option_table[] = {
     {0, "tensors", NULL, INFO, FLAG, AT(list), 0, 0, "list every tensor"},
     {0, "force", NULL, QUANTIZE | MERGE | PREDICT | ENCODE | DECODE | BATCH | PLOT, FLAG,
      AT(force), 0, 0, "replace an existing weights file"},
-    {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK | TRAIN | SENTENCES, FLAG, AT(quiet), 0, 0,
+    {0, "per-image", NULL, SCORE, FLAG, AT(per_image), 0, 0, "the values of each image too"},
+    {0, "scale", NULL, SCORE, FLAG, AT(scale), 0, 0, "resize predictions to the truths' sizes"},
+    {0, "palette", "FILE", SCORE, TEXT, AT(palette), 0, 0,
+     "colours that are meant, one a line: R G B or #rrggbb"},
+    {0, "grid", "W,H", SCORE, TEXT, AT(cells), 0, 0, "cells in a row and in a column"},
+    {0, "skeleton", "15|18", SCORE, ONE_OF, AT(skeleton), 0, 0,
+     "points of a figure: prompt/keypoints' (15), OpenPose's"},
+    {'o', "output", "FOLDER", SCORE, TEXT, AT(out), 0, 0, "of a protocol: write its prompts there"},
+    {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK | TRAIN | SCORE | SENTENCES, FLAG,
+     AT(quiet), 0, 0,
      "no progress, no notes"},
     {0, "man", NULL, HELP, FLAG, AT(man), 0, 0, "all of it as a manual page"},
     {'o', "output", "RUN.bin", TRAIN, TEXT, AT(out), 0, 0,
@@ -18826,6 +20297,7 @@ static int run_quantize(struct cli *cli);
 static int run_pack(struct cli *cli);
 static int run_unpack(struct cli *cli);
 static int run_merge(struct cli *cli);
+static int run_score(struct cli *cli);
 static int run_help(struct cli *cli);
 static int run_version(struct cli *cli);
 static int run_train(struct cli *cli);
@@ -18962,6 +20434,33 @@ static const struct command command_table[] = {
      "their order (lvm pack), are the whole.\n"
      "  lvm sentences pairs photos depth --tokenizer weights.bin -o depth.tok\n"
      "  lvm sentences mix all.mix --count 1e5 --val 0.01 --tokenizer w.bin -o all.tok\n"},
+    {"score", SCORE, run_score, "score METRIC PREDICTIONS TRUTHS",
+     "answers measured: psnr, ssim, miou, boxes, ...",
+     "Two folders whose images have the same names (but for the endings), two images,\n"
+     "or a folder and a set as batch reads it: {\"output\": \"a.png\", \"target\": \"b.png\"},\n"
+     "outputs below PREDICTIONS, targets as eval finds them. Printed is the mean over\n"
+     "the images, and what is of all images together. A missing partner or another\n"
+     "size is reported; the exit status is 1 then.\n"
+     "  psnr    decibel\n"
+     "  ssim    Wang et al. 2004: Gaussian windows of 11 x 11\n"
+     "  mse     of values 0 .. 1; times 3, as LVM's own program reports it; and of\n"
+     "          ImageNet-normalised values (Bar et al. 2022)\n"
+     "  miou    foreground: nearer to white than to black; classes: the colours of\n"
+     "          --palette, else those that fill a 200th of the true image\n"
+     "  boxes   drawn outlines, a class a colour: mean overlap; COCO's AP at 0.5\n"
+     "          with equal scores\n"
+     "  pck     points of a drawn figure within 0.1 and 0.2 of the longer side of the\n"
+     "          box around the true ones\n"
+     "  edges   precision, recall, F at BSDS's tolerance, 0.0075 of the diagonal\n"
+     "  depth   of luma, or places in a --palette, after scaling by least squares:\n"
+     "          mean |p - t| / t, share within a factor of 1.25\n"
+     "  cells   of a --grid whose colour is right; images all of whose cells are\n"
+     "Published protocols (Bar et al. 2022) take a list of episodes that\n"
+     "examples/protocol_lists.py draws, and answers named 0.png, 1.png, ...; with -o\n"
+     "FOLDER instead of PREDICTIONS the prompts are written, for batch. --base is where\n"
+     "VOCdevkit/ or ImageNet's val/ lies.\n"
+     "  lvm score protocol vp-segmentation|vp-detection|vp-colorization answers list\n"
+     "  lvm score miou answers/ truths/ --per-image\n"},
     {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's",
      "COMMAND --help and COMMAND -h show it too.\n"
      "  lvm help rank\n"},
@@ -19074,6 +20573,7 @@ static const struct synonym {
     {"detokenize|detokenise", "decode"},
     {"evaluate|validate|test|perplexity|ppl", "eval"},
     {"choose|classify|compare", "rank"},
+    {"measure|metric|metrics|accuracy", "score"},
     {"benchmark|speed|time|perf", "bench"},
     {"show|inspect|list|ls|describe", "info"},
     {"compress", "quantize"},
@@ -24150,6 +25650,524 @@ static int run_sentences(struct cli *cli) {
     }
     making_free(k, m);
     return status;
+}
+
+/* ---- Scores (chapter 9) ---- */
+
+/* Two images that are compared, by the name that both have. */
+struct pair {
+    char *name, *prediction, *truth; /* NULL: it is missing */
+    int line;                        /* of a set, or 0 */
+    lvm_error fault;                 /* of the line */
+};
+
+struct pairs {
+    struct pair *list; /* [n] */
+    int n;
+    size_t room;
+};
+
+static void pairs_free(struct pairs *p) {
+    for (int i = 0; i < p->n; i++) {
+        mem_free(p->list[i].name);
+        mem_free(p->list[i].prediction);
+        mem_free(p->list[i].truth);
+    }
+    mem_free(p->list);
+}
+
+/* A new pair of that name; NULL and an error without memory. */
+static struct pair *pairs_add(struct pairs *p, const char *name, lvm_error *error) {
+    struct pair *larger = array_grow(p->list, (size_t)p->n, 1, sizeof *larger, &p->room, error);
+    if (larger == NULL) return NULL;
+    p->list = larger;
+    larger[p->n] = (struct pair){.name = copy_string(name, error)};
+    return larger[p->n].name != NULL ? &larger[p->n++] : NULL;
+}
+
+/* A file's name without its ending, allocated. */
+static char *stem_of(const char *path, lvm_error *error) {
+    char *stem = copy_string(os_file_name(path), error);
+    char *dot = stem != NULL ? strrchr(stem, '.') : NULL;
+    if (dot != NULL && dot != stem) *dot = 0;
+    return stem;
+}
+
+static int compare_pairs(const void *a, const void *b) {
+    const struct pair *x = a, *y = b;
+    int order = compare_natural(x->name, y->name);
+    return order != 0 ? order : strcmp(x->name, y->name);
+}
+
+/* Adds the images of a folder as halves of pairs. */
+static int add_halves(const struct cli *cli, struct pairs *p, const char *folder, int is_truth,
+                      lvm_error *error) {
+    struct paths images = {0};
+    int code = add_folder(cli, &images, folder, error);
+    for (int i = 0; code == LVM_OK && i < images.n; i++) {
+        char *stem = stem_of(images.path[i], error);
+        struct pair *pair = stem != NULL ? pairs_add(p, stem, error) : NULL;
+        if (pair == NULL) code = LVM_MEMORY;
+        else *(is_truth ? &pair->truth : &pair->prediction) = images.path[i];
+        if (pair != NULL) images.path[i] = NULL;
+        mem_free(stem);
+    }
+    paths_free(&images);
+    return code;
+}
+
+/* Puts halves of one name together; the same name twice in one folder is a fault. */
+static int join_halves(struct pairs *p, lvm_error *error) {
+    int n = 0;
+    qsort(p->list, (size_t)p->n, sizeof *p->list, compare_pairs);
+    for (int i = 0; i < p->n; i++) {
+        struct pair *last = n > 0 ? &p->list[n - 1] : NULL, *next = &p->list[i];
+        if (last == NULL || strcmp(last->name, next->name) != 0) {
+            p->list[n++] = *next;
+            if (n - 1 < i) *next = (struct pair){.name = NULL};
+            continue;
+        }
+        if ((last->truth != NULL && next->truth != NULL) ||
+            (last->prediction != NULL && next->prediction != NULL))
+            return fail(error, LVM_INVALID, "%s and %s: two images of one name",
+                        last->truth != NULL && next->truth != NULL ? last->truth
+                                                                   : last->prediction,
+                        next->truth != NULL ? next->truth : next->prediction);
+        if (last->truth == NULL) last->truth = next->truth;
+        if (last->prediction == NULL) last->prediction = next->prediction;
+        mem_free(next->name);
+        *next = (struct pair){.name = NULL};
+    }
+    p->n = n;
+    return LVM_OK;
+}
+
+/* The pair of a line: its "output" below the folder of predictions, as batch writes it, and its one
+   "target". A fault of the line is the pair's. */
+static int add_line(struct set *set, struct pairs *p, lvm_error *error) {
+    struct sentence line = {.answer = -1};
+    struct pair *pair = NULL;
+    lvm_error fault = {0, ""};
+    char name[32];
+    struct json j = {.s = set->lines.text.data, .n = set->lines.text.n, .T = 256,
+                     .codes = INT32_MAX, .error = &fault};
+    int code = set->lines.too_long ? fail(&fault, LVM_FORMAT, "is longer than %d bytes", LINE_BYTES)
+                                   : parse_sentence(&j, &line);
+    if (code == LVM_OK && line.output == NULL)
+        code = fail(&fault, LVM_FORMAT, "has no \"output\", the name of the predicted image");
+    if (code == LVM_OK && (line.target.n != 1 || line.target.list[0].path == NULL))
+        code = fail(&fault, LVM_FORMAT, "has not one image as its \"target\"");
+    snprintf(name, sizeof name, "line %d", set->lines.number);
+    pair = pairs_add(p, code == LVM_OK ? line.output : name, error);
+    if (pair != NULL && code == LVM_OK) {
+        pair->prediction = batch_name(set, line.output, &fault);
+        pair->truth = find_image(set, line.target.list[0].path, &fault);
+    }
+    if (pair != NULL) {
+        pair->line = set->lines.number;
+        pair->fault = fault;
+    }
+    sentence_free(&line);
+    return pair != NULL ? LVM_OK : LVM_MEMORY;
+}
+
+/* The pairs of a set's lines. */
+static int add_lines(struct cli *cli, struct pairs *p, const char *predictions, const char *path,
+                     lvm_error *error) {
+    size_t n = (size_t)(os_file_name(path) - path);
+    struct cli below = *cli;
+    struct set set = {.cli = &below};
+    below.out = predictions;
+    int code = lines_open(&set.lines, path, error), more = 1;
+    set.folder = mem_alloc(n + 1, 1, error);
+    if (code == LVM_OK && set.folder == NULL) code = LVM_MEMORY;
+    if (code == LVM_OK) memcpy(set.folder, path, n);
+    while (code == LVM_OK && (more = set_next(&set, error)) > 0) code = add_line(&set, p, error);
+    lines_close(&set.lines);
+    mem_free(set.folder);
+    return more < 0 ? LVM_IO : code;
+}
+
+/* Two folders, a folder and a set, or two images. */
+static int collect_pairs(struct cli *cli, struct pairs *p, const char *predictions,
+                         const char *truths, lvm_error *error) {
+    int folders = is_folder(predictions) + is_folder(truths), code;
+    if (folders == 2) {
+        code = add_halves(cli, p, predictions, 0, error);
+        if (code == LVM_OK) code = add_halves(cli, p, truths, 1, error);
+        return code == LVM_OK ? join_halves(p, error) : code;
+    }
+    if (is_folder(truths))
+        return fail(error, LVM_INVALID, "%s: is a folder, so %s should be one", truths,
+                    predictions);
+    if (is_folder(predictions)) return add_lines(cli, p, predictions, truths, error);
+    if (os_stat(predictions).kind == OS_NOTHING)
+        return fail(error, LVM_IO, "%s: %s", predictions, strerror(errno));
+    struct pair *pair = pairs_add(p, os_file_name(predictions), error);
+    if (pair == NULL) return LVM_MEMORY;
+    pair->prediction = copy_string(predictions, error);
+    pair->truth = copy_string(truths, error);
+    return pair->prediction != NULL && pair->truth != NULL ? LVM_OK : LVM_MEMORY;
+}
+
+/* Both images of a pair, of one size: with --scale the prediction is resized to the truth's, as
+   images are on their way in. */
+static int load_pair(const struct cli *cli, const struct pair *p, lvm_image *prediction,
+                     lvm_image *truth, lvm_error *error) {
+    lvm_image scaled = {.rgb = NULL};
+    int code = p->fault.code != LVM_OK ? fail(error, p->fault.code, "%s", p->fault.text)
+               : p->prediction == NULL
+                   ? fail(error, LVM_INVALID, "%s has no predicted image", p->truth)
+               : p->truth == NULL ? fail(error, LVM_INVALID, "%s has no true image", p->prediction)
+                                  : lvm_image_load(p->prediction, prediction, error);
+    if (code == LVM_OK) code = lvm_image_load(p->truth, truth, error);
+    if (code != LVM_OK ||
+        (prediction->width == truth->width && prediction->height == truth->height))
+        return code;
+    if (!cli->scale)
+        return fail(error, LVM_INVALID, "%s has %d x %d pixels, %s %d x %d; --scale resizes the "
+                    "prediction", p->prediction, prediction->width, prediction->height, p->truth,
+                    truth->width, truth->height);
+    code = lvm_image_resize(prediction, truth->width, truth->height, &scaled, error);
+    lvm_image_free(prediction);
+    *prediction = scaled;
+    return code;
+}
+
+/* A report that grows: values of images, then their means. */
+struct report {
+    const struct cli *cli;
+    const char *metric, *const *values; /* names, up to MAX_VALUES or NULL */
+    double sum[MAX_VALUES];
+    int counted[MAX_VALUES], good, bad;
+};
+
+static int n_values(const char *const *names) {
+    int n = 0;
+    while (n < MAX_VALUES && names[n] != NULL) n++;
+    return n;
+}
+
+/* "name": value; nothing to measure is null, and infinity, which JSON has not, a number that is
+   read as it. */
+static void print_json_value(const char *name, double v) {
+    if (isnan(v)) printf(", \"%s\": null", name);
+    else if (isinf(v)) printf(", \"%s\": 1e999", name);
+    else printf(", \"%s\": %.9g", name, v);
+}
+
+static void print_value(double v) {
+    if (isnan(v)) printf(" %16s", "-");
+    else printf(" %16.6g", v);
+}
+
+/* What was measured of one image. */
+static void report_values(struct report *r, const char *name, const double *value) {
+    int n = n_values(r->values);
+    r->good++;
+    for (int i = 0; i < n; i++) {
+        if (isnan(value[i])) continue;
+        r->sum[i] += value[i];
+        r->counted[i]++;
+    }
+    if (!r->cli->per_image) return;
+    if (r->cli->json) {
+        printf("{\"image\": ");
+        print_json_text(name);
+        for (int i = 0; i < n; i++) print_json_value(r->values[i], value[i]);
+        printf("}\n");
+        return;
+    }
+    if (r->good == 1) {
+        printf("%-24s", "image");
+        for (int i = 0; i < n; i++) printf(" %16s", r->values[i]);
+        printf("\n");
+    }
+    char shown[1 << 10];
+    show_text(name, shown, sizeof shown);
+    printf("%-24s", shown);
+    for (int i = 0; i < n; i++) print_value(value[i]);
+    printf("\n");
+}
+
+/* Why there is nothing of one image. */
+static void report_fault(struct report *r, const char *name, const lvm_error *error) {
+    r->bad++;
+    if (r->cli->json && r->cli->per_image) {
+        printf("{\"image\": ");
+        print_json_text(name);
+        printf(", \"error\": ");
+        print_json_text(error->text);
+        printf("}\n");
+    }
+    complain("%s", error->text);
+}
+
+/* The means over the images, and the values of all of them at once. */
+static int report_end(const struct report *r, const char *const *totals, const double *total) {
+    int n = n_values(r->values), more = totals != NULL ? n_values(totals) : 0;
+    if (r->cli->json) {
+        printf("{\"metric\": \"%s\", \"images\": %d, \"failed\": %d", r->metric, r->good, r->bad);
+        for (int i = 0; i < n; i++)
+            print_json_value(r->values[i], r->counted[i] > 0 ? r->sum[i] / r->counted[i] : NAN);
+        for (int i = 0; i < more; i++) print_json_value(totals[i], total[i]);
+        printf("}\n");
+        return r->bad > 0;
+    }
+    for (int i = 0; i < n; i++) {
+        printf("%-24s", r->values[i]);
+        print_value(r->counted[i] > 0 ? r->sum[i] / r->counted[i] : NAN);
+        printf("  mean of %d image%s\n", r->counted[i], r->counted[i] != 1 ? "s" : "");
+    }
+    for (int i = 0; i < more; i++) {
+        printf("%-24s", totals[i]);
+        print_value(total[i]);
+        printf("  of all images together\n");
+    }
+    return r->bad > 0;
+}
+
+/* --palette, --grid and --skeleton; 0, or a message and the status. */
+static int scoring_options(const struct cli *cli, const char *metric, struct scoring *s) {
+    lvm_error error = {0, ""};
+    struct buffer text = {0};
+    char *end = NULL;
+    int grid = strcmp(metric, "cells") == 0, code = LVM_OK;
+    s->skeleton = &skeletons[cli->skeleton];
+    if (grid != (cli->cells != NULL))
+        return complain(grid ? "cells: --grid W,H says how many there are"
+                             : "--grid belongs to cells") + 1;
+    if (grid) {
+        long w = strtol(cli->cells, &end, 10), h = *end == ',' ? strtol(end + 1, &end, 10) : 0;
+        if (*end != 0 || w < 1 || h < 1 || w > 1 << 10 || h > 1 << 10)
+            return complain("--grid: \"%s\" is not W,H, each from 1 to 1024", cli->cells) + 1;
+        s->columns = (int)w;
+        s->rows = (int)h;
+    }
+    if (cli->palette == NULL) return 0;
+    code = read_input(cli->palette, &text, &error);
+    if (code == LVM_OK) code = parse_palette(text.data, text.n, cli->palette, &s->palette, &error);
+    mem_free(text.data);
+    return code == LVM_OK ? 0 : complain("%s", error.text);
+}
+
+/* Measures every pair. The status: 1 where one is bad. */
+static int score_pairs(const struct cli *cli, const struct metric *m, struct scoring *s,
+                       const struct pairs *p) {
+    struct report r = {.cli = cli, .metric = m->name, .values = m->values};
+    double total[MAX_VALUES];
+    struct bar bar = {.shown = !cli->quiet && os_is_terminal(2) && !cli->per_image};
+    for (int i = 0; i < p->n; i++) {
+        lvm_image prediction = {.rgb = NULL}, truth = {.rgb = NULL};
+        lvm_error error = {0, ""}, fault = {0, ""};
+        double value[MAX_VALUES] = {0};
+        const struct pair *pair = &p->list[i];
+        int code = load_pair(cli, pair, &prediction, &truth, &error);
+        if (code == LVM_OK) {
+            code = m->measure(s, &prediction, &truth, value, &error);
+            if (code != LVM_OK) fail(&fault, code, "%s: %s", pair->truth, error.text);
+        } else if (pair->line > 0) {
+            fail(&fault, code, "line %d: %s", pair->line, error.text);
+        }
+        if (bar.shown) draw_bar(&bar, m->name, i + 1, p->n);
+        if (code != LVM_OK) hide_bar(&bar);
+        if (code == LVM_OK) report_values(&r, pair->name, value);
+        else report_fault(&r, pair->name, fault.code != LVM_OK ? &fault : &error);
+        lvm_image_free(&prediction);
+        lvm_image_free(&truth);
+    }
+    hide_bar(&bar);
+    if (r.good == 0) return report_end(&r, NULL, NULL), complain("nothing was measured");
+    if (m->total != NULL) m->total(s, total);
+    return report_end(&r, m->totals, total);
+}
+
+/* ---- Scores: published protocols ---- */
+
+static const char voc_folder[] = "VOCdevkit/VOC2012";
+
+/* An image of an episode as a tile: of the query (0) or the support (1), what is asked or, with
+   answer, the true answer. */
+static int episode_tile(const struct cli *cli, enum protocol protocol, const struct episode *e,
+                        int which, int answer, lvm_image *tile, lvm_error *error) {
+    const char *base = cli->base != NULL ? cli->base : "";
+    char path[1 << 12];
+    lvm_image image = {.rgb = NULL};
+    *tile = image;
+    if (protocol == VP_DETECTION && answer)
+        return box_tile(e->numbers + 1 + 6 * which, tile, error);
+    if (protocol == VP_COLORIZATION)
+        snprintf(path, sizeof path, "%s%sval/%s", base, *base != 0 ? "/" : "", e->name[which]);
+    else
+        snprintf(path, sizeof path, "%s%s%s/%s/%s.%s", base, *base != 0 ? "/" : "", voc_folder,
+                 answer ? "SegmentationClassAug" : "JPEGImages", e->name[which],
+                 answer ? "png" : "jpg");
+    int code = lvm_image_load(path, &image, error);
+    if (code == LVM_OK)
+        code = protocol == VP_COLORIZATION ? crop_tile(&image, tile, error)
+               : answer ? class_tile(&image, e->numbers[0], tile, error)
+               : protocol == VP_DETECTION ? resize_linear(&image, TILE, TILE, tile, error)
+                                          : lvm_image_resize(&image, TILE, TILE, tile, error);
+    if (code == LVM_OK && protocol == VP_COLORIZATION && !answer) turn_grey(tile);
+    lvm_image_free(&image);
+    return code;
+}
+
+/* Lines of a list of episodes: 1 and the next one, 0 at the end, -1 and an error. */
+static int next_episode(struct lines *l, enum protocol protocol, struct episode *e,
+                        lvm_error *error) {
+    for (int more; (more = lines_next(l, error)) != 0;) {
+        if (more < 0) return -1;
+        const char *text = l->text.data, *end = text + l->text.n;
+        if (l->number == 1) {
+            char name[32] = "";
+            if (l->text.n > 2 && l->text.n < sizeof name) memcpy(name, text + 2, l->text.n - 2);
+            name[strcspn(name, " \t\r")] = 0;
+            if (text != NULL && text[0] == '#' && word_index(protocol_names, name) == (int)protocol)
+                continue;
+            fail(error, LVM_FORMAT, "%s: does not begin with the name of this protocol", l->name);
+            return -1;
+        }
+        if (is_blank(&l->text)) continue;
+        const char *fault = parse_episode(text, end, protocol, e);
+        if (fault == NULL) return 1;
+        fail(error, LVM_FORMAT, "%s: line %d: %s", l->name, l->number, fault);
+        return -1;
+    }
+    return 0;
+}
+
+/* Measures PREDICTIONS/NUMBER.png, the answer to episode NUMBER, counted from 0. */
+static int score_episode(const struct cli *cli, enum protocol protocol, const struct episode *e,
+                         const char *path, double *value, lvm_error *error) {
+    lvm_image image = {.rgb = NULL}, tile = {.rgb = NULL}, truth = {.rgb = NULL};
+    int code = lvm_image_load(path, &image, error);
+    if (code == LVM_OK) code = lvm_image_resize(&image, TILE, TILE, &tile, error);
+    if (code == LVM_OK) code = episode_tile(cli, protocol, e, 0, 1, &truth, error);
+    if (code == LVM_OK && protocol == VP_COLORIZATION) score_colors(&tile, &truth, value);
+    if (code == LVM_OK && protocol != VP_COLORIZATION) {
+        score_masks(&tile, &truth, protocol, is_white_in_bytes, &value[2], &value[1]);
+        score_masks(&tile, &truth, protocol, is_white, &value[0], &value[1]);
+    }
+    if (code == LVM_OK && protocol != VP_COLORIZATION && isnan(value[0]))
+        code = fail(error, LVM_INVALID, "%s: neither it nor the true answer has any white", path);
+    lvm_image_free(&image);
+    lvm_image_free(&tile);
+    lvm_image_free(&truth);
+    return code;
+}
+
+/* Writes the prompt of episode number n, support, its answer and the query, and adds its line to a
+   set for batch. */
+static int write_prompt(const struct cli *cli, enum protocol protocol, const struct episode *e,
+                        int n, struct outfile *set, lvm_error *error) {
+    char line[160], name[32];
+    int code = LVM_OK;
+    for (int i = 0; code == LVM_OK && i < 3; i++) {
+        lvm_image tile = {.rgb = NULL};
+        uint8_t *png = NULL;
+        size_t size = 0;
+        snprintf(name, sizeof name, "%d-%d.png", n, i + 1);
+        char *path = join_path(cli->out, name, error);
+        code = path != NULL ? episode_tile(cli, protocol, e, i < 2, i == 1, &tile, error)
+                            : LVM_MEMORY;
+        if (code == LVM_OK) code = png_encode(&tile, NULL, &png, &size, error);
+        if (code == LVM_OK) code = write_file(path, png, size, error);
+        lvm_image_free(&tile);
+        mem_free(png);
+        mem_free(path);
+    }
+    int length = snprintf(line, sizeof line, "{\"input\": [\"%d-1.png\", \"%d-2.png\", "
+                          "\"%d-3.png\"], \"output\": \"%d.png\"}\n", n, n, n, n);
+    return code == LVM_OK ? outfile_write(set, line, (size_t)length, error) : code;
+}
+
+/* All prompts of a list, in the folder that -o names. */
+static int write_prompts(const struct cli *cli, enum protocol protocol, struct lines *l,
+                         lvm_error *error) {
+    struct outfile set;
+    struct episode e;
+    int n = 0, more = 1;
+    char *path = join_path(cli->out, "prompts.jsonl", error);
+    int code = path != NULL ? make_folders(path, error) : LVM_MEMORY;
+    if (code == LVM_OK) code = outfile_open(&set, path, error);
+    if (code == LVM_OK) {
+        while (code == LVM_OK && (more = next_episode(l, protocol, &e, error)) > 0)
+            code = write_prompt(cli, protocol, &e, n++, &set, error);
+        code = outfile_close(&set, more < 0 ? LVM_FORMAT : code, error);
+    }
+    if (code == LVM_OK) print_name(path, "");
+    mem_free(path);
+    return code;
+}
+
+/* Scores the answers to a list of episodes. */
+static int score_episodes(const struct cli *cli, enum protocol protocol, const char *name,
+                          struct lines *l, const char *predictions, lvm_error *error) {
+    static const char *const masks[MAX_VALUES] = {"iou", "accuracy", "iou_in_bytes"},
+                      *const colors[MAX_VALUES] = {"mse_imagenet", "mse_x3"};
+    struct report r = {.cli = cli, .metric = name,
+                       .values = protocol == VP_COLORIZATION ? colors : masks};
+    struct episode e;
+    int more = 1;
+    for (int n = 0; (more = next_episode(l, protocol, &e, error)) > 0; n++) {
+        double value[MAX_VALUES] = {0};
+        char number[16], file[24];
+        lvm_error fault = {0, ""};
+        snprintf(number, sizeof number, "%d", n);
+        snprintf(file, sizeof file, "%d.png", n);
+        char *path = join_path(predictions, file, error);
+        if (path == NULL) return LVM_MEMORY;
+        int code = score_episode(cli, protocol, &e, path, value, &fault);
+        mem_free(path);
+        if (code == LVM_OK) report_values(&r, number, value);
+        else report_fault(&r, number, &fault);
+    }
+    if (more < 0) return LVM_FORMAT;
+    int bad = report_end(&r, NULL, NULL);
+    if (r.good == 0) return fail(error, LVM_FORMAT, "%s: nothing was measured", l->name);
+    return bad ? fail(error, LVM_INVALID, "%d of %d episodes could not be measured", r.bad,
+                      r.good + r.bad) : LVM_OK;
+}
+
+static int run_protocol(struct cli *cli) {
+    const char **words = cli->words, *list = words[cli->n_words - 1];
+    lvm_error error = {0, ""};
+    struct lines l = {.name = NULL};
+    if (cli->n_words != (cli->out != NULL ? 3 : 4))
+        return complain("give a protocol, the folder of predictions (or -o FOLDER, for prompts) "
+                        "and a list of episodes (lvm help score)") + 1;
+    int protocol = word_index(protocol_names, words[1]);
+    if (protocol < 0) return complain("no such protocol: %s (%s)", words[1], protocol_names) + 1;
+    int code = lines_open(&l, list, &error);
+    if (code == LVM_OK)
+        code = cli->out != NULL
+                   ? write_prompts(cli, (enum protocol)protocol, &l, &error)
+                   : score_episodes(cli, (enum protocol)protocol, words[1], &l, words[2], &error);
+    lines_close(&l);
+    return finish(&error, code);
+}
+
+static int run_score(struct cli *cli) {
+    const struct metric *m = NULL;
+    struct scoring s = {.columns = 0};
+    struct pairs p = {0};
+    lvm_error error = {0, ""};
+    if (cli->n_words > 0 && strcmp(cli->words[0], "protocol") == 0) return run_protocol(cli);
+    if (cli->n_words != 3)
+        return complain("give a metric, predictions and truths (lvm help score)") + 1;
+    for (int i = 0; i < N_METRICS; i++)
+        if (strcmp(metric_table[i].name, cli->words[0]) == 0) m = &metric_table[i];
+    if (m == NULL)
+        return complain("no such metric: %s (lvm help score lists them)", cli->words[0]) + 1;
+    if (cli->out != NULL) return complain("-o belongs to score protocol") + 1;
+    int status = scoring_options(cli, m->name, &s);
+    if (status != 0) return status;
+    int code = collect_pairs(cli, &p, cli->words[1], cli->words[2], &error);
+    if (code == LVM_OK) status = score_pairs(cli, m, &s, &p);
+    pairs_free(&p);
+    scoring_free(&s);
+    return code == LVM_OK ? status : finish(&error, code);
 }
 
 /* ---- Bench ----

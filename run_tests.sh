@@ -4,8 +4,8 @@
 # failed. tests/README.md says which part proves what.
 #
 #   ./run_tests.sh [PART...]     build embed backend images corpus kernels os data golden train
-#                                checkpoint properties cli sets train_cli sentences weights
-#                                converter examples cuda platforms mutants reference threads
+#                                checkpoint properties cli sets train_cli sentences score weights
+#                                converter examples scenes cuda platforms mutants reference threads
 #   PLATFORMS=1                  other systems too, by the compilers and emulators that are here;
 #   PLATFORMS=required           and they must all be
 #   MUTANTS=1                    faults put into lvm.c, which the tests must see
@@ -23,7 +23,8 @@ LVM_FULL=${LVM_FULL:-}
 LIMIT=${LIMIT:-$([ -z "$LVM_FULL" ] && echo 900 || echo 7200)}     # seconds a part may take
 passed=0 failed=0 skipped=0 parts=${1:+build convert $*}
 known="build convert embed backend images corpus kernels os data golden train checkpoint properties
-    cli sets train_cli sentences weights converter examples cuda platforms mutants reference threads"
+    cli sets train_cli sentences score weights converter examples scenes cuda platforms mutants
+    reference threads"
 
 is_of() { for word in $2; do [ "$word" != "$1" ] || return 0; done; return 1; }
 
@@ -51,7 +52,8 @@ case $SANITIZE in
 esac
 WEIGHTS=${WEIGHTS:-weights.bin}
 LVM_DEVICE=cpu # a GPU has its own tests
-export SANITIZE LVM WEIGHTS LVM_REFERENCE LVM_FULL LVM_DEVICE
+SCENES=$B/scenes
+export SANITIZE LVM SCENES WEIGHTS LVM_REFERENCE LVM_FULL LVM_DEVICE
 mkdir -p "$B/logs" build/golden build/golden_training
 
 limited() {
@@ -115,8 +117,8 @@ run() {
 }
 
 build() {
-    targets=$B/lvm
-    [ -n "$SANITIZE" ] || targets=lvm
+    targets="$B/lvm $B/scenes"
+    [ -n "$SANITIZE" ] || targets="lvm $B/scenes"
     for test in "$@"; do targets="$targets $B/test_$test"; done
     # shellcheck disable=SC2086
     make -k -j2 B="$B" TEST_CFLAGS="$TEST_CFLAGS" $targets && echo "build: 1 passed, 0 failed"
@@ -237,6 +239,7 @@ if [ "$SANITIZE" = thread ]; then
     # shellcheck disable=SC2086
     run embed limited "$B/test_embed" $embedded --threads-only
     run threads threaded_commands
+    run scenes limited python3 tests/test_scenes.py Kinds.test_any_threads_same_bytes
 else
     run build build images kernels properties backend golden train checkpoint os data embed fuzz
     run convert convert_golden
@@ -257,6 +260,7 @@ else
     run data limited "$B/test_data" "$B/data"
     run golden limited "$B/test_golden" tests/golden build/golden
     run train limited "$B/test_train" tests/golden_training build/golden_training
+    run scenes limited python3 tests/test_scenes.py
     end properties
     [ -z "$SANITIZE" ] || end cli
     [ -z "$SANITIZE" ] || run sets limited python3 tests/test_sets.py Rank Eval Batch Cache
@@ -268,6 +272,7 @@ else
         run sets limited python3 tests/test_sets.py
         run train_cli limited python3 tests/test_train_cli.py
         run sentences limited python3 tests/test_sentences.py
+        run score limited python3 tests/test_score.py
         run weights weights
         run converter limited python3 tests/test_convert.py
         run examples limited python3 tests/test_embed.py

@@ -8,7 +8,8 @@ set -u
 cd "$(dirname "$0")/.." || exit 1
 seconds=${1:-60}
 [ $# -eq 0 ] || shift
-[ $# -gt 0 ] || set -- gguf cache ckpt lora png jpeg pnm jsonl tokens tok lines coco layout
+[ $# -gt 0 ] || set -- gguf cache ckpt lora png jpeg pnm jsonl tokens tok lines coco layout \
+    scores
 mkdir -p build
 # shellcheck disable=SC2086
 ${CLANG:-clang} -std=c11 -ffp-contract=off ${FUZZ_CFLAGS:--O1 -g} \

@@ -4,8 +4,8 @@ library only.
 
 FOLDER/gguf gets heads of small weights files (tests/test_fuzz.c adds the data), FOLDER/cache what
 `build/test_fuzz --cache FILE` writes, FOLDER/ckpt what `--ckpt FILE` does, FOLDER/lora adapters,
-FOLDER/jsonl, tokens, lines, coco and layout a few lines, FOLDER/tok small .tok files; images start
-from tests/images. What a fuzzer found later lies there beside them.
+FOLDER/jsonl, tokens, lines, coco, layout and scores a few lines, FOLDER/tok small .tok files; images
+start from tests/images. What a fuzzer found later lies there beside them.
 """
 import os
 import struct
@@ -184,6 +184,15 @@ def write_text(folder):
     save(folder, "layout", "lines", b'a.png b "*a.png"\n# no\n\t b b\tb\nc.png\n** a *b\n"a\n')
     save(folder, "tokens", "two", b"1 2 3 4\n5 6 70 8\n")
     save(folder, "tokens", "bad", b"1 -2 x\n99999999999\n")
+    save(folder, "scores", "palette", b"#ff0000\n\n0 204 0 green\n26, 77,255\n255\t255 0\n")
+    save(folder, "scores", "detection", b"q s 7 20 10 2 2 9 9 9 9 0 0 3 3\n")
+    save(folder, "scores", "colorization", b"n01/a.png n01/b.png\n")
+    outline = bytearray(b"\x20" * (2 * 3 * 16 * 14))   # two images with a red box in each
+    for y in range(28):
+        for x in range(16):
+            if 2 <= x <= 13 and (x in (2, 3, 12, 13) or y % 14 in (2, 3, 10, 11)) and 2 <= y % 14 <= 11:
+                outline[3 * (16 * y + x):3 * (16 * y + x) + 3] = b"\xff\0\0"
+    save(folder, "scores", "boxes", bytes(outline))
 
 
 def tok(sentences, weights=None, image=0, bound=None):

@@ -246,14 +246,15 @@ class Bench:
         for name in ["test_%s.c" % test] + [n for n in os.listdir(TESTS) if n.endswith(".h")]:
             shutil.copy(os.path.join(TESTS, name), os.path.join(place, "tests"))
         program = os.path.join(place, "test")
-        build = [CC, "-std=c11", "-ffp-contract=off", "-O1", "-w", "-o", program,
+        build = [CC, "-std=c11", "-ffp-contract=off", "-O0", "-w", "-o", program,
                  os.path.join(place, "tests", "test_%s.c" % test), "-lm", "-lpthread"]
         built = subprocess.run(build, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if built.returncode != 0:
             return False, False, "does not compile: " + built.stdout.decode()[-500:]
         try:
             ran = subprocess.run([program] + self.arguments(test, goldens, place), timeout=300,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                                 env=dict(os.environ, CHECK_FIRST="1"))
         except subprocess.TimeoutExpired:
             return True, True, "did not end"
         lines = ran.stdout.decode("utf-8", "replace").splitlines()

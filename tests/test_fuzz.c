@@ -17,6 +17,7 @@
    tokens a file of token ids
    tok    a .tok file, whose ends are put right; what opens becomes rows of every kind, and lines
    lines  lines to learn from; what is packed opens, and is the same again by way of unpack's lines
+   scores a palette, a line of a list of episodes, and an image of bytes with every metric
 
    Built with -DLVM_FUZZING checksums always pass, so that mutations reach what lies behind them. */
 
@@ -437,6 +438,34 @@ static void fuzz_lines(const uint8_t *data, size_t n) {
     mem_free(all.data);
 }
 
+/* The bytes as a palette and as episodes; then as two images of 16 columns, measured by everything
+   that reads drawings back. */
+static void fuzz_scores(const uint8_t *data, size_t n) {
+    lvm_error error;
+    const char *text = (const char *)data;
+    struct scoring s = {.columns = 3, .rows = 2, .skeleton = &skeletons[n & 1]};
+    accepted += parse_palette(text, n, "palette", &s.palette, &error) == LVM_OK;
+    if (s.palette.n > 0 && nearest_color(&s.palette, s.palette.color[0]) != 0) abort();
+    for (int protocol = VP_SEGMENTATION; protocol <= VP_COLORIZATION; protocol++) {
+        struct episode e;
+        accepted += parse_episode(text, text + n, (enum protocol)protocol, &e) == NULL;
+    }
+    int height = (int)(n / (2 * 3 * 16));
+    uint8_t *rgb = must(mem_alloc(n + 1, 1, NULL));
+    memcpy(rgb, data, n);
+    lvm_image a = {16, height, rgb, 0}, b = {16, height, rgb + n_pixels(&a) * 3, 0};
+    s.palette.n = 0;
+    for (int i = 0; height > 0 && i < N_METRICS; i++) {
+        double value[MAX_VALUES] = {0};
+        if (metric_table[i].measure(&s, &a, &b, value, &error) != LVM_OK) continue;
+        for (int k = 0; k < MAX_VALUES; k++)
+            if (value[k] < 0 && i > 1) abort(); /* but psnr and ssim nothing falls below 0 */
+        if (metric_table[i].total != NULL) metric_table[i].total(&s, value);
+    }
+    mem_free(rgb);
+    scoring_free(&s);
+}
+
 static const struct target {
     const char *name;
     void (*run)(const uint8_t *data, size_t n);
@@ -444,7 +473,8 @@ static const struct target {
                {"lora", fuzz_lora}, {"png", fuzz_image},
                {"jpeg", fuzz_image}, {"pnm", fuzz_image},   {"jsonl", fuzz_jsonl},
                {"tokens", fuzz_tokens}, {"tok", fuzz_tok},  {"lines", fuzz_lines},
-               {"coco", fuzz_coco},     {"layout", fuzz_layout}};
+               {"coco", fuzz_coco},     {"layout", fuzz_layout},
+               {"scores", fuzz_scores}};
 enum { N_TARGETS = sizeof targets / sizeof *targets };
 
 #ifdef LIBFUZZER
@@ -457,7 +487,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t n) {
             return 0;
         }
     fprintf(stderr, "LVM_FUZZ names the target: gguf, cache, ckpt, lora, png, jpeg, pnm, jsonl, "
-                    "tokens, tok, lines, coco, layout\n");
+                    "tokens, tok, lines, coco, layout, scores\n");
     exit(2);
 }
 #else

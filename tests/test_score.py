@@ -1,0 +1,287 @@
+#!/usr/bin/env python3
+"""Tests of lvm score: python3 tests/test_score.py. Standard library only; the environment is that of
+test_cli.py, from which the tools come.
+
+golden_scores holds what scikit-image, SciPy, pycocotools, OpenCV and Pillow measure
+(make_score_vectors.py). Boxes and figures are judged by what was drawn, which lvm must read back."""
+
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import unittest
+
+from test_cli import SANITIZED, TESTS, TOP, Case, image, png
+
+GOLDEN = os.path.join(TESTS, "golden_scores")
+EXACT = 1e-8                              # nine digits are printed
+
+
+def flat(color, width=40, height=36):
+    return png(width, height, (b"\0" + bytes(color) * width) * height)
+
+
+class Score(Case):
+    def score(self, *args, code=0, err=None):
+        """The lines of --json --per-image; where err is given, its words stand on stderr."""
+        got, out, said = self.run_lvm("score", *args, "--json", "--per-image")
+        self.assertEqual(got, code, said)
+        for word in err or ():
+            self.assertIn(word, said)
+        if err is None:
+            self.assertEqual(said, "")
+        return [json.loads(line) for line in out.decode().splitlines()]
+
+
+class Golden(Score):
+    def agree(self, name, metric, key, names, totals, *args):
+        folder = os.path.join(GOLDEN, name)
+        with open(os.path.join(folder, "expected.json")) as f:
+            expected = json.load(f)
+        lines = self.score(metric, os.path.join(folder, "predictions"), os.path.join(folder, "truths"), *args)
+        self.assertEqual(sorted(line["image"] for line in lines[:-1]), sorted(set(expected) - {""}))
+        self.assertEqual((lines[-1]["images"], lines[-1]["failed"]), (len(expected) - 1, 0))
+        for line in lines:
+            wanted = expected[line.get("image", "")].get(key, ())
+            for value, column in zip(wanted, names if "image" in line else totals):
+                where = "%s of %s" % (column, line.get("image", "all"))
+                if value is None or value == "inf":
+                    self.assertEqual(line[column], None if value is None else math.inf, where)
+                else:
+                    self.assertAlmostEqual(line[column], value, delta=EXACT * max(1, abs(value)), msg=where)
+        for column in names:              # the means are those of what is printed above
+            values = [line[column] for line in lines[:-1] if line[column] is not None]
+            if math.inf not in values:
+                self.assertAlmostEqual(lines[-1][column], sum(values) / len(values), delta=1e-6 * max(values))
+
+    def test_pixels(self):
+        self.agree("pixels", "psnr", "psnr", ["psnr"], ["psnr_of_mean_mse"])
+        self.agree("pixels", "ssim", "ssim", ["ssim"], [])
+        self.agree("pixels", "mse", "mse", ["mse", "mse_x3", "mse_imagenet"], [])
+        self.agree("pixels", "depth", "depth", ["abs_rel", "delta_1.25"], [])
+        self.agree("pixels", "edges", "edges", ["precision", "recall", "f"], ["f_all"])
+        self.put("palette", b"#000000\n255, 255 255 white\n")
+        self.agree("pixels", "miou", "miou_foreground", ["foreground"], [], "--palette", "palette")
+
+    def test_flat_colors(self):
+        self.agree("flat", "miou", "miou_classes", ["classes"], ["classes_all"])
+        self.agree("flat", "cells", "cells", ["cells", "exact"], [], "--grid", "5,4")
+
+    def test_boxes(self):
+        self.agree("boxes", "boxes", "boxes", ["iou"], ["iou_all", "ap50"])
+
+    def test_figures(self):
+        names, totals = ["pck_0.1", "pck_0.2"], ["pck_0.1_all", "pck_0.2_all"]
+        self.agree("figures", "pck", "pck", names, totals)
+        self.agree("openpose", "pck", "pck", names, totals, "--skeleton", "18")
+
+    def test_protocols(self):
+        folder = os.path.join(GOLDEN, "protocols")
+        with open(os.path.join(folder, "expected.json")) as f:
+            expected = json.load(f)
+        for name, base, names in (("segmentation", "voc", ["iou", "accuracy", "iou_in_bytes"]),
+                                  ("detection", "voc", ["iou", "accuracy", "iou_in_bytes"]),
+                                  ("colorization", "imagenet", ["mse_imagenet", "mse_x3"])):
+            lines = self.score("protocol", "vp-" + name, os.path.join(folder, "answers_" + name),
+                               os.path.join(folder, name + ".txt"), "--base", os.path.join(folder, base))
+            wanted = expected["vp-" + name]
+            self.assertEqual(len(lines), len(wanted) + 1)
+            for n, (line, values) in enumerate(zip(lines, wanted)):
+                self.assertEqual(line["image"], str(n))
+                for column, value in zip(names, values):
+                    self.assertAlmostEqual(line[column], value, delta=EXACT)
+            for k, column in enumerate(names):
+                self.assertAlmostEqual(lines[-1][column], sum(v[k] for v in wanted) / len(wanted), delta=EXACT)
+
+
+class Partners(Score):
+    def setUp(self):
+        super().setUp()
+        for folder in ("p", "t"):
+            os.mkdir(self.path(folder))
+        for name in ("1", "2", "10"):
+            self.put("p/%s.png" % name, image(int(name)))
+            self.put("t/%s.png" % name, image(int(name) + 1))
+
+    def test_natural_order_and_text(self):
+        lines = self.score("mse", "p", "t")
+        self.assertEqual([line.get("image") for line in lines], ["1", "2", "10", None])
+        text = self.lines("score", "mse", "p", "t", "--per-image")
+        self.assertEqual([line.split()[0] for line in text], ["image", "1", "2", "10", "mse", "mse_x3", "mse_imagenet"])
+        self.assertIn("mean of 3 images", text[-1])
+        self.assertEqual(len(self.lines("score", "psnr", "p", "t")), 2)
+
+    def test_missing_partner(self):
+        os.remove(self.path("p/2.png"))
+        self.put("p/x.png", image(5))
+        lines = self.score("mse", "p", "t", code=1, err=["t/2.png has no predicted image", "p/x.png has no true image"])
+        self.assertEqual([("error" in line) for line in lines], [False, True, False, True, False])
+        self.assertEqual((lines[-1]["images"], lines[-1]["failed"]), (2, 2))
+
+    def test_other_size(self):
+        self.put("p/2.png", flat((9, 9, 9), 20, 18))
+        self.put("t/2.png", flat((9, 9, 9)))
+        lines = self.score("psnr", "p", "t", code=1, err=["p/2.png has 20 x 18 pixels, t/2.png 40 x 36", "--scale"])
+        self.assertEqual(lines[-1]["failed"], 1)
+        self.assertEqual(self.score("psnr", "p", "t", "--scale")[1]["psnr"], math.inf)
+
+    def test_damaged(self):
+        self.put("p/2.png", b"no image")
+        lines = self.score("psnr", "p", "t", code=1, err=["p/2.png is text, no image"])
+        self.assertEqual(lines[-1]["images"], 2)
+        self.put("p/1.png", b""), self.put("p/10.png", b"")
+        self.score("psnr", "p", "t", code=1, err=["nothing was measured"])
+
+    def test_one_name_twice(self):
+        shutil.copy(self.path("p/1.png"), self.path("p/1.jpg"))
+        self.bad(1, "two images of one name", "score", "psnr", "p", "t")
+
+    def test_two_images(self):
+        lines = self.score("mse", "p/1.png", "t/1.png")
+        self.assertEqual(lines[0]["mse"], self.score("mse", "p", "t")[0]["mse"])
+        self.bad(1, "nowhere.png", "score", "mse", "nowhere.png", "t/1.png")
+        self.bad(1, "is a folder", "score", "mse", "p/1.png", "t")
+        self.bad(1, "nowhere", "score", "mse", "p", "nowhere")
+
+    def test_set(self):
+        """Lines as batch reads them, outputs below the folder of predictions."""
+        lines = [{"input": [], "output": "1.jpg", "target": ["t/1.png"]},
+                 {"input": [], "output": "2.png", "target": "t/2.png"},
+                 {"output": "nowhere.png", "target": ["t/1.png"]}, {"target": ["t/1.png"]},
+                 {"output": "1.png", "target": ["t/1.png", "t/2.png"]}, {"output": "../1.png", "target": ["t/1.png"]}]
+        self.put("set.jsonl", ("\n".join(map(json.dumps, lines)) + "\n{\n").encode())
+        got = self.score("mse", "p", "set.jsonl", code=1, err=[
+            "line 3: p/nowhere.png", "line 4: has no \"output\"", "line 5: has not one image", "line 6: output \"../1.png\"",
+            "line 7: "])
+        want = self.score("mse", "p", "t")
+        self.assertEqual([line.get("mse") for line in got[:2]], [line["mse"] for line in want[:2]])
+        self.assertEqual((got[-1]["images"], got[-1]["failed"]), (2, 5))
+
+    def test_metrics_and_options(self):
+        for args, words in ((("psnr", "p"), "give a metric"), (("pnsr", "p", "t"), "no such metric: pnsr"),
+                            (("cells", "p", "t"), "--grid W,H"), (("psnr", "p", "t", "--grid", "3,3"), "belongs to cells"),
+                            (("cells", "p", "t", "--grid", "0,3"), "--grid"), (("cells", "p", "t", "--grid", "3"), "--grid"),
+                            (("pck", "p", "t", "--skeleton", "16"), "15|18"), (("psnr", "p", "t", "-o", "x"), "-o"),
+                            (("protocol", "vp-segmentation", "p"), "give a protocol"),
+                            (("protocol", "vp", "p", "t"), "no such protocol")):
+            self.bad(2, words, "score", *args)
+
+    def test_palette(self):
+        for text, words in (("", "no colour stands there"), ("1 2\n", "line 1 is no colour"), ("\n1 2 256\n", "line 2"),
+                            ("#12345g\n", "line 1"), ("#12345\n", "line 1"), ("1 2 3x\n", "line 1"),
+                            ("1 2 3\n#010203\n", "line 2: the colour stands twice"),
+                            ("".join("%d 0 1\n%d 1 1\n" % (i, i) for i in range(129)), "more than 256 colours")):
+            self.put("palette", text.encode())
+            self.bad(1, words, "score", "miou", "p", "t", "--palette", "palette")
+        self.bad(1, "nowhere", "score", "miou", "p", "t", "--palette", "nowhere")
+        self.score("miou", "p", "t", code=1, err=["no flat colours"])
+
+    def test_too_small(self):
+        for folder in ("p", "t"):
+            self.put("%s/1.png" % folder, flat((1, 2, 3), 10, 30))
+        self.score("ssim", "p", "t", code=1, err=["t/1.png: 10 x 30 pixels are less than a window"])
+        self.score("cells", "p/1.png", "t/1.png", "--grid", "11,3", code=1, err=["11 x 3 cells"])
+
+    def test_depth_ramp(self):
+        """A ramp of colours is depth from 1 on, whatever their luma."""
+        self.put("palette", b"0 0 255\n255 0 0\n0 255 0\n")
+        half = lambda a, b: png(8, 2, (b"\0" + bytes(a) * 4 + bytes(b) * 4) * 2)
+        self.put("a.png", half((255, 0, 0), (255, 0, 0)))
+        self.put("b.png", half((0, 0, 255), (0, 255, 0)))
+        got = self.score("depth", "a.png", "b.png", "--palette", "palette")[0]
+        self.assertAlmostEqual(got["abs_rel"], (1 + 1 / 3) / 2, delta=EXACT)       # 2 for 1 and for 3
+        self.assertEqual(got["delta_1.25"], 0)
+
+
+class Protocols(Score):
+    def setUp(self):
+        super().setUp()
+        self.data = os.path.join(GOLDEN, "protocols")
+
+    def run_list(self, text, protocol="vp-detection", code=1, words=()):
+        self.put("list", text)
+        if not os.path.isdir(self.path("answers")):
+            os.mkdir(self.path("answers"))
+        return self.score("protocol", protocol, "answers", "list", "--base", os.path.join(self.data, "voc"),
+                          code=code, err=words)
+
+    def test_lists(self):
+        for text, words in ((b"q s 1 9 9 0 0 3 3 9 9 0 0 3 3\n", "does not begin with"), (b"# vp-segmentation\n", "does not begin"),
+                            (b"# vp-detection\nq\n", "line 2: the names"), (b"# vp-detection\nq s 1 9 9 0 0 3 3 9 9 0 0 3\n", "missing"),
+                            (b"# vp-detection\nq s 1 9 9 0 0 3 3 9 9 0 0 3 3 4\n", "more stands"),
+                            (b"# vp-detection\nq s 1 9 9 0 0 3 -3 9 9 0 0 3 3\n", "a number should"),
+                            (b"# vp-detection\nq s 1 9 9 0 0 10 3 9 9 0 0 3 3\n", "a box is empty"),
+                            (b"# vp-detection\nq s 21 9 9 0 0 3 3 9 9 0 0 3 3\n", "a class is"),
+                            (b"# vp-detection\nq s\0 1 9 9 0 0 3 3 9 9 0 0 3 3\n", "zero byte"), (b"# vp-detection\n\n", "nothing was measured")):
+            self.run_list(text, words=[words])
+
+    def test_missing_answer(self):
+        line = b"q s 1 20 10 2 2 9 9 9 9 0 0 3 3\n"
+        self.put("answers.txt", b"")
+        os.mkdir(self.path("answers"))
+        self.put("answers/1.png", flat((255, 255, 255), 111, 111))
+        got = self.run_list(b"# vp-detection\n" + line * 2, words=["0.png", "1 of 2 episodes"])
+        self.assertEqual((got[-1]["images"], got[-1]["failed"]), (1, 1))
+        self.assertAlmostEqual(got[-1]["iou"], 49 / 200, delta=0.02)
+
+    def test_prompts(self):
+        """-o writes what a model is asked; the written true answer of a support is that of a query."""
+        for kind, base in (("segmentation", "voc"), ("colorization", "imagenet")):
+            self.lines("score", "protocol", "vp-" + kind, os.path.join(self.data, kind + ".txt"), "-o", kind,
+                       "--base", os.path.join(self.data, base))
+            names = sorted(os.listdir(self.path(kind)))
+            with open(self.path(kind + "/prompts.jsonl")) as f:
+                lines = [json.loads(line) for line in f]
+            self.assertEqual(lines[1], {"input": ["1-1.png", "1-2.png", "1-3.png"], "output": "1.png"})
+            self.assertEqual(len(names), 3 * len(lines) + 1)
+        os.mkdir(self.path("own"))
+        shutil.copy(self.path("colorization/1-2.png"), self.path("own/0.png"))     # episode 0's own answer
+        with open(os.path.join(self.data, "colorization.txt")) as f:
+            head = "".join(f.readlines()[:2])
+        self.put("list", head.encode())
+        got = self.score("protocol", "vp-colorization", "own", "list", "--base", os.path.join(self.data, "imagenet"))
+        self.assertEqual(got[0]["mse_x3"], 0)
+        self.assertLess(got[0]["mse_imagenet"], 3e-4)         # the published program cuts true values
+
+
+class Lists(Case):
+    """examples/protocol_lists.py; that it draws as NumPy does was checked when it was written."""
+
+    def draw(self, *args, code=0):
+        run = subprocess.run([sys.executable, os.path.join(TOP, "examples/protocol_lists.py"), *args],
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=60)
+        self.assertEqual(run.returncode, code, run.stderr)
+        return run.stdout.decode().splitlines()
+
+    def test_generator(self):
+        """numpy.random.RandomState(5): permutation(10), choice(1000) three times; RandomState(0): permutation(7)."""
+        sys.path.insert(0, os.path.join(TOP, "examples"))
+        sys.dont_write_bytecode = True
+        from protocol_lists import Legacy
+        five = Legacy(5)
+        self.assertEqual(five.permutation(10), PERMUTATION_5)
+        self.assertEqual([five.below(1000) for _ in range(3)], CHOICES_5)
+        self.assertEqual(Legacy(0).permutation(7), PERMUTATION_0)
+
+    def test_segmentation(self):
+        os.makedirs(self.path("code/evaluate/splits/pascal/val"))
+        names = ["2007_%06d__%02d" % (i, 1 + i % 3) for i in range(12)]
+        self.put("code/evaluate/splits/pascal/val/fold2.txt", ("\n".join(names) + "\n").encode())
+        lines = self.draw("vp-segmentation", "--program", self.path("code"), "--fold", "2")
+        self.assertEqual((lines[0], len(lines)), ("# vp-segmentation", 1001))
+        for i, line in enumerate(lines[1:]):
+            query, support, number = line.split()
+            self.assertEqual(query + "__%02d" % int(number), names[i % 12])
+            self.assertIn("%s__%02d" % (support, int(number)), names)
+            self.assertNotEqual(query, support)
+        self.draw("vp-segmentation", code=2)
+        self.draw("vp-segmentation", "--program", self.path("nowhere"), code=1)
+
+
+PERMUTATION_5, CHOICES_5, PERMUTATION_0 = [9, 5, 2, 4, 7, 1, 0, 8, 6, 3], [624, 670, 720], [6, 2, 1, 3, 0, 5, 4]
+
+if __name__ == "__main__":
+    unittest.main()
