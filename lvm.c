@@ -7788,7 +7788,8 @@ static int parse_train_line(struct json *j, struct train_line *line) {
 /* ---- Visual sentences: a plan ----
 
    `lvm sentences` turns folders of images into sentences of tokens to learn from, as Bai et al.
-   2023 do (section 3: "visual sentences", a common format for images, videos and annotations):
+   2023 do (section 3: one format for images, videos and annotations). The paper's rule stands above
+   each kind in its words' sense; where it leaves something open, the comment says what is done:
 
        sources  --part_open-->    files in columns, one a role (image, depth, ...), in groups
                 --plan_draw-->    sentence i: recipes of images, a function of seed and i alone
@@ -8208,7 +8209,7 @@ static int per_sentence(const struct part *p, int images) {
 
 static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
 
-/* Single images: "{image, EOS}" (section 3.1). */
+/* Single images: each is a sentence. */
 static int64_t pass_single(const struct part *p, const struct side *s) {
     (void)p;
     return s->n;
@@ -8220,8 +8221,8 @@ static void draw_single(const struct part *p, const struct side *s, int64_t i, u
     draft_add(d, whole_image(p, 0, (uint32_t)dealt(p, s, i, 1, 0)));
 }
 
-/* Images and their annotations of one kind: "{image, annotation, image, annotation, ...}", eight
-   pairs; the kind does not change within a sentence. */
+/* Images and their annotations of one kind: image, annotation, image, annotation, ..., eight pairs;
+   the kind does not change within a sentence. */
 static int64_t pass_pairs(const struct part *p, const struct side *s) {
     return divide_up(s->n, per_sentence(p, 2));
 }
@@ -8286,9 +8287,9 @@ static void draw_drawn(const struct part *p, const struct side *s, int64_t i, ui
     }
 }
 
-/* Images with k annotations each: "for each 1 < m <= k, we randomly select m annotations out of the
-   k available and concatenate the m-tuples to form visual sentences". Which m and in which order is
-   the same in all of a sentence. */
+/* Images with k annotations each: for 1 < m <= k, m of the k are chosen at random, and the m-tuples
+   stand one behind the other. Which m and in which order is the same in all of a sentence; the
+   images themselves are one of the k folders. */
 static int64_t pass_tuples(const struct part *p, const struct side *s) {
     return divide_up((int64_t)s->n * p->n_columns, p->o->length);
 }
@@ -8305,8 +8306,8 @@ static void draw_tuples(const struct part *p, const struct side *s, int64_t i, u
     }
 }
 
-/* Images of one class one behind the other: "we concatenate images (2, 4, 8 or 16) of the same
-   category into a 16-image long visual sentence": so many of a class, then of another. */
+/* Images of one class one behind the other: 2, 4, 8 or 16 of a class, then as many of another,
+   until there are sixteen. */
 static int64_t pass_category(const struct part *p, const struct side *s) {
     return divide_up(s->n, p->o->length);
 }
@@ -8417,8 +8418,8 @@ static int window_units(const struct part *p, const struct group *g, int64_t w, 
     return length;
 }
 
-/* Sequences with annotations, both ways: "{frame1, annot1, frame2, annot2, ...}" and grouped,
-   "{frame1, frame2, ..., annot1, annot2, ...}"; half each, or as --order says. */
+/* Sequences with annotations, both ways: interleaved, frame, annotation, frame, annotation, ...,
+   and grouped, all frames, then all annotations; half each, or as --order says. */
 static void draw_video(const struct part *p, const struct side *s, int64_t i, uint64_t style,
                        struct draft *d) {
     uint32_t units[MAX_LENGTH], low = s->first_group, high = low + s->n_groups;
@@ -8612,7 +8613,8 @@ static void mark_decisions(const uint16_t *rows, size_t n, size_t T, size_t at, 
 
    The file is mapped and read once, front to back: 32 bytes an image and 64 an annotation are kept,
    of outlines and key points only where they stand; they are read when they are drawn. So a file of
-   500 MB, as COCO's are, takes 60 MB; any size that can be mapped will do. A segmentation is a list
+   364 MB with 860,000 annotations, as COCO's are, takes 80 MB of memory beside the file's own
+   pages, and some seconds; any size that can be mapped will do. A segmentation is a list
    of polygons [x, y, x, y, ...], or {"size": [height, width], "counts": ...}: lengths of runs down
    the columns, outside and inside in turn, as numbers or in COCO's text. Text: groups of five bits,
    lowest first, in characters from '0' on; bit 5 says that more follow, the last one's bit 4 is the
@@ -8827,7 +8829,7 @@ static size_t find_id(const double *ids, size_t n, size_t stride, double id) {
 /* Sorts images and their shapes, in place of whose ids their numbers stand then. */
 static void connect_annotations(struct annotations *a) {
     const size_t stride = sizeof *a->images / sizeof(double);
-    size_t kept = 0, unknown = 0;
+    size_t kept = 0;
     if (a->n_images > 0) qsort(a->images, a->n_images, sizeof *a->images, compare_drawn);
     if (a->n_categories > 0)
         qsort(a->categories, a->n_categories, sizeof *a->categories, compare_doubles);
@@ -8837,9 +8839,7 @@ static void connect_annotations(struct annotations *a) {
                                        : a->n_images;
         size_t category = find_id(a->categories, a->n_categories, 1, s.category);
         if (image == a->n_images) {
-            if (unknown++ < 100)
-                log_fault(a->log, "%s: an annotation of an unknown image, %.17g", a->path, s.image);
-            else a->log->n++;
+            log_fault(a->log, "%s: an annotation of an unknown image, %.17g", a->path, s.image);
             continue;
         }
         s.image = (double)image;
@@ -25262,6 +25262,15 @@ static const char *mix_name(struct mix_lines *m, const char *folder, const char 
                                                                : NULL;
 }
 
+/* Whether a line of a mix leaves alone what only the whole command can say. */
+static int keeps_to_itself(const struct cli *sub, const struct cli *cli) {
+    const struct sentence_words *a = &sub->sentences, *b = &cli->sentences;
+    return sub->out == cli->out && sub->cache == cli->cache && sub->exif == cli->exif &&
+           sub->options.fit == cli->options.fit && sub->sampling.seed == cli->sampling.seed &&
+           a->tokenizer == b->tokenizer && a->count == b->count && a->dry_run == b->dry_run &&
+           a->shard_text == b->shard_text && memcmp(&a->val, &b->val, sizeof a->val) == 0;
+}
+
 /* weight kind sources... [options] */
 static int mix_line(struct making *k, struct mix_lines *m, const char *path, int number,
                     char *line, lvm_error *error) {
@@ -25279,12 +25288,15 @@ static int mix_line(struct making *k, struct mix_lines *m, const char *path, int
     sub.words = sources;
     sub.n_words = 0;
     sub.split = -1;
+    if (k->plan.n_parts == MAX_PARTS)
+        return fail(error, LVM_UNSUPPORTED, "%s: has more than %d lines", path, MAX_PARTS);
     struct sentence_options *o = &m->o[k->plan.n_parts];
     status = parse_arguments(&sub, find_command("sentences"), n - 1, words + 1);
     if (status == 0) status = settle_sentences(&sub, kind, o);
-    if (status != 0 || k->plan.n_parts == MAX_PARTS)
-        return fail(error, LVM_FORMAT, "%s: line %d: %s", path, number,
-                    status != 0 ? "an option is wrong" : "there are too many lines");
+    if (status != 0) return fail(error, LVM_FORMAT, "%s: line %d: see above", path, number);
+    if (!keeps_to_itself(&sub, k->cli))
+        return fail(error, LVM_FORMAT, "%s: line %d: has an option that is the whole command's",
+                    path, number);
     for (int i = 0; i < sub.n_words; i++)
         if ((sources[i] = mix_name(m, folder, sources[i], error)) == NULL) return LVM_MEMORY;
     lvm_error fault = {0, ""};

@@ -271,6 +271,8 @@ class Plans(Sentences):
             self.assertAlmostEqual(part.count("a/1.png"), 6667 / 6, delta=2)
         self.bad(1, ["line 1", "weight kind sources"], "sentences", "mix", self.put("bad.mix", b"single a\n"), "--dry-run")
         self.bad(1, ["line 2", "nowhere"], "sentences", "mix", self.put("bad.mix", b"\n1 single nowhere\n"), "--dry-run")
+        self.bad(1, ["line 1", "the whole command's"], "sentences", "mix", self.put("bad.mix", b"1 single a --seed 3\n"),
+                 "--dry-run")
         os.remove(self.path("bad.mix"))
 
     def test_flip_and_crop(self):
