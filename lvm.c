@@ -20255,7 +20255,7 @@ static const struct option option_table[] = {
     {0, "flip", NULL, SENTENCES, FLAG, AT(sentences.flip), 0, 0,
      "mirror half of what belongs together"},
     {0, "crop", "SHARE", SENTENCES, NUMBER, AT(sentences.crop), 0.05, 1,
-     "random parts of the images, of SHARE of a side or more"},
+     "random parts of the images, at least SHARE of a side"},
     {0, "noise", "FROM,TO", SENTENCES, TEXT, AT(sentences.noise), 0, 0,
      "denoise: deviation, of white (0.1,0.3)"},
     {0, "hole", "FROM,TO", SENTENCES, TEXT, AT(sentences.hole), 0, 0,
@@ -20378,8 +20378,8 @@ static const struct command command_table[] = {
      "With --loss answers the input has none. A .tok file holds image tokens alone:\n"
      "bos in front and eos at the end are dropped, training puts the model's own\n"
      "there. An image has 256 tokens where all sentences are whole images of 256,\n"
-     "or as many as \"image_tokens\" says. A bad line ends the work. .tok files join as\n"
-     "they are.\n"
+     "or as many as \"image_tokens\" says. A bad line ends the work. .tok files are\n"
+     "joined as they are.\n"
      "  lvm pack a.jsonl b.jsonl -o train.tok\n"},
     {"unpack", UNPACK, run_unpack, "unpack IN.tok", "a .tok file to lines that pack reads",
      "  lvm unpack train.tok --integers | head -n 1\n"},
@@ -20433,7 +20433,7 @@ static const struct command command_table[] = {
      "there. What is faulty is left out and listed in OUT.log. Shards, packed in\n"
      "their order (lvm pack), are the whole.\n"
      "  lvm sentences pairs photos depth --tokenizer weights.bin -o depth.tok\n"
-     "  lvm sentences mix all.mix --count 1e5 --val 0.01 --tokenizer w.bin -o all.tok\n"},
+     "  lvm sentences mix all.mix --count 1e5 --tokenizer w.bin -o all.tok\n"},
     {"score", SCORE, run_score, "score METRIC PREDICTIONS TRUTHS",
      "answers measured: psnr, ssim, miou, boxes, ...",
      "Two folders whose images have the same names (but for the endings), two images,\n"
@@ -20443,23 +20443,24 @@ static const struct command command_table[] = {
      "size is reported; the exit status is 1 then.\n"
      "  psnr    decibel\n"
      "  ssim    Wang et al. 2004: Gaussian windows of 11 x 11\n"
-     "  mse     of values 0 .. 1; times 3, as LVM's own program reports it; and of\n"
-     "          ImageNet-normalised values (Bar et al. 2022)\n"
-     "  miou    foreground: nearer to white than to black; classes: the colours of\n"
-     "          --palette, else those that fill a 200th of the true image\n"
-     "  boxes   drawn outlines, a class a colour: mean overlap; COCO's AP at 0.5\n"
-     "          with equal scores\n"
-     "  pck     points of a drawn figure within 0.1 and 0.2 of the longer side of the\n"
-     "          box around the true ones\n"
-     "  edges   precision, recall, F at BSDS's tolerance, 0.0075 of the diagonal\n"
-     "  depth   of luma, or places in a --palette, after scaling by least squares:\n"
+     "  mse     of values 0 .. 1; times 3, as LVM's own program reports it;\n"
+     "          of ImageNet-normalised values (Bar et al. 2022)\n"
+     "  miou    foreground: nearer to white than to black; classes: the\n"
+     "          colours of --palette, else those that fill a 200th of the truth\n"
+     "  boxes   drawn outlines, a class a colour: mean overlap; COCO's AP at\n"
+     "          0.5 with equal scores\n"
+     "  pck     points of a drawn figure within 0.1 and 0.2 of the longer side\n"
+     "          of the box around the true ones\n"
+     "  edges   precision, recall, F at BSDS's tolerance: 0.0075 diagonals\n"
+     "  depth   of luma, or places in a --palette, scaled by least squares:\n"
      "          mean |p - t| / t, share within a factor of 1.25\n"
-     "  cells   of a --grid whose colour is right; images all of whose cells are\n"
-     "Published protocols (Bar et al. 2022) take a list of episodes that\n"
-     "examples/protocol_lists.py draws, and answers named 0.png, 1.png, ...; with -o\n"
-     "FOLDER instead of PREDICTIONS the prompts are written, for batch. --base is where\n"
-     "VOCdevkit/ or ImageNet's val/ lies.\n"
-     "  lvm score protocol vp-segmentation|vp-detection|vp-colorization answers list\n"
+     "  cells   of a --grid whose colour is right; images that are all right\n"
+     "Published protocols (Bar et al. 2022) take a list of episodes, which\n"
+     "examples/protocol_lists.py draws, and answers named 0.png, 1.png, ...; with\n"
+     "-o FOLDER instead of PREDICTIONS the prompts are written, for batch. --base is\n"
+     "where VOCdevkit/ or ImageNet's val/ lies. They are vp-segmentation,\n"
+     "vp-detection and vp-colorization.\n"
+     "  lvm score protocol vp-detection answers/ detection.list\n"
      "  lvm score miou answers/ truths/ --per-image\n"},
     {"help", HELP, run_help, "help [COMMAND]", "this text, or a command's",
      "COMMAND --help and COMMAND -h show it too.\n"

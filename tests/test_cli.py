@@ -955,7 +955,7 @@ class Usage(Case):
 # ---- help, mistakes and the bar --------------------------------------------------------------------
 
 COMMANDS = ("predict", "encode", "decode", "rank", "eval", "batch", "bench", "info", "quantize", "pack",
-            "unpack", "merge", "train", "plot", "help", "version")
+            "unpack", "merge", "train", "plot", "sentences", "score", "help", "version")
 
 
 class Help(Case):
@@ -989,7 +989,8 @@ class Help(Case):
                    "READS": "predict rank eval batch", "INFO": "info", "QUANTIZE": "quantize",
                    "RUNS": "predict rank eval batch encode decode", "ENCODE": "encode",
                    "DECODE": "decode", "RANK": "rank", "EVAL": "eval", "BATCH": "batch", "PACK": "pack",
-                   "UNPACK": "unpack", "MERGE": "merge", "TRAIN": "train", "PLOT": "plot"}
+                   "UNPACK": "unpack", "MERGE": "merge", "TRAIN": "train", "PLOT": "plot",
+                   "SENTENCES": "sentences", "SCORE": "score"}
         texts = {command: self.good("help", command).decode() for command in COMMANDS}
         for name, text in list(texts.items()) + [("", self.good("help").decode())]:
             for line in text.splitlines():
@@ -1109,9 +1110,9 @@ class Mistakes(Case):
             name = option.split("=")[0]
             self.bad(2, "no such option: %s (did you mean --%s?)" % (name, meant),
                      self.weights, self.images[0], option, "5")
-        for args, owners in ((("encode", "--json"), "--json belongs to predict, rank, eval, batch, bench)"),
+        for args, owners in ((("encode", "--json"), "--json belongs to predict, rank, eval, batch, bench, score)"),
                              (("--tensors",), "--tensors belongs to info)"),
-                             (("info", "-j2"), "-j belongs to predict, encode, decode, rank, eval, batch, bench, train)"),
+                             (("info", "-j2"), "-j belongs to predict, encode, decode, rank, eval, batch, bench, train, sentences)"),
                              (("help", "--type=q8_0"), "--type belongs to bench, quantize, merge, train)")):
             self.bad(2, ["no such option: ", owners], *args)
         for option in ("---", "-x", "--y", "--frobnicate"):

@@ -858,13 +858,13 @@ static void test_type(int type) {
 
 /* ---- The pool ---- */
 
-struct tally {
+struct draws {
     atomic_int runs[1000], ended, bad; /* bad: a thread's number out of range, or no help in time */
     int count, threads, held;          /* held: task 0 ends when all others have */
 };
 
 static void tally_task(void *arg, int task, int thread) {
-    struct tally *t = arg;
+    struct draws *t = arg;
     atomic_fetch_add(&t->runs[task], 1);
     if (thread < 0 || thread >= t->threads) atomic_fetch_add(&t->bad, 1);
     for (int turns = 0; t->held && task == 0 && atomic_load(&t->ended) < t->count - 1; turns++) {
@@ -885,7 +885,7 @@ static void test_pool(void) {
     for (int threads = 1; threads <= 5; threads++) {
         struct pool *pool = must(pool_new(threads, NULL));
         for (size_t i = 0, bad = 0; !bad && i < 2 * sizeof counts / sizeof *counts; i++) {
-            struct tally *tally = must(calloc(1, sizeof *tally));
+            struct draws *tally = must(calloc(1, sizeof *tally));
             int once = 1;
             tally->count = counts[i / 2];
             tally->threads = threads;
