@@ -503,6 +503,11 @@ class Images(Sentences):
                              (neck, (22, 10), (190, 255, 0)), ((22, 10), (26, 18), (110, 255, 0))):
             self.limb(drawn, a, b, colour)
         self.check_images(("keypoints", "a", "coco.json"), [rows, drawn])
+        drawn = [[(0, 0, 0)] * R for _ in range(R)]
+        for a, b, colour in ((neck, (10, 10), (255, 0, 0)), (neck, (22, 10), (255, 85, 0)),
+                             ((22, 10), (26, 18), (170, 255, 0)), (neck, (16, 4), (0, 0, 255))):
+            self.limb(drawn, a, b, colour)
+        self.check_images(("keypoints", "a", "coco.json", "--skeleton", "18"), [rows, drawn])
         seed = next(s for s in range(1, 99) if below(style(0, seed=s), 100, 2))
         drawn = [[(0, 0, 0)] * R for _ in range(R)]
         for a, b, colour in ((neck, (16, 4), (255, 0, 85)), (neck, (10, 10), (255, 60, 0)),
