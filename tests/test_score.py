@@ -8,13 +8,12 @@ golden_scores holds what scikit-image, SciPy, pycocotools, OpenCV and Pillow mea
 import json
 import math
 import os
-import random
 import shutil
 import subprocess
 import sys
 import unittest
 
-from test_cli import SANITIZED, TESTS, TOP, Case, image, png
+from test_cli import TESTS, TOP, WEIGHTS, Case, image, png
 
 GOLDEN = os.path.join(TESTS, "golden_scores")
 EXACT = 1e-8                              # nine digits are printed
@@ -279,6 +278,47 @@ class Lists(Case):
             self.assertNotEqual(query, support)
         self.draw("vp-segmentation", code=2)
         self.draw("vp-segmentation", "--program", self.path("nowhere"), code=1)
+
+
+class Report(Case):
+    """docs/evaluation.md holds what is measured: all floors, which need no model, and a ceiling."""
+
+    def test_report(self):
+        sys.path.insert(0, TESTS)
+        sys.dont_write_bytecode = True
+        import evaluate
+        with open(os.path.join(TOP, "docs/evaluation.md")) as f:
+            rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in f if line.count("|") == 7]
+        rows = rows[2:]
+        self.assertGreater(len(rows), 30)
+        metrics = {}
+        for task in {row[0] for row in rows}:
+            metrics[task] = {column: (metric, args) for metric, args, column in
+                             evaluate.ALL + evaluate.METRICS.get(task, [])}
+            folder = os.path.join(TOP, "prompt", task)
+            queries = int(next(row[1] for row in rows if row[0] == task))
+            lines = evaluate.prompt_lines(task, folder, queries)
+            self.assertEqual(len(lines), queries, task)
+            for name, at in (("floor", lambda line: line[0][-1]), ("truth", lambda line: line[1])):
+                os.makedirs(self.path("%s/%s" % (task, name)))
+                for i, line in enumerate(lines):
+                    shutil.copy(at(line), self.path("%s/%s/%d.png" % (task, name, i)))
+        for task, _, column, floor, _, ceiling in rows:
+            metric, args = metrics[task][column]
+            predictions = [(floor, "floor")]
+            if task == "depth" and column == "psnr":
+                os.mkdir(self.path("depth/ceiling"))
+                for name in os.listdir(self.path("depth/truth")):
+                    self.lines("encode", WEIGHTS, "depth/truth/" + name, "-o", "tokens")
+                    self.lines("decode", WEIGHTS, "tokens", "-o", "depth/ceiling/" + name)
+                predictions.append((ceiling, "ceiling"))
+            for shown, folder in predictions:
+                got = json.loads(self.lines("score", metric, "%s/%s" % (task, folder), task + "/truth", "--json", *args)[-1])
+                # a ceiling's last digits depend on the instruction set
+                if got[column] is None or folder == "floor":
+                    self.assertEqual(shown, evaluate.shown(got[column]), (task, column))
+                else:
+                    self.assertAlmostEqual(float(shown), got[column], delta=0.01 * abs(got[column]))
 
 
 PERMUTATION_5, CHOICES_5, PERMUTATION_0 = [9, 5, 2, 4, 7, 1, 0, 8, 6, 3], [624, 670, 720], [6, 2, 1, 3, 0, 5, 4]
