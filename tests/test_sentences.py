@@ -794,6 +794,47 @@ class Runs(Sentences):
         self.assertEqual([len(s) for s in self.tokens()], [4 * T])
 
 
+class World(Sentences):
+    """What examples/scenes.c writes is read as it is, and drawn as it draws."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.scenes = os.path.abspath(os.environ.get("SCENES", os.path.join(TOP, "build", "scenes")))
+        if "SCENES" not in os.environ:
+            subprocess.run(["make", "-s", "build/scenes"], cwd=TOP, check=True)
+
+    def world(self, kind, count=6):
+        subprocess.run([self.scenes, "w", "--kind", kind, "--count", str(count), "--size", "64"], cwd=self.folder,
+                       check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def test_kinds(self):
+        for kind, args, images in (("single", ("single", "w/images"), 6), ("category", ("category", "w"), 10),
+                                   ("video", ("video", "w/videos", "--strides", "1"), 96),
+                                   ("views", ("views", "w/views"), 96), ("depth", ("pairs", "w/images", "w/depth"), 12),
+                                   ("tuples", ("tuples", "w/images", "w/depth", "w/normals", "w/edges"), 0),
+                                   ("annotated", ("annotated", "w/images", "w/depth"), 0),
+                                   ("keypoints", ("keypoints", "w/images", "w/keypoints.json"), 12),
+                                   ("boxes", ("segmentation", "w/images", "w/instances.json"), 12),
+                                   ("puzzle", ("layout", "w/layout.txt"), 0), ("maze", ("layout", "w/layout.txt"), 0)):
+            self.world(kind)
+            _, err = self.make(*args)
+            self.assertNotIn("fault", err)
+            n = sum(map(len, self.tokens())) // T
+            self.assertTrue(n == images or (images == 0 and n > 12) or kind == "category", (kind, n))
+            shutil.rmtree(self.path("w"))
+
+    def test_boxes(self):
+        """The boxes that scenes.c draws itself, on images of the tokenizer's size."""
+        subprocess.run([self.scenes, "w", "--kind", "boxes", "--count", "12", "--size", str(R)], cwd=self.folder, check=True,
+                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.make("boxes", "w/images", "w/instances.json")
+        drawn = self.tokens()
+        self.make("pairs", "w/images", "w/boxes", out="pairs.tok")
+        self.assertEqual(drawn, self.tokens("pairs.tok"))
+        self.assertNotEqual([s[:T] for s in drawn], [s[T:2 * T] for s in drawn])
+
+
 class Examples(Sentences):
     def test_voc_to_coco(self):
         os.mkdir(self.path("xml"))
