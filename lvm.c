@@ -7831,7 +7831,7 @@ static int word_index(const char *list, const char *value);
 
 /* What the options say; a line of a mix may say it anew for itself. */
 struct sentence_options {
-    int length, hop, flip, order, decide, n_strides, holes;
+    int length, hop, flip, order, decide, n_strides, holes, skeleton;
     int strides[MAX_STRIDES];
     float crop;                               /* least share of a side; 0: whole images */
     float noise[2], hole[2], rain[2], dark[2]; /* from, to */
@@ -9143,47 +9143,63 @@ static void draw_boxes(const struct annotations *a, const struct drawn_image *dr
     }
 }
 
-/* OpenPose's body of 25 without face and feet: neck and middle of the hips lie between COCO's
-   shoulders and hips. */
-enum { N_JOINTS = 15, N_LIMBS = 14, COCO_POINTS = 17 };
+/* A drawn figure: points and the limbs between them, each in its colour, in the order in which they
+   are drawn. */
+enum { MAX_LIMBS = 17, MAX_POINTS = 18 };
+struct skeleton {
+    int points, limbs;
+    uint8_t limb[MAX_LIMBS][2], color[MAX_LIMBS][3];
+};
 
-static const struct drawn_limb {
-    uint8_t from, to, rgb[RGB];
-} drawn_limbs[N_LIMBS] = {
-    {1, 0, {255, 0, 85}},    {1, 2, {255, 60, 0}},   {2, 3, {255, 130, 0}},
-    {3, 4, {255, 200, 0}},   {1, 5, {190, 255, 0}},  {5, 6, {110, 255, 0}},
-    {6, 7, {0, 255, 40}},    {1, 8, {0, 255, 140}},  {8, 9, {0, 230, 255}},
-    {9, 10, {0, 150, 255}},  {10, 11, {0, 70, 255}}, {8, 12, {90, 0, 255}},
-    {12, 13, {170, 0, 255}}, {13, 14, {255, 0, 230}}};
+static const struct skeleton skeletons[] = {
+    {15, 14, /* of prompt/keypoints */
+     {{1, 0}, {1, 2}, {2, 3}, {3, 4}, {1, 5}, {5, 6}, {6, 7}, {1, 8}, {8, 9}, {9, 10}, {10, 11},
+      {8, 12}, {12, 13}, {13, 14}},
+     {{255, 0, 85}, {255, 60, 0}, {255, 130, 0}, {255, 200, 0}, {190, 255, 0}, {110, 255, 0},
+      {0, 255, 40}, {0, 255, 140}, {0, 230, 255}, {0, 150, 255}, {0, 70, 255}, {90, 0, 255},
+      {170, 0, 255}, {255, 0, 230}}},
+    {18, 17, /* OpenPose's of COCO (Cao et al. 2017) */
+     {{1, 2}, {1, 5}, {2, 3}, {3, 4}, {5, 6}, {6, 7}, {1, 8}, {8, 9}, {9, 10}, {1, 11}, {11, 12},
+      {12, 13}, {1, 0}, {0, 14}, {14, 16}, {0, 15}, {15, 17}},
+     {{255, 0, 0}, {255, 85, 0}, {255, 170, 0}, {255, 255, 0}, {170, 255, 0}, {85, 255, 0},
+      {0, 255, 0}, {0, 255, 85}, {0, 255, 170}, {0, 255, 255}, {0, 170, 255}, {0, 85, 255},
+      {0, 0, 255}, {85, 0, 255}, {170, 0, 255}, {255, 0, 255}, {255, 0, 170}}}};
+
+enum { COCO_POINTS = 17 };
 
 struct drawn_joint {
     double x, y;
     int known;
 };
 
-/* The joints of a person. In a mirrored image left is right. */
-static void read_joints(struct json *j, const struct placement *p,
-                        struct drawn_joint joints[N_JOINTS]) {
-    /* nose, neck, right shoulder, elbow, wrist, left ones, hips' middle, right hip, knee, ankle,
-       left ones, as COCO's points; a pair is their middle */
-    static const uint8_t of[2][N_JOINTS][2] = {
+/* The points of a person, those of a skeleton of so many: the neck lies between COCO's shoulders,
+   the middle of the hips, which the smaller one has, between its hips. In a mirrored image left is
+   right. */
+static void read_joints(struct json *j, const struct placement *p, int n,
+                        struct drawn_joint joints[MAX_POINTS]) {
+    /* nose, neck, right shoulder, elbow, wrist, left ones; then the hips' middle and right hip,
+       knee, ankle, left ones; or those without the middle, then right and left eye, then ears: as
+       COCO's points, of which a pair means their middle */
+    static const uint8_t of[2][MAX_POINTS][2] = {
         {{0, 0}, {5, 6}, {6, 6}, {8, 8}, {10, 10}, {5, 5}, {7, 7}, {9, 9}, {11, 12}, {12, 12},
          {14, 14}, {16, 16}, {11, 11}, {13, 13}, {15, 15}},
-        {{0, 0}, {5, 6}, {5, 5}, {7, 7}, {9, 9}, {6, 6}, {8, 8}, {10, 10}, {11, 12}, {11, 11},
-         {13, 13}, {15, 15}, {12, 12}, {14, 14}, {16, 16}}};
+        {{0, 0}, {5, 6}, {6, 6}, {8, 8}, {10, 10}, {5, 5}, {7, 7}, {9, 9}, {12, 12}, {14, 14},
+         {16, 16}, {11, 11}, {13, 13}, {15, 15}, {2, 2}, {1, 1}, {4, 4}, {3, 3}}};
     struct drawn_joint points[COCO_POINTS] = {{0, 0, 0}};
     json_want(j, '[', "key points should stand here");
     for (int i = 0; i < COCO_POINTS; i++) {
         double v[3] = {0, 0, 0};
+        int to = p->flip && i > 0 ? ((i - 1) ^ 1) + 1 : i; /* left and right stand side by side */
         for (int k = 0; k < 3; k++) {
             if (i + k > 0) json_want(j, ',', "a person has 17 key points of three numbers");
             v[k] = json_number(j);
         }
-        points[i] = (struct drawn_joint){placed(p, 0, v[0]), placed(p, 1, v[1]), v[2] > 0};
+        points[to] = (struct drawn_joint){placed(p, 0, v[0]), placed(p, 1, v[1]), v[2] > 0};
     }
     json_want(j, ']', "a person has 17 key points of three numbers");
-    for (int i = 0; i < N_JOINTS; i++) {
-        const struct drawn_joint *a = &points[of[p->flip][i][0]], *b = &points[of[p->flip][i][1]];
+    for (int i = 0; i < n; i++) {
+        const uint8_t *pair = of[n == MAX_POINTS][i];
+        const struct drawn_joint *a = &points[pair[0]], *b = &points[pair[1]];
         joints[i] =
             (struct drawn_joint){(a->x + b->x) / 2, (a->y + b->y) / 2, a->known && b->known};
     }
@@ -9213,20 +9229,21 @@ static void draw_limb(lvm_image *image, const struct drawn_joint *a, const struc
 
 /* Skeletons on black. */
 static int draw_skeletons(const struct annotations *a, const struct drawn_image *drawn,
-                          const struct placement *p, lvm_image *image, lvm_error *error) {
+                          const struct placement *p, const struct skeleton *k, lvm_image *image,
+                          lvm_error *error) {
     memset(image->rgb, 0, (size_t)p->R * (size_t)p->R * RGB);
     for (size_t i = drawn->first; i < drawn->first + drawn->n; i++) {
         lvm_error fault = {0, ""};
-        struct drawn_joint joints[N_JOINTS];
+        struct drawn_joint joints[MAX_POINTS];
         struct json j = {.s = a->data, .n = a->size, .at = (size_t)a->shapes[i].points,
                          .error = &fault};
         if (a->shapes[i].points == 0) continue;
-        read_joints(&j, p, joints);
+        read_joints(&j, p, k->points, joints);
         if (j.code != LVM_OK) return fail(error, j.code, "%s: %s", a->path, fault.text);
-        for (int k = 0; k < N_LIMBS; k++)
-            if (joints[drawn_limbs[k].from].known && joints[drawn_limbs[k].to].known)
-                draw_limb(image, &joints[drawn_limbs[k].from], &joints[drawn_limbs[k].to],
-                          drawn_limbs[k].rgb);
+        for (int l = 0; l < k->limbs; l++) {
+            const struct drawn_joint *from = &joints[k->limb[l][0]], *to = &joints[k->limb[l][1]];
+            if (from->known && to->known) draw_limb(image, from, to, k->color[l]);
+        }
     }
     return LVM_OK;
 }
@@ -9420,7 +9437,8 @@ static int draw_in_place(const struct part *p, const struct recipe *r, const str
                          int width, int height, lvm_image *image, lvm_error *error) {
     const struct drawn_image *drawn = &p->set->images[r->style];
     if (r->how == BOXES) draw_boxes(p->set, drawn, at, image);
-    if (r->how == KEYPOINTS) return draw_skeletons(p->set, drawn, at, image, error);
+    if (r->how == KEYPOINTS)
+        return draw_skeletons(p->set, drawn, at, &skeletons[p->o->skeleton], image, error);
     if (r->how == OUTLINES)
         return draw_areas(p->set, drawn, at, width, height, image, error);
     return LVM_OK;
@@ -9633,14 +9651,6 @@ enum { MAX_COLORS = 256, MAX_VALUES = 3 };
 struct palette {
     uint8_t color[MAX_COLORS][3];
     int n;
-};
-
-/* A drawn figure: points and the limbs between them, each in its colour, in the order in which they
-   are drawn. */
-enum { MAX_LIMBS = 17, MAX_POINTS = 18 };
-struct skeleton {
-    int points, limbs;
-    uint8_t limb[MAX_LIMBS][2], color[MAX_LIMBS][3];
 };
 
 /* What a colour got over all images. */
@@ -10557,20 +10567,6 @@ static void total_boxes(const struct scoring *s, double *value) {
    for limbs cover each other. Which end is which point of the skeleton is settled so
    that limbs which share a point meet. There the limb that was drawn last shows its round end: the
    point lies one radius before it. */
-
-static const struct skeleton skeletons[] = {
-    {15, 14, /* of prompt/keypoints */
-     {{1, 0}, {1, 2}, {2, 3}, {3, 4}, {1, 5}, {5, 6}, {6, 7}, {1, 8}, {8, 9}, {9, 10}, {10, 11},
-      {8, 12}, {12, 13}, {13, 14}},
-     {{255, 0, 85}, {255, 60, 0}, {255, 130, 0}, {255, 200, 0}, {190, 255, 0}, {110, 255, 0},
-      {0, 255, 40}, {0, 255, 140}, {0, 230, 255}, {0, 150, 255}, {0, 70, 255}, {90, 0, 255},
-      {170, 0, 255}, {255, 0, 230}}},
-    {18, 17, /* OpenPose's of COCO (Cao et al. 2017) */
-     {{1, 2}, {1, 5}, {2, 3}, {3, 4}, {5, 6}, {6, 7}, {1, 8}, {8, 9}, {9, 10}, {1, 11}, {11, 12},
-      {12, 13}, {1, 0}, {0, 14}, {14, 16}, {0, 15}, {15, 17}},
-     {{255, 0, 0}, {255, 85, 0}, {255, 170, 0}, {255, 255, 0}, {170, 255, 0}, {85, 255, 0},
-      {0, 255, 0}, {0, 255, 85}, {0, 255, 170}, {0, 255, 255}, {0, 170, 255}, {0, 85, 255},
-      {0, 0, 255}, {85, 0, 255}, {170, 0, 255}, {255, 0, 255}, {255, 0, 170}}}};
 
 enum { LIMB_PIXELS = 6, LIMB_LIGHT = 96, LIMB_TOLERANCE = 48 * 48 };
 
@@ -20166,7 +20162,7 @@ static const struct option option_table[] = {
     {0, "palette", "FILE", SCORE, TEXT, AT(palette), 0, 0,
      "colours that are meant, one a line: R G B or #rrggbb"},
     {0, "grid", "W,H", SCORE, TEXT, AT(cells), 0, 0, "cells in a row and in a column"},
-    {0, "skeleton", "15|18", SCORE, ONE_OF, AT(skeleton), 0, 0,
+    {0, "skeleton", "15|18", SCORE | SENTENCES, ONE_OF, AT(skeleton), 0, 0,
      "points of a figure: prompt/keypoints' (15), OpenPose's"},
     {'o', "output", "FOLDER", SCORE, TEXT, AT(out), 0, 0, "of a protocol: write its prompts there"},
     {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK | TRAIN | SCORE | SENTENCES, FLAG,
@@ -25238,6 +25234,7 @@ static int settle_sentences(const struct cli *cli, const struct sentence_kind *k
                           : strcmp(kind->name, "annotated") == 0 ? "1" : "10,20,30";
     *o = (struct sentence_options){.length = t->length, .hop = t->hop, .flip = t->flip,
                                    .order = t->order, .decide = t->decide, .holes = t->holes,
+                                   .skeleton = cli->skeleton,
                                    .crop = t->crop, .noise = {.1f, .3f}, .hole = {.22f, .43f},
                                    .rain = {.003f, .009f}, .dark = {.18f, .4f}};
     if (parse_range("--noise", t->noise, 0, 10, o->noise) != 0 ||
@@ -25394,6 +25391,7 @@ static int settle_keys(struct making *k, lvm_error *error) {
         const struct part *p = k->plan.parts[i];
         const float *ranges[4] = {p->o->noise, p->o->hole, p->o->rain, p->o->dark};
         uint64_t h = hash_bytes(6, &p->o->holes, sizeof p->o->holes);
+        h = hash_bytes(h, &p->o->skeleton, sizeof p->o->skeleton);
         for (int r = 0; r < 4; r++) h = hash_bytes(h, ranges[r], 2 * sizeof **ranges);
         if (p->set != NULL) h = hash_bytes(h, p->set->data, p->set->size);
         k->part_keys[i] = h;

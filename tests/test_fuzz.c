@@ -300,7 +300,8 @@ static void draw_all(const struct annotations *a, const struct drawn_image *draw
     cut_of(&r, 9, 6, cut);
     struct placement p = placement_of(&r, cut, 8, LVM_CROP);
     draw_boxes(a, drawn, &p, &image);
-    if (draw_skeletons(a, drawn, &p, &image, &error) == LVM_OK) accepted++;
+    for (int k = 0; k < 2; k++)
+        if (draw_skeletons(a, drawn, &p, &skeletons[k], &image, &error) == LVM_OK) accepted++;
     if (draw_areas(a, drawn, &p, 9, 6, &image, &error) == LVM_OK) accepted++;
     lvm_image_free(&image);
 }

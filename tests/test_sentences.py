@@ -503,6 +503,11 @@ class Images(Sentences):
                              (neck, (22, 10), (190, 255, 0)), ((22, 10), (26, 18), (110, 255, 0))):
             self.limb(drawn, a, b, colour)
         self.check_images(("keypoints", "a", "coco.json"), [rows, drawn])
+        drawn = [[(0, 0, 0)] * R for _ in range(R)]
+        for a, b, colour in ((neck, (10, 10), (255, 0, 0)), (neck, (22, 10), (255, 85, 0)),
+                             ((22, 10), (26, 18), (170, 255, 0)), (neck, (16, 4), (0, 0, 255))):
+            self.limb(drawn, a, b, colour)
+        self.check_images(("keypoints", "a", "coco.json", "--skeleton", "18"), [rows, drawn])
         seed = next(s for s in range(1, 99) if below(style(0, seed=s), 100, 2))
         drawn = [[(0, 0, 0)] * R for _ in range(R)]
         for a, b, colour in ((neck, (16, 4), (255, 0, 85)), (neck, (10, 10), (255, 60, 0)),
@@ -787,6 +792,47 @@ class Runs(Sentences):
         self.assertIn('image "3.png" is not in a', log)
         self.assertIn("unknown image, 8", log)
         self.assertEqual([len(s) for s in self.tokens()], [4 * T])
+
+
+class World(Sentences):
+    """What examples/scenes.c writes is read as it is, and drawn as it draws."""
+
+    @classmethod
+    def setUpClass(cls):
+        super().setUpClass()
+        cls.scenes = os.path.abspath(os.environ.get("SCENES", os.path.join(TOP, "build", "scenes")))
+        if "SCENES" not in os.environ:
+            subprocess.run(["make", "-s", "build/scenes"], cwd=TOP, check=True)
+
+    def world(self, kind, count=6):
+        subprocess.run([self.scenes, "w", "--kind", kind, "--count", str(count), "--size", "64"], cwd=self.folder,
+                       check=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def test_kinds(self):
+        for kind, args, images in (("single", ("single", "w/images"), 6), ("category", ("category", "w"), 10),
+                                   ("video", ("video", "w/videos", "--strides", "1"), 96),
+                                   ("views", ("views", "w/views"), 96), ("depth", ("pairs", "w/images", "w/depth"), 12),
+                                   ("tuples", ("tuples", "w/images", "w/depth", "w/normals", "w/edges"), 0),
+                                   ("annotated", ("annotated", "w/images", "w/depth"), 0),
+                                   ("keypoints", ("keypoints", "w/images", "w/keypoints.json"), 12),
+                                   ("boxes", ("segmentation", "w/images", "w/instances.json"), 12),
+                                   ("puzzle", ("layout", "w/layout.txt"), 0), ("maze", ("layout", "w/layout.txt"), 0)):
+            self.world(kind)
+            _, err = self.make(*args)
+            self.assertNotIn("fault", err)
+            n = sum(map(len, self.tokens())) // T
+            self.assertTrue(n == images or (images == 0 and n > 12) or kind == "category", (kind, n))
+            shutil.rmtree(self.path("w"))
+
+    def test_boxes(self):
+        """The boxes that scenes.c draws itself, on images of the tokenizer's size."""
+        subprocess.run([self.scenes, "w", "--kind", "boxes", "--count", "12", "--size", str(R)], cwd=self.folder, check=True,
+                       stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        self.make("boxes", "w/images", "w/instances.json")
+        drawn = self.tokens()
+        self.make("pairs", "w/images", "w/boxes", out="pairs.tok")
+        self.assertEqual(drawn, self.tokens("pairs.tok"))
+        self.assertNotEqual([s[:T] for s in drawn], [s[T:2 * T] for s in drawn])
 
 
 class Examples(Sentences):
