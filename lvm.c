@@ -20163,7 +20163,7 @@ static const struct option option_table[] = {
      "colours that are meant, one a line: R G B or #rrggbb"},
     {0, "grid", "W,H", SCORE, TEXT, AT(cells), 0, 0, "cells in a row and in a column"},
     {0, "skeleton", "15|18", SCORE | SENTENCES, ONE_OF, AT(skeleton), 0, 0,
-     "points of a figure: prompt/keypoints' (15), OpenPose's"},
+     "points of a figure: prompt/keypoints (15), OpenPose"},
     {'o', "output", "FOLDER", SCORE, TEXT, AT(out), 0, 0, "of a protocol: write its prompts there"},
     {'q', "quiet", NULL, RUNS | BENCH | PACK | UNPACK | TRAIN | SCORE | SENTENCES, FLAG,
      AT(quiet), 0, 0,
@@ -20432,11 +20432,12 @@ static const struct command command_table[] = {
      "  lvm sentences mix all.mix --count 1e5 --tokenizer w.bin -o all.tok\n"},
     {"score", SCORE, run_score, "score METRIC PREDICTIONS TRUTHS",
      "answers measured: psnr, ssim, miou, boxes, ...",
-     "Two folders whose images have the same names (but for the endings), two images,\n"
-     "or a folder and a set as batch reads it: {\"output\": \"a.png\", \"target\": \"b.png\"},\n"
-     "outputs below PREDICTIONS, targets as eval finds them. Printed is the mean over\n"
-     "the images, and what is of all images together. A missing partner or another\n"
-     "size is reported; the exit status is 1 then.\n"
+     "Two folders whose images have the same names (but for the endings), two\n"
+     "images, or a folder and a set as batch reads it, with outputs below\n"
+     "PREDICTIONS and targets as eval finds them:\n"
+     "  {\"output\": \"a.png\", \"target\": \"b.png\"}\n"
+     "Printed is the mean over the images, and what is of all images together. A\n"
+     "missing partner or another size is reported; the exit status is 1 then.\n"
      "  psnr    decibel\n"
      "  ssim    Wang et al. 2004: Gaussian windows of 11 x 11\n"
      "  mse     of values 0 .. 1; times 3, as LVM's own program reports it;\n"
@@ -20453,8 +20454,8 @@ static const struct command command_table[] = {
      "  cells   of a --grid whose colour is right; images that are all right\n"
      "Published protocols (Bar et al. 2022) take a list of episodes, which\n"
      "examples/protocol_lists.py draws, and answers named 0.png, 1.png, ...; with\n"
-     "-o FOLDER instead of PREDICTIONS the prompts are written, for batch. --base is\n"
-     "where VOCdevkit/ or ImageNet's val/ lies. They are vp-segmentation,\n"
+     "-o FOLDER instead of PREDICTIONS the prompts are written, for batch. --base\n"
+     "is where VOCdevkit/ or ImageNet's val/ lies. They are vp-segmentation,\n"
      "vp-detection and vp-colorization.\n"
      "  lvm score protocol vp-detection answers/ detection.list\n"
      "  lvm score miou answers/ truths/ --per-image\n"},
