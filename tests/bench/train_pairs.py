@@ -64,6 +64,10 @@ def main():
     times = {name: [] for name in ["lvm"] + args.setting}
     with tempfile.TemporaryDirectory() as folder:
         data = write_data(args.lvm, folder)
+        for peer in peers.values(): # one turn without lvm: until all have warmed up
+            peer.stdin.write("\n")
+            peer.stdin.flush()
+            peer.stdout.readline()
         for _ in range(args.rounds):
             seconds, share = lvm_seconds(args.lvm, folder, data, args.context, args.steps,
                                          args.threads)
