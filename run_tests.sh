@@ -45,7 +45,7 @@ for part in "$@"; do
 done
 
 case $SANITIZE in
-    "") B=build TEST_CFLAGS=-O2 LVM=./lvm ;;
+    "") B=build TEST_CFLAGS=-O1 LVM=./lvm ;;
     thread) B=build/tsan TEST_CFLAGS="-O1 -g1 -fsanitize=thread" LVM=build/tsan/lvm ;;
     *) B=build/debug TEST_CFLAGS="-O1 -g1 -fsanitize=$SANITIZE -fno-sanitize-recover=all"
        LVM=build/debug/lvm ;;
