@@ -8,7 +8,7 @@
 #                                converter examples scenes cuda platforms mutants reference threads
 #   PLATFORMS=1                  other systems too, by the compilers and emulators that are here;
 #   PLATFORMS=required           and they must all be
-#   MUTANTS=1                    faults put into lvm.c, which the tests must see
+#   MUTANTS=1                    faults put into lvm.c, which the tests must see; N: every Nth
 #   LVM_REFERENCE=DIR            compares with a full-size reference model too, and judges what
 #                                quantising costs it
 #   LVM_LINES=N                  with N lines of each of its sets (2); 0: two lines in all
@@ -116,12 +116,19 @@ run() {
     end "$1"
 }
 
+# Drivers that take no time to run are not optimised.
 build() {
-    targets="$B/lvm $B/scenes"
+    targets="$B/lvm $B/scenes" quick=
     [ -n "$SANITIZE" ] || targets="lvm $B/scenes"
-    for test in "$@"; do targets="$targets $B/test_$test"; done
+    for test in "$@"; do
+        if is_of "$test" "os data checkpoint fuzz"; then quick="$quick $B/test_$test"
+        else targets="$targets $B/test_$test"; fi
+    done
     # shellcheck disable=SC2086
-    make -k -j2 B="$B" TEST_CFLAGS="$TEST_CFLAGS" $targets && echo "build: 1 passed, 0 failed"
+    make -k -j2 B="$B" TEST_CFLAGS="$TEST_CFLAGS" $targets || return 1
+    # shellcheck disable=SC2086
+    [ -z "$quick" ] || make -k -j2 B="$B" TEST_CFLAGS="$TEST_CFLAGS -O0" $quick || return 1
+    echo "build: 1 passed, 0 failed"
 }
 
 # Every small model of tests/golden and tests/golden_training as a weights file, and the adapters of
@@ -243,6 +250,7 @@ if [ "$SANITIZE" = thread ]; then
 else
     run build build images kernels properties backend golden train checkpoint os data embed fuzz
     run convert convert_golden
+    [ -n "$SANITIZE" ] || begin cuda cuda
     [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py \
         Commands Quantize Pack Images Tokens Weights Outputs Interruption
     # shellcheck disable=SC2046
@@ -259,7 +267,9 @@ else
         build/golden/lora.adapters tests/golden_lora
     run data limited "$B/test_data" "$B/data"
     run golden limited "$B/test_golden" tests/golden build/golden
-    run train limited "$B/test_train" tests/golden_training build/golden_training
+    # shellcheck disable=SC2046
+    run train limited "$B/test_train" tests/golden_training build/golden_training \
+        $([ -z "$SANITIZE" ] || echo --quick)
     run scenes limited python3 tests/test_scenes.py
     end properties
     [ -z "$SANITIZE" ] || end cli
@@ -276,7 +286,7 @@ else
         run weights weights
         run converter limited python3 tests/test_convert.py
         run examples limited python3 tests/test_embed.py
-        run cuda cuda
+        end cuda
         end cli
         end platforms
         run mutants limited python3 tests/mutants.py

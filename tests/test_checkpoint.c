@@ -19,7 +19,8 @@ void counted_free(void *p);
 #include <sys/resource.h>
 #endif
 
-static int alloc_calls, alloc_fails = -1, alloc_open; /* number of the one that fails; -1: none */
+/* Threads of a pool count too. alloc_fails: number of the one that fails; -1: none. */
+static atomic_int alloc_calls, alloc_fails = -1, alloc_open;
 
 void *counted_calloc(size_t count, size_t size) {
     if (alloc_calls++ == alloc_fails) return NULL;

@@ -433,6 +433,8 @@ static void fail_job_at(struct world *w, const struct job *job, int at, int all,
           job->name, at, code, got == want ? "the same" : "another result");
 }
 
+enum { LONG_JOB = 100 }; /* allocations */
+
 static void test_allocations(struct world *w) {
     for (int i = 0; i < N_JOBS; i++) {
         const struct job *job = &jobs[i];
@@ -442,9 +444,11 @@ static void test_allocations(struct world *w) {
         uint64_t want = run_job(w, job, &code, NULL);
         int n = atomic_load(&calls);
         check(code == LVM_OK && n >= job->least, "%s: code %d, %d allocations", job->name, code, n);
-        for (int at = 0; at < n; at++)
+        int long_one = n > LONG_JOB, every = long_one ? step : 1; /* with --quick not every place */
+        for (int at = 0; at < n; at += every)
             for (int all = 0; all < 2; all++)
-                if (job->uses == 0 || at % 2 == all) fail_job_at(w, job, at, all, want);
+                if ((job->uses == 0 && !long_one) || at % 2 == all)
+                    fail_job_at(w, job, at, all, want);
     }
 }
 
