@@ -250,7 +250,10 @@ if [ "$SANITIZE" = thread ]; then
 else
     run build build images kernels properties backend golden train checkpoint os data embed fuzz
     run convert convert_golden
-    [ -n "$SANITIZE" ] || begin cuda cuda
+    if [ -z "$SANITIZE" ]; then
+        begin platforms limited tests/platforms.sh
+        begin cuda cuda
+    fi
     [ -z "$SANITIZE" ] || begin cli limited python3 tests/test_cli.py \
         Commands Quantize Pack Images Tokens Weights Outputs Interruption
     # shellcheck disable=SC2046
@@ -277,7 +280,6 @@ else
     [ -z "$SANITIZE" ] || run train_cli limited python3 tests/test_train_cli.py
     [ -z "$SANITIZE" ] || run sentences limited python3 tests/test_sentences.py
     if [ -z "$SANITIZE" ]; then
-        begin platforms limited tests/platforms.sh
         begin cli limited python3 tests/test_cli.py
         run sets limited python3 tests/test_sets.py
         run train_cli limited python3 tests/test_train_cli.py
