@@ -4376,12 +4376,12 @@ static void product_weights(const struct exec *e, const float *dy, int64_t ld, c
 
 /* ---- Operations, forward and backward ----
 
-   Each works on rows (tokens) or on columns (of a weight, whose gradient adds rows in ascending
-   order), OP_ROWS or OP_COLS a task. */
+   Each is written for one row (a token), or for a few columns of all rows: those of a weight, whose
+   gradient adds rows in ascending order. A task has OP_ROWS rows or OP_COLS columns. */
 
 enum { OP_ROWS = 32, OP_COLS = 32 };
 
-/* What the tasks of an operation read and write; which fields, its own lines say. */
+/* What an operation reads and writes; which fields, its own lines say. */
 struct op {
     struct lvm_trainer *t;
     int n, cols;               /* rows, and columns of each */
@@ -4389,85 +4389,95 @@ struct op {
     float *out, *dx, *dw, *rms;
     const struct kept *kept;
     const struct rows *r;
+    void (*row)(const struct op *op, int r);             /* for_rows: what is done for row r, */
+    float *scratch;                                      /* with the thread's own memory */
+    void (*columns)(const struct op *op, int c0, int n); /* for_columns: for c0 .. c0 + n - 1 */
 };
 
-static void for_rows(struct op *op, task_fn *fn) {
-    pool_run(op->t->e.pool, (op->n + OP_ROWS - 1) / OP_ROWS, fn, op);
+static void rows_task(void *arg, int task, int thread) {
+    struct op op = *(const struct op *)arg;
+    int end = (int)min64(op.n, ((int64_t)task + 1) * OP_ROWS);
+    op.scratch = exec_scratch(&op.t->e, thread);
+    for (int r = task * OP_ROWS; r < end; r++) op.row(&op, r);
 }
 
-static void for_columns(struct op *op, task_fn *fn) {
-    pool_run(op->t->e.pool, (op->cols + OP_COLS - 1) / OP_COLS, fn, op);
+static void columns_task(void *arg, int task, int thread) {
+    const struct op *op = arg;
+    int c0 = task * OP_COLS;
+    (void)thread;
+    op->columns(op, c0, (int)min64(OP_COLS, op->cols - c0));
+}
+static void for_rows(struct op op, void (*row)(const struct op *op, int r)) {
+    op.row = row;
+    pool_run(op.t->e.pool, (op.n + OP_ROWS - 1) / OP_ROWS, rows_task, &op);
 }
 
-static int end_row(const struct op *op, int task) {
-    return (int)min64(op->n, ((int64_t)task + 1) * OP_ROWS);
-}
-
-static int end_column(const struct op *op, int task) {
-    return (int)min64(op->cols, ((int64_t)task + 1) * OP_COLS);
+static void for_columns(struct op op, void (*columns)(const struct op *op, int c0, int n)) {
+    op.columns = columns;
+    pool_run(op.t->e.pool, (op.cols + OP_COLS - 1) / OP_COLS, columns_task, &op);
 }
 
 /* out = w x / rms, rms = sqrt(mean(x^2) + eps) */
-static void rmsnorm_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
-    (void)thread;
-    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
-        op->t->e.kern->elementwise.rmsnorm(op->x + (int64_t)r * op->cols, op->w,
-                                           op->t->net.a->eps, op->cols,
-                                           op->out + (int64_t)r * op->cols);
+static void rmsnorm_row(const struct op *op, int r) {
+    int64_t at = (int64_t)r * op->cols;
+    op->t->e.kern->elementwise.rmsnorm(op->x + at, op->w, op->t->net.a->eps, op->cols,
+                                       op->out + at);
 }
 
-/* out = w x / rms:   dx += (w dy - x mean(w dy x) / rms^2) / rms,   and 1 / rms of each row */
-static void rmsnorm_backward_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
-    (void)thread;
-    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
-        const float *x = op->x + (int64_t)r * op->cols, *dy = op->dy + (int64_t)r * op->cols;
-        float *dx = op->dx + (int64_t)r * op->cols;
-        double squares = 0, products = 0;
-        for (int i = 0; i < op->cols; i++) {
-            squares += (double)x[i] * x[i];
-            products += (double)(op->w[i] * dy[i]) * x[i];
-        }
-        double inv = 1 / sqrt(squares / op->cols + op->t->net.a->eps);
-        float scale = (float)inv, back = (float)(inv * inv * inv * products / op->cols);
-        for (int i = 0; i < op->cols; i++) dx[i] += scale * op->w[i] * dy[i] - back * x[i];
-        op->rms[r] = scale;
+/* out_j = w_j x_j / rms. By x_i: rms' = x_i / (D rms), so each out_j has -w_j x_j x_i / (D rms^3),
+   and out_i has w_i / rms beside. All together, each times dy_j:
+
+       dx += (w dy - x mean(w dy x) / rms^2) / rms,   and 1 / rms is kept for the weight's turn */
+static void rmsnorm_backward_row(const struct op *op, int r) {
+    const float *x = op->x + (int64_t)r * op->cols, *dy = op->dy + (int64_t)r * op->cols;
+    float *dx = op->dx + (int64_t)r * op->cols;
+    double squares = 0, products = 0;
+    for (int i = 0; i < op->cols; i++) {
+        squares += (double)x[i] * x[i];
+        products += (double)(op->w[i] * dy[i]) * x[i];
     }
+    double inv = 1 / sqrt(squares / op->cols + op->t->net.a->eps);
+    float scale = (float)inv, back = (float)(inv * inv * inv * products / op->cols);
+    for (int i = 0; i < op->cols; i++) dx[i] += scale * op->w[i] * dy[i] - back * x[i];
+    op->rms[r] = scale;
 }
 
 /* out = w x / rms:   dw += sum over rows of dy x / rms */
-static void rmsnorm_weight_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
-    int c0 = task * OP_COLS, n = end_column(op, task) - c0;
+static void rmsnorm_weight_columns(const struct op *op, int c0, int n) {
     float sum[OP_COLS] = {0};
-    (void)thread;
     for (int r = 0; r < op->n; r++) {
-        const float *x = op->x + (int64_t)r * op->cols + c0,
-                    *dy = op->dy + (int64_t)r * op->cols + c0;
+        int64_t at = (int64_t)r * op->cols + c0;
+        const float *x = op->x + at, *dy = op->dy + at;
         for (int c = 0; c < n; c++) sum[c] += dy[c] * x[c] * op->rms[r];
     }
     for (int c = 0; c < n; c++) op->dw[c0 + c] += sum[c];
 }
 
+static void norm_forward(struct lvm_trainer *t, const struct param *w, const float *x, int n,
+                         float *y) {
+    for_rows((struct op){.t = t, .n = n, .cols = w->w.cols, .x = x, .w = floats(&w->w), .out = y},
+             rmsnorm_row);
+}
+
+static void norm_backward(struct lvm_trainer *t, const struct param *w, const float *x,
+                          const float *dy, int n, float *dx) {
+    struct op op = {.t = t, .n = n, .cols = w->w.cols, .x = x, .w = floats(&w->w), .dy = dy,
+                    .dx = dx, .dw = w->g, .rms = t->net.work.rms};
+    for_rows(op, rmsnorm_backward_row);
+    if (w->g != NULL) for_columns(op, rmsnorm_weight_columns);
+}
+
 /* y = x w^T + bias:   dbias += sum over rows of dy */
-static void bias_backward_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
-    int c0 = task * OP_COLS, n = end_column(op, task) - c0;
+static void bias_backward_columns(const struct op *op, int c0, int n) {
     float sum[OP_COLS] = {0};
-    (void)thread;
     for (int r = 0; r < op->n; r++)
         for (int c = 0; c < n; c++) sum[c] += op->dy[(int64_t)r * op->cols + c0 + c];
     for (int c = 0; c < n; c++) op->dw[c0 + c] += sum[c];
 }
 
-static void add_bias_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
-    (void)thread;
-    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
-        for (int c = 0; c < op->cols; c++) op->out[(int64_t)r * op->cols + c] += op->w[c];
+static void add_bias_row(const struct op *op, int r) {
+    for (int c = 0; c < op->cols; c++) op->out[(int64_t)r * op->cols + c] += op->w[c];
 }
-
 /* u[n][rank] = scale x a^T: the narrow middle of an adapter */
 static void adapter_middle(struct lvm_trainer *t, const struct linear *l, const float *x, int n) {
     float *u = t->net.work.u;
@@ -4481,13 +4491,12 @@ static void linear_forward(struct lvm_trainer *t, const struct linear *l, const 
     int out = l->w->w.rows;
     product_forward(&t->e, &l->w->w, x, n, y, out, accumulate);
     if (l->bias != NULL)
-        for_rows(&(struct op){.t = t, .n = n, .cols = out, .w = floats(&l->bias->w), .out = y},
-                 add_bias_task);
+        for_rows((struct op){.t = t, .n = n, .cols = out, .w = floats(&l->bias->w), .out = y},
+                 add_bias_row);
     if (l->a == NULL) return;
     adapter_middle(t, l, x, n);
     product_forward(&t->e, &l->b->w, t->net.work.u, n, y, out, 1);
 }
-
 /* y = ... + u b^T, u = scale x a^T:   db += dy^T u,  du = scale dy b,  da += du^T x,  dx += du a */
 static void adapter_backward(struct lvm_trainer *t, const struct linear *l, const float *x,
                              const float *dy, int n, float *dx) {
@@ -4510,57 +4519,40 @@ static void linear_backward(struct lvm_trainer *t, const struct linear *l, const
     if (l->w->g != NULL)
         product_weights(&t->e, dy, out, x, n, out, in, t->net.work.turned, l->w->g);
     if (l->bias != NULL && l->bias->g != NULL)
-        for_columns(&(struct op){.t = t, .n = n, .cols = out, .dy = dy, .dw = l->bias->g},
-                    bias_backward_task);
+        for_columns((struct op){.t = t, .n = n, .cols = out, .dy = dy, .dw = l->bias->g},
+                    bias_backward_columns);
     if (l->a != NULL) adapter_backward(t, l, x, dy, n, dx);
 }
 
-static void norm_forward(struct lvm_trainer *t, const struct param *w, const float *x, int n,
-                         float *y) {
-    for_rows(&(struct op){.t = t, .n = n, .cols = w->w.cols, .x = x, .w = floats(&w->w), .out = y},
-             rmsnorm_task);
-}
-
-static void norm_backward(struct lvm_trainer *t, const struct param *w, const float *x,
-                          const float *dy, int n, float *dx) {
-    struct op op = {.t = t, .n = n, .cols = w->w.cols, .x = x, .w = floats(&w->w), .dy = dy,
-                    .dx = dx, .dw = w->g, .rms = t->net.work.rms};
-    for_rows(&op, rmsnorm_backward_task);
-    if (w->g != NULL) for_columns(&op, rmsnorm_weight_task);
-}
-
 /* out = silu(x) y, x the gate and y what it lets through */
-static void swiglu_forward_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
-    (void)thread;
-    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
-        int64_t at = (int64_t)r * op->cols;
-        memcpy(op->out + at, op->x + at, (size_t)op->cols * sizeof(float));
-        op->t->e.kern->elementwise.silu_mul(op->out + at, op->y + at, op->cols);
-    }
+static void swiglu_row(const struct op *op, int r) {
+    int64_t at = (int64_t)r * op->cols;
+    memcpy(op->out + at, op->x + at, (size_t)op->cols * sizeof(float));
+    op->t->e.kern->elementwise.silu_mul(op->out + at, op->y + at, op->cols);
 }
 
-/* f = silu(x) y, silu(x) = x s, s = 1 / (1 + e^-x), dy the gradient by f:
-       dx = dy y (s + x s (1 - s)),   out = dy x s, the gradient by y.
-   dx may be dy; a row of silu(x) goes to scratch. */
-static void swiglu_backward_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
-    float *silus = exec_scratch(&op->t->e, thread), *ones = silus + op->cols;
+/* f = silu(x) y, silu(x) = x s, s = 1 / (1 + e^-x), whose own derivative is s (1 - s):
+
+       dx = dy y (s + x s (1 - s)),   out = dy x s, the gradient by y;   dy: that by f
+
+   dx may be dy. A row of silu(x) goes to scratch: it comes from the forward's kernel, times 1, and
+   s from it, where x is not 0. */
+static void swiglu_backward_row(const struct op *op, int r) {
+    int64_t at = (int64_t)r * op->cols;
+    const float *x = op->x + at, *y = op->y + at, *dy = op->dy + at;
+    float *silus = op->scratch, *ones = silus + op->cols;
     for (int i = 0; i < op->cols; i++) ones[i] = 1;
-    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
-        int64_t at = (int64_t)r * op->cols;
-        const float *x = op->x + at, *y = op->y + at, *dy = op->dy + at;
-        memcpy(silus, x, (size_t)op->cols * sizeof *silus);
-        op->t->e.kern->elementwise.silu_mul(silus, ones, op->cols);
-        for (int i = 0; i < op->cols; i++) {
-            float silu_x = silus[i], s = x[i] != 0 ? silu_x / x[i] : 0.5f, d = dy[i];
-            op->dx[at + i] = d * y[i] * (s + silu_x * (1 - s));
-            op->out[at + i] = d * silu_x;
-        }
+    memcpy(silus, x, (size_t)op->cols * sizeof *silus);
+    op->t->e.kern->elementwise.silu_mul(silus, ones, op->cols);
+    for (int i = 0; i < op->cols; i++) {
+        float silu_x = silus[i], s = x[i] != 0 ? silu_x / x[i] : 0.5f, d = dy[i];
+        op->dx[at + i] = d * y[i] * (s + silu_x * (1 - s));
+        op->out[at + i] = d * silu_x;
     }
 }
 
-/* RoPE's backward: a rotation by the same angle the other way. */
+/* RoPE turns pairs by an angle, a matrix [cos -sin; sin cos] whose transpose is its inverse: its
+   backward turns the gradient by minus the angle. */
 static void rotate_backward(const float *dy, const float *cosines, const float *sines, int d,
                             float *dx) {
     int half = d / 2;
@@ -4571,48 +4563,37 @@ static void rotate_backward(const float *dy, const float *cosines, const float *
 }
 
 /* Queries and keys turn by the angles of their positions; rows of padding get an answer of 0. */
-static void rope_forward_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
+static void rope_row(const struct op *op, int r) {
     const struct net *net = &op->t->net;
-    int H = net->a->H, G = net->a->G, d = net->a->d;
-    float *turned = exec_scratch(&op->t->e, thread);
-    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
-        float *q = op->kept->q + (int64_t)r * H * d, *k = op->kept->k + (int64_t)r * G * d;
-        int at = net->work.positions[r];
-        if (at < 0) memset(op->kept->o + (int64_t)r * H * d, 0, (size_t)(H * d) * sizeof *q);
-        const float *cosines = net->rope + (int64_t)at * d, *sines = cosines + d / 2;
-        for (int h = 0; at >= 0 && h < H + G; h++) {
-            float *x = h < H ? q + h * d : k + (h - H) * d;
-            rotate(x, cosines, sines, d, turned);
-            memcpy(x, turned, (size_t)d * sizeof *x);
-        }
+    int H = net->a->H, G = net->a->G, d = net->a->d, at = net->work.positions[r];
+    float *q = op->kept->q + (int64_t)r * H * d, *k = op->kept->k + (int64_t)r * G * d;
+    if (at < 0) memset(op->kept->o + (int64_t)r * H * d, 0, (size_t)(H * d) * sizeof *q);
+    const float *cosines = net->rope + (int64_t)at * d, *sines = cosines + d / 2;
+    for (int h = 0; at >= 0 && h < H + G; h++) {
+        float *x = h < H ? q + h * d : k + (h - H) * d;
+        rotate(x, cosines, sines, d, op->scratch);
+        memcpy(x, op->scratch, (size_t)d * sizeof *x);
     }
 }
 
 /* The same backwards; dq's parts are added up first. Rows of padding get nothing. */
-static void rope_backward_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
+static void rope_backward_row(const struct op *op, int r) {
     const struct net *net = &op->t->net;
     const struct work *w = &net->work;
-    int H = net->a->H, G = net->a->G, d = net->a->d;
+    int H = net->a->H, G = net->a->G, d = net->a->d, at = w->positions[r];
     int64_t part = (int64_t)net->max_rows * H * d;
-    float *turned = exec_scratch(&op->t->e, thread);
-    for (int r = task * OP_ROWS; r < end_row(op, task); r++) {
-        float *dq = w->dq + (int64_t)r * H * d, *dk = w->dk + (int64_t)r * G * d;
-        int at = w->positions[r];
-        const float *cosines = net->rope + (int64_t)at * d, *sines = cosines + d / 2;
-        for (int p = 1; at >= 0 && p < DQ_PARTS; p++)
-            for (int i = 0; i < H * d; i++) dq[i] += dq[p * part + i];
-        for (int h = 0; h < H + G; h++) {
-            float *x = h < H ? dq + h * d : dk + (h - H) * d;
-            if (at < 0) memset(turned, 0, (size_t)d * sizeof *x);
-            else rotate_backward(x, cosines, sines, d, turned);
-            memcpy(x, turned, (size_t)d * sizeof *x);
-        }
-        if (at < 0) memset(w->dv + (int64_t)r * G * d, 0, (size_t)(G * d) * sizeof *dk);
+    float *dq = w->dq + (int64_t)r * H * d, *dk = w->dk + (int64_t)r * G * d;
+    const float *cosines = net->rope + (int64_t)at * d, *sines = cosines + d / 2;
+    for (int p = 1; at >= 0 && p < DQ_PARTS; p++)
+        for (int i = 0; i < H * d; i++) dq[i] += dq[p * part + i];
+    for (int h = 0; h < H + G; h++) {
+        float *x = h < H ? dq + h * d : dk + (h - H) * d;
+        if (at < 0) memset(op->scratch, 0, (size_t)d * sizeof *x);
+        else rotate_backward(x, cosines, sines, d, op->scratch);
+        memcpy(x, op->scratch, (size_t)d * sizeof *x);
     }
+    if (at < 0) memset(w->dv + (int64_t)r * G * d, 0, (size_t)(G * d) * sizeof *dk);
 }
-
 /* ---- Attention, forward and backward ----
 
    Forward, a row i of queries with keys 0 .. i of its piece, in blocks of 256 keys as in chapter 3:
@@ -4625,7 +4606,7 @@ static void rope_backward_task(void *arg, int task, int thread) {
        dq += sum_j ds_j k_j,   dk_j += ds_j q
 
    A task has a key/value head and every DQ_PARTS-th block of keys of a piece, and adds to a part of
-   dq of its own: as many parts whatever the threads, added up by rope_backward_task. */
+   dq of its own: as many parts whatever the threads, added up by rope_backward_row. */
 
 enum { ATTEND_ROWS = 256, BACK_ROWS = 72 }; /* query rows of a task; that pass a block together */
 
@@ -4839,27 +4820,21 @@ static void attention_backward_task(void *arg, int task, int thread) {
 }
 
 /* delta = do . o of each head, which is sum_j p_j dp_j */
-static void attention_delta_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
+static void attention_delta_row(const struct op *op, int r) {
     const struct net *net = &op->t->net;
     int H = net->a->H, d = net->a->d;
-    (void)thread;
-    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
-        for (int h = 0; h < H; h++) {
-            int64_t at = (int64_t)r * H + h;
-            op->t->e.kern->matmul.dot_row(d, op->kept->o + at * d, op->dy + at * d, 0, 1,
-                                          net->work.delta + at);
-        }
+    for (int64_t at = (int64_t)r * H; at < ((int64_t)r + 1) * H; at++)
+        op->t->e.kern->matmul.dot_row(d, op->kept->o + at * d, op->dy + at * d, 0, 1,
+                                      net->work.delta + at);
 }
 
 static void attention_backward(struct lvm_trainer *t, const struct rows *r,
                                const struct kept *kept) {
     struct attention job = {t, r, kept};
-    for_rows(&(struct op){.t = t, .n = r->n, .kept = kept, .dy = t->net.work.d_o},
-             attention_delta_task);
+    for_rows((struct op){.t = t, .n = r->n, .kept = kept, .dy = t->net.work.d_o},
+             attention_delta_row);
     pool_run(t->e.pool, r->n_pieces * t->net.a->G * DQ_PARTS, attention_backward_task, &job);
 }
-
 /* ---- A layer, forward and backward ---- */
 
 /* What is kept of layer i; of those before first_kept only the input has a place of its own. */
@@ -4870,8 +4845,8 @@ static struct kept kept_of(const struct net *net, int i) {
 }
 
 static void activate(struct lvm_trainer *t, const struct kept *k, int n) {
-    for_rows(&(struct op){.t = t, .n = n, .cols = t->net.a->F, .x = k->gate, .y = k->up,
-                          .out = t->net.work.act}, swiglu_forward_task);
+    for_rows((struct op){.t = t, .n = n, .cols = t->net.a->F, .x = k->gate, .y = k->up,
+                         .out = t->net.work.act}, swiglu_row);
 }
 
 /* y = layer(k->x), keeping the rest of *k; y NULL: only that. As in run_layer of chapter 6. */
@@ -4884,7 +4859,7 @@ static void layer_forward(struct lvm_trainer *t, const struct block *l, const st
     linear_forward(t, &l->q, h, n, k->q, 0);            /* q, k, v = Wq h, Wk h, Wv h */
     linear_forward(t, &l->k, h, n, k->k, 0);
     linear_forward(t, &l->v, h, n, k->v, 0);
-    for_rows(&(struct op){.t = t, .n = n, .kept = k}, rope_forward_task);
+    for_rows((struct op){.t = t, .n = n, .kept = k}, rope_row);
     attention_forward(t, r, k);                         /* o = attention(q, k, v) */
     memcpy(k->mid, k->x, bytes);
     linear_forward(t, &l->o, k->o, n, k->mid, 1);       /* mid = x + Wo o */
@@ -4904,8 +4879,8 @@ static void layer_backward(struct lvm_trainer *t, const struct block *l, const s
     int n = r->n;
     activate(t, k, n);
     linear_backward(t, &l->down, w->act, w->dx, n, w->dact, 0); /* y = mid + Wdown act */
-    for_rows(&(struct op){.t = t, .n = n, .cols = t->net.a->F, .x = k->gate, .y = k->up,
-                          .dy = w->dact, .dx = w->dact, .out = w->act}, swiglu_backward_task);
+    for_rows((struct op){.t = t, .n = n, .cols = t->net.a->F, .x = k->gate, .y = k->up,
+                         .dy = w->dact, .dx = w->dact, .out = w->act}, swiglu_backward_row);
     norm_forward(t, l->ffn_norm, k->mid, n, w->h);
     linear_backward(t, &l->gate, w->h, w->dact, n, w->dh, 0);   /* gate, up = Wgate h, Wup h */
     linear_backward(t, &l->up, w->h, w->act, n, w->dh, 1);
@@ -4913,7 +4888,7 @@ static void layer_backward(struct lvm_trainer *t, const struct block *l, const s
 
     linear_backward(t, &l->o, k->o, w->dx, n, w->d_o, 0);       /* mid = x + Wo o */
     attention_backward(t, r, k);                                /* o = attention(q, k, v) */
-    for_rows(&(struct op){.t = t, .n = n}, rope_backward_task);
+    for_rows((struct op){.t = t, .n = n}, rope_backward_row);
     norm_forward(t, l->attn_norm, k->x, n, w->h);
     linear_backward(t, &l->q, w->h, w->dq, n, w->dh, 0);        /* q, k, v = Wq h, Wk h, Wv h */
     linear_backward(t, &l->k, w->h, w->dk, n, w->dh, 1);
@@ -4926,25 +4901,18 @@ static void layer_backward(struct lvm_trainer *t, const struct block *l, const s
 enum { LOGIT_ROWS = 256 }; /* rows of logits at a time */
 
 /* x = the token's row of the embedding */
-static void embed_forward_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
-    (void)thread;
-    for (int r = task * OP_ROWS; r < end_row(op, task); r++)
-        row_floats(op->t->e.kern, &op->t->net.embed->w, op->r->ids[r], 0, op->cols,
-                      op->out + (int64_t)r * op->cols);
+static void embed_row(const struct op *op, int r) {
+    row_floats(op->t->e.kern, &op->t->net.embed->w, op->r->ids[r], 0, op->cols,
+               op->out + (int64_t)r * op->cols);
 }
 
 /* dw of the token's row += dx */
-static void embed_backward_task(void *arg, int task, int thread) {
-    const struct op *op = arg;
-    int c0 = task * OP_COLS;
-    (void)thread;
+static void embed_backward_columns(const struct op *op, int c0, int n) {
     for (int r = 0; r < op->n; r++) {
         float *dw = op->dw + (int64_t)op->r->ids[r] * op->cols;
-        for (int c = c0; c < end_column(op, task); c++) dw[c] += op->dy[(int64_t)r * op->cols + c];
+        for (int c = c0; c < c0 + n; c++) dw[c] += op->dy[(int64_t)r * op->cols + c];
     }
 }
-
 /* Rows of logits, ld apart, at which -ln softmax(logits)[target] is wanted and its gradient:
    dlogits = weight (softmax(logits) - onehot(target)), in their place. */
 struct loss_job {
@@ -5025,8 +4993,8 @@ static int forward_layers(struct lvm_trainer *t, const struct rows *r, const cha
     struct net *net = &t->net;
     int code = LVM_OK;
     set_positions(net, r);
-    for_rows(&(struct op){.t = t, .r = r, .n = r->n, .cols = net->a->D, .out = net->kept[0].x},
-             embed_forward_task);
+    for_rows((struct op){.t = t, .r = r, .n = r->n, .cols = net->a->D, .out = net->kept[0].x},
+             embed_row);
     for (int i = 0; code == LVM_OK && i < net->a->L; i++) {
         struct kept k = kept_of(net, i);
         layer_forward(t, &net->blocks[i], r, &k, net->kept[i + 1].x);
@@ -5057,8 +5025,8 @@ static int net_accumulate(struct lvm_trainer *t, const struct rows *r, double al
         code = report_pass(t, "train", L + 2 * (L - i), error);
     }
     if (code == LVM_OK && net->embed->g != NULL)
-        for_columns(&(struct op){.t = t, .r = r, .n = r->n, .cols = net->a->D, .dy = net->work.dx,
-                                 .dw = net->embed->g}, embed_backward_task);
+        for_columns((struct op){.t = t, .r = r, .n = r->n, .cols = net->a->D, .dy = net->work.dx,
+                                .dw = net->embed->g}, embed_backward_columns);
     return code;
 }
 
@@ -5076,10 +5044,22 @@ static int net_loss(struct lvm_trainer *t, const struct rows *r, double *loss, l
        g *= min(1, clip / |g|),   m += (1 - b1)(g - m),   v += (1 - b2)(g^2 - v)
        w -= lr decay w,   w -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)
 
-   |g| is the norm of all gradients together, t counts updates, matrices alone decay. Work is cut
-   into pieces of CHUNK elements of a parameter, so that sums of squares have one order. */
+   m and v are running means of a gradient and of its square, m / sqrt(v) a step of about 1 in each
+   number's own unit (Adam: Kingma and Ba 2015, arXiv 1412.6980). They begin at 0, so that after t
+   updates they hold 1 - b^t of what they should: the division makes up for it. Decay pulls weights
+   towards 0 beside that step instead of through the gradient, where sqrt(v) would divide it too:
+   the W of AdamW. Matrices alone decay. |g| is the norm of all gradients together.
+
+   Work is cut into chunks of a parameter's elements, so that sums of squares have one order. */
 
 enum { CHUNK = 1 << 16 };
+
+/* n elements of a parameter from `first` on. */
+struct chunk {
+    struct param *p;
+    int64_t first;
+    int n;
+};
 
 static int64_t elements(const struct param *p) { return (int64_t)p->w.rows * p->w.cols; }
 
@@ -5093,54 +5073,45 @@ static int64_t all_chunks(const struct net *net) {
     return n;
 }
 
+/* Chunk number i of all. */
+static struct chunk find_chunk(struct net *net, int64_t i) {
+    struct param *p = net->params;
+    for (; i >= chunks(p); p++) i -= chunks(p);
+    return (struct chunk){p, i * CHUNK, (int)min64(CHUNK, elements(p) - i * CHUNK)};
+}
+
+static void zero_gradients_task(void *arg, int task, int thread) {
+    struct chunk c = find_chunk(arg, task);
+    (void)thread;
+    memset(c.p->g + c.first, 0, (size_t)c.n * sizeof(float));
+}
+
+static void squares_task(void *arg, int task, int thread) {
+    struct net *net = arg;
+    struct chunk c = find_chunk(net, task);
+    const float *g = c.p->g + c.first;
+    double sum[4] = {0};
+    (void)thread;
+    for (int i = 0; i < c.n; i++) sum[i % 4] += (double)g[i] * g[i];
+    net->work.squares[task] = sum[0] + sum[1] + sum[2] + sum[3];
+}
+
 /* An update of all parameters; scale: of the gradients; 1 - b^t of m and of v. */
 struct update {
     struct lvm_trainer *t;
     float lr, scale, debias_m, debias_v;
 };
 
-/* The parameter that a chunk belongs to; its elements first .. first + *n - 1. */
-static struct param *find_chunk(struct net *net, int64_t chunk, int64_t *first, int *n) {
-    struct param *p = net->params;
-    for (; chunk >= chunks(p); p++) chunk -= chunks(p);
-    *first = chunk * CHUNK;
-    *n = (int)min64(CHUNK, elements(p) - *first);
-    return p;
-}
-
-static void zero_gradients_task(void *arg, int task, int thread) {
-    struct lvm_trainer *t = arg;
-    int64_t first = 0;
-    int n = 0;
-    struct param *p = find_chunk(&t->net, task, &first, &n);
-    (void)thread;
-    memset(p->g + first, 0, (size_t)n * sizeof *p->g);
-}
-
-static void squares_task(void *arg, int task, int thread) {
-    struct lvm_trainer *t = arg;
-    int64_t first = 0;
-    int n = 0;
-    struct param *p = find_chunk(&t->net, task, &first, &n);
-    const float *g = p->g + first;
-    double sum[4] = {0};
-    (void)thread;
-    for (int i = 0; i < n; i++) sum[i % 4] += (double)g[i] * g[i];
-    t->net.work.squares[task] = sum[0] + sum[1] + sum[2] + sum[3];
-}
-
 static void update_task(void *arg, int task, int thread) {
     const struct update *u = arg;
     const lvm_train_options *o = &u->t->o;
-    int64_t first = 0;
-    int n = 0;
-    struct param *p = find_chunk(&u->t->net, task, &first, &n);
-    float *w = p->values + first, *m = p->m + first, *v = p->v + first;
-    const float *gradient = p->g + first;
-    float keep = 1 - (p->decays ? u->lr * o->weight_decay : 0), step = u->lr / u->debias_m,
+    struct chunk c = find_chunk(&u->t->net, task);
+    float *w = c.p->values + c.first, *m = c.p->m + c.first, *v = c.p->v + c.first;
+    const float *gradient = c.p->g + c.first;
+    float keep = 1 - (c.p->decays ? u->lr * o->weight_decay : 0), step = u->lr / u->debias_m,
           root = 1 / sqrtf(u->debias_v);
     (void)thread;
-    for (int i = 0; i < n; i++) {
+    for (int i = 0; i < c.n; i++) {
         float g = gradient[i] * u->scale;
         m[i] += (1 - o->beta1) * (g - m[i]);
         v[i] += (1 - o->beta2) * (g * g - v[i]);
@@ -5149,14 +5120,14 @@ static void update_task(void *arg, int task, int thread) {
 }
 
 static void zero_gradients(struct lvm_trainer *t) {
-    pool_run(t->e.pool, (int)all_chunks(&t->net), zero_gradients_task, t);
+    pool_run(t->e.pool, (int)all_chunks(&t->net), zero_gradients_task, &t->net);
 }
 
 /* The norm of all gradients together. */
 static double gradient_norm(struct lvm_trainer *t) {
     int64_t n = all_chunks(&t->net);
     double sum = 0;
-    pool_run(t->e.pool, (int)n, squares_task, t);
+    pool_run(t->e.pool, (int)n, squares_task, &t->net);
     for (int64_t i = 0; i < n; i++) sum += t->net.work.squares[i];
     return sqrt(sum);
 }
@@ -5173,7 +5144,6 @@ static void update_params(struct lvm_trainer *t, double lr, double norm, int64_t
     if (o->clip > 0 && norm > o->clip) u.scale = (float)(o->clip / norm);
     pool_run(t->e.pool, (int)all_chunks(&t->net), update_task, &u);
 }
-
 /* Of step `step`, counted from 1: up to lr over the warm-up, then down to min_lr by half a cosine
    (Loshchilov and Hutter 2017, arXiv 1608.03983), or over the last tenth by a line (Hu et al. 2024,
    arXiv 2404.06395). */
@@ -5337,16 +5307,15 @@ static int parse_tok(lvm_tokens *t, lvm_error *error) {
     return code;
 }
 
-static lvm_tokens *tokens_new(const char *name, lvm_error *error) {
+/* A file, or what lies in foreign memory (data not NULL). */
+static lvm_tokens *tokens_open(const char *name, const void *data, size_t size, lvm_error *error) {
     lvm_tokens *t = mem_alloc(1, sizeof *t, error);
-    if (t != NULL) t->name = copy_string(name, error);
-    if (t != NULL && t->name != NULL) return t;
-    mem_free(t);
-    return NULL;
-}
-
-/* The last step of opening, where the one before it gave `code`; NULL after a failure. */
-static lvm_tokens *tokens_opened(lvm_tokens *t, int code, lvm_error *error) {
+    if (t == NULL) return NULL;
+    t->name = copy_string(name, error);
+    t->size = size;
+    int code = t->name != NULL ? LVM_OK : LVM_MEMORY;
+    if (code == LVM_OK && data == NULL) code = map_file(name, &t->mapped, &t->size, error);
+    t->data = data != NULL ? data : t->mapped;
     if (code == LVM_OK) code = parse_tok(t, error);
     if (code == LVM_OK) return t;
     lvm_tokens_close(t);
@@ -5355,31 +5324,18 @@ static lvm_tokens *tokens_opened(lvm_tokens *t, int code, lvm_error *error) {
 
 lvm_tokens *lvm_tokens_open(const char *path, lvm_error *error) {
     clear_error(error);
-    if (path == NULL) {
-        null_argument(error, "lvm_tokens_open", "path");
-        return NULL;
-    }
-    lvm_tokens *t = tokens_new(path, error);
-    if (t == NULL) return NULL;
-    int code = map_file(path, &t->mapped, &t->size, error);
-    t->data = t->mapped;
-    return tokens_opened(t, code, error);
+    if (path != NULL) return tokens_open(path, NULL, 0, error);
+    null_argument(error, "lvm_tokens_open", "path");
+    return NULL;
 }
 
 lvm_tokens *lvm_tokens_open_memory(const void *data, size_t size, const char *name,
                                    lvm_error *error) {
     clear_error(error);
-    if (data == NULL) {
-        null_argument(error, "lvm_tokens_open_memory", "data");
-        return NULL;
-    }
-    lvm_tokens *t = tokens_new(name != NULL ? name : "(memory)", error);
-    if (t == NULL) return NULL;
-    t->data = data;
-    t->size = size;
-    return tokens_opened(t, LVM_OK, error);
+    if (data != NULL) return tokens_open(name != NULL ? name : "(memory)", data, size, error);
+    null_argument(error, "lvm_tokens_open_memory", "data");
+    return NULL;
 }
-
 void lvm_tokens_close(lvm_tokens *t) {
     if (t == NULL) return;
     if (t->mapped != NULL) unmap_file(t->mapped, t->size);
@@ -5864,11 +5820,12 @@ static void checkpoint_head(const struct lvm_trainer *t, const char *note, struc
     }
 }
 
-/* What a checkpoint keeps of a tensor, in its order. */
-static void saved_arrays(const struct param *p, float *arrays[CHECKPOINT_ARRAYS]) {
-    arrays[0] = p->values;
-    arrays[1] = p->m;
-    arrays[2] = p->v;
+/* Array i of a checkpoint: w, m and v of parameter after parameter; NULL where one does not learn. */
+static float *saved_array(const struct lvm_trainer *t, int i, size_t *bytes) {
+    const struct param *p = &t->net.params[i / CHECKPOINT_ARRAYS];
+    float *arrays[CHECKPOINT_ARRAYS] = {p->values, p->m, p->v};
+    *bytes = (size_t)elements(p) * sizeof(float);
+    return p->learns ? arrays[i % CHECKPOINT_ARRAYS] : NULL;
 }
 
 static int write_checkpoint(struct outfile *out, const struct lvm_trainer *t,
@@ -5876,19 +5833,15 @@ static int write_checkpoint(struct outfile *out, const struct lvm_trainer *t,
     uint64_t hash = hash_bytes(0, head->data, head->n);
     int code = outfile_write(out, head->data, head->n, error);
     if (code == LVM_OK) code = outfile_write(out, &hash, sizeof hash, error);
-    for (int i = 0; i < t->net.n_params; i++) {
-        const struct param *p = &t->net.params[i];
-        float *arrays[CHECKPOINT_ARRAYS];
-        if (!p->learns) continue;
-        saved_arrays(p, arrays);
-        for (int a = 0; code == LVM_OK && a < CHECKPOINT_ARRAYS; a++) {
-            hash = hash_bytes(hash, arrays[a], (size_t)elements(p) * sizeof(float));
-            code = outfile_write(out, arrays[a], (size_t)elements(p) * sizeof(float), error);
-        }
+    for (int i = 0; code == LVM_OK && i < CHECKPOINT_ARRAYS * t->net.n_params; i++) {
+        size_t bytes;
+        const float *array = saved_array(t, i, &bytes);
+        if (array == NULL) continue;
+        hash = hash_bytes(hash, array, bytes);
+        code = outfile_write(out, array, bytes, error);
     }
     return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
 }
-
 int lvm_trainer_save(lvm_trainer *trainer, const char *path, const char *note, lvm_error *error) {
     clear_error(error);
     struct outfile out;
@@ -6052,15 +6005,12 @@ static int check_arrays(const struct lvm_trainer *t, const struct checkpoint *k,
                         lvm_error *error) {
     struct cursor c = {k->data, k->size, k->arrays, 0};
     uint64_t hash = k->hash;
-    for (int i = 0; i < t->net.n_params; i++) {
-        const struct param *p = &t->net.params[i];
-        size_t bytes = (size_t)elements(p) * sizeof(float);
-        for (int a = 0; p->learns && a < CHECKPOINT_ARRAYS; a++)
-            hash = hash_bytes(hash, cursor_take(&c, bytes), bytes);
+    for (int i = 0; i < CHECKPOINT_ARRAYS * t->net.n_params; i++) {
+        size_t bytes;
+        if (saved_array(t, i, &bytes) != NULL) hash = hash_bytes(hash, cursor_take(&c, bytes), bytes);
     }
     return checksum_wrong(cursor_number(&c, 8), hash) ? bad_checkpoint(k, error) : LVM_OK;
 }
-
 /* Numbers that no run has could only come from a file that was made to deceive. (Whether there is
    such a token in the sentence, fill_rows says.) */
 static int check_state(const struct lvm_trainer *t, const struct checkpoint *k, lvm_error *error) {
@@ -6078,24 +6028,19 @@ static int check_state(const struct lvm_trainer *t, const struct checkpoint *k, 
     return LVM_OK;
 }
 
-/* What was checked becomes the trainer's; gradients are 0 between steps. */
+/* What was checked becomes the trainer's; nothing is left of gradients. */
 static void take_checkpoint(struct lvm_trainer *t, const struct checkpoint *k) {
     struct cursor c = {k->data, k->size, k->arrays, 0};
     for (int i = 0; i < N_SAVED; i++) /* 8 bytes each: integers and a double */
         if (saved_numbers[i].of == OF_STATE)
             memcpy((char *)t + saved_numbers[i].where, &k->numbers[i], 8);
-    for (int i = 0; i < t->net.n_params; i++) {
-        const struct param *p = &t->net.params[i];
-        size_t bytes = (size_t)elements(p) * sizeof(float);
-        float *arrays[CHECKPOINT_ARRAYS];
-        if (!p->learns) continue;
-        saved_arrays(p, arrays);
-        for (int a = 0; a < CHECKPOINT_ARRAYS; a++)
-            memcpy(arrays[a], cursor_take(&c, bytes), bytes);
-        memset(p->g, 0, bytes);
+    for (int i = 0; i < CHECKPOINT_ARRAYS * t->net.n_params; i++) {
+        size_t bytes;
+        float *array = saved_array(t, i, &bytes);
+        if (array != NULL) memcpy(array, cursor_take(&c, bytes), bytes);
     }
+    zero_gradients(t);
 }
-
 static int load_checkpoint(struct lvm_trainer *t, struct checkpoint *k, lvm_error *error) {
     int code = parse_checkpoint(k, error);
     if (code == LVM_OK) code = check_configuration(t, k, error);
@@ -6515,21 +6460,13 @@ static void connect_block(struct lvm_trainer *t, int layer) {
 
 /* The first layer that a gradient must reach: below it nothing learns. */
 static int lowest_layer(const struct net *net) {
-    if (net->embed->learns) return 0;
-    for (int layer = 0; layer < net->a->L; layer++) {
-        const struct block *b = &net->blocks[layer];
-        int any = b->attn_norm->learns || b->ffn_norm->learns;
-        for (int i = 0; i < LINEARS; i++) {
-            const struct linear *l =
-                (const struct linear *)(const void *)((const char *)b + linear_names[i].where);
-            any |= l->w->learns || (l->bias != NULL && l->bias->learns) ||
-                   (l->a != NULL && l->a->learns);
-        }
-        if (any) return layer;
+    int lowest = net->embed->learns ? 0 : net->a->L, layer;
+    for (int i = 0; i < net->n_params; i++) {
+        const struct param *p = &net->params[i];
+        if (p->learns && sscanf(p->name, "blk.%d.", &layer) == 1 && layer < lowest) lowest = layer;
     }
-    return net->a->L;
+    return lowest;
 }
-
 /* The description of the model, the list of its parameters, and who uses which. */
 static int describe_net(struct lvm_trainer *t, lvm_error *error) {
     const lvm_train_options *o = &t->o;
