@@ -4198,9 +4198,18 @@ struct data_position {
 
 /* ---- A trainer ---- */
 
+/* Memory that is counted, or taken too. */
+struct memory {
+    int64_t bytes;            /* wanted so far */
+    int counts;               /* 1: that is all */
+    struct held *held;        /* what was taken, to be freed together */
+    int code;                 /* LVM_MEMORY since there was no more */
+    lvm_error *error;
+};
+
 struct lvm_trainer {
     lvm_train_options o;      /* settled; its lists and texts are copies */
-    const lvm_tokens **data;  /* o.data */
+    struct memory memory;     /* what it has taken of it */
     lvm_model *m;             /* described; its transformer's tensors are the parameters' */
     struct exec e;
     struct net net;
@@ -6083,275 +6092,138 @@ char *lvm_checkpoint_note(const char *path, lvm_error *error) {
     return note;
 }
 
-/* ---- Adapters ----
+/* ---- The trainer: its memory ----
 
-   LoRA (Hu et al. 2021, arXiv 2106.09685) leaves a matrix as it is and learns a difference of low
-   rank beside it:
+   What a trainer wants is listed once and gone through twice: to count, so that it can say what it
+   will need before anything large is taken, and to take it. */
 
-       y = x W^T + scale (x A^T) B^T = x (W + scale B A)^T                  scale = alpha / rank
-       W [rows][cols]   A [rank][cols]   B [rows][rank]
-
-   A file of adapters is a GGUF file of its own, with the keys that ggml gives its adapters:
-   general.type "adapter", adapter.type "lora", adapter.lora.alpha; and of each matrix two tensors,
-   such as blk.0.attn_q.weight.lora_a and .lora_b, in F32, F16 or BF16. A model takes them before it
-   runs: matrices that have one are merged with it, in memory or into a new file (chapter 14, which
-   also writes what a trainer learnt). */
-
-struct adapter {
-    struct text matrix;       /* name of W */
-    struct tensor a, b;       /* [rank][cols]  [rows][rank] */
-    struct tensor_spec *spec; /* of W, in the model that they are matched with */
+/* In front of each piece of memory. */
+struct held {
+    struct held *next;
+    char unused[64 - sizeof(struct held *)]; /* what follows is aligned to 64 bytes too */
 };
 
-struct adapters {
-    const char *path;
-    void *mapped;             /* [size], or NULL: foreign memory */
-    size_t size;
-    struct gguf file;
-    float alpha;
-    struct adapter *list;     /* [n] in the file's order */
-    int n;
+/* count elements of size bytes, zeroed; NULL where nothing is taken, or there is no more. */
+static void *want(struct memory *m, int64_t count, size_t size) {
+    int64_t bytes = count * (int64_t)size;
+    m->bytes += bytes;
+    if (m->counts || m->code != LVM_OK) return NULL;
+    struct held *h = mem_alloc(1, sizeof *h + (size_t)bytes, m->error);
+    if (h == NULL) {
+        m->code = LVM_MEMORY;
+        return NULL;
+    }
+    h->next = m->held;
+    m->held = h;
+    return h + 1;
+}
+
+static void memory_free(struct memory *m) {
+    for (struct held *h = m->held, *next; h != NULL; h = next) {
+        next = h->next;
+        mem_free(h);
+    }
+    m->held = NULL;
+}
+
+/* Arrays of n floats. */
+struct wanted {
+    float **p;
+    int64_t n;
 };
 
-static int processors(void); /* chapter 10 */
-static float not_finite(const struct tensor *t); /* chapter 14 */
-
-static int ends(struct text t, const char *s) {
-    size_t n = strlen(s);
-    return t.n >= n && memcmp(t.s + t.n - n, s, n) == 0;
+static void want_floats(struct memory *m, const struct wanted *list, size_t n) {
+    for (size_t i = 0; i < n; i++) *list[i].p = want(m, list[i].n, sizeof(float));
 }
 
-/* A matrix of a file. */
-static struct tensor matrix_of(const struct gguf *g, const struct gguf_tensor *t) {
-    return (struct tensor){g->data + g->data_start + t->offset, type_bytes(t->type, t->ne[0]),
-                           t->type, (int)t->ne[1], (int)t->ne[0]};
+/* What is kept of a layer, its input aside. */
+static void want_kept(struct memory *m, const struct llama *a, int64_t N, struct kept *k) {
+    int64_t Q = N * a->H * a->d, K = N * a->G * a->d;
+    const struct wanted all[] = {{&k->q, Q}, {&k->k, K}, {&k->v, K}, {&k->o, Q},
+                                 {&k->lse, N * a->H}, {&k->mid, N * a->D}, {&k->gate, N * a->F},
+                                 {&k->up, N * a->F}};
+    want_floats(m, all, sizeof all / sizeof *all);
 }
 
-/* The adapter whose A this tensor is, with B of the same name and rank. */
-static int read_adapter(const struct adapters *ad, const struct gguf_tensor *a, struct adapter *x,
-                        lvm_error *error) {
-    const struct gguf *g = &ad->file;
-    char name[272]; /* a name has 256 bytes at most */
-    int n = (int)a->name.n - 1;
-    snprintf(name, sizeof name, "%.*sb", n, a->name.s);
-    const struct gguf_tensor *b = gguf_tensor(g, name);
-    if (b == NULL) return fail(error, LVM_FORMAT, "%s: tensor %s is missing", ad->path, name);
-    if (a->n_dims != 2 || b->n_dims != 2 || type_is_quantised(a->type) ||
-        type_is_quantised(b->type) || a->ne[1] != b->ne[0])
-        return fail(error, LVM_FORMAT,
-                    "%s: tensors %.*s and %s are no two matrices of floats and one rank", ad->path,
-                    (int)a->name.n, a->name.s, name);
-    *x = (struct adapter){{a->name.s, a->name.n - strlen(".lora_a")}, matrix_of(g, a),
-                          matrix_of(g, b), NULL};
-    if (isfinite(not_finite(&x->a)) && isfinite(not_finite(&x->b))) return LVM_OK;
-    return fail(error, LVM_FORMAT, "%s: the adapter of %.*s holds NaN or infinity", ad->path,
-                (int)x->matrix.n, x->matrix.s);
+static void want_work(struct memory *m, struct lvm_trainer *t) {
+    struct work *w = &t->net.work;
+    const struct llama *a = t->net.a;
+    int64_t N = t->net.max_rows, D = a->D, Q = (int64_t)a->H * a->d, K = (int64_t)a->G * a->d,
+            F = a->F, V = round_up(a->V, PANEL), logit_rows = min64(N, LOGIT_ROWS);
+    int64_t turned = max64(max64(max64(D, Q), F) * transposed_ld((int)N),
+                           V * transposed_ld((int)logit_rows));
+    const struct wanted all[] = {
+        {&w->h, N * D}, {&w->dx, N * D}, {&w->dh, N * D}, {&w->act, N * F}, {&w->dact, N * F},
+        {&w->dq, DQ_PARTS * N * Q}, {&w->dk, N * K}, {&w->dv, N * K}, {&w->d_o, N * Q},
+        {&w->delta, N * a->H}, {&w->rms, N}, {&w->nll, N}, {&w->turned, turned},
+        {&w->u, N * t->o.lora_rank}, {&w->logits, logit_rows * V}};
+    want_floats(m, all, sizeof all / sizeof *all);
 }
 
-static int read_adapters(struct adapters *ad, lvm_error *error) {
-    const struct gguf *g = &ad->file;
-    int code = LVM_OK;
-    ad->list = mem_alloc((size_t)g->n_tensors, sizeof *ad->list, error);
-    if (ad->list == NULL) return LVM_MEMORY;
-    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
-        struct text name = g->tensors[i].name;
-        if (ends(name, ".lora_a"))
-            code = read_adapter(ad, &g->tensors[i], &ad->list[ad->n++], error);
-        else if (!ends(name, ".lora_b"))
-            code = fail(error, LVM_FORMAT, "%s: tensor %.*s is no half of an adapter", ad->path,
-                        (int)name.n, name.s);
+static void want_rows(struct memory *m, int64_t n, struct rows *r) {
+    r->ids = want(m, n, sizeof *r->ids);
+    r->targets = want(m, n, sizeof *r->targets);
+    r->weights = want(m, n, sizeof *r->weights);
+    r->pieces = want(m, n, sizeof *r->pieces);
+}
+
+static int64_t train_scratch(const struct llama *a) {
+    int dp = round_up(a->d, PANEL);
+    int64_t forward = 3 * (int64_t)KV_BLOCK * dp + 2 * (int64_t)ATTEND_ROWS * dp +
+                      attend_scratch(dp) + PANEL;
+    return max64(max64(product_scratch(), 2 * (int64_t)a->F),
+                 max64(forward, attend_back_scratch(dp)));
+}
+
+/* What it all takes, with as many layers kept as fit into what may be used. */
+static void plan_memory(struct lvm_trainer *t, int64_t available, lvm_train_memory *m) {
+    const struct net *net = &t->net;
+    struct memory layer = {.counts = 1}, work = {.counts = 1};
+    struct kept none;
+    int64_t L = net->a->L;
+    want_kept(&layer, net->a, net->max_rows, &none);
+    want_work(&work, t);
+    *m = (lvm_train_memory){0};
+    for (int i = 0; i < net->n_params; i++) {
+        const struct param *p = &net->params[i];
+        m->parameters += elements(p);
+        if (p->learns) m->trained += elements(p);
+        m->weights += p->learns ? 4 * elements(p) : p->w.row_bytes * p->w.rows;
     }
-    if (code == LVM_OK && (ad->n == 0 || 2 * (int64_t)ad->n != g->n_tensors))
-        code = fail(error, LVM_FORMAT, "%s: holds %d adapters in %lld tensors", ad->path, ad->n,
-                    (long long)g->n_tensors);
-    return code;
+    m->gradients = 4 * m->trained;
+    m->optimiser = 8 * m->trained;
+    m->activations = 4 * (int64_t)net->max_rows * net->a->D * (L + 1);
+    m->scratch = work.bytes + 4 * t->o.threads * train_scratch(net->a);
+    m->all = m->weights + m->gradients + m->optimiser + m->activations + m->scratch;
+    if (t->o.recompute == LVM_RECOMPUTE_AUTO)
+        m->kept_layers = (int)max64(0, min64(L, (available - m->all) / layer.bytes));
+    if (t->o.recompute == LVM_RECOMPUTE_NONE) m->kept_layers = (int)L;
+    int64_t places = m->kept_layers + (m->kept_layers < L);
+    m->activations += places * layer.bytes;
+    m->all += places * layer.bytes;
 }
 
-/* Of a file that lies in memory; path is for messages. */
-static int adapters_parse(struct adapters *ad, const char *path, const void *data, size_t size,
-                          lvm_error *error) {
-    const struct gguf *g = &ad->file;
-    int version = 0;
-    ad->path = path;
-    int code = gguf_parse(&ad->file, path, data, size, error);
-    if (code != LVM_OK) return code;
-    if (!text_is(read_text(g, "general.architecture"), "lvm"))
-        return fail(error, LVM_FORMAT, "%s: a GGUF file of another architecture than lvm", path);
-    if (!is_adapter_file(g) || !text_is(read_text(g, "adapter.type"), "lora"))
-        return fail(error, LVM_FORMAT, "%s: holds no adapters (LoRA); convert.py --lora makes such "
-                    "a file of a folder of them", path);
-    code = read_int(g, &(struct int_key){"lvm.format_version", 1, 1, 0, 0}, &version, error);
-    if (code == LVM_OK)
-        code = read_float(g, &(struct float_key){"adapter.lora.alpha", 1e-30f, 1e30f}, &ad->alpha,
-                          error);
-    return code == LVM_OK ? read_adapters(ad, error) : code;
-}
-
-/* Also of those that could not be opened. */
-static void adapters_close(struct adapters *ad) {
-    gguf_free(&ad->file);
-    mem_free(ad->list);
-    if (ad->mapped != NULL) unmap_file(ad->mapped, ad->size);
-    memset(ad, 0, sizeof *ad);
-}
-
-/* Finds the matrices of a model that adapters are for. */
-static int adapters_match(struct adapters *ad, const lvm_model *m, lvm_error *error) {
-    for (int i = 0; i < ad->n; i++) {
-        struct adapter *x = &ad->list[i];
-        for (int s = 0; s < m->n_specs && x->spec == NULL; s++)
-            if (m->specs[s].kind == T_MATRIX && text_is(x->matrix, m->specs[s].name))
-                x->spec = &m->specs[s];
-        if (x->spec == NULL)
-            return fail(error, LVM_INVALID, "%s: has an adapter for %.*s, which is no matrix of %s",
-                        ad->path, (int)x->matrix.n, x->matrix.s, m->path);
-        const int *dims = x->spec->dims;
-        if (dims[0] != x->b.rows || dims[1] != x->a.cols)
-            return fail(error, LVM_INVALID, "%s: is for %s of %d x %d; in %s it is %d x %d",
-                        ad->path, x->spec->name, x->b.rows, x->a.cols, m->path, dims[0], dims[1]);
+/* Memory of a pass, of the rows of a step, and of the threads. */
+static void take_memory(struct lvm_trainer *t, const lvm_train_memory *plan) {
+    struct net *net = &t->net;
+    struct memory *m = &t->memory;
+    int64_t N = net->max_rows, L = net->a->L;
+    t->e.scratch_floats = (train_scratch(net->a) + 1023) / 1024 * 1024;
+    t->e.scratch = want(m, t->o.threads * t->e.scratch_floats, sizeof(float));
+    net->first_kept = (int)L - plan->kept_layers;
+    net->kept = want(m, L + 1, sizeof *net->kept);
+    for (int i = 0; m->code == LVM_OK && i <= L; i++) {
+        net->kept[i].x = want(m, N * net->a->D, sizeof(float));
+        if (i < L && i >= net->first_kept) want_kept(m, net->a, N, &net->kept[i]);
     }
-    return LVM_OK;
+    if (net->first_kept > 0) want_kept(m, net->a, N, &net->again);
+    want_work(m, t);
+    net->work.positions = want(m, N, sizeof *net->work.positions);
+    net->work.squares = want(m, all_chunks(net), sizeof *net->work.squares);
+    net->rope = want(m, t->o.context * (int64_t)net->a->d, sizeof *net->rope);
+    t->pass_pieces = want(m, N, sizeof *t->pass_pieces);
+    want_rows(m, (int64_t)t->o.batch * t->o.context, &t->rows);
 }
-
-static int adapters_open(struct adapters *ad, const char *path, const lvm_model *m,
-                         lvm_error *error) {
-    memset(ad, 0, sizeof *ad);
-    int code = map_file(path, &ad->mapped, &ad->size, error);
-    if (code == LVM_OK) code = adapters_parse(ad, path, ad->mapped, ad->size, error);
-    if (code == LVM_OK && m != NULL) code = adapters_match(ad, m, error);
-    if (code != LVM_OK) adapters_close(ad);
-    return code;
-}
-
-/* A matrix with its adapter in floats. */
-struct merger {
-    struct tensor w;     /* [rows][cols], of any type */
-    float *a, *b;        /* [rank][cols]  [rows][rank] */
-    int rank;
-    float scale;
-};
-
-static float *tensor_floats(const struct tensor *t, lvm_error *error) {
-    float *x = mem_alloc((size_t)t->rows * (size_t)t->cols, sizeof *x, error);
-    for (int r = 0; x != NULL && r < t->rows; r++)
-        row_to_f32(t->type, tensor_row(t, r), x + (int64_t)r * t->cols, t->cols);
-    return x;
-}
-
-static int merger_open(struct merger *d, const struct tensor *w, const struct adapter *x,
-                       float alpha, lvm_error *error) {
-    *d = (struct merger){*w, tensor_floats(&x->a, error), tensor_floats(&x->b, error), x->a.rows,
-                         alpha / (float)x->a.rows};
-    return d->a != NULL && d->b != NULL ? LVM_OK : LVM_MEMORY;
-}
-
-static void merger_free(struct merger *d) {
-    mem_free(d->a);
-    mem_free(d->b);
-}
-
-/* Row r of W + scale B A: products in ascending order of the rank, then one addition to W. */
-static void merge_row(const struct merger *d, int r, float *row) {
-    enum { PART = 256 };
-    const float *b = d->b + (int64_t)r * d->rank;
-    int cols = d->w.cols;
-    row_to_f32(d->w.type, tensor_row(&d->w, r), row, cols);
-    for (int at = 0; at < cols; at += PART) {
-        int n = cols - at < PART ? cols - at : PART;
-        float sum[PART] = {0};
-        for (int k = 0; k < d->rank; k++) {
-            const float *a = d->a + (int64_t)k * cols + at;
-            for (int i = 0; i < n; i++) sum[i] += b[k] * a[i];
-        }
-        for (int i = 0; i < n; i++) row[at + i] += d->scale * sum[i];
-    }
-}
-
-enum { MERGE_ROWS = 16 }; /* of a task */
-
-struct merge_tasks {
-    struct merger d;
-    struct tensor out;
-    uint8_t *data;       /* out's */
-    float *rows;         /* [threads][cols] */
-};
-
-static void merge_task(void *arg, int task, int thread) {
-    const struct merge_tasks *t = arg;
-    float *row = t->rows + (int64_t)thread * t->out.cols;
-    int end = (int)min64(t->out.rows, (int64_t)(task + 1) * MERGE_ROWS);
-    for (int r = task * MERGE_ROWS; r < end; r++) {
-        merge_row(&t->d, r, row);
-        row_from_f32(t->out.type, row, t->data + r * t->out.row_bytes, t->out.cols);
-    }
-}
-
-/* *out = w with x, in memory of its own: floats of its type, or Q8_0. Rounded to Q4_0 again, little
-   of an adapter is left: where it changed the shipped model's matrices by 7.6 % of their size, the
-   rounding was .84 times the change; with Q8_0 it was .07 times. */
-static int merge_matrix(struct pool *pool, const struct tensor *w, const struct adapter *x,
-                        float alpha, struct tensor *out, lvm_error *error) {
-    struct merge_tasks t = {.out = *w};
-    if (type_is_quantised(w->type)) t.out.type = LVM_Q8_0;
-    t.out.row_bytes = type_bytes(t.out.type, w->cols);
-    int code = merger_open(&t.d, w, x, alpha, error);
-    if (code == LVM_OK) {
-        t.data = mem_alloc((size_t)w->rows, (size_t)t.out.row_bytes, error);
-        t.rows = mem_alloc((size_t)pool_threads(pool) * (size_t)w->cols, sizeof *t.rows, error);
-        if (t.data == NULL || t.rows == NULL) code = LVM_MEMORY;
-    }
-    if (code == LVM_OK)
-        pool_run(pool, (w->rows + MERGE_ROWS - 1) / MERGE_ROWS, merge_task, &t);
-    else mem_free(t.data);
-    merger_free(&t.d);
-    mem_free(t.rows);
-    t.out.data = t.data;
-    if (code == LVM_OK) *out = t.out;
-    return code;
-}
-
-/* All of them, or nothing: list[n] are the merged matrices. */
-static int merge_adapters(lvm_model *m, const struct adapters *ad, struct tensor *list,
-                          lvm_error *error) {
-    struct pool *pool = pool_new(processors(), error);
-    int code = pool == NULL ? LVM_MEMORY : LVM_OK, done = 0;
-    for (; code == LVM_OK && done < ad->n; done += code == LVM_OK)
-        code = merge_matrix(pool, ad->list[done].spec->tensor, &ad->list[done], ad->alpha,
-                            &list[done], error);
-    for (int i = 0; i < done; i++) {
-        struct tensor_spec *s = ad->list[i].spec;
-        uint8_t *data = (uint8_t *)(uintptr_t)list[i].data;
-        if (code == LVM_OK) {
-            mem_free(s->merged);
-            *s->tensor = list[i];
-            s->merged = data;
-        } else {
-            mem_free(data);
-        }
-    }
-    pool_free(pool);
-    uint64_t hash = weights_hash(&ad->file);
-    if (code == LVM_OK) m->adapters = hash_bytes(m->adapters, &hash, sizeof hash);
-    return code;
-}
-
-int lvm_apply_lora(lvm_model *model, const char *path, lvm_error *error) {
-    clear_error(error);
-    struct adapters ad;
-    if (model == NULL || path == NULL)
-        return null_argument(error, "lvm_apply_lora", model == NULL ? "model" : "path");
-    if (devices_are_open(model->devices))
-        return fail(error, LVM_INVALID, "%s: has contexts already; adapters come before them",
-                    model->path);
-    int code = adapters_open(&ad, path, model, error);
-    if (code != LVM_OK) return code;
-    struct tensor *list = mem_alloc((size_t)ad.n, sizeof *list, error);
-    code = list == NULL ? LVM_MEMORY : merge_adapters(model, &ad, list, error);
-    mem_free(list);
-    adapters_close(&ad);
-    return code;
-}
-
 /* ---- The trainer: its parameters ---- */
 
 /* Whether a name is one of list's, with commas between; * stands for any text. */
@@ -6486,9 +6358,8 @@ static int describe_net(struct lvm_trainer *t, lvm_error *error) {
     if (t->m->kern == NULL) return LVM_INVALID;
     int code = describe_model(t->m, error);
     net->a = a;
-    net->params = mem_alloc((size_t)(t->m->n_specs + 2 * LINEARS * a->L), sizeof *net->params,
-                            error);
-    net->blocks = mem_alloc((size_t)a->L, sizeof *net->blocks, error);
+    net->params = want(&t->memory, t->m->n_specs + 2 * LINEARS * a->L, sizeof *net->params);
+    net->blocks = want(&t->memory, a->L, sizeof *net->blocks);
     if (code != LVM_OK || net->params == NULL || net->blocks == NULL) return LVM_MEMORY;
     list_params(t);
     for (int i = 0; i < a->L; i++) connect_block(t, i);
@@ -6500,141 +6371,6 @@ static int describe_net(struct lvm_trainer *t, lvm_error *error) {
     net->lora_scale = o->lora_rank > 0 ? o->lora_alpha / (float)o->lora_rank : 0;
     net->lowest = lowest_layer(net);
     return LVM_OK;
-}
-
-/* ---- The trainer: its memory ---- */
-
-/* Floats of what is kept of a layer, its input aside, and of its parts. */
-static int64_t kept_floats(const struct llama *a, int64_t N) {
-    return N * (2 * (int64_t)a->H * a->d + 2 * (int64_t)a->G * a->d + a->H + a->D +
-                2 * (int64_t)a->F);
-}
-
-static int kept_alloc(struct kept *k, const struct llama *a, int64_t N, lvm_error *error) {
-    struct { float **p; int64_t n; } want[] = {
-        {&k->q, (int64_t)a->H * a->d}, {&k->k, (int64_t)a->G * a->d}, {&k->v, (int64_t)a->G * a->d},
-        {&k->o, (int64_t)a->H * a->d}, {&k->lse, a->H}, {&k->mid, a->D}, {&k->gate, a->F},
-        {&k->up, a->F}};
-    for (size_t i = 0; i < sizeof want / sizeof *want; i++) {
-        *want[i].p = mem_alloc((size_t)(N * want[i].n), sizeof(float), error);
-        if (*want[i].p == NULL) return LVM_MEMORY;
-    }
-    return LVM_OK;
-}
-
-static void kept_free(struct kept *k) {
-    float *all[] = {k->q, k->k, k->v, k->o, k->lse, k->mid, k->gate, k->up};
-    for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
-}
-
-/* The work memory's arrays and how many floats each has. */
-struct work_array {
-    float **p;
-    int64_t n;
-};
-enum { WORK_ARRAYS = 15 };
-
-static void list_work(struct lvm_trainer *t, struct work_array list[WORK_ARRAYS]) {
-    struct work *w = &t->net.work;
-    const struct llama *a = t->net.a;
-    int64_t N = t->net.max_rows, D = a->D, Q = (int64_t)a->H * a->d, K = (int64_t)a->G * a->d,
-            F = a->F, V = round_up(a->V, PANEL), logit_rows = min64(N, LOGIT_ROWS);
-    int64_t turned = max64(max64(max64(D, Q), F) * transposed_ld((int)N),
-                           V * transposed_ld((int)logit_rows));
-    const struct work_array all[WORK_ARRAYS] = {
-        {&w->h, N * D}, {&w->dx, N * D}, {&w->dh, N * D}, {&w->act, N * F}, {&w->dact, N * F},
-        {&w->dq, DQ_PARTS * N * Q}, {&w->dk, N * K}, {&w->dv, N * K}, {&w->d_o, N * Q},
-        {&w->delta, N * a->H}, {&w->rms, N}, {&w->nll, N}, {&w->turned, turned},
-        {&w->u, N * t->o.lora_rank}, {&w->logits, logit_rows * V}};
-    memcpy(list, all, sizeof all);
-}
-
-static int64_t train_scratch(const struct llama *a) {
-    int dp = round_up(a->d, PANEL);
-    int64_t forward = 3 * (int64_t)KV_BLOCK * dp + 2 * (int64_t)ATTEND_ROWS * dp +
-                      attend_scratch(dp) + PANEL;
-    return max64(max64(product_scratch(), 2 * (int64_t)a->F),
-                 max64(forward, attend_back_scratch(dp)));
-}
-
-/* What it all takes, with as many layers kept as fit into what may be used. */
-static void plan_memory(struct lvm_trainer *t, int64_t available, lvm_train_memory *m) {
-    const struct net *net = &t->net;
-    struct work_array work[WORK_ARRAYS];
-    int64_t N = net->max_rows, layer = 4 * kept_floats(net->a, N), L = net->a->L;
-    *m = (lvm_train_memory){0};
-    for (int i = 0; i < net->n_params; i++) {
-        const struct param *p = &net->params[i];
-        m->parameters += elements(p);
-        if (p->learns) m->trained += elements(p);
-        m->weights += p->learns ? 4 * elements(p) : p->w.row_bytes * p->w.rows;
-    }
-    m->gradients = 4 * m->trained;
-    m->optimiser = 8 * m->trained;
-    m->activations = 4 * N * net->a->D * (L + 1);
-    list_work(t, work);
-    for (int i = 0; i < WORK_ARRAYS; i++) m->scratch += 4 * work[i].n;
-    m->scratch += 4 * t->o.threads * train_scratch(net->a);
-    m->all = m->weights + m->gradients + m->optimiser + m->activations + m->scratch;
-    m->kept_layers = t->o.recompute == LVM_RECOMPUTE_ALL
-                         ? 0
-                         : (int)max64(0, min64(L, (available - m->all) / layer));
-    if (t->o.recompute == LVM_RECOMPUTE_NONE) m->kept_layers = (int)L;
-    int64_t places = m->kept_layers + (m->kept_layers < L);
-    m->activations += places * layer;
-    m->all += places * layer;
-}
-
-static int net_alloc(struct lvm_trainer *t, const lvm_train_memory *plan, lvm_error *error) {
-    struct net *net = &t->net;
-    struct work *w = &net->work;
-    struct work_array work[WORK_ARRAYS];
-    int64_t N = net->max_rows, L = net->a->L;
-    int code = LVM_OK;
-    net->first_kept = (int)L - plan->kept_layers;
-    net->kept = mem_alloc((size_t)L + 1, sizeof *net->kept, error);
-    if (net->kept == NULL) return LVM_MEMORY;
-    for (int i = 0; code == LVM_OK && i <= L; i++) {
-        net->kept[i].x = mem_alloc((size_t)(N * net->a->D), sizeof(float), error);
-        if (net->kept[i].x == NULL) code = LVM_MEMORY;
-        if (code == LVM_OK && i < L && i >= net->first_kept)
-            code = kept_alloc(&net->kept[i], net->a, N, error);
-    }
-    if (code == LVM_OK && net->first_kept > 0) code = kept_alloc(&net->again, net->a, N, error);
-    list_work(t, work);
-    for (int i = 0; code == LVM_OK && i < WORK_ARRAYS; i++) {
-        *work[i].p = mem_alloc((size_t)work[i].n, sizeof(float), error);
-        if (*work[i].p == NULL) code = LVM_MEMORY;
-    }
-    if (code != LVM_OK) return code;
-    w->positions = mem_alloc((size_t)N, sizeof *w->positions, error);
-    w->squares = mem_alloc((size_t)all_chunks(net), sizeof *w->squares, error);
-    return w->positions == NULL || w->squares == NULL ? LVM_MEMORY : LVM_OK;
-}
-
-static void net_free(struct lvm_trainer *t) {
-    struct net *net = &t->net;
-    for (int i = 0; net->kept != NULL && i <= net->a->L; i++) {
-        mem_free(net->kept[i].x);
-        kept_free(&net->kept[i]);
-    }
-    kept_free(&net->again);
-    for (int i = 0; i < net->n_params; i++) {
-        struct param *p = &net->params[i];
-        float *all[] = {p->values, p->g, p->m, p->v};
-        for (int k = 0; k < 4; k++) mem_free(all[k]);
-    }
-    struct work_array work[WORK_ARRAYS];
-    if (net->a != NULL) {
-        list_work(t, work);
-        for (int i = 0; i < WORK_ARRAYS; i++) mem_free(*work[i].p);
-    }
-    mem_free(net->work.positions);
-    mem_free(net->work.squares);
-    mem_free(net->kept);
-    mem_free(net->rope);
-    mem_free(net->params);
-    mem_free(net->blocks);
 }
 
 /* ---- The trainer: where it begins ---- */
@@ -6650,22 +6386,16 @@ static void fill_normal(struct rng *r, float deviation, float *x, int64_t n) {
     }
 }
 
-static int ends_with(const char *name, const char *end) {
-    size_t n = strlen(name), m = strlen(end);
-    return n >= m && strcmp(name + n - m, end) == 0;
-}
-
 /* A parameter's first values. Of a new model: norms 1, biases 0, matrices normal with deviation
    0.02, those that add to the residual stream 0.02 / sqrt(2 L) (Radford et al. 2019). Of init: its
    own. Of an adapter: a is uniform within 1 / sqrt(in), b is 0, so that it begins as nothing. */
 static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
     int64_t n = elements(p);
     const struct tensor *w = &p->w;
-    int residual =
-        ends_with(p->name, "attn_output.weight") || ends_with(p->name, "ffn_down.weight");
-    if (ends_with(p->name, ".lora_b")) {
+    int residual = strstr(p->name, "attn_output") != NULL || strstr(p->name, "ffn_down") != NULL;
+    if (strstr(p->name, ".lora_b") != NULL) {
         memset(p->values, 0, (size_t)n * sizeof *p->values);
-    } else if (ends_with(p->name, ".lora_a")) {
+    } else if (strstr(p->name, ".lora_a") != NULL) {
         float bound = 1 / sqrtf((float)w->cols);
         for (int64_t i = 0; i < n; i++)
             p->values[i] = bound * (float)((rng_next(r) + 0.5) * 0x1p-31 - 1);
@@ -6679,7 +6409,6 @@ static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
         fill_normal(r, 0.02f * scale, p->values, n);
     }
 }
-
 /* Each parameter has a stream of random numbers of its own. */
 static void begin_task(void *arg, int i, int thread) {
     struct lvm_trainer *t = arg;
@@ -6690,20 +6419,18 @@ static void begin_task(void *arg, int i, int thread) {
 }
 
 /* Memory of what learns, or is new; first values; and the model's tensors become the parameters. */
-static int params_alloc(struct lvm_trainer *t, lvm_error *error) {
-    struct net *net = &t->net;
-    for (int i = 0; i < net->n_params; i++) {
-        struct param *p = &net->params[i];
-        size_t n = (size_t)elements(p);
-        float **want[] = {&p->values, &p->g, &p->m, &p->v};
-        for (int k = 0; k < (p->learns ? 4 : p->w.data == NULL ? 1 : 0); k++) {
-            *want[k] = mem_alloc(n, sizeof(float), error);
-            if (*want[k] == NULL) return LVM_MEMORY;
-        }
+static int params_begin(struct lvm_trainer *t) {
+    struct memory *m = &t->memory;
+    for (int i = 0; i < t->net.n_params; i++) {
+        struct param *p = &t->net.params[i];
+        const struct wanted all[] = {{&p->values, elements(p)}, {&p->g, elements(p)},
+                                     {&p->m, elements(p)}, {&p->v, elements(p)}};
+        want_floats(m, all, p->learns ? 4 : p->w.data == NULL ? 1 : 0);
     }
-    pool_run(t->e.pool, net->n_params, begin_task, t);
-    for (int i = 0; i < net->n_params; i++) {
-        struct param *p = &net->params[i];
+    if (m->code != LVM_OK) return m->code;
+    pool_run(t->e.pool, t->net.n_params, begin_task, t);
+    for (int i = 0; i < t->net.n_params; i++) {
+        struct param *p = &t->net.params[i];
         if (p->values != NULL)
             p->w = (struct tensor){(const uint8_t *)p->values, (int64_t)p->w.cols * 4, LVM_F32,
                                    p->w.rows, p->w.cols};
@@ -6713,34 +6440,17 @@ static int params_alloc(struct lvm_trainer *t, lvm_error *error) {
 }
 
 /* Cosines and sines of every position, as chapter 6 has them. */
-static int rope_alloc(struct net *net, int context, lvm_error *error) {
-    int d = net->a->d;
-    net->rope = mem_alloc((size_t)context * (size_t)d, sizeof *net->rope, error);
-    for (int at = 0; net->rope != NULL && at < context; at++)
-        for (int i = 0; i < d / 2; i++) {
+static void rope_begin(struct net *net, int context) {
+    int half = net->a->d / 2;
+    for (int at = 0; at < context; at++)
+        for (int i = 0; i < half; i++) {
             double sine = 0, cosine = 0;
+            float *row = net->rope + (int64_t)at * net->a->d;
             sincos_f64((float)at * rope_frequency(net->a, i), &sine, &cosine);
-            net->rope[(int64_t)at * d + i] = (float)cosine;
-            net->rope[(int64_t)at * d + d / 2 + i] = (float)sine;
+            row[i] = (float)cosine;
+            row[half + i] = (float)sine;
         }
-    return net->rope != NULL ? LVM_OK : LVM_MEMORY;
 }
-
-static int rows_alloc(struct rows *r, int n, lvm_error *error) {
-    r->ids = mem_alloc((size_t)n, sizeof *r->ids, error);
-    r->targets = mem_alloc((size_t)n, sizeof *r->targets, error);
-    r->weights = mem_alloc((size_t)n, sizeof *r->weights, error);
-    r->pieces = mem_alloc((size_t)n, sizeof *r->pieces, error);
-    return r->ids && r->targets && r->weights && r->pieces ? LVM_OK : LVM_MEMORY;
-}
-
-static void rows_free(struct rows *r) {
-    mem_free(r->ids);
-    mem_free(r->targets);
-    mem_free(r->weights);
-    mem_free(r->pieces);
-}
-
 /* ---- The trainer: its calls ---- */
 
 lvm_train_options lvm_default_train_options(void) {
@@ -6752,14 +6462,21 @@ lvm_train_options lvm_default_train_options(void) {
 }
 
 /* A number of the options and what it may be. */
-static int check_option(const char *name, double value, double low, double high,
-                        lvm_error *error) {
-    if (value >= low && value <= high) return LVM_OK;
-    return fail(error, LVM_INVALID, "%s is %g: it must be %g to %g", name, value, low, high);
+struct range {
+    const char *name;
+    double value, low, high;
+};
+
+static int check_ranges(const struct range *list, size_t n, lvm_error *error) {
+    for (const struct range *r = list; r < list + n; r++)
+        if (!(r->value >= r->low && r->value <= r->high))
+            return fail(error, LVM_INVALID, "%s is %g: it must be %g to %g", r->name, r->value,
+                        r->low, r->high);
+    return LVM_OK;
 }
 
 static int check_train_options(const lvm_train_options *o, lvm_error *error) {
-    const struct { const char *name; double value, low, high; } all[] = {
+    const struct range all[] = {
         {"threads", o->threads, 1, 1024}, {"context", o->context, 2, 1 << 20},
         {"batch", o->batch, 1, 1 << 20}, {"steps", (double)o->steps, 1, 1e15},
         {"warmup", (double)o->warmup, 0, 1e15}, {"lr", o->lr, 0, 1e3},
@@ -6771,12 +6488,8 @@ static int check_train_options(const lvm_train_options *o, lvm_error *error) {
         {"schedule", o->schedule, LVM_COSINE, LVM_WSD},
         {"recompute", o->recompute, LVM_RECOMPUTE_AUTO, LVM_RECOMPUTE_ALL},
         {"batch x context", (double)o->batch * o->context, 1, 1 << 30}};
-    int code = LVM_OK;
-    for (size_t i = 0; code == LVM_OK && i < sizeof all / sizeof *all; i++)
-        code = check_option(all[i].name, all[i].value, all[i].low, all[i].high, error);
-    return code;
+    return check_ranges(all, sizeof all / sizeof *all, error);
 }
-
 /* Every word of the list names a linear layer. */
 static int check_lora_on(const char *list, lvm_error *error) {
     while (list != NULL && *list != 0) {
@@ -6793,16 +6506,13 @@ static int check_lora_on(const char *list, lvm_error *error) {
 
 /* Of a model that begins from nothing. */
 static int check_sizes(const lvm_train_options *o, lvm_error *error) {
-    const struct { const char *name; int value, low, high; } all[] = {
+    const struct range all[] = {
         {"layers", o->layers, 1, 1024}, {"width", o->width, 2, 1 << 16},
         {"heads", o->heads, 1, 1024}, {"feed_forward", o->feed_forward, 1, 1 << 18},
         {"vocab", o->vocab, 2, 1 << 16}, {"kv_heads", o->kv_heads, 0, 1024},
-        {"bos", o->bos, -1, o->vocab - 1}, {"eos", o->eos, -1, o->vocab - 1}};
-    int code = LVM_OK;
-    for (size_t i = 0; code == LVM_OK && i < sizeof all / sizeof *all; i++)
-        code = check_option(all[i].name, all[i].value, all[i].low, all[i].high, error);
-    if (code == LVM_OK) code = check_option("norm_eps", o->norm_eps, 1e-30, 1, error);
-    if (code == LVM_OK) code = check_option("rope_theta", o->rope_theta, 1, 1e12, error);
+        {"bos", o->bos, -1, o->vocab - 1}, {"eos", o->eos, -1, o->vocab - 1},
+        {"norm_eps", o->norm_eps, 1e-30, 1}, {"rope_theta", o->rope_theta, 1, 1e12}};
+    int code = check_ranges(all, sizeof all / sizeof *all, error);
     if (code != LVM_OK) return code;
     if (o->width % o->heads != 0 || o->width / o->heads % 2 != 0)
         return fail(error, LVM_INVALID, "width %d does not divide into %d heads of even width",
@@ -6812,17 +6522,15 @@ static int check_sizes(const lvm_train_options *o, lvm_error *error) {
                     o->heads, o->kv_heads);
     return LVM_OK;
 }
-
 /* The list of data, which is the caller's, as the trainer's own. */
 static int copy_data(struct lvm_trainer *t, const lvm_train_options *options, lvm_error *error) {
     if (options->data == NULL) return fail(error, LVM_INVALID, "there are no data");
-    t->data = mem_alloc((size_t)options->n_data, sizeof *t->data, error);
-    if (t->data == NULL) return LVM_MEMORY;
-    memcpy(t->data, options->data, (size_t)options->n_data * sizeof *t->data);
-    t->o.data = t->data;
+    const lvm_tokens **data = want(&t->memory, options->n_data, sizeof *data);
+    if (data == NULL) return LVM_MEMORY;
+    memcpy(data, options->data, (size_t)options->n_data * sizeof *data);
+    t->o.data = data;
     return LVM_OK;
 }
-
 /* The options with copies of their lists and texts, checked. */
 static int settle_train_options(struct lvm_trainer *t, const lvm_train_options *options,
                                 lvm_error *error) {
@@ -6865,40 +6573,27 @@ static int trainer_plan(struct lvm_trainer *t, const lvm_train_options *options,
                 (double)plan->all * 1e-9, (double)available * 1e-9);
 }
 
-int lvm_trainer_memory(const lvm_train_options *options, lvm_train_memory *memory,
-                       lvm_error *error) {
-    clear_error(error);
-    if (options == NULL || memory == NULL)
-        return null_argument(error, "lvm_trainer_memory", options == NULL ? "options" : "memory");
-    *memory = (lvm_train_memory){0};
-    struct lvm_trainer *t = mem_alloc(1, sizeof *t, error);
-    if (t == NULL) return LVM_MEMORY;
-    int code = trainer_plan(t, options, memory, error);
-    lvm_trainer_free(t);
-    return code;
-}
-
 static int trainer_open(struct lvm_trainer *t, const lvm_train_options *options,
                         lvm_error *error) {
     lvm_train_memory plan;
     int code = trainer_plan(t, options, &plan, error);
     if (code != LVM_OK) return code;
     const struct llama *a = t->net.a;
-    lvm_train_options *o = &t->o;
-    if (o->n_data > 0) code = stream_open(&t->stream, o, a->bos, a->eos, a->V, error);
+    if (t->o.n_data > 0) code = stream_open(&t->stream, &t->o, a->bos, a->eos, a->V, error);
     if (code != LVM_OK) return code;
-    t->e = (struct exec){.kern = t->m->kern, .exact = 1, .pool = pool_new(o->threads, error)};
+    t->e = (struct exec){.kern = t->m->kern, .exact = 1, .pool = pool_new(t->o.threads, error)};
     if (t->e.pool == NULL) return LVM_MEMORY;
-    t->e.scratch_floats = (train_scratch(a) + 1023) / 1024 * 1024;
-    t->e.scratch = mem_alloc((size_t)o->threads * (size_t)t->e.scratch_floats, sizeof(float),
-                             error);
-    if (t->e.scratch == NULL) return LVM_MEMORY;
-    code = params_alloc(t, error);
-    if (code == LVM_OK) code = net_alloc(t, &plan, error);
-    if (code == LVM_OK) code = rope_alloc(&t->net, o->context, error);
-    if (code == LVM_OK) code = rows_alloc(&t->rows, o->batch * o->context, error);
-    t->pass_pieces = mem_alloc((size_t)t->net.max_rows, sizeof *t->pass_pieces, error);
-    return code == LVM_OK && t->pass_pieces == NULL ? LVM_MEMORY : code;
+    code = params_begin(t);
+    if (code == LVM_OK) take_memory(t, &plan);
+    if (t->memory.code != LVM_OK) return t->memory.code;
+    rope_begin(&t->net, t->o.context);
+    return LVM_OK;
+}
+
+static lvm_trainer *trainer_new(lvm_error *error) {
+    lvm_trainer *t = mem_alloc(1, sizeof *t, error);
+    if (t != NULL) t->memory.error = error;
+    return t;
 }
 
 lvm_trainer *lvm_trainer_new(const lvm_train_options *options, lvm_error *error) {
@@ -6907,27 +6602,34 @@ lvm_trainer *lvm_trainer_new(const lvm_train_options *options, lvm_error *error)
         null_argument(error, "lvm_trainer_new", "options");
         return NULL;
     }
-    struct lvm_trainer *t = mem_alloc(1, sizeof *t, error);
-    if (t == NULL) return NULL;
-    if (trainer_open(t, options, error) == LVM_OK) return t;
+    lvm_trainer *t = trainer_new(error);
+    if (t == NULL || trainer_open(t, options, error) == LVM_OK) return t;
     lvm_trainer_free(t);
     return NULL;
 }
 
+int lvm_trainer_memory(const lvm_train_options *options, lvm_train_memory *memory,
+                       lvm_error *error) {
+    clear_error(error);
+    if (options == NULL || memory == NULL)
+        return null_argument(error, "lvm_trainer_memory", options == NULL ? "options" : "memory");
+    *memory = (lvm_train_memory){0};
+    lvm_trainer *t = trainer_new(error);
+    if (t == NULL) return LVM_MEMORY;
+    int code = trainer_plan(t, options, memory, error);
+    lvm_trainer_free(t);
+    return code;
+}
+
 void lvm_trainer_free(lvm_trainer *t) {
     if (t == NULL) return;
-    net_free(t);
-    rows_free(&t->rows);
-    mem_free(t->pass_pieces);
-    mem_free(t->e.scratch);
+    memory_free(&t->memory);
     pool_free(t->e.pool);
     lvm_close(t->m);
-    mem_free(t->data);
     mem_free((char *)t->o.lora_on);
     mem_free((char *)t->o.freeze);
     mem_free(t);
 }
-
 /* The rows of a pass: up to max_rows of r from `first` on. */
 static struct rows pass_rows(struct lvm_trainer *t, const struct rows *r, int first) {
     struct rows p = {(int)min64(t->net.max_rows, r->n - first), r->ids + first, r->targets + first,
@@ -6945,7 +6647,6 @@ static double sum_of(const float *x, int n) {
     for (int i = 0; i < n; i++) sum += x[i];
     return sum;
 }
-
 /* Sets the units of progress of a call to come: so many passes of so many units. */
 static void begin_progress(struct lvm_trainer *t, int64_t rows, int units) {
     t->units = 0;
@@ -7037,6 +6738,7 @@ int lvm_trainer_eval(lvm_trainer *t, const lvm_tokens *data, int64_t max_rows, d
     lvm_train_options o = t->o;
     struct stream s;
     struct rows r = {0};
+    struct memory memory = {.error = error};
     double sum = 0, all = 0;
     *loss = 0;
     *tokens = 0;
@@ -7044,9 +6746,10 @@ int lvm_trainer_eval(lvm_trainer *t, const lvm_tokens *data, int64_t max_rows, d
     o.n_data = 1;
     int code = stream_open(&s, &o, a->bos, a->eos, a->V, error);
     s.shuffle = 0;
-    if (code == LVM_OK) code = rows_alloc(&r, t->net.max_rows, error);
+    if (code == LVM_OK) want_rows(&memory, t->net.max_rows, &r);
+    if (code == LVM_OK) code = memory.code;
     if (code == LVM_OK) code = eval_stream(t, &s, max_rows, &r, &sum, &all, tokens, error);
-    rows_free(&r);
+    memory_free(&memory);
     if (code != LVM_OK) return code;
     if (all <= 0) return fail(error, LVM_INVALID, "%s: no token has a weight", data->name);
     *loss = sum / all;
@@ -18877,6 +18580,274 @@ static void put_model_keys(struct gguf_writer *w, const lvm_model *m) {
         put_ints_key(w, "lvm.vq.channel_mult", m->vq->mult, m->vq->n_levels);
         put_ints_key(w, "lvm.vq.attn_resolutions", m->vq->attn_at, m->vq->n_attn_at);
     }
+}
+
+/* ---- Adapters ----
+
+   LoRA (Hu et al. 2021, arXiv 2106.09685) leaves a matrix as it is and learns a difference of low
+   rank beside it:
+
+       y = x W^T + scale (x A^T) B^T = x (W + scale B A)^T                  scale = alpha / rank
+       W [rows][cols]   A [rank][cols]   B [rows][rank]
+
+   A file of adapters is a GGUF file of its own, with the keys that ggml gives its adapters:
+   general.type "adapter", adapter.type "lora", adapter.lora.alpha; and of each matrix two tensors,
+   such as blk.0.attn_q.weight.lora_a and .lora_b, in F32, F16 or BF16. A model takes them before it
+   runs: matrices that have one are merged with it, in memory or into a new file (chapter 14, which
+   also writes what a trainer learnt). */
+
+struct adapter {
+    struct text matrix;       /* name of W */
+    struct tensor a, b;       /* [rank][cols]  [rows][rank] */
+    struct tensor_spec *spec; /* of W, in the model that they are matched with */
+};
+
+struct adapters {
+    const char *path;
+    void *mapped;             /* [size], or NULL: foreign memory */
+    size_t size;
+    struct gguf file;
+    float alpha;
+    struct adapter *list;     /* [n] in the file's order */
+    int n;
+};
+
+static float not_finite(const struct tensor *t); /* chapter 14 */
+
+static int ends(struct text t, const char *s) {
+    size_t n = strlen(s);
+    return t.n >= n && memcmp(t.s + t.n - n, s, n) == 0;
+}
+
+/* A matrix of a file. */
+static struct tensor matrix_of(const struct gguf *g, const struct gguf_tensor *t) {
+    return (struct tensor){g->data + g->data_start + t->offset, type_bytes(t->type, t->ne[0]),
+                           t->type, (int)t->ne[1], (int)t->ne[0]};
+}
+
+/* The adapter whose A this tensor is, with B of the same name and rank. */
+static int read_adapter(const struct adapters *ad, const struct gguf_tensor *a, struct adapter *x,
+                        lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    char name[272]; /* a name has 256 bytes at most */
+    int n = (int)a->name.n - 1;
+    snprintf(name, sizeof name, "%.*sb", n, a->name.s);
+    const struct gguf_tensor *b = gguf_tensor(g, name);
+    if (b == NULL) return fail(error, LVM_FORMAT, "%s: tensor %s is missing", ad->path, name);
+    if (a->n_dims != 2 || b->n_dims != 2 || type_is_quantised(a->type) ||
+        type_is_quantised(b->type) || a->ne[1] != b->ne[0])
+        return fail(error, LVM_FORMAT,
+                    "%s: tensors %.*s and %s are no two matrices of floats and one rank", ad->path,
+                    (int)a->name.n, a->name.s, name);
+    *x = (struct adapter){{a->name.s, a->name.n - strlen(".lora_a")}, matrix_of(g, a),
+                          matrix_of(g, b), NULL};
+    if (isfinite(not_finite(&x->a)) && isfinite(not_finite(&x->b))) return LVM_OK;
+    return fail(error, LVM_FORMAT, "%s: the adapter of %.*s holds NaN or infinity", ad->path,
+                (int)x->matrix.n, x->matrix.s);
+}
+
+static int read_adapters(struct adapters *ad, lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    int code = LVM_OK;
+    ad->list = mem_alloc((size_t)g->n_tensors, sizeof *ad->list, error);
+    if (ad->list == NULL) return LVM_MEMORY;
+    for (int64_t i = 0; code == LVM_OK && i < g->n_tensors; i++) {
+        struct text name = g->tensors[i].name;
+        if (ends(name, ".lora_a"))
+            code = read_adapter(ad, &g->tensors[i], &ad->list[ad->n++], error);
+        else if (!ends(name, ".lora_b"))
+            code = fail(error, LVM_FORMAT, "%s: tensor %.*s is no half of an adapter", ad->path,
+                        (int)name.n, name.s);
+    }
+    if (code == LVM_OK && (ad->n == 0 || 2 * (int64_t)ad->n != g->n_tensors))
+        code = fail(error, LVM_FORMAT, "%s: holds %d adapters in %lld tensors", ad->path, ad->n,
+                    (long long)g->n_tensors);
+    return code;
+}
+
+/* Of a file that lies in memory; path is for messages. */
+static int adapters_parse(struct adapters *ad, const char *path, const void *data, size_t size,
+                          lvm_error *error) {
+    const struct gguf *g = &ad->file;
+    int version = 0;
+    ad->path = path;
+    int code = gguf_parse(&ad->file, path, data, size, error);
+    if (code != LVM_OK) return code;
+    if (!text_is(read_text(g, "general.architecture"), "lvm"))
+        return fail(error, LVM_FORMAT, "%s: a GGUF file of another architecture than lvm", path);
+    if (!is_adapter_file(g) || !text_is(read_text(g, "adapter.type"), "lora"))
+        return fail(error, LVM_FORMAT, "%s: holds no adapters (LoRA); convert.py --lora makes such "
+                    "a file of a folder of them", path);
+    code = read_int(g, &(struct int_key){"lvm.format_version", 1, 1, 0, 0}, &version, error);
+    if (code == LVM_OK)
+        code = read_float(g, &(struct float_key){"adapter.lora.alpha", 1e-30f, 1e30f}, &ad->alpha,
+                          error);
+    return code == LVM_OK ? read_adapters(ad, error) : code;
+}
+
+/* Also of those that could not be opened. */
+static void adapters_close(struct adapters *ad) {
+    gguf_free(&ad->file);
+    mem_free(ad->list);
+    if (ad->mapped != NULL) unmap_file(ad->mapped, ad->size);
+    memset(ad, 0, sizeof *ad);
+}
+
+/* Finds the matrices of a model that adapters are for. */
+static int adapters_match(struct adapters *ad, const lvm_model *m, lvm_error *error) {
+    for (int i = 0; i < ad->n; i++) {
+        struct adapter *x = &ad->list[i];
+        for (int s = 0; s < m->n_specs && x->spec == NULL; s++)
+            if (m->specs[s].kind == T_MATRIX && text_is(x->matrix, m->specs[s].name))
+                x->spec = &m->specs[s];
+        if (x->spec == NULL)
+            return fail(error, LVM_INVALID, "%s: has an adapter for %.*s, which is no matrix of %s",
+                        ad->path, (int)x->matrix.n, x->matrix.s, m->path);
+        const int *dims = x->spec->dims;
+        if (dims[0] != x->b.rows || dims[1] != x->a.cols)
+            return fail(error, LVM_INVALID, "%s: is for %s of %d x %d; in %s it is %d x %d",
+                        ad->path, x->spec->name, x->b.rows, x->a.cols, m->path, dims[0], dims[1]);
+    }
+    return LVM_OK;
+}
+
+static int adapters_open(struct adapters *ad, const char *path, const lvm_model *m,
+                         lvm_error *error) {
+    memset(ad, 0, sizeof *ad);
+    int code = map_file(path, &ad->mapped, &ad->size, error);
+    if (code == LVM_OK) code = adapters_parse(ad, path, ad->mapped, ad->size, error);
+    if (code == LVM_OK && m != NULL) code = adapters_match(ad, m, error);
+    if (code != LVM_OK) adapters_close(ad);
+    return code;
+}
+
+/* A matrix with its adapter in floats. */
+struct merger {
+    struct tensor w;     /* [rows][cols], of any type */
+    float *a, *b;        /* [rank][cols]  [rows][rank] */
+    int rank;
+    float scale;
+};
+
+static float *tensor_floats(const struct tensor *t, lvm_error *error) {
+    float *x = mem_alloc((size_t)t->rows * (size_t)t->cols, sizeof *x, error);
+    for (int r = 0; x != NULL && r < t->rows; r++)
+        row_to_f32(t->type, tensor_row(t, r), x + (int64_t)r * t->cols, t->cols);
+    return x;
+}
+
+static int merger_open(struct merger *d, const struct tensor *w, const struct adapter *x,
+                       float alpha, lvm_error *error) {
+    *d = (struct merger){*w, tensor_floats(&x->a, error), tensor_floats(&x->b, error), x->a.rows,
+                         alpha / (float)x->a.rows};
+    return d->a != NULL && d->b != NULL ? LVM_OK : LVM_MEMORY;
+}
+
+static void merger_free(struct merger *d) {
+    mem_free(d->a);
+    mem_free(d->b);
+}
+
+/* Row r of W + scale B A: products in ascending order of the rank, then one addition to W. */
+static void merge_row(const struct merger *d, int r, float *row) {
+    enum { PART = 256 };
+    const float *b = d->b + (int64_t)r * d->rank;
+    int cols = d->w.cols;
+    row_to_f32(d->w.type, tensor_row(&d->w, r), row, cols);
+    for (int at = 0; at < cols; at += PART) {
+        int n = cols - at < PART ? cols - at : PART;
+        float sum[PART] = {0};
+        for (int k = 0; k < d->rank; k++) {
+            const float *a = d->a + (int64_t)k * cols + at;
+            for (int i = 0; i < n; i++) sum[i] += b[k] * a[i];
+        }
+        for (int i = 0; i < n; i++) row[at + i] += d->scale * sum[i];
+    }
+}
+
+enum { MERGE_ROWS = 16 }; /* of a task */
+
+struct merge_tasks {
+    struct merger d;
+    struct tensor out;
+    uint8_t *data;       /* out's */
+    float *rows;         /* [threads][cols] */
+};
+
+static void merge_task(void *arg, int task, int thread) {
+    const struct merge_tasks *t = arg;
+    float *row = t->rows + (int64_t)thread * t->out.cols;
+    int end = (int)min64(t->out.rows, (int64_t)(task + 1) * MERGE_ROWS);
+    for (int r = task * MERGE_ROWS; r < end; r++) {
+        merge_row(&t->d, r, row);
+        row_from_f32(t->out.type, row, t->data + r * t->out.row_bytes, t->out.cols);
+    }
+}
+
+/* *out = w with x, in memory of its own: floats of its type, or Q8_0. Rounded to Q4_0 again, little
+   of an adapter is left: where it changed the shipped model's matrices by 7.6 % of their size, the
+   rounding was .84 times the change; with Q8_0 it was .07 times. */
+static int merge_matrix(struct pool *pool, const struct tensor *w, const struct adapter *x,
+                        float alpha, struct tensor *out, lvm_error *error) {
+    struct merge_tasks t = {.out = *w};
+    if (type_is_quantised(w->type)) t.out.type = LVM_Q8_0;
+    t.out.row_bytes = type_bytes(t.out.type, w->cols);
+    int code = merger_open(&t.d, w, x, alpha, error);
+    if (code == LVM_OK) {
+        t.data = mem_alloc((size_t)w->rows, (size_t)t.out.row_bytes, error);
+        t.rows = mem_alloc((size_t)pool_threads(pool) * (size_t)w->cols, sizeof *t.rows, error);
+        if (t.data == NULL || t.rows == NULL) code = LVM_MEMORY;
+    }
+    if (code == LVM_OK)
+        pool_run(pool, (w->rows + MERGE_ROWS - 1) / MERGE_ROWS, merge_task, &t);
+    else mem_free(t.data);
+    merger_free(&t.d);
+    mem_free(t.rows);
+    t.out.data = t.data;
+    if (code == LVM_OK) *out = t.out;
+    return code;
+}
+
+/* All of them, or nothing: list[n] are the merged matrices. */
+static int merge_adapters(lvm_model *m, const struct adapters *ad, struct tensor *list,
+                          lvm_error *error) {
+    struct pool *pool = pool_new(processors(), error);
+    int code = pool == NULL ? LVM_MEMORY : LVM_OK, done = 0;
+    for (; code == LVM_OK && done < ad->n; done += code == LVM_OK)
+        code = merge_matrix(pool, ad->list[done].spec->tensor, &ad->list[done], ad->alpha,
+                            &list[done], error);
+    for (int i = 0; i < done; i++) {
+        struct tensor_spec *s = ad->list[i].spec;
+        uint8_t *data = (uint8_t *)(uintptr_t)list[i].data;
+        if (code == LVM_OK) {
+            mem_free(s->merged);
+            *s->tensor = list[i];
+            s->merged = data;
+        } else {
+            mem_free(data);
+        }
+    }
+    pool_free(pool);
+    uint64_t hash = weights_hash(&ad->file);
+    if (code == LVM_OK) m->adapters = hash_bytes(m->adapters, &hash, sizeof hash);
+    return code;
+}
+
+int lvm_apply_lora(lvm_model *model, const char *path, lvm_error *error) {
+    clear_error(error);
+    struct adapters ad;
+    if (model == NULL || path == NULL)
+        return null_argument(error, "lvm_apply_lora", model == NULL ? "model" : "path");
+    if (devices_are_open(model->devices))
+        return fail(error, LVM_INVALID, "%s: has contexts already; adapters come before them",
+                    model->path);
+    int code = adapters_open(&ad, path, model, error);
+    if (code != LVM_OK) return code;
+    struct tensor *list = mem_alloc((size_t)ad.n, sizeof *list, error);
+    code = list == NULL ? LVM_MEMORY : merge_adapters(model, &ad, list, error);
+    mem_free(list);
+    adapters_close(&ad);
+    return code;
 }
 
 /* ---- Types: what a tensor is stored as ---- */
