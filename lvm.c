@@ -623,6 +623,7 @@ struct outfile {
 static int outfile_open(struct outfile *out, const char *path, lvm_error *error);
 static int outfile_write(struct outfile *out, const void *data, size_t size, lvm_error *error);
 static int outfile_close(struct outfile *out, int code, lvm_error *error);
+static FILE *os_fopen(const char *path, const char *mode);
 
 /* Zeroed memory for count elements of size bytes, aligned to 64; NULL and an error when there is
    none or the product overflows. Released by mem_free. The pointer that calloc gave stands right in
@@ -674,15 +675,18 @@ static void *array_grow(void *array, size_t n, size_t more, size_t size, size_t 
     return larger;
 }
 
-/* Bytes that grow; a zero stands behind them. */
+/* Bytes that grow, until there is no memory; a zero stands behind them. */
 struct buffer {
     char *data;
     size_t n, room;
+    int failed; /* nothing was added since */
 };
 
 static int buffer_add(struct buffer *b, const void *data, size_t n, lvm_error *error) {
+    if (b->failed) return LVM_MEMORY;
     char *larger = array_grow(b->data, b->n, n + 1, 1, &b->room, error);
-    if (larger == NULL) return LVM_MEMORY;
+    b->failed = larger == NULL;
+    if (b->failed) return LVM_MEMORY;
     b->data = larger;
     if (n > 0) memcpy(b->data + b->n, data, n);
     b->n += n;
@@ -761,6 +765,7 @@ static inline float bits_to_f32(uint32_t u) {
     memcpy(&f, &u, sizeof f);
     return f;
 }
+
 static inline uint32_t f32_to_bits(float f) {
     uint32_t u;
     memcpy(&u, &f, sizeof u);
@@ -4078,10 +4083,16 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    was stopped and resumed is the run that was not. A weight's gradient adds rows in ascending
    order; rows are never split over threads. */
 
-/* What a public call takes of an option struct, which may be an older one (chapter 14); bytes of
-   memory and processors that are there to be used (chapter 10). */
+/* What a public call takes of an option struct, which may be an older one, and whether it can be
+   done; hashes; the cursor's strings (chapter 14). Bytes of memory and processors that are there to
+   be used (chapter 10). */
 static int copy_options(void *to, size_t size, size_t oldest, const void *from, const char *name,
                         lvm_error *error);
+static int check_train_options(const lvm_train_options *o, lvm_error *error);
+static uint64_t hash_bytes(uint64_t h, const void *data, size_t n); /* h: what was before */
+static uint64_t weights_hash(const struct gguf *g);
+static int checksum_wrong(uint64_t stored, uint64_t computed);
+static struct text cursor_text(struct cursor *c);
 static int64_t os_memory_available(void);
 static int processors(void);
 
@@ -4416,6 +4427,7 @@ static void columns_task(void *arg, int task, int thread) {
     (void)thread;
     op->columns(op, c0, (int)min64(OP_COLS, op->cols - c0));
 }
+
 static void for_rows(struct op op, void (*row)(const struct op *op, int r)) {
     op.row = row;
     pool_run(op.t->e.pool, (op.n + OP_ROWS - 1) / OP_ROWS, rows_task, &op);
@@ -4487,6 +4499,7 @@ static void bias_backward_columns(const struct op *op, int c0, int n) {
 static void add_bias_row(const struct op *op, int r) {
     for (int c = 0; c < op->cols; c++) op->out[(int64_t)r * op->cols + c] += op->w[c];
 }
+
 /* u[n][rank] = scale x a^T: the narrow middle of an adapter */
 static void adapter_middle(struct lvm_trainer *t, const struct linear *l, const float *x, int n) {
     float *u = t->net.work.u;
@@ -4506,6 +4519,7 @@ static void linear_forward(struct lvm_trainer *t, const struct linear *l, const 
     adapter_middle(t, l, x, n);
     product_forward(&t->e, &l->b->w, t->net.work.u, n, y, out, 1);
 }
+
 /* y = ... + u b^T, u = scale x a^T:   db += dy^T u,  du = scale dy b,  da += du^T x,  dx += du a */
 static void adapter_backward(struct lvm_trainer *t, const struct linear *l, const float *x,
                              const float *dy, int n, float *dx) {
@@ -4603,6 +4617,7 @@ static void rope_backward_row(const struct op *op, int r) {
     }
     if (at < 0) memset(w->dv + (int64_t)r * G * d, 0, (size_t)(G * d) * sizeof *dk);
 }
+
 /* ---- Attention, forward and backward ----
 
    Forward, a row i of queries with keys 0 .. i of its piece, in blocks of 256 keys as in chapter 3:
@@ -4844,6 +4859,7 @@ static void attention_backward(struct lvm_trainer *t, const struct rows *r,
              attention_delta_row);
     pool_run(t->e.pool, r->n_pieces * t->net.a->G * DQ_PARTS, attention_backward_task, &job);
 }
+
 /* ---- A layer, forward and backward ---- */
 
 /* What is kept of layer i; of those before first_kept only the input has a place of its own. */
@@ -4922,6 +4938,7 @@ static void embed_backward_columns(const struct op *op, int c0, int n) {
         for (int c = c0; c < c0 + n; c++) dw[c] += op->dy[(int64_t)r * op->cols + c];
     }
 }
+
 /* Rows of logits, ld apart, at which -ln softmax(logits)[target] is wanted and its gradient:
    dlogits = weight (softmax(logits) - onehot(target)), in their place. */
 struct loss_job {
@@ -4948,10 +4965,10 @@ static void loss_task(void *arg, int r, int thread) {
     p[job->targets[r]] -= weight;
 }
 
-static int any_weight(const float *weights, int n) {
-    for (int i = 0; i < n; i++)
-        if (weights[i] != 0) return 1;
-    return 0;
+static double sum_of(const float *x, int n) {
+    double sum = 0;
+    for (int i = 0; i < n; i++) sum += x[i];
+    return sum;
 }
 
 /* nll of all rows from x[n][D], the last layer's output; with backward, dx and the gradients of the
@@ -4967,7 +4984,7 @@ static void head(struct lvm_trainer *t, const struct rows *r, const float *x, do
         float *h = w->h + (int64_t)i * D, *dh = w->dh + (int64_t)i * D;
         struct loss_job job = {t, w->logits, ld, r->targets + i, r->weights + i, w->nll + i, all,
                                backward};
-        if (!any_weight(r->weights + i, n)) {
+        if (sum_of(r->weights + i, n) == 0) {
             memset(w->nll + i, 0, (size_t)n * sizeof *w->nll);
             memset(dh, 0, (size_t)n * (size_t)D * sizeof *dh);
             continue;
@@ -5153,6 +5170,7 @@ static void update_params(struct lvm_trainer *t, double lr, double norm, int64_t
     if (o->clip > 0 && norm > o->clip) u.scale = (float)(o->clip / norm);
     pool_run(t->e.pool, (int)all_chunks(&t->net), update_task, &u);
 }
+
 /* Of step `step`, counted from 1: up to lr over the warm-up, then down to min_lr by half a cosine
    (Loshchilov and Hutter 2017, arXiv 1608.03983), or over the last tenth by a line (Hu et al. 2024,
    arXiv 2404.06395). */
@@ -5203,9 +5221,6 @@ struct tok_foot {
     char magic[TOK_MAGIC];
 };
 _Static_assert(sizeof(struct tok_foot) == TOK_ALIGN, "no padding");
-
-/* Mixes n bytes into a 64-bit hash (chapter 14). */
-static uint64_t hash_bytes(uint64_t h, const void *data, size_t n);
 
 /* The id at place i of all. */
 static int32_t token_at(const lvm_tokens *t, int64_t i) {
@@ -5345,6 +5360,7 @@ lvm_tokens *lvm_tokens_open_memory(const void *data, size_t size, const char *na
     null_argument(error, "lvm_tokens_open_memory", "data");
     return NULL;
 }
+
 void lvm_tokens_close(lvm_tokens *t) {
     if (t == NULL) return;
     if (t->mapped != NULL) unmap_file(t->mapped, t->size);
@@ -5352,138 +5368,6 @@ void lvm_tokens_close(lvm_tokens *t) {
     mem_free(t->name);
     mem_free(t);
 }
-
-#ifndef LVM_NO_MAIN /* only the command line writes them */
-
-static FILE *os_fopen(const char *path, const char *mode); /* chapter 10 */
-
-/* A .tok file while it is written: to a file, or (NULL) to memory. image_tokens may be set until
-   close. Weights, which stand behind all ids, wait in memory and, where there are many, in a
-   temporary file beside the other. */
-enum { WEIGHTS_IN_MEMORY = 1 << 26 };
-
-struct token_writer {
-    struct outfile *file;
-    struct buffer memory;
-    struct buffer starts, weights;  /* u64; u8 */
-    int weighs;                     /* some sentence had weights */
-    struct outfile spill;           /* the weights before those in memory; open once .file is set */
-    uint64_t at;                    /* bytes so far */
-    uint64_t n_sentences, n_tokens;
-    uint32_t bound, image_tokens;
-};
-
-static int token_writer_put(struct token_writer *w, const void *data, size_t n, lvm_error *error) {
-    w->at += n;
-    return w->file != NULL ? outfile_write(w->file, data, n, error)
-                           : buffer_add(&w->memory, data, n, error);
-}
-
-/* Zeros up to where the next part begins. */
-static int token_writer_pad(struct token_writer *w, lvm_error *error) {
-    static const char zeros[TOK_ALIGN];
-    return token_writer_put(w, zeros, (size_t)(-w->at % TOK_ALIGN), error);
-}
-
-static int token_writer_open(struct token_writer *w, struct outfile *file, lvm_error *error) {
-    const uint32_t version = TOK_VERSION;
-    const uint64_t start = 0;
-    *w = (struct token_writer){.file = file};
-    int code = token_writer_put(w, tok_magic, TOK_MAGIC, error);
-    if (code == LVM_OK) code = token_writer_put(w, &version, sizeof version, error);
-    if (code == LVM_OK) code = token_writer_pad(w, error);
-    return code == LVM_OK ? buffer_add(&w->starts, &start, sizeof start, error) : code;
-}
-
-/* Weights of n more tokens, to memory or from there to the temporary file. */
-static int token_writer_keep(struct token_writer *w, const uint8_t *weights, size_t n,
-                             lvm_error *error) {
-    int code = buffer_add(&w->weights, weights, n, error);
-    if (code != LVM_OK || w->weights.n < WEIGHTS_IN_MEMORY || w->file == NULL ||
-        w->file->temp == NULL)
-        return code;
-    if (w->spill.file == NULL) code = outfile_open(&w->spill, w->file->path, error);
-    if (code == LVM_OK) code = outfile_write(&w->spill, w->weights.data, w->weights.n, error);
-    w->weights.n = 0;
-    return code;
-}
-
-/* So many more tokens have the weight 1. */
-static int token_writer_weigh(struct token_writer *w, uint64_t n, lvm_error *error) {
-    uint8_t ones[256];
-    int code = LVM_OK;
-    memset(ones, WEIGHT_ONE, sizeof ones);
-    for (uint64_t part; code == LVM_OK && n > 0; n -= part) {
-        part = n < sizeof ones ? n : sizeof ones;
-        code = token_writer_keep(w, ones, (size_t)part, error);
-    }
-    return code;
-}
-
-/* All weights, behind the ids. */
-static int token_writer_put_weights(struct token_writer *w, lvm_error *error) {
-    uint8_t part[4096];
-    int code = LVM_OK;
-    FILE *f = NULL;
-    if (w->spill.file != NULL) {
-        f = fflush(w->spill.file) == 0 ? os_fopen(w->spill.temp, "rb") : NULL;
-        if (f == NULL) code = fail(error, LVM_IO, "%s: %s", w->spill.path, strerror(errno));
-    }
-    for (size_t n; code == LVM_OK && f != NULL && (n = fread(part, 1, sizeof part, f)) > 0;)
-        code = token_writer_put(w, part, n, error);
-    if (code == LVM_OK && f != NULL && ferror(f))
-        code = fail(error, LVM_IO, "%s: %s", w->spill.path, strerror(errno));
-    if (f != NULL) fclose(f);
-    return code == LVM_OK ? token_writer_put(w, w->weights.data, w->weights.n, error) : code;
-}
-
-/* One more sentence, ids[n]; weights: [n], or NULL: 16 each. */
-static int token_writer_add(struct token_writer *w, const int32_t *ids, const uint8_t *weights,
-                            size_t n, lvm_error *error) {
-    uint16_t part[512];
-    int code = n > 0 ? LVM_OK : fail(error, LVM_INVALID, "a sentence without tokens");
-    for (size_t at = 0, room = sizeof part / sizeof *part; code == LVM_OK && at < n; at += room) {
-        size_t here = n - at < room ? n - at : room;
-        for (size_t i = 0; i < here; i++) {
-            int32_t id = ids[at + i];
-            if (id < 0 || id >= MAX_IDS)
-                return fail(error, LVM_INVALID, "id %d is none of 0 to %d", id, MAX_IDS - 1);
-            if ((uint32_t)id >= w->bound) w->bound = (uint32_t)id + 1;
-            part[i] = (uint16_t)id;
-        }
-        code = token_writer_put(w, part, here * sizeof *part, error);
-    }
-    if (code == LVM_OK && weights != NULL && !w->weighs)
-        code = token_writer_weigh(w, w->n_tokens, error);
-    w->weighs |= weights != NULL;
-    if (code == LVM_OK && weights != NULL) code = token_writer_keep(w, weights, n, error);
-    else if (code == LVM_OK && w->weighs) code = token_writer_weigh(w, n, error);
-    w->n_tokens += n;
-    w->n_sentences++;
-    return code == LVM_OK ? buffer_add(&w->starts, &w->n_tokens, sizeof w->n_tokens, error) : code;
-}
-
-/* Writes what stands behind the ids, unless code is a failure already, and frees all but memory,
-   which holds the whole file then. */
-static int token_writer_close(struct token_writer *w, int code, lvm_error *error) {
-    struct tok_foot foot = {.n_sentences = w->n_sentences, .n_tokens = w->n_tokens,
-                            .bound = w->bound, .image_tokens = w->image_tokens,
-                            .flags = w->weighs ? TOK_WEIGHTS : 0};
-    memcpy(foot.magic, tok_magic, TOK_MAGIC);
-    if (code == LVM_OK) code = token_writer_pad(w, error);
-    if (code == LVM_OK) code = token_writer_put_weights(w, error);
-    if (code == LVM_OK) code = token_writer_pad(w, error);
-    if (code == LVM_OK) code = token_writer_put(w, w->starts.data, w->starts.n, error);
-    if (code == LVM_OK) code = token_writer_pad(w, error);
-    if (code == LVM_OK) code = token_writer_put(w, &foot, sizeof foot, error);
-    if (w->spill.file != NULL) outfile_close(&w->spill, LVM_CANCELLED, NULL);
-    mem_free(w->starts.data);
-    mem_free(w->weights.data);
-    w->starts = w->weights = (struct buffer){0};
-    return code;
-}
-
-#endif
 
 /* ---- Data: sentences in random order, cut into rows ----
 
@@ -5716,11 +5600,6 @@ static int fill_rows(const struct stream *s, struct data_position *at, int count
    checkpoint before. Nothing of a trainer changes until both hashes are found right and
    configuration and data are known to be its own. */
 
-static uint64_t hash_bytes(uint64_t h, const void *data, size_t n); /* chapter 14 */
-static uint64_t weights_hash(const struct gguf *g);
-static struct text cursor_text(struct cursor *c);
-static int checksum_wrong(uint64_t stored, uint64_t computed);
-
 enum { CHECKPOINT_VERSION = 1, CHECKPOINT_ARRAYS = 3 };
 
 /* A number of a checkpoint: where it is in struct llama (a size of the model) or struct lvm_trainer
@@ -5783,53 +5662,46 @@ static uint64_t saved_bits(const struct lvm_trainer *t, const struct saved_numbe
     return bits;
 }
 
-/* Bytes that grow, until there is no memory. */
-struct head {
-    struct buffer bytes;
-    int code;
-    lvm_error *error;
-};
-
-static void head_add(struct head *h, const void *data, size_t n) {
-    if (h->code == LVM_OK) h->code = buffer_add(&h->bytes, data, n, h->error);
+static void add_number(struct buffer *b, uint64_t v, lvm_error *error) {
+    buffer_add(b, &v, sizeof v, error);
 }
 
-static void head_number(struct head *h, uint64_t v) { head_add(h, &v, sizeof v); }
-
-static void head_string(struct head *h, const char *s) {
+static void add_string(struct buffer *b, const char *s, lvm_error *error) {
     if (s == NULL) s = "";
-    head_number(h, strlen(s));
-    head_add(h, s, strlen(s));
+    add_number(b, strlen(s), error);
+    buffer_add(b, s, strlen(s), error);
 }
 
 /* Everything in front of the first hash. */
-static void checkpoint_head(const struct lvm_trainer *t, const char *note, struct head *h) {
+static int checkpoint_head(const struct lvm_trainer *t, const char *note, struct buffer *b,
+                           lvm_error *error) {
     const lvm_train_options *o = &t->o;
     uint64_t n = 0;
-    head_add(h, "LVMTRAIN", 8);
-    head_number(h, CHECKPOINT_VERSION);
-    for (int i = 0; i < N_SAVED; i++) head_number(h, saved_bits(t, &saved_numbers[i]));
-    head_string(h, o->lora_on);
-    head_string(h, o->freeze);
-    head_number(h, o->init != NULL ? weights_hash(&o->init->file) : 0);
-    head_number(h, (uint64_t)o->n_data);
+    buffer_add(b, "LVMTRAIN", 8, error);
+    add_number(b, CHECKPOINT_VERSION, error);
+    for (int i = 0; i < N_SAVED; i++) add_number(b, saved_bits(t, &saved_numbers[i]), error);
+    add_string(b, o->lora_on, error);
+    add_string(b, o->freeze, error);
+    add_number(b, o->init != NULL ? weights_hash(&o->init->file) : 0, error);
+    add_number(b, (uint64_t)o->n_data, error);
     for (int i = 0; i < o->n_data; i++) {
-        head_string(h, o->data[i]->name);
-        head_number(h, o->data[i]->fingerprint);
+        add_string(b, o->data[i]->name, error);
+        add_number(b, o->data[i]->fingerprint, error);
     }
-    head_string(h, note);
+    add_string(b, note, error);
     for (int i = 0; i < t->net.n_params; i++) n += t->net.params[i].learns != 0;
-    head_number(h, n);
+    add_number(b, n, error);
     for (int i = 0; i < t->net.n_params; i++) {
         const struct param *p = &t->net.params[i];
         if (!p->learns) continue;
-        head_string(h, p->name);
-        head_number(h, (uint64_t)p->w.rows);
-        head_number(h, (uint64_t)p->w.cols);
+        add_string(b, p->name, error);
+        add_number(b, (uint64_t)p->w.rows, error);
+        add_number(b, (uint64_t)p->w.cols, error);
     }
+    return b->failed ? LVM_MEMORY : LVM_OK;
 }
 
-/* Array i of a checkpoint: w, m and v of parameter after parameter; NULL where one does not learn. */
+/* Array i of a checkpoint: w, m, v of parameter after parameter; NULL: of one that stays. */
 static float *saved_array(const struct lvm_trainer *t, int i, size_t *bytes) {
     const struct param *p = &t->net.params[i / CHECKPOINT_ARRAYS];
     float *arrays[CHECKPOINT_ARRAYS] = {p->values, p->m, p->v};
@@ -5851,25 +5723,26 @@ static int write_checkpoint(struct outfile *out, const struct lvm_trainer *t,
     }
     return code == LVM_OK ? outfile_write(out, &hash, sizeof hash, error) : code;
 }
+
 int lvm_trainer_save(lvm_trainer *trainer, const char *path, const char *note, lvm_error *error) {
     clear_error(error);
     struct outfile out;
-    struct head head = {.error = error};
+    struct buffer head = {0};
     if (trainer == NULL || path == NULL)
         return null_argument(error, "lvm_trainer_save", trainer == NULL ? "trainer" : "path");
-    checkpoint_head(trainer, note, &head);
-    int code = head.code;
+    int code = checkpoint_head(trainer, note, &head, error);
     if (code == LVM_OK) code = outfile_open(&out, path, error);
     if (code == LVM_OK)
-        code = outfile_close(&out, write_checkpoint(&out, trainer, &head.bytes, error), error);
-    mem_free(head.bytes.data);
+        code = outfile_close(&out, write_checkpoint(&out, trainer, &head, error), error);
+    mem_free(head.data);
     return code;
 }
 
 /* A checkpoint that lies in memory. Lists are kept as cursors at their first entry. */
 struct checkpoint {
     const char *path;
-    const uint8_t *data; /* [size] */
+    void *mapped;         /* the file, or NULL: foreign memory */
+    const uint8_t *data;  /* [size] */
     size_t size;
     uint64_t numbers[N_SAVED];
     struct text lora_on, freeze, note;
@@ -6016,10 +5889,12 @@ static int check_arrays(const struct lvm_trainer *t, const struct checkpoint *k,
     uint64_t hash = k->hash;
     for (int i = 0; i < CHECKPOINT_ARRAYS * t->net.n_params; i++) {
         size_t bytes;
-        if (saved_array(t, i, &bytes) != NULL) hash = hash_bytes(hash, cursor_take(&c, bytes), bytes);
+        if (saved_array(t, i, &bytes) == NULL) continue;
+        hash = hash_bytes(hash, cursor_take(&c, bytes), bytes);
     }
     return checksum_wrong(cursor_number(&c, 8), hash) ? bad_checkpoint(k, error) : LVM_OK;
 }
+
 /* Numbers that no run has could only come from a file that was made to deceive. (Whether there is
    such a token in the sentence, fill_rows says.) */
 static int check_state(const struct lvm_trainer *t, const struct checkpoint *k, lvm_error *error) {
@@ -6050,6 +5925,7 @@ static void take_checkpoint(struct lvm_trainer *t, const struct checkpoint *k) {
     }
     zero_gradients(t);
 }
+
 static int load_checkpoint(struct lvm_trainer *t, struct checkpoint *k, lvm_error *error) {
     int code = parse_checkpoint(k, error);
     if (code == LVM_OK) code = check_configuration(t, k, error);
@@ -6061,34 +5937,42 @@ static int load_checkpoint(struct lvm_trainer *t, struct checkpoint *k, lvm_erro
     return code;
 }
 
+/* The file of that path in memory, until checkpoint_close, which must follow in any case. */
+static int checkpoint_open(struct checkpoint *k, const char *path, lvm_error *error) {
+    *k = (struct checkpoint){.path = path};
+    int code = map_file(path, &k->mapped, &k->size, error);
+    k->data = k->mapped;
+    return code;
+}
+
+static void checkpoint_close(struct checkpoint *k) {
+    if (k->mapped != NULL) unmap_file(k->mapped, k->size);
+}
+
 int lvm_trainer_load(lvm_trainer *trainer, const char *path, lvm_error *error) {
     clear_error(error);
-    struct checkpoint k = {.path = path};
-    void *mapped = NULL;
+    struct checkpoint k;
     if (trainer == NULL || path == NULL)
         return null_argument(error, "lvm_trainer_load", trainer == NULL ? "trainer" : "path");
-    int code = map_file(path, &mapped, &k.size, error);
-    k.data = mapped;
+    int code = checkpoint_open(&k, path, error);
     if (code == LVM_OK) code = load_checkpoint(trainer, &k, error);
-    if (mapped != NULL) unmap_file(mapped, k.size);
+    checkpoint_close(&k);
     return code;
 }
 
 char *lvm_checkpoint_note(const char *path, lvm_error *error) {
     clear_error(error);
-    struct checkpoint k = {.path = path};
-    void *mapped = NULL;
+    struct checkpoint k;
     char *note = NULL;
     if (path == NULL) {
         null_argument(error, "lvm_checkpoint_note", "path");
         return NULL;
     }
-    int code = map_file(path, &mapped, &k.size, error);
-    k.data = mapped;
+    int code = checkpoint_open(&k, path, error);
     if (code == LVM_OK) code = parse_checkpoint(&k, error);
     if (code == LVM_OK) note = mem_alloc((size_t)k.note.n + 1, 1, error);
     if (note != NULL) memcpy(note, k.note.s, (size_t)k.note.n);
-    if (mapped != NULL) unmap_file(mapped, k.size);
+    checkpoint_close(&k);
     return note;
 }
 
@@ -6224,6 +6108,7 @@ static void take_memory(struct lvm_trainer *t, const lvm_train_memory *plan) {
     t->pass_pieces = want(m, N, sizeof *t->pass_pieces);
     want_rows(m, (int64_t)t->o.batch * t->o.context, &t->rows);
 }
+
 /* ---- The trainer: its parameters ---- */
 
 /* Whether a name is one of list's, with commas between; * stands for any text. */
@@ -6286,14 +6171,14 @@ static struct linear *block_linear(struct block *b, int i) {
 static void list_params(struct lvm_trainer *t) {
     for (int i = 0; i < t->m->n_specs; i++) {
         const struct tensor_spec *s = &t->m->specs[i];
+        const struct tensor none = {.type = LVM_F32},
+                            *own = t->o.init != NULL ? t->o.init->specs[i].tensor : &none;
+        int vector = s->n_dims == 1, cols = s->dims[s->n_dims - 1];
         if (!is_present(&t->o, s, i)) continue;
-        int vector = s->n_dims == 1, rows = vector ? 1 : s->dims[0],
-            cols = vector ? s->dims[0] : s->dims[1];
         struct param *p = &t->net.params[t->net.n_params++];
         snprintf(p->name, sizeof p->name, "%s", s->name);
-        p->w = t->o.init != NULL ? *t->o.init->specs[i].tensor
-                                 : (struct tensor){NULL, (int64_t)cols * 4, LVM_F32, rows, cols};
-        if (vector) p->w.rows = 1, p->w.cols = cols, p->w.row_bytes = (int64_t)cols * 4;
+        p->w = (struct tensor){own->data, type_bytes(own->type, cols), own->type,
+                               vector ? 1 : s->dims[0], cols};
         p->learns = t->o.lora_rank == 0 && !is_listed(t->o.freeze, s->name);
         p->decays = !vector;
         p->spec = s;
@@ -6339,6 +6224,7 @@ static int lowest_layer(const struct net *net) {
     }
     return lowest;
 }
+
 /* The description of the model, the list of its parameters, and who uses which. */
 static int describe_net(struct lvm_trainer *t, lvm_error *error) {
     const lvm_train_options *o = &t->o;
@@ -6409,6 +6295,7 @@ static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
         fill_normal(r, 0.02f * scale, p->values, n);
     }
 }
+
 /* Each parameter has a stream of random numbers of its own. */
 static void begin_task(void *arg, int i, int thread) {
     struct lvm_trainer *t = arg;
@@ -6451,77 +6338,9 @@ static void rope_begin(struct net *net, int context) {
             row[half + i] = (float)sine;
         }
 }
+
 /* ---- The trainer: its calls ---- */
 
-lvm_train_options lvm_default_train_options(void) {
-    return (lvm_train_options){
-        .size = sizeof(lvm_train_options), .vocab = 8194, .bos = 8192, .eos = 8193,
-        .norm_eps = 1e-6f, .rope_theta = 10000, .lora_alpha = 16, .context = 4096, .batch = 1,
-        .steps = 1000, .warmup = 100, .lr = 3e-4f, .min_lr = 3e-5f, .beta1 = 0.9f, .beta2 = 0.95f,
-        .epsilon = 1e-8f, .weight_decay = 0.1f, .clip = 1, .seed = 1};
-}
-
-/* A number of the options and what it may be. */
-struct range {
-    const char *name;
-    double value, low, high;
-};
-
-static int check_ranges(const struct range *list, size_t n, lvm_error *error) {
-    for (const struct range *r = list; r < list + n; r++)
-        if (!(r->value >= r->low && r->value <= r->high))
-            return fail(error, LVM_INVALID, "%s is %g: it must be %g to %g", r->name, r->value,
-                        r->low, r->high);
-    return LVM_OK;
-}
-
-static int check_train_options(const lvm_train_options *o, lvm_error *error) {
-    const struct range all[] = {
-        {"threads", o->threads, 1, 1024}, {"context", o->context, 2, 1 << 20},
-        {"batch", o->batch, 1, 1 << 20}, {"steps", (double)o->steps, 1, 1e15},
-        {"warmup", (double)o->warmup, 0, 1e15}, {"lr", o->lr, 0, 1e3},
-        {"min_lr", o->min_lr, 0, 1e3}, {"beta1", o->beta1, 1e-6, 1 - 1e-6},
-        {"beta2", o->beta2, 1e-6, 1 - 1e-7},
-        {"epsilon", o->epsilon, 1e-30, 1}, {"weight_decay", o->weight_decay, 0, 100},
-        {"clip", o->clip, 0, 1e9}, {"lora_rank", o->lora_rank, 0, 4096},
-        {"lora_alpha", o->lora_alpha, 1e-6, 1e6}, {"packing", o->packing, LVM_CUT, LVM_WHOLE},
-        {"schedule", o->schedule, LVM_COSINE, LVM_WSD},
-        {"recompute", o->recompute, LVM_RECOMPUTE_AUTO, LVM_RECOMPUTE_ALL},
-        {"batch x context", (double)o->batch * o->context, 1, 1 << 30}};
-    return check_ranges(all, sizeof all / sizeof *all, error);
-}
-/* Every word of the list names a linear layer. */
-static int check_lora_on(const char *list, lvm_error *error) {
-    while (list != NULL && *list != 0) {
-        size_t n = strcspn(list, ",");
-        int known = 0;
-        for (int i = 0; i < LINEARS; i++) known |= matches(list, n, linear_names[i].in_lists);
-        if (!known)
-            return fail(error, LVM_INVALID, "lora_on: \"%.*s\" is none of q, k, v, o, gate, up, "
-                        "down", (int)min64((int64_t)n, 40), list);
-        list += n + (list[n] == ',');
-    }
-    return LVM_OK;
-}
-
-/* Of a model that begins from nothing. */
-static int check_sizes(const lvm_train_options *o, lvm_error *error) {
-    const struct range all[] = {
-        {"layers", o->layers, 1, 1024}, {"width", o->width, 2, 1 << 16},
-        {"heads", o->heads, 1, 1024}, {"feed_forward", o->feed_forward, 1, 1 << 18},
-        {"vocab", o->vocab, 2, 1 << 16}, {"kv_heads", o->kv_heads, 0, 1024},
-        {"bos", o->bos, -1, o->vocab - 1}, {"eos", o->eos, -1, o->vocab - 1},
-        {"norm_eps", o->norm_eps, 1e-30, 1}, {"rope_theta", o->rope_theta, 1, 1e12}};
-    int code = check_ranges(all, sizeof all / sizeof *all, error);
-    if (code != LVM_OK) return code;
-    if (o->width % o->heads != 0 || o->width / o->heads % 2 != 0)
-        return fail(error, LVM_INVALID, "width %d does not divide into %d heads of even width",
-                    o->width, o->heads);
-    if (o->kv_heads != 0 && o->heads % o->kv_heads != 0)
-        return fail(error, LVM_INVALID, "%d attention heads do not share %d key/value heads evenly",
-                    o->heads, o->kv_heads);
-    return LVM_OK;
-}
 /* The list of data, which is the caller's, as the trainer's own. */
 static int copy_data(struct lvm_trainer *t, const lvm_train_options *options, lvm_error *error) {
     if (options->data == NULL) return fail(error, LVM_INVALID, "there are no data");
@@ -6531,6 +6350,7 @@ static int copy_data(struct lvm_trainer *t, const lvm_train_options *options, lv
     t->o.data = data;
     return LVM_OK;
 }
+
 /* The options with copies of their lists and texts, checked. */
 static int settle_train_options(struct lvm_trainer *t, const lvm_train_options *options,
                                 lvm_error *error) {
@@ -6545,15 +6365,7 @@ static int settle_train_options(struct lvm_trainer *t, const lvm_train_options *
     if (o->threads == 0) o->threads = processors();
     if (lora_on != NULL && (o->lora_on = copy_string(lora_on, error)) == NULL) return LVM_MEMORY;
     if (freeze != NULL && (o->freeze = copy_string(freeze, error)) == NULL) return LVM_MEMORY;
-    code = check_train_options(o, error);
-    if (code == LVM_OK && o->init == NULL) code = check_sizes(o, error);
-    if (code == LVM_OK && o->init != NULL && o->init->llama.L == 0)
-        code = fail(error, LVM_INVALID, "%s: holds no transformer, which this needs",
-                    o->init->path);
-    if (code == LVM_OK && o->init != NULL && o->init->llama.context < o->context)
-        code = fail(error, LVM_INVALID, "%s: was made for %d tokens, not for a context of %d",
-                    o->init->path, o->init->llama.context, o->context);
-    return code == LVM_OK ? check_lora_on(lora_on, error) : code;
+    return check_train_options(o, error);
 }
 
 /* What a trainer is before anything large is taken, and how much that will be. */
@@ -6630,6 +6442,7 @@ void lvm_trainer_free(lvm_trainer *t) {
     mem_free((char *)t->o.freeze);
     mem_free(t);
 }
+
 /* The rows of a pass: up to max_rows of r from `first` on. */
 static struct rows pass_rows(struct lvm_trainer *t, const struct rows *r, int first) {
     struct rows p = {(int)min64(t->net.max_rows, r->n - first), r->ids + first, r->targets + first,
@@ -6642,11 +6455,6 @@ static struct rows pass_rows(struct lvm_trainer *t, const struct rows *r, int fi
     return p;
 }
 
-static double sum_of(const float *x, int n) {
-    double sum = 0;
-    for (int i = 0; i < n; i++) sum += x[i];
-    return sum;
-}
 /* Sets the units of progress of a call to come: so many passes of so many units. */
 static void begin_progress(struct lvm_trainer *t, int64_t rows, int units) {
     t->units = 0;
@@ -14444,7 +14252,7 @@ static int png_add_chunk(struct buffer *png, const char *type, const void *data,
 static int png_add_text(struct buffer *png, const char *text, const struct crc32 *crc,
                         lvm_error *error) {
     static const char head[] = "parameters\0\0\0\0";   /* and a zero: its end */
-    struct buffer all = {NULL, 0, 0};
+    struct buffer all = {0};
     int code = buffer_add(&all, head, sizeof head, error);
     if (!code) code = buffer_add(&all, text, strlen(text), error);
     if (!code) code = png_add_chunk(png, "iTXt", all.data, all.n, crc, error);
@@ -14491,7 +14299,7 @@ static int png_add_frame(struct buffer *png, const lvm_image *image, int i, int 
    it is only that. text: NULL or words for an iTXt chunk. */
 static int apng_encode(const lvm_image *images, int n, int delay_ms, const char *text,
                        uint8_t **png, size_t *size, lvm_error *error) {
-    struct buffer out = {NULL, 0, 0};
+    struct buffer out = {0};
     struct crc32 crc;
     uint8_t header[PNG_HEADER_SIZE] = {0}, control[8] = {0};   /* plays: 0, without end */
     *png = NULL;
@@ -17187,6 +16995,7 @@ static int simd_level(void) {
         (b7 & f_dq_bw_vl) == f_dq_bw_vl && (c7 & 1u << 11) && (saved_state() & 0xe6) == 0xe6;
     return has_512 ? 2 : 1;
 }
+
 static const struct kernels *const simd_kernels[] = {&kernels_plain, &kernels_avx2,
                                                      &kernels_avx512};
 #elif defined(__aarch64__)
@@ -18029,6 +17838,7 @@ static int simd_level(void) {
     return 1;
 #endif
 }
+
 static const struct kernels *const simd_kernels[] = {&kernels_plain, &kernels_neon,
                                                      &kernels_neon_dot};
 #else
@@ -18581,6 +18391,138 @@ static void put_model_keys(struct gguf_writer *w, const lvm_model *m) {
         put_ints_key(w, "lvm.vq.attn_resolutions", m->vq->attn_at, m->vq->n_attn_at);
     }
 }
+
+#ifndef LVM_NO_MAIN /* only the command line writes them */
+
+/* ---- Token files: writing (chapter 8 has their layout) ---- */
+
+/* A .tok file while it is written: to a file, or (NULL) to memory. image_tokens may be set until
+   close. Weights, which stand behind all ids, wait in memory and, where there are many, in a
+   temporary file beside the other. */
+enum { WEIGHTS_IN_MEMORY = 1 << 26 };
+
+struct token_writer {
+    struct outfile *file;
+    struct buffer memory;
+    struct buffer starts, weights;  /* u64; u8 */
+    int weighs;                     /* some sentence had weights */
+    struct outfile spill;           /* the weights before those in memory; open once .file is set */
+    uint64_t at;                    /* bytes so far */
+    uint64_t n_sentences, n_tokens;
+    uint32_t bound, image_tokens;
+};
+
+static int token_writer_put(struct token_writer *w, const void *data, size_t n, lvm_error *error) {
+    w->at += n;
+    return w->file != NULL ? outfile_write(w->file, data, n, error)
+                           : buffer_add(&w->memory, data, n, error);
+}
+
+/* Zeros up to where the next part begins. */
+static int token_writer_pad(struct token_writer *w, lvm_error *error) {
+    static const char zeros[TOK_ALIGN];
+    return token_writer_put(w, zeros, (size_t)(-w->at % TOK_ALIGN), error);
+}
+
+static int token_writer_open(struct token_writer *w, struct outfile *file, lvm_error *error) {
+    const uint32_t version = TOK_VERSION;
+    const uint64_t start = 0;
+    *w = (struct token_writer){.file = file};
+    int code = token_writer_put(w, tok_magic, TOK_MAGIC, error);
+    if (code == LVM_OK) code = token_writer_put(w, &version, sizeof version, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    return code == LVM_OK ? buffer_add(&w->starts, &start, sizeof start, error) : code;
+}
+
+/* Weights of n more tokens, to memory or from there to the temporary file. */
+static int token_writer_keep(struct token_writer *w, const uint8_t *weights, size_t n,
+                             lvm_error *error) {
+    int code = buffer_add(&w->weights, weights, n, error);
+    if (code != LVM_OK || w->weights.n < WEIGHTS_IN_MEMORY || w->file == NULL ||
+        w->file->temp == NULL)
+        return code;
+    if (w->spill.file == NULL) code = outfile_open(&w->spill, w->file->path, error);
+    if (code == LVM_OK) code = outfile_write(&w->spill, w->weights.data, w->weights.n, error);
+    w->weights.n = 0;
+    return code;
+}
+
+/* So many more tokens have the weight 1. */
+static int token_writer_weigh(struct token_writer *w, uint64_t n, lvm_error *error) {
+    uint8_t ones[256];
+    int code = LVM_OK;
+    memset(ones, WEIGHT_ONE, sizeof ones);
+    for (uint64_t part; code == LVM_OK && n > 0; n -= part) {
+        part = n < sizeof ones ? n : sizeof ones;
+        code = token_writer_keep(w, ones, (size_t)part, error);
+    }
+    return code;
+}
+
+/* All weights, behind the ids. */
+static int token_writer_put_weights(struct token_writer *w, lvm_error *error) {
+    uint8_t part[4096];
+    int code = LVM_OK;
+    FILE *f = NULL;
+    if (w->spill.file != NULL) {
+        f = fflush(w->spill.file) == 0 ? os_fopen(w->spill.temp, "rb") : NULL;
+        if (f == NULL) code = fail(error, LVM_IO, "%s: %s", w->spill.path, strerror(errno));
+    }
+    for (size_t n; code == LVM_OK && f != NULL && (n = fread(part, 1, sizeof part, f)) > 0;)
+        code = token_writer_put(w, part, n, error);
+    if (code == LVM_OK && f != NULL && ferror(f))
+        code = fail(error, LVM_IO, "%s: %s", w->spill.path, strerror(errno));
+    if (f != NULL) fclose(f);
+    return code == LVM_OK ? token_writer_put(w, w->weights.data, w->weights.n, error) : code;
+}
+
+/* One more sentence, ids[n]; weights: [n], or NULL: 16 each. */
+static int token_writer_add(struct token_writer *w, const int32_t *ids, const uint8_t *weights,
+                            size_t n, lvm_error *error) {
+    uint16_t part[512];
+    int code = n > 0 ? LVM_OK : fail(error, LVM_INVALID, "a sentence without tokens");
+    for (size_t at = 0, room = sizeof part / sizeof *part; code == LVM_OK && at < n; at += room) {
+        size_t here = n - at < room ? n - at : room;
+        for (size_t i = 0; i < here; i++) {
+            int32_t id = ids[at + i];
+            if (id < 0 || id >= MAX_IDS)
+                return fail(error, LVM_INVALID, "id %d is none of 0 to %d", id, MAX_IDS - 1);
+            if ((uint32_t)id >= w->bound) w->bound = (uint32_t)id + 1;
+            part[i] = (uint16_t)id;
+        }
+        code = token_writer_put(w, part, here * sizeof *part, error);
+    }
+    if (code == LVM_OK && weights != NULL && !w->weighs)
+        code = token_writer_weigh(w, w->n_tokens, error);
+    w->weighs |= weights != NULL;
+    if (code == LVM_OK && weights != NULL) code = token_writer_keep(w, weights, n, error);
+    else if (code == LVM_OK && w->weighs) code = token_writer_weigh(w, n, error);
+    w->n_tokens += n;
+    w->n_sentences++;
+    return code == LVM_OK ? buffer_add(&w->starts, &w->n_tokens, sizeof w->n_tokens, error) : code;
+}
+
+/* Writes what stands behind the ids, unless code is a failure already, and frees all but memory,
+   which holds the whole file then. */
+static int token_writer_close(struct token_writer *w, int code, lvm_error *error) {
+    struct tok_foot foot = {.n_sentences = w->n_sentences, .n_tokens = w->n_tokens,
+                            .bound = w->bound, .image_tokens = w->image_tokens,
+                            .flags = w->weighs ? TOK_WEIGHTS : 0};
+    memcpy(foot.magic, tok_magic, TOK_MAGIC);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put_weights(w, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, w->starts.data, w->starts.n, error);
+    if (code == LVM_OK) code = token_writer_pad(w, error);
+    if (code == LVM_OK) code = token_writer_put(w, &foot, sizeof foot, error);
+    if (w->spill.file != NULL) outfile_close(&w->spill, LVM_CANCELLED, NULL);
+    mem_free(w->starts.data);
+    mem_free(w->weights.data);
+    w->starts = w->weights = (struct buffer){0};
+    return code;
+}
+
+#endif
 
 /* ---- Adapters ----
 
@@ -19375,6 +19317,86 @@ static int settle_sampling(const lvm_sampling *chosen, lvm_sampling *s, lvm_erro
         return fail(error, LVM_INVALID, "top-p %g is not above 0 and up to 1", (double)s->top_p);
     if (s->top_k < 0) return fail(error, LVM_INVALID, "top-k %d is negative", s->top_k);
     return LVM_OK;
+}
+
+lvm_train_options lvm_default_train_options(void) {
+    return (lvm_train_options){
+        .size = sizeof(lvm_train_options), .vocab = 8194, .bos = 8192, .eos = 8193,
+        .norm_eps = 1e-6f, .rope_theta = 10000, .lora_alpha = 16, .context = 4096, .batch = 1,
+        .steps = 1000, .warmup = 100, .lr = 3e-4f, .min_lr = 3e-5f, .beta1 = 0.9f, .beta2 = 0.95f,
+        .epsilon = 1e-8f, .weight_decay = 0.1f, .clip = 1, .seed = 1};
+}
+
+/* A number of the options and what it may be. */
+struct range {
+    const char *name;
+    double value, low, high;
+};
+
+static int check_ranges(const struct range *list, size_t n, lvm_error *error) {
+    for (const struct range *r = list; r < list + n; r++)
+        if (!(r->value >= r->low && r->value <= r->high))
+            return fail(error, LVM_INVALID, "%s is %g: it must be %g to %g", r->name, r->value,
+                        r->low, r->high);
+    return LVM_OK;
+}
+
+/* Every word of the list names a linear layer. */
+static int check_lora_on(const char *list, lvm_error *error) {
+    while (list != NULL && *list != 0) {
+        size_t n = strcspn(list, ",");
+        int known = 0;
+        for (int i = 0; i < LINEARS; i++) known |= matches(list, n, linear_names[i].in_lists);
+        if (!known)
+            return fail(error, LVM_INVALID, "lora_on: \"%.*s\" is none of q, k, v, o, gate, up, "
+                        "down", (int)min64((int64_t)n, 40), list);
+        list += n + (list[n] == ',');
+    }
+    return LVM_OK;
+}
+
+/* Of a model that begins from nothing. */
+static int check_sizes(const lvm_train_options *o, lvm_error *error) {
+    const struct range all[] = {
+        {"layers", o->layers, 1, 1024}, {"width", o->width, 2, 1 << 16},
+        {"heads", o->heads, 1, 1024}, {"feed_forward", o->feed_forward, 1, 1 << 18},
+        {"vocab", o->vocab, 2, 1 << 16}, {"kv_heads", o->kv_heads, 0, 1024},
+        {"bos", o->bos, -1, o->vocab - 1}, {"eos", o->eos, -1, o->vocab - 1},
+        {"norm_eps", o->norm_eps, 1e-30, 1}, {"rope_theta", o->rope_theta, 1, 1e12}};
+    int code = check_ranges(all, sizeof all / sizeof *all, error);
+    if (code != LVM_OK) return code;
+    if (o->width % o->heads != 0 || o->width / o->heads % 2 != 0)
+        return fail(error, LVM_INVALID, "width %d does not divide into %d heads of even width",
+                    o->width, o->heads);
+    if (o->kv_heads != 0 && o->heads % o->kv_heads != 0)
+        return fail(error, LVM_INVALID, "%d attention heads do not share %d key/value heads evenly",
+                    o->heads, o->kv_heads);
+    return LVM_OK;
+}
+
+static int check_train_options(const lvm_train_options *o, lvm_error *error) {
+    const struct range all[] = {
+        {"threads", o->threads, 1, 1024}, {"context", o->context, 2, 1 << 20},
+        {"batch", o->batch, 1, 1 << 20}, {"steps", (double)o->steps, 1, 1e15},
+        {"warmup", (double)o->warmup, 0, 1e15}, {"lr", o->lr, 0, 1e3},
+        {"min_lr", o->min_lr, 0, 1e3}, {"beta1", o->beta1, 1e-6, 1 - 1e-6},
+        {"beta2", o->beta2, 1e-6, 1 - 1e-7},
+        {"epsilon", o->epsilon, 1e-30, 1}, {"weight_decay", o->weight_decay, 0, 100},
+        {"clip", o->clip, 0, 1e9}, {"lora_rank", o->lora_rank, 0, 4096},
+        {"lora_alpha", o->lora_alpha, 1e-6, 1e6}, {"packing", o->packing, LVM_CUT, LVM_WHOLE},
+        {"schedule", o->schedule, LVM_COSINE, LVM_WSD},
+        {"recompute", o->recompute, LVM_RECOMPUTE_AUTO, LVM_RECOMPUTE_ALL},
+        {"batch x context", (double)o->batch * o->context, 1, 1 << 30}};
+    const lvm_model *init = o->init;
+    int code = check_ranges(all, sizeof all / sizeof *all, error);
+    if (code == LVM_OK && init == NULL) code = check_sizes(o, error);
+    if (code != LVM_OK) return code;
+    if (init != NULL && init->llama.L == 0)
+        return fail(error, LVM_INVALID, "%s: holds no transformer, which this needs", init->path);
+    if (init != NULL && init->llama.context < o->context)
+        return fail(error, LVM_INVALID, "%s: was made for %d tokens, not for a context of %d",
+                    init->path, init->llama.context, o->context);
+    return check_lora_on(o->lora_on, error);
 }
 
 void lvm_set_progress(lvm_ctx *ctx, lvm_progress *progress, void *user) {
