@@ -4079,6 +4079,27 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    What a layer's backward needs of its forward (struct kept) is kept, or, where memory is short,
    computed again from the layer's input (Chen et al. 2016, arXiv 1604.06174).
 
+   One layer of N rows down the left side, and its way back up the right one:
+
+       h = rmsnorm(x)                     dx += rmsnorm'(dh)
+       q, k, v = h Wq^T, h Wk^T, h Wv^T   dh = dq Wq + dk Wk + dv Wv,   dWq += dq^T h, ...
+       q, k = rope(q), rope(k)            dq, dk turned by minus the angles
+       o = attention(q, k, v)             dq, dk, dv out of do
+       mid = x + o Wo^T                   dx = dmid,   do = dmid Wo,   dWo += dmid^T o
+       h = rmsnorm(mid)                   dmid += rmsnorm'(dh)
+       gate, up = h Wgate^T, h Wup^T      dh = dgate Wgate + dup Wup,   dWgate += dgate^T h, ...
+       act = silu(gate) up                dgate = dact up silu'(gate),   dup = dact silu(gate)
+       y = mid + act Wdown^T              dmid = dy,   dact = dy Wdown,   dWdown += dy^T act
+
+   A sum forward (x is used by the norm and by the residual stream) is a sum of gradients backward:
+   hence dx += where dx = dmid was before. Each matrix is multiplied three times, with 2 operations
+   a weight and row: forward, for the input's gradient and for its own. So a step takes some 6
+   operations for every weight and token, and attention's besides.
+
+   Whether a backward is right can be seen without any theory: (loss(w + e) - loss(w - e)) / 2e is
+   nearly dw, for any number w that learns. tests/test_train.c does so, in double precision, and
+   asks PyTorch.
+
    Sums have one order here too: a step does not depend on the number of threads, so that a run that
    was stopped and resumed is the run that was not. A weight's gradient adds rows in ascending
    order; rows are never split over threads. */
@@ -4119,7 +4140,9 @@ struct block {
     struct linear q, k, v, o, gate, up, down;    /* as struct layer */
 };
 
-/* What is kept of a layer's forward for its backward; N rows. */
+/* What is kept of a layer's forward for its backward; N rows. With F = 8/3 D and as many keys as
+   queries that is ten numbers beside every one of x. What is cheap comes again instead: the norms,
+   and silu(gate) up. */
 struct kept {
     float *x;                 /* [N][D]: its input */
     float *q, *k, *v;         /* [N][H d]  [N][G d]  [N][G d]: q and k rotated */
@@ -4158,6 +4181,7 @@ struct work {
     double *squares;          /* of each chunk of gradients */
 };
 
+/* The transformer as parameters, by list and by use, and the memory that a pass takes. */
 struct net {
     const struct llama *a;    /* sizes */
     struct param *params;     /* [n_params]: the description's in its order, then adapters */
@@ -4202,7 +4226,8 @@ struct stream {
 };
 
 /* Where a stream is: the token `token` (bos and eos counted) of the sentence that comes as number
-   `sentence` in this pass's order. */
+   `sentence` in this pass's order. Three numbers are all that a resumed run needs of its data, for
+   the order itself is computed from the seed and the pass. */
 struct data_position {
     int64_t epoch, sentence, token;
 };
@@ -4218,6 +4243,8 @@ struct memory {
     lvm_error *error;
 };
 
+/* A run: what was asked for, the net that learns, its data, and how far it is. Everything from `at`
+   on that a checkpoint needs is listed in saved_numbers. */
 struct lvm_trainer {
     lvm_train_options o;      /* settled; its lists and texts are copies */
     struct memory memory;     /* what it has taken of it */
@@ -4236,12 +4263,23 @@ struct lvm_trainer {
 
 /* ---- Products: y = x w^T, dx = dy w, dw = dy^T x ----
 
+   Out of y_ij = sum_k x_ik w_jk follow the other two by the chain rule: x_ik is in y_ij for all j,
+   times w_jk; w_jk is in y_ij for all rows i, times x_ik:
+
+       dx_ik = sum_j dy_ij w_jk          dw_jk = sum_i dy_ij x_ik
+
+                          a[i][k]        b(k, j)          m        n       k runs over
+       forward  y         x              w transposed     rows     out     in
+       input    dx        dy             w                rows     in      out
+       weights  dw        dy transposed  x                out      in      rows
+
    All three are c[i][j] (+)= sum over k of a[i][k] b(k, j) with rows of a contiguous along k, on
    the outer tiles of chapter 3. A task has 32 columns of c: it packs b's part for 256 k at a time
-   and sends all its rows of a past it. k ascends. */
+   and sends all its rows of a past it. k ascends, so that a gradient adds its rows in their order,
+   and is never split: threads share columns, and rows of c where there are few columns. */
 
 enum {
-    PRODUCT_K = 256,         /* of a packed part: what stays in the first two caches */
+    PRODUCT_K = 256,         /* of a packed part, 32 KB: what stays in the first two caches */
     PRODUCT_COLS = 2 * PANEL,
     PRODUCT_ROWS = 192,      /* rows of a that pass the panels together */
     MIN_PRODUCT_ROWS = 512   /* of a task, where there are so many: packing must pay */
@@ -4263,7 +4301,10 @@ static void row_floats(const struct kernels *kern, const struct tensor *w, int r
     kern->elementwise.to_f32(w->type, tensor_row(w, row) + type_bytes(w->type, k0), y, n);
 }
 
-/* Panels of b for k0 .. k0 + k and `cols` columns from j0 on, zeros beyond. buffer: [16][k]. */
+/* Panels of b for k0 .. k0 + k and `cols` columns from j0 on, zeros beyond. buffer: [16][k]. Where
+   b is [k][n] a row of it is a row of the panels already; else 16 rows of b are turned into one.
+   What is quantised, BF16 or F16 becomes floats here, piece by piece: the base that adapters leave
+   as it is needs no copy in floats. */
 static void pack_product(const struct product *p, int j0, int cols, int k0, int k, float *panels,
                          float *buffer) {
     const struct kernels *kern = p->e->kern;
@@ -4500,7 +4541,13 @@ static void add_bias_row(const struct op *op, int r) {
     for (int c = 0; c < op->cols; c++) op->out[(int64_t)r * op->cols + c] += op->w[c];
 }
 
-/* u[n][rank] = scale x a^T: the narrow middle of an adapter */
+/* LoRA (Hu et al. 2021, arXiv 2106.09685) leaves a matrix w as it is, of any type, and learns a
+   difference of low rank beside it, scale = alpha / rank:
+
+       y = x w^T + scale (x a^T) b^T = x (w + scale b a)^T           a[rank][in]   b[out][rank]
+
+   Gradients and AdamW's averages are those of rank (in + out) numbers instead of in out, and two of
+   a matrix's three products are left. In the middle everything is u[n][rank] = scale x a^T. */
 static void adapter_middle(struct lvm_trainer *t, const struct linear *l, const float *x, int n) {
     float *u = t->net.work.u;
     product_forward(&t->e, &l->a->w, x, n, u, l->a->w.rows, 0);
@@ -4516,8 +4563,8 @@ static void linear_forward(struct lvm_trainer *t, const struct linear *l, const 
         for_rows((struct op){.t = t, .n = n, .cols = out, .w = floats(&l->bias->w), .out = y},
                  add_bias_row);
     if (l->a == NULL) return;
-    adapter_middle(t, l, x, n);
-    product_forward(&t->e, &l->b->w, t->net.work.u, n, y, out, 1);
+    adapter_middle(t, l, x, n);                                    /* u = scale x a^T */
+    product_forward(&t->e, &l->b->w, t->net.work.u, n, y, out, 1); /* y += u b^T */
 }
 
 /* y = ... + u b^T, u = scale x a^T:   db += dy^T u,  du = scale dy b,  da += du^T x,  dx += du a */
@@ -4525,12 +4572,12 @@ static void adapter_backward(struct lvm_trainer *t, const struct linear *l, cons
                              const float *dy, int n, float *dx) {
     struct work *k = &t->net.work;
     int out = l->b->w.rows, in = l->a->w.cols, rank = l->a->w.rows;
-    adapter_middle(t, l, x, n);
-    product_weights(&t->e, dy, out, k->u, n, out, rank, k->turned, l->b->g);
-    product_input(&t->e, &l->b->w, dy, out, n, k->u, 0);
+    adapter_middle(t, l, x, n);                                                 /* u */
+    product_weights(&t->e, dy, out, k->u, n, out, rank, k->turned, l->b->g);    /* db */
+    product_input(&t->e, &l->b->w, dy, out, n, k->u, 0);                        /* du, unscaled */
     for (int64_t i = 0; i < (int64_t)n * rank; i++) k->u[i] *= t->net.lora_scale;
-    product_weights(&t->e, k->u, rank, x, n, rank, in, k->turned, l->a->g);
-    if (dx != NULL) product_input(&t->e, &l->a->w, k->u, rank, n, dx, 1);
+    product_weights(&t->e, k->u, rank, x, n, rank, in, k->turned, l->a->g);     /* da */
+    if (dx != NULL) product_input(&t->e, &l->a->w, k->u, rank, n, dx, 1);       /* dx */
 }
 
 /* y = x w^T + bias + adapter:   dx (+)= dy w,  dw += dy^T x,  dbias += sum of dy.   dx NULL: not
@@ -4538,8 +4585,8 @@ static void adapter_backward(struct lvm_trainer *t, const struct linear *l, cons
 static void linear_backward(struct lvm_trainer *t, const struct linear *l, const float *x,
                             const float *dy, int n, float *dx, int accumulate) {
     int out = l->w->w.rows, in = l->w->w.cols;
-    if (dx != NULL) product_input(&t->e, &l->w->w, dy, out, n, dx, accumulate);
-    if (l->w->g != NULL)
+    if (dx != NULL) product_input(&t->e, &l->w->w, dy, out, n, dx, accumulate); /* dx (+)= dy w */
+    if (l->w->g != NULL)                                                        /* dw += dy^T x */
         product_weights(&t->e, dy, out, x, n, out, in, t->net.work.turned, l->w->g);
     if (l->bias != NULL && l->bias->g != NULL)
         for_columns((struct op){.t = t, .n = n, .cols = out, .dy = dy, .dw = l->bias->g},
@@ -4624,13 +4671,29 @@ static void rope_backward_row(const struct op *op, int r) {
 
        s_j = scale q . k_j,   lse = ln sum_j e^(s_j),   p_j = e^(s_j - lse),   o = sum_j p_j v_j
 
-   Backward, by the same blocks, with p computed again from lse (Dao et al. 2022, arXiv 2205.14135):
+   Backward, by the same blocks, with p computed again from lse (Dao et al. 2022, arXiv 2205.14135),
+   so that no row ever keeps its scores, of which there are as many as pairs of tokens:
 
        dv_j += p_j do,   dp_j = do . v_j,   ds_j = p_j (dp_j - do . o) scale,
        dq += sum_j ds_j k_j,   dk_j += ds_j q
 
-   A task has a key/value head and every DQ_PARTS-th block of keys of a piece, and adds to a part of
-   dq of its own: as many parts whatever the threads, added up by rope_backward_row. */
+   ds is softmax's backward: the derivative of p_j = e^(s_j) / sum by s_i is p_j ([i = j] - p_i), so
+   that s_i gets p_i (dp_i - sum_j p_j dp_j). That sum is do . sum_j p_j v_j = do . o: one number of
+   a row, known before the first block.
+
+   A task has a key/value head and every DQ_PARTS-th block of keys of a piece. It holds dk and dv of
+   a block while the rows of queries that see it go past, BACK_ROWS at a time, of all heads that
+   share it:
+
+           keys   0        256      512      768      1024
+       rows  0    part 0
+             256  part 0   part 1                                above the diagonal
+             512  part 0   part 1   part 2                       nothing is seen
+             768  part 0   part 1   part 2   part 3
+            1024  part 0   part 1   part 2   part 3   part 0
+
+   A row of dq gets something from every block at or left of it, from several tasks; so each part
+   adds to a dq of its own: as many whatever the threads, added up by rope_backward_row. */
 
 enum { ATTEND_ROWS = 256, BACK_ROWS = 72 }; /* query rows of a task; that pass a block together */
 
@@ -4663,6 +4726,7 @@ static void strip_heads(const float *rows, int n, int dp, float *strips) {
                    PANEL * sizeof *strips);
 }
 
+/* What a task of attention works on: all pieces of r, by what is kept of a layer. */
 struct attention {
     struct lvm_trainer *t;
     const struct rows *r;
@@ -4693,9 +4757,9 @@ static void attention_forward_task(void *arg, int task, int thread) {
         int count = (int)min64(KV_BLOCK, first + n - k0);
         int64_t from = ((int64_t)(p->first + k0) * G + g) * d;
         head_rows(job->kept->k + from, (int64_t)G * d, count, d, dp, rows);
-        pack_heads(kern, rows, count, dp, keys);
+        pack_heads(kern, rows, count, dp, keys);        /* for s = q k^T, sums over dp */
         head_rows(job->kept->v + from, (int64_t)G * d, count, d, dp, rows);
-        strip_heads(rows, count, dp, values);
+        strip_heads(rows, count, dp, values);           /* for o += p v, sums over keys */
         for (int r = 0; r < n; r++) queries[r].keys = (int)min64(count, first + r + 1 - k0);
         for (int r = 0; r < n; r += QUERY_ROWS)
             attend_block(kern, queries + r, n - r < QUERY_ROWS ? n - r : QUERY_ROWS, dp, keys,
@@ -4716,7 +4780,9 @@ static void attention_forward(struct lvm_trainer *t, const struct rows *r,
     pool_run(t->e.pool, tasks, attention_forward_task, &job);
 }
 
-/* Scratch of a backward task: one block of keys and a few rows of queries. */
+/* Scratch of a backward task: one block of keys and a few rows of queries. dk and dv are
+   transposed, so that they are outer products like all others here: a row is a component of the
+   head, sums run over the queries, and keys lie side by side in the panels. */
 struct attend_back {
     float *rows;                          /* [KV_BLOCK][dp] */
     float *k_panels, *v_panels, *k_strips; /* [KV_BLOCK][dp] */
@@ -4746,7 +4812,8 @@ static void attend_back_take(struct attend_back *b, float *at, int dp) {
     for (int i = 0; i < 4; i++) *square[i] = take(&at, (int64_t)BACK_ROWS * KV_BLOCK);
 }
 
-/* p and ds of the rows from s = q k^T and ds = do v^T; both as strips, ds as rows too. */
+/* p and ds of the rows from s = q k^T and ds = do v^T; both as strips, ds as rows too. The kernel
+   gives e^(scale s - max) and 0 for keys that a row does not see, from which ds is 0 there too. */
 static void attention_probabilities(const struct kernels *kern, const struct attend_back *b,
                                     const float *lse, const float *delta, int64_t ld, int panels) {
     for (int r = 0; r < b->rows_n; r++) {
@@ -4782,9 +4849,9 @@ static void attention_backward_rows(const struct attention *job, struct attend_b
     const float *a[KV_BLOCK];
     head_rows(job->kept->q + at * d, (int64_t)H * d, n, d, dp, b->q);
     head_rows(w->d_o + at * d, (int64_t)H * d, n, d, dp, b->d_o);
-    point(a, b->q, n, dp);
+    point(a, b->q, n, dp);                                                /* s = q k^T */
     matmul_panels(kern, n, dp, a, b->k_panels, dp * PANEL, panels, b->s, KV_BLOCK, 0);
-    point(a, b->d_o, n, dp);
+    point(a, b->d_o, n, dp);                                              /* dp = do v^T */
     matmul_panels(kern, n, dp, a, b->v_panels, dp * PANEL, panels, b->ds, KV_BLOCK, 0);
     attention_probabilities(kern, b, job->kept->lse + at, w->delta + at, H, panels);
     point(a, b->ds, n, KV_BLOCK);                                         /* dq += ds k */
@@ -4823,8 +4890,8 @@ static void attention_backward_block(const struct attention *job, struct attend_
             b->rows_from = i - k0;
             attention_backward_rows(job, b, row, h, dq + ((int64_t)row * a->H + h) * d);
         }
-    transpose(kern, b->dk, KV_BLOCK, d, b->keys, w->dk + from, ld);
-    transpose(kern, b->dv, KV_BLOCK, d, b->keys, w->dv + from, ld);
+    transpose(kern, b->dk, KV_BLOCK, d, b->keys, w->dk + from, ld); /* each block has one task, */
+    transpose(kern, b->dv, KV_BLOCK, d, b->keys, w->dv + from, ld); /* so nothing is added here */
 }
 
 static void attention_backward_task(void *arg, int task, int thread) {
@@ -4862,7 +4929,9 @@ static void attention_backward(struct lvm_trainer *t, const struct rows *r,
 
 /* ---- A layer, forward and backward ---- */
 
-/* What is kept of layer i; of those before first_kept only the input has a place of its own. */
+/* What is kept of layer i; of those before first_kept only the input has a place of its own. What
+   is computed again is the same to the bit, for it is the same code on the same numbers: how much
+   memory there is changes a run's time and nothing else. */
 static struct kept kept_of(const struct net *net, int i) {
     struct kept k = i < net->first_kept ? net->again : net->kept[i];
     k.x = net->kept[i].x;
@@ -4884,7 +4953,7 @@ static void layer_forward(struct lvm_trainer *t, const struct block *l, const st
     linear_forward(t, &l->q, h, n, k->q, 0);            /* q, k, v = Wq h, Wk h, Wv h */
     linear_forward(t, &l->k, h, n, k->k, 0);
     linear_forward(t, &l->v, h, n, k->v, 0);
-    for_rows((struct op){.t = t, .n = n, .kept = k}, rope_row);
+    for_rows((struct op){.t = t, .n = n, .kept = k}, rope_row); /* q, k = rope(q), rope(k) */
     attention_forward(t, r, k);                         /* o = attention(q, k, v) */
     memcpy(k->mid, k->x, bytes);
     linear_forward(t, &l->o, k->o, n, k->mid, 1);       /* mid = x + Wo o */
@@ -4897,7 +4966,8 @@ static void layer_forward(struct lvm_trainer *t, const struct block *l, const st
     linear_forward(t, &l->down, t->net.work.act, n, y, 1); /* y = mid + Wdown act */
 }
 
-/* dx, the gradient by the layer's output, becomes that by its input. */
+/* dx, the gradient by the layer's output, becomes that by its input. On the way it is dmid: the
+   residual stream passes it on as it is. Read upwards it is layer_forward. */
 static void layer_backward(struct lvm_trainer *t, const struct block *l, const struct rows *r,
                            const struct kept *k) {
     struct work *w = &t->net.work;
@@ -4913,7 +4983,7 @@ static void layer_backward(struct lvm_trainer *t, const struct block *l, const s
 
     linear_backward(t, &l->o, k->o, w->dx, n, w->d_o, 0);       /* mid = x + Wo o */
     attention_backward(t, r, k);                                /* o = attention(q, k, v) */
-    for_rows((struct op){.t = t, .n = n}, rope_backward_row);
+    for_rows((struct op){.t = t, .n = n}, rope_backward_row);   /* q, k = rope(q), rope(k) */
     norm_forward(t, l->attn_norm, k->x, n, w->h);
     linear_backward(t, &l->q, w->h, w->dq, n, w->dh, 0);        /* q, k, v = Wq h, Wk h, Wv h */
     linear_backward(t, &l->k, w->h, w->dk, n, w->dh, 1);
@@ -4923,7 +4993,9 @@ static void layer_backward(struct lvm_trainer *t, const struct block *l, const s
 
 /* ---- The whole model: loss and gradients ---- */
 
-enum { LOGIT_ROWS = 256 }; /* rows of logits at a time */
+/* Rows of logits at a time. All of a pass would be 4096 x 8194 floats, 134 MB; nobody needs them
+   longer than for their own row's loss and gradient. */
+enum { LOGIT_ROWS = 256 };
 
 /* x = the token's row of the embedding */
 static void embed_row(const struct op *op, int r) {
@@ -4939,8 +5011,12 @@ static void embed_backward_columns(const struct op *op, int c0, int n) {
     }
 }
 
-/* Rows of logits, ld apart, at which -ln softmax(logits)[target] is wanted and its gradient:
-   dlogits = weight (softmax(logits) - onehot(target)), in their place. */
+/* Rows of logits, ld apart, at which -ln softmax(logits)[target] is wanted and its gradient. With
+   -ln p_target = ln sum_j e^(logits_j) - logits_target that is
+
+       dlogits_j = weight (p_j - [j = target]),    p = softmax(logits)
+
+   in their place: what was likely goes down by its probability, the target up by what it lacks. */
 struct loss_job {
     struct lvm_trainer *t;
     float *logits;
@@ -4992,13 +5068,13 @@ static void head(struct lvm_trainer *t, const struct rows *r, const float *x, do
         product_forward(&t->e, out, h, n, w->logits, ld, 0);        /* logits = Wout h */
         pool_run(t->e.pool, n, loss_task, &job);
         if (!backward) continue;
-        product_input(&t->e, out, w->logits, ld, n, dh, 0);
-        if (t->net.output->g != NULL)
+        product_input(&t->e, out, w->logits, ld, n, dh, 0);         /* dh = dlogits Wout */
+        if (t->net.output->g != NULL)                               /* dWout += dlogits^T h */
             product_weights(&t->e, w->logits, ld, h, n, V, D, w->turned, t->net.output->g);
     }
     if (!backward) return;
     memset(w->dx, 0, (size_t)r->n * (size_t)D * sizeof *w->dx);
-    norm_backward(t, t->net.norm, x, w->dh, r->n, w->dx);
+    norm_backward(t, t->net.norm, x, w->dh, r->n, w->dx);           /* dx = rmsnorm'(dh) */
 }
 
 static void set_positions(struct net *net, const struct rows *r) {
@@ -5036,7 +5112,8 @@ static double weighted_sum(const float *weights, const float *nll, int n) {
 }
 
 /* Adds to every g the gradient of sum over rows of weight / all (-ln p(target)), and to *loss that
-   sum times `all`. r->n <= net->max_rows. */
+   sum times `all`. r->n <= net->max_rows. Gradients of several passes with the same `all` add up to
+   that of one large batch: memory bounds a pass, not a step. */
 static int net_accumulate(struct lvm_trainer *t, const struct rows *r, double all, double *loss,
                           lvm_error *error) {
     struct net *net = &t->net;
@@ -5046,7 +5123,7 @@ static int net_accumulate(struct lvm_trainer *t, const struct rows *r, double al
     *loss += weighted_sum(r->weights, net->work.nll, r->n);
     for (int i = L - 1; code == LVM_OK && i >= net->lowest; i--) {
         struct kept k = kept_of(net, i);
-        if (i < net->first_kept) layer_forward(t, &net->blocks[i], r, &k, NULL);
+        if (i < net->first_kept) layer_forward(t, &net->blocks[i], r, &k, NULL); /* again */
         layer_backward(t, &net->blocks[i], r, &k);
         code = report_pass(t, "train", L + 2 * (L - i), error);
     }
@@ -5139,7 +5216,7 @@ static void update_task(void *arg, int task, int thread) {
     (void)thread;
     for (int i = 0; i < c.n; i++) {
         float g = gradient[i] * u->scale;
-        m[i] += (1 - o->beta1) * (g - m[i]);
+        m[i] += (1 - o->beta1) * (g - m[i]); /* b1 m + (1 - b1) g, and so v */
         v[i] += (1 - o->beta2) * (g * g - v[i]);
         w[i] = w[i] * keep - step * m[i] / (sqrtf(v[i]) * root + o->epsilon);
     }
@@ -5173,7 +5250,15 @@ static void update_params(struct lvm_trainer *t, double lr, double norm, int64_t
 
 /* Of step `step`, counted from 1: up to lr over the warm-up, then down to min_lr by half a cosine
    (Loshchilov and Hutter 2017, arXiv 1608.03983), or over the last tenth by a line (Hu et al. 2024,
-   arXiv 2404.06395). */
+   arXiv 2404.06395):
+
+       lr         .-._                     .-----------------.
+                 /    '.                  /                   \
+                /       '.   cosine      /        wsd          \
+       min_lr  /          '-._          /                       \
+
+   The warm-up is for AdamW's averages, which know little at first. A cosine must know where it
+   ends; what stays at lr can be prolonged, and still be brought down in a tenth of the time. */
 static double learning_rate(const lvm_train_options *o, int64_t step) {
     if (step <= o->warmup) return (double)o->lr * (double)step / (double)o->warmup;
     double past = (double)(step - o->warmup) / (double)max64(1, o->steps - o->warmup), left = 0;
@@ -5205,6 +5290,12 @@ static double learning_rate(const lvm_train_options *o, int64_t step) {
    All ids are below bound. No sentence is empty; image_tokens, if it is not 0, are an image, and
    each sentence is whole images. The counts stand at the end, so that a file is written as its
    sentences come, however many: only starts and weights are held in memory.
+
+   Two sentences, of two images and of one, with two tokens an image, make 256 bytes:
+
+       at 64   ids     7 8 9 10 11 12
+       at 128  starts  0 4 6
+       at 192          2 sentences, 6 tokens, bound 13, image_tokens 2, flags 0
 
    Who opens a file checks its size and starts. Ids are checked where they are read, for a file may
    have billions. */
@@ -5243,6 +5334,7 @@ static int bad_token(const lvm_tokens *t, int64_t sentence, int64_t i, lvm_error
                 token_at(t, sentence_start(t, sentence) + i), t->bound);
 }
 
+/* All of them, 8 bytes a sentence: where one is wrong, sentences would be read out of nowhere. */
 static int check_starts(const lvm_tokens *t, lvm_error *error) {
     int64_t last = 0;
     for (int64_t i = 0; sentence_start(t, 0) == 0 && i < t->n_sentences; i++) {
@@ -5260,7 +5352,8 @@ static int check_starts(const lvm_tokens *t, lvm_error *error) {
     return fail(error, LVM_FORMAT, "%s: damaged: its sentences are not all of its tokens", t->name);
 }
 
-/* Mixes in 64 bytes at 256 places each, or all where that is less. */
+/* Mixes in 64 bytes at 256 places each, or all where that is less: a file of 100 GB should not be
+   read from end to end before every run. */
 static uint64_t hash_sample(uint64_t h, const uint8_t *data, size_t n) {
     enum { PLACES = 256, BYTES = 64 };
     if (n <= PLACES * BYTES) return hash_bytes(h, data, n);
@@ -5393,9 +5486,13 @@ static uint64_t mix64(uint64_t x) { /* SplitMix64's (Steele, Lea and Flood 2014)
 
 /* Which of 0 .. n-1 comes as number i when they are shuffled for pass `epoch`, without a list of
    them: rounds that turn (left, right) into (right, left ^ f(right)) permute numbers of 2 `half`
-   bits, whatever f is (Feistel; Luby and Rackoff 1988), and one that falls beyond n goes through
-   them again until it does not (cycle walking: Black and Rogaway 2002), four times at most on
-   average. */
+   bits, whatever f is (Feistel; Luby and Rackoff 1988):
+
+       (left, right)  -->  (right, left ^ f(right))          and back: (right' ^ f(left'), left')
+
+   One that falls beyond n goes through them again until it does not (cycle walking: Black and
+   Rogaway 2002), four times at most on average, for 2 ^ (2 half) < 4 n. Where two numbers led to
+   the same one, that one would lead back to both; so none is drawn twice. */
 static int64_t shuffled(uint64_t seed, int64_t epoch, int64_t n, int64_t i) {
     enum { ROUNDS = 8 };
     int half = 1;
@@ -5407,7 +5504,7 @@ static int64_t shuffled(uint64_t seed, int64_t epoch, int64_t n, int64_t i) {
             uint64_t right = x & mask, f = mix64(mix64(key + round) ^ right);
             x = right << half | (x >> half ^ (f & mask));
         }
-    } while (x >= (uint64_t)n);
+    } while (x >= (uint64_t)n); /* i is below n, so the cycle that it lies in comes back there */
     return (int64_t)x;
 }
 
@@ -5542,7 +5639,7 @@ static int fill_row(const struct stream *s, struct data_position *at, struct row
         struct found f = find_sentence(s, &p);
         int64_t left = length_in_rows(s, f.n) - p.token;
         int count = (int)min64(left, all - w->n), inputs = (int)min64(count, s->context - w->n);
-        if (s->packing == LVM_WHOLE && count < left) break;
+        if (s->packing == LVM_WHOLE && count < left) break; /* it begins the next row */
         if (inputs > 0 && (s->isolate || r->n_pieces == first_piece))
             r->pieces[r->n_pieces++] = (struct piece){r->n + w->n, 0};
         r->pieces[r->n_pieces - 1].n += inputs;
@@ -5552,7 +5649,7 @@ static int fill_row(const struct stream *s, struct data_position *at, struct row
         p = step_on(s, p, &f, count);
     }
     if (s->packing == LVM_WHOLE || w->n < all) *at = p;
-    if (w->n < all) row_pad(s, w, r);
+    if (w->n < all) row_pad(s, w, r); /* the data end, or the next sentence is too long */
     return code;
 }
 
@@ -5598,7 +5695,9 @@ static int fill_rows(const struct stream *s, struct data_position *at, int count
 
    It is written beside and renamed, so that whatever ends a run while it writes leaves the
    checkpoint before. Nothing of a trainer changes until both hashes are found right and
-   configuration and data are known to be its own. */
+   configuration and data are known to be its own. The first hash stands in front of the arrays, so
+   that a damaged head is never believed, not even about their size; the second one begins with it,
+   so that head and arrays of two checkpoints do not pass for one. */
 
 enum { CHECKPOINT_VERSION = 1, CHECKPOINT_ARRAYS = 3 };
 
@@ -5835,6 +5934,8 @@ static int check_configuration(const struct lvm_trainer *t, const struct checkpo
     return code == LVM_OK ? same_text(k, "frozen", k->freeze, t->o.freeze, error) : code;
 }
 
+/* It began from the same weights and reads the same data: by what is in them, not by their names,
+   for files may be moved. */
 static int check_sources(const struct lvm_trainer *t, const struct checkpoint *k,
                          lvm_error *error) {
     const lvm_model *init = t->o.init;
@@ -5979,7 +6080,16 @@ char *lvm_checkpoint_note(const char *path, lvm_error *error) {
 /* ---- The trainer: its memory ----
 
    What a trainer wants is listed once and gone through twice: to count, so that it can say what it
-   will need before anything large is taken, and to take it. */
+   will need before anything large is taken, and to take it. In bytes:
+
+       16 a weight that learns           value, gradient, and AdamW's two averages, in f32
+       its type's a weight that stays    mapped, as init has it
+       4 N D (L + 1)                     the layers' inputs; N: PASS_TOKENS, or one context
+       4 N (5 D + 2 F + H) a layer       what is kept of it beside that (as many keys as queries)
+       4 (N (10 D + 2 F) + ...)          what a pass works in
+
+   100 million weights that learn are 1.6 GB before the first token; adapters of rank 16 on all
+   matrices of 12 layers with D = 768, F = 2048 are 2.8 million weights and 45 MB. */
 
 /* In front of each piece of memory. */
 struct held {
@@ -6273,8 +6383,10 @@ static void fill_normal(struct rng *r, float deviation, float *x, int64_t n) {
 }
 
 /* A parameter's first values. Of a new model: norms 1, biases 0, matrices normal with deviation
-   0.02, those that add to the residual stream 0.02 / sqrt(2 L) (Radford et al. 2019). Of init: its
-   own. Of an adapter: a is uniform within 1 / sqrt(in), b is 0, so that it begins as nothing. */
+   0.02, those that add to the residual stream 0.02 / sqrt(2 L) (Radford et al. 2019): 2 L of them
+   add up, and variances add. Of init: its own. Of an adapter: a is uniform within 1 / sqrt(in), b
+   is 0, so that the model begins as what it was; were both 0, neither would ever learn, for each
+   one's gradient has the other as a factor. */
 static void begin_param(struct lvm_trainer *t, struct param *p, struct rng *r) {
     int64_t n = elements(p);
     const struct tensor *w = &p->w;
@@ -6339,7 +6451,16 @@ static void rope_begin(struct net *net, int context) {
         }
 }
 
-/* ---- The trainer: its calls ---- */
+/* ---- The trainer: its calls ----
+
+   A step is fill_rows, as many passes as its rows take, and an update of their gradients' sum:
+
+       rows of the step   [ pass ][ pass ][ pass ]     each forward_layers, head, layer_backward
+                              \-------+-------/        gradients add up, weighed by the whole step
+                                update_params          unless is_spike
+
+   Its place in the data and all counters move when it is done, not before: what is cancelled or
+   fails in the midst of it is taken again from its beginning. */
 
 /* The list of data, which is the caller's, as the trainer's own. */
 static int copy_data(struct lvm_trainer *t, const lvm_train_options *options, lvm_error *error) {
@@ -6476,7 +6597,9 @@ static int accumulate_step(struct lvm_trainer *t, double *loss, lvm_error *error
     return code;
 }
 
-/* Steps that no update may be made of: SPIKE times the usual norm, or no number at all. */
+/* Steps that no update may be made of: SPIKE times the usual norm, or no number at all. Clipping
+   bounds how far such a gradient moves the weights, but not where to; and it would live on in
+   AdamW's averages. */
 enum { SPIKE = 20 };
 
 static int is_spike(const struct lvm_trainer *t, double loss, double norm) {
@@ -6492,7 +6615,7 @@ int lvm_trainer_step(lvm_trainer *t, lvm_train_report *report, lvm_error *error)
     if (t->o.n_data == 0) return fail(error, LVM_INVALID, "the trainer has no data to learn from");
     struct data_position at = t->at;
     double loss = 0;
-    int code = fill_rows(&t->stream, &at, t->o.batch, &t->rows, error);
+    int code = fill_rows(&t->stream, &at, t->o.batch, &t->rows, error); /* t->at stays so far */
     if (code == LVM_OK) code = accumulate_step(t, &loss, error);
     if (code != LVM_OK) return code;
     double norm = gradient_norm(t), lr = learning_rate(&t->o, t->step + 1);
@@ -6501,7 +6624,7 @@ int lvm_trainer_step(lvm_trainer *t, lvm_train_report *report, lvm_error *error)
         update_params(t, lr, norm, t->step - t->skipped + 1);
         t->usual_norm = t->usual_norm > 0 ? 0.95 * t->usual_norm + 0.05 * norm : norm;
     }
-    t->at = at;
+    t->at = at; /* now the step is taken */
     t->step++;
     t->tokens += (int64_t)t->rows.n;
     t->skipped += skip;
@@ -6514,7 +6637,8 @@ int lvm_trainer_step(lvm_trainer *t, lvm_train_report *report, lvm_error *error)
     return LVM_OK;
 }
 
-/* One pass over other data, in its order. */
+/* One pass over other data, in its order. Sums are over tokens, not over rows or batches: what they
+   give does not hang on how many rows go through the model together. */
 static int eval_stream(struct lvm_trainer *t, const struct stream *s, int64_t max_rows,
                        struct rows *r, double *sum, double *all, int64_t *tokens,
                        lvm_error *error) {
