@@ -6335,6 +6335,17 @@ static int lowest_layer(const struct net *net) {
     return lowest;
 }
 
+/* Sizes of the model that o asks for, without its layers. */
+static struct llama llama_of(const lvm_train_options *o) {
+    struct llama a = {.context = o->context, .L = o->layers, .D = o->width, .F = o->feed_forward,
+                      .H = o->heads, .G = o->kv_heads != 0 ? o->kv_heads : o->heads,
+                      .d = o->width / (o->heads > 0 ? o->heads : 1), .V = o->vocab, .bos = o->bos,
+                      .eos = o->eos, .eps = o->norm_eps, .theta = o->rope_theta};
+    if (o->init != NULL) a = o->init->llama;
+    a.layers = NULL;
+    return a;
+}
+
 /* The description of the model, the list of its parameters, and who uses which. */
 static int describe_net(struct lvm_trainer *t, lvm_error *error) {
     const lvm_train_options *o = &t->o;
@@ -6342,14 +6353,7 @@ static int describe_net(struct lvm_trainer *t, lvm_error *error) {
     t->m = model_new(o->init != NULL ? o->init->path : "(new model)", error);
     if (t->m == NULL) return LVM_MEMORY;
     struct llama *a = &t->m->llama;
-    if (o->init != NULL) *a = o->init->llama;
-    else
-        *a = (struct llama){.context = o->context, .L = o->layers, .D = o->width,
-                            .F = o->feed_forward, .H = o->heads,
-                            .G = o->kv_heads != 0 ? o->kv_heads : o->heads,
-                            .d = o->width / o->heads, .V = o->vocab, .bos = o->bos, .eos = o->eos,
-                            .eps = o->norm_eps, .theta = o->rope_theta};
-    a->layers = NULL;
+    *a = llama_of(o);
     t->m->kern = choose_kernels(error);
     if (t->m->kern == NULL) return LVM_INVALID;
     int code = describe_model(t->m, error);
@@ -20075,11 +20079,12 @@ enum command_bit {
 
 /* What train and plot are told. Numbers that nobody gave are 0, those that may be 0 then -1. */
 struct train_words {
-    const char *config, *data, *val, *init, *tokenizer, *lora, *lora_on, *freeze, *memory,
-        *save_every, *plot, *resume;
-    int64_t steps, tokens, warmup, val_every;
-    float epochs, minutes, lr, min_lr, beta1, beta2, weight_decay, clip;
-    int batch, context, schedule, packing, isolate, tied, recompute, by_tokens;
+    const char *config, *data, *val, *init, *tokenizer, *lora, *memory, *save_every, *plot,
+        *resume;
+    int64_t tokens, val_every;
+    float epochs, minutes;
+    int by_tokens;
+    lvm_train_options o;
 };
 
 /* What sentences is told. */
@@ -20231,45 +20236,46 @@ static const struct option option_table[] = {
      "what to judge by, a loss and a perplexity each"},
     {0, "config", "100m|300m|600m|1b|3b|7b|WIDTH,LAYERS,HEADS,FFN", TRAIN, TEXT,
      AT(train.config), 0, 0, "a new model's size"},
-    {0, "tied", NULL, TRAIN, FLAG, AT(train.tied), 0, 0,
+    {0, "tied", NULL, TRAIN, FLAG, AT(train.o.tied), 0, 0,
      "a new model's embedding is its output matrix too"},
     {0, "init", "WEIGHTS", TRAIN, TEXT, AT(train.init), 0, 0,
      "a model to go on from, in its place"},
     {0, "lora", "R,ALPHA", TRAIN, TEXT, AT(train.lora), 0, 0,
      "learn adapters of rank R for --init instead"},
-    {0, "lora-on", "LIST", TRAIN, TEXT, AT(train.lora_on), 0, 0,
+    {0, "lora-on", "LIST", TRAIN, TEXT, AT(train.o.lora_on), 0, 0,
      "of q,k,v,o,gate,up,down (all)"},
-    {0, "freeze", "PATTERN", TRAIN, TEXT, AT(train.freeze), 0, 0,
+    {0, "freeze", "PATTERN", TRAIN, TEXT, AT(train.o.freeze), 0, 0,
      "tensors that stay: blk.0.*,token_embd.weight"},
     {0, "tokenizer", "WEIGHTS", TRAIN, TEXT, AT(train.tokenizer), 0, 0,
      "whose tokenizer RUN.bin gets (that of --init)"},
     {0, "type", "TYPE", TRAIN, TYPE, AT(type), 0, 31, "of RUN.bin (that of --init, else f16)"},
-    {0, "steps", "N", TRAIN, LARGE, AT(train.steps), 1, 1e15, "updates of the weights (1000), or"},
+    {0, "steps", "N", TRAIN, LARGE, AT(train.o.steps), 1, 1e15,
+     "updates of the weights (1000), or"},
     {0, "tokens", "N", TRAIN, LARGE, AT(train.tokens), 1, 1e18, "so many tokens, as 2e9, or"},
     {0, "epochs", "N", TRAIN, NUMBER, AT(train.epochs), 1e-6, 1e9, "so often all the data, or"},
     {0, "minutes", "N", TRAIN, NUMBER, AT(train.minutes), 0.01, 1e8,
      "as many steps as by the speed of the first three"},
-    {0, "batch", "N", TRAIN, INTEGER, AT(train.batch), 1, 1 << 20, "rows a step (8)"},
-    {0, "context", "N", TRAIN, INTEGER, AT(train.context), 2, 1 << 20, "tokens a row (4096)"},
-    {0, "pack", "cut|whole", TRAIN, ONE_OF, AT(train.packing), 0, 0,
+    {0, "batch", "N", TRAIN, INTEGER, AT(train.o.batch), 1, 1 << 20, "rows a step (8)"},
+    {0, "context", "N", TRAIN, INTEGER, AT(train.o.context), 2, 1 << 20, "tokens a row (4096)"},
+    {0, "pack", "cut|whole", TRAIN, ONE_OF, AT(train.o.packing), 0, 0,
      "sentences end to end, or whole ones and padding"},
-    {0, "isolate", NULL, TRAIN, FLAG, AT(train.isolate), 0, 0,
+    {0, "isolate", NULL, TRAIN, FLAG, AT(train.o.isolate), 0, 0,
      "attention never looks across sentences"},
-    {0, "lr", "RATE", TRAIN, NUMBER, AT(train.lr), 1e-9, 10,
+    {0, "lr", "RATE", TRAIN, NUMBER, AT(train.o.lr), 1e-9, 10,
      "the highest learning rate (see above)"},
-    {0, "min-lr", "RATE", TRAIN, NUMBER, AT(train.min_lr), 0, 10, "the last one (a fifth)"},
-    {0, "warmup", "N", TRAIN, LARGE, AT(train.warmup), 0, 1e15,
+    {0, "min-lr", "RATE", TRAIN, NUMBER, AT(train.o.min_lr), 0, 10, "the last one (a fifth)"},
+    {0, "warmup", "N", TRAIN, LARGE, AT(train.o.warmup), 0, 1e15,
      "steps up to --lr (a twentieth, at most 2000)"},
-    {0, "schedule", "cosine|wsd", TRAIN, ONE_OF, AT(train.schedule), 0, 0,
+    {0, "schedule", "cosine|wsd", TRAIN, ONE_OF, AT(train.o.schedule), 0, 0,
      "wsd: constant, the last tenth falls"},
-    {0, "beta1", "B", TRAIN, NUMBER, AT(train.beta1), 1e-6, 0.99999, "AdamW's (0.9)"},
-    {0, "beta2", "B", TRAIN, NUMBER, AT(train.beta2), 1e-6, 0.99999, "AdamW's (0.95)"},
-    {0, "weight-decay", "W", TRAIN, NUMBER, AT(train.weight_decay), 0, 10, "of matrices (0.1)"},
-    {0, "clip", "NORM", TRAIN, NUMBER, AT(train.clip), 0, 1e9,
+    {0, "beta1", "B", TRAIN, NUMBER, AT(train.o.beta1), 1e-6, 0.99999, "AdamW's (0.9)"},
+    {0, "beta2", "B", TRAIN, NUMBER, AT(train.o.beta2), 1e-6, 0.99999, "AdamW's (0.95)"},
+    {0, "weight-decay", "W", TRAIN, NUMBER, AT(train.o.weight_decay), 0, 10, "of matrices (0.1)"},
+    {0, "clip", "NORM", TRAIN, NUMBER, AT(train.o.clip), 0, 1e9,
      "of the gradient; 0: as it is (1)"},
     {'s', "seed", "N", TRAIN, SEED, AT(sampling.seed), 0, 0,
      "of the first weights and of the data's order (1)"},
-    {0, "recompute", "auto|none|all", TRAIN, ONE_OF, AT(train.recompute), 0, 0,
+    {0, "recompute", "auto|none|all", TRAIN, ONE_OF, AT(train.o.recompute), 0, 0,
      "activations again instead of kept (by memory)"},
     {0, "memory", "BYTES", TRAIN, TEXT, AT(train.memory), 0, 0,
      "that it may take, as 6g or 800m (what is free)"},
@@ -20681,10 +20687,13 @@ static struct cli default_cli(void) {
     struct cli cli = {.images = 1, .candidates = 1, .type = LVM_AUTO, .vq_type = LVM_AUTO,
                       .encoder_type = LVM_AUTO, .split = -1, .preset = -1, .config = -1, .vq = -1,
                       .stage = -1, .prompt = 3840, .new_tokens = 256};
-    lvm_train_options t = lvm_default_train_options();
-    cli.train = (struct train_words){.warmup = -1, .min_lr = -1, .batch = 8, .beta1 = t.beta1,
-                                     .beta2 = t.beta2, .weight_decay = t.weight_decay,
-                                     .clip = t.clip};
+    lvm_train_options *o = &cli.train.o;
+    *o = lvm_default_train_options();
+    o->batch = 8;
+    o->steps = o->context = 0;
+    o->lr = 0;
+    o->min_lr = -1;
+    o->warmup = -1;
     cli.sentences = (struct sentence_words){.length = 16, .order = 2, .holes = 1, .shards = 1};
     cli.max_bad = 0.01f;
     cli.sampling = lvm_default_sampling();
@@ -21952,15 +21961,20 @@ static void draw_axes(struct plot *p) {
     draw_text(&p->image, PLOT_RIGHT - text_width(title), PLOT_HEIGHT - 24, title, plot_ink);
 }
 
+/* Covers a dot for a number of a step, where there is one. */
+static void cover_dot(struct plot *p, const struct curve_point *of, double y, double width) {
+    double at[2];
+    plot_place(p, of, y, at);
+    if (isfinite(y)) cover_line(p, at, at, width);
+}
+
 /* Faint points for the losses of steps, a line through their smoothed ones, dots on white for
    validation. */
 static void draw_curve(struct plot *p, const struct curve *c, const uint8_t *color) {
     struct smooth s = {0, 0};
     double at[2], before[2] = {0, 0};
-    for (size_t i = 0; i < c->n; i++) {
-        plot_place(p, &c->list[i], c->list[i].loss, at);
-        if (isfinite(c->list[i].loss)) cover_line(p, at, at, c->n < 200 ? 5 : 2.4);
-    }
+    for (size_t i = 0; i < c->n; i++)
+        cover_dot(p, &c->list[i], c->list[i].loss, c->n < 200 ? 5 : 2.4);
     paint(p, color, 0.4);
     for (size_t i = 0; i < c->n; i++) {
         double y = smooth_add(&s, c->list[i].loss);
@@ -21971,10 +21985,7 @@ static void draw_curve(struct plot *p, const struct curve *c, const uint8_t *col
     }
     paint(p, color, 1);
     for (int width = 13; width >= 9; width -= 4) {
-        for (size_t i = 0; i < c->n; i++) {
-            plot_place(p, &c->list[i], c->list[i].val, at);
-            if (isfinite(c->list[i].val)) cover_line(p, at, at, width);
-        }
+        for (size_t i = 0; i < c->n; i++) cover_dot(p, &c->list[i], c->list[i].val, width);
         paint(p, width > 9 ? plot_white : color, 1);
     }
 }
@@ -21993,25 +22004,26 @@ static void plot_span(struct plot *p, const struct curve *c) {
     }
 }
 
-/* A name for each color, in the upper right corner, where losses seldom are. Of one that is too
-   long the end counts. */
+/* The name of a curve; of one that is too long the end. */
+static const char *legend_text(const struct curve *c) {
+    enum { MOST = 40 };
+    size_t length = strlen(c->name);
+    return c->name + (length > MOST ? length - MOST : 0);
+}
+
+/* A name for each color, in the upper right corner, where losses seldom are. */
 static void draw_legend(struct plot *p, const struct curve *curves, int n) {
-    enum { ROW = 24, MOST = 40, ROWS = 16 };
-    int widest = 0, rows = n < ROWS ? n : ROWS, x = 0, y = PLOT_TOP + 8;
-    for (int i = 0; i < rows; i++) {
-        size_t length = strlen(curves[i].name), cut = length > MOST ? length - MOST : 0;
-        int width = text_width(curves[i].name + cut);
-        widest = width > widest ? width : widest;
-    }
-    x = PLOT_RIGHT - widest - 8;
+    enum { ROW = 24, ROWS = 16 };
+    int widest = 0, rows = n < ROWS ? n : ROWS, y = PLOT_TOP + 8;
+    for (int i = 0; i < rows; i++)
+        widest = (int)max64(widest, text_width(legend_text(&curves[i])));
+    int x = PLOT_RIGHT - widest - 8;
     for (int py = y - 4; py < y + rows * ROW; py++)
         memset(p->mask + py * PLOT_WIDTH + x - 44, 255, (size_t)(widest + 48));
     paint(p, plot_white, 0.8);
     for (int i = 0; i < rows; i++, y += ROW) {
-        const uint8_t *color = plot_colors[i % PLOT_COLORS];
-        size_t length = strlen(curves[i].name), cut = length > MOST ? length - MOST : 0;
-        fill_rectangle(&p->image, x - 38, y + 6, 28, 4, color);
-        draw_text(&p->image, x, y, curves[i].name + cut, plot_ink);
+        fill_rectangle(&p->image, x - 38, y + 6, 28, 4, plot_colors[i % PLOT_COLORS]);
+        draw_text(&p->image, x, y, legend_text(&curves[i]), plot_ink);
     }
 }
 
@@ -22057,57 +22069,55 @@ static int csv_fields(char *line, char *field[CSV_COLUMNS]) {
     return n;
 }
 
-/* Which of a log's columns a curve takes, -1 for none. */
+/* What a curve takes of a log; and which of its n columns these are, -1: none. */
+static const char *const csv_names[] = {"step", "tokens", "loss", "val"};
+enum { CSV_STEP, CSV_TOKENS, CSV_LOSS, CSV_VAL, CSV_TAKEN };
+
 struct csv_head {
-    int n, step, tokens, loss, val;
+    int n, column[CSV_TAKEN];
 };
 
 static int csv_read_head(char *line, struct csv_head *h) {
-    static const char *const names[] = {"step", "tokens", "loss", "val"};
     char *field[CSV_COLUMNS];
-    int *const to[] = {&h->step, &h->tokens, &h->loss, &h->val};
     h->n = csv_fields(line, field);
-    for (int k = 0; k < 4; k++) {
-        *to[k] = -1;
+    for (int k = 0; k < CSV_TAKEN; k++) {
+        h->column[k] = -1;
         for (int i = 0; i < h->n; i++)
-            if (strcmp(field[i], names[k]) == 0) *to[k] = i;
+            if (strcmp(field[i], csv_names[k]) == 0) h->column[k] = i;
     }
-    return h->step >= 0 && h->tokens >= 0 && h->loss >= 0;
+    return h->column[CSV_STEP] >= 0 && h->column[CSV_TOKENS] >= 0 && h->column[CSV_LOSS] >= 0;
 }
 
-/* A number, or NaN where nothing stands; what is neither is shown in *bad. */
-static double csv_number(const char *text, const char **bad) {
-    char *end = NULL;
-    double v = *text != 0 ? strtod(text, &end) : (double)NAN;
-    if (*text != 0 && *end != 0) *bad = text;
-    return v;
-}
-
-/* One row; the fault as words, or "". */
-static void csv_read_row(char *line, const struct csv_head *h, struct curve_point *p,
-                         char fault[80]) {
+/* One row, NaN where nothing stands; the fault as words, or "". */
+static struct curve_point csv_read_row(char *line, const struct csv_head *h, char fault[80]) {
     char *field[CSV_COLUMNS];
-    const char *bad = NULL;
+    double v[CSV_TAKEN];
     int n = csv_fields(line, field);
-    fault[0] = 0;
-    if (n != h->n) {
-        snprintf(fault, 80, "has %d fields, not %d", n, h->n);
-        return;
+    if (n != h->n) snprintf(fault, 80, "has %d fields, not %d", n, h->n);
+    for (int k = 0; k < CSV_TAKEN && n == h->n; k++) {
+        char *text = h->column[k] >= 0 ? field[h->column[k]] : "", *end = text;
+        v[k] = *text != 0 ? strtod(text, &end) : (double)NAN;
+        if (*end != 0) snprintf(fault, 80, "\"%.40s\" is no number", text);
     }
-    p->step = csv_number(field[h->step], &bad);
-    p->tokens = csv_number(field[h->tokens], &bad);
-    p->loss = csv_number(field[h->loss], &bad);
-    p->val = h->val >= 0 ? csv_number(field[h->val], &bad) : (double)NAN;
-    if (bad != NULL) snprintf(fault, 80, "\"%.40s\" is no number", bad);
-    else if (!(p->step >= 0 && p->step < 1e18 && p->tokens >= 0 && p->tokens < 1e18))
+    if (fault[0] != 0) return (struct curve_point){0};
+    if (!(v[CSV_STEP] >= 0 && v[CSV_STEP] < 1e18 && v[CSV_TOKENS] >= 0 && v[CSV_TOKENS] < 1e18))
         snprintf(fault, 80, "lacks its step or tokens");
+    return (struct curve_point){v[CSV_STEP], v[CSV_TOKENS], v[CSV_LOSS], v[CSV_VAL]};
+}
+
+static int curve_add(struct curve *c, const struct curve_point *p, lvm_error *error) {
+    struct curve_point *list = array_grow(c->list, c->n, 1, sizeof *list, &c->room, error);
+    if (list == NULL) return LVM_MEMORY;
+    c->list = list;
+    c->list[c->n++] = *p;
+    return LVM_OK;
 }
 
 /* All rows of a log. A last line without its end, as a run that was killed may leave one, counts
    only if it is whole. */
 static int curve_read(const char *path, struct curve *c, lvm_error *error) {
     struct buffer text = {0};
-    struct csv_head head = {0, -1, -1, -1, -1};
+    struct csv_head head = {0};
     int number = 0, code = read_input(path, &text, error);
     c->name = os_file_name(path);
     for (size_t at = 0, n; code == LVM_OK && at < text.n; at += n + 1) {
@@ -22121,18 +22131,14 @@ static int curve_read(const char *path, struct curve *c, lvm_error *error) {
         }
         memcpy(line, text.data + at, n);
         line[n] = 0;
-        struct curve_point p;
         if (number == 1 && !csv_read_head(line, &head))
             code = fail(error, LVM_FORMAT, "%s: line 1: names no columns step, tokens and loss; is "
                         "it a log of lvm train?", path);
-        if (number == 1 || code != LVM_OK) continue;
-        csv_read_row(line, &head, &p, fault);
+        if (number == 1) continue;
+        struct curve_point p = csv_read_row(line, &head, fault);
         if (fault[0] != 0 && end == NULL) break;
         if (fault[0] != 0) code = fail(error, LVM_FORMAT, "%s: line %d: %s", path, number, fault);
-        struct curve_point *list = code == LVM_OK ? array_grow(c->list, c->n, 1, sizeof *list,
-                                                               &c->room, error) : NULL;
-        if (list == NULL) code = code == LVM_OK ? LVM_MEMORY : code;
-        else c->list = list, c->list[c->n++] = p;
+        else code = curve_add(c, &p, error);
     }
     mem_free(text.data);
     if (code == LVM_OK && c->n == 0)
@@ -24284,6 +24290,21 @@ static int pack_line(struct packing *p, const struct lines *l, lvm_error *error)
     return fail(error, code, "%s: line %d: %s", l->name, l->number, fault.text);
 }
 
+/* The n ids of a sentence, checked, to be freed; NULL and an error on failure. */
+static int32_t *sentence_ids(const lvm_tokens *t, int64_t sentence, size_t *n, lvm_error *error) {
+    int64_t first = sentence_start(t, sentence);
+    *n = (size_t)(sentence_start(t, sentence + 1) - first);
+    int32_t *ids = mem_alloc(*n, sizeof *ids, error);
+    for (size_t i = 0; ids != NULL && i < *n; i++) {
+        ids[i] = token_at(t, first + (int64_t)i);
+        if (ids[i] < t->bound) continue;
+        bad_token(t, sentence, (int64_t)i, error);
+        mem_free(ids);
+        return NULL;
+    }
+    return ids;
+}
+
 /* Adds the sentences of a .tok file: shards become one. */
 static int pack_tokens(struct packing *p, const char *path, struct bar *bar, lvm_error *error) {
     lvm_tokens *t = lvm_tokens_open(path, error);
@@ -24291,17 +24312,14 @@ static int pack_tokens(struct packing *p, const char *path, struct bar *bar, lvm
     struct train_line line = {.image_tokens = t != NULL ? t->image_tokens : 0};
     line.by[PART_IMAGE] = "image_tokens";
     for (int64_t i = 0; code == LVM_OK && i < t->n_sentences; i++) {
-        int64_t first = sentence_start(t, i), n = sentence_start(t, i + 1) - first;
-        int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
-        if (ids == NULL) code = LVM_MEMORY;
-        for (int64_t k = 0; code == LVM_OK && k < n; k++)
-            if ((ids[k] = token_at(t, first + k)) >= t->bound) code = bad_token(t, i, k, error);
         lvm_error fault = {0, ""};
-        if (code == LVM_OK && pack_images(p, &line, (size_t)n, &fault) != LVM_OK)
+        size_t n = 0;
+        int32_t *ids = sentence_ids(t, i, &n, error);
+        const uint8_t *weights = t->weights != NULL ? t->weights + sentence_start(t, i) : NULL;
+        if (ids == NULL) code = error->code;
+        if (code == LVM_OK && pack_images(p, &line, n, &fault) != LVM_OK)
             code = fail(error, fault.code, "%s: %s", path, fault.text);
-        if (code == LVM_OK)
-            code = token_writer_add(&p->w, ids, t->weights != NULL ? t->weights + first : NULL,
-                                    (size_t)n, error);
+        if (code == LVM_OK) code = token_writer_add(&p->w, ids, weights, n, error);
         mem_free(ids);
         if (bar != NULL && bar->shown) draw_bar(bar, "pack", i + 1, t->n_sentences);
     }
@@ -24411,10 +24429,10 @@ static int run_pack(struct cli *cli) {
 }
 
 /* Adds base64 of n bytes, in quotes. */
-static int add_base64(struct buffer *text, const uint8_t *data, size_t n, lvm_error *error) {
+static void add_base64(struct buffer *text, const uint8_t *data, size_t n, lvm_error *error) {
     static const char digits[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    int code = buffer_add(text, "\"", 1, error);
-    for (size_t i = 0; code == LVM_OK && i < n; i += 3) {
+    buffer_add(text, "\"", 1, error);
+    for (size_t i = 0; i < n; i += 3) {
         uint32_t bits = (uint32_t)data[i] << 16;
         if (i + 1 < n) bits |= (uint32_t)data[i + 1] << 8;
         if (i + 2 < n) bits |= data[i + 2];
@@ -24422,51 +24440,50 @@ static int add_base64(struct buffer *text, const uint8_t *data, size_t n, lvm_er
                        digits[bits & 63]};
         if (i + 1 >= n) out[2] = '=';
         if (i + 2 >= n) out[3] = '=';
-        code = buffer_add(text, out, 4, error);
+        buffer_add(text, out, 4, error);
     }
-    return code == LVM_OK ? buffer_add(text, "\"", 1, error) : code;
+    buffer_add(text, "\"", 1, error);
 }
 
 /* Adds [n, n, ...]: numbers of `size` bytes, 1 or 4. */
-static int add_integers(struct buffer *text, const uint8_t *data, size_t n, size_t size,
-                        lvm_error *error) {
-    char number[16];
-    int code = buffer_add(text, "[", 1, error);
-    for (size_t i = 0; code == LVM_OK && i < n; i += size) {
+static void add_integers(struct buffer *text, const uint8_t *data, size_t n, size_t size,
+                         lvm_error *error) {
+    buffer_add(text, "[", 1, error);
+    for (size_t i = 0; i < n; i += size) {
+        char number[16];
         int32_t v = data[i];
         if (size > 1) memcpy(&v, data + i, sizeof v);
         int length = snprintf(number, sizeof number, i > 0 ? ", %d" : "%d", v);
-        code = buffer_add(text, number, (size_t)length, error);
+        buffer_add(text, number, (size_t)length, error);
     }
-    return code == LVM_OK ? buffer_add(text, "]", 1, error) : code;
+    buffer_add(text, "]", 1, error);
 }
 
 static int add_numbers(struct buffer *text, int integers, const void *data, size_t n, size_t size,
                        lvm_error *error) {
-    return integers ? add_integers(text, data, n, size, error) : add_base64(text, data, n, error);
+    if (integers) add_integers(text, data, n, size, error);
+    else add_base64(text, data, n, error);
+    return text->failed ? LVM_MEMORY : LVM_OK;
 }
 
 /* A sentence as a line that parse_train_line reads: the text is replaced. */
 static int sentence_text(const lvm_tokens *t, int64_t sentence, int integers, struct buffer *text,
                          lvm_error *error) {
-    int64_t first = sentence_start(t, sentence), n = sentence_start(t, sentence + 1) - first;
-    int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
+    size_t n = 0;
+    int32_t *ids = sentence_ids(t, sentence, &n, error);
     char images[48];
-    if (ids == NULL) return LVM_MEMORY;
+    if (ids == NULL) return error != NULL ? error->code : LVM_FORMAT;
     text->n = 0;
-    int code = buffer_add(text, "{\"tokens\": ", 11, error);
-    for (int64_t i = 0; code == LVM_OK && i < n; i++)
-        if ((ids[i] = token_at(t, first + i)) >= t->bound) code = bad_token(t, sentence, i, error);
-    if (code == LVM_OK)
-        code = add_numbers(text, integers, ids, (size_t)n * sizeof *ids, sizeof *ids, error);
-    if (code == LVM_OK && t->weights != NULL) code = buffer_add(text, ", \"weights\": ", 13, error);
-    if (code == LVM_OK && t->weights != NULL)
-        code = add_numbers(text, integers, t->weights + first, (size_t)n, 1, error);
+    buffer_add(text, "{\"tokens\": ", 11, error);
+    add_numbers(text, integers, ids, n * sizeof *ids, sizeof *ids, error);
+    if (t->weights != NULL) {
+        buffer_add(text, ", \"weights\": ", 13, error);
+        add_numbers(text, integers, t->weights + sentence_start(t, sentence), n, 1, error);
+    }
     int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", t->image_tokens);
-    if (code == LVM_OK && t->image_tokens != USUAL_IMAGE)
-        code = buffer_add(text, images, (size_t)length, error);
+    if (t->image_tokens != USUAL_IMAGE) buffer_add(text, images, (size_t)length, error);
     mem_free(ids);
-    return code == LVM_OK ? buffer_add(text, "}\n", 2, error) : code;
+    return buffer_add(text, "}\n", 2, error);
 }
 
 static int run_unpack(struct cli *cli) {
@@ -26633,7 +26650,7 @@ struct training {
     char *file[N_RUN_FILES], *plot, *plot_name; /* plot_name: with its ending */
     lvm_model *init, *tokenizer;
     struct token_files data, val;
-    lvm_train_options o;
+    lvm_train_options *o;      /* of cli */
     lvm_trainer *trainer;
     lvm_train_report report;   /* of the last step */
     int64_t saved;             /* the last checkpoint's step, -1: none */
@@ -26739,11 +26756,11 @@ static int parse_every(const char *text, int64_t *steps, double *time) {
 static int parse_train_words(struct training *t) {
     const struct train_words *w = &t->cli->train;
     int status = 0;
-    t->o = lvm_default_train_options();
+    t->o = &t->cli->train.o;
     t->save_seconds = 600;
-    if (w->config != NULL) status = parse_config(w->config, &t->o);
-    if (status == 0 && w->lora != NULL) status = parse_lora(w->lora, &t->o);
-    if (status == 0 && w->memory != NULL) status = parse_bytes(w->memory, &t->o.memory);
+    if (w->config != NULL) status = parse_config(w->config, t->o);
+    if (status == 0 && w->lora != NULL) status = parse_lora(w->lora, t->o);
+    if (status == 0 && w->memory != NULL) status = parse_bytes(w->memory, &t->o->memory);
     if (status == 0 && w->save_every != NULL)
         status = parse_every(w->save_every, &t->save_steps, &t->save_seconds);
     return status;
@@ -26752,16 +26769,16 @@ static int parse_train_words(struct training *t) {
 /* Which options do not go together; 0, or a message and 2. */
 static int check_train(const struct cli *cli) {
     const struct train_words *w = &cli->train;
-    int lengths = (w->steps > 0) + (w->tokens > 0) + (w->epochs > 0) + (w->minutes > 0);
+    int lengths = (w->o.steps > 0) + (w->tokens > 0) + (w->epochs > 0) + (w->minutes > 0);
     if (w->data == NULL || cli->out == NULL)
         return complain("give --data and -o RUN.bin, or --resume RUN.ckpt (lvm help train)") + 1;
     if ((w->config != NULL) == (w->init != NULL))
         return complain("give a new model's --config or a model to go on from, --init") + 1;
-    if (w->tied && w->init != NULL)
+    if (w->o.tied && w->init != NULL)
         return complain("--tied is for new models; --init is as it is") + 1;
     if (w->lora != NULL && w->init == NULL)
         return complain("--lora adds adapters to a model: give --init") + 1;
-    if (w->lora_on != NULL && w->lora == NULL) return complain("--lora-on goes with --lora") + 1;
+    if (w->o.lora_on != NULL && w->lora == NULL) return complain("--lora-on goes with --lora") + 1;
     if (lengths > 1)
         return complain("--steps, --tokens, --epochs and --minutes say the same: give one") + 1;
     if (is_stream(cli->out) || *os_file_name(cli->out) == 0 || is_folder(cli->out))
@@ -26773,14 +26790,15 @@ static int check_train(const struct cli *cli) {
 
 /* ---- Training: the note of a checkpoint ---- */
 
-static int note_line(struct buffer *b, const char *head, const char *text, lvm_error *error) {
-    int code = buffer_add(b, head, strlen(head), error);
-    for (const char *s = text; code == LVM_OK && *s != 0; s++) {
-        if (*s == '\n') code = buffer_add(b, "\\n", 2, error);
-        else if (*s == '\\') code = buffer_add(b, "\\\\", 2, error);
-        else code = buffer_add(b, s, 1, error);
+/* A line of a note; line feeds in its text, and backslashes, are marked with a backslash. */
+static void note_line(struct buffer *b, const char *head, const char *text, lvm_error *error) {
+    buffer_add(b, head, strlen(head), error);
+    for (const char *s = text; *s != 0; s++) {
+        if (*s == '\n') buffer_add(b, "\\n", 2, error);
+        else if (*s == '\\') buffer_add(b, "\\\\", 2, error);
+        else buffer_add(b, s, 1, error);
     }
-    return code == LVM_OK ? buffer_add(b, "\n", 1, error) : code;
+    buffer_add(b, "\n", 1, error);
 }
 
 /* The value of an option as an argument says it, in text where it is no text; NULL: not given. */
@@ -26805,11 +26823,10 @@ static const char *option_value(const struct cli *cli, const struct option *o, c
 
 /* Options whose value is not what it is without them, but for those that a resumed run does
    without: its length is settled in steps. */
-static int note_options(const struct cli *cli, struct buffer *b, lvm_error *error) {
+static void note_options(const struct cli *cli, struct buffer *b, lvm_error *error) {
     static const char left_out[] = "resume|force|quiet|tokens|epochs|minutes";
     const struct cli plain = default_cli();
-    int code = LVM_OK;
-    for (int i = 0; code == LVM_OK && i < N_OPTIONS; i++) {
+    for (int i = 0; i < N_OPTIONS; i++) {
         const struct option *o = &option_table[i];
         char text[64], usual[64], head[64];
         if ((o->commands & TRAIN) == 0 || word_index(left_out, o->name) >= 0) continue;
@@ -26818,20 +26835,20 @@ static int note_options(const struct cli *cli, struct buffer *b, lvm_error *erro
         if (o->kind != TYPE) other = option_value(&plain, o, usual);
         if (value == NULL || (other != NULL && strcmp(value, other) == 0)) continue;
         snprintf(head, sizeof head, "--%s%s", o->name, o->kind == FLAG ? "" : "=");
-        code = note_line(b, head, o->kind == FLAG ? "" : value, error);
+        note_line(b, head, o->kind == FLAG ? "" : value, error);
     }
-    return code;
 }
 
 static int write_note(const struct training *t, struct buffer *b, lvm_error *error) {
-    char text[80];
-    int code = note_options(t->cli, b, error);
-    if (code == LVM_OK) code = note_line(b, "@folder ", t->folder, error);
-    snprintf(text, sizeof text, "%.17g %.17g", t->smooth.mean, t->smooth.n);
-    if (code == LVM_OK) code = note_line(b, "@smooth ", text, error);
-    snprintf(text, sizeof text, "%.17g", t->best);
-    if (code == LVM_OK) code = note_line(b, "@best ", text, error);
-    return code == LVM_OK && t->row[0] != 0 ? note_line(b, "@row ", t->row, error) : code;
+    char smooth[80], best[40];
+    snprintf(smooth, sizeof smooth, "%.17g %.17g", t->smooth.mean, t->smooth.n);
+    snprintf(best, sizeof best, "%.17g", t->best);
+    note_options(t->cli, b, error);
+    note_line(b, "@folder ", t->folder, error);
+    note_line(b, "@smooth ", smooth, error);
+    note_line(b, "@best ", best, error);
+    if (t->row[0] != 0) note_line(b, "@row ", t->row, error);
+    return b->failed ? LVM_MEMORY : LVM_OK;
 }
 
 /* Undoes note_line's marks in place. */
@@ -26963,28 +26980,20 @@ static char *run_file(const char *out, const char *ending, lvm_error *error) {
     return name;
 }
 
+/* Beside --output, or, of a run that goes on, beside its checkpoint. */
 static int name_run_files(struct training *t, lvm_error *error) {
-    static const char *const endings[] = {NULL, ".ckpt", ".csv", "-best.bin"};
-    const char *out = t->cli->out, *resume = t->cli->train.resume;
-    int code = LVM_OK;
-    for (int i = 0; i < N_RUN_FILES; i++) {
-        char *name = i == 0 ? copy_string(out, error) : run_file(out, endings[i], error);
-        if (name != NULL && resume != NULL) {
-            char *folder = copy_string(resume, error), *beside = NULL;
-            if (folder != NULL) folder[os_file_name(resume) - resume] = 0;
-            if (folder != NULL) beside = join_path(folder, os_file_name(name), error);
-            mem_free(folder);
-            mem_free(name);
-            name = beside;
-        }
-        t->file[i] = name;
-        if (name == NULL) code = LVM_MEMORY;
-    }
-    if (code == LVM_OK && t->cli->train.plot != NULL) {
-        t->plot = find_input(t, t->cli->train.plot, error);
-        code = t->plot != NULL ? LVM_OK : LVM_MEMORY;
-    }
-    return code;
+    static const char *const endings[N_RUN_FILES] = {"", ".ckpt", ".csv", "-best.bin"};
+    const char *out = t->cli->out, *resume = t->cli->train.resume, *plot = t->cli->train.plot;
+    char *folder = copy_string(resume != NULL ? resume : "", error);
+    if (folder == NULL) return LVM_MEMORY;
+    folder[os_file_name(folder) - folder] = 0;
+    t->file[0] = join_path(folder, resume != NULL ? os_file_name(out) : out, error);
+    mem_free(folder);
+    for (int i = 1; i < N_RUN_FILES && t->file[i - 1] != NULL; i++)
+        t->file[i] = run_file(t->file[0], endings[i], error);
+    if (t->file[N_RUN_FILES - 1] == NULL) return LVM_MEMORY;
+    if (plot != NULL) t->plot = find_input(t, plot, error);
+    return plot != NULL && t->plot == NULL ? LVM_MEMORY : LVM_OK;
 }
 
 /* Refuses an output that is one of the inputs. */
@@ -27020,24 +27029,24 @@ static int check_run_files(const struct training *t, lvm_error *error) {
     return code;
 }
 
-static lvm_model *open_named(const struct training *t, const char *name, lvm_error *error) {
+/* The model of that name (NULL: none) in *m. */
+static int open_named(const struct training *t, const char *name, lvm_model **m,
+                      lvm_error *error) {
+    if (name == NULL) return LVM_OK;
     char *path = find_input(t, name, error);
-    lvm_model *m = path != NULL ? lvm_open(path, 0, error) : NULL;
+    *m = path != NULL ? lvm_open(path, 0, error) : NULL;
     mem_free(path);
-    return m;
+    return *m != NULL ? LVM_OK : error->code;
 }
 
 static int open_train_inputs(struct training *t, lvm_error *error) {
     const struct train_words *w = &t->cli->train;
     int code = token_files_open(t, w->data, &t->data, error);
     if (code == LVM_OK && w->val != NULL) code = token_files_open(t, w->val, &t->val, error);
-    if (code == LVM_OK && w->init != NULL && (t->init = open_named(t, w->init, error)) == NULL)
-        code = error->code;
+    if (code == LVM_OK) code = open_named(t, w->init, &t->init, error);
     if (code == LVM_OK && t->init != NULL && t->init->llama.L == 0)
         code = fail(error, LVM_INVALID, "%s: has no transformer to train", w->init);
-    if (code == LVM_OK && w->tokenizer != NULL &&
-        (t->tokenizer = open_named(t, w->tokenizer, error)) == NULL)
-        code = error->code;
+    if (code == LVM_OK) code = open_named(t, w->tokenizer, &t->tokenizer, error);
     if (code == LVM_OK && t->tokenizer != NULL && t->tokenizer->vq == NULL)
         code = fail(error, LVM_INVALID, "%s: has no tokenizer", w->tokenizer);
     t->val_loss = mem_alloc((size_t)t->val.paths.n + 1, sizeof *t->val_loss, error);
@@ -27046,64 +27055,41 @@ static int open_train_inputs(struct training *t, lvm_error *error) {
 
 /* ---- Training: what is settled before it begins ---- */
 
-/* The numbers that nobody gave, but for those that hang on the number of steps. */
-static void settle_rates(struct training *t) {
-    struct train_words *w = &t->cli->train;
-    int width = t->init != NULL ? t->init->llama.D : t->o.width;
-    if (w->context == 0 && t->init != NULL) w->context = (int)min64(4096, t->init->llama.context);
-    if (w->context == 0) w->context = 4096;
-    if (w->lr <= 0)
-        w->lr = w->lora != NULL      ? 2e-4f
-                : t->init != NULL    ? 3e-5f
-                                     : 1.5e-4f * (float)sqrt(4096.0 / width);
-    if (w->min_lr < 0) w->min_lr = w->lr / 5;
-}
-
-static void fill_train_options(struct training *t) {
-    struct train_words *w = &t->cli->train;
-    lvm_train_options *o = &t->o;
-    settle_rates(t);
-    o->threads = t->cli->options.threads;
-    o->init = t->init;
-    if (t->init == NULL && t->tokenizer != NULL) {
+/* What nobody gave, but for what hangs on the number of steps; and what is not said by options. */
+static void settle_options_of(struct training *t) {
+    const lvm_model *init = t->init;
+    lvm_train_options *o = t->o;
+    if (o->context == 0) o->context = init != NULL ? (int)min64(4096, init->llama.context) : 4096;
+    if (o->lr <= 0)
+        o->lr = t->cli->train.lora != NULL ? 2e-4f
+                : init != NULL             ? 3e-5f
+                                           : 1.5e-4f * (float)sqrt(4096.0 / o->width);
+    if (o->min_lr < 0) o->min_lr = o->lr / 5;
+    if (init == NULL && t->tokenizer != NULL) {
         o->bos = t->tokenizer->codes;
         o->eos = o->bos + 1;
         o->vocab = o->bos + 2;
     }
-    o->tied = w->tied;
-    o->lora_on = w->lora_on;
-    o->freeze = w->freeze;
+    o->threads = t->cli->options.threads;
+    o->seed = t->cli->sampling.seed;
+    o->init = init;
     o->data = (const lvm_tokens *const *)t->data.list;
     o->n_data = t->data.paths.n;
-    o->context = w->context;
-    o->batch = w->batch;
-    o->packing = w->packing;
-    o->isolate = w->isolate;
-    o->schedule = w->schedule;
-    o->lr = w->lr;
-    o->min_lr = w->min_lr;
-    o->beta1 = w->beta1;
-    o->beta2 = w->beta2;
-    o->weight_decay = w->weight_decay;
-    o->clip = w->clip;
-    o->seed = t->cli->sampling.seed;
-    o->recompute = w->recompute;
     o->user = t;
 }
 
 /* The rows of context tokens that a pass over the data makes; of whole sentences a guess by their
    mean length. */
 static double rows_of_pass(const struct training *t) {
-    const struct llama *a = t->init != NULL ? &t->init->llama : NULL;
-    int ends = a != NULL ? (a->bos >= 0) + (a->eos >= 0) : 2;
+    struct llama a = llama_of(t->o);
     double tokens = 0, sentences = 0;
     for (int i = 0; i < t->data.paths.n; i++) {
         tokens += (double)t->data.list[i]->n_tokens;
         sentences += (double)t->data.list[i]->n_sentences;
     }
-    tokens += ends * sentences;
-    if (t->o.packing == LVM_CUT || sentences < 1) return tokens / t->o.context;
-    return sentences / fmax(1, floor(t->o.context * sentences / tokens));
+    tokens += ((a.bos >= 0) + (a.eos >= 0)) * sentences;
+    if (t->o->packing == LVM_CUT || sentences < 1) return tokens / t->o->context;
+    return sentences / fmax(1, floor(t->o->context * sentences / tokens));
 }
 
 /* What goes wrong is found by the run itself; this one only looks at the clock. A step that takes
@@ -27111,7 +27097,7 @@ static double rows_of_pass(const struct training *t) {
 static int measure_steps(struct training *t, int64_t *steps, lvm_error *error) {
     lvm_train_report report;
     double began = seconds(), start = began, last = 0;
-    lvm_trainer *trainer = lvm_trainer_new(&t->o, error);
+    lvm_trainer *trainer = lvm_trainer_new(t->o, error);
     int code = trainer != NULL ? LVM_OK : error->code;
     for (int i = 0; code == LVM_OK && i < 3 && last < 30; i++) {
         if (i == 1) start = seconds();
@@ -27132,18 +27118,17 @@ static int measure_steps(struct training *t, int64_t *steps, lvm_error *error) {
 /* How many steps, from what was given instead, and what hangs on it. */
 static int settle_steps(struct training *t, lvm_error *error) {
     struct train_words *w = &t->cli->train;
-    double row = (double)t->o.context, step = row * t->o.batch, steps = 1000;
+    lvm_train_options *o = t->o;
+    double step = (double)o->context * o->batch, steps = 1000;
+    int64_t warmup = o->warmup;
     int code = LVM_OK;
     if (w->tokens > 0) steps = ceil((double)w->tokens / step);
-    if (w->epochs > 0) steps = ceil((double)w->epochs * rows_of_pass(t) / t->o.batch);
-    if (w->steps == 0) w->steps = (int64_t)fmax(1, fmin(steps, 1e15));
-    t->o.steps = w->steps;
-    t->o.warmup = w->warmup >= 0 ? w->warmup : 0;
-    if (w->minutes > 0) code = measure_steps(t, &w->steps, error);
-    t->o.steps = w->steps;
-    if (w->warmup < 0) w->warmup = min64(w->steps / 20, 2000);
-    if (w->val_every == 0) w->val_every = max64(1, w->steps / 20);
-    t->o.warmup = w->warmup;
+    if (w->epochs > 0) steps = ceil((double)w->epochs * rows_of_pass(t) / o->batch);
+    if (o->steps == 0) o->steps = (int64_t)fmax(1, fmin(steps, 1e15));
+    o->warmup = max64(0, warmup);
+    if (w->minutes > 0) code = measure_steps(t, &o->steps, error);
+    if (warmup < 0) o->warmup = min64(o->steps / 20, 2000);
+    if (w->val_every == 0) w->val_every = max64(1, o->steps / 20);
     return code;
 }
 
@@ -27151,14 +27136,11 @@ static int settle_steps(struct training *t, lvm_error *error) {
    gradient that goes on, 2 for its own where it learns; attention multiplies each of T / 2 keys on
    average with D of query and value, forward and twice backward: 6 L D T. */
 static double train_flops(const lvm_train_options *o, const lvm_train_memory *m) {
-    const struct llama *a = o->init != NULL ? &o->init->llama : NULL;
-    double L = a != NULL ? a->L : o->layers, D = a != NULL ? a->D : o->width;
-    double F = a != NULL ? a->F : o->feed_forward, V = a != NULL ? a->V : o->vocab;
-    double H = a != NULL ? a->H : o->heads, d = a != NULL ? a->d : D / H;
-    double G = a != NULL ? a->G : o->kv_heads > 0 ? o->kv_heads : H;
-    double matrices = L * (2 * D * H * d + 2 * D * G * d + 3 * D * F) + V * D;
+    struct llama a = llama_of(o);
+    double L = a.L, D = a.D, Q = (double)a.H * a.d, K = (double)a.G * a.d;
+    double matrices = L * (2 * D * Q + 2 * D * K + 3 * D * a.F) + (double)a.V * D;
     double learns = m->parameters > 0 ? (double)m->trained / (double)m->parameters : 1;
-    return (4 + 2 * learns) * matrices + 6 * L * H * d * o->context;
+    return (4 + 2 * learns) * matrices + 6 * L * Q * o->context;
 }
 
 static void print_bytes(const char *what, int64_t bytes) {
@@ -27168,7 +27150,7 @@ static void print_bytes(const char *what, int64_t bytes) {
 
 /* What it learns and what it takes, before anything is taken. */
 static void print_train_memory(const struct training *t, const lvm_train_memory *m) {
-    const lvm_train_options *o = &t->o;
+    const lvm_train_options *o = t->o;
     int layers = o->init != NULL ? o->init->llama.L : o->layers;
     char kept[64];
     if (t->cli->quiet) return;
@@ -27188,7 +27170,7 @@ static void print_train_memory(const struct training *t, const lvm_train_memory 
 
 static void measure_train_peak(struct training *t) {
     const struct kernels *k = choose_kernels(NULL);
-    struct pool *pool = pool_new(t->o.threads > 0 ? t->o.threads : processors(), NULL);
+    struct pool *pool = pool_new(t->o->threads > 0 ? t->o->threads : processors(), NULL);
     const struct peak *p = k != NULL ? find_peak(k->name) : NULL;
     if (p != NULL && pool != NULL && !t->cli->quiet)
         t->peak = measure_peak(pool, p->fma, p->fma_ops);
@@ -27197,16 +27179,21 @@ static void measure_train_peak(struct training *t) {
 
 /* ---- Training: the log ---- */
 
-/* The names of a log's columns: validation of all files together, then, of several, of each. */
-static int log_head(const struct training *t, struct buffer *b, lvm_error *error) {
+/* How many columns validation has: all files together, then, of several, each. */
+static int val_columns(const struct training *t) {
+    return t->val.paths.n > 1 ? t->val.paths.n + 1 : t->val.paths.n;
+}
+
+/* The names of a log's columns. */
+static void log_head(const struct training *t, struct buffer *b, lvm_error *error) {
     static const char head[] = "step,tokens,epoch,loss,smoothed,lr,grad_norm,skipped,tok_s";
-    int n = t->val.paths.n, code = buffer_add(b, head, sizeof head - 1, error);
-    for (int i = 0; code == LVM_OK && n > 0 && i < (n > 1 ? n + 1 : 1); i++) {
+    buffer_add(b, head, sizeof head - 1, error);
+    for (int i = 0; i < val_columns(t); i++) {
         char name[32];
         int length = snprintf(name, sizeof name, i == 0 ? ",val" : ",val_%d", i);
-        code = buffer_add(b, name, (size_t)length, error);
+        buffer_add(b, name, (size_t)length, error);
     }
-    return code == LVM_OK ? buffer_add(b, "\n", 1, error) : code;
+    buffer_add(b, "\n", 1, error);
 }
 
 /* Begins the log, or keeps of an earlier one the rows up to the checkpoint's step: those behind it
@@ -27216,15 +27203,16 @@ static int log_open(struct training *t, lvm_error *error) {
     struct buffer old = {0}, text = {0};
     int resumed = t->cli->train.resume != NULL && os_stat(path).kind == OS_FILE;
     int64_t last = t->report.step - (t->row[0] != 0); /* a row that waits comes again, too */
-    int code = log_head(t, &text, error);
-    if (code == LVM_OK && resumed) code = read_input(path, &old, error);
+    log_head(t, &text, error);
+    int code = resumed ? read_input(path, &old, error) : LVM_OK;
     for (size_t at = 0, n; code == LVM_OK && at < old.n; at += n) {
         const char *line = old.data + at, *end = memchr(line, '\n', old.n - at);
         if (end == NULL) break;
         n = (size_t)(end - line) + 1;
-        if (!isdigit((unsigned char)*line) || strtoll(line, NULL, 10) > last) continue;
-        code = buffer_add(&text, line, n, error);
+        if (isdigit((unsigned char)*line) && strtoll(line, NULL, 10) <= last)
+            buffer_add(&text, line, n, error);
     }
+    if (code == LVM_OK && text.failed) code = LVM_MEMORY;
     if (code == LVM_OK) code = write_file(path, text.data, text.n, error);
     t->log_bytes = (int64_t)text.n;
     mem_free(old.data);
@@ -27259,16 +27247,15 @@ static void begin_row(struct training *t) {
 
 static void log_row(struct training *t) {
     struct buffer b = {0};
-    int n = t->val.paths.n, columns = n > 1 ? n + 1 : n;
-    int code = buffer_add(&b, t->row, strlen(t->row), NULL);
-    for (int i = 0; code == LVM_OK && i < columns; i++) {
+    buffer_add(&b, t->row, strlen(t->row), NULL);
+    for (int i = 0; i < val_columns(t); i++) {
         char text[32] = ",";
         if (t->validated) snprintf(text, sizeof text, ",%.9g", t->val_loss[i]);
-        code = buffer_add(&b, text, strlen(text), NULL);
+        buffer_add(&b, text, strlen(text), NULL);
     }
-    if (code == LVM_OK) code = buffer_add(&b, "\n", 1, NULL);
+    buffer_add(&b, "\n", 1, NULL);
     errno = ENOMEM;
-    if (code == LVM_OK && t->log != NULL && fwrite(b.data, 1, b.n, t->log) == b.n &&
+    if (!b.failed && t->log != NULL && fwrite(b.data, 1, b.n, t->log) == b.n &&
         fflush(t->log) == 0) {
         t->log_bytes += (int64_t)b.n;
         t->log_failed = 0;
@@ -27300,12 +27287,12 @@ static void train_line(const struct training *t, int columns, char *line, size_t
     static const int order[PIECES] = {STEP, LOSS, LEFT, SPEED, PERCENT, PEAK, MEAN, RATE, NORM};
     const lvm_train_report *r = &t->report;
     char piece[PIECES][ROOM] = {{0}};
-    double all = (double)t->o.steps, done = fmin(all, (double)r->step + t->part);
+    double all = (double)t->o->steps, done = fmin(all, (double)r->step + t->part);
     int room = columns - 1, fits = 1;
     snprintf(piece[PERCENT], ROOM, "%3d %%  ", (int)(100 * done / all));
-    snprintf(piece[STEP], ROOM, "step %lld of %lld", (long long)r->step, (long long)t->o.steps);
+    snprintf(piece[STEP], ROOM, "step %lld of %lld", (long long)r->step, (long long)t->o->steps);
     if (r->step > 0) {
-        double speed = t->pace > 0 ? t->o.batch * (double)t->o.context / t->pace : 0;
+        double speed = t->pace > 0 ? t->o->batch * (double)t->o->context / t->pace : 0;
         snprintf(piece[LOSS], ROOM, "  loss %.4f", r->loss);
         snprintf(piece[MEAN], ROOM, "  (mean %.4f)", t->smoothed);
         snprintf(piece[RATE], ROOM, "  lr %.2e", r->lr);
@@ -27332,7 +27319,7 @@ enum { TELL_SECONDS = 30 };
 static void tell_progress(struct training *t, int after_step) {
     char line[512];
     double now = seconds();
-    int terminal = os_is_terminal(2), last = t->report.step == t->o.steps;
+    int terminal = os_is_terminal(2), last = t->report.step == t->o->steps;
     if (t->cli->quiet) return;
     if (terminal && (now - t->drawn_at >= 0.2 || (after_step && last))) {
         train_line(t, terminal_columns(), line, sizeof line);
@@ -27426,7 +27413,7 @@ static int note_skipped(struct training *t, lvm_error *error) {
 /* The validation of the last step, where it is due, and its row in the log. */
 static int end_step(struct training *t, lvm_error *error) {
     const lvm_train_report *r = &t->report;
-    int due = r->step % t->cli->train.val_every == 0 || r->step == t->o.steps;
+    int due = r->step % t->cli->train.val_every == 0 || r->step == t->o->steps;
     int code = t->val.paths.n > 0 && due ? validate(t, error) : LVM_OK;
     if (code == LVM_OK) log_row(t);
     return code;
@@ -27442,7 +27429,7 @@ static int take_step(struct training *t, lvm_error *error) {
     double took = seconds() - start;
     t->report = report;
     t->part = 0;
-    t->step_rate = t->o.batch * (double)t->o.context / fmax(took, 1e-9);
+    t->step_rate = t->o->batch * (double)t->o->context / fmax(took, 1e-9);
     t->pace = t->pace > 0 ? 0.9 * t->pace + 0.1 * took : took;
     t->smoothed = r->was_skipped ? t->smoothed : smooth_add(&t->smooth, r->loss);
     begin_row(t);
@@ -27453,13 +27440,13 @@ static int take_step(struct training *t, lvm_error *error) {
 
 static int train_steps(struct training *t, lvm_error *error) {
     int code = t->row[0] != 0 ? end_step(t, error) : LVM_OK;
-    while (code == LVM_OK && t->report.step < t->o.steps) {
+    while (code == LVM_OK && t->report.step < t->o->steps) {
         if (stop_asked) return LVM_CANCELLED;
         code = take_step(t, error);
         if (code != LVM_OK) return code;
         int due = t->save_steps > 0 ? t->report.step % t->save_steps == 0
                                     : seconds() - t->saved_at >= t->save_seconds;
-        if (due && t->report.in_a_row == 0 && t->report.step < t->o.steps) save_run(t);
+        if (due && t->report.in_a_row == 0 && t->report.step < t->o->steps) save_run(t);
         lvm_error fault = {0, ""};
         if (seconds() - t->plotted_at >= PLOT_SECONDS && plot_run(t, &fault) != LVM_OK)
             complain("%s", fault.text);
@@ -27486,7 +27473,7 @@ static void training_free(struct training *t) {
 /* Before the first step: rows can be made of every file of --val. */
 static int check_validation(const struct training *t, lvm_error *error) {
     const struct llama *a = t->trainer->net.a;
-    lvm_train_options o = t->o;
+    lvm_train_options o = *t->o;
     int code = LVM_OK;
     for (int i = 0; code == LVM_OK && i < t->val.paths.n; i++) {
         const lvm_tokens *one = t->val.list[i];
@@ -27506,15 +27493,15 @@ static int open_training(struct training *t, lvm_error *error) {
     if (code == LVM_OK) code = open_train_inputs(t, error);
     if (code == LVM_OK) code = check_run_files(t, error);
     if (code != LVM_OK) return code;
-    fill_train_options(t);
+    settle_options_of(t);
     code = settle_steps(t, error);
-    if (code == LVM_OK) code = lvm_trainer_memory(&t->o, &memory, error);
+    if (code == LVM_OK) code = lvm_trainer_memory(t->o, &memory, error);
     if (memory.all > 0) print_train_memory(t, &memory);
     if (code != LVM_OK) return code;
-    t->flops = train_flops(&t->o, &memory);
+    t->flops = train_flops(t->o, &memory);
     measure_train_peak(t);
-    t->o.progress = on_train_progress;
-    t->trainer = lvm_trainer_new(&t->o, error);
+    t->o->progress = on_train_progress;
+    t->trainer = lvm_trainer_new(t->o, error);
     if (t->trainer == NULL) return error->code;
     if (resume != NULL) code = lvm_trainer_load(t->trainer, resume, error);
     if (code == LVM_OK) code = check_validation(t, error);
@@ -27530,7 +27517,7 @@ static int open_training(struct training *t, lvm_error *error) {
     t->saved_at = t->told_at = t->plotted_at = seconds();
     if (resume != NULL)
         note(t->cli, "goes on behind step %lld of %lld", (long long)t->report.step,
-             (long long)t->o.steps);
+             (long long)t->o->steps);
     return code;
 }
 
@@ -27600,21 +27587,15 @@ static int run_plot(struct cli *cli) {
     lvm_error error = {0, ""};
     lvm_image image = {.rgb = NULL};
     struct outputs o = {0};
-    struct paths inputs = {0};
     char *owned = NULL;
-    int code = LVM_OK;
     if (cli->n_words < 1) return complain("give logs of training runs (lvm help plot)") + 1;
     if (cli->out == NULL) cli->out = "plot.png";
     if (settle_png_name(&cli->out, "png", &owned) != 0) return 2;
-    for (int i = 0; code == LVM_OK && i < cli->n_words; i++)
-        code = paths_add(&inputs, "", cli->words[i], &error);
-    if (code == LVM_OK)
-        code = plot_logs(cli->words, cli->n_words, cli->train.by_tokens, &image, &error);
-    if (code == LVM_OK) code = outputs_add(&o, cli, copy_string(cli->out, &error), &inputs, &error);
+    int code = plot_logs(cli->words, cli->n_words, cli->train.by_tokens, &image, &error);
+    if (code == LVM_OK) code = add_token_output(&o, cli, cli->out, &error);
     if (code == LVM_OK) code = outputs_write_png(&o, 0, &image, NULL, &error);
     lvm_image_free(&image);
     outputs_free(&o);
-    paths_free(&inputs);
     mem_free(owned);
     return finish(&error, code);
 }
