@@ -4079,7 +4079,8 @@ int lvm_predict(lvm_ctx *ctx, const lvm_image *images, int count, const lvm_samp
    What a layer's backward needs of its forward (struct kept) is kept, or, where memory is short,
    computed again from the layer's input (Chen et al. 2016, arXiv 1604.06174).
 
-   One layer of N rows down the left side, and its way back up the right one:
+   One layer of N rows down the left side, and its way back up the right one (rows are vectors lying
+   down: what chapter 6 calls Wq h is h Wq^T of all rows):
 
        h = rmsnorm(x)                     dx += rmsnorm'(dh)
        q, k, v = h Wq^T, h Wk^T, h Wv^T   dh = dq Wq + dk Wk + dv Wv,   dWq += dq^T h, ...
