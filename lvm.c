@@ -1989,7 +1989,7 @@ static int read_vq_keys(const struct gguf *g, struct vqgan *vq, lvm_error *error
     return LVM_OK;
 }
 
-/* Whether a file holds adapters of a model (chapter 8) instead of one. */
+/* Whether a file holds adapters of a model (chapter 14) instead of one. */
 static int is_adapter_file(const struct gguf *g) {
     return text_is(read_text(g, "general.type"), "adapter");
 }
@@ -5299,7 +5299,7 @@ static double learning_rate(const lvm_train_options *o, int64_t step) {
        at 192          2 sentences, 6 tokens, bound 13, image_tokens 2, flags 0
 
    Who opens a file checks its size and starts. Ids are checked where they are read, for a file may
-   have billions. */
+   have billions. Chapter 14 writes them. */
 
 enum { TOK_ALIGN = 64, TOK_VERSION = 1, TOK_WEIGHTS = 1 /* a flag */, TOK_MAGIC = 8 };
 enum { WEIGHT_ONE = 16, MAX_IDS = 1 << 16 };
@@ -6626,7 +6626,7 @@ int lvm_trainer_step(lvm_trainer *t, lvm_train_report *report, lvm_error *error)
     double norm = gradient_norm(t), lr = learning_rate(&t->o, t->step + 1);
     int skip = is_spike(t, loss, norm);
     if (!skip) {
-        update_params(t, lr, norm, t->step - t->skipped + 1);
+        update_params(t, lr, norm, t->step - t->skipped + 1); /* AdamW's t counts updates */
         t->usual_norm = t->usual_norm > 0 ? 0.95 * t->usual_norm + 0.05 * norm : norm;
     }
     t->at = at; /* now the step is taken */
@@ -18040,8 +18040,9 @@ static const struct kernels *choose_kernels(lvm_error *error) {
 /* =================================================================================================
    Chapter 14.  Tools: GGUF, quantise, random weights, contexts, the cache file
 
-   What stands around a model: its file format, files with other types, models without a file. And
-   around a context: its options, how it is made on a device, what it uses, its state in a file. */
+   What stands around a model: its file format, adapters, files with other types, models without a
+   file; the files that training reads. And around a context: its options, how it is made on a
+   device, what it uses, its state in a file. */
 
 /* ---- GGUF: reading ----
 
@@ -18653,19 +18654,15 @@ static int token_writer_close(struct token_writer *w, int code, lvm_error *error
 
 #endif
 
-/* ---- Adapters ----
+/* ---- Adapters (LoRA: chapter 8) ----
 
-   LoRA (Hu et al. 2021, arXiv 2106.09685) leaves a matrix as it is and learns a difference of low
-   rank beside it:
-
-       y = x W^T + scale (x A^T) B^T = x (W + scale B A)^T                  scale = alpha / rank
+       W + scale B A instead of W                                       scale = alpha / rank
        W [rows][cols]   A [rank][cols]   B [rows][rank]
 
    A file of adapters is a GGUF file of its own, with the keys that ggml gives its adapters:
    general.type "adapter", adapter.type "lora", adapter.lora.alpha; and of each matrix two tensors,
    such as blk.0.attn_q.weight.lora_a and .lora_b, in F32, F16 or BF16. A model takes them before it
-   runs: matrices that have one are merged with it, in memory or into a new file (chapter 14, which
-   also writes what a trainer learnt). */
+   runs: matrices that have one are merged with it, in memory or into a new file. */
 
 struct adapter {
     struct text matrix;       /* name of W */
@@ -18683,7 +18680,8 @@ struct adapters {
     int n;
 };
 
-static float not_finite(const struct tensor *t); /* chapter 14 */
+/* The first number of a tensor that is none, else 0 (below). */
+static float not_finite(const struct tensor *t);
 
 static int ends(struct text t, const char *s) {
     size_t n = strlen(s);
