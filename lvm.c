@@ -6100,10 +6100,10 @@ struct held {
 
 /* count elements of size bytes, zeroed; NULL where nothing is taken, or there is no more. */
 static void *want(struct memory *m, int64_t count, size_t size) {
-    int64_t bytes = count * (int64_t)size;
-    m->bytes += bytes;
+    uint64_t bytes = (uint64_t)count * size, units = bytes / sizeof(struct held) + 2;
+    m->bytes += (int64_t)bytes;
     if (m->counts || m->code != LVM_OK) return NULL;
-    struct held *h = mem_alloc(1, sizeof *h + (size_t)bytes, m->error);
+    struct held *h = mem_alloc(units < SIZE_MAX ? (size_t)units : SIZE_MAX, sizeof *h, m->error);
     if (h == NULL) {
         m->code = LVM_MEMORY;
         return NULL;
