@@ -4530,16 +4530,17 @@ static void norm_backward(struct lvm_trainer *t, const struct param *w, const fl
     if (w->g != NULL) for_columns(op, rmsnorm_weight_columns);
 }
 
-/* y = x w^T + bias:   dbias += sum over rows of dy */
+/* y += bias, on top of x w^T */
+static void add_bias_row(const struct op *op, int r) {
+    for (int c = 0; c < op->cols; c++) op->out[(int64_t)r * op->cols + c] += op->w[c];
+}
+
+/* y = x w^T + bias:   dbias += sum over rows of dy, for bias is in all of them */
 static void bias_backward_columns(const struct op *op, int c0, int n) {
     float sum[OP_COLS] = {0};
     for (int r = 0; r < op->n; r++)
         for (int c = 0; c < n; c++) sum[c] += op->dy[(int64_t)r * op->cols + c0 + c];
     for (int c = 0; c < n; c++) op->dw[c0 + c] += sum[c];
-}
-
-static void add_bias_row(const struct op *op, int r) {
-    for (int c = 0; c < op->cols; c++) op->out[(int64_t)r * op->cols + c] += op->w[c];
 }
 
 /* LoRA (Hu et al. 2021, arXiv 2106.09685) leaves a matrix w as it is, of any type, and learns a
@@ -26711,16 +26712,11 @@ static int parse_config(const char *text, lvm_train_options *o) {
 
 /* "16" or "16,32": rank and alpha; 0, or a message and 2. */
 static int parse_lora(const char *text, lvm_train_options *o) {
-    int used = 0;
-    if (sscanf(text, "%9d%n", &o->lora_rank, &used) == 1 && o->lora_rank > 0) {
-        char *end = NULL;
-        o->lora_alpha = (float)o->lora_rank;
-        if (text[used] == 0) return 0;
-        if (text[used] == ',') o->lora_alpha = strtof(text + used + 1, &end);
-        if (end != NULL && end > text + used + 1 && *end == 0 && o->lora_alpha > 0 &&
-            o->lora_alpha < 1e6f)
-            return 0;
-    }
+    int used = 0, n = sscanf(text, "%9d%n,%f%n", &o->lora_rank, &used, &o->lora_alpha, &used);
+    if (n == 1) o->lora_alpha = (float)o->lora_rank;
+    if (n >= 1 && text[used] == 0 && o->lora_rank > 0 &&
+        (n == 1 || (o->lora_alpha > 0 && o->lora_alpha < 1e6f)))
+        return 0;
     return complain("--lora: \"%s\" is not R,ALPHA, as 16,32", text) + 1;
 }
 
