@@ -24290,21 +24290,6 @@ static int pack_line(struct packing *p, const struct lines *l, lvm_error *error)
     return fail(error, code, "%s: line %d: %s", l->name, l->number, fault.text);
 }
 
-/* The n ids of a sentence, checked, to be freed; NULL and an error on failure. */
-static int32_t *sentence_ids(const lvm_tokens *t, int64_t sentence, size_t *n, lvm_error *error) {
-    int64_t first = sentence_start(t, sentence);
-    *n = (size_t)(sentence_start(t, sentence + 1) - first);
-    int32_t *ids = mem_alloc(*n, sizeof *ids, error);
-    for (size_t i = 0; ids != NULL && i < *n; i++) {
-        ids[i] = token_at(t, first + (int64_t)i);
-        if (ids[i] < t->bound) continue;
-        bad_token(t, sentence, (int64_t)i, error);
-        mem_free(ids);
-        return NULL;
-    }
-    return ids;
-}
-
 /* Adds the sentences of a .tok file: shards become one. */
 static int pack_tokens(struct packing *p, const char *path, struct bar *bar, lvm_error *error) {
     lvm_tokens *t = lvm_tokens_open(path, error);
@@ -24312,14 +24297,17 @@ static int pack_tokens(struct packing *p, const char *path, struct bar *bar, lvm
     struct train_line line = {.image_tokens = t != NULL ? t->image_tokens : 0};
     line.by[PART_IMAGE] = "image_tokens";
     for (int64_t i = 0; code == LVM_OK && i < t->n_sentences; i++) {
+        int64_t first = sentence_start(t, i), n = sentence_start(t, i + 1) - first;
+        int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
+        if (ids == NULL) code = LVM_MEMORY;
+        for (int64_t k = 0; code == LVM_OK && k < n; k++)
+            if ((ids[k] = token_at(t, first + k)) >= t->bound) code = bad_token(t, i, k, error);
         lvm_error fault = {0, ""};
-        size_t n = 0;
-        int32_t *ids = sentence_ids(t, i, &n, error);
-        const uint8_t *weights = t->weights != NULL ? t->weights + sentence_start(t, i) : NULL;
-        if (ids == NULL) code = error->code;
-        if (code == LVM_OK && pack_images(p, &line, n, &fault) != LVM_OK)
+        if (code == LVM_OK && pack_images(p, &line, (size_t)n, &fault) != LVM_OK)
             code = fail(error, fault.code, "%s: %s", path, fault.text);
-        if (code == LVM_OK) code = token_writer_add(&p->w, ids, weights, n, error);
+        if (code == LVM_OK)
+            code = token_writer_add(&p->w, ids, t->weights != NULL ? t->weights + first : NULL,
+                                    (size_t)n, error);
         mem_free(ids);
         if (bar != NULL && bar->shown) draw_bar(bar, "pack", i + 1, t->n_sentences);
     }
@@ -24469,21 +24457,24 @@ static int add_numbers(struct buffer *text, int integers, const void *data, size
 /* A sentence as a line that parse_train_line reads: the text is replaced. */
 static int sentence_text(const lvm_tokens *t, int64_t sentence, int integers, struct buffer *text,
                          lvm_error *error) {
-    size_t n = 0;
-    int32_t *ids = sentence_ids(t, sentence, &n, error);
+    int64_t first = sentence_start(t, sentence), n = sentence_start(t, sentence + 1) - first;
+    int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
     char images[48];
-    if (ids == NULL) return error != NULL ? error->code : LVM_FORMAT;
+    if (ids == NULL) return LVM_MEMORY;
     text->n = 0;
-    buffer_add(text, "{\"tokens\": ", 11, error);
-    add_numbers(text, integers, ids, n * sizeof *ids, sizeof *ids, error);
-    if (t->weights != NULL) {
-        buffer_add(text, ", \"weights\": ", 13, error);
-        add_numbers(text, integers, t->weights + sentence_start(t, sentence), n, 1, error);
-    }
+    int code = buffer_add(text, "{\"tokens\": ", 11, error);
+    for (int64_t i = 0; code == LVM_OK && i < n; i++)
+        if ((ids[i] = token_at(t, first + i)) >= t->bound) code = bad_token(t, sentence, i, error);
+    if (code == LVM_OK)
+        code = add_numbers(text, integers, ids, (size_t)n * sizeof *ids, sizeof *ids, error);
+    if (code == LVM_OK && t->weights != NULL) code = buffer_add(text, ", \"weights\": ", 13, error);
+    if (code == LVM_OK && t->weights != NULL)
+        code = add_numbers(text, integers, t->weights + first, (size_t)n, 1, error);
     int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", t->image_tokens);
-    if (t->image_tokens != USUAL_IMAGE) buffer_add(text, images, (size_t)length, error);
+    if (code == LVM_OK && t->image_tokens != USUAL_IMAGE)
+        code = buffer_add(text, images, (size_t)length, error);
     mem_free(ids);
-    return buffer_add(text, "}\n", 2, error);
+    return code == LVM_OK ? buffer_add(text, "}\n", 2, error) : code;
 }
 
 static int run_unpack(struct cli *cli) {
