@@ -6199,13 +6199,11 @@ static void plan_memory(struct lvm_trainer *t, int64_t available, lvm_train_memo
     m->all += places * layer.bytes;
 }
 
-/* Memory of a pass, of the rows of a step, and of the threads. */
+/* Memory of a pass, and of the rows of a step. */
 static void take_memory(struct lvm_trainer *t, const lvm_train_memory *plan) {
     struct net *net = &t->net;
     struct memory *m = &t->memory;
     int64_t N = net->max_rows, L = net->a->L;
-    t->e.scratch_floats = (train_scratch(net->a) + 1023) / 1024 * 1024;
-    t->e.scratch = want(m, t->o.threads * t->e.scratch_floats, sizeof(float));
     net->first_kept = (int)L - plan->kept_layers;
     net->kept = want(m, L + 1, sizeof *net->kept);
     for (int i = 0; m->code == LVM_OK && i <= L; i++) {
@@ -6217,8 +6215,8 @@ static void take_memory(struct lvm_trainer *t, const lvm_train_memory *plan) {
     net->work.positions = want(m, N, sizeof *net->work.positions);
     net->work.squares = want(m, all_chunks(net), sizeof *net->work.squares);
     net->rope = want(m, t->o.context * (int64_t)net->a->d, sizeof *net->rope);
-    t->pass_pieces = want(m, N, sizeof *t->pass_pieces);
     want_rows(m, (int64_t)t->o.batch * t->o.context, &t->rows);
+    t->pass_pieces = want(m, N, sizeof *t->pass_pieces);
 }
 
 /* ---- The trainer: its parameters ---- */
@@ -6522,6 +6520,8 @@ static int trainer_open(struct lvm_trainer *t, const lvm_train_options *options,
     if (code != LVM_OK) return code;
     t->e = (struct exec){.kern = t->m->kern, .exact = 1, .pool = pool_new(t->o.threads, error)};
     if (t->e.pool == NULL) return LVM_MEMORY;
+    t->e.scratch_floats = (train_scratch(a) + 1023) / 1024 * 1024;
+    t->e.scratch = want(&t->memory, t->o.threads * t->e.scratch_floats, sizeof(float));
     code = params_begin(t);
     if (code == LVM_OK) take_memory(t, &plan);
     if (t->memory.code != LVM_OK) return t->memory.code;
