@@ -27,10 +27,13 @@ CELL = 128 + 12                               # of a sheet's thumbnail, its fram
 
 
 def page():
+    return read(README).decode().split("\n## From nothing to a model\n")[1].split("\n## ")[0]
+
+
+def page_commands():
     """The page's commands, each with the lines of output that are printed below it."""
-    text = read(README).decode().split("\n## From nothing to a model\n")[1].split("\n## ")[0]
     commands = []
-    for line in text.splitlines():
+    for line in page().replace("\\\n", "").splitlines():
         if line.startswith("    $ "):
             commands.append((re.sub(r"\s+# .*", "", line[6:]), []))
         elif line.startswith("    "):
@@ -55,7 +58,7 @@ class Page(Case):
         return done.stdout.decode().splitlines()
 
     def test_every_command(self):
-        commands, printed = page(), {}
+        commands, printed = page_commands(), {}
         self.assertEqual(commands.pop(0), ("make lvm scenes", []))
         subprocess.run(["make", "-n", "lvm", "scenes", "train-demo"], cwd=TOP, check=True,
                        stdout=subprocess.DEVNULL)
@@ -70,7 +73,7 @@ class Page(Case):
             for number, less in SMALL.items():
                 small = re.sub(number + r"(?!\d)", less, small)
             printed[command] = lines = self.run_command(small)
-            names = [line for line in shown if re.fullmatch(r"[\w/.-]+", line)]
+            names = [line for line in shown if re.fullmatch(r"[\w/-]+(\.\w+)?", line)]
             self.assertEqual([line for line in lines if line in names], names, command)
         self.outcome(printed)
 
@@ -90,8 +93,7 @@ class Page(Case):
 
     def test_named_files(self):
         """What the page links to is there, and make train-demo runs what it says."""
-        text = read(README).decode().split("\n## From nothing to a model\n")[1].split("\n## ")[0]
-        links = re.findall(r"\]\(([^)]+)\)", text)
+        links = re.findall(r"\]\(([^)]+)\)", page())
         self.assertIn("docs/train-demo.png", links)
         for link in links:
             self.assertTrue(os.path.exists(os.path.join(TOP, link)), link)
