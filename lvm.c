@@ -8571,18 +8571,19 @@ static uint64_t unit_hash(const struct plan *plan, const struct part *p, uint32_
     return hash_bytes(hash_bytes(1, folder, strlen(folder)), stem, strlen(stem));
 }
 
-/* Where the choices branch: rows[n][T] are the tokens of all images, sorted, and row `at` is an
-   answer. Token p of it decides where another image begins with the same p tokens and goes on with
-   another: p is the length of what both begin with. Sorted, that can only fall as one goes away. */
-static void mark_decisions(const uint16_t *rows, size_t n, size_t T, size_t at, uint8_t weight,
-                           uint8_t *weights) {
+/* Where the choices branch: rows[n][1 + T] are the tokens of all images, each behind T itself,
+   sorted, and `row` those of an answer, which belongs in front of number `at` of them. A token of
+   it decides where an image begins with the same tokens and goes on with another: behind what both
+   begin with. Sorted, that can only become shorter as one goes away. */
+static void mark_decisions(const uint16_t *rows, size_t n, size_t T, const uint16_t *row, size_t at,
+                           uint8_t weight, uint8_t *weights) {
     for (int way = -1; way <= 1; way += 2) {
-        size_t common = T;
-        for (size_t other = at + (size_t)way; other < n && common > 0; other += (size_t)way) {
-            size_t p = 0;
-            while (p < common && rows[other * T + p] == rows[at * T + p]) p++;
+        size_t common = 1 + T; /* with T in front, which all begin with */
+        for (size_t i = way < 0 ? at - 1 : at; i < n && common > 1; i += (size_t)way) {
+            size_t p = 1;
+            while (p < common && rows[i * (1 + T) + p] == row[p]) p++;
             common = p;
-            if (p < T) weights[p] = weight;
+            if (p <= T) weights[p - 1] = weight;
         }
     }
 }
@@ -11091,6 +11092,14 @@ static int os_remove(const char *path) { return unlink(path); }
 static int os_truncate(FILE *file, int64_t size) { return ftruncate(fileno(file), (off_t)size); }
 static int os_may_write(const char *path) { return access(path, W_OK) == 0; }
 
+/* Claims a whole open file until it is closed or the process ends, however it ends; -1 where
+   another process has it. Where the file's system knows no locks the caller has it unclaimed. */
+static int os_lock(FILE *file) {
+    struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    if (fcntl(fileno(file), F_SETLK, &all) == 0) return 0;
+    return errno == EACCES || errno == EAGAIN ? -1 : 0;
+}
+
 /* A new file for writing; EEXIST where there is one of that name. */
 static FILE *os_create(const char *path) {
     int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
@@ -11423,6 +11432,14 @@ static int os_remove(const char *path) {
 }
 
 static int os_truncate(FILE *file, int64_t size) { return _chsize_s(_fileno(file), size); }
+
+/* A byte far behind the end is claimed: Windows keeps others from reading what is locked. */
+static int os_lock(FILE *file) {
+    OVERLAPPED at = {.OffsetHigh = 1 << 30};
+    HANDLE h = (HANDLE)_get_osfhandle(_fileno(file));
+    if (LockFileEx(h, LOCKFILE_EXCLUSIVE_LOCK | LOCKFILE_FAIL_IMMEDIATELY, 0, 1, 0, &at)) return 0;
+    return GetLastError() == ERROR_LOCK_VIOLATION || GetLastError() == ERROR_IO_PENDING ? -1 : 0;
+}
 
 static int os_may_write(const char *path) {
     wchar_t *wide = os_wide(path);
@@ -24329,27 +24346,35 @@ static int add_numbers(struct buffer *text, int integers, const void *data, size
     return integers ? add_integers(text, data, n, size, error) : add_base64(text, data, n, error);
 }
 
-/* A sentence as a line that parse_train_line reads: the text is replaced. */
+/* Replaces a text by a line that parse_train_line reads; weights may be NULL. */
+static int sentence_line(struct buffer *text, int integers, const int32_t *ids,
+                         const uint8_t *weights, size_t n, int image_tokens, lvm_error *error) {
+    char images[48];
+    text->n = 0;
+    int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", image_tokens),
+        code = buffer_add(text, "{\"tokens\": ", 11, error);
+    if (code == LVM_OK)
+        code = add_numbers(text, integers, ids, n * sizeof *ids, sizeof *ids, error);
+    if (code == LVM_OK && weights != NULL) code = buffer_add(text, ", \"weights\": ", 13, error);
+    if (code == LVM_OK && weights != NULL) code = add_numbers(text, integers, weights, n, 1, error);
+    if (code == LVM_OK && image_tokens != USUAL_IMAGE)
+        code = buffer_add(text, images, (size_t)length, error);
+    return code == LVM_OK ? buffer_add(text, "}\n", 2, error) : code;
+}
+
+/* The same of a sentence of a file. */
 static int sentence_text(const lvm_tokens *t, int64_t sentence, int integers, struct buffer *text,
                          lvm_error *error) {
     int64_t first = sentence_start(t, sentence), n = sentence_start(t, sentence + 1) - first;
     int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
-    char images[48];
-    if (ids == NULL) return LVM_MEMORY;
-    text->n = 0;
-    int code = buffer_add(text, "{\"tokens\": ", 11, error);
+    int code = ids != NULL ? LVM_OK : LVM_MEMORY;
     for (int64_t i = 0; code == LVM_OK && i < n; i++)
         if ((ids[i] = token_at(t, first + i)) >= t->bound) code = bad_token(t, sentence, i, error);
     if (code == LVM_OK)
-        code = add_numbers(text, integers, ids, (size_t)n * sizeof *ids, sizeof *ids, error);
-    if (code == LVM_OK && t->weights != NULL) code = buffer_add(text, ", \"weights\": ", 13, error);
-    if (code == LVM_OK && t->weights != NULL)
-        code = add_numbers(text, integers, t->weights + first, (size_t)n, 1, error);
-    int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", t->image_tokens);
-    if (code == LVM_OK && t->image_tokens != USUAL_IMAGE)
-        code = buffer_add(text, images, (size_t)length, error);
+        code = sentence_line(text, integers, ids, t->weights != NULL ? t->weights + first : NULL,
+                             (size_t)n, t->image_tokens, error);
     mem_free(ids);
-    return code == LVM_OK ? buffer_add(text, "}\n", 2, error) : code;
+    return code;
 }
 
 static int run_unpack(struct cli *cli) {
@@ -24423,12 +24448,6 @@ static int listing_sort(struct listing *l, uint32_t *offsets, size_t n,
     return LVM_OK;
 }
 
-/* root/folder, allocated. */
-static char *listing_path(const struct listing *l, size_t folder, lvm_error *error) {
-    const char *below = l->text.data + l->folders[folder];
-    return below[0] != 0 ? join_path(l->root, below, error) : copy_string(l->root, error);
-}
-
 static int listing_add_folder(struct listing *l, const char *path, lvm_error *error) {
     uint32_t *more = array_grow(l->folders, l->n_folders, 1, sizeof *more, &l->folder_room, error);
     if (more == NULL) return LVM_MEMORY;
@@ -24438,56 +24457,61 @@ static int listing_add_folder(struct listing *l, const char *path, lvm_error *er
     return code;
 }
 
-/* The folders in a folder. What has an image's name is none. */
-static int list_folders(struct listing *l, size_t folder, const char *path, lvm_error *error) {
-    struct os_folder dir;
-    int code = LVM_OK;
-    if (os_folder_open(&dir, path) != 0)
-        return fail(error, LVM_IO, "%s: %s", path, strerror(errno));
-    for (const char *name; code == LVM_OK && (name = os_folder_next(&dir)) != NULL;) {
-        if (name[0] == '.' || has_extension(name, image_endings)) continue;
-        char *whole = join_path(path, name, error), *below = NULL;
-        if (whole == NULL) code = LVM_MEMORY;
-        else if (strlen(whole) > 4000)
-            code = fail(error, LVM_UNSUPPORTED, "%s: lies too deep (is a link its own folder?)",
-                        l->root);
-        else if (is_folder(whole)) {
-            below = join_path(l->text.data + l->folders[folder], name, error);
-            code = below != NULL ? listing_add_folder(l, below, error) : LVM_MEMORY;
-        }
-        mem_free(whole);
-        mem_free(below);
+/* Adds an entry of a folder, which lies at that path, if it is a folder. What has an image's name
+   is none. */
+static int add_subfolder(struct listing *l, size_t folder, const char *path, const char *name,
+                         lvm_error *error) {
+    if (has_extension(name, image_endings)) return LVM_OK;
+    char *whole = join_path(path, name, error), *below = NULL;
+    int code = whole != NULL ? LVM_OK : LVM_MEMORY;
+    if (code == LVM_OK && strlen(whole) > 4000)
+        code = fail(error, LVM_UNSUPPORTED, "%s: lies too deep (is a link its own folder?)",
+                    l->root);
+    if (code == LVM_OK && is_folder(whole)) {
+        below = join_path(l->text.data + l->folders[folder], name, error);
+        code = below != NULL ? listing_add_folder(l, below, error) : LVM_MEMORY;
     }
-    os_folder_close(&dir);
+    mem_free(whole);
+    mem_free(below);
     return code;
 }
 
-/* The images in a folder, as stem and ending. */
-static int list_files(struct listing *l, const char *path, lvm_error *error) {
-    struct os_folder dir;
-    int code = LVM_OK;
-    size_t first = l->n;
-    if (os_folder_open(&dir, path) != 0)
-        return fail(error, LVM_IO, "%s: %s", path, strerror(errno));
-    for (const char *name; code == LVM_OK && (name = os_folder_next(&dir)) != NULL;) {
-        uint32_t ending;
-        if (name[0] == '.' || !has_extension(name, image_endings)) continue;
-        uint32_t *more = array_grow(l->stems, l->n, 1, sizeof *more, &l->room, error);
-        if (more == NULL) {
-            code = LVM_MEMORY;
-            break;
-        }
-        l->stems = more;
-        const char *dot = strrchr(name, '.');
-        code = listing_name(l, name, (size_t)(dot - name), &l->stems[l->n], error);
-        if (code == LVM_OK) code = listing_name(l, dot + 1, strlen(dot + 1), &ending, error);
-        l->n += code == LVM_OK;
-    }
-    os_folder_close(&dir);
-    return code == LVM_OK ? listing_sort(l, l->stems + first, l->n - first, compare_names, error)
-                          : code;
+/* Adds an entry if it is an image, as stem and ending. */
+static int add_file(struct listing *l, size_t folder, const char *path, const char *name,
+                    lvm_error *error) {
+    uint32_t ending;
+    (void)folder, (void)path;
+    if (!has_extension(name, image_endings)) return LVM_OK;
+    uint32_t *more = array_grow(l->stems, l->n, 1, sizeof *more, &l->room, error);
+    if (more == NULL) return LVM_MEMORY;
+    l->stems = more;
+    const char *dot = strrchr(name, '.');
+    int code = listing_name(l, name, (size_t)(dot - name), &l->stems[l->n], error);
+    if (code == LVM_OK) code = listing_name(l, dot + 1, strlen(dot + 1), &ending, error);
+    l->n += code == LVM_OK;
+    return code;
 }
 
+/* Gives add all entries of a folder that are not hidden. */
+static int list_entries(struct listing *l, size_t folder,
+                        int (*add)(struct listing *l, size_t folder, const char *path,
+                                   const char *name, lvm_error *error), lvm_error *error) {
+    struct os_folder dir;
+    const char *below = l->text.data + l->folders[folder];
+    char *path = below[0] != 0 ? join_path(l->root, below, error) : copy_string(l->root, error);
+    int code = path != NULL ? LVM_OK : LVM_MEMORY;
+    if (code == LVM_OK && os_folder_open(&dir, path) != 0) {
+        code = fail(error, LVM_IO, "%s: %s", path, strerror(errno));
+    } else if (code == LVM_OK) {
+        for (const char *name; code == LVM_OK && (name = os_folder_next(&dir)) != NULL;)
+            if (name[0] != '.') code = add(l, folder, path, name, error);
+        os_folder_close(&dir);
+    }
+    mem_free(path);
+    return code;
+}
+
+/* First all folders, which are sorted then, and each one's files behind those of the one before. */
 static int listing_open(struct listing *l, const char *root, lvm_error *error) {
     memset(l, 0, sizeof *l);
     l->root = copy_string(root, error);
@@ -24496,19 +24520,16 @@ static int listing_open(struct listing *l, const char *root, lvm_error *error) {
         return fail(error, LVM_IO, "%s: %s", root,
                     os_stat(root).kind == OS_NOTHING ? "there is no such folder" : "is no folder");
     int code = listing_add_folder(l, "", error);
-    for (size_t i = 0; code == LVM_OK && i < l->n_folders; i++) {
-        char *path = listing_path(l, i, error);
-        code = path != NULL ? list_folders(l, i, path, error) : LVM_MEMORY;
-        mem_free(path);
-    }
+    for (size_t i = 0; code == LVM_OK && i < l->n_folders; i++)
+        code = list_entries(l, i, add_subfolder, error);
     if (code == LVM_OK) code = listing_sort(l, l->folders, l->n_folders, compare_paths, error);
     if (code == LVM_OK) l->first = mem_alloc(l->n_folders + 1, sizeof *l->first, error);
     if (code == LVM_OK && l->first == NULL) code = LVM_MEMORY;
-    for (size_t i = 0; code == LVM_OK && i < l->n_folders; i++) {
-        char *path = listing_path(l, i, error);
-        code = path != NULL ? list_files(l, path, error) : LVM_MEMORY;
-        l->first[i + 1] = (uint32_t)l->n;
-        mem_free(path);
+    for (size_t i = 0, from = 0; code == LVM_OK && i < l->n_folders; i++, from = l->n) {
+        code = list_entries(l, i, add_file, error);
+        if (code == LVM_OK)
+            code = listing_sort(l, l->stems + from, l->n - from, compare_names, error);
+        l->first[i + 1] = l->n;
     }
     if (code == LVM_OK && l->n == 0)
         code = fail(error, LVM_INVALID, "%s: holds no images (png, jpg, ppm), nor do the folders "
@@ -24526,47 +24547,77 @@ static int listing_open(struct listing *l, const char *root, lvm_error *error) {
 
    key: a hash of all that an image is made of: its file's name, size and time, its recipe; pixels:
    of what was tokenized, so that equal images are not computed twice; check: of the record. Records
-   are only added; one that was cut off, or does not fit its check, ends what counts. */
+   are only added; one that was cut off, or does not fit its check, ends what counts. The file is
+   locked while it is in use, for two that add records would write into each other's. */
 
 enum { NO_SLOT = -1, BAD_SLOT = -2, TOKEN_CACHE_VERSION = 1, CACHE_HEAD = 24, RECORD_HEAD = 24 };
 
+/* Things 0 .. n-1 are found by keys of 64 bits, hashes that stand for what they are of: a table of
+   numbers, each where its key says or behind it. Of equal keys the first is found. */
+struct numbers {
+    uint64_t *keys;       /* [n] */
+    uint32_t *table;      /* [width], a power of 2: number + 1; 0: free */
+    size_t n, room, width;
+};
+
+static void numbers_free(struct numbers *m) {
+    mem_free(m->keys);
+    mem_free(m->table);
+    memset(m, 0, sizeof *m);
+}
+
+/* Where the key's number stands in the table, or would. */
+static size_t number_place(const struct numbers *m, uint64_t key) {
+    size_t at = (size_t)mix64(key) & (m->width - 1);
+    while (m->table[at] != 0 && m->keys[m->table[at] - 1] != key) at = (at + 1) & (m->width - 1);
+    return at;
+}
+
+/* The number of a key, or NO_SLOT. */
+static int32_t number_of(const struct numbers *m, uint64_t key) {
+    return m->width > 0 ? (int32_t)m->table[number_place(m, key)] - 1 : NO_SLOT;
+}
+
+/* Gives a key the next number. At most half of the table is taken, so that places are near. */
+static int numbers_add(struct numbers *m, uint64_t key, lvm_error *error) {
+    uint64_t *keys = array_grow(m->keys, m->n, 1, sizeof *keys, &m->room, error);
+    if (keys == NULL) return LVM_MEMORY;
+    m->keys = keys;
+    if (2 * (m->n + 1) > m->width) {
+        size_t width = m->width > 0 ? 2 * m->width : 1024;
+        uint32_t *table = mem_alloc(width, sizeof *table, error);
+        if (table == NULL) return LVM_MEMORY;
+        mem_free(m->table);
+        m->table = table;
+        m->width = width;
+        for (size_t i = 0; i < m->n; i++) {
+            uint32_t *at = &m->table[number_place(m, m->keys[i])];
+            if (*at == 0) *at = (uint32_t)i + 1;
+        }
+    }
+    uint32_t *at = &m->table[number_place(m, key)];
+    m->keys[m->n++] = key;
+    if (*at == 0) *at = (uint32_t)m->n;
+    return LVM_OK;
+}
+
 struct recipes {
     struct recipe *list;  /* [n] */
-    int32_t *slots;       /* [n]: where its tokens are, or NO_SLOT, BAD_SLOT */
-    uint32_t *index;      /* [index_room]: a number + 1, at the hash or behind it; 0: free */
-    size_t n, room, slot_room, index_room;
+    int32_t *slots;       /* [n]: the records with their tokens, or NO_SLOT, BAD_SLOT */
+    struct numbers index;
+    size_t n, room, slot_room;
 };
 
 static void recipes_free(struct recipes *s) {
     mem_free(s->list);
     mem_free(s->slots);
-    mem_free(s->index);
+    numbers_free(&s->index);
     memset(s, 0, sizeof *s);
 }
 
-/* Where the recipe's number stands in the index, or would. */
-static size_t recipe_place(const struct recipes *s, const struct recipe *r) {
-    size_t mask = s->index_room - 1, at = (size_t)hash_bytes(1, r, sizeof *r) & mask;
-    while (s->index[at] != 0 && memcmp(&s->list[s->index[at] - 1], r, sizeof *r) != 0)
-        at = (at + 1) & mask;
-    return at;
-}
-
-static int recipes_widen(struct recipes *s, lvm_error *error) {
-    size_t room = s->index_room > 0 ? 2 * s->index_room : 1024;
-    uint32_t *index = mem_alloc(room, sizeof *index, error);
-    if (index == NULL) return LVM_MEMORY;
-    mem_free(s->index);
-    s->index = index;
-    s->index_room = room;
-    for (size_t i = 0; i < s->n; i++) s->index[recipe_place(s, &s->list[i])] = (uint32_t)i + 1;
-    return LVM_OK;
-}
-
 static int recipes_add(struct recipes *s, const struct recipe *r, lvm_error *error) {
-    if (2 * (s->n + 1) > s->index_room && recipes_widen(s, error) != LVM_OK) return LVM_MEMORY;
-    size_t place = recipe_place(s, r);
-    if (s->index[place] != 0) return LVM_OK;
+    uint64_t key = hash_bytes(1, r, sizeof *r);
+    if (number_of(&s->index, key) >= 0) return LVM_OK;
     if (s->n == INT32_MAX)
         return fail(error, LVM_UNSUPPORTED, "more than %d images; make shards (--shard)",
                     INT32_MAX);
@@ -24578,64 +24629,11 @@ static int recipes_add(struct recipes *s, const struct recipe *r, lvm_error *err
     s->slots = slots;
     s->list[s->n] = *r;
     s->slots[s->n++] = NO_SLOT;
-    s->index[place] = (uint32_t)s->n;
-    return LVM_OK;
+    return numbers_add(&s->index, key, error);
 }
 
 static int32_t recipe_slot(const struct recipes *s, const struct recipe *r) {
-    return s->slots[s->index[recipe_place(s, r)] - 1];
-}
-
-/* Numbers by 64-bit keys, of which none is 0. */
-struct slot_map {
-    uint64_t *keys;
-    int32_t *slots;
-    size_t n, room; /* room: a power of 2 */
-};
-
-static void slot_map_free(struct slot_map *m) {
-    mem_free(m->keys);
-    mem_free(m->slots);
-    memset(m, 0, sizeof *m);
-}
-
-static size_t slot_place(const struct slot_map *m, uint64_t key) {
-    size_t at = (size_t)mix64(key) & (m->room - 1);
-    while (m->keys[at] != 0 && m->keys[at] != key) at = (at + 1) & (m->room - 1);
-    return at;
-}
-
-static int32_t slot_find(const struct slot_map *m, uint64_t key) {
-    size_t at = m->n > 0 ? slot_place(m, key) : 0;
-    return m->n > 0 && m->keys[at] != 0 ? m->slots[at] : NO_SLOT;
-}
-
-/* The first number of a key stays. */
-static int slot_put(struct slot_map *m, uint64_t key, int32_t slot, lvm_error *error) {
-    if (2 * (m->n + 1) > m->room) {
-        struct slot_map wider = {.room = m->room > 0 ? 2 * m->room : 1024};
-        wider.keys = mem_alloc(wider.room, sizeof *wider.keys, error);
-        wider.slots = mem_alloc(wider.room, sizeof *wider.slots, error);
-        if (wider.keys == NULL || wider.slots == NULL) {
-            slot_map_free(&wider);
-            return LVM_MEMORY;
-        }
-        for (size_t i = 0; i < m->room; i++)
-            if (m->keys[i] != 0) {
-                size_t to = slot_place(&wider, m->keys[i]);
-                wider.keys[to] = m->keys[i];
-                wider.slots[to] = m->slots[i];
-                wider.n++;
-            }
-        slot_map_free(m);
-        *m = wider;
-    }
-    size_t at = slot_place(m, key);
-    if (m->keys[at] != 0) return LVM_OK;
-    m->keys[at] = key;
-    m->slots[at] = slot;
-    m->n++;
-    return LVM_OK;
+    return s->slots[number_of(&s->index, hash_bytes(1, r, sizeof *r))];
 }
 
 struct token_cache {
@@ -24644,7 +24642,7 @@ struct token_cache {
     int T;
     int32_t n;                    /* records */
     uint8_t *record;              /* [record_bytes] */
-    struct slot_map keys, pixels;
+    struct numbers keys, pixels;  /* of records */
 };
 
 static size_t record_bytes(const struct token_cache *c) { return RECORD_HEAD + 2 * (size_t)c->T; }
@@ -24660,30 +24658,51 @@ static uint64_t record_check(const struct token_cache *c, const uint8_t *record)
 
 static void token_cache_close(struct token_cache *c) {
     if (c->file != NULL) fclose(c->file);
-    slot_map_free(&c->keys);
-    slot_map_free(&c->pixels);
+    numbers_free(&c->keys);
+    numbers_free(&c->pixels);
     mem_free(c->record);
     mem_free(c->path);
     memset(c, 0, sizeof *c);
 }
 
-/* Finds the records that are whole. */
+/* Finds the records that are whole, and cuts off what is behind them. */
 static int token_cache_scan(struct token_cache *c, lvm_error *error) {
     int code = LVM_OK;
     while (code == LVM_OK && c->n < INT32_MAX &&
            fread(c->record, 1, record_bytes(c), c->file) == record_bytes(c)) {
         uint64_t head[3];
         memcpy(head, c->record, sizeof head);
-        if (head[0] == 0 || head[1] == 0 || head[2] != record_check(c, c->record)) break;
-        code = slot_put(&c->keys, head[0], c->n, error);
-        if (code == LVM_OK) code = slot_put(&c->pixels, head[1], c->n, error);
+        if (head[2] != record_check(c, c->record)) break;
+        code = numbers_add(&c->keys, head[0], error);
+        if (code == LVM_OK) code = numbers_add(&c->pixels, head[1], error);
         c->n++;
     }
+    if (code == LVM_OK && os_truncate(c->file, record_at(c, c->n)) != 0)
+        code = write_failed(c->path, error);
     return code;
 }
 
-/* Opens or begins the file; one of another tokenizer is begun anew, one of something else
-   refused. */
+/* Opens or makes the file, which is locked from then on; what is no file of tokens is refused, with
+   c->file left NULL where it is not ours. */
+static int token_cache_claim(struct token_cache *c, lvm_error *error) {
+    static const char magic[] = "LVMTOKS\n";
+    struct os_info info = os_stat(c->path);
+    if (info.kind != OS_NOTHING && (info.kind != OS_FILE ||
+                                    (info.size > 0 && !begins_with(c->path, magic))))
+        return fail(error, LVM_INVALID, "%s: exists and is no file of tokens; choose another name",
+                    c->path);
+    FILE *file = os_fopen(c->path, "a+b"); /* records only ever go to the end */
+    if (file == NULL) return write_failed(c->path, error);
+    if (os_lock(file) == 0) {
+        c->file = file;
+        return LVM_OK;
+    }
+    fclose(file);
+    return fail(error, LVM_IO, "%s: another lvm is adding tokens to it; wait until it is done, or "
+                "name another file with --cache", c->path);
+}
+
+/* Begins with what the file holds; one of another tokenizer is begun anew. */
 static int token_cache_open(struct token_cache *c, const char *path, int T, uint64_t fingerprint,
                             lvm_error *error) {
     uint8_t head[CACHE_HEAD] = "LVMTOKS\n", found[CACHE_HEAD];
@@ -24696,19 +24715,14 @@ static int token_cache_open(struct token_cache *c, const char *path, int T, uint
     c->path = copy_string(path, error);
     c->record = mem_alloc(record_bytes(c), 1, error);
     if (c->path == NULL || c->record == NULL) return LVM_MEMORY;
-    struct os_info info = os_stat(path);
-    if (info.kind != OS_NOTHING && (info.kind != OS_FILE ||
-                                    (info.size > 0 && !begins_with(path, "LVMTOKS\n"))))
-        return fail(error, LVM_INVALID, "%s: exists and is no file of tokens; choose another name",
-                    path);
-    c->file = info.kind == OS_FILE ? os_fopen(path, "r+b") : NULL;
-    if (c->file != NULL && fread(found, 1, sizeof found, c->file) == sizeof found &&
+    int code = token_cache_claim(c, error);
+    if (code != LVM_OK) return code;
+    if (fseeko(c->file, 0, SEEK_SET) == 0 &&
+        fread(found, 1, sizeof found, c->file) == sizeof found &&
         memcmp(found, head, sizeof head) == 0)
         return token_cache_scan(c, error);
-    if (c->file != NULL) fclose(c->file);
-    c->file = os_fopen(path, "w+b");
-    if (c->file == NULL || fwrite(head, 1, sizeof head, c->file) != sizeof head ||
-        fflush(c->file) != 0)
+    if (os_truncate(c->file, 0) != 0 || fseeko(c->file, 0, SEEK_END) != 0 ||
+        fwrite(head, 1, sizeof head, c->file) != sizeof head || fflush(c->file) != 0)
         return write_failed(path, error);
     return LVM_OK;
 }
@@ -24725,11 +24739,11 @@ static int token_cache_add(struct token_cache *c, uint64_t key, uint64_t pixels,
     uint64_t check = record_check(c, c->record);
     memcpy(c->record + 16, &check, 8);
     if (c->n == INT32_MAX) return fail(error, LVM_UNSUPPORTED, "%s: is full", c->path);
-    if (fseeko(c->file, record_at(c, c->n), SEEK_SET) != 0 ||
+    if (fseeko(c->file, 0, SEEK_END) != 0 ||
         fwrite(c->record, 1, record_bytes(c), c->file) != record_bytes(c))
         return write_failed(c->path, error);
-    int code = slot_put(&c->keys, key, c->n, error);
-    if (code == LVM_OK) code = slot_put(&c->pixels, pixels, c->n, error);
+    int code = numbers_add(&c->keys, key, error);
+    if (code == LVM_OK) code = numbers_add(&c->pixels, pixels, error);
     *slot = c->n++;
     return code;
 }
@@ -24748,9 +24762,15 @@ static int token_cache_get(struct token_cache *c, int32_t slot, int32_t *ids, lv
 
 /* ---- Sentences: making the images ----
 
-   Threads take recipes in their order, read and make the images and put them into a ring; the
-   tokenizer takes them out in the same order, as many at a time as the device likes. What the token
-   file holds already is not even read. */
+   Threads take recipes in their order, read and make the images and put their pixels into a ring;
+   the tokenizer takes them out in the same order, as many at a time as the device likes:
+
+       recipes   0 1 2 3 4 5 6 7 8 9 ...
+                 | taken | group | made or being made | next ...
+                         +--------- the ring ---------+
+
+   A group lies in the ring as the device takes it, image behind image, so that it is copied nowhere
+   while the device waits. What the token file holds already is not even read. */
 
 enum { RING = 128 };
 
@@ -24758,7 +24778,6 @@ struct made {
     int ready, code;
     int32_t slot;        /* of its tokens, where they are known; else NO_SLOT */
     uint64_t key, pixels;
-    lvm_image square;
     lvm_error error;
 };
 
@@ -24782,9 +24801,19 @@ struct making {
     size_t next, taken;           /* the next to be made; how many were taken out */
     int quit;
     struct made ring[RING];
+    uint8_t *rgb;                 /* [RING][R][R][3] */
 };
 
-/* A hash of all that decides an image's pixels; never 0. */
+static size_t square_bytes(const struct making *k) {
+    return (size_t)k->maker.R * (size_t)k->maker.R * RGB;
+}
+
+/* The pixels of image i, while it is in the ring. */
+static uint8_t *square_of(const struct making *k, size_t i) {
+    return k->rgb + i % RING * square_bytes(k);
+}
+
+/* A hash of all that decides an image's pixels. */
 static uint64_t image_key(const struct making *k, const struct recipe *r, const char *path) {
     struct os_info info = os_stat(path);
     struct recipe known = *r;
@@ -24795,11 +24824,12 @@ static uint64_t image_key(const struct making *k, const struct recipe *r, const 
     h = hash_bytes(h, &known, sizeof known);
     h = hash_bytes(h, (const int[2]){k->maker.fit, k->maker.exif}, 2 * sizeof(int));
     if (r->how != AS_IT_IS) h = hash_bytes(h, &k->part_keys[r->part], sizeof *k->part_keys);
-    return h != 0 ? h : 1;
+    return h;
 }
 
 static void make_one(struct making *k, size_t i, struct made *m) {
     const struct recipe *r = &k->recipes.list[i];
+    lvm_image square;
     char path[1 << 13];
     memset(m, 0, sizeof *m);
     m->slot = NO_SLOT;
@@ -24808,14 +24838,14 @@ static void make_one(struct making *k, size_t i, struct made *m) {
     if (m->code != LVM_OK) return;
     m->key = image_key(k, r, path);
     pthread_mutex_lock(&k->mutex);
-    m->slot = slot_find(&k->cache.keys, m->key);
+    m->slot = number_of(&k->cache.keys, m->key);
     pthread_mutex_unlock(&k->mutex);
     if (m->slot >= 0) return;
-    m->code = make_image(&k->maker, r, path, &m->square, &m->error);
+    m->code = make_image(&k->maker, r, path, &square, &m->error);
     if (m->code != LVM_OK) return;
-    size_t n = (size_t)k->maker.R * (size_t)k->maker.R * RGB;
-    m->pixels = hash_bytes(5, m->square.rgb, n);
-    if (m->pixels == 0) m->pixels = 1;
+    memcpy(square_of(k, i), square.rgb, square_bytes(k));
+    m->pixels = hash_bytes(5, square.rgb, square_bytes(k));
+    lvm_image_free(&square);
 }
 
 static void *making_thread(void *arg) {
@@ -24844,7 +24874,8 @@ static int making_start(struct making *k, lvm_error *error) {
     pthread_mutex_init(&k->mutex, NULL);
     pthread_cond_init(&k->changed, NULL);
     k->threads = mem_alloc((size_t)n, sizeof *k->threads, error);
-    if (k->threads == NULL) return LVM_MEMORY;
+    k->rgb = mem_alloc(RING, square_bytes(k), error);
+    if (k->threads == NULL || k->rgb == NULL) return LVM_MEMORY;
     os_signals before = os_block_signals();
     while (k->n_threads < n && thread_start(&k->threads[k->n_threads], making_thread, k) == 0)
         k->n_threads++;
@@ -24859,10 +24890,10 @@ static void making_stop(struct making *k) {
     pthread_cond_broadcast(&k->changed);
     pthread_mutex_unlock(&k->mutex);
     for (int i = 0; i < k->n_threads; i++) pthread_join(k->threads[i], NULL);
-    for (int i = 0; i < RING; i++) lvm_image_free(&k->ring[i].square);
     pthread_cond_destroy(&k->changed);
     pthread_mutex_destroy(&k->mutex);
     mem_free(k->threads);
+    mem_free(k->rgb);
     k->threads = NULL;
 }
 
@@ -24887,7 +24918,7 @@ static int note_bad(struct making *k, const struct made *m, lvm_error *error) {
    the file. */
 static int keep_tokens(struct making *k, size_t i, const struct made *m, int32_t *ids, int known,
                        lvm_error *error) {
-    int32_t equal = slot_find(&k->cache.pixels, m->pixels);
+    int32_t equal = number_of(&k->cache.pixels, m->pixels);
     int code = known ? token_cache_get(&k->cache, equal, ids, error) : LVM_OK;
     k->twice += equal >= 0;
     pthread_mutex_lock(&k->mutex); /* other threads look keys up */
@@ -24897,36 +24928,45 @@ static int keep_tokens(struct making *k, size_t i, const struct made *m, int32_t
     return code;
 }
 
+/* Tokenizes those of the next n images that are new, to ids, and notes for each which of them it
+   is, or -1. They move together in the ring, where n images never lie about its end. */
+static int encode_group(struct making *k, size_t n, int32_t *ids, int *to, lvm_error *error) {
+    lvm_ctx *ctx = k->s.ctx;
+    int images = 0;
+    for (size_t i = 0; i < n; i++) {
+        const struct made *m = &k->ring[(k->taken + i) % RING];
+        to[i] = -1;
+        if (m->code != LVM_OK || m->slot >= 0) continue;
+        if (number_of(&k->cache.pixels, m->pixels) >= 0) continue;
+        to[i] = images++;
+        memmove(square_of(k, k->taken + (size_t)to[i]), square_of(k, k->taken + i),
+                square_bytes(k));
+    }
+    if (images == 0) return LVM_OK;
+    return blame_weights(ctx, ctx->b->encode(ctx->state, square_of(k, k->taken), images, 0, images,
+                                             ids, NULL, error), error);
+}
+
 /* Tokenizes the next n images, in their order. */
 static int take_made(struct making *k, size_t n, int32_t *ids, lvm_error *error) {
     size_t T = (size_t)k->cache.T;
-    lvm_image squares[RING];
-    int to[RING], images = 0, code = LVM_OK;
+    int to[RING];
     wait_made(k, n);
-    for (size_t i = 0; i < n; i++) {
-        struct made *m = &k->ring[(k->taken + i) % RING];
-        to[i] = -1;
-        if (m->code != LVM_OK || m->slot >= 0) continue;
-        if (slot_find(&k->cache.pixels, m->pixels) >= 0) continue;
-        to[i] = images;
-        squares[images++] = m->square;
-    }
-    if (images > 0) code = lvm_encode(k->s.ctx, squares, images, ids, error);
+    int code = encode_group(k, n, ids, to, error);
     for (size_t i = 0; code == LVM_OK && i < n; i++) {
         struct made *m = &k->ring[(k->taken + i) % RING];
-        size_t number = k->taken + i;
+        int32_t *slot = &k->recipes.slots[k->taken + i];
         if (m->code != LVM_OK) {
-            k->recipes.slots[number] = BAD_SLOT;
+            *slot = BAD_SLOT;
             code = note_bad(k, m, error);
         } else if (m->slot >= 0) {
-            k->recipes.slots[number] = m->slot;
+            *slot = m->slot;
             k->again++;
         } else {
-            int32_t *at = ids + (size_t)(to[i] < 0 ? images : to[i]) * T;
-            code = keep_tokens(k, number, m, at, to[i] < 0, error);
+            int32_t *at = ids + (to[i] < 0 ? n : (size_t)to[i]) * T;
+            code = keep_tokens(k, k->taken + i, m, at, to[i] < 0, error);
         }
     }
-    for (size_t i = 0; i < n; i++) lvm_image_free(&k->ring[(k->taken + i) % RING].square);
     pthread_mutex_lock(&k->mutex);
     for (size_t i = 0; i < n; i++) k->ring[(k->taken + i) % RING].ready = 0;
     k->taken += n;
@@ -24938,7 +24978,8 @@ static int take_made(struct making *k, size_t n, int32_t *ids, lvm_error *error)
 
 /* Tokens of all recipes, to the file. */
 static int tokenize_all(struct making *k, lvm_error *error) {
-    size_t most = (size_t)min64(k->s.ctx->limits.images, RING / 2), all = k->recipes.n;
+    size_t most = 1, all = k->recipes.n; /* at a time: a power of 2, which divides the ring */
+    while (2 * most <= (size_t)min64(k->s.ctx->limits.images, RING / 2)) most *= 2;
     int32_t *ids = mem_alloc((most + 1) * (size_t)k->cache.T, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     int code = making_start(k, error);
@@ -24965,79 +25006,63 @@ struct sentence_file {
 
 static int sentence_file_add(struct making *k, struct sentence_file *f, const int32_t *ids,
                              const uint8_t *weights, size_t n, lvm_error *error) {
-    char images[48];
     f->n++;
     if (!f->is_lines) return token_writer_add(&f->w, ids, weights, n, error);
-    f->text.n = 0;
-    int code = buffer_add(&f->text, "{\"tokens\": ", 11, error);
-    if (code == LVM_OK)
-        code = add_numbers(&f->text, 0, ids, n * sizeof *ids, sizeof *ids, error);
-    if (code == LVM_OK && weights != NULL)
-        code = buffer_add(&f->text, ", \"weights\": ", 13, error);
-    if (code == LVM_OK && weights != NULL) code = add_numbers(&f->text, 0, weights, n, 1, error);
-    int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", k->cache.T);
-    if (code == LVM_OK && k->cache.T != USUAL_IMAGE)
-        code = buffer_add(&f->text, images, (size_t)length, error);
-    if (code == LVM_OK) code = buffer_add(&f->text, "}\n", 2, error);
+    int code = sentence_line(&f->text, 0, ids, weights, n, k->cache.T, error);
     if (code != LVM_OK) return code;
     return outfile_write(&k->outputs.list[f->number].file, f->text.data, f->text.n, error);
 }
 
-/* Of a layout with --decide: all tokens of its folder's images, sorted, so that neighbours begin
-   alike. */
+/* Of a layout with --decide: the tokens of all of its folder's images that could be read, with
+   their number T in front, sorted, so that neighbours begin alike. */
 struct decisions {
-    uint16_t *rows;      /* [n][T] */
+    uint16_t *rows;      /* [n][1 + T], and room for one more */
     size_t n;
 };
 
-/* For qsort, which hands on nothing else: rows with their length in front. */
+/* By tokens; of equal ones none comes first. */
 static int compare_rows(const void *a, const void *b) {
-    const uint16_t *x = *(uint16_t *const *)a, *y = *(uint16_t *const *)b;
+    const uint16_t *x = a, *y = b;
     for (int i = 1; i <= x[0]; i++)
         if (x[i] != y[i]) return x[i] < y[i] ? -1 : 1;
     return 0;
 }
 
-/* Fills d with the tokens of a folder's images that could be read. */
+static void set_tokens(uint16_t *row, const int32_t *ids, size_t T) {
+    row[0] = (uint16_t)T;
+    for (size_t t = 0; t < T; t++) row[1 + t] = (uint16_t)ids[t];
+}
+
 static int decisions_open(struct making *k, const struct listing *l, struct decisions *d,
                           lvm_error *error) {
     size_t T = (size_t)k->cache.T;
     int32_t *ids = mem_alloc(T, sizeof *ids, error);
-    uint16_t **rows = mem_alloc(l->n + 1, sizeof *rows, error),
-             *text = mem_alloc(l->n + 1, (T + 1) * sizeof *text, error);
-    d->rows = mem_alloc(l->n + 1, T * sizeof *d->rows, error);
-    int code = ids != NULL && rows != NULL && text != NULL && d->rows != NULL ? LVM_OK : LVM_MEMORY;
+    d->rows = mem_alloc(l->n + 1, (1 + T) * sizeof *d->rows, error);
+    int code = ids != NULL && d->rows != NULL ? LVM_OK : LVM_MEMORY;
     for (size_t i = 0; code == LVM_OK && i < l->n; i++) {
         struct recipe r = {.file = l->base + (uint32_t)i};
         int32_t slot = recipe_slot(&k->recipes, &r);
         if (slot < 0) continue;
         code = token_cache_get(&k->cache, slot, ids, error);
-        rows[d->n] = text + d->n * (T + 1);
-        rows[d->n][0] = (uint16_t)T;
-        for (size_t t = 0; t < T; t++) rows[d->n][t + 1] = (uint16_t)ids[t];
-        d->n++;
+        if (code == LVM_OK) set_tokens(d->rows + d->n++ * (1 + T), ids, T);
     }
-    if (code == LVM_OK && d->n > 0) qsort(rows, d->n, sizeof *rows, compare_rows);
-    for (size_t i = 0; code == LVM_OK && i < d->n; i++)
-        memcpy(d->rows + i * T, rows[i] + 1, T * sizeof *d->rows);
+    if (d->n > 0) qsort(d->rows, d->n, (1 + T) * sizeof *d->rows, compare_rows);
     mem_free(ids);
-    mem_free(rows);
-    mem_free(text);
     return code;
 }
 
 /* The loss weights of an answer, ids[T]. */
 static void weigh_answer(const struct decisions *d, size_t T, const int32_t *ids, uint8_t weight,
                          uint8_t *weights) {
-    size_t low = 0, high = d->n;
-    while (low < high) {
-        size_t middle = low + (high - low) / 2, t = 0;
-        const uint16_t *row = d->rows + middle * T;
-        while (t < T && row[t] == ids[t]) t++;
-        if (t < T && row[t] < ids[t]) low = middle + 1;
+    uint16_t *row = d->rows + d->n * (1 + T);
+    size_t at = 0, high = d->n;
+    set_tokens(row, ids, T);
+    while (at < high) {
+        size_t middle = at + (high - at) / 2;
+        if (compare_rows(d->rows + middle * (1 + T), row) < 0) at = middle + 1;
         else high = middle;
     }
-    if (low < d->n) mark_decisions(d->rows, d->n, T, low, weight, weights);
+    mark_decisions(d->rows, d->n, T, row, at, weight, weights);
 }
 
 /* The sentences of a side on their way out. */
