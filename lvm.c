@@ -7387,6 +7387,17 @@ static double json_number(struct json *j) {
     return v;
 }
 
+/* An array of so many numbers; fault says what it is. */
+static void json_numbers(struct json *j, double *v, int n, const char *fault) {
+    int found = 0;
+    for (int more = json_open(j, '[', fault); more; more = json_more(j, ']')) {
+        double number = json_number(j);
+        if (found == n) json_fail(j, "%s", fault);
+        else v[found++] = number;
+    }
+    if (found < n) json_fail(j, "%s", fault);
+}
+
 /* A whole number in [0, below), also as 1.0 or 1e0: some programs know no whole numbers. */
 static int json_int(struct json *j, int below, const char *fault) {
     size_t n = 0;
@@ -8418,30 +8429,23 @@ static void draw_video(const struct turn *t, struct draft *d) {
    lines and those that begin with # are passed over. So sentences without end, Raven's matrices,
    say, come of a few images. */
 
-struct layout {
-    struct buffer files, rows; /* u32: of all lines; struct layout_row */
-};
-
 /* A line's images: n files from number `first` on, the last ones of which are answers. */
 struct layout_row {
     uint64_t first;
     uint32_t n, answers;
 };
 
-static size_t layout_rows(const struct layout *y) { return y->rows.n / sizeof(struct layout_row); }
-
-static const struct layout_row *layout_row(const struct layout *y, size_t i) {
-    return (const struct layout_row *)(const void *)y->rows.data + i;
-}
-
-static const uint32_t *layout_files(const struct layout *y, const struct layout_row *row) {
-    return (const uint32_t *)(const void *)y->files.data + row->first;
-}
+struct layout {
+    struct buffer kept[2];
+    uint32_t *files;         /* of all lines, in kept[0] */
+    struct layout_row *rows; /* [n], in kept[1] */
+    size_t n;
+};
 
 static void layout_free(struct layout *y) {
     if (y == NULL) return;
-    mem_free(y->files.data);
-    mem_free(y->rows.data);
+    mem_free(y->kept[0].data);
+    mem_free(y->kept[1].data);
     mem_free(y);
 }
 
@@ -8514,9 +8518,13 @@ static int layout_line(struct plan *plan, const struct listing *l, struct layout
                   MAX_LENGTH);
         return LVM_OK;
     }
-    struct layout_row row = {y->files.n / sizeof *files, (uint32_t)n, (uint32_t)answers};
-    int code = buffer_add(&y->files, files, (size_t)n * sizeof *files, error);
-    return code == LVM_OK ? buffer_add(&y->rows, &row, sizeof row, error) : code;
+    struct layout_row row = {y->kept[0].n / sizeof *files, (uint32_t)n, (uint32_t)answers};
+    int code = buffer_add(&y->kept[0], files, (size_t)n * sizeof *files, error);
+    if (code == LVM_OK) code = buffer_add(&y->kept[1], &row, sizeof row, error);
+    y->files = (uint32_t *)(void *)y->kept[0].data;
+    y->rows = (struct layout_row *)(void *)y->kept[1].data;
+    y->n += code == LVM_OK;
+    return code;
 }
 
 /* The folder that a file lies in, in out[room]: "" for the working directory. */
@@ -8539,7 +8547,7 @@ static int open_layout(struct plan *plan, struct part *p, const char *const *wor
     for (char *line; code == LVM_OK && (line = text_line(&text)) != NULL;)
         code = layout_line(plan, p->list[0], p->layout, words[0], text.number, line, error);
     mem_free(text.data);
-    if (code == LVM_OK) p->n_units = (uint32_t)layout_rows(p->layout);
+    if (code == LVM_OK) p->n_units = (uint32_t)p->layout->n;
     if (code == LVM_OK) code = part_columns(p, 1, p->n_units, error);
     for (uint32_t i = 0; code == LVM_OK && i < p->n_units; i++) p->column[0][i] = i;
     return code == LVM_OK ? part_split(plan, p, error) : code;
@@ -8547,20 +8555,20 @@ static int open_layout(struct plan *plan, struct part *p, const char *const *wor
 
 static void draw_layout(const struct turn *t, struct draft *d) {
     const struct layout *y = t->p->layout;
-    const struct layout_row *row = layout_row(y, t->p->column[0][dealt(t, 1, 0)]);
+    const struct layout_row *row = &y->rows[t->p->column[0][dealt(t, 1, 0)]];
     for (uint32_t i = 0; i < row->n; i++)
-        draft_add(d, (struct recipe){.file = layout_files(y, row)[i]});
+        draft_add(d, (struct recipe){.file = y->files[row->first + i]});
     d->unit = d->n;
     d->answers = t->p->o->decide > 1 ? (int)row->answers : 0;
 }
 
 static uint64_t unit_hash(const struct plan *plan, const struct part *p, uint32_t unit) {
     if (p->layout != NULL) {
-        const struct layout_row *row = layout_row(p->layout, unit);
+        const struct layout_row *row = &p->layout->rows[unit];
         uint64_t h = 2;
         for (uint32_t i = 0; i < row->n; i++) {
             const struct listing *l = p->list[0];
-            const char *stem = listing_stem(l, layout_files(p->layout, row)[i] - l->base);
+            const char *stem = listing_stem(l, p->layout->files[row->first + i] - l->base);
             h = hash_bytes(h, stem, strlen(stem));
         }
         return h;
@@ -8671,13 +8679,12 @@ static void read_image(struct json *j, struct annotations *a) {
 }
 
 static void read_box(struct json *j, float *box) {
-    json_want(j, '[', "a box should stand here");
+    double v[4] = {0, 0, 0, 0};
+    json_numbers(j, v, 4, "a box should stand here, an array of four numbers");
     for (int i = 0; i < 4; i++) {
-        if (i > 0) json_want(j, ',', "a box has four numbers");
-        box[i] = (float)json_number(j);
+        box[i] = (float)v[i];
         if (!isfinite(box[i])) json_fail(j, "a number is too large");
     }
-    json_want(j, ']', "a box has four numbers");
 }
 
 /* Of an outline and key points only the place; the file stays mapped. */
@@ -9126,18 +9133,14 @@ static const uint8_t joint_points[2][MAX_POINTS][2] = {
    nobody marked. In a mirrored image left is right. */
 static void read_joints(struct json *j, const struct placement *p, int n,
                         struct drawn_joint joints[MAX_POINTS]) {
-    struct drawn_joint points[COCO_POINTS] = {{0, 0, 0}};
-    json_want(j, '[', "key points should stand here");
+    struct drawn_joint points[COCO_POINTS];
+    double v[3 * COCO_POINTS] = {0};
+    json_numbers(j, v, 3 * COCO_POINTS, "a person has 17 key points of three numbers");
     for (int i = 0; i < COCO_POINTS; i++) {
-        double v[3] = {0, 0, 0};
         int to = p->flip && i > 0 ? ((i - 1) ^ 1) + 1 : i; /* left and right stand side by side */
-        for (int k = 0; k < 3; k++) {
-            if (i + k > 0) json_want(j, ',', "a person has 17 key points of three numbers");
-            v[k] = json_number(j);
-        }
-        points[to] = (struct drawn_joint){placed(p, 0, v[0]), placed(p, 1, v[1]), v[2] > 0};
+        points[to] = (struct drawn_joint){placed(p, 0, v[3 * i]), placed(p, 1, v[3 * i + 1]),
+                                          v[3 * i + 2] > 0};
     }
-    json_want(j, ']', "a person has 17 key points of three numbers");
     for (int i = 0; i < n; i++) {
         const uint8_t *pair = joint_points[n == MAX_POINTS][i];
         const struct drawn_joint *a = &points[pair[0]], *b = &points[pair[1]];
@@ -9203,22 +9206,21 @@ struct canvas {
     uint16_t value;
     struct buffer points;    /* double, of a polygon: x, y on the grid */
     struct buffer runs;      /* u64, of a mask: lengths; then where they begin */
-    struct buffer cross;     /* double: where a row meets a polygon's sides */
+    uint8_t *toggles;        /* [side][side + 1]: 1 where inside and outside change; zeros between */
 };
 
-/* Where a polygon's sides cross a row of the grid, from left to right; returns how many. A side
-   from a to b counts where one end is on or above the row's middle and the other below it, so that
-   a corner on it counts once or not at all. */
-static size_t find_crossings(struct canvas *c, double level, double *cross) {
-    const double *points = (const double *)(const void *)c->points.data;
-    size_t found = 0, n = c->points.n / (2 * sizeof *points);
-    for (size_t i = 0; i < n; i++) {
-        const double *a = points + 2 * i, *b = points + 2 * ((i + 1) % n);
+/* Marks where a side from a to b crosses the middles of the grid's rows: from the point right of it
+   on inside is outside, and outside inside. A row counts where one end is on or above its middle
+   and the other below, so that a corner on it counts once or not at all. */
+static void toggle_side(struct canvas *c, const double *a, const double *b) {
+    int top = first_pixel(fmin(a[1], b[1]) - 1, c->side);
+    for (int y = top; y < c->side && y <= fmax(a[1], b[1]); y++) {
+        double level = y + .5;
         if ((a[1] <= level) == (b[1] <= level)) continue;
-        cross[found++] = a[0] + (level - a[1]) / (b[1] - a[1]) * (b[0] - a[0]);
+        double cross = a[0] + (level - a[1]) / (b[1] - a[1]) * (b[0] - a[0]);
+        size_t x = (size_t)first_pixel(ceil(cross - .5), c->side);
+        c->toggles[(size_t)y * (size_t)(c->side + 1) + x] ^= 1;
     }
-    if (found > 0) qsort(cross, found, sizeof *cross, compare_doubles);
-    return found;
 }
 
 /* A polygon, by the rule of even and odd: a row of points is inside between its first and second
@@ -9233,16 +9235,17 @@ static void fill_polygon(struct canvas *c) {
         json_keep(j, &c->points, &v, sizeof v);
     }
     if (axis != 0) json_fail(j, "a polygon's points are pairs of numbers");
-    c->cross.n = 0; /* room for as many crossings as sides */
-    json_keep(j, &c->cross, c->points.data, c->points.n);
-    double *cross = (double *)(void *)c->cross.data;
-    for (int y = 0; j->code == LVM_OK && y < c->side; y++) {
-        size_t found = find_crossings(c, y + .5, cross);
-        for (size_t k = 0; k + 1 < found; k += 2) {
-            double from = ceil(cross[k] - .5), to = cross[k + 1] - .5;
-            for (int x = first_pixel(from, c->side); x < c->side && x < to; x++)
-                c->area[(size_t)y * (size_t)c->side + (size_t)x] = c->value;
+    if (j->code != LVM_OK) return;
+    const double *points = (const double *)(const void *)c->points.data;
+    size_t n = c->points.n / (2 * sizeof *points), side = (size_t)c->side;
+    for (size_t i = 0; i < n; i++) toggle_side(c, points + 2 * i, points + 2 * ((i + 1) % n));
+    for (size_t y = 0; n > 0 && y < side; y++) {
+        uint8_t *toggles = c->toggles + y * (side + 1), inside = 0;
+        for (size_t x = 0; x < side; x++) {
+            inside ^= toggles[x];
+            if (inside) c->area[y * side + x] = c->value;
         }
+        memset(toggles, 0, side + 1);
     }
 }
 
@@ -9280,13 +9283,11 @@ static void read_mask(struct canvas *c) {
          more = json_more(j, '}')) {
         int key = json_member_of(j, "size|counts");
         if (key == 0) {
-            json_want(j, '[', "a size should stand here");
-            int h = json_int(j, INT_MAX, "a size is no whole number");
-            json_want(j, ',', "a size has two numbers");
-            int w = json_int(j, INT_MAX, "a size is no whole number");
-            json_want(j, ']', "a size has two numbers");
-            if (h != c->height || w != c->width)
-                json_fail(j, "a mask of %d x %d on an image of %d x %d", w, h, c->width, c->height);
+            double size[2] = {0, 0}; /* height, width */
+            json_numbers(j, size, 2, "a size should stand here, an array of two numbers");
+            if (fabs(size[0] - c->height) + fabs(size[1] - c->width) > 0)
+                json_fail(j, "a mask of %.9g x %.9g on an image of %d x %d", size[1], size[0],
+                          c->width, c->height);
         } else if (key == 1 && json_peek(j) == '"') {
             read_run_text(c);
         } else if (key == 1) {
@@ -9361,8 +9362,9 @@ static int draw_areas(const struct annotations *a, const struct drawn_image *dra
     struct canvas c = {.p = *p, .side = 2 * p->R, .width = width, .height = height};
     struct json *j = &c.j;
     *j = (struct json){.s = a->data, .n = a->size, .error = &fault};
-    c.area = mem_alloc((size_t)c.side * (size_t)c.side, sizeof *c.area, error);
-    if (c.area == NULL) return LVM_MEMORY;
+    c.area = mem_alloc((size_t)c.side * (size_t)c.side, sizeof *c.area, &fault);
+    c.toggles = mem_alloc((size_t)c.side, (size_t)c.side + 1, &fault);
+    if (c.area == NULL || c.toggles == NULL) j->code = LVM_MEMORY;
     for (int crowd = 1; crowd >= 0; crowd--)
         for (size_t i = drawn->first; j->code == LVM_OK && i < drawn->first + drawn->n; i++) {
             const struct outline *s = &a->shapes[i];
@@ -9375,7 +9377,7 @@ static int draw_areas(const struct annotations *a, const struct drawn_image *dra
     mem_free(c.area);
     mem_free(c.points.data);
     mem_free(c.runs.data);
-    mem_free(c.cross.data);
+    mem_free(c.toggles);
     return j->code == LVM_OK ? LVM_OK : fail(error, j->code, "%s: %s", a->path, fault.text);
 }
 
@@ -19986,9 +19988,10 @@ struct train_words {
 struct sentence_words {
     const char *tokenizer, *strides, *noise, *hole, *rain, *dark, *shard_text;
     int64_t count;
-    int length, hop, flip, order, decide, holes, dry_run;
+    int dry_run;
     int shard, shards; /* this one, from 0, of so many */
-    float val, crop;
+    float val;
+    struct sentence_options o; /* of which settle_sentences fills what is text above */
 };
 
 struct cli {
@@ -20194,28 +20197,28 @@ static const struct option option_table[] = {
     {'s', "seed", "N", SENTENCES, SEED, AT(sampling.seed), 0, 0, "of all that is drawn (1)"},
     {0, "val", "SHARE", SENTENCES, NUMBER, AT(sentences.val), 0, 0.999,
      "of the sources go to OUT-val.tok (0)"},
-    {0, "length", "N", SENTENCES, INTEGER, AT(sentences.length), 1, MAX_LENGTH,
+    {0, "length", "N", SENTENCES, INTEGER, AT(sentences.o.length), 1, MAX_LENGTH,
      "images of a sentence (16)"},
     {0, "strides", "N,N...", SENTENCES, TEXT, AT(sentences.strides), 0, 0,
      "frames from image to image (10,20,30; annotated: 1)"},
-    {0, "hop", "N", SENTENCES, INTEGER, AT(sentences.hop), 1, 1 << 30,
+    {0, "hop", "N", SENTENCES, INTEGER, AT(sentences.o.hop), 1, 1 << 30,
      "frames from window to window (they do not overlap)"},
-    {0, "order", "interleaved|grouped|both", SENTENCES, ONE_OF, AT(sentences.order), 0, 0,
+    {0, "order", "interleaved|grouped|both", SENTENCES, ONE_OF, AT(sentences.o.order), 0, 0,
      "annotated: f1 a1 f2 a2 or f1 f2 a1 a2 (both)"},
-    {0, "flip", NULL, SENTENCES, FLAG, AT(sentences.flip), 0, 0,
+    {0, "flip", NULL, SENTENCES, FLAG, AT(sentences.o.flip), 0, 0,
      "mirror half of what belongs together"},
-    {0, "crop", "SHARE", SENTENCES, NUMBER, AT(sentences.crop), 0.05, 1,
+    {0, "crop", "SHARE", SENTENCES, NUMBER, AT(sentences.o.crop), 0.05, 1,
      "random parts of the images, at least SHARE of a side"},
     {0, "noise", "FROM,TO", SENTENCES, TEXT, AT(sentences.noise), 0, 0,
      "denoise: deviation, of white (0.1,0.3)"},
     {0, "hole", "FROM,TO", SENTENCES, TEXT, AT(sentences.hole), 0, 0,
      "inpaint: sides, of the image's (0.22,0.43)"},
-    {0, "holes", "N", SENTENCES, INTEGER, AT(sentences.holes), 1, 63, "inpaint: how many (1)"},
+    {0, "holes", "N", SENTENCES, INTEGER, AT(sentences.o.holes), 1, 63, "inpaint: how many (1)"},
     {0, "rain", "FROM,TO", SENTENCES, TEXT, AT(sentences.rain), 0, 0,
      "derain: drops a pixel (0.003,0.009)"},
     {0, "dark", "FROM,TO", SENTENCES, TEXT, AT(sentences.dark), 0, 0,
      "lowlight: what is left of the light (0.18,0.4)"},
-    {0, "decide", "N", SENTENCES, INTEGER, AT(sentences.decide), 2, 15,
+    {0, "decide", "N", SENTENCES, INTEGER, AT(sentences.o.decide), 2, 15,
      "layout: loss weight of an answer's deciding tokens"},
     {0, "shard", "I/N", SENTENCES, TEXT, AT(sentences.shard_text), 0, 0,
      "only the Ith of N parts of the sentences"},
@@ -20585,7 +20588,10 @@ static struct cli default_cli(void) {
     cli.train = (struct train_words){.warmup = -1, .min_lr = -1, .batch = 8, .beta1 = t.beta1,
                                      .beta2 = t.beta2, .weight_decay = t.weight_decay,
                                      .clip = t.clip};
-    cli.sentences = (struct sentence_words){.length = 16, .order = 2, .holes = 1, .shards = 1};
+    cli.sentences = (struct sentence_words){
+        .shards = 1,
+        .o = {.length = 16, .order = 2, .holes = 1, .noise = {.1f, .3f}, .hole = {.22f, .43f},
+              .rain = {.003f, .009f}, .dark = {.18f, .4f}}};
     cli.max_bad = 0.01f;
     cli.sampling = lvm_default_sampling();
     cli.options = lvm_default_options();
@@ -25195,11 +25201,8 @@ static int settle_sentences(const struct cli *cli, const struct sentence_kind *k
     const struct sentence_words *t = &cli->sentences;
     const char *strides = t->strides != NULL ? t->strides
                           : strcmp(kind->name, "annotated") == 0 ? "1" : "10,20,30";
-    *o = (struct sentence_options){.length = t->length, .hop = t->hop, .flip = t->flip,
-                                   .order = t->order, .decide = t->decide, .holes = t->holes,
-                                   .skeleton = cli->skeleton,
-                                   .crop = t->crop, .noise = {.1f, .3f}, .hole = {.22f, .43f},
-                                   .rain = {.003f, .009f}, .dark = {.18f, .4f}};
+    *o = t->o;
+    o->skeleton = cli->skeleton;
     if (parse_range("--noise", t->noise, 0, 10, o->noise) != 0 ||
         parse_range("--hole", t->hole, 0, 1, o->hole) != 0 ||
         parse_range("--rain", t->rain, 0, 1, o->rain) != 0 ||
@@ -25210,7 +25213,7 @@ static int settle_sentences(const struct cli *cli, const struct sentence_kind *k
 
 /* What a mix is read from, and what its lines became. */
 struct mix_lines {
-    char *text;
+    struct plain_text text;
     struct sentence_options o[MAX_PARTS];
     struct paths names;          /* allocated words */
 };
@@ -25233,13 +25236,12 @@ static int keeps_to_itself(const struct cli *sub, const struct cli *cli) {
 }
 
 /* weight kind sources... [options] */
-static int mix_line(struct making *k, struct mix_lines *m, const char *path, int number,
-                    char *line, lvm_error *error) {
-    char *words[64] = {NULL};
-    const char *sources[64], *folder_end = os_file_name(path);
-    char folder[4200], *end = NULL;
-    int n = split_words(line, words, 63), status = 0;
-    snprintf(folder, sizeof folder, "%.*s", (int)(folder_end - path), path);
+static int mix_line(struct making *k, struct mix_lines *m, const char *path, char *line,
+                    lvm_error *error) {
+    const char *sources[64];
+    char *words[64] = {NULL}, folder[4200], *end = NULL;
+    int n = split_words(line, words, 63), number = m->text.number;
+    folder_of(path, folder, sizeof folder);
     const struct sentence_kind *kind = n > 2 ? find_kind(words[1]) : NULL;
     double weight = n > 2 ? strtod(words[0], &end) : 0;
     if (kind == NULL || end == words[0] || *end != 0 || !(weight > 0 && weight < 1e9))
@@ -25252,9 +25254,9 @@ static int mix_line(struct making *k, struct mix_lines *m, const char *path, int
     if (k->plan.n_parts == MAX_PARTS)
         return fail(error, LVM_UNSUPPORTED, "%s: has more than %d lines", path, MAX_PARTS);
     struct sentence_options *o = &m->o[k->plan.n_parts];
-    status = parse_arguments(&sub, find_command("sentences"), n - 1, words + 1);
-    if (status == 0) status = settle_sentences(&sub, kind, o);
-    if (status != 0) return fail(error, LVM_FORMAT, "%s: line %d: see above", path, number);
+    if (parse_arguments(&sub, find_command("sentences"), n - 1, words + 1) != 0 ||
+        settle_sentences(&sub, kind, o) != 0)
+        return fail(error, LVM_FORMAT, "%s: line %d: see above", path, number);
     if (!keeps_to_itself(&sub, k->cli))
         return fail(error, LVM_FORMAT, "%s: line %d: has an option that is the whole command's",
                     path, number);
@@ -25267,19 +25269,9 @@ static int mix_line(struct making *k, struct mix_lines *m, const char *path, int
 }
 
 static int plan_mix(struct making *k, struct mix_lines *m, const char *path, lvm_error *error) {
-    uint8_t *text = NULL;
-    size_t size = 0;
-    int number = 0, code = read_file(path, &text, &size, error);
-    m->text = (char *)text;
-    if (code == LVM_OK && memchr(text, 0, size) != NULL)
-        code = fail(error, LVM_FORMAT, "%s: zero bytes: a mix is text", path);
-    for (char *line = m->text, *end; code == LVM_OK && *line != 0; line = end) {
-        end = line + strcspn(line, "\n");
-        if (*end != 0) *end++ = 0;
-        number++;
-        if (line[strspn(line, " \t\r")] == 0 || line[0] == '#') continue;
-        code = mix_line(k, m, path, number, line, error);
-    }
+    int code = text_open(&m->text, path, "mix", error);
+    for (char *line; code == LVM_OK && (line = text_line(&m->text)) != NULL;)
+        code = mix_line(k, m, path, line, error);
     if (code == LVM_OK && k->plan.n_parts == 0)
         code = fail(error, LVM_FORMAT, "%s: has no lines: weight kind sources...", path);
     return code;
@@ -25462,7 +25454,7 @@ static void making_free(struct making *k, struct mix_lines *m) {
         mem_free(k->cache_name);
     }
     if (m != NULL) {
-        mem_free(m->text);
+        mem_free(m->text.data);
         paths_free(&m->names);
     }
     mem_free(k);
