@@ -567,6 +567,10 @@ class Images(Sentences):
             self.make("segmentation", "a", "coco.json", "--fit", fit)
             self.put("want.png", to_png([[(230, 25, 75) if x0 <= x < x1 else (0, 0, 0) for x in range(R)]] * R))
             self.assertEqual(self.tokens()[0][T:], self.ids("want.png")[0], fit)
+            self.coco({"image_id": 7, "category_id": 4, "segmentation":   # the same, run by run down the columns
+                       {"size": [R, 64], "counts": [16 * R, 16 * R, 32 * R]}}, width=64)
+            self.make("segmentation", "a", "coco.json", "--fit", fit)
+            self.assertEqual(self.tokens()[0][T:], self.ids("want.png")[0], fit)
 
     def test_labels(self):
         """Label images keep their colours, grey ones get VOC's; no pixel is mixed."""
@@ -697,6 +701,10 @@ class Runs(Sentences):
         fresh = self.tokens()
         self.make("colorize", "a")
         self.assertEqual(self.tokens(), fresh)
+        for args in (("single", "a", "--flip"), ("denoise", "a"), ("denoise", "a", "--seed", "2"),
+                     ("denoise", "a", "--noise", "0.5")):
+            kept, _ = self.make(*args, "--cache", "t.cache")
+            self.assertEqual(kept, self.make(*args)[0], args)
         self.put("a/1.png", image(77, 40, 40))
         _, err = self.make("single", "a", "--cache", "t.cache")
         self.assertIn("5 of them known", err)
