@@ -7958,8 +7958,9 @@ struct recipe {
     uint16_t part;       /* of the plan, whose options count; 0 where none does */
     uint16_t crop[3];    /* share of the sides and place of the corner, of 65535; 0: all of it */
     uint8_t how, flip, place; /* place: of the image in its sentence */
+    uint8_t zero;        /* or padding, of which nobody knows what is in it, would be hashed */
 };
-_Static_assert(sizeof(struct recipe) == 24, "it is hashed and compared as bytes");
+_Static_assert(sizeof(struct recipe) == 24, "it is hashed as bytes");
 
 /* A sentence: recipes, of which each `unit` neighbours stand or fall together. */
 struct draft {
