@@ -7948,10 +7948,12 @@ static void listing_close(struct listing *l) {
     memset(l, 0, sizeof *l);
 }
 
-/* What is done to an image once it is R x R, or drawn in its place. */
+/* What is done to an image once it is R x R, or drawn in its place. Those from GREY to DARK spoil
+   it, and the whole image is the answer; those from BOXES on need an annotation file. */
 enum how { AS_IT_IS, LABELS, GREY, HOLES, NOISE, RAIN, DARK, BOXES, KEYPOINTS, OUTLINES };
 
-/* How an image is made. Images of equal recipes are equal; what does not matter is 0. */
+/* How an image is made. Images of equal recipes are equal; what does not matter is 0, so that an
+   image that is used as it is has one recipe in all parts, and is tokenized once for all. */
 struct recipe {
     uint64_t style;      /* of the sentence; of what is drawn: the image's number in its file */
     uint32_t file;       /* among those of the plan */
@@ -7962,7 +7964,8 @@ struct recipe {
 };
 _Static_assert(sizeof(struct recipe) == 24, "it is hashed as bytes");
 
-/* A sentence: recipes, of which each `unit` neighbours stand or fall together. */
+/* A sentence: recipes, of which each `unit` neighbours stand or fall together: two of a pair, all
+   of a video, in which a gap would be a jump. */
 struct draft {
     struct recipe images[MAX_LENGTH];
     int n, unit;
@@ -8018,7 +8021,17 @@ struct plan {
 };
 
 /* Sentence i of a side of a part, about to be drawn. Whatever is left to chance in it comes from
-   the part's seed, which is the same for all, or from the style, which is its own. */
+   the part's seed, which is the same for all, or from the style, which is its own. Words of the
+   style are told apart by their places, and numbers are what a kind's own comment says of them:
+
+       style       0, 1        the kinds: how many of a tuple or class, where views start, which way
+                   1, 2        amounts of what is done to images: noise, sizes of holes, ...
+                   100 + 4 u   of unit u: whether it is mirrored; then share and corner of its crop
+       style + 1   place       seeds of the noise of image number `place` of the sentence,
+       style + 3   place       of its rain or darkness, or where its holes are across
+       style + 4   place       and where they are down
+
+   `shuffled` has the style for its seed too, with passes 1 (units, classes) and 2 (inside them). */
 struct turn {
     const struct part *p;
     const struct side *s;
@@ -8130,8 +8143,9 @@ static int part_columns(struct part *p, int n_columns, size_t n_units, lvm_error
    its video, object or class, or of the images of a layout's line. */
 static uint64_t unit_hash(const struct plan *plan, const struct part *p, uint32_t unit);
 
-/* Puts training's units in front of validation's, each in their order: an image's side is the
-   leading digits of its hash beside the share. */
+/* Puts training's units in front of validation's, each in their order. A hash is as good as a
+   random number between 0 and 1 that belongs to the name: below the share it is validation's. So
+   the sides stay as they are when other images come or go, and a larger share only adds to it. */
 static int part_sides(const struct plan *plan, struct part *p, lvm_error *error) {
     uint32_t n = p->n_units, *order = mem_alloc((size_t)n + 1, sizeof *order, error),
              *sorted = mem_alloc((size_t)n + 1, sizeof *sorted, error), first = 0, last = n;
@@ -8183,7 +8197,8 @@ static int part_split(const struct plan *plan, struct part *p, lvm_error *error)
     return code == LVM_OK && p->layout == NULL ? part_groups(plan, p, error) : code;
 }
 
-/* The images of one folder or, of several, those that all of them have under one name: a row. */
+/* The images of one folder or, of several, those that all of them have under one name: a row.
+   Annotations often have another ending than their images, .png beside .jpg. */
 static int open_folders(struct plan *plan, struct part *p, const char *const *words, int n,
                         lvm_error *error) {
     int code = plan_lists(plan, p, words, n, error);
@@ -8296,7 +8311,9 @@ static void draw_pairs(const struct turn *t, struct draft *d) {
 /* Images with several annotations. The paper: of an image and its k annotations m are chosen at
    random, 1 < m <= k + 1, and such m-tuples stand one behind the other until there are sixteen
    images. Here the image's folder is one of those that are named. Which m and in which order is the
-   same in all of a sentence. */
+   same in all of a sentence: of image, depth, normals and edges perhaps
+
+       edges 1, image 1, depth 1, edges 2, image 2, depth 2, ... */
 static int64_t pass_tuples(const struct part *p, const struct side *s) {
     return divide_up((int64_t)s->n * p->n_columns, p->o->length);
 }
@@ -8313,7 +8330,8 @@ static void draw_tuples(const struct turn *t, struct draft *d) {
 }
 
 /* Images of one class. The paper: 2, 4, 8 or 16 of a class of ImageNet, then as many of another,
-   until there are sixteen. A class that comes again goes on in its own order. */
+   until there are sixteen. A class that comes again, where there are few, goes on in its own order
+   and begins anew behind its last image; one with fewer than so many images gives all it has. */
 static int64_t pass_category(const struct part *p, const struct side *s) {
     return divide_up(s->n, p->o->length);
 }
@@ -8353,8 +8371,12 @@ static void draw_views(const struct turn *t, struct draft *d) {
         draft_add(d, whole_image(t->p, 0, g->first + (start + (uint64_t)k * way) % g->n));
 }
 
-/* Videos. The paper: sixteen frames at a stride of 10, 20 or 30. A window is such a row of frames;
-   without --hop one begins where the one before it ends. */
+/* Videos. The paper: sixteen frames at a stride of 10, 20 or 30, for neighbouring frames hardly
+   differ. A window is such a row of frames; without --hop one begins where the one before it ends:
+
+       frames     0 1 2 3 4 5 6 7 8 9 ...       four images at a stride of 2
+       window 0   #   #   #   #
+       window 1                   #   # ...     with --hop 2 it would begin at frame 2 */
 struct window {
     int64_t start;
     int stride, n; /* frames from image to image; images */
@@ -8611,6 +8633,7 @@ static void mark_decisions(const uint16_t *rows, size_t n, size_t T, const uint1
    364 MB with 860,000 annotations, as COCO's are, takes 80 MB of memory beside the file's own
    pages, and some seconds; any size that can be mapped will do. */
 
+/* Numbers of JSON are doubles, ids too: whole ones are exact up to 2^53. */
 struct outline {
     double image, category;      /* ids; then the image's and the category's number */
     float box[4];
@@ -8747,7 +8770,8 @@ static size_t find_id(const double *ids, size_t n, size_t stride, double id) {
     return low < n && ids[low * stride] <= id ? low : n;
 }
 
-/* Puts numbers in place of ids: a shape's image is one of the sorted images then. */
+/* Puts numbers in place of ids: a shape's image is one of the sorted images then. Only now, for the
+   file may have them in any order. */
 static void number_shapes(struct annotations *a) {
     size_t kept = 0, stride = sizeof *a->images / sizeof(double);
     for (size_t i = 0; i < a->n_shapes; i++) {
@@ -8856,7 +8880,10 @@ static int open_drawn(struct plan *plan, struct part *p, const char *const *word
 
 /* ---- Visual sentences: images as recipes say ---- */
 
-/* Where a point of a file's image comes to lie: x' = x scale - offset, then mirrored. */
+/* Where a point of a file's image comes to lie: x' = x scale - offset, then mirrored. Points are
+   not pixels: pixel i reaches from i to i + 1, here as in COCO's files, and its middle is i + 0.5.
+   An image is cut, then resized, then mirrored, and only then spoilt or drawn on: so noise is as
+   strong as was asked for whatever the file's size, and lines are as wide. */
 struct placement {
     double scale[2], offset[2];
     int R, flip;
@@ -8926,8 +8953,12 @@ static void mirror(lvm_image *image) {
 }
 
 /* The colour of class i in VOC's palette: its bits, lowest first, become the highest bits of red,
-   green and blue in turn, so that 1 is dark red, 2 dark green, 3 both of them; CamVid, DAVIS and
-   most others took it over. */
+   green and blue in turn, so that neighbouring classes differ most; DAVIS and others have it too.
+
+       class    bits    red               green             blue
+         1      000001  bit 0 -> 128      -                 -
+         6      000110  -                 bit 1 -> 128      bit 2 -> 128
+         9      001001  bits 0, 3 -> 192  -                 -             (128 + 64) */
 static void voc_colour(int i, uint8_t *rgb) {
     rgb[0] = rgb[1] = rgb[2] = 0;
     for (int bit = 7; i > 0; i >>= 3, bit--)
@@ -9052,8 +9083,8 @@ static int make_rain(const struct part *p, const struct recipe *r, lvm_image *im
 
 /* ---- Visual sentences: drawing annotations ---- */
 
-/* Colours of categories in the order of their ids: first those that the shipped model has seen,
-   then VOC's. */
+/* Colours of categories in the order of their ids, not in that of the file, so that the files of
+   training and validation agree: first those that the shipped model has seen, then VOC's. */
 static void category_colour(enum how how, size_t category, uint8_t *rgb) {
     static const uint8_t boxes[5][RGB] = {{255, 0, 0}, {0, 204, 0}, {26, 77, 255}, {255, 255, 0},
                                           {255, 0, 255}},
@@ -9063,7 +9094,8 @@ static void category_colour(enum how how, size_t category, uint8_t *rgb) {
     else voc_colour((int)(category % 255) + 1, rgb);
 }
 
-/* The first and last pixel of a box along an axis, kept where an int can hold them. */
+/* The first and last pixel of a box along an axis, those that it touches by more than the error of
+   its numbers; kept where an int can hold them. */
 static void box_span(const struct placement *p, const struct outline *s, int axis, int span[2]) {
     double u = placed(p, axis, s->box[axis]),
            v = placed(p, axis, (double)s->box[axis] + s->box[2 + axis]), most = 2.0 * p->R;
@@ -9197,7 +9229,8 @@ static int draw_skeletons(const struct annotations *a, const struct drawn_image 
     return LVM_OK;
 }
 
-/* Areas are painted on a grid of two by two points a pixel, of which each pixel is the mean. */
+/* Areas are painted on a grid of two by two points a pixel, of which each pixel is the mean: edges
+   are smooth enough for a tokenizer that learnt from photographs, and colours stay pure inside. */
 struct canvas {
     struct json j;
     struct placement p;
@@ -9207,7 +9240,7 @@ struct canvas {
     uint16_t value;
     struct buffer points;    /* double, of a polygon: x, y on the grid */
     struct buffer runs;      /* u64, of a mask: lengths; then where they begin */
-    uint8_t *toggles;        /* [side][side + 1]: 1 where inside and outside change; zeros between */
+    uint8_t *toggles;        /* [side][side + 1]: 1 where inside and outside change; then zeros */
 };
 
 /* Marks where a side from a to b crosses the middles of the grid's rows: from the point right of it
@@ -9253,7 +9286,12 @@ static void fill_polygon(struct canvas *c) {
 /* COCO's text of runs (RLE): numbers of 5 bits a character, lowest first, counted from '0' on. Bit
    5 of a character says that more of its number follow, bit 4 of a number's last one is its sign,
    as in LEB128; from the fourth on a number is the difference to the one before last, which is of
-   the same kind, inside or outside: neighbouring columns are alike, so differences are short. */
+   the same kind, inside or outside: neighbouring columns are alike, so differences are short.
+
+       a disc's runs      100  4   27   7   25  8     outside, inside, outside, ...
+       as numbers         100  4   27   3   -2  1     the fourth: 7 - 4
+       six bits each    36,3   4   59,0 3   30  1     36 = 4 + 32, 100 = 4 + 3 * 32; 27 alone,
+       text               T3   4   k0   3   N   1     whose bit 4 is set, would be 27 - 32 */
 static void read_run_text(struct canvas *c) {
     struct json *j = &c->j;
     char *text = json_string(j);
@@ -9412,6 +9450,7 @@ static int make_image(const struct maker *m, const struct recipe *r, const char 
     const struct part *p = m->plan->parts[r->part];
     lvm_image image = {.rgb = NULL};
     int cut[4], code = lvm_image_load(path, &image, error);
+    *out = (lvm_image){.rgb = NULL};
     if (code == LVM_OK && m->exif && image.orientation >= 2)
         code = lvm_image_upright(&image, error);
     if (code != LVM_OK) {
@@ -9507,7 +9546,9 @@ static int plan_add(struct plan *plan, const struct sentence_kind *kind,
 }
 
 /* A mix deals its sentences in cycles: of each of them every part has a share by its weight, in an
-   order of the cycle's own. So part and number of sentence i follow from i. */
+   order of the cycle's own. So part and number of sentence i follow from i, which they would not
+   if each were drawn by chance: the number says how many of the part came before. Weights hold
+   exactly in each cycle, not only on average. */
 enum { CYCLE = 10000 };
 
 /* Weights become whole turns, to the nearest; a part that has something gets one at least. The
@@ -9535,7 +9576,9 @@ static int64_t plan_pass(const struct plan *plan, int side) {
     return all;
 }
 
-/* Mirrors and crops what belongs together alike: an image and its annotation, a whole video. */
+/* Mirrors and crops what belongs together alike: an image and its annotation, a whole video; and
+   other pairs of the sentence in their own way, as other photographs would be. Only with --flip and
+   --crop, for text and left-handed people do not bear mirroring, nor layouts a crop. */
 static void vary(const struct part *p, uint64_t style, struct draft *d) {
     const float share[2] = {p->o->crop, 1};
     int step = p->kind->whole ? d->n : d->unit;
@@ -11095,14 +11138,6 @@ static int os_remove(const char *path) { return unlink(path); }
 static int os_truncate(FILE *file, int64_t size) { return ftruncate(fileno(file), (off_t)size); }
 static int os_may_write(const char *path) { return access(path, W_OK) == 0; }
 
-/* Claims a whole open file until it is closed or the process ends, however it ends; -1 where
-   another process has it. Where the file's system knows no locks the caller has it unclaimed. */
-static int os_lock(FILE *file) {
-    struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
-    if (fcntl(fileno(file), F_SETLK, &all) == 0) return 0;
-    return errno == EACCES || errno == EAGAIN ? -1 : 0;
-}
-
 /* A new file for writing; EEXIST where there is one of that name. */
 static FILE *os_create(const char *path) {
     int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
@@ -11342,6 +11377,14 @@ static int64_t os_resident(void) {
     return pages * sysconf(_SC_PAGESIZE);
 }
 
+/* Claims a whole open file until it is closed or the process ends, however it ends; -1 where
+   another process has it. Where the file's system knows no locks the caller has it unclaimed. */
+static int os_lock(FILE *file) {
+    struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    if (fcntl(fileno(file), F_SETLK, &all) == 0) return 0;
+    return errno == EACCES || errno == EAGAIN ? -1 : 0;
+}
+
 struct os_folder {
     DIR *dir;
 };
@@ -11435,14 +11478,6 @@ static int os_remove(const char *path) {
 }
 
 static int os_truncate(FILE *file, int64_t size) { return _chsize_s(_fileno(file), size); }
-
-/* A byte far behind the end is claimed: Windows keeps others from reading what is locked. */
-static int os_lock(FILE *file) {
-    OVERLAPPED at = {.OffsetHigh = 1 << 30};
-    HANDLE h = (HANDLE)_get_osfhandle(_fileno(file));
-    if (LockFileEx(h, LOCKFILE_EXCLUSIVE_LOCK | LOCKFILE_FAIL_IMMEDIATELY, 0, 1, 0, &at)) return 0;
-    return GetLastError() == ERROR_LOCK_VIOLATION || GetLastError() == ERROR_IO_PENDING ? -1 : 0;
-}
 
 static int os_may_write(const char *path) {
     wchar_t *wide = os_wide(path);
@@ -11646,6 +11681,14 @@ static int64_t os_resident(void) {
     PROCESS_MEMORY_COUNTERS counters;
     int known = K32GetProcessMemoryInfo(GetCurrentProcess(), &counters, sizeof counters);
     return known ? (int64_t)counters.WorkingSetSize : 0;
+}
+
+/* A byte far behind the end is claimed: Windows keeps others from reading what is locked. */
+static int os_lock(FILE *file) {
+    OVERLAPPED at = {.OffsetHigh = 1 << 30};
+    HANDLE h = (HANDLE)_get_osfhandle(_fileno(file));
+    if (LockFileEx(h, LOCKFILE_EXCLUSIVE_LOCK | LOCKFILE_FAIL_IMMEDIATELY, 0, 1, 0, &at)) return 0;
+    return GetLastError() == ERROR_LOCK_VIOLATION || GetLastError() == ERROR_IO_PENDING ? -1 : 0;
 }
 
 struct os_folder {
@@ -24946,8 +24989,9 @@ static int encode_group(struct making *k, size_t n, int32_t *ids, int *to, lvm_e
         if (m->code != LVM_OK || m->slot >= 0) continue;
         if (number_of(&k->cache.pixels, m->pixels) >= 0) continue;
         to[i] = images++;
-        memmove(square_of(k, k->taken + (size_t)to[i]), square_of(k, k->taken + i),
-                square_bytes(k));
+        if ((size_t)to[i] < i)
+            memmove(square_of(k, k->taken + (size_t)to[i]), square_of(k, k->taken + i),
+                    square_bytes(k));
     }
     if (images == 0) return LVM_OK;
     return blame_weights(ctx, ctx->b->encode(ctx->state, square_of(k, k->taken), images, 0, images,
@@ -25168,14 +25212,15 @@ static int write_side(struct making *k, int side, lvm_error *error) {
 
 /* Two numbers, "0.1,0.3", or one for both; 0, or a message and 2. */
 static int parse_range(const char *option, const char *text, float low, float high, float *range) {
+    const char *at = text;
     char *end = NULL;
     if (text == NULL) return 0;
-    range[0] = range[1] = strtof(text, &end);
-    if (end != text && *end == ',') {
-        text = end + 1;
-        range[1] = strtof(text, &end);
+    range[0] = range[1] = strtof(at, &end);
+    if (end != at && *end == ',') {
+        at = end + 1;
+        range[1] = strtof(at, &end);
     }
-    if (end == text || *end != 0 || !(range[0] >= low && range[0] <= range[1] && range[1] <= high))
+    if (end == at || *end != 0 || !(range[0] >= low && range[0] <= range[1] && range[1] <= high))
         return complain("%s: \"%s\" is not FROM,TO with %g <= FROM <= TO <= %g", option, text,
                         (double)low, (double)high) + 1;
     return 0;
