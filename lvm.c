@@ -8151,7 +8151,8 @@ static int part_sides(const struct plan *plan, struct part *p, lvm_error *error)
              *sorted = mem_alloc((size_t)n + 1, sizeof *sorted, error), first = 0, last = n;
     int code = order != NULL && sorted != NULL ? LVM_OK : LVM_MEMORY;
     for (uint32_t i = 0; code == LVM_OK && i < n; i++) {
-        int val = (double)(mix64(unit_hash(plan, p, i)) >> 11) * 0x1p-53 < plan->val;
+        int val = plan->val > 0 &&
+                  (double)(mix64(unit_hash(plan, p, i)) >> 11) * 0x1p-53 < plan->val;
         order[val ? --last : first++] = i; /* validation's backwards, from the end */
     }
     for (int c = 0; code == LVM_OK && c < p->n_columns; c++) {
@@ -8776,8 +8777,8 @@ static void number_shapes(struct annotations *a) {
     size_t kept = 0, stride = sizeof *a->images / sizeof(double);
     for (size_t i = 0; i < a->n_shapes; i++) {
         struct outline s = a->shapes[i];
-        size_t image = a->n_images, category = find_id(a->categories, a->n_categories, 1,
-                                                       s.category);
+        size_t image = a->n_images,
+               category = find_id(a->categories, a->n_categories, 1, s.category);
         if (image > 0) image = find_id(&a->images[0].id, a->n_images, stride, s.image);
         if (image == a->n_images) {
             log_fault(a->log, "%s: an annotation of an unknown image, %.17g", a->path, s.image);
