@@ -7272,6 +7272,9 @@ static int json_more(struct json *j, int end) {
     return j->code == LVM_OK;
 }
 
+static int json_array(struct json *j) { return json_open(j, '[', "an array should stand here"); }
+static int json_object(struct json *j) { return json_open(j, '{', "an object should stand here"); }
+
 /* What was read goes behind what is there already; not after a fault. */
 static void json_keep(struct json *j, struct buffer *to, const void *data, size_t n) {
     if (j->code == LVM_OK) j->code = buffer_add(to, data, n, j->error);
@@ -7649,14 +7652,19 @@ static int find_near_key(const struct json_key *table, int n, const char *name) 
     return near;
 }
 
+/* Notes in by[] which key gave a thing, whose value is next; a second one is a fault. */
+static void json_once(struct json *j, const struct json_key *key, int gives, const char **by) {
+    if (by[gives] != NULL)
+        json_fail(j, "\"%s\" and \"%s\" say the same thing twice; leave one out", by[gives],
+                  key->name);
+    by[gives] = key->name;
+}
+
 /* The value of a key with a meaning. */
 static void json_value(struct json *j, const struct json_key *key, struct sentence *s) {
     int gives = key->gives;
     if (gives == GIVES_OUTPUT && json_peek(j) != '"') gives = GIVES_TARGET;
-    if (s->by[gives] != NULL)
-        json_fail(j, "\"%s\" and \"%s\" say the same thing twice; leave one out", s->by[gives],
-                  key->name);
-    s->by[gives] = key->name;
+    json_once(j, key, gives, s->by);
     if (gives == GIVES_OUTPUT) s->output = j->code == LVM_OK ? json_string(j) : NULL;
     if (gives == GIVES_ANSWER)
         s->answer = json_int(j, LIST_IMAGES, "\"answer\" is no number of a choice, from 0 on");
@@ -7783,10 +7791,7 @@ static void json_train_member(struct json *j, void *arg) {
         return;
     }
     if (json_word(j, "null")) return;
-    if (line->by[key->gives] != NULL)
-        json_fail(j, "\"%s\" and \"%s\" say the same thing twice; leave one out",
-                  line->by[key->gives], key->name);
-    line->by[key->gives] = key->name;
+    json_once(j, key, key->gives, line->by);
     if (key->gives == PART_WEIGHTS)
         json_weights(j, &line->weights);
     else if (key->gives == PART_IMAGE)
@@ -8167,7 +8172,8 @@ static int part_sides(const struct plan *plan, struct part *p, lvm_error *error)
     return code;
 }
 
-/* Cuts sorted units into groups: files of one folder and side. */
+/* Cuts sorted units into groups: files of one folder and side. A class with images on both sides is
+   a group of each; a video is whole, for its folder's name put it on one of them. */
 static int part_groups(const struct plan *plan, struct part *p, lvm_error *error) {
     size_t room = 0;
     for (int s = 0; s < 2; s++) {
@@ -8220,7 +8226,8 @@ static int open_folders(struct plan *plan, struct part *p, const char *const *wo
     return code == LVM_OK ? part_split(plan, p, error) : code;
 }
 
-/* Several folders, one behind the other. */
+/* Several folders, one behind the other, as if they were one; an image is of the side that its path
+   below its own folder says. */
 static int open_images(struct plan *plan, struct part *p, const char *const *words, int n,
                        lvm_error *error) {
     size_t all = 0;
@@ -8309,9 +8316,9 @@ static void draw_pairs(const struct turn *t, struct draft *d) {
     }
 }
 
-/* Images with several annotations. The paper: of an image and its k annotations m are chosen at
-   random, 1 < m <= k + 1, and such m-tuples stand one behind the other until there are sixteen
-   images. Here the image's folder is one of those that are named. Which m and in which order is the
+/* Images with several annotations. The paper: of an image and its annotations m are chosen at
+   random, and such m-tuples stand one behind the other until there are sixteen images. Here m is
+   from 2 to the number of folders, of which the image's is one. Which m and in which order is the
    same in all of a sentence: of image, depth, normals and edges perhaps
 
        edges 1, image 1, depth 1, edges 2, image 2, depth 2, ... */
@@ -8689,8 +8696,7 @@ static int64_t find_drawn(const struct annotations *a, const char *name) {
 static void read_image(struct json *j, struct annotations *a) {
     struct drawn_image image = {NAN, NO_FILE, 0, 0};
     char *name = NULL;
-    for (int more = json_open(j, '{', "an object should stand here"); more;
-         more = json_more(j, '}')) {
+    for (int more = json_object(j); more; more = json_more(j, '}')) {
         int key = json_member_of(j, "id|file_name");
         if (key == 0) image.id = json_number(j);
         if (key != 1) continue;
@@ -8715,8 +8721,7 @@ static void read_box(struct json *j, float *box) {
 /* Of an outline and key points only the place; the file stays mapped. */
 static void read_shape(struct json *j, struct annotations *a) {
     struct outline s = {.image = NAN, .category = NAN, .at = j->at};
-    for (int more = json_open(j, '{', "an object should stand here"); more;
-         more = json_more(j, '}')) {
+    for (int more = json_object(j); more; more = json_more(j, '}')) {
         int key = json_member_of(j, "image_id|category_id|bbox|iscrowd|segmentation|keypoints");
         if (key == 0) s.image = json_number(j);
         if (key == 1) s.category = json_number(j);
@@ -8733,8 +8738,7 @@ static void read_shape(struct json *j, struct annotations *a) {
 
 static void read_category(struct json *j, struct annotations *a) {
     double id = NAN;
-    for (int more = json_open(j, '{', "an object should stand here"); more;
-         more = json_more(j, '}'))
+    for (int more = json_object(j); more; more = json_more(j, '}'))
         if (json_member_of(j, "id") == 0) id = json_number(j);
     if (isnan(id)) json_fail(j, "a category lacks \"id\"");
     json_keep(j, &a->kept[2], &id, sizeof id);
@@ -8818,13 +8822,10 @@ static int parse_annotations(struct annotations *a, const void *data, size_t siz
         read_image, read_shape, read_category};
     lvm_error fault = {0, ""};
     struct json j = {.s = data, .n = size, .error = &fault};
-    for (int more = json_open(&j, '{', "an object should stand here"); more;
-         more = json_more(&j, '}')) {
+    for (int more = json_object(&j); more; more = json_more(&j, '}')) {
         int key = json_member_of(&j, "images|annotations|categories");
         if (key < 0) continue;
-        for (int some = json_open(&j, '[', "an array should stand here"); some;
-             some = json_more(&j, ']'))
-            readers[key](&j, a);
+        for (int some = json_array(&j); some; some = json_more(&j, ']')) readers[key](&j, a);
     }
     if (json_peek(&j) != 0 || (j.code == LVM_OK && j.at < j.n))
         json_fail(&j, "something stands behind the object");
@@ -8847,7 +8848,8 @@ static int shape_is_drawn(enum how how, const struct outline *s) {
     return !s->crowd && s->box[2] > 0 && s->box[3] > 0;
 }
 
-/* The images of a folder for which there is something to draw. */
+/* The images of a folder for which there is something to draw: black answers to images on which
+   nobody looked for people would teach that there are none. */
 static int set_columns(const struct plan *plan, struct part *p, lvm_error *error) {
     const struct annotations *a = p->set;
     int code = part_columns(p, 2, a->n_images, error);
@@ -8986,8 +8988,8 @@ static int fit_labels(const lvm_image *image, const struct placement *p, lvm_ima
 
 static uint8_t clamp_byte(float v) { return v <= 0 ? 0 : v >= 255 ? 255 : (uint8_t)(v + .5f); }
 
-/* Luma as Pillow's convert('L') computes it (BT.601's shares, in 65536ths), in all three channels:
-   the paper makes its grey images by Pillow. */
+/* Luma as Pillow's convert('L') computes it, BT.601's shares of red, green and blue in 65536ths, in
+   all three channels. */
 static void make_grey(lvm_image *image) {
     size_t n = (size_t)image->width * (size_t)image->height;
     for (uint8_t *p = image->rgb; n > 0; n--, p += RGB)
@@ -9001,8 +9003,8 @@ static int hole_side(const struct part *p, const struct recipe *r, uint64_t plac
     return (int)max64(1, min64(side, R - 2 * (R / 16)));
 }
 
-/* Black boxes (the paper: at random, "to simulate corruption"): width and height are the style's,
-   places the image's own, at least a sixteenth away from the border. */
+/* Black boxes at random, as the paper has them: width and height are the style's, places the
+   image's own, at least a sixteenth away from the border. */
 static void make_holes(const struct part *p, const struct recipe *r, lvm_image *image) {
     int R = image->width, margin = R / 16, w = hole_side(p, r, 1, R), h = hole_side(p, r, 2, R);
     for (int hole = 0; hole < p->o->holes; hole++) {
@@ -9209,7 +9211,7 @@ static void draw_limb(lvm_image *image, const struct drawn_joint *a, const struc
         }
 }
 
-/* Skeletons on black. */
+/* Skeletons on black, without the image: a pose that is asked for, or given to ask for a person. */
 static int draw_skeletons(const struct annotations *a, const struct drawn_image *drawn,
                           const struct placement *p, const struct skeleton *k, lvm_image *image,
                           lvm_error *error) {
@@ -9264,8 +9266,7 @@ static void fill_polygon(struct canvas *c) {
     struct json *j = &c->j;
     int axis = 0;
     c->points.n = 0;
-    for (int more = json_open(j, '[', "an array should stand here"); more;
-         more = json_more(j, ']'), axis ^= 1) {
+    for (int more = json_array(j); more; more = json_more(j, ']'), axis ^= 1) {
         double v = placed(&c->p, axis, json_number(j)) * 2;
         json_keep(j, &c->points, &v, sizeof v);
     }
@@ -9319,8 +9320,7 @@ static void read_run_text(struct canvas *c) {
 /* "size" must be the image's; of "counts" the lengths. */
 static void read_mask(struct canvas *c) {
     struct json *j = &c->j;
-    for (int more = json_open(j, '{', "an object should stand here"); more;
-         more = json_more(j, '}')) {
+    for (int more = json_object(j); more; more = json_more(j, '}')) {
         int key = json_member_of(j, "size|counts");
         if (key == 0) {
             double size[2] = {0, 0}; /* height, width */
@@ -9331,8 +9331,7 @@ static void read_mask(struct canvas *c) {
         } else if (key == 1 && json_peek(j) == '"') {
             read_run_text(c);
         } else if (key == 1) {
-            for (int some = json_open(j, '[', "an array should stand here"); some;
-                 some = json_more(j, ']')) {
+            for (int some = json_array(j); some; some = json_more(j, ']')) {
                 int64_t run = json_int(j, INT_MAX, "a run's length is no whole number");
                 json_keep(j, &c->runs, &run, sizeof run);
             }
@@ -9445,7 +9444,9 @@ static int apply(const struct part *p, const struct recipe *r, const struct plac
     }
 }
 
-/* The image of a recipe, R x R, from the file of that path. */
+/* The image of a recipe, R x R, from the file of that path. Labels are looked up through the
+   placement, which knows of the cut; what is drawn is drawn on the image that was cut, resized and
+   mirrored, points and boxes being placed likewise. */
 static int make_image(const struct maker *m, const struct recipe *r, const char *path,
                       lvm_image *out, lvm_error *error) {
     const struct part *p = m->plan->parts[r->part];
