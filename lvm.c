@@ -6754,16 +6754,19 @@ enum { LINE_BYTES = 1 << 24, LIST_IMAGES = 1 << 16, JSON_DEPTH = 32 }; /* the li
 /* What a key gives. A line may give each once. */
 enum thing { GIVES_INPUT, GIVES_TARGET, GIVES_CHOICES, GIVES_OUTPUT, GIVES_ANSWER, N_THINGS };
 
-/* The keys with a meaning. A list under "output" is the target. */
-static const struct sentence_key {
+/* A key with a meaning. */
+struct json_key {
     const char *name;
-    enum thing gives;
-    int only_tokens;
-} key_table[] = {{"input", GIVES_INPUT, 0},     {"input_tokens", GIVES_INPUT, 1},
-                 {"target", GIVES_TARGET, 0},   {"target_tokens", GIVES_TARGET, 1},
-                 {"output", GIVES_OUTPUT, 0},   {"output_tokens", GIVES_TARGET, 1},
-                 {"choices", GIVES_CHOICES, 0}, {"choices_tokens", GIVES_CHOICES, 1},
-                 {"answer", GIVES_ANSWER, 0}};
+    int gives, only_tokens; /* an enum thing; of lines to learn from an enum train_part */
+};
+
+/* A list under "output" is the target. */
+static const struct json_key key_table[] = {
+    {"input", GIVES_INPUT, 0},     {"input_tokens", GIVES_INPUT, 1},
+    {"target", GIVES_TARGET, 0},   {"target_tokens", GIVES_TARGET, 1},
+    {"output", GIVES_OUTPUT, 0},   {"output_tokens", GIVES_TARGET, 1},
+    {"choices", GIVES_CHOICES, 0}, {"choices_tokens", GIVES_CHOICES, 1},
+    {"answer", GIVES_ANSWER, 0}};
 enum { N_KEYS = sizeof key_table / sizeof *key_table, KEY_ROOM = 24 };
 
 /* An image as a line names it. */
@@ -6830,14 +6833,29 @@ static void json_want(struct json *j, int c, const char *fault) {
     if (!json_take(j, c)) json_fail(j, "%s", fault);
 }
 
+/* Opens an array or object: 1 when something is in it. With json_more it makes a loop:
+   for (int more = json_open(j, '[', "..."); more; more = json_more(j, ']')) */
+static int json_open(struct json *j, int begin, const char *fault) {
+    json_want(j, begin, fault);
+    return !json_take(j, begin == '[' ? ']' : '}') && j->code == LVM_OK;
+}
+
 /* After an element of an array or object: 1 when another follows, 0 at its end. */
 static int json_more(struct json *j, int end) {
-    if (json_take(j, ',')) {
-        if (json_peek(j) == end) json_fail(j, "a comma stands in front of the %c", end);
-        return 1;
+    if (!json_take(j, ',')) {
+        json_want(j, end, end == ']' ? "an array lacks , or ]" : "an object lacks , or }");
+        return 0;
     }
-    json_want(j, end, end == ']' ? "an array lacks , or ]" : "an object lacks , or }");
-    return 0;
+    if (json_peek(j) == end) json_fail(j, "a comma stands in front of the %c", end);
+    return j->code == LVM_OK;
+}
+
+static int json_array(struct json *j) { return json_open(j, '[', "an array should stand here"); }
+static int json_object(struct json *j) { return json_open(j, '{', "an object should stand here"); }
+
+/* What was read goes behind what is there already; not after a fault. */
+static void json_keep(struct json *j, struct buffer *to, const void *data, size_t n) {
+    if (j->code == LVM_OK) j->code = buffer_add(to, data, n, j->error);
 }
 
 /* The four digits behind \u. */
@@ -6928,13 +6946,43 @@ static size_t number_end(const struct json *j, size_t at) {
     return end;
 }
 
+/* The number that stands here, and its bytes in *n; a NAN where there is none, or one that is
+   longer than a double is ever written. Nothing is taken. */
+static double number_here(struct json *j, size_t *n) {
+    char text[64] = "";
+    json_peek(j);
+    *n = number_end(j, j->at) - j->at;
+    if (*n == 0 || *n >= sizeof text || j->code != LVM_OK) return NAN;
+    memcpy(text, j->s + j->at, *n);
+    return strtod(text, NULL);
+}
+
+/* A number; JSON has neither NaN nor Infinity, but 1e999. */
+static double json_number(struct json *j) {
+    size_t n = 0;
+    double v = number_here(j, &n);
+    if (isnan(v)) json_fail(j, "a number should stand here");
+    if (j->code != LVM_OK) return 0;
+    j->at += n;
+    if (isinf(v)) json_fail(j, "a number is too large");
+    return v;
+}
+
+/* An array of so many numbers; fault says what it is. */
+static void json_numbers(struct json *j, double *v, int n, const char *fault) {
+    int found = 0;
+    for (int more = json_open(j, '[', fault); more; more = json_more(j, ']')) {
+        double number = json_number(j);
+        if (found == n) json_fail(j, "%s", fault);
+        else v[found++] = number;
+    }
+    if (found < n) json_fail(j, "%s", fault);
+}
+
 /* A whole number in [0, below), also as 1.0 or 1e0: some programs know no whole numbers. */
 static int json_int(struct json *j, int below, const char *fault) {
-    char text[48] = "";
-    json_peek(j);
-    size_t n = number_end(j, j->at) - j->at;
-    if (n > 0 && n < sizeof text) memcpy(text, j->s + j->at, n);
-    double v = text[0] != 0 ? strtod(text, NULL) : -1;
+    size_t n = 0;
+    double v = number_here(j, &n);
     if (!(v >= 0 && v < below) || v > (int)v) json_fail(j, "%s", fault);
     if (j->code != LVM_OK) return 0;
     j->at += n;
@@ -6973,16 +7021,13 @@ static void json_skip(struct json *j, int depth) {
     if (c == '"') {
         mem_free(json_string(j));
     } else if (c == '[' || c == '{') {
-        int end = c == '[' ? ']' : '}';
-        j->at++;
-        if (json_take(j, end)) return;
-        do {
+        for (int more = json_open(j, c, ""); more; more = json_more(j, c == '[' ? ']' : '}')) {
             if (c == '{') {
                 mem_free(json_string(j));
                 json_want(j, ':', "a key lacks its :");
             }
             json_skip(j, depth - 1);
-        } while (j->code == LVM_OK && json_more(j, end));
+        }
     } else {
         json_scalar(j);
     }
@@ -7051,7 +7096,7 @@ static void take_token(struct json *j, struct buffer *tokens) {
     int c = json_peek(j);
     if (c != '-' && !isdigit(c)) json_fail(j, "an image's path or tokens should stand here");
     int32_t id = json_int(j, j->codes, "an id is no image token");
-    if (j->code == LVM_OK) j->code = buffer_add(tokens, &id, sizeof id, j->error);
+    json_keep(j, tokens, &id, sizeof id);
 }
 
 /* The 6 bits of a digit, or -1. */
@@ -7099,7 +7144,7 @@ static void take_base64(struct json *j, struct buffer *tokens) {
         if (memchr(j->s + start, '\\', j->at - start) == NULL) j->at = start + 1 + i * 4 / 3;
         json_fail(j, "an id is no image token");
     }
-    if (j->code == LVM_OK) j->code = buffer_add(tokens, bytes, n, j->error);
+    json_keep(j, tokens, bytes, n);
     mem_free(bytes);
 }
 
@@ -7115,30 +7160,32 @@ static void take_string_image(struct json *j, int only_tokens, struct buffer *to
     json_add(j, out, path, NULL);
 }
 
-/* An image, or an array of images and tokens. Single ids are gathered until a path, an inner array
-   or the end comes, so [1, 2, ... 512] is two images of 256, and so is [[1 ... 256], [257 ...
-   512]]. */
+/* An element of an array of images: a path or base64, an array of tokens, or one token. */
+static void take_element(struct json *j, int only_tokens, struct buffer *tokens,
+                         struct image_list *out) {
+    int c = json_peek(j);
+    if (c == '"') {
+        add_tokens(j, tokens, out);
+        take_string_image(j, only_tokens, tokens, out);
+    } else if (c != '[') {
+        take_token(j, tokens);
+    } else if (json_open(j, '[', "")) {
+        for (int more = 1; more; more = json_more(j, ']')) take_token(j, tokens);
+        add_tokens(j, tokens, out);
+    }
+}
+
+/* An image, or an array of images and tokens. Single ids are gathered until a path, the end of an
+   inner array or the end comes, so [1, 2, ... 512] is two images of 256, and so is [[1 ... 256],
+   [257 ... 512]]. */
 static void json_images(struct json *j, int only_tokens, struct image_list *out) {
     struct buffer tokens = {0};
     if (json_peek(j) == '"') {
         take_string_image(j, only_tokens, &tokens, out);
     } else {
-        json_want(j, '[', "a list of images should stand here");
-        int more = j->code == LVM_OK && !json_take(j, ']');
-        for (; more && j->code == LVM_OK; more = j->code == LVM_OK && json_more(j, ']')) {
-            int c = json_peek(j);
-            if (c == '"') {
-                add_tokens(j, &tokens, out);
-                take_string_image(j, only_tokens, &tokens, out);
-            } else if (json_take(j, '[')) {
-                if (json_take(j, ']')) continue;
-                do take_token(j, &tokens);
-                while (j->code == LVM_OK && json_more(j, ']'));
-                add_tokens(j, &tokens, out);
-            } else {
-                take_token(j, &tokens);
-            }
-        }
+        for (int more = json_open(j, '[', "a list of images should stand here"); more;
+             more = json_more(j, ']'))
+            take_element(j, only_tokens, &tokens, out);
     }
     add_tokens(j, &tokens, out);
     mem_free(tokens.data);
@@ -7165,32 +7212,37 @@ static int word_distance(const char *a, const char *b) {
     return d[n][m];
 }
 
-/* The key of that name, or -1. */
-static int find_key(const char *name) {
-    for (int i = 0; i < N_KEYS; i++)
-        if (strcmp(name, key_table[i].name) == 0) return i;
+/* The key of that name in a table of n, or -1. */
+static int find_key(const struct json_key *table, int n, const char *name) {
+    for (int i = 0; i < n; i++)
+        if (strcmp(name, table[i].name) == 0) return i;
     return -1;
 }
 
 /* The key that a name nearly is: at most two letters apart, and fewer than half of its own; -1:
    none. */
-static int find_near_key(const char *name) {
-    int near = -1, least = 3, n = (int)strlen(name);
-    for (int i = 0; i < N_KEYS && n < KEY_ROOM; i++) {
-        int d = word_distance(name, key_table[i].name);
-        if (d < least && 2 * d < n) near = i, least = d;
+static int find_near_key(const struct json_key *table, int n, const char *name) {
+    int near = -1, least = 3, length = (int)strlen(name);
+    for (int i = 0; i < n && length < KEY_ROOM; i++) {
+        int d = word_distance(name, table[i].name);
+        if (d < least && 2 * d < length) near = i, least = d;
     }
     return near;
 }
 
-/* The value of a key with a meaning. */
-static void json_value(struct json *j, const struct sentence_key *key, struct sentence *s) {
-    enum thing gives = key->gives;
-    if (gives == GIVES_OUTPUT && json_peek(j) != '"') gives = GIVES_TARGET;
-    if (s->by[gives] != NULL)
-        json_fail(j, "\"%s\" and \"%s\" say the same thing twice; leave one out", s->by[gives],
+/* Notes in by[] which key gave a thing, whose value is next; a second one is a fault. */
+static void json_once(struct json *j, const struct json_key *key, int gives, const char **by) {
+    if (by[gives] != NULL)
+        json_fail(j, "\"%s\" and \"%s\" say the same thing twice; leave one out", by[gives],
                   key->name);
-    s->by[gives] = key->name;
+    by[gives] = key->name;
+}
+
+/* The value of a key with a meaning. */
+static void json_value(struct json *j, const struct json_key *key, struct sentence *s) {
+    int gives = key->gives;
+    if (gives == GIVES_OUTPUT && json_peek(j) != '"') gives = GIVES_TARGET;
+    json_once(j, key, gives, s->by);
     if (gives == GIVES_OUTPUT) s->output = j->code == LVM_OK ? json_string(j) : NULL;
     if (gives == GIVES_ANSWER)
         s->answer = json_int(j, LIST_IMAGES, "\"answer\" is no number of a choice, from 0 on");
@@ -7203,8 +7255,8 @@ static void json_value(struct json *j, const struct sentence_key *key, struct se
 static void json_member(struct json *j, void *arg) {
     struct sentence *s = arg;
     char *name = json_string(j);
-    int key = name != NULL ? find_key(name) : -1;
-    int near = name != NULL && key < 0 ? find_near_key(name) : -1;
+    int key = name != NULL ? find_key(key_table, N_KEYS, name) : -1;
+    int near = name != NULL && key < 0 ? find_near_key(key_table, N_KEYS, name) : -1;
     if (key >= 0 && (s->keys & 1u << key)) json_fail(j, "the key \"%s\" stands twice", name);
     if (near >= 0 && s->stray[near][0] == 0)
         snprintf(s->stray[near], sizeof s->stray[near], "%s", name);
@@ -7221,12 +7273,8 @@ static void json_line(struct json *j, const char *form,
                       void (*member)(struct json *j, void *arg), void *arg) {
     if (j->n > 0 && memchr(j->s, 0, j->n) != NULL)
         json_fail(j, "zero bytes in the line: a set is UTF-8 text, not UTF-16");
-    if (!json_take(j, '{')) json_fail(j, "a line is an object: %s", form);
-    int more = j->code == LVM_OK && !json_take(j, '}');
-    while (more) {
-        member(j, arg);
-        more = j->code == LVM_OK && json_more(j, '}');
-    }
+    if (json_peek(j) != '{') json_fail(j, "a line is an object: %s", form);
+    for (int more = json_open(j, '{', ""); more; more = json_more(j, '}')) member(j, arg);
     if (json_peek(j) != 0 || (j->code == LVM_OK && j->at < j->n))
         json_fail(j, "something stands behind the object");
 }
@@ -7246,14 +7294,12 @@ static int parse_sentence(struct json *j, struct sentence *s) {
 
 enum train_part { PART_TOKENS, PART_INPUT, PART_OUTPUT, PART_WEIGHTS, PART_IMAGE, N_PARTS };
 
-static const struct train_key {
-    const char *name;
-    enum train_part gives;
-} train_keys[] = {{"tokens", PART_TOKENS},        {"input_tokens", PART_INPUT},
-                  {"input", PART_INPUT},          {"output_tokens", PART_OUTPUT},
-                  {"output", PART_OUTPUT},        {"target_tokens", PART_OUTPUT},
-                  {"target", PART_OUTPUT},        {"weights", PART_WEIGHTS},
-                  {"image_tokens", PART_IMAGE}};
+static const struct json_key train_keys[] = {
+    {"tokens", PART_TOKENS, 1},        {"input_tokens", PART_INPUT, 1},
+    {"input", PART_INPUT, 1},          {"output_tokens", PART_OUTPUT, 1},
+    {"output", PART_OUTPUT, 1},        {"target_tokens", PART_OUTPUT, 1},
+    {"target", PART_OUTPUT, 1},        {"weights", PART_WEIGHTS, 0},
+    {"image_tokens", PART_IMAGE, 0}};
 enum { N_TRAIN_KEYS = sizeof train_keys / sizeof *train_keys };
 
 struct train_line {
@@ -7272,9 +7318,8 @@ static void train_line_free(struct train_line *line) {
 
 /* An array of ids, or of arrays of them, one an image. */
 static void json_id_array(struct json *j, int depth, struct buffer *ids) {
-    json_want(j, '[', "tokens should stand here, an array of ids or base64");
-    if (j->code != LVM_OK || json_take(j, ']')) return;
-    do {
+    for (int more = json_open(j, '[', "tokens should stand here, an array of ids or base64"); more;
+         more = json_more(j, ']')) {
         int c = json_peek(j);
         if (c == '[' && depth > 0)
             json_id_array(j, depth - 1, ids);
@@ -7283,44 +7328,40 @@ static void json_id_array(struct json *j, int depth, struct buffer *ids) {
                                   : "an id should stand here");
         else
             take_token(j, ids);
-    } while (j->code == LVM_OK && json_more(j, ']'));
+    }
 }
 
 /* Loss weights: an array of whole numbers, or base64 of bytes. */
 static void json_weights(struct json *j, struct buffer *weights) {
-    size_t n = 0;
     if (json_peek(j) == '"') {
+        size_t n = 0;
         uint8_t *bytes = json_base64(j, &n);
-        if (j->code == LVM_OK) j->code = buffer_add(weights, bytes, n, j->error);
+        json_keep(j, weights, bytes, n);
         mem_free(bytes);
         return;
     }
-    json_want(j, '[', "weights should stand here, an array of numbers or base64");
-    if (j->code != LVM_OK || json_take(j, ']')) return;
-    do {
+    for (int more = json_open(j, '[', "weights should stand here, an array of numbers or base64");
+         more; more = json_more(j, ']')) {
         uint8_t weight = (uint8_t)json_int(j, 256, "a weight is no whole number from 0 to 255");
-        if (j->code == LVM_OK) j->code = buffer_add(weights, &weight, 1, j->error);
-    } while (j->code == LVM_OK && json_more(j, ']'));
+        json_keep(j, weights, &weight, 1);
+    }
 }
 
-/* The key of that name, or NULL; a name that nearly is one is a fault. */
-static const struct train_key *find_train_key(struct json *j, const char *name) {
-    int n = (int)strlen(name);
-    for (int i = 0; i < N_TRAIN_KEYS; i++)
-        if (strcmp(name, train_keys[i].name) == 0) return &train_keys[i];
-    for (int i = 0; i < N_TRAIN_KEYS && n < KEY_ROOM; i++) {
-        int d = word_distance(name, train_keys[i].name);
-        if (d > 2 || 2 * d >= n) continue;
+/* The key of that name, or NULL. Here one that nearly is one is a fault, not a note: a run that
+   learns from half of its data says nothing of it later. */
+static const struct json_key *find_train_key(struct json *j, const char *name) {
+    int key = find_key(train_keys, N_TRAIN_KEYS, name), near = -1;
+    if (key < 0) near = find_near_key(train_keys, N_TRAIN_KEYS, name);
+    if (near >= 0)
         json_fail(j, "the key \"%s\" has no meaning (did you mean \"%s\"?)", name,
-                  train_keys[i].name);
-    }
-    return NULL;
+                  train_keys[near].name);
+    return key >= 0 ? &train_keys[key] : NULL;
 }
 
 static void json_train_member(struct json *j, void *arg) {
     struct train_line *line = arg;
     char *name = json_string(j);
-    const struct train_key *key = name != NULL ? find_train_key(j, name) : NULL;
+    const struct json_key *key = name != NULL ? find_train_key(j, name) : NULL;
     mem_free(name);
     json_want(j, ':', "a key lacks its :");
     if (key == NULL) {
@@ -7328,10 +7369,7 @@ static void json_train_member(struct json *j, void *arg) {
         return;
     }
     if (json_word(j, "null")) return;
-    if (line->by[key->gives] != NULL)
-        json_fail(j, "\"%s\" and \"%s\" say the same thing twice; leave one out",
-                  line->by[key->gives], key->name);
-    line->by[key->gives] = key->name;
+    json_once(j, key, key->gives, line->by);
     if (key->gives == PART_WEIGHTS)
         json_weights(j, &line->weights);
     else if (key->gives == PART_IMAGE)
@@ -7356,8 +7394,8 @@ static int parse_train_line(struct json *j, struct train_line *line) {
                   by[by[PART_INPUT] != NULL ? PART_INPUT : PART_OUTPUT]);
     if (by[PART_TOKENS] == NULL && (by[PART_INPUT] == NULL || by[PART_OUTPUT] == NULL))
         json_fail(j, "a line holds \"tokens\", or \"input_tokens\" and \"output_tokens\"");
-    for (int i = PART_INPUT; j->code == LVM_OK && i <= PART_OUTPUT; i++)
-        j->code = buffer_add(all, line->ids[i].data, line->ids[i].n, j->error);
+    for (int i = PART_INPUT; i <= PART_OUTPUT; i++)
+        json_keep(j, all, line->ids[i].data, line->ids[i].n);
     if (by[PART_WEIGHTS] != NULL && line->weights.n != all->n / sizeof(int32_t))
         json_fail(j, "%zu weights for %zu tokens", line->weights.n, all->n / sizeof(int32_t));
     return j->code;
@@ -7365,9 +7403,11 @@ static int parse_train_line(struct json *j, struct train_line *line) {
 
 /* ---- Visual sentences: a plan ----
 
-   `lvm sentences` turns folders of images into sentences of tokens to learn from, as Bai et al.
-   2023 do (section 3: one format for images, videos and annotations). The paper's rule stands above
-   each kind in its words' sense; where it leaves something open, the comment says what is done:
+   `lvm sentences` turns folders of images into sentences of tokens to learn from. The idea is that
+   of Bai et al. 2023, section 3 (UVDv1, their data): every kind of visual data, annotated or not,
+   becomes one sequence of images and then eos; annotations become images too, so that a task needs
+   no words, only examples in front of the question. The paper's rule stands above each kind; where
+   it leaves something open, the comment says what is done:
 
        sources  --part_open-->    files in columns, one a role (image, depth, ...), in groups
                 --plan_draw-->    sentence i: recipes of images, a function of seed and i alone
@@ -7385,12 +7425,14 @@ static int parse_train_line(struct json *j, struct train_line *line) {
 
    A pass takes every image once (pairs, single), every window of a video, every object's views, or,
    where sentences are drawn by chance (category, tuples), as many images as there are. Without
-   --count there is one pass. Later passes shuffle anew. Orders come from `shuffled` (chapter 8),
-   which needs no list.
+   --count there is one pass. Later passes shuffle anew. Orders come from `shuffled` (chapter 8), a
+   permutation that is computed, not kept: a seed, a pass and a place give the image, so that no
+   list of a million numbers is needed, and sentence 900,000 costs what the first does.
 
    --val: a source (an image by its name below the folder, a video or object by its folder's) is of
    one side, by a hash of that name, whatever the seed, so that an image and its depth, or a second
-   command on the same folders, never part.
+   command on the same folders, never part. By sources and not by sentences: neighbouring frames are
+   nearly equal, and a video in both sides would validate what was learnt by heart.
 
    Images that belong together (a pair, a tuple, a whole video) are left out together where one of
    them cannot be read; such faults are listed in OUT.log.
@@ -7421,9 +7463,9 @@ struct sentence_options {
 struct listing {
     char *root;
     struct buffer text;          /* all names */
-    uint32_t *folders, *first;   /* [n_folders], in text; [n_folders + 1]: its first file */
-    uint32_t *stems;             /* [n], in text */
-    size_t n_folders, n, folder_room, first_room, room;
+    uint32_t *folders, *stems;   /* [n_folders], [n]: where in text */
+    uint64_t *first;             /* [n_folders + 1]: number of a folder's first file */
+    size_t n_folders, n, folder_room, room;
     uint32_t base;               /* number of its first file among those of the plan */
 };
 
@@ -7434,34 +7476,35 @@ static const char *listing_stem(const struct listing *l, size_t i) {
     return l->text.data + l->stems[i];
 }
 
-/* The number of the folder that file i lies in. */
-static size_t listing_folder(const struct listing *l, size_t i) {
-    size_t low = 0, high = l->n_folders;
+/* Consecutive intervals, of which number i begins at starts[i], the first at or in front of `at`:
+   the one that holds it. One of no length holds nothing. */
+static size_t interval_of(const uint64_t *starts, size_t n, uint64_t at) {
+    size_t low = 0, high = n;
     while (high - low > 1) {
         size_t middle = low + (high - low) / 2;
-        if (l->first[middle] <= i) low = middle;
+        if (starts[middle] <= at) low = middle;
         else high = middle;
     }
-    while (l->first[low + 1] <= i) low++; /* folders without images share their first file */
     return low;
+}
+
+/* The path, below the root, of the folder that file i lies in. */
+static const char *listing_folder(const struct listing *l, size_t i) {
+    return l->text.data + l->folders[interval_of(l->first, l->n_folders, i)];
 }
 
 /* Of offsets[from .. to-1] into the listing's text, in the order of compare_paths, that of a name;
    NO_FILE: there is none. */
 static int64_t find_named(const struct listing *l, const uint32_t *offsets, size_t from, size_t to,
-                         const char *name) {
-    for (size_t low = from, high = to; low < high;) {
+                          const char *name) {
+    size_t low = from, high = to;
+    while (low < high) { /* to the first that is not in front of it: of a.jpg and a.png a.jpg */
         size_t middle = low + (high - low) / 2;
         const char *other = l->text.data + offsets[middle];
-        int order = compare_paths(&name, &other);
-        if (order == 0) { /* a.jpg and a.png: the first */
-            while (middle > from && strcmp(name, l->text.data + offsets[middle - 1]) == 0) middle--;
-            return (int64_t)middle;
-        }
-        if (order < 0) high = middle;
-        else low = middle + 1;
+        if (compare_paths(&other, &name) < 0) low = middle + 1;
+        else high = middle;
     }
-    return NO_FILE;
+    return low < to && strcmp(name, l->text.data + offsets[low]) == 0 ? (int64_t)low : NO_FILE;
 }
 
 /* The file of that name, without its ending, in that folder. */
@@ -7488,20 +7531,24 @@ static void listing_close(struct listing *l) {
     memset(l, 0, sizeof *l);
 }
 
-/* What is done to an image once it is R x R, or drawn in its place. */
+/* What is done to an image once it is R x R, or drawn in its place. Those from GREY to DARK spoil
+   it, and the whole image is the answer; those from BOXES on need an annotation file. */
 enum how { AS_IT_IS, LABELS, GREY, HOLES, NOISE, RAIN, DARK, BOXES, KEYPOINTS, OUTLINES };
 
-/* How an image is made. Images of equal recipes are equal; what does not matter is 0. */
+/* How an image is made. Images of equal recipes are equal; what does not matter is 0, so that an
+   image that is used as it is has one recipe in all parts, and is tokenized once for all. */
 struct recipe {
     uint64_t style;      /* of the sentence; of what is drawn: the image's number in its file */
     uint32_t file;       /* among those of the plan */
     uint16_t part;       /* of the plan, whose options count; 0 where none does */
     uint16_t crop[3];    /* share of the sides and place of the corner, of 65535; 0: all of it */
     uint8_t how, flip, place; /* place: of the image in its sentence */
+    uint8_t zero;        /* or padding, of which nobody knows what is in it, would be hashed */
 };
-_Static_assert(sizeof(struct recipe) == 24, "it is hashed and compared as bytes");
+_Static_assert(sizeof(struct recipe) == 24, "it is hashed as bytes");
 
-/* A sentence: recipes, of which each `unit` neighbours stand or fall together. */
+/* A sentence: recipes, of which each `unit` neighbours stand or fall together: two of a pair, all
+   of a video, in which a gap would be a jump. */
 struct draft {
     struct recipe images[MAX_LENGTH];
     int n, unit;
@@ -7556,17 +7603,35 @@ struct plan {
     struct fault_log log;
 };
 
-/* A kind of sentences. open: fills the part's columns and groups from the words behind the kind.
-   pass: how many sentences use up a side. draw: sentence i of a side. by_folder: a group is of one
-   side as a whole. whole: a sentence is mirrored or cropped as one. */
+/* Sentence i of a side of a part, about to be drawn. Whatever is left to chance in it comes from
+   the part's seed, which is the same for all, or from the style, which is its own. Words of the
+   style are told apart by their places, and numbers are what a kind's own comment says of them:
+
+       style       0, 1        the kinds: how many of a tuple or class, where views start, which way
+                   1, 2        amounts of what is done to images: noise, sizes of holes, ...
+                   100 + 4 u   of unit u: whether it is mirrored; then share and corner of its crop
+       style + 1   place       seeds of the noise of image number `place` of the sentence,
+       style + 3   place       of its rain or darkness, or where its holes are across
+       style + 4   place       and where they are down
+
+   `shuffled` has the style for its seed too, with passes 1 (units, classes) and 2 (inside them). */
+struct turn {
+    const struct part *p;
+    const struct side *s;
+    int64_t i;
+    uint64_t style;
+};
+
+/* A kind of sentences. open: fills the part's columns from the words behind the kind, and splits
+   it. pass: how many sentences use up a side. draw: a sentence. by_folder: a group is of one side
+   as a whole. whole: a sentence is mirrored or cropped as one. */
 struct sentence_kind {
     const char *name;
     int least, most; /* sources */
     int (*open)(struct plan *plan, struct part *p, const char *const *words, int n,
                 lvm_error *error);
     int64_t (*pass)(const struct part *p, const struct side *s);
-    void (*draw)(const struct part *p, const struct side *s, int64_t i, uint64_t style,
-                 struct draft *d);
+    void (*draw)(const struct turn *t, struct draft *d);
     enum how how;
     int by_folder, whole;
     const char *sources;
@@ -7593,8 +7658,7 @@ static const struct listing *listing_of(const struct plan *plan, uint32_t file) 
 static int file_path(const struct plan *plan, uint32_t file, char *path, size_t room) {
     const struct listing *l = listing_of(plan, file);
     size_t i = file - l->base, n = strlen(l->root);
-    const char *folder = l->text.data + l->folders[listing_folder(l, i)],
-               *stem = listing_stem(l, i),
+    const char *folder = listing_folder(l, i), *stem = listing_stem(l, i),
                *slash = n == 0 || l->root[n - 1] == '/' ? "" : "/";
     int need = snprintf(path, room, "%s%s%s%s%s.%s", l->root, slash, folder,
                         folder[0] != 0 ? "/" : "", stem, stem + strlen(stem) + 1);
@@ -7624,14 +7688,25 @@ static const struct listing *plan_list(struct plan *plan, const char *root, lvm_
     return plan->lists[plan->n_lists++] = l;
 }
 
-/* A number below n from a seed and a place. */
-static uint32_t draw_below(uint64_t seed, uint64_t place, uint32_t n) {
-    return (uint32_t)((mix64(mix64(seed) + place) >> 32) * n >> 32);
+/* The listings of n folders. */
+static int plan_lists(struct plan *plan, struct part *p, const char *const *words, int n,
+                      lvm_error *error) {
+    for (int c = 0; c < n; c++)
+        if ((p->list[c] = plan_list(plan, words[c], error)) == NULL) return error->code;
+    return LVM_OK;
 }
 
-/* A number from a seed and a place, between the two of a range. */
+/* A random word that a seed and a place decide; counting up the place gives independent ones. */
+static uint64_t draw_word(uint64_t seed, uint64_t place) { return mix64(mix64(seed) + place); }
+
+/* A number below n. */
+static uint32_t draw_below(uint64_t seed, uint64_t place, uint32_t n) {
+    return (uint32_t)((draw_word(seed, place) >> 32) * n >> 32);
+}
+
+/* A number between the two of a range. */
 static float draw_range(uint64_t seed, uint64_t place, const float *range) {
-    float share = (float)(mix64(mix64(seed) + place) >> 40) * 0x1p-24f;
+    float share = (float)(draw_word(seed, place) >> 40) * 0x1p-24f;
     return range[0] + (range[1] - range[0]) * share;
 }
 
@@ -7647,41 +7722,45 @@ static int part_columns(struct part *p, int n_columns, size_t n_units, lvm_error
     return LVM_OK;
 }
 
-/* The side of a name: 1 for about `share` of all names. */
-static int side_of(double share, const char *folder, const char *stem) {
-    uint64_t h = hash_bytes(hash_bytes(1, folder, strlen(folder)), stem, strlen(stem));
-    return (double)(mix64(h) >> 11) * 0x1p-53 < share;
-}
+/* A hash of the names that decide a unit's side: of the image's path below the folder, of that of
+   its video, object or class, or of the images of a layout's line. */
+static uint64_t unit_hash(const struct plan *plan, const struct part *p, uint32_t unit);
 
-/* Puts training's units in front of validation's, each in their order; of_unit[n]: their sides. */
-static int part_sides(struct part *p, const uint8_t *of_unit, lvm_error *error) {
-    uint32_t n = p->n_units, first = 0;
-    uint32_t *sorted = mem_alloc((size_t)n + 1, sizeof *sorted, error);
-    if (sorted == NULL) return LVM_MEMORY;
-    for (int c = 0; c < p->n_columns; c++) {
-        uint32_t at = 0;
-        for (int side = 0; side < 2; side++)
-            for (uint32_t i = 0; i < n; i++)
-                if (of_unit[i] == side) sorted[at++] = p->column[c][i];
+/* Puts training's units in front of validation's, each in their order. A hash is as good as a
+   random number between 0 and 1 that belongs to the name: below the share it is validation's. So
+   the sides stay as they are when other images come or go, and a larger share only adds to it. */
+static int part_sides(const struct plan *plan, struct part *p, lvm_error *error) {
+    uint32_t n = p->n_units, *order = mem_alloc((size_t)n + 1, sizeof *order, error),
+             *sorted = mem_alloc((size_t)n + 1, sizeof *sorted, error), first = 0, last = n;
+    int code = order != NULL && sorted != NULL ? LVM_OK : LVM_MEMORY;
+    for (uint32_t i = 0; code == LVM_OK && i < n; i++) {
+        int val = plan->val > 0 &&
+                  (double)(mix64(unit_hash(plan, p, i)) >> 11) * 0x1p-53 < plan->val;
+        order[val ? --last : first++] = i; /* validation's backwards, from the end */
+    }
+    for (int c = 0; code == LVM_OK && c < p->n_columns; c++) {
+        for (uint32_t i = 0; i < n; i++)
+            sorted[i] = p->column[c][order[i < first ? i : n - 1 - (i - first)]];
         memcpy(p->column[c], sorted, n * sizeof *sorted);
     }
-    for (uint32_t i = 0; i < n; i++) first += of_unit[i] == 0;
     p->side[0] = (struct side){.n = first};
     p->side[1] = (struct side){.first = first, .n = n - first};
+    mem_free(order);
     mem_free(sorted);
-    return LVM_OK;
+    return code;
 }
 
-/* Cuts sorted units into groups: files of one folder and side. */
-static int part_groups(struct part *p, lvm_error *error) {
-    const struct listing *l = p->list[0];
-    size_t before = SIZE_MAX, room = 0;
+/* Cuts sorted units into groups: files of one folder and side. A class with images on both sides is
+   a group of each; a video is whole, for its folder's name put it on one of them. */
+static int part_groups(const struct plan *plan, struct part *p, lvm_error *error) {
+    size_t room = 0;
     for (int s = 0; s < 2; s++) {
         struct side *side = &p->side[s];
+        const char *before = NULL;
         side->first_group = p->n_groups;
-        before = SIZE_MAX;
         for (uint32_t i = side->first; i < side->first + side->n; i++) {
-            size_t folder = listing_folder(l, p->column[0][i] - l->base);
+            const struct listing *l = listing_of(plan, p->column[0][i]);
+            const char *folder = listing_folder(l, p->column[0][i] - l->base);
             if (folder != before) {
                 struct group *more = array_grow(p->groups, p->n_groups, 1, sizeof *more, &room,
                                                 error);
@@ -7699,73 +7778,49 @@ static int part_groups(struct part *p, lvm_error *error) {
 
 /* Parts units by their names, or their folders', then cuts them into groups. */
 static int part_split(const struct plan *plan, struct part *p, lvm_error *error) {
-    const struct listing *l = p->list[0];
-    uint8_t *of_unit = mem_alloc((size_t)p->n_units + 1, 1, error);
-    if (of_unit == NULL) return LVM_MEMORY;
-    for (uint32_t i = 0; plan->val > 0 && i < p->n_units; i++) {
-        size_t file = p->column[0][i] - l->base;
-        of_unit[i] = (uint8_t)side_of(plan->val, l->text.data + l->folders[listing_folder(l, file)],
-                                      p->kind->by_folder ? "" : listing_stem(l, file));
-    }
-    int code = part_sides(p, of_unit, error);
-    mem_free(of_unit);
-    return code == LVM_OK ? part_groups(p, error) : code;
+    int code = part_sides(plan, p, error);
+    return code == LVM_OK && p->layout == NULL ? part_groups(plan, p, error) : code;
 }
 
-/* The images of one folder or, of several, those that all of them have under one name: a row. */
+/* The images of one folder or, of several, those that all of them have under one name: a row.
+   Annotations often have another ending than their images, .png beside .jpg. */
 static int open_folders(struct plan *plan, struct part *p, const char *const *words, int n,
                         lvm_error *error) {
-    for (int c = 0; c < n; c++)
-        if ((p->list[c] = plan_list(plan, words[c], error)) == NULL) return error->code;
+    int code = plan_lists(plan, p, words, n, error);
     const struct listing *l = p->list[0];
-    int code = part_columns(p, n, l->n, error);
-    for (size_t f = 0; code == LVM_OK && f < l->n_folders; f++)
-        for (size_t i = l->first[f]; i < l->first[f + 1]; i++) {
-            int c = 1;
-            p->column[0][p->n_units] = l->base + (uint32_t)i;
-            for (; c < n; c++) {
-                const char *folder = l->text.data + l->folders[f];
-                int64_t other = listing_find(p->list[c], folder, listing_stem(l, i));
-                if (other < 0) break;
-                p->column[c][p->n_units] = p->list[c]->base + (uint32_t)other;
-            }
-            if (c == n) p->n_units++;
-            else log_fault(&plan->log, "%s/%s%s%s: has no partner in %s", l->root,
-                           l->text.data + l->folders[f],
-                           l->text.data[l->folders[f]] != 0 ? "/" : "", listing_stem(l, i),
-                           words[c]);
+    if (code == LVM_OK) code = part_columns(p, n, l->n, error);
+    for (size_t i = 0; code == LVM_OK && i < l->n; i++) {
+        const char *folder = listing_folder(l, i), *stem = listing_stem(l, i);
+        int64_t file = (int64_t)i;
+        for (int c = 0; c < n && file >= 0; c++) {
+            if (c > 0) file = listing_find(p->list[c], folder, stem);
+            p->column[c][p->n_units] = p->list[c]->base + (uint32_t)file;
+            if (file < 0)
+                log_fault(&plan->log, "%s/%s%s%s: has no partner in %s", l->root, folder,
+                          folder[0] != 0 ? "/" : "", stem, words[c]);
         }
+        p->n_units += file >= 0;
+    }
     return code == LVM_OK ? part_split(plan, p, error) : code;
 }
 
-/* Several folders, one behind the other. */
+/* Several folders, one behind the other, as if they were one; an image is of the side that its path
+   below its own folder says. */
 static int open_images(struct plan *plan, struct part *p, const char *const *words, int n,
                        lvm_error *error) {
-    size_t all = 0, at = 0;
-    for (int c = 0; c < n; c++) {
-        if ((p->list[c] = plan_list(plan, words[c], error)) == NULL) return error->code;
-        all += p->list[c]->n;
-    }
-    uint8_t *of_unit = mem_alloc(all + 1, 1, error);
-    int code = of_unit != NULL ? part_columns(p, 1, all, error) : LVM_MEMORY;
-    for (int c = 0; code == LVM_OK && c < n; c++) {
-        const struct listing *l = p->list[c];
-        for (size_t f = 0; f < l->n_folders; f++)
-            for (size_t i = l->first[f]; i < l->first[f + 1]; i++) {
-                p->column[0][at] = l->base + (uint32_t)i;
-                of_unit[at++] = (uint8_t)side_of(plan->val, l->text.data + l->folders[f],
-                                                 listing_stem(l, i));
-            }
-    }
-    p->n_units = (uint32_t)all;
-    if (code == LVM_OK) code = part_sides(p, of_unit, error);
-    mem_free(of_unit);
-    return code;
+    size_t all = 0;
+    int code = plan_lists(plan, p, words, n, error);
+    for (int c = 0; code == LVM_OK && c < n; c++) all += p->list[c]->n;
+    if (code == LVM_OK) code = part_columns(p, 1, all, error);
+    for (int c = 0; code == LVM_OK && c < n; c++)
+        for (size_t i = 0; i < p->list[c]->n; i++)
+            p->column[0][p->n_units++] = p->list[c]->base + (uint32_t)i;
+    return code == LVM_OK ? part_split(plan, p, error) : code;
 }
 
 /* ---- Visual sentences: the kinds ---- */
 
-static struct recipe whole_image(const struct part *p, int column, uint32_t unit) {
+static struct recipe whole_image(const struct part *p, int column, int64_t unit) {
     return (struct recipe){.file = p->column[column][unit]};
 }
 
@@ -7773,185 +7828,165 @@ static void draft_add(struct draft *d, struct recipe r) {
     if (d->n < MAX_LENGTH) d->images[d->n++] = r;
 }
 
-/* Unit number j of sentence i, where a pass deals out a side's units, so many a sentence; NO_FILE
+static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
+
+/* Unit number j of a sentence, where a pass deals out a side's units, so many a sentence; NO_FILE
    behind the last one of a pass, which may be short. */
-static int64_t dealt(const struct part *p, const struct side *s, int64_t i, int per, int j) {
-    int64_t sentences = ((int64_t)s->n + per - 1) / per, at = i % sentences * per + j;
-    if (at >= s->n) return NO_FILE;
-    return s->first + shuffled(p->seed, i / sentences, s->n, at);
+static int64_t dealt(const struct turn *t, int per, int j) {
+    int64_t n = t->s->n, sentences = divide_up(n, per), at = t->i % sentences * per + j;
+    if (at >= n) return NO_FILE;
+    return t->s->first + shuffled(t->p->seed, t->i / sentences, n, at);
 }
 
+/* How many times as many images go into a sentence; once at least. */
 static int per_sentence(const struct part *p, int images) {
     return p->o->length > images ? p->o->length / images : 1;
 }
 
-static int64_t divide_up(int64_t n, int64_t by) { return (n + by - 1) / by; }
-
-/* Single images: each is a sentence. */
+/* Single images. The paper: the simplest visual sentence is one image and eos (LAION's). */
 static int64_t pass_single(const struct part *p, const struct side *s) {
     (void)p;
     return s->n;
 }
 
-static void draw_single(const struct part *p, const struct side *s, int64_t i, uint64_t style,
-                        struct draft *d) {
-    (void)style;
-    draft_add(d, whole_image(p, 0, (uint32_t)dealt(p, s, i, 1, 0)));
+static void draw_single(const struct turn *t, struct draft *d) {
+    draft_add(d, whole_image(t->p, 0, dealt(t, 1, 0)));
 }
 
-/* Images and their annotations of one kind: image, annotation, image, annotation, ..., eight pairs;
-   the kind does not change within a sentence. */
+/* Images and their annotations. The paper: eight pairs of one kind of annotation make a sentence of
+   sixteen images, image, annotation, image, annotation, ...: depth, normals, edges, segmentation,
+   style, stereo, by two folders (column 1 is the other one's); boxes, people and areas drawn from
+   an annotation file (column 1 holds the image's number there); and images that annotate
+   themselves, which therefore come second: grey ones and their colours, ones with black boxes and
+   the whole, noisy ones and clear ones, in rain and without, in the dark and in light. What is done
+   to them is the same in all of a sentence: its style. */
 static int64_t pass_pairs(const struct part *p, const struct side *s) {
     return divide_up(s->n, per_sentence(p, 2));
 }
 
-static void draw_pairs(const struct part *p, const struct side *s, int64_t i, uint64_t style,
-                       struct draft *d) {
-    int per = per_sentence(p, 2);
-    (void)style;
+/* The annotation of a unit's image, which is number j in its sentence. */
+static struct recipe annotation_of(const struct turn *t, int64_t unit, int j) {
+    const struct part *p = t->p;
+    struct recipe r = whole_image(p, 0, unit);
+    r.how = (uint8_t)p->kind->how;
+    if (p->set != NULL) {
+        r.part = (uint16_t)p->number;
+        r.style = p->column[1][unit];
+    } else if (p->n_columns > 1) {
+        r.file = p->column[1][unit];
+        r.how = r.how == OUTLINES ? LABELS : AS_IT_IS;
+    } else if (r.how != GREY) { /* which has no amounts */
+        r.part = (uint16_t)p->number;
+        r.style = t->style;
+        r.place = (uint8_t)j;
+    }
+    return r;
+}
+
+static void draw_pairs(const struct turn *t, struct draft *d) {
+    int per = per_sentence(t->p, 2), spoilt = t->p->kind->how >= GREY && t->p->kind->how <= DARK;
+    int64_t unit = 0;
     d->unit = 2;
-    for (int j = 0; j < per; j++) {
-        int64_t unit = dealt(p, s, i, per, j);
-        if (unit < 0) break;
-        draft_add(d, whole_image(p, 0, (uint32_t)unit));
-        draft_add(d, whole_image(p, 1, (uint32_t)unit));
-        if (p->kind->how == LABELS) d->images[d->n - 1].how = LABELS;
+    for (int j = 0; j < per && (unit = dealt(t, per, j)) >= 0; j++) {
+        struct recipe image = whole_image(t->p, 0, unit), other = annotation_of(t, unit, j);
+        draft_add(d, spoilt ? other : image);
+        draft_add(d, spoilt ? image : other);
     }
 }
 
-/* Images that annotate themselves: grey ones and their colours, ones with holes and the whole,
-   noisy ones and clear ones, in rain and without, in the dark and in light. What is done to them is
-   the same in all of a sentence: its style. */
-static void draw_spoilt(const struct part *p, const struct side *s, int64_t i, uint64_t style,
-                        struct draft *d) {
-    int per = per_sentence(p, 2);
-    d->unit = 2;
-    for (int j = 0; j < per; j++) {
-        int64_t unit = dealt(p, s, i, per, j);
-        if (unit < 0) break;
-        struct recipe r = whole_image(p, 0, (uint32_t)unit), spoilt = r;
-        spoilt.how = (uint8_t)p->kind->how;
-        if (p->kind->how != GREY) {
-            spoilt.part = (uint16_t)p->number;
-            spoilt.style = style;
-            spoilt.place = (uint8_t)j;
-        }
-        draft_add(d, spoilt);
-        draft_add(d, r);
-    }
-}
+/* Images with several annotations. The paper: of an image and its annotations m are chosen at
+   random, and such m-tuples stand one behind the other until there are sixteen images. Here m is
+   from 2 to the number of folders, of which the image's is one. Which m and in which order is the
+   same in all of a sentence: of image, depth, normals and edges perhaps
 
-/* Images and what is drawn of them from an annotation file. Column 1 holds the image's number
-   there. */
-static void draw_drawn(const struct part *p, const struct side *s, int64_t i, uint64_t style,
-                       struct draft *d) {
-    int per = per_sentence(p, 2);
-    (void)style;
-    if (p->set == NULL) { /* segmentation by label images */
-        draw_pairs(p, s, i, style, d);
-        for (int j = 1; j < d->n; j += 2) d->images[j].how = LABELS;
-        return;
-    }
-    d->unit = 2;
-    for (int j = 0; j < per; j++) {
-        int64_t unit = dealt(p, s, i, per, j);
-        if (unit < 0) break;
-        struct recipe r = whole_image(p, 0, (uint32_t)unit), drawn = r;
-        drawn.how = (uint8_t)p->kind->how;
-        drawn.part = (uint16_t)p->number;
-        drawn.style = p->column[1][unit];
-        draft_add(d, r);
-        draft_add(d, drawn);
-    }
-}
-
-/* Images with k annotations each: for 1 < m <= k, m of the k are chosen at random, and the m-tuples
-   stand one behind the other. Which m and in which order is the same in all of a sentence; the
-   images themselves are one of the k folders. */
+       edges 1, image 1, depth 1, edges 2, image 2, depth 2, ... */
 static int64_t pass_tuples(const struct part *p, const struct side *s) {
     return divide_up((int64_t)s->n * p->n_columns, p->o->length);
 }
 
-static void draw_tuples(const struct part *p, const struct side *s, int64_t i, uint64_t style,
-                        struct draft *d) {
-    int m = 2 + (int)draw_below(style, 0, (uint32_t)p->n_columns - 1), per = per_sentence(p, m);
-    (void)i;
+static void draw_tuples(const struct turn *t, struct draft *d) {
+    const struct part *p = t->p;
+    int m = 2 + (int)draw_below(t->style, 0, (uint32_t)p->n_columns - 1), per = per_sentence(p, m);
     d->unit = m;
-    for (int j = 0; j < per && (uint32_t)j < s->n; j++) {
-        int64_t unit = s->first + shuffled(style, 1, s->n, j);
+    for (int j = 0; j < per && j < (int64_t)t->s->n; j++) {
+        int64_t unit = t->s->first + shuffled(t->style, 1, t->s->n, j);
         for (int c = 0; c < m; c++)
-            draft_add(d, whole_image(p, (int)shuffled(style, 2, p->n_columns, c), (uint32_t)unit));
+            draft_add(d, whole_image(p, (int)shuffled(t->style, 2, p->n_columns, c), unit));
     }
 }
 
-/* Images of one class one behind the other: 2, 4, 8 or 16 of a class, then as many of another,
-   until there are sixteen. */
+/* Images of one class. The paper: 2, 4, 8 or 16 of a class of ImageNet, then as many of another,
+   until there are sixteen. A class that comes again, where there are few, goes on in its own order
+   and begins anew behind its last image; one with fewer than so many images gives all it has. */
 static int64_t pass_category(const struct part *p, const struct side *s) {
     return divide_up(s->n, p->o->length);
 }
 
-static void draw_category(const struct part *p, const struct side *s, int64_t i, uint64_t style,
-                          struct draft *d) {
+static void draw_category(const struct turn *t, struct draft *d) {
+    int length = t->p->o->length, n_groups = (int)t->s->n_groups;
     uint32_t choices = 1;
-    while (choices < 4 && 4 << (choices - 1) <= p->o->length) choices++;
-    int run = 2 << draw_below(style, 0, choices);
-    (void)i;
-    for (int at = 0, block = 0; at < p->o->length; at += run, block++) {
-        uint32_t class_number = s->first_group + (uint32_t)shuffled(style, 1, s->n_groups,
-                                                                    block % (int)s->n_groups);
-        const struct group *g = &p->groups[class_number];
-        int64_t from = (int64_t)(block / (int)s->n_groups) * run;
-        for (int k = 0; k < run && (uint32_t)k < g->n && at + k < p->o->length; k++)
-            draft_add(d, whole_image(p, 0, g->first + (uint32_t)shuffled(
-                                                style ^ class_number, 2, g->n, (from + k) % g->n)));
+    while (choices < 4 && 4 << (choices - 1) <= length) choices++;
+    int run = 2 << draw_below(t->style, 0, choices);
+    for (int at = 0, block = 0; at < length; at += run, block++) {
+        uint64_t number = t->s->first_group + (uint64_t)shuffled(t->style, 1, n_groups,
+                                                                 block % n_groups);
+        const struct group *g = &t->p->groups[number];
+        int64_t from = (int64_t)(block / n_groups) * run;
+        for (int k = 0; k < run && (uint32_t)k < g->n && at + k < length; k++) {
+            int64_t image = shuffled(t->style ^ number, 2, g->n, (from + k) % g->n);
+            draft_add(d, whole_image(t->p, 0, g->first + image));
+        }
     }
 }
 
-/* Views of an object, 24 of a turn in steps of 15 degrees: sixteen in order from a random start,
-   either way round. */
+/* Views of an object. The paper: of each object of Objaverse 24 views in steps of 15 degrees, at
+   one distance and elevation. Sixteen of them in order from a random start, either way round. */
 static int64_t pass_views(const struct part *p, const struct side *s) {
     (void)p;
     return s->n_groups;
 }
 
-static void draw_views(const struct part *p, const struct side *s, int64_t i, uint64_t style,
-                       struct draft *d) {
-    int64_t at = shuffled(p->seed, i / s->n_groups, s->n_groups, i % s->n_groups);
-    const struct group *g = &p->groups[s->first_group + at];
-    uint32_t start = draw_below(style, 0, g->n), way = draw_below(style, 1, 2) ? 1 : g->n - 1;
-    int n = (int)min64(p->o->length, g->n);
-    for (int k = 0; k < n; k++)
-        draft_add(d, whole_image(p, 0, g->first + (uint32_t)((start + (uint64_t)k * way) % g->n)));
-    d->unit = n;
+static void draw_views(const struct turn *t, struct draft *d) {
+    int64_t n_groups = t->s->n_groups,
+            at = shuffled(t->p->seed, t->i / n_groups, n_groups, t->i % n_groups);
+    const struct group *g = &t->p->groups[t->s->first_group + at];
+    uint32_t start = draw_below(t->style, 0, g->n),
+             way = draw_below(t->style, 1, 2) ? 1 : g->n - 1; /* g->n - 1: one back */
+    d->unit = (int)min64(t->p->o->length, g->n);
+    for (int k = 0; k < d->unit; k++)
+        draft_add(d, whole_image(t->p, 0, g->first + (start + (uint64_t)k * way) % g->n));
 }
 
-/* Windows of a video: frames at strides of 10, 20 and 30. One that is too short for a whole window
-   of any stride gives one of the smallest, if that has four frames. */
-static int64_t windows_at(const struct part *p, uint32_t frames, int length, int stride) {
-    int64_t span = (int64_t)(length - 1) * stride + 1,
-            hop = p->o->hop > 0 ? p->o->hop : (int64_t)length * stride;
-    return frames < span ? 0 : (frames - span) / hop + 1;
-}
+/* Videos. The paper: sixteen frames at a stride of 10, 20 or 30, for neighbouring frames hardly
+   differ. A window is such a row of frames; without --hop one begins where the one before it ends:
 
-static int smallest_stride(const struct part *p) {
-    int least = p->o->strides[0];
-    for (int i = 1; i < p->o->n_strides; i++)
-        if (p->o->strides[i] < least) least = p->o->strides[i];
-    return least;
-}
+       frames     0 1 2 3 4 5 6 7 8 9 ...       four images at a stride of 2
+       window 0   #   #   #   #
+       window 1                   #   # ...     with --hop 2 it would begin at frame 2 */
+struct window {
+    int64_t start;
+    int stride, n; /* frames from image to image; images */
+};
 
-static int frames_at_least(uint32_t frames, int stride) { return ((int)frames - 1) / stride + 1; }
-
-static int64_t count_windows(const struct part *p, uint32_t frames, int length) {
+/* How many windows a video of so many frames has, those of one stride behind those of another; the
+   one of number w in *out. A video that is too short for a whole one of any stride gives one of the
+   smallest, if that has four images: *out then, also where it has fewer. */
+static int64_t find_window(const struct part *p, uint32_t frames, int64_t w, struct window *out) {
+    int n = per_sentence(p, p->n_columns), least = INT_MAX; /* half as many, each with annotation */
     int64_t all = 0;
-    for (int i = 0; i < p->o->n_strides; i++)
-        all += windows_at(p, frames, length, p->o->strides[i]);
-    int fewest = length < 4 ? length : 4;
-    return all == 0 && frames_at_least(frames, smallest_stride(p)) >= fewest ? 1 : all;
+    for (int i = 0; i < p->o->n_strides; i++) {
+        int stride = p->o->strides[i];
+        int64_t span = (int64_t)(n - 1) * stride + 1,
+                hop = p->o->hop > 0 ? p->o->hop : (int64_t)n * stride,
+                here = frames < span ? 0 : (frames - span) / hop + 1;
+        if (w >= all && w < all + here) *out = (struct window){(w - all) * hop, stride, n};
+        all += here;
+        if (stride < least) least = stride;
+    }
+    if (all > 0) return all;
+    *out = (struct window){0, least, (int)min64(n, (frames - 1) / (uint32_t)least + 1)};
+    return out->n >= min64(n, 4);
 }
-
-/* Frames of a sentence: half of it where each has an annotation. */
-static int window_length(const struct part *p) { return per_sentence(p, p->n_columns); }
 
 static int open_video(struct plan *plan, struct part *p, const char *const *words, int n,
                       lvm_error *error) {
@@ -7960,15 +7995,15 @@ static int open_video(struct plan *plan, struct part *p, const char *const *word
     p->windows = mem_alloc((size_t)p->n_groups + 1, sizeof *p->windows, error);
     if (p->windows == NULL) return LVM_MEMORY;
     for (uint32_t g = 0; g < p->n_groups; g++) {
-        uint32_t frames = p->groups[g].n;
-        int64_t windows = count_windows(p, frames, window_length(p));
+        struct window some;
+        int64_t windows = find_window(p, p->groups[g].n, 0, &some);
         p->windows[g + 1] = p->windows[g] + (uint64_t)windows;
         if (windows > 0) continue;
         char path[4200];
         file_path(plan, p->column[0][p->groups[g].first], path, sizeof path);
         *(char *)os_file_name(path) = 0;
-        log_fault(&plan->log, "%s: too short, %u frames at a stride of %d", path, frames,
-                  smallest_stride(p));
+        log_fault(&plan->log, "%s: too short, %u frames at a stride of %d", path, p->groups[g].n,
+                  some.stride);
     }
     return LVM_OK;
 }
@@ -7977,43 +8012,22 @@ static int64_t pass_video(const struct part *p, const struct side *s) {
     return (int64_t)(p->windows[s->first_group + s->n_groups] - p->windows[s->first_group]);
 }
 
-/* Window number w of a group: its frames, into units[length]; returns how many. */
-static int window_units(const struct part *p, const struct group *g, int64_t w, uint32_t *units) {
-    int length = window_length(p), stride = smallest_stride(p), i = 0;
-    int64_t start = 0, here = 0;
-    for (; i < p->o->n_strides; i++) {
-        here = windows_at(p, g->n, length, p->o->strides[i]);
-        if (w < here) break;
-        w -= here;
+/* Videos with annotations. The paper has both ways: interleaved, frame, annotation, frame,
+   annotation, ..., and grouped, all frames, then all annotations; half each, or as --order says. */
+static void draw_video(const struct turn *t, struct draft *d) {
+    const struct part *p = t->p;
+    const uint64_t *windows = p->windows + t->s->first_group;
+    int64_t all = pass_video(p, t->s);
+    uint64_t at = windows[0] + (uint64_t)shuffled(p->seed, t->i / all, all, t->i % all);
+    size_t number = interval_of(windows, t->s->n_groups, at);
+    const struct group *g = &p->groups[t->s->first_group + number];
+    struct window w = {0, 1, 0};
+    find_window(p, g->n, (int64_t)(at - windows[number]), &w);
+    int grouped = p->o->order == 2 ? (int)(t->i & 1) : p->o->order, k = p->n_columns;
+    for (int j = 0; j < w.n * k; j++) {
+        int frame = grouped ? j % w.n : j / k, column = grouped ? j / w.n : j % k;
+        draft_add(d, whole_image(p, column, g->first + w.start + (int64_t)frame * w.stride));
     }
-    if (i < p->o->n_strides) {
-        stride = p->o->strides[i];
-        start = w * (p->o->hop > 0 ? p->o->hop : (int64_t)length * stride);
-    } else {
-        length = (int)min64(length, frames_at_least(g->n, stride));
-    }
-    for (int k = 0; k < length; k++) units[k] = g->first + (uint32_t)(start + (int64_t)k * stride);
-    return length;
-}
-
-/* Sequences with annotations, both ways: interleaved, frame, annotation, frame, annotation, ...,
-   and grouped, all frames, then all annotations; half each, or as --order says. */
-static void draw_video(const struct part *p, const struct side *s, int64_t i, uint64_t style,
-                       struct draft *d) {
-    uint32_t units[MAX_LENGTH], low = s->first_group, high = low + s->n_groups;
-    int64_t all = pass_video(p, s);
-    uint64_t w = p->windows[low] + (uint64_t)shuffled(p->seed, i / all, all, i % all);
-    int grouped = p->o->order == 2 ? (int)(i & 1) : p->o->order, k = p->n_columns;
-    (void)style;
-    while (high - low > 1) {
-        uint32_t middle = low + (high - low) / 2;
-        if (p->windows[middle] <= w) low = middle;
-        else high = middle;
-    }
-    int n = window_units(p, &p->groups[low], (int64_t)(w - p->windows[low]), units);
-    for (int j = 0; j < n * k; j++)
-        draft_add(d, grouped ? whole_image(p, j / n, units[j % n])
-                             : whole_image(p, j % k, units[j / k]));
     d->unit = d->n;
 }
 
@@ -8024,13 +8038,53 @@ static void draw_video(const struct part *p, const struct side *s, int64_t i, ui
    lines and those that begin with # are passed over. So sentences without end, Raven's matrices,
    say, come of a few images. */
 
+/* A line's images: n files from number `first` on, the last ones of which are answers. */
+struct layout_row {
+    uint64_t first;
+    uint32_t n, answers;
+};
+
 struct layout {
-    uint32_t *files;                  /* of all lines */
-    size_t n_files, room, line_room, answer_room;
-    uint64_t *starts;                 /* [n + 1] */
-    uint8_t *answers;                 /* [n]: the last ones of a line */
+    struct buffer kept[2];
+    uint32_t *files;         /* of all lines, in kept[0] */
+    struct layout_row *rows; /* [n], in kept[1] */
     size_t n;
 };
+
+static void layout_free(struct layout *y) {
+    if (y == NULL) return;
+    mem_free(y->kept[0].data);
+    mem_free(y->kept[1].data);
+    mem_free(y);
+}
+
+/* A text that people write: lines, of which blank ones and those that begin with # say nothing. */
+struct plain_text {
+    char *data, *at;
+    int number; /* of the line at hand, from 1 */
+};
+
+static int text_open(struct plain_text *t, const char *path, const char *what, lvm_error *error) {
+    uint8_t *data = NULL;
+    size_t size = 0;
+    int code = read_file(path, &data, &size, error);
+    *t = (struct plain_text){(char *)data, (char *)data, 0};
+    if (code == LVM_OK && memchr(data, 0, size) != NULL)
+        code = fail(error, LVM_FORMAT, "%s: zero bytes: a %s is text", path, what);
+    return code;
+}
+
+/* The next line, which ends with a zero then; NULL behind the last. */
+static char *text_line(struct plain_text *t) {
+    while (*t->at != 0) {
+        char *line = t->at, *end = line + strcspn(line, "\n");
+        t->at = *end != 0 ? end + 1 : end;
+        *end = 0;
+        t->number++;
+        if (line[strspn(line, " \t\r")] != 0 && line[0] != '#') return line;
+    }
+    return NULL;
+}
 
 /* Cuts a line into words, which it ends with zeros; returns how many, or -1: too many, or a " that
    does not end. */
@@ -8047,46 +8101,16 @@ static int split_words(char *line, char **words, int most) {
     return n;
 }
 
-static void layout_free(struct layout *y) {
-    if (y == NULL) return;
-    mem_free(y->files);
-    mem_free(y->starts);
-    mem_free(y->answers);
-    mem_free(y);
-}
-
-/* One more line of n images. */
-static int layout_add(struct layout *y, const uint32_t *files, int n, int answers,
-                      lvm_error *error) {
-    uint32_t *more = array_grow(y->files, y->n_files, (size_t)n, sizeof *more, &y->room, error);
-    if (more == NULL) return LVM_MEMORY;
-    y->files = more;
-    size_t kept = y->starts != NULL ? y->n + 1 : 0; /* the first is 0 */
-    uint64_t *starts = array_grow(y->starts, kept, 2, sizeof *starts, &y->line_room, error);
-    if (starts == NULL) return LVM_MEMORY;
-    y->starts = starts;
-    uint8_t *marks = array_grow(y->answers, y->n, 1, 1, &y->answer_room, error);
-    if (marks == NULL) return LVM_MEMORY;
-    y->answers = marks;
-    memcpy(y->files + y->n_files, files, (size_t)n * sizeof *files);
-    y->n_files += (size_t)n;
-    y->answers[y->n++] = (uint8_t)answers;
-    y->starts[y->n] = y->n_files;
-    return LVM_OK;
-}
-
 /* Reads a line; a faulty one is logged and left out. */
 static int layout_line(struct plan *plan, const struct listing *l, struct layout *y,
                        const char *path, int number, char *line, lvm_error *error) {
-    char *words[MAX_LENGTH + 1];
+    char *words[MAX_LENGTH + 1], shown[256];
     uint32_t files[MAX_LENGTH + 1];
-    int n = 0, first_answer = -1, all = split_words(line, words, MAX_LENGTH + 1);
-    for (int i = 0; i < all; i++) {
+    int n = split_words(line, words, MAX_LENGTH + 1), answers = 0;
+    for (int i = 0; i < n; i++) {
         int is_answer = words[i][0] == '*';
-        char shown[256];
         snprintf(shown, sizeof shown, "%s", words[i] + is_answer);
-        if (is_answer && first_answer < 0) first_answer = n;
-        if (!is_answer && first_answer >= 0) {
+        if (!is_answer && answers > 0) {
             log_fault(&plan->log, "%s: line %d: %s stands behind an answer", path, number, shown);
             return LVM_OK;
         }
@@ -8095,14 +8119,21 @@ static int layout_line(struct plan *plan, const struct listing *l, struct layout
             log_fault(&plan->log, "%s: line %d: %s: is not in %s", path, number, shown, l->root);
             return LVM_OK;
         }
-        files[n++] = l->base + (uint32_t)file;
+        files[i] = l->base + (uint32_t)file;
+        answers += is_answer;
     }
-    if (n == 0 || n > MAX_LENGTH) {
+    if (n <= 0 || n > MAX_LENGTH) {
         log_fault(&plan->log, "%s: line %d: no sentence of 1 to %d images", path, number,
                   MAX_LENGTH);
         return LVM_OK;
     }
-    return layout_add(y, files, n, first_answer < 0 ? 0 : n - first_answer, error);
+    struct layout_row row = {y->kept[0].n / sizeof *files, (uint32_t)n, (uint32_t)answers};
+    int code = buffer_add(&y->kept[0], files, (size_t)n * sizeof *files, error);
+    if (code == LVM_OK) code = buffer_add(&y->kept[1], &row, sizeof row, error);
+    y->files = (uint32_t *)(void *)y->kept[0].data;
+    y->rows = (struct layout_row *)(void *)y->kept[1].data;
+    y->n += code == LVM_OK;
+    return code;
 }
 
 /* The folder that a file lies in, in out[room]: "" for the working directory. */
@@ -8111,71 +8142,65 @@ static void folder_of(const char *path, char *out, size_t room) {
     snprintf(out, room, "%.*s", (int)(n > 1 ? n - 1 : n), path);
 }
 
-/* layout FILE [FOLDER]: the images are in FOLDER or beside the file. */
+/* layout FILE [FOLDER]: the images are in FOLDER or beside the file. A unit is a line. */
 static int open_layout(struct plan *plan, struct part *p, const char *const *words, int n,
                        lvm_error *error) {
     char folder[4200];
-    uint8_t *text = NULL, *of_unit = NULL;
-    size_t size = 0;
+    struct plain_text text;
     folder_of(words[0], folder, sizeof folder);
-    int code = read_file(words[0], &text, &size, error), number = 0;
-    if (code != LVM_OK) return code;
-    p->layout = mem_alloc(1, sizeof *p->layout, error);
+    int code = text_open(&text, words[0], "layout", error);
     const char *images = n > 1 ? words[1] : folder[0] != 0 ? folder : ".";
-    p->list[0] = p->layout != NULL ? plan_list(plan, images, error) : NULL;
-    code = p->list[0] != NULL ? LVM_OK : error->code;
-    if (code == LVM_OK && memchr(text, 0, size) != NULL)
-        code = fail(error, LVM_FORMAT, "%s: zero bytes: a layout is text", words[0]);
-    for (char *line = (char *)text, *end; code == LVM_OK && *line != 0; line = end) {
-        end = line + strcspn(line, "\n");
-        if (*end != 0) *end++ = 0;
-        number++;
-        if (line[strspn(line, " \t\r")] != 0 && line[0] != '#')
-            code = layout_line(plan, p->list[0], p->layout, words[0], number, line, error);
-    }
-    mem_free(text);
-    if (code != LVM_OK) return code;
-    p->n_units = (uint32_t)p->layout->n;
-    of_unit = mem_alloc((size_t)p->n_units + 1, 1, error);
-    code = of_unit != NULL ? part_columns(p, 1, p->n_units, error) : LVM_MEMORY;
-    for (uint32_t i = 0; code == LVM_OK && i < p->n_units; i++) {
-        const struct listing *l = p->list[0];
+    if (code == LVM_OK) code = plan_lists(plan, p, &images, 1, error);
+    if (code == LVM_OK && (p->layout = mem_alloc(1, sizeof *p->layout, error)) == NULL)
+        code = LVM_MEMORY;
+    for (char *line; code == LVM_OK && (line = text_line(&text)) != NULL;)
+        code = layout_line(plan, p->list[0], p->layout, words[0], text.number, line, error);
+    mem_free(text.data);
+    if (code == LVM_OK) p->n_units = (uint32_t)p->layout->n;
+    if (code == LVM_OK) code = part_columns(p, 1, p->n_units, error);
+    for (uint32_t i = 0; code == LVM_OK && i < p->n_units; i++) p->column[0][i] = i;
+    return code == LVM_OK ? part_split(plan, p, error) : code;
+}
+
+static void draw_layout(const struct turn *t, struct draft *d) {
+    const struct layout *y = t->p->layout;
+    const struct layout_row *row = &y->rows[t->p->column[0][dealt(t, 1, 0)]];
+    for (uint32_t i = 0; i < row->n; i++)
+        draft_add(d, (struct recipe){.file = y->files[row->first + i]});
+    d->unit = d->n;
+    d->answers = t->p->o->decide > 1 ? (int)row->answers : 0;
+}
+
+static uint64_t unit_hash(const struct plan *plan, const struct part *p, uint32_t unit) {
+    if (p->layout != NULL) {
+        const struct layout_row *row = &p->layout->rows[unit];
         uint64_t h = 2;
-        for (uint64_t at = p->layout->starts[i]; at < p->layout->starts[i + 1]; at++) {
-            const char *stem = listing_stem(l, p->layout->files[at] - l->base);
+        for (uint32_t i = 0; i < row->n; i++) {
+            const struct listing *l = p->list[0];
+            const char *stem = listing_stem(l, p->layout->files[row->first + i] - l->base);
             h = hash_bytes(h, stem, strlen(stem));
         }
-        p->column[0][i] = i;
-        of_unit[i] = (double)(mix64(h) >> 11) * 0x1p-53 < plan->val;
+        return h;
     }
-    if (code == LVM_OK) code = part_sides(p, of_unit, error);
-    mem_free(of_unit);
-    return code;
+    const struct listing *l = listing_of(plan, p->column[0][unit]);
+    size_t i = p->column[0][unit] - l->base;
+    const char *folder = listing_folder(l, i), *stem = p->kind->by_folder ? "" : listing_stem(l, i);
+    return hash_bytes(hash_bytes(1, folder, strlen(folder)), stem, strlen(stem));
 }
 
-static void draw_layout(const struct part *p, const struct side *s, int64_t i, uint64_t style,
-                        struct draft *d) {
-    const struct layout *y = p->layout;
-    uint32_t line = p->column[0][dealt(p, s, i, 1, 0)];
-    (void)style;
-    for (uint64_t at = y->starts[line]; at < y->starts[line + 1]; at++)
-        draft_add(d, (struct recipe){.file = y->files[at]});
-    d->unit = d->n;
-    d->answers = p->o->decide > 1 ? y->answers[line] : 0;
-}
-
-/* Where the choices branch: rows[n][T] are the tokens of all images, sorted, and row `at` is an
-   answer. Token p of it decides where another image begins with the same p tokens and goes on with
-   another: p is the length of what both begin with. Sorted, that can only fall as one goes away. */
-static void mark_decisions(const uint16_t *rows, size_t n, size_t T, size_t at, uint8_t weight,
-                           uint8_t *weights) {
+/* Where the choices branch: rows[n][1 + T] are the tokens of all images, each behind T itself,
+   sorted, and `row` those of an answer, which belongs in front of number `at` of them. A token of
+   it decides where an image begins with the same tokens and goes on with another: behind what both
+   begin with. Sorted, that can only become shorter as one goes away. */
+static void mark_decisions(const uint16_t *rows, size_t n, size_t T, const uint16_t *row, size_t at,
+                           uint8_t weight, uint8_t *weights) {
     for (int way = -1; way <= 1; way += 2) {
-        size_t common = T;
-        for (size_t other = at + (size_t)way; other < n && common > 0; other += (size_t)way) {
-            size_t p = 0;
-            while (p < common && rows[other * T + p] == rows[at * T + p]) p++;
+        size_t common = 1 + T; /* with T in front, which all begin with */
+        for (size_t i = way < 0 ? at - 1 : at; i < n && common > 1; i += (size_t)way) {
+            size_t p = 1;
+            while (p < common && rows[i * (1 + T) + p] == row[p]) p++;
             common = p;
-            if (p < T) weights[p] = weight;
+            if (p <= T) weights[p - 1] = weight;
         }
     }
 }
@@ -8192,12 +8217,9 @@ static void mark_decisions(const uint16_t *rows, size_t n, size_t T, size_t at, 
    The file is mapped and read once, front to back: 32 bytes an image and 64 an annotation are kept,
    of outlines and key points only where they stand; they are read when they are drawn. So a file of
    364 MB with 860,000 annotations, as COCO's are, takes 80 MB of memory beside the file's own
-   pages, and some seconds; any size that can be mapped will do. A segmentation is a list
-   of polygons [x, y, x, y, ...], or {"size": [height, width], "counts": ...}: lengths of runs down
-   the columns, outside and inside in turn, as numbers or in COCO's text. Text: groups of five bits,
-   lowest first, in characters from '0' on; bit 5 says that more follow, the last one's bit 4 is the
-   sign; from the fourth number on it is the difference to the one before last. */
+   pages, and some seconds; any size that can be mapped will do. */
 
+/* Numbers of JSON are doubles, ids too: whole ones are exact up to 2^53. */
 struct outline {
     double image, category;      /* ids; then the image's and the category's number */
     float box[4];
@@ -8214,168 +8236,90 @@ struct drawn_image {
 struct annotations {
     const char *path;
     void *data;                  /* mapped[size] */
-    size_t size, n_images, image_room, n_shapes, shape_room, n_categories, category_room;
+    size_t size, n_images, n_shapes, n_categories;
     struct drawn_image *images;  /* in the order of their ids */
-    struct outline *shapes;        /* in that of their images */
+    struct outline *shapes;      /* in that of their images */
     double *categories;          /* ids, ascending */
+    struct buffer kept[3];       /* where these three lie */
     struct fault_log *log;
     const struct listing *list;
 };
 
-/* A number; NaN and Infinity are none. */
-static double json_number(struct json *j) {
-    char text[64] = "";
-    json_peek(j);
-    size_t n = number_end(j, j->at) - j->at;
-    if (n == 0 || n >= sizeof text) {
-        json_fail(j, "a number should stand here");
-        return 0;
+/* A member of an object: which of the names in "a|b|..." it has, its value being next; or -1, and
+   the value was passed over. */
+static int json_member_of(struct json *j, const char *names) {
+    char *name = json_string(j);
+    int i = name != NULL ? word_index(names, name) : -1;
+    mem_free(name);
+    json_want(j, ':', "a key lacks its :");
+    if (i < 0) json_skip(j, JSON_DEPTH);
+    return j->code == LVM_OK ? i : -1;
+}
+
+/* The file of an image that is named by its path below the folder, or by the last part of it. */
+static int64_t find_drawn(const struct annotations *a, const char *name) {
+    char path[4200];
+    int64_t file = NO_FILE;
+    for (const char *part = name; file < 0 && part != NULL;) {
+        const char *slash = strrchr(part, '/');
+        snprintf(path, sizeof path, "%s", part);
+        file = listing_find_path(a->list, path);
+        part = slash != NULL ? slash + 1 : NULL;
     }
-    memcpy(text, j->s + j->at, n);
-    j->at += n;
-    double v = strtod(text, NULL);
-    if (!isfinite(v)) json_fail(j, "a number is too large");
-    return v;
+    if (file >= 0) return file + a->list->base;
+    log_fault(a->log, "%s: image \"%.255s\" is not in %s", a->path, name, a->list->root);
+    return NO_FILE;
 }
 
-/* The elements of an array, each of which fn reads. */
-static void json_array(struct json *j, void (*fn)(struct json *j, void *arg), void *arg) {
-    json_want(j, '[', "an array should stand here");
-    if (j->code != LVM_OK || json_take(j, ']')) return;
-    do fn(j, arg);
-    while (j->code == LVM_OK && json_more(j, ']'));
-}
-
-/* The members of an object: fn reads the value of each that has one of the names in "a|b|...",
-   whose number it is told; others are passed over. */
-static void json_object(struct json *j, const char *names, void (*fn)(struct json *j, int name,
-                                                                      void *arg), void *arg) {
-    json_want(j, '{', "an object should stand here");
-    if (j->code != LVM_OK || json_take(j, '}')) return;
-    do {
-        char *name = json_string(j);
-        int i = name != NULL ? word_index(names, name) : -1;
+static void read_image(struct json *j, struct annotations *a) {
+    struct drawn_image image = {NAN, NO_FILE, 0, 0};
+    char *name = NULL;
+    for (int more = json_object(j); more; more = json_more(j, '}')) {
+        int key = json_member_of(j, "id|file_name");
+        if (key == 0) image.id = json_number(j);
+        if (key != 1) continue;
         mem_free(name);
-        json_want(j, ':', "a key lacks its :");
-        if (i >= 0 && j->code == LVM_OK) fn(j, i, arg);
-        else json_skip(j, JSON_DEPTH);
-    } while (j->code == LVM_OK && json_more(j, '}'));
-}
-
-struct reading_image {
-    struct drawn_image image;
-    char *name;
-};
-
-static void read_image_member(struct json *j, int name, void *arg) {
-    struct reading_image *r = arg;
-    if (name == 0) {
-        r->image.id = json_number(j);
-    } else {
-        mem_free(r->name);
-        r->name = json_string(j);
+        name = json_string(j);
     }
-}
-
-/* An image by its name below the folder, or by the last part of it. */
-static void read_image(struct json *j, void *arg) {
-    struct annotations *a = arg;
-    struct reading_image r = {{NAN, NO_FILE, 0, 0}, NULL};
-    json_object(j, "id|file_name", read_image_member, &r);
-    if (j->code == LVM_OK && (isnan(r.image.id) || r.name == NULL))
-        json_fail(j, "an image lacks \"id\" or \"file_name\"");
-    struct drawn_image *more = j->code != LVM_OK ? NULL
-                               : array_grow(a->images, a->n_images, 1, sizeof *more,
-                                            &a->image_room, j->error);
-    if (more == NULL) {
-        if (j->code == LVM_OK) j->code = LVM_MEMORY;
-        mem_free(r.name);
-        return;
-    }
-    char shown[256];
-    snprintf(shown, sizeof shown, "%s", r.name);
-    const char *slash = strrchr(shown, '/');
-    r.image.file = listing_find_path(a->list, r.name);
-    if (r.image.file < 0 && slash != NULL) {
-        char last[256];
-        snprintf(last, sizeof last, "%s", slash + 1);
-        r.image.file = listing_find_path(a->list, last);
-    }
-    if (r.image.file < 0)
-        log_fault(a->log, "%s: image \"%s\" is not in %s", a->path, shown, a->list->root);
-    else
-        r.image.file += a->list->base;
-    a->images = more;
-    a->images[a->n_images++] = r.image;
-    mem_free(r.name);
+    if (isnan(image.id) || name == NULL) json_fail(j, "an image lacks \"id\" or \"file_name\"");
+    if (j->code == LVM_OK) image.file = find_drawn(a, name);
+    json_keep(j, &a->kept[0], &image, sizeof image);
+    mem_free(name);
 }
 
 static void read_box(struct json *j, float *box) {
-    json_want(j, '[', "a box should stand here");
+    double v[4] = {0, 0, 0, 0};
+    json_numbers(j, v, 4, "a box should stand here, an array of four numbers");
     for (int i = 0; i < 4; i++) {
-        if (i > 0) json_want(j, ',', "a box has four numbers");
-        box[i] = (float)json_number(j);
+        box[i] = (float)v[i];
         if (!isfinite(box[i])) json_fail(j, "a number is too large");
     }
-    json_want(j, ']', "a box has four numbers");
 }
 
-static void read_shape_member(struct json *j, int name, void *arg) {
-    struct outline *s = arg;
-    if (name == 0) s->image = json_number(j);
-    else if (name == 1) s->category = json_number(j);
-    else if (name == 2) read_box(j, s->box);
-    else if (name == 5) s->crowd = json_number(j) > 0;
-    else {
+/* Of an outline and key points only the place; the file stays mapped. */
+static void read_shape(struct json *j, struct annotations *a) {
+    struct outline s = {.image = NAN, .category = NAN, .at = j->at};
+    for (int more = json_object(j); more; more = json_more(j, '}')) {
+        int key = json_member_of(j, "image_id|category_id|bbox|iscrowd|segmentation|keypoints");
+        if (key == 0) s.image = json_number(j);
+        if (key == 1) s.category = json_number(j);
+        if (key == 2) read_box(j, s.box);
+        if (key == 3) s.crowd = json_number(j) > 0;
+        if (key < 4) continue;
         json_peek(j);
-        if (name == 3) s->outline = j->at;
-        else s->points = j->at;
+        *(key == 4 ? &s.outline : &s.points) = j->at;
         json_skip(j, JSON_DEPTH);
     }
+    if (isnan(s.image)) json_fail(j, "an annotation lacks \"image_id\"");
+    json_keep(j, &a->kept[1], &s, sizeof s);
 }
 
-static void read_shape(struct json *j, void *arg) {
-    struct annotations *a = arg;
-    struct outline s = {.image = NAN, .category = NAN, .at = j->at};
-    json_object(j, "image_id|category_id|bbox|segmentation|keypoints|iscrowd", read_shape_member,
-                &s);
-    if (j->code == LVM_OK && isnan(s.image)) json_fail(j, "an annotation lacks \"image_id\"");
-    struct outline *more = j->code != LVM_OK ? NULL : array_grow(a->shapes, a->n_shapes, 1,
-                                                               sizeof *more, &a->shape_room,
-                                                               j->error);
-    if (more == NULL) {
-        if (j->code == LVM_OK) j->code = LVM_MEMORY;
-        return;
-    }
-    a->shapes = more;
-    a->shapes[a->n_shapes++] = s;
-}
-
-static void read_category_member(struct json *j, int name, void *arg) {
-    (void)name;
-    *(double *)arg = json_number(j);
-}
-
-static void read_category(struct json *j, void *arg) {
-    struct annotations *a = arg;
+static void read_category(struct json *j, struct annotations *a) {
     double id = NAN;
-    json_object(j, "id", read_category_member, &id);
-    if (j->code == LVM_OK && isnan(id)) json_fail(j, "a category lacks \"id\"");
-    double *more = j->code != LVM_OK ? NULL : array_grow(a->categories, a->n_categories, 1,
-                                                         sizeof *more, &a->category_room,
-                                                         j->error);
-    if (more == NULL) {
-        if (j->code == LVM_OK) j->code = LVM_MEMORY;
-        return;
-    }
-    a->categories = more;
-    a->categories[a->n_categories++] = id;
-}
-
-static void read_annotations(struct json *j, int name, void *arg) {
-    static void (*const readers[3])(struct json *, void *) = {read_image, read_shape,
-                                                              read_category};
-    json_array(j, readers[name], arg);
+    for (int more = json_object(j); more; more = json_more(j, '}'))
+        if (json_member_of(j, "id") == 0) id = json_number(j);
+    if (isnan(id)) json_fail(j, "a category lacks \"id\"");
+    json_keep(j, &a->kept[2], &id, sizeof id);
 }
 
 static int compare_doubles(const void *a, const void *b) {
@@ -8383,17 +8327,22 @@ static int compare_doubles(const void *a, const void *b) {
     return (*x > *y) - (*x < *y);
 }
 
+/* By ids, with which both begin. */
 static int compare_drawn(const void *a, const void *b) {
     const struct drawn_image *x = a, *y = b;
-    return x->id > y->id ? 1 : x->id < y->id ? -1 : (x->file > y->file) - (x->file < y->file);
+    int order = compare_doubles(a, b);
+    return order != 0 ? order : (x->file > y->file) - (x->file < y->file);
 }
 
 /* By images, then in the order of the file. */
 static int compare_shapes(const void *a, const void *b) {
     const struct outline *x = a, *y = b;
-    return x->image > y->image ? 1 : x->image < y->image ? -1 : (x->at > y->at) - (x->at < y->at);
+    int order = compare_doubles(a, b);
+    return order != 0 ? order : (x->at > y->at) - (x->at < y->at);
 }
 
+/* The first of n sorted elements, whose ids lie `stride` doubles apart, that has this id; n: none
+   has it. */
 static size_t find_id(const double *ids, size_t n, size_t stride, double id) {
     size_t low = 0, high = n;
     while (low < high) {
@@ -8404,18 +8353,15 @@ static size_t find_id(const double *ids, size_t n, size_t stride, double id) {
     return low < n && ids[low * stride] <= id ? low : n;
 }
 
-/* Sorts images and their shapes, in place of whose ids their numbers stand then. */
-static void connect_annotations(struct annotations *a) {
-    const size_t stride = sizeof *a->images / sizeof(double);
-    size_t kept = 0;
-    if (a->n_images > 0) qsort(a->images, a->n_images, sizeof *a->images, compare_drawn);
-    if (a->n_categories > 0)
-        qsort(a->categories, a->n_categories, sizeof *a->categories, compare_doubles);
+/* Puts numbers in place of ids: a shape's image is one of the sorted images then. Only now, for the
+   file may have them in any order. */
+static void number_shapes(struct annotations *a) {
+    size_t kept = 0, stride = sizeof *a->images / sizeof(double);
     for (size_t i = 0; i < a->n_shapes; i++) {
         struct outline s = a->shapes[i];
-        size_t image = a->n_images > 0 ? find_id(&a->images[0].id, a->n_images, stride, s.image)
-                                       : a->n_images;
-        size_t category = find_id(a->categories, a->n_categories, 1, s.category);
+        size_t image = a->n_images,
+               category = find_id(a->categories, a->n_categories, 1, s.category);
+        if (image > 0) image = find_id(&a->images[0].id, a->n_images, stride, s.image);
         if (image == a->n_images) {
             log_fault(a->log, "%s: an annotation of an unknown image, %.17g", a->path, s.image);
             continue;
@@ -8425,10 +8371,24 @@ static void connect_annotations(struct annotations *a) {
         a->shapes[kept++] = s;
     }
     a->n_shapes = kept;
-    if (kept > 0) qsort(a->shapes, kept, sizeof *a->shapes, compare_shapes);
+}
+
+/* Sorts what was read, and gives each image its shapes. */
+static void connect_annotations(struct annotations *a) {
+    a->images = (struct drawn_image *)(void *)a->kept[0].data;
+    a->shapes = (struct outline *)(void *)a->kept[1].data;
+    a->categories = (double *)(void *)a->kept[2].data;
+    a->n_images = a->kept[0].n / sizeof *a->images;
+    a->n_shapes = a->kept[1].n / sizeof *a->shapes;
+    a->n_categories = a->kept[2].n / sizeof *a->categories;
+    if (a->n_images > 0) qsort(a->images, a->n_images, sizeof *a->images, compare_drawn);
+    if (a->n_categories > 0)
+        qsort(a->categories, a->n_categories, sizeof *a->categories, compare_doubles);
+    number_shapes(a);
+    if (a->n_shapes > 0) qsort(a->shapes, a->n_shapes, sizeof *a->shapes, compare_shapes);
     for (size_t i = 0, at = 0; i < a->n_images; i++) {
         a->images[i].first = at;
-        while (at < kept && (size_t)a->shapes[at].image == i) at++;
+        while (at < a->n_shapes && (size_t)a->shapes[at].image == i) at++;
         a->images[i].n = at - a->images[i].first;
     }
 }
@@ -8436,9 +8396,15 @@ static void connect_annotations(struct annotations *a) {
 /* Reads data[size]; the caller frees what was filled, also after a failure. */
 static int parse_annotations(struct annotations *a, const void *data, size_t size,
                              lvm_error *error) {
+    static void (*const readers[3])(struct json *, struct annotations *) = {
+        read_image, read_shape, read_category};
     lvm_error fault = {0, ""};
     struct json j = {.s = data, .n = size, .error = &fault};
-    json_object(&j, "images|annotations|categories", read_annotations, a);
+    for (int more = json_object(&j); more; more = json_more(&j, '}')) {
+        int key = json_member_of(&j, "images|annotations|categories");
+        if (key < 0) continue;
+        for (int some = json_array(&j); some; some = json_more(&j, ']')) readers[key](&j, a);
+    }
     if (json_peek(&j) != 0 || (j.code == LVM_OK && j.at < j.n))
         json_fail(&j, "something stands behind the object");
     if (j.code != LVM_OK) return fail(error, j.code, "%s: %s", a->path, fault.text);
@@ -8449,9 +8415,7 @@ static int parse_annotations(struct annotations *a, const void *data, size_t siz
 static void annotations_free(struct annotations *a) {
     if (a == NULL) return;
     if (a->data != NULL) unmap_file(a->data, a->size);
-    mem_free(a->images);
-    mem_free(a->shapes);
-    mem_free(a->categories);
+    for (int i = 0; i < 3; i++) mem_free(a->kept[i].data);
     mem_free(a);
 }
 
@@ -8462,27 +8426,21 @@ static int shape_is_drawn(enum how how, const struct outline *s) {
     return !s->crowd && s->box[2] > 0 && s->box[3] > 0;
 }
 
-/* The images of a folder for which there is something to draw. */
+/* The images of a folder for which there is something to draw: black answers to images on which
+   nobody looked for people would teach that there are none. */
 static int set_columns(const struct plan *plan, struct part *p, lvm_error *error) {
     const struct annotations *a = p->set;
-    const struct listing *l = p->list[0];
-    uint8_t *of_unit = mem_alloc(a->n_images + 1, 1, error);
-    int code = of_unit != NULL ? part_columns(p, 2, a->n_images, error) : LVM_MEMORY;
+    int code = part_columns(p, 2, a->n_images, error);
     for (size_t i = 0; code == LVM_OK && i < a->n_images; i++) {
         const struct drawn_image *image = &a->images[i];
-        size_t some = 0;
-        for (size_t k = 0; k < image->n; k++)
-            some += (size_t)shape_is_drawn(p->kind->how, &a->shapes[image->first + k]);
-        if (some == 0 || image->file < 0) continue;
-        size_t file = (size_t)(image->file - l->base);
-        of_unit[p->n_units] = (uint8_t)side_of(
-            plan->val, l->text.data + l->folders[listing_folder(l, file)], listing_stem(l, file));
+        int some = 0;
+        for (size_t k = image->first; k < image->first + image->n; k++)
+            some |= shape_is_drawn(p->kind->how, &a->shapes[k]);
+        if (!some || image->file < 0) continue;
         p->column[0][p->n_units] = (uint32_t)image->file;
         p->column[1][p->n_units++] = (uint32_t)i;
     }
-    if (code == LVM_OK) code = part_sides(p, of_unit, error);
-    mem_free(of_unit);
-    return code;
+    return code == LVM_OK ? part_split(plan, p, error) : code;
 }
 
 /* IMAGES FILE.json, and of segmentation also IMAGES LABELS, two folders. */
@@ -8491,20 +8449,22 @@ static int open_drawn(struct plan *plan, struct part *p, const char *const *word
     size_t length = strlen(words[1]);
     int is_json = length > 5 && strcmp(words[1] + length - 5, ".json") == 0;
     if (!is_json && p->kind->how == OUTLINES) return open_folders(plan, p, words, n, error);
-    if ((p->list[0] = plan_list(plan, words[0], error)) == NULL) return error->code;
+    int code = plan_lists(plan, p, words, 1, error);
+    if (code != LVM_OK) return code;
     p->set = mem_alloc(1, sizeof *p->set, error);
     if (p->set == NULL) return LVM_MEMORY;
-    p->set->path = words[1];
-    p->set->log = &plan->log;
-    p->set->list = p->list[0];
-    int code = map_file(words[1], &p->set->data, &p->set->size, error);
+    *p->set = (struct annotations){.path = words[1], .log = &plan->log, .list = p->list[0]};
+    code = map_file(words[1], &p->set->data, &p->set->size, error);
     if (code == LVM_OK) code = parse_annotations(p->set, p->set->data, p->set->size, error);
     return code == LVM_OK ? set_columns(plan, p, error) : code;
 }
 
 /* ---- Visual sentences: images as recipes say ---- */
 
-/* Where a point of a file's image comes to lie: x' = x scale - offset, then mirrored. */
+/* Where a point of a file's image comes to lie: x' = x scale - offset, then mirrored. Points are
+   not pixels: pixel i reaches from i to i + 1, here as in COCO's files, and its middle is i + 0.5.
+   An image is cut, then resized, then mirrored, and only then spoilt or drawn on: so noise is as
+   strong as was asked for whatever the file's size, and lines are as wide. */
 struct placement {
     double scale[2], offset[2];
     int R, flip;
@@ -8513,6 +8473,12 @@ struct placement {
 static double placed(const struct placement *p, int axis, double v) {
     double at = v * p->scale[axis] - p->offset[axis];
     return axis == 0 && p->flip ? p->R - at : at;
+}
+
+/* The way back, of a point that is not mirrored any more: the pixel of a side of so many. */
+static size_t source_pixel(const struct placement *p, int axis, double v, int side) {
+    int64_t at = (int64_t)((v + p->offset[axis]) / p->scale[axis]);
+    return (size_t)min64(max64(at, 0), side - 1);
 }
 
 /* The rectangle of the recipe in an image of that size, x, y, width, height: all of it, or a share
@@ -8527,17 +8493,21 @@ static void cut_of(const struct recipe *r, int width, int height, int cut[4]) {
     }
 }
 
-/* What fit_image makes of the rectangle, as a mapping. */
+/* What fit_image makes of the rectangle, as a mapping, so that an annotation is drawn where its
+   image's pixels went: squashed to R x R, or the short side made R and the middle kept. */
 static struct placement placement_of(const struct recipe *r, const int cut[4], int R, int fit) {
     struct placement p = {.R = R, .flip = r->flip};
-    int w = cut[2], h = cut[3];
-    int64_t width = fit == LVM_CROP && w > h ? (int64_t)R * w / h : R,
-            height = fit == LVM_CROP && h > w ? (int64_t)R * h / w : R;
-    p.scale[0] = (double)width / w;
-    p.scale[1] = (double)height / h;
-    p.offset[0] = cut[0] * p.scale[0] + (double)half_even(width - R);
-    p.offset[1] = cut[1] * p.scale[1] + (double)half_even(height - R);
+    for (int axis = 0; axis < 2; axis++) {
+        int side = cut[2 + axis], other = cut[3 - axis];
+        int64_t becomes = fit == LVM_CROP && side > other ? (int64_t)R * side / other : R;
+        p.scale[axis] = (double)becomes / side;
+        p.offset[axis] = cut[axis] * p.scale[axis] + (double)half_even(becomes - R);
+    }
     return p;
+}
+
+static uint8_t *pixel_at(const lvm_image *image, int x, int y) {
+    return image->rgb + ((size_t)y * (size_t)image->width + (size_t)x) * RGB;
 }
 
 /* The rectangle of an image, in its place. */
@@ -8547,28 +8517,29 @@ static int cut_image(lvm_image *image, const int cut[4], lvm_error *error) {
     int code = image_new(&part, cut[2], cut[3], error);
     if (code != LVM_OK) return code;
     for (int y = 0; y < cut[3]; y++)
-        memcpy(part.rgb + (size_t)y * (size_t)cut[2] * RGB,
-               image->rgb + ((size_t)(cut[1] + y) * (size_t)image->width + (size_t)cut[0]) * RGB,
-               (size_t)cut[2] * RGB);
+        memcpy(pixel_at(&part, 0, y), pixel_at(image, cut[0], cut[1] + y), (size_t)cut[2] * RGB);
     lvm_image_free(image);
     *image = part;
     return LVM_OK;
 }
 
 static void mirror(lvm_image *image) {
-    for (int y = 0; y < image->height; y++) {
-        uint8_t *row = image->rgb + (size_t)y * (size_t)image->width * RGB;
-        for (int a = 0, b = image->width - 1; a < b; a++, b--)
-            for (int c = 0; c < RGB; c++) {
-                uint8_t kept = row[a * RGB + c];
-                row[a * RGB + c] = row[b * RGB + c];
-                row[b * RGB + c] = kept;
-            }
-    }
+    for (int y = 0; y < image->height; y++)
+        for (int a = 0, b = image->width - 1; a < b; a++, b--) {
+            uint8_t kept[RGB], *left = pixel_at(image, a, y), *right = pixel_at(image, b, y);
+            memcpy(kept, left, RGB);
+            memcpy(left, right, RGB);
+            memcpy(right, kept, RGB);
+        }
 }
 
 /* The colour of class i in VOC's palette: its bits, lowest first, become the highest bits of red,
-   green and blue in turn. */
+   green and blue in turn, so that neighbouring classes differ most; DAVIS and others have it too.
+
+       class    bits    red               green             blue
+         1      000001  bit 0 -> 128      -                 -
+         6      000110  -                 bit 1 -> 128      bit 2 -> 128
+         9      001001  bits 0, 3 -> 192  -                 -             (128 + 64) */
 static void voc_colour(int i, uint8_t *rgb) {
     rgb[0] = rgb[1] = rgb[2] = 0;
     for (int bit = 7; i > 0; i >>= 3, bit--)
@@ -8580,27 +8551,23 @@ static void voc_colour(int i, uint8_t *rgb) {
 static int fit_labels(const lvm_image *image, const struct placement *p, lvm_image *out,
                       lvm_error *error) {
     int code = image_new(out, p->R, p->R, error), grey = 1;
-    size_t n = (size_t)p->R * (size_t)p->R;
     if (code != LVM_OK) return code;
     for (int y = 0; y < p->R; y++)
         for (int x = 0; x < p->R; x++) {
-            double sx = (x + .5 + p->offset[0]) / p->scale[0],
-                   sy = (y + .5 + p->offset[1]) / p->scale[1];
-            size_t column = (size_t)min64(max64((int64_t)sx, 0), image->width - 1),
-                   row = (size_t)min64(max64((int64_t)sy, 0), image->height - 1);
-            memcpy(out->rgb + ((size_t)y * (size_t)p->R + (size_t)x) * RGB,
-                   image->rgb + (row * (size_t)image->width + column) * RGB, RGB);
+            uint8_t *to = pixel_at(out, x, y);
+            memcpy(to, pixel_at(image, (int)source_pixel(p, 0, x + .5, image->width),
+                                (int)source_pixel(p, 1, y + .5, image->height)), RGB);
+            grey &= to[0] == to[1] && to[0] == to[2];
         }
-    for (size_t i = 0; i < n && grey; i++)
-        grey = out->rgb[RGB * i] == out->rgb[RGB * i + 1] &&
-               out->rgb[RGB * i] == out->rgb[RGB * i + 2];
-    for (size_t i = 0; i < n && grey; i++) voc_colour(out->rgb[RGB * i], out->rgb + RGB * i);
+    size_t n = (size_t)p->R * (size_t)p->R;
+    for (uint8_t *to = out->rgb; grey && n > 0; n--, to += RGB) voc_colour(to[0], to);
     return LVM_OK;
 }
 
 static uint8_t clamp_byte(float v) { return v <= 0 ? 0 : v >= 255 ? 255 : (uint8_t)(v + .5f); }
 
-/* Luma as Pillow's convert('L') computes it, in all three channels. */
+/* Luma as Pillow's convert('L') computes it, BT.601's shares of red, green and blue in 65536ths, in
+   all three channels. */
 static void make_grey(lvm_image *image) {
     size_t n = (size_t)image->width * (size_t)image->height;
     for (uint8_t *p = image->rgb; n > 0; n--, p += RGB)
@@ -8608,20 +8575,21 @@ static void make_grey(lvm_image *image) {
             (uint8_t)((p[0] * 19595u + p[1] * 38470u + p[2] * 7471u + 0x8000) >> 16);
 }
 
-/* Black boxes: width and height are the style's, places the image's own, at least a sixteenth away
-   from the border. */
+/* A hole's side: what is drawn, and at most what lies inside the margins. */
+static int hole_side(const struct part *p, const struct recipe *r, uint64_t place, int R) {
+    int side = (int)(draw_range(r->style, place, p->o->hole) * (float)R + .5f);
+    return (int)max64(1, min64(side, R - 2 * (R / 16)));
+}
+
+/* Black boxes at random, as the paper has them: width and height are the style's, places the
+   image's own, at least a sixteenth away from the border. */
 static void make_holes(const struct part *p, const struct recipe *r, lvm_image *image) {
-    int R = image->width, margin = R / 16;
+    int R = image->width, margin = R / 16, w = hole_side(p, r, 1, R), h = hole_side(p, r, 2, R);
     for (int hole = 0; hole < p->o->holes; hole++) {
         uint64_t own = (uint64_t)r->place * 64 + (uint64_t)hole;
-        int w = (int)(draw_range(r->style, 1, p->o->hole) * (float)R + .5f),
-            h = (int)(draw_range(r->style, 2, p->o->hole) * (float)R + .5f);
-        w = w < 1 ? 1 : w > R - 2 * margin ? R - 2 * margin : w;
-        h = h < 1 ? 1 : h > R - 2 * margin ? R - 2 * margin : h;
         int x = margin + (int)draw_below(r->style + 3, own, (uint32_t)(R - 2 * margin - w + 1)),
             y = margin + (int)draw_below(r->style + 4, own, (uint32_t)(R - 2 * margin - h + 1));
-        for (int row = y; row < y + h; row++)
-            memset(image->rgb + ((size_t)row * (size_t)R + (size_t)x) * RGB, 0, (size_t)w * RGB);
+        for (int row = y; row < y + h; row++) memset(pixel_at(image, x, row), 0, (size_t)w * RGB);
     }
 }
 
@@ -8633,37 +8601,60 @@ static float bell(uint64_t word) {
     return ((float)sum - 1020) * (1 / 209.0207f);
 }
 
-/* Normal noise of that deviation, in shares of white, in each channel of each pixel. */
-static void add_noise(uint64_t seed, float deviation, lvm_image *image) {
+/* Each channel of each pixel becomes what the table says, and normal noise of that deviation, in
+   shares of white, is added. */
+static void add_noise(uint64_t key, float deviation, const float table[256], lvm_image *image) {
     size_t n = (size_t)image->width * (size_t)image->height * RGB;
-    uint64_t key = mix64(seed);
     for (size_t i = 0; i < n; i++)
-        image->rgb[i] = clamp_byte((float)image->rgb[i] + 255 * deviation * bell(mix64(key + i)));
+        image->rgb[i] = clamp_byte(table[image->rgb[i]] + 255 * deviation * bell(mix64(key + i)));
 }
 
-/* Rain: drops on that share of the pixels, each a streak of a tenth of the image's side, all aslant
-   alike. Streaks that lie on each other add up to 0.8 at most; the rest of the image is a tenth
-   darker. */
-static int make_rain(const struct part *p, const struct recipe *r, lvm_image *image,
-                     lvm_error *error) {
-    static const float slants[2] = {-.48f, .48f}; /* tangents of up to 25 degrees */
-    int R = image->width, length = R * 25 / 256 < 3 ? 3 : R * 25 / 256;
-    float share = draw_range(r->style, 1, p->o->rain), slant = draw_range(r->style, 2, slants);
-    uint64_t key = mix64(mix64(r->style + 3) + r->place), drop = (uint64_t)((double)share * 0x1p32);
-    uint8_t *streaks = mem_alloc((size_t)R * (size_t)R, 1, error);
-    if (streaks == NULL) return LVM_MEMORY;
+static void make_noise(const struct part *p, const struct recipe *r, lvm_image *image) {
+    float table[256];
+    for (int v = 0; v < 256; v++) table[v] = (float)v;
+    add_noise(mix64(mix64(r->style + 1) + r->place), draw_range(r->style, 1, p->o->noise), table,
+              image);
+}
+
+/* Low light: v becomes gain v^gamma, gain and gamma (1 to 1.6) of the style, and the little noise
+   of a sensor that is amplified. */
+static void make_dark(const struct part *p, const struct recipe *r, lvm_image *image) {
+    static const float gammas[2] = {1, 1.6f};
+    float gain = draw_range(r->style, 1, p->o->dark), gamma = draw_range(r->style, 2, gammas);
+    float table[256] = {0};
+    for (int v = 1; v < 256; v++)
+        table[v] = 255 * gain * (float)exp_f64(gamma * log_f64(v / 255.0));
+    add_noise(mix64(mix64(r->style + 3) + r->place), .015f, table, image);
+}
+
+/* How many streaks lie on each pixel, up to two: drops fall on that share of the pixels, each a
+   streak of that length whose column moves by `slant` from row to row. */
+static void fall(uint64_t key, uint64_t drop, int length, float slant, int R, uint8_t *streaks) {
     for (int y = 0; y < R; y++)
         for (int x = 0; x < R; x++) {
             if (mix64(key + (uint64_t)(y * R + x)) >> 32 >= drop) continue;
-            for (int k = 0; k < length; k++) {
-                int dy = k - length / 2, row = y + dy,
-                    column = x + (int)floorf((float)dy * slant + .5f);
+            for (int dy = -(length / 2); dy < length - length / 2; dy++) {
+                int row = y + dy, column = x + (int)floorf((float)dy * slant + .5f);
                 if (row < 0 || row >= R || column < 0 || column >= R) continue;
                 if (streaks[row * R + column] < 2) streaks[row * R + column]++;
             }
         }
-    for (size_t i = 0; i < (size_t)R * (size_t)R * RGB; i++) {
-        static const float opacity[3] = {0, .55f, .8f};
+}
+
+/* Rain: streaks of a tenth of the image's side, all aslant alike. Those that lie on each other add
+   up to 0.8 at most; the rest of the image is a tenth darker. */
+static int make_rain(const struct part *p, const struct recipe *r, lvm_image *image,
+                     lvm_error *error) {
+    static const float slants[2] = {-.48f, .48f}; /* tangents of up to 25 degrees */
+    static const float opacity[3] = {0, .55f, .8f};
+    int R = image->width;
+    size_t n = (size_t)R * (size_t)R;
+    float share = draw_range(r->style, 1, p->o->rain), slant = draw_range(r->style, 2, slants);
+    uint8_t *streaks = mem_alloc(n, 1, error);
+    if (streaks == NULL) return LVM_MEMORY;
+    fall(mix64(mix64(r->style + 3) + r->place), (uint64_t)((double)share * 0x1p32),
+         (int)max64(3, R * 25 / 256), slant, R, streaks);
+    for (size_t i = 0; i < n * RGB; i++) {
         float a = opacity[streaks[i / RGB]];
         image->rgb[i] = clamp_byte((float)image->rgb[i] * .9f * (1 - a) + .95f * 255 * a);
     }
@@ -8671,23 +8662,10 @@ static int make_rain(const struct part *p, const struct recipe *r, lvm_image *im
     return LVM_OK;
 }
 
-/* Low light: v becomes gain v^gamma, gain and gamma (1 to 1.6) of the style, and a little noise. */
-static void make_dark(const struct part *p, const struct recipe *r, lvm_image *image) {
-    static const float gammas[2] = {1, 1.6f};
-    float gain = draw_range(r->style, 1, p->o->dark), gamma = draw_range(r->style, 2, gammas);
-    size_t n = (size_t)image->width * (size_t)image->height * RGB;
-    uint64_t key = mix64(mix64(r->style + 3) + r->place);
-    float table[256];
-    for (int v = 0; v < 256; v++)
-        table[v] = v == 0 ? 0 : 255 * gain * (float)exp_f64(gamma * log_f64(v / 255.0));
-    for (size_t i = 0; i < n; i++)
-        image->rgb[i] = clamp_byte(table[image->rgb[i]] + 255 * .015f * bell(mix64(key + i)));
-}
-
 /* ---- Visual sentences: drawing annotations ---- */
 
-/* Colours of categories in the order of their ids: first those that the shipped model has seen,
-   then VOC's. */
+/* Colours of categories in the order of their ids, not in that of the file, so that the files of
+   training and validation agree: first those that the shipped model has seen, then VOC's. */
 static void category_colour(enum how how, size_t category, uint8_t *rgb) {
     static const uint8_t boxes[5][RGB] = {{255, 0, 0}, {0, 204, 0}, {26, 77, 255}, {255, 255, 0},
                                           {255, 0, 255}},
@@ -8697,27 +8675,32 @@ static void category_colour(enum how how, size_t category, uint8_t *rgb) {
     else voc_colour((int)(category % 255) + 1, rgb);
 }
 
-/* Frames around boxes, 3 pixels of 256 wide, on the image; later ones lie above. */
+/* The first and last pixel of a box along an axis, those that it touches by more than the error of
+   its numbers; kept where an int can hold them. */
+static void box_span(const struct placement *p, const struct outline *s, int axis, int span[2]) {
+    double u = placed(p, axis, s->box[axis]),
+           v = placed(p, axis, (double)s->box[axis] + s->box[2 + axis]), most = 2.0 * p->R;
+    double low = floor(fmin(u, v) + 1e-9), high = ceil(fmax(u, v) - 1e-9) - 1;
+    span[0] = (int)fmax(-p->R, fmin(low, most));
+    span[1] = (int)fmax(-p->R, fmin(high, most));
+}
+
+/* The paper: boxes in their classes' colours, drawn over the image. Frames 3 pixels of 256 wide,
+   around what is inside; later ones lie above. Crowds have none. */
 static void draw_boxes(const struct annotations *a, const struct drawn_image *drawn,
                        const struct placement *p, lvm_image *image) {
-    int R = p->R, width = R * 3 / 256 > 1 ? R * 3 / 256 : 1;
+    int R = p->R, width = R * 3 / 256 > 1 ? R * 3 / 256 : 1, column[2], row[2];
     for (size_t i = drawn->first; i < drawn->first + drawn->n; i++) {
         const struct outline *s = &a->shapes[i];
-        int from[2], to[2];
         uint8_t colour[RGB];
         if (!shape_is_drawn(BOXES, s)) continue;
         category_colour(BOXES, (size_t)s->category, colour);
-        for (int axis = 0; axis < 2; axis++) {
-            double u = placed(p, axis, s->box[axis]),
-                   v = placed(p, axis, (double)s->box[axis] + s->box[2 + axis]),
-                   low = floor((u < v ? u : v) + 1e-9), high = ceil((u < v ? v : u) - 1e-9) - 1;
-            from[axis] = (int)(low < -R ? -R : low > 2 * R ? 2 * R : low);
-            to[axis] = (int)(high < -R ? -R : high > 2 * R ? 2 * R : high);
-        }
-        for (int y = (int)max64(0, from[1] - width); y <= to[1] + width && y < R; y++)
-            for (int x = (int)max64(0, from[0] - width); x <= to[0] + width && x < R; x++)
-                if (y < from[1] || y > to[1] || x < from[0] || x > to[0])
-                    memcpy(image->rgb + ((size_t)y * (size_t)R + (size_t)x) * RGB, colour, RGB);
+        box_span(p, s, 0, column);
+        box_span(p, s, 1, row);
+        for (int y = (int)max64(0, row[0] - width); y <= row[1] + width && y < R; y++)
+            for (int x = (int)max64(0, column[0] - width); x <= column[1] + width && x < R; x++)
+                if (y < row[0] || y > row[1] || x < column[0] || x > column[1])
+                    memcpy(pixel_at(image, x, y), colour, RGB);
     }
 }
 
@@ -8736,7 +8719,7 @@ static const struct skeleton skeletons[] = {
      {{255, 0, 85}, {255, 60, 0}, {255, 130, 0}, {255, 200, 0}, {190, 255, 0}, {110, 255, 0},
       {0, 255, 40}, {0, 255, 140}, {0, 230, 255}, {0, 150, 255}, {0, 70, 255}, {90, 0, 255},
       {170, 0, 255}, {255, 0, 230}}},
-    {18, 17, /* OpenPose's of COCO (Cao et al. 2017) */
+    {18, 17, /* OpenPose's of COCO (Cao et al. 2017), as the paper's people are drawn */
      {{1, 2}, {1, 5}, {2, 3}, {3, 4}, {5, 6}, {6, 7}, {1, 8}, {8, 9}, {9, 10}, {1, 11}, {11, 12},
       {12, 13}, {1, 0}, {0, 14}, {14, 16}, {0, 15}, {15, 17}},
      {{255, 0, 0}, {255, 85, 0}, {255, 170, 0}, {255, 255, 0}, {170, 255, 0}, {85, 255, 0},
@@ -8750,48 +8733,49 @@ struct drawn_joint {
     int known;
 };
 
-/* The points of a person, those of a skeleton of so many: the neck lies between COCO's shoulders,
-   the middle of the hips, which the smaller one has, between its hips. In a mirrored image left is
-   right. */
+/* A skeleton's points as COCO's, of which a pair means their middle: COCO has no neck, which lies
+   between the shoulders, and no middle of the hips. Nose, neck, right shoulder, elbow, wrist, left
+   ones; then the hips' middle and right hip, knee, ankle, left ones; or those without the middle,
+   then right and left eye, then ears. */
+static const uint8_t joint_points[2][MAX_POINTS][2] = {
+    {{0, 0}, {5, 6}, {6, 6}, {8, 8}, {10, 10}, {5, 5}, {7, 7}, {9, 9}, {11, 12}, {12, 12}, {14, 14},
+     {16, 16}, {11, 11}, {13, 13}, {15, 15}},
+    {{0, 0}, {5, 6}, {6, 6}, {8, 8}, {10, 10}, {5, 5}, {7, 7}, {9, 9}, {12, 12}, {14, 14}, {16, 16},
+     {11, 11}, {13, 13}, {15, 15}, {2, 2}, {1, 1}, {4, 4}, {3, 3}}};
+
+/* The points of a person, those of a skeleton of n: of three numbers x, y, v, where v is 0 for what
+   nobody marked. In a mirrored image left is right. */
 static void read_joints(struct json *j, const struct placement *p, int n,
                         struct drawn_joint joints[MAX_POINTS]) {
-    /* nose, neck, right shoulder, elbow, wrist, left ones; then the hips' middle and right hip,
-       knee, ankle, left ones; or those without the middle, then right and left eye, then ears: as
-       COCO's points, of which a pair means their middle */
-    static const uint8_t of[2][MAX_POINTS][2] = {
-        {{0, 0}, {5, 6}, {6, 6}, {8, 8}, {10, 10}, {5, 5}, {7, 7}, {9, 9}, {11, 12}, {12, 12},
-         {14, 14}, {16, 16}, {11, 11}, {13, 13}, {15, 15}},
-        {{0, 0}, {5, 6}, {6, 6}, {8, 8}, {10, 10}, {5, 5}, {7, 7}, {9, 9}, {12, 12}, {14, 14},
-         {16, 16}, {11, 11}, {13, 13}, {15, 15}, {2, 2}, {1, 1}, {4, 4}, {3, 3}}};
-    struct drawn_joint points[COCO_POINTS] = {{0, 0, 0}};
-    json_want(j, '[', "key points should stand here");
+    struct drawn_joint points[COCO_POINTS];
+    double v[3 * COCO_POINTS] = {0};
+    json_numbers(j, v, 3 * COCO_POINTS, "a person has 17 key points of three numbers");
     for (int i = 0; i < COCO_POINTS; i++) {
-        double v[3] = {0, 0, 0};
         int to = p->flip && i > 0 ? ((i - 1) ^ 1) + 1 : i; /* left and right stand side by side */
-        for (int k = 0; k < 3; k++) {
-            if (i + k > 0) json_want(j, ',', "a person has 17 key points of three numbers");
-            v[k] = json_number(j);
-        }
-        points[to] = (struct drawn_joint){placed(p, 0, v[0]), placed(p, 1, v[1]), v[2] > 0};
+        points[to] = (struct drawn_joint){placed(p, 0, v[3 * i]), placed(p, 1, v[3 * i + 1]),
+                                          v[3 * i + 2] > 0};
     }
-    json_want(j, ']', "a person has 17 key points of three numbers");
     for (int i = 0; i < n; i++) {
-        const uint8_t *pair = of[n == MAX_POINTS][i];
+        const uint8_t *pair = joint_points[n == MAX_POINTS][i];
         const struct drawn_joint *a = &points[pair[0]], *b = &points[pair[1]];
         joints[i] =
             (struct drawn_joint){(a->x + b->x) / 2, (a->y + b->y) / 2, a->known && b->known};
     }
 }
 
-/* A limb with round ends, its border blended by how much of a pixel it covers. */
+/* The first pixel that something from `low` on can touch, of a side of R. */
+static int first_pixel(double low, int R) { return low > 0 ? low < R ? (int)low : R : 0; }
+
+/* A limb with round ends, its border blended by how much of a pixel it covers: radius and a half
+   less the distance of the pixel's middle from the line between both points. */
 static void draw_limb(lvm_image *image, const struct drawn_joint *a, const struct drawn_joint *b,
                       const uint8_t *rgb) {
     int R = image->width;
     double radius = 3.2 * R / 256, dx = b->x - a->x, dy = b->y - a->y, reach = radius + 1;
-    double low[2] = {(dx < 0 ? b->x : a->x) - reach, (dy < 0 ? b->y : a->y) - reach},
-           high[2] = {(dx < 0 ? a->x : b->x) + reach, (dy < 0 ? a->y : b->y) + reach};
-    for (int y = low[1] > 0 ? low[1] < R ? (int)low[1] : R : 0; y < R && y <= high[1]; y++)
-        for (int x = low[0] > 0 ? low[0] < R ? (int)low[0] : R : 0; x < R && x <= high[0]; x++) {
+    int top = first_pixel(fmin(a->y, b->y) - reach, R),
+        left = first_pixel(fmin(a->x, b->x) - reach, R);
+    for (int y = top; y < R && y <= fmax(a->y, b->y) + reach; y++)
+        for (int x = left; x < R && x <= fmax(a->x, b->x) + reach; x++) {
             double px = x + .5 - a->x, py = y + .5 - a->y;
             double along = (px * dx + py * dy) / (dx * dx + dy * dy + 1e-6);
             along = along < 0 ? 0 : along > 1 ? 1 : along;
@@ -8799,13 +8783,13 @@ static void draw_limb(lvm_image *image, const struct drawn_joint *a, const struc
             double cover = radius - sqrt(qx * qx + qy * qy) + .5;
             if (!(cover > 0)) continue;
             if (cover > 1) cover = 1;
-            uint8_t *to = image->rgb + ((size_t)y * (size_t)R + (size_t)x) * RGB;
+            uint8_t *to = pixel_at(image, x, y);
             for (int c = 0; c < RGB; c++)
                 to[c] = clamp_byte((float)(to[c] * (1 - cover) + rgb[c] * cover));
         }
 }
 
-/* Skeletons on black. */
+/* Skeletons on black, without the image: a pose that is asked for, or given to ask for a person. */
 static int draw_skeletons(const struct annotations *a, const struct drawn_image *drawn,
                           const struct placement *p, const struct skeleton *k, lvm_image *image,
                           lvm_error *error) {
@@ -8826,7 +8810,8 @@ static int draw_skeletons(const struct annotations *a, const struct drawn_image 
     return LVM_OK;
 }
 
-/* Areas are painted on a grid of two by two points a pixel, of which each pixel is the mean. */
+/* Areas are painted on a grid of two by two points a pixel, of which each pixel is the mean: edges
+   are smooth enough for a tokenizer that learnt from photographs, and colours stay pure inside. */
 struct canvas {
     struct json j;
     struct placement p;
@@ -8834,150 +8819,156 @@ struct canvas {
     int width, height;       /* of the file's image */
     uint16_t *area;          /* [side][side]: 0, or category + 1 */
     uint16_t value;
-    double *points;          /* of a polygon: x, y */
-    size_t n, room;
-    struct buffer runs;      /* u32 */
+    struct buffer points;    /* double, of a polygon: x, y on the grid */
+    struct buffer runs;      /* u64, of a mask: lengths; then where they begin */
+    uint8_t *toggles;        /* [side][side + 1]: 1 where inside and outside change; then zeros */
 };
 
-static void read_coordinate(struct json *j, void *arg) {
-    struct canvas *c = arg;
-    double *more = array_grow(c->points, c->n, 1, sizeof *more, &c->room, j->error);
-    if (more == NULL) {
-        j->code = LVM_MEMORY;
-        return;
+/* Marks where a side from a to b crosses the middles of the grid's rows: from the point right of it
+   on inside is outside, and outside inside. A row counts where one end is on or above its middle
+   and the other below, so that a corner on it counts once or not at all. */
+static void toggle_side(struct canvas *c, const double *a, const double *b) {
+    int top = first_pixel(fmin(a[1], b[1]) - 1, c->side);
+    for (int y = top; y < c->side && y <= fmax(a[1], b[1]); y++) {
+        double level = y + .5;
+        if ((a[1] <= level) == (b[1] <= level)) continue;
+        double cross = a[0] + (level - a[1]) / (b[1] - a[1]) * (b[0] - a[0]);
+        size_t x = (size_t)first_pixel(ceil(cross - .5), c->side);
+        c->toggles[(size_t)y * (size_t)(c->side + 1) + x] ^= 1;
     }
-    c->points = more;
-    c->points[c->n] = placed(&c->p, (int)(c->n & 1), json_number(j)) * 2;
-    c->n++;
 }
 
 /* A polygon, by the rule of even and odd: a row of points is inside between its first and second
    crossing, its third and fourth, ... */
-static void fill_polygon(struct json *j, void *arg) {
-    struct canvas *c = arg;
-    c->n = 0;
-    json_array(j, read_coordinate, c);
-    if (c->n % 2 != 0) json_fail(j, "a polygon's points are pairs of numbers");
-    size_t n = c->n / 2;
-    double *cross = j->code == LVM_OK ? mem_alloc(n + 1, sizeof *cross, j->error) : NULL;
-    if (cross == NULL) {
-        if (j->code == LVM_OK) j->code = LVM_MEMORY;
-        return;
+static void fill_polygon(struct canvas *c) {
+    struct json *j = &c->j;
+    int axis = 0;
+    c->points.n = 0;
+    for (int more = json_array(j); more; more = json_more(j, ']'), axis ^= 1) {
+        double v = placed(&c->p, axis, json_number(j)) * 2;
+        json_keep(j, &c->points, &v, sizeof v);
     }
-    for (int y = 0; y < c->side; y++) {
-        double level = y + .5;
-        size_t found = 0;
-        for (size_t i = 0; i < n; i++) {
-            const double *a = c->points + 2 * i, *b = c->points + 2 * ((i + 1) % n);
-            if ((a[1] <= level) == (b[1] <= level)) continue;
-            cross[found++] = a[0] + (level - a[1]) / (b[1] - a[1]) * (b[0] - a[0]);
+    if (axis != 0) json_fail(j, "a polygon's points are pairs of numbers");
+    if (j->code != LVM_OK) return;
+    const double *points = (const double *)(const void *)c->points.data;
+    size_t n = c->points.n / (2 * sizeof *points), side = (size_t)c->side;
+    for (size_t i = 0; i < n; i++) toggle_side(c, points + 2 * i, points + 2 * ((i + 1) % n));
+    for (size_t y = 0; n > 0 && y < side; y++) {
+        uint8_t *toggles = c->toggles + y * (side + 1), inside = 0;
+        for (size_t x = 0; x < side; x++) {
+            inside ^= toggles[x];
+            if (inside) c->area[y * side + x] = c->value;
         }
-        if (found > 0) qsort(cross, found, sizeof *cross, compare_doubles);
-        for (size_t k = 0; k + 1 < found; k += 2) {
-            double from = ceil(cross[k] - .5), to = cross[k + 1] - .5;
-            for (int x = from < 0 ? 0 : from < c->side ? (int)from : c->side;
-                 x < c->side && x < to; x++)
-                c->area[(size_t)y * (size_t)c->side + (size_t)x] = c->value;
-        }
+        memset(toggles, 0, side + 1);
     }
-    mem_free(cross);
 }
 
-static void read_run(struct json *j, void *arg) {
-    struct canvas *c = arg;
-    uint32_t run = (uint32_t)json_int(j, INT_MAX, "a run's length is no whole number");
-    if (j->code == LVM_OK) j->code = buffer_add(&c->runs, &run, sizeof run, j->error);
-}
+/* COCO's text of runs (RLE): numbers of 5 bits a character, lowest first, counted from '0' on. Bit
+   5 of a character says that more of its number follow, bit 4 of a number's last one is its sign,
+   as in LEB128; from the fourth on a number is the difference to the one before last, which is of
+   the same kind, inside or outside: neighbouring columns are alike, so differences are short.
 
-/* COCO's text of runs. */
-static void read_run_text(struct json *j, struct canvas *c) {
+       a disc's runs      100  4   27   7   25  8     outside, inside, outside, ...
+       as numbers         100  4   27   3   -2  1     the fourth: 7 - 4
+       six bits each    36,3   4   59,0 3   30  1     36 = 4 + 32, 100 = 4 + 3 * 32; 27 alone,
+       text               T3   4   k0   3   N   1     whose bit 4 is set, would be 27 - 32 */
+static void read_run_text(struct canvas *c) {
+    struct json *j = &c->j;
     char *text = json_string(j);
     for (const char *s = text; j->code == LVM_OK && *s != 0;) {
-        int64_t v = 0;
-        int bits = 0, digit;
-        do {
+        uint64_t bits = 0, before = 0;
+        int n = 0, digit = 32;
+        for (; digit & 32; n += 5) {
             digit = *s - '0';
-            if (*s == 0 || digit < 0 || digit > 63 || bits > 30) {
+            if (*s == 0 || digit < 0 || digit > 63 || n > 30)
                 json_fail(j, "\"counts\" is no text of runs");
-                break;
-            }
-            v |= (int64_t)(digit & 31) << bits;
-            bits += 5;
+            if (j->code != LVM_OK) break;
+            bits |= (uint64_t)(digit & 31) << n;
             s++;
-        } while (digit & 32);
-        if (j->code != LVM_OK) break;
-        if (digit & 16) v -= (int64_t)1 << bits;
-        size_t n = c->runs.n / 4;
-        uint32_t before = 0;
-        if (n > 2) memcpy(&before, c->runs.data + (n - 2) * 4, 4);
-        v += before;
+        }
+        size_t runs = c->runs.n / sizeof before;
+        if (runs > 2) memcpy(&before, c->runs.data + (runs - 2) * sizeof before, sizeof before);
+        int64_t v = (int64_t)(bits + before) - (digit & 16 ? (int64_t)1 << n : 0);
         if (v < 0 || v > INT_MAX) json_fail(j, "a run's length is out of range");
-        else j->code = buffer_add(&c->runs, &(uint32_t){(uint32_t)v}, 4, j->error);
+        json_keep(j, &c->runs, &v, sizeof v);
     }
     mem_free(text);
 }
 
-static void read_mask_member(struct json *j, int name, void *arg) {
-    struct canvas *c = arg;
-    if (name == 0) {
-        json_want(j, '[', "a size should stand here");
-        int h = json_int(j, INT_MAX, "a size is no whole number");
-        json_want(j, ',', "a size has two numbers");
-        int w = json_int(j, INT_MAX, "a size is no whole number");
-        json_want(j, ']', "a size has two numbers");
-        if (j->code == LVM_OK && (h != c->height || w != c->width))
-            json_fail(j, "a mask of %d x %d on an image of %d x %d", w, h, c->width, c->height);
-    } else if (json_peek(j) == '"') {
-        read_run_text(j, c);
-    } else {
-        json_array(j, read_run, c);
+/* "size" must be the image's; of "counts" the lengths. */
+static void read_mask(struct canvas *c) {
+    struct json *j = &c->j;
+    for (int more = json_object(j); more; more = json_more(j, '}')) {
+        int key = json_member_of(j, "size|counts");
+        if (key == 0) {
+            double size[2] = {0, 0}; /* height, width */
+            json_numbers(j, size, 2, "a size should stand here, an array of two numbers");
+            if (fabs(size[0] - c->height) + fabs(size[1] - c->width) > 0)
+                json_fail(j, "a mask of %.9g x %.9g on an image of %d x %d", size[1], size[0],
+                          c->width, c->height);
+        } else if (key == 1 && json_peek(j) == '"') {
+            read_run_text(c);
+        } else if (key == 1) {
+            for (int some = json_array(j); some; some = json_more(j, ']')) {
+                int64_t run = json_int(j, INT_MAX, "a run's length is no whole number");
+                json_keep(j, &c->runs, &run, sizeof run);
+            }
+        }
     }
 }
 
-/* A mask of runs: which of them holds the pixel under a point is found by their ends. */
-static void fill_mask(struct json *j, struct canvas *c) {
+/* A mask: {"size": [height, width], "counts": runs}, outside and inside in turn, down the columns,
+   one column behind the other: pixel (x, y) is number x height + y. Which run holds the point of a
+   pixel is found by where they begin, once a column; from there on it can only rise. */
+static void fill_mask(struct canvas *c) {
     uint64_t sum = 0, all = (uint64_t)c->width * (uint64_t)c->height;
     c->runs.n = 0;
-    json_object(j, "size|counts", read_mask_member, c);
-    size_t n = c->runs.n / 4;
-    uint32_t *ends = (uint32_t *)(void *)c->runs.data;
-    for (size_t i = 0; i < n && sum <= all; i++) ends[i] = (uint32_t)(sum += ends[i]);
-    if (j->code == LVM_OK && sum != all)
-        json_fail(j, "the runs of a mask are not its %d x %d pixels", c->width, c->height);
-    for (int x = 0; j->code == LVM_OK && x < c->side; x++) {
-        double u = (c->p.flip ? c->p.R - (x + .5) / 2 : (x + .5) / 2) + c->p.offset[0];
-        int64_t column = min64(max64((int64_t)(u / c->p.scale[0]), 0), c->width - 1);
-        size_t run = 0, high = n;
-        while (run < high) { /* the first that ends behind the column's beginning */
-            size_t middle = run + (high - run) / 2;
-            if (ends[middle] <= (uint64_t)column * (uint64_t)c->height) run = middle + 1;
-            else high = middle;
-        }
+    read_mask(c);
+    size_t n = c->runs.n / sizeof sum;
+    json_keep(&c->j, &c->runs, &all, sizeof all); /* room for where the last one ends */
+    uint64_t *starts = (uint64_t *)(void *)c->runs.data;
+    for (size_t i = 0; c->j.code == LVM_OK && i <= n; i++) {
+        uint64_t run = starts[i];
+        starts[i] = sum;
+        sum += i < n ? run : 0;
+    }
+    if (sum != all)
+        json_fail(&c->j, "the runs of a mask are not its %d x %d pixels", c->width, c->height);
+    for (int x = 0; c->j.code == LVM_OK && x < c->side; x++) {
+        double u = (x + .5) / 2;
+        uint64_t column = source_pixel(&c->p, 0, c->p.flip ? c->p.R - u : u, c->width),
+                 first = column * (uint64_t)c->height;
+        size_t run = interval_of(starts, n, first);
         for (int y = 0; y < c->side; y++) {
-            double v = ((y + .5) / 2 + c->p.offset[1]) / c->p.scale[1];
-            int64_t row = min64(max64((int64_t)v, 0), c->height - 1);
-            while (ends[run] <= (uint64_t)column * (uint64_t)c->height + (uint64_t)row) run++;
+            uint64_t at = first + source_pixel(&c->p, 1, (y + .5) / 2, c->height);
+            while (starts[run + 1] <= at) run++;
             if (run & 1) c->area[(size_t)y * (size_t)c->side + (size_t)x] = c->value;
         }
     }
 }
 
 static void canvas_to_image(const struct canvas *c, lvm_image *image) {
-    size_t side = (size_t)c->side;
     for (int y = 0; y < c->p.R; y++)
         for (int x = 0; x < c->p.R; x++) {
-            unsigned sum[RGB] = {2, 2, 2};
+            unsigned sum[RGB] = {2, 2, 2}; /* for rounding */
             for (int k = 0; k < 4; k++) {
-                uint16_t area = c->area[((size_t)y * 2 + (size_t)(k / 2)) * side + (size_t)x * 2 +
-                                        (size_t)(k % 2)];
+                size_t row = (size_t)(2 * y + k / 2), column = (size_t)(2 * x + k % 2);
+                uint16_t area = c->area[row * (size_t)c->side + column];
                 uint8_t rgb[RGB] = {0, 0, 0};
                 if (area > 0) category_colour(OUTLINES, area - 1u, rgb);
                 for (int i = 0; i < RGB; i++) sum[i] += rgb[i];
             }
-            for (int i = 0; i < RGB; i++)
-                image->rgb[((size_t)y * (size_t)c->p.R + (size_t)x) * RGB + (size_t)i] =
-                    (uint8_t)(sum[i] / 4);
+            for (int i = 0; i < RGB; i++) pixel_at(image, x, y)[i] = (uint8_t)(sum[i] / 4);
         }
+}
+
+/* An outline is a mask or a list of polygons [x, y, x, y, ...]. */
+static void fill_outline(struct canvas *c) {
+    if (json_peek(&c->j) != '[') {
+        fill_mask(c);
+        return;
+    }
+    for (int more = json_open(&c->j, '[', ""); more; more = json_more(&c->j, ']')) fill_polygon(c);
 }
 
 /* Areas on black in the file's order, crowds below the others. */
@@ -8986,23 +8977,25 @@ static int draw_areas(const struct annotations *a, const struct drawn_image *dra
                       lvm_error *error) {
     lvm_error fault = {0, ""};
     struct canvas c = {.p = *p, .side = 2 * p->R, .width = width, .height = height};
-    c.j = (struct json){.s = a->data, .n = a->size, .error = &fault};
-    c.area = mem_alloc((size_t)c.side * (size_t)c.side, sizeof *c.area, error);
-    if (c.area == NULL) return LVM_MEMORY;
+    struct json *j = &c.j;
+    *j = (struct json){.s = a->data, .n = a->size, .error = &fault};
+    c.area = mem_alloc((size_t)c.side * (size_t)c.side, sizeof *c.area, &fault);
+    c.toggles = mem_alloc((size_t)c.side, (size_t)c.side + 1, &fault);
+    if (c.area == NULL || c.toggles == NULL) j->code = LVM_MEMORY;
     for (int crowd = 1; crowd >= 0; crowd--)
-        for (size_t i = drawn->first; c.j.code == LVM_OK && i < drawn->first + drawn->n; i++) {
+        for (size_t i = drawn->first; j->code == LVM_OK && i < drawn->first + drawn->n; i++) {
             const struct outline *s = &a->shapes[i];
             if (s->outline == 0 || s->crowd != crowd) continue;
             c.value = (uint16_t)((size_t)s->category % UINT16_MAX + 1);
-            c.j.at = (size_t)s->outline;
-            if (json_peek(&c.j) == '[') json_array(&c.j, fill_polygon, &c);
-            else fill_mask(&c.j, &c);
+            j->at = (size_t)s->outline;
+            fill_outline(&c);
         }
-    if (c.j.code == LVM_OK) canvas_to_image(&c, image);
+    if (j->code == LVM_OK) canvas_to_image(&c, image);
     mem_free(c.area);
-    mem_free(c.points);
+    mem_free(c.points.data);
     mem_free(c.runs.data);
-    return c.j.code == LVM_OK ? LVM_OK : fail(error, c.j.code, "%s: %s", a->path, fault.text);
+    mem_free(c.toggles);
+    return j->code == LVM_OK ? LVM_OK : fail(error, j->code, "%s: %s", a->path, fault.text);
 }
 
 /* What the tokenizer takes. */
@@ -9011,38 +9004,33 @@ struct maker {
     int R, fit, exif;
 };
 
-static int draw_in_place(const struct part *p, const struct recipe *r, const struct placement *at,
-                         int width, int height, lvm_image *image, lvm_error *error) {
-    const struct drawn_image *drawn = &p->set->images[r->style];
-    if (r->how == BOXES) draw_boxes(p->set, drawn, at, image);
-    if (r->how == KEYPOINTS)
-        return draw_skeletons(p->set, drawn, at, &skeletons[p->o->skeleton], image, error);
-    if (r->how == OUTLINES)
-        return draw_areas(p->set, drawn, at, width, height, image, error);
-    return LVM_OK;
-}
-
-/* What is done to an image of R x R. */
-static int apply(const struct part *p, const struct recipe *r, lvm_image *image,
-                 lvm_error *error) {
+/* Does to an image of R x R, from a file's image of that size, what its recipe says. */
+static int apply(const struct part *p, const struct recipe *r, const struct placement *at,
+                 int width, int height, lvm_image *image, lvm_error *error) {
+    const struct drawn_image *drawn = r->how >= BOXES ? &p->set->images[r->style] : NULL;
     switch ((enum how)r->how) {
     case GREY: make_grey(image); return LVM_OK;
     case HOLES: make_holes(p, r, image); return LVM_OK;
-    case NOISE:
-        add_noise(mix64(r->style + 1) + r->place, draw_range(r->style, 1, p->o->noise), image);
-        return LVM_OK;
+    case NOISE: make_noise(p, r, image); return LVM_OK;
     case RAIN: return make_rain(p, r, image, error);
     case DARK: make_dark(p, r, image); return LVM_OK;
+    case BOXES: draw_boxes(p->set, drawn, at, image); return LVM_OK;
+    case KEYPOINTS:
+        return draw_skeletons(p->set, drawn, at, &skeletons[p->o->skeleton], image, error);
+    case OUTLINES: return draw_areas(p->set, drawn, at, width, height, image, error);
     default: return LVM_OK;
     }
 }
 
-/* The image of a recipe, R x R, from the file of that path. */
+/* The image of a recipe, R x R, from the file of that path. Labels are looked up through the
+   placement, which knows of the cut; what is drawn is drawn on the image that was cut, resized and
+   mirrored, points and boxes being placed likewise. */
 static int make_image(const struct maker *m, const struct recipe *r, const char *path,
                       lvm_image *out, lvm_error *error) {
     const struct part *p = m->plan->parts[r->part];
     lvm_image image = {.rgb = NULL};
     int cut[4], code = lvm_image_load(path, &image, error);
+    *out = (lvm_image){.rgb = NULL};
     if (code == LVM_OK && m->exif && image.orientation >= 2)
         code = lvm_image_upright(&image, error);
     if (code != LVM_OK) {
@@ -9052,16 +9040,13 @@ static int make_image(const struct maker *m, const struct recipe *r, const char 
     int width = image.width, height = image.height;
     cut_of(r, width, height, cut);
     struct placement at = placement_of(r, cut, m->R, m->fit);
-    if (r->how == LABELS) {
-        code = fit_labels(&image, &at, out, error);
-    } else {
-        code = cut_image(&image, cut, error);
-        if (code == LVM_OK) code = fit_image(&image, m->R, m->fit, out, error);
-    }
+    if (r->how != LABELS) code = cut_image(&image, cut, error);
+    if (code == LVM_OK)
+        code = r->how == LABELS ? fit_labels(&image, &at, out, error)
+                                : fit_image(&image, m->R, m->fit, out, error);
     lvm_image_free(&image);
     if (code == LVM_OK && r->flip) mirror(out);
-    if (code == LVM_OK) code = r->how >= BOXES ? draw_in_place(p, r, &at, width, height, out, error)
-                                               : apply(p, r, out, error);
+    if (code == LVM_OK) code = apply(p, r, &at, width, height, out, error);
     if (code != LVM_OK) lvm_image_free(out);
     return code;
 }
@@ -9076,14 +9061,14 @@ static const struct sentence_kind kind_table[] = {
     {"pairs", 2, 2, open_folders, pass_pairs, draw_pairs, AS_IT_IS, 0, 0, "IMAGES ANNOTATIONS"},
     {"tuples", 2, MAX_COLUMNS, open_folders, pass_tuples, draw_tuples, AS_IT_IS, 0, 0, "FOLDER..."},
     {"annotated", 2, 2, open_video, pass_video, draw_video, AS_IT_IS, 1, 1, "FRAMES ANNOTATIONS"},
-    {"colorize", 1, MAX_COLUMNS, open_images, pass_pairs, draw_spoilt, GREY, 0, 0, "IMAGES..."},
-    {"inpaint", 1, MAX_COLUMNS, open_images, pass_pairs, draw_spoilt, HOLES, 0, 0, "IMAGES..."},
-    {"denoise", 1, MAX_COLUMNS, open_images, pass_pairs, draw_spoilt, NOISE, 0, 0, "IMAGES..."},
-    {"derain", 1, MAX_COLUMNS, open_images, pass_pairs, draw_spoilt, RAIN, 0, 0, "IMAGES..."},
-    {"lowlight", 1, MAX_COLUMNS, open_images, pass_pairs, draw_spoilt, DARK, 0, 0, "IMAGES..."},
-    {"boxes", 2, 2, open_drawn, pass_pairs, draw_drawn, BOXES, 0, 0, "IMAGES COCO.json"},
-    {"keypoints", 2, 2, open_drawn, pass_pairs, draw_drawn, KEYPOINTS, 0, 0, "IMAGES COCO.json"},
-    {"segmentation", 2, 2, open_drawn, pass_pairs, draw_drawn, OUTLINES, 0, 0,
+    {"colorize", 1, MAX_COLUMNS, open_images, pass_pairs, draw_pairs, GREY, 0, 0, "IMAGES..."},
+    {"inpaint", 1, MAX_COLUMNS, open_images, pass_pairs, draw_pairs, HOLES, 0, 0, "IMAGES..."},
+    {"denoise", 1, MAX_COLUMNS, open_images, pass_pairs, draw_pairs, NOISE, 0, 0, "IMAGES..."},
+    {"derain", 1, MAX_COLUMNS, open_images, pass_pairs, draw_pairs, RAIN, 0, 0, "IMAGES..."},
+    {"lowlight", 1, MAX_COLUMNS, open_images, pass_pairs, draw_pairs, DARK, 0, 0, "IMAGES..."},
+    {"boxes", 2, 2, open_drawn, pass_pairs, draw_pairs, BOXES, 0, 0, "IMAGES COCO.json"},
+    {"keypoints", 2, 2, open_drawn, pass_pairs, draw_pairs, KEYPOINTS, 0, 0, "IMAGES COCO.json"},
+    {"segmentation", 2, 2, open_drawn, pass_pairs, draw_pairs, OUTLINES, 0, 0,
      "IMAGES COCO.json|LABELS"},
     {"layout", 1, 2, open_layout, pass_single, draw_layout, AS_IT_IS, 0, 1, "FILE [IMAGES]"}};
 enum { N_KINDS = sizeof kind_table / sizeof *kind_table };
@@ -9095,7 +9080,6 @@ static const struct sentence_kind *find_kind(const char *name) {
 }
 
 static void part_close(struct part *p) {
-    if (p == NULL) return;
     for (int c = 0; c < p->n_columns; c++) mem_free(p->column[c]);
     mem_free(p->groups);
     mem_free(p->windows);
@@ -9128,24 +9112,27 @@ static int plan_add(struct plan *plan, const struct sentence_kind *kind,
     p->o = o;
     p->weight = weight;
     p->number = plan->n_parts;
-    p->seed = mix64(mix64(plan->seed) + (uint64_t)p->number);
+    p->seed = draw_word(plan->seed, (uint64_t)p->number);
     plan->parts[plan->n_parts++] = p;
     int code = kind->open(plan, p, words, n, error);
     for (int s = 0; code == LVM_OK && s < 2; s++)
         p->side[s].pass = p->side[s].n > 0 ? kind->pass(p, &p->side[s]) : 0;
-    if (code == LVM_OK && p->side[0].pass + p->side[1].pass == 0)
+    if (code == LVM_OK && p->side[0].pass + p->side[1].pass == 0) {
+        const char *log = plan->log.n > 0 ? plan->log.path : NULL;
         code = fail(error, LVM_INVALID, "%s %s: makes no sentence%s%s", kind->name, words[0],
-                    plan->log.n > 0 && plan->log.path != NULL ? "; why: " : "",
-                    plan->log.n > 0 && plan->log.path != NULL ? plan->log.path : "");
+                    log != NULL ? "; why: " : "", log != NULL ? log : "");
+    }
     return code;
 }
 
 /* A mix deals its sentences in cycles: of each of them every part has a share by its weight, in an
-   order of the cycle's own. So part and number of sentence i follow from i. */
+   order of the cycle's own. So part and number of sentence i follow from i, which they would not
+   if each were drawn by chance: the number says how many of the part came before. Weights hold
+   exactly in each cycle, not only on average. */
 enum { CYCLE = 10000 };
 
-/* Weights become whole turns, the rest going to the largest fractions; a part that has something
-   gets one at least. */
+/* Weights become whole turns, to the nearest; a part that has something gets one at least. The
+   cycle is what they add up to. */
 static void plan_turns(struct plan *plan) {
     for (int s = 0; s < 2; s++) {
         double all = 0;
@@ -9162,11 +9149,6 @@ static void plan_turns(struct plan *plan) {
     }
 }
 
-static int64_t plan_cycle(const struct plan *plan, int side) {
-    const struct side *last = &plan->parts[plan->n_parts - 1]->side[side];
-    return last->before + last->turns;
-}
-
 /* Sentences of one pass: each part's, once. */
 static int64_t plan_pass(const struct plan *plan, int side) {
     int64_t all = 0;
@@ -9174,13 +9156,15 @@ static int64_t plan_pass(const struct plan *plan, int side) {
     return all;
 }
 
-/* Mirrors and crops what belongs together alike. */
+/* Mirrors and crops what belongs together alike: an image and its annotation, a whole video; and
+   other pairs of the sentence in their own way, as other photographs would be. Only with --flip and
+   --crop, for text and left-handed people do not bear mirroring, nor layouts a crop. */
 static void vary(const struct part *p, uint64_t style, struct draft *d) {
+    const float share[2] = {p->o->crop, 1};
     int step = p->kind->whole ? d->n : d->unit;
     for (int j = 0; j < d->n; j++) {
         struct recipe *r = &d->images[j];
         uint64_t at = 100 + 4 * (uint64_t)(j / step);
-        const float share[2] = {p->o->crop, 1};
         if (p->o->flip) r->flip = (uint8_t)draw_below(style, at, 2);
         if (!(p->o->crop > 0)) continue;
         r->crop[0] = (uint16_t)(draw_range(style, at + 1, share) * 65535);
@@ -9189,22 +9173,24 @@ static void vary(const struct part *p, uint64_t style, struct draft *d) {
     }
 }
 
-/* Sentence i of a side; the part that made it. */
+/* Sentence i of a side; the part that made it. Of several parts the place of i in its cycle,
+   shuffled, says which, and the number of its turn is the number of the part's sentence. */
 static const struct part *plan_draw(const struct plan *plan, int side, int64_t i,
                                     struct draft *d) {
-    int64_t cycle = plan_cycle(plan, side), at = i % cycle, turn = i / cycle, number = i;
     const struct part *p = plan->parts[0];
+    int64_t number = i;
     if (plan->n_parts > 1) {
-        int k = 0;
-        at = shuffled(plan->seed, turn, cycle, at);
-        while (at >= plan->parts[k]->side[side].before + plan->parts[k]->side[side].turns) k++;
-        p = plan->parts[k];
-        number = turn * p->side[side].turns + at - p->side[side].before;
+        const struct side *last = &plan->parts[plan->n_parts - 1]->side[side];
+        int64_t cycle = last->before + last->turns, pass = i / cycle,
+                at = shuffled(plan->seed, pass, cycle, i % cycle);
+        for (int k = 0; at >= p->side[side].before + p->side[side].turns;) p = plan->parts[++k];
+        number = pass * p->side[side].turns + at - p->side[side].before;
     }
-    uint64_t style = mix64(mix64(p->seed + (uint64_t)side + 1) + (uint64_t)number);
+    uint64_t style = draw_word(p->seed + (uint64_t)side + 1, (uint64_t)number);
+    struct turn t = {p, &p->side[side], number, style};
     d->n = d->answers = 0;
     d->unit = 1;
-    p->kind->draw(p, &p->side[side], number, style, d);
+    p->kind->draw(&t, d);
     vary(p, style, d);
     return p;
 }
@@ -10971,6 +10957,14 @@ static int64_t os_resident(void) {
     return pages * sysconf(_SC_PAGESIZE);
 }
 
+/* Claims a whole open file until it is closed or the process ends, however it ends; -1 where
+   another process has it. Where the file's system knows no locks the caller has it unclaimed. */
+static int os_lock(FILE *file) {
+    struct flock all = {.l_type = F_WRLCK, .l_whence = SEEK_SET};
+    if (fcntl(fileno(file), F_SETLK, &all) == 0) return 0;
+    return errno == EACCES || errno == EAGAIN ? -1 : 0;
+}
+
 struct os_folder {
     DIR *dir;
 };
@@ -11267,6 +11261,14 @@ static int64_t os_resident(void) {
     PROCESS_MEMORY_COUNTERS counters;
     int known = K32GetProcessMemoryInfo(GetCurrentProcess(), &counters, sizeof counters);
     return known ? (int64_t)counters.WorkingSetSize : 0;
+}
+
+/* A byte far behind the end is claimed: Windows keeps others from reading what is locked. */
+static int os_lock(FILE *file) {
+    OVERLAPPED at = {.OffsetHigh = 1 << 30};
+    HANDLE h = (HANDLE)_get_osfhandle(_fileno(file));
+    if (LockFileEx(h, LOCKFILE_EXCLUSIVE_LOCK | LOCKFILE_FAIL_IMMEDIATELY, 0, 1, 0, &at)) return 0;
+    return GetLastError() == ERROR_LOCK_VIOLATION || GetLastError() == ERROR_IO_PENDING ? -1 : 0;
 }
 
 struct os_folder {
@@ -20091,9 +20093,10 @@ struct train_words {
 struct sentence_words {
     const char *tokenizer, *strides, *noise, *hole, *rain, *dark, *shard_text;
     int64_t count;
-    int length, hop, flip, order, decide, holes, dry_run;
+    int dry_run;
     int shard, shards; /* this one, from 0, of so many */
-    float val, crop;
+    float val;
+    struct sentence_options o; /* of which settle_sentences fills what is text above */
 };
 
 struct cli {
@@ -20300,28 +20303,28 @@ static const struct option option_table[] = {
     {'s', "seed", "N", SENTENCES, SEED, AT(sampling.seed), 0, 0, "of all that is drawn (1)"},
     {0, "val", "SHARE", SENTENCES, NUMBER, AT(sentences.val), 0, 0.999,
      "of the sources go to OUT-val.tok (0)"},
-    {0, "length", "N", SENTENCES, INTEGER, AT(sentences.length), 1, MAX_LENGTH,
+    {0, "length", "N", SENTENCES, INTEGER, AT(sentences.o.length), 1, MAX_LENGTH,
      "images of a sentence (16)"},
     {0, "strides", "N,N...", SENTENCES, TEXT, AT(sentences.strides), 0, 0,
      "frames from image to image (10,20,30; annotated: 1)"},
-    {0, "hop", "N", SENTENCES, INTEGER, AT(sentences.hop), 1, 1 << 30,
+    {0, "hop", "N", SENTENCES, INTEGER, AT(sentences.o.hop), 1, 1 << 30,
      "frames from window to window (they do not overlap)"},
-    {0, "order", "interleaved|grouped|both", SENTENCES, ONE_OF, AT(sentences.order), 0, 0,
+    {0, "order", "interleaved|grouped|both", SENTENCES, ONE_OF, AT(sentences.o.order), 0, 0,
      "annotated: f1 a1 f2 a2 or f1 f2 a1 a2 (both)"},
-    {0, "flip", NULL, SENTENCES, FLAG, AT(sentences.flip), 0, 0,
+    {0, "flip", NULL, SENTENCES, FLAG, AT(sentences.o.flip), 0, 0,
      "mirror half of what belongs together"},
-    {0, "crop", "SHARE", SENTENCES, NUMBER, AT(sentences.crop), 0.05, 1,
+    {0, "crop", "SHARE", SENTENCES, NUMBER, AT(sentences.o.crop), 0.05, 1,
      "random parts of the images, at least SHARE of a side"},
     {0, "noise", "FROM,TO", SENTENCES, TEXT, AT(sentences.noise), 0, 0,
      "denoise: deviation, of white (0.1,0.3)"},
     {0, "hole", "FROM,TO", SENTENCES, TEXT, AT(sentences.hole), 0, 0,
      "inpaint: sides, of the image's (0.22,0.43)"},
-    {0, "holes", "N", SENTENCES, INTEGER, AT(sentences.holes), 1, 63, "inpaint: how many (1)"},
+    {0, "holes", "N", SENTENCES, INTEGER, AT(sentences.o.holes), 1, 63, "inpaint: how many (1)"},
     {0, "rain", "FROM,TO", SENTENCES, TEXT, AT(sentences.rain), 0, 0,
      "derain: drops a pixel (0.003,0.009)"},
     {0, "dark", "FROM,TO", SENTENCES, TEXT, AT(sentences.dark), 0, 0,
      "lowlight: what is left of the light (0.18,0.4)"},
-    {0, "decide", "N", SENTENCES, INTEGER, AT(sentences.decide), 2, 15,
+    {0, "decide", "N", SENTENCES, INTEGER, AT(sentences.o.decide), 2, 15,
      "layout: loss weight of an answer's deciding tokens"},
     {0, "shard", "I/N", SENTENCES, TEXT, AT(sentences.shard_text), 0, 0,
      "only the Ith of N parts of the sentences"},
@@ -20694,7 +20697,10 @@ static struct cli default_cli(void) {
     o->lr = 0;
     o->min_lr = -1;
     o->warmup = -1;
-    cli.sentences = (struct sentence_words){.length = 16, .order = 2, .holes = 1, .shards = 1};
+    cli.sentences = (struct sentence_words){
+        .shards = 1,
+        .o = {.length = 16, .order = 2, .holes = 1, .noise = {.1f, .3f}, .hole = {.22f, .43f},
+              .rain = {.003f, .009f}, .dark = {.18f, .4f}}};
     cli.max_bad = 0.01f;
     cli.sampling = lvm_default_sampling();
     cli.options = lvm_default_options();
@@ -24447,34 +24453,41 @@ static void add_integers(struct buffer *text, const uint8_t *data, size_t n, siz
     buffer_add(text, "]", 1, error);
 }
 
-static int add_numbers(struct buffer *text, int integers, const void *data, size_t n, size_t size,
-                       lvm_error *error) {
+static void add_numbers(struct buffer *text, int integers, const void *data, size_t n, size_t size,
+                        lvm_error *error) {
     if (integers) add_integers(text, data, n, size, error);
     else add_base64(text, data, n, error);
-    return text->failed ? LVM_MEMORY : LVM_OK;
 }
 
-/* A sentence as a line that parse_train_line reads: the text is replaced. */
+/* Replaces a text by a line that parse_train_line reads; weights may be NULL. */
+static int sentence_line(struct buffer *text, int integers, const int32_t *ids,
+                         const uint8_t *weights, size_t n, int image_tokens, lvm_error *error) {
+    char images[48];
+    int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", image_tokens);
+    text->n = 0;
+    buffer_add(text, "{\"tokens\": ", 11, error);
+    add_numbers(text, integers, ids, n * sizeof *ids, sizeof *ids, error);
+    if (weights != NULL) {
+        buffer_add(text, ", \"weights\": ", 13, error);
+        add_numbers(text, integers, weights, n, 1, error);
+    }
+    if (image_tokens != USUAL_IMAGE) buffer_add(text, images, (size_t)length, error);
+    return buffer_add(text, "}\n", 2, error);
+}
+
+/* The same of a sentence of a file. */
 static int sentence_text(const lvm_tokens *t, int64_t sentence, int integers, struct buffer *text,
                          lvm_error *error) {
     int64_t first = sentence_start(t, sentence), n = sentence_start(t, sentence + 1) - first;
     int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
-    char images[48];
-    if (ids == NULL) return LVM_MEMORY;
-    text->n = 0;
-    int code = buffer_add(text, "{\"tokens\": ", 11, error);
+    int code = ids != NULL ? LVM_OK : LVM_MEMORY;
     for (int64_t i = 0; code == LVM_OK && i < n; i++)
         if ((ids[i] = token_at(t, first + i)) >= t->bound) code = bad_token(t, sentence, i, error);
     if (code == LVM_OK)
-        code = add_numbers(text, integers, ids, (size_t)n * sizeof *ids, sizeof *ids, error);
-    if (code == LVM_OK && t->weights != NULL) code = buffer_add(text, ", \"weights\": ", 13, error);
-    if (code == LVM_OK && t->weights != NULL)
-        code = add_numbers(text, integers, t->weights + first, (size_t)n, 1, error);
-    int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", t->image_tokens);
-    if (code == LVM_OK && t->image_tokens != USUAL_IMAGE)
-        code = buffer_add(text, images, (size_t)length, error);
+        code = sentence_line(text, integers, ids, t->weights != NULL ? t->weights + first : NULL,
+                             (size_t)n, t->image_tokens, error);
     mem_free(ids);
-    return code == LVM_OK ? buffer_add(text, "}\n", 2, error) : code;
+    return code;
 }
 
 static int run_unpack(struct cli *cli) {
@@ -24548,12 +24561,6 @@ static int listing_sort(struct listing *l, uint32_t *offsets, size_t n,
     return LVM_OK;
 }
 
-/* root/folder, allocated. */
-static char *listing_path(const struct listing *l, size_t folder, lvm_error *error) {
-    const char *below = l->text.data + l->folders[folder];
-    return below[0] != 0 ? join_path(l->root, below, error) : copy_string(l->root, error);
-}
-
 static int listing_add_folder(struct listing *l, const char *path, lvm_error *error) {
     uint32_t *more = array_grow(l->folders, l->n_folders, 1, sizeof *more, &l->folder_room, error);
     if (more == NULL) return LVM_MEMORY;
@@ -24563,56 +24570,61 @@ static int listing_add_folder(struct listing *l, const char *path, lvm_error *er
     return code;
 }
 
-/* The folders in a folder. What has an image's name is none. */
-static int list_folders(struct listing *l, size_t folder, const char *path, lvm_error *error) {
-    struct os_folder dir;
-    int code = LVM_OK;
-    if (os_folder_open(&dir, path) != 0)
-        return fail(error, LVM_IO, "%s: %s", path, strerror(errno));
-    for (const char *name; code == LVM_OK && (name = os_folder_next(&dir)) != NULL;) {
-        if (name[0] == '.' || has_extension(name, image_endings)) continue;
-        char *whole = join_path(path, name, error), *below = NULL;
-        if (whole == NULL) code = LVM_MEMORY;
-        else if (strlen(whole) > 4000)
-            code = fail(error, LVM_UNSUPPORTED, "%s: lies too deep (is a link its own folder?)",
-                        l->root);
-        else if (is_folder(whole)) {
-            below = join_path(l->text.data + l->folders[folder], name, error);
-            code = below != NULL ? listing_add_folder(l, below, error) : LVM_MEMORY;
-        }
-        mem_free(whole);
-        mem_free(below);
+/* Adds an entry of a folder, which lies at that path, if it is a folder. What has an image's name
+   is none. */
+static int add_subfolder(struct listing *l, size_t folder, const char *path, const char *name,
+                         lvm_error *error) {
+    if (has_extension(name, image_endings)) return LVM_OK;
+    char *whole = join_path(path, name, error), *below = NULL;
+    int code = whole != NULL ? LVM_OK : LVM_MEMORY;
+    if (code == LVM_OK && strlen(whole) > 4000)
+        code = fail(error, LVM_UNSUPPORTED, "%s: lies too deep (is a link its own folder?)",
+                    l->root);
+    if (code == LVM_OK && is_folder(whole)) {
+        below = join_path(l->text.data + l->folders[folder], name, error);
+        code = below != NULL ? listing_add_folder(l, below, error) : LVM_MEMORY;
     }
-    os_folder_close(&dir);
+    mem_free(whole);
+    mem_free(below);
     return code;
 }
 
-/* The images in a folder, as stem and ending. */
-static int list_files(struct listing *l, const char *path, lvm_error *error) {
-    struct os_folder dir;
-    int code = LVM_OK;
-    size_t first = l->n;
-    if (os_folder_open(&dir, path) != 0)
-        return fail(error, LVM_IO, "%s: %s", path, strerror(errno));
-    for (const char *name; code == LVM_OK && (name = os_folder_next(&dir)) != NULL;) {
-        uint32_t ending;
-        if (name[0] == '.' || !has_extension(name, image_endings)) continue;
-        uint32_t *more = array_grow(l->stems, l->n, 1, sizeof *more, &l->room, error);
-        if (more == NULL) {
-            code = LVM_MEMORY;
-            break;
-        }
-        l->stems = more;
-        const char *dot = strrchr(name, '.');
-        code = listing_name(l, name, (size_t)(dot - name), &l->stems[l->n], error);
-        if (code == LVM_OK) code = listing_name(l, dot + 1, strlen(dot + 1), &ending, error);
-        l->n += code == LVM_OK;
-    }
-    os_folder_close(&dir);
-    return code == LVM_OK ? listing_sort(l, l->stems + first, l->n - first, compare_names, error)
-                          : code;
+/* Adds an entry if it is an image, as stem and ending. */
+static int add_file(struct listing *l, size_t folder, const char *path, const char *name,
+                    lvm_error *error) {
+    uint32_t ending;
+    (void)folder, (void)path;
+    if (!has_extension(name, image_endings)) return LVM_OK;
+    uint32_t *more = array_grow(l->stems, l->n, 1, sizeof *more, &l->room, error);
+    if (more == NULL) return LVM_MEMORY;
+    l->stems = more;
+    const char *dot = strrchr(name, '.');
+    int code = listing_name(l, name, (size_t)(dot - name), &l->stems[l->n], error);
+    if (code == LVM_OK) code = listing_name(l, dot + 1, strlen(dot + 1), &ending, error);
+    l->n += code == LVM_OK;
+    return code;
 }
 
+/* Gives add all entries of a folder that are not hidden. */
+static int list_entries(struct listing *l, size_t folder,
+                        int (*add)(struct listing *l, size_t folder, const char *path,
+                                   const char *name, lvm_error *error), lvm_error *error) {
+    struct os_folder dir;
+    const char *below = l->text.data + l->folders[folder];
+    char *path = below[0] != 0 ? join_path(l->root, below, error) : copy_string(l->root, error);
+    int code = path != NULL ? LVM_OK : LVM_MEMORY;
+    if (code == LVM_OK && os_folder_open(&dir, path) != 0) {
+        code = fail(error, LVM_IO, "%s: %s", path, strerror(errno));
+    } else if (code == LVM_OK) {
+        for (const char *name; code == LVM_OK && (name = os_folder_next(&dir)) != NULL;)
+            if (name[0] != '.') code = add(l, folder, path, name, error);
+        os_folder_close(&dir);
+    }
+    mem_free(path);
+    return code;
+}
+
+/* First all folders, which are sorted then, and each one's files behind those of the one before. */
 static int listing_open(struct listing *l, const char *root, lvm_error *error) {
     memset(l, 0, sizeof *l);
     l->root = copy_string(root, error);
@@ -24621,19 +24633,16 @@ static int listing_open(struct listing *l, const char *root, lvm_error *error) {
         return fail(error, LVM_IO, "%s: %s", root,
                     os_stat(root).kind == OS_NOTHING ? "there is no such folder" : "is no folder");
     int code = listing_add_folder(l, "", error);
-    for (size_t i = 0; code == LVM_OK && i < l->n_folders; i++) {
-        char *path = listing_path(l, i, error);
-        code = path != NULL ? list_folders(l, i, path, error) : LVM_MEMORY;
-        mem_free(path);
-    }
+    for (size_t i = 0; code == LVM_OK && i < l->n_folders; i++)
+        code = list_entries(l, i, add_subfolder, error);
     if (code == LVM_OK) code = listing_sort(l, l->folders, l->n_folders, compare_paths, error);
     if (code == LVM_OK) l->first = mem_alloc(l->n_folders + 1, sizeof *l->first, error);
     if (code == LVM_OK && l->first == NULL) code = LVM_MEMORY;
-    for (size_t i = 0; code == LVM_OK && i < l->n_folders; i++) {
-        char *path = listing_path(l, i, error);
-        code = path != NULL ? list_files(l, path, error) : LVM_MEMORY;
-        l->first[i + 1] = (uint32_t)l->n;
-        mem_free(path);
+    for (size_t i = 0, from = 0; code == LVM_OK && i < l->n_folders; i++, from = l->n) {
+        code = list_entries(l, i, add_file, error);
+        if (code == LVM_OK)
+            code = listing_sort(l, l->stems + from, l->n - from, compare_names, error);
+        l->first[i + 1] = l->n;
     }
     if (code == LVM_OK && l->n == 0)
         code = fail(error, LVM_INVALID, "%s: holds no images (png, jpg, ppm), nor do the folders "
@@ -24651,47 +24660,77 @@ static int listing_open(struct listing *l, const char *root, lvm_error *error) {
 
    key: a hash of all that an image is made of: its file's name, size and time, its recipe; pixels:
    of what was tokenized, so that equal images are not computed twice; check: of the record. Records
-   are only added; one that was cut off, or does not fit its check, ends what counts. */
+   are only added; one that was cut off, or does not fit its check, ends what counts. The file is
+   locked while it is in use, for two that add records would write into each other's. */
 
 enum { NO_SLOT = -1, BAD_SLOT = -2, TOKEN_CACHE_VERSION = 1, CACHE_HEAD = 24, RECORD_HEAD = 24 };
 
+/* Things 0 .. n-1 are found by keys of 64 bits, hashes that stand for what they are of: a table of
+   numbers, each where its key says or behind it. Of equal keys the first is found. */
+struct numbers {
+    uint64_t *keys;       /* [n] */
+    uint32_t *table;      /* [width], a power of 2: number + 1; 0: free */
+    size_t n, room, width;
+};
+
+static void numbers_free(struct numbers *m) {
+    mem_free(m->keys);
+    mem_free(m->table);
+    memset(m, 0, sizeof *m);
+}
+
+/* Where the key's number stands in the table, or would. */
+static size_t number_place(const struct numbers *m, uint64_t key) {
+    size_t at = (size_t)mix64(key) & (m->width - 1);
+    while (m->table[at] != 0 && m->keys[m->table[at] - 1] != key) at = (at + 1) & (m->width - 1);
+    return at;
+}
+
+/* The number of a key, or NO_SLOT. */
+static int32_t number_of(const struct numbers *m, uint64_t key) {
+    return m->width > 0 ? (int32_t)m->table[number_place(m, key)] - 1 : NO_SLOT;
+}
+
+/* Gives a key the next number. At most half of the table is taken, so that places are near. */
+static int numbers_add(struct numbers *m, uint64_t key, lvm_error *error) {
+    uint64_t *keys = array_grow(m->keys, m->n, 1, sizeof *keys, &m->room, error);
+    if (keys == NULL) return LVM_MEMORY;
+    m->keys = keys;
+    if (2 * (m->n + 1) > m->width) {
+        size_t width = m->width > 0 ? 2 * m->width : 1024;
+        uint32_t *table = mem_alloc(width, sizeof *table, error);
+        if (table == NULL) return LVM_MEMORY;
+        mem_free(m->table);
+        m->table = table;
+        m->width = width;
+        for (size_t i = 0; i < m->n; i++) {
+            uint32_t *at = &m->table[number_place(m, m->keys[i])];
+            if (*at == 0) *at = (uint32_t)i + 1;
+        }
+    }
+    uint32_t *at = &m->table[number_place(m, key)];
+    m->keys[m->n++] = key;
+    if (*at == 0) *at = (uint32_t)m->n;
+    return LVM_OK;
+}
+
 struct recipes {
     struct recipe *list;  /* [n] */
-    int32_t *slots;       /* [n]: where its tokens are, or NO_SLOT, BAD_SLOT */
-    uint32_t *index;      /* [index_room]: a number + 1, at the hash or behind it; 0: free */
-    size_t n, room, slot_room, index_room;
+    int32_t *slots;       /* [n]: the records with their tokens, or NO_SLOT, BAD_SLOT */
+    struct numbers index;
+    size_t n, room, slot_room;
 };
 
 static void recipes_free(struct recipes *s) {
     mem_free(s->list);
     mem_free(s->slots);
-    mem_free(s->index);
+    numbers_free(&s->index);
     memset(s, 0, sizeof *s);
 }
 
-/* Where the recipe's number stands in the index, or would. */
-static size_t recipe_place(const struct recipes *s, const struct recipe *r) {
-    size_t mask = s->index_room - 1, at = (size_t)hash_bytes(1, r, sizeof *r) & mask;
-    while (s->index[at] != 0 && memcmp(&s->list[s->index[at] - 1], r, sizeof *r) != 0)
-        at = (at + 1) & mask;
-    return at;
-}
-
-static int recipes_widen(struct recipes *s, lvm_error *error) {
-    size_t room = s->index_room > 0 ? 2 * s->index_room : 1024;
-    uint32_t *index = mem_alloc(room, sizeof *index, error);
-    if (index == NULL) return LVM_MEMORY;
-    mem_free(s->index);
-    s->index = index;
-    s->index_room = room;
-    for (size_t i = 0; i < s->n; i++) s->index[recipe_place(s, &s->list[i])] = (uint32_t)i + 1;
-    return LVM_OK;
-}
-
 static int recipes_add(struct recipes *s, const struct recipe *r, lvm_error *error) {
-    if (2 * (s->n + 1) > s->index_room && recipes_widen(s, error) != LVM_OK) return LVM_MEMORY;
-    size_t place = recipe_place(s, r);
-    if (s->index[place] != 0) return LVM_OK;
+    uint64_t key = hash_bytes(1, r, sizeof *r);
+    if (number_of(&s->index, key) >= 0) return LVM_OK;
     if (s->n == INT32_MAX)
         return fail(error, LVM_UNSUPPORTED, "more than %d images; make shards (--shard)",
                     INT32_MAX);
@@ -24703,64 +24742,11 @@ static int recipes_add(struct recipes *s, const struct recipe *r, lvm_error *err
     s->slots = slots;
     s->list[s->n] = *r;
     s->slots[s->n++] = NO_SLOT;
-    s->index[place] = (uint32_t)s->n;
-    return LVM_OK;
+    return numbers_add(&s->index, key, error);
 }
 
 static int32_t recipe_slot(const struct recipes *s, const struct recipe *r) {
-    return s->slots[s->index[recipe_place(s, r)] - 1];
-}
-
-/* Numbers by 64-bit keys, of which none is 0. */
-struct slot_map {
-    uint64_t *keys;
-    int32_t *slots;
-    size_t n, room; /* room: a power of 2 */
-};
-
-static void slot_map_free(struct slot_map *m) {
-    mem_free(m->keys);
-    mem_free(m->slots);
-    memset(m, 0, sizeof *m);
-}
-
-static size_t slot_place(const struct slot_map *m, uint64_t key) {
-    size_t at = (size_t)mix64(key) & (m->room - 1);
-    while (m->keys[at] != 0 && m->keys[at] != key) at = (at + 1) & (m->room - 1);
-    return at;
-}
-
-static int32_t slot_find(const struct slot_map *m, uint64_t key) {
-    size_t at = m->n > 0 ? slot_place(m, key) : 0;
-    return m->n > 0 && m->keys[at] != 0 ? m->slots[at] : NO_SLOT;
-}
-
-/* The first number of a key stays. */
-static int slot_put(struct slot_map *m, uint64_t key, int32_t slot, lvm_error *error) {
-    if (2 * (m->n + 1) > m->room) {
-        struct slot_map wider = {.room = m->room > 0 ? 2 * m->room : 1024};
-        wider.keys = mem_alloc(wider.room, sizeof *wider.keys, error);
-        wider.slots = mem_alloc(wider.room, sizeof *wider.slots, error);
-        if (wider.keys == NULL || wider.slots == NULL) {
-            slot_map_free(&wider);
-            return LVM_MEMORY;
-        }
-        for (size_t i = 0; i < m->room; i++)
-            if (m->keys[i] != 0) {
-                size_t to = slot_place(&wider, m->keys[i]);
-                wider.keys[to] = m->keys[i];
-                wider.slots[to] = m->slots[i];
-                wider.n++;
-            }
-        slot_map_free(m);
-        *m = wider;
-    }
-    size_t at = slot_place(m, key);
-    if (m->keys[at] != 0) return LVM_OK;
-    m->keys[at] = key;
-    m->slots[at] = slot;
-    m->n++;
-    return LVM_OK;
+    return s->slots[number_of(&s->index, hash_bytes(1, r, sizeof *r))];
 }
 
 struct token_cache {
@@ -24769,7 +24755,7 @@ struct token_cache {
     int T;
     int32_t n;                    /* records */
     uint8_t *record;              /* [record_bytes] */
-    struct slot_map keys, pixels;
+    struct numbers keys, pixels;  /* of records */
 };
 
 static size_t record_bytes(const struct token_cache *c) { return RECORD_HEAD + 2 * (size_t)c->T; }
@@ -24785,30 +24771,51 @@ static uint64_t record_check(const struct token_cache *c, const uint8_t *record)
 
 static void token_cache_close(struct token_cache *c) {
     if (c->file != NULL) fclose(c->file);
-    slot_map_free(&c->keys);
-    slot_map_free(&c->pixels);
+    numbers_free(&c->keys);
+    numbers_free(&c->pixels);
     mem_free(c->record);
     mem_free(c->path);
     memset(c, 0, sizeof *c);
 }
 
-/* Finds the records that are whole. */
+/* Finds the records that are whole, and cuts off what is behind them. */
 static int token_cache_scan(struct token_cache *c, lvm_error *error) {
     int code = LVM_OK;
     while (code == LVM_OK && c->n < INT32_MAX &&
            fread(c->record, 1, record_bytes(c), c->file) == record_bytes(c)) {
         uint64_t head[3];
         memcpy(head, c->record, sizeof head);
-        if (head[0] == 0 || head[1] == 0 || head[2] != record_check(c, c->record)) break;
-        code = slot_put(&c->keys, head[0], c->n, error);
-        if (code == LVM_OK) code = slot_put(&c->pixels, head[1], c->n, error);
+        if (head[2] != record_check(c, c->record)) break;
+        code = numbers_add(&c->keys, head[0], error);
+        if (code == LVM_OK) code = numbers_add(&c->pixels, head[1], error);
         c->n++;
     }
+    if (code == LVM_OK && os_truncate(c->file, record_at(c, c->n)) != 0)
+        code = write_failed(c->path, error);
     return code;
 }
 
-/* Opens or begins the file; one of another tokenizer is begun anew, one of something else
-   refused. */
+/* Opens or makes the file, which is locked from then on; what is no file of tokens is refused, with
+   c->file left NULL where it is not ours. */
+static int token_cache_claim(struct token_cache *c, lvm_error *error) {
+    static const char magic[] = "LVMTOKS\n";
+    struct os_info info = os_stat(c->path);
+    if (info.kind != OS_NOTHING && (info.kind != OS_FILE ||
+                                    (info.size > 0 && !begins_with(c->path, magic))))
+        return fail(error, LVM_INVALID, "%s: exists and is no file of tokens; choose another name",
+                    c->path);
+    FILE *file = os_fopen(c->path, "a+b"); /* records only ever go to the end */
+    if (file == NULL) return write_failed(c->path, error);
+    if (os_lock(file) == 0) {
+        c->file = file;
+        return LVM_OK;
+    }
+    fclose(file);
+    return fail(error, LVM_IO, "%s: another lvm is adding tokens to it; wait until it is done, or "
+                "name another file with --cache", c->path);
+}
+
+/* Begins with what the file holds; one of another tokenizer is begun anew. */
 static int token_cache_open(struct token_cache *c, const char *path, int T, uint64_t fingerprint,
                             lvm_error *error) {
     uint8_t head[CACHE_HEAD] = "LVMTOKS\n", found[CACHE_HEAD];
@@ -24821,19 +24828,14 @@ static int token_cache_open(struct token_cache *c, const char *path, int T, uint
     c->path = copy_string(path, error);
     c->record = mem_alloc(record_bytes(c), 1, error);
     if (c->path == NULL || c->record == NULL) return LVM_MEMORY;
-    struct os_info info = os_stat(path);
-    if (info.kind != OS_NOTHING && (info.kind != OS_FILE ||
-                                    (info.size > 0 && !begins_with(path, "LVMTOKS\n"))))
-        return fail(error, LVM_INVALID, "%s: exists and is no file of tokens; choose another name",
-                    path);
-    c->file = info.kind == OS_FILE ? os_fopen(path, "r+b") : NULL;
-    if (c->file != NULL && fread(found, 1, sizeof found, c->file) == sizeof found &&
+    int code = token_cache_claim(c, error);
+    if (code != LVM_OK) return code;
+    if (fseeko(c->file, 0, SEEK_SET) == 0 &&
+        fread(found, 1, sizeof found, c->file) == sizeof found &&
         memcmp(found, head, sizeof head) == 0)
         return token_cache_scan(c, error);
-    if (c->file != NULL) fclose(c->file);
-    c->file = os_fopen(path, "w+b");
-    if (c->file == NULL || fwrite(head, 1, sizeof head, c->file) != sizeof head ||
-        fflush(c->file) != 0)
+    if (os_truncate(c->file, 0) != 0 || fseeko(c->file, 0, SEEK_END) != 0 ||
+        fwrite(head, 1, sizeof head, c->file) != sizeof head || fflush(c->file) != 0)
         return write_failed(path, error);
     return LVM_OK;
 }
@@ -24850,11 +24852,11 @@ static int token_cache_add(struct token_cache *c, uint64_t key, uint64_t pixels,
     uint64_t check = record_check(c, c->record);
     memcpy(c->record + 16, &check, 8);
     if (c->n == INT32_MAX) return fail(error, LVM_UNSUPPORTED, "%s: is full", c->path);
-    if (fseeko(c->file, record_at(c, c->n), SEEK_SET) != 0 ||
+    if (fseeko(c->file, 0, SEEK_END) != 0 ||
         fwrite(c->record, 1, record_bytes(c), c->file) != record_bytes(c))
         return write_failed(c->path, error);
-    int code = slot_put(&c->keys, key, c->n, error);
-    if (code == LVM_OK) code = slot_put(&c->pixels, pixels, c->n, error);
+    int code = numbers_add(&c->keys, key, error);
+    if (code == LVM_OK) code = numbers_add(&c->pixels, pixels, error);
     *slot = c->n++;
     return code;
 }
@@ -24873,9 +24875,15 @@ static int token_cache_get(struct token_cache *c, int32_t slot, int32_t *ids, lv
 
 /* ---- Sentences: making the images ----
 
-   Threads take recipes in their order, read and make the images and put them into a ring; the
-   tokenizer takes them out in the same order, as many at a time as the device likes. What the token
-   file holds already is not even read. */
+   Threads take recipes in their order, read and make the images and put their pixels into a ring;
+   the tokenizer takes them out in the same order, as many at a time as the device likes:
+
+       recipes   0 1 2 3 4 5 6 7 8 9 ...
+                 | taken | group | made or being made | next ...
+                         +--------- the ring ---------+
+
+   A group lies in the ring as the device takes it, image behind image, so that it is copied nowhere
+   while the device waits. What the token file holds already is not even read. */
 
 enum { RING = 128 };
 
@@ -24883,7 +24891,6 @@ struct made {
     int ready, code;
     int32_t slot;        /* of its tokens, where they are known; else NO_SLOT */
     uint64_t key, pixels;
-    lvm_image square;
     lvm_error error;
 };
 
@@ -24907,9 +24914,19 @@ struct making {
     size_t next, taken;           /* the next to be made; how many were taken out */
     int quit;
     struct made ring[RING];
+    uint8_t *rgb;                 /* [RING][R][R][3] */
 };
 
-/* A hash of all that decides an image's pixels; never 0. */
+static size_t square_bytes(const struct making *k) {
+    return (size_t)k->maker.R * (size_t)k->maker.R * RGB;
+}
+
+/* The pixels of image i, while it is in the ring. */
+static uint8_t *square_of(const struct making *k, size_t i) {
+    return k->rgb + i % RING * square_bytes(k);
+}
+
+/* A hash of all that decides an image's pixels. */
 static uint64_t image_key(const struct making *k, const struct recipe *r, const char *path) {
     struct os_info info = os_stat(path);
     struct recipe known = *r;
@@ -24920,11 +24937,12 @@ static uint64_t image_key(const struct making *k, const struct recipe *r, const 
     h = hash_bytes(h, &known, sizeof known);
     h = hash_bytes(h, (const int[2]){k->maker.fit, k->maker.exif}, 2 * sizeof(int));
     if (r->how != AS_IT_IS) h = hash_bytes(h, &k->part_keys[r->part], sizeof *k->part_keys);
-    return h != 0 ? h : 1;
+    return h;
 }
 
 static void make_one(struct making *k, size_t i, struct made *m) {
     const struct recipe *r = &k->recipes.list[i];
+    lvm_image square;
     char path[1 << 13];
     memset(m, 0, sizeof *m);
     m->slot = NO_SLOT;
@@ -24933,14 +24951,14 @@ static void make_one(struct making *k, size_t i, struct made *m) {
     if (m->code != LVM_OK) return;
     m->key = image_key(k, r, path);
     pthread_mutex_lock(&k->mutex);
-    m->slot = slot_find(&k->cache.keys, m->key);
+    m->slot = number_of(&k->cache.keys, m->key);
     pthread_mutex_unlock(&k->mutex);
     if (m->slot >= 0) return;
-    m->code = make_image(&k->maker, r, path, &m->square, &m->error);
+    m->code = make_image(&k->maker, r, path, &square, &m->error);
     if (m->code != LVM_OK) return;
-    size_t n = (size_t)k->maker.R * (size_t)k->maker.R * RGB;
-    m->pixels = hash_bytes(5, m->square.rgb, n);
-    if (m->pixels == 0) m->pixels = 1;
+    memcpy(square_of(k, i), square.rgb, square_bytes(k));
+    m->pixels = hash_bytes(5, square.rgb, square_bytes(k));
+    lvm_image_free(&square);
 }
 
 static void *making_thread(void *arg) {
@@ -24969,7 +24987,8 @@ static int making_start(struct making *k, lvm_error *error) {
     pthread_mutex_init(&k->mutex, NULL);
     pthread_cond_init(&k->changed, NULL);
     k->threads = mem_alloc((size_t)n, sizeof *k->threads, error);
-    if (k->threads == NULL) return LVM_MEMORY;
+    k->rgb = mem_alloc(RING, square_bytes(k), error);
+    if (k->threads == NULL || k->rgb == NULL) return LVM_MEMORY;
     os_signals before = os_block_signals();
     while (k->n_threads < n && thread_start(&k->threads[k->n_threads], making_thread, k) == 0)
         k->n_threads++;
@@ -24984,10 +25003,10 @@ static void making_stop(struct making *k) {
     pthread_cond_broadcast(&k->changed);
     pthread_mutex_unlock(&k->mutex);
     for (int i = 0; i < k->n_threads; i++) pthread_join(k->threads[i], NULL);
-    for (int i = 0; i < RING; i++) lvm_image_free(&k->ring[i].square);
     pthread_cond_destroy(&k->changed);
     pthread_mutex_destroy(&k->mutex);
     mem_free(k->threads);
+    mem_free(k->rgb);
     k->threads = NULL;
 }
 
@@ -25012,7 +25031,7 @@ static int note_bad(struct making *k, const struct made *m, lvm_error *error) {
    the file. */
 static int keep_tokens(struct making *k, size_t i, const struct made *m, int32_t *ids, int known,
                        lvm_error *error) {
-    int32_t equal = slot_find(&k->cache.pixels, m->pixels);
+    int32_t equal = number_of(&k->cache.pixels, m->pixels);
     int code = known ? token_cache_get(&k->cache, equal, ids, error) : LVM_OK;
     k->twice += equal >= 0;
     pthread_mutex_lock(&k->mutex); /* other threads look keys up */
@@ -25022,36 +25041,46 @@ static int keep_tokens(struct making *k, size_t i, const struct made *m, int32_t
     return code;
 }
 
+/* Tokenizes those of the next n images that are new, to ids, and notes for each which of them it
+   is, or -1. They move together in the ring, where n images never lie about its end. */
+static int encode_group(struct making *k, size_t n, int32_t *ids, int *to, lvm_error *error) {
+    lvm_ctx *ctx = k->s.ctx;
+    int images = 0;
+    for (size_t i = 0; i < n; i++) {
+        const struct made *m = &k->ring[(k->taken + i) % RING];
+        to[i] = -1;
+        if (m->code != LVM_OK || m->slot >= 0) continue;
+        if (number_of(&k->cache.pixels, m->pixels) >= 0) continue;
+        to[i] = images++;
+        if ((size_t)to[i] < i)
+            memmove(square_of(k, k->taken + (size_t)to[i]), square_of(k, k->taken + i),
+                    square_bytes(k));
+    }
+    if (images == 0) return LVM_OK;
+    return blame_weights(ctx, ctx->b->encode(ctx->state, square_of(k, k->taken), images, 0, images,
+                                             ids, NULL, error), error);
+}
+
 /* Tokenizes the next n images, in their order. */
 static int take_made(struct making *k, size_t n, int32_t *ids, lvm_error *error) {
     size_t T = (size_t)k->cache.T;
-    lvm_image squares[RING];
-    int to[RING], images = 0, code = LVM_OK;
+    int to[RING];
     wait_made(k, n);
-    for (size_t i = 0; i < n; i++) {
-        struct made *m = &k->ring[(k->taken + i) % RING];
-        to[i] = -1;
-        if (m->code != LVM_OK || m->slot >= 0) continue;
-        if (slot_find(&k->cache.pixels, m->pixels) >= 0) continue;
-        to[i] = images;
-        squares[images++] = m->square;
-    }
-    if (images > 0) code = lvm_encode(k->s.ctx, squares, images, ids, error);
+    int code = encode_group(k, n, ids, to, error);
     for (size_t i = 0; code == LVM_OK && i < n; i++) {
         struct made *m = &k->ring[(k->taken + i) % RING];
-        size_t number = k->taken + i;
+        int32_t *slot = &k->recipes.slots[k->taken + i];
         if (m->code != LVM_OK) {
-            k->recipes.slots[number] = BAD_SLOT;
+            *slot = BAD_SLOT;
             code = note_bad(k, m, error);
         } else if (m->slot >= 0) {
-            k->recipes.slots[number] = m->slot;
+            *slot = m->slot;
             k->again++;
         } else {
-            int32_t *at = ids + (size_t)(to[i] < 0 ? images : to[i]) * T;
-            code = keep_tokens(k, number, m, at, to[i] < 0, error);
+            int32_t *at = ids + (to[i] < 0 ? n : (size_t)to[i]) * T;
+            code = keep_tokens(k, k->taken + i, m, at, to[i] < 0, error);
         }
     }
-    for (size_t i = 0; i < n; i++) lvm_image_free(&k->ring[(k->taken + i) % RING].square);
     pthread_mutex_lock(&k->mutex);
     for (size_t i = 0; i < n; i++) k->ring[(k->taken + i) % RING].ready = 0;
     k->taken += n;
@@ -25063,7 +25092,8 @@ static int take_made(struct making *k, size_t n, int32_t *ids, lvm_error *error)
 
 /* Tokens of all recipes, to the file. */
 static int tokenize_all(struct making *k, lvm_error *error) {
-    size_t most = (size_t)min64(k->s.ctx->limits.images, RING / 2), all = k->recipes.n;
+    size_t most = 1, all = k->recipes.n; /* at a time: a power of 2, which divides the ring */
+    while (2 * most <= (size_t)min64(k->s.ctx->limits.images, RING / 2)) most *= 2;
     int32_t *ids = mem_alloc((most + 1) * (size_t)k->cache.T, sizeof *ids, error);
     if (ids == NULL) return LVM_MEMORY;
     int code = making_start(k, error);
@@ -25090,79 +25120,63 @@ struct sentence_file {
 
 static int sentence_file_add(struct making *k, struct sentence_file *f, const int32_t *ids,
                              const uint8_t *weights, size_t n, lvm_error *error) {
-    char images[48];
     f->n++;
     if (!f->is_lines) return token_writer_add(&f->w, ids, weights, n, error);
-    f->text.n = 0;
-    int code = buffer_add(&f->text, "{\"tokens\": ", 11, error);
-    if (code == LVM_OK)
-        code = add_numbers(&f->text, 0, ids, n * sizeof *ids, sizeof *ids, error);
-    if (code == LVM_OK && weights != NULL)
-        code = buffer_add(&f->text, ", \"weights\": ", 13, error);
-    if (code == LVM_OK && weights != NULL) code = add_numbers(&f->text, 0, weights, n, 1, error);
-    int length = snprintf(images, sizeof images, ", \"image_tokens\": %d", k->cache.T);
-    if (code == LVM_OK && k->cache.T != USUAL_IMAGE)
-        code = buffer_add(&f->text, images, (size_t)length, error);
-    if (code == LVM_OK) code = buffer_add(&f->text, "}\n", 2, error);
+    int code = sentence_line(&f->text, 0, ids, weights, n, k->cache.T, error);
     if (code != LVM_OK) return code;
     return outfile_write(&k->outputs.list[f->number].file, f->text.data, f->text.n, error);
 }
 
-/* Of a layout with --decide: all tokens of its folder's images, sorted, so that neighbours begin
-   alike. */
+/* Of a layout with --decide: the tokens of all of its folder's images that could be read, with
+   their number T in front, sorted, so that neighbours begin alike. */
 struct decisions {
-    uint16_t *rows;      /* [n][T] */
+    uint16_t *rows;      /* [n][1 + T], and room for one more */
     size_t n;
 };
 
-/* For qsort, which hands on nothing else: rows with their length in front. */
+/* By tokens; of equal ones none comes first. */
 static int compare_rows(const void *a, const void *b) {
-    const uint16_t *x = *(uint16_t *const *)a, *y = *(uint16_t *const *)b;
+    const uint16_t *x = a, *y = b;
     for (int i = 1; i <= x[0]; i++)
         if (x[i] != y[i]) return x[i] < y[i] ? -1 : 1;
     return 0;
 }
 
-/* Fills d with the tokens of a folder's images that could be read. */
+static void set_tokens(uint16_t *row, const int32_t *ids, size_t T) {
+    row[0] = (uint16_t)T;
+    for (size_t t = 0; t < T; t++) row[1 + t] = (uint16_t)ids[t];
+}
+
 static int decisions_open(struct making *k, const struct listing *l, struct decisions *d,
                           lvm_error *error) {
     size_t T = (size_t)k->cache.T;
     int32_t *ids = mem_alloc(T, sizeof *ids, error);
-    uint16_t **rows = mem_alloc(l->n + 1, sizeof *rows, error),
-             *text = mem_alloc(l->n + 1, (T + 1) * sizeof *text, error);
-    d->rows = mem_alloc(l->n + 1, T * sizeof *d->rows, error);
-    int code = ids != NULL && rows != NULL && text != NULL && d->rows != NULL ? LVM_OK : LVM_MEMORY;
+    d->rows = mem_alloc(l->n + 1, (1 + T) * sizeof *d->rows, error);
+    int code = ids != NULL && d->rows != NULL ? LVM_OK : LVM_MEMORY;
     for (size_t i = 0; code == LVM_OK && i < l->n; i++) {
         struct recipe r = {.file = l->base + (uint32_t)i};
         int32_t slot = recipe_slot(&k->recipes, &r);
         if (slot < 0) continue;
         code = token_cache_get(&k->cache, slot, ids, error);
-        rows[d->n] = text + d->n * (T + 1);
-        rows[d->n][0] = (uint16_t)T;
-        for (size_t t = 0; t < T; t++) rows[d->n][t + 1] = (uint16_t)ids[t];
-        d->n++;
+        if (code == LVM_OK) set_tokens(d->rows + d->n++ * (1 + T), ids, T);
     }
-    if (code == LVM_OK && d->n > 0) qsort(rows, d->n, sizeof *rows, compare_rows);
-    for (size_t i = 0; code == LVM_OK && i < d->n; i++)
-        memcpy(d->rows + i * T, rows[i] + 1, T * sizeof *d->rows);
+    if (d->n > 0) qsort(d->rows, d->n, (1 + T) * sizeof *d->rows, compare_rows);
     mem_free(ids);
-    mem_free(rows);
-    mem_free(text);
     return code;
 }
 
 /* The loss weights of an answer, ids[T]. */
 static void weigh_answer(const struct decisions *d, size_t T, const int32_t *ids, uint8_t weight,
                          uint8_t *weights) {
-    size_t low = 0, high = d->n;
-    while (low < high) {
-        size_t middle = low + (high - low) / 2, t = 0;
-        const uint16_t *row = d->rows + middle * T;
-        while (t < T && row[t] == ids[t]) t++;
-        if (t < T && row[t] < ids[t]) low = middle + 1;
+    uint16_t *row = d->rows + d->n * (1 + T);
+    size_t at = 0, high = d->n;
+    set_tokens(row, ids, T);
+    while (at < high) {
+        size_t middle = at + (high - at) / 2;
+        if (compare_rows(d->rows + middle * (1 + T), row) < 0) at = middle + 1;
         else high = middle;
     }
-    if (low < d->n) mark_decisions(d->rows, d->n, T, low, weight, weights);
+    mark_decisions(d->rows, d->n, T, row, at, weight, weights);
 }
 
 /* The sentences of a side on their way out. */
@@ -25261,14 +25275,15 @@ static int write_side(struct making *k, int side, lvm_error *error) {
 
 /* Two numbers, "0.1,0.3", or one for both; 0, or a message and 2. */
 static int parse_range(const char *option, const char *text, float low, float high, float *range) {
+    const char *at = text;
     char *end = NULL;
     if (text == NULL) return 0;
-    range[0] = range[1] = strtof(text, &end);
-    if (end != text && *end == ',') {
-        text = end + 1;
-        range[1] = strtof(text, &end);
+    range[0] = range[1] = strtof(at, &end);
+    if (end != at && *end == ',') {
+        at = end + 1;
+        range[1] = strtof(at, &end);
     }
-    if (end == text || *end != 0 || !(range[0] >= low && range[0] <= range[1] && range[1] <= high))
+    if (end == at || *end != 0 || !(range[0] >= low && range[0] <= range[1] && range[1] <= high))
         return complain("%s: \"%s\" is not FROM,TO with %g <= FROM <= TO <= %g", option, text,
                         (double)low, (double)high) + 1;
     return 0;
@@ -25295,11 +25310,8 @@ static int settle_sentences(const struct cli *cli, const struct sentence_kind *k
     const struct sentence_words *t = &cli->sentences;
     const char *strides = t->strides != NULL ? t->strides
                           : strcmp(kind->name, "annotated") == 0 ? "1" : "10,20,30";
-    *o = (struct sentence_options){.length = t->length, .hop = t->hop, .flip = t->flip,
-                                   .order = t->order, .decide = t->decide, .holes = t->holes,
-                                   .skeleton = cli->skeleton,
-                                   .crop = t->crop, .noise = {.1f, .3f}, .hole = {.22f, .43f},
-                                   .rain = {.003f, .009f}, .dark = {.18f, .4f}};
+    *o = t->o;
+    o->skeleton = cli->skeleton;
     if (parse_range("--noise", t->noise, 0, 10, o->noise) != 0 ||
         parse_range("--hole", t->hole, 0, 1, o->hole) != 0 ||
         parse_range("--rain", t->rain, 0, 1, o->rain) != 0 ||
@@ -25310,7 +25322,7 @@ static int settle_sentences(const struct cli *cli, const struct sentence_kind *k
 
 /* What a mix is read from, and what its lines became. */
 struct mix_lines {
-    char *text;
+    struct plain_text text;
     struct sentence_options o[MAX_PARTS];
     struct paths names;          /* allocated words */
 };
@@ -25333,13 +25345,12 @@ static int keeps_to_itself(const struct cli *sub, const struct cli *cli) {
 }
 
 /* weight kind sources... [options] */
-static int mix_line(struct making *k, struct mix_lines *m, const char *path, int number,
-                    char *line, lvm_error *error) {
-    char *words[64] = {NULL};
-    const char *sources[64], *folder_end = os_file_name(path);
-    char folder[4200], *end = NULL;
-    int n = split_words(line, words, 63), status = 0;
-    snprintf(folder, sizeof folder, "%.*s", (int)(folder_end - path), path);
+static int mix_line(struct making *k, struct mix_lines *m, const char *path, char *line,
+                    lvm_error *error) {
+    const char *sources[64];
+    char *words[64] = {NULL}, folder[4200], *end = NULL;
+    int n = split_words(line, words, 63), number = m->text.number;
+    folder_of(path, folder, sizeof folder);
     const struct sentence_kind *kind = n > 2 ? find_kind(words[1]) : NULL;
     double weight = n > 2 ? strtod(words[0], &end) : 0;
     if (kind == NULL || end == words[0] || *end != 0 || !(weight > 0 && weight < 1e9))
@@ -25352,9 +25363,9 @@ static int mix_line(struct making *k, struct mix_lines *m, const char *path, int
     if (k->plan.n_parts == MAX_PARTS)
         return fail(error, LVM_UNSUPPORTED, "%s: has more than %d lines", path, MAX_PARTS);
     struct sentence_options *o = &m->o[k->plan.n_parts];
-    status = parse_arguments(&sub, find_command("sentences"), n - 1, words + 1);
-    if (status == 0) status = settle_sentences(&sub, kind, o);
-    if (status != 0) return fail(error, LVM_FORMAT, "%s: line %d: see above", path, number);
+    if (parse_arguments(&sub, find_command("sentences"), n - 1, words + 1) != 0 ||
+        settle_sentences(&sub, kind, o) != 0)
+        return fail(error, LVM_FORMAT, "%s: line %d: see above", path, number);
     if (!keeps_to_itself(&sub, k->cli))
         return fail(error, LVM_FORMAT, "%s: line %d: has an option that is the whole command's",
                     path, number);
@@ -25367,19 +25378,9 @@ static int mix_line(struct making *k, struct mix_lines *m, const char *path, int
 }
 
 static int plan_mix(struct making *k, struct mix_lines *m, const char *path, lvm_error *error) {
-    uint8_t *text = NULL;
-    size_t size = 0;
-    int number = 0, code = read_file(path, &text, &size, error);
-    m->text = (char *)text;
-    if (code == LVM_OK && memchr(text, 0, size) != NULL)
-        code = fail(error, LVM_FORMAT, "%s: zero bytes: a mix is text", path);
-    for (char *line = m->text, *end; code == LVM_OK && *line != 0; line = end) {
-        end = line + strcspn(line, "\n");
-        if (*end != 0) *end++ = 0;
-        number++;
-        if (line[strspn(line, " \t\r")] == 0 || line[0] == '#') continue;
-        code = mix_line(k, m, path, number, line, error);
-    }
+    int code = text_open(&m->text, path, "mix", error);
+    for (char *line; code == LVM_OK && (line = text_line(&m->text)) != NULL;)
+        code = mix_line(k, m, path, line, error);
     if (code == LVM_OK && k->plan.n_parts == 0)
         code = fail(error, LVM_FORMAT, "%s: has no lines: weight kind sources...", path);
     return code;
@@ -25562,7 +25563,7 @@ static void making_free(struct making *k, struct mix_lines *m) {
         mem_free(k->cache_name);
     }
     if (m != NULL) {
-        mem_free(m->text);
+        mem_free(m->text.data);
         paths_free(&m->names);
     }
     mem_free(k);

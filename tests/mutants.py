@@ -26,7 +26,8 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(TESTS)
 CC = os.environ.get("CC", "cc")
 
-# The test, the golden folders that it reads, what is wrong, the function, the place.
+# The test, the golden folders that it reads (of sentences: the methods that guard the place), what is
+# wrong, the function, the place.
 MUTANTS = [
     ("golden", ["llama_gqa"], "a flipped sign in RoPE", "rotate",
      "y[i] = @[i] * @[i] [[- => +]] @[i + half]"),
@@ -161,6 +162,35 @@ MUTANTS = [
      "{piece.first [[- first => ]], piece.n};"),
     ("train", [], "a step that is skipped moves the weights", "lvm_trainer_step",
      "if ([[!skip => 1]]) {"),
+    ("sentences", ["Plans.test_pairs"], "pairs: the annotation stands in the image's place too",
+     "draw_pairs", "draft_add(d, spoilt ? other : [[image => other]]);"),
+    ("sentences", ["Plans.test_spoilt"], "colorize: the colours come first", "draw_pairs",
+     "t->p->kind->how [[>= => >]] GREY"),
+    ("sentences", ["Plans.test_video"], "video: the last frame of a window is one stride too far",
+     "find_window", "span = (int64_t)(n [[- 1 => ]]) * stride + 1"),
+    ("sentences", ["Plans.test_val"], "--val parts the frames of one video", "unit_hash",
+     '= [[p->kind->by_folder ? "" : => ]] listing_stem(l, i);'),
+    ("sentences", ["Plans.test_single"], "every pass has the order of the first", "dealt",
+     "shuffled(t->p->seed, [[t->i / sentences => 0]], n, at)"),
+    ("sentences", ["Plans.test_views"], "all sentences are drawn by the same chance", "plan_draw",
+     "draw_word(p->seed + (uint64_t)side + 1, [[(uint64_t)number => 0]])"),
+    ("sentences", ["Plans.test_flip_and_crop"], "an annotation is mirrored apart from its image",
+     "vary", "(uint64_t)(j / [[step => 1]])"),
+    ("sentences", ["Plans.test_shards"], "a sentence between two shards is in neither",
+     "settle_range", "part * (i + 1) + rest * [[(i + 1) => i]] / t->shards"),
+    ("sentences", ["Images.test_fit_of_annotations"], "a mask's runs go along the rows",
+     "fill_mask", "first = column * (uint64_t)c->[[height => width]];"),
+    ("sentences", ["Images.test_segmentation"],
+     "a mask's text: the third number is a difference too", "read_run_text",
+     "if (runs [[> => >=]] 2)"),
+    ("sentences", ["Images.test_deciding_tokens"], "--decide: the token behind the branch weighs more",
+     "mark_decisions", "weights[p [[- 1 => ]]] = weight;"),
+    ("sentences", ["Runs.test_cache"], "tokens of an image stand for what is made of it too",
+     "image_key", "[[h = hash_bytes(h, &known, sizeof known); => ]]"),
+    ("sentences", ["Runs.test_two_at_once"], "a locked file of tokens is written to",
+     "token_cache_claim", "os_lock(file) [[== => <=]] 0"),
+    ("sentences", ["Runs.test_two_at_once"], "half a record stays in front of those that follow",
+     "token_cache_scan", "[[code == LVM_OK => 0]] && os_truncate("),
 ]
 
 TOKEN = re.compile(r"\d[\w.]*e-\d+|\w+|->|<<|>>|[<>=!]=|&&|\|\||\S")
@@ -241,21 +271,25 @@ class Bench:
     def verdict(self, test, goldens, source):
         """Builds the test from a source and runs it: (done, it was red, last line or message)."""
         place = tempfile.mkdtemp(dir=self.folder)
+        program, env = os.path.join(place, "test"), dict(os.environ, CHECK_FIRST="1")
         os.mkdir(os.path.join(place, "tests"))
         with open(os.path.join(place, "lvm.c"), "w", encoding="utf-8") as f:
             f.write(source)
-        for name in ["test_%s.c" % test] + [n for n in os.listdir(TESTS) if n.endswith(".h")]:
-            shutil.copy(os.path.join(TESTS, name), os.path.join(place, "tests"))
-        program = os.path.join(place, "test")
+        if test == "sentences":           # a script that runs the program
+            main, command = "lvm.c", [sys.executable, os.path.join(TESTS, "test_sentences.py")] + goldens
+            env["LVM"] = program
+        else:
+            for name in ["test_%s.c" % test] + [n for n in os.listdir(TESTS) if n.endswith(".h")]:
+                shutil.copy(os.path.join(TESTS, name), os.path.join(place, "tests"))
+            main, command = "tests/test_%s.c" % test, [program] + self.arguments(test, goldens, place)
         build = [CC, "-std=c11", "-ffp-contract=off", "-O0", "-w", "-o", program,
-                 os.path.join(place, "tests", "test_%s.c" % test), "-lm", "-lpthread"]
+                 os.path.join(place, main), "-lm", "-lpthread"]
         built = subprocess.run(build, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if built.returncode != 0:
             return False, False, "does not compile: " + built.stdout.decode()[-500:]
         try:
-            ran = subprocess.run([program] + self.arguments(test, goldens, place), timeout=300,
-                                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                                 env=dict(os.environ, CHECK_FIRST="1"))
+            ran = subprocess.run(command, timeout=300, stdout=subprocess.PIPE,
+                                 stderr=subprocess.STDOUT, env=env)
         except subprocess.TimeoutExpired:
             return True, True, "did not end"
         lines = ran.stdout.decode("utf-8", "replace").splitlines()
