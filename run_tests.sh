@@ -121,7 +121,7 @@ build() {
     targets="$B/lvm $B/scenes" quick=
     [ -n "$SANITIZE" ] || targets="lvm $B/scenes"
     for test in "$@"; do
-        if is_of "$test" "os data checkpoint fuzz"; then quick="$quick $B/test_$test"
+        if is_of "$test" "checkpoint fuzz"; then quick="$quick $B/test_$test"
         else targets="$targets $B/test_$test"; fi
     done
     # shellcheck disable=SC2086
