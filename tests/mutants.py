@@ -25,6 +25,8 @@ import time
 TESTS = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(TESTS)
 CC = os.environ.get("CC", "cc")
+WHOLE = ["-fwhole-program"] if b"Free Software" in subprocess.run(      # as in the Makefile
+    [CC, "--version"], stdout=subprocess.PIPE).stdout else []
 
 # The test, the golden folders that it reads, what is wrong, the function, the place.
 MUTANTS = [
@@ -247,7 +249,7 @@ class Bench:
         for name in ["test_%s.c" % test] + [n for n in os.listdir(TESTS) if n.endswith(".h")]:
             shutil.copy(os.path.join(TESTS, name), os.path.join(place, "tests"))
         program = os.path.join(place, "test")
-        build = [CC, "-std=c11", "-ffp-contract=off", "-O0", "-w", "-o", program,
+        build = [CC, "-std=c11", "-ffp-contract=off", "-O1", *WHOLE, "-w", "-o", program,
                  os.path.join(place, "tests", "test_%s.c" % test), "-lm", "-lpthread"]
         built = subprocess.run(build, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if built.returncode != 0:
