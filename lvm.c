@@ -10562,13 +10562,24 @@ static void total_boxes(const struct scoring *s, double *value) {
 
 /* ---- Scores: key points ----
 
-   A figure's limbs are read by colour: of each the largest connected part, its middle, the axis
-   along which it is longest and its radius; then how far it and other parts along the axis reach,
-   for limbs cover each other. Which end is which point of the skeleton is settled so
-   that limbs which share a point meet. There the limb that was drawn last shows its round end: the
-   point lies one radius before it. */
+   A figure is read back from its colours, each a limb's:
+
+       pixels  --color_of-->  map  --flood_part, limb_axis-->  limbs  --turn_limbs-->  points
+                                 \--find_dot, where joints are drawn as dots------------^
+
+   Of each limb counts the largest connected part, its middle, the axis along which it is longest
+   and its radius; then how far it and other parts along the axis reach, for limbs cover each other.
+   Which end is which point of the skeleton is settled so that limbs which share a point meet. There
+   the limb that was drawn last shows its round end: the point lies one radius before it.
+
+   Figures of OpenPose may have a dot on every point, drawn over the limbs, whose ends are then
+   hidden. Dots have the limbs' colours, in the points' order, so that many lie far from the limb of
+   their colour. A dot is where a disk is full and what is around it is of limbs that end there. */
 
 enum { LIMB_PIXELS = 6, LIMB_LIGHT = 96, LIMB_TOLERANCE = 48 * 48 };
+
+/* The colour of the last of 18 dots; each of the others has that of the limb of its number. */
+static const uint8_t last_dot[3] = {255, 0, 85};
 
 /* A limb, by its largest part. */
 struct limb {
@@ -10579,20 +10590,29 @@ struct limb {
     double end[2][2];           /* the points that it runs between */
 };
 
+/* An image as colours of a skeleton. */
+struct figure_map {
+    const struct skeleton *k;
+    int w, h;
+    int8_t *color;              /* [h][w]: a limb's, k->limbs for the last dot's, -1 for none */
+    int *parts;                 /* [h][w]: the number of the connected part, counted from 1 */
+    int *stack, *size;          /* [h * w] for flood_part; [h * w + 1]: pixels of each part */
+};
+
 struct figure {
     double point[MAX_POINTS][2];
     int seen[MAX_POINTS];
 };
 
-/* The limb whose colour a pixel has, be it darkened, or -1. */
-static int limb_of(const struct skeleton *k, const uint8_t *rgb) {
+/* The colour that a pixel has, be it darkened, or -1. */
+static int color_of(const struct skeleton *k, const uint8_t *rgb) {
     int most = rgb[0] > rgb[1] ? rgb[0] : rgb[1], best = -1, least = LIMB_TOLERANCE;
     most = most > rgb[2] ? most : rgb[2];
     if (most < LIMB_LIGHT) return -1;
-    for (int i = 0; i < k->limbs; i++) {
+    for (int i = 0; i < k->limbs + (k->points == MAX_POINTS); i++) {
         uint8_t full[3] = {(uint8_t)(rgb[0] * 255 / most), (uint8_t)(rgb[1] * 255 / most),
                            (uint8_t)(rgb[2] * 255 / most)};
-        int d = color_distance(k->color[i], full);
+        int d = color_distance(i < k->limbs ? k->color[i] : last_dot, full);
         if (d < least) least = d, best = i;
     }
     return best;
@@ -10649,40 +10669,28 @@ static void limb_ends(struct limb *l) {
 }
 
 /* The limbs of an image. */
-static int find_limbs(const lvm_image *m, const struct skeleton *k, struct limb *limb,
-                      lvm_error *error) {
-    int w = m->width, h = m->height, part = 0, code = LVM_MEMORY;
-    size_t pixels = n_pixels(m);
-    int8_t *limbs = mem_alloc(pixels, 1, error);
-    int *parts = mem_alloc(pixels + 1, 3 * sizeof *parts, error);
-    int *stack = parts + pixels, *size = stack + pixels; /* size[part], counted from 1 */
+static void find_limbs(struct figure_map *f, struct limb *limb) {
+    int w = f->w, h = f->h, part = 0;
     memset(limb, 0, MAX_LIMBS * sizeof *limb);
-    if (limbs != NULL && parts != NULL) {
-        for (size_t i = 0; i < pixels; i++) limbs[i] = (int8_t)limb_of(k, m->rgb + 3 * i);
-        for (int i = 0; i < w * h; i++) {
-            if (limbs[i] < 0 || parts[i] != 0) continue;
-            struct limb l = flood_part(limbs, parts, stack, w, h, i, ++part);
-            size[part] = l.n;
-            if (l.n >= LIMB_PIXELS && l.n > limb[limbs[i]].n) limb[limbs[i]] = l;
-        }
-        for (int i = 0; i < k->limbs; i++)
-            if (limb[i].n > 0) limb_axis(&limb[i]);
-        for (int i = 0; i < w * h; i++) {
-            struct limb *l = limbs[i] < 0 ? NULL : &limb[limbs[i]];
-            if (l == NULL || l->n == 0 || size[parts[i]] < LIMB_PIXELS) continue;
-            double at = (i % w - l->x) * l->ux + (i / w - l->y) * l->uy;
-            double aside = fabs((i / w - l->y) * l->ux - (i % w - l->x) * l->uy);
-            if (l->part != parts[i] && aside > 1.5 * l->radius + 0.5) continue;
-            if (at < l->low) l->low = at;
-            if (at > l->high) l->high = at;
-        }
-        for (int i = 0; i < k->limbs; i++)
-            if (limb[i].n > 0) limb_ends(&limb[i]);
-        code = LVM_OK;
+    for (int i = 0; i < w * h; i++) {
+        if (f->color[i] < 0 || f->color[i] == f->k->limbs || f->parts[i] != 0) continue;
+        struct limb l = flood_part(f->color, f->parts, f->stack, w, h, i, ++part);
+        f->size[part] = l.n;
+        if (l.n >= LIMB_PIXELS && l.n > limb[f->color[i]].n) limb[f->color[i]] = l;
     }
-    mem_free(limbs);
-    mem_free(parts);
-    return code;
+    for (int i = 0; i < f->k->limbs; i++)
+        if (limb[i].n > 0) limb_axis(&limb[i]);
+    for (int i = 0; i < w * h; i++) {
+        struct limb *l = f->parts[i] == 0 ? NULL : &limb[f->color[i]];
+        if (l == NULL || l->n == 0 || f->size[f->parts[i]] < LIMB_PIXELS) continue;
+        double at = (i % w - l->x) * l->ux + (i / w - l->y) * l->uy;
+        double aside = fabs((i / w - l->y) * l->ux - (i % w - l->x) * l->uy);
+        if (l->part != f->parts[i] && aside > 1.5 * l->radius + 0.5) continue;
+        if (at < l->low) l->low = at;
+        if (at > l->high) l->high = at;
+    }
+    for (int i = 0; i < f->k->limbs; i++)
+        if (limb[i].n > 0) limb_ends(&limb[i]);
 }
 
 /* Ends of two limbs that should meet. */
@@ -10731,22 +10739,111 @@ static unsigned turn_limbs(const struct skeleton *k, const struct limb *limb) {
     return best;
 }
 
+/* The radius of most limbs; 0 where there are none. */
+static double limb_radius(const struct skeleton *k, const struct limb *limb) {
+    double radius[MAX_LIMBS];
+    int n = 0;
+    for (int i = 0; i < k->limbs; i++)
+        if (limb[i].n > 0) radius[n++] = limb[i].radius;
+    qsort(radius, (size_t)n, sizeof *radius, compare_doubles);
+    return n > 0 ? radius[n / 2] : 0;
+}
+
+static int is_end(const struct skeleton *k, int limb, int point) {
+    return limb >= 0 && limb < k->limbs &&
+           (k->limb[limb][0] == point || k->limb[limb][1] == point);
+}
+
+/* What the pixels around a place say about a dot there. */
+struct dot {
+    int hit, inside;            /* of a disk those of the dot's colour, and all */
+    int own, joined, around;    /* of a ring those of its colour, those of limbs that end there, all */
+};
+
+static struct dot look_at_dot(const struct figure_map *f, int point, double radius, int x, int y) {
+    struct dot d = {0};
+    int reach = (int)(radius + 3);
+    for (int v = y - reach; v <= y + reach; v++)
+        for (int u = x - reach; u <= x + reach; u++) {
+            double far = hypot(u - x, v - y);
+            int there = u >= 0 && v >= 0 && u < f->w && v < f->h;
+            int color = there ? f->color[v * f->w + u] : -1;
+            if (far <= radius - 0.3) {
+                d.inside++;
+                d.hit += color == point;
+            } else if (far > radius + 0.8 && far <= radius + 2.3) {
+                d.around++;
+                d.own += color == point;
+                d.joined += color != point && is_end(f->k, color, point);
+            }
+        }
+    return d;
+}
+
+/* The dot of a point: the middle of the places that look most like one. 0: there is none; 2: it
+   cannot be anything else. */
+static int find_dot(const struct figure_map *f, int point, double radius, double at[2]) {
+    double most = -INFINITY, n = 0;
+    struct dot best = {0};
+    for (int i = 0; i < f->w * f->h; i++) {
+        if (f->color[i] != point) continue;
+        struct dot d = look_at_dot(f, point, radius, i % f->w, i / f->w);
+        double likeness = (double)d.hit / d.inside - (double)d.own / d.around +
+                          0.5 * (double)d.joined / d.around;
+        if (likeness < most) continue;
+        if (likeness > most) at[0] = at[1] = n = 0, best = d;
+        most = likeness;
+        at[0] += i % f->w, at[1] += i / f->w, n++;
+    }
+    if (n == 0 || best.hit < 0.5 * best.inside || best.own > 0.5 * best.around) return 0;
+    if (best.own > 0.1 * best.around && best.joined <= 1 && !is_end(f->k, point, point)) return 0;
+    at[0] /= n, at[1] /= n;
+    return best.hit >= 0.9 * best.inside && best.own == 0 && best.joined > 0 ? 2 : 1;
+}
+
+/* The points by their dots; 0 where limbs have none. */
+static int find_dots(const struct figure_map *m, double radius, struct figure *f) {
+    int sure = 0;
+    for (int i = 0; i < m->k->points; i++) {
+        int face = i == 0 || i >= 14, found;
+        found = find_dot(m, i, (face ? 0.8 : 1.1) * radius, f->point[i]);
+        f->seen[i] = found > 0;
+        sure += found > 1;
+    }
+    return sure >= 2;
+}
+
 /* The points of the figure that an image shows. */
 static int find_figure(const lvm_image *m, const struct skeleton *k, struct figure *f,
                        lvm_error *error) {
+    struct figure_map map = {.k = k, .w = m->width, .h = m->height};
     struct limb limb[MAX_LIMBS];
-    int code = find_limbs(m, k, limb, error);
+    size_t pixels = n_pixels(m);
     memset(f, 0, sizeof *f);
-    if (code != LVM_OK) return code;
-    unsigned turned = turn_limbs(k, limb);
-    for (int i = 0; i < k->limbs; i++)
-        for (int e = 0; limb[i].n > 0 && e < 2; e++) {
-            int point = k->limb[i][e];
-            memcpy(f->point[point], limb[i].end[e ^ (int)(turned >> i & 1)],
-                   sizeof f->point[point]);
-            f->seen[point] = 1;
+    map.color = mem_alloc(pixels, 1, error);
+    map.parts = mem_alloc(pixels + 1, 3 * sizeof *map.parts, error);
+    int code = map.color != NULL && map.parts != NULL ? LVM_OK : LVM_MEMORY;
+    if (code == LVM_OK) {
+        map.stack = map.parts + pixels;
+        map.size = map.stack + pixels;
+        for (size_t i = 0; i < pixels; i++) map.color[i] = (int8_t)color_of(k, m->rgb + 3 * i);
+        find_limbs(&map, limb);
+        double radius = limb_radius(k, limb);
+        if (k->points < MAX_POINTS || !find_dots(&map, radius, f)) {
+            memset(f, 0, sizeof *f);
+            unsigned turned = turn_limbs(k, limb);
+            for (int i = 0; i < k->limbs; i++)
+                for (int e = 0; limb[i].n > 0 && e < 2; e++) {
+                    int point = k->limb[i][e];
+                    memcpy(f->point[point], limb[i].end[e ^ (int)(turned >> i & 1)],
+                           sizeof f->point[point]);
+                    f->seen[point] = 1;
+                }
         }
-    return LVM_OK;
+    }
+    mem_free(map.color);
+    mem_free(map.parts);
+    return code;
 }
 
 /* The longer side of the box around a figure's points; 0 where there are fewer than two. */
