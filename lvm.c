@@ -9682,6 +9682,10 @@ static size_t n_pixels(const lvm_image *image) {
 
 /* ---- Scores: differences of pixels ---- */
 
+/* What ImageNet's values 0 .. 1 are normalised by: red, green, blue. */
+static const double imagenet_mean[3] = {0.485, 0.456, 0.406};
+static const double imagenet_deviation[3] = {0.229, 0.224, 0.225};
+
 /* The sum of the squared differences of one channel. */
 static double channel_error(const lvm_image *a, const lvm_image *b, int channel) {
     uint64_t sum = 0;
@@ -9704,14 +9708,13 @@ static double mean_squared_error(const lvm_image *a, const lvm_image *b) {
    out: about 19.6 times the first. */
 static int score_mse(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                      lvm_error *error) {
-    static const double deviation[3] = {0.229, 0.224, 0.225};
     double n = 3 * (double)n_pixels(t) * 255 * 255;
     (void)s, (void)error;
     value[0] = mean_squared_error(p, t) / (255 * 255);
     value[1] = 3 * value[0];
     value[2] = 0;
     for (int c = 0; c < 3; c++)
-        value[2] += channel_error(p, t, c) / n / (deviation[c] * deviation[c]);
+        value[2] += channel_error(p, t, c) / n / (imagenet_deviation[c] * imagenet_deviation[c]);
     return LVM_OK;
 }
 
@@ -9817,58 +9820,33 @@ static int nearest_color(const struct palette *p, const uint8_t *rgb) {
     return best;
 }
 
-/* One number of a palette's line, which *s points behind afterwards; -1 where none stands. */
-static int color_number(const char **s, const char *end) {
-    int v = 0, digits = 0;
-    while (*s < end && (**s == ' ' || **s == '\t' || **s == ',')) ++*s;
-    for (; *s < end && isdigit((unsigned char)**s) && digits < 4; ++*s, digits++)
-        v = 10 * v + **s - '0';
-    return digits > 0 && v < 256 ? v : -1;
-}
-
-/* "#rrggbb", or three numbers of 0 .. 255; a name may stand behind. 1 when it is one. */
-static int parse_color(const char *s, const char *end, uint8_t rgb[3]) {
-    static const char digits[] = "0123456789abcdef";
-    int hex = s < end && *s == '#';
-    s += hex;
+/* "#rrggbb", or three numbers of 0 .. 255 with blanks or commas between them; a name may stand
+   behind. 1 when it is one. */
+static int parse_color(const char *s, uint8_t rgb[3]) {
+    int v[3] = {-1, -1, -1}, end = 0;
+    if (*s == '#' && strspn(s + 1, "0123456789abcdefABCDEF") == 6) {
+        long all = strtol(s + 1, NULL, 16);
+        for (int i = 0; i < 3; i++) v[i] = (int)(all >> (16 - 8 * i) & 255);
+        end = 7;
+    } else if (sscanf(s, "%4d%*[ \t,]%4d%*[ \t,]%4d%n", &v[0], &v[1], &v[2], &end) < 3) {
+        return 0;
+    }
     for (int i = 0; i < 3; i++) {
-        int v = hex ? 0 : color_number(&s, end);
-        for (int k = 0; hex && k < 2; k++, s++) {
-            const char *digit = s < end ? strchr(digits, tolower((unsigned char)*s)) : NULL;
-            if (digit == NULL || *s == 0) return 0;
-            v = 16 * v + (int)(digit - digits);
-        }
-        if (v < 0) return 0;
-        rgb[i] = (uint8_t)v;
+        if (v[i] < 0 || v[i] > 255) return 0;
+        rgb[i] = (uint8_t)v[i];
     }
-    return s == end || isspace((unsigned char)*s);
+    return s[end] == 0 || isspace((unsigned char)s[end]);
 }
 
-/* A palette file: a colour a line, blank lines between them; name is the file's. */
-static int parse_palette(const char *text, size_t n, const char *name, struct palette *p,
-                         lvm_error *error) {
-    int number = 0;
-    p->n = 0;
-    for (const char *line = text, *end = text + n; line < end; number++) {
-        const char *stop = memchr(line, '\n', (size_t)(end - line)), *next;
-        uint8_t rgb[3];
-        next = stop != NULL ? stop + 1 : end;
-        stop = stop != NULL ? stop : end;
-        while (line < stop && isspace((unsigned char)*line)) line++;
-        int blank = line == stop, good = !blank && parse_color(line, stop, rgb);
-        line = next;
-        if (blank) continue;
-        if (!good)
-            return fail(error, LVM_FORMAT, "%s: line %d is no colour: R G B or #rrggbb", name,
-                        number + 1);
-        if (p->n > 0 && color_distance(p->color[nearest_color(p, rgb)], rgb) == 0)
-            return fail(error, LVM_FORMAT, "%s: line %d: the colour stands twice", name,
-                        number + 1);
-        if (p->n == MAX_COLORS)
-            return fail(error, LVM_FORMAT, "%s: more than %d colours", name, MAX_COLORS);
-        memcpy(p->color[p->n++], rgb, sizeof rgb);
-    }
-    return p->n > 0 ? LVM_OK : fail(error, LVM_FORMAT, "%s: no colour stands there", name);
+/* Adds the colour of a palette's line; why it cannot, or NULL. */
+static const char *palette_add(struct palette *p, const char *line) {
+    uint8_t rgb[3];
+    if (!parse_color(line + strspn(line, " \t\r"), rgb)) return "no colour: R G B or #rrggbb";
+    if (p->n > 0 && color_distance(p->color[nearest_color(p, rgb)], rgb) == 0)
+        return "the colour stands twice";
+    if (p->n == MAX_COLORS) return "more than 256 colours";
+    memcpy(p->color[p->n++], rgb, sizeof rgb);
+    return NULL;
 }
 
 static int compare_numbers(const void *a, const void *b) {
@@ -10109,70 +10087,39 @@ static uint8_t *thin_edges(const lvm_image *m, int white, int *n, lvm_error *err
     return map;
 }
 
-/* Points on the left, each to be matched with one point of the right near to it: the maximum
-   matching by Hopcroft and Karp (1973). Neighbours are looked up, not listed. */
+/* Points on the left, each to be matched with one place on the right near to it, in as many pairs as
+   can be: augmenting paths (Kuhn 1955). Neighbours are looked up, not listed. */
 struct matching {
     int n, n_reach;
-    const int *reach;       /* [n_reach]: offsets of places within the tolerance */
-    const uint8_t *right;   /* 1 where a point of the right is; places out of reach are 0 */
-    int *place, *mate;      /* [n]: of each left point its own place and its partner's, or -1 */
-    int *level, *next, *way;/* [n]: breadth first; how many neighbours were tried; a path */
-    int *owner;             /* of each place the left point that has it, or -1 */
+    const int *reach;         /* [n_reach]: offsets of places within the tolerance */
+    int *point, *mate;        /* [n]: of each left point its own place and its partner's, or -1 */
+    uint8_t *right;           /* 1 where there is a point to match with, 2 once it was asked for */
+    int *owner, *from, *queue; /* of each place who has it, or -1, and who asked; those asked for */
 };
 
-/* Levels of left points along alternating paths from the free ones; 1 when a free place is met. */
-static int match_levels(struct matching *m) {
-    int n = 0, met = 0;
-    for (int i = 0; i < m->n; i++) {
-        m->level[i] = m->mate[i] < 0 ? 0 : -1;
-        m->next[i] = 0;
-        if (m->mate[i] < 0) m->way[n++] = i;
-    }
-    for (int head = 0; head < n; head++)
+/* Finds a partner for a point, breadth first along paths on which others change theirs. Where there
+   is none, no path will ever lead through the places that were asked, which stay marked. */
+static int match_point(struct matching *m, int start) {
+    for (int i = start, n = 0, head = 0;; i = m->owner[m->queue[head++]]) {
         for (int k = 0; k < m->n_reach; k++) {
-            int i = m->way[head], place = m->place[i] + m->reach[k];
-            if (!m->right[place]) continue;
-            int j = m->owner[place];
-            met |= j < 0;
-            if (j < 0 || m->level[j] >= 0) continue;
-            m->level[j] = m->level[i] + 1;
-            m->way[n++] = j;
+            int place = m->point[i] + m->reach[k];
+            if (m->right[place] != 1) continue;
+            m->right[place] = 2;
+            m->from[place] = i;
+            m->queue[n++] = place;
+            if (m->owner[place] >= 0) continue;
+            while (n > 0) m->right[m->queue[--n]] = 1;
+            for (int left = -1; left != start;) { /* back along the path */
+                left = m->from[place];
+                int before = m->mate[left];
+                m->owner[place] = left;
+                m->mate[left] = place;
+                place = before;
+            }
+            return 1;
         }
-    return met;
-}
-
-/* Looks depth first for a path from a free point to a free place; along it all change partners. */
-static int match_augment(struct matching *m, int start) {
-    int depth = 0;
-    m->way[0] = start;
-    while (depth >= 0) {
-        int i = m->way[depth];
-        if (m->next[i] == m->n_reach) { /* nothing behind it */
-            m->level[i] = -1;
-            depth--;
-            continue;
-        }
-        int place = m->place[i] + m->reach[m->next[i]++];
-        int j = m->right[place] ? m->owner[place] : i;
-        if (j >= 0 && m->level[j] == m->level[i] + 1) m->way[++depth] = j;
-        if (j >= 0) continue;
-        for (; depth >= 0; depth--) {
-            i = m->way[depth];
-            place = m->place[i] + m->reach[m->next[i] - 1];
-            m->owner[place] = i;
-            m->mate[i] = place;
-        }
-        return 1;
+        if (head == n) return 0;
     }
-    return 0;
-}
-
-static int match_all(struct matching *m) {
-    int pairs = 0;
-    while (match_levels(m))
-        for (int i = 0; i < m->n; i++)
-            if (m->mate[i] < 0) pairs += match_augment(m, i);
-    return pairs;
 }
 
 /* How many pixels of two maps can be matched one to one within a distance. Both are copied into
@@ -10182,30 +10129,30 @@ static int match_edges(const uint8_t *a, const uint8_t *b, int n, int w, int h, 
     int far = (int)distance, stride = w + 2 * far, code = LVM_MEMORY;
     size_t places = (size_t)stride * (size_t)(h + 2 * far), offsets = (size_t)(2 * far + 1);
     uint8_t *right = mem_alloc(places, 1, error);
-    int *owner = mem_alloc(places, sizeof *owner, error);
-    int *left = mem_alloc((size_t)n + 1, 5 * sizeof *left, error);
+    int *maps = mem_alloc(places, 3 * sizeof *maps, error);
+    int *points = mem_alloc((size_t)n + 1, 2 * sizeof *points, error);
     int *reach = mem_alloc(offsets * offsets, sizeof *reach, error);
-    struct matching m = {.right = right, .owner = owner, .reach = reach, .place = left,
-                         .mate = left + n, .level = left + 2 * (size_t)n,
-                         .next = left + 3 * (size_t)n, .way = left + 4 * (size_t)n};
-    if (right != NULL && owner != NULL && left != NULL && reach != NULL) {
+    if (right != NULL && maps != NULL && points != NULL && reach != NULL) {
+        struct matching m = {.reach = reach, .point = points, .mate = points + n, .right = right,
+                             .owner = maps, .from = maps + places, .queue = maps + 2 * places};
         for (int y = 0; y < h; y++)
             for (int x = 0; x < w; x++) {
                 int from = (y + 1) * (w + 2) + x + 1, to = (y + far) * stride + x + far;
                 right[to] = b[from];
-                if (a[from]) m.place[m.n++] = to;
+                if (a[from]) m.point[m.n++] = to;
             }
-        for (size_t i = 0; i < places; i++) owner[i] = -1;
+        for (size_t i = 0; i < places; i++) m.owner[i] = -1;
         for (int i = 0; i < m.n; i++) m.mate[i] = -1;
         for (int y = -far; y <= far; y++)
             for (int x = -far; x <= far; x++)
                 if (x * x + y * y <= distance * distance) reach[m.n_reach++] = y * stride + x;
-        *pairs = match_all(&m);
+        *pairs = 0;
+        for (int i = 0; i < m.n; i++) *pairs += match_point(&m, i);
         code = LVM_OK;
     }
     mem_free(right);
-    mem_free(owner);
-    mem_free(left);
+    mem_free(maps);
+    mem_free(points);
     mem_free(reach);
     return code;
 }
@@ -10956,36 +10903,23 @@ static int resize_linear(const lvm_image *in, int width, int height, lvm_image *
                          lvm_error *error);
 static int64_t half_even(int64_t n);
 
-/* The next word of a line; its length, 0 at the end. */
-static size_t next_word(const char **s, const char *end) {
-    size_t n = 0;
-    while (*s < end && isspace((unsigned char)**s)) ++*s;
-    while (*s + n < end && !isspace((unsigned char)(*s)[n])) n++;
-    return n;
-}
-
 /* Why a line is no episode of a protocol, or NULL. */
-static const char *parse_episode(const char *s, const char *end, enum protocol protocol,
-                                 struct episode *e) {
+static const char *parse_episode(const char *s, enum protocol protocol, struct episode *e) {
     static const int numbers[] = {1, EPISODE_NUMBERS, 0};
+    int n = 0;
     memset(e, 0, sizeof *e);
-    for (int i = 0; i < 2; i++) {
-        size_t n = next_word(&s, end);
-        if (n == 0 || n >= sizeof e->name[i]) return "the names of two images should stand here";
-        memcpy(e->name[i], s, n);
-        if (strlen(e->name[i]) != n) return "a zero byte stands in a name";
-        s += n;
-    }
+    if (sscanf(s, "%159s %159s%n", e->name[0], e->name[1], &n) < 2 ||
+        (s[n] != 0 && !isspace((unsigned char)s[n])))
+        return "the names of two images should stand here";
     for (int i = 0; i < numbers[protocol]; i++) {
-        size_t n = next_word(&s, end);
-        for (size_t k = 0; k < n; k++) {
-            if (!isdigit((unsigned char)s[k]) || k == 5) return "a number should stand here";
-            e->numbers[i] = 10 * e->numbers[i] + s[k] - '0';
-        }
-        if (n == 0) return "a number is missing";
         s += n;
+        if (s[strspn(s, " \t\r")] == 0) return "a number is missing";
+        if (sscanf(s, "%5d%n", &e->numbers[i], &n) < 1 || e->numbers[i] < 0 ||
+            (s[n] != 0 && !isspace((unsigned char)s[n])))
+            return "a number should stand here";
     }
-    if (next_word(&s, end) > 0) return "more stands in the line than an episode";
+    if (s[n + (int)strspn(s + n, " \t\r")] != 0)
+        return "more stands in the line than an episode";
     for (int i = 0; protocol == VP_DETECTION && i < 2; i++) {
         const int *v = e->numbers + 1 + 6 * i; /* width, height, x0, y0, x1, y1 */
         if (v[0] == 0 || v[1] == 0 || v[2] >= v[4] || v[3] >= v[5] || v[4] > v[0] || v[5] > v[1])
@@ -11046,25 +10980,15 @@ static int crop_tile(const lvm_image *photo, lvm_image *tile, lvm_error *error) 
     return code;
 }
 
-/* Grey in three channels: luma as Pillow rounds it. */
-static void turn_grey(lvm_image *m) {
-    for (size_t i = 0; i < n_pixels(m); i++) {
-        uint8_t *v = m->rgb + 3 * i;
-        memset(v, (19595 * v[0] + 38470 * v[1] + 7471 * v[2] + (1 << 15)) >> 16, 3);
-    }
-}
-
 /* What is left of a true byte on its way through the published program: it is normalised, turned
    back and cut, not rounded, to a whole number. There it is normalised in double precision, but for
    detection in single. */
 static int published_byte(uint8_t v, int channel, enum protocol protocol) {
-    static const double mean[3] = {0.485, 0.456, 0.406}, deviation[3] = {0.229, 0.224, 0.225};
     float share = (float)v / 255.0f;
-    double d = deviation[channel];
-    double normal = protocol == VP_DETECTION
-                        ? (double)((share - (float)mean[channel]) / (float)d)
-                        : ((double)share - mean[channel]) / d;
-    double back = (normal * d + mean[channel]) * 255;
+    double mean = imagenet_mean[channel], d = imagenet_deviation[channel];
+    double normal = protocol == VP_DETECTION ? (double)((share - (float)mean) / (float)d)
+                                             : ((double)share - mean) / d;
+    double back = (normal * d + mean) * 255;
     return back < 0 ? 0 : back > 255 ? 255 : (int)back;
 }
 
@@ -11072,12 +10996,10 @@ static int published_byte(uint8_t v, int channel, enum protocol protocol) {
    of several the last. */
 static void box_of_largest(uint8_t *mask) {
     int parts[TILE * TILE] = {0}, stack[TILE * TILE], most = 0;
-    int8_t all[TILE * TILE];
     int x0 = TILE, y0 = TILE, x1 = -1, y1 = -1, best = 0;
-    for (int i = 0; i < TILE * TILE; i++) all[i] = (int8_t)mask[i];
     for (int i = 0, part = 0; i < TILE * TILE; i++) {
         if (!mask[i] || parts[i] != 0) continue;
-        int n = flood_part(all, parts, stack, TILE, TILE, i, ++part).n;
+        int n = flood_part((const int8_t *)mask, parts, stack, TILE, TILE, i, ++part).n;
         if (n >= most) most = n, best = part;
     }
     for (int i = 0; i < TILE * TILE; i++) {
@@ -11125,12 +11047,11 @@ static void score_masks(const lvm_image *p, const lvm_image *t, enum protocol pr
 /* The published error, and beside it what LVM's own program would report: the plain error of values
    0 .. 1, summed over the channels. */
 static void score_colors(const lvm_image *p, const lvm_image *t, double *value) {
-    static const double deviation[3] = {0.229, 0.224, 0.225};
     double sum = 0;
     for (int i = 0; i < TILE * TILE; i++)
         for (int c = 0; c < 3; c++) {
             int truth = published_byte(t->rgb[3 * i + c], c, VP_COLORIZATION);
-            double d = (p->rgb[3 * i + c] - truth) / 255.0 / deviation[c];
+            double d = (p->rgb[3 * i + c] - truth) / 255.0 / imagenet_deviation[c];
             sum += d * d;
         }
     value[0] = sum / (3 * TILE * TILE);
@@ -25818,22 +25739,19 @@ static int join_halves(struct pairs *p, lvm_error *error) {
     int n = 0;
     qsort(p->list, (size_t)p->n, sizeof *p->list, compare_pairs);
     for (int i = 0; i < p->n; i++) {
-        struct pair *last = n > 0 ? &p->list[n - 1] : NULL, *next = &p->list[i];
-        if (last == NULL || strcmp(last->name, next->name) != 0) {
-            p->list[n++] = *next;
-            if (n - 1 < i) *next = (struct pair){.name = NULL};
+        struct pair next = p->list[i], *last = n > 0 ? &p->list[n - 1] : NULL;
+        if (last == NULL || strcmp(last->name, next.name) != 0) {
+            p->list[i] = p->list[n];
+            p->list[n++] = next;
             continue;
         }
-        if ((last->truth != NULL && next->truth != NULL) ||
-            (last->prediction != NULL && next->prediction != NULL))
-            return fail(error, LVM_INVALID, "%s and %s: two images of one name",
-                        last->truth != NULL && next->truth != NULL ? last->truth
-                                                                   : last->prediction,
-                        next->truth != NULL ? next->truth : next->prediction);
-        if (last->truth == NULL) last->truth = next->truth;
-        if (last->prediction == NULL) last->prediction = next->prediction;
-        mem_free(next->name);
-        *next = (struct pair){.name = NULL};
+        char **half = next.truth != NULL ? &last->truth : &last->prediction;
+        char *own = next.truth != NULL ? next.truth : next.prediction;
+        if (*half != NULL)
+            return fail(error, LVM_INVALID, "%s and %s: two images of one name", *half, own);
+        *half = own;
+        mem_free(next.name);
+        p->list[i] = (struct pair){.name = NULL};
     }
     p->n = n;
     return LVM_OK;
@@ -25889,6 +25807,8 @@ static int add_lines(struct cli *cli, struct pairs *p, const char *predictions, 
 static int collect_pairs(struct cli *cli, struct pairs *p, const char *predictions,
                          const char *truths, lvm_error *error) {
     int folders = is_folder(predictions) + is_folder(truths), code;
+    if (os_stat(predictions).kind == OS_NOTHING)
+        return fail(error, LVM_IO, "%s: %s", predictions, strerror(errno));
     if (folders == 2) {
         code = add_halves(cli, p, predictions, 0, error);
         if (code == LVM_OK) code = add_halves(cli, p, truths, 1, error);
@@ -25898,8 +25818,6 @@ static int collect_pairs(struct cli *cli, struct pairs *p, const char *predictio
         return fail(error, LVM_INVALID, "%s: is a folder, so %s should be one", truths,
                     predictions);
     if (is_folder(predictions)) return add_lines(cli, p, predictions, truths, error);
-    if (os_stat(predictions).kind == OS_NOTHING)
-        return fail(error, LVM_IO, "%s: %s", predictions, strerror(errno));
     struct pair *pair = pairs_add(p, os_file_name(predictions), error);
     if (pair == NULL) return LVM_MEMORY;
     pair->prediction = copy_string(predictions, error);
@@ -26024,12 +25942,39 @@ static int report_end(const struct report *r, const char *const *totals, const d
     return r->bad > 0;
 }
 
+/* The next line of a palette or a list that is not blank, as a string: 1, 0 at the end, -1 and an
+   error. */
+static int next_text(struct lines *l, lvm_error *error) {
+    int more;
+    while ((more = lines_next(l, error)) > 0 && is_blank(&l->text)) continue;
+    if (more <= 0) return more;
+    if (!l->too_long && memchr(l->text.data, 0, l->text.n) == NULL)
+        return buffer_add(&l->text, "", 1, error) == LVM_OK ? 1 : -1;
+    fail(error, LVM_FORMAT, "%s: line %d: %s", l->name, l->number,
+         l->too_long ? "is too long" : "a zero byte stands in it");
+    return -1;
+}
+
+/* A palette file: a colour a line. */
+static int read_palette(const char *path, struct palette *p, lvm_error *error) {
+    struct lines l = {.name = NULL};
+    const char *fault = NULL;
+    int more = 0, code = lines_open(&l, path, error);
+    while (code == LVM_OK && (more = next_text(&l, error)) > 0)
+        if ((fault = palette_add(p, l.text.data)) != NULL)
+            code = fail(error, LVM_FORMAT, "%s: line %d: %s", path, l.number, fault);
+    if (more < 0) code = LVM_FORMAT;
+    if (code == LVM_OK && p->n == 0)
+        code = fail(error, LVM_FORMAT, "%s: no colour stands there", path);
+    lines_close(&l);
+    return code;
+}
+
 /* --palette, --grid and --skeleton; 0, or a message and the status. */
 static int scoring_options(const struct cli *cli, const char *metric, struct scoring *s) {
     lvm_error error = {0, ""};
-    struct buffer text = {0};
     char *end = NULL;
-    int grid = strcmp(metric, "cells") == 0, code = LVM_OK;
+    int grid = strcmp(metric, "cells") == 0;
     s->skeleton = &skeletons[cli->skeleton];
     if (grid != (cli->cells != NULL))
         return complain(grid ? "cells: --grid W,H says how many there are"
@@ -26041,11 +25986,8 @@ static int scoring_options(const struct cli *cli, const char *metric, struct sco
         s->columns = (int)w;
         s->rows = (int)h;
     }
-    if (cli->palette == NULL) return 0;
-    code = read_input(cli->palette, &text, &error);
-    if (code == LVM_OK) code = parse_palette(text.data, text.n, cli->palette, &s->palette, &error);
-    mem_free(text.data);
-    return code == LVM_OK ? 0 : complain("%s", error.text);
+    if (cli->palette == NULL || read_palette(cli->palette, &s->palette, &error) == LVM_OK) return 0;
+    return complain("%s", error.text);
 }
 
 /* Measures every pair. The status: 1 where one is bad. */
@@ -26105,33 +26047,30 @@ static int episode_tile(const struct cli *cli, enum protocol protocol, const str
                : answer ? class_tile(&image, e->numbers[0], tile, error)
                : protocol == VP_DETECTION ? resize_linear(&image, TILE, TILE, tile, error)
                                           : lvm_image_resize(&image, TILE, TILE, tile, error);
-    if (code == LVM_OK && protocol == VP_COLORIZATION && !answer) turn_grey(tile);
+    if (code == LVM_OK && protocol == VP_COLORIZATION && !answer) make_grey(tile);
     lvm_image_free(&image);
     return code;
 }
 
-/* Lines of a list of episodes: 1 and the next one, 0 at the end, -1 and an error. */
+/* Lines of a list of episodes, behind the name of the protocol: 1 and the next one, 0 at the end, -1
+   and an error. */
 static int next_episode(struct lines *l, enum protocol protocol, struct episode *e,
                         lvm_error *error) {
-    for (int more; (more = lines_next(l, error)) != 0;) {
-        if (more < 0) return -1;
-        const char *text = l->text.data, *end = text + l->text.n;
-        if (l->number == 1) {
-            char name[32] = "";
-            if (l->text.n > 2 && l->text.n < sizeof name) memcpy(name, text + 2, l->text.n - 2);
-            name[strcspn(name, " \t\r")] = 0;
-            if (text != NULL && text[0] == '#' && word_index(protocol_names, name) == (int)protocol)
-                continue;
+    int first = l->number == 0, more = next_text(l, error);
+    if (first) {
+        char name[32] = "";
+        if (more > 0) sscanf(l->text.data, "# %31s", name);
+        if (more >= 0 && word_index(protocol_names, name) != (int)protocol) {
             fail(error, LVM_FORMAT, "%s: does not begin with the name of this protocol", l->name);
             return -1;
         }
-        if (is_blank(&l->text)) continue;
-        const char *fault = parse_episode(text, end, protocol, e);
-        if (fault == NULL) return 1;
-        fail(error, LVM_FORMAT, "%s: line %d: %s", l->name, l->number, fault);
-        return -1;
+        if (more > 0) more = next_text(l, error);
     }
-    return 0;
+    if (more <= 0) return more;
+    const char *fault = parse_episode(l->text.data, protocol, e);
+    if (fault == NULL) return 1;
+    fail(error, LVM_FORMAT, "%s: line %d: %s", l->name, l->number, fault);
+    return -1;
 }
 
 /* Measures PREDICTIONS/NUMBER.png, the answer to episode NUMBER, counted from 0. */

@@ -190,7 +190,8 @@ class Partners(Score):
         self.assertEqual(lines[0]["mse"], self.score("mse", "p", "t")[0]["mse"])
         self.bad(1, "nowhere.png", "score", "mse", "nowhere.png", "t/1.png")
         self.bad(1, "is a folder", "score", "mse", "p/1.png", "t")
-        self.bad(1, "nowhere", "score", "mse", "p", "nowhere")
+        self.bad(1, "nowhere: ", "score", "mse", "p", "nowhere")
+        self.bad(1, "nowhere: No such file", "score", "psnr", "nowhere", "t")
 
     def test_set(self):
         """Lines as batch reads them, outputs below the folder of predictions."""
@@ -216,7 +217,7 @@ class Partners(Score):
             self.bad(2, words, "score", *args)
 
     def test_palette(self):
-        for text, words in (("", "no colour stands there"), ("1 2\n", "line 1 is no colour"), ("\n1 2 256\n", "line 2"),
+        for text, words in (("", "no colour stands there"), ("1 2\n", "line 1: no colour"), ("\n1 2 256\n", "line 2"), ("1 2 3\0\n", "zero byte"),
                             ("#12345g\n", "line 1"), ("#12345\n", "line 1"), ("1 2 3x\n", "line 1"),
                             ("1 2 3\n#010203\n", "line 2: the colour stands twice"),
                             ("".join("%d 0 1\n%d 1 1\n" % (i, i) for i in range(129)), "more than 256 colours")):
