@@ -9,11 +9,12 @@ import json
 import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import unittest
 
-from test_cli import TESTS, TOP, WEIGHTS, Case, image, png
+from test_cli import TESTS, TOP, WEIGHTS, Case, chunk, image, png
 
 GOLDEN = os.path.join(TESTS, "golden_scores")
 EXACT = 1e-8                              # nine digits are printed
@@ -95,6 +96,75 @@ class Golden(Score):
                     self.assertAlmostEqual(line[column], value, delta=EXACT)
             for k, column in enumerate(names):
                 self.assertAlmostEqual(lines[-1][column], sum(v[k] for v in wanted) / len(wanted), delta=EXACT)
+
+
+class Degenerate(Score):
+    """What has nothing to measure, or hardly anything: each metric by itself, beside what the
+    goldens have (black, white, one pixel, alpha, other flat colours)."""
+
+    METRICS = (("psnr",), ("ssim",), ("mse",), ("miou",), ("boxes",), ("pck",), ("edges",), ("depth",),
+               ("cells", "--grid", "2,2"))
+    BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+
+    def values(self, metric, p, t, code=0, err=None):
+        self.put("p.png", p), self.put("t.png", t)
+        got = self.score(metric[0], "p.png", "t.png", *metric[1:], code=code, err=err)
+        return [value for name, value in got[0].items() if name != "image"]
+
+    def test_flat(self):
+        """Black and white for black and white: what is predicted of a true picture."""
+        inf, none = math.inf, None
+        want = {"psnr": ([inf], [0], [0], [inf]), "mse": ([0, 0, 0], [1, 3], [1, 3], [0, 0, 0]),
+                "ssim": ([1], [1e-4], [1e-4], [1]), "miou": ([1, 1], [0, 1], [0, 1], [1, 1]),
+                "boxes": ([none],) * 4, "pck": ([none, none],) * 4,
+                "edges": ([1, 1, 1], [0, 0, 0], [0, 0, 0], [1, 1, 1]),
+                "depth": ([none, none], [none, none], [1, 0], [0, 1]), "cells": ([1, 1],) * 4}
+        cases = ((self.BLACK, self.BLACK), (self.WHITE, self.BLACK), (self.BLACK, self.WHITE), (self.WHITE, self.WHITE))
+        for metric in self.METRICS:
+            for (p, t), values in zip(cases, want[metric[0]]):
+                got = self.values(metric, flat(p), flat(t))
+                for a, b in zip(got, values):
+                    where = "%s of %s for %s: %s" % (metric[0], p, t, got)
+                    self.assertEqual(a is None, b is None, where)
+                    if b is not None:
+                        self.assertTrue(a == b or abs(a - b) < 2e-5, where)
+
+    def test_one_pixel(self):
+        for metric in self.METRICS:
+            small = metric[0] in ("ssim", "cells")
+            got = self.values(metric, flat(self.WHITE, 1, 1), flat(self.WHITE, 1, 1), code=int(small),
+                              err=["pixels are less than"] if small else None)
+            self.assertEqual(small, isinstance(got[0], str))
+
+    def test_other_sizes(self):
+        """Refused, or scaled; alpha changes nothing; a missing partner is one for every metric."""
+        for folder in ("p", "t", "q"):
+            os.mkdir(self.path(folder))
+        alpha = png(40, 36, (b"\0" + bytes((200, 90, 30, 7)) * 40) * 36)
+        alpha = alpha[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 36, 8, 6, 0, 0, 0)) + alpha[33:]
+        for metric in self.METRICS:
+            self.values(metric, flat(self.BLACK, 20, 18), flat(self.BLACK), code=1, err=["20 x 18 pixels"])
+            self.score(metric[0], "p.png", "t.png", *metric[1:], "--scale")
+            self.assertEqual(self.values(metric, alpha, flat((200, 90, 31))),
+                             self.values(metric, flat((200, 90, 30)), flat((200, 90, 31))), metric)
+            self.put("p/1.png", flat(self.BLACK)), self.put("t/1.png", flat(self.BLACK)), self.put("t/2.png", flat(self.BLACK))
+            self.score(metric[0], "p", "t", *metric[1:], code=1, err=["t/2.png has no predicted image"])
+            self.score(metric[0], "q", "t", *metric[1:], code=1, err=["q: "])
+
+    def test_half_a_box(self):
+        """Boxes that overlap by a third hit nothing at 0.5; by three quarters they do."""
+        def box(x0):
+            rows = [bytearray(3 * 96) for _ in range(64)]
+            for y in range(10, 51):
+                for x in range(x0, x0 + 46):
+                    if y < 13 or y > 47 or x < x0 + 3 or x > x0 + 42:
+                        rows[y][3 * x:3 * x + 3] = b"\xff\0\0"
+            return png(96, 64, b"".join(b"\0" + row for row in rows))
+        for move, iou, ap in ((20, 1 / 3, 0), (5, 35 / 45, 1), (0, 1, 1)):
+            self.put("p.png", box(10 + move)), self.put("t.png", box(10))
+            got = self.score("boxes", "p.png", "t.png")
+            self.assertAlmostEqual(got[0]["iou"], iou, delta=EXACT)
+            self.assertAlmostEqual(got[-1]["ap50"], ap, delta=EXACT)
 
 
 class Rendered(Score):
