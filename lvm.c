@@ -9653,12 +9653,13 @@ struct palette {
     int n;
 };
 
-/* What a colour got over all images. */
+/* What a colour got over all images, for the mean over classes. */
 struct tally {
     uint8_t color[3];
     double both, either;    /* pixels: of the intersection, of the union */
 };
 
+/* What a metric is told, and what it keeps from image to image for its totals. */
 struct scoring {
     struct palette palette; /* that --palette names; n = 0: the colours of each true image */
     const struct skeleton *skeleton;
@@ -9676,6 +9677,7 @@ static void scoring_free(struct scoring *s) {
     mem_free(s->found.data);
 }
 
+/* Of an image that was loaded, so that it fits into memory. */
 static size_t n_pixels(const lvm_image *image) {
     return (size_t)image->width * (size_t)image->height;
 }
@@ -9718,7 +9720,13 @@ static int score_mse(struct scoring *s, const lvm_image *p, const lvm_image *t, 
     return LVM_OK;
 }
 
-/* Peak signal-to-noise ratio: 10 log10(255^2 / mse) decibel; infinite for equal images. */
+/* Peak signal-to-noise ratio, in decibel:
+
+       PSNR = 10 log10(255^2 / MSE)
+
+   with MSE over all pixels and channels, as scikit-image's peak_signal_noise_ratio has it; infinite
+   for equal images. The mean over images is a mean of decibels, which one image that is nearly
+   perfect may raise much; psnr_of_mean_mse is the ratio of the mean error instead. */
 static int score_psnr(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                       lvm_error *error) {
     double mse = mean_squared_error(p, t);
@@ -9729,6 +9737,7 @@ static int score_psnr(struct scoring *s, const lvm_image *p, const lvm_image *t,
     return LVM_OK;
 }
 
+/* The ratio of the mean error, for the mean of ratios is another number. */
 static void total_psnr(const struct scoring *s, double *value) {
     value[0] = 10 * log10(255 * 255 / (s->sum[0] / s->sum[1]));
 }
@@ -9745,7 +9754,8 @@ struct ssim {
     double *rows;   /* [SSIM_SIDE][N_SUMS][columns]: row y in y mod SSIM_SIDE */
 };
 
-/* The weighted sums along row y of one channel. */
+/* The weighted sums along row y of one channel. A window's are those of its eleven rows, weighted
+   again: a Gaussian in two dimensions is the product of two in one. */
 static void ssim_row(const struct ssim *s, int y, int channel) {
     size_t first = (size_t)y * (size_t)s->a->width * 3 + (size_t)channel;
     double *out = s->rows + (size_t)(y % SSIM_SIDE) * N_SUMS * (size_t)s->columns;
@@ -9764,7 +9774,8 @@ static void ssim_row(const struct ssim *s, int y, int channel) {
     }
 }
 
-/* The similarity of the window whose rows are there, the first in row y. */
+/* The similarity of the window whose rows are there, the first in row y. C1 and C2 keep it finite
+   where both images are flat. */
 static double ssim_window(const struct ssim *s, int x, int y) {
     const double c1 = (0.01 * 255) * (0.01 * 255), c2 = (0.03 * 255) * (0.03 * 255);
     double sum[N_SUMS] = {0};
@@ -9777,9 +9788,15 @@ static double ssim_window(const struct ssim *s, int x, int y) {
     return (2 * a * b + c1) * (2 * covariance + c2) / ((a * a + b * b + c1) * (va + vb + c2));
 }
 
-/* Structural similarity (Wang, Bovik, Sheikh and Simoncelli 2004): in windows of 11 x 11 with
-   Gaussian weights of deviation 1.5, means, variances and covariance compared with C1 = (0.01
-   255)^2, C2 = (0.03 255)^2; the mean over all whole windows, then over the channels. */
+/* Structural similarity (Wang, Bovik, Sheikh and Simoncelli 2004, IEEE TIP 13:4). In a window with
+   weights w that sum to 1, means m, variances v and the covariance c of both images give
+
+       SSIM = (2 ma mb + C1) (2 c + C2) / ((ma^2 + mb^2 + C1) (va + vb + C2))
+
+   with C1 = (0.01 255)^2 and C2 = (0.03 255)^2. Windows are 11 x 11 with Gaussian weights of
+   deviation 1.5, as in the paper; the value is the mean over all whole windows, then over the
+   channels: scikit-image's structural_similarity with gaussian_weights and without
+   use_sample_covariance. */
 static int score_ssim(struct scoring *scoring, const lvm_image *p, const lvm_image *t,
                       double *value, lvm_error *error) {
     struct ssim s = {.a = p, .b = t, .columns = t->width - SSIM_SIDE + 1};
@@ -9805,6 +9822,7 @@ static int score_ssim(struct scoring *scoring, const lvm_image *p, const lvm_ima
 
 /* ---- Scores: flat colours ---- */
 
+/* Squared, over the three channels. */
 static int color_distance(const uint8_t *a, const uint8_t *b) {
     int r = a[0] - b[0], g = a[1] - b[1], blue = a[2] - b[2];
     return r * r + g * g + blue * blue;
@@ -9899,6 +9917,7 @@ static struct tally *find_tally(struct scoring *s, const uint8_t *color, lvm_err
     return &larger[s->n_tallies++];
 }
 
+/* Nearer to white than to black: the squared distances differ by 255 (2 (r + g + b) - 3 255). */
 static int is_white(const uint8_t *rgb) { return rgb[0] + rgb[1] + rgb[2] > 3 * 255 / 2; }
 
 /* Intersection over union of what is nearer to white than to black (Bar et al. 2022); two images
@@ -9913,9 +9932,14 @@ static double foreground_iou(const lvm_image *p, const lvm_image *t) {
     return either > 0 ? both / either : 1;
 }
 
-/* Mean intersection over union: of the foreground; and of the classes, which are colours, where the
-   nearest one decides. Of an image it is the mean over the classes that either image has, of all
-   images the mean over classes of summed intersections over summed unions (PASCAL VOC). */
+/* Mean intersection over union (Jaccard's index), of the pixels that have a class:
+
+       IoU(class) = |predicted and true| / |predicted or true|
+
+   of the foreground alone; and of the classes, which are colours, where the nearest one decides. Of
+   an image it is the mean over the classes that either image has; of all images the mean over
+   classes of summed intersections over summed unions, as PASCAL VOC counts (Everingham et al.
+   2010). Black is a class as any other where the palette has it. */
 static int score_miou(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                       lvm_error *error) {
     struct palette palette;
@@ -9942,6 +9966,7 @@ static int score_miou(struct scoring *s, const lvm_image *p, const lvm_image *t,
     return LVM_OK;
 }
 
+/* The mean over classes of all images together. */
 static void total_miou(const struct scoring *s, double *value) {
     double sum = 0;
     int seen = 0;
@@ -9971,8 +9996,9 @@ static int cell_color(const struct scoring *s, const struct palette *palette, co
     return best;
 }
 
-/* A grid of cells, puzzles and mazes: the share of cells whose colour is the true one, and 1 where
-   all are. */
+/* A grid of cells, as puzzles and mazes are drawn: the share of cells whose colour is the true one,
+   and 1 where all are, which is what solving a puzzle by drawing means. Only the middle of a cell
+   counts, so that lines between cells may be drawn well or badly. */
 static int score_cells(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                        lvm_error *error) {
     struct palette palette;
@@ -9999,10 +10025,15 @@ static double pixel_depth(const struct scoring *s, const uint8_t *rgb) {
     return (19595 * rgb[0] + 38470 * rgb[1] + 7471 * rgb[2] + (1 << 15)) >> 16;
 }
 
-/* Depth (Eigen, Puhrsch and Fergus 2014, arXiv 1406.2283), of pixels whose true value t is above 0:
-   the mean of |p - t| / t, and the share where the greater of p / t and t / p is below 1.25.
-   Pictures know no metres, so predictions are first scaled by the factor that brings them nearest,
-   sum(p t) / sum(p p). The values are taken as they stand, whether near or far is bright. */
+/* Depth (Eigen, Puhrsch and Fergus 2014, arXiv 1406.2283), over pixels whose true value t is above
+   0:
+
+       abs_rel     the mean of |p - t| / t
+       delta_1.25  the share of pixels with max(p / t, t / p) < 1.25
+
+   Pictures know no metres, so predictions are first scaled by the factor that brings them nearest
+   in the least squares' sense, s = sum(p t) / sum(p p); of a prediction that is black everywhere
+   nothing can be scaled. The values are taken as they stand, whether near or far is bright. */
 static int score_depth(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                        lvm_error *error) {
     double pt = 0, pp = 0, relative = 0, close = 0, n = 0;
@@ -10031,7 +10062,13 @@ static int score_depth(struct scoring *s, const lvm_image *p, const lvm_image *t
    Precision, recall and their harmonic mean F of drawn edges (Martin, Fowlkes and Malik 2004; the
    BSDS benchmark): lines are thinned to one pixel; a predicted edge pixel is right that is matched
    with a true one no farther than 0.0075 of the image's diagonal, one to one, in as many pairs as
-   can be. What is an edge, white or black, is what the true image has less of. */
+   can be.
+
+       precision = pairs / predicted,  recall = pairs / true,  F = 2 precision recall / their sum
+
+   What is an edge, white or black, is what the true image has less of. BSDS varies a threshold of
+   grey edges and has several people's drawings of a photo; here are two of one, drawn in two
+   colours. */
 
 /* The eight neighbours, counterclockwise from the right: x1 .. x8 of the paper. */
 static const int around[8][2] = {{1, 0},  {1, -1}, {0, -1}, {-1, -1},
@@ -10052,7 +10089,9 @@ static int is_thinned(const uint8_t v[8], int half) {
     return joins == 1 && least >= 2 && least <= 3 && !kept;
 }
 
-/* Thins a map of 0 and 1 in place until nothing changes: [h + 2][w + 2], the border 0. */
+/* Thins a map of 0 and 1 in place until nothing changes: [h + 2][w + 2], the border 0. What goes is
+   marked in a whole half step first, so that no pixel sees its neighbours of the same half step
+   gone: this is scikit-image's thin. */
 static void thin(uint8_t *map, uint8_t *gone, int w, int h) {
     const int stride = w + 2;
     for (int changed = 1; changed;) {
@@ -10087,8 +10126,8 @@ static uint8_t *thin_edges(const lvm_image *m, int white, int *n, lvm_error *err
     return map;
 }
 
-/* Points on the left, each to be matched with one place on the right near to it, in as many pairs as
-   can be: augmenting paths (Kuhn 1955). Neighbours are looked up, not listed. */
+/* Points on the left, each to be matched with one place on the right near to it, in as many pairs
+   as can be: augmenting paths (Kuhn 1955). Neighbours are looked up, not listed. */
 struct matching {
     int n, n_reach;
     const int *reach;         /* [n_reach]: offsets of places within the tolerance */
@@ -10162,10 +10201,12 @@ static double edge_share(double pairs, double n, double other) {
     return n > 0 ? pairs / n : other > 0 ? 0 : 1;
 }
 
+/* The harmonic mean of both. */
 static double f_score(double precision, double recall) {
     return precision + recall > 0 ? 2 * precision * recall / (precision + recall) : 0;
 }
 
+/* Thins both images and counts what matches. */
 static int score_edges(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                        lvm_error *error) {
     double w = t->width, h = t->height, whites = 0;
@@ -10197,10 +10238,15 @@ static void total_edges(const struct scoring *s, double *value) {
 
    Boxes are drawn as outlines, each class in its colour. A box is what an outline encloses: at its
    four sides, one pixel inside, the outline's colour begins. Where the image ends an outline may
-   end too, so all that is outside counts as drawn. */
+   end too, so all that is outside counts as drawn.
+
+       pixels  --nearest_color-->  map of one colour  --find_lines-->  columns and rows on which
+               an outline begins  --find_rectangles-->  what four of them may enclose
+               --add_boxes-->  boxes, the larger first, each explaining what is drawn around it */
 
 enum { SIDE_LEFT, SIDE_RIGHT, SIDE_TOP, SIDE_BOTTOM, N_SIDES };
-enum { MAX_LINES = 48, MAX_BOXES = 1024, LEAST_SIDE = 4, OUTLINE = 4 };
+enum { MAX_LINES = 48, MAX_BOXES = 1024, LEAST_SIDE = 4 };
+enum { OUTLINE = 4 }; /* pixels that an outline takes, and one more */
 
 /* The five colours of the boxes in prompt/boxes: --palette names others. */
 static const struct palette box_palette = {
@@ -10319,6 +10365,7 @@ static void find_rectangles(struct outlines *o) {
         }
 }
 
+/* Pixels in a box. */
 static double box_area(const struct box *b) {
     return (double)(b->x1 - b->x0 + 1) * (b->y1 - b->y0 + 1);
 }
@@ -10331,39 +10378,32 @@ static int compare_boxes(const void *a, const void *b) {
     return x->y0 != y->y0 ? x->y0 - y->y0 : x->x0 - y->x0;
 }
 
-/* Of the pixels around a box, in the image, the share that is drawn and along no box so far. */
-static double news(const struct outlines *o, const struct box *b) {
+/* Of the pixels around a box, up to a distance and in the image, the share that is drawn and along
+   no box so far. With mark they are along one from now on. */
+static double news(struct outlines *o, const struct box *b, int distance, int mark) {
     int fresh = 0, all = 0;
-    for (int y = b->y0 - 1; y <= b->y1 + 1; y++)
-        for (int x = b->x0 - 1; x <= b->x1 + 1; x++) {
+    for (int y = b->y0 - distance; y <= b->y1 + distance; y++)
+        for (int x = b->x0 - distance; x <= b->x1 + distance; x++) {
             int inside = y >= b->y0 && y <= b->y1 && x >= b->x0 && x <= b->x1;
             if (inside || x < 0 || y < 0 || x >= o->w || y >= o->h) continue;
             fresh += is_drawn(o, x, y) && !o->told[y * o->w + x];
             all++;
+            if (mark) o->told[y * o->w + x] = 1;
         }
     return all > 0 ? (double)fresh / all : 0;
 }
 
-/* Marks what the outline of a box takes, and a pixel more. */
-static void mark_outline(struct outlines *o, const struct box *b) {
-    for (int y = b->y0 - OUTLINE; y <= b->y1 + OUTLINE; y++)
-        for (int x = b->x0 - OUTLINE; x <= b->x1 + OUTLINE; x++) {
-            int inside = y >= b->y0 && y <= b->y1 && x >= b->x0 && x <= b->x1;
-            if (inside || x < 0 || y < 0 || x >= o->w || y >= o->h) continue;
-            o->told[y * o->w + x] = 1;
-        }
-}
-
 /* Adds the boxes of one colour, the larger first: outlines that cross enclose rectangles too, which
-   the larger ones explain. */
+   the larger ones explain. A box is added where a fifth of what is drawn around it was not drawn
+   around another. */
 static void add_boxes(struct outlines *o, struct box *boxes, int *n) {
     for (int side = 0; side < N_SIDES; side++) find_lines(o, side);
     find_rectangles(o);
     qsort(o->list, (size_t)o->n, sizeof *o->list, compare_boxes);
     memset(o->told, 0, (size_t)o->w * (size_t)o->h);
     for (int i = 0; i < o->n && *n < MAX_BOXES; i++) {
-        if (news(o, &o->list[i]) < 0.2) continue;
-        mark_outline(o, &o->list[i]);
+        if (news(o, &o->list[i], 1, 0) < 0.2) continue;
+        news(o, &o->list[i], OUTLINE, 1);
         boxes[(*n)++] = o->list[i];
     }
 }
@@ -10371,21 +10411,17 @@ static void add_boxes(struct outlines *o, struct box *boxes, int *n) {
 /* The boxes of an image by colour, of each the larger first: boxes[MAX_BOXES]. */
 static int find_boxes(const lvm_image *m, const struct palette *p, struct box *boxes, int *n,
                       lvm_error *error) {
-    size_t w = (size_t)m->width, h = (size_t)m->height, pixels = w * h;
-    size_t counts = w * (h + 1) + h * (w + 1);
+    size_t pixels = n_pixels(m), counts = ((size_t)m->width + 1) * ((size_t)m->height + 1);
     uint8_t *map = mem_alloc(2 * pixels, 1, error);
-    int *count = mem_alloc(counts, 2 * sizeof *count, error), code = LVM_MEMORY;
+    int *count = mem_alloc(counts, N_SIDES * sizeof *count, error), code = LVM_MEMORY;
     struct box *list = mem_alloc(MAX_BOXES, sizeof *list, error);
     int seen[MAX_COLORS] = {0};
     struct outlines o = {.w = m->width, .h = m->height, .map = map, .list = list};
     *n = 0;
     if (map != NULL && count != NULL && list != NULL) {
         o.told = map + pixels;
-        for (int side = 0; side < N_SIDES; side++) {
-            o.count[side] = count;
-            count += side <= SIDE_RIGHT ? w * (h + 1) : h * (w + 1);
-        }
-        count = o.count[0];
+        for (int side = 0; side < N_SIDES; side++)
+            o.count[side] = count + (size_t)side * counts;
         for (size_t i = 0; i < pixels; i++) {
             int color = nearest_color(p, m->rgb + 3 * i);
             int near = color_distance(p->color[color], m->rgb + 3 * i) <= BOX_TOLERANCE;
@@ -10402,6 +10438,7 @@ static int find_boxes(const lvm_image *m, const struct palette *p, struct box *b
     return code;
 }
 
+/* Intersection over union of two boxes. */
 static double box_iou(const struct box *a, const struct box *b) {
     int x0 = a->x0 > b->x0 ? a->x0 : b->x0, x1 = a->x1 < b->x1 ? a->x1 : b->x1;
     int y0 = a->y0 > b->y0 ? a->y0 : b->y0, y1 = a->y1 < b->y1 ? a->y1 : b->y1;
@@ -10453,7 +10490,9 @@ static int keep_hits(struct scoring *s, const struct box *p, int n, struct box *
     return code;
 }
 
-/* Boxes: the mean over true boxes of the overlap (intersection over union). */
+/* Boxes: the mean over true boxes of the overlap (intersection over union) with the predicted one
+   that is matched with it, of the same colour; 0 for a true box without one. Predicted boxes that
+   are too many cost nothing here, but in the average precision. */
 static int score_boxes(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                        lvm_error *error) {
     const struct palette *palette = s->palette.n > 0 ? &s->palette : &box_palette;
@@ -10474,9 +10513,12 @@ static int score_boxes(struct scoring *s, const lvm_image *p, const lvm_image *t
     return code;
 }
 
-/* Average precision of one colour as COCO computes it (Lin et al. 2014), all scores being equal:
-   boxes in the order of the images, precision made falling from behind, its mean at the recalls 0,
-   0.01, ... 1. */
+/* Average precision of one colour as COCO computes it (Lin et al. 2014, arXiv 1405.0312;
+   pycocotools' cocoeval.py). Detectors give boxes scores and are judged along the list that these
+   sort; drawn boxes have none, so all scores are equal and the order is that of the images, of each
+   the larger box first. After each box precision is hits / boxes and recall hits / true boxes;
+   precision is made falling from behind (each recall gets the best precision at it or beyond), and
+   its mean at the recalls 0, 0.01, ... 1 is the value. */
 static double average_precision(const struct scoring *s, int color) {
     double best[101] = {0}, sum = 0;
     int n = 0, hits = 0;
@@ -10669,7 +10711,7 @@ static int find_joints(const struct skeleton *k, const struct limb *limb, struct
 }
 
 /* Which limbs, a bit each, run from their end 1 to their end 0: of all ways that with the least
-   gaps. */
+   gaps. There are 2^17 ways at most, and some thirty joints. */
 static unsigned turn_limbs(const struct skeleton *k, const struct limb *limb) {
     struct joint joint[MAX_LIMBS * MAX_LIMBS];
     int n = find_joints(k, limb, joint);
@@ -10696,6 +10738,7 @@ static double limb_radius(const struct skeleton *k, const struct limb *limb) {
     return n > 0 ? radius[n / 2] : 0;
 }
 
+/* Whether a limb, if it is one, runs from or to a point. */
 static int is_end(const struct skeleton *k, int limb, int point) {
     return limb >= 0 && limb < k->limbs &&
            (k->limb[limb][0] == point || k->limb[limb][1] == point);
@@ -10704,9 +10747,11 @@ static int is_end(const struct skeleton *k, int limb, int point) {
 /* What the pixels around a place say about a dot there. */
 struct dot {
     int hit, inside;            /* of a disk those of the dot's colour, and all */
-    int own, joined, around;    /* of a ring those of its colour, those of limbs that end there, all */
+    int own, joined, around;    /* of a ring: of its colour, of limbs that end there, all */
 };
 
+/* Counts around (x, y). The disk is a little smaller than the dot, for dots have smooth borders; of
+   the ring around it the inner edge is left out for the same reason. */
 static struct dot look_at_dot(const struct figure_map *f, int point, double radius, int x, int y) {
     struct dot d = {0};
     int reach = (int)(radius + 3);
@@ -10727,8 +10772,10 @@ static struct dot look_at_dot(const struct figure_map *f, int point, double radi
     return d;
 }
 
-/* The dot of a point: the middle of the places that look most like one. 0: there is none; 2: it
-   cannot be anything else. */
+/* The dot of a point: the middle of the places that look most like one, that is whose disk is full,
+   with little of the same colour around it (a limb goes on to both sides) and much of limbs that
+   end in the point. 0: there is none. A dot that is not at the end of a limb of its colour must not
+   touch that colour, unless its own limbs are seen there. 2: it cannot be anything else. */
 static int find_dot(const struct figure_map *f, int point, double radius, double at[2]) {
     double most = -INFINITY, n = 0;
     struct dot best = {0};
@@ -10748,7 +10795,8 @@ static int find_dot(const struct figure_map *f, int point, double radius, double
     return best.hit >= 0.9 * best.inside && best.own == 0 && best.joined > 0 ? 2 : 1;
 }
 
-/* The points by their dots; 0 where limbs have none. */
+/* The points by their dots, which are smaller in the face; 0 where limbs have none: two must be
+   sure, as a limb that is seen from its end is one round spot. */
 static int find_dots(const struct figure_map *m, double radius, struct figure *f) {
     int sure = 0;
     for (int i = 0; i < m->k->points; i++) {
@@ -10809,8 +10857,12 @@ static double figure_side(const struct skeleton *k, const struct figure *f) {
 }
 
 /* PCK, the percentage of correct key points (Yang and Ramanan 2013): the share of true points whose
-   predicted ones are no farther than 0.1, or 0.2, of the longer side of the box around the true
-   points. A point that is not seen in the prediction is wrong. */
+   predicted ones are no farther than
+
+       alpha max(height, width)   of the box around the true points, alpha = 0.1 and 0.2
+
+   A point that is not seen in the prediction is wrong; what the prediction has beyond the true
+   points costs nothing. An image counts for its share, pck_..._all counts every point alike. */
 static int score_pck(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                      lvm_error *error) {
     const struct skeleton *k = s->skeleton;
@@ -10890,8 +10942,8 @@ static const char protocol_names[] = "vp-segmentation|vp-detection|vp-colorizati
 
 enum { TILE = 111, EPISODE_NUMBERS = 13 };
 
-/* An episode: two images, the query and the support. numbers: the class, then width, height, X0,
-   Y0, X1, Y1 of each; 0 where the protocol has none. */
+/* An episode: two images, the query and the support, which is the example. numbers: the class, then
+   width, height, X0, Y0, X1, Y1 of each; 0 where the protocol has none. */
 struct episode {
     char name[2][160];
     int numbers[EPISODE_NUMBERS];
@@ -11023,8 +11075,8 @@ static int is_white_in_bytes(const uint8_t *rgb) {
     return white <= black;
 }
 
-/* Intersection over union of the white pixels and the share of equal ones, by a rule that tells
-   what is white; NAN where both are black. */
+/* Intersection over union of the white pixels and the share of equal ones (the program's
+   "accuracy"), by a rule that tells what is white; NAN where both are black. */
 static void score_masks(const lvm_image *p, const lvm_image *t, enum protocol protocol,
                         int (*white)(const uint8_t *rgb), double *iou, double *accuracy) {
     uint8_t mask[TILE * TILE];
@@ -11044,8 +11096,9 @@ static void score_masks(const lvm_image *p, const lvm_image *t, enum protocol pr
     *accuracy = equal / (TILE * TILE);
 }
 
-/* The published error, and beside it what LVM's own program would report: the plain error of values
-   0 .. 1, summed over the channels. */
+/* The published error, of values as ImageNet's mean and deviation normalise them, the true ones
+   having lost what published_byte says; and beside it what LVM's own program would report: the
+   plain error of values 0 .. 1, summed over the channels. */
 static void score_colors(const lvm_image *p, const lvm_image *t, double *value) {
     double sum = 0;
     for (int i = 0; i < TILE * TILE; i++)
@@ -26052,8 +26105,8 @@ static int episode_tile(const struct cli *cli, enum protocol protocol, const str
     return code;
 }
 
-/* Lines of a list of episodes, behind the name of the protocol: 1 and the next one, 0 at the end, -1
-   and an error. */
+/* Lines of a list of episodes, behind the name of the protocol: 1 and the next one, 0 at the end,
+   -1 and an error. */
 static int next_episode(struct lines *l, enum protocol protocol, struct episode *e,
                         lvm_error *error) {
     int first = l->number == 0, more = next_text(l, error);

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import unittest
 
-from test_cli import TESTS, TOP, WEIGHTS, Case, chunk, image, png
+from test_cli import TESTS, TOP, WEIGHTS, Case, chunk, image, png, read
 
 GOLDEN = os.path.join(TESTS, "golden_scores")
 EXACT = 1e-8                              # nine digits are printed
@@ -406,37 +406,49 @@ class Report(Case):
         sys.dont_write_bytecode = True
         import evaluate
         with open(os.path.join(TOP, "docs/evaluation.md")) as f:
-            rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in f if line.count("|") == 7]
-        rows = rows[2:]
-        self.assertGreater(len(rows), 30)
-        metrics = {}
-        for task in {row[0] for row in rows}:
-            metrics[task] = {column: (metric, args) for metric, args, column in
-                             evaluate.ALL + evaluate.METRICS.get(task, [])}
-            folder = os.path.join(TOP, "prompt", task)
-            queries = int(next(row[1] for row in rows if row[0] == task))
-            lines = evaluate.prompt_lines(task, folder, queries)
-            self.assertEqual(len(lines), queries, task)
+            rows = [evaluate.read_row(line) for line in f if " / **" in line and line.startswith("| ")]
+        self.assertEqual({row[0] for row in rows},
+                         {entry.name for entry in os.scandir(os.path.join(TOP, "prompt")) if entry.is_dir()} - {"truth"})
+        for task, queries, values in rows:
+            lines = evaluate.prompt_lines(task, queries)
+            metrics = [metric[:3] for metric in evaluate.ALL + evaluate.OWN.get(task, [])]
+            self.assertEqual((len(lines), sorted(values)), (queries, sorted(value for _, _, value in metrics)), task)
             for name, at in (("floor", lambda line: line[0][-1]), ("truth", lambda line: line[1])):
                 os.makedirs(self.path("%s/%s" % (task, name)))
                 for i, line in enumerate(lines):
                     shutil.copy(at(line), self.path("%s/%s/%d.png" % (task, name, i)))
-        for task, _, column, floor, _, ceiling in rows:
-            metric, args = metrics[task][column]
-            predictions = [(floor, "floor")]
-            if task == "depth" and column == "psnr":
-                os.mkdir(self.path("depth/ceiling"))
-                for name in os.listdir(self.path("depth/truth")):
-                    self.lines("encode", WEIGHTS, "depth/truth/" + name, "-o", "tokens")
-                    self.lines("decode", WEIGHTS, "tokens", "-o", "depth/ceiling/" + name)
-                predictions.append((ceiling, "ceiling"))
-            for shown, folder in predictions:
-                got = json.loads(self.lines("score", metric, "%s/%s" % (task, folder), task + "/truth", "--json", *args)[-1])
-                # a ceiling's last digits depend on the instruction set
-                if got[column] is None or folder == "floor":
-                    self.assertEqual(shown, evaluate.shown(got[column]), (task, column))
-                else:
-                    self.assertAlmostEqual(float(shown), got[column], delta=0.01 * abs(got[column]))
+            for metric, options, value in metrics:
+                floor, _, ceiling = values[value]
+                self.assertEqual(floor, evaluate.shown(self.measure(task, "floor", metric, options, value)), (task, value))
+                if task == "depth":            # its last digits depend on the instruction set
+                    self.through_the_tokenizer()
+                    got = self.measure(task, "ceiling", metric, options, value)
+                    self.assertAlmostEqual(float(ceiling), got, delta=0.01 * abs(got))
+
+    def measure(self, task, folder, metric, options, value):
+        return json.loads(self.lines("score", metric, "%s/%s" % (task, folder), task + "/truth", "--json", *options)[-1])[value]
+
+    def through_the_tokenizer(self):
+        if not os.path.isdir(self.path("depth/ceiling")):
+            os.mkdir(self.path("depth/ceiling"))
+            for name in os.listdir(self.path("depth/truth")):
+                self.lines("encode", WEIGHTS, "depth/truth/" + name, "-o", "tokens")
+                self.lines("decode", WEIGHTS, "tokens", "-o", "depth/ceiling/" + name)
+
+    def test_what_is_asked(self):
+        """evaluation.xz: 24 puzzles, eight pairs a task with those of prompt/, each image whole."""
+        sys.path.insert(0, TESTS)
+        import evaluate
+        with open(evaluate.write_puzzles(self.path("puzzles"))) as f:
+            lines = [json.loads(line) for line in f]
+        self.assertEqual([(len(line["input"]), len(line["choices"])) for line in lines], [(8, 8)] * 24)
+        for line in lines:
+            self.assertEqual(len({read(self.path("puzzles/" + name)) for name in line["choices"]}), 8)
+        _, _, tokens = evaluate.read_extra()
+        for task, more in tokens.items():
+            self.assertTrue(all(len(ids) == 256 and max(ids) < 8192 for ids in more))
+            if task:
+                self.assertIn(len(more), (16, 16 - len(evaluate.whole_prompt(task))))
 
 
 OPENPOSE = [(1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12),
