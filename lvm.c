@@ -10553,7 +10553,7 @@ static void total_boxes(const struct scoring *s, double *value) {
 
    A figure is read back from its colours, each a limb's:
 
-       pixels  --color_of-->  map  --flood_part, limb_axis-->  limbs  --turn_limbs-->  points
+       pixels  --color_of-->  map  --flood_part, limb_axis-->  limbs  --find_ends-->  points
                                  \--find_dot, where joints are drawn as dots------------^
 
    Of each limb counts the largest connected part, its middle, the axis along which it is longest
@@ -10682,50 +10682,36 @@ static void find_limbs(struct figure_map *f, struct limb *limb) {
         if (limb[i].n > 0) limb_ends(&limb[i]);
 }
 
-/* Ends of two limbs that should meet. */
-struct joint {
-    int i, j;         /* the limbs */
-    double gap[2][2]; /* their squared distance, as i and as j are turned or not */
+/* Which limbs, a bit each, run from their end 1 to their end 0: the way with the least gaps between
+   ends that should meet. gap[i][j]: those of limbs i and j < i, squared, as either is turned. */
+struct turning {
+    double gap[MAX_LIMBS][MAX_LIMBS][2][2], least;
+    unsigned best;
 };
 
-/* The joints of the limbs that are seen. */
-static int find_joints(const struct skeleton *k, const struct limb *limb, struct joint *joint) {
-    int n = 0;
-    for (int i = 0; i < k->limbs; i++)
-        for (int j = 0; j < i; j++)
-            for (int e = 0; e < 4; e++) {
-                int a = e & 1, b = e >> 1;
-                if (limb[i].n == 0 || limb[j].n == 0) continue;
-                if (k->limb[i][a] != k->limb[j][b]) continue;
-                joint[n].i = i;
-                joint[n].j = j;
-                for (int turn = 0; turn < 4; turn++) {
-                    const double *x = limb[i].end[a ^ (turn & 1)];
-                    const double *y = limb[j].end[b ^ (turn >> 1)];
-                    joint[n].gap[turn & 1][turn >> 1] =
-                        (x[0] - y[0]) * (x[0] - y[0]) + (x[1] - y[1]) * (x[1] - y[1]);
-                }
-                n++;
-            }
-    return n;
+/* The gaps of two limbs that are seen. */
+static void find_gaps(const struct skeleton *k, const struct limb *limb, int i, int j,
+                      double gap[2][2]) {
+    for (int e = 0; e < 4; e++)
+        for (int turn = 0; turn < 4; turn++) {
+            int a = e & 1, b = e >> 1;
+            if (k->limb[i][a] != k->limb[j][b]) continue;
+            const double *x = limb[i].end[a ^ (turn & 1)], *y = limb[j].end[b ^ (turn >> 1)];
+            gap[turn & 1][turn >> 1] +=
+                (x[0] - y[0]) * (x[0] - y[0]) + (x[1] - y[1]) * (x[1] - y[1]);
+        }
 }
 
-/* Which limbs, a bit each, run from their end 1 to their end 0: of all ways that with the least
-   gaps. There are 2^17 ways at most, and some thirty joints. */
-static unsigned turn_limbs(const struct skeleton *k, const struct limb *limb) {
-    struct joint joint[MAX_LIMBS * MAX_LIMBS];
-    int n = find_joints(k, limb, joint);
-    unsigned best = 0, seen = 0;
-    double least = INFINITY;
-    for (int i = 0; i < k->limbs; i++) seen |= (limb[i].n > 0 ? 1u : 0u) << i;
-    for (unsigned turned = 0; turned < 1u << k->limbs; turned++) {
-        double sum = 0;
-        if (turned & ~seen) continue;
-        for (int i = 0; i < n; i++)
-            sum += joint[i].gap[turned >> joint[i].i & 1][turned >> joint[i].j & 1];
-        if (sum < least) least = sum, best = turned;
+/* Tries both ways of limb i and of those behind it, where the gaps so far are not too many already
+   (branch and bound). */
+static void turn_limbs(struct turning *t, int limbs, int i, unsigned turned, double sum) {
+    if (sum >= t->least) return;
+    if (i == limbs) t->least = sum, t->best = turned;
+    for (unsigned turn = 0; i < limbs && turn < 2; turn++) {
+        double more = sum;
+        for (int j = 0; j < i; j++) more += t->gap[i][j][turn][turned >> j & 1];
+        turn_limbs(t, limbs, i + 1, turned | turn << i, more);
     }
-    return best;
 }
 
 /* The radius of most limbs; 0 where there are none. */
@@ -10808,6 +10794,23 @@ static int find_dots(const struct figure_map *m, double radius, struct figure *f
     return sure >= 2;
 }
 
+/* The points by the ends of their limbs, of several the one that was drawn last. */
+static void find_ends(const struct skeleton *k, const struct limb *limb, struct figure *f) {
+    struct turning t = {.least = INFINITY};
+    memset(f, 0, sizeof *f);
+    for (int i = 0; i < k->limbs; i++)
+        for (int j = 0; limb[i].n > 0 && j < i; j++)
+            if (limb[j].n > 0) find_gaps(k, limb, i, j, t.gap[i][j]);
+    turn_limbs(&t, k->limbs, 0, 0, 0);
+    for (int i = 0; i < k->limbs; i++)
+        for (int e = 0; limb[i].n > 0 && e < 2; e++) {
+            int point = k->limb[i][e];
+            memcpy(f->point[point], limb[i].end[e ^ (int)(t.best >> i & 1)],
+                   sizeof f->point[point]);
+            f->seen[point] = 1;
+        }
+}
+
 /* The points of the figure that an image shows. */
 static int find_figure(const lvm_image *m, const struct skeleton *k, struct figure *f,
                        lvm_error *error) {
@@ -10823,18 +10826,8 @@ static int find_figure(const lvm_image *m, const struct skeleton *k, struct figu
         map.size = map.stack + pixels;
         for (size_t i = 0; i < pixels; i++) map.color[i] = (int8_t)color_of(k, m->rgb + 3 * i);
         find_limbs(&map, limb);
-        double radius = limb_radius(k, limb);
-        if (k->points < MAX_POINTS || !find_dots(&map, radius, f)) {
-            memset(f, 0, sizeof *f);
-            unsigned turned = turn_limbs(k, limb);
-            for (int i = 0; i < k->limbs; i++)
-                for (int e = 0; limb[i].n > 0 && e < 2; e++) {
-                    int point = k->limb[i][e];
-                    memcpy(f->point[point], limb[i].end[e ^ (int)(turned >> i & 1)],
-                           sizeof f->point[point]);
-                    f->seen[point] = 1;
-                }
-        }
+        if (k->points < MAX_POINTS || !find_dots(&map, limb_radius(k, limb), f))
+            find_ends(k, limb, f);
     }
     mem_free(map.color);
     mem_free(map.parts);
@@ -20518,7 +20511,8 @@ static const struct command command_table[] = {
      "  boxes   drawn outlines, a class a colour: mean overlap; COCO's AP at\n"
      "          0.5 with equal scores\n"
      "  pck     points of a drawn figure within 0.1 and 0.2 of the longer side\n"
-     "          of the box around the true ones\n"
+     "          of the box around the true ones; of 18 points by their dots,\n"
+     "          where it has them, else by the limbs' ends\n"
      "  edges   precision, recall, F at BSDS's tolerance: 0.0075 diagonals\n"
      "  depth   of luma, or places in a --palette, scaled by least squares:\n"
      "          mean |p - t| / t, share within a factor of 1.25\n"
@@ -26026,18 +26020,16 @@ static int read_palette(const char *path, struct palette *p, lvm_error *error) {
 /* --palette, --grid and --skeleton; 0, or a message and the status. */
 static int scoring_options(const struct cli *cli, const char *metric, struct scoring *s) {
     lvm_error error = {0, ""};
-    char *end = NULL;
+    char behind;
     int grid = strcmp(metric, "cells") == 0;
     s->skeleton = &skeletons[cli->skeleton];
     if (grid != (cli->cells != NULL))
         return complain(grid ? "cells: --grid W,H says how many there are"
                              : "--grid belongs to cells") + 1;
     if (grid) {
-        long w = strtol(cli->cells, &end, 10), h = *end == ',' ? strtol(end + 1, &end, 10) : 0;
-        if (*end != 0 || w < 1 || h < 1 || w > 1 << 10 || h > 1 << 10)
+        int n = sscanf(cli->cells, "%5d,%5d%c", &s->columns, &s->rows, &behind);
+        if (n != 2 || s->columns < 1 || s->rows < 1 || s->columns > 1024 || s->rows > 1024)
             return complain("--grid: \"%s\" is not W,H, each from 1 to 1024", cli->cells) + 1;
-        s->columns = (int)w;
-        s->rows = (int)h;
     }
     if (cli->palette == NULL || read_palette(cli->palette, &s->palette, &error) == LVM_OK) return 0;
     return complain("%s", error.text);
