@@ -9643,7 +9643,18 @@ static const struct part *plan_draw(const struct plan *plan, int side, int64_t i
 
    The field's metrics are for numbers; here answers are drawings, and are read back from their
    pixels first, the true one just as the predicted one: flat colours by the nearest, boxes by their
-   outlines, points by the limbs between them, edges by thinning. */
+   outlines, points by dots or by the limbs between them, edges by thinning.
+
+       metric  whose definition                              what judges it in the tests
+       psnr    10 log10(255^2 / MSE)                         scikit-image
+       ssim    Wang et al. 2004                              scikit-image
+       mse     of LVM's program and of Bar et al. 2022 too   NumPy
+       miou    PASCAL VOC, by colours                        NumPy
+       boxes   COCO's average precision, mean overlap        pycocotools; boxes as they were drawn
+       pck     Yang and Ramanan 2013                         points as they were drawn
+       edges   BSDS: Martin, Fowlkes and Malik 2004          scikit-image's thin, SciPy's matching
+       depth   Eigen, Puhrsch and Fergus 2014                NumPy
+       cells   the share of a grid's cells                   NumPy */
 
 enum { MAX_COLORS = 256, MAX_VALUES = 3 };
 
@@ -9747,6 +9758,7 @@ enum { SSIM_SIDE = 11 };
 /* Sums of a window that are made of rows: of a, b, a a, b b and a b. */
 enum { SUM_A, SUM_B, SUM_AA, SUM_BB, SUM_AB, N_SUMS };
 
+/* Two images and the rows of sums that windows are made of: only as many as a window is high. */
 struct ssim {
     const lvm_image *a, *b;
     double weight[SSIM_SIDE];
@@ -9867,6 +9879,7 @@ static const char *palette_add(struct palette *p, const char *line) {
     return NULL;
 }
 
+/* Ascending, for qsort. */
 static int compare_numbers(const void *a, const void *b) {
     uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
     return (x > y) - (x < y);
@@ -10271,6 +10284,7 @@ struct outlines {
     int n;
 };
 
+/* Whether a pixel has the outline's colour, or lies outside of the image. */
 static int is_drawn(const struct outlines *o, int x, int y) {
     return x < 0 || y < 0 || x >= o->w || y >= o->h || o->map[y * o->w + x] == o->color;
 }
@@ -10588,6 +10602,7 @@ struct figure_map {
     int *stack, *size;          /* [h * w] for flood_part; [h * w + 1]: pixels of each part */
 };
 
+/* The points that were read back, and which of them are there. */
 struct figure {
     double point[MAX_POINTS][2];
     int seen[MAX_POINTS];
@@ -25758,6 +25773,7 @@ static char *stem_of(const char *path, lvm_error *error) {
     return stem;
 }
 
+/* In natural order of the names, for qsort. */
 static int compare_pairs(const void *a, const void *b) {
     const struct pair *x = a, *y = b;
     int order = compare_natural(x->name, y->name);
@@ -26211,6 +26227,7 @@ static int score_episodes(const struct cli *cli, enum protocol protocol, const c
                       r.good + r.bad) : LVM_OK;
 }
 
+/* lvm score protocol NAME [PREDICTIONS] LIST. */
 static int run_protocol(struct cli *cli) {
     const char **words = cli->words, *list = words[cli->n_words - 1];
     lvm_error error = {0, ""};
@@ -26229,6 +26246,7 @@ static int run_protocol(struct cli *cli) {
     return finish(&error, code);
 }
 
+/* lvm score METRIC PREDICTIONS TRUTHS. */
 static int run_score(struct cli *cli) {
     const struct metric *m = NULL;
     struct scoring s = {.columns = 0};
