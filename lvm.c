@@ -9648,7 +9648,7 @@ static const struct part *plan_draw(const struct plan *plan, int side, int64_t i
        metric  whose definition                              what judges it in the tests
        psnr    10 log10(255^2 / MSE)                         scikit-image
        ssim    Wang et al. 2004                              scikit-image
-       mse     of LVM's program and of Bar et al. 2022 too   NumPy
+       mse     of LVM's program and of Bar et al. 2022 too   scikit-image
        miou    PASCAL VOC, by colours                        NumPy
        boxes   COCO's average precision, mean overlap        pycocotools; boxes as they were drawn
        pck     Yang and Ramanan 2013                         points as they were drawn
