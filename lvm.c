@@ -9207,7 +9207,18 @@ static const struct part *plan_draw(const struct plan *plan, int side, int64_t i
 
    The field's metrics are for numbers; here answers are drawings, and are read back from their
    pixels first, the true one just as the predicted one: flat colours by the nearest, boxes by their
-   outlines, points by the limbs between them, edges by thinning. */
+   outlines, points by dots or by the limbs between them, edges by thinning.
+
+       metric  whose definition                              what judges it in the tests
+       psnr    10 log10(255^2 / MSE)                         scikit-image
+       ssim    Wang et al. 2004                              scikit-image
+       mse     of LVM's program and of Bar et al. 2022 too   scikit-image
+       miou    PASCAL VOC, by colours                        NumPy
+       boxes   COCO's average precision, mean overlap        pycocotools; boxes as they were drawn
+       pck     Yang and Ramanan 2013                         points as they were drawn
+       edges   BSDS: Martin, Fowlkes and Malik 2004          scikit-image's thin, SciPy's matching
+       depth   Eigen, Puhrsch and Fergus 2014                NumPy
+       cells   the share of a grid's cells                   NumPy */
 
 enum { MAX_COLORS = 256, MAX_VALUES = 3 };
 
@@ -9217,12 +9228,13 @@ struct palette {
     int n;
 };
 
-/* What a colour got over all images. */
+/* What a colour got over all images, for the mean over classes. */
 struct tally {
     uint8_t color[3];
     double both, either;    /* pixels: of the intersection, of the union */
 };
 
+/* What a metric is told, and what it keeps from image to image for its totals. */
 struct scoring {
     struct palette palette; /* that --palette names; n = 0: the colours of each true image */
     const struct skeleton *skeleton;
@@ -9240,11 +9252,16 @@ static void scoring_free(struct scoring *s) {
     mem_free(s->found.data);
 }
 
+/* Of an image that was loaded, so that it fits into memory. */
 static size_t n_pixels(const lvm_image *image) {
     return (size_t)image->width * (size_t)image->height;
 }
 
 /* ---- Scores: differences of pixels ---- */
+
+/* What ImageNet's values 0 .. 1 are normalised by: red, green, blue. */
+static const double imagenet_mean[3] = {0.485, 0.456, 0.406};
+static const double imagenet_deviation[3] = {0.229, 0.224, 0.225};
 
 /* The sum of the squared differences of one channel. */
 static double channel_error(const lvm_image *a, const lvm_image *b, int channel) {
@@ -9268,18 +9285,23 @@ static double mean_squared_error(const lvm_image *a, const lvm_image *b) {
    out: about 19.6 times the first. */
 static int score_mse(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                      lvm_error *error) {
-    static const double deviation[3] = {0.229, 0.224, 0.225};
     double n = 3 * (double)n_pixels(t) * 255 * 255;
     (void)s, (void)error;
     value[0] = mean_squared_error(p, t) / (255 * 255);
     value[1] = 3 * value[0];
     value[2] = 0;
     for (int c = 0; c < 3; c++)
-        value[2] += channel_error(p, t, c) / n / (deviation[c] * deviation[c]);
+        value[2] += channel_error(p, t, c) / n / (imagenet_deviation[c] * imagenet_deviation[c]);
     return LVM_OK;
 }
 
-/* Peak signal-to-noise ratio: 10 log10(255^2 / mse) decibel; infinite for equal images. */
+/* Peak signal-to-noise ratio, in decibel:
+
+       PSNR = 10 log10(255^2 / MSE)
+
+   with MSE over all pixels and channels, as scikit-image's peak_signal_noise_ratio has it; infinite
+   for equal images. The mean over images is a mean of decibels, which one image that is nearly
+   perfect may raise much; psnr_of_mean_mse is the ratio of the mean error instead. */
 static int score_psnr(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                       lvm_error *error) {
     double mse = mean_squared_error(p, t);
@@ -9290,6 +9312,7 @@ static int score_psnr(struct scoring *s, const lvm_image *p, const lvm_image *t,
     return LVM_OK;
 }
 
+/* The ratio of the mean error, for the mean of ratios is another number. */
 static void total_psnr(const struct scoring *s, double *value) {
     value[0] = 10 * log10(255 * 255 / (s->sum[0] / s->sum[1]));
 }
@@ -9299,6 +9322,7 @@ enum { SSIM_SIDE = 11 };
 /* Sums of a window that are made of rows: of a, b, a a, b b and a b. */
 enum { SUM_A, SUM_B, SUM_AA, SUM_BB, SUM_AB, N_SUMS };
 
+/* Two images and the rows of sums that windows are made of: only as many as a window is high. */
 struct ssim {
     const lvm_image *a, *b;
     double weight[SSIM_SIDE];
@@ -9306,7 +9330,8 @@ struct ssim {
     double *rows;   /* [SSIM_SIDE][N_SUMS][columns]: row y in y mod SSIM_SIDE */
 };
 
-/* The weighted sums along row y of one channel. */
+/* The weighted sums along row y of one channel. A window's are those of its eleven rows, weighted
+   again: a Gaussian in two dimensions is the product of two in one. */
 static void ssim_row(const struct ssim *s, int y, int channel) {
     size_t first = (size_t)y * (size_t)s->a->width * 3 + (size_t)channel;
     double *out = s->rows + (size_t)(y % SSIM_SIDE) * N_SUMS * (size_t)s->columns;
@@ -9325,7 +9350,8 @@ static void ssim_row(const struct ssim *s, int y, int channel) {
     }
 }
 
-/* The similarity of the window whose rows are there, the first in row y. */
+/* The similarity of the window whose rows are there, the first in row y. C1 and C2 keep it finite
+   where both images are flat. */
 static double ssim_window(const struct ssim *s, int x, int y) {
     const double c1 = (0.01 * 255) * (0.01 * 255), c2 = (0.03 * 255) * (0.03 * 255);
     double sum[N_SUMS] = {0};
@@ -9338,9 +9364,15 @@ static double ssim_window(const struct ssim *s, int x, int y) {
     return (2 * a * b + c1) * (2 * covariance + c2) / ((a * a + b * b + c1) * (va + vb + c2));
 }
 
-/* Structural similarity (Wang, Bovik, Sheikh and Simoncelli 2004): in windows of 11 x 11 with
-   Gaussian weights of deviation 1.5, means, variances and covariance compared with C1 = (0.01
-   255)^2, C2 = (0.03 255)^2; the mean over all whole windows, then over the channels. */
+/* Structural similarity (Wang, Bovik, Sheikh and Simoncelli 2004, IEEE TIP 13:4). In a window with
+   weights w that sum to 1, means m, variances v and the covariance c of both images give
+
+       SSIM = (2 ma mb + C1) (2 c + C2) / ((ma^2 + mb^2 + C1) (va + vb + C2))
+
+   with C1 = (0.01 255)^2 and C2 = (0.03 255)^2. Windows are 11 x 11 with Gaussian weights of
+   deviation 1.5, as in the paper; the value is the mean over all whole windows, then over the
+   channels: scikit-image's structural_similarity with gaussian_weights and without
+   use_sample_covariance. */
 static int score_ssim(struct scoring *scoring, const lvm_image *p, const lvm_image *t,
                       double *value, lvm_error *error) {
     struct ssim s = {.a = p, .b = t, .columns = t->width - SSIM_SIDE + 1};
@@ -9366,6 +9398,7 @@ static int score_ssim(struct scoring *scoring, const lvm_image *p, const lvm_ima
 
 /* ---- Scores: flat colours ---- */
 
+/* Squared, over the three channels. */
 static int color_distance(const uint8_t *a, const uint8_t *b) {
     int r = a[0] - b[0], g = a[1] - b[1], blue = a[2] - b[2];
     return r * r + g * g + blue * blue;
@@ -9381,60 +9414,36 @@ static int nearest_color(const struct palette *p, const uint8_t *rgb) {
     return best;
 }
 
-/* One number of a palette's line, which *s points behind afterwards; -1 where none stands. */
-static int color_number(const char **s, const char *end) {
-    int v = 0, digits = 0;
-    while (*s < end && (**s == ' ' || **s == '\t' || **s == ',')) ++*s;
-    for (; *s < end && isdigit((unsigned char)**s) && digits < 4; ++*s, digits++)
-        v = 10 * v + **s - '0';
-    return digits > 0 && v < 256 ? v : -1;
-}
-
-/* "#rrggbb", or three numbers of 0 .. 255; a name may stand behind. 1 when it is one. */
-static int parse_color(const char *s, const char *end, uint8_t rgb[3]) {
-    static const char digits[] = "0123456789abcdef";
-    int hex = s < end && *s == '#';
-    s += hex;
+/* "#rrggbb", or three numbers of 0 .. 255 with blanks or commas between them; a name may stand
+   behind. 1 when it is one. */
+static int parse_color(const char *s, uint8_t rgb[3]) {
+    int v[3] = {-1, -1, -1}, end = 0;
+    if (*s == '#' && strspn(s + 1, "0123456789abcdefABCDEF") == 6) {
+        long all = strtol(s + 1, NULL, 16);
+        for (int i = 0; i < 3; i++) v[i] = (int)(all >> (16 - 8 * i) & 255);
+        end = 7;
+    } else if (sscanf(s, "%4d%*[ \t,]%4d%*[ \t,]%4d%n", &v[0], &v[1], &v[2], &end) < 3) {
+        return 0;
+    }
     for (int i = 0; i < 3; i++) {
-        int v = hex ? 0 : color_number(&s, end);
-        for (int k = 0; hex && k < 2; k++, s++) {
-            const char *digit = s < end ? strchr(digits, tolower((unsigned char)*s)) : NULL;
-            if (digit == NULL || *s == 0) return 0;
-            v = 16 * v + (int)(digit - digits);
-        }
-        if (v < 0) return 0;
-        rgb[i] = (uint8_t)v;
+        if (v[i] < 0 || v[i] > 255) return 0;
+        rgb[i] = (uint8_t)v[i];
     }
-    return s == end || isspace((unsigned char)*s);
+    return s[end] == 0 || isspace((unsigned char)s[end]);
 }
 
-/* A palette file: a colour a line, blank lines between them; name is the file's. */
-static int parse_palette(const char *text, size_t n, const char *name, struct palette *p,
-                         lvm_error *error) {
-    int number = 0;
-    p->n = 0;
-    for (const char *line = text, *end = text + n; line < end; number++) {
-        const char *stop = memchr(line, '\n', (size_t)(end - line)), *next;
-        uint8_t rgb[3];
-        next = stop != NULL ? stop + 1 : end;
-        stop = stop != NULL ? stop : end;
-        while (line < stop && isspace((unsigned char)*line)) line++;
-        int blank = line == stop, good = !blank && parse_color(line, stop, rgb);
-        line = next;
-        if (blank) continue;
-        if (!good)
-            return fail(error, LVM_FORMAT, "%s: line %d is no colour: R G B or #rrggbb", name,
-                        number + 1);
-        if (p->n > 0 && color_distance(p->color[nearest_color(p, rgb)], rgb) == 0)
-            return fail(error, LVM_FORMAT, "%s: line %d: the colour stands twice", name,
-                        number + 1);
-        if (p->n == MAX_COLORS)
-            return fail(error, LVM_FORMAT, "%s: more than %d colours", name, MAX_COLORS);
-        memcpy(p->color[p->n++], rgb, sizeof rgb);
-    }
-    return p->n > 0 ? LVM_OK : fail(error, LVM_FORMAT, "%s: no colour stands there", name);
+/* Adds the colour of a palette's line; why it cannot, or NULL. */
+static const char *palette_add(struct palette *p, const char *line) {
+    uint8_t rgb[3];
+    if (!parse_color(line + strspn(line, " \t\r"), rgb)) return "no colour: R G B or #rrggbb";
+    if (p->n > 0 && color_distance(p->color[nearest_color(p, rgb)], rgb) == 0)
+        return "the colour stands twice";
+    if (p->n == MAX_COLORS) return "more than 256 colours";
+    memcpy(p->color[p->n++], rgb, sizeof rgb);
+    return NULL;
 }
 
+/* Ascending, for qsort. */
 static int compare_numbers(const void *a, const void *b) {
     uint32_t x = *(const uint32_t *)a, y = *(const uint32_t *)b;
     return (x > y) - (x < y);
@@ -9485,6 +9494,7 @@ static struct tally *find_tally(struct scoring *s, const uint8_t *color, lvm_err
     return &larger[s->n_tallies++];
 }
 
+/* Nearer to white than to black: the squared distances differ by 255 (2 (r + g + b) - 3 255). */
 static int is_white(const uint8_t *rgb) { return rgb[0] + rgb[1] + rgb[2] > 3 * 255 / 2; }
 
 /* Intersection over union of what is nearer to white than to black (Bar et al. 2022); two images
@@ -9499,9 +9509,14 @@ static double foreground_iou(const lvm_image *p, const lvm_image *t) {
     return either > 0 ? both / either : 1;
 }
 
-/* Mean intersection over union: of the foreground; and of the classes, which are colours, where the
-   nearest one decides. Of an image it is the mean over the classes that either image has, of all
-   images the mean over classes of summed intersections over summed unions (PASCAL VOC). */
+/* Mean intersection over union (Jaccard's index), of the pixels that have a class:
+
+       IoU(class) = |predicted and true| / |predicted or true|
+
+   of the foreground alone; and of the classes, which are colours, where the nearest one decides. Of
+   an image it is the mean over the classes that either image has; of all images the mean over
+   classes of summed intersections over summed unions, as PASCAL VOC counts (Everingham et al.
+   2010). Black is a class as any other where the palette has it. */
 static int score_miou(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                       lvm_error *error) {
     struct palette palette;
@@ -9528,6 +9543,7 @@ static int score_miou(struct scoring *s, const lvm_image *p, const lvm_image *t,
     return LVM_OK;
 }
 
+/* The mean over classes of all images together. */
 static void total_miou(const struct scoring *s, double *value) {
     double sum = 0;
     int seen = 0;
@@ -9557,8 +9573,9 @@ static int cell_color(const struct scoring *s, const struct palette *palette, co
     return best;
 }
 
-/* A grid of cells, puzzles and mazes: the share of cells whose colour is the true one, and 1 where
-   all are. */
+/* A grid of cells, as puzzles and mazes are drawn: the share of cells whose colour is the true one,
+   and 1 where all are, which is what solving a puzzle by drawing means. Only the middle of a cell
+   counts, so that lines between cells may be drawn well or badly. */
 static int score_cells(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                        lvm_error *error) {
     struct palette palette;
@@ -9585,10 +9602,15 @@ static double pixel_depth(const struct scoring *s, const uint8_t *rgb) {
     return (19595 * rgb[0] + 38470 * rgb[1] + 7471 * rgb[2] + (1 << 15)) >> 16;
 }
 
-/* Depth (Eigen, Puhrsch and Fergus 2014, arXiv 1406.2283), of pixels whose true value t is above 0:
-   the mean of |p - t| / t, and the share where the greater of p / t and t / p is below 1.25.
-   Pictures know no metres, so predictions are first scaled by the factor that brings them nearest,
-   sum(p t) / sum(p p). The values are taken as they stand, whether near or far is bright. */
+/* Depth (Eigen, Puhrsch and Fergus 2014, arXiv 1406.2283), over pixels whose true value t is above
+   0:
+
+       abs_rel     the mean of |p - t| / t
+       delta_1.25  the share of pixels with max(p / t, t / p) < 1.25
+
+   Pictures know no metres, so predictions are first scaled by the factor that brings them nearest
+   in the least squares' sense, s = sum(p t) / sum(p p); of a prediction that is black everywhere
+   nothing can be scaled. The values are taken as they stand, whether near or far is bright. */
 static int score_depth(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                        lvm_error *error) {
     double pt = 0, pp = 0, relative = 0, close = 0, n = 0;
@@ -9617,7 +9639,13 @@ static int score_depth(struct scoring *s, const lvm_image *p, const lvm_image *t
    Precision, recall and their harmonic mean F of drawn edges (Martin, Fowlkes and Malik 2004; the
    BSDS benchmark): lines are thinned to one pixel; a predicted edge pixel is right that is matched
    with a true one no farther than 0.0075 of the image's diagonal, one to one, in as many pairs as
-   can be. What is an edge, white or black, is what the true image has less of. */
+   can be.
+
+       precision = pairs / predicted,  recall = pairs / true,  F = 2 precision recall / their sum
+
+   What is an edge, white or black, is what the true image has less of. BSDS varies a threshold of
+   grey edges and has several people's drawings of a photo; here are two of one, drawn in two
+   colours. */
 
 /* The eight neighbours, counterclockwise from the right: x1 .. x8 of the paper. */
 static const int around[8][2] = {{1, 0},  {1, -1}, {0, -1}, {-1, -1},
@@ -9638,7 +9666,9 @@ static int is_thinned(const uint8_t v[8], int half) {
     return joins == 1 && least >= 2 && least <= 3 && !kept;
 }
 
-/* Thins a map of 0 and 1 in place until nothing changes: [h + 2][w + 2], the border 0. */
+/* Thins a map of 0 and 1 in place until nothing changes: [h + 2][w + 2], the border 0. What goes is
+   marked in a whole half step first, so that no pixel sees its neighbours of the same half step
+   gone: this is scikit-image's thin. */
 static void thin(uint8_t *map, uint8_t *gone, int w, int h) {
     const int stride = w + 2;
     for (int changed = 1; changed;) {
@@ -9673,70 +9703,39 @@ static uint8_t *thin_edges(const lvm_image *m, int white, int *n, lvm_error *err
     return map;
 }
 
-/* Points on the left, each to be matched with one point of the right near to it: the maximum
-   matching by Hopcroft and Karp (1973). Neighbours are looked up, not listed. */
+/* Points on the left, each to be matched with one place on the right near to it, in as many pairs
+   as can be: augmenting paths (Kuhn 1955). Neighbours are looked up, not listed. */
 struct matching {
     int n, n_reach;
-    const int *reach;       /* [n_reach]: offsets of places within the tolerance */
-    const uint8_t *right;   /* 1 where a point of the right is; places out of reach are 0 */
-    int *place, *mate;      /* [n]: of each left point its own place and its partner's, or -1 */
-    int *level, *next, *way;/* [n]: breadth first; how many neighbours were tried; a path */
-    int *owner;             /* of each place the left point that has it, or -1 */
+    const int *reach;         /* [n_reach]: offsets of places within the tolerance */
+    int *point, *mate;        /* [n]: of each left point its own place and its partner's, or -1 */
+    uint8_t *right;           /* 1 where there is a point to match with, 2 once it was asked for */
+    int *owner, *from, *queue; /* of each place who has it, or -1, and who asked; those asked for */
 };
 
-/* Levels of left points along alternating paths from the free ones; 1 when a free place is met. */
-static int match_levels(struct matching *m) {
-    int n = 0, met = 0;
-    for (int i = 0; i < m->n; i++) {
-        m->level[i] = m->mate[i] < 0 ? 0 : -1;
-        m->next[i] = 0;
-        if (m->mate[i] < 0) m->way[n++] = i;
-    }
-    for (int head = 0; head < n; head++)
+/* Finds a partner for a point, breadth first along paths on which others change theirs. Where there
+   is none, no path will ever lead through the places that were asked, which stay marked. */
+static int match_point(struct matching *m, int start) {
+    for (int i = start, n = 0, head = 0;; i = m->owner[m->queue[head++]]) {
         for (int k = 0; k < m->n_reach; k++) {
-            int i = m->way[head], place = m->place[i] + m->reach[k];
-            if (!m->right[place]) continue;
-            int j = m->owner[place];
-            met |= j < 0;
-            if (j < 0 || m->level[j] >= 0) continue;
-            m->level[j] = m->level[i] + 1;
-            m->way[n++] = j;
+            int place = m->point[i] + m->reach[k];
+            if (m->right[place] != 1) continue;
+            m->right[place] = 2;
+            m->from[place] = i;
+            m->queue[n++] = place;
+            if (m->owner[place] >= 0) continue;
+            while (n > 0) m->right[m->queue[--n]] = 1;
+            for (int left = -1; left != start;) { /* back along the path */
+                left = m->from[place];
+                int before = m->mate[left];
+                m->owner[place] = left;
+                m->mate[left] = place;
+                place = before;
+            }
+            return 1;
         }
-    return met;
-}
-
-/* Looks depth first for a path from a free point to a free place; along it all change partners. */
-static int match_augment(struct matching *m, int start) {
-    int depth = 0;
-    m->way[0] = start;
-    while (depth >= 0) {
-        int i = m->way[depth];
-        if (m->next[i] == m->n_reach) { /* nothing behind it */
-            m->level[i] = -1;
-            depth--;
-            continue;
-        }
-        int place = m->place[i] + m->reach[m->next[i]++];
-        int j = m->right[place] ? m->owner[place] : i;
-        if (j >= 0 && m->level[j] == m->level[i] + 1) m->way[++depth] = j;
-        if (j >= 0) continue;
-        for (; depth >= 0; depth--) {
-            i = m->way[depth];
-            place = m->place[i] + m->reach[m->next[i] - 1];
-            m->owner[place] = i;
-            m->mate[i] = place;
-        }
-        return 1;
+        if (head == n) return 0;
     }
-    return 0;
-}
-
-static int match_all(struct matching *m) {
-    int pairs = 0;
-    while (match_levels(m))
-        for (int i = 0; i < m->n; i++)
-            if (m->mate[i] < 0) pairs += match_augment(m, i);
-    return pairs;
 }
 
 /* How many pixels of two maps can be matched one to one within a distance. Both are copied into
@@ -9746,30 +9745,30 @@ static int match_edges(const uint8_t *a, const uint8_t *b, int n, int w, int h, 
     int far = (int)distance, stride = w + 2 * far, code = LVM_MEMORY;
     size_t places = (size_t)stride * (size_t)(h + 2 * far), offsets = (size_t)(2 * far + 1);
     uint8_t *right = mem_alloc(places, 1, error);
-    int *owner = mem_alloc(places, sizeof *owner, error);
-    int *left = mem_alloc((size_t)n + 1, 5 * sizeof *left, error);
+    int *maps = mem_alloc(places, 3 * sizeof *maps, error);
+    int *points = mem_alloc((size_t)n + 1, 2 * sizeof *points, error);
     int *reach = mem_alloc(offsets * offsets, sizeof *reach, error);
-    struct matching m = {.right = right, .owner = owner, .reach = reach, .place = left,
-                         .mate = left + n, .level = left + 2 * (size_t)n,
-                         .next = left + 3 * (size_t)n, .way = left + 4 * (size_t)n};
-    if (right != NULL && owner != NULL && left != NULL && reach != NULL) {
+    if (right != NULL && maps != NULL && points != NULL && reach != NULL) {
+        struct matching m = {.reach = reach, .point = points, .mate = points + n, .right = right,
+                             .owner = maps, .from = maps + places, .queue = maps + 2 * places};
         for (int y = 0; y < h; y++)
             for (int x = 0; x < w; x++) {
                 int from = (y + 1) * (w + 2) + x + 1, to = (y + far) * stride + x + far;
                 right[to] = b[from];
-                if (a[from]) m.place[m.n++] = to;
+                if (a[from]) m.point[m.n++] = to;
             }
-        for (size_t i = 0; i < places; i++) owner[i] = -1;
+        for (size_t i = 0; i < places; i++) m.owner[i] = -1;
         for (int i = 0; i < m.n; i++) m.mate[i] = -1;
         for (int y = -far; y <= far; y++)
             for (int x = -far; x <= far; x++)
                 if (x * x + y * y <= distance * distance) reach[m.n_reach++] = y * stride + x;
-        *pairs = match_all(&m);
+        *pairs = 0;
+        for (int i = 0; i < m.n; i++) *pairs += match_point(&m, i);
         code = LVM_OK;
     }
     mem_free(right);
-    mem_free(owner);
-    mem_free(left);
+    mem_free(maps);
+    mem_free(points);
     mem_free(reach);
     return code;
 }
@@ -9779,10 +9778,12 @@ static double edge_share(double pairs, double n, double other) {
     return n > 0 ? pairs / n : other > 0 ? 0 : 1;
 }
 
+/* The harmonic mean of both. */
 static double f_score(double precision, double recall) {
     return precision + recall > 0 ? 2 * precision * recall / (precision + recall) : 0;
 }
 
+/* Thins both images and counts what matches. */
 static int score_edges(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                        lvm_error *error) {
     double w = t->width, h = t->height, whites = 0;
@@ -9814,10 +9815,15 @@ static void total_edges(const struct scoring *s, double *value) {
 
    Boxes are drawn as outlines, each class in its colour. A box is what an outline encloses: at its
    four sides, one pixel inside, the outline's colour begins. Where the image ends an outline may
-   end too, so all that is outside counts as drawn. */
+   end too, so all that is outside counts as drawn.
+
+       pixels  --nearest_color-->  map of one colour  --find_lines-->  columns and rows on which
+               an outline begins  --find_rectangles-->  what four of them may enclose
+               --add_boxes-->  boxes, the larger first, each explaining what is drawn around it */
 
 enum { SIDE_LEFT, SIDE_RIGHT, SIDE_TOP, SIDE_BOTTOM, N_SIDES };
-enum { MAX_LINES = 48, MAX_BOXES = 1024, LEAST_SIDE = 4, OUTLINE = 4 };
+enum { MAX_LINES = 48, MAX_BOXES = 1024, LEAST_SIDE = 4 };
+enum { OUTLINE = 4 }; /* pixels that an outline takes, and one more */
 
 /* The five colours of the boxes in prompt/boxes: --palette names others. */
 static const struct palette box_palette = {
@@ -9842,6 +9848,7 @@ struct outlines {
     int n;
 };
 
+/* Whether a pixel has the outline's colour, or lies outside of the image. */
 static int is_drawn(const struct outlines *o, int x, int y) {
     return x < 0 || y < 0 || x >= o->w || y >= o->h || o->map[y * o->w + x] == o->color;
 }
@@ -9936,6 +9943,7 @@ static void find_rectangles(struct outlines *o) {
         }
 }
 
+/* Pixels in a box. */
 static double box_area(const struct box *b) {
     return (double)(b->x1 - b->x0 + 1) * (b->y1 - b->y0 + 1);
 }
@@ -9948,39 +9956,32 @@ static int compare_boxes(const void *a, const void *b) {
     return x->y0 != y->y0 ? x->y0 - y->y0 : x->x0 - y->x0;
 }
 
-/* Of the pixels around a box, in the image, the share that is drawn and along no box so far. */
-static double news(const struct outlines *o, const struct box *b) {
+/* Of the pixels around a box, up to a distance and in the image, the share that is drawn and along
+   no box so far. With mark they are along one from now on. */
+static double news(struct outlines *o, const struct box *b, int distance, int mark) {
     int fresh = 0, all = 0;
-    for (int y = b->y0 - 1; y <= b->y1 + 1; y++)
-        for (int x = b->x0 - 1; x <= b->x1 + 1; x++) {
+    for (int y = b->y0 - distance; y <= b->y1 + distance; y++)
+        for (int x = b->x0 - distance; x <= b->x1 + distance; x++) {
             int inside = y >= b->y0 && y <= b->y1 && x >= b->x0 && x <= b->x1;
             if (inside || x < 0 || y < 0 || x >= o->w || y >= o->h) continue;
             fresh += is_drawn(o, x, y) && !o->told[y * o->w + x];
             all++;
+            if (mark) o->told[y * o->w + x] = 1;
         }
     return all > 0 ? (double)fresh / all : 0;
 }
 
-/* Marks what the outline of a box takes, and a pixel more. */
-static void mark_outline(struct outlines *o, const struct box *b) {
-    for (int y = b->y0 - OUTLINE; y <= b->y1 + OUTLINE; y++)
-        for (int x = b->x0 - OUTLINE; x <= b->x1 + OUTLINE; x++) {
-            int inside = y >= b->y0 && y <= b->y1 && x >= b->x0 && x <= b->x1;
-            if (inside || x < 0 || y < 0 || x >= o->w || y >= o->h) continue;
-            o->told[y * o->w + x] = 1;
-        }
-}
-
 /* Adds the boxes of one colour, the larger first: outlines that cross enclose rectangles too, which
-   the larger ones explain. */
+   the larger ones explain. A box is added where a fifth of what is drawn around it was not drawn
+   around another. */
 static void add_boxes(struct outlines *o, struct box *boxes, int *n) {
     for (int side = 0; side < N_SIDES; side++) find_lines(o, side);
     find_rectangles(o);
     qsort(o->list, (size_t)o->n, sizeof *o->list, compare_boxes);
     memset(o->told, 0, (size_t)o->w * (size_t)o->h);
     for (int i = 0; i < o->n && *n < MAX_BOXES; i++) {
-        if (news(o, &o->list[i]) < 0.2) continue;
-        mark_outline(o, &o->list[i]);
+        if (news(o, &o->list[i], 1, 0) < 0.2) continue;
+        news(o, &o->list[i], OUTLINE, 1);
         boxes[(*n)++] = o->list[i];
     }
 }
@@ -9988,21 +9989,17 @@ static void add_boxes(struct outlines *o, struct box *boxes, int *n) {
 /* The boxes of an image by colour, of each the larger first: boxes[MAX_BOXES]. */
 static int find_boxes(const lvm_image *m, const struct palette *p, struct box *boxes, int *n,
                       lvm_error *error) {
-    size_t w = (size_t)m->width, h = (size_t)m->height, pixels = w * h;
-    size_t counts = w * (h + 1) + h * (w + 1);
+    size_t pixels = n_pixels(m), counts = ((size_t)m->width + 1) * ((size_t)m->height + 1);
     uint8_t *map = mem_alloc(2 * pixels, 1, error);
-    int *count = mem_alloc(counts, 2 * sizeof *count, error), code = LVM_MEMORY;
+    int *count = mem_alloc(counts, N_SIDES * sizeof *count, error), code = LVM_MEMORY;
     struct box *list = mem_alloc(MAX_BOXES, sizeof *list, error);
     int seen[MAX_COLORS] = {0};
     struct outlines o = {.w = m->width, .h = m->height, .map = map, .list = list};
     *n = 0;
     if (map != NULL && count != NULL && list != NULL) {
         o.told = map + pixels;
-        for (int side = 0; side < N_SIDES; side++) {
-            o.count[side] = count;
-            count += side <= SIDE_RIGHT ? w * (h + 1) : h * (w + 1);
-        }
-        count = o.count[0];
+        for (int side = 0; side < N_SIDES; side++)
+            o.count[side] = count + (size_t)side * counts;
         for (size_t i = 0; i < pixels; i++) {
             int color = nearest_color(p, m->rgb + 3 * i);
             int near = color_distance(p->color[color], m->rgb + 3 * i) <= BOX_TOLERANCE;
@@ -10019,6 +10016,7 @@ static int find_boxes(const lvm_image *m, const struct palette *p, struct box *b
     return code;
 }
 
+/* Intersection over union of two boxes. */
 static double box_iou(const struct box *a, const struct box *b) {
     int x0 = a->x0 > b->x0 ? a->x0 : b->x0, x1 = a->x1 < b->x1 ? a->x1 : b->x1;
     int y0 = a->y0 > b->y0 ? a->y0 : b->y0, y1 = a->y1 < b->y1 ? a->y1 : b->y1;
@@ -10070,7 +10068,9 @@ static int keep_hits(struct scoring *s, const struct box *p, int n, struct box *
     return code;
 }
 
-/* Boxes: the mean over true boxes of the overlap (intersection over union). */
+/* Boxes: the mean over true boxes of the overlap (intersection over union) with the predicted one
+   that is matched with it, of the same colour; 0 for a true box without one. Predicted boxes that
+   are too many cost nothing here, but in the average precision. */
 static int score_boxes(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                        lvm_error *error) {
     const struct palette *palette = s->palette.n > 0 ? &s->palette : &box_palette;
@@ -10091,9 +10091,12 @@ static int score_boxes(struct scoring *s, const lvm_image *p, const lvm_image *t
     return code;
 }
 
-/* Average precision of one colour as COCO computes it (Lin et al. 2014), all scores being equal:
-   boxes in the order of the images, precision made falling from behind, its mean at the recalls 0,
-   0.01, ... 1. */
+/* Average precision of one colour as COCO computes it (Lin et al. 2014, arXiv 1405.0312;
+   pycocotools' cocoeval.py). Detectors give boxes scores and are judged along the list that these
+   sort; drawn boxes have none, so all scores are equal and the order is that of the images, of each
+   the larger box first. After each box precision is hits / boxes and recall hits / true boxes;
+   precision is made falling from behind (each recall gets the best precision at it or beyond), and
+   its mean at the recalls 0, 0.01, ... 1 is the value. */
 static double average_precision(const struct scoring *s, int color) {
     double best[101] = {0}, sum = 0;
     int n = 0, hits = 0;
@@ -10126,13 +10129,24 @@ static void total_boxes(const struct scoring *s, double *value) {
 
 /* ---- Scores: key points ----
 
-   A figure's limbs are read by colour: of each the largest connected part, its middle, the axis
-   along which it is longest and its radius; then how far it and other parts along the axis reach,
-   for limbs cover each other. Which end is which point of the skeleton is settled so
-   that limbs which share a point meet. There the limb that was drawn last shows its round end: the
-   point lies one radius before it. */
+   A figure is read back from its colours, each a limb's:
+
+       pixels  --color_of-->  map  --flood_part, limb_axis-->  limbs  --find_ends-->  points
+                                 \--find_dot, where joints are drawn as dots------------^
+
+   Of each limb counts the largest connected part, its middle, the axis along which it is longest
+   and its radius; then how far it and other parts along the axis reach, for limbs cover each other.
+   Which end is which point of the skeleton is settled so that limbs which share a point meet. There
+   the limb that was drawn last shows its round end: the point lies one radius before it.
+
+   Figures of OpenPose may have a dot on every point, drawn over the limbs, whose ends are then
+   hidden. Dots have the limbs' colours, in the points' order, so that many lie far from the limb of
+   their colour. A dot is where a disk is full and what is around it is of limbs that end there. */
 
 enum { LIMB_PIXELS = 6, LIMB_LIGHT = 96, LIMB_TOLERANCE = 48 * 48 };
+
+/* The colour of the last of 18 dots; each of the others has that of the limb of its number. */
+static const uint8_t last_dot[3] = {255, 0, 85};
 
 /* A limb, by its largest part. */
 struct limb {
@@ -10143,20 +10157,30 @@ struct limb {
     double end[2][2];           /* the points that it runs between */
 };
 
+/* An image as colours of a skeleton. */
+struct figure_map {
+    const struct skeleton *k;
+    int w, h;
+    int8_t *color;              /* [h][w]: a limb's, k->limbs for the last dot's, -1 for none */
+    int *parts;                 /* [h][w]: the number of the connected part, counted from 1 */
+    int *stack, *size;          /* [h * w] for flood_part; [h * w + 1]: pixels of each part */
+};
+
+/* The points that were read back, and which of them are there. */
 struct figure {
     double point[MAX_POINTS][2];
     int seen[MAX_POINTS];
 };
 
-/* The limb whose colour a pixel has, be it darkened, or -1. */
-static int limb_of(const struct skeleton *k, const uint8_t *rgb) {
+/* The colour that a pixel has, be it darkened, or -1. */
+static int color_of(const struct skeleton *k, const uint8_t *rgb) {
     int most = rgb[0] > rgb[1] ? rgb[0] : rgb[1], best = -1, least = LIMB_TOLERANCE;
     most = most > rgb[2] ? most : rgb[2];
     if (most < LIMB_LIGHT) return -1;
-    for (int i = 0; i < k->limbs; i++) {
+    for (int i = 0; i < k->limbs + (k->points == MAX_POINTS); i++) {
         uint8_t full[3] = {(uint8_t)(rgb[0] * 255 / most), (uint8_t)(rgb[1] * 255 / most),
                            (uint8_t)(rgb[2] * 255 / most)};
-        int d = color_distance(k->color[i], full);
+        int d = color_distance(i < k->limbs ? k->color[i] : last_dot, full);
         if (d < least) least = d, best = i;
     }
     return best;
@@ -10213,104 +10237,180 @@ static void limb_ends(struct limb *l) {
 }
 
 /* The limbs of an image. */
-static int find_limbs(const lvm_image *m, const struct skeleton *k, struct limb *limb,
-                      lvm_error *error) {
-    int w = m->width, h = m->height, part = 0, code = LVM_MEMORY;
-    size_t pixels = n_pixels(m);
-    int8_t *limbs = mem_alloc(pixels, 1, error);
-    int *parts = mem_alloc(pixels + 1, 3 * sizeof *parts, error);
-    int *stack = parts + pixels, *size = stack + pixels; /* size[part], counted from 1 */
+static void find_limbs(struct figure_map *f, struct limb *limb) {
+    int w = f->w, h = f->h, part = 0;
     memset(limb, 0, MAX_LIMBS * sizeof *limb);
-    if (limbs != NULL && parts != NULL) {
-        for (size_t i = 0; i < pixels; i++) limbs[i] = (int8_t)limb_of(k, m->rgb + 3 * i);
-        for (int i = 0; i < w * h; i++) {
-            if (limbs[i] < 0 || parts[i] != 0) continue;
-            struct limb l = flood_part(limbs, parts, stack, w, h, i, ++part);
-            size[part] = l.n;
-            if (l.n >= LIMB_PIXELS && l.n > limb[limbs[i]].n) limb[limbs[i]] = l;
-        }
-        for (int i = 0; i < k->limbs; i++)
-            if (limb[i].n > 0) limb_axis(&limb[i]);
-        for (int i = 0; i < w * h; i++) {
-            struct limb *l = limbs[i] < 0 ? NULL : &limb[limbs[i]];
-            if (l == NULL || l->n == 0 || size[parts[i]] < LIMB_PIXELS) continue;
-            double at = (i % w - l->x) * l->ux + (i / w - l->y) * l->uy;
-            double aside = fabs((i / w - l->y) * l->ux - (i % w - l->x) * l->uy);
-            if (l->part != parts[i] && aside > 1.5 * l->radius + 0.5) continue;
-            if (at < l->low) l->low = at;
-            if (at > l->high) l->high = at;
-        }
-        for (int i = 0; i < k->limbs; i++)
-            if (limb[i].n > 0) limb_ends(&limb[i]);
-        code = LVM_OK;
+    for (int i = 0; i < w * h; i++) {
+        if (f->color[i] < 0 || f->color[i] == f->k->limbs || f->parts[i] != 0) continue;
+        struct limb l = flood_part(f->color, f->parts, f->stack, w, h, i, ++part);
+        f->size[part] = l.n;
+        if (l.n >= LIMB_PIXELS && l.n > limb[f->color[i]].n) limb[f->color[i]] = l;
     }
-    mem_free(limbs);
-    mem_free(parts);
-    return code;
+    for (int i = 0; i < f->k->limbs; i++)
+        if (limb[i].n > 0) limb_axis(&limb[i]);
+    for (int i = 0; i < w * h; i++) {
+        struct limb *l = f->parts[i] == 0 ? NULL : &limb[f->color[i]];
+        if (l == NULL || l->n == 0 || f->size[f->parts[i]] < LIMB_PIXELS) continue;
+        double at = (i % w - l->x) * l->ux + (i / w - l->y) * l->uy;
+        double aside = fabs((i / w - l->y) * l->ux - (i % w - l->x) * l->uy);
+        if (l->part != f->parts[i] && aside > 1.5 * l->radius + 0.5) continue;
+        if (at < l->low) l->low = at;
+        if (at > l->high) l->high = at;
+    }
+    for (int i = 0; i < f->k->limbs; i++)
+        if (limb[i].n > 0) limb_ends(&limb[i]);
 }
 
-/* Ends of two limbs that should meet. */
-struct joint {
-    int i, j;         /* the limbs */
-    double gap[2][2]; /* their squared distance, as i and as j are turned or not */
+/* Which limbs, a bit each, run from their end 1 to their end 0: the way with the least gaps between
+   ends that should meet. gap[i][j]: those of limbs i and j < i, squared, as either is turned. */
+struct turning {
+    double gap[MAX_LIMBS][MAX_LIMBS][2][2], least;
+    unsigned best;
 };
 
-/* The joints of the limbs that are seen. */
-static int find_joints(const struct skeleton *k, const struct limb *limb, struct joint *joint) {
-    int n = 0;
-    for (int i = 0; i < k->limbs; i++)
-        for (int j = 0; j < i; j++)
-            for (int e = 0; e < 4; e++) {
-                int a = e & 1, b = e >> 1;
-                if (limb[i].n == 0 || limb[j].n == 0) continue;
-                if (k->limb[i][a] != k->limb[j][b]) continue;
-                joint[n].i = i;
-                joint[n].j = j;
-                for (int turn = 0; turn < 4; turn++) {
-                    const double *x = limb[i].end[a ^ (turn & 1)];
-                    const double *y = limb[j].end[b ^ (turn >> 1)];
-                    joint[n].gap[turn & 1][turn >> 1] =
-                        (x[0] - y[0]) * (x[0] - y[0]) + (x[1] - y[1]) * (x[1] - y[1]);
-                }
-                n++;
-            }
-    return n;
+/* The gaps of two limbs that are seen. */
+static void find_gaps(const struct skeleton *k, const struct limb *limb, int i, int j,
+                      double gap[2][2]) {
+    for (int e = 0; e < 4; e++)
+        for (int turn = 0; turn < 4; turn++) {
+            int a = e & 1, b = e >> 1;
+            if (k->limb[i][a] != k->limb[j][b]) continue;
+            const double *x = limb[i].end[a ^ (turn & 1)], *y = limb[j].end[b ^ (turn >> 1)];
+            gap[turn & 1][turn >> 1] +=
+                (x[0] - y[0]) * (x[0] - y[0]) + (x[1] - y[1]) * (x[1] - y[1]);
+        }
 }
 
-/* Which limbs, a bit each, run from their end 1 to their end 0: of all ways that with the least
-   gaps. */
-static unsigned turn_limbs(const struct skeleton *k, const struct limb *limb) {
-    struct joint joint[MAX_LIMBS * MAX_LIMBS];
-    int n = find_joints(k, limb, joint);
-    unsigned best = 0, seen = 0;
-    double least = INFINITY;
-    for (int i = 0; i < k->limbs; i++) seen |= (limb[i].n > 0 ? 1u : 0u) << i;
-    for (unsigned turned = 0; turned < 1u << k->limbs; turned++) {
-        double sum = 0;
-        if (turned & ~seen) continue;
-        for (int i = 0; i < n; i++)
-            sum += joint[i].gap[turned >> joint[i].i & 1][turned >> joint[i].j & 1];
-        if (sum < least) least = sum, best = turned;
+/* Tries both ways of limb i and of those behind it, where the gaps so far are not too many already
+   (branch and bound). */
+static void turn_limbs(struct turning *t, int limbs, int i, unsigned turned, double sum) {
+    if (sum >= t->least) return;
+    if (i == limbs) t->least = sum, t->best = turned;
+    for (unsigned turn = 0; i < limbs && turn < 2; turn++) {
+        double more = sum;
+        for (int j = 0; j < i; j++) more += t->gap[i][j][turn][turned >> j & 1];
+        turn_limbs(t, limbs, i + 1, turned | turn << i, more);
     }
-    return best;
+}
+
+/* The radius of most limbs; 0 where there are none. */
+static double limb_radius(const struct skeleton *k, const struct limb *limb) {
+    double radius[MAX_LIMBS];
+    int n = 0;
+    for (int i = 0; i < k->limbs; i++)
+        if (limb[i].n > 0) radius[n++] = limb[i].radius;
+    qsort(radius, (size_t)n, sizeof *radius, compare_doubles);
+    return n > 0 ? radius[n / 2] : 0;
+}
+
+/* Whether a limb, if it is one, runs from or to a point. */
+static int is_end(const struct skeleton *k, int limb, int point) {
+    return limb >= 0 && limb < k->limbs &&
+           (k->limb[limb][0] == point || k->limb[limb][1] == point);
+}
+
+/* What the pixels around a place say about a dot there. */
+struct dot {
+    int hit, inside;            /* of a disk those of the dot's colour, and all */
+    int own, joined, around;    /* of a ring: of its colour, of limbs that end there, all */
+};
+
+/* Counts around (x, y). The disk is a little smaller than the dot, for dots have smooth borders; of
+   the ring around it the inner edge is left out for the same reason. */
+static struct dot look_at_dot(const struct figure_map *f, int point, double radius, int x, int y) {
+    struct dot d = {0};
+    int reach = (int)(radius + 3);
+    for (int v = y - reach; v <= y + reach; v++)
+        for (int u = x - reach; u <= x + reach; u++) {
+            double far = hypot(u - x, v - y);
+            int there = u >= 0 && v >= 0 && u < f->w && v < f->h;
+            int color = there ? f->color[v * f->w + u] : -1;
+            if (far <= radius - 0.3) {
+                d.inside++;
+                d.hit += color == point;
+            } else if (far > radius + 0.8 && far <= radius + 2.3) {
+                d.around++;
+                d.own += color == point;
+                d.joined += color != point && is_end(f->k, color, point);
+            }
+        }
+    return d;
+}
+
+/* The dot of a point: the middle of the places that look most like one, that is whose disk is full,
+   with little of the same colour around it (a limb goes on to both sides) and much of limbs that
+   end in the point. 0: there is none. A dot that is not at the end of a limb of its colour must not
+   touch that colour, unless its own limbs are seen there. 2: it cannot be anything else. */
+static int find_dot(const struct figure_map *f, int point, double radius, double at[2]) {
+    double most = -INFINITY, n = 0;
+    struct dot best = {0};
+    for (int i = 0; i < f->w * f->h; i++) {
+        if (f->color[i] != point) continue;
+        struct dot d = look_at_dot(f, point, radius, i % f->w, i / f->w);
+        double likeness = (double)d.hit / d.inside - (double)d.own / d.around +
+                          0.5 * (double)d.joined / d.around;
+        if (likeness < most) continue;
+        if (likeness > most) at[0] = at[1] = n = 0, best = d;
+        most = likeness;
+        at[0] += i % f->w, at[1] += i / f->w, n++;
+    }
+    if (n == 0 || best.hit < 0.5 * best.inside || best.own > 0.5 * best.around) return 0;
+    if (best.own > 0.1 * best.around && best.joined <= 1 && !is_end(f->k, point, point)) return 0;
+    at[0] /= n, at[1] /= n;
+    return best.hit >= 0.9 * best.inside && best.own == 0 && best.joined > 0 ? 2 : 1;
+}
+
+/* The points by their dots, which are smaller in the face; 0 where limbs have none: two must be
+   sure, as a limb that is seen from its end is one round spot. */
+static int find_dots(const struct figure_map *m, double radius, struct figure *f) {
+    int sure = 0;
+    for (int i = 0; i < m->k->points; i++) {
+        int face = i == 0 || i >= 14, found;
+        found = find_dot(m, i, (face ? 0.8 : 1.1) * radius, f->point[i]);
+        f->seen[i] = found > 0;
+        sure += found > 1;
+    }
+    return sure >= 2;
+}
+
+/* The points by the ends of their limbs, of several the one that was drawn last. */
+static void find_ends(const struct skeleton *k, const struct limb *limb, struct figure *f) {
+    struct turning t = {.least = INFINITY};
+    memset(f, 0, sizeof *f);
+    for (int i = 0; i < k->limbs; i++)
+        for (int j = 0; limb[i].n > 0 && j < i; j++)
+            if (limb[j].n > 0) find_gaps(k, limb, i, j, t.gap[i][j]);
+    turn_limbs(&t, k->limbs, 0, 0, 0);
+    for (int i = 0; i < k->limbs; i++)
+        for (int e = 0; limb[i].n > 0 && e < 2; e++) {
+            int point = k->limb[i][e];
+            memcpy(f->point[point], limb[i].end[e ^ (int)(t.best >> i & 1)],
+                   sizeof f->point[point]);
+            f->seen[point] = 1;
+        }
 }
 
 /* The points of the figure that an image shows. */
 static int find_figure(const lvm_image *m, const struct skeleton *k, struct figure *f,
                        lvm_error *error) {
+    struct figure_map map = {.k = k, .w = m->width, .h = m->height};
     struct limb limb[MAX_LIMBS];
-    int code = find_limbs(m, k, limb, error);
+    size_t pixels = n_pixels(m);
     memset(f, 0, sizeof *f);
-    if (code != LVM_OK) return code;
-    unsigned turned = turn_limbs(k, limb);
-    for (int i = 0; i < k->limbs; i++)
-        for (int e = 0; limb[i].n > 0 && e < 2; e++) {
-            int point = k->limb[i][e];
-            memcpy(f->point[point], limb[i].end[e ^ (int)(turned >> i & 1)],
-                   sizeof f->point[point]);
-            f->seen[point] = 1;
-        }
-    return LVM_OK;
+    map.color = mem_alloc(pixels, 1, error);
+    map.parts = mem_alloc(pixels + 1, 3 * sizeof *map.parts, error);
+    int code = map.color != NULL && map.parts != NULL ? LVM_OK : LVM_MEMORY;
+    if (code == LVM_OK) {
+        map.stack = map.parts + pixels;
+        map.size = map.stack + pixels;
+        for (size_t i = 0; i < pixels; i++) map.color[i] = (int8_t)color_of(k, m->rgb + 3 * i);
+        find_limbs(&map, limb);
+        if (k->points < MAX_POINTS || !find_dots(&map, limb_radius(k, limb), f))
+            find_ends(k, limb, f);
+    }
+    mem_free(map.color);
+    mem_free(map.parts);
+    return code;
 }
 
 /* The longer side of the box around a figure's points; 0 where there are fewer than two. */
@@ -10329,8 +10429,12 @@ static double figure_side(const struct skeleton *k, const struct figure *f) {
 }
 
 /* PCK, the percentage of correct key points (Yang and Ramanan 2013): the share of true points whose
-   predicted ones are no farther than 0.1, or 0.2, of the longer side of the box around the true
-   points. A point that is not seen in the prediction is wrong. */
+   predicted ones are no farther than
+
+       alpha max(height, width)   of the box around the true points, alpha = 0.1 and 0.2
+
+   A point that is not seen in the prediction is wrong; what the prediction has beyond the true
+   points costs nothing. An image counts for its share, pck_..._all counts every point alike. */
 static int score_pck(struct scoring *s, const lvm_image *p, const lvm_image *t, double *value,
                      lvm_error *error) {
     const struct skeleton *k = s->skeleton;
@@ -10410,8 +10514,8 @@ static const char protocol_names[] = "vp-segmentation|vp-detection|vp-colorizati
 
 enum { TILE = 111, EPISODE_NUMBERS = 13 };
 
-/* An episode: two images, the query and the support. numbers: the class, then width, height, X0,
-   Y0, X1, Y1 of each; 0 where the protocol has none. */
+/* An episode: two images, the query and the support, which is the example. numbers: the class, then
+   width, height, X0, Y0, X1, Y1 of each; 0 where the protocol has none. */
 struct episode {
     char name[2][160];
     int numbers[EPISODE_NUMBERS];
@@ -10423,36 +10527,23 @@ static int resize_linear(const lvm_image *in, int width, int height, lvm_image *
                          lvm_error *error);
 static int64_t half_even(int64_t n);
 
-/* The next word of a line; its length, 0 at the end. */
-static size_t next_word(const char **s, const char *end) {
-    size_t n = 0;
-    while (*s < end && isspace((unsigned char)**s)) ++*s;
-    while (*s + n < end && !isspace((unsigned char)(*s)[n])) n++;
-    return n;
-}
-
 /* Why a line is no episode of a protocol, or NULL. */
-static const char *parse_episode(const char *s, const char *end, enum protocol protocol,
-                                 struct episode *e) {
+static const char *parse_episode(const char *s, enum protocol protocol, struct episode *e) {
     static const int numbers[] = {1, EPISODE_NUMBERS, 0};
+    int n = 0;
     memset(e, 0, sizeof *e);
-    for (int i = 0; i < 2; i++) {
-        size_t n = next_word(&s, end);
-        if (n == 0 || n >= sizeof e->name[i]) return "the names of two images should stand here";
-        memcpy(e->name[i], s, n);
-        if (strlen(e->name[i]) != n) return "a zero byte stands in a name";
-        s += n;
-    }
+    if (sscanf(s, "%159s %159s%n", e->name[0], e->name[1], &n) < 2 ||
+        (s[n] != 0 && !isspace((unsigned char)s[n])))
+        return "the names of two images should stand here";
     for (int i = 0; i < numbers[protocol]; i++) {
-        size_t n = next_word(&s, end);
-        for (size_t k = 0; k < n; k++) {
-            if (!isdigit((unsigned char)s[k]) || k == 5) return "a number should stand here";
-            e->numbers[i] = 10 * e->numbers[i] + s[k] - '0';
-        }
-        if (n == 0) return "a number is missing";
         s += n;
+        if (s[strspn(s, " \t\r")] == 0) return "a number is missing";
+        if (sscanf(s, "%5d%n", &e->numbers[i], &n) < 1 || e->numbers[i] < 0 ||
+            (s[n] != 0 && !isspace((unsigned char)s[n])))
+            return "a number should stand here";
     }
-    if (next_word(&s, end) > 0) return "more stands in the line than an episode";
+    if (s[n + (int)strspn(s + n, " \t\r")] != 0)
+        return "more stands in the line than an episode";
     for (int i = 0; protocol == VP_DETECTION && i < 2; i++) {
         const int *v = e->numbers + 1 + 6 * i; /* width, height, x0, y0, x1, y1 */
         if (v[0] == 0 || v[1] == 0 || v[2] >= v[4] || v[3] >= v[5] || v[4] > v[0] || v[5] > v[1])
@@ -10513,25 +10604,15 @@ static int crop_tile(const lvm_image *photo, lvm_image *tile, lvm_error *error) 
     return code;
 }
 
-/* Grey in three channels: luma as Pillow rounds it. */
-static void turn_grey(lvm_image *m) {
-    for (size_t i = 0; i < n_pixels(m); i++) {
-        uint8_t *v = m->rgb + 3 * i;
-        memset(v, (19595 * v[0] + 38470 * v[1] + 7471 * v[2] + (1 << 15)) >> 16, 3);
-    }
-}
-
 /* What is left of a true byte on its way through the published program: it is normalised, turned
    back and cut, not rounded, to a whole number. There it is normalised in double precision, but for
    detection in single. */
 static int published_byte(uint8_t v, int channel, enum protocol protocol) {
-    static const double mean[3] = {0.485, 0.456, 0.406}, deviation[3] = {0.229, 0.224, 0.225};
     float share = (float)v / 255.0f;
-    double d = deviation[channel];
-    double normal = protocol == VP_DETECTION
-                        ? (double)((share - (float)mean[channel]) / (float)d)
-                        : ((double)share - mean[channel]) / d;
-    double back = (normal * d + mean[channel]) * 255;
+    double mean = imagenet_mean[channel], d = imagenet_deviation[channel];
+    double normal = protocol == VP_DETECTION ? (double)((share - (float)mean) / (float)d)
+                                             : ((double)share - mean) / d;
+    double back = (normal * d + mean) * 255;
     return back < 0 ? 0 : back > 255 ? 255 : (int)back;
 }
 
@@ -10539,12 +10620,10 @@ static int published_byte(uint8_t v, int channel, enum protocol protocol) {
    of several the last. */
 static void box_of_largest(uint8_t *mask) {
     int parts[TILE * TILE] = {0}, stack[TILE * TILE], most = 0;
-    int8_t all[TILE * TILE];
     int x0 = TILE, y0 = TILE, x1 = -1, y1 = -1, best = 0;
-    for (int i = 0; i < TILE * TILE; i++) all[i] = (int8_t)mask[i];
     for (int i = 0, part = 0; i < TILE * TILE; i++) {
         if (!mask[i] || parts[i] != 0) continue;
-        int n = flood_part(all, parts, stack, TILE, TILE, i, ++part).n;
+        int n = flood_part((const int8_t *)mask, parts, stack, TILE, TILE, i, ++part).n;
         if (n >= most) most = n, best = part;
     }
     for (int i = 0; i < TILE * TILE; i++) {
@@ -10568,8 +10647,8 @@ static int is_white_in_bytes(const uint8_t *rgb) {
     return white <= black;
 }
 
-/* Intersection over union of the white pixels and the share of equal ones, by a rule that tells
-   what is white; NAN where both are black. */
+/* Intersection over union of the white pixels and the share of equal ones (the program's
+   "accuracy"), by a rule that tells what is white; NAN where both are black. */
 static void score_masks(const lvm_image *p, const lvm_image *t, enum protocol protocol,
                         int (*white)(const uint8_t *rgb), double *iou, double *accuracy) {
     uint8_t mask[TILE * TILE];
@@ -10589,15 +10668,15 @@ static void score_masks(const lvm_image *p, const lvm_image *t, enum protocol pr
     *accuracy = equal / (TILE * TILE);
 }
 
-/* The published error, and beside it what LVM's own program would report: the plain error of values
-   0 .. 1, summed over the channels. */
+/* The published error, of values as ImageNet's mean and deviation normalise them, the true ones
+   having lost what published_byte says; and beside it what LVM's own program would report: the
+   plain error of values 0 .. 1, summed over the channels. */
 static void score_colors(const lvm_image *p, const lvm_image *t, double *value) {
-    static const double deviation[3] = {0.229, 0.224, 0.225};
     double sum = 0;
     for (int i = 0; i < TILE * TILE; i++)
         for (int c = 0; c < 3; c++) {
             int truth = published_byte(t->rgb[3 * i + c], c, VP_COLORIZATION);
-            double d = (p->rgb[3 * i + c] - truth) / 255.0 / deviation[c];
+            double d = (p->rgb[3 * i + c] - truth) / 255.0 / imagenet_deviation[c];
             sum += d * d;
         }
     value[0] = sum / (3 * TILE * TILE);
@@ -20510,7 +20589,8 @@ static const struct command command_table[] = {
      "  boxes   drawn outlines, a class a colour: mean overlap; COCO's AP at\n"
      "          0.5 with equal scores\n"
      "  pck     points of a drawn figure within 0.1 and 0.2 of the longer side\n"
-     "          of the box around the true ones\n"
+     "          of the box around the true ones; of 18 points by their dots,\n"
+     "          where it has them, else by the limbs' ends\n"
      "  edges   precision, recall, F at BSDS's tolerance: 0.0075 diagonals\n"
      "  depth   of luma, or places in a --palette, scaled by least squares:\n"
      "          mean |p - t| / t, share within a factor of 1.25\n"
@@ -25756,6 +25836,7 @@ static char *stem_of(const char *path, lvm_error *error) {
     return stem;
 }
 
+/* In natural order of the names, for qsort. */
 static int compare_pairs(const void *a, const void *b) {
     const struct pair *x = a, *y = b;
     int order = compare_natural(x->name, y->name);
@@ -25784,22 +25865,19 @@ static int join_halves(struct pairs *p, lvm_error *error) {
     int n = 0;
     qsort(p->list, (size_t)p->n, sizeof *p->list, compare_pairs);
     for (int i = 0; i < p->n; i++) {
-        struct pair *last = n > 0 ? &p->list[n - 1] : NULL, *next = &p->list[i];
-        if (last == NULL || strcmp(last->name, next->name) != 0) {
-            p->list[n++] = *next;
-            if (n - 1 < i) *next = (struct pair){.name = NULL};
+        struct pair next = p->list[i], *last = n > 0 ? &p->list[n - 1] : NULL;
+        if (last == NULL || strcmp(last->name, next.name) != 0) {
+            p->list[i] = p->list[n];
+            p->list[n++] = next;
             continue;
         }
-        if ((last->truth != NULL && next->truth != NULL) ||
-            (last->prediction != NULL && next->prediction != NULL))
-            return fail(error, LVM_INVALID, "%s and %s: two images of one name",
-                        last->truth != NULL && next->truth != NULL ? last->truth
-                                                                   : last->prediction,
-                        next->truth != NULL ? next->truth : next->prediction);
-        if (last->truth == NULL) last->truth = next->truth;
-        if (last->prediction == NULL) last->prediction = next->prediction;
-        mem_free(next->name);
-        *next = (struct pair){.name = NULL};
+        char **half = next.truth != NULL ? &last->truth : &last->prediction;
+        char *own = next.truth != NULL ? next.truth : next.prediction;
+        if (*half != NULL)
+            return fail(error, LVM_INVALID, "%s and %s: two images of one name", *half, own);
+        *half = own;
+        mem_free(next.name);
+        p->list[i] = (struct pair){.name = NULL};
     }
     p->n = n;
     return LVM_OK;
@@ -25855,6 +25933,8 @@ static int add_lines(struct cli *cli, struct pairs *p, const char *predictions, 
 static int collect_pairs(struct cli *cli, struct pairs *p, const char *predictions,
                          const char *truths, lvm_error *error) {
     int folders = is_folder(predictions) + is_folder(truths), code;
+    if (os_stat(predictions).kind == OS_NOTHING)
+        return fail(error, LVM_IO, "%s: %s", predictions, strerror(errno));
     if (folders == 2) {
         code = add_halves(cli, p, predictions, 0, error);
         if (code == LVM_OK) code = add_halves(cli, p, truths, 1, error);
@@ -25864,8 +25944,6 @@ static int collect_pairs(struct cli *cli, struct pairs *p, const char *predictio
         return fail(error, LVM_INVALID, "%s: is a folder, so %s should be one", truths,
                     predictions);
     if (is_folder(predictions)) return add_lines(cli, p, predictions, truths, error);
-    if (os_stat(predictions).kind == OS_NOTHING)
-        return fail(error, LVM_IO, "%s: %s", predictions, strerror(errno));
     struct pair *pair = pairs_add(p, os_file_name(predictions), error);
     if (pair == NULL) return LVM_MEMORY;
     pair->prediction = copy_string(predictions, error);
@@ -25990,28 +26068,50 @@ static int report_end(const struct report *r, const char *const *totals, const d
     return r->bad > 0;
 }
 
+/* The next line of a palette or a list that is not blank, as a string: 1, 0 at the end, -1 and an
+   error. */
+static int next_text(struct lines *l, lvm_error *error) {
+    int more;
+    while ((more = lines_next(l, error)) > 0 && is_blank(&l->text)) continue;
+    if (more <= 0) return more;
+    if (!l->too_long && memchr(l->text.data, 0, l->text.n) == NULL)
+        return buffer_add(&l->text, "", 1, error) == LVM_OK ? 1 : -1;
+    fail(error, LVM_FORMAT, "%s: line %d: %s", l->name, l->number,
+         l->too_long ? "is too long" : "a zero byte stands in it");
+    return -1;
+}
+
+/* A palette file: a colour a line. */
+static int read_palette(const char *path, struct palette *p, lvm_error *error) {
+    struct lines l = {.name = NULL};
+    const char *fault = NULL;
+    int more = 0, code = lines_open(&l, path, error);
+    while (code == LVM_OK && (more = next_text(&l, error)) > 0)
+        if ((fault = palette_add(p, l.text.data)) != NULL)
+            code = fail(error, LVM_FORMAT, "%s: line %d: %s", path, l.number, fault);
+    if (more < 0) code = LVM_FORMAT;
+    if (code == LVM_OK && p->n == 0)
+        code = fail(error, LVM_FORMAT, "%s: no colour stands there", path);
+    lines_close(&l);
+    return code;
+}
+
 /* --palette, --grid and --skeleton; 0, or a message and the status. */
 static int scoring_options(const struct cli *cli, const char *metric, struct scoring *s) {
     lvm_error error = {0, ""};
-    struct buffer text = {0};
-    char *end = NULL;
-    int grid = strcmp(metric, "cells") == 0, code = LVM_OK;
+    char behind;
+    int grid = strcmp(metric, "cells") == 0;
     s->skeleton = &skeletons[cli->skeleton];
     if (grid != (cli->cells != NULL))
         return complain(grid ? "cells: --grid W,H says how many there are"
                              : "--grid belongs to cells") + 1;
     if (grid) {
-        long w = strtol(cli->cells, &end, 10), h = *end == ',' ? strtol(end + 1, &end, 10) : 0;
-        if (*end != 0 || w < 1 || h < 1 || w > 1 << 10 || h > 1 << 10)
+        int n = sscanf(cli->cells, "%5d,%5d%c", &s->columns, &s->rows, &behind);
+        if (n != 2 || s->columns < 1 || s->rows < 1 || s->columns > 1024 || s->rows > 1024)
             return complain("--grid: \"%s\" is not W,H, each from 1 to 1024", cli->cells) + 1;
-        s->columns = (int)w;
-        s->rows = (int)h;
     }
-    if (cli->palette == NULL) return 0;
-    code = read_input(cli->palette, &text, &error);
-    if (code == LVM_OK) code = parse_palette(text.data, text.n, cli->palette, &s->palette, &error);
-    mem_free(text.data);
-    return code == LVM_OK ? 0 : complain("%s", error.text);
+    if (cli->palette == NULL || read_palette(cli->palette, &s->palette, &error) == LVM_OK) return 0;
+    return complain("%s", error.text);
 }
 
 /* Measures every pair. The status: 1 where one is bad. */
@@ -26071,33 +26171,30 @@ static int episode_tile(const struct cli *cli, enum protocol protocol, const str
                : answer ? class_tile(&image, e->numbers[0], tile, error)
                : protocol == VP_DETECTION ? resize_linear(&image, TILE, TILE, tile, error)
                                           : lvm_image_resize(&image, TILE, TILE, tile, error);
-    if (code == LVM_OK && protocol == VP_COLORIZATION && !answer) turn_grey(tile);
+    if (code == LVM_OK && protocol == VP_COLORIZATION && !answer) make_grey(tile);
     lvm_image_free(&image);
     return code;
 }
 
-/* Lines of a list of episodes: 1 and the next one, 0 at the end, -1 and an error. */
+/* Lines of a list of episodes, behind the name of the protocol: 1 and the next one, 0 at the end,
+   -1 and an error. */
 static int next_episode(struct lines *l, enum protocol protocol, struct episode *e,
                         lvm_error *error) {
-    for (int more; (more = lines_next(l, error)) != 0;) {
-        if (more < 0) return -1;
-        const char *text = l->text.data, *end = text + l->text.n;
-        if (l->number == 1) {
-            char name[32] = "";
-            if (l->text.n > 2 && l->text.n < sizeof name) memcpy(name, text + 2, l->text.n - 2);
-            name[strcspn(name, " \t\r")] = 0;
-            if (text != NULL && text[0] == '#' && word_index(protocol_names, name) == (int)protocol)
-                continue;
+    int first = l->number == 0, more = next_text(l, error);
+    if (first) {
+        char name[32] = "";
+        if (more > 0) sscanf(l->text.data, "# %31s", name);
+        if (more >= 0 && word_index(protocol_names, name) != (int)protocol) {
             fail(error, LVM_FORMAT, "%s: does not begin with the name of this protocol", l->name);
             return -1;
         }
-        if (is_blank(&l->text)) continue;
-        const char *fault = parse_episode(text, end, protocol, e);
-        if (fault == NULL) return 1;
-        fail(error, LVM_FORMAT, "%s: line %d: %s", l->name, l->number, fault);
-        return -1;
+        if (more > 0) more = next_text(l, error);
     }
-    return 0;
+    if (more <= 0) return more;
+    const char *fault = parse_episode(l->text.data, protocol, e);
+    if (fault == NULL) return 1;
+    fail(error, LVM_FORMAT, "%s: line %d: %s", l->name, l->number, fault);
+    return -1;
 }
 
 /* Measures PREDICTIONS/NUMBER.png, the answer to episode NUMBER, counted from 0. */
@@ -26193,6 +26290,7 @@ static int score_episodes(const struct cli *cli, enum protocol protocol, const c
                       r.good + r.bad) : LVM_OK;
 }
 
+/* lvm score protocol NAME [PREDICTIONS] LIST. */
 static int run_protocol(struct cli *cli) {
     const char **words = cli->words, *list = words[cli->n_words - 1];
     lvm_error error = {0, ""};
@@ -26211,6 +26309,7 @@ static int run_protocol(struct cli *cli) {
     return finish(&error, code);
 }
 
+/* lvm score METRIC PREDICTIONS TRUTHS. */
 static int run_score(struct cli *cli) {
     const struct metric *m = NULL;
     struct scoring s = {.columns = 0};

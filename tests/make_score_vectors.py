@@ -348,6 +348,44 @@ def figure_set(rng, stand, bones, colors):
     return pairs, expected
 
 
+def draw_dots(image, points, radius=3.2):
+    """OpenPose's dots, in their order, above a figure's limbs; those of the face are smaller."""
+    image = image.astype(float)
+    y, x = np.mgrid[:image.shape[0], :image.shape[1]] + .5
+    for k, point in enumerate(points):
+        distance = np.hypot(x - point[0], y - point[1])
+        m = (radius * (.8 if k == 0 or k >= 14 else 1.1) - distance + .5).clip(0, 1)[..., None]
+        image = image * (1 - m) + np.array((OPENPOSE_COLORS + [(255, 0, 85)])[k]) * m
+    return image.round().astype(np.uint8)
+
+
+def dot_set(rng):
+    """Figures with dots on their points, or without (truths in turn). Points are moved by 2 pixels
+    more or less than what counts: what is read back farther off than that has another value."""
+    pairs, expected, sums = {}, {"": {}}, np.zeros(3)
+    draw = lambda points, dots: (draw_dots if dots else lambda image, _: image)(
+        draw_figure(points, OPENPOSE, OPENPOSE_COLORS, side=200), points)
+    for i in range(3):
+        t = [tuple(np.array(p) * 1.2 + rng.uniform(-3, 3, 2)) for p in OPENPOSE_STAND]
+        box = max(np.ptp(np.array(t), axis=0))
+        p, right = [], np.zeros(2)
+        for point in t:
+            share = rng.choice([.1, .2]) if i > 0 else .1
+            far = share * box + rng.choice([-2, 2])
+            while True:                # inside of the picture, on no other point
+                angle = rng.uniform(0, 2 * math.pi)
+                moved = (point[0] + far * math.cos(angle), point[1] + far * math.sin(angle))
+                if 4 < min(moved) and max(moved) < 196 and all(math.dist(moved, q) > 12 for q in p):
+                    break
+            p.append(moved)
+            right += [far <= .1 * box, far <= .2 * box]
+        sums += [*right, len(t)]
+        pairs["dots_%d" % i] = draw(p, True), draw(t, i % 2)
+        expected["dots_%d" % i] = {"pck": [float(n / len(t)) for n in right]}
+    expected[""] = {"pck": [float(n / sums[2]) for n in sums[:2]]}
+    return pairs, expected
+
+
 STAND = [(80, 14), (80, 38), (60, 42), (44, 64), (30, 84), (101, 40), (118, 62), (133, 80), (80, 84), (66, 86),
          (58, 112), (50, 142), (95, 85), (103, 113), (112, 144)]
 OPENPOSE_STAND = [(80, 30), (80, 50), (60, 52), (46, 74), (32, 92), (100, 50), (116, 72), (131, 90), (66, 94),
@@ -488,6 +526,7 @@ def main(folder):
     write_set(folder, "boxes", *box_set(rng))
     write_set(folder, "figures", *figure_set(rng, STAND, BONES, BONE_COLORS))
     write_set(folder, "openpose", *figure_set(rng, OPENPOSE_STAND, OPENPOSE, OPENPOSE_COLORS))
+    write_set(folder, "dots", *dot_set(np.random.default_rng(7)))
     protocol_sets(os.path.join(folder, "protocols"), rng)
     with open(os.path.join(folder, "versions.txt"), "w") as f:
         for module in (np, scipy, skimage, cv2, PIL):

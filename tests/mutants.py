@@ -28,6 +28,9 @@ CC = os.environ.get("CC", "cc")
 WHOLE = ["-fwhole-program"] if b"Free Software" in subprocess.run(      # as in the Makefile
     [CC, "--version"], stdout=subprocess.PIPE).stdout else []
 
+# Tests that are scripts and run the program, and what of them every mutant of theirs needs.
+SCRIPTS = {"sentences": [], "score": ["-f", "Golden", "Degenerate", "Partners", "Protocols"]}
+
 # The test, the golden folders that it reads (of sentences: the methods that guard the place), what is
 # wrong, the function, the place.
 MUTANTS = [
@@ -193,6 +196,31 @@ MUTANTS = [
      "token_cache_claim", "os_lock(file) [[== => <=]] 0"),
     ("sentences", ["Runs.test_two_at_once"], "half a record stays in front of those that follow",
      "token_cache_scan", "[[code == LVM_OK => 0]] && os_truncate("),
+    ("score", [], "ssim: C2 is C1", "ssim_window", "c2 = ([[0.03 => 0.01]] * 255) *"),
+    ("score", [], "miou: a class's union lacks what was taken for another", "score_miou",
+     "either[b] += a [[!= => ==]] b;"),
+    ("score", [], "AP: precision is not made falling from behind", "average_precision",
+     "if (precision [[> @[k] => > 0]])"),
+    ("score", [], "AP: a box hits whatever it touches", "keep_hits", "best = [[0.5 => 0.01]];"),
+    ("score", [], "pck: points count within 0.2 as within 0.1", "score_pck",
+     "distance <= [[0.1 => 0.2]] * side"),
+    ("score", [], "pck: the middle of a limb looks like a dot", "find_dot",
+     "d.inside [[- => + 0 *]] (double)d.own"),
+    ("score", [], "pck: no figure has dots", "find_dots", "return sure >= [[2 => 99]];"),
+    ("score", [], "edges: the tolerance is a 200th of the diagonal", "score_edges",
+     "[[0.0075 => 0.005]] * sqrt("),
+    ("score", [], "edges: what one search asked for no other may", "match_point",
+     "m->right[m->queue[--n]] = [[1 => 2]];"),
+    ("score", [], "depth: predictions are not scaled", "score_depth",
+     "pp > 0 ? [[pt / pp => 1]] : 0;"),
+    ("score", [], "cells: columns are rows", "score_cells",
+     "&palette, p, [[column, row => row, column]])"),
+    ("score", [], "protocols: what is nearer to black is white", "is_white",
+     "> [[3 * 255 / 2 => 3 * 255 / 3]];"),
+    ("score", [], "protocols: true bytes are rounded, not cut", "published_byte",
+     "(int)[[back => (back + 0.5)]];"),
+    ("score", [], "protocols: the smallest part is boxed", "box_of_largest",
+     "if (n [[>= most => <= most || most == 0]])"),
 ]
 
 TOKEN = re.compile(r"\d[\w.]*e-\d+|\w+|->|<<|>>|[<>=!]=|&&|\|\||\S")
@@ -277,8 +305,9 @@ class Bench:
         os.mkdir(os.path.join(place, "tests"))
         with open(os.path.join(place, "lvm.c"), "w", encoding="utf-8") as f:
             f.write(source)
-        if test == "sentences":           # a script that runs the program
-            main, command = "lvm.c", [sys.executable, os.path.join(TESTS, "test_sentences.py")] + goldens
+        if test in SCRIPTS:
+            main = "lvm.c"
+            command = [sys.executable, os.path.join(TESTS, "test_%s.py" % test)] + SCRIPTS[test] + goldens
             env["LVM"] = program
         else:
             for name in ["test_%s.c" % test] + [n for n in os.listdir(TESTS) if n.endswith(".h")]:

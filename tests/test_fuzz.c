@@ -441,18 +441,25 @@ static void fuzz_lines(const uint8_t *data, size_t n) {
     mem_free(all.data);
 }
 
-/* The bytes as a palette and as episodes; then as two images of 16 columns, measured by everything
-   that reads drawings back. */
+/* The bytes as lines of a palette and as episodes; then as two images of 16 columns, measured by
+   everything that reads drawings back. */
 static void fuzz_scores(const uint8_t *data, size_t n) {
     lvm_error error;
-    const char *text = (const char *)data;
     struct scoring s = {.columns = 3, .rows = 2, .skeleton = &skeletons[n & 1]};
-    accepted += parse_palette(text, n, "palette", &s.palette, &error) == LVM_OK;
-    if (s.palette.n > 0 && nearest_color(&s.palette, s.palette.color[0]) != 0) abort();
-    for (int protocol = VP_SEGMENTATION; protocol <= VP_COLORIZATION; protocol++) {
-        struct episode e;
-        accepted += parse_episode(text, text + n, (enum protocol)protocol, &e) == NULL;
+    char *text = must(mem_alloc(n + 1, 1, NULL));
+    memcpy(text, data, n);
+    text[n] = 0;
+    for (char *line = text, *end; line != NULL; line = end != NULL ? end + 1 : NULL) {
+        end = strchr(line, '\n');
+        if (end != NULL) *end = 0;
+        accepted += palette_add(&s.palette, line) == NULL;
+        for (int protocol = VP_SEGMENTATION; protocol <= VP_COLORIZATION; protocol++) {
+            struct episode e;
+            accepted += parse_episode(line, (enum protocol)protocol, &e) == NULL;
+        }
     }
+    mem_free(text);
+    if (s.palette.n > 0 && nearest_color(&s.palette, s.palette.color[0]) != 0) abort();
     int height = (int)(n / (2 * 3 * 16));
     uint8_t *rgb = must(mem_alloc(n + 1, 1, NULL));
     memcpy(rgb, data, n);

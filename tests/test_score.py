@@ -9,11 +9,12 @@ import json
 import math
 import os
 import shutil
+import struct
 import subprocess
 import sys
 import unittest
 
-from test_cli import TESTS, TOP, WEIGHTS, Case, image, png
+from test_cli import TESTS, TOP, WEIGHTS, Case, chunk, image, png, read
 
 GOLDEN = os.path.join(TESTS, "golden_scores")
 EXACT = 1e-8                              # nine digits are printed
@@ -76,6 +77,7 @@ class Golden(Score):
         names, totals = ["pck_0.1", "pck_0.2"], ["pck_0.1_all", "pck_0.2_all"]
         self.agree("figures", "pck", "pck", names, totals)
         self.agree("openpose", "pck", "pck", names, totals, "--skeleton", "18")
+        self.agree("dots", "pck", "pck", names, totals, "--skeleton", "18")
 
     def test_protocols(self):
         folder = os.path.join(GOLDEN, "protocols")
@@ -94,6 +96,121 @@ class Golden(Score):
                     self.assertAlmostEqual(line[column], value, delta=EXACT)
             for k, column in enumerate(names):
                 self.assertAlmostEqual(lines[-1][column], sum(v[k] for v in wanted) / len(wanted), delta=EXACT)
+
+
+class Degenerate(Score):
+    """What has nothing to measure, or hardly anything: each metric by itself, beside what the
+    goldens have (black, white, one pixel, alpha, other flat colours)."""
+
+    METRICS = (("psnr",), ("ssim",), ("mse",), ("miou",), ("boxes",), ("pck",), ("edges",), ("depth",),
+               ("cells", "--grid", "2,2"))
+    BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+
+    def values(self, metric, p, t, code=0, err=None):
+        self.put("p.png", p), self.put("t.png", t)
+        got = self.score(metric[0], "p.png", "t.png", *metric[1:], code=code, err=err)
+        return [value for name, value in got[0].items() if name != "image"]
+
+    def test_flat(self):
+        """Black and white for black and white: what is predicted of a true picture."""
+        inf, none = math.inf, None
+        want = {"psnr": ([inf], [0], [0], [inf]), "mse": ([0, 0, 0], [1, 3], [1, 3], [0, 0, 0]),
+                "ssim": ([1], [1e-4], [1e-4], [1]), "miou": ([1, 1], [0, 1], [0, 1], [1, 1]),
+                "boxes": ([none],) * 4, "pck": ([none, none],) * 4,
+                "edges": ([1, 1, 1], [0, 0, 0], [0, 0, 0], [1, 1, 1]),
+                "depth": ([none, none], [none, none], [1, 0], [0, 1]), "cells": ([1, 1],) * 4}
+        cases = ((self.BLACK, self.BLACK), (self.WHITE, self.BLACK), (self.BLACK, self.WHITE), (self.WHITE, self.WHITE))
+        for metric in self.METRICS:
+            for (p, t), values in zip(cases, want[metric[0]]):
+                got = self.values(metric, flat(p), flat(t))
+                for a, b in zip(got, values):
+                    where = "%s of %s for %s: %s" % (metric[0], p, t, got)
+                    self.assertEqual(a is None, b is None, where)
+                    if b is not None:
+                        self.assertTrue(a == b or abs(a - b) < 2e-5, where)
+
+    def test_one_pixel(self):
+        for metric in self.METRICS:
+            small = metric[0] in ("ssim", "cells")
+            got = self.values(metric, flat(self.WHITE, 1, 1), flat(self.WHITE, 1, 1), code=int(small),
+                              err=["pixels are less than"] if small else None)
+            self.assertEqual(small, isinstance(got[0], str))
+
+    def test_other_sizes(self):
+        """Refused, or scaled; alpha changes nothing; a missing partner is one for every metric."""
+        for folder in ("p", "t", "q"):
+            os.mkdir(self.path(folder))
+        alpha = png(40, 36, (b"\0" + bytes((200, 90, 30, 7)) * 40) * 36)
+        alpha = alpha[:8] + chunk(b"IHDR", struct.pack(">IIBBBBB", 40, 36, 8, 6, 0, 0, 0)) + alpha[33:]
+        for metric in self.METRICS:
+            self.values(metric, flat(self.BLACK, 20, 18), flat(self.BLACK), code=1, err=["20 x 18 pixels"])
+            self.score(metric[0], "p.png", "t.png", *metric[1:], "--scale")
+            self.assertEqual(self.values(metric, alpha, flat((200, 90, 31))),
+                             self.values(metric, flat((200, 90, 30)), flat((200, 90, 31))), metric)
+            self.put("p/1.png", flat(self.BLACK)), self.put("t/1.png", flat(self.BLACK)), self.put("t/2.png", flat(self.BLACK))
+            self.score(metric[0], "p", "t", *metric[1:], code=1, err=["t/2.png has no predicted image"])
+            self.score(metric[0], "q", "t", *metric[1:], code=1, err=["q: "])
+
+    def test_half_a_box(self):
+        """Boxes that overlap by a third hit nothing at 0.5; by three quarters they do."""
+        def box(x0):
+            rows = [bytearray(3 * 96) for _ in range(64)]
+            for y in range(10, 51):
+                for x in range(x0, x0 + 46):
+                    if y < 13 or y > 47 or x < x0 + 3 or x > x0 + 42:
+                        rows[y][3 * x:3 * x + 3] = b"\xff\0\0"
+            return png(96, 64, b"".join(b"\0" + row for row in rows))
+        for move, iou, ap in ((20, 1 / 3, 0), (5, 35 / 45, 1), (0, 1, 1)):
+            self.put("p.png", box(10 + move)), self.put("t.png", box(10))
+            got = self.score("boxes", "p.png", "t.png")
+            self.assertAlmostEqual(got[0]["iou"], iou, delta=EXACT)
+            self.assertAlmostEqual(got[-1]["ap50"], ap, delta=EXACT)
+
+
+class Rendered(Score):
+    """Figures of examples/scenes.c, which have dots on their joints, against those that stand in its
+    keypoints.json, drawn as limbs: moved by 1.5 pixels less than what counts nearly all points are
+    right, by 1.5 more nearly none."""
+
+    def limbs(self, side, points):
+        rows = [bytearray(3 * side) for _ in range(side)]
+        for (a, b), color in zip(OPENPOSE, COLORS):
+            if points[a] is None or points[b] is None:
+                continue
+            (ax, ay), (bx, by) = points[a], points[b]
+            dx, dy = bx - ax, by - ay
+            for y in range(max(0, int(min(ay, by)) - 4), min(side, int(max(ay, by)) + 5)):
+                for x in range(max(0, int(min(ax, bx)) - 4), min(side, int(max(ax, bx)) + 5)):
+                    along = ((x + .5 - ax) * dx + (y + .5 - ay) * dy) / (dx * dx + dy * dy + 1e-9)
+                    along = min(max(along, 0), 1)
+                    if math.hypot(x + .5 - ax - along * dx, y + .5 - ay - along * dy) <= 3.2:
+                        rows[y][3 * x:3 * x + 3] = bytes(color)
+        return png(side, side, b"".join(b"\0" + row for row in rows))
+
+    def test_figures(self):
+        scenes = os.path.abspath(os.environ.get("SCENES", os.path.join(TOP, "build", "scenes")))
+        if "SCENES" not in os.environ:
+            subprocess.run(["make", "-s", "build/scenes"], cwd=TOP, check=True)
+        subprocess.run([scenes, self.path("world"), "--kind", "keypoints", "--count", "12", "-q"], check=True,
+                       stdout=subprocess.DEVNULL)
+        with open(self.path("world/keypoints.json")) as f:
+            world = json.load(f)
+        names = {image["id"]: os.path.basename(image["file_name"]) for image in world["images"]}
+        for folder in ("near", "far"):
+            os.mkdir(self.path(folder))
+        for figure in world["annotations"]:
+            coco = [figure["keypoints"][i:i + 3] for i in range(0, 51, 3)]
+            points = [tuple(coco[i][:2]) if coco[i][2] > 0 else None for i in OPENPOSE_OF_COCO]
+            points[1] = tuple((u + v) / 2 for u, v in zip(points[2], points[5])) if points[2] and points[5] else None
+            seen = [point for point in points if point is not None]
+            side = max(max(p[k] for p in seen) - min(p[k] for p in seen) for k in (0, 1))
+            way = 1 if sum(p[0] for p in seen) < 128 * len(seen) else -1
+            for folder, more in (("near", -1.5), ("far", 1.5)):
+                moved = [p and (p[0] + way * (0.1 * side + more), p[1]) for p in points]
+                self.put("%s/%s" % (folder, names[figure["image_id"]]), self.limbs(256, moved))
+        share = lambda folder: self.score("pck", folder, "world/poses", "--skeleton", "18")[-1]["pck_0.1_all"]
+        self.assertGreater(share("near"), 0.85)
+        self.assertLess(share("far"), 0.1)
 
 
 class Partners(Score):
@@ -143,7 +260,8 @@ class Partners(Score):
         self.assertEqual(lines[0]["mse"], self.score("mse", "p", "t")[0]["mse"])
         self.bad(1, "nowhere.png", "score", "mse", "nowhere.png", "t/1.png")
         self.bad(1, "is a folder", "score", "mse", "p/1.png", "t")
-        self.bad(1, "nowhere", "score", "mse", "p", "nowhere")
+        self.bad(1, "nowhere: ", "score", "mse", "p", "nowhere")
+        self.bad(1, "nowhere: No such file", "score", "psnr", "nowhere", "t")
 
     def test_set(self):
         """Lines as batch reads them, outputs below the folder of predictions."""
@@ -169,7 +287,7 @@ class Partners(Score):
             self.bad(2, words, "score", *args)
 
     def test_palette(self):
-        for text, words in (("", "no colour stands there"), ("1 2\n", "line 1 is no colour"), ("\n1 2 256\n", "line 2"),
+        for text, words in (("", "no colour stands there"), ("1 2\n", "line 1: no colour"), ("\n1 2 256\n", "line 2"), ("1 2 3\0\n", "zero byte"),
                             ("#12345g\n", "line 1"), ("#12345\n", "line 1"), ("1 2 3x\n", "line 1"),
                             ("1 2 3\n#010203\n", "line 2: the colour stands twice"),
                             ("".join("%d 0 1\n%d 1 1\n" % (i, i) for i in range(129)), "more than 256 colours")):
@@ -288,39 +406,57 @@ class Report(Case):
         sys.dont_write_bytecode = True
         import evaluate
         with open(os.path.join(TOP, "docs/evaluation.md")) as f:
-            rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in f if line.count("|") == 7]
-        rows = rows[2:]
-        self.assertGreater(len(rows), 30)
-        metrics = {}
-        for task in {row[0] for row in rows}:
-            metrics[task] = {column: (metric, args) for metric, args, column in
-                             evaluate.ALL + evaluate.METRICS.get(task, [])}
-            folder = os.path.join(TOP, "prompt", task)
-            queries = int(next(row[1] for row in rows if row[0] == task))
-            lines = evaluate.prompt_lines(task, folder, queries)
-            self.assertEqual(len(lines), queries, task)
+            rows = [evaluate.read_row(line) for line in f if " / **" in line and line.startswith("| ")]
+        self.assertEqual({row[0] for row in rows},
+                         {entry.name for entry in os.scandir(os.path.join(TOP, "prompt")) if entry.is_dir()} - {"truth"})
+        for task, queries, values in rows:
+            lines = evaluate.prompt_lines(task, queries)
+            metrics = [metric[:3] for metric in evaluate.ALL + evaluate.OWN.get(task, [])]
+            self.assertEqual((len(lines), sorted(values)), (queries, sorted(value for _, _, value in metrics)), task)
             for name, at in (("floor", lambda line: line[0][-1]), ("truth", lambda line: line[1])):
                 os.makedirs(self.path("%s/%s" % (task, name)))
                 for i, line in enumerate(lines):
                     shutil.copy(at(line), self.path("%s/%s/%d.png" % (task, name, i)))
-        for task, _, column, floor, _, ceiling in rows:
-            metric, args = metrics[task][column]
-            predictions = [(floor, "floor")]
-            if task == "depth" and column == "psnr":
-                os.mkdir(self.path("depth/ceiling"))
-                for name in os.listdir(self.path("depth/truth")):
-                    self.lines("encode", WEIGHTS, "depth/truth/" + name, "-o", "tokens")
-                    self.lines("decode", WEIGHTS, "tokens", "-o", "depth/ceiling/" + name)
-                predictions.append((ceiling, "ceiling"))
-            for shown, folder in predictions:
-                got = json.loads(self.lines("score", metric, "%s/%s" % (task, folder), task + "/truth", "--json", *args)[-1])
-                # a ceiling's last digits depend on the instruction set
-                if got[column] is None or folder == "floor":
-                    self.assertEqual(shown, evaluate.shown(got[column]), (task, column))
-                else:
-                    self.assertAlmostEqual(float(shown), got[column], delta=0.01 * abs(got[column]))
+            for metric, options, value in metrics:
+                floor, _, ceiling = values[value]
+                self.assertEqual(floor, evaluate.shown(self.measure(task, "floor", metric, options, value)), (task, value))
+                if task == "depth":            # its last digits depend on the instruction set
+                    self.through_the_tokenizer()
+                    got = self.measure(task, "ceiling", metric, options, value)
+                    self.assertAlmostEqual(float(ceiling), got, delta=0.01 * abs(got))
+
+    def measure(self, task, folder, metric, options, value):
+        return json.loads(self.lines("score", metric, "%s/%s" % (task, folder), task + "/truth", "--json", *options)[-1])[value]
+
+    def through_the_tokenizer(self):
+        if not os.path.isdir(self.path("depth/ceiling")):
+            os.mkdir(self.path("depth/ceiling"))
+            for name in os.listdir(self.path("depth/truth")):
+                self.lines("encode", WEIGHTS, "depth/truth/" + name, "-o", "tokens")
+                self.lines("decode", WEIGHTS, "tokens", "-o", "depth/ceiling/" + name)
+
+    def test_what_is_asked(self):
+        """evaluation.xz: 24 puzzles, eight pairs a task with those of prompt/, each image whole."""
+        sys.path.insert(0, TESTS)
+        import evaluate
+        with open(evaluate.write_puzzles(self.path("puzzles"))) as f:
+            lines = [json.loads(line) for line in f]
+        self.assertEqual([(len(line["input"]), len(line["choices"])) for line in lines], [(8, 8)] * 24)
+        for line in lines:
+            self.assertEqual(len({read(self.path("puzzles/" + name)) for name in line["choices"]}), 8)
+        _, _, tokens = evaluate.read_extra()
+        for task, more in tokens.items():
+            self.assertTrue(all(len(ids) == 256 and max(ids) < 8192 for ids in more))
+            if task:
+                self.assertIn(len(more), (16, 16 - len(evaluate.whole_prompt(task))))
 
 
+OPENPOSE = [(1, 2), (1, 5), (2, 3), (3, 4), (5, 6), (6, 7), (1, 8), (8, 9), (9, 10), (1, 11), (11, 12),
+            (12, 13), (1, 0), (0, 14), (14, 16), (0, 15), (15, 17)]
+COLORS = [(255, 0, 0), (255, 85, 0), (255, 170, 0), (255, 255, 0), (170, 255, 0), (85, 255, 0), (0, 255, 0),
+          (0, 255, 85), (0, 255, 170), (0, 255, 255), (0, 170, 255), (0, 85, 255), (0, 0, 255), (85, 0, 255),
+          (170, 0, 255), (255, 0, 255), (255, 0, 170)]
+OPENPOSE_OF_COCO = [0, 0, 6, 8, 10, 5, 7, 9, 12, 14, 16, 11, 13, 15, 2, 1, 4, 3]     # the neck is replaced
 PERMUTATION_5, CHOICES_5, PERMUTATION_0 = [9, 5, 2, 4, 7, 1, 0, 8, 6, 3], [624, 670, 720], [6, 2, 1, 3, 0, 5, 4]
 
 if __name__ == "__main__":
