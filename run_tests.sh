@@ -124,6 +124,7 @@ needed() {
     case $1 in
         fuzz) wanted corpus ;;
         golden) wanted golden || wanted weights || wanted reference ;;
+        backend) wanted backend || wanted converter ;;
         *) wanted "$1" ;;
     esac
 }
