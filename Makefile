@@ -7,6 +7,7 @@
 #   make liblvm.so  the library
 #   make cuda       lvm and liblvm.so with the GPU's part, by nvcc (NVCC=, CUDA=, CUDA_ARCH=)
 #   make scenes     examples/scenes.c, which renders a world to learn from
+#   make train-demo renders a world and teaches it to weights.bin, on the CPU (four minutes)
 #   make lvm.h      its header, which is chapter 0 of lvm.c
 #   make evaluate   measures weights.bin on prompt/ and writes docs/evaluation.md (half an hour)
 #   make install    PREFIX=DIR: program, manual page, library, lvm.h, lvm.pc; `make uninstall`
@@ -117,6 +118,9 @@ tsan:
 fuzz:
 	tests/fuzz.sh $(FUZZ_SECONDS)
 
+train-demo: lvm scenes
+	examples/train_demo.sh
+
 evaluate: lvm
 	python3 tests/evaluate.py
 
@@ -158,4 +162,4 @@ clean:
 	rm -rf lvm lvm-static lvm.exe liblvm.so lvm.h scenes build
 
 .DELETE_ON_ERROR:
-.PHONY: static cuda test debug tsan fuzz evaluate install uninstall clean
+.PHONY: static cuda test debug tsan fuzz train-demo evaluate install uninstall clean

@@ -5,7 +5,8 @@
 #
 #   ./run_tests.sh [PART...]     build embed backend images corpus kernels os data golden train
 #                                checkpoint properties cli sets train_cli sentences score weights
-#                                converter examples scenes cuda platforms mutants reference threads
+#                                converter examples scenes demo cuda platforms mutants reference
+#                                threads
 #   PLATFORMS=1                  other systems too, by the compilers and emulators that are here;
 #   PLATFORMS=required           and they must all be
 #   MUTANTS=1                    faults put into lvm.c, which the tests must see; N: every Nth
@@ -23,7 +24,7 @@ LVM_FULL=${LVM_FULL:-}
 LIMIT=${LIMIT:-$([ -z "$LVM_FULL" ] && echo 900 || echo 7200)}     # seconds a part may take
 passed=0 failed=0 skipped=0 parts=${1:+build convert $*}
 known="build convert embed backend images corpus kernels os data golden train checkpoint properties
-    cli sets train_cli sentences score weights converter examples scenes cuda platforms mutants
+    cli sets train_cli sentences score weights converter examples scenes demo cuda platforms mutants
     reference threads"
 
 is_of() { for word in $2; do [ "$word" != "$1" ] || return 0; done; return 1; }
@@ -291,6 +292,7 @@ else
         run weights weights
         run converter limited python3 tests/test_convert.py
         run examples limited python3 tests/test_embed.py
+        run demo limited python3 tests/test_demo.py
         end cuda
         end cli
         end platforms

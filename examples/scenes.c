@@ -921,9 +921,9 @@ static int seen_at(const struct view *v, int pixel) { return v->key[pixel] & 255
    is 255, the sky and all beyond depth_far 0. */
 static const float depth_near = 2.2f, depth_far = 14;
 
-enum { DEPTH_STYLES = 4, CLASS_STYLES = 4, EDGE_STYLES = 2, STOPS = 7 };
+enum { DEPTH_STYLES = 5, CLASS_STYLES = 4, EDGE_STYLES = 2, STOPS = 7 };
 
-/* Colours from far to near. */
+/* Colours from far to near; the last is a rainbow, which the model that ships has never seen. */
 static const uint8_t depth_stops[DEPTH_STYLES][STOPS][3] = {
     {{0, 0, 0}, {43, 43, 43}, {85, 85, 85}, {128, 128, 128}, {170, 170, 170}, {213, 213, 213},
      {255, 255, 255}},
@@ -932,7 +932,9 @@ static const uint8_t depth_stops[DEPTH_STYLES][STOPS][3] = {
     {{48, 18, 59}, {68, 130, 242}, {38, 217, 204}, {153, 250, 77}, {242, 199, 51}, {230, 77, 20},
      {122, 5, 3}},
     {{0, 0, 4}, {61, 12, 96}, {130, 38, 103}, {190, 55, 82}, {237, 105, 37}, {251, 180, 26},
-     {252, 255, 164}}};
+     {252, 255, 164}},
+    {{255, 0, 0}, {255, 204, 0}, {102, 255, 0}, {0, 255, 102}, {0, 204, 255}, {0, 0, 255},
+     {204, 0, 255}}};
 
 static const uint8_t class_palettes[CLASS_STYLES][CLASSES][3] = {
     {{0, 0, 0}, {230, 25, 75}, {60, 180, 75}, {0, 130, 200}, {255, 225, 25}, {245, 130, 48},
@@ -2278,11 +2280,11 @@ static const struct kind kinds[] = {
      .make = make_still},
     {.name = "tuples", .unit = "scene", .help = "images/ and all five of these; cameras.jsonl",
      .folders = {"images", "depth", "normals", "segmentation", "edges", "lines"},
-     .lists = {"cameras.jsonl"}, .annotations = {0, ANNOTATIONS}, .styles = DEPTH_STYLES,
+     .lists = {"cameras.jsonl"}, .annotations = {0, ANNOTATIONS}, .styles = CLASS_STYLES,
      .draw = draw_still, .make = make_still},
     {.name = "annotated", .unit = "video", .help = "the same of videos, a folder of frames each",
      .folders = {"images", "depth", "normals", "segmentation", "edges", "lines"},
-     .lists = {"cameras.jsonl"}, .annotations = {0, ANNOTATIONS}, .styles = DEPTH_STYLES,
+     .lists = {"cameras.jsonl"}, .annotations = {0, ANNOTATIONS}, .styles = CLASS_STYLES,
      .has_frames = 1, .draw = draw_video, .make = make_video},
     {.name = "boxes", .unit = "scene", .help = "images/ instances.json (COCO); boxes/: drawn",
      .folders = {"images", "boxes"}, .lists = {"instances.json"}, .draw = draw_still,
@@ -2508,7 +2510,7 @@ static void print_help(void) {
            "    --seed N      the same seed, the same bytes (1)\n"
            "    --held-out    from the world that is never drawn without this option\n"
            "    --size N      pixels of a side (256)\n"
-           "    --style N     colours of depth and segmentation (0 to 3), edges (0 or 1)\n"
+           "    --style N     colours of depth (0 to 4), segmentation (0 to 3), edges (0 or 1)\n"
            "    --frames N    of a video (16)\n"
            "    -j N          threads (as many as there are processors)\n"
            "    -q            no summary\n\n"
@@ -2550,7 +2552,7 @@ static int parse_option(struct run *run, const char *option, const char *value, 
         const char *name;
         long long lo, hi;
     } numbers[] = {{"--count", 1, 1000000}, {"--seed", 0, INT64_MAX}, {"--size", 32, 2048},
-                   {"--style", 0, 3},       {"--frames", 1, 1000},    {"-j", 1, 256}};
+                   {"--style", 0, 4},       {"--frames", 1, 1000},    {"-j", 1, 256}};
     int *targets[] = {&run->count, NULL, &run->side, &run->style, &run->frames, &run->threads};
     *taken = 1;
     if (strcmp(option, "--kind") == 0) return parse_kind(run, value);

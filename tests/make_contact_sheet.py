@@ -6,10 +6,11 @@
         --row prompt/edges out-edges.png prompt/edges/truth/12.png
 
 docs/model.md holds the commands that made docs/sheet.png. One line of the sheet for every --row
-FOLDER PREDICTION TRUTH: the last K images of the folder in the order of their names (-k, 5 unless
-told; fewer leave the front empty), the prediction in an orange frame, the truth. Every image must
-be an 8-bit RGB PNG of 256 x 256, not interlaced, as `lvm` writes them and as prompt/ holds them; it
-is shown at 128 x 128, each pixel the mean of four.
+FOLDER PREDICTION... TRUTH: the last K images of the folder in the order of their names (-k, 5
+unless told; fewer leave the front empty), the predictions in orange frames, the truth. FOLDER may
+be one image. Every image must be a PNG of 256 x 256, 8-bit RGB or palette, not interlaced, as `lvm`
+and `scenes` write them and as prompt/ holds them; it is shown at 128 x 128, each pixel the mean of
+four.
 """
 import argparse
 import os
@@ -58,21 +59,21 @@ def paeth(left, above, corner):
     return above if to_above <= to_corner else corner
 
 
-def undo_filter(kind, line, previous):
-    """One row of RGB bytes from its filtered form and the row above it."""
+def undo_filter(kind, line, previous, step):
+    """One row of bytes, `step` a pixel, from its filtered form and the row above it."""
     row = bytearray(line)
     if kind == 1:
-        for i in range(3, len(row)):
-            row[i] = (row[i] + row[i - 3]) & 255
+        for i in range(step, len(row)):
+            row[i] = (row[i] + row[i - step]) & 255
     elif kind == 2:
         row = bytearray((a + b) & 255 for a, b in zip(row, previous))
     elif kind == 3:
         for i in range(len(row)):
-            left = row[i - 3] if i >= 3 else 0
+            left = row[i - step] if i >= step else 0
             row[i] = (row[i] + (left + previous[i]) // 2) & 255
     elif kind == 4:
         for i in range(len(row)):
-            left, corner = (row[i - 3], previous[i - 3]) if i >= 3 else (0, 0)
+            left, corner = (row[i - step], previous[i - step]) if i >= step else (0, 0)
             row[i] = (row[i] + paeth(left, previous[i], corner)) & 255
     elif kind != 0:
         raise PngError("unknown row filter %d" % kind)
@@ -80,11 +81,13 @@ def undo_filter(kind, line, previous):
 
 
 def decode_png(data):
-    """The rows, SIDE of them with 3 * SIDE bytes each, of an 8-bit RGB PNG held in memory."""
-    header, packed = b"", b""
+    """The rows, SIDE of them with 3 * SIDE bytes each, of an 8-bit PNG held in memory."""
+    header, palette, packed = b"", b"", b""
     for kind, content in chunks(data):
         if kind == b"IHDR":
             header = content
+        elif kind == b"PLTE":
+            palette = content
         elif kind == b"IDAT":
             packed += content
     if len(header) != 13:
@@ -92,9 +95,10 @@ def decode_png(data):
     width, height, depth, colour, _, _, interlace = struct.unpack(">IIBBBBB", header)
     if (width, height) != (SIDE, SIDE):
         raise PngError("%d x %d pixels, but %d x %d are needed" % (width, height, SIDE, SIDE))
-    if (depth, colour, interlace) != (8, 2, 0):
-        raise PngError("not 8-bit RGB without interlacing")
-    stride = 1 + 3 * SIDE
+    if (depth, interlace) != (8, 0) or colour not in (2, 3):
+        raise PngError("neither 8-bit RGB nor 8-bit palette, without interlacing")
+    step = 3 if colour == 2 else 1
+    stride = 1 + step * SIDE
     try:
         # One byte more than is right would show that there is too much, without inflating it all.
         raw = zlib.decompressobj().decompress(packed, SIDE * stride + 1)
@@ -102,11 +106,18 @@ def decode_png(data):
         raise PngError("damaged pixel data (%s)" % fault)
     if len(raw) != SIDE * stride:
         raise PngError("pixel data of the wrong length")
-    rows, previous = [], bytes(3 * SIDE)
+    rows, previous = [], bytes(stride - 1)
     for at in range(0, len(raw), stride):
-        previous = undo_filter(raw[at], raw[at + 1:at + stride], previous)
+        previous = undo_filter(raw[at], raw[at + 1:at + stride], previous, step)
         rows.append(previous)
-    return rows
+    return rows if colour == 2 else [coloured(row, palette) for row in rows]
+
+
+def coloured(row, palette):
+    """The RGB bytes of a row of numbers of a palette's colours."""
+    if 3 * max(row) + 3 > len(palette):
+        raise PngError("a colour that the palette does not have")
+    return b"".join(palette[3 * i:3 * i + 3] for i in row)
 
 
 def cost(filtered):
@@ -164,16 +175,24 @@ def padded(rows, colour):
     return blank + bar + [edge + side + row + side + edge for row in rows] + bar + blank
 
 
-def sheet_line(folder, prediction, truth, k):
-    """The rows of one line of the sheet."""
+def images_of(folder):
+    """The PNG files of a folder in the order of their names, or the one file that is named."""
+    if not os.path.isdir(folder):
+        return [folder]
     names = sorted(n for n in os.listdir(folder) if n.lower().endswith(".png"))
     if not names:
         raise PngError("%s: no PNG file in this folder" % folder)
+    return [os.path.join(folder, n) for n in names]
+
+
+def sheet_line(folder, predictions, truth, k):
+    """The rows of one line of the sheet."""
     white = b"\xff" * 3
-    shown = [os.path.join(folder, n) for n in names[-k:]]
+    shown = images_of(folder)[-k:]
     cells = [padded([white * CELL] * CELL, white)] * (k - len(shown))
     cells += [padded(thumbnail(path), white) for path in shown]
-    cells += [padded(thumbnail(prediction), FRAME_COLOUR), padded(thumbnail(truth), white)]
+    cells += [padded(thumbnail(path), FRAME_COLOUR) for path in predictions]
+    cells += [padded(thumbnail(truth), white)]
     return [b"".join(parts) for parts in zip(*cells)]
 
 
@@ -181,15 +200,17 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("-o", "--out", required=True, metavar="SHEET.png")
     parser.add_argument("-k", type=int, default=5, help="prompt images a line (5)")
-    parser.add_argument("--row", nargs=3, action="append", required=True,
-                        metavar=("FOLDER", "PREDICTION", "TRUTH"))
+    parser.add_argument("--row", nargs="+", action="append", required=True, metavar="IMAGE",
+                        help="FOLDER PREDICTION... TRUTH")
     args = parser.parse_args()
     if args.k < 1:
         parser.error("-k must be at least 1")
+    if any(len(row) < 3 or len(row) != len(args.row[0]) for row in args.row):
+        parser.error("--row takes a folder, one prediction or more and the truth, each as many")
     rows = []
     try:
-        for folder, prediction, truth in args.row:
-            rows += sheet_line(folder, prediction, truth, args.k)
+        for folder, *predictions, truth in args.row:
+            rows += sheet_line(folder, predictions, truth, args.k)
         with open(args.out, "wb") as f:
             f.write(encode_png(rows))
     except (PngError, OSError) as fault:

@@ -26,7 +26,8 @@ TESTS = os.path.dirname(os.path.abspath(__file__))
 TOP = os.path.dirname(TESTS)
 CC = os.environ.get("CC", "cc")
 
-# The test, the golden folders that it reads, what is wrong, the function, the place.
+# The test, the golden folders that it reads (of sentences: the methods that guard the place), what is
+# wrong, the function, the place.
 MUTANTS = [
     ("golden", ["llama_gqa"], "a flipped sign in RoPE", "rotate",
      "y[i] = @[i] * @[i] [[- => +]] @[i + half]"),
@@ -106,19 +107,19 @@ MUTANTS = [
      "&& last [[== => <=]] t->n_tokens"),
     ("data", [], "tok: weights that come late are of the first tokens", "token_writer_add",
      "code = token_writer_weigh(w, [[w->n_tokens => 0]], error);"),
-    ("train", [], "RMSNorm's backward divides by the root once too little", "rmsnorm_backward_task",
+    ("train", [], "RMSNorm's backward divides by the root once too little", "rmsnorm_backward_row",
      "(float)(inv * inv [[* inv => ]] * products / op->cols)"),
-    ("train", [], "a norm's scale learns from rows that are not normed", "rmsnorm_weight_task",
+    ("train", [], "a norm's scale learns from rows that are not normed", "rmsnorm_weight_columns",
      "dy[c] * x[c] [[* op->rms[r] => ]];"),
-    ("train", [], "a bias learns from the last row alone", "bias_backward_task",
+    ("train", [], "a bias learns from the last row alone", "bias_backward_columns",
      "sum[c] [[+ => ]]= op->dy["),
-    ("train", [], "SiLU's slope is its gate", "swiglu_backward_task",
+    ("train", [], "SiLU's slope is its gate", "swiglu_backward_row",
      "(s [[+ silu_x * (1 - s) => ]]);"),
     ("train", [], "gradients of RoPE turn forwards", "rotate_backward",
      "dx[i] = dy[i] * cosines[i] [[+ => -]] dy[i + half] * sines[i];"),
-    ("train", [], "queries learn from the first keys alone", "rope_backward_task",
+    ("train", [], "queries learn from the first keys alone", "rope_backward_row",
      "at >= 0 && p < [[DQ_PARTS => 1]]"),
-    ("train", [], "padding's values keep what was in memory", "rope_backward_task",
+    ("train", [], "padding's values keep what was in memory", "rope_backward_row",
      "if (at < 0) [[memset => memcmp]](w->dv"),
     ("train", [], "softmax's backward forgets that probabilities sum to one",
      "attention_probabilities", "(ds[j] [[- dot => ]])"),
@@ -146,11 +147,11 @@ MUTANTS = [
      "(float)([[job->weights[r] => 1]] / job->all)"),
     ("train", [], "later logits learn from the first rows", "head",
      "product_weights(&t->e, w->logits, ld, [[h => w->h]], n"),
-    ("train", [], "a token that comes twice learns once", "embed_backward_task",
+    ("train", [], "a token that comes twice learns once", "embed_backward_columns",
      "dw[c] [[+ => ]]= op->dy"),
     ("train", [], "products forget the sum so far", "multiply_product",
      "add = p->accumulate [[|| k0 > 0 => ]];"),
-    ("train", [], "vectors decay", "update_task", "([[p->decays => 1]] ? u->lr"),
+    ("train", [], "vectors decay", "update_task", "([[c.p->decays => 1]] ? u->lr"),
     ("train", [], "AdamW's second average is not corrected", "update_task",
      "root = 1 / [[sqrtf(u->debias_v) => 1]];"),
     ("train", [], "small gradients are scaled up to the clip", "update_params",
@@ -161,31 +162,61 @@ MUTANTS = [
      "{piece.first [[- first => ]], piece.n};"),
     ("train", [], "a step that is skipped moves the weights", "lvm_trainer_step",
      "if ([[!skip => 1]]) {"),
-    ("score", [], "ssim: C2 is C1", "ssim_window", "c2 = ([[0.03 => 0.01]] * 255) *"),
-    ("score", [], "miou: a class's union lacks what was taken for another", "score_miou",
+    ("score", ["Golden"], "ssim: C2 is C1", "ssim_window", "c2 = ([[0.03 => 0.01]] * 255) *"),
+    ("score", ["Golden"], "miou: a class's union lacks what was taken for another", "score_miou",
      "either[b] += a [[!= => ==]] b;"),
-    ("score", [], "AP: precision is not made falling from behind", "average_precision",
+    ("score", ["Golden"], "AP: precision is not made falling from behind", "average_precision",
      "if (precision [[> @[k] => > 0]])"),
-    ("score", [], "AP: a box hits whatever it touches", "keep_hits", "best = [[0.5 => 0.01]];"),
-    ("score", [], "pck: points count within 0.2 as within 0.1", "score_pck",
+    ("score", ["Degenerate"], "AP: a box hits whatever it touches", "keep_hits",
+     "best = [[0.5 => 0.01]];"),
+    ("score", ["Golden"], "pck: points count within 0.2 as within 0.1", "score_pck",
      "distance <= [[0.1 => 0.2]] * side"),
-    ("score", [], "pck: the middle of a limb looks like a dot", "find_dot",
+    ("score", ["Golden"], "pck: the middle of a limb looks like a dot", "find_dot",
      "d.inside [[- => + 0 *]] (double)d.own"),
-    ("score", [], "pck: no figure has dots", "find_dots", "return sure >= [[2 => 99]];"),
-    ("score", [], "edges: the tolerance is a 200th of the diagonal", "score_edges",
+    ("score", ["Golden"], "pck: no figure has dots", "find_dots", "return sure >= [[2 => 99]];"),
+    ("score", ["Golden"], "edges: the tolerance is a 200th of the diagonal", "score_edges",
      "[[0.0075 => 0.005]] * sqrt("),
-    ("score", [], "edges: what one search asked for no other may", "match_point",
+    ("score", ["Golden"], "edges: what one search asked for no other may", "match_point",
      "m->right[m->queue[--n]] = [[1 => 2]];"),
-    ("score", [], "depth: predictions are not scaled", "score_depth",
+    ("score", ["Golden"], "depth: predictions are not scaled", "score_depth",
      "pp > 0 ? [[pt / pp => 1]] : 0;"),
-    ("score", [], "cells: columns are rows", "score_cells",
+    ("score", ["Golden"], "cells: columns are rows", "score_cells",
      "&palette, p, [[column, row => row, column]])"),
-    ("score", [], "protocols: what is nearer to black is white", "is_white",
+    ("score", ["Golden"], "protocols: what is nearer to black is white", "is_white",
      "> [[3 * 255 / 2 => 3 * 255 / 3]];"),
-    ("score", [], "protocols: true bytes are rounded, not cut", "published_byte",
+    ("score", ["Golden"], "protocols: true bytes are rounded, not cut", "published_byte",
      "(int)[[back => (back + 0.5)]];"),
-    ("score", [], "protocols: the smallest part is boxed", "box_of_largest",
+    ("score", ["Golden"], "protocols: the smallest part is boxed", "box_of_largest",
      "if (n [[>= most => <= most || most == 0]])"),
+    ("sentences", ["Plans.test_pairs"], "pairs: the annotation stands in the image's place too",
+     "draw_pairs", "draft_add(d, spoilt ? other : [[image => other]]);"),
+    ("sentences", ["Plans.test_spoilt"], "colorize: the colours come first", "draw_pairs",
+     "t->p->kind->how [[>= => >]] GREY"),
+    ("sentences", ["Plans.test_video"], "video: the last frame of a window is one stride too far",
+     "find_window", "span = (int64_t)(n [[- 1 => ]]) * stride + 1"),
+    ("sentences", ["Plans.test_val"], "--val parts the frames of one video", "unit_hash",
+     '= [[p->kind->by_folder ? "" : => ]] listing_stem(l, i);'),
+    ("sentences", ["Plans.test_single"], "every pass has the order of the first", "dealt",
+     "shuffled(t->p->seed, [[t->i / sentences => 0]], n, at)"),
+    ("sentences", ["Plans.test_views"], "all sentences are drawn by the same chance", "plan_draw",
+     "draw_word(p->seed + (uint64_t)side + 1, [[(uint64_t)number => 0]])"),
+    ("sentences", ["Plans.test_flip_and_crop"], "an annotation is mirrored apart from its image",
+     "vary", "(uint64_t)(j / [[step => 1]])"),
+    ("sentences", ["Plans.test_shards"], "a sentence between two shards is in neither",
+     "settle_range", "part * (i + 1) + rest * [[(i + 1) => i]] / t->shards"),
+    ("sentences", ["Images.test_fit_of_annotations"], "a mask's runs go along the rows",
+     "fill_mask", "first = column * (uint64_t)c->[[height => width]];"),
+    ("sentences", ["Images.test_segmentation"],
+     "a mask's text: the third number is a difference too", "read_run_text",
+     "if (runs [[> => >=]] 2)"),
+    ("sentences", ["Images.test_deciding_tokens"], "--decide: the token behind the branch weighs more",
+     "mark_decisions", "weights[p [[- 1 => ]]] = weight;"),
+    ("sentences", ["Runs.test_cache"], "tokens of an image stand for what is made of it too",
+     "image_key", "[[h = hash_bytes(h, &known, sizeof known); => ]]"),
+    ("sentences", ["Runs.test_two_at_once"], "a locked file of tokens is written to",
+     "token_cache_claim", "os_lock(file) [[== => <=]] 0"),
+    ("sentences", ["Runs.test_two_at_once"], "half a record stays in front of those that follow",
+     "token_cache_scan", "[[code == LVM_OK => 0]] && os_truncate("),
 ]
 
 TOKEN = re.compile(r"\d[\w.]*e-\d+|\w+|->|<<|>>|[<>=!]=|&&|\|\||\S")
@@ -266,27 +297,26 @@ class Bench:
     def verdict(self, test, goldens, source):
         """Builds the test from a source and runs it: (done, it was red, last line or message)."""
         place = tempfile.mkdtemp(dir=self.folder)
+        program, env = os.path.join(place, "test"), dict(os.environ, CHECK_FIRST="1")
         os.mkdir(os.path.join(place, "tests"))
         with open(os.path.join(place, "lvm.c"), "w", encoding="utf-8") as f:
             f.write(source)
-        needed = [] if test == "score" else ["test_%s.c" % test]
-        for name in needed + [n for n in os.listdir(TESTS) if n.endswith(".h")]:
-            shutil.copy(os.path.join(TESTS, name), os.path.join(place, "tests"))
-        program = os.path.join(place, "test")
-        main = "lvm.c" if test == "score" else os.path.join("tests", "test_%s.c" % test)
+        if test in ("sentences", "score"):     # a script that runs the program
+            script = os.path.join(TESTS, "test_%s.py" % test)
+            main, command = "lvm.c", [sys.executable, script] + goldens
+            env["LVM"] = program
+        else:
+            for name in ["test_%s.c" % test] + [n for n in os.listdir(TESTS) if n.endswith(".h")]:
+                shutil.copy(os.path.join(TESTS, name), os.path.join(place, "tests"))
+            main, command = "tests/test_%s.c" % test, [program] + self.arguments(test, goldens, place)
         build = [CC, "-std=c11", "-ffp-contract=off", "-O0", "-w", "-o", program,
                  os.path.join(place, main), "-lm", "-lpthread"]
         built = subprocess.run(build, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if built.returncode != 0:
             return False, False, "does not compile: " + built.stdout.decode()[-500:]
-        command = [program] + self.arguments(test, goldens, place)
-        if test == "score":                # a script that runs the program
-            command = [sys.executable, os.path.join(TESTS, "test_score.py"), "-f", "Golden",
-                       "Degenerate", "Partners", "Protocols"]
         try:
             ran = subprocess.run(command, timeout=300, stdout=subprocess.PIPE,
-                                 stderr=subprocess.STDOUT,
-                                 env=dict(os.environ, CHECK_FIRST="1", LVM=program))
+                                 stderr=subprocess.STDOUT, env=env)
         except subprocess.TimeoutExpired:
             return True, True, "did not end"
         lines = ran.stdout.decode("utf-8", "replace").splitlines()

@@ -257,7 +257,7 @@ static void fuzz_jsonl(const uint8_t *data, size_t n) {
             for (int i = 0; i < s.input.n; i++)
                 if ((s.input.list[i].path == NULL) == (s.input.list[i].ids == NULL)) abort();
             for (int i = 0; i < N_KEYS; i++)
-                if (s.stray[i][0] != 0 && find_near_key(s.stray[i]) != i) abort();
+                if (s.stray[i][0] != 0 && find_near_key(key_table, N_KEYS, s.stray[i]) != i) abort();
         }
         sentence_free(&s);
         here += end != NULL;
@@ -345,7 +345,9 @@ static void fuzz_layout(const uint8_t *data, size_t n) {
         n -= here;
     }
     for (size_t i = 0; i < y->n; i++)
-        if (y->starts[i + 1] - y->starts[i] < y->answers[i] || y->starts[i + 1] > y->n_files) abort();
+        if (y->rows[i].n < y->rows[i].answers ||
+            (y->rows[i].first + y->rows[i].n) * sizeof *y->files > y->kept[0].n)
+            abort();
     accepted += y->n > 0;
     layout_free(y);
     listing_close(&l);

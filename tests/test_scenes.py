@@ -408,7 +408,7 @@ class Geometry(unittest.TestCase):
 
     def test_styles(self):
         """A style is another palette: what a picture says is the same."""
-        for kind, n in (("depth", 4), ("segmentation", 4), ("edges", 2)):
+        for kind, n in (("depth", 5), ("segmentation", 4), ("edges", 2)):
             pictures = [Png(world(kind, 2, "--size", 48, "--style", s), kind, "000001.png")
                         for s in range(n)]
             looks = {tuple(p.colour(q) for q in p.pixels()) for p in pictures}
@@ -701,6 +701,7 @@ class Failures(unittest.TestCase):
                 ("--count 99999999999999999999", "x", "--count", "99999999999999999999"),
                 ("has no such style", "x", "--kind", "edges", "--style", "2"),
                 ("has no such style", "x", "--kind", "maze", "--style", "1"),
+                ("has no such style", "x", "--kind", "tuples", "--style", "4"),
                 ("too long", "x" * 4050, "--kind", "maze")):
             self.fails(2, words, *args)
         self.assertFalse(os.path.exists(os.path.join(PLACE.name, "x")))

@@ -567,6 +567,10 @@ class Images(Sentences):
             self.make("segmentation", "a", "coco.json", "--fit", fit)
             self.put("want.png", to_png([[(230, 25, 75) if x0 <= x < x1 else (0, 0, 0) for x in range(R)]] * R))
             self.assertEqual(self.tokens()[0][T:], self.ids("want.png")[0], fit)
+            self.coco({"image_id": 7, "category_id": 4, "segmentation":   # the same, run by run down the columns
+                       {"size": [R, 64], "counts": [16 * R, 16 * R, 32 * R]}}, width=64)
+            self.make("segmentation", "a", "coco.json", "--fit", fit)
+            self.assertEqual(self.tokens()[0][T:], self.ids("want.png")[0], fit)
 
     def test_labels(self):
         """Label images keep their colours, grey ones get VOC's; no pixel is mixed."""
@@ -599,6 +603,20 @@ class Images(Sentences):
                 want += [128 if ":answer" in name and p in branch else 16 for p in range(T)]
             self.assertEqual(weights, want)
         self.assertIn(128, sum(self.tokens(weights=True), []))
+
+    def test_deciding_tokens_of_mirrored_answers(self):
+        """An answer that is mirrored is none of the folder's images, and weighs by its own tokens."""
+        self.folder_of("p", 9)
+        self.put("l.txt", b"2.png *1.png\n3.png *4.png\n5.png *6.png\n7.png *8.png\n")
+        args = ("layout", "l.txt", "p", "--decide", "8", "--flip")
+        self.make(*args)
+        table = self.ids(*("p/%d.png" % i for i in range(1, 10)))
+        flipped = 0
+        for sentence, ids, weights in zip(self.plan(*args), self.tokens(), self.tokens(weights=True)):
+            ids, weights, flipped = ids[T:], weights[T:], flipped + (":flip" in sentence[1])
+            branch = {next(p for p in range(T) if other[p] != ids[p]) for other in table if other != ids}
+            self.assertEqual(weights, [128 if p in branch else 16 for p in range(T)])
+        self.assertGreater(flipped, 0)
 
     def test_show(self):
         self.folder_of("a", 3)
@@ -683,6 +701,10 @@ class Runs(Sentences):
         fresh = self.tokens()
         self.make("colorize", "a")
         self.assertEqual(self.tokens(), fresh)
+        for args in (("single", "a", "--flip"), ("denoise", "a"), ("denoise", "a", "--seed", "2"),
+                     ("denoise", "a", "--noise", "0.5")):
+            kept, _ = self.make(*args, "--cache", "t.cache")
+            self.assertEqual(kept, self.make(*args)[0], args)
         self.put("a/1.png", image(77, 40, 40))
         _, err = self.make("single", "a", "--cache", "t.cache")
         self.assertIn("5 of them known", err)
@@ -695,6 +717,42 @@ class Runs(Sentences):
         self.put("u.cache", b"something else, of somebody")
         self.bad(1, "no file of tokens", "sentences", "single", "a", "--cache", "u.cache", "-o", "x.tok",
                  "--tokenizer", self.weights)
+
+    def test_two_at_once(self):
+        """A file of tokens that another run is adding to is left alone; one that a killed run left is taken."""
+        self.folder_of("a", 600)
+        words = ("sentences", "single", "a", "--tokenizer", self.weights, "-j", "1", "--cache", "t.cache")
+        first = self.start(*words, "-o", "1.tok")
+        try:
+            while not (os.path.exists(self.path("t.cache")) and os.path.getsize(self.path("t.cache")) > 24):
+                self.assertIsNone(first.poll(), "the first run is over")
+                time.sleep(.002)
+            first.send_signal(signal.SIGSTOP)
+            before = read(self.path("t.cache"))
+            code, out, err = self.run_lvm(*words, "-o", "2.tok")
+            self.assertEqual((code, out), (1, b""), err)
+            self.assertIn("t.cache: another lvm is adding tokens to it", err)
+            self.assertEqual(read(self.path("t.cache")), before)
+            self.assertFalse(os.path.exists(self.path("2.tok")))
+            os.mkdir(self.path("b"))
+            for i in (1, 2):
+                shutil.copy(self.path("a/%d.png" % i), self.path("b"))
+            self.make("single", "b", "--cache", "other.cache")       # which hinders nobody else
+        finally:
+            first.kill()
+            first.communicate()
+        for name in os.listdir(self.folder):
+            if name.endswith(".tmp"):
+                os.remove(self.path(name))
+        self.make("single", "b", "--cache", "t.cache")
+        with open(self.path("t.cache"), "ab") as f:
+            f.write(b"half a record")
+        _, err = self.make("single", "b", "--cache", "t.cache")      # the tail is cut off and
+        self.assertIn("2 of them known", err)
+        self.put("b/3.png", image(4321, R, R))
+        self.make("single", "b", "--cache", "t.cache")               # what is added lies behind the rest
+        _, err = self.make("single", "b", "--cache", "t.cache")
+        self.assertIn("3 of them known", err)
 
     def test_duplicates(self):
         self.folder_of("a", 5)
