@@ -16,6 +16,7 @@
 #   LVM_FULL=1                   with all of its lines
 #   SANITIZE=address,undefined   everything that runs lvm.c, built with these sanitizers
 #   SANITIZE=thread              the threaded part only
+#   WITHOUT="PART..."            but for these
 set -u
 cd "$(dirname "$0")" || exit 1
 SANITIZE=${SANITIZE:-}
@@ -31,6 +32,7 @@ is_of() { for word in $2; do [ "$word" != "$1" ] || return 0; done; return 1; }
 
 # Whether to run a part: those named; else all but the long ones that a variable asks for.
 wanted() {
+    ! is_of "$1" "${WITHOUT:-}" || return
     if [ -n "$parts" ]; then is_of "$1" "$parts"; return; fi
     case $1 in
         platforms) [ -n "${PLATFORMS:-}" ] ;;
@@ -117,12 +119,22 @@ run() {
     end "$1"
 }
 
+# Whether a part that runs a driver is wanted.
+needed() {
+    case $1 in
+        fuzz) wanted corpus ;;
+        golden) wanted golden || wanted weights || wanted reference ;;
+        *) wanted "$1" ;;
+    esac
+}
+
 # Drivers that take no time to run are not optimised.
 build() {
     targets="$B/lvm $B/scenes" quick=
     [ -n "$SANITIZE" ] || targets="lvm $B/scenes"
     for test in "$@"; do
-        if is_of "$test" "os data checkpoint fuzz"; then quick="$quick $B/test_$test"
+        needed "$test" || continue
+        if is_of "$test" "checkpoint fuzz"; then quick="$quick $B/test_$test"
         else targets="$targets $B/test_$test"; fi
     done
     # shellcheck disable=SC2086

@@ -22,45 +22,43 @@ import oracle
 
 TYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 LEAST_GAP = 2e-3    # a greedy continuation must not hang on the last bits of a logit
+LEAST_IDS = 16      # of its 64 must differ: a loop of few proves little
 
 # type, ids in the sequence, image tokens, then config.json. bos_token_id 1 and eos_token_id 2 are
 # what published checkpoints inherit: image tokens, not special ids.
 LLAMAS = {
-    "llama_gqa": dict(type="f16", n=700, codes=192, hidden_size=128, num_hidden_layers=2,
-                      num_attention_heads=4, num_key_value_heads=2, intermediate_size=96,
-                      vocab_size=192, rms_norm_eps=1e-5, shards=2),
-    "llama_tied": dict(type="bf16", n=640, codes=256, hidden_size=96, num_hidden_layers=3,
-                       num_attention_heads=3, num_key_value_heads=1, intermediate_size=64,
+    "llama_gqa": dict(type="f16", n=700, codes=64, hidden_size=64, num_hidden_layers=2,
+                      num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
+                      vocab_size=64, rms_norm_eps=1e-5, shards=2),
+    "llama_tied": dict(type="bf16", n=640, codes=256, hidden_size=96, num_hidden_layers=2,
+                       num_attention_heads=3, num_key_value_heads=1, intermediate_size=32,
                        vocab_size=256, max_position_embeddings=4096, tie_word_embeddings=True),
-    "llama_bias": dict(type="f32", n=577, codes=160, hidden_size=64, num_hidden_layers=2,
-                       num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-                       vocab_size=160, rope_theta=500000.0, attention_bias=True, style=5),
-    "llama_hd96": dict(type="f16", n=600, codes=128, hidden_size=192, num_hidden_layers=1,
-                       num_attention_heads=2, num_key_value_heads=1, intermediate_size=64,
-                       vocab_size=128, max_position_embeddings=768),
-    "llama_hd100": dict(type="bf16", n=530, codes=96, hidden_size=200, num_hidden_layers=1,
-                        num_attention_heads=2, num_key_value_heads=1, intermediate_size=76,
-                        vocab_size=96),
-    "llama_vocab8292": dict(type="f16", n=530, codes=8192, hidden_size=32, num_hidden_layers=2,
-                            num_attention_heads=2, num_key_value_heads=2, intermediate_size=64,
+    "llama_bias": dict(type="f32", n=577, codes=64, hidden_size=64, num_hidden_layers=2,
+                       num_attention_heads=4, num_key_value_heads=2, intermediate_size=32,
+                       vocab_size=64, rope_theta=500000.0, attention_bias=True, style=5),
+    "llama_hd96": dict(type="f16", n=600, codes=32, hidden_size=96, num_hidden_layers=1,
+                       num_attention_heads=1, num_key_value_heads=1, intermediate_size=32,
+                       vocab_size=32, max_position_embeddings=768),
+    "llama_hd100": dict(type="bf16", n=530, codes=32, hidden_size=200, num_hidden_layers=1,
+                        num_attention_heads=2, num_key_value_heads=1, intermediate_size=28,
+                        vocab_size=32),
+    "llama_vocab8292": dict(type="f16", n=530, codes=8192, hidden_size=16, num_hidden_layers=3,
+                            num_attention_heads=1, num_key_value_heads=1, intermediate_size=32,
                             vocab_size=8292, tie_word_embeddings=True, bos_token_id=8192,
-                            eos_token_id=8193),
+                            eos_token_id=8193, positions=[0, 256]),
 }
 
 VQGANS = {
     # one level: no resampling at all; attention over 1024 places
-    "vqgan_one_level": dict(type="f16", resolution=32, channel_mult=[1], num_res_blocks=3,
+    "vqgan_one_level": dict(type="f16", resolution=32, channel_mult=[1], num_res_blocks=2,
                             attn_resolutions=[32], z_channels=32, num_embeddings=1024,
-                            quantized_embed_dim=8),
-    # one residual block: the encoder's attention blocks exist and never run, the decoder's run
-    "vqgan_idle_attention": dict(type="bf16", resolution=48, channel_mult=[1, 1],
-                                 num_res_blocks=1, attn_resolutions=[24, 48],
-                                 no_attn_mid_block=True, z_channels=24, num_embeddings=256,
-                                 quantized_embed_dim=12, f32_vectors=True),
-    # widths that fall and rise, resampling without weights
-    "vqgan_widths": dict(type="f16", resolution=32, channel_mult=[2, 1], num_res_blocks=1,
-                         attn_resolutions=[], no_attn_mid_block=True, z_channels=40,
-                         num_embeddings=512, quantized_embed_dim=16, resample_with_conv=False),
+                            quantized_embed_dim=8, kinds=[2]),
+    # widths that fall and rise; one residual block: the encoder's attention exists and never runs,
+    # the decoder's runs
+    "vqgan_widths": dict(type="bf16", resolution=48, channel_mult=[2, 1], num_res_blocks=1,
+                         attn_resolutions=[24], no_attn_mid_block=True, z_channels=24,
+                         num_embeddings=256, quantized_embed_dim=12, f32_vectors=True,
+                         kinds=[1]),
 }
 
 LARGE = {
@@ -102,7 +100,7 @@ def llama_config(spec):
                   max_position_embeddings=1024, attention_bias=False, mlp_bias=False,
                   tie_word_embeddings=False)
     config.update({k: v for k, v in spec.items()
-                   if k not in ("type", "n", "codes", "shards", "style")})
+                   if k not in ("type", "n", "codes", "shards", "style", "positions")})
     name = str(TYPES[spec["type"]]).split(".")[1]
     if spec.get("style") == 5:
         config["rope_parameters"] = {"rope_theta": config.pop("rope_theta"),
@@ -170,9 +168,9 @@ def make_llama(out, name, spec):
         model = oracle.open_llama(os.path.join(folder, "llama"))
         logits, cache = oracle.read_sequence(model, ids)
         new, gaps = oracle.greedy(model, logits[-1], cache, 64, n_codes)
-        if min(gaps) > LEAST_GAP:
+        if min(gaps) > LEAST_GAP and len(set(new)) >= LEAST_IDS:
             break
-    at = [0, 1, 255, 256, 257, 511, 512, n - 1]
+    at = spec.get("positions", [0, 1, 255, 256, 257, 511, 512, n - 1])
     oracle.save(folder, "codes", [n_codes], "<i4")
     oracle.save(folder, "ids", ids, "<i4")
     oracle.save(folder, "positions", at, "<i4")
@@ -216,7 +214,7 @@ def vqgan_config(spec):
     config = dict(_class_name="VQGANModel", _version="0.0.1", num_channels=3, hidden_channels=32,
                   no_attn_mid_block=False, dropout=0.0, resample_with_conv=True,
                   commitment_cost=0.25)
-    config.update({k: v for k, v in spec.items() if k not in ("type", "f32_vectors")})
+    config.update({k: v for k, v in spec.items() if k not in ("type", "f32_vectors", "kinds")})
     return config
 
 
@@ -338,8 +336,7 @@ def main():
         elif name in tokenizers:
             folder = os.path.join(args.out, name)
             model = make_vqgan(os.path.join(folder, "vqgan"), name, tokenizers[name], vqgan_class)
-            vqgan_vectors(folder, name, model, [2, 1] if model.config.resolution == 32 else
-                          [0, 2])
+            vqgan_vectors(folder, name, model, tokenizers[name].get("kinds", [0, 2]))
         elif name == "both":
             make_both(args.out, vqgan_class)
         else:

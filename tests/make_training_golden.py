@@ -28,12 +28,12 @@ import oracle
 # What make_golden.LLAMAS has. Heads of 24, 12 and 10 numbers; rows that fill no vector register.
 MODELS = {
     "plain": dict(type="f32", hidden_size=48, num_hidden_layers=2, num_attention_heads=2,
-                  num_key_value_heads=2, intermediate_size=72, vocab_size=66),
+                  num_key_value_heads=2, intermediate_size=28, vocab_size=34),
     "gqa": dict(type="f16", hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
-                num_key_value_heads=2, intermediate_size=76, vocab_size=70, rms_norm_eps=1e-5,
+                num_key_value_heads=2, intermediate_size=28, vocab_size=38, rms_norm_eps=1e-5,
                 rope_theta=500000.0, attention_bias=True, style=5),
-    "tied": dict(type="bf16", hidden_size=40, num_hidden_layers=3, num_attention_heads=4,
-                 num_key_value_heads=1, intermediate_size=52, vocab_size=98,
+    "tied": dict(type="bf16", hidden_size=40, num_hidden_layers=2, num_attention_heads=4,
+                 num_key_value_heads=1, intermediate_size=20, vocab_size=34,
                  tie_word_embeddings=True),
 }
 
