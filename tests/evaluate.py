@@ -309,8 +309,9 @@ def cost_table(seconds):
     lines = ["| protocol | episodes | prompt, answer, score of one | all |", "|---|---|---|---|"]
     for name, episodes in (("vp-segmentation", 4000), ("vp-colorization", 1000)):
         each = sum(seconds[name])
+        parts = " + ".join("%.2f" % part for part in seconds[name])
         lines.append("| %s | %d | %s s | %d x %.2f s = %.1f h |" % (
-            name, episodes, " + ".join("%.2f" % part for part in seconds[name]), episodes, each, episodes * each / 3600))
+            name, episodes, parts, episodes, each, episodes * each / 3600))
     return "\n".join(lines) + "\n"
 
 
@@ -323,7 +324,8 @@ def draw_sheet(work, tasks, path):
         shutil.copy(os.path.join(work, task, "floor/0.png"), asked)
         rows += ["--row", asked, os.path.join(work, task, "answer/0.png"),
                  os.path.join(work, task, "truth/0.png")]
-    subprocess.run([sys.executable, os.path.join(TESTS, "make_contact_sheet.py"), "-o", path, "-k", "1", *rows], check=True)
+    program = os.path.join(TESTS, "make_contact_sheet.py")
+    subprocess.run([sys.executable, program, "-o", path, "-k", "1", *rows], check=True)
 
 
 HEAD = """# How well the shipped model does

@@ -147,7 +147,8 @@ class Degenerate(Score):
             self.score(metric[0], "p.png", "t.png", *metric[1:], "--scale")
             self.assertEqual(self.values(metric, alpha, flat((200, 90, 31))),
                              self.values(metric, flat((200, 90, 30)), flat((200, 90, 31))), metric)
-            self.put("p/1.png", flat(self.BLACK)), self.put("t/1.png", flat(self.BLACK)), self.put("t/2.png", flat(self.BLACK))
+            for name in ("p/1.png", "t/1.png", "t/2.png"):
+                self.put(name, flat(self.BLACK))
             self.score(metric[0], "p", "t", *metric[1:], code=1, err=["t/2.png has no predicted image"])
             self.score(metric[0], "q", "t", *metric[1:], code=1, err=["q: "])
 
@@ -287,7 +288,8 @@ class Partners(Score):
             self.bad(2, words, "score", *args)
 
     def test_palette(self):
-        for text, words in (("", "no colour stands there"), ("1 2\n", "line 1: no colour"), ("\n1 2 256\n", "line 2"), ("1 2 3\0\n", "zero byte"),
+        for text, words in (("", "no colour stands there"), ("1 2\n", "line 1: no colour"), ("\n1 2 256\n", "line 2"),
+                            ("1 2 3\0\n", "zero byte"),
                             ("#12345g\n", "line 1"), ("#12345\n", "line 1"), ("1 2 3x\n", "line 1"),
                             ("1 2 3\n#010203\n", "line 2: the colour stands twice"),
                             ("".join("%d 0 1\n%d 1 1\n" % (i, i) for i in range(129)), "more than 256 colours")):
@@ -407,8 +409,8 @@ class Report(Case):
         import evaluate
         with open(os.path.join(TOP, "docs/evaluation.md")) as f:
             rows = [evaluate.read_row(line) for line in f if " / **" in line and line.startswith("| ")]
-        self.assertEqual({row[0] for row in rows},
-                         {entry.name for entry in os.scandir(os.path.join(TOP, "prompt")) if entry.is_dir()} - {"truth"})
+        folders = {entry.name for entry in os.scandir(os.path.join(TOP, "prompt")) if entry.is_dir()}
+        self.assertEqual({row[0] for row in rows}, folders - {"truth"})
         for task, queries, values in rows:
             lines = evaluate.prompt_lines(task, queries)
             metrics = [metric[:3] for metric in evaluate.ALL + evaluate.OWN.get(task, [])]
@@ -419,14 +421,16 @@ class Report(Case):
                     shutil.copy(at(line), self.path("%s/%s/%d.png" % (task, name, i)))
             for metric, options, value in metrics:
                 floor, _, ceiling = values[value]
-                self.assertEqual(floor, evaluate.shown(self.measure(task, "floor", metric, options, value)), (task, value))
+                got = self.measure(task, "floor", metric, options, value)
+                self.assertEqual(floor, evaluate.shown(got), (task, value))
                 if task == "depth":            # its last digits depend on the instruction set
                     self.through_the_tokenizer()
                     got = self.measure(task, "ceiling", metric, options, value)
                     self.assertAlmostEqual(float(ceiling), got, delta=0.01 * abs(got))
 
     def measure(self, task, folder, metric, options, value):
-        return json.loads(self.lines("score", metric, "%s/%s" % (task, folder), task + "/truth", "--json", *options)[-1])[value]
+        lines = self.lines("score", metric, "%s/%s" % (task, folder), task + "/truth", "--json", *options)
+        return json.loads(lines[-1])[value]
 
     def through_the_tokenizer(self):
         if not os.path.isdir(self.path("depth/ceiling")):
