@@ -319,7 +319,7 @@ static void test_row(const struct source *t) {
         "raw.pbm", "no_eoi.jpg", "cmyk_prog.jpg", "tail_text_crc.png", "tail_more.png",
         "plain_comments.pbm", "raw_510.pgm", "restart_row.jpg", "exif_6.png"};
     enum { N = sizeof names / sizeof *names };
-    struct buffer all = {NULL, 0, 0};
+    struct buffer all = {0};
     lvm_image one[N], image;
     size_t used = 0, at = 0;
     lvm_error error = {0, ""};
@@ -461,7 +461,7 @@ static void test_animation(void) {
     check(strcmp(c.type, "acTL") == 0 && c.size == 8 && memcmp(c.data, "\0\0\0\3\0\0\0\0", 8) == 0,
           "not three frames without end");
     for (int i = 0, number = 0; i < N; i++) {
-        struct buffer own = {NULL, 0, 0};
+        struct buffer own = {0};
         c = next_chunk(png, size, &at);
         want[3] = (uint8_t)number++;
         want[7] = W, want[11] = H, want[20] = DELAY >> 8, want[21] = DELAY & 255;
