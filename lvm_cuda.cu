@@ -928,6 +928,50 @@ static __device__ float4 normed(float4 v, float4 norm, float scale) {
                        norm.w * (v.w * scale));
 }
 
+/* Of four lanes, `step` from each other: v[i] of lane number t becomes v[t] of lane number i. */
+static __device__ void transpose4(uint32_t *v, int t, int step) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & bit) continue;
+            uint32_t got = __shfl_xor_sync(0xffffffff, t & bit ? v[i] : v[i | bit], bit * step);
+            if (t & bit) v[i] = got;
+            else v[i | bit] = got;
+        }
+}
+
+/* Writes rmsnorm(x) to a panel; a warp a row, of up to 2048 columns, which it keeps in registers. A
+   lane's fours are columns 4 lane + 128 u on; four lanes have what makes 16 bytes of a panel. */
+static __device__ void norm_to_panel(const struct packed &out, int row, const float *x,
+                                     const float *norm, float eps, int D) {
+    float4 v[16], sum[ROW_SUMS] = {};
+    const int lane = (int)threadIdx.x % 32, t = lane % 16 / 4, n = D / 4;
+#pragma unroll
+    for (int u = 0; u < 16; u++) v[u] = load_four(x, lane + 32 * u, n);
+#pragma unroll
+    for (int u = 0; u < 16; u++) sum[u % ROW_SUMS] = add_squares(sum[u % ROW_SUMS], v[u]);
+    float all = over_warp(sum[0]);
+#pragma unroll
+    for (int i = 1; i < ROW_SUMS; i++) all += over_warp(sum[i]);
+    const float scale = rsqrtf(all / (float)D + eps);
+#pragma unroll
+    for (int u = 0; u < 16; u += 2) {
+        uint32_t h[4];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const float4 y = normed(v[u + k], load_four(norm, lane + 32 * (u + k), n), scale);
+            h[2 * k] = as_word(__floats2half2_rn(y.x * out.up, y.y * out.up));
+            h[2 * k + 1] = as_word(__floats2half2_rn(y.z * out.up, y.w * out.up));
+        }
+        transpose4(h, t, 4);
+        /* now of four u + t / 2, half t % 2 */
+        const int k = (u + t / 2) * 128 + lane / 16 * 64 + lane % 4 * 4 + t % 2 * 2;
+        if (k < out.ld)
+            *(uint4 *)(out.h + packed_at(out, row, k)) = make_uint4(h[0], h[1], h[2], h[3]);
+    }
+}
+
 /* Writes rmsnorm(x), of which rms_scale gave the scale, zeros behind the last; a warp a row. */
 static __device__ void write_normed(const struct packed &out, int row, const float *x,
                                     const float *norm, float scale, int D) {
@@ -991,6 +1035,43 @@ static __device__ void copy_async(uint32_t to, const void *from, int there) {
 }
 
 static __device__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+static __device__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+/* Barriers in shared memory, by which warps tell each other how far they are. One lets go when
+   `count` have arrived and all bytes that it was told of have come. */
+static __device__ void barrier_init(uint64_t *b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count)
+                 : "memory");
+}
+
+/* For those who copy in the background. */
+static __device__ void barriers_made(void) {
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+static __device__ void barrier_arrive(uint64_t *b) {
+    asm volatile("{ .reg .b64 state;\n"
+                 "mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(shared_address(b))
+                 : "memory");
+}
+
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+#define BARRIER_WAIT "mbarrier.try_wait" /* sleeps for a while */
+#else
+#define BARRIER_WAIT "mbarrier.test_wait"
+#endif
+
+/* Until the barrier let go for the round of this parity. */
+static __device__ void barrier_wait(uint64_t *b, uint32_t parity) {
+    asm volatile("{ .reg .pred done;\n"
+                 "again: " BARRIER_WAIT ".parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again; }" ::"r"(shared_address(b)), "r"(parity) : "memory");
+}
 
 template <int GROUPS> static __device__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
@@ -1349,10 +1430,11 @@ static void launch_gemv(struct queue *q, const struct product_f16 *product) {
 __global__ void norm_pack_kernel(const float *x, const float *norm, float eps, int D,
                                  const int *which, int rows, struct packed out) {
     const int i = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
+    wait_for_inputs();
     if (i >= rows) return;
     const float *row = x + (int64_t)(which != NULL ? which[i] : i) * D;
-    const float scale = rms_scale(row, D, eps);
-    write_normed(out, i, row, norm, scale, D);
+    if (out.panels && D <= 2048) norm_to_panel(out, i, row, norm, eps, D);
+    else write_normed(out, i, row, norm, rms_scale(row, D, eps), D);
 }
 
 /* ---- GEMM: many rows ----
@@ -1380,59 +1462,73 @@ static __device__ int row_of_pair(int i) {
     return i / 8 % 4 * 16 + i / 32 * 8 + i % 8;
 }
 
-/* Of four lanes: v[i] of lane t becomes v[t] of lane i. */
-static __device__ void transpose4(uint32_t *v, int t) {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (i & bit) continue;
-            uint32_t got = __shfl_xor_sync(0xffffffff, t & bit ? v[i] : v[i | bit], bit);
-            if (t & bit) v[i] = got;
-            else v[i | bit] = got;
-        }
-}
-
 /* Up to three matrices of one type on their way into panels, one after the other; or gate and up,
-   together (pair). */
+   together (pair). first: the matrix's first tile, behind the last matrix INT_MAX. */
 struct unpacked {
     struct matrix w[3];
-    int first[3], pair; /* first: the matrix's first tile */
+    int first[3], tiles, pair;
     __half *h;
 };
 
-/* w -> tiles of 256 rows, zeros behind the last row. Grid: [matrix][128 rows][span]; a thread takes
-   16 columns of two rows. Floor: bytes in + bytes out. */
+/* A warp's 16 rows of a tile over one span, number `unit` of all; zeros behind a matrix's last row.
+   Lanes take 16 columns of two rows; of memory that is two tiles of 8 rows. */
 template <int TYPE>
-__global__ void __launch_bounds__(THREADS)
-    panels_kernel(const __grid_constant__ struct unpacked p) {
-    const int span = (int)blockIdx.x, part = (int)blockIdx.y, pair = p.pair;
-    const int row = (int)threadIdx.x / 4, t = (int)threadIdx.x % 4;
-    const struct matrix &w = p.w[blockIdx.z];
-    const int tile = pair ? part : p.first[blockIdx.z] + part / 2;
+static __device__ void unpack_unit(const struct unpacked &p, unsigned unit, unsigned spans) {
+    const int lane = (int)threadIdx.x % 32, t = lane % 4, row = (int)(unit % 16) * 16 + lane / 4;
+    const unsigned tile = unit / 16 / spans, span = unit / 16 % spans;
+    const int m = p.pair ? row / 64 % 2
+                         : ((int)tile >= p.first[1]) + ((int)tile >= p.first[2]);
+    const struct matrix &w = p.w[m];
+    uint4 *h = (uint4 *)p.h + ((int64_t)(tile * spans + span) * W_ROWS + row) * 8;
     struct raw16<TYPE> raw[2] = {};
-    int from[2];
-    if (part >= (pair ? (w.rows + 127) / 128 : (w.rows + 255) / 256 * 2)) return;
+    int there[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        from[i] = part * 128 + i * 64 + (pair ? row_of_pair(row) : row_alone(row));
-        if (from[i] < w.rows) fetch16<TYPE>(w, from[i], span * SPAN + 16 * t, &raw[i]);
+        const int r = row + 8 * i, from =
+            p.pair ? (int)tile * 128 + r / 128 * 64 + row_of_pair(r % 64)
+                   : ((int)tile - p.first[m]) * W_ROWS + r / 64 * 64 + row_alone(r % 64);
+        there[i] = from < w.rows;
+        if (there[i]) fetch16<TYPE>(w, from, (int)span * SPAN + 16 * t, &raw[i]);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int to = row + (pair ? i * 128 + (int)blockIdx.z * 64 : part % 2 * 128 + i * 64);
-        uint4 *h = (uint4 *)p.h + (((int64_t)tile * (w.ld / SPAN) + span) * W_ROWS + to) * 8;
         __half2 v[8];
         uint32_t u[8];
         expand16<TYPE>(raw[i], v);
 #pragma unroll
-        for (int k = 0; k < 8; k++) u[k] = from[i] < w.rows ? as_word(v[k]) : 0;
-        transpose4(u, t);
-        transpose4(u + 4, t);
-        h[t ^ (to & 7)] = make_uint4(u[0], u[1], u[2], u[3]);
-        h[(t + 4) ^ (to & 7)] = make_uint4(u[4], u[5], u[6], u[7]);
+        for (int k = 0; k < 8; k++) u[k] = there[i] ? as_word(v[k]) : 0;
+        transpose4(u, t, 1);
+        transpose4(u + 4, t, 1);
+        h[64 * i + (t ^ (row & 7))] = make_uint4(u[0], u[1], u[2], u[3]);
+        h[64 * i + ((t + 4) ^ (row & 7))] = make_uint4(u[4], u[5], u[6], u[7]);
     }
 }
+
+/* Warp number `warp` of so many: its share of all units. */
+template <int TYPE>
+static __device__ void unpack_units(const struct unpacked &p, int warp, int warps) {
+    const unsigned spans = (unsigned)p.w[0].ld / SPAN, units = (unsigned)p.tiles * spans * 16;
+    for (unsigned i = (unsigned)warp; i < units; i += (unsigned)warps)
+        unpack_unit<TYPE>(p, i, spans);
+}
+
+static __device__ void unpack(const struct unpacked &p, int warp, int warps) {
+    switch (p.w[0].type) {
+    case LVM_F16: unpack_units<LVM_F16>(p, warp, warps); break;
+    case LVM_BF16: unpack_units<LVM_BF16>(p, warp, warps); break;
+    case LVM_Q8_0: unpack_units<LVM_Q8_0>(p, warp, warps); break;
+    case LVM_Q4_0: unpack_units<LVM_Q4_0>(p, warp, warps);
+    }
+}
+
+/* w -> tiles of 256 rows. Floor: bytes in + bytes out. */
+__global__ void __launch_bounds__(THREADS)
+    panels_kernel(const __grid_constant__ struct unpacked p) {
+    wait_for_inputs();
+    unpack(p, (int)(blockIdx.x * WARPS + threadIdx.x / 32), (int)gridDim.x * WARPS);
+}
+
+enum { LATER = 3 };
 
 /* tiles: of all matrices, which follow each other. */
 struct gemm {
@@ -1445,6 +1541,7 @@ struct gemm {
         int N, first;      /* first: its first tile; behind the last matrix: INT_MAX */
     } out[3];
     struct packed h;
+    struct unpacked later[LATER]; /* what warps that have nothing else to do bring into panels */
 };
 
 /* Ends of sums. A thread brings B blocks of 8 columns of rows `row` and row + 8, [B][2][2]; of a
@@ -1559,34 +1656,27 @@ template <int N> static __device__ void clear_sums(float *c, float v) {
 
 /* ---- GEMM by wgmma (sm_90a) ----
 
-   A block computes pieces of y of 128 x 128, from 128 rows of x and half a tile of w. One thread
+   A block computes pieces of y of 128 x 256, from 128 rows of x and a tile of w: the larger a piece
+   is, the less of shared memory is read for each product, and that is what limits it. One thread
    loads: it fills a ring of stages in shared memory, a span each, piece after piece. Two warpgroups
-   multiply 64 rows of x each. What a piece's sums become is computed while the tensor cores work on
-   the first stages of the next piece. Two blocks make a cluster; they take the same rows of w, of
-   which each loads one half for both. */
+   multiply 64 rows of x each: the chain that goes on takes half of their registers, so that of the
+   sums of those before one half is in registers and one in shared memory. What a piece's sums
+   become is computed while the tensor cores work on the first stages of the next piece. Two blocks
+   make a cluster; they take the same rows of w, of which each loads one half for both. */
 
-enum { GEMM_PIECE = 128, CLUSTER = 2, GEMM_RING = 7, GEMM_RING_BYTES = 2 * X_BYTES,
-       WGMMA_THREADS = 384,
-       WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES, END_PARTS = 4 };
+enum { CLUSTER = 2, GEMM_RING = 3, GEMM_RING_BYTES = X_BYTES + W_BYTES, WGMMA_THREADS = 384,
+       REST_BYTES = 256 * 64 * 4 /* sums of two warpgroups */,
+       WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES + REST_BYTES, END_PARTS = 4 };
 
 static __host__ __device__ int gemm_across(const struct gemm &p) {
-    return (p.rows + GEMM_PIECE * CLUSTER - 1) / (GEMM_PIECE * CLUSTER);
+    return (p.rows + X_ROWS * CLUSTER - 1) / (X_ROWS * CLUSTER);
 }
 
 static __host__ __device__ int gemm_pieces(const struct gemm &p) {
-    return gemm_across(p) * p.tiles * (W_ROWS / GEMM_PIECE);
+    return gemm_across(p) * p.tiles;
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-static __device__ uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-/* A barrier lets go when `count` have arrived and all bytes that it was told of have come. */
-static __device__ void barrier_init(uint64_t *b, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count));
-}
 
 /* Arrives, and says how many bytes are to come. */
 static __device__ void barrier_expect(uint64_t *b, int bytes) {
@@ -1595,18 +1685,11 @@ static __device__ void barrier_expect(uint64_t *b, int bytes) {
 }
 
 /* Arrives at this barrier of block `rank` of the cluster. */
-static __device__ void barrier_arrive(uint64_t *b, int rank) {
+static __device__ void barrier_arrive_at(uint64_t *b, int rank) {
     asm volatile("{ .reg .b32 there;\n"
                  "mapa.shared::cluster.u32 there, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(b)),
                  "r"(rank) : "memory");
-}
-
-/* Until the barrier let go for the round of this parity. */
-static __device__ void barrier_wait(uint64_t *b, uint32_t parity) {
-    asm volatile("{ .reg .pred done;\n"
-                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again; }" ::"r"(shared_address(b)), "r"(parity) : "memory");
 }
 
 /* Contiguous bytes from global to shared memory, in the background; `done` is told of them. */
@@ -1639,13 +1722,15 @@ static __device__ uint64_t tile_descriptor(const void *tile) {
 #define EIGHT(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), \
                  "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
 
-/* c = x w^T (+ c, if `add`): 64 rows of x, 128 of w, 16 columns; in the background. */
+/* c = x w^T (+ c, if `add`): 64 rows of x, 256 of w, 16 columns; in the background. */
 static __device__ void wgmma(float *c, uint64_t x, uint64_t w, int add) {
-    asm volatile("{ .reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" TEN("") TEN("1") TEN("2")
-                 TEN("3") TEN("4") TEN("5") "%60, %61, %62, %63}, %64, %65, add, 1, 1, 0, 0; }"
+    asm volatile("{ .reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
+                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" TEN("") TEN("1") TEN("2")
+                 TEN("3") TEN("4") TEN("5") TEN("6") TEN("7") TEN("8") TEN("9") TEN("10") TEN("11")
+                 "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, add, 1, 1, 0, 0; }"
                  : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48),
-                   EIGHT(56)
+                   EIGHT(56), EIGHT(64), EIGHT(72), EIGHT(80), EIGHT(88), EIGHT(96), EIGHT(104),
+                   EIGHT(112), EIGHT(120)
                  : "l"(x), "l"(w), "r"(add));
 }
 
@@ -1653,7 +1738,7 @@ static __device__ void wgmma(float *c, uint64_t x, uint64_t w, int add) {
 #define wgmma_commit() asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
 #define wgmma_wait(n) asm volatile("wgmma.wait_group.sync.aligned " #n ";" ::: "memory")
 
-/* Piece x of 128 rows of x, piece w of 128 rows of w. */
+/* Piece x of 128 rows of x, tile w of w. */
 struct output_piece {
     int x, w;
 };
@@ -1662,7 +1747,7 @@ struct output_piece {
    x, which stay in the L2 cache. */
 static __device__ struct output_piece piece_of(const struct gemm &p, int n) {
     const int i = (int)blockIdx.x / CLUSTER + n * ((int)gridDim.x / CLUSTER), all = gemm_across(p);
-    const int each = p.group * p.tiles * (W_ROWS / GEMM_PIECE), first = i / each * p.group;
+    const int each = p.group * p.tiles, first = i / each * p.group;
     const int size = min(p.group, all - first), in = i % each;
     struct output_piece q = {(first + in % size) * CLUSTER + (int)blockIdx.x % CLUSTER, in / size};
     return q;
@@ -1678,20 +1763,19 @@ static __device__ int pieces_of(const struct gemm &p) {
 static __device__ void load_stages(const struct gemm &p, char *ring, uint64_t *full,
                                    uint64_t *empty) {
     const int spans = p.ld / SPAN, pieces = pieces_of(p), part = (int)blockIdx.x % CLUSTER;
-    const int x_tiles = (p.rows + X_ROWS - 1) / X_ROWS, own = X_BYTES / CLUSTER * part;
+    const int x_tiles = (p.rows + X_ROWS - 1) / X_ROWS, own = W_BYTES / CLUSTER * part;
     uint32_t at = 0;
     for (int n = 0; n < pieces; n++) {
         const struct output_piece q = piece_of(p, n);
         const char *x = (const char *)p.x + (int64_t)min(q.x, x_tiles - 1) * spans * X_BYTES;
-        const char *w = (const char *)p.w + (int64_t)(q.w / 2) * spans * W_BYTES +
-                        q.w % 2 * X_BYTES + own;
+        const char *w = (const char *)p.w + (int64_t)q.w * spans * W_BYTES + own;
         for (int span = 0; span < spans; span++, at++) {
             const uint32_t stage = at % GEMM_RING;
             char *to = ring + stage * GEMM_RING_BYTES;
             barrier_wait(&empty[stage], at / GEMM_RING % 2 ^ 1);
             barrier_expect(&full[stage], GEMM_RING_BYTES);
             copy_bulk(to, x + (int64_t)span * X_BYTES, X_BYTES, &full[stage]);
-            copy_to_both(to + X_BYTES + own, w + (int64_t)span * W_BYTES, X_BYTES / CLUSTER,
+            copy_to_both(to + X_BYTES + own, w + (int64_t)span * W_BYTES, W_BYTES / CLUSTER,
                          &full[stage]);
         }
     }
@@ -1699,7 +1783,7 @@ static __device__ void load_stages(const struct gemm &p, char *ring, uint64_t *f
 
 /* A warp no longer needs a stage: tells both blocks. */
 static __device__ void release_stage(uint64_t *empty) {
-    if (threadIdx.x % 32 < CLUSTER) barrier_arrive(empty, (int)threadIdx.x % 32);
+    if (threadIdx.x % 32 < CLUSTER) barrier_arrive_at(empty, (int)threadIdx.x % 32);
 }
 
 /* A warpgroup's place in the ring: stage number `at` of all; x0: where its rows of x begin. */
@@ -1710,7 +1794,7 @@ struct reader {
     int x0;
 };
 
-/* 64 rows of x by 128 of w over a stage's span, in the background: c[8 columns], a new chain or
+/* 64 rows of x by 256 of w over a stage's span, in the background: c[8 columns], a new chain or
    not. */
 static __device__ void multiply_stage(const struct reader &r, int add, float (*c)[4]) {
     const uint32_t stage = r.at % GEMM_RING;
@@ -1725,8 +1809,14 @@ static __device__ void multiply_stage(const struct reader &r, int add, float (*c
 
 /* The stage before is done; `any`: there is one in this chain. */
 static __device__ void next_stage(struct reader *r, int any) {
+#ifdef GEMM_WAIT
+    wgmma_wait(0);
+    release_stage(&r->empty[r->at % GEMM_RING]);
+    (void)any;
+#else
     wgmma_wait(1);
     if (any) release_stage(&r->empty[(r->at - 1) % GEMM_RING]);
+#endif
     r->at++;
 }
 
@@ -1737,56 +1827,97 @@ static __device__ void multiply_chain(struct reader *r, int first, int n, float 
         next_stage(r, i > 0);
     }
     wgmma_wait(0);
+#ifndef GEMM_WAIT
     if (n > 0) release_stage(&r->empty[(r->at - 1) % GEMM_RING]);
+#endif
+}
+
+/* The sums of a piece: of columns 0 .. 127 in registers, of the others in shared memory, where a
+   four is what end_four takes: number 8 i + j of row 8 i, blocks 2 j and 2 j + 1. */
+struct sums {
+    float kept[16][4];
+    float4 *rest; /* this thread's; the next is GEMM_GROUP further */
+};
+
+enum { GEMM_GROUP = 128 };
+
+/* sums += a chain's, or become those of the first. */
+static __device__ void add_chain(struct sums *s, const float (*c)[4], int first) {
+#pragma unroll
+    for (int k = 0; k < 64; k++)
+        s->kept[k / 4][k % 4] = first ? c[k / 4][k % 4] : s->kept[k / 4][k % 4] + c[k / 4][k % 4];
+#pragma unroll
+    for (int k = 0; k < 16; k++) {
+        const float *u = c[16 + k % 8 * 2] + k / 8 * 2, *v = c[17 + k % 8 * 2] + k / 8 * 2;
+        float4 sum = first ? make_float4(0, 0, 0, 0) : s->rest[k * GEMM_GROUP];
+        if (first) sum = make_float4(u[0], u[1], v[0], v[1]);
+        else sum = make_float4(sum.x + u[0], sum.y + u[1], sum.z + v[0], sum.w + v[1]);
+        s->rest[k * GEMM_GROUP] = sum;
+    }
 }
 
 /* Part of what the sums of a warp's 16 rows of a piece become. */
 template <int KIND>
 static __device__ void end_piece(const struct gemm &p, int part, struct output_piece q,
-                                 const float (*sums)[4]) {
-    const int row = q.x * GEMM_PIECE + (int)threadIdx.x / 32 * 16 + (int)threadIdx.x % 32 / 4;
-    end_part<KIND, 16>(p, part, q.w / 2, row, q.w % 2 * 16, sums);
+                                 const struct sums &s) {
+    const int row = q.x * X_ROWS + (int)threadIdx.x / 32 * 16 + (int)threadIdx.x % 32 / 4;
+    const int i = part % 2, h = part / 2;
+    float rest[16][4]; /* those that this part takes */
+    end_part<KIND, 16>(p, part, q.w, row, 0, s.kept);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const int j = KIND == SWIGLU ? k / 2 * 4 + h * 2 + k % 2 : h * 4 + k;
+        const float4 v = s.rest[(8 * i + j) * GEMM_GROUP];
+        rest[2 * j][2 * i] = v.x, rest[2 * j][2 * i + 1] = v.y;
+        rest[2 * j + 1][2 * i] = v.z, rest[2 * j + 1][2 * i + 1] = v.w;
+    }
+    end_part<KIND, 16>(p, part, q.w, row, 16, rest);
 }
 
 /* The first chain of a piece, and meanwhile the end of the piece before. */
 template <int KIND>
 static __device__ void multiply_and_end(const struct gemm &p, struct reader *r, int n,
                                         struct output_piece before, float (*c)[4],
-                                        const float (*sums)[4]) {
+                                        const struct sums &s) {
     if (n >= END_PARTS) {
 #pragma unroll
         for (int part = 0; part < END_PARTS; part++) {
             multiply_stage(*r, part > 0, c);
-            end_piece<KIND>(p, part, before, sums);
+            end_piece<KIND>(p, part, before, s);
             next_stage(r, part > 0);
         }
         multiply_chain(r, END_PARTS, n, c);
     } else {
 #pragma unroll
-        for (int part = 0; part < END_PARTS; part++) end_piece<KIND>(p, part, before, sums);
+        for (int part = 0; part < END_PARTS; part++) end_piece<KIND>(p, part, before, s);
         multiply_chain(r, 0, n, c);
     }
 }
 
 /* A warpgroup's half of all pieces. */
 template <int KIND>
-static __device__ void multiply_pieces(const struct gemm &p, const char *ring, uint64_t *full,
+static __device__ void multiply_pieces(const struct gemm &p, char *ring, uint64_t *full,
                                        uint64_t *empty) {
     const int spans = p.ld / SPAN, pieces = pieces_of(p);
     const int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
     struct reader r = {ring, full, empty, 0, group * (X_BYTES / 2)};
     struct output_piece q = {0, 0};
-    float c[16][4], total[16][4];
+    float c[32][4];
+    struct sums s;
+    s.rest = (float4 *)(ring + GEMM_RING * GEMM_RING_BYTES + group * (REST_BYTES / 2)) +
+             threadIdx.x % GEMM_GROUP;
     for (int n = 0; n <= pieces; n++) {
         const int count = n < pieces ? part_start(spans, 1) : 0;
         if (n == 0) multiply_chain(&r, 0, count, c);
-        else multiply_and_end<KIND>(p, &r, count, q, c, total);
+        else multiply_and_end<KIND>(p, &r, count, q, c, s);
+        if (n == pieces) break;
         q = piece_of(p, n);
-        clear_sums<64>(total[0], -0.0f);
-        for (int part = 0; n < pieces && part < CHAINS; part++) {
+        add_chain(&s, c, 1);
+        for (int part = 1; part < CHAINS; part++) {
             const int more = part_start(spans, part + 1) - part_start(spans, part);
-            if (part > 0) multiply_chain(&r, 0, more, c);
-            if (more > 0) add_part<64>(total[0], c[0]);
+            if (more == 0) break;
+            multiply_chain(&r, 0, more, c);
+            add_chain(&s, c, 0);
         }
     }
 }
@@ -1806,15 +1937,19 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1)
             barrier_init(&full[i], 1);
             barrier_init(&empty[i], 8 * CLUSTER);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    barriers_made();
     cluster_sync();
+    wait_for_inputs();
     if (threadIdx.x < 256) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         multiply_pieces<KIND>(p, tiles, full, empty);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        const int helper = (int)threadIdx.x / 32 - 9;
         if (threadIdx.x == 256) load_stages(p, tiles, full, empty);
+        for (int i = 0; helper >= 0 && i < LATER; i++)
+            unpack(p.later[i], (int)blockIdx.x * 3 + helper, (int)gridDim.x * 3);
     }
     __syncwarp();
     cluster_sync();
@@ -1929,23 +2064,21 @@ static int panel_tiles(int rows, int pair) {
     return pair ? (rows + W_ROWS / 2 - 1) / (W_ROWS / 2) : (rows + W_ROWS - 1) / W_ROWS;
 }
 
-/* n matrices of one type (not F32) and width into panels, which have room for all their tiles. */
-static void launch_panels(struct queue *q, const struct matrix *w, int n, int pair, __half *h) {
-    struct unpacked p = {};
-    int most = 0;
-    p.pair = pair;
-    p.h = h;
+/* n matrices of one type (not F32) and width, which have room for all their tiles at h. */
+static struct unpacked unpacked_at(const struct matrix *w, int n, int pair, __half *h) {
+    struct unpacked p = {{}, {0, INT_MAX, INT_MAX}, 0, pair, h};
     for (int i = 0; i < n; i++) {
         p.w[i] = w[i];
-        p.first[i] = i == 0 || pair ? 0 : p.first[i - 1] + panel_tiles(w[i - 1].rows, 0);
-        most = (int)max64(most, w[i].rows);
+        if (!pair) p.first[i] = p.tiles;
+        p.tiles = pair ? panel_tiles(w[0].rows, 1) : p.tiles + panel_tiles(w[i].rows, 0);
     }
-    dim3 grid((unsigned)(w->ld / SPAN), (unsigned)panel_tiles(most, 0) * 2, (unsigned)n);
-    with_type(w->type, [&](auto type) {
-        constexpr int T = decltype(type)::value == LVM_F32 ? LVM_F16 : decltype(type)::value;
-        panels_kernel<T><<<grid, THREADS, 0, q->stream>>>(p);
-        launched(q, "panels_kernel");
-    });
+    return p;
+}
+
+static void launch_panels(struct queue *q, const struct unpacked *p) {
+    const int64_t units = (int64_t)p->tiles * (p->w[0].ld / SPAN) * 16;
+    const unsigned grid = (unsigned)min64((units + WARPS - 1) / WARPS, 8 * q->sms);
+    if (grid > 0) launch(q, "panels_kernel", panels_kernel, dim3(grid), THREADS, 0, *p);
 }
 
 /* Products of rows of x (in panels) by panels of w, of no matrix so far. */
@@ -1990,47 +2123,55 @@ template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int 
                            q->stream>>>(p);
     else {
         cudaLaunchConfig_t c = {};
-        cudaLaunchAttribute cluster = {};
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {CLUSTER, 1, 1};
+        cudaLaunchAttribute how[2] = {};
+        how[0].id = cudaLaunchAttributeClusterDimension;
+        how[0].val.clusterDim = {CLUSTER, 1, 1};
+        how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        how[1].val.programmaticStreamSerializationAllowed = 1;
         c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_pieces(p), blocks / CLUSTER)));
         c.blockDim = dim3(WGMMA_THREADS);
         c.dynamicSmemBytes = WGMMA_SHARED;
         c.stream = q->stream;
-        c.attrs = &cluster;
-        c.numAttrs = 1;
+        c.attrs = how;
+        c.numAttrs = 2;
         note(q, cudaLaunchKernelEx(&c, gemm_wgmma_kernel<KIND>, p), "gemm_wgmma_kernel");
     }
     launched(q, "gemm_kernel");
 }
 
 static void launch_norm_pack(struct queue *q, const struct product_f16 *j) {
-    norm_pack_kernel<<<(unsigned)(j->rows + WARPS - 1) / WARPS, THREADS, 0, q->stream>>>(
-        j->x, j->norm, j->eps, j->p[0].w.cols, j->which, j->rows, j->in);
-    launched(q, "norm_pack_kernel");
+    launch(q, "norm_pack_kernel", norm_pack_kernel, dim3((unsigned)(j->rows + WARPS - 1) / WARPS),
+           THREADS, 0, j->x, j->norm, j->eps, j->p[0].w.cols, j->which, j->rows, j->in);
 }
 
-/* A product of many rows; w16: room for its matrices in panels. */
+/* For many rows: where a product's matrices lie as panels, and which come next. */
+struct prepared {
+    const __half *panels;
+    struct unpacked later[LATER];
+};
+
+/* A product of many rows. What is to be unpacked for later ones is so meanwhile or, where only
+   gemm_wgmma_kernel could, afterwards. */
 static void multiply_many(struct queue *q, enum epilogue kind, const struct product_f16 *j,
-                          __half *w16) {
-    struct matrix w[3] = {j->p[0].w, j->p[1].w, j->p[2].w};
-    struct gemm g = gemm_of(&j->in, j->rows, w16);
+                          const struct prepared *w) {
+    struct gemm g = gemm_of(&j->in, j->rows, w->panels);
     if (j->norm != NULL) launch_norm_pack(q, j);
-    launch_panels(q, w, j->n, kind == SWIGLU, w16);
     for (int i = 0; kind != SWIGLU && i < j->n; i++)
-        gemm_into(&g, w[i].rows, j->p[i].bias, j->p[i].y);
-    if (kind == SWIGLU) gemm_swiglu(&g, w[0].rows, &j->out);
+        gemm_into(&g, j->p[i].w.rows, j->p[i].bias, j->p[i].y);
+    if (kind == SWIGLU) gemm_swiglu(&g, j->p[0].w.rows, &j->out);
+    for (int i = 0; q->wgmma > 0 && i < LATER; i++) g.later[i] = w->later[i];
     if (kind == STORE) launch_gemm<STORE>(q, g, q->wgmma);
     else if (kind == ADD) launch_gemm<ADD>(q, g, q->wgmma);
     else launch_gemm<SWIGLU>(q, g, q->wgmma);
+    for (int i = 0; q->wgmma == 0 && i < LATER; i++) launch_panels(q, &w->later[i]);
 }
 
 /* The matrices of a product have one type, which is not F32. */
 static void multiply(struct queue *q, enum epilogue kind, const struct product_f16 *product,
-                     __half *w16) {
+                     const struct prepared *w) {
     struct product_f16 j = *product;
     if (j.in.panels) {
-        multiply_many(q, kind, product, w16);
+        multiply_many(q, kind, product, w);
         return;
     }
     if (j.norm != NULL && staged_bytes(q, &j) == 0) {
@@ -2939,43 +3080,17 @@ static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_v
     if (threadIdx.x % 32 == 0) scales[scale_place(l, is_value, at, i0)] = __float2half_rn(d);
 }
 
-/* Grid: [rows / 32][G][dp / 32]: values of many rows, v[rows][G][d], for tensor cores. Through
-   shared memory, for neighbouring rows' values lie side by side. Floor: bytes in + bytes out. */
-__global__ void __launch_bounds__(THREADS)
-    store_values_kernel(struct batch_view b, struct kv_layout l, const float *v, int rows,
-                        int layer, int G, int d) {
-    __shared__ uint16_t codes[32][34]; /* [dimension][row] */
-    __shared__ __half scales[32];
-    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32);
-    const int first = (int)blockIdx.x * 32, g = (int)blockIdx.y, i0 = (int)blockIdx.z * 32;
-    for (int r = warp; r < 32 && first + r < rows; r += WARPS) {
-        const int dim = i0 + lane;
-        const float x = dim < d ? v[((int64_t)(first + r) * G + g) * d + dim] : 0;
-        int code = __half_as_ushort(__float2half_rn(x));
-        float scale = l.type == LVM_Q8_0 ? quantize_lane(x, &code) : 0;
-        codes[lane][r] = (uint16_t)code;
-        if (lane == 0) scales[r] = __float2half_rn(scale);
-    }
-    __syncthreads();
-    if (first + lane >= rows) return;
-    const int pos = b.pos[first + lane], at = pos % KEYS;
-    uint8_t *to = head_of(b, l, b.seq[first + lane], pos / KEYS, (int64_t)layer * G + g) +
-                  l.head_bytes;
-    for (int i = warp; i < 32; i += WARPS) {
-        const int place = kv_place(l, 1, at, i0 + i);
-        if (l.type == LVM_Q8_0) to[place] = (uint8_t)codes[i][lane];
-        else ((uint16_t *)to)[place] = codes[i][lane];
-    }
-    if (l.type == LVM_Q8_0 && warp == 0)
-        ((__half *)(to + (int64_t)KEYS * l.dp))[scale_place(l, 1, at, i0)] = scales[lane];
+/* A pair turned by an angle, with the same roundings wherever it is. */
+static __device__ float2 turned(float x0, float x1, float cosine, float sine) {
+    return make_float2(__fmaf_rn(x0, cosine, -__fmul_rn(x1, sine)),
+                       __fmaf_rn(x1, cosine, __fmul_rn(x0, sine)));
 }
 
 /* Grid: [rows][G], a key/value head and its queries: turns queries and keys by their angles, in
-   place, and stores keys, and values where store_values_kernel does not, in the cache. rope:
-   [context][2][d / 2], cosines and sines. */
+   place, and stores keys and values in the cache. rope: [context][2][d / 2], cosines and sines. */
 __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float *q, float *k,
                                   const float *v, const float *rope, int layer, int H, int G,
-                                  int d, int with_values) {
+                                  int d) {
     int row = (int)blockIdx.x, g = (int)blockIdx.y, pos = b.pos[row], half = d / 2, group = H / G;
     wait_for_inputs();
     const float *cosines = rope + (int64_t)pos * d, *sines = cosines + half;
@@ -2983,13 +3098,13 @@ __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float
     for (int i = (int)threadIdx.x; i < (group + 1) * half; i += (int)blockDim.x) {
         int h = i / half, j = i % half;
         float *x = h < group ? queries + h * d : key;
-        float x0 = x[j], x1 = x[j + half];
-        x[j] = x0 * cosines[j] - x1 * sines[j];
-        x[j + half] = x1 * cosines[j] + x0 * sines[j];
+        const float2 y = turned(x[j], x[j + half], cosines[j], sines[j]);
+        x[j] = y.x;
+        x[j + half] = y.y;
     }
     __syncthreads();
     uint8_t *head = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
-    int pieces = l.dp / QK, lane = (int)threadIdx.x % 32, all = with_values ? 2 * pieces : pieces;
+    int pieces = l.dp / QK, lane = (int)threadIdx.x % 32, all = 2 * pieces;
     for (int i = (int)threadIdx.x / 32; i < all; i += (int)blockDim.x / 32) {
         int value = i / pieces, i0 = i % pieces * QK, dim = i0 + lane;
         const float *from = value ? v + ((int64_t)row * G + g) * d : key;
@@ -3001,6 +3116,8 @@ struct attention {
     struct batch_view b;
     struct kv_layout l;
     const float *q;        /* [rows][H][d], rotated */
+    const __half *q16;     /* of many rows: [rows][H][dp], and what their products are multiplied */
+    const float *c;        /* by, see struct query_scale: [rows][H] */
     float *o;              /* [rows][H][d], or NULL */
     struct packed h;       /* the same in f16, row `from` first; h.h: NULL where it is not wanted */
     float *partial;        /* [rows][H]: o' [blocks][dp], m' and l' [blocks][2] */
@@ -3118,6 +3235,12 @@ static __device__ void copy_rows(char *to, const uint8_t *from, int rows, unsign
         if (r + i * STEP < rows) copy_16(to + i * STEP * ROW, from + i * STEP * ROW);
 }
 
+/* The inverse of stored_place. */
+static __device__ int key_of_place(int place, int n) {
+    const int t = place % (4 * n) / n, s = place % n / 4, j = place % 4;
+    return place / (4 * n) * (4 * n) + 16 * s + 2 * t + j % 2 + j / 2 * 8;
+}
+
 /* Of a block of which only `there` keys are there, values of the others become zeros (for q8_0
    their scales do): whatever lies there times p = 0 could be NaN. rows: of values (of scales), by N
    threads. */
@@ -3126,17 +3249,11 @@ static __device__ void forget_values(char *rows_at, int rows, int there, int thr
     constexpr int n = KV == LVM_Q8_0 ? 16 : 8;
 #pragma unroll 1
     for (int i = thread; i < rows * BLOCK; i += N) {
-        const unsigned place = (unsigned)i % BLOCK;
-        const int t = place % (4 * n) / n, s = place % n / 4, j = place % 4, r = i / BLOCK;
-        const int key = (int)(place / (4 * n)) * (4 * n) + 16 * s + 2 * t + j % 2 + j / 2 * 8;
-        if (key < there) continue;
+        const int place = i % BLOCK, r = i / BLOCK;
+        if (key_of_place(place, n) < there) continue;
         if (KV == LVM_Q8_0) ((__half *)rows_at)[i] = __half(0);
         else *(__half *)(rows_at + piece_at<BLOCK * 2>(r, place / 8) + place % 8 * 2) = __half(0);
     }
-}
-
-static __device__ void copies_arrive(void) {
-    asm volatile("cp.async.wait_all;" ::: "memory");
 }
 
 static __device__ void copies_end(void) {
@@ -3161,11 +3278,10 @@ template <int KV> struct piece {
     uint32_t w[2 * STEPS];                               /* pairs of f16, two a step */
 };
 
-/* Piece c = 4 u + t of key number `key`; scales: [key][dp / 32]. */
-template <int KV, int DP>
-static __device__ struct piece<KV> key_piece(const char *keys, const char *scales, int key, int u,
-                                             int t) {
-    const uint4 v = *(const uint4 *)(keys + piece_at<block_of<KV, DP>::KEY>(key, 4 * u + t));
+/* 16 bytes of a key; scales: its two. */
+template <int KV>
+static __device__ struct piece<KV> key_at(const char *bytes, const char *scales) {
+    const uint4 v = *(const uint4 *)bytes;
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     struct piece<KV> p;
     if (KV == LVM_F16) {
@@ -3173,7 +3289,7 @@ static __device__ struct piece<KV> key_piece(const char *keys, const char *scale
         for (int i = 0; i < 4; i++) p.w[i] = w[i];
         return p;
     }
-    const __half2 d = *(const __half2 *)(scales + (key * (DP / QK) + 2 * u) * 2);
+    const __half2 d = *(const __half2 *)scales;
     const __half2 low = __low2half2(d), high = __high2half2(d);
 #pragma unroll
     for (int s = 0; s < piece<KV>::STEPS; s++)
@@ -3181,12 +3297,18 @@ static __device__ struct piece<KV> key_piece(const char *keys, const char *scale
     return p;
 }
 
-/* Piece c = 4 u + t of dimension i of values; scales: its 64. */
+/* Piece c = 4 u + t of key number `key`; scales: [key][dp / 32]. */
+template <int KV, int DP>
+static __device__ struct piece<KV> key_piece(const char *keys, const char *scales, int key, int u,
+                                             int t) {
+    return key_at<KV>(keys + piece_at<block_of<KV, DP>::KEY>(key, 4 * u + t),
+                      scales + (key * (DP / QK) + 2 * u) * 2);
+}
+
+/* 16 bytes of a dimension of values, by lane t of four; scales: the dimension's 64. */
 template <int KV>
-static __device__ struct piece<KV> value_piece(const char *values, const char *scales, int i, int u,
-                                               int t) {
-    constexpr int ROW = block_of<KV, 64>::VALUE;
-    const uint4 v = *(const uint4 *)(values + piece_at<ROW>(i, 4 * u + t));
+static __device__ struct piece<KV> value_at(const char *bytes, const char *scales, int t) {
+    const uint4 v = *(const uint4 *)bytes;
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     struct piece<KV> p;
     if (KV == LVM_F16) {
@@ -3200,6 +3322,13 @@ static __device__ struct piece<KV> value_piece(const char *values, const char *s
     for (int s = 0; s < piece<KV>::STEPS; s++)
         scaled_bytes(w[s], as_half2(d[2 * s % 8]), as_half2(d[2 * s % 8 + 1]), p.w + 2 * s);
     return p;
+}
+
+/* Piece c = 4 u + t of dimension i of values; scales: its 64. */
+template <int KV>
+static __device__ struct piece<KV> value_piece(const char *values, const char *scales, int i, int u,
+                                               int t) {
+    return value_at<KV>(values + piece_at<block_of<KV, 64>::VALUE>(i, 4 * u + t), scales, t);
 }
 
 /* ---- A few rows: blocks of keys side by side, then merged ---- */
@@ -3575,6 +3704,160 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struc
 
 /* ---- Many rows: flash attention ---- */
 
+/* A row of q, k and v as products left it, many rows' places for them. */
+struct projected {
+    const float *q, *k, *v; /* [rows][H or G][d] */
+    const float *rope;      /* [context][2][d / 2], cosines and sines */
+    __half *q16;            /* [rows][H][dp], turned, times a power of two */
+    float *c;               /* [rows][H]: see struct query_scale */
+    int rows, layer, H, G, d;
+    float scale;
+};
+
+enum { STORED_ROWS = 32 };
+
+/* A warp's row of d elements, turned, to `to`, zeros behind the last; returns the largest without
+   its sign. */
+template <int DP>
+static __device__ float turn_row(const float *x, const float *angles, int d, float *to) {
+    const int half = d / 2, lane = (int)threadIdx.x % 32;
+    float most = 0;
+#pragma unroll
+    for (int j = lane; j < DP / 2; j += 32) {
+        if (j >= half) continue;
+        const float2 y = turned(x[j], x[j + half], angles[j], angles[j + half]);
+        to[j] = y.x;
+        to[j + half] = y.y;
+        most = fmaxf(most, fmaxf(fabsf(y.x), fabsf(y.y)));
+    }
+    for (int j = d + lane; j < DP; j += 32) to[j] = 0;
+    for (int s = 16; s > 0; s /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, s));
+    __syncwarp();
+    return most;
+}
+
+/* Four of 32 values that share a scale, of which eight lanes have four each, as quantize_lane
+   makes them. */
+static __device__ float quantize_four(const float *v, uint32_t *codes) {
+    float most = fabsf(v[0]);
+#pragma unroll
+    for (int k = 1; k < 6; k++) { /* NaN stays */
+        const float other = k < 4 ? fabsf(v[k])
+                                  : __shfl_xor_sync(0xffffffff, most, k == 4 ? 1 : 2);
+        most = other > most || other != other ? other : most;
+    }
+    const float other = __shfl_xor_sync(0xffffffff, most, 4);
+    most = other > most || other != other ? other : most;
+    const float d = most / 127, inverse = d > 0 ? 1 / d : 0;
+#pragma unroll
+    for (int k = 0; k < 4; k++) codes[k] = (uint32_t)((int)rintf(v[k] * inverse) + 128);
+    return d;
+}
+
+/* Four elements of a row as the cache has them; returns the scale of 32, or 0. */
+template <int KV> static __device__ float codes_of(const float *v, uint32_t *codes) {
+    float scale = 0;
+    if (KV == LVM_Q8_0) scale = quantize_four(v, codes);
+    else
+        for (int k = 0; k < 4; k++) codes[k] = __half_as_ushort(__float2half_rn(v[k]));
+    return scale;
+}
+
+/* A warp's key, turned, to position `at` of a page. */
+template <int KV, int DP>
+static __device__ void store_key(uint8_t *keys, int at, const float *row) {
+    constexpr int n = KV == LVM_Q8_0 ? 16 : 8;
+#pragma unroll
+    for (int i = 4 * (int)(threadIdx.x % 32); i < (DP + 127) / 128 * 128; i += 128) {
+        uint32_t c[4];
+        const float4 v = i < DP ? *(const float4 *)(row + i) : make_float4(0, 0, 0, 0);
+        const float x[4] = {v.x, v.y, v.z, v.w}, d = codes_of<KV>(x, c);
+        if (i >= DP) continue;
+#pragma unroll
+        for (int k = 0; k < 4; k += 2) { /* two that are neighbours in the cache too */
+            const int place = at * DP + stored_place(i + k, n);
+            if (KV == LVM_Q8_0) *(uint16_t *)(keys + place) = (uint16_t)(c[k] | c[k + 1] << 8);
+            else ((uint32_t *)keys)[place / 2] = c[k] | c[k + 1] << 16;
+        }
+        if (KV == LVM_Q8_0 && i % QK == 0)
+            ((__half *)(keys + KEYS * DP))[at * (DP / QK) + i / QK] = __float2half_rn(d);
+    }
+}
+
+/* A head of 32 rows in shared memory, on its way to the cache. */
+template <int DP> struct stored {
+    float row[WARPS][DP];                   /* a warp's */
+    uint16_t codes[DP][STORED_ROWS + 2];    /* values [dimension][row] */
+    __half scales[DP / QK][STORED_ROWS];
+};
+
+/* A warp's row of d values to column r. */
+template <int KV, int DP>
+static __device__ void keep_values(struct stored<DP> *s, int r, const float *v, int d) {
+#pragma unroll
+    for (int i = 4 * (int)(threadIdx.x % 32); i < (DP + 127) / 128 * 128; i += 128) {
+        uint32_t c[4];
+        float x[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) x[k] = i + k < d ? v[i + k] : 0;
+        const float scale = codes_of<KV>(x, c);
+        if (i >= DP) continue;
+#pragma unroll
+        for (int k = 0; k < 4; k++) s->codes[i + k][r] = (uint16_t)c[k];
+        if (i % QK == 0) s->scales[i / QK][r] = __float2half_rn(scale);
+    }
+}
+
+/* A query of a head, turned, in f16. */
+template <int DP>
+static __device__ void store_query(const struct projected &p, int64_t at, const float *angles,
+                                   float *row) {
+    const float most = turn_row<DP>(p.q + at * p.d, angles, p.d, row);
+    const struct query_scale s = query_scale_of(most, p.scale);
+#pragma unroll
+    for (int i = 2 * (int)(threadIdx.x % 32); i < DP; i += 64)
+        *(__half2 *)(p.q16 + at * DP + i) = __floats2half2_rn(row[i] * s.up, row[i + 1] * s.up);
+    if (threadIdx.x % 32 == 0) p.c[at] = s.c;
+    __syncwarp();
+}
+
+/* Grid: [rows / 32][G]: a key/value head of 32 rows and its queries. Turns queries and keys by
+   their angles; queries become f16, keys and values go to the cache, values through shared memory,
+   for neighbouring rows' values lie side by side. Floor: bytes in + bytes out. */
+template <int KV, int DP>
+__global__ void __launch_bounds__(THREADS)
+    store_many_kernel(const struct batch_view b, int64_t head_bytes, const struct projected p) {
+    __shared__ __align__(16) struct stored<DP> s;
+    constexpr int n = KV == LVM_Q8_0 ? 16 : 8;
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), g = (int)blockIdx.y;
+    const int first = (int)blockIdx.x * STORED_ROWS, rows = min(STORED_ROWS, p.rows - first);
+    const int64_t head = ((int64_t)p.layer * p.G + g) * 2 * head_bytes;
+    float *row = s.row[warp];
+    wait_for_inputs();
+    for (int r = warp; r < rows; r += WARPS) {
+        const int pos = b.pos[first + r], group = p.H / p.G;
+        const float *angles = p.rope + (int64_t)pos * p.d;
+        const int64_t at = (int64_t)(first + r) * p.G + g;
+        keep_values<KV, DP>(&s, r, p.v + at * p.d, p.d);
+        for (int h = 0; h < group; h++) store_query<DP>(p, at * group + h, angles, row);
+        turn_row<DP>(p.k + at * p.d, angles, p.d, row);
+        store_key<KV, DP>(b.table[b.seq[first + r] * b.max_pages + pos / KEYS] + head, pos % KEYS,
+                          row);
+        __syncwarp();
+    }
+    __syncthreads();
+    if (lane >= rows) return;
+    const int pos = b.pos[first + lane], at = pos % KEYS, block = at / BLOCK * DP;
+    const int in = stored_place(at % BLOCK, n);
+    uint8_t *to = b.table[b.seq[first + lane] * b.max_pages + pos / KEYS] + head + head_bytes;
+#pragma unroll 4
+    for (int i = warp; i < DP; i += WARPS)
+        if (KV == LVM_Q8_0) to[(block + i) * BLOCK + in] = (uint8_t)s.codes[i][lane];
+        else ((uint16_t *)to)[(block + i) * BLOCK + in] = s.codes[i][lane];
+    if (KV == LVM_Q8_0 && warp < DP / QK)
+        ((__half *)(to + KEYS * DP))[(block / QK + warp) * BLOCK + in] = s.scales[warp][lane];
+}
+
 /* A tile of 64 x 64 f16 for tensor cores: rows of 128 bytes, whose pieces are swizzled. */
 enum { TILE = 64 * 64 * 2 };
 
@@ -3589,70 +3872,39 @@ static __device__ void store_piece(char *tiles, int r, int u, int t, const struc
     }
 }
 
-/* Each of the two warp groups copies, and expands, half of a block: 32 of 64 keys, and 32 of each
-   64 dimensions of values. wg: 0 or 1. */
-enum { GROUP = THREADS / 2 /* threads of a warp group */ };
+enum { GROUP = 128 /* threads of a warp group */, FLASH_THREADS = 3 * GROUP };
 
-/* Half of block `block` (of four) of a head's keys. */
-template <int KV, int DP>
-static __device__ void copy_keys(char *to, const uint8_t *head, int block, int wg) {
-    using B = block_of<KV, DP>;
-    constexpr int SCALES = 32 * DP / QK * 2;
-    const unsigned thread = threadIdx.x % GROUP;
-    const int r = wg * 32, from = block * BLOCK + r;
-    copy_rows<B::KEY, 32, GROUP>(to + r * B::KEY, head + from * B::KEY, 32, thread);
-    if (KV == LVM_Q8_0)
-        copy_rows<16, SCALES / 16, GROUP>(to + B::KEY_CODES + wg * SCALES,
-                                          head + KEYS * DP + from * (DP / QK) * 2, SCALES / 16,
-                                          thread);
-}
-
-/* The same of values: M dimensions from `first` on. */
-template <int KV, int DP, int M>
-static __device__ void copy_values(char *to, const uint8_t *head, int block, int first, int wg) {
-    using B = block_of<KV, DP, M>;
-    const unsigned thread = threadIdx.x % GROUP;
-#pragma unroll
-    for (int i = 0; i < M / 64; i++) {
-        const int r = i * 64 + wg * 32, from = block * DP + first + r;
-        copy_rows<B::VALUE, 32, GROUP>(to + r * B::VALUE, head + from * B::VALUE, 32, thread);
-        if (KV == LVM_Q8_0)
-            copy_rows<16, 8, GROUP>(to + B::VALUE_CODES + r / QK * BLOCK * 2,
-                                    head + KEYS * DP + from / QK * BLOCK * 2, 8, thread);
-    }
-}
-
-/* Zeros for values that are not there: see forget_values. */
-template <int KV, int M> static __device__ void forget_half(char *values, int there, int wg) {
-    using B = block_of<KV, M, M>;
-    for (int i = 0; i < M / 64; i++) {
-        const int r = i * 64 + wg * 32;
-        char *at = KV == LVM_Q8_0 ? values + B::VALUE_CODES + r / QK * BLOCK * 2
-                                  : values + r * B::VALUE;
-        forget_values<KV, GROUP>(at, KV == LVM_Q8_0 ? 1 : 32, there, (int)(threadIdx.x % GROUP));
-    }
-}
-
-/* A block's keys to tiles of f16, dp / 64 of [64 keys][64 dimensions]. */
+/* A block's keys to tiles of f16, dp / 64 of [64 keys][64 dimensions], by a warp group; where rows
+   are as long as all banks, every other row begins with another piece. */
 template <int KV, int DP> static __device__ void expand_keys(const char *keys, char *tiles) {
-    const int r = (int)(threadIdx.x / 4), t = (int)(threadIdx.x % 4);
+    using B = block_of<KV, DP>;
+    const int row = (int)(threadIdx.x % GROUP / 4), t = (int)(threadIdx.x % 4);
+    const int other = B::KEY % 128 == 0 ? row & 1 : 0;
 #pragma unroll
-    for (int u = 0; u < block_of<KV, DP>::KEY / 64; u++)
-        store_piece<KV>(tiles, r, u, t,
-                        key_piece<KV, DP>(keys, keys + block_of<KV, DP>::KEY_CODES, r, u, t));
+    for (int r = row; r < row + BLOCK; r += 32)
+#pragma unroll
+        for (int i = 0; i < B::KEY / 64; i++) {
+            const int u = i ^ other;
+            store_piece<KV>(tiles, r, u, t,
+                            key_at<KV>(keys + r * B::KEY + (4 * u + t) * 16,
+                                       keys + B::KEY_CODES + (r * (DP / QK) + 2 * u) * 2));
+        }
 }
 
 /* Values of M dimensions, M / 64 tiles of [64 dimensions][64 keys]. */
 template <int KV, int M> static __device__ void expand_values(const char *values, char *tiles) {
-    const int r = (int)(threadIdx.x / 4), t = (int)(threadIdx.x % 4);
+    using B = block_of<KV, M>;
+    const int row = (int)(threadIdx.x % GROUP / 4), t = (int)(threadIdx.x % 4);
+    const int other = B::VALUE % 128 == 0 ? row & 1 : 0;
 #pragma unroll
-    for (int i = 0; i < M / 64; i++)
+    for (int r = row; r < row + M; r += 32)
 #pragma unroll
-        for (int u = 0; u < block_of<KV, M>::VALUE / 64; u++)
-            store_piece<KV>(tiles + i * TILE, r, u, t,
-                            value_piece<KV>(values, values + block_of<KV, M>::VALUE_CODES +
-                                                    (i * 64 + r) / QK * BLOCK * 2,
-                                            i * 64 + r, u, t));
+        for (int i = 0; i < B::VALUE / 64; i++) {
+            const int u = i ^ other;
+            store_piece<KV>(tiles + (r - row) / 64 * TILE, r % 64, u, t,
+                            value_at<KV>(values + r * B::VALUE + (4 * u + t) * 16,
+                                         values + B::VALUE_CODES + (r - row) / QK * BLOCK * 2, t));
+        }
 }
 
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -3759,10 +4011,10 @@ static __device__ void products_end(void) {
 #endif
 }
 
-/* All that was begun is done; c is what it left. */
-static __device__ void products_done(float (*c)[4]) {
+/* All that was begun is done but the last LEFT groups; c is what it left. */
+template <int LEFT> static __device__ void products_done(float (*c)[4]) {
 #if WGMMA
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
 #pragma unroll
     for (int i = 0; i < 32; i++) asm volatile("" : "+f"((&c[0][0])[i])::"memory");
 #else
@@ -3776,40 +4028,36 @@ struct query_pair {
     int row[2], head[2], pos[2]; /* row: -1: there is none */
 };
 
-/* The tile's queries in f16, to q: for each 64 of them dp / 64 tiles of [64][64 dimensions]. */
+/* A warp group's queries of the tile to q: dp / 64 tiles of [64][64 dimensions]; and what a lane
+   is to know of its two. */
 template <int DP>
-static __device__ void load_queries(const struct attention &a, const struct tile &tile,
+static __device__ void load_queries(const struct attention &a, const struct tile &tile, int wg,
                                     struct query_pair *x, char *q) {
-    const int t = (int)(threadIdx.x % 4);
-    const int r = (int)(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4);
+    auto query_of = [&](int number, int *head) -> int64_t {
+        const int at = min(number, tile.n * a.heads - 1), n = over_heads(a, at);
+        *head = (int)blockIdx.x * a.heads + at - n * a.heads;
+        return tile.first + n;
+    };
+    int head;
+#pragma unroll
+    for (int i = 0; i < DP / 16; i++) {
+        const int k = i * GROUP + (int)(threadIdx.x % GROUP), r = k / (DP / 8), c = k % (DP / 8);
+        const int64_t row = query_of(wg * 64 + r, &head);
+        copy_16(q + c / 8 * TILE + r * 128 + ((c % 8) ^ (r & 7)) * 16,
+                a.q16 + (row * a.H + head) * DP + c * 8);
+    }
+    end_copies();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int number = r + 8 * i, at = min(number, tile.n * a.heads - 1), n = over_heads(a, at);
-        const int64_t row = tile.first + n, head = (int)blockIdx.x * a.heads + at - n * a.heads;
-        const float *from = a.q + (row * a.H + head) * a.d;
-        float2 v[DP / 8];
-        float most = 0;
-#pragma unroll
-        for (int k = 0; k < DP / 8; k++) {
-            v[k] = 8 * k + 2 * t < a.d ? *(const float2 *)(from + 8 * k + 2 * t)
-                                       : make_float2(0, 0);
-            most = fmaxf(most, fmaxf(fabsf(v[k].x), fabsf(v[k].y)));
-        }
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-        const struct query_scale s = query_scale_of(most, a.scale);
-        char *to = q + number / 64 * (DP / 64) * TILE + number % 64 * 128 + 4 * t;
-#pragma unroll
-        for (int k = 0; k < DP / 8; k++)
-            *(__half2 *)(to + k / 8 * TILE + ((k % 8) ^ (number & 7)) * 16) =
-                __floats2half2_rn(v[k].x * s.up, v[k].y * s.up);
-        x->c[i] = s.c;
+        const int number = (int)(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4) + 8 * i;
+        const int64_t row = query_of(number, &x->head[i]);
+        x->c[i] = a.c[row * a.H + x->head[i]];
         x->m[i] = -HUGE_VALF;
         x->l[i] = 0;
-        x->head[i] = (int)head;
         x->pos[i] = a.b.pos[row];
         x->row[i] = number < tile.n * a.heads ? (int)row : -1;
     }
+    wait_for_copies<0>();
 }
 
 /* Softmax of a block's scores: p becomes operands, f the factors of o' (and of l', which is added),
@@ -3832,187 +4080,257 @@ static __device__ void softmax_pair(const float (*c)[4], int block, struct query
     for (int k = 0; k < 16; k++) p[k / 4][k % 4] = w[k % 2][k / 4 * 2 + k % 4 / 2];
 }
 
-/* The warp groups of a block of the grid go on by themselves, so that one's softmax fills the time
-   of the other's products. What each has reached, in blocks of keys: */
-struct turns {
-    int issued[2]; /* products under way */
-    int done[2];   /* products done, and the half of a block that was due expanded */
-};
-
-static __device__ void reach(int *counter, int value) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(counter);
-    if (threadIdx.x % GROUP == 0)
-        asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
-}
-
-static __device__ void wait_until(const int *counter, int value) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(counter);
-    int now;
-    do asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(now) : "r"(at) : "memory");
-    while (now < value);
-    __syncwarp();
-}
-
 static __device__ void group_barrier(int wg) {
     asm volatile("bar.sync %0, %1;" ::"r"(1 + wg), "r"((int)GROUP) : "memory");
 }
 
 /* The shared memory of flash_kernel. A block of the grid has M dimensions of values; AHEAD blocks
-   are there as f16, two as they are in the cache. */
+   of keys and values are there as f16, RAW as they are in the cache. */
 template <int KV, int DP> struct flash_of {
-    static constexpr int M = DP < 128 ? DP : 128, AHEAD = DP <= 128 ? 3 : 2,
-                         KEY_TILES = DP / 64 * TILE, VALUE_TILES = M / 64 * TILE;
+    static constexpr int M = DP < 128 ? DP : 128, KEY_TILES = DP / 64 * TILE,
+                         VALUE_TILES = M / 64 * TILE, TILES = KEY_TILES + VALUE_TILES,
+                         AHEAD = DP == 256 ? 2 : DP == 64 ? 3 : FLASH_AHEAD, RAW = KV == LVM_Q8_0 && DP < 256 ? 3 : 2;
     using B = block_of<KV, DP, M>;
-    static constexpr int KEYS_AT = 2 * KEY_TILES, VALUES_AT = KEYS_AT + AHEAD * KEY_TILES,
-                         RAW_KEYS = VALUES_AT + AHEAD * VALUE_TILES,
-                         RAW_VALUES = RAW_KEYS + 2 * B::KEY_BYTES,
-                         BYTES = RAW_VALUES + 2 * B::VALUE_BYTES + 1024;
+    static constexpr int TILES_AT = 2 * KEY_TILES, RAW_AT = TILES_AT + AHEAD * TILES,
+                         RAW_BYTES = B::KEY_BYTES + B::VALUE_BYTES,
+                         BYTES = RAW_AT + RAW * RAW_BYTES + 1024;
 };
 
-/* Grid: [H / heads][tiles][dp / M]. Reads q, and keys and values once a tile. In turn b a warp
-   group multiplies keys b + 1 and values b, meanwhile makes keys b + AHEAD and values b + AHEAD - 1
-   f16 (their copies began two turns before), then adds o' of b and finds the softmax of b + 1.
-   Floor: 4 d operations for each query and key that it sees, over the tensor cores' rate. */
+/* Barriers of a block of the grid, a pair for each place of a block of keys and values. */
+struct flash_barriers {
+    uint64_t full[4], empty[4], raw[3]; /* raw: bytes as they are in the cache have come */
+};
+
+/* Contiguous bytes to shared memory, in the background: where the chip can by one thread of a warp
+   group, and `there` is told of them. */
+static __device__ void copy_piece(char *to, const uint8_t *from, int bytes, uint64_t *there) {
+#if WGMMA
+    if (threadIdx.x % GROUP == 0) copy_bulk(to, from, bytes, there);
+#else
+    for (int i = (int)(threadIdx.x % GROUP) * 16; i < bytes; i += GROUP * 16)
+        copy_16(to + i, from + i);
+#endif
+}
+
+/* Block `block` (of four) of a head's keys, and M dimensions of its values from v0 on. */
+template <int KV, int DP, int M>
+static __device__ void copy_block(char *to, const uint8_t *keys, const uint8_t *values, int block,
+                                  int v0, uint64_t *there) {
+    using B = block_of<KV, DP, M>;
+    char *to_values = to + B::KEY_BYTES;
+    const int from = block * DP + v0;
+#if WGMMA
+    if (threadIdx.x % GROUP == 0) barrier_expect(there, B::KEY_BYTES + B::VALUE_BYTES);
+#endif
+    copy_piece(to, keys + block * B::KEY_CODES, B::KEY_CODES, there);
+    copy_piece(to_values, values + from * B::VALUE, B::VALUE_CODES, there);
+    if (KV != LVM_Q8_0) return;
+    copy_piece(to + B::KEY_CODES, keys + KEYS * DP + block * B::KEY_SCALES, B::KEY_SCALES, there);
+    copy_piece(to_values + B::VALUE_CODES, values + KEYS * DP + from / QK * BLOCK * 2,
+               B::VALUE_SCALES, there);
+}
+
+/* Zeros for values that are not there: whatever lies there times p = 0 could be NaN. For q8_0 their
+   scales become zeros. */
+template <int KV, int M> static __device__ void forget_block(char *values, int there) {
+    using B = block_of<KV, M>;
+    constexpr int n = KV == LVM_Q8_0 ? 16 : 8, ROWS = KV == LVM_Q8_0 ? M / QK : M;
+    __half *rows = (__half *)(KV == LVM_Q8_0 ? values + B::VALUE_CODES : values);
+    for (int i = (int)(threadIdx.x % GROUP); i < ROWS * BLOCK; i += GROUP)
+        if (key_of_place(i % BLOCK, n) >= there) rows[i] = __half(0);
+}
+
+/* A warp group that brings blocks of keys and values, as f16, to where the others read them. */
 template <int KV, int DP>
-__global__ void __launch_bounds__(THREADS, 1) flash_kernel(const struct attention a) {
-    extern __shared__ __align__(1024) char unaligned[];
+static __device__ void bring_blocks(const struct attention &a, char *q, struct flash_barriers *at,
+                                    int seq, int last, int v0) {
     using F = flash_of<KV, DP>;
-    struct turns &at = *(struct turns *)(unaligned + F::BYTES - sizeof(struct turns));
-    using B = typename F::B;
-    constexpr int AHEAD = F::AHEAD, NO_MORE = 1 << 30;
-    char *q = unaligned + (1024 - (uint32_t)__cvta_generic_to_shared(unaligned) % 1024) % 1024;
-    const struct tile tile = a.b.tiles[blockIdx.y];
-    const int end = tile.first + tile.n, v0 = (int)blockIdx.z * F::M;
-    const int wg = __shfl_sync(0xffffffff, (int)(threadIdx.x / GROUP), 0);
-    if (threadIdx.x < 4) ((int *)&at)[threadIdx.x] = 0;
-    wait_for_inputs();
-    if (end <= a.from) return;
-    const int seq = a.b.seq[tile.first], last = tile.last, blocks = last / BLOCK + 1;
-    /* blocks of which this warp group's queries see something */
-    const int row = tile.first + min(tile.n - 1, over_heads(a, wg * 64 + 63));
-    const int seen = __shfl_sync(0xffffffff,
-                                 wg * 64 < tile.n * a.heads ? a.b.pos[row] / BLOCK + 1 : 0, 0);
+    const int blocks = last / BLOCK + 1;
     const int64_t head = (int64_t)a.layer * a.G + (int)blockIdx.x / a.head_items;
     auto page_of = [&](int block) -> const uint8_t * {
         return head_of(a.b, a.l, seq, (unsigned)min(block, blocks - 1) / (KEYS / BLOCK), head);
     };
-    auto fetch_from = [&](const uint8_t *key_page, const uint8_t *value_page, int keys,
-                          int values) {
-        if (keys < blocks)
-            copy_keys<KV, DP>(q + F::RAW_KEYS + keys % 2 * B::KEY_BYTES, key_page,
-                              (unsigned)keys % (KEYS / BLOCK), wg);
-        if (values < blocks)
-            copy_values<KV, DP, F::M>(q + F::RAW_VALUES + values % 2 * B::VALUE_BYTES,
-                                      value_page + a.l.head_bytes,
-                                      (unsigned)values % (KEYS / BLOCK), v0, wg);
+    auto fetch = [&](const uint8_t *page, int block) {
+        const unsigned place = (unsigned)block % F::RAW, from = (unsigned)block % (KEYS / BLOCK);
+        if (block < blocks)
+            copy_block<KV, DP, F::M>(q + F::RAW_AT + place * F::RAW_BYTES, page,
+                                     page + a.l.head_bytes, (int)from, v0, &at->raw[place]);
+        end_copies();
     };
-    auto fetch = [&](int keys, int values) {
-        fetch_from(page_of(keys), page_of(values), keys, values);
-    };
-    auto expand = [&](int keys, int values) {
-        char *raw = q + F::RAW_VALUES + values % 2 * B::VALUE_BYTES;
-        const int there = last + 1 - values * BLOCK;
-        if (values < blocks && there < BLOCK) {
-            forget_half<KV, F::M>(raw, there, wg);
-            group_barrier(wg);
+    for (int i = 0; i < F::RAW - 1; i++) fetch(page_of(i), i);
+    const uint8_t *page = page_of(F::RAW - 1);
+    for (int block = 0; block < blocks; block++) {
+        const unsigned place = (unsigned)block % F::RAW, ahead = (unsigned)block % F::AHEAD;
+        char *raw = q + F::RAW_AT + place * F::RAW_BYTES, *tiles = q + F::TILES_AT + ahead * F::TILES;
+        if (WGMMA) barrier_wait(&at->raw[place], (unsigned)block / F::RAW % 2);
+        else wait_for_copies<F::RAW - 2>();
+        group_barrier(2);
+        fetch(page, block + F::RAW - 1);
+        page = page_of(block + F::RAW);
+        if (last + 1 - block * BLOCK < BLOCK) {
+            forget_block<KV, F::M>(raw + F::B::KEY_BYTES, last + 1 - block * BLOCK);
+            group_barrier(2);
         }
-        if (keys < blocks)
-            expand_keys<KV, DP>(q + F::RAW_KEYS + keys % 2 * B::KEY_BYTES,
-                                q + F::KEYS_AT + (unsigned)keys % AHEAD * F::KEY_TILES);
-        if (values < blocks)
-            expand_values<KV, F::M>(raw,
-                                    q + F::VALUES_AT + (unsigned)values % AHEAD * F::VALUE_TILES);
+        barrier_wait(&at->empty[ahead], (unsigned)block / F::AHEAD % 2 ^ 1);
+        expand_keys<KV, DP>(raw, tiles);
+        expand_values<KV, F::M>(raw + F::B::KEY_BYTES, tiles + F::KEY_TILES);
         tiles_written();
-    };
-    auto arrive = [&]() {
-        copies_arrive();
-        group_barrier(wg);
-    };
-    const char *mine = q + wg * F::KEY_TILES;
-    auto score = [&](float (*c)[4], int block) {
-        const char *keys = q + F::KEYS_AT + (unsigned)block % AHEAD * F::KEY_TILES;
-#pragma unroll
-        for (int n = 0; n < DP / 64; n++)
-            multiply_queries(c, mine + n * TILE, keys + n * TILE, n > 0);
-    };
-    struct query_pair x;
-    float o[F::M / 64][8][4] = {}, c[8][4], f[2], old[2];
-    uint32_t p[4][4];
-    fetch(0, 0);
-    fetch(1, AHEAD > 2 ? 1 : blocks);
-    load_queries<DP>(a, tile, &x, q);
-    tiles_written();
-    arrive();
-    expand(0, 0);
-    expand(1, AHEAD > 2 ? 1 : blocks);
-    if (AHEAD > 2) {
-        group_barrier(wg);
-        fetch(2, blocks);
-        arrive();
-        expand(2, blocks);
+        barrier_arrive(&at->full[ahead]);
     }
-    __syncthreads();
-    fetch(AHEAD, AHEAD - 1);
-    fetch(AHEAD + 1, AHEAD);
-    if (seen > 0) {
-        products_begin();
-        score(c, 0);
-        products_end();
-        products_done(c);
-        softmax_pair(c, 0, &x, p, f, old);
-    }
-    arrive();
-    int block = 0;
-    for (; block < seen; block++) {
-        float part[F::M / 64][8][4];
-        const char *values = q + F::VALUES_AT + (unsigned)block % AHEAD * F::VALUE_TILES;
-        const uint8_t *key_page = page_of(block + AHEAD + 2);
-        const uint8_t *value_page = page_of(block + AHEAD + 1);
-        wait_until(&at.done[!wg], block + 2 - AHEAD);
-        if (WGMMA) wait_until(&at.issued[!wg], block + wg);
-        products_begin();
-        score(c, block + 1); /* beyond the last of something, which nobody looks at */
+}
+
+/* A lane's two queries to where attention's result goes: M dimensions from v0 on. */
+template <int M>
+static __device__ void write_pairs(const struct attention &a, const struct query_pair &x, int v0,
+                                   const float (*o)[8][4]) {
 #pragma unroll
-        for (int n = 0; n < F::M / 64; n++) multiply_values(part[n], p, values + n * TILE);
-        products_end();
-        if (threadIdx.x % GROUP == 0) *(volatile int *)&at.issued[wg] = block + 1;
-        wait_until(&at.done[!wg], block);
-        expand(block + AHEAD, block + AHEAD - 1);
-        if (__any_sync(0xffffffff, old[0] != 1 || old[1] != 1)) {
-#pragma unroll
-            for (int k = 0; k < F::M / 2; k++) o[k / 32][k / 4 % 8][k % 4] *= old[k % 4 / 2];
-        }
-        products_done(c);
-#pragma unroll
-        for (int n = 0; n < F::M / 64; n++) products_done(part[n]);
-        arrive();
-        reach(&at.done[wg], block + 1);
-        fetch_from(key_page, value_page, block + AHEAD + 2, block + AHEAD + 1);
-#pragma unroll
-        for (int k = 0; k < F::M / 2; k++)
-            o[k / 32][k / 4 % 8][k % 4] = fmaf(part[k / 32][k / 4 % 8][k % 4], f[k % 4 / 2],
-                                               o[k / 32][k / 4 % 8][k % 4]);
-        if (block + 1 < seen) softmax_pair(c, block + 1, &x, p, f, old);
-    }
-    reach(&at.issued[wg], NO_MORE);
-    for (; block < blocks; block++) { /* which only the other warp group sees */
-        wait_until(&at.done[!wg], block);
-        expand(block + AHEAD, block + AHEAD - 1);
-        arrive();
-        reach(&at.done[wg], block + 1);
-        fetch(block + AHEAD + 2, block + AHEAD + 1);
-    }
-    for (int i = 0; i < 2; i++) x.l[i] = 1 / x.l[i];
-#pragma unroll
-    for (int k = 0; k < F::M / 4; k++) {
+    for (int k = 0; k < M / 4; k++) {
         const int i = k % 2, n = k / 2, dim = v0 + n * 8 + 2 * (int)(threadIdx.x % 4);
         const float *v = o[n / 8][n % 8] + 2 * i;
         if (x.row[i] >= a.from && dim < a.d)
             write_pair(a, x.row[i], x.head[i], dim, v[0] * x.l[i], v[1] * x.l[i]);
     }
+}
+
+/* The same to panels, where a head's dimensions begin a span: a lane has what makes 16 bytes. */
+template <int M>
+static __device__ void write_pieces(const struct attention &a, const struct query_pair &x, int v0,
+                                    const float (*o)[8][4]) {
+#pragma unroll
+    for (int k = 0; k < M / 16; k++) {
+        const int i = k % 2, odd = k / 2 % 2, g = k / 4;
+        const int dim = v0 + g * SPAN + 8 * odd + 2 * (int)(threadIdx.x % 4);
+        uint32_t w[4];
+        if (x.row[i] < a.from || dim >= a.d) continue;
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const float *v = o[g][2 * n + odd] + 2 * i;
+            w[n] = as_word(__floats2half2_rn(v[0] * x.l[i] * a.h.up, v[1] * x.l[i] * a.h.up));
+        }
+        *(uint4 *)(a.h.h + packed_at(a.h, x.row[i] - a.from, x.head[i] * a.d + dim)) =
+            make_uint4(w[0], w[1], w[2], w[3]);
+    }
+}
+
+/* Grid: [H / heads][tiles][dp / M]. Reads q, and keys and values once a tile. One warp group brings
+   blocks of keys and values; two have 64 queries each, and in turn b multiply keys b + 1 and values
+   b, find the softmax of b + 1 while the products of values go on, and add o' of b. Floor: 4 d
+   operations for each query and key that it sees, over the tensor cores' rate. */
+template <int KV, int DP>
+__global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct attention a) {
+    extern __shared__ __align__(1024) char unaligned[];
+    __shared__ struct flash_barriers at;
+    using F = flash_of<KV, DP>;
+    char *q = unaligned + (1024 - (uint32_t)__cvta_generic_to_shared(unaligned) % 1024) % 1024;
+    const struct tile tile = a.b.tiles[blockIdx.y];
+    const int end = tile.first + tile.n, v0 = (int)blockIdx.z * F::M;
+    const int wg = __shfl_sync(0xffffffff, (int)(threadIdx.x / GROUP), 0);
+    if (threadIdx.x < (unsigned)F::AHEAD) {
+        barrier_init(&at.full[threadIdx.x], GROUP);
+        barrier_init(&at.empty[threadIdx.x], 2 * GROUP / 32);
+    }
+    if (threadIdx.x < (unsigned)F::RAW) barrier_init(&at.raw[threadIdx.x], 1);
+    barriers_made();
+    wait_for_inputs();
+    if (end <= a.from) return;
+    const int seq = a.b.seq[tile.first], last = tile.last, blocks = last / BLOCK + 1;
+    __syncthreads();
+    if (wg == 2) {
+#if WGMMA
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+#endif
+        bring_blocks<KV, DP>(a, q, &at, seq, last, v0);
+        return;
+    }
+#if WGMMA
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+#endif
+    /* blocks of which this warp group's queries see something */
+    const int row = tile.first + min(tile.n - 1, over_heads(a, wg * 64 + 63));
+    const int seen = __shfl_sync(0xffffffff,
+                                 wg * 64 < tile.n * a.heads ? a.b.pos[row] / BLOCK + 1 : 0, 0);
+    const char *mine = q + wg * F::KEY_TILES;
+    auto tiles_of = [&](int block) -> const char * {
+        return q + F::TILES_AT + (unsigned)block % F::AHEAD * F::TILES;
+    };
+    auto wait_full = [&](int block) {
+        barrier_wait(&at.full[(unsigned)block % F::AHEAD], (unsigned)block / F::AHEAD % 2);
+    };
+    auto release = [&](int block) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(&at.empty[(unsigned)block % F::AHEAD]);
+    };
+    auto score = [&](float (*c)[4], int block) {
+#pragma unroll
+        for (int n = 0; n < DP / 64; n++)
+            multiply_queries(c, mine + n * TILE, tiles_of(block) + n * TILE, n > 0);
+        products_end();
+    };
+    struct query_pair x;
+    float o[F::M / 64][8][4] = {}, c[8][4], f[2], old[2];
+    uint32_t p[4][4];
+    load_queries<DP>(a, tile, wg, &x, q + wg * F::KEY_TILES);
+    tiles_written();
+    group_barrier(wg);
+    if (seen > 0) {
+        wait_full(0);
+        products_begin();
+        score(c, 0);
+        products_done<0>(c);
+        softmax_pair(c, 0, &x, p, f, old);
+    }
+    int block = 0;
+    for (; block < seen; block++) {
+        float part[F::M / 64][8][4];
+        if (block + 1 < seen) wait_full(block + 1);
+        products_begin();
+        score(c, block + 1); /* beyond the last of something, which nobody looks at */
+#pragma unroll
+        for (int n = 0; n < F::M / 64; n++)
+            multiply_values(part[n], p, tiles_of(block) + F::KEY_TILES + n * TILE);
+        products_end();
+        if (__any_sync(0xffffffff, old[0] != 1 || old[1] != 1)) {
+#pragma unroll
+            for (int k = 0; k < F::M / 2; k++) o[k / 32][k / 4 % 8][k % 4] *= old[k % 4 / 2];
+        }
+#if FLASH_VARIANT == 1
+        float g[2] = {f[0], f[1]};
+        uint32_t next[4][4];
+        products_done<1>(c);
+        if (block + 1 < seen) softmax_pair(c, block + 1, &x, next, f, old);
+#pragma unroll
+        for (int n = 0; n < F::M / 64; n++) products_done<0>(part[n]);
+#pragma unroll
+        for (int k = 0; k < 16; k++) asm volatile("" : "+r"(p[k / 4][k % 4])); /* read until here */
+        release(block);
+#pragma unroll
+        for (int k = 0; k < F::M / 2; k++)
+            o[k / 32][k / 4 % 8][k % 4] = fmaf(part[k / 32][k / 4 % 8][k % 4], g[k % 4 / 2],
+                                               o[k / 32][k / 4 % 8][k % 4]);
+#pragma unroll
+        for (int k = 0; k < 16; k++) p[k / 4][k % 4] = next[k / 4][k % 4];
+#else
+        products_done<0>(c);
+#pragma unroll
+        for (int n = 0; n < F::M / 64; n++) products_done<0>(part[n]);
+        release(block);
+#pragma unroll
+        for (int k = 0; k < F::M / 2; k++)
+            o[k / 32][k / 4 % 8][k % 4] = fmaf(part[k / 32][k / 4 % 8][k % 4], f[k % 4 / 2],
+                                               o[k / 32][k / 4 % 8][k % 4]);
+        if (block + 1 < seen) softmax_pair(c, block + 1, &x, p, f, old);
+#endif
+    }
+    for (; block < blocks; block++) { /* which only the other warp group sees */
+        wait_full(block);
+        release(block);
+    }
+    for (int i = 0; i < 2; i++) x.l[i] = 1 / x.l[i];
+    if (a.h.h != NULL && a.h.panels && a.d % SPAN == 0) write_pieces<F::M>(a, x, v0, o);
+    else write_pairs<F::M>(a, x, v0, o);
     if (blockIdx.x == 0 && blockIdx.z == 0)
         for (int r = max(tile.first, a.from); r < end; r++)
-            write_end(a, r, (int)threadIdx.x, THREADS);
+            write_end(a, r, (int)threadIdx.x, 2 * GROUP);
 }
 
 /* ---- Launches, and what the host tells the kernels ---- */
@@ -4115,7 +4433,7 @@ static void attend_many(struct queue *q, const struct attention *a, int tiles) {
         constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
         launch(q, "flash_kernel", flash_kernel<KV, DP>,
                      dim3((unsigned)(a->H / a->heads), (unsigned)tiles, DP / flash_of<KV, DP>::M),
-                     THREADS, flash_of<KV, DP>::BYTES, *a);
+                     FLASH_THREADS, flash_of<KV, DP>::BYTES, *a);
     });
 }
 
@@ -4514,6 +4832,11 @@ struct vq_memory {
     int64_t done;                 /* operations, for the progress */
 };
 
+/* Panels of k, v and q, of o, of gate and up, of down. The output's take their place. */
+struct panels {
+    __half *qkv, *o, *gate_up, *down;
+};
+
 struct gpu {
     struct queue q;
     const struct gpu_model *g;
@@ -4528,8 +4851,11 @@ struct gpu {
     float *f, *gate, *up;         /* of layers in f32: what stands in front of a product; hidden */
     float *heads;                 /* what attention gives, in f32 */
     int resident[2];              /* blocks of split_kernel that the device holds */
+    __half *q16;                  /* queries of many rows, see struct projected */
+    float *query_c;
     __half *h, *hidden;           /* the same in f16: in front of a product; silu(gate) up */
-    __half *w16;                  /* a matrix in f16, for GEMM */
+    struct panels w16;            /* a layer's matrices in f16, for GEMM */
+    int unpacked;                 /* the layer whose q, k, v and o these are */
     uint8_t *in, *host_in;        /* what a forward is told: here and in pinned memory */
     float *host_logits;           /* [GRAPH_ROWS][V], pinned */
     cudaGraphExec_t graph[GRAPH_ROWS + 1];
@@ -4710,6 +5036,8 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
     job.b = s->view;
     job.l = c->kv;
     job.q = c->qb;
+    job.q16 = c->q16;
+    job.c = c->query_c;
     job.o = c->heads;
     job.partial = c->partial;
     job.layer = layer;
@@ -4748,36 +5076,72 @@ static void norm_f32(struct gpu *c, const float *x, const float *norm, const int
     launched(&c->q, "norm_kernel");
 }
 
+/* A layer's matrices on their way into panels. */
+static struct unpacked qkv_of(const struct gpu *c, const struct gpu_layer *l) {
+    const struct matrix w[3] = {l->k, l->v, l->q};
+    return unpacked_at(w, 3, 0, c->w16.qkv);
+}
+
+static struct unpacked gate_up_of(const struct gpu *c, const struct gpu_layer *l) {
+    const struct matrix w[2] = {l->gate, l->up};
+    return unpacked_at(w, 2, 1, c->w16.gate_up);
+}
+
+/* While the tensor cores multiply by q, k and v, the panels of gate and up come; while they
+   multiply by those, down's and the next layer's others. */
+static void unpack_qkvo(struct gpu *c, int layer) {
+    const struct gpu_layer *l = &c->g->layers[layer];
+    const struct unpacked qkv = qkv_of(c, l), o = unpacked_at(&l->o, 1, 0, c->w16.o);
+    if (c->unpacked == layer) return;
+    launch_panels(&c->q, &qkv);
+    launch_panels(&c->q, &o);
+}
+
 /* q, k and v of the rows, where k and v go into the cache; of rows before `from` no q is wanted. */
+static void project_in_f16(struct gpu *c, const struct step *s, int layer, int from) {
+    const struct llama *a = &c->g->m->llama;
+    const struct gpu_layer *l = &c->g->layers[layer];
+    const int kv_tiles = panel_tiles(l->k.rows, 0) + panel_tiles(l->v.rows, 0);
+    const struct part q = {l->q, l->q_bias, c->qb + (int64_t)from * a->H * a->d},
+                      k = {l->k, l->k_bias, c->kb}, v = {l->v, l->v_bias, c->vb};
+    struct prepared w = {c->w16.qkv, {}}, w_last = w;
+    struct product_f16 j = {{k, v, q}, from > 0 ? 2 : 3, s->n, c->x, l->attn_norm, a->eps,
+                            packed_into(c->h, s->n, a->D, l->ups.attn), {}, NULL};
+    struct product_f16 last = {{q}, 1, s->n - from, c->x + (int64_t)from * a->D, l->attn_norm,
+                               a->eps, packed_into(c->h, s->n - from, a->D, l->ups.attn), {}, NULL};
+    w_last.panels += (int64_t)kv_tiles * W_ROWS * l->q.ld;
+    if (j.in.panels) unpack_qkvo(c, layer);
+    if (last.in.panels) w.later[0] = gate_up_of(c, l);
+    multiply(&c->q, STORE, &j, &w);
+    if (from > 0 && from < s->n) multiply(&c->q, STORE, &last, &w_last);
+}
+
 static void project_rows(struct gpu *c, const struct step *s, int layer, int from) {
     const struct llama *a = &c->g->m->llama;
     const struct gpu_layer *l = &c->g->layers[layer];
-    const struct part q = {l->q, l->q_bias, c->qb + (int64_t)from * a->H * a->d},
-                      k = {l->k, l->k_bias, c->kb}, v = {l->v, l->v_bias, c->vb};
-    const float *wanted = c->x + (int64_t)from * a->D;
-    if (layer_in_f16(c, l)) {
-        struct product_f16 j = {{k, v, q}, from > 0 ? 2 : 3, s->n, c->x, l->attn_norm, a->eps,
-                                packed_into(c->h, s->n, a->D, l->ups.attn), {}, NULL};
-        struct product_f16 last = {{q}, 1, s->n - from, wanted, l->attn_norm, a->eps,
-                                   packed_into(c->h, s->n - from, a->D, l->ups.attn), {}, NULL};
-        multiply(&c->q, STORE, &j, c->w16);
-        if (from > 0 && from < s->n) multiply(&c->q, STORE, &last, c->w16);
-    } else {
+    if (layer_in_f16(c, l)) project_in_f16(c, s, layer, from);
+    else {
+        const struct part q = {l->q, l->q_bias, c->qb + (int64_t)from * a->H * a->d},
+                          k = {l->k, l->k_bias, c->kb}, v = {l->v, l->v_bias, c->vb};
         norm_f32(c, c->x, l->attn_norm, NULL, s->n);
         matmul_f32(&c->q, &k, c->f, s->n, NULL);
         matmul_f32(&c->q, &v, c->f, s->n, NULL);
         if (from < s->n)
             matmul_f32(&c->q, &q, c->f + (int64_t)from * a->D, s->n - from, NULL);
     }
-    const int together = c->kv.tensor && !s->split; /* values of many rows */
-    launch(&c->q, "rope_store_kernel", rope_store_kernel,
-           dim3((unsigned)s->n, (unsigned)a->G), 128, 0, s->view, c->kv, c->qb, c->kb, c->vb,
-           c->rope, layer, a->H, a->G, a->d, !together);
-    if (!together) return;
-    store_values_kernel<<<dim3((unsigned)(s->n + 31) / 32, (unsigned)a->G,
-                               (unsigned)(c->kv.dp / QK)), THREADS, 0, c->q.stream>>>(
-        s->view, c->kv, c->vb, s->n, layer, a->G, a->d);
-    launched(&c->q, "store_values_kernel");
+    if (c->kv.tensor && !s->split) {
+        const struct projected p = {c->qb, c->kb, c->vb, c->rope, c->q16, c->query_c, s->n, layer,
+                                    a->H, a->G, a->d, 1 / sqrtf((float)a->d)};
+        with_layout(c->kv, [&](auto type, auto dp) {
+            launch(&c->q, "store_many_kernel",
+                   store_many_kernel<decltype(type)::value, decltype(dp)::value>,
+                   dim3((unsigned)(s->n + STORED_ROWS - 1) / STORED_ROWS, (unsigned)a->G), THREADS,
+                   0, s->view, c->kv.head_bytes, p);
+        });
+    } else
+        launch(&c->q, "rope_store_kernel", rope_store_kernel,
+               dim3((unsigned)s->n, (unsigned)a->G), 128, 0, s->view, c->kv, c->qb, c->kb, c->vb,
+               c->rope, layer, a->H, a->G, a->d);
 }
 
 /* x += Wo heads; x += Wdown (silu(Wgate rmsnorm(x)) Wup rmsnorm(x)), rows from `from` on. */
@@ -4792,10 +5156,18 @@ static void finish_in_f16(struct gpu *c, const struct step *s, int layer, int fr
                                  a->eps, packed_into(c->h, n, a->D, l->ups.ffn),
                                  packed_into(c->hidden, n, a->F, l->ups.hidden), NULL};
     struct product_f16 down = {{{l->down, NULL, x}}, 1, n, NULL, NULL, 0, hidden.out, {}, NULL};
+    struct prepared w_o = {c->w16.o, {}}, w_hidden = {c->w16.gate_up, {}},
+                    w_down = {c->w16.down, {}};
     attention_rows(c, s, layer, from, &o.in);
-    multiply(&c->q, ADD, &o, c->w16);
-    multiply(&c->q, SWIGLU, &hidden, c->w16);
-    multiply(&c->q, ADD, &down, c->w16);
+    w_hidden.later[0] = unpacked_at(&l->down, 1, 0, c->w16.down);
+    if (layer + 1 < a->L && layer_in_f16(c, l + 1)) {
+        w_hidden.later[1] = qkv_of(c, l + 1);
+        w_hidden.later[2] = unpacked_at(&l[1].o, 1, 0, c->w16.o);
+        c->unpacked = layer + 1;
+    }
+    multiply(&c->q, ADD, &o, &w_o);
+    multiply(&c->q, SWIGLU, &hidden, &w_hidden);
+    multiply(&c->q, ADD, &down, &w_down);
 }
 
 /* The same in f32. */
@@ -4849,7 +5221,10 @@ static void run_head(struct gpu *c, const struct step *s, int at, int n) {
     }
     struct product_f16 j = {{output}, 1, n, x, c->g->norm, a->eps,
                             packed_into(c->h, n, a->D, c->g->head_up), {}, which};
-    multiply(&c->q, STORE, &j, c->w16);
+    const struct prepared w = {c->w16.qkv, {}};
+    const struct unpacked panels = unpacked_at(&output.w, 1, 0, c->w16.qkv);
+    if (j.in.panels) launch_panels(&c->q, &panels);
+    multiply(&c->q, STORE, &j, &w);
 }
 
 static void tell(struct gpu *c, const struct step *s) {
@@ -4900,6 +5275,7 @@ static int forward_many(struct gpu *c, const struct step *s, const struct batch 
                         lvm_error *error) {
     const struct llama *a = &c->g->m->llama;
     int code = LVM_OK;
+    c->unpacked = -1;
     tell(c, s);
     embed_rows(c, s);
     for (int i = 0; code == LVM_OK && i < a->L; i++) {
@@ -6108,14 +6484,18 @@ static void place_kept(struct gpu *c, struct arena *a) {
     take(a, &c->rope, l->L > 0 ? (int64_t)l->context * l->d : 0);
 }
 
-/* Of the largest product's matrices in panels. */
-static int64_t panel_elements(const struct llama *l) {
+/* A layer's panels, and as many more as the output's need. */
+static void place_panels(struct gpu *c, struct arena *a) {
+    const struct llama *l = &c->g->m->llama;
     const int Q = l->H * l->d, K = l->G * l->d, D = round_up(l->D, SPAN);
-    int64_t qkv = (int64_t)(panel_tiles(Q, 0) + 2 * panel_tiles(K, 0)) * D,
-            output = (int64_t)panel_tiles(l->V, 0) * D,
-            gate_up = (int64_t)panel_tiles(l->F, 1) * D,
-            o = (int64_t)panel_tiles(l->D, 0) * round_up((int)max64(Q, l->F), SPAN);
-    return W_ROWS * max64(max64(qkv, output), max64(gate_up, o));
+    struct { __half **p; int tiles, ld; } all[] = {
+        {&c->w16.qkv, panel_tiles(Q, 0) + 2 * panel_tiles(K, 0), D},
+        {&c->w16.o, panel_tiles(l->D, 0), round_up(Q, SPAN)},
+        {&c->w16.gate_up, panel_tiles(l->F, 1), D},
+        {&c->w16.down, panel_tiles(l->D, 0), round_up(l->F, SPAN)}};
+    const size_t start = a->used, output = (size_t)panel_tiles(l->V, 0) * W_ROWS * (size_t)D * 2;
+    for (const auto &one : all) take(a, one.p, (int64_t)one.tiles * W_ROWS * one.ld);
+    if (a->used - start < output) a->used = start + output;
 }
 
 static void place_lm(struct gpu *c, struct arena *a) {
@@ -6124,15 +6504,18 @@ static void place_lm(struct gpu *c, struct arena *a) {
     if (l->L == 0) return;
     int64_t hidden = l->F * needs_f32(c), front = max64(l->D * needs_f32(c), LOGIT_ROWS);
     struct { float **p; int64_t n; } all[] = {
-        {&c->x, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K}, {&c->heads, N * Q},
-        {&c->f, N * front}, {&c->gate, N * hidden}, {&c->up, N * hidden},
+        {&c->x, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K},
+        {&c->heads, N * Q * (needs_f32(c) || !c->kv.tensor)}, {&c->f, N * front},
+        {&c->gate, N * hidden}, {&c->up, N * hidden},
         {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (KEYS / BLOCK) * (c->kv.dp + 2)},
         {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}};
     for (const auto &one : all) take(a, one.p, one.n);
     N = round_up((int)N, X_ROWS);
     take(a, &c->h, N * round_up((int)max64(l->D, Q), SPAN));
     take(a, &c->hidden, N * round_up(l->F, SPAN));
-    take(a, &c->w16, panel_elements(l));
+    take(a, &c->q16, N * l->H * c->kv.dp * c->kv.tensor);
+    take(a, &c->query_c, N * l->H * c->kv.tensor);
+    place_panels(c, a);
     take(a, &c->sampler, 1);
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
 }
