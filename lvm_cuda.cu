@@ -960,7 +960,9 @@ static __device__ void norm_to_panel(const struct packed &out, int row, const fl
         uint32_t h[4];
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            const float4 y = normed(v[u + k], load_four(norm, lane + 32 * (u + k), n), scale);
+            const int i = lane + 32 * (u + k);
+            const float4 w = i < n ? ((const float4 *)norm)[i] : make_float4(0, 0, 0, 0);
+            const float4 y = normed(v[u + k], w, scale);
             h[2 * k] = as_word(__floats2half2_rn(y.x * out.up, y.y * out.up));
             h[2 * k + 1] = as_word(__floats2half2_rn(y.z * out.up, y.w * out.up));
         }
@@ -1807,29 +1809,18 @@ static __device__ void multiply_stage(const struct reader &r, int add, float (*c
     wgmma_commit();
 }
 
-/* The stage before is done; `any`: there is one in this chain. */
-static __device__ void next_stage(struct reader *r, int any) {
-#ifdef GEMM_WAIT
+/* The stage is done. (It may be waited for at once: meanwhile the other warpgroup multiplies.) */
+static __device__ void end_stage(struct reader *r) {
     wgmma_wait(0);
-    release_stage(&r->empty[r->at % GEMM_RING]);
-    (void)any;
-#else
-    wgmma_wait(1);
-    if (any) release_stage(&r->empty[(r->at - 1) % GEMM_RING]);
-#endif
-    r->at++;
+    release_stage(&r->empty[r->at++ % GEMM_RING]);
 }
 
-/* A chain of n stages. */
+/* Stages first .. n - 1 of a chain. */
 static __device__ void multiply_chain(struct reader *r, int first, int n, float (*c)[4]) {
     for (int i = first; i < n; i++) {
         multiply_stage(*r, i > 0, c);
-        next_stage(r, i > 0);
+        end_stage(r);
     }
-    wgmma_wait(0);
-#ifndef GEMM_WAIT
-    if (n > 0) release_stage(&r->empty[(r->at - 1) % GEMM_RING]);
-#endif
 }
 
 /* The sums of a piece: of columns 0 .. 127 in registers, of the others in shared memory, where a
@@ -1884,7 +1875,7 @@ static __device__ void multiply_and_end(const struct gemm &p, struct reader *r, 
         for (int part = 0; part < END_PARTS; part++) {
             multiply_stage(*r, part > 0, c);
             end_piece<KIND>(p, part, before, s);
-            next_stage(r, part > 0);
+            end_stage(r);
         }
         multiply_chain(r, END_PARTS, n, c);
     } else {
@@ -3256,10 +3247,6 @@ static __device__ void forget_values(char *rows_at, int rows, int there, int thr
     }
 }
 
-static __device__ void copies_end(void) {
-    asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
 /* All of the warp's copies but the last group. */
 static __device__ void copies_but_one_arrive(void) {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
@@ -3594,7 +3581,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
         const int block = (unsigned)w.block % (KEYS / BLOCK);
         if (keys) copy_keys16<KV, DP>(share, at, block);
         else copy_dims<KV, DP>(share, at + a.l.head_bytes, block, a.d);
-        copies_end();
+        end_copies();
     };
     const int early = is_old(a, w);
     if (early) copy(1);
@@ -3616,7 +3603,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
         if (w.item < end) x = find_query(a, w);
         __syncthreads();
         if (w.item < end) copy(1);
-        else copies_end();
+        else end_copies();
         copies_but_one_arrive();
         if (there < BLOCK)
             forget_values<KV, 32>(share + (S::Q8 ? S::VALUE_SCALES : S::VALUES),
@@ -3716,19 +3703,34 @@ struct projected {
 
 enum { STORED_ROWS = 32 };
 
+/* A lane's elements j and j + half of a row (or cosines and sines), j = lane, lane + 32 .. */
+template <int DP> struct pairs {
+    float x[DP / 64], y[DP / 64];
+};
+
+template <int DP> static __device__ struct pairs<DP> load_pairs(const float *row, int half) {
+    struct pairs<DP> p;
+#pragma unroll
+    for (int i = 0; i < DP / 64; i++) {
+        const int j = (int)threadIdx.x % 32 + 32 * i;
+        p.x[i] = j < half ? row[j] : 0;
+        p.y[i] = j < half ? row[j + half] : 0;
+    }
+    return p;
+}
+
 /* A warp's row of d elements, turned, to `to`, zeros behind the last; returns the largest without
    its sign. */
 template <int DP>
-static __device__ float turn_row(const float *x, const float *angles, int d, float *to) {
+static __device__ float turn_row(const struct pairs<DP> &row, const struct pairs<DP> &angles, int d,
+                                 float *to) {
     const int half = d / 2, lane = (int)threadIdx.x % 32;
     float most = 0;
 #pragma unroll
-    for (int j = lane; j < DP / 2; j += 32) {
-        if (j >= half) continue;
-        const float2 y = turned(x[j], x[j + half], angles[j], angles[j + half]);
-        to[j] = y.x;
-        to[j + half] = y.y;
-        most = fmaxf(most, fmaxf(fabsf(y.x), fabsf(y.y)));
+    for (int i = 0; i < DP / 64; i++) {
+        const float2 v = turned(row.x[i], row.y[i], angles.x[i], angles.y[i]);
+        if (lane + 32 * i < half) to[lane + 32 * i] = v.x, to[lane + 32 * i + half] = v.y;
+        most = fmaxf(most, fmaxf(fabsf(v.x), fabsf(v.y)));
     }
     for (int j = d + lane; j < DP; j += 32) to[j] = 0;
     for (int s = 16; s > 0; s /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, s));
@@ -3810,9 +3812,10 @@ static __device__ void keep_values(struct stored<DP> *s, int r, const float *v, 
 
 /* A query of a head, turned, in f16. */
 template <int DP>
-static __device__ void store_query(const struct projected &p, int64_t at, const float *angles,
+static __device__ void store_query(const struct projected &p, int64_t at,
+                                   const struct pairs<DP> &q, const struct pairs<DP> &angles,
                                    float *row) {
-    const float most = turn_row<DP>(p.q + at * p.d, angles, p.d, row);
+    const float most = turn_row<DP>(q, angles, p.d, row);
     const struct query_scale s = query_scale_of(most, p.scale);
 #pragma unroll
     for (int i = 2 * (int)(threadIdx.x % 32); i < DP; i += 64)
@@ -3834,22 +3837,28 @@ __global__ void __launch_bounds__(THREADS)
     const int64_t head = ((int64_t)p.layer * p.G + g) * 2 * head_bytes;
     float *row = s.row[warp];
     wait_for_inputs();
+    const int own = first + min(lane, rows - 1), own_pos = b.pos[own]; /* of row number `lane` */
+    uint8_t *own_page = b.table[b.seq[own] * b.max_pages + own_pos / KEYS] + head;
     for (int r = warp; r < rows; r += WARPS) {
-        const int pos = b.pos[first + r], group = p.H / p.G;
-        const float *angles = p.rope + (int64_t)pos * p.d;
+        const int pos = __shfl_sync(0xffffffff, own_pos, r), group = p.H / p.G, half = p.d / 2;
         const int64_t at = (int64_t)(first + r) * p.G + g;
+        uint8_t *page = (uint8_t *)__shfl_sync(0xffffffff, (unsigned long long)own_page, r);
+        struct pairs<DP> q = load_pairs<DP>(p.q + at * group * p.d, half),
+                         k = load_pairs<DP>(p.k + at * p.d, half),
+                         angles = load_pairs<DP>(p.rope + (int64_t)pos * p.d, half);
         keep_values<KV, DP>(&s, r, p.v + at * p.d, p.d);
-        for (int h = 0; h < group; h++) store_query<DP>(p, at * group + h, angles, row);
-        turn_row<DP>(p.k + at * p.d, angles, p.d, row);
-        store_key<KV, DP>(b.table[b.seq[first + r] * b.max_pages + pos / KEYS] + head, pos % KEYS,
-                          row);
+        for (int h = 0; h < group; h++) {
+            store_query<DP>(p, at * group + h, q, angles, row);
+            if (h + 1 < group) q = load_pairs<DP>(p.q + (at * group + h + 1) * p.d, half);
+        }
+        turn_row<DP>(k, angles, p.d, row);
+        store_key<KV, DP>(page, pos % KEYS, row);
         __syncwarp();
     }
     __syncthreads();
     if (lane >= rows) return;
-    const int pos = b.pos[first + lane], at = pos % KEYS, block = at / BLOCK * DP;
-    const int in = stored_place(at % BLOCK, n);
-    uint8_t *to = b.table[b.seq[first + lane] * b.max_pages + pos / KEYS] + head + head_bytes;
+    const int at = own_pos % KEYS, block = at / BLOCK * DP, in = stored_place(at % BLOCK, n);
+    uint8_t *to = own_page + head_bytes;
 #pragma unroll 4
     for (int i = warp; i < DP; i += WARPS)
         if (KV == LVM_Q8_0) to[(block + i) * BLOCK + in] = (uint8_t)s.codes[i][lane];
@@ -4089,7 +4098,8 @@ static __device__ void group_barrier(int wg) {
 template <int KV, int DP> struct flash_of {
     static constexpr int M = DP < 128 ? DP : 128, KEY_TILES = DP / 64 * TILE,
                          VALUE_TILES = M / 64 * TILE, TILES = KEY_TILES + VALUE_TILES,
-                         AHEAD = DP == 256 ? 2 : DP == 64 ? 3 : FLASH_AHEAD, RAW = KV == LVM_Q8_0 && DP < 256 ? 3 : 2;
+                         AHEAD = DP == 256 ? 2 : DP == 64 ? 3 : 4,
+                         RAW = KV == LVM_Q8_0 && DP < 256 ? 3 : 2;
     using B = block_of<KV, DP, M>;
     static constexpr int TILES_AT = 2 * KEY_TILES, RAW_AT = TILES_AT + AHEAD * TILES,
                          RAW_BYTES = B::KEY_BYTES + B::VALUE_BYTES,
@@ -4161,7 +4171,8 @@ static __device__ void bring_blocks(const struct attention &a, char *q, struct f
     const uint8_t *page = page_of(F::RAW - 1);
     for (int block = 0; block < blocks; block++) {
         const unsigned place = (unsigned)block % F::RAW, ahead = (unsigned)block % F::AHEAD;
-        char *raw = q + F::RAW_AT + place * F::RAW_BYTES, *tiles = q + F::TILES_AT + ahead * F::TILES;
+        char *raw = q + F::RAW_AT + place * F::RAW_BYTES;
+        char *tiles = q + F::TILES_AT + ahead * F::TILES;
         if (WGMMA) barrier_wait(&at->raw[place], (unsigned)block / F::RAW % 2);
         else wait_for_copies<F::RAW - 2>();
         group_barrier(2);
@@ -4293,7 +4304,6 @@ __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct at
 #pragma unroll
             for (int k = 0; k < F::M / 2; k++) o[k / 32][k / 4 % 8][k % 4] *= old[k % 4 / 2];
         }
-#if FLASH_VARIANT == 1
         float g[2] = {f[0], f[1]};
         uint32_t next[4][4];
         products_done<1>(c);
@@ -4309,17 +4319,6 @@ __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct at
                                                o[k / 32][k / 4 % 8][k % 4]);
 #pragma unroll
         for (int k = 0; k < 16; k++) p[k / 4][k % 4] = next[k / 4][k % 4];
-#else
-        products_done<0>(c);
-#pragma unroll
-        for (int n = 0; n < F::M / 64; n++) products_done<0>(part[n]);
-        release(block);
-#pragma unroll
-        for (int k = 0; k < F::M / 2; k++)
-            o[k / 32][k / 4 % 8][k % 4] = fmaf(part[k / 32][k / 4 % 8][k % 4], f[k % 4 / 2],
-                                               o[k / 32][k / 4 % 8][k % 4]);
-        if (block + 1 < seen) softmax_pair(c, block + 1, &x, p, f, old);
-#endif
     }
     for (; block < blocks; block++) { /* which only the other warp group sees */
         wait_full(block);
