@@ -1079,6 +1079,94 @@ template <int GROUPS> static __device__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
+/* ---- Tensor cores ---- */
+
+/* Four matrices of 8 rows of 16 bytes: lane i brings the place of row i % 8 of matrix i / 8. */
+static __device__ void load_matrices(uint32_t *v, uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row) : "memory");
+}
+
+/* Products by wgmma go on in the background, in groups, and read shared memory by themselves; on
+   chips without it what is here does nothing. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define WGMMA 1
+#define WGMMA_ONLY(code) asm volatile(code ::: "memory")
+#else
+#define WGMMA 0
+#define WGMMA_ONLY(code)
+#endif
+
+static __device__ void products_begin(void) { WGMMA_ONLY("wgmma.fence.sync.aligned;"); }
+static __device__ void products_end(void) { WGMMA_ONLY("wgmma.commit_group.sync.aligned;"); }
+
+/* All groups but the last LEFT are done. */
+template <int LEFT> static __device__ void products_wait(void) {
+#if WGMMA
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
+/* The same, and c[n] is what they left. */
+template <int LEFT> static __device__ void products_done(float *c, int n) {
+    products_wait<LEFT>();
+#pragma unroll
+    for (int i = 0; WGMMA && i < n; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+/* What threads wrote to shared memory is there for wgmma. */
+static __device__ void tiles_written(void) { WGMMA_ONLY("fence.proxy.async.shared::cta;"); }
+
+#if WGMMA
+/* Arrives, and says how many bytes are to come. */
+static __device__ void barrier_expect(uint64_t *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
+                 "r"(bytes) : "memory");
+}
+
+/* Contiguous bytes from global to shared memory, in the background; `done` is told of them. */
+static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *done) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
+                 "r"(shared_address(done)) : "memory");
+}
+
+/* How wgmma finds rows of 128 bytes with the swizzle of 128: address, 1024 bytes to the next eight
+   rows. */
+static __device__ uint64_t tile_descriptor(const void *tile) {
+    return (uint64_t)(shared_address(tile) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
+           (uint64_t)1 << 62;
+}
+
+#define SUMS4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
+#define SUMS64(i) SUMS16(i), SUMS16(i + 16), SUMS16(i + 32), SUMS16(i + 48)
+#define NAMES32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+                "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES64 NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48," \
+                "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES128 NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80," \
+                 "%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99," \
+                 "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114," \
+                 "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define WGMMA_CODE(n, names, a, b, add, end) \
+    "{ .reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
+    "k16.f32.f16.f16 {" names "}, " a ", " b ", p, 1, 1, " end "; }"
+
+/* c = a b^T (+ c, if `add`): 64 rows of a, N of b, 16 columns. */
+template <int N> static __device__ void wgmma(float *c, uint64_t a, uint64_t b, int add) {
+    if (N == 64)
+        asm volatile(WGMMA_CODE("64", NAMES32, "%32", "%33", "%34", "0, 0")
+                     : SUMS16(0), SUMS16(16) : "l"(a), "l"(b), "r"(add));
+    if (N == 128)
+        asm volatile(WGMMA_CODE("128", NAMES64, "%64", "%65", "%66", "0, 0")
+                     : SUMS64(0) : "l"(a), "l"(b), "r"(add));
+    if (N == 256)
+        asm volatile(WGMMA_CODE("256", NAMES128, "%128", "%129", "%130", "0, 0")
+                     : SUMS64(0), SUMS64(64) : "l"(a), "l"(b), "r"(add));
+}
+#endif
+
 /* The rows in front of a product go to shared memory, a row of 2 ld + 16 bytes, so that eight rows
    are read without a conflict. */
 static __device__ char *staged_row(const struct product_f16 &j, char *shared, int r) {
@@ -1678,13 +1766,7 @@ static __host__ __device__ int gemm_pieces(const struct gemm &p) {
     return gemm_across(p) * p.tiles;
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-/* Arrives, and says how many bytes are to come. */
-static __device__ void barrier_expect(uint64_t *b, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
-                 "r"(bytes) : "memory");
-}
+#if WGMMA
 
 /* Arrives at this barrier of block `rank` of the cluster. */
 static __device__ void barrier_arrive_at(uint64_t *b, int rank) {
@@ -1694,14 +1776,7 @@ static __device__ void barrier_arrive_at(uint64_t *b, int rank) {
                  "r"(rank) : "memory");
 }
 
-/* Contiguous bytes from global to shared memory, in the background; `done` is told of them. */
-static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *done) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
-                 "r"(shared_address(done)) : "memory");
-}
-
-/* The same, to both blocks of a cluster. */
+/* copy_bulk to both blocks of a cluster. */
 static __device__ void copy_to_both(void *to, const void *from, int bytes, uint64_t *done) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
                  ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
@@ -1711,34 +1786,6 @@ static __device__ void copy_to_both(void *to, const void *from, int bytes, uint6
 static __device__ void cluster_sync(void) {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
-
-/* How wgmma finds rows of 128 bytes with the swizzle of 128: address, 1024 bytes to the next eight
-   rows. */
-static __device__ uint64_t tile_descriptor(const void *tile) {
-    return (uint64_t)(shared_address(tile) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
-           (uint64_t)1 << 62;
-}
-
-#define TEN(d) "%" d "0, %" d "1, %" d "2, %" d "3, %" d "4, %" d "5, %" d "6, %" d "7, " \
-               "%" d "8, %" d "9, "
-#define EIGHT(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), \
-                 "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
-
-/* c = x w^T (+ c, if `add`): 64 rows of x, 256 of w, 16 columns; in the background. */
-static __device__ void wgmma(float *c, uint64_t x, uint64_t w, int add) {
-    asm volatile("{ .reg .pred add;\nsetp.ne.b32 add, %130, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" TEN("") TEN("1") TEN("2")
-                 TEN("3") TEN("4") TEN("5") TEN("6") TEN("7") TEN("8") TEN("9") TEN("10") TEN("11")
-                 "%120, %121, %122, %123, %124, %125, %126, %127}, %128, %129, add, 1, 1, 0, 0; }"
-                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48),
-                   EIGHT(56), EIGHT(64), EIGHT(72), EIGHT(80), EIGHT(88), EIGHT(96), EIGHT(104),
-                   EIGHT(112), EIGHT(120)
-                 : "l"(x), "l"(w), "r"(add));
-}
-
-#define wgmma_fence() asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
-#define wgmma_commit() asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
-#define wgmma_wait(n) asm volatile("wgmma.wait_group.sync.aligned " #n ";" ::: "memory")
 
 /* Piece x of 128 rows of x, tile w of w. */
 struct output_piece {
@@ -1803,15 +1850,15 @@ static __device__ void multiply_stage(const struct reader &r, int add, float (*c
     const char *tiles = r.ring + stage * GEMM_RING_BYTES;
     const uint64_t x = tile_descriptor(tiles + r.x0), w = tile_descriptor(tiles + X_BYTES);
     barrier_wait(&r.full[stage], r.at / GEMM_RING % 2);
-    wgmma_fence();
+    products_begin();
 #pragma unroll
-    for (int s = 0; s < 4; s++) wgmma(c[0], x + s * 2, w + s * 2, add || s > 0);
-    wgmma_commit();
+    for (int s = 0; s < 4; s++) wgmma<256>(c[0], x + s * 2, w + s * 2, add || s > 0);
+    products_end();
 }
 
 /* The stage is done. (It may be waited for at once: meanwhile the other warpgroup multiplies.) */
 static __device__ void end_stage(struct reader *r) {
-    wgmma_wait(0);
+    products_wait<0>();
     release_stage(&r->empty[r->at++ % GEMM_RING]);
 }
 
@@ -1949,13 +1996,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1)
 
 /* ---- GEMM on every chip ---- */
 
-/* Four matrices of 8 rows of 16 bytes: lane i brings the place of row i % 8 of matrix i / 8. */
-static __device__ void gemm_matrices(uint32_t *v, const char *row) {
-    uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from) : "memory");
-}
-
 enum { GEMM_STAGES = 3, STAGE_BYTES = 2 * X_BYTES, GEMM_SHARED = GEMM_STAGES * STAGE_BYTES };
 
 /* 128 rows of x, and as many of w; they lie as they will lie in shared memory. */
@@ -1973,16 +2013,17 @@ static __device__ void load_stage(char *stage, const char *x, const char *w) {
 static __device__ void multiply_tiles(const char *stage, int row, int n0, float (*c)[8][4]) {
     const int lane = (int)threadIdx.x % 32, r = row + lane % 16;
     const int o = n0 * 8 + lane / 16 * 8 + lane % 8;
+    const uint32_t at = shared_address(stage);
 #pragma unroll
     for (int s = 0; s < 4; s++) {
         uint32_t a[2][4], b[4][4];
         const int pa = 2 * s + lane / 16, pb = 2 * s + lane / 8 % 2;
 #pragma unroll
         for (int m = 0; m < 2; m++)
-            gemm_matrices(a[m], stage + (r + m * 16) * ROW_BYTES + (pa ^ (r & 7)) * 16);
+            load_matrices(a[m], at + (r + m * 16) * ROW_BYTES + (pa ^ (r & 7)) * 16);
 #pragma unroll
         for (int n = 0; n < 4; n++)
-            gemm_matrices(b[n], stage + X_BYTES + (o + n / 2 * 64 + n % 2 * 16) * ROW_BYTES +
+            load_matrices(b[n], at + X_BYTES + (o + n / 2 * 64 + n % 2 * 16) * ROW_BYTES +
                                     (pb ^ (o & 7)) * 16);
 #pragma unroll
         for (int m = 0; m < 2; m++)
@@ -2556,63 +2597,23 @@ static __device__ uint64_t swizzled_operand(uint32_t at) {
     return at >> 4 | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t)2 << 62;
 }
 
-#define SUMS4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
-#define SUMS64(i) SUMS16(i), SUMS16(i + 16), SUMS16(i + 32), SUMS16(i + 48)
-#define NAMES32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
-                "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define NAMES64 NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48," \
-                "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define NAMES128 NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80," \
-                 "%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99," \
-                 "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114," \
-                 "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-
-/* A warpgroup's 64 channels by 64, 128 or 256 pixels over 16 columns, asynchronously. */
-template <int PIXELS> static __device__ void wgmma(float *c, uint64_t a, uint64_t b) {
-    if (PIXELS == 64)
-        asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned."
-                     "m64n64k16.f32.f16.f16 {" NAMES32 "}, %32, %33, p, 1, 1, 0, 0;}"
-                     : SUMS16(0), SUMS16(16) : "l"(a), "l"(b));
-    if (PIXELS == 128)
-        asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned."
-                     "m64n128k16.f32.f16.f16 {" NAMES64 "}, %64, %65, p, 1, 1, 0, 0;}"
-                     : SUMS64(0) : "l"(a), "l"(b));
-    if (PIXELS == 256)
-        asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned."
-                     "m64n256k16.f32.f16.f16 {" NAMES128 "}, %128, %129, p, 1, 1, 0, 0;}"
-                     : SUMS64(0), SUMS64(64) : "l"(a), "l"(b));
-}
-
 /* A step: 32 channels under its taps; what the step before it multiplied is complete afterwards. */
 template <class T, int STRIDE, int PIXELS>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
     w += threadIdx.x / 128 * 4096;
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    products_begin();
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
         int tap = i / 4, k = i / 2 % 2, low = i % 2;
         wgmma<PIXELS>(c, swizzled_operand(w + tap * T::TAP_BYTES + k * 32),
                       operand(patch + T::tap_at(step * T::STEP + tap) * 16 +
-                                  (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16));
+                                  (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16),
+                      1);
     }
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-}
-
-template <int N> static __device__ void conv_finish(float *c) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+    products_end();
+    products_wait<1>();
 }
 #else
-static __device__ uint4 load_matrices(uint32_t at) {
-    uint4 v;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-
 /* Where a lane finds its 8 columns of 16, number k of a row of weights: piece p of row r lies at
    p ^ (r / 2 & 3), as wgmma's swizzle of 64 bytes wants it. */
 static __device__ int weights_piece(int lane, int k) {
@@ -2628,18 +2629,17 @@ static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step)
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
         int tap = i / 4, k = i / 2 % 2, low = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
-        uint4 a = load_matrices(w + tap * T::TAP_BYTES + weights_piece(lane, k));
+        uint32_t a[4], b[4];
+        load_matrices(a, w + tap * T::TAP_BYTES + weights_piece(lane, k));
 #pragma unroll
         for (int n = 0; n < PIXELS / 8; n += 2) {
-            uint4 b = load_matrices(patch + at + (low * 4 + k * 2) * T::PLANE +
-                                    n * STRIDE * T::PITCH * 16);
-            mma(c + n * 4, a.x, a.y, a.z, a.w, b.x, b.y);
-            mma(c + n * 4 + 4, a.x, a.y, a.z, a.w, b.z, b.w);
+            load_matrices(b, patch + at + (low * 4 + k * 2) * T::PLANE +
+                                 n * STRIDE * T::PITCH * 16);
+            mma(c + n * 4, a[0], a[1], a[2], a[3], b[0], b[1]);
+            mma(c + n * 4 + 4, a[0], a[1], a[2], a[3], b[2], b[3]);
         }
     }
 }
-
-template <int N> static __device__ void conv_finish(float *c) { (void)c; }
 #endif
 
 /* Sums of 4 channels over a column of a block of 8 x 8 pixels, on the way to the block's: thread
@@ -2762,9 +2762,7 @@ __global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct con
 #pragma unroll
         for (int i = 0; i < T::STEPS; i++, s++) {
             asm volatile("cp.async.wait_group %0;" ::"n"(T::AHEAD - 1) : "memory");
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+            tiles_written();
             __syncthreads();
             conv_step<T, STRIDE, PIXELS>(c, weights + s % T::STAGES * T::W_BYTES,
                                          base + chunk % T::BUFFERS * T::PATCH_BYTES, i);
@@ -2780,7 +2778,7 @@ __global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct con
                     load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
             asm volatile("cp.async.commit_group;");
         }
-    conv_finish<PIXELS / 2>(c);
+    products_done<0>(c, PIXELS / 2);
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     store_tile<PIXELS>(j, l, c, (float *)tiles);
 }
@@ -3265,10 +3263,9 @@ template <int KV> struct piece {
     uint32_t w[2 * STEPS];                               /* pairs of f16, two a step */
 };
 
-/* 16 bytes of a key; scales: its two. */
+/* 16 bytes of a key, and its two scales. */
 template <int KV>
-static __device__ struct piece<KV> key_at(const char *bytes, const char *scales) {
-    const uint4 v = *(const uint4 *)bytes;
+static __device__ struct piece<KV> piece_of_key(const uint4 &v, __half2 d) {
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     struct piece<KV> p;
     if (KV == LVM_F16) {
@@ -3276,7 +3273,6 @@ static __device__ struct piece<KV> key_at(const char *bytes, const char *scales)
         for (int i = 0; i < 4; i++) p.w[i] = w[i];
         return p;
     }
-    const __half2 d = *(const __half2 *)scales;
     const __half2 low = __low2half2(d), high = __high2half2(d);
 #pragma unroll
     for (int s = 0; s < piece<KV>::STEPS; s++)
@@ -3288,14 +3284,15 @@ static __device__ struct piece<KV> key_at(const char *bytes, const char *scales)
 template <int KV, int DP>
 static __device__ struct piece<KV> key_piece(const char *keys, const char *scales, int key, int u,
                                              int t) {
-    return key_at<KV>(keys + piece_at<block_of<KV, DP>::KEY>(key, 4 * u + t),
-                      scales + (key * (DP / QK) + 2 * u) * 2);
+    const char *at = keys + piece_at<block_of<KV, DP>::KEY>(key, 4 * u + t);
+    const __half2 none = __float2half2_rn(0);
+    return piece_of_key<KV>(*(const uint4 *)at, KV != LVM_Q8_0 ? none : *(const __half2 *)(
+                                scales + (key * (DP / QK) + 2 * u) * 2));
 }
 
-/* 16 bytes of a dimension of values, by lane t of four; scales: the dimension's 64. */
+/* 16 bytes of a dimension of values, and their scales. */
 template <int KV>
-static __device__ struct piece<KV> value_at(const char *bytes, const char *scales, int t) {
-    const uint4 v = *(const uint4 *)bytes;
+static __device__ struct piece<KV> piece_of_value(const uint4 &v, const uint4 &a, const uint4 &b) {
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     struct piece<KV> p;
     if (KV == LVM_F16) {
@@ -3303,7 +3300,6 @@ static __device__ struct piece<KV> value_at(const char *bytes, const char *scale
         for (int k = 0; k < 4; k++) p.w[k] = w[k];
         return p;
     }
-    const uint4 a = ((const uint4 *)scales)[2 * t], b = ((const uint4 *)scales)[2 * t + 1];
     const uint32_t d[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int s = 0; s < piece<KV>::STEPS; s++)
@@ -3315,7 +3311,10 @@ static __device__ struct piece<KV> value_at(const char *bytes, const char *scale
 template <int KV>
 static __device__ struct piece<KV> value_piece(const char *values, const char *scales, int i, int u,
                                                int t) {
-    return value_at<KV>(values + piece_at<block_of<KV, 64>::VALUE>(i, 4 * u + t), scales, t);
+    const char *at = values + piece_at<block_of<KV, 64>::VALUE>(i, 4 * u + t);
+    const uint4 none = make_uint4(0, 0, 0, 0), *d = (const uint4 *)scales + 2 * t;
+    return piece_of_value<KV>(*(const uint4 *)at, KV == LVM_Q8_0 ? d[0] : none,
+                              KV == LVM_Q8_0 ? d[1] : none);
 }
 
 /* ---- A few rows: blocks of keys side by side, then merged ---- */
@@ -3884,69 +3883,52 @@ static __device__ void store_piece(char *tiles, int r, int u, int t, const struc
 enum { GROUP = 128 /* threads of a warp group */, FLASH_THREADS = 3 * GROUP };
 
 /* A block's keys to tiles of f16, dp / 64 of [64 keys][64 dimensions], by a warp group; where rows
-   are as long as all banks, every other row begins with another piece. */
+   are as long as all banks, every other row begins with another piece. All is read first: nothing
+   is read past a write. */
 template <int KV, int DP> static __device__ void expand_keys(const char *keys, char *tiles) {
     using B = block_of<KV, DP>;
+    constexpr int U = B::KEY / 64, N = 2 * U;
     const int row = (int)(threadIdx.x % GROUP / 4), t = (int)(threadIdx.x % 4);
     const int other = B::KEY % 128 == 0 ? row & 1 : 0;
+    uint4 v[N];
+    __half2 d[N];
 #pragma unroll
-    for (int r = row; r < row + BLOCK; r += 32)
+    for (int k = 0; k < N; k++) {
+        const int r = row + k / U * 32, u = k % U ^ other;
+        v[k] = *(const uint4 *)(keys + r * B::KEY + (4 * u + t) * 16);
+        if (KV == LVM_Q8_0)
+            d[k] = *(const __half2 *)(keys + B::KEY_CODES + (r * (DP / QK) + 2 * u) * 2);
+    }
 #pragma unroll
-        for (int i = 0; i < B::KEY / 64; i++) {
-            const int u = i ^ other;
-            store_piece<KV>(tiles, r, u, t,
-                            key_at<KV>(keys + r * B::KEY + (4 * u + t) * 16,
-                                       keys + B::KEY_CODES + (r * (DP / QK) + 2 * u) * 2));
-        }
+    for (int k = 0; k < N; k++)
+        store_piece<KV>(tiles, row + k / U * 32, k % U ^ other, t, piece_of_key<KV>(v[k], d[k]));
 }
 
-/* Values of M dimensions, M / 64 tiles of [64 dimensions][64 keys]. */
+/* Values of M dimensions, M / 64 tiles of [64 dimensions][64 keys]; scales are read a piece ahead. */
 template <int KV, int M> static __device__ void expand_values(const char *values, char *tiles) {
     using B = block_of<KV, M>;
+    constexpr int U = B::VALUE / 64, N = M / 32 * U;
     const int row = (int)(threadIdx.x % GROUP / 4), t = (int)(threadIdx.x % 4);
     const int other = B::VALUE % 128 == 0 ? row & 1 : 0;
+    const uint4 *scales = (const uint4 *)(values + B::VALUE_CODES) + 2 * t;
+    uint4 v[N], d[2][2] = {};
 #pragma unroll
-    for (int r = row; r < row + M; r += 32)
+    for (int k = 0; k < N; k++)
+        v[k] = *(const uint4 *)(values + (row + k / U * 32) * B::VALUE +
+                                (4 * (k % U ^ other) + t) * 16);
 #pragma unroll
-        for (int i = 0; i < B::VALUE / 64; i++) {
-            const int u = i ^ other;
-            store_piece<KV>(tiles + (r - row) / 64 * TILE, r % 64, u, t,
-                            value_at<KV>(values + r * B::VALUE + (4 * u + t) * 16,
-                                         values + B::VALUE_CODES + (r - row) / QK * BLOCK * 2, t));
-        }
+    for (int k = -1; k < N; k++) {
+        if (KV == LVM_Q8_0 && k + 1 < N)
+            for (int i = 0; i < 2; i++) d[(k + 1) % 2][i] = scales[(k + 1) / U * 8 + i];
+        if (k >= 0)
+            store_piece<KV>(tiles + k / U / 2 * TILE, row + k / U % 2 * 32, k % U ^ other, t,
+                            piece_of_value<KV>(v[k], d[k % 2][0], d[k % 2][1]));
+    }
 }
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define WGMMA 1
-#else
-#define WGMMA 0
-#endif
-
-/* What threads wrote to shared memory is there for the tensor cores' own reads. */
-static __device__ void tiles_written(void) {
-#if WGMMA
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-#if WGMMA
-#define WGMMA_CODE(a, b, more, end)                                                              \
-    "{\n.reg .pred p;\nsetp.ne.b32 p, " more ", 0;\n"                                            \
-    "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "                                        \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                    \
-    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, " a ", " b ", p, 1, 1, " \
-    end ";\n}"
-#define WGMMA_4(f, i) "+f"(f[i]), "+f"(f[i + 1]), "+f"(f[i + 2]), "+f"(f[i + 3])
-#define WGMMA_SUMS(f)                                                                            \
-    WGMMA_4(f, 0), WGMMA_4(f, 4), WGMMA_4(f, 8), WGMMA_4(f, 12), WGMMA_4(f, 16), WGMMA_4(f, 20), \
-        WGMMA_4(f, 24), WGMMA_4(f, 28)
-#endif
 
 #if !WGMMA
-static __device__ void load_matrices(uint32_t *to, const char *tile, int r, int c) {
-    uint32_t from = (uint32_t)__cvta_generic_to_shared(tile + r * 128 + (c ^ (r & 7)) * 16);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+static __device__ void load_pieces(uint32_t *to, const char *tile, int r, int c) {
+    load_matrices(to, shared_address(tile + r * 128 + (c ^ (r & 7)) * 16));
 }
 
 /* c[row][n] += a[row][k] tile[n][k]: a warp's 16 rows, 64 of n, steps 2 s and 2 s + 1 of k. */
@@ -3956,7 +3938,7 @@ static __device__ void multiply_steps(float (*c)[4], const uint32_t (*a)[4], con
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         uint32_t b[4];
-        load_matrices(b, tile, n * 8 + lane % 8, 4 * s + lane / 8);
+        load_pieces(b, tile, n * 8 + lane % 8, 4 * s + lane / 8);
         mma(c[n], a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1]);
         mma(c[n], a[1][0], a[1][1], a[1][2], a[1][3], b[2], b[3]);
     }
@@ -3968,12 +3950,9 @@ static __device__ void multiply_steps(float (*c)[4], const uint32_t (*a)[4], con
    may not be touched before products_done. */
 static __device__ void multiply_queries(float (*c)[4], const char *q, const char *tile, int more) {
 #if WGMMA
-    float *f = &c[0][0];
     const uint64_t a = tile_descriptor(q), b = tile_descriptor(tile);
 #pragma unroll
-    for (int s = 0; s < 4; s++)
-        asm volatile(WGMMA_CODE("%32", "%33", "%34", "0, 0")
-                     : WGMMA_SUMS(f) : "l"(a + 2 * s), "l"(b + 2 * s), "r"(more | s));
+    for (int s = 0; s < 4; s++) wgmma<64>(c[0], a + 2 * s, b + 2 * s, more | s);
 #else
     const int lane = (int)(threadIdx.x % 32);
 #pragma unroll
@@ -3982,52 +3961,30 @@ static __device__ void multiply_queries(float (*c)[4], const char *q, const char
     for (int s = 0; s < 2; s++) {
         uint32_t a[2][4];
         for (int i = 0; i < 2; i++)
-            load_matrices(a[i], q, (int)(threadIdx.x % 128 / 32) * 16 + lane % 16,
-                          4 * s + 2 * i + lane / 16);
+            load_pieces(a[i], q, (int)(threadIdx.x % 128 / 32) * 16 + lane % 16,
+                        4 * s + 2 * i + lane / 16);
         multiply_steps(c, a, tile, s);
     }
 #endif
 }
 
 /* The same for probabilities, operands p of four steps, by a tile of values: c = p tile^T. */
-static __device__ void multiply_values(float (*c)[4], const uint32_t (*p)[4], const char *tile) {
+static __device__ void multiply_values(float (*sums)[4], const uint32_t (*p)[4],
+                                       const char *tile) {
 #if WGMMA
-    float *f = &c[0][0];
+    float *c = sums[0];
     const uint64_t b = tile_descriptor(tile);
 #pragma unroll
     for (int s = 0; s < 4; s++)
-        asm volatile(WGMMA_CODE("{%32,%33,%34,%35}", "%36", "%37", "0")
-                     : WGMMA_SUMS(f)
+        asm volatile(WGMMA_CODE("64", NAMES32, "{%32,%33,%34,%35}", "%36", "%37", "0")
+                     : SUMS16(0), SUMS16(16)
                      : "r"(p[s][0]), "r"(p[s][1]), "r"(p[s][2]), "r"(p[s][3]), "l"(b + 2 * s),
                        "r"(s));
 #else
 #pragma unroll
-    for (int i = 0; i < 32; i++) (&c[0][0])[i] = 0;
-    multiply_steps(c, p, tile, 0);
-    multiply_steps(c, p + 2, tile, 1);
-#endif
-}
-
-static __device__ void products_begin(void) {
-#if WGMMA
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
-}
-
-static __device__ void products_end(void) {
-#if WGMMA
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
-}
-
-/* All that was begun is done but the last LEFT groups; c is what it left. */
-template <int LEFT> static __device__ void products_done(float (*c)[4]) {
-#if WGMMA
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
-#pragma unroll
-    for (int i = 0; i < 32; i++) asm volatile("" : "+f"((&c[0][0])[i])::"memory");
-#else
-    (void)c;
+    for (int i = 0; i < 32; i++) sums[0][i] = 0;
+    multiply_steps(sums, p, tile, 0);
+    multiply_steps(sums, p + 2, tile, 1);
 #endif
 }
 
@@ -4287,7 +4244,7 @@ __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct at
         wait_full(0);
         products_begin();
         score(c, 0);
-        products_done<0>(c);
+        products_done<0>(c[0], 32);
         softmax_pair(c, 0, &x, p, f, old);
     }
     int block = 0;
@@ -4306,10 +4263,10 @@ __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct at
         }
         float g[2] = {f[0], f[1]};
         uint32_t next[4][4];
-        products_done<1>(c);
+        products_done<1>(c[0], 32);
         if (block + 1 < seen) softmax_pair(c, block + 1, &x, next, f, old);
 #pragma unroll
-        for (int n = 0; n < F::M / 64; n++) products_done<0>(part[n]);
+        for (int n = 0; n < F::M / 64; n++) products_done<0>(part[n][0], 32);
 #pragma unroll
         for (int k = 0; k < 16; k++) asm volatile("" : "+r"(p[k / 4][k % 4])); /* read until here */
         release(block);
