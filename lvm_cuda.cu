@@ -33,7 +33,7 @@
    of f32 but those at a tie.
 
    LEFT OUT, so far: a prompt's keys and values expanded once instead of once a tile; attention's
-   merge and RoPE inside their neighbours; more than one GPU for a model. */
+   merge inside its neighbours; more than one GPU for a model. */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <dlfcn.h>
@@ -857,9 +857,11 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
 
 enum { FEW_ROWS = 64   /* GEMV up to here */, CHAIN_ROWS = 8 /* rows that a block keeps in shared
                           memory, and whose norm it computes itself */,
-       STAGED_MOST = 96 << 10, CHAINS = 4 /* of a product */, TEAMS = 2 /* of a warp a chain */,
-       GEMV_WARPS = TEAMS * CHAINS, ROW_SUMS = GEMV_WARPS, REGISTER_ROW = 4 /* fours of a thread */,
-       GEMV_THREADS = 32 * GEMV_WARPS };
+       STAGED_MOST = 96 << 10, CHAINS = 4 /* of a product */, TEAMS = 3 /* of a warp a chain */,
+       TALL_TEAMS = 2 /* of tiles for more rows of x */,
+       GEMV_WARPS = TEAMS * CHAINS, GEMV_THREADS = 32 * GEMV_WARPS, ROW_SUMS = 8,
+       ROW_THREADS = 32 * ROW_SUMS, REGISTER_ROW = 4 /* fours of a thread */,
+       ROW_FOURS = 16 /* of a lane */ };
 
 /* Activations in f16: rows [row][ld], columns from the last on to ld zeros; or panels for GEMM:
    tiles of 128 rows x 64 columns, 16 KiB side by side. In a tile a row has 128 bytes, of which
@@ -978,17 +980,43 @@ static __device__ void norm_to_panel(const struct packed &out, int row, const fl
 static __device__ void write_normed(const struct packed &out, int row, const float *x,
                                     const float *norm, float scale, int D) {
     for (int i = (int)threadIdx.x % 32; i < out.ld / 4; i += 32 * 8) {
-        float4 v[8], w[8];
+        float4 v[8], w[8] = {};
 #pragma unroll
         for (int u = 0; u < 8; u++) {
             v[u] = load_four(x, i + 32 * u, D / 4);
-            w[u] = load_four(norm, i + 32 * u, D / 4);
+            if (i + 32 * u < D / 4) w[u] = ((const float4 *)norm)[i + 32 * u];
         }
 #pragma unroll
         for (int u = 0; u < 8; u++)
             if (i + 32 * u < out.ld / 4)
                 store4(out, row, 4 * (i + 32 * u), normed(v[u], w[u], scale));
     }
+}
+
+/* The same of a row of up to 4 * 32 * ROW_FOURS elements, which is read once; a warp a row, the
+   order of sums rms_scale's. */
+static __device__ void write_normed_once(const struct packed &out, const float *x,
+                                         const float *norm, int D, float eps) {
+    const int lane = (int)threadIdx.x % 32, n = D / 4;
+    float4 v[ROW_FOURS];
+    float all = 0;
+#pragma unroll
+    for (int u = 0; u < ROW_FOURS; u++) v[u] = load_four(x, lane + 32 * u, n);
+#pragma unroll
+    for (int i = 0; i < ROW_SUMS; i++) {
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int u = i; u < ROW_FOURS; u += ROW_SUMS) sum = add_squares(sum, v[u]);
+        all = i == 0 ? over_warp(sum) : all + over_warp(sum);
+    }
+    const float scale = rsqrtf(all / (float)D + eps);
+#pragma unroll
+    for (int u = 0; u < ROW_FOURS; u++) {
+        const int i = lane + 32 * u;
+        if (i < n) store4(out, 0, 4 * i, normed(v[u], ((const float4 *)norm)[i], scale));
+    }
+    for (int i = n + lane; i < out.ld / 4; i += 32)
+        store4(out, 0, 4 * i, make_float4(0, 0, 0, 0));
 }
 
 /* v / (1 + e^-v), to some 1e-6. */
@@ -1180,22 +1208,23 @@ static __device__ const float *row_of_x(const struct product_f16 &j, int r) {
 /* rmsnorm of a single row that a block holds in registers: the order of sums is rms_scale's. */
 static __device__ void stage_row(const struct product_f16 &j, char *shared, int D) {
     __shared__ float sums[ROW_SUMS];
-    const int tid = (int)threadIdx.x, n = D / 4;
+    const int tid = (int)threadIdx.x, n = tid < ROW_THREADS ? D / 4 : 0;
     const struct packed out = {(__half *)shared, j.in.ld, 0, j.in.up};
     const float *x = row_of_x(j, 0);
     float4 v[REGISTER_ROW], w[REGISTER_ROW], sum = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int u = 0; u < REGISTER_ROW; u++) {
-        if (GEMV_THREADS * u >= n) break;
-        v[u] = load_four(x, tid + GEMV_THREADS * u, n);
-        w[u] = load_four(j.norm, tid + GEMV_THREADS * u, n);
+        if (ROW_THREADS * u >= n) break;
+        v[u] = load_four(x, tid + ROW_THREADS * u, n);
+        w[u] = load_four(j.norm, tid + ROW_THREADS * u, n);
     }
 #pragma unroll
     for (int u = 0; u < REGISTER_ROW; u++) {
-        if (GEMV_THREADS * u >= n) break;
+        if (ROW_THREADS * u >= n) break;
         sum = add_squares(sum, v[u]);
     }
-    sums[tid / 32] = over_warp(sum);
+    sum.x = over_warp(sum);
+    if (tid < ROW_THREADS) sums[tid / 32] = sum.x;
     __syncthreads();
     float all = sums[0];
 #pragma unroll
@@ -1203,11 +1232,11 @@ static __device__ void stage_row(const struct product_f16 &j, char *shared, int 
     const float scale = rsqrtf(all / (float)D + j.eps);
 #pragma unroll
     for (int u = 0; u < REGISTER_ROW; u++) {
-        if (GEMV_THREADS * u >= n) break;
-        if (tid + GEMV_THREADS * u < n)
-            store4(out, 0, 4 * (tid + GEMV_THREADS * u), normed(v[u], w[u], scale));
+        if (ROW_THREADS * u >= n) break;
+        if (tid + ROW_THREADS * u < n)
+            store4(out, 0, 4 * (tid + ROW_THREADS * u), normed(v[u], w[u], scale));
     }
-    for (int i = n + tid; i < out.ld / 4; i += GEMV_THREADS)
+    for (int i = D / 4 + tid; i < out.ld / 4; i += GEMV_THREADS)
         store4(out, 0, 4 * i, make_float4(0, 0, 0, 0));
 }
 
@@ -1228,13 +1257,14 @@ static __device__ void copy_rows(const struct product_f16 &j, char *shared) {
 static __device__ void stage_rows(const struct product_f16 &j, char *shared) {
     const int D = j.p[0].w.cols, warp = (int)threadIdx.x / 32;
     if (j.norm == NULL) copy_rows(j, shared);
-    else if (j.rows == 1 && D <= GEMV_THREADS * REGISTER_ROW * 4) stage_row(j, shared, D);
+    else if (j.rows == 1 && D <= ROW_THREADS * REGISTER_ROW * 4) stage_row(j, shared, D);
     else
 #pragma unroll 1
         for (int r = warp; r < j.rows; r += GEMV_WARPS) {
             const struct packed out = {(__half *)staged_row(j, shared, r), j.in.ld, 0, j.in.up};
-            const float *x = row_of_x(j, r), scale = rms_scale(x, D, j.eps);
-            write_normed(out, 0, x, j.norm, scale, D);
+            const float *x = row_of_x(j, r);
+            if (D <= 4 * 32 * ROW_FOURS) write_normed_once(out, x, j.norm, D, j.eps);
+            else write_normed(out, 0, x, j.norm, rms_scale(x, D, j.eps), D);
         }
     __syncthreads();
 }
@@ -1260,18 +1290,6 @@ static __device__ void multiply_span(float *c, const __half2 *w0, const __half2 
             u[s + 1]);
 }
 
-/* A thread's columns of row `row` of x in a span, zeros where there is no such row or span; from
-   shared memory, see stage_rows, or as they lie. */
-template <int SHARED>
-static __device__ void load_span(const struct product_f16 &j, const char *shared, int row, int span,
-                                 int end, uint4 *x) {
-    const int t = (int)threadIdx.x % 4, ld = j.in.ld, bytes = (span * SPAN + 16 * t) * 2;
-    const char *from = SHARED ? shared + row * (2 * ld + 16) + bytes
-                              : (const char *)j.in.h + (int64_t)row * ld * 2 + bytes;
-    for (int i = 0; i < 2; i++)
-        x[i] = row < j.rows && span < end ? ((const uint4 *)from)[i] : make_uint4(0, 0, 0, 0);
-}
-
 /* y or out for one sum: row r of x, row o of the matrix. other: SWIGLU's second sum; what y was. */
 template <int KIND>
 static __device__ void finish(const struct product_f16 &j, const struct part &p, int r, int o,
@@ -1288,70 +1306,52 @@ static __device__ void finish(const struct product_f16 &j, const struct part &p,
             __float2half_rn(o < N ? silu(sum * down) * (other * down) * j.out.up : 0);
 }
 
-/* Weights come through a ring in shared memory, so that a few KiB of each warp are under way. A
-   thread copies what it will read itself: of two rows of w, 16 columns of a span and their scale;
-   a slot of the ring has a span. */
+/* Weights come through a ring in shared memory. Of a group a warp reads two tiles of 8 rows, of
+   each some spans that follow each other: one run of elements, one of scales. A slot of the ring
+   has CHUNK spans of both tiles, elements before scales; `full` tells when they are there. */
 template <int TYPE> struct ring {
-    enum { SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0,
-           PIECE = TYPE == LVM_Q4_0 ? 8 : TYPE == LVM_Q8_0 ? 16 : 32, /* bytes of 16 elements */
-           ROW = 32 * PIECE + (SCALED ? 32 * 4 : 0),                  /* of a warp */
-           SLOT = 2 * ROW, SLOTS = SCALED ? 8 : 4, BYTES = SLOTS * SLOT };
+    enum { SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0, CHUNK = 2, PAIRS = CHUNK * 2,
+           TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, SCALES = SCALED * 32,
+           SLOT = PAIRS * (TILE + SCALES), SLOTS = SCALED ? 3 : 2, BYTES = SLOTS * SLOT };
 };
 
-/* A thread's way along a row of w, and its places in the warp's ring. */
-template <int TYPE> struct weights_ahead {
-    const uint8_t *q;
-    const __half *d;
-    char *pieces, *scales;
-};
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+#define BULK 1 /* the chip copies runs of bytes by itself and tells a barrier */
 
-/* place: 0 for the first of the warp's two rows, 1 for the second. */
+/* 1 for one lane of a warp, which the compiler then knows to be one. */
+static __device__ uint32_t elected(void) {
+    uint32_t is;
+    asm volatile("{ .reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "selp.u32 %0, 1, 0, p; }" : "=r"(is));
+    return is;
+}
+#else
+#define BULK 0
+
+/* A run of bytes to shared memory, by a warp. */
+static __device__ void copy_run(char *to, const void *from, int bytes) {
+    for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
+        copy_async<16>(shared_address(to) + (uint32_t)i, (const char *)from + i, 1);
+}
+#endif
+
+/* 16 columns of a row of each of the two tiles, from a slot; span: of the chunk. */
 template <int TYPE>
-static __device__ void place_ring(struct weights_ahead<TYPE> *w, char *ring_of_warp, int place) {
+static __device__ void load_raw(const char *slot, int span, struct raw16<TYPE> *raw) {
     typedef struct ring<TYPE> R;
     const int lane = (int)threadIdx.x % 32;
-    char *mine = ring_of_warp + place * R::ROW;
-    w->pieces = mine + lane * (R::PIECE == 8 ? 8 : 16);
-    w->scales = mine + 32 * R::PIECE + lane * 4;
-}
-
-template <int TYPE>
-static __device__ void point_at(struct weights_ahead<TYPE> *w, const struct matrix &m, int row,
-                                int span) {
-    const int64_t at = element_at(m, row, span * SPAN);
-    w->q = m.q + bytes_of<TYPE>(at + 16 * (threadIdx.x % 4));
-    w->d = m.d + at / QK;
-}
-
-/* The next span on its way into a slot; zeros where there is none. */
-template <int TYPE>
-static __device__ void fetch_span(struct weights_ahead<TYPE> *w, int slot, int there) {
-    typedef struct ring<TYPE> R;
-    const uint32_t to = (uint32_t)__cvta_generic_to_shared(w->pieces) + (uint32_t)(slot * R::SLOT);
-    if (R::PIECE == 8) copy_async<8>(to, w->q, there);
-    else
-        for (int i = 0; i < R::PIECE / 16; i++) copy_async<16>(to + i * 512, w->q + i * 16, there);
-    if (R::SCALED)
-        copy_async<4>((uint32_t)__cvta_generic_to_shared(w->scales) + (uint32_t)(slot * R::SLOT),
-                      w->d, there);
-    w->q += bytes_of<TYPE>(8 * SPAN);
-    w->d += 8 * SPAN / QK;
-}
-
-/* What fetch_span brought, as f16. */
-template <int TYPE>
-static __device__ void expand_span(const struct weights_ahead<TYPE> &w, int slot, __half2 *out) {
-    typedef struct ring<TYPE> R;
-    const char *from = w.pieces + slot * R::SLOT;
-    struct raw16<TYPE> raw = {};
-    if (R::PIECE == 8) {
-        uint2 v = *(const uint2 *)from;
-        raw.v[0].x = v.x, raw.v[0].y = v.y;
-    } else
-        for (int i = 0; i < R::PIECE / 16; i++) raw.v[i] = *(const uint4 *)(from + i * 512);
-    if (R::SCALED)
-        raw.d = ((const __half *)(w.scales + slot * R::SLOT))[threadIdx.x % 4 / 2];
-    expand16<TYPE>(raw, out);
+    for (int i = 0; i < 2; i++) {
+        const int tile = i * R::CHUNK + span;
+        const char *from = slot + tile * R::TILE + lane * (R::TILE / 32);
+        if (TYPE == LVM_Q4_0) {
+            uint2 v = *(const uint2 *)from;
+            raw[i].v[0].x = v.x, raw[i].v[0].y = v.y;
+        } else
+            for (int k = 0; k < R::TILE / 512; k++) raw[i].v[k] = ((const uint4 *)from)[k];
+        from = slot + R::PAIRS * R::TILE + tile * R::SCALES; /* [row][32 columns] */
+        if (R::SCALED) raw[i].d = ((const __half *)from)[lane / 2];
+    }
 }
 
 /* Groups of 16 rows of w (SWIGLU: 8 of each matrix), of all matrices of a product. */
@@ -1374,41 +1374,174 @@ template <int KIND> static __device__ int part_of(const struct product_f16 &j, i
     return part;
 }
 
-/* What a warp fetches: its part of each of its team's groups, one after the other. */
+/* What a warp fetches: its chain's spans of each of its team's groups, one after the other. */
 template <int TYPE, int KIND> struct stream {
-    struct weights_ahead<TYPE> a, b;
-    int group, groups, step, span, begin, end, each; /* end: where the chain's own spans end */
+    const uint8_t *q[2];
+    const __half *d[2];
+    int group, groups, step, begin, own, left; /* own: spans of a group; left: of this one */
+    char *ring;
+    uint64_t *full;
+    uint32_t slots, to, at, round; /* of the ring; next to fill, to read; 0 and 1 in turn */
 };
 
 template <int TYPE, int KIND>
 static __device__ void point_stream(const struct product_f16 &j, struct stream<TYPE, KIND> *s) {
-    int group = s->group;
-    s->span = s->begin;
+    int group = s->group, part;
+    s->left = s->own;
     if (group >= s->groups) return;
-    const struct part &p = j.p[part_of<KIND>(j, &group)];
-    const int g = (int)threadIdx.x % 32 / 4, last = p.w.rows - 1;
-    const int o0 = group * (KIND == SWIGLU ? 8 : 16);
-    point_at(&s->a, p.w, min(o0 + g, last), s->begin);
-    if (KIND == SWIGLU) point_at(&s->b, j.p[1].w, min(o0 + g, last), s->begin);
-    else point_at(&s->b, p.w, min(o0 + g + 8, last), s->begin);
+    part = part_of<KIND>(j, &group);
+    for (int i = 0; i < 2; i++) {
+        const struct matrix &w = j.p[KIND == SWIGLU ? i : part].w;
+        const int tile = min(KIND == SWIGLU ? group : 2 * group + i, (w.rows - 1) / 8);
+        const int64_t at = ((int64_t)tile * (w.ld / SPAN) + s->begin) * 8 * SPAN;
+        s->q[i] = w.q + bytes_of<TYPE>(at);
+        s->d[i] = w.d + at / QK;
+    }
 }
 
+/* n spans on their way into a slot. */
 template <int TYPE, int KIND>
-static __device__ void fetch_next(const struct product_f16 &j, struct stream<TYPE, KIND> *s,
-                                  int slot) {
-    const int there = s->group < s->groups && s->span < s->end;
-    fetch_span(&s->a, slot, there);
-    fetch_span(&s->b, slot, there);
-    end_copies();
-    if (++s->span < s->begin + s->each) return;
-    s->group += s->step;
-    point_stream(j, s);
+static __device__ void copy_chunk(const struct stream<TYPE, KIND> &s, int n) {
+    typedef struct ring<TYPE> R;
+    char *to = s.ring + s.to * R::SLOT, *scales = to + R::PAIRS * R::TILE;
+#if BULK
+    if (!elected()) return;
+    uint64_t *full = s.full + s.to;
+    barrier_expect(full, 2 * n * (R::TILE + R::SCALES));
+    auto copy = [&](char *at, const void *from, int bytes) { copy_bulk(at, from, bytes, full); };
+#else
+    auto copy = [&](char *at, const void *from, int bytes) { copy_run(at, from, bytes); };
+#endif
+    for (int i = 0; i < 2; i++) {
+        copy(to + i * R::CHUNK * R::TILE, s.q[i], n * R::TILE);
+        if (R::SCALED) copy(scales + i * R::CHUNK * R::SCALES, s.d[i], n * R::SCALES);
+    }
+}
+
+/* The next chunk, if there is one. */
+template <int TYPE, int KIND>
+static __device__ void fetch_chunk(const struct product_f16 &j, struct stream<TYPE, KIND> *s) {
+    typedef struct ring<TYPE> R;
+    if (s->group < s->groups) {
+        const int n = min((int)R::CHUNK, s->left);
+        copy_chunk(*s, n);
+        for (int i = 0; i < 2; i++) {
+            s->q[i] += n * R::TILE;
+            s->d[i] += n * R::SCALES / 2;
+        }
+        if ((s->left -= n) == 0) {
+            s->group += s->step;
+            point_stream(j, s);
+        }
+    }
+    s->to = s->to + 1 < s->slots ? s->to + 1 : 0;
+    if (!BULK) end_copies();
+}
+
+/* Until the warp's next chunk is there, while the slot before is still to be filled again. */
+template <int TYPE, int KIND>
+static __device__ const char *wait_for_chunk(struct stream<TYPE, KIND> *s) {
+    typedef struct ring<TYPE> R;
+    const char *slot = s->ring + s->at * R::SLOT;
+#if BULK
+    barrier_wait(s->full + s->at, s->round);
+#else
+    if (s->slots == R::SLOTS) wait_for_copies<R::SLOTS - 2>();
+    else wait_for_copies<2 * R::SLOTS - 2>();
+    __syncwarp();
+#endif
+    s->at = s->at + 1 < s->slots ? s->at + 1 : 0;
+    s->round ^= s->at == 0;
+    return slot;
+}
+
+/* A warp's own barriers. */
+static __device__ void start_barriers(uint64_t *b, uint32_t n) {
+#if BULK
+    if (threadIdx.x % 32 < n) barrier_init(b + threadIdx.x % 32, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncwarp();
+#endif
+}
+
+/* Where a thread's columns of x begin, in shared memory (see stage_rows) or as they lie; rows that
+   are not there give sums that nobody looks at. */
+struct inputs {
+    const char *x;
+    int stride, last; /* bytes of a row; the last row */
+};
+
+template <int TILES>
+static __device__ void load_inputs(const struct inputs &in, int span, uint4 (*x)[2]) {
+    const int g = (int)threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            x[n][i] = *(const uint4 *)(in.x + min(n * 8 + g, in.last) * in.stride +
+                                       span * SPAN * 2 + i * 16);
+}
+
+/* Lets the compiler compute these before what follows. */
+static __device__ void keep(const __half2 *w) {
+    for (int i = 0; i < 8; i++) asm volatile("" ::"r"(as_word(w[i])));
+}
+
+/* A warp's spans of a group, c += its part of the sums, two in turn: while tensor cores work at one
+   the next becomes f16, and a further one is on its way from shared memory. */
+template <int TYPE, int KIND, int TILES>
+static __device__ void multiply_group(const struct product_f16 &j, struct stream<TYPE, KIND> *s,
+                                      const struct inputs &in, float (*c)[4]) {
+    enum { AHEAD = TILES == 1 /* of x too */ };
+    struct raw16<TYPE> raw[2] = {};
+    __half2 w[2][8], v[2][8];
+    uint4 x[TILES][2], y[TILES][2];
+    auto expand = [&](__half2 (*to)[8]) {
+        expand16<TYPE>(raw[0], to[0]);
+        expand16<TYPE>(raw[1], to[1]);
+    };
+    auto multiply = [&](int span, __half2 (*w16)[8], uint4 (*x16)[2]) {
+        if (!AHEAD) load_inputs<TILES>(in, span, x16);
+#pragma unroll
+        for (int n = 0; n < TILES; n++) multiply_span(c[n], w16[0], w16[1], x16[n]);
+    };
+    const int last = s->own - 1;
+    const char *slot = wait_for_chunk(s);
+    load_raw(slot, 0, raw);
+    if (AHEAD) load_inputs<TILES>(in, 0, x);
+    expand(w);
+#pragma unroll 1
+    for (int k = 0;; k += 2) {
+        const char *next = k + 2 <= last ? wait_for_chunk(s) : slot;
+        load_raw(slot, 1, raw); /* where there is none, something else that is there */
+        if (AHEAD) load_inputs<TILES>(in, min(k + 1, last), y);
+        multiply(k, w, x);
+        expand(v);
+        if (k < last) {
+            load_raw(next, 0, raw);
+            if (AHEAD) load_inputs<TILES>(in, min(k + 2, last), x);
+            multiply(k + 1, v, y);
+            expand(w);
+            keep(w[0]);
+            keep(w[1]);
+        }
+        slot = next;
+        __syncwarp();
+        fetch_chunk(j, s);
+        if (k + 2 > last) return;
+    }
+}
+
+/* What a sum is added to. */
+static __device__ float residual(const struct product_f16 &j, const struct part &p, int r, int o) {
+    return r < j.rows && o < p.w.rows ? __ldcg(p.y + (int64_t)r * p.w.rows + o) : 0;
 }
 
 /* The sums of a team's group, c[16 rows of w][8 TILES rows of x] of each chain, to their place. */
 template <int KIND, int TILES>
 static __device__ void finish_group(const struct product_f16 &j, int group, float (*c)[4],
-                                    float (*sums)[TILES * 4][32], int team, int chain) {
+                                    float (*sums)[TILES * 4][32], int team, int chain,
+                                    float before) {
     const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const struct part &p = j.p[part_of<KIND>(j, &group)];
 #pragma unroll
@@ -1422,63 +1555,62 @@ static __device__ void finish_group(const struct product_f16 &j, int group, floa
         const float sum = sum_of_chains(&sums[0][i][lane], TILES * 4 * 32);
         float other = 0;
         if (KIND == SWIGLU) other = sum_of_chains(&sums[0][i + 2][lane], TILES * 4 * 32);
-        if (KIND == ADD && r < j.rows && o < p.w.rows) other = p.y[(int64_t)r * p.w.rows + o];
+        if (KIND == ADD) other = TILES == 1 ? before : residual(j, p, r, o);
         finish<KIND>(j, p, r, o, sum, other);
     }
     asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(32 * (int)CHAINS) : "memory");
 }
 
 /* A block a multiprocessor. A team of four warps takes one group of 16 rows of w after the other, a
-   warp one of their four chains. Reads w once, the first spans before the kernel in front has
-   ended, and x from shared memory (up to CHAIN_ROWS rows, in one tile of 8) or the L2 cache. Loops
-   are not unrolled: instructions that run for the first time take longer than others. Floor: the
-   bytes of w over the memory's bandwidth. */
+   warp one of their four chains; where there are no more groups than blocks, one team has the
+   memory of all. Reads w once, the first spans before the kernel in front has ended, and x from
+   shared memory (up to CHAIN_ROWS rows, in one tile of 8) or the L2 cache. Loops are not unrolled:
+   instructions that run for the first time take longer than others. Floor: the bytes of w over the
+   memory's bandwidth. */
 template <int TYPE, int KIND, int TILES, int SHARED>
-__global__ void __launch_bounds__(GEMV_THREADS, TILES > 4 ? 1 : 2)
+__global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), TILES > 4 ? 1 : 2)
     gemv_kernel(struct product_f16 j) {
     extern __shared__ __align__(128) char shared[];
-    __shared__ float sums[TEAMS][CHAINS][TILES * 4][32];
     typedef struct ring<TYPE> R;
-    const int warp = (int)threadIdx.x / 32, team = warp / CHAINS, chain = warp % CHAINS,
-              g = (int)threadIdx.x % 32 / 4, spans = j.p[0].w.ld / SPAN;
-    char *mine = shared + warp * R::BYTES, *x = shared + GEMV_WARPS * R::BYTES;
-    struct stream<TYPE, KIND> s;
+    enum { N = SHARED ? TEAMS : TALL_TEAMS };
+    __shared__ float sums[N][CHAINS][TILES * 4][32];
+    __shared__ uint64_t full[N * CHAINS * R::SLOTS];
+    const int warp = __shfl_sync(0xffffffff, (int)threadIdx.x / 32, 0), /* known to be uniform */
+              team = warp / CHAINS, chain = warp % CHAINS, lane = (int)threadIdx.x % 32,
+              spans = j.p[0].w.ld / SPAN, each = (spans + CHAINS - 1) / CHAINS;
+    char *x = shared + N * CHAINS * R::BYTES;
+    struct stream<TYPE, KIND> s = {};
     s.groups = all_groups<KIND>(j);
-    s.step = (int)gridDim.x * TEAMS;
+    s.step = (int)gridDim.x * N;
     s.group = (int)(blockIdx.x + gridDim.x * team);
-    s.each = (spans + CHAINS - 1) / CHAINS;
-    s.begin = chain * s.each;
-    s.end = min(spans, s.begin + s.each);
-    place_ring(&s.a, mine, 0);
-    place_ring(&s.b, mine, 1);
-    const int first_group = s.group;
+    s.begin = min(spans, chain * each);
+    s.own = min(spans - s.begin, each);
+    const int alone = s.groups <= (int)gridDim.x; /* the first team, which has all of the ring */
+    const int place = alone ? chain * N : warp;
+    s.slots = alone ? N * R::SLOTS : R::SLOTS;
+    s.ring = shared + place * R::BYTES;
+    s.full = full + place * R::SLOTS;
+    const int first_group = s.group, last_group = s.groups;
+    if (s.own == 0) s.groups = 0; /* nothing to fetch */
+    if (s.group < s.groups) start_barriers(s.full, s.slots);
     point_stream(j, &s);
 #pragma unroll 1
-    for (int i = 0; i < R::SLOTS; i++) fetch_next(j, &s, i);
+    for (uint32_t i = 0; i < s.slots; i++) fetch_chunk(j, &s);
     prefetch_norm(j);
     wait_for_inputs();
     if (SHARED) stage_rows(j, x);
-    int slot = 0;
+    struct inputs in = {SHARED ? x : (const char *)j.in.h, 2 * j.in.ld + SHARED * 16, j.rows - 1};
+    in.x += (s.begin * SPAN + lane % 4 * 16) * 2;
 #pragma unroll 1
-    for (int group = first_group; group < s.groups; group += s.step) {
-        float c[TILES][4] = {};
-#pragma unroll 1
-        for (int k = 0; k < s.each; k++, slot = (slot + 1) % R::SLOTS) {
-            __half2 w0[8], w1[8];
-            wait_for_copies<R::SLOTS - 1>();
-            expand_span(s.a, slot, w0);
-            expand_span(s.b, slot, w1);
-            fetch_next(j, &s, slot);
-#pragma unroll
-            for (int n = 0; n < TILES; n++) {
-                uint4 v[2];
-                load_span<SHARED>(j, x, n * 8 + g, s.begin + k, s.end, v);
-                multiply_span(c[n], w0, w1, v);
-            }
-        }
-        finish_group<KIND, TILES>(j, group, c, sums[team], team, chain);
+    for (int group = first_group; group < last_group; group += s.step) {
+        float c[TILES][4] = {}, before = 0;
+        if (KIND == ADD && TILES == 1) /* of what finish_group lets this thread write */
+            before = residual(j, j.p[0], lane % 4 * 2 + chain % 2,
+                              group * 16 + lane / 4 + chain / 2 * 8);
+        if (s.own > 0) multiply_group<TYPE, KIND, TILES>(j, &s, in, c);
+        finish_group<KIND, TILES>(j, group, c, sums[team], team, chain, before);
     }
-    wait_for_copies<0>();
+    if (!BULK) wait_for_copies<0>();
 }
 
 /* Shared memory of the largest rings of a block, and what a kernel declares beside them. */
@@ -1495,7 +1627,8 @@ static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
 template <int TYPE, int KIND>
 static void launch_gemv(struct queue *q, const struct product_f16 *product) {
     struct product_f16 j = *product;
-    const int staged = staged_bytes(q, &j), shared = GEMV_WARPS * ring<TYPE>::BYTES + staged;
+    const int staged = staged_bytes(q, &j), shared = GEMV_WARPS * ring<TYPE>::BYTES + staged,
+              tall = TALL_TEAMS * CHAINS * ring<TYPE>::BYTES, threads = 32 * TALL_TEAMS * CHAINS;
     const int most = q->shared >= RINGS_MOST + TALL_BYTES ? FEW_ROWS : FEW_ROWS / 2;
     dim3 grid((unsigned)min64(q->sms, all_groups<KIND>(j)));
     if (staged > 0) {
@@ -1505,9 +1638,8 @@ static void launch_gemv(struct queue *q, const struct product_f16 *product) {
     }
     for (int left = j.rows; left > 0; left -= most) {
         j.rows = (int)min64(most, left);
-        if (j.rows <= 32)
-            gemv_kernel<TYPE, KIND, 4, 0><<<grid, GEMV_THREADS, shared, q->stream>>>(j);
-        else gemv_kernel<TYPE, KIND, 8, 0><<<grid, GEMV_THREADS, shared, q->stream>>>(j);
+        if (j.rows <= 32) gemv_kernel<TYPE, KIND, 4, 0><<<grid, threads, tall, q->stream>>>(j);
+        else gemv_kernel<TYPE, KIND, 8, 0><<<grid, threads, tall, q->stream>>>(j);
         launched(q, "gemv_kernel");
         for (int i = 0; j.p[0].y != NULL && i < j.n; i++)
             j.p[i].y += (int64_t)most * j.p[i].w.rows;
@@ -1589,8 +1721,9 @@ static __device__ void unpack_unit(const struct unpacked &p, unsigned unit, unsi
         for (int k = 0; k < 8; k++) u[k] = there[i] ? as_word(v[k]) : 0;
         transpose4(u, t, 1);
         transpose4(u + 4, t, 1);
-        h[64 * i + (t ^ (row & 7))] = make_uint4(u[0], u[1], u[2], u[3]);
-        h[64 * i + ((t + 4) ^ (row & 7))] = make_uint4(u[4], u[5], u[6], u[7]);
+        /* used much later, by when it has left the L2 cache in any case */
+        __stcs(h + 64 * i + (t ^ (row & 7)), make_uint4(u[0], u[1], u[2], u[3]));
+        __stcs(h + 64 * i + ((t + 4) ^ (row & 7)), make_uint4(u[4], u[5], u[6], u[7]));
     }
 }
 
@@ -3056,23 +3189,36 @@ static __device__ float quantize_lane(float v, int *code) {
     return d;
 }
 
-/* One lane's value of 32 dimensions, i0 .. i0 + 31, of the key or value at `at` of a page. */
-static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_value, int at,
-                                int i0, float v) {
-    int code, place = kv_place(l, is_value, at, i0 + (int)(threadIdx.x % 32));
-    if (l.type == LVM_F32) ((float *)to)[place] = v;
-    if (l.type == LVM_F16) ((__half *)to)[place] = __float2half_rn(v);
+/* A lane's value as f16 or as quantize_lane gives it; returns the scale. */
+static __device__ float code_of(const struct kv_layout &l, float v, int *code) {
+    *code = __half_as_ushort(__float2half_rn(v));
+    return l.type == LVM_Q8_0 ? quantize_lane(v, code) : 0;
+}
+
+/* The codes of 32 lanes, dimensions i0 .. i0 + 31 of the key or value at `at` of a page. */
+static __device__ void store_codes(const struct kv_layout &l, uint8_t *to, int is_value, int at,
+                                   int i0, int code, float d) {
+    const int place = kv_place(l, is_value, at, i0 + (int)(threadIdx.x % 32));
+    if (l.type == LVM_F16) ((uint16_t *)to)[place] = (uint16_t)code;
     if (l.type != LVM_Q8_0) return;
-    float d = quantize_lane(v, &code);
     to[place] = (uint8_t)(l.tensor ? code : code - 128);
     __half *scales = (__half *)(to + (int64_t)KEYS * l.dp);
     if (threadIdx.x % 32 == 0) scales[scale_place(l, is_value, at, i0)] = __float2half_rn(d);
 }
 
-/* A pair turned by an angle, with the same roundings wherever it is. */
-static __device__ float2 turned(float x0, float x1, float cosine, float sine) {
-    return make_float2(__fmaf_rn(x0, cosine, -__fmul_rn(x1, sine)),
-                       __fmaf_rn(x1, cosine, __fmul_rn(x0, sine)));
+/* The same of values. */
+static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_value, int at,
+                                int i0, float v) {
+    int code;
+    const float d = code_of(l, v, &code);
+    if (l.type != LVM_F32) store_codes(l, to, is_value, at, i0, code, d);
+    else ((float *)to)[kv_place(l, is_value, at, i0 + (int)(threadIdx.x % 32))] = v;
+}
+
+/* Dimensions j and j + d / 2 of a query or key, turned by an angle (cosine, sine). */
+static __device__ float2 turned(float2 v, float2 angle) {
+    return make_float2(fmaf(v.x, angle.x, -__fmul_rn(v.y, angle.y)),
+                       fmaf(v.y, angle.x, __fmul_rn(v.x, angle.y)));
 }
 
 /* Grid: [rows][G], a key/value head and its queries: turns queries and keys by their angles, in
@@ -3082,14 +3228,15 @@ __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float
                                   int d) {
     int row = (int)blockIdx.x, g = (int)blockIdx.y, pos = b.pos[row], half = d / 2, group = H / G;
     wait_for_inputs();
-    const float *cosines = rope + (int64_t)pos * d, *sines = cosines + half;
+    const float *angles = rope + (int64_t)pos * d;
     float *queries = q + ((int64_t)row * H + g * group) * d, *key = k + ((int64_t)row * G + g) * d;
     for (int i = (int)threadIdx.x; i < (group + 1) * half; i += (int)blockDim.x) {
         int h = i / half, j = i % half;
         float *x = h < group ? queries + h * d : key;
-        const float2 y = turned(x[j], x[j + half], cosines[j], sines[j]);
-        x[j] = y.x;
-        x[j + half] = y.y;
+        float2 to = turned(make_float2(x[j], x[j + half]),
+                           make_float2(angles[j], angles[half + j]));
+        x[j] = to.x;
+        x[j + half] = to.y;
     }
     __syncthreads();
     uint8_t *head = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
@@ -3104,7 +3251,9 @@ __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float
 struct attention {
     struct batch_view b;
     struct kv_layout l;
-    const float *q;        /* [rows][H][d], rotated */
+    const float *q;        /* [rows][H][d], turned */
+    const float *k, *v;    /* [G][d]: of a single row, which split_kernel stores, and it turns q */
+    const float *rope;     /* and k by their angles; NULL: that was done before */
     const __half *q16;     /* of many rows: [rows][H][dp], and what their products are multiplied */
     const float *c;        /* by, see struct query_scale: [rows][H] */
     float *o;              /* [rows][H][d], or NULL */
@@ -3263,9 +3412,10 @@ template <int KV> struct piece {
     uint32_t w[2 * STEPS];                               /* pairs of f16, two a step */
 };
 
-/* 16 bytes of a key, and its two scales. */
+/* 16 bytes of a key; scales: its two. */
 template <int KV>
-static __device__ struct piece<KV> piece_of_key(const uint4 &v, __half2 d) {
+static __device__ struct piece<KV> key_at(const char *bytes, const char *scales) {
+    const uint4 v = *(const uint4 *)bytes;
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     struct piece<KV> p;
     if (KV == LVM_F16) {
@@ -3273,6 +3423,7 @@ static __device__ struct piece<KV> piece_of_key(const uint4 &v, __half2 d) {
         for (int i = 0; i < 4; i++) p.w[i] = w[i];
         return p;
     }
+    const __half2 d = *(const __half2 *)scales;
     const __half2 low = __low2half2(d), high = __high2half2(d);
 #pragma unroll
     for (int s = 0; s < piece<KV>::STEPS; s++)
@@ -3284,15 +3435,14 @@ static __device__ struct piece<KV> piece_of_key(const uint4 &v, __half2 d) {
 template <int KV, int DP>
 static __device__ struct piece<KV> key_piece(const char *keys, const char *scales, int key, int u,
                                              int t) {
-    const char *at = keys + piece_at<block_of<KV, DP>::KEY>(key, 4 * u + t);
-    const __half2 none = __float2half2_rn(0);
-    return piece_of_key<KV>(*(const uint4 *)at, KV != LVM_Q8_0 ? none : *(const __half2 *)(
-                                scales + (key * (DP / QK) + 2 * u) * 2));
+    return key_at<KV>(keys + piece_at<block_of<KV, DP>::KEY>(key, 4 * u + t),
+                      scales + (key * (DP / QK) + 2 * u) * 2);
 }
 
-/* 16 bytes of a dimension of values, and their scales. */
+/* 16 bytes of a dimension of values, by lane t of four; scales: the dimension's 64. */
 template <int KV>
-static __device__ struct piece<KV> piece_of_value(const uint4 &v, const uint4 &a, const uint4 &b) {
+static __device__ struct piece<KV> value_at(const char *bytes, const char *scales, int t) {
+    const uint4 v = *(const uint4 *)bytes;
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     struct piece<KV> p;
     if (KV == LVM_F16) {
@@ -3300,6 +3450,7 @@ static __device__ struct piece<KV> piece_of_value(const uint4 &v, const uint4 &a
         for (int k = 0; k < 4; k++) p.w[k] = w[k];
         return p;
     }
+    const uint4 a = ((const uint4 *)scales)[2 * t], b = ((const uint4 *)scales)[2 * t + 1];
     const uint32_t d[8] = {a.x, a.y, a.z, a.w, b.x, b.y, b.z, b.w};
 #pragma unroll
     for (int s = 0; s < piece<KV>::STEPS; s++)
@@ -3311,10 +3462,7 @@ static __device__ struct piece<KV> piece_of_value(const uint4 &v, const uint4 &a
 template <int KV>
 static __device__ struct piece<KV> value_piece(const char *values, const char *scales, int i, int u,
                                                int t) {
-    const char *at = values + piece_at<block_of<KV, 64>::VALUE>(i, 4 * u + t);
-    const uint4 none = make_uint4(0, 0, 0, 0), *d = (const uint4 *)scales + 2 * t;
-    return piece_of_value<KV>(*(const uint4 *)at, KV == LVM_Q8_0 ? d[0] : none,
-                              KV == LVM_Q8_0 ? d[1] : none);
+    return value_at<KV>(values + piece_at<block_of<KV, 64>::VALUE>(i, 4 * u + t), scales, t);
 }
 
 /* ---- A few rows: blocks of keys side by side, then merged ---- */
@@ -3362,39 +3510,43 @@ static __device__ int over_heads(const struct attention &a, int i) {
 
 /* A lane's query of an item: slot lane % 16. */
 struct query {
-    int at;    /* number row H + head, -1: there is none */
-    int valid; /* keys of the block that it sees */
+    int at; /* number row H + head, -1: there is none */
+    int pos;
 };
 
 static __device__ struct query find_query(const struct attention &a, const struct work &w) {
     const struct key_group *g = a.b.groups + (unsigned)w.item / (KEYS / BLOCK);
     const int r = (int)(threadIdx.x % SLOTS), i = over_heads(a, r);
-    struct query x = {-1, BLOCK};
+    struct query x = {-1, 0};
     if (i >= g->n) return x;
     const int row = g->row[i];
     x.at = row * a.H + (int)blockIdx.x * a.heads + r - i * a.heads;
-    x.valid = a.b.pos[row] + 1 - w.block * BLOCK;
+    x.pos = a.b.pos[row];
     return x;
 }
 
-/* Each warp has every fourth slot of N: on their way from memory, two elements a lane and 64. */
+/* Each warp has every fourth slot of N: on their way from memory, of each 64 dimensions the lane's
+   j and j + d / 2 and, where queries are still to be turned, their cosine and sine. */
 template <int DP, int N> struct fetched {
-    float2 v[N / 4][DP / 64];
+    float2 v[N / 4][DP / 64], angle[N / 4][DP / 64];
 };
 
 template <int DP, int N>
 static __device__ void fetch_queries(const struct attention &a, const struct query &x,
                                      struct fetched<DP, N> *f) {
-    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32);
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), half = a.d / 2;
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
-        const int at = __shfl_sync(0xffffffff, x.at, 4 * i + warp);
+        const int at = __shfl_sync(0xffffffff, x.at, 4 * i + warp),
+                  pos = __shfl_sync(0xffffffff, x.pos, 4 * i + warp);
+        const float *from = a.q + (int64_t)at * a.d, *angles = a.rope + (int64_t)pos * a.d;
 #pragma unroll
         for (int k = 0; k < DP / 64; k++) {
-            const int dim = 64 * k + 2 * lane;
-            f->v[i][k] = at >= 0 && dim < a.d
-                             ? __ldcg((const float2 *)(a.q + (int64_t)at * a.d + dim))
-                             : make_float2(0, 0);
+            const int j = 32 * k + lane;
+            f->v[i][k] = f->angle[i][k] = make_float2(0, 0);
+            if (at < 0 || j >= half) continue;
+            f->v[i][k] = make_float2(__ldcg(from + j), __ldcg(from + half + j));
+            if (a.rope != NULL) f->angle[i][k] = make_float2(angles[j], angles[half + j]);
         }
     }
 }
@@ -3404,29 +3556,35 @@ template <int DP, int N>
 static __device__ void store_queries(const struct attention &a, const struct query &x,
                                      const struct fetched<DP, N> &f, char *q, struct slot *slots,
                                      int block) {
-    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32);
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), half = a.d / 2;
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
         const int r = 4 * i + warp, at = __shfl_sync(0xffffffff, x.at, r);
+        float2 v[DP / 64];
         float most = 0;
         struct query_scale s = {1, 0};
         if (at >= 0) {
 #pragma unroll
-            for (int k = 0; k < DP / 64; k++)
-                most = fmaxf(most, fmaxf(fabsf(f.v[i][k].x), fabsf(f.v[i][k].y)));
+            for (int k = 0; k < DP / 64; k++) {
+                const float2 from = f.v[i][k], angle = f.angle[i][k];
+                v[k] = a.rope == NULL ? from : turned(from, angle);
+                most = fmaxf(most, fmaxf(fabsf(v[k].x), fabsf(v[k].y)));
+            }
             for (int k = 16; k > 0; k /= 2)
                 most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, k));
             s = query_scale_of(most, a.scale);
 #pragma unroll
-            for (int k = 0; k < DP / 64; k++) {
-                const int place = stored_place(64 * k + 2 * lane, 8);
-                *(__half2 *)(q + piece_at<DP * 2>(r, place / 8) + place % 8 * 2) =
-                    __floats2half2_rn(f.v[i][k].x * s.up, f.v[i][k].y * s.up);
+            for (int k = 0; k < 2 * (DP / 64); k++) { /* behind the last dimension zeros */
+                const int j = 32 * (k / 2) + lane, beyond = a.d + 2 * (j - half) + k % 2;
+                const int i0 = j < half ? j + k % 2 * half : beyond, place = stored_place(i0, 8);
+                *(__half *)(q + piece_at<DP * 2>(r, place / 8) + place % 8 * 2) =
+                    __float2half_rn((k % 2 ? v[k / 2].y : v[k / 2].x) * s.up);
             }
         }
+        const int valid = x.at >= 0 ? x.pos + 1 - block * BLOCK : BLOCK;
         if (lane == r)
-            slots[r] = {at >= 0 && x.valid > 0 ? at * a.blocks * (DP + 2) + block * DP : -1,
-                        at * a.blocks * (DP + 2) + a.blocks * DP + block * 2, s.c, x.valid};
+            slots[r] = {at >= 0 && valid > 0 ? at * a.blocks * (DP + 2) + block * DP : -1,
+                        at * a.blocks * (DP + 2) + a.blocks * DP + block * 2, s.c, valid};
     }
 }
 
@@ -3465,6 +3623,61 @@ static __device__ void copy_dims(char *to, const uint8_t *values, int block, int
         copy_rows<16, S::PARTS * 8, 32>(to + S::VALUE_SCALES,
                                         values + KEYS * DP + dim / QK * BLOCK * 2, S::PARTS * 8,
                                         lane);
+}
+
+/* Where byte or f16 number `place` (of a key, of a dimension's 64 values) lies in a row. */
+template <int ROW, int SIZE> static __device__ int stored_at(int r, int place) {
+    return piece_at<ROW>(r, place * SIZE / 16) + place * SIZE % 16;
+}
+
+/* The codes of 32 lanes, dimensions i0 .. i0 + 31 of key or value `at` of a block: to the shares of
+   all warps, where copies would bring them. */
+template <int KV, int DP>
+static __device__ void store_in_shares(char *shares, int is_value, int at, int i0, int code,
+                                       float d) {
+    using S = share_of<KV, DP>;
+    constexpr int n = S::Q8 ? 16 : 8;
+    const int i = i0 + (int)(threadIdx.x % 32), r = is_value ? i % S::DIMS : at % 16;
+    char *share = shares + (is_value ? i / S::DIMS : at / 16) * S::BYTES;
+    char *to = is_value ? share + S::VALUES + stored_at<S::VALUE, S::SIZE>(r, stored_place(at, n))
+                        : share + stored_at<S::KEY, S::SIZE>(r, stored_place(i, n));
+    __half *scale = is_value ? (__half *)(share + S::VALUE_SCALES) + r / QK * BLOCK +
+                                   stored_place(at, n)
+                             : (__half *)(share + S::KEY_SCALES) + r * (DP / QK) + i0 / QK;
+    if (!S::Q8) *(uint16_t *)to = (uint16_t)code;
+    else *to = (char)code;
+    if (S::Q8 && i % S::DIMS % QK == 0) *scale = __float2half_rn(d);
+}
+
+/* A single row's key and value of one head: to the cache, and to shared memory, where copies have
+   brought what lay there before. */
+template <int KV, int DP>
+static __device__ void store_new(const struct attention &a, const struct work &w, int64_t head,
+                                 char *shares) {
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), half = a.d / 2,
+              pos = a.b.pos[0], from = (int)blockIdx.x / a.head_items * a.d;
+    constexpr int PARTS = DP / QK, N = PARTS / 2; /* a warp's of the key and the value */
+    const float *angles = a.rope + (int64_t)pos * a.d, *key = a.k + from;
+    float x[N] = {};
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const int part = warp + 4 * n, dim = part % PARTS * QK + lane, j = dim % half;
+        if (dim >= a.d) continue;
+        const float2 angle = make_float2(angles[j], angles[j + half]),
+                     v = turned(make_float2(__ldcg(key + j), __ldcg(key + j + half)), angle);
+        x[n] = part >= PARTS ? __ldcg(a.v + from + dim) : dim < half ? v.x : v.y;
+    }
+    copies_arrive();
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const int part = warp + 4 * n, value = part >= PARTS, i0 = part % PARTS * QK;
+        uint8_t *to = (uint8_t *)w.page + head + value * a.l.head_bytes;
+        int code;
+        const float d = code_of(a.l, x[n], &code);
+        store_in_shares<KV, DP>(shares, value, pos % BLOCK, i0, code, d);
+        store_codes(a.l, to, value, pos % KEYS, i0, code, d);
+    }
 }
 
 /* s[query][key] of the warp's 16 keys. */
@@ -3558,9 +3771,9 @@ template <int KV, int DP, int NT> static constexpr int split_shared(void) {
 
 /* Grid: [H / heads][any]. Blocks of the grid take items of work in turns: 64 keys of a head and up
    to 8 NT queries of rows that share them. Reads q and the keys and values once a group; writes
-   `partial`. The first item's bytes are copied before the kernel before this one has ended, where
-   that did not write them; the next one's keys and values as soon as there is room. Floor: the
-   bytes of the cache over the bandwidth. */
+   `partial`, and a single row's own key and value. The first item's bytes are copied before the
+   kernel before this one has ended, where that did not write them; the next one's keys and values
+   as soon as there is room. Floor: the bytes of the cache over the bandwidth. */
 template <int KV, int DP, int NT>
 __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
     split_kernel(const struct attention a) {
@@ -3582,7 +3795,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
         else copy_dims<KV, DP>(share, at + a.l.head_bytes, block, a.d);
         end_copies();
     };
-    const int early = is_old(a, w);
+    const int early = a.rope != NULL || is_old(a, w);
     if (early) copy(1);
     if (early) copy(0);
     struct query x = find_query(a, w);
@@ -3593,6 +3806,8 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
     if (!early) copy(0);
     for (;;) {
         const int there = w.there;
+        if (a.rope != NULL && a.b.pos[0] / BLOCK == w.block)
+            store_new<KV, DP>(a, w, head, shared);
         store_queries<DP, NT * 8>(a, x, f, q, slots, w.block);
         copies_but_one_arrive(); /* values are on their way */
         __syncthreads();
@@ -3727,7 +3942,8 @@ static __device__ float turn_row(const struct pairs<DP> &row, const struct pairs
     float most = 0;
 #pragma unroll
     for (int i = 0; i < DP / 64; i++) {
-        const float2 v = turned(row.x[i], row.y[i], angles.x[i], angles.y[i]);
+        const float2 v = turned(make_float2(row.x[i], row.y[i]),
+                                make_float2(angles.x[i], angles.y[i]));
         if (lane + 32 * i < half) to[lane + 32 * i] = v.x, to[lane + 32 * i + half] = v.y;
         most = fmaxf(most, fmaxf(fabsf(v.x), fabsf(v.y)));
     }
@@ -3883,47 +4099,36 @@ static __device__ void store_piece(char *tiles, int r, int u, int t, const struc
 enum { GROUP = 128 /* threads of a warp group */, FLASH_THREADS = 3 * GROUP };
 
 /* A block's keys to tiles of f16, dp / 64 of [64 keys][64 dimensions], by a warp group; where rows
-   are as long as all banks, every other row begins with another piece. All is read first: nothing
-   is read past a write. */
+   are as long as all banks, every other row begins with another piece. */
 template <int KV, int DP> static __device__ void expand_keys(const char *keys, char *tiles) {
     using B = block_of<KV, DP>;
-    constexpr int U = B::KEY / 64, N = 2 * U;
     const int row = (int)(threadIdx.x % GROUP / 4), t = (int)(threadIdx.x % 4);
     const int other = B::KEY % 128 == 0 ? row & 1 : 0;
-    uint4 v[N];
-    __half2 d[N];
 #pragma unroll
-    for (int k = 0; k < N; k++) {
-        const int r = row + k / U * 32, u = k % U ^ other;
-        v[k] = *(const uint4 *)(keys + r * B::KEY + (4 * u + t) * 16);
-        if (KV == LVM_Q8_0)
-            d[k] = *(const __half2 *)(keys + B::KEY_CODES + (r * (DP / QK) + 2 * u) * 2);
-    }
+    for (int r = row; r < row + BLOCK; r += 32)
 #pragma unroll
-    for (int k = 0; k < N; k++)
-        store_piece<KV>(tiles, row + k / U * 32, k % U ^ other, t, piece_of_key<KV>(v[k], d[k]));
+        for (int i = 0; i < B::KEY / 64; i++) {
+            const int u = i ^ other;
+            store_piece<KV>(tiles, r, u, t,
+                            key_at<KV>(keys + r * B::KEY + (4 * u + t) * 16,
+                                       keys + B::KEY_CODES + (r * (DP / QK) + 2 * u) * 2));
+        }
 }
 
-/* Values of M dimensions, M / 64 tiles of [64 dimensions][64 keys]; scales are read a piece ahead. */
+/* Values of M dimensions, M / 64 tiles of [64 dimensions][64 keys]. */
 template <int KV, int M> static __device__ void expand_values(const char *values, char *tiles) {
     using B = block_of<KV, M>;
-    constexpr int U = B::VALUE / 64, N = M / 32 * U;
     const int row = (int)(threadIdx.x % GROUP / 4), t = (int)(threadIdx.x % 4);
     const int other = B::VALUE % 128 == 0 ? row & 1 : 0;
-    const uint4 *scales = (const uint4 *)(values + B::VALUE_CODES) + 2 * t;
-    uint4 v[N], d[2][2] = {};
 #pragma unroll
-    for (int k = 0; k < N; k++)
-        v[k] = *(const uint4 *)(values + (row + k / U * 32) * B::VALUE +
-                                (4 * (k % U ^ other) + t) * 16);
+    for (int r = row; r < row + M; r += 32)
 #pragma unroll
-    for (int k = -1; k < N; k++) {
-        if (KV == LVM_Q8_0 && k + 1 < N)
-            for (int i = 0; i < 2; i++) d[(k + 1) % 2][i] = scales[(k + 1) / U * 8 + i];
-        if (k >= 0)
-            store_piece<KV>(tiles + k / U / 2 * TILE, row + k / U % 2 * 32, k % U ^ other, t,
-                            piece_of_value<KV>(v[k], d[k % 2][0], d[k % 2][1]));
-    }
+        for (int i = 0; i < B::VALUE / 64; i++) {
+            const int u = i ^ other;
+            store_piece<KV>(tiles + (r - row) / 64 * TILE, r % 64, u, t,
+                            value_at<KV>(values + r * B::VALUE + (4 * u + t) * 16,
+                                         values + B::VALUE_CODES + (r - row) / QK * BLOCK * 2, t));
+        }
 }
 
 #if !WGMMA
@@ -4983,6 +5188,11 @@ static int layer_in_f16(const struct gpu *c, const struct gpu_layer *l) {
     return l->f16 && !c->exact;
 }
 
+/* Whether attention turns and stores a step's queries, keys and values: those of a single row. */
+static int stores_new(const struct gpu *c, const struct step *s, int from) {
+    return c->kv.tensor && s->n == 1 && from == 0;
+}
+
 /* What attention gives, rows from `from` on: to c->heads, or to h where that is somewhere. */
 static void attention_rows(struct gpu *c, const struct step *s, int layer, int from,
                            const struct packed *h) {
@@ -5000,6 +5210,7 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
     job.H = a->H;
     job.G = a->G;
     job.d = a->d;
+    if (stores_new(c, s, from)) job.k = c->kb, job.v = c->vb, job.rope = c->rope;
     job.blocks = c->max_pages * (KEYS / BLOCK);
     job.from = from;
     job.scale = 1 / sqrtf((float)a->d);
@@ -5085,6 +5296,7 @@ static void project_rows(struct gpu *c, const struct step *s, int layer, int fro
         if (from < s->n)
             matmul_f32(&c->q, &q, c->f + (int64_t)from * a->D, s->n - from, NULL);
     }
+    if (stores_new(c, s, from)) return;
     if (c->kv.tensor && !s->split) {
         const struct projected p = {c->qb, c->kb, c->vb, c->rope, c->q16, c->query_c, s->n, layer,
                                     a->H, a->G, a->d, 1 / sqrtf((float)a->d)};
@@ -5596,6 +5808,7 @@ __global__ void __launch_bounds__(BINS, 1)
     __shared__ struct sampling::sampling_memory own;
     const struct sampling m = {memory, (uint16_t *)(memory + padded(codes + 31)), &own};
     const int row = (int)blockIdx.x, t = (int)threadIdx.x;
+    wait_for_inputs();
     struct rng rng = by->of[row].rng;
     float x[N];
     uint32_t most[4] = {}; /* largest and least of codes, of all; of the least the complement */
@@ -5643,10 +5856,9 @@ static auto *sample_kernel_for(int codes) {
 static void sample_rows(struct gpu *c, const struct step *s) {
     const lvm_model *m = c->g->m;
     auto *kernel = sample_kernel_for(m->codes);
-    kernel<<<(unsigned)s->n, BINS, sampling_shared(m->codes), c->q.stream>>>(
-        c->logits, m->llama.V, m->codes, c->sampler, (int32_t *)s->view.tokens,
-        (int *)s->view.pos, c->told->ring);
-    launched(&c->q, "sample_kernel");
+    launch(&c->q, "sample_kernel", kernel, dim3((unsigned)s->n), BINS, sampling_shared(m->codes),
+           c->logits, m->llama.V, m->codes, c->sampler, (int32_t *)s->view.tokens,
+           (int *)s->view.pos, c->told->ring);
 }
 
 /* Feeds the tokens that were sampled and samples the next ones. */
@@ -6680,6 +6892,7 @@ static cudaError_t allow_sampling(struct gpu *c) {
     int most = 0, codes = c->g->m->codes;
     auto *kernel = sample_kernel_for(codes);
     cudaError_t e = cudaFuncGetAttributes(&own, kernel);
+    if (e == cudaSuccess) e = share_all((const void *)kernel);
     if (e == cudaSuccess)
         e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, c->q.device);
     if (e != cudaSuccess) return e;
