@@ -3394,6 +3394,10 @@ static __device__ void forget_values(char *rows_at, int rows, int there, int thr
     }
 }
 
+static __device__ void copies_arrive(void) {
+    asm volatile("cp.async.wait_all;" ::: "memory");
+}
+
 /* All of the warp's copies but the last group. */
 static __device__ void copies_but_one_arrive(void) {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
