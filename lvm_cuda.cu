@@ -33,7 +33,7 @@
    of f32 but those at a tie.
 
    LEFT OUT, so far: a prompt's keys and values expanded once instead of once a tile; attention's
-   merge and RoPE inside their neighbours; more than one GPU for a model. */
+   merge inside its neighbours; more than one GPU for a model. */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <dlfcn.h>
@@ -857,9 +857,11 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
 
 enum { FEW_ROWS = 64   /* GEMV up to here */, CHAIN_ROWS = 8 /* rows that a block keeps in shared
                           memory, and whose norm it computes itself */,
-       STAGED_MOST = 96 << 10, CHAINS = 4 /* of a product */, TEAMS = 2 /* of a warp a chain */,
-       GEMV_WARPS = TEAMS * CHAINS, ROW_SUMS = GEMV_WARPS, REGISTER_ROW = 4 /* fours of a thread */,
-       GEMV_THREADS = 32 * GEMV_WARPS };
+       STAGED_MOST = 96 << 10, CHAINS = 4 /* of a product */, TEAMS = 3 /* of a warp a chain */,
+       TALL_TEAMS = 2 /* of tiles for more rows of x */,
+       GEMV_WARPS = TEAMS * CHAINS, GEMV_THREADS = 32 * GEMV_WARPS, ROW_SUMS = 8,
+       ROW_THREADS = 32 * ROW_SUMS, REGISTER_ROW = 4 /* fours of a thread */,
+       ROW_FOURS = 16 /* of a lane */ };
 
 /* Activations in f16: rows [row][ld], columns from the last on to ld zeros; or panels for GEMM:
    tiles of 128 rows x 64 columns, 16 KiB side by side. In a tile a row has 128 bytes, of which
@@ -928,21 +930,93 @@ static __device__ float4 normed(float4 v, float4 norm, float scale) {
                        norm.w * (v.w * scale));
 }
 
+/* Of four lanes, `step` from each other: v[i] of lane number t becomes v[t] of lane number i. */
+static __device__ void transpose4(uint32_t *v, int t, int step) {
+#pragma unroll
+    for (int bit = 1; bit < 4; bit *= 2)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i & bit) continue;
+            uint32_t got = __shfl_xor_sync(0xffffffff, t & bit ? v[i] : v[i | bit], bit * step);
+            if (t & bit) v[i] = got;
+            else v[i | bit] = got;
+        }
+}
+
+/* Writes rmsnorm(x) to a panel; a warp a row, of up to 2048 columns, which it keeps in registers. A
+   lane's fours are columns 4 lane + 128 u on; four lanes have what makes 16 bytes of a panel. */
+static __device__ void norm_to_panel(const struct packed &out, int row, const float *x,
+                                     const float *norm, float eps, int D) {
+    float4 v[16], sum[ROW_SUMS] = {};
+    const int lane = (int)threadIdx.x % 32, t = lane % 16 / 4, n = D / 4;
+#pragma unroll
+    for (int u = 0; u < 16; u++) v[u] = load_four(x, lane + 32 * u, n);
+#pragma unroll
+    for (int u = 0; u < 16; u++) sum[u % ROW_SUMS] = add_squares(sum[u % ROW_SUMS], v[u]);
+    float all = over_warp(sum[0]);
+#pragma unroll
+    for (int i = 1; i < ROW_SUMS; i++) all += over_warp(sum[i]);
+    const float scale = rsqrtf(all / (float)D + eps);
+#pragma unroll
+    for (int u = 0; u < 16; u += 2) {
+        uint32_t h[4];
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+            const int i = lane + 32 * (u + k);
+            const float4 w = i < n ? ((const float4 *)norm)[i] : make_float4(0, 0, 0, 0);
+            const float4 y = normed(v[u + k], w, scale);
+            h[2 * k] = as_word(__floats2half2_rn(y.x * out.up, y.y * out.up));
+            h[2 * k + 1] = as_word(__floats2half2_rn(y.z * out.up, y.w * out.up));
+        }
+        transpose4(h, t, 4);
+        /* now of four u + t / 2, half t % 2 */
+        const int k = (u + t / 2) * 128 + lane / 16 * 64 + lane % 4 * 4 + t % 2 * 2;
+        if (k < out.ld)
+            *(uint4 *)(out.h + packed_at(out, row, k)) = make_uint4(h[0], h[1], h[2], h[3]);
+    }
+}
+
 /* Writes rmsnorm(x), of which rms_scale gave the scale, zeros behind the last; a warp a row. */
 static __device__ void write_normed(const struct packed &out, int row, const float *x,
                                     const float *norm, float scale, int D) {
     for (int i = (int)threadIdx.x % 32; i < out.ld / 4; i += 32 * 8) {
-        float4 v[8], w[8];
+        float4 v[8], w[8] = {};
 #pragma unroll
         for (int u = 0; u < 8; u++) {
             v[u] = load_four(x, i + 32 * u, D / 4);
-            w[u] = load_four(norm, i + 32 * u, D / 4);
+            if (i + 32 * u < D / 4) w[u] = ((const float4 *)norm)[i + 32 * u];
         }
 #pragma unroll
         for (int u = 0; u < 8; u++)
             if (i + 32 * u < out.ld / 4)
                 store4(out, row, 4 * (i + 32 * u), normed(v[u], w[u], scale));
     }
+}
+
+/* The same of a row of up to 4 * 32 * ROW_FOURS elements, which is read once; a warp a row, the
+   order of sums rms_scale's. */
+static __device__ void write_normed_once(const struct packed &out, const float *x,
+                                         const float *norm, int D, float eps) {
+    const int lane = (int)threadIdx.x % 32, n = D / 4;
+    float4 v[ROW_FOURS];
+    float all = 0;
+#pragma unroll
+    for (int u = 0; u < ROW_FOURS; u++) v[u] = load_four(x, lane + 32 * u, n);
+#pragma unroll
+    for (int i = 0; i < ROW_SUMS; i++) {
+        float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int u = i; u < ROW_FOURS; u += ROW_SUMS) sum = add_squares(sum, v[u]);
+        all = i == 0 ? over_warp(sum) : all + over_warp(sum);
+    }
+    const float scale = rsqrtf(all / (float)D + eps);
+#pragma unroll
+    for (int u = 0; u < ROW_FOURS; u++) {
+        const int i = lane + 32 * u;
+        if (i < n) store4(out, 0, 4 * i, normed(v[u], ((const float4 *)norm)[i], scale));
+    }
+    for (int i = n + lane; i < out.ld / 4; i += 32)
+        store4(out, 0, 4 * i, make_float4(0, 0, 0, 0));
 }
 
 /* v / (1 + e^-v), to some 1e-6. */
@@ -992,9 +1066,134 @@ static __device__ void copy_async(uint32_t to, const void *from, int there) {
 
 static __device__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
+static __device__ uint32_t shared_address(const void *p) {
+    return (uint32_t)__cvta_generic_to_shared(p);
+}
+
+/* Barriers in shared memory, by which warps tell each other how far they are. One lets go when
+   `count` have arrived and all bytes that it was told of have come. */
+static __device__ void barrier_init(uint64_t *b, int count) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count)
+                 : "memory");
+}
+
+/* For those who copy in the background. */
+static __device__ void barriers_made(void) {
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+#endif
+}
+
+static __device__ void barrier_arrive(uint64_t *b) {
+    asm volatile("{ .reg .b64 state;\n"
+                 "mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(shared_address(b))
+                 : "memory");
+}
+
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+#define BARRIER_WAIT "mbarrier.try_wait" /* sleeps for a while */
+#else
+#define BARRIER_WAIT "mbarrier.test_wait"
+#endif
+
+/* Until the barrier let go for the round of this parity. */
+static __device__ void barrier_wait(uint64_t *b, uint32_t parity) {
+    asm volatile("{ .reg .pred done;\n"
+                 "again: " BARRIER_WAIT ".parity.shared::cta.b64 done, [%0], %1;\n"
+                 "@!done bra again; }" ::"r"(shared_address(b)), "r"(parity) : "memory");
+}
+
 template <int GROUPS> static __device__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
+
+/* ---- Tensor cores ---- */
+
+/* Four matrices of 8 rows of 16 bytes: lane i brings the place of row i % 8 of matrix i / 8. */
+static __device__ void load_matrices(uint32_t *v, uint32_t row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row) : "memory");
+}
+
+/* Products by wgmma go on in the background, in groups, and read shared memory by themselves; on
+   chips without it what is here does nothing. */
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#define WGMMA 1
+#define WGMMA_ONLY(code) asm volatile(code ::: "memory")
+#else
+#define WGMMA 0
+#define WGMMA_ONLY(code)
+#endif
+
+static __device__ void products_begin(void) { WGMMA_ONLY("wgmma.fence.sync.aligned;"); }
+static __device__ void products_end(void) { WGMMA_ONLY("wgmma.commit_group.sync.aligned;"); }
+
+/* All groups but the last LEFT are done. */
+template <int LEFT> static __device__ void products_wait(void) {
+#if WGMMA
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory");
+#endif
+}
+
+/* The same, and c[n] is what they left. */
+template <int LEFT> static __device__ void products_done(float *c, int n) {
+    products_wait<LEFT>();
+#pragma unroll
+    for (int i = 0; WGMMA && i < n; i++) asm volatile("" : "+f"(c[i])::"memory");
+}
+
+/* What threads wrote to shared memory is there for wgmma. */
+static __device__ void tiles_written(void) { WGMMA_ONLY("fence.proxy.async.shared::cta;"); }
+
+#if WGMMA
+/* Arrives, and says how many bytes are to come. */
+static __device__ void barrier_expect(uint64_t *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
+                 "r"(bytes) : "memory");
+}
+
+/* Contiguous bytes from global to shared memory, in the background; `done` is told of them. */
+static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *done) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
+                 "r"(shared_address(done)) : "memory");
+}
+
+/* How wgmma finds rows of 128 bytes with the swizzle of 128: address, 1024 bytes to the next eight
+   rows. */
+static __device__ uint64_t tile_descriptor(const void *tile) {
+    return (uint64_t)(shared_address(tile) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
+           (uint64_t)1 << 62;
+}
+
+#define SUMS4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
+#define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
+#define SUMS64(i) SUMS16(i), SUMS16(i + 16), SUMS16(i + 32), SUMS16(i + 48)
+#define NAMES32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
+                "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
+#define NAMES64 NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48," \
+                "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
+#define NAMES128 NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80," \
+                 "%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99," \
+                 "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114," \
+                 "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
+#define WGMMA_CODE(n, names, a, b, add, end) \
+    "{ .reg .pred p;\nsetp.ne.b32 p, " add ", 0;\nwgmma.mma_async.sync.aligned.m64n" n \
+    "k16.f32.f16.f16 {" names "}, " a ", " b ", p, 1, 1, " end "; }"
+
+/* c = a b^T (+ c, if `add`): 64 rows of a, N of b, 16 columns. */
+template <int N> static __device__ void wgmma(float *c, uint64_t a, uint64_t b, int add) {
+    if (N == 64)
+        asm volatile(WGMMA_CODE("64", NAMES32, "%32", "%33", "%34", "0, 0")
+                     : SUMS16(0), SUMS16(16) : "l"(a), "l"(b), "r"(add));
+    if (N == 128)
+        asm volatile(WGMMA_CODE("128", NAMES64, "%64", "%65", "%66", "0, 0")
+                     : SUMS64(0) : "l"(a), "l"(b), "r"(add));
+    if (N == 256)
+        asm volatile(WGMMA_CODE("256", NAMES128, "%128", "%129", "%130", "0, 0")
+                     : SUMS64(0), SUMS64(64) : "l"(a), "l"(b), "r"(add));
+}
+#endif
 
 /* The rows in front of a product go to shared memory, a row of 2 ld + 16 bytes, so that eight rows
    are read without a conflict. */
@@ -1009,22 +1208,23 @@ static __device__ const float *row_of_x(const struct product_f16 &j, int r) {
 /* rmsnorm of a single row that a block holds in registers: the order of sums is rms_scale's. */
 static __device__ void stage_row(const struct product_f16 &j, char *shared, int D) {
     __shared__ float sums[ROW_SUMS];
-    const int tid = (int)threadIdx.x, n = D / 4;
+    const int tid = (int)threadIdx.x, n = tid < ROW_THREADS ? D / 4 : 0;
     const struct packed out = {(__half *)shared, j.in.ld, 0, j.in.up};
     const float *x = row_of_x(j, 0);
     float4 v[REGISTER_ROW], w[REGISTER_ROW], sum = make_float4(0, 0, 0, 0);
 #pragma unroll
     for (int u = 0; u < REGISTER_ROW; u++) {
-        if (GEMV_THREADS * u >= n) break;
-        v[u] = load_four(x, tid + GEMV_THREADS * u, n);
-        w[u] = load_four(j.norm, tid + GEMV_THREADS * u, n);
+        if (ROW_THREADS * u >= n) break;
+        v[u] = load_four(x, tid + ROW_THREADS * u, n);
+        w[u] = load_four(j.norm, tid + ROW_THREADS * u, n);
     }
 #pragma unroll
     for (int u = 0; u < REGISTER_ROW; u++) {
-        if (GEMV_THREADS * u >= n) break;
+        if (ROW_THREADS * u >= n) break;
         sum = add_squares(sum, v[u]);
     }
-    sums[tid / 32] = over_warp(sum);
+    sum.x = over_warp(sum);
+    if (tid < ROW_THREADS) sums[tid / 32] = sum.x;
     __syncthreads();
     float all = sums[0];
 #pragma unroll
@@ -1032,11 +1232,11 @@ static __device__ void stage_row(const struct product_f16 &j, char *shared, int 
     const float scale = rsqrtf(all / (float)D + j.eps);
 #pragma unroll
     for (int u = 0; u < REGISTER_ROW; u++) {
-        if (GEMV_THREADS * u >= n) break;
-        if (tid + GEMV_THREADS * u < n)
-            store4(out, 0, 4 * (tid + GEMV_THREADS * u), normed(v[u], w[u], scale));
+        if (ROW_THREADS * u >= n) break;
+        if (tid + ROW_THREADS * u < n)
+            store4(out, 0, 4 * (tid + ROW_THREADS * u), normed(v[u], w[u], scale));
     }
-    for (int i = n + tid; i < out.ld / 4; i += GEMV_THREADS)
+    for (int i = D / 4 + tid; i < out.ld / 4; i += GEMV_THREADS)
         store4(out, 0, 4 * i, make_float4(0, 0, 0, 0));
 }
 
@@ -1057,13 +1257,14 @@ static __device__ void copy_rows(const struct product_f16 &j, char *shared) {
 static __device__ void stage_rows(const struct product_f16 &j, char *shared) {
     const int D = j.p[0].w.cols, warp = (int)threadIdx.x / 32;
     if (j.norm == NULL) copy_rows(j, shared);
-    else if (j.rows == 1 && D <= GEMV_THREADS * REGISTER_ROW * 4) stage_row(j, shared, D);
+    else if (j.rows == 1 && D <= ROW_THREADS * REGISTER_ROW * 4) stage_row(j, shared, D);
     else
 #pragma unroll 1
         for (int r = warp; r < j.rows; r += GEMV_WARPS) {
             const struct packed out = {(__half *)staged_row(j, shared, r), j.in.ld, 0, j.in.up};
-            const float *x = row_of_x(j, r), scale = rms_scale(x, D, j.eps);
-            write_normed(out, 0, x, j.norm, scale, D);
+            const float *x = row_of_x(j, r);
+            if (D <= 4 * 32 * ROW_FOURS) write_normed_once(out, x, j.norm, D, j.eps);
+            else write_normed(out, 0, x, j.norm, rms_scale(x, D, j.eps), D);
         }
     __syncthreads();
 }
@@ -1089,18 +1290,6 @@ static __device__ void multiply_span(float *c, const __half2 *w0, const __half2 
             u[s + 1]);
 }
 
-/* A thread's columns of row `row` of x in a span, zeros where there is no such row or span; from
-   shared memory, see stage_rows, or as they lie. */
-template <int SHARED>
-static __device__ void load_span(const struct product_f16 &j, const char *shared, int row, int span,
-                                 int end, uint4 *x) {
-    const int t = (int)threadIdx.x % 4, ld = j.in.ld, bytes = (span * SPAN + 16 * t) * 2;
-    const char *from = SHARED ? shared + row * (2 * ld + 16) + bytes
-                              : (const char *)j.in.h + (int64_t)row * ld * 2 + bytes;
-    for (int i = 0; i < 2; i++)
-        x[i] = row < j.rows && span < end ? ((const uint4 *)from)[i] : make_uint4(0, 0, 0, 0);
-}
-
 /* y or out for one sum: row r of x, row o of the matrix. other: SWIGLU's second sum; what y was. */
 template <int KIND>
 static __device__ void finish(const struct product_f16 &j, const struct part &p, int r, int o,
@@ -1117,70 +1306,52 @@ static __device__ void finish(const struct product_f16 &j, const struct part &p,
             __float2half_rn(o < N ? silu(sum * down) * (other * down) * j.out.up : 0);
 }
 
-/* Weights come through a ring in shared memory, so that a few KiB of each warp are under way. A
-   thread copies what it will read itself: of two rows of w, 16 columns of a span and their scale;
-   a slot of the ring has a span. */
+/* Weights come through a ring in shared memory. Of a group a warp reads two tiles of 8 rows, of
+   each some spans that follow each other: one run of elements, one of scales. A slot of the ring
+   has CHUNK spans of both tiles, elements before scales; `full` tells when they are there. */
 template <int TYPE> struct ring {
-    enum { SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0,
-           PIECE = TYPE == LVM_Q4_0 ? 8 : TYPE == LVM_Q8_0 ? 16 : 32, /* bytes of 16 elements */
-           ROW = 32 * PIECE + (SCALED ? 32 * 4 : 0),                  /* of a warp */
-           SLOT = 2 * ROW, SLOTS = SCALED ? 8 : 4, BYTES = SLOTS * SLOT };
+    enum { SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0, CHUNK = 2, PAIRS = CHUNK * 2,
+           TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, SCALES = SCALED * 32,
+           SLOT = PAIRS * (TILE + SCALES), SLOTS = SCALED ? 3 : 2, BYTES = SLOTS * SLOT };
 };
 
-/* A thread's way along a row of w, and its places in the warp's ring. */
-template <int TYPE> struct weights_ahead {
-    const uint8_t *q;
-    const __half *d;
-    char *pieces, *scales;
-};
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+#define BULK 1 /* the chip copies runs of bytes by itself and tells a barrier */
 
-/* place: 0 for the first of the warp's two rows, 1 for the second. */
+/* 1 for one lane of a warp, which the compiler then knows to be one. */
+static __device__ uint32_t elected(void) {
+    uint32_t is;
+    asm volatile("{ .reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "selp.u32 %0, 1, 0, p; }" : "=r"(is));
+    return is;
+}
+#else
+#define BULK 0
+
+/* A run of bytes to shared memory, by a warp. */
+static __device__ void copy_run(char *to, const void *from, int bytes) {
+    for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
+        copy_async<16>(shared_address(to) + (uint32_t)i, (const char *)from + i, 1);
+}
+#endif
+
+/* 16 columns of a row of each of the two tiles, from a slot; span: of the chunk. */
 template <int TYPE>
-static __device__ void place_ring(struct weights_ahead<TYPE> *w, char *ring_of_warp, int place) {
+static __device__ void load_raw(const char *slot, int span, struct raw16<TYPE> *raw) {
     typedef struct ring<TYPE> R;
     const int lane = (int)threadIdx.x % 32;
-    char *mine = ring_of_warp + place * R::ROW;
-    w->pieces = mine + lane * (R::PIECE == 8 ? 8 : 16);
-    w->scales = mine + 32 * R::PIECE + lane * 4;
-}
-
-template <int TYPE>
-static __device__ void point_at(struct weights_ahead<TYPE> *w, const struct matrix &m, int row,
-                                int span) {
-    const int64_t at = element_at(m, row, span * SPAN);
-    w->q = m.q + bytes_of<TYPE>(at + 16 * (threadIdx.x % 4));
-    w->d = m.d + at / QK;
-}
-
-/* The next span on its way into a slot; zeros where there is none. */
-template <int TYPE>
-static __device__ void fetch_span(struct weights_ahead<TYPE> *w, int slot, int there) {
-    typedef struct ring<TYPE> R;
-    const uint32_t to = (uint32_t)__cvta_generic_to_shared(w->pieces) + (uint32_t)(slot * R::SLOT);
-    if (R::PIECE == 8) copy_async<8>(to, w->q, there);
-    else
-        for (int i = 0; i < R::PIECE / 16; i++) copy_async<16>(to + i * 512, w->q + i * 16, there);
-    if (R::SCALED)
-        copy_async<4>((uint32_t)__cvta_generic_to_shared(w->scales) + (uint32_t)(slot * R::SLOT),
-                      w->d, there);
-    w->q += bytes_of<TYPE>(8 * SPAN);
-    w->d += 8 * SPAN / QK;
-}
-
-/* What fetch_span brought, as f16. */
-template <int TYPE>
-static __device__ void expand_span(const struct weights_ahead<TYPE> &w, int slot, __half2 *out) {
-    typedef struct ring<TYPE> R;
-    const char *from = w.pieces + slot * R::SLOT;
-    struct raw16<TYPE> raw = {};
-    if (R::PIECE == 8) {
-        uint2 v = *(const uint2 *)from;
-        raw.v[0].x = v.x, raw.v[0].y = v.y;
-    } else
-        for (int i = 0; i < R::PIECE / 16; i++) raw.v[i] = *(const uint4 *)(from + i * 512);
-    if (R::SCALED)
-        raw.d = ((const __half *)(w.scales + slot * R::SLOT))[threadIdx.x % 4 / 2];
-    expand16<TYPE>(raw, out);
+    for (int i = 0; i < 2; i++) {
+        const int tile = i * R::CHUNK + span;
+        const char *from = slot + tile * R::TILE + lane * (R::TILE / 32);
+        if (TYPE == LVM_Q4_0) {
+            uint2 v = *(const uint2 *)from;
+            raw[i].v[0].x = v.x, raw[i].v[0].y = v.y;
+        } else
+            for (int k = 0; k < R::TILE / 512; k++) raw[i].v[k] = ((const uint4 *)from)[k];
+        from = slot + R::PAIRS * R::TILE + tile * R::SCALES; /* [row][32 columns] */
+        if (R::SCALED) raw[i].d = ((const __half *)from)[lane / 2];
+    }
 }
 
 /* Groups of 16 rows of w (SWIGLU: 8 of each matrix), of all matrices of a product. */
@@ -1203,41 +1374,174 @@ template <int KIND> static __device__ int part_of(const struct product_f16 &j, i
     return part;
 }
 
-/* What a warp fetches: its part of each of its team's groups, one after the other. */
+/* What a warp fetches: its chain's spans of each of its team's groups, one after the other. */
 template <int TYPE, int KIND> struct stream {
-    struct weights_ahead<TYPE> a, b;
-    int group, groups, step, span, begin, end, each; /* end: where the chain's own spans end */
+    const uint8_t *q[2];
+    const __half *d[2];
+    int group, groups, step, begin, own, left; /* own: spans of a group; left: of this one */
+    char *ring;
+    uint64_t *full;
+    uint32_t slots, to, at, round; /* of the ring; next to fill, to read; 0 and 1 in turn */
 };
 
 template <int TYPE, int KIND>
 static __device__ void point_stream(const struct product_f16 &j, struct stream<TYPE, KIND> *s) {
-    int group = s->group;
-    s->span = s->begin;
+    int group = s->group, part;
+    s->left = s->own;
     if (group >= s->groups) return;
-    const struct part &p = j.p[part_of<KIND>(j, &group)];
-    const int g = (int)threadIdx.x % 32 / 4, last = p.w.rows - 1;
-    const int o0 = group * (KIND == SWIGLU ? 8 : 16);
-    point_at(&s->a, p.w, min(o0 + g, last), s->begin);
-    if (KIND == SWIGLU) point_at(&s->b, j.p[1].w, min(o0 + g, last), s->begin);
-    else point_at(&s->b, p.w, min(o0 + g + 8, last), s->begin);
+    part = part_of<KIND>(j, &group);
+    for (int i = 0; i < 2; i++) {
+        const struct matrix &w = j.p[KIND == SWIGLU ? i : part].w;
+        const int tile = min(KIND == SWIGLU ? group : 2 * group + i, (w.rows - 1) / 8);
+        const int64_t at = ((int64_t)tile * (w.ld / SPAN) + s->begin) * 8 * SPAN;
+        s->q[i] = w.q + bytes_of<TYPE>(at);
+        s->d[i] = w.d + at / QK;
+    }
 }
 
+/* n spans on their way into a slot. */
 template <int TYPE, int KIND>
-static __device__ void fetch_next(const struct product_f16 &j, struct stream<TYPE, KIND> *s,
-                                  int slot) {
-    const int there = s->group < s->groups && s->span < s->end;
-    fetch_span(&s->a, slot, there);
-    fetch_span(&s->b, slot, there);
-    end_copies();
-    if (++s->span < s->begin + s->each) return;
-    s->group += s->step;
-    point_stream(j, s);
+static __device__ void copy_chunk(const struct stream<TYPE, KIND> &s, int n) {
+    typedef struct ring<TYPE> R;
+    char *to = s.ring + s.to * R::SLOT, *scales = to + R::PAIRS * R::TILE;
+#if BULK
+    if (!elected()) return;
+    uint64_t *full = s.full + s.to;
+    barrier_expect(full, 2 * n * (R::TILE + R::SCALES));
+    auto copy = [&](char *at, const void *from, int bytes) { copy_bulk(at, from, bytes, full); };
+#else
+    auto copy = [&](char *at, const void *from, int bytes) { copy_run(at, from, bytes); };
+#endif
+    for (int i = 0; i < 2; i++) {
+        copy(to + i * R::CHUNK * R::TILE, s.q[i], n * R::TILE);
+        if (R::SCALED) copy(scales + i * R::CHUNK * R::SCALES, s.d[i], n * R::SCALES);
+    }
+}
+
+/* The next chunk, if there is one. */
+template <int TYPE, int KIND>
+static __device__ void fetch_chunk(const struct product_f16 &j, struct stream<TYPE, KIND> *s) {
+    typedef struct ring<TYPE> R;
+    if (s->group < s->groups) {
+        const int n = min((int)R::CHUNK, s->left);
+        copy_chunk(*s, n);
+        for (int i = 0; i < 2; i++) {
+            s->q[i] += n * R::TILE;
+            s->d[i] += n * R::SCALES / 2;
+        }
+        if ((s->left -= n) == 0) {
+            s->group += s->step;
+            point_stream(j, s);
+        }
+    }
+    s->to = s->to + 1 < s->slots ? s->to + 1 : 0;
+    if (!BULK) end_copies();
+}
+
+/* Until the warp's next chunk is there, while the slot before is still to be filled again. */
+template <int TYPE, int KIND>
+static __device__ const char *wait_for_chunk(struct stream<TYPE, KIND> *s) {
+    typedef struct ring<TYPE> R;
+    const char *slot = s->ring + s->at * R::SLOT;
+#if BULK
+    barrier_wait(s->full + s->at, s->round);
+#else
+    if (s->slots == R::SLOTS) wait_for_copies<R::SLOTS - 2>();
+    else wait_for_copies<2 * R::SLOTS - 2>();
+    __syncwarp();
+#endif
+    s->at = s->at + 1 < s->slots ? s->at + 1 : 0;
+    s->round ^= s->at == 0;
+    return slot;
+}
+
+/* A warp's own barriers. */
+static __device__ void start_barriers(uint64_t *b, uint32_t n) {
+#if BULK
+    if (threadIdx.x % 32 < n) barrier_init(b + threadIdx.x % 32, 1);
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    __syncwarp();
+#endif
+}
+
+/* Where a thread's columns of x begin, in shared memory (see stage_rows) or as they lie; rows that
+   are not there give sums that nobody looks at. */
+struct inputs {
+    const char *x;
+    int stride, last; /* bytes of a row; the last row */
+};
+
+template <int TILES>
+static __device__ void load_inputs(const struct inputs &in, int span, uint4 (*x)[2]) {
+    const int g = (int)threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int n = 0; n < TILES; n++)
+#pragma unroll
+        for (int i = 0; i < 2; i++)
+            x[n][i] = *(const uint4 *)(in.x + min(n * 8 + g, in.last) * in.stride +
+                                       span * SPAN * 2 + i * 16);
+}
+
+/* Lets the compiler compute these before what follows. */
+static __device__ void keep(const __half2 *w) {
+    for (int i = 0; i < 8; i++) asm volatile("" ::"r"(as_word(w[i])));
+}
+
+/* A warp's spans of a group, c += its part of the sums, two in turn: while tensor cores work at one
+   the next becomes f16, and a further one is on its way from shared memory. */
+template <int TYPE, int KIND, int TILES>
+static __device__ void multiply_group(const struct product_f16 &j, struct stream<TYPE, KIND> *s,
+                                      const struct inputs &in, float (*c)[4]) {
+    enum { AHEAD = TILES == 1 /* of x too */ };
+    struct raw16<TYPE> raw[2] = {};
+    __half2 w[2][8], v[2][8];
+    uint4 x[TILES][2], y[TILES][2];
+    auto expand = [&](__half2 (*to)[8]) {
+        expand16<TYPE>(raw[0], to[0]);
+        expand16<TYPE>(raw[1], to[1]);
+    };
+    auto multiply = [&](int span, __half2 (*w16)[8], uint4 (*x16)[2]) {
+        if (!AHEAD) load_inputs<TILES>(in, span, x16);
+#pragma unroll
+        for (int n = 0; n < TILES; n++) multiply_span(c[n], w16[0], w16[1], x16[n]);
+    };
+    const int last = s->own - 1;
+    const char *slot = wait_for_chunk(s);
+    load_raw(slot, 0, raw);
+    if (AHEAD) load_inputs<TILES>(in, 0, x);
+    expand(w);
+#pragma unroll 1
+    for (int k = 0;; k += 2) {
+        const char *next = k + 2 <= last ? wait_for_chunk(s) : slot;
+        load_raw(slot, 1, raw); /* where there is none, something else that is there */
+        if (AHEAD) load_inputs<TILES>(in, min(k + 1, last), y);
+        multiply(k, w, x);
+        expand(v);
+        if (k < last) {
+            load_raw(next, 0, raw);
+            if (AHEAD) load_inputs<TILES>(in, min(k + 2, last), x);
+            multiply(k + 1, v, y);
+            expand(w);
+            keep(w[0]);
+            keep(w[1]);
+        }
+        slot = next;
+        __syncwarp();
+        fetch_chunk(j, s);
+        if (k + 2 > last) return;
+    }
+}
+
+/* What a sum is added to. */
+static __device__ float residual(const struct product_f16 &j, const struct part &p, int r, int o) {
+    return r < j.rows && o < p.w.rows ? __ldcg(p.y + (int64_t)r * p.w.rows + o) : 0;
 }
 
 /* The sums of a team's group, c[16 rows of w][8 TILES rows of x] of each chain, to their place. */
 template <int KIND, int TILES>
 static __device__ void finish_group(const struct product_f16 &j, int group, float (*c)[4],
-                                    float (*sums)[TILES * 4][32], int team, int chain) {
+                                    float (*sums)[TILES * 4][32], int team, int chain,
+                                    float before) {
     const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const struct part &p = j.p[part_of<KIND>(j, &group)];
 #pragma unroll
@@ -1251,63 +1555,62 @@ static __device__ void finish_group(const struct product_f16 &j, int group, floa
         const float sum = sum_of_chains(&sums[0][i][lane], TILES * 4 * 32);
         float other = 0;
         if (KIND == SWIGLU) other = sum_of_chains(&sums[0][i + 2][lane], TILES * 4 * 32);
-        if (KIND == ADD && r < j.rows && o < p.w.rows) other = p.y[(int64_t)r * p.w.rows + o];
+        if (KIND == ADD) other = TILES == 1 ? before : residual(j, p, r, o);
         finish<KIND>(j, p, r, o, sum, other);
     }
     asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(32 * (int)CHAINS) : "memory");
 }
 
 /* A block a multiprocessor. A team of four warps takes one group of 16 rows of w after the other, a
-   warp one of their four chains. Reads w once, the first spans before the kernel in front has
-   ended, and x from shared memory (up to CHAIN_ROWS rows, in one tile of 8) or the L2 cache. Loops
-   are not unrolled: instructions that run for the first time take longer than others. Floor: the
-   bytes of w over the memory's bandwidth. */
+   warp one of their four chains; where there are no more groups than blocks, one team has the
+   memory of all. Reads w once, the first spans before the kernel in front has ended, and x from
+   shared memory (up to CHAIN_ROWS rows, in one tile of 8) or the L2 cache. Loops are not unrolled:
+   instructions that run for the first time take longer than others. Floor: the bytes of w over the
+   memory's bandwidth. */
 template <int TYPE, int KIND, int TILES, int SHARED>
-__global__ void __launch_bounds__(GEMV_THREADS, TILES > 4 ? 1 : 2)
+__global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), TILES > 4 ? 1 : 2)
     gemv_kernel(struct product_f16 j) {
     extern __shared__ __align__(128) char shared[];
-    __shared__ float sums[TEAMS][CHAINS][TILES * 4][32];
     typedef struct ring<TYPE> R;
-    const int warp = (int)threadIdx.x / 32, team = warp / CHAINS, chain = warp % CHAINS,
-              g = (int)threadIdx.x % 32 / 4, spans = j.p[0].w.ld / SPAN;
-    char *mine = shared + warp * R::BYTES, *x = shared + GEMV_WARPS * R::BYTES;
-    struct stream<TYPE, KIND> s;
+    enum { N = SHARED ? TEAMS : TALL_TEAMS };
+    __shared__ float sums[N][CHAINS][TILES * 4][32];
+    __shared__ uint64_t full[N * CHAINS * R::SLOTS];
+    const int warp = __shfl_sync(0xffffffff, (int)threadIdx.x / 32, 0), /* known to be uniform */
+              team = warp / CHAINS, chain = warp % CHAINS, lane = (int)threadIdx.x % 32,
+              spans = j.p[0].w.ld / SPAN, each = (spans + CHAINS - 1) / CHAINS;
+    char *x = shared + N * CHAINS * R::BYTES;
+    struct stream<TYPE, KIND> s = {};
     s.groups = all_groups<KIND>(j);
-    s.step = (int)gridDim.x * TEAMS;
+    s.step = (int)gridDim.x * N;
     s.group = (int)(blockIdx.x + gridDim.x * team);
-    s.each = (spans + CHAINS - 1) / CHAINS;
-    s.begin = chain * s.each;
-    s.end = min(spans, s.begin + s.each);
-    place_ring(&s.a, mine, 0);
-    place_ring(&s.b, mine, 1);
-    const int first_group = s.group;
+    s.begin = min(spans, chain * each);
+    s.own = min(spans - s.begin, each);
+    const int alone = s.groups <= (int)gridDim.x; /* the first team, which has all of the ring */
+    const int place = alone ? chain * N : warp;
+    s.slots = alone ? N * R::SLOTS : R::SLOTS;
+    s.ring = shared + place * R::BYTES;
+    s.full = full + place * R::SLOTS;
+    const int first_group = s.group, last_group = s.groups;
+    if (s.own == 0) s.groups = 0; /* nothing to fetch */
+    if (s.group < s.groups) start_barriers(s.full, s.slots);
     point_stream(j, &s);
 #pragma unroll 1
-    for (int i = 0; i < R::SLOTS; i++) fetch_next(j, &s, i);
+    for (uint32_t i = 0; i < s.slots; i++) fetch_chunk(j, &s);
     prefetch_norm(j);
     wait_for_inputs();
     if (SHARED) stage_rows(j, x);
-    int slot = 0;
+    struct inputs in = {SHARED ? x : (const char *)j.in.h, 2 * j.in.ld + SHARED * 16, j.rows - 1};
+    in.x += (s.begin * SPAN + lane % 4 * 16) * 2;
 #pragma unroll 1
-    for (int group = first_group; group < s.groups; group += s.step) {
-        float c[TILES][4] = {};
-#pragma unroll 1
-        for (int k = 0; k < s.each; k++, slot = (slot + 1) % R::SLOTS) {
-            __half2 w0[8], w1[8];
-            wait_for_copies<R::SLOTS - 1>();
-            expand_span(s.a, slot, w0);
-            expand_span(s.b, slot, w1);
-            fetch_next(j, &s, slot);
-#pragma unroll
-            for (int n = 0; n < TILES; n++) {
-                uint4 v[2];
-                load_span<SHARED>(j, x, n * 8 + g, s.begin + k, s.end, v);
-                multiply_span(c[n], w0, w1, v);
-            }
-        }
-        finish_group<KIND, TILES>(j, group, c, sums[team], team, chain);
+    for (int group = first_group; group < last_group; group += s.step) {
+        float c[TILES][4] = {}, before = 0;
+        if (KIND == ADD && TILES == 1) /* of what finish_group lets this thread write */
+            before = residual(j, j.p[0], lane % 4 * 2 + chain % 2,
+                              group * 16 + lane / 4 + chain / 2 * 8);
+        if (s.own > 0) multiply_group<TYPE, KIND, TILES>(j, &s, in, c);
+        finish_group<KIND, TILES>(j, group, c, sums[team], team, chain, before);
     }
-    wait_for_copies<0>();
+    if (!BULK) wait_for_copies<0>();
 }
 
 /* Shared memory of the largest rings of a block, and what a kernel declares beside them. */
@@ -1324,7 +1627,8 @@ static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
 template <int TYPE, int KIND>
 static void launch_gemv(struct queue *q, const struct product_f16 *product) {
     struct product_f16 j = *product;
-    const int staged = staged_bytes(q, &j), shared = GEMV_WARPS * ring<TYPE>::BYTES + staged;
+    const int staged = staged_bytes(q, &j), shared = GEMV_WARPS * ring<TYPE>::BYTES + staged,
+              tall = TALL_TEAMS * CHAINS * ring<TYPE>::BYTES, threads = 32 * TALL_TEAMS * CHAINS;
     const int most = q->shared >= RINGS_MOST + TALL_BYTES ? FEW_ROWS : FEW_ROWS / 2;
     dim3 grid((unsigned)min64(q->sms, all_groups<KIND>(j)));
     if (staged > 0) {
@@ -1334,9 +1638,8 @@ static void launch_gemv(struct queue *q, const struct product_f16 *product) {
     }
     for (int left = j.rows; left > 0; left -= most) {
         j.rows = (int)min64(most, left);
-        if (j.rows <= 32)
-            gemv_kernel<TYPE, KIND, 4, 0><<<grid, GEMV_THREADS, shared, q->stream>>>(j);
-        else gemv_kernel<TYPE, KIND, 8, 0><<<grid, GEMV_THREADS, shared, q->stream>>>(j);
+        if (j.rows <= 32) gemv_kernel<TYPE, KIND, 4, 0><<<grid, threads, tall, q->stream>>>(j);
+        else gemv_kernel<TYPE, KIND, 8, 0><<<grid, threads, tall, q->stream>>>(j);
         launched(q, "gemv_kernel");
         for (int i = 0; j.p[0].y != NULL && i < j.n; i++)
             j.p[i].y += (int64_t)most * j.p[i].w.rows;
@@ -1349,10 +1652,11 @@ static void launch_gemv(struct queue *q, const struct product_f16 *product) {
 __global__ void norm_pack_kernel(const float *x, const float *norm, float eps, int D,
                                  const int *which, int rows, struct packed out) {
     const int i = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
+    wait_for_inputs();
     if (i >= rows) return;
     const float *row = x + (int64_t)(which != NULL ? which[i] : i) * D;
-    const float scale = rms_scale(row, D, eps);
-    write_normed(out, i, row, norm, scale, D);
+    if (out.panels && D <= 2048) norm_to_panel(out, i, row, norm, eps, D);
+    else write_normed(out, i, row, norm, rms_scale(row, D, eps), D);
 }
 
 /* ---- GEMM: many rows ----
@@ -1380,59 +1684,74 @@ static __device__ int row_of_pair(int i) {
     return i / 8 % 4 * 16 + i / 32 * 8 + i % 8;
 }
 
-/* Of four lanes: v[i] of lane t becomes v[t] of lane i. */
-static __device__ void transpose4(uint32_t *v, int t) {
-#pragma unroll
-    for (int bit = 1; bit < 4; bit *= 2)
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (i & bit) continue;
-            uint32_t got = __shfl_xor_sync(0xffffffff, t & bit ? v[i] : v[i | bit], bit);
-            if (t & bit) v[i] = got;
-            else v[i | bit] = got;
-        }
-}
-
 /* Up to three matrices of one type on their way into panels, one after the other; or gate and up,
-   together (pair). */
+   together (pair). first: the matrix's first tile, behind the last matrix INT_MAX. */
 struct unpacked {
     struct matrix w[3];
-    int first[3], pair; /* first: the matrix's first tile */
+    int first[3], tiles, pair;
     __half *h;
 };
 
-/* w -> tiles of 256 rows, zeros behind the last row. Grid: [matrix][128 rows][span]; a thread takes
-   16 columns of two rows. Floor: bytes in + bytes out. */
+/* A warp's 16 rows of a tile over one span, number `unit` of all; zeros behind a matrix's last row.
+   Lanes take 16 columns of two rows; of memory that is two tiles of 8 rows. */
 template <int TYPE>
-__global__ void __launch_bounds__(THREADS)
-    panels_kernel(const __grid_constant__ struct unpacked p) {
-    const int span = (int)blockIdx.x, part = (int)blockIdx.y, pair = p.pair;
-    const int row = (int)threadIdx.x / 4, t = (int)threadIdx.x % 4;
-    const struct matrix &w = p.w[blockIdx.z];
-    const int tile = pair ? part : p.first[blockIdx.z] + part / 2;
+static __device__ void unpack_unit(const struct unpacked &p, unsigned unit, unsigned spans) {
+    const int lane = (int)threadIdx.x % 32, t = lane % 4, row = (int)(unit % 16) * 16 + lane / 4;
+    const unsigned tile = unit / 16 / spans, span = unit / 16 % spans;
+    const int m = p.pair ? row / 64 % 2
+                         : ((int)tile >= p.first[1]) + ((int)tile >= p.first[2]);
+    const struct matrix &w = p.w[m];
+    uint4 *h = (uint4 *)p.h + ((int64_t)(tile * spans + span) * W_ROWS + row) * 8;
     struct raw16<TYPE> raw[2] = {};
-    int from[2];
-    if (part >= (pair ? (w.rows + 127) / 128 : (w.rows + 255) / 256 * 2)) return;
+    int there[2];
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        from[i] = part * 128 + i * 64 + (pair ? row_of_pair(row) : row_alone(row));
-        if (from[i] < w.rows) fetch16<TYPE>(w, from[i], span * SPAN + 16 * t, &raw[i]);
+        const int r = row + 8 * i, from =
+            p.pair ? (int)tile * 128 + r / 128 * 64 + row_of_pair(r % 64)
+                   : ((int)tile - p.first[m]) * W_ROWS + r / 64 * 64 + row_alone(r % 64);
+        there[i] = from < w.rows;
+        if (there[i]) fetch16<TYPE>(w, from, (int)span * SPAN + 16 * t, &raw[i]);
     }
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int to = row + (pair ? i * 128 + (int)blockIdx.z * 64 : part % 2 * 128 + i * 64);
-        uint4 *h = (uint4 *)p.h + (((int64_t)tile * (w.ld / SPAN) + span) * W_ROWS + to) * 8;
         __half2 v[8];
         uint32_t u[8];
         expand16<TYPE>(raw[i], v);
 #pragma unroll
-        for (int k = 0; k < 8; k++) u[k] = from[i] < w.rows ? as_word(v[k]) : 0;
-        transpose4(u, t);
-        transpose4(u + 4, t);
-        h[t ^ (to & 7)] = make_uint4(u[0], u[1], u[2], u[3]);
-        h[(t + 4) ^ (to & 7)] = make_uint4(u[4], u[5], u[6], u[7]);
+        for (int k = 0; k < 8; k++) u[k] = there[i] ? as_word(v[k]) : 0;
+        transpose4(u, t, 1);
+        transpose4(u + 4, t, 1);
+        /* used much later, by when it has left the L2 cache in any case */
+        __stcs(h + 64 * i + (t ^ (row & 7)), make_uint4(u[0], u[1], u[2], u[3]));
+        __stcs(h + 64 * i + ((t + 4) ^ (row & 7)), make_uint4(u[4], u[5], u[6], u[7]));
     }
 }
+
+/* Warp number `warp` of so many: its share of all units. */
+template <int TYPE>
+static __device__ void unpack_units(const struct unpacked &p, int warp, int warps) {
+    const unsigned spans = (unsigned)p.w[0].ld / SPAN, units = (unsigned)p.tiles * spans * 16;
+    for (unsigned i = (unsigned)warp; i < units; i += (unsigned)warps)
+        unpack_unit<TYPE>(p, i, spans);
+}
+
+static __device__ void unpack(const struct unpacked &p, int warp, int warps) {
+    switch (p.w[0].type) {
+    case LVM_F16: unpack_units<LVM_F16>(p, warp, warps); break;
+    case LVM_BF16: unpack_units<LVM_BF16>(p, warp, warps); break;
+    case LVM_Q8_0: unpack_units<LVM_Q8_0>(p, warp, warps); break;
+    case LVM_Q4_0: unpack_units<LVM_Q4_0>(p, warp, warps);
+    }
+}
+
+/* w -> tiles of 256 rows. Floor: bytes in + bytes out. */
+__global__ void __launch_bounds__(THREADS)
+    panels_kernel(const __grid_constant__ struct unpacked p) {
+    wait_for_inputs();
+    unpack(p, (int)(blockIdx.x * WARPS + threadIdx.x / 32), (int)gridDim.x * WARPS);
+}
+
+enum { LATER = 3 };
 
 /* tiles: of all matrices, which follow each other. */
 struct gemm {
@@ -1445,6 +1764,7 @@ struct gemm {
         int N, first;      /* first: its first tile; behind the last matrix: INT_MAX */
     } out[3];
     struct packed h;
+    struct unpacked later[LATER]; /* what warps that have nothing else to do bring into panels */
 };
 
 /* Ends of sums. A thread brings B blocks of 8 columns of rows `row` and row + 8, [B][2][2]; of a
@@ -1559,64 +1879,37 @@ template <int N> static __device__ void clear_sums(float *c, float v) {
 
 /* ---- GEMM by wgmma (sm_90a) ----
 
-   A block computes pieces of y of 128 x 128, from 128 rows of x and half a tile of w. One thread
+   A block computes pieces of y of 128 x 256, from 128 rows of x and a tile of w: the larger a piece
+   is, the less of shared memory is read for each product, and that is what limits it. One thread
    loads: it fills a ring of stages in shared memory, a span each, piece after piece. Two warpgroups
-   multiply 64 rows of x each. What a piece's sums become is computed while the tensor cores work on
-   the first stages of the next piece. Two blocks make a cluster; they take the same rows of w, of
-   which each loads one half for both. */
+   multiply 64 rows of x each: the chain that goes on takes half of their registers, so that of the
+   sums of those before one half is in registers and one in shared memory. What a piece's sums
+   become is computed while the tensor cores work on the first stages of the next piece. Two blocks
+   make a cluster; they take the same rows of w, of which each loads one half for both. */
 
-enum { GEMM_PIECE = 128, CLUSTER = 2, GEMM_RING = 7, GEMM_RING_BYTES = 2 * X_BYTES,
-       WGMMA_THREADS = 384,
-       WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES, END_PARTS = 4 };
+enum { CLUSTER = 2, GEMM_RING = 3, GEMM_RING_BYTES = X_BYTES + W_BYTES, WGMMA_THREADS = 384,
+       REST_BYTES = 256 * 64 * 4 /* sums of two warpgroups */,
+       WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES + REST_BYTES, END_PARTS = 4 };
 
 static __host__ __device__ int gemm_across(const struct gemm &p) {
-    return (p.rows + GEMM_PIECE * CLUSTER - 1) / (GEMM_PIECE * CLUSTER);
+    return (p.rows + X_ROWS * CLUSTER - 1) / (X_ROWS * CLUSTER);
 }
 
 static __host__ __device__ int gemm_pieces(const struct gemm &p) {
-    return gemm_across(p) * p.tiles * (W_ROWS / GEMM_PIECE);
+    return gemm_across(p) * p.tiles;
 }
 
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-
-static __device__ uint32_t shared_address(const void *p) {
-    return (uint32_t)__cvta_generic_to_shared(p);
-}
-
-/* A barrier lets go when `count` have arrived and all bytes that it was told of have come. */
-static __device__ void barrier_init(uint64_t *b, int count) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count));
-}
-
-/* Arrives, and says how many bytes are to come. */
-static __device__ void barrier_expect(uint64_t *b, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
-                 "r"(bytes) : "memory");
-}
+#if WGMMA
 
 /* Arrives at this barrier of block `rank` of the cluster. */
-static __device__ void barrier_arrive(uint64_t *b, int rank) {
+static __device__ void barrier_arrive_at(uint64_t *b, int rank) {
     asm volatile("{ .reg .b32 there;\n"
                  "mapa.shared::cluster.u32 there, %0, %1;\n"
                  "mbarrier.arrive.shared::cluster.b64 _, [there]; }" ::"r"(shared_address(b)),
                  "r"(rank) : "memory");
 }
 
-/* Until the barrier let go for the round of this parity. */
-static __device__ void barrier_wait(uint64_t *b, uint32_t parity) {
-    asm volatile("{ .reg .pred done;\n"
-                 "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-                 "@!done bra again; }" ::"r"(shared_address(b)), "r"(parity) : "memory");
-}
-
-/* Contiguous bytes from global to shared memory, in the background; `done` is told of them. */
-static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *done) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
-                 "r"(shared_address(done)) : "memory");
-}
-
-/* The same, to both blocks of a cluster. */
+/* copy_bulk to both blocks of a cluster. */
 static __device__ void copy_to_both(void *to, const void *from, int bytes, uint64_t *done) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes"
                  ".multicast::cluster [%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
@@ -1627,33 +1920,7 @@ static __device__ void cluster_sync(void) {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-/* How wgmma finds rows of 128 bytes with the swizzle of 128: address, 1024 bytes to the next eight
-   rows. */
-static __device__ uint64_t tile_descriptor(const void *tile) {
-    return (uint64_t)(shared_address(tile) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
-           (uint64_t)1 << 62;
-}
-
-#define TEN(d) "%" d "0, %" d "1, %" d "2, %" d "3, %" d "4, %" d "5, %" d "6, %" d "7, " \
-               "%" d "8, %" d "9, "
-#define EIGHT(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3]), "+f"(c[i + 4]), \
-                 "+f"(c[i + 5]), "+f"(c[i + 6]), "+f"(c[i + 7])
-
-/* c = x w^T (+ c, if `add`): 64 rows of x, 128 of w, 16 columns; in the background. */
-static __device__ void wgmma(float *c, uint64_t x, uint64_t w, int add) {
-    asm volatile("{ .reg .pred add;\nsetp.ne.b32 add, %66, 0;\n"
-                 "wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" TEN("") TEN("1") TEN("2")
-                 TEN("3") TEN("4") TEN("5") "%60, %61, %62, %63}, %64, %65, add, 1, 1, 0, 0; }"
-                 : EIGHT(0), EIGHT(8), EIGHT(16), EIGHT(24), EIGHT(32), EIGHT(40), EIGHT(48),
-                   EIGHT(56)
-                 : "l"(x), "l"(w), "r"(add));
-}
-
-#define wgmma_fence() asm volatile("wgmma.fence.sync.aligned;" ::: "memory")
-#define wgmma_commit() asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory")
-#define wgmma_wait(n) asm volatile("wgmma.wait_group.sync.aligned " #n ";" ::: "memory")
-
-/* Piece x of 128 rows of x, piece w of 128 rows of w. */
+/* Piece x of 128 rows of x, tile w of w. */
 struct output_piece {
     int x, w;
 };
@@ -1662,7 +1929,7 @@ struct output_piece {
    x, which stay in the L2 cache. */
 static __device__ struct output_piece piece_of(const struct gemm &p, int n) {
     const int i = (int)blockIdx.x / CLUSTER + n * ((int)gridDim.x / CLUSTER), all = gemm_across(p);
-    const int each = p.group * p.tiles * (W_ROWS / GEMM_PIECE), first = i / each * p.group;
+    const int each = p.group * p.tiles, first = i / each * p.group;
     const int size = min(p.group, all - first), in = i % each;
     struct output_piece q = {(first + in % size) * CLUSTER + (int)blockIdx.x % CLUSTER, in / size};
     return q;
@@ -1678,20 +1945,19 @@ static __device__ int pieces_of(const struct gemm &p) {
 static __device__ void load_stages(const struct gemm &p, char *ring, uint64_t *full,
                                    uint64_t *empty) {
     const int spans = p.ld / SPAN, pieces = pieces_of(p), part = (int)blockIdx.x % CLUSTER;
-    const int x_tiles = (p.rows + X_ROWS - 1) / X_ROWS, own = X_BYTES / CLUSTER * part;
+    const int x_tiles = (p.rows + X_ROWS - 1) / X_ROWS, own = W_BYTES / CLUSTER * part;
     uint32_t at = 0;
     for (int n = 0; n < pieces; n++) {
         const struct output_piece q = piece_of(p, n);
         const char *x = (const char *)p.x + (int64_t)min(q.x, x_tiles - 1) * spans * X_BYTES;
-        const char *w = (const char *)p.w + (int64_t)(q.w / 2) * spans * W_BYTES +
-                        q.w % 2 * X_BYTES + own;
+        const char *w = (const char *)p.w + (int64_t)q.w * spans * W_BYTES + own;
         for (int span = 0; span < spans; span++, at++) {
             const uint32_t stage = at % GEMM_RING;
             char *to = ring + stage * GEMM_RING_BYTES;
             barrier_wait(&empty[stage], at / GEMM_RING % 2 ^ 1);
             barrier_expect(&full[stage], GEMM_RING_BYTES);
             copy_bulk(to, x + (int64_t)span * X_BYTES, X_BYTES, &full[stage]);
-            copy_to_both(to + X_BYTES + own, w + (int64_t)span * W_BYTES, X_BYTES / CLUSTER,
+            copy_to_both(to + X_BYTES + own, w + (int64_t)span * W_BYTES, W_BYTES / CLUSTER,
                          &full[stage]);
         }
     }
@@ -1699,7 +1965,7 @@ static __device__ void load_stages(const struct gemm &p, char *ring, uint64_t *f
 
 /* A warp no longer needs a stage: tells both blocks. */
 static __device__ void release_stage(uint64_t *empty) {
-    if (threadIdx.x % 32 < CLUSTER) barrier_arrive(empty, (int)threadIdx.x % 32);
+    if (threadIdx.x % 32 < CLUSTER) barrier_arrive_at(empty, (int)threadIdx.x % 32);
 }
 
 /* A warpgroup's place in the ring: stage number `at` of all; x0: where its rows of x begin. */
@@ -1710,83 +1976,119 @@ struct reader {
     int x0;
 };
 
-/* 64 rows of x by 128 of w over a stage's span, in the background: c[8 columns], a new chain or
+/* 64 rows of x by 256 of w over a stage's span, in the background: c[8 columns], a new chain or
    not. */
 static __device__ void multiply_stage(const struct reader &r, int add, float (*c)[4]) {
     const uint32_t stage = r.at % GEMM_RING;
     const char *tiles = r.ring + stage * GEMM_RING_BYTES;
     const uint64_t x = tile_descriptor(tiles + r.x0), w = tile_descriptor(tiles + X_BYTES);
     barrier_wait(&r.full[stage], r.at / GEMM_RING % 2);
-    wgmma_fence();
+    products_begin();
 #pragma unroll
-    for (int s = 0; s < 4; s++) wgmma(c[0], x + s * 2, w + s * 2, add || s > 0);
-    wgmma_commit();
+    for (int s = 0; s < 4; s++) wgmma<256>(c[0], x + s * 2, w + s * 2, add || s > 0);
+    products_end();
 }
 
-/* The stage before is done; `any`: there is one in this chain. */
-static __device__ void next_stage(struct reader *r, int any) {
-    wgmma_wait(1);
-    if (any) release_stage(&r->empty[(r->at - 1) % GEMM_RING]);
-    r->at++;
+/* The stage is done. (It may be waited for at once: meanwhile the other warpgroup multiplies.) */
+static __device__ void end_stage(struct reader *r) {
+    products_wait<0>();
+    release_stage(&r->empty[r->at++ % GEMM_RING]);
 }
 
-/* A chain of n stages. */
+/* Stages first .. n - 1 of a chain. */
 static __device__ void multiply_chain(struct reader *r, int first, int n, float (*c)[4]) {
     for (int i = first; i < n; i++) {
         multiply_stage(*r, i > 0, c);
-        next_stage(r, i > 0);
+        end_stage(r);
     }
-    wgmma_wait(0);
-    if (n > 0) release_stage(&r->empty[(r->at - 1) % GEMM_RING]);
+}
+
+/* The sums of a piece: of columns 0 .. 127 in registers, of the others in shared memory, where a
+   four is what end_four takes: number 8 i + j of row 8 i, blocks 2 j and 2 j + 1. */
+struct sums {
+    float kept[16][4];
+    float4 *rest; /* this thread's; the next is GEMM_GROUP further */
+};
+
+enum { GEMM_GROUP = 128 };
+
+/* sums += a chain's, or become those of the first. */
+static __device__ void add_chain(struct sums *s, const float (*c)[4], int first) {
+#pragma unroll
+    for (int k = 0; k < 64; k++)
+        s->kept[k / 4][k % 4] = first ? c[k / 4][k % 4] : s->kept[k / 4][k % 4] + c[k / 4][k % 4];
+#pragma unroll
+    for (int k = 0; k < 16; k++) {
+        const float *u = c[16 + k % 8 * 2] + k / 8 * 2, *v = c[17 + k % 8 * 2] + k / 8 * 2;
+        float4 sum = first ? make_float4(0, 0, 0, 0) : s->rest[k * GEMM_GROUP];
+        if (first) sum = make_float4(u[0], u[1], v[0], v[1]);
+        else sum = make_float4(sum.x + u[0], sum.y + u[1], sum.z + v[0], sum.w + v[1]);
+        s->rest[k * GEMM_GROUP] = sum;
+    }
 }
 
 /* Part of what the sums of a warp's 16 rows of a piece become. */
 template <int KIND>
 static __device__ void end_piece(const struct gemm &p, int part, struct output_piece q,
-                                 const float (*sums)[4]) {
-    const int row = q.x * GEMM_PIECE + (int)threadIdx.x / 32 * 16 + (int)threadIdx.x % 32 / 4;
-    end_part<KIND, 16>(p, part, q.w / 2, row, q.w % 2 * 16, sums);
+                                 const struct sums &s) {
+    const int row = q.x * X_ROWS + (int)threadIdx.x / 32 * 16 + (int)threadIdx.x % 32 / 4;
+    const int i = part % 2, h = part / 2;
+    float rest[16][4]; /* those that this part takes */
+    end_part<KIND, 16>(p, part, q.w, row, 0, s.kept);
+#pragma unroll
+    for (int k = 0; k < 4; k++) {
+        const int j = KIND == SWIGLU ? k / 2 * 4 + h * 2 + k % 2 : h * 4 + k;
+        const float4 v = s.rest[(8 * i + j) * GEMM_GROUP];
+        rest[2 * j][2 * i] = v.x, rest[2 * j][2 * i + 1] = v.y;
+        rest[2 * j + 1][2 * i] = v.z, rest[2 * j + 1][2 * i + 1] = v.w;
+    }
+    end_part<KIND, 16>(p, part, q.w, row, 16, rest);
 }
 
 /* The first chain of a piece, and meanwhile the end of the piece before. */
 template <int KIND>
 static __device__ void multiply_and_end(const struct gemm &p, struct reader *r, int n,
                                         struct output_piece before, float (*c)[4],
-                                        const float (*sums)[4]) {
+                                        const struct sums &s) {
     if (n >= END_PARTS) {
 #pragma unroll
         for (int part = 0; part < END_PARTS; part++) {
             multiply_stage(*r, part > 0, c);
-            end_piece<KIND>(p, part, before, sums);
-            next_stage(r, part > 0);
+            end_piece<KIND>(p, part, before, s);
+            end_stage(r);
         }
         multiply_chain(r, END_PARTS, n, c);
     } else {
 #pragma unroll
-        for (int part = 0; part < END_PARTS; part++) end_piece<KIND>(p, part, before, sums);
+        for (int part = 0; part < END_PARTS; part++) end_piece<KIND>(p, part, before, s);
         multiply_chain(r, 0, n, c);
     }
 }
 
 /* A warpgroup's half of all pieces. */
 template <int KIND>
-static __device__ void multiply_pieces(const struct gemm &p, const char *ring, uint64_t *full,
+static __device__ void multiply_pieces(const struct gemm &p, char *ring, uint64_t *full,
                                        uint64_t *empty) {
     const int spans = p.ld / SPAN, pieces = pieces_of(p);
     const int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
     struct reader r = {ring, full, empty, 0, group * (X_BYTES / 2)};
     struct output_piece q = {0, 0};
-    float c[16][4], total[16][4];
+    float c[32][4];
+    struct sums s;
+    s.rest = (float4 *)(ring + GEMM_RING * GEMM_RING_BYTES + group * (REST_BYTES / 2)) +
+             threadIdx.x % GEMM_GROUP;
     for (int n = 0; n <= pieces; n++) {
         const int count = n < pieces ? part_start(spans, 1) : 0;
         if (n == 0) multiply_chain(&r, 0, count, c);
-        else multiply_and_end<KIND>(p, &r, count, q, c, total);
+        else multiply_and_end<KIND>(p, &r, count, q, c, s);
+        if (n == pieces) break;
         q = piece_of(p, n);
-        clear_sums<64>(total[0], -0.0f);
-        for (int part = 0; n < pieces && part < CHAINS; part++) {
+        add_chain(&s, c, 1);
+        for (int part = 1; part < CHAINS; part++) {
             const int more = part_start(spans, part + 1) - part_start(spans, part);
-            if (part > 0) multiply_chain(&r, 0, more, c);
-            if (more > 0) add_part<64>(total[0], c[0]);
+            if (more == 0) break;
+            multiply_chain(&r, 0, more, c);
+            add_chain(&s, c, 0);
         }
     }
 }
@@ -1806,15 +2108,19 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1)
             barrier_init(&full[i], 1);
             barrier_init(&empty[i], 8 * CLUSTER);
         }
-        asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
+    barriers_made();
     cluster_sync();
+    wait_for_inputs();
     if (threadIdx.x < 256) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
         multiply_pieces<KIND>(p, tiles, full, empty);
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+        const int helper = (int)threadIdx.x / 32 - 9;
         if (threadIdx.x == 256) load_stages(p, tiles, full, empty);
+        for (int i = 0; helper >= 0 && i < LATER; i++)
+            unpack(p.later[i], (int)blockIdx.x * 3 + helper, (int)gridDim.x * 3);
     }
     __syncwarp();
     cluster_sync();
@@ -1822,13 +2128,6 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1)
 }
 
 /* ---- GEMM on every chip ---- */
-
-/* Four matrices of 8 rows of 16 bytes: lane i brings the place of row i % 8 of matrix i / 8. */
-static __device__ void gemm_matrices(uint32_t *v, const char *row) {
-    uint32_t from = (uint32_t)__cvta_generic_to_shared(row);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(from) : "memory");
-}
 
 enum { GEMM_STAGES = 3, STAGE_BYTES = 2 * X_BYTES, GEMM_SHARED = GEMM_STAGES * STAGE_BYTES };
 
@@ -1847,16 +2146,17 @@ static __device__ void load_stage(char *stage, const char *x, const char *w) {
 static __device__ void multiply_tiles(const char *stage, int row, int n0, float (*c)[8][4]) {
     const int lane = (int)threadIdx.x % 32, r = row + lane % 16;
     const int o = n0 * 8 + lane / 16 * 8 + lane % 8;
+    const uint32_t at = shared_address(stage);
 #pragma unroll
     for (int s = 0; s < 4; s++) {
         uint32_t a[2][4], b[4][4];
         const int pa = 2 * s + lane / 16, pb = 2 * s + lane / 8 % 2;
 #pragma unroll
         for (int m = 0; m < 2; m++)
-            gemm_matrices(a[m], stage + (r + m * 16) * ROW_BYTES + (pa ^ (r & 7)) * 16);
+            load_matrices(a[m], at + (r + m * 16) * ROW_BYTES + (pa ^ (r & 7)) * 16);
 #pragma unroll
         for (int n = 0; n < 4; n++)
-            gemm_matrices(b[n], stage + X_BYTES + (o + n / 2 * 64 + n % 2 * 16) * ROW_BYTES +
+            load_matrices(b[n], at + X_BYTES + (o + n / 2 * 64 + n % 2 * 16) * ROW_BYTES +
                                     (pb ^ (o & 7)) * 16);
 #pragma unroll
         for (int m = 0; m < 2; m++)
@@ -1929,23 +2229,21 @@ static int panel_tiles(int rows, int pair) {
     return pair ? (rows + W_ROWS / 2 - 1) / (W_ROWS / 2) : (rows + W_ROWS - 1) / W_ROWS;
 }
 
-/* n matrices of one type (not F32) and width into panels, which have room for all their tiles. */
-static void launch_panels(struct queue *q, const struct matrix *w, int n, int pair, __half *h) {
-    struct unpacked p = {};
-    int most = 0;
-    p.pair = pair;
-    p.h = h;
+/* n matrices of one type (not F32) and width, which have room for all their tiles at h. */
+static struct unpacked unpacked_at(const struct matrix *w, int n, int pair, __half *h) {
+    struct unpacked p = {{}, {0, INT_MAX, INT_MAX}, 0, pair, h};
     for (int i = 0; i < n; i++) {
         p.w[i] = w[i];
-        p.first[i] = i == 0 || pair ? 0 : p.first[i - 1] + panel_tiles(w[i - 1].rows, 0);
-        most = (int)max64(most, w[i].rows);
+        if (!pair) p.first[i] = p.tiles;
+        p.tiles = pair ? panel_tiles(w[0].rows, 1) : p.tiles + panel_tiles(w[i].rows, 0);
     }
-    dim3 grid((unsigned)(w->ld / SPAN), (unsigned)panel_tiles(most, 0) * 2, (unsigned)n);
-    with_type(w->type, [&](auto type) {
-        constexpr int T = decltype(type)::value == LVM_F32 ? LVM_F16 : decltype(type)::value;
-        panels_kernel<T><<<grid, THREADS, 0, q->stream>>>(p);
-        launched(q, "panels_kernel");
-    });
+    return p;
+}
+
+static void launch_panels(struct queue *q, const struct unpacked *p) {
+    const int64_t units = (int64_t)p->tiles * (p->w[0].ld / SPAN) * 16;
+    const unsigned grid = (unsigned)min64((units + WARPS - 1) / WARPS, 8 * q->sms);
+    if (grid > 0) launch(q, "panels_kernel", panels_kernel, dim3(grid), THREADS, 0, *p);
 }
 
 /* Products of rows of x (in panels) by panels of w, of no matrix so far. */
@@ -1990,47 +2288,55 @@ template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int 
                            q->stream>>>(p);
     else {
         cudaLaunchConfig_t c = {};
-        cudaLaunchAttribute cluster = {};
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim = {CLUSTER, 1, 1};
+        cudaLaunchAttribute how[2] = {};
+        how[0].id = cudaLaunchAttributeClusterDimension;
+        how[0].val.clusterDim = {CLUSTER, 1, 1};
+        how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+        how[1].val.programmaticStreamSerializationAllowed = 1;
         c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_pieces(p), blocks / CLUSTER)));
         c.blockDim = dim3(WGMMA_THREADS);
         c.dynamicSmemBytes = WGMMA_SHARED;
         c.stream = q->stream;
-        c.attrs = &cluster;
-        c.numAttrs = 1;
+        c.attrs = how;
+        c.numAttrs = 2;
         note(q, cudaLaunchKernelEx(&c, gemm_wgmma_kernel<KIND>, p), "gemm_wgmma_kernel");
     }
     launched(q, "gemm_kernel");
 }
 
 static void launch_norm_pack(struct queue *q, const struct product_f16 *j) {
-    norm_pack_kernel<<<(unsigned)(j->rows + WARPS - 1) / WARPS, THREADS, 0, q->stream>>>(
-        j->x, j->norm, j->eps, j->p[0].w.cols, j->which, j->rows, j->in);
-    launched(q, "norm_pack_kernel");
+    launch(q, "norm_pack_kernel", norm_pack_kernel, dim3((unsigned)(j->rows + WARPS - 1) / WARPS),
+           THREADS, 0, j->x, j->norm, j->eps, j->p[0].w.cols, j->which, j->rows, j->in);
 }
 
-/* A product of many rows; w16: room for its matrices in panels. */
+/* For many rows: where a product's matrices lie as panels, and which come next. */
+struct prepared {
+    const __half *panels;
+    struct unpacked later[LATER];
+};
+
+/* A product of many rows. What is to be unpacked for later ones is so meanwhile or, where only
+   gemm_wgmma_kernel could, afterwards. */
 static void multiply_many(struct queue *q, enum epilogue kind, const struct product_f16 *j,
-                          __half *w16) {
-    struct matrix w[3] = {j->p[0].w, j->p[1].w, j->p[2].w};
-    struct gemm g = gemm_of(&j->in, j->rows, w16);
+                          const struct prepared *w) {
+    struct gemm g = gemm_of(&j->in, j->rows, w->panels);
     if (j->norm != NULL) launch_norm_pack(q, j);
-    launch_panels(q, w, j->n, kind == SWIGLU, w16);
     for (int i = 0; kind != SWIGLU && i < j->n; i++)
-        gemm_into(&g, w[i].rows, j->p[i].bias, j->p[i].y);
-    if (kind == SWIGLU) gemm_swiglu(&g, w[0].rows, &j->out);
+        gemm_into(&g, j->p[i].w.rows, j->p[i].bias, j->p[i].y);
+    if (kind == SWIGLU) gemm_swiglu(&g, j->p[0].w.rows, &j->out);
+    for (int i = 0; q->wgmma > 0 && i < LATER; i++) g.later[i] = w->later[i];
     if (kind == STORE) launch_gemm<STORE>(q, g, q->wgmma);
     else if (kind == ADD) launch_gemm<ADD>(q, g, q->wgmma);
     else launch_gemm<SWIGLU>(q, g, q->wgmma);
+    for (int i = 0; q->wgmma == 0 && i < LATER; i++) launch_panels(q, &w->later[i]);
 }
 
 /* The matrices of a product have one type, which is not F32. */
 static void multiply(struct queue *q, enum epilogue kind, const struct product_f16 *product,
-                     __half *w16) {
+                     const struct prepared *w) {
     struct product_f16 j = *product;
     if (j.in.panels) {
-        multiply_many(q, kind, product, w16);
+        multiply_many(q, kind, product, w);
         return;
     }
     if (j.norm != NULL && staged_bytes(q, &j) == 0) {
@@ -2424,63 +2730,23 @@ static __device__ uint64_t swizzled_operand(uint32_t at) {
     return at >> 4 | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t)2 << 62;
 }
 
-#define SUMS4(i) "+f"(c[i]), "+f"(c[i + 1]), "+f"(c[i + 2]), "+f"(c[i + 3])
-#define SUMS16(i) SUMS4(i), SUMS4(i + 4), SUMS4(i + 8), SUMS4(i + 12)
-#define SUMS64(i) SUMS16(i), SUMS16(i + 16), SUMS16(i + 32), SUMS16(i + 48)
-#define NAMES32 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,%16,%17,%18,%19,%20,%21," \
-                "%22,%23,%24,%25,%26,%27,%28,%29,%30,%31"
-#define NAMES64 NAMES32 ",%32,%33,%34,%35,%36,%37,%38,%39,%40,%41,%42,%43,%44,%45,%46,%47,%48," \
-                "%49,%50,%51,%52,%53,%54,%55,%56,%57,%58,%59,%60,%61,%62,%63"
-#define NAMES128 NAMES64 ",%64,%65,%66,%67,%68,%69,%70,%71,%72,%73,%74,%75,%76,%77,%78,%79,%80," \
-                 "%81,%82,%83,%84,%85,%86,%87,%88,%89,%90,%91,%92,%93,%94,%95,%96,%97,%98,%99," \
-                 "%100,%101,%102,%103,%104,%105,%106,%107,%108,%109,%110,%111,%112,%113,%114," \
-                 "%115,%116,%117,%118,%119,%120,%121,%122,%123,%124,%125,%126,%127"
-
-/* A warpgroup's 64 channels by 64, 128 or 256 pixels over 16 columns, asynchronously. */
-template <int PIXELS> static __device__ void wgmma(float *c, uint64_t a, uint64_t b) {
-    if (PIXELS == 64)
-        asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned."
-                     "m64n64k16.f32.f16.f16 {" NAMES32 "}, %32, %33, p, 1, 1, 0, 0;}"
-                     : SUMS16(0), SUMS16(16) : "l"(a), "l"(b));
-    if (PIXELS == 128)
-        asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned."
-                     "m64n128k16.f32.f16.f16 {" NAMES64 "}, %64, %65, p, 1, 1, 0, 0;}"
-                     : SUMS64(0) : "l"(a), "l"(b));
-    if (PIXELS == 256)
-        asm volatile("{.reg .pred p; setp.eq.u32 p, 1, 1; wgmma.mma_async.sync.aligned."
-                     "m64n256k16.f32.f16.f16 {" NAMES128 "}, %128, %129, p, 1, 1, 0, 0;}"
-                     : SUMS64(0), SUMS64(64) : "l"(a), "l"(b));
-}
-
 /* A step: 32 channels under its taps; what the step before it multiplied is complete afterwards. */
 template <class T, int STRIDE, int PIXELS>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
     w += threadIdx.x / 128 * 4096;
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    products_begin();
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
         int tap = i / 4, k = i / 2 % 2, low = i % 2;
         wgmma<PIXELS>(c, swizzled_operand(w + tap * T::TAP_BYTES + k * 32),
                       operand(patch + T::tap_at(step * T::STEP + tap) * 16 +
-                                  (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16));
+                                  (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16),
+                      1);
     }
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-    asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-}
-
-template <int N> static __device__ void conv_finish(float *c) {
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < N; i++) asm volatile("" : "+f"(c[i])::"memory");
+    products_end();
+    products_wait<1>();
 }
 #else
-static __device__ uint4 load_matrices(uint32_t at) {
-    uint4 v;
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(at));
-    return v;
-}
-
 /* Where a lane finds its 8 columns of 16, number k of a row of weights: piece p of row r lies at
    p ^ (r / 2 & 3), as wgmma's swizzle of 64 bytes wants it. */
 static __device__ int weights_piece(int lane, int k) {
@@ -2496,18 +2762,17 @@ static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step)
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
         int tap = i / 4, k = i / 2 % 2, low = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
-        uint4 a = load_matrices(w + tap * T::TAP_BYTES + weights_piece(lane, k));
+        uint32_t a[4], b[4];
+        load_matrices(a, w + tap * T::TAP_BYTES + weights_piece(lane, k));
 #pragma unroll
         for (int n = 0; n < PIXELS / 8; n += 2) {
-            uint4 b = load_matrices(patch + at + (low * 4 + k * 2) * T::PLANE +
-                                    n * STRIDE * T::PITCH * 16);
-            mma(c + n * 4, a.x, a.y, a.z, a.w, b.x, b.y);
-            mma(c + n * 4 + 4, a.x, a.y, a.z, a.w, b.z, b.w);
+            load_matrices(b, patch + at + (low * 4 + k * 2) * T::PLANE +
+                                 n * STRIDE * T::PITCH * 16);
+            mma(c + n * 4, a[0], a[1], a[2], a[3], b[0], b[1]);
+            mma(c + n * 4 + 4, a[0], a[1], a[2], a[3], b[2], b[3]);
         }
     }
 }
-
-template <int N> static __device__ void conv_finish(float *c) { (void)c; }
 #endif
 
 /* Sums of 4 channels over a column of a block of 8 x 8 pixels, on the way to the block's: thread
@@ -2630,9 +2895,7 @@ __global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct con
 #pragma unroll
         for (int i = 0; i < T::STEPS; i++, s++) {
             asm volatile("cp.async.wait_group %0;" ::"n"(T::AHEAD - 1) : "memory");
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-            asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+            tiles_written();
             __syncthreads();
             conv_step<T, STRIDE, PIXELS>(c, weights + s % T::STAGES * T::W_BYTES,
                                          base + chunk % T::BUFFERS * T::PATCH_BYTES, i);
@@ -2648,7 +2911,7 @@ __global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct con
                     load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
             asm volatile("cp.async.commit_group;");
         }
-    conv_finish<PIXELS / 2>(c);
+    products_done<0>(c, PIXELS / 2);
     asm volatile("cp.async.wait_group 0;" ::: "memory");
     store_tile<PIXELS>(j, l, c, (float *)tiles);
 }
@@ -2926,70 +3189,58 @@ static __device__ float quantize_lane(float v, int *code) {
     return d;
 }
 
-/* One lane's value of 32 dimensions, i0 .. i0 + 31, of the key or value at `at` of a page. */
-static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_value, int at,
-                                int i0, float v) {
-    int code, place = kv_place(l, is_value, at, i0 + (int)(threadIdx.x % 32));
-    if (l.type == LVM_F32) ((float *)to)[place] = v;
-    if (l.type == LVM_F16) ((__half *)to)[place] = __float2half_rn(v);
+/* A lane's value as f16 or as quantize_lane gives it; returns the scale. */
+static __device__ float code_of(const struct kv_layout &l, float v, int *code) {
+    *code = __half_as_ushort(__float2half_rn(v));
+    return l.type == LVM_Q8_0 ? quantize_lane(v, code) : 0;
+}
+
+/* The codes of 32 lanes, dimensions i0 .. i0 + 31 of the key or value at `at` of a page. */
+static __device__ void store_codes(const struct kv_layout &l, uint8_t *to, int is_value, int at,
+                                   int i0, int code, float d) {
+    const int place = kv_place(l, is_value, at, i0 + (int)(threadIdx.x % 32));
+    if (l.type == LVM_F16) ((uint16_t *)to)[place] = (uint16_t)code;
     if (l.type != LVM_Q8_0) return;
-    float d = quantize_lane(v, &code);
     to[place] = (uint8_t)(l.tensor ? code : code - 128);
     __half *scales = (__half *)(to + (int64_t)KEYS * l.dp);
     if (threadIdx.x % 32 == 0) scales[scale_place(l, is_value, at, i0)] = __float2half_rn(d);
 }
 
-/* Grid: [rows / 32][G][dp / 32]: values of many rows, v[rows][G][d], for tensor cores. Through
-   shared memory, for neighbouring rows' values lie side by side. Floor: bytes in + bytes out. */
-__global__ void __launch_bounds__(THREADS)
-    store_values_kernel(struct batch_view b, struct kv_layout l, const float *v, int rows,
-                        int layer, int G, int d) {
-    __shared__ uint16_t codes[32][34]; /* [dimension][row] */
-    __shared__ __half scales[32];
-    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32);
-    const int first = (int)blockIdx.x * 32, g = (int)blockIdx.y, i0 = (int)blockIdx.z * 32;
-    for (int r = warp; r < 32 && first + r < rows; r += WARPS) {
-        const int dim = i0 + lane;
-        const float x = dim < d ? v[((int64_t)(first + r) * G + g) * d + dim] : 0;
-        int code = __half_as_ushort(__float2half_rn(x));
-        float scale = l.type == LVM_Q8_0 ? quantize_lane(x, &code) : 0;
-        codes[lane][r] = (uint16_t)code;
-        if (lane == 0) scales[r] = __float2half_rn(scale);
-    }
-    __syncthreads();
-    if (first + lane >= rows) return;
-    const int pos = b.pos[first + lane], at = pos % KEYS;
-    uint8_t *to = head_of(b, l, b.seq[first + lane], pos / KEYS, (int64_t)layer * G + g) +
-                  l.head_bytes;
-    for (int i = warp; i < 32; i += WARPS) {
-        const int place = kv_place(l, 1, at, i0 + i);
-        if (l.type == LVM_Q8_0) to[place] = (uint8_t)codes[i][lane];
-        else ((uint16_t *)to)[place] = codes[i][lane];
-    }
-    if (l.type == LVM_Q8_0 && warp == 0)
-        ((__half *)(to + (int64_t)KEYS * l.dp))[scale_place(l, 1, at, i0)] = scales[lane];
+/* The same of values. */
+static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_value, int at,
+                                int i0, float v) {
+    int code;
+    const float d = code_of(l, v, &code);
+    if (l.type != LVM_F32) store_codes(l, to, is_value, at, i0, code, d);
+    else ((float *)to)[kv_place(l, is_value, at, i0 + (int)(threadIdx.x % 32))] = v;
+}
+
+/* Dimensions j and j + d / 2 of a query or key, turned by an angle (cosine, sine). */
+static __device__ float2 turned(float2 v, float2 angle) {
+    return make_float2(fmaf(v.x, angle.x, -__fmul_rn(v.y, angle.y)),
+                       fmaf(v.y, angle.x, __fmul_rn(v.x, angle.y)));
 }
 
 /* Grid: [rows][G], a key/value head and its queries: turns queries and keys by their angles, in
-   place, and stores keys, and values where store_values_kernel does not, in the cache. rope:
-   [context][2][d / 2], cosines and sines. */
+   place, and stores keys and values in the cache. rope: [context][2][d / 2], cosines and sines. */
 __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float *q, float *k,
                                   const float *v, const float *rope, int layer, int H, int G,
-                                  int d, int with_values) {
+                                  int d) {
     int row = (int)blockIdx.x, g = (int)blockIdx.y, pos = b.pos[row], half = d / 2, group = H / G;
     wait_for_inputs();
-    const float *cosines = rope + (int64_t)pos * d, *sines = cosines + half;
+    const float *angles = rope + (int64_t)pos * d;
     float *queries = q + ((int64_t)row * H + g * group) * d, *key = k + ((int64_t)row * G + g) * d;
     for (int i = (int)threadIdx.x; i < (group + 1) * half; i += (int)blockDim.x) {
         int h = i / half, j = i % half;
         float *x = h < group ? queries + h * d : key;
-        float x0 = x[j], x1 = x[j + half];
-        x[j] = x0 * cosines[j] - x1 * sines[j];
-        x[j + half] = x1 * cosines[j] + x0 * sines[j];
+        float2 to = turned(make_float2(x[j], x[j + half]),
+                           make_float2(angles[j], angles[half + j]));
+        x[j] = to.x;
+        x[j + half] = to.y;
     }
     __syncthreads();
     uint8_t *head = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
-    int pieces = l.dp / QK, lane = (int)threadIdx.x % 32, all = with_values ? 2 * pieces : pieces;
+    int pieces = l.dp / QK, lane = (int)threadIdx.x % 32, all = 2 * pieces;
     for (int i = (int)threadIdx.x / 32; i < all; i += (int)blockDim.x / 32) {
         int value = i / pieces, i0 = i % pieces * QK, dim = i0 + lane;
         const float *from = value ? v + ((int64_t)row * G + g) * d : key;
@@ -3000,7 +3251,11 @@ __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float
 struct attention {
     struct batch_view b;
     struct kv_layout l;
-    const float *q;        /* [rows][H][d], rotated */
+    const float *q;        /* [rows][H][d], turned */
+    const float *k, *v;    /* [G][d]: of a single row, which split_kernel stores, and it turns q */
+    const float *rope;     /* and k by their angles; NULL: that was done before */
+    const __half *q16;     /* of many rows: [rows][H][dp], and what their products are multiplied */
+    const float *c;        /* by, see struct query_scale: [rows][H] */
     float *o;              /* [rows][H][d], or NULL */
     struct packed h;       /* the same in f16, row `from` first; h.h: NULL where it is not wanted */
     float *partial;        /* [rows][H]: o' [blocks][dp], m' and l' [blocks][2] */
@@ -3118,6 +3373,12 @@ static __device__ void copy_rows(char *to, const uint8_t *from, int rows, unsign
         if (r + i * STEP < rows) copy_16(to + i * STEP * ROW, from + i * STEP * ROW);
 }
 
+/* The inverse of stored_place. */
+static __device__ int key_of_place(int place, int n) {
+    const int t = place % (4 * n) / n, s = place % n / 4, j = place % 4;
+    return place / (4 * n) * (4 * n) + 16 * s + 2 * t + j % 2 + j / 2 * 8;
+}
+
 /* Of a block of which only `there` keys are there, values of the others become zeros (for q8_0
    their scales do): whatever lies there times p = 0 could be NaN. rows: of values (of scales), by N
    threads. */
@@ -3126,10 +3387,8 @@ static __device__ void forget_values(char *rows_at, int rows, int there, int thr
     constexpr int n = KV == LVM_Q8_0 ? 16 : 8;
 #pragma unroll 1
     for (int i = thread; i < rows * BLOCK; i += N) {
-        const unsigned place = (unsigned)i % BLOCK;
-        const int t = place % (4 * n) / n, s = place % n / 4, j = place % 4, r = i / BLOCK;
-        const int key = (int)(place / (4 * n)) * (4 * n) + 16 * s + 2 * t + j % 2 + j / 2 * 8;
-        if (key < there) continue;
+        const int place = i % BLOCK, r = i / BLOCK;
+        if (key_of_place(place, n) < there) continue;
         if (KV == LVM_Q8_0) ((__half *)rows_at)[i] = __half(0);
         else *(__half *)(rows_at + piece_at<BLOCK * 2>(r, place / 8) + place % 8 * 2) = __half(0);
     }
@@ -3137,10 +3396,6 @@ static __device__ void forget_values(char *rows_at, int rows, int there, int thr
 
 static __device__ void copies_arrive(void) {
     asm volatile("cp.async.wait_all;" ::: "memory");
-}
-
-static __device__ void copies_end(void) {
-    asm volatile("cp.async.commit_group;" ::: "memory");
 }
 
 /* All of the warp's copies but the last group. */
@@ -3161,11 +3416,10 @@ template <int KV> struct piece {
     uint32_t w[2 * STEPS];                               /* pairs of f16, two a step */
 };
 
-/* Piece c = 4 u + t of key number `key`; scales: [key][dp / 32]. */
-template <int KV, int DP>
-static __device__ struct piece<KV> key_piece(const char *keys, const char *scales, int key, int u,
-                                             int t) {
-    const uint4 v = *(const uint4 *)(keys + piece_at<block_of<KV, DP>::KEY>(key, 4 * u + t));
+/* 16 bytes of a key; scales: its two. */
+template <int KV>
+static __device__ struct piece<KV> key_at(const char *bytes, const char *scales) {
+    const uint4 v = *(const uint4 *)bytes;
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     struct piece<KV> p;
     if (KV == LVM_F16) {
@@ -3173,7 +3427,7 @@ static __device__ struct piece<KV> key_piece(const char *keys, const char *scale
         for (int i = 0; i < 4; i++) p.w[i] = w[i];
         return p;
     }
-    const __half2 d = *(const __half2 *)(scales + (key * (DP / QK) + 2 * u) * 2);
+    const __half2 d = *(const __half2 *)scales;
     const __half2 low = __low2half2(d), high = __high2half2(d);
 #pragma unroll
     for (int s = 0; s < piece<KV>::STEPS; s++)
@@ -3181,12 +3435,18 @@ static __device__ struct piece<KV> key_piece(const char *keys, const char *scale
     return p;
 }
 
-/* Piece c = 4 u + t of dimension i of values; scales: its 64. */
+/* Piece c = 4 u + t of key number `key`; scales: [key][dp / 32]. */
+template <int KV, int DP>
+static __device__ struct piece<KV> key_piece(const char *keys, const char *scales, int key, int u,
+                                             int t) {
+    return key_at<KV>(keys + piece_at<block_of<KV, DP>::KEY>(key, 4 * u + t),
+                      scales + (key * (DP / QK) + 2 * u) * 2);
+}
+
+/* 16 bytes of a dimension of values, by lane t of four; scales: the dimension's 64. */
 template <int KV>
-static __device__ struct piece<KV> value_piece(const char *values, const char *scales, int i, int u,
-                                               int t) {
-    constexpr int ROW = block_of<KV, 64>::VALUE;
-    const uint4 v = *(const uint4 *)(values + piece_at<ROW>(i, 4 * u + t));
+static __device__ struct piece<KV> value_at(const char *bytes, const char *scales, int t) {
+    const uint4 v = *(const uint4 *)bytes;
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
     struct piece<KV> p;
     if (KV == LVM_F16) {
@@ -3200,6 +3460,13 @@ static __device__ struct piece<KV> value_piece(const char *values, const char *s
     for (int s = 0; s < piece<KV>::STEPS; s++)
         scaled_bytes(w[s], as_half2(d[2 * s % 8]), as_half2(d[2 * s % 8 + 1]), p.w + 2 * s);
     return p;
+}
+
+/* Piece c = 4 u + t of dimension i of values; scales: its 64. */
+template <int KV>
+static __device__ struct piece<KV> value_piece(const char *values, const char *scales, int i, int u,
+                                               int t) {
+    return value_at<KV>(values + piece_at<block_of<KV, 64>::VALUE>(i, 4 * u + t), scales, t);
 }
 
 /* ---- A few rows: blocks of keys side by side, then merged ---- */
@@ -3247,39 +3514,43 @@ static __device__ int over_heads(const struct attention &a, int i) {
 
 /* A lane's query of an item: slot lane % 16. */
 struct query {
-    int at;    /* number row H + head, -1: there is none */
-    int valid; /* keys of the block that it sees */
+    int at; /* number row H + head, -1: there is none */
+    int pos;
 };
 
 static __device__ struct query find_query(const struct attention &a, const struct work &w) {
     const struct key_group *g = a.b.groups + (unsigned)w.item / (KEYS / BLOCK);
     const int r = (int)(threadIdx.x % SLOTS), i = over_heads(a, r);
-    struct query x = {-1, BLOCK};
+    struct query x = {-1, 0};
     if (i >= g->n) return x;
     const int row = g->row[i];
     x.at = row * a.H + (int)blockIdx.x * a.heads + r - i * a.heads;
-    x.valid = a.b.pos[row] + 1 - w.block * BLOCK;
+    x.pos = a.b.pos[row];
     return x;
 }
 
-/* Each warp has every fourth slot of N: on their way from memory, two elements a lane and 64. */
+/* Each warp has every fourth slot of N: on their way from memory, of each 64 dimensions the lane's
+   j and j + d / 2 and, where queries are still to be turned, their cosine and sine. */
 template <int DP, int N> struct fetched {
-    float2 v[N / 4][DP / 64];
+    float2 v[N / 4][DP / 64], angle[N / 4][DP / 64];
 };
 
 template <int DP, int N>
 static __device__ void fetch_queries(const struct attention &a, const struct query &x,
                                      struct fetched<DP, N> *f) {
-    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32);
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), half = a.d / 2;
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
-        const int at = __shfl_sync(0xffffffff, x.at, 4 * i + warp);
+        const int at = __shfl_sync(0xffffffff, x.at, 4 * i + warp),
+                  pos = __shfl_sync(0xffffffff, x.pos, 4 * i + warp);
+        const float *from = a.q + (int64_t)at * a.d, *angles = a.rope + (int64_t)pos * a.d;
 #pragma unroll
         for (int k = 0; k < DP / 64; k++) {
-            const int dim = 64 * k + 2 * lane;
-            f->v[i][k] = at >= 0 && dim < a.d
-                             ? __ldcg((const float2 *)(a.q + (int64_t)at * a.d + dim))
-                             : make_float2(0, 0);
+            const int j = 32 * k + lane;
+            f->v[i][k] = f->angle[i][k] = make_float2(0, 0);
+            if (at < 0 || j >= half) continue;
+            f->v[i][k] = make_float2(__ldcg(from + j), __ldcg(from + half + j));
+            if (a.rope != NULL) f->angle[i][k] = make_float2(angles[j], angles[half + j]);
         }
     }
 }
@@ -3289,29 +3560,35 @@ template <int DP, int N>
 static __device__ void store_queries(const struct attention &a, const struct query &x,
                                      const struct fetched<DP, N> &f, char *q, struct slot *slots,
                                      int block) {
-    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32);
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), half = a.d / 2;
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
         const int r = 4 * i + warp, at = __shfl_sync(0xffffffff, x.at, r);
+        float2 v[DP / 64];
         float most = 0;
         struct query_scale s = {1, 0};
         if (at >= 0) {
 #pragma unroll
-            for (int k = 0; k < DP / 64; k++)
-                most = fmaxf(most, fmaxf(fabsf(f.v[i][k].x), fabsf(f.v[i][k].y)));
+            for (int k = 0; k < DP / 64; k++) {
+                const float2 from = f.v[i][k], angle = f.angle[i][k];
+                v[k] = a.rope == NULL ? from : turned(from, angle);
+                most = fmaxf(most, fmaxf(fabsf(v[k].x), fabsf(v[k].y)));
+            }
             for (int k = 16; k > 0; k /= 2)
                 most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, k));
             s = query_scale_of(most, a.scale);
 #pragma unroll
-            for (int k = 0; k < DP / 64; k++) {
-                const int place = stored_place(64 * k + 2 * lane, 8);
-                *(__half2 *)(q + piece_at<DP * 2>(r, place / 8) + place % 8 * 2) =
-                    __floats2half2_rn(f.v[i][k].x * s.up, f.v[i][k].y * s.up);
+            for (int k = 0; k < 2 * (DP / 64); k++) { /* behind the last dimension zeros */
+                const int j = 32 * (k / 2) + lane, beyond = a.d + 2 * (j - half) + k % 2;
+                const int i0 = j < half ? j + k % 2 * half : beyond, place = stored_place(i0, 8);
+                *(__half *)(q + piece_at<DP * 2>(r, place / 8) + place % 8 * 2) =
+                    __float2half_rn((k % 2 ? v[k / 2].y : v[k / 2].x) * s.up);
             }
         }
+        const int valid = x.at >= 0 ? x.pos + 1 - block * BLOCK : BLOCK;
         if (lane == r)
-            slots[r] = {at >= 0 && x.valid > 0 ? at * a.blocks * (DP + 2) + block * DP : -1,
-                        at * a.blocks * (DP + 2) + a.blocks * DP + block * 2, s.c, x.valid};
+            slots[r] = {at >= 0 && valid > 0 ? at * a.blocks * (DP + 2) + block * DP : -1,
+                        at * a.blocks * (DP + 2) + a.blocks * DP + block * 2, s.c, valid};
     }
 }
 
@@ -3350,6 +3627,61 @@ static __device__ void copy_dims(char *to, const uint8_t *values, int block, int
         copy_rows<16, S::PARTS * 8, 32>(to + S::VALUE_SCALES,
                                         values + KEYS * DP + dim / QK * BLOCK * 2, S::PARTS * 8,
                                         lane);
+}
+
+/* Where byte or f16 number `place` (of a key, of a dimension's 64 values) lies in a row. */
+template <int ROW, int SIZE> static __device__ int stored_at(int r, int place) {
+    return piece_at<ROW>(r, place * SIZE / 16) + place * SIZE % 16;
+}
+
+/* The codes of 32 lanes, dimensions i0 .. i0 + 31 of key or value `at` of a block: to the shares of
+   all warps, where copies would bring them. */
+template <int KV, int DP>
+static __device__ void store_in_shares(char *shares, int is_value, int at, int i0, int code,
+                                       float d) {
+    using S = share_of<KV, DP>;
+    constexpr int n = S::Q8 ? 16 : 8;
+    const int i = i0 + (int)(threadIdx.x % 32), r = is_value ? i % S::DIMS : at % 16;
+    char *share = shares + (is_value ? i / S::DIMS : at / 16) * S::BYTES;
+    char *to = is_value ? share + S::VALUES + stored_at<S::VALUE, S::SIZE>(r, stored_place(at, n))
+                        : share + stored_at<S::KEY, S::SIZE>(r, stored_place(i, n));
+    __half *scale = is_value ? (__half *)(share + S::VALUE_SCALES) + r / QK * BLOCK +
+                                   stored_place(at, n)
+                             : (__half *)(share + S::KEY_SCALES) + r * (DP / QK) + i0 / QK;
+    if (!S::Q8) *(uint16_t *)to = (uint16_t)code;
+    else *to = (char)code;
+    if (S::Q8 && i % S::DIMS % QK == 0) *scale = __float2half_rn(d);
+}
+
+/* A single row's key and value of one head: to the cache, and to shared memory, where copies have
+   brought what lay there before. */
+template <int KV, int DP>
+static __device__ void store_new(const struct attention &a, const struct work &w, int64_t head,
+                                 char *shares) {
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), half = a.d / 2,
+              pos = a.b.pos[0], from = (int)blockIdx.x / a.head_items * a.d;
+    constexpr int PARTS = DP / QK, N = PARTS / 2; /* a warp's of the key and the value */
+    const float *angles = a.rope + (int64_t)pos * a.d, *key = a.k + from;
+    float x[N] = {};
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const int part = warp + 4 * n, dim = part % PARTS * QK + lane, j = dim % half;
+        if (dim >= a.d) continue;
+        const float2 angle = make_float2(angles[j], angles[j + half]),
+                     v = turned(make_float2(__ldcg(key + j), __ldcg(key + j + half)), angle);
+        x[n] = part >= PARTS ? __ldcg(a.v + from + dim) : dim < half ? v.x : v.y;
+    }
+    copies_arrive();
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < N; n++) {
+        const int part = warp + 4 * n, value = part >= PARTS, i0 = part % PARTS * QK;
+        uint8_t *to = (uint8_t *)w.page + head + value * a.l.head_bytes;
+        int code;
+        const float d = code_of(a.l, x[n], &code);
+        store_in_shares<KV, DP>(shares, value, pos % BLOCK, i0, code, d);
+        store_codes(a.l, to, value, pos % KEYS, i0, code, d);
+    }
 }
 
 /* s[query][key] of the warp's 16 keys. */
@@ -3443,9 +3775,9 @@ template <int KV, int DP, int NT> static constexpr int split_shared(void) {
 
 /* Grid: [H / heads][any]. Blocks of the grid take items of work in turns: 64 keys of a head and up
    to 8 NT queries of rows that share them. Reads q and the keys and values once a group; writes
-   `partial`. The first item's bytes are copied before the kernel before this one has ended, where
-   that did not write them; the next one's keys and values as soon as there is room. Floor: the
-   bytes of the cache over the bandwidth. */
+   `partial`, and a single row's own key and value. The first item's bytes are copied before the
+   kernel before this one has ended, where that did not write them; the next one's keys and values
+   as soon as there is room. Floor: the bytes of the cache over the bandwidth. */
 template <int KV, int DP, int NT>
 __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
     split_kernel(const struct attention a) {
@@ -3465,9 +3797,9 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
         const int block = (unsigned)w.block % (KEYS / BLOCK);
         if (keys) copy_keys16<KV, DP>(share, at, block);
         else copy_dims<KV, DP>(share, at + a.l.head_bytes, block, a.d);
-        copies_end();
+        end_copies();
     };
-    const int early = is_old(a, w);
+    const int early = a.rope != NULL || is_old(a, w);
     if (early) copy(1);
     if (early) copy(0);
     struct query x = find_query(a, w);
@@ -3478,6 +3810,8 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
     if (!early) copy(0);
     for (;;) {
         const int there = w.there;
+        if (a.rope != NULL && a.b.pos[0] / BLOCK == w.block)
+            store_new<KV, DP>(a, w, head, shared);
         store_queries<DP, NT * 8>(a, x, f, q, slots, w.block);
         copies_but_one_arrive(); /* values are on their way */
         __syncthreads();
@@ -3487,7 +3821,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
         if (w.item < end) x = find_query(a, w);
         __syncthreads();
         if (w.item < end) copy(1);
-        else copies_end();
+        else end_copies();
         copies_but_one_arrive();
         if (there < BLOCK)
             forget_values<KV, 32>(share + (S::Q8 ? S::VALUE_SCALES : S::VALUES),
@@ -3575,6 +3909,183 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struc
 
 /* ---- Many rows: flash attention ---- */
 
+/* A row of q, k and v as products left it, many rows' places for them. */
+struct projected {
+    const float *q, *k, *v; /* [rows][H or G][d] */
+    const float *rope;      /* [context][2][d / 2], cosines and sines */
+    __half *q16;            /* [rows][H][dp], turned, times a power of two */
+    float *c;               /* [rows][H]: see struct query_scale */
+    int rows, layer, H, G, d;
+    float scale;
+};
+
+enum { STORED_ROWS = 32 };
+
+/* A lane's elements j and j + half of a row (or cosines and sines), j = lane, lane + 32 .. */
+template <int DP> struct pairs {
+    float x[DP / 64], y[DP / 64];
+};
+
+template <int DP> static __device__ struct pairs<DP> load_pairs(const float *row, int half) {
+    struct pairs<DP> p;
+#pragma unroll
+    for (int i = 0; i < DP / 64; i++) {
+        const int j = (int)threadIdx.x % 32 + 32 * i;
+        p.x[i] = j < half ? row[j] : 0;
+        p.y[i] = j < half ? row[j + half] : 0;
+    }
+    return p;
+}
+
+/* A warp's row of d elements, turned, to `to`, zeros behind the last; returns the largest without
+   its sign. */
+template <int DP>
+static __device__ float turn_row(const struct pairs<DP> &row, const struct pairs<DP> &angles, int d,
+                                 float *to) {
+    const int half = d / 2, lane = (int)threadIdx.x % 32;
+    float most = 0;
+#pragma unroll
+    for (int i = 0; i < DP / 64; i++) {
+        const float2 v = turned(make_float2(row.x[i], row.y[i]),
+                                make_float2(angles.x[i], angles.y[i]));
+        if (lane + 32 * i < half) to[lane + 32 * i] = v.x, to[lane + 32 * i + half] = v.y;
+        most = fmaxf(most, fmaxf(fabsf(v.x), fabsf(v.y)));
+    }
+    for (int j = d + lane; j < DP; j += 32) to[j] = 0;
+    for (int s = 16; s > 0; s /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, s));
+    __syncwarp();
+    return most;
+}
+
+/* Four of 32 values that share a scale, of which eight lanes have four each, as quantize_lane
+   makes them. */
+static __device__ float quantize_four(const float *v, uint32_t *codes) {
+    float most = fabsf(v[0]);
+#pragma unroll
+    for (int k = 1; k < 6; k++) { /* NaN stays */
+        const float other = k < 4 ? fabsf(v[k])
+                                  : __shfl_xor_sync(0xffffffff, most, k == 4 ? 1 : 2);
+        most = other > most || other != other ? other : most;
+    }
+    const float other = __shfl_xor_sync(0xffffffff, most, 4);
+    most = other > most || other != other ? other : most;
+    const float d = most / 127, inverse = d > 0 ? 1 / d : 0;
+#pragma unroll
+    for (int k = 0; k < 4; k++) codes[k] = (uint32_t)((int)rintf(v[k] * inverse) + 128);
+    return d;
+}
+
+/* Four elements of a row as the cache has them; returns the scale of 32, or 0. */
+template <int KV> static __device__ float codes_of(const float *v, uint32_t *codes) {
+    float scale = 0;
+    if (KV == LVM_Q8_0) scale = quantize_four(v, codes);
+    else
+        for (int k = 0; k < 4; k++) codes[k] = __half_as_ushort(__float2half_rn(v[k]));
+    return scale;
+}
+
+/* A warp's key, turned, to position `at` of a page. */
+template <int KV, int DP>
+static __device__ void store_key(uint8_t *keys, int at, const float *row) {
+    constexpr int n = KV == LVM_Q8_0 ? 16 : 8;
+#pragma unroll
+    for (int i = 4 * (int)(threadIdx.x % 32); i < (DP + 127) / 128 * 128; i += 128) {
+        uint32_t c[4];
+        const float4 v = i < DP ? *(const float4 *)(row + i) : make_float4(0, 0, 0, 0);
+        const float x[4] = {v.x, v.y, v.z, v.w}, d = codes_of<KV>(x, c);
+        if (i >= DP) continue;
+#pragma unroll
+        for (int k = 0; k < 4; k += 2) { /* two that are neighbours in the cache too */
+            const int place = at * DP + stored_place(i + k, n);
+            if (KV == LVM_Q8_0) *(uint16_t *)(keys + place) = (uint16_t)(c[k] | c[k + 1] << 8);
+            else ((uint32_t *)keys)[place / 2] = c[k] | c[k + 1] << 16;
+        }
+        if (KV == LVM_Q8_0 && i % QK == 0)
+            ((__half *)(keys + KEYS * DP))[at * (DP / QK) + i / QK] = __float2half_rn(d);
+    }
+}
+
+/* A head of 32 rows in shared memory, on its way to the cache. */
+template <int DP> struct stored {
+    float row[WARPS][DP];                   /* a warp's */
+    uint16_t codes[DP][STORED_ROWS + 2];    /* values [dimension][row] */
+    __half scales[DP / QK][STORED_ROWS];
+};
+
+/* A warp's row of d values to column r. */
+template <int KV, int DP>
+static __device__ void keep_values(struct stored<DP> *s, int r, const float *v, int d) {
+#pragma unroll
+    for (int i = 4 * (int)(threadIdx.x % 32); i < (DP + 127) / 128 * 128; i += 128) {
+        uint32_t c[4];
+        float x[4];
+#pragma unroll
+        for (int k = 0; k < 4; k++) x[k] = i + k < d ? v[i + k] : 0;
+        const float scale = codes_of<KV>(x, c);
+        if (i >= DP) continue;
+#pragma unroll
+        for (int k = 0; k < 4; k++) s->codes[i + k][r] = (uint16_t)c[k];
+        if (i % QK == 0) s->scales[i / QK][r] = __float2half_rn(scale);
+    }
+}
+
+/* A query of a head, turned, in f16. */
+template <int DP>
+static __device__ void store_query(const struct projected &p, int64_t at,
+                                   const struct pairs<DP> &q, const struct pairs<DP> &angles,
+                                   float *row) {
+    const float most = turn_row<DP>(q, angles, p.d, row);
+    const struct query_scale s = query_scale_of(most, p.scale);
+#pragma unroll
+    for (int i = 2 * (int)(threadIdx.x % 32); i < DP; i += 64)
+        *(__half2 *)(p.q16 + at * DP + i) = __floats2half2_rn(row[i] * s.up, row[i + 1] * s.up);
+    if (threadIdx.x % 32 == 0) p.c[at] = s.c;
+    __syncwarp();
+}
+
+/* Grid: [rows / 32][G]: a key/value head of 32 rows and its queries. Turns queries and keys by
+   their angles; queries become f16, keys and values go to the cache, values through shared memory,
+   for neighbouring rows' values lie side by side. Floor: bytes in + bytes out. */
+template <int KV, int DP>
+__global__ void __launch_bounds__(THREADS)
+    store_many_kernel(const struct batch_view b, int64_t head_bytes, const struct projected p) {
+    __shared__ __align__(16) struct stored<DP> s;
+    constexpr int n = KV == LVM_Q8_0 ? 16 : 8;
+    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), g = (int)blockIdx.y;
+    const int first = (int)blockIdx.x * STORED_ROWS, rows = min(STORED_ROWS, p.rows - first);
+    const int64_t head = ((int64_t)p.layer * p.G + g) * 2 * head_bytes;
+    float *row = s.row[warp];
+    wait_for_inputs();
+    const int own = first + min(lane, rows - 1), own_pos = b.pos[own]; /* of row number `lane` */
+    uint8_t *own_page = b.table[b.seq[own] * b.max_pages + own_pos / KEYS] + head;
+    for (int r = warp; r < rows; r += WARPS) {
+        const int pos = __shfl_sync(0xffffffff, own_pos, r), group = p.H / p.G, half = p.d / 2;
+        const int64_t at = (int64_t)(first + r) * p.G + g;
+        uint8_t *page = (uint8_t *)__shfl_sync(0xffffffff, (unsigned long long)own_page, r);
+        struct pairs<DP> q = load_pairs<DP>(p.q + at * group * p.d, half),
+                         k = load_pairs<DP>(p.k + at * p.d, half),
+                         angles = load_pairs<DP>(p.rope + (int64_t)pos * p.d, half);
+        keep_values<KV, DP>(&s, r, p.v + at * p.d, p.d);
+        for (int h = 0; h < group; h++) {
+            store_query<DP>(p, at * group + h, q, angles, row);
+            if (h + 1 < group) q = load_pairs<DP>(p.q + (at * group + h + 1) * p.d, half);
+        }
+        turn_row<DP>(k, angles, p.d, row);
+        store_key<KV, DP>(page, pos % KEYS, row);
+        __syncwarp();
+    }
+    __syncthreads();
+    if (lane >= rows) return;
+    const int at = own_pos % KEYS, block = at / BLOCK * DP, in = stored_place(at % BLOCK, n);
+    uint8_t *to = own_page + head_bytes;
+#pragma unroll 4
+    for (int i = warp; i < DP; i += WARPS)
+        if (KV == LVM_Q8_0) to[(block + i) * BLOCK + in] = (uint8_t)s.codes[i][lane];
+        else ((uint16_t *)to)[(block + i) * BLOCK + in] = s.codes[i][lane];
+    if (KV == LVM_Q8_0 && warp < DP / QK)
+        ((__half *)(to + KEYS * DP))[(block / QK + warp) * BLOCK + in] = s.scales[warp][lane];
+}
+
 /* A tile of 64 x 64 f16 for tensor cores: rows of 128 bytes, whose pieces are swizzled. */
 enum { TILE = 64 * 64 * 2 };
 
@@ -3589,103 +4100,44 @@ static __device__ void store_piece(char *tiles, int r, int u, int t, const struc
     }
 }
 
-/* Each of the two warp groups copies, and expands, half of a block: 32 of 64 keys, and 32 of each
-   64 dimensions of values. wg: 0 or 1. */
-enum { GROUP = THREADS / 2 /* threads of a warp group */ };
+enum { GROUP = 128 /* threads of a warp group */, FLASH_THREADS = 3 * GROUP };
 
-/* Half of block `block` (of four) of a head's keys. */
-template <int KV, int DP>
-static __device__ void copy_keys(char *to, const uint8_t *head, int block, int wg) {
-    using B = block_of<KV, DP>;
-    constexpr int SCALES = 32 * DP / QK * 2;
-    const unsigned thread = threadIdx.x % GROUP;
-    const int r = wg * 32, from = block * BLOCK + r;
-    copy_rows<B::KEY, 32, GROUP>(to + r * B::KEY, head + from * B::KEY, 32, thread);
-    if (KV == LVM_Q8_0)
-        copy_rows<16, SCALES / 16, GROUP>(to + B::KEY_CODES + wg * SCALES,
-                                          head + KEYS * DP + from * (DP / QK) * 2, SCALES / 16,
-                                          thread);
-}
-
-/* The same of values: M dimensions from `first` on. */
-template <int KV, int DP, int M>
-static __device__ void copy_values(char *to, const uint8_t *head, int block, int first, int wg) {
-    using B = block_of<KV, DP, M>;
-    const unsigned thread = threadIdx.x % GROUP;
-#pragma unroll
-    for (int i = 0; i < M / 64; i++) {
-        const int r = i * 64 + wg * 32, from = block * DP + first + r;
-        copy_rows<B::VALUE, 32, GROUP>(to + r * B::VALUE, head + from * B::VALUE, 32, thread);
-        if (KV == LVM_Q8_0)
-            copy_rows<16, 8, GROUP>(to + B::VALUE_CODES + r / QK * BLOCK * 2,
-                                    head + KEYS * DP + from / QK * BLOCK * 2, 8, thread);
-    }
-}
-
-/* Zeros for values that are not there: see forget_values. */
-template <int KV, int M> static __device__ void forget_half(char *values, int there, int wg) {
-    using B = block_of<KV, M, M>;
-    for (int i = 0; i < M / 64; i++) {
-        const int r = i * 64 + wg * 32;
-        char *at = KV == LVM_Q8_0 ? values + B::VALUE_CODES + r / QK * BLOCK * 2
-                                  : values + r * B::VALUE;
-        forget_values<KV, GROUP>(at, KV == LVM_Q8_0 ? 1 : 32, there, (int)(threadIdx.x % GROUP));
-    }
-}
-
-/* A block's keys to tiles of f16, dp / 64 of [64 keys][64 dimensions]. */
+/* A block's keys to tiles of f16, dp / 64 of [64 keys][64 dimensions], by a warp group; where rows
+   are as long as all banks, every other row begins with another piece. */
 template <int KV, int DP> static __device__ void expand_keys(const char *keys, char *tiles) {
-    const int r = (int)(threadIdx.x / 4), t = (int)(threadIdx.x % 4);
+    using B = block_of<KV, DP>;
+    const int row = (int)(threadIdx.x % GROUP / 4), t = (int)(threadIdx.x % 4);
+    const int other = B::KEY % 128 == 0 ? row & 1 : 0;
 #pragma unroll
-    for (int u = 0; u < block_of<KV, DP>::KEY / 64; u++)
-        store_piece<KV>(tiles, r, u, t,
-                        key_piece<KV, DP>(keys, keys + block_of<KV, DP>::KEY_CODES, r, u, t));
+    for (int r = row; r < row + BLOCK; r += 32)
+#pragma unroll
+        for (int i = 0; i < B::KEY / 64; i++) {
+            const int u = i ^ other;
+            store_piece<KV>(tiles, r, u, t,
+                            key_at<KV>(keys + r * B::KEY + (4 * u + t) * 16,
+                                       keys + B::KEY_CODES + (r * (DP / QK) + 2 * u) * 2));
+        }
 }
 
 /* Values of M dimensions, M / 64 tiles of [64 dimensions][64 keys]. */
 template <int KV, int M> static __device__ void expand_values(const char *values, char *tiles) {
-    const int r = (int)(threadIdx.x / 4), t = (int)(threadIdx.x % 4);
+    using B = block_of<KV, M>;
+    const int row = (int)(threadIdx.x % GROUP / 4), t = (int)(threadIdx.x % 4);
+    const int other = B::VALUE % 128 == 0 ? row & 1 : 0;
 #pragma unroll
-    for (int i = 0; i < M / 64; i++)
+    for (int r = row; r < row + M; r += 32)
 #pragma unroll
-        for (int u = 0; u < block_of<KV, M>::VALUE / 64; u++)
-            store_piece<KV>(tiles + i * TILE, r, u, t,
-                            value_piece<KV>(values, values + block_of<KV, M>::VALUE_CODES +
-                                                    (i * 64 + r) / QK * BLOCK * 2,
-                                            i * 64 + r, u, t));
+        for (int i = 0; i < B::VALUE / 64; i++) {
+            const int u = i ^ other;
+            store_piece<KV>(tiles + (r - row) / 64 * TILE, r % 64, u, t,
+                            value_at<KV>(values + r * B::VALUE + (4 * u + t) * 16,
+                                         values + B::VALUE_CODES + (r - row) / QK * BLOCK * 2, t));
+        }
 }
-
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-#define WGMMA 1
-#else
-#define WGMMA 0
-#endif
-
-/* What threads wrote to shared memory is there for the tensor cores' own reads. */
-static __device__ void tiles_written(void) {
-#if WGMMA
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
-}
-
-#if WGMMA
-#define WGMMA_CODE(a, b, more, end)                                                              \
-    "{\n.reg .pred p;\nsetp.ne.b32 p, " more ", 0;\n"                                            \
-    "wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 "                                        \
-    "{%0,%1,%2,%3,%4,%5,%6,%7,%8,%9,%10,%11,%12,%13,%14,%15,"                                    \
-    "%16,%17,%18,%19,%20,%21,%22,%23,%24,%25,%26,%27,%28,%29,%30,%31}, " a ", " b ", p, 1, 1, " \
-    end ";\n}"
-#define WGMMA_4(f, i) "+f"(f[i]), "+f"(f[i + 1]), "+f"(f[i + 2]), "+f"(f[i + 3])
-#define WGMMA_SUMS(f)                                                                            \
-    WGMMA_4(f, 0), WGMMA_4(f, 4), WGMMA_4(f, 8), WGMMA_4(f, 12), WGMMA_4(f, 16), WGMMA_4(f, 20), \
-        WGMMA_4(f, 24), WGMMA_4(f, 28)
-#endif
 
 #if !WGMMA
-static __device__ void load_matrices(uint32_t *to, const char *tile, int r, int c) {
-    uint32_t from = (uint32_t)__cvta_generic_to_shared(tile + r * 128 + (c ^ (r & 7)) * 16);
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];"
-                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(from) : "memory");
+static __device__ void load_pieces(uint32_t *to, const char *tile, int r, int c) {
+    load_matrices(to, shared_address(tile + r * 128 + (c ^ (r & 7)) * 16));
 }
 
 /* c[row][n] += a[row][k] tile[n][k]: a warp's 16 rows, 64 of n, steps 2 s and 2 s + 1 of k. */
@@ -3695,7 +4147,7 @@ static __device__ void multiply_steps(float (*c)[4], const uint32_t (*a)[4], con
 #pragma unroll
     for (int n = 0; n < 8; n++) {
         uint32_t b[4];
-        load_matrices(b, tile, n * 8 + lane % 8, 4 * s + lane / 8);
+        load_pieces(b, tile, n * 8 + lane % 8, 4 * s + lane / 8);
         mma(c[n], a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1]);
         mma(c[n], a[1][0], a[1][1], a[1][2], a[1][3], b[2], b[3]);
     }
@@ -3707,12 +4159,9 @@ static __device__ void multiply_steps(float (*c)[4], const uint32_t (*a)[4], con
    may not be touched before products_done. */
 static __device__ void multiply_queries(float (*c)[4], const char *q, const char *tile, int more) {
 #if WGMMA
-    float *f = &c[0][0];
     const uint64_t a = tile_descriptor(q), b = tile_descriptor(tile);
 #pragma unroll
-    for (int s = 0; s < 4; s++)
-        asm volatile(WGMMA_CODE("%32", "%33", "%34", "0, 0")
-                     : WGMMA_SUMS(f) : "l"(a + 2 * s), "l"(b + 2 * s), "r"(more | s));
+    for (int s = 0; s < 4; s++) wgmma<64>(c[0], a + 2 * s, b + 2 * s, more | s);
 #else
     const int lane = (int)(threadIdx.x % 32);
 #pragma unroll
@@ -3721,52 +4170,30 @@ static __device__ void multiply_queries(float (*c)[4], const char *q, const char
     for (int s = 0; s < 2; s++) {
         uint32_t a[2][4];
         for (int i = 0; i < 2; i++)
-            load_matrices(a[i], q, (int)(threadIdx.x % 128 / 32) * 16 + lane % 16,
-                          4 * s + 2 * i + lane / 16);
+            load_pieces(a[i], q, (int)(threadIdx.x % 128 / 32) * 16 + lane % 16,
+                        4 * s + 2 * i + lane / 16);
         multiply_steps(c, a, tile, s);
     }
 #endif
 }
 
 /* The same for probabilities, operands p of four steps, by a tile of values: c = p tile^T. */
-static __device__ void multiply_values(float (*c)[4], const uint32_t (*p)[4], const char *tile) {
+static __device__ void multiply_values(float (*sums)[4], const uint32_t (*p)[4],
+                                       const char *tile) {
 #if WGMMA
-    float *f = &c[0][0];
+    float *c = sums[0];
     const uint64_t b = tile_descriptor(tile);
 #pragma unroll
     for (int s = 0; s < 4; s++)
-        asm volatile(WGMMA_CODE("{%32,%33,%34,%35}", "%36", "%37", "0")
-                     : WGMMA_SUMS(f)
+        asm volatile(WGMMA_CODE("64", NAMES32, "{%32,%33,%34,%35}", "%36", "%37", "0")
+                     : SUMS16(0), SUMS16(16)
                      : "r"(p[s][0]), "r"(p[s][1]), "r"(p[s][2]), "r"(p[s][3]), "l"(b + 2 * s),
                        "r"(s));
 #else
 #pragma unroll
-    for (int i = 0; i < 32; i++) (&c[0][0])[i] = 0;
-    multiply_steps(c, p, tile, 0);
-    multiply_steps(c, p + 2, tile, 1);
-#endif
-}
-
-static __device__ void products_begin(void) {
-#if WGMMA
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
-}
-
-static __device__ void products_end(void) {
-#if WGMMA
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
-}
-
-/* All that was begun is done; c is what it left. */
-static __device__ void products_done(float (*c)[4]) {
-#if WGMMA
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < 32; i++) asm volatile("" : "+f"((&c[0][0])[i])::"memory");
-#else
-    (void)c;
+    for (int i = 0; i < 32; i++) sums[0][i] = 0;
+    multiply_steps(sums, p, tile, 0);
+    multiply_steps(sums, p + 2, tile, 1);
 #endif
 }
 
@@ -3776,40 +4203,36 @@ struct query_pair {
     int row[2], head[2], pos[2]; /* row: -1: there is none */
 };
 
-/* The tile's queries in f16, to q: for each 64 of them dp / 64 tiles of [64][64 dimensions]. */
+/* A warp group's queries of the tile to q: dp / 64 tiles of [64][64 dimensions]; and what a lane
+   is to know of its two. */
 template <int DP>
-static __device__ void load_queries(const struct attention &a, const struct tile &tile,
+static __device__ void load_queries(const struct attention &a, const struct tile &tile, int wg,
                                     struct query_pair *x, char *q) {
-    const int t = (int)(threadIdx.x % 4);
-    const int r = (int)(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4);
+    auto query_of = [&](int number, int *head) -> int64_t {
+        const int at = min(number, tile.n * a.heads - 1), n = over_heads(a, at);
+        *head = (int)blockIdx.x * a.heads + at - n * a.heads;
+        return tile.first + n;
+    };
+    int head;
+#pragma unroll
+    for (int i = 0; i < DP / 16; i++) {
+        const int k = i * GROUP + (int)(threadIdx.x % GROUP), r = k / (DP / 8), c = k % (DP / 8);
+        const int64_t row = query_of(wg * 64 + r, &head);
+        copy_16(q + c / 8 * TILE + r * 128 + ((c % 8) ^ (r & 7)) * 16,
+                a.q16 + (row * a.H + head) * DP + c * 8);
+    }
+    end_copies();
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-        const int number = r + 8 * i, at = min(number, tile.n * a.heads - 1), n = over_heads(a, at);
-        const int64_t row = tile.first + n, head = (int)blockIdx.x * a.heads + at - n * a.heads;
-        const float *from = a.q + (row * a.H + head) * a.d;
-        float2 v[DP / 8];
-        float most = 0;
-#pragma unroll
-        for (int k = 0; k < DP / 8; k++) {
-            v[k] = 8 * k + 2 * t < a.d ? *(const float2 *)(from + 8 * k + 2 * t)
-                                       : make_float2(0, 0);
-            most = fmaxf(most, fmaxf(fabsf(v[k].x), fabsf(v[k].y)));
-        }
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 1));
-        most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, 2));
-        const struct query_scale s = query_scale_of(most, a.scale);
-        char *to = q + number / 64 * (DP / 64) * TILE + number % 64 * 128 + 4 * t;
-#pragma unroll
-        for (int k = 0; k < DP / 8; k++)
-            *(__half2 *)(to + k / 8 * TILE + ((k % 8) ^ (number & 7)) * 16) =
-                __floats2half2_rn(v[k].x * s.up, v[k].y * s.up);
-        x->c[i] = s.c;
+        const int number = (int)(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4) + 8 * i;
+        const int64_t row = query_of(number, &x->head[i]);
+        x->c[i] = a.c[row * a.H + x->head[i]];
         x->m[i] = -HUGE_VALF;
         x->l[i] = 0;
-        x->head[i] = (int)head;
         x->pos[i] = a.b.pos[row];
         x->row[i] = number < tile.n * a.heads ? (int)row : -1;
     }
+    wait_for_copies<0>();
 }
 
 /* Softmax of a block's scores: p becomes operands, f the factors of o' (and of l', which is added),
@@ -3832,187 +4255,247 @@ static __device__ void softmax_pair(const float (*c)[4], int block, struct query
     for (int k = 0; k < 16; k++) p[k / 4][k % 4] = w[k % 2][k / 4 * 2 + k % 4 / 2];
 }
 
-/* The warp groups of a block of the grid go on by themselves, so that one's softmax fills the time
-   of the other's products. What each has reached, in blocks of keys: */
-struct turns {
-    int issued[2]; /* products under way */
-    int done[2];   /* products done, and the half of a block that was due expanded */
-};
-
-static __device__ void reach(int *counter, int value) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(counter);
-    if (threadIdx.x % GROUP == 0)
-        asm volatile("st.release.cta.shared.s32 [%0], %1;" ::"r"(at), "r"(value) : "memory");
-}
-
-static __device__ void wait_until(const int *counter, int value) {
-    uint32_t at = (uint32_t)__cvta_generic_to_shared(counter);
-    int now;
-    do asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(now) : "r"(at) : "memory");
-    while (now < value);
-    __syncwarp();
-}
-
 static __device__ void group_barrier(int wg) {
     asm volatile("bar.sync %0, %1;" ::"r"(1 + wg), "r"((int)GROUP) : "memory");
 }
 
 /* The shared memory of flash_kernel. A block of the grid has M dimensions of values; AHEAD blocks
-   are there as f16, two as they are in the cache. */
+   of keys and values are there as f16, RAW as they are in the cache. */
 template <int KV, int DP> struct flash_of {
-    static constexpr int M = DP < 128 ? DP : 128, AHEAD = DP <= 128 ? 3 : 2,
-                         KEY_TILES = DP / 64 * TILE, VALUE_TILES = M / 64 * TILE;
+    static constexpr int M = DP < 128 ? DP : 128, KEY_TILES = DP / 64 * TILE,
+                         VALUE_TILES = M / 64 * TILE, TILES = KEY_TILES + VALUE_TILES,
+                         AHEAD = DP == 256 ? 2 : DP == 64 ? 3 : 4,
+                         RAW = KV == LVM_Q8_0 && DP < 256 ? 3 : 2;
     using B = block_of<KV, DP, M>;
-    static constexpr int KEYS_AT = 2 * KEY_TILES, VALUES_AT = KEYS_AT + AHEAD * KEY_TILES,
-                         RAW_KEYS = VALUES_AT + AHEAD * VALUE_TILES,
-                         RAW_VALUES = RAW_KEYS + 2 * B::KEY_BYTES,
-                         BYTES = RAW_VALUES + 2 * B::VALUE_BYTES + 1024;
+    static constexpr int TILES_AT = 2 * KEY_TILES, RAW_AT = TILES_AT + AHEAD * TILES,
+                         RAW_BYTES = B::KEY_BYTES + B::VALUE_BYTES,
+                         BYTES = RAW_AT + RAW * RAW_BYTES + 1024;
 };
 
-/* Grid: [H / heads][tiles][dp / M]. Reads q, and keys and values once a tile. In turn b a warp
-   group multiplies keys b + 1 and values b, meanwhile makes keys b + AHEAD and values b + AHEAD - 1
-   f16 (their copies began two turns before), then adds o' of b and finds the softmax of b + 1.
-   Floor: 4 d operations for each query and key that it sees, over the tensor cores' rate. */
+/* Barriers of a block of the grid, a pair for each place of a block of keys and values. */
+struct flash_barriers {
+    uint64_t full[4], empty[4], raw[3]; /* raw: bytes as they are in the cache have come */
+};
+
+/* Contiguous bytes to shared memory, in the background: where the chip can by one thread of a warp
+   group, and `there` is told of them. */
+static __device__ void copy_piece(char *to, const uint8_t *from, int bytes, uint64_t *there) {
+#if WGMMA
+    if (threadIdx.x % GROUP == 0) copy_bulk(to, from, bytes, there);
+#else
+    for (int i = (int)(threadIdx.x % GROUP) * 16; i < bytes; i += GROUP * 16)
+        copy_16(to + i, from + i);
+#endif
+}
+
+/* Block `block` (of four) of a head's keys, and M dimensions of its values from v0 on. */
+template <int KV, int DP, int M>
+static __device__ void copy_block(char *to, const uint8_t *keys, const uint8_t *values, int block,
+                                  int v0, uint64_t *there) {
+    using B = block_of<KV, DP, M>;
+    char *to_values = to + B::KEY_BYTES;
+    const int from = block * DP + v0;
+#if WGMMA
+    if (threadIdx.x % GROUP == 0) barrier_expect(there, B::KEY_BYTES + B::VALUE_BYTES);
+#endif
+    copy_piece(to, keys + block * B::KEY_CODES, B::KEY_CODES, there);
+    copy_piece(to_values, values + from * B::VALUE, B::VALUE_CODES, there);
+    if (KV != LVM_Q8_0) return;
+    copy_piece(to + B::KEY_CODES, keys + KEYS * DP + block * B::KEY_SCALES, B::KEY_SCALES, there);
+    copy_piece(to_values + B::VALUE_CODES, values + KEYS * DP + from / QK * BLOCK * 2,
+               B::VALUE_SCALES, there);
+}
+
+/* Zeros for values that are not there: whatever lies there times p = 0 could be NaN. For q8_0 their
+   scales become zeros. */
+template <int KV, int M> static __device__ void forget_block(char *values, int there) {
+    using B = block_of<KV, M>;
+    constexpr int n = KV == LVM_Q8_0 ? 16 : 8, ROWS = KV == LVM_Q8_0 ? M / QK : M;
+    __half *rows = (__half *)(KV == LVM_Q8_0 ? values + B::VALUE_CODES : values);
+    for (int i = (int)(threadIdx.x % GROUP); i < ROWS * BLOCK; i += GROUP)
+        if (key_of_place(i % BLOCK, n) >= there) rows[i] = __half(0);
+}
+
+/* A warp group that brings blocks of keys and values, as f16, to where the others read them. */
 template <int KV, int DP>
-__global__ void __launch_bounds__(THREADS, 1) flash_kernel(const struct attention a) {
-    extern __shared__ __align__(1024) char unaligned[];
+static __device__ void bring_blocks(const struct attention &a, char *q, struct flash_barriers *at,
+                                    int seq, int last, int v0) {
     using F = flash_of<KV, DP>;
-    struct turns &at = *(struct turns *)(unaligned + F::BYTES - sizeof(struct turns));
-    using B = typename F::B;
-    constexpr int AHEAD = F::AHEAD, NO_MORE = 1 << 30;
-    char *q = unaligned + (1024 - (uint32_t)__cvta_generic_to_shared(unaligned) % 1024) % 1024;
-    const struct tile tile = a.b.tiles[blockIdx.y];
-    const int end = tile.first + tile.n, v0 = (int)blockIdx.z * F::M;
-    const int wg = __shfl_sync(0xffffffff, (int)(threadIdx.x / GROUP), 0);
-    if (threadIdx.x < 4) ((int *)&at)[threadIdx.x] = 0;
-    wait_for_inputs();
-    if (end <= a.from) return;
-    const int seq = a.b.seq[tile.first], last = tile.last, blocks = last / BLOCK + 1;
-    /* blocks of which this warp group's queries see something */
-    const int row = tile.first + min(tile.n - 1, over_heads(a, wg * 64 + 63));
-    const int seen = __shfl_sync(0xffffffff,
-                                 wg * 64 < tile.n * a.heads ? a.b.pos[row] / BLOCK + 1 : 0, 0);
+    const int blocks = last / BLOCK + 1;
     const int64_t head = (int64_t)a.layer * a.G + (int)blockIdx.x / a.head_items;
     auto page_of = [&](int block) -> const uint8_t * {
         return head_of(a.b, a.l, seq, (unsigned)min(block, blocks - 1) / (KEYS / BLOCK), head);
     };
-    auto fetch_from = [&](const uint8_t *key_page, const uint8_t *value_page, int keys,
-                          int values) {
-        if (keys < blocks)
-            copy_keys<KV, DP>(q + F::RAW_KEYS + keys % 2 * B::KEY_BYTES, key_page,
-                              (unsigned)keys % (KEYS / BLOCK), wg);
-        if (values < blocks)
-            copy_values<KV, DP, F::M>(q + F::RAW_VALUES + values % 2 * B::VALUE_BYTES,
-                                      value_page + a.l.head_bytes,
-                                      (unsigned)values % (KEYS / BLOCK), v0, wg);
+    auto fetch = [&](const uint8_t *page, int block) {
+        const unsigned place = (unsigned)block % F::RAW, from = (unsigned)block % (KEYS / BLOCK);
+        if (block < blocks)
+            copy_block<KV, DP, F::M>(q + F::RAW_AT + place * F::RAW_BYTES, page,
+                                     page + a.l.head_bytes, (int)from, v0, &at->raw[place]);
+        end_copies();
     };
-    auto fetch = [&](int keys, int values) {
-        fetch_from(page_of(keys), page_of(values), keys, values);
-    };
-    auto expand = [&](int keys, int values) {
-        char *raw = q + F::RAW_VALUES + values % 2 * B::VALUE_BYTES;
-        const int there = last + 1 - values * BLOCK;
-        if (values < blocks && there < BLOCK) {
-            forget_half<KV, F::M>(raw, there, wg);
-            group_barrier(wg);
+    for (int i = 0; i < F::RAW - 1; i++) fetch(page_of(i), i);
+    const uint8_t *page = page_of(F::RAW - 1);
+    for (int block = 0; block < blocks; block++) {
+        const unsigned place = (unsigned)block % F::RAW, ahead = (unsigned)block % F::AHEAD;
+        char *raw = q + F::RAW_AT + place * F::RAW_BYTES;
+        char *tiles = q + F::TILES_AT + ahead * F::TILES;
+        if (WGMMA) barrier_wait(&at->raw[place], (unsigned)block / F::RAW % 2);
+        else wait_for_copies<F::RAW - 2>();
+        group_barrier(2);
+        fetch(page, block + F::RAW - 1);
+        page = page_of(block + F::RAW);
+        if (last + 1 - block * BLOCK < BLOCK) {
+            forget_block<KV, F::M>(raw + F::B::KEY_BYTES, last + 1 - block * BLOCK);
+            group_barrier(2);
         }
-        if (keys < blocks)
-            expand_keys<KV, DP>(q + F::RAW_KEYS + keys % 2 * B::KEY_BYTES,
-                                q + F::KEYS_AT + (unsigned)keys % AHEAD * F::KEY_TILES);
-        if (values < blocks)
-            expand_values<KV, F::M>(raw,
-                                    q + F::VALUES_AT + (unsigned)values % AHEAD * F::VALUE_TILES);
+        barrier_wait(&at->empty[ahead], (unsigned)block / F::AHEAD % 2 ^ 1);
+        expand_keys<KV, DP>(raw, tiles);
+        expand_values<KV, F::M>(raw + F::B::KEY_BYTES, tiles + F::KEY_TILES);
         tiles_written();
-    };
-    auto arrive = [&]() {
-        copies_arrive();
-        group_barrier(wg);
-    };
-    const char *mine = q + wg * F::KEY_TILES;
-    auto score = [&](float (*c)[4], int block) {
-        const char *keys = q + F::KEYS_AT + (unsigned)block % AHEAD * F::KEY_TILES;
-#pragma unroll
-        for (int n = 0; n < DP / 64; n++)
-            multiply_queries(c, mine + n * TILE, keys + n * TILE, n > 0);
-    };
-    struct query_pair x;
-    float o[F::M / 64][8][4] = {}, c[8][4], f[2], old[2];
-    uint32_t p[4][4];
-    fetch(0, 0);
-    fetch(1, AHEAD > 2 ? 1 : blocks);
-    load_queries<DP>(a, tile, &x, q);
-    tiles_written();
-    arrive();
-    expand(0, 0);
-    expand(1, AHEAD > 2 ? 1 : blocks);
-    if (AHEAD > 2) {
-        group_barrier(wg);
-        fetch(2, blocks);
-        arrive();
-        expand(2, blocks);
+        barrier_arrive(&at->full[ahead]);
     }
-    __syncthreads();
-    fetch(AHEAD, AHEAD - 1);
-    fetch(AHEAD + 1, AHEAD);
-    if (seen > 0) {
-        products_begin();
-        score(c, 0);
-        products_end();
-        products_done(c);
-        softmax_pair(c, 0, &x, p, f, old);
-    }
-    arrive();
-    int block = 0;
-    for (; block < seen; block++) {
-        float part[F::M / 64][8][4];
-        const char *values = q + F::VALUES_AT + (unsigned)block % AHEAD * F::VALUE_TILES;
-        const uint8_t *key_page = page_of(block + AHEAD + 2);
-        const uint8_t *value_page = page_of(block + AHEAD + 1);
-        wait_until(&at.done[!wg], block + 2 - AHEAD);
-        if (WGMMA) wait_until(&at.issued[!wg], block + wg);
-        products_begin();
-        score(c, block + 1); /* beyond the last of something, which nobody looks at */
+}
+
+/* A lane's two queries to where attention's result goes: M dimensions from v0 on. */
+template <int M>
+static __device__ void write_pairs(const struct attention &a, const struct query_pair &x, int v0,
+                                   const float (*o)[8][4]) {
 #pragma unroll
-        for (int n = 0; n < F::M / 64; n++) multiply_values(part[n], p, values + n * TILE);
-        products_end();
-        if (threadIdx.x % GROUP == 0) *(volatile int *)&at.issued[wg] = block + 1;
-        wait_until(&at.done[!wg], block);
-        expand(block + AHEAD, block + AHEAD - 1);
-        if (__any_sync(0xffffffff, old[0] != 1 || old[1] != 1)) {
-#pragma unroll
-            for (int k = 0; k < F::M / 2; k++) o[k / 32][k / 4 % 8][k % 4] *= old[k % 4 / 2];
-        }
-        products_done(c);
-#pragma unroll
-        for (int n = 0; n < F::M / 64; n++) products_done(part[n]);
-        arrive();
-        reach(&at.done[wg], block + 1);
-        fetch_from(key_page, value_page, block + AHEAD + 2, block + AHEAD + 1);
-#pragma unroll
-        for (int k = 0; k < F::M / 2; k++)
-            o[k / 32][k / 4 % 8][k % 4] = fmaf(part[k / 32][k / 4 % 8][k % 4], f[k % 4 / 2],
-                                               o[k / 32][k / 4 % 8][k % 4]);
-        if (block + 1 < seen) softmax_pair(c, block + 1, &x, p, f, old);
-    }
-    reach(&at.issued[wg], NO_MORE);
-    for (; block < blocks; block++) { /* which only the other warp group sees */
-        wait_until(&at.done[!wg], block);
-        expand(block + AHEAD, block + AHEAD - 1);
-        arrive();
-        reach(&at.done[wg], block + 1);
-        fetch(block + AHEAD + 2, block + AHEAD + 1);
-    }
-    for (int i = 0; i < 2; i++) x.l[i] = 1 / x.l[i];
-#pragma unroll
-    for (int k = 0; k < F::M / 4; k++) {
+    for (int k = 0; k < M / 4; k++) {
         const int i = k % 2, n = k / 2, dim = v0 + n * 8 + 2 * (int)(threadIdx.x % 4);
         const float *v = o[n / 8][n % 8] + 2 * i;
         if (x.row[i] >= a.from && dim < a.d)
             write_pair(a, x.row[i], x.head[i], dim, v[0] * x.l[i], v[1] * x.l[i]);
     }
+}
+
+/* The same to panels, where a head's dimensions begin a span: a lane has what makes 16 bytes. */
+template <int M>
+static __device__ void write_pieces(const struct attention &a, const struct query_pair &x, int v0,
+                                    const float (*o)[8][4]) {
+#pragma unroll
+    for (int k = 0; k < M / 16; k++) {
+        const int i = k % 2, odd = k / 2 % 2, g = k / 4;
+        const int dim = v0 + g * SPAN + 8 * odd + 2 * (int)(threadIdx.x % 4);
+        uint32_t w[4];
+        if (x.row[i] < a.from || dim >= a.d) continue;
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const float *v = o[g][2 * n + odd] + 2 * i;
+            w[n] = as_word(__floats2half2_rn(v[0] * x.l[i] * a.h.up, v[1] * x.l[i] * a.h.up));
+        }
+        *(uint4 *)(a.h.h + packed_at(a.h, x.row[i] - a.from, x.head[i] * a.d + dim)) =
+            make_uint4(w[0], w[1], w[2], w[3]);
+    }
+}
+
+/* Grid: [H / heads][tiles][dp / M]. Reads q, and keys and values once a tile. One warp group brings
+   blocks of keys and values; two have 64 queries each, and in turn b multiply keys b + 1 and values
+   b, find the softmax of b + 1 while the products of values go on, and add o' of b. Floor: 4 d
+   operations for each query and key that it sees, over the tensor cores' rate. */
+template <int KV, int DP>
+__global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct attention a) {
+    extern __shared__ __align__(1024) char unaligned[];
+    __shared__ struct flash_barriers at;
+    using F = flash_of<KV, DP>;
+    char *q = unaligned + (1024 - (uint32_t)__cvta_generic_to_shared(unaligned) % 1024) % 1024;
+    const struct tile tile = a.b.tiles[blockIdx.y];
+    const int end = tile.first + tile.n, v0 = (int)blockIdx.z * F::M;
+    const int wg = __shfl_sync(0xffffffff, (int)(threadIdx.x / GROUP), 0);
+    if (threadIdx.x < (unsigned)F::AHEAD) {
+        barrier_init(&at.full[threadIdx.x], GROUP);
+        barrier_init(&at.empty[threadIdx.x], 2 * GROUP / 32);
+    }
+    if (threadIdx.x < (unsigned)F::RAW) barrier_init(&at.raw[threadIdx.x], 1);
+    barriers_made();
+    wait_for_inputs();
+    if (end <= a.from) return;
+    const int seq = a.b.seq[tile.first], last = tile.last, blocks = last / BLOCK + 1;
+    __syncthreads();
+    if (wg == 2) {
+#if WGMMA
+        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
+#endif
+        bring_blocks<KV, DP>(a, q, &at, seq, last, v0);
+        return;
+    }
+#if WGMMA
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
+#endif
+    /* blocks of which this warp group's queries see something */
+    const int row = tile.first + min(tile.n - 1, over_heads(a, wg * 64 + 63));
+    const int seen = __shfl_sync(0xffffffff,
+                                 wg * 64 < tile.n * a.heads ? a.b.pos[row] / BLOCK + 1 : 0, 0);
+    const char *mine = q + wg * F::KEY_TILES;
+    auto tiles_of = [&](int block) -> const char * {
+        return q + F::TILES_AT + (unsigned)block % F::AHEAD * F::TILES;
+    };
+    auto wait_full = [&](int block) {
+        barrier_wait(&at.full[(unsigned)block % F::AHEAD], (unsigned)block / F::AHEAD % 2);
+    };
+    auto release = [&](int block) {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) barrier_arrive(&at.empty[(unsigned)block % F::AHEAD]);
+    };
+    auto score = [&](float (*c)[4], int block) {
+#pragma unroll
+        for (int n = 0; n < DP / 64; n++)
+            multiply_queries(c, mine + n * TILE, tiles_of(block) + n * TILE, n > 0);
+        products_end();
+    };
+    struct query_pair x;
+    float o[F::M / 64][8][4] = {}, c[8][4], f[2], old[2];
+    uint32_t p[4][4];
+    load_queries<DP>(a, tile, wg, &x, q + wg * F::KEY_TILES);
+    tiles_written();
+    group_barrier(wg);
+    if (seen > 0) {
+        wait_full(0);
+        products_begin();
+        score(c, 0);
+        products_done<0>(c[0], 32);
+        softmax_pair(c, 0, &x, p, f, old);
+    }
+    int block = 0;
+    for (; block < seen; block++) {
+        float part[F::M / 64][8][4];
+        if (block + 1 < seen) wait_full(block + 1);
+        products_begin();
+        score(c, block + 1); /* beyond the last of something, which nobody looks at */
+#pragma unroll
+        for (int n = 0; n < F::M / 64; n++)
+            multiply_values(part[n], p, tiles_of(block) + F::KEY_TILES + n * TILE);
+        products_end();
+        if (__any_sync(0xffffffff, old[0] != 1 || old[1] != 1)) {
+#pragma unroll
+            for (int k = 0; k < F::M / 2; k++) o[k / 32][k / 4 % 8][k % 4] *= old[k % 4 / 2];
+        }
+        float g[2] = {f[0], f[1]};
+        uint32_t next[4][4];
+        products_done<1>(c[0], 32);
+        if (block + 1 < seen) softmax_pair(c, block + 1, &x, next, f, old);
+#pragma unroll
+        for (int n = 0; n < F::M / 64; n++) products_done<0>(part[n][0], 32);
+#pragma unroll
+        for (int k = 0; k < 16; k++) asm volatile("" : "+r"(p[k / 4][k % 4])); /* read until here */
+        release(block);
+#pragma unroll
+        for (int k = 0; k < F::M / 2; k++)
+            o[k / 32][k / 4 % 8][k % 4] = fmaf(part[k / 32][k / 4 % 8][k % 4], g[k % 4 / 2],
+                                               o[k / 32][k / 4 % 8][k % 4]);
+#pragma unroll
+        for (int k = 0; k < 16; k++) p[k / 4][k % 4] = next[k / 4][k % 4];
+    }
+    for (; block < blocks; block++) { /* which only the other warp group sees */
+        wait_full(block);
+        release(block);
+    }
+    for (int i = 0; i < 2; i++) x.l[i] = 1 / x.l[i];
+    if (a.h.h != NULL && a.h.panels && a.d % SPAN == 0) write_pieces<F::M>(a, x, v0, o);
+    else write_pairs<F::M>(a, x, v0, o);
     if (blockIdx.x == 0 && blockIdx.z == 0)
         for (int r = max(tile.first, a.from); r < end; r++)
-            write_end(a, r, (int)threadIdx.x, THREADS);
+            write_end(a, r, (int)threadIdx.x, 2 * GROUP);
 }
 
 /* ---- Launches, and what the host tells the kernels ---- */
@@ -4115,7 +4598,7 @@ static void attend_many(struct queue *q, const struct attention *a, int tiles) {
         constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
         launch(q, "flash_kernel", flash_kernel<KV, DP>,
                      dim3((unsigned)(a->H / a->heads), (unsigned)tiles, DP / flash_of<KV, DP>::M),
-                     THREADS, flash_of<KV, DP>::BYTES, *a);
+                     FLASH_THREADS, flash_of<KV, DP>::BYTES, *a);
     });
 }
 
@@ -4514,6 +4997,11 @@ struct vq_memory {
     int64_t done;                 /* operations, for the progress */
 };
 
+/* Panels of k, v and q, of o, of gate and up, of down. The output's take their place. */
+struct panels {
+    __half *qkv, *o, *gate_up, *down;
+};
+
 struct gpu {
     struct queue q;
     const struct gpu_model *g;
@@ -4528,8 +5016,11 @@ struct gpu {
     float *f, *gate, *up;         /* of layers in f32: what stands in front of a product; hidden */
     float *heads;                 /* what attention gives, in f32 */
     int resident[2];              /* blocks of split_kernel that the device holds */
+    __half *q16;                  /* queries of many rows, see struct projected */
+    float *query_c;
     __half *h, *hidden;           /* the same in f16: in front of a product; silu(gate) up */
-    __half *w16;                  /* a matrix in f16, for GEMM */
+    struct panels w16;            /* a layer's matrices in f16, for GEMM */
+    int unpacked;                 /* the layer whose q, k, v and o these are */
     uint8_t *in, *host_in;        /* what a forward is told: here and in pinned memory */
     float *host_logits;           /* [GRAPH_ROWS][V], pinned */
     cudaGraphExec_t graph[GRAPH_ROWS + 1];
@@ -4701,6 +5192,11 @@ static int layer_in_f16(const struct gpu *c, const struct gpu_layer *l) {
     return l->f16 && !c->exact;
 }
 
+/* Whether attention turns and stores a step's queries, keys and values: those of a single row. */
+static int stores_new(const struct gpu *c, const struct step *s, int from) {
+    return c->kv.tensor && s->n == 1 && from == 0;
+}
+
 /* What attention gives, rows from `from` on: to c->heads, or to h where that is somewhere. */
 static void attention_rows(struct gpu *c, const struct step *s, int layer, int from,
                            const struct packed *h) {
@@ -4710,12 +5206,15 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
     job.b = s->view;
     job.l = c->kv;
     job.q = c->qb;
+    job.q16 = c->q16;
+    job.c = c->query_c;
     job.o = c->heads;
     job.partial = c->partial;
     job.layer = layer;
     job.H = a->H;
     job.G = a->G;
     job.d = a->d;
+    if (stores_new(c, s, from)) job.k = c->kb, job.v = c->vb, job.rope = c->rope;
     job.blocks = c->max_pages * (KEYS / BLOCK);
     job.from = from;
     job.scale = 1 / sqrtf((float)a->d);
@@ -4748,36 +5247,73 @@ static void norm_f32(struct gpu *c, const float *x, const float *norm, const int
     launched(&c->q, "norm_kernel");
 }
 
+/* A layer's matrices on their way into panels. */
+static struct unpacked qkv_of(const struct gpu *c, const struct gpu_layer *l) {
+    const struct matrix w[3] = {l->k, l->v, l->q};
+    return unpacked_at(w, 3, 0, c->w16.qkv);
+}
+
+static struct unpacked gate_up_of(const struct gpu *c, const struct gpu_layer *l) {
+    const struct matrix w[2] = {l->gate, l->up};
+    return unpacked_at(w, 2, 1, c->w16.gate_up);
+}
+
+/* While the tensor cores multiply by q, k and v, the panels of gate and up come; while they
+   multiply by those, down's and the next layer's others. */
+static void unpack_qkvo(struct gpu *c, int layer) {
+    const struct gpu_layer *l = &c->g->layers[layer];
+    const struct unpacked qkv = qkv_of(c, l), o = unpacked_at(&l->o, 1, 0, c->w16.o);
+    if (c->unpacked == layer) return;
+    launch_panels(&c->q, &qkv);
+    launch_panels(&c->q, &o);
+}
+
 /* q, k and v of the rows, where k and v go into the cache; of rows before `from` no q is wanted. */
+static void project_in_f16(struct gpu *c, const struct step *s, int layer, int from) {
+    const struct llama *a = &c->g->m->llama;
+    const struct gpu_layer *l = &c->g->layers[layer];
+    const int kv_tiles = panel_tiles(l->k.rows, 0) + panel_tiles(l->v.rows, 0);
+    const struct part q = {l->q, l->q_bias, c->qb + (int64_t)from * a->H * a->d},
+                      k = {l->k, l->k_bias, c->kb}, v = {l->v, l->v_bias, c->vb};
+    struct prepared w = {c->w16.qkv, {}}, w_last = w;
+    struct product_f16 j = {{k, v, q}, from > 0 ? 2 : 3, s->n, c->x, l->attn_norm, a->eps,
+                            packed_into(c->h, s->n, a->D, l->ups.attn), {}, NULL};
+    struct product_f16 last = {{q}, 1, s->n - from, c->x + (int64_t)from * a->D, l->attn_norm,
+                               a->eps, packed_into(c->h, s->n - from, a->D, l->ups.attn), {}, NULL};
+    w_last.panels += (int64_t)kv_tiles * W_ROWS * l->q.ld;
+    if (j.in.panels) unpack_qkvo(c, layer);
+    if (last.in.panels) w.later[0] = gate_up_of(c, l);
+    multiply(&c->q, STORE, &j, &w);
+    if (from > 0 && from < s->n) multiply(&c->q, STORE, &last, &w_last);
+}
+
 static void project_rows(struct gpu *c, const struct step *s, int layer, int from) {
     const struct llama *a = &c->g->m->llama;
     const struct gpu_layer *l = &c->g->layers[layer];
-    const struct part q = {l->q, l->q_bias, c->qb + (int64_t)from * a->H * a->d},
-                      k = {l->k, l->k_bias, c->kb}, v = {l->v, l->v_bias, c->vb};
-    const float *wanted = c->x + (int64_t)from * a->D;
-    if (layer_in_f16(c, l)) {
-        struct product_f16 j = {{k, v, q}, from > 0 ? 2 : 3, s->n, c->x, l->attn_norm, a->eps,
-                                packed_into(c->h, s->n, a->D, l->ups.attn), {}, NULL};
-        struct product_f16 last = {{q}, 1, s->n - from, wanted, l->attn_norm, a->eps,
-                                   packed_into(c->h, s->n - from, a->D, l->ups.attn), {}, NULL};
-        multiply(&c->q, STORE, &j, c->w16);
-        if (from > 0 && from < s->n) multiply(&c->q, STORE, &last, c->w16);
-    } else {
+    if (layer_in_f16(c, l)) project_in_f16(c, s, layer, from);
+    else {
+        const struct part q = {l->q, l->q_bias, c->qb + (int64_t)from * a->H * a->d},
+                          k = {l->k, l->k_bias, c->kb}, v = {l->v, l->v_bias, c->vb};
         norm_f32(c, c->x, l->attn_norm, NULL, s->n);
         matmul_f32(&c->q, &k, c->f, s->n, NULL);
         matmul_f32(&c->q, &v, c->f, s->n, NULL);
         if (from < s->n)
             matmul_f32(&c->q, &q, c->f + (int64_t)from * a->D, s->n - from, NULL);
     }
-    const int together = c->kv.tensor && !s->split; /* values of many rows */
-    launch(&c->q, "rope_store_kernel", rope_store_kernel,
-           dim3((unsigned)s->n, (unsigned)a->G), 128, 0, s->view, c->kv, c->qb, c->kb, c->vb,
-           c->rope, layer, a->H, a->G, a->d, !together);
-    if (!together) return;
-    store_values_kernel<<<dim3((unsigned)(s->n + 31) / 32, (unsigned)a->G,
-                               (unsigned)(c->kv.dp / QK)), THREADS, 0, c->q.stream>>>(
-        s->view, c->kv, c->vb, s->n, layer, a->G, a->d);
-    launched(&c->q, "store_values_kernel");
+    if (stores_new(c, s, from)) return;
+    if (c->kv.tensor && !s->split) {
+        const struct projected p = {c->qb, c->kb, c->vb, c->rope, c->q16, c->query_c, s->n, layer,
+                                    a->H, a->G, a->d, 1 / sqrtf((float)a->d)};
+        with_layout(c->kv, [&](auto type, auto dp) {
+            launch(&c->q, "store_many_kernel",
+                   store_many_kernel<decltype(type)::value, decltype(dp)::value>,
+                   dim3((unsigned)(s->n + STORED_ROWS - 1) / STORED_ROWS, (unsigned)a->G), THREADS,
+                   0, s->view, c->kv.head_bytes, p);
+        });
+    } else
+        launch(&c->q, "rope_store_kernel", rope_store_kernel,
+               dim3((unsigned)s->n, (unsigned)a->G), 128, 0, s->view, c->kv, c->qb, c->kb, c->vb,
+               c->rope, layer, a->H, a->G, a->d);
 }
 
 /* x += Wo heads; x += Wdown (silu(Wgate rmsnorm(x)) Wup rmsnorm(x)), rows from `from` on. */
@@ -4792,10 +5328,18 @@ static void finish_in_f16(struct gpu *c, const struct step *s, int layer, int fr
                                  a->eps, packed_into(c->h, n, a->D, l->ups.ffn),
                                  packed_into(c->hidden, n, a->F, l->ups.hidden), NULL};
     struct product_f16 down = {{{l->down, NULL, x}}, 1, n, NULL, NULL, 0, hidden.out, {}, NULL};
+    struct prepared w_o = {c->w16.o, {}}, w_hidden = {c->w16.gate_up, {}},
+                    w_down = {c->w16.down, {}};
     attention_rows(c, s, layer, from, &o.in);
-    multiply(&c->q, ADD, &o, c->w16);
-    multiply(&c->q, SWIGLU, &hidden, c->w16);
-    multiply(&c->q, ADD, &down, c->w16);
+    w_hidden.later[0] = unpacked_at(&l->down, 1, 0, c->w16.down);
+    if (layer + 1 < a->L && layer_in_f16(c, l + 1)) {
+        w_hidden.later[1] = qkv_of(c, l + 1);
+        w_hidden.later[2] = unpacked_at(&l[1].o, 1, 0, c->w16.o);
+        c->unpacked = layer + 1;
+    }
+    multiply(&c->q, ADD, &o, &w_o);
+    multiply(&c->q, SWIGLU, &hidden, &w_hidden);
+    multiply(&c->q, ADD, &down, &w_down);
 }
 
 /* The same in f32. */
@@ -4849,7 +5393,10 @@ static void run_head(struct gpu *c, const struct step *s, int at, int n) {
     }
     struct product_f16 j = {{output}, 1, n, x, c->g->norm, a->eps,
                             packed_into(c->h, n, a->D, c->g->head_up), {}, which};
-    multiply(&c->q, STORE, &j, c->w16);
+    const struct prepared w = {c->w16.qkv, {}};
+    const struct unpacked panels = unpacked_at(&output.w, 1, 0, c->w16.qkv);
+    if (j.in.panels) launch_panels(&c->q, &panels);
+    multiply(&c->q, STORE, &j, &w);
 }
 
 static void tell(struct gpu *c, const struct step *s) {
@@ -4900,6 +5447,7 @@ static int forward_many(struct gpu *c, const struct step *s, const struct batch 
                         lvm_error *error) {
     const struct llama *a = &c->g->m->llama;
     int code = LVM_OK;
+    c->unpacked = -1;
     tell(c, s);
     embed_rows(c, s);
     for (int i = 0; code == LVM_OK && i < a->L; i++) {
@@ -5264,6 +5812,7 @@ __global__ void __launch_bounds__(BINS, 1)
     __shared__ struct sampling::sampling_memory own;
     const struct sampling m = {memory, (uint16_t *)(memory + padded(codes + 31)), &own};
     const int row = (int)blockIdx.x, t = (int)threadIdx.x;
+    wait_for_inputs();
     struct rng rng = by->of[row].rng;
     float x[N];
     uint32_t most[4] = {}; /* largest and least of codes, of all; of the least the complement */
@@ -5311,10 +5860,9 @@ static auto *sample_kernel_for(int codes) {
 static void sample_rows(struct gpu *c, const struct step *s) {
     const lvm_model *m = c->g->m;
     auto *kernel = sample_kernel_for(m->codes);
-    kernel<<<(unsigned)s->n, BINS, sampling_shared(m->codes), c->q.stream>>>(
-        c->logits, m->llama.V, m->codes, c->sampler, (int32_t *)s->view.tokens,
-        (int *)s->view.pos, c->told->ring);
-    launched(&c->q, "sample_kernel");
+    launch(&c->q, "sample_kernel", kernel, dim3((unsigned)s->n), BINS, sampling_shared(m->codes),
+           c->logits, m->llama.V, m->codes, c->sampler, (int32_t *)s->view.tokens,
+           (int *)s->view.pos, c->told->ring);
 }
 
 /* Feeds the tokens that were sampled and samples the next ones. */
@@ -6108,14 +6656,18 @@ static void place_kept(struct gpu *c, struct arena *a) {
     take(a, &c->rope, l->L > 0 ? (int64_t)l->context * l->d : 0);
 }
 
-/* Of the largest product's matrices in panels. */
-static int64_t panel_elements(const struct llama *l) {
+/* A layer's panels, and as many more as the output's need. */
+static void place_panels(struct gpu *c, struct arena *a) {
+    const struct llama *l = &c->g->m->llama;
     const int Q = l->H * l->d, K = l->G * l->d, D = round_up(l->D, SPAN);
-    int64_t qkv = (int64_t)(panel_tiles(Q, 0) + 2 * panel_tiles(K, 0)) * D,
-            output = (int64_t)panel_tiles(l->V, 0) * D,
-            gate_up = (int64_t)panel_tiles(l->F, 1) * D,
-            o = (int64_t)panel_tiles(l->D, 0) * round_up((int)max64(Q, l->F), SPAN);
-    return W_ROWS * max64(max64(qkv, output), max64(gate_up, o));
+    struct { __half **p; int tiles, ld; } all[] = {
+        {&c->w16.qkv, panel_tiles(Q, 0) + 2 * panel_tiles(K, 0), D},
+        {&c->w16.o, panel_tiles(l->D, 0), round_up(Q, SPAN)},
+        {&c->w16.gate_up, panel_tiles(l->F, 1), D},
+        {&c->w16.down, panel_tiles(l->D, 0), round_up(l->F, SPAN)}};
+    const size_t start = a->used, output = (size_t)panel_tiles(l->V, 0) * W_ROWS * (size_t)D * 2;
+    for (const auto &one : all) take(a, one.p, (int64_t)one.tiles * W_ROWS * one.ld);
+    if (a->used - start < output) a->used = start + output;
 }
 
 static void place_lm(struct gpu *c, struct arena *a) {
@@ -6124,15 +6676,18 @@ static void place_lm(struct gpu *c, struct arena *a) {
     if (l->L == 0) return;
     int64_t hidden = l->F * needs_f32(c), front = max64(l->D * needs_f32(c), LOGIT_ROWS);
     struct { float **p; int64_t n; } all[] = {
-        {&c->x, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K}, {&c->heads, N * Q},
-        {&c->f, N * front}, {&c->gate, N * hidden}, {&c->up, N * hidden},
+        {&c->x, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K},
+        {&c->heads, N * Q * (needs_f32(c) || !c->kv.tensor)}, {&c->f, N * front},
+        {&c->gate, N * hidden}, {&c->up, N * hidden},
         {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (KEYS / BLOCK) * (c->kv.dp + 2)},
         {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}};
     for (const auto &one : all) take(a, one.p, one.n);
     N = round_up((int)N, X_ROWS);
     take(a, &c->h, N * round_up((int)max64(l->D, Q), SPAN));
     take(a, &c->hidden, N * round_up(l->F, SPAN));
-    take(a, &c->w16, panel_elements(l));
+    take(a, &c->q16, N * l->H * c->kv.dp * c->kv.tensor);
+    take(a, &c->query_c, N * l->H * c->kv.tensor);
+    place_panels(c, a);
     take(a, &c->sampler, 1);
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
 }
@@ -6341,6 +6896,7 @@ static cudaError_t allow_sampling(struct gpu *c) {
     int most = 0, codes = c->g->m->codes;
     auto *kernel = sample_kernel_for(codes);
     cudaError_t e = cudaFuncGetAttributes(&own, kernel);
+    if (e == cudaSuccess) e = share_all((const void *)kernel);
     if (e == cudaSuccess)
         e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, c->q.device);
     if (e != cudaSuccess) return e;
