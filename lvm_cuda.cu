@@ -1001,6 +1001,9 @@ static __device__ uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+#define BULK 1 /* the chip copies runs of bytes by itself and tells a barrier */
+
 /* A barrier lets go when `count` have arrived and all bytes that it was told of have come. */
 static __device__ void barrier_init(uint64_t *b, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count));
@@ -1025,6 +1028,24 @@ static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t
                  "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
                  "r"(shared_address(done)) : "memory");
 }
+
+/* 1 for one lane of a warp, which the compiler then knows to be one. */
+static __device__ uint32_t elected(void) {
+    uint32_t is;
+    asm volatile("{ .reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "selp.u32 %0, 1, 0, p; }" : "=r"(is));
+    return is;
+}
+#else
+#define BULK 0
+
+/* A run of bytes to shared memory, by a warp. */
+static __device__ void copy_run(char *to, const void *from, int bytes) {
+    for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
+        copy_async<16>(shared_address(to) + (uint32_t)i, (const char *)from + i, 1);
+}
+#endif
 
 /* The rows in front of a product go to shared memory, a row of 2 ld + 16 bytes, so that eight rows
    are read without a conflict. */
@@ -1144,27 +1165,6 @@ template <int TYPE> struct ring {
            TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, SCALES = SCALED * 32,
            SLOT = PAIRS * (TILE + SCALES), SLOTS = SCALED ? 3 : 2, BYTES = SLOTS * SLOT };
 };
-
-#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
-#define BULK 1 /* the chip copies runs of bytes by itself and tells a barrier */
-
-/* 1 for one lane of a warp, which the compiler then knows to be one. */
-static __device__ uint32_t elected(void) {
-    uint32_t is;
-    asm volatile("{ .reg .pred p;\n"
-                 "elect.sync _|p, 0xffffffff;\n"
-                 "selp.u32 %0, 1, 0, p; }" : "=r"(is));
-    return is;
-}
-#else
-#define BULK 0
-
-/* A run of bytes to shared memory, by a warp. */
-static __device__ void copy_run(char *to, const void *from, int bytes) {
-    for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
-        copy_async<16>(shared_address(to) + (uint32_t)i, (const char *)from + i, 1);
-}
-#endif
 
 /* 16 columns of a row of each of the two tiles, from a slot; span: of the chunk. */
 template <int TYPE>
@@ -1448,9 +1448,9 @@ enum { RINGS_MOST = TALL_TEAMS * CHAINS * ring<LVM_F16>::BYTES, SUMS_BYTES = 8 <
 
 /* Bytes of shared memory for the rows in front of a product, 0 where they stay in memory. */
 static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
-    const int type = j->p[0].w.type, ring_bytes = type == LVM_Q8_0   ? ring<LVM_Q8_0>::BYTES
-                                                  : type == LVM_Q4_0 ? ring<LVM_Q4_0>::BYTES
-                                                                     : ring<LVM_F16>::BYTES;
+    const int type = j->p[0].w.type;
+    const int ring_bytes = type == LVM_Q8_0 ? (int)ring<LVM_Q8_0>::BYTES
+                           : type == LVM_Q4_0 ? (int)ring<LVM_Q4_0>::BYTES : ring<LVM_F16>::BYTES;
     int64_t bytes = (int64_t)j->rows * (2 * j->in.ld + 16);
     int64_t room = min64(STAGED_MOST, q->shared - GEMV_WARPS * ring_bytes - SUMS_BYTES);
     return j->rows <= CHAIN_ROWS && bytes <= room ? (int)bytes : 0;
