@@ -860,8 +860,7 @@ enum { FEW_ROWS = 64   /* GEMV up to here */, CHAIN_ROWS = 8 /* rows that a bloc
        STAGED_MOST = 96 << 10, CHAINS = 4 /* of a product */, TEAMS = 3 /* of a warp a chain */,
        TALL_TEAMS = 2 /* of tiles for more rows of x */,
        GEMV_WARPS = TEAMS * CHAINS, GEMV_THREADS = 32 * GEMV_WARPS, ROW_SUMS = 8,
-       ROW_THREADS = 32 * ROW_SUMS, REGISTER_ROW = 4 /* fours of a thread */,
-       ROW_FOURS = 16 /* of a lane */ };
+       ROW_THREADS = 32 * ROW_SUMS, REGISTER_ROW = 4 /* fours of a thread */ };
 
 /* Activations in f16: rows [row][ld], columns from the last on to ld zeros; or panels for GEMM:
    tiles of 128 rows x 64 columns, 16 KiB side by side. In a tile a row has 128 bytes, of which
@@ -993,32 +992,6 @@ static __device__ void write_normed(const struct packed &out, int row, const flo
     }
 }
 
-/* The same of a row of up to 4 * 32 * ROW_FOURS elements, which is read once; a warp a row, the
-   order of sums rms_scale's. */
-static __device__ void write_normed_once(const struct packed &out, const float *x,
-                                         const float *norm, int D, float eps) {
-    const int lane = (int)threadIdx.x % 32, n = D / 4;
-    float4 v[ROW_FOURS];
-    float all = 0;
-#pragma unroll
-    for (int u = 0; u < ROW_FOURS; u++) v[u] = load_four(x, lane + 32 * u, n);
-#pragma unroll
-    for (int i = 0; i < ROW_SUMS; i++) {
-        float4 sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-        for (int u = i; u < ROW_FOURS; u += ROW_SUMS) sum = add_squares(sum, v[u]);
-        all = i == 0 ? over_warp(sum) : all + over_warp(sum);
-    }
-    const float scale = rsqrtf(all / (float)D + eps);
-#pragma unroll
-    for (int u = 0; u < ROW_FOURS; u++) {
-        const int i = lane + 32 * u;
-        if (i < n) store4(out, 0, 4 * i, normed(v[u], ((const float4 *)norm)[i], scale));
-    }
-    for (int i = n + lane; i < out.ld / 4; i += 32)
-        store4(out, 0, 4 * i, make_float4(0, 0, 0, 0));
-}
-
 /* v / (1 + e^-v), to some 1e-6. */
 static __device__ float silu(float v) { return __fdividef(v, 1 + __expf(-v)); }
 
@@ -1107,6 +1080,41 @@ template <int GROUPS> static __device__ void wait_for_copies() {
     asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
 }
 
+/* Runs of bytes to shared memory. */
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+#define BULK 1 /* the chip copies them by itself and tells a barrier */
+
+/* Arrives, and says how many bytes are to come. */
+static __device__ void barrier_expect(uint64_t *b, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
+                 "r"(bytes) : "memory");
+}
+
+/* Contiguous bytes from global to shared memory, in the background; `done` is told of them. */
+static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *done) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
+                 "r"(shared_address(done)) : "memory");
+}
+
+/* 1 for one lane of a warp, which the compiler then knows to be one. */
+static __device__ uint32_t elected(void) {
+    uint32_t is;
+    asm volatile("{ .reg .pred p;\n"
+                 "elect.sync _|p, 0xffffffff;\n"
+                 "selp.u32 %0, 1, 0, p; }" : "=r"(is));
+    return is;
+}
+#else
+#define BULK 0
+
+/* A run of bytes to shared memory, by a warp. */
+static __device__ void copy_run(char *to, const void *from, int bytes) {
+    for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
+        copy_async<16>(shared_address(to) + (uint32_t)i, (const char *)from + i, 1);
+}
+#endif
+
 /* ---- Tensor cores ---- */
 
 /* Four matrices of 8 rows of 16 bytes: lane i brings the place of row i % 8 of matrix i / 8. */
@@ -1146,19 +1154,6 @@ template <int LEFT> static __device__ void products_done(float *c, int n) {
 static __device__ void tiles_written(void) { WGMMA_ONLY("fence.proxy.async.shared::cta;"); }
 
 #if WGMMA
-/* Arrives, and says how many bytes are to come. */
-static __device__ void barrier_expect(uint64_t *b, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(b)),
-                 "r"(bytes) : "memory");
-}
-
-/* Contiguous bytes from global to shared memory, in the background; `done` is told of them. */
-static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *done) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
-                 "[%0], [%1], %2, [%3];" ::"r"(shared_address(to)), "l"(from), "r"(bytes),
-                 "r"(shared_address(done)) : "memory");
-}
-
 /* How wgmma finds rows of 128 bytes with the swizzle of 128: address, 1024 bytes to the next eight
    rows. */
 static __device__ uint64_t tile_descriptor(const void *tile) {
@@ -1262,9 +1257,8 @@ static __device__ void stage_rows(const struct product_f16 &j, char *shared) {
 #pragma unroll 1
         for (int r = warp; r < j.rows; r += GEMV_WARPS) {
             const struct packed out = {(__half *)staged_row(j, shared, r), j.in.ld, 0, j.in.up};
-            const float *x = row_of_x(j, r);
-            if (D <= 4 * 32 * ROW_FOURS) write_normed_once(out, x, j.norm, D, j.eps);
-            else write_normed(out, 0, x, j.norm, rms_scale(x, D, j.eps), D);
+            const float *x = row_of_x(j, r), scale = rms_scale(x, D, j.eps);
+            write_normed(out, 0, x, j.norm, scale, D);
         }
     __syncthreads();
 }
@@ -1314,27 +1308,6 @@ template <int TYPE> struct ring {
            TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, SCALES = SCALED * 32,
            SLOT = PAIRS * (TILE + SCALES), SLOTS = SCALED ? 3 : 2, BYTES = SLOTS * SLOT };
 };
-
-#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
-#define BULK 1 /* the chip copies runs of bytes by itself and tells a barrier */
-
-/* 1 for one lane of a warp, which the compiler then knows to be one. */
-static __device__ uint32_t elected(void) {
-    uint32_t is;
-    asm volatile("{ .reg .pred p;\n"
-                 "elect.sync _|p, 0xffffffff;\n"
-                 "selp.u32 %0, 1, 0, p; }" : "=r"(is));
-    return is;
-}
-#else
-#define BULK 0
-
-/* A run of bytes to shared memory, by a warp. */
-static __device__ void copy_run(char *to, const void *from, int bytes) {
-    for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
-        copy_async<16>(shared_address(to) + (uint32_t)i, (const char *)from + i, 1);
-}
-#endif
 
 /* 16 columns of a row of each of the two tiles, from a slot; span: of the chunk. */
 template <int TYPE>
@@ -1512,20 +1485,19 @@ static __device__ void multiply_group(const struct product_f16 &j, struct stream
     expand(w);
 #pragma unroll 1
     for (int k = 0;; k += 2) {
-        const char *next = k + 2 <= last ? wait_for_chunk(s) : slot;
         load_raw(slot, 1, raw); /* where there is none, something else that is there */
         if (AHEAD) load_inputs<TILES>(in, min(k + 1, last), y);
         multiply(k, w, x);
         expand(v);
         if (k < last) {
-            load_raw(next, 0, raw);
+            if (k + 2 <= last) slot = wait_for_chunk(s);
+            load_raw(slot, 0, raw);
             if (AHEAD) load_inputs<TILES>(in, min(k + 2, last), x);
             multiply(k + 1, v, y);
             expand(w);
             keep(w[0]);
             keep(w[1]);
         }
-        slot = next;
         __syncwarp();
         fetch_chunk(j, s);
         if (k + 2 > last) return;
@@ -1613,14 +1585,17 @@ __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), T
     if (!BULK) wait_for_copies<0>();
 }
 
-/* Shared memory of the largest rings of a block, and what a kernel declares beside them. */
-enum { RINGS_MOST = GEMV_WARPS * ring<LVM_Q8_0>::BYTES, SUMS_BYTES = 8 << 10,
+/* Shared memory of the largest rings for more rows of x, and what a kernel declares beside them. */
+enum { RINGS_MOST = TALL_TEAMS * CHAINS * ring<LVM_F16>::BYTES, SUMS_BYTES = 8 << 10,
        TALL_BYTES = 40 << 10 /* of tiles for 64 rows of x */ };
 
 /* Bytes of shared memory for the rows in front of a product, 0 where they stay in memory. */
 static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
+    const int type = j->p[0].w.type;
+    const int ring_bytes = type == LVM_Q8_0 ? (int)ring<LVM_Q8_0>::BYTES
+                           : type == LVM_Q4_0 ? (int)ring<LVM_Q4_0>::BYTES : ring<LVM_F16>::BYTES;
     int64_t bytes = (int64_t)j->rows * (2 * j->in.ld + 16);
-    int64_t room = min64(STAGED_MOST, q->shared - RINGS_MOST - SUMS_BYTES);
+    int64_t room = min64(STAGED_MOST, q->shared - GEMV_WARPS * ring_bytes - SUMS_BYTES);
     return j->rows <= CHAIN_ROWS && bytes <= room ? (int)bytes : 0;
 }
 
