@@ -22177,7 +22177,7 @@ static int csv_read_head(char *line, struct csv_head *h) {
 /* One row, NaN where nothing stands; the fault as words, or "". */
 static struct curve_point csv_read_row(char *line, const struct csv_head *h, char fault[80]) {
     char *field[CSV_COLUMNS];
-    double v[CSV_TAKEN];
+    double v[CSV_TAKEN] = {0};
     int n = csv_fields(line, field);
     if (n != h->n) snprintf(fault, 80, "has %d fields, not %d", n, h->n);
     for (int k = 0; k < CSV_TAKEN && n == h->n; k++) {
