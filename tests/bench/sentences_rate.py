@@ -55,7 +55,7 @@ def sentences(options, common, folder, n, out):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lvm", default=os.path.join(TOP, "lvm"))
-    parser.add_argument("--scenes", default=os.path.join(TOP, "build", "scenes"))
+    parser.add_argument("--scenes", default=os.path.join(TOP, "scenes"))
     parser.add_argument("--weights", default=os.path.join(TOP, "weights.bin"))
     parser.add_argument("--device", help="as lvm takes it (the CPU)")
     parser.add_argument("-j", "--threads", help="of lvm (all)")
