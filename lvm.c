@@ -4435,7 +4435,6 @@ static void product_weights(const struct exec *e, const float *dy, int64_t ld, c
                                  .lda = t.ld_to, .ldc = in, .b_is_k_by_n = 1, .accumulate = 1});
 }
 
-
 /* ---- Operations, forward and backward ----
 
    Each is written for one row (a token), or for a few columns of all rows: those of a weight, whose
