@@ -12,7 +12,7 @@ is one prompt, read in the order of the names. OUT/FOLDER's name/ gets, in float
     positions (3,), logits (3, V)                          of BOS and all tokens of the prompt
     nll (m - 1,)                                           of these m tokens; the last T of it are
                                                            the last image's
-    greedy (T,), greedy_gap (T,), greedy_pixels (1, 40, R, 3)   the top of the next image, unclamped
+    greedy (T,), greedy_gap (T,), greedy_pixels (1, 72, R, 3)   the top of the next image, unclamped
 """
 import argparse
 import os
@@ -58,7 +58,7 @@ def reference(folder, out, vqgan, llama, bos):
     oracle.save(out, "nll", nll, "<f4")
     oracle.save(out, "greedy", new, "<i4")
     oracle.save(out, "greedy_gap", new_gap, "<f4")
-    oracle.save(out, "greedy_pixels", oracle.images(vqgan, [new])[:, :40], "<f4")
+    oracle.save(out, "greedy_pixels", oracle.images(vqgan, [new])[:, :72], "<f4")
     print(f"{folder}: {len(pixels)} images, {n} tokens, gaps below 1e-3: {(gap < 1e-3).sum()}; "
           f"last image {nll[-tokens:].mean():.6f} nats a token; least greedy gap "
           f"{min(new_gap):.5f}", flush=True)

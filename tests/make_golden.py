@@ -59,6 +59,10 @@ VQGANS = {
                          attn_resolutions=[24], no_attn_mid_block=True, z_channels=24,
                          num_embeddings=256, quantized_embed_dim=12, f32_vectors=True,
                          kinds=[1]),
+    # no attention anywhere, as in the published LVM's tokenizer
+    "vqgan_plain": dict(type="f16", resolution=16, channel_mult=[1], num_res_blocks=1,
+                        attn_resolutions=[], no_attn_mid_block=True, z_channels=16,
+                        num_embeddings=256, quantized_embed_dim=16, kinds=[2]),
 }
 
 LARGE = {

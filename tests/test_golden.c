@@ -160,7 +160,7 @@ static double check_pixels(const char *name, lvm_ctx *ctx, const int32_t *ids, c
     uint8_t *rgb = must(malloc((size_t)whole));
     double worst = 0;
     int64_t bytes = 0; /* that are not their pixel's */
-    check(n >= whole / 8 && n <= whole, "%s: %lld values an image", name, (long long)n);
+    check(n >= whole / 4 && n <= whole, "%s: %lld values an image", name, (long long)n);
     for (int i = 0; n <= whole && i < images; i++) {
         succeed(ctx->b->decode(ctx->state, ids + (int64_t)i * info.tokens_per_image, 1, 0, 1, rgb, got, &error), &error,
              name);
