@@ -42,6 +42,8 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <unistd.h>
+#include <algorithm>
+#include <type_traits>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -115,6 +117,11 @@ static int wait_for(struct queue *q, lvm_error *error) {
     return settle(q, error);
 }
 
+/* Either way between host and device; host memory that is not pinned is waited for. */
+static void copy(struct queue *q, void *to, const void *from, size_t bytes, const char *what) {
+    note(q, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream), what);
+}
+
 /* A host thread's calls go to the device that it chose last. */
 static int use_device(const struct queue *q, lvm_error *error) {
     cudaError_t e = cudaSetDevice(q->device);
@@ -162,39 +169,6 @@ static size_t plane_bytes(int type, size_t elements) {
     return type == LVM_F32 ? elements * 4
            : type == LVM_Q8_0 ? elements
            : type == LVM_Q4_0 ? elements / 2 : elements * 2;
-}
-
-/* A block as it lies in the file -> its place in the planes, where it is number b of its row; NULL:
-   a block of zeros behind the row's last. */
-static __device__ void split_q8_0(const uint8_t *block, const struct matrix &m, int64_t row,
-                                  int b) {
-    const uint16_t *from = (const uint16_t *)block;
-    uint32_t w[8];
-#pragma unroll
-    for (int k = 0; k < 8; k++)
-        w[k] = (block != NULL ? from[1 + 2 * k] | (uint32_t)from[2 + 2 * k] << 16 : 0) ^ 0x80808080;
-    const int64_t at = element_at(m, row, b * QK);
-    uint4 *to = (uint4 *)(m.q + at);
-    to[0] = make_uint4(w[0], w[1], w[2], w[3]);
-    to[1] = make_uint4(w[4], w[5], w[6], w[7]);
-    m.d[at / QK] = __ushort_as_half(block != NULL ? from[0] : 0);
-}
-
-static __device__ void split_q4_0(const uint8_t *block, const struct matrix &m, int64_t row,
-                                  int b) {
-    const int64_t at = element_at(m, row, b * QK);
-    uint32_t *to = (uint32_t *)(m.q + at / 2);
-    for (int w = 0; w < 4; w++) {
-        uint32_t word = 0;
-        for (int k = 0; k < 8; k++) {
-            int e = 8 * w + k;
-            uint32_t q = block != NULL ? block[2 + e % 16] >> e / 16 * 4 & 15 : 8;
-            word |= q << (k / 2 + k % 2 * 4) * 4;
-        }
-        to[w] = word;
-    }
-    m.d[at / QK] =
-        __ushort_as_half(block != NULL ? *(const uint16_t *)block : (uint16_t)0);
 }
 
 static __device__ __half2 as_half2(uint32_t u) {
@@ -291,18 +265,14 @@ static __device__ float4 load4(const struct matrix &m, int64_t row, int k) {
     return make_float4(a.x, a.y, b.x, b.y);
 }
 
-/* f(constant) with the type as something that a template takes. */
-template <int T> struct constant {
-    static const int value = T;
-};
-
+/* f(type), the type as a constant that a template takes. */
 template <class F> static void with_type(int type, F f) {
     switch (type) {
-    case LVM_F32: f(constant<LVM_F32>()); break;
-    case LVM_F16: f(constant<LVM_F16>()); break;
-    case LVM_BF16: f(constant<LVM_BF16>()); break;
-    case LVM_Q8_0: f(constant<LVM_Q8_0>()); break;
-    default: f(constant<LVM_Q4_0>());
+    case LVM_F32: f(std::integral_constant<int, LVM_F32>()); break;
+    case LVM_F16: f(std::integral_constant<int, LVM_F16>()); break;
+    case LVM_BF16: f(std::integral_constant<int, LVM_BF16>()); break;
+    case LVM_Q8_0: f(std::integral_constant<int, LVM_Q8_0>()); break;
+    default: f(std::integral_constant<int, LVM_Q4_0>());
     }
 }
 
@@ -334,9 +304,9 @@ struct gpu_model {
     struct matrix embed, output, codebook;
     const float *norm;
     float head_up;                /* as struct ups, in front of the output */
-    int *bounds;                  /* [L][3], bits of floats */
+    int *bounds;                  /* [L][3] and the codebook's, bits of floats; see find_bounds */
     float *code_norms;            /* [codes] on the device: |e|^2 */
-    int bad_codebook;             /* 1: some of them are not finite */
+    int bad_codebook;             /* 1: some of them are not finite: gpu_encode refuses */
     char *memory;
     size_t bytes;
 };
@@ -371,25 +341,25 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
         if (type_is_quantised(t->type)) take(a, &m->d, (int64_t)n / QK);
     }
     take(a, &g->code_norms, g->m->vq != NULL ? g->m->vq->codes : 0);
-    take(a, &g->bounds, 3 * (int64_t)g->m->llama.L);
+    take(a, &g->bounds, 3 * (int64_t)g->m->llama.L + 1);
 }
 
 /* ---- Upload ----
 
    The tensors' bytes go over in pieces: a list of parts, and their bytes. Each of some CPU threads
    takes the next piece, copies it from the (mapped) file to pinned memory of its own and sends it,
-   and a kernel on the device puts its units where they belong: a unit is a quantised block, or 16
-   bytes, or an element where rows are no multiple of that. So copying, PCIe and the kernel work
-   side by side. One stream holds all copies, another all kernels: copies that change streams cost
-   20 us more each. To pin memory of 4 KiB pages costs half a millisecond a megabyte, of huge pages
-   an eighth. */
+   and a kernel on the device puts its units where they belong: a unit is a quantised block or one
+   number. So copying, PCIe and the kernel work side by side. One stream holds all copies, another
+   all kernels: copies that change streams cost 20 us more each. To pin memory of 4 KiB pages costs
+   half a millisecond a megabyte, of huge pages an eighth. */
 
-enum { PIECE = 1 << 20, BUFFERS = 2 /* of a thread */, PARTS = 128 /* of a piece at most */,
-       UPLOADERS = 8 };
+enum { PIECE = 1 << 20, PARTS = 128 /* of a piece at most */, UPLOADERS = 8,
+       BUFFERS = 2 /* of a thread */, PIECES = UPLOADERS * BUFFERS };
 
 struct part_of_piece {
     struct matrix m;
-    int unit, n, at;     /* bytes of a unit; how many there are, from byte `at` of the piece on */
+    int elements, unit;  /* elements and bytes of a unit */
+    int n, at;           /* how many there are, from byte `at` of the piece on */
     int64_t first;       /* in the tensor */
     const uint8_t *from; /* on the host */
 };
@@ -397,231 +367,179 @@ struct part_of_piece {
 struct upload {
     const struct gpu_model *g;
     pthread_mutex_t mutex;
-    int tensor, ended;   /* what comes next; 1: nothing does, or a thread met an error */
+    int started, tensor;   /* threads so far; what comes next */
     int64_t unit;
-    uint8_t *host, *device;
-    int pinned;
+    struct queue q;        /* an error of any thread, which ends all of them */
+    uint8_t *host, *device; /* [PIECES][PIECE] */
     cudaStream_t copies, kernels;
+    cudaEvent_t copied[PIECES], placed[PIECES];
 };
-
-struct pinned_piece {
-    uint8_t *host, *device;
-    cudaEvent_t copied, placed;
-};
-
-struct uploader {
-    struct upload *all;
-    struct queue q;
-    pthread_t thread;
-    struct pinned_piece piece[BUFFERS];
-};
-
-static int unit_bytes(const struct matrix &m) {
-    if (type_is_quantised(m.type)) return (int)type_bytes(m.type, QK);
-    int size = (int)plane_bytes(m.type, 1);
-    return (int64_t)m.cols * size % 16 == 0 ? 16 : size;
-}
 
 /* Lists the next piece and returns the number of its parts, 0 at the end. */
-static int list_piece(struct upload *all, struct part_of_piece *list) {
-    const lvm_model *m = all->g->m;
+static int list_piece(struct upload *u, struct part_of_piece *list) {
+    const lvm_model *m = u->g->m;
     int n = 0, used = PARTS * (int)sizeof *list;
-    pthread_mutex_lock(&all->mutex);
-    while (!all->ended && all->tensor < m->n_specs && n < PARTS && used + 64 <= PIECE) {
-        const struct tensor *t = m->specs[all->tensor].tensor;
-        const struct matrix to = all->g->map[all->tensor];
-        int unit = unit_bytes(to);
-        int64_t left = t->data != NULL ? t->rows * t->row_bytes / unit - all->unit : 0,
+    pthread_mutex_lock(&u->mutex);
+    while (u->q.error == cudaSuccess && u->tensor < m->n_specs && n < PARTS && used + 64 <= PIECE) {
+        const struct tensor *t = m->specs[u->tensor].tensor;
+        const int elements = type_is_quantised(t->type) ? QK : 1,
+                  unit = (int)type_bytes(t->type, elements);
+        int64_t left = t->data != NULL ? t->rows * t->row_bytes / unit - u->unit : 0,
                 k = min64(left, (PIECE - used) / unit);
-        if (k > 0) list[n++] = {to, unit, (int)k, used, all->unit, t->data + all->unit * unit};
+        if (k > 0)
+            list[n++] = {u->g->map[u->tensor], elements, unit, (int)k, used, u->unit,
+                         t->data + u->unit * unit};
         used += round_up((int)k * unit, 16);
-        all->unit = k < left ? all->unit + k : 0;
-        all->tensor += k == left;
+        u->unit = k < left ? u->unit + k : 0;
+        u->tensor += k == left;
     }
-    pthread_mutex_unlock(&all->mutex);
+    pthread_mutex_unlock(&u->mutex);
     return n;
 }
 
-static __device__ void place_plain(const uint8_t *from, const struct matrix &m, int unit,
-                                   int64_t row, int at) {
-    const int size = m.type == LVM_F32 ? 4 : 2;
-    uint8_t *to = m.q + element_at(m, row, at * unit / size) * size;
-    if (unit == 16) *(uint4 *)to = from != NULL ? *(const uint4 *)from : make_uint4(0, 0, 0, 0);
-    else if (unit == 4) *(uint32_t *)to = from != NULL ? *(const uint32_t *)from : 0;
-    else *(uint16_t *)to = from != NULL ? *(const uint16_t *)from : (uint16_t)0;
-}
-
-static __device__ void place_unit(const uint8_t *from, const struct matrix &m, int unit,
-                                  int64_t row, int at) {
-    if (m.type == LVM_Q8_0) split_q8_0(from, m, row, at);
-    else if (m.type == LVM_Q4_0) split_q4_0(from, m, row, at);
-    else place_plain(from, m, unit, row, at);
-}
-
-/* Reads a piece, writes planes; blockIdx.y is the part, a thread takes a unit, and a row's last
-   unit brings the zeros behind it. Floor: bytes in + bytes out, far less than PCIe takes. */
+/* Grid: [..][parts]. Reads a piece, writes planes, a thread a unit at a time; what lies behind a
+   row's last is zero already. Floor: bytes in + bytes out, far less than PCIe takes. */
 __global__ void place_kernel(const uint8_t *piece) {
     const struct part_of_piece p = ((const struct part_of_piece *)piece)[blockIdx.y];
-    const int quantised = p.m.type == LVM_Q8_0 || p.m.type == LVM_Q4_0;
-    const int elements = quantised ? QK : p.unit / (p.m.type == LVM_F32 ? 4 : 2);
-    const int row_units = p.m.cols / elements, all = p.m.ld / elements;
-    for (int i = (int)(blockIdx.x * blockDim.x + threadIdx.x); i < p.n;
-         i += (int)(gridDim.x * blockDim.x)) {
-        int64_t row = (p.first + i) / row_units;
-        int at = (int)((p.first + i) % row_units);
-        place_unit(piece + p.at + (int64_t)i * p.unit, p.m, p.unit, row, at);
-        for (at++; at >= row_units && at < all; at++) place_unit(NULL, p.m, p.unit, row, at);
+    const int units = p.m.cols / p.elements;
+    for (int i = (int)(blockIdx.x * THREADS + threadIdx.x); i < p.n; i += (int)gridDim.x * THREADS) {
+        const uint8_t *from = piece + p.at + (int64_t)i * p.unit;
+        const uint16_t *halves = (const uint16_t *)from;
+        const int64_t row = (p.first + i) / units,
+                      at = element_at(p.m, row, (int)(p.first + i - row * units) * p.elements);
+        if (p.m.type == LVM_F32) ((uint32_t *)p.m.q)[at] = *(const uint32_t *)from;
+        else if (p.elements == 1) ((uint16_t *)p.m.q)[at] = *halves;
+        else p.m.d[at / QK] = __ushort_as_half(*halves);
+        uint32_t *words = (uint32_t *)(p.m.q + (p.m.type == LVM_Q8_0 ? at : at / 2));
+        for (int w = 0; p.m.type == LVM_Q8_0 && w < 8; w++)
+            words[w] = (halves[1 + 2 * w] | (uint32_t)halves[2 + 2 * w] << 16) ^ 0x80808080;
+        for (int e = 0; p.m.type == LVM_Q4_0 && e < QK; e++) {
+            uint32_t q = from[2 + e % 16] >> e / 16 * 4 & 15;
+            words[e / 8] = (e % 8 > 0 ? words[e / 8] : 0) | q << (e / 2 % 4 + e % 2 * 4) * 4;
+        }
     }
 }
 
-static void send_piece(struct uploader *u, const struct pinned_piece *p, int n) {
-    const struct part_of_piece *list = (const struct part_of_piece *)p->host, *end = list + n - 1;
-    const struct upload *all = u->all;
+static void send_piece(struct upload *u, struct queue *q, int number, int n) {
+    uint8_t *host = u->host + (int64_t)number * PIECE, *device = u->device + (int64_t)number * PIECE;
+    const struct part_of_piece *list = (const struct part_of_piece *)host, *end = list + n - 1;
     int most = 0;
     for (int i = 0; i < n; i++) {
-        memcpy(p->host + list[i].at, list[i].from, (size_t)list[i].n * (size_t)list[i].unit);
-        most = (int)max64(most, list[i].n);
+        memcpy(host + list[i].at, list[i].from, (size_t)list[i].n * (size_t)list[i].unit);
+        most = std::max(most, list[i].n);
     }
-    note(&u->q, cudaMemcpyAsync(p->device, p->host, (size_t)(end->at + end->n * end->unit),
-                                cudaMemcpyHostToDevice, all->copies), "copying weights");
-    note(&u->q, cudaEventRecord(p->copied, all->copies), "cudaEventRecord");
-    note(&u->q, cudaStreamWaitEvent(all->kernels, p->copied, 0), "cudaStreamWaitEvent");
+    note(q, cudaMemcpyAsync(device, host, (size_t)(end->at + end->n * end->unit),
+                            cudaMemcpyHostToDevice, u->copies), "copying weights");
+    note(q, cudaEventRecord(u->copied[number], u->copies), "cudaEventRecord");
+    note(q, cudaStreamWaitEvent(u->kernels, u->copied[number], 0), "cudaStreamWaitEvent");
     dim3 grid((unsigned)min64(256, (most + THREADS - 1) / THREADS), (unsigned)n);
-    place_kernel<<<grid, THREADS, 0, all->kernels>>>(p->device);
-    launched(&u->q, "place_kernel");
-    note(&u->q, cudaEventRecord(p->placed, all->kernels), "cudaEventRecord");
+    place_kernel<<<grid, THREADS, 0, u->kernels>>>(device);
+    launched(q, "place_kernel");
+    note(q, cudaEventRecord(u->placed[number], u->kernels), "cudaEventRecord");
 }
 
 static void *upload_thread(void *arg) {
-    struct uploader *u = (struct uploader *)arg;
-    struct upload *all = u->all;
-    note(&u->q, cudaSetDevice(u->q.device), "cudaSetDevice");
-    for (int i = 0, n = 1; n > 0 && u->q.error == cudaSuccess; i++) {
-        const struct pinned_piece *p = &u->piece[i % BUFFERS];
-        note(&u->q, cudaEventSynchronize(p->placed), "cudaEventSynchronize");
-        n = list_piece(all, (struct part_of_piece *)p->host);
-        if (n > 0) send_piece(u, p, n);
+    struct upload *u = (struct upload *)arg;
+    struct queue q = u->g->q;
+    pthread_mutex_lock(&u->mutex);
+    const int own = BUFFERS * u->started++;
+    pthread_mutex_unlock(&u->mutex);
+    note(&q, cudaSetDevice(q.device), "cudaSetDevice");
+    for (int i = 0, n = 1; n > 0 && q.error == cudaSuccess; i = (i + 1) % BUFFERS) {
+        note(&q, cudaEventSynchronize(u->placed[own + i]), "cudaEventSynchronize");
+        n = list_piece(u, (struct part_of_piece *)(u->host + (int64_t)(own + i) * PIECE));
+        if (n > 0) send_piece(u, &q, own + i, n);
     }
-    pthread_mutex_lock(&all->mutex);
-    all->ended |= u->q.error != cudaSuccess;
-    pthread_mutex_unlock(&all->mutex);
+    pthread_mutex_lock(&u->mutex);
+    note(&u->q, q.error, q.what);
+    pthread_mutex_unlock(&u->mutex);
     return NULL;
 }
 
 /* The calling thread is the first of n; where no further one can be started those there are do all.
    Signals are left to the program's own threads. */
-static void upload_by(struct uploader *u, int n) {
+static void upload_by(struct upload *u, int n) {
+    pthread_t thread[UPLOADERS];
     int started = 1;
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    for (; started < n; started++)
-        if (pthread_create(&u[started].thread, NULL, upload_thread, &u[started]) != 0) break;
+    while (started < n && pthread_create(&thread[started], NULL, upload_thread, u) == 0) started++;
     pthread_sigmask(SIG_SETMASK, &before, NULL);
-    upload_thread(&u[0]);
-    for (int i = 1; i < started; i++) pthread_join(u[i].thread, NULL);
+    upload_thread(u);
+    for (int i = 1; i < started; i++) pthread_join(thread[i], NULL);
 }
 
 /* Memory that cannot be pinned will do too, at a third of the speed. */
-static void alloc_pinned(struct upload *all, size_t bytes, struct queue *q) {
-    const size_t page = 2 << 20;
-    all->host = (uint8_t *)aligned_alloc(page, (bytes + page - 1) / page * page);
-    if (all->host == NULL) note(q, cudaErrorMemoryAllocation, "malloc of staging memory");
-    if (all->host == NULL) return;
-    (void)madvise(all->host, bytes, MADV_HUGEPAGE);
-    memset(all->host, 0, bytes);
-    all->pinned = cudaHostRegister(all->host, bytes, cudaHostRegisterDefault) == cudaSuccess;
-    cudaGetLastError();
-}
-
-/* Streams, events and memory of an upload; what was made is destroyed by upload_free. */
-static void upload_alloc(struct upload *all, struct uploader *u, int n, struct queue *q) {
-    size_t bytes = (size_t)n * BUFFERS * PIECE, at = 0;
-    alloc_pinned(all, bytes, q);
-    note(q, cudaMalloc((void **)&all->device, bytes), "cudaMalloc for weights");
-    note(q, cudaStreamCreateWithFlags(&all->copies, cudaStreamNonBlocking),
-         "cudaStreamCreateWithFlags");
-    note(q, cudaStreamCreateWithFlags(&all->kernels, cudaStreamNonBlocking),
-         "cudaStreamCreateWithFlags");
-    for (int i = 0; q->error == cudaSuccess && i < n; i++) {
-        u[i].all = all;
-        u[i].q.device = q->device;
-        for (struct pinned_piece &p : u[i].piece) {
-            p.host = all->host + at;
-            p.device = all->device + at;
-            at += PIECE;
-            note(q, cudaEventCreateWithFlags(&p.copied, cudaEventDisableTiming),
-                 "cudaEventCreateWithFlags");
-            note(q, cudaEventCreateWithFlags(&p.placed, cudaEventDisableTiming),
-                 "cudaEventCreateWithFlags");
-        }
+static void upload_alloc(struct upload *u, size_t bytes) {
+    u->host = (uint8_t *)aligned_alloc(2 << 20 /* a huge page */, bytes);
+    if (u->host == NULL) note(&u->q, cudaErrorMemoryAllocation, "malloc of staging memory");
+    else {
+        (void)madvise(u->host, bytes, MADV_HUGEPAGE);
+        memset(u->host, 0, bytes);
+        cudaHostRegister(u->host, bytes, cudaHostRegisterDefault);
+        cudaGetLastError();
     }
+    note(&u->q, cudaMalloc((void **)&u->device, bytes), "cudaMalloc for weights");
+    for (cudaStream_t *stream : {&u->copies, &u->kernels})
+        note(&u->q, cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking),
+             "cudaStreamCreateWithFlags");
+    for (size_t i = 0; i < bytes / PIECE; i++)
+        for (cudaEvent_t *event : {&u->copied[i], &u->placed[i]})
+            note(&u->q, cudaEventCreateWithFlags(event, cudaEventDisableTiming),
+                 "cudaEventCreateWithFlags");
 }
 
-static void upload_free(struct upload *all, struct uploader *u) {
-    for (int i = 0; i < UPLOADERS; i++)
-        for (const struct pinned_piece &p : u[i].piece) {
-            if (p.copied != NULL) cudaEventDestroy(p.copied);
-            if (p.placed != NULL) cudaEventDestroy(p.placed);
-        }
-    if (all->copies != NULL) cudaStreamDestroy(all->copies);
-    if (all->kernels != NULL) cudaStreamDestroy(all->kernels);
-    cudaFree(all->device);
-    if (all->pinned) cudaHostUnregister(all->host);
-    free(all->host);
-    pthread_mutex_destroy(&all->mutex);
+static void upload_free(struct upload *u) {
+    for (int i = 0; i < PIECES; i++)
+        for (cudaEvent_t event : {u->copied[i], u->placed[i]})
+            if (event != NULL) cudaEventDestroy(event);
+    for (cudaStream_t stream : {u->copies, u->kernels})
+        if (stream != NULL) cudaStreamDestroy(stream);
+    cudaFree(u->device);
+    if (u->host != NULL) cudaHostUnregister(u->host);
+    free(u->host);
+    pthread_mutex_destroy(&u->mutex);
+    cudaGetLastError();
 }
 
 static void upload_weights(struct gpu_model *g) {
-    struct upload all = {};
-    struct uploader u[UPLOADERS] = {};
+    struct upload u = {};
     int n = (int)min64(max64(2, min64(UPLOADERS, sysconf(_SC_NPROCESSORS_ONLN))),
                        (int64_t)g->bytes / PIECE + 1);
-    all.g = g;
-    pthread_mutex_init(&all.mutex, NULL);
-    upload_alloc(&all, u, n, &g->q);
-    if (g->q.error == cudaSuccess) {
-        upload_by(u, n);
-        for (int i = 0; i < n; i++) note(&g->q, u[i].q.error, u[i].q.what);
-        note(&g->q, cudaStreamSynchronize(all.copies), "cudaStreamSynchronize");
-        note(&g->q, cudaStreamSynchronize(all.kernels), "cudaStreamSynchronize");
+    u.g = g;
+    pthread_mutex_init(&u.mutex, NULL);
+    upload_alloc(&u, (size_t)n * BUFFERS * PIECE);
+    if (u.q.error == cudaSuccess) {
+        note(&u.q, cudaMemsetAsync(g->memory, 0, g->bytes, u.kernels), "cudaMemset");
+        upload_by(&u, n);
+        note(&u.q, cudaStreamSynchronize(u.copies), "cudaStreamSynchronize");
+        note(&u.q, cudaStreamSynchronize(u.kernels), "cudaStreamSynchronize");
     }
-    upload_free(&all, u);
-    cudaGetLastError();
+    upload_free(&u);
+    note(&g->q, u.q.error, u.q.what);
 }
 
-/* norms[i] = |e_i|^2, in doubles; a thread a code. */
-template <int TYPE> __global__ void code_norms_kernel(struct matrix codebook, float *norms) {
-    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-    double sum = 0;
-    if (i >= codebook.rows) return;
-    for (int k = 0; k < codebook.cols; k += 4) { /* zeros behind the last */
-        float4 e = load4<TYPE>(codebook, i, k);
-        sum += (double)e.x * e.x;
-        sum += (double)e.y * e.y;
-        sum += (double)e.z * e.z;
-        sum += (double)e.w * e.w;
-    }
-    norms[i] = (float)sum;
-}
+/* ---- The model ---- */
 
 static void name_layers(struct gpu_model *g) {
     const struct llama *a = &g->m->llama;
     for (int i = 0; i < a->L; i++) {
         const struct layer *l = &a->layers[i];
         struct gpu_layer *to = &g->layers[i];
-        struct { const struct tensor *from; struct matrix *to; } all[] = {
+        struct { const struct tensor *from; struct matrix *to; } matrices[] = {
             {&l->q, &to->q}, {&l->k, &to->k}, {&l->v, &to->v}, {&l->o, &to->o},
             {&l->gate, &to->gate}, {&l->up, &to->up}, {&l->down, &to->down}};
-        for (const auto &one : all) *one.to = on_device(g, one.from);
-        to->attn_norm = vector_on_device(g, &l->attn_norm);
-        to->ffn_norm = vector_on_device(g, &l->ffn_norm);
-        to->q_bias = vector_on_device(g, &l->q_bias);
-        to->k_bias = vector_on_device(g, &l->k_bias);
-        to->v_bias = vector_on_device(g, &l->v_bias);
-        to->o_bias = vector_on_device(g, &l->o_bias);
-        to->f16 = to->q.type != LVM_F32 && a->D % 4 == 0;
-        for (const auto &one : all) to->f16 &= one.to->type == to->q.type;
+        struct { const struct tensor *from; const float **to; } vectors[] = {
+            {&l->attn_norm, &to->attn_norm}, {&l->ffn_norm, &to->ffn_norm},
+            {&l->q_bias, &to->q_bias}, {&l->k_bias, &to->k_bias}, {&l->v_bias, &to->v_bias},
+            {&l->o_bias, &to->o_bias}};
+        to->f16 = l->q.type != LVM_F32 && a->D % 4 == 0;
+        for (const auto &one : matrices) {
+            *one.to = on_device(g, one.from);
+            to->f16 &= one.from->type == l->q.type;
+        }
+        for (const auto &one : vectors) *one.to = vector_on_device(g, one.from);
     }
     if (a->L == 0) return;
     g->embed = on_device(g, &a->embed);
@@ -661,32 +579,45 @@ static void gpu_model_close(void *copy) {
 
 /* Room for all weights, or an error before any of them is copied. */
 static int gpu_model_alloc(struct gpu_model *g, lvm_error *error) {
+    const lvm_model *m = g->m;
     struct arena a = {NULL, 0};
+    size_t ops = m->vq != NULL ? (size_t)m->vq->n_ops : 0;
+    g->map = (struct matrix *)calloc((size_t)m->n_specs + 1, sizeof *g->map);
+    g->layers = (struct gpu_layer *)calloc((size_t)m->llama.L + 1, sizeof *g->layers);
+    g->ops = (struct gpu_op *)calloc(ops + 1, sizeof *g->ops);
+    if (g->map == NULL || g->layers == NULL || g->ops == NULL)
+        return fail(error, LVM_MEMORY, "out of memory");
     place_weights(g, &a);
     g->bytes = a.used;
     note(&g->q, cudaStreamCreateWithFlags(&g->q.stream, cudaStreamNonBlocking),
          "cudaStreamCreateWithFlags");
     note(&g->q, cudaMalloc((void **)&g->memory, g->bytes + 256), "cudaMalloc of the weights");
-    if (settle(&g->q, error) != LVM_OK) return error != NULL ? error->code : LVM_MEMORY;
-    a.base = g->memory;
-    a.used = 0;
+    int code = settle(&g->q, error);
+    if (code != LVM_OK) return code;
+    a = {g->memory, 0};
     place_weights(g, &a);
     name_layers(g);
     name_ops(g);
     return LVM_OK;
 }
 
-/* A codebook that is not finite is remembered for gpu_encode to refuse. */
-static int look_at_codebook(struct gpu_model *g, lvm_error *error) {
-    size_t n = (size_t)g->m->vq->codes;
-    float *norms = (float *)malloc(n * sizeof *norms);
-    if (norms == NULL) return fail(error, LVM_MEMORY, "out of memory");
-    note(&g->q, cudaMemcpyAsync(norms, g->code_norms, n * sizeof *norms, cudaMemcpyDeviceToHost,
-                                g->q.stream), "copying the codebook's norms");
-    int code = wait_for(&g->q, error);
-    g->bad_codebook = code == LVM_OK && check_finite(norms, (int64_t)n, "norms", 0, NULL) != LVM_OK;
-    free(norms);
-    return code;
+/* ---- What is known of weights before they are used ---- */
+
+/* norms[i] = |e_i|^2, in doubles; a thread a code. largest[0] = the bits of the largest. */
+template <int TYPE>
+__global__ void code_norms_kernel(struct matrix codebook, float *norms, int *largest) {
+    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
+    double sum = 0;
+    if (i >= codebook.rows) return;
+    for (int k = 0; k < codebook.cols; k += 4) { /* zeros behind the last */
+        float4 e = load4<TYPE>(codebook, i, k);
+        sum += (double)e.x * e.x;
+        sum += (double)e.y * e.y;
+        sum += (double)e.z * e.z;
+        sum += (double)e.w * e.w;
+    }
+    norms[i] = (float)sum;
+    atomicMax(largest, __float_as_int(norms[i]));
 }
 
 /* A warp a row. largest[0] = the bits of the largest of root |w norm| + |bias|: no row of w gives
@@ -709,83 +640,85 @@ __global__ void row_bounds_kernel(struct matrix w, const float *norm, const floa
                   __float_as_int(root * sqrtf(sum) + (bias != NULL ? fabsf(bias[row]) : 0)));
 }
 
-/* The power of two that brings what is no larger than `bound` under 2^15. */
-static float power_for(double bound) {
-    int e = 0;
-    if (!(bound > 0 && bound < 1e30)) return 1; /* weights that are not finite */
-    frexp(bound * 1.01, &e);
-    return ldexpf(1, (int)max64(-100, min64(100, 15 - e)));
+/* The largest power of two that brings `most` under 2^15. */
+static __host__ __device__ float power_for(float most) {
+    int e = most > 0 && most < HUGE_VALF ? 14 - ilogbf(most) : 0;
+    return exp2f((float)(e > 100 ? 100 : e < -100 ? -100 : e));
 }
+
+/* The same for what does not exceed a bound, but for roundings. */
+static float power_for_bound(double bound) { return power_for((float)(1.01 * bound)); }
 
 /* For rmsnorm with this norm. */
 static float power_for_norm(const struct tensor *norm, double root) {
-    const float *w = (const float *)norm->data;
     double most = 0;
     for (int64_t k = 0; k < (int64_t)norm->rows * norm->cols; k++)
-        most = fabs((double)w[k]) > most || w[k] != w[k] ? fabs((double)w[k]) : most;
-    return power_for(root * most);
+        most = fmax(most, fabs((double)((const float *)norm->data)[k]));
+    return power_for_bound(root * most);
 }
 
-static void bound_rows(struct gpu_model *g, const struct matrix *w, const float *norm,
-                       const float *bias, int *largest) {
-    float root = sqrtf((float)g->m->llama.D);
-    with_type(w->type, [&](auto type) {
-        row_bounds_kernel<decltype(type)::value><<<(unsigned)(w->rows + WARPS - 1) / WARPS, THREADS,
-                                                   0, g->q.stream>>>(*w, norm, bias, root, largest);
-        launched(&g->q, "row_bounds_kernel");
-    });
-}
-
-static int find_ups(struct gpu_model *g, lvm_error *error) {
+/* To g->bounds, which begins as zeros: of each layer the bounds of v, gate and up; then the largest
+   norm of a code. */
+static void find_bounds(struct gpu_model *g) {
     const struct llama *a = &g->m->llama;
-    double root = sqrt((double)a->D);
-    size_t bytes = 3 * (size_t)a->L * sizeof(float);
-    float *bounds = (float *)malloc(bytes + 1);
-    if (bounds == NULL) return fail(error, LVM_MEMORY, "out of memory");
-    note(&g->q, cudaMemsetAsync(g->bounds, 0, bytes, g->q.stream), "cudaMemset");
+    struct queue *q = &g->q;
+    const float root = sqrtf((float)a->D);
+    auto rows = [&](const struct matrix &w, const float *norm, const float *bias, int *largest) {
+        const unsigned grid = (unsigned)(w.rows + WARPS - 1) / WARPS;
+        with_type(w.type, [&](auto type) {
+            row_bounds_kernel<type.value><<<grid, THREADS, 0, q->stream>>>(w, norm, bias, root,
+                                                                           largest);
+        });
+    };
     for (int i = 0; i < a->L; i++) {
         const struct gpu_layer *l = &g->layers[i];
-        bound_rows(g, &l->v, l->attn_norm, l->v_bias, g->bounds + 3 * i);
-        bound_rows(g, &l->gate, l->ffn_norm, NULL, g->bounds + 3 * i + 1);
-        bound_rows(g, &l->up, l->ffn_norm, NULL, g->bounds + 3 * i + 2);
+        rows(l->v, l->attn_norm, l->v_bias, g->bounds + 3 * i);
+        rows(l->gate, l->ffn_norm, NULL, g->bounds + 3 * i + 1);
+        rows(l->up, l->ffn_norm, NULL, g->bounds + 3 * i + 2);
     }
-    note(&g->q, cudaMemcpyAsync(bounds, g->bounds, bytes, cudaMemcpyDeviceToHost, g->q.stream),
-         "copying bounds");
+    launched(q, "row_bounds_kernel");
+    if (g->m->vq == NULL) return;
+    with_type(g->codebook.type, [&](auto type) {
+        const unsigned grid = (unsigned)(g->codebook.rows + THREADS - 1) / THREADS;
+        code_norms_kernel<type.value><<<grid, THREADS, 0, q->stream>>>(g->codebook, g->code_norms,
+                                                                       g->bounds + 3 * a->L);
+    });
+    launched(q, "code_norms_kernel");
+}
+
+static int use_bounds(struct gpu_model *g, lvm_error *error) {
+    const struct llama *a = &g->m->llama;
+    const double root = sqrt((double)a->D);
+    const size_t n = 3 * (size_t)a->L + 1;
+    float *bounds = (float *)malloc(n * sizeof *bounds);
+    if (bounds == NULL) return fail(error, LVM_MEMORY, "out of memory");
+    copy(&g->q, bounds, g->bounds, n * sizeof *bounds, "copying bounds");
     int code = wait_for(&g->q, error);
     for (int i = 0; code == LVM_OK && i < a->L; i++) {
         const float *b = bounds + 3 * i;
-        const struct ups u = {power_for_norm(&a->layers[i].attn_norm, root), power_for(b[0]),
-                              power_for_norm(&a->layers[i].ffn_norm, root),
-                              power_for((double)b[1] * b[2])};
-        g->layers[i].ups = u;
+        g->layers[i].ups = {power_for_norm(&a->layers[i].attn_norm, root), power_for_bound(b[0]),
+                            power_for_norm(&a->layers[i].ffn_norm, root),
+                            power_for_bound((double)b[1] * b[2])};
     }
     if (code == LVM_OK && a->L > 0) g->head_up = power_for_norm(&a->norm, root);
+    if (code == LVM_OK) g->bad_codebook = !isfinite(bounds[n - 1]);
     free(bounds);
     return code;
 }
 
-static int gpu_model_fill(struct gpu_model *g, lvm_error *error) {
-    struct queue *q = &g->q;
-    upload_weights(g);
-    if (q->error == cudaSuccess && g->m->vq != NULL)
-        with_type(g->codebook.type, [&](auto type) {
-            int grid = (g->codebook.rows + THREADS - 1) / THREADS;
-            code_norms_kernel<type.value><<<grid, THREADS, 0, q->stream>>>(g->codebook,
-                                                                           g->code_norms);
-            launched(q, "code_norms_kernel");
-        });
-    int code = wait_for(q, error);
-    if (code == LVM_OK && g->m->vq != NULL) code = look_at_codebook(g, error);
-    return code == LVM_OK ? find_ups(g, error) : code;
+static int gpu_count(lvm_error *error) {
+    int count = 0;
+    cudaError_t e = cudaGetDeviceCount(&count);
+    if (e == cudaSuccess && count > 0) return count;
+    cuda_fail(e != cudaSuccess ? e : cudaErrorNoDevice, "looking for a GPU", error);
+    return 0;
 }
 
 /* "cuda" is the first device, "cuda:1" the second. */
 static int device_number(const char *name, int *number, lvm_error *error) {
-    int count = 0, used = 0;
-    cudaError_t e = cudaGetDeviceCount(&count);
+    int count = gpu_count(error), used = 0;
     *number = 0;
-    if (e != cudaSuccess || count == 0)
-        return cuda_fail(e != cudaSuccess ? e : cudaErrorNoDevice, "looking for a GPU", error);
+    if (count == 0) return LVM_UNSUPPORTED;
     if (name[4] == ':' && (sscanf(name + 4, ":%d%n", number, &used) != 1 || name[4 + used] != 0))
         return fail(error, LVM_INVALID, "device %s: the GPUs are cuda:0, cuda:1 and so on", name);
     if (*number < 0 || *number >= count)
@@ -793,42 +726,42 @@ static int device_number(const char *name, int *number, lvm_error *error) {
     return LVM_OK;
 }
 
-static int check_chip(int device, int *chains, int *sms, lvm_error *error) {
-    int major = 0;
-    cudaError_t e = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-    if (e != cudaSuccess) return cuda_fail(e, "cudaDeviceGetAttribute", error);
-    *chains = major >= 9;
-    e = cudaDeviceGetAttribute(sms, cudaDevAttrMultiProcessorCount, device);
-    if (e != cudaSuccess) return cuda_fail(e, "cudaDeviceGetAttribute", error);
-    if (major >= 8) return LVM_OK;
-    return fail(error, LVM_UNSUPPORTED, "cuda:%d: has compute capability %d.x; lvm needs 8.0",
-                device, major);
-}
-
 static int has_wgmma(void); /* chapter 3 */
 
+/* A queue's description of its device. */
+static int look_at_chip(struct queue *q, lvm_error *error) {
+    int major = 0;
+    struct { enum cudaDeviceAttr what; int *to; } all[] = {
+        {cudaDevAttrComputeCapabilityMajor, &major}, {cudaDevAttrMultiProcessorCount, &q->sms},
+        {cudaDevAttrMaxSharedMemoryPerBlockOptin, &q->shared}};
+    for (const auto &one : all)
+        note(q, cudaDeviceGetAttribute(one.to, one.what, q->device), "cudaDeviceGetAttribute");
+    int code = settle(q, error);
+    if (code == LVM_OK && major < 8)
+        code = fail(error, LVM_UNSUPPORTED, "cuda:%d: has compute capability %d.x; lvm needs 8.0",
+                    q->device, major);
+    if (code == LVM_OK) code = use_device(q, error);
+    q->chains = major >= 9;
+    if (code == LVM_OK) q->wgmma = has_wgmma() ? q->sms : 0;
+    return code;
+}
+
 static int gpu_model_open(const lvm_model *m, const char *device, void **copy, lvm_error *error) {
-    int number, chains = 0, sms = 1, code = device_number(device, &number, error);
-    if (code == LVM_OK) code = check_chip(number, &chains, &sms, error);
+    lvm_error own = {0, ""};
+    struct queue q = {};
+    int code = device_number(device, &q.device, error);
+    if (code == LVM_OK) code = look_at_chip(&q, error);
     if (code != LVM_OK) return code;
     struct gpu_model *g = (struct gpu_model *)calloc(1, sizeof *g);
     if (g == NULL) return fail(error, LVM_MEMORY, "out of memory");
-    lvm_error own = {0, ""};
     g->m = m;
-    g->q.device = number;
-    g->q.chains = chains;
-    g->q.sms = sms;
-    cudaDeviceGetAttribute(&g->q.shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, number);
-    g->map = (struct matrix *)calloc((size_t)m->n_specs + 1, sizeof *g->map);
-    g->layers = (struct gpu_layer *)calloc((size_t)m->llama.L + 1, sizeof *g->layers);
-    size_t ops = m->vq != NULL ? (size_t)m->vq->n_ops : 0;
-    g->ops = (struct gpu_op *)calloc(ops + 1, sizeof *g->ops);
-    if (g->map == NULL || g->layers == NULL || g->ops == NULL)
-        code = fail(&own, LVM_MEMORY, "out of memory");
-    if (code == LVM_OK) code = use_device(&g->q, &own);
-    if (code == LVM_OK) g->q.wgmma = has_wgmma() ? g->q.sms : 0;
-    if (code == LVM_OK) code = gpu_model_alloc(g, &own);
-    if (code == LVM_OK) code = gpu_model_fill(g, &own);
+    g->q = q;
+    code = gpu_model_alloc(g, &own);
+    if (code == LVM_OK) {
+        upload_weights(g);
+        find_bounds(g);
+        code = use_bounds(g, &own);
+    }
     if (code == LVM_OK) *copy = g;
     else gpu_model_close(g);
     return code == LVM_OK ? LVM_OK : fail(error, code, "%s: %s", m->path, own.text);
@@ -4986,7 +4919,7 @@ struct gpu {
     size_t page_bytes, bytes;
     struct gpu_sequence seq[SEQUENCES];
     struct gpu_page *spare;
-    char *memory;
+    char *memory, *pinned;
     float *x, *qb, *kb, *vb, *rope, *partial, *logits, *nll;
     float *f, *gate, *up;         /* of layers in f32: what stands in front of a product; hidden */
     float *heads;                 /* what attention gives, in f32 */
@@ -5003,7 +4936,7 @@ struct gpu {
     struct sampler *sampler;
     struct told *told;            /* pinned */
     cudaGraphExec_t next_graph[GRAPH_ROWS + 1];
-    int next_seen[GRAPH_ROWS + 1], samples; /* samples: 1: from so many codes */
+    int next_seen[GRAPH_ROWS + 1];
     struct vq_memory vq;
 };
 
@@ -5477,23 +5410,21 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
    queue and watches a word of its own memory for each id.
 
    Top-k, nucleus and draw each ask for the choice at which a count or a sum is reached, likeliest
-   first. Sums are exact in any order (lvm.c, summand), so nothing need be sorted to its end: keys
-   ascend where p falls, and of equal ones where the id rises; choices go to 1024 bins by the first
-   bits in which keys differ (a radix sort's first pass), sums before each bin tell which bin it is,
-   and only its choices are compared with each other. A bin with many is split like the whole.
+   first. Sums are exact in any order (lvm.c, summand), so nothing need be sorted: keys ascend where
+   p falls, and of equal ones where the id rises; by the first bits in which keys differ choices
+   fall into 1024 bins, and what the bins before hold tells in which of them the goal is reached.
+   That bin's keys fall into bins in turn, until there is one choice (a radix select).
 
    Floor: bytes do not count, for logits are in the L2 cache; it is the latency of that read and of
    some twenty barriers. */
 
 enum { BIN_BITS = 10, BINS = 1 << BIN_BITS /* and threads */, CODE_BITS = 14,
        CODES = 1 << CODE_BITS /* ids to sample from, at most */,
-       FEW = 96 /* choices that are compared one by one */,
        IN_FLIGHT = 8 /* tokens in the queue */, RING = 2 * IN_FLIGHT };
 
 /* How to sample; what is kept of each sequence. */
 struct sampler {
-    float temperature, top_p;
-    int top_k, greedy, judge; /* judge: log_likelihood is wanted */
+    lvm_sampling by; /* log_likelihood: not NULL where it is wanted */
     struct {
         struct rng rng;
         double log_likelihood;
@@ -5552,52 +5483,32 @@ static __device__ float from_ordered(uint32_t u) {
     return __uint_as_float(u >> 31 ? u & 0x7fffffff : ~u);
 }
 
-/* Choices that follow each other in the order, of which those before them have this sum; their keys
-   are low .. low + 2^bits - 1. */
+/* Choices that follow each other in the order: their keys are low .. low + 2^bits - 1. How many
+   come before them and how many there are, and the sums of both. */
 struct slice {
-    int first, n;
-    double before;
     uint64_t low;
-    int bits;
+    int bits, first, n;
+    double before, mass;
 };
 
-/* A block's shared memory: choice i has p[padded(i)] and id[i]. */
+/* A block's shared memory. */
 struct sampling {
-    float *p;
-    uint16_t *id;
-    struct sampling_memory {
-        uint32_t most[4][32];
-        int counts[32], bin[BINS];           /* how many choices, then where they begin */
-        double sums[32], before[BINS + 1];
-        struct slice found;
-        struct {
-            int id, count;                   /* count and mass: up to it and with it */
-            double mass;
-        } choice;
-    } *m;
+    int count[BINS];
+    uint32_t low[BINS], high[BINS]; /* a bin's sum in units of 2^-37, the least summand */
+    int counts[32];
+    double sums[32];
+    uint32_t most[4][32];
+    struct slice found;
+    int id;
 };
 
-/* One float in 33 is left out, so that threads that each read 2, 4, 8 or 16 meet no bank twice. */
-static __host__ __device__ int padded(int i) { return i + i / 32; }
-
-static size_t sampling_shared(int codes) {
-    return (size_t)padded(codes + 31) * sizeof(float) + (size_t)codes * sizeof(uint16_t);
-}
-
-/* A key's upper bits, ascending where p falls; 0 follows 2^-37, the least summand. */
+/* A key's upper bits, ascending where p falls; 0 follows 2^-37. */
 static __device__ uint32_t upper_key(float p) {
     return min(0x3f800000 - __float_as_uint(p), (37u << 23) + 1);
 }
 
 static __device__ uint64_t key_of(float p, int id) {
     return (uint64_t)upper_key(p) << CODE_BITS | (uint32_t)id;
-}
-
-/* Bins of 2^width keys. */
-static __device__ int bin_of(const struct slice &s, int width, float p, int id) {
-    uint32_t bin = width >= CODE_BITS ? upper_key(p) >> (width - CODE_BITS)
-                                      : (uint32_t)(key_of(p, id) >> width);
-    return (int)min(bin - (uint32_t)(s.low >> width), BINS - 1u);
 }
 
 /* The sum of v over the threads before this one. parts: shared. */
@@ -5615,44 +5526,28 @@ template <class T> static __device__ T sum_before(T v, T *parts) {
     return all + sum - v;
 }
 
-/* Sorts a slice by bins: p and id, of which thread t has number t + 1024 i, go to where they belong
-   in shared memory; the thread's bin is returned. */
+/* The thread's bin of a slice. p: of the choices t, t + 1024 ..; below zero: there is none. */
 template <int N>
-static __device__ struct slice split(const struct sampling &m, const struct slice &s,
-                                     const float *p, const int *id) {
-    const int t = (int)threadIdx.x, width = max(0, s.bits - BIN_BITS);
-    uint32_t place[N]; /* the bin, and below it the number among its choices */
-    m.m->bin[t] = 0;
+static __device__ struct slice bin_of(struct sampling *m, const struct slice &s, const float *p) {
+    const int t = (int)threadIdx.x, bits = max(0, s.bits - BIN_BITS);
+    m->count[t] = 0;
+    m->low[t] = m->high[t] = 0;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        if (i * BINS >= s.n) break;
-        int bin = bin_of(s, width, p[i], id[i]);
-        if (t + i * BINS < s.n) place[i] = (uint32_t)(bin << 16 | atomicAdd(&m.m->bin[bin], 1));
+        const uint64_t bin = (key_of(p[i], t + i * BINS) - s.low) >> bits;
+        if (p[i] < 0 || bin >= BINS) continue;
+        const uint64_t units = (uint64_t)(p[i] * 0x1p37f);
+        const uint32_t low = (uint32_t)units, old = atomicAdd(&m->low[bin], low),
+                       high = (uint32_t)(units >> 32) + (old + low < low);
+        if (high > 0) atomicAdd(&m->high[bin], high);
+        atomicAdd(&m->count[bin], 1);
     }
     __syncthreads();
-    int n = m.m->bin[t], first = s.first + sum_before(n, m.m->counts);
-    m.m->bin[t] = first;
-    __syncthreads();
-#pragma unroll
-    for (int i = 0; i < N; i++) {
-        if (i * BINS >= s.n) break;
-        if (t + i * BINS >= s.n) continue;
-        int to = m.m->bin[place[i] >> 16] + (int)(place[i] & 0xffff);
-        m.p[padded(to)] = p[i];
-        m.id[to] = (uint16_t)id[i];
-    }
-    __syncthreads();
-    const int up = s.n > BINS ? 32 - __clz((s.n - 1) / BINS) : 0; /* 2^up choices a thread */
-    double sum = 0;
-    for (int i = t << up; i < min(s.n, (t + 1) << up); i++) sum += (double)m.p[padded(s.first + i)];
-    m.m->before[t] = s.before + sum_before(sum, m.m->sums);
-    if (t == BINS - 1) m.m->before[BINS] = m.m->before[t] + sum;
-    __syncthreads();
-    const int at = first - s.first;
-    double before = m.m->before[at >> up];
-    for (int i = at >> up << up; i < at; i++) before += (double)m.p[padded(s.first + i)];
-    return {first, n, before, s.low + ((uint64_t)t << width), width};
+    const int n = m->count[t];
+    const double mass = (double)((uint64_t)m->high[t] << 32 | m->low[t]) * 0x1p-37;
+    return {s.low + ((uint64_t)t << bits), bits, s.first + sum_before(n, m->counts), n,
+            s.before + sum_before(mass, m->sums), mass};
 }
 
 /* So many choices, or so large a sum; one at least. */
@@ -5666,48 +5561,12 @@ static __device__ int reached(const struct goal &g, int count, double mass) {
 }
 
 /* Of the threads' bins the one in which the goal is reached: the last before which it is not. */
-static __device__ struct slice find(const struct sampling &m, const struct goal &g,
+static __device__ struct slice find(struct sampling *m, const struct goal &g,
                                     const struct slice &own) {
     int bin = __syncthreads_count(!reached(g, own.first, own.before)) - 1;
-    if ((int)threadIdx.x == bin) m.m->found = own;
+    if ((int)threadIdx.x == bin) m->found = own;
     __syncthreads();
-    return m.m->found;
-}
-
-/* The choice with which the goal is reached, to m.m->choice. own: the thread's bin of all. */
-template <int N>
-static __device__ void choose(const struct sampling &m, const struct goal &g,
-                              const struct slice &own) {
-    struct slice s = find(m, g, own);
-    while (s.n > FEW) {
-        float p[N];
-        int id[N];
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            int at = s.first + (int)threadIdx.x + i * BINS;
-            if (i * BINS >= s.n) break;
-            if (at < s.first + s.n) p[i] = m.p[padded(at)], id[i] = m.id[at];
-        }
-        s = find(m, g, split<N>(m, s, p, id));
-    }
-    const int lane = (int)threadIdx.x % 32;
-    for (int i = (int)threadIdx.x / 32; i < s.n; i += 32) { /* a warp a choice */
-        float p = m.p[padded(s.first + i)];
-        int id = m.id[s.first + i], count = 0;
-        double before = 0;
-        for (int k = lane; k < s.n; k += 32) {
-            float other = m.p[padded(s.first + k)];
-            if (other < p || (other == p && m.id[s.first + k] >= id)) continue;
-            count++;
-            before += (double)other;
-        }
-        for (int k = 16; k > 0; k /= 2) before += __shfl_xor_sync(0xffffffff, before, k);
-        count = s.first + __reduce_add_sync(0xffffffff, count);
-        before += s.before;
-        if (lane == 0 && !reached(g, count, before) && reached(g, count + 1, before + (double)p))
-            m.m->choice = {id, count + 1, before + (double)p};
-    }
-    __syncthreads();
+    return m->found;
 }
 
 /* v[i] becomes the largest of all threads'. */
@@ -5723,57 +5582,61 @@ static __device__ void largest_of_block(uint32_t *v, uint32_t (*parts)[32]) {
 
 /* The lowest id of the largest logit. */
 template <int N>
-static __device__ int likeliest(const struct sampling &m, const float *x, int codes, float most) {
+static __device__ int likeliest(struct sampling *m, const float *x, int codes, float most) {
     uint32_t v[4] = {};
 #pragma unroll
     for (int i = N - 1; i >= 0; i--) {
         int id = (int)threadIdx.x + i * BINS;
         if (id < codes && x[i] == most) v[0] = ~(uint32_t)id;
     }
-    __syncthreads(); /* m.m->most has been read */
-    largest_of_block(v, m.m->most);
+    __syncthreads(); /* m->most has been read */
+    largest_of_block(v, m->most);
     return (int)~v[0];
 }
 
-static __device__ float divided(float x, float by) { return by == 1 ? x : __fdiv_rn(x, by); }
+static __device__ float probability(float below, float temperature) {
+    return summand_as_host(exp_as_host(temperature == 1 ? below : __fdiv_rn(below, temperature)));
+}
 
 /* One of the codes by their logits x, which become probabilities. */
 template <int N>
-static __device__ int draw(const struct sampling &m, const struct sampler &by, struct rng *rng,
-                           float *x, int codes, float most, float least) {
-    int id[N];
+static __device__ int draw(struct sampling *m, const lvm_sampling &by, struct rng *rng, float *x,
+                           int codes, float most, float least) {
+    const int t = (int)threadIdx.x;
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        if (i * BINS >= codes) break;
-        id[i] = (int)threadIdx.x + i * BINS;
-        x[i] = summand_as_host(exp_as_host(divided(x[i] - most, by.temperature)));
-    }
+    for (int i = 0; i < N; i++)
+        x[i] = t + i * BINS < codes ? probability(x[i] - most, by.temperature) : -1;
     /* A lower logit may, by a rounding, have a p that is larger: hence the 64. */
-    float low = summand_as_host(exp_as_host(divided(least - most, by.temperature)));
-    struct slice all = {0, codes, 0, 0, 64 - __clzll(key_of(low, CODES - 1) + (64 << CODE_BITS))};
-    struct slice own = split<N>(m, all, x, id);
+    uint64_t last = key_of(probability(least - most, by.temperature), CODES - 1) +
+                    (64 << CODE_BITS);
+    const struct slice own = bin_of<N>(m, {0, 64 - __clzll(last), 0, codes, 0, 0}, x);
+    struct slice s = find(m, {codes, HUGE_VAL}, own);
     const double random = rng_next_as_host(rng) * 0x1p-32;
-    double mass = m.m->before[BINS];
 #pragma unroll 1
     for (int step = by.top_k > 0 && by.top_k < codes ? 0 : 1; step < 3; step++) {
+        const double mass = s.before + s.mass; /* of the choices that are left */
         struct goal g = {codes, mass * random};
         if (step == 0) g = {by.top_k, HUGE_VAL};
         if (step == 1) g.mass = mass * (double)by.top_p;
         if (step == 1 && by.top_p == 1) continue; /* for all are in the nucleus */
-        choose<N>(m, g, own);
-        mass = m.m->choice.mass;
+        s = find(m, g, own);
+        while (s.n > 1) s = find(m, g, bin_of<N>(m, s, x));
     }
-    return m.m->choice.id;
+#pragma unroll
+    for (int i = 0; i < N; i++)
+        if (x[i] >= 0 && (key_of(x[i], t + i * BINS) - s.low) >> s.bits == 0)
+            m->id = t + i * BINS;
+    __syncthreads();
+    return m->id;
 }
 
 /* The last thread's sum is -ln softmax(logits[V])[id]. */
-static __device__ float judge(const struct sampling &m, const float *logits, int V, float most,
-                              int id) {
+static __device__ float judge(struct sampling *m, const float *logits, int V, float most, int id) {
     double sum = 0;
     for (int i = (int)threadIdx.x; i < V; i += BINS)
         sum += (double)summand_as_host(exp_as_host(logits[i] - most));
-    __syncthreads(); /* m.m->sums has been read */
-    sum += sum_before(sum, m.m->sums);
+    __syncthreads(); /* m->sums has been read */
+    sum += sum_before(sum, m->sums);
     return (float)(log_as_host(sum) - ((double)logits[id] - most));
 }
 
@@ -5783,9 +5646,7 @@ template <int N>
 __global__ void __launch_bounds__(BINS, 1)
     sample_kernel(const float *logits, int V, int codes, struct sampler *by, int32_t *tokens,
                   int *pos, volatile uint64_t (*ring)[SEQUENCES]) {
-    extern __shared__ __align__(16) float memory[];
-    __shared__ struct sampling::sampling_memory own;
-    const struct sampling m = {memory, (uint16_t *)(memory + padded(codes + 31)), &own};
+    __shared__ struct sampling m;
     const int row = (int)blockIdx.x, t = (int)threadIdx.x;
     wait_for_inputs();
     struct rng rng = by->of[row].rng;
@@ -5793,29 +5654,27 @@ __global__ void __launch_bounds__(BINS, 1)
     uint32_t most[4] = {}; /* largest and least of codes, of all; of the least the complement */
     logits += (int64_t)row * V;
 #pragma unroll
-    for (int i = 0; i < N; i++) {
-        if (i * BINS >= codes) break;
-        x[i] = logits[min(t + i * BINS, codes - 1)];
-    }
+    for (int i = 0; i < N; i++) x[i] = logits[min(t + i * BINS, codes - 1)];
     for (int i = codes + t; i < V; i += BINS) {
         most[2] = max(most[2], ordered(logits[i]));
         most[3] = max(most[3], ~ordered(logits[i]));
     }
 #pragma unroll
     for (int i = 0; i < N; i++) {
-        if (i * BINS >= codes) break;
         most[0] = max(most[0], ordered(x[i]));
         most[1] = max(most[1], ~ordered(x[i]));
     }
     most[2] = max(most[2], most[0]);
     most[3] = max(most[3], most[1]);
-    largest_of_block(most, own.most);
-    const float top = from_ordered(most[0]), least = from_ordered(~most[1]);
+    largest_of_block(most, m.most);
+    const float top = from_ordered(most[0]), least = from_ordered(~most[1]),
+                top_of_all = from_ordered(most[2]);
     int id = -1;
-    if (isfinite(from_ordered(most[2])) && isfinite(from_ordered(~most[3])))
-        id = by->greedy ? likeliest<N>(m, x, codes, top)
-                        : draw<N>(m, *by, &rng, x, codes, top, least);
-    float nll = id >= 0 && by->judge ? judge(m, logits, V, from_ordered(most[2]), id) : 0;
+    if (isfinite(top_of_all) && isfinite(from_ordered(~most[3])))
+        id = by->by.greedy ? likeliest<N>(&m, x, codes, top)
+                           : draw<N>(&m, by->by, &rng, x, codes, top, least);
+    float nll = 0;
+    if (id >= 0 && by->by.log_likelihood != NULL) nll = judge(&m, logits, V, top_of_all, id);
     if (t < BINS - 1) return;
     int done = by->of[row].done++;
     ring[done % RING][row] = (uint64_t)(done + 1) << 32 | (uint32_t)id;
@@ -5834,8 +5693,7 @@ static auto *sample_kernel_for(int codes) {
 
 static void sample_rows(struct gpu *c, const struct step *s) {
     const lvm_model *m = c->g->m;
-    auto *kernel = sample_kernel_for(m->codes);
-    launch(&c->q, "sample_kernel", kernel, dim3((unsigned)s->n), BINS, sampling_shared(m->codes),
+    launch(&c->q, "sample_kernel", sample_kernel_for(m->codes), dim3((unsigned)s->n), BINS, 0,
            c->logits, m->llama.V, m->codes, c->sampler, (int32_t *)s->view.tokens,
            (int *)s->view.pos, c->told->ring);
 }
@@ -5906,42 +5764,34 @@ static int pages_ahead(struct gpu *c, const struct continuation *k, lvm_error *e
 /* What the device needs for all tokens. start: how long the sequences are; the kernel adds 1 to a
    row's place for each token that it samples. */
 static struct step tell_sampler(struct gpu *c, const struct continuation *k, const int *start) {
-    const lvm_sampling *by = k->sampling;
+    const size_t V = (size_t)c->g->m->llama.V;
+    const double *judged = k->sampling->log_likelihood;
     struct sampler *to = &c->told->sampler;
     int32_t tokens[SEQUENCES] = {0};
     int rows[SEQUENCES], before[SEQUENCES];
     struct batch b = {k->n_seqs, tokens, rows, k->n_seqs, rows, k->logits, NULL, NULL};
-    to->temperature = by->temperature;
-    to->top_p = by->top_p;
-    to->top_k = by->top_k;
-    to->greedy = by->greedy;
-    to->judge = by->log_likelihood != NULL;
+    memset((void *)c->told->ring, 0, sizeof c->told->ring);
+    to->by = *k->sampling;
     for (int s = 0; s < k->n_seqs; s++) {
         rows[s] = s;
         before[s] = start[s] - 1;
-        to->of[s] = {k->rng[s], to->judge ? by->log_likelihood[s] : 0, 0};
+        to->of[s] = {k->rng[s], judged != NULL ? judged[s] : 0, 0};
     }
-    for (int i = 0; i < RING; i++)
-        for (int s = 0; s < SEQUENCES; s++) c->told->ring[i][s] = 0;
     struct step s = plan_step(c, &b, before, k->n);
     tell(c, &s);
-    note(&c->q, cudaMemcpyAsync(c->sampler, to, sizeof *to, cudaMemcpyHostToDevice, c->q.stream),
-         "copying what to sample by");
-    note(&c->q, cudaMemcpyAsync(c->logits, k->logits,
-                                (size_t)k->n_seqs * (size_t)c->g->m->llama.V * sizeof(float),
-                                cudaMemcpyHostToDevice, c->q.stream), "copying logits");
+    copy(&c->q, c->sampler, to, sizeof *to, "copying what to sample by");
+    copy(&c->q, c->logits, k->logits, (size_t)k->n_seqs * V * sizeof(float), "copying logits");
     return s;
 }
 
 /* Takes back what the sampler kept. */
 static int end_sampling(struct gpu *c, struct continuation *k, lvm_error *error) {
-    const struct sampler *from = &c->told->sampler;
-    note(&c->q, cudaMemcpyAsync(&c->told->sampler, c->sampler, sizeof *from,
-                                cudaMemcpyDeviceToHost, c->q.stream), "copying the sampler");
+    struct sampler *to = &c->told->sampler;
+    copy(&c->q, to, c->sampler, sizeof *to, "copying the sampler");
     int code = wait_for(&c->q, error);
     for (int s = 0; code == LVM_OK && s < k->n_seqs; s++) {
-        k->rng[s] = from->of[s].rng;
-        if (from->judge) k->sampling->log_likelihood[s] = from->of[s].log_likelihood;
+        k->rng[s] = to->of[s].rng;
+        if (to->by.log_likelihood != NULL) to->by.log_likelihood[s] = to->of[s].log_likelihood;
     }
     return code;
 }
@@ -6097,12 +5947,6 @@ struct halves {
     float up;
     int pixels, c;
 };
-
-/* The largest power of two that brings `most` under 2^15. */
-static __host__ __device__ float power_for(float most) {
-    int e = most > 0 && most < HUGE_VALF ? 14 - ilogbf(most) : 0;
-    return exp2f((float)(e > 100 ? 100 : e < -100 ? -100 : e));
-}
 
 /* As normed(); an error of some 1e-7 is nothing beside that of the f16 parts. */
 static __device__ float normed_fast(float x, float scale, float shift, int silu) {
@@ -6625,12 +6469,6 @@ static int needs_f32(const struct gpu *c) {
     return f32;
 }
 
-/* What stays from call to call. */
-static void place_kept(struct gpu *c, struct arena *a) {
-    const struct llama *l = &c->g->m->llama;
-    take(a, &c->rope, l->L > 0 ? (int64_t)l->context * l->d : 0);
-}
-
 /* A layer's panels, and as many more as the output's need. */
 static void place_panels(struct gpu *c, struct arena *a) {
     const struct llama *l = &c->g->m->llama;
@@ -6722,8 +6560,6 @@ static int64_t block_floats(const struct vq_op *op) {
     return 2 * c * max64(in * in, out * out);
 }
 
-enum { MAPS_BYTES = 768 << 20 /* of images that are worked on together */ };
-
 static void place_vq(struct gpu *c, struct arena *a) {
     const struct vqgan *vq = c->g->m->vq;
     struct vq_memory *v = &c->vq;
@@ -6759,35 +6595,34 @@ static void place_vq(struct gpu *c, struct arena *a) {
     take(a, &v->bad, IMAGES);
 }
 
-/* Images and tokens are never worked on together: their memory lies at the same place. */
+/* Cosines and sines stay from call to call. Images and tokens are never worked on together: their
+   memory lies at the same place. */
 static void place_work(struct gpu *c, struct arena *a) {
-    place_kept(c, a);
+    const struct llama *l = &c->g->m->llama;
+    take(a, &c->rope, l->L > 0 ? (int64_t)l->context * l->d : 0);
     struct arena images = *a;
     place_vq(c, &images);
     place_lm(c, a);
-    a->used = images.used > a->used ? images.used : a->used;
+    a->used = std::max(a->used, images.used);
 }
 
-/* Cosines and sines of all positions, angles in f32 as in lvm.c's embed_task. */
-static int fill_rope(struct gpu *c, lvm_error *error) {
-    const struct llama *a = &c->g->m->llama;
-    size_t n = (size_t)a->context * (size_t)a->d;
-    float *rope = (float *)malloc(n * sizeof *rope);
-    if (rope == NULL) return fail(error, LVM_MEMORY, "out of memory");
-    for (int i = 0; i < a->d / 2; i++) {
-        float power = (float)(2 * i) / (float)a->d;
-        float frequency = 1 / (float)exp((double)power * log((double)a->theta));
-        for (int pos = 0; pos < a->context; pos++) {
-            float angle = (float)pos * frequency, *row = rope + (size_t)pos * (size_t)a->d;
-            row[i] = (float)cos((double)angle);
-            row[a->d / 2 + i] = (float)sin((double)angle);
-        }
-    }
-    note(&c->q, cudaMemcpyAsync(c->rope, rope, n * sizeof *rope, cudaMemcpyHostToDevice,
-                                c->q.stream), "copying angles");
-    int code = wait_for(&c->q, error);
-    free(rope);
-    return code;
+/* The same in pinned memory. */
+static void place_pinned(struct gpu *c, struct arena *a) {
+    take(a, &c->host_in, (int64_t)told_bytes(c, std::max(c->rows, (int)SPLIT_ROWS)));
+    take(a, &c->host_logits, GRAPH_ROWS * (int64_t)c->g->m->llama.V);
+    take(a, &c->told, 1);
+}
+
+/* rope[context][2][d / 2]: cosines and sines of all positions, angles in f32 as in lvm.c's
+   embed_task. A thread an angle. */
+__global__ void rope_kernel(float *rope, int context, int d, float theta) {
+    const int at = (int)(blockIdx.x * THREADS + threadIdx.x), pos = at / (d / 2), i = at % (d / 2);
+    if (pos >= context) return;
+    const float power = (float)(2 * i) / (float)d;
+    const float frequency = 1 / (float)exp((double)power * log((double)theta));
+    const double angle = (double)((float)pos * frequency);
+    rope[(int64_t)pos * d + i] = (float)cos(angle);
+    rope[(int64_t)pos * d + d / 2 + i] = (float)sin(angle);
 }
 
 static void gpu_close(void *state) {
@@ -6795,119 +6630,97 @@ static void gpu_close(void *state) {
     if (c == NULL) return;
     use_device(&c->q, NULL);
     if (c->q.stream != NULL) cudaStreamSynchronize(c->q.stream);
-    for (int i = 0; i < SEQUENCES; i++) {
-        for (int p = 0; c->seq[i].pages != NULL && p < c->max_pages; p++)
-            page_release_gpu(c, &c->seq[i].pages[p]);
-        free(c->seq[i].pages);
+    for (struct gpu_sequence &s : c->seq) {
+        for (int p = 0; s.pages != NULL && p < c->max_pages; p++)
+            page_release_gpu(c, &s.pages[p]);
+        free(s.pages);
     }
     for (struct gpu_page *p = c->spare, *next; p != NULL; p = next) {
         next = p->next;
         cudaFree(p->data);
         free(p);
     }
-    for (cudaGraphExec_t graph : c->graph)
-        if (graph != NULL) cudaGraphExecDestroy(graph);
-    for (cudaGraphExec_t graph : c->next_graph)
-        if (graph != NULL) cudaGraphExecDestroy(graph);
+    for (int i = 0; i <= GRAPH_ROWS; i++)
+        for (cudaGraphExec_t graph : {c->graph[i], c->next_graph[i]})
+            if (graph != NULL) cudaGraphExecDestroy(graph);
     cudaFree(c->memory);
-    cudaFreeHost(c->host_in);
-    cudaFreeHost(c->host_logits);
-    cudaFreeHost(c->told);
+    cudaFreeHost(c->pinned);
     if (c->q.stream != NULL) cudaStreamDestroy(c->q.stream);
     cudaGetLastError();
     free(c);
 }
 
-/* As much of a multiprocessor's memory as can be becomes shared memory: kernels of a chain run
-   beside each other only where they are cut alike. */
-static cudaError_t share_all(const void *kernel) {
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+/* A kernel of a chain may have so much shared memory, or all that it does not declare itself. As
+   much of a multiprocessor's memory as can be becomes shared memory: such kernels run beside each
+   other only where they are cut alike. */
+static void allow(struct queue *q, const void *kernel, int64_t bytes) {
+    cudaFuncAttributes own = {};
+    note(q, cudaFuncGetAttributes(&own, kernel), "cudaFuncGetAttributes");
+    bytes = min64(bytes, q->shared - (int64_t)own.sharedSizeBytes);
+    note(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
+         "cudaFuncSetAttribute");
+    note(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100),
+         "cudaFuncSetAttribute");
 }
 
-/* All that the kernel does not declare itself, but no more than it will be launched with. */
-template <int TYPE, int KIND> static cudaError_t allow_gemv(const struct queue *q) {
-    cudaError_t e = cudaSuccess;
-    const void *all[] = {(const void *)gemv_kernel<TYPE, KIND, 1, 1>,
-                         (const void *)gemv_kernel<TYPE, KIND, 4, 0>,
-                         (const void *)gemv_kernel<TYPE, KIND, 8, 0>};
-    for (const void *kernel : all) {
-        cudaFuncAttributes own = {};
-        if (e == cudaSuccess) e = cudaFuncGetAttributes(&own, kernel);
-        int bytes = (int)min64(STAGED_MOST + GEMV_WARPS * ring<TYPE>::BYTES,
-                               q->shared - (int64_t)own.sharedSizeBytes);
-        if (e == cudaSuccess)
-            e = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-        if (e == cudaSuccess) e = share_all(kernel);
-    }
-    return e;
+template <int TYPE, int KIND> static void allow_gemv(struct queue *q) {
+    const int64_t most = STAGED_MOST + GEMV_WARPS * ring<TYPE>::BYTES;
+    allow(q, (const void *)gemv_kernel<TYPE, KIND, 1, 1>, most);
+    allow(q, (const void *)gemv_kernel<TYPE, KIND, 4, 0>, most);
+    allow(q, (const void *)gemv_kernel<TYPE, KIND, 8, 0>, most);
 }
 
-static cudaError_t allow_kernels(struct gpu *c) {
-    cudaError_t e = cudaSuccess;
-    if (c->g->m->llama.L == 0) return e;
-    e = allow_gemm();
+static void allow_kernels(struct gpu *c) {
+    struct queue *q = &c->q;
+    const struct kv_layout *kv = &c->kv;
+    note(q, allow_gemm(), "cudaFuncSetAttribute");
     for (int type : {LVM_F16, LVM_BF16, LVM_Q8_0, LVM_Q4_0})
         with_type(type, [&](auto t) {
-            constexpr int T = decltype(t)::value == LVM_F32 ? LVM_F16 : decltype(t)::value;
-            if (e == cudaSuccess) e = allow_gemv<T, STORE>(&c->q);
-            if (e == cudaSuccess) e = allow_gemv<T, ADD>(&c->q);
-            if (e == cudaSuccess) e = allow_gemv<T, SWIGLU>(&c->q);
+            constexpr int T = t.value == LVM_F32 ? LVM_F16 : t.value;
+            allow_gemv<T, STORE>(q);
+            allow_gemv<T, ADD>(q);
+            allow_gemv<T, SWIGLU>(q);
         });
-    if (e != cudaSuccess) return e;
-    const void *chain[] = {(const void *)rope_store_kernel, (const void *)embed_kernel<LVM_F16>,
-                           (const void *)embed_kernel<LVM_Q8_0>};
-    for (const void *kernel : chain)
-        if (e == cudaSuccess) e = share_all(kernel);
-    if (e != cudaSuccess) return e;
-    if (c->kv.tensor) return prepare_attention(c->kv, c->q.device, c->resident);
-    return c->kv.type == LVM_F32   ? allow_shared<LVM_F32>(c->kv.dp)
-           : c->kv.type == LVM_F16 ? allow_shared<LVM_F16>(c->kv.dp)
-                                   : allow_shared<LVM_Q8_0>(c->kv.dp);
-}
-
-/* Where a block's shared memory is too small for the codes, the host samples. */
-static cudaError_t allow_sampling(struct gpu *c) {
-    struct cudaFuncAttributes own = {};
-    int most = 0, codes = c->g->m->codes;
-    auto *kernel = sample_kernel_for(codes);
-    cudaError_t e = cudaFuncGetAttributes(&own, kernel);
-    if (e == cudaSuccess) e = share_all((const void *)kernel);
-    if (e == cudaSuccess)
-        e = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, c->q.device);
-    if (e != cudaSuccess) return e;
-    most -= (int)own.sharedSizeBytes;
-    c->samples = codes <= CODES && (int64_t)sampling_shared(codes) <= most;
-    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+    for (const void *kernel : {(const void *)rope_store_kernel, (const void *)embed_kernel<LVM_F16>,
+                               (const void *)embed_kernel<LVM_Q8_0>,
+                               (const void *)sample_kernel_for(c->g->m->codes)})
+        allow(q, kernel, 0);
+    cudaError_t e = kv->tensor ? prepare_attention(*kv, q->device, c->resident)
+                    : kv->type == LVM_F32 ? allow_shared<LVM_F32>(kv->dp)
+                    : kv->type == LVM_F16 ? allow_shared<LVM_F16>(kv->dp)
+                                          : allow_shared<LVM_Q8_0>(kv->dp);
+    note(q, e, "cudaFuncSetAttribute");
 }
 
 /* All memory but the pages of the cache. */
 static int gpu_alloc(struct gpu *c, lvm_error *error) {
-    struct arena a = {NULL, 0};
     const struct llama *l = &c->g->m->llama;
+    struct arena a = {}, pinned = {};
     place_work(c, &a);
+    place_pinned(c, &pinned);
     c->bytes = a.used;
-    for (int i = 0; i < SEQUENCES; i++) {
-        c->seq[i].pages = (struct gpu_page **)calloc((size_t)c->max_pages + 1, sizeof(void *));
-        if (c->seq[i].pages == NULL) return fail(error, LVM_MEMORY, "out of memory");
+    for (struct gpu_sequence &s : c->seq) {
+        s.pages = (struct gpu_page **)calloc((size_t)c->max_pages + 1, sizeof(void *));
+        if (s.pages == NULL) return fail(error, LVM_MEMORY, "out of memory");
     }
     note(&c->q, cudaStreamCreateWithFlags(&c->q.stream, cudaStreamNonBlocking),
          "cudaStreamCreateWithFlags");
-    note(&c->q, cudaMalloc((void **)&c->memory, c->bytes + 256), "cudaMalloc of work memory");
-    note(&c->q, cudaMallocHost((void **)&c->host_in,
-                               told_bytes(c, (int)max64(c->rows, SPLIT_ROWS)) + 256),
-         "cudaMallocHost");
-    note(&c->q, cudaMallocHost((void **)&c->host_logits, GRAPH_ROWS * (size_t)l->V * 4 + 256),
-         "cudaMallocHost");
-    note(&c->q, cudaMallocHost((void **)&c->told, sizeof *c->told), "cudaMallocHost");
-    note(&c->q, allow_kernels(c), "cudaFuncSetAttribute");
-    note(&c->q, allow_sampling(c), "cudaFuncSetAttribute");
+    note(&c->q, cudaMalloc((void **)&c->memory, a.used + 256), "cudaMalloc of work memory");
+    note(&c->q, cudaMallocHost((void **)&c->pinned, pinned.used), "cudaMallocHost");
+    if (l->L > 0) allow_kernels(c);
     int code = settle(&c->q, error);
     if (code != LVM_OK) return code;
-    memset(c->host_in, 0, told_bytes(c, (int)max64(c->rows, SPLIT_ROWS)));
-    a.base = c->memory;
-    a.used = 0;
+    memset(c->pinned, 0, pinned.used);
+    a = {c->memory, 0};
+    pinned = {c->pinned, 0};
     place_work(c, &a);
-    return l->L > 0 ? fill_rope(c, error) : LVM_OK;
+    place_pinned(c, &pinned);
+    const int angles = l->L > 0 ? l->context * (l->d / 2) : 0;
+    if (angles == 0) return LVM_OK;
+    rope_kernel<<<(unsigned)(angles + THREADS - 1) / THREADS, THREADS, 0, c->q.stream>>>(
+        c->rope, l->context, l->d, l->theta);
+    launched(&c->q, "rope_kernel");
+    return wait_for(&c->q, error);
 }
 
 static int gpu_open(void *copy, const lvm_options *o, void **state, struct limits *limits,
@@ -6918,11 +6731,8 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
     if (c == NULL) return fail(error, LVM_MEMORY, "out of memory");
     c->g = g;
     c->o = o;
-    c->q.device = g->q.device;
-    c->q.chains = g->q.chains;
-    c->q.sms = g->q.sms;
-    c->q.shared = g->q.shared;
-    c->q.wgmma = g->q.wgmma;
+    c->q = g->q;
+    c->q.stream = NULL;
     c->exact = o->exact;
     c->images = 1;
     c->rows = (int)max64(SEQUENCES, min64(MAX_ROWS_GPU, a->context));
@@ -6935,7 +6745,7 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
     int code = use_device(&c->q, error);
     if (code == LVM_OK) code = gpu_alloc(c, error);
     if (code == LVM_OK) {
-        *limits = {c->images, c->rows, SEQUENCES, KEYS, c->samples ? CODES : 0};
+        *limits = {c->images, c->rows, SEQUENCES, KEYS, CODES};
         *state = c;
     } else gpu_close(c);
     return code;
@@ -6966,8 +6776,7 @@ static int gpu_kv_get(void *state, int seq, int block, void *data, lvm_error *er
     int code = use_device(&c->q, error);
     if (code != LVM_OK) return code;
     if (c->kv.tensor) ((uint8_t *)data)[c->page_bytes] = 1;
-    note(&c->q, cudaMemcpyAsync(data, c->seq[seq].pages[block]->data, c->page_bytes,
-                                cudaMemcpyDeviceToHost, c->q.stream), "copying a page");
+    copy(&c->q, data, c->seq[seq].pages[block]->data, c->page_bytes, "copying a page");
     return wait_for(&c->q, error);
 }
 
@@ -6976,8 +6785,7 @@ static int gpu_kv_set(void *state, int seq, int block, const void *data, int n, 
     int code = use_device(&c->q, error);
     if (code == LVM_OK) code = page_for_writing(c, &c->seq[seq], block * KEYS, error);
     if (code != LVM_OK) return code;
-    note(&c->q, cudaMemcpyAsync(c->seq[seq].pages[block]->data, data, c->page_bytes,
-                                cudaMemcpyHostToDevice, c->q.stream), "copying a page");
+    copy(&c->q, c->seq[seq].pages[block]->data, data, c->page_bytes, "copying a page");
     code = wait_for(&c->q, error);
     if (code == LVM_OK) c->seq[seq].n = n;
     return code;
@@ -6994,14 +6802,6 @@ static void gpu_usage(void *state, lvm_usage *usage) {
     usage->cache += cache;
     usage->context += cache + (int64_t)c->bytes;
     usage->device += cache + (int64_t)c->bytes + (int64_t)c->g->bytes;
-}
-
-static int gpu_count(lvm_error *error) {
-    int count = 0;
-    cudaError_t e = cudaGetDeviceCount(&count);
-    if (e == cudaSuccess && count > 0) return count;
-    cuda_fail(e != cudaSuccess ? e : cudaErrorNoDevice, "looking for a GPU", error);
-    return 0;
 }
 
 /* ---- Ceilings, for `lvm bench` ----
@@ -7054,18 +6854,12 @@ __global__ void random_kernel(uint16_t *out, int64_t n, int bf16) {
     out[i] = bf16 ? __bfloat16_as_ushort(__float2bfloat16(x)) : __half_as_ushort(__float2half(x));
 }
 
-static int compare_times(const void *a, const void *b) {
-    float x = *(const float *)a, y = *(const float *)b;
-    return (x > y) - (x < y);
-}
-
 /* Seconds that work() takes. */
 template <class F> static double median_seconds(struct queue *q, F work) {
     enum { WARM = 3, RUNS = 15 };
     cudaEvent_t start = NULL, end = NULL;
     float ms[RUNS] = {0};
-    note(q, cudaEventCreate(&start), "cudaEventCreate");
-    note(q, cudaEventCreate(&end), "cudaEventCreate");
+    for (cudaEvent_t *event : {&start, &end}) note(q, cudaEventCreate(event), "cudaEventCreate");
     for (int i = -WARM; q->error == cudaSuccess && i < RUNS; i++) {
         note(q, cudaEventRecord(start, q->stream), "cudaEventRecord");
         work();
@@ -7073,65 +6867,47 @@ template <class F> static double median_seconds(struct queue *q, F work) {
         note(q, cudaEventSynchronize(end), "cudaEventSynchronize");
         if (i >= 0) note(q, cudaEventElapsedTime(&ms[i], start, end), "cudaEventElapsedTime");
     }
-    if (start != NULL) cudaEventDestroy(start);
-    if (end != NULL) cudaEventDestroy(end);
-    qsort(ms, RUNS, sizeof *ms, compare_times);
+    for (cudaEvent_t event : {start, end})
+        if (event != NULL) cudaEventDestroy(event);
+    std::sort(ms, ms + RUNS);
     return q->error == cudaSuccess ? ms[RUNS / 2] / 1000 : HUGE_VAL;
 }
 
-/* What is taken of cuBLAS, which is opened where it is there; nothing else needs it. */
-struct blas {
-    void *library, *handle;
-    int (*create)(void **handle);
-    int (*destroy)(void *handle);
-    int (*set_stream)(void *handle, cudaStream_t stream);
-    int (*gemm)(void *handle, int trans_a, int trans_b, int m, int n, int k, const void *alpha,
-                const void *a, cudaDataType a_type, int lda, const void *b, cudaDataType b_type,
-                int ldb, const void *beta, void *c, cudaDataType c_type, int ldc, int compute,
-                int algorithm);
-};
-
-static int blas_open(struct blas *b) {
-    static const char *const names[] = {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11",
-                                        "libcublas.so"};
-    *b = blas();
-    for (size_t i = 0; b->library == NULL && i < sizeof names / sizeof *names; i++)
-        b->library = dlopen(names[i], RTLD_NOW | RTLD_LOCAL);
-    if (b->library == NULL) return 0;
-    *(void **)&b->create = dlsym(b->library, "cublasCreate_v2");
-    *(void **)&b->destroy = dlsym(b->library, "cublasDestroy_v2");
-    *(void **)&b->set_stream = dlsym(b->library, "cublasSetStream_v2");
-    *(void **)&b->gemm = dlsym(b->library, "cublasGemmEx");
-    if (b->create != NULL && b->destroy != NULL && b->set_stream != NULL && b->gemm != NULL &&
-        b->create(&b->handle) == 0)
-        return 1;
-    dlclose(b->library);
-    return 0;
-}
-
-/* Operations a second of a square product of 16-bit numbers with f32 sums, by cuBLAS: the better
-   type. 0 where there is no cuBLAS. memory: room for three matrices. */
+/* Operations a second of a square product of 16-bit numbers with f32 sums, by cuBLAS, which is
+   opened where it is there (nothing else needs it): the better type. 0: there is none. memory: room
+   for three matrices. */
 static double gemm_peak(struct queue *q, uint16_t *memory) {
     enum { N = GEMM_SIDE, COMPUTE_32F = 68, DEFAULT = -1, NORMAL = 0 };
+    void *library = NULL, *blas = NULL;
+    for (const char *name : {"libcublas.so.13", "libcublas.so.12", "libcublas.so.11",
+                             "libcublas.so"})
+        if (library == NULL) library = dlopen(name, RTLD_NOW | RTLD_LOCAL);
+    if (library == NULL) return 0;
+    auto create = (int (*)(void **))dlsym(library, "cublasCreate_v2");
+    auto destroy = (int (*)(void *))dlsym(library, "cublasDestroy_v2");
+    auto set_stream = (int (*)(void *, cudaStream_t))dlsym(library, "cublasSetStream_v2");
+    auto gemm = (int (*)(void *, int, int, int, int, int, const void *, const void *, cudaDataType,
+                         int, const void *, cudaDataType, int, const void *, void *, cudaDataType,
+                         int, int, int))dlsym(library, "cublasGemmEx");
+    int bad = create == NULL || destroy == NULL || set_stream == NULL || gemm == NULL ||
+              create(&blas) != 0 || set_stream(blas, q->stream) != 0;
     const int64_t n = (int64_t)N * N;
     const float one = 1, zero = 0;
-    struct blas b;
     double best = 0;
-    if (!blas_open(&b)) return 0;
-    int bad = b.set_stream(b.handle, q->stream);
-    for (int bf16 = 0; bf16 < 2; bf16++) {
-        cudaDataType type = bf16 ? CUDA_R_16BF : CUDA_R_16F;
-        random_kernel<<<blocks_of(2 * n), THREADS, 0, q->stream>>>(memory, 2 * n, bf16);
+    for (cudaDataType type : {CUDA_R_16F, CUDA_R_16BF}) {
+        if (bad) break;
+        random_kernel<<<blocks_of(2 * n), THREADS, 0, q->stream>>>(memory, 2 * n,
+                                                                   type == CUDA_R_16BF);
         launched(q, "random_kernel");
         double took = median_seconds(q, [&]() {
-            bad |= b.gemm(b.handle, NORMAL, NORMAL, N, N, N, &one, memory, type, N, memory + n,
-                          type, N, &zero, memory + 2 * n, type, N, COMPUTE_32F, DEFAULT);
+            bad |= gemm(blas, NORMAL, NORMAL, N, N, N, &one, memory, type, N, memory + n, type, N,
+                        &zero, memory + 2 * n, type, N, COMPUTE_32F, DEFAULT);
         });
         best = fmax(best, 2.0 * N * N * N / took);
     }
-    b.destroy(b.handle);
-    dlclose(b.library);
-    return bad == 0 ? best : 0;
+    if (blas != NULL) destroy(blas);
+    dlclose(library);
+    return bad ? 0 : best;
 }
 
 static void measure_ceilings(struct queue *q, char *memory, char *pinned, struct ceilings *c) {
@@ -7139,15 +6915,10 @@ static void measure_ceilings(struct queue *q, char *memory, char *pinned, struct
     const uint4 *from = (const uint4 *)memory;
     uint4 *to = (uint4 *)(memory + CEILING_BYTES);
     const double bytes = (double)CEILING_BYTES;
-    const unsigned blocks = (unsigned)(n / (4 * THREADS));
-    int processors = 1;
-    note(q, cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, q->device),
-         "cudaDeviceGetAttribute");
+    const unsigned blocks = (unsigned)(n / (4 * THREADS)), many = 32 * (unsigned)q->sms;
     note(q, cudaMemsetAsync(memory, 1, 2 * CEILING_BYTES, q->stream), "cudaMemset");
-    double by_driver = median_seconds(q, [&]() {
-        note(q, cudaMemcpyAsync(to, from, CEILING_BYTES, cudaMemcpyDeviceToDevice, q->stream),
-             "copying memory");
-    });
+    double by_driver = median_seconds(
+        q, [&]() { copy(q, to, from, CEILING_BYTES, "copying memory"); });
     double by_kernel = median_seconds(
         q, [&]() { copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, to, n); });
     c->copy = 2 * bytes / fmin(by_driver, by_kernel);
@@ -7155,10 +6926,8 @@ static void measure_ceilings(struct queue *q, char *memory, char *pinned, struct
         copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, NULL, n);
     });
     c->upload = (double)PINNED_BYTES / median_seconds(q, [&]() {
-        note(q, cudaMemcpyAsync(memory, pinned, PINNED_BYTES, cudaMemcpyHostToDevice, q->stream),
-             "copying from pinned memory");
+        copy(q, memory, pinned, PINNED_BYTES, "copying from pinned memory");
     });
-    const unsigned many = (unsigned)processors * 32;
     c->f32 = 2.0 * FMA_ROUNDS * FMA_CHAINS * THREADS * many / median_seconds(q, [&]() {
         fma_kernel<<<many, THREADS, 0, q->stream>>>((float *)memory, 1.0001f, 1e-3f);
     });
