@@ -43,6 +43,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 #include <algorithm>
+#include <mutex>
 #include <type_traits>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -68,6 +69,9 @@ static void note(struct queue *q, cudaError_t error, const char *what) {
     q->error = error;
     q->what = what;
 }
+
+/* A call of CUDA; the error names it. */
+#define CALL(q, function, ...) note(q, function(__VA_ARGS__), #function)
 
 /* Behind every launch. */
 static void launched(struct queue *q, const char *kernel) { note(q, cudaGetLastError(), kernel); }
@@ -113,7 +117,7 @@ static int settle(struct queue *q, lvm_error *error) {
 }
 
 static int wait_for(struct queue *q, lvm_error *error) {
-    note(q, cudaStreamSynchronize(q->stream), "cudaStreamSynchronize");
+    CALL(q, cudaStreamSynchronize, q->stream);
     return settle(q, error);
 }
 
@@ -165,10 +169,8 @@ static __device__ int64_t element_at(const struct matrix &m, int64_t row, int k)
     return ((row / 8 * (m.ld / SPAN) + k / SPAN) * 8 + row % 8) * SPAN + k % SPAN;
 }
 
-static size_t plane_bytes(int type, size_t elements) {
-    return type == LVM_F32 ? elements * 4
-           : type == LVM_Q8_0 ? elements
-           : type == LVM_Q4_0 ? elements / 2 : elements * 2;
+static int64_t plane_bytes(int type, int64_t elements) {
+    return type_bytes(type, elements) - (type_is_quantised(type) ? elements / QK * 2 : 0);
 }
 
 static __device__ __half2 as_half2(uint32_t u) {
@@ -321,24 +323,19 @@ static const float *vector_on_device(const struct gpu_model *g, const struct ten
     return (const float *)on_device(g, t).q;
 }
 
-/* Vectors lie as one row. */
-static struct matrix shape_on_device(const struct tensor *t, enum tensor_kind kind) {
-    struct matrix m = {t->type, t->rows, t->cols, 0, 0, NULL, NULL};
-    if (kind == T_VECTOR) m.rows = 1, m.cols = t->rows * t->cols;
-    m.ld = round_up(m.cols, SPAN);
-    m.tiled = t->type != LVM_F32 && (kind == T_MATRIX || kind == T_OUTPUT || kind == T_EMBED);
-    return m;
-}
-
+/* Vectors lie as one row, matrices of the transformer in tiles. */
 static void place_weights(struct gpu_model *g, struct arena *a) {
     for (int i = 0; i < g->m->n_specs; i++) {
         const struct tensor *t = g->m->specs[i].tensor;
-        struct matrix *m = &g->map[i];
-        *m = shape_on_device(t, g->m->specs[i].kind);
-        if (t->data == NULL) continue;
-        size_t n = (size_t)(m->tiled ? round_up(m->rows, 8) : m->rows) * (size_t)m->ld;
-        take(a, &m->q, (int64_t)plane_bytes(t->type, n));
-        if (type_is_quantised(t->type)) take(a, &m->d, (int64_t)n / QK);
+        const enum tensor_kind kind = g->m->specs[i].kind;
+        struct matrix m = {t->type, t->rows, t->cols, 0, 0, NULL, NULL};
+        if (kind == T_VECTOR) m.rows = 1, m.cols = t->rows * t->cols;
+        m.ld = round_up(m.cols, SPAN);
+        m.tiled = t->type != LVM_F32 && (kind == T_MATRIX || kind == T_OUTPUT || kind == T_EMBED);
+        int64_t n = (int64_t)(m.tiled ? round_up(m.rows, 8) : m.rows) * m.ld;
+        if (t->data != NULL) take(a, &m.q, plane_bytes(t->type, n));
+        if (t->data != NULL && type_is_quantised(t->type)) take(a, &m.d, n / QK);
+        g->map[i] = m;
     }
     take(a, &g->code_norms, g->m->vq != NULL ? g->m->vq->codes : 0);
     take(a, &g->bounds, 3 * (int64_t)g->m->llama.L + 1);
@@ -366,20 +363,21 @@ struct part_of_piece {
 
 struct upload {
     const struct gpu_model *g;
-    pthread_mutex_t mutex;
-    int started, tensor;   /* threads so far; what comes next */
+    std::mutex mutex;           /* of what comes next: */
+    int started, tensor;        /* threads so far */
     int64_t unit;
-    struct queue q;        /* an error of any thread, which ends all of them */
-    uint8_t *host, *device; /* [PIECES][PIECE] */
+    struct queue q;             /* an error of any thread, which ends all of them */
+    uint8_t *host, *device;     /* [PIECES][PIECE] */
+    int pinned;
     cudaStream_t copies, kernels;
-    cudaEvent_t copied[PIECES], placed[PIECES];
+    cudaEvent_t event[PIECES];  /* a piece was copied; then: it was placed */
 };
 
 /* Lists the next piece and returns the number of its parts, 0 at the end. */
 static int list_piece(struct upload *u, struct part_of_piece *list) {
     const lvm_model *m = u->g->m;
     int n = 0, used = PARTS * (int)sizeof *list;
-    pthread_mutex_lock(&u->mutex);
+    std::lock_guard<std::mutex> lock(u->mutex);
     while (u->q.error == cudaSuccess && u->tensor < m->n_specs && n < PARTS && used + 64 <= PIECE) {
         const struct tensor *t = m->specs[u->tensor].tensor;
         const int elements = type_is_quantised(t->type) ? QK : 1,
@@ -393,7 +391,6 @@ static int list_piece(struct upload *u, struct part_of_piece *list) {
         u->unit = k < left ? u->unit + k : 0;
         u->tensor += k == left;
     }
-    pthread_mutex_unlock(&u->mutex);
     return n;
 }
 
@@ -402,7 +399,8 @@ static int list_piece(struct upload *u, struct part_of_piece *list) {
 __global__ void place_kernel(const uint8_t *piece) {
     const struct part_of_piece p = ((const struct part_of_piece *)piece)[blockIdx.y];
     const int units = p.m.cols / p.elements;
-    for (int i = (int)(blockIdx.x * THREADS + threadIdx.x); i < p.n; i += (int)gridDim.x * THREADS) {
+    const int step = (int)gridDim.x * THREADS;
+    for (int i = (int)(blockIdx.x * THREADS + threadIdx.x); i < p.n; i += step) {
         const uint8_t *from = piece + p.at + (int64_t)i * p.unit;
         const uint16_t *halves = (const uint16_t *)from;
         const int64_t row = (p.first + i) / units,
@@ -421,7 +419,8 @@ __global__ void place_kernel(const uint8_t *piece) {
 }
 
 static void send_piece(struct upload *u, struct queue *q, int number, int n) {
-    uint8_t *host = u->host + (int64_t)number * PIECE, *device = u->device + (int64_t)number * PIECE;
+    const int64_t at = (int64_t)number * PIECE;
+    uint8_t *host = u->host + at, *device = u->device + at;
     const struct part_of_piece *list = (const struct part_of_piece *)host, *end = list + n - 1;
     int most = 0;
     for (int i = 0; i < n; i++) {
@@ -430,29 +429,28 @@ static void send_piece(struct upload *u, struct queue *q, int number, int n) {
     }
     note(q, cudaMemcpyAsync(device, host, (size_t)(end->at + end->n * end->unit),
                             cudaMemcpyHostToDevice, u->copies), "copying weights");
-    note(q, cudaEventRecord(u->copied[number], u->copies), "cudaEventRecord");
-    note(q, cudaStreamWaitEvent(u->kernels, u->copied[number], 0), "cudaStreamWaitEvent");
+    CALL(q, cudaEventRecord, u->event[number], u->copies);
+    CALL(q, cudaStreamWaitEvent, u->kernels, u->event[number], 0);
     dim3 grid((unsigned)min64(256, (most + THREADS - 1) / THREADS), (unsigned)n);
     place_kernel<<<grid, THREADS, 0, u->kernels>>>(device);
     launched(q, "place_kernel");
-    note(q, cudaEventRecord(u->placed[number], u->kernels), "cudaEventRecord");
+    CALL(q, cudaEventRecord, u->event[number], u->kernels);
 }
 
 static void *upload_thread(void *arg) {
     struct upload *u = (struct upload *)arg;
     struct queue q = u->g->q;
-    pthread_mutex_lock(&u->mutex);
+    u->mutex.lock();
     const int own = BUFFERS * u->started++;
-    pthread_mutex_unlock(&u->mutex);
-    note(&q, cudaSetDevice(q.device), "cudaSetDevice");
+    u->mutex.unlock();
+    CALL(&q, cudaSetDevice, q.device);
     for (int i = 0, n = 1; n > 0 && q.error == cudaSuccess; i = (i + 1) % BUFFERS) {
-        note(&q, cudaEventSynchronize(u->placed[own + i]), "cudaEventSynchronize");
+        CALL(&q, cudaEventSynchronize, u->event[own + i]);
         n = list_piece(u, (struct part_of_piece *)(u->host + (int64_t)(own + i) * PIECE));
         if (n > 0) send_piece(u, &q, own + i, n);
     }
-    pthread_mutex_lock(&u->mutex);
+    std::lock_guard<std::mutex> lock(u->mutex);
     note(&u->q, q.error, q.what);
-    pthread_mutex_unlock(&u->mutex);
     return NULL;
 }
 
@@ -477,30 +475,14 @@ static void upload_alloc(struct upload *u, size_t bytes) {
     else {
         (void)madvise(u->host, bytes, MADV_HUGEPAGE);
         memset(u->host, 0, bytes);
-        cudaHostRegister(u->host, bytes, cudaHostRegisterDefault);
+        u->pinned = cudaHostRegister(u->host, bytes, cudaHostRegisterDefault) == cudaSuccess;
         cudaGetLastError();
     }
     note(&u->q, cudaMalloc((void **)&u->device, bytes), "cudaMalloc for weights");
     for (cudaStream_t *stream : {&u->copies, &u->kernels})
-        note(&u->q, cudaStreamCreateWithFlags(stream, cudaStreamNonBlocking),
-             "cudaStreamCreateWithFlags");
+        CALL(&u->q, cudaStreamCreateWithFlags, stream, cudaStreamNonBlocking);
     for (size_t i = 0; i < bytes / PIECE; i++)
-        for (cudaEvent_t *event : {&u->copied[i], &u->placed[i]})
-            note(&u->q, cudaEventCreateWithFlags(event, cudaEventDisableTiming),
-                 "cudaEventCreateWithFlags");
-}
-
-static void upload_free(struct upload *u) {
-    for (int i = 0; i < PIECES; i++)
-        for (cudaEvent_t event : {u->copied[i], u->placed[i]})
-            if (event != NULL) cudaEventDestroy(event);
-    for (cudaStream_t stream : {u->copies, u->kernels})
-        if (stream != NULL) cudaStreamDestroy(stream);
-    cudaFree(u->device);
-    if (u->host != NULL) cudaHostUnregister(u->host);
-    free(u->host);
-    pthread_mutex_destroy(&u->mutex);
-    cudaGetLastError();
+        CALL(&u->q, cudaEventCreateWithFlags, &u->event[i], cudaEventDisableTiming);
 }
 
 static void upload_weights(struct gpu_model *g) {
@@ -508,15 +490,22 @@ static void upload_weights(struct gpu_model *g) {
     int n = (int)min64(max64(2, min64(UPLOADERS, sysconf(_SC_NPROCESSORS_ONLN))),
                        (int64_t)g->bytes / PIECE + 1);
     u.g = g;
-    pthread_mutex_init(&u.mutex, NULL);
     upload_alloc(&u, (size_t)n * BUFFERS * PIECE);
     if (u.q.error == cudaSuccess) {
-        note(&u.q, cudaMemsetAsync(g->memory, 0, g->bytes, u.kernels), "cudaMemset");
+        CALL(&u.q, cudaMemsetAsync, g->memory, 0, g->bytes, u.kernels);
         upload_by(&u, n);
-        note(&u.q, cudaStreamSynchronize(u.copies), "cudaStreamSynchronize");
-        note(&u.q, cudaStreamSynchronize(u.kernels), "cudaStreamSynchronize");
     }
-    upload_free(&u);
+    for (cudaStream_t stream : {u.copies, u.kernels}) {
+        if (stream == NULL) continue;
+        CALL(&u.q, cudaStreamSynchronize, stream);
+        cudaStreamDestroy(stream);
+    }
+    for (cudaEvent_t event : u.event)
+        if (event != NULL) cudaEventDestroy(event);
+    cudaFree(u.device);
+    if (u.pinned) cudaHostUnregister(u.host);
+    free(u.host);
+    cudaGetLastError();
     note(&g->q, u.q.error, u.q.what);
 }
 
@@ -589,8 +578,7 @@ static int gpu_model_alloc(struct gpu_model *g, lvm_error *error) {
         return fail(error, LVM_MEMORY, "out of memory");
     place_weights(g, &a);
     g->bytes = a.used;
-    note(&g->q, cudaStreamCreateWithFlags(&g->q.stream, cudaStreamNonBlocking),
-         "cudaStreamCreateWithFlags");
+    CALL(&g->q, cudaStreamCreateWithFlags, &g->q.stream, cudaStreamNonBlocking);
     note(&g->q, cudaMalloc((void **)&g->memory, g->bytes + 256), "cudaMalloc of the weights");
     int code = settle(&g->q, error);
     if (code != LVM_OK) return code;
@@ -603,41 +591,27 @@ static int gpu_model_alloc(struct gpu_model *g, lvm_error *error) {
 
 /* ---- What is known of weights before they are used ---- */
 
-/* norms[i] = |e_i|^2, in doubles; a thread a code. largest[0] = the bits of the largest. */
+/* A warp a row. norms: where |w|^2 goes, or NULL. largest[0] = the bits of the largest of
+   root |w norm| + |bias|, where norm and bias are not NULL: with root = sqrt(D) no row of w gives
+   more for any rmsnorm(x) with that norm. Bits of floats above zero have their order. */
 template <int TYPE>
-__global__ void code_norms_kernel(struct matrix codebook, float *norms, int *largest) {
-    int i = (int)(blockIdx.x * blockDim.x + threadIdx.x);
-    double sum = 0;
-    if (i >= codebook.rows) return;
-    for (int k = 0; k < codebook.cols; k += 4) { /* zeros behind the last */
-        float4 e = load4<TYPE>(codebook, i, k);
-        sum += (double)e.x * e.x;
-        sum += (double)e.y * e.y;
-        sum += (double)e.z * e.z;
-        sum += (double)e.w * e.w;
-    }
-    norms[i] = (float)sum;
-    atomicMax(largest, __float_as_int(norms[i]));
-}
-
-/* A warp a row. largest[0] = the bits of the largest of root |w norm| + |bias|: no row of w gives
-   more for any rmsnorm(x) with that norm; root is sqrt(D). Bits of floats above zero have their
-   order. */
-template <int TYPE>
-__global__ void row_bounds_kernel(struct matrix w, const float *norm, const float *bias, float root,
-                                  int *largest) {
+__global__ void row_norms_kernel(struct matrix w, const float *norm, const float *bias, float root,
+                                 float *norms, int *largest) {
     const int row = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
-    float sum = 0;
+    double sum = 0;
     if (row >= w.rows) return;
-    for (int k = 4 * lane; k < w.ld; k += 128) {
-        float4 v = load4<TYPE>(w, row, k), n = *(const float4 *)(norm + k);
-        sum += v.x * n.x * (v.x * n.x) + v.y * n.y * (v.y * n.y) + v.z * n.z * (v.z * n.z) +
-               v.w * n.w * (v.w * n.w);
+    for (int k = 4 * lane; k < w.ld; k += 128) { /* zeros behind the last */
+        const float4 v = load4<TYPE>(w, row, k);
+        const float4 n = norm != NULL ? *(const float4 *)(norm + k) : make_float4(1, 1, 1, 1);
+        const double a = (double)v.x * n.x, b = (double)v.y * n.y, c = (double)v.z * n.z,
+                     d = (double)v.w * n.w;
+        sum += a * a + b * b + c * c + d * d;
     }
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
-    if (lane == 0)
-        atomicMax(largest,
-                  __float_as_int(root * sqrtf(sum) + (bias != NULL ? fabsf(bias[row]) : 0)));
+    if (lane > 0) return;
+    if (norms != NULL) norms[row] = (float)sum;
+    const float most = root * sqrtf((float)sum) + (bias != NULL ? fabsf(bias[row]) : 0);
+    atomicMax(largest, __float_as_int(most));
 }
 
 /* The largest power of two that brings `most` under 2^15. */
@@ -646,7 +620,7 @@ static __host__ __device__ float power_for(float most) {
     return exp2f((float)(e > 100 ? 100 : e < -100 ? -100 : e));
 }
 
-/* The same for what does not exceed a bound, but for roundings. */
+/* The same for a bound, which roundings may exceed. */
 static float power_for_bound(double bound) { return power_for((float)(1.01 * bound)); }
 
 /* For rmsnorm with this norm. */
@@ -660,30 +634,23 @@ static float power_for_norm(const struct tensor *norm, double root) {
 /* To g->bounds, which begins as zeros: of each layer the bounds of v, gate and up; then the largest
    norm of a code. */
 static void find_bounds(struct gpu_model *g) {
-    const struct llama *a = &g->m->llama;
-    struct queue *q = &g->q;
-    const float root = sqrtf((float)a->D);
-    auto rows = [&](const struct matrix &w, const float *norm, const float *bias, int *largest) {
+    const float root = sqrtf((float)g->m->llama.D);
+    int *bound = g->bounds;
+    auto rows = [&](const struct matrix &w, const float *norm, const float *bias, float *norms) {
         const unsigned grid = (unsigned)(w.rows + WARPS - 1) / WARPS;
         with_type(w.type, [&](auto type) {
-            row_bounds_kernel<type.value><<<grid, THREADS, 0, q->stream>>>(w, norm, bias, root,
-                                                                           largest);
+            row_norms_kernel<type.value><<<grid, THREADS, 0, g->q.stream>>>(w, norm, bias, root,
+                                                                            norms, bound++);
         });
     };
-    for (int i = 0; i < a->L; i++) {
+    for (int i = 0; i < g->m->llama.L; i++) {
         const struct gpu_layer *l = &g->layers[i];
-        rows(l->v, l->attn_norm, l->v_bias, g->bounds + 3 * i);
-        rows(l->gate, l->ffn_norm, NULL, g->bounds + 3 * i + 1);
-        rows(l->up, l->ffn_norm, NULL, g->bounds + 3 * i + 2);
+        rows(l->v, l->attn_norm, l->v_bias, NULL);
+        rows(l->gate, l->ffn_norm, NULL, NULL);
+        rows(l->up, l->ffn_norm, NULL, NULL);
     }
-    launched(q, "row_bounds_kernel");
-    if (g->m->vq == NULL) return;
-    with_type(g->codebook.type, [&](auto type) {
-        const unsigned grid = (unsigned)(g->codebook.rows + THREADS - 1) / THREADS;
-        code_norms_kernel<type.value><<<grid, THREADS, 0, q->stream>>>(g->codebook, g->code_norms,
-                                                                       g->bounds + 3 * a->L);
-    });
-    launched(q, "code_norms_kernel");
+    if (g->m->vq != NULL) rows(g->codebook, NULL, NULL, g->code_norms);
+    launched(&g->q, "row_norms_kernel");
 }
 
 static int use_bounds(struct gpu_model *g, lvm_error *error) {
@@ -701,7 +668,7 @@ static int use_bounds(struct gpu_model *g, lvm_error *error) {
                             power_for_bound((double)b[1] * b[2])};
     }
     if (code == LVM_OK && a->L > 0) g->head_up = power_for_norm(&a->norm, root);
-    if (code == LVM_OK) g->bad_codebook = !isfinite(bounds[n - 1]);
+    if (code == LVM_OK && g->m->vq != NULL) g->bad_codebook = !isfinite(bounds[n - 1]);
     free(bounds);
     return code;
 }
@@ -734,8 +701,7 @@ static int look_at_chip(struct queue *q, lvm_error *error) {
     struct { enum cudaDeviceAttr what; int *to; } all[] = {
         {cudaDevAttrComputeCapabilityMajor, &major}, {cudaDevAttrMultiProcessorCount, &q->sms},
         {cudaDevAttrMaxSharedMemoryPerBlockOptin, &q->shared}};
-    for (const auto &one : all)
-        note(q, cudaDeviceGetAttribute(one.to, one.what, q->device), "cudaDeviceGetAttribute");
+    for (const auto &one : all) CALL(q, cudaDeviceGetAttribute, one.to, one.what, q->device);
     int code = settle(q, error);
     if (code == LVM_OK && major < 8)
         code = fail(error, LVM_UNSUPPORTED, "cuda:%d: has compute capability %d.x; lvm needs 8.0",
@@ -5583,15 +5549,13 @@ static __device__ void largest_of_block(uint32_t *v, uint32_t (*parts)[32]) {
 /* The lowest id of the largest logit. */
 template <int N>
 static __device__ int likeliest(struct sampling *m, const float *x, int codes, float most) {
-    uint32_t v[4] = {};
+    m->id = CODES;
+    __syncthreads();
 #pragma unroll
-    for (int i = N - 1; i >= 0; i--) {
-        int id = (int)threadIdx.x + i * BINS;
-        if (id < codes && x[i] == most) v[0] = ~(uint32_t)id;
-    }
-    __syncthreads(); /* m->most has been read */
-    largest_of_block(v, m->most);
-    return (int)~v[0];
+    for (int i = 0; i < N; i++)
+        if (x[i] == most) atomicMin(&m->id, min((int)threadIdx.x + i * BINS, codes - 1));
+    __syncthreads();
+    return m->id;
 }
 
 static __device__ float probability(float below, float temperature) {
@@ -5706,41 +5670,28 @@ static void next_step(struct gpu *c, const struct step *s) {
     sample_rows(c, s);
 }
 
-/* Puts a token of each sequence into the queue. */
-static void send_token(struct gpu *c, const struct step *s, int first) {
-    if (first) {
-        sample_rows(c, s);
-        return;
-    }
-    cudaGraphExec_t *graph = s->n <= GRAPH_ROWS ? &c->next_graph[s->n] : NULL;
-    if (graph != NULL && *graph == NULL && c->next_seen[s->n]++ > 0)
+/* The same as a graph, where there are few rows and there was such a step before. */
+static void send_next(struct gpu *c, const struct step *s) {
+    cudaGraphExec_t none = NULL, *graph = s->n <= GRAPH_ROWS ? &c->next_graph[s->n] : &none;
+    if (graph != &none && *graph == NULL && c->next_seen[s->n]++ > 0)
         record_step(c, s, next_step, graph);
-    if (graph == NULL || *graph == NULL) next_step(c, s);
-    else note(&c->q, cudaGraphLaunch(*graph, c->q.stream), "cudaGraphLaunch");
+    if (*graph == NULL) next_step(c, s);
+    else CALL(&c->q, cudaGraphLaunch, *graph, c->q.stream);
 }
 
-/* Waits until the device tells the id of token i of a sequence. */
-static int32_t watch_token(struct gpu *c, int i, int row) {
-    const volatile uint64_t *word = &c->told->ring[i % RING][row];
-    uint64_t told = *word;
-    for (int turn = 1; told >> 32 != (uint64_t)i + 1; told = *word, turn++) {
-        cudaError_t e = turn % 256 != 0 ? cudaErrorNotReady : cudaStreamQuery(c->q.stream);
-        if (e == cudaErrorNotReady) continue;
-        told = *word;
-        if (told >> 32 == (uint64_t)i + 1) break;
-        note(&c->q, e != cudaSuccess ? e : cudaErrorUnknown, "waiting for a token");
-        return 0;
-    }
-    return (int32_t)(uint32_t)told;
-}
-
-/* Token i of each sequence, from the device to the caller. */
+/* Token i of each sequence, which the device tells, to the caller. */
 static int receive_token(struct gpu *c, struct continuation *k, int i, lvm_error *error) {
     const float nan = NAN;
-    int code = LVM_OK;
+    int code = settle(&c->q, error);
     for (int s = 0; code == LVM_OK && s < k->n_seqs; s++) {
-        int32_t id = watch_token(c, i, s);
-        code = settle(&c->q, error);
+        const volatile uint64_t *word = &c->told->ring[i % RING][s];
+        for (int turn = 1; *word >> 32 != (uint64_t)i + 1; turn++) {
+            cudaError_t e = turn % 256 != 0 ? cudaErrorNotReady : cudaStreamQuery(c->q.stream);
+            if (e == cudaErrorNotReady || *word >> 32 == (uint64_t)i + 1) continue;
+            code = cuda_fail(e != cudaSuccess ? e : cudaErrorUnknown, "waiting for a token", error);
+            break;
+        }
+        int32_t id = (int32_t)(uint32_t)*word;
         if (code == LVM_OK && id < 0)
             code = check_finite(&nan, 1, "the logits behind generated token", k->done + i, error);
         if (code == LVM_OK) k->ids[s * k->ld + i] = id;
@@ -5798,13 +5749,14 @@ static int end_sampling(struct gpu *c, struct continuation *k, lvm_error *error)
 
 static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
     struct gpu *c = (struct gpu *)state;
-    int start[SEQUENCES], sent = 0, code = use_device(&c->q, error);
+    int start[SEQUENCES], sent = 1, code = use_device(&c->q, error);
     for (int s = 0; s < k->n_seqs; s++) start[s] = c->seq[s].n;
     if (code == LVM_OK) code = pages_ahead(c, k, error);
     if (code == LVM_OK) {
         struct step step = tell_sampler(c, k, start);
         for (int i = 0; code == LVM_OK && i < k->n; i++) {
-            for (; sent < k->n && sent < i + IN_FLIGHT; sent++) send_token(c, &step, sent == 0);
+            if (i == 0) sample_rows(c, &step);
+            for (; sent < k->n && sent < i + IN_FLIGHT; sent++) send_next(c, &step);
             code = report(c->o, "generate", k->done + i, k->all, error);
             if (code == LVM_OK) code = receive_token(c, k, i, error);
         }
@@ -6469,20 +6421,6 @@ static int needs_f32(const struct gpu *c) {
     return f32;
 }
 
-/* A layer's panels, and as many more as the output's need. */
-static void place_panels(struct gpu *c, struct arena *a) {
-    const struct llama *l = &c->g->m->llama;
-    const int Q = l->H * l->d, K = l->G * l->d, D = round_up(l->D, SPAN);
-    struct { __half **p; int tiles, ld; } all[] = {
-        {&c->w16.qkv, panel_tiles(Q, 0) + 2 * panel_tiles(K, 0), D},
-        {&c->w16.o, panel_tiles(l->D, 0), round_up(Q, SPAN)},
-        {&c->w16.gate_up, panel_tiles(l->F, 1), D},
-        {&c->w16.down, panel_tiles(l->D, 0), round_up(l->F, SPAN)}};
-    const size_t start = a->used, output = (size_t)panel_tiles(l->V, 0) * W_ROWS * (size_t)D * 2;
-    for (const auto &one : all) take(a, one.p, (int64_t)one.tiles * W_ROWS * one.ld);
-    if (a->used - start < output) a->used = start + output;
-}
-
 static void place_lm(struct gpu *c, struct arena *a) {
     const struct llama *l = &c->g->m->llama;
     int64_t N = c->rows, Q = (int64_t)l->H * l->d, K = (int64_t)l->G * l->d, V = l->V;
@@ -6500,7 +6438,14 @@ static void place_lm(struct gpu *c, struct arena *a) {
     take(a, &c->hidden, N * round_up(l->F, SPAN));
     take(a, &c->q16, N * l->H * c->kv.dp * c->kv.tensor);
     take(a, &c->query_c, N * l->H * c->kv.tensor);
-    place_panels(c, a);
+    const int D = round_up(l->D, SPAN), of_D = panel_tiles(l->D, 0);
+    struct { __half **p; int tiles, ld; } panels[] = {
+        {&c->w16.qkv, panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0), D},
+        {&c->w16.o, of_D, round_up((int)Q, SPAN)}, {&c->w16.gate_up, panel_tiles(l->F, 1), D},
+        {&c->w16.down, of_D, round_up(l->F, SPAN)}};
+    const size_t output = a->used + (size_t)panel_tiles(l->V, 0) * W_ROWS * (size_t)D * 2;
+    for (const auto &one : panels) take(a, one.p, (int64_t)one.tiles * W_ROWS * one.ld);
+    a->used = std::max(a->used, output); /* the output's panels take the place of a layer's */
     take(a, &c->sampler, 1);
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
 }
@@ -6542,44 +6487,29 @@ static int64_t images_at(const struct gpu *c, int i) {
     return min64(few, c->images);
 }
 
-static int64_t conv_halves(const struct gpu *c) {
-    int64_t most = 0;
-    for (int i = 0; i < c->g->m->n_specs; i++) {
-        const struct matrix *m = &c->g->map[i];
-        int conv = c->g->m->specs[i].kind == T_CONV || c->g->m->specs[i].kind == T_EXACT;
-        if (conv && m->type != LVM_F32 && m->type != LVM_F16)
-            most = max64(most, (int64_t)m->rows * m->ld);
-    }
-    return most;
-}
-
-/* The sums of blocks that an operation's maps have. */
-static int64_t block_floats(const struct vq_op *op) {
-    int64_t in = (op->side_in + 7) / 8, out = (op->side_out + 7) / 8;
-    int64_t c = max64(op->c_in, op->c_out);
-    return 2 * c * max64(in * in, out * out);
-}
-
 static void place_vq(struct gpu *c, struct arena *a) {
     const struct vqgan *vq = c->g->m->vq;
     struct vq_memory *v = &c->vq;
-    int64_t attn = 0, pixels = 0, channels = 0, blocks = 0, all, T;
+    int64_t attn = 0, pixels = 0, channels = 0, blocks = 0, halves = 0, whole = 0;
     if (vq == NULL) return;
-    int64_t map = cut_ops(c), n = c->images;
+    const int64_t map = cut_ops(c), n = c->images, all = (int64_t)vq->R * vq->R,
+                  T = (int64_t)vq->S * vq->S;
     for (int i = 0; i < vq->n_ops; i++) {
         const struct vq_op *op = &vq->ops[i];
-        int64_t in = (int64_t)op->side_in * op->side_in;
-        channels = max64(channels, max64(op->c_in, op->c_out));
-        blocks = max64(blocks, images_at(c, i) * block_floats(op));
+        const int64_t in = (int64_t)op->side_in * op->side_in, most = std::max(op->c_in, op->c_out),
+                      side = (std::max(op->side_in, op->side_out) + 7) / 8;
+        channels = max64(channels, most);
+        blocks = max64(blocks, images_at(c, i) * 2 * most * side * side);
+        if (i == v->cut[0] || i == v->cut[1]) whole = max64(whole, in * op->c_in);
         if (op->kind != VQ_ATTENTION) continue;
         attn = max64(attn, images_at(c, i) * in * op->c_in);
         pixels = max64(pixels, in);
     }
-    const struct vq_op *after = &vq->ops[v->cut[0]], *before = &vq->ops[v->cut[1]];
-    int64_t whole = max64((int64_t)after->side_in * after->side_in * after->c_in,
-                          (int64_t)before->side_in * before->side_in * before->c_in);
-    all = (int64_t)vq->R * vq->R;
-    T = (int64_t)vq->S * vq->S;
+    for (int i = 0; i < c->g->m->n_specs; i++) { /* convolutions and the codebook */
+        const struct matrix *m = &c->g->map[i];
+        if (!m->tiled && m->type != LVM_F32 && m->type != LVM_F16)
+            halves = max64(halves, (int64_t)m->rows * m->ld);
+    }
     struct { float **p; int64_t n; } maps[] = {
         {&v->x, map}, {&v->t, map}, {&v->u, map}, {&v->n, map}, {&v->whole, n * whole},
         {&v->q, attn}, {&v->k, attn}, {&v->v, attn},
@@ -6588,7 +6518,7 @@ static void place_vq(struct gpu *c, struct arena *a) {
         {&v->squares, n * VQ_GROUPS}, {&v->down, n}};
     for (const auto &one : maps) take(a, one.p, one.n);
     take(a, &v->sums, n * ((all + CHUNK - 1) / CHUNK) * VQ_GROUPS * 2);
-    take(a, &v->w16, conv_halves(c));
+    take(a, &v->w16, halves);
     take(a, &v->found, n * T * ((vq->codes + NEAREST_CODES - 1) / NEAREST_CODES));
     take(a, &v->rgb, n * all * 3);
     take(a, &v->ids, n * T);
@@ -6655,12 +6585,10 @@ static void gpu_close(void *state) {
    other only where they are cut alike. */
 static void allow(struct queue *q, const void *kernel, int64_t bytes) {
     cudaFuncAttributes own = {};
-    note(q, cudaFuncGetAttributes(&own, kernel), "cudaFuncGetAttributes");
+    CALL(q, cudaFuncGetAttributes, &own, kernel);
     bytes = min64(bytes, q->shared - (int64_t)own.sharedSizeBytes);
-    note(q, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes),
-         "cudaFuncSetAttribute");
-    note(q, cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100),
-         "cudaFuncSetAttribute");
+    CALL(q, cudaFuncSetAttribute, kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)bytes);
+    CALL(q, cudaFuncSetAttribute, kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
 }
 
 template <int TYPE, int KIND> static void allow_gemv(struct queue *q) {
@@ -6703,10 +6631,9 @@ static int gpu_alloc(struct gpu *c, lvm_error *error) {
         s.pages = (struct gpu_page **)calloc((size_t)c->max_pages + 1, sizeof(void *));
         if (s.pages == NULL) return fail(error, LVM_MEMORY, "out of memory");
     }
-    note(&c->q, cudaStreamCreateWithFlags(&c->q.stream, cudaStreamNonBlocking),
-         "cudaStreamCreateWithFlags");
+    CALL(&c->q, cudaStreamCreateWithFlags, &c->q.stream, cudaStreamNonBlocking);
     note(&c->q, cudaMalloc((void **)&c->memory, a.used + 256), "cudaMalloc of work memory");
-    note(&c->q, cudaMallocHost((void **)&c->pinned, pinned.used), "cudaMallocHost");
+    CALL(&c->q, cudaMallocHost, (void **)&c->pinned, pinned.used);
     if (l->L > 0) allow_kernels(c);
     int code = settle(&c->q, error);
     if (code != LVM_OK) return code;
@@ -6857,18 +6784,18 @@ __global__ void random_kernel(uint16_t *out, int64_t n, int bf16) {
 /* Seconds that work() takes. */
 template <class F> static double median_seconds(struct queue *q, F work) {
     enum { WARM = 3, RUNS = 15 };
-    cudaEvent_t start = NULL, end = NULL;
+    cudaEvent_t event[2] = {};
     float ms[RUNS] = {0};
-    for (cudaEvent_t *event : {&start, &end}) note(q, cudaEventCreate(event), "cudaEventCreate");
+    for (cudaEvent_t &e : event) CALL(q, cudaEventCreate, &e);
     for (int i = -WARM; q->error == cudaSuccess && i < RUNS; i++) {
-        note(q, cudaEventRecord(start, q->stream), "cudaEventRecord");
+        CALL(q, cudaEventRecord, event[0], q->stream);
         work();
-        note(q, cudaEventRecord(end, q->stream), "cudaEventRecord");
-        note(q, cudaEventSynchronize(end), "cudaEventSynchronize");
-        if (i >= 0) note(q, cudaEventElapsedTime(&ms[i], start, end), "cudaEventElapsedTime");
+        CALL(q, cudaEventRecord, event[1], q->stream);
+        CALL(q, cudaEventSynchronize, event[1]);
+        if (i >= 0) CALL(q, cudaEventElapsedTime, &ms[i], event[0], event[1]);
     }
-    for (cudaEvent_t event : {start, end})
-        if (event != NULL) cudaEventDestroy(event);
+    for (cudaEvent_t e : event)
+        if (e != NULL) cudaEventDestroy(e);
     std::sort(ms, ms + RUNS);
     return q->error == cudaSuccess ? ms[RUNS / 2] / 1000 : HUGE_VAL;
 }
