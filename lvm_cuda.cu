@@ -398,8 +398,7 @@ static int list_piece(struct upload *u, struct part_of_piece *list) {
    row's last is zero already. Floor: bytes in + bytes out, far less than PCIe takes. */
 __global__ void place_kernel(const uint8_t *piece) {
     const struct part_of_piece p = ((const struct part_of_piece *)piece)[blockIdx.y];
-    const int units = p.m.cols / p.elements;
-    const int step = (int)gridDim.x * THREADS;
+    const int units = p.m.cols / p.elements, step = (int)gridDim.x * THREADS;
     for (int i = (int)(blockIdx.x * THREADS + threadIdx.x); i < p.n; i += step) {
         const uint8_t *from = piece + p.at + (int64_t)i * p.unit;
         const uint16_t *halves = (const uint16_t *)from;
@@ -411,9 +410,11 @@ __global__ void place_kernel(const uint8_t *piece) {
         uint32_t *words = (uint32_t *)(p.m.q + (p.m.type == LVM_Q8_0 ? at : at / 2));
         for (int w = 0; p.m.type == LVM_Q8_0 && w < 8; w++)
             words[w] = (halves[1 + 2 * w] | (uint32_t)halves[2 + 2 * w] << 16) ^ 0x80808080;
-        for (int e = 0; p.m.type == LVM_Q4_0 && e < QK; e++) {
-            uint32_t q = from[2 + e % 16] >> e / 16 * 4 & 15;
-            words[e / 8] = (e % 8 > 0 ? words[e / 8] : 0) | q << (e / 2 % 4 + e % 2 * 4) * 4;
+        for (int w = 0; p.m.type == LVM_Q4_0 && w < 4; w++) {
+            uint32_t word = 0;
+            for (int k = 0; k < 8; k++)
+                word |= (from[2 + (8 * w + k) % 16] >> w / 2 * 4 & 15u) << (k / 2 + k % 2 * 4) * 4;
+            words[w] = word;
         }
     }
 }
@@ -5463,7 +5464,7 @@ struct sampling {
     uint32_t low[BINS], high[BINS]; /* a bin's sum in units of 2^-37, the least summand */
     int counts[32];
     double sums[32];
-    uint32_t most[4][32];
+    uint32_t most[3][32];
     struct slice found;
     int id;
 };
@@ -5538,12 +5539,12 @@ static __device__ struct slice find(struct sampling *m, const struct goal &g,
 /* v[i] becomes the largest of all threads'. */
 static __device__ void largest_of_block(uint32_t *v, uint32_t (*parts)[32]) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 3; i++) {
         v[i] = __reduce_max_sync(0xffffffff, v[i]);
         if (lane == 0) parts[i][warp] = v[i];
     }
     __syncthreads();
-    for (int i = 0; i < 4; i++) v[i] = __reduce_max_sync(0xffffffff, parts[i][lane]);
+    for (int i = 0; i < 3; i++) v[i] = __reduce_max_sync(0xffffffff, parts[i][lane]);
 }
 
 /* The lowest id of the largest logit. */
@@ -5615,26 +5616,25 @@ __global__ void __launch_bounds__(BINS, 1)
     wait_for_inputs();
     struct rng rng = by->of[row].rng;
     float x[N];
-    uint32_t most[4] = {}; /* largest and least of codes, of all; of the least the complement */
+    uint32_t most[3] = {}; /* the largest of codes, of all; the least's complement */
     logits += (int64_t)row * V;
 #pragma unroll
     for (int i = 0; i < N; i++) x[i] = logits[min(t + i * BINS, codes - 1)];
-    for (int i = codes + t; i < V; i += BINS) {
-        most[2] = max(most[2], ordered(logits[i]));
-        most[3] = max(most[3], ~ordered(logits[i]));
-    }
 #pragma unroll
     for (int i = 0; i < N; i++) {
         most[0] = max(most[0], ordered(x[i]));
-        most[1] = max(most[1], ~ordered(x[i]));
+        most[2] = max(most[2], ~ordered(x[i]));
     }
-    most[2] = max(most[2], most[0]);
-    most[3] = max(most[3], most[1]);
+    most[1] = most[0];
+    for (int i = codes + t; i < V; i += BINS) {
+        most[1] = max(most[1], ordered(logits[i]));
+        most[2] = max(most[2], ~ordered(logits[i]));
+    }
     largest_of_block(most, m.most);
-    const float top = from_ordered(most[0]), least = from_ordered(~most[1]),
-                top_of_all = from_ordered(most[2]);
+    const float top = from_ordered(most[0]), top_of_all = from_ordered(most[1]),
+                least = from_ordered(~most[2]);
     int id = -1;
-    if (isfinite(top_of_all) && isfinite(from_ordered(~most[3])))
+    if (isfinite(top_of_all) && isfinite(least))
         id = by->by.greedy ? likeliest<N>(&m, x, codes, top)
                            : draw<N>(&m, by->by, &rng, x, codes, top, least);
     float nll = 0;
@@ -6837,42 +6837,37 @@ static double gemm_peak(struct queue *q, uint16_t *memory) {
     return bad ? 0 : best;
 }
 
-static void measure_ceilings(struct queue *q, char *memory, char *pinned, struct ceilings *c) {
-    const int64_t n = (int64_t)(CEILING_BYTES / sizeof(uint4));
-    const uint4 *from = (const uint4 *)memory;
-    uint4 *to = (uint4 *)(memory + CEILING_BYTES);
-    const double bytes = (double)CEILING_BYTES;
-    const unsigned blocks = (unsigned)(n / (4 * THREADS)), many = 32 * (unsigned)q->sms;
-    note(q, cudaMemsetAsync(memory, 1, 2 * CEILING_BYTES, q->stream), "cudaMemset");
-    double by_driver = median_seconds(
-        q, [&]() { copy(q, to, from, CEILING_BYTES, "copying memory"); });
-    double by_kernel = median_seconds(
-        q, [&]() { copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, to, n); });
-    c->copy = 2 * bytes / fmin(by_driver, by_kernel);
-    c->read = bytes / median_seconds(q, [&]() {
-        copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, NULL, n);
-    });
-    c->upload = (double)PINNED_BYTES / median_seconds(q, [&]() {
-        copy(q, memory, pinned, PINNED_BYTES, "copying from pinned memory");
-    });
-    c->f32 = 2.0 * FMA_ROUNDS * FMA_CHAINS * THREADS * many / median_seconds(q, [&]() {
-        fma_kernel<<<many, THREADS, 0, q->stream>>>((float *)memory, 1.0001f, 1e-3f);
-    });
-    c->f16 = gemm_peak(q, (uint16_t *)memory);
-    launched(q, "copy_kernel, fma_kernel");
-}
-
-static int gpu_ceilings(void *state, struct ceilings *ceilings, lvm_error *error) {
+static int gpu_ceilings(void *state, struct ceilings *c, lvm_error *error) {
     struct queue *q = &((struct gpu *)state)->q;
-    char *memory = NULL, *pinned = NULL;
+    const int64_t n = (int64_t)(CEILING_BYTES / sizeof(uint4));
+    const unsigned blocks = (unsigned)(n / (4 * THREADS)), many = 32 * (unsigned)q->sms;
+    uint4 *from = NULL, *pinned = NULL;
     int code = use_device(q, error);
     if (code != LVM_OK) return code;
-    *ceilings = {};
-    note(q, cudaMalloc((void **)&memory, 2 * CEILING_BYTES), "cudaMalloc for measuring");
+    *c = {};
+    note(q, cudaMalloc((void **)&from, 2 * CEILING_BYTES), "cudaMalloc for measuring");
     note(q, cudaMallocHost((void **)&pinned, PINNED_BYTES), "cudaMallocHost for measuring");
-    if (q->error == cudaSuccess) measure_ceilings(q, memory, pinned, ceilings);
+    if (q->error == cudaSuccess) {
+        uint4 *to = from + n;
+        CALL(q, cudaMemsetAsync, from, 1, 2 * CEILING_BYTES, q->stream);
+        double by_driver = median_seconds(
+            q, [&]() { copy(q, to, from, CEILING_BYTES, "copying memory"); });
+        double by_kernel = median_seconds(
+            q, [&]() { copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, to, n); });
+        double read = median_seconds(
+            q, [&]() { copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, NULL, n); });
+        double upload = median_seconds(
+            q, [&]() { copy(q, from, pinned, PINNED_BYTES, "copying from pinned memory"); });
+        double fma = median_seconds(q, [&]() {
+            fma_kernel<<<many, THREADS, 0, q->stream>>>((float *)from, 1.0001f, 1e-3f);
+        });
+        const double bytes = (double)CEILING_BYTES;
+        *c = {2 * bytes / fmin(by_driver, by_kernel), bytes / read, (double)PINNED_BYTES / upload,
+              gemm_peak(q, (uint16_t *)from), 2.0 * FMA_ROUNDS * FMA_CHAINS * THREADS * many / fma};
+        launched(q, "copy_kernel, fma_kernel");
+    }
     code = wait_for(q, error);
-    cudaFree(memory);
+    cudaFree(from);
     cudaFreeHost(pinned);
     return code;
 }
