@@ -5450,20 +5450,26 @@ static __device__ float from_ordered(uint32_t u) {
     return __uint_as_float(u >> 31 ? u & 0x7fffffff : ~u);
 }
 
-/* Choices that follow each other in the order: their keys are low .. low + 2^bits - 1. How many
-   come before them and how many there are, and the sums of both. */
+/* How many choices, and the sum of their p; as a goal: so many or so large a sum, one at least. */
+static __device__ double2 plus(double2 a, double2 b) { return {a.x + b.x, a.y + b.y}; }
+
+static __device__ int reached(double2 goal, double2 v) {
+    return v.x > 0 && (v.x >= goal.x || v.y >= goal.y);
+}
+
+/* Choices that follow each other in the order: their keys are low .. low + 2^bits - 1; those before
+   them, and they themselves. */
 struct slice {
     uint64_t low;
-    int bits, first, n;
-    double before, mass;
+    int bits;
+    double2 before, own;
 };
 
 /* A block's shared memory. */
 struct sampling {
     int count[BINS];
     uint32_t low[BINS], high[BINS]; /* a bin's sum in units of 2^-37, the least summand */
-    int counts[32];
-    double sums[32];
+    double2 sums[32];
     uint32_t most[3][32];
     struct slice found;
     int id;
@@ -5478,19 +5484,21 @@ static __device__ uint64_t key_of(float p, int id) {
     return (uint64_t)upper_key(p) << CODE_BITS | (uint32_t)id;
 }
 
-/* The sum of v over the threads before this one. parts: shared. */
-template <class T> static __device__ T sum_before(T v, T *parts) {
+/* The sum of v over the threads before this one. */
+static __device__ double2 sum_before(struct sampling *m, double2 v) {
     const int lane = (int)threadIdx.x % 32, warp = (int)threadIdx.x / 32;
-    T sum = v;
+    const unsigned lanes = 0xffffffff;
+    double2 sum = v, all = {0, 0};
     for (int i = 1; i < 32; i *= 2) {
-        T other = __shfl_up_sync(0xffffffff, sum, i);
-        if (lane >= i) sum += other;
+        double2 other = {__shfl_up_sync(lanes, sum.x, i), __shfl_up_sync(lanes, sum.y, i)};
+        if (lane >= i) sum = plus(sum, other);
     }
-    if (lane == 31) parts[warp] = sum;
+    if (lane == 31) m->sums[warp] = sum;
     __syncthreads();
-    T all = lane < warp ? parts[lane] : 0;
-    for (int i = 16; i > 0; i /= 2) all += __shfl_xor_sync(0xffffffff, all, i);
-    return all + sum - v;
+    if (lane < warp) all = m->sums[lane];
+    for (int i = 16; i > 0; i /= 2)
+        all = plus(all, {__shfl_xor_sync(lanes, all.x, i), __shfl_xor_sync(lanes, all.y, i)});
+    return {all.x + (sum.x - v.x), all.y + (sum.y - v.y)};
 }
 
 /* The thread's bin of a slice. p: of the choices t, t + 1024 ..; below zero: there is none. */
@@ -5511,27 +5519,14 @@ static __device__ struct slice bin_of(struct sampling *m, const struct slice &s,
         atomicAdd(&m->count[bin], 1);
     }
     __syncthreads();
-    const int n = m->count[t];
-    const double mass = (double)((uint64_t)m->high[t] << 32 | m->low[t]) * 0x1p-37;
-    return {s.low + ((uint64_t)t << bits), bits, s.first + sum_before(n, m->counts), n,
-            s.before + sum_before(mass, m->sums), mass};
+    const uint64_t units = (uint64_t)m->high[t] << 32 | m->low[t];
+    const double2 own = {(double)m->count[t], (double)units * 0x1p-37};
+    return {s.low + ((uint64_t)t << bits), bits, plus(s.before, sum_before(m, own)), own};
 }
 
-/* So many choices, or so large a sum; one at least. */
-struct goal {
-    int count;
-    double mass;
-};
-
-static __device__ int reached(const struct goal &g, int count, double mass) {
-    return count > 0 && (count >= g.count || mass >= g.mass);
-}
-
-/* Of the threads' bins the one in which the goal is reached: the last before which it is not. */
-static __device__ struct slice find(struct sampling *m, const struct goal &g,
-                                    const struct slice &own) {
-    int bin = __syncthreads_count(!reached(g, own.first, own.before)) - 1;
-    if ((int)threadIdx.x == bin) m->found = own;
+/* Of the threads' bins the one in which the goal is reached. */
+static __device__ struct slice find(struct sampling *m, double2 goal, const struct slice &bin) {
+    if (!reached(goal, bin.before) && reached(goal, plus(bin.before, bin.own))) m->found = bin;
     __syncthreads();
     return m->found;
 }
@@ -5574,18 +5569,19 @@ static __device__ int draw(struct sampling *m, const lvm_sampling &by, struct rn
     /* A lower logit may, by a rounding, have a p that is larger: hence the 64. */
     uint64_t last = key_of(probability(least - most, by.temperature), CODES - 1) +
                     (64 << CODE_BITS);
-    const struct slice own = bin_of<N>(m, {0, 64 - __clzll(last), 0, codes, 0, 0}, x);
-    struct slice s = find(m, {codes, HUGE_VAL}, own);
+    const struct slice bin = bin_of<N>(m, {0, 64 - __clzll(last), {0, 0}, {0, 0}}, x);
+    struct slice s = find(m, {(double)codes, HUGE_VAL}, bin);
     const double random = rng_next_as_host(rng) * 0x1p-32;
 #pragma unroll 1
     for (int step = by.top_k > 0 && by.top_k < codes ? 0 : 1; step < 3; step++) {
-        const double mass = s.before + s.mass; /* of the choices that are left */
-        struct goal g = {codes, mass * random};
-        if (step == 0) g = {by.top_k, HUGE_VAL};
-        if (step == 1) g.mass = mass * (double)by.top_p;
+        const double mass = s.before.y + s.own.y; /* of the choices that are left */
+        double2 goal = {(double)codes, mass * random};
+        if (step == 0) goal = {(double)by.top_k, HUGE_VAL};
+        if (step == 1) goal.y = mass * (double)by.top_p;
         if (step == 1 && by.top_p == 1) continue; /* for all are in the nucleus */
-        s = find(m, g, own);
-        while (s.n > 1) s = find(m, g, bin_of<N>(m, s, x));
+        __syncthreads(); /* m->found has been read */
+        s = find(m, goal, bin);
+        while (s.own.x > 1) s = find(m, goal, bin_of<N>(m, s, x));
     }
 #pragma unroll
     for (int i = 0; i < N; i++)
@@ -5601,7 +5597,7 @@ static __device__ float judge(struct sampling *m, const float *logits, int V, fl
     for (int i = (int)threadIdx.x; i < V; i += BINS)
         sum += (double)summand_as_host(exp_as_host(logits[i] - most));
     __syncthreads(); /* m->sums has been read */
-    sum += sum_before(sum, m->sums);
+    sum += sum_before(m, {0, sum}).y;
     return (float)(log_as_host(sum) - ((double)logits[id] - most));
 }
 
@@ -6739,8 +6735,8 @@ static void gpu_usage(void *state, lvm_usage *usage) {
 enum { GEMM_SIDE = 8192, FMA_ROUNDS = 4096, FMA_CHAINS = 8 };
 static const size_t CEILING_BYTES = (size_t)1 << 30, PINNED_BYTES = 64 << 20;
 
-/* to[n] = from[n]; where to is NULL it only reads. */
-__global__ void copy_kernel(const uint4 *from, uint4 *to, int64_t n) {
+/* Reads from[n], and writes nothing. */
+__global__ void read_kernel(const uint4 *from, int64_t n, uint32_t *out) {
     const int64_t step = (int64_t)gridDim.x * blockDim.x;
     uint32_t sum = 0;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < n; i += 4 * step) {
@@ -6748,12 +6744,9 @@ __global__ void copy_kernel(const uint4 *from, uint4 *to, int64_t n) {
 #pragma unroll
         for (int k = 0; k < 4; k++) v[k] = from[min(i + k * step, n - 1)];
 #pragma unroll
-        for (int k = 0; k < 4; k++) {
-            if (to != NULL) to[min(i + k * step, n - 1)] = v[k];
-            sum |= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
-        }
+        for (int k = 0; k < 4; k++) sum |= v[k].x ^ v[k].y ^ v[k].z ^ v[k].w;
     }
-    if (to == NULL && sum == 0x12345678) *(uint32_t *)from = sum; /* or nothing would be read */
+    if (sum == 0x12345678) *out = sum; /* or nothing would be read */
 }
 
 /* FMA_CHAINS times FMA_ROUNDS multiply-adds a thread. */
@@ -6850,21 +6843,20 @@ static int gpu_ceilings(void *state, struct ceilings *c, lvm_error *error) {
     if (q->error == cudaSuccess) {
         uint4 *to = from + n;
         CALL(q, cudaMemsetAsync, from, 1, 2 * CEILING_BYTES, q->stream);
-        double by_driver = median_seconds(
+        double both = median_seconds(
             q, [&]() { copy(q, to, from, CEILING_BYTES, "copying memory"); });
-        double by_kernel = median_seconds(
-            q, [&]() { copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, to, n); });
-        double read = median_seconds(
-            q, [&]() { copy_kernel<<<blocks, THREADS, 0, q->stream>>>(from, NULL, n); });
+        double read = median_seconds(q, [&]() {
+            read_kernel<<<blocks, THREADS, 0, q->stream>>>(from, n, (uint32_t *)to);
+        });
         double upload = median_seconds(
             q, [&]() { copy(q, from, pinned, PINNED_BYTES, "copying from pinned memory"); });
         double fma = median_seconds(q, [&]() {
             fma_kernel<<<many, THREADS, 0, q->stream>>>((float *)from, 1.0001f, 1e-3f);
         });
         const double bytes = (double)CEILING_BYTES;
-        *c = {2 * bytes / fmin(by_driver, by_kernel), bytes / read, (double)PINNED_BYTES / upload,
+        *c = {2 * bytes / both, bytes / read, (double)PINNED_BYTES / upload,
               gemm_peak(q, (uint16_t *)from), 2.0 * FMA_ROUNDS * FMA_CHAINS * THREADS * many / fma};
-        launched(q, "copy_kernel, fma_kernel");
+        launched(q, "read_kernel, fma_kernel");
     }
     code = wait_for(q, error);
     cudaFree(from);
