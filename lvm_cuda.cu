@@ -5467,8 +5467,9 @@ struct slice {
 
 /* A block's shared memory. */
 struct sampling {
-    int count[BINS];
-    uint32_t low[BINS], high[BINS]; /* a bin's sum in units of 2^-37, the least summand */
+    /* A bin's sum in units of 2^-37, the least summand: of their lowest 18 bits, of the next, and
+       of the rest, below which is the number of choices. */
+    uint32_t low[BINS], middle[BINS], rest[BINS];
     double2 sums[32];
     uint32_t most[3][32];
     struct slice found;
@@ -5505,22 +5506,21 @@ static __device__ double2 sum_before(struct sampling *m, double2 v) {
 template <int N>
 static __device__ struct slice bin_of(struct sampling *m, const struct slice &s, const float *p) {
     const int t = (int)threadIdx.x, bits = max(0, s.bits - BIN_BITS);
-    m->count[t] = 0;
-    m->low[t] = m->high[t] = 0;
+    m->low[t] = m->middle[t] = m->rest[t] = 0;
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < N; i++) {
         const uint64_t bin = (key_of(p[i], t + i * BINS) - s.low) >> bits;
         if (p[i] < 0 || bin >= BINS) continue;
         const uint64_t units = (uint64_t)(p[i] * 0x1p37f);
-        const uint32_t low = (uint32_t)units, old = atomicAdd(&m->low[bin], low),
-                       high = (uint32_t)(units >> 32) + (old + low < low);
-        if (high > 0) atomicAdd(&m->high[bin], high);
-        atomicAdd(&m->count[bin], 1);
+        atomicAdd(&m->low[bin], (uint32_t)units & 0x3ffff);
+        atomicAdd(&m->middle[bin], (uint32_t)(units >> 18) & 0x3ffff);
+        atomicAdd(&m->rest[bin], (uint32_t)(units >> 36) << 16 | 1);
     }
     __syncthreads();
-    const uint64_t units = (uint64_t)m->high[t] << 32 | m->low[t];
-    const double2 own = {(double)m->count[t], (double)units * 0x1p-37};
+    const uint64_t units = m->low[t] + ((uint64_t)m->middle[t] << 18) +
+                           ((uint64_t)(m->rest[t] >> 16) << 36);
+    const double2 own = {(double)(m->rest[t] & 0xffff), (double)units * 0x1p-37};
     return {s.low + ((uint64_t)t << bits), bits, plus(s.before, sum_before(m, own)), own};
 }
 
