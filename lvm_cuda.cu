@@ -169,10 +169,6 @@ static __device__ int64_t element_at(const struct matrix &m, int64_t row, int k)
     return ((row / 8 * (m.ld / SPAN) + k / SPAN) * 8 + row % 8) * SPAN + k % SPAN;
 }
 
-static int64_t plane_bytes(int type, int64_t elements) {
-    return type_bytes(type, elements) - (type_is_quantised(type) ? elements / QK * 2 : 0);
-}
-
 static __device__ __half2 as_half2(uint32_t u) {
     __half2 h;
     memcpy(&h, &u, sizeof h);
@@ -332,9 +328,10 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
         if (kind == T_VECTOR) m.rows = 1, m.cols = t->rows * t->cols;
         m.ld = round_up(m.cols, SPAN);
         m.tiled = t->type != LVM_F32 && (kind == T_MATRIX || kind == T_OUTPUT || kind == T_EMBED);
-        int64_t n = (int64_t)(m.tiled ? round_up(m.rows, 8) : m.rows) * m.ld;
-        if (t->data != NULL) take(a, &m.q, plane_bytes(t->type, n));
-        if (t->data != NULL && type_is_quantised(t->type)) take(a, &m.d, n / QK);
+        const int64_t n = (int64_t)(m.tiled ? round_up(m.rows, 8) : m.rows) * m.ld,
+                      scales = type_is_quantised(t->type) ? n / QK : 0;
+        if (t->data != NULL) take(a, &m.q, type_bytes(t->type, n) - 2 * scales);
+        if (t->data != NULL && scales > 0) take(a, &m.d, scales);
         g->map[i] = m;
     }
     take(a, &g->code_norms, g->m->vq != NULL ? g->m->vq->codes : 0);
@@ -6429,18 +6426,17 @@ static void place_lm(struct gpu *c, struct arena *a) {
         {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (KEYS / BLOCK) * (c->kv.dp + 2)},
         {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}};
     for (const auto &one : all) take(a, one.p, one.n);
+    const int64_t D = (int64_t)W_ROWS * round_up(l->D, SPAN), F = round_up(l->F, SPAN);
     N = round_up((int)N, X_ROWS);
     take(a, &c->h, N * round_up((int)max64(l->D, Q), SPAN));
-    take(a, &c->hidden, N * round_up(l->F, SPAN));
+    take(a, &c->hidden, N * F);
     take(a, &c->q16, N * l->H * c->kv.dp * c->kv.tensor);
     take(a, &c->query_c, N * l->H * c->kv.tensor);
-    const int D = round_up(l->D, SPAN), of_D = panel_tiles(l->D, 0);
-    struct { __half **p; int tiles, ld; } panels[] = {
-        {&c->w16.qkv, panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0), D},
-        {&c->w16.o, of_D, round_up((int)Q, SPAN)}, {&c->w16.gate_up, panel_tiles(l->F, 1), D},
-        {&c->w16.down, of_D, round_up(l->F, SPAN)}};
-    const size_t output = a->used + (size_t)panel_tiles(l->V, 0) * W_ROWS * (size_t)D * 2;
-    for (const auto &one : panels) take(a, one.p, (int64_t)one.tiles * W_ROWS * one.ld);
+    const size_t output = a->used + (size_t)(panel_tiles(l->V, 0) * D) * sizeof(__half);
+    take(a, &c->w16.qkv, (panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0)) * D);
+    take(a, &c->w16.o, panel_tiles(l->D, 0) * W_ROWS * (int64_t)round_up((int)Q, SPAN));
+    take(a, &c->w16.gate_up, panel_tiles(l->F, 1) * D);
+    take(a, &c->w16.down, panel_tiles(l->D, 0) * W_ROWS * F);
     a->used = std::max(a->used, output); /* the output's panels take the place of a layer's */
     take(a, &c->sampler, 1);
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
@@ -6457,22 +6453,19 @@ static int64_t map_floats(const struct vq_op *op) {
 static int64_t cut_ops(struct gpu *c) {
     const struct vqgan *vq = c->g->m->vq;
     struct vq_memory *v = &c->vq;
-    int64_t encoder = 0, decoder = 0;
-    for (int i = 0; i < vq->n_ops; i++) {
-        int64_t *most = i < vq->n_encoder ? &encoder : &decoder;
-        *most = max64(*most, map_floats(&vq->ops[i]));
-    }
-    int64_t room = min64(max64(1, VQ_FLOATS / encoder), IMAGES) * encoder;
-    room = max64(room, decoder);
-    v->few[0] = (int)min64(IMAGES, room / encoder);
-    v->few[1] = (int)min64(IMAGES, room / decoder);
+    int64_t most[2] = {0, 0}; /* of the encoder, of the decoder */
+    auto floats = [&](int i) { return map_floats(&vq->ops[i]); };
+    for (int i = 0; i < vq->n_ops; i++)
+        most[i >= vq->n_encoder] = max64(most[i >= vq->n_encoder], floats(i));
+    const int64_t many = min64(max64(1, VQ_FLOATS / most[0]), IMAGES) * most[0],
+                  room = max64(many, most[1]);
+    for (int i = 0; i < 2; i++) v->few[i] = (int)min64(IMAGES, room / most[i]);
     v->cut[0] = vq->n_encoder - 1;
     v->cut[1] = vq->n_encoder + 1;
-    int64_t least = max64(map_floats(&vq->ops[v->cut[0]]), map_floats(&vq->ops[v->cut[1] - 1]));
+    const int64_t least = max64(floats(v->cut[0]), floats(v->cut[1] - 1));
     c->images = (int)max64(1, min64(IMAGES, room / least));
-    while (v->cut[0] > 0 && c->images * map_floats(&vq->ops[v->cut[0] - 1]) <= room) v->cut[0]--;
-    while (v->cut[1] < vq->n_ops - 1 && c->images * map_floats(&vq->ops[v->cut[1]]) <= room)
-        v->cut[1]++;
+    while (v->cut[0] > 0 && c->images * floats(v->cut[0] - 1) <= room) v->cut[0]--;
+    while (v->cut[1] < vq->n_ops - 1 && c->images * floats(v->cut[1]) <= room) v->cut[1]++;
     return room;
 }
 
