@@ -4613,12 +4613,11 @@ static int plan_tiles(int n, const int *pos, const int *seqs, int rows, struct t
 
 /* ---- The same in f32: an f32 cache, or --exact ----
 
-   Online softmax (Milakov and Gimelshein, 2018). A query has WARPS warps. Warp w takes keys 32 w ..
-   32 w + 31 of one page after the other and keeps the largest score so far, m, and the sums l of
-   e^(s - m) and o of e^(s - m) v; in the end the warps' parts are added in ascending order. A block
-   of the grid has a head of QUERIES rows, for one finds in the L1 cache what another has read. */
+   Online softmax (Milakov and Gimelshein, 2018). A block of the grid has a query of one head. Its
+   warps take 32 keys in turn, and each keeps the largest score s so far, m, and the sums l of
+   e^(s - m) and o of e^(s - m) v; in the end the warps' parts are added in ascending order. */
 
-enum { QUERIES = 4 };
+enum { QUERY_WARPS = 32, QUERY_THREADS = 32 * QUERY_WARPS };
 
 /* Keys or values of a page as a matrix, whose rows load4 reads in every type. */
 static __device__ struct matrix rows_of(const struct kv_layout &l, const uint8_t *at) {
@@ -4629,7 +4628,7 @@ static __device__ struct matrix rows_of(const struct kv_layout &l, const uint8_t
    which are these lanes' own. */
 template <int KV>
 static __device__ float score_key(const struct matrix &keys, int first, const float *q) {
-    const int lane = (int)threadIdx.x;
+    const int lane = (int)threadIdx.x % 32;
     float sum[8] = {}, score = 0;
     for (int i = lane % 8 * 4; i < keys.ld; i += 32) {
         const float4 x = *(const float4 *)(q + i);
@@ -4651,7 +4650,7 @@ static __device__ float score_key(const struct matrix &keys, int first, const fl
 template <int KV>
 static __device__ void add_values(const struct matrix &values, int first, int n, float p, float old,
                                   float *o) {
-    const int lane = (int)threadIdx.x;
+    const int lane = (int)threadIdx.x % 32;
     for (int i = lane % 8 * 4; i < values.ld; i += 32) {
         float sum[4] = {};
 #pragma unroll
@@ -4668,42 +4667,42 @@ static __device__ void add_values(const struct matrix &values, int first, int n,
     }
 }
 
-/* Grid: [H][rows / QUERIES] of [QUERIES][WARPS][32] threads. Reads q, keys and values; writes a row
-   of o. Floor: each query's keys and values, by the L1 cache's rate. */
+/* Grid: [rows][H]. Reads q, and for each row its keys and values; writes o. Floor: these bytes over
+   the L2 cache's bandwidth. */
 template <int KV>
-__global__ void __launch_bounds__(QUERIES * THREADS)
-    attention_kernel(const struct attention a, int rows) {
-    extern __shared__ __align__(16) float memory[]; /* of a query q[dp], o[WARPS][dp] */
-    __shared__ float2 ml[QUERIES][WARPS];
-    const int h = (int)blockIdx.x, x = (int)threadIdx.z, warp = (int)threadIdx.y, dp = a.l.dp,
-              lane = (int)threadIdx.x, row = min(a.from + (int)blockIdx.y * QUERIES + x, rows - 1);
-    float *q = memory + x * (1 + WARPS) * dp, *o = q + dp, m = -HUGE_VALF, l = 0;
-    for (int i = 32 * warp + lane; i < (1 + WARPS) * dp; i += THREADS)
+__global__ void __launch_bounds__(QUERY_THREADS) attention_kernel(const struct attention a) {
+    extern __shared__ __align__(16) float q[]; /* [dp], behind it o[QUERY_WARPS][dp] */
+    __shared__ float2 ml[QUERY_WARPS];
+    const int h = (int)blockIdx.y, row = a.from + (int)blockIdx.x, pos = a.b.pos[row],
+              dp = a.l.dp, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    float *o = q + dp, m = -HUGE_VALF, l = 0;
+    for (int i = (int)threadIdx.x; i < (1 + QUERY_WARPS) * dp; i += QUERY_THREADS)
         q[i] = i < a.d ? a.q[((int64_t)row * a.H + h) * a.d + i] : 0;
     __syncthreads();
-    for (int first = 32 * warp, n; (n = min(32, a.b.pos[row] + 1 - first)) > 0; first += KEYS) {
+    for (int first = 32 * warp; first <= pos; first += QUERY_THREADS) {
+        const int n = min(32, pos + 1 - first), at = first % KEYS;
         const uint8_t *keys = head_of(a.b, a.l, a.b.seq[row], first / KEYS,
                                       (int64_t)a.layer * a.G + h / (a.H / a.G));
-        const float s = score_key<KV>(rows_of(a.l, keys), 32 * warp, q) * a.scale, before = m;
+        const float s = score_key<KV>(rows_of(a.l, keys), at, q) * a.scale, before = m;
         m = fmaxf(m, lane < n ? s : -HUGE_VALF);
         for (int d = 16; d > 0; d /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, d));
         const float p = lane < n ? expf(s - m) : 0, old = expf(before - m);
         l = fmaf(l, old, over_warp(make_float4(p, 0, 0, 0)));
-        add_values<KV>(rows_of(a.l, keys + a.l.head_bytes), 32 * warp, n, p, old, o + warp * dp);
+        add_values<KV>(rows_of(a.l, keys + a.l.head_bytes), at, n, p, old, o + warp * dp);
     }
-    if (lane == 0) ml[x][warp] = make_float2(m, l);
+    if (lane == 0) ml[warp] = make_float2(m, l);
     __syncthreads();
-    for (int i = 2 * (32 * warp + lane); i < a.d; i += 2 * THREADS) {
+    for (int i = 2 * (int)threadIdx.x; i < a.d; i += 2 * QUERY_THREADS) {
         float most = -HUGE_VALF, sum = 0, v[2] = {};
-        for (int w = 0; w < WARPS; w++) most = fmaxf(most, ml[x][w].x);
-        for (int w = 0; w < WARPS; w++) {
-            const float part = expf(ml[x][w].x - most);
-            sum = fmaf(ml[x][w].y, part, sum);
+        for (int w = 0; w < QUERY_WARPS; w++) most = fmaxf(most, ml[w].x);
+        for (int w = 0; w < QUERY_WARPS; w++) {
+            const float part = expf(ml[w].x - most);
+            sum = fmaf(ml[w].y, part, sum);
             for (int k = 0; k < 2; k++) v[k] = fmaf(o[w * dp + i + k], part, v[k]);
         }
         write_pair(a, row, h, i, v[0] / sum, v[1] / sum);
     }
-    if (h == 0) write_end(a, row, 32 * warp + lane, THREADS);
+    if (h == 0) write_end(a, row, (int)threadIdx.x, QUERY_THREADS);
 }
 
 static auto *attention_kernel_for(int type) {
@@ -4711,12 +4710,12 @@ static auto *attention_kernel_for(int type) {
            : type == LVM_F16 ? attention_kernel<LVM_F16> : attention_kernel<LVM_Q8_0>;
 }
 
-static int attention_shared(int dp) { return QUERIES * (1 + WARPS) * dp * (int)sizeof(float); }
+static int attention_shared(int dp) { return (1 + QUERY_WARPS) * dp * (int)sizeof(float); }
 
 static void attend_in_f32(struct queue *q, const struct attention *a, int rows) {
-    const dim3 grid((unsigned)a->H, (unsigned)(rows - a->from + QUERIES - 1) / QUERIES);
-    attention_kernel_for(a->l.type)<<<grid, dim3(32, WARPS, QUERIES),
-                                      (size_t)attention_shared(a->l.dp), q->stream>>>(*a, rows);
+    const dim3 grid((unsigned)(rows - a->from), (unsigned)a->H);
+    attention_kernel_for(a->l.type)<<<grid, QUERY_THREADS, (size_t)attention_shared(a->l.dp),
+                                      q->stream>>>(*a);
     launched(q, "attention_kernel");
 }
 
@@ -4933,7 +4932,7 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
     else attend_many(&c->q, &job, s->tiles);
 }
 
-/* A product in f16, or the same in f32. in: f32 rows, where it has no norm. */
+/* A product in f16 or, as exactly, in f32; in: then its rows, where it has no norm. */
 static void multiply_rows(struct gpu *c, int f16, enum epilogue kind, const struct product_f16 *j,
                           const struct prepared &w, const float *in) {
     const int64_t hidden = (int64_t)j->rows * j->p[0].w.rows;
