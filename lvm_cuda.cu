@@ -2923,14 +2923,6 @@ __global__ void swiglu_kernel(float *gate, const float *up, int64_t n) {
     if (i < n) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
-/* Grid: [rows]: out = x[rows][n], for a product in f16. */
-__global__ void pack_kernel(const float *x, int n, struct packed out) {
-    int row = (int)blockIdx.x;
-    for (int k = (int)threadIdx.x; k < out.ld; k += THREADS)
-        out.h[packed_at(out, row, k)] =
-            __float2half_rn(k < n ? x[(int64_t)row * n + k] * out.up : 0);
-}
-
 /* nll[row] = -ln softmax(logits[row][V])[targets[row]], in nats */
 __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, float *nll) {
     __shared__ double parts[THREADS];
@@ -2953,22 +2945,19 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
    6.  Attention on a paged cache, block by block
 
    A page holds 256 positions of all layers and key/value heads, [L][G] of keys and then values,
-   each head_bytes long; dp is d rounded up, zeros behind. There are two sets of kernels, each with
-   its layout of a head (kv_layout.tensor says which):
+   each head_bytes long; dp is d rounded up, zeros behind. In q8_0 a byte is value + 128.
 
-       f32 cache, or --exact: sums in f32 (the end of this chapter). Keys lie so that neighbouring
-       threads, one a key, read neighbouring pieces of 16 bytes; values lie row by row.
-       f32, f16   k[dp / n][256 keys][n], n = 4, 8                  v[256][dp]
-       q8_0       k[dp / 16][256][16] bytes, f16 scales [dp / 32][256]
-                  v[256][dp] bytes, f16 scales [256][dp / 32]
+       k, v       [256][dp], for q8_0 with f16 scales [256][dp / 32]
 
-       else: tensor cores. dp is 64, 128 or 256; values lie transposed, BLOCK keys at a time. (Not
-       for f16 with more than 128 dimensions, nor where a block may have too little shared memory.)
-       f16        k[256][dp]                                        v[256 / 64][dp][64]
-       q8_0       k[256][dp] bytes, f16 scales [256][dp / 32]       value + 128 is what is stored
-                  v[256 / 64][dp][64] bytes, f16 scales [256 / 64][dp / 32][64]
-       Inside a row (of a key, of a dimension of values), and among a block's scales of values, the
-       order is that of stored_place: 16 bytes hold what one lane feeds to mma.
+   So they lie for an f32 cache and with --exact, where sums are in f32 (the end of this chapter).
+   Else tensor cores multiply, and dp is 64, 128 or 256. (Not for f16 with more than 128 dimensions,
+   nor where a block may have too little shared memory.) Then values lie transposed, BLOCK keys at a
+   time:
+
+       v          [256 / 64][dp][64], for q8_0 with f16 scales [256 / 64][dp / 32][64]
+
+   and inside a row (of a key, of a dimension of values), and among a block's scales of values, the
+   order is that of stored_place: 16 bytes hold what one lane feeds to mma.
 
    THE ORDER OF SUMS on tensor cores is one for a step of a few rows (split_kernel, merge_blocks)
    and of many (flash_kernel). Keys are taken in blocks of 64 positions. In each block scores are a
@@ -3010,13 +2999,13 @@ struct key_group {
 
 /* A batch as the device sees it, and where its cache is. */
 struct batch_view {
-    uint8_t *const *table; /* [sequences][max_pages] */
-    const int32_t *tokens, *targets;
-    const int *pos, *seq, *out; /* [n] [n] [n_out] */
-    const struct tile *tiles;
-    const struct key_group *groups; /* [*n_groups], in steps of a few rows */
-    const int *n_groups, *planned; /* planned: pos[0] when the groups were made; all rows advance
-                                      together */
+    uint8_t **table;            /* [sequences][max_pages] */
+    int32_t *tokens, *targets;
+    int *pos, *seq, *out;       /* [n] [n] [n_out] */
+    struct tile *tiles;
+    struct key_group *groups;   /* [*n_groups], in steps of a few rows */
+    int *n_groups, *planned;    /* planned: pos[0] when the groups were made; all rows advance
+                                   together */
     int max_pages;
 };
 
@@ -3034,19 +3023,17 @@ static __host__ __device__ int stored_place(int i, int n) {
 
 /* Where dimension i of the key or value at `at` of a page lies, in elements. */
 static __device__ int kv_place(const struct kv_layout &l, int is_value, int at, int i) {
-    int n = l.type == LVM_F32 ? 4 : l.type == LVM_F16 ? 8 : 16;
-    if (!l.tensor) return is_value ? at * l.dp + i : (i / n * KEYS + at) * n + i % n;
+    const int n = l.type == LVM_F16 ? 8 : 16;
+    if (!l.tensor) return at * l.dp + i;
     if (!is_value) return at * l.dp + stored_place(i, n);
     return (at / BLOCK * l.dp + i) * BLOCK + stored_place(at % BLOCK, n);
 }
 
 /* The same for the scale of dimensions i .. i + 31. */
 static __device__ int scale_place(const struct kv_layout &l, int is_value, int at, int i) {
-    int parts = l.dp / QK;
-    if (is_value == l.tensor) /* parts outside, keys inside */
-        return l.tensor ? (at / BLOCK * parts + i / QK) * BLOCK + stored_place(at % BLOCK, 16)
-                        : i / QK * KEYS + at;
-    return at * parts + i / QK;
+    const int parts = l.dp / QK;
+    if (!l.tensor || !is_value) return at * parts + i / QK;
+    return (at / BLOCK * parts + i / QK) * BLOCK + stored_place(at % BLOCK, 16);
 }
 
 /* A lane's value of 32 that share a scale, as value + 128 of q8_0; returns the scale. */
@@ -3073,7 +3060,7 @@ static __device__ void store_codes(const struct kv_layout &l, uint8_t *to, int i
     const int place = kv_place(l, is_value, at, i0 + (int)(threadIdx.x % 32));
     if (l.type == LVM_F16) ((uint16_t *)to)[place] = (uint16_t)code;
     if (l.type != LVM_Q8_0) return;
-    to[place] = (uint8_t)(l.tensor ? code : code - 128);
+    to[place] = (uint8_t)code;
     __half *scales = (__half *)(to + (int64_t)KEYS * l.dp);
     if (threadIdx.x % 32 == 0) scales[scale_place(l, is_value, at, i0)] = __float2half_rn(d);
 }
@@ -4507,10 +4494,10 @@ static int longer_tile(const void *x, const void *y) {
     return a->last != b->last ? b->last - a->last : a->first - b->first;
 }
 
-/* Cuts rows into tiles of neighbours of one sequence, for flash_kernel; the longest come first, so
+/* Cuts n rows into tiles of up to `rows` neighbours of one sequence; the longest come first, so
    that the last to end are short. Returns their number, at most n. */
-static int plan_tiles(int n, const int *pos, const int *seqs, int heads, struct tile *tiles) {
-    int rows = FLASH_QUERIES / heads, count = 0;
+static int plan_tiles(int n, const int *pos, const int *seqs, int rows, struct tile *tiles) {
+    int count = 0;
     for (int r = 0; r < n; count++) {
         int end = r + 1;
         while (end < n && end - r < rows && seqs[end] == seqs[r]) end++;
@@ -4523,307 +4510,110 @@ static int plan_tiles(int n, const int *pos, const int *seqs, int heads, struct 
 
 /* ---- The same in f32: an f32 cache, or --exact ----
 
-   A block of the grid takes up to QUERIES queries that share a key/value head and a sequence: nr
-   rows by the heads of a group. For each block of 256 keys it computes scores (a thread a key),
-   softmax (a warp a query) and values (a warp 32 keys, a lane 4 dimensions), and merges them as
-   lvm.c's online_softmax_merge does. With few rows each block of keys has a block of the grid and a
-   second kernel merges, in the same order with the same arithmetic. */
+   Online softmax (Milakov and Gimelshein, 2018). A block of the grid has a query of one head. Its
+   warps take 32 keys in turn, and each keeps the largest score s so far, m, and the sums l of
+   e^(s - m) and o of e^(s - m) v; in the end the warps' parts are added in ascending order. */
 
-enum { QUERIES = 8 };
+enum { QUERY_WARPS = 32, QUERY_THREADS = 32 * QUERY_WARPS };
 
-/* Signed byte k of a word as a float: 2^23 + u is a float whose lowest bits are u. */
-static __device__ float byte_of(uint32_t w, int k) {
-    uint32_t u = __byte_perm(w ^ 0x80808080, 0x4b000000, 0x7440 | k);
-    return __uint_as_float(u) - (8388608.0f + 128);
+/* Keys or values of a page as a matrix, whose rows load4 reads in every type. */
+static __device__ struct matrix rows_of(const struct kv_layout &l, const uint8_t *at) {
+    return {l.type, KEYS, l.dp, l.dp, 0, (uint8_t *)at, (__half *)(at + KEYS * l.dp)};
 }
 
-/* The piece of 16 bytes number c of key `key`, as floats: 4, 8 or 16 of them; what to multiply them
-   by is returned. */
+/* q . k for the lane's key, row `first` + lane. Eight lanes share the dimensions of eight keys,
+   which are these lanes' own. */
 template <int KV>
-static __device__ float load_key(const uint8_t *keys, const struct kv_layout &l, int key, int c,
-                                 float *out) {
-    uint4 v = ((const uint4 *)keys)[c * KEYS + key];
-    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
-    const __half *scales = (const __half *)(keys + (int64_t)KEYS * l.dp);
+static __device__ float score_key(const struct matrix &keys, int first, const float *q) {
+    const int lane = (int)threadIdx.x % 32;
+    float sum[8] = {}, score = 0;
+    for (int i = lane % 8 * 4; i < keys.ld; i += 32) {
+        const float4 x = *(const float4 *)(q + i);
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        float2 f = __half22float2(as_half2(w[i]));
-        if (KV == LVM_F32) out[i] = __uint_as_float(w[i]);
-        if (KV == LVM_F16) out[2 * i] = f.x, out[2 * i + 1] = f.y;
-        for (int k = 0; KV == LVM_Q8_0 && k < 4; k++) out[4 * i + k] = byte_of(w[i], k);
+        for (int j = 0; j < 8; j++) {
+            const float4 k = load4<KV>(keys, first + lane / 8 * 8 + j, i);
+            sum[j] = fmaf(x.x, k.x, fmaf(x.y, k.y, fmaf(x.z, k.z, fmaf(x.w, k.w, sum[j]))));
+        }
     }
-    return KV == LVM_Q8_0 ? __half2float(scales[c / 2 * KEYS + key]) : 1;
+#pragma unroll
+    for (int j = 0; j < 8; j++) {
+        for (int d = 1; d < 8; d *= 2) sum[j] += __shfl_xor_sync(0xffffffff, sum[j], d);
+        if (lane % 8 == j) score = sum[j];
+    }
+    return score;
 }
 
-/* Four dimensions of a value. */
+/* o[dp] = o old + the sum of p v, p of the lane's key, 0 beyond n, where anything may lie. */
 template <int KV>
-static __device__ float4 load_value(const uint8_t *values, const struct kv_layout &l, int key,
-                                    int i) {
-    int64_t at = (int64_t)key * l.dp + i;
-    if (KV == LVM_F32) return *(const float4 *)(values + at * 4);
-    if (KV == LVM_F16) {
-        uint2 v = *(const uint2 *)(values + at * 2);
-        float2 a = __half22float2(as_half2(v.x)), b = __half22float2(as_half2(v.y));
-        return make_float4(a.x, a.y, b.x, b.y);
-    }
-    uint32_t v = *(const uint32_t *)(values + at);
-    float d = __half2float(((const __half *)(values + (int64_t)KEYS * l.dp))[at / QK]);
-    return make_float4(byte_of(v, 0) * d, byte_of(v, 1) * d, byte_of(v, 2) * d, byte_of(v, 3) * d);
-}
-
-/* Merges a block's m', l' and o' into m, l and o: see lvm.c, "Attention over one block of keys". */
-struct merge {
-    float m, old_part, new_part;
-};
-
-static __device__ struct merge merge_of(float m, float m_block) {
-    float most = fmaxf(m, m_block);
-    struct merge r = {most, expf(m - most), expf(m_block - most)};
-    return r;
-}
-
-static __device__ float merged(const struct merge &r, float old_value, float new_value) {
-    return fmaf(old_value, r.old_part, __fmul_rn(new_value, r.new_part));
-}
-
-/* sum + q . k, n terms in ascending order. */
-static __device__ float add_products(float sum, const float *q, const float *k, int n) {
+static __device__ void add_values(const struct matrix &values, int first, int n, float p, float old,
+                                  float *o) {
+    const int lane = (int)threadIdx.x % 32;
+    for (int i = lane % 8 * 4; i < values.ld; i += 32) {
+        float sum[4] = {};
 #pragma unroll
-    for (int i = 0; i < n; i += 4) {
-        float4 x = *(const float4 *)(q + i);
-        sum = fmaf(x.x, k[i], sum);
-        sum = fmaf(x.y, k[i + 1], sum);
-        sum = fmaf(x.z, k[i + 2], sum);
-        sum = fmaf(x.w, k[i + 3], sum);
-    }
-    return sum;
-}
-
-/* s[query][key] for the thread's key; beyond `keys` stands something, which softmax skips. Of a
-   quantised key the sum of 16 integers is scaled at once. */
-template <int KV, int NQ>
-static __device__ void score_keys(const struct attention &a, const uint8_t *page, int keys,
-                                  const float *q, float *s) {
-    constexpr int n = KV == LVM_F32 ? 4 : KV == LVM_F16 ? 8 : 16;
-    int at = (int)threadIdx.x, key = min(at, keys - 1), dp = a.l.dp;
-    float sum[NQ] = {}, k[n];
-#pragma unroll 4
-    for (int c = 0; c < dp / n; c++) {
-        float d = load_key<KV>(page, a.l, key, c, k);
-#pragma unroll
-        for (int r = 0; r < NQ; r++) {
-            const float *x = q + r * dp + c * n;
-            if (KV == LVM_Q8_0) sum[r] = fmaf(add_products(0, x, k, n), d, sum[r]);
-            else sum[r] = add_products(sum[r], x, k, n);
+        for (int j = 0; j < 8; j++) {
+            const int key = lane / 8 * 8 + j;
+            const float4 v = load4<KV>(values, first + min(key, n - 1), i);
+            const float w = __shfl_sync(0xffffffff, p, key), x[4] = {v.x, v.y, v.z, v.w};
+            for (int k = 0; k < 4; k++) sum[k] = fmaf(w, x[k], sum[k]);
+        }
+        for (int k = 0; k < 4; k++) {
+            for (int d = 8; d < 32; d *= 2) sum[k] += __shfl_xor_sync(0xffffffff, sum[k], d);
+            if (lane < 8) o[i + k] = fmaf(o[i + k], old, sum[k]);
         }
     }
-#pragma unroll
-    for (int r = 0; r < NQ; r++) s[r * KEYS + at] = sum[r];
 }
 
-/* A warp's query: s becomes probabilities before they are normalised; largest score and sum. */
-static __device__ void softmax_query(float *s, int valid, float scale, float *m, float *l) {
-    int lane = (int)threadIdx.x % 32;
-    float most = -HUGE_VALF, sum = 0;
-    for (int i = lane; i < valid; i += 32) most = fmaxf(most, s[i] * scale);
-    for (int i = 16; i > 0; i /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, i));
-    for (int i = lane; i < KEYS; i += 32) {
-        float p = i < valid ? expf(__fmul_rn(s[i], scale) - most) : 0;
-        s[i] = p;
-        sum += p;
-    }
-    for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
-    *m = most;
-    *l = sum;
-}
-
-/* red[warp][query][dp]: what the warp's 32 keys give, four at a time; the last is repeated, for
-   keys beyond it have no weight. */
-template <int KV, int NQ>
-static __device__ void sum_values(const struct attention &a, const uint8_t *values, int keys,
-                                  const float *s, float *red) {
-    int warp = (int)threadIdx.x / 32, dp = a.l.dp, last = min(keys, warp * 32 + 32);
-    for (int i = (int)threadIdx.x % 32 * 4; i < dp; i += 128) {
-        float sum[NQ][4] = {};
-#pragma unroll 2
-        for (int key = warp * 32; key < last; key += 4) {
-            float4 v[4];
-#pragma unroll
-            for (int k = 0; k < 4; k++)
-                v[k] = load_value<KV>(values, a.l, min(key + k, last - 1), i);
-#pragma unroll
-            for (int r = 0; r < NQ; r++) {
-                float4 p = *(const float4 *)(s + r * KEYS + key);
-                const float weight[4] = {p.x, p.y, p.z, p.w};
-#pragma unroll
-                for (int k = 0; k < 4; k++) {
-                    sum[r][0] = fmaf(weight[k], v[k].x, sum[r][0]);
-                    sum[r][1] = fmaf(weight[k], v[k].y, sum[r][1]);
-                    sum[r][2] = fmaf(weight[k], v[k].z, sum[r][2]);
-                    sum[r][3] = fmaf(weight[k], v[k].w, sum[r][3]);
-                }
-            }
-        }
-#pragma unroll
-        for (int r = 0; r < NQ; r++)
-            *(float4 *)(red + (warp * NQ + r) * dp + i) =
-                make_float4(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-    }
-}
-
-/* Floats of shared memory: q, o [NQ][dp], s [NQ][KEYS], red [WARPS][NQ][dp], m and l twice. */
-static int attention_shared(int queries, int dp) {
-    return (int)sizeof(float) * queries * (dp * (2 + WARPS) + KEYS + 4);
-}
-
-/* Grid: [max_pages or 1][H / heads][tiles]. Reads q, and keys and values once a tile; writes o, or
-   `partial` where each block of keys has a block of the grid. Floor: while generating, the cache's
-   bytes over the bandwidth. */
-template <int KV, int NQ>
-__global__ void __launch_bounds__(THREADS, 2) attention_kernel(struct attention a, int split) {
-    extern __shared__ __align__(16) float memory[];
-    const struct tile tile = a.b.tiles[blockIdx.z];
-    const int dp = a.l.dp, n = tile.n * a.heads, h0 = (int)blockIdx.y * a.heads;
-    const int tid = (int)threadIdx.x, warp = tid / 32, seq = a.b.seq[tile.first];
-    const int last = a.b.pos[tile.first + tile.n - 1];
-    const int page0 = split ? (int)blockIdx.x : 0, pages = split ? page0 + 1 : last / KEYS + 1;
-    if (page0 > last / KEYS || tile.first + tile.n <= a.from) return;
-    float *q = memory, *o = q + NQ * dp, *s = o + NQ * dp, *red = s + NQ * KEYS,
-          *m = red + WARPS * NQ * dp, *l = m + NQ, *m_block = l + NQ, *l_block = m_block + NQ;
-    for (int i = tid; i < NQ * dp; i += THREADS) {
-        int r = i / dp, k = i % dp;
-        int64_t at = ((int64_t)(tile.first + r / a.heads) * a.H + h0 + r % a.heads) * a.d + k;
-        q[i] = r < n && k < a.d ? a.q[at] : 0;
-        o[i] = 0;
-    }
-    if (tid < NQ) m[tid] = -HUGE_VALF, l[tid] = 0;
+/* Grid: [rows][H]. Reads q, and for each row its keys and values; writes o. Floor: these bytes over
+   the L2 cache's bandwidth. */
+template <int KV>
+__global__ void __launch_bounds__(QUERY_THREADS) attention_kernel(const struct attention a) {
+    extern __shared__ __align__(16) float q[]; /* [dp], behind it o[QUERY_WARPS][dp] */
+    __shared__ float2 ml[QUERY_WARPS];
+    const int h = (int)blockIdx.y, row = a.from + (int)blockIdx.x, pos = a.b.pos[row],
+              dp = a.l.dp, warp = (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
+    float *o = q + dp, m = -HUGE_VALF, l = 0;
+    for (int i = (int)threadIdx.x; i < (1 + QUERY_WARPS) * dp; i += QUERY_THREADS)
+        q[i] = i < a.d ? a.q[((int64_t)row * a.H + h) * a.d + i] : 0;
     __syncthreads();
-    for (int page = page0; page < pages; page++) {
-        const uint8_t *head = head_of(a.b, a.l, seq, page,
-                                      (int64_t)a.layer * a.G + h0 / (a.H / a.G));
-        score_keys<KV, NQ>(a, head, min(KEYS, last + 1 - page * KEYS), q, s);
-        __syncthreads();
-        for (int r = warp; r < NQ; r += WARPS) {
-            int row = tile.first + min(r, n - 1) / a.heads;
-            int valid = min(KEYS, a.b.pos[row] + 1 - page * KEYS);
-            softmax_query(s + r * KEYS, valid, a.scale, &m_block[r], &l_block[r]);
-        }
-        __syncthreads();
-        sum_values<KV, NQ>(a, head + a.l.head_bytes, min(KEYS, last + 1 - page * KEYS), s, red);
-        __syncthreads();
-        for (int i = tid; i < n * dp; i += THREADS) {
-            int r = i / dp, row = tile.first + r / a.heads;
-            float sum = 0;
-            for (int w = 0; w < WARPS; w++) sum += red[w * NQ * dp + i];
-            if (a.b.pos[row] < page * KEYS) continue; /* sees nothing of this block */
-            o[i] = split ? sum : merged(merge_of(m[r], m_block[r]), o[i], sum);
-        }
-        __syncthreads();
-        if (tid < n && a.b.pos[tile.first + tid / a.heads] >= page * KEYS) {
-            struct merge r = merge_of(m[tid], m_block[tid]);
-            l[tid] = split ? l_block[tid] : merged(r, l[tid], l_block[tid]);
-            m[tid] = split ? m_block[tid] : r.m;
-        }
-        __syncthreads();
+    for (int first = 32 * warp; first <= pos; first += QUERY_THREADS) {
+        const int n = min(32, pos + 1 - first), at = first % KEYS;
+        const uint8_t *keys = head_of(a.b, a.l, a.b.seq[row], first / KEYS,
+                                      (int64_t)a.layer * a.G + h / (a.H / a.G));
+        const float s = score_key<KV>(rows_of(a.l, keys), at, q) * a.scale, before = m;
+        m = fmaxf(m, lane < n ? s : -HUGE_VALF);
+        for (int d = 16; d > 0; d /= 2) m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, d));
+        const float p = lane < n ? expf(s - m) : 0, old = expf(before - m);
+        l = fmaf(l, old, over_warp(make_float4(p, 0, 0, 0)));
+        add_values<KV>(rows_of(a.l, keys + a.l.head_bytes), at, n, p, old, o + warp * dp);
     }
-    for (int i = tid; i < n * (dp + 2); i += THREADS) {
-        int r = i / (dp + 2), k = i % (dp + 2);
-        int64_t row = tile.first + r / a.heads, at = row * a.H + h0 + r % a.heads;
-        float v = k < dp ? o[r * dp + k] : k == dp ? m[r] : l[r];
-        if (split) a.partial[(at * a.b.max_pages + page0) * (dp + 2) + k] = v;
-        else if (k < a.d) a.o[at * a.d + k] = v / l[r];
-    }
-}
-
-enum { MERGED = 16 /* blocks of keys whose parts are loaded together */ };
-
-/* The factors of each merge of one head, parts[pages][2]; returns the whole sum l. p:
-   [pages][step], m and l at 0 and 1. */
-static __device__ float merge_factors(const float *p, int step, int pages, float *parts) {
-    float m = -HUGE_VALF, l = 0;
-    for (int first = 0; first < pages; first += MERGED) {
-        float ms[MERGED], ls[MERGED];
-#pragma unroll
-        for (int i = 0; i < MERGED; i++) {
-            const float *at = p + min(first + i, pages - 1) * step;
-            ms[i] = at[0], ls[i] = at[1];
-        }
-#pragma unroll
-        for (int i = 0; i < MERGED; i++) {
-            if (first + i >= pages) break;
-            struct merge r = merge_of(m, ms[i]);
-            l = merged(r, l, ls[i]);
-            m = r.m;
-            parts[(first + i) * 2] = r.old_part;
-            parts[(first + i) * 2 + 1] = r.new_part;
-        }
-    }
-    return l;
-}
-
-/* One element of o, by those factors. */
-static __device__ float merge_element(const float *p, int step, int pages, const float *parts) {
-    float o = 0;
-    for (int first = 0; first < pages; first += MERGED) {
-        float v[MERGED];
-#pragma unroll
-        for (int i = 0; i < MERGED; i++) v[i] = p[min(first + i, pages - 1) * step];
-#pragma unroll
-        for (int i = 0; i < MERGED; i++) {
-            if (first + i >= pages) break;
-            struct merge r = {0, parts[(first + i) * 2], parts[(first + i) * 2 + 1]};
-            o = merged(r, o, v[i]);
-        }
-    }
-    return o;
-}
-
-/* Floats of shared memory of merge_kernel: whole groups of parts, for they are read together. */
-static __host__ __device__ int merge_floats(int max_pages) {
-    return (max_pages + MERGED - 1) / MERGED * MERGED * 2 + 1;
-}
-
-/* Grid: [H][rows], a thread an element: a head's o from its blocks of keys, in ascending order; one
-   thread finds the factors of the merges first. */
-__global__ void merge_kernel(struct attention a) {
-    extern __shared__ __align__(16) float memory[];
-    int64_t row = blockIdx.y, head = row * a.H + blockIdx.x;
-    int step = a.l.dp + 2, pages = a.b.pos[row] / KEYS + 1;
-    const float *partial = a.partial + head * a.b.max_pages * step;
-    float *parts = memory, *sum = memory + merge_floats(a.b.max_pages) - 1; /* [max_pages][2] */
-    if (row < a.from) return;
-    if (threadIdx.x == 0) *sum = merge_factors(partial + a.l.dp, step, pages, parts);
+    if (lane == 0) ml[warp] = make_float2(m, l);
     __syncthreads();
-    for (int k = (int)threadIdx.x; k < a.d; k += (int)blockDim.x)
-        a.o[head * a.d + k] = merge_element(partial + k, step, pages, parts) / *sum;
+    for (int i = 2 * (int)threadIdx.x; i < a.d; i += 2 * QUERY_THREADS) {
+        float most = -HUGE_VALF, sum = 0, v[2] = {};
+        for (int w = 0; w < QUERY_WARPS; w++) most = fmaxf(most, ml[w].x);
+        for (int w = 0; w < QUERY_WARPS; w++) {
+            const float part = expf(ml[w].x - most);
+            sum = fmaf(ml[w].y, part, sum);
+            for (int k = 0; k < 2; k++) v[k] = fmaf(o[w * dp + i + k], part, v[k]);
+        }
+        write_pair(a, row, h, i, v[0] / sum, v[1] / sum);
+    }
+    if (h == 0) write_end(a, row, (int)threadIdx.x, QUERY_THREADS);
 }
 
-template <int KV, int NQ>
-static void launch_attention(struct queue *q, const struct attention *a, int tiles, int split) {
-    dim3 grid(split ? (unsigned)a->b.max_pages : 1, (unsigned)(a->H / a->heads), (unsigned)tiles);
-    size_t shared = (size_t)attention_shared(NQ, a->l.dp);
-    attention_kernel<KV, NQ><<<grid, THREADS, shared, q->stream>>>(*a, split);
+static auto *attention_kernel_for(int type) {
+    return type == LVM_F32 ? attention_kernel<LVM_F32>
+           : type == LVM_F16 ? attention_kernel<LVM_F16> : attention_kernel<LVM_Q8_0>;
+}
+
+static int attention_shared(int dp) { return (1 + QUERY_WARPS) * dp * (int)sizeof(float); }
+
+static void attend_in_f32(struct queue *q, const struct attention *a, int rows) {
+    const dim3 grid((unsigned)(rows - a->from), (unsigned)a->H);
+    attention_kernel_for(a->l.type)<<<grid, QUERY_THREADS, (size_t)attention_shared(a->l.dp),
+                                      q->stream>>>(*a);
     launched(q, "attention_kernel");
-}
-
-template <int KV> static cudaError_t allow_shared(int dp) {
-    cudaError_t e = cudaSuccess, all[] = {
-        cudaFuncSetAttribute(attention_kernel<KV, 1>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             attention_shared(1, dp)),
-        cudaFuncSetAttribute(attention_kernel<KV, 4>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             attention_shared(4, dp)),
-        cudaFuncSetAttribute(attention_kernel<KV, QUERIES>,
-                             cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             attention_shared(QUERIES, dp))};
-    for (cudaError_t one : all) e = e == cudaSuccess ? one : e;
-    return e;
-}
-
-template <int KV>
-static void attend(struct queue *q, const struct attention *a, int tiles, int most, int split) {
-    if (most == 1) launch_attention<KV, 1>(q, a, tiles, split);
-    else if (most <= 4) launch_attention<KV, 4>(q, a, tiles, split);
-    else launch_attention<KV, QUERIES>(q, a, tiles, split);
 }
 
 /* =================================================================================================
@@ -4869,38 +4659,31 @@ struct vq_memory {
     int64_t done;                 /* operations, for the progress */
 };
 
-/* Panels of k, v and q, of o, of gate and up, of down. The output's take their place. */
-struct panels {
-    __half *qkv, *o, *gate_up, *down;
-};
+enum { QKV, O, GATE_UP, DOWN }; /* matrices of a layer that have panels together */
 
 struct gpu {
     struct queue q;
     const struct gpu_model *g;
     const lvm_options *o;
-    int exact, rows, max_pages, images;
+    int exact, rows, max_pages, images, samples; /* samples: 1: from so many codes */
     struct kv_layout kv;
     size_t page_bytes, bytes;
     struct gpu_sequence seq[SEQUENCES];
     struct gpu_page *spare;
     char *memory, *pinned;
     float *x, *qb, *kb, *vb, *rope, *partial, *logits, *nll;
-    float *f, *gate, *up;         /* of layers in f32: what stands in front of a product; hidden */
-    float *heads;                 /* what attention gives, in f32 */
+    float *f, *heads, *gate, *up; /* f32: in front of a product; what attention gives; hidden */
     int resident[2];              /* blocks of split_kernel that the device holds */
     __half *q16;                  /* queries of many rows, see struct projected */
     float *query_c;
     __half *h, *hidden;           /* the same in f16: in front of a product; silu(gate) up */
-    struct panels w16;            /* a layer's matrices in f16, for GEMM */
-    int unpacked;                 /* the layer whose q, k, v and o these are */
+    __half *w16[4];               /* a layer's panels, for GEMM; the output's take their place */
     uint8_t *in, *host_in;        /* what a forward is told: here and in pinned memory */
     float *host_logits;           /* [GRAPH_ROWS][V], pinned */
-    cudaGraphExec_t graph[GRAPH_ROWS + 1];
-    int seen[GRAPH_ROWS + 1];     /* how often there were so many rows */
+    cudaGraphExec_t graph[2][GRAPH_ROWS + 1]; /* of generate_step, of next_step; by rows */
+    unsigned seen[2][GRAPH_ROWS + 1];         /* how often there were so many */
     struct sampler *sampler;
     struct told *told;            /* pinned */
-    cudaGraphExec_t next_graph[GRAPH_ROWS + 1];
-    int next_seen[GRAPH_ROWS + 1];
     struct vq_memory vq;
 };
 
@@ -4908,22 +4691,18 @@ struct gpu {
 
 static int page_new_gpu(struct gpu *c, struct gpu_page **out, lvm_error *error) {
     struct gpu_page *p = c->spare;
-    *out = NULL;
     if (p != NULL) c->spare = p->next;
-    else {
-        p = (struct gpu_page *)calloc(1, sizeof *p);
-        if (p == NULL) return fail(error, LVM_MEMORY, "out of memory");
-        cudaError_t e = cudaMalloc((void **)&p->data, c->page_bytes);
-        if (e == cudaSuccess) e = cudaMemsetAsync(p->data, 0, c->page_bytes, c->q.stream);
-        if (e != cudaSuccess) {
-            cudaFree(p->data);
-            free(p);
-            return cuda_fail(e, "cudaMalloc of a page of the key/value cache", error);
-        }
-    }
-    p->refs = 1;
+    else p = (struct gpu_page *)calloc(1, sizeof *p);
+    if (p == NULL) return fail(error, LVM_MEMORY, "out of memory");
     *out = p;
-    return LVM_OK;
+    p->refs = 1;
+    if (p->data != NULL) return LVM_OK;
+    cudaError_t e = cudaMalloc((void **)&p->data, c->page_bytes);
+    if (e == cudaSuccess) e = cudaMemsetAsync(p->data, 0, c->page_bytes, c->q.stream);
+    if (e == cudaSuccess) return LVM_OK;
+    cudaFree(p->data);
+    free(p);
+    return cuda_fail(e, "cudaMalloc of a page of the key/value cache", error);
 }
 
 static void page_release_gpu(struct gpu *c, struct gpu_page **slot) {
@@ -4936,7 +4715,7 @@ static void page_release_gpu(struct gpu *c, struct gpu_page **slot) {
 
 /* Makes the page of position pos present and private to the sequence. */
 static int page_for_writing(struct gpu *c, struct gpu_sequence *s, int pos, lvm_error *error) {
-    struct gpu_page **slot = &s->pages[pos / KEYS], *fresh;
+    struct gpu_page **slot = &s->pages[pos / KEYS], *fresh = NULL;
     if (*slot != NULL && (*slot)->refs == 1) return LVM_OK;
     int code = page_new_gpu(c, &fresh, error);
     if (code != LVM_OK) return code;
@@ -4960,95 +4739,56 @@ static void gpu_kv_trim(void *state, int seq, int n) {
 
 /* One forward: rows, and how its attention is cut. */
 struct step {
-    int n, n_out, from;         /* from: the first row of which something is wanted */
-    int tiles, heads, most;     /* most: queries of a tile */
-    int split, room;            /* room: rows that the pieces of `in` are laid out for */
-    int in_order;               /* 1: all rows are wanted, one after the other */
+    int n, from;                /* from: the first row of which something is wanted */
+    int all;                    /* 1: something is of all of them */
+    int split, tiles;           /* split: few rows, by groups that share a page; else by tiles */
+    size_t bytes;               /* of the view */
     struct batch_view view;
 };
 
+/* The pieces of what a forward of up to `room` rows is told; returns their bytes. */
+static size_t lay_out(const struct gpu *c, uint8_t *base, int room, struct batch_view *v) {
+    struct arena a = {(char *)base, 0};
+    v->max_pages = c->max_pages;
+    take(&a, &v->table, (int64_t)SEQUENCES * c->max_pages);
+    take(&a, &v->groups, (int64_t)SPLIT_ROWS * c->max_pages);
+    take(&a, &v->tiles, room);
+    for (int32_t **p : {&v->tokens, &v->targets, &v->pos, &v->seq, &v->out}) take(&a, p, room);
+    for (int32_t **p : {&v->n_groups, &v->planned}) take(&a, p, 1);
+    return a.used;
+}
+
 static size_t told_bytes(const struct gpu *c, int room) {
-    size_t groups = room <= SPLIT_ROWS ? (size_t)room * (size_t)c->max_pages : 0;
-    return (size_t)SEQUENCES * (size_t)c->max_pages * 8 + groups * sizeof(struct key_group) +
-           (size_t)room * 8 * 4 + 8;
-}
-
-/* The pieces of a block of told_bytes. */
-static struct batch_view view_of(const struct gpu *c, uint8_t *base, int room) {
-    struct batch_view v = {};
-    struct key_group *groups =
-        (struct key_group *)(base + (size_t)SEQUENCES * (size_t)c->max_pages * 8);
-    int32_t *p = (int32_t *)(groups + (room <= SPLIT_ROWS ? room * c->max_pages : 0));
-    v.groups = groups;
-    v.table = (uint8_t *const *)base;
-    v.max_pages = c->max_pages;
-    v.tokens = p;
-    v.targets = p + room;
-    v.pos = p + 2 * (int64_t)room;
-    v.seq = p + 3 * (int64_t)room;
-    v.out = p + 4 * (int64_t)room;
-    v.tiles = (struct tile *)(p + 5 * (int64_t)room);
-    v.n_groups = p + 8 * (int64_t)room;
-    v.planned = v.n_groups + 1;
-    return v;
-}
-
-/* Cuts rows into tiles for the kernels in f32: neighbours of one sequence, as many as their heads
-   leave room for. */
-static void cut_tiles(const struct gpu *c, struct step *s, const int *seqs, struct tile *tiles) {
-    const struct llama *a = &c->g->m->llama;
-    int group = a->H / a->G, rows = 1;
-    s->heads = group;
-    while (s->heads > QUERIES || group % s->heads != 0) s->heads--;
-    if (!s->split) rows = QUERIES / s->heads;
-    for (int r = 0; r < s->n; s->tiles++) {
-        int end = r + 1;
-        while (end < s->n && end - r < rows && seqs[end] == seqs[r]) end++;
-        tiles[s->tiles] = {r, end - r, 0};
-        r = end;
-    }
-    s->most = rows * s->heads;
-}
-
-/* How attention is cut: groups of rows that share a page, or tiles. */
-static void plan_attention(const struct gpu *c, struct step *s, const struct batch_view *v,
-                           const int *pos, const int *seqs, int further) {
-    const struct llama *a = &c->g->m->llama;
-    struct tile *tiles = (struct tile *)v->tiles;
-    int heads = heads_together(a->H, a->G);
-    *(int *)v->planned = pos[0];
-    *(int *)v->n_groups = 0;
-    if (!c->kv.tensor) cut_tiles(c, s, seqs, tiles);
-    else if (s->split)
-        *(int *)v->n_groups = plan_groups(s->n, pos, seqs, v->table, c->max_pages, heads, further,
-                                          (struct key_group *)v->groups);
-    else s->tiles = plan_tiles(s->n, pos, seqs, heads, tiles);
+    struct batch_view v;
+    return lay_out(c, NULL, room, &v);
 }
 
 /* further: so many steps like this one will follow, of which no more is told. */
 static struct step plan_step(const struct gpu *c, const struct batch *b, const int *pos,
                              int further) {
-    struct step s = {};
-    s.n = b->n;
-    s.n_out = b->n_out;
-    s.from = b->n_out > 0 ? b->out[0] : b->n;
-    s.split = b->n <= SPLIT_ROWS;
-    s.in_order = b->n_out == b->n;
-    for (int i = 0; i < b->n_out; i++) s.in_order &= b->out[i] == i;
-    s.room = s.split ? SPLIT_ROWS : c->rows;
-    struct batch_view v = view_of(c, c->host_in, s.room);
-    size_t bytes = (size_t)b->n * 4, out = (size_t)b->n_out * 4;
-    memcpy((void *)v.tokens, b->tokens, bytes);
-    memcpy((void *)v.seq, b->seqs, bytes);
-    memcpy((void *)v.pos, pos, bytes);
-    if (b->n_out > 0) memcpy((void *)v.out, b->out, out);
-    if (b->n_out > 0 && b->logits == NULL) memcpy((void *)v.targets, b->targets, out);
-    uint8_t **table = (uint8_t **)c->host_in;
-    for (int i = 0; i < SEQUENCES; i++)
-        for (int p = 0; p < c->max_pages; p++, table++)
-            *table = c->seq[i].pages[p] != NULL ? c->seq[i].pages[p]->data : NULL;
-    plan_attention(c, &s, &v, pos, b->seqs, further);
-    s.view = view_of(c, c->in, s.room);
+    const int heads = heads_together(c->g->m->llama.H, c->g->m->llama.G);
+    const size_t bytes = (size_t)b->n * 4, out = (size_t)b->n_out * 4;
+    struct step s = {b->n, b->n_out > 0 ? b->out[0] : b->n, b->n_out == b->n, b->n <= SPLIT_ROWS,
+                     0, 0, {}};
+    struct batch_view v;
+    s.bytes = lay_out(c, c->in, s.split ? SPLIT_ROWS : c->rows, &s.view);
+    lay_out(c, c->host_in, s.split ? SPLIT_ROWS : c->rows, &v);
+    memcpy(v.tokens, b->tokens, bytes);
+    memcpy(v.seq, b->seqs, bytes);
+    memcpy(v.pos, pos, bytes);
+    if (b->n_out > 0) memcpy(v.out, b->out, out);
+    if (b->n_out > 0 && b->logits == NULL) memcpy(v.targets, b->targets, out);
+    for (int i = 0; i < SEQUENCES * c->max_pages; i++) {
+        const struct gpu_page *p = c->seq[i / c->max_pages].pages[i % c->max_pages];
+        v.table[i] = p != NULL ? p->data : NULL;
+    }
+    *v.planned = pos[0];
+    *v.n_groups = 0;
+    if (c->kv.tensor && s.split)
+        *v.n_groups = plan_groups(s.n, pos, b->seqs, v.table, c->max_pages, heads, further,
+                                  v.groups);
+    else if (c->kv.tensor)
+        s.tiles = plan_tiles(s.n, pos, b->seqs, FLASH_QUERIES / heads, v.tiles);
     return s;
 }
 
@@ -5060,189 +4800,132 @@ static struct packed packed_into(__half *h, int rows, int cols, float up) {
     return p;
 }
 
-static int layer_in_f16(const struct gpu *c, const struct gpu_layer *l) {
-    return l->f16 && !c->exact;
-}
+static int in_f16(const struct gpu *c, const struct gpu_layer *l) { return l->f16 && !c->exact; }
 
-/* Whether attention turns and stores a step's queries, keys and values: those of a single row. */
-static int stores_new(const struct gpu *c, const struct step *s, int from) {
-    return c->kv.tensor && s->n == 1 && from == 0;
-}
-
-/* What attention gives, rows from `from` on: to c->heads, or to h where that is somewhere. */
+/* What attention gives, rows from `from` on: to h or, where that is NULL, to c->heads. */
 static void attention_rows(struct gpu *c, const struct step *s, int layer, int from,
                            const struct packed *h) {
     const struct llama *a = &c->g->m->llama;
-    const int Q = a->H * a->d;
     struct attention job = {};
     job.b = s->view;
     job.l = c->kv;
     job.q = c->qb;
     job.q16 = c->q16;
     job.c = c->query_c;
-    job.o = c->heads;
+    if (h != NULL) job.h = *h;
+    else job.o = c->heads;
     job.partial = c->partial;
     job.layer = layer;
     job.H = a->H;
     job.G = a->G;
     job.d = a->d;
-    if (stores_new(c, s, from)) job.k = c->kb, job.v = c->vb, job.rope = c->rope;
+    if (s->n == 1 && c->kv.tensor) job.k = c->kb, job.v = c->vb, job.rope = c->rope;
     job.blocks = c->max_pages * (KEYS / BLOCK);
     job.from = from;
     job.scale = 1 / sqrtf((float)a->d);
-    if (c->kv.tensor) {
-        if (h != NULL) job.h = *h, job.o = NULL;
-        cut_heads(&job);
-        if (s->split) attend_few(&c->q, &job, s->n, c->resident);
-        else attend_many(&c->q, &job, s->tiles);
+    cut_heads(&job);
+    if (!c->kv.tensor) attend_in_f32(&c->q, &job, s->n);
+    else if (s->split) attend_few(&c->q, &job, s->n, c->resident);
+    else attend_many(&c->q, &job, s->tiles);
+}
+
+/* A product in f16 or, as exactly, in f32; in: then its rows, where it has no norm. */
+static void multiply_rows(struct gpu *c, int f16, enum epilogue kind, const struct product_f16 *j,
+                          const struct prepared &w, const float *in) {
+    const int64_t hidden = (int64_t)j->rows * j->p[0].w.rows;
+    if (f16) {
+        multiply(&c->q, kind, j, &w);
         return;
     }
-    job.heads = s->heads;
-    if (c->kv.type == LVM_F32) attend<LVM_F32>(&c->q, &job, s->tiles, s->most, s->split);
-    else if (c->kv.type == LVM_F16) attend<LVM_F16>(&c->q, &job, s->tiles, s->most, s->split);
-    else attend<LVM_Q8_0>(&c->q, &job, s->tiles, s->most, s->split);
-    if (s->split)
-        merge_kernel<<<dim3((unsigned)a->H, (unsigned)s->n), 128,
-                       sizeof(float) * (size_t)merge_floats(c->max_pages), c->q.stream>>>(job);
-    launched(&c->q, "merge_kernel");
-    if (h == NULL) return;
-    pack_kernel<<<(unsigned)(s->n - from), THREADS, 0, c->q.stream>>>(
-        c->heads + (int64_t)from * Q, Q, *h);
-    launched(&c->q, "pack_kernel");
+    if (j->norm != NULL) {
+        norm_kernel<<<(unsigned)(j->rows + WARPS - 1) / WARPS, THREADS, 0, c->q.stream>>>(
+            j->x, j->norm, j->eps, j->p[0].w.cols, j->which, j->rows, c->f);
+        launched(&c->q, "norm_kernel");
+        in = c->f;
+    }
+    for (int i = 0; i < j->n; i++)
+        matmul_f32(&c->q, &j->p[i], in, j->rows, kind == ADD ? j->p[i].y : NULL);
+    if (kind != SWIGLU) return;
+    swiglu_kernel<<<(unsigned)((hidden + THREADS - 1) / THREADS), THREADS, 0, c->q.stream>>>(
+        j->p[0].y, j->p[1].y, hidden);
+    launched(&c->q, "swiglu_kernel");
 }
 
-/* c->f = rmsnorm of n rows of x. */
-static void norm_f32(struct gpu *c, const float *x, const float *norm, const int *which, int n) {
-    const struct llama *a = &c->g->m->llama;
-    norm_kernel<<<(unsigned)(n + WARPS - 1) / WARPS, THREADS, 0, c->q.stream>>>(
-        x, norm, a->eps, a->D, which, n, c->f);
-    launched(&c->q, "norm_kernel");
+/* A layer's matrices on their way into panels. While tensor cores multiply by q, k and v, those of
+   gate and up come; while they multiply by these, down's and the next layer's others. */
+static struct unpacked panels_of(const struct gpu *c, const struct gpu_layer *l, int i) {
+    const struct matrix w[4][3] = {{l->k, l->v, l->q}, {l->o}, {l->gate, l->up}, {l->down}};
+    return unpacked_at(w[i], i == QKV ? 3 : i == GATE_UP ? 2 : 1, i == GATE_UP, c->w16[i]);
 }
 
-/* A layer's matrices on their way into panels. */
-static struct unpacked qkv_of(const struct gpu *c, const struct gpu_layer *l) {
-    const struct matrix w[3] = {l->k, l->v, l->q};
-    return unpacked_at(w, 3, 0, c->w16.qkv);
-}
-
-static struct unpacked gate_up_of(const struct gpu *c, const struct gpu_layer *l) {
-    const struct matrix w[2] = {l->gate, l->up};
-    return unpacked_at(w, 2, 1, c->w16.gate_up);
-}
-
-/* While the tensor cores multiply by q, k and v, the panels of gate and up come; while they
-   multiply by those, down's and the next layer's others. */
-static void unpack_qkvo(struct gpu *c, int layer) {
-    const struct gpu_layer *l = &c->g->layers[layer];
-    const struct unpacked qkv = qkv_of(c, l), o = unpacked_at(&l->o, 1, 0, c->w16.o);
-    if (c->unpacked == layer) return;
-    launch_panels(&c->q, &qkv);
-    launch_panels(&c->q, &o);
-}
-
-/* q, k and v of the rows, where k and v go into the cache; of rows before `from` no q is wanted. */
-static void project_in_f16(struct gpu *c, const struct step *s, int layer, int from) {
-    const struct llama *a = &c->g->m->llama;
-    const struct gpu_layer *l = &c->g->layers[layer];
-    const int kv_tiles = panel_tiles(l->k.rows, 0) + panel_tiles(l->v.rows, 0);
-    const struct part q = {l->q, l->q_bias, c->qb + (int64_t)from * a->H * a->d},
-                      k = {l->k, l->k_bias, c->kb}, v = {l->v, l->v_bias, c->vb};
-    struct prepared w = {c->w16.qkv, {}}, w_last = w;
-    struct product_f16 j = {{k, v, q}, from > 0 ? 2 : 3, s->n, c->x, l->attn_norm, a->eps,
-                            packed_into(c->h, s->n, a->D, l->ups.attn), {}, NULL};
-    struct product_f16 last = {{q}, 1, s->n - from, c->x + (int64_t)from * a->D, l->attn_norm,
-                               a->eps, packed_into(c->h, s->n - from, a->D, l->ups.attn), {}, NULL};
-    w_last.panels += (int64_t)kv_tiles * W_ROWS * l->q.ld;
-    if (j.in.panels) unpack_qkvo(c, layer);
-    if (last.in.panels) w.later[0] = gate_up_of(c, l);
-    multiply(&c->q, STORE, &j, &w);
-    if (from > 0 && from < s->n) multiply(&c->q, STORE, &last, &w_last);
-}
-
+/* q, k and v of the rows; of rows before `from` no q is wanted. */
 static void project_rows(struct gpu *c, const struct step *s, int layer, int from) {
     const struct llama *a = &c->g->m->llama;
     const struct gpu_layer *l = &c->g->layers[layer];
-    if (layer_in_f16(c, l)) project_in_f16(c, s, layer, from);
-    else {
-        const struct part q = {l->q, l->q_bias, c->qb + (int64_t)from * a->H * a->d},
-                          k = {l->k, l->k_bias, c->kb}, v = {l->v, l->v_bias, c->vb};
-        norm_f32(c, c->x, l->attn_norm, NULL, s->n);
-        matmul_f32(&c->q, &k, c->f, s->n, NULL);
-        matmul_f32(&c->q, &v, c->f, s->n, NULL);
-        if (from < s->n)
-            matmul_f32(&c->q, &q, c->f + (int64_t)from * a->D, s->n - from, NULL);
-    }
-    if (stores_new(c, s, from)) return;
-    if (c->kv.tensor && !s->split) {
-        const struct projected p = {c->qb, c->kb, c->vb, c->rope, c->q16, c->query_c, s->n, layer,
-                                    a->H, a->G, a->d, 1 / sqrtf((float)a->d)};
+    const int f16 = in_f16(c, l), n = s->n - from;
+    const struct part q = {l->q, l->q_bias, c->qb + (int64_t)from * a->H * a->d},
+                      k = {l->k, l->k_bias, c->kb}, v = {l->v, l->v_bias, c->vb};
+    const struct product_f16 j = {{k, v, q}, from > 0 ? 2 : 3, s->n, c->x, l->attn_norm, a->eps,
+                                  packed_into(c->h, s->n, a->D, l->ups.attn), {}, NULL};
+    const struct product_f16 last = {{q}, 1, n, c->x + (int64_t)from * a->D, l->attn_norm, a->eps,
+                                     packed_into(c->h, n, a->D, l->ups.attn), {}, NULL};
+    const struct unpacked qkvo[2] = {panels_of(c, l, QKV), panels_of(c, l, O)};
+    struct prepared w = {c->w16[QKV], {}};
+    if (f16 && j.in.panels && (layer == 0 || !in_f16(c, l - 1))) /* none brought them */
+        for (const auto &p : qkvo) launch_panels(&c->q, &p);
+    if (last.in.panels) w.later[0] = panels_of(c, l, GATE_UP);
+    multiply_rows(c, f16, STORE, &j, w, NULL);
+    w = {c->w16[QKV] + (int64_t)qkvo[0].first[2] * W_ROWS * l->q.ld, {}};
+    if (from > 0 && n > 0) multiply_rows(c, f16, STORE, &last, w, NULL);
+}
+
+/* Queries and keys turned, keys and values into the cache. */
+static void store_rows(struct gpu *c, const struct step *s, int layer) {
+    const struct llama *a = &c->g->m->llama;
+    const struct projected p = {c->qb, c->kb, c->vb, c->rope, c->q16, c->query_c, s->n, layer,
+                                a->H, a->G, a->d, 1 / sqrtf((float)a->d)};
+    if (c->kv.tensor && !s->split)
         with_layout(c->kv, [&](auto type, auto dp) {
             launch(&c->q, "store_many_kernel",
                    store_many_kernel<decltype(type)::value, decltype(dp)::value>,
                    dim3((unsigned)(s->n + STORED_ROWS - 1) / STORED_ROWS, (unsigned)a->G), THREADS,
                    0, s->view, c->kv.head_bytes, p);
         });
-    } else
+    else
         launch(&c->q, "rope_store_kernel", rope_store_kernel,
                dim3((unsigned)s->n, (unsigned)a->G), 128, 0, s->view, c->kv, c->qb, c->kb, c->vb,
                c->rope, layer, a->H, a->G, a->d);
 }
 
 /* x += Wo heads; x += Wdown (silu(Wgate rmsnorm(x)) Wup rmsnorm(x)), rows from `from` on. */
-static void finish_in_f16(struct gpu *c, const struct step *s, int layer, int from) {
+static void finish_rows(struct gpu *c, const struct step *s, int layer, int from) {
     const struct llama *a = &c->g->m->llama;
     const struct gpu_layer *l = &c->g->layers[layer];
-    const int Q = a->H * a->d, n = s->n - from;
+    const int Q = a->H * a->d, n = s->n - from, f16 = in_f16(c, l);
     float *x = c->x + (int64_t)from * a->D;
-    struct product_f16 o = {{{l->o, l->o_bias, x}}, 1, n, NULL, NULL, 0,
-                            packed_into(c->h, n, Q, l->ups.heads), {}, NULL};
-    struct product_f16 hidden = {{{l->gate, NULL, NULL}, {l->up, NULL, NULL}}, 2, n, x, l->ffn_norm,
-                                 a->eps, packed_into(c->h, n, a->D, l->ups.ffn),
-                                 packed_into(c->hidden, n, a->F, l->ups.hidden), NULL};
-    struct product_f16 down = {{{l->down, NULL, x}}, 1, n, NULL, NULL, 0, hidden.out, {}, NULL};
-    struct prepared w_o = {c->w16.o, {}}, w_hidden = {c->w16.gate_up, {}},
-                    w_down = {c->w16.down, {}};
-    attention_rows(c, s, layer, from, &o.in);
-    w_hidden.later[0] = unpacked_at(&l->down, 1, 0, c->w16.down);
-    if (layer + 1 < a->L && layer_in_f16(c, l + 1)) {
-        w_hidden.later[1] = qkv_of(c, l + 1);
-        w_hidden.later[2] = unpacked_at(&l[1].o, 1, 0, c->w16.o);
-        c->unpacked = layer + 1;
-    }
-    multiply(&c->q, ADD, &o, &w_o);
-    multiply(&c->q, SWIGLU, &hidden, &w_hidden);
-    multiply(&c->q, ADD, &down, &w_down);
-}
-
-/* The same in f32. */
-static void finish_in_f32(struct gpu *c, const struct step *s, int layer, int from) {
-    const struct llama *a = &c->g->m->llama;
-    const struct gpu_layer *l = &c->g->layers[layer];
-    const int n = s->n - from;
-    int64_t all = (int64_t)n * a->F;
-    float *x = c->x + (int64_t)from * a->D;
-    const struct part o = {l->o, l->o_bias, x}, gate = {l->gate, NULL, c->gate},
-                      up = {l->up, NULL, c->up}, down = {l->down, NULL, x};
-    attention_rows(c, s, layer, from, NULL);
-    matmul_f32(&c->q, &o, c->heads + (int64_t)from * a->H * a->d, n, x);
-    norm_f32(c, x, l->ffn_norm, NULL, n);
-    matmul_f32(&c->q, &gate, c->f, n, NULL);
-    matmul_f32(&c->q, &up, c->f, n, NULL);
-    swiglu_kernel<<<(unsigned)((all + THREADS - 1) / THREADS), THREADS, 0, c->q.stream>>>(
-        c->gate, c->up, all);
-    launched(&c->q, "swiglu_kernel");
-    matmul_f32(&c->q, &down, c->gate, n, x);
+    const struct product_f16 o = {{{l->o, l->o_bias, x}}, 1, n, NULL, NULL, 0,
+                                  packed_into(c->h, n, Q, l->ups.heads), {}, NULL};
+    const struct product_f16 ffn = {
+        {{l->gate, NULL, c->gate}, {l->up, NULL, c->up}}, 2, n, x, l->ffn_norm, a->eps,
+        packed_into(c->h, n, a->D, l->ups.ffn), packed_into(c->hidden, n, a->F, l->ups.hidden),
+        NULL};
+    const struct product_f16 down = {{{l->down, NULL, x}}, 1, n, NULL, NULL, 0, ffn.out, {}, NULL};
+    struct prepared w = {c->w16[GATE_UP], {panels_of(c, l, DOWN)}};
+    for (int i : {QKV, O})
+        if (layer + 1 < a->L && in_f16(c, l + 1)) w.later[1 + i] = panels_of(c, l + 1, i);
+    attention_rows(c, s, layer, from, f16 ? &o.in : NULL);
+    multiply_rows(c, f16, ADD, &o, {c->w16[O], {}}, c->heads + (int64_t)from * Q);
+    multiply_rows(c, f16, SWIGLU, &ffn, w, NULL);
+    multiply_rows(c, f16, ADD, &down, {c->w16[DOWN], {}}, c->gate);
 }
 
 /* One layer; see run_layer in lvm.c, whose steps these are. In the last one only rows from s->from
    on are wanted. */
 static void run_layer(struct gpu *c, const struct step *s, int layer) {
-    const struct gpu_layer *l = &c->g->layers[layer];
-    int from = layer + 1 < c->g->m->llama.L ? 0 : s->from;
+    const int from = layer + 1 < c->g->m->llama.L ? 0 : s->from;
     project_rows(c, s, layer, from);
-    if (from == s->n) return;
-    if (layer_in_f16(c, l)) finish_in_f16(c, s, layer, from);
-    else finish_in_f32(c, s, layer, from);
+    if (s->n > 1 || from > 0 || !c->kv.tensor) store_rows(c, s, layer); /* else split_kernel does */
+    if (from < s->n) finish_rows(c, s, layer, from);
 }
 
 static void embed_rows(struct gpu *c, const struct step *s) {
@@ -5255,63 +4938,63 @@ static void embed_rows(struct gpu *c, const struct step *s) {
 /* Logits of up to LOGIT_ROWS of the rows that are wanted, number `at` and the following. */
 static void run_head(struct gpu *c, const struct step *s, int at, int n) {
     const struct llama *a = &c->g->m->llama;
-    const struct part output = {c->g->output, NULL, c->logits};
-    const int *which = s->in_order ? NULL : s->view.out + at;
-    const float *x = s->in_order ? c->x + (int64_t)at * a->D : c->x;
-    if (output.w.type == LVM_F32 || c->exact || a->D % 4 != 0) {
-        norm_f32(c, x, c->g->norm, which, n);
-        matmul_f32(&c->q, &output, c->f, n, NULL);
-        return;
-    }
-    struct product_f16 j = {{output}, 1, n, x, c->g->norm, a->eps,
-                            packed_into(c->h, n, a->D, c->g->head_up), {}, which};
-    const struct prepared w = {c->w16.qkv, {}};
-    const struct unpacked panels = unpacked_at(&output.w, 1, 0, c->w16.qkv);
-    if (j.in.panels) launch_panels(&c->q, &panels);
-    multiply(&c->q, STORE, &j, &w);
+    const struct matrix *w = &c->g->output;
+    const int f16 = w->type != LVM_F32 && !c->exact && a->D % 4 == 0;
+    const struct product_f16 j = {{{*w, NULL, c->logits}}, 1, n,
+                                  s->all ? c->x + (int64_t)at * a->D : c->x, c->g->norm, a->eps,
+                                  packed_into(c->h, n, a->D, c->g->head_up), {},
+                                  s->all ? NULL : s->view.out + at};
+    const struct unpacked panels = unpacked_at(w, 1, 0, c->w16[QKV]);
+    if (f16 && j.in.panels) launch_panels(&c->q, &panels);
+    multiply_rows(c, f16, STORE, &j, {c->w16[QKV], {}}, NULL);
 }
 
 static void tell(struct gpu *c, const struct step *s) {
-    note(&c->q, cudaMemcpyAsync(c->in, c->host_in, told_bytes(c, s->room), cudaMemcpyHostToDevice,
-                                c->q.stream), "copying a batch");
+    note(&c->q, cudaMemcpyAsync(c->in, c->host_in, s->bytes, cudaMemcpyHostToDevice, c->q.stream),
+         "copying a batch");
+}
+
+static void copy_out(struct gpu *c, float *to, const float *from, int64_t n) {
+    note(&c->q, cudaMemcpyAsync(to, from, (size_t)n * 4, cudaMemcpyDeviceToHost, c->q.stream),
+         "copying results");
 }
 
 /* All of a step of a few rows whose logits are wanted; they end in host_logits. */
 static void generate_step(struct gpu *c, const struct step *s) {
-    const struct llama *a = &c->g->m->llama;
     tell(c, s);
     embed_rows(c, s);
-    for (int i = 0; i < a->L; i++) run_layer(c, s, i);
+    for (int i = 0; i < c->g->m->llama.L; i++) run_layer(c, s, i);
     run_head(c, s, 0, s->n);
-    note(&c->q, cudaMemcpyAsync(c->host_logits, c->logits, (size_t)s->n * (size_t)a->V * 4,
-                                cudaMemcpyDeviceToHost, c->q.stream), "copying logits");
+    copy_out(c, c->host_logits, c->logits, (int64_t)s->n * c->g->m->llama.V);
 }
 
-/* Records work where it is seen for the second time (the first has loaded all kernels). */
-static void record_step(struct gpu *c, const struct step *s,
-                        void (*work)(struct gpu *, const struct step *), cudaGraphExec_t *exec) {
+/* Work for a few rows, which is recorded where it is seen for the second time (the first has loaded
+   all kernels); kind: 1: it is next_step. */
+static void run_recorded(struct gpu *c, const struct step *s, int kind,
+                         void (*work)(struct gpu *, const struct step *)) {
     cudaGraph_t graph = NULL;
-    note(&c->q, cudaStreamBeginCapture(c->q.stream, cudaStreamCaptureModeThreadLocal),
-         "cudaStreamBeginCapture");
-    work(c, s);
-    note(&c->q, cudaStreamEndCapture(c->q.stream, &graph), "cudaStreamEndCapture");
-    if (graph == NULL) return;
-    note(&c->q, cudaGraphInstantiate(exec, graph, 0), "cudaGraphInstantiate");
-    note(&c->q, cudaGraphDestroy(graph), "cudaGraphDestroy");
+    if (s->n > GRAPH_ROWS || c->seen[kind][s->n]++ == 0) {
+        work(c, s);
+        return;
+    }
+    cudaGraphExec_t *exec = &c->graph[kind][s->n];
+    if (*exec == NULL) {
+        note(&c->q, cudaStreamBeginCapture(c->q.stream, cudaStreamCaptureModeThreadLocal),
+             "cudaStreamBeginCapture");
+        work(c, s);
+        note(&c->q, cudaStreamEndCapture(c->q.stream, &graph), "cudaStreamEndCapture");
+        if (graph == NULL) return;
+        note(&c->q, cudaGraphInstantiate(exec, graph, 0), "cudaGraphInstantiate");
+        note(&c->q, cudaGraphDestroy(graph), "cudaGraphDestroy");
+    }
+    if (*exec != NULL) note(&c->q, cudaGraphLaunch(*exec, c->q.stream), "cudaGraphLaunch");
 }
 
-static int forward_few(struct gpu *c, const struct step *s, float *logits, lvm_error *error) {
-    const struct llama *a = &c->g->m->llama;
+static int forward_few(struct gpu *c, const struct step *s, lvm_error *error) {
     int code = LVM_OK;
-    for (int i = 0; code == LVM_OK && s->n > 1 && i < a->L; i++)
-        code = report(c->o, "layers", i + 1, a->L, error);
-    if (code != LVM_OK) return code;
-    if (c->graph[s->n] == NULL && c->seen[s->n]++ > 0)
-        record_step(c, s, generate_step, &c->graph[s->n]);
-    if (c->graph[s->n] == NULL) generate_step(c, s);
-    else note(&c->q, cudaGraphLaunch(c->graph[s->n], c->q.stream), "cudaGraphLaunch");
-    code = wait_for(&c->q, error);
-    if (code == LVM_OK) memcpy(logits, c->host_logits, (size_t)s->n * (size_t)a->V * 4);
+    for (int i = 0; code == LVM_OK && s->n > 1 && i < c->g->m->llama.L; i++)
+        code = report(c->o, "layers", i + 1, c->g->m->llama.L, error);
+    if (code == LVM_OK) run_recorded(c, s, 0, generate_step);
     return code;
 }
 
@@ -5319,7 +5002,6 @@ static int forward_many(struct gpu *c, const struct step *s, const struct batch 
                         lvm_error *error) {
     const struct llama *a = &c->g->m->llama;
     int code = LVM_OK;
-    c->unpacked = -1;
     tell(c, s);
     embed_rows(c, s);
     for (int i = 0; code == LVM_OK && i < a->L; i++) {
@@ -5328,21 +5010,15 @@ static int forward_many(struct gpu *c, const struct step *s, const struct batch 
     }
     for (int at = 0, n; code == LVM_OK && at < b->n_out; at += n) {
         n = (int)min64(LOGIT_ROWS, b->n_out - at);
-        size_t V = (size_t)a->V, bytes = (size_t)n * 4;
         run_head(c, s, at, n);
         if (b->logits == NULL) {
             nll_kernel<<<(unsigned)n, THREADS, 0, c->q.stream>>>(c->logits, a->V,
                                                                  s->view.targets + at, c->nll);
             launched(&c->q, "nll_kernel");
-        }
-        note(&c->q, b->logits != NULL
-                        ? cudaMemcpyAsync(b->logits + at * V, c->logits, bytes * V,
-                                          cudaMemcpyDeviceToHost, c->q.stream)
-                        : cudaMemcpyAsync(b->nll + at, c->nll, bytes, cudaMemcpyDeviceToHost,
-                                          c->q.stream), "copying results");
+            copy_out(c, b->nll + at, c->nll, n);
+        } else copy_out(c, b->logits + (int64_t)at * a->V, c->logits, (int64_t)n * a->V);
     }
-    int ended = wait_for(&c->q, code == LVM_OK ? error : NULL); /* also when cancelled */
-    return code == LVM_OK ? ended : code;
+    return code;
 }
 
 static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
@@ -5351,14 +5027,17 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
     int *pos = (int *)malloc((size_t)b->n * sizeof *pos);
     if (pos == NULL) return fail(error, LVM_MEMORY, "out of memory");
     for (; code == LVM_OK && done < b->n; done++) {
-        struct gpu_sequence *seq = &c->seq[b->seqs[done]];
-        pos[done] = seq->n++;
-        code = page_for_writing(c, seq, pos[done], error);
+        pos[done] = c->seq[b->seqs[done]].n++;
+        code = page_for_writing(c, &c->seq[b->seqs[done]], pos[done], error);
     }
     if (code == LVM_OK) {
         struct step s = plan_step(c, b, pos, 0);
-        int few = b->n <= GRAPH_ROWS && s.in_order && b->logits != NULL;
-        code = few ? forward_few(c, &s, b->logits, error) : forward_many(c, &s, b, error);
+        const int few = b->n <= GRAPH_ROWS && s.all && b->logits != NULL;
+        code = few ? forward_few(c, &s, error) : forward_many(c, &s, b, error);
+        const int ended = wait_for(&c->q, code == LVM_OK ? error : NULL); /* also when cancelled */
+        if (code == LVM_OK) code = ended;
+        if (code == LVM_OK && few)
+            memcpy(b->logits, c->host_logits, (size_t)b->n * (size_t)c->g->m->llama.V * 4);
     }
     if (code != LVM_OK)
         for (int i = done - 1; i >= 0; i--) gpu_kv_trim(c, b->seqs[i], pos[i]);
@@ -5663,15 +5342,6 @@ static void next_step(struct gpu *c, const struct step *s) {
     sample_rows(c, s);
 }
 
-/* The same as a graph, where there are few rows and there was such a step before. */
-static void send_next(struct gpu *c, const struct step *s) {
-    cudaGraphExec_t none = NULL, *graph = s->n <= GRAPH_ROWS ? &c->next_graph[s->n] : &none;
-    if (graph != &none && *graph == NULL && c->next_seen[s->n]++ > 0)
-        record_step(c, s, next_step, graph);
-    if (*graph == NULL) next_step(c, s);
-    else CALL(&c->q, cudaGraphLaunch, *graph, c->q.stream);
-}
-
 /* Token i of each sequence, which the device tells, to the caller. */
 static int receive_token(struct gpu *c, struct continuation *k, int i, lvm_error *error) {
     const float nan = NAN;
@@ -5749,7 +5419,8 @@ static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
         struct step step = tell_sampler(c, k, start);
         for (int i = 0; code == LVM_OK && i < k->n; i++) {
             if (i == 0) sample_rows(c, &step);
-            for (; sent < k->n && sent < i + IN_FLIGHT; sent++) send_next(c, &step);
+            for (; sent < k->n && sent < i + IN_FLIGHT; sent++)
+                run_recorded(c, &step, 1, next_step);
             code = report(c->o, "generate", k->done + i, k->all, error);
             if (code == LVM_OK) code = receive_token(c, k, i, error);
         }
@@ -6421,7 +6092,7 @@ static void place_lm(struct gpu *c, struct arena *a) {
     int64_t hidden = l->F * needs_f32(c), front = max64(l->D * needs_f32(c), LOGIT_ROWS);
     struct { float **p; int64_t n; } all[] = {
         {&c->x, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K},
-        {&c->heads, N * Q * (needs_f32(c) || !c->kv.tensor)}, {&c->f, N * front},
+        {&c->heads, N * Q * needs_f32(c)}, {&c->f, N * front},
         {&c->gate, N * hidden}, {&c->up, N * hidden},
         {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (KEYS / BLOCK) * (c->kv.dp + 2)},
         {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}};
@@ -6433,10 +6104,10 @@ static void place_lm(struct gpu *c, struct arena *a) {
     take(a, &c->q16, N * l->H * c->kv.dp * c->kv.tensor);
     take(a, &c->query_c, N * l->H * c->kv.tensor);
     const size_t output = a->used + (size_t)(panel_tiles(l->V, 0) * D) * sizeof(__half);
-    take(a, &c->w16.qkv, (panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0)) * D);
-    take(a, &c->w16.o, panel_tiles(l->D, 0) * W_ROWS * (int64_t)round_up((int)Q, SPAN));
-    take(a, &c->w16.gate_up, panel_tiles(l->F, 1) * D);
-    take(a, &c->w16.down, panel_tiles(l->D, 0) * W_ROWS * F);
+    take(a, &c->w16[QKV], (panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0)) * D);
+    take(a, &c->w16[O], panel_tiles(l->D, 0) * W_ROWS * (int64_t)round_up((int)Q, SPAN));
+    take(a, &c->w16[GATE_UP], panel_tiles(l->F, 1) * D);
+    take(a, &c->w16[DOWN], panel_tiles(l->D, 0) * W_ROWS * F);
     a->used = std::max(a->used, output); /* the output's panels take the place of a layer's */
     take(a, &c->sampler, 1);
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
@@ -6559,8 +6230,8 @@ static void gpu_close(void *state) {
         cudaFree(p->data);
         free(p);
     }
-    for (int i = 0; i <= GRAPH_ROWS; i++)
-        for (cudaGraphExec_t graph : {c->graph[i], c->next_graph[i]})
+    for (const auto &graphs : c->graph)
+        for (cudaGraphExec_t graph : graphs)
             if (graph != NULL) cudaGraphExecDestroy(graph);
     cudaFree(c->memory);
     cudaFreeHost(c->pinned);
@@ -6602,11 +6273,8 @@ static void allow_kernels(struct gpu *c) {
                                (const void *)embed_kernel<LVM_Q8_0>,
                                (const void *)sample_kernel_for(c->g->m->codes)})
         allow(q, kernel, 0);
-    cudaError_t e = kv->tensor ? prepare_attention(*kv, q->device, c->resident)
-                    : kv->type == LVM_F32 ? allow_shared<LVM_F32>(kv->dp)
-                    : kv->type == LVM_F16 ? allow_shared<LVM_F16>(kv->dp)
-                                          : allow_shared<LVM_Q8_0>(kv->dp);
-    note(q, e, "cudaFuncSetAttribute");
+    if (kv->tensor) note(q, prepare_attention(*kv, q->device, c->resident), "cudaFuncSetAttribute");
+    else allow(q, (const void *)attention_kernel_for(kv->type), attention_shared(kv->dp));
 }
 
 /* All memory but the pages of the cache. */
@@ -6680,18 +6348,18 @@ static int gpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
     return LVM_OK;
 }
 
-/* In a file a page of the layout for tensor cores has a byte more than one of the other layout, so
-   that neither is taken for the other. */
+/* In a file a page of the layout for tensor cores has a byte more than in memory, of the other one
+   two, so that neither is taken for the other. */
 static size_t gpu_kv_size(void *state) {
     const struct gpu *c = (const struct gpu *)state;
-    return c->page_bytes + (c->kv.tensor ? 1 : 0);
+    return c->page_bytes + (c->kv.tensor ? 1 : 2);
 }
 
 static int gpu_kv_get(void *state, int seq, int block, void *data, lvm_error *error) {
     struct gpu *c = (struct gpu *)state;
     int code = use_device(&c->q, error);
     if (code != LVM_OK) return code;
-    if (c->kv.tensor) ((uint8_t *)data)[c->page_bytes] = 1;
+    memset((uint8_t *)data + c->page_bytes, 1, gpu_kv_size(c) - c->page_bytes);
     copy(&c->q, data, c->seq[seq].pages[block]->data, c->page_bytes, "copying a page");
     return wait_for(&c->q, error);
 }
