@@ -2351,14 +2351,6 @@ static __device__ int pixel_at(const struct window &s, int y, int x) {
     return (row < side) & (column < side) ? (int)(row * side + column) : -1;
 }
 
-/* Elements o .. o + 3 of a row of n, o a multiple of 4: those below n. */
-static __device__ void store_channels(float *x, int64_t row, int n, int o, const float *v) {
-    float *to = x + row * n + o;
-    if (n % 4 == 0) *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
-    else
-        for (int i = 0; i < 4 && o + i < n; i++) to[i] = v[i];
-}
-
 /* What a product or a convolution reads and writes. */
 struct product {
     const void *in;               /* [images][side_in][side_in][c_in]; [rows][c_in] */
@@ -2380,9 +2372,8 @@ struct place {
 
 /* ---- In f32, for F32 weights and --exact ----
 
-   fma after fma in ascending k. One tile for all shapes: what goes by f32 has no goal for its
-   speed, but it is what the first convolution (bound by its output's bytes), the quantiser and an
-   attention over pixels need anyway. */
+   fma after fma in ascending k, by one tile for all shapes. The first convolution, the quantiser
+   and an attention over pixels always go this way. */
 
 enum { OUT_TILE = 64 /* pixels, and rows of w */, DEPTH = 16 /* columns in shared memory */ };
 
@@ -2391,15 +2382,15 @@ static __device__ float4 gather4(const struct product &j, const struct place &l,
     const struct window &s = j.s;
     const float *image = (const float *)j.in + blockIdx.y * j.in_step +
                          (int64_t)l.image * s.side_in * s.side_in * s.c_in;
-    const int step = s.c_in % 4 == 0 ? 4 : 1;
+    int tap = s.size == 1 ? 0 : k / s.c_in, c = k - tap * s.c_in; /* size: 1 or 3 */
     float v[4] = {0, 0, 0, 0};
-    for (int i = 0; i < 4 && k + i < j.w.cols; i += step) {
-        const int tap = (k + i) / s.c_in;
-        const int at = pixel_at(s, l.y + tap / s.size, l.x + tap % s.size);
-        if (at < 0) continue;
-        const float *from = image + (int64_t)at * s.c_in + (k + i) % s.c_in;
-        if (step == 4) return *(const float4 *)from;
-        v[i] = *from;
+    for (int i = 0; i < 4 && k + i < j.w.cols; i++) {
+        const int at = pixel_at(s, l.y + tap / 3, l.x + tap % 3);
+        const float *from = image + (int64_t)at * s.c_in + c;
+        if (s.c_in % 4 == 0) return at >= 0 ? *(const float4 *)from : make_float4(0, 0, 0, 0);
+        if (at >= 0) v[i] = *from;
+        c = c + 1 < s.c_in ? c + 1 : 0;
+        tap += c == 0;
     }
     return make_float4(v[0], v[1], v[2], v[3]);
 }
@@ -2424,7 +2415,7 @@ static __device__ float add_products(float sum, float4 x, float4 w) {
    a thread has every 16th pixel and row of w. Grid: [tiles, those of w first][products]. Floor:
    2 pixels w.rows w.cols operations over the f32 rate, with a few rows the bytes of w. */
 template <int TYPE>
-__global__ void __launch_bounds__(THREADS) product_kernel(const struct product j, int pixels) {
+__global__ void __launch_bounds__(THREADS, 4) product_kernel(const struct product j, int pixels) {
     __shared__ float4 x[2][OUT_TILE][DEPTH / 4 + 1], w[2][OUT_TILE][DEPTH / 4 + 1];
     const int tid = (int)threadIdx.x, N = j.w.rows, across = (N + OUT_TILE - 1) / OUT_TILE;
     const int p0 = (int)blockIdx.x / across * OUT_TILE, o0 = (int)blockIdx.x % across * OUT_TILE;
@@ -2609,7 +2600,7 @@ static __device__ void conv_multiply(float *c, uint32_t w, int k, uint32_t pixel
 /* A step: 32 channels under its taps; what the step before it multiplied is complete afterwards. */
 template <class T>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
-    w += threadIdx.x / 128 * 4096; /* 64 rows */
+    w += __shfl_sync(0xffffffff, threadIdx.x / 128, 0) * 4096; /* one address for a warp */
     products_begin();
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
@@ -2650,8 +2641,8 @@ static __device__ void stage_sums(const float *c, int q, float *stage) {
 }
 
 /* out = down acc + bias + residual, 64 pixels at a time, through shared memory: a thread has four
-   channels of a column of 8 pixels. */
-template <class T>
+   channels of a column of 8 pixels. FOURS: out's channels are a multiple of 4. */
+template <class T, int FOURS>
 static __device__ void store_tile(const struct product &j, const struct place &l, const float *c,
                                   float *shared) {
     const int thread = (int)threadIdx.x % 128, first = l.o + (int)threadIdx.x / 128 * 64;
@@ -2683,7 +2674,9 @@ static __device__ void store_tile(const struct product &j, const struct place &l
                                 fmaf(s.y, down, bias[1]) + rest[k].y,
                                 fmaf(s.z, down, bias[2]) + rest[k].z,
                                 fmaf(s.w, down, bias[3]) + rest[k].w};
-            store_channels(j.out, pixel + k * side, j.w.rows, o, v);
+            float *to = j.out + (pixel + k * side) * j.w.rows + o;
+            if (FOURS) *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
+            for (int i = 0; !FOURS && i < 4 && o + i < j.w.rows; i++) to[i] = v[i];
             for (int i = 0; i < 4; i++) {
                 sum[i] += v[i];
                 sum[4 + i] = fmaf(v[i], v[i], sum[4 + i]);
@@ -2724,7 +2717,8 @@ __global__ void __launch_bounds__(T::BLOCK, T::BLOCKS) conv_kernel(const struct 
                          base + chunk % T::BUFFERS * T::PATCH_BYTES, i);
             const int next = s + T::AHEAD, after = T::SIZE == 1 ? next : chunk + 1;
             if (next < steps)
-                load_weights<T>(j, l.o, next / T::STEPS, next % T::STEPS,
+                load_weights<T>(j, l.o, chunk + (i + T::AHEAD) / T::STEPS,
+                                (i + T::AHEAD) % T::STEPS,
                                 weights + next % T::STAGES * T::W_BYTES);
 #pragma unroll
             for (int k = 0; k < T::PASSES; k++)
@@ -2736,7 +2730,8 @@ __global__ void __launch_bounds__(T::BLOCK, T::BLOCKS) conv_kernel(const struct 
     } while (++chunk < chunks);
     products_done<0>(c, T::PIXELS / 2);
     wait_for_copies<0>();
-    store_tile<T>(j, l, c, (float *)tiles);
+    if (j.w.rows % 4 == 0) store_tile<T, 1>(j, l, c, (float *)tiles);
+    else store_tile<T, 0>(j, l, c, (float *)tiles);
 }
 
 /* Weights in f16, [rows][ld] as they are. Floor: bytes in + bytes out. */
@@ -2816,11 +2811,15 @@ template <int LARGEST, class T> static __device__ T over_block(T v) {
 /* x[row] = the token's row of the embedding, or of the codebook. */
 template <int TYPE>
 __global__ void embed_kernel(struct matrix embed, const int32_t *tokens, float *x) {
-    const int row = (int)blockIdx.x, D = embed.cols;
+    int row = (int)blockIdx.x, D = embed.cols;
     wait_for_inputs();
     for (int k = 4 * (int)threadIdx.x; k < D; k += 4 * THREADS) {
-        const float4 v = load4<TYPE>(embed, tokens[row], k);
-        store_channels(x, row, D, k, &v.x);
+        float4 v = load4<TYPE>(embed, tokens[row], k);
+        float *to = x + (int64_t)row * D + k;
+        to[0] = v.x;
+        if (k + 1 < D) to[1] = v.y;
+        if (k + 2 < D) to[2] = v.z;
+        if (k + 3 < D) to[3] = v.w;
     }
 }
 
@@ -5787,8 +5786,7 @@ static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
    sides for all. */
 
 enum { VQ_GROUPS = 32,
-       SCORES = 1 << 23 /* floats of an attention's scores, or of products with codes: L2 cache */,
-       NORM_PIXELS_GPU = 4 /* of a thread of norm_map_kernel */,
+       SCORES = 1 << 22 /* floats of an attention's scores, or of products with codes: L2 cache */,
        VQ_FLOATS = 100 << 20 >> 2 /* of a buffer for maps, more where one image needs it */ };
 
 /* What a convolution leaves of its output, of a map that came otherwise: a block has `length`
@@ -5822,12 +5820,13 @@ struct norm_job {
 
 /* Grid: [groups][images]. From sums to scales and squares. */
 __global__ void group_scales_kernel(const struct norm_job s) {
-    const int width = s.c / VQ_GROUPS, first = (int)blockIdx.x * width, image = (int)blockIdx.y;
+    const int width = s.c / VQ_GROUPS, first = (int)blockIdx.x * width;
+    const int tid = (int)threadIdx.x, image = (int)blockIdx.y;
     const float2 *from = (const float2 *)s.sums + (int64_t)image * s.blocks * s.c + first;
     float2 *to = (float2 *)s.scales + image * s.c;
     double sum = 0, square = 0, count = (double)s.pixels * width;
 #pragma unroll 8
-    for (int i = (int)threadIdx.x; i < s.blocks * width; i += THREADS) {
+    for (int i = tid; i < s.blocks * width; i += THREADS) {
         float2 v = from[(int64_t)(i / width) * s.c + i % width];
         sum += v.x;
         square += v.y;
@@ -5836,8 +5835,8 @@ __global__ void group_scales_kernel(const struct norm_job s) {
     square = over_block<0>(square);
     const double mean = sum / count, variance = square / count - mean * mean;
     const double r = 1 / sqrt((variance > 0 || variance != variance ? variance : 0) + 1e-6);
-    if (threadIdx.x == 0) s.squares[image * VQ_GROUPS + blockIdx.x] = (float)square;
-    for (int i = first + (int)threadIdx.x; s.weight != NULL && i < first + width; i += THREADS)
+    if (tid == 0) s.squares[image * VQ_GROUPS + blockIdx.x] = (float)square;
+    for (int i = first + tid; s.weight != NULL && i < first + width; i += THREADS)
         to[i] = make_float2((float)(s.weight[i] * r),
                             (float)(s.shift[i] - mean * s.weight[i] * r));
 }
@@ -5862,20 +5861,19 @@ static __device__ void copy8(float *to, const float *from) {
 }
 
 /* out = norm(x), silu(norm(x)) or x as it is: EXACT in f32, or the two f16 parts of that times up,
-   for x as it is up for each image from its sum of squares, whose root no element exceeds. Grid:
-   [pixels / 4 of each 8 channels][images]; a thread has 8 channels of 4 pixels. Floor: bytes in +
-   bytes out. */
-template <int EXACT> __global__ void norm_map_kernel(const struct norm_job s) {
-    const int octets = s.c / 8, i = (int)(blockIdx.x * THREADS + threadIdx.x);
-    const int step = (s.pixels + NORM_PIXELS_GPU - 1) / NORM_PIXELS_GPU;
-    const int first = i / octets, k0 = i % octets * 8;
+   for x as it is up for each image from its sum of squares, whose root no element exceeds. A thread
+   has 8 channels of 4 pixels, every 16th of 64. Grid: [threads][images]. Floor: all the bytes. */
+template <int EXACT>
+__global__ void __launch_bounds__(THREADS, 4) norm_map_kernel(const struct norm_job s) {
+    const int octets = s.c / 8, i = (int)(blockIdx.x * THREADS + threadIdx.x), q = i / octets;
+    const int first = q / 16 * 64 + q % 16, k0 = i % octets * 8;
     const int64_t image = blockIdx.y, map = image * s.pixels;
-    __align__(16) float x[NORM_PIXELS_GPU][8], scales[16];
+    __align__(16) float x[4][8], scales[16];
     float up = s.up, square = 0;
-    if (first >= step) return;
+    if (first >= s.pixels) return;
 #pragma unroll
-    for (int n = 0; n < NORM_PIXELS_GPU; n++)
-        copy8(x[n], s.x + (map + min(first + n * step, s.pixels - 1)) * s.c + k0);
+    for (int n = 0; n < 4; n++)
+        copy8(x[n], s.x + (map + min(first + n * 16, s.pixels - 1)) * s.c + k0);
     if (s.weight != NULL) {
         copy8(scales, s.scales + (image * s.c + k0) * 2);
         copy8(scales + 8, s.scales + (image * s.c + k0) * 2 + 8);
@@ -5884,19 +5882,17 @@ template <int EXACT> __global__ void norm_map_kernel(const struct norm_job s) {
         const float most = sqrtf(square); /* up brings it under 2^15 */
         const int e = most > 0 && most < HUGE_VALF ? 14 - ilogbf(most) : 0;
         up = exp2f((float)max(-100, min(100, e)));
+        for (int k = 0; k < 16; k++) scales[k] = k % 2 == 0;
     }
     if (i == 0) s.down[image] = 1 / up;
 #pragma unroll
-    for (int n = 0; n < NORM_PIXELS_GPU; n++) {
-        const int64_t p = map + first + n * step;
-        if (first + n * step >= s.pixels) break;
-#pragma unroll
-        for (int k = 0; k < 8; k++) {
-            if (s.weight == NULL) break;
-            const float v = fmaf(x[n][k], scales[2 * k], scales[2 * k + 1]);
-            /* in f16 parts silu's error of some 1e-7 is nothing beside theirs */
-            x[n][k] = !s.silu ? v : EXACT ? v / (1 + expf(-v)) : silu(v);
-        }
+    for (int n = 0; n < 4; n++) {
+        const int64_t p = map + first + n * 16;
+        if (first + n * 16 >= s.pixels) break;
+        for (int k = 0; k < 8; k++) x[n][k] = fmaf(x[n][k], scales[2 * k], scales[2 * k + 1]);
+        if (s.silu) /* an error of some 1e-7 is nothing beside the f16 parts' */
+            for (int k = 0; k < 8; k++)
+                x[n][k] = EXACT ? x[n][k] / (1 + expf(-x[n][k])) : silu(x[n][k]);
         if (EXACT) copy8((float *)s.out + p * s.c + k0, x[n]);
         else split8(x[n], up, (__half *)s.out + p * s.c * 2 + k0 / CONV_C * 64 + k0 % CONV_C);
     }
@@ -5946,23 +5942,21 @@ __global__ void softmax_kernel(float *s, int n, float scale) {
 
 /* A block a vector, from number `first` on: the nearest code, of equally near ones the first; NaN
    is none. products: of the vector and each code e; a distance is |e|^2 - 2 x.e. bad[image] = 1
-   where a vector is not finite. */
-__global__ void nearest_kernel(const float *products, const float *norms, int codes, const float *x,
-                               int dim, int first, int area, int32_t *ids, int *bad) {
+   where the least is not finite: then the vector is not. */
+__global__ void nearest_kernel(const float *products, const float *norms, int codes, int first,
+                               int area, int32_t *ids, int *bad) {
     const float *row = products + (int64_t)blockIdx.x * codes;
-    const int vector = first + (int)blockIdx.x;
     float least = HUGE_VALF;
     int code = 0;
-    for (int k = (int)threadIdx.x; k < dim; k += THREADS)
-        if (!isfinite(x[(int64_t)vector * dim + k])) bad[vector / area] = 1;
-#pragma unroll 4
+#pragma unroll 8
     for (int i = (int)threadIdx.x; i < codes; i += THREADS) {
         float distance = fmaf(-2.0f, row[i], norms[i]);
         if (distance < least) least = distance, code = i;
     }
     const float all = -over_block<1>(-least);
     const float number = -over_block<1>(least == all ? -(float)code : -HUGE_VALF);
-    if (threadIdx.x == 0) ids[vector] = (int32_t)number;
+    if (threadIdx.x == 0) ids[first + blockIdx.x] = (int32_t)number;
+    if (!isfinite(all)) bad[(first + (int)blockIdx.x) / area] = 1;
 }
 
 static unsigned blocks_of(int64_t n) { return (unsigned)((n + THREADS - 1) / THREADS); }
@@ -5988,7 +5982,7 @@ static void prepare(struct gpu *c, int number, const float *map, int norm, int c
     const struct norm_job s = {
         map, normed ? w->scale[norm] : NULL, normed ? w->shift[norm] : NULL, v->blocks, v->scales,
         v->squares, v->down, v->n, normed ? power_for(largest_normed(&op->norm[norm], v->side)) : 1,
-        v->side * v->side, across * across, channels, op->kind != VQ_ATTENTION};
+        v->side * v->side, across * across, channels, normed && op->kind != VQ_ATTENTION};
     if (v->summed != map) {
         channel_sums_kernel<<<dim3((unsigned)s.blocks, images), 128, 0, c->q.stream>>>(
             map, s.pixels, (s.pixels + s.blocks - 1) / s.blocks, channels, (float2 *)v->blocks);
@@ -5997,9 +5991,9 @@ static void prepare(struct gpu *c, int number, const float *map, int norm, int c
     }
     group_scales_kernel<<<dim3(VQ_GROUPS, images), THREADS, 0, c->q.stream>>>(s);
     launched(&c->q, "group_scales_kernel");
-    const int64_t steps = (s.pixels + NORM_PIXELS_GPU - 1) / NORM_PIXELS_GPU;
+    const int64_t threads = (int64_t)(s.pixels + 63) / 64 * 16 * (channels / 8);
     auto *kernel = f16 ? norm_map_kernel<0> : norm_map_kernel<1>;
-    kernel<<<dim3(blocks_of(steps * channels / 8), images), THREADS, 0, c->q.stream>>>(s);
+    kernel<<<dim3(blocks_of(threads), images), THREADS, 0, c->q.stream>>>(s);
     launched(&c->q, "norm_map_kernel");
 }
 
@@ -6170,7 +6164,7 @@ static void quantize_images(struct gpu *c, int n) {
                                   rows, linear(dim)};
         run_product(&c->q, &j, 1);
         nearest_kernel<<<(unsigned)rows, THREADS, 0, c->q.stream>>>(
-            v->s, c->g->code_norms, vq->codes, v->x, dim, first, area, v->ids, v->bad);
+            v->s, c->g->code_norms, vq->codes, first, area, v->ids, v->bad);
         launched(&c->q, "nearest_kernel");
     }
 }
