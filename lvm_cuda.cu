@@ -2825,8 +2825,9 @@ static __device__ uint8_t *head_of(const struct batch_view &b, const struct kv_l
 /* mma takes k = 16 elements at a time; lane t of four has elements 2 t, 2 t + 1, 2 t + 8, 2 t + 9
    of them. n values (16 bytes) that lie together are one lane's for n / 4 steps. */
 static __host__ __device__ int stored_place(int i, int n) {
-    int s = i % (4 * n) / 16, p = i % 16, t = p % 8 / 2, j = p % 2 + p / 8 * 2;
-    return i / (4 * n) * (4 * n) + n * t + 4 * s + j;
+    const unsigned u = (unsigned)i, m = (unsigned)n; /* without signs divisions are shifts */
+    const unsigned s = u % (4 * m) / 16, p = u % 16, t = p % 8 / 2, j = p % 2 + p / 8 * 2;
+    return (int)(u / (4 * m) * (4 * m) + m * t + 4 * s + j);
 }
 
 /* Where dimension i of the key or value at `at` of a page lies, in elements. */
@@ -2846,11 +2847,8 @@ static __device__ int scale_place(const struct kv_layout &l, int is_value, int a
 
 /* A lane's value of 32 that share a scale, as value + 128 of q8_0; returns the scale. */
 static __device__ float quantize_lane(float v, int *code) {
-    float most = fabsf(v);
-    for (int s = 16; s > 0; s /= 2) { /* NaN stays */
-        float other = __shfl_xor_sync(0xffffffff, most, s);
-        most = other > most || other != other ? other : most;
-    }
+    const float most = /* NaN is more than all others */
+        __uint_as_float(__reduce_max_sync(0xffffffff, __float_as_uint(fabsf(v))));
     float d = most / 127, inverse = d > 0 ? 1 / d : 0;
     *code = (int)rintf(v * inverse) + 128;
     return d;
@@ -3145,54 +3143,55 @@ struct slot {
     int valid;
 };
 
+/* How many items a step has, pos[0], how far rows are behind those that groups were made for. */
+struct plan {
+    int end, pos, ahead;
+};
+
 /* An item of work, block item % 4 of group item / 4: 64 keys and the queries of a group. */
 struct work {
     const uint8_t *page;
     int item, block, there; /* block of the sequence; keys of it that are there, < 1: none */
+    int old, row;           /* 1: this step writes nothing of it; of the lane's query, slot
+                               lane % 16, -1: there is none */
 };
-
-/* By how many positions rows are behind those that the groups were made for. */
-static __device__ int ahead_of_plan(const struct attention &a) { return a.b.pos[0] - *a.b.planned; }
-
-static __device__ struct work find_work(const struct attention &a, int item) {
-    const struct key_group *g = a.b.groups + (unsigned)item / (KEYS / BLOCK);
-    const int block = g->page * (KEYS / BLOCK) + (unsigned)item % (KEYS / BLOCK);
-    struct work w = {g->data, item, block, g->last + ahead_of_plan(a) + 1 - block * BLOCK};
-    return w;
-}
-
-/* The first item that has keys, from w on; item is at least `end` where there is none. */
-static __device__ struct work skip_empty(const struct attention &a, struct work w, int end) {
-    while (w.item < end && w.there < 1)
-        if ((w.item += (int)gridDim.y) < end) w = find_work(a, w.item);
-    return w;
-}
-
-/* Nothing of the item is written by this step. */
-static __device__ int is_old(const struct attention &a, const struct work &w) {
-    return (w.block + 1) * BLOCK <= 
-           a.b.groups[(unsigned)w.item / (KEYS / BLOCK)].fresh + ahead_of_plan(a);
-}
 
 /* i / heads for i < 256, without a division. */
 static __device__ int over_heads(const struct attention &a, int i) {
     return (int)((uint32_t)i * (uint32_t)a.one_over_heads >> 16);
 }
 
-/* A lane's query of an item: slot lane % 16. */
+/* All loads at once: each takes some 1,000 clocks while the kernel before uses the memory. */
+static __device__ struct work find_work(const struct attention &a, const struct plan &plan,
+                                        int item) {
+    const struct key_group *g = a.b.groups + (unsigned)item / (KEYS / BLOCK);
+    const int i = over_heads(a, (int)(threadIdx.x % SLOTS)), row = g->row[i], fresh = g->fresh;
+    const int block = g->page * (KEYS / BLOCK) + (int)((unsigned)item % (KEYS / BLOCK));
+    return {g->data, item, block, g->last + plan.ahead + 1 - block * BLOCK,
+            (block + 1) * BLOCK <= fresh + plan.ahead, i < g->n ? row : -1};
+}
+
+/* The first item that has keys, from w on; item is at least `end` where there is none. */
+static __device__ struct work skip_empty(const struct attention &a, const struct plan &plan,
+                                         struct work w) {
+    while (w.item < plan.end && w.there < 1)
+        if ((w.item += (int)gridDim.y) < plan.end) w = find_work(a, plan, w.item);
+    return w;
+}
+
+/* A lane's query of an item. */
 struct query {
     int at; /* number row H + head, -1: there is none */
     int pos;
 };
 
-static __device__ struct query find_query(const struct attention &a, const struct work &w) {
-    const struct key_group *g = a.b.groups + (unsigned)w.item / (KEYS / BLOCK);
+static __device__ struct query find_query(const struct attention &a, const struct plan &plan,
+                                          const struct work &w) {
     const int r = (int)(threadIdx.x % SLOTS), i = over_heads(a, r);
     struct query x = {-1, 0};
-    if (i >= g->n) return x;
-    const int row = g->row[i];
-    x.at = row * a.H + (int)blockIdx.x * a.heads + r - i * a.heads;
-    x.pos = a.b.pos[row];
+    if (w.row < 0) return x;
+    x.at = w.row * a.H + (int)blockIdx.x * a.heads + r - i * a.heads;
+    x.pos = a.rope != NULL ? plan.pos : a.b.pos[w.row];
     return x;
 }
 
@@ -3210,7 +3209,7 @@ static __device__ void fetch_queries(const struct attention &a, const struct que
     for (int i = 0; i < N / 4; i++) {
         const int at = __shfl_sync(0xffffffff, x.at, 4 * i + warp),
                   pos = __shfl_sync(0xffffffff, x.pos, 4 * i + warp);
-        const float *from = a.q + (int64_t)at * a.d, *angles = a.rope + (int64_t)pos * a.d;
+        const float *from = a.q + (unsigned)(at * a.d), *angles = a.rope + (unsigned)(pos * a.d);
 #pragma unroll
         for (int k = 0; k < DP / 64; k++) {
             const int j = 32 * k + lane;
@@ -3241,15 +3240,19 @@ static __device__ void store_queries(const struct attention &a, const struct que
                 v[k] = a.rope == NULL ? from : turned(from, angle);
                 most = fmaxf(most, fmaxf(fabsf(v[k].x), fabsf(v[k].y)));
             }
-            for (int k = 16; k > 0; k /= 2)
-                most = fmaxf(most, __shfl_xor_sync(0xffffffff, most, k));
+            most = __uint_as_float(__reduce_max_sync(0xffffffff, __float_as_uint(most)));
             s = query_scale_of(most, a.scale);
-#pragma unroll
-            for (int k = 0; k < 2 * (DP / 64); k++) { /* behind the last dimension zeros */
-                const int j = 32 * (k / 2) + lane, beyond = a.d + 2 * (j - half) + k % 2;
-                const int i0 = j < half ? j + k % 2 * half : beyond, place = stored_place(i0, 8);
+            auto store = [&](int k, int place) {
                 *(__half *)(q + piece_at<DP * 2>(r, place / 8) + place % 8 * 2) =
                     __float2half_rn((k % 2 ? v[k / 2].y : v[k / 2].x) * s.up);
+            };
+#pragma unroll
+            for (int k = 0; k < 2 * (DP / 64) && a.d == DP; k++)
+                store(k, 32 * (k / 2) + k % 2 * (DP / 2) + stored_place(lane, 8));
+#pragma unroll
+            for (int k = 0; k < 2 * (DP / 64) && a.d < DP; k++) { /* behind the last one zeros */
+                const int j = 32 * (k / 2) + lane, beyond = 2 * j + k % 2;
+                store(k, stored_place(j < half ? j + k % 2 * half : beyond, 8));
             }
         }
         const int valid = x.at >= 0 ? x.pos + 1 - block * BLOCK : BLOCK;
@@ -3320,34 +3323,36 @@ static __device__ void store_in_shares(char *shares, int is_value, int at, int i
     if (S::Q8 && i % S::DIMS % QK == 0) *scale = __float2half_rn(d);
 }
 
-/* A single row's key and value of one head: to the cache, and to shared memory, where copies have
+/* A single row's key and value of head g: to the cache, and to shared memory, where copies have
    brought what lay there before. */
 template <int KV, int DP>
-static __device__ void store_new(const struct attention &a, const struct work &w, int64_t head,
+static __device__ void store_new(const struct attention &a, uint8_t *head, int g, int pos,
                                  char *shares) {
-    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), half = a.d / 2,
-              pos = a.b.pos[0], from = (int)blockIdx.x / a.head_items * a.d;
+    const struct kv_layout l = {KV, DP, 1, a.l.head_bytes}; /* known to the compiler */
+    unsigned thread = threadIdx.x;
+    asm volatile("" : "+r"(thread), "+r"(pos)); /* or all blocks compute what follows from these */
+    const int warp = (int)(thread / 32), lane = (int)(thread % 32), half = a.d / 2;
     constexpr int PARTS = DP / QK, N = PARTS / 2; /* a warp's of the key and the value */
-    const float *angles = a.rope + (int64_t)pos * a.d, *key = a.k + from;
+    const float *angles = a.rope + pos * a.d, *key = a.k + g * a.d, *value = a.v + g * a.d;
     float x[N] = {};
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        const int part = warp + 4 * n, dim = part % PARTS * QK + lane, j = dim % half;
+        const int part = warp + 4 * n, dim = part % PARTS * QK + lane;
+        const int j = dim < half ? dim : dim - half;
         if (dim >= a.d) continue;
         const float2 angle = make_float2(angles[j], angles[j + half]),
                      v = turned(make_float2(__ldcg(key + j), __ldcg(key + j + half)), angle);
-        x[n] = part >= PARTS ? __ldcg(a.v + from + dim) : dim < half ? v.x : v.y;
+        x[n] = part >= PARTS ? __ldcg(value + dim) : dim < half ? v.x : v.y;
     }
     copies_arrive();
     __syncthreads();
 #pragma unroll
     for (int n = 0; n < N; n++) {
-        const int part = warp + 4 * n, value = part >= PARTS, i0 = part % PARTS * QK;
-        uint8_t *to = (uint8_t *)w.page + head + value * a.l.head_bytes;
+        const int part = warp + 4 * n, is_value = part >= PARTS, i0 = part % PARTS * QK;
         int code;
-        const float d = code_of(a.l, x[n], &code);
-        store_in_shares<KV, DP>(shares, value, pos % BLOCK, i0, code, d);
-        store_codes(a.l, to, value, pos % KEYS, i0, code, d);
+        const float d = code_of(l, x[n], &code);
+        store_in_shares<KV, DP>(shares, is_value, pos % BLOCK, i0, code, d);
+        store_codes(l, head + is_value * l.head_bytes, is_value, pos % KEYS, i0, code, d);
     }
 }
 
@@ -3453,12 +3458,12 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
     char *share = shared + (int)(threadIdx.x / 32) * S::BYTES, *q = shared + 4 * S::BYTES;
     float *s = (float *)(q + NT * 8 * DP * 2);
     struct slot *slots = (struct slot *)(s + NT * 8 * SCORE_ROW);
-    const int64_t head = ((int64_t)a.layer * a.G + (int)blockIdx.x / a.head_items) * 2 *
-                         a.l.head_bytes;
-    struct work w = find_work(a, (int)blockIdx.y);
-    const int end = *a.b.n_groups * (KEYS / BLOCK);
-    w = skip_empty(a, w, end);
-    if (w.item >= end) return;
+    const int pos = a.b.pos[0], g = a.head_items == 1 ? (int)blockIdx.x
+                                                      : (int)blockIdx.x / a.head_items;
+    const struct plan plan = {*a.b.n_groups * (KEYS / BLOCK), pos, pos - *a.b.planned};
+    const int64_t head = ((int64_t)a.layer * a.G + g) * 2 * a.l.head_bytes;
+    struct work w = skip_empty(a, plan, find_work(a, plan, (int)blockIdx.y));
+    if (w.item >= plan.end) return;
     auto copy = [&](int keys) {
         const uint8_t *at = w.page + head;
         const int block = (unsigned)w.block % (KEYS / BLOCK);
@@ -3466,10 +3471,10 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
         else copy_dims<KV, DP>(share, at + a.l.head_bytes, block, a.d);
         end_copies();
     };
-    const int early = a.rope != NULL || is_old(a, w);
+    const int early = a.rope != NULL || w.old;
     if (early) copy(1);
     if (early) copy(0);
-    struct query x = find_query(a, w);
+    struct query x = find_query(a, plan, w);
     struct fetched<DP, NT * 8> f;
     wait_for_inputs();
     fetch_queries<DP, NT * 8>(a, x, &f);
@@ -3477,17 +3482,17 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
     if (!early) copy(0);
     for (;;) {
         const int there = w.there;
-        if (a.rope != NULL && a.b.pos[0] / BLOCK == w.block)
-            store_new<KV, DP>(a, w, head, shared);
+        if (a.rope != NULL && pos / BLOCK == w.block)
+            store_new<KV, DP>(a, (uint8_t *)w.page + head, g, pos, shared);
         store_queries<DP, NT * 8>(a, x, f, q, slots, w.block);
         copies_but_one_arrive(); /* values are on their way */
         __syncthreads();
         score_keys16<KV, DP, NT>(share, q, s);
         w.item += (int)gridDim.y;
-        if (w.item < end) w = skip_empty(a, find_work(a, w.item), end);
-        if (w.item < end) x = find_query(a, w);
+        if (w.item < plan.end) w = skip_empty(a, plan, find_work(a, plan, w.item));
+        if (w.item < plan.end) x = find_query(a, plan, w);
         __syncthreads();
-        if (w.item < end) copy(1);
+        if (w.item < plan.end) copy(1);
         else end_copies();
         copies_but_one_arrive();
         if (there < BLOCK)
@@ -3495,7 +3500,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
                                   S::Q8 ? S::PARTS : S::DIMS, there, (int)(threadIdx.x % 32));
         __syncwarp();
         weigh_values<KV, DP, NT>(share, s, slots, a);
-        if (w.item >= end) return;
+        if (w.item >= plan.end) return;
         fetch_queries<DP, NT * 8>(a, x, &f);
         __syncwarp();
         copy(0);
@@ -3531,41 +3536,43 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struc
     const int row = (int)blockIdx.z, h = (int)blockIdx.y, warp = (int)(threadIdx.x / 32),
               lane = (int)(threadIdx.x % 32), i = (int)blockIdx.x * 32 + lane;
     const int n = a.b.pos[row] / BLOCK + 1;
-    const float *p = a.partial + ((int64_t)row * a.H + h) * a.blocks * (DP + 2);
-    const float2 *ml = (const float2 *)(p + (int64_t)a.blocks * DP);
+    const float *p = a.partial + (int64_t)(row * a.H + h) * (a.blocks * (DP + 2));
+    const float2 *ml = (const float2 *)(p + a.blocks * DP) + lane;
     float m = -HUGE_VALF, l = 0, o = 0;
+    p += warp * DP + i;
     wait_for_inputs();
     if (row < a.from) return;
-    for (int block = MERGED_BLOCKS + lane; block < n; block += 32)
+#pragma unroll 1
+    for (int block = MERGED_BLOCKS; block + lane < n; block += 32)
         m = fmaxf(m, __ldcg(&ml[block].x));
-    for (int first = 0; first < n; first += MERGED_BLOCKS) {
+    for (int first = 0; first < n;
+         first += MERGED_BLOCKS, p += MERGED_BLOCKS * DP, ml += MERGED_BLOCKS) {
         float x[MERGED_BLOCKS / 4];
         float2 part[2];
 #pragma unroll
-        for (int k = 0; k < MERGED_BLOCKS / 4; k++) {
-            const int block = first + k * 4 + warp;
-            x[k] = block < n ? __ldcg(p + block * DP + i) : 0;
-        }
+        for (int k = 0; k < MERGED_BLOCKS / 4; k++)
+            x[k] = first + k * 4 + warp < n ? __ldcg(p + k * 4 * DP) : -0.f;
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-            const int block = first + k * 32 + lane;
-            part[k] = block < n ? __ldcg(ml + block) : make_float2(-HUGE_VALF, 0);
+            part[k] = make_float2(-HUGE_VALF, -0.f);
+            if (first + k * 32 + lane < n) part[k] = __ldcg(ml + k * 32);
             m = fmaxf(m, part[k].x);
         }
+#pragma unroll
         for (int k = 16; k > 0 && first == 0; k /= 2)
             m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, k));
-        __syncthreads();
+        if (first > 0) __syncthreads();
         for (int k = 0; k < 2 && warp == 0; k++)
             parts[k * 32 + lane] = make_float2(exact_power(part[k].x - m), part[k].y);
 #pragma unroll
         for (int k = 0; k < MERGED_BLOCKS / 4; k++) v[k * 4 + warp][lane] = x[k];
         __syncthreads();
-        const int count = warp == 0 ? min(MERGED_BLOCKS, n - first) : 0;
-#pragma unroll 16
-        for (int k = 0; k < count; k++) {
-            o = fmaf(v[k][lane], parts[k].x, o);
-            l = fmaf(parts[k].y, parts[k].x, l);
-        }
+        for (int k0 = 0; k0 < min(MERGED_BLOCKS, n - first) && warp == 0; k0 += 16)
+#pragma unroll
+            for (int k = k0; k < k0 + 16; k++) { /* behind the last -0 times 0: changes nothing */
+                o = fmaf(v[k][lane], parts[k].x, o);
+                l = fmaf(parts[k].y, parts[k].x, l);
+            }
     }
     if (warp > 0) return;
     o *= 1 / l;
