@@ -1599,10 +1599,15 @@ static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
     return j->rows <= CHAIN_ROWS && bytes <= room ? (int)bytes : 0;
 }
 
+/* A block of a kernel and one of the next shall stand on a multiprocessor side by side, so that the
+   second has its first weights when the first ends; two of one kernel must not, or it has other
+   multiprocessors idle. So every other kernel of a chain (q, k, v, before attention and o; gate and
+   up, before down) takes half of the shared memory, whether it needs as much or not. */
 template <int TYPE, int KIND>
 static void launch_gemv(struct queue *q, const struct product_f16 *product) {
     struct product_f16 j = *product;
-    const int staged = staged_bytes(q, &j), shared = GEMV_WARPS * ring<TYPE>::BYTES + staged,
+    const int staged = staged_bytes(q, &j), least = KIND == ADD ? 0 : q->shared / 2 - (6 << 10),
+              shared = (int)max64(GEMV_WARPS * ring<TYPE>::BYTES + staged, least),
               tall = TALL_TEAMS * CHAINS * ring<TYPE>::BYTES, threads = 32 * TALL_TEAMS * CHAINS;
     const int most = q->shared >= RINGS_MOST + TALL_BYTES ? FEW_ROWS : FEW_ROWS / 2;
     dim3 grid((unsigned)min64(q->sms, all_groups<KIND>(j)));
