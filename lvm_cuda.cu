@@ -1108,8 +1108,8 @@ static __device__ uint32_t elected(void) {
 #else
 #define BULK 0
 
-/* A run of bytes to shared memory, by a warp. */
-static __device__ void copy_run(char *to, const void *from, int bytes) {
+/* The same by a warp, which waits for its copies instead. */
+static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *) {
     for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
         copy_async<16>(shared_address(to) + (uint32_t)i, (const char *)from + i, 1);
 }
@@ -1243,7 +1243,7 @@ static __device__ void copy_rows(const struct product_f16 &j, char *shared) {
         uint4 *to = (uint4 *)staged_row(j, shared, r);
 #pragma unroll 4
         for (int i = (int)threadIdx.x; i < n; i += GEMV_THREADS)
-            copy_async<16>((uint32_t)__cvta_generic_to_shared(to + i), from + i, 1);
+            copy_async<16>(shared_address(to + i), from + i, 1);
     }
     end_copies();
     wait_for_copies<0>();
@@ -1377,17 +1377,14 @@ template <int TYPE, int KIND>
 static __device__ void copy_chunk(const struct stream<TYPE, KIND> &s, int n) {
     typedef struct ring<TYPE> R;
     char *to = s.ring + s.to * R::SLOT, *scales = to + R::PAIRS * R::TILE;
+    uint64_t *full = s.full + s.to;
 #if BULK
     if (!elected()) return;
-    uint64_t *full = s.full + s.to;
     barrier_expect(full, 2 * n * (R::TILE + R::SCALES));
-    auto copy = [&](char *at, const void *from, int bytes) { copy_bulk(at, from, bytes, full); };
-#else
-    auto copy = [&](char *at, const void *from, int bytes) { copy_run(at, from, bytes); };
 #endif
     for (int i = 0; i < 2; i++) {
-        copy(to + i * R::CHUNK * R::TILE, s.q[i], n * R::TILE);
-        if (R::SCALED) copy(scales + i * R::CHUNK * R::SCALES, s.d[i], n * R::SCALES);
+        copy_bulk(to + i * R::CHUNK * R::TILE, s.q[i], n * R::TILE, full);
+        if (R::SCALED) copy_bulk(scales + i * R::CHUNK * R::SCALES, s.d[i], n * R::SCALES, full);
     }
 }
 
@@ -1432,7 +1429,7 @@ static __device__ const char *wait_for_chunk(struct stream<TYPE, KIND> *s) {
 static __device__ void start_barriers(uint64_t *b, uint32_t n) {
 #if BULK
     if (threadIdx.x % 32 < n) barrier_init(b + threadIdx.x % 32, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_made();
     __syncwarp();
 #endif
 }
