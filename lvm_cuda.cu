@@ -1005,8 +1005,8 @@ static __device__ uint32_t elected(void) {
 #else
 #define BULK 0
 
-/* A run of bytes to shared memory, by a warp. */
-static __device__ void copy_run(char *to, const void *from, int bytes) {
+/* The same by a warp, which waits for its copies instead. */
+static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *) {
     for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
         copy_async<16>(shared_address(to) + (uint32_t)i, (const char *)from + i, 1);
 }
@@ -1140,7 +1140,7 @@ static __device__ void copy_rows(const struct product_f16 &j, char *shared) {
         uint4 *to = (uint4 *)staged_row(j, shared, r);
 #pragma unroll 4
         for (int i = (int)threadIdx.x; i < n; i += GEMV_THREADS)
-            copy_async<16>((uint32_t)__cvta_generic_to_shared(to + i), from + i, 1);
+            copy_async<16>(shared_address(to + i), from + i, 1);
     }
     end_copies();
     wait_for_copies<0>();
@@ -1274,17 +1274,14 @@ template <int TYPE, int KIND>
 static __device__ void copy_chunk(const struct stream<TYPE, KIND> &s, int n) {
     typedef struct ring<TYPE> R;
     char *to = s.ring + s.to * R::SLOT, *scales = to + R::PAIRS * R::TILE;
+    uint64_t *full = s.full + s.to;
 #if BULK
     if (!elected()) return;
-    uint64_t *full = s.full + s.to;
     barrier_expect(full, 2 * n * (R::TILE + R::SCALES));
-    auto copy = [&](char *at, const void *from, int bytes) { copy_bulk(at, from, bytes, full); };
-#else
-    auto copy = [&](char *at, const void *from, int bytes) { copy_run(at, from, bytes); };
 #endif
     for (int i = 0; i < 2; i++) {
-        copy(to + i * R::CHUNK * R::TILE, s.q[i], n * R::TILE);
-        if (R::SCALED) copy(scales + i * R::CHUNK * R::SCALES, s.d[i], n * R::SCALES);
+        copy_bulk(to + i * R::CHUNK * R::TILE, s.q[i], n * R::TILE, full);
+        if (R::SCALED) copy_bulk(scales + i * R::CHUNK * R::SCALES, s.d[i], n * R::SCALES, full);
     }
 }
 
@@ -1329,7 +1326,7 @@ static __device__ const char *wait_for_chunk(struct stream<TYPE, KIND> *s) {
 static __device__ void start_barriers(uint64_t *b, uint32_t n) {
 #if BULK
     if (threadIdx.x % 32 < n) barrier_init(b + threadIdx.x % 32, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_made();
     __syncwarp();
 #endif
 }
@@ -1496,10 +1493,15 @@ static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
     return j->rows <= CHAIN_ROWS && bytes <= room ? (int)bytes : 0;
 }
 
+/* A block of a kernel and one of the next shall stand on a multiprocessor side by side, so that the
+   second has its first weights when the first ends; two of one kernel must not, or it has other
+   multiprocessors idle. So every other kernel of a chain (q, k, v, before attention and o; gate and
+   up, before down) takes half of the shared memory, whether it needs as much or not. */
 template <int TYPE, int KIND>
 static void launch_gemv(struct queue *q, const struct product_f16 *product) {
     struct product_f16 j = *product;
-    const int staged = staged_bytes(q, &j), shared = GEMV_WARPS * ring<TYPE>::BYTES + staged,
+    const int staged = staged_bytes(q, &j), least = KIND == ADD ? 0 : q->shared / 2 - (6 << 10),
+              shared = (int)max64(GEMV_WARPS * ring<TYPE>::BYTES + staged, least),
               tall = TALL_TEAMS * CHAINS * ring<TYPE>::BYTES, threads = 32 * TALL_TEAMS * CHAINS;
     const int most = q->shared >= RINGS_MOST + TALL_BYTES ? FEW_ROWS : FEW_ROWS / 2;
     dim3 grid((unsigned)min64(q->sms, all_groups<KIND>(j)));
