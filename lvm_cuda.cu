@@ -32,8 +32,7 @@
    tokenizer's activations are two f16 numbers each, a high and a low part, which keeps every token
    of f32 but those at a tie.
 
-   LEFT OUT, so far: a prompt's keys and values expanded once instead of once a tile; attention's
-   merge inside its neighbours; more than one GPU for a model. */
+   LEFT OUT, so far: attention's merge inside its neighbours; more than one GPU for a model. */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <dlfcn.h>
@@ -802,8 +801,16 @@ static __device__ float over_warp(float4 v) {
     return sum;
 }
 
-/* 1 / sqrt(mean of x^2 + eps) of a row, the same for all threads of a warp. Eight sums, of
-   the fours whose number / 32 leaves 0 to 7: eight warps may have one each, see stage_row. */
+/* 1 / sqrt(mean of x^2 + eps) of a row, from eight sums of a lane. */
+static __device__ float scale_of(const float4 *sum, int D, float eps) {
+    float all = over_warp(sum[0]);
+#pragma unroll
+    for (int i = 1; i < ROW_SUMS; i++) all += over_warp(sum[i]);
+    return rsqrtf(all / (float)D + eps);
+}
+
+/* The same for all threads of a warp. Eight sums, of the fours whose number / 32 leaves 0 to 7:
+   eight warps may have one each, see stage_row. */
 static __device__ float rms_scale(const float *x, int D, float eps) {
     float4 sum[ROW_SUMS] = {};
     const int lane = (int)threadIdx.x % 32, n = D % 4 == 0 ? D / 4 : 0;
@@ -815,10 +822,7 @@ static __device__ float rms_scale(const float *x, int D, float eps) {
 #pragma unroll
         for (int u = 0; u < 16; u++) sum[u % ROW_SUMS] = add_squares(sum[u % ROW_SUMS], v[u]);
     }
-    float all = over_warp(sum[0]);
-#pragma unroll
-    for (int i = 1; i < ROW_SUMS; i++) all += over_warp(sum[i]);
-    return rsqrtf(all / (float)D + eps);
+    return scale_of(sum, D, eps);
 }
 
 static __device__ float4 normed(float4 v, float4 norm, float scale) {
@@ -849,10 +853,7 @@ static __device__ void norm_to_panel(const struct packed &out, int row, const fl
     for (int u = 0; u < 16; u++) v[u] = load_four(x, lane + 32 * u, n);
 #pragma unroll
     for (int u = 0; u < 16; u++) sum[u % ROW_SUMS] = add_squares(sum[u % ROW_SUMS], v[u]);
-    float all = over_warp(sum[0]);
-#pragma unroll
-    for (int i = 1; i < ROW_SUMS; i++) all += over_warp(sum[i]);
-    const float scale = rsqrtf(all / (float)D + eps);
+    const float scale = scale_of(sum, D, eps);
 #pragma unroll
     for (int u = 0; u < 16; u += 2) {
         uint32_t h[4];
@@ -1005,7 +1006,13 @@ static __device__ uint32_t elected(void) {
 #else
 #define BULK 0
 
-/* The same by a warp, which waits for its copies instead. */
+/* Arrives as soon as the thread's copies so far have come. */
+static __device__ void barrier_arrive_later(uint64_t *b) {
+    asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(shared_address(b))
+                 : "memory");
+}
+
+/* copy_bulk by a warp, which waits for its copies by itself. */
 static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *) {
     for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
         copy_async<16>(shared_address(to) + (uint32_t)i, (const char *)from + i, 1);
@@ -1740,17 +1747,6 @@ static __device__ int part_start(int spans, int part) {
     return min(spans, (spans + CHAINS - 1) / CHAINS * part);
 }
 
-/* total += c, of n floats. (A total starts at -0, to which anything may be added.) */
-template <int N> static __device__ void add_part(float *total, const float *c) {
-#pragma unroll
-    for (int i = 0; i < N; i++) total[i] += c[i];
-}
-
-template <int N> static __device__ void clear_sums(float *c, float v) {
-#pragma unroll
-    for (int i = 0; i < N; i++) c[i] = v;
-}
-
 /* ---- GEMM by wgmma (sm_90a) ----
 
    A block computes pieces of y of 128 x 256, from 128 rows of x and a tile of w: the larger a piece
@@ -2051,7 +2047,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant_
     const char *x = (const char *)p.x + (int64_t)blockIdx.x * spans * X_BYTES;
     const char *w = (const char *)p.w + (int64_t)(half / 2) * spans * W_BYTES + half % 2 * X_BYTES;
     float c[2][8][4] = {}, total[2][8][4];
-    clear_sums<64>(total[0][0], -0.0f);
+#pragma unroll
+    for (int i = 0; i < 64; i++) total[0][0][i] = -0.0f; /* to which anything may be added */
     for (int span = 0; span < spans + GEMM_STAGES - 1; span++) {
         const int now = span - (GEMM_STAGES - 1);
         wait_for_copies<GEMM_STAGES - 2>();
@@ -2063,8 +2060,8 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant_
         if (now < 0) continue;
         multiply_tiles(tiles + now % GEMM_STAGES * STAGE_BYTES, row, n0, c);
         if ((now + 1) % each != 0 && now + 1 != spans) continue;
-        add_part<64>(total[0][0], c[0][0]);
-        clear_sums<64>(c[0][0], 0);
+#pragma unroll
+        for (int i = 0; i < 64; i++) total[0][0][i] += c[0][0][i], c[0][0][i] = 0;
     }
 #pragma unroll
     for (int m = 0; m < 2; m++)
@@ -2779,6 +2776,7 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
 
 enum { KEYS = 256 /* of a page */, BLOCK = 64 /* keys of a block */,
        SLOTS = 16 /* queries that share a read */, SPLIT_ROWS = 64 /* rows that go by splitting */,
+       SEQUENCES = 64,
        SPLIT_THREADS = 128, FLASH_QUERIES = 128 /* of a tile of flash_kernel: 16 a warp */ };
 
 struct kv_layout {
@@ -2795,9 +2793,10 @@ static struct kv_layout kv_layout_of(int type, int d, int tensor) {
     return l;
 }
 
-/* Rows first .. first + n - 1, of one sequence; the position of the last of them. */
+/* Rows first .. first + n - 1, of one sequence; the position of the last of them; blocks of the
+   sequence, `block` to end - 1, that are expanded with them. */
 struct tile {
-    int first, n, last;
+    int first, n, last, block, end;
 };
 
 /* Rows of a step of a few rows that read the same page, however many sequences they belong to. */
@@ -2926,6 +2925,7 @@ struct attention {
     float *o;              /* [rows][H][d], or NULL */
     struct packed h;       /* the same in f16, row `from` first; h.h: NULL where it is not wanted */
     float *partial;        /* [rows][H]: o' [blocks][dp], m' and l' [blocks][2] */
+    int64_t tiles_at;      /* where a page has its room for tiles */
     int layer, H, G, d;
     int heads, head_items, one_over_heads; /* heads of an item of work, or of a tile; how many such
                                               a group has; 65536 / heads, rounded up */
@@ -2964,30 +2964,25 @@ static __device__ struct query_scale query_scale_of(float most, float scale) {
     return r;
 }
 
-/* A lane's 16 of a query's 64 scores, for one or two queries (c[.][0, 1] and c[.][2, 3]): keys
+/* Of a lane's 16 of a query's 64 scores, for one or two queries (c[.][0, 1] and c[.][2, 3]): keys
    8 n + 2 t and 8 n + 2 t + 1; three more lanes have the others. valid: how many keys the query
-   sees. Leaves p in f16, in pairs. */
+   sees; the scores of others become -infinity. */
 template <int ROWS>
-static __device__ void softmax_block(const float (*c)[4], const float *scale, const int *valid,
-                                     uint32_t (*p)[8], float *m, float *l) {
+static __device__ void block_most(float (*c)[4], const float *scale, const int *valid, float *m) {
     const int t = (int)(threadIdx.x % 4);
-    float s[ROWS][16], most[ROWS][4], sum[ROWS][4];
-#pragma unroll
-    for (int i = 0; i < ROWS * 16; i++) {
-        const int r = i % ROWS, k = i / ROWS;
-        s[r][k] = c[k / 2][r * 2 + k % 2];
-    }
+    float most[ROWS][4];
     if (min(valid[0], valid[ROWS - 1]) < BLOCK) {
 #pragma unroll
         for (int i = 0; i < ROWS * 16; i++) {
             const int r = i % ROWS, k = i / ROWS;
-            if (k / 2 * 8 + 2 * t + k % 2 >= valid[r]) s[r][k] = -HUGE_VALF;
+            if (k / 2 * 8 + 2 * t + k % 2 >= valid[r]) c[k / 2][r * 2 + k % 2] = -HUGE_VALF;
         }
     }
 #pragma unroll
     for (int i = 0; i < ROWS * 16; i++) {
         const int r = i % ROWS, k = i / ROWS;
-        most[r][k % 4] = k < 4 ? s[r][k] : fmaxf(most[r][k % 4], s[r][k]);
+        const float s = c[k / 2][r * 2 + k % 2];
+        most[r][k % 4] = k < 4 ? s : fmaxf(most[r][k % 4], s);
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++)
@@ -2997,15 +2992,26 @@ static __device__ void softmax_block(const float (*c)[4], const float *scale, co
         m[i % ROWS] = fmaxf(m[i % ROWS], __shfl_xor_sync(0xffffffff, m[i % ROWS], 1 + i / ROWS));
 #pragma unroll
     for (int r = 0; r < ROWS; r++) m[r] = ceilf(__fmul_rn(m[r], scale[r]));
+}
+
+/* Then p in f16, in pairs, and the lane's sum of them, of 16 scores. */
+template <int ROWS>
+static __device__ void block_powers(const float (*c)[4], const float *scale, const int *valid,
+                                    const float *m, uint32_t (*p)[8], float *l) {
+    float s[ROWS][16], sum[ROWS][4];
 #pragma unroll
     for (int i = 0; i < ROWS * 16; i++) {
         const int r = i % ROWS, k = i / ROWS;
-        s[r][k] = power_of_2(fmaf(s[r][k], scale[r], valid[r] > 0 ? -m[r] : 0));
+        s[r][k] = power_of_2(fmaf(c[k / 2][r * 2 + k % 2], scale[r], valid[r] > 0 ? -m[r] : 0));
         sum[r][k % 4] = k < 4 ? s[r][k] : sum[r][k % 4] + s[r][k];
         if (k % 2 == 1) p[r][k / 2] = as_word(__floats2half2_rn(s[r][k - 1], s[r][k]));
     }
 #pragma unroll
     for (int r = 0; r < ROWS; r++) l[r] = (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);
+}
+
+/* The sum of four lanes'. */
+template <int ROWS> static __device__ void over_lanes(float *l) {
 #pragma unroll
     for (int i = 0; i < ROWS * 2; i++)
         l[i % ROWS] += __shfl_xor_sync(0xffffffff, l[i % ROWS], 1 + i / ROWS);
@@ -3013,14 +3019,11 @@ static __device__ void softmax_block(const float (*c)[4], const float *scale, co
 
 /* ---- A block's bytes in shared memory, and as f16 ---- */
 
-/* Bytes of a block's keys, codes [64][dp] and scales, and of values of N dimensions, [N][64]. */
-template <int KV, int DP, int N = DP> struct block_of {
+/* Bytes of a key, of a dimension of values, and of all of a block's keys and values without scales:
+   [64][dp] and [dp][64]. */
+template <int KV, int DP> struct block_of {
     static constexpr int SIZE = KV == LVM_Q8_0 ? 1 : 2, KEY = DP * SIZE, VALUE = BLOCK * SIZE,
-                         KEY_CODES = BLOCK * KEY, VALUE_CODES = N * VALUE,
-                         KEY_SCALES = KV == LVM_Q8_0 ? BLOCK * DP / QK * 2 : 0,
-                         VALUE_SCALES = KV == LVM_Q8_0 ? BLOCK * N / QK * 2 : 0,
-                         KEY_BYTES = KEY_CODES + KEY_SCALES,
-                         VALUE_BYTES = VALUE_CODES + VALUE_SCALES;
+                         CODES = BLOCK * KEY;
 };
 
 /* Piece c of 16 bytes of row r: 4 lanes by 2 rows meet each bank once. */
@@ -3406,7 +3409,9 @@ static __device__ void weigh_values(const char *share, const float *s, const str
             float2 v = *(const float2 *)(s + (n * 8 + g) * SCORE_ROW + 8 * i + 2 * t);
             c[i][0] = v.x, c[i][1] = v.y;
         }
-        softmax_block<1>(c, &at.c, &at.valid, p + n, &m, &l);
+        block_most<1>(c, &at.c, &at.valid, &m);
+        block_powers<1>(c, &at.c, &at.valid, &m, p + n, &l);
+        over_lanes<1>(&l);
         if (warp == 0 && t == 0 && at.to >= 0)
             *(float2 *)(a.partial + at.ml) = make_float2(m, l);
     }
@@ -3583,7 +3588,13 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struc
     if (h == a.H - 1) write_end(a, row, i, DP);
 }
 
-/* ---- Many rows: flash attention ---- */
+/* ---- Many rows: flash attention ----
+
+   store_many_kernel turns queries and keys and fills the cache, expand_kernel makes tiles of f16 of
+   every block of it that a forward sees, once a layer, and flash_kernel multiplies: each of its
+   blocks has a tile of 128 queries and goes through the keys and values that these see. A warp
+   brings them, two warp groups multiply, and barriers tell them how far the others are (see
+   flash_shared). While the tensor cores work for one warp group the other one has its softmax. */
 
 /* A row of q, k and v as products left it, many rows' places for them. */
 struct projected {
@@ -3765,413 +3776,388 @@ __global__ void __launch_bounds__(THREADS)
 /* A tile of 64 x 64 f16 for tensor cores: rows of 128 bytes, whose pieces are swizzled. */
 enum { TILE = 64 * 64 * 2 };
 
+/* Where the tiles of a block lie, those of a layer, behind a page's bytes: [G][256 / 64] times
+   dp / 64 of keys, [64 keys][64 dimensions], and dp / 64 of values, [64 dimensions][64 keys]. */
+static __device__ char *tiles_of(const struct attention &a, int seq, int block, int g) {
+    constexpr int each = KEYS / BLOCK;
+    return (char *)a.b.table[seq * a.b.max_pages + (unsigned)block / each] + a.tiles_at +
+           (int64_t)(g * each + (unsigned)block % each) * 2 * BLOCK * a.l.dp * 2;
+}
+
 /* A piece's steps to row r: pair w[0] of step s has elements 16 s + 2 t and the next, w[1] those 8
-   further. Eight rows by four lanes meet each bank once. */
+   further; of four lanes each writes 16 bytes. */
 template <int KV>
-static __device__ void store_piece(char *tiles, int r, int u, int t, const struct piece<KV> &p) {
+static __device__ void store_piece(char *tiles, int r, int u, int t, struct piece<KV> p) {
+#pragma unroll
+    for (int i = 0; i < piece<KV>::STEPS / 2; i++) {
+        const int c = (u * piece<KV>::STEPS / 2 + i) * 4 + t;
+        uint32_t *w = p.w + 4 * i;
+        transpose4(w, t, 1);
+        *(uint4 *)(tiles + c / 8 * TILE + r * 128 + ((c % 8) ^ (r & 7)) * 16) =
+            make_uint4(w[0], w[1], w[2], w[3]);
+    }
+}
+
+/* Zeros for keys of which only `there` are: whatever lies there times p = 0 could be NaN. */
+template <int KV>
+static __device__ struct piece<KV> without_end(struct piece<KV> p, int u, int t, int there) {
 #pragma unroll
     for (int i = 0; i < piece<KV>::STEPS * 2; i++) {
-        const int c = u * piece<KV>::STEPS * 2 + i;
-        *(uint32_t *)(tiles + c / 8 * TILE + r * 128 + ((c % 8) ^ (r & 7)) * 16 + 4 * t) = p.w[i];
+        const int key = (u * piece<KV>::STEPS * 2 + i) * 8 + 2 * t;
+        if (key + 1 >= there) p.w[i] = key < there ? p.w[i] & 0xffff : 0;
     }
+    return p;
 }
 
-enum { GROUP = 128 /* threads of a warp group */, FLASH_THREADS = 3 * GROUP };
-
-/* A block's keys to tiles of f16, dp / 64 of [64 keys][64 dimensions], by a warp group; where rows
-   are as long as all banks, every other row begins with another piece. */
-template <int KV, int DP> static __device__ void expand_keys(const char *keys, char *tiles) {
+/* Grid: [G][tiles][any]: blocks of keys and values of a layer, those that a tile has to see to, as
+   f16 in tiles. Floor: bytes in + bytes out. */
+template <int KV, int DP>
+__global__ void __launch_bounds__(THREADS) expand_kernel(const struct attention a) {
     using B = block_of<KV, DP>;
-    const int row = (int)(threadIdx.x % GROUP / 4), t = (int)(threadIdx.x % 4);
-    const int other = B::KEY % 128 == 0 ? row & 1 : 0;
+    constexpr int KEY = B::KEY / 16, VALUE = B::VALUE / 16;
+    const struct tile tile = a.b.tiles[blockIdx.y];
+    const int seq = a.b.seq[tile.first], g = (int)blockIdx.x, t = (int)threadIdx.x % 4;
+    wait_for_inputs();
+    for (int block = tile.block + (int)blockIdx.z; block < tile.end; block += (int)gridDim.z) {
+        const int in = block % (KEYS / BLOCK), there = tile.last + 1 - block * BLOCK;
+        const char *keys = (const char *)head_of(a.b, a.l, seq, block / (KEYS / BLOCK),
+                                                 (int64_t)a.layer * a.G + g);
+        const char *values = keys + a.l.head_bytes, *key_scales = keys + KEYS * DP,
+                   *value_scales = values + KEYS * DP + in * DP / QK * BLOCK * 2;
+        char *to = tiles_of(a, seq, block, g);
 #pragma unroll
-    for (int r = row; r < row + BLOCK; r += 32)
-#pragma unroll
-        for (int i = 0; i < B::KEY / 64; i++) {
-            const int u = i ^ other;
-            store_piece<KV>(tiles, r, u, t,
-                            key_at<KV>(keys + r * B::KEY + (4 * u + t) * 16,
-                                       keys + B::KEY_CODES + (r * (DP / QK) + 2 * u) * 2));
+        for (int i = (int)threadIdx.x; i < BLOCK * KEY; i += THREADS) {
+            const int r = i / KEY, u = i % KEY / 4, key = in * BLOCK + r;
+            store_piece<KV>(to, r, u, t, key_at<KV>(keys + in * B::CODES + i * 16, key_scales +
+                                                    (key * (DP / QK) + 2 * u) * 2));
         }
-}
-
-/* Values of M dimensions, M / 64 tiles of [64 dimensions][64 keys]. */
-template <int KV, int M> static __device__ void expand_values(const char *values, char *tiles) {
-    using B = block_of<KV, M>;
-    const int row = (int)(threadIdx.x % GROUP / 4), t = (int)(threadIdx.x % 4);
-    const int other = B::VALUE % 128 == 0 ? row & 1 : 0;
+        to += DP / 64 * TILE;
 #pragma unroll
-    for (int r = row; r < row + M; r += 32)
-#pragma unroll
-        for (int i = 0; i < B::VALUE / 64; i++) {
-            const int u = i ^ other;
-            store_piece<KV>(tiles + (r - row) / 64 * TILE, r % 64, u, t,
-                            value_at<KV>(values + r * B::VALUE + (4 * u + t) * 16,
-                                         values + B::VALUE_CODES + (r - row) / QK * BLOCK * 2, t));
+        for (int i = (int)threadIdx.x; i < DP * VALUE; i += THREADS) {
+            const int r = i / VALUE, u = i % VALUE / 4;
+            struct piece<KV> p = value_at<KV>(values + in * B::CODES + i * 16,
+                                              value_scales + r / QK * BLOCK * 2, t);
+            if (there < BLOCK) p = without_end<KV>(p, u, t, there);
+            store_piece<KV>(to + r / 64 * TILE, r % 64, u, t, p);
         }
-}
-
-#if !WGMMA
-static __device__ void load_pieces(uint32_t *to, const char *tile, int r, int c) {
-    load_matrices(to, shared_address(tile + r * 128 + (c ^ (r & 7)) * 16));
-}
-
-/* c[row][n] += a[row][k] tile[n][k]: a warp's 16 rows, 64 of n, steps 2 s and 2 s + 1 of k. */
-static __device__ void multiply_steps(float (*c)[4], const uint32_t (*a)[4], const char *tile,
-                                      int s) {
-    const int lane = (int)(threadIdx.x % 32);
-#pragma unroll
-    for (int n = 0; n < 8; n++) {
-        uint32_t b[4];
-        load_pieces(b, tile, n * 8 + lane % 8, 4 * s + lane / 8);
-        mma(c[n], a[0][0], a[0][1], a[0][2], a[0][3], b[0], b[1]);
-        mma(c[n], a[1][0], a[1][1], a[1][2], a[1][3], b[2], b[3]);
     }
 }
 
-#endif
+enum { GROUP = 128 /* threads of a warp group */, FLASH_GROUPS = 2 /* that multiply */,
+       FLASH_THREADS = (FLASH_GROUPS + 1) * GROUP };
 
-/* Begins c = q tile^T, or adds it to c: 64 queries of q's rows by 64 keys, four steps in a chain. c
-   may not be touched before products_done. */
-static __device__ void multiply_queries(float (*c)[4], const char *q, const char *tile, int more) {
-#if WGMMA
-    const uint64_t a = tile_descriptor(q), b = tile_descriptor(tile);
-#pragma unroll
-    for (int s = 0; s < 4; s++) wgmma<64>(c[0], a + 2 * s, b + 2 * s, more | s);
-#else
-    const int lane = (int)(threadIdx.x % 32);
-#pragma unroll
-    for (int i = 0; i < 32 && !more; i++) (&c[0][0])[i] = 0;
-#pragma unroll
-    for (int s = 0; s < 2; s++) {
-        uint32_t a[2][4];
-        for (int i = 0; i < 2; i++)
-            load_pieces(a[i], q, (int)(threadIdx.x % 128 / 32) * 16 + lane % 16,
-                        4 * s + 2 * i + lane / 16);
-        multiply_steps(c, a, tile, s);
-    }
-#endif
-}
-
-/* The same for probabilities, operands p of four steps, by a tile of values: c = p tile^T. */
-static __device__ void multiply_values(float (*sums)[4], const uint32_t (*p)[4],
-                                       const char *tile) {
+/* Begins c = a tile^T (+ c, if `more`): 64 queries by N rows of a tile, four steps of 16 columns in
+   a chain; a: a lane's operands of each. c and a may not be touched before products_done. */
+template <int N>
+static __device__ void multiply_tile(float (*sums)[4], const uint32_t (*a)[4], const char *tile,
+                                     int more) {
 #if WGMMA
     float *c = sums[0];
     const uint64_t b = tile_descriptor(tile);
 #pragma unroll
     for (int s = 0; s < 4; s++)
-        asm volatile(WGMMA_CODE("64", NAMES32, "{%32,%33,%34,%35}", "%36", "%37", "0")
-                     : SUMS16(0), SUMS16(16)
-                     : "r"(p[s][0]), "r"(p[s][1]), "r"(p[s][2]), "r"(p[s][3]), "l"(b + 2 * s),
-                       "r"(s));
+        if (N == 64)
+            asm volatile(WGMMA_CODE("64", NAMES32, "{%32,%33,%34,%35}", "%36", "%37", "0")
+                         : SUMS16(0), SUMS16(16)
+                         : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "l"(b + 2 * s),
+                           "r"(more | s));
+        else
+            asm volatile(WGMMA_CODE("128", NAMES64, "{%64,%65,%66,%67}", "%68", "%69", "0")
+                         : SUMS64(0)
+                         : "r"(a[s][0]), "r"(a[s][1]), "r"(a[s][2]), "r"(a[s][3]), "l"(b + 2 * s),
+                           "r"(more | s));
 #else
+    const int lane = (int)(threadIdx.x % 32);
 #pragma unroll
-    for (int i = 0; i < 32; i++) sums[0][i] = 0;
-    multiply_steps(sums, p, tile, 0);
-    multiply_steps(sums, p + 2, tile, 1);
-#endif
-}
-
-/* A lane's two queries of a tile, numbers r and r + 8 of the warp's 16. */
-struct query_pair {
-    float c[2], m[2], l[2];
-    int row[2], head[2], pos[2]; /* row: -1: there is none */
-};
-
-/* A warp group's queries of the tile to q: dp / 64 tiles of [64][64 dimensions]; and what a lane
-   is to know of its two. */
-template <int DP>
-static __device__ void load_queries(const struct attention &a, const struct tile &tile, int wg,
-                                    struct query_pair *x, char *q) {
-    auto query_of = [&](int number, int *head) -> int64_t {
-        const int at = min(number, tile.n * a.heads - 1), n = over_heads(a, at);
-        *head = (int)blockIdx.x * a.heads + at - n * a.heads;
-        return tile.first + n;
-    };
-    int head;
+    for (int i = 0; i < N / 2 && !more; i++) sums[i / 4][i % 4] = 0;
 #pragma unroll
-    for (int i = 0; i < DP / 16; i++) {
-        const int k = i * GROUP + (int)(threadIdx.x % GROUP), r = k / (DP / 8), c = k % (DP / 8);
-        const int64_t row = query_of(wg * 64 + r, &head);
-        copy_16(q + c / 8 * TILE + r * 128 + ((c % 8) ^ (r & 7)) * 16,
-                a.q16 + (row * a.H + head) * DP + c * 8);
-    }
-    end_copies();
+    for (int n = 0; n < N / 8; n++)
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const int number = (int)(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4) + 8 * i;
-        const int64_t row = query_of(number, &x->head[i]);
-        x->c[i] = a.c[row * a.H + x->head[i]];
-        x->m[i] = -HUGE_VALF;
-        x->l[i] = 0;
-        x->pos[i] = a.b.pos[row];
-        x->row[i] = number < tile.n * a.heads ? (int)row : -1;
-    }
-    wait_for_copies<0>();
-}
-
-/* Softmax of a block's scores: p becomes operands, f the factors of o' (and of l', which is added),
-   old those of what there is. */
-static __device__ void softmax_pair(const float (*c)[4], int block, struct query_pair *x,
-                                    uint32_t (*p)[4], float *f, float *old) {
-    uint32_t w[2][8];
-    const int valid[2] = {x->pos[0] + 1 - block * BLOCK, x->pos[1] + 1 - block * BLOCK};
-    float m[2], l[2];
-    softmax_block<2>(c, x->c, valid, w, m, l);
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const float most = fmaxf(x->m[i], m[i]);
-        old[i] = exact_power(x->m[i] - most);
-        f[i] = exact_power(m[i] - most);
-        x->m[i] = most;
-        x->l[i] = fmaf(l[i], f[i], x->l[i] * old[i]);
-    }
-#pragma unroll
-    for (int k = 0; k < 16; k++) p[k / 4][k % 4] = w[k % 2][k / 4 * 2 + k % 4 / 2];
-}
-
-static __device__ void group_barrier(int wg) {
-    asm volatile("bar.sync %0, %1;" ::"r"(1 + wg), "r"((int)GROUP) : "memory");
-}
-
-/* The shared memory of flash_kernel. A block of the grid has M dimensions of values; AHEAD blocks
-   of keys and values are there as f16, RAW as they are in the cache. */
-template <int KV, int DP> struct flash_of {
-    static constexpr int M = DP < 128 ? DP : 128, KEY_TILES = DP / 64 * TILE,
-                         VALUE_TILES = M / 64 * TILE, TILES = KEY_TILES + VALUE_TILES,
-                         AHEAD = DP == 256 ? 2 : DP == 64 ? 3 : 4,
-                         RAW = KV == LVM_Q8_0 && DP < 256 ? 3 : 2;
-    using B = block_of<KV, DP, M>;
-    static constexpr int TILES_AT = 2 * KEY_TILES, RAW_AT = TILES_AT + AHEAD * TILES,
-                         RAW_BYTES = B::KEY_BYTES + B::VALUE_BYTES,
-                         BYTES = RAW_AT + RAW * RAW_BYTES + 1024;
-};
-
-/* Barriers of a block of the grid, a pair for each place of a block of keys and values. */
-struct flash_barriers {
-    uint64_t full[4], empty[4], raw[3]; /* raw: bytes as they are in the cache have come */
-};
-
-/* Contiguous bytes to shared memory, in the background: where the chip can by one thread of a warp
-   group, and `there` is told of them. */
-static __device__ void copy_piece(char *to, const uint8_t *from, int bytes, uint64_t *there) {
-#if WGMMA
-    if (threadIdx.x % GROUP == 0) copy_bulk(to, from, bytes, there);
-#else
-    for (int i = (int)(threadIdx.x % GROUP) * 16; i < bytes; i += GROUP * 16)
-        copy_16(to + i, from + i);
-#endif
-}
-
-/* Block `block` (of four) of a head's keys, and M dimensions of its values from v0 on. */
-template <int KV, int DP, int M>
-static __device__ void copy_block(char *to, const uint8_t *keys, const uint8_t *values, int block,
-                                  int v0, uint64_t *there) {
-    using B = block_of<KV, DP, M>;
-    char *to_values = to + B::KEY_BYTES;
-    const int from = block * DP + v0;
-#if WGMMA
-    if (threadIdx.x % GROUP == 0) barrier_expect(there, B::KEY_BYTES + B::VALUE_BYTES);
-#endif
-    copy_piece(to, keys + block * B::KEY_CODES, B::KEY_CODES, there);
-    copy_piece(to_values, values + from * B::VALUE, B::VALUE_CODES, there);
-    if (KV != LVM_Q8_0) return;
-    copy_piece(to + B::KEY_CODES, keys + KEYS * DP + block * B::KEY_SCALES, B::KEY_SCALES, there);
-    copy_piece(to_values + B::VALUE_CODES, values + KEYS * DP + from / QK * BLOCK * 2,
-               B::VALUE_SCALES, there);
-}
-
-/* Zeros for values that are not there: whatever lies there times p = 0 could be NaN. For q8_0 their
-   scales become zeros. */
-template <int KV, int M> static __device__ void forget_block(char *values, int there) {
-    using B = block_of<KV, M>;
-    constexpr int n = KV == LVM_Q8_0 ? 16 : 8, ROWS = KV == LVM_Q8_0 ? M / QK : M;
-    __half *rows = (__half *)(KV == LVM_Q8_0 ? values + B::VALUE_CODES : values);
-    for (int i = (int)(threadIdx.x % GROUP); i < ROWS * BLOCK; i += GROUP)
-        if (key_of_place(i % BLOCK, n) >= there) rows[i] = __half(0);
-}
-
-/* A warp group that brings blocks of keys and values, as f16, to where the others read them. */
-template <int KV, int DP>
-static __device__ void bring_blocks(const struct attention &a, char *q, struct flash_barriers *at,
-                                    int seq, int last, int v0) {
-    using F = flash_of<KV, DP>;
-    const int blocks = last / BLOCK + 1;
-    const int64_t head = (int64_t)a.layer * a.G + (int)blockIdx.x / a.head_items;
-    auto page_of = [&](int block) -> const uint8_t * {
-        return head_of(a.b, a.l, seq, (unsigned)min(block, blocks - 1) / (KEYS / BLOCK), head);
-    };
-    auto fetch = [&](const uint8_t *page, int block) {
-        const unsigned place = (unsigned)block % F::RAW, from = (unsigned)block % (KEYS / BLOCK);
-        if (block < blocks)
-            copy_block<KV, DP, F::M>(q + F::RAW_AT + place * F::RAW_BYTES, page,
-                                     page + a.l.head_bytes, (int)from, v0, &at->raw[place]);
-        end_copies();
-    };
-    for (int i = 0; i < F::RAW - 1; i++) fetch(page_of(i), i);
-    const uint8_t *page = page_of(F::RAW - 1);
-    for (int block = 0; block < blocks; block++) {
-        const unsigned place = (unsigned)block % F::RAW, ahead = (unsigned)block % F::AHEAD;
-        char *raw = q + F::RAW_AT + place * F::RAW_BYTES;
-        char *tiles = q + F::TILES_AT + ahead * F::TILES;
-        if (WGMMA) barrier_wait(&at->raw[place], (unsigned)block / F::RAW % 2);
-        else wait_for_copies<F::RAW - 2>();
-        group_barrier(2);
-        fetch(page, block + F::RAW - 1);
-        page = page_of(block + F::RAW);
-        if (last + 1 - block * BLOCK < BLOCK) {
-            forget_block<KV, F::M>(raw + F::B::KEY_BYTES, last + 1 - block * BLOCK);
-            group_barrier(2);
+        for (int s = 0; s < 4; s += 2) {
+            const int r = n * 8 + lane % 8, c = 2 * s + lane / 8;
+            uint32_t b[4];
+            load_matrices(b, shared_address(tile + r * 128 + (c ^ (r & 7)) * 16));
+            mma(sums[n], a[s][0], a[s][1], a[s][2], a[s][3], b[0], b[1]);
+            mma(sums[n], a[s + 1][0], a[s + 1][1], a[s + 1][2], a[s + 1][3], b[2], b[3]);
         }
-        barrier_wait(&at->empty[ahead], (unsigned)block / F::AHEAD % 2 ^ 1);
-        expand_keys<KV, DP>(raw, tiles);
-        expand_values<KV, F::M>(raw + F::B::KEY_BYTES, tiles + F::KEY_TILES);
-        tiles_written();
-        barrier_arrive(&at->full[ahead]);
+#endif
+}
+
+/* The shared memory of flash_kernel, of which a block has M dimensions of values: a ring of blocks
+   of keys and values; block b of the sequence has place b % RING. `full` says that it is there,
+   `empty` that nobody needs it any longer. */
+template <int DP> struct flash_shared {
+    static constexpr int M = DP == 128 ? 128 : 64, KEY_TILES = DP / 64 * TILE,
+                         VALUE_TILES = M / 64 * TILE, RING = 4;
+    struct {
+        char keys[KEY_TILES], values[VALUE_TILES];
+    } ring[RING];
+    uint64_t full[RING], empty[RING];
+};
+
+/* A lane's two queries, numbers r and r + 8 of the warp's 16, as operands; M dimensions of their
+   result. p, block_l, f: of the block whose softmax was last; f: the factor of its o' and l', which
+   o and l are still without. */
+template <int DP> struct query_pair {
+    static constexpr int M = flash_shared<DP>::M;
+    uint32_t q[DP / 16][4], p[4][4];
+    float c[2], m[2], l[2], block_l[2], f[2], o[M / 8][4];
+    int pos[2];
+};
+
+/* A lane's query i of a tile: row and head; of the last query where there is none. */
+static __device__ int query_of(const struct attention &a, const struct tile &tile, int i,
+                               int *head, int *there) {
+    const int number = (int)(threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4) + 8 * i;
+    const int at = min(number, tile.n * a.heads - 1), n = over_heads(a, at);
+    *head = (int)blockIdx.x * a.heads + at - n * a.heads;
+    *there = at == number;
+    return tile.first + n;
+}
+
+/* A lane's two queries of a tile. */
+template <int DP>
+static __device__ void load_queries(const struct attention &a, const struct tile &tile,
+                                    struct query_pair<DP> *x) {
+    const int t = (int)(threadIdx.x % 4);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        int head, there;
+        const int row = query_of(a, tile, i, &head, &there);
+        const int64_t at = (int64_t)row * a.H + head;
+        const uint32_t *q = (const uint32_t *)(a.q16 + at * DP);
+#pragma unroll
+        for (int s = 0; s < DP / 16; s++)
+            x->q[s][i] = __ldcg(q + 8 * s + t), x->q[s][i + 2] = __ldcg(q + 8 * s + t + 4);
+        x->c[i] = a.c[at];
+        x->pos[i] = a.b.pos[row];
+        x->l[i] = x->block_l[i] = x->f[i] = 0;
+        x->m[i] = -HUGE_VALF;
     }
+#pragma unroll
+    for (int k = 0; k < x->M / 2; k++) x->o[k / 4][k % 4] = 0;
+}
+
+/* Of a block for a lane's two queries: m', and the factor that o' and l' have beside the new m. */
+struct block_scale {
+    float m[2], f[2];
+};
+
+/* The first half of a block's softmax: its largest scores. o, l and what is still to be added are
+   brought to the new m. */
+template <int DP>
+static __device__ struct block_scale find_most(struct query_pair<DP> *x, float (*c)[4], int block) {
+    const int valid[2] = {x->pos[0] + 1 - block * BLOCK, x->pos[1] + 1 - block * BLOCK};
+    struct block_scale b;
+    float old[2];
+    block_most<2>(c, x->c, valid, b.m);
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        const float most = fmaxf(x->m[i], b.m[i]);
+        old[i] = exact_power(x->m[i] - most);
+        b.f[i] = exact_power(b.m[i] - most);
+        x->m[i] = most;
+    }
+    if (__any_sync(0xffffffff, old[0] != 1 || old[1] != 1)) {
+#pragma unroll
+        for (int k = 0; k < x->M / 2; k++) x->o[k / 4][k % 4] *= old[k % 4 / 2];
+#pragma unroll
+        for (int i = 0; i < 2; i++) x->f[i] *= old[i], x->l[i] *= old[i];
+    }
+    return b;
+}
+
+/* The second half: p, as operands, and l'. */
+template <int DP>
+static __device__ void find_powers(struct query_pair<DP> *x, const float (*c)[4], int block,
+                                   const struct block_scale &b) {
+    const int valid[2] = {x->pos[0] + 1 - block * BLOCK, x->pos[1] + 1 - block * BLOCK};
+    uint32_t w[2][8];
+    block_powers<2>(c, x->c, valid, b.m, w, x->block_l);
+#pragma unroll
+    for (int k = 0; k < 16; k++) x->p[k / 4][k % 4] = w[k % 2][k / 4 * 2 + k % 4 / 2];
+    x->f[0] = b.f[0], x->f[1] = b.f[1];
+}
+
+/* One warp brings blocks of keys and values to the ring. */
+template <int DP>
+static __device__ void bring_blocks(const struct attention &a, struct flash_shared<DP> *s, int seq,
+                                    int blocks, int v0) {
+    using F = flash_shared<DP>;
+    const int g = (int)blockIdx.x / a.head_items;
+    if (BULK && threadIdx.x % 32 > 0) return;
+    for (int block = 0; block < blocks; block++) {
+        const unsigned place = (unsigned)block % F::RING;
+        const char *keys = tiles_of(a, seq, block, g), *values = keys + F::KEY_TILES + v0 * 128;
+        barrier_wait(&s->empty[place], (unsigned)block / F::RING % 2 ^ 1);
+#if BULK
+        barrier_expect(&s->full[place], sizeof s->ring[0]);
+#endif
+        copy_bulk(s->ring[place].keys, keys, F::KEY_TILES, &s->full[place]);
+        copy_bulk(s->ring[place].values, values, F::VALUE_TILES, &s->full[place]);
+#if !BULK
+        barrier_arrive_later(&s->full[place]);
+#endif
+    }
+}
+
+template <int DP> static __device__ void wait_full(struct flash_shared<DP> *s, int block) {
+    constexpr unsigned n = flash_shared<DP>::RING;
+    barrier_wait(&s->full[(unsigned)block % n], (unsigned)block / n % 2);
+}
+
+template <int DP> static __device__ void release(struct flash_shared<DP> *s, int block) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0)
+        barrier_arrive(&s->empty[(unsigned)block % flash_shared<DP>::RING]);
+}
+
+/* Begins c = scores of a block. */
+template <int DP>
+static __device__ void score_block(const struct flash_shared<DP> *s, int block,
+                                   const struct query_pair<DP> &x, float (*c)[4]) {
+    const char *keys = s->ring[(unsigned)block % s->RING].keys;
+#pragma unroll
+    for (int n = 0; n < DP / 64; n++) multiply_tile<64>(c, x.q + 4 * n, keys + n * TILE, n > 0);
+    products_end();
+}
+
+/* Adds o' and l' of a block. The tensor cores multiply keys of the next one, where there is one
+   (NEXT), and then this one's values by p. Beside the products of values goes the first half of the
+   next one's softmax; the second half, with the sums of o, is left to go beside the other warp
+   group's products. */
+template <int DP, int NEXT>
+static __device__ void weigh_block(struct flash_shared<DP> *s, int block,
+                                   struct query_pair<DP> *x) {
+    float part[x->M / 8][4], c[8][4];
+    struct block_scale next = {};
+    if (NEXT) wait_full<DP>(s, block + 1);
+    products_begin();
+    if (NEXT) score_block<DP>(s, block + 1, *x, c);
+    multiply_tile<x->M>(part, x->p, s->ring[(unsigned)block % s->RING].values, 0);
+    products_end();
+    over_lanes<2>(x->block_l);
+    for (int i = 0; i < 2; i++) x->l[i] = fmaf(x->block_l[i], x->f[i], x->l[i]);
+    if (NEXT) products_done<1>(c[0], 32);
+    if (NEXT) next = find_most<DP>(x, c, block + 1);
+    products_done<0>(part[0], x->M / 2);
+#pragma unroll
+    for (int k = 0; k < 16; k++) asm volatile("" : "+r"(x->p[k / 4][k % 4])); /* read until here */
+    release<DP>(s, block);
+#pragma unroll
+    for (int k = 0; k < x->M / 2; k++)
+        x->o[k / 4][k % 4] = fmaf(part[k / 4][k % 4], x->f[k % 4 / 2], x->o[k / 4][k % 4]);
+    if (NEXT) find_powers<DP>(x, c, block + 1, next);
 }
 
 /* A lane's two queries to where attention's result goes: M dimensions from v0 on. */
 template <int M>
-static __device__ void write_pairs(const struct attention &a, const struct query_pair &x, int v0,
-                                   const float (*o)[8][4]) {
+static __device__ void write_pairs(const struct attention &a, const int *row, const int *head,
+                                   int v0, const float *scale, const float (*o)[4]) {
 #pragma unroll
     for (int k = 0; k < M / 4; k++) {
         const int i = k % 2, n = k / 2, dim = v0 + n * 8 + 2 * (int)(threadIdx.x % 4);
-        const float *v = o[n / 8][n % 8] + 2 * i;
-        if (x.row[i] >= a.from && dim < a.d)
-            write_pair(a, x.row[i], x.head[i], dim, v[0] * x.l[i], v[1] * x.l[i]);
+        const float *v = o[n] + 2 * i;
+        if (row[i] >= a.from && dim < a.d)
+            write_pair(a, row[i], head[i], dim, v[0] * scale[i], v[1] * scale[i]);
     }
 }
 
 /* The same to panels, where a head's dimensions begin a span: a lane has what makes 16 bytes. */
 template <int M>
-static __device__ void write_pieces(const struct attention &a, const struct query_pair &x, int v0,
-                                    const float (*o)[8][4]) {
+static __device__ void write_pieces(const struct attention &a, const int *row, const int *head,
+                                    int v0, const float *scale, const float (*o)[4]) {
 #pragma unroll
     for (int k = 0; k < M / 16; k++) {
         const int i = k % 2, odd = k / 2 % 2, g = k / 4;
         const int dim = v0 + g * SPAN + 8 * odd + 2 * (int)(threadIdx.x % 4);
         uint32_t w[4];
-        if (x.row[i] < a.from || dim >= a.d) continue;
+        if (row[i] < a.from || dim >= a.d) continue;
 #pragma unroll
         for (int n = 0; n < 4; n++) {
-            const float *v = o[g][2 * n + odd] + 2 * i;
-            w[n] = as_word(__floats2half2_rn(v[0] * x.l[i] * a.h.up, v[1] * x.l[i] * a.h.up));
+            const float *v = o[8 * g + 2 * n + odd] + 2 * i;
+            w[n] = as_word(__floats2half2_rn(v[0] * scale[i] * a.h.up, v[1] * scale[i] * a.h.up));
         }
-        *(uint4 *)(a.h.h + packed_at(a.h, x.row[i] - a.from, x.head[i] * a.d + dim)) =
+        *(uint4 *)(a.h.h + packed_at(a.h, row[i] - a.from, head[i] * a.d + dim)) =
             make_uint4(w[0], w[1], w[2], w[3]);
     }
 }
 
-/* Grid: [H / heads][tiles][dp / M]. Reads q, and keys and values once a tile. One warp group brings
-   blocks of keys and values; two have 64 queries each, and in turn b multiply keys b + 1 and values
-   b, find the softmax of b + 1 while the products of values go on, and add o' of b. Floor: 4 d
-   operations for each query and key that it sees, over the tensor cores' rate. */
-template <int KV, int DP>
-__global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct attention a) {
-    extern __shared__ __align__(1024) char unaligned[];
-    __shared__ struct flash_barriers at;
-    using F = flash_of<KV, DP>;
-    char *q = unaligned + (1024 - (uint32_t)__cvta_generic_to_shared(unaligned) % 1024) % 1024;
-    const struct tile tile = a.b.tiles[blockIdx.y];
-    const int end = tile.first + tile.n, v0 = (int)blockIdx.z * F::M;
-    const int wg = __shfl_sync(0xffffffff, (int)(threadIdx.x / GROUP), 0);
-    if (threadIdx.x < (unsigned)F::AHEAD) {
-        barrier_init(&at.full[threadIdx.x], GROUP);
-        barrier_init(&at.empty[threadIdx.x], 2 * GROUP / 32);
+/* A lane's queries o / l. */
+template <int DP>
+static __device__ void write_queries(const struct attention &a, const struct tile &tile, int v0,
+                                     const struct query_pair<DP> &x) {
+    int row[2], head[2], there;
+    const float scale[2] = {1 / x.l[0], 1 / x.l[1]};
+#pragma unroll
+    for (int i = 0; i < 2; i++) {
+        row[i] = query_of(a, tile, i, &head[i], &there);
+        if (!there) row[i] = -1;
     }
-    if (threadIdx.x < (unsigned)F::RAW) barrier_init(&at.raw[threadIdx.x], 1);
-    barriers_made();
-    wait_for_inputs();
-    if (end <= a.from) return;
-    const int seq = a.b.seq[tile.first], last = tile.last, blocks = last / BLOCK + 1;
-    __syncthreads();
-    if (wg == 2) {
-#if WGMMA
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 56;");
-#endif
-        bring_blocks<KV, DP>(a, q, &at, seq, last, v0);
-        return;
-    }
-#if WGMMA
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 224;");
-#endif
-    /* blocks of which this warp group's queries see something */
+    if (a.h.h != NULL && a.h.panels && a.d % SPAN == 0)
+        write_pieces<x.M>(a, row, head, v0, scale, x.o);
+    else write_pairs<x.M>(a, row, head, v0, scale, x.o);
+    if (blockIdx.x == 0 && blockIdx.z == 0)
+        for (int r = max(tile.first, a.from); r < tile.first + tile.n; r++)
+            write_end(a, r, (int)threadIdx.x, FLASH_GROUPS * GROUP);
+}
+
+/* A warp group: its 64 queries, of `blocks` blocks. */
+template <int DP>
+static __device__ void attend_queries(const struct attention &a, const struct tile &tile,
+                                      struct flash_shared<DP> *s, int wg, int blocks, int v0) {
+    struct query_pair<DP> x;
+    /* blocks of which one of them sees something */
     const int row = tile.first + min(tile.n - 1, over_heads(a, wg * 64 + 63));
     const int seen = __shfl_sync(0xffffffff,
                                  wg * 64 < tile.n * a.heads ? a.b.pos[row] / BLOCK + 1 : 0, 0);
-    const char *mine = q + wg * F::KEY_TILES;
-    auto tiles_of = [&](int block) -> const char * {
-        return q + F::TILES_AT + (unsigned)block % F::AHEAD * F::TILES;
-    };
-    auto wait_full = [&](int block) {
-        barrier_wait(&at.full[(unsigned)block % F::AHEAD], (unsigned)block / F::AHEAD % 2);
-    };
-    auto release = [&](int block) {
-        __syncwarp();
-        if (threadIdx.x % 32 == 0) barrier_arrive(&at.empty[(unsigned)block % F::AHEAD]);
-    };
-    auto score = [&](float (*c)[4], int block) {
-#pragma unroll
-        for (int n = 0; n < DP / 64; n++)
-            multiply_queries(c, mine + n * TILE, tiles_of(block) + n * TILE, n > 0);
-        products_end();
-    };
-    struct query_pair x;
-    float o[F::M / 64][8][4] = {}, c[8][4], f[2], old[2];
-    uint32_t p[4][4];
-    load_queries<DP>(a, tile, wg, &x, q + wg * F::KEY_TILES);
-    tiles_written();
-    group_barrier(wg);
+    load_queries<DP>(a, tile, &x);
     if (seen > 0) {
-        wait_full(0);
+        float c[8][4];
+        wait_full<DP>(s, 0);
         products_begin();
-        score(c, 0);
+        score_block<DP>(s, 0, x, c);
         products_done<0>(c[0], 32);
-        softmax_pair(c, 0, &x, p, f, old);
+        const struct block_scale b = find_most<DP>(&x, c, 0);
+        find_powers<DP>(&x, c, 0, b);
     }
-    int block = 0;
-    for (; block < seen; block++) {
-        float part[F::M / 64][8][4];
-        if (block + 1 < seen) wait_full(block + 1);
-        products_begin();
-        score(c, block + 1); /* beyond the last of something, which nobody looks at */
-#pragma unroll
-        for (int n = 0; n < F::M / 64; n++)
-            multiply_values(part[n], p, tiles_of(block) + F::KEY_TILES + n * TILE);
-        products_end();
-        if (__any_sync(0xffffffff, old[0] != 1 || old[1] != 1)) {
-#pragma unroll
-            for (int k = 0; k < F::M / 2; k++) o[k / 32][k / 4 % 8][k % 4] *= old[k % 4 / 2];
-        }
-        float g[2] = {f[0], f[1]};
-        uint32_t next[4][4];
-        products_done<1>(c[0], 32);
-        if (block + 1 < seen) softmax_pair(c, block + 1, &x, next, f, old);
-#pragma unroll
-        for (int n = 0; n < F::M / 64; n++) products_done<0>(part[n][0], 32);
-#pragma unroll
-        for (int k = 0; k < 16; k++) asm volatile("" : "+r"(p[k / 4][k % 4])); /* read until here */
-        release(block);
-#pragma unroll
-        for (int k = 0; k < F::M / 2; k++)
-            o[k / 32][k / 4 % 8][k % 4] = fmaf(part[k / 32][k / 4 % 8][k % 4], g[k % 4 / 2],
-                                               o[k / 32][k / 4 % 8][k % 4]);
-#pragma unroll
-        for (int k = 0; k < 16; k++) p[k / 4][k % 4] = next[k / 4][k % 4];
+    for (int block = 0; block < seen - 1; block++) weigh_block<DP, 1>(s, block, &x);
+    if (seen > 0) weigh_block<DP, 0>(s, seen - 1, &x);
+    for (int block = seen; block < blocks; block++) { /* which only the other warp group sees */
+        wait_full<DP>(s, block);
+        release<DP>(s, block);
     }
-    for (; block < blocks; block++) { /* which only the other warp group sees */
-        wait_full(block);
-        release(block);
+    write_queries<DP>(a, tile, v0, x);
+}
+
+/* Grid: [H / heads][tiles][dp / M]. Reads q, and the tiles of expand_kernel once a tile of queries;
+   writes o, or h. Two warp groups have 64 queries each; a warp of the third brings blocks of keys
+   and values to a ring in shared memory. Floor: 4 d operations for each query and key that it sees,
+   over the tensor cores' rate. */
+template <int DP>
+__global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct attention a) {
+    extern __shared__ __align__(1024) char unaligned[];
+    using F = flash_shared<DP>;
+    F *s = (F *)(unaligned + (1024 - shared_address(unaligned) % 1024) % 1024);
+    const struct tile tile = a.b.tiles[blockIdx.y];
+    const int v0 = (int)blockIdx.z * F::M, blocks = tile.last / BLOCK + 1;
+    const int wg = __shfl_sync(0xffffffff, (int)(threadIdx.x / GROUP), 0);
+    if (threadIdx.x < (unsigned)F::RING) {
+        barrier_init(&s->full[threadIdx.x], BULK ? 1 : 32);
+        barrier_init(&s->empty[threadIdx.x], FLASH_GROUPS * GROUP / 32);
     }
-    for (int i = 0; i < 2; i++) x.l[i] = 1 / x.l[i];
-    if (a.h.h != NULL && a.h.panels && a.d % SPAN == 0) write_pieces<F::M>(a, x, v0, o);
-    else write_pairs<F::M>(a, x, v0, o);
-    if (blockIdx.x == 0 && blockIdx.z == 0)
-        for (int r = max(tile.first, a.from); r < end; r++)
-            write_end(a, r, (int)threadIdx.x, 2 * GROUP);
+    barriers_made();
+    wait_for_inputs();
+    if (tile.first + tile.n <= a.from) return;
+    __syncthreads();
+    if (wg == FLASH_GROUPS) {
+        WGMMA_ONLY("setmaxnreg.dec.sync.aligned.u32 24;");
+        if (threadIdx.x < FLASH_GROUPS * GROUP + 32)
+            bring_blocks<DP>(a, s, a.b.seq[tile.first], blocks, v0);
+    } else {
+        WGMMA_ONLY("setmaxnreg.inc.sync.aligned.u32 240;");
+        attend_queries<DP>(a, tile, s, wg, blocks, v0);
+    }
 }
 
 /* ---- Launches, and what the host tells the kernels ---- */
@@ -4204,13 +4190,18 @@ template <class F> static void with_layout(const struct kv_layout &l, F f) {
     else with_dp(number<LVM_Q8_0>());
 }
 
+/* Shared memory of flash_kernel: it begins at a multiple of 1024. */
+template <int DP> static constexpr int flash_bytes(void) {
+    return (int)sizeof(struct flash_shared<DP>) + 1024;
+}
+
 /* Whether there are kernels for tensor cores for such a cache; shared: the bytes that a block of
    the grid may have on this device. */
 static int takes_tensor_cores(int type, int d, int shared) {
     int bytes = 0;
     if (type == LVM_F32 || d > 256 || (type == LVM_F16 && d > 128)) return 0;
-    with_layout(kv_layout_of(type, d, 1), [&](auto kv, auto dp) {
-        bytes = flash_of<decltype(kv)::value, decltype(dp)::value>::BYTES;
+    with_layout(kv_layout_of(type, d, 1), [&](auto, auto dp) {
+        bytes = flash_bytes<decltype(dp)::value>();
     });
     return bytes <= shared;
 }
@@ -4240,9 +4231,9 @@ static cudaError_t prepare_attention(const struct kv_layout &l, int device, int 
         if (e == cudaSuccess) e = prepare_split<KV, DP, 1>(&resident[0]);
         if (e == cudaSuccess) e = prepare_split<KV, DP, 2>(&resident[1]);
         if (e == cudaSuccess)
-            e = cudaFuncSetAttribute(flash_kernel<KV, DP>,
+            e = cudaFuncSetAttribute(flash_kernel<DP>,
                                      cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     flash_of<KV, DP>::BYTES);
+                                     flash_bytes<DP>());
     });
     resident[0] *= sms;
     resident[1] *= sms;
@@ -4272,9 +4263,11 @@ static void attend_few(struct queue *q, const struct attention *a, int n, const 
 static void attend_many(struct queue *q, const struct attention *a, int tiles) {
     with_layout(a->l, [&](auto type, auto dp) {
         constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
-        launch(q, "flash_kernel", flash_kernel<KV, DP>,
-                     dim3((unsigned)(a->H / a->heads), (unsigned)tiles, DP / flash_of<KV, DP>::M),
-                     FLASH_THREADS, flash_of<KV, DP>::BYTES, *a);
+        launch(q, "expand_kernel", expand_kernel<KV, DP>, dim3((unsigned)a->G, (unsigned)tiles, 4),
+               THREADS, 0, *a);
+        launch(q, "flash_kernel", flash_kernel<DP>,
+               dim3((unsigned)(a->H / a->heads), (unsigned)tiles, DP / flash_shared<DP>::M),
+               FLASH_THREADS, flash_bytes<DP>(), *a);
     });
 }
 
@@ -4312,13 +4305,17 @@ static int longer_tile(const void *x, const void *y) {
 }
 
 /* Cuts n rows into tiles of up to `rows` neighbours of one sequence; the longest come first, so
-   that the last to end are short. Returns their number, at most n. */
+   that the last to end are short. Each block is expanded with the first row that sees all of it, or
+   with the sequence's last. Returns their number, at most n. */
 static int plan_tiles(int n, const int *pos, const int *seqs, int rows, struct tile *tiles) {
-    int count = 0;
+    int count = 0, most[SEQUENCES] = {}, done[SEQUENCES] = {};
+    for (int r = 0; r < n; r++) most[seqs[r]] = pos[r];
     for (int r = 0; r < n; count++) {
-        int end = r + 1;
-        while (end < n && end - r < rows && seqs[end] == seqs[r]) end++;
-        tiles[count] = {r, end - r, pos[end - 1]};
+        int end = r + 1, s = seqs[r];
+        while (end < n && end - r < rows && seqs[end] == s) end++;
+        int last = pos[end - 1], blocks = (last + (last == most[s] ? BLOCK : 1)) / BLOCK;
+        tiles[count] = {r, end - r, last, done[s], blocks};
+        done[s] = blocks;
         r = end;
     }
     qsort(tiles, (size_t)count, sizeof *tiles, longer_tile);
@@ -4442,7 +4439,7 @@ static void attend_in_f32(struct queue *q, const struct attention *a, int rows) 
    for one token is the same launches every time, recorded once as a CUDA graph for each number of
    rows. */
 
-enum { MAX_ROWS_GPU = 4096, SEQUENCES = 64, LOGIT_ROWS = 256, GRAPH_ROWS = 8, IMAGES = 16 };
+enum { MAX_ROWS_GPU = 4096, LOGIT_ROWS = 256, GRAPH_ROWS = 8, IMAGES = 16 };
 
 struct gpu_page {
     int refs;
@@ -4482,7 +4479,7 @@ struct gpu {
     const lvm_options *o;
     int exact, rows, max_pages, images, samples; /* samples: 1: from so many codes */
     struct kv_layout kv;
-    size_t page_bytes, bytes;
+    size_t page_bytes, page_tiles, bytes; /* page_tiles: of a layer's keys and values in f16 */
     struct gpu_sequence seq[SEQUENCES];
     struct gpu_page *spare;
     char *memory, *pinned;
@@ -4509,15 +4506,19 @@ static int page_new_gpu(struct gpu *c, struct gpu_page **out, lvm_error *error) 
     if (p != NULL) c->spare = p->next;
     else p = (struct gpu_page *)calloc(1, sizeof *p);
     if (p == NULL) return fail(error, LVM_MEMORY, "out of memory");
-    *out = p;
+    cudaError_t e = cudaSuccess;
+    if (p->data == NULL) {
+        e = cudaMalloc((void **)&p->data, c->page_bytes + c->page_tiles);
+        if (e == cudaSuccess) e = cudaMemsetAsync(p->data, 0, c->page_bytes, c->q.stream);
+    }
+    if (e != cudaSuccess) {
+        cudaFree(p->data);
+        free(p);
+        return cuda_fail(e, "cudaMalloc of a page of the key/value cache", error);
+    }
     p->refs = 1;
-    if (p->data != NULL) return LVM_OK;
-    cudaError_t e = cudaMalloc((void **)&p->data, c->page_bytes);
-    if (e == cudaSuccess) e = cudaMemsetAsync(p->data, 0, c->page_bytes, c->q.stream);
-    if (e == cudaSuccess) return LVM_OK;
-    cudaFree(p->data);
-    free(p);
-    return cuda_fail(e, "cudaMalloc of a page of the key/value cache", error);
+    *out = p;
+    return LVM_OK;
 }
 
 static void page_release_gpu(struct gpu *c, struct gpu_page **slot) {
@@ -4630,6 +4631,7 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
     if (h != NULL) job.h = *h;
     else job.o = c->heads;
     job.partial = c->partial;
+    job.tiles_at = (int64_t)c->page_bytes;
     job.layer = layer;
     job.H = a->H;
     job.G = a->G;
@@ -5961,6 +5963,7 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
         c->kv = kv_layout_of(o->kv_type, a->d,
                              !o->exact && takes_tensor_cores(o->kv_type, a->d, c->q.shared));
         c->page_bytes = (size_t)a->L * (size_t)a->G * 2 * (size_t)c->kv.head_bytes;
+        c->page_tiles = c->kv.tensor ? (size_t)a->G * KEYS * (size_t)c->kv.dp * 2 * 2 : 0;
     }
     int code = use_device(&c->q, error);
     if (code == LVM_OK) code = gpu_alloc(c, error);
@@ -6018,7 +6021,7 @@ static void gpu_usage(void *state, lvm_usage *usage) {
     for (int i = 0; i < SEQUENCES; i++)
         for (int p = 0; p < c->max_pages; p++)
             if (c->seq[i].pages[p] != NULL) pages += 1.0 / c->seq[i].pages[p]->refs;
-    int64_t cache = (int64_t)(pages + 0.5) * (int64_t)c->page_bytes;
+    int64_t cache = (int64_t)(pages + 0.5) * (int64_t)(c->page_bytes + c->page_tiles);
     usage->cache += cache;
     usage->context += cache + (int64_t)c->bytes;
     usage->device += cache + (int64_t)c->bytes + (int64_t)c->g->bytes;
