@@ -2223,148 +2223,236 @@ static void multiply(struct queue *q, enum epilogue kind, const struct product_f
 }
 
 /* =================================================================================================
-   4.  Products in f32, convolutions
+   4.  Products in f32
 
        out[p][o] = sum_k in[k of p] w[o][k] + bias[o] + residual[p][o]
 
-   For a linear layer p is a row and k its columns. For a convolution p is an output pixel of one of
-   several images [image][side_out][side_out], and k runs over taps and channels [size][size][c_in]
-   of the pixels that it reads: an implicit GEMM, whose left operand is never in memory. */
+   with k ascending, fma after fma. For a linear layer p is a row and k its columns. For a
+   convolution p is an output pixel of one of several images [image][side_out][side_out], and k runs
+   over taps and channels [size][size][c_in] of the pixels that it reads: an implicit GEMM, whose
+   left operand is never in memory. */
 
-/* How a convolution reads its input: tap (y, x) of output pixel (Y, X) is pixel
-   (Y stride - pad + y) >> up, and so for x. */
-struct window {
-    int c_in, size, side_in, side_out, stride, up, pad;
-};
-
-/* A linear layer: each row is an image of one pixel. */
-static struct window linear(int cols) { return {cols, 1, 1, 1, 1, 0, 0}; }
-
-/* The number of a pixel in its image, -1 outside, where everything is zero. */
-static __device__ int pixel_at(const struct window &s, int y, int x) {
-    const unsigned side = (unsigned)s.side_in, row = (unsigned)(y >> s.up),
-                   column = (unsigned)(x >> s.up);
-    return (row < side) & (column < side) ? (int)(row * side + column) : -1;
-}
-
-/* What a product or a convolution reads and writes. */
 struct product {
-    const void *in;               /* [images][side_in][side_in][c_in]; [rows][c_in] */
-    struct matrix w;              /* rows: c_out, columns: [size][size][c_in] */
-    const float *bias, *residual; /* or NULL; residual: like out, on tensor cores of fours */
-    float *out;                   /* [images][side_out][side_out][w.rows] */
-    int images;                   /* rows */
-    struct window s;
-    const float *down = NULL;     /* on tensor cores: 1 / up of each image, and NULL, or sums of */
-    float *sums = NULL;           /* out, [images][blocks of 8 x 8][w.rows][2] */
-    int columns = 0;              /* in f32: 1: w is F32, and lies as [k][ld]; floats from one of */
-    int64_t in_step = 0, w_step = 0, out_step = 0; /* gridDim.y such products to the next */
+    const float *in;       /* [images][side_in][side_in][c_in]; [rows][c_in] */
+    struct matrix w;
+    const float *bias, *residual; /* or NULL */
+    float *out;            /* [images][side_out][side_out][w.rows] */
+    int pixels;            /* of all images; rows */
+    int c_in, size, side_in, side_out, stride, up, pad;
+    const float *norms;    /* where w is a codebook whose nearest rows are wanted, |e|^2, and */
+    struct nearest *found; /* NULL or [pixels][codes / NEAREST_CODES], the nearest of so many */
+    int batch;             /* so many such products, if more than one; steps in f32 */
+    int64_t in_step, w_step, out_step;
 };
 
-/* Where a block's tile of outputs, or what an output reads, begins. */
+enum { NEAREST_CODES = 128 };
+
+struct nearest {
+    float distance; /* |e|^2 - 2 x.e */
+    int code;
+};
+
+/* Where output pixel p reads: its image and the place of tap (0, 0). */
 struct place {
-    int image, y, x, o;
+    const float *image;
+    int y, x;
 };
 
-/* ---- In f32, for F32 weights and --exact ----
+static __device__ struct place find_pixel(const struct product &j, int p) {
+    int area = j.side_out * j.side_out, at = p % area;
+    struct place l = {j.in + (int64_t)(p / area) * j.side_in * j.side_in * j.c_in,
+                      at / j.side_out * j.stride - j.pad, at % j.side_out * j.stride - j.pad};
+    return l;
+}
 
-   fma after fma in ascending k, by one tile for all shapes. The first convolution, the quantiser
-   and an attention over pixels always go this way. */
-
-enum { OUT_TILE = 64 /* pixels, and rows of w */, DEPTH = 16 /* columns in shared memory */ };
-
-/* Four terms k .. k + 3 of a pixel. */
+/* Four terms k .. k + 3 of a pixel; zeros outside the map. */
 static __device__ float4 gather4(const struct product &j, const struct place &l, int k) {
-    const struct window &s = j.s;
-    const float *image = (const float *)j.in + blockIdx.y * j.in_step +
-                         (int64_t)l.image * s.side_in * s.side_in * s.c_in;
-    int tap = s.size == 1 ? 0 : k / s.c_in, c = k - tap * s.c_in; /* size: 1 or 3 */
     float v[4] = {0, 0, 0, 0};
-    for (int i = 0; i < 4 && k + i < j.w.cols; i++) {
-        const int at = pixel_at(s, l.y + tap / 3, l.x + tap % 3);
-        const float *from = image + (int64_t)at * s.c_in + c;
-        if (s.c_in % 4 == 0) return at >= 0 ? *(const float4 *)from : make_float4(0, 0, 0, 0);
-        if (at >= 0) v[i] = *from;
-        c = c + 1 < s.c_in ? c + 1 : 0;
-        tap += c == 0;
+    int step = j.c_in % 4 == 0 ? 4 : 1;
+    for (int i = 0; i < 4 && k + i < j.w.cols; i += step) {
+        int tap = (k + i) / j.c_in, c = (k + i) % j.c_in;
+        int ty = l.y + tap / j.size, tx = l.x + tap % j.size;
+        if (ty < 0 || tx < 0 || ty >> j.up >= j.side_in || tx >> j.up >= j.side_in) continue;
+        const float *from = l.image + ((ty >> j.up) * j.side_in + (tx >> j.up)) * j.c_in + c;
+        if (step == 4) return *(const float4 *)from;
+        v[i] = *from;
     }
     return make_float4(v[0], v[1], v[2], v[3]);
 }
 
-/* Four terms k .. k + 3 of row o of w. */
-template <int TYPE>
-static __device__ float4 weights4(const struct product &j, int o, int k) {
-    struct matrix w = j.w;
-    w.q += blockIdx.y * j.w_step * 4;
-    if (TYPE != LVM_F32 || !j.columns) return load4<TYPE>(w, o, k);
-    const float *from = (const float *)w.q + o;
-    float v[4];
-    for (int i = 0; i < 4; i++) v[i] = from[(int64_t)min(k + i, w.cols - 1) * w.ld];
-    return make_float4(v[0], v[1], v[2], v[3]);
+enum { DEPTH = 16 /* columns that a tile in shared memory holds */ };
+
+/* Of neighbouring lanes, the first of equally near ones. */
+template <int LANES> static __device__ struct nearest nearer_of(struct nearest best) {
+    for (int i = LANES / 2; i > 0; i /= 2) {
+        float d = __shfl_xor_sync(0xffffffff, best.distance, i);
+        int code = __shfl_xor_sync(0xffffffff, best.code, i);
+        if (d < best.distance || (d == best.distance && code < best.code))
+            best.distance = d, best.code = code;
+    }
+    return best;
 }
 
-static __device__ float add_products(float sum, float4 x, float4 w) {
-    return fmaf(x.w, w.w, fmaf(x.z, w.z, fmaf(x.y, w.y, fmaf(x.x, w.x, sum))));
-}
-
-/* Reads 64 pixels by 64 rows of w, 16 columns at a time, the next ones while these are multiplied;
-   a thread has every 16th pixel and row of w. Grid: [tiles, those of w first][products]. Floor:
-   2 pixels w.rows w.cols operations over the f32 rate, with a few rows the bytes of w. */
-template <int TYPE>
-__global__ void __launch_bounds__(THREADS, 4) product_kernel(const struct product j, int pixels) {
-    __shared__ float4 x[2][OUT_TILE][DEPTH / 4 + 1], w[2][OUT_TILE][DEPTH / 4 + 1];
-    const int tid = (int)threadIdx.x, N = j.w.rows, across = (N + OUT_TILE - 1) / OUT_TILE;
-    const int p0 = (int)blockIdx.x / across * OUT_TILE, o0 = (int)blockIdx.x % across * OUT_TILE;
-    const int row = tid / 4, four = tid % 4, px = tid / 16, ox = tid % 16;
-    const int at = min(p0 + row, pixels - 1), side = j.s.side_out;
-    const struct place from = {at / (side * side), at / side % side * j.s.stride - j.s.pad,
-                               at % side * j.s.stride - j.s.pad, 0};
-    float4 a = gather4(j, from, four * 4), b = weights4<TYPE>(j, min(o0 + row, N - 1), four * 4);
-    float sum[4][4] = {};
-    for (int k0 = 0, stage = 0; k0 < j.w.cols; k0 += DEPTH, stage ^= 1) {
-        x[stage][row][four] = a;
-        w[stage][row][four] = b;
-        __syncthreads(); /* one is enough: the next stage fills the other half */
-        if (k0 + DEPTH < j.w.cols) {
-            a = gather4(j, from, k0 + DEPTH + four * 4);
-            b = weights4<TYPE>(j, min(o0 + row, N - 1), k0 + DEPTH + four * 4);
+/* The nearest of the codes that a tile of sums has; NaN is none. */
+template <int BN, int TM, int TN>
+static __device__ void find_nearest(const struct product &j, float (*sum)[TN], int p0, int o0) {
+    const int tiles = (int)gridDim.x;
+#pragma unroll
+    for (int m = 0; m < TM; m++) {
+        struct nearest best = {HUGE_VALF, 0};
+#pragma unroll
+        for (int n = 0; n < TN; n++) {
+            float d = o0 + n < j.w.rows ? fmaf(-2.0f, sum[m][n], j.norms[o0 + n]) : HUGE_VALF;
+            if (d < best.distance) best.distance = d, best.code = o0 + n;
         }
-        if (p0 + px >= pixels) continue;
-#pragma unroll
-        for (int k = 0; k < DEPTH / 4; k++)
-#pragma unroll
-            for (int m = 0; m < 4; m++)
-#pragma unroll
-                for (int n = 0; n < 4; n++)
-                    sum[m][n] = add_products(sum[m][n], x[stage][px + 16 * m][k],
-                                             w[stage][ox + 16 * n][k]);
-    }
-#pragma unroll
-    for (int i = 0; i < 16; i++) {
-        const int p = p0 + px + i / 4 * 16, o = o0 + ox + i % 4 * 16;
-        if (p >= pixels || o >= N) continue;
-        const int64_t to = blockIdx.y * j.out_step + (int64_t)p * N + o;
-        const float y = sum[i / 4][i % 4] + (j.bias != NULL ? j.bias[o] : 0);
-        j.out[to] = j.residual != NULL ? y + j.residual[to] : y;
+        best = nearer_of<BN / TN>(best);
+        if (threadIdx.x % (BN / TN) == 0 && p0 + m < j.pixels)
+            j.found[(int64_t)(p0 + m) * tiles + blockIdx.x] = best;
     }
 }
 
-static void run_product(struct queue *q, const struct product *j, int products) {
-    const int pixels = j->images * j->s.side_out * j->s.side_out;
-    const int64_t tiles = (int64_t)((pixels + OUT_TILE - 1) / OUT_TILE) *
-                          ((j->w.rows + OUT_TILE - 1) / OUT_TILE);
+/* Reads BM pixels by BN rows of w, 16 columns at a time, into shared memory, where they lie
+   transposed; each thread has TM x TN sums. Floor: 2 pixels w.rows w.cols operations over the f32
+   rate, with a few rows the bytes of w. */
+template <int TYPE, int BM, int BN, int TM, int TN>
+__global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
+    __shared__ __align__(16) float a[2][DEPTH][BM + 4], b[2][DEPTH][BN + 4];
+    const int A = (BM * DEPTH / 4 + THREADS - 1) / THREADS,
+              B = (BN * DEPTH / 4 + THREADS - 1) / THREADS;
+    const int tid = (int)threadIdx.x, o0 = (int)blockIdx.x * BN, N = j.w.rows;
+    const int p0 = (int)blockIdx.y * BM;
+    if (j.batch > 1) {
+        j.in += blockIdx.z * j.in_step;
+        j.w.q += blockIdx.z * j.w_step * 4;
+        j.out += blockIdx.z * j.out_step;
+    }
+    const int px = tid / (BN / TN) * TM, ox = tid % (BN / TN) * TN;
+    float sum[TM][TN] = {};
+    struct place places[A];
+#pragma unroll
+    for (int i = 0; i < A; i++)
+        places[i] = find_pixel(j, min(p0 + (tid + i * THREADS) / 4, j.pixels - 1));
+    for (int k0 = 0, stage = 0; k0 < j.w.cols; k0 += DEPTH, stage ^= 1) {
+#pragma unroll
+        for (int i = 0; i < A; i++) {
+            int at = tid + i * THREADS, p = at / 4, k = at % 4 * 4;
+            if (p >= BM) break;
+            float4 v = gather4(j, places[i], k0 + k);
+            a[stage][k][p] = v.x, a[stage][k + 1][p] = v.y;
+            a[stage][k + 2][p] = v.z, a[stage][k + 3][p] = v.w;
+        }
+#pragma unroll
+        for (int i = 0; i < B; i++) {
+            int at = tid + i * THREADS, o = at / 4, k = at % 4 * 4;
+            if (o >= BN) break;
+            float4 v = load4<TYPE>(j.w, min(o0 + o, N - 1), k0 + k);
+            b[stage][k][o] = v.x, b[stage][k + 1][o] = v.y;
+            b[stage][k + 2][o] = v.z, b[stage][k + 3][o] = v.w;
+        }
+        __syncthreads(); /* one is enough: the next stage fills the other half */
+#pragma unroll
+        for (int k = 0; k < DEPTH; k++) {
+            float x[TM], w[TN];
+#pragma unroll
+            for (int m = 0; m < TM; m++) x[m] = a[stage][k][px + m];
+#pragma unroll
+            for (int n = 0; n < TN; n++) w[n] = b[stage][k][ox + n];
+#pragma unroll
+            for (int m = 0; m < TM; m++)
+#pragma unroll
+                for (int n = 0; n < TN; n++) sum[m][n] = fmaf(x[m], w[n], sum[m][n]);
+        }
+    }
+    if (j.found != NULL) {
+        find_nearest<BN, TM, TN>(j, sum, p0 + px, o0 + ox);
+        return;
+    }
+#pragma unroll
+    for (int m = 0; m < TM; m++)
+#pragma unroll
+        for (int n = 0; n < TN; n++) {
+            int p = p0 + px + m;
+            int o = o0 + ox + n;
+            if (p >= j.pixels || o >= N) continue;
+            float y = sum[m][n] + (j.bias != NULL ? j.bias[o] : 0);
+            int64_t at = (int64_t)p * N + o;
+            j.out[at] = j.residual != NULL ? y + j.residual[at] : y;
+        }
+}
+
+template <int TYPE, int BM, int BN, int TM, int TN>
+static void launch_product(struct queue *q, const struct product *j) {
+    static_assert(BM / TM * (BN / TN) == THREADS, "a thread has TM x TN sums");
+    dim3 grid((unsigned)(j->w.rows + BN - 1) / BN, (unsigned)((j->pixels + BM - 1) / BM),
+              (unsigned)(j->batch > 1 ? j->batch : 1));
+    product_kernel<TYPE, BM, BN, TM, TN><<<grid, THREADS, 0, q->stream>>>(*j);
+    launched(q, "product_kernel");
+}
+
+/* For products with few columns (a convolution of 3 channels): 64 pixels by 128 rows of w; both
+   lie transposed in shared memory, and a thread has 4 rows and 8 pixels, the same chain as in
+   product_kernel. Floor: the bytes of out. */
+enum { FEW_COLUMNS = 32, FEW_OUTPUTS = 128, FEW_PIXELS = 64 };
+
+template <int TYPE>
+__global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) {
+    __shared__ __align__(16) float w[FEW_COLUMNS][FEW_OUTPUTS + 4], x[FEW_COLUMNS][FEW_PIXELS + 4];
+    const int tid = (int)threadIdx.x, o0 = (int)blockIdx.x * FEW_OUTPUTS, N = j.w.rows;
+    const int p0 = (int)blockIdx.y * FEW_PIXELS, ox = tid % 32 * 4, px = tid / 32 * 8;
+    for (int i = tid; i < FEW_OUTPUTS * FEW_COLUMNS / 4; i += THREADS) {
+        int o = i % FEW_OUTPUTS, k = i / FEW_OUTPUTS * 4;
+        float4 v = load4<TYPE>(j.w, min(o0 + o, N - 1), k);
+        w[k][o] = v.x, w[k + 1][o] = v.y, w[k + 2][o] = v.z, w[k + 3][o] = v.w;
+    }
+    const struct place l = find_pixel(j, min(p0 + tid % FEW_PIXELS, j.pixels - 1));
+    for (int k = tid / FEW_PIXELS * 4; k < FEW_COLUMNS; k += THREADS / FEW_PIXELS * 4) {
+        float4 v = gather4(j, l, k);
+        int p = tid % FEW_PIXELS;
+        x[k][p] = v.x, x[k + 1][p] = v.y, x[k + 2][p] = v.z, x[k + 3][p] = v.w;
+    }
+    __syncthreads();
+    float sum[8][4] = {};
+    for (int k = 0; k < j.w.cols; k++) {
+        float4 b = *(const float4 *)&w[k][ox], u = *(const float4 *)&x[k][px],
+               v = *(const float4 *)&x[k][px + 4];
+        const float a[8] = {u.x, u.y, u.z, u.w, v.x, v.y, v.z, v.w};
+#pragma unroll
+        for (int m = 0; m < 8; m++) {
+            sum[m][0] = fmaf(a[m], b.x, sum[m][0]), sum[m][1] = fmaf(a[m], b.y, sum[m][1]);
+            sum[m][2] = fmaf(a[m], b.z, sum[m][2]), sum[m][3] = fmaf(a[m], b.w, sum[m][3]);
+        }
+    }
+    if (o0 + ox >= N) return;
+    float4 bias = *(const float4 *)(j.bias + o0 + ox);
+    for (int m = 0; m < 8 && p0 + px + m < j.pixels; m++)
+        *(float4 *)(j.out + (int64_t)(p0 + px + m) * N + o0 + ox) =
+            make_float4(sum[m][0] + bias.x, sum[m][1] + bias.y, sum[m][2] + bias.z,
+                        sum[m][3] + bias.w);
+}
+
+static void run_product(struct queue *q, const struct product *j) {
     with_type(j->w.type, [&](auto type) {
-        product_kernel<decltype(type)::value>
-            <<<dim3((unsigned)tiles, (unsigned)products), THREADS, 0, q->stream>>>(*j, pixels);
-        launched(q, "product_kernel");
+        constexpr int T = decltype(type)::value;
+        int64_t large = ((int64_t)j->pixels + 127) / 128 * ((j->w.rows + 127) / 128);
+        dim3 grid((unsigned)(j->w.rows + FEW_OUTPUTS - 1) / FEW_OUTPUTS,
+                  (unsigned)(j->pixels + FEW_PIXELS - 1) / FEW_PIXELS);
+        if (j->w.cols <= FEW_COLUMNS && j->w.rows % 4 == 0 && j->bias != NULL &&
+            j->residual == NULL && j->found == NULL && grid.y < 65536) {
+            few_columns_kernel<T><<<grid, THREADS, 0, q->stream>>>(*j);
+            launched(q, "few_columns_kernel");
+        } else if (j->found != NULL) launch_product<T, 128, NEAREST_CODES, 8, 8>(q, j);
+        else if (j->pixels <= 8) launch_product<T, 8, 64, 1, 2>(q, j);
+        else if (large < 256) launch_product<T, 64, 64, 4, 4>(q, j); /* or much would be idle */
+        else launch_product<T, 128, 128, 8, 8>(q, j);
     });
 }
 
 /* A linear layer: y[rows][w.rows] = x[rows][w.cols] w^T + bias [+ residual]. */
 static void matmul_f32(struct queue *q, const struct part *p, const float *x, int rows,
                        const float *residual) {
-    const struct product j = {x, p->w, p->bias, residual, p->y, rows, linear(p->w.cols)};
-    run_product(q, &j, 1);
+    struct product j = {x, p->w, p->bias, residual, p->y, rows, p->w.cols, 1, 1, 1, 1, 0, 0,
+                        NULL, NULL, 0, 0, 0, 0};
+    run_product(q, &j);
 }
 
 /* ---- Convolutions on tensor cores ----
@@ -2391,123 +2479,171 @@ static void matmul_f32(struct queue *q, const struct part *p, const float *x, in
 enum { CONV_C = 32, CONV_W = 8, STAGE_PITCH = 68 /* floats of a pixel's 64 channels, padded */,
        STAGE_FLOATS = 64 * STAGE_PITCH + 512 /* a warpgroup's, in the epilogue */ };
 
+struct conv_job {
+    const __half *in;             /* [images][side_in][side_in][c_in / 32][2][32] */
+    const __half *w;              /* [c_out][ld], columns [size][size][c_in] */
+    const float *bias, *residual; /* residual: like out, or NULL */
+    const float *image_down;      /* 1 / up of each image, or NULL: down is everybody's */
+    float *out;                   /* [images][side_out][side_out][c_out] */
+    float *sums;                  /* [images][blocks of 8 x 8][c_out][2], or NULL */
+    float down;
+    int images, c_in, c_out, ld, side_in, side_out, up, pad;
+};
+
 /* What a block has in shared memory. With stride 2 a row of pixels has its even columns first, then
    its odd ones, so that a tap's 8 pixels are neighbours there too. */
-template <int SIZE_, int STRIDE_, int ROWS_, int PIXELS_, int BLOCKS_> struct conv_tile {
-    static const int SIZE = SIZE_, STRIDE = STRIDE_, ROWS = ROWS_, PIXELS = PIXELS_;
-    static const int BLOCKS = BLOCKS_ /* a multiprocessor */, BLOCK = ROWS * 2 /* threads */;
-    static const int TALL = PIXELS / CONV_W,
-                     PITCH = STRIDE == 1 ? CONV_W - 1 + SIZE : 2 * (CONV_W + 1);
+template <int SIZE, int STRIDE, int ROWS, int PIXELS> struct conv_tile {
+    static const int BLOCK = ROWS * 2; /* threads */
+    static const int TALL = PIXELS / CONV_W, TAPS = SIZE * SIZE;
+    static const int PITCH = STRIDE == 1 ? CONV_W - 1 + SIZE : 2 * (CONV_W + 1);
     static const int PATCH = (((TALL - 1) * STRIDE + SIZE) * PITCH + 7) / 8 * 8; /* pixels */
     static const int PASSES = (PATCH + BLOCK / 4 - 1) / (BLOCK / 4);
     static const int STEP = SIZE == 3 && STRIDE == 1 && PIXELS == 64 ? 3 : 1; /* taps of a step */
-    static const int STEPS = SIZE * SIZE / STEP, AHEAD = 2, SPREAD = STEPS - AHEAD;
-    static const int STAGES = AHEAD + 2, BUFFERS = SIZE == 1 ? STAGES : 2;
+    static const int STEPS = TAPS / STEP, AHEAD = 2, STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD;
+    static const int BUFFERS = SIZE == 1 ? STAGES : 2;
     static const int PLANE = PATCH * 16, PATCH_BYTES = 8 * PLANE;
     static const int TAP_BYTES = ROWS * 64, W_BYTES = STEP * TAP_BYTES;
-    static const int BYTES = BUFFERS * PATCH_BYTES + STAGES * W_BYTES;
-    static_assert(BYTES >= ROWS / 64 * STAGE_FLOATS * 4, "store_tile needs some of it too");
+    static const int LOOP_BYTES = BUFFERS * PATCH_BYTES + STAGES * W_BYTES;
+    static const int STORE_BYTES = ROWS / 64 * STAGE_FLOATS * 4;
+    static const int BYTES = LOOP_BYTES > STORE_BYTES ? LOOP_BYTES : STORE_BYTES;
     static __device__ int tap_at(int tap) {
         int y = tap / SIZE, x = tap % SIZE;
         return y * PITCH + (STRIDE == 1 ? x : x % 2 * (CONV_W + 1) + x / 2);
     }
 };
 
-template <class T> static __device__ struct place conv_place_of(const struct product &j) {
-    const int rows = (j.w.rows + T::ROWS - 1) / T::ROWS, tile = (int)blockIdx.x / rows;
-    const int across = (j.s.side_out + CONV_W - 1) / CONV_W,
-              tall = (j.s.side_out + T::TALL - 1) / T::TALL;
-    return {tile / (across * tall), tile / across % tall * T::TALL, tile % across * CONV_W,
-            (int)blockIdx.x % rows * T::ROWS};
+/* 16 bytes from global to shared memory while other work goes on, or zeros. */
+static __device__ void copy_or_zero(uint32_t shared, const void *global, int inside) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
+                 "r"(inside ? 16 : 0));
 }
+
+/* Where a block's tile is. */
+struct conv_place {
+    int image, y, x, o; /* of the first output pixel and channel */
+};
+
+template <class T, int ROWS>
+static __device__ struct conv_place conv_place_of(const struct conv_job &j) {
+    int rows = (j.c_out + ROWS - 1) / ROWS, tile = (int)blockIdx.x / rows;
+    int across = (j.side_out + CONV_W - 1) / CONV_W, tall = (j.side_out + T::TALL - 1) / T::TALL;
+    struct conv_place p = {tile / (across * tall), tile / across % tall * T::TALL,
+                           tile % across * CONV_W, (int)blockIdx.x % rows * ROWS};
+    return p;
+}
+
+/* What a thread copies of a tile's input: 16 bytes, number lane / 8, of the high and low parts of
+   every (threads / 4)th pixel. at: the pixels' numbers in the image, -1 outside. */
+template <class T> struct conv_patch {
+    const __half *image;
+    int at[T::PASSES];
+};
 
 static __device__ int conv_lane_row() {
     return (int)threadIdx.x / 32 * 8 + (int)threadIdx.x % 8;
 }
 
-/* Pass i of 32 channels of a tile's input, into a buffer of shared memory: 16 bytes, number
-   lane / 8, of the high and the low parts of every (threads / 4)th pixel. */
+template <class T, int STRIDE>
+static __device__ struct conv_patch<T> find_patch(const struct conv_job &j,
+                                                  const struct conv_place &l) {
+    struct conv_patch<T> p;
+    p.image = j.in + (int64_t)l.image * j.side_in * j.side_in * j.c_in * 2 +
+              threadIdx.x % 32 / 8 * 8;
+#pragma unroll
+    for (int i = 0; i < T::PASSES; i++) {
+        int n = conv_lane_row() + i * (T::BLOCK / 4), q = n % T::PITCH;
+        if (STRIDE == 2) q = q <= CONV_W ? 2 * q : 2 * (q - CONV_W - 1) + 1;
+        int y = l.y * STRIDE - j.pad + n / T::PITCH, x = l.x * STRIDE - j.pad + q;
+        int inside = y >= 0 && x >= 0 && y >> j.up < j.side_in && x >> j.up < j.side_in;
+        p.at[i] = inside ? (y >> j.up) * j.side_in + (x >> j.up) : -1;
+    }
+    return p;
+}
+
+/* Pass i of 32 channels of the tile's input, into a buffer of shared memory. */
 template <class T>
-static __device__ void load_patch(const struct product &j, const struct place &l, int chunk,
-                                  uint32_t buffer, int i) {
-    const int n = conv_lane_row() + i * (T::BLOCK / 4), piece = (int)threadIdx.x % 32 / 8;
-    int x = n % T::PITCH;
+static __device__ void load_patch(const struct conv_job &j, const struct conv_patch<T> &p,
+                                  int chunk, uint32_t buffer, int i) {
+    int n = conv_lane_row() + i * (T::BLOCK / 4), inside = p.at[i] >= 0;
     if (n >= T::PATCH) return;
-    if (T::STRIDE == 2) x = x <= CONV_W ? 2 * x : 2 * (x - CONV_W - 1) + 1;
-    const int at = pixel_at(j.s, l.y * T::STRIDE - j.s.pad + n / T::PITCH,
-                            l.x * T::STRIDE - j.s.pad + x);
-    const int64_t pixel = (int64_t)l.image * j.s.side_in * j.s.side_in + max(at, 0);
-    const __half *from = (const __half *)j.in + (pixel * (j.s.c_in / CONV_C) + chunk) * 64 +
-                         piece * 8;
-    const uint32_t to = buffer + piece * T::PLANE + n * 16;
-    copy_async<16>(to, from, at >= 0);
-    copy_async<16>(to + 4 * T::PLANE, from + CONV_C, at >= 0);
+    const __half *from = p.image + ((int64_t)max(p.at[i], 0) * (j.c_in / CONV_C) + chunk) * 64;
+    uint32_t to = buffer + threadIdx.x % 32 / 8 * T::PLANE + n * 16;
+    copy_or_zero(to, from, inside);
+    copy_or_zero(to + 4 * T::PLANE, from + CONV_C, inside);
 }
 
 /* The weights of 32 channels under a step's taps. */
 template <class T>
-static __device__ void load_weights(const struct product &j, int o, int chunk, int step,
+static __device__ void load_weights(const struct conv_job &j, int o, int chunk, int step,
                                     uint32_t buffer) {
     int piece = (int)threadIdx.x % 32 / 8;
 #pragma unroll
     for (int i = 0; i < T::TAP_BYTES / 64 / (T::BLOCK / 4); i++) {
-        int row = conv_lane_row() + i * (T::BLOCK / 4), inside = o + row < j.w.rows;
-        const __half *from = (const __half *)j.w.q + (int64_t)(inside ? o + row : 0) * j.w.ld +
-                             step * T::STEP * j.s.c_in + chunk * CONV_C + piece * 8;
+        int row = conv_lane_row() + i * (T::BLOCK / 4), inside = o + row < j.c_out;
+        const __half *from = j.w + (int64_t)(inside ? o + row : 0) * j.ld +
+                             step * T::STEP * j.c_in + chunk * CONV_C + piece * 8;
 #pragma unroll
         for (int tap = 0; tap < T::STEP; tap++)
-            copy_async<16>(buffer + tap * T::TAP_BYTES + row * 64 + (piece ^ (row / 2 & 3)) * 16,
-                           from + tap * j.s.c_in, inside);
+            copy_or_zero(buffer + tap * T::TAP_BYTES + row * 64 + (piece ^ (row / 2 & 3)) * 16,
+                         from + tap * j.c_in, inside);
     }
 }
 
-/* acc += 16 channels, number k of the weights' 32, by the pixels under a tap. */
-#if WGMMA
-/* An operand of wgmma in shared memory: groups of 8 rows by 16 bytes, `along` bytes apart along the
-   columns and `down` along the rows. */
-static __device__ uint64_t operand(uint32_t at, uint32_t along, uint32_t down, uint64_t swizzle) {
-    return at >> 4 | (uint64_t)(along >> 4) << 16 | (uint64_t)(down >> 4) << 32 | swizzle << 62;
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+/* Operands for wgmma from shared memory. Pixels: groups of 8 rows by 16 bytes, `along` bytes apart
+   along the columns and `down` along the rows. Weights: rows of 64 bytes, swizzled. */
+static __device__ uint64_t operand(uint32_t at, uint32_t along, uint32_t down) {
+    return at >> 4 | (uint64_t)(along >> 4) << 16 | (uint64_t)(down >> 4) << 32;
 }
 
-template <class T>
-static __device__ void conv_multiply(float *c, uint32_t w, int k, uint32_t pixels) {
-    wgmma<T::PIXELS>(c, operand(w + k * 32, 16, 512, 2 /* 64 bytes */),
-                     operand(pixels, T::PLANE, T::STRIDE * T::PITCH * 16, 0), 1);
+static __device__ uint64_t swizzled_operand(uint32_t at) {
+    return at >> 4 | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t)2 << 62;
 }
-#else
-/* A warp has 16 of the 64 channels, and sums where wgmma has them. Piece p of row r of the weights
-   lies at p ^ (r / 2 & 3), as wgmma's swizzle of 64 bytes wants it. */
-template <class T>
-static __device__ void conv_multiply(float *c, uint32_t w, int k, uint32_t pixels) {
-    const int lane = (int)threadIdx.x % 32;
-    uint32_t a[4], b[4];
-    load_matrices(a, w + (threadIdx.x % 128 / 32 * 16 + lane % 16) * 64 +
-                         (2 * k + lane / 16 ^ (lane / 2 & 3)) * 16);
-    pixels += (lane / 16 * T::STRIDE * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
-#pragma unroll
-    for (int n = 0; n < T::PIXELS / 8; n += 2) {
-        load_matrices(b, pixels + n * T::STRIDE * T::PITCH * 16);
-        mma(c + n * 4, a[0], a[1], a[2], a[3], b[0], b[1]);
-        mma(c + n * 4 + 4, a[0], a[1], a[2], a[3], b[2], b[3]);
-    }
-}
-#endif
 
 /* A step: 32 channels under its taps; what the step before it multiplied is complete afterwards. */
-template <class T>
+template <class T, int STRIDE, int PIXELS>
 static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
-    w += __shfl_sync(0xffffffff, threadIdx.x / 128, 0) * 4096; /* one address for a warp */
+    w += threadIdx.x / 128 * 4096;
     products_begin();
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
-        const int tap = i / 4, k = i / 2 % 2, low = i % 2;
-        conv_multiply<T>(c, w + tap * T::TAP_BYTES, k,
-                         patch + T::tap_at(step * T::STEP + tap) * 16 +
-                             (low * 4 + k * 2) * T::PLANE);
+        int tap = i / 4, k = i / 2 % 2, low = i % 2;
+        wgmma<PIXELS>(c, swizzled_operand(w + tap * T::TAP_BYTES + k * 32),
+                      operand(patch + T::tap_at(step * T::STEP + tap) * 16 +
+                                  (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16),
+                      1);
     }
     products_end();
     products_wait<1>();
 }
+#else
+/* Where a lane finds its 8 columns of 16, number k of a row of weights: piece p of row r lies at
+   p ^ (r / 2 & 3), as wgmma's swizzle of 64 bytes wants it. */
+static __device__ int weights_piece(int lane, int k) {
+    return (2 * k + lane / 16 ^ (lane / 2 & 3)) * 16;
+}
+
+/* The same with mma.sync: a warp has 16 of the 64 channels, sums where wgmma has them. */
+template <class T, int STRIDE, int PIXELS>
+static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step) {
+    int lane = (int)threadIdx.x % 32;
+    w += (threadIdx.x / 32 * 16 + lane % 16) * 64;
+    patch += (lane / 16 * STRIDE * T::PITCH + lane % 8) * 16 + lane / 8 % 2 * T::PLANE;
+#pragma unroll
+    for (int i = 0; i < 4 * T::STEP; i++) {
+        int tap = i / 4, k = i / 2 % 2, low = i % 2, at = T::tap_at(step * T::STEP + tap) * 16;
+        uint32_t a[4], b[4];
+        load_matrices(a, w + tap * T::TAP_BYTES + weights_piece(lane, k));
+#pragma unroll
+        for (int n = 0; n < PIXELS / 8; n += 2) {
+            load_matrices(b, patch + at + (low * 4 + k * 2) * T::PLANE +
+                                 n * STRIDE * T::PITCH * 16);
+            mma(c + n * 4, a[0], a[1], a[2], a[3], b[0], b[1]);
+            mma(c + n * 4 + 4, a[0], a[1], a[2], a[3], b[2], b[3]);
+        }
+    }
+}
+#endif
 
 /* Sums of 4 channels over a column of a block of 8 x 8 pixels, on the way to the block's: thread
    16 x + i of 128 has column x and channels 4 i .. 4 i + 3, four sums and four sums of squares.
@@ -2525,6 +2661,32 @@ static __device__ void store_block_sums(const float *sum, float *parts, float *t
     if (channel < c_out) to[channel * 2 + thread % 8 / 4] = v;
 }
 
+static __device__ void add_to_sums(float *sum, const float *v) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        sum[i] += v[i];
+        sum[4 + i] = fmaf(v[i], v[i], sum[4 + i]);
+    }
+}
+
+/* 4 channels of the residual at a pixel. */
+static __device__ float4 load_residual(const struct conv_job &j, int64_t pixel, int o) {
+    int64_t at = pixel * j.c_out + o;
+    if (j.residual == NULL) return make_float4(0, 0, 0, 0);
+    if (j.c_out % 4 == 0) return *(const float4 *)(j.residual + at);
+    return make_float4(j.residual[at], o + 1 < j.c_out ? j.residual[at + 1] : 0,
+                       o + 2 < j.c_out ? j.residual[at + 2] : 0,
+                       o + 3 < j.c_out ? j.residual[at + 3] : 0);
+}
+
+static __device__ void store_output(const struct conv_job &j, const float *v, int64_t pixel,
+                                    int o) {
+    float *to = j.out + pixel * j.c_out + o;
+    if (j.c_out % 4 == 0) *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
+    else
+        for (int i = 0; i < 4 && o + i < j.c_out; i++) to[i] = v[i];
+}
+
 /* 64 pixels of a tile of sums to [pixel][channel] in shared memory, part q of it. */
 static __device__ void stage_sums(const float *c, int q, float *stage) {
     const int thread = (int)threadIdx.x % 128;
@@ -2537,97 +2699,91 @@ static __device__ void stage_sums(const float *c, int q, float *stage) {
 }
 
 /* out = down acc + bias + residual, 64 pixels at a time, through shared memory: a thread has four
-   channels of a column of 8 pixels. FOURS: out's channels are a multiple of 4. */
-template <class T, int FOURS>
-static __device__ void store_tile(const struct product &j, const struct place &l, const float *c,
-                                  float *shared) {
-    const int thread = (int)threadIdx.x % 128, first = l.o + (int)threadIdx.x / 128 * 64;
-    const int o = first + thread % 16 * 4, x = l.x + thread / 16, side = j.s.side_out;
-    const int inside = o < j.w.rows && x < side, across = (side + 7) / 8;
-    const float down = j.down[l.image];
-    float *stage = shared + threadIdx.x / 128 * STAGE_FLOATS, bias[4];
-    for (int i = 0; i < 4; i++) bias[i] = o + i < j.w.rows ? j.bias[o + i] : 0;
+   channels of a column of 8 pixels. */
+template <int PIXELS>
+static __device__ void store_tile(const struct conv_job &j, const struct conv_place &l,
+                                  const float *c, float *shared) {
+    const int thread = (int)threadIdx.x % 128, group = (int)threadIdx.x / 128;
+    const int o = l.o + group * 64 + thread % 16 * 4, x = l.x + thread / 16;
+    const int inside = o < j.c_out && x < j.side_out, across = (j.side_out + 7) / 8;
+    const float down = j.image_down != NULL ? j.image_down[l.image] : j.down;
+    float *stage = shared + group * STAGE_FLOATS, bias[4];
+    for (int i = 0; i < 4; i++) bias[i] = o + i < j.c_out ? j.bias[o + i] : 0;
 #pragma unroll
-    for (int q = 0; q < T::PIXELS / 64; q++) {
-        const int y = l.y + q * 8, rows = inside ? min(8, side - y) : 0;
-        const int64_t pixel = ((int64_t)l.image * side + y) * side + x;
-        float4 rest[8] = {};
+    for (int q = 0; q < PIXELS / 64; q++) {
+        const int y = l.y + q * 8, rows = inside ? min(8, j.side_out - y) : 0;
+        const int block = (l.image * across + y / 8) * across + l.x / 8;
+        const int64_t pixel = ((int64_t)l.image * j.side_out + y) * j.side_out + x;
+        float4 rest[8];
         float sum[8] = {};
-        if (y >= side) break;
+        if (y >= j.side_out) break;
 #pragma unroll
         for (int k = 0; k < 8; k++)
-            if (k < rows && j.residual != NULL)
-                rest[k] = *(const float4 *)(j.residual + (pixel + k * side) * j.w.rows + o);
+            if (k < rows) rest[k] = load_residual(j, pixel + k * j.side_out, o);
         __syncthreads();
         stage_sums(c, q, stage);
         __syncthreads();
 #pragma unroll
         for (int k = 0; k < 8; k++) {
             if (k >= rows) break;
-            const float4 s = *(const float4 *)(stage + (k * 8 + thread / 16) * STAGE_PITCH +
-                                               thread % 16 * 4);
+            float4 s = *(const float4 *)(stage + (k * 8 + thread / 16) * STAGE_PITCH +
+                                         thread % 16 * 4);
             const float v[4] = {fmaf(s.x, down, bias[0]) + rest[k].x,
                                 fmaf(s.y, down, bias[1]) + rest[k].y,
                                 fmaf(s.z, down, bias[2]) + rest[k].z,
                                 fmaf(s.w, down, bias[3]) + rest[k].w};
-            float *to = j.out + (pixel + k * side) * j.w.rows + o;
-            if (FOURS) *(float4 *)to = make_float4(v[0], v[1], v[2], v[3]);
-            for (int i = 0; !FOURS && i < 4 && o + i < j.w.rows; i++) to[i] = v[i];
-            for (int i = 0; i < 4; i++) {
-                sum[i] += v[i];
-                sum[4 + i] = fmaf(v[i], v[i], sum[4 + i]);
-            }
+            store_output(j, v, pixel + k * j.side_out, o);
+            add_to_sums(sum, v);
         }
-        const int64_t block = (l.image * across + y / 8) * across + l.x / 8;
         if (j.sums != NULL)
-            store_block_sums(sum, stage + 64 * STAGE_PITCH, j.sums + block * j.w.rows * 2, first,
-                             j.w.rows);
+            store_block_sums(sum, stage + 64 * STAGE_PITCH, j.sums + (int64_t)block * j.c_out * 2,
+                             l.o + group * 64, j.c_out);
     }
 }
 
 /* Grid: tiles of pixels x tiles of channels, the latter first. */
-template <class T>
-__global__ void __launch_bounds__(T::BLOCK, T::BLOCKS) conv_kernel(const struct product j) {
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
+__global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct conv_job j) {
+    typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
     extern __shared__ __align__(1024) char tiles[];
-    const uint32_t base = shared_address(tiles), weights = base + T::BUFFERS * T::PATCH_BYTES;
-    const struct place l = conv_place_of<T>(j);
-    const int chunks = j.s.c_in / CONV_C, steps = chunks * T::STEPS;
-    float c[T::PIXELS / 2] = {};
+    const uint32_t base = (uint32_t)__cvta_generic_to_shared(tiles),
+                   weights = base + T::BUFFERS * T::PATCH_BYTES;
+    const struct conv_place l = conv_place_of<T, ROWS>(j);
+    const struct conv_patch<T> patch = find_patch<T, STRIDE>(j, l);
+    const int chunks = j.c_in / CONV_C, steps = chunks * T::STEPS;
+    float c[PIXELS / 2] = {};
     for (int s = 0; s < T::AHEAD; s++) {
 #pragma unroll
         for (int i = 0; i < T::PASSES; i++)
-            if (s == 0 || (T::SIZE == 1 && s < chunks))
-                load_patch<T>(j, l, s, base + s * T::PATCH_BYTES, i);
+            if (s == 0 || (SIZE == 1 && s < chunks))
+                load_patch<T>(j, patch, s, base + s * T::PATCH_BYTES, i);
         if (s < steps)
             load_weights<T>(j, l.o, s / T::STEPS, s % T::STEPS, weights + s * T::W_BYTES);
-        end_copies();
+        asm volatile("cp.async.commit_group;");
     }
-    int chunk = 0, s = 0;
-    do { /* a way past it, without products, would make wgmma wait for each of them */
+    for (int chunk = 0, s = 0; chunk < chunks; chunk++)
 #pragma unroll
         for (int i = 0; i < T::STEPS; i++, s++) {
-            wait_for_copies<T::AHEAD - 1>();
+            asm volatile("cp.async.wait_group %0;" ::"n"(T::AHEAD - 1) : "memory");
             tiles_written();
             __syncthreads();
-            conv_step<T>(c, weights + s % T::STAGES * T::W_BYTES,
-                         base + chunk % T::BUFFERS * T::PATCH_BYTES, i);
-            const int next = s + T::AHEAD, after = T::SIZE == 1 ? next : chunk + 1;
+            conv_step<T, STRIDE, PIXELS>(c, weights + s % T::STAGES * T::W_BYTES,
+                                         base + chunk % T::BUFFERS * T::PATCH_BYTES, i);
+            const int next = s + T::AHEAD, after = SIZE == 1 ? next : chunk + 1;
             if (next < steps)
                 load_weights<T>(j, l.o, chunk + (i + T::AHEAD) / T::STEPS,
                                 (i + T::AHEAD) % T::STEPS,
                                 weights + next % T::STAGES * T::W_BYTES);
 #pragma unroll
             for (int k = 0; k < T::PASSES; k++)
-                if ((T::SIZE == 1 || (i > 0 && i <= T::SPREAD && k % T::SPREAD == i - 1)) &&
+                if ((SIZE == 1 || (i > 0 && i <= T::SPREAD && k % T::SPREAD == i - 1)) &&
                     after < chunks)
-                    load_patch<T>(j, l, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
-            end_copies();
+                    load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
+            asm volatile("cp.async.commit_group;");
         }
-    } while (++chunk < chunks);
-    products_done<0>(c, T::PIXELS / 2);
-    wait_for_copies<0>();
-    if (j.w.rows % 4 == 0) store_tile<T, 1>(j, l, c, (float *)tiles);
-    else store_tile<T, 0>(j, l, c, (float *)tiles);
+    products_done<0>(c, PIXELS / 2);
+    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    store_tile<PIXELS>(j, l, c, (float *)tiles);
 }
 
 /* Weights in f16, [rows][ld] as they are. Floor: bytes in + bytes out. */
@@ -2643,33 +2799,35 @@ template <int TYPE> __global__ void halve_kernel(struct matrix w, __half2 *out) 
    reaches, as measured. */
 struct conv_way {
     int size, stride, rows, pixels, bytes;
-    void (*kernel)(struct product);
+    void (*kernel)(struct conv_job);
     double rate;
 };
 
-template <class T> static struct conv_way conv_way_of(double rate) {
-    return {T::SIZE, T::STRIDE, T::ROWS, T::PIXELS, T::BYTES, conv_kernel<T>, rate};
+template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
+static struct conv_way conv_way_of(double rate) {
+    return {SIZE, STRIDE, ROWS, PIXELS, conv_tile<SIZE, STRIDE, ROWS, PIXELS>::BYTES,
+            conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>, rate};
 }
 
-static int64_t conv_blocks(const struct product *j, const struct conv_way *w) {
-    const int tall = w->pixels / CONV_W, side = j->s.side_out;
+static int64_t conv_blocks(const struct conv_job *j, const struct conv_way *w) {
+    const int tall = w->pixels / CONV_W, side = j->side_out;
     return (int64_t)j->images * ((side + CONV_W - 1) / CONV_W) * ((side + tall - 1) / tall) *
-           ((j->w.rows + w->rows - 1) / w->rows);
+           ((j->c_out + w->rows - 1) / w->rows);
 }
 
 /* By the tile that is done first: tiles differ in nothing but time, which is what the
    multiprocessor with the most of them takes. */
-static void run_conv(struct queue *q, const struct product *j) {
+static void run_conv(struct queue *q, const struct conv_job *j, int size, int stride) {
     const struct conv_way ways[] = {
-        conv_way_of<conv_tile<1, 1, 64, 64, 3>>(.7), conv_way_of<conv_tile<1, 1, 128, 128, 2>>(1),
-        conv_way_of<conv_tile<3, 2, 64, 64, 2>>(.7), conv_way_of<conv_tile<3, 2, 128, 128, 1>>(.8),
-        conv_way_of<conv_tile<3, 1, 64, 64, 3>>(.7), conv_way_of<conv_tile<3, 1, 64, 128, 3>>(.9),
-        conv_way_of<conv_tile<3, 1, 64, 256, 2>>(.93), conv_way_of<conv_tile<3, 1, 128, 128, 2>>(1),
-        conv_way_of<conv_tile<3, 1, 128, 256, 1>>(j->residual != NULL ? .99 : 1)};
+        conv_way_of<1, 1, 64, 64, 3>(0.7), conv_way_of<1, 1, 128, 128, 2>(1),
+        conv_way_of<3, 2, 64, 64, 2>(0.7), conv_way_of<3, 2, 128, 128, 1>(0.8),
+        conv_way_of<3, 1, 64, 64, 3>(0.7), conv_way_of<3, 1, 64, 128, 3>(0.9),
+        conv_way_of<3, 1, 64, 256, 2>(0.93), conv_way_of<3, 1, 128, 128, 2>(1),
+        conv_way_of<3, 1, 128, 256, 1>(j->residual != NULL ? 0.99 : 1)};
     const struct conv_way *best = NULL;
     double least = HUGE_VAL;
     for (const struct conv_way &w : ways) {
-        if (w.size != j->s.size || w.stride != j->s.stride) continue;
+        if (w.size != size || w.stride != stride) continue;
         const int64_t rounds = (conv_blocks(j, &w) + q->sms - 1) / q->sms;
         const double cost = w.bytes <= q->shared ? (double)rounds * w.rows * w.pixels / w.rate
                                                  : HUGE_VAL;
@@ -4456,12 +4614,15 @@ struct vq_memory {
     float *x, *t, *u;             /* maps [images][side][side][c] */
     float *n;                     /* what a convolution reads: normalised, or chapter 4's f16 */
     float *whole;                 /* a map of all images between those of large sides */
-    float *q, *k, *v;             /* of an attention: [images][pixels][c] */
-    float *s;                     /* its scores; the quantiser's products */
+    float *q, *k, *v, *s;         /* of an attention: [images][pixels][c]; scores */
+    float *scale, *shift;         /* [images][c] */
     float *blocks;                /* [images][blocks of 8 x 8][c][2]: sums of the map `summed` */
-    const float *summed;
-    float *scales, *squares, *down; /* see struct norm_job */
+    const float *summed, *prepared; /* prepared: the map of which n is, and in which way */
+    int prepared_way;
+    float *squares, *down;        /* [images][GROUPS]; [images]: see halves_kernel */
+    float up;                     /* of what was normalised last */
     __half *w16;                  /* a convolution's weights in f16 */
+    struct nearest *found;        /* [images T][codes / NEAREST_CODES] */
     uint8_t *rgb;                 /* [images][R][R][3] */
     int32_t *ids;                 /* [images][T] */
     int *bad;                     /* [images]: 1 where something is not finite */
@@ -5262,8 +5423,8 @@ static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
    large, and take much memory: these operations are run for `few` images at a time, those of small
    sides for all. */
 
-enum { VQ_GROUPS = 32,
-       SCORES = 1 << 22 /* floats of an attention's scores, or of products with codes: L2 cache */,
+enum { VQ_GROUPS = 32, SCORES = 1 << 22 /* floats of an attention's scores at a time */,
+       HALVES_PIXELS = 4 /* of a thread of halves_kernel */,
        VQ_FLOATS = 100 << 20 >> 2 /* of a buffer for maps, more where one image needs it */ };
 
 /* What a convolution leaves of its output, of a map that came otherwise: a block has `length`
@@ -5283,95 +5444,125 @@ __global__ void channel_sums_kernel(const float *x, int pixels, int length, int 
     }
 }
 
-/* From a map to a convolution's input. */
-struct norm_job {
-    const float *x;              /* [images][pixels][c] */
-    const float *weight, *shift; /* [c] of the GroupNorm, or NULL: x as it is */
-    const float *sums;           /* [images][blocks][c][2] of x */
-    float *scales;               /* [images][c][2]: norm(x) = x scale + shift */
-    float *squares, *down;       /* [images][GROUPS]: sums of squares; [images]: 1 / up */
-    void *out;                   /* f32 like x, or f16 [images][pixels][c / 32][2][32] */
+/* Grid: [groups][images]. From sums of blocks: scale and shift such that norm(x) = x scale + shift,
+   where they are wanted, and squares[image][group], the group's sum of squares. */
+__global__ void block_scales_kernel(const float *sums, int blocks, int pixels, int c,
+                                    const float *scale, const float *shift, float *to_scale,
+                                    float *to_shift, float *squares) {
+    __shared__ double parts[2][THREADS];
+    const int width = c / VQ_GROUPS, first = (int)blockIdx.x * width, tid = (int)threadIdx.x;
+    double sum = 0, square = 0, count = (double)pixels * width;
+    for (int i0 = tid; i0 < blocks * width; i0 += THREADS * 8) {
+        float2 v[8] = {};
+#pragma unroll
+        for (int k = 0; k < 8; k++) {
+            int i = i0 + k * THREADS;
+            int64_t block = (int64_t)blockIdx.y * blocks + i / width;
+            if (i < blocks * width)
+                v[k] = *(const float2 *)(sums + (block * c + first + i % width) * 2);
+        }
+#pragma unroll
+        for (int k = 0; k < 8; k++) sum += v[k].x, square += v[k].y;
+    }
+    parts[0][tid] = sum;
+    parts[1][tid] = square;
+    for (int half = THREADS / 2; half > 0; half /= 2) {
+        __syncthreads();
+        if (tid >= half) continue;
+        parts[0][tid] += parts[0][tid + half];
+        parts[1][tid] += parts[1][tid + half];
+    }
+    __syncthreads();
+    double mean = parts[0][0] / count, variance = parts[1][0] / count - mean * mean;
+    double r = 1 / sqrt((variance > 0 || variance != variance ? variance : 0) + 1e-6);
+    if (tid == 0) squares[blockIdx.y * VQ_GROUPS + blockIdx.x] = (float)parts[1][0];
+    for (int i = tid; scale != NULL && i < width; i += THREADS) {
+        to_scale[blockIdx.y * c + first + i] = (float)(scale[first + i] * r);
+        to_shift[blockIdx.y * c + first + i] =
+            (float)(shift[first + i] - mean * scale[first + i] * r);
+    }
+}
+
+static __device__ float group_normed(float x, float scale, float shift, int silu) {
+    float v = fmaf(x, scale, shift);
+    return silu ? v / (1 + expf(-v)) : v;
+}
+
+/* y = f(x scale + shift), four channels a thread; area: floats of an image's map. */
+__global__ void apply_norm_kernel(const float *x, const float *scale, const float *shift, int silu,
+                                  int64_t area, int c, int64_t all, float *y) {
+    int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 4;
+    if (i >= all) return;
+    int64_t at = i / area * c + i % c;
+    float4 v = *(const float4 *)(x + i), a = *(const float4 *)(scale + at),
+           b = *(const float4 *)(shift + at);
+    *(float4 *)(y + i) =
+        make_float4(group_normed(v.x, a.x, b.x, silu), group_normed(v.y, a.y, b.y, silu),
+                    group_normed(v.z, a.z, b.z, silu), group_normed(v.w, a.w, b.w, silu));
+}
+
+/* What halves_kernel reads and writes. */
+struct halves {
+    const float *x, *scale, *shift; /* [images][pixels][c]; [images][c] */
+    const float *squares;           /* [images][GROUPS] */
+    float *down;                    /* [images] */
+    __half *out;                    /* [images][pixels][c / 32][2][32] */
     float up;
-    int pixels, blocks, c, silu;
+    int pixels, c;
 };
 
-/* Grid: [groups][images]. From sums to scales and squares. */
-__global__ void group_scales_kernel(const struct norm_job s) {
-    const int width = s.c / VQ_GROUPS, first = (int)blockIdx.x * width;
-    const int tid = (int)threadIdx.x, image = (int)blockIdx.y;
-    const float2 *from = (const float2 *)s.sums + (int64_t)image * s.blocks * s.c + first;
-    float2 *to = (float2 *)s.scales + image * s.c;
-    double sum = 0, square = 0, count = (double)s.pixels * width;
-#pragma unroll 8
-    for (int i = tid; i < s.blocks * width; i += THREADS) {
-        float2 v = from[(int64_t)(i / width) * s.c + i % width];
-        sum += v.x;
-        square += v.y;
-    }
-    sum = over_block<0>(sum);
-    square = over_block<0>(square);
-    const double mean = sum / count, variance = square / count - mean * mean;
-    const double r = 1 / sqrt((variance > 0 || variance != variance ? variance : 0) + 1e-6);
-    if (tid == 0) s.squares[image * VQ_GROUPS + blockIdx.x] = (float)square;
-    for (int i = first + tid; s.weight != NULL && i < first + width; i += THREADS)
-        to[i] = make_float2((float)(s.weight[i] * r),
-                            (float)(s.shift[i] - mean * s.weight[i] * r));
+/* As group_normed; an error of some 1e-7 is nothing beside that of the f16 parts. */
+static __device__ float normed_fast(float x, float scale, float shift, int silu) {
+    float v = fmaf(x, scale, shift);
+    return silu ? __fdividef(v, 1 + __expf(-v)) : v;
 }
 
-/* Eight channels in f16, the high and then the low parts. */
 static __device__ void split8(const float *v, float up, __half *out) {
-    __align__(16) __half2 high[4], low[4];
+    uint32_t high[4], low[4];
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const float a = v[2 * i] * up, b = v[2 * i + 1] * up;
-        high[i] = __floats2half2_rn(a, b);
-        const float2 f = __half22float2(high[i]);
-        low[i] = __floats2half2_rn(a - f.x, b - f.y);
+        float a = v[2 * i] * up, b = v[2 * i + 1] * up;
+        __half2 h = __floats2half2_rn(a, b);
+        float2 f = __half22float2(h);
+        high[i] = as_word(h);
+        low[i] = as_word(__floats2half2_rn(a - f.x, b - f.y));
     }
-    *(uint4 *)out = *(const uint4 *)high;
-    *(uint4 *)(out + CONV_C) = *(const uint4 *)low;
+    *(uint4 *)out = make_uint4(high[0], high[1], high[2], high[3]);
+    *(uint4 *)(out + CONV_C) = make_uint4(low[0], low[1], low[2], low[3]);
 }
 
-static __device__ void copy8(float *to, const float *from) {
-    ((float4 *)to)[0] = ((const float4 *)from)[0];
-    ((float4 *)to)[1] = ((const float4 *)from)[1];
-}
+enum { HALVES_NORM, HALVES_SILU, HALVES_RAW };
 
-/* out = norm(x), silu(norm(x)) or x as it is: EXACT in f32, or the two f16 parts of that times up,
-   for x as it is up for each image from its sum of squares, whose root no element exceeds. A thread
-   has 8 channels of 4 pixels, every 16th of 64. Grid: [threads][images]. Floor: all the bytes. */
-template <int EXACT>
-__global__ void __launch_bounds__(THREADS, 4) norm_map_kernel(const struct norm_job s) {
-    const int octets = s.c / 8, i = (int)(blockIdx.x * THREADS + threadIdx.x), q = i / octets;
-    const int first = q / 16 * 64 + q % 16, k0 = i % octets * 8;
-    const int64_t image = blockIdx.y, map = image * s.pixels;
-    __align__(16) float x[4][8], scales[16];
-    float up = s.up, square = 0;
-    if (first >= s.pixels) return;
+/* out = the two parts of norm(x) up, of silu(norm(x)) up, or of x as it is, up for each image from
+   its sum of squares, which no element exceeds. Grid: [pixels][images]; a thread has 8 channels of
+   HALVES_PIXELS pixels. Floor: bytes in + bytes out. */
+template <int WAY> __global__ void halves_kernel(const struct halves s) {
+    const int octets = s.c / 8, octet = (int)threadIdx.x % octets, step = (int)blockDim.x / octets;
+    const int first = (int)blockIdx.x * step * HALVES_PIXELS + (int)threadIdx.x / octets;
+    const int64_t image = blockIdx.y, at = image * s.c + octet * 8;
+    float up = s.up, scale[8], shift[8];
+    float4 x[HALVES_PIXELS][2];
 #pragma unroll
-    for (int n = 0; n < 4; n++)
-        copy8(x[n], s.x + (map + min(first + n * 16, s.pixels - 1)) * s.c + k0);
-    if (s.weight != NULL) {
-        copy8(scales, s.scales + (image * s.c + k0) * 2);
-        copy8(scales + 8, s.scales + (image * s.c + k0) * 2 + 8);
-    } else {
-        for (int g = 0; g < VQ_GROUPS; g++) square += s.squares[image * VQ_GROUPS + g];
-        const float most = sqrtf(square); /* up brings it under 2^15 */
-        const int e = most > 0 && most < HUGE_VALF ? 14 - ilogbf(most) : 0;
-        up = exp2f((float)max(-100, min(100, e)));
-        for (int k = 0; k < 16; k++) scales[k] = k % 2 == 0;
+    for (int i = 0; i < HALVES_PIXELS * 2; i++) {
+        int64_t p = image * s.pixels + min(first + i / 2 * step, s.pixels - 1);
+        x[i / 2][i % 2] = *(const float4 *)(s.x + p * s.c + octet * 8 + i % 2 * 4);
     }
-    if (i == 0) s.down[image] = 1 / up;
+    if (WAY == HALVES_RAW) {
+        float sum = 0;
+        for (int i = 0; i < VQ_GROUPS; i++) sum += s.squares[image * VQ_GROUPS + i];
+        up = power_for(sqrtf(sum));
+        if (blockIdx.x == 0 && threadIdx.x == 0) s.down[image] = 1 / up;
+    } else
+        for (int i = 0; i < 8; i++) scale[i] = s.scale[at + i], shift[i] = s.shift[at + i];
 #pragma unroll
-    for (int n = 0; n < 4; n++) {
-        const int64_t p = map + first + n * 16;
-        if (first + n * 16 >= s.pixels) break;
-        for (int k = 0; k < 8; k++) x[n][k] = fmaf(x[n][k], scales[2 * k], scales[2 * k + 1]);
-        if (s.silu) /* an error of some 1e-7 is nothing beside the f16 parts' */
-            for (int k = 0; k < 8; k++)
-                x[n][k] = EXACT ? x[n][k] / (1 + expf(-x[n][k])) : silu(x[n][k]);
-        if (EXACT) copy8((float *)s.out + p * s.c + k0, x[n]);
-        else split8(x[n], up, (__half *)s.out + p * s.c * 2 + k0 / CONV_C * 64 + k0 % CONV_C);
+    for (int i = 0; i < HALVES_PIXELS; i++) {
+        int p = first + i * step;
+        if (p >= s.pixels) break;
+        float v[8] = {x[i][0].x, x[i][0].y, x[i][0].z, x[i][0].w,
+                      x[i][1].x, x[i][1].y, x[i][1].z, x[i][1].w};
+        for (int k = 0; WAY != HALVES_RAW && k < 8; k++)
+            v[k] = normed_fast(v[k], scale[k], shift[k], WAY == HALVES_SILU);
+        split8(v, up, s.out + (image * s.pixels + p) * s.c * 2 + octet / 4 * 64 + octet % 4 * 8);
     }
 }
 
@@ -5387,6 +5578,12 @@ __global__ void to_bytes_kernel(const float *x, int64_t area, int64_t n, uint8_t
     float v = x[i];
     if (!isfinite(v)) bad[i / area] = 1;
     rgb[i] = (uint8_t)rintf(255 * (v > 0 ? (v < 1 ? v : 1) : 0));
+}
+
+/* bad[i / area] = 1 where one of n is not finite. */
+__global__ void finite_kernel(const float *x, int64_t area, int64_t n, int *bad) {
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
+    if (i < n && !isfinite(x[i])) bad[i / area] = 1;
 }
 
 /* side_out < side_in: the mean of four pixels; else each pixel four times. Grid: [a row of y][rows]
@@ -5417,23 +5614,25 @@ __global__ void softmax_kernel(float *s, int n, float scale) {
     for (int i = (int)threadIdx.x; i < n; i += THREADS) row[i] /= sum;
 }
 
-/* A block a vector, from number `first` on: the nearest code, of equally near ones the first; NaN
-   is none. products: of the vector and each code e; a distance is |e|^2 - 2 x.e. bad[image] = 1
-   where the least is not finite: then the vector is not. */
-__global__ void nearest_kernel(const float *products, const float *norms, int codes, int first,
-                               int area, int32_t *ids, int *bad) {
-    const float *row = products + (int64_t)blockIdx.x * codes;
-    float least = HUGE_VALF;
-    int code = 0;
-#pragma unroll 8
-    for (int i = (int)threadIdx.x; i < codes; i += THREADS) {
-        float distance = fmaf(-2.0f, row[i], norms[i]);
-        if (distance < least) least = distance, code = i;
+/* y[c][ld] = x[n][c] transposed, zeros behind n, of each image. Grid: [blocks][images]. */
+__global__ void transpose_kernel(const float *x, int n, int c, int ld, float *y) {
+    int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x, image = blockIdx.y;
+    if (i >= (int64_t)c * ld) return;
+    int64_t k = i / ld, row = i % ld;
+    y[image * c * ld + i] = row < n ? x[(image * n + row) * c + k] : 0;
+}
+
+/* ids[vector] = the nearest of the nearest codes of each part of the codebook; a warp a vector. */
+__global__ void nearest_kernel(const struct nearest *found, int vectors, int parts, int32_t *ids) {
+    int i = (int)(blockIdx.x * WARPS + threadIdx.x / 32);
+    struct nearest best = {HUGE_VALF, 0};
+    if (i >= vectors) return;
+    for (int k = (int)threadIdx.x % 32; k < parts; k += 32) {
+        struct nearest n = found[(int64_t)i * parts + k];
+        if (n.distance < best.distance) best = n;
     }
-    const float all = -over_block<1>(-least);
-    const float number = -over_block<1>(least == all ? -(float)code : -HUGE_VALF);
-    if (threadIdx.x == 0) ids[first + blockIdx.x] = (int32_t)number;
-    if (!isfinite(all)) bad[(first + (int)blockIdx.x) / area] = 1;
+    best = nearer_of<32>(best);
+    if (threadIdx.x % 32 == 0) ids[i] = best.code;
 }
 
 static unsigned blocks_of(int64_t n) { return (unsigned)((n + THREADS - 1) / THREADS); }
@@ -5449,41 +5648,65 @@ static float largest_normed(const struct groupnorm *norm, int side) {
     return most;
 }
 
-/* v->n = a convolution's input: f16 parts, or f32. */
+/* Scales of a map, and its squares, from sums of blocks. */
+static void find_scales(struct gpu *c, const float *map, int channels, const float *scale,
+                        const float *shift) {
+    struct vq_memory *v = &c->vq;
+    const int pixels = v->side * v->side, across = (v->side + 7) / 8, blocks = across * across;
+    const unsigned images = (unsigned)v->images;
+    if (v->summed != map) {
+        channel_sums_kernel<<<dim3((unsigned)blocks, images), 128, 0, c->q.stream>>>(
+            map, pixels, (pixels + blocks - 1) / blocks, channels, (float2 *)v->blocks);
+        launched(&c->q, "channel_sums_kernel");
+        v->summed = map;
+    }
+    block_scales_kernel<<<dim3(VQ_GROUPS, images), THREADS, 0, c->q.stream>>>(
+        v->blocks, blocks, pixels, channels, scale, shift, v->scale, v->shift, v->squares);
+    launched(&c->q, "block_scales_kernel");
+}
+
+/* v->n = a convolution's input, f16 parts or f32, unless the convolution before had the same, as
+   in an attention. */
 static void prepare(struct gpu *c, int number, const float *map, int norm, int channels, int f16) {
     struct vq_memory *v = &c->vq;
     const struct gpu_op *w = &c->g->ops[number];
     const struct vq_op *op = &c->g->m->vq->ops[number];
-    const int across = (v->side + 7) / 8, normed = norm >= 0;
-    const unsigned images = (unsigned)v->images;
-    const struct norm_job s = {
-        map, normed ? w->scale[norm] : NULL, normed ? w->shift[norm] : NULL, v->blocks, v->scales,
-        v->squares, v->down, v->n, normed ? power_for(largest_normed(&op->norm[norm], v->side)) : 1,
-        v->side * v->side, across * across, channels, normed && op->kind != VQ_ATTENTION};
-    if (v->summed != map) {
-        channel_sums_kernel<<<dim3((unsigned)s.blocks, images), 128, 0, c->q.stream>>>(
-            map, s.pixels, (s.pixels + s.blocks - 1) / s.blocks, channels, (float2 *)v->blocks);
-        launched(&c->q, "channel_sums_kernel");
-        v->summed = map;
+    const int pixels = v->side * v->side, silu = op->kind != VQ_ATTENTION, octets = channels / 8;
+    const int way = 2 * norm + f16;
+    if (v->prepared == map && v->prepared_way == way) return;
+    v->prepared = map;
+    v->prepared_way = way;
+    if (norm < 0) find_scales(c, map, channels, NULL, NULL);
+    else find_scales(c, map, channels, w->scale[norm], w->shift[norm]);
+    if (!f16) {
+        const int64_t area = (int64_t)pixels * channels, all = area * v->images;
+        apply_norm_kernel<<<blocks_of(all / 4), THREADS, 0, c->q.stream>>>(
+            map, v->scale, v->shift, silu, area, channels, all, v->n);
+        launched(&c->q, "apply_norm_kernel");
+        return;
     }
-    group_scales_kernel<<<dim3(VQ_GROUPS, images), THREADS, 0, c->q.stream>>>(s);
-    launched(&c->q, "group_scales_kernel");
-    const int64_t threads = (int64_t)(s.pixels + 63) / 64 * 16 * (channels / 8);
-    auto *kernel = f16 ? norm_map_kernel<0> : norm_map_kernel<1>;
-    kernel<<<dim3(blocks_of(threads), images), THREADS, 0, c->q.stream>>>(s);
-    launched(&c->q, "norm_map_kernel");
+    if (norm >= 0) v->up = power_for(largest_normed(&op->norm[norm], v->side));
+    const struct halves s = {map, v->scale, v->shift, v->squares, v->down, (__half *)v->n, v->up,
+                             pixels, channels};
+    const int threads = octets * (octets < THREADS ? THREADS / octets : 1),
+              step = threads / octets * HALVES_PIXELS;
+    auto *kernel = norm < 0 ? halves_kernel<HALVES_RAW>
+                   : silu ? halves_kernel<HALVES_SILU> : halves_kernel<HALVES_NORM>;
+    kernel<<<dim3((unsigned)((pixels + step - 1) / step), (unsigned)v->images), threads, 0,
+             c->q.stream>>>(s);
+    launched(&c->q, "halves_kernel");
 }
 
 /* A convolution's weights in f16, [rows][ld]. */
-static uint8_t *conv_weights(struct gpu *c, const struct matrix *w) {
-    if (w->type == LVM_F16) return w->q;
+static const __half *conv_weights(struct gpu *c, const struct matrix *w) {
+    if (w->type == LVM_F16) return (const __half *)w->q;
     with_type(w->type, [&](auto type) {
         halve_kernel<decltype(type)::value>
             <<<blocks_of((int64_t)w->rows * w->ld / 4), THREADS, 0, c->q.stream>>>(
                 *w, (__half2 *)c->vq.w16);
         launched(&c->q, "halve_kernel");
     });
-    return (uint8_t *)c->vq.w16;
+    return c->vq.w16;
 }
 
 /* out = conv(map) + residual; in front GroupNorm number `norm` and, but for an attention, SiLU, or,
@@ -5494,21 +5717,24 @@ static void conv2d(struct gpu *c, int number, int i, const float *map, int norm,
     const struct vq_op *op = &c->g->m->vq->ops[number];
     const struct matrix *w = &c->g->ops[number].conv[i];
     const int size = op->conv[i].size, c_in = w->cols / (size * size), down = op->kind == VQ_DOWN;
-    const int f16 = w->type != LVM_F32 && !c->exact && c_in % CONV_C == 0;
-    struct product j = {map, *w, c->g->ops[number].bias[i], residual, out, v->images,
-                        {c_in, size, v->side, op->side_out, down ? 2 : 1, op->kind == VQ_UP,
-                         down ? 0 : size / 2}};
-    if (f16 || norm >= 0) {
-        prepare(c, number, map, norm, c_in, f16);
-        j.in = v->n;
-    }
+    const int stride = down ? 2 : 1, up = op->kind == VQ_UP, pad = down ? 0 : size / 2;
+    const int f16 = w->type != LVM_F32 && !c->exact && c_in % CONV_C == 0 && c_in <= 8192;
+    const float *bias = c->g->ops[number].bias[i];
+    summed &= f16 && w->rows % CONV_C == 0;
+    if (f16 || norm >= 0) prepare(c, number, map, norm, c_in, f16);
     if (f16) {
-        j.w.q = conv_weights(c, w);
-        j.down = v->down;
-        j.sums = summed ? v->blocks : NULL;
-        run_conv(&c->q, &j);
-    } else run_product(&c->q, &j, 1);
-    if (f16 && summed) v->summed = out;
+        const struct conv_job j = {(const __half *)v->n, conv_weights(c, w), bias, residual,
+                                   norm < 0 ? v->down : NULL, out, summed ? v->blocks : NULL,
+                                   1 / v->up, v->images, c_in, w->rows, w->ld, v->side,
+                                   op->side_out, up, pad};
+        run_conv(&c->q, &j, size, stride);
+    } else {
+        const struct product j = {norm < 0 ? map : v->n, *w, bias, residual, out,
+                                  v->images * op->side_out * op->side_out, c_in, size, v->side,
+                                  op->side_out, stride, up, pad, NULL, NULL, 0, 0, 0, 0};
+        run_product(&c->q, &j);
+    }
+    if (summed) v->summed = out;
     else if (v->summed == out) v->summed = NULL;
 }
 
@@ -5524,24 +5750,26 @@ static void run_residual(struct gpu *c, int op) {
     conv2d(c, op, 1, v->t, 1, v->x, v->x, 1);
 }
 
+static struct matrix as_matrix(const float *x, int rows, int cols, int ld) {
+    return {LVM_F32, rows, cols, ld, 0, (uint8_t *)x, NULL};
+}
+
 /* t = softmax(q k^T / sqrt(c)) v over the pixels of each image, for `rows` of them from `first` on;
-   v lies as [k][c]. */
+   u is v, transposed. */
 static void attend_pixels(struct gpu *c, int first, int rows) {
     struct vq_memory *v = &c->vq;
-    const int n = v->side * v->side, ch = v->c;
+    const int n = v->side * v->side, ch = v->c, ld = round_up(n, SPAN);
     const int64_t map = (int64_t)n * ch, scores = (int64_t)rows * n, from = (int64_t)first * ch;
-    const struct matrix keys = {LVM_F32, n, ch, ch, 0, (uint8_t *)v->k, NULL},
-                        values = {LVM_F32, ch, n, ch, 0, (uint8_t *)v->v, NULL};
     const struct product
-        by_keys = {v->q + from, keys, NULL, NULL, v->s, rows, linear(ch), NULL, NULL, 0, map, map,
-                   scores},
-        by_values = {v->s, values, NULL, NULL, v->t + from, rows, linear(n), NULL, NULL, 1, scores,
-                     map, map};
-    run_product(&c->q, &by_keys, v->images);
+        by_keys = {v->q + from, as_matrix(v->k, n, ch, ch), NULL, NULL, v->s, rows, ch, 1, 1, 1, 1,
+                   0, 0, NULL, NULL, v->images, map, map, scores},
+        by_values = {v->s, as_matrix(v->u, ch, n, ld), NULL, NULL, v->t + from, rows, n, 1, 1, 1, 1,
+                     0, 0, NULL, NULL, v->images, scores, (int64_t)ch * ld, map};
+    run_product(&c->q, &by_keys);
     softmax_kernel<<<(unsigned)(rows * v->images), THREADS, 0, c->q.stream>>>(
         v->s, n, 1 / sqrtf((float)ch));
     launched(&c->q, "softmax_kernel");
-    run_product(&c->q, &by_values, v->images);
+    run_product(&c->q, &by_values);
 }
 
 /* x = x + proj(attention(q, k, v)), as many rows at a time as there is room for their scores. */
@@ -5550,9 +5778,13 @@ static void run_attention(struct gpu *c, int op) {
     float *to[3] = {v->q, v->k, v->v};
     const int n = v->side * v->side, rows = (int)max64(1, min64(n, SCORES / n / v->images));
     for (int i = 0; i < 3; i++) conv2d(c, op, i, v->x, 0, NULL, to[i], 0);
+    const int ld = round_up(n, SPAN);
+    transpose_kernel<<<dim3(blocks_of((int64_t)v->c * ld), (unsigned)v->images), THREADS, 0,
+                       c->q.stream>>>(v->v, n, v->c, ld, v->u);
+    launched(&c->q, "transpose_kernel");
     for (int first = 0; first < n; first += rows)
         attend_pixels(c, first, (int)min64(rows, n - first));
-    if (v->summed == v->t) v->summed = NULL;
+    if (v->summed == v->t || v->summed == v->u) v->summed = NULL;
     conv2d(c, op, 3, v->t, -1, v->x, v->x, 1);
 }
 
@@ -5568,6 +5800,7 @@ static void resize_map(struct gpu *c, int side_out) {
 static void run_op(struct gpu *c, int number) {
     struct vq_memory *v = &c->vq;
     const struct vq_op *op = &c->g->m->vq->ops[number];
+    v->prepared = NULL;
     if (op->kind == VQ_RESIDUAL) run_residual(c, number);
     else if (op->kind == VQ_ATTENTION) run_attention(c, number);
     else {
@@ -5634,16 +5867,18 @@ static int end_images(struct gpu *c, int code, int n, int first, const char *wha
 static void quantize_images(struct gpu *c, int n) {
     struct vq_memory *v = &c->vq;
     const struct vqgan *vq = c->g->m->vq;
-    const int area = vq->S * vq->S, step = SCORES / vq->codes, dim = vq->code_dim;
-    for (int first = 0, rows; first < n * area; first += rows) {
-        rows = (int)min64(step, n * area - first);
-        const struct product j = {v->x + (int64_t)first * dim, c->g->codebook, NULL, NULL, v->s,
-                                  rows, linear(dim)};
-        run_product(&c->q, &j, 1);
-        nearest_kernel<<<(unsigned)rows, THREADS, 0, c->q.stream>>>(
-            v->s, c->g->code_norms, vq->codes, first, area, v->ids, v->bad);
-        launched(&c->q, "nearest_kernel");
-    }
+    const int area = vq->S * vq->S, vectors = n * area, dim = vq->code_dim;
+    const int parts = (vq->codes + NEAREST_CODES - 1) / NEAREST_CODES;
+    const int64_t all = (int64_t)vectors * dim;
+    const struct product j = {v->x, c->g->codebook, NULL, NULL, NULL, vectors, dim, 1, 1, 1, 1, 0,
+                              0, c->g->code_norms, v->found, 0, 0, 0, 0};
+    finite_kernel<<<blocks_of(all), THREADS, 0, c->q.stream>>>(v->x, (int64_t)area * dim, all,
+                                                               v->bad);
+    launched(&c->q, "finite_kernel");
+    run_product(&c->q, &j);
+    nearest_kernel<<<(unsigned)(vectors + WARPS - 1) / WARPS, THREADS, 0, c->q.stream>>>(
+        v->found, vectors, parts, v->ids);
+    launched(&c->q, "nearest_kernel");
 }
 
 static int gpu_encode(void *state, const uint8_t *rgb, int n, int first, int all, int32_t *ids,
@@ -5754,10 +5989,10 @@ static void place_lm(struct gpu *c, struct arena *a) {
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
 }
 
-/* Floats of an operation's largest map. */
+/* Floats of an operation's largest map; an attention transposes its values, with padding. */
 static int64_t map_floats(const struct vq_op *op) {
     int64_t in = (int64_t)op->side_in * op->side_in, out = (int64_t)op->side_out * op->side_out;
-    return max64(in * op->c_in, out * op->c_out);
+    return max64((op->kind == VQ_ATTENTION ? in + SPAN : in) * op->c_in, out * op->c_out);
 }
 
 /* How many images at a time the operations of large sides take, and where these end and begin: one
@@ -5804,7 +6039,7 @@ static void place_vq(struct gpu *c, struct arena *a) {
         if (i == v->cut[0] || i == v->cut[1]) whole = max64(whole, in * op->c_in);
         if (op->kind != VQ_ATTENTION) continue;
         attn = max64(attn, images_at(c, i) * in * op->c_in);
-        pixels = max64(pixels, in);
+        pixels = max64(pixels, images_at(c, i) * in);
     }
     for (int i = 0; i < c->g->m->n_specs; i++) { /* convolutions and the codebook */
         const struct matrix *m = &c->g->map[i];
@@ -5814,10 +6049,12 @@ static void place_vq(struct gpu *c, struct arena *a) {
     struct { float **p; int64_t n; } maps[] = {
         {&v->x, map}, {&v->t, map}, {&v->u, map}, {&v->n, map}, {&v->whole, n * whole},
         {&v->q, attn}, {&v->k, attn}, {&v->v, attn},
-        {&v->s, max64(SCORES, pixels)}, {&v->scales, 2 * n * channels}, {&v->blocks, blocks},
+        {&v->s, pixels > 0 ? max64(SCORES, pixels) : 0},
+        {&v->scale, n * channels}, {&v->shift, n * channels}, {&v->blocks, blocks},
         {&v->squares, n * VQ_GROUPS}, {&v->down, n}};
     for (const auto &one : maps) take(a, one.p, one.n);
     take(a, &v->w16, halves);
+    take(a, &v->found, n * T * ((vq->codes + NEAREST_CODES - 1) / NEAREST_CODES));
     take(a, &v->rgb, n * all * 3);
     take(a, &v->ids, n * T);
     take(a, &v->bad, IMAGES);
