@@ -222,7 +222,7 @@ static __device__ void fetch16(const struct matrix &m, int64_t row, int k,
 
 /* The same as f16. */
 template <int TYPE>
-static __device__ void expand16(const struct raw16<TYPE> &raw, __half2 *out) {
+static __device__ void dequantise16(const struct raw16<TYPE> &raw, __half2 *out) {
     const uint4 v = raw.v[0], u = raw.v[sizeof raw.v / 16 - 1];
     const uint32_t w[8] = {v.x, v.y, v.z, v.w, u.x, u.y, u.z, u.w};
     const __half2 d = __half2half2(raw.d);
@@ -508,7 +508,7 @@ static void upload_weights(struct gpu_model *g) {
 
 /* ---- The model ---- */
 
-static void name_layers(struct gpu_model *g) {
+static void bind_layers(struct gpu_model *g) {
     const struct llama *a = &g->m->llama;
     for (int i = 0; i < a->L; i++) {
         const struct layer *l = &a->layers[i];
@@ -533,7 +533,7 @@ static void name_layers(struct gpu_model *g) {
     g->norm = vector_on_device(g, &a->norm);
 }
 
-static void name_ops(struct gpu_model *g) {
+static void bind_ops(struct gpu_model *g) {
     const struct vqgan *vq = g->m->vq;
     for (int i = 0; vq != NULL && i < vq->n_ops; i++) {
         const struct vq_op *op = &vq->ops[i];
@@ -581,8 +581,8 @@ static int gpu_model_alloc(struct gpu_model *g, lvm_error *error) {
     if (code != LVM_OK) return code;
     a = {g->memory, 0};
     place_weights(g, &a);
-    name_layers(g);
-    name_ops(g);
+    bind_layers(g);
+    bind_ops(g);
     return LVM_OK;
 }
 
@@ -785,7 +785,7 @@ static __device__ void store4(const struct packed &p, int row, int k, float4 v) 
 }
 
 /* Four floats number i of n fours, zeros beyond; past the L1 cache, which may hold old ones. */
-static __device__ float4 load_four(const float *x, int i, int n) {
+static __device__ float4 load_float4(const float *x, int i, int n) {
     return i < n ? __ldcg((const float4 *)x + i) : make_float4(0, 0, 0, 0);
 }
 
@@ -802,7 +802,7 @@ static __device__ float over_warp(float4 v) {
 }
 
 /* 1 / sqrt(mean of x^2 + eps) of a row, from eight sums of a lane. */
-static __device__ float scale_of(const float4 *sum, int D, float eps) {
+static __device__ float scale_of_sums(const float4 *sum, int D, float eps) {
     float all = over_warp(sum[0]);
 #pragma unroll
     for (int i = 1; i < ROW_SUMS; i++) all += over_warp(sum[i]);
@@ -818,11 +818,11 @@ static __device__ float rms_scale(const float *x, int D, float eps) {
     for (int i = lane; i < n; i += 32 * 16) {
         float4 v[16]; /* all under way together */
 #pragma unroll
-        for (int u = 0; u < 16; u++) v[u] = load_four(x, i + 32 * u, n);
+        for (int u = 0; u < 16; u++) v[u] = load_float4(x, i + 32 * u, n);
 #pragma unroll
         for (int u = 0; u < 16; u++) sum[u % ROW_SUMS] = add_squares(sum[u % ROW_SUMS], v[u]);
     }
-    return scale_of(sum, D, eps);
+    return scale_of_sums(sum, D, eps);
 }
 
 static __device__ float4 normed(float4 v, float4 norm, float scale) {
@@ -850,10 +850,10 @@ static __device__ void norm_to_panel(const struct packed &out, int row, const fl
     float4 v[16], sum[ROW_SUMS] = {};
     const int lane = (int)threadIdx.x % 32, t = lane % 16 / 4, n = D / 4;
 #pragma unroll
-    for (int u = 0; u < 16; u++) v[u] = load_four(x, lane + 32 * u, n);
+    for (int u = 0; u < 16; u++) v[u] = load_float4(x, lane + 32 * u, n);
 #pragma unroll
     for (int u = 0; u < 16; u++) sum[u % ROW_SUMS] = add_squares(sum[u % ROW_SUMS], v[u]);
-    const float scale = scale_of(sum, D, eps);
+    const float scale = scale_of_sums(sum, D, eps);
 #pragma unroll
     for (int u = 0; u < 16; u += 2) {
         uint32_t h[4];
@@ -880,7 +880,7 @@ static __device__ void write_normed(const struct packed &out, int row, const flo
         float4 v[8], w[8] = {};
 #pragma unroll
         for (int u = 0; u < 8; u++) {
-            v[u] = load_four(x, i + 32 * u, D / 4);
+            v[u] = load_float4(x, i + 32 * u, D / 4);
             if (i + 32 * u < D / 4) w[u] = ((const float4 *)norm)[i + 32 * u];
         }
 #pragma unroll
@@ -1114,8 +1114,8 @@ static __device__ void stage_row(const struct product_f16 &j, char *shared, int 
 #pragma unroll
     for (int u = 0; u < REGISTER_ROW; u++) {
         if (ROW_THREADS * u >= n) break;
-        v[u] = load_four(x, tid + ROW_THREADS * u, n);
-        w[u] = load_four(j.norm, tid + ROW_THREADS * u, n);
+        v[u] = load_float4(x, tid + ROW_THREADS * u, n);
+        w[u] = load_float4(j.norm, tid + ROW_THREADS * u, n);
     }
 #pragma unroll
     for (int u = 0; u < REGISTER_ROW; u++) {
@@ -1190,7 +1190,7 @@ static __device__ void multiply_span(float *c, const __half2 *w0, const __half2 
 
 /* y or out for one sum: row r of x, row o of the matrix. other: SWIGLU's second sum; what y was. */
 template <int KIND>
-static __device__ void finish(const struct product_f16 &j, const struct part &p, int r, int o,
+static __device__ void epilogue_one(const struct product_f16 &j, const struct part &p, int r, int o,
                               float sum, float other) {
     const float down = 1 / j.in.up;
     const int N = p.w.rows;
@@ -1252,7 +1252,7 @@ template <int KIND> static __device__ int part_of(const struct product_f16 &j, i
 }
 
 /* What a warp fetches: its chain's spans of each of its team's groups, one after the other. */
-template <int TYPE, int KIND> struct stream {
+template <int TYPE, int KIND> struct weight_stream {
     const uint8_t *q[2];
     const __half *d[2];
     int group, groups, step, begin, own, left; /* own: spans of a group; left: of this one */
@@ -1262,7 +1262,7 @@ template <int TYPE, int KIND> struct stream {
 };
 
 template <int TYPE, int KIND>
-static __device__ void point_stream(const struct product_f16 &j, struct stream<TYPE, KIND> *s) {
+static __device__ void point_stream(const struct product_f16 &j, struct weight_stream<TYPE, KIND> *s) {
     int group = s->group, part;
     s->left = s->own;
     if (group >= s->groups) return;
@@ -1278,7 +1278,7 @@ static __device__ void point_stream(const struct product_f16 &j, struct stream<T
 
 /* n spans on their way into a slot. */
 template <int TYPE, int KIND>
-static __device__ void copy_chunk(const struct stream<TYPE, KIND> &s, int n) {
+static __device__ void copy_chunk(const struct weight_stream<TYPE, KIND> &s, int n) {
     typedef struct ring<TYPE> R;
     char *to = s.ring + s.to * R::SLOT, *scales = to + R::PAIRS * R::TILE;
     uint64_t *full = s.full + s.to;
@@ -1294,7 +1294,7 @@ static __device__ void copy_chunk(const struct stream<TYPE, KIND> &s, int n) {
 
 /* The next chunk, if there is one. */
 template <int TYPE, int KIND>
-static __device__ void fetch_chunk(const struct product_f16 &j, struct stream<TYPE, KIND> *s) {
+static __device__ void fetch_chunk(const struct product_f16 &j, struct weight_stream<TYPE, KIND> *s) {
     typedef struct ring<TYPE> R;
     if (s->group < s->groups) {
         const int n = min((int)R::CHUNK, s->left);
@@ -1314,7 +1314,7 @@ static __device__ void fetch_chunk(const struct product_f16 &j, struct stream<TY
 
 /* Until the warp's next chunk is there, while the slot before is still to be filled again. */
 template <int TYPE, int KIND>
-static __device__ const char *wait_for_chunk(struct stream<TYPE, KIND> *s) {
+static __device__ const char *wait_for_chunk(struct weight_stream<TYPE, KIND> *s) {
     typedef struct ring<TYPE> R;
     const char *slot = s->ring + s->at * R::SLOT;
 #if BULK
@@ -1364,15 +1364,15 @@ static __device__ void keep(const __half2 *w) {
 /* A warp's spans of a group, c += its part of the sums, two in turn: while tensor cores work at one
    the next becomes f16, and a further one is on its way from shared memory. */
 template <int TYPE, int KIND, int TILES>
-static __device__ void multiply_group(const struct product_f16 &j, struct stream<TYPE, KIND> *s,
+static __device__ void multiply_group(const struct product_f16 &j, struct weight_stream<TYPE, KIND> *s,
                                       const struct inputs &in, float (*c)[4]) {
     enum { AHEAD = TILES == 1 /* of x too */ };
     struct raw16<TYPE> raw[2] = {};
     __half2 w[2][8], v[2][8];
     uint4 x[TILES][2], y[TILES][2];
     auto expand = [&](__half2 (*to)[8]) {
-        expand16<TYPE>(raw[0], to[0]);
-        expand16<TYPE>(raw[1], to[1]);
+        dequantise16<TYPE>(raw[0], to[0]);
+        dequantise16<TYPE>(raw[1], to[1]);
     };
     auto multiply = [&](int span, __half2 (*w16)[8], uint4 (*x16)[2]) {
         if (!AHEAD) load_inputs<TILES>(in, span, x16);
@@ -1412,7 +1412,7 @@ static __device__ float residual(const struct product_f16 &j, const struct part 
 
 /* The sums of a team's group, c[16 rows of w][8 TILES rows of x] of each chain, to their place. */
 template <int KIND, int TILES>
-static __device__ void finish_group(const struct product_f16 &j, int group, float (*c)[4],
+static __device__ void epilogue_group(const struct product_f16 &j, int group, float (*c)[4],
                                     float (*sums)[TILES * 4][32], int team, int chain,
                                     float before) {
     const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -1429,7 +1429,7 @@ static __device__ void finish_group(const struct product_f16 &j, int group, floa
         float other = 0;
         if (KIND == SWIGLU) other = sum_of_chains(&sums[0][i + 2][lane], TILES * 4 * 32);
         if (KIND == ADD) other = TILES == 1 ? before : residual(j, p, r, o);
-        finish<KIND>(j, p, r, o, sum, other);
+        epilogue_one<KIND>(j, p, r, o, sum, other);
     }
     asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(32 * (int)CHAINS) : "memory");
 }
@@ -1452,7 +1452,7 @@ __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), T
               team = warp / CHAINS, chain = warp % CHAINS, lane = (int)threadIdx.x % 32,
               spans = j.p[0].w.ld / SPAN, each = (spans + CHAINS - 1) / CHAINS;
     char *x = shared + N * CHAINS * R::BYTES;
-    struct stream<TYPE, KIND> s = {};
+    struct weight_stream<TYPE, KIND> s = {};
     s.groups = all_groups<KIND>(j);
     s.step = (int)gridDim.x * N;
     s.group = (int)(blockIdx.x + gridDim.x * team);
@@ -1477,11 +1477,11 @@ __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), T
 #pragma unroll 1
     for (int group = first_group; group < last_group; group += s.step) {
         float c[TILES][4] = {}, before = 0;
-        if (KIND == ADD && TILES == 1) /* of what finish_group lets this thread write */
+        if (KIND == ADD && TILES == 1) /* of what epilogue_group lets this thread write */
             before = residual(j, j.p[0], lane % 4 * 2 + chain % 2,
                               group * 16 + lane / 4 + chain / 2 * 8);
         if (s.own > 0) multiply_group<TYPE, KIND, TILES>(j, &s, in, c);
-        finish_group<KIND, TILES>(j, group, c, sums[team], team, chain, before);
+        epilogue_group<KIND, TILES>(j, group, c, sums[team], team, chain, before);
     }
     if (!BULK) wait_for_copies<0>();
 }
@@ -1576,7 +1576,7 @@ struct unpacked {
 /* A warp's 16 rows of a tile over one span, number `unit` of all; zeros behind a matrix's last row.
    Lanes take 16 columns of two rows; of memory that is two tiles of 8 rows. */
 template <int TYPE>
-static __device__ void unpack_unit(const struct unpacked &p, unsigned unit, unsigned spans) {
+static __device__ void dequantise_unit(const struct unpacked &p, unsigned unit, unsigned spans) {
     const int lane = (int)threadIdx.x % 32, t = lane % 4, row = (int)(unit % 16) * 16 + lane / 4;
     const unsigned tile = unit / 16 / spans, span = unit / 16 % spans;
     const int m = p.pair ? row / 64 % 2
@@ -1597,7 +1597,7 @@ static __device__ void unpack_unit(const struct unpacked &p, unsigned unit, unsi
     for (int i = 0; i < 2; i++) {
         __half2 v[8];
         uint32_t u[8];
-        expand16<TYPE>(raw[i], v);
+        dequantise16<TYPE>(raw[i], v);
 #pragma unroll
         for (int k = 0; k < 8; k++) u[k] = there[i] ? as_word(v[k]) : 0;
         transpose4(u, t, 1);
@@ -1610,18 +1610,18 @@ static __device__ void unpack_unit(const struct unpacked &p, unsigned unit, unsi
 
 /* Warp number `warp` of so many: its share of all units. */
 template <int TYPE>
-static __device__ void unpack_units(const struct unpacked &p, int warp, int warps) {
+static __device__ void dequantise_units(const struct unpacked &p, int warp, int warps) {
     const unsigned spans = (unsigned)p.w[0].ld / SPAN, units = (unsigned)p.tiles * spans * 16;
     for (unsigned i = (unsigned)warp; i < units; i += (unsigned)warps)
-        unpack_unit<TYPE>(p, i, spans);
+        dequantise_unit<TYPE>(p, i, spans);
 }
 
-static __device__ void unpack(const struct unpacked &p, int warp, int warps) {
+static __device__ void dequantise_panels(const struct unpacked &p, int warp, int warps) {
     switch (p.w[0].type) {
-    case LVM_F16: unpack_units<LVM_F16>(p, warp, warps); break;
-    case LVM_BF16: unpack_units<LVM_BF16>(p, warp, warps); break;
-    case LVM_Q8_0: unpack_units<LVM_Q8_0>(p, warp, warps); break;
-    case LVM_Q4_0: unpack_units<LVM_Q4_0>(p, warp, warps);
+    case LVM_F16: dequantise_units<LVM_F16>(p, warp, warps); break;
+    case LVM_BF16: dequantise_units<LVM_BF16>(p, warp, warps); break;
+    case LVM_Q8_0: dequantise_units<LVM_Q8_0>(p, warp, warps); break;
+    case LVM_Q4_0: dequantise_units<LVM_Q4_0>(p, warp, warps);
     }
 }
 
@@ -1629,7 +1629,7 @@ static __device__ void unpack(const struct unpacked &p, int warp, int warps) {
 __global__ void __launch_bounds__(THREADS)
     panels_kernel(const __grid_constant__ struct unpacked p) {
     wait_for_inputs();
-    unpack(p, (int)(blockIdx.x * WARPS + threadIdx.x / 32), (int)gridDim.x * WARPS);
+    dequantise_panels(p, (int)(blockIdx.x * WARPS + threadIdx.x / 32), (int)gridDim.x * WARPS);
 }
 
 enum { LATER = 3 };
@@ -1650,14 +1650,14 @@ struct gemm {
 
 /* Ends of sums. A thread brings B blocks of 8 columns of rows `row` and row + 8, [B][2][2]; of a
    tile's blocks these are n0 on, 16 or (B = 8) four and the four that come 8 later. Four neighbours
-   of y come from two blocks: number j of these begins at column end_column. The work has B / 4
+   of y come from two blocks: number j of these begins at column epilogue_column. The work has B / 4
    parts, so that other work can go on between them. */
-static __device__ int end_column(int B, int j) {
+static __device__ int epilogue_column(int B, int j) {
     return B == 16 ? 16 * j : j / 2 * 64 + j % 2 * 16;
 }
 
 /* y += v. Each element has this one addition, so that nothing depends on an order. */
-static __device__ void add_four(float *y, float4 v) {
+static __device__ void add_float4(float *y, float4 v) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y), "f"(v.x), "f"(v.y),
                  "f"(v.z), "f"(v.w) : "memory");
@@ -1669,18 +1669,18 @@ static __device__ void add_four(float *y, float4 v) {
 
 /* Four columns of a row, of two blocks: y = sum down + bias, or y += sum down, which is exact. */
 template <int KIND>
-static __device__ void end_four(const float (*c)[4], int i, float down, const float *bias,
+static __device__ void epilogue_float4(const float (*c)[4], int i, float down, const float *bias,
                                 float *y) {
     float4 v = bias != NULL ? *(const float4 *)bias : make_float4(0, 0, 0, 0);
     v = make_float4(fmaf(c[0][2 * i], down, v.x), fmaf(c[0][2 * i + 1], down, v.y),
                     fmaf(c[1][2 * i], down, v.z), fmaf(c[1][2 * i + 1], down, v.w));
-    if (KIND == ADD) add_four(y, v);
+    if (KIND == ADD) add_float4(y, v);
     else *(float4 *)y = v;
 }
 
 /* The same, one by one: of `left` columns. ADD: y = (sum down + y) + bias. */
 template <int KIND>
-static __device__ void end_edge(const float (*c)[4], int i, float down, const float *bias,
+static __device__ void epilogue_edge(const float (*c)[4], int i, float down, const float *bias,
                                 float *y, int left) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
@@ -1693,7 +1693,7 @@ static __device__ void end_edge(const float (*c)[4], int i, float down, const fl
 
 /* STORE and ADD, part `part`: of a row a quarter of B / 2 fours, or a half. */
 template <int KIND, int B>
-static __device__ void end_sums(const struct gemm &p, int part, int tile, int row, int n0,
+static __device__ void epilogue_sums(const struct gemm &p, int part, int tile, int row, int n0,
                                 const float (*c)[4]) {
     const auto &o = p.out[(tile >= p.out[1].first) + (tile >= p.out[2].first)];
     const int first = (tile - o.first) * W_ROWS + n0 * 8, col = first + (int)threadIdx.x % 4 * 4;
@@ -1705,20 +1705,20 @@ static __device__ void end_sums(const struct gemm &p, int part, int tile, int ro
     if (whole) {
 #pragma unroll
         for (int j = part / 2 * 4; j < part / 2 * 4 + 4; j++)
-            end_four<KIND>(c + 2 * j, i, p.down, bias != NULL ? bias + end_column(B, j) : NULL,
-                           y + end_column(B, j));
+            epilogue_float4<KIND>(c + 2 * j, i, p.down, bias != NULL ? bias + epilogue_column(B, j) : NULL,
+                           y + epilogue_column(B, j));
     } else {
 #pragma unroll
         for (int j = part / 2 * 4; j < part / 2 * 4 + 4; j++)
-            end_edge<KIND>(c + 2 * j, i, p.down, bias != NULL ? bias + end_column(B, j) : NULL,
-                           y + end_column(B, j), o.N - col - end_column(B, j));
+            epilogue_edge<KIND>(c + 2 * j, i, p.down, bias != NULL ? bias + epilogue_column(B, j) : NULL,
+                           y + epilogue_column(B, j), o.N - col - epilogue_column(B, j));
     }
 }
 
 /* The gate's sums are in the first half of the blocks, up's in the second; four of each make 16
    bytes of a panel: columns 16 n + 2 piece + (0, 1). */
 template <int B>
-static __device__ void end_swiglu(const struct gemm &p, int part, int tile, int row, int n0,
+static __device__ void epilogue_swiglu(const struct gemm &p, int part, int tile, int row, int n0,
                                   const float (*c)[4]) {
     const int i = part % 2, r = row + i * 8, piece = (int)threadIdx.x % 4 + n0 % 8 + part / 2 * 4;
     const int span = tile * 2 + n0 / 16, spans = p.h.ld / SPAN;
@@ -1736,10 +1736,10 @@ static __device__ void end_swiglu(const struct gemm &p, int part, int tile, int 
 }
 
 template <int KIND, int B>
-static __device__ void end_part(const struct gemm &p, int part, int tile, int row, int n0,
+static __device__ void epilogue_part(const struct gemm &p, int part, int tile, int row, int n0,
                                 const float (*c)[4]) {
-    if (KIND == SWIGLU) end_swiglu<B>(p, part, tile, row, n0, c);
-    else end_sums<KIND, B>(p, part, tile, row, n0, c);
+    if (KIND == SWIGLU) epilogue_swiglu<B>(p, part, tile, row, n0, c);
+    else epilogue_sums<KIND, B>(p, part, tile, row, n0, c);
 }
 
 /* Spans of the four parts that have a chain of sums each. */
@@ -1759,14 +1759,14 @@ static __device__ int part_start(int spans, int part) {
 
 enum { CLUSTER = 2, GEMM_RING = 3, GEMM_RING_BYTES = X_BYTES + W_BYTES, WGMMA_THREADS = 384,
        REST_BYTES = 256 * 64 * 4 /* sums of two warpgroups */,
-       WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES + REST_BYTES, END_PARTS = 4 };
+       WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES + REST_BYTES, EPILOGUE_PARTS = 4 };
 
-static __host__ __device__ int gemm_across(const struct gemm &p) {
+static __host__ __device__ int gemm_row_tiles(const struct gemm &p) {
     return (p.rows + X_ROWS * CLUSTER - 1) / (X_ROWS * CLUSTER);
 }
 
-static __host__ __device__ int gemm_pieces(const struct gemm &p) {
-    return gemm_across(p) * p.tiles;
+static __host__ __device__ int gemm_tiles(const struct gemm &p) {
+    return gemm_row_tiles(p) * p.tiles;
 }
 
 #if WGMMA
@@ -1791,34 +1791,34 @@ static __device__ void cluster_sync(void) {
 }
 
 /* Piece x of 128 rows of x, tile w of w. */
-struct output_piece {
+struct output_tile {
     int x, w;
 };
 
 /* Number n of a cluster's pieces. Those that are computed at a time share `group` clusters' rows of
    x, which stay in the L2 cache. */
-static __device__ struct output_piece piece_of(const struct gemm &p, int n) {
-    const int i = (int)blockIdx.x / CLUSTER + n * ((int)gridDim.x / CLUSTER), all = gemm_across(p);
+static __device__ struct output_tile output_tile_of(const struct gemm &p, int n) {
+    const int i = (int)blockIdx.x / CLUSTER + n * ((int)gridDim.x / CLUSTER), all = gemm_row_tiles(p);
     const int each = p.group * p.tiles, first = i / each * p.group;
     const int size = min(p.group, all - first), in = i % each;
-    struct output_piece q = {(first + in % size) * CLUSTER + (int)blockIdx.x % CLUSTER, in / size};
+    struct output_tile q = {(first + in % size) * CLUSTER + (int)blockIdx.x % CLUSTER, in / size};
     return q;
 }
 
 /* How many pieces a cluster has. */
-static __device__ int pieces_of(const struct gemm &p) {
+static __device__ int output_tiles_of(const struct gemm &p) {
     const int clusters = (int)gridDim.x / CLUSTER;
-    return (gemm_pieces(p) - (int)blockIdx.x / CLUSTER + clusters - 1) / clusters;
+    return (gemm_tiles(p) - (int)blockIdx.x / CLUSTER + clusters - 1) / clusters;
 }
 
 /* One thread: the stages of all pieces; `at` counts them. */
-static __device__ void load_stages(const struct gemm &p, char *ring, uint64_t *full,
+static __device__ void fill_stages(const struct gemm &p, char *ring, uint64_t *full,
                                    uint64_t *empty) {
-    const int spans = p.ld / SPAN, pieces = pieces_of(p), part = (int)blockIdx.x % CLUSTER;
+    const int spans = p.ld / SPAN, pieces = output_tiles_of(p), part = (int)blockIdx.x % CLUSTER;
     const int x_tiles = (p.rows + X_ROWS - 1) / X_ROWS, own = W_BYTES / CLUSTER * part;
     uint32_t at = 0;
     for (int n = 0; n < pieces; n++) {
-        const struct output_piece q = piece_of(p, n);
+        const struct output_tile q = output_tile_of(p, n);
         const char *x = (const char *)p.x + (int64_t)min(q.x, x_tiles - 1) * spans * X_BYTES;
         const char *w = (const char *)p.w + (int64_t)q.w * spans * W_BYTES + own;
         for (int span = 0; span < spans; span++, at++) {
@@ -1839,7 +1839,7 @@ static __device__ void release_stage(uint64_t *empty) {
 }
 
 /* A warpgroup's place in the ring: stage number `at` of all; x0: where its rows of x begin. */
-struct reader {
+struct consumer {
     const char *ring;
     uint64_t *full, *empty;
     uint32_t at;
@@ -1848,7 +1848,7 @@ struct reader {
 
 /* 64 rows of x by 256 of w over a stage's span, in the background: c[8 columns], a new chain or
    not. */
-static __device__ void multiply_stage(const struct reader &r, int add, float (*c)[4]) {
+static __device__ void multiply_stage(const struct consumer &r, int add, float (*c)[4]) {
     const uint32_t stage = r.at % GEMM_RING;
     const char *tiles = r.ring + stage * GEMM_RING_BYTES;
     const uint64_t x = tile_descriptor(tiles + r.x0), w = tile_descriptor(tiles + X_BYTES);
@@ -1860,13 +1860,13 @@ static __device__ void multiply_stage(const struct reader &r, int add, float (*c
 }
 
 /* The stage is done. (It may be waited for at once: meanwhile the other warpgroup multiplies.) */
-static __device__ void end_stage(struct reader *r) {
+static __device__ void end_stage(struct consumer *r) {
     products_wait<0>();
     release_stage(&r->empty[r->at++ % GEMM_RING]);
 }
 
 /* Stages first .. n - 1 of a chain. */
-static __device__ void multiply_chain(struct reader *r, int first, int n, float (*c)[4]) {
+static __device__ void multiply_chain(struct consumer *r, int first, int n, float (*c)[4]) {
     for (int i = first; i < n; i++) {
         multiply_stage(*r, i > 0, c);
         end_stage(r);
@@ -1874,85 +1874,85 @@ static __device__ void multiply_chain(struct reader *r, int first, int n, float 
 }
 
 /* The sums of a piece: of columns 0 .. 127 in registers, of the others in shared memory, where a
-   four is what end_four takes: number 8 i + j of row 8 i, blocks 2 j and 2 j + 1. */
-struct sums {
+   four is what epilogue_float4 takes: number 8 i + j of row 8 i, blocks 2 j and 2 j + 1. */
+struct accumulators {
     float kept[16][4];
-    float4 *rest; /* this thread's; the next is GEMM_GROUP further */
+    float4 *rest; /* this thread's; the next is WARP_GROUP further */
 };
 
-enum { GEMM_GROUP = 128 };
+enum { WARP_GROUP = 128 };
 
 /* sums += a chain's, or become those of the first. */
-static __device__ void add_chain(struct sums *s, const float (*c)[4], int first) {
+static __device__ void add_chain(struct accumulators *s, const float (*c)[4], int first) {
 #pragma unroll
     for (int k = 0; k < 64; k++)
         s->kept[k / 4][k % 4] = first ? c[k / 4][k % 4] : s->kept[k / 4][k % 4] + c[k / 4][k % 4];
 #pragma unroll
     for (int k = 0; k < 16; k++) {
         const float *u = c[16 + k % 8 * 2] + k / 8 * 2, *v = c[17 + k % 8 * 2] + k / 8 * 2;
-        float4 sum = first ? make_float4(0, 0, 0, 0) : s->rest[k * GEMM_GROUP];
+        float4 sum = first ? make_float4(0, 0, 0, 0) : s->rest[k * WARP_GROUP];
         if (first) sum = make_float4(u[0], u[1], v[0], v[1]);
         else sum = make_float4(sum.x + u[0], sum.y + u[1], sum.z + v[0], sum.w + v[1]);
-        s->rest[k * GEMM_GROUP] = sum;
+        s->rest[k * WARP_GROUP] = sum;
     }
 }
 
 /* Part of what the sums of a warp's 16 rows of a piece become. */
 template <int KIND>
-static __device__ void end_piece(const struct gemm &p, int part, struct output_piece q,
-                                 const struct sums &s) {
+static __device__ void epilogue_quarter(const struct gemm &p, int part, struct output_tile q,
+                                 const struct accumulators &s) {
     const int row = q.x * X_ROWS + (int)threadIdx.x / 32 * 16 + (int)threadIdx.x % 32 / 4;
     const int i = part % 2, h = part / 2;
     float rest[16][4]; /* those that this part takes */
-    end_part<KIND, 16>(p, part, q.w, row, 0, s.kept);
+    epilogue_part<KIND, 16>(p, part, q.w, row, 0, s.kept);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         const int j = KIND == SWIGLU ? k / 2 * 4 + h * 2 + k % 2 : h * 4 + k;
-        const float4 v = s.rest[(8 * i + j) * GEMM_GROUP];
+        const float4 v = s.rest[(8 * i + j) * WARP_GROUP];
         rest[2 * j][2 * i] = v.x, rest[2 * j][2 * i + 1] = v.y;
         rest[2 * j + 1][2 * i] = v.z, rest[2 * j + 1][2 * i + 1] = v.w;
     }
-    end_part<KIND, 16>(p, part, q.w, row, 16, rest);
+    epilogue_part<KIND, 16>(p, part, q.w, row, 16, rest);
 }
 
 /* The first chain of a piece, and meanwhile the end of the piece before. */
 template <int KIND>
-static __device__ void multiply_and_end(const struct gemm &p, struct reader *r, int n,
-                                        struct output_piece before, float (*c)[4],
-                                        const struct sums &s) {
-    if (n >= END_PARTS) {
+static __device__ void multiply_with_epilogue(const struct gemm &p, struct consumer *r, int n,
+                                        struct output_tile before, float (*c)[4],
+                                        const struct accumulators &s) {
+    if (n >= EPILOGUE_PARTS) {
 #pragma unroll
-        for (int part = 0; part < END_PARTS; part++) {
+        for (int part = 0; part < EPILOGUE_PARTS; part++) {
             multiply_stage(*r, part > 0, c);
-            end_piece<KIND>(p, part, before, s);
+            epilogue_quarter<KIND>(p, part, before, s);
             end_stage(r);
         }
-        multiply_chain(r, END_PARTS, n, c);
+        multiply_chain(r, EPILOGUE_PARTS, n, c);
     } else {
 #pragma unroll
-        for (int part = 0; part < END_PARTS; part++) end_piece<KIND>(p, part, before, s);
+        for (int part = 0; part < EPILOGUE_PARTS; part++) epilogue_quarter<KIND>(p, part, before, s);
         multiply_chain(r, 0, n, c);
     }
 }
 
 /* A warpgroup's half of all pieces. */
 template <int KIND>
-static __device__ void multiply_pieces(const struct gemm &p, char *ring, uint64_t *full,
+static __device__ void multiply_output_tiles(const struct gemm &p, char *ring, uint64_t *full,
                                        uint64_t *empty) {
-    const int spans = p.ld / SPAN, pieces = pieces_of(p);
+    const int spans = p.ld / SPAN, pieces = output_tiles_of(p);
     const int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
-    struct reader r = {ring, full, empty, 0, group * (X_BYTES / 2)};
-    struct output_piece q = {0, 0};
+    struct consumer r = {ring, full, empty, 0, group * (X_BYTES / 2)};
+    struct output_tile q = {0, 0};
     float c[32][4];
-    struct sums s;
+    struct accumulators s;
     s.rest = (float4 *)(ring + GEMM_RING * GEMM_RING_BYTES + group * (REST_BYTES / 2)) +
-             threadIdx.x % GEMM_GROUP;
+             threadIdx.x % WARP_GROUP;
     for (int n = 0; n <= pieces; n++) {
         const int count = n < pieces ? part_start(spans, 1) : 0;
         if (n == 0) multiply_chain(&r, 0, count, c);
-        else multiply_and_end<KIND>(p, &r, count, q, c, s);
+        else multiply_with_epilogue<KIND>(p, &r, count, q, c, s);
         if (n == pieces) break;
-        q = piece_of(p, n);
+        q = output_tile_of(p, n);
         add_chain(&s, c, 1);
         for (int part = 1; part < CHAINS; part++) {
             const int more = part_start(spans, part + 1) - part_start(spans, part);
@@ -1984,13 +1984,13 @@ __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     wait_for_inputs();
     if (threadIdx.x < 256) {
         asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        multiply_pieces<KIND>(p, tiles, full, empty);
+        multiply_output_tiles<KIND>(p, tiles, full, empty);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
         const int helper = (int)threadIdx.x / 32 - 9;
-        if (threadIdx.x == 256) load_stages(p, tiles, full, empty);
+        if (threadIdx.x == 256) fill_stages(p, tiles, full, empty);
         for (int i = 0; helper >= 0 && i < LATER; i++)
-            unpack(p.later[i], (int)blockIdx.x * 3 + helper, (int)gridDim.x * 3);
+            dequantise_panels(p.later[i], (int)blockIdx.x * 3 + helper, (int)gridDim.x * 3);
     }
     __syncwarp();
     cluster_sync();
@@ -2067,7 +2067,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant_
     for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int part = 0; part < 2; part++)
-            end_part<KIND, 8>(p, part, half / 2, first + m * 16, half % 2 * 16 + n0, total[m]);
+            epilogue_part<KIND, 8>(p, part, half / 2, first + m * 16, half % 2 * 16 + n0, total[m]);
 }
 
 /* ---- Launches ---- */
@@ -2150,7 +2150,7 @@ enum { GROUP_BYTES = 20 << 20 /* of x, which the L2 cache keeps */ };
 
 /* blocks: how many gemm_wgmma_kernel runs at a time, or 0 where there is none. */
 template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int blocks) {
-    int tiles = (p.rows + X_ROWS - 1) / X_ROWS, across = gemm_across(p);
+    int tiles = (p.rows + X_ROWS - 1) / X_ROWS, across = gemm_row_tiles(p);
     int most = (int)max64(1, GROUP_BYTES / (CLUSTER * X_BYTES * (p.ld / SPAN)));
     int groups = (across + most - 1) / most;
     p.group = (across + groups - 1) / groups;
@@ -2164,7 +2164,7 @@ template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int 
         how[0].val.clusterDim = {CLUSTER, 1, 1};
         how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         how[1].val.programmaticStreamSerializationAllowed = 1;
-        c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_pieces(p), blocks / CLUSTER)));
+        c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_tiles(p), blocks / CLUSTER)));
         c.blockDim = dim3(WGMMA_THREADS);
         c.dynamicSmemBytes = WGMMA_SHARED;
         c.stream = q->stream;
