@@ -5,7 +5,7 @@
    run: the runtime is linked in, and where there is no driver the program starts all the same.
 
    CONTENTS
-     1  Errors, memory: every call and every launch is checked
+     1  Errors, launches, memory: every call and every launch is checked
      2  Weights on the device: planes of integers and of scales, tiles of 8 rows; their upload
      3  Products in f16 on tensor cores: GEMV for a few rows, GEMM for many, one order of sums
      4  Products in f32, for F32 weights and --exact; convolutions on tensor cores
@@ -14,7 +14,7 @@
      7  The transformer: one forward, one chain of kernels, recorded as a graph
      8  Sampling, and the loop that generates
      9  The tokenizer: GroupNorm, attention over pixels, the quantiser
-    10  The seam
+    10  The seam: a context's memory, the calls of the backend, ceilings for `lvm bench`
 
    SUMS HAVE ONE ORDER here too: a row's result depends on nothing but its own numbers, never on how
    many rows came with it, so that a prompt in pieces, a candidate among others and a reused prefix
@@ -23,7 +23,8 @@
    although a few rows need none of their speed, and GEMM keeps four sums of each element, because
    GEMV needs four chains to be quick (some 5 % of a prompt); attention adds blocks of 64 keys one
    after the other, also where one pass over all keys would do. The same card gives the same bytes
-   run to run: no atomics add anything.
+   run to run: nothing is added in an order that may change. (The one atomic addition, GEMM's to the
+   residual stream, is the only one that its element gets.)
 
    ARITHMETIC. F32 weights, and all weights with --exact: f32 products, fma after fma in ascending
    k, and attention in f32. Otherwise weights become f16 as they are read (a quantised one is q d,
@@ -32,7 +33,29 @@
    tokenizer's activations are two f16 numbers each, a high and a low part, which keeps every token
    of f32 but those at a tie.
 
-   LEFT OUT, so far: attention's merge inside its neighbours; more than one GPU for a model. */
+   WORDS
+     row          a token's vector of activations; a step takes some of them through the layers
+     few, many    up to 64 rows go by GEMV (generating), more by GEMM (a prompt's prefill)
+     span         64 columns: the K tile of all products in f16
+     chain        sums that one accumulator adds, product after product, in ascending k
+     tile         some rows of one span, side by side in memory: 8 of weights as they are kept, 256
+                  of weights in f16 for GEMM, 128 of activations
+     panels       a matrix as tiles in f16, swizzled as tensor cores read them from shared memory
+     page, block  256 and 64 positions of the KV cache
+     lane g, t    lane / 4 and lane % 4: which rows and columns of mma's operands a thread holds
+
+   FLOORS. A kernel's comment ends with its floor: the time that no kernel for the same work can be
+   under, bytes over the memory's bandwidth or operations over the arithmetic's rate, whichever is
+   more. An H200 copies 4.2 TB/s and its tensor cores do 780 TFLOP/s, so that a Q8_0 weight (17
+   bits) takes as long to read as to multiply by some 100 rows: GEMV waits for memory, GEMM for
+   tensor cores. `lvm bench` measures both on the card at hand.
+
+   WHERE TO BEGIN. struct matrix in chapter 2, gemv_kernel in 3, split_kernel in 6, run_layer in 7
+   and gpu_generate in 8 are the path of a token. The plain version of every kernel is lvm.c's.
+
+   LEFT OUT: training, which runs on the CPU; more than one GPU for a model; attention and its merge
+   in one kernel and a GEMV that keeps more blocks on a multiprocessor, which were slower
+   (docs/performance.md tells what else was tried). */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <dlfcn.h>
@@ -48,16 +71,22 @@
 #include <cuda_fp16.h>
 
 /* =================================================================================================
-   1.  Errors, memory */
+   1.  Errors, launches, memory
+
+   A launch returns before its kernel has run, and an error may show at any later call. So functions
+   that queue work return nothing: the queue keeps its first error and the call that met it, and
+   whoever needs the results waits (wait_for) and gets both as an lvm error. Work behind an error
+   does no harm, and costs time only where something is wrong anyway. */
 
 enum { THREADS = 256, WARPS = THREADS / 32 };
 
 /* Work that runs in order, and the first thing that went wrong in it. */
 struct queue {
     int device;
-    int chains, sms;         /* 1: kernels may start early, see launch; multiprocessors */
+    int chains;              /* 1: kernels may start early, see launch */
+    int sms;                 /* multiprocessors */
     int shared;              /* bytes of shared memory that a block may have */
-    int wgmma;               /* blocks of gemm_wgmma_kernel, 0: the chip has none */
+    int wgmma;               /* blocks of gemm_wgmma_kernel at a time, 0: it cannot run here */
     cudaStream_t stream;
     cudaError_t error;
     const char *what;
@@ -72,7 +101,7 @@ static void note(struct queue *q, cudaError_t error, const char *what) {
 /* A call of CUDA; the error names it. */
 #define CALL(q, function, ...) note(q, function(__VA_ARGS__), #function)
 
-/* Behind every launch. */
+/* Behind every launch by <<< >>>. */
 static void launched(struct queue *q, const char *kernel) { note(q, cudaGetLastError(), kernel); }
 
 /* A launch in a chain of short kernels: where the chip can (compute capability 9), blocks start
@@ -94,7 +123,7 @@ static void launch(struct queue *q, const char *name, void (*kernel)(P...), dim3
     note(q, cudaLaunchKernelEx(&c, kernel, P(args)...), name);
 }
 
-/* All that earlier kernels wrote is there; the next kernel's blocks may start. */
+/* Waits until all that earlier kernels wrote is there, and lets the next kernel's blocks start. */
 static __device__ void wait_for_inputs() {
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -120,7 +149,8 @@ static int wait_for(struct queue *q, lvm_error *error) {
     return settle(q, error);
 }
 
-/* Either way between host and device; host memory that is not pinned is waited for. */
+/* Between host and device, either way, or inside one; where host memory is not pinned, the call
+   returns when it has been read or written. */
 static void copy(struct queue *q, void *to, const void *from, size_t bytes, const char *what) {
     note(q, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream), what);
 }
@@ -152,17 +182,27 @@ template <class T> static void take(struct arena *a, T **p, int64_t count) {
        Q4_0   q[rows][ld / 2]: nibble i (0 .. 3) of a 32-bit word is its element 2 i, nibble i + 4
               element 2 i + 1, so that a shift and a mask give a pair; value + 8     d: the same
 
-   A thread takes 16 elements at a time, which lie side by side and share a scale. */
+   Integers and scales are planes of their own, because a block of the file, 18 or 34 bytes, would
+   allow loads of two bytes only. The transformer's matrices, but for F32, are cut into tiles of 8
+   rows by 64 columns, the rows padded to a multiple of 8:
 
-enum { SPAN = 64 /* columns that a quarter-warp of tensor-core operands covers: 4 threads x 16 */ };
+       [rows / 8][ld / 64][8][64]     and their scales [rows / 8][ld / 64][8][2]
+
+   A tile is what a warp feeds to one tensor-core operand: lane i takes 16 columns of row i / 4,
+   which lie side by side and share a scale, and all lanes together read 512 bytes of Q8_0 in one
+   run. Whatever follows in the same 8 rows follows in memory. */
+
+enum { SPAN = 64 /* columns of a tile: 4 lanes x 16 */ };
 
 struct matrix {
-    int type, rows, cols, ld, tiled;
-    uint8_t *q;
-    __half *d;
+    int type, rows, cols;
+    int ld;     /* cols, padded */
+    int tiled;  /* 1: in tiles */
+    uint8_t *q; /* numbers, or the integers of a quantised type */
+    __half *d;  /* scales */
 };
 
-/* Where an element lies: 16 from a multiple of 16 on are neighbours. */
+/* Where an element lies, in elements: 16 from a multiple of 16 on are neighbours. */
 static __device__ int64_t element_at(const struct matrix &m, int64_t row, int k) {
     if (!m.tiled) return row * m.ld + k;
     return ((row / 8 * (m.ld / SPAN) + k / SPAN) * 8 + row % 8) * SPAN + k % SPAN;
@@ -196,7 +236,8 @@ static __device__ void pairs_of_nibbles(uint32_t w, __half2 d, __half2 *out) {
 }
 
 /* 16 elements from column k on (a multiple of 16), as they lie in memory; for types other than F32.
-   Apart from what is done with them, so that several loads are under way before one is used. */
+   They are loaded apart from their dequantisation, so that several loads are under way before the
+   first is used. */
 template <int TYPE> struct raw16 {
     uint4 v[TYPE == LVM_F16 || TYPE == LVM_BF16 ? 2 : 1];
     __half d;
@@ -220,7 +261,7 @@ static __device__ void fetch16(const struct matrix &m, int64_t row, int k,
     if (TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0) raw->d = m.d[at / QK];
 }
 
-/* The same as f16. */
+/* Dequantised to f16: q d, rounded once. */
 template <int TYPE>
 static __device__ void dequantise16(const struct raw16<TYPE> &raw, __half2 *out) {
     const uint4 v = raw.v[0], u = raw.v[sizeof raw.v / 16 - 1];
@@ -279,7 +320,7 @@ struct ups {
     float attn, heads, ffn, hidden;
 };
 
-/* A model's copy: matrix i belongs to tensor i of its description. */
+/* A model's copy on the device. */
 struct gpu_layer {
     const float *attn_norm, *ffn_norm, *q_bias, *k_bias, *v_bias, *o_bias;
     struct matrix q, k, v, o, gate, up, down;
@@ -295,16 +336,16 @@ struct gpu_op {
 struct gpu_model {
     struct queue q;
     const lvm_model *m;
-    struct matrix *map;           /* [m->n_specs] */
+    struct matrix *map;           /* [m->n_specs]: of tensor i of the model's description */
     struct gpu_layer *layers;     /* [L] */
     struct gpu_op *ops;           /* [n_ops] */
     struct matrix embed, output, codebook;
     const float *norm;
-    float head_up;                /* as struct ups, in front of the output */
+    float head_up;                /* as in struct ups, of rows in front of the output */
     int *bounds;                  /* [L][3] and the codebook's, bits of floats; see find_bounds */
     float *code_norms;            /* [codes] on the device: |e|^2 */
     int bad_codebook;             /* 1: some of them are not finite: gpu_encode refuses */
-    char *memory;
+    char *memory;                 /* all of the above that is on the device */
     size_t bytes;
 };
 
@@ -318,7 +359,7 @@ static const float *vector_on_device(const struct gpu_model *g, const struct ten
     return (const float *)on_device(g, t).q;
 }
 
-/* Vectors lie as one row, matrices of the transformer in tiles. */
+/* Lays out all weights: vectors as one row, matrices of the transformer in tiles. */
 static void place_weights(struct gpu_model *g, struct arena *a) {
     for (int i = 0; i < g->m->n_specs; i++) {
         const struct tensor *t = g->m->specs[i].tensor;
@@ -339,15 +380,20 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
 
 /* ---- Upload ----
 
-   The tensors' bytes go over in pieces: a list of parts, and their bytes. Each of some CPU threads
-   takes the next piece, copies it from the (mapped) file to pinned memory of its own and sends it,
-   and a kernel on the device puts its units where they belong: a unit is a quantised block or one
-   number. So copying, PCIe and the kernel work side by side. One stream holds all copies, another
+   The tensors' bytes go over in pieces of a megabyte: a list of parts of tensors, and their bytes.
+   Each of some CPU threads takes the next piece, copies it from the (mapped) file to pinned memory
+   of its own and sends it, and a kernel on the device puts its units where they belong: a unit is a
+   quantised block or one number. So copying, PCIe and the kernel work side by side. One stream holds all copies, another
    all kernels: copies that change streams cost 20 us more each. To pin memory of 4 KiB pages costs
    half a millisecond a megabyte, of huge pages an eighth. */
 
-enum { PIECE = 1 << 20, PARTS = 128 /* of a piece at most */, UPLOADERS = 8,
-       BUFFERS = 2 /* of a thread */, PIECES = UPLOADERS * BUFFERS };
+enum {
+    PIECE = 1 << 20,
+    PARTS = 128,    /* of a piece at most */
+    UPLOADERS = 8,  /* threads at most */
+    BUFFERS = 2,    /* of a thread: one is filled while the other is sent */
+    PIECES = UPLOADERS * BUFFERS
+};
 
 struct part_of_piece {
     struct matrix m;
@@ -390,8 +436,9 @@ static int list_piece(struct upload *u, struct part_of_piece *list) {
     return n;
 }
 
-/* Grid: [..][parts]. Reads a piece, writes planes, a thread a unit at a time; what lies behind a
-   row's last is zero already. Floor: bytes in + bytes out, far less than PCIe takes. */
+/* Reads a piece, its list in front; writes planes of matrices, in tiles or rows; what lies behind a
+   row's last column is zero already. A thread takes a unit at a time. Grid: [any][parts]. Floor:
+   bytes in + bytes out, far less than PCIe takes. */
 __global__ void place_kernel(const uint8_t *piece) {
     const struct part_of_piece p = ((const struct part_of_piece *)piece)[blockIdx.y];
     const int units = p.m.cols / p.elements, step = (int)gridDim.x * THREADS;
@@ -415,6 +462,7 @@ __global__ void place_kernel(const uint8_t *piece) {
     }
 }
 
+/* Piece `number`, whose n parts are listed: copied to pinned memory, to the device, and placed. */
 static void send_piece(struct upload *u, struct queue *q, int number, int n) {
     const int64_t at = (int64_t)number * PIECE;
     uint8_t *host = u->host + at, *device = u->device + at;
@@ -434,6 +482,7 @@ static void send_piece(struct upload *u, struct queue *q, int number, int n) {
     CALL(q, cudaEventRecord, u->event[number], u->kernels);
 }
 
+/* Piece after piece, by turns in each of its buffers, until none is left. */
 static void *upload_thread(void *arg) {
     struct upload *u = (struct upload *)arg;
     struct queue q = u->g->q;
@@ -482,6 +531,7 @@ static void upload_alloc(struct upload *u, size_t bytes) {
         CALL(&u->q, cudaEventCreateWithFlags, &u->event[i], cudaEventDisableTiming);
 }
 
+/* All weights; g->q gets the error. */
 static void upload_weights(struct gpu_model *g) {
     struct upload u = {};
     int n = (int)min64(max64(2, min64(UPLOADERS, sysconf(_SC_NPROCESSORS_ONLN))),
@@ -506,8 +556,9 @@ static void upload_weights(struct gpu_model *g) {
     note(&g->q, u.q.error, u.q.what);
 }
 
-/* ---- The model ---- */
+/* ---- The model's copy ---- */
 
+/* Layers by name, from tensors that lie as the description lists them. */
 static void bind_layers(struct gpu_model *g) {
     const struct llama *a = &g->m->llama;
     for (int i = 0; i < a->L; i++) {
@@ -586,11 +637,15 @@ static int gpu_model_alloc(struct gpu_model *g, lvm_error *error) {
     return LVM_OK;
 }
 
-/* ---- What is known of weights before they are used ---- */
+/* ---- Bounds of activations, from weights ----
 
-/* A warp a row. norms: where |w|^2 goes, or NULL. largest[0] = the bits of the largest of
+   Activations are multiplied by a power of two before they become f16, so that none overflows and
+   few are lost below; it is found once, from bounds that hold for every input (see chapter 3). */
+
+/* Reads w, a warp a row. norms[row] = |w|^2, or NULL. largest[0] = the bits of the largest of
    root |w norm| + |bias|, where norm and bias are not NULL: with root = sqrt(D) no row of w gives
-   more for any rmsnorm(x) with that norm. Bits of floats above zero have their order. */
+   more for any rmsnorm(x) with that norm. Bits of floats above zero have their order. Floor: the
+   bytes of w. */
 template <int TYPE>
 __global__ void row_norms_kernel(struct matrix w, const float *norm, const float *bias, float root,
                                  float *norms, int *largest) {
@@ -617,7 +672,7 @@ static __host__ __device__ float power_for(float most) {
     return exp2f((float)(e > 100 ? 100 : e < -100 ? -100 : e));
 }
 
-/* The same for a bound, which roundings may exceed. */
+/* For a bound, which roundings may exceed by a little. */
 static float power_for_bound(double bound) { return power_for((float)(1.01 * bound)); }
 
 /* For rmsnorm with this norm. */
@@ -628,8 +683,8 @@ static float power_for_norm(const struct tensor *norm, double root) {
     return power_for_bound(root * most);
 }
 
-/* To g->bounds, which begins as zeros: of each layer the bounds of v, gate and up; then the largest
-   norm of a code. */
+/* Queues what fills g->bounds, which begins as zeros: of each layer the bounds of v, gate and up;
+   then the largest squared norm of a code. */
 static void find_bounds(struct gpu_model *g) {
     const float root = sqrtf((float)g->m->llama.D);
     int *bound = g->bounds;
@@ -650,6 +705,8 @@ static void find_bounds(struct gpu_model *g) {
     launched(&g->q, "row_norms_kernel");
 }
 
+/* The powers of two that follow. Attention's heads are means of rows of v, and silu(gate) up is no
+   larger than |gate| |up|. */
 static int use_bounds(struct gpu_model *g, lvm_error *error) {
     const struct llama *a = &g->m->llama;
     const double root = sqrt((double)a->D);
@@ -669,6 +726,8 @@ static int use_bounds(struct gpu_model *g, lvm_error *error) {
     free(bounds);
     return code;
 }
+
+/* ---- Opening a device ---- */
 
 static int gpu_count(lvm_error *error) {
     int count = 0;
