@@ -46,16 +46,15 @@
 
    FLOORS. A kernel's comment ends with its floor: the time that no kernel for the same work can be
    under, bytes over the memory's bandwidth or operations over the arithmetic's rate, whichever is
-   more. An H200 copies 4.2 TB/s and its tensor cores do 780 TFLOP/s, so that a Q8_0 weight (17
-   bits) takes as long to read as to multiply by some 100 rows: GEMV waits for memory, GEMM for
+   more. An H200 copies 4.2 TB/s and its tensor cores do 780 TFLOP/s, so that a Q8_0 weight
+   (8.5 bits) takes as long to read as to multiply by 100 rows: a few rows wait for memory, many for
    tensor cores. `lvm bench` measures both on the card at hand.
 
    WHERE TO BEGIN. struct matrix in chapter 2, gemv_kernel in 3, split_kernel in 6, run_layer in 7
    and gpu_generate in 8 are the path of a token. The plain version of every kernel is lvm.c's.
 
    LEFT OUT: training, which runs on the CPU; more than one GPU for a model; attention and its merge
-   in one kernel and a GEMV that keeps more blocks on a multiprocessor, which were slower
-   (docs/performance.md tells what else was tried). */
+   in one kernel, which was slower. docs/performance.md tells what else was tried and did not pay. */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <dlfcn.h>
@@ -75,8 +74,7 @@
 
    A launch returns before its kernel has run, and an error may show at any later call. So functions
    that queue work return nothing: the queue keeps its first error and the call that met it, and
-   whoever needs the results waits (wait_for) and gets both as an lvm error. Work behind an error
-   does no harm, and costs time only where something is wrong anyway. */
+   whoever needs the results waits (wait_for) and gets both as an lvm error. */
 
 enum { THREADS = 256, WARPS = THREADS / 32 };
 
@@ -383,9 +381,9 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
    The tensors' bytes go over in pieces of a megabyte: a list of parts of tensors, and their bytes.
    Each of some CPU threads takes the next piece, copies it from the (mapped) file to pinned memory
    of its own and sends it, and a kernel on the device puts its units where they belong: a unit is a
-   quantised block or one number. So copying, PCIe and the kernel work side by side. One stream holds all copies, another
-   all kernels: copies that change streams cost 20 us more each. To pin memory of 4 KiB pages costs
-   half a millisecond a megabyte, of huge pages an eighth. */
+   quantised block or one number. So copying, PCIe and the kernel work side by side. One stream holds
+   all copies, another all kernels: copies that change streams cost 20 us more each. To pin memory of
+   4 KiB pages costs half a millisecond a megabyte, of huge pages an eighth. */
 
 enum {
     PIECE = 1 << 20,
@@ -798,35 +796,46 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
    columns those are is free, as long as both operands agree: of a span of 64 columns, thread t of
    four takes 16 t .. 16 t + 15, which lie side by side in memory, and step s of four multiplies
    columns 16 t + 4 s .. + 3. The spans are cut into four parts; the steps of each are one chain,
-   and the four sums are added in order. GEMV, for a few rows, gives each chain a warp (of a chain
-   one step takes 25 clocks, so that one alone would be slow); GEMM runs through them one after
-   the other.
+   and the four sums are added in order. GEMV, for a few rows, gives each chain a warp (a step of a
+   chain waits 25 clocks for the one before, so that one chain alone would be slow); GEMM runs
+   through them one after the other. Both give the same bits.
 
-   What stands around a product is done by it: RMSNorm of the rows in front, and behind it SwiGLU or
-   the sum with the residual stream.
+   What stands around a product is done by it, so that it costs no pass over memory: in front RMSNorm
+   of the rows, rmsnorm(x)[k] = norm[k] x[k] / sqrt(mean of x^2 + eps), and behind it, as its
+   epilogue, SwiGLU, silu(gate) up, or the sum with the residual stream.
 
    Activations are f16, times a power of two, `up`, that is constant for a layer and that the
    product takes out again. It comes from a bound that no input exceeds, so that nothing overflows:
    RMSNorm gives no more than sqrt(D) max |norm|, and a row w of the next matrix, by Cauchy and
    Schwarz, no more than sqrt(D) |w norm|. */
 
-enum { FEW_ROWS = 64   /* GEMV up to here */, CHAIN_ROWS = 8 /* rows that a block keeps in shared
-                          memory, and whose norm it computes itself */,
-       STAGED_MOST = 96 << 10, CHAINS = 4 /* of a product */, TEAMS = 3 /* of a warp a chain */,
-       TALL_TEAMS = 2 /* of tiles for more rows of x */,
-       GEMV_WARPS = TEAMS * CHAINS, GEMV_THREADS = 32 * GEMV_WARPS, ROW_SUMS = 8,
-       ROW_THREADS = 32 * ROW_SUMS, REGISTER_ROW = 4 /* fours of a thread */ };
+enum {
+    FEW_ROWS = 64,                 /* GEMV up to here, or half of it where the chip has little room */
+    CHAIN_ROWS = 8,                /* up to so many a GEMV block keeps rows in shared memory, */
+    STAGED_MOST = 96 << 10,        /* if they take no more, and computes their norms itself */
+    CHAINS = 4,                    /* of a product */
+    TEAMS = 3,                     /* of a GEMV block: a warp for each chain */
+    TALL_TEAMS = 2,                /* the same where rows are more than CHAIN_ROWS */
+    GEMV_WARPS = TEAMS * CHAINS,
+    GEMV_THREADS = 32 * GEMV_WARPS,
+    ROW_SUMS = 8,                  /* sums of a row's squares: one order for a warp and a block */
+    ROW_THREADS = 32 * ROW_SUMS,
+    REGISTER_ROW = 4               /* float4s of a thread where a block holds one row */
+};
+
+/* ---- Activations in f16, and RMSNorm ---- */
 
 /* Activations in f16: rows [row][ld], columns from the last on to ld zeros; or panels for GEMM:
    tiles of 128 rows x 64 columns, 16 KiB side by side. In a tile a row has 128 bytes, of which
-   piece c of 16 bytes lies at c ^ (row & 7) (wgmma's swizzle), and a step's 16 columns are
-   neighbours, in the order of the instruction. */
+   chunk c of 16 bytes lies at c ^ (row & 7) (wgmma's 128-byte swizzle: eight rows' chunks c use
+   all banks), and a step's 16 columns are neighbours, in the order of the instruction. */
 struct packed {
     __half *h;
-    int ld, panels;
-    float up;
+    int ld, panels; /* panels: 0: rows */
+    float up;       /* they are times this power of two */
 };
 
+/* Where column k of a row lies, in elements. */
 static __device__ int64_t packed_at(const struct packed &p, int row, int k) {
     if (!p.panels) return (int64_t)row * p.ld + k;
     int t = k % 64 / 16, s = k % 16 / 4, j = k % 4, r = row % 128;
@@ -843,7 +852,7 @@ static __device__ void store4(const struct packed &p, int row, int k, float4 v) 
     *(__half2 *)(p.h + packed_at(p, row, k + 2)) = high;
 }
 
-/* Four floats number i of n fours, zeros beyond; past the L1 cache, which may hold old ones. */
+/* float4 number i of n, zeros beyond; not through the L1 cache, which may hold an older one. */
 static __device__ float4 load_float4(const float *x, int i, int n) {
     return i < n ? __ldcg((const float4 *)x + i) : make_float4(0, 0, 0, 0);
 }
@@ -853,14 +862,14 @@ static __device__ float4 add_squares(float4 sum, float4 v) {
                        fmaf(v.w, v.w, sum.w));
 }
 
-/* The sum of a float4 of each lane, the same for all. */
+/* The sum of a warp's float4s, the same for all lanes. */
 static __device__ float over_warp(float4 v) {
     float sum = (v.x + v.y) + (v.z + v.w);
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
     return sum;
 }
 
-/* 1 / sqrt(mean of x^2 + eps) of a row, from eight sums of a lane. */
+/* RMSNorm's factor of a row, 1 / sqrt(mean of x^2 + eps), from each lane's eight sums. */
 static __device__ float scale_of_sums(const float4 *sum, int D, float eps) {
     float all = over_warp(sum[0]);
 #pragma unroll
@@ -868,11 +877,11 @@ static __device__ float scale_of_sums(const float4 *sum, int D, float eps) {
     return rsqrtf(all / (float)D + eps);
 }
 
-/* The same for all threads of a warp. Eight sums, of the fours whose number / 32 leaves 0 to 7:
-   eight warps may have one each, see stage_row. */
+/* The same from the row, by a warp. Sum i has the float4s whose number / 32 % 8 is i, so that eight
+   warps may as well have one sum each, see stage_row. */
 static __device__ float rms_scale(const float *x, int D, float eps) {
     float4 sum[ROW_SUMS] = {};
-    const int lane = (int)threadIdx.x % 32, n = D % 4 == 0 ? D / 4 : 0;
+    const int lane = (int)threadIdx.x % 32, n = D % 4 == 0 ? D / 4 : 0; /* float4s */
     for (int i = lane; n == 0 && i < D; i += 32) sum[0].x = fmaf(x[i], x[i], sum[0].x);
     for (int i = lane; i < n; i += 32 * 16) {
         float4 v[16]; /* all under way together */
@@ -903,7 +912,7 @@ static __device__ void transpose4(uint32_t *v, int t, int step) {
 }
 
 /* Writes rmsnorm(x) to a panel; a warp a row, of up to 2048 columns, which it keeps in registers. A
-   lane's fours are columns 4 lane + 128 u on; four lanes have what makes 16 bytes of a panel. */
+   lane's float4s are columns 4 lane + 128 u on; four lanes have what makes 16 bytes of a panel. */
 static __device__ void norm_to_panel(const struct packed &out, int row, const float *x,
                                      const float *norm, float eps, int D) {
     float4 v[16], sum[ROW_SUMS] = {};
@@ -925,7 +934,7 @@ static __device__ void norm_to_panel(const struct packed &out, int row, const fl
             h[2 * k + 1] = as_word(__floats2half2_rn(y.z * out.up, y.w * out.up));
         }
         transpose4(h, t, 4);
-        /* now of four u + t / 2, half t % 2 */
+        /* now of float4 u + t / 2, half t % 2 */
         const int k = (u + t / 2) * 128 + lane / 16 * 64 + lane % 4 * 4 + t % 2 * 2;
         if (k < out.ld)
             *(uint4 *)(out.h + packed_at(out, row, k)) = make_uint4(h[0], h[1], h[2], h[3]);
@@ -952,20 +961,13 @@ static __device__ void write_normed(const struct packed &out, int row, const flo
 /* v / (1 + e^-v), to some 1e-6. */
 static __device__ float silu(float v) { return __fdividef(v, 1 + __expf(-v)); }
 
-/* c[16 rows of w][8 rows of x] += over 16 columns. Threads hold of w rows g (a0, a2) and g + 8, of
-   x row g, of c rows g (0, 1) and g + 8 by columns 2 t and 2 t + 1. */
-static __device__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                           uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+/* ---- What a product is told ---- */
 
-/* What a product does with its sums: y = sums + bias; y += sums + bias; out = silu(sums of
-   p[0]) times sums of p[1]. */
+/* What a product does with its sums: STORE: y = sums + bias; ADD, to the residual stream: y += sums
+   + bias; SWIGLU: out = silu(sums of p[0]) times sums of p[1]. */
 enum epilogue { STORE, ADD, SWIGLU };
 
+/* One matrix, and where its sums go. */
 struct part {
     struct matrix w;
     const float *bias; /* [w.rows] or NULL */
@@ -978,11 +980,13 @@ struct product_f16 {
     int n, rows;
     const float *x, *norm; /* norm: the rows are rmsnorm(x[rows][D]), and `in` says where they */
     float eps;             /* may lie; NULL: they lie in `in` */
-    struct packed in, out;
+    struct packed in, out; /* out: SWIGLU's */
     const int *which;      /* rows of x, or NULL: 0, 1 ... */
 };
 
-/* Copies from global to shared memory go on while a thread does other things; `there` is 0: zeros
+/* ---- Copies to shared memory, barriers ---- */
+
+/* BYTES from global to shared memory, while the thread does other things; `there` is 0: zeros
    instead. */
 template <int BYTES>
 static __device__ void copy_async(uint32_t to, const void *from, int there) {
@@ -994,20 +998,27 @@ static __device__ void copy_async(uint32_t to, const void *from, int there) {
                      "n"(BYTES), "r"(there ? BYTES : 0));
 }
 
+/* The copies since the last call are a group. */
 static __device__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/* All groups but the last GROUPS are there. */
+template <int GROUPS> static __device__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
 
 static __device__ uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-/* Barriers in shared memory, by which warps tell each other how far they are. One lets go when
+/* Barriers in shared memory (mbarrier), by which warps tell each other how far they are: of a ring
+   buffer's slots, whether they are full or empty. One lets go, and begins its next round, when
    `count` have arrived and all bytes that it was told of have come. */
 static __device__ void barrier_init(uint64_t *b, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count)
                  : "memory");
 }
 
-/* For those who copy in the background. */
+/* Barriers are initialised, also for those who copy in the background (the async proxy). */
 static __device__ void barriers_made(void) {
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -1026,20 +1037,16 @@ static __device__ void barrier_arrive(uint64_t *b) {
 #define BARRIER_WAIT "mbarrier.test_wait"
 #endif
 
-/* Until the barrier let go for the round of this parity. */
+/* Waits until the round of this parity is over. */
 static __device__ void barrier_wait(uint64_t *b, uint32_t parity) {
     asm volatile("{ .reg .pred done;\n"
                  "again: " BARRIER_WAIT ".parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again; }" ::"r"(shared_address(b)), "r"(parity) : "memory");
 }
 
-template <int GROUPS> static __device__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
-}
-
-/* Runs of bytes to shared memory. */
+/* Contiguous bytes to shared memory. */
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
-#define BULK 1 /* the chip copies them by itself and tells a barrier */
+#define BULK 1 /* one thread asks; the chip's copy engine (TMA) copies them and tells a barrier */
 
 /* Arrives, and says how many bytes are to come. */
 static __device__ void barrier_expect(uint64_t *b, int bytes) {
@@ -1054,7 +1061,7 @@ static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t
                  "r"(shared_address(done)) : "memory");
 }
 
-/* 1 for one lane of a warp, which the compiler then knows to be one. */
+/* 1 for one lane of a warp; the compiler knows that it is one, and makes no loop over lanes. */
 static __device__ uint32_t elected(void) {
     uint32_t is;
     asm volatile("{ .reg .pred p;\n"
@@ -1078,7 +1085,17 @@ static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t
 }
 #endif
 
-/* ---- Tensor cores ---- */
+/* ---- Tensor cores: mma.sync everywhere, wgmma on sm_90a ---- */
+
+/* c[16 rows of a][8 rows of b] += over 16 columns. A lane holds of a the rows g (a0, a2) and g + 8
+   (a1, a3), of b row g, of c rows g (c[0], c[1]) and g + 8 by b's rows 2 t and 2 t + 1. */
+static __device__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                           uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 
 /* Four matrices of 8 rows of 16 bytes: lane i brings the place of row i % 8 of matrix i / 8. */
 static __device__ void load_matrices(uint32_t *v, uint32_t row) {
@@ -1086,8 +1103,8 @@ static __device__ void load_matrices(uint32_t *v, uint32_t row) {
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row) : "memory");
 }
 
-/* Products by wgmma go on in the background, in groups, and read shared memory by themselves; on
-   chips without it what is here does nothing. */
+/* Products by wgmma are a warp group's (four warps). They go on in the background, in groups, and
+   read shared memory by themselves; on chips without it what is here does nothing. */
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define WGMMA 1
 #define WGMMA_ONLY(code) asm volatile(code ::: "memory")
@@ -1117,8 +1134,8 @@ template <int LEFT> static __device__ void products_done(float *c, int n) {
 static __device__ void tiles_written(void) { WGMMA_ONLY("fence.proxy.async.shared::cta;"); }
 
 #if WGMMA
-/* How wgmma finds rows of 128 bytes with the swizzle of 128: address, 1024 bytes to the next eight
-   rows. */
+/* How wgmma finds a tile of rows of 128 bytes: address / 16; 1024 / 16 to the next eight rows; the
+   128-byte swizzle. (The distance along a row, bit 16, is not used with it.) */
 static __device__ uint64_t tile_descriptor(const void *tile) {
     return (uint64_t)(shared_address(tile) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
            (uint64_t)1 << 62;
@@ -1153,8 +1170,15 @@ template <int N> static __device__ void wgmma(float *c, uint64_t a, uint64_t b, 
 }
 #endif
 
+/* ---- GEMV: a few rows ----
+
+   A block first asks for its first weights, then waits for the kernel in front of it, brings the
+   rows to shared memory, and from then on streams weights: each warp has a ring buffer in shared
+   memory of its own, which it fills, reads, dequantises and multiplies. Four warps share K, one for
+   each chain (split-K inside a block), and add their sums through shared memory. */
+
 /* The rows in front of a product go to shared memory, a row of 2 ld + 16 bytes, so that eight rows
-   are read without a conflict. */
+   are read without a bank conflict. */
 static __device__ char *staged_row(const struct product_f16 &j, char *shared, int r) {
     return shared + r * (2 * j.in.ld + 16);
 }
@@ -1163,7 +1187,7 @@ static __device__ const float *row_of_x(const struct product_f16 &j, int r) {
     return j.x + (int64_t)(j.which != NULL ? j.which[r] : r) * j.p[0].w.cols;
 }
 
-/* rmsnorm of a single row that a block holds in registers: the order of sums is rms_scale's. */
+/* rmsnorm of a single row, which a block holds in registers; the order of sums is rms_scale's. */
 static __device__ void stage_row(const struct product_f16 &j, char *shared, int D) {
     __shared__ float sums[ROW_SUMS];
     const int tid = (int)threadIdx.x, n = tid < ROW_THREADS ? D / 4 : 0;
@@ -1212,6 +1236,7 @@ static __device__ void copy_rows(const struct product_f16 &j, char *shared) {
     wait_for_copies<0>();
 }
 
+/* A product's rows to shared memory, normed where they have a norm. */
 static __device__ void stage_rows(const struct product_f16 &j, char *shared) {
     const int D = j.p[0].w.cols, warp = (int)threadIdx.x / 32;
     if (j.norm == NULL) copy_rows(j, shared);
@@ -1226,18 +1251,19 @@ static __device__ void stage_rows(const struct product_f16 &j, char *shared) {
     __syncthreads();
 }
 
+/* Of all products, also GEMM's: the order of the four. */
 static __device__ float sum_of_chains(const float *c, int step) {
     return ((c[0] + c[step]) + c[2 * step]) + c[3 * step];
 }
 
-/* The norm, which is a weight, comes nearer before the rows are there. */
+/* The norm, which is a weight, comes to the L2 cache before the rows are there. */
 static __device__ void prefetch_norm(const struct product_f16 &j) {
     const int i = (int)threadIdx.x * 32; /* a line of 128 bytes */
     if (j.norm != NULL && i < j.p[0].w.cols)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(j.norm + i));
 }
 
-/* Four steps: rows g (w0) and g + 8 (w1) of w by row g of x. */
+/* A span's four steps: rows g (w0) and g + 8 (w1) of w by row g of x. */
 static __device__ void multiply_span(float *c, const __half2 *w0, const __half2 *w1,
                                      const uint4 *x) {
     const uint32_t u[8] = {x[0].x, x[0].y, x[0].z, x[0].w, x[1].x, x[1].y, x[1].z, x[1].w};
@@ -1247,7 +1273,8 @@ static __device__ void multiply_span(float *c, const __half2 *w0, const __half2 
             u[s + 1]);
 }
 
-/* y or out for one sum: row r of x, row o of the matrix. other: SWIGLU's second sum; what y was. */
+/* The epilogue of one sum: y or out at row r of x, row o of the matrix. other: SWIGLU's second sum;
+   what y was. */
 template <int KIND>
 static __device__ void epilogue_one(const struct product_f16 &j, const struct part &p, int r, int o,
                               float sum, float other) {
@@ -1263,13 +1290,21 @@ static __device__ void epilogue_one(const struct product_f16 &j, const struct pa
             __float2half_rn(o < N ? silu(sum * down) * (other * down) * j.out.up : 0);
 }
 
-/* Weights come through a ring in shared memory. Of a group a warp reads two tiles of 8 rows, of
-   each some spans that follow each other: one run of elements, one of scales. A slot of the ring
-   has CHUNK spans of both tiles, elements before scales; `full` tells when they are there. */
+/* Weights come through a ring buffer in shared memory. Of a group of 16 rows a warp reads two tiles
+   of 8 rows, of each some spans that follow each other: one run of elements, one of scales. A slot
+   of the ring has CHUNK spans of both tiles, elements before scales; `full` tells when they are
+   there. */
 template <int TYPE> struct ring {
-    enum { SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0, CHUNK = 2, PAIRS = CHUNK * 2,
-           TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, SCALES = SCALED * 32,
-           SLOT = PAIRS * (TILE + SCALES), SLOTS = SCALED ? 3 : 2, BYTES = SLOTS * SLOT };
+    enum {
+        SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0,
+        CHUNK = 2,                                                   /* spans of a slot */
+        PAIRS = CHUNK * 2,                                           /* its tiles */
+        TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, /* bytes of one, */
+        SCALES = SCALED * 32,                                        /* of its scales, */
+        SLOT = PAIRS * (TILE + SCALES),                              /* of a slot */
+        SLOTS = SCALED ? 3 : 2,
+        BYTES = SLOTS * SLOT
+    };
 };
 
 /* 16 columns of a row of each of the two tiles, from a slot; span: of the chunk. */
@@ -1312,16 +1347,20 @@ template <int KIND> static __device__ int part_of(const struct product_f16 &j, i
 
 /* What a warp fetches: its chain's spans of each of its team's groups, one after the other. */
 template <int TYPE, int KIND> struct weight_stream {
-    const uint8_t *q[2];
+    const uint8_t *q[2];     /* of both tiles: what is fetched next */
     const __half *d[2];
-    int group, groups, step, begin, own, left; /* own: spans of a group; left: of this one */
+    int group, groups, step; /* the group that is fetched; how many there are; to the team's next */
+    int begin, own, left;    /* of a group's spans the first and the number; those still to fetch */
     char *ring;
-    uint64_t *full;
-    uint32_t slots, to, at, round; /* of the ring; next to fill, to read; 0 and 1 in turn */
+    uint64_t *full;          /* a barrier a slot */
+    uint32_t slots, to, at;  /* of the ring; next to fill; next to read */
+    uint32_t round;          /* 0 and 1 in turn: the parity of `full` */
 };
 
+/* To the first of the warp's spans of the group that comes next. */
 template <int TYPE, int KIND>
-static __device__ void point_stream(const struct product_f16 &j, struct weight_stream<TYPE, KIND> *s) {
+static __device__ void point_stream(const struct product_f16 &j,
+                                    struct weight_stream<TYPE, KIND> *s) {
     int group = s->group, part;
     s->left = s->own;
     if (group >= s->groups) return;
@@ -1335,7 +1374,7 @@ static __device__ void point_stream(const struct product_f16 &j, struct weight_s
     }
 }
 
-/* n spans on their way into a slot. */
+/* n spans of both tiles set out for a slot. */
 template <int TYPE, int KIND>
 static __device__ void copy_chunk(const struct weight_stream<TYPE, KIND> &s, int n) {
     typedef struct ring<TYPE> R;
@@ -1351,9 +1390,10 @@ static __device__ void copy_chunk(const struct weight_stream<TYPE, KIND> &s, int
     }
 }
 
-/* The next chunk, if there is one. */
+/* Sets out for the next chunk, if there is one. */
 template <int TYPE, int KIND>
-static __device__ void fetch_chunk(const struct product_f16 &j, struct weight_stream<TYPE, KIND> *s) {
+static __device__ void fetch_chunk(const struct product_f16 &j,
+                                   struct weight_stream<TYPE, KIND> *s) {
     typedef struct ring<TYPE> R;
     if (s->group < s->groups) {
         const int n = min((int)R::CHUNK, s->left);
@@ -1371,7 +1411,8 @@ static __device__ void fetch_chunk(const struct product_f16 &j, struct weight_st
     if (!BULK) end_copies();
 }
 
-/* Until the warp's next chunk is there, while the slot before is still to be filled again. */
+/* Waits for the warp's next chunk. The slot of the chunk before has not been filled again, so that
+   of all groups of copies the last slots - 2 may still be under way. */
 template <int TYPE, int KIND>
 static __device__ const char *wait_for_chunk(struct weight_stream<TYPE, KIND> *s) {
     typedef struct ring<TYPE> R;
@@ -1423,7 +1464,8 @@ static __device__ void keep(const __half2 *w) {
 /* A warp's spans of a group, c += its part of the sums, two in turn: while tensor cores work at one
    the next becomes f16, and a further one is on its way from shared memory. */
 template <int TYPE, int KIND, int TILES>
-static __device__ void multiply_group(const struct product_f16 &j, struct weight_stream<TYPE, KIND> *s,
+static __device__ void multiply_group(const struct product_f16 &j,
+                                      struct weight_stream<TYPE, KIND> *s,
                                       const struct inputs &in, float (*c)[4]) {
     enum { AHEAD = TILES == 1 /* of x too */ };
     struct raw16<TYPE> raw[2] = {};
@@ -1493,12 +1535,13 @@ static __device__ void epilogue_group(const struct product_f16 &j, int group, fl
     asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(32 * (int)CHAINS) : "memory");
 }
 
-/* A block a multiprocessor. A team of four warps takes one group of 16 rows of w after the other, a
-   warp one of their four chains; where there are no more groups than blocks, one team has the
-   memory of all. Reads w once, the first spans before the kernel in front has ended, and x from
-   shared memory (up to CHAIN_ROWS rows, in one tile of 8) or the L2 cache. Loops are not unrolled:
-   instructions that run for the first time take longer than others. Floor: the bytes of w over the
-   memory's bandwidth. */
+/* y or out for up to 8 TILES rows of x. A block a multiprocessor. A team of four warps takes one
+   group of 16 rows of w after the other, a warp one of their four chains; where there are no more
+   groups than blocks, one team has the memory of all. Reads w, in tiles, once, the first spans
+   before the kernel in front has ended, and x, rows of f32 with a norm or f16, from shared memory
+   (SHARED: up to CHAIN_ROWS rows) or as f16 from the L2 cache; writes y in f32 rows, or out. Loops
+   are not unrolled: instructions that run for the first time take longer than others. Floor: the
+   bytes of w over the memory's bandwidth. */
 template <int TYPE, int KIND, int TILES, int SHARED>
 __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), TILES > 4 ? 1 : 2)
     gemv_kernel(struct product_f16 j) {
@@ -1588,7 +1631,8 @@ static void launch_gemv(struct queue *q, const struct product_f16 *product) {
     }
 }
 
-/* Grid: [rows / 8], a warp a row: out = rmsnorm(x), row number i of which is row which[i], or i. */
+/* out = rmsnorm(x), whose row i is row which[i] of x, or i. Reads f32 rows, writes f16, in rows or
+   panels, a warp a row. Grid: [rows / 8]. Floor: bytes in + bytes out. */
 __global__ void norm_pack_kernel(const float *x, const float *norm, float eps, int D,
                                  const int *which, int rows, struct packed out) {
     const int i = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
