@@ -54,7 +54,7 @@
    and gpu_generate in 8 are the path of a token. The plain version of every kernel is lvm.c's.
 
    LEFT OUT: training, which runs on the CPU; more than one GPU for a model; attention and its merge
-   in one kernel, which was slower. docs/performance.md tells what else was tried and did not pay. */
+   in one kernel, which was slower. docs/performance.md tells what else was tried. */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <dlfcn.h>
@@ -381,9 +381,9 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
    The tensors' bytes go over in pieces of a megabyte: a list of parts of tensors, and their bytes.
    Each of some CPU threads takes the next piece, copies it from the (mapped) file to pinned memory
    of its own and sends it, and a kernel on the device puts its units where they belong: a unit is a
-   quantised block or one number. So copying, PCIe and the kernel work side by side. One stream holds
-   all copies, another all kernels: copies that change streams cost 20 us more each. To pin memory of
-   4 KiB pages costs half a millisecond a megabyte, of huge pages an eighth. */
+   quantised block or one number. So copying, PCIe and the kernel work side by side. One stream has
+   all copies, another all kernels: copies that change streams cost 20 us more each. To pin memory
+   of 4 KiB pages costs half a millisecond a megabyte, of huge pages an eighth. */
 
 enum {
     PIECE = 1 << 20,
@@ -800,9 +800,9 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
    chain waits 25 clocks for the one before, so that one chain alone would be slow); GEMM runs
    through them one after the other. Both give the same bits.
 
-   What stands around a product is done by it, so that it costs no pass over memory: in front RMSNorm
-   of the rows, rmsnorm(x)[k] = norm[k] x[k] / sqrt(mean of x^2 + eps), and behind it, as its
-   epilogue, SwiGLU, silu(gate) up, or the sum with the residual stream.
+   What stands around a product is done by it, so that it costs no pass over memory: in front the
+   rows' RMSNorm, rmsnorm(x)[k] = norm[k] x[k] / sqrt(mean of x^2 + eps), and behind, as its
+   epilogue, SwiGLU, which is silu(gate) up, or the sum with the residual stream.
 
    Activations are f16, times a power of two, `up`, that is constant for a layer and that the
    product takes out again. It comes from a bound that no input exceeds, so that nothing overflows:
@@ -810,7 +810,7 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
    Schwarz, no more than sqrt(D) |w norm|. */
 
 enum {
-    FEW_ROWS = 64,                 /* GEMV up to here, or half of it where the chip has little room */
+    FEW_ROWS = 64,                 /* GEMV up to here */
     CHAIN_ROWS = 8,                /* up to so many a GEMV block keeps rows in shared memory, */
     STAGED_MOST = 96 << 10,        /* if they take no more, and computes their norms itself */
     CHAINS = 4,                    /* of a product */
@@ -1588,11 +1588,14 @@ __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), T
     if (!BULK) wait_for_copies<0>();
 }
 
-/* Shared memory of the largest rings for more rows of x, and what a kernel declares beside them. */
-enum { RINGS_MOST = TALL_TEAMS * CHAINS * ring<LVM_F16>::BYTES, SUMS_BYTES = 8 << 10,
-       TALL_BYTES = 40 << 10 /* of tiles for 64 rows of x */ };
+/* Shared memory. */
+enum {
+    RINGS_MOST = TALL_TEAMS * CHAINS * ring<LVM_F16>::BYTES, /* the largest for many rows of x */
+    SUMS_BYTES = 8 << 10,                                    /* what gemv_kernel declares beside, */
+    TALL_BYTES = 40 << 10                                    /* with tiles for 64 rows of x */
+};
 
-/* Bytes of shared memory for the rows in front of a product, 0 where they stay in memory. */
+/* Bytes of shared memory for a product's rows, 0 where these are read as f16 from memory. */
 static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
     const int type = j->p[0].w.type;
     const int ring_bytes = type == LVM_Q8_0 ? (int)ring<LVM_Q8_0>::BYTES
@@ -1645,21 +1648,25 @@ __global__ void norm_pack_kernel(const float *x, const float *norm, float eps, i
 
 /* ---- GEMM: many rows ----
 
-   Both operands lie in panels: tiles of 64 columns whose rows take 128 bytes, so that a tile is
-   one contiguous piece of memory, swizzled as tensor cores read it from shared memory (see struct
-   packed): 128 rows of x are 16 KiB, 256 rows of w 32 KiB. The rows of w stand in an order that
-   suits whoever writes the result: a thread of the tensor cores' layout holds columns 8 n + 2 t
-   and 8 n + 2 t + 1 of a tile (n: 0 .. 31, t: 0 .. 3), and
+   Weights become f16 once for all rows, not once for each tile of them, while tensor cores are busy
+   with the product before. Both operands lie in panels: tiles of 64 columns whose rows take 128
+   bytes, so that a tile is one contiguous piece of memory, swizzled as tensor cores read it from
+   shared memory (see struct packed): 128 rows of x are 16 KiB, 256 rows of w 32 KiB. The rows of w
+   stand in an order that suits the epilogue: a thread of the tensor cores' layout holds sums
+   8 n + 2 t and 8 n + 2 t + 1 of a tile's 256 (n: 0 .. 31, t: 0 .. 3), and
 
        alone      these are rows 16 (n / 2) + 4 t + 2 (n % 2) + (0, 1) of w: of two n, four
                   neighbours of y, 16 bytes
        gate, up   n % 16 < 8 is the gate's, n % 16 >= 8 the same rows of up; of four n a thread
                   holds what makes 16 bytes of a panel of the next product */
 
-enum { X_ROWS = 128, W_ROWS = 256 /* of a tile */, ROW_BYTES = SPAN * 2,
-       X_BYTES = X_ROWS * ROW_BYTES, W_BYTES = W_ROWS * ROW_BYTES };
+enum {
+    X_ROWS = 128, W_ROWS = 256, /* of a tile */
+    ROW_BYTES = SPAN * 2,
+    X_BYTES = X_ROWS * ROW_BYTES, W_BYTES = W_ROWS * ROW_BYTES
+};
 
-/* Row i of 64 in a tile of w: which of 64 rows of w, of a matrix alone or of gate or up. */
+/* Which of 64 rows of w is row i of 64 in a tile: of a matrix alone; of gate or up. */
 static __device__ int row_alone(int i) {
     return i / 16 * 16 + i % 8 / 2 * 4 + i / 8 % 2 * 2 + i % 2;
 }
@@ -1668,16 +1675,16 @@ static __device__ int row_of_pair(int i) {
     return i / 8 % 4 * 16 + i / 32 * 8 + i % 8;
 }
 
-/* Up to three matrices of one type on their way into panels, one after the other; or gate and up,
-   together (pair). first: the matrix's first tile, behind the last matrix INT_MAX. */
+/* Up to three matrices of one type that are dequantised into panels at h, one after the other; or
+   gate and up, together (pair). first: the matrix's first tile, behind the last matrix INT_MAX. */
 struct unpacked {
     struct matrix w[3];
     int first[3], tiles, pair;
     __half *h;
 };
 
-/* A warp's 16 rows of a tile over one span, number `unit` of all; zeros behind a matrix's last row.
-   Lanes take 16 columns of two rows; of memory that is two tiles of 8 rows. */
+/* A warp's unit of work, number `unit` of all: 16 rows of a panel's tile; zeros behind a matrix's
+   last row. Lanes take 16 columns of two rows, a warp so two tiles of 8 rows. */
 template <int TYPE>
 static __device__ void dequantise_unit(const struct unpacked &p, unsigned unit, unsigned spans) {
     const int lane = (int)threadIdx.x % 32, t = lane % 4, row = (int)(unit % 16) * 16 + lane / 4;
@@ -1728,7 +1735,8 @@ static __device__ void dequantise_panels(const struct unpacked &p, int warp, int
     }
 }
 
-/* w -> tiles of 256 rows. Floor: bytes in + bytes out. */
+/* Reads matrices in tiles of 8 rows, writes them in f16 as panels, a warp a unit at a time. Floor:
+   bytes in + bytes out. */
 __global__ void __launch_bounds__(THREADS)
     panels_kernel(const __grid_constant__ struct unpacked p) {
     wait_for_inputs();
@@ -1737,24 +1745,26 @@ __global__ void __launch_bounds__(THREADS)
 
 enum { LATER = 3 };
 
-/* tiles: of all matrices, which follow each other. */
+/* y = x w^T of many rows, with its epilogue. */
 struct gemm {
-    const __half *x, *w;
-    int rows, ld, tiles, group;
-    float down;
+    const __half *x, *w; /* panels */
+    int rows, ld;        /* of x */
+    int tiles;           /* of w: of all matrices, which follow each other */
+    int group;           /* clusters' rows of x that are computed together, see output_tile_of */
+    float down;          /* takes x's power of two out again */
     struct {
         float *y;          /* [rows][N] */
         const float *bias; /* [N] or NULL */
         int N, first;      /* first: its first tile; behind the last matrix: INT_MAX */
     } out[3];
-    struct packed h;
-    struct unpacked later[LATER]; /* what warps that have nothing else to do bring into panels */
+    struct packed h;              /* SWIGLU's result */
+    struct unpacked later[LATER]; /* weights of the products to come, for idle warps */
 };
 
-/* Ends of sums. A thread brings B blocks of 8 columns of rows `row` and row + 8, [B][2][2]; of a
-   tile's blocks these are n0 on, 16 or (B = 8) four and the four that come 8 later. Four neighbours
-   of y come from two blocks: number j of these begins at column epilogue_column. The work has B / 4
-   parts, so that other work can go on between them. */
+/* Epilogues. A thread brings sums of B blocks of 8 columns of rows `row` and row + 8, [B][2][2]; of
+   a tile's blocks these are n0 on, 16 or (B = 8) four and the four that come 8 later. Four
+   neighbours of y come from two blocks: number j of these begins at column epilogue_column. The
+   work has B / 4 parts, so that tensor cores can work between them. */
 static __device__ int epilogue_column(int B, int j) {
     return B == 16 ? 16 * j : j / 2 * 64 + j % 2 * 16;
 }
@@ -1794,10 +1804,10 @@ static __device__ void epilogue_edge(const float (*c)[4], int i, float down, con
     }
 }
 
-/* STORE and ADD, part `part`: of a row a quarter of B / 2 fours, or a half. */
+/* STORE and ADD, part `part`: four of a row's B / 2 float4s. */
 template <int KIND, int B>
 static __device__ void epilogue_sums(const struct gemm &p, int part, int tile, int row, int n0,
-                                const float (*c)[4]) {
+                                     const float (*c)[4]) {
     const auto &o = p.out[(tile >= p.out[1].first) + (tile >= p.out[2].first)];
     const int first = (tile - o.first) * W_ROWS + n0 * 8, col = first + (int)threadIdx.x % 4 * 4;
     const int i = part % 2, r = row + 8 * i;
@@ -1808,22 +1818,24 @@ static __device__ void epilogue_sums(const struct gemm &p, int part, int tile, i
     if (whole) {
 #pragma unroll
         for (int j = part / 2 * 4; j < part / 2 * 4 + 4; j++)
-            epilogue_float4<KIND>(c + 2 * j, i, p.down, bias != NULL ? bias + epilogue_column(B, j) : NULL,
-                           y + epilogue_column(B, j));
+            epilogue_float4<KIND>(c + 2 * j, i, p.down,
+                                  bias != NULL ? bias + epilogue_column(B, j) : NULL,
+                                  y + epilogue_column(B, j));
     } else {
 #pragma unroll
         for (int j = part / 2 * 4; j < part / 2 * 4 + 4; j++)
-            epilogue_edge<KIND>(c + 2 * j, i, p.down, bias != NULL ? bias + epilogue_column(B, j) : NULL,
-                           y + epilogue_column(B, j), o.N - col - epilogue_column(B, j));
+            epilogue_edge<KIND>(c + 2 * j, i, p.down,
+                                bias != NULL ? bias + epilogue_column(B, j) : NULL,
+                                y + epilogue_column(B, j), o.N - col - epilogue_column(B, j));
     }
 }
 
 /* The gate's sums are in the first half of the blocks, up's in the second; four of each make 16
-   bytes of a panel: columns 16 n + 2 piece + (0, 1). */
+   bytes of a panel, a chunk: columns 16 n + 2 chunk + (0, 1). */
 template <int B>
 static __device__ void epilogue_swiglu(const struct gemm &p, int part, int tile, int row, int n0,
-                                  const float (*c)[4]) {
-    const int i = part % 2, r = row + i * 8, piece = (int)threadIdx.x % 4 + n0 % 8 + part / 2 * 4;
+                                       const float (*c)[4]) {
+    const int i = part % 2, r = row + i * 8, chunk = (int)threadIdx.x % 4 + n0 % 8 + part / 2 * 4;
     const int span = tile * 2 + n0 / 16, spans = p.h.ld / SPAN;
     const float(*gate)[4] = c + part / 2 * 4, (*up)[4] = gate + B / 2;
     uint32_t v[4];
@@ -1835,35 +1847,47 @@ static __device__ void epilogue_swiglu(const struct gemm &p, int part, int tile,
     }
     const int64_t at = ((int64_t)(r / X_ROWS) * spans + span) * X_ROWS + r % X_ROWS;
     if (r < p.rows && span < spans)
-        ((uint4 *)p.h.h)[at * 8 + (piece ^ (r & 7))] = make_uint4(v[0], v[1], v[2], v[3]);
+        ((uint4 *)p.h.h)[at * 8 + (chunk ^ (r & 7))] = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
 template <int KIND, int B>
 static __device__ void epilogue_part(const struct gemm &p, int part, int tile, int row, int n0,
-                                const float (*c)[4]) {
+                                     const float (*c)[4]) {
     if (KIND == SWIGLU) epilogue_swiglu<B>(p, part, tile, row, n0, c);
     else epilogue_sums<KIND, B>(p, part, tile, row, n0, c);
 }
 
-/* Spans of the four parts that have a chain of sums each. */
+/* The first span of one of the four parts, each of which is a chain. */
 static __device__ int part_start(int spans, int part) {
     return min(spans, (spans + CHAINS - 1) / CHAINS * part);
 }
 
 /* ---- GEMM by wgmma (sm_90a) ----
 
-   A block computes pieces of y of 128 x 256, from 128 rows of x and a tile of w: the larger a piece
-   is, the less of shared memory is read for each product, and that is what limits it. One thread
-   loads: it fills a ring of stages in shared memory, a span each, piece after piece. Two warpgroups
-   multiply 64 rows of x each: the chain that goes on takes half of their registers, so that of the
-   sums of those before one half is in registers and one in shared memory. What a piece's sums
-   become is computed while the tensor cores work on the first stages of the next piece. Two blocks
-   make a cluster; they take the same rows of w, of which each loads one half for both. */
+   A block stays on its multiprocessor and computes output tiles of 128 x 256, from 128 rows of x
+   and a tile of w: the larger they are, the less of shared memory is read for each product, and
+   that is what limits it. Its warps are specialised. One thread, the producer, fills a ring buffer
+   of stages in shared memory, a span each, output tile after output tile. Two warp groups, the
+   consumers, multiply 64 rows of x each: the chain that goes on takes half of their registers, so
+   that of the sums of those before one half is in registers and one in shared memory. The epilogue
+   of an output tile runs while tensor cores work on the first stages of the next one. Three warps
+   that are left dequantise the weights of products to come. Two blocks make a cluster; they take
+   the same rows of w, of which each loads one half for both (multicast). */
 
-enum { CLUSTER = 2, GEMM_RING = 3, GEMM_RING_BYTES = X_BYTES + W_BYTES, WGMMA_THREADS = 384,
-       REST_BYTES = 256 * 64 * 4 /* sums of two warpgroups */,
-       WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES + REST_BYTES, EPILOGUE_PARTS = 4 };
+enum {
+    CLUSTER = 2,
+    GEMM_RING = 3, /* stages */
+    GEMM_RING_BYTES = X_BYTES + W_BYTES /* of one */,
+    WARP_GROUP = 128,
+    CONSUMERS = 2 * WARP_GROUP,
+    WGMMA_THREADS = CONSUMERS + WARP_GROUP,
+    HELPERS = 3, /* warps */
+    REST_BYTES = CONSUMERS * 64 * 4, /* of their sums those in shared memory */
+    WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES + REST_BYTES,
+    EPILOGUE_PARTS = 4
+};
 
+/* Output tiles of both blocks of a cluster along the rows of x; along both sides. */
 static __host__ __device__ int gemm_row_tiles(const struct gemm &p) {
     return (p.rows + X_ROWS * CLUSTER - 1) / (X_ROWS * CLUSTER);
 }
@@ -1893,34 +1917,35 @@ static __device__ void cluster_sync(void) {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-/* Piece x of 128 rows of x, tile w of w. */
+/* Tile x of x by tile w of w. */
 struct output_tile {
     int x, w;
 };
 
-/* Number n of a cluster's pieces. Those that are computed at a time share `group` clusters' rows of
-   x, which stay in the L2 cache. */
+/* A block's output tile number n. Those that all blocks compute at a time share `group` clusters'
+   rows of x, which stay in the L2 cache. */
 static __device__ struct output_tile output_tile_of(const struct gemm &p, int n) {
-    const int i = (int)blockIdx.x / CLUSTER + n * ((int)gridDim.x / CLUSTER), all = gemm_row_tiles(p);
+    const int i = (int)blockIdx.x / CLUSTER + n * ((int)gridDim.x / CLUSTER);
+    const int all = gemm_row_tiles(p);
     const int each = p.group * p.tiles, first = i / each * p.group;
     const int size = min(p.group, all - first), in = i % each;
     struct output_tile q = {(first + in % size) * CLUSTER + (int)blockIdx.x % CLUSTER, in / size};
     return q;
 }
 
-/* How many pieces a cluster has. */
+/* How many output tiles a block has. */
 static __device__ int output_tiles_of(const struct gemm &p) {
     const int clusters = (int)gridDim.x / CLUSTER;
     return (gemm_tiles(p) - (int)blockIdx.x / CLUSTER + clusters - 1) / clusters;
 }
 
-/* One thread: the stages of all pieces; `at` counts them. */
+/* The producer, one thread: the stages of all output tiles; `at` counts them. */
 static __device__ void fill_stages(const struct gemm &p, char *ring, uint64_t *full,
                                    uint64_t *empty) {
-    const int spans = p.ld / SPAN, pieces = output_tiles_of(p), part = (int)blockIdx.x % CLUSTER;
+    const int spans = p.ld / SPAN, tiles = output_tiles_of(p), part = (int)blockIdx.x % CLUSTER;
     const int x_tiles = (p.rows + X_ROWS - 1) / X_ROWS, own = W_BYTES / CLUSTER * part;
     uint32_t at = 0;
-    for (int n = 0; n < pieces; n++) {
+    for (int n = 0; n < tiles; n++) {
         const struct output_tile q = output_tile_of(p, n);
         const char *x = (const char *)p.x + (int64_t)min(q.x, x_tiles - 1) * spans * X_BYTES;
         const char *w = (const char *)p.w + (int64_t)q.w * spans * W_BYTES + own;
@@ -1941,7 +1966,8 @@ static __device__ void release_stage(uint64_t *empty) {
     if (threadIdx.x % 32 < CLUSTER) barrier_arrive_at(empty, (int)threadIdx.x % 32);
 }
 
-/* A warpgroup's place in the ring: stage number `at` of all; x0: where its rows of x begin. */
+/* A consumer warp group's place in the ring: stage number `at` of all; x0: where its rows of x
+   begin, in bytes. */
 struct consumer {
     const char *ring;
     uint64_t *full, *empty;
@@ -1962,7 +1988,7 @@ static __device__ void multiply_stage(const struct consumer &r, int add, float (
     products_end();
 }
 
-/* The stage is done. (It may be waited for at once: meanwhile the other warpgroup multiplies.) */
+/* The stage is done. (It may be waited for at once: meanwhile the other warp group multiplies.) */
 static __device__ void end_stage(struct consumer *r) {
     products_wait<0>();
     release_stage(&r->empty[r->at++ % GEMM_RING]);
@@ -1976,14 +2002,13 @@ static __device__ void multiply_chain(struct consumer *r, int first, int n, floa
     }
 }
 
-/* The sums of a piece: of columns 0 .. 127 in registers, of the others in shared memory, where a
-   four is what epilogue_float4 takes: number 8 i + j of row 8 i, blocks 2 j and 2 j + 1. */
+/* A thread's sums of an output tile: of columns 0 .. 127 in registers, of the others in shared
+   memory, where a float4 is what epilogue_float4 takes: number 8 i + j of row 8 i, blocks 2 j and
+   2 j + 1. */
 struct accumulators {
     float kept[16][4];
-    float4 *rest; /* this thread's; the next is WARP_GROUP further */
+    float4 *rest; /* the thread's first; the next is WARP_GROUP further */
 };
-
-enum { WARP_GROUP = 128 };
 
 /* sums += a chain's, or become those of the first. */
 static __device__ void add_chain(struct accumulators *s, const float (*c)[4], int first) {
@@ -2000,10 +2025,10 @@ static __device__ void add_chain(struct accumulators *s, const float (*c)[4], in
     }
 }
 
-/* Part of what the sums of a warp's 16 rows of a piece become. */
+/* The epilogue of a quarter of a warp's 16 rows of an output tile. */
 template <int KIND>
 static __device__ void epilogue_quarter(const struct gemm &p, int part, struct output_tile q,
-                                 const struct accumulators &s) {
+                                        const struct accumulators &s) {
     const int row = q.x * X_ROWS + (int)threadIdx.x / 32 * 16 + (int)threadIdx.x % 32 / 4;
     const int i = part % 2, h = part / 2;
     float rest[16][4]; /* those that this part takes */
@@ -2018,11 +2043,11 @@ static __device__ void epilogue_quarter(const struct gemm &p, int part, struct o
     epilogue_part<KIND, 16>(p, part, q.w, row, 16, rest);
 }
 
-/* The first chain of a piece, and meanwhile the end of the piece before. */
+/* The first chain of an output tile, and meanwhile the epilogue of the one before. */
 template <int KIND>
 static __device__ void multiply_with_epilogue(const struct gemm &p, struct consumer *r, int n,
-                                        struct output_tile before, float (*c)[4],
-                                        const struct accumulators &s) {
+                                              struct output_tile before, float (*c)[4],
+                                              const struct accumulators &s) {
     if (n >= EPILOGUE_PARTS) {
 #pragma unroll
         for (int part = 0; part < EPILOGUE_PARTS; part++) {
@@ -2033,16 +2058,17 @@ static __device__ void multiply_with_epilogue(const struct gemm &p, struct consu
         multiply_chain(r, EPILOGUE_PARTS, n, c);
     } else {
 #pragma unroll
-        for (int part = 0; part < EPILOGUE_PARTS; part++) epilogue_quarter<KIND>(p, part, before, s);
+        for (int part = 0; part < EPILOGUE_PARTS; part++)
+            epilogue_quarter<KIND>(p, part, before, s);
         multiply_chain(r, 0, n, c);
     }
 }
 
-/* A warpgroup's half of all pieces. */
+/* A consumer warp group: its half of all output tiles; behind the last only an epilogue is left. */
 template <int KIND>
 static __device__ void multiply_output_tiles(const struct gemm &p, char *ring, uint64_t *full,
-                                       uint64_t *empty) {
-    const int spans = p.ld / SPAN, pieces = output_tiles_of(p);
+                                             uint64_t *empty) {
+    const int spans = p.ld / SPAN, tiles = output_tiles_of(p);
     const int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
     struct consumer r = {ring, full, empty, 0, group * (X_BYTES / 2)};
     struct output_tile q = {0, 0};
@@ -2050,11 +2076,11 @@ static __device__ void multiply_output_tiles(const struct gemm &p, char *ring, u
     struct accumulators s;
     s.rest = (float4 *)(ring + GEMM_RING * GEMM_RING_BYTES + group * (REST_BYTES / 2)) +
              threadIdx.x % WARP_GROUP;
-    for (int n = 0; n <= pieces; n++) {
-        const int count = n < pieces ? part_start(spans, 1) : 0;
+    for (int n = 0; n <= tiles; n++) {
+        const int count = n < tiles ? part_start(spans, 1) : 0;
         if (n == 0) multiply_chain(&r, 0, count, c);
         else multiply_with_epilogue<KIND>(p, &r, count, q, c, s);
-        if (n == pieces) break;
+        if (n == tiles) break;
         q = output_tile_of(p, n);
         add_chain(&s, c, 1);
         for (int part = 1; part < CHAINS; part++) {
@@ -2068,45 +2094,50 @@ static __device__ void multiply_output_tiles(const struct gemm &p, char *ring, u
 
 #endif
 
-/* Reads x and w in panels. Grid: clusters, as many as fit, or as there are pieces. Floor: 2 N ld
-   rows operations over the tensor cores' rate. */
+/* y = x w^T. Reads x and w in panels, writes y in f32, [rows][N], or h in panels. Grid: clusters,
+   as many as fit, or as there are output tiles. Floor: 2 N ld rows operations over the tensor
+   cores' rate. */
 template <int KIND>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     gemm_wgmma_kernel(const __grid_constant__ struct gemm p) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if WGMMA
     extern __shared__ __align__(1024) char tiles[];
     __shared__ uint64_t full[GEMM_RING], empty[GEMM_RING];
     if (threadIdx.x == 0) {
         for (int i = 0; i < GEMM_RING; i++) {
             barrier_init(&full[i], 1);
-            barrier_init(&empty[i], 8 * CLUSTER);
+            barrier_init(&empty[i], CONSUMERS / 32 * CLUSTER);
         }
     }
     barriers_made();
     cluster_sync();
     wait_for_inputs();
-    if (threadIdx.x < 256) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    if (threadIdx.x < CONSUMERS) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); /* registers change hands */
         multiply_output_tiles<KIND>(p, tiles, full, empty);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        const int helper = (int)threadIdx.x / 32 - 9;
-        if (threadIdx.x == 256) fill_stages(p, tiles, full, empty);
+        const int helper = (int)threadIdx.x / 32 - (CONSUMERS / 32 + 1);
+        if (threadIdx.x == CONSUMERS) fill_stages(p, tiles, full, empty);
         for (int i = 0; helper >= 0 && i < LATER; i++)
-            dequantise_panels(p.later[i], (int)blockIdx.x * 3 + helper, (int)gridDim.x * 3);
+            dequantise_panels(p.later[i], (int)blockIdx.x * HELPERS + helper,
+                              (int)gridDim.x * HELPERS);
     }
     __syncwarp();
     cluster_sync();
 #endif
 }
 
-/* ---- GEMM on every chip ---- */
+/* ---- GEMM by mma.sync (chips without wgmma) ----
+
+   The same sums from the same panels: a block computes 128 x 128, its eight warps 32 x 64
+   each. All threads load, two stages ahead. */
 
 enum { GEMM_STAGES = 3, STAGE_BYTES = 2 * X_BYTES, GEMM_SHARED = GEMM_STAGES * STAGE_BYTES };
 
 /* 128 rows of x, and as many of w; they lie as they will lie in shared memory. */
 static __device__ void load_stage(char *stage, const char *x, const char *w) {
-    const uint32_t to = (uint32_t)__cvta_generic_to_shared(stage);
+    const uint32_t to = shared_address(stage);
 #pragma unroll
     for (int i = (int)threadIdx.x * 16; i < X_BYTES; i += THREADS * 16) {
         copy_async<16>(to + i, x + i, 1);
@@ -2140,7 +2171,7 @@ static __device__ void multiply_tiles(const char *stage, int row, int n0, float 
     }
 }
 
-/* Grid: [128 rows of w][128 rows of x]. Reads, writes and floor: as above. */
+/* Reads, writes and floor: as gemm_wgmma_kernel. Grid: [128 rows of x][128 rows of w]. */
 template <int KIND>
 __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant__ struct gemm p) {
     extern __shared__ __align__(1024) char tiles[];
@@ -2173,7 +2204,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant_
             epilogue_part<KIND, 8>(p, part, half / 2, first + m * 16, half % 2 * 16 + n0, total[m]);
 }
 
-/* ---- Launches ---- */
+/* ---- Launches of products ---- */
 
 /* 1: this device runs gemm_wgmma_kernel. (Elsewhere its body is empty and shares no memory.) */
 static int has_wgmma(void) {
@@ -2182,6 +2213,7 @@ static int has_wgmma(void) {
     return e == cudaSuccess && a.sharedSizeBytes > 0;
 }
 
+/* Lets the kernels have the shared memory that they need. */
 static cudaError_t allow_gemm(void) {
     struct { const void *kernel; int bytes; } all[] = {
         {(const void *)gemm_kernel<STORE>, GEMM_SHARED},
@@ -2214,6 +2246,7 @@ static struct unpacked unpacked_at(const struct matrix *w, int n, int pair, __ha
     return p;
 }
 
+/* Dequantises p's matrices now, by a kernel of its own. */
 static void launch_panels(struct queue *q, const struct unpacked *p) {
     const int64_t units = (int64_t)p->tiles * (p->w[0].ld / SPAN) * 16;
     const unsigned grid = (unsigned)min64((units + WARPS - 1) / WARPS, 8 * q->sms);
@@ -2251,7 +2284,8 @@ static void gemm_swiglu(struct gemm *p, int F, const struct packed *h) {
 
 enum { GROUP_BYTES = 20 << 20 /* of x, which the L2 cache keeps */ };
 
-/* blocks: how many gemm_wgmma_kernel runs at a time, or 0 where there is none. */
+/* blocks: how many of gemm_wgmma_kernel run at a time, or 0 where it cannot. Rows of x are cut into
+   groups of even size that stay in the L2 cache while all tiles of w pass. */
 template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int blocks) {
     int tiles = (p.rows + X_ROWS - 1) / X_ROWS, across = gemm_row_tiles(p);
     int most = (int)max64(1, GROUP_BYTES / (CLUSTER * X_BYTES * (p.ld / SPAN)));
@@ -2283,14 +2317,15 @@ static void launch_norm_pack(struct queue *q, const struct product_f16 *j) {
            THREADS, 0, j->x, j->norm, j->eps, j->p[0].w.cols, j->which, j->rows, j->in);
 }
 
-/* For many rows: where a product's matrices lie as panels, and which come next. */
+/* For many rows: where a product's matrices lie as panels, and which weights become panels while it
+   is computed. */
 struct prepared {
     const __half *panels;
     struct unpacked later[LATER];
 };
 
-/* A product of many rows. What is to be unpacked for later ones is so meanwhile or, where only
-   gemm_wgmma_kernel could, afterwards. */
+/* A product of many rows. The weights of later ones are dequantised meanwhile or, where there is no
+   gemm_wgmma_kernel to do it, afterwards. */
 static void multiply_many(struct queue *q, enum epilogue kind, const struct product_f16 *j,
                           const struct prepared *w) {
     struct gemm g = gemm_of(&j->in, j->rows, w->panels);
@@ -2305,7 +2340,8 @@ static void multiply_many(struct queue *q, enum epilogue kind, const struct prod
     for (int i = 0; q->wgmma == 0 && i < LATER; i++) launch_panels(q, &w->later[i]);
 }
 
-/* The matrices of a product have one type, which is not F32. */
+/* A product, by GEMM where its rows lie in panels, else by GEMV. Its matrices have one type, which
+   is not F32. */
 static void multiply(struct queue *q, enum epilogue kind, const struct product_f16 *product,
                      const struct prepared *w) {
     struct product_f16 j = *product;
@@ -6054,7 +6090,13 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
 }
 
 /* =================================================================================================
-   10.  The seam */
+   10.  The seam
+
+   What lvm.c calls: struct backend at the end of this file, whose contract is chapter 7 of lvm.c. A
+   context's memory is one allocation, laid out before anything runs, so that what does not fit is
+   an error at once; only pages of the KV cache come later, when positions are reached. */
+
+/* ---- A context's memory ---- */
 
 /* 1: a layer or the output goes by f32 products. */
 static int needs_f32(const struct gpu *c) {
@@ -6064,6 +6106,7 @@ static int needs_f32(const struct gpu *c) {
     return f32;
 }
 
+/* The transformer's part. */
 static void place_lm(struct gpu *c, struct arena *a) {
     const struct llama *l = &c->g->m->llama;
     int64_t N = c->rows, Q = (int64_t)l->H * l->d, K = (int64_t)l->G * l->d, V = l->V;
@@ -6076,16 +6119,17 @@ static void place_lm(struct gpu *c, struct arena *a) {
         {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (KEYS / BLOCK) * (c->kv.dp + 2)},
         {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}};
     for (const auto &one : all) take(a, one.p, one.n);
-    const int64_t D = (int64_t)W_ROWS * round_up(l->D, SPAN), F = round_up(l->F, SPAN);
+    const int64_t D = round_up(l->D, SPAN), F = round_up(l->F, SPAN);
+    const int64_t heads = round_up((int)Q, SPAN);
     N = round_up((int)N, X_ROWS);
-    take(a, &c->h, N * round_up((int)max64(l->D, Q), SPAN));
+    take(a, &c->h, N * max64(D, heads));
     take(a, &c->hidden, N * F);
     take(a, &c->q16, N * l->H * c->kv.dp * c->kv.tensor);
     take(a, &c->query_c, N * l->H * c->kv.tensor);
-    const size_t output = a->used + (size_t)(panel_tiles(l->V, 0) * D) * sizeof(__half);
-    take(a, &c->w16[QKV], (panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0)) * D);
-    take(a, &c->w16[O], panel_tiles(l->D, 0) * W_ROWS * (int64_t)round_up((int)Q, SPAN));
-    take(a, &c->w16[GATE_UP], panel_tiles(l->F, 1) * D);
+    const size_t output = a->used + (size_t)(panel_tiles(l->V, 0) * W_ROWS * D) * sizeof(__half);
+    take(a, &c->w16[QKV], (panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0)) * W_ROWS * D);
+    take(a, &c->w16[O], panel_tiles(l->D, 0) * W_ROWS * heads);
+    take(a, &c->w16[GATE_UP], panel_tiles(l->F, 1) * W_ROWS * D);
     take(a, &c->w16[DOWN], panel_tiles(l->D, 0) * W_ROWS * F);
     a->used = std::max(a->used, output); /* the output's panels take the place of a layer's */
     take(a, &c->sampler, 1);
@@ -6126,6 +6170,7 @@ static int64_t images_at(const struct gpu *c, int i) {
     return min64(few, c->images);
 }
 
+/* The tokenizer's part: what the operations that need most of each kind take. */
 static void place_vq(struct gpu *c, struct arena *a) {
     const struct vqgan *vq = c->g->m->vq;
     struct vq_memory *v = &c->vq;
@@ -6174,15 +6219,15 @@ static void place_work(struct gpu *c, struct arena *a) {
     a->used = std::max(a->used, images.used);
 }
 
-/* The same in pinned memory. */
+/* What the device and the host tell each other, in pinned memory. */
 static void place_pinned(struct gpu *c, struct arena *a) {
     take(a, &c->host_in, (int64_t)told_bytes(c, std::max(c->rows, (int)SPLIT_ROWS)));
     take(a, &c->host_logits, GRAPH_ROWS * (int64_t)c->g->m->llama.V);
     take(a, &c->told, 1);
 }
 
-/* rope[context][2][d / 2]: cosines and sines of all positions, angles in f32 as in lvm.c's
-   embed_task. A thread an angle. */
+/* Writes rope[context][2][d / 2]: cosines and sines of all positions, angles in f32 as in lvm.c's
+   embed_task; a thread an angle. Floor: bytes out; it runs once for a context. */
 __global__ void rope_kernel(float *rope, int context, int d, float theta) {
     const int at = (int)(blockIdx.x * THREADS + threadIdx.x), pos = at / (d / 2), i = at % (d / 2);
     if (pos >= context) return;
@@ -6193,6 +6238,9 @@ __global__ void rope_kernel(float *rope, int context, int d, float theta) {
     rope[(int64_t)pos * d + d / 2 + i] = (float)sin(angle);
 }
 
+/* ---- Contexts: made and freed ---- */
+
+/* Also of a context that gpu_open could not finish. */
 static void gpu_close(void *state) {
     struct gpu *c = (struct gpu *)state;
     if (c == NULL) return;
@@ -6218,9 +6266,9 @@ static void gpu_close(void *state) {
     free(c);
 }
 
-/* A kernel of a chain may have so much shared memory, or all that it does not declare itself. As
-   much of a multiprocessor's memory as can be becomes shared memory: such kernels run beside each
-   other only where they are cut alike. */
+/* A kernel of a generated token's chain may have so much shared memory, or all that it does not
+   declare itself, if that is less. As much of a multiprocessor's L1 cache as can be becomes shared
+   memory, for all of them: kernels run beside each other only where it is cut alike. */
 static void allow(struct queue *q, const void *kernel, int64_t bytes) {
     cudaFuncAttributes own = {};
     CALL(q, cudaFuncGetAttributes, &own, kernel);
@@ -6255,7 +6303,7 @@ static void allow_kernels(struct gpu *c) {
     else allow(q, (const void *)attention_kernel_for(kv->type), attention_shared(kv->dp));
 }
 
-/* All memory but the pages of the cache. */
+/* All memory but the pages of the KV cache, and what lies in it from the start. */
 static int gpu_alloc(struct gpu *c, lvm_error *error) {
     const struct llama *l = &c->g->m->llama;
     struct arena a = {}, pinned = {};
@@ -6314,6 +6362,10 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
     return code;
 }
 
+/* ---- The KV cache, as lvm.c sees it ---- */
+
+/* Sequence `to` becomes the first n positions of `from`. Pages are shared; page_for_writing copies
+   one when it is written. */
 static int gpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
     struct gpu *c = (struct gpu *)state;
     (void)error;
@@ -6327,8 +6379,8 @@ static int gpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
     return LVM_OK;
 }
 
-/* In a file a page of the layout for tensor cores has a byte more than in memory, of the other one
-   two, so that neither is taken for the other. */
+/* Bytes of a page in a file. There a page of the layout for tensor cores has a byte more than in
+   memory, of the other one two, so that neither is taken for the other. */
 static size_t gpu_kv_size(void *state) {
     const struct gpu *c = (const struct gpu *)state;
     return c->page_bytes + (c->kv.tensor ? 1 : 2);
@@ -6375,7 +6427,8 @@ static void gpu_usage(void *state, lvm_usage *usage) {
 enum { GEMM_SIDE = 8192, FMA_ROUNDS = 4096, FMA_CHAINS = 8 };
 static const size_t CEILING_BYTES = (size_t)1 << 30, PINNED_BYTES = 64 << 20;
 
-/* Reads from[n], and writes nothing. */
+/* Reads from[n], 16 bytes a thread at a time, and writes nothing. Floor: its bytes over the
+   bandwidth, which is what it measures. */
 __global__ void read_kernel(const uint4 *from, int64_t n, uint32_t *out) {
     const int64_t step = (int64_t)gridDim.x * blockDim.x;
     uint32_t sum = 0;
@@ -6389,7 +6442,7 @@ __global__ void read_kernel(const uint4 *from, int64_t n, uint32_t *out) {
     if (sum == 0x12345678) *out = sum; /* or nothing would be read */
 }
 
-/* FMA_CHAINS times FMA_ROUNDS multiply-adds a thread. */
+/* FMA_CHAINS times FMA_ROUNDS multiply-adds a thread, in registers. Floor: the rate it measures. */
 __global__ void fma_kernel(float *out, float a, float b) {
     float x[FMA_CHAINS];
     for (int c = 0; c < FMA_CHAINS; c++) x[c] = a * (float)((int)threadIdx.x + c);
@@ -6401,8 +6454,8 @@ __global__ void fma_kernel(float *out, float a, float b) {
     if (sum == 12345) *out = sum;
 }
 
-/* About normal numbers: power, and with it the clock of tensor cores, depends on what they
-   multiply. As f16, or bf16. */
+/* Writes out[n], about normal numbers, as f16 or bf16: power, and with it the clock of tensor
+   cores, depends on what they multiply. Floor: bytes out; it is not timed. */
 __global__ void random_kernel(uint16_t *out, int64_t n, int bf16) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
@@ -6414,7 +6467,7 @@ __global__ void random_kernel(uint16_t *out, int64_t n, int bf16) {
     out[i] = bf16 ? __bfloat16_as_ushort(__float2bfloat16(x)) : __half_as_ushort(__float2half(x));
 }
 
-/* Seconds that work() takes. */
+/* Seconds that work() takes on the device: the median of RUNS. */
 template <class F> static double median_seconds(struct queue *q, F work) {
     enum { WARM = 3, RUNS = 15 };
     cudaEvent_t event[2] = {};
