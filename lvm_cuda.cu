@@ -1297,11 +1297,11 @@ static __device__ void epilogue_one(const struct product_f16 &j, const struct pa
 template <int TYPE> struct ring {
     enum {
         SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0,
-        CHUNK = 2,                                                   /* spans of a slot */
-        PAIRS = CHUNK * 2,                                           /* its tiles */
-        TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, /* bytes of one, */
-        SCALES = SCALED * 32,                                        /* of its scales, */
-        SLOT = PAIRS * (TILE + SCALES),                              /* of a slot */
+        CHUNK = 2,         /* spans of a slot */
+        PAIRS = CHUNK * 2, /* its tiles */
+        TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, /* bytes of a tile, */
+        SCALES = SCALED * 32,                                          /* of its scales, */
+        SLOT = PAIRS * (TILE + SCALES),                                /* of a slot */
         SLOTS = SCALED ? 3 : 2,
         BYTES = SLOTS * SLOT
     };
@@ -1750,7 +1750,7 @@ struct gemm {
     const __half *x, *w; /* panels */
     int rows, ld;        /* of x */
     int tiles;           /* of w: of all matrices, which follow each other */
-    int group;           /* clusters' rows of x that are computed together, see output_tile_of */
+    int group;           /* pairs along the rows of x that run together, see output_tile_of */
     float down;          /* takes x's power of two out again */
     struct {
         float *y;          /* [rows][N] */
@@ -1876,24 +1876,24 @@ static __device__ int part_start(int spans, int part) {
 
 enum {
     CLUSTER = 2,
-    GEMM_RING = 3, /* stages */
-    GEMM_RING_BYTES = X_BYTES + W_BYTES /* of one */,
-    WARP_GROUP = 128,
+    GEMM_RING = 3,                       /* stages */
+    GEMM_RING_BYTES = X_BYTES + W_BYTES, /* of a stage */
+    WARP_GROUP = 128,                    /* threads; of two warp groups: */
     CONSUMERS = 2 * WARP_GROUP,
     WGMMA_THREADS = CONSUMERS + WARP_GROUP,
-    HELPERS = 3, /* warps */
-    REST_BYTES = CONSUMERS * 64 * 4, /* of their sums those in shared memory */
+    HELPERS = 3,                         /* warps that dequantise */
+    REST_BYTES = CONSUMERS * 64 * 4,     /* the consumers' sums in shared memory */
     WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES + REST_BYTES,
     EPILOGUE_PARTS = 4
 };
 
-/* Output tiles of both blocks of a cluster along the rows of x; along both sides. */
-static __host__ __device__ int gemm_row_tiles(const struct gemm &p) {
+/* Pairs of output tiles, one for each block of a cluster: along the rows of x; all. */
+static __host__ __device__ int gemm_row_pairs(const struct gemm &p) {
     return (p.rows + X_ROWS * CLUSTER - 1) / (X_ROWS * CLUSTER);
 }
 
-static __host__ __device__ int gemm_tiles(const struct gemm &p) {
-    return gemm_row_tiles(p) * p.tiles;
+static __host__ __device__ int gemm_pairs(const struct gemm &p) {
+    return gemm_row_pairs(p) * p.tiles;
 }
 
 #if WGMMA
@@ -1922,11 +1922,11 @@ struct output_tile {
     int x, w;
 };
 
-/* A block's output tile number n. Those that all blocks compute at a time share `group` clusters'
-   rows of x, which stay in the L2 cache. */
+/* A block's output tile number n. Those that all blocks compute at a time share the rows of x of
+   `group` pairs, which stay in the L2 cache. */
 static __device__ struct output_tile output_tile_of(const struct gemm &p, int n) {
     const int i = (int)blockIdx.x / CLUSTER + n * ((int)gridDim.x / CLUSTER);
-    const int all = gemm_row_tiles(p);
+    const int all = gemm_row_pairs(p);
     const int each = p.group * p.tiles, first = i / each * p.group;
     const int size = min(p.group, all - first), in = i % each;
     struct output_tile q = {(first + in % size) * CLUSTER + (int)blockIdx.x % CLUSTER, in / size};
@@ -1936,7 +1936,7 @@ static __device__ struct output_tile output_tile_of(const struct gemm &p, int n)
 /* How many output tiles a block has. */
 static __device__ int output_tiles_of(const struct gemm &p) {
     const int clusters = (int)gridDim.x / CLUSTER;
-    return (gemm_tiles(p) - (int)blockIdx.x / CLUSTER + clusters - 1) / clusters;
+    return (gemm_pairs(p) - (int)blockIdx.x / CLUSTER + clusters - 1) / clusters;
 }
 
 /* The producer, one thread: the stages of all output tiles; `at` counts them. */
@@ -2210,6 +2210,7 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant_
 static int has_wgmma(void) {
     cudaFuncAttributes a = {};
     cudaError_t e = cudaFuncGetAttributes(&a, gemm_wgmma_kernel<STORE>);
+    if (e != cudaSuccess) cudaGetLastError(); /* or the next launch would be blamed */
     return e == cudaSuccess && a.sharedSizeBytes > 0;
 }
 
@@ -2287,7 +2288,7 @@ enum { GROUP_BYTES = 20 << 20 /* of x, which the L2 cache keeps */ };
 /* blocks: how many of gemm_wgmma_kernel run at a time, or 0 where it cannot. Rows of x are cut into
    groups of even size that stay in the L2 cache while all tiles of w pass. */
 template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int blocks) {
-    int tiles = (p.rows + X_ROWS - 1) / X_ROWS, across = gemm_row_tiles(p);
+    int tiles = (p.rows + X_ROWS - 1) / X_ROWS, across = gemm_row_pairs(p);
     int most = (int)max64(1, GROUP_BYTES / (CLUSTER * X_BYTES * (p.ld / SPAN)));
     int groups = (across + most - 1) / most;
     p.group = (across + groups - 1) / groups;
@@ -2301,7 +2302,7 @@ template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int 
         how[0].val.clusterDim = {CLUSTER, 1, 1};
         how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         how[1].val.programmaticStreamSerializationAllowed = 1;
-        c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_tiles(p), blocks / CLUSTER)));
+        c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_pairs(p), blocks / CLUSTER)));
         c.blockDim = dim3(WGMMA_THREADS);
         c.dynamicSmemBytes = WGMMA_SHARED;
         c.stream = q->stream;
