@@ -81,7 +81,7 @@ enum { THREADS = 256, WARPS = THREADS / 32 };
 /* Work that runs in order, and the first thing that went wrong in it. */
 struct queue {
     int device;
-    int chains;              /* 1: kernels may start early, see launch */
+    int early;               /* 1: kernels may start before the one in front ends, see launch */
     int sms;                 /* multiprocessors */
     int shared;              /* bytes of shared memory that a block may have */
     int wgmma;               /* blocks of gemm_wgmma_kernel at a time, 0: it cannot run here */
@@ -90,6 +90,7 @@ struct queue {
     const char *what;
 };
 
+/* Keeps the first error, and what met it. */
 static void note(struct queue *q, cudaError_t error, const char *what) {
     if (error == cudaSuccess || q->error != cudaSuccess) return;
     q->error = error;
@@ -117,7 +118,7 @@ static void launch(struct queue *q, const char *name, void (*kernel)(P...), dim3
     c.dynamicSmemBytes = shared;
     c.stream = q->stream;
     c.attrs = &early;
-    c.numAttrs = (unsigned)q->chains;
+    c.numAttrs = (unsigned)q->early;
     note(q, cudaLaunchKernelEx(&c, kernel, P(args)...), name);
 }
 
@@ -761,7 +762,7 @@ static int look_at_chip(struct queue *q, lvm_error *error) {
         code = fail(error, LVM_UNSUPPORTED, "cuda:%d: has compute capability %d.x; lvm needs 8.0",
                     q->device, major);
     if (code == LVM_OK) code = use_device(q, error);
-    q->chains = major >= 9;
+    q->early = major >= 9;
     if (code == LVM_OK) q->wgmma = has_wgmma() ? q->sms : 0;
     return code;
 }
@@ -1277,7 +1278,7 @@ static __device__ void multiply_span(float *c, const __half2 *w0, const __half2 
    what y was. */
 template <int KIND>
 static __device__ void epilogue_one(const struct product_f16 &j, const struct part &p, int r, int o,
-                              float sum, float other) {
+                                    float sum, float other) {
     const float down = 1 / j.in.up;
     const int N = p.w.rows;
     if (r >= j.rows || o >= (KIND == SWIGLU ? j.out.ld : N)) return;
@@ -1514,8 +1515,8 @@ static __device__ float residual(const struct product_f16 &j, const struct part 
 /* The sums of a team's group, c[16 rows of w][8 TILES rows of x] of each chain, to their place. */
 template <int KIND, int TILES>
 static __device__ void epilogue_group(const struct product_f16 &j, int group, float (*c)[4],
-                                    float (*sums)[TILES * 4][32], int team, int chain,
-                                    float before) {
+                                      float (*sums)[TILES * 4][32], int team, int chain,
+                                      float before) {
     const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const struct part &p = j.p[part_of<KIND>(j, &group)];
 #pragma unroll
@@ -1783,7 +1784,7 @@ static __device__ void add_float4(float *y, float4 v) {
 /* Four columns of a row, of two blocks: y = sum down + bias, or y += sum down, which is exact. */
 template <int KIND>
 static __device__ void epilogue_float4(const float (*c)[4], int i, float down, const float *bias,
-                                float *y) {
+                                       float *y) {
     float4 v = bias != NULL ? *(const float4 *)bias : make_float4(0, 0, 0, 0);
     v = make_float4(fmaf(c[0][2 * i], down, v.x), fmaf(c[0][2 * i + 1], down, v.y),
                     fmaf(c[1][2 * i], down, v.z), fmaf(c[1][2 * i + 1], down, v.w));
@@ -1794,7 +1795,7 @@ static __device__ void epilogue_float4(const float (*c)[4], int i, float down, c
 /* The same, one by one: of `left` columns. ADD: y = (sum down + y) + bias. */
 template <int KIND>
 static __device__ void epilogue_edge(const float (*c)[4], int i, float down, const float *bias,
-                                float *y, int left) {
+                                     float *y, int left) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         if (k >= left) continue;
