@@ -187,9 +187,9 @@ template <class T> static void take(struct arena *a, T **p, int64_t count) {
 
        [rows / 8][ld / 64][8][64]     and their scales [rows / 8][ld / 64][8][2]
 
-   A tile is what a warp feeds to one tensor-core operand: lane i takes 16 columns of row i / 4,
-   which lie side by side and share a scale, and all lanes together read 512 bytes of Q8_0 in one
-   run. Whatever follows in the same 8 rows follows in memory. */
+   Two tiles are the 16 rows that tensor cores multiply at a time: lane i of a warp takes 16 columns
+   of row i / 4 of each, which lie side by side and share a scale, and all lanes together read 512
+   bytes of Q8_0 in one run. The next 64 columns of the 8 rows follow in memory. */
 
 enum { SPAN = 64 /* columns of a tile: 4 lanes x 16 */ };
 
