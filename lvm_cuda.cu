@@ -5,7 +5,7 @@
    run: the runtime is linked in, and where there is no driver the program starts all the same.
 
    CONTENTS
-     1  Errors, memory: every call and every launch is checked
+     1  Errors, launches, memory: every call and every launch is checked
      2  Weights on the device: planes of integers and of scales, tiles of 8 rows; their upload
      3  Products in f16 on tensor cores: GEMV for a few rows, GEMM for many, one order of sums
      4  Products in f32, for F32 weights and --exact; convolutions on tensor cores
@@ -14,7 +14,7 @@
      7  The transformer: one forward, one chain of kernels, recorded as a graph
      8  Sampling, and the loop that generates
      9  The tokenizer: GroupNorm, attention over pixels, the quantiser
-    10  The seam
+    10  The seam: a context's memory, the calls of the backend, ceilings for `lvm bench`
 
    SUMS HAVE ONE ORDER here too: a row's result depends on nothing but its own numbers, never on how
    many rows came with it, so that a prompt in pieces, a candidate among others and a reused prefix
@@ -23,7 +23,8 @@
    although a few rows need none of their speed, and GEMM keeps four sums of each element, because
    GEMV needs four chains to be quick (some 5 % of a prompt); attention adds blocks of 64 keys one
    after the other, also where one pass over all keys would do. The same card gives the same bytes
-   run to run: no atomics add anything.
+   run to run: nothing is added in an order that may change. (The one atomic addition, GEMM's to the
+   residual stream, is the only one that its element gets.)
 
    ARITHMETIC. F32 weights, and all weights with --exact: f32 products, fma after fma in ascending
    k, and attention in f32. Otherwise weights become f16 as they are read (a quantised one is q d,
@@ -32,7 +33,28 @@
    tokenizer's activations are two f16 numbers each, a high and a low part, which keeps every token
    of f32 but those at a tie.
 
-   LEFT OUT, so far: attention's merge inside its neighbours; more than one GPU for a model. */
+   WORDS
+     row          a token's vector of activations; a step takes some of them through the layers
+     few, many    up to 64 rows go by GEMV (generating), more by GEMM (a prompt's prefill)
+     span         64 columns: the K tile of all products in f16
+     chain        sums that one accumulator adds, product after product, in ascending k
+     tile         some rows of one span, side by side in memory: 8 of weights as they are kept, 256
+                  of weights in f16 for GEMM, 128 of activations
+     panels       a matrix as tiles in f16, swizzled as tensor cores read them from shared memory
+     page, block  256 and 64 positions of the KV cache
+     lane g, t    lane / 4 and lane % 4: which rows and columns of mma's operands a thread holds
+
+   FLOORS. A kernel's comment ends with its floor: the time that no kernel for the same work can be
+   under, bytes over the memory's bandwidth or operations over the arithmetic's rate, whichever is
+   more. An H200 copies 4.2 TB/s and its tensor cores do 780 TFLOP/s, so that a Q8_0 weight
+   (8.5 bits) takes as long to read as to multiply by 100 rows: a few rows wait for memory, many for
+   tensor cores. `lvm bench` measures both on the card at hand.
+
+   WHERE TO BEGIN. struct matrix in chapter 2, gemv_kernel in 3, split_kernel in 6, run_layer in 7
+   and gpu_generate in 8 are the path of a token. The plain version of every kernel is lvm.c's.
+
+   LEFT OUT: training, which runs on the CPU; more than one GPU for a model; attention and its merge
+   in one kernel, which was slower. docs/performance.md tells what else was tried. */
 #define LVM_INTERNAL
 #include "lvm.c"
 #include <dlfcn.h>
@@ -48,21 +70,27 @@
 #include <cuda_fp16.h>
 
 /* =================================================================================================
-   1.  Errors, memory */
+   1.  Errors, launches, memory
+
+   A launch returns before its kernel has run, and an error may show at any later call. So functions
+   that queue work return nothing: the queue keeps its first error and the call that met it, and
+   whoever needs the results waits (wait_for) and gets both as an lvm error. */
 
 enum { THREADS = 256, WARPS = THREADS / 32 };
 
 /* Work that runs in order, and the first thing that went wrong in it. */
 struct queue {
     int device;
-    int chains, sms;         /* 1: kernels may start early, see launch; multiprocessors */
+    int early;               /* 1: kernels may start before the one in front ends, see launch */
+    int sms;                 /* multiprocessors */
     int shared;              /* bytes of shared memory that a block may have */
-    int wgmma;               /* blocks of gemm_wgmma_kernel, 0: the chip has none */
+    int wgmma;               /* blocks of gemm_wgmma_kernel at a time, 0: it cannot run here */
     cudaStream_t stream;
     cudaError_t error;
     const char *what;
 };
 
+/* Keeps the first error, and what met it. */
 static void note(struct queue *q, cudaError_t error, const char *what) {
     if (error == cudaSuccess || q->error != cudaSuccess) return;
     q->error = error;
@@ -72,7 +100,7 @@ static void note(struct queue *q, cudaError_t error, const char *what) {
 /* A call of CUDA; the error names it. */
 #define CALL(q, function, ...) note(q, function(__VA_ARGS__), #function)
 
-/* Behind every launch. */
+/* Behind every launch by <<< >>>. */
 static void launched(struct queue *q, const char *kernel) { note(q, cudaGetLastError(), kernel); }
 
 /* A launch in a chain of short kernels: where the chip can (compute capability 9), blocks start
@@ -90,11 +118,11 @@ static void launch(struct queue *q, const char *name, void (*kernel)(P...), dim3
     c.dynamicSmemBytes = shared;
     c.stream = q->stream;
     c.attrs = &early;
-    c.numAttrs = (unsigned)q->chains;
+    c.numAttrs = (unsigned)q->early;
     note(q, cudaLaunchKernelEx(&c, kernel, P(args)...), name);
 }
 
-/* All that earlier kernels wrote is there; the next kernel's blocks may start. */
+/* Waits until all that earlier kernels wrote is there, and lets the next kernel's blocks start. */
 static __device__ void wait_for_inputs() {
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -120,7 +148,8 @@ static int wait_for(struct queue *q, lvm_error *error) {
     return settle(q, error);
 }
 
-/* Either way between host and device; host memory that is not pinned is waited for. */
+/* Between host and device, either way, or inside one; where host memory is not pinned, the call
+   returns when it has been read or written. */
 static void copy(struct queue *q, void *to, const void *from, size_t bytes, const char *what) {
     note(q, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream), what);
 }
@@ -152,17 +181,27 @@ template <class T> static void take(struct arena *a, T **p, int64_t count) {
        Q4_0   q[rows][ld / 2]: nibble i (0 .. 3) of a 32-bit word is its element 2 i, nibble i + 4
               element 2 i + 1, so that a shift and a mask give a pair; value + 8     d: the same
 
-   A thread takes 16 elements at a time, which lie side by side and share a scale. */
+   Integers and scales are planes of their own, because a block of the file, 18 or 34 bytes, would
+   allow loads of two bytes only. The transformer's matrices, but for F32, are cut into tiles of 8
+   rows by 64 columns, the rows padded to a multiple of 8:
 
-enum { SPAN = 64 /* columns that a quarter-warp of tensor-core operands covers: 4 threads x 16 */ };
+       [rows / 8][ld / 64][8][64]     and their scales [rows / 8][ld / 64][8][2]
+
+   Two tiles are the 16 rows that tensor cores multiply at a time: lane i of a warp takes 16 columns
+   of row i / 4 of each, which lie side by side and share a scale, and all lanes together read 512
+   bytes of Q8_0 in one run. The next 64 columns of the 8 rows follow in memory. */
+
+enum { SPAN = 64 /* columns of a tile: 4 lanes x 16 */ };
 
 struct matrix {
-    int type, rows, cols, ld, tiled;
-    uint8_t *q;
-    __half *d;
+    int type, rows, cols;
+    int ld;     /* cols, padded */
+    int tiled;  /* 1: in tiles */
+    uint8_t *q; /* numbers, or the integers of a quantised type */
+    __half *d;  /* scales */
 };
 
-/* Where an element lies: 16 from a multiple of 16 on are neighbours. */
+/* Where an element lies, in elements: 16 from a multiple of 16 on are neighbours. */
 static __device__ int64_t element_at(const struct matrix &m, int64_t row, int k) {
     if (!m.tiled) return row * m.ld + k;
     return ((row / 8 * (m.ld / SPAN) + k / SPAN) * 8 + row % 8) * SPAN + k % SPAN;
@@ -196,7 +235,8 @@ static __device__ void pairs_of_nibbles(uint32_t w, __half2 d, __half2 *out) {
 }
 
 /* 16 elements from column k on (a multiple of 16), as they lie in memory; for types other than F32.
-   Apart from what is done with them, so that several loads are under way before one is used. */
+   They are loaded apart from their dequantisation, so that several loads are under way before the
+   first is used. */
 template <int TYPE> struct raw16 {
     uint4 v[TYPE == LVM_F16 || TYPE == LVM_BF16 ? 2 : 1];
     __half d;
@@ -220,9 +260,9 @@ static __device__ void fetch16(const struct matrix &m, int64_t row, int k,
     if (TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0) raw->d = m.d[at / QK];
 }
 
-/* The same as f16. */
+/* Dequantised to f16: q d, rounded once. */
 template <int TYPE>
-static __device__ void expand16(const struct raw16<TYPE> &raw, __half2 *out) {
+static __device__ void dequantise16(const struct raw16<TYPE> &raw, __half2 *out) {
     const uint4 v = raw.v[0], u = raw.v[sizeof raw.v / 16 - 1];
     const uint32_t w[8] = {v.x, v.y, v.z, v.w, u.x, u.y, u.z, u.w};
     const __half2 d = __half2half2(raw.d);
@@ -279,7 +319,7 @@ struct ups {
     float attn, heads, ffn, hidden;
 };
 
-/* A model's copy: matrix i belongs to tensor i of its description. */
+/* A model's copy on the device. */
 struct gpu_layer {
     const float *attn_norm, *ffn_norm, *q_bias, *k_bias, *v_bias, *o_bias;
     struct matrix q, k, v, o, gate, up, down;
@@ -295,16 +335,16 @@ struct gpu_op {
 struct gpu_model {
     struct queue q;
     const lvm_model *m;
-    struct matrix *map;           /* [m->n_specs] */
+    struct matrix *map;           /* [m->n_specs]: of tensor i of the model's description */
     struct gpu_layer *layers;     /* [L] */
     struct gpu_op *ops;           /* [n_ops] */
     struct matrix embed, output, codebook;
     const float *norm;
-    float head_up;                /* as struct ups, in front of the output */
+    float head_up;                /* as in struct ups, of rows in front of the output */
     int *bounds;                  /* [L][3] and the codebook's, bits of floats; see find_bounds */
     float *code_norms;            /* [codes] on the device: |e|^2 */
     int bad_codebook;             /* 1: some of them are not finite: gpu_encode refuses */
-    char *memory;
+    char *memory;                 /* all of the above that is on the device */
     size_t bytes;
 };
 
@@ -318,7 +358,7 @@ static const float *vector_on_device(const struct gpu_model *g, const struct ten
     return (const float *)on_device(g, t).q;
 }
 
-/* Vectors lie as one row, matrices of the transformer in tiles. */
+/* Lays out all weights: vectors as one row, matrices of the transformer in tiles. */
 static void place_weights(struct gpu_model *g, struct arena *a) {
     for (int i = 0; i < g->m->n_specs; i++) {
         const struct tensor *t = g->m->specs[i].tensor;
@@ -339,15 +379,20 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
 
 /* ---- Upload ----
 
-   The tensors' bytes go over in pieces: a list of parts, and their bytes. Each of some CPU threads
-   takes the next piece, copies it from the (mapped) file to pinned memory of its own and sends it,
-   and a kernel on the device puts its units where they belong: a unit is a quantised block or one
-   number. So copying, PCIe and the kernel work side by side. One stream holds all copies, another
-   all kernels: copies that change streams cost 20 us more each. To pin memory of 4 KiB pages costs
-   half a millisecond a megabyte, of huge pages an eighth. */
+   The tensors' bytes go over in pieces of a megabyte: a list of parts of tensors, and their bytes.
+   Each of some CPU threads takes the next piece, copies it from the (mapped) file to pinned memory
+   of its own and sends it, and a kernel on the device puts its units where they belong: a unit is a
+   quantised block or one number. So copying, PCIe and the kernel work side by side. One stream has
+   all copies, another all kernels: copies that change streams cost 20 us more each. To pin memory
+   of 4 KiB pages costs half a millisecond a megabyte, of huge pages an eighth. */
 
-enum { PIECE = 1 << 20, PARTS = 128 /* of a piece at most */, UPLOADERS = 8,
-       BUFFERS = 2 /* of a thread */, PIECES = UPLOADERS * BUFFERS };
+enum {
+    PIECE = 1 << 20,
+    PARTS = 128,    /* of a piece at most */
+    UPLOADERS = 8,  /* threads at most */
+    BUFFERS = 2,    /* of a thread: one is filled while the other is sent */
+    PIECES = UPLOADERS * BUFFERS
+};
 
 struct part_of_piece {
     struct matrix m;
@@ -390,8 +435,9 @@ static int list_piece(struct upload *u, struct part_of_piece *list) {
     return n;
 }
 
-/* Grid: [..][parts]. Reads a piece, writes planes, a thread a unit at a time; what lies behind a
-   row's last is zero already. Floor: bytes in + bytes out, far less than PCIe takes. */
+/* Reads a piece, its list in front; writes planes of matrices, in tiles or rows; what lies behind a
+   row's last column is zero already. A thread takes a unit at a time. Grid: [any][parts]. Floor:
+   bytes in + bytes out, far less than PCIe takes. */
 __global__ void place_kernel(const uint8_t *piece) {
     const struct part_of_piece p = ((const struct part_of_piece *)piece)[blockIdx.y];
     const int units = p.m.cols / p.elements, step = (int)gridDim.x * THREADS;
@@ -415,6 +461,7 @@ __global__ void place_kernel(const uint8_t *piece) {
     }
 }
 
+/* Piece `number`, whose n parts are listed: copied to pinned memory, to the device, and placed. */
 static void send_piece(struct upload *u, struct queue *q, int number, int n) {
     const int64_t at = (int64_t)number * PIECE;
     uint8_t *host = u->host + at, *device = u->device + at;
@@ -434,6 +481,7 @@ static void send_piece(struct upload *u, struct queue *q, int number, int n) {
     CALL(q, cudaEventRecord, u->event[number], u->kernels);
 }
 
+/* Piece after piece, by turns in each of its buffers, until none is left. */
 static void *upload_thread(void *arg) {
     struct upload *u = (struct upload *)arg;
     struct queue q = u->g->q;
@@ -482,6 +530,7 @@ static void upload_alloc(struct upload *u, size_t bytes) {
         CALL(&u->q, cudaEventCreateWithFlags, &u->event[i], cudaEventDisableTiming);
 }
 
+/* All weights; g->q gets the error. */
 static void upload_weights(struct gpu_model *g) {
     struct upload u = {};
     int n = (int)min64(max64(2, min64(UPLOADERS, sysconf(_SC_NPROCESSORS_ONLN))),
@@ -506,9 +555,10 @@ static void upload_weights(struct gpu_model *g) {
     note(&g->q, u.q.error, u.q.what);
 }
 
-/* ---- The model ---- */
+/* ---- The model's copy ---- */
 
-static void name_layers(struct gpu_model *g) {
+/* Layers by name, from tensors that lie as the description lists them. */
+static void bind_layers(struct gpu_model *g) {
     const struct llama *a = &g->m->llama;
     for (int i = 0; i < a->L; i++) {
         const struct layer *l = &a->layers[i];
@@ -533,7 +583,7 @@ static void name_layers(struct gpu_model *g) {
     g->norm = vector_on_device(g, &a->norm);
 }
 
-static void name_ops(struct gpu_model *g) {
+static void bind_ops(struct gpu_model *g) {
     const struct vqgan *vq = g->m->vq;
     for (int i = 0; vq != NULL && i < vq->n_ops; i++) {
         const struct vq_op *op = &vq->ops[i];
@@ -581,16 +631,20 @@ static int gpu_model_alloc(struct gpu_model *g, lvm_error *error) {
     if (code != LVM_OK) return code;
     a = {g->memory, 0};
     place_weights(g, &a);
-    name_layers(g);
-    name_ops(g);
+    bind_layers(g);
+    bind_ops(g);
     return LVM_OK;
 }
 
-/* ---- What is known of weights before they are used ---- */
+/* ---- Bounds of activations, from weights ----
 
-/* A warp a row. norms: where |w|^2 goes, or NULL. largest[0] = the bits of the largest of
+   Activations are multiplied by a power of two before they become f16, so that none overflows and
+   few are lost below; it is found once, from bounds that hold for every input (see chapter 3). */
+
+/* Reads w, a warp a row. norms[row] = |w|^2, or NULL. largest[0] = the bits of the largest of
    root |w norm| + |bias|, where norm and bias are not NULL: with root = sqrt(D) no row of w gives
-   more for any rmsnorm(x) with that norm. Bits of floats above zero have their order. */
+   more for any rmsnorm(x) with that norm. Bits of floats above zero have their order. Floor: the
+   bytes of w. */
 template <int TYPE>
 __global__ void row_norms_kernel(struct matrix w, const float *norm, const float *bias, float root,
                                  float *norms, int *largest) {
@@ -617,7 +671,7 @@ static __host__ __device__ float power_for(float most) {
     return exp2f((float)(e > 100 ? 100 : e < -100 ? -100 : e));
 }
 
-/* The same for a bound, which roundings may exceed. */
+/* For a bound, which roundings may exceed by a little. */
 static float power_for_bound(double bound) { return power_for((float)(1.01 * bound)); }
 
 /* For rmsnorm with this norm. */
@@ -628,8 +682,8 @@ static float power_for_norm(const struct tensor *norm, double root) {
     return power_for_bound(root * most);
 }
 
-/* To g->bounds, which begins as zeros: of each layer the bounds of v, gate and up; then the largest
-   norm of a code. */
+/* Queues what fills g->bounds, which begins as zeros: of each layer the bounds of v, gate and up;
+   then the largest squared norm of a code. */
 static void find_bounds(struct gpu_model *g) {
     const float root = sqrtf((float)g->m->llama.D);
     int *bound = g->bounds;
@@ -650,6 +704,8 @@ static void find_bounds(struct gpu_model *g) {
     launched(&g->q, "row_norms_kernel");
 }
 
+/* The powers of two that follow. Attention's heads are means of rows of v, and silu(gate) up is no
+   larger than |gate| |up|. */
 static int use_bounds(struct gpu_model *g, lvm_error *error) {
     const struct llama *a = &g->m->llama;
     const double root = sqrt((double)a->D);
@@ -669,6 +725,8 @@ static int use_bounds(struct gpu_model *g, lvm_error *error) {
     free(bounds);
     return code;
 }
+
+/* ---- Opening a device ---- */
 
 static int gpu_count(lvm_error *error) {
     int count = 0;
@@ -704,7 +762,7 @@ static int look_at_chip(struct queue *q, lvm_error *error) {
         code = fail(error, LVM_UNSUPPORTED, "cuda:%d: has compute capability %d.x; lvm needs 8.0",
                     q->device, major);
     if (code == LVM_OK) code = use_device(q, error);
-    q->chains = major >= 9;
+    q->early = major >= 9;
     if (code == LVM_OK) q->wgmma = has_wgmma() ? q->sms : 0;
     return code;
 }
@@ -739,35 +797,46 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
    columns those are is free, as long as both operands agree: of a span of 64 columns, thread t of
    four takes 16 t .. 16 t + 15, which lie side by side in memory, and step s of four multiplies
    columns 16 t + 4 s .. + 3. The spans are cut into four parts; the steps of each are one chain,
-   and the four sums are added in order. GEMV, for a few rows, gives each chain a warp (of a chain
-   one step takes 25 clocks, so that one alone would be slow); GEMM runs through them one after
-   the other.
+   and the four sums are added in order. GEMV, for a few rows, gives each chain a warp (a step of a
+   chain waits 25 clocks for the one before, so that one chain alone would be slow); GEMM runs
+   through them one after the other. Both give the same bits.
 
-   What stands around a product is done by it: RMSNorm of the rows in front, and behind it SwiGLU or
-   the sum with the residual stream.
+   What stands around a product is done by it, so that it costs no pass over memory: in front the
+   rows' RMSNorm, rmsnorm(x)[k] = norm[k] x[k] / sqrt(mean of x^2 + eps), and behind, as its
+   epilogue, SwiGLU, which is silu(gate) up, or the sum with the residual stream.
 
    Activations are f16, times a power of two, `up`, that is constant for a layer and that the
    product takes out again. It comes from a bound that no input exceeds, so that nothing overflows:
    RMSNorm gives no more than sqrt(D) max |norm|, and a row w of the next matrix, by Cauchy and
    Schwarz, no more than sqrt(D) |w norm|. */
 
-enum { FEW_ROWS = 64   /* GEMV up to here */, CHAIN_ROWS = 8 /* rows that a block keeps in shared
-                          memory, and whose norm it computes itself */,
-       STAGED_MOST = 96 << 10, CHAINS = 4 /* of a product */, TEAMS = 3 /* of a warp a chain */,
-       TALL_TEAMS = 2 /* of tiles for more rows of x */,
-       GEMV_WARPS = TEAMS * CHAINS, GEMV_THREADS = 32 * GEMV_WARPS, ROW_SUMS = 8,
-       ROW_THREADS = 32 * ROW_SUMS, REGISTER_ROW = 4 /* fours of a thread */ };
+enum {
+    FEW_ROWS = 64,                 /* GEMV up to here */
+    CHAIN_ROWS = 8,                /* up to so many a GEMV block keeps rows in shared memory, */
+    STAGED_MOST = 96 << 10,        /* if they take no more, and computes their norms itself */
+    CHAINS = 4,                    /* of a product */
+    TEAMS = 3,                     /* of a GEMV block: a warp for each chain */
+    TALL_TEAMS = 2,                /* the same where rows are more than CHAIN_ROWS */
+    GEMV_WARPS = TEAMS * CHAINS,
+    GEMV_THREADS = 32 * GEMV_WARPS,
+    ROW_SUMS = 8,                  /* sums of a row's squares: one order for a warp and a block */
+    ROW_THREADS = 32 * ROW_SUMS,
+    REGISTER_ROW = 4               /* float4s of a thread where a block holds one row */
+};
+
+/* ---- Activations in f16, and RMSNorm ---- */
 
 /* Activations in f16: rows [row][ld], columns from the last on to ld zeros; or panels for GEMM:
    tiles of 128 rows x 64 columns, 16 KiB side by side. In a tile a row has 128 bytes, of which
-   piece c of 16 bytes lies at c ^ (row & 7) (wgmma's swizzle), and a step's 16 columns are
-   neighbours, in the order of the instruction. */
+   chunk c of 16 bytes lies at c ^ (row & 7) (wgmma's 128-byte swizzle: eight rows' chunks c use
+   all banks), and a step's 16 columns are neighbours, in the order of the instruction. */
 struct packed {
     __half *h;
-    int ld, panels;
-    float up;
+    int ld, panels; /* panels: 0: rows */
+    float up;       /* they are times this power of two */
 };
 
+/* Where column k of a row lies, in elements. */
 static __device__ int64_t packed_at(const struct packed &p, int row, int k) {
     if (!p.panels) return (int64_t)row * p.ld + k;
     int t = k % 64 / 16, s = k % 16 / 4, j = k % 4, r = row % 128;
@@ -784,8 +853,8 @@ static __device__ void store4(const struct packed &p, int row, int k, float4 v) 
     *(__half2 *)(p.h + packed_at(p, row, k + 2)) = high;
 }
 
-/* Four floats number i of n fours, zeros beyond; past the L1 cache, which may hold old ones. */
-static __device__ float4 load_four(const float *x, int i, int n) {
+/* float4 number i of n, zeros beyond; not through the L1 cache, which may hold an older one. */
+static __device__ float4 load_float4(const float *x, int i, int n) {
     return i < n ? __ldcg((const float4 *)x + i) : make_float4(0, 0, 0, 0);
 }
 
@@ -794,35 +863,35 @@ static __device__ float4 add_squares(float4 sum, float4 v) {
                        fmaf(v.w, v.w, sum.w));
 }
 
-/* The sum of a float4 of each lane, the same for all. */
+/* The sum of a warp's float4s, the same for all lanes. */
 static __device__ float over_warp(float4 v) {
     float sum = (v.x + v.y) + (v.z + v.w);
     for (int i = 16; i > 0; i /= 2) sum += __shfl_xor_sync(0xffffffff, sum, i);
     return sum;
 }
 
-/* 1 / sqrt(mean of x^2 + eps) of a row, from eight sums of a lane. */
-static __device__ float scale_of(const float4 *sum, int D, float eps) {
+/* RMSNorm's factor of a row, 1 / sqrt(mean of x^2 + eps), from each lane's eight sums. */
+static __device__ float scale_of_sums(const float4 *sum, int D, float eps) {
     float all = over_warp(sum[0]);
 #pragma unroll
     for (int i = 1; i < ROW_SUMS; i++) all += over_warp(sum[i]);
     return rsqrtf(all / (float)D + eps);
 }
 
-/* The same for all threads of a warp. Eight sums, of the fours whose number / 32 leaves 0 to 7:
-   eight warps may have one each, see stage_row. */
+/* The same from the row, by a warp. Sum i has the float4s whose number / 32 % 8 is i, so that eight
+   warps may as well have one sum each, see stage_row. */
 static __device__ float rms_scale(const float *x, int D, float eps) {
     float4 sum[ROW_SUMS] = {};
-    const int lane = (int)threadIdx.x % 32, n = D % 4 == 0 ? D / 4 : 0;
+    const int lane = (int)threadIdx.x % 32, n = D % 4 == 0 ? D / 4 : 0; /* float4s */
     for (int i = lane; n == 0 && i < D; i += 32) sum[0].x = fmaf(x[i], x[i], sum[0].x);
     for (int i = lane; i < n; i += 32 * 16) {
         float4 v[16]; /* all under way together */
 #pragma unroll
-        for (int u = 0; u < 16; u++) v[u] = load_four(x, i + 32 * u, n);
+        for (int u = 0; u < 16; u++) v[u] = load_float4(x, i + 32 * u, n);
 #pragma unroll
         for (int u = 0; u < 16; u++) sum[u % ROW_SUMS] = add_squares(sum[u % ROW_SUMS], v[u]);
     }
-    return scale_of(sum, D, eps);
+    return scale_of_sums(sum, D, eps);
 }
 
 static __device__ float4 normed(float4 v, float4 norm, float scale) {
@@ -844,16 +913,16 @@ static __device__ void transpose4(uint32_t *v, int t, int step) {
 }
 
 /* Writes rmsnorm(x) to a panel; a warp a row, of up to 2048 columns, which it keeps in registers. A
-   lane's fours are columns 4 lane + 128 u on; four lanes have what makes 16 bytes of a panel. */
+   lane's float4s are columns 4 lane + 128 u on; four lanes have what makes 16 bytes of a panel. */
 static __device__ void norm_to_panel(const struct packed &out, int row, const float *x,
                                      const float *norm, float eps, int D) {
     float4 v[16], sum[ROW_SUMS] = {};
     const int lane = (int)threadIdx.x % 32, t = lane % 16 / 4, n = D / 4;
 #pragma unroll
-    for (int u = 0; u < 16; u++) v[u] = load_four(x, lane + 32 * u, n);
+    for (int u = 0; u < 16; u++) v[u] = load_float4(x, lane + 32 * u, n);
 #pragma unroll
     for (int u = 0; u < 16; u++) sum[u % ROW_SUMS] = add_squares(sum[u % ROW_SUMS], v[u]);
-    const float scale = scale_of(sum, D, eps);
+    const float scale = scale_of_sums(sum, D, eps);
 #pragma unroll
     for (int u = 0; u < 16; u += 2) {
         uint32_t h[4];
@@ -866,7 +935,7 @@ static __device__ void norm_to_panel(const struct packed &out, int row, const fl
             h[2 * k + 1] = as_word(__floats2half2_rn(y.z * out.up, y.w * out.up));
         }
         transpose4(h, t, 4);
-        /* now of four u + t / 2, half t % 2 */
+        /* now of float4 u + t / 2, half t % 2 */
         const int k = (u + t / 2) * 128 + lane / 16 * 64 + lane % 4 * 4 + t % 2 * 2;
         if (k < out.ld)
             *(uint4 *)(out.h + packed_at(out, row, k)) = make_uint4(h[0], h[1], h[2], h[3]);
@@ -880,7 +949,7 @@ static __device__ void write_normed(const struct packed &out, int row, const flo
         float4 v[8], w[8] = {};
 #pragma unroll
         for (int u = 0; u < 8; u++) {
-            v[u] = load_four(x, i + 32 * u, D / 4);
+            v[u] = load_float4(x, i + 32 * u, D / 4);
             if (i + 32 * u < D / 4) w[u] = ((const float4 *)norm)[i + 32 * u];
         }
 #pragma unroll
@@ -893,20 +962,13 @@ static __device__ void write_normed(const struct packed &out, int row, const flo
 /* v / (1 + e^-v), to some 1e-6. */
 static __device__ float silu(float v) { return __fdividef(v, 1 + __expf(-v)); }
 
-/* c[16 rows of w][8 rows of x] += over 16 columns. Threads hold of w rows g (a0, a2) and g + 8, of
-   x row g, of c rows g (0, 1) and g + 8 by columns 2 t and 2 t + 1. */
-static __device__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                           uint32_t b0, uint32_t b1) {
-    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
-                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
+/* ---- What a product is told ---- */
 
-/* What a product does with its sums: y = sums + bias; y += sums + bias; out = silu(sums of
-   p[0]) times sums of p[1]. */
+/* What a product does with its sums: STORE: y = sums + bias; ADD, to the residual stream: y += sums
+   + bias; SWIGLU: out = silu(sums of p[0]) times sums of p[1]. */
 enum epilogue { STORE, ADD, SWIGLU };
 
+/* One matrix, and where its sums go. */
 struct part {
     struct matrix w;
     const float *bias; /* [w.rows] or NULL */
@@ -919,11 +981,13 @@ struct product_f16 {
     int n, rows;
     const float *x, *norm; /* norm: the rows are rmsnorm(x[rows][D]), and `in` says where they */
     float eps;             /* may lie; NULL: they lie in `in` */
-    struct packed in, out;
+    struct packed in, out; /* out: SWIGLU's */
     const int *which;      /* rows of x, or NULL: 0, 1 ... */
 };
 
-/* Copies from global to shared memory go on while a thread does other things; `there` is 0: zeros
+/* ---- Copies to shared memory, barriers ---- */
+
+/* BYTES from global to shared memory, while the thread does other things; `there` is 0: zeros
    instead. */
 template <int BYTES>
 static __device__ void copy_async(uint32_t to, const void *from, int there) {
@@ -935,20 +999,27 @@ static __device__ void copy_async(uint32_t to, const void *from, int there) {
                      "n"(BYTES), "r"(there ? BYTES : 0));
 }
 
+/* The copies since the last call are a group. */
 static __device__ void end_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+/* All groups but the last GROUPS are there. */
+template <int GROUPS> static __device__ void wait_for_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
+}
 
 static __device__ uint32_t shared_address(const void *p) {
     return (uint32_t)__cvta_generic_to_shared(p);
 }
 
-/* Barriers in shared memory, by which warps tell each other how far they are. One lets go when
+/* Barriers in shared memory (mbarrier), by which warps tell each other how far they are: of a ring
+   buffer's slots, whether they are full or empty. One lets go, and begins its next round, when
    `count` have arrived and all bytes that it was told of have come. */
 static __device__ void barrier_init(uint64_t *b, int count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count)
                  : "memory");
 }
 
-/* For those who copy in the background. */
+/* Barriers are initialised, also for those who copy in the background (the async proxy). */
 static __device__ void barriers_made(void) {
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
@@ -967,20 +1038,16 @@ static __device__ void barrier_arrive(uint64_t *b) {
 #define BARRIER_WAIT "mbarrier.test_wait"
 #endif
 
-/* Until the barrier let go for the round of this parity. */
+/* Waits until the round of this parity is over. */
 static __device__ void barrier_wait(uint64_t *b, uint32_t parity) {
     asm volatile("{ .reg .pred done;\n"
                  "again: " BARRIER_WAIT ".parity.shared::cta.b64 done, [%0], %1;\n"
                  "@!done bra again; }" ::"r"(shared_address(b)), "r"(parity) : "memory");
 }
 
-template <int GROUPS> static __device__ void wait_for_copies() {
-    asm volatile("cp.async.wait_group %0;" ::"n"(GROUPS) : "memory");
-}
-
-/* Runs of bytes to shared memory. */
+/* Contiguous bytes to shared memory. */
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
-#define BULK 1 /* the chip copies them by itself and tells a barrier */
+#define BULK 1 /* one thread asks; the chip's copy engine (TMA) copies them and tells a barrier */
 
 /* Arrives, and says how many bytes are to come. */
 static __device__ void barrier_expect(uint64_t *b, int bytes) {
@@ -995,7 +1062,7 @@ static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t
                  "r"(shared_address(done)) : "memory");
 }
 
-/* 1 for one lane of a warp, which the compiler then knows to be one. */
+/* 1 for one lane of a warp; the compiler knows that it is one, and makes no loop over lanes. */
 static __device__ uint32_t elected(void) {
     uint32_t is;
     asm volatile("{ .reg .pred p;\n"
@@ -1019,7 +1086,17 @@ static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t
 }
 #endif
 
-/* ---- Tensor cores ---- */
+/* ---- Tensor cores: mma.sync everywhere, wgmma on sm_90a ---- */
+
+/* c[16 rows of a][8 rows of b] += over 16 columns. A lane holds of a the rows g (a0, a2) and g + 8
+   (a1, a3), of b row g, of c rows g (c[0], c[1]) and g + 8 by b's rows 2 t and 2 t + 1. */
+static __device__ void mma(float *c, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                           uint32_t b0, uint32_t b1) {
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
 
 /* Four matrices of 8 rows of 16 bytes: lane i brings the place of row i % 8 of matrix i / 8. */
 static __device__ void load_matrices(uint32_t *v, uint32_t row) {
@@ -1027,8 +1104,8 @@ static __device__ void load_matrices(uint32_t *v, uint32_t row) {
                  : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "r"(row) : "memory");
 }
 
-/* Products by wgmma go on in the background, in groups, and read shared memory by themselves; on
-   chips without it what is here does nothing. */
+/* Products by wgmma are a warp group's (four warps). They go on in the background, in groups, and
+   read shared memory by themselves; on chips without it what is here does nothing. */
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 #define WGMMA 1
 #define WGMMA_ONLY(code) asm volatile(code ::: "memory")
@@ -1058,8 +1135,8 @@ template <int LEFT> static __device__ void products_done(float *c, int n) {
 static __device__ void tiles_written(void) { WGMMA_ONLY("fence.proxy.async.shared::cta;"); }
 
 #if WGMMA
-/* How wgmma finds rows of 128 bytes with the swizzle of 128: address, 1024 bytes to the next eight
-   rows. */
+/* How wgmma finds a tile of rows of 128 bytes: address / 16; 1024 / 16 to the next eight rows; the
+   128-byte swizzle. (The distance along a row, bit 16, is not used with it.) */
 static __device__ uint64_t tile_descriptor(const void *tile) {
     return (uint64_t)(shared_address(tile) >> 4) | (uint64_t)1 << 16 | (uint64_t)64 << 32 |
            (uint64_t)1 << 62;
@@ -1094,8 +1171,15 @@ template <int N> static __device__ void wgmma(float *c, uint64_t a, uint64_t b, 
 }
 #endif
 
+/* ---- GEMV: a few rows ----
+
+   A block first asks for its first weights, then waits for the kernel in front of it, brings the
+   rows to shared memory, and from then on streams weights: each warp has a ring buffer in shared
+   memory of its own, which it fills, reads, dequantises and multiplies. Four warps share K, one for
+   each chain (split-K inside a block), and add their sums through shared memory. */
+
 /* The rows in front of a product go to shared memory, a row of 2 ld + 16 bytes, so that eight rows
-   are read without a conflict. */
+   are read without a bank conflict. */
 static __device__ char *staged_row(const struct product_f16 &j, char *shared, int r) {
     return shared + r * (2 * j.in.ld + 16);
 }
@@ -1104,7 +1188,7 @@ static __device__ const float *row_of_x(const struct product_f16 &j, int r) {
     return j.x + (int64_t)(j.which != NULL ? j.which[r] : r) * j.p[0].w.cols;
 }
 
-/* rmsnorm of a single row that a block holds in registers: the order of sums is rms_scale's. */
+/* rmsnorm of a single row, which a block holds in registers; the order of sums is rms_scale's. */
 static __device__ void stage_row(const struct product_f16 &j, char *shared, int D) {
     __shared__ float sums[ROW_SUMS];
     const int tid = (int)threadIdx.x, n = tid < ROW_THREADS ? D / 4 : 0;
@@ -1114,8 +1198,8 @@ static __device__ void stage_row(const struct product_f16 &j, char *shared, int 
 #pragma unroll
     for (int u = 0; u < REGISTER_ROW; u++) {
         if (ROW_THREADS * u >= n) break;
-        v[u] = load_four(x, tid + ROW_THREADS * u, n);
-        w[u] = load_four(j.norm, tid + ROW_THREADS * u, n);
+        v[u] = load_float4(x, tid + ROW_THREADS * u, n);
+        w[u] = load_float4(j.norm, tid + ROW_THREADS * u, n);
     }
 #pragma unroll
     for (int u = 0; u < REGISTER_ROW; u++) {
@@ -1153,6 +1237,7 @@ static __device__ void copy_rows(const struct product_f16 &j, char *shared) {
     wait_for_copies<0>();
 }
 
+/* A product's rows to shared memory, normed where they have a norm. */
 static __device__ void stage_rows(const struct product_f16 &j, char *shared) {
     const int D = j.p[0].w.cols, warp = (int)threadIdx.x / 32;
     if (j.norm == NULL) copy_rows(j, shared);
@@ -1167,18 +1252,19 @@ static __device__ void stage_rows(const struct product_f16 &j, char *shared) {
     __syncthreads();
 }
 
+/* Of all products, also GEMM's: the order of the four. */
 static __device__ float sum_of_chains(const float *c, int step) {
     return ((c[0] + c[step]) + c[2 * step]) + c[3 * step];
 }
 
-/* The norm, which is a weight, comes nearer before the rows are there. */
+/* The norm, which is a weight, comes to the L2 cache before the rows are there. */
 static __device__ void prefetch_norm(const struct product_f16 &j) {
     const int i = (int)threadIdx.x * 32; /* a line of 128 bytes */
     if (j.norm != NULL && i < j.p[0].w.cols)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(j.norm + i));
 }
 
-/* Four steps: rows g (w0) and g + 8 (w1) of w by row g of x. */
+/* A span's four steps: rows g (w0) and g + 8 (w1) of w by row g of x. */
 static __device__ void multiply_span(float *c, const __half2 *w0, const __half2 *w1,
                                      const uint4 *x) {
     const uint32_t u[8] = {x[0].x, x[0].y, x[0].z, x[0].w, x[1].x, x[1].y, x[1].z, x[1].w};
@@ -1188,10 +1274,11 @@ static __device__ void multiply_span(float *c, const __half2 *w0, const __half2 
             u[s + 1]);
 }
 
-/* y or out for one sum: row r of x, row o of the matrix. other: SWIGLU's second sum; what y was. */
+/* The epilogue of one sum: y or out at row r of x, row o of the matrix. other: SWIGLU's second sum;
+   what y was. */
 template <int KIND>
-static __device__ void finish(const struct product_f16 &j, const struct part &p, int r, int o,
-                              float sum, float other) {
+static __device__ void epilogue_one(const struct product_f16 &j, const struct part &p, int r, int o,
+                                    float sum, float other) {
     const float down = 1 / j.in.up;
     const int N = p.w.rows;
     if (r >= j.rows || o >= (KIND == SWIGLU ? j.out.ld : N)) return;
@@ -1204,13 +1291,21 @@ static __device__ void finish(const struct product_f16 &j, const struct part &p,
             __float2half_rn(o < N ? silu(sum * down) * (other * down) * j.out.up : 0);
 }
 
-/* Weights come through a ring in shared memory. Of a group a warp reads two tiles of 8 rows, of
-   each some spans that follow each other: one run of elements, one of scales. A slot of the ring
-   has CHUNK spans of both tiles, elements before scales; `full` tells when they are there. */
+/* Weights come through a ring buffer in shared memory. Of a group of 16 rows a warp reads two tiles
+   of 8 rows, of each some spans that follow each other: one run of elements, one of scales. A slot
+   of the ring has CHUNK spans of both tiles, elements before scales; `full` tells when they are
+   there. */
 template <int TYPE> struct ring {
-    enum { SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0, CHUNK = 2, PAIRS = CHUNK * 2,
-           TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, SCALES = SCALED * 32,
-           SLOT = PAIRS * (TILE + SCALES), SLOTS = SCALED ? 3 : 2, BYTES = SLOTS * SLOT };
+    enum {
+        SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0,
+        CHUNK = 2,         /* spans of a slot */
+        PAIRS = CHUNK * 2, /* its tiles */
+        TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, /* bytes of a tile, */
+        SCALES = SCALED * 32,                                          /* of its scales, */
+        SLOT = PAIRS * (TILE + SCALES),                                /* of a slot */
+        SLOTS = SCALED ? 3 : 2,
+        BYTES = SLOTS * SLOT
+    };
 };
 
 /* 16 columns of a row of each of the two tiles, from a slot; span: of the chunk. */
@@ -1252,17 +1347,21 @@ template <int KIND> static __device__ int part_of(const struct product_f16 &j, i
 }
 
 /* What a warp fetches: its chain's spans of each of its team's groups, one after the other. */
-template <int TYPE, int KIND> struct stream {
-    const uint8_t *q[2];
+template <int TYPE, int KIND> struct weight_stream {
+    const uint8_t *q[2];     /* of both tiles: what is fetched next */
     const __half *d[2];
-    int group, groups, step, begin, own, left; /* own: spans of a group; left: of this one */
+    int group, groups, step; /* the group that is fetched; how many there are; to the team's next */
+    int begin, own, left;    /* of a group's spans the first and the number; those still to fetch */
     char *ring;
-    uint64_t *full;
-    uint32_t slots, to, at, round; /* of the ring; next to fill, to read; 0 and 1 in turn */
+    uint64_t *full;          /* a barrier a slot */
+    uint32_t slots, to, at;  /* of the ring; next to fill; next to read */
+    uint32_t round;          /* 0 and 1 in turn: the parity of `full` */
 };
 
+/* To the first of the warp's spans of the group that comes next. */
 template <int TYPE, int KIND>
-static __device__ void point_stream(const struct product_f16 &j, struct stream<TYPE, KIND> *s) {
+static __device__ void point_stream(const struct product_f16 &j,
+                                    struct weight_stream<TYPE, KIND> *s) {
     int group = s->group, part;
     s->left = s->own;
     if (group >= s->groups) return;
@@ -1276,9 +1375,9 @@ static __device__ void point_stream(const struct product_f16 &j, struct stream<T
     }
 }
 
-/* n spans on their way into a slot. */
+/* n spans of both tiles set out for a slot. */
 template <int TYPE, int KIND>
-static __device__ void copy_chunk(const struct stream<TYPE, KIND> &s, int n) {
+static __device__ void copy_chunk(const struct weight_stream<TYPE, KIND> &s, int n) {
     typedef struct ring<TYPE> R;
     char *to = s.ring + s.to * R::SLOT, *scales = to + R::PAIRS * R::TILE;
     uint64_t *full = s.full + s.to;
@@ -1292,9 +1391,10 @@ static __device__ void copy_chunk(const struct stream<TYPE, KIND> &s, int n) {
     }
 }
 
-/* The next chunk, if there is one. */
+/* Sets out for the next chunk, if there is one. */
 template <int TYPE, int KIND>
-static __device__ void fetch_chunk(const struct product_f16 &j, struct stream<TYPE, KIND> *s) {
+static __device__ void fetch_chunk(const struct product_f16 &j,
+                                   struct weight_stream<TYPE, KIND> *s) {
     typedef struct ring<TYPE> R;
     if (s->group < s->groups) {
         const int n = min((int)R::CHUNK, s->left);
@@ -1312,9 +1412,10 @@ static __device__ void fetch_chunk(const struct product_f16 &j, struct stream<TY
     if (!BULK) end_copies();
 }
 
-/* Until the warp's next chunk is there, while the slot before is still to be filled again. */
+/* Waits for the warp's next chunk. The slot of the chunk before has not been filled again, so that
+   of all groups of copies the last slots - 2 may still be under way. */
 template <int TYPE, int KIND>
-static __device__ const char *wait_for_chunk(struct stream<TYPE, KIND> *s) {
+static __device__ const char *wait_for_chunk(struct weight_stream<TYPE, KIND> *s) {
     typedef struct ring<TYPE> R;
     const char *slot = s->ring + s->at * R::SLOT;
 #if BULK
@@ -1364,15 +1465,16 @@ static __device__ void keep(const __half2 *w) {
 /* A warp's spans of a group, c += its part of the sums, two in turn: while tensor cores work at one
    the next becomes f16, and a further one is on its way from shared memory. */
 template <int TYPE, int KIND, int TILES>
-static __device__ void multiply_group(const struct product_f16 &j, struct stream<TYPE, KIND> *s,
+static __device__ void multiply_group(const struct product_f16 &j,
+                                      struct weight_stream<TYPE, KIND> *s,
                                       const struct inputs &in, float (*c)[4]) {
     enum { AHEAD = TILES == 1 /* of x too */ };
     struct raw16<TYPE> raw[2] = {};
     __half2 w[2][8], v[2][8];
     uint4 x[TILES][2], y[TILES][2];
     auto expand = [&](__half2 (*to)[8]) {
-        expand16<TYPE>(raw[0], to[0]);
-        expand16<TYPE>(raw[1], to[1]);
+        dequantise16<TYPE>(raw[0], to[0]);
+        dequantise16<TYPE>(raw[1], to[1]);
     };
     auto multiply = [&](int span, __half2 (*w16)[8], uint4 (*x16)[2]) {
         if (!AHEAD) load_inputs<TILES>(in, span, x16);
@@ -1412,9 +1514,9 @@ static __device__ float residual(const struct product_f16 &j, const struct part 
 
 /* The sums of a team's group, c[16 rows of w][8 TILES rows of x] of each chain, to their place. */
 template <int KIND, int TILES>
-static __device__ void finish_group(const struct product_f16 &j, int group, float (*c)[4],
-                                    float (*sums)[TILES * 4][32], int team, int chain,
-                                    float before) {
+static __device__ void epilogue_group(const struct product_f16 &j, int group, float (*c)[4],
+                                      float (*sums)[TILES * 4][32], int team, int chain,
+                                      float before) {
     const int lane = (int)threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const struct part &p = j.p[part_of<KIND>(j, &group)];
 #pragma unroll
@@ -1429,17 +1531,18 @@ static __device__ void finish_group(const struct product_f16 &j, int group, floa
         float other = 0;
         if (KIND == SWIGLU) other = sum_of_chains(&sums[0][i + 2][lane], TILES * 4 * 32);
         if (KIND == ADD) other = TILES == 1 ? before : residual(j, p, r, o);
-        finish<KIND>(j, p, r, o, sum, other);
+        epilogue_one<KIND>(j, p, r, o, sum, other);
     }
     asm volatile("bar.sync %0, %1;" ::"r"(1 + team), "r"(32 * (int)CHAINS) : "memory");
 }
 
-/* A block a multiprocessor. A team of four warps takes one group of 16 rows of w after the other, a
-   warp one of their four chains; where there are no more groups than blocks, one team has the
-   memory of all. Reads w once, the first spans before the kernel in front has ended, and x from
-   shared memory (up to CHAIN_ROWS rows, in one tile of 8) or the L2 cache. Loops are not unrolled:
-   instructions that run for the first time take longer than others. Floor: the bytes of w over the
-   memory's bandwidth. */
+/* y or out for up to 8 TILES rows of x. A block a multiprocessor. A team of four warps takes one
+   group of 16 rows of w after the other, a warp one of their four chains; where there are no more
+   groups than blocks, one team has the memory of all. Reads w, in tiles, once, the first spans
+   before the kernel in front has ended, and x, rows of f32 with a norm or f16, from shared memory
+   (SHARED: up to CHAIN_ROWS rows) or as f16 from the L2 cache; writes y in f32 rows, or out. Loops
+   are not unrolled: instructions that run for the first time take longer than others. Floor: the
+   bytes of w over the memory's bandwidth. */
 template <int TYPE, int KIND, int TILES, int SHARED>
 __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), TILES > 4 ? 1 : 2)
     gemv_kernel(struct product_f16 j) {
@@ -1452,7 +1555,7 @@ __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), T
               team = warp / CHAINS, chain = warp % CHAINS, lane = (int)threadIdx.x % 32,
               spans = j.p[0].w.ld / SPAN, each = (spans + CHAINS - 1) / CHAINS;
     char *x = shared + N * CHAINS * R::BYTES;
-    struct stream<TYPE, KIND> s = {};
+    struct weight_stream<TYPE, KIND> s = {};
     s.groups = all_groups<KIND>(j);
     s.step = (int)gridDim.x * N;
     s.group = (int)(blockIdx.x + gridDim.x * team);
@@ -1477,20 +1580,23 @@ __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), T
 #pragma unroll 1
     for (int group = first_group; group < last_group; group += s.step) {
         float c[TILES][4] = {}, before = 0;
-        if (KIND == ADD && TILES == 1) /* of what finish_group lets this thread write */
+        if (KIND == ADD && TILES == 1) /* of what epilogue_group lets this thread write */
             before = residual(j, j.p[0], lane % 4 * 2 + chain % 2,
                               group * 16 + lane / 4 + chain / 2 * 8);
         if (s.own > 0) multiply_group<TYPE, KIND, TILES>(j, &s, in, c);
-        finish_group<KIND, TILES>(j, group, c, sums[team], team, chain, before);
+        epilogue_group<KIND, TILES>(j, group, c, sums[team], team, chain, before);
     }
     if (!BULK) wait_for_copies<0>();
 }
 
-/* Shared memory of the largest rings for more rows of x, and what a kernel declares beside them. */
-enum { RINGS_MOST = TALL_TEAMS * CHAINS * ring<LVM_F16>::BYTES, SUMS_BYTES = 8 << 10,
-       TALL_BYTES = 40 << 10 /* of tiles for 64 rows of x */ };
+/* Shared memory. */
+enum {
+    RINGS_MOST = TALL_TEAMS * CHAINS * ring<LVM_F16>::BYTES, /* the largest for many rows of x */
+    SUMS_BYTES = 8 << 10,                                    /* what gemv_kernel declares beside, */
+    TALL_BYTES = 40 << 10                                    /* with tiles for 64 rows of x */
+};
 
-/* Bytes of shared memory for the rows in front of a product, 0 where they stay in memory. */
+/* Bytes of shared memory for a product's rows, 0 where these are read as f16 from memory. */
 static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
     const int type = j->p[0].w.type;
     const int ring_bytes = type == LVM_Q8_0 ? (int)ring<LVM_Q8_0>::BYTES
@@ -1529,7 +1635,8 @@ static void launch_gemv(struct queue *q, const struct product_f16 *product) {
     }
 }
 
-/* Grid: [rows / 8], a warp a row: out = rmsnorm(x), row number i of which is row which[i], or i. */
+/* out = rmsnorm(x), whose row i is row which[i] of x, or i. Reads f32 rows, writes f16, in rows or
+   panels, a warp a row. Grid: [rows / 8]. Floor: bytes in + bytes out. */
 __global__ void norm_pack_kernel(const float *x, const float *norm, float eps, int D,
                                  const int *which, int rows, struct packed out) {
     const int i = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32;
@@ -1542,21 +1649,25 @@ __global__ void norm_pack_kernel(const float *x, const float *norm, float eps, i
 
 /* ---- GEMM: many rows ----
 
-   Both operands lie in panels: tiles of 64 columns whose rows take 128 bytes, so that a tile is
-   one contiguous piece of memory, swizzled as tensor cores read it from shared memory (see struct
-   packed): 128 rows of x are 16 KiB, 256 rows of w 32 KiB. The rows of w stand in an order that
-   suits whoever writes the result: a thread of the tensor cores' layout holds columns 8 n + 2 t
-   and 8 n + 2 t + 1 of a tile (n: 0 .. 31, t: 0 .. 3), and
+   Weights become f16 once for all rows, not once for each tile of them, while tensor cores are busy
+   with the product before. Both operands lie in panels: tiles of 64 columns whose rows take 128
+   bytes, so that a tile is one contiguous piece of memory, swizzled as tensor cores read it from
+   shared memory (see struct packed): 128 rows of x are 16 KiB, 256 rows of w 32 KiB. The rows of w
+   stand in an order that suits the epilogue: a thread of the tensor cores' layout holds sums
+   8 n + 2 t and 8 n + 2 t + 1 of a tile's 256 (n: 0 .. 31, t: 0 .. 3), and
 
        alone      these are rows 16 (n / 2) + 4 t + 2 (n % 2) + (0, 1) of w: of two n, four
                   neighbours of y, 16 bytes
        gate, up   n % 16 < 8 is the gate's, n % 16 >= 8 the same rows of up; of four n a thread
                   holds what makes 16 bytes of a panel of the next product */
 
-enum { X_ROWS = 128, W_ROWS = 256 /* of a tile */, ROW_BYTES = SPAN * 2,
-       X_BYTES = X_ROWS * ROW_BYTES, W_BYTES = W_ROWS * ROW_BYTES };
+enum {
+    X_ROWS = 128, W_ROWS = 256, /* of a tile */
+    ROW_BYTES = SPAN * 2,
+    X_BYTES = X_ROWS * ROW_BYTES, W_BYTES = W_ROWS * ROW_BYTES
+};
 
-/* Row i of 64 in a tile of w: which of 64 rows of w, of a matrix alone or of gate or up. */
+/* Which of 64 rows of w is row i of 64 in a tile: of a matrix alone; of gate or up. */
 static __device__ int row_alone(int i) {
     return i / 16 * 16 + i % 8 / 2 * 4 + i / 8 % 2 * 2 + i % 2;
 }
@@ -1565,18 +1676,18 @@ static __device__ int row_of_pair(int i) {
     return i / 8 % 4 * 16 + i / 32 * 8 + i % 8;
 }
 
-/* Up to three matrices of one type on their way into panels, one after the other; or gate and up,
-   together (pair). first: the matrix's first tile, behind the last matrix INT_MAX. */
+/* Up to three matrices of one type that are dequantised into panels at h, one after the other; or
+   gate and up, together (pair). first: the matrix's first tile, behind the last matrix INT_MAX. */
 struct unpacked {
     struct matrix w[3];
     int first[3], tiles, pair;
     __half *h;
 };
 
-/* A warp's 16 rows of a tile over one span, number `unit` of all; zeros behind a matrix's last row.
-   Lanes take 16 columns of two rows; of memory that is two tiles of 8 rows. */
+/* A warp's unit of work, number `unit` of all: 16 rows of a panel's tile; zeros behind a matrix's
+   last row. Lanes take 16 columns of two rows, a warp so two tiles of 8 rows. */
 template <int TYPE>
-static __device__ void unpack_unit(const struct unpacked &p, unsigned unit, unsigned spans) {
+static __device__ void dequantise_unit(const struct unpacked &p, unsigned unit, unsigned spans) {
     const int lane = (int)threadIdx.x % 32, t = lane % 4, row = (int)(unit % 16) * 16 + lane / 4;
     const unsigned tile = unit / 16 / spans, span = unit / 16 % spans;
     const int m = p.pair ? row / 64 % 2
@@ -1597,7 +1708,7 @@ static __device__ void unpack_unit(const struct unpacked &p, unsigned unit, unsi
     for (int i = 0; i < 2; i++) {
         __half2 v[8];
         uint32_t u[8];
-        expand16<TYPE>(raw[i], v);
+        dequantise16<TYPE>(raw[i], v);
 #pragma unroll
         for (int k = 0; k < 8; k++) u[k] = there[i] ? as_word(v[k]) : 0;
         transpose4(u, t, 1);
@@ -1610,54 +1721,57 @@ static __device__ void unpack_unit(const struct unpacked &p, unsigned unit, unsi
 
 /* Warp number `warp` of so many: its share of all units. */
 template <int TYPE>
-static __device__ void unpack_units(const struct unpacked &p, int warp, int warps) {
+static __device__ void dequantise_units(const struct unpacked &p, int warp, int warps) {
     const unsigned spans = (unsigned)p.w[0].ld / SPAN, units = (unsigned)p.tiles * spans * 16;
     for (unsigned i = (unsigned)warp; i < units; i += (unsigned)warps)
-        unpack_unit<TYPE>(p, i, spans);
+        dequantise_unit<TYPE>(p, i, spans);
 }
 
-static __device__ void unpack(const struct unpacked &p, int warp, int warps) {
+static __device__ void dequantise_panels(const struct unpacked &p, int warp, int warps) {
     switch (p.w[0].type) {
-    case LVM_F16: unpack_units<LVM_F16>(p, warp, warps); break;
-    case LVM_BF16: unpack_units<LVM_BF16>(p, warp, warps); break;
-    case LVM_Q8_0: unpack_units<LVM_Q8_0>(p, warp, warps); break;
-    case LVM_Q4_0: unpack_units<LVM_Q4_0>(p, warp, warps);
+    case LVM_F16: dequantise_units<LVM_F16>(p, warp, warps); break;
+    case LVM_BF16: dequantise_units<LVM_BF16>(p, warp, warps); break;
+    case LVM_Q8_0: dequantise_units<LVM_Q8_0>(p, warp, warps); break;
+    case LVM_Q4_0: dequantise_units<LVM_Q4_0>(p, warp, warps);
     }
 }
 
-/* w -> tiles of 256 rows. Floor: bytes in + bytes out. */
+/* Reads matrices in tiles of 8 rows, writes them in f16 as panels, a warp a unit at a time. Floor:
+   bytes in + bytes out. */
 __global__ void __launch_bounds__(THREADS)
     panels_kernel(const __grid_constant__ struct unpacked p) {
     wait_for_inputs();
-    unpack(p, (int)(blockIdx.x * WARPS + threadIdx.x / 32), (int)gridDim.x * WARPS);
+    dequantise_panels(p, (int)(blockIdx.x * WARPS + threadIdx.x / 32), (int)gridDim.x * WARPS);
 }
 
 enum { LATER = 3 };
 
-/* tiles: of all matrices, which follow each other. */
+/* y = x w^T of many rows, with its epilogue. */
 struct gemm {
-    const __half *x, *w;
-    int rows, ld, tiles, group;
-    float down;
+    const __half *x, *w; /* panels */
+    int rows, ld;        /* of x */
+    int tiles;           /* of w: of all matrices, which follow each other */
+    int group;           /* pairs along the rows of x that run together, see output_tile_of */
+    float down;          /* takes x's power of two out again */
     struct {
         float *y;          /* [rows][N] */
         const float *bias; /* [N] or NULL */
         int N, first;      /* first: its first tile; behind the last matrix: INT_MAX */
     } out[3];
-    struct packed h;
-    struct unpacked later[LATER]; /* what warps that have nothing else to do bring into panels */
+    struct packed h;              /* SWIGLU's result */
+    struct unpacked later[LATER]; /* weights of the products to come, for idle warps */
 };
 
-/* Ends of sums. A thread brings B blocks of 8 columns of rows `row` and row + 8, [B][2][2]; of a
-   tile's blocks these are n0 on, 16 or (B = 8) four and the four that come 8 later. Four neighbours
-   of y come from two blocks: number j of these begins at column end_column. The work has B / 4
-   parts, so that other work can go on between them. */
-static __device__ int end_column(int B, int j) {
+/* Epilogues. A thread brings sums of B blocks of 8 columns of rows `row` and row + 8, [B][2][2]; of
+   a tile's blocks these are n0 on, 16 or (B = 8) four and the four that come 8 later. Four
+   neighbours of y come from two blocks: number j of these begins at column epilogue_column. The
+   work has B / 4 parts, so that tensor cores can work between them. */
+static __device__ int epilogue_column(int B, int j) {
     return B == 16 ? 16 * j : j / 2 * 64 + j % 2 * 16;
 }
 
 /* y += v. Each element has this one addition, so that nothing depends on an order. */
-static __device__ void add_four(float *y, float4 v) {
+static __device__ void add_float4(float *y, float4 v) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(y), "f"(v.x), "f"(v.y),
                  "f"(v.z), "f"(v.w) : "memory");
@@ -1669,19 +1783,19 @@ static __device__ void add_four(float *y, float4 v) {
 
 /* Four columns of a row, of two blocks: y = sum down + bias, or y += sum down, which is exact. */
 template <int KIND>
-static __device__ void end_four(const float (*c)[4], int i, float down, const float *bias,
-                                float *y) {
+static __device__ void epilogue_float4(const float (*c)[4], int i, float down, const float *bias,
+                                       float *y) {
     float4 v = bias != NULL ? *(const float4 *)bias : make_float4(0, 0, 0, 0);
     v = make_float4(fmaf(c[0][2 * i], down, v.x), fmaf(c[0][2 * i + 1], down, v.y),
                     fmaf(c[1][2 * i], down, v.z), fmaf(c[1][2 * i + 1], down, v.w));
-    if (KIND == ADD) add_four(y, v);
+    if (KIND == ADD) add_float4(y, v);
     else *(float4 *)y = v;
 }
 
 /* The same, one by one: of `left` columns. ADD: y = (sum down + y) + bias. */
 template <int KIND>
-static __device__ void end_edge(const float (*c)[4], int i, float down, const float *bias,
-                                float *y, int left) {
+static __device__ void epilogue_edge(const float (*c)[4], int i, float down, const float *bias,
+                                     float *y, int left) {
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         if (k >= left) continue;
@@ -1691,10 +1805,10 @@ static __device__ void end_edge(const float (*c)[4], int i, float down, const fl
     }
 }
 
-/* STORE and ADD, part `part`: of a row a quarter of B / 2 fours, or a half. */
+/* STORE and ADD, part `part`: four of a row's B / 2 float4s. */
 template <int KIND, int B>
-static __device__ void end_sums(const struct gemm &p, int part, int tile, int row, int n0,
-                                const float (*c)[4]) {
+static __device__ void epilogue_sums(const struct gemm &p, int part, int tile, int row, int n0,
+                                     const float (*c)[4]) {
     const auto &o = p.out[(tile >= p.out[1].first) + (tile >= p.out[2].first)];
     const int first = (tile - o.first) * W_ROWS + n0 * 8, col = first + (int)threadIdx.x % 4 * 4;
     const int i = part % 2, r = row + 8 * i;
@@ -1705,22 +1819,24 @@ static __device__ void end_sums(const struct gemm &p, int part, int tile, int ro
     if (whole) {
 #pragma unroll
         for (int j = part / 2 * 4; j < part / 2 * 4 + 4; j++)
-            end_four<KIND>(c + 2 * j, i, p.down, bias != NULL ? bias + end_column(B, j) : NULL,
-                           y + end_column(B, j));
+            epilogue_float4<KIND>(c + 2 * j, i, p.down,
+                                  bias != NULL ? bias + epilogue_column(B, j) : NULL,
+                                  y + epilogue_column(B, j));
     } else {
 #pragma unroll
         for (int j = part / 2 * 4; j < part / 2 * 4 + 4; j++)
-            end_edge<KIND>(c + 2 * j, i, p.down, bias != NULL ? bias + end_column(B, j) : NULL,
-                           y + end_column(B, j), o.N - col - end_column(B, j));
+            epilogue_edge<KIND>(c + 2 * j, i, p.down,
+                                bias != NULL ? bias + epilogue_column(B, j) : NULL,
+                                y + epilogue_column(B, j), o.N - col - epilogue_column(B, j));
     }
 }
 
 /* The gate's sums are in the first half of the blocks, up's in the second; four of each make 16
-   bytes of a panel: columns 16 n + 2 piece + (0, 1). */
+   bytes of a panel, a chunk: columns 16 n + 2 chunk + (0, 1). */
 template <int B>
-static __device__ void end_swiglu(const struct gemm &p, int part, int tile, int row, int n0,
-                                  const float (*c)[4]) {
-    const int i = part % 2, r = row + i * 8, piece = (int)threadIdx.x % 4 + n0 % 8 + part / 2 * 4;
+static __device__ void epilogue_swiglu(const struct gemm &p, int part, int tile, int row, int n0,
+                                       const float (*c)[4]) {
+    const int i = part % 2, r = row + i * 8, chunk = (int)threadIdx.x % 4 + n0 % 8 + part / 2 * 4;
     const int span = tile * 2 + n0 / 16, spans = p.h.ld / SPAN;
     const float(*gate)[4] = c + part / 2 * 4, (*up)[4] = gate + B / 2;
     uint32_t v[4];
@@ -1732,41 +1848,53 @@ static __device__ void end_swiglu(const struct gemm &p, int part, int tile, int 
     }
     const int64_t at = ((int64_t)(r / X_ROWS) * spans + span) * X_ROWS + r % X_ROWS;
     if (r < p.rows && span < spans)
-        ((uint4 *)p.h.h)[at * 8 + (piece ^ (r & 7))] = make_uint4(v[0], v[1], v[2], v[3]);
+        ((uint4 *)p.h.h)[at * 8 + (chunk ^ (r & 7))] = make_uint4(v[0], v[1], v[2], v[3]);
 }
 
 template <int KIND, int B>
-static __device__ void end_part(const struct gemm &p, int part, int tile, int row, int n0,
-                                const float (*c)[4]) {
-    if (KIND == SWIGLU) end_swiglu<B>(p, part, tile, row, n0, c);
-    else end_sums<KIND, B>(p, part, tile, row, n0, c);
+static __device__ void epilogue_part(const struct gemm &p, int part, int tile, int row, int n0,
+                                     const float (*c)[4]) {
+    if (KIND == SWIGLU) epilogue_swiglu<B>(p, part, tile, row, n0, c);
+    else epilogue_sums<KIND, B>(p, part, tile, row, n0, c);
 }
 
-/* Spans of the four parts that have a chain of sums each. */
+/* The first span of one of the four parts, each of which is a chain. */
 static __device__ int part_start(int spans, int part) {
     return min(spans, (spans + CHAINS - 1) / CHAINS * part);
 }
 
 /* ---- GEMM by wgmma (sm_90a) ----
 
-   A block computes pieces of y of 128 x 256, from 128 rows of x and a tile of w: the larger a piece
-   is, the less of shared memory is read for each product, and that is what limits it. One thread
-   loads: it fills a ring of stages in shared memory, a span each, piece after piece. Two warpgroups
-   multiply 64 rows of x each: the chain that goes on takes half of their registers, so that of the
-   sums of those before one half is in registers and one in shared memory. What a piece's sums
-   become is computed while the tensor cores work on the first stages of the next piece. Two blocks
-   make a cluster; they take the same rows of w, of which each loads one half for both. */
+   A block stays on its multiprocessor and computes output tiles of 128 x 256, from 128 rows of x
+   and a tile of w: the larger they are, the less of shared memory is read for each product, and
+   that is what limits it. Its warps are specialised. One thread, the producer, fills a ring buffer
+   of stages in shared memory, a span each, output tile after output tile. Two warp groups, the
+   consumers, multiply 64 rows of x each: the chain that goes on takes half of their registers, so
+   that of the sums of those before one half is in registers and one in shared memory. The epilogue
+   of an output tile runs while tensor cores work on the first stages of the next one. Three warps
+   that are left dequantise the weights of products to come. Two blocks make a cluster; they take
+   the same rows of w, of which each loads one half for both (multicast). */
 
-enum { CLUSTER = 2, GEMM_RING = 3, GEMM_RING_BYTES = X_BYTES + W_BYTES, WGMMA_THREADS = 384,
-       REST_BYTES = 256 * 64 * 4 /* sums of two warpgroups */,
-       WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES + REST_BYTES, END_PARTS = 4 };
+enum {
+    CLUSTER = 2,
+    GEMM_RING = 3,                       /* stages */
+    GEMM_RING_BYTES = X_BYTES + W_BYTES, /* of a stage */
+    WARP_GROUP = 128,                    /* threads; of two warp groups: */
+    CONSUMERS = 2 * WARP_GROUP,
+    WGMMA_THREADS = CONSUMERS + WARP_GROUP,
+    HELPERS = 3,                         /* warps that dequantise */
+    REST_BYTES = CONSUMERS * 64 * 4,     /* the consumers' sums in shared memory */
+    WGMMA_SHARED = GEMM_RING * GEMM_RING_BYTES + REST_BYTES,
+    EPILOGUE_PARTS = 4
+};
 
-static __host__ __device__ int gemm_across(const struct gemm &p) {
+/* Pairs of output tiles, one for each block of a cluster: along the rows of x; all. */
+static __host__ __device__ int gemm_row_pairs(const struct gemm &p) {
     return (p.rows + X_ROWS * CLUSTER - 1) / (X_ROWS * CLUSTER);
 }
 
-static __host__ __device__ int gemm_pieces(const struct gemm &p) {
-    return gemm_across(p) * p.tiles;
+static __host__ __device__ int gemm_pairs(const struct gemm &p) {
+    return gemm_row_pairs(p) * p.tiles;
 }
 
 #if WGMMA
@@ -1790,35 +1918,36 @@ static __device__ void cluster_sync(void) {
     asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
 }
 
-/* Piece x of 128 rows of x, tile w of w. */
-struct output_piece {
+/* Tile x of x by tile w of w. */
+struct output_tile {
     int x, w;
 };
 
-/* Number n of a cluster's pieces. Those that are computed at a time share `group` clusters' rows of
-   x, which stay in the L2 cache. */
-static __device__ struct output_piece piece_of(const struct gemm &p, int n) {
-    const int i = (int)blockIdx.x / CLUSTER + n * ((int)gridDim.x / CLUSTER), all = gemm_across(p);
+/* A block's output tile number n. Those that all blocks compute at a time share the rows of x of
+   `group` pairs, which stay in the L2 cache. */
+static __device__ struct output_tile output_tile_of(const struct gemm &p, int n) {
+    const int i = (int)blockIdx.x / CLUSTER + n * ((int)gridDim.x / CLUSTER);
+    const int all = gemm_row_pairs(p);
     const int each = p.group * p.tiles, first = i / each * p.group;
     const int size = min(p.group, all - first), in = i % each;
-    struct output_piece q = {(first + in % size) * CLUSTER + (int)blockIdx.x % CLUSTER, in / size};
+    struct output_tile q = {(first + in % size) * CLUSTER + (int)blockIdx.x % CLUSTER, in / size};
     return q;
 }
 
-/* How many pieces a cluster has. */
-static __device__ int pieces_of(const struct gemm &p) {
+/* How many output tiles a block has. */
+static __device__ int output_tiles_of(const struct gemm &p) {
     const int clusters = (int)gridDim.x / CLUSTER;
-    return (gemm_pieces(p) - (int)blockIdx.x / CLUSTER + clusters - 1) / clusters;
+    return (gemm_pairs(p) - (int)blockIdx.x / CLUSTER + clusters - 1) / clusters;
 }
 
-/* One thread: the stages of all pieces; `at` counts them. */
-static __device__ void load_stages(const struct gemm &p, char *ring, uint64_t *full,
+/* The producer, one thread: the stages of all output tiles; `at` counts them. */
+static __device__ void fill_stages(const struct gemm &p, char *ring, uint64_t *full,
                                    uint64_t *empty) {
-    const int spans = p.ld / SPAN, pieces = pieces_of(p), part = (int)blockIdx.x % CLUSTER;
+    const int spans = p.ld / SPAN, tiles = output_tiles_of(p), part = (int)blockIdx.x % CLUSTER;
     const int x_tiles = (p.rows + X_ROWS - 1) / X_ROWS, own = W_BYTES / CLUSTER * part;
     uint32_t at = 0;
-    for (int n = 0; n < pieces; n++) {
-        const struct output_piece q = piece_of(p, n);
+    for (int n = 0; n < tiles; n++) {
+        const struct output_tile q = output_tile_of(p, n);
         const char *x = (const char *)p.x + (int64_t)min(q.x, x_tiles - 1) * spans * X_BYTES;
         const char *w = (const char *)p.w + (int64_t)q.w * spans * W_BYTES + own;
         for (int span = 0; span < spans; span++, at++) {
@@ -1838,8 +1967,9 @@ static __device__ void release_stage(uint64_t *empty) {
     if (threadIdx.x % 32 < CLUSTER) barrier_arrive_at(empty, (int)threadIdx.x % 32);
 }
 
-/* A warpgroup's place in the ring: stage number `at` of all; x0: where its rows of x begin. */
-struct reader {
+/* A consumer warp group's place in the ring: stage number `at` of all; x0: where its rows of x
+   begin, in bytes. */
+struct consumer {
     const char *ring;
     uint64_t *full, *empty;
     uint32_t at;
@@ -1848,7 +1978,7 @@ struct reader {
 
 /* 64 rows of x by 256 of w over a stage's span, in the background: c[8 columns], a new chain or
    not. */
-static __device__ void multiply_stage(const struct reader &r, int add, float (*c)[4]) {
+static __device__ void multiply_stage(const struct consumer &r, int add, float (*c)[4]) {
     const uint32_t stage = r.at % GEMM_RING;
     const char *tiles = r.ring + stage * GEMM_RING_BYTES;
     const uint64_t x = tile_descriptor(tiles + r.x0), w = tile_descriptor(tiles + X_BYTES);
@@ -1859,100 +1989,100 @@ static __device__ void multiply_stage(const struct reader &r, int add, float (*c
     products_end();
 }
 
-/* The stage is done. (It may be waited for at once: meanwhile the other warpgroup multiplies.) */
-static __device__ void end_stage(struct reader *r) {
+/* The stage is done. (It may be waited for at once: meanwhile the other warp group multiplies.) */
+static __device__ void end_stage(struct consumer *r) {
     products_wait<0>();
     release_stage(&r->empty[r->at++ % GEMM_RING]);
 }
 
 /* Stages first .. n - 1 of a chain. */
-static __device__ void multiply_chain(struct reader *r, int first, int n, float (*c)[4]) {
+static __device__ void multiply_chain(struct consumer *r, int first, int n, float (*c)[4]) {
     for (int i = first; i < n; i++) {
         multiply_stage(*r, i > 0, c);
         end_stage(r);
     }
 }
 
-/* The sums of a piece: of columns 0 .. 127 in registers, of the others in shared memory, where a
-   four is what end_four takes: number 8 i + j of row 8 i, blocks 2 j and 2 j + 1. */
-struct sums {
+/* A thread's sums of an output tile: of columns 0 .. 127 in registers, of the others in shared
+   memory, where a float4 is what epilogue_float4 takes: number 8 i + j of row 8 i, blocks 2 j and
+   2 j + 1. */
+struct accumulators {
     float kept[16][4];
-    float4 *rest; /* this thread's; the next is GEMM_GROUP further */
+    float4 *rest; /* the thread's first; the next is WARP_GROUP further */
 };
 
-enum { GEMM_GROUP = 128 };
-
 /* sums += a chain's, or become those of the first. */
-static __device__ void add_chain(struct sums *s, const float (*c)[4], int first) {
+static __device__ void add_chain(struct accumulators *s, const float (*c)[4], int first) {
 #pragma unroll
     for (int k = 0; k < 64; k++)
         s->kept[k / 4][k % 4] = first ? c[k / 4][k % 4] : s->kept[k / 4][k % 4] + c[k / 4][k % 4];
 #pragma unroll
     for (int k = 0; k < 16; k++) {
         const float *u = c[16 + k % 8 * 2] + k / 8 * 2, *v = c[17 + k % 8 * 2] + k / 8 * 2;
-        float4 sum = first ? make_float4(0, 0, 0, 0) : s->rest[k * GEMM_GROUP];
+        float4 sum = first ? make_float4(0, 0, 0, 0) : s->rest[k * WARP_GROUP];
         if (first) sum = make_float4(u[0], u[1], v[0], v[1]);
         else sum = make_float4(sum.x + u[0], sum.y + u[1], sum.z + v[0], sum.w + v[1]);
-        s->rest[k * GEMM_GROUP] = sum;
+        s->rest[k * WARP_GROUP] = sum;
     }
 }
 
-/* Part of what the sums of a warp's 16 rows of a piece become. */
+/* The epilogue of a quarter of a warp's 16 rows of an output tile. */
 template <int KIND>
-static __device__ void end_piece(const struct gemm &p, int part, struct output_piece q,
-                                 const struct sums &s) {
+static __device__ void epilogue_quarter(const struct gemm &p, int part, struct output_tile q,
+                                        const struct accumulators &s) {
     const int row = q.x * X_ROWS + (int)threadIdx.x / 32 * 16 + (int)threadIdx.x % 32 / 4;
     const int i = part % 2, h = part / 2;
     float rest[16][4]; /* those that this part takes */
-    end_part<KIND, 16>(p, part, q.w, row, 0, s.kept);
+    epilogue_part<KIND, 16>(p, part, q.w, row, 0, s.kept);
 #pragma unroll
     for (int k = 0; k < 4; k++) {
         const int j = KIND == SWIGLU ? k / 2 * 4 + h * 2 + k % 2 : h * 4 + k;
-        const float4 v = s.rest[(8 * i + j) * GEMM_GROUP];
+        const float4 v = s.rest[(8 * i + j) * WARP_GROUP];
         rest[2 * j][2 * i] = v.x, rest[2 * j][2 * i + 1] = v.y;
         rest[2 * j + 1][2 * i] = v.z, rest[2 * j + 1][2 * i + 1] = v.w;
     }
-    end_part<KIND, 16>(p, part, q.w, row, 16, rest);
+    epilogue_part<KIND, 16>(p, part, q.w, row, 16, rest);
 }
 
-/* The first chain of a piece, and meanwhile the end of the piece before. */
+/* The first chain of an output tile, and meanwhile the epilogue of the one before. */
 template <int KIND>
-static __device__ void multiply_and_end(const struct gemm &p, struct reader *r, int n,
-                                        struct output_piece before, float (*c)[4],
-                                        const struct sums &s) {
-    if (n >= END_PARTS) {
+static __device__ void multiply_with_epilogue(const struct gemm &p, struct consumer *r, int n,
+                                              struct output_tile before, float (*c)[4],
+                                              const struct accumulators &s) {
+    if (n >= EPILOGUE_PARTS) {
 #pragma unroll
-        for (int part = 0; part < END_PARTS; part++) {
+        for (int part = 0; part < EPILOGUE_PARTS; part++) {
             multiply_stage(*r, part > 0, c);
-            end_piece<KIND>(p, part, before, s);
+            epilogue_quarter<KIND>(p, part, before, s);
             end_stage(r);
         }
-        multiply_chain(r, END_PARTS, n, c);
+        multiply_chain(r, EPILOGUE_PARTS, n, c);
     } else {
 #pragma unroll
-        for (int part = 0; part < END_PARTS; part++) end_piece<KIND>(p, part, before, s);
+        for (int part = 0; part < EPILOGUE_PARTS; part++)
+            epilogue_quarter<KIND>(p, part, before, s);
         multiply_chain(r, 0, n, c);
     }
 }
 
-/* A warpgroup's half of all pieces. */
+/* A consumer warp group: its half of all output tiles; behind the last only an epilogue is left. */
 template <int KIND>
-static __device__ void multiply_pieces(const struct gemm &p, char *ring, uint64_t *full,
-                                       uint64_t *empty) {
-    const int spans = p.ld / SPAN, pieces = pieces_of(p);
+static __device__ void multiply_output_tiles(const struct gemm &p, char *ring, uint64_t *full,
+                                             uint64_t *empty) {
+    const int spans = p.ld / SPAN, tiles = output_tiles_of(p);
     const int group = __shfl_sync(0xffffffff, (int)threadIdx.x / 128, 0);
-    struct reader r = {ring, full, empty, 0, group * (X_BYTES / 2)};
-    struct output_piece q = {0, 0};
+    struct consumer r = {ring, full, empty, 0, group * (X_BYTES / 2)};
+    struct output_tile q = {0, 0};
     float c[32][4];
-    struct sums s;
+    struct accumulators s;
     s.rest = (float4 *)(ring + GEMM_RING * GEMM_RING_BYTES + group * (REST_BYTES / 2)) +
-             threadIdx.x % GEMM_GROUP;
-    for (int n = 0; n <= pieces; n++) {
-        const int count = n < pieces ? part_start(spans, 1) : 0;
+             threadIdx.x % WARP_GROUP;
+    for (int n = 0; n <= tiles; n++) {
+        const int count = n < tiles ? part_start(spans, 1) : 0;
         if (n == 0) multiply_chain(&r, 0, count, c);
-        else multiply_and_end<KIND>(p, &r, count, q, c, s);
-        if (n == pieces) break;
-        q = piece_of(p, n);
+        else multiply_with_epilogue<KIND>(p, &r, count, q, c, s);
+        if (n == tiles) break;
+        q = output_tile_of(p, n);
         add_chain(&s, c, 1);
         for (int part = 1; part < CHAINS; part++) {
             const int more = part_start(spans, part + 1) - part_start(spans, part);
@@ -1965,45 +2095,50 @@ static __device__ void multiply_pieces(const struct gemm &p, char *ring, uint64_
 
 #endif
 
-/* Reads x and w in panels. Grid: clusters, as many as fit, or as there are pieces. Floor: 2 N ld
-   rows operations over the tensor cores' rate. */
+/* y = x w^T. Reads x and w in panels, writes y in f32, [rows][N], or h in panels. Grid: clusters,
+   as many as fit, or as there are output tiles. Floor: 2 N ld rows operations over the tensor
+   cores' rate. */
 template <int KIND>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     gemm_wgmma_kernel(const __grid_constant__ struct gemm p) {
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+#if WGMMA
     extern __shared__ __align__(1024) char tiles[];
     __shared__ uint64_t full[GEMM_RING], empty[GEMM_RING];
     if (threadIdx.x == 0) {
         for (int i = 0; i < GEMM_RING; i++) {
             barrier_init(&full[i], 1);
-            barrier_init(&empty[i], 8 * CLUSTER);
+            barrier_init(&empty[i], CONSUMERS / 32 * CLUSTER);
         }
     }
     barriers_made();
     cluster_sync();
     wait_for_inputs();
-    if (threadIdx.x < 256) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-        multiply_pieces<KIND>(p, tiles, full, empty);
+    if (threadIdx.x < CONSUMERS) {
+        asm volatile("setmaxnreg.inc.sync.aligned.u32 232;"); /* registers change hands */
+        multiply_output_tiles<KIND>(p, tiles, full, empty);
     } else {
         asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
-        const int helper = (int)threadIdx.x / 32 - 9;
-        if (threadIdx.x == 256) load_stages(p, tiles, full, empty);
+        const int helper = (int)threadIdx.x / 32 - (CONSUMERS / 32 + 1);
+        if (threadIdx.x == CONSUMERS) fill_stages(p, tiles, full, empty);
         for (int i = 0; helper >= 0 && i < LATER; i++)
-            unpack(p.later[i], (int)blockIdx.x * 3 + helper, (int)gridDim.x * 3);
+            dequantise_panels(p.later[i], (int)blockIdx.x * HELPERS + helper,
+                              (int)gridDim.x * HELPERS);
     }
     __syncwarp();
     cluster_sync();
 #endif
 }
 
-/* ---- GEMM on every chip ---- */
+/* ---- GEMM by mma.sync (chips without wgmma) ----
+
+   The same sums from the same panels: a block computes 128 x 128, its eight warps 32 x 64
+   each. All threads load, two stages ahead. */
 
 enum { GEMM_STAGES = 3, STAGE_BYTES = 2 * X_BYTES, GEMM_SHARED = GEMM_STAGES * STAGE_BYTES };
 
 /* 128 rows of x, and as many of w; they lie as they will lie in shared memory. */
 static __device__ void load_stage(char *stage, const char *x, const char *w) {
-    const uint32_t to = (uint32_t)__cvta_generic_to_shared(stage);
+    const uint32_t to = shared_address(stage);
 #pragma unroll
     for (int i = (int)threadIdx.x * 16; i < X_BYTES; i += THREADS * 16) {
         copy_async<16>(to + i, x + i, 1);
@@ -2037,7 +2172,7 @@ static __device__ void multiply_tiles(const char *stage, int row, int n0, float 
     }
 }
 
-/* Grid: [128 rows of w][128 rows of x]. Reads, writes and floor: as above. */
+/* Reads, writes and floor: as gemm_wgmma_kernel. Grid: [128 rows of x][128 rows of w]. */
 template <int KIND>
 __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant__ struct gemm p) {
     extern __shared__ __align__(1024) char tiles[];
@@ -2067,18 +2202,20 @@ __global__ void __launch_bounds__(THREADS, 1) gemm_kernel(const __grid_constant_
     for (int m = 0; m < 2; m++)
 #pragma unroll
         for (int part = 0; part < 2; part++)
-            end_part<KIND, 8>(p, part, half / 2, first + m * 16, half % 2 * 16 + n0, total[m]);
+            epilogue_part<KIND, 8>(p, part, half / 2, first + m * 16, half % 2 * 16 + n0, total[m]);
 }
 
-/* ---- Launches ---- */
+/* ---- Launches of products ---- */
 
 /* 1: this device runs gemm_wgmma_kernel. (Elsewhere its body is empty and shares no memory.) */
 static int has_wgmma(void) {
     cudaFuncAttributes a = {};
     cudaError_t e = cudaFuncGetAttributes(&a, gemm_wgmma_kernel<STORE>);
+    if (e != cudaSuccess) cudaGetLastError(); /* or the next launch would be blamed */
     return e == cudaSuccess && a.sharedSizeBytes > 0;
 }
 
+/* Lets the kernels have the shared memory that they need. */
 static cudaError_t allow_gemm(void) {
     struct { const void *kernel; int bytes; } all[] = {
         {(const void *)gemm_kernel<STORE>, GEMM_SHARED},
@@ -2111,6 +2248,7 @@ static struct unpacked unpacked_at(const struct matrix *w, int n, int pair, __ha
     return p;
 }
 
+/* Dequantises p's matrices now, by a kernel of its own. */
 static void launch_panels(struct queue *q, const struct unpacked *p) {
     const int64_t units = (int64_t)p->tiles * (p->w[0].ld / SPAN) * 16;
     const unsigned grid = (unsigned)min64((units + WARPS - 1) / WARPS, 8 * q->sms);
@@ -2148,9 +2286,10 @@ static void gemm_swiglu(struct gemm *p, int F, const struct packed *h) {
 
 enum { GROUP_BYTES = 20 << 20 /* of x, which the L2 cache keeps */ };
 
-/* blocks: how many gemm_wgmma_kernel runs at a time, or 0 where there is none. */
+/* blocks: how many of gemm_wgmma_kernel run at a time, or 0 where it cannot. Rows of x are cut into
+   groups of even size that stay in the L2 cache while all tiles of w pass. */
 template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int blocks) {
-    int tiles = (p.rows + X_ROWS - 1) / X_ROWS, across = gemm_across(p);
+    int tiles = (p.rows + X_ROWS - 1) / X_ROWS, across = gemm_row_pairs(p);
     int most = (int)max64(1, GROUP_BYTES / (CLUSTER * X_BYTES * (p.ld / SPAN)));
     int groups = (across + most - 1) / most;
     p.group = (across + groups - 1) / groups;
@@ -2164,7 +2303,7 @@ template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int 
         how[0].val.clusterDim = {CLUSTER, 1, 1};
         how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         how[1].val.programmaticStreamSerializationAllowed = 1;
-        c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_pieces(p), blocks / CLUSTER)));
+        c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_pairs(p), blocks / CLUSTER)));
         c.blockDim = dim3(WGMMA_THREADS);
         c.dynamicSmemBytes = WGMMA_SHARED;
         c.stream = q->stream;
@@ -2180,14 +2319,15 @@ static void launch_norm_pack(struct queue *q, const struct product_f16 *j) {
            THREADS, 0, j->x, j->norm, j->eps, j->p[0].w.cols, j->which, j->rows, j->in);
 }
 
-/* For many rows: where a product's matrices lie as panels, and which come next. */
+/* For many rows: where a product's matrices lie as panels, and which weights become panels while it
+   is computed. */
 struct prepared {
     const __half *panels;
     struct unpacked later[LATER];
 };
 
-/* A product of many rows. What is to be unpacked for later ones is so meanwhile or, where only
-   gemm_wgmma_kernel could, afterwards. */
+/* A product of many rows. The weights of later ones are dequantised meanwhile or, where there is no
+   gemm_wgmma_kernel to do it, afterwards. */
 static void multiply_many(struct queue *q, enum epilogue kind, const struct product_f16 *j,
                           const struct prepared *w) {
     struct gemm g = gemm_of(&j->in, j->rows, w->panels);
@@ -2202,7 +2342,8 @@ static void multiply_many(struct queue *q, enum epilogue kind, const struct prod
     for (int i = 0; q->wgmma == 0 && i < LATER; i++) launch_panels(q, &w->later[i]);
 }
 
-/* The matrices of a product have one type, which is not F32. */
+/* A product, by GEMM where its rows lie in panels, else by GEMV. Its matrices have one type, which
+   is not F32. */
 static void multiply(struct queue *q, enum epilogue kind, const struct product_f16 *product,
                      const struct prepared *w) {
     struct product_f16 j = *product;
@@ -5951,7 +6092,13 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
 }
 
 /* =================================================================================================
-   10.  The seam */
+   10.  The seam
+
+   What lvm.c calls: struct backend at the end of this file, whose contract is chapter 7 of lvm.c. A
+   context's memory is one allocation, laid out before anything runs, so that what does not fit is
+   an error at once; only pages of the KV cache come later, when positions are reached. */
+
+/* ---- A context's memory ---- */
 
 /* 1: a layer or the output goes by f32 products. */
 static int needs_f32(const struct gpu *c) {
@@ -5961,6 +6108,7 @@ static int needs_f32(const struct gpu *c) {
     return f32;
 }
 
+/* The transformer's part. */
 static void place_lm(struct gpu *c, struct arena *a) {
     const struct llama *l = &c->g->m->llama;
     int64_t N = c->rows, Q = (int64_t)l->H * l->d, K = (int64_t)l->G * l->d, V = l->V;
@@ -5973,16 +6121,17 @@ static void place_lm(struct gpu *c, struct arena *a) {
         {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (KEYS / BLOCK) * (c->kv.dp + 2)},
         {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}};
     for (const auto &one : all) take(a, one.p, one.n);
-    const int64_t D = (int64_t)W_ROWS * round_up(l->D, SPAN), F = round_up(l->F, SPAN);
+    const int64_t D = round_up(l->D, SPAN), F = round_up(l->F, SPAN);
+    const int64_t heads = round_up((int)Q, SPAN);
     N = round_up((int)N, X_ROWS);
-    take(a, &c->h, N * round_up((int)max64(l->D, Q), SPAN));
+    take(a, &c->h, N * max64(D, heads));
     take(a, &c->hidden, N * F);
     take(a, &c->q16, N * l->H * c->kv.dp * c->kv.tensor);
     take(a, &c->query_c, N * l->H * c->kv.tensor);
-    const size_t output = a->used + (size_t)(panel_tiles(l->V, 0) * D) * sizeof(__half);
-    take(a, &c->w16[QKV], (panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0)) * D);
-    take(a, &c->w16[O], panel_tiles(l->D, 0) * W_ROWS * (int64_t)round_up((int)Q, SPAN));
-    take(a, &c->w16[GATE_UP], panel_tiles(l->F, 1) * D);
+    const size_t output = a->used + (size_t)(panel_tiles(l->V, 0) * W_ROWS * D) * sizeof(__half);
+    take(a, &c->w16[QKV], (panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0)) * W_ROWS * D);
+    take(a, &c->w16[O], panel_tiles(l->D, 0) * W_ROWS * heads);
+    take(a, &c->w16[GATE_UP], panel_tiles(l->F, 1) * W_ROWS * D);
     take(a, &c->w16[DOWN], panel_tiles(l->D, 0) * W_ROWS * F);
     a->used = std::max(a->used, output); /* the output's panels take the place of a layer's */
     take(a, &c->sampler, 1);
@@ -6023,6 +6172,7 @@ static int64_t images_at(const struct gpu *c, int i) {
     return min64(few, c->images);
 }
 
+/* The tokenizer's part: what the operations that need most of each kind take. */
 static void place_vq(struct gpu *c, struct arena *a) {
     const struct vqgan *vq = c->g->m->vq;
     struct vq_memory *v = &c->vq;
@@ -6071,15 +6221,15 @@ static void place_work(struct gpu *c, struct arena *a) {
     a->used = std::max(a->used, images.used);
 }
 
-/* The same in pinned memory. */
+/* What the device and the host tell each other, in pinned memory. */
 static void place_pinned(struct gpu *c, struct arena *a) {
     take(a, &c->host_in, (int64_t)told_bytes(c, std::max(c->rows, (int)SPLIT_ROWS)));
     take(a, &c->host_logits, GRAPH_ROWS * (int64_t)c->g->m->llama.V);
     take(a, &c->told, 1);
 }
 
-/* rope[context][2][d / 2]: cosines and sines of all positions, angles in f32 as in lvm.c's
-   embed_task. A thread an angle. */
+/* Writes rope[context][2][d / 2]: cosines and sines of all positions, angles in f32 as in lvm.c's
+   embed_task; a thread an angle. Floor: bytes out; it runs once for a context. */
 __global__ void rope_kernel(float *rope, int context, int d, float theta) {
     const int at = (int)(blockIdx.x * THREADS + threadIdx.x), pos = at / (d / 2), i = at % (d / 2);
     if (pos >= context) return;
@@ -6090,6 +6240,9 @@ __global__ void rope_kernel(float *rope, int context, int d, float theta) {
     rope[(int64_t)pos * d + d / 2 + i] = (float)sin(angle);
 }
 
+/* ---- Contexts: made and freed ---- */
+
+/* Also of a context that gpu_open could not finish. */
 static void gpu_close(void *state) {
     struct gpu *c = (struct gpu *)state;
     if (c == NULL) return;
@@ -6115,9 +6268,9 @@ static void gpu_close(void *state) {
     free(c);
 }
 
-/* A kernel of a chain may have so much shared memory, or all that it does not declare itself. As
-   much of a multiprocessor's memory as can be becomes shared memory: such kernels run beside each
-   other only where they are cut alike. */
+/* A kernel of a generated token's chain may have so much shared memory, or all that it does not
+   declare itself, if that is less. As much of a multiprocessor's L1 cache as can be becomes shared
+   memory, for all of them: kernels run beside each other only where it is cut alike. */
 static void allow(struct queue *q, const void *kernel, int64_t bytes) {
     cudaFuncAttributes own = {};
     CALL(q, cudaFuncGetAttributes, &own, kernel);
@@ -6152,7 +6305,7 @@ static void allow_kernels(struct gpu *c) {
     else allow(q, (const void *)attention_kernel_for(kv->type), attention_shared(kv->dp));
 }
 
-/* All memory but the pages of the cache. */
+/* All memory but the pages of the KV cache, and what lies in it from the start. */
 static int gpu_alloc(struct gpu *c, lvm_error *error) {
     const struct llama *l = &c->g->m->llama;
     struct arena a = {}, pinned = {};
@@ -6211,6 +6364,10 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
     return code;
 }
 
+/* ---- The KV cache, as lvm.c sees it ---- */
+
+/* Sequence `to` becomes the first n positions of `from`. Pages are shared; page_for_writing copies
+   one when it is written. */
 static int gpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
     struct gpu *c = (struct gpu *)state;
     (void)error;
@@ -6224,8 +6381,8 @@ static int gpu_kv_copy(void *state, int from, int to, int n, lvm_error *error) {
     return LVM_OK;
 }
 
-/* In a file a page of the layout for tensor cores has a byte more than in memory, of the other one
-   two, so that neither is taken for the other. */
+/* Bytes of a page in a file. There a page of the layout for tensor cores has a byte more than in
+   memory, of the other one two, so that neither is taken for the other. */
 static size_t gpu_kv_size(void *state) {
     const struct gpu *c = (const struct gpu *)state;
     return c->page_bytes + (c->kv.tensor ? 1 : 2);
@@ -6272,7 +6429,8 @@ static void gpu_usage(void *state, lvm_usage *usage) {
 enum { GEMM_SIDE = 8192, FMA_ROUNDS = 4096, FMA_CHAINS = 8 };
 static const size_t CEILING_BYTES = (size_t)1 << 30, PINNED_BYTES = 64 << 20;
 
-/* Reads from[n], and writes nothing. */
+/* Reads from[n], 16 bytes a thread at a time, and writes nothing. Floor: its bytes over the
+   bandwidth, which is what it measures. */
 __global__ void read_kernel(const uint4 *from, int64_t n, uint32_t *out) {
     const int64_t step = (int64_t)gridDim.x * blockDim.x;
     uint32_t sum = 0;
@@ -6286,7 +6444,7 @@ __global__ void read_kernel(const uint4 *from, int64_t n, uint32_t *out) {
     if (sum == 0x12345678) *out = sum; /* or nothing would be read */
 }
 
-/* FMA_CHAINS times FMA_ROUNDS multiply-adds a thread. */
+/* FMA_CHAINS times FMA_ROUNDS multiply-adds a thread, in registers. Floor: the rate it measures. */
 __global__ void fma_kernel(float *out, float a, float b) {
     float x[FMA_CHAINS];
     for (int c = 0; c < FMA_CHAINS; c++) x[c] = a * (float)((int)threadIdx.x + c);
@@ -6298,8 +6456,8 @@ __global__ void fma_kernel(float *out, float a, float b) {
     if (sum == 12345) *out = sum;
 }
 
-/* About normal numbers: power, and with it the clock of tensor cores, depends on what they
-   multiply. As f16, or bf16. */
+/* Writes out[n], about normal numbers, as f16 or bf16: power, and with it the clock of tensor
+   cores, depends on what they multiply. Floor: bytes out; it is not timed. */
 __global__ void random_kernel(uint16_t *out, int64_t n, int bf16) {
     int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i >= n) return;
@@ -6311,7 +6469,7 @@ __global__ void random_kernel(uint16_t *out, int64_t n, int bf16) {
     out[i] = bf16 ? __bfloat16_as_ushort(__float2bfloat16(x)) : __half_as_ushort(__float2half(x));
 }
 
-/* Seconds that work() takes. */
+/* Seconds that work() takes on the device: the median of RUNS. */
 template <class F> static double median_seconds(struct queue *q, F work) {
     enum { WARM = 3, RUNS = 15 };
     cudaEvent_t event[2] = {};
