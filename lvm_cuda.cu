@@ -2253,20 +2253,20 @@ struct nearest {
 };
 
 /* Where output pixel p reads: its image and the place of tap (0, 0). */
-struct place {
+struct tap_origin {
     const float *image;
     int y, x;
 };
 
-static __device__ struct place find_pixel(const struct product &j, int p) {
+static __device__ struct tap_origin find_tap_origin(const struct product &j, int p) {
     int area = j.side_out * j.side_out, at = p % area;
-    struct place l = {j.in + (int64_t)(p / area) * j.side_in * j.side_in * j.c_in,
-                      at / j.side_out * j.stride - j.pad, at % j.side_out * j.stride - j.pad};
+    struct tap_origin l = {j.in + (int64_t)(p / area) * j.side_in * j.side_in * j.c_in,
+                           at / j.side_out * j.stride - j.pad, at % j.side_out * j.stride - j.pad};
     return l;
 }
 
 /* Four terms k .. k + 3 of a pixel; zeros outside the map. */
-static __device__ float4 gather4(const struct product &j, const struct place &l, int k) {
+static __device__ float4 gather4(const struct product &j, const struct tap_origin &l, int k) {
     float v[4] = {0, 0, 0, 0};
     int step = j.c_in % 4 == 0 ? 4 : 1;
     for (int i = 0; i < 4 && k + i < j.w.cols; i += step) {
@@ -2328,10 +2328,10 @@ __global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
     }
     const int px = tid / (BN / TN) * TM, ox = tid % (BN / TN) * TN;
     float sum[TM][TN] = {};
-    struct place places[A];
+    struct tap_origin places[A];
 #pragma unroll
     for (int i = 0; i < A; i++)
-        places[i] = find_pixel(j, min(p0 + (tid + i * THREADS) / 4, j.pixels - 1));
+        places[i] = find_tap_origin(j, min(p0 + (tid + i * THREADS) / 4, j.pixels - 1));
     for (int k0 = 0, stage = 0; k0 < j.w.cols; k0 += DEPTH, stage ^= 1) {
 #pragma unroll
         for (int i = 0; i < A; i++) {
@@ -2404,7 +2404,7 @@ __global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) 
         float4 v = load4<TYPE>(j.w, min(o0 + o, N - 1), k);
         w[k][o] = v.x, w[k + 1][o] = v.y, w[k + 2][o] = v.z, w[k + 3][o] = v.w;
     }
-    const struct place l = find_pixel(j, min(p0 + tid % FEW_PIXELS, j.pixels - 1));
+    const struct tap_origin l = find_tap_origin(j, min(p0 + tid % FEW_PIXELS, j.pixels - 1));
     for (int k = tid / FEW_PIXELS * 4; k < FEW_COLUMNS; k += THREADS / FEW_PIXELS * 4) {
         float4 v = gather4(j, l, k);
         int p = tid % FEW_PIXELS;
@@ -2592,11 +2592,11 @@ static __device__ void load_weights(const struct conv_job &j, int o, int chunk, 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 /* Operands for wgmma from shared memory. Pixels: groups of 8 rows by 16 bytes, `along` bytes apart
    along the columns and `down` along the rows. Weights: rows of 64 bytes, swizzled. */
-static __device__ uint64_t operand(uint32_t at, uint32_t along, uint32_t down) {
+static __device__ uint64_t wgmma_descriptor(uint32_t at, uint32_t along, uint32_t down) {
     return at >> 4 | (uint64_t)(along >> 4) << 16 | (uint64_t)(down >> 4) << 32;
 }
 
-static __device__ uint64_t swizzled_operand(uint32_t at) {
+static __device__ uint64_t swizzled_descriptor(uint32_t at) {
     return at >> 4 | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t)2 << 62;
 }
 
@@ -2608,9 +2608,9 @@ static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step)
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
         int tap = i / 4, k = i / 2 % 2, low = i % 2;
-        wgmma<PIXELS>(c, swizzled_operand(w + tap * T::TAP_BYTES + k * 32),
-                      operand(patch + T::tap_at(step * T::STEP + tap) * 16 +
-                                  (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16),
+        wgmma<PIXELS>(c, swizzled_descriptor(w + tap * T::TAP_BYTES + k * 32),
+                      wgmma_descriptor(patch + T::tap_at(step * T::STEP + tap) * 16 +
+                                           (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16),
                       1);
     }
     products_end();
@@ -2787,7 +2787,7 @@ __global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct con
 }
 
 /* Weights in f16, [rows][ld] as they are. Floor: bytes in + bytes out. */
-template <int TYPE> __global__ void halve_kernel(struct matrix w, __half2 *out) {
+template <int TYPE> __global__ void weights_f16_kernel(struct matrix w, __half2 *out) {
     int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 4;
     if (i >= (int64_t)w.rows * w.ld) return;
     float4 v = load4<TYPE>(w, i / w.ld, (int)(i % w.ld));
@@ -2797,19 +2797,19 @@ template <int TYPE> __global__ void halve_kernel(struct matrix w, __half2 *out) 
 
 /* A tile for convolutions of a size and a stride, and the part of the largest one's rate that it
    reaches, as measured. */
-struct conv_way {
+struct conv_variant {
     int size, stride, rows, pixels, bytes;
     void (*kernel)(struct conv_job);
     double rate;
 };
 
 template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
-static struct conv_way conv_way_of(double rate) {
+static struct conv_variant conv_variant_of(double rate) {
     return {SIZE, STRIDE, ROWS, PIXELS, conv_tile<SIZE, STRIDE, ROWS, PIXELS>::BYTES,
             conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>, rate};
 }
 
-static int64_t conv_blocks(const struct conv_job *j, const struct conv_way *w) {
+static int64_t conv_blocks(const struct conv_job *j, const struct conv_variant *w) {
     const int tall = w->pixels / CONV_W, side = j->side_out;
     return (int64_t)j->images * ((side + CONV_W - 1) / CONV_W) * ((side + tall - 1) / tall) *
            ((j->c_out + w->rows - 1) / w->rows);
@@ -2818,15 +2818,15 @@ static int64_t conv_blocks(const struct conv_job *j, const struct conv_way *w) {
 /* By the tile that is done first: tiles differ in nothing but time, which is what the
    multiprocessor with the most of them takes. */
 static void run_conv(struct queue *q, const struct conv_job *j, int size, int stride) {
-    const struct conv_way ways[] = {
-        conv_way_of<1, 1, 64, 64, 3>(0.7), conv_way_of<1, 1, 128, 128, 2>(1),
-        conv_way_of<3, 2, 64, 64, 2>(0.7), conv_way_of<3, 2, 128, 128, 1>(0.8),
-        conv_way_of<3, 1, 64, 64, 3>(0.7), conv_way_of<3, 1, 64, 128, 3>(0.9),
-        conv_way_of<3, 1, 64, 256, 2>(0.93), conv_way_of<3, 1, 128, 128, 2>(1),
-        conv_way_of<3, 1, 128, 256, 1>(j->residual != NULL ? 0.99 : 1)};
-    const struct conv_way *best = NULL;
+    const struct conv_variant ways[] = {
+        conv_variant_of<1, 1, 64, 64, 3>(0.7), conv_variant_of<1, 1, 128, 128, 2>(1),
+        conv_variant_of<3, 2, 64, 64, 2>(0.7), conv_variant_of<3, 2, 128, 128, 1>(0.8),
+        conv_variant_of<3, 1, 64, 64, 3>(0.7), conv_variant_of<3, 1, 64, 128, 3>(0.9),
+        conv_variant_of<3, 1, 64, 256, 2>(0.93), conv_variant_of<3, 1, 128, 128, 2>(1),
+        conv_variant_of<3, 1, 128, 256, 1>(j->residual != NULL ? 0.99 : 1)};
+    const struct conv_variant *best = NULL;
     double least = HUGE_VAL;
-    for (const struct conv_way &w : ways) {
+    for (const struct conv_variant &w : ways) {
         if (w.size != size || w.stride != stride) continue;
         const int64_t rounds = (conv_blocks(j, &w) + q->sms - 1) / q->sms;
         const double cost = w.bytes <= q->shared ? (double)rounds * w.rows * w.pixels / w.rate
@@ -2850,7 +2850,7 @@ static void run_conv(struct queue *q, const struct conv_job *j, int size, int st
    takes. */
 
 /* The sum or the largest of a block's values, the same for all its threads. */
-template <int LARGEST, class T> static __device__ T over_block(T v) {
+template <int LARGEST, class T> static __device__ T reduce_block(T v) {
     __shared__ T parts[32];
     auto join = [](T a, T b) { return LARGEST ? fmax(a, b) : a + b; };
     for (int i = 16; i > 0; i /= 2) v = join(v, __shfl_xor_sync(0xffffffff, v, i));
@@ -2899,9 +2899,9 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
     float most = -HUGE_VALF;
     double sum = 0;
     for (int i = (int)threadIdx.x; i < V; i += THREADS) most = fmaxf(most, row[i]);
-    most = over_block<1>(most);
+    most = reduce_block<1>(most);
     for (int i = (int)threadIdx.x; i < V; i += THREADS) sum += expf(row[i] - most);
-    sum = over_block<0>(sum);
+    sum = reduce_block<0>(sum);
     if (threadIdx.x == 0)
         nll[blockIdx.x] = (float)(log(sum) - ((double)row[targets[blockIdx.x]] - most));
 }
@@ -3040,7 +3040,7 @@ static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_v
 }
 
 /* Dimensions j and j + d / 2 of a query or key, turned by an angle (cosine, sine). */
-static __device__ float2 turned(float2 v, float2 angle) {
+static __device__ float2 rotated(float2 v, float2 angle) {
     return make_float2(fmaf(v.x, angle.x, -__fmul_rn(v.y, angle.y)),
                        fmaf(v.y, angle.x, __fmul_rn(v.x, angle.y)));
 }
@@ -3057,8 +3057,8 @@ __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float
     for (int i = (int)threadIdx.x; i < (group + 1) * half; i += (int)blockDim.x) {
         int h = i / half, j = i % half;
         float *x = h < group ? queries + h * d : key;
-        float2 to = turned(make_float2(x[j], x[j + half]),
-                           make_float2(angles[j], angles[half + j]));
+        float2 to = rotated(make_float2(x[j], x[j + half]),
+                            make_float2(angles[j], angles[half + j]));
         x[j] = to.x;
         x[j + half] = to.y;
     }
@@ -3098,14 +3098,14 @@ static __device__ void copy_16(void *to, const void *from) {
 
 /* ---- Arithmetic that both kernels share ---- */
 
-static __device__ float power_of_2(float x) {
+static __device__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
 /* 2^d exactly, for integers d <= 0; 0 where that is too small, also for -infinity. */
-static __device__ float exact_power(float d) {
+static __device__ float exp2_exact(float d) {
     return d >= -126 ? __int_as_float(((int)d + 127) << 23) : 0;
 }
 
@@ -3126,7 +3126,7 @@ static __device__ struct query_scale query_scale_of(float most, float scale) {
    8 n + 2 t and 8 n + 2 t + 1; three more lanes have the others. valid: how many keys the query
    sees; the scores of others become -infinity. */
 template <int ROWS>
-static __device__ void block_most(float (*c)[4], const float *scale, const int *valid, float *m) {
+static __device__ void block_max(float (*c)[4], const float *scale, const int *valid, float *m) {
     const int t = (int)(threadIdx.x % 4);
     float most[ROWS][4];
     if (min(valid[0], valid[ROWS - 1]) < BLOCK) {
@@ -3154,13 +3154,13 @@ static __device__ void block_most(float (*c)[4], const float *scale, const int *
 
 /* Then p in f16, in pairs, and the lane's sum of them, of 16 scores. */
 template <int ROWS>
-static __device__ void block_powers(const float (*c)[4], const float *scale, const int *valid,
-                                    const float *m, uint32_t (*p)[8], float *l) {
+static __device__ void block_exp(const float (*c)[4], const float *scale, const int *valid,
+                                 const float *m, uint32_t (*p)[8], float *l) {
     float s[ROWS][16], sum[ROWS][4];
 #pragma unroll
     for (int i = 0; i < ROWS * 16; i++) {
         const int r = i % ROWS, k = i / ROWS;
-        s[r][k] = power_of_2(fmaf(c[k / 2][r * 2 + k % 2], scale[r], valid[r] > 0 ? -m[r] : 0));
+        s[r][k] = exp2_approx(fmaf(c[k / 2][r * 2 + k % 2], scale[r], valid[r] > 0 ? -m[r] : 0));
         sum[r][k % 4] = k < 4 ? s[r][k] : sum[r][k % 4] + s[r][k];
         if (k % 2 == 1) p[r][k / 2] = as_word(__floats2half2_rn(s[r][k - 1], s[r][k]));
     }
@@ -3169,7 +3169,7 @@ static __device__ void block_powers(const float (*c)[4], const float *scale, con
 }
 
 /* The sum of four lanes'. */
-template <int ROWS> static __device__ void over_lanes(float *l) {
+template <int ROWS> static __device__ void sum_of_quad(float *l) {
 #pragma unroll
     for (int i = 0; i < ROWS * 2; i++)
         l[i % ROWS] += __shfl_xor_sync(0xffffffff, l[i % ROWS], 1 + i / ROWS);
@@ -3211,7 +3211,7 @@ static __device__ int key_of_place(int place, int n) {
    their scales do): whatever lies there times p = 0 could be NaN. rows: of values (of scales), by N
    threads. */
 template <int KV, int N>
-static __device__ void forget_values(char *rows_at, int rows, int there, int thread) {
+static __device__ void zero_missing_values(char *rows_at, int rows, int there, int thread) {
     constexpr int n = KV == LVM_Q8_0 ? 16 : 8;
 #pragma unroll 1
     for (int i = thread; i < rows * BLOCK; i += N) {
@@ -3227,7 +3227,7 @@ static __device__ void copies_arrive(void) {
 }
 
 /* All of the warp's copies but the last group. */
-static __device__ void copies_but_one_arrive(void) {
+static __device__ void wait_for_older_copies(void) {
     asm volatile("cp.async.wait_group 1;" ::: "memory");
     __syncwarp();
 }
@@ -3400,7 +3400,7 @@ static __device__ void store_queries(const struct attention &a, const struct que
 #pragma unroll
             for (int k = 0; k < DP / 64; k++) {
                 const float2 from = f.v[i][k], angle = f.angle[i][k];
-                v[k] = a.rope == NULL ? from : turned(from, angle);
+                v[k] = a.rope == NULL ? from : rotated(from, angle);
                 most = fmaxf(most, fmaxf(fabsf(v[k].x), fabsf(v[k].y)));
             }
             most = __uint_as_float(__reduce_max_sync(0xffffffff, __float_as_uint(most)));
@@ -3504,7 +3504,7 @@ static __device__ void store_new(const struct attention &a, uint8_t *head, int g
         const int j = dim < half ? dim : dim - half;
         if (dim >= a.d) continue;
         const float2 angle = make_float2(angles[j], angles[j + half]),
-                     v = turned(make_float2(__ldcg(key + j), __ldcg(key + j + half)), angle);
+                     v = rotated(make_float2(__ldcg(key + j), __ldcg(key + j + half)), angle);
         x[n] = part >= PARTS ? __ldcg(value + dim) : dim < half ? v.x : v.y;
     }
     copies_arrive();
@@ -3550,8 +3550,8 @@ static __device__ void score_keys16(const char *share, const char *q, float *s) 
 
 /* Of the scores of all keys: o' of the warp's dimensions, m' and l', to `partial`. */
 template <int KV, int DP, int NT>
-static __device__ void weigh_values(const char *share, const float *s, const struct slot *slots,
-                                    const struct attention &a) {
+static __device__ void multiply_values(const char *share, const float *s, const struct slot *slots,
+                                       const struct attention &a) {
     using S = share_of<KV, DP>;
     const int warp = (int)(threadIdx.x / 32), g = (int)(threadIdx.x % 32 / 4),
               t = (int)(threadIdx.x % 4);
@@ -3567,9 +3567,9 @@ static __device__ void weigh_values(const char *share, const float *s, const str
             float2 v = *(const float2 *)(s + (n * 8 + g) * SCORE_ROW + 8 * i + 2 * t);
             c[i][0] = v.x, c[i][1] = v.y;
         }
-        block_most<1>(c, &at.c, &at.valid, &m);
-        block_powers<1>(c, &at.c, &at.valid, &m, p + n, &l);
-        over_lanes<1>(&l);
+        block_max<1>(c, &at.c, &at.valid, &m);
+        block_exp<1>(c, &at.c, &at.valid, &m, p + n, &l);
+        sum_of_quad<1>(&l);
         if (warp == 0 && t == 0 && at.to >= 0)
             *(float2 *)(a.partial + at.ml) = make_float2(m, l);
     }
@@ -3650,7 +3650,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
         if (a.rope != NULL && pos / BLOCK == w.block)
             store_new<KV, DP>(a, (uint8_t *)w.page + head, g, pos, shared);
         store_queries<DP, NT * 8>(a, x, f, q, slots, w.block);
-        copies_but_one_arrive(); /* values are on their way */
+        wait_for_older_copies(); /* values are on their way */
         __syncthreads();
         score_keys16<KV, DP, NT>(share, q, s);
         w.item += (int)gridDim.y;
@@ -3659,12 +3659,12 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
         __syncthreads();
         if (w.item < plan.end) copy(1);
         else end_copies();
-        copies_but_one_arrive();
+        wait_for_older_copies();
         if (there < BLOCK)
-            forget_values<KV, 32>(share + (S::Q8 ? S::VALUE_SCALES : S::VALUES),
-                                  S::Q8 ? S::PARTS : S::DIMS, there, (int)(threadIdx.x % 32));
+            zero_missing_values<KV, 32>(share + (S::Q8 ? S::VALUE_SCALES : S::VALUES),
+                                        S::Q8 ? S::PARTS : S::DIMS, there, (int)(threadIdx.x % 32));
         __syncwarp();
-        weigh_values<KV, DP, NT>(share, s, slots, a);
+        multiply_values<KV, DP, NT>(share, s, slots, a);
         if (w.item >= plan.end) return;
         fetch_queries<DP, NT * 8>(a, x, &f);
         __syncwarp();
@@ -3728,7 +3728,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struc
             m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, k));
         if (first > 0) __syncthreads();
         for (int k = 0; k < 2 && warp == 0; k++)
-            parts[k * 32 + lane] = make_float2(exact_power(part[k].x - m), part[k].y);
+            parts[k * 32 + lane] = make_float2(exp2_exact(part[k].x - m), part[k].y);
 #pragma unroll
         for (int k = 0; k < MERGED_BLOCKS / 4; k++) v[k * 4 + warp][lane] = x[k];
         __syncthreads();
@@ -3785,14 +3785,14 @@ template <int DP> static __device__ struct pairs<DP> load_pairs(const float *row
 /* A warp's row of d elements, turned, to `to`, zeros behind the last; returns the largest without
    its sign. */
 template <int DP>
-static __device__ float turn_row(const struct pairs<DP> &row, const struct pairs<DP> &angles, int d,
-                                 float *to) {
+static __device__ float rotate_row(const struct pairs<DP> &row, const struct pairs<DP> &angles, int d,
+                                   float *to) {
     const int half = d / 2, lane = (int)threadIdx.x % 32;
     float most = 0;
 #pragma unroll
     for (int i = 0; i < DP / 64; i++) {
-        const float2 v = turned(make_float2(row.x[i], row.y[i]),
-                                make_float2(angles.x[i], angles.y[i]));
+        const float2 v = rotated(make_float2(row.x[i], row.y[i]),
+                                 make_float2(angles.x[i], angles.y[i]));
         if (lane + 32 * i < half) to[lane + 32 * i] = v.x, to[lane + 32 * i + half] = v.y;
         most = fmaxf(most, fmaxf(fabsf(v.x), fabsf(v.y)));
     }
@@ -3859,7 +3859,7 @@ template <int DP> struct stored {
 
 /* A warp's row of d values to column r. */
 template <int KV, int DP>
-static __device__ void keep_values(struct stored<DP> *s, int r, const float *v, int d) {
+static __device__ void stage_values(struct stored<DP> *s, int r, const float *v, int d) {
 #pragma unroll
     for (int i = 4 * (int)(threadIdx.x % 32); i < (DP + 127) / 128 * 128; i += 128) {
         uint32_t c[4];
@@ -3879,7 +3879,7 @@ template <int DP>
 static __device__ void store_query(const struct projected &p, int64_t at,
                                    const struct pairs<DP> &q, const struct pairs<DP> &angles,
                                    float *row) {
-    const float most = turn_row<DP>(q, angles, p.d, row);
+    const float most = rotate_row<DP>(q, angles, p.d, row);
     const struct query_scale s = query_scale_of(most, p.scale);
 #pragma unroll
     for (int i = 2 * (int)(threadIdx.x % 32); i < DP; i += 64)
@@ -3910,12 +3910,12 @@ __global__ void __launch_bounds__(THREADS)
         struct pairs<DP> q = load_pairs<DP>(p.q + at * group * p.d, half),
                          k = load_pairs<DP>(p.k + at * p.d, half),
                          angles = load_pairs<DP>(p.rope + (int64_t)pos * p.d, half);
-        keep_values<KV, DP>(&s, r, p.v + at * p.d, p.d);
+        stage_values<KV, DP>(&s, r, p.v + at * p.d, p.d);
         for (int h = 0; h < group; h++) {
             store_query<DP>(p, at * group + h, q, angles, row);
             if (h + 1 < group) q = load_pairs<DP>(p.q + (at * group + h + 1) * p.d, half);
         }
-        turn_row<DP>(k, angles, p.d, row);
+        rotate_row<DP>(k, angles, p.d, row);
         store_key<KV, DP>(page, pos % KEYS, row);
         __syncwarp();
     }
@@ -3958,7 +3958,7 @@ static __device__ void store_piece(char *tiles, int r, int u, int t, struct piec
 
 /* Zeros for keys of which only `there` are: whatever lies there times p = 0 could be NaN. */
 template <int KV>
-static __device__ struct piece<KV> without_end(struct piece<KV> p, int u, int t, int there) {
+static __device__ struct piece<KV> zero_missing(struct piece<KV> p, int u, int t, int there) {
 #pragma unroll
     for (int i = 0; i < piece<KV>::STEPS * 2; i++) {
         const int key = (u * piece<KV>::STEPS * 2 + i) * 8 + 2 * t;
@@ -3995,7 +3995,7 @@ __global__ void __launch_bounds__(THREADS) expand_kernel(const struct attention 
             const int r = i / VALUE, u = i % VALUE / 4;
             struct piece<KV> p = value_at<KV>(values + in * B::CODES + i * 16,
                                               value_scales + r / QK * BLOCK * 2, t);
-            if (there < BLOCK) p = without_end<KV>(p, u, t, there);
+            if (there < BLOCK) p = zero_missing<KV>(p, u, t, there);
             store_piece<KV>(to + r / 64 * TILE, r % 64, u, t, p);
         }
     }
@@ -4104,16 +4104,16 @@ struct block_scale {
 /* The first half of a block's softmax: its largest scores. o, l and what is still to be added are
    brought to the new m. */
 template <int DP>
-static __device__ struct block_scale find_most(struct query_pair<DP> *x, float (*c)[4], int block) {
+static __device__ struct block_scale softmax_max(struct query_pair<DP> *x, float (*c)[4], int block) {
     const int valid[2] = {x->pos[0] + 1 - block * BLOCK, x->pos[1] + 1 - block * BLOCK};
     struct block_scale b;
     float old[2];
-    block_most<2>(c, x->c, valid, b.m);
+    block_max<2>(c, x->c, valid, b.m);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const float most = fmaxf(x->m[i], b.m[i]);
-        old[i] = exact_power(x->m[i] - most);
-        b.f[i] = exact_power(b.m[i] - most);
+        old[i] = exp2_exact(x->m[i] - most);
+        b.f[i] = exp2_exact(b.m[i] - most);
         x->m[i] = most;
     }
     if (__any_sync(0xffffffff, old[0] != 1 || old[1] != 1)) {
@@ -4127,11 +4127,11 @@ static __device__ struct block_scale find_most(struct query_pair<DP> *x, float (
 
 /* The second half: p, as operands, and l'. */
 template <int DP>
-static __device__ void find_powers(struct query_pair<DP> *x, const float (*c)[4], int block,
+static __device__ void softmax_exp(struct query_pair<DP> *x, const float (*c)[4], int block,
                                    const struct block_scale &b) {
     const int valid[2] = {x->pos[0] + 1 - block * BLOCK, x->pos[1] + 1 - block * BLOCK};
     uint32_t w[2][8];
-    block_powers<2>(c, x->c, valid, b.m, w, x->block_l);
+    block_exp<2>(c, x->c, valid, b.m, w, x->block_l);
 #pragma unroll
     for (int k = 0; k < 16; k++) x->p[k / 4][k % 4] = w[k % 2][k / 4 * 2 + k % 4 / 2];
     x->f[0] = b.f[0], x->f[1] = b.f[1];
@@ -4139,8 +4139,8 @@ static __device__ void find_powers(struct query_pair<DP> *x, const float (*c)[4]
 
 /* One warp brings blocks of keys and values to the ring. */
 template <int DP>
-static __device__ void bring_blocks(const struct attention &a, struct flash_shared<DP> *s, int seq,
-                                    int blocks, int v0) {
+static __device__ void load_blocks(const struct attention &a, struct flash_shared<DP> *s, int seq,
+                                   int blocks, int v0) {
     using F = flash_shared<DP>;
     const int g = (int)blockIdx.x / a.head_items;
     if (BULK && threadIdx.x % 32 > 0) return;
@@ -4185,8 +4185,8 @@ static __device__ void score_block(const struct flash_shared<DP> *s, int block,
    next one's softmax; the second half, with the sums of o, is left to go beside the other warp
    group's products. */
 template <int DP, int NEXT>
-static __device__ void weigh_block(struct flash_shared<DP> *s, int block,
-                                   struct query_pair<DP> *x) {
+static __device__ void accumulate_block(struct flash_shared<DP> *s, int block,
+                                        struct query_pair<DP> *x) {
     float part[x->M / 8][4], c[8][4];
     struct block_scale next = {};
     if (NEXT) wait_full<DP>(s, block + 1);
@@ -4194,10 +4194,10 @@ static __device__ void weigh_block(struct flash_shared<DP> *s, int block,
     if (NEXT) score_block<DP>(s, block + 1, *x, c);
     multiply_tile<x->M>(part, x->p, s->ring[(unsigned)block % s->RING].values, 0);
     products_end();
-    over_lanes<2>(x->block_l);
+    sum_of_quad<2>(x->block_l);
     for (int i = 0; i < 2; i++) x->l[i] = fmaf(x->block_l[i], x->f[i], x->l[i]);
     if (NEXT) products_done<1>(c[0], 32);
-    if (NEXT) next = find_most<DP>(x, c, block + 1);
+    if (NEXT) next = softmax_max<DP>(x, c, block + 1);
     products_done<0>(part[0], x->M / 2);
 #pragma unroll
     for (int k = 0; k < 16; k++) asm volatile("" : "+r"(x->p[k / 4][k % 4])); /* read until here */
@@ -4205,7 +4205,7 @@ static __device__ void weigh_block(struct flash_shared<DP> *s, int block,
 #pragma unroll
     for (int k = 0; k < x->M / 2; k++)
         x->o[k / 4][k % 4] = fmaf(part[k / 4][k % 4], x->f[k % 4 / 2], x->o[k / 4][k % 4]);
-    if (NEXT) find_powers<DP>(x, c, block + 1, next);
+    if (NEXT) softmax_exp<DP>(x, c, block + 1, next);
 }
 
 /* A lane's two queries to where attention's result goes: M dimensions from v0 on. */
@@ -4276,11 +4276,11 @@ static __device__ void attend_queries(const struct attention &a, const struct ti
         products_begin();
         score_block<DP>(s, 0, x, c);
         products_done<0>(c[0], 32);
-        const struct block_scale b = find_most<DP>(&x, c, 0);
-        find_powers<DP>(&x, c, 0, b);
+        const struct block_scale b = softmax_max<DP>(&x, c, 0);
+        softmax_exp<DP>(&x, c, 0, b);
     }
-    for (int block = 0; block < seen - 1; block++) weigh_block<DP, 1>(s, block, &x);
-    if (seen > 0) weigh_block<DP, 0>(s, seen - 1, &x);
+    for (int block = 0; block < seen - 1; block++) accumulate_block<DP, 1>(s, block, &x);
+    if (seen > 0) accumulate_block<DP, 0>(s, seen - 1, &x);
     for (int block = seen; block < blocks; block++) { /* which only the other warp group sees */
         wait_full<DP>(s, block);
         release<DP>(s, block);
@@ -4311,7 +4311,7 @@ __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct at
     if (wg == FLASH_GROUPS) {
         WGMMA_ONLY("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x < FLASH_GROUPS * GROUP + 32)
-            bring_blocks<DP>(a, s, a.b.seq[tile.first], blocks, v0);
+            load_blocks<DP>(a, s, a.b.seq[tile.first], blocks, v0);
     } else {
         WGMMA_ONLY("setmaxnreg.inc.sync.aligned.u32 240;");
         attend_queries<DP>(a, tile, s, wg, blocks, v0);
@@ -4619,7 +4619,7 @@ struct vq_memory {
     float *blocks;                /* [images][blocks of 8 x 8][c][2]: sums of the map `summed` */
     const float *summed, *prepared; /* prepared: the map of which n is, and in which way */
     int prepared_way;
-    float *squares, *down;        /* [images][GROUPS]; [images]: see halves_kernel */
+    float *squares, *down;        /* [images][GROUPS]; [images]: see high_low_kernel */
     float up;                     /* of what was normalised last */
     __half *w16;                  /* a convolution's weights in f16 */
     struct nearest *found;        /* [images T][codes / NEAREST_CODES] */
@@ -4927,7 +4927,7 @@ static void run_head(struct gpu *c, const struct step *s, int at, int n) {
     multiply_rows(c, f16, STORE, &j, {c->w16[QKV], {}}, NULL);
 }
 
-static void tell(struct gpu *c, const struct step *s) {
+static void upload_inputs(struct gpu *c, const struct step *s) {
     note(&c->q, cudaMemcpyAsync(c->in, c->host_in, s->bytes, cudaMemcpyHostToDevice, c->q.stream),
          "copying a batch");
 }
@@ -4939,7 +4939,7 @@ static void copy_out(struct gpu *c, float *to, const float *from, int64_t n) {
 
 /* All of a step of a few rows whose logits are wanted; they end in host_logits. */
 static void generate_step(struct gpu *c, const struct step *s) {
-    tell(c, s);
+    upload_inputs(c, s);
     embed_rows(c, s);
     for (int i = 0; i < c->g->m->llama.L; i++) run_layer(c, s, i);
     run_head(c, s, 0, s->n);
@@ -4980,7 +4980,7 @@ static int forward_many(struct gpu *c, const struct step *s, const struct batch 
                         lvm_error *error) {
     const struct llama *a = &c->g->m->llama;
     int code = LVM_OK;
-    tell(c, s);
+    upload_inputs(c, s);
     embed_rows(c, s);
     for (int i = 0; code == LVM_OK && i < a->L; i++) {
         run_layer(c, s, i);
@@ -5198,7 +5198,7 @@ static __device__ void largest_of_block(uint32_t *v, uint32_t (*parts)[32]) {
 
 /* The lowest id of the largest logit. */
 template <int N>
-static __device__ int likeliest(struct sampling *m, const float *x, int codes, float most) {
+static __device__ int argmax(struct sampling *m, const float *x, int codes, float most) {
     m->id = CODES;
     __syncthreads();
 #pragma unroll
@@ -5246,7 +5246,7 @@ static __device__ int draw(struct sampling *m, const lvm_sampling &by, struct rn
 }
 
 /* The last thread's sum is -ln softmax(logits[V])[id]. */
-static __device__ float judge(struct sampling *m, const float *logits, int V, float most, int id) {
+static __device__ float nll_of(struct sampling *m, const float *logits, int V, float most, int id) {
     double sum = 0;
     for (int i = (int)threadIdx.x; i < V; i += BINS)
         sum += (double)summand_as_host(exp_as_host(logits[i] - most));
@@ -5285,10 +5285,10 @@ __global__ void __launch_bounds__(BINS, 1)
                 least = from_ordered(~most[2]);
     int id = -1;
     if (isfinite(top_of_all) && isfinite(least))
-        id = by->by.greedy ? likeliest<N>(&m, x, codes, top)
+        id = by->by.greedy ? argmax<N>(&m, x, codes, top)
                            : draw<N>(&m, by->by, &rng, x, codes, top, least);
     float nll = 0;
-    if (id >= 0 && by->by.log_likelihood != NULL) nll = judge(&m, logits, V, top_of_all, id);
+    if (id >= 0 && by->by.log_likelihood != NULL) nll = nll_of(&m, logits, V, top_of_all, id);
     if (t < BINS - 1) return;
     int done = by->of[row].done++;
     ring[done % RING][row] = (uint64_t)(done + 1) << 32 | (uint32_t)id;
@@ -5355,7 +5355,7 @@ static int pages_ahead(struct gpu *c, const struct continuation *k, lvm_error *e
 
 /* What the device needs for all tokens. start: how long the sequences are; the kernel adds 1 to a
    row's place for each token that it samples. */
-static struct step tell_sampler(struct gpu *c, const struct continuation *k, const int *start) {
+static struct step begin_sampling(struct gpu *c, const struct continuation *k, const int *start) {
     const size_t V = (size_t)c->g->m->llama.V;
     const double *judged = k->sampling->log_likelihood;
     struct sampler *to = &c->told->sampler;
@@ -5370,7 +5370,7 @@ static struct step tell_sampler(struct gpu *c, const struct continuation *k, con
         to->of[s] = {k->rng[s], judged != NULL ? judged[s] : 0, 0};
     }
     struct step s = plan_step(c, &b, before, k->n);
-    tell(c, &s);
+    upload_inputs(c, &s);
     copy(&c->q, c->sampler, to, sizeof *to, "copying what to sample by");
     copy(&c->q, c->logits, k->logits, (size_t)k->n_seqs * V * sizeof(float), "copying logits");
     return s;
@@ -5394,7 +5394,7 @@ static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
     for (int s = 0; s < k->n_seqs; s++) start[s] = c->seq[s].n;
     if (code == LVM_OK) code = pages_ahead(c, k, error);
     if (code == LVM_OK) {
-        struct step step = tell_sampler(c, k, start);
+        struct step step = begin_sampling(c, k, start);
         for (int i = 0; code == LVM_OK && i < k->n; i++) {
             if (i == 0) sample_rows(c, &step);
             for (; sent < k->n && sent < i + IN_FLIGHT; sent++)
@@ -5424,7 +5424,7 @@ static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
    sides for all. */
 
 enum { VQ_GROUPS = 32, SCORES = 1 << 22 /* floats of an attention's scores at a time */,
-       HALVES_PIXELS = 4 /* of a thread of halves_kernel */,
+       HIGH_LOW_PIXELS = 4 /* of a thread of high_low_kernel */,
        VQ_FLOATS = 100 << 20 >> 2 /* of a buffer for maps, more where one image needs it */ };
 
 /* What a convolution leaves of its output, of a map that came otherwise: a block has `length`
@@ -5501,8 +5501,8 @@ __global__ void apply_norm_kernel(const float *x, const float *scale, const floa
                     group_normed(v.z, a.z, b.z, silu), group_normed(v.w, a.w, b.w, silu));
 }
 
-/* What halves_kernel reads and writes. */
-struct halves {
+/* What high_low_kernel reads and writes. */
+struct high_low {
     const float *x, *scale, *shift; /* [images][pixels][c]; [images][c] */
     const float *squares;           /* [images][GROUPS] */
     float *down;                    /* [images] */
@@ -5531,23 +5531,23 @@ static __device__ void split8(const float *v, float up, __half *out) {
     *(uint4 *)(out + CONV_C) = make_uint4(low[0], low[1], low[2], low[3]);
 }
 
-enum { HALVES_NORM, HALVES_SILU, HALVES_RAW };
+enum { HIGH_LOW_NORM, HIGH_LOW_SILU, HIGH_LOW_RAW };
 
 /* out = the two parts of norm(x) up, of silu(norm(x)) up, or of x as it is, up for each image from
    its sum of squares, which no element exceeds. Grid: [pixels][images]; a thread has 8 channels of
-   HALVES_PIXELS pixels. Floor: bytes in + bytes out. */
-template <int WAY> __global__ void halves_kernel(const struct halves s) {
+   HIGH_LOW_PIXELS pixels. Floor: bytes in + bytes out. */
+template <int WAY> __global__ void high_low_kernel(const struct high_low s) {
     const int octets = s.c / 8, octet = (int)threadIdx.x % octets, step = (int)blockDim.x / octets;
-    const int first = (int)blockIdx.x * step * HALVES_PIXELS + (int)threadIdx.x / octets;
+    const int first = (int)blockIdx.x * step * HIGH_LOW_PIXELS + (int)threadIdx.x / octets;
     const int64_t image = blockIdx.y, at = image * s.c + octet * 8;
     float up = s.up, scale[8], shift[8];
-    float4 x[HALVES_PIXELS][2];
+    float4 x[HIGH_LOW_PIXELS][2];
 #pragma unroll
-    for (int i = 0; i < HALVES_PIXELS * 2; i++) {
+    for (int i = 0; i < HIGH_LOW_PIXELS * 2; i++) {
         int64_t p = image * s.pixels + min(first + i / 2 * step, s.pixels - 1);
         x[i / 2][i % 2] = *(const float4 *)(s.x + p * s.c + octet * 8 + i % 2 * 4);
     }
-    if (WAY == HALVES_RAW) {
+    if (WAY == HIGH_LOW_RAW) {
         float sum = 0;
         for (int i = 0; i < VQ_GROUPS; i++) sum += s.squares[image * VQ_GROUPS + i];
         up = power_for(sqrtf(sum));
@@ -5555,13 +5555,13 @@ template <int WAY> __global__ void halves_kernel(const struct halves s) {
     } else
         for (int i = 0; i < 8; i++) scale[i] = s.scale[at + i], shift[i] = s.shift[at + i];
 #pragma unroll
-    for (int i = 0; i < HALVES_PIXELS; i++) {
+    for (int i = 0; i < HIGH_LOW_PIXELS; i++) {
         int p = first + i * step;
         if (p >= s.pixels) break;
         float v[8] = {x[i][0].x, x[i][0].y, x[i][0].z, x[i][0].w,
                       x[i][1].x, x[i][1].y, x[i][1].z, x[i][1].w};
-        for (int k = 0; WAY != HALVES_RAW && k < 8; k++)
-            v[k] = normed_fast(v[k], scale[k], shift[k], WAY == HALVES_SILU);
+        for (int k = 0; WAY != HIGH_LOW_RAW && k < 8; k++)
+            v[k] = normed_fast(v[k], scale[k], shift[k], WAY == HIGH_LOW_SILU);
         split8(v, up, s.out + (image * s.pixels + p) * s.c * 2 + octet / 4 * 64 + octet % 4 * 8);
     }
 }
@@ -5605,12 +5605,12 @@ __global__ void resize_kernel(const float *x, int side_in, int side_out, int c, 
 __global__ void softmax_kernel(float *s, int n, float scale) {
     float *row = s + (int64_t)blockIdx.x * n, most = -HUGE_VALF, sum = 0;
     for (int i = (int)threadIdx.x; i < n; i += THREADS) most = fmaxf(most, row[i] * scale);
-    most = over_block<1>(most);
+    most = reduce_block<1>(most);
     for (int i = (int)threadIdx.x; i < n; i += THREADS) {
         row[i] = expf(__fmul_rn(row[i], scale) - most);
         sum += row[i];
     }
-    sum = over_block<0>(sum);
+    sum = reduce_block<0>(sum);
     for (int i = (int)threadIdx.x; i < n; i += THREADS) row[i] /= sum;
 }
 
@@ -5686,25 +5686,25 @@ static void prepare(struct gpu *c, int number, const float *map, int norm, int c
         return;
     }
     if (norm >= 0) v->up = power_for(largest_normed(&op->norm[norm], v->side));
-    const struct halves s = {map, v->scale, v->shift, v->squares, v->down, (__half *)v->n, v->up,
-                             pixels, channels};
+    const struct high_low s = {map, v->scale, v->shift, v->squares, v->down, (__half *)v->n, v->up,
+                               pixels, channels};
     const int threads = octets * (octets < THREADS ? THREADS / octets : 1),
-              step = threads / octets * HALVES_PIXELS;
-    auto *kernel = norm < 0 ? halves_kernel<HALVES_RAW>
-                   : silu ? halves_kernel<HALVES_SILU> : halves_kernel<HALVES_NORM>;
+              step = threads / octets * HIGH_LOW_PIXELS;
+    auto *kernel = norm < 0 ? high_low_kernel<HIGH_LOW_RAW>
+                   : silu ? high_low_kernel<HIGH_LOW_SILU> : high_low_kernel<HIGH_LOW_NORM>;
     kernel<<<dim3((unsigned)((pixels + step - 1) / step), (unsigned)v->images), threads, 0,
              c->q.stream>>>(s);
-    launched(&c->q, "halves_kernel");
+    launched(&c->q, "high_low_kernel");
 }
 
 /* A convolution's weights in f16, [rows][ld]. */
 static const __half *conv_weights(struct gpu *c, const struct matrix *w) {
     if (w->type == LVM_F16) return (const __half *)w->q;
     with_type(w->type, [&](auto type) {
-        halve_kernel<decltype(type)::value>
+        weights_f16_kernel<decltype(type)::value>
             <<<blocks_of((int64_t)w->rows * w->ld / 4), THREADS, 0, c->q.stream>>>(
                 *w, (__half2 *)c->vq.w16);
-        launched(&c->q, "halve_kernel");
+        launched(&c->q, "weights_f16_kernel");
     });
     return c->vq.w16;
 }
