@@ -5469,7 +5469,7 @@ static struct step begin_sampling(struct gpu *c, const struct continuation *k, c
         before[s] = start[s] - 1;
         to->of[s] = {k->rng[s], judged != NULL ? judged[s] : 0, 0};
     }
-    struct step s = plan_step(c, &b, before, k->n);
+    struct step s = plan_step(c, &b, before, k->n - 1);
     upload_inputs(c, &s);
     copy(&c->q, c->sampler, to, sizeof *to, "copying what to sample by");
     copy(&c->q, c->logits, k->logits, (size_t)k->n_seqs * V * sizeof(float), "copying logits");
@@ -6014,10 +6014,10 @@ static int gpu_encode(void *state, const uint8_t *rgb, int n, int first, int all
             v->rgb + i * pixels, few * pixels, v->x);
         launched(&c->q, "from_bytes_kernel");
         code = run_ops(c, 0, v->cut[0], error);
-        if (few < n) copy_maps(c, v->whole + i * map, v->x);
+        if (code == LVM_OK && few < n) copy_maps(c, v->whole + i * map, v->x);
     }
     begin_maps(c, n, op->side_in, op->c_in);
-    if (n > v->few[0]) copy_maps(c, v->x, v->whole);
+    if (code == LVM_OK && n > v->few[0]) copy_maps(c, v->x, v->whole);
     if (code == LVM_OK) code = run_ops(c, v->cut[0], vq->n_encoder, error);
     if (code == LVM_OK) {
         quantize_images(c, n);
@@ -6049,7 +6049,7 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
         launched(&c->q, "embed_kernel");
     });
     code = run_ops(c, vq->n_encoder, v->cut[1], error);
-    if (n > v->few[1]) copy_maps(c, v->whole, v->x);
+    if (code == LVM_OK && n > v->few[1]) copy_maps(c, v->whole, v->x);
     for (int i = 0, few; code == LVM_OK && i < n; i += few) {
         few = (int)min64(v->few[1], n - i);
         begin_maps(c, few, op->side_in, op->c_in);
