@@ -2438,7 +2438,7 @@ __global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) 
                         sum[m][3] + bias.w);
 }
 
-/* By the tile that leaves no multiprocessor idle; all have the same chains. */
+/* By the kernel and tile that are quickest for such a shape; all have the same chains. */
 static void run_product(struct queue *q, const struct product *j) {
     with_type(j->w.type, [&](auto type) {
         constexpr int T = decltype(type)::value;
@@ -2514,9 +2514,9 @@ struct conv_job {
     int up, pad;                  /* as in struct product */
 };
 
-/* What a block has in shared memory: two buffers for the tile of the input (PATCH), so that the
-   next 32 channels come while these are multiplied, and a ring of STAGES for the weights of a step,
-   AHEAD of which are on their way; in the end the sums, on their way out. With stride 2 a row of
+/* What a block has in shared memory: BUFFERS for the tile of the input (PATCH), so that the next 32
+   channels come while these are multiplied, and a ring of STAGES for the weights of a step, of
+   which AHEAD are on their way; in the end the sums, on their way out. With stride 2 a row of
    pixels has its even columns first, then its odd ones, so that a tap's 8 pixels are neighbours
    there too. */
 template <int SIZE, int STRIDE, int ROWS, int PIXELS> struct conv_tile {
@@ -4742,7 +4742,7 @@ struct gpu {
 
 /* ---- Pages ---- */
 
-/* A page for one owner: a spare one, or new memory, zeros where no key was stored yet. */
+/* A page for one owner: a spare one, with whatever it held, or new memory, all zeros. */
 static int page_new_gpu(struct gpu *c, struct gpu_page **out, lvm_error *error) {
     struct gpu_page *p = c->spare;
     if (p != NULL) c->spare = p->next;
