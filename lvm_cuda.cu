@@ -2364,26 +2364,31 @@ static void multiply(struct queue *q, enum epilogue kind, const struct product_f
 }
 
 /* =================================================================================================
-   4.  Products in f32
+   4.  Products in f32; convolutions on tensor cores
 
        out[p][o] = sum_k in[k of p] w[o][k] + bias[o] + residual[p][o]
 
    with k ascending, fma after fma. For a linear layer p is a row and k its columns. For a
    convolution p is an output pixel of one of several images [image][side_out][side_out], and k runs
    over taps and channels [size][size][c_in] of the pixels that it reads: an implicit GEMM, whose
-   left operand is never in memory. */
+   left operand is never in memory.
+
+   That is how F32 weights, --exact and attention over pixels are computed. A convolution's other
+   weights are f16, and tensor cores multiply: see the second half of this chapter. */
 
 struct product {
     const float *in;       /* [images][side_in][side_in][c_in]; [rows][c_in] */
     struct matrix w;
-    const float *bias, *residual; /* or NULL */
+    const float *bias, *residual; /* or NULL; residual: like out */
     float *out;            /* [images][side_out][side_out][w.rows] */
     int pixels;            /* of all images; rows */
-    int c_in, size, side_in, side_out, stride, up, pad;
-    const float *norms;    /* where w is a codebook whose nearest rows are wanted, |e|^2, and */
-    struct nearest *found; /* NULL or [pixels][codes / NEAREST_CODES], the nearest of so many */
-    int batch;             /* so many such products, if more than one; steps in f32 */
-    int64_t in_step, w_step, out_step;
+    int c_in, size, side_in, side_out, stride;
+    int up;                /* 1: the map is read at twice its side, each pixel four times */
+    int pad;
+    const float *norms;    /* where w is a codebook whose nearest rows are wanted: |e|^2, and */
+    struct nearest *found; /* [pixels][codes / NEAREST_CODES], the nearest of so many; or NULL */
+    int batch;             /* so many such products, if more than one, whose operands lie */
+    int64_t in_step, w_step, out_step; /* so many floats further each */
 };
 
 enum { NEAREST_CODES = 128 };
@@ -2394,20 +2399,20 @@ struct nearest {
 };
 
 /* Where output pixel p reads: its image and the place of tap (0, 0). */
-struct place {
+struct tap_origin {
     const float *image;
     int y, x;
 };
 
-static __device__ struct place find_pixel(const struct product &j, int p) {
+static __device__ struct tap_origin find_tap_origin(const struct product &j, int p) {
     int area = j.side_out * j.side_out, at = p % area;
-    struct place l = {j.in + (int64_t)(p / area) * j.side_in * j.side_in * j.c_in,
-                      at / j.side_out * j.stride - j.pad, at % j.side_out * j.stride - j.pad};
+    struct tap_origin l = {j.in + (int64_t)(p / area) * j.side_in * j.side_in * j.c_in,
+                           at / j.side_out * j.stride - j.pad, at % j.side_out * j.stride - j.pad};
     return l;
 }
 
 /* Four terms k .. k + 3 of a pixel; zeros outside the map. */
-static __device__ float4 gather4(const struct product &j, const struct place &l, int k) {
+static __device__ float4 gather4(const struct product &j, const struct tap_origin &l, int k) {
     float v[4] = {0, 0, 0, 0};
     int step = j.c_in % 4 == 0 ? 4 : 1;
     for (int i = 0; i < 4 && k + i < j.w.cols; i += step) {
@@ -2421,9 +2426,9 @@ static __device__ float4 gather4(const struct product &j, const struct place &l,
     return make_float4(v[0], v[1], v[2], v[3]);
 }
 
-enum { DEPTH = 16 /* columns that a tile in shared memory holds */ };
+enum { DEPTH = 16 /* columns of a stage in shared memory */ };
 
-/* Of neighbouring lanes, the first of equally near ones. */
+/* The nearest of what LANES neighbouring lanes found; of equally near ones the lowest code. */
 template <int LANES> static __device__ struct nearest nearer_of(struct nearest best) {
     for (int i = LANES / 2; i > 0; i /= 2) {
         float d = __shfl_xor_sync(0xffffffff, best.distance, i);
@@ -2434,7 +2439,8 @@ template <int LANES> static __device__ struct nearest nearer_of(struct nearest b
     return best;
 }
 
-/* The nearest of the codes that a tile of sums has; NaN is none. */
+/* An epilogue of product_kernel: of the codes o0 .. o0 + TN - 1 of each thread and its neighbours
+   the nearest to each of TM vectors. A NaN never is. */
 template <int BN, int TM, int TN>
 static __device__ void find_nearest(const struct product &j, float (*sum)[TN], int p0, int o0) {
     const int tiles = (int)gridDim.x;
@@ -2452,9 +2458,10 @@ static __device__ void find_nearest(const struct product &j, float (*sum)[TN], i
     }
 }
 
-/* Reads BM pixels by BN rows of w, 16 columns at a time, into shared memory, where they lie
-   transposed; each thread has TM x TN sums. Floor: 2 pixels w.rows w.cols operations over the f32
-   rate, with a few rows the bytes of w. */
+/* Grid: [rows of w / BN][pixels / BM][batch]. Reads BM pixels by BN rows of w, 16 columns at a
+   time, into two stages of shared memory, where they lie transposed; each thread has TM x TN sums
+   and writes them to out, or the nearest codes to found. Floor: 2 pixels w.rows w.cols operations
+   over the f32 rate, with a few rows the bytes of w. */
 template <int TYPE, int BM, int BN, int TM, int TN>
 __global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
     __shared__ __align__(16) float a[2][DEPTH][BM + 4], b[2][DEPTH][BN + 4];
@@ -2469,10 +2476,10 @@ __global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
     }
     const int px = tid / (BN / TN) * TM, ox = tid % (BN / TN) * TN;
     float sum[TM][TN] = {};
-    struct place places[A];
+    struct tap_origin places[A];
 #pragma unroll
     for (int i = 0; i < A; i++)
-        places[i] = find_pixel(j, min(p0 + (tid + i * THREADS) / 4, j.pixels - 1));
+        places[i] = find_tap_origin(j, min(p0 + (tid + i * THREADS) / 4, j.pixels - 1));
     for (int k0 = 0, stage = 0; k0 < j.w.cols; k0 += DEPTH, stage ^= 1) {
 #pragma unroll
         for (int i = 0; i < A; i++) {
@@ -2530,11 +2537,12 @@ static void launch_product(struct queue *q, const struct product *j) {
     launched(q, "product_kernel");
 }
 
-/* For products with few columns (a convolution of 3 channels): 64 pixels by 128 rows of w; both
-   lie transposed in shared memory, and a thread has 4 rows and 8 pixels, the same chain as in
-   product_kernel. Floor: the bytes of out. */
 enum { FEW_COLUMNS = 32, FEW_OUTPUTS = 128, FEW_PIXELS = 64 };
 
+/* For products with few columns (a convolution of 3 channels). Grid: [rows of w / 128][pixels /
+   64]. Reads all columns of 64 pixels and of 128 rows of w into shared memory, where both lie
+   transposed; a thread has 4 rows and 8 pixels, the same chain as in product_kernel. Floor: the
+   bytes of out. */
 template <int TYPE>
 __global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) {
     __shared__ __align__(16) float w[FEW_COLUMNS][FEW_OUTPUTS + 4], x[FEW_COLUMNS][FEW_PIXELS + 4];
@@ -2545,7 +2553,7 @@ __global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) 
         float4 v = load4<TYPE>(j.w, min(o0 + o, N - 1), k);
         w[k][o] = v.x, w[k + 1][o] = v.y, w[k + 2][o] = v.z, w[k + 3][o] = v.w;
     }
-    const struct place l = find_pixel(j, min(p0 + tid % FEW_PIXELS, j.pixels - 1));
+    const struct tap_origin l = find_tap_origin(j, min(p0 + tid % FEW_PIXELS, j.pixels - 1));
     for (int k = tid / FEW_PIXELS * 4; k < FEW_COLUMNS; k += THREADS / FEW_PIXELS * 4) {
         float4 v = gather4(j, l, k);
         int p = tid % FEW_PIXELS;
@@ -2571,6 +2579,7 @@ __global__ void __launch_bounds__(THREADS) few_columns_kernel(struct product j) 
                         sum[m][3] + bias.w);
 }
 
+/* By the kernel and tile that are quickest for such a shape; all have the same chains. */
 static void run_product(struct queue *q, const struct product *j) {
     with_type(j->w.type, [&](auto type) {
         constexpr int T = decltype(type)::value;
@@ -2588,11 +2597,24 @@ static void run_product(struct queue *q, const struct product *j) {
     });
 }
 
-/* A linear layer: y[rows][w.rows] = x[rows][w.cols] w^T + bias [+ residual]. */
+/* out[rows][w.rows] = in[rows][w.cols] w^T, as a convolution of images of one pixel. */
+static struct product linear(const float *in, const struct matrix &w, float *out, int rows) {
+    struct product j = {};
+    j.in = in;
+    j.w = w;
+    j.out = out;
+    j.pixels = rows;
+    j.c_in = w.cols;
+    j.size = j.side_in = j.side_out = j.stride = 1;
+    return j;
+}
+
+/* A linear layer: y = x w^T + bias [+ residual]. */
 static void matmul_f32(struct queue *q, const struct part *p, const float *x, int rows,
                        const float *residual) {
-    struct product j = {x, p->w, p->bias, residual, p->y, rows, p->w.cols, 1, 1, 1, 1, 0, 0,
-                        NULL, NULL, 0, 0, 0, 0};
+    struct product j = linear(x, p->w, p->y, rows);
+    j.bias = p->bias;
+    j.residual = residual;
     run_product(q, &j);
 }
 
@@ -2604,7 +2626,7 @@ static void matmul_f32(struct queue *q, const struct part *p, const float *x, in
    parts, then the low ones, 128 bytes.
 
    A block takes a tile of 8 columns of pixels by 8, 16 or 32 rows and 64 channels for each of its
-   warpgroups. For each 32 channels of the input it has the tile with its border in shared memory,
+   warp groups. For each 32 channels of the input it has the tile with its border in shared memory,
    once for all nine taps: a tap is the same operand from another pixel on, whose rows of 8 pixels
    stand at one distance (so tiles are 8 wide). In shared memory 8 channels of all pixels lie
    together, 16 bytes a pixel: no bank is met twice and a tap's operand may begin at any pixel.
@@ -2617,8 +2639,9 @@ static void matmul_f32(struct queue *q, const struct part *p, const float *x, in
    an output's sum is the same chain everywhere. With sm_90a by wgmma, else by mma.sync, which gives
    the same bits. Floor: 4 pixels c_out c_in taps operations over the tensor cores' rate. */
 
-enum { CONV_C = 32, CONV_W = 8, STAGE_PITCH = 68 /* floats of a pixel's 64 channels, padded */,
-       STAGE_FLOATS = 64 * STAGE_PITCH + 512 /* a warpgroup's, in the epilogue */ };
+enum { CONV_C = 32 /* channels that lie together */, CONV_W = 8 /* columns of a tile of pixels */,
+       STAGE_PITCH = 68 /* floats of a pixel's 64 channels, padded */,
+       STAGE_FLOATS = 64 * STAGE_PITCH + 512 /* a warp group's, in the epilogue */ };
 
 struct conv_job {
     const __half *in;             /* [images][side_in][side_in][c_in / 32][2][32] */
@@ -2628,40 +2651,46 @@ struct conv_job {
     float *out;                   /* [images][side_out][side_out][c_out] */
     float *sums;                  /* [images][blocks of 8 x 8][c_out][2], or NULL */
     float down;
-    int images, c_in, c_out, ld, side_in, side_out, up, pad;
+    int images, c_in, c_out, ld, side_in, side_out;
+    int up, pad;                  /* as in struct product */
 };
 
-/* What a block has in shared memory. With stride 2 a row of pixels has its even columns first, then
-   its odd ones, so that a tap's 8 pixels are neighbours there too. */
+/* What a block has in shared memory: BUFFERS for the tile of the input (PATCH), so that the next 32
+   channels come while these are multiplied, and a ring of STAGES for the weights of a step, of
+   which AHEAD are on their way; in the end the sums, on their way out. With stride 2 a row of
+   pixels has its even columns first, then its odd ones, so that a tap's 8 pixels are neighbours
+   there too. */
 template <int SIZE, int STRIDE, int ROWS, int PIXELS> struct conv_tile {
     static const int BLOCK = ROWS * 2; /* threads */
-    static const int TALL = PIXELS / CONV_W, TAPS = SIZE * SIZE;
-    static const int PITCH = STRIDE == 1 ? CONV_W - 1 + SIZE : 2 * (CONV_W + 1);
-    static const int PATCH = (((TALL - 1) * STRIDE + SIZE) * PITCH + 7) / 8 * 8; /* pixels */
-    static const int PASSES = (PATCH + BLOCK / 4 - 1) / (BLOCK / 4);
+    static const int TALL = PIXELS / CONV_W, TAPS = SIZE * SIZE; /* TALL: rows of pixels */
+    static const int PITCH = STRIDE == 1 ? CONV_W - 1 + SIZE : 2 * (CONV_W + 1); /* a patch's row */
+    static const int PATCH = (((TALL - 1) * STRIDE + SIZE) * PITCH + 7) / 8 * 8; /* its pixels */
+    static const int PASSES = (PATCH + BLOCK / 4 - 1) / (BLOCK / 4); /* a thread's copies of it */
     static const int STEP = SIZE == 3 && STRIDE == 1 && PIXELS == 64 ? 3 : 1; /* taps of a step */
-    static const int STEPS = TAPS / STEP, AHEAD = 2, STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD;
+    static const int STEPS = TAPS / STEP; /* of 32 channels */
+    static const int AHEAD = 2, STAGES = AHEAD + 2, SPREAD = STEPS - AHEAD; /* steps */
     static const int BUFFERS = SIZE == 1 ? STAGES : 2;
-    static const int PLANE = PATCH * 16, PATCH_BYTES = 8 * PLANE;
+    static const int PLANE = PATCH * 16, PATCH_BYTES = 8 * PLANE; /* PLANE: 8 channels, one part */
     static const int TAP_BYTES = ROWS * 64, W_BYTES = STEP * TAP_BYTES;
     static const int LOOP_BYTES = BUFFERS * PATCH_BYTES + STAGES * W_BYTES;
     static const int STORE_BYTES = ROWS / 64 * STAGE_FLOATS * 4;
     static const int BYTES = LOOP_BYTES > STORE_BYTES ? LOOP_BYTES : STORE_BYTES;
+    /* The first pixel that a tap reads, in the patch. */
     static __device__ int tap_at(int tap) {
         int y = tap / SIZE, x = tap % SIZE;
         return y * PITCH + (STRIDE == 1 ? x : x % 2 * (CONV_W + 1) + x / 2);
     }
 };
 
-/* 16 bytes from global to shared memory while other work goes on, or zeros. */
+/* copy_async of 16 bytes without its hint to the L2 cache to fetch 128. */
 static __device__ void copy_or_zero(uint32_t shared, const void *global, int inside) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global),
                  "r"(inside ? 16 : 0));
 }
 
-/* Where a block's tile is. */
+/* A block's tile: its first output pixel and channel. */
 struct conv_place {
-    int image, y, x, o; /* of the first output pixel and channel */
+    int image, y, x, o;
 };
 
 template <class T, int ROWS>
@@ -2680,6 +2709,7 @@ template <class T> struct conv_patch {
     int at[T::PASSES];
 };
 
+/* The pixel (or row of weights) of a pass that a thread copies a part of: four lanes share it. */
 static __device__ int conv_lane_row() {
     return (int)threadIdx.x / 32 * 8 + (int)threadIdx.x % 8;
 }
@@ -2731,13 +2761,13 @@ static __device__ void load_weights(const struct conv_job &j, int o, int chunk, 
 }
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
-/* Operands for wgmma from shared memory. Pixels: groups of 8 rows by 16 bytes, `along` bytes apart
-   along the columns and `down` along the rows. Weights: rows of 64 bytes, swizzled. */
-static __device__ uint64_t operand(uint32_t at, uint32_t along, uint32_t down) {
+/* Descriptors of wgmma's operands in shared memory. Pixels: groups of 8 rows by 16 bytes, `along`
+   bytes apart along the columns and `down` along the rows. Weights: rows of 64 bytes, swizzled. */
+static __device__ uint64_t wgmma_descriptor(uint32_t at, uint32_t along, uint32_t down) {
     return at >> 4 | (uint64_t)(along >> 4) << 16 | (uint64_t)(down >> 4) << 32;
 }
 
-static __device__ uint64_t swizzled_operand(uint32_t at) {
+static __device__ uint64_t swizzled_descriptor(uint32_t at) {
     return at >> 4 | (uint64_t)1 << 16 | (uint64_t)(512 >> 4) << 32 | (uint64_t)2 << 62;
 }
 
@@ -2749,10 +2779,9 @@ static __device__ void conv_step(float *c, uint32_t w, uint32_t patch, int step)
 #pragma unroll
     for (int i = 0; i < 4 * T::STEP; i++) {
         int tap = i / 4, k = i / 2 % 2, low = i % 2;
-        wgmma<PIXELS>(c, swizzled_operand(w + tap * T::TAP_BYTES + k * 32),
-                      operand(patch + T::tap_at(step * T::STEP + tap) * 16 +
-                                  (low * 4 + k * 2) * T::PLANE, T::PLANE, STRIDE * T::PITCH * 16),
-                      1);
+        uint32_t at = patch + T::tap_at(step * T::STEP + tap) * 16 + (low * 4 + k * 2) * T::PLANE;
+        wgmma<PIXELS>(c, swizzled_descriptor(w + tap * T::TAP_BYTES + k * 32),
+                      wgmma_descriptor(at, T::PLANE, STRIDE * T::PITCH * 16), 1);
     }
     products_end();
     products_wait<1>();
@@ -2802,6 +2831,7 @@ static __device__ void store_block_sums(const float *sum, float *parts, float *t
     if (channel < c_out) to[channel * 2 + thread % 8 / 4] = v;
 }
 
+/* Four channels of a pixel to a thread's sums and sums of squares. */
 static __device__ void add_to_sums(float *sum, const float *v) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
@@ -2810,7 +2840,7 @@ static __device__ void add_to_sums(float *sum, const float *v) {
     }
 }
 
-/* 4 channels of the residual at a pixel. */
+/* 4 channels of the residual at a pixel, from o on; zeros where there is none. */
 static __device__ float4 load_residual(const struct conv_job &j, int64_t pixel, int o) {
     int64_t at = pixel * j.c_out + o;
     if (j.residual == NULL) return make_float4(0, 0, 0, 0);
@@ -2820,6 +2850,7 @@ static __device__ float4 load_residual(const struct conv_job &j, int64_t pixel, 
                        o + 3 < j.c_out ? j.residual[at + 3] : 0);
 }
 
+/* The same of the output. */
 static __device__ void store_output(const struct conv_job &j, const float *v, int64_t pixel,
                                     int o) {
     float *to = j.out + pixel * j.c_out + o;
@@ -2882,12 +2913,16 @@ static __device__ void store_tile(const struct conv_job &j, const struct conv_pl
     }
 }
 
-/* Grid: tiles of pixels x tiles of channels, the latter first. */
+/* Grid: tiles of pixels x tiles of channels, the latter first, so that those who read the same
+   pixels run side by side. Reads in and w, bias and residual; writes out, and sums where they are
+   wanted; layouts: struct conv_job; floor: the section's opening. A step is 32 channels of the
+   input under STEP taps: while it is multiplied, the weights of the step after the next and a share
+   of the next 32 channels' patch are copied. */
 template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
 __global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct conv_job j) {
     typedef struct conv_tile<SIZE, STRIDE, ROWS, PIXELS> T;
     extern __shared__ __align__(1024) char tiles[];
-    const uint32_t base = (uint32_t)__cvta_generic_to_shared(tiles),
+    const uint32_t base = shared_address(tiles),
                    weights = base + T::BUFFERS * T::PATCH_BYTES;
     const struct conv_place l = conv_place_of<T, ROWS>(j);
     const struct conv_patch<T> patch = find_patch<T, STRIDE>(j, l);
@@ -2900,12 +2935,12 @@ __global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct con
                 load_patch<T>(j, patch, s, base + s * T::PATCH_BYTES, i);
         if (s < steps)
             load_weights<T>(j, l.o, s / T::STEPS, s % T::STEPS, weights + s * T::W_BYTES);
-        asm volatile("cp.async.commit_group;");
+        end_copies();
     }
     for (int chunk = 0, s = 0; chunk < chunks; chunk++)
 #pragma unroll
         for (int i = 0; i < T::STEPS; i++, s++) {
-            asm volatile("cp.async.wait_group %0;" ::"n"(T::AHEAD - 1) : "memory");
+            wait_for_copies<T::AHEAD - 1>();
             tiles_written();
             __syncthreads();
             conv_step<T, STRIDE, PIXELS>(c, weights + s % T::STAGES * T::W_BYTES,
@@ -2920,15 +2955,15 @@ __global__ void __launch_bounds__(ROWS * 2, BLOCKS) conv_kernel(const struct con
                 if ((SIZE == 1 || (i > 0 && i <= T::SPREAD && k % T::SPREAD == i - 1)) &&
                     after < chunks)
                     load_patch<T>(j, patch, after, base + after % T::BUFFERS * T::PATCH_BYTES, k);
-            asm volatile("cp.async.commit_group;");
+            end_copies();
         }
     products_done<0>(c, PIXELS / 2);
-    asm volatile("cp.async.wait_group 0;" ::: "memory");
+    wait_for_copies<0>();
     store_tile<PIXELS>(j, l, c, (float *)tiles);
 }
 
-/* Weights in f16, [rows][ld] as they are. Floor: bytes in + bytes out. */
-template <int TYPE> __global__ void halve_kernel(struct matrix w, __half2 *out) {
+/* A convolution's weights to f16, [rows][ld] as they are. Floor: bytes in + bytes out. */
+template <int TYPE> __global__ void weights_f16_kernel(struct matrix w, __half2 *out) {
     int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 4;
     if (i >= (int64_t)w.rows * w.ld) return;
     float4 v = load4<TYPE>(w, i / w.ld, (int)(i % w.ld));
@@ -2936,38 +2971,39 @@ template <int TYPE> __global__ void halve_kernel(struct matrix w, __half2 *out) 
     out[i / 2 + 1] = __floats2half2_rn(v.z, v.w);
 }
 
-/* A tile for convolutions of a size and a stride, and the part of the largest one's rate that it
-   reaches, as measured. */
-struct conv_way {
+/* A kernel for convolutions of a size and a stride: its tile of rows (channels) x pixels, its bytes
+   of shared memory, and the part of the largest one's rate that it reaches, as measured. */
+struct conv_variant {
     int size, stride, rows, pixels, bytes;
     void (*kernel)(struct conv_job);
     double rate;
 };
 
 template <int SIZE, int STRIDE, int ROWS, int PIXELS, int BLOCKS>
-static struct conv_way conv_way_of(double rate) {
+static struct conv_variant conv_variant_of(double rate) {
     return {SIZE, STRIDE, ROWS, PIXELS, conv_tile<SIZE, STRIDE, ROWS, PIXELS>::BYTES,
             conv_kernel<SIZE, STRIDE, ROWS, PIXELS, BLOCKS>, rate};
 }
 
-static int64_t conv_blocks(const struct conv_job *j, const struct conv_way *w) {
+/* Blocks of the grid. */
+static int64_t conv_blocks(const struct conv_job *j, const struct conv_variant *w) {
     const int tall = w->pixels / CONV_W, side = j->side_out;
     return (int64_t)j->images * ((side + CONV_W - 1) / CONV_W) * ((side + tall - 1) / tall) *
            ((j->c_out + w->rows - 1) / w->rows);
 }
 
-/* By the tile that is done first: tiles differ in nothing but time, which is what the
-   multiprocessor with the most of them takes. */
+/* By the tile that is done first: tiles differ in nothing but time, and the multiprocessor with the
+   most of them tells how much that is. */
 static void run_conv(struct queue *q, const struct conv_job *j, int size, int stride) {
-    const struct conv_way ways[] = {
-        conv_way_of<1, 1, 64, 64, 3>(0.7), conv_way_of<1, 1, 128, 128, 2>(1),
-        conv_way_of<3, 2, 64, 64, 2>(0.7), conv_way_of<3, 2, 128, 128, 1>(0.8),
-        conv_way_of<3, 1, 64, 64, 3>(0.7), conv_way_of<3, 1, 64, 128, 3>(0.9),
-        conv_way_of<3, 1, 64, 256, 2>(0.93), conv_way_of<3, 1, 128, 128, 2>(1),
-        conv_way_of<3, 1, 128, 256, 1>(j->residual != NULL ? 0.99 : 1)};
-    const struct conv_way *best = NULL;
+    const struct conv_variant ways[] = {
+        conv_variant_of<1, 1, 64, 64, 3>(0.7), conv_variant_of<1, 1, 128, 128, 2>(1),
+        conv_variant_of<3, 2, 64, 64, 2>(0.7), conv_variant_of<3, 2, 128, 128, 1>(0.8),
+        conv_variant_of<3, 1, 64, 64, 3>(0.7), conv_variant_of<3, 1, 64, 128, 3>(0.9),
+        conv_variant_of<3, 1, 64, 256, 2>(0.93), conv_variant_of<3, 1, 128, 128, 2>(1),
+        conv_variant_of<3, 1, 128, 256, 1>(j->residual != NULL ? 0.99 : 1)};
+    const struct conv_variant *best = NULL;
     double least = HUGE_VAL;
-    for (const struct conv_way &w : ways) {
+    for (const struct conv_variant &w : ways) {
         if (w.size != size || w.stride != stride) continue;
         const int64_t rounds = (conv_blocks(j, &w) + q->sms - 1) / q->sms;
         const double cost = w.bytes <= q->shared ? (double)rounds * w.rows * w.pixels / w.rate
@@ -2987,15 +3023,22 @@ static void run_conv(struct queue *q, const struct conv_job *j, int size, int st
 /* =================================================================================================
    5.  Rows
 
-   Floor of each: its bytes over the memory's bandwidth, in generating the time that a launch
-   takes. */
+       rmsnorm(x)_i = g_i x_i / sqrt(mean of x^2 + eps)        silu(x) = x / (1 + e^-x)
+       nll = ln(sum over i of e^(x_i)) - x_target              swiglu(a, b) = silu(a) b
 
-/* The sum or the largest of a block's values, the same for all its threads. */
-template <int LARGEST, class T> static __device__ T over_block(T v) {
+   Rows lie as [rows][columns], one behind the other. With f16 weights norm and SwiGLU are no
+   kernels of their own but the prologue and the epilogue of chapter 3's products. Floor of each:
+   its bytes over the memory's bandwidth, in generating the time that a launch takes. */
+
+/* For a thread an element. */
+static unsigned blocks_of(int64_t n) { return (unsigned)((n + THREADS - 1) / THREADS); }
+
+/* The sum or, LARGEST, the maximum of a block's values, for all its threads. */
+template <int LARGEST, class T> static __device__ T reduce_block(T v) {
     __shared__ T parts[32];
     auto join = [](T a, T b) { return LARGEST ? fmax(a, b) : a + b; };
     for (int i = 16; i > 0; i /= 2) v = join(v, __shfl_xor_sync(0xffffffff, v, i));
-    __syncthreads(); /* of an earlier call all have read */
+    __syncthreads(); /* all have read what an earlier call left */
     if (threadIdx.x % 32 == 0) parts[threadIdx.x / 32] = v;
     __syncthreads();
     v = parts[0];
@@ -3003,7 +3046,7 @@ template <int LARGEST, class T> static __device__ T over_block(T v) {
     return v;
 }
 
-/* x[row] = the token's row of the embedding, or of the codebook. */
+/* Grid: [rows]. x[row][D] = the token's row of the embedding, or of the codebook. */
 template <int TYPE>
 __global__ void embed_kernel(struct matrix embed, const int32_t *tokens, float *x) {
     int row = (int)blockIdx.x, D = embed.cols;
@@ -3018,7 +3061,7 @@ __global__ void embed_kernel(struct matrix embed, const int32_t *tokens, float *
     }
 }
 
-/* out = rmsnorm(x) in f32, a warp a row; row number i is row which[i], or i, of x. */
+/* out[rows][D] = rmsnorm(x) in f32, a warp a row; row number i is row which[i], or i, of x. */
 __global__ void norm_kernel(const float *x, const float *norm, float eps, int D, const int *which,
                             int rows, float *out) {
     const int i = (int)blockIdx.x * WARPS + (int)threadIdx.x / 32, lane = (int)threadIdx.x % 32;
@@ -3028,21 +3071,21 @@ __global__ void norm_kernel(const float *x, const float *norm, float eps, int D,
     for (int k = lane; k < D; k += 32) out[(int64_t)i * D + k] = norm[k] * (row[k] * scale);
 }
 
-/* gate = silu(gate) up, n elements */
+/* gate = swiglu(gate, up), n elements, a thread each. */
 __global__ void swiglu_kernel(float *gate, const float *up, int64_t n) {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i < n) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
-/* nll[row] = -ln softmax(logits[row][V])[targets[row]], in nats */
+/* Grid: [rows]. nll[row] = -ln softmax(logits[row][V])[targets[row]], in nats. */
 __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, float *nll) {
     const float *row = logits + (int64_t)blockIdx.x * V;
     float most = -HUGE_VALF;
     double sum = 0;
     for (int i = (int)threadIdx.x; i < V; i += THREADS) most = fmaxf(most, row[i]);
-    most = over_block<1>(most);
+    most = reduce_block<1>(most);
     for (int i = (int)threadIdx.x; i < V; i += THREADS) sum += expf(row[i] - most);
-    sum = over_block<0>(sum);
+    sum = reduce_block<0>(sum);
     if (threadIdx.x == 0)
         nll[blockIdx.x] = (float)(log(sum) - ((double)row[targets[blockIdx.x]] - most));
 }
@@ -3050,40 +3093,53 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
 /* =================================================================================================
    6.  Attention on a paged cache, block by block
 
-   A page holds 256 positions of all layers and key/value heads, [L][G] of keys and then values,
-   each head_bytes long; dp is d rounded up, zeros behind. In q8_0 a byte is value + 128.
+       o = sum over keys j <= pos of p_j v_j / sum of p_j,     p_j = e^(q . k_j / sqrt(d) - m)
+
+   Online softmax: keys are taken block by block, with m the largest score so far; what was summed
+   before is scaled when m grows (FlashAttention, Dao et al. 2022). Three ways of it:
+
+       a few rows   split_kernel, then merge_blocks_kernel: blocks of keys side by side, so that one
+                    row keeps all multiprocessors busy; RoPE and the store of a single row inside
+       many rows    store_many_kernel, expand_kernel, flash_kernel: a tile of queries goes through
+                    its keys, dequantised once a layer
+       f32          attention_kernel: an f32 cache, or --exact; the end of this chapter
+
+   THE CACHE. A page holds 256 positions of all layers and key/value heads, [L][G] of keys and then
+   values, each head_bytes long; dp is d rounded up, zeros behind. In q8_0 a byte is value + 128.
 
        k, v       [256][dp], for q8_0 with f16 scales [256][dp / 32]
 
-   So they lie for an f32 cache and with --exact, where sums are in f32 (the end of this chapter).
-   Else tensor cores multiply, and dp is 64, 128 or 256. (Not for f16 with more than 128 dimensions,
-   nor where a block may have too little shared memory.) Then values lie transposed, BLOCK keys at a
-   time:
+   So they lie where sums are in f32. Else tensor cores multiply, and dp is 64, 128 or 256. (Not for
+   f16 with more than 128 dimensions, nor where a block may have too little shared memory.) Then
+   values lie transposed, BLOCK keys at a time:
 
        v          [256 / 64][dp][64], for q8_0 with f16 scales [256 / 64][dp / 32][64]
 
    and inside a row (of a key, of a dimension of values), and among a block's scales of values, the
-   order is that of stored_place: 16 bytes hold what one lane feeds to mma.
+   order is that of stored_place: 16 bytes hold what one lane feeds to mma. Behind its own bytes
+   such a page has room for one layer's keys and values as f16, see tiles_of.
 
-   THE ORDER OF SUMS on tensor cores is one for a step of a few rows (split_kernel, merge_blocks)
-   and of many (flash_kernel). Keys are taken in blocks of 64 positions. In each block scores are a
-   chain of mma over 16 dimensions at a time, p = 2^(c s - m') with m' the block's own largest c s,
-   rounded up to an integer, l' is the sum of p (a lane's 16, then the four lanes'), o' a chain of
-   mma over 16 keys at a time, p in f16. Blocks are added in ascending order, o = o + o' 2^(m' - m):
-   as the factors are powers of two, it does not matter when o is brought to a larger m. A key that
-   a query does not see has p = 0, which changes no sum. */
+   THE ORDER OF SUMS on tensor cores is one for a step of a few rows (split_kernel,
+   merge_blocks_kernel) and of many (flash_kernel). Keys are taken in blocks of 64 positions. In
+   each block scores s are a chain of mma over 16 dimensions at a time, c is log2(e) / sqrt(d) (see
+   struct query_scale), p = 2^(c s - m') with m' the block's own largest c s, rounded up to an
+   integer, l' is the sum of p (a lane's 16, then the four lanes'), o' a chain of mma over 16 keys
+   at a time, p in f16. Blocks are added in ascending order, o = o + o' 2^(m' - m): as the factors
+   are powers of two, it does not matter when o is brought to a larger m. A key that a query does
+   not see has p = 0, which changes no sum. */
 
 enum { KEYS = 256 /* of a page */, BLOCK = 64 /* keys of a block */,
-       SLOTS = 16 /* queries that share a read */, SPLIT_ROWS = 64 /* rows that go by splitting */,
-       SEQUENCES = 64,
-       SPLIT_THREADS = 128, FLASH_QUERIES = 128 /* of a tile of flash_kernel: 16 a warp */ };
+       SEQUENCES = 64 /* of a context, at most */,
+       SPLIT_ROWS = 64 /* steps of so many rows go by split_kernel */, SPLIT_THREADS = 128,
+       SLOTS = 16 /* queries that share a read there */,
+       FLASH_QUERIES = 128 /* of a tile of flash_kernel: 16 a warp */ };
 
 struct kv_layout {
     int type, dp, tensor; /* tensor: 1: for tensor cores */
-    int64_t head_bytes;
+    int64_t head_bytes;   /* of a head's keys in a page, and of its values */
 };
 
-/* tensor: see takes_tensor_cores. */
+/* d: dimensions of a head; tensor: see takes_tensor_cores. */
 static struct kv_layout kv_layout_of(int type, int d, int tensor) {
     int64_t dp = !tensor ? round_up(d, QK) : d <= 64 ? 64 : d <= 128 ? 128 : 256;
     struct kv_layout l = {type, (int)dp, tensor,
@@ -3092,31 +3148,33 @@ static struct kv_layout kv_layout_of(int type, int d, int tensor) {
     return l;
 }
 
-/* Rows first .. first + n - 1, of one sequence; the position of the last of them; blocks of the
-   sequence, `block` to end - 1, that are expanded with them. */
+/* Rows first .. first + n - 1 of a forward, all of one sequence; the position of the last of them;
+   blocks of the sequence, `block` to end - 1, that are expanded with them. */
 struct tile {
     int first, n, last, block, end;
 };
 
 /* Rows of a step of a few rows that read the same page, however many sequences they belong to. */
 struct key_group {
-    const uint8_t *data;
-    int page, n, last, fresh; /* last position that one of them sees; first that this step writes */
-    uint8_t row[SLOTS];
+    const uint8_t *data; /* the page */
+    int page, n;         /* its number in the sequences; rows */
+    int last, fresh;     /* last position that one of them sees; first that this step writes */
+    uint8_t row[SLOTS];  /* [n] */
 };
 
-/* A batch as the device sees it, and where its cache is. */
+/* A batch as the device sees it, and where its cache is: the page table. */
 struct batch_view {
     uint8_t **table;            /* [sequences][max_pages] */
-    int32_t *tokens, *targets;
+    int32_t *tokens, *targets;  /* [n] [n_out] */
     int *pos, *seq, *out;       /* [n] [n] [n_out] */
-    struct tile *tiles;
+    struct tile *tiles;         /* in steps of many rows */
     struct key_group *groups;   /* [*n_groups], in steps of a few rows */
     int *n_groups, *planned;    /* planned: pos[0] when the groups were made; all rows advance
                                    together */
     int max_pages;
 };
 
+/* Keys of a head in a page of a sequence; its values are head_bytes further. */
 static __device__ uint8_t *head_of(const struct batch_view &b, const struct kv_layout &l, int seq,
                                    int page, int64_t head) {
     return b.table[seq * b.max_pages + page] + head * 2 * l.head_bytes;
@@ -3180,14 +3238,15 @@ static __device__ void store_kv(const struct kv_layout &l, uint8_t *to, int is_v
     else ((float *)to)[kv_place(l, is_value, at, i0 + (int)(threadIdx.x % 32))] = v;
 }
 
-/* Dimensions j and j + d / 2 of a query or key, turned by an angle (cosine, sine). */
-static __device__ float2 turned(float2 v, float2 angle) {
+/* Dimensions j and j + d / 2 of a query or key, rotated by an angle (cosine, sine). */
+static __device__ float2 rotated(float2 v, float2 angle) {
     return make_float2(fmaf(v.x, angle.x, -__fmul_rn(v.y, angle.y)),
                        fmaf(v.y, angle.x, __fmul_rn(v.x, angle.y)));
 }
 
-/* Grid: [rows][G], a key/value head and its queries: turns queries and keys by their angles, in
-   place, and stores keys and values in the cache. rope: [context][2][d / 2], cosines and sines. */
+/* Grid: [rows][G], a key/value head and its queries: rotates q[rows][H][d] and k[rows][G][d] by
+   their angles, in place, and stores k and v[rows][G][d] in the cache. rope: [context][2][d / 2],
+   cosines and sines. Floor: bytes in + bytes out; for a few rows a launch. */
 __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float *q, float *k,
                                   const float *v, const float *rope, int layer, int H, int G,
                                   int d) {
@@ -3198,8 +3257,8 @@ __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float
     for (int i = (int)threadIdx.x; i < (group + 1) * half; i += (int)blockDim.x) {
         int h = i / half, j = i % half;
         float *x = h < group ? queries + h * d : key;
-        float2 to = turned(make_float2(x[j], x[j + half]),
-                           make_float2(angles[j], angles[half + j]));
+        float2 to = rotated(make_float2(x[j], x[j + half]),
+                            make_float2(angles[j], angles[half + j]));
         x[j] = to.x;
         x[j + half] = to.y;
     }
@@ -3216,41 +3275,38 @@ __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float
 struct attention {
     struct batch_view b;
     struct kv_layout l;
-    const float *q;        /* [rows][H][d], turned */
-    const float *k, *v;    /* [G][d]: of a single row, which split_kernel stores, and it turns q */
-    const float *rope;     /* and k by their angles; NULL: that was done before */
-    const __half *q16;     /* of many rows: [rows][H][dp], and what their products are multiplied */
-    const float *c;        /* by, see struct query_scale: [rows][H] */
+    const float *q;        /* [rows][H][d], rotated */
+    const float *k, *v;    /* [G][d]: of a single row, which split_kernel rotates and stores */
+    const float *rope;     /* the angles it does that by; NULL: it has been done */
+    const __half *q16;     /* of many rows: q in f16, [rows][H][dp], */
+    const float *c;        /* and its scores' factors [rows][H], see struct query_scale */
     float *o;              /* [rows][H][d], or NULL */
     struct packed h;       /* the same in f16, row `from` first; h.h: NULL where it is not wanted */
     float *partial;        /* [rows][H]: o' [blocks][dp], m' and l' [blocks][2] */
-    int64_t tiles_at;      /* where a page has its room for tiles */
+    int64_t tiles_at;      /* where a page has its room for tiles, see tiles_of */
     int layer, H, G, d;
-    int heads, head_items, one_over_heads; /* heads of an item of work, or of a tile; how many such
-                                              a group has; 65536 / heads, rounded up */
+    int heads, head_items; /* query heads of an item of work or a tile; such of a key/value head */
+    int one_over_heads;    /* 65536 / heads, rounded up */
     int blocks, from;      /* rows before `from` are not wanted */
     float scale;
 };
 
-/* 16 bytes to shared memory, in the background. */
-static __device__ void copy_16(void *to, const void *from) {
-    copy_async<16>((uint32_t)__cvta_generic_to_shared(to), from, 1);
-}
+/* ---- What these ways share: arithmetic, and where results go ---- */
 
-/* ---- Arithmetic that both kernels share ---- */
-
-static __device__ float power_of_2(float x) {
+/* 2^x as the chip approximates it: p, which becomes f16. */
+static __device__ float exp2_approx(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
 /* 2^d exactly, for integers d <= 0; 0 where that is too small, also for -infinity. */
-static __device__ float exact_power(float d) {
+static __device__ float exp2_exact(float d) {
     return d >= -126 ? __int_as_float(((int)d + 127) << 23) : 0;
 }
 
-/* A query's power of two, which brings its largest near 2^14, and what scores are multiplied by. */
+/* A query's power of two, which brings its largest element near 2^14, and c, by which scores are
+   multiplied: log2(e) / sqrt(d), without that power. */
 struct query_scale {
     float up, c;
 };
@@ -3267,7 +3323,7 @@ static __device__ struct query_scale query_scale_of(float most, float scale) {
    8 n + 2 t and 8 n + 2 t + 1; three more lanes have the others. valid: how many keys the query
    sees; the scores of others become -infinity. */
 template <int ROWS>
-static __device__ void block_most(float (*c)[4], const float *scale, const int *valid, float *m) {
+static __device__ void block_max(float (*c)[4], const float *scale, const int *valid, float *m) {
     const int t = (int)(threadIdx.x % 4);
     float most[ROWS][4];
     if (min(valid[0], valid[ROWS - 1]) < BLOCK) {
@@ -3293,15 +3349,15 @@ static __device__ void block_most(float (*c)[4], const float *scale, const int *
     for (int r = 0; r < ROWS; r++) m[r] = ceilf(__fmul_rn(m[r], scale[r]));
 }
 
-/* Then p in f16, in pairs, and the lane's sum of them, of 16 scores. */
+/* Then p of the lane's 16 scores in f16, in pairs, and their sum l. */
 template <int ROWS>
-static __device__ void block_powers(const float (*c)[4], const float *scale, const int *valid,
-                                    const float *m, uint32_t (*p)[8], float *l) {
+static __device__ void block_exp(const float (*c)[4], const float *scale, const int *valid,
+                                 const float *m, uint32_t (*p)[8], float *l) {
     float s[ROWS][16], sum[ROWS][4];
 #pragma unroll
     for (int i = 0; i < ROWS * 16; i++) {
         const int r = i % ROWS, k = i / ROWS;
-        s[r][k] = power_of_2(fmaf(c[k / 2][r * 2 + k % 2], scale[r], valid[r] > 0 ? -m[r] : 0));
+        s[r][k] = exp2_approx(fmaf(c[k / 2][r * 2 + k % 2], scale[r], valid[r] > 0 ? -m[r] : 0));
         sum[r][k % 4] = k < 4 ? s[r][k] : sum[r][k % 4] + s[r][k];
         if (k % 2 == 1) p[r][k / 2] = as_word(__floats2half2_rn(s[r][k - 1], s[r][k]));
     }
@@ -3309,11 +3365,28 @@ static __device__ void block_powers(const float (*c)[4], const float *scale, con
     for (int r = 0; r < ROWS; r++) l[r] = (sum[r][0] + sum[r][1]) + (sum[r][2] + sum[r][3]);
 }
 
-/* The sum of four lanes'. */
-template <int ROWS> static __device__ void over_lanes(float *l) {
+/* The sums of four lanes, which have the 64 scores of a query. */
+template <int ROWS> static __device__ void sum_of_quad(float *l) {
 #pragma unroll
     for (int i = 0; i < ROWS * 2; i++)
         l[i % ROWS] += __shfl_xor_sync(0xffffffff, l[i % ROWS], 1 + i / ROWS);
+}
+
+/* Dimensions i and i + 1 of row `row`'s result of head h; i is even. */
+static __device__ void write_pair(const struct attention &a, int row, int h, int i, float v,
+                                  float w) {
+    const int k = h * a.d + i;
+    if (a.o != NULL) *(float2 *)(a.o + (int64_t)row * a.H * a.d + k) = make_float2(v, w);
+    if (a.h.h != NULL)
+        *(__half2 *)(a.h.h + packed_at(a.h, row - a.from, k)) =
+            __floats2half2_rn(v * a.h.up, w * a.h.up);
+}
+
+/* Columns behind the last are zeros: n threads of a row's, number i of them. */
+static __device__ void write_end(const struct attention &a, int row, int i, int n) {
+    if (a.h.h == NULL) return;
+    for (int k = a.H * a.d + i; k < a.h.ld; k += n)
+        a.h.h[packed_at(a.h, row - a.from, k)] = __half(0);
 }
 
 /* ---- A block's bytes in shared memory, and as f16 ---- */
@@ -3328,6 +3401,11 @@ template <int KV, int DP> struct block_of {
 /* Piece c of 16 bytes of row r: 4 lanes by 2 rows meet each bank once. */
 template <int ROW> static __device__ int piece_at(int r, int c) {
     return r * ROW + (ROW % 128 == 0 ? c ^ (r & 1) * 4 : c) * 16;
+}
+
+/* 16 bytes to shared memory, in the background. */
+static __device__ void copy_16(void *to, const void *from) {
+    copy_async<16>(shared_address(to), from, 1);
 }
 
 /* The first `rows` of ROWS rows, by N threads; thread: this one's number. */
@@ -3352,7 +3430,7 @@ static __device__ int key_of_place(int place, int n) {
    their scales do): whatever lies there times p = 0 could be NaN. rows: of values (of scales), by N
    threads. */
 template <int KV, int N>
-static __device__ void forget_values(char *rows_at, int rows, int there, int thread) {
+static __device__ void zero_missing_values(char *rows_at, int rows, int there, int thread) {
     constexpr int n = KV == LVM_Q8_0 ? 16 : 8;
 #pragma unroll 1
     for (int i = thread; i < rows * BLOCK; i += N) {
@@ -3368,8 +3446,8 @@ static __device__ void copies_arrive(void) {
 }
 
 /* All of the warp's copies but the last group. */
-static __device__ void copies_but_one_arrive(void) {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
+static __device__ void wait_for_older_copies(void) {
+    wait_for_copies<1>();
     __syncwarp();
 }
 
@@ -3440,14 +3518,16 @@ static __device__ struct piece<KV> value_piece(const char *values, const char *s
 
 /* ---- A few rows: blocks of keys side by side, then merged ---- */
 
-/* A query of an item of work: where its part goes (-1: it sees nothing of the block). */
+/* A query of an item of work: where its part of the sums goes (-1: it sees nothing of the block),
+   what its scores are multiplied by, how many of the block's keys it sees. */
 struct slot {
     int to, ml; /* o' and m', l' in `partial` */
     float c;
     int valid;
 };
 
-/* How many items a step has, pos[0], how far rows are behind those that groups were made for. */
+/* How many items of work a step has, pos[0], and by how many positions rows are further than when
+   groups were made: a recorded step is planned once. */
 struct plan {
     int end, pos, ahead;
 };
@@ -3500,14 +3580,14 @@ static __device__ struct query find_query(const struct attention &a, const struc
 }
 
 /* Each warp has every fourth slot of N: on their way from memory, of each 64 dimensions the lane's
-   j and j + d / 2 and, where queries are still to be turned, their cosine and sine. */
-template <int DP, int N> struct fetched {
+   j and j + d / 2 and, where queries are still to be rotated, their cosine and sine. */
+template <int DP, int N> struct fetched_queries {
     float2 v[N / 4][DP / 64], angle[N / 4][DP / 64];
 };
 
 template <int DP, int N>
 static __device__ void fetch_queries(const struct attention &a, const struct query &x,
-                                     struct fetched<DP, N> *f) {
+                                     struct fetched_queries<DP, N> *f) {
     const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), half = a.d / 2;
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
@@ -3528,8 +3608,8 @@ static __device__ void fetch_queries(const struct attention &a, const struct que
 /* Queries in f16, [slot][dp] in stored_place's order. */
 template <int DP, int N>
 static __device__ void store_queries(const struct attention &a, const struct query &x,
-                                     const struct fetched<DP, N> &f, char *q, struct slot *slots,
-                                     int block) {
+                                     const struct fetched_queries<DP, N> &f, char *q,
+                                     struct slot *slots, int block) {
     const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32), half = a.d / 2;
 #pragma unroll
     for (int i = 0; i < N / 4; i++) {
@@ -3541,7 +3621,7 @@ static __device__ void store_queries(const struct attention &a, const struct que
 #pragma unroll
             for (int k = 0; k < DP / 64; k++) {
                 const float2 from = f.v[i][k], angle = f.angle[i][k];
-                v[k] = a.rope == NULL ? from : turned(from, angle);
+                v[k] = a.rope == NULL ? from : rotated(from, angle);
                 most = fmaxf(most, fmaxf(fabsf(v[k].x), fabsf(v[k].y)));
             }
             most = __uint_as_float(__reduce_max_sync(0xffffffff, __float_as_uint(most)));
@@ -3578,7 +3658,7 @@ template <int KV, int DP> struct share_of {
                          BYTES = VALUE_SCALES + Q8 * PARTS * BLOCK * 2;
 };
 
-/* Copies the warp's share of the keys of block `block` (of four), and of its values. */
+/* Copies the warp's share of the keys of block `block` (of four). */
 template <int KV, int DP>
 static __device__ void copy_keys16(char *to, const uint8_t *keys, int block) {
     using S = share_of<KV, DP>;
@@ -3590,6 +3670,7 @@ static __device__ void copy_keys16(char *to, const uint8_t *keys, int block) {
                                        DP / QK * 2, lane);
 }
 
+/* The same of its values. */
 template <int KV, int DP>
 static __device__ void copy_dims(char *to, const uint8_t *values, int block, int d) {
     using S = share_of<KV, DP>;
@@ -3645,7 +3726,7 @@ static __device__ void store_new(const struct attention &a, uint8_t *head, int g
         const int j = dim < half ? dim : dim - half;
         if (dim >= a.d) continue;
         const float2 angle = make_float2(angles[j], angles[j + half]),
-                     v = turned(make_float2(__ldcg(key + j), __ldcg(key + j + half)), angle);
+                     v = rotated(make_float2(__ldcg(key + j), __ldcg(key + j + half)), angle);
         x[n] = part >= PARTS ? __ldcg(value + dim) : dim < half ? v.x : v.y;
     }
     copies_arrive();
@@ -3691,8 +3772,8 @@ static __device__ void score_keys16(const char *share, const char *q, float *s) 
 
 /* Of the scores of all keys: o' of the warp's dimensions, m' and l', to `partial`. */
 template <int KV, int DP, int NT>
-static __device__ void weigh_values(const char *share, const float *s, const struct slot *slots,
-                                    const struct attention &a) {
+static __device__ void multiply_values(const char *share, const float *s, const struct slot *slots,
+                                       const struct attention &a) {
     using S = share_of<KV, DP>;
     const int warp = (int)(threadIdx.x / 32), g = (int)(threadIdx.x % 32 / 4),
               t = (int)(threadIdx.x % 4);
@@ -3708,9 +3789,9 @@ static __device__ void weigh_values(const char *share, const float *s, const str
             float2 v = *(const float2 *)(s + (n * 8 + g) * SCORE_ROW + 8 * i + 2 * t);
             c[i][0] = v.x, c[i][1] = v.y;
         }
-        block_most<1>(c, &at.c, &at.valid, &m);
-        block_powers<1>(c, &at.c, &at.valid, &m, p + n, &l);
-        over_lanes<1>(&l);
+        block_max<1>(c, &at.c, &at.valid, &m);
+        block_exp<1>(c, &at.c, &at.valid, &m, p + n, &l);
+        sum_of_quad<1>(&l);
         if (warp == 0 && t == 0 && at.to >= 0)
             *(float2 *)(a.partial + at.ml) = make_float2(m, l);
     }
@@ -3755,7 +3836,8 @@ template <int KV, int DP, int NT> static constexpr int split_shared(void) {
    to 8 NT queries of rows that share them. Reads q and the keys and values once a group; writes
    `partial`, and a single row's own key and value. The first item's bytes are copied before the
    kernel before this one has ended, where that did not write them; the next one's keys and values
-   as soon as there is room. Floor: the bytes of the cache over the bandwidth. */
+   as soon as there is room. (Flash decoding: Dao et al. 2023, but with one order of sums.) Floor:
+   the bytes of the cache over the bandwidth. */
 template <int KV, int DP, int NT>
 __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
     split_kernel(const struct attention a) {
@@ -3781,7 +3863,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
     if (early) copy(1);
     if (early) copy(0);
     struct query x = find_query(a, plan, w);
-    struct fetched<DP, NT * 8> f;
+    struct fetched_queries<DP, NT * 8> f;
     wait_for_inputs();
     fetch_queries<DP, NT * 8>(a, x, &f);
     if (!early) copy(1);
@@ -3791,7 +3873,7 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
         if (a.rope != NULL && pos / BLOCK == w.block)
             store_new<KV, DP>(a, (uint8_t *)w.page + head, g, pos, shared);
         store_queries<DP, NT * 8>(a, x, f, q, slots, w.block);
-        copies_but_one_arrive(); /* values are on their way */
+        wait_for_older_copies(); /* values are on their way */
         __syncthreads();
         score_keys16<KV, DP, NT>(share, q, s);
         w.item += (int)gridDim.y;
@@ -3800,12 +3882,12 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
         __syncthreads();
         if (w.item < plan.end) copy(1);
         else end_copies();
-        copies_but_one_arrive();
+        wait_for_older_copies();
         if (there < BLOCK)
-            forget_values<KV, 32>(share + (S::Q8 ? S::VALUE_SCALES : S::VALUES),
-                                  S::Q8 ? S::PARTS : S::DIMS, there, (int)(threadIdx.x % 32));
+            zero_missing_values<KV, 32>(share + (S::Q8 ? S::VALUE_SCALES : S::VALUES),
+                                        S::Q8 ? S::PARTS : S::DIMS, there, (int)(threadIdx.x % 32));
         __syncwarp();
-        weigh_values<KV, DP, NT>(share, s, slots, a);
+        multiply_values<KV, DP, NT>(share, s, slots, a);
         if (w.item >= plan.end) return;
         fetch_queries<DP, NT * 8>(a, x, &f);
         __syncwarp();
@@ -3814,27 +3896,10 @@ __global__ void __launch_bounds__(SPLIT_THREADS, DP * NT <= 128 ? 8 : 4)
     }
 }
 
-/* Dimensions i and i + 1 of row `row`'s result of head h; i is even. */
-static __device__ void write_pair(const struct attention &a, int row, int h, int i, float v,
-                                  float w) {
-    const int k = h * a.d + i;
-    if (a.o != NULL) *(float2 *)(a.o + (int64_t)row * a.H * a.d + k) = make_float2(v, w);
-    if (a.h.h != NULL)
-        *(__half2 *)(a.h.h + packed_at(a.h, row - a.from, k)) =
-            __floats2half2_rn(v * a.h.up, w * a.h.up);
-}
-
-/* Columns behind the last are zeros: n threads of a row's, number i of them. */
-static __device__ void write_end(const struct attention &a, int row, int i, int n) {
-    if (a.h.h == NULL) return;
-    for (int k = a.H * a.d + i; k < a.h.ld; k += n)
-        a.h.h[packed_at(a.h, row - a.from, k)] = __half(0);
-}
-
 enum { MERGE_THREADS = 128, MERGED_BLOCKS = 64 /* that are in shared memory at once */ };
 
-/* Grid: [dp / 32][H][rows]: adds the blocks of 32 elements in ascending order, a lane an element.
-   All threads copy; one warp adds. Floor: a launch. */
+/* Grid: [dp / 32][H][rows]: adds the blocks' sums in `partial` in ascending order, for 32 elements,
+   a lane each; writes o, or h. All threads copy; one warp adds. Floor: a launch. */
 template <int DP>
 __global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struct attention a) {
     __shared__ float v[MERGED_BLOCKS][32];
@@ -3869,7 +3934,7 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struc
             m = fmaxf(m, __shfl_xor_sync(0xffffffff, m, k));
         if (first > 0) __syncthreads();
         for (int k = 0; k < 2 && warp == 0; k++)
-            parts[k * 32 + lane] = make_float2(exact_power(part[k].x - m), part[k].y);
+            parts[k * 32 + lane] = make_float2(exp2_exact(part[k].x - m), part[k].y);
 #pragma unroll
         for (int k = 0; k < MERGED_BLOCKS / 4; k++) v[k * 4 + warp][lane] = x[k];
         __syncthreads();
@@ -3889,23 +3954,23 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struc
 
 /* ---- Many rows: flash attention ----
 
-   store_many_kernel turns queries and keys and fills the cache, expand_kernel makes tiles of f16 of
-   every block of it that a forward sees, once a layer, and flash_kernel multiplies: each of its
-   blocks has a tile of 128 queries and goes through the keys and values that these see. A warp
-   brings them, two warp groups multiply, and barriers tell them how far the others are (see
+   store_many_kernel rotates queries and keys and fills the cache, expand_kernel dequantises every
+   block of it that a forward sees to tiles of f16, once a layer, and flash_kernel multiplies: each
+   of its blocks has a tile of 128 queries and goes through the keys and values that these see. A
+   warp brings them, two warp groups multiply, and barriers tell them how far the others are (see
    flash_shared). While the tensor cores work for one warp group the other one has its softmax. */
 
-/* A row of q, k and v as products left it, many rows' places for them. */
+/* q, k and v of many rows as products left them, and where their queries go. */
 struct projected {
     const float *q, *k, *v; /* [rows][H or G][d] */
     const float *rope;      /* [context][2][d / 2], cosines and sines */
-    __half *q16;            /* [rows][H][dp], turned, times a power of two */
+    __half *q16;            /* [rows][H][dp], rotated, times a power of two */
     float *c;               /* [rows][H]: see struct query_scale */
     int rows, layer, H, G, d;
     float scale;
 };
 
-enum { STORED_ROWS = 32 };
+enum { STORED_ROWS = 32 /* of a block of store_many_kernel, a lane each */ };
 
 /* A lane's elements j and j + half of a row (or cosines and sines), j = lane, lane + 32 .. */
 template <int DP> struct pairs {
@@ -3923,17 +3988,17 @@ template <int DP> static __device__ struct pairs<DP> load_pairs(const float *row
     return p;
 }
 
-/* A warp's row of d elements, turned, to `to`, zeros behind the last; returns the largest without
+/* A warp's row of d elements, rotated, to `to`, zeros behind the last; returns the largest without
    its sign. */
 template <int DP>
-static __device__ float turn_row(const struct pairs<DP> &row, const struct pairs<DP> &angles, int d,
-                                 float *to) {
+static __device__ float rotate_row(const struct pairs<DP> &row, const struct pairs<DP> &angles,
+                                   int d, float *to) {
     const int half = d / 2, lane = (int)threadIdx.x % 32;
     float most = 0;
 #pragma unroll
     for (int i = 0; i < DP / 64; i++) {
-        const float2 v = turned(make_float2(row.x[i], row.y[i]),
-                                make_float2(angles.x[i], angles.y[i]));
+        const float2 v = rotated(make_float2(row.x[i], row.y[i]),
+                                 make_float2(angles.x[i], angles.y[i]));
         if (lane + 32 * i < half) to[lane + 32 * i] = v.x, to[lane + 32 * i + half] = v.y;
         most = fmaxf(most, fmaxf(fabsf(v.x), fabsf(v.y)));
     }
@@ -3970,7 +4035,7 @@ template <int KV> static __device__ float codes_of(const float *v, uint32_t *cod
     return scale;
 }
 
-/* A warp's key, turned, to position `at` of a page. */
+/* A warp's key, rotated, to position `at` of a page. */
 template <int KV, int DP>
 static __device__ void store_key(uint8_t *keys, int at, const float *row) {
     constexpr int n = KV == LVM_Q8_0 ? 16 : 8;
@@ -3998,9 +4063,9 @@ template <int DP> struct stored {
     __half scales[DP / QK][STORED_ROWS];
 };
 
-/* A warp's row of d values to column r. */
+/* A warp's row of d values to column r of what waits there to be stored. */
 template <int KV, int DP>
-static __device__ void keep_values(struct stored<DP> *s, int r, const float *v, int d) {
+static __device__ void stage_values(struct stored<DP> *s, int r, const float *v, int d) {
 #pragma unroll
     for (int i = 4 * (int)(threadIdx.x % 32); i < (DP + 127) / 128 * 128; i += 128) {
         uint32_t c[4];
@@ -4015,12 +4080,12 @@ static __device__ void keep_values(struct stored<DP> *s, int r, const float *v, 
     }
 }
 
-/* A query of a head, turned, in f16. */
+/* A query of a head, rotated, in f16. */
 template <int DP>
 static __device__ void store_query(const struct projected &p, int64_t at,
                                    const struct pairs<DP> &q, const struct pairs<DP> &angles,
                                    float *row) {
-    const float most = turn_row<DP>(q, angles, p.d, row);
+    const float most = rotate_row<DP>(q, angles, p.d, row);
     const struct query_scale s = query_scale_of(most, p.scale);
 #pragma unroll
     for (int i = 2 * (int)(threadIdx.x % 32); i < DP; i += 64)
@@ -4029,7 +4094,7 @@ static __device__ void store_query(const struct projected &p, int64_t at,
     __syncwarp();
 }
 
-/* Grid: [rows / 32][G]: a key/value head of 32 rows and its queries. Turns queries and keys by
+/* Grid: [rows / 32][G]: a key/value head of 32 rows and its queries. Rotates queries and keys by
    their angles; queries become f16, keys and values go to the cache, values through shared memory,
    for neighbouring rows' values lie side by side. Floor: bytes in + bytes out. */
 template <int KV, int DP>
@@ -4051,12 +4116,12 @@ __global__ void __launch_bounds__(THREADS)
         struct pairs<DP> q = load_pairs<DP>(p.q + at * group * p.d, half),
                          k = load_pairs<DP>(p.k + at * p.d, half),
                          angles = load_pairs<DP>(p.rope + (int64_t)pos * p.d, half);
-        keep_values<KV, DP>(&s, r, p.v + at * p.d, p.d);
+        stage_values<KV, DP>(&s, r, p.v + at * p.d, p.d);
         for (int h = 0; h < group; h++) {
             store_query<DP>(p, at * group + h, q, angles, row);
             if (h + 1 < group) q = load_pairs<DP>(p.q + (at * group + h + 1) * p.d, half);
         }
-        turn_row<DP>(k, angles, p.d, row);
+        rotate_row<DP>(k, angles, p.d, row);
         store_key<KV, DP>(page, pos % KEYS, row);
         __syncwarp();
     }
@@ -4072,7 +4137,8 @@ __global__ void __launch_bounds__(THREADS)
         ((__half *)(to + KEYS * DP))[(block / QK + warp) * BLOCK + in] = s.scales[warp][lane];
 }
 
-/* A tile of 64 x 64 f16 for tensor cores: rows of 128 bytes, whose pieces are swizzled. */
+/* A tile of 64 x 64 f16 for tensor cores: rows of 128 bytes; piece c (of 8, 16 bytes each) of row r
+   lies at c ^ (r & 7), wgmma's swizzle of 128 bytes. */
 enum { TILE = 64 * 64 * 2 };
 
 /* Where the tiles of a block lie, those of a layer, behind a page's bytes: [G][256 / 64] times
@@ -4099,7 +4165,7 @@ static __device__ void store_piece(char *tiles, int r, int u, int t, struct piec
 
 /* Zeros for keys of which only `there` are: whatever lies there times p = 0 could be NaN. */
 template <int KV>
-static __device__ struct piece<KV> without_end(struct piece<KV> p, int u, int t, int there) {
+static __device__ struct piece<KV> zero_missing(struct piece<KV> p, int u, int t, int there) {
 #pragma unroll
     for (int i = 0; i < piece<KV>::STEPS * 2; i++) {
         const int key = (u * piece<KV>::STEPS * 2 + i) * 8 + 2 * t;
@@ -4108,8 +4174,9 @@ static __device__ struct piece<KV> without_end(struct piece<KV> p, int u, int t,
     return p;
 }
 
-/* Grid: [G][tiles][any]: blocks of keys and values of a layer, those that a tile has to see to, as
-   f16 in tiles. Floor: bytes in + bytes out. */
+/* Grid: [G][tiles][any]. Reads blocks of a layer's keys and values from the cache, those that a
+   tile of queries has to see to, dequantises them and writes them as f16, see tiles_of. Floor:
+   bytes in + bytes out. */
 template <int KV, int DP>
 __global__ void __launch_bounds__(THREADS) expand_kernel(const struct attention a) {
     using B = block_of<KV, DP>;
@@ -4136,7 +4203,7 @@ __global__ void __launch_bounds__(THREADS) expand_kernel(const struct attention 
             const int r = i / VALUE, u = i % VALUE / 4;
             struct piece<KV> p = value_at<KV>(values + in * B::CODES + i * 16,
                                               value_scales + r / QK * BLOCK * 2, t);
-            if (there < BLOCK) p = without_end<KV>(p, u, t, there);
+            if (there < BLOCK) p = zero_missing<KV>(p, u, t, there);
             store_piece<KV>(to + r / 64 * TILE, r % 64, u, t, p);
         }
     }
@@ -4245,16 +4312,17 @@ struct block_scale {
 /* The first half of a block's softmax: its largest scores. o, l and what is still to be added are
    brought to the new m. */
 template <int DP>
-static __device__ struct block_scale find_most(struct query_pair<DP> *x, float (*c)[4], int block) {
+static __device__ struct block_scale softmax_max(struct query_pair<DP> *x, float (*c)[4],
+                                                 int block) {
     const int valid[2] = {x->pos[0] + 1 - block * BLOCK, x->pos[1] + 1 - block * BLOCK};
     struct block_scale b;
     float old[2];
-    block_most<2>(c, x->c, valid, b.m);
+    block_max<2>(c, x->c, valid, b.m);
 #pragma unroll
     for (int i = 0; i < 2; i++) {
         const float most = fmaxf(x->m[i], b.m[i]);
-        old[i] = exact_power(x->m[i] - most);
-        b.f[i] = exact_power(b.m[i] - most);
+        old[i] = exp2_exact(x->m[i] - most);
+        b.f[i] = exp2_exact(b.m[i] - most);
         x->m[i] = most;
     }
     if (__any_sync(0xffffffff, old[0] != 1 || old[1] != 1)) {
@@ -4268,20 +4336,20 @@ static __device__ struct block_scale find_most(struct query_pair<DP> *x, float (
 
 /* The second half: p, as operands, and l'. */
 template <int DP>
-static __device__ void find_powers(struct query_pair<DP> *x, const float (*c)[4], int block,
+static __device__ void softmax_exp(struct query_pair<DP> *x, const float (*c)[4], int block,
                                    const struct block_scale &b) {
     const int valid[2] = {x->pos[0] + 1 - block * BLOCK, x->pos[1] + 1 - block * BLOCK};
     uint32_t w[2][8];
-    block_powers<2>(c, x->c, valid, b.m, w, x->block_l);
+    block_exp<2>(c, x->c, valid, b.m, w, x->block_l);
 #pragma unroll
     for (int k = 0; k < 16; k++) x->p[k / 4][k % 4] = w[k % 2][k / 4 * 2 + k % 4 / 2];
     x->f[0] = b.f[0], x->f[1] = b.f[1];
 }
 
-/* One warp brings blocks of keys and values to the ring. */
+/* The producer: one warp copies blocks of keys and values to the ring. */
 template <int DP>
-static __device__ void bring_blocks(const struct attention &a, struct flash_shared<DP> *s, int seq,
-                                    int blocks, int v0) {
+static __device__ void load_blocks(const struct attention &a, struct flash_shared<DP> *s, int seq,
+                                   int blocks, int v0) {
     using F = flash_shared<DP>;
     const int g = (int)blockIdx.x / a.head_items;
     if (BULK && threadIdx.x % 32 > 0) return;
@@ -4300,11 +4368,13 @@ static __device__ void bring_blocks(const struct attention &a, struct flash_shar
     }
 }
 
+/* Until block `block` is in the ring. */
 template <int DP> static __device__ void wait_full(struct flash_shared<DP> *s, int block) {
     constexpr unsigned n = flash_shared<DP>::RING;
     barrier_wait(&s->full[(unsigned)block % n], (unsigned)block / n % 2);
 }
 
+/* This warp needs it no longer. */
 template <int DP> static __device__ void release(struct flash_shared<DP> *s, int block) {
     __syncwarp();
     if (threadIdx.x % 32 == 0)
@@ -4326,8 +4396,8 @@ static __device__ void score_block(const struct flash_shared<DP> *s, int block,
    next one's softmax; the second half, with the sums of o, is left to go beside the other warp
    group's products. */
 template <int DP, int NEXT>
-static __device__ void weigh_block(struct flash_shared<DP> *s, int block,
-                                   struct query_pair<DP> *x) {
+static __device__ void accumulate_block(struct flash_shared<DP> *s, int block,
+                                        struct query_pair<DP> *x) {
     float part[x->M / 8][4], c[8][4];
     struct block_scale next = {};
     if (NEXT) wait_full<DP>(s, block + 1);
@@ -4335,10 +4405,10 @@ static __device__ void weigh_block(struct flash_shared<DP> *s, int block,
     if (NEXT) score_block<DP>(s, block + 1, *x, c);
     multiply_tile<x->M>(part, x->p, s->ring[(unsigned)block % s->RING].values, 0);
     products_end();
-    over_lanes<2>(x->block_l);
+    sum_of_quad<2>(x->block_l);
     for (int i = 0; i < 2; i++) x->l[i] = fmaf(x->block_l[i], x->f[i], x->l[i]);
     if (NEXT) products_done<1>(c[0], 32);
-    if (NEXT) next = find_most<DP>(x, c, block + 1);
+    if (NEXT) next = softmax_max<DP>(x, c, block + 1);
     products_done<0>(part[0], x->M / 2);
 #pragma unroll
     for (int k = 0; k < 16; k++) asm volatile("" : "+r"(x->p[k / 4][k % 4])); /* read until here */
@@ -4346,7 +4416,7 @@ static __device__ void weigh_block(struct flash_shared<DP> *s, int block,
 #pragma unroll
     for (int k = 0; k < x->M / 2; k++)
         x->o[k / 4][k % 4] = fmaf(part[k / 4][k % 4], x->f[k % 4 / 2], x->o[k / 4][k % 4]);
-    if (NEXT) find_powers<DP>(x, c, block + 1, next);
+    if (NEXT) softmax_exp<DP>(x, c, block + 1, next);
 }
 
 /* A lane's two queries to where attention's result goes: M dimensions from v0 on. */
@@ -4401,7 +4471,7 @@ static __device__ void write_queries(const struct attention &a, const struct til
             write_end(a, r, (int)threadIdx.x, FLASH_GROUPS * GROUP);
 }
 
-/* A warp group: its 64 queries, of `blocks` blocks. */
+/* A consumer, one of two warp groups: its 64 queries, of `blocks` blocks. */
 template <int DP>
 static __device__ void attend_queries(const struct attention &a, const struct tile &tile,
                                       struct flash_shared<DP> *s, int wg, int blocks, int v0) {
@@ -4417,11 +4487,11 @@ static __device__ void attend_queries(const struct attention &a, const struct ti
         products_begin();
         score_block<DP>(s, 0, x, c);
         products_done<0>(c[0], 32);
-        const struct block_scale b = find_most<DP>(&x, c, 0);
-        find_powers<DP>(&x, c, 0, b);
+        const struct block_scale b = softmax_max<DP>(&x, c, 0);
+        softmax_exp<DP>(&x, c, 0, b);
     }
-    for (int block = 0; block < seen - 1; block++) weigh_block<DP, 1>(s, block, &x);
-    if (seen > 0) weigh_block<DP, 0>(s, seen - 1, &x);
+    for (int block = 0; block < seen - 1; block++) accumulate_block<DP, 1>(s, block, &x);
+    if (seen > 0) accumulate_block<DP, 0>(s, seen - 1, &x);
     for (int block = seen; block < blocks; block++) { /* which only the other warp group sees */
         wait_full<DP>(s, block);
         release<DP>(s, block);
@@ -4430,9 +4500,9 @@ static __device__ void attend_queries(const struct attention &a, const struct ti
 }
 
 /* Grid: [H / heads][tiles][dp / M]. Reads q, and the tiles of expand_kernel once a tile of queries;
-   writes o, or h. Two warp groups have 64 queries each; a warp of the third brings blocks of keys
-   and values to a ring in shared memory. Floor: 4 d operations for each query and key that it sees,
-   over the tensor cores' rate. */
+   writes o, or h. Two warp groups have 64 queries each; a warp of the third copies blocks of keys
+   and values to a ring in shared memory (as in FlashAttention-3, Shah et al. 2024). Floor: 4 d
+   operations for each query and key that it sees, over the tensor cores' rate. */
 template <int DP>
 __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct attention a) {
     extern __shared__ __align__(1024) char unaligned[];
@@ -4452,7 +4522,7 @@ __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct at
     if (wg == FLASH_GROUPS) {
         WGMMA_ONLY("setmaxnreg.dec.sync.aligned.u32 24;");
         if (threadIdx.x < FLASH_GROUPS * GROUP + 32)
-            bring_blocks<DP>(a, s, a.b.seq[tile.first], blocks, v0);
+            load_blocks<DP>(a, s, a.b.seq[tile.first], blocks, v0);
     } else {
         WGMMA_ONLY("setmaxnreg.inc.sync.aligned.u32 240;");
         attend_queries<DP>(a, tile, s, wg, blocks, v0);
@@ -4461,7 +4531,7 @@ __global__ void __launch_bounds__(FLASH_THREADS, 1) flash_kernel(const struct at
 
 /* ---- Launches, and what the host tells the kernels ---- */
 
-/* How many heads of a group go together: a divisor that leaves no slot too few. */
+/* How many query heads of a key/value head go together: the largest divisor that SLOTS holds. */
 static int heads_together(int H, int G) {
     int group = H / G, heads = group < SLOTS ? group : SLOTS;
     while (group % heads != 0) heads--;
@@ -4542,6 +4612,7 @@ static cudaError_t prepare_attention(const struct kv_layout &l, int device, int 
 /* The most rows of a group. NT depends on a step's number of rows alone, for steps are recorded. */
 static int rows_of_group(int heads) { return SLOTS / heads; }
 
+/* n rows of a step; resident: see prepare_attention. */
 static void attend_few(struct queue *q, const struct attention *a, int n, const int *resident) {
     int queries = (int)min64(n, rows_of_group(a->heads)) * a->heads, nt = queries <= 8 ? 1 : 2;
     int64_t items = (int64_t)n * a->b.max_pages * (KEYS / BLOCK), per = a->H / a->heads;
@@ -4549,13 +4620,10 @@ static void attend_few(struct queue *q, const struct attention *a, int n, const 
     with_layout(a->l, [&](auto type, auto dp) {
         constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
         launch(q, "split_kernel", nt == 1 ? split_kernel<KV, DP, 1> : split_kernel<KV, DP, 2>,
-                     grid, SPLIT_THREADS,
-                     nt == 1 ? split_shared<KV, DP, 1>() : split_shared<KV, DP, 2>(), *a);
-    });
-    with_layout(a->l, [&](auto, auto dp) {
-        constexpr int DP = decltype(dp)::value;
+               grid, SPLIT_THREADS,
+               nt == 1 ? split_shared<KV, DP, 1>() : split_shared<KV, DP, 2>(), *a);
         launch(q, "merge_blocks_kernel", merge_blocks_kernel<DP>,
-                     dim3(DP / 32, (unsigned)a->H, (unsigned)n), MERGE_THREADS, 0, *a);
+               dim3(DP / 32, (unsigned)a->H, (unsigned)n), MERGE_THREADS, 0, *a);
     });
 }
 
@@ -4571,8 +4639,7 @@ static void attend_many(struct queue *q, const struct attention *a, int tiles) {
 }
 
 /* The groups of a step of a few rows, and of as many further ones as `further`, each a position on;
-   pos, seqs: [n], table: [sequences][max_pages] of the device.
-   There are at most n max_pages of them. */
+   pos, seqs: [n], table: [sequences][max_pages] of the device. There are at most n max_pages. */
 static int plan_groups(int n, const int *pos, const int *seqs, uint8_t *const *table, int max_pages,
                        int heads, int further, struct key_group *groups) {
     int most = rows_of_group(heads), count = 0, last = 0;
@@ -4732,13 +4799,25 @@ static void attend_in_f32(struct queue *q, const struct attention *a, int rows) 
 /* =================================================================================================
    7.  The transformer
 
-   A context's work memory is one allocation, made when it is opened; the cache grows by pages,
-   which sequences share and copy when they write, as on the CPU. What a forward is told (tokens,
-   places, pages) goes over in one piece of pinned memory, and kernels read it there; so the work
-   for one token is the same launches every time, recorded once as a CUDA graph for each number of
-   rows. */
+       x = embedding of the token
+       for each layer:  x += Wo attention(rope(Wq n), rope(Wk n), Wv n),   n = rmsnorm(x)
+                        x += Wdown swiglu(Wgate n, Wup n),                 n = rmsnorm(x)
+       logits = Wout rmsnorm(x)
 
-enum { MAX_ROWS_GPU = 4096, LOGIT_ROWS = 256, GRAPH_ROWS = 8, IMAGES = 16 };
+   With f16 weights one token's layer is six kernels: gemv_kernel for q, k and v (with the norm in
+   front), split_kernel, merge_blocks_kernel, gemv_kernel for o (which adds to x), for gate and up
+   (norm in front, SwiGLU behind) and for down. A prompt's layer is a GEMM each for q, k and v, for
+   o, for gate and up and for down, which dequantise the weights of the next ones on the side, and
+   store_many_kernel, expand_kernel and flash_kernel.
+
+   A context's work memory is one allocation, made when it is opened; the cache grows by pages,
+   which sequences share and copy when they write, as on the CPU. A forward's inputs (tokens,
+   positions, the page table) go over as one copy from pinned memory, and kernels find them at the
+   same place; so the work for one token is the same launches every time, recorded once as a CUDA
+   graph for each number of rows. */
+
+enum { MAX_ROWS_GPU = 4096 /* of a forward */, LOGIT_ROWS = 256 /* whose logits fit at a time */,
+       GRAPH_ROWS = 8 /* steps of so many are recorded */, IMAGES = 16 /* encoded together */ };
 
 struct gpu_page {
     int refs;
@@ -4751,6 +4830,7 @@ struct gpu_sequence {
     struct gpu_page **pages; /* [max_pages] */
 };
 
+/* Chapter 9's; maps and how they are cut into groups of images. */
 struct vq_memory {
     float *x, *t, *u;             /* maps [images][side][side][c] */
     float *n;                     /* what a convolution reads: normalised, or chapter 4's f16 */
@@ -4760,7 +4840,7 @@ struct vq_memory {
     float *blocks;                /* [images][blocks of 8 x 8][c][2]: sums of the map `summed` */
     const float *summed, *prepared; /* prepared: the map of which n is, and in which way */
     int prepared_way;
-    float *squares, *down;        /* [images][GROUPS]; [images]: see halves_kernel */
+    float *squares, *down;        /* [images][VQ_GROUPS], [images]: see high_low_kernel */
     float up;                     /* of what was normalised last */
     __half *w16;                  /* a convolution's weights in f16 */
     struct nearest *found;        /* [images T][codes / NEAREST_CODES] */
@@ -4779,30 +4859,31 @@ struct gpu {
     struct queue q;
     const struct gpu_model *g;
     const lvm_options *o;
-    int exact, rows, max_pages, images, samples; /* samples: 1: from so many codes */
+    int exact, rows, max_pages, images; /* rows, images: of a call, at most */
     struct kv_layout kv;
     size_t page_bytes, page_tiles, bytes; /* page_tiles: of a layer's keys and values in f16 */
     struct gpu_sequence seq[SEQUENCES];
     struct gpu_page *spare;
     char *memory, *pinned;
     float *x, *qb, *kb, *vb, *rope, *partial, *logits, *nll;
-    float *f, *heads, *gate, *up; /* f32: in front of a product; what attention gives; hidden */
+    float *f, *heads, *gate, *up; /* f32: a product's normed rows; attention's result; hidden */
     int resident[2];              /* blocks of split_kernel that the device holds */
     __half *q16;                  /* queries of many rows, see struct projected */
     float *query_c;
-    __half *h, *hidden;           /* the same in f16: in front of a product; silu(gate) up */
+    __half *h, *hidden;           /* f16: a product's rows, attention's result too; swiglu */
     __half *w16[4];               /* a layer's panels, for GEMM; the output's take their place */
-    uint8_t *in, *host_in;        /* what a forward is told: here and in pinned memory */
+    uint8_t *in, *host_in;        /* a forward's inputs, see lay_out: here, in pinned memory */
     float *host_logits;           /* [GRAPH_ROWS][V], pinned */
-    cudaGraphExec_t graph[2][GRAPH_ROWS + 1]; /* of generate_step, of next_step; by rows */
+    cudaGraphExec_t graph[2][GRAPH_ROWS + 1]; /* of logits_step, of next_step; by rows */
     unsigned seen[2][GRAPH_ROWS + 1];         /* how often there were so many */
     struct sampler *sampler;
-    struct told *told;            /* pinned */
+    struct told *told;            /* what the sampler tells the host; pinned */
     struct vq_memory vq;
 };
 
 /* ---- Pages ---- */
 
+/* A page for one owner: a spare one, with whatever it held, or new memory, all zeros. */
 static int page_new_gpu(struct gpu *c, struct gpu_page **out, lvm_error *error) {
     struct gpu_page *p = c->spare;
     if (p != NULL) c->spare = p->next;
@@ -4823,6 +4904,7 @@ static int page_new_gpu(struct gpu *c, struct gpu_page **out, lvm_error *error) 
     return LVM_OK;
 }
 
+/* One owner less; a page without any is kept for the next who asks. */
 static void page_release_gpu(struct gpu *c, struct gpu_page **slot) {
     struct gpu_page *p = *slot;
     *slot = NULL;
@@ -4845,6 +4927,7 @@ static int page_for_writing(struct gpu *c, struct gpu_sequence *s, int pos, lvm_
     return LVM_OK;
 }
 
+/* The sequence becomes n positions long, where it is longer. */
 static void gpu_kv_trim(void *state, int seq, int n) {
     struct gpu *c = (struct gpu *)state;
     struct gpu_sequence *s = &c->seq[seq];
@@ -4853,7 +4936,7 @@ static void gpu_kv_trim(void *state, int seq, int n) {
     for (int i = (n + KEYS - 1) / KEYS; i < c->max_pages; i++) page_release_gpu(c, &s->pages[i]);
 }
 
-/* ---- What a forward is told ---- */
+/* ---- A forward's inputs ---- */
 
 /* One forward: rows, and how its attention is cut. */
 struct step {
@@ -4864,7 +4947,7 @@ struct step {
     struct batch_view view;
 };
 
-/* The pieces of what a forward of up to `room` rows is told; returns their bytes. */
+/* The pieces of the inputs of a forward of up to `room` rows; returns their bytes. */
 static size_t lay_out(const struct gpu *c, uint8_t *base, int room, struct batch_view *v) {
     struct arena a = {(char *)base, 0};
     v->max_pages = c->max_pages;
@@ -4881,7 +4964,8 @@ static size_t told_bytes(const struct gpu *c, int room) {
     return lay_out(c, NULL, room, &v);
 }
 
-/* further: so many steps like this one will follow, of which no more is told. */
+/* Fills the pinned inputs of a forward of rows at positions pos. further: so many steps like it
+   follow, each a position on, without inputs of their own. */
 static struct step plan_step(const struct gpu *c, const struct batch *b, const int *pos,
                              int further) {
     const int heads = heads_together(c->g->m->llama.H, c->g->m->llama.G);
@@ -4912,12 +4996,13 @@ static struct step plan_step(const struct gpu *c, const struct batch *b, const i
 
 /* ---- Layers ---- */
 
-/* Where so many rows and columns of activations go. */
+/* Where so many rows and columns of activations go as f16: GEMM's panels, or GEMV's rows. */
 static struct packed packed_into(__half *h, int rows, int cols, float up) {
     struct packed p = {h, round_up(cols, SPAN), rows > FEW_ROWS, up};
     return p;
 }
 
+/* 1: products with this layer's matrices go to tensor cores. */
 static int in_f16(const struct gpu *c, const struct gpu_layer *l) { return l->f16 && !c->exact; }
 
 /* What attention gives, rows from `from` on: to h or, where that is NULL, to c->heads. */
@@ -4948,7 +5033,8 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
     else attend_many(&c->q, &job, s->tiles);
 }
 
-/* A product in f16 or, as exactly, in f32; in: then its rows, where it has no norm. */
+/* A product in f16 (chapter 3) or else in f32, where norm and epilogue are kernels of their own;
+   in: the rows of the latter where it has no norm. */
 static void multiply_rows(struct gpu *c, int f16, enum epilogue kind, const struct product_f16 *j,
                           const struct prepared &w, const float *in) {
     const int64_t hidden = (int64_t)j->rows * j->p[0].w.rows;
@@ -4965,13 +5051,13 @@ static void multiply_rows(struct gpu *c, int f16, enum epilogue kind, const stru
     for (int i = 0; i < j->n; i++)
         matmul_f32(&c->q, &j->p[i], in, j->rows, kind == ADD ? j->p[i].y : NULL);
     if (kind != SWIGLU) return;
-    swiglu_kernel<<<(unsigned)((hidden + THREADS - 1) / THREADS), THREADS, 0, c->q.stream>>>(
-        j->p[0].y, j->p[1].y, hidden);
+    swiglu_kernel<<<blocks_of(hidden), THREADS, 0, c->q.stream>>>(j->p[0].y, j->p[1].y, hidden);
     launched(&c->q, "swiglu_kernel");
 }
 
-/* A layer's matrices on their way into panels. While tensor cores multiply by q, k and v, those of
-   gate and up come; while they multiply by these, down's and the next layer's others. */
+/* A layer's matrices number i, to be dequantised into their panels. While tensor cores multiply by
+   q, k and v, those of gate and up come; while they multiply by these, down's and the next layer's
+   others. */
 static struct unpacked panels_of(const struct gpu *c, const struct gpu_layer *l, int i) {
     const struct matrix w[4][3] = {{l->k, l->v, l->q}, {l->o}, {l->gate, l->up}, {l->down}};
     return unpacked_at(w[i], i == QKV ? 3 : i == GATE_UP ? 2 : 1, i == GATE_UP, c->w16[i]);
@@ -4998,7 +5084,7 @@ static void project_rows(struct gpu *c, const struct step *s, int layer, int fro
     if (from > 0 && n > 0) multiply_rows(c, f16, STORE, &last, w, NULL);
 }
 
-/* Queries and keys turned, keys and values into the cache. */
+/* RoPE; keys and values into the cache. A single row's are left to split_kernel. */
 static void store_rows(struct gpu *c, const struct step *s, int layer) {
     const struct llama *a = &c->g->m->llama;
     const struct projected p = {c->qb, c->kb, c->vb, c->rope, c->q16, c->query_c, s->n, layer,
@@ -5068,7 +5154,8 @@ static void run_head(struct gpu *c, const struct step *s, int at, int n) {
     multiply_rows(c, f16, STORE, &j, {c->w16[QKV], {}}, NULL);
 }
 
-static void tell(struct gpu *c, const struct step *s) {
+/* plan_step's inputs to the device. */
+static void upload_inputs(struct gpu *c, const struct step *s) {
     note(&c->q, cudaMemcpyAsync(c->in, c->host_in, s->bytes, cudaMemcpyHostToDevice, c->q.stream),
          "copying a batch");
 }
@@ -5078,9 +5165,10 @@ static void copy_out(struct gpu *c, float *to, const float *from, int64_t n) {
          "copying results");
 }
 
-/* All of a step of a few rows whose logits are wanted; they end in host_logits. */
-static void generate_step(struct gpu *c, const struct step *s) {
-    tell(c, s);
+/* All of a step of a few rows whose logits are wanted; they end in host_logits. It reads nothing of
+   the host's but the pinned inputs, so it may be recorded. */
+static void logits_step(struct gpu *c, const struct step *s) {
+    upload_inputs(c, s);
     embed_rows(c, s);
     for (int i = 0; i < c->g->m->llama.L; i++) run_layer(c, s, i);
     run_head(c, s, 0, s->n);
@@ -5088,7 +5176,8 @@ static void generate_step(struct gpu *c, const struct step *s) {
 }
 
 /* Work for a few rows, which is recorded where it is seen for the second time (the first has loaded
-   all kernels); kind: 1: it is next_step. */
+   all kernels); kind: 0: logits_step, 1: next_step. Of s it may depend on n alone: what else a step
+   says is the same for all of so many rows, or lies in the inputs. */
 static void run_recorded(struct gpu *c, const struct step *s, int kind,
                          void (*work)(struct gpu *, const struct step *)) {
     cudaGraph_t graph = NULL;
@@ -5109,19 +5198,21 @@ static void run_recorded(struct gpu *c, const struct step *s, int kind,
     if (*exec != NULL) note(&c->q, cudaGraphLaunch(*exec, c->q.stream), "cudaGraphLaunch");
 }
 
+/* By logits_step, with its progress told beforehand. */
 static int forward_few(struct gpu *c, const struct step *s, lvm_error *error) {
     int code = LVM_OK;
     for (int i = 0; code == LVM_OK && s->n > 1 && i < c->g->m->llama.L; i++)
         code = report(c->o, "layers", i + 1, c->g->m->llama.L, error);
-    if (code == LVM_OK) run_recorded(c, s, 0, generate_step);
+    if (code == LVM_OK) run_recorded(c, s, 0, logits_step);
     return code;
 }
 
+/* Layer by layer, then logits or likelihoods, LOGIT_ROWS rows at a time. */
 static int forward_many(struct gpu *c, const struct step *s, const struct batch *b,
                         lvm_error *error) {
     const struct llama *a = &c->g->m->llama;
     int code = LVM_OK;
-    tell(c, s);
+    upload_inputs(c, s);
     embed_rows(c, s);
     for (int i = 0; code == LVM_OK && i < a->L; i++) {
         run_layer(c, s, i);
@@ -5140,6 +5231,8 @@ static int forward_many(struct gpu *c, const struct step *s, const struct batch 
     return code;
 }
 
+/* The seam's forward: a place in the cache for each row, the inputs, the work. What fails or is
+   cancelled leaves the sequences as they were. */
 static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
     struct gpu *c = (struct gpu *)state;
     int code = use_device(&c->q, error), done = 0;
@@ -5167,9 +5260,13 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
 /* =================================================================================================
    8.  Sampling
 
-   What sample and settle_token of lvm.c do, to the bit, a block a sequence. The id is the next
-   forward's token, so that the device never waits for the host, which puts several steps into the
-   queue and watches a word of its own memory for each id.
+       p_i = e^((x_i - max x) / temperature)    for the ids i below `codes`
+
+   Of the top_k largest p, those of the nucleus (the fewest of them, largest first, whose sum
+   reaches top_p of theirs) are drawn from by their p. That is what sample and settle_token of lvm.c
+   do, and this does it to the bit, a block a sequence. The id is the next forward's token, so that
+   the device never waits for the host, which puts several steps into the queue and watches a word
+   of its own memory for each id.
 
    Top-k, nucleus and draw each ask for the choice at which a count or a sum is reached, likeliest
    first. Sums are exact in any order (lvm.c, summand), so nothing need be sorted: keys ascend where
@@ -5184,7 +5281,7 @@ enum { BIN_BITS = 10, BINS = 1 << BIN_BITS /* and threads */, CODE_BITS = 14,
        CODES = 1 << CODE_BITS /* ids to sample from, at most */,
        IN_FLIGHT = 8 /* tokens in the queue */, RING = 2 * IN_FLIGHT };
 
-/* How to sample; what is kept of each sequence. */
+/* How to sample; what is kept of each sequence from token to token. */
 struct sampler {
     lvm_sampling by; /* log_likelihood: not NULL where it is wanted */
     struct {
@@ -5194,7 +5291,8 @@ struct sampler {
     } of[SEQUENCES];
 };
 
-/* In pinned memory; ring[token % RING][sequence]: the token's number + 1, and below it the id. */
+/* Pinned memory that the device writes and the host watches: a ring buffer of ids,
+   ring[token % RING][sequence]: the token's number + 1 in the upper half, the id in the lower. */
 struct told {
     volatile uint64_t ring[RING][SEQUENCES];
     struct sampler sampler;
@@ -5337,9 +5435,9 @@ static __device__ void largest_of_block(uint32_t *v, uint32_t (*parts)[32]) {
     for (int i = 0; i < 3; i++) v[i] = __reduce_max_sync(0xffffffff, parts[i][lane]);
 }
 
-/* The lowest id of the largest logit. */
+/* The lowest id of the largest logit, `most`. */
 template <int N>
-static __device__ int likeliest(struct sampling *m, const float *x, int codes, float most) {
+static __device__ int argmax(struct sampling *m, const float *x, int codes, float most) {
     m->id = CODES;
     __syncthreads();
 #pragma unroll
@@ -5387,7 +5485,7 @@ static __device__ int draw(struct sampling *m, const lvm_sampling &by, struct rn
 }
 
 /* The last thread's sum is -ln softmax(logits[V])[id]. */
-static __device__ float judge(struct sampling *m, const float *logits, int V, float most, int id) {
+static __device__ float nll_of(struct sampling *m, const float *logits, int V, float most, int id) {
     double sum = 0;
     for (int i = (int)threadIdx.x; i < V; i += BINS)
         sum += (double)summand_as_host(exp_as_host(logits[i] - most));
@@ -5396,8 +5494,9 @@ static __device__ float judge(struct sampling *m, const float *logits, int V, fl
     return (float)(log_as_host(sum) - ((double)logits[id] - most));
 }
 
-/* Grid: [sequences]. Reads logits[sequences][V], keeps by->of; writes the id to tokens, where the
-   next forward reads it, and to the host's ring. -1: the logits are not finite. */
+/* Grid: [sequences]; a thread has N codes. Reads logits[sequences][V], keeps by->of; writes the id
+   to tokens, where the next forward reads it, and to the host's ring, and moves pos on. -1: the
+   logits are not finite. Floor: see the chapter's opening. */
 template <int N>
 __global__ void __launch_bounds__(BINS, 1)
     sample_kernel(const float *logits, int V, int codes, struct sampler *by, int32_t *tokens,
@@ -5426,10 +5525,10 @@ __global__ void __launch_bounds__(BINS, 1)
                 least = from_ordered(~most[2]);
     int id = -1;
     if (isfinite(top_of_all) && isfinite(least))
-        id = by->by.greedy ? likeliest<N>(&m, x, codes, top)
+        id = by->by.greedy ? argmax<N>(&m, x, codes, top)
                            : draw<N>(&m, by->by, &rng, x, codes, top, least);
     float nll = 0;
-    if (id >= 0 && by->by.log_likelihood != NULL) nll = judge(&m, logits, V, top_of_all, id);
+    if (id >= 0 && by->by.log_likelihood != NULL) nll = nll_of(&m, logits, V, top_of_all, id);
     if (t < BINS - 1) return;
     int done = by->of[row].done++;
     ring[done % RING][row] = (uint64_t)(done + 1) << 32 | (uint32_t)id;
@@ -5495,8 +5594,9 @@ static int pages_ahead(struct gpu *c, const struct continuation *k, lvm_error *e
 }
 
 /* What the device needs for all tokens. start: how long the sequences are; the kernel adds 1 to a
-   row's place for each token that it samples. */
-static struct step tell_sampler(struct gpu *c, const struct continuation *k, const int *start) {
+   row's position for each token that it samples, so inputs begin one before. All but the last of
+   k->n are fed. */
+static struct step begin_sampling(struct gpu *c, const struct continuation *k, const int *start) {
     const size_t V = (size_t)c->g->m->llama.V;
     const double *judged = k->sampling->log_likelihood;
     struct sampler *to = &c->told->sampler;
@@ -5510,8 +5610,8 @@ static struct step tell_sampler(struct gpu *c, const struct continuation *k, con
         before[s] = start[s] - 1;
         to->of[s] = {k->rng[s], judged != NULL ? judged[s] : 0, 0};
     }
-    struct step s = plan_step(c, &b, before, k->n);
-    tell(c, &s);
+    struct step s = plan_step(c, &b, before, k->n - 1);
+    upload_inputs(c, &s);
     copy(&c->q, c->sampler, to, sizeof *to, "copying what to sample by");
     copy(&c->q, c->logits, k->logits, (size_t)k->n_seqs * V * sizeof(float), "copying logits");
     return s;
@@ -5529,13 +5629,14 @@ static int end_sampling(struct gpu *c, struct continuation *k, lvm_error *error)
     return code;
 }
 
+/* Up to IN_FLIGHT tokens' work is in the queue while the host waits for the first of them. */
 static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
     struct gpu *c = (struct gpu *)state;
     int start[SEQUENCES], sent = 1, code = use_device(&c->q, error);
     for (int s = 0; s < k->n_seqs; s++) start[s] = c->seq[s].n;
     if (code == LVM_OK) code = pages_ahead(c, k, error);
     if (code == LVM_OK) {
-        struct step step = tell_sampler(c, k, start);
+        struct step step = begin_sampling(c, k, start);
         for (int i = 0; code == LVM_OK && i < k->n; i++) {
             if (i == 0) sample_rows(c, &step);
             for (; sent < k->n && sent < i + IN_FLIGHT; sent++)
@@ -5554,6 +5655,9 @@ static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
 /* =================================================================================================
    9.  The tokenizer
 
+       groupnorm(x) = g (x - mean) / sqrt(variance + 1e-6) + b    over pixels and a group's channels
+       the id of a latent x = argmin over the codebook's e of |e|^2 - 2 x . e
+
    Maps are NHWC, [images][side][side][c], in f32; convolutions are chapter 4's, images side by
    side. What stands in front of each, GroupNorm and SiLU, is a pass over the map: x scale + shift
    and x / (1 + e^-x), in f32 or in the two f16 parts that tensor cores take. Its scales come from
@@ -5562,10 +5666,10 @@ static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
 
    Images come in groups of up to IMAGES. The maps of a few of them fill the GPU where sides are
    large, and take much memory: these operations are run for `few` images at a time, those of small
-   sides for all. */
+   sides for all. A kernel whose floor is not named has its bytes over the bandwidth. */
 
 enum { VQ_GROUPS = 32, SCORES = 1 << 22 /* floats of an attention's scores at a time */,
-       HALVES_PIXELS = 4 /* of a thread of halves_kernel */,
+       HIGH_LOW_PIXELS = 4 /* of a thread of high_low_kernel */,
        VQ_FLOATS = 100 << 20 >> 2 /* of a buffer for maps, more where one image needs it */ };
 
 /* What a convolution leaves of its output, of a map that came otherwise: a block has `length`
@@ -5585,8 +5689,10 @@ __global__ void channel_sums_kernel(const float *x, int pixels, int length, int 
     }
 }
 
-/* Grid: [groups][images]. From sums of blocks: scale and shift such that norm(x) = x scale + shift,
-   where they are wanted, and squares[image][group], the group's sum of squares. */
+/* Grid: [groups][images]. From sums[images][blocks][c][2]: scale and shift such that norm(x) = x
+   scale + shift, where they are wanted, [images][c] each, and squares[image][group], the group's
+   sum of squares. Sums are in double: a variance is a small difference of large ones. Floor: a
+   launch. */
 __global__ void block_scales_kernel(const float *sums, int blocks, int pixels, int c,
                                     const float *scale, const float *shift, float *to_scale,
                                     float *to_shift, float *squares) {
@@ -5624,12 +5730,14 @@ __global__ void block_scales_kernel(const float *sums, int blocks, int pixels, i
     }
 }
 
+/* GroupNorm's last step, and SiLU where it follows. */
 static __device__ float group_normed(float x, float scale, float shift, int silu) {
     float v = fmaf(x, scale, shift);
     return silu ? v / (1 + expf(-v)) : v;
 }
 
-/* y = f(x scale + shift), four channels a thread; area: floats of an image's map. */
+/* y = f(x scale + shift) in f32, [images][pixels][c], four channels a thread; area: floats of an
+   image's map, all: of all. */
 __global__ void apply_norm_kernel(const float *x, const float *scale, const float *shift, int silu,
                                   int64_t area, int c, int64_t all, float *y) {
     int64_t i = ((int64_t)blockIdx.x * THREADS + threadIdx.x) * 4;
@@ -5642,10 +5750,10 @@ __global__ void apply_norm_kernel(const float *x, const float *scale, const floa
                     group_normed(v.z, a.z, b.z, silu), group_normed(v.w, a.w, b.w, silu));
 }
 
-/* What halves_kernel reads and writes. */
-struct halves {
+/* What high_low_kernel reads and writes. */
+struct high_low {
     const float *x, *scale, *shift; /* [images][pixels][c]; [images][c] */
-    const float *squares;           /* [images][GROUPS] */
+    const float *squares;           /* [images][VQ_GROUPS] */
     float *down;                    /* [images] */
     __half *out;                    /* [images][pixels][c / 32][2][32] */
     float up;
@@ -5658,6 +5766,7 @@ static __device__ float normed_fast(float x, float scale, float shift, int silu)
     return silu ? __fdividef(v, 1 + __expf(-v)) : v;
 }
 
+/* v up as high and low parts, eight of each. */
 static __device__ void split8(const float *v, float up, __half *out) {
     uint32_t high[4], low[4];
 #pragma unroll
@@ -5672,23 +5781,23 @@ static __device__ void split8(const float *v, float up, __half *out) {
     *(uint4 *)(out + CONV_C) = make_uint4(low[0], low[1], low[2], low[3]);
 }
 
-enum { HALVES_NORM, HALVES_SILU, HALVES_RAW };
+enum { HIGH_LOW_NORM, HIGH_LOW_SILU, HIGH_LOW_RAW };
 
 /* out = the two parts of norm(x) up, of silu(norm(x)) up, or of x as it is, up for each image from
    its sum of squares, which no element exceeds. Grid: [pixels][images]; a thread has 8 channels of
-   HALVES_PIXELS pixels. Floor: bytes in + bytes out. */
-template <int WAY> __global__ void halves_kernel(const struct halves s) {
+   HIGH_LOW_PIXELS pixels. Floor: bytes in + bytes out. */
+template <int WAY> __global__ void high_low_kernel(const struct high_low s) {
     const int octets = s.c / 8, octet = (int)threadIdx.x % octets, step = (int)blockDim.x / octets;
-    const int first = (int)blockIdx.x * step * HALVES_PIXELS + (int)threadIdx.x / octets;
+    const int first = (int)blockIdx.x * step * HIGH_LOW_PIXELS + (int)threadIdx.x / octets;
     const int64_t image = blockIdx.y, at = image * s.c + octet * 8;
     float up = s.up, scale[8], shift[8];
-    float4 x[HALVES_PIXELS][2];
+    float4 x[HIGH_LOW_PIXELS][2];
 #pragma unroll
-    for (int i = 0; i < HALVES_PIXELS * 2; i++) {
+    for (int i = 0; i < HIGH_LOW_PIXELS * 2; i++) {
         int64_t p = image * s.pixels + min(first + i / 2 * step, s.pixels - 1);
         x[i / 2][i % 2] = *(const float4 *)(s.x + p * s.c + octet * 8 + i % 2 * 4);
     }
-    if (WAY == HALVES_RAW) {
+    if (WAY == HIGH_LOW_RAW) {
         float sum = 0;
         for (int i = 0; i < VQ_GROUPS; i++) sum += s.squares[image * VQ_GROUPS + i];
         up = power_for(sqrtf(sum));
@@ -5696,17 +5805,18 @@ template <int WAY> __global__ void halves_kernel(const struct halves s) {
     } else
         for (int i = 0; i < 8; i++) scale[i] = s.scale[at + i], shift[i] = s.shift[at + i];
 #pragma unroll
-    for (int i = 0; i < HALVES_PIXELS; i++) {
+    for (int i = 0; i < HIGH_LOW_PIXELS; i++) {
         int p = first + i * step;
         if (p >= s.pixels) break;
         float v[8] = {x[i][0].x, x[i][0].y, x[i][0].z, x[i][0].w,
                       x[i][1].x, x[i][1].y, x[i][1].z, x[i][1].w};
-        for (int k = 0; WAY != HALVES_RAW && k < 8; k++)
-            v[k] = normed_fast(v[k], scale[k], shift[k], WAY == HALVES_SILU);
+        for (int k = 0; WAY != HIGH_LOW_RAW && k < 8; k++)
+            v[k] = normed_fast(v[k], scale[k], shift[k], WAY == HIGH_LOW_SILU);
         split8(v, up, s.out + (image * s.pixels + p) * s.c * 2 + octet / 4 * 64 + octet % 4 * 8);
     }
 }
 
+/* 8-bit images to maps of values from 0 to 1; a thread an element. */
 __global__ void from_bytes_kernel(const uint8_t *rgb, int64_t n, float *x) {
     int64_t i = (int64_t)blockIdx.x * THREADS + threadIdx.x;
     if (i < n) x[i] = (float)rgb[i] / 255;
@@ -5742,16 +5852,16 @@ __global__ void resize_kernel(const float *x, int side_in, int side_out, int c, 
     }
 }
 
-/* A block a row: s = softmax(scale s) over n. */
+/* Grid: [rows]. s[rows][n] = softmax(scale s), in place. */
 __global__ void softmax_kernel(float *s, int n, float scale) {
     float *row = s + (int64_t)blockIdx.x * n, most = -HUGE_VALF, sum = 0;
     for (int i = (int)threadIdx.x; i < n; i += THREADS) most = fmaxf(most, row[i] * scale);
-    most = over_block<1>(most);
+    most = reduce_block<1>(most);
     for (int i = (int)threadIdx.x; i < n; i += THREADS) {
         row[i] = expf(__fmul_rn(row[i], scale) - most);
         sum += row[i];
     }
-    sum = over_block<0>(sum);
+    sum = reduce_block<0>(sum);
     for (int i = (int)threadIdx.x; i < n; i += THREADS) row[i] /= sum;
 }
 
@@ -5775,8 +5885,6 @@ __global__ void nearest_kernel(const struct nearest *found, int vectors, int par
     best = nearer_of<32>(best);
     if (threadIdx.x % 32 == 0) ids[i] = best.code;
 }
-
-static unsigned blocks_of(int64_t n) { return (unsigned)((n + THREADS - 1) / THREADS); }
 
 /* ---- Convolutions, and what stands in front of them; `number` is an operation's ---- */
 
@@ -5807,8 +5915,9 @@ static void find_scales(struct gpu *c, const float *map, int channels, const flo
 }
 
 /* v->n = a convolution's input, f16 parts or f32, unless the convolution before had the same, as
-   in an attention. */
-static void prepare(struct gpu *c, int number, const float *map, int norm, int channels, int f16) {
+   in an attention. norm: see conv2d. */
+static void prepare_input(struct gpu *c, int number, const float *map, int norm, int channels,
+                          int f16) {
     struct vq_memory *v = &c->vq;
     const struct gpu_op *w = &c->g->ops[number];
     const struct vq_op *op = &c->g->m->vq->ops[number];
@@ -5827,25 +5936,25 @@ static void prepare(struct gpu *c, int number, const float *map, int norm, int c
         return;
     }
     if (norm >= 0) v->up = power_for(largest_normed(&op->norm[norm], v->side));
-    const struct halves s = {map, v->scale, v->shift, v->squares, v->down, (__half *)v->n, v->up,
-                             pixels, channels};
+    const struct high_low s = {map, v->scale, v->shift, v->squares, v->down, (__half *)v->n, v->up,
+                               pixels, channels};
     const int threads = octets * (octets < THREADS ? THREADS / octets : 1),
-              step = threads / octets * HALVES_PIXELS;
-    auto *kernel = norm < 0 ? halves_kernel<HALVES_RAW>
-                   : silu ? halves_kernel<HALVES_SILU> : halves_kernel<HALVES_NORM>;
+              step = threads / octets * HIGH_LOW_PIXELS;
+    auto *kernel = norm < 0 ? high_low_kernel<HIGH_LOW_RAW>
+                   : silu ? high_low_kernel<HIGH_LOW_SILU> : high_low_kernel<HIGH_LOW_NORM>;
     kernel<<<dim3((unsigned)((pixels + step - 1) / step), (unsigned)v->images), threads, 0,
              c->q.stream>>>(s);
-    launched(&c->q, "halves_kernel");
+    launched(&c->q, "high_low_kernel");
 }
 
 /* A convolution's weights in f16, [rows][ld]. */
 static const __half *conv_weights(struct gpu *c, const struct matrix *w) {
     if (w->type == LVM_F16) return (const __half *)w->q;
     with_type(w->type, [&](auto type) {
-        halve_kernel<decltype(type)::value>
+        weights_f16_kernel<decltype(type)::value>
             <<<blocks_of((int64_t)w->rows * w->ld / 4), THREADS, 0, c->q.stream>>>(
                 *w, (__half2 *)c->vq.w16);
-        launched(&c->q, "halve_kernel");
+        launched(&c->q, "weights_f16_kernel");
     });
     return c->vq.w16;
 }
@@ -5862,7 +5971,7 @@ static void conv2d(struct gpu *c, int number, int i, const float *map, int norm,
     const int f16 = w->type != LVM_F32 && !c->exact && c_in % CONV_C == 0 && c_in <= 8192;
     const float *bias = c->g->ops[number].bias[i];
     summed &= f16 && w->rows % CONV_C == 0;
-    if (f16 || norm >= 0) prepare(c, number, map, norm, c_in, f16);
+    if (f16 || norm >= 0) prepare_input(c, number, map, norm, c_in, f16);
     if (f16) {
         const struct conv_job j = {(const __half *)v->n, conv_weights(c, w), bias, residual,
                                    norm < 0 ? v->down : NULL, out, summed ? v->blocks : NULL,
@@ -5870,9 +5979,17 @@ static void conv2d(struct gpu *c, int number, int i, const float *map, int norm,
                                    op->side_out, up, pad};
         run_conv(&c->q, &j, size, stride);
     } else {
-        const struct product j = {norm < 0 ? map : v->n, *w, bias, residual, out,
-                                  v->images * op->side_out * op->side_out, c_in, size, v->side,
-                                  op->side_out, stride, up, pad, NULL, NULL, 0, 0, 0, 0};
+        struct product j = linear(norm < 0 ? map : v->n, *w, out,
+                                  v->images * op->side_out * op->side_out);
+        j.bias = bias;
+        j.residual = residual;
+        j.c_in = c_in;
+        j.size = size;
+        j.side_in = v->side;
+        j.side_out = op->side_out;
+        j.stride = stride;
+        j.up = up;
+        j.pad = pad;
         run_product(&c->q, &j);
     }
     if (summed) v->summed = out;
@@ -5901,11 +6018,12 @@ static void attend_pixels(struct gpu *c, int first, int rows) {
     struct vq_memory *v = &c->vq;
     const int n = v->side * v->side, ch = v->c, ld = round_up(n, SPAN);
     const int64_t map = (int64_t)n * ch, scores = (int64_t)rows * n, from = (int64_t)first * ch;
-    const struct product
-        by_keys = {v->q + from, as_matrix(v->k, n, ch, ch), NULL, NULL, v->s, rows, ch, 1, 1, 1, 1,
-                   0, 0, NULL, NULL, v->images, map, map, scores},
-        by_values = {v->s, as_matrix(v->u, ch, n, ld), NULL, NULL, v->t + from, rows, n, 1, 1, 1, 1,
-                     0, 0, NULL, NULL, v->images, scores, (int64_t)ch * ld, map};
+    struct product by_keys = linear(v->q + from, as_matrix(v->k, n, ch, ch), v->s, rows),
+                   by_values = linear(v->s, as_matrix(v->u, ch, n, ld), v->t + from, rows);
+    by_keys.batch = by_values.batch = v->images;
+    by_keys.in_step = by_keys.w_step = by_values.out_step = map;
+    by_keys.out_step = by_values.in_step = scores;
+    by_values.w_step = (int64_t)ch * ld;
     run_product(&c->q, &by_keys);
     softmax_kernel<<<(unsigned)(rows * v->images), THREADS, 0, c->q.stream>>>(
         v->s, n, 1 / sqrtf((float)ch));
@@ -5973,15 +6091,10 @@ static void begin_maps(struct gpu *c, int n, int side, int channels) {
     c->vq.summed = NULL;
 }
 
-/* Between the host and the device, or on it. */
-static void copy(struct gpu *c, void *to, const void *from, int64_t bytes, const char *what) {
-    note(&c->q, cudaMemcpyAsync(to, from, (size_t)bytes, cudaMemcpyDefault, c->q.stream), what);
-}
-
 /* The maps that are worked on, to or from those of all images. */
 static void copy_maps(struct gpu *c, float *to, const float *from) {
     const struct vq_memory *v = &c->vq;
-    copy(c, to, from, (int64_t)v->images * v->side * v->side * v->c * 4, "copying maps");
+    copy(&c->q, to, from, (size_t)v->images * v->side * v->side * v->c * 4, "copying maps");
 }
 
 static void begin_stage(struct gpu *c, const char *stage, int64_t done, int64_t all, int bad) {
@@ -5996,7 +6109,7 @@ static int end_images(struct gpu *c, int code, int n, int first, const char *wha
                       lvm_error *error) {
     const float nan = NAN;
     int bad[IMAGES] = {0};
-    if (code == LVM_OK) copy(c, bad, c->vq.bad, sizeof bad, "copying results");
+    if (code == LVM_OK) copy(&c->q, bad, c->vq.bad, sizeof bad, "copying results");
     int ended = wait_for(&c->q, code == LVM_OK ? error : NULL);
     if (code == LVM_OK) code = ended;
     for (int i = 0; code == LVM_OK && i < n; i++)
@@ -6011,8 +6124,9 @@ static void quantize_images(struct gpu *c, int n) {
     const int area = vq->S * vq->S, vectors = n * area, dim = vq->code_dim;
     const int parts = (vq->codes + NEAREST_CODES - 1) / NEAREST_CODES;
     const int64_t all = (int64_t)vectors * dim;
-    const struct product j = {v->x, c->g->codebook, NULL, NULL, NULL, vectors, dim, 1, 1, 1, 1, 0,
-                              0, c->g->code_norms, v->found, 0, 0, 0, 0};
+    struct product j = linear(v->x, c->g->codebook, NULL, vectors);
+    j.norms = c->g->code_norms;
+    j.found = v->found;
     finite_kernel<<<blocks_of(all), THREADS, 0, c->q.stream>>>(v->x, (int64_t)area * dim, all,
                                                                v->bad);
     launched(&c->q, "finite_kernel");
@@ -6033,7 +6147,7 @@ static int gpu_encode(void *state, const uint8_t *rgb, int n, int first, int all
     int code = use_device(&c->q, error);
     if (code != LVM_OK) return code;
     begin_stage(c, "encode", first * steps, all * steps, c->g->bad_codebook);
-    copy(c, v->rgb, rgb, n * pixels, "copying images");
+    copy(&c->q, v->rgb, rgb, n * pixels, "copying images");
     for (int i = 0, few; code == LVM_OK && i < n; i += few) {
         few = (int)min64(v->few[0], n - i);
         begin_maps(c, few, vq->R, 3);
@@ -6041,15 +6155,15 @@ static int gpu_encode(void *state, const uint8_t *rgb, int n, int first, int all
             v->rgb + i * pixels, few * pixels, v->x);
         launched(&c->q, "from_bytes_kernel");
         code = run_ops(c, 0, v->cut[0], error);
-        if (few < n) copy_maps(c, v->whole + i * map, v->x);
+        if (code == LVM_OK && few < n) copy_maps(c, v->whole + i * map, v->x);
     }
     begin_maps(c, n, op->side_in, op->c_in);
-    if (n > v->few[0]) copy_maps(c, v->x, v->whole);
+    if (code == LVM_OK && n > v->few[0]) copy_maps(c, v->x, v->whole);
     if (code == LVM_OK) code = run_ops(c, v->cut[0], vq->n_encoder, error);
     if (code == LVM_OK) {
         quantize_images(c, n);
-        copy(c, ids, v->ids, n * T * 4, "copying tokens");
-        if (latent != NULL) copy(c, latent, v->x, n * T * vq->code_dim * 4, "copying latents");
+        copy(&c->q, ids, v->ids, n * T * 4, "copying tokens");
+        if (latent != NULL) copy(&c->q, latent, v->x, n * T * vq->code_dim * 4, "copying latents");
     }
     return end_images(c, code, n, first, c->g->bad_codebook ? "the codebook's norms for image"
                                                             : "the latents of image", error);
@@ -6068,7 +6182,7 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
     int code = use_device(&c->q, error);
     if (code != LVM_OK) return code;
     begin_stage(c, "decode", first * steps, all * steps, 0);
-    copy(c, v->ids, ids, n * T * 4, "copying tokens");
+    copy(&c->q, v->ids, ids, n * T * 4, "copying tokens");
     begin_maps(c, n, vq->S, vq->code_dim);
     with_type(c->g->codebook.type, [&](auto type) {
         embed_kernel<decltype(type)::value><<<(unsigned)(n * T), THREADS, 0, c->q.stream>>>(
@@ -6076,7 +6190,7 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
         launched(&c->q, "embed_kernel");
     });
     code = run_ops(c, vq->n_encoder, v->cut[1], error);
-    if (n > v->few[1]) copy_maps(c, v->whole, v->x);
+    if (code == LVM_OK && n > v->few[1]) copy_maps(c, v->whole, v->x);
     for (int i = 0, few; code == LVM_OK && i < n; i += few) {
         few = (int)min64(v->few[1], n - i);
         begin_maps(c, few, op->side_in, op->c_in);
@@ -6085,9 +6199,9 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
         to_bytes_kernel<<<blocks_of(few * area), THREADS, 0, c->q.stream>>>(
             v->x, area, few * area, v->rgb + i * area, v->bad + i);
         launched(&c->q, "to_bytes_kernel");
-        if (pixels != NULL) copy(c, pixels + i * area, v->x, few * area * 4, "copying pixels");
+        if (pixels != NULL) copy(&c->q, pixels + i * area, v->x, few * area * 4, "copying pixels");
     }
-    if (code == LVM_OK) copy(c, rgb, v->rgb, n * area, "copying images");
+    if (code == LVM_OK) copy(&c->q, rgb, v->rgb, n * area, "copying images");
     return end_images(c, code, n, first, "the pixels of image", error);
 }
 
