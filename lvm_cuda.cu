@@ -6247,7 +6247,7 @@ static void place_lm(struct gpu *c, struct arena *a) {
     const struct llama *l = &c->g->m->llama;
     int64_t N = c->rows, Q = (int64_t)l->H * l->d, K = (int64_t)l->G * l->d, V = l->V;
     if (l->L == 0) return;
-    const int in_f16 = products_in_f16(c), f32 = in_f16 <= l->L, f16 = in_f16 > 0;
+    const int products = products_in_f16(c), f32 = products <= l->L, f16 = products > 0;
     int64_t hidden = l->F * f32, front = max64(l->D * f32, LOGIT_ROWS);
     struct { float **p; int64_t n; } all[] = {
         {&c->x, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K},
