@@ -3532,16 +3532,18 @@ static int encode_image(lvm_ctx *ctx, const lvm_image *image, struct encode_grou
                         lvm_error *error) {
     size_t size = image_bytes(ctx);
     lvm_image fitted = {.rgb = NULL};
-    int code = fit_image(image, ctx->m->vq->R, ctx->o.fit, &fitted, error), twice = 0;
+    int R = ctx->m->vq->R, fits = image->width == R && image->height == R && image->rgb != NULL;
+    int code = fits ? LVM_OK : fit_image(image, R, ctx->o.fit, &fitted, error), twice = 0;
+    const uint8_t *rgb = fits ? image->rgb : fitted.rgb;
     for (int i = 0; code == LVM_OK && i < g->n; i++)
-        twice |= memcmp(ctx->rgb + (size_t)i * size, fitted.rgb, size) == 0;
+        twice |= memcmp(ctx->rgb + (size_t)i * size, rgb, size) == 0;
     if (twice) code = encode_waiting(ctx, g, error);
-    const struct encoded *known = code == LVM_OK ? find_encoded(ctx, fitted.rgb) : NULL;
+    const struct encoded *known = code == LVM_OK ? find_encoded(ctx, rgb) : NULL;
     if (known != NULL) {
         memcpy(ids, known->ids, (size_t)ctx->m->T * sizeof *ids);
         code = report_images(ctx, 0, ++g->done, g->all, error);
     } else if (code == LVM_OK) {
-        memcpy(ctx->rgb + (size_t)g->n * size, fitted.rgb, size);
+        memcpy(ctx->rgb + (size_t)g->n * size, rgb, size);
         g->to[g->n++] = ids;
         if (g->n == ctx->limits.images) code = encode_waiting(ctx, g, error);
     }
@@ -3626,41 +3628,30 @@ static int prefill(lvm_ctx *ctx, int seq, const int32_t *ids, int n, float *logi
                           : report(&ctx->o, stage.name, stage.done + n, stage.all, error);
 }
 
-/* Keys and values depend on nothing but the tokens up to theirs, so that what two prompts begin
-   with alike is read once (prefix reuse). */
-int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error) {
-    clear_error(error);
-    if (ctx == NULL || ids == NULL)
-        return null_argument(error, "lvm_prompt", ctx == NULL ? "ctx" : "ids");
+/* The prompt becomes ids[n]. Keys and values depend on nothing but the tokens up to theirs, so that
+   what two prompts begin with alike is read once (prefix reuse); the rest is pending. */
+static int set_prompt(lvm_ctx *ctx, const int32_t *ids, int n, lvm_error *error) {
     const struct llama *a = &ctx->m->llama;
-    int code = need_transformer(ctx, error);
+    int code = need_transformer(ctx, error), same = 0;
     if (code != LVM_OK) return code;
     if (n < 1 || n > a->context)
         return fail(error, LVM_INVALID, "a prompt of %d tokens; the context holds 1 to %d", n,
                     a->context);
     code = check_ids(ids, n, a->V, error);
     if (code != LVM_OK) return code;
-    int same = 0; /* tokens of the beginning that are in the cache already */
     while (same < n && same < ctx->n_fed && ids[same] == ctx->ids[same]) same++;
-    if (same == n && !(ctx->n_fed == n && ctx->has_logits)) same = n - 1;
+    ctx->has_logits &= same == n && ctx->n_fed == n;
     ctx->b->kv_trim(ctx->state, 0, same);
     memcpy(ctx->ids, ids, (size_t)n * sizeof *ids);
     ctx->n_ids = n;
     ctx->n_fed = same;
     ctx->n_generated = 0;
-    if (same < n) {
-        ctx->has_logits = 0;
-        code = prefill(ctx, 0, ids + same, n - same, ctx->logits, &ctx->n_fed,
-                       (struct stage){"prefill", 0, n - same}, error);
-        if (code != LVM_OK) return code;
-        ctx->has_logits = 1;
-    }
-    if (logits != NULL) memcpy(logits, ctx->logits, (size_t)a->V * sizeof *logits);
     return LVM_OK;
 }
 
-/* Feeds what is pending, so that logits[0] are those behind the whole sequence. */
-static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
+/* Whether there is a prompt that a forward can go on from. Where its logits are wanted but gone,
+   its last token is pending again. */
+static int resume_prompt(lvm_ctx *ctx, lvm_error *error) {
     int code = need_transformer(ctx, error);
     if (code != LVM_OK) return code;
     if (ctx->n_ids == 0)
@@ -3670,10 +3661,27 @@ static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
         return fail(error, LVM_INVALID, "the context is full");
     if (ctx->n_fed == ctx->n_ids) ctx->b->kv_trim(ctx->state, 0, --ctx->n_fed);
     ctx->has_logits = 0;
-    int n = ctx->n_ids - ctx->n_fed;
+    return LVM_OK;
+}
+
+/* Feeds what is pending, so that logits[0] are those behind the whole sequence. */
+static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
+    int code = resume_prompt(ctx, error), n = ctx->n_ids - ctx->n_fed;
+    if (code != LVM_OK || n == 0) return code;
     code = prefill(ctx, 0, ctx->ids + ctx->n_fed, n, ctx->logits, &ctx->n_fed,
                    (struct stage){"prefill", 0, n}, error);
     ctx->has_logits = code == LVM_OK;
+    return code;
+}
+
+int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error) {
+    clear_error(error);
+    if (ctx == NULL || ids == NULL)
+        return null_argument(error, "lvm_prompt", ctx == NULL ? "ctx" : "ids");
+    int code = set_prompt(ctx, ids, n, error);
+    if (code == LVM_OK) code = prefill_pending(ctx, error);
+    if (code == LVM_OK && logits != NULL)
+        memcpy(logits, ctx->logits, (size_t)ctx->m->llama.V * sizeof *logits);
     return code;
 }
 
@@ -3683,40 +3691,47 @@ static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
    that is -ln p. Its mean's exponential is the perplexity, the number of equally likely tokens that
    the model was as unsure between. */
 
-/* Reads ids[n] behind the prompt, many rows at a time: logits[n][V] behind each of them; or, where
-   that is NULL, nll[i] of ids[i], which the logits behind the one before it tell. The last of these
-   need not be read. Then the sequence is cut back to the prompt. */
+/* Reads ids[n] behind the prompt, and with them what of that is pending, many rows at a time:
+   logits[n][V] behind each of them; or, where that is NULL, nll[i] of ids[i], which the logits
+   behind the one before it tell. The last of these need not be read. Then the sequence is cut back
+   to the prompt. */
 static int read_behind(lvm_ctx *ctx, const char *call, const int32_t *ids, int n, float *logits,
                        float *nll, lvm_error *error) {
     clear_error(error);
     if (ctx == NULL || ids == NULL || (logits == NULL && nll == NULL))
         return null_argument(error, call, ctx == NULL ? "ctx" : ids == NULL ? "ids" : "the result");
     const struct llama *a = &ctx->m->llama;
-    int code = prefill_pending(ctx, error);
+    int code = logits == NULL ? resume_prompt(ctx, error) : prefill_pending(ctx, error);
     if (code != LVM_OK) return code;
-    int start = ctx->n_fed, most = ctx->limits.rows, judge = logits == NULL;
-    if (n < 1 || n > a->context + judge - start)
+    int most = ctx->limits.rows, judge = logits == NULL, start = ctx->n_fed, prompt = ctx->n_ids;
+    int first = prompt - !ctx->has_logits; /* the first row of which something is wanted */
+    int end = prompt + n - judge, all = n + prompt - start;
+    if (n < 1 || n > a->context + judge - prompt)
         return fail(error, LVM_INVALID, "%d tokens; behind the prompt the context holds 1 to %d",
-                    n, a->context + judge - start);
+                    n, a->context + judge - prompt);
     code = check_ids(ids, n, a->V, error);
-    if (code == LVM_OK && judge) nll[0] = negative_log_likelihood(ctx->logits, a->V, ids[0]);
+    memcpy(ctx->ids + prompt, ids, (size_t)n * sizeof *ids);
+    if (ctx->has_logits && judge)
+        nll[0] = negative_log_likelihood(ctx->logits, a->V, ctx->ids[prompt]);
     memset(ctx->seqs, 0, (size_t)most * sizeof *ctx->seqs);
-    for (int at = 0; code == LVM_OK && at < n - judge; at += most) {
-        int rows = n - judge - at < most ? n - judge - at : most;
-        struct batch b = {.n = rows, .tokens = ids + at, .seqs = ctx->seqs, .n_out = rows,
-                          .out = ctx->rows};
-        if (judge) b.targets = ids + at + 1, b.nll = nll + at + 1;
-        else b.logits = logits + (int64_t)at * a->V;
-        code = report(&ctx->o, "score", at, n, error);
+    for (int at = start; code == LVM_OK && at < end; at += most) {
+        int rows = end - at < most ? end - at : most, from = at > first ? at : first;
+        int skipped = from - at < rows ? from - at : rows;
+        struct batch b = {.n = rows, .tokens = ctx->ids + at, .seqs = ctx->seqs,
+                          .n_out = rows - skipped, .out = ctx->rows + skipped};
+        if (judge) b.targets = ctx->ids + from + 1, b.nll = nll + from + 1 - prompt;
+        else b.logits = logits + (int64_t)(from - prompt) * a->V;
+        code = report(&ctx->o, "score", at - start, all, error);
         if (code == LVM_OK) code = ctx->b->forward(ctx->state, &b, error);
     }
-    ctx->b->kv_trim(ctx->state, 0, start);
+    ctx->n_fed = code == LVM_OK ? prompt : start;
+    ctx->b->kv_trim(ctx->state, 0, ctx->n_fed);
     for (int i = 0; code == LVM_OK && i < n; i++)
         code = judge ? check_finite(nll + i, 1, "the likelihoods from token", i + 1, error)
                      : check_finite(logits + (int64_t)i * a->V, a->V, "the logits behind token",
                                     i + 1, error);
     code = blame_weights(ctx, code, error);
-    return code == LVM_OK ? report(&ctx->o, "score", n, n, error) : code;
+    return code == LVM_OK ? report(&ctx->o, "score", all, all, error) : code;
 }
 
 int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error) {
@@ -22971,6 +22986,9 @@ static void destinations_free(struct destinations *o) {
     memset(o, 0, sizeof *o);
 }
 
+/* Images of a line that are read together, each by a thread. */
+enum { READ_TOGETHER = 16, READ_AHEAD = 64 };
+
 /* A set at work: its lines, and the sums for the end. */
 struct set {
     struct cli *cli;
@@ -22979,7 +22997,7 @@ struct set {
     struct ahead *ahead;     /* NULL: no images are read ahead */
     struct lines lines;
     char *folder;            /* of the set, with its slash; "" of a stream */
-    int32_t *ids;            /* [bos + window T], of the prompt */
+    int32_t *ids;            /* [bos + window T] of the prompt, and [READ_TOGETHER T] behind it */
     int n_ids;
     unsigned noted;          /* bit i: a note on a key that is nearly key_table[i] was given */
     struct destinations written;  /* by batch, or left as they are */
@@ -23018,8 +23036,8 @@ static int set_open(struct set *set, struct cli *cli, lvm_error *error) {
     set->s.bar.whole = 1;
     set->s.bar.lines = cli->lines;
     set->folder = mem_alloc(n + 1, 1, error);
-    set->ids = mem_alloc((size_t)set->s.ctx->o.window * (size_t)set->s.model->T + 1,
-                         sizeof *set->ids, error);
+    size_t images = (size_t)set->s.ctx->o.window + READ_TOGETHER;
+    set->ids = mem_alloc(images * (size_t)set->s.model->T + 1, sizeof *set->ids, error);
     if (set->folder == NULL || set->ids == NULL) return LVM_MEMORY;
     memcpy(set->folder, path, n);
     return LVM_OK;
@@ -23124,9 +23142,6 @@ static int load_set_image(const struct set *set, const struct image_ref *p, lvm_
     mem_free(path);
     return code == LVM_OK ? rotate_image(set->cli, image, error) : code;
 }
-
-/* Images of a line that are read together, each by a thread. */
-enum { READ_TOGETHER = 16, READ_AHEAD = 64 };
 
 struct one_read {
     lvm_image square; /* as the tokenizer takes it */
@@ -23363,10 +23378,11 @@ static void note_window(struct set *set, int given, int used) {
          set->lines.name, set->lines.number, given, used, set->s.ctx->o.window);
 }
 
-/* Reads the last images of a line's input that leave room for so many more; *used is their
-   number. What the line before began with too is not computed again. */
-static int prompt_line(struct set *set, const struct sentence *line, int room, int *used,
-                       lvm_error *error) {
+/* Makes the last images of a line's input that leave room for so many more the prompt; *used is
+   their number. Tokens of more[n_more], which will be asked for behind it, follow those of the
+   prompt in set->ids: a device is quicker with all images at once. */
+static int prompt_line(struct set *set, const struct sentence *line, int room,
+                       const struct image_ref *more, int n_more, int *used, lvm_error *error) {
     const lvm_model *m = set->s.model;
     int most = set->s.ctx->o.window - room, bos = m->llama.bos >= 0;
     if (most < 0)
@@ -23380,9 +23396,13 @@ static int prompt_line(struct set *set, const struct sentence *line, int room, i
         return fail(error, LVM_FORMAT, "has no \"input\" (an empty list is one)");
     note_window(set, line->input.n, n);
     *used = n;
-    const struct image_ref *first = line->input.list + line->input.n - n;
-    int code = encode_set_images(set, first, n, set->ids + bos, error);
-    return code == LVM_OK ? lvm_prompt(set->s.ctx, set->ids, set->n_ids, NULL, error) : code;
+    struct image_ref *all = mem_alloc((size_t)(n + n_more) + 1, sizeof *all, error);
+    if (all == NULL) return LVM_MEMORY;
+    for (int i = 0; i < n; i++) all[i] = line->input.list[line->input.n - n + i];
+    for (int i = 0; i < n_more; i++) all[n + i] = more[i];
+    int code = encode_set_images(set, all, n + n_more, set->ids + bos, error);
+    mem_free(all);
+    return code == LVM_OK ? set_prompt(set->s.ctx, set->ids, set->n_ids, error) : code;
 }
 
 typedef int line_fn(struct set *set, struct sentence *line, lvm_error *error);
@@ -23458,15 +23478,15 @@ static void print_puzzle(struct set *set, const struct sentence *line, char *con
 /* nll[i] of each choice, of which memory holds a few at a time. */
 static int score_line(struct set *set, const struct sentence *line, double *nll,
                       lvm_error *error) {
-    int used = 0, code = prompt_line(set, line, 1, &used, error);
-    int32_t *ids = mem_alloc(READ_TOGETHER * (size_t)set->s.model->T, sizeof *ids, error);
-    if (ids == NULL) return LVM_MEMORY;
-    for (int i = 0, n; code == LVM_OK && i < line->choices.n; i += n) {
-        n = (int)min64(READ_TOGETHER, line->choices.n - i);
-        code = encode_set_images(set, line->choices.list + i, n, ids, error);
+    const struct image_list *choices = &line->choices;
+    int used = 0, n = (int)min64(READ_TOGETHER, choices->n);
+    int code = prompt_line(set, line, 1, choices->list, n, &used, error);
+    int32_t *ids = set->ids + set->n_ids;
+    for (int i = 0; code == LVM_OK && i < choices->n; i += n) {
+        n = (int)min64(READ_TOGETHER, choices->n - i);
+        if (i > 0) code = encode_set_images(set, choices->list + i, n, ids, error);
         if (code == LVM_OK) code = score_choices(set->s.ctx, ids, n, nll + i, error);
     }
-    mem_free(ids);
     return code;
 }
 
@@ -23486,16 +23506,14 @@ static int run_puzzle(struct set *set, const struct sentence *line, char *const 
 
 /* exp of the mean negative log-likelihood over all tokens of all targets. */
 static int eval_targets(struct set *set, struct sentence *line, lvm_error *error) {
-    int used = 0, code = prompt_line(set, line, line->target.n, &used, error);
+    const struct image_list *target = &line->target;
+    int used = 0, code = prompt_line(set, line, target->n, target->list, target->n, &used, error);
     if (code != LVM_OK) return code;
-    int n = line->target.n * set->s.model->T; /* no more than a window holds */
-    int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
+    int n = target->n * set->s.model->T; /* no more than a window holds */
     float *nll = mem_alloc((size_t)n, sizeof *nll, error);
     double sum = 0;
-    if (ids == NULL || nll == NULL) code = LVM_MEMORY;
-    if (code == LVM_OK)
-        code = encode_set_images(set, line->target.list, line->target.n, ids, error);
-    if (code == LVM_OK) code = lvm_score(set->s.ctx, ids, n, nll, error);
+    if (nll == NULL) return LVM_MEMORY;
+    code = lvm_score(set->s.ctx, set->ids + set->n_ids, n, nll, error);
     for (int i = 0; code == LVM_OK && i < n; i++) sum += nll[i];
     if (code == LVM_OK) code = check_likelihood(sum, n, error);
     if (code == LVM_OK) {
@@ -23506,7 +23524,6 @@ static int eval_targets(struct set *set, struct sentence *line, lvm_error *error
                               : "%d: perplexity %.6f\n",
                set->lines.number, perplexity);
     }
-    mem_free(ids);
     mem_free(nll);
     return code;
 }
@@ -23916,9 +23933,34 @@ static void print_answer(struct set *set, const char *name, const double *mse) {
     else print_answer_text(set, name, mse, mean);
 }
 
-/* With what decided its pixels, as predict writes it. */
-static int save_answer(const struct set *set, const char *name, const lvm_image *image,
-                       lvm_error *error) {
+/* A line's answers on their way to a file. */
+struct answer {
+    lvm_image image;            /* all of them */
+    uint8_t *png;
+    size_t size;
+    int has_mse, code;
+    double mse[MAX_SEQUENCES];  /* of each candidate */
+};
+
+/* One image of a line's answers; `used` images of its input counted. */
+static int compose_line(struct set *set, const struct sentence *line, int used,
+                        const lvm_image *answers, struct answer *a, lvm_error *error) {
+    const struct cli *cli = set->cli;
+    int shown = cli->grid ? used : 0, code = LVM_OK;
+    lvm_image *inputs = mem_alloc((size_t)shown + 1, sizeof *inputs, error);
+    if (inputs == NULL) return LVM_MEMORY;
+    a->has_mse = line->target.n >= cli->images;
+    if (a->has_mse) code = squared_errors(set, line, answers, a->mse, error);
+    for (int i = 0; code == LVM_OK && i < shown; i++)
+        code = load_square(set, &line->input.list[line->input.n - shown + i], &inputs[i], error);
+    if (code == LVM_OK)
+        code = compose_answers(set, line, inputs, shown, answers, &a->image, error);
+    free_images(inputs, shown);
+    return code;
+}
+
+/* Its PNG, with what decided its pixels, as predict writes it. */
+static int pack_answer(const struct set *set, struct answer *a, lvm_error *error) {
     char text[400], all[480];
     describe_run(set->cli, &set->s, text, sizeof text);
     if (set->cli->candidates * set->cli->images == 1)
@@ -23926,40 +23968,38 @@ static int save_answer(const struct set *set, const char *name, const lvm_image 
     else
         snprintf(all, sizeof all, "%s, %d candidates, %d images", text, set->cli->candidates,
                  set->cli->images);
-    return image_save_text(name, image, all, error);
+    return png_encode(&a->image, all, &a->png, &a->size, error);
 }
 
-/* Writes and prints a line's answers; `used` images of its input counted. */
-static int finish_answer(struct set *set, const struct sentence *line, const char *name, int used,
-                         const lvm_image *answers, lvm_error *error) {
-    const struct cli *cli = set->cli;
-    int has_truth = line->target.n >= cli->images, shown = cli->grid ? used : 0, code = LVM_OK;
-    double mse[MAX_SEQUENCES];
-    lvm_image all = {.rgb = NULL};
-    lvm_image *inputs = mem_alloc((size_t)shown + 1, sizeof *inputs, error);
-    if (inputs == NULL) return LVM_MEMORY;
-    if (has_truth) code = squared_errors(set, line, answers, mse, error);
-    for (int i = 0; code == LVM_OK && i < shown; i++)
-        code = load_square(set, &line->input.list[line->input.n - shown + i], &inputs[i], error);
-    if (code == LVM_OK) code = compose_answers(set, line, inputs, shown, answers, &all, error);
-    if (code == LVM_OK) code = save_answer(set, name, &all, error);
-    if (code == LVM_OK) print_answer(set, name, has_truth ? mse : NULL);
-    lvm_image_free(&all);
-    free_images(inputs, shown);
+static void answer_free(struct answer *a) {
+    lvm_image_free(&a->image);
+    mem_free(a->png);
+}
+
+/* Writes and prints a line's answers. */
+static int finish_answer(struct set *set, const char *name, const struct answer *a,
+                         lvm_error *error) {
+    int code = write_file(name, a->png, a->size, error);
+    if (code == LVM_OK) print_answer(set, name, a->has_mse ? a->mse : NULL);
     return code;
 }
 
 static int answer_line(struct set *set, const struct sentence *line, const char *name,
                        lvm_error *error) {
     const struct cli *cli = set->cli;
-    int used = 0, n = cli->images * cli->candidates, code = prompt_line(set, line, 1, &used, error);
+    struct answer a = {.code = LVM_OK};
+    int used = 0, n = cli->images * cli->candidates;
+    int code = prompt_line(set, line, 1, NULL, 0, &used, error);
     if (code == LVM_OK) code = ready_output(set, line, name, error);
     lvm_image *answers = mem_alloc((size_t)n, sizeof *answers, error);
     if (answers == NULL) code = LVM_MEMORY;
     if (code == LVM_OK)
         code = lvm_generate_images(set->s.ctx, &cli->sampling, cli->candidates, cli->images,
                                    answers, error);
-    if (code == LVM_OK) code = finish_answer(set, line, name, used, answers, error);
+    if (code == LVM_OK) code = compose_line(set, line, used, answers, &a, error);
+    if (code == LVM_OK) code = pack_answer(set, &a, error);
+    if (code == LVM_OK) code = finish_answer(set, name, &a, error);
+    answer_free(&a);
     free_images(answers, n);
     return code;
 }
@@ -24006,8 +24046,9 @@ static int join_line(struct set *set, struct sentence *line, char *name, lvm_err
     struct together *g = &set->group;
     struct awaited a = {.name = name, .number = set->lines.number};
     size_t V = (size_t)ctx->m->llama.V;
-    int code = prompt_line(set, line, 1, &a.used, error);
+    int code = prompt_line(set, line, 1, NULL, 0, &a.used, error);
     if (code == LVM_OK) code = ready_output(set, line, name, error);
+    if (code == LVM_OK) code = prefill_pending(ctx, error);
     if (code == LVM_OK) code = ctx->b->kv_copy(ctx->state, 0, g->n + 1, ctx->n_fed, error);
     a.n_ids = ctx->n_ids;
     a.ids = code == LVM_OK ? mem_alloc((size_t)a.n_ids, sizeof *a.ids, error) : NULL;
@@ -24066,13 +24107,13 @@ static int generate_together(struct set *set, int tokens, int32_t *ids, lvm_erro
     return code;
 }
 
-/* Line a, whose answers are there or (NULL) are made now. */
-static int end_awaited(struct set *set, struct awaited *a, const lvm_image *answers) {
+/* Line a, whose answer is there or (NULL) is made now. */
+static int end_awaited(struct set *set, struct awaited *a, const struct answer *answer) {
     lvm_error error = {0, ""};
     int number = set->lines.number;
     set->lines.number = a->number;
-    int code = answers != NULL ? finish_answer(set, &a->line, a->name, a->used, answers, &error)
-                               : answer_line(set, &a->line, a->name, &error);
+    int code = answer != NULL ? finish_answer(set, a->name, answer, &error)
+                              : answer_line(set, &a->line, a->name, &error);
     if (code == LVM_OK)
         code = destinations_add(&set->written, a->name, a->name, a->number, &error);
     else mem_free(a->name);
@@ -24083,20 +24124,51 @@ static int end_awaited(struct set *set, struct awaited *a, const lvm_image *answ
     return taken;
 }
 
+struct packing_job {
+    const struct set *set;
+    struct answer *of; /* [set->group.n] */
+};
+
+static void pack_task(void *arg, int i, int thread) {
+    struct packing_job *job = arg;
+    (void)thread;
+    if (job->of[i].code == LVM_OK) job->of[i].code = pack_answer(job->set, &job->of[i], NULL);
+}
+
+/* The answers of all that wait become PNGs; compressing, which takes longest, side by side. */
+static void pack_together(struct set *set, const lvm_image *answers, struct answer *of) {
+    const struct together *g = &set->group;
+    struct packing_job job = {set, of};
+    int most = (int)min64(set->s.ctx->o.threads, READ_TOGETHER);
+    for (int i = 0; i < g->n; i++)
+        of[i].code = compose_line(set, &g->of[i].line, g->of[i].used,
+                                  answers + i * set->cli->images, &of[i], NULL);
+    if (set->pool == NULL && g->n > 1) set->pool = pool_new(most, NULL);
+    if (set->pool != NULL) pool_run(set->pool, g->n, pack_task, &job);
+    else
+        for (int i = 0; i < g->n; i++) pack_task(&job, i, 0);
+}
+
 static int answer_together(struct set *set) {
     struct together *g = &set->group;
     int n = g->n, images = set->cli->images, tokens = images * set->s.model->T, taken = 1;
     if (n == 0) return 1;
     int32_t *ids = mem_alloc((size_t)n * (size_t)tokens, sizeof *ids, NULL);
     lvm_image *answers = mem_alloc((size_t)n * (size_t)images, sizeof *answers, NULL);
-    int code = ids != NULL && answers != NULL ? generate_together(set, tokens, ids, NULL)
-                                              : LVM_MEMORY;
+    struct answer *of = mem_alloc((size_t)n, sizeof *of, NULL);
+    int code = ids != NULL && answers != NULL && of != NULL
+                   ? generate_together(set, tokens, ids, NULL) : LVM_MEMORY;
     if (code == LVM_OK) code = lvm_decode(set->s.ctx, ids, n * images, answers, NULL);
     for (int i = 0; i < n; i++) set->s.ctx->b->kv_trim(set->s.ctx->state, i + 1, 0);
+    if (code == LVM_OK) pack_together(set, answers, of);
     g->n = 0;
-    for (int i = 0; i < n; i++)
-        taken &= end_awaited(set, &g->of[i], code == LVM_OK ? answers + i * images : NULL);
+    for (int i = 0; i < n; i++) {
+        taken &= end_awaited(set, &g->of[i],
+                             code == LVM_OK && of[i].code == LVM_OK ? &of[i] : NULL);
+        if (of != NULL) answer_free(&of[i]);
+    }
     mem_free(ids);
+    mem_free(of);
     free_images(answers, n * images);
     return taken;
 }
