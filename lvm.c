@@ -3711,8 +3711,8 @@ static int read_behind(lvm_ctx *ctx, const char *call, const int32_t *ids, int n
                     n, a->context + judge - prompt);
     code = check_ids(ids, n, a->V, error);
     memcpy(ctx->ids + prompt, ids, (size_t)n * sizeof *ids);
-    if (ctx->has_logits && judge)
-        nll[0] = negative_log_likelihood(ctx->logits, a->V, ctx->ids[prompt]);
+    if (code == LVM_OK && judge && ctx->has_logits)
+        nll[0] = negative_log_likelihood(ctx->logits, a->V, ids[0]);
     memset(ctx->seqs, 0, (size_t)most * sizeof *ctx->seqs);
     for (int at = start; code == LVM_OK && at < end; at += most) {
         int rows = end - at < most ? end - at : most, from = at > first ? at : first;
