@@ -2096,8 +2096,8 @@ static __device__ void multiply_output_tiles(const struct gemm &p, char *ring, u
 #endif
 
 /* y = x w^T. Reads x and w in panels, writes y in f32, [rows][N], or h in panels. Grid: clusters,
-   as many as fit, or as there are output tiles. Floor: 2 N ld rows operations over the tensor
-   cores' rate. */
+   as many as fit; without weights to dequantise no more than there are pairs of output tiles.
+   Floor: 2 N ld rows operations over the tensor cores' rate. */
 template <int KIND>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     gemm_wgmma_kernel(const __grid_constant__ struct gemm p) {
@@ -2303,7 +2303,8 @@ template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int 
         how[0].val.clusterDim = {CLUSTER, 1, 1};
         how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         how[1].val.programmaticStreamSerializationAllowed = 1;
-        c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_pairs(p), blocks / CLUSTER)));
+        const int pairs = p.later[0].tiles > 0 ? INT_MAX : gemm_pairs(p); /* all blocks help */
+        c.gridDim = dim3((unsigned)(CLUSTER * min64(pairs, blocks / CLUSTER)));
         c.blockDim = dim3(WGMMA_THREADS);
         c.dynamicSmemBytes = WGMMA_SHARED;
         c.stream = q->stream;
@@ -3077,8 +3078,8 @@ __global__ void swiglu_kernel(float *gate, const float *up, int64_t n) {
     if (i < n) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
-/* lvm.c's exp_f32 of x <= 0, log_f64 of x >= 1 and summand: the same bits, for nvcc fuses no product
-   that is an intrinsic's. */
+/* lvm.c's exp_f32 of x <= 0, log_f64 of x >= 1 and summand: the same bits, for nvcc fuses no
+   product that is an intrinsic's. */
 static __device__ float exp_as_host(float x) {
     const float c[8] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
     const float whole = 12582912; /* added to n it leaves n in the lowest bits */
@@ -3113,7 +3114,8 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
     double sum = 0;
     for (int i = (int)threadIdx.x; i < V; i += THREADS) most = fmaxf(most, row[i]);
     most = reduce_block<1>(most);
-    for (int i = (int)threadIdx.x; i < V; i += THREADS) sum += (double)summand_as_host(exp_as_host(row[i] - most));
+    for (int i = (int)threadIdx.x; i < V; i += THREADS)
+        sum += (double)summand_as_host(exp_as_host(row[i] - most));
     sum = reduce_block<0>(sum);
     if (threadIdx.x == 0)
         nll[blockIdx.x] = (float)(log_as_host(sum) - ((double)row[targets[blockIdx.x]] - most));
