@@ -23006,15 +23006,24 @@ struct set {
         struct awaited *of;  /* [most] */
         float *logits;       /* [most][V] */
     } group;
+    struct compressing {         /* batch: lines whose answers become PNGs meanwhile */
+        int n, running;
+        struct awaited *of;     /* [most] */
+        struct answer *answers; /* [most] */
+        const struct set *set;
+        pthread_t thread;
+    } compressing;
     int cut;                 /* a note on the window was given */
     int good, bad, puzzles, answered, right, errors, skipped;
     double perplexity, error; /* sums: of good lines; squared errors of answers with targets */
 };
 
 static void ahead_close(struct ahead *a);
+static void compressing_close(struct compressing *p);
 
 static void set_close(struct set *set) {
     ahead_close(set->ahead);
+    compressing_close(&set->compressing);
     session_close(&set->s);
     pool_free(set->pool);
     lines_close(&set->lines);
@@ -23407,8 +23416,10 @@ static int prompt_line(struct set *set, const struct sentence *line, int room,
 
 typedef int line_fn(struct set *set, struct sentence *line, lvm_error *error);
 
-/* Answers the lines that wait, if any do; 0 as of run_line. */
+/* Answers the lines that wait, if any do, and writes all answers; or leaves that of those that
+   waited for the next call, for their PNGs to be made meanwhile. 0 as of run_line. */
 static int answer_together(struct set *set);
+static int answer_group(struct set *set);
 
 /* A line is done: counts it and reports a fault. Returns 0 when nobody takes answers any more. */
 static int end_line(struct set *set, int code, const lvm_error *error) {
@@ -23435,7 +23446,7 @@ static int run_line(struct set *set, line_fn *run) {
     g->joined = 0;
     if (code == LVM_OK) code = run(set, &line, &error);
     sentence_free(&line);
-    if (g->joined) return g->n < g->most || answer_together(set);
+    if (g->joined) return g->n < g->most || answer_group(set);
     return answer_together(set) && end_line(set, code, &error);
 }
 
@@ -24008,9 +24019,10 @@ static int answer_line(struct set *set, const struct sentence *line, const char 
 
    Each line is read as ever; then its keys and values become a sequence of their own, and it waits.
    When enough wait, or a line comes that does not, the tokens of all are generated as one batch,
-   which reads the weights once, and the lines are finished in their order. What fails for a group
-   is done again line by line, so that faults are those of lines. A line may read what one before it
-   writes: what cannot be read is tried again when nothing waits any more. */
+   which reads the weights once. Their answers become PNGs, of which each takes a core as long as an
+   answer the device, while the next lines are read; then the lines are finished in their order.
+   What fails for a group is done again line by line, so that faults are those of lines. A line may
+   read what one before it writes: what cannot be read is tried again when nothing waits. */
 
 struct awaited {
     struct sentence line;
@@ -24029,7 +24041,12 @@ static int group_open(struct set *set, lvm_error *error) {
     if (set->lines.size == 0 || set->cli->candidates > 1 || g->most < 2) g->most = 0;
     g->of = mem_alloc((size_t)g->most + 1, sizeof *g->of, error);
     g->logits = mem_alloc((size_t)g->most * (size_t)ctx->m->llama.V + 1, sizeof *g->logits, error);
-    return g->of == NULL || g->logits == NULL ? LVM_MEMORY : LVM_OK;
+    struct compressing *p = &set->compressing;
+    p->set = set;
+    p->of = mem_alloc((size_t)g->most + 1, sizeof *p->of, error);
+    p->answers = mem_alloc((size_t)g->most + 1, sizeof *p->answers, error);
+    return g->of == NULL || g->logits == NULL || p->of == NULL || p->answers == NULL ? LVM_MEMORY
+                                                                                     : LVM_OK;
 }
 
 /* Whether a line's answer fits its window: one that slides is on its own. */
@@ -24124,53 +24141,92 @@ static int end_awaited(struct set *set, struct awaited *a, const struct answer *
     return taken;
 }
 
-struct packing_job {
-    const struct set *set;
-    struct answer *of; /* [set->group.n] */
-};
-
-static void pack_task(void *arg, int i, int thread) {
-    struct packing_job *job = arg;
+static void compress_task(void *arg, int i, int thread) {
+    struct compressing *p = arg;
+    struct answer *a = &p->answers[i];
     (void)thread;
-    if (job->of[i].code == LVM_OK) job->of[i].code = pack_answer(job->set, &job->of[i], NULL);
+    if (a->code == LVM_OK) a->code = pack_answer(p->set, a, NULL);
 }
 
-/* The answers of all that wait become PNGs; compressing, which takes longest, side by side. */
-static void pack_together(struct set *set, const lvm_image *answers, struct answer *of) {
-    const struct together *g = &set->group;
-    struct packing_job job = {set, of};
-    int most = (int)min64(set->s.ctx->o.threads, READ_TOGETHER);
-    for (int i = 0; i < g->n; i++)
-        of[i].code = compose_line(set, &g->of[i].line, g->of[i].used,
-                                  answers + i * set->cli->images, &of[i], NULL);
-    if (set->pool == NULL && g->n > 1) set->pool = pool_new(most, NULL);
-    if (set->pool != NULL) pool_run(set->pool, g->n, pack_task, &job);
+static void *compressing_thread(void *arg) {
+    struct compressing *p = arg;
+    struct pool *pool = pool_new((int)min64(p->set->s.ctx->o.threads, p->n), NULL);
+    if (pool != NULL) pool_run(pool, p->n, compress_task, p);
     else
-        for (int i = 0; i < g->n; i++) pack_task(&job, i, 0);
+        for (int i = 0; i < p->n; i++) compress_task(p, i, 0);
+    pool_free(pool);
+    return NULL;
+}
+
+/* Writes and prints the answers of which PNGs were made, if there are any. */
+static int end_group(struct set *set) {
+    struct compressing *p = &set->compressing;
+    int taken = 1;
+    if (p->running) pthread_join(p->thread, NULL);
+    p->running = 0;
+    for (int i = 0; i < p->n; i++) {
+        struct answer *a = &p->answers[i];
+        taken &= end_awaited(set, &p->of[i], a->code == LVM_OK ? a : NULL);
+        answer_free(a);
+    }
+    p->n = 0;
+    return taken;
+}
+
+/* Of a set that is left early too. */
+static void compressing_close(struct compressing *p) {
+    if (p->running) pthread_join(p->thread, NULL);
+    for (int i = 0; i < p->n; i++) {
+        answer_free(&p->answers[i]);
+        mem_free(p->of[i].name);
+        mem_free(p->of[i].ids);
+        sentence_free(&p->of[i].line);
+    }
+    mem_free(p->of);
+    mem_free(p->answers);
+}
+
+/* Hands the lines that wait, with their answers (or a fault), to a thread of their own. */
+static void compress_group(struct set *set, const lvm_image *answers, int fault) {
+    struct together *g = &set->group;
+    struct compressing *p = &set->compressing;
+    struct awaited *room = p->of;
+    p->of = g->of;
+    g->of = room;
+    p->n = g->n;
+    g->n = 0;
+    for (int i = 0; i < p->n; i++) {
+        struct answer *a = &p->answers[i];
+        *a = (struct answer){.code = fault};
+        if (fault == LVM_OK)
+            a->code = compose_line(set, &p->of[i].line, p->of[i].used,
+                                   answers + i * set->cli->images, a, NULL);
+    }
+    os_signals before = os_block_signals();
+    p->running = thread_start(&p->thread, compressing_thread, p) == 0;
+    os_restore_signals(before);
+    if (!p->running) compressing_thread(p);
+}
+
+static int answer_group(struct set *set) {
+    int n = set->group.n, images = set->cli->images, tokens = images * set->s.model->T;
+    int taken = end_group(set);
+    if (n == 0) return taken;
+    int32_t *ids = mem_alloc((size_t)n * (size_t)tokens, sizeof *ids, NULL);
+    lvm_image *answers = mem_alloc((size_t)n * (size_t)images, sizeof *answers, NULL);
+    int code = ids != NULL && answers != NULL ? generate_together(set, tokens, ids, NULL)
+                                              : LVM_MEMORY;
+    if (code == LVM_OK) code = lvm_decode(set->s.ctx, ids, n * images, answers, NULL);
+    for (int i = 0; i < n; i++) set->s.ctx->b->kv_trim(set->s.ctx->state, i + 1, 0);
+    compress_group(set, answers, code);
+    mem_free(ids);
+    free_images(answers, n * images);
+    return taken;
 }
 
 static int answer_together(struct set *set) {
-    struct together *g = &set->group;
-    int n = g->n, images = set->cli->images, tokens = images * set->s.model->T, taken = 1;
-    if (n == 0) return 1;
-    int32_t *ids = mem_alloc((size_t)n * (size_t)tokens, sizeof *ids, NULL);
-    lvm_image *answers = mem_alloc((size_t)n * (size_t)images, sizeof *answers, NULL);
-    struct answer *of = mem_alloc((size_t)n, sizeof *of, NULL);
-    int code = ids != NULL && answers != NULL && of != NULL
-                   ? generate_together(set, tokens, ids, NULL) : LVM_MEMORY;
-    if (code == LVM_OK) code = lvm_decode(set->s.ctx, ids, n * images, answers, NULL);
-    for (int i = 0; i < n; i++) set->s.ctx->b->kv_trim(set->s.ctx->state, i + 1, 0);
-    if (code == LVM_OK) pack_together(set, answers, of);
-    g->n = 0;
-    for (int i = 0; i < n; i++) {
-        taken &= end_awaited(set, &g->of[i],
-                             code == LVM_OK && of[i].code == LVM_OK ? &of[i] : NULL);
-        if (of != NULL) answer_free(&of[i]);
-    }
-    mem_free(ids);
-    mem_free(of);
-    free_images(answers, n * images);
-    return taken;
+    int taken = answer_group(set);
+    return taken & end_group(set);
 }
 
 /* A line whose answer exists. */
@@ -24194,7 +24250,7 @@ static int batch_line(struct set *set, struct sentence *line, lvm_error *error) 
     else if (code == LVM_OK && !joins) code = answer_line(set, line, name, error);
     else if (code == LVM_OK) {
         code = join_line(set, line, name, error);
-        if (code != LVM_OK && set->group.n > 0) {
+        if (code != LVM_OK && set->group.n + set->compressing.n > 0) {
             answer_together(set);
             code = join_line(set, line, name, error);
         }
