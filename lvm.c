@@ -3406,12 +3406,6 @@ static const struct backend cpu_backend = {
 
 /* ---- Contexts, which chapter 14 makes and frees ---- */
 
-/* An image as the tokenizer saw it and what it became. */
-struct encoded {
-    uint8_t *rgb; /* [R][R][3] */
-    int32_t *ids; /* [T] */
-};
-
 struct lvm_ctx {
     const lvm_model *m;
     lvm_options o;      /* settled: no field is left open */
@@ -3426,10 +3420,11 @@ struct lvm_ctx {
     int has_logits;     /* logits[0] belongs to ids[n_fed - 1] */
     float *logits;      /* [sequences][V]; row c is candidate c's while generating */
     int *seqs, *rows;   /* [rows]: a batch's sequences; 0, 1, 2, ... */
-    uint8_t *rgb;       /* [images][R][R][3]: on their way to the tokenizer or back */
-    int32_t *tokens;    /* [images][T] */
+    uint8_t *rgb;       /* [places][R][R][3]: remembered, or on the way to the tokenizer or back */
+    int32_t *tokens;    /* [places][T] */
+    int places, place;  /* place: the first of limits.images that are free */
     int64_t n_encoded;  /* images encoded so far; the last ones are remembered */
-    struct encoded encoded[MAX_ENCODED]; /* image i at i % MAX_ENCODED */
+    int encoded[MAX_ENCODED]; /* the place of image i, at i % MAX_ENCODED */
 };
 
 /* Sampling as the caller chose it (NULL: nothing), with what was left to lvm filled in and the rest
@@ -3475,29 +3470,32 @@ static size_t image_bytes(const lvm_ctx *ctx) {
     return R * R * 3;
 }
 
-/* What the context knows of these pixels, or NULL. Comparing 32 images costs microseconds, encoding
-   one a good part of a second. */
-static const struct encoded *find_encoded(const lvm_ctx *ctx, const uint8_t *rgb) {
+static uint8_t *rgb_at(const lvm_ctx *ctx, int place) {
+    return ctx->rgb + (size_t)place * image_bytes(ctx);
+}
+
+static int32_t *tokens_at(const lvm_ctx *ctx, int place) {
+    return ctx->tokens + (int64_t)place * ctx->m->T;
+}
+
+/* The tokens of these pixels, where the context knows them, or NULL. Comparing 32 images costs
+   microseconds, encoding one a good part of a second. */
+static const int32_t *find_encoded(const lvm_ctx *ctx, const uint8_t *rgb) {
     for (int i = 0; i < MAX_ENCODED && i < ctx->n_encoded; i++)
-        if (memcmp(ctx->encoded[i].rgb, rgb, image_bytes(ctx)) == 0) return &ctx->encoded[i];
+        if (memcmp(rgb_at(ctx, ctx->encoded[i]), rgb, image_bytes(ctx)) == 0)
+            return tokens_at(ctx, ctx->encoded[i]);
     return NULL;
 }
 
-/* Remembers an image, rgb[R][R][3] and ids[T]; the oldest makes room. */
-static int remember_encoded(lvm_ctx *ctx, const uint8_t *rgb, const int32_t *ids,
-                            lvm_error *error) {
-    struct encoded *e = &ctx->encoded[ctx->n_encoded % MAX_ENCODED];
-    size_t T = (size_t)ctx->m->T;
-    if (e->rgb == NULL) e->rgb = mem_alloc(1, image_bytes(ctx), error);
-    if (e->ids == NULL) e->ids = mem_alloc(T, sizeof *e->ids, error);
-    if (e->rgb == NULL || e->ids == NULL) return LVM_MEMORY;
-    memcpy(e->rgb, rgb, image_bytes(ctx));
-    memcpy(e->ids, ids, T * sizeof *ids);
-    ctx->n_encoded++;
-    return LVM_OK;
+/* Remembers the n images at ctx->place. There are so many places that the last MAX_ENCODED images
+   lie in none of those that are free now, which begin again at 0 before they would not fit. */
+static void remember_encoded(lvm_ctx *ctx, int n) {
+    for (int i = 0; i < n; i++) ctx->encoded[ctx->n_encoded++ % MAX_ENCODED] = ctx->place + i;
+    ctx->place += n;
+    if (ctx->place + ctx->limits.images > ctx->places) ctx->place = 0;
 }
 
-/* Images of a call that wait in ctx->rgb to be encoded together. */
+/* Images of a call that wait at ctx->place to be encoded together. */
 struct encode_group {
     int n, done, all;     /* waiting; before them; of the call */
     int32_t *to[MAX_ENCODED]; /* where their tokens go */
@@ -3505,15 +3503,14 @@ struct encode_group {
 
 /* Encodes the images that wait and remembers them. */
 static int encode_waiting(lvm_ctx *ctx, struct encode_group *g, lvm_error *error) {
-    size_t T = (size_t)ctx->m->T;
+    const int32_t *ids = tokens_at(ctx, ctx->place);
     if (g->n == 0) return LVM_OK;
-    int code = blame_weights(ctx, ctx->b->encode(ctx->state, ctx->rgb, g->n, g->done, g->all,
-                                                 ctx->tokens, NULL, error), error);
-    for (int i = 0; code == LVM_OK && i < g->n; i++) {
-        const int32_t *ids = ctx->tokens + (size_t)i * T;
-        memcpy(g->to[i], ids, T * sizeof *ids);
-        code = remember_encoded(ctx, ctx->rgb + (size_t)i * image_bytes(ctx), ids, error);
-    }
+    int code = blame_weights(ctx, ctx->b->encode(ctx->state, rgb_at(ctx, ctx->place), g->n, g->done,
+                                                 g->all, tokens_at(ctx, ctx->place), NULL, error),
+                             error);
+    for (int i = 0; code == LVM_OK && i < g->n; i++, ids += ctx->m->T)
+        memcpy(g->to[i], ids, (size_t)ctx->m->T * sizeof *ids);
+    if (code == LVM_OK) remember_encoded(ctx, g->n);
     g->done += g->n;
     g->n = 0;
     return code;
@@ -3530,20 +3527,19 @@ static int report_images(const lvm_ctx *ctx, int decoded, int64_t done, int64_t 
    then known. */
 static int encode_image(lvm_ctx *ctx, const lvm_image *image, struct encode_group *g, int32_t *ids,
                         lvm_error *error) {
-    size_t size = image_bytes(ctx);
     lvm_image fitted = {.rgb = NULL};
     int R = ctx->m->vq->R, fits = image->width == R && image->height == R && image->rgb != NULL;
     int code = fits ? LVM_OK : fit_image(image, R, ctx->o.fit, &fitted, error), twice = 0;
     const uint8_t *rgb = fits ? image->rgb : fitted.rgb;
     for (int i = 0; code == LVM_OK && i < g->n; i++)
-        twice |= memcmp(ctx->rgb + (size_t)i * size, rgb, size) == 0;
+        twice |= memcmp(rgb_at(ctx, ctx->place + i), rgb, image_bytes(ctx)) == 0;
     if (twice) code = encode_waiting(ctx, g, error);
-    const struct encoded *known = code == LVM_OK ? find_encoded(ctx, rgb) : NULL;
+    const int32_t *known = code == LVM_OK ? find_encoded(ctx, rgb) : NULL;
     if (known != NULL) {
-        memcpy(ids, known->ids, (size_t)ctx->m->T * sizeof *ids);
+        memcpy(ids, known, (size_t)ctx->m->T * sizeof *ids);
         code = report_images(ctx, 0, ++g->done, g->all, error);
     } else if (code == LVM_OK) {
-        memcpy(ctx->rgb + (size_t)g->n * size, rgb, size);
+        memcpy(rgb_at(ctx, ctx->place + g->n), rgb, image_bytes(ctx));
         g->to[g->n++] = ids;
         if (g->n == ctx->limits.images) code = encode_waiting(ctx, g, error);
     }
@@ -3571,13 +3567,13 @@ static int decode_images(lvm_ctx *ctx, const int32_t *ids, int first, int count,
                          lvm_image *images, lvm_error *error) {
     int R = ctx->m->vq->R;
     int code = ctx->b->decode(ctx->state, ids + (int64_t)first * ctx->m->T, count, first, n,
-                              ctx->rgb, NULL, error);
+                              rgb_at(ctx, ctx->place), NULL, error);
     code = blame_weights(ctx, code, error);
     for (int i = 0; code == LVM_OK && i < count; i++) {
         lvm_image *image = &images[first + i];
         image->rgb = mem_alloc(1, image_bytes(ctx), error);
         if (image->rgb == NULL) return LVM_MEMORY;
-        memcpy(image->rgb, ctx->rgb + (size_t)i * image_bytes(ctx), image_bytes(ctx));
+        memcpy(image->rgb, rgb_at(ctx, ctx->place + i), image_bytes(ctx));
         image->width = image->height = R;
     }
     return code;
@@ -19767,10 +19763,6 @@ static int ctx_open_best(lvm_ctx *ctx, lvm_error *error) {
 void lvm_ctx_free(lvm_ctx *ctx) {
     if (ctx == NULL) return;
     if (ctx->state != NULL) ctx->b->close(ctx->state);
-    for (int i = 0; i < MAX_ENCODED; i++) {
-        mem_free(ctx->encoded[i].rgb);
-        mem_free(ctx->encoded[i].ids);
-    }
     void *all[] = {ctx->ids, ctx->logits, ctx->seqs, ctx->rows, ctx->rgb, ctx->tokens};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
     mem_free(ctx);
@@ -19780,15 +19772,16 @@ void lvm_ctx_free(lvm_ctx *ctx) {
 static int ctx_alloc(lvm_ctx *ctx, lvm_error *error) {
     const lvm_model *m = ctx->m;
     ctx->limits.images = (int)min64(ctx->limits.images, MAX_ENCODED);
-    size_t R = m->vq != NULL ? (size_t)m->vq->R : 0, images = (size_t)ctx->limits.images,
+    ctx->places = MAX_ENCODED + 2 * ctx->limits.images;
+    size_t R = m->vq != NULL ? (size_t)m->vq->R : 0, places = (size_t)ctx->places,
            rows = (size_t)ctx->limits.rows;
     ctx->ids = mem_alloc((size_t)m->llama.context + 1, sizeof *ctx->ids, error);
     ctx->logits = mem_alloc((size_t)ctx->limits.sequences * (size_t)m->llama.V,
                             sizeof *ctx->logits, error);
     ctx->seqs = mem_alloc(rows, sizeof *ctx->seqs, error);
     ctx->rows = mem_alloc(rows, sizeof *ctx->rows, error);
-    ctx->rgb = mem_alloc(images, R * R * 3, error);
-    ctx->tokens = mem_alloc(images, (size_t)m->T * sizeof *ctx->tokens, error);
+    ctx->rgb = mem_alloc(places, R * R * 3, error);
+    ctx->tokens = mem_alloc(places, (size_t)m->T * sizeof *ctx->tokens, error);
     if (ctx->ids == NULL || ctx->logits == NULL || ctx->seqs == NULL || ctx->rows == NULL ||
         ctx->rgb == NULL || ctx->tokens == NULL)
         return LVM_MEMORY;
@@ -19886,10 +19879,9 @@ lvm_usage lvm_ctx_usage(const lvm_ctx *ctx) {
     lvm_usage usage = {0};
     if (ctx == NULL) return usage;
     const lvm_model *m = ctx->m;
-    int64_t image = 4 * (int64_t)m->T + (m->vq != NULL ? (int64_t)image_bytes(ctx) : 0),
-            images = ctx->limits.images + min64(ctx->n_encoded, MAX_ENCODED);
-    usage.context = (int64_t)sizeof *ctx + images * image + 4 * ((int64_t)m->llama.context + 1) +
-                    8 * (int64_t)ctx->limits.rows +
+    int64_t image = 4 * (int64_t)m->T + (m->vq != NULL ? (int64_t)image_bytes(ctx) : 0);
+    usage.context = (int64_t)sizeof *ctx + ctx->places * image +
+                    4 * ((int64_t)m->llama.context + 1) + 8 * (int64_t)ctx->limits.rows +
                     4 * (int64_t)ctx->limits.sequences * m->llama.V;
     usage.weights = (int64_t)m->file.size;
     for (int i = 0; i < m->n_specs; i++)
@@ -20006,10 +19998,10 @@ static int write_cache(struct outfile *out, const lvm_ctx *ctx, int n, uint8_t *
     int code = cache_write(out, &h, sizeof h, &hash, error);
     if (code == LVM_OK) code = cache_write(out, ctx->ids, (size_t)n * 4, &hash, error);
     for (uint32_t i = 0; code == LVM_OK && i < h.n_images; i++) {
-        const struct encoded *e =
-            &ctx->encoded[(ctx->n_encoded - h.n_images + i) % MAX_ENCODED];
-        code = cache_write(out, e->ids, T * 4, &hash, error);
-        if (code == LVM_OK) code = cache_write(out, e->rgb, R * R * 3, &hash, error);
+        int place = ctx->encoded[(ctx->n_encoded - h.n_images + i) % MAX_ENCODED];
+        code = cache_write(out, tokens_at(ctx, place), T * 4, &hash, error);
+        if (code == LVM_OK)
+            code = cache_write(out, rgb_at(ctx, place), R * R * 3, &hash, error);
     }
     for (uint32_t i = 0; code == LVM_OK && i < h.n_pages; i++) {
         code = ctx->b->kv_get(ctx->state, 0, (int)i, page, error);
@@ -20069,19 +20061,15 @@ static int check_cache_head(const lvm_ctx *ctx, const struct cache_head *h, cons
 
 static int read_cached_image(lvm_ctx *ctx, struct cache_reader *r, lvm_error *error) {
     size_t T = (size_t)ctx->m->T, size = ctx->m->vq != NULL ? image_bytes(ctx) : 0;
-    uint8_t *rgb = mem_alloc(1, size, error);
-    int32_t *ids = mem_alloc(T, sizeof *ids, error);
-    int code = rgb == NULL || ids == NULL ? LVM_MEMORY : cache_read(r, ids, T * 4, error);
-    if (code == LVM_OK) code = cache_read(r, rgb, size, error);
+    int32_t *ids = tokens_at(ctx, ctx->place);
+    int code = cache_read(r, ids, T * 4, error);
+    if (code == LVM_OK && size > 0) code = cache_read(r, rgb_at(ctx, ctx->place), size, error);
     if (code == LVM_OK && check_ids(ids, (int64_t)T, ctx->m->codes, NULL) != LVM_OK)
         code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
-    if (code == LVM_OK) code = remember_encoded(ctx, rgb, ids, error);
-    mem_free(rgb);
-    mem_free(ids);
+    if (code == LVM_OK) remember_encoded(ctx, 1);
     return code;
 }
 
-/* Everything behind the head; the context is used only when the hash is right too. */
 static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_head *h,
                       uint8_t *page, lvm_error *error) {
     int n = (int)h->n_tokens;
