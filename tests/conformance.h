@@ -409,6 +409,35 @@ static void cf_rows(const lvm_model *m, const struct backend *b, const lvm_optio
     lvm_ctx_free(ctx);
 }
 
+/* Calls of a few images each, new ones and some of the last 32, which cost nothing: all tokens are
+   those of images alone, however long ago memory for them was used before. */
+static void cf_remembers(const lvm_model *m, const struct backend *b, const lvm_options *o) {
+    enum { ALL = 150, MOST = 7 };
+    static uint8_t rgb[ALL][CF_R * CF_R * 3];
+    static int32_t want[ALL][CF_T];
+    int32_t got[MOST][CF_T];
+    lvm_image images[MOST];
+    lvm_ctx *ctx = cf_context(m, b, o), *alone = cf_context(m, b, o);
+    struct rng rng = rng_new(19, 0);
+    for (int n = 0, same = 1; n + MOST <= ALL; same = 1) {
+        int count = 1 + (int)(rng_next(&rng) % MOST), of[MOST];
+        for (int i = 0; i < count; i++) {
+            int old = n > 0 && rng_next(&rng) % 3 == 0;
+            of[i] = old ? n - 1 - (int)(rng_next(&rng) % (uint32_t)min64(n, MAX_ENCODED)) : n++;
+            images[i] = (lvm_image){CF_R, CF_R, rgb[of[i]], 0};
+            for (size_t p = 0; !old && p < sizeof *rgb; p++) rgb[of[i]][p] = (uint8_t)rng_next(&rng);
+            ctx_reset(alone);
+            if (!old) check(lvm_encode(alone, &images[i], 1, want[of[i]], NULL) == LVM_OK, "encode");
+        }
+        check(lvm_encode(ctx, images, count, got[0], NULL) == LVM_OK, "%d images fail", count);
+        for (int i = 0; i < count; i++) same &= memcmp(got[i], want[of[i]], sizeof *got) == 0;
+        check(same && ctx->n_encoded == n, "%lld of %d images are encoded, tokens are%s theirs",
+              (long long)ctx->n_encoded, n, same ? "" : " not");
+    }
+    lvm_ctx_free(ctx);
+    lvm_ctx_free(alone);
+}
+
 /* Likelihoods behind a prompt that is read with them, and again when it is in the cache, are those
    behind a prompt that was read before. */
 static void cf_pending(const lvm_model *m, const struct backend *b, const lvm_options *o) {
@@ -686,6 +715,7 @@ static void check_backend(const struct backend *b, const char *device, int type,
         cf_prefixes(m, b, &here);
         cf_rows(m, b, &here);
         cf_pending(m, b, &here);
+        cf_remembers(m, b, &here);
         for (int n = 1; n <= CF_PROMPT; n += 93) cf_cache(m, b, &here, n, path);
         cf_cache(m, b, &here, KV_BLOCK, path);
         cf_cancel(m, b, &here, &got);
