@@ -23666,7 +23666,8 @@ static int compose_answers(struct set *set, const struct sentence *line, const l
         int row = i / columns, column = i % columns;
         const lvm_image *from =
             column < n ? &inputs[column] : &answers[row * set->cli->images + column - n];
-        code = lvm_image_resize(from, width, height, &resized[i], error);
+        code = width == height ? fit_image(from, width, LVM_SQUASH, &resized[i], error)
+                               : lvm_image_resize(from, width, height, &resized[i], error);
     }
     if (code == LVM_OK) code = compose(resized, tiles, columns, 0, NULL, out, error);
     free_images(resized, tiles);
