@@ -4661,8 +4661,8 @@ static void attend_few(struct queue *q, const struct attention *a, int n, const 
 static void attend_many(struct queue *q, const struct attention *a, int tiles) {
     with_layout(a->l, [&](auto type, auto dp) {
         constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
-        launch(q, "expand_kernel", expand_kernel<KV, DP>, dim3((unsigned)a->G, (unsigned)tiles, 4),
-               THREADS, 0, *a);
+        const dim3 grid((unsigned)a->G, (unsigned)tiles, (unsigned)max64(4, 128 / tiles));
+        launch(q, "expand_kernel", expand_kernel<KV, DP>, grid, THREADS, 0, *a);
         launch(q, "flash_kernel", flash_kernel<DP>,
                dim3((unsigned)(a->H / a->heads), (unsigned)tiles, DP / flash_shared<DP>::M),
                FLASH_THREADS, flash_bytes<DP>(), *a);
