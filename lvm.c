@@ -3406,12 +3406,6 @@ static const struct backend cpu_backend = {
 
 /* ---- Contexts, which chapter 14 makes and frees ---- */
 
-/* An image as the tokenizer saw it and what it became. */
-struct encoded {
-    uint8_t *rgb; /* [R][R][3] */
-    int32_t *ids; /* [T] */
-};
-
 struct lvm_ctx {
     const lvm_model *m;
     lvm_options o;      /* settled: no field is left open */
@@ -3426,10 +3420,11 @@ struct lvm_ctx {
     int has_logits;     /* logits[0] belongs to ids[n_fed - 1] */
     float *logits;      /* [sequences][V]; row c is candidate c's while generating */
     int *seqs, *rows;   /* [rows]: a batch's sequences; 0, 1, 2, ... */
-    uint8_t *rgb;       /* [images][R][R][3]: on their way to the tokenizer or back */
-    int32_t *tokens;    /* [images][T] */
+    uint8_t *rgb;       /* [places][R][R][3]: remembered, or on the way to the tokenizer or back */
+    int32_t *tokens;    /* [places][T] */
+    int places, place;  /* place: the first of limits.images that are free */
     int64_t n_encoded;  /* images encoded so far; the last ones are remembered */
-    struct encoded encoded[MAX_ENCODED]; /* image i at i % MAX_ENCODED */
+    int encoded[MAX_ENCODED]; /* the place of image i, at i % MAX_ENCODED */
 };
 
 /* Sampling as the caller chose it (NULL: nothing), with what was left to lvm filled in and the rest
@@ -3475,29 +3470,32 @@ static size_t image_bytes(const lvm_ctx *ctx) {
     return R * R * 3;
 }
 
-/* What the context knows of these pixels, or NULL. Comparing 32 images costs microseconds, encoding
-   one a good part of a second. */
-static const struct encoded *find_encoded(const lvm_ctx *ctx, const uint8_t *rgb) {
+static uint8_t *rgb_at(const lvm_ctx *ctx, int place) {
+    return ctx->rgb + (size_t)place * image_bytes(ctx);
+}
+
+static int32_t *tokens_at(const lvm_ctx *ctx, int place) {
+    return ctx->tokens + (int64_t)place * ctx->m->T;
+}
+
+/* The tokens of these pixels, where the context knows them, or NULL. Comparing 32 images costs
+   microseconds, encoding one a good part of a second. */
+static const int32_t *find_encoded(const lvm_ctx *ctx, const uint8_t *rgb) {
     for (int i = 0; i < MAX_ENCODED && i < ctx->n_encoded; i++)
-        if (memcmp(ctx->encoded[i].rgb, rgb, image_bytes(ctx)) == 0) return &ctx->encoded[i];
+        if (memcmp(rgb_at(ctx, ctx->encoded[i]), rgb, image_bytes(ctx)) == 0)
+            return tokens_at(ctx, ctx->encoded[i]);
     return NULL;
 }
 
-/* Remembers an image, rgb[R][R][3] and ids[T]; the oldest makes room. */
-static int remember_encoded(lvm_ctx *ctx, const uint8_t *rgb, const int32_t *ids,
-                            lvm_error *error) {
-    struct encoded *e = &ctx->encoded[ctx->n_encoded % MAX_ENCODED];
-    size_t T = (size_t)ctx->m->T;
-    if (e->rgb == NULL) e->rgb = mem_alloc(1, image_bytes(ctx), error);
-    if (e->ids == NULL) e->ids = mem_alloc(T, sizeof *e->ids, error);
-    if (e->rgb == NULL || e->ids == NULL) return LVM_MEMORY;
-    memcpy(e->rgb, rgb, image_bytes(ctx));
-    memcpy(e->ids, ids, T * sizeof *ids);
-    ctx->n_encoded++;
-    return LVM_OK;
+/* Remembers the n images at ctx->place. There are so many places that the last MAX_ENCODED images
+   lie in none of those that are free now, which begin again at 0 before they would not fit. */
+static void remember_encoded(lvm_ctx *ctx, int n) {
+    for (int i = 0; i < n; i++) ctx->encoded[ctx->n_encoded++ % MAX_ENCODED] = ctx->place + i;
+    ctx->place += n;
+    if (ctx->place + ctx->limits.images > ctx->places) ctx->place = 0;
 }
 
-/* Images of a call that wait in ctx->rgb to be encoded together. */
+/* Images of a call that wait at ctx->place to be encoded together. */
 struct encode_group {
     int n, done, all;     /* waiting; before them; of the call */
     int32_t *to[MAX_ENCODED]; /* where their tokens go */
@@ -3505,15 +3503,14 @@ struct encode_group {
 
 /* Encodes the images that wait and remembers them. */
 static int encode_waiting(lvm_ctx *ctx, struct encode_group *g, lvm_error *error) {
-    size_t T = (size_t)ctx->m->T;
+    const int32_t *ids = tokens_at(ctx, ctx->place);
     if (g->n == 0) return LVM_OK;
-    int code = blame_weights(ctx, ctx->b->encode(ctx->state, ctx->rgb, g->n, g->done, g->all,
-                                                 ctx->tokens, NULL, error), error);
-    for (int i = 0; code == LVM_OK && i < g->n; i++) {
-        const int32_t *ids = ctx->tokens + (size_t)i * T;
-        memcpy(g->to[i], ids, T * sizeof *ids);
-        code = remember_encoded(ctx, ctx->rgb + (size_t)i * image_bytes(ctx), ids, error);
-    }
+    int code = blame_weights(ctx, ctx->b->encode(ctx->state, rgb_at(ctx, ctx->place), g->n, g->done,
+                                                 g->all, tokens_at(ctx, ctx->place), NULL, error),
+                             error);
+    for (int i = 0; code == LVM_OK && i < g->n; i++, ids += ctx->m->T)
+        memcpy(g->to[i], ids, (size_t)ctx->m->T * sizeof *ids);
+    if (code == LVM_OK) remember_encoded(ctx, g->n);
     g->done += g->n;
     g->n = 0;
     return code;
@@ -3530,18 +3527,19 @@ static int report_images(const lvm_ctx *ctx, int decoded, int64_t done, int64_t 
    then known. */
 static int encode_image(lvm_ctx *ctx, const lvm_image *image, struct encode_group *g, int32_t *ids,
                         lvm_error *error) {
-    size_t size = image_bytes(ctx);
     lvm_image fitted = {.rgb = NULL};
-    int code = fit_image(image, ctx->m->vq->R, ctx->o.fit, &fitted, error), twice = 0;
+    int R = ctx->m->vq->R, fits = image->width == R && image->height == R && image->rgb != NULL;
+    int code = fits ? LVM_OK : fit_image(image, R, ctx->o.fit, &fitted, error), twice = 0;
+    const uint8_t *rgb = fits ? image->rgb : fitted.rgb;
     for (int i = 0; code == LVM_OK && i < g->n; i++)
-        twice |= memcmp(ctx->rgb + (size_t)i * size, fitted.rgb, size) == 0;
+        twice |= memcmp(rgb_at(ctx, ctx->place + i), rgb, image_bytes(ctx)) == 0;
     if (twice) code = encode_waiting(ctx, g, error);
-    const struct encoded *known = code == LVM_OK ? find_encoded(ctx, fitted.rgb) : NULL;
+    const int32_t *known = code == LVM_OK ? find_encoded(ctx, rgb) : NULL;
     if (known != NULL) {
-        memcpy(ids, known->ids, (size_t)ctx->m->T * sizeof *ids);
+        memcpy(ids, known, (size_t)ctx->m->T * sizeof *ids);
         code = report_images(ctx, 0, ++g->done, g->all, error);
     } else if (code == LVM_OK) {
-        memcpy(ctx->rgb + (size_t)g->n * size, fitted.rgb, size);
+        memcpy(rgb_at(ctx, ctx->place + g->n), rgb, image_bytes(ctx));
         g->to[g->n++] = ids;
         if (g->n == ctx->limits.images) code = encode_waiting(ctx, g, error);
     }
@@ -3569,13 +3567,13 @@ static int decode_images(lvm_ctx *ctx, const int32_t *ids, int first, int count,
                          lvm_image *images, lvm_error *error) {
     int R = ctx->m->vq->R;
     int code = ctx->b->decode(ctx->state, ids + (int64_t)first * ctx->m->T, count, first, n,
-                              ctx->rgb, NULL, error);
+                              rgb_at(ctx, ctx->place), NULL, error);
     code = blame_weights(ctx, code, error);
     for (int i = 0; code == LVM_OK && i < count; i++) {
         lvm_image *image = &images[first + i];
         image->rgb = mem_alloc(1, image_bytes(ctx), error);
         if (image->rgb == NULL) return LVM_MEMORY;
-        memcpy(image->rgb, ctx->rgb + (size_t)i * image_bytes(ctx), image_bytes(ctx));
+        memcpy(image->rgb, rgb_at(ctx, ctx->place + i), image_bytes(ctx));
         image->width = image->height = R;
     }
     return code;
@@ -3626,41 +3624,30 @@ static int prefill(lvm_ctx *ctx, int seq, const int32_t *ids, int n, float *logi
                           : report(&ctx->o, stage.name, stage.done + n, stage.all, error);
 }
 
-/* Keys and values depend on nothing but the tokens up to theirs, so that what two prompts begin
-   with alike is read once (prefix reuse). */
-int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error) {
-    clear_error(error);
-    if (ctx == NULL || ids == NULL)
-        return null_argument(error, "lvm_prompt", ctx == NULL ? "ctx" : "ids");
+/* The prompt becomes ids[n]. Keys and values depend on nothing but the tokens up to theirs, so that
+   what two prompts begin with alike is read once (prefix reuse); the rest is pending. */
+static int set_prompt(lvm_ctx *ctx, const int32_t *ids, int n, lvm_error *error) {
     const struct llama *a = &ctx->m->llama;
-    int code = need_transformer(ctx, error);
+    int code = need_transformer(ctx, error), same = 0;
     if (code != LVM_OK) return code;
     if (n < 1 || n > a->context)
         return fail(error, LVM_INVALID, "a prompt of %d tokens; the context holds 1 to %d", n,
                     a->context);
     code = check_ids(ids, n, a->V, error);
     if (code != LVM_OK) return code;
-    int same = 0; /* tokens of the beginning that are in the cache already */
     while (same < n && same < ctx->n_fed && ids[same] == ctx->ids[same]) same++;
-    if (same == n && !(ctx->n_fed == n && ctx->has_logits)) same = n - 1;
+    ctx->has_logits &= same == n && ctx->n_fed == n;
     ctx->b->kv_trim(ctx->state, 0, same);
     memcpy(ctx->ids, ids, (size_t)n * sizeof *ids);
     ctx->n_ids = n;
     ctx->n_fed = same;
     ctx->n_generated = 0;
-    if (same < n) {
-        ctx->has_logits = 0;
-        code = prefill(ctx, 0, ids + same, n - same, ctx->logits, &ctx->n_fed,
-                       (struct stage){"prefill", 0, n - same}, error);
-        if (code != LVM_OK) return code;
-        ctx->has_logits = 1;
-    }
-    if (logits != NULL) memcpy(logits, ctx->logits, (size_t)a->V * sizeof *logits);
     return LVM_OK;
 }
 
-/* Feeds what is pending, so that logits[0] are those behind the whole sequence. */
-static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
+/* Whether there is a prompt that a forward can go on from. Where its logits are wanted but gone,
+   its last token is pending again. */
+static int resume_prompt(lvm_ctx *ctx, lvm_error *error) {
     int code = need_transformer(ctx, error);
     if (code != LVM_OK) return code;
     if (ctx->n_ids == 0)
@@ -3670,10 +3657,27 @@ static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
         return fail(error, LVM_INVALID, "the context is full");
     if (ctx->n_fed == ctx->n_ids) ctx->b->kv_trim(ctx->state, 0, --ctx->n_fed);
     ctx->has_logits = 0;
-    int n = ctx->n_ids - ctx->n_fed;
+    return LVM_OK;
+}
+
+/* Feeds what is pending, so that logits[0] are those behind the whole sequence. */
+static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
+    int code = resume_prompt(ctx, error), n = ctx->n_ids - ctx->n_fed;
+    if (code != LVM_OK || n == 0) return code;
     code = prefill(ctx, 0, ctx->ids + ctx->n_fed, n, ctx->logits, &ctx->n_fed,
                    (struct stage){"prefill", 0, n}, error);
     ctx->has_logits = code == LVM_OK;
+    return code;
+}
+
+int lvm_prompt(lvm_ctx *ctx, const int32_t *ids, int n, float *logits, lvm_error *error) {
+    clear_error(error);
+    if (ctx == NULL || ids == NULL)
+        return null_argument(error, "lvm_prompt", ctx == NULL ? "ctx" : "ids");
+    int code = set_prompt(ctx, ids, n, error);
+    if (code == LVM_OK) code = prefill_pending(ctx, error);
+    if (code == LVM_OK && logits != NULL)
+        memcpy(logits, ctx->logits, (size_t)ctx->m->llama.V * sizeof *logits);
     return code;
 }
 
@@ -3683,40 +3687,47 @@ static int prefill_pending(lvm_ctx *ctx, lvm_error *error) {
    that is -ln p. Its mean's exponential is the perplexity, the number of equally likely tokens that
    the model was as unsure between. */
 
-/* Reads ids[n] behind the prompt, many rows at a time: logits[n][V] behind each of them; or, where
-   that is NULL, nll[i] of ids[i], which the logits behind the one before it tell. The last of these
-   need not be read. Then the sequence is cut back to the prompt. */
+/* Reads ids[n] behind the prompt, and with them what of that is pending, many rows at a time:
+   logits[n][V] behind each of them; or, where that is NULL, nll[i] of ids[i], which the logits
+   behind the one before it tell. The last of these need not be read. Then the sequence is cut back
+   to the prompt. */
 static int read_behind(lvm_ctx *ctx, const char *call, const int32_t *ids, int n, float *logits,
                        float *nll, lvm_error *error) {
     clear_error(error);
     if (ctx == NULL || ids == NULL || (logits == NULL && nll == NULL))
         return null_argument(error, call, ctx == NULL ? "ctx" : ids == NULL ? "ids" : "the result");
     const struct llama *a = &ctx->m->llama;
-    int code = prefill_pending(ctx, error);
+    int code = logits == NULL ? resume_prompt(ctx, error) : prefill_pending(ctx, error);
     if (code != LVM_OK) return code;
-    int start = ctx->n_fed, most = ctx->limits.rows, judge = logits == NULL;
-    if (n < 1 || n > a->context + judge - start)
+    int most = ctx->limits.rows, judge = logits == NULL, start = ctx->n_fed, prompt = ctx->n_ids;
+    int first = prompt - !ctx->has_logits; /* the first row of which something is wanted */
+    int end = prompt + n - judge, all = n + prompt - start;
+    if (n < 1 || n > a->context + judge - prompt)
         return fail(error, LVM_INVALID, "%d tokens; behind the prompt the context holds 1 to %d",
-                    n, a->context + judge - start);
+                    n, a->context + judge - prompt);
     code = check_ids(ids, n, a->V, error);
-    if (code == LVM_OK && judge) nll[0] = negative_log_likelihood(ctx->logits, a->V, ids[0]);
+    memcpy(ctx->ids + prompt, ids, (size_t)n * sizeof *ids);
+    if (code == LVM_OK && judge && ctx->has_logits)
+        nll[0] = negative_log_likelihood(ctx->logits, a->V, ids[0]);
     memset(ctx->seqs, 0, (size_t)most * sizeof *ctx->seqs);
-    for (int at = 0; code == LVM_OK && at < n - judge; at += most) {
-        int rows = n - judge - at < most ? n - judge - at : most;
-        struct batch b = {.n = rows, .tokens = ids + at, .seqs = ctx->seqs, .n_out = rows,
-                          .out = ctx->rows};
-        if (judge) b.targets = ids + at + 1, b.nll = nll + at + 1;
-        else b.logits = logits + (int64_t)at * a->V;
-        code = report(&ctx->o, "score", at, n, error);
+    for (int at = start; code == LVM_OK && at < end; at += most) {
+        int rows = end - at < most ? end - at : most, from = at > first ? at : first;
+        int skipped = from - at < rows ? from - at : rows;
+        struct batch b = {.n = rows, .tokens = ctx->ids + at, .seqs = ctx->seqs,
+                          .n_out = rows - skipped, .out = ctx->rows + skipped};
+        if (judge) b.targets = ctx->ids + from + 1, b.nll = nll + from + 1 - prompt;
+        else b.logits = logits + (int64_t)(from - prompt) * a->V;
+        code = report(&ctx->o, "score", at - start, all, error);
         if (code == LVM_OK) code = ctx->b->forward(ctx->state, &b, error);
     }
-    ctx->b->kv_trim(ctx->state, 0, start);
+    ctx->n_fed = code == LVM_OK ? prompt : start;
+    ctx->b->kv_trim(ctx->state, 0, ctx->n_fed);
     for (int i = 0; code == LVM_OK && i < n; i++)
         code = judge ? check_finite(nll + i, 1, "the likelihoods from token", i + 1, error)
                      : check_finite(logits + (int64_t)i * a->V, a->V, "the logits behind token",
                                     i + 1, error);
     code = blame_weights(ctx, code, error);
-    return code == LVM_OK ? report(&ctx->o, "score", n, n, error) : code;
+    return code == LVM_OK ? report(&ctx->o, "score", all, all, error) : code;
 }
 
 int lvm_score(lvm_ctx *ctx, const int32_t *ids, int n, float *nll, lvm_error *error) {
@@ -19753,10 +19764,6 @@ static int ctx_open_best(lvm_ctx *ctx, lvm_error *error) {
 void lvm_ctx_free(lvm_ctx *ctx) {
     if (ctx == NULL) return;
     if (ctx->state != NULL) ctx->b->close(ctx->state);
-    for (int i = 0; i < MAX_ENCODED; i++) {
-        mem_free(ctx->encoded[i].rgb);
-        mem_free(ctx->encoded[i].ids);
-    }
     void *all[] = {ctx->ids, ctx->logits, ctx->seqs, ctx->rows, ctx->rgb, ctx->tokens};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) mem_free(all[i]);
     mem_free(ctx);
@@ -19766,15 +19773,16 @@ void lvm_ctx_free(lvm_ctx *ctx) {
 static int ctx_alloc(lvm_ctx *ctx, lvm_error *error) {
     const lvm_model *m = ctx->m;
     ctx->limits.images = (int)min64(ctx->limits.images, MAX_ENCODED);
-    size_t R = m->vq != NULL ? (size_t)m->vq->R : 0, images = (size_t)ctx->limits.images,
+    ctx->places = MAX_ENCODED + 2 * ctx->limits.images;
+    size_t R = m->vq != NULL ? (size_t)m->vq->R : 0, places = (size_t)ctx->places,
            rows = (size_t)ctx->limits.rows;
     ctx->ids = mem_alloc((size_t)m->llama.context + 1, sizeof *ctx->ids, error);
     ctx->logits = mem_alloc((size_t)ctx->limits.sequences * (size_t)m->llama.V,
                             sizeof *ctx->logits, error);
     ctx->seqs = mem_alloc(rows, sizeof *ctx->seqs, error);
     ctx->rows = mem_alloc(rows, sizeof *ctx->rows, error);
-    ctx->rgb = mem_alloc(images, R * R * 3, error);
-    ctx->tokens = mem_alloc(images, (size_t)m->T * sizeof *ctx->tokens, error);
+    ctx->rgb = mem_alloc(places, R * R * 3, error);
+    ctx->tokens = mem_alloc(places, (size_t)m->T * sizeof *ctx->tokens, error);
     if (ctx->ids == NULL || ctx->logits == NULL || ctx->seqs == NULL || ctx->rows == NULL ||
         ctx->rgb == NULL || ctx->tokens == NULL)
         return LVM_MEMORY;
@@ -19872,10 +19880,9 @@ lvm_usage lvm_ctx_usage(const lvm_ctx *ctx) {
     lvm_usage usage = {0};
     if (ctx == NULL) return usage;
     const lvm_model *m = ctx->m;
-    int64_t image = 4 * (int64_t)m->T + (m->vq != NULL ? (int64_t)image_bytes(ctx) : 0),
-            images = ctx->limits.images + min64(ctx->n_encoded, MAX_ENCODED);
-    usage.context = (int64_t)sizeof *ctx + images * image + 4 * ((int64_t)m->llama.context + 1) +
-                    8 * (int64_t)ctx->limits.rows +
+    int64_t image = 4 * (int64_t)m->T + (m->vq != NULL ? (int64_t)image_bytes(ctx) : 0);
+    usage.context = (int64_t)sizeof *ctx + ctx->places * image +
+                    4 * ((int64_t)m->llama.context + 1) + 8 * (int64_t)ctx->limits.rows +
                     4 * (int64_t)ctx->limits.sequences * m->llama.V;
     usage.weights = (int64_t)m->file.size;
     for (int i = 0; i < m->n_specs; i++)
@@ -19992,10 +19999,10 @@ static int write_cache(struct outfile *out, const lvm_ctx *ctx, int n, uint8_t *
     int code = cache_write(out, &h, sizeof h, &hash, error);
     if (code == LVM_OK) code = cache_write(out, ctx->ids, (size_t)n * 4, &hash, error);
     for (uint32_t i = 0; code == LVM_OK && i < h.n_images; i++) {
-        const struct encoded *e =
-            &ctx->encoded[(ctx->n_encoded - h.n_images + i) % MAX_ENCODED];
-        code = cache_write(out, e->ids, T * 4, &hash, error);
-        if (code == LVM_OK) code = cache_write(out, e->rgb, R * R * 3, &hash, error);
+        int place = ctx->encoded[(ctx->n_encoded - h.n_images + i) % MAX_ENCODED];
+        code = cache_write(out, tokens_at(ctx, place), T * 4, &hash, error);
+        if (code == LVM_OK)
+            code = cache_write(out, rgb_at(ctx, place), R * R * 3, &hash, error);
     }
     for (uint32_t i = 0; code == LVM_OK && i < h.n_pages; i++) {
         code = ctx->b->kv_get(ctx->state, 0, (int)i, page, error);
@@ -20055,19 +20062,15 @@ static int check_cache_head(const lvm_ctx *ctx, const struct cache_head *h, cons
 
 static int read_cached_image(lvm_ctx *ctx, struct cache_reader *r, lvm_error *error) {
     size_t T = (size_t)ctx->m->T, size = ctx->m->vq != NULL ? image_bytes(ctx) : 0;
-    uint8_t *rgb = mem_alloc(1, size, error);
-    int32_t *ids = mem_alloc(T, sizeof *ids, error);
-    int code = rgb == NULL || ids == NULL ? LVM_MEMORY : cache_read(r, ids, T * 4, error);
-    if (code == LVM_OK) code = cache_read(r, rgb, size, error);
+    int32_t *ids = tokens_at(ctx, ctx->place);
+    int code = cache_read(r, ids, T * 4, error);
+    if (code == LVM_OK && size > 0) code = cache_read(r, rgb_at(ctx, ctx->place), size, error);
     if (code == LVM_OK && check_ids(ids, (int64_t)T, ctx->m->codes, NULL) != LVM_OK)
         code = fail(error, LVM_FORMAT, "%s: is damaged", r->path);
-    if (code == LVM_OK) code = remember_encoded(ctx, rgb, ids, error);
-    mem_free(rgb);
-    mem_free(ids);
+    if (code == LVM_OK) remember_encoded(ctx, 1);
     return code;
 }
 
-/* Everything behind the head; the context is used only when the hash is right too. */
 static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_head *h,
                       uint8_t *page, lvm_error *error) {
     int n = (int)h->n_tokens;
@@ -22972,6 +22975,9 @@ static void destinations_free(struct destinations *o) {
     memset(o, 0, sizeof *o);
 }
 
+/* Images of a line that are read together, each by a thread. */
+enum { READ_TOGETHER = 16, READ_AHEAD = 64 };
+
 /* A set at work: its lines, and the sums for the end. */
 struct set {
     struct cli *cli;
@@ -22980,7 +22986,7 @@ struct set {
     struct ahead *ahead;     /* NULL: no images are read ahead */
     struct lines lines;
     char *folder;            /* of the set, with its slash; "" of a stream */
-    int32_t *ids;            /* [bos + window T], of the prompt */
+    int32_t *ids;            /* [bos + window T] of the prompt, and [READ_TOGETHER T] behind it */
     int n_ids;
     unsigned noted;          /* bit i: a note on a key that is nearly key_table[i] was given */
     struct destinations written;  /* by batch, or left as they are */
@@ -22989,15 +22995,24 @@ struct set {
         struct awaited *of;  /* [most] */
         float *logits;       /* [most][V] */
     } group;
+    struct compressing {         /* batch: lines whose answers become PNGs meanwhile */
+        int n, running;
+        struct awaited *of;     /* [most] */
+        struct answer *answers; /* [most] */
+        const struct set *set;
+        pthread_t thread;
+    } compressing;
     int cut;                 /* a note on the window was given */
     int good, bad, puzzles, answered, right, errors, skipped;
     double perplexity, error; /* sums: of good lines; squared errors of answers with targets */
 };
 
 static void ahead_close(struct ahead *a);
+static void compressing_close(struct compressing *p);
 
 static void set_close(struct set *set) {
     ahead_close(set->ahead);
+    compressing_close(&set->compressing);
     session_close(&set->s);
     pool_free(set->pool);
     lines_close(&set->lines);
@@ -23019,8 +23034,8 @@ static int set_open(struct set *set, struct cli *cli, lvm_error *error) {
     set->s.bar.whole = 1;
     set->s.bar.lines = cli->lines;
     set->folder = mem_alloc(n + 1, 1, error);
-    set->ids = mem_alloc((size_t)set->s.ctx->o.window * (size_t)set->s.model->T + 1,
-                         sizeof *set->ids, error);
+    size_t images = (size_t)set->s.ctx->o.window + READ_TOGETHER;
+    set->ids = mem_alloc(images * (size_t)set->s.model->T + 1, sizeof *set->ids, error);
     if (set->folder == NULL || set->ids == NULL) return LVM_MEMORY;
     memcpy(set->folder, path, n);
     return LVM_OK;
@@ -23125,9 +23140,6 @@ static int load_set_image(const struct set *set, const struct image_ref *p, lvm_
     mem_free(path);
     return code == LVM_OK ? rotate_image(set->cli, image, error) : code;
 }
-
-/* Images of a line that are read together, each by a thread. */
-enum { READ_TOGETHER = 16, READ_AHEAD = 64 };
 
 struct one_read {
     lvm_image square; /* as the tokenizer takes it */
@@ -23364,10 +23376,11 @@ static void note_window(struct set *set, int given, int used) {
          set->lines.name, set->lines.number, given, used, set->s.ctx->o.window);
 }
 
-/* Reads the last images of a line's input that leave room for so many more; *used is their
-   number. What the line before began with too is not computed again. */
-static int prompt_line(struct set *set, const struct sentence *line, int room, int *used,
-                       lvm_error *error) {
+/* Makes the last images of a line's input that leave room for so many more the prompt; *used is
+   their number. Tokens of more[n_more], which will be asked for behind it, follow those of the
+   prompt in set->ids: a device is quicker with all images at once. */
+static int prompt_line(struct set *set, const struct sentence *line, int room,
+                       const struct image_ref *more, int n_more, int *used, lvm_error *error) {
     const lvm_model *m = set->s.model;
     int most = set->s.ctx->o.window - room, bos = m->llama.bos >= 0;
     if (most < 0)
@@ -23381,15 +23394,21 @@ static int prompt_line(struct set *set, const struct sentence *line, int room, i
         return fail(error, LVM_FORMAT, "has no \"input\" (an empty list is one)");
     note_window(set, line->input.n, n);
     *used = n;
-    const struct image_ref *first = line->input.list + line->input.n - n;
-    int code = encode_set_images(set, first, n, set->ids + bos, error);
-    return code == LVM_OK ? lvm_prompt(set->s.ctx, set->ids, set->n_ids, NULL, error) : code;
+    struct image_ref *all = mem_alloc((size_t)(n + n_more) + 1, sizeof *all, error);
+    if (all == NULL) return LVM_MEMORY;
+    for (int i = 0; i < n; i++) all[i] = line->input.list[line->input.n - n + i];
+    for (int i = 0; i < n_more; i++) all[n + i] = more[i];
+    int code = encode_set_images(set, all, n + n_more, set->ids + bos, error);
+    mem_free(all);
+    return code == LVM_OK ? set_prompt(set->s.ctx, set->ids, set->n_ids, error) : code;
 }
 
 typedef int line_fn(struct set *set, struct sentence *line, lvm_error *error);
 
-/* Answers the lines that wait, if any do; 0 as of run_line. */
+/* Answers the lines that wait, if any do, and writes all answers; or leaves that of those that
+   waited for the next call, for their PNGs to be made meanwhile. 0 as of run_line. */
 static int answer_together(struct set *set);
+static int answer_group(struct set *set);
 
 /* A line is done: counts it and reports a fault. Returns 0 when nobody takes answers any more. */
 static int end_line(struct set *set, int code, const lvm_error *error) {
@@ -23416,7 +23435,7 @@ static int run_line(struct set *set, line_fn *run) {
     g->joined = 0;
     if (code == LVM_OK) code = run(set, &line, &error);
     sentence_free(&line);
-    if (g->joined) return g->n < g->most || answer_together(set);
+    if (g->joined) return g->n < g->most || answer_group(set);
     return answer_together(set) && end_line(set, code, &error);
 }
 
@@ -23459,15 +23478,15 @@ static void print_puzzle(struct set *set, const struct sentence *line, char *con
 /* nll[i] of each choice, of which memory holds a few at a time. */
 static int score_line(struct set *set, const struct sentence *line, double *nll,
                       lvm_error *error) {
-    int used = 0, code = prompt_line(set, line, 1, &used, error);
-    int32_t *ids = mem_alloc(READ_TOGETHER * (size_t)set->s.model->T, sizeof *ids, error);
-    if (ids == NULL) return LVM_MEMORY;
-    for (int i = 0, n; code == LVM_OK && i < line->choices.n; i += n) {
-        n = (int)min64(READ_TOGETHER, line->choices.n - i);
-        code = encode_set_images(set, line->choices.list + i, n, ids, error);
+    const struct image_list *choices = &line->choices;
+    int used = 0, n = (int)min64(READ_TOGETHER, choices->n);
+    int code = prompt_line(set, line, 1, choices->list, n, &used, error);
+    int32_t *ids = set->ids + set->n_ids;
+    for (int i = 0; code == LVM_OK && i < choices->n; i += n) {
+        n = (int)min64(READ_TOGETHER, choices->n - i);
+        if (i > 0) code = encode_set_images(set, choices->list + i, n, ids, error);
         if (code == LVM_OK) code = score_choices(set->s.ctx, ids, n, nll + i, error);
     }
-    mem_free(ids);
     return code;
 }
 
@@ -23487,16 +23506,14 @@ static int run_puzzle(struct set *set, const struct sentence *line, char *const 
 
 /* exp of the mean negative log-likelihood over all tokens of all targets. */
 static int eval_targets(struct set *set, struct sentence *line, lvm_error *error) {
-    int used = 0, code = prompt_line(set, line, line->target.n, &used, error);
+    const struct image_list *target = &line->target;
+    int used = 0, code = prompt_line(set, line, target->n, target->list, target->n, &used, error);
     if (code != LVM_OK) return code;
-    int n = line->target.n * set->s.model->T; /* no more than a window holds */
-    int32_t *ids = mem_alloc((size_t)n, sizeof *ids, error);
+    int n = target->n * set->s.model->T; /* no more than a window holds */
     float *nll = mem_alloc((size_t)n, sizeof *nll, error);
     double sum = 0;
-    if (ids == NULL || nll == NULL) code = LVM_MEMORY;
-    if (code == LVM_OK)
-        code = encode_set_images(set, line->target.list, line->target.n, ids, error);
-    if (code == LVM_OK) code = lvm_score(set->s.ctx, ids, n, nll, error);
+    if (nll == NULL) return LVM_MEMORY;
+    code = lvm_score(set->s.ctx, set->ids + set->n_ids, n, nll, error);
     for (int i = 0; code == LVM_OK && i < n; i++) sum += nll[i];
     if (code == LVM_OK) code = check_likelihood(sum, n, error);
     if (code == LVM_OK) {
@@ -23507,7 +23524,6 @@ static int eval_targets(struct set *set, struct sentence *line, lvm_error *error
                               : "%d: perplexity %.6f\n",
                set->lines.number, perplexity);
     }
-    mem_free(ids);
     mem_free(nll);
     return code;
 }
@@ -23651,7 +23667,8 @@ static int compose_answers(struct set *set, const struct sentence *line, const l
         int row = i / columns, column = i % columns;
         const lvm_image *from =
             column < n ? &inputs[column] : &answers[row * set->cli->images + column - n];
-        code = lvm_image_resize(from, width, height, &resized[i], error);
+        code = width == height ? fit_image(from, width, LVM_SQUASH, &resized[i], error)
+                               : lvm_image_resize(from, width, height, &resized[i], error);
     }
     if (code == LVM_OK) code = compose(resized, tiles, columns, 0, NULL, out, error);
     free_images(resized, tiles);
@@ -23917,9 +23934,34 @@ static void print_answer(struct set *set, const char *name, const double *mse) {
     else print_answer_text(set, name, mse, mean);
 }
 
-/* With what decided its pixels, as predict writes it. */
-static int save_answer(const struct set *set, const char *name, const lvm_image *image,
-                       lvm_error *error) {
+/* A line's answers on their way to a file. */
+struct answer {
+    lvm_image image;            /* all of them */
+    uint8_t *png;
+    size_t size;
+    int has_mse, code;
+    double mse[MAX_SEQUENCES];  /* of each candidate */
+};
+
+/* One image of a line's answers; `used` images of its input counted. */
+static int compose_line(struct set *set, const struct sentence *line, int used,
+                        const lvm_image *answers, struct answer *a, lvm_error *error) {
+    const struct cli *cli = set->cli;
+    int shown = cli->grid ? used : 0, code = LVM_OK;
+    lvm_image *inputs = mem_alloc((size_t)shown + 1, sizeof *inputs, error);
+    if (inputs == NULL) return LVM_MEMORY;
+    a->has_mse = line->target.n >= cli->images;
+    if (a->has_mse) code = squared_errors(set, line, answers, a->mse, error);
+    for (int i = 0; code == LVM_OK && i < shown; i++)
+        code = load_square(set, &line->input.list[line->input.n - shown + i], &inputs[i], error);
+    if (code == LVM_OK)
+        code = compose_answers(set, line, inputs, shown, answers, &a->image, error);
+    free_images(inputs, shown);
+    return code;
+}
+
+/* Its PNG, with what decided its pixels, as predict writes it. */
+static int pack_answer(const struct set *set, struct answer *a, lvm_error *error) {
     char text[400], all[480];
     describe_run(set->cli, &set->s, text, sizeof text);
     if (set->cli->candidates * set->cli->images == 1)
@@ -23927,40 +23969,38 @@ static int save_answer(const struct set *set, const char *name, const lvm_image 
     else
         snprintf(all, sizeof all, "%s, %d candidates, %d images", text, set->cli->candidates,
                  set->cli->images);
-    return image_save_text(name, image, all, error);
+    return png_encode(&a->image, all, &a->png, &a->size, error);
 }
 
-/* Writes and prints a line's answers; `used` images of its input counted. */
-static int finish_answer(struct set *set, const struct sentence *line, const char *name, int used,
-                         const lvm_image *answers, lvm_error *error) {
-    const struct cli *cli = set->cli;
-    int has_truth = line->target.n >= cli->images, shown = cli->grid ? used : 0, code = LVM_OK;
-    double mse[MAX_SEQUENCES];
-    lvm_image all = {.rgb = NULL};
-    lvm_image *inputs = mem_alloc((size_t)shown + 1, sizeof *inputs, error);
-    if (inputs == NULL) return LVM_MEMORY;
-    if (has_truth) code = squared_errors(set, line, answers, mse, error);
-    for (int i = 0; code == LVM_OK && i < shown; i++)
-        code = load_square(set, &line->input.list[line->input.n - shown + i], &inputs[i], error);
-    if (code == LVM_OK) code = compose_answers(set, line, inputs, shown, answers, &all, error);
-    if (code == LVM_OK) code = save_answer(set, name, &all, error);
-    if (code == LVM_OK) print_answer(set, name, has_truth ? mse : NULL);
-    lvm_image_free(&all);
-    free_images(inputs, shown);
+static void answer_free(struct answer *a) {
+    lvm_image_free(&a->image);
+    mem_free(a->png);
+}
+
+/* Writes and prints a line's answers. */
+static int finish_answer(struct set *set, const char *name, const struct answer *a,
+                         lvm_error *error) {
+    int code = write_file(name, a->png, a->size, error);
+    if (code == LVM_OK) print_answer(set, name, a->has_mse ? a->mse : NULL);
     return code;
 }
 
 static int answer_line(struct set *set, const struct sentence *line, const char *name,
                        lvm_error *error) {
     const struct cli *cli = set->cli;
-    int used = 0, n = cli->images * cli->candidates, code = prompt_line(set, line, 1, &used, error);
+    struct answer a = {.code = LVM_OK};
+    int used = 0, n = cli->images * cli->candidates;
+    int code = prompt_line(set, line, 1, NULL, 0, &used, error);
     if (code == LVM_OK) code = ready_output(set, line, name, error);
     lvm_image *answers = mem_alloc((size_t)n, sizeof *answers, error);
     if (answers == NULL) code = LVM_MEMORY;
     if (code == LVM_OK)
         code = lvm_generate_images(set->s.ctx, &cli->sampling, cli->candidates, cli->images,
                                    answers, error);
-    if (code == LVM_OK) code = finish_answer(set, line, name, used, answers, error);
+    if (code == LVM_OK) code = compose_line(set, line, used, answers, &a, error);
+    if (code == LVM_OK) code = pack_answer(set, &a, error);
+    if (code == LVM_OK) code = finish_answer(set, name, &a, error);
+    answer_free(&a);
     free_images(answers, n);
     return code;
 }
@@ -23969,9 +24009,10 @@ static int answer_line(struct set *set, const struct sentence *line, const char 
 
    Each line is read as ever; then its keys and values become a sequence of their own, and it waits.
    When enough wait, or a line comes that does not, the tokens of all are generated as one batch,
-   which reads the weights once, and the lines are finished in their order. What fails for a group
-   is done again line by line, so that faults are those of lines. A line may read what one before it
-   writes: what cannot be read is tried again when nothing waits any more. */
+   which reads the weights once. Their answers become PNGs, of which each takes a core as long as an
+   answer the device, while the next lines are read; then the lines are finished in their order.
+   What fails for a group is done again line by line, so that faults are those of lines. A line may
+   read what one before it writes: what cannot be read is tried again when nothing waits. */
 
 struct awaited {
     struct sentence line;
@@ -23990,7 +24031,12 @@ static int group_open(struct set *set, lvm_error *error) {
     if (set->lines.size == 0 || set->cli->candidates > 1 || g->most < 2) g->most = 0;
     g->of = mem_alloc((size_t)g->most + 1, sizeof *g->of, error);
     g->logits = mem_alloc((size_t)g->most * (size_t)ctx->m->llama.V + 1, sizeof *g->logits, error);
-    return g->of == NULL || g->logits == NULL ? LVM_MEMORY : LVM_OK;
+    struct compressing *p = &set->compressing;
+    p->set = set;
+    p->of = mem_alloc((size_t)g->most + 1, sizeof *p->of, error);
+    p->answers = mem_alloc((size_t)g->most + 1, sizeof *p->answers, error);
+    return g->of == NULL || g->logits == NULL || p->of == NULL || p->answers == NULL ? LVM_MEMORY
+                                                                                     : LVM_OK;
 }
 
 /* Whether a line's answer fits its window: one that slides is on its own. */
@@ -24007,8 +24053,9 @@ static int join_line(struct set *set, struct sentence *line, char *name, lvm_err
     struct together *g = &set->group;
     struct awaited a = {.name = name, .number = set->lines.number};
     size_t V = (size_t)ctx->m->llama.V;
-    int code = prompt_line(set, line, 1, &a.used, error);
+    int code = prompt_line(set, line, 1, NULL, 0, &a.used, error);
     if (code == LVM_OK) code = ready_output(set, line, name, error);
+    if (code == LVM_OK) code = prefill_pending(ctx, error);
     if (code == LVM_OK) code = ctx->b->kv_copy(ctx->state, 0, g->n + 1, ctx->n_fed, error);
     a.n_ids = ctx->n_ids;
     a.ids = code == LVM_OK ? mem_alloc((size_t)a.n_ids, sizeof *a.ids, error) : NULL;
@@ -24067,13 +24114,13 @@ static int generate_together(struct set *set, int tokens, int32_t *ids, lvm_erro
     return code;
 }
 
-/* Line a, whose answers are there or (NULL) are made now. */
-static int end_awaited(struct set *set, struct awaited *a, const lvm_image *answers) {
+/* Line a, whose answer is there or (NULL) is made now. */
+static int end_awaited(struct set *set, struct awaited *a, const struct answer *answer) {
     lvm_error error = {0, ""};
     int number = set->lines.number;
     set->lines.number = a->number;
-    int code = answers != NULL ? finish_answer(set, &a->line, a->name, a->used, answers, &error)
-                               : answer_line(set, &a->line, a->name, &error);
+    int code = answer != NULL ? finish_answer(set, a->name, answer, &error)
+                              : answer_line(set, &a->line, a->name, &error);
     if (code == LVM_OK)
         code = destinations_add(&set->written, a->name, a->name, a->number, &error);
     else mem_free(a->name);
@@ -24084,22 +24131,92 @@ static int end_awaited(struct set *set, struct awaited *a, const lvm_image *answ
     return taken;
 }
 
-static int answer_together(struct set *set) {
+static void compress_task(void *arg, int i, int thread) {
+    struct compressing *p = arg;
+    struct answer *a = &p->answers[i];
+    (void)thread;
+    if (a->code == LVM_OK) a->code = pack_answer(p->set, a, NULL);
+}
+
+static void *compressing_thread(void *arg) {
+    struct compressing *p = arg;
+    struct pool *pool = pool_new((int)min64(p->set->s.ctx->o.threads, p->n), NULL);
+    if (pool != NULL) pool_run(pool, p->n, compress_task, p);
+    else
+        for (int i = 0; i < p->n; i++) compress_task(p, i, 0);
+    pool_free(pool);
+    return NULL;
+}
+
+/* Writes and prints the answers of which PNGs were made, if there are any. */
+static int end_group(struct set *set) {
+    struct compressing *p = &set->compressing;
+    int taken = 1;
+    if (p->running) pthread_join(p->thread, NULL);
+    p->running = 0;
+    for (int i = 0; i < p->n; i++) {
+        struct answer *a = &p->answers[i];
+        taken &= end_awaited(set, &p->of[i], a->code == LVM_OK ? a : NULL);
+        answer_free(a);
+    }
+    p->n = 0;
+    return taken;
+}
+
+/* Of a set that is left early too. */
+static void compressing_close(struct compressing *p) {
+    if (p->running) pthread_join(p->thread, NULL);
+    for (int i = 0; i < p->n; i++) {
+        answer_free(&p->answers[i]);
+        mem_free(p->of[i].name);
+        mem_free(p->of[i].ids);
+        sentence_free(&p->of[i].line);
+    }
+    mem_free(p->of);
+    mem_free(p->answers);
+}
+
+/* Hands the lines that wait, with their answers (or a fault), to a thread of their own. */
+static void compress_group(struct set *set, const lvm_image *answers, int fault) {
     struct together *g = &set->group;
-    int n = g->n, images = set->cli->images, tokens = images * set->s.model->T, taken = 1;
-    if (n == 0) return 1;
+    struct compressing *p = &set->compressing;
+    struct awaited *room = p->of;
+    p->of = g->of;
+    g->of = room;
+    p->n = g->n;
+    g->n = 0;
+    for (int i = 0; i < p->n; i++) {
+        struct answer *a = &p->answers[i];
+        *a = (struct answer){.code = fault};
+        if (fault == LVM_OK)
+            a->code = compose_line(set, &p->of[i].line, p->of[i].used,
+                                   answers + i * set->cli->images, a, NULL);
+    }
+    os_signals before = os_block_signals();
+    p->running = thread_start(&p->thread, compressing_thread, p) == 0;
+    os_restore_signals(before);
+    if (!p->running) compressing_thread(p);
+}
+
+static int answer_group(struct set *set) {
+    int n = set->group.n, images = set->cli->images, tokens = images * set->s.model->T;
+    int taken = end_group(set);
+    if (n == 0) return taken;
     int32_t *ids = mem_alloc((size_t)n * (size_t)tokens, sizeof *ids, NULL);
     lvm_image *answers = mem_alloc((size_t)n * (size_t)images, sizeof *answers, NULL);
     int code = ids != NULL && answers != NULL ? generate_together(set, tokens, ids, NULL)
                                               : LVM_MEMORY;
     if (code == LVM_OK) code = lvm_decode(set->s.ctx, ids, n * images, answers, NULL);
     for (int i = 0; i < n; i++) set->s.ctx->b->kv_trim(set->s.ctx->state, i + 1, 0);
-    g->n = 0;
-    for (int i = 0; i < n; i++)
-        taken &= end_awaited(set, &g->of[i], code == LVM_OK ? answers + i * images : NULL);
+    compress_group(set, answers, code);
     mem_free(ids);
     free_images(answers, n * images);
     return taken;
+}
+
+static int answer_together(struct set *set) {
+    int taken = answer_group(set);
+    return taken & end_group(set);
 }
 
 /* A line whose answer exists. */
@@ -24123,7 +24240,7 @@ static int batch_line(struct set *set, struct sentence *line, lvm_error *error) 
     else if (code == LVM_OK && !joins) code = answer_line(set, line, name, error);
     else if (code == LVM_OK) {
         code = join_line(set, line, name, error);
-        if (code != LVM_OK && set->group.n > 0) {
+        if (code != LVM_OK && set->group.n + set->compressing.n > 0) {
             answer_together(set);
             code = join_line(set, line, name, error);
         }

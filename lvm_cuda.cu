@@ -2105,8 +2105,8 @@ static __device__ void multiply_output_tiles(const struct gemm &p, char *ring, u
 #endif
 
 /* y = x w^T. Reads x and w in panels, writes y in f32, [rows][N], or h in panels. Grid: clusters,
-   as many as fit, or as there are output tiles. Floor: 2 N ld rows operations over the tensor
-   cores' rate. */
+   as many as fit; without weights to dequantise no more than there are pairs of output tiles.
+   Floor: 2 N ld rows operations over the tensor cores' rate. */
 template <int KIND>
 __global__ void __launch_bounds__(WGMMA_THREADS, 1)
     gemm_wgmma_kernel(const __grid_constant__ struct gemm p) {
@@ -2312,7 +2312,8 @@ template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int 
         how[0].val.clusterDim = {CLUSTER, 1, 1};
         how[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
         how[1].val.programmaticStreamSerializationAllowed = 1;
-        c.gridDim = dim3((unsigned)(CLUSTER * min64(gemm_pairs(p), blocks / CLUSTER)));
+        const int pairs = p.later[0].tiles > 0 ? INT_MAX : gemm_pairs(p); /* all blocks help */
+        c.gridDim = dim3((unsigned)(CLUSTER * min64(pairs, blocks / CLUSTER)));
         c.blockDim = dim3(WGMMA_THREADS);
         c.dynamicSmemBytes = WGMMA_SHARED;
         c.stream = q->stream;
@@ -3086,17 +3087,47 @@ __global__ void swiglu_kernel(float *gate, const float *up, int64_t n) {
     if (i < n) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
-/* Grid: [rows]. nll[row] = -ln softmax(logits[row][V])[targets[row]], in nats. */
+/* lvm.c's exp_f32 of x <= 0, log_f64 of x >= 1 and summand: the same bits, for nvcc fuses no
+   product that is an intrinsic's. */
+static __device__ float exp_as_host(float x) {
+    const float c[8] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
+    const float whole = 12582912; /* added to n it leaves n in the lowest bits */
+    float up = __fmul_rn(x, 1.44269504f) + whole, n = up - whole, p = c[0];
+    float r = (x - __fmul_rn(n, 0.693359375f)) - __fmul_rn(n, -2.12194440e-4f);
+#pragma unroll
+    for (int i = 1; i < 8; i++) p = __fmul_rn(p, r) + c[i];
+    p = __fmul_rn(p, __uint_as_float((__float_as_uint(up) + 127) << 23));
+    return x <= -87.0f ? 0 : p; /* NaN stays NaN */
+}
+
+static __device__ double log_as_host(double x) {
+    int e = 0;
+    double m = frexp(x, &e), sum = 0;
+    if (m < 0.70710678118654752) m *= 2, e--;
+    double s = (m - 1) / (m + 1), s2 = __dmul_rn(s, s);
+#pragma unroll
+    for (int i = 21; i > 0; i -= 2) sum = __dmul_rn(sum, s2) + 1.0 / i;
+    return __dmul_rn(2 * s, sum) + __dmul_rn(e, 6.93147180369123816490e-01) +
+           __dmul_rn(e, 1.90821492927058770002e-10);
+}
+
+static __device__ float summand_as_host(float p) {
+    return p < 0x1p-14f ? p + 0x1p-14f - 0x1p-14f : p;
+}
+
+/* Grid: [rows]. nll[row] = -ln softmax(logits[row][V])[targets[row]], in nats: the bits of lvm.c's
+   negative_log_likelihood, for sums are exact. */
 __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, float *nll) {
     const float *row = logits + (int64_t)blockIdx.x * V;
     float most = -HUGE_VALF;
     double sum = 0;
     for (int i = (int)threadIdx.x; i < V; i += THREADS) most = fmaxf(most, row[i]);
     most = reduce_block<1>(most);
-    for (int i = (int)threadIdx.x; i < V; i += THREADS) sum += expf(row[i] - most);
+    for (int i = (int)threadIdx.x; i < V; i += THREADS)
+        sum += (double)summand_as_host(exp_as_host(row[i] - most));
     sum = reduce_block<0>(sum);
     if (threadIdx.x == 0)
-        nll[blockIdx.x] = (float)(log(sum) - ((double)row[targets[blockIdx.x]] - most));
+        nll[blockIdx.x] = (float)(log_as_host(sum) - ((double)row[targets[blockIdx.x]] - most));
 }
 
 /* =================================================================================================
@@ -4639,8 +4670,8 @@ static void attend_few(struct queue *q, const struct attention *a, int n, const 
 static void attend_many(struct queue *q, const struct attention *a, int tiles) {
     with_layout(a->l, [&](auto type, auto dp) {
         constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
-        launch(q, "expand_kernel", expand_kernel<KV, DP>, dim3((unsigned)a->G, (unsigned)tiles, 4),
-               THREADS, 0, *a);
+        const dim3 grid((unsigned)a->G, (unsigned)tiles, (unsigned)max64(4, 128 / tiles));
+        launch(q, "expand_kernel", expand_kernel<KV, DP>, grid, THREADS, 0, *a);
         launch(q, "flash_kernel", flash_kernel<DP>,
                dim3((unsigned)(a->H / a->heads), (unsigned)tiles, DP / flash_shared<DP>::M),
                FLASH_THREADS, flash_bytes<DP>(), *a);
@@ -4854,7 +4885,7 @@ struct vq_memory {
     float up;                     /* of what was normalised last */
     __half *w16;                  /* a convolution's weights in f16 */
     struct nearest *found;        /* [images T][codes / NEAREST_CODES] */
-    uint8_t *rgb;                 /* [images][R][R][3] */
+    uint8_t *rgb, *host_rgb;      /* [images][R][R][3]; host_rgb: pinned, of an encode */
     int32_t *ids;                 /* [images][T] */
     int *bad;                     /* [images]: 1 where something is not finite */
     int side, c, images;
@@ -5313,34 +5344,7 @@ struct told {
     struct sampler sampler;
 };
 
-/* lvm.c's exp_f32 of x <= 0, log_f64 of x >= 1, summand and rng_next: the same bits, for nvcc fuses
-   no product that is an intrinsic's. */
-static __device__ float exp_as_host(float x) {
-    const float c[8] = {1.0f / 5040, 1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1, 1};
-    const float whole = 12582912; /* added to n it leaves n in the lowest bits */
-    float up = __fmul_rn(x, 1.44269504f) + whole, n = up - whole, p = c[0];
-    float r = (x - __fmul_rn(n, 0.693359375f)) - __fmul_rn(n, -2.12194440e-4f);
-#pragma unroll
-    for (int i = 1; i < 8; i++) p = __fmul_rn(p, r) + c[i];
-    p = __fmul_rn(p, __uint_as_float((__float_as_uint(up) + 127) << 23));
-    return x > -87.0f ? p : 0;
-}
-
-static __device__ double log_as_host(double x) {
-    int e = 0;
-    double m = frexp(x, &e), sum = 0;
-    if (m < 0.70710678118654752) m *= 2, e--;
-    double s = (m - 1) / (m + 1), s2 = __dmul_rn(s, s);
-#pragma unroll
-    for (int i = 21; i > 0; i -= 2) sum = __dmul_rn(sum, s2) + 1.0 / i;
-    return __dmul_rn(2 * s, sum) + __dmul_rn(e, 6.93147180369123816490e-01) +
-           __dmul_rn(e, 1.90821492927058770002e-10);
-}
-
-static __device__ float summand_as_host(float p) {
-    return p < 0x1p-14f ? p + 0x1p-14f - 0x1p-14f : p;
-}
-
+/* lvm.c's rng_next. */
 static __device__ uint32_t rng_next_as_host(struct rng *r) {
     uint64_t old = r->state;
     r->state = old * 6364136223846793005u + r->increment;
@@ -6162,9 +6166,10 @@ static int gpu_encode(void *state, const uint8_t *rgb, int n, int first, int all
     int code = use_device(&c->q, error);
     if (code != LVM_OK) return code;
     begin_stage(c, "encode", first * steps, all * steps, c->g->bad_codebook);
-    copy(&c->q, v->rgb, rgb, n * pixels, "copying images");
     for (int i = 0, few; code == LVM_OK && i < n; i += few) {
         few = (int)min64(v->few[0], n - i);
+        memcpy(v->host_rgb + i * pixels, rgb + i * pixels, few * pixels);
+        copy(&c->q, v->rgb + i * pixels, v->host_rgb + i * pixels, few * pixels, "copying images");
         begin_maps(c, few, vq->R, 3);
         from_bytes_kernel<<<blocks_of(few * pixels), THREADS, 0, c->q.stream>>>(
             v->rgb + i * pixels, few * pixels, v->x);
@@ -6359,9 +6364,11 @@ static void place_work(struct gpu *c, struct arena *a) {
 
 /* What the device and the host tell each other, in pinned memory. */
 static void place_pinned(struct gpu *c, struct arena *a) {
+    const struct vqgan *vq = c->g->m->vq;
     take(a, &c->host_in, (int64_t)told_bytes(c, std::max(c->rows, (int)SPLIT_ROWS)));
     take(a, &c->host_logits, GRAPH_ROWS * (int64_t)c->g->m->llama.V);
     take(a, &c->told, 1);
+    if (vq != NULL) take(a, &c->vq.host_rgb, (int64_t)c->images * vq->R * vq->R * 3);
 }
 
 /* Writes rope[context][2][d / 2]: cosines and sines of all positions, angles in f32 as in lvm.c's

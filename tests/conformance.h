@@ -405,9 +405,66 @@ static void cf_rows(const lvm_model *m, const struct backend *b, const lvm_optio
     check(memcmp(alone, logits + last * CF_V, sizeof alone) == 0,
           "a row's logits depend on what is wanted of others");
     for (int r = 0; r < N; r++)
-        check(fabsf(negative_log_likelihood(logits + r * CF_V, CF_V, ids[r + 1]) - nll[r]) < 1e-5f,
+        check(f32_to_bits(negative_log_likelihood(logits + r * CF_V, CF_V, ids[r + 1])) ==
+                  f32_to_bits(nll[r]),
               "row %d: likelihood of its target is not its logits'", r);
     lvm_ctx_free(ctx);
+}
+
+/* Calls of a few images each, new ones and some of the last 32, which cost nothing: all tokens are
+   those of images alone, however long ago memory for them was used before. */
+static void cf_remembers(const lvm_model *m, const struct backend *b, const lvm_options *o) {
+    enum { ALL = 150, MOST = 7 };
+    static uint8_t rgb[ALL][CF_R * CF_R * 3];
+    static int32_t want[ALL][CF_T];
+    int32_t got[MOST][CF_T];
+    lvm_image images[MOST];
+    lvm_ctx *ctx = cf_context(m, b, o), *alone = cf_context(m, b, o);
+    struct rng rng = rng_new(19, 0);
+    for (int n = 0, same = 1; n + MOST <= ALL; same = 1) {
+        int count = 1 + (int)(rng_next(&rng) % MOST), of[MOST];
+        for (int i = 0; i < count; i++) {
+            int old = n > 0 && rng_next(&rng) % 3 == 0;
+            of[i] = old ? n - 1 - (int)(rng_next(&rng) % (uint32_t)min64(n, MAX_ENCODED)) : n++;
+            images[i] = (lvm_image){CF_R, CF_R, rgb[of[i]], 0};
+            for (size_t p = 0; !old && p < sizeof *rgb; p++) rgb[of[i]][p] = (uint8_t)rng_next(&rng);
+            ctx_reset(alone);
+            if (!old) check(lvm_encode(alone, &images[i], 1, want[of[i]], NULL) == LVM_OK, "encode");
+        }
+        check(lvm_encode(ctx, images, count, got[0], NULL) == LVM_OK, "%d images fail", count);
+        for (int i = 0; i < count; i++) same &= memcmp(got[i], want[of[i]], sizeof *got) == 0;
+        check(same && ctx->n_encoded == n, "%lld of %d images are encoded, tokens are%s theirs",
+              (long long)ctx->n_encoded, n, same ? "" : " not");
+    }
+    lvm_ctx_free(ctx);
+    lvm_ctx_free(alone);
+}
+
+/* Likelihoods behind a prompt that is read with them, and again when it is in the cache, are those
+   behind a prompt that was read before. */
+static void cf_pending(const lvm_model *m, const struct backend *b, const lvm_options *o) {
+    static const int lengths[] = {1, 2, 60, 200, CF_PROMPT};
+    int32_t ids[CF_PROMPT + CF_SCORED];
+    float want[CF_SCORED], got[CF_SCORED], again[CF_SCORED], before[CF_V], behind[CF_V];
+    lvm_ctx *read = cf_context(m, b, o), *late = cf_context(m, b, o);
+    for (int k = 0; k < 5; k++) {
+        int n = lengths[k];
+        cf_ids(ids, n + CF_SCORED, (uint64_t)(8 + k / 2)); /* every other begins as one before */
+        check(lvm_prompt(read, ids, n, before, NULL) == LVM_OK &&
+                  lvm_score(read, ids + n, CF_SCORED, want, NULL) == LVM_OK,
+              "a prompt of %d and its scores fail", n);
+        check(set_prompt(late, ids, n, NULL) == LVM_OK &&
+                  lvm_score(late, ids + n, CF_SCORED, got, NULL) == LVM_OK &&
+                  lvm_score(late, ids + n, CF_SCORED, again, NULL) == LVM_OK,
+              "a pending prompt of %d and its scores fail", n);
+        check(memcmp(want, got, sizeof want) == 0 && memcmp(want, again, sizeof want) == 0,
+              "likelihoods behind %d tokens depend on when these are read", n);
+        check(lvm_prompt(late, ids, n, behind, NULL) == LVM_OK &&
+                  memcmp(before, behind, sizeof before) == 0,
+              "behind %d tokens that were read with likelihoods logits differ", n);
+    }
+    lvm_ctx_free(read);
+    lvm_ctx_free(late);
 }
 
 struct cf_canceller {
@@ -659,6 +716,8 @@ static void check_backend(const struct backend *b, const char *device, int type,
         cf_totals(ctx);
         cf_prefixes(m, b, &here);
         cf_rows(m, b, &here);
+        cf_pending(m, b, &here);
+        cf_remembers(m, b, &here);
         for (int n = 1; n <= CF_PROMPT; n += 93) cf_cache(m, b, &here, n, path);
         cf_cache(m, b, &here, KV_BLOCK, path);
         cf_cancel(m, b, &here, &got);

@@ -446,14 +446,16 @@ class Batch(Sets):
 
     def test_together(self):
         """Lines answered together get what they get alone: behind a bad one, of other lengths, from
-        tokens, reading what one before writes, sliding the window, with an output that exists."""
+        tokens, reading what one before writes (also as a target), sliding the window, with an output
+        that exists."""
         lines = [{"input": ["p0.png"], "output": "0"},
                  {"input": ["p0.png", "p1.png"], "target": [self.ids[2]], "output": "1"},
                  {"input": ["nothing.png"], "output": "2"},
                  {"input_tokens": self.ids[1] + self.ids[0], "output": "3"},
                  {"input": ["%s/0.png"], "output": "4"},
                  {"input_tokens": self.ids[0] * 40, "output": "5"},
-                 {"input": ["p1.png"], "output": "6"}, {"output": "7"}]
+                 {"input": ["p1.png"], "output": "6"},
+                 {"input": ["p0.png"], "target": ["%s/6.png"], "output": "8"}, {"output": "7"}]
         results = []
         for n in (1, 2, 3, 16):
             folder = "together%d" % n
@@ -462,12 +464,12 @@ class Batch(Sets):
             for more in (), ("-n", "2"), ("--skip-existing",):
                 code, out, err = self.run_lvm("batch", self.weights, "set.jsonl", "-o", folder, "--json",
                                               "--together", str(n), *more)
-                files = [read(self.path("%s/%d.png" % (folder, i))) for i in (0, 1, 3, 4, 5, 6)]
+                files = [read(self.path("%s/%d.png" % (folder, i))) for i in (0, 1, 3, 4, 5, 6, 8)]
                 results.append((code, out.replace(folder.encode(), b""), err.replace(folder, ""), files))
                 if more == ("-n", "2"):
                     os.remove(self.path(folder + "/3.png"))
                 elif not more:
-                    for i in (0, 1, 3, 4, 5, 6):
+                    for i in (0, 1, 3, 4, 5, 6, 8):
                         os.remove(self.path("%s/%d.png" % (folder, i)))
         for i in range(3, 12):
             self.assertEqual(results[i], results[i % 3])
