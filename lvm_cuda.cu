@@ -836,13 +836,13 @@ enum {
 
 /* ---- Activations in f16, and RMSNorm ---- */
 
-/* Activations in f16, columns from the last on to ld zeros. Rows: up to CHAIN_ROWS lie span by span,
-   [span][row][64], so that spans are one run of bytes, which one copy brings to shared memory; more
-   row by row. In odd rows neighbours of 8 columns change places: so eight rows are read from shared
-   memory without a bank conflict. Or panels for GEMM: tiles of 128 rows x 64 columns, 16 KiB side by
-   side. In a tile a row has 128 bytes, of which chunk c of 16 bytes lies at c ^ (row & 7) (wgmma's
-   128-byte swizzle: eight rows' chunks c use all banks), and a step's 16 columns are neighbours, in
-   the order of the instruction. */
+/* Activations in f16, columns from the last on to ld zeros. Rows: up to CHAIN_ROWS span by span,
+   [span][row][64], so that one copy brings spans of all rows to shared memory, where eight rows are
+   read without a bank conflict, as in odd ones each two times 8 columns change places; more rows
+   one after the other. Or panels for GEMM: tiles of 128 rows x 64 columns, 16 KiB side by side. In a
+   tile a row has 128 bytes, of which chunk c of 16 bytes lies at c ^ (row & 7) (wgmma's 128-byte
+   swizzle: eight rows' chunks c use all banks), and a step's 16 columns are neighbours, in the order
+   of the instruction. */
 struct packed {
     __half *h;
     int ld, panels; /* panels: 0: rows */
@@ -1145,6 +1145,8 @@ static __device__ void barrier_arrive_later(uint64_t *b) {
                  : "memory");
 }
 
+static __device__ uint32_t elected(void) { return 1; } /* all lanes copy */
+
 /* copy_bulk by a warp, which waits for its copies by itself. */
 static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *) {
     for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
@@ -1244,10 +1246,10 @@ template <int N> static __device__ void wgmma(float *c, uint64_t a, uint64_t b, 
    memory of its own, which it fills, reads, dequantises and multiplies. Four warps share K, one for
    each chain (split-K inside a block), and add their sums through shared memory.
 
-   Up to CHAIN_ROWS rows of x are in shared memory. A single one the block norms itself; several, of
-   which each block would have to norm all, are normed by norm_row_kernel first, and four copies, a
-   chain's each, bring them. Where a product has no norm (ADD, one or two groups a block), the ring's
-   slots have the rows' spans beside those of weights instead. */
+   Up to CHAIN_ROWS rows of x come to shared memory. A single one the block norms itself; several, of
+   which each block would have to norm all, norm_row_kernel norms before, and four copies, one for a
+   chain, bring them. Where there is no norm (ADD, with one or two groups for a block) they do not
+   stay: a span of them comes with that of the weights, into the same slot of the ring. */
 
 static __device__ const float *row_of_x(const struct product_f16 &j, int r) {
     return j.x + (int64_t)(j.which != NULL ? j.which[r] : r) * j.p[0].w.cols;
@@ -1408,33 +1410,31 @@ static __device__ void point_stream(const struct product_f16 &j,
     }
 }
 
-enum fetched { WEIGHTS = 1, INPUTS = 2 };
-
-/* n spans of both tiles, or of x, or both, set out for a slot. */
+/* n spans of both tiles, and of x unless that is not there yet, set out for a slot. */
 template <int TYPE, int KIND>
-static __device__ void copy_chunk(const struct weight_stream<TYPE, KIND> &s, int n, int what) {
+static __device__ void copy_chunk(const struct weight_stream<TYPE, KIND> &s, int n, int inputs) {
     typedef struct ring<TYPE> R;
     char *to = s.ring + s.to * s.slot, *scales = to + R::PAIRS * R::TILE;
     uint64_t *full = s.full + s.to;
 #if BULK
     if (!elected()) return;
-    if (what & WEIGHTS) barrier_expect(full, n * (2 * (R::TILE + R::SCALES) + s.span));
+    barrier_expect(full, n * (2 * (R::TILE + R::SCALES) + s.span));
 #endif
-    for (int i = 0; i < 2 && what & WEIGHTS; i++) {
+    for (int i = 0; i < 2; i++) {
         copy_bulk(to + i * R::CHUNK * R::TILE, s.q[i], n * R::TILE, full);
         if (R::SCALED) copy_bulk(scales + i * R::CHUNK * R::SCALES, s.d[i], n * R::SCALES, full);
     }
-    if (what & INPUTS && s.span > 0) copy_bulk(to + R::SLOT, s.x, n * s.span, full);
+    if (inputs && s.span > 0) copy_bulk(to + R::SLOT, s.x, n * s.span, full);
 }
 
 /* Sets out for the next chunk, if there is one. */
 template <int TYPE, int KIND>
 static __device__ void fetch_chunk(const struct product_f16 &j,
-                                   struct weight_stream<TYPE, KIND> *s, int what) {
+                                   struct weight_stream<TYPE, KIND> *s, int inputs) {
     typedef struct ring<TYPE> R;
     if (s->group < s->groups) {
         const int n = min((int)R::CHUNK, s->left);
-        copy_chunk(*s, n, what);
+        copy_chunk(*s, n, inputs);
         for (int i = 0; i < 2; i++) {
             s->q[i] += n * R::TILE;
             s->d[i] += n * R::SCALES / 2;
@@ -1447,6 +1447,23 @@ static __device__ void fetch_chunk(const struct product_f16 &j,
     }
     s->to = s->to + 1 < s->slots ? s->to + 1 : 0;
     if (!BULK) end_copies();
+}
+
+/* The spans of x for the slots that are being filled, from a warp's first group and x on. */
+template <int TYPE, int KIND>
+static __device__ void fetch_inputs(const struct weight_stream<TYPE, KIND> &s, int group,
+                                    const char *x) {
+    typedef struct ring<TYPE> R;
+    if (elected())
+#pragma unroll 1
+        for (uint32_t i = 0, at = 0; i < s.slots && group < s.groups; i++) {
+            const uint32_t n = min((uint32_t)R::CHUNK, s.own - at);
+            copy_bulk(s.ring + i * s.slot + R::SLOT, x + at * s.span, n * s.span, s.full + i);
+            if ((at += n) == s.own) at = 0, group += s.step;
+        }
+    if (BULK) return;
+    end_copies();
+    wait_for_copies<0>();
 }
 
 /* Waits for the warp's next chunk. The slot of the chunk before has not been filled again, so that
@@ -1519,7 +1536,7 @@ static __device__ void keep(const __half2 *w) {
 
 /* A warp's spans of a group, c += its part of the sums, two in turn: while tensor cores work at one
    the next becomes f16, and a further one is on its way from shared memory. */
-template <int TYPE, int KIND, int TILES>
+template <int TYPE, int KIND, int TILES, int STREAMED>
 static __device__ void multiply_group(const struct product_f16 &j,
                                       struct weight_stream<TYPE, KIND> *s,
                                       const struct inputs &in, float (*c)[4]) {
@@ -1539,7 +1556,7 @@ static __device__ void multiply_group(const struct product_f16 &j,
     const int last = s->own - 1;
     const char *slot = wait_for_chunk(s);
     auto ahead = [&](int span, int of_chunk, uint4 (*to)[2]) { /* where there is none, as of w */
-        if (AHEAD && s->span > 0) load_inputs<TILES>(in, slot + in.at + of_chunk * in.span, to);
+        if (STREAMED) load_inputs<TILES>(in, slot + in.at + of_chunk * in.span, to);
         else if (AHEAD) load_inputs<TILES>(in, in.x + min(span, last) * in.span, to);
     };
     load_raw(slot, 0, raw);
@@ -1561,7 +1578,7 @@ static __device__ void multiply_group(const struct product_f16 &j,
             keep(w[1]);
         }
         __syncwarp();
-        fetch_chunk(j, s, WEIGHTS | INPUTS);
+        fetch_chunk(j, s, 1);
         if (k + 2 > last) return;
     }
 }
@@ -1599,8 +1616,8 @@ static __device__ void epilogue_group(const struct product_f16 &j, int group, fl
    group of 16 rows of w after the other, a warp one of their four chains; where there are no more
    groups than blocks, one team has the memory of all. Reads w, in tiles, once, the first spans
    before the kernel in front has ended, and x, f16 or a single row of f32 with a norm, from shared
-   memory (SHARED: up to CHAIN_ROWS rows; ADD: with the weights) or as f16 from the L2 cache; writes
-   y in f32 rows, or out. Loops are not unrolled: instructions that run for the first time take longer
+   memory (SHARED: up to CHAIN_ROWS rows; ADD: span by span) or as f16 from the L2 cache; writes y in
+   f32 rows, or out. Loops are not unrolled: instructions that run for the first time take longer
    than others. Floor: the bytes of w over the memory's bandwidth. */
 template <int TYPE, int KIND, int TILES, int SHARED>
 __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), TILES > 4 ? 1 : 2)
@@ -1637,22 +1654,21 @@ __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), T
         __syncthreads();
     }
     point_stream(j, &s);
-    struct weight_stream<TYPE, KIND> behind = s;
+    const char *first_x = s.x;
 #pragma unroll 1
-    for (int i = 0; i < slots; i++) fetch_chunk(j, &s, WEIGHTS);
+    for (int i = 0; i < slots; i++) fetch_chunk(j, &s, 0);
     prefetch_norm(j);
-    wait_for_inputs();
-#pragma unroll 1
-    for (int i = 0; STREAMED && i < slots; i++) fetch_chunk(j, &behind, INPUTS);
-    if (STAGED) stage_rows(j, (char *)x, ready + chain, s.begin, s.own, team == 0);
     const struct inputs in = inputs_of(j, x, s.begin, R::SLOT, TILES);
+    wait_for_inputs();
+    if (STREAMED) fetch_inputs(s, first_group, first_x);
+    if (STAGED) stage_rows(j, (char *)x, ready + chain, s.begin, s.own, team == 0);
 #pragma unroll 1
     for (int group = first_group; group < last_group; group += s.step) {
         float c[TILES][4] = {}, before = 0;
         if (KIND == ADD && TILES == 1) /* of what epilogue_group lets this thread write */
             before = residual(j, j.p[0], lane % 4 * 2 + chain % 2,
                               group * 16 + lane / 4 + chain / 2 * 8);
-        if (s.own > 0) multiply_group<TYPE, KIND, TILES>(j, &s, in, c);
+        if (s.own > 0) multiply_group<TYPE, KIND, TILES, STREAMED>(j, &s, in, c);
         epilogue_group<KIND, TILES>(j, group, c, sums[team], team, chain, before);
     }
     if (!BULK) wait_for_copies<0>();
@@ -3382,6 +3398,34 @@ __global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float
     }
 }
 
+/* The same for a few rows and a cache for tensor cores, whose layout the compiler knows. Grid:
+   [rows][H + 2 G], a query, a key or a value a block, a dimension a thread; keys stay as they are. The
+   next kernel may start at once: it reads keys and values of earlier steps before it waits. */
+template <int KV, int DP>
+__global__ void __launch_bounds__(DP)
+    rope_store_few_kernel(const struct batch_view b, int64_t head_bytes, float *q, const float *keys,
+                          const float *values, const float *rope, int layer, int H, int G, int d) {
+    const struct kv_layout l = {KV, DP, 1, head_bytes};
+    const int row = (int)blockIdx.x, i = (int)blockIdx.y, dim = (int)threadIdx.x, half = d / 2,
+              j = dim < half ? dim : dim - half, pos = b.pos[row], is_value = i >= H + G,
+              g = is_value ? i - H - G : i - H;
+    float *query = q + ((int64_t)row * H + i) * d;
+    const float *from = i < H ? query : (is_value ? values : keys) + ((int64_t)row * G + g) * d,
+                *angles = rope + (int64_t)pos * d;
+    uint8_t *to = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
+    const float2 angle = dim < d ? make_float2(angles[j], angles[j + half]) : make_float2(0, 0);
+    float x = 0;
+    let_next_start();
+    wait_for_inputs();
+    if (dim < d) {
+        const float2 v = rotated(make_float2(__ldcg(from + j), __ldcg(from + j + half)), angle);
+        x = is_value ? __ldcg(from + dim) : dim < half ? v.x : v.y;
+    }
+    __syncthreads();
+    if (i >= H) store_kv(l, to + is_value * head_bytes, is_value, pos % KEYS, dim / QK * QK, x);
+    else if (dim < d) query[dim] = x;
+}
+
 struct attention {
     struct batch_view b;
     struct kv_layout l;
@@ -4070,10 +4114,9 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struc
    warp brings them, two warp groups multiply, and barriers tell them how far the others are (see
    flash_shared). While the tensor cores work for one warp group the other one has its softmax. */
 
-/* q, k and v of rows as products left them, and where queries of many go. */
+/* q, k and v of many rows as products left them, and where their queries go. */
 struct projected {
-    float *q;               /* [rows][H][d] */
-    const float *k, *v;     /* [rows][G][d] */
+    const float *q, *k, *v; /* [rows][H or G][d] */
     const float *rope;      /* [context][2][d / 2], cosines and sines */
     __half *q16;            /* [rows][H][dp], rotated, times a power of two */
     float *c;               /* [rows][H]: see struct query_scale */
@@ -4093,8 +4136,8 @@ template <int DP> static __device__ struct pairs<DP> load_pairs(const float *row
 #pragma unroll
     for (int i = 0; i < DP / 64; i++) {
         const int j = (int)threadIdx.x % 32 + 32 * i;
-        p.x[i] = j < half ? __ldcg(row + j) : 0;
-        p.y[i] = j < half ? __ldcg(row + j + half) : 0;
+        p.x[i] = j < half ? row[j] : 0;
+        p.y[i] = j < half ? row[j + half] : 0;
     }
     return p;
 }
@@ -4246,56 +4289,6 @@ __global__ void __launch_bounds__(THREADS)
         else ((uint16_t *)to)[(block + i) * BLOCK + in] = s.codes[i][lane];
     if (KV == LVM_Q8_0 && warp < DP / QK)
         ((__half *)(to + KEYS * DP))[(block / QK + warp) * BLOCK + in] = s.scales[warp][lane];
-}
-
-enum { FEW_WARPS = 4 };
-
-/* A warp's value to position `at` of a page, where dimensions lie apart. */
-template <int KV, int DP>
-static __device__ void store_value(uint8_t *values, int at, const float *v, int d) {
-    const int in = stored_place(at % BLOCK, KV == LVM_Q8_0 ? 16 : 8), block = at / BLOCK * DP;
-#pragma unroll
-    for (int i = 4 * (int)(threadIdx.x % 32); i < (DP + 127) / 128 * 128; i += 128) {
-        uint32_t c[4];
-        float x[4];
-#pragma unroll
-        for (int k = 0; k < 4; k++) x[k] = i + k < d ? __ldcg(v + i + k) : 0;
-        const float scale = codes_of<KV>(x, c);
-        if (i >= DP) continue;
-#pragma unroll
-        for (int k = 0; k < 4; k++)
-            if (KV == LVM_Q8_0) values[(block + i + k) * BLOCK + in] = (uint8_t)c[k];
-            else ((uint16_t *)values)[(block + i + k) * BLOCK + in] = (uint16_t)c[k];
-        if (KV == LVM_Q8_0 && i % QK == 0)
-            ((__half *)(values + KEYS * DP))[(block + i) / QK * BLOCK + in] =
-                __float2half_rn(scale);
-    }
-}
-
-/* Grid: [rows][(H + 2 G) / FEW_WARPS]: a query, a key or a value a warp. Rotates queries in place;
-   rotated keys, and values, go to the cache. What no kernel just before writes is read before the
-   wait. Floor: a launch. */
-template <int KV, int DP>
-__global__ void __launch_bounds__(32 * FEW_WARPS)
-    store_few_kernel(const struct batch_view b, int64_t head_bytes, const struct projected p) {
-    __shared__ __align__(16) float rows[FEW_WARPS][DP];
-    const int warp = (int)(threadIdx.x / 32), lane = (int)(threadIdx.x % 32),
-              row = (int)blockIdx.x, unit = (int)blockIdx.y * FEW_WARPS + warp;
-    if (unit >= p.H + 2 * p.G) return;
-    const int pos = b.pos[row], half = p.d / 2, is_query = unit < p.H, is_key = unit < p.H + p.G,
-              g = unit - p.H - (is_key ? 0 : p.G); /* of a key or value */
-    float *to = rows[warp], *q = p.q + ((int64_t)row * p.H + unit) * p.d;
-    const int64_t head = ((int64_t)p.layer * p.G + g) * 2 * head_bytes,
-                  at = ((int64_t)row * p.G + g) * p.d;
-    uint8_t *page = b.table[b.seq[row] * b.max_pages + pos / KEYS];
-    const struct pairs<DP> angles = load_pairs<DP>(p.rope + (int64_t)pos * p.d, half);
-    wait_for_inputs();
-    if (is_query || is_key)
-        rotate_row<DP>(load_pairs<DP>(is_query ? q : p.k + at, half), angles, p.d, to);
-    if (is_query)
-        for (int i = lane; i < p.d; i += 32) q[i] = to[i];
-    else if (is_key) store_key<KV, DP>(page + head, pos % KEYS, to);
-    else store_value<KV, DP>(page + head + head_bytes, pos % KEYS, p.v + at, p.d);
 }
 
 /* A tile of 64 x 64 f16 for tensor cores: rows of 128 bytes; piece c (of 8, 16 bytes each) of row r
@@ -5160,7 +5153,8 @@ static struct step plan_step(const struct gpu *c, const struct batch *b, const i
 /* Where so many rows and columns of activations go as f16: GEMM's panels, or GEMV's rows. */
 static struct packed packed_into(__half *h, int rows, int cols, float up) {
     const int ld = round_up(cols, SPAN), by_span = rows <= CHAIN_ROWS;
-    struct packed p = {h, ld, rows > FEW_ROWS, up, by_span ? SPAN : ld, SPAN * (by_span ? rows : 1)};
+    struct packed p = {h, ld, rows > FEW_ROWS, up, by_span ? SPAN : ld,
+                       by_span ? SPAN * rows : SPAN};
     return p;
 }
 
@@ -5253,10 +5247,10 @@ static void store_rows(struct gpu *c, const struct step *s, int layer) {
                                 a->H, a->G, a->d, 1 / sqrtf((float)a->d)};
     if (c->kv.tensor && s->split)
         with_layout(c->kv, [&](auto type, auto dp) {
-            launch(&c->q, "store_few_kernel",
-                   store_few_kernel<decltype(type)::value, decltype(dp)::value>,
-                   dim3((unsigned)s->n, (unsigned)(a->H + 2 * a->G + FEW_WARPS - 1) / FEW_WARPS),
-                   32 * FEW_WARPS, 0, s->view, c->kv.head_bytes, p);
+            constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
+            launch(&c->q, "rope_store_few_kernel", rope_store_few_kernel<KV, DP>,
+                   dim3((unsigned)s->n, (unsigned)(a->H + 2 * a->G)), DP, 0, s->view,
+                   c->kv.head_bytes, c->qb, c->kb, c->vb, c->rope, layer, a->H, a->G, a->d);
         });
     else if (c->kv.tensor)
         with_layout(c->kv, [&](auto type, auto dp) {
@@ -6586,7 +6580,8 @@ static void allow_kernels(struct gpu *c) {
         allow(q, kernel, 0);
     if (kv->tensor)
         with_layout(*kv, [&](auto type, auto dp) {
-            allow(q, (const void *)store_few_kernel<decltype(type)::value, decltype(dp)::value>, 0);
+            constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
+            allow(q, (const void *)rope_store_few_kernel<KV, DP>, 0);
         });
     if (kv->tensor) note(q, prepare_attention(*kv, q->device, c->resident), "cudaFuncSetAttribute");
     else allow(q, (const void *)attention_kernel_for(kv->type), attention_shared(kv->dp));
