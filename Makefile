@@ -80,7 +80,8 @@ $(B)/lvm_cuda.o: lvm_cuda.cu lvm.c | $(B)
 comma    = ,
 CUDA_WRAP = $(patsubst %,-Wl$(comma)--wrap=cuda%,Malloc MallocHost HostAlloc HostRegister \
             StreamCreate StreamCreateWithFlags StreamCreateWithPriority EventCreate \
-            EventCreateWithFlags StreamBeginCapture GraphInstantiate FuncSetAttribute)
+            EventCreateWithFlags StreamBeginCapture GraphInstantiate FuncSetAttribute \
+            FuncGetAttributes DeviceGetAttribute MemcpyAsync)
 
 $(B)/test_cuda: tests/cuda/test_cuda.c $(wildcard tests/*.h) lvm.c $(B)/lvm_cuda.o
 	$(CC) $(STD) $(WARN) $(TEST_CFLAGS) -DLVM_CUDA -Itests -o $@ $< $(B)/lvm_cuda.o $(LDFLAGS) \

@@ -19707,6 +19707,7 @@ static int open_device(const lvm_model *m, const struct backend *b, const char *
                        lvm_error *error) {
     struct devices *all = m->devices;
     int code = LVM_OK;
+    if (strcmp(name, "cuda:0") == 0) name = "cuda"; /* it is the same */
     pthread_mutex_lock(&all->mutex);
     struct device *d = all->first;
     while (d != NULL && (d->b != b || strcmp(d->name, name) != 0)) d = d->next;

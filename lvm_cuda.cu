@@ -356,10 +356,17 @@ struct gpu_model {
     size_t bytes;
 };
 
+/* The first tensor with t's bytes, which embedding and output share where they are tied; n_specs
+   where it has none. */
+static int number_of(const lvm_model *m, const struct tensor *t) {
+    int i = t->data != NULL ? 0 : m->n_specs;
+    while (i < m->n_specs && m->specs[i].tensor->data != t->data) i++;
+    return i;
+}
+
 static struct matrix on_device(const struct gpu_model *g, const struct tensor *t) {
-    for (int i = 0; t->data != NULL && i < g->m->n_specs; i++)
-        if (g->m->specs[i].tensor->data == t->data) return g->map[i];
-    return matrix();
+    const int i = number_of(g->m, t);
+    return i < g->m->n_specs ? g->map[i] : matrix();
 }
 
 static const float *vector_on_device(const struct gpu_model *g, const struct tensor *t) {
@@ -377,8 +384,9 @@ static void place_weights(struct gpu_model *g, struct arena *a) {
         m.tiled = t->type != LVM_F32 && (kind == T_MATRIX || kind == T_OUTPUT || kind == T_EMBED);
         const int64_t n = (int64_t)(m.tiled ? round_up(m.rows, 8) : m.rows) * m.ld,
                       scales = type_is_quantised(t->type) ? n / QK : 0;
-        if (t->data != NULL) take(a, &m.q, type_bytes(t->type, n) - 2 * scales);
-        if (t->data != NULL && scales > 0) take(a, &m.d, scales);
+        const int first = number_of(g->m, t) == i;
+        if (first) take(a, &m.q, type_bytes(t->type, n) - 2 * scales);
+        if (first && scales > 0) take(a, &m.d, scales);
         g->map[i] = m;
     }
     take(a, &g->code_norms, g->m->vq != NULL ? g->m->vq->codes : 0);
@@ -431,7 +439,8 @@ static int list_piece(struct upload *u, struct part_of_piece *list) {
         const struct tensor *t = m->specs[u->tensor].tensor;
         const int elements = type_is_quantised(t->type) ? QK : 1,
                   unit = (int)type_bytes(t->type, elements);
-        int64_t left = t->data != NULL ? t->rows * t->row_bytes / unit - u->unit : 0,
+        const int first = number_of(m, t) == u->tensor;
+        int64_t left = first ? t->rows * t->row_bytes / unit - u->unit : 0,
                 k = min64(left, (PIECE - used) / unit);
         if (k > 0)
             list[n++] = {u->g->map[u->tensor], elements, unit, (int)k, used, u->unit,
@@ -2569,7 +2578,7 @@ template <int LANES> static __device__ struct nearest nearer_of(struct nearest b
    the nearest to each of TM vectors. A NaN never is. */
 template <int BN, int TM, int TN>
 static __device__ void find_nearest(const struct product &j, float (*sum)[TN], int p0, int o0) {
-    const int tiles = (int)gridDim.x;
+    const int tiles = (j.w.rows + BN - 1) / BN, tile = o0 / BN;
 #pragma unroll
     for (int m = 0; m < TM; m++) {
         struct nearest best = {HUGE_VALF, 0};
@@ -2580,11 +2589,11 @@ static __device__ void find_nearest(const struct product &j, float (*sum)[TN], i
         }
         best = nearer_of<BN / TN>(best);
         if (threadIdx.x % (BN / TN) == 0 && p0 + m < j.pixels)
-            j.found[(int64_t)(p0 + m) * tiles + blockIdx.x] = best;
+            j.found[(int64_t)(p0 + m) * tiles + tile] = best;
     }
 }
 
-/* Grid: [rows of w / BN][pixels / BM][batch]. Reads BM pixels by BN rows of w, 16 columns at a
+/* Grid: [rows of w / BN, pixels / BM][batch]. Reads BM pixels by BN rows of w, 16 columns at a
    time, into two stages of shared memory, where they lie transposed; each thread has TM x TN sums
    and writes them to out, or the nearest codes to found. Floor: 2 pixels w.rows w.cols operations
    over the f32 rate, with a few rows the bytes of w. */
@@ -2593,12 +2602,12 @@ __global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
     __shared__ __align__(16) float a[2][DEPTH][BM + 4], b[2][DEPTH][BN + 4];
     const int A = (BM * DEPTH / 4 + THREADS - 1) / THREADS,
               B = (BN * DEPTH / 4 + THREADS - 1) / THREADS;
-    const int tid = (int)threadIdx.x, o0 = (int)blockIdx.x * BN, N = j.w.rows;
-    const int p0 = (int)blockIdx.y * BM;
+    const int tid = (int)threadIdx.x, N = j.w.rows, across = (N + BN - 1) / BN;
+    const int o0 = (int)blockIdx.x % across * BN, p0 = (int)blockIdx.x / across * BM;
     if (j.batch > 1) {
-        j.in += blockIdx.z * j.in_step;
-        j.w.q += blockIdx.z * j.w_step * 4;
-        j.out += blockIdx.z * j.out_step;
+        j.in += blockIdx.y * j.in_step;
+        j.w.q += blockIdx.y * j.w_step * 4;
+        j.out += blockIdx.y * j.out_step;
     }
     const int px = tid / (BN / TN) * TM, ox = tid % (BN / TN) * TN;
     float sum[TM][TN] = {};
@@ -2657,7 +2666,7 @@ __global__ void __launch_bounds__(THREADS) product_kernel(struct product j) {
 template <int TYPE, int BM, int BN, int TM, int TN>
 static void launch_product(struct queue *q, const struct product *j) {
     static_assert(BM / TM * (BN / TN) == THREADS, "a thread has TM x TN sums");
-    dim3 grid((unsigned)(j->w.rows + BN - 1) / BN, (unsigned)((j->pixels + BM - 1) / BM),
+    dim3 grid((unsigned)((j->w.rows + BN - 1) / BN * ((j->pixels + BM - 1) / BM)),
               (unsigned)(j->batch > 1 ? j->batch : 1));
     product_kernel<TYPE, BM, BN, TM, TN><<<grid, THREADS, 0, q->stream>>>(*j);
     launched(q, "product_kernel");
@@ -4971,7 +4980,8 @@ static void attend_in_f32(struct queue *q, const struct attention *a, int rows) 
    graph for each number of rows. */
 
 enum { MAX_ROWS_GPU = 4096 /* of a forward */, LOGIT_ROWS = 256 /* whose logits fit at a time */,
-       GRAPH_ROWS = 8 /* steps of so many are recorded */, IMAGES = 16 /* encoded together */ };
+       GRAPH_ROWS = 8 /* steps of so many are recorded */, IMAGES = 16 /* encoded together */,
+       PARTIAL_FLOATS = 128 << 20 /* of split_kernel's sums, more where GRAPH_ROWS need it */ };
 
 struct gpu_page {
     int refs;
@@ -5014,6 +5024,7 @@ struct gpu {
     const struct gpu_model *g;
     const lvm_options *o;
     int exact, rows, max_pages, images; /* rows, images: of a call, at most */
+    int split_rows;               /* steps of so many go by split_kernel; so many sequences */
     struct kv_layout kv;
     size_t page_bytes, page_tiles, bytes; /* page_tiles: of a layer's keys and values in f16 */
     struct gpu_sequence seq[SEQUENCES];
@@ -5124,8 +5135,8 @@ static struct step plan_step(const struct gpu *c, const struct batch *b, const i
                              int further) {
     const int heads = heads_together(c->g->m->llama.H, c->g->m->llama.G);
     const size_t bytes = (size_t)b->n * 4, out = (size_t)b->n_out * 4;
-    struct step s = {b->n, b->n_out > 0 ? b->out[0] : b->n, b->n_out == b->n, b->n <= SPLIT_ROWS,
-                     0, 0, {}};
+    struct step s = {b->n, b->n_out > 0 ? b->out[0] : b->n, b->n_out == b->n,
+                     b->n <= c->split_rows, 0, 0, {}};
     struct batch_view v;
     s.bytes = lay_out(c, c->in, s.split ? SPLIT_ROWS : c->rows, &s.view);
     lay_out(c, c->host_in, s.split ? SPLIT_ROWS : c->rows, &v);
@@ -5160,6 +5171,10 @@ static struct packed packed_into(__half *h, int rows, int cols, float up) {
 
 /* 1: products with this layer's matrices go to tensor cores. */
 static int in_f16(const struct gpu *c, const struct gpu_layer *l) { return l->f16 && !c->exact; }
+
+static int head_in_f16(const struct gpu *c) {
+    return c->g->output.type != LVM_F32 && c->g->m->llama.D % 4 == 0 && !c->exact;
+}
 
 /* What attention gives, rows from `from` on: to h or, where that is NULL, to c->heads. */
 static void attention_rows(struct gpu *c, const struct step *s, int layer, int from,
@@ -5307,7 +5322,7 @@ static void embed_rows(struct gpu *c, const struct step *s) {
 static void run_head(struct gpu *c, const struct step *s, int at, int n) {
     const struct llama *a = &c->g->m->llama;
     const struct matrix *w = &c->g->output;
-    const int f16 = w->type != LVM_F32 && !c->exact && a->D % 4 == 0;
+    const int f16 = head_in_f16(c);
     const struct product_f16 j = {{{*w, NULL, c->logits}}, 1, n,
                                   s->all ? c->x + (int64_t)at * a->D : c->x, c->g->norm, a->eps,
                                   packed_into(c->h, n, a->D, c->g->head_up), {},
@@ -6359,6 +6374,7 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
         begin_maps(c, few, op->side_in, op->c_in);
         if (few < n) copy_maps(c, v->x, v->whole + i * map);
         code = run_ops(c, v->cut[1], vq->n_ops, error);
+        if (code != LVM_OK) break;
         to_bytes_kernel<<<blocks_of(few * area), THREADS, 0, c->q.stream>>>(
             v->x, area, few * area, v->rgb + i * area, v->bad + i);
         launched(&c->q, "to_bytes_kernel");
@@ -6377,12 +6393,16 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
 
 /* ---- A context's memory ---- */
 
-/* 1: a layer or the output goes by f32 products. */
-static int needs_f32(const struct gpu *c) {
-    const struct llama *a = &c->g->m->llama;
-    int f32 = c->exact || c->g->output.type == LVM_F32;
-    for (int i = 0; i < a->L; i++) f32 |= !c->g->layers[i].f16;
-    return f32;
+/* How many of the layers and the output go by products in f16; the others go by f32. */
+static int products_in_f16(const struct gpu *c) {
+    int n = head_in_f16(c);
+    for (int i = 0; i < c->g->m->llama.L; i++) n += in_f16(c, &c->g->layers[i]);
+    return n;
+}
+
+/* Floats that split_kernel may write for a row. */
+static int64_t row_sums(const struct gpu *c) {
+    return (int64_t)c->g->m->llama.H * c->max_pages * (KEYS / BLOCK) * (c->kv.dp + 2);
 }
 
 /* The transformer's part. */
@@ -6390,26 +6410,28 @@ static void place_lm(struct gpu *c, struct arena *a) {
     const struct llama *l = &c->g->m->llama;
     int64_t N = c->rows, Q = (int64_t)l->H * l->d, K = (int64_t)l->G * l->d, V = l->V;
     if (l->L == 0) return;
-    int64_t hidden = l->F * needs_f32(c), front = max64(l->D * needs_f32(c), LOGIT_ROWS);
+    const int products = products_in_f16(c), f32 = products <= l->L, f16 = products > 0;
+    int64_t hidden = l->F * f32, front = max64(l->D * f32, LOGIT_ROWS);
     struct { float **p; int64_t n; } all[] = {
         {&c->x, N * l->D}, {&c->qb, N * Q}, {&c->kb, N * K}, {&c->vb, N * K},
-        {&c->heads, N * Q * needs_f32(c)}, {&c->f, N * front},
+        {&c->heads, N * Q * f32}, {&c->f, N * front},
         {&c->gate, N * hidden}, {&c->up, N * hidden},
-        {&c->partial, min64(N, SPLIT_ROWS) * l->H * c->max_pages * (KEYS / BLOCK) * (c->kv.dp + 2)},
+        {&c->partial, c->kv.tensor ? c->split_rows * row_sums(c) : 0},
         {&c->logits, LOGIT_ROWS * V}, {&c->nll, LOGIT_ROWS}};
     for (const auto &one : all) take(a, one.p, one.n);
     const int64_t D = round_up(l->D, SPAN), F = round_up(l->F, SPAN);
     const int64_t heads = round_up((int)Q, SPAN);
     N = round_up((int)N, X_ROWS);
-    take(a, &c->h, N * max64(D, heads));
-    take(a, &c->hidden, N * F);
+    take(a, &c->h, f16 * N * max64(D, heads));
+    take(a, &c->hidden, f16 * N * F);
     take(a, &c->q16, N * l->H * c->kv.dp * c->kv.tensor);
     take(a, &c->query_c, N * l->H * c->kv.tensor);
-    const size_t output = a->used + (size_t)(panel_tiles(l->V, 0) * W_ROWS * D) * sizeof(__half);
-    take(a, &c->w16[QKV], (panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0)) * W_ROWS * D);
-    take(a, &c->w16[O], panel_tiles(l->D, 0) * W_ROWS * heads);
-    take(a, &c->w16[GATE_UP], panel_tiles(l->F, 1) * W_ROWS * D);
-    take(a, &c->w16[DOWN], panel_tiles(l->D, 0) * W_ROWS * F);
+    const int64_t tile = f16 * W_ROWS;
+    const size_t output = a->used + (size_t)(panel_tiles(l->V, 0) * tile * D) * sizeof(__half);
+    take(a, &c->w16[QKV], (panel_tiles((int)Q, 0) + 2 * panel_tiles((int)K, 0)) * tile * D);
+    take(a, &c->w16[O], panel_tiles(l->D, 0) * tile * heads);
+    take(a, &c->w16[GATE_UP], panel_tiles(l->F, 1) * tile * D);
+    take(a, &c->w16[DOWN], panel_tiles(l->D, 0) * tile * F);
     a->used = std::max(a->used, output); /* the output's panels take the place of a layer's */
     take(a, &c->sampler, 1);
     take(a, &c->in, (int64_t)told_bytes(c, (int)max64(N, SPLIT_ROWS)));
@@ -6557,7 +6579,7 @@ static void allow(struct queue *q, const void *kernel, int64_t bytes) {
 }
 
 template <int TYPE, int KIND> static void allow_gemv(struct queue *q) {
-    const int64_t most = STAGED_MOST + GEMV_WARPS * ring<TYPE>::BYTES;
+    const int64_t most = max64(STAGED_MOST + GEMV_WARPS * ring<TYPE>::BYTES, q->shared / 2);
     allow(q, (const void *)gemv_kernel<TYPE, KIND, 1, 1>, most);
     allow(q, (const void *)gemv_kernel<TYPE, KIND, 4, 0>, most);
     allow(q, (const void *)gemv_kernel<TYPE, KIND, 8, 0>, most);
@@ -6629,6 +6651,7 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
     c->q.stream = NULL;
     c->exact = o->exact;
     c->images = 1;
+    c->split_rows = SPLIT_ROWS;
     c->rows = (int)max64(SEQUENCES, min64(MAX_ROWS_GPU, a->context));
     if (a->L > 0) {
         c->max_pages = (a->context + KEYS - 1) / KEYS;
@@ -6636,11 +6659,16 @@ static int gpu_open(void *copy, const lvm_options *o, void **state, struct limit
                              !o->exact && takes_tensor_cores(o->kv_type, a->d, c->q.shared));
         c->page_bytes = (size_t)a->L * (size_t)a->G * 2 * (size_t)c->kv.head_bytes;
         c->page_tiles = c->kv.tensor ? (size_t)a->G * KEYS * (size_t)c->kv.dp * 2 * 2 : 0;
+        if (c->kv.tensor)
+            c->split_rows = (int)min64(SPLIT_ROWS, max64(GRAPH_ROWS, PARTIAL_FLOATS / row_sums(c)));
     }
     int code = use_device(&c->q, error);
+    if (code == LVM_OK && c->kv.tensor && c->split_rows * row_sums(c) > INT_MAX)
+        code = fail(error, LVM_UNSUPPORTED, "%s: a context of %d tokens is too long for a GPU",
+                    g->m->path, a->context);
     if (code == LVM_OK) code = gpu_alloc(c, error);
     if (code == LVM_OK) {
-        *limits = {c->images, c->rows, SEQUENCES, KEYS, CODES};
+        *limits = {c->images, c->rows, c->split_rows, KEYS, CODES};
         *state = c;
     } else gpu_close(c);
     return code;
@@ -6690,17 +6718,20 @@ static int gpu_kv_set(void *state, int seq, int block, const void *data, int n, 
     return code;
 }
 
-/* Pages that sequences share count once. */
+/* Pages that sequences share count once; spare ones are the context's too. */
 static void gpu_usage(void *state, lvm_usage *usage) {
     const struct gpu *c = (const struct gpu *)state;
+    const int64_t bytes = (int64_t)(c->page_bytes + c->page_tiles);
+    int64_t own = (int64_t)c->bytes;
     double pages = 0;
+    for (const struct gpu_page *p = c->spare; p != NULL; p = p->next) own += bytes;
     for (int i = 0; i < SEQUENCES; i++)
         for (int p = 0; p < c->max_pages; p++)
             if (c->seq[i].pages[p] != NULL) pages += 1.0 / c->seq[i].pages[p]->refs;
-    int64_t cache = (int64_t)(pages + 0.5) * (int64_t)(c->page_bytes + c->page_tiles);
+    int64_t cache = (int64_t)(pages + 0.5) * bytes;
     usage->cache += cache;
-    usage->context += cache + (int64_t)c->bytes;
-    usage->device += cache + (int64_t)c->bytes + (int64_t)c->g->bytes;
+    usage->context += cache + own;
+    usage->device += cache + own + (int64_t)c->g->bytes;
 }
 
 /* ---- Ceilings, for `lvm bench` ----

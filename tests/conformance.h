@@ -23,13 +23,15 @@ enum cf_action { CF_ENCODE, CF_DECODE, CF_PREFILL, CF_SCORE, CF_GENERATE, CF_ACT
 static const char *const cf_names[CF_ACTIONS] = {"encode", "decode", "prefill", "score",
                                                  "generate"};
 
-static struct model_file cf_model(int type) {
-    struct llama a = {.context = CF_CONTEXT, .L = 2, .D = 64, .F = 96, .H = 4, .G = 2, .d = 16,
+static struct model_file cf_model_of(int type, int context) {
+    struct llama a = {.context = context, .L = 2, .D = 64, .F = 96, .H = 4, .G = 2, .d = 16,
                       .V = CF_V, .bos = CF_BOS, .eos = -1, .eps = 1e-6f, .theta = 10000};
     struct vqgan vq = {.R = CF_R, .hidden = 32, .z = 32, .codes = CF_CODES, .code_dim = 16,
                        .n_res_blocks = 1, .resample_conv = 1, .n_levels = 2, .mult = {1, 2}};
     return make_model(&a, &vq, type, LVM_F16);
 }
+
+static struct model_file cf_model(int type) { return cf_model_of(type, CF_CONTEXT); }
 
 static void cf_ids(int32_t *ids, int n, uint64_t stream) {
     struct rng rng = rng_new(11, stream);
@@ -379,7 +381,7 @@ static void cf_cache(const lvm_model *m, const struct backend *b, const lvm_opti
     lvm_ctx_free(to);
 }
 
-/* Scores and logits of the same tokens, many rows and one, in any order of the rows wanted. */
+/* Scores and logits of the same tokens, many rows and one. */
 static void cf_rows(const lvm_model *m, const struct backend *b, const lvm_options *o) {
     enum { N = 3 };
     int32_t ids[N + 1];

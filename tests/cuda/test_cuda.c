@@ -30,7 +30,8 @@ static const struct shape_case shape_cases[] = {
     {"two heads share", {.context = 700, .L = 2, .D = 256, .F = 320, .H = 8, .G = 4, .d = 32}},
     {"head_dim 100", {.context = 700, .L = 2, .D = 400, .F = 352, .H = 4, .G = 4, .d = 100}},
     {"300m's width", {.context = 700, .L = 2, .D = 1024, .F = 2688, .H = 8, .G = 8, .d = 128}},
-    {"one key head of 16", {.context = 700, .L = 1, .D = 512, .F = 96, .H = 16, .G = 1, .d = 32}}};
+    {"one key head of 16", {.context = 700, .L = 1, .D = 512, .F = 96, .H = 16, .G = 1, .d = 32}},
+    {"context 512k", {.context = 1 << 19, .L = 1, .D = 2048, .F = 96, .H = 128, .G = 8, .d = 16}}};
 enum { N_CASES = sizeof shape_cases / sizeof *shape_cases, SC_N = 600, SC_V = 500 };
 
 static struct model_file shape_model(const struct llama *shape, int type) {
@@ -146,10 +147,124 @@ static void test_shapes(void) {
     static const int types[] = {LVM_F32, LVM_F16, LVM_BF16, LVM_Q8_0, LVM_Q4_0};
     for (int c = 0; c < N_CASES; c++)
         for (int t = 0; t < 5; t++) {
+            if (shape_cases[c].a.context > 1 << 18 && types[t] != LVM_Q8_0) continue;
             int kv = t == 0 ? LVM_F32 : t < 3 ? LVM_F16 : LVM_Q8_0;
             test_shape(&shape_cases[c], types[t], 0, kv);
             if (t > 0 && c < 3) test_shape(&shape_cases[c], types[t], 1, LVM_F32);
         }
+}
+
+/* ---- Sampling from many choices ---- */
+
+enum { SA_ROWS = 32, SA_SPECIAL = 100, SA_MOST = 16384, SA_WAYS = 12, SA_KINDS = 3 };
+
+/* A model whose vocabulary is some choices and SA_SPECIAL more, for its context's sampler. */
+static struct model_file sampled_model(int codes) {
+    struct llama a = {.context = CF_CONTEXT, .L = 1, .D = 64, .F = 96, .H = 4, .G = 2, .d = 16,
+                      .V = codes + SA_SPECIAL, .bos = -1, .eos = -1, .eps = 1e-6f, .theta = 10000};
+    struct vqgan vq = {.R = CF_R, .hidden = 32, .z = 32, .codes = codes, .code_dim = 16,
+                       .n_res_blocks = 1, .resample_conv = 1, .n_levels = 2, .mult = {1, 2}};
+    return make_model(&a, &vq, LVM_F16, LVM_F16);
+}
+
+/* Bell-shaped; in steps, so that many are equal; almost flat but for one of 512. */
+static void random_logits(float *x, int64_t n, int kind) {
+    struct rng rng = rng_new(19, (uint64_t)kind);
+    for (int64_t i = 0; i < n; i++) {
+        float sum = uniform_of(&rng) + uniform_of(&rng) + uniform_of(&rng) + uniform_of(&rng);
+        x[i] = kind == 0 ? 3 * sum : kind == 1 ? floorf(4 * sum) / 2
+               : rng_next(&rng) % 512 == 0 ? 4 * sum : sum / 1000;
+    }
+}
+
+/* One token each of SA_ROWS sequences, by the device and by lvm.c's sample. */
+static void sample_beside(lvm_ctx *ctx, lvm_sampling s, float *logits, uint64_t seed) {
+    static struct choice choices[SA_MOST];
+    const int V = ctx->m->llama.V, codes = ctx->m->codes;
+    struct rng rng[2][SA_ROWS];
+    int32_t ids[2][SA_ROWS];
+    double likely[2][SA_ROWS] = {{0}};
+    lvm_error error = {0, ""};
+    struct continuation c = {&s, SA_ROWS, 1, codes, logits, rng[0], ids[0], 1, 0, 1};
+    s.log_likelihood = likely[0];
+    for (int i = 0; i < SA_ROWS; i++) {
+        const float *row = logits + (int64_t)i * V;
+        rng[0][i] = rng[1][i] = rng_new(seed, (uint64_t)i);
+        ids[1][i] = sample(row, codes, &s, &rng[1][i], choices);
+        likely[1][i] -= (double)negative_log_likelihood(row, V, ids[1][i]);
+    }
+    check(ctx->b->generate(ctx->state, &c, &error) == LVM_OK, "%s", error.text);
+    check(memcmp(ids[0], ids[1], sizeof ids[0]) == 0, "not the host's ids");
+    check(memcmp(likely[0], likely[1], sizeof likely[0]) == 0, "not the host's likelihoods");
+    check(memcmp(rng[0], rng[1], sizeof rng[0]) == 0, "not the host's random numbers");
+}
+
+/* A kernel has 8 choices a thread, 8192 in all, another 16. */
+static void test_sampler(void) {
+    static const struct { float temperature, top_p; int top_k, greedy; } by[SA_WAYS] = {
+        {1, 0.9f, 0, 0}, {1, 1, 0, 0}, {0.1f, 0.75f, 0, 0}, {1, 1, 50, 0}, {5, 0.5f, 3000, 0},
+        {100, 1, 8191, 0}, {1, 1e-4f, 0, 0}, {1e-3f, 1, 0, 0}, {1, 1, 1, 0}, {0.7f, 0.99f, 200, 0},
+        {30, 0.999f, 9000, 0}, {1, 1, 0, 1}};
+    static const int codes[] = {8192, 8193, 10000, SA_MOST};
+    const int64_t n = (int64_t)SA_ROWS * (SA_MOST + SA_SPECIAL);
+    float *logits = must(calloc((size_t)n, sizeof *logits));
+    for (int v = 0; v < 4; v++) {
+        struct model_file f = sampled_model(codes[v]);
+        lvm_model *m = must(lvm_open_memory(f.data, f.size, NULL));
+        lvm_ctx *ctx = context_on(m, "cuda", 0, LVM_F16);
+        for (int i = 0; i < SA_WAYS * SA_KINDS; i++) {
+            lvm_sampling s = lvm_default_sampling();
+            s.temperature = by[i % SA_WAYS].temperature;
+            s.top_p = by[i % SA_WAYS].top_p;
+            s.top_k = by[i % SA_WAYS].top_k;
+            s.greedy = by[i % SA_WAYS].greedy;
+            if (i % SA_WAYS == 0) random_logits(logits, n, i / SA_WAYS);
+            for (int k = 0; i == 2 * SA_WAYS && k < SA_ROWS * SA_SPECIAL; k++) /* far above all */
+                logits[(int64_t)(k / SA_SPECIAL + 1) * m->llama.V - 1 - k % SA_SPECIAL] += 100;
+            where("%d choices, way %d, logits %d", codes[v], i % SA_WAYS, i / SA_WAYS);
+            sample_beside(ctx, s, logits, (uint64_t)(v * 100 + i));
+        }
+        lvm_ctx_free(ctx);
+        lvm_close(m);
+        free(f.data);
+    }
+    where("%s", "");
+    free(logits);
+}
+
+/* ---- To the end of the window ---- */
+
+/* As many candidates as there can be, with pages of their own, until the context is full; the last
+   token, number context + 1, is not fed. */
+static void test_full_window(int context) {
+    enum { PROMPT = 100 };
+    struct model_file f = cf_model_of(LVM_Q8_0, context);
+    lvm_model *m = must(lvm_open_memory(f.data, f.size, NULL));
+    struct backend on_host = *lvm_cuda_backend();
+    lvm_options o = lvm_default_options();
+    const int n = context + 1 - PROMPT;
+    int32_t prompt[PROMPT], *ids[2];
+    o.device = "cuda";
+    o.kv_type = LVM_Q8_0;
+    on_host.generate = NULL;
+    cf_ids(prompt, PROMPT, 9);
+    where("a context of %d", context);
+    for (int k = 0; k < 2; k++) {
+        lvm_error error = {0, ""};
+        lvm_ctx *ctx = cf_context(m, k == 0 ? lvm_cuda_backend() : &on_host, &o);
+        const int many = ctx->limits.sequences;
+        ids[k] = must(calloc((size_t)many * (size_t)n, sizeof **ids));
+        check(lvm_prompt(ctx, prompt, PROMPT, NULL, &error) == LVM_OK, "%s", error.text);
+        check(lvm_generate(ctx, NULL, many, n, ids[k], &error) == LVM_OK, "%s", error.text);
+        check(k == 0 || memcmp(ids[0], ids[1], (size_t)many * (size_t)n * sizeof **ids) == 0,
+              "%d candidates: not the host's ids", many);
+        lvm_ctx_free(ctx);
+    }
+    free(ids[0]);
+    free(ids[1]);
+    lvm_close(m);
+    free(f.data);
+    where("%s", "");
 }
 
 /* ---- Choosing the GPU ---- */
@@ -172,6 +287,9 @@ static void test_choice(void) {
         lvm_ctx_free(ctx);
     }
     check(strcmp(lvm_model_info(m).device, "cuda") == 0, "a model's device is not cuda");
+    int copies = 0; /* one on the CPU, one for both names of the first GPU */
+    for (const struct device *d = m->devices->first; d != NULL; d = d->next) copies++;
+    check(copies == 2, "%d copies of the weights", copies);
     lvm_close(m);
     free(f.data);
 }
@@ -370,8 +488,24 @@ WRAP(cudaEventCreateWithFlags, (void **event, unsigned flags), (event, flags))
 WRAP(cudaStreamBeginCapture, (void *stream, int mode), (stream, mode))
 WRAP(cudaGraphInstantiate, (void **exec, void *graph, unsigned long long flags),
      (exec, graph, flags))
-WRAP(cudaFuncSetAttribute, (const void *function, int attribute, int value),
-     (function, attribute, value))
+
+enum { CHIP_MAJOR = 75, CHIP_SHARED = 97, /* cudaDevAttrComputeCapabilityMajor and ...Optin, */
+       DYNAMIC_SHARED = 8 /* cudaFuncAttributeMaxDynamicSharedMemorySize */ };
+
+/* What the device is taken for; 0: what it is. */
+static struct {
+    int major, shared;
+} chip;
+
+int __real_cudaFuncSetAttribute(const void *function, int attribute, int value);
+int __wrap_cudaFuncSetAttribute(const void *function, int attribute, int value);
+int __wrap_cudaFuncSetAttribute(const void *function, int attribute, int value) {
+    check(attribute != DYNAMIC_SHARED || chip.shared == 0 || value <= chip.shared,
+          "a block shall have %d bytes of shared memory, where there are %d", value, chip.shared);
+    return fails("cudaFuncSetAttribute") ? OUT_OF_MEMORY
+                                         : __real_cudaFuncSetAttribute(function, attribute, value);
+}
+
 int cudaDeviceReset(void);
 int cudaMemGetInfo(size_t *, size_t *);
 
@@ -495,7 +629,140 @@ static void test_failing(void) {
     free(f.data);
 }
 
+/* ---- Cancelling between groups of images ---- */
+
+/* Copies that were asked for behind the word of a progress function that cancels. */
+static struct {
+    int cancelled, copies;
+} watched;
+
+int __real_cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream);
+int __wrap_cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream);
+int __wrap_cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream) {
+    if (watched.cancelled) watched.copies++;
+    return __real_cudaMemcpyAsync(to, from, n, kind, stream);
+}
+
+static int cancel_at(void *user, const char *stage, int64_t done, int64_t all) {
+    return watched.cancelled = cf_progress(user, stage, done, all);
+}
+
+/* n images to tokens and latents or, decoding, tokens to bytes and pixels, one behind the other in
+   out; cancelled at call `at` of the progress function. Returns how often that was called. */
+static int run_images(lvm_ctx *ctx, int n, int decode, void *in, uint8_t *out, int at, int want) {
+    const size_t size = (size_t)n * (decode ? image_bytes(ctx) : (size_t)ctx->m->T * 4);
+    float *floats = (float *)(void *)(out + size);
+    struct cf_canceller c = {0, at};
+    lvm_error error = {0, ""};
+    watched.copies = 0;
+    lvm_set_progress(ctx, cancel_at, &c);
+    int code = decode ? ctx->b->decode(ctx->state, in, n, 0, n, out, floats, &error)
+                      : ctx->b->encode(ctx->state, in, n, 0, n, (void *)out, floats, &error);
+    watched.cancelled = 0;
+    check(code == want, "cancelled at call %d it gives %d: %s", at, code, error.text);
+    check(watched.copies == 0, "cancelled at call %d it copies %d maps", at, watched.copies);
+    return c.calls;
+}
+
+static void cancel_images(lvm_ctx *ctx, int decode) {
+    const struct vqgan *vq = ctx->m->vq;
+    const int n = ctx->limits.images, steps = decode ? vq->n_ops - vq->n_encoder : vq->n_encoder;
+    const size_t pixels = (size_t)n * image_bytes(ctx), tokens = (size_t)n * (size_t)ctx->m->T,
+                 size = decode ? 5 * pixels : 4 * tokens * (size_t)(1 + vq->code_dim);
+    uint8_t *want = must(calloc(1, size)), *got = must(calloc(1, size));
+    uint8_t *in = must(calloc(1, pixels));
+    struct rng rng = rng_new(29, 0);
+    for (size_t i = 0; i < pixels; i++) in[i] = (uint8_t)rng_next(&rng);
+    for (size_t i = 0; decode && i < tokens; i++)
+        ((int32_t *)(void *)in)[i] = (int32_t)(rng_next(&rng) % CF_CODES);
+    where("%d images, %s", n, decode ? "decoding" : "encoding");
+    int calls = run_images(ctx, n, decode, in, want, -1, LVM_OK);
+    check(calls > steps, "they are one group");
+    for (int at = 0; at < calls; at++) {
+        run_images(ctx, n, decode, in, got, at, LVM_CANCELLED);
+        memset(got, 0, size);
+        run_images(ctx, n, decode, in, got, -1, LVM_OK);
+        check(memcmp(want, got, size) == 0, "behind a cancelled call others come");
+    }
+    where("%s", "");
+    free(want);
+    free(got);
+    free(in);
+}
+
+/* Maps so large that not all images have room at once. */
+static void test_cancel(void) {
+    struct llama none = {.L = 0};
+    struct vqgan vq = {.R = 256, .S = 16, .hidden = 64, .z = 32, .codes = CF_CODES, .code_dim = 32,
+                       .n_res_blocks = 1, .resample_conv = 1, .n_levels = 5,
+                       .mult = {1, 1, 1, 1, 1}};
+    struct model_file f = make_model(&none, &vq, LVM_F16, LVM_F16);
+    lvm_model *m = must(lvm_open_memory(f.data, f.size, NULL));
+    lvm_ctx *ctx = context_on(m, "cuda", 0, LVM_AUTO);
+    cancel_images(ctx, 0);
+    cancel_images(ctx, 1);
+    lvm_ctx_free(ctx);
+    lvm_close(m);
+    free(f.data);
+}
+
+/* ---- A chip with little shared memory ---- */
+
+int __real_cudaDeviceGetAttribute(int *value, int attribute, int device);
+int __wrap_cudaDeviceGetAttribute(int *value, int attribute, int device);
+int __wrap_cudaDeviceGetAttribute(int *value, int attribute, int device) {
+    int code = __real_cudaDeviceGetAttribute(value, attribute, device);
+    if (chip.major > 0 && attribute == CHIP_MAJOR) *value = chip.major;
+    if (chip.shared > 0 && attribute == CHIP_SHARED) *value = chip.shared;
+    return code;
+}
+
+/* The first member tells how much shared memory a kernel declares: none, so that those for wgmma
+   seem not to be there. */
+int __real_cudaFuncGetAttributes(size_t *shared, const void *function);
+int __wrap_cudaFuncGetAttributes(size_t *shared, const void *function);
+int __wrap_cudaFuncGetAttributes(size_t *shared, const void *function) {
+    int code = __real_cudaFuncGetAttributes(shared, function);
+    if (chip.shared > 0) *shared = 0;
+    return code;
+}
+
+/* Compute capability 8.6: flash attention has no room, so attention is in f32, and GEMM is without
+   wgmma. */
+static void test_chip(const char *path) {
+    chip.major = 8;
+    chip.shared = 99 << 10;
+    test_shape(&shape_cases[2], LVM_Q8_0, 0, LVM_Q8_0);
+    test_shape(&shape_cases[1], LVM_F16, 0, LVM_F16);
+    where("a small chip");
+    check_backend(lvm_cuda_backend(), "cuda", LVM_Q4_0, LVM_F16, 1e-1, path);
+    chip.major = chip.shared = 0;
+    where("%s", "");
+}
+
 /* ---- Memory ---- */
+
+/* Pages that no sequence has any longer are the context's all the same. */
+static void test_usage(void) {
+    struct model_file f = cf_model(LVM_Q8_0);
+    lvm_model *m = must(lvm_open_memory(f.data, f.size, NULL));
+    lvm_ctx *ctx = context_on(m, "cuda", 0, LVM_Q8_0);
+    int32_t ids[CF_PROMPT], out[8 * 2];
+    cf_ids(ids, CF_PROMPT, 1);
+    lvm_prompt(ctx, ids, CF_PROMPT, NULL, NULL);
+    lvm_usage one = lvm_ctx_usage(ctx);
+    lvm_generate(ctx, NULL, 8, 2, out, NULL);
+    lvm_usage many = lvm_ctx_usage(ctx);
+    ctx_reset(ctx);
+    lvm_usage none = lvm_ctx_usage(ctx);
+    check(one.device < many.device && many.device == none.device && none.cache == 0,
+          "%lld bytes on the device, for 8 candidates %lld, behind them %lld, of the cache %lld",
+          (long long)one.device, (long long)many.device, (long long)none.device,
+          (long long)none.cache);
+    lvm_ctx_free(ctx);
+    lvm_close(m);
+    free(f.data);
+}
 
 static double taken(size_t before) {
     size_t now = 0, all = 0;
@@ -646,7 +913,16 @@ int main(int argc, char **argv) {
         cudaDeviceReset(); /* or compute-sanitizer does not look for leaks */
         return checked("cuda_failing");
     }
-    if (!seam) test_choice(), test_shapes();
+    if (!seam) {
+        test_choice();
+        test_sampler();
+        test_full_window(256);
+        test_full_window(512);
+        test_cancel();
+        test_chip(path);
+        test_usage();
+        test_shapes();
+    }
     static const struct { int type, kv; double off; } runs[] = {
         {LVM_F32, LVM_F32, 1e-4}, {LVM_F16, LVM_F16, 2e-2}, {LVM_BF16, LVM_F16, 2e-2},
         {LVM_Q8_0, LVM_Q8_0, 1e-1}, {LVM_Q4_0, LVM_F16, 1e-1}};
