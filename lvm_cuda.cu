@@ -845,13 +845,14 @@ enum {
 
 /* ---- Activations in f16, and RMSNorm ---- */
 
-/* Activations in f16, columns from the last on to ld zeros. Rows: up to CHAIN_ROWS span by span,
-   [span][row][64], so that one copy brings spans of all rows to shared memory, where eight rows are
-   read without a bank conflict, as in odd ones each two times 8 columns change places; more rows
-   one after the other. Or panels for GEMM: tiles of 128 rows x 64 columns, 16 KiB side by side. In a
-   tile a row has 128 bytes, of which chunk c of 16 bytes lies at c ^ (row & 7) (wgmma's 128-byte
-   swizzle: eight rows' chunks c use all banks), and a step's 16 columns are neighbours, in the order
-   of the instruction. */
+/* Activations in f16, columns from the last on to ld zeros, as rows or as panels.
+       rows     up to CHAIN_ROWS span by span, [span][row][64], so that one copy brings spans of all
+                of them to shared memory; more one after the other. In odd rows chunk c of 16 bytes
+                lies at c ^ 1: so eight rows are read without a bank conflict
+       panels   for GEMM: tiles of 128 rows x 64 columns, 16 KiB side by side. In a tile a row has
+                128 bytes, of which chunk c lies at c ^ (row & 7) (wgmma's 128-byte swizzle: eight
+                rows' chunks c use all banks), and a step's 16 columns are neighbours, in the order
+                of the instruction */
 struct packed {
     __half *h;
     int ld, panels; /* panels: 0: rows */
@@ -1255,10 +1256,10 @@ template <int N> static __device__ void wgmma(float *c, uint64_t a, uint64_t b, 
    memory of its own, which it fills, reads, dequantises and multiplies. Four warps share K, one for
    each chain (split-K inside a block), and add their sums through shared memory.
 
-   Up to CHAIN_ROWS rows of x come to shared memory. A single one the block norms itself; several, of
-   which each block would have to norm all, norm_row_kernel norms before, and four copies, one for a
-   chain, bring them. Where there is no norm (ADD, with one or two groups for a block) they do not
-   stay: a span of them comes with that of the weights, into the same slot of the ring. */
+   Up to CHAIN_ROWS rows of x come to shared memory. A single one the block norms itself; several,
+   of which each block would have to norm all, are normed before (norm_row_kernel), and four copies,
+   one for a chain, bring them. Where there is no norm (ADD, with one or two groups for a block)
+   they do not stay: a span of them comes with that of the weights, to the same slot of the ring. */
 
 static __device__ const float *row_of_x(const struct product_f16 &j, int r) {
     return j.x + (int64_t)(j.which != NULL ? j.which[r] : r) * j.p[0].w.cols;
@@ -1625,8 +1626,8 @@ static __device__ void epilogue_group(const struct product_f16 &j, int group, fl
    group of 16 rows of w after the other, a warp one of their four chains; where there are no more
    groups than blocks, one team has the memory of all. Reads w, in tiles, once, the first spans
    before the kernel in front has ended, and x, f16 or a single row of f32 with a norm, from shared
-   memory (SHARED: up to CHAIN_ROWS rows; ADD: span by span) or as f16 from the L2 cache; writes y in
-   f32 rows, or out. Loops are not unrolled: instructions that run for the first time take longer
+   memory (SHARED: up to CHAIN_ROWS rows; ADD: span by span) or as f16 from the L2 cache; writes y
+   in f32 rows, or out. Loops are not unrolled: instructions that run for the first time take longer
    than others. Floor: the bytes of w over the memory's bandwidth. */
 template <int TYPE, int KIND, int TILES, int SHARED>
 __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), TILES > 4 ? 1 : 2)
@@ -3379,60 +3380,40 @@ static __device__ float2 rotated(float2 v, float2 angle) {
                        fmaf(v.y, angle.x, __fmul_rn(v.x, angle.y)));
 }
 
-/* Grid: [rows][G], a key/value head and its queries: rotates q[rows][H][d] and k[rows][G][d] by
-   their angles, in place, and stores k and v[rows][G][d] in the cache. rope: [context][2][d / 2],
-   cosines and sines. Floor: bytes in + bytes out; for a few rows a launch. */
-__global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float *q, float *k,
-                                  const float *v, const float *rope, int layer, int H, int G,
-                                  int d) {
-    int row = (int)blockIdx.x, g = (int)blockIdx.y, pos = b.pos[row], half = d / 2, group = H / G;
-    wait_for_inputs();
-    const float *angles = rope + (int64_t)pos * d;
-    float *queries = q + ((int64_t)row * H + g * group) * d, *key = k + ((int64_t)row * G + g) * d;
-    for (int i = (int)threadIdx.x; i < (group + 1) * half; i += (int)blockDim.x) {
-        int h = i / half, j = i % half;
-        float *x = h < group ? queries + h * d : key;
-        float2 to = rotated(make_float2(x[j], x[j + half]),
-                            make_float2(angles[j], angles[half + j]));
-        x[j] = to.x;
-        x[j + half] = to.y;
-    }
-    __syncthreads();
-    uint8_t *head = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
-    int pieces = l.dp / QK, lane = (int)threadIdx.x % 32, all = 2 * pieces;
-    for (int i = (int)threadIdx.x / 32; i < all; i += (int)blockDim.x / 32) {
-        int value = i / pieces, i0 = i % pieces * QK, dim = i0 + lane;
-        const float *from = value ? v + ((int64_t)row * G + g) * d : key;
-        store_kv(l, head + value * l.head_bytes, value, pos % KEYS, i0, dim < d ? from[dim] : 0);
-    }
-}
-
-/* The same for a few rows and a cache for tensor cores, whose layout the compiler knows. Grid:
-   [rows][H + 2 G], a query, a key or a value a block, a dimension a thread; keys stay as they are. The
-   next kernel may start at once: it reads keys and values of earlier steps before it waits. */
+/* Grid: [rows][H + 2 G], a query, a key or a value a block. Rotates q[rows][H][d] by their angles,
+   in place, and stores k, rotated, and v[rows][G][d] in the cache. rope: [context][2][d / 2],
+   cosines and sines. KV, DP: the layout, if the compiler knows it (else DP is 0). The next kernel
+   may start at once: before it waits it reads no keys and values but those of earlier steps.
+   Floor: a launch. */
 template <int KV, int DP>
-__global__ void __launch_bounds__(DP)
-    rope_store_few_kernel(const struct batch_view b, int64_t head_bytes, float *q, const float *keys,
-                          const float *values, const float *rope, int layer, int H, int G, int d) {
-    const struct kv_layout l = {KV, DP, 1, head_bytes};
-    const int row = (int)blockIdx.x, i = (int)blockIdx.y, dim = (int)threadIdx.x, half = d / 2,
-              j = dim < half ? dim : dim - half, pos = b.pos[row], is_value = i >= H + G,
-              g = is_value ? i - H - G : i - H;
-    float *query = q + ((int64_t)row * H + i) * d;
-    const float *from = i < H ? query : (is_value ? values : keys) + ((int64_t)row * G + g) * d,
-                *angles = rope + (int64_t)pos * d;
+__global__ void rope_store_kernel(const struct batch_view b, const struct kv_layout layout,
+                                  float *q, const float *k, const float *v, const float *rope,
+                                  int layer, int H, int G, int d) {
+    const struct kv_layout l = {DP > 0 ? KV : layout.type, DP > 0 ? DP : layout.dp,
+                                DP > 0 ? 1 : layout.tensor, layout.head_bytes};
+    const int row = (int)blockIdx.x, i = (int)blockIdx.y, pos = b.pos[row], half = d / 2,
+              threads = DP > 0 ? DP : (int)blockDim.x, is_value = i >= H + G,
+              g = i - H - is_value * G; /* the head, of a key or value */
+    const float *angles = rope + (int64_t)pos * d;
     uint8_t *to = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
-    const float2 angle = dim < d ? make_float2(angles[j], angles[j + half]) : make_float2(0, 0);
-    float x = 0;
+    float *query = q + ((int64_t)row * H + i) * d;
+    const float *from = i < H ? query : (is_value ? v : k) + ((int64_t)row * G + g) * d;
+    auto rotate = [&](int j) {
+        return rotated(make_float2(__ldcg(from + j), __ldcg(from + j + half)),
+                       make_float2(angles[j], angles[j + half]));
+    };
     let_next_start();
     wait_for_inputs();
-    if (dim < d) {
-        const float2 v = rotated(make_float2(__ldcg(from + j), __ldcg(from + j + half)), angle);
-        x = is_value ? __ldcg(from + dim) : dim < half ? v.x : v.y;
+    for (int j = (int)threadIdx.x; i < H && j < half; j += threads) {
+        const float2 x = rotate(j);
+        query[j] = x.x, query[j + half] = x.y;
     }
-    __syncthreads();
-    if (i >= H) store_kv(l, to + is_value * head_bytes, is_value, pos % KEYS, dim / QK * QK, x);
-    else if (dim < d) query[dim] = x;
+    for (int dim = (int)threadIdx.x; i >= H && dim < l.dp; dim += threads) {
+        float x = 0;
+        if (is_value && dim < d) x = __ldcg(from + dim);
+        else if (dim < d) x = dim < half ? rotate(dim).x : rotate(dim - half).y;
+        store_kv(l, to + is_value * l.head_bytes, is_value, pos % KEYS, dim / QK * QK, x);
+    }
 }
 
 struct attention {
@@ -5260,24 +5241,21 @@ static void store_rows(struct gpu *c, const struct step *s, int layer) {
     const struct llama *a = &c->g->m->llama;
     const struct projected p = {c->qb, c->kb, c->vb, c->rope, c->q16, c->query_c, s->n, layer,
                                 a->H, a->G, a->d, 1 / sqrtf((float)a->d)};
-    if (c->kv.tensor && s->split)
+    auto few = [&](auto kernel, int threads) {
+        launch(&c->q, "rope_store_kernel", kernel,
+               dim3((unsigned)s->n, (unsigned)(a->H + 2 * a->G)), threads, 0, s->view, c->kv,
+               c->qb, c->kb, c->vb, c->rope, layer, a->H, a->G, a->d);
+    };
+    if (!c->kv.tensor) few(rope_store_kernel<LVM_F32, 0>, THREADS);
+    else
         with_layout(c->kv, [&](auto type, auto dp) {
             constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
-            launch(&c->q, "rope_store_few_kernel", rope_store_few_kernel<KV, DP>,
-                   dim3((unsigned)s->n, (unsigned)(a->H + 2 * a->G)), DP, 0, s->view,
-                   c->kv.head_bytes, c->qb, c->kb, c->vb, c->rope, layer, a->H, a->G, a->d);
+            if (s->split) few(rope_store_kernel<KV, DP>, DP);
+            else
+                launch(&c->q, "store_many_kernel", store_many_kernel<KV, DP>,
+                       dim3((unsigned)(s->n + STORED_ROWS - 1) / STORED_ROWS, (unsigned)a->G),
+                       THREADS, 0, s->view, c->kv.head_bytes, p);
         });
-    else if (c->kv.tensor)
-        with_layout(c->kv, [&](auto type, auto dp) {
-            launch(&c->q, "store_many_kernel",
-                   store_many_kernel<decltype(type)::value, decltype(dp)::value>,
-                   dim3((unsigned)(s->n + STORED_ROWS - 1) / STORED_ROWS, (unsigned)a->G), THREADS,
-                   0, s->view, c->kv.head_bytes, p);
-        });
-    else
-        launch(&c->q, "rope_store_kernel", rope_store_kernel,
-               dim3((unsigned)s->n, (unsigned)a->G), 128, 0, s->view, c->kv, c->qb, c->kb, c->vb,
-               c->rope, layer, a->H, a->G, a->d);
 }
 
 /* x += Wo heads; x += Wdown (silu(Wgate rmsnorm(x)) Wup rmsnorm(x)), rows from `from` on. */
@@ -6596,14 +6574,14 @@ static void allow_kernels(struct gpu *c) {
             allow_gemv<T, ADD>(q);
             allow_gemv<T, SWIGLU>(q);
         });
-    for (const void *kernel : {(const void *)rope_store_kernel, (const void *)embed_kernel<LVM_F16>,
+    for (const void *kernel : {(const void *)embed_kernel<LVM_F16>,
                                (const void *)embed_kernel<LVM_Q8_0>, (const void *)norm_row_kernel,
                                (const void *)sample_kernel_for(c->g->m->codes)})
         allow(q, kernel, 0);
     if (kv->tensor)
         with_layout(*kv, [&](auto type, auto dp) {
             constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
-            allow(q, (const void *)rope_store_few_kernel<KV, DP>, 0);
+            allow(q, (const void *)rope_store_kernel<KV, DP>, 0);
         });
     if (kv->tensor) note(q, prepare_attention(*kv, q->device, c->resident), "cudaFuncSetAttribute");
     else allow(q, (const void *)attention_kernel_for(kv->type), attention_shared(kv->dp));
