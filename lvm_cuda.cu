@@ -1503,22 +1503,22 @@ static __device__ void start_barriers(uint64_t *b, uint32_t n) {
 #endif
 }
 
-/* Where a thread's 16 columns of each span of x lie: in shared memory, with the weights or by
-   themselves, or as f16 in memory. */
+/* Where a thread's 16 columns of each span of x lie: in shared memory, by themselves (see
+   stage_rows) or with the weights, or as f16 in memory. Distances are bytes. */
 struct inputs {
-    const char *x;   /* the first ones; of a single tile's row, else of row 0 */
-    int at;          /* the same in a slot of the ring */
-    int second;      /* from the first 8 columns to the others, in bytes */
-    int row, span;   /* to the next row, to the next span */
-    int last;        /* row; those behind give sums that nobody looks at */
+    const char *x; /* its first span, of a single tile's row or else of row 0; */
+    int at;        /* or the same in a slot of the ring */
+    int second;    /* from the first 8 columns to the others */
+    int row, span; /* to the next row, to the next span */
+    int last;      /* row; those behind give sums that nobody looks at */
 };
 
-/* Row g of a tile of 8, or if it is not there one whose columns change places as its do. */
+/* Row g, or where there is none another in which the same columns have changed places. */
 static __device__ int row_there(int g, int last) {
     return g <= last ? g : last > 0 ? g & 1 : 0;
 }
 
-/* For lanes that multiply by row g of tiles and columns 16 t on. `from`: `begin` spans behind. */
+/* from: where x lies, of which the warp's first span is number `begin`; at: where in a slot. */
 static __device__ struct inputs inputs_of(const struct product_f16 &j, const char *from, int begin,
                                           int at, int tiles) {
     const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, last = j.rows - 1;
@@ -1750,8 +1750,8 @@ static void launch_gemv(struct queue *q, const struct product_f16 *product) {
     }
 }
 
-/* The same as norm_pack_kernel for up to CHAIN_ROWS rows of up to ROW_MOST columns, a block a row.
-   Grid: [rows]. Floor: a launch. */
+/* The same as norm_pack_kernel for a few rows, not panels, of up to ROW_MOST columns. The product
+   may start at once, for it brings weights before it waits. Grid: [rows]. Floor: a launch. */
 __global__ void __launch_bounds__(ROW_THREADS)
     norm_row_kernel(const float *x, const float *norm, float eps, int D, const int *which,
                     struct packed out) {
@@ -2445,7 +2445,7 @@ template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int 
 
 static void launch_norm_pack(struct queue *q, const struct product_f16 *j) {
     const int D = j->p[0].w.cols;
-    if (j->rows <= CHAIN_ROWS && D <= ROW_MOST)
+    if (!j->in.panels && D <= ROW_MOST)
         launch(q, "norm_row_kernel", norm_row_kernel, dim3((unsigned)j->rows), ROW_THREADS, 0,
                j->x, j->norm, j->eps, D, j->which, j->in);
     else
@@ -4950,9 +4950,10 @@ static void attend_in_f32(struct queue *q, const struct attention *a, int rows) 
 
    With f16 weights one token's layer is six kernels: gemv_kernel for q, k and v (with the norm in
    front), split_kernel, merge_blocks_kernel, gemv_kernel for o (which adds to x), for gate and up
-   (norm in front, SwiGLU behind) and for down. A prompt's layer is a GEMM each for q, k and v, for
-   o, for gate and up and for down, which dequantise the weights of the next ones on the side, and
-   store_many_kernel, expand_kernel and flash_kernel.
+   (norm in front, SwiGLU behind) and for down. That of a few tokens has norm_row_kernel in front of
+   the products with a norm and rope_store_kernel in front of attention. A prompt's layer is a GEMM
+   each for q, k and v, for o, for gate and up and for down, which dequantise the weights of the
+   next ones on the side, and store_many_kernel, expand_kernel and flash_kernel.
 
    A context's work memory is one allocation, made when it is opened; the cache grows by pages,
    which sequences share and copy when they write, as on the CPU. A forward's inputs (tokens,
