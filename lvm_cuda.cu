@@ -130,6 +130,14 @@ static __device__ void wait_for_inputs() {
 #endif
 }
 
+/* Lets them start earlier still, in front of wait_for_inputs: for a kernel of a few blocks, whose
+   successor waits for it all the same. */
+static __device__ void let_next_start() {
+#if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
 static int cuda_fail(cudaError_t e, const char *what, lvm_error *error) {
     cudaGetLastError(); /* or the next launch would be blamed */
     int code = e == cudaErrorMemoryAllocation ? LVM_MEMORY : LVM_UNSUPPORTED;
@@ -821,8 +829,9 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
 
 enum {
     FEW_ROWS = 64,                 /* GEMV up to here */
-    CHAIN_ROWS = 8,                /* up to so many a GEMV block keeps rows in shared memory, */
-    STAGED_MOST = 96 << 10,        /* if they take no more, and computes their norms itself */
+    CHAIN_ROWS = 8,                /* up to so many rows come to a GEMV block's shared memory, */
+    STAGED_MOST = 96 << 10,        /* all of them if they take no more, */
+    RINGS_BESIDE = 103 << 10,      /* or with the weights, in rings that leave the next one room */
     CHAINS = 4,                    /* of a product */
     TEAMS = 3,                     /* of a GEMV block: a warp for each chain */
     TALL_TEAMS = 2,                /* the same where rows are more than CHAIN_ROWS */
@@ -830,24 +839,35 @@ enum {
     GEMV_THREADS = 32 * GEMV_WARPS,
     ROW_SUMS = 8,                  /* sums of a row's squares: one order for a warp and a block */
     ROW_THREADS = 32 * ROW_SUMS,
-    REGISTER_ROW = 4               /* float4s of a thread where a block holds one row */
+    REGISTER_ROW = 4,              /* float4s of a thread where a block holds one row, */
+    ROW_MOST = ROW_THREADS * REGISTER_ROW * 4 /* of so many columns at most */
 };
 
 /* ---- Activations in f16, and RMSNorm ---- */
 
-/* Activations in f16: rows [row][ld], columns from the last on to ld zeros; or panels for GEMM:
-   tiles of 128 rows x 64 columns, 16 KiB side by side. In a tile a row has 128 bytes, of which
-   chunk c of 16 bytes lies at c ^ (row & 7) (wgmma's 128-byte swizzle: eight rows' chunks c use
-   all banks), and a step's 16 columns are neighbours, in the order of the instruction. */
+/* Activations in f16, columns from the last on to ld zeros, as rows or as panels.
+       rows     up to CHAIN_ROWS span by span, [span][row][64], so that one copy brings spans of all
+                of them to shared memory; more one after the other. In odd rows chunk c of 16 bytes
+                lies at c ^ 1: so eight rows are read without a bank conflict
+       panels   for GEMM: tiles of 128 rows x 64 columns, 16 KiB side by side. In a tile a row has
+                128 bytes, of which chunk c lies at c ^ (row & 7) (wgmma's 128-byte swizzle: eight
+                rows' chunks c use all banks), and a step's 16 columns are neighbours, in the order
+                of the instruction */
 struct packed {
     __half *h;
     int ld, panels; /* panels: 0: rows */
     float up;       /* they are times this power of two */
+    int row, span;  /* of rows: elements from one to the next, from a span to the next */
 };
 
 /* Where column k of a row lies, in elements. */
+static __device__ int64_t row_at(const struct packed &p, int row, int k) {
+    const unsigned c = (unsigned)k;
+    return (int64_t)row * p.row + (int64_t)(c / SPAN) * p.span + (c % SPAN ^ row % 2 * 8);
+}
+
 static __device__ int64_t packed_at(const struct packed &p, int row, int k) {
-    if (!p.panels) return (int64_t)row * p.ld + k;
+    if (!p.panels) return row_at(p, row, k);
     int t = k % 64 / 16, s = k % 16 / 4, j = k % 4, r = row % 128;
     int at = 16 * s + 2 * t + (j & 1) + 8 * (j >> 1);
     int64_t tile = (int64_t)(row / 128) * (p.ld / 64) + k / 64;
@@ -858,8 +878,10 @@ static __device__ int64_t packed_at(const struct packed &p, int row, int k) {
 static __device__ void store4(const struct packed &p, int row, int k, float4 v) {
     __half2 low = __floats2half2_rn(v.x * p.up, v.y * p.up),
             high = __floats2half2_rn(v.z * p.up, v.w * p.up);
-    *(__half2 *)(p.h + packed_at(p, row, k)) = low;
-    *(__half2 *)(p.h + packed_at(p, row, k + 2)) = high;
+    if (p.panels) {
+        *(__half2 *)(p.h + packed_at(p, row, k)) = low;
+        *(__half2 *)(p.h + packed_at(p, row, k + 2)) = high;
+    } else *(uint2 *)(p.h + row_at(p, row, k)) = make_uint2(as_word(low), as_word(high));
 }
 
 /* float4 number i of n, zeros beyond; not through the L1 cache, which may hold an older one. */
@@ -888,7 +910,7 @@ static __device__ float scale_of_sums(const float4 *sum, int D, float eps) {
 }
 
 /* The same from the row, by a warp. Sum i has the float4s whose number / 32 % 8 is i, so that eight
-   warps may as well have one sum each, see stage_row. */
+   warps may as well have one sum each, see norm_row. */
 static __device__ float rms_scale(const float *x, int D, float eps) {
     float4 sum[ROW_SUMS] = {};
     const int lane = (int)threadIdx.x % 32, n = D % 4 == 0 ? D / 4 : 0; /* float4s */
@@ -966,6 +988,51 @@ static __device__ void write_normed(const struct packed &out, int row, const flo
             if (i + 32 * u < out.ld / 4)
                 store4(out, row, 4 * (i + 32 * u), normed(v[u], w[u], scale));
     }
+}
+
+/* A thread's part of a vector of up to ROW_MOST floats, of which a block has all. */
+struct row_part {
+    float4 v[REGISTER_ROW];
+};
+
+static __device__ struct row_part load_part(const float *x, int D) {
+    const int tid = (int)threadIdx.x, n = tid < ROW_THREADS ? D / 4 : 0;
+    struct row_part p;
+#pragma unroll
+    for (int u = 0; u < REGISTER_ROW; u++) {
+        if (ROW_THREADS * u >= n) break;
+        p.v[u] = load_float4(x, tid + ROW_THREADS * u, n);
+    }
+    return p;
+}
+
+/* Writes rmsnorm(x), zeros behind the last; a block a row, its first ROW_THREADS threads. The order
+   of sums is rms_scale's. */
+static __device__ void norm_row(const struct packed &out, int row, const struct row_part &x,
+                                const struct row_part &norm, float eps, int D) {
+    __shared__ float sums[ROW_SUMS];
+    const int tid = (int)threadIdx.x, n = tid < ROW_THREADS ? D / 4 : 0;
+    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+    for (int u = 0; u < REGISTER_ROW; u++) {
+        if (ROW_THREADS * u >= n) break;
+        sum = add_squares(sum, x.v[u]);
+    }
+    sum.x = over_warp(sum);
+    if (tid < ROW_THREADS) sums[tid / 32] = sum.x;
+    __syncthreads();
+    float all = sums[0];
+#pragma unroll
+    for (int i = 1; i < ROW_SUMS; i++) all += sums[i];
+    const float scale = rsqrtf(all / (float)D + eps);
+#pragma unroll
+    for (int u = 0; u < REGISTER_ROW; u++) {
+        if (ROW_THREADS * u >= n) break;
+        if (tid + ROW_THREADS * u < n)
+            store4(out, row, 4 * (tid + ROW_THREADS * u), normed(x.v[u], norm.v[u], scale));
+    }
+    for (int i = D / 4 + tid; i < out.ld / 4; i += (int)blockDim.x)
+        store4(out, row, 4 * i, make_float4(0, 0, 0, 0));
 }
 
 /* v / (1 + e^-v), to some 1e-6. */
@@ -1088,6 +1155,8 @@ static __device__ void barrier_arrive_later(uint64_t *b) {
                  : "memory");
 }
 
+static __device__ uint32_t elected(void) { return 1; } /* all lanes copy */
+
 /* copy_bulk by a warp, which waits for its copies by itself. */
 static __device__ void copy_bulk(void *to, const void *from, int bytes, uint64_t *) {
     for (int i = (int)threadIdx.x % 32 * 16; i < bytes; i += 32 * 16)
@@ -1185,80 +1254,43 @@ template <int N> static __device__ void wgmma(float *c, uint64_t a, uint64_t b, 
    A block first asks for its first weights, then waits for the kernel in front of it, brings the
    rows to shared memory, and from then on streams weights: each warp has a ring buffer in shared
    memory of its own, which it fills, reads, dequantises and multiplies. Four warps share K, one for
-   each chain (split-K inside a block), and add their sums through shared memory. */
+   each chain (split-K inside a block), and add their sums through shared memory.
 
-/* The rows in front of a product go to shared memory, a row of 2 ld + 16 bytes, so that eight rows
-   are read without a bank conflict. */
-static __device__ char *staged_row(const struct product_f16 &j, char *shared, int r) {
-    return shared + r * (2 * j.in.ld + 16);
-}
+   Up to CHAIN_ROWS rows of x come to shared memory. A single one the block norms itself; several,
+   of which each block would have to norm all, are normed before (norm_row_kernel), and four copies,
+   one for a chain, bring them. Where there is no norm (ADD, with one or two groups for a block)
+   they do not stay: a span of them comes with that of the weights, to the same slot of the ring. */
 
 static __device__ const float *row_of_x(const struct product_f16 &j, int r) {
     return j.x + (int64_t)(j.which != NULL ? j.which[r] : r) * j.p[0].w.cols;
 }
 
-/* rmsnorm of a single row, which a block holds in registers; the order of sums is rms_scale's. */
-static __device__ void stage_row(const struct product_f16 &j, char *shared, int D) {
-    __shared__ float sums[ROW_SUMS];
-    const int tid = (int)threadIdx.x, n = tid < ROW_THREADS ? D / 4 : 0;
-    const struct packed out = {(__half *)shared, j.in.ld, 0, j.in.up};
-    const float *x = row_of_x(j, 0);
-    float4 v[REGISTER_ROW], w[REGISTER_ROW], sum = make_float4(0, 0, 0, 0);
-#pragma unroll
-    for (int u = 0; u < REGISTER_ROW; u++) {
-        if (ROW_THREADS * u >= n) break;
-        v[u] = load_float4(x, tid + ROW_THREADS * u, n);
-        w[u] = load_float4(j.norm, tid + ROW_THREADS * u, n);
+/* The rows to shared memory: one that is still to be normed, by the block; else those that lie in
+   f16, as they lie, of each chain the spans begin .. begin + own - 1; its barrier tells of them. */
+static __device__ void stage_rows(const struct product_f16 &j, char *shared, uint64_t *ready,
+                                  int begin, int own, int first_team) {
+    const int D = j.p[0].w.cols, span = 2 * j.in.span;
+    if (j.norm != NULL) {
+        const struct packed out = {(__half *)shared, j.in.ld, 0, j.in.up, SPAN, SPAN};
+        const struct row_part x = load_part(row_of_x(j, 0), D), norm = load_part(j.norm, D);
+        norm_row(out, 0, x, norm, j.eps, D);
+        __syncthreads();
+        return;
     }
-#pragma unroll
-    for (int u = 0; u < REGISTER_ROW; u++) {
-        if (ROW_THREADS * u >= n) break;
-        sum = add_squares(sum, v[u]);
+    char *to = shared + begin * span;
+    const char *from = (const char *)j.in.h + (int64_t)begin * span;
+#if BULK
+    if (own > 0 && first_team && elected()) {
+        barrier_expect(ready, own * span);
+        copy_bulk(to, from, own * span, ready);
     }
-    sum.x = over_warp(sum);
-    if (tid < ROW_THREADS) sums[tid / 32] = sum.x;
-    __syncthreads();
-    float all = sums[0];
-#pragma unroll
-    for (int i = 1; i < ROW_SUMS; i++) all += sums[i];
-    const float scale = rsqrtf(all / (float)D + j.eps);
-#pragma unroll
-    for (int u = 0; u < REGISTER_ROW; u++) {
-        if (ROW_THREADS * u >= n) break;
-        if (tid + ROW_THREADS * u < n)
-            store4(out, 0, 4 * (tid + ROW_THREADS * u), normed(v[u], w[u], scale));
-    }
-    for (int i = D / 4 + tid; i < out.ld / 4; i += GEMV_THREADS)
-        store4(out, 0, 4 * i, make_float4(0, 0, 0, 0));
-}
-
-/* Rows that lie in f16 already. */
-static __device__ void copy_rows(const struct product_f16 &j, char *shared) {
-    const int n = j.in.ld / 8;
-    for (int r = 0; r < j.rows; r++) {
-        const uint4 *from = (const uint4 *)(j.in.h + (int64_t)r * j.in.ld);
-        uint4 *to = (uint4 *)staged_row(j, shared, r);
-#pragma unroll 4
-        for (int i = (int)threadIdx.x; i < n; i += GEMV_THREADS)
-            copy_async<16>(shared_address(to + i), from + i, 1);
-    }
+    if (own > 0) barrier_wait(ready, 0);
+#else
+    if (own > 0 && first_team) copy_bulk(to, from, own * span, ready);
     end_copies();
     wait_for_copies<0>();
-}
-
-/* A product's rows to shared memory, normed where they have a norm. */
-static __device__ void stage_rows(const struct product_f16 &j, char *shared) {
-    const int D = j.p[0].w.cols, warp = (int)threadIdx.x / 32;
-    if (j.norm == NULL) copy_rows(j, shared);
-    else if (j.rows == 1 && D <= ROW_THREADS * REGISTER_ROW * 4) stage_row(j, shared, D);
-    else
-#pragma unroll 1
-        for (int r = warp; r < j.rows; r += GEMV_WARPS) {
-            const struct packed out = {(__half *)staged_row(j, shared, r), j.in.ld, 0, j.in.up};
-            const float *x = row_of_x(j, r), scale = rms_scale(x, D, j.eps);
-            write_normed(out, 0, x, j.norm, scale, D);
-        }
     __syncthreads();
+#endif
 }
 
 /* Of all products, also GEMM's: the order of the four. */
@@ -1296,14 +1328,14 @@ static __device__ void epilogue_one(const struct product_f16 &j, const struct pa
     if (KIND == STORE) p.y[at] = fmaf(sum, down, bias);
     if (KIND == ADD) p.y[at] = fmaf(sum, down, other) + (p.bias != NULL ? bias : -0.0f);
     if (KIND == SWIGLU)
-        j.out.h[packed_at(j.out, r, o)] =
+        j.out.h[row_at(j.out, r, o)] =
             __float2half_rn(o < N ? silu(sum * down) * (other * down) * j.out.up : 0);
 }
 
 /* Weights come through a ring buffer in shared memory. Of a group of 16 rows a warp reads two tiles
    of 8 rows, of each some spans that follow each other: one run of elements, one of scales. A slot
-   of the ring has CHUNK spans of both tiles, elements before scales; `full` tells when they are
-   there. */
+   of the ring has CHUNK spans of both tiles, elements before scales, and behind them those of x if
+   they come with the weights; `full` tells when they are there. */
 template <int TYPE> struct ring {
     enum {
         SCALED = TYPE == LVM_Q8_0 || TYPE == LVM_Q4_0,
@@ -1311,7 +1343,7 @@ template <int TYPE> struct ring {
         PAIRS = CHUNK * 2, /* its tiles */
         TILE = TYPE == LVM_Q4_0 ? 256 : TYPE == LVM_Q8_0 ? 512 : 1024, /* bytes of a tile, */
         SCALES = SCALED * 32,                                          /* of its scales, */
-        SLOT = PAIRS * (TILE + SCALES),                                /* of a slot */
+        SLOT = PAIRS * (TILE + SCALES),                                /* of a slot's weights */
         SLOTS = SCALED ? 3 : 2,
         BYTES = SLOTS * SLOT
     };
@@ -1365,6 +1397,9 @@ template <int TYPE, int KIND> struct weight_stream {
     uint64_t *full;          /* a barrier a slot */
     uint32_t slots, to, at;  /* of the ring; next to fill; next to read */
     uint32_t round;          /* 0 and 1 in turn: the parity of `full` */
+    int slot;                /* bytes of a slot */
+    const char *x;           /* the spans of x that are fetched next, if they are, */
+    int span;                /* bytes of each, else 0 */
 };
 
 /* To the first of the warp's spans of the group that comes next. */
@@ -1373,6 +1408,7 @@ static __device__ void point_stream(const struct product_f16 &j,
                                     struct weight_stream<TYPE, KIND> *s) {
     int group = s->group, part;
     s->left = s->own;
+    s->x = (const char *)j.in.h + (int64_t)s->begin * s->span;
     if (group >= s->groups) return;
     part = part_of<KIND>(j, &group);
     for (int i = 0; i < 2; i++) {
@@ -1384,34 +1420,36 @@ static __device__ void point_stream(const struct product_f16 &j,
     }
 }
 
-/* n spans of both tiles set out for a slot. */
+/* n spans of both tiles, and of x unless that is not there yet, set out for a slot. */
 template <int TYPE, int KIND>
-static __device__ void copy_chunk(const struct weight_stream<TYPE, KIND> &s, int n) {
+static __device__ void copy_chunk(const struct weight_stream<TYPE, KIND> &s, int n, int inputs) {
     typedef struct ring<TYPE> R;
-    char *to = s.ring + s.to * R::SLOT, *scales = to + R::PAIRS * R::TILE;
+    char *to = s.ring + s.to * s.slot, *scales = to + R::PAIRS * R::TILE;
     uint64_t *full = s.full + s.to;
 #if BULK
     if (!elected()) return;
-    barrier_expect(full, 2 * n * (R::TILE + R::SCALES));
+    barrier_expect(full, n * (2 * (R::TILE + R::SCALES) + s.span));
 #endif
     for (int i = 0; i < 2; i++) {
         copy_bulk(to + i * R::CHUNK * R::TILE, s.q[i], n * R::TILE, full);
         if (R::SCALED) copy_bulk(scales + i * R::CHUNK * R::SCALES, s.d[i], n * R::SCALES, full);
     }
+    if (inputs && s.span > 0) copy_bulk(to + R::SLOT, s.x, n * s.span, full);
 }
 
 /* Sets out for the next chunk, if there is one. */
 template <int TYPE, int KIND>
 static __device__ void fetch_chunk(const struct product_f16 &j,
-                                   struct weight_stream<TYPE, KIND> *s) {
+                                   struct weight_stream<TYPE, KIND> *s, int inputs) {
     typedef struct ring<TYPE> R;
     if (s->group < s->groups) {
         const int n = min((int)R::CHUNK, s->left);
-        copy_chunk(*s, n);
+        copy_chunk(*s, n, inputs);
         for (int i = 0; i < 2; i++) {
             s->q[i] += n * R::TILE;
             s->d[i] += n * R::SCALES / 2;
         }
+        s->x += n * s->span;
         if ((s->left -= n) == 0) {
             s->group += s->step;
             point_stream(j, s);
@@ -1421,17 +1459,34 @@ static __device__ void fetch_chunk(const struct product_f16 &j,
     if (!BULK) end_copies();
 }
 
+/* The spans of x for the slots that are being filled, from a warp's first group and x on. */
+template <int TYPE, int KIND>
+static __device__ void fetch_inputs(const struct weight_stream<TYPE, KIND> &s, int group,
+                                    const char *x) {
+    typedef struct ring<TYPE> R;
+    if (elected())
+#pragma unroll 1
+        for (uint32_t i = 0, at = 0; i < s.slots && group < s.groups; i++) {
+            const uint32_t n = min((uint32_t)R::CHUNK, s.own - at);
+            copy_bulk(s.ring + i * s.slot + R::SLOT, x + at * s.span, n * s.span, s.full + i);
+            if ((at += n) == s.own) at = 0, group += s.step;
+        }
+    if (BULK) return;
+    end_copies();
+    wait_for_copies<0>();
+}
+
 /* Waits for the warp's next chunk. The slot of the chunk before has not been filled again, so that
    of all groups of copies the last slots - 2 may still be under way. */
 template <int TYPE, int KIND>
 static __device__ const char *wait_for_chunk(struct weight_stream<TYPE, KIND> *s) {
-    typedef struct ring<TYPE> R;
-    const char *slot = s->ring + s->at * R::SLOT;
+    const char *slot = s->ring + s->at * s->slot;
 #if BULK
     barrier_wait(s->full + s->at, s->round);
 #else
-    if (s->slots == R::SLOTS) wait_for_copies<R::SLOTS - 2>();
-    else wait_for_copies<2 * R::SLOTS - 2>();
+    if (s->slots >= 6) wait_for_copies<4>();
+    else if (s->slots >= 3) wait_for_copies<1>();
+    else wait_for_copies<0>();
     __syncwarp();
 #endif
     s->at = s->at + 1 < s->slots ? s->at + 1 : 0;
@@ -1448,22 +1503,40 @@ static __device__ void start_barriers(uint64_t *b, uint32_t n) {
 #endif
 }
 
-/* Where a thread's columns of x begin, in shared memory (see stage_rows) or as they lie; rows that
-   are not there give sums that nobody looks at. */
+/* Where a thread's 16 columns of each span of x lie: in shared memory, by themselves (see
+   stage_rows) or with the weights, or as f16 in memory. Distances are bytes. */
 struct inputs {
-    const char *x;
-    int stride, last; /* bytes of a row; the last row */
+    const char *x; /* its first span, of a single tile's row or else of row 0; */
+    int at;        /* or the same in a slot of the ring */
+    int second;    /* from the first 8 columns to the others */
+    int row, span; /* to the next row, to the next span */
+    int last;      /* row; those behind give sums that nobody looks at */
 };
 
+/* Row g, or where there is none another in which the same columns have changed places. */
+static __device__ int row_there(int g, int last) {
+    return g <= last ? g : last > 0 ? g & 1 : 0;
+}
+
+/* from: where x lies, of which the warp's first span is number `begin`; at: where in a slot. */
+static __device__ struct inputs inputs_of(const struct product_f16 &j, const char *from, int begin,
+                                          int at, int tiles) {
+    const int g = (int)threadIdx.x % 32 / 4, t = (int)threadIdx.x % 4, last = j.rows - 1;
+    struct inputs in = {NULL, at, g % 2 ? -16 : 16, 2 * j.in.row, 2 * j.in.span, last};
+    in.at += 32 * t + g % 2 * 16 + (tiles == 1 ? row_there(g, last) * in.row : 0);
+    in.x = from + (int64_t)begin * in.span + (in.at - at);
+    return in;
+}
+
 template <int TILES>
-static __device__ void load_inputs(const struct inputs &in, int span, uint4 (*x)[2]) {
+static __device__ void load_inputs(const struct inputs &in, const char *at, uint4 (*x)[2]) {
     const int g = (int)threadIdx.x % 32 / 4;
 #pragma unroll
-    for (int n = 0; n < TILES; n++)
-#pragma unroll
-        for (int i = 0; i < 2; i++)
-            x[n][i] = *(const uint4 *)(in.x + min(n * 8 + g, in.last) * in.stride +
-                                       span * SPAN * 2 + i * 16);
+    for (int n = 0; n < TILES; n++) {
+        const char *from = at + (TILES > 1 ? row_there(n * 8 + g, in.last) * in.row : 0);
+        x[n][0] = *(const uint4 *)from;
+        x[n][1] = *(const uint4 *)(from + in.second);
+    }
 }
 
 /* Lets the compiler compute these before what follows. */
@@ -1473,7 +1546,7 @@ static __device__ void keep(const __half2 *w) {
 
 /* A warp's spans of a group, c += its part of the sums, two in turn: while tensor cores work at one
    the next becomes f16, and a further one is on its way from shared memory. */
-template <int TYPE, int KIND, int TILES>
+template <int TYPE, int KIND, int TILES, int STREAMED>
 static __device__ void multiply_group(const struct product_f16 &j,
                                       struct weight_stream<TYPE, KIND> *s,
                                       const struct inputs &in, float (*c)[4]) {
@@ -1486,32 +1559,36 @@ static __device__ void multiply_group(const struct product_f16 &j,
         dequantise16<TYPE>(raw[1], to[1]);
     };
     auto multiply = [&](int span, __half2 (*w16)[8], uint4 (*x16)[2]) {
-        if (!AHEAD) load_inputs<TILES>(in, span, x16);
+        if (!AHEAD) load_inputs<TILES>(in, in.x + span * in.span, x16);
 #pragma unroll
         for (int n = 0; n < TILES; n++) multiply_span(c[n], w16[0], w16[1], x16[n]);
     };
     const int last = s->own - 1;
     const char *slot = wait_for_chunk(s);
+    auto ahead = [&](int span, int of_chunk, uint4 (*to)[2]) { /* where there is none, as of w */
+        if (STREAMED) load_inputs<TILES>(in, slot + in.at + of_chunk * in.span, to);
+        else if (AHEAD) load_inputs<TILES>(in, in.x + min(span, last) * in.span, to);
+    };
     load_raw(slot, 0, raw);
-    if (AHEAD) load_inputs<TILES>(in, 0, x);
+    ahead(0, 0, x);
     expand(w);
 #pragma unroll 1
     for (int k = 0;; k += 2) {
         load_raw(slot, 1, raw); /* where there is none, something else that is there */
-        if (AHEAD) load_inputs<TILES>(in, min(k + 1, last), y);
+        ahead(k + 1, 1, y);
         multiply(k, w, x);
         expand(v);
         if (k < last) {
             if (k + 2 <= last) slot = wait_for_chunk(s);
             load_raw(slot, 0, raw);
-            if (AHEAD) load_inputs<TILES>(in, min(k + 2, last), x);
+            ahead(k + 2, 0, x);
             multiply(k + 1, v, y);
             expand(w);
             keep(w[0]);
             keep(w[1]);
         }
         __syncwarp();
-        fetch_chunk(j, s);
+        fetch_chunk(j, s, 1);
         if (k + 2 > last) return;
     }
 }
@@ -1548,51 +1625,60 @@ static __device__ void epilogue_group(const struct product_f16 &j, int group, fl
 /* y or out for up to 8 TILES rows of x. A block a multiprocessor. A team of four warps takes one
    group of 16 rows of w after the other, a warp one of their four chains; where there are no more
    groups than blocks, one team has the memory of all. Reads w, in tiles, once, the first spans
-   before the kernel in front has ended, and x, rows of f32 with a norm or f16, from shared memory
-   (SHARED: up to CHAIN_ROWS rows) or as f16 from the L2 cache; writes y in f32 rows, or out. Loops
-   are not unrolled: instructions that run for the first time take longer than others. Floor: the
-   bytes of w over the memory's bandwidth. */
+   before the kernel in front has ended, and x, f16 or a single row of f32 with a norm, from shared
+   memory (SHARED: up to CHAIN_ROWS rows; ADD: span by span) or as f16 from the L2 cache; writes y
+   in f32 rows, or out. Loops are not unrolled: instructions that run for the first time take longer
+   than others. Floor: the bytes of w over the memory's bandwidth. */
 template <int TYPE, int KIND, int TILES, int SHARED>
 __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), TILES > 4 ? 1 : 2)
-    gemv_kernel(struct product_f16 j) {
+    gemv_kernel(struct product_f16 j, int slots) {
     extern __shared__ __align__(128) char shared[];
     typedef struct ring<TYPE> R;
-    enum { N = SHARED ? TEAMS : TALL_TEAMS };
+    enum { N = SHARED ? TEAMS : TALL_TEAMS, STREAMED = SHARED && KIND == ADD,
+           STAGED = SHARED && !STREAMED };
     __shared__ float sums[N][CHAINS][TILES * 4][32];
-    __shared__ uint64_t full[N * CHAINS * R::SLOTS];
+    __shared__ uint64_t full[N * CHAINS * R::SLOTS], ready[CHAINS];
     const int warp = __shfl_sync(0xffffffff, (int)threadIdx.x / 32, 0), /* known to be uniform */
               team = warp / CHAINS, chain = warp % CHAINS, lane = (int)threadIdx.x % 32,
               spans = j.p[0].w.ld / SPAN, each = (spans + CHAINS - 1) / CHAINS;
-    char *x = shared + N * CHAINS * R::BYTES;
     struct weight_stream<TYPE, KIND> s = {};
     s.groups = all_groups<KIND>(j);
     s.step = (int)gridDim.x * N;
     s.group = (int)(blockIdx.x + gridDim.x * team);
     s.begin = min(spans, chain * each);
     s.own = min(spans - s.begin, each);
-    const int alone = s.groups <= (int)gridDim.x; /* the first team, which has all of the ring */
-    const int place = alone ? chain * N : warp;
-    s.slots = alone ? N * R::SLOTS : R::SLOTS;
-    s.ring = shared + place * R::BYTES;
-    s.full = full + place * R::SLOTS;
+    s.span = STREAMED ? 2 * j.in.span : 0;
+    s.slot = R::SLOT + R::CHUNK * s.span;
+    s.slots = (uint32_t)slots;
+    const int alone = s.groups <= (int)gridDim.x, /* the first team, which has all of the ring */
+              place = (alone ? chain : warp) * slots;
+    const char *x = STAGED ? shared + (alone ? 1 : N) * CHAINS * slots * s.slot
+                           : (const char *)j.in.h;
+    s.ring = shared + place * s.slot;
+    s.full = full + place;
     const int first_group = s.group, last_group = s.groups;
     if (s.own == 0) s.groups = 0; /* nothing to fetch */
     if (s.group < s.groups) start_barriers(s.full, s.slots);
+    if (STAGED && j.norm == NULL) {
+        if (warp == 0) start_barriers(ready, CHAINS);
+        __syncthreads();
+    }
     point_stream(j, &s);
+    const char *first_x = s.x;
 #pragma unroll 1
-    for (uint32_t i = 0; i < s.slots; i++) fetch_chunk(j, &s);
+    for (int i = 0; i < slots; i++) fetch_chunk(j, &s, 0);
     prefetch_norm(j);
+    const struct inputs in = inputs_of(j, x, s.begin, R::SLOT, TILES);
     wait_for_inputs();
-    if (SHARED) stage_rows(j, x);
-    struct inputs in = {SHARED ? x : (const char *)j.in.h, 2 * j.in.ld + SHARED * 16, j.rows - 1};
-    in.x += (s.begin * SPAN + lane % 4 * 16) * 2;
+    if (STREAMED) fetch_inputs(s, first_group, first_x);
+    if (STAGED) stage_rows(j, (char *)x, ready + chain, s.begin, s.own, team == 0);
 #pragma unroll 1
     for (int group = first_group; group < last_group; group += s.step) {
         float c[TILES][4] = {}, before = 0;
         if (KIND == ADD && TILES == 1) /* of what epilogue_group lets this thread write */
             before = residual(j, j.p[0], lane % 4 * 2 + chain % 2,
                               group * 16 + lane / 4 + chain / 2 * 8);
-        if (s.own > 0) multiply_group<TYPE, KIND, TILES>(j, &s, in, c);
+        if (s.own > 0) multiply_group<TYPE, KIND, TILES, STREAMED>(j, &s, in, c);
         epilogue_group<KIND, TILES>(j, group, c, sums[team], team, chain, before);
     }
     if (!BULK) wait_for_copies<0>();
@@ -1610,9 +1696,26 @@ static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
     const int type = j->p[0].w.type;
     const int ring_bytes = type == LVM_Q8_0 ? (int)ring<LVM_Q8_0>::BYTES
                            : type == LVM_Q4_0 ? (int)ring<LVM_Q4_0>::BYTES : ring<LVM_F16>::BYTES;
-    int64_t bytes = (int64_t)j->rows * (2 * j->in.ld + 16);
+    int64_t bytes = (int64_t)j->rows * 2 * j->in.ld;
     int64_t room = min64(STAGED_MOST, q->shared - GEMV_WARPS * ring_bytes - SUMS_BYTES);
     return j->rows <= CHAIN_ROWS && bytes <= room ? (int)bytes : 0;
+}
+
+/* How a GEMV has its rows in shared memory: slots of each ring, bytes of all. 0: it has not. */
+struct gemv_shared {
+    int slots, bytes;
+};
+
+template <int TYPE, int KIND>
+static struct gemv_shared shared_of(const struct queue *q, const struct product_f16 *j, int alone) {
+    typedef struct ring<TYPE> R;
+    const int most = alone ? TEAMS * R::SLOTS : R::SLOTS, rings = alone ? CHAINS : GEMV_WARPS,
+              all = rings * (R::SLOT + (KIND == ADD ? R::CHUNK * 2 * j->in.span : 0)),
+              slots = KIND == ADD ? (int)max64(2, min64(most, RINGS_BESIDE / all)) : most,
+              staged = KIND == ADD ? 0 : staged_bytes(q, j), bytes = all * slots + staged;
+    if (j->rows > CHAIN_ROWS || bytes > q->shared - SUMS_BYTES || (KIND != ADD && staged == 0))
+        return {0, 0};
+    return {slots, bytes};
 }
 
 /* A block of a kernel and one of the next shall stand on a multiprocessor side by side, so that the
@@ -1622,26 +1725,43 @@ static int staged_bytes(const struct queue *q, const struct product_f16 *j) {
 template <int TYPE, int KIND>
 static void launch_gemv(struct queue *q, const struct product_f16 *product) {
     struct product_f16 j = *product;
-    const int staged = staged_bytes(q, &j), least = KIND == ADD ? 0 : q->shared / 2 - (6 << 10),
-              shared = (int)max64(GEMV_WARPS * ring<TYPE>::BYTES + staged, least),
-              tall = TALL_TEAMS * CHAINS * ring<TYPE>::BYTES, threads = 32 * TALL_TEAMS * CHAINS;
+    typedef struct ring<TYPE> R;
+    const int least = KIND == ADD ? 0 : q->shared / 2 - (6 << 10),
+              tall = TALL_TEAMS * CHAINS * R::BYTES, threads = 32 * TALL_TEAMS * CHAINS;
     const int most = q->shared >= RINGS_MOST + TALL_BYTES ? FEW_ROWS : FEW_ROWS / 2;
     dim3 grid((unsigned)min64(q->sms, all_groups<KIND>(j)));
-    if (staged > 0) {
-        launch(q, "gemv_kernel", gemv_kernel<TYPE, KIND, 1, 1>, grid, GEMV_THREADS, (size_t)shared,
-               j);
+    const int alone = all_groups<KIND>(j) <= (int)grid.x;
+    const struct gemv_shared s = shared_of<TYPE, KIND>(q, &j, alone);
+    if (s.slots > 0) {
+        launch(q, "gemv_kernel", gemv_kernel<TYPE, KIND, 1, 1>, grid, GEMV_THREADS,
+               (size_t)max64(s.bytes, least), j, s.slots);
         return;
     }
+    const int slots = alone ? TALL_TEAMS * R::SLOTS : R::SLOTS;
     for (int left = j.rows; left > 0; left -= most) {
         j.rows = (int)min64(most, left);
-        if (j.rows <= 32) gemv_kernel<TYPE, KIND, 4, 0><<<grid, threads, tall, q->stream>>>(j);
-        else gemv_kernel<TYPE, KIND, 8, 0><<<grid, threads, tall, q->stream>>>(j);
+        (j.rows <= 32 ? gemv_kernel<TYPE, KIND, 4, 0> : gemv_kernel<TYPE, KIND, 8, 0>)
+            <<<grid, threads, tall, q->stream>>>(j, slots);
         launched(q, "gemv_kernel");
         for (int i = 0; j.p[0].y != NULL && i < j.n; i++)
             j.p[i].y += (int64_t)most * j.p[i].w.rows;
         j.in.h += (int64_t)most * j.in.ld;
         j.out.h += (int64_t)most * j.out.ld;
     }
+}
+
+/* The same as norm_pack_kernel for a few rows, not panels, of up to ROW_MOST columns. The product
+   may start at once, for it brings weights before it waits. Grid: [rows]. Floor: a launch. */
+__global__ void __launch_bounds__(ROW_THREADS)
+    norm_row_kernel(const float *x, const float *norm, float eps, int D, const int *which,
+                    struct packed out) {
+    const int i = (int)blockIdx.x;
+    const struct row_part w = load_part(norm, D);
+    let_next_start();
+    wait_for_inputs();
+    out.panels = 0; /* the compiler knows it now */
+    x += (int64_t)(which != NULL ? which[i] : i) * D;
+    norm_row(out, i, load_part(x, D), w, eps, D);
 }
 
 /* out = rmsnorm(x), whose row i is row which[i] of x, or i. Reads f32 rows, writes f16, in rows or
@@ -2325,8 +2445,14 @@ template <int KIND> static void launch_gemm(struct queue *q, struct gemm p, int 
 }
 
 static void launch_norm_pack(struct queue *q, const struct product_f16 *j) {
-    launch(q, "norm_pack_kernel", norm_pack_kernel, dim3((unsigned)(j->rows + WARPS - 1) / WARPS),
-           THREADS, 0, j->x, j->norm, j->eps, j->p[0].w.cols, j->which, j->rows, j->in);
+    const int D = j->p[0].w.cols;
+    if (!j->in.panels && D <= ROW_MOST)
+        launch(q, "norm_row_kernel", norm_row_kernel, dim3((unsigned)j->rows), ROW_THREADS, 0,
+               j->x, j->norm, j->eps, D, j->which, j->in);
+    else
+        launch(q, "norm_pack_kernel", norm_pack_kernel,
+               dim3((unsigned)(j->rows + WARPS - 1) / WARPS), THREADS, 0, j->x, j->norm, j->eps, D,
+               j->which, j->rows, j->in);
 }
 
 /* For many rows: where a product's matrices lie as panels, and which weights become panels while it
@@ -2361,7 +2487,8 @@ static void multiply(struct queue *q, enum epilogue kind, const struct product_f
         multiply_many(q, kind, product, w);
         return;
     }
-    if (j.norm != NULL && staged_bytes(q, &j) == 0) {
+    const int own_norm = j.rows == 1 && j.p[0].w.cols <= ROW_MOST && staged_bytes(q, &j) > 0;
+    if (j.norm != NULL && !own_norm) {
         launch_norm_pack(q, &j);
         j.norm = NULL;
     }
@@ -3284,31 +3411,39 @@ static __device__ float2 rotated(float2 v, float2 angle) {
                        fmaf(v.y, angle.x, __fmul_rn(v.x, angle.y)));
 }
 
-/* Grid: [rows][G], a key/value head and its queries: rotates q[rows][H][d] and k[rows][G][d] by
-   their angles, in place, and stores k and v[rows][G][d] in the cache. rope: [context][2][d / 2],
-   cosines and sines. Floor: bytes in + bytes out; for a few rows a launch. */
-__global__ void rope_store_kernel(struct batch_view b, struct kv_layout l, float *q, float *k,
-                                  const float *v, const float *rope, int layer, int H, int G,
-                                  int d) {
-    int row = (int)blockIdx.x, g = (int)blockIdx.y, pos = b.pos[row], half = d / 2, group = H / G;
-    wait_for_inputs();
+/* Grid: [rows][H + 2 G], a query, a key or a value a block. Rotates q[rows][H][d] by their angles,
+   in place, and stores k, rotated, and v[rows][G][d] in the cache. rope: [context][2][d / 2],
+   cosines and sines. KV, DP: the layout, if the compiler knows it (else DP is 0). The next kernel
+   may start at once: before it waits it reads no keys and values but those of earlier steps.
+   Floor: a launch. */
+template <int KV, int DP>
+__global__ void rope_store_kernel(const struct batch_view b, const struct kv_layout layout,
+                                  float *q, const float *k, const float *v, const float *rope,
+                                  int layer, int H, int G, int d) {
+    const struct kv_layout l = {DP > 0 ? KV : layout.type, DP > 0 ? DP : layout.dp,
+                                DP > 0 ? 1 : layout.tensor, layout.head_bytes};
+    const int row = (int)blockIdx.x, i = (int)blockIdx.y, pos = b.pos[row], half = d / 2,
+              threads = DP > 0 ? DP : (int)blockDim.x, is_value = i >= H + G,
+              g = i - H - is_value * G; /* the head, of a key or value */
     const float *angles = rope + (int64_t)pos * d;
-    float *queries = q + ((int64_t)row * H + g * group) * d, *key = k + ((int64_t)row * G + g) * d;
-    for (int i = (int)threadIdx.x; i < (group + 1) * half; i += (int)blockDim.x) {
-        int h = i / half, j = i % half;
-        float *x = h < group ? queries + h * d : key;
-        float2 to = rotated(make_float2(x[j], x[j + half]),
-                            make_float2(angles[j], angles[half + j]));
-        x[j] = to.x;
-        x[j + half] = to.y;
+    uint8_t *to = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
+    float *query = q + ((int64_t)row * H + i) * d;
+    const float *from = i < H ? query : (is_value ? v : k) + ((int64_t)row * G + g) * d;
+    auto rotate = [&](int j) {
+        return rotated(make_float2(__ldcg(from + j), __ldcg(from + j + half)),
+                       make_float2(angles[j], angles[j + half]));
+    };
+    let_next_start();
+    wait_for_inputs();
+    for (int j = (int)threadIdx.x; i < H && j < half; j += threads) {
+        const float2 x = rotate(j);
+        query[j] = x.x, query[j + half] = x.y;
     }
-    __syncthreads();
-    uint8_t *head = head_of(b, l, b.seq[row], pos / KEYS, (int64_t)layer * G + g);
-    int pieces = l.dp / QK, lane = (int)threadIdx.x % 32, all = 2 * pieces;
-    for (int i = (int)threadIdx.x / 32; i < all; i += (int)blockDim.x / 32) {
-        int value = i / pieces, i0 = i % pieces * QK, dim = i0 + lane;
-        const float *from = value ? v + ((int64_t)row * G + g) * d : key;
-        store_kv(l, head + value * l.head_bytes, value, pos % KEYS, i0, dim < d ? from[dim] : 0);
+    for (int dim = (int)threadIdx.x; i >= H && dim < l.dp; dim += threads) {
+        float x = 0;
+        if (is_value && dim < d) x = __ldcg(from + dim);
+        else if (dim < d) x = dim < half ? rotate(dim).x : rotate(dim - half).y;
+        store_kv(l, to + is_value * l.head_bytes, is_value, pos % KEYS, dim / QK * QK, x);
     }
 }
 
@@ -4846,9 +4981,10 @@ static void attend_in_f32(struct queue *q, const struct attention *a, int rows) 
 
    With f16 weights one token's layer is six kernels: gemv_kernel for q, k and v (with the norm in
    front), split_kernel, merge_blocks_kernel, gemv_kernel for o (which adds to x), for gate and up
-   (norm in front, SwiGLU behind) and for down. A prompt's layer is a GEMM each for q, k and v, for
-   o, for gate and up and for down, which dequantise the weights of the next ones on the side, and
-   store_many_kernel, expand_kernel and flash_kernel.
+   (norm in front, SwiGLU behind) and for down. That of a few tokens has norm_row_kernel in front of
+   the products with a norm and rope_store_kernel in front of attention. A prompt's layer is a GEMM
+   each for q, k and v, for o, for gate and up and for down, which dequantise the weights of the
+   next ones on the side, and store_many_kernel, expand_kernel and flash_kernel.
 
    A context's work memory is one allocation, made when it is opened; the cache grows by pages,
    which sequences share and copy when they write, as on the CPU. A forward's inputs (tokens,
@@ -5040,7 +5176,9 @@ static struct step plan_step(const struct gpu *c, const struct batch *b, const i
 
 /* Where so many rows and columns of activations go as f16: GEMM's panels, or GEMV's rows. */
 static struct packed packed_into(__half *h, int rows, int cols, float up) {
-    struct packed p = {h, round_up(cols, SPAN), rows > FEW_ROWS, up};
+    const int ld = round_up(cols, SPAN), by_span = rows <= CHAIN_ROWS;
+    struct packed p = {h, ld, rows > FEW_ROWS, up, by_span ? SPAN : ld,
+                       by_span ? SPAN * rows : SPAN};
     return p;
 }
 
@@ -5135,17 +5273,21 @@ static void store_rows(struct gpu *c, const struct step *s, int layer) {
     const struct llama *a = &c->g->m->llama;
     const struct projected p = {c->qb, c->kb, c->vb, c->rope, c->q16, c->query_c, s->n, layer,
                                 a->H, a->G, a->d, 1 / sqrtf((float)a->d)};
-    if (c->kv.tensor && !s->split)
-        with_layout(c->kv, [&](auto type, auto dp) {
-            launch(&c->q, "store_many_kernel",
-                   store_many_kernel<decltype(type)::value, decltype(dp)::value>,
-                   dim3((unsigned)(s->n + STORED_ROWS - 1) / STORED_ROWS, (unsigned)a->G), THREADS,
-                   0, s->view, c->kv.head_bytes, p);
-        });
+    auto few = [&](auto kernel, int threads) {
+        launch(&c->q, "rope_store_kernel", kernel,
+               dim3((unsigned)s->n, (unsigned)(a->H + 2 * a->G)), threads, 0, s->view, c->kv,
+               c->qb, c->kb, c->vb, c->rope, layer, a->H, a->G, a->d);
+    };
+    if (!c->kv.tensor) few(rope_store_kernel<LVM_F32, 0>, THREADS);
     else
-        launch(&c->q, "rope_store_kernel", rope_store_kernel,
-               dim3((unsigned)s->n, (unsigned)a->G), 128, 0, s->view, c->kv, c->qb, c->kb, c->vb,
-               c->rope, layer, a->H, a->G, a->d);
+        with_layout(c->kv, [&](auto type, auto dp) {
+            constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
+            if (s->split) few(rope_store_kernel<KV, DP>, DP);
+            else
+                launch(&c->q, "store_many_kernel", store_many_kernel<KV, DP>,
+                       dim3((unsigned)(s->n + STORED_ROWS - 1) / STORED_ROWS, (unsigned)a->G),
+                       THREADS, 0, s->view, c->kv.head_bytes, p);
+        });
 }
 
 /* x += Wo heads; x += Wdown (silu(Wgate rmsnorm(x)) Wup rmsnorm(x)), rows from `from` on. */
@@ -6440,10 +6582,15 @@ static void allow_kernels(struct gpu *c) {
             allow_gemv<T, ADD>(q);
             allow_gemv<T, SWIGLU>(q);
         });
-    for (const void *kernel : {(const void *)rope_store_kernel, (const void *)embed_kernel<LVM_F16>,
-                               (const void *)embed_kernel<LVM_Q8_0>,
+    for (const void *kernel : {(const void *)embed_kernel<LVM_F16>,
+                               (const void *)embed_kernel<LVM_Q8_0>, (const void *)norm_row_kernel,
                                (const void *)sample_kernel_for(c->g->m->codes)})
         allow(q, kernel, 0);
+    if (kv->tensor)
+        with_layout(*kv, [&](auto type, auto dp) {
+            constexpr int KV = decltype(type)::value, DP = decltype(dp)::value;
+            allow(q, (const void *)rope_store_kernel<KV, DP>, 0);
+        });
     if (kv->tensor) note(q, prepare_attention(*kv, q->device, c->resident), "cudaFuncSetAttribute");
     else allow(q, (const void *)attention_kernel_for(kv->type), attention_shared(kv->dp));
 }
