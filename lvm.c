@@ -20071,6 +20071,7 @@ static int read_cached_image(lvm_ctx *ctx, struct cache_reader *r, lvm_error *er
     return code;
 }
 
+/* Everything behind the head; where this fails, lvm_cache_load empties the context. */
 static int read_cache(lvm_ctx *ctx, struct cache_reader *r, const struct cache_head *h,
                       uint8_t *page, lvm_error *error) {
     int n = (int)h->n_tokens;
