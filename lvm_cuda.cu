@@ -839,6 +839,7 @@ enum {
     GEMV_THREADS = 32 * GEMV_WARPS,
     ROW_SUMS = 8,                  /* sums of a row's squares: one order for a warp and a block */
     ROW_THREADS = 32 * ROW_SUMS,
+    BARRIERS = 64,                 /* slots of all rings of a GEMV block, at most */
     REGISTER_ROW = 4,              /* float4s of a thread where a block holds one row, */
     ROW_MOST = ROW_THREADS * REGISTER_ROW * 4 /* of so many columns at most */
 };
@@ -1637,7 +1638,7 @@ __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), T
     enum { N = SHARED ? TEAMS : TALL_TEAMS, STREAMED = SHARED && KIND == ADD,
            STAGED = SHARED && !STREAMED };
     __shared__ float sums[N][CHAINS][TILES * 4][32];
-    __shared__ uint64_t full[N * CHAINS * R::SLOTS], ready[CHAINS];
+    __shared__ uint64_t full[BARRIERS], ready[CHAINS];
     const int warp = __shfl_sync(0xffffffff, (int)threadIdx.x / 32, 0), /* known to be uniform */
               team = warp / CHAINS, chain = warp % CHAINS, lane = (int)threadIdx.x % 32,
               spans = j.p[0].w.ld / SPAN, each = (spans + CHAINS - 1) / CHAINS;
@@ -1669,6 +1670,7 @@ __global__ void __launch_bounds__(32 * CHAINS * (SHARED ? TEAMS : TALL_TEAMS), T
     for (int i = 0; i < slots; i++) fetch_chunk(j, &s, 0);
     prefetch_norm(j);
     const struct inputs in = inputs_of(j, x, s.begin, R::SLOT, TILES);
+    if (KIND == STORE && j.rows == 1) let_next_start(); /* attention, which has much to fetch */
     wait_for_inputs();
     if (STREAMED) fetch_inputs(s, first_group, first_x);
     if (STAGED) stage_rows(j, (char *)x, ready + chain, s.begin, s.own, team == 0);
@@ -1706,13 +1708,18 @@ struct gemv_shared {
     int slots, bytes;
 };
 
+/* Rings take what leaves room for the next kernel's block: beside the rows half of the memory, and
+   of a product whose rows come with the weights RINGS_BESIDE. */
 template <int TYPE, int KIND>
 static struct gemv_shared shared_of(const struct queue *q, const struct product_f16 *j, int alone) {
     typedef struct ring<TYPE> R;
-    const int most = alone ? TEAMS * R::SLOTS : R::SLOTS, rings = alone ? CHAINS : GEMV_WARPS,
+    const int least = alone ? TEAMS * R::SLOTS : R::SLOTS, rings = alone ? CHAINS : GEMV_WARPS,
               all = rings * (R::SLOT + (KIND == ADD ? R::CHUNK * 2 * j->in.span : 0)),
-              slots = KIND == ADD ? (int)max64(2, min64(most, RINGS_BESIDE / all)) : most,
-              staged = KIND == ADD ? 0 : staged_bytes(q, j), bytes = all * slots + staged;
+              staged = KIND == ADD ? 0 : staged_bytes(q, j),
+              slots = KIND == ADD
+                  ? (int)max64(2, min64(least, RINGS_BESIDE / all))
+                  : (int)min64(BARRIERS / rings, max64(least, (q->shared / 2 - staged) / all)),
+              bytes = all * slots + staged;
     if (j->rows > CHAIN_ROWS || bytes > q->shared - SUMS_BYTES || (KIND != ADD && staged == 0))
         return {0, 0};
     return {slots, bytes};
