@@ -7,14 +7,19 @@
    CONTENTS
      1  Errors, launches, memory: every call and every launch is checked
      2  Weights on the device: planes of integers and of scales, tiles of 8 rows; their upload
-     3  Products in f16 on tensor cores: GEMV for a few rows, GEMM for many, one order of sums
-     4  Products in f32, for F32 weights and --exact; convolutions on tensor cores
-     5  Rows: embedding, RMSNorm, SwiGLU, likelihoods
-     6  Attention on a paged cache: RoPE, a few rows block by block, many rows as flash attention
-     7  The transformer: one forward, one chain of kernels, recorded as a graph
-     8  Sampling, and the loop that generates
-     9  The tokenizer: GroupNorm, attention over pixels, the quantiser
-    10  The seam: a context's memory, the calls of the backend, ceilings for `lvm bench`
+     3  Products in f16: one order of sums; activations, RMSNorm, barriers, tensor cores
+     4  GEMV: a few rows, weights streamed through rings in shared memory
+     5  GEMM: many rows, by wgmma or mma.sync
+     6  Products in f32, for F32 weights and --exact
+     7  Convolutions on tensor cores
+     8  Rows: embedding, RMSNorm, SwiGLU, likelihoods
+     9  Attention on a paged cache: RoPE, softmax block by block, one order of sums
+    10  Attention of a few rows
+    11  Attention of many rows: flash attention; launches; attention in f32
+    12  The transformer: one forward, one chain of kernels, recorded as a graph
+    13  Sampling, and the loop that generates
+    14  The tokenizer: GroupNorm, attention over pixels, the quantiser
+    15  The seam: a context's memory, the calls of the backend, ceilings for `lvm bench`
 
    SUMS HAVE ONE ORDER here too: a row's result depends on nothing but its own numbers, never on how
    many rows came with it, so that a prompt in pieces, a candidate among others and a reused prefix
@@ -50,8 +55,8 @@
    (8.5 bits) takes as long to read as to multiply by 100 rows: a few rows wait for memory, many for
    tensor cores. `lvm bench` measures both on the card at hand.
 
-   WHERE TO BEGIN. struct matrix in chapter 2, gemv_kernel in 3, split_kernel in 6, run_layer in 7
-   and gpu_generate in 8 are the path of a token. The plain version of every kernel is lvm.c's.
+   WHERE TO BEGIN. struct matrix in chapter 2, gemv_kernel in 4, split_kernel in 10, run_layer in 12
+   and gpu_generate in 13 are the path of a token. The plain version of every kernel is lvm.c's.
 
    LEFT OUT: training, which runs on the CPU; more than one GPU for a model; attention and its merge
    in one kernel, which was slower. docs/performance.md tells what else was tried. */
@@ -130,8 +135,9 @@ static __device__ void wait_for_inputs() {
 #endif
 }
 
-/* Lets them start earlier still, in front of wait_for_inputs: for a kernel of a few blocks, whose
-   successor waits for it all the same. */
+/* Lets them start earlier still, in front of wait_for_inputs, where the next kernel has much to
+   fetch: its own wait is for the end of this one, and so of all before it, but what it reads in
+   front of that must be older than the kernel before this one. */
 static __device__ void let_next_start() {
 #if defined __CUDA_ARCH__ && __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -765,7 +771,7 @@ static int device_number(const char *name, int *number, lvm_error *error) {
     return LVM_OK;
 }
 
-static int has_wgmma(void); /* chapter 3 */
+static int has_wgmma(void); /* chapter 5 */
 
 /* A queue's description of its device. */
 static int look_at_chip(struct queue *q, lvm_error *error) {
@@ -806,7 +812,7 @@ static int gpu_model_open(const lvm_model *m, const char *device, void **copy, l
 }
 
 /* =================================================================================================
-   3.  Products in f16 on tensor cores
+   3.  Products in f16: what GEMV and GEMM share
 
        y[r][o] = sum_k w[o][k] x[r][k] + bias[o]        x, w: f16, sums: f32
 
@@ -1250,7 +1256,8 @@ template <int N> static __device__ void wgmma(float *c, uint64_t a, uint64_t b, 
 }
 #endif
 
-/* ---- GEMV: a few rows ----
+/* =================================================================================================
+   4.  GEMV: a few rows
 
    A block first asks for its first weights, then waits for the kernel in front of it, brings the
    rows to shared memory, and from then on streams weights: each warp has a ring buffer in shared
@@ -1783,7 +1790,8 @@ __global__ void norm_pack_kernel(const float *x, const float *norm, float eps, i
     else write_normed(out, i, row, norm, rms_scale(row, D, eps), D);
 }
 
-/* ---- GEMM: many rows ----
+/* =================================================================================================
+   5.  GEMM: many rows
 
    Weights become f16 once for all rows, not once for each tile of them, while tensor cores are busy
    with the product before. Both operands lie in panels: tiles of 64 columns whose rows take 128
@@ -2508,7 +2516,7 @@ static void multiply(struct queue *q, enum epilogue kind, const struct product_f
 }
 
 /* =================================================================================================
-   4.  Products in f32; convolutions on tensor cores
+   6.  Products in f32
 
        out[p][o] = sum_k in[k of p] w[o][k] + bias[o] + residual[p][o]
 
@@ -2518,7 +2526,7 @@ static void multiply(struct queue *q, enum epilogue kind, const struct product_f
    left operand is never in memory.
 
    That is how F32 weights, --exact and attention over pixels are computed. A convolution's other
-   weights are f16, and tensor cores multiply: see the second half of this chapter. */
+   weights are f16, and tensor cores multiply: see chapter 7. */
 
 struct product {
     const float *in;       /* [images][side_in][side_in][c_in]; [rows][c_in] */
@@ -2762,7 +2770,8 @@ static void matmul_f32(struct queue *q, const struct part *p, const float *x, in
     run_product(q, &j);
 }
 
-/* ---- Convolutions on tensor cores ----
+/* =================================================================================================
+   7.  Convolutions on tensor cores
 
    Weights in f16, activations as two of them: x up = high + low, high = f16(x up), low = f16(x up -
    high), 22 bits in all; up is a power of two such that nothing overflows. Products high w + low w,
@@ -3165,14 +3174,14 @@ static void run_conv(struct queue *q, const struct conv_job *j, int size, int st
 }
 
 /* =================================================================================================
-   5.  Rows
+   8.  Rows
 
        rmsnorm(x)_i = g_i x_i / sqrt(mean of x^2 + eps)        silu(x) = x / (1 + e^-x)
        nll = ln(sum over i of e^(x_i)) - x_target              swiglu(a, b) = silu(a) b
 
-   Rows lie as [rows][columns], one behind the other. With f16 weights norm and SwiGLU are no
-   kernels of their own but the prologue and the epilogue of chapter 3's products. Floor of each:
-   its bytes over the memory's bandwidth, in generating the time that a launch takes. */
+   Rows lie as [rows][columns], one behind the other. With f16 weights SwiGLU is no
+   kernel of its own but the epilogue of a product, and the norm of a single row its prologue. Floor
+   of each: its bytes over the memory's bandwidth, in generating the time that a launch takes. */
 
 /* For a thread an element. */
 static unsigned blocks_of(int64_t n) { return (unsigned)((n + THREADS - 1) / THREADS); }
@@ -3265,7 +3274,7 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
 }
 
 /* =================================================================================================
-   6.  Attention on a paged cache, block by block
+   9.  Attention on a paged cache, block by block
 
        o = sum over keys j <= pos of p_j v_j / sum of p_j,     p_j = e^(q . k_j / sqrt(d) - m)
 
@@ -3276,7 +3285,7 @@ __global__ void nll_kernel(const float *logits, int V, const int32_t *targets, f
                     row keeps all multiprocessors busy; RoPE and the store of a single row inside
        many rows    store_many_kernel, expand_kernel, flash_kernel: a tile of queries goes through
                     its keys, dequantised once a layer
-       f32          attention_kernel: an f32 cache, or --exact; the end of this chapter
+       f32          attention_kernel: an f32 cache, or --exact; the end of chapter 11
 
    THE CACHE. A page holds 256 positions of all layers and key/value heads, [L][G] of keys and then
    values, each head_bytes long; dp is d rounded up, zeros behind. In q8_0 a byte is value + 128.
@@ -3698,7 +3707,12 @@ static __device__ struct piece<KV> value_piece(const char *values, const char *s
     return value_at<KV>(values + piece_at<block_of<KV, 64>::VALUE>(i, 4 * u + t), scales, t);
 }
 
-/* ---- A few rows: blocks of keys side by side, then merged ---- */
+/* =================================================================================================
+   10.  Attention of a few rows
+
+   Blocks of keys side by side (split_kernel), then merged in ascending order (merge_blocks_kernel).
+   An item of work is a block of keys and the queries that share it, of one row or, where sequences
+   begin with the same pages, of several. */
 
 /* A query of an item of work: where its part of the sums goes (-1: it sees nothing of the block),
    what its scores are multiplied by, how many of the block's keys it sees. */
@@ -4134,7 +4148,8 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_blocks_kernel(const struc
     if (h == a.H - 1) write_end(a, row, i, DP);
 }
 
-/* ---- Many rows: flash attention ----
+/* =================================================================================================
+   11.  Attention of many rows
 
    store_many_kernel rotates queries and keys and fills the cache, expand_kernel dequantises every
    block of it that a forward sees to tiles of f16, once a layer, and flash_kernel multiplies: each
@@ -4979,7 +4994,7 @@ static void attend_in_f32(struct queue *q, const struct attention *a, int rows) 
 }
 
 /* =================================================================================================
-   7.  The transformer
+   12.  The transformer
 
        x = embedding of the token
        for each layer:  x += Wo attention(rope(Wq n), rope(Wk n), Wv n),   n = rmsnorm(x)
@@ -5014,10 +5029,10 @@ struct gpu_sequence {
     struct gpu_page **pages; /* [max_pages] */
 };
 
-/* Chapter 9's; maps and how they are cut into groups of images. */
+/* Chapter 14's; maps and how they are cut into groups of images. */
 struct vq_memory {
     float *x, *t, *u;             /* maps [images][side][side][c] */
-    float *n;                     /* what a convolution reads: normalised, or chapter 4's f16 */
+    float *n;                     /* what a convolution reads: normalised, or chapter 7's f16 */
     float *whole;                 /* a map of all images between those of large sides */
     float *q, *k, *v, *s;         /* of an attention: [images][pixels][c]; scores */
     float *scale, *shift;         /* [images][c] */
@@ -5224,8 +5239,8 @@ static void attention_rows(struct gpu *c, const struct step *s, int layer, int f
     else attend_many(&c->q, &job, s->tiles);
 }
 
-/* A product in f16 (chapter 3) or else in f32, where norm and epilogue are kernels of their own;
-   in: the rows of the latter where it has no norm. */
+/* A product in f16 (chapters 3 to 5) or else in f32, where norm and epilogue are kernels of their
+   own; in: the rows of the latter where it has no norm. */
 static void multiply_rows(struct gpu *c, int f16, enum epilogue kind, const struct product_f16 *j,
                           const struct prepared &w, const float *in) {
     const int64_t hidden = (int64_t)j->rows * j->p[0].w.rows;
@@ -5453,7 +5468,7 @@ static int gpu_forward(void *state, const struct batch *b, lvm_error *error) {
 }
 
 /* =================================================================================================
-   8.  Sampling
+   13.  Sampling
 
        p_i = e^((x_i - max x) / temperature)    for the ids i below `codes`
 
@@ -5821,12 +5836,12 @@ static int gpu_generate(void *state, struct continuation *k, lvm_error *error) {
 }
 
 /* =================================================================================================
-   9.  The tokenizer
+   14.  The tokenizer
 
        groupnorm(x) = g (x - mean) / sqrt(variance + 1e-6) + b    over pixels and a group's channels
        the id of a latent x = argmin over the codebook's e of |e|^2 - 2 x . e
 
-   Maps are NHWC, [images][side][side][c], in f32; convolutions are chapter 4's, images side by
+   Maps are NHWC, [images][side][side][c], in f32; convolutions are chapter 7's, images side by
    side. What stands in front of each, GroupNorm and SiLU, is a pass over the map: x scale + shift
    and x / (1 + e^-x), in f32 or in the two f16 parts that tensor cores take. Its scales come from
    sums over blocks of 8 x 8 pixels in a fixed order. Convolutions on tensor cores leave these with
@@ -6376,7 +6391,7 @@ static int gpu_decode(void *state, const int32_t *ids, int n, int first, int all
 }
 
 /* =================================================================================================
-   10.  The seam
+   15.  The seam
 
    What lvm.c calls: struct backend at the end of this file, whose contract is chapter 7 of lvm.c. A
    context's memory is one allocation, laid out before anything runs, so that what does not fit is
