@@ -2194,15 +2194,18 @@ def quantize(lvm, args, exact, outputs):
 
 def run(command):
     """The exit status of a program, which ends when this one is stopped."""
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    child = None
     try:
+        with SIGNALS:                   # or a signal now would leave it on its own
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
         return child.wait()
     except BaseException:
-        child.terminate()               # and takes away its own temporary file
-        try:
-            child.wait(10)
-        except subprocess.TimeoutExpired:
-            child.kill()
+        if child is not None:
+            child.terminate()           # and takes away its own temporary file
+            try:
+                child.wait(10)
+            except subprocess.TimeoutExpired:
+                child.kill()
         raise
 
 

@@ -2432,6 +2432,26 @@ class Stops(Case):
         self.assertTrue(os.path.exists(self.path("log")))
         self.assertEqual((self.temps(), os.path.exists(self.out)), ([], False))
 
+    def test_quantising_begins(self):
+        """A signal while that program is being started stops it as well."""
+        code = """if True:
+            import os, signal, subprocess, sys
+            sys.path.insert(0, sys.argv[1])
+            import convert
+            class Popen(subprocess.Popen):
+                def __init__(self, *args, **how):
+                    super().__init__(*args, **how)
+                    os.kill(os.getpid(), signal.SIGTERM)
+            convert.subprocess.Popen = Popen
+            convert.SIGNALS.install()
+            try:
+                convert.run(["sleep", "60"])    # which keeps the test's pipe open
+            except convert.Stopped:
+                print("stopped")"""
+        done = subprocess.run([sys.executable, "-c", code, TOP], capture_output=True, timeout=30,
+                              check=False)
+        self.assertEqual((done.returncode, done.stdout, done.stderr), (0, b"stopped\n", b""))
+
 
 # ---- mutations -----------------------------------------------------------------------------------
 
