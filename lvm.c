@@ -23406,10 +23406,11 @@ static int prompt_line(struct set *set, const struct sentence *line, int room,
 
 typedef int line_fn(struct set *set, struct sentence *line, lvm_error *error);
 
-/* Answers the lines that wait, if any do, and writes all answers; or leaves that of those that
-   waited for the next call, for their PNGs to be made meanwhile. 0 as of run_line. */
-static int answer_together(struct set *set);
+/* Writes the answers that are being compressed, and answers the lines that wait, if any do:
+   answer_group leaves the new answers to be compressed meanwhile, answer_together writes them too.
+   0 as of run_line. */
 static int answer_group(struct set *set);
+static int answer_together(struct set *set);
 
 /* A line is done: counts it and reports a fault. Returns 0 when nobody takes answers any more. */
 static int end_line(struct set *set, int code, const lvm_error *error) {
